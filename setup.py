@@ -1,0 +1,53 @@
+"""Packaging of moe_jax: `pip install -e .`, extras `test`, `colab`, `experiments`."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+
+PLOTS = ['matplotlib>=3.8']
+TEST = [
+  'beartype>=0.18',
+  'hypothesis>=6.100',
+  'ipykernel>=6.29',
+  'nbclient>=0.10',
+  'nbformat>=5.10',
+  'pytest>=8.0',
+  'pytest-xdist>=3.5',
+  'ruff>=0.6',
+  'scipy>=1.11',
+]
+
+setup(
+  name='moe_jax',
+  version='0.1.0',
+  description='Sparse mixture-of-experts models in JAX, one code for all',
+  long_description=(here / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=find_packages(include=['moe_jax', 'moe_jax.*']),
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py>=2.1',
+    'array_record>=0.5',
+    'flax>=0.12',
+    'grain>=0.2.12',
+    'importlib_resources>=6.0',
+    'jax>=0.10',
+    'jaxtyping>=0.3',
+    'ml_collections>=1.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11',
+    'rich>=13.0',
+    'tensorboardX>=2.6',
+    'tensorflow-datasets>=4.9.7',
+    'tokenizers>=0.20',
+    *PLOTS,
+  ],
+  extras_require={
+    'test': TEST,
+    'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
+    'experiments': ['scipy>=1.11'],
+  },
+)
