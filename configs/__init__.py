@@ -1,0 +1,1 @@
+"""What one run is: each file changes `base.py` where it differs."""

@@ -1,0 +1,241 @@
+"""Every key with its default; a config changes only what differs from these.
+
+    def get_config(arg=''):
+      config = base.get_config()
+      config.model.width = 256
+      return base.finish(config, arg)
+
+Values keep one type each. Sizes are global, lengths are in tokens, periods in
+optimizer steps.
+"""
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+RUNLOCAL = 'runlocal'
+
+
+def get_config() -> ConfigDict:
+  """The defaults, locked against new keys but open to new values."""
+  config = ConfigDict()
+  config.seed = 0
+  config.total_steps = 1000
+  config.batch_size = 32  # sequences per optimizer step
+  config.microbatches = 1  # gradient accumulation; divides batch_size
+  config.log_every_steps = 20
+  config.data = data()
+  config.model = model()
+  config.optimizer = optimizer()
+  config.checkpoint = ConfigDict(
+    dict(
+      every_steps=500,  # also written at the end and on SIGTERM; 0: only then
+      keep_newest=2,
+      keep_best=True,
+      best_eval='train_capacity',  # the evaluation whose loss is compared
+    )
+  )
+  config.evals = ConfigDict(
+    dict(
+      train_capacity=evaluation(),
+      capacity_2=evaluation(moe=dict(capacity_factor=2.0)),
+      all_tokens=evaluation(moe=dict(capacity_rule='all')),
+    )
+  )
+  # The size of each mesh axis; -1 is what is left of the devices.
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
+  # Logical axis -> mesh axes, comma-separated; '' keeps the axis whole.
+  config.sharding = ConfigDict(
+    dict(
+      batch='data,fsdp,expert',
+      embed='fsdp',
+      mlp='tensor',
+      heads='tensor',
+      kv_heads='',
+      kv='',
+      vocab='tensor',
+      expert='expert',
+      expert_mlp='tensor',
+      expert_choice='',
+      layers='',
+      positions='',
+      buckets='',
+    )
+  )
+  config.sample = ConfigDict(
+    dict(prompt='\n', num_tokens=300, temperature=0.8, seed=0)
+  )
+  return config.lock()
+
+
+def data() -> ConfigDict:
+  """Where the text comes from; see `moe_jax.data`."""
+  return ConfigDict(
+    dict(
+      source='python_stdlib',  # or 'files:<glob>', 'tfds:<name>'
+      tokenizer='bytes',  # or 'chars', 'json:<path>'
+      seq_len=256,
+      text_feature='text',
+      train_split='train',
+      validation_split='validation',
+      cache_dir='',  # '': $MOE_JAX_CACHE, else ~/.cache/moe_jax
+    )
+  )
+
+
+def model() -> ConfigDict:
+  """A decoder-only Transformer; see `moe_jax.models.DecoderConfig`."""
+  return ConfigDict(
+    dict(
+      kind='decoder',
+      vocab_size=0,  # 0: the tokenizer's
+      num_layers=4,
+      width=128,
+      num_heads=4,
+      num_kv_heads=0,  # 0: num_heads
+      head_width=0,  # 0: width / num_heads
+      hidden=512,  # of dense feed-forwards
+      activation='gelu',  # relu, gelu, gelu_tanh, geglu, swiglu
+      norm='rmsnorm',  # or layernorm
+      norm_epsilon=1e-6,
+      positions='rotary',  # learned, relative, none
+      rope_theta=10000.0,
+      max_len=0,  # of learned positions; 0: data.seq_len
+      use_bias=False,
+      tie_embeddings=True,
+      dropout=0.0,
+      dtype='float32',  # or bfloat16; routers, norms and losses stay float32
+      param_dtype='float32',
+      scan_layers=True,
+      remat='none',  # full, dots
+      init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
+      moe=moe(),
+    )
+  )
+
+
+def moe() -> ConfigDict:
+  """The sparse layers; see `moe_jax.layers.RouterConfig` for each option."""
+  return ConfigDict(
+    dict(
+      num_experts=8,  # 0: the dense twin, of width num_selected * hidden
+      num_selected=1,
+      layers='every 2',  # all, none, 'last 1', '1,3'
+      hidden=0,  # of one expert; 0: model.hidden
+      activation='',  # '': model.activation
+      extra_ffn=False,  # a dense feed-forward after each sparse one
+      expert_dropout=-1.0,  # -1.0: model.dropout
+      router='token_choice',  # or noisy_top_k
+      gates='raw',  # renormalized, renormalized_after_drop
+      slot_priority='token_major',  # choice_major, batch_priority
+      second_policy='all',  # sampled, threshold
+      second_threshold=0.2,
+      jitter=0.0,
+      group_size=0,  # tokens; 0: one sequence
+      capacity_rule='per_token',  # per_assignment, fixed, all
+      capacity_factor=1.25,
+      capacity_rounding='ceil',  # floor, round
+      capacity_multiple=1,
+      capacity_minimum=1,
+      capacity_slots=0,  # of capacity_rule='fixed'
+      dispatch='gather',  # or einsum
+      balance_choices='all',  # or first
+      balance_weight=0.01,
+      z_weight=0.001,
+      importance_weight=0.0,
+      load_weight=0.0,
+      layer_reduce='sum',  # of the losses over sparse layers; or mean
+      allow_future_leak=False,
+    )
+  )
+
+
+def optimizer() -> ConfigDict:
+  """Optax by name; see `moe_jax.training.optimizer`."""
+  return ConfigDict(
+    dict(
+      name='adamw',  # or adafactor
+      learning_rate=1e-3,
+      schedule='cosine',  # inverse_sqrt, constant
+      warmup_steps=100,
+      final_fraction=0.1,  # of learning_rate, at the end of the cosine
+      b1=0.9,
+      b2=0.98,
+      epsilon=1e-8,
+      clip_norm=1.0,  # 0.0: none
+      weight_decay=0.1,
+      # (pattern, factor) pairs; the first whose regular expression is found in
+      # the parameter's name counts: 'layers/layer_1/moe/experts/w_in'.
+      weight_decay_rules=(
+        (r'(bias|scale|embedding|table|b_\w+)$', 0.0),
+        ('', 1.0),
+      ),
+      learning_rate_rules=(('', 1.0),),
+    )
+  )
+
+
+def evaluation(every_steps: int = 500, num_batches: int = 0, **overrides):
+  """An entry of `evals`: the loss on the validation split.
+
+  Args:
+    every_steps: Its period; it also runs at the end.
+    num_batches: 0 is the whole split, else that many batches spread over it.
+    **overrides: What the model has otherwise (`config.model` keys, nested).
+  """
+  return ConfigDict(
+    dict(
+      kind='loss',
+      every_steps=every_steps,
+      num_batches=num_batches,
+      model_overrides=overrides,
+    )
+  )
+
+
+def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
+  """The last line of every config: applies `:runlocal` and locks.
+
+  Raises:
+    ValueError: `arg` is neither '' nor 'runlocal'.
+  """
+  if arg not in ('', RUNLOCAL):
+    raise ValueError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
+  return (_shrunk(config) if arg else config).lock()
+
+
+def _shrunk(config: ConfigDict) -> ConfigDict:
+  """The same structure at a laptop's size, on the embedded corpus' bytes."""
+  config.data.source = 'python_stdlib'
+  config.data.tokenizer = 'bytes'
+  config.data.seq_len = 32
+  m = config.model
+  period = _period(m.moe.layers)
+  m.vocab_size = 0
+  m.num_layers = max(2, period)
+  m.width = 32
+  m.num_kv_heads = 2 if 0 < m.num_kv_heads < m.num_heads else 0
+  m.num_heads = 4
+  m.head_width = 16 if m.head_width else 0
+  m.hidden = 48
+  m.max_len = 0
+  m.dtype = m.param_dtype = 'float32'
+  m.moe.hidden = 40 if m.moe.hidden else 0
+  m.moe.num_experts = min(m.moe.num_experts, 4)
+  m.moe.group_size = 64 if m.moe.group_size else 0
+  config.batch_size = 4
+  config.microbatches = min(config.microbatches, 2)
+  config.total_steps = 2
+  config.log_every_steps = 1
+  config.optimizer.warmup_steps = 1
+  config.checkpoint.every_steps = 0
+  config.sample.num_tokens = 16
+  for entry in config.evals.values():
+    entry.every_steps = 2
+    entry.num_batches = 1
+  return config
+
+
+def _period(layers: str) -> int:
+  word, _, number = layers.partition(' ')
+  return int(number) if word in ('every', 'last') else 2

@@ -1,0 +1,1 @@
+"""Studies: one file per question or published table, each one command."""

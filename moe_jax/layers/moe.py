@@ -1,0 +1,104 @@
+"""The sparse layer: group -> route -> dispatch -> experts -> combine.
+
+This file alone forms groups. The rules are `moe_jax.routing`, the movement
+`moe_jax.dispatch`, the products `moe_jax.layers.experts`.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax import dispatch
+from moe_jax.layers.experts import Experts, vmapped
+from moe_jax.layers.ffn import FfnConfig
+from moe_jax.layers.router import Router, RouterConfig
+from moe_jax.routing import MoeAux
+from moe_jax.shapes import Array, Bool, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+  """A mixture-of-experts layer.
+
+  Attributes:
+    router: Who goes where.
+    expert: The feed-forward layer that each expert is.
+    group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
+      a sequence. Capacity and balance are per group.
+    dispatch: 'gather' (default) or 'einsum' (the readable reference).
+  """
+
+  router: RouterConfig
+  expert: FfnConfig
+  group_size: int = 0
+  dispatch: str = 'gather'
+
+  def __post_init__(self):
+    dispatch.get(self.dispatch)
+    if self.group_size < 0:
+      raise ValueError(f'group_size={self.group_size} must not be negative')
+
+
+class MoE(nn.Module):
+  """Routes every token to K of E experts and sums their gated outputs.
+
+  A token dropped everywhere gets zeros: the residual alone carries it.
+
+  Attributes:
+    config: The layer.
+    expert: Another linen module `[R, M] -> [R, M]` to be the experts in place
+      of `config.expert`; it is copied E times, each copy with its own start.
+  """
+
+  config: MoeConfig
+  expert: nn.Module | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T M'],
+    token_mask: Bool[Array, 'B T'] | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'B T M'], MoeAux]:
+    """Returns the output and the unweighted losses and statistics.
+
+    Args:
+      x: Token representations, of any float type.
+      token_mask: False for padding, which takes no slot and gets zeros.
+      train: Turns on router noise and dropout (rngs 'router', 'dropout').
+    """
+    c = self.config
+    B, T, M = x.shape
+    if token_mask is None:
+      token_mask = jnp.ones((B, T), bool)
+    groups, mask = to_groups(x, token_mask, c.group_size)
+    chosen, aux = Router(c.router, name='router')(groups, mask, train)
+    mover = dispatch.get(c.dispatch)
+    rows = mover.dispatch(groups.astype(c.expert.dtype), chosen)  # [E, R, M]
+    if self.expert is None:
+      rows = Experts(c.expert, name='experts')(rows, train)
+    else:
+      rows = vmapped(self.expert, rows)
+    y = mover.combine(rows, chosen)  # [G, S, M]
+    return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
+
+
+def to_groups(
+  x: Float[Array, 'B T M'], token_mask: Bool[Array, 'B T'], group_size: int
+) -> tuple[Float[Array, 'G S M'], Bool[Array, 'G S']]:
+  """Cuts the batch into groups of consecutive tokens, padded with mask False.
+
+  Raises:
+    ValueError: group_size neither divides T nor is a multiple of it.
+  """
+  B, T, M = x.shape
+  S = group_size or T
+  if T % S and S % T:
+    raise ValueError(
+      f'group_size={S} is neither a divisor nor a multiple of seq_len={T}'
+    )
+  padding = -(B * T) % S
+  x = jnp.pad(x.reshape(B * T, M), ((0, padding), (0, 0)))
+  mask = jnp.pad(token_mask.reshape(B * T), (0, padding))
+  return x.reshape(-1, S, M), mask.reshape(-1, S)

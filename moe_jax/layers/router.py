@@ -1,0 +1,154 @@
+"""The router: token representations to a `Routing`, losses and statistics.
+
+Everything here is float32 whatever the model's dtype (Switch Table 2,
+https://arxiv.org/abs/2101.03961). The rules are `moe_jax.routing`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax import routing
+from moe_jax.config import unknown
+from moe_jax.layers.initializers import Init, zeros
+from moe_jax.routing.losses import BALANCE_CHOICES
+from moe_jax.shapes import Array, Bool, Float, Float32
+
+ROUTERS = ('token_choice', 'noisy_top_k')
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """Who goes where. Options carry the name of the paper that means them.
+
+  Attributes:
+    num_experts: E.
+    num_selected: K.
+    kind: 'token_choice' (Switch, GShard, ST-MoE, Mixtral) or 'noisy_top_k'
+      (Shazeer et al. 2017: both router weights start at zero).
+    capacity: The capacity rule.
+    gates, slot_priority, second_policy, second_threshold: See
+      `routing.token_choice`.
+    jitter: In training the router's input is multiplied by
+      U[1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section 3.2).
+    balance_choices: See `routing.balance_loss`.
+    init: How the kernel starts, except under 'noisy_top_k'.
+  """
+
+  num_experts: int
+  num_selected: int = 1
+  kind: str = 'token_choice'
+  capacity: routing.CapacityRule = routing.CapacityRule()
+  gates: str = 'raw'
+  slot_priority: str = 'token_major'
+  second_policy: str = 'all'
+  second_threshold: float = 0.2
+  jitter: float = 0.0
+  balance_choices: str = 'all'
+  init: Init = Init()
+
+  def __post_init__(self):
+    if self.kind not in ROUTERS:
+      raise unknown('router', self.kind, ROUTERS)
+    if self.balance_choices not in BALANCE_CHOICES:
+      raise unknown('balance_choices', self.balance_choices, BALANCE_CHOICES)
+    if not 0 <= self.jitter < 1:
+      raise ValueError(f'jitter={self.jitter} not in [0, 1)')
+    routing.check_token_choice(
+      num_experts=self.num_experts,
+      num_selected=self.num_selected,
+      capacity=None,
+      gates=self.gates,
+      slot_priority=self.slot_priority,
+      second_policy=self.second_policy,
+      second_threshold=self.second_threshold,
+    )
+
+
+class Router(nn.Module):
+  """One linear layer without bias, then the rules of `config`.
+
+  Draws noise from the rng stream 'router', in training only, and only where
+  an option asks for it.
+  """
+
+  config: RouterConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'G S M'],
+    mask: Bool[Array, 'G S'],
+    train: bool = False,
+  ) -> tuple[routing.Routing, routing.MoeAux]:
+    """Routes each group by itself; padding (mask False) takes no part."""
+    c = self.config
+    _, S, M = x.shape
+    E, K = c.num_experts, c.num_selected
+    noisy = c.kind == 'noisy_top_k'
+    x = x.astype(jnp.float32)
+    if train and c.jitter > 0:
+      low, high = 1.0 - c.jitter, 1.0 + c.jitter
+      key = self.make_rng('router')
+      x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+    axes = ('embed', 'expert_choice')
+    init = zeros(axes) if noisy else c.init.kernel(axes)
+    clean = _logits(x, self.param('w', init, (M, E), jnp.float32))
+    noise = None
+    if noisy:
+      w_noise = self.param('w_noise', zeros(axes), (M, E), jnp.float32)
+      key = self.make_rng('router') if train else None
+      noise = routing.noisy_logits(clean, _logits(x, w_noise), key)
+    chosen = routing.token_choice(
+      noise.noisy if noisy else clean,
+      num_selected=K,
+      capacity=c.capacity(group_size=S, num_experts=E, num_selected=K),
+      mask=mask,
+      gates=c.gates,
+      slot_priority=c.slot_priority,
+      second_policy=c.second_policy,
+      second_threshold=c.second_threshold,
+      key=self._policy_key(train),
+    )
+    return chosen, _aux(chosen, clean, noise, mask, c)
+
+  def _policy_key(self, train):
+    draws = self.config.second_policy != 'all' and self.config.num_selected > 1
+    return self.make_rng('router') if train and draws else None
+
+
+def _logits(
+  x: Float32[Array, 'G S M'], w: Float32[Array, 'M E']
+) -> Float32[Array, 'G S E']:
+  # Accelerators multiply float32 in fewer bits unless told not to.
+  return jnp.einsum('GSM,ME->GSE', x, w, precision=jax.lax.Precision.HIGHEST)
+
+
+def _aux(
+  chosen: routing.Routing,
+  clean: Float32[Array, 'G S E'],
+  noise: routing.NoisyLogits | None,
+  mask: Bool[Array, 'G S'],
+  c: RouterConfig,
+) -> routing.MoeAux:
+  """Losses summed over groups, each times its real tokens; statistics."""
+  tokens = mask.sum(-1).astype(jnp.float32)  # [G]
+  probs = jax.nn.softmax(clean)
+  index = chosen.expert_index
+  balance = routing.balance_loss(probs, index, mask, c.balance_choices)
+  importance = load = jnp.zeros_like(tokens)
+  if noise is not None:
+    gate = jax.nn.softmax(routing.top_k(noise.noisy, c.num_selected)[1])
+    importance = routing.importance_loss(gate, index, mask, c.num_experts)
+    load = routing.load_loss(
+      routing.load_probability(noise, c.num_selected), mask
+    )
+  return routing.MoeAux(
+    balance_loss=(balance * tokens).sum(),
+    z_loss=(routing.z_loss(clean, mask) * tokens).sum(),
+    importance_loss=(importance * tokens).sum(),
+    load_loss=(load * tokens).sum(),
+    stats=routing.routing_stats(chosen, clean, mask),
+  )

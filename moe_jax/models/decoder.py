@@ -1,0 +1,216 @@
+"""The decoder-only Transformer: GLaM, Mixtral, OpenMoE, Switch-style LMs.
+
+https://arxiv.org/abs/2112.06905, https://arxiv.org/abs/2401.04088,
+https://arxiv.org/abs/2402.01739. Not here: how a config becomes a
+`DecoderConfig` (`build.py`), or generation.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.config import unknown
+from moe_jax.layers.attention import RelativePositionBias, causal_mask
+from moe_jax.layers.block import Block, BlockConfig
+from moe_jax.layers.initializers import Init
+from moe_jax.layers.norms import make_norm
+from moe_jax.routing import MoeAux
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
+
+POSITIONS = ('learned', 'none', 'relative', 'rotary')
+REMATS = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A decoder-only language model.
+
+  Attributes:
+    vocab_size: V.
+    width: M.
+    sparse: A flag a layer: whether its feed-forward is sparse; its length is
+      L.
+    block: What the layers have in common.
+    positions: 'learned', 'rotary', 'relative' (T5's bias) or 'none'.
+    max_len: Rows of the table of learned positions.
+    tie_embeddings: Whether the logits use the embedding table.
+    scan_layers: Whether the periods of the layer pattern are a loop (compile
+      time independent of L) or unrolled; no number changes.
+    remat: What is recomputed in the backward pass: 'none', 'full' (save
+      layer inputs alone) or 'dots' (save the results of the big products).
+    param_dtype: Of the stored parameters.
+    init: How embeddings and the output kernel start.
+  """
+
+  vocab_size: int
+  width: int
+  sparse: tuple[bool, ...]
+  block: BlockConfig
+  positions: str = 'rotary'
+  max_len: int = 0
+  tie_embeddings: bool = True
+  scan_layers: bool = True
+  remat: str = 'none'
+  param_dtype: str = 'float32'
+  init: Init = Init()
+
+  def __post_init__(self):
+    if self.positions not in POSITIONS:
+      raise unknown('positions', self.positions, POSITIONS)
+    if self.remat not in REMATS:
+      raise unknown('remat', self.remat, REMATS)
+    if self.vocab_size < 1:
+      raise ValueError(f'vocab_size={self.vocab_size} must be at least 1')
+    if self.positions == 'learned' and self.max_len < 1:
+      raise ValueError(f'learned positions need max_len={self.max_len} >= 1')
+
+
+class Decoder(nn.Module):
+  """Tokens to next-token logits."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
+    positions: Int[Array, 'B T'] | None = None,
+    train: bool = False,
+  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+    """Returns float32 logits and the layers' aux, every leaf [L, ...].
+
+    Args:
+      tokens: Token ids.
+      segment_ids: The document of each token in its row, from 1; 0 is
+        padding, which no router sees. Default: one document a row.
+      positions: Of each token in its document. Default: its place in the row.
+      train: Turns on dropout and router noise (rngs 'dropout', 'router').
+    """
+    c = self.config
+    B, T = tokens.shape
+    if segment_ids is None:
+      segment_ids = jnp.ones((B, T), jnp.int32)
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    table = self.param(
+      'embedding',
+      c.init.embedding(('vocab', 'embed')),
+      (c.vocab_size, c.width),
+      c.param_dtype,
+    )
+    x = jnp.take(table, tokens, axis=0).astype(c.block.dtype)
+    if c.positions == 'learned':
+      x = x + self._learned_positions(positions)
+    x = nn.Dropout(c.block.dropout, deterministic=not train)(x)
+    bias = None
+    if c.positions == 'relative':
+      heads = c.block.attention.num_heads
+      bias = RelativePositionBias(heads, name='relative_positions')(T)
+    x, aux = _layers(c, train)(
+      x, causal_mask(segment_ids), segment_ids > 0, positions, bias
+    )
+    aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+    return self._logits(x, table), aux
+
+  def _learned_positions(self, positions):
+    c = self.config
+    if positions.shape[1] > c.max_len:
+      raise ValueError(
+        f'seq_len={positions.shape[1]} > max_len={c.max_len} of the learned '
+        'positions'
+      )
+    init = c.init.embedding(('positions', 'embed'))
+    shape = (c.max_len, c.width)
+    table = self.param('position_embedding', init, shape, c.param_dtype)
+    return jnp.take(table, positions, axis=0).astype(c.block.dtype)
+
+  def _logits(self, x, table):
+    c = self.config
+    x = make_norm(
+      c.block.norm,
+      epsilon=c.block.norm_epsilon,
+      use_bias=c.block.use_bias,
+      dtype=c.block.dtype,
+      name='final_norm',
+    )(x)
+    if c.tie_embeddings:
+      kernel = table.T
+    else:
+      init = c.init.kernel(('embed', 'vocab'))
+      shape = (c.width, c.vocab_size)
+      kernel = self.param('w_logits', init, shape, c.param_dtype)
+    B, T, M = x.shape
+    logits = jnp.dot(
+      x.reshape(B * T, M),
+      kernel.astype(c.block.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return logits.reshape(B, T, c.vocab_size)
+
+
+class Period(nn.Module):
+  """One period of the layer pattern; its parameters are stacked by the scan."""
+
+  config: DecoderConfig
+  pattern: tuple[bool, ...]
+  train: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T M'],
+    mask: Bool[Array, 'B T T'],
+    token_mask: Bool[Array, 'B T'],
+    positions: Int32[Array, 'B T'],
+    bias: Float32[Array, 'H T T'] | None,
+  ) -> tuple[Float[Array, 'B T M'], MoeAux]:
+    """Applies the period's blocks; aux leaves are [period, ...]."""
+    c = self.config
+    block = Block
+    if c.remat != 'none':
+      # A loop's body is never merged with its recomputation; unrolled it is.
+      block = nn.remat(
+        Block, policy=REMATS[c.remat], prevent_cse=not c.scan_layers
+      )
+    auxes = []
+    for i, sparse in enumerate(self.pattern):
+      layer = block(c.block, sparse, self.train, name=f'layer_{i}')
+      x, aux = layer(x, mask, token_mask, positions, bias)
+      auxes.append(aux)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+
+def _layers(c: DecoderConfig, train: bool):
+  """All layers: a scan over periods, unrolled where the config says so."""
+  period = shortest_period(c.sparse)
+  length = len(c.sparse) // period
+  scanned = nn.scan(
+    Period,
+    variable_axes={'params': 0},
+    split_rngs={'params': True, 'dropout': True, 'router': True},
+    in_axes=nn.broadcast,
+    length=length,
+    unroll=1 if c.scan_layers else length,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )
+  return functools.partial(scanned, name='layers')(
+    c, c.sparse[:period], train
+  )
+
+
+def shortest_period(pattern: tuple[bool, ...]) -> int:
+  """The least p that divides L with pattern[i] == pattern[i % p]."""
+  L = len(pattern)
+  return next(
+    p
+    for p in range(1, L + 1)
+    if L % p == 0 and all(pattern[i] == pattern[i % p] for i in range(L))
+  )

@@ -1,0 +1,106 @@
+"""The balancing losses of the literature, one function per equation.
+
+Every function works per group, on real tokens only, returns float32 [G] and
+is unweighted: coefficients, and the average over groups, are the caller's. A
+group without real tokens has loss 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import unknown
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+BALANCE_CHOICES = ('all', 'first')
+
+
+def balance_loss(
+  router_probs: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  choices: str = 'all',
+) -> Float32[Array, ' G']:
+  """E * sum_e f_e P_e: the share of choices times the mean probability.
+
+  The value at perfect balance is 1 for every K and E: f_e is a share of
+  choices, so it sums to 1 over experts (flaxformer and MaxText sum it to K,
+  GShard as printed is this over E^2). The load is the router's wish, counted
+  before any choice is dropped; the gradient flows through P alone.
+
+  Args:
+    router_probs: Softmax over all experts.
+    expert_index: The choices, before dropping.
+    mask: False for padding.
+    choices: 'all' counts all K choices, 'first' only the largest (GShard
+      Algorithm 1, ST-MoE); the same for K=1 (Switch).
+
+  Source: Eq. 4 of arXiv:2101.03961 without its alpha.
+  """
+  if choices not in BALANCE_CHOICES:
+    raise unknown('balance_choices', choices, BALANCE_CHOICES)
+  E = router_probs.shape[-1]
+  if choices == 'first':
+    expert_index = expert_index[..., :1]
+  real = mask.sum(-1, keepdims=True).astype(jnp.float32)  # [G, 1]
+  real = jnp.maximum(real, 1.0)
+  load = load_per_expert(expert_index, mask[..., None], E)  # [G, E]
+  share = load / (real * expert_index.shape[-1])
+  mean_prob = jnp.where(mask[..., None], router_probs, 0.0).sum(1) / real
+  return E * (share * mean_prob).sum(-1)
+
+
+def z_loss(
+  router_logits: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
+) -> Float32[Array, ' G']:
+  """Mean over tokens of logsumexp(logits)^2; log(E)^2 for logits of zero.
+
+  Source: Eq. 5 of arXiv:2202.08906.
+  """
+  square = jax.nn.logsumexp(router_logits, axis=-1) ** 2
+  real = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
+  return jnp.where(mask, square, 0.0).sum(-1) / real
+
+
+def importance_loss(
+  gate: Float32[Array, 'G S K'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  num_experts: int,
+) -> Float32[Array, ' G']:
+  """CV(Importance)^2, Importance = the sum of each expert's gates.
+
+  0 at perfect balance, E/K - 1 when the same K experts take all. The gates
+  are those before dropping.
+
+  Source: Eq. 6-7 of arXiv:1701.06538.
+  """
+  gate = jnp.where(mask[..., None], gate, 0.0)
+  chosen = jax.nn.one_hot(expert_index, num_experts)  # [G, S, K, E]
+  return cv_squared(jnp.einsum('GSK,GSKE->GE', gate, chosen))
+
+
+def load_loss(
+  probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
+) -> Float32[Array, ' G']:
+  """CV(Load)^2, Load = the sum of P(x, i) (`noisy_top_k.load_probability`).
+
+  Source: Eq. 10-11 of arXiv:1701.06538.
+  """
+  return cv_squared(jnp.where(mask[..., None], probability, 0.0).sum(1))
+
+
+def cv_squared(x: Float32[Array, 'G E']) -> Float32[Array, ' G']:
+  """The squared coefficient of variation, (std / mean)^2; 0 for all zeros."""
+  mean = x.mean(-1)
+  safe = jnp.where(mean == 0, 1.0, mean)
+  return jnp.where(mean == 0, 0.0, x.var(-1) / safe**2)
+
+
+def load_per_expert(
+  expert_index: Int32[Array, 'G S K'],
+  counted: Bool[Array, 'G S #K'],
+  num_experts: int,
+) -> Float32[Array, 'G E']:
+  """How many counted choices fall on each expert."""
+  chosen = jax.nn.one_hot(expert_index, num_experts)
+  return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))

@@ -1,0 +1,104 @@
+"""What a router did, on real tokens only, as sums that merge by adding.
+
+Not here: the losses (`losses.py`) and how sums become a table
+(`moe_jax.analysis.routing_report`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing.base import Routing
+from moe_jax.routing.losses import load_per_expert
+from moe_jax.shapes import Array, Bool, Float32
+
+
+class RoutingStats(NamedTuple):
+  """Sums over the real tokens of all groups; add two to merge them.
+
+  Attributes:
+    tokens: float32 [], real tokens.
+    load: float32 [E], choices per expert before dropping.
+    kept_load: float32 [E], choices per expert that were served.
+    overflowed: float32 [K], choices by rank dropped because the expert was
+      full. Drop rate by rank is overflowed / tokens.
+    unsent: float32 [K], choices by rank a second policy did not send and
+      that were not full.
+    entropy: float32 [], sum over tokens of the router's entropy, in nats.
+    logit_square: float32 [], sum over tokens of the mean square of the
+      router logits; RMS = sqrt(logit_square / tokens).
+  """
+
+  tokens: Array
+  load: Array
+  kept_load: Array
+  overflowed: Array
+  unsent: Array
+  entropy: Array
+  logit_square: Array
+
+
+def routing_stats(
+  routing: Routing,
+  router_logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+) -> RoutingStats:
+  """The statistics of one routing; nothing in it carries a gradient."""
+  routing, router_logits = jax.lax.stop_gradient((routing, router_logits))
+  E = routing.num_experts
+  choice_mask = mask[..., None]  # [G, S, 1]
+  if routing.capacity is None:
+    full = jnp.zeros_like(routing.kept)
+  else:
+    full = routing.slot >= routing.capacity
+  log_probs = jax.nn.log_softmax(router_logits)
+  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)  # [G, S]
+  square = jnp.mean(router_logits**2, -1)
+  unsent = choice_mask & ~routing.kept & ~full
+  return RoutingStats(
+    tokens=mask.sum().astype(jnp.float32),
+    load=load_per_expert(routing.expert_index, choice_mask, E).sum(0),
+    kept_load=load_per_expert(routing.expert_index, routing.kept, E).sum(0),
+    overflowed=(choice_mask & full).sum((0, 1)).astype(jnp.float32),
+    unsent=unsent.sum((0, 1)).astype(jnp.float32),
+    entropy=jnp.where(mask, entropy, 0.0).sum(),
+    logit_square=jnp.where(mask, square, 0.0).sum(),
+  )
+
+
+class MoeAux(NamedTuple):
+  """What a feed-forward layer returns beside its output.
+
+  Losses are unweighted totals: the sum over groups of the group's loss times
+  its real tokens. Divided by `stats.tokens` (of the whole batch, where it is
+  split in microbatches) they are means. A dense layer is all zeros, so that
+  totals and counts add up over layers without asking which is which.
+
+  Attributes:
+    balance_loss, z_loss, importance_loss, load_loss: float32 [].
+    stats: Sums over real tokens; `stats.load` is the load before drops.
+  """
+
+  balance_loss: Array
+  z_loss: Array
+  importance_loss: Array
+  load_loss: Array
+  stats: RoutingStats
+
+
+def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
+  """The aux of a layer that does not route: zeros at the model's E and K."""
+  scalar = jnp.zeros((), jnp.float32)
+  per_expert = jnp.zeros((num_experts,), jnp.float32)
+  per_choice = jnp.zeros((num_selected,), jnp.float32)
+  stats = RoutingStats(
+    tokens=scalar,
+    load=per_expert,
+    kept_load=per_expert,
+    overflowed=per_choice,
+    unsent=per_choice,
+    entropy=scalar,
+    logit_square=scalar,
+  )
+  return MoeAux(scalar, scalar, scalar, scalar, stats)

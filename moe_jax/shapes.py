@@ -1,0 +1,29 @@
+"""The letters every shape is written in, and the types that carry them.
+
+| | meaning | | meaning |
+|---|---|---|---|
+| B | sequences in a batch | K | experts selected per token |
+| T | tokens per sequence | C | capacity: slots per expert and group |
+| G | groups, routed independently | M | model width |
+| S | tokens per group; G*S = B*T | F | hidden width of an expert or FFN |
+| E | experts | H, D | attention heads, head width |
+| L | layers | V | vocabulary |
+
+R is the rows an expert multiplies (G*C). A type `Float32` is a contract: the
+array is float32 whatever the model's dtype is. `Float` takes any width.
+"""
+
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+
+PRNGKey = Key[Array, '']
+
+__all__ = [
+  'Array',
+  'Bool',
+  'Float',
+  'Float32',
+  'Int',
+  'Int32',
+  'Key',
+  'PRNGKey',
+]
