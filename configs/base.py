@@ -163,6 +163,8 @@ def optimizer() -> ConfigDict:
       b2=0.98,
       epsilon=1e-8,
       clip_norm=1.0,  # 0.0: none
+      adafactor_decay_rate=0.8,
+      adafactor_min_dim_size=128,  # smaller dimensions are not factored
       weight_decay=0.1,
       # (pattern, factor) pairs; the first whose regular expression is found in
       # the parameter's name counts: 'layers/layer_1/moe/experts/w_in'.

@@ -112,6 +112,8 @@ class Router(nn.Module):
       second_threshold=c.second_threshold,
       key=self._policy_key(train),
     )
+    # For analysis only: kept where the caller makes 'intermediates' mutable.
+    self.sow('intermediates', 'expert_index', chosen.expert_index)
     return chosen, _aux(chosen, clean, noise, mask, c)
 
   def _policy_key(self, train):

@@ -194,7 +194,7 @@ def _layers(c: DecoderConfig, train: bool):
   length = len(c.sparse) // period
   scanned = nn.scan(
     Period,
-    variable_axes={'params': 0},
+    variable_axes={'params': 0, 'intermediates': 0},
     split_rngs={'params': True, 'dropout': True, 'router': True},
     in_axes=nn.broadcast,
     length=length,

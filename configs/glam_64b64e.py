@@ -1,0 +1,55 @@
+"""GLaM 64B/64E: 1.2T parameters, 96.6B active (arXiv:2112.06905).
+
+L=64, M=8192, F=32768, H=128 of 128, 64 experts in every other layer, 2
+selected, V=256K, sequences of 1024, a million tokens a batch. The published
+counts come out with GELU experts without a gate, gated dense layers, and
+relative positions.
+
+GShard's slots are choice-major: a later token's first choice evicts an
+earlier token's second, so outputs leak the future wherever capacity binds.
+That is what was published, hence `allow_future_leak`.
+
+    python -m moe_jax.main --config=configs/glam_64b64e.py:runlocal \
+      --workdir=runs/glam_local
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 1024
+  config.total_steps = 600_000
+  config.data.seq_len = 1024
+  m = config.model
+  m.vocab_size = 256_000
+  m.num_layers = 64
+  m.width = 8192
+  m.num_heads = 128
+  m.head_width = 128
+  m.hidden = 32_768
+  m.activation = 'geglu'
+  m.positions = 'relative'
+  m.dtype = 'bfloat16'
+  m.remat = 'full'
+  m.moe.num_experts = 64
+  m.moe.num_selected = 2
+  m.moe.layers = 'every 2'
+  m.moe.activation = 'gelu_tanh'
+  m.moe.gates = 'renormalized'
+  m.moe.slot_priority = 'choice_major'
+  m.moe.second_policy = 'sampled'
+  m.moe.balance_choices = 'first'
+  m.moe.capacity_rule = 'per_token'
+  m.moe.capacity_factor = 2.0
+  m.moe.balance_weight = 0.01
+  m.moe.z_weight = 0.0
+  m.moe.allow_future_leak = True
+  o = config.optimizer
+  o.name = 'adafactor'
+  o.learning_rate = 0.01
+  o.schedule = 'inverse_sqrt'
+  o.warmup_steps = 10_000
+  o.b1 = 0.0
+  o.weight_decay = 0.0
+  return base.finish(config, arg)

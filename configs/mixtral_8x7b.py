@@ -1,0 +1,42 @@
+"""Mixtral 8x7B: 46.7B parameters, 12.9B active (arXiv:2401.04088).
+
+The widely published sizes: L=32, M=4096, H=32 with 8 kv heads of 128,
+F=14336, 8 experts in every layer, 2 selected, V=32000, context 32768. Experts
+drop nothing. Optimizer and data are not published; ours stand in.
+
+    python -m moe_jax.main --config=configs/mixtral_8x7b.py:runlocal \
+      --workdir=runs/mixtral_local
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 512
+  config.total_steps = 100_000
+  config.data.seq_len = 32_768
+  m = config.model
+  m.vocab_size = 32_000
+  m.num_layers = 32
+  m.width = 4096
+  m.num_heads = 32
+  m.num_kv_heads = 8
+  m.head_width = 128
+  m.hidden = 14_336
+  m.activation = 'swiglu'
+  m.norm_epsilon = 1e-5
+  m.positions = 'rotary'
+  m.rope_theta = 1e6
+  m.tie_embeddings = False
+  m.dtype = 'bfloat16'
+  m.remat = 'full'
+  m.moe.num_experts = 8
+  m.moe.num_selected = 2
+  m.moe.layers = 'all'
+  m.moe.gates = 'renormalized'
+  m.moe.capacity_rule = 'all'
+  m.moe.z_weight = 0.0
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.warmup_steps = 2000
+  return base.finish(config, arg)

@@ -1,0 +1,45 @@
+"""nanoGPT's CPU recipe: a dense character model of tiny Shakespeare.
+
+L=4, H=4, M=128, T=64, B=12, 2000 steps, no dropout, biases only in neither:
+the small run of github.com/karpathy/nanoGPT, which reaches 1.88 nats per
+character on a sample of the validation split.
+
+    python -m moe_jax.main --config=configs/shakespeare_dense.py \
+      --workdir=runs/shakespeare_dense
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 12
+  config.total_steps = 2000
+  config.log_every_steps = 50
+  config.data.source = 'tfds:tiny_shakespeare'
+  config.data.tokenizer = 'chars'
+  config.data.seq_len = 64
+  m = config.model
+  m.num_layers = 4
+  m.width = 128
+  m.num_heads = 4
+  m.hidden = 512
+  m.activation = 'gelu'
+  m.norm = 'layernorm'
+  m.norm_epsilon = 1e-5
+  m.positions = 'learned'
+  m.init.kind = 'gpt2'
+  m.scan_layers = False
+  m.moe.num_experts = 0
+  o = config.optimizer
+  o.learning_rate = 1e-3
+  o.schedule = 'cosine'
+  o.warmup_steps = 100
+  o.final_fraction = 0.1
+  o.b2 = 0.99
+  o.weight_decay = 0.1
+  o.weight_decay_rules = (('scale$', 0.0), ('', 1.0))
+  o.clip_norm = 1.0
+  config.checkpoint.best_eval = 'validation'
+  config.evals = dict(validation=base.evaluation(every_steps=500))
+  return base.finish(config, arg)

@@ -1,0 +1,32 @@
+"""The first run: a byte-level Switch model of Python's own standard library.
+
+8 experts in every other layer, about two minutes on two cores, nothing
+downloaded.
+
+    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 16
+  config.total_steps = 1000
+  config.data.seq_len = 128
+  m = config.model
+  m.num_layers = 4
+  m.width = 128
+  m.hidden = 512
+  m.scan_layers = False
+  m.moe.num_experts = 8
+  m.moe.num_selected = 1
+  m.moe.group_size = 2048
+  m.moe.jitter = 0.01
+  config.optimizer.learning_rate = 3e-3
+  config.checkpoint.every_steps = 250
+  config.sample.prompt = 'def '
+  for entry in config.evals.values():
+    entry.every_steps = 250
+    entry.num_batches = 16
+  return base.finish(config, arg)

@@ -1,0 +1,110 @@
+"""What a model costs: parameters and FLOPs per token, total and active.
+
+Counted from the config and the parameters' shapes, never measured. Not here:
+time, bytes moved, memory.
+"""
+
+import dataclasses
+import math
+
+import jax
+from flax import linen as nn
+
+from moe_jax.models import Decoder
+from moe_jax.partitioning import path_name
+from moe_jax.training.step import abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Counts of one model.
+
+  Attributes:
+    total_params: All parameters.
+    active_params: Those that one token meets: K of E experts.
+    expert_params: Of all experts together.
+    embedding_params: Tables that are looked up, not multiplied.
+    forward_flops: Per token, two a multiply-add: active products, the router
+      and full (not halved) attention over the sequence.
+    router_flops: The router's part of them.
+    capacity_slack: Rows that experts multiply per assignment served: slots
+      over K * tokens, 1.0 for a dense model.
+  """
+
+  total_params: int
+  active_params: int
+  expert_params: int
+  embedding_params: int
+  forward_flops: int
+  router_flops: int
+  capacity_slack: float
+
+  @property
+  def training_flops(self) -> int:
+    """Per token, forward and backward: three times forward."""
+    return 3 * self.forward_flops
+
+  def describe(self) -> str:
+    """Two lines for a person."""
+    return (
+      f'parameters: {short(self.total_params)} total, '
+      f'{short(self.active_params)} active per token, '
+      f'{short(self.expert_params)} in experts\n'
+      f'FLOPs per token: {short(self.forward_flops)} forward, '
+      f'{short(self.training_flops)} training '
+      f'(router {self.router_flops / self.forward_flops:.1%}; experts '
+      f'multiply {self.capacity_slack:.2f} rows per assignment)'
+    )
+
+
+def count(model: Decoder, seq_len: int) -> Cost:
+  """Counts `model` at sequences of `seq_len` tokens."""
+  c = model.config
+  sizes = {
+    path_name(path): math.prod(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      nn.meta.unbox(abstract_params(model, seq_len))
+    )
+  }
+  total = sum(sizes.values())
+  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
+  lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
+  vectors = sum(n for name, n in sizes.items() if _is_vector(name))
+  active, router, slack = total, 0, 1.0
+  moe = c.block.moe
+  if moe is not None:
+    r = moe.router
+    active -= experts // r.num_experts * (r.num_experts - r.num_selected)
+    router = 2 * sum(n for name, n in sizes.items() if '/router/' in name)
+    S = moe.group_size or seq_len
+    slots = r.capacity(
+      group_size=S, num_experts=r.num_experts, num_selected=r.num_selected
+    )
+    slack = slots * r.num_experts / (S * r.num_selected)
+  logits = 0 if not c.tie_embeddings else c.vocab_size * c.width
+  a = c.block.attention
+  attention = 4 * len(c.sparse) * seq_len * a.num_heads * a.head_width
+  products = 2 * (active - lookup - vectors + logits)
+  return Cost(
+    total_params=total,
+    active_params=active,
+    expert_params=experts,
+    embedding_params=lookup,
+    forward_flops=products + attention,
+    router_flops=router,
+    capacity_slack=slack,
+  )
+
+
+def short(n: float) -> str:
+  """46702792704 -> '46.7B'."""
+  for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+    if n >= size:
+      return f'{n / size:.3g}{unit}'
+  return f'{n:.0f}'
+
+
+def _is_vector(name: str) -> bool:
+  """Norm scales, biases and relative-position tables: nothing multiplied."""
+  last = name.rsplit('/', 1)[-1]
+  return last in ('scale', 'bias', 'table') or last.startswith('b_')

@@ -1,0 +1,83 @@
+"""Rows of fixed length over a stream of documents, by index.
+
+Documents are concatenated in order and the stream is cut every T tokens, so a
+row is found from its number alone. Not here: where the stream comes from
+(`store.py`) and in which order rows are drawn (`pipeline.py`).
+"""
+
+import operator
+
+import numpy as np
+
+
+class PackedRows:
+  """Random access to packed rows; row r reads tokens [r*T, r*T + T] (T + 1).
+
+  A row is a dict of arrays [T]:
+
+  - `tokens` int32: the inputs, 0 where padding.
+  - `targets` int32: the next token of the stream, 0 where there is none.
+  - `segment_ids` int32: the documents of the row, from 1; 0 is padding.
+  - `positions` int32: from 0 at a document's first token in the row.
+  - `loss_weights` float32: 1 where the target is of the token's own document,
+    else 0: at a document's last token, and at padding.
+
+  Only the last row can hold padding.
+  """
+
+  def __init__(self, tokens: np.ndarray, starts: np.ndarray, seq_len: int):
+    """Wraps a stream without copying it (it may be memory-mapped).
+
+    Args:
+      tokens: Unsigned or signed integers [N], the documents one after another.
+      starts: Integers [D], where each document begins: 0, then ever larger
+        (no document is empty); only the first and last are checked.
+      seq_len: T.
+
+    Raises:
+      ValueError: `seq_len` is below 1, or `starts` is not as said.
+    """
+    if seq_len < 1:
+      raise ValueError(f'seq_len={seq_len} is not at least 1')
+    if not len(starts) or starts[0] != 0 or starts[-1] >= len(tokens):
+      raise ValueError(
+        f'starts={starts} do not go from 0 to below {len(tokens)}, '
+        'the number of tokens'
+      )
+    self.tokens = tokens
+    self.starts = starts
+    self.seq_len = seq_len
+
+  def __len__(self) -> int:
+    # The stream's last token is only ever a target, hence the 1.
+    return -(-(len(self.tokens) - 1) // self.seq_len)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    row = operator.index(index)
+    if not -len(self) <= row < len(self):
+      raise IndexError(f'row {row} of {len(self)}')
+    batch = self.take(np.array([row % len(self)]))
+    return {name: values[0] for name, values in batch.items()}
+
+  def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
+
+    An index of `len(self)` or more gives a row of padding.
+    """
+    N, T = len(self.tokens), self.seq_len
+    first = np.asarray(indices, np.int64)[:, None] * T  # [B, 1]
+    where = first + np.arange(T + 1)  # [B, T+1]
+    real = where < N
+    stream = self.tokens[np.minimum(where, N - 1)] * real
+    document = np.searchsorted(self.starts, where, side='right')  # from 1
+    start = np.maximum(self.starts[document - 1], first)
+    segment = (document - document[:, :1] + 1) * real
+    return {
+      'tokens': stream[:, :-1].astype(np.int32),
+      'targets': stream[:, 1:].astype(np.int32),
+      'segment_ids': segment[:, :-1].astype(np.int32),
+      'positions': ((where - start) * real)[:, :-1].astype(np.int32),
+      'loss_weights': (
+        real[:, 1:] & (document[:, 1:] == document[:, :-1])
+      ).astype(np.float32),
+    }

@@ -1,0 +1,1 @@
+"""Training: state, losses, optimizer, the pure step, the loop around it."""

@@ -1,0 +1,302 @@
+"""Checkpoints of a train state: asynchronous, verified, resumable bit for bit.
+
+Orbax writes and reads the arrays. Not here: what a good checkpoint is
+(`manifest.py`), which are kept (`retention.py`), when to save and what to do
+about a failure (`loop.py`).
+"""
+
+import concurrent.futures
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from moe_jax.training import manifest as manifest_lib
+from moe_jax.training import retention
+
+_ORBAX_FILES = os.path.dirname(ocp.__file__)
+_LONGEST_CAUSE = 120
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the others are untouched."""
+
+
+class Restored(NamedTuple):
+  """What `Checkpointer.restore` found.
+
+  `skipped` are the newer checkpoints passed over, newest first, with reasons;
+  with several processes, process 0 alone knows them.
+  """
+
+  state: Any
+  extra: dict[str, Any]
+  step: int
+  skipped: list[tuple[int, str]]
+
+
+class Checkpointer:
+  """The checkpoints of one run in one directory; a context manager.
+
+  Close it: at the interpreter's exit a pending save is lost.
+
+  Args:
+    directory: Made at the first save. One run at a time may save to it.
+    keep_newest: How many of the newest are kept, at least 1.
+    keep_best: Whether the one with the lowest `best_metric` is kept besides.
+    best_metric: A key of the `metrics` given to `save`.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    keep_newest: int = 2,
+    keep_best: bool = True,
+    best_metric: str = 'loss',
+  ):
+    self._directory = retention.Directory(
+      directory, keep_newest, keep_best, best_metric
+    )
+    self._needed_metric = best_metric if keep_best else None
+    # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
+    logging.getLogger('absl').addFilter(_not_from_orbax)
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    self._pending: tuple[int, concurrent.futures.Future] | None = None
+    self._last: int | None = None  # the step last saved or restored
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    extra: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Starts saving `state`; its arrays are copied out before this returns.
+
+    Waits for the save before. The step last saved or restored here is there
+    already and is not saved again. What the directory holds at or after `step`,
+    or after the restored step, is set aside.
+
+    Args:
+      step: The optimizer step, not negative.
+      state: Any pytree of jax arrays. With several processes, each calls this.
+      extra: What JSON can hold (tuples come back as lists), of process 0.
+      metrics: Scalars; one that is not finite is never the best.
+
+    Raises:
+      ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` are
+        given without the `best_metric` to keep the best by.
+      CheckpointError: This save could not start, or the one before failed.
+    """
+    about = self._manifest(step, state, extra or {}, metrics or {})
+    self.wait()
+    if step == self._last:
+      return
+    try:
+      if jax.process_index() == 0:
+        self._directory.make_room(step, self._last)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'checkpoint {step}')
+      saving = self._directory.folder(step, '.saving')
+      self._orbax.save(saving, ocp.args.PyTreeSave(state))
+    except Exception as error:
+      self._clear_away()
+      raise self._failure(step, error) from None
+    self._pending = step, self._thread.submit(self._finish, about)
+
+  def wait(self) -> None:
+    """Waits until the pending save, its manifest and the pruning are done.
+
+    Raises:
+      CheckpointError: The save failed, and what it had written is removed.
+    """
+    if self._pending is None:
+      return
+    step, future = self._pending
+    try:
+      future.result()
+    except Exception as error:
+      self._pending = None
+      raise self._failure(step, error) from None
+    self._pending, self._last = None, step
+
+  def close(self) -> None:
+    """Waits for the pending save (raising as `wait` does) and ends threads."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """The finished steps, rising; they are not verified, so this is cheap."""
+    return self._directory.steps()
+
+  def best_step(self) -> int | None:
+    """The step with the lowest finite `best_metric`, the earliest of equals."""
+    return self._directory.best_step()
+
+  def restore(
+    self, abstract_state: Any, *, step: int | None = None, partial: bool = False
+  ) -> Restored | None:
+    """The newest good checkpoint, or None where none was ever finished.
+
+    The run goes on from it: a later save sets newer ones aside. To look at a
+    checkpoint beside a run, use another `Checkpointer`.
+
+    Args:
+      abstract_state: A pytree of `jax.ShapeDtypeStruct` (or arrays). Leaves
+        come back in their `sharding`, on any mesh; without one, on the first
+        local device.
+      step: This one and no other.
+      partial: Whether the checkpoint may hold more than `abstract_state`, say
+        the optimizer's state, which is not loaded then.
+
+    Raises:
+      ValueError: `step` does not exist, or the trees differ in their paths,
+        shapes or dtypes, which are listed.
+      CheckpointError: `step` is not good; or some are finished and none is
+        good; or a save pending here failed.
+    """
+    self.wait()
+    found, skipped = self._find(step)
+    if found is None:
+      return None
+    manifest = self._directory.manifest(found)
+    wanted = manifest_lib.describe(abstract_state)
+    saved = manifest.tree
+    if partial:
+      saved = {path: saved[path] for path in saved if path in wanted}
+    if difference := manifest_lib.difference(saved, wanted):
+      folder = self._directory.folder(found)
+      raise ValueError(f'{folder} holds another state\n{difference}')
+    state = self._load(found, abstract_state, partial)
+    self._last = found
+    return Restored(state, manifest.extra, found, skipped)
+
+  def _manifest(self, step, state, extra, metrics) -> manifest_lib.Manifest:
+    """All of the manifest but its files, checked."""
+    if step < 0:
+      raise ValueError(f'step={step} < 0')
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+      kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
+      if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
+        raise ValueError(
+          f'state leaf {manifest_lib.name(path)!r} is {kind}; only a jax.Array '
+          'is saved, and a key as its jax.random.key_data'
+        )
+    try:
+      extra = json.loads(json.dumps(extra))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'extra={extra!r:.200} is not JSON: {error}') from None
+    if metrics and self._needed_metric not in (None, *metrics):
+      raise ValueError(
+        f'no best_metric {self._needed_metric!r} in metrics; have '
+        f'{sorted(metrics)}'
+      )
+    return manifest_lib.Manifest(
+      step=step,
+      tree=manifest_lib.describe(state),
+      extra=extra,
+      metrics={key: float(value) for key, value in metrics.items()},
+    )
+
+  def _finish(self, manifest: manifest_lib.Manifest) -> None:
+    """On the thread: waits for Orbax's files, then seals, names and prunes."""
+    saving = self._directory.folder(manifest.step, '.saving')
+    try:
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        manifest_lib.write(saving, manifest)
+        saving.rename(self._directory.folder(manifest.step))
+    except Exception:
+      self._clear_away()
+      raise
+    if jax.process_index() == 0:
+      self._directory.prune()
+
+  def _clear_away(self) -> None:
+    """Frees what a failed save took: it is a full disk, more often than not."""
+    if jax.process_index() == 0:
+      self._directory.remove_leftovers()
+
+  def _find(self, step: int | None) -> tuple[int | None, list[tuple[int, str]]]:
+    """`Directory.newest_good`, by process 0 for all; an error if none is."""
+    folders = self._directory.folders()
+    if step is not None and step not in folders:
+      raise ValueError(
+        f'no checkpoint {step} in {self._directory.path}; have {self.steps()}'
+      )
+    found, skipped = None, []
+    if jax.process_index() == 0:
+      found, skipped = self._directory.newest_good(step)
+    if jax.process_count() > 1:  # to hash everything once is enough
+      sent = np.int32(-1 if found is None else found)
+      found = int(multihost_utils.broadcast_one_to_all(sent))
+      found = None if found < 0 else found
+    if found is not None or not folders:
+      return found, skipped
+    reasons = '; '.join(f'{number}: {why}' for number, why in skipped)
+    message = f'no good checkpoint in {self._directory.path} ({reasons})'
+    if step is not None or self.steps():
+      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
+    logging.getLogger(__name__).warning(message)
+    return None, skipped
+
+  def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
+    target = jax.tree.map(_placed, abstract_state)
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    try:
+      return self._orbax.restore(
+        self._directory.folder(step),
+        ocp.args.PyTreeRestore(
+          target, restore_args=how, partial_restore=partial
+        ),
+      )
+    except Exception as error:
+      raise CheckpointError(
+        f'checkpoint {step} in {self._directory.path} is as it was saved but '
+        f'cannot be read: {_cause(error)}'
+      ) from error
+
+  def _failure(self, step: int, error: Exception) -> CheckpointError:
+    last = max(self.steps(), default=None)
+    return CheckpointError(
+      f'checkpoint {step} not saved to {self._directory.path}: '
+      f'{_cause(error)}\nlast good step: {last}'
+    )
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  """`leaf` with a sharding: else Orbax takes the devices of the saving run."""
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _cause(error: Exception) -> str:
+  """One line; of a long one the end, where the operating system speaks."""
+  text = ' '.join(str(error).split('\n', 1)[0].split())
+  if len(text) > _LONGEST_CAUSE:
+    text = f'...{text[-_LONGEST_CAUSE:]}'
+  return f'{type(error).__name__}: {text}'
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  return not record.pathname.startswith(_ORBAX_FILES)

@@ -1,0 +1,159 @@
+"""The train state and the pure functions that move it by one step.
+
+`train_step(state, batch) -> (state, metrics)`. Optional behaviour wraps the
+gradient function; the step itself has no branch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from moe_jax.shapes import Array, PRNGKey
+from moe_jax.training import losses
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that a run is, but for its data position, which is `step`.
+
+  Attributes:
+    step: int32 [], optimizer steps taken.
+    params: The model's parameters, unboxed.
+    opt_state: The optimizer's state.
+  """
+
+  step: Array
+  params: Any
+  opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+  """What a step reports.
+
+  Attributes:
+    loss: float32 [], what was minimised.
+    sums: Of the batch.
+    grad_norm: float32 [], before clipping.
+    learning_rate: float32 [], of this step, before rules by name.
+  """
+
+  loss: Array
+  sums: losses.LossSums
+  grad_norm: Array
+  learning_rate: Array
+
+
+Batch = dict[str, Array]
+# (params, batch, whole batch's normalisers, key) -> (loss, sums), gradient
+GradFn = Callable[..., tuple[tuple[Array, losses.LossSums], Any]]
+
+
+def make_grad_fn(
+  model: nn.Module, weights: losses.LossWeights, microbatches: int = 1
+) -> GradFn:
+  """The value and gradient of the loss, accumulated over microbatches."""
+
+  def loss_fn(params, batch, whole, key):
+    router_key, dropout_key = jax.random.split(key)
+    logits, aux = model.apply(
+      {'params': params},
+      batch['tokens'],
+      batch['segment_ids'],
+      batch['positions'],
+      train=True,
+      rngs={'router': router_key, 'dropout': dropout_key},
+    )
+    sums = losses.loss_sums(logits, batch, aux)
+    return losses.total_loss(sums, whole, weights), sums
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  return grad_fn if microbatches == 1 else _accumulated(grad_fn, microbatches)
+
+
+def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
+  """Sums `grad_fn` over n slices of the batch, one after the other.
+
+  Every slice's loss is divided by the whole batch's normalisers, so the sum
+  is the whole batch's loss, auxiliary losses included.
+  """
+
+  def accumulated(params, batch, whole, key):
+    slices = jax.tree.map(
+      lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
+    )
+
+    def one(total, item):
+      index, part = item
+      result = grad_fn(params, part, whole, jax.random.fold_in(key, index))
+      return jax.tree.map(jnp.add, total, result), None
+
+    first = jax.tree.map(lambda x: x[0], slices)
+    shapes = jax.eval_shape(grad_fn, params, first, whole, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(one, zeros, (jnp.arange(n), slices))[0]
+
+  return accumulated
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  grad_fn: GradFn,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  seed: int,
+) -> tuple[TrainState, StepMetrics]:
+  """One optimizer step. All randomness comes from `seed` and `state.step`."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  whole = losses.normalizers(batch)
+  (loss, sums), grads = grad_fn(state.params, batch, whole, key)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  metrics = StepMetrics(
+    loss=loss,
+    sums=sums,
+    grad_norm=optax.global_norm(grads),
+    learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+  )
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
+  """The sums of one batch, without noise or dropout."""
+  logits, aux = model.apply(
+    {'params': params},
+    batch['tokens'],
+    batch['segment_ids'],
+    batch['positions'],
+  )
+  return losses.loss_sums(logits, batch, aux)
+
+
+def init_params(model: nn.Module, key: PRNGKey, seq_len: int):
+  """Parameters from a key, in the boxes that carry their logical axes."""
+  tokens = jnp.zeros((1, seq_len), jnp.int32)
+  return model.init(key, tokens)['params']
+
+
+def init_state(
+  key: PRNGKey,
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  seq_len: int,
+) -> TrainState:
+  """The state before the first step."""
+  params = nn.meta.unbox(init_params(model, key, seq_len))
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_params(model: nn.Module, seq_len: int):
+  """Shapes and logical axes of the parameters; nothing is computed."""
+  init = functools.partial(init_params, model, seq_len=seq_len)
+  return jax.eval_shape(init, jax.random.key(0))

@@ -1,0 +1,128 @@
+"""Rows of packed documents, by hand and by a plain loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.data.packing import PackedRows
+
+
+def pack(documents, seq_len):
+  lengths = [len(document) for document in documents]
+  starts = np.cumsum([0, *lengths[:-1]])
+  return PackedRows(np.concatenate(documents), starts, seq_len)
+
+
+def as_lists(row):
+  return {name: values.tolist() for name, values in row.items()}
+
+
+# Documents 'a b .' and 'c d e f g .' (9 ends one) make the stream
+# 1 2 9 3 4 5 6 7 9, cut every 4: the second row goes on in the second document
+# and its targets reach the 9; nothing is left for a third row.
+TWO = [np.array([1, 2, 9], np.uint16), np.array([3, 4, 5, 6, 7, 9], np.uint16)]
+
+
+def test_a_boundary_inside_a_row():
+  rows = pack(TWO, 4)
+  assert len(rows) == 2
+  assert as_lists(rows[0]) == {
+    'tokens': [1, 2, 9, 3],
+    'targets': [2, 9, 3, 4],
+    'segment_ids': [1, 1, 1, 2],
+    'positions': [0, 1, 2, 0],
+    # 9 ends the first document: that 3 follows is not to be learned.
+    'loss_weights': [1, 1, 0, 1],
+  }
+  assert as_lists(rows[1]) == {
+    'tokens': [4, 5, 6, 7],
+    'targets': [5, 6, 7, 9],
+    'segment_ids': [1, 1, 1, 1],  # numbered within the row
+    'positions': [0, 1, 2, 3],  # and counted within the row
+    'loss_weights': [1, 1, 1, 1],
+  }
+
+
+def test_the_last_row_is_padded():
+  rows = pack([*TWO, np.array([8, 9], np.uint16)], 4)
+  assert len(rows) == 3
+  # The stream ends at 9, which is an input without a target.
+  assert as_lists(rows[2]) == {
+    'tokens': [9, 8, 9, 0],
+    'targets': [8, 9, 0, 0],
+    'segment_ids': [1, 2, 2, 0],
+    'positions': [0, 0, 1, 0],
+    'loss_weights': [0, 1, 0, 0],
+  }
+
+
+def test_a_document_that_ends_with_its_row():
+  rows = pack([np.array([1, 2, 3, 9]), np.array([4, 5, 9])], 4)
+  assert as_lists(rows[0])['loss_weights'] == [1, 1, 1, 0]
+  assert as_lists(rows[0])['targets'] == [2, 3, 9, 4]
+  assert as_lists(rows[1])['positions'] == [0, 1, 2, 0]
+
+
+def test_dtypes_and_indices():
+  rows = pack(TWO, 4)
+  dtypes = {name: values.dtype.name for name, values in rows[0].items()}
+  assert dtypes.pop('loss_weights') == 'float32'
+  assert set(dtypes.values()) == {'int32'}
+  assert as_lists(rows[-1]) == as_lists(rows[1])
+  for outside in (2, -3):
+    with pytest.raises(IndexError, match='of 2'):
+      rows[outside]
+
+
+def test_rows_beyond_the_end_are_padding():
+  batch = pack(TWO, 4).take(np.array([0, 2, 5]))
+  for values in batch.values():
+    assert values.shape == (3, 4)
+    assert values[0].any()
+    assert not values[1:].any()
+
+
+def oracle(documents, seq_len):
+  """The definition, token by token: one dict of lists for each row."""
+  stream = [(d, t) for d, doc in enumerate(documents) for t in doc]
+  rows = []
+  for begin in range(0, len(stream) - 1, seq_len):
+    row = {name: [] for name in pack(TWO, 4)[0]}
+    for i in range(begin, begin + seq_len):
+      document, token = stream[i] if i < len(stream) else (None, 0)
+      after, target = stream[i + 1] if i + 1 < len(stream) else (None, 0)
+      seen = [d for d, _ in stream[begin : min(i, len(stream)) + 1]]
+      real = document is not None
+      row['tokens'].append(token)
+      row['targets'].append(target)
+      row['segment_ids'].append(len(set(seen)) if real else 0)
+      row['positions'].append(seen.count(document) - 1 if real else 0)
+      row['loss_weights'].append(float(real and document == after))
+    rows.append(row)
+  return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  documents=st.lists(
+    st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    min_size=1,
+    max_size=7,
+  ),
+  seq_len=st.integers(1, 11),
+)
+def test_packing_equals_the_loop(documents, seq_len):
+  rows = pack([np.array(d, np.uint16) for d in documents], seq_len)
+  assert [as_lists(row) for row in rows] == oracle(documents, seq_len)
+
+
+@pytest.mark.parametrize('starts', [[], [1], [0, 3]])
+def test_starts_must_fit(starts):
+  with pytest.raises(ValueError, match='starts'):
+    PackedRows(np.arange(3), np.array(starts, np.int64), 2)
+
+
+def test_seq_len_must_be_positive():
+  with pytest.raises(ValueError, match='seq_len=0'):
+    PackedRows(np.arange(3), np.array([0]), 0)

@@ -1,0 +1,214 @@
+"""Batches: pure in their number, the same for any number of processes."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from moe_jax.data import (
+  PackedRows,
+  batch_dataset,
+  eval_batches,
+  train_batches,
+)
+
+NUM_ROWS = 23  # with T=4 and B=6 no epoch ends with a batch
+
+
+def numbered_rows(num_rows=NUM_ROWS, seq_len=4):
+  """Row r begins with the token r * seq_len; all are full."""
+  tokens = np.arange(num_rows * seq_len + 1)
+  return PackedRows(tokens, np.array([0, 7]), seq_len)
+
+
+def row_numbers(batch):
+  return (batch['tokens'][:, 0] // 4).tolist()
+
+
+def assert_equal(one, other):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_every_epoch_has_every_row_once_in_its_own_order():
+  ds = batch_dataset(numbered_rows(), batch_size=6, seed=0)
+  stream = [row for i in range(12) for row in row_numbers(ds[i])]
+  epochs = [stream[e * NUM_ROWS : (e + 1) * NUM_ROWS] for e in range(3)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(NUM_ROWS))
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_rows_arrive_whole():
+  rows = numbered_rows()
+  batch = batch_dataset(rows, batch_size=6, seed=1)[2]
+  for b, row in enumerate(row_numbers(batch)):
+    assert_equal({k: v[b] for k, v in batch.items()}, rows[row])
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone():
+  def make(seed):
+    return batch_dataset(numbered_rows(), batch_size=6, seed=seed)
+
+  forwards = [make(5)[i] for i in range(9)]
+  again = make(5)
+  for i in reversed(range(9)):
+    assert_equal(again[i], forwards[i])
+  assert row_numbers(make(6)[0]) != row_numbers(forwards[0])
+
+
+def test_neighbouring_seeds_share_no_epoch():
+  # With B = rows a batch is an epoch.
+  orders = [
+    tuple(
+      row_numbers(
+        batch_dataset(numbered_rows(), batch_size=NUM_ROWS, seed=s)[e]
+      )
+    )
+    for s in range(3)
+    for e in range(3)
+  ]
+  assert len(set(orders)) == 9
+
+
+@pytest.mark.parametrize('process_count', [2, 3, 6])
+def test_processes_cut_the_same_global_batch(process_count):
+  rows = numbered_rows()
+  whole = batch_dataset(rows, batch_size=6, seed=3)
+  parts = [
+    batch_dataset(
+      rows,
+      batch_size=6,
+      seed=3,
+      process_index=p,
+      process_count=process_count,
+    )
+    for p in range(process_count)
+  ]
+  for i in (0, 3, 4, 50):
+    shares = [part[i] for part in parts]
+    joined = {
+      name: np.concatenate([share[name] for share in shares])
+      for name in shares[0]
+    }
+    assert_equal(joined, whole[i])
+
+
+@pytest.mark.parametrize('start', [0, 1, 7])
+def test_training_begins_anywhere(start):
+  rows = numbered_rows()
+  ds = batch_dataset(rows, batch_size=6, seed=2)
+  stream = train_batches(rows, batch_size=6, seed=2, start=start)
+  for i, batch in enumerate(itertools.islice(stream, 12)):
+    assert_equal(batch, ds[start + i])
+
+
+def test_training_begins_anywhere_in_a_process():
+  share = {'process_index': 1, 'process_count': 2}
+  rows = numbered_rows()
+  ds = batch_dataset(rows, batch_size=6, seed=2, **share)
+  stream = train_batches(rows, batch_size=6, seed=2, start=5, **share)
+  assert_equal(next(stream), ds[5])
+  assert_equal(next(stream), ds[6])
+
+
+def test_fewer_rows_than_a_batch():
+  batch = batch_dataset(numbered_rows(2), batch_size=7, seed=0)[0]
+  counts = collections.Counter(row_numbers(batch))
+  assert counts.keys() == {0, 1} and counts.total() == 7
+  assert abs(counts[0] - counts[1]) == 1
+
+
+class FailingRows(PackedRows):
+  """Rows whose disk breaks at the one that begins with token 0."""
+
+  def take(self, indices):
+    if 0 in indices:
+      raise OSError('disk gone')
+    return super().take(indices)
+
+
+def test_a_background_error_is_raised_and_ends_the_stream():
+  good = numbered_rows()
+  rows = FailingRows(good.tokens, good.starts, good.seq_len)
+  before = next(
+    i
+    for i, batch in enumerate(
+      train_batches(good, batch_size=6, seed=0, start=0)
+    )
+    if 0 in row_numbers(batch)
+  )
+  stream = train_batches(rows, batch_size=6, seed=0, start=0)
+  assert len(list(itertools.islice(stream, before))) == before
+  with pytest.raises(OSError, match='disk gone'):
+    next(stream)
+  with pytest.raises(StopIteration):  # not the batch after the lost one
+    next(stream)
+
+
+def test_evaluation_sees_every_row_once_and_padding_last():
+  rows = numbered_rows()
+  batches = list(eval_batches(rows, batch_size=6))
+  assert [row_numbers(b) for b in batches[:3]] == [
+    list(range(6)),
+    list(range(6, 12)),
+    list(range(12, 18)),
+  ]
+  assert len(batches) == 4
+  assert row_numbers(batches[3])[:5] == [18, 19, 20, 21, 22]
+  assert {b['tokens'].shape for b in batches} == {(6, 4)}
+  for values in batches[3].values():
+    assert not values[5].any()
+  total = sum(b['loss_weights'].sum() for b in batches)
+  assert total == sum(row['loss_weights'].sum() for row in rows)
+
+
+@pytest.mark.parametrize(
+  ('num_batches', 'first_rows'),
+  [(1, [0]), (2, [0, 12]), (3, [0, 6, 12]), (9, [0, 6, 12, 18])],
+)
+def test_some_batches_are_spread_evenly(num_batches, first_rows):
+  batches = eval_batches(numbered_rows(), batch_size=6, num_batches=num_batches)
+  assert [row_numbers(b)[0] for b in batches] == first_rows
+
+
+def test_processes_share_an_evaluation():
+  rows = numbered_rows()
+  parts = [
+    eval_batches(rows, batch_size=6, process_index=p, process_count=3)
+    for p in range(3)
+  ]
+  for whole, *shares in zip(eval_batches(rows, batch_size=6), *parts):
+    joined = {n: np.concatenate([s[n] for s in shares]) for n in whole}
+    assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'batch_size': 7, 'process_count': 2}, 'batch_size=7 .*process_count=2'),
+    ({'process_index': 2, 'process_count': 2}, 'process_index=2'),
+    ({'seed': -1}, 'seed=-1'),
+    ({'start': -1}, 'start=-1'),
+  ],
+)
+def test_wrong_arguments_are_refused_at_once(wrong, message):
+  arguments = {'batch_size': 6, 'seed': 0, 'start': 0} | wrong
+  with pytest.raises(ValueError, match=message):
+    train_batches(numbered_rows(), **arguments)
+
+
+def test_wrong_evaluations_are_refused_at_once():
+  with pytest.raises(ValueError, match='num_batches=-1'):
+    eval_batches(numbered_rows(), batch_size=6, num_batches=-1)
+  with pytest.raises(ValueError, match='batch_size=-6'):
+    eval_batches(numbered_rows(), batch_size=-6)
+
+
+def test_no_rows_are_refused():
+  rows = PackedRows(np.arange(1), np.array([0]), 4)
+  with pytest.raises(ValueError, match='0 rows'):
+    batch_dataset(rows, batch_size=6, seed=0)

@@ -1,0 +1,127 @@
+"""The token cache: what it writes, and that nothing half-made stays."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.data import store, tokenizers
+
+
+def test_documents_end_in_eos_and_empty_ones_go(tmp_path):
+  texts = {'train': ['ab', '', 'c'], 'validation': ['é']}
+  store.write_tokens(tmp_path, texts, tokenizers.Bytes())
+  tokens, starts = store.read_tokens(tmp_path, 'train')
+  assert tokens.tolist() == [97, 98, 256, 99, 256]
+  assert starts.tolist() == [0, 3]
+  assert tokens.dtype == np.uint16  # the smallest that holds 256
+  about = store.read_about(tmp_path)
+  assert about['splits'] == {
+    'train': {'documents': 2, 'bytes': 3, 'tokens': 5},
+    'validation': {'documents': 1, 'bytes': 2, 'tokens': 3},
+  }
+
+
+def test_without_eos_and_in_one_byte(tmp_path):
+  texts = {'train': ['ab', 'ca'], 'validation': ['bb']}
+  store.write_tokens(tmp_path, texts, tokenizers.Chars('abc'))
+  tokens, starts = store.read_tokens(tmp_path, 'train')
+  assert tokens.tolist() == [0, 1, 2, 0]
+  assert starts.tolist() == [0, 2]
+  assert tokens.dtype == np.uint8
+
+
+def digest_of(**splits):
+  digest = store.Digest()
+  for name, texts in splits.items():
+    digest.split(name)
+    for text in texts:
+      digest.text(text.encode())
+  return digest.hexdigest()
+
+
+def test_digest_tells_boundaries_apart(tmp_path):
+  texts = {'train': ['ab', 'c'], 'validation': ['dd']}
+  store.write_tokens(tmp_path, texts, tokenizers.Bytes())
+  written = store.read_about(tmp_path)['sha256']
+  assert written == digest_of(**texts)
+  others = [
+    digest_of(train=['a', 'bc'], validation=['dd']),
+    digest_of(train=['abc'], validation=['dd']),
+    digest_of(train=['ab'], validation=['c', 'dd']),
+    digest_of(train=['c', 'ab'], validation=['dd']),
+  ]
+  assert len({written, *others}) == 5
+
+
+@pytest.mark.parametrize('texts', [[], [''], ['', '']])
+def test_an_empty_split_is_refused(texts, tmp_path):
+  splits = {'train': ['ab'], 'validation': texts}
+  with pytest.raises(ValueError, match="'validation' has 0 tokens"):
+    store.write_tokens(tmp_path, splits, tokenizers.Bytes())
+
+
+def test_one_token_is_too_few(tmp_path):
+  splits = {'train': ['a'], 'validation': ['ab']}
+  with pytest.raises(ValueError, match="'train' has 1 tokens"):
+    store.write_tokens(tmp_path, splits, tokenizers.Chars('ab'))
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+  splits = {'train': ['abc'], 'validation': ['ab']}
+  store.write_tokens(tmp_path, splits, tokenizers.Bytes())
+  os.truncate(tmp_path / 'train.tokens', 5)
+  with pytest.raises(ValueError, match=r'train.tokens.* not of its 8 bytes'):
+    store.read_tokens(tmp_path, 'train')
+
+
+def write(folder):
+  (folder / 'a').write_text('whole')
+
+
+def test_prepared_once(tmp_path):
+  folder = store.prepared(tmp_path / 'deep' / 'x', write)
+  assert (folder / 'a').read_text() == 'whole'
+  assert store.prepared(folder, lambda _: pytest.fail('again')) == folder
+  assert os.listdir(folder.parent) == ['x']
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
+  def fail(folder):
+    write(folder)
+    raise OSError('disk full')
+
+  with pytest.raises(OSError, match='disk full'):
+    store.prepared(tmp_path / 'x', fail)
+  assert os.listdir(tmp_path) == []
+
+
+def test_the_loser_of_a_race_takes_the_winners(tmp_path):
+  def overtaken(folder):
+    (folder / 'a').write_text('late')
+    store.prepared(tmp_path / 'x', write)
+
+  folder = store.prepared(tmp_path / 'x', overtaken)
+  assert (folder / 'a').read_text() == 'whole'
+  assert os.listdir(tmp_path) == ['x']
+
+
+def test_a_killed_preparation_is_made_anew(tmp_path):
+  script = (
+    'import os, pathlib, sys\n'
+    'from moe_jax.data import store\n'
+    'def write(folder):\n'
+    "  (folder / 'a').write_text('half')\n"
+    '  os.kill(os.getpid(), 9)\n'
+    'store.prepared(pathlib.Path(sys.argv[1]), write)\n'
+  )
+  command = [sys.executable, '-c', script, str(tmp_path / 'x')]
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
+  killed = subprocess.run(command, env=environment)
+  assert killed.returncode == -signal.SIGKILL
+  assert not (tmp_path / 'x').exists()
+  folder = store.prepared(tmp_path / 'x', write)
+  assert (folder / 'a').read_text() == 'whole'

@@ -1,0 +1,155 @@
+"""Round trips, names and refusals of each tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.data import tokenizers
+
+TEXT = 'Größe: 10 €, 日本\n\t👍'
+
+
+def bpe(eos='<|endoftext|>'):
+  """A small byte-level BPE model; `eos` has id 0."""
+  model = hf.Tokenizer(hf.models.BPE())
+  model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = hf.decoders.ByteLevel()
+  trainer = hf.trainers.BpeTrainer(
+    vocab_size=290,
+    special_tokens=[eos],
+    initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
+  return model
+
+
+def all_kinds():
+  return [
+    tokenizers.Bytes(),
+    tokenizers.Chars(TEXT),
+    tokenizers.Json(bpe().to_str()),
+  ]
+
+
+@pytest.mark.parametrize('tokenizer', all_kinds(), ids=lambda t: t.identity)
+def test_round_trip_through_a_file(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / 't.json')
+  for t in (tokenizer, tokenizers.load(tmp_path / 't.json')):
+    ids = t.encode(TEXT)
+    assert ids.dtype == np.int32
+    assert ids.min() >= 0
+    assert ids.max() < t.vocab_size
+    assert t.decode(ids) == TEXT
+    assert t.encode('').shape == (0,)
+    assert t.identity == tokenizer.identity
+    assert (t.eos_id, t.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
+    for outside in (-1, t.vocab_size):
+      with pytest.raises(ValueError, match=f'token {outside} not in'):
+        t.decode([outside])
+      with pytest.raises(ValueError, match=f'token {outside} not in'):
+        t.token_name(outside)
+
+
+@given(st.text(st.characters(exclude_categories=['Cs'])))
+def test_bytes_know_every_text(text):
+  tokenizer = tokenizers.Bytes()
+  assert tokenizer.encode(text).tolist() == list(text.encode())
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bytes_by_hand():
+  tokenizer = tokenizers.Bytes()
+  assert tokenizer.vocab_size == 257
+  assert tokenizer.encode('aé').tolist() == [97, 0xC3, 0xA9]
+  # Half an é is no UTF-8; an EOS is no text.
+  assert tokenizer.decode([97, 0xC3, 256]) == 'a\ufffd'
+  names = [tokenizer.token_name(t) for t in (32, 10, 101, 0x80, 256)]
+  assert names == ["' '", "'\\n'", "'e'", '0x80', '<eos>']
+
+
+def test_chars_by_hand():
+  tokenizer = tokenizers.fit('chars', iter(['ba', 'é\n', 'ab']))
+  assert (tokenizer.vocab_size, tokenizer.eos_id) == (4, None)
+  assert tokenizer.encode('abé\n').tolist() == [1, 2, 3, 0]
+  assert tokenizer.token_name(0) == "'\\n'"
+
+
+@pytest.mark.parametrize('unseen', ['!', 'c', '€'])
+def test_chars_name_the_unseen(unseen):
+  with pytest.raises(ValueError, match=f"character '{unseen}' not in"):
+    tokenizers.Chars('abdé').encode(f'ab{unseen}')
+
+
+def test_chars_need_a_character():
+  with pytest.raises(ValueError, match='at least one character'):
+    tokenizers.fit('chars', [''])
+
+
+def test_json_by_hand(tmp_path):
+  path = tmp_path / 'bpe.json'
+  bpe('</s>').save(str(path))
+  tokenizer = tokenizers.fit(f'json:{path}', [])
+  assert tokenizer.eos_id == 0
+  assert tokenizer.token_name(0) == '<eos>'
+  assert tokenizer.decode([0]) == ''
+  (the,) = tokenizer.encode('the')  # the commonest word is one token
+  assert tokenizer.token_name(the) == "'the'"
+  half = tokenizer.encode('é')[0]
+  assert '\ufffd' not in tokenizer.token_name(half)
+  # Text cannot forge the end of a document.
+  forged = tokenizer.encode('a</s>b')
+  assert 0 not in forged
+  assert tokenizer.decode(forged) == 'a</s>b'
+
+
+def test_json_ignores_truncation_padding_and_unusual_eos():
+  model = bpe('<stop>')
+  model.enable_truncation(2)
+  model.enable_padding(length=9)
+  tokenizer = tokenizers.Json(model.to_str())
+  assert tokenizer.decode(tokenizer.encode('a longer text')) == 'a longer text'
+  assert tokenizer.eos_id is None
+
+
+def test_identities_tell_tokenizers_apart(tmp_path):
+  paths = [tmp_path / 'a.json', tmp_path / 'b.json']
+  for path, eos in zip(paths, ['</s>', '<eos>']):
+    bpe(eos).save(str(path))
+  specs = ['bytes', 'chars', *(f'json:{path}' for path in paths)]
+  assert len({tokenizers.spec_identity(spec) for spec in specs}) == 4
+  assert tokenizers.Chars('ab').identity != tokenizers.Chars('ac').identity
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ('byte', "unknown tokenizer 'byte'; did you mean 'bytes'"),
+    ('json', 'unknown tokenizer'),
+    ('json:missing.json', 'no file missing.json'),
+    ('', 'unknown tokenizer'),
+  ],
+)
+def test_bad_specs(spec, message):
+  for function in (tokenizers.spec_identity, lambda s: tokenizers.fit(s, [])):
+    with pytest.raises(ValueError, match=message):
+      function(spec)
+
+
+@pytest.mark.parametrize(
+  ('saved', 'message'),
+  [
+    ({'kind': 'words'}, "unknown tokenizer kind 'words'"),
+    ({'kind': 'chars'}, 'no saved tokenizer'),
+    ([], 'no saved tokenizer'),
+    ({'kind': 'json', 'model': {}}, 'not a tokenizers JSON file'),
+  ],
+)
+def test_bad_saved_files(saved, message, tmp_path):
+  (tmp_path / 't.json').write_text(json.dumps(saved))
+  with pytest.raises(ValueError, match=message):
+    tokenizers.load(tmp_path / 't.json')

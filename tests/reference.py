@@ -1,0 +1,287 @@
+"""What routing and dispatch mean: numpy and plain loops, from the papers.
+
+These are the definitions the code is held to, one token and one choice at a
+time, in float64. Not here: anything fast, and anything taken from `moe_jax`.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr  # the standard normal's distribution function
+
+
+class Reference(NamedTuple):
+  """A routing with the fate of each choice; arrays [G, S, K]."""
+
+  expert_index: np.ndarray
+  slot: np.ndarray
+  gate: np.ndarray
+  kept: np.ndarray
+  fate: np.ndarray  # 'padding', 'unsent', 'full' or 'served'
+
+
+def softmax(logits):
+  exp = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+  return exp / exp.sum(-1, keepdims=True)
+
+
+def capacity(
+  rule, factor, rounding, multiple, minimum, slots, *, S, E, K
+) -> int:
+  """Slots per expert in integers alone; `factor` is (numerator, denominator).
+
+  `per_token` is CF*S/E, `per_assignment` CF*K*S/E.
+  """
+  if rule == 'all':
+    return S
+  if rule == 'fixed':
+    return min(slots, S)
+  above, below = factor[0] * S, factor[1] * E
+  if rule == 'per_assignment':
+    above *= K
+  whole, rest = divmod(above, below)
+  up = {
+    'floor': False,
+    'ceil': rest > 0,
+    'round': 2 * rest > below or (2 * rest == below and whole % 2 == 1),
+  }[rounding]
+  count = max(whole + up, minimum)
+  while count % multiple:
+    count += 1
+  return min(count, S)
+
+
+def choose(logits, K):
+  """The K largest of one token's logits, ties to the lower expert."""
+  return sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:K]
+
+
+def visits(slot_priority, logits, K):
+  """The (token, choice) pairs of one group in the order they are served."""
+  tokens = list(range(len(logits)))
+  if slot_priority == 'token_major':
+    return [(s, k) for s in tokens for k in range(K)]
+  if slot_priority == 'batch_priority':
+    top = softmax(logits).max(-1)
+    tokens.sort(key=lambda s: (-top[s], s))
+  return [(s, k) for k in range(K) for s in tokens]
+
+
+def is_sent(second_policy, k, relative_gate, draw, threshold):
+  """Whether a choice of rank k goes out at all; the first always does."""
+  if k == 0 or draw is None or second_policy == 'all':
+    return True
+  if second_policy == 'sampled':  # GShard, Algorithm 1
+    return 2 * relative_gate > draw
+  return min(1.0, relative_gate / threshold) > draw  # ST-MoE, section C.2
+
+
+def token_choice(
+  logits,
+  *,
+  num_selected,
+  capacity,
+  mask=None,
+  gates='raw',
+  slot_priority='token_major',
+  second_policy='all',
+  second_threshold=0.2,
+  draws=None,
+) -> Reference:
+  """Token choice, one choice after another, given the uniform draws."""
+  logits = np.asarray(logits, np.float64)
+  (G, S, _), K = logits.shape, num_selected
+  mask = np.ones((G, S), bool) if mask is None else np.asarray(mask)
+  room = math.inf if capacity is None else capacity
+  expert_index = np.zeros((G, S, K), int)
+  slot = np.zeros((G, S, K), int)
+  gate = np.zeros((G, S, K))
+  fate = np.full((G, S, K), 'padding', dtype=object)
+  for g in range(G):
+    for s in range(S):
+      expert_index[g, s] = choose(logits[g, s], K)
+    queue = [0] * logits.shape[-1]
+    for s, k in visits(slot_priority, logits[g], K):
+      if not mask[g, s]:
+        continue
+      relative = relative_gates(logits[g, s], expert_index[g, s])
+      draw = None if draws is None else draws[g, s, k]
+      sent = is_sent(second_policy, k, relative[k], draw, second_threshold)
+      fate[g, s, k] = 'unsent'
+      if not sent and second_policy == 'threshold':
+        continue
+      expert = expert_index[g, s, k]
+      slot[g, s, k], queue[expert] = queue[expert], queue[expert] + 1
+      if slot[g, s, k] >= room:
+        fate[g, s, k] = 'full'
+      elif sent:
+        fate[g, s, k] = 'served'
+    for s in range(S):
+      served = fate[g, s] == 'served'
+      gate[g, s] = token_gates(gates, logits[g, s], expert_index[g, s], served)
+  return Reference(expert_index, slot, gate, fate == 'served', fate)
+
+
+def relative_gates(logits, chosen):
+  """g_i / (g_1 + ... + g_K) of one token."""
+  gate = softmax(logits)[chosen]
+  return gate / gate.sum()
+
+
+def token_gates(gates, logits, chosen, served):
+  """The K gates of one token; 0 for a choice that is not served."""
+  gate = softmax(logits)[chosen]
+  if gates == 'renormalized':
+    gate = gate / gate.sum()
+  gate = np.where(served, gate, 0.0)
+  if gates == 'renormalized_after_drop' and served.any():
+    gate = gate / gate.sum()
+  return gate
+
+
+def gshard_top_2(logits, capacity, draws) -> Reference:
+  """Algorithm 1 of arXiv:2006.16668, its two loops as printed, one group."""
+  logits = np.asarray(logits, np.float64)
+  S, E = logits.shape
+  g = softmax(logits)
+  count = np.zeros(E, int)  # c_e
+  index = np.array([choose(logits[s], 2) for s in range(S)])
+  slot, gate = np.zeros((S, 2), int), np.zeros((S, 2))
+  for k in range(2):
+    for s in range(S):
+      e = index[s, k]
+      share = g[s, e] / (g[s, index[s, 0]] + g[s, index[s, 1]])
+      slot[s, k] = count[e]
+      drawn = k == 0 or 2 * share > draws[s, 1]
+      if count[e] < capacity and drawn:
+        gate[s, k] = share
+      count[e] += 1  # always, also where the draw did not send it
+  return Reference(index, slot, gate, gate > 0, None)
+
+
+def kth_excluding(values, K, i):
+  """The K-th largest of the values without entry i."""
+  return sorted(np.delete(values, i), reverse=True)[K - 1]
+
+
+def load_probability(clean, noisy, std, K):
+  """P(x, i) of arXiv:1701.06538, Eq. 8-9; arrays [G, S, E]."""
+  P = np.ones(clean.shape)
+  for g, s, e in np.ndindex(clean.shape):
+    if clean.shape[-1] > K:
+      edge = kth_excluding(noisy[g, s], K, e)
+      P[g, s, e] = ndtr((clean[g, s, e] - edge) / std[g, s, e])
+  return P
+
+
+def balance_loss(probs, expert_index, mask, choices='all'):
+  """E * sum_e f_e P_e over the real tokens of each group, [G]."""
+  G, _, E = probs.shape
+  ranks = expert_index.shape[-1] if choices == 'all' else 1
+  loss = np.zeros(G)
+  for g in range(G):
+    real = [s for s in range(len(mask[g])) if mask[g, s]]
+    for e in range(E if real else 0):
+      chosen = [k for s in real for k in expert_index[g, s, :ranks] if k == e]
+      f = len(chosen) / (len(real) * ranks)
+      loss[g] += E * f * sum(probs[g, s, e] for s in real) / len(real)
+  return loss
+
+
+def z_loss(logits, mask):
+  """Mean over real tokens of (log sum_j exp(x_j))^2, [G]."""
+  loss = np.zeros(len(logits))
+  for g in range(len(logits)):
+    real = logits[g][mask[g]]
+    if len(real):
+      loss[g] = np.mean([math.log(np.exp(x).sum()) ** 2 for x in real])
+  return loss
+
+
+def squared_cv(values):
+  return (np.std(values) / np.mean(values)) ** 2 if np.any(values) else 0.0
+
+
+def importance_loss(gate, expert_index, mask, E):
+  """CV(sum over tokens of the gates)^2, [G]."""
+  importance = np.zeros((len(gate), E))
+  for g, s, k in np.ndindex(gate.shape):
+    if mask[g, s]:
+      importance[g, expert_index[g, s, k]] += gate[g, s, k]
+  return np.array([squared_cv(row) for row in importance])
+
+
+def load_loss(probability, mask):
+  """CV(sum over tokens of P(x, i))^2, [G]."""
+  return np.array(
+    [squared_cv(probability[g][mask[g]].sum(0)) for g in range(len(mask))]
+  )
+
+
+def routing_stats(routing: Reference, logits, mask):
+  """Every statistic by counting the fates of the real tokens' choices."""
+  E, K = logits.shape[-1], routing.slot.shape[-1]
+  stats = {
+    'tokens': 0,
+    'load': np.zeros(E),
+    'kept_load': np.zeros(E),
+    'overflowed': np.zeros(K),
+    'unsent': np.zeros(K),
+    'entropy': 0.0,
+    'logit_square': 0.0,
+  }
+  for g, s in zip(*np.nonzero(mask)):
+    stats['tokens'] += 1
+    p = softmax(logits[g, s])
+    stats['entropy'] += sum(-q * math.log(q) for q in p)
+    stats['logit_square'] += sum(x * x for x in logits[g, s]) / E
+    for k in range(K):
+      expert, fate = routing.expert_index[g, s, k], routing.fate[g, s, k]
+      stats['load'][expert] += 1
+      stats['kept_load'][expert] += fate == 'served'
+      stats['overflowed'][k] += fate == 'full'
+      stats['unsent'][k] += fate == 'unsent'
+  return stats
+
+
+def _served(routing):
+  """(g, s, k, expert, row) of each served choice; R counts g, then slots."""
+  kept = np.asarray(routing.kept)
+  for g, s, k in zip(*np.nonzero(kept)):
+    row = g * routing.capacity + int(routing.slot[g, s, k])
+    yield g, s, k, int(routing.expert_index[g, s, k]), row
+
+
+def dispatch(x, routing):
+  """Each served choice copies its token to its slot: [E, G*C, M]."""
+  G, _, M = x.shape
+  rows = np.zeros((routing.num_experts, G * routing.capacity, M))
+  for g, s, _, e, r in _served(routing):
+    rows[e, r] += x[g, s]
+  return rows
+
+
+def dispatch_gradient(d_rows, routing):
+  """Each served choice sends its row's gradient back to its token."""
+  d_x = np.zeros((*routing.kept.shape[:2], d_rows.shape[-1]))
+  for g, s, _, e, r in _served(routing):
+    d_x[g, s] += d_rows[e, r]
+  return d_x
+
+
+def combine(rows, routing):
+  """The gated sum of each token's served choices: [G, S, M]."""
+  y = np.zeros((*routing.kept.shape[:2], rows.shape[-1]))
+  for g, s, k, e, r in _served(routing):
+    y[g, s] += float(routing.gate[g, s, k]) * rows[e, r]
+  return y
+
+
+def combine_gradient(dy, rows, routing):
+  """Gradients of `combine` by rows and by gates."""
+  d_rows, d_gate = np.zeros(rows.shape), np.zeros(routing.kept.shape)
+  for g, s, k, e, r in _served(routing):
+    d_rows[e, r] += float(routing.gate[g, s, k]) * dy[g, s]
+    d_gate[g, s, k] = rows[e, r] @ dy[g, s]
+  return d_rows, d_gate

@@ -1,0 +1,146 @@
+"""Routing statistics: counted by hand, by loops, and merged by adding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.routing import routing_stats, token_choice
+from tests import reference
+
+G, S, E = 2, 7, 5
+
+
+def example(seed, K=3, capacity=2, policy='threshold'):
+  """A routing with drops, unsent choices and padding, by code and by loops."""
+  rng = np.random.default_rng(seed)
+  logits = jnp.asarray(2 * rng.normal(size=(G, S, E)), jnp.float32)
+  mask = jnp.asarray(rng.random((G, S)) < 0.8)
+  options = dict(
+    num_selected=K,
+    capacity=capacity,
+    slot_priority='choice_major',
+    second_policy=policy,
+    second_threshold=0.5,
+  )
+  key = jax.random.key(seed)
+  routing = token_choice(logits, mask=mask, key=key, **options)
+  draws = np.asarray(jax.random.uniform(key, (G, S, K)))
+  by_loops = reference.token_choice(logits, mask=mask, draws=draws, **options)
+  return routing, by_loops, logits, mask
+
+
+def test_four_tokens_by_hand():
+  # Tokens 0 to 2 choose expert 0, then expert 1; both have two slots, so
+  # token 2 loses both choices. Token 3 is padding and counts nowhere.
+  probs = [[0.5, 0.3, 0.2], [0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.0, 0.1, 0.9]]
+  logits = jnp.log(jnp.maximum(jnp.array([probs]), 1e-30))
+  mask = jnp.array([[True, True, True, False]])
+  routing = token_choice(logits, num_selected=2, capacity=2, mask=mask)
+  stats = routing_stats(routing, logits, mask)
+  assert stats.tokens == 3
+  np.testing.assert_array_equal(stats.load, [3, 3, 0])
+  np.testing.assert_array_equal(stats.kept_load, [2, 2, 0])
+  np.testing.assert_array_equal(stats.overflowed, [1, 1])
+  np.testing.assert_array_equal(stats.unsent, [0, 0])
+  entropy = -sum(p * np.log(p) for p in (0.5, 0.3, 0.2, 0.6, 0.4, 0.9, 0.1))
+  np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-5)
+
+
+def test_a_router_without_opinion_has_entropy_log_e_and_no_size():
+  logits, mask = jnp.zeros((G, S, E)), jnp.ones((G, S), bool)
+  routing = token_choice(logits, num_selected=3, capacity=4)
+  stats = routing_stats(routing, logits, mask)
+  np.testing.assert_allclose(stats.entropy / stats.tokens, np.log(E), rtol=1e-6)
+  assert stats.logit_square == 0
+  # Experts 0 to 2 are everyone's; in each group 4 of 7 tokens are served.
+  np.testing.assert_array_equal(stats.load, [14, 14, 14, 0, 0])
+  np.testing.assert_array_equal(stats.kept_load, [8, 8, 8, 0, 0])
+  np.testing.assert_array_equal(stats.overflowed, [6, 6, 6])
+
+
+@pytest.mark.parametrize(
+  ('K', 'policy'),
+  [(1, 'all'), (2, 'all'), (2, 'sampled'), (2, 'threshold'), (3, 'threshold')],
+)
+@pytest.mark.parametrize('capacity', [1, 2, None])
+def test_follows_the_definition(K, policy, capacity):
+  unsent = 0
+  for seed in range(3):
+    routing, by_loops, logits, mask = example(seed, K, capacity, policy)
+    stats = routing_stats(routing, logits, mask)
+    expected = reference.routing_stats(
+      by_loops, np.asarray(logits, np.float64), np.asarray(mask)
+    )
+    for name, value in expected.items():
+      np.testing.assert_allclose(
+        getattr(stats, name), value, rtol=1e-5, err_msg=name
+      )
+    assert all(leaf.dtype == jnp.float32 for leaf in stats)
+    unsent += stats.unsent.sum()
+  assert (unsent > 0) == (policy != 'all')
+
+
+def test_every_choice_of_a_real_token_has_one_fate():
+  routing, _, logits, mask = example(1)
+  stats = routing_stats(routing, logits, mask)
+  gone = stats.overflowed.sum() + stats.unsent.sum()
+  assert stats.overflowed.sum() > 0 and stats.unsent.sum() > 0
+  assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + gone
+
+
+def test_rms_of_the_logits():
+  routing, _, _, mask = example(1)
+  stats = routing_stats(routing, jnp.full((G, S, E), -3.0), mask)
+  np.testing.assert_allclose((stats.logit_square / stats.tokens) ** 0.5, 3.0)
+
+
+def test_masked_tokens_are_nowhere():
+  routing, _, logits, mask = example(1)
+  assert 0 < mask.sum() < mask.size
+  other_logits = jnp.where(mask[..., None], logits, 7.0 - 5 * logits)
+  other = token_choice(
+    other_logits,
+    num_selected=3,
+    capacity=2,
+    mask=mask,
+    slot_priority='choice_major',
+    second_policy='threshold',
+    second_threshold=0.5,
+    key=jax.random.key(1),
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    routing_stats(routing, logits, mask),
+    routing_stats(other, other_logits, mask),
+  )
+
+
+def test_adding_two_is_measuring_both():
+  first, _, first_logits, first_mask = example(1)
+  second, _, second_logits, second_mask = example(2)
+  added = jax.tree.map(
+    jnp.add,
+    routing_stats(first, first_logits, first_mask),
+    routing_stats(second, second_logits, second_mask),
+  )
+  both = routing_stats(
+    jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second),
+    jnp.concatenate([first_logits, second_logits]),
+    jnp.concatenate([first_mask, second_mask]),
+  )
+  for name in both._fields:
+    np.testing.assert_allclose(
+      getattr(added, name), getattr(both, name), rtol=1e-6, err_msg=name
+    )
+
+
+def test_statistics_carry_no_gradient():
+  _, _, logits, mask = example(1)
+
+  def entropy(logits):
+    routing = token_choice(logits, num_selected=2, capacity=2, mask=mask)
+    stats = routing_stats(routing, logits, mask)
+    return stats.entropy + stats.logit_square
+
+  assert not jax.grad(entropy)(logits).any()

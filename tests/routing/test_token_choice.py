@@ -1,0 +1,277 @@
+"""Token choice as stories: few tokens, and arrays worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from moe_jax.routing import SECOND_POLICIES, SLOT_PRIORITIES, token_choice
+
+KEY = jax.random.key(11)
+
+
+def logits_of(*probabilities):
+  """One group's logits, [1, S, E], whose softmax is the rows given."""
+  return jnp.log(jnp.array([probabilities], jnp.float32))
+
+
+def check(routing, *, expert, slot, kept, gate=None):
+  """Compares the only group of a routing with arrays written by hand."""
+  np.testing.assert_array_equal(routing.expert_index[0], expert)
+  np.testing.assert_array_equal(routing.kept[0], np.array(kept, bool))
+  np.testing.assert_array_equal(routing.slot[0], slot)
+  if gate is not None:
+    np.testing.assert_allclose(routing.gate[0], gate, rtol=1e-5)
+
+
+# Two tokens want expert 1: the first one as its second choice, the second one
+# as its first. Expert 1 has one slot.
+RIVALS = logits_of([0.6, 0.3, 0.1], [0.1, 0.7, 0.2])
+
+
+def test_switch_drops_the_third_token_of_a_full_expert():
+  # Tokens 0, 1 and 3 choose expert 1, which has two slots. Token 3 comes last
+  # and is dropped; its gate is 0, and the other gates are the raw probability.
+  routing = token_choice(
+    logits_of([0.2, 0.7, 0.1], [0.1, 0.5, 0.4], [0.8, 0.1, 0.1], [0, 0.9, 0.1]),
+    num_selected=1,
+    capacity=2,
+  )
+  check(
+    routing,
+    expert=[[1], [1], [0], [1]],
+    slot=[[0], [1], [0], [2]],
+    kept=[[1], [1], [1], [0]],
+    gate=[[0.7], [0.5], [0.8], [0]],
+  )
+
+
+def test_gshard_serves_every_first_choice_before_any_second():
+  # Token 1 arrives later, but its first choice beats token 0's second.
+  routing = token_choice(
+    RIVALS,
+    num_selected=2,
+    capacity=1,
+    slot_priority='choice_major',
+    gates='renormalized',
+  )
+  check(
+    routing,
+    expert=[[0, 1], [1, 2]],
+    slot=[[0, 1], [0, 0]],
+    kept=[[1, 0], [1, 1]],
+    gate=[[0.6 / 0.9, 0], [0.7 / 0.9, 0.2 / 0.9]],
+  )
+
+
+def test_token_major_serves_the_earlier_token_with_all_its_choices():
+  routing = token_choice(RIVALS, num_selected=2, capacity=1)
+  check(
+    routing,
+    expert=[[0, 1], [1, 2]],
+    slot=[[0, 0], [1, 0]],
+    kept=[[1, 1], [0, 1]],
+    gate=[[0.6, 0.3], [0, 0.2]],
+  )
+
+
+def test_batch_priority_serves_the_confident_token_first():
+  # All want expert 0. Token 1 is the surest, then 2; tokens 0 and 3 are
+  # equally unsure, so the earlier goes first.
+  routing = token_choice(
+    logits_of([0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.6, 0.4, 0], [0.5, 0.3, 0.2]),
+    num_selected=1,
+    capacity=2,
+    slot_priority='batch_priority',
+  )
+  check(
+    routing,
+    expert=[[0], [0], [0], [0]],
+    slot=[[2], [0], [1], [3]],
+    kept=[[0], [1], [1], [0]],
+  )
+
+
+# Both second choices are expert 2. Token 0 hardly wants it (2 * g2 ~ 1e-17),
+# token 1 wants it as much as its first choice (2 * g2 = 1 > any draw).
+HALF_HEARTED = jnp.array([[[0.0, -80.0, -40.0], [-80.0, 0.0, 0.0]]])
+
+
+def seconds(policy, key):
+  return token_choice(
+    HALF_HEARTED, num_selected=2, capacity=1, second_policy=policy, key=key
+  )
+
+
+def test_gshards_draw_leaves_a_hole_in_the_queue():
+  # Algorithm 1 counts the second choice it does not send: token 0's keeps
+  # place 0 of expert 2, which stays empty, and token 1 finds it full.
+  check(
+    seconds('sampled', KEY),
+    expert=[[0, 2], [1, 2]],
+    slot=[[0, 0], [0, 1]],
+    kept=[[1, 0], [1, 0]],
+  )
+
+
+def test_st_moes_threshold_leaves_no_hole():
+  # Below the threshold a choice goes out by chance, above it always; one that
+  # does not go out does not queue, and token 1 has the slot.
+  check(
+    seconds('threshold', KEY),
+    expert=[[0, 2], [1, 2]],
+    slot=[[0, 0], [0, 0]],
+    kept=[[1, 0], [1, 1]],
+  )
+
+
+@pytest.mark.parametrize('policy', SECOND_POLICIES)
+def test_evaluation_sends_every_choice(policy):
+  check(
+    seconds(policy, None),
+    expert=[[0, 2], [1, 2]],
+    slot=[[0, 0], [0, 1]],
+    kept=[[1, 1], [1, 0]],
+  )
+
+
+def test_the_threshold_is_where_a_choice_becomes_certain():
+  # g2 = 0.1 of the two. Threshold 0.1 sends it always, 0.4 a quarter of the
+  # time, GShard's draw a fifth of the time.
+  logits = jnp.tile(logits_of([0.9, 0.1]), (1, 4000, 1))
+
+  def rate(policy, threshold=0.2):
+    kept = token_choice(
+      logits,
+      num_selected=2,
+      capacity=None,
+      second_policy=policy,
+      second_threshold=threshold,
+      key=KEY,
+    ).kept
+    assert kept[..., 0].all()
+    return kept[..., 1].mean()
+
+  # Three standard deviations of 4000 draws are 0.02.
+  assert rate('threshold', 0.0999) == 1.0
+  np.testing.assert_allclose(rate('threshold', 0.4), 0.25, atol=0.02)
+  np.testing.assert_allclose(rate('sampled'), 0.2, atol=0.02)
+
+
+def test_mixtrals_gates_are_the_softmax_of_the_chosen_logits():
+  logits = jnp.array([[[1.0, 3.0, 2.0], [0.5, 0.0, 0.25]]])
+  routing = token_choice(
+    logits, num_selected=2, capacity=2, gates='renormalized'
+  )
+  first = np.exp([3.0, 2.0]) / np.exp([3.0, 2.0]).sum()
+  second = np.exp([0.5, 0.25]) / np.exp([0.5, 0.25]).sum()
+  check(
+    routing,
+    expert=[[1, 2], [0, 2]],
+    slot=[[0, 0], [0, 1]],
+    kept=[[1, 1], [1, 1]],
+    gate=[first, second],
+  )
+
+
+def test_renormalising_after_dropping_gives_the_survivor_everything():
+  # As for GShard, but token 0's only kept choice weighs 1. A third token,
+  # which finds experts 0 and 1 full, keeps nothing: zero, not NaN.
+  logits = jnp.concatenate([RIVALS, logits_of([0.5, 0.4, 0.1])], axis=1)
+  routing = token_choice(
+    logits,
+    num_selected=2,
+    capacity=1,
+    slot_priority='choice_major',
+    gates='renormalized_after_drop',
+  )
+  check(
+    routing,
+    expert=[[0, 1], [1, 2], [0, 1]],
+    slot=[[0, 1], [0, 0], [1, 2]],
+    kept=[[1, 0], [1, 1], [0, 0]],
+    gate=[[1, 0], [0.7 / 0.9, 0.2 / 0.9], [0, 0]],
+  )
+
+
+@pytest.mark.parametrize('slot_priority', SLOT_PRIORITIES)
+def test_padding_takes_no_slot(slot_priority):
+  # Token 0 is padding, and surer than token 1; its place goes to token 1.
+  routing = token_choice(
+    logits_of([0.9, 0.1, 0], [0.6, 0.4, 0]),
+    num_selected=1,
+    capacity=1,
+    mask=jnp.array([[False, True]]),
+    slot_priority=slot_priority,
+  )
+  check(
+    routing,
+    expert=[[0], [0]],
+    slot=[[0], [0]],
+    kept=[[0], [1]],
+    gate=[[0], [0.6]],
+  )
+
+
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_ties_go_to_the_lower_expert(K):
+  # Without an opinion everyone goes to the first K experts, and fills them.
+  routing = token_choice(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
+  check(
+    routing,
+    expert=[list(range(K))] * 3,
+    slot=[[0] * K, [1] * K, [2] * K],
+    kept=[[1] * K, [1] * K, [0] * K],
+    gate=[[0.2] * K, [0.2] * K, [0] * K],
+  )
+  tie_for_last = jnp.tile(jnp.array([0.0, 2.0, 1.0, 1.0, 2.0]), (1, 3, 1))
+  chosen = token_choice(tie_for_last, num_selected=K, capacity=2)
+  np.testing.assert_array_equal(chosen.expert_index[0, 0], [1, 4, 2][:K])
+
+
+def test_why_router_logits_are_float32():
+  # ST-MoE's example: ten logits of 128 and one of 128.5. bfloat16 has steps
+  # of 1 there, so the best expert's lead is rounded away.
+  logits = jnp.full((1, 1, 11), 128.0).at[..., -1].set(128.5)
+  exact = token_choice(logits, num_selected=1, capacity=1)
+  check(exact, expert=[[10]], slot=[[0]], kept=[[1]])
+  np.testing.assert_allclose(exact.gate, 0.142, atol=5e-4)
+  rounded = logits.astype(jnp.bfloat16)
+  coarse = token_choice(rounded.astype(jnp.float32), num_selected=1, capacity=1)
+  check(coarse, expert=[[0]], slot=[[0]], kept=[[1]])
+  np.testing.assert_allclose(coarse.gate, 0.091, atol=5e-4)
+  with pytest.raises(jaxtyping.TypeCheckError):
+    token_choice(rounded, num_selected=1, capacity=1)
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'words'),
+  [
+    ({'num_selected': 0}, r'num_selected=0 not in \[1, num_experts=5\]'),
+    ({'num_selected': 6}, r'num_selected=6 not in \[1, num_experts=5\]'),
+    ({'capacity': 0}, 'capacity=0 must be at least 1'),
+    ({'gates': 'normalized'}, "unknown gates 'normalized'.*'renormalized'"),
+    ({'slot_priority': 'token'}, "unknown slot_priority 'token'.*'token_major"),
+    ({'second_policy': 'random'}, "unknown second_policy 'random'.*'sampled'"),
+    ({'num_selected': 1, 'gates': 'renormalized'}, 'num_selected=1.*gradient'),
+    (
+      {'num_selected': 1, 'gates': 'renormalized_after_drop'},
+      "num_selected=1.*use gates='raw'",
+    ),
+    ({'num_selected': 3, 'second_policy': 'sampled'}, 'num_selected=2, not 3'),
+    ({'num_selected': 1, 'second_policy': 'sampled'}, 'num_selected=2, not 1'),
+    (
+      {'second_policy': 'threshold', 'second_threshold': 0.0},
+      r'second_threshold=0.0 not in \(0, 1\]',
+    ),
+    (
+      {'second_policy': 'threshold', 'second_threshold': 1.5},
+      r'second_threshold=1.5 not in \(0, 1\]',
+    ),
+  ],
+)
+def test_refuses(wrong, words):
+  options = {'num_selected': 2, 'capacity': 3} | wrong
+  with pytest.raises(ValueError, match=words):
+    token_choice(jnp.zeros((2, 7, 5)), **options)

@@ -1,0 +1,154 @@
+"""What other processes leave behind: killed at any moment, or a full disk."""
+
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.training.checkpoint import Checkpointer, CheckpointError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZE = 2_000_000  # 8 MB: long enough in writing to be caught at it
+
+
+def make_state(step: int) -> dict:
+  """Random bits, which no compression makes short."""
+  rng = np.random.default_rng(step)
+  return {
+    'step': jnp.int32(step),
+    'w': jnp.asarray(rng.random(SIZE, 'float32')),
+  }
+
+
+def restore_and_check(checkpointer: Checkpointer) -> int:
+  """The step restored, after comparing every bit of it."""
+  target = {
+    'step': jax.ShapeDtypeStruct((), jnp.int32),
+    'w': jax.ShapeDtypeStruct((SIZE,), jnp.float32),
+  }
+  restored = checkpointer.restore(target)
+  want = make_state(restored.step)
+  for name, array in want.items():
+    np.testing.assert_array_equal(restored.state[name], array)
+  return restored.step
+
+
+def child_saves_until_killed(directory: str) -> None:
+  with Checkpointer(directory, keep_newest=2) as checkpointer:
+    step = restore_and_check(checkpointer)
+    print(step, flush=True)
+    while True:
+      step += 1
+      checkpointer.save(step, make_state(step))
+
+
+def child_fills_the_disk(directory: str) -> None:
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+  def limit_file_size(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(1, make_state(1))
+    checkpointer.wait()
+    limit_file_size(1_000_000)
+    checkpointer.save(2, make_state(2))
+    try:
+      checkpointer.wait()
+    except CheckpointError as error:
+      print(error)
+    print(sorted(os.listdir(directory)))
+    checkpointer.save(3, make_state(3))
+    try:
+      checkpointer.save(4, make_state(4))
+    except CheckpointError as error:
+      print(str(error).split(' not saved')[0])
+    limit_file_size(resource.RLIM_INFINITY)
+    print(restore_and_check(checkpointer))
+    checkpointer.save(5, make_state(5))
+
+
+def start(function, directory) -> subprocess.Popen:
+  module = 'tests.training.test_checkpoint_faults'
+  code = f'import {module} as m; m.{function.__name__}({str(directory)!r})'
+  return subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def kill(child: subprocess.Popen, directory, moment: str | float) -> None:
+  """Kills `child`, once it saves, when a path matches or seconds are over."""
+  assert child.stdout.readline().strip().isdigit(), child.communicate()[1]
+  if isinstance(moment, float):
+    time.sleep(moment)
+  else:
+    deadline = time.monotonic() + 20
+    while not any(directory.glob(moment)):
+      assert time.monotonic() < deadline, f'{moment} was never there'
+  child.kill()
+  assert child.wait() == -signal.SIGKILL
+  child.stdout.close()
+  child.stderr.close()
+
+
+def kill_and_check(directory, moments) -> None:
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(1, make_state(1))
+  last = 1
+  for moment in moments:
+    # Each child starts from what the one before left, wreck and all.
+    child = start(child_saves_until_killed, directory)
+    kill(child, directory, moment)
+    with Checkpointer(directory) as checkpointer:
+      step = restore_and_check(checkpointer)
+    assert step >= last
+    last = step
+  with Checkpointer(directory) as checkpointer:
+    restore_and_check(checkpointer)
+    checkpointer.save(last + 1, make_state(last + 1))
+  names = {path.name for path in directory.iterdir()}
+  assert str(last + 1) in names and all(name.isdigit() for name in names)
+
+
+def test_killed_while_the_arrays_are_written(tmp_path):
+  kill_and_check(
+    tmp_path, ['3.saving.orbax-checkpoint-tmp/ocdbt.process_0/d/*']
+  )
+
+
+@pytest.mark.slow
+def test_killed_at_one_moment_after_another(tmp_path):
+  seen = ['*.saving', '*.deleting', '*/manifest.json.tmp']
+  after_seconds = np.random.default_rng(0).uniform(0, 0.4, size=5).tolist()
+  kill_and_check(tmp_path, seen + after_seconds)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
+  child = start(child_fills_the_disk, tmp_path)
+  out, err = child.communicate(timeout=60)
+  lines = out.splitlines()
+  assert child.returncode == 0, err
+  assert lines[0].startswith(f'checkpoint 2 not saved to {tmp_path}: ')
+  assert 'File too large' in lines[0] and len(lines[0]) < 300
+  assert lines[1:] == [
+    'last good step: 1',
+    "['1']",  # what was written is gone: the space is needed
+    'checkpoint 3',
+    '1',
+  ]
+  assert err == ''
+  with Checkpointer(tmp_path) as checkpointer:
+    assert restore_and_check(checkpointer) == 5
