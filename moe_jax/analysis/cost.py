@@ -10,9 +10,8 @@ import math
 import jax
 from flax import linen as nn
 
-from moe_jax.models import Decoder
+from moe_jax.models import Decoder, abstract_params
 from moe_jax.partitioning import path_name
-from moe_jax.training.step import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)

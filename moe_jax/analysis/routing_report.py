@@ -30,7 +30,7 @@ _LAYERS_HEADINGS = [
   'layer',
   'dropped',
   'by choice',
-  'load max/mean',
+  'load max / mean',
   'load CV',
   'entropy (nats)',
   'entropy / ln E',

@@ -65,9 +65,11 @@ class PackedRows:
     An index of `len(self)` or more gives a row of padding.
     """
     N, T = len(self.tokens), self.seq_len
-    first = np.asarray(indices, np.int64)[:, None] * T  # [B, 1]
+    row = np.asarray(indices, np.int64)[:, None]  # [B, 1]
+    first = row * T
     where = first + np.arange(T + 1)  # [B, T+1]
-    real = where < N
+    # The stream's last token can be the first that a row too many would read.
+    real = (where < N) & (row < len(self))
     stream = self.tokens[np.minimum(where, N - 1)] * real
     document = np.searchsorted(self.starts, where, side='right')  # from 1
     start = np.maximum(self.starts[document - 1], first)

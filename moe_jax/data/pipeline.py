@@ -14,6 +14,10 @@ Batch = dict[str, np.ndarray]
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
+# grain's endless repeat overflows when it is cut into batches of one row; this
+# many rows are as good as endless.
+_ENDLESS_ROWS = 2**52
+
 # One batch is assembled while the one before is trained on; the rest is slack
 # for a step that is shorter than the one before.
 _PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -55,7 +59,7 @@ def batch_dataset(
   return (
     grain.MapDataset.range(len(rows))
     .shuffle(spread)
-    .repeat()
+    .repeat(_ENDLESS_ROWS // len(rows))
     .batch(share)
     .slice(slice(process_index, None, process_count))
     .map(rows.take)

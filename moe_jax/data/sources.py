@@ -89,7 +89,15 @@ def _python_stdlib(
   argument: str, selection: Selection, cache_dir: str
 ) -> Source:
   modules = argument.split(',') if argument else python_stdlib.MODULES
-  digest = python_stdlib.content_digest(modules)
+  files = list(python_stdlib.source_files(modules))
+  splits = {python_stdlib.split_of(name) for name, _ in files}
+  if splits != set(SPLITS):
+    raise ValueError(
+      f'the {len(files)} files of python_stdlib:{argument} give no split '
+      f'{sorted(set(SPLITS) - splits)} (one file in 20 is for validation); '
+      'name more modules'
+    )
+  digest = python_stdlib.content_digest(files)
   folder = cache_root(cache_dir) / 'tfds' / f'python_stdlib-{digest[:16]}'
 
   def builder(data_dir):

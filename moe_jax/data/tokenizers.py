@@ -20,6 +20,7 @@ KINDS = ('bytes', 'chars', 'json:<path>')
 # The end-of-document tokens of the well-known vocabularies, in the order tried.
 EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
 
+Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]
 
 
@@ -49,7 +50,7 @@ class Tokenizer(abc.ABC):
     """
 
   @abc.abstractmethod
-  def token_name(self, token: int) -> str:
+  def token_name(self, token: Token) -> str:
     r"""A short printable name: `'e'`, `'\n'`, `0x80`, `<eos>`."""
 
   @abc.abstractmethod
@@ -88,7 +89,7 @@ class Bytes(Tokenizer):
     kept = ids[ids != self.eos_id].astype(np.uint8)
     return kept.tobytes().decode(errors='replace')
 
-  def token_name(self, token: int) -> str:
+  def token_name(self, token: Token) -> str:
     """The character of an ASCII byte, the hexadecimal number of another."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
@@ -132,7 +133,7 @@ class Chars(Tokenizer):
     """The characters at `ids`."""
     return ''.join(self.characters[i] for i in self._in_vocabulary(ids))
 
-  def token_name(self, token: int) -> str:
+  def token_name(self, token: Token) -> str:
     """The character, quoted."""
     return repr(self.decode([token]))
 
@@ -173,7 +174,7 @@ class Json(Tokenizer):
     """The model's text; special tokens are left out."""
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
-  def token_name(self, token: int) -> str:
+  def token_name(self, token: Token) -> str:
     """The token's text, quoted; the vocabulary's spelling of a part of one."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:

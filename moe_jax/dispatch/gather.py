@@ -68,7 +68,9 @@ def _capacity(routing: Routing) -> int:
 
 def _take(x: Float[Array, 'N M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
-  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
+  # A zero row behind the others: cheaper than mode='fill', which selects.
+  x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+  return jnp.take(x, index, axis=0, mode='clip')
 
 
 @jax.custom_vjp

@@ -111,4 +111,3 @@ class FeedForward(nn.Module):
     if c.use_bias:
       y = y + bias('b_out', (M,), ('embed',))[None]
     return y.reshape(shape)
-

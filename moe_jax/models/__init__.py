@@ -2,5 +2,13 @@
 
 from moe_jax.models.build import build, sparse_pattern
 from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.parameters import abstract_params, init_params
 
-__all__ = ['Decoder', 'DecoderConfig', 'build', 'sparse_pattern']
+__all__ = [
+  'Decoder',
+  'DecoderConfig',
+  'abstract_params',
+  'build',
+  'init_params',
+  'sparse_pattern',
+]

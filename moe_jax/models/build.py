@@ -204,4 +204,3 @@ def _moe(model, init) -> MoeConfig:
     group_size=moe.group_size,
     dispatch=moe.dispatch,
   )
-

@@ -201,9 +201,7 @@ def _layers(c: DecoderConfig, train: bool):
     unroll=1 if c.scan_layers else length,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
-  return functools.partial(scanned, name='layers')(
-    c, c.sparse[:period], train
-  )
+  return functools.partial(scanned, name='layers')(c, c.sparse[:period], train)
 
 
 def shortest_period(pattern: tuple[bool, ...]) -> int:

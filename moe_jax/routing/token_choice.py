@@ -102,11 +102,7 @@ def top_k(
   scatter, and under sharding needs no gather.
   """
   E = logits.shape[-1]
-  if num_selected == 1:  # argmax is several times cheaper than a sort
-    index = jnp.argmax(logits, axis=-1, keepdims=True)
-  else:
-    index = jax.lax.top_k(jax.lax.stop_gradient(logits), num_selected)[1]
-  index = index.astype(jnp.int32)
+  index = jax.lax.top_k(jax.lax.stop_gradient(logits), num_selected)[1]
   chosen = jax.nn.one_hot(index, E, dtype=jnp.bool_)  # [..., K, E]
   value = jnp.where(chosen, logits[..., None, :], 0).sum(-1)
   return index, value

@@ -8,10 +8,10 @@ import ml_collections
 
 from moe_jax import data, models
 from moe_jax.config import merge, unknown
-from moe_jax.models import Decoder
+from moe_jax.models import Decoder, abstract_params
 from moe_jax.training import summary
 from moe_jax.training.losses import LossSums, add
-from moe_jax.training.step import abstract_params, eval_step
+from moe_jax.training.step import eval_step
 
 KINDS = ('loss',)
 

@@ -102,4 +102,3 @@ def _sigterm() -> Iterator[list]:
     yield received
   finally:
     signal.signal(signal.SIGTERM, before)
-

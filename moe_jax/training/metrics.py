@@ -23,7 +23,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -79,7 +79,7 @@ class MetricsWriter:
     start = SessionLog(status=SessionLog.START)
     self._events.append(_record(Event(step=first_step, session_log=start)))
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
+  def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
     """Appends one row; a step may have several, such as one for each eval.
 
     Args:

@@ -5,11 +5,11 @@ Not here: the numbers' computation, and how often to show them (the loop).
 
 import collections
 import datetime
+import io
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
 
 from rich import console, progress, table
 
@@ -31,7 +31,7 @@ class Progress:
     self,
     total_steps: int,
     start_step: int = 0,
-    out: TextIO | None = None,
+    out: io.TextIOBase | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Shows nothing yet.
@@ -121,7 +121,7 @@ class Progress:
       self._bar.stop()
 
 
-def _bar(out: TextIO) -> progress.Progress:
+def _bar(out: io.TextIOBase) -> progress.Progress:
   return progress.Progress(
     progress.MofNCompleteColumn(table_column=table.Column(no_wrap=True)),
     progress.BarColumn(bar_width=None),

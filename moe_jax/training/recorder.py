@@ -106,7 +106,9 @@ class Recorder:
       self._clock = time.perf_counter()
     else:
       self._steps += 1
-      self._tokens += self._run.config.batch_size * self._run.config.data.seq_len
+      self._tokens += (
+        self._run.config.batch_size * self._run.config.data.seq_len
+      )
     total = self._run.config.total_steps
     if step % self._run.config.log_every_steps == 0 or step == total:
       self._row(step, loss, grad_norm, float(metrics.learning_rate))
@@ -152,4 +154,3 @@ class Recorder:
       'optimizer.learning_rate or raise moe.z_weight, and go on with --resume'
     )
     return '\n'.join(lines)
-

@@ -84,7 +84,7 @@ def set_up(
   _check_best(config)
   weights = loss_weights(config, model)
   rules = partitioning.make_rules(config.sharding)
-  boxed = step_lib.abstract_params(model, config.data.seq_len)
+  boxed = models.abstract_params(model, config.data.seq_len)
   axes = axis_names(boxed)
   params = nn.meta.unbox(boxed)
   optimizer = make_optimizer(config.optimizer, config.total_steps, axes)

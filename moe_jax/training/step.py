@@ -4,7 +4,6 @@
 gradient function; the step itself has no branch.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from moe_jax.models.parameters import init_params
 from moe_jax.shapes import Array, PRNGKey
 from moe_jax.training import losses
 
@@ -135,12 +135,6 @@ def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
   return losses.loss_sums(logits, batch, aux)
 
 
-def init_params(model: nn.Module, key: PRNGKey, seq_len: int):
-  """Parameters from a key, in the boxes that carry their logical axes."""
-  tokens = jnp.zeros((1, seq_len), jnp.int32)
-  return model.init(key, tokens)['params']
-
-
 def init_state(
   key: PRNGKey,
   *,
@@ -151,9 +145,3 @@ def init_state(
   """The state before the first step."""
   params = nn.meta.unbox(init_params(model, key, seq_len))
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def abstract_params(model: nn.Module, seq_len: int):
-  """Shapes and logical axes of the parameters; nothing is computed."""
-  init = functools.partial(init_params, model, seq_len=seq_len)
-  return jax.eval_shape(init, jax.random.key(0))

@@ -5,6 +5,8 @@ import pytest
 
 from moe_jax.data import DataConfig, load, train_batches
 
+PART = 'python_stdlib:email,json'
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -74,8 +76,8 @@ def test_tokens_are_kept_until_the_content_changes(config, tmp_path):
 
 
 def test_the_embedded_corpus_feeds_training():
-  dataset = load(DataConfig('python_stdlib:email,json', 'bytes', 33))
-  assert 'python_stdlib:email,json of Python 3' in dataset.source
+  dataset = load(DataConfig(PART, 'bytes', 33))
+  assert f'{PART} of Python 3' in dataset.source
   batch = next(
     train_batches(dataset.splits['train'], batch_size=5, seed=0, start=3)
   )
@@ -103,7 +105,7 @@ def test_empty_sources_are_refused_and_not_kept(config, tmp_path):
   ],
 )
 def test_wrong_configs(wrong, message, tmp_path):
-  right = {'source': 'python_stdlib:json', 'tokenizer': 'bytes', 'seq_len': 8}
+  right = {'source': PART, 'tokenizer': 'bytes', 'seq_len': 8}
   cache = {'cache_dir': str(tmp_path)}
   with pytest.raises(ValueError, match=message):
     load(DataConfig(**right | cache | wrong))

@@ -23,7 +23,8 @@ def test_the_default_list_gives_8_megabytes():
   held_out = [n for n in files if python_stdlib.split_of(n) == 'validation']
   assert total >= 8_000_000
   assert 0.02 < len(held_out) / len(files) < 0.1
-  assert not any('test/' in name or 'site-packages' in name for name in files)
+  folders = {part for name in files for part in name.split('/')[:-1]}
+  assert not folders & {'test', 'tests', 'site-packages'}
 
 
 @pytest.fixture
@@ -68,7 +69,8 @@ def test_the_builder_splits_by_name(fake_stdlib, tmp_path):
 
 def test_the_digest_follows_names_and_text(fake_stdlib):
   def digest():
-    return python_stdlib.content_digest(['json'], fake_stdlib)
+    files = python_stdlib.source_files(['json'], fake_stdlib)
+    return python_stdlib.content_digest(files)
 
   seen = {digest()}
   (fake_stdlib / 'json' / 'a.py').write_text('changed')
@@ -91,6 +93,11 @@ def test_a_part_of_the_standard_library():
     assert sorted(texts(source, split)) == sorted(expected)
   assert texts(source, 'train') == texts(source, 'train')
   assert 'tensorflow' not in sys.modules
+
+
+def test_too_few_modules_for_two_splits_are_refused():
+  with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
+    open_source('python_stdlib:keyword')
 
 
 def test_a_module_not_listed_is_refused():

@@ -1,0 +1,57 @@
+"""Which tokens each expert takes, counted over batches.
+
+Not here: the other router statistics, which every step returns.
+"""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from moe_jax.models import Decoder
+
+
+def token_counts(
+  model: Decoder, params, batches: Iterable[dict]
+) -> dict[int, Int[np.ndarray, 'V E']]:
+  """How often each token id chose each expert before drops, by layer.
+
+  Args:
+    model: Only its sparse layers are in the answer.
+    params: Its parameters.
+    batches: With 'tokens', 'segment_ids' and 'positions', [B, T].
+  """
+  moe = model.config.block.moe
+  if moe is None:
+    return {}
+  layers = [i for i, sparse in enumerate(model.config.sparse) if sparse]
+  shape = (model.config.vocab_size, moe.router.num_experts)
+  counts = {i: np.zeros(shape, np.int64) for i in layers}
+  choose = jax.jit(functools.partial(_choices, model))
+  for batch in batches:
+    tokens = np.asarray(batch['tokens']).reshape(-1)
+    real = np.asarray(batch['segment_ids']).reshape(-1) > 0
+    for i, chosen in zip(layers, choose(params, batch), strict=True):
+      chosen = np.asarray(chosen).reshape(-1, moe.router.num_selected)
+      chosen = chosen[: len(tokens)][real]  # without the groups' padding
+      ids = np.broadcast_to(tokens[real][:, None], chosen.shape)
+      np.add.at(counts[i], (ids, chosen), 1)
+  return counts
+
+
+def _choices(model, params, batch) -> list[jax.Array]:
+  """expert_index of each sparse layer, in the order of the layers."""
+  _, kept = model.apply(
+    {'params': params},
+    batch['tokens'],
+    batch['segment_ids'],
+    batch['positions'],
+    mutable=['intermediates'],
+  )
+  # Leaves are [periods, G, S, K], one a sparse layer of the period.
+  periods = kept['intermediates']['layers']
+  names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
+  stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
+  return [leaf[i] for i in range(stacked[0].shape[0]) for leaf in stacked]

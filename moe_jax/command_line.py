@@ -1,0 +1,98 @@
+"""What a command line says that does not exist, said in a line or two.
+
+absl and ml_collections parse the flags; a wrong key reaches them as a bare
+KeyError without its path, so the keys are looked up here first.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags
+
+from moe_jax.config import flatten, unknown
+
+
+def fail(text: str) -> NoReturn:
+  """Prints the reason and ends the program with status 1."""
+  print(f'moe_jax: {text}', file=sys.stderr)
+  sys.exit(1)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """absl's parser for `app.run`; a wrong flag ends the program in one line."""
+  try:
+    _check_config(argv)
+    return flags.FLAGS(argv)
+  except (flags.Error, ValueError, OSError) as error:
+    fail(str(error).strip().splitlines()[0])
+
+
+def _check_config(argv: Sequence[str]) -> None:
+  """Raises ValueError for a config file or key that does not exist."""
+  options = dict(_options(argv))
+  spec = options.pop('config', None)
+  if spec is None:
+    return
+  known = flatten(load_config(spec))
+  for key in options:
+    name = key.removeprefix('config.')
+    if name == key or name in known:
+      continue
+    # A whole section, or a new entry below an empty one, is no flag either.
+    raise unknown('config key', name, _siblings(name, known))
+
+
+def _options(argv: Sequence[str]):
+  """The (name, value) pairs of `--name=value` and `--name value`."""
+  for i, word in enumerate(argv[1:], start=1):
+    if word.startswith('-') and word.lstrip('-').startswith('config'):
+      name, equals, value = word.lstrip('-').partition('=')
+      if not equals:
+        value = argv[i + 1] if i + 1 < len(argv) else ''
+      yield name, value
+
+
+def _siblings(name: str, known: dict[str, Any]) -> list[str]:
+  """What stands beside the first part of `name` that does not exist."""
+  parts = name.split('.')
+  right = ''
+  for part in parts:
+    if not any(key.startswith(f'{right}{part}.') for key in known):
+      break
+    right += f'{part}.'
+  depth = right.count('.') + 1
+  beside = [key for key in known if key.startswith(right)]
+  return sorted({'.'.join(key.split('.')[:depth]) for key in beside})
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+  """The config of 'configs/name.py' or 'configs/name.py:argument'.
+
+  Raises:
+    ValueError: The file does not exist, has no `get_config`, or refuses the
+      argument.
+  """
+  file, _, argument = spec.partition(':')
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise ValueError(
+      f'config file {file!r} does not exist under {os.getcwd()}; commands run '
+      "from the repository's root, where configs/ is"
+    )
+  module_spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'{file}: {error}; commands run from the root of the repository, where '
+      'configs/ is'
+    ) from None
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'{file} defines no get_config(arg)')
+  return module.get_config(*([argument] if argument else []))

@@ -1,0 +1,54 @@
+"""Trains and evaluates what a config describes.
+
+    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
+    python -m moe_jax.main --config=configs/tiny_switch.py \
+      --workdir=runs/tiny16 --config.model.moe.num_experts=16
+
+Kept short: everything here can be called from a notebook.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from moe_jax import command_line, host
+from moe_jax.hooks import default_hooks
+from moe_jax.training.checkpoint import CheckpointError
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.recorder import NonFiniteError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file of configs/, with overrides: --config.seed=1.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where checkpoints, metrics and reports go.'
+)
+_RESUME = flags.DEFINE_bool(
+  'resume', False, 'Go on in a workdir whose config differs.'
+)
+_TRACEBACK = flags.DEFINE_bool(
+  'traceback', False, 'Show where in the code an error came from.'
+)
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(argv: list[str]) -> None:
+  """Runs, and says in a few lines what went wrong."""
+  if len(argv) > 1:
+    command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
+  logging.set_verbosity(logging.WARNING)
+  host.keep_freed_memory()
+  try:
+    train_and_evaluate(
+      _CONFIG.value,
+      _WORKDIR.value,
+      hooks=default_hooks(),
+      resume=_RESUME.value,
+    )
+  except (CheckpointError, NonFiniteError, OSError, ValueError) as error:
+    if _TRACEBACK.value:
+      raise
+    command_line.fail(str(error))
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=command_line.parse)
