@@ -11,17 +11,19 @@ from typing import Any, TypeVar
 import ml_collections
 
 T = TypeVar('T')
+# A ConfigDict is no Mapping.
+Section = Mapping[str, Any] | ml_collections.ConfigDict
 
 
 def unknown(what: str, value: Any, have) -> ValueError:
   """The error for a name that does not exist: names the nearest and all."""
   have = sorted(str(name) for name in have)
   near = difflib.get_close_matches(str(value), have, n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else ''
-  return ValueError(f'unknown {what} {value!r}{hint} have {have}')
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  return ValueError(f'unknown {what} {value!r}; {hint}have {have}')
 
 
-def to_dataclass(cls: type[T], config: Mapping[str, Any], **more: Any) -> T:
+def to_dataclass(cls: type[T], config: Section, **more: Any) -> T:
   """Builds `cls` from a config section; nested dataclasses are the caller's.
 
   Args:
@@ -51,7 +53,7 @@ def to_dataclass(cls: type[T], config: Mapping[str, Any], **more: Any) -> T:
 
 
 def merge(
-  config: ml_collections.ConfigDict, overrides: Mapping[str, Any], path=''
+  config: ml_collections.ConfigDict, overrides: Section, path: str = ''
 ) -> ml_collections.ConfigDict:
   """A locked copy of `config` with nested `overrides` merged in.
 
@@ -81,7 +83,7 @@ def merge(
   return ml_collections.ConfigDict(merged).lock()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
   """`{'model.width': 64, ...}`: the leaves of a config by dotted name."""
   flat = {}
   for key, value in config.items():
@@ -92,9 +94,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def difference(
-  old: Mapping[str, Any], new: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
+def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
   """The dotted keys whose values differ, as (old, new); absent is None."""
 
   def plain(value):

@@ -13,9 +13,14 @@ R is the rows an expert multiplies (G*C). A type `Float32` is a contract: the
 array is float32 whatever the model's dtype is. `Float` takes any width.
 """
 
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 PRNGKey = Key[Array, '']
+# A field of a registered dataclass: an array, or what a tree of the same form
+# holds in its place, such as a shape or a sharding.
+Leaf = Any
 
 __all__ = [
   'Array',
@@ -25,5 +30,7 @@ __all__ = [
   'Int',
   'Int32',
   'Key',
+  'Leaf',
   'PRNGKey',
+  'UInt32',
 ]

@@ -12,6 +12,7 @@ from fractions import Fraction
 import jax
 
 from moe_jax.config import unknown
+from moe_jax.shapes import Leaf
 
 
 @functools.partial(
@@ -36,10 +37,10 @@ class Routing:
     capacity: C, or None where experts are unbounded.
   """
 
-  expert_index: jax.Array
-  slot: jax.Array
-  gate: jax.Array
-  kept: jax.Array
+  expert_index: Leaf
+  slot: Leaf
+  gate: Leaf
+  kept: Leaf
   num_experts: int
   capacity: int | None
 

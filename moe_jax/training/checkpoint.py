@@ -44,7 +44,7 @@ class Restored(NamedTuple):
 class Checkpointer:
   """The checkpoints of one run in one directory; a context manager.
 
-  Close it: at the interpreter's exit a pending save is lost.
+  Left unclosed, it loses a pending save when the interpreter exits.
 
   Args:
     directory: Made at the first save. One run at a time may save to it.
@@ -178,8 +178,7 @@ class Checkpointer:
     if found is None:
       return None
     manifest = self._directory.manifest(found)
-    wanted = manifest_lib.describe(abstract_state)
-    saved = manifest.tree
+    wanted, saved = manifest_lib.describe(abstract_state), manifest.tree
     if partial:
       saved = {path: saved[path] for path in saved if path in wanted}
     if difference := manifest_lib.difference(saved, wanted):
@@ -264,9 +263,7 @@ class Checkpointer:
     try:
       return self._orbax.restore(
         self._directory.folder(step),
-        ocp.args.PyTreeRestore(
-          target, restore_args=how, partial_restore=partial
-        ),
+        ocp.args.PyTreeRestore(target, how, partial_restore=partial),
       )
     except Exception as error:
       raise CheckpointError(

@@ -5,9 +5,11 @@ reports, which are hooks that `moe_jax.main` and experiments wire in.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 
+import jax
 import ml_collections
 
 from moe_jax.training.recorder import Recorder
@@ -17,10 +19,11 @@ from moe_jax.training.step import TrainState
 
 def train_and_evaluate(
   config: ml_collections.ConfigDict,
-  workdir: str,
+  workdir: str | os.PathLike[str],
   *,
   hooks: Sequence[Hook] = (),
   resume: bool = False,
+  devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
   """Trains what `config` describes, from where `workdir` stands.
 
@@ -31,13 +34,14 @@ def train_and_evaluate(
     workdir: Where checkpoints, metrics and reports go.
     hooks: Called at the start and, if the run reached its end, at the end.
     resume: Goes on even where the workdir's config differs.
+    devices: Of the mesh; None is all there are.
 
   Raises:
     ValueError: A bad config, bad data, or another run's workdir.
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
-  run = set_up(config, workdir, resume=resume)
+  run = set_up(config, workdir, resume=resume, devices=devices)
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.checkpoints)
     state = restore_or_init(run)

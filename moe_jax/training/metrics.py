@@ -65,7 +65,7 @@ class MetricsWriter:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    if path.exists():
+    if path.exists() and path.stat().st_size:
       if resume_step is None:
         _set_aside(path)
       else:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
@@ -72,10 +74,15 @@ class Hook:
 
 
 def set_up(
-  config: ml_collections.ConfigDict, workdir: str, *, resume: bool = False
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  resume: bool = False,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Run:
   """Builds a `Run`. See `loop.train_and_evaluate` for what it raises."""
-  mesh = partitioning.make_mesh(config.mesh)
+  given = config
+  mesh = partitioning.make_mesh(config.mesh.to_dict(), devices)
   check_batch(config, mesh)
   dataset = data.load(to_dataclass(data.DataConfig, config.data))
   config = with_vocabulary(config, dataset.tokenizer.vocab_size)
@@ -83,7 +90,7 @@ def set_up(
   evaluations = make_evaluations(config, model)
   _check_best(config)
   weights = loss_weights(config, model)
-  rules = partitioning.make_rules(config.sharding)
+  rules = partitioning.make_rules(config.sharding.to_dict())
   boxed = models.abstract_params(model, config.data.seq_len)
   axes = axis_names(boxed)
   params = nn.meta.unbox(boxed)
@@ -96,12 +103,12 @@ def set_up(
     seq_len=config.data.seq_len,
   )
   init = jax.jit(init, out_shardings=shardings)
-  key = jax.random.key(config.seed)
+  seed = jnp.asarray(config.seed, jnp.uint32)
   abstract = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
     ),
-    jax.eval_shape(init, key),
+    jax.eval_shape(init, seed),
     shardings,
   )
   batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
@@ -111,9 +118,8 @@ def set_up(
     grad_fn=step_lib.make_grad_fn(model, weights, config.microbatches),
     optimizer=optimizer,
     schedule=make_schedule(config.optimizer, config.total_steps),
-    seed=config.seed,
   )
-  folder = workdir_lib.claim(workdir, config, resume=resume)
+  folder = workdir_lib.claim(workdir, given, resume=resume)
   dataset.tokenizer.save(folder / workdir_lib.TOKENIZER)
   return Run(
     config=config,
@@ -121,7 +127,7 @@ def set_up(
     dataset=dataset,
     model=model,
     mesh=mesh,
-    init_state=lambda: init(key),
+    init_state=lambda: init(seed),
     abstract_state=abstract,
     train_step=jax.jit(
       step,
@@ -184,12 +190,14 @@ def with_vocabulary(
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Raises ValueError where the batch does not split as the config asks."""
   B, n, T = config.batch_size, config.microbatches, config.data.seq_len
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(f'seed={config.seed} not in [0, 2**32)')
   for name in ('total_steps', 'batch_size', 'microbatches', 'log_every_steps'):
     if config[name] < 1:
       raise ValueError(f'{name}={config[name]} must be at least 1')
   if T < 1:
     raise ValueError(f'data.seq_len={T} must be at least 1')
-  rules = partitioning.make_rules(config.sharding)
+  rules = partitioning.make_rules(config.sharding.to_dict())
   parts = int(np.prod([mesh.shape[axis] for axis in rules['batch']]))
   if B % n:
     raise ValueError(f'batch_size={B} does not divide by microbatches={n}')
@@ -240,6 +248,7 @@ def state_shardings(mesh, rules, params, axes, optimizer) -> TrainState:
   opt_state = jax.eval_shape(optimizer.init, params)
   return TrainState(
     step=whole,
+    seed=whole,
     params=param_shardings,
     opt_state=partitioning.like_params(
       mesh, opt_state, params, param_shardings

@@ -14,7 +14,7 @@ import optax
 from flax import linen as nn
 
 from moe_jax.models.parameters import init_params
-from moe_jax.shapes import Array, PRNGKey
+from moe_jax.shapes import Array, Leaf, UInt32
 from moe_jax.training import losses
 
 
@@ -23,11 +23,14 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: int32 [], optimizer steps taken.
+    seed: uint32 [], of all randomness; an array, so that runs that differ in
+      nothing else share a compiled step.
     params: The model's parameters, unboxed.
     opt_state: The optimizer's state.
   """
 
-  step: Array
+  step: Leaf
+  seed: Leaf
   params: Any
   opt_state: Any
 
@@ -107,10 +110,9 @@ def train_step(
   grad_fn: GradFn,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
-  seed: int,
 ) -> tuple[TrainState, StepMetrics]:
-  """One optimizer step. All randomness comes from `seed` and `state.step`."""
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  """One optimizer step; its randomness is that of `state.seed` and `step`."""
+  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   whole = losses.normalizers(batch)
   (loss, sums), grads = grad_fn(state.params, batch, whole, key)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -121,7 +123,8 @@ def train_step(
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
   )
   params = optax.apply_updates(state.params, updates)
-  return TrainState(state.step + 1, params, opt_state), metrics
+  state = TrainState(state.step + 1, state.seed, params, opt_state)
+  return state, metrics
 
 
 def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
@@ -136,12 +139,14 @@ def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
 
 
 def init_state(
-  key: PRNGKey,
+  seed: UInt32[Array, ''],
   *,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   seq_len: int,
 ) -> TrainState:
   """The state before the first step."""
+  key = jax.random.key(seed)
   params = nn.meta.unbox(init_params(model, key, seq_len))
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, seed, params, optimizer.init(params))

@@ -60,6 +60,7 @@ def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
     values[name] = float(getattr(aux, name) / tokens)
-  values['load'] = (stats.load / max(stats.load.sum(), 1.0)).tolist()
-  values['kept_load'] = (stats.kept_load / (tokens * K)).tolist()
+  # Six digits: a count in millions; more would double the metrics file.
+  values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
+  values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()
   return values

@@ -4,6 +4,7 @@ Not here: what the files hold (`checkpoint.py`, `metrics.py`).
 """
 
 import json
+import os
 import pathlib
 
 import ml_collections
@@ -16,7 +17,10 @@ TOKENIZER = 'tokenizer.json'
 
 
 def claim(
-  workdir: str, config: ml_collections.ConfigDict, *, resume: bool = False
+  workdir: str | os.PathLike[str],
+  config: ml_collections.ConfigDict,
+  *,
+  resume: bool = False,
 ) -> pathlib.Path:
   """Makes the folder the config's own, or checks that it is.
 

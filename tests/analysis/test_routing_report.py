@@ -18,7 +18,7 @@ from moe_jax.analysis.routing_report import (
 )
 from moe_jax.routing.load_summary import load_summary
 
-# Four tokens, three experts. Expert 0 takes both blanks' sort, 2 nothing.
+# Four tokens, three experts; token 2 never comes, expert 2 takes nothing.
 COUNTS = np.array(
   [
     [6, 2, 0],

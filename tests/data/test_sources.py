@@ -1,5 +1,6 @@
 """The embedded corpus, files and TFDS datasets as two splits of documents."""
 
+import hashlib
 import sys
 
 import numpy as np
@@ -152,6 +153,20 @@ def test_few_files_give_each_split_one(count, tmp_path):
   make_files(tmp_path, count)
   train, validation = split_sets(tmp_path)
   assert train and validation and len(train + validation) == count
+
+
+def test_not_every_file_is_held_out(tmp_path):
+  # The first byte of each name's hash is low enough for validation.
+  names = [
+    name
+    for name in (f'{i}.txt' for i in range(90))
+    if hashlib.sha256(name.encode()).digest()[0] < 25
+  ]
+  assert len(names) > 2
+  for name in names:
+    (tmp_path / name).write_text(name)
+  source = open_source(f'files:{tmp_path}/*.txt')
+  assert len(texts(source, 'train')) == 1
 
 
 def test_files_change_the_identity(tmp_path):

@@ -150,6 +150,7 @@ def test_the_load_is_the_routers_wish_whatever_the_capacity():
   )
 
 
+@jax.jit
 def losses_of(logits, index, mask):
   """All losses, [5, G], as functions of the logits for fixed choices."""
   probs = jax.nn.softmax(logits)
@@ -165,6 +166,9 @@ def losses_of(logits, index, mask):
   )
 
 
+gradients_of = jax.jit(jax.jacrev(losses_of))
+
+
 def test_masked_tokens_change_nothing():
   logits, mask, _, routing = example(2)
   assert 0 < mask.sum() < mask.size
@@ -174,7 +178,7 @@ def test_masked_tokens_change_nothing():
   np.testing.assert_array_equal(
     losses_of(logits, index, mask), losses_of(other_logits, other_index, mask)
   )
-  gradient = jax.jacrev(losses_of)(other_logits, other_index, mask)
+  gradient = gradients_of(other_logits, other_index, mask)
   assert not gradient[..., ~mask, :].any()
   per_loss = jnp.abs(gradient.sum(1)).max((1, 2, 3))  # [5]
   assert (per_loss > 1e-4).all()
@@ -183,10 +187,8 @@ def test_masked_tokens_change_nothing():
 def test_a_group_of_padding_loses_nothing():
   logits, _, _, routing = example(0)
   mask = ALL.at[1].set(False)
-  losses, gradient = (
-    losses_of(logits, routing.expert_index, mask),
-    jax.jacrev(losses_of)(logits, routing.expert_index, mask),
-  )
+  losses = losses_of(logits, routing.expert_index, mask)
+  gradient = gradients_of(logits, routing.expert_index, mask)
   assert not losses[:, 1].any() and not gradient[:, 1].any()
   assert losses[:, 0].all() and jnp.isfinite(gradient).all()
 
@@ -203,7 +205,7 @@ def test_balance_loss_moves_the_router_through_p_alone(choices):
       jax.nn.softmax(logits), routing.expert_index, mask, choices
     ).sum()
 
-  gradient = jax.grad(loss)(logits)
+  gradient = jax.jit(jax.grad(loss))(logits)
   ranks = 3 if choices == 'all' else 1
   for g in range(G):
     real = np.nonzero(mask[g])[0]
@@ -222,7 +224,7 @@ def test_a_step_down_the_balance_loss_evens_the_probabilities():
     routing = token_choice(logits, num_selected=3, capacity=None)
     return balance_loss(jax.nn.softmax(logits), routing.expert_index, ALL).sum()
 
-  stepped = logits - 3.0 * jax.grad(loss)(logits)
+  stepped = logits - 3.0 * jax.jit(jax.grad(loss))(logits)
   assert loss(stepped) < loss(logits)
   crowded = jax.nn.softmax(stepped)[..., 0].mean()
   assert crowded < jax.nn.softmax(logits)[..., 0].mean()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from moe_jax.routing import NoisyLogits, load_loss, noisy_logits, token_choice
+from moe_jax.routing import NoisyLogits, load_loss, noisy_logits
 from moe_jax.routing.noisy_top_k import load_probability
 from tests import reference
 
@@ -69,8 +69,8 @@ def test_probability_is_the_rate_of_being_chosen_when_its_noise_is_redrawn():
   for e in range(E):
     noisy = np.tile(logits.noisy[0], (redraws, 1))
     noisy[:, e] = logits.clean[0, 0, e] + draw[:, e] * logits.std[0, 0, e]
-    chosen = token_choice(jnp.array(noisy)[None], num_selected=K, capacity=None)
-    rates.append((chosen.expert_index == e).any(-1).mean())
+    chosen = np.argsort(-noisy)[:, :K]
+    rates.append((chosen == e).any(-1).mean())
   # Three standard deviations of 4000 draws are at most 0.024.
   np.testing.assert_allclose(
     load_probability(logits, K)[0, 0], rates, atol=0.03
@@ -119,7 +119,7 @@ def test_gradient_of_the_load_loss_is_the_definitions_slope():
     return load_loss(load_probability(logits, K), jnp.asarray(mask)).sum()
 
   inputs = (clean, noise)
-  gradients = jax.grad(by_code, argnums=(0, 1))(
+  gradients = jax.jit(jax.grad(by_code, argnums=(0, 1)))(
     *[jnp.asarray(x, jnp.float32) for x in inputs]
   )
   rng = np.random.default_rng(0)

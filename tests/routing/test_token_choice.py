@@ -9,6 +9,17 @@ import pytest
 from moe_jax.routing import SECOND_POLICIES, SLOT_PRIORITIES, token_choice
 
 KEY = jax.random.key(11)
+route = jax.jit(
+  token_choice,
+  static_argnames=(
+    'num_selected',
+    'capacity',
+    'gates',
+    'slot_priority',
+    'second_policy',
+    'second_threshold',
+  ),
+)
 
 
 def logits_of(*probabilities):
@@ -33,7 +44,7 @@ RIVALS = logits_of([0.6, 0.3, 0.1], [0.1, 0.7, 0.2])
 def test_switch_drops_the_third_token_of_a_full_expert():
   # Tokens 0, 1 and 3 choose expert 1, which has two slots. Token 3 comes last
   # and is dropped; its gate is 0, and the other gates are the raw probability.
-  routing = token_choice(
+  routing = route(
     logits_of([0.2, 0.7, 0.1], [0.1, 0.5, 0.4], [0.8, 0.1, 0.1], [0, 0.9, 0.1]),
     num_selected=1,
     capacity=2,
@@ -49,7 +60,7 @@ def test_switch_drops_the_third_token_of_a_full_expert():
 
 def test_gshard_serves_every_first_choice_before_any_second():
   # Token 1 arrives later, but its first choice beats token 0's second.
-  routing = token_choice(
+  routing = route(
     RIVALS,
     num_selected=2,
     capacity=1,
@@ -66,7 +77,7 @@ def test_gshard_serves_every_first_choice_before_any_second():
 
 
 def test_token_major_serves_the_earlier_token_with_all_its_choices():
-  routing = token_choice(RIVALS, num_selected=2, capacity=1)
+  routing = route(RIVALS, num_selected=2, capacity=1)
   check(
     routing,
     expert=[[0, 1], [1, 2]],
@@ -79,7 +90,7 @@ def test_token_major_serves_the_earlier_token_with_all_its_choices():
 def test_batch_priority_serves_the_confident_token_first():
   # All want expert 0. Token 1 is the surest, then 2; tokens 0 and 3 are
   # equally unsure, so the earlier goes first.
-  routing = token_choice(
+  routing = route(
     logits_of([0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.6, 0.4, 0], [0.5, 0.3, 0.2]),
     num_selected=1,
     capacity=2,
@@ -99,7 +110,7 @@ HALF_HEARTED = jnp.array([[[0.0, -80.0, -40.0], [-80.0, 0.0, 0.0]]])
 
 
 def seconds(policy, key):
-  return token_choice(
+  return route(
     HALF_HEARTED, num_selected=2, capacity=1, second_policy=policy, key=key
   )
 
@@ -142,7 +153,7 @@ def test_the_threshold_is_where_a_choice_becomes_certain():
   logits = jnp.tile(logits_of([0.9, 0.1]), (1, 4000, 1))
 
   def rate(policy, threshold=0.2):
-    kept = token_choice(
+    kept = route(
       logits,
       num_selected=2,
       capacity=None,
@@ -161,9 +172,7 @@ def test_the_threshold_is_where_a_choice_becomes_certain():
 
 def test_mixtrals_gates_are_the_softmax_of_the_chosen_logits():
   logits = jnp.array([[[1.0, 3.0, 2.0], [0.5, 0.0, 0.25]]])
-  routing = token_choice(
-    logits, num_selected=2, capacity=2, gates='renormalized'
-  )
+  routing = route(logits, num_selected=2, capacity=2, gates='renormalized')
   first = np.exp([3.0, 2.0]) / np.exp([3.0, 2.0]).sum()
   second = np.exp([0.5, 0.25]) / np.exp([0.5, 0.25]).sum()
   check(
@@ -179,7 +188,7 @@ def test_renormalising_after_dropping_gives_the_survivor_everything():
   # As for GShard, but token 0's only kept choice weighs 1. A third token,
   # which finds experts 0 and 1 full, keeps nothing: zero, not NaN.
   logits = jnp.concatenate([RIVALS, logits_of([0.5, 0.4, 0.1])], axis=1)
-  routing = token_choice(
+  routing = route(
     logits,
     num_selected=2,
     capacity=1,
@@ -198,7 +207,7 @@ def test_renormalising_after_dropping_gives_the_survivor_everything():
 @pytest.mark.parametrize('slot_priority', SLOT_PRIORITIES)
 def test_padding_takes_no_slot(slot_priority):
   # Token 0 is padding, and surer than token 1; its place goes to token 1.
-  routing = token_choice(
+  routing = route(
     logits_of([0.9, 0.1, 0], [0.6, 0.4, 0]),
     num_selected=1,
     capacity=1,
@@ -217,7 +226,7 @@ def test_padding_takes_no_slot(slot_priority):
 @pytest.mark.parametrize('K', [1, 2, 3])
 def test_ties_go_to_the_lower_expert(K):
   # Without an opinion everyone goes to the first K experts, and fills them.
-  routing = token_choice(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
+  routing = route(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
   check(
     routing,
     expert=[list(range(K))] * 3,
@@ -226,7 +235,7 @@ def test_ties_go_to_the_lower_expert(K):
     gate=[[0.2] * K, [0.2] * K, [0] * K],
   )
   tie_for_last = jnp.tile(jnp.array([0.0, 2.0, 1.0, 1.0, 2.0]), (1, 3, 1))
-  chosen = token_choice(tie_for_last, num_selected=K, capacity=2)
+  chosen = route(tie_for_last, num_selected=K, capacity=2)
   np.testing.assert_array_equal(chosen.expert_index[0, 0], [1, 4, 2][:K])
 
 
@@ -234,15 +243,15 @@ def test_why_router_logits_are_float32():
   # ST-MoE's example: ten logits of 128 and one of 128.5. bfloat16 has steps
   # of 1 there, so the best expert's lead is rounded away.
   logits = jnp.full((1, 1, 11), 128.0).at[..., -1].set(128.5)
-  exact = token_choice(logits, num_selected=1, capacity=1)
+  exact = route(logits, num_selected=1, capacity=1)
   check(exact, expert=[[10]], slot=[[0]], kept=[[1]])
   np.testing.assert_allclose(exact.gate, 0.142, atol=5e-4)
   rounded = logits.astype(jnp.bfloat16)
-  coarse = token_choice(rounded.astype(jnp.float32), num_selected=1, capacity=1)
+  coarse = route(rounded.astype(jnp.float32), num_selected=1, capacity=1)
   check(coarse, expert=[[0]], slot=[[0]], kept=[[1]])
   np.testing.assert_allclose(coarse.gate, 0.091, atol=5e-4)
   with pytest.raises(jaxtyping.TypeCheckError):
-    token_choice(rounded, num_selected=1, capacity=1)
+    route(rounded, num_selected=1, capacity=1)
 
 
 @pytest.mark.parametrize(

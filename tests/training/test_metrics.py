@@ -141,9 +141,14 @@ def test_a_kill_anywhere_in_the_last_row_is_mended(tmp_path):
       assert path.read_bytes() == first
       writer.write(2, {'a': [2.5, 3]})
     assert path.read_bytes() == first + last
-    with MetricsWriter(tmp_path, resume_step=2):
-      pass
-    assert path.read_bytes() == first + last
+
+
+def test_a_row_that_lacks_only_its_newline_gets_it(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}')
+  with MetricsWriter(tmp_path, resume_step=1) as writer:
+    writer.write(2, {})
+  assert lines(tmp_path) == ['{"step": 1}', '{"step": 2}']
 
 
 def test_damage_elsewhere_is_told_and_does_not_stop_a_run(tmp_path, caplog):
@@ -157,6 +162,7 @@ def test_damage_elsewhere_is_told_and_does_not_stop_a_run(tmp_path, caplog):
 
 
 def test_a_run_from_the_start_keeps_the_old_record_aside(tmp_path):
+  MetricsWriter(tmp_path, resume_step=None).close()  # no row to keep
   for run in range(3):
     with MetricsWriter(tmp_path, resume_step=None) as writer:
       writer.write(1, {'run': run})

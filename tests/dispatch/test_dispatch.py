@@ -1,0 +1,266 @@
+"""Every dispatcher, on the same routings, against the loops that define it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import dispatch
+from moe_jax.dispatch import gather
+from moe_jax.routing import Routing, token_choice
+from tests import reference
+
+G, S, E, K, C, M = 2, 7, 5, 3, 4, 6
+every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
+
+
+def arrays(seed, dtype=jnp.float32, capacity=C):
+  """Tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
+  keys = jax.random.split(jax.random.key(seed), 4)
+  tokens, rows = (G, S, M), (E, G * capacity, M)
+  return [
+    jax.random.normal(key, shape, dtype)
+    for key, shape in zip(keys, (tokens, tokens, rows, rows))
+  ]
+
+
+def routed(mask=None, scale=1.0, capacity=C, **options):
+  logits = scale * jax.random.normal(jax.random.key(7), (G, S, E))
+  options = {'num_selected': K, 'key': jax.random.key(8)} | options
+  return token_choice(logits, mask=mask, capacity=capacity, **options)
+
+
+def by_hand(seed):
+  """Any legal routing, not only one a router makes: slots with holes, wild
+  numbers where nothing is kept, gates of any sign and size."""
+  rng = np.random.default_rng(seed)
+  expert = rng.integers(0, E, (G, S, K))
+  slot = rng.integers(0, 3 * C, (G, S, K))
+  kept = np.zeros((G, S, K), bool)
+  for g in range(G):
+    seats = rng.permutation(E * C)[: rng.integers(0, min(S * K, E * C) + 1)]
+    for choice, seat in zip(rng.permutation(S * K), seats):
+      s, k = divmod(choice, K)
+      expert[g, s, k], slot[g, s, k] = divmod(seat, C)
+      kept[g, s, k] = True
+  gate = np.where(kept, rng.normal(size=(G, S, K)), 0.0)
+  return Routing(
+    jnp.asarray(expert, jnp.int32),
+    jnp.asarray(slot, jnp.int32),
+    jnp.asarray(gate, jnp.float32),
+    jnp.asarray(kept),
+    E,
+    C,
+  )
+
+
+HALF = jnp.arange(S)[None] < jnp.array([[3], [5]])
+SCENARIOS = {
+  'drops, token-major': lambda: routed(scale=3.0, capacity=2),
+  'drops, choice-major': lambda: routed(slot_priority='choice_major'),
+  'padding': lambda: routed(mask=HALF, gates='renormalized'),
+  'nothing but padding': lambda: routed(mask=jnp.zeros((G, S), bool)),
+  'unsent choices': lambda: routed(second_policy='threshold'),
+  'holes in the queue': lambda: routed(num_selected=2, second_policy='sampled'),
+  'one choice': lambda: routed(num_selected=1, capacity=1),
+  'room for all': lambda: routed(capacity=S),
+  'written by hand': lambda: by_hand(0),
+}
+
+
+def test_the_scenarios_are_what_they_say():
+  made = {name: make() for name, make in SCENARIOS.items()}
+  real = {name: jnp.ones((G, S, 1), bool) for name in made}
+  real['padding'] = HALF[..., None]
+  lost = {name: int((real[name] & ~made[name].kept).sum()) for name in made}
+  assert lost.pop('room for all') == 0
+  assert lost.pop('nothing but padding') == G * S * K
+  assert all(lost.values()), lost
+  holes = made['holes in the queue']
+  assert (~holes.kept & (holes.slot < C)).any()
+
+
+def everything(name, routing, x, dy, rows, d_rows):
+  """Both directions and all their gradients, by one dispatcher."""
+  dispatcher = dispatch.get(name)
+
+  def combine(rows, gate):
+    replaced = Routing(
+      routing.expert_index,
+      routing.slot,
+      gate,
+      routing.kept,
+      routing.num_experts,
+      routing.capacity,
+    )
+    return dispatcher.combine(rows, replaced)
+
+  sent, back = jax.vjp(lambda x: dispatcher.dispatch(x, routing), x)
+  y, combine_back = jax.vjp(combine, rows, routing.gate)
+  return sent, back(d_rows)[0], y, *combine_back(dy)
+
+
+jitted = jax.jit(everything, static_argnums=0)
+
+
+def by_loops(routing, x, dy, rows, d_rows):
+  x, dy, rows, d_rows = (
+    np.asarray(a, np.float64) for a in (x, dy, rows, d_rows)
+  )
+  return (
+    reference.dispatch(x, routing),
+    reference.dispatch_gradient(d_rows, routing),
+    reference.combine(rows, routing),
+    *reference.combine_gradient(dy, rows, routing),
+  )
+
+
+def same(got, expected, **tolerance):
+  parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
+  for part, a, b in zip(parts, got, expected, strict=True):
+    np.testing.assert_allclose(
+      np.asarray(a, np.float64), b, err_msg=part, **tolerance
+    )
+
+
+@every_dispatcher
+def test_three_tokens_by_hand(name):
+  # Two experts of two slots. Token 0 goes to both, token 1 only to expert 0,
+  # token 2 nowhere: its choice of expert 0 came too late.
+  routing = Routing(
+    expert_index=jnp.array([[[0, 1], [0, 1], [0, 1]]], jnp.int32),
+    slot=jnp.array([[[0, 0], [1, 0], [2, 0]]], jnp.int32),
+    gate=jnp.array([[[0.75, 0.25], [0.5, 0.0], [0.0, 0.0]]]),
+    kept=jnp.array([[[True, True], [True, False], [False, False]]]),
+    num_experts=2,
+    capacity=2,
+  )
+  x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
+  dispatcher = dispatch.get(name)
+  rows = dispatcher.dispatch(x, routing)
+  np.testing.assert_array_equal(
+    rows,
+    [
+      [[1, 2, 3], [4, 5, 6]],
+      [[1, 2, 3], [0, 0, 0]],
+    ],
+  )
+  # Expert 0 multiplies by 10, expert 1 by 100.
+  y = dispatcher.combine(rows * jnp.array([[[10.0]], [[100.0]]]), routing)
+  first = np.array([1, 2, 3]) * (0.75 * 10 + 0.25 * 100)
+  second = np.array([4, 5, 6]) * (0.5 * 10)
+  np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
+
+
+@every_dispatcher
+@pytest.mark.parametrize('scenario', SCENARIOS)
+def test_rows_outputs_and_gradients(name, scenario):
+  routing = SCENARIOS[scenario]()
+  case = arrays(1, capacity=routing.capacity)
+  got = jitted(name, routing, *case)
+  same(got, by_loops(routing, *case), rtol=1e-5, atol=1e-6)
+
+
+@every_dispatcher
+def test_the_same_without_jit(name):
+  routing, case = by_hand(3), arrays(2)
+  same(
+    everything(name, routing, *case),
+    by_loops(routing, *case),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@every_dispatcher
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_any_legal_routing(name, seed):
+  routing, case = by_hand(seed), arrays(seed)
+  got = jitted(name, routing, *case)
+  same(got, by_loops(routing, *case), rtol=1e-5, atol=1e-5)
+
+
+@every_dispatcher
+def test_bfloat16_stays_bfloat16(name):
+  routing, case = routed(), arrays(4, jnp.bfloat16)
+  got = jitted(name, routing, *case)
+  dtypes = [x.dtype for x in got]
+  assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # the gates' stay wide
+  # Eight bits of mantissa, sums of up to six terms.
+  same(got, by_loops(routing, *case), rtol=0.02, atol=0.04)
+  np.testing.assert_array_equal(got[0], reference.dispatch(case[0], routing))
+
+
+@every_dispatcher
+def test_a_dropped_token_gives_exactly_zero_and_an_empty_slot_is_zero(name):
+  routing = routed(num_selected=1, capacity=2, scale=3.0)
+  dropped = ~routing.kept.any(-1)
+  assert dropped.any()
+  x, _, rows, _ = arrays(5, capacity=2)
+  sent, _, y, d_rows, _ = jitted(name, routing, x, x, rows, rows)
+  assert not y[dropped].any() and (jnp.abs(y[~dropped]).max(-1) > 0).all()
+  filled = int(routing.kept.sum())
+  assert filled < E * G * 2
+  assert (jnp.abs(sent).max(-1) > 0).sum() == filled
+  assert (jnp.abs(d_rows).max(-1) > 0).sum() == filled
+
+
+@every_dispatcher
+def test_there_and_back_is_k_times_the_token(name):
+  routing = routed(capacity=S)
+  ones = Routing(
+    routing.expert_index,
+    routing.slot,
+    jnp.ones_like(routing.gate),
+    routing.kept,
+    E,
+    S,
+  )
+  x = arrays(6)[0]
+  dispatcher = dispatch.get(name)
+  y = dispatcher.combine(dispatcher.dispatch(x, ones), ones)
+  np.testing.assert_allclose(y, K * x, rtol=1e-6)
+
+
+@every_dispatcher
+def test_a_gate_of_zero_still_sends_the_token_and_still_learns(name):
+  # Served is `kept`, not `gate > 0`: the expert sees the token, and the gate
+  # has a gradient to grow by.
+  routing = by_hand(1)
+  assert routing.kept.any()
+  routing = jax.tree.map(
+    lambda x: x * 0 if x.dtype == 'float32' else x, routing
+  )
+  case = arrays(7)
+  sent, _, y, _, d_gate = jitted(name, routing, *case)
+  np.testing.assert_allclose(sent, reference.dispatch(case[0], routing))
+  assert not y.any()
+  np.testing.assert_array_equal(d_gate != 0, routing.kept)
+
+
+def test_gather_knows_the_token_in_each_slot():
+  routing = by_hand(2)
+  expected = np.full((E, G * C), G * S)
+  for g, s, k in zip(*np.nonzero(routing.kept)):
+    row = g * C + routing.slot[g, s, k]
+    expected[routing.expert_index[g, s, k], row] = g * S + s
+  np.testing.assert_array_equal(gather.token_index(routing), expected)
+
+
+@every_dispatcher
+def test_refuses_an_unbounded_routing(name):
+  routing = routed(capacity=None)
+  x, _, rows, _ = arrays(11)
+  dispatcher = dispatch.get(name)
+  with pytest.raises(ValueError, match=r"capacity=None.*capacity_rule='all'"):
+    dispatcher.dispatch(x, routing)
+  with pytest.raises(ValueError, match=r"capacity=None.*capacity_rule='all'"):
+    dispatcher.combine(rows, routing)
+
+
+def test_unknown_dispatcher():
+  with pytest.raises(ValueError, match=r"dispatch 'scatter'.*'einsum'.*gather"):
+    dispatch.get('scatter')

@@ -1,0 +1,200 @@
+"""Attention against two other implementations, and its masks by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers import Attention, AttentionConfig
+from moe_jax.layers.attention import causal_mask, masked_softmax
+
+B, T, M, H, N, D = 3, 7, 10, 4, 2, 6
+
+
+def inputs(seed=0):
+  """(x, mask, positions): a mask of any kind, in which all see something."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(B, T, M)).astype(np.float32)
+  mask = (rng.random((B, T, T)) < 0.5) | np.eye(T, dtype=bool)
+  positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  return jnp.asarray(x), jnp.asarray(mask), jnp.asarray(positions)
+
+
+def draw(shapes, seed=1):
+  rng = np.random.default_rng(seed)
+  return {
+    name: jnp.asarray(rng.normal(0, 0.4, shape), jnp.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def kernels(heads=H, kv_heads=N):
+  return draw(
+    {
+      'w_query': (M, heads, D),
+      'w_key': (M, kv_heads, D),
+      'w_value': (M, kv_heads, D),
+      'w_out': (heads, D, M),
+    }
+  )
+
+
+def biases(heads=H, kv_heads=N):
+  return draw(
+    {
+      'b_query': (heads, D),
+      'b_key': (kv_heads, D),
+      'b_value': (kv_heads, D),
+      'b_out': (M,),
+    },
+    seed=2,
+  )
+
+
+def attend(params, *args, kv_heads=N, rngs=None, **options):
+  train = options.pop('train', False)
+  layer = Attention(AttentionConfig(H, D, kv_heads, **options))
+  run = jax.jit(lambda p: layer.apply(p, *args, train=train, rngs=rngs))
+  return run({'params': params})
+
+
+@pytest.mark.parametrize('kv_heads', [1, N, H])
+def test_equals_jax_dot_product_attention(kv_heads):
+  x, mask, positions = inputs()
+  p = kernels(kv_heads=kv_heads)
+  bias = draw({'bias': (H, T, T)}, seed=3)['bias']
+
+  @jax.jit
+  def other(x):
+    query, key, value = (
+      jnp.einsum('btm,mhd->bthd', x, p[f'w_{name}'])
+      for name in ('query', 'key', 'value')
+    )
+    y = jax.nn.dot_product_attention(
+      query, key, value, bias=bias[None], mask=mask[:, None]
+    )
+    return jnp.einsum('bthd,hdm->btm', y, p['w_out'])
+
+  y = attend(p, x, mask, positions, bias, kv_heads=kv_heads)
+  np.testing.assert_allclose(y, other(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_equals_linen_with_its_weights_copied(use_bias):
+  x, mask, positions = inputs()
+  ours = kernels(kv_heads=H)
+  if use_bias:
+    ours |= biases(kv_heads=H)
+  theirs = {}
+  for name in ('query', 'key', 'value', 'out'):
+    theirs[name] = {'kernel': ours[f'w_{name}']}
+    if use_bias:
+      theirs[name]['bias'] = ours[f'b_{name}']
+  linen = nn.MultiHeadDotProductAttention(
+    num_heads=H, qkv_features=H * D, out_features=M, use_bias=use_bias
+  )
+  run = jax.jit(lambda p: linen.apply({'params': p}, x, mask=mask[:, None]))
+  y = attend(ours, x, mask, positions, kv_heads=H, use_bias=use_bias)
+  np.testing.assert_allclose(y, run(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kv_head_serves_adjacent_query_heads():
+  x, mask, positions = inputs()
+  grouped = kernels()
+  repeated = {
+    name: np.repeat(w, H // N, axis=1) if name in ('w_key', 'w_value') else w
+    for name, w in grouped.items()
+  }
+  np.testing.assert_allclose(
+    attend(grouped, x, mask, positions),
+    attend(repeated, x, mask, positions, kv_heads=H),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_parameters_have_their_own_head_width_and_biases_only_on_request(
+  use_bias,
+):
+  x, mask, positions = inputs()
+  layer = Attention(AttentionConfig(H, D, N, use_bias=use_bias))
+  boxed = jax.eval_shape(layer.init, jax.random.key(0), x, mask, positions)
+  shapes = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(boxed))
+  expected = kernels() | (biases() if use_bias else {})
+  assert shapes['params'] == {k: v.shape for k, v in expected.items()}
+
+
+def test_causal_mask_keeps_to_the_document_and_looks_back():
+  # Two tokens of document 1, two of document 2, one of padding.
+  expected = [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [0, 0, 1, 0, 0],
+    [0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 1],
+  ]
+  mask = jax.jit(causal_mask)(jnp.array([[1, 1, 2, 2, 0]]))
+  np.testing.assert_array_equal(np.asarray(mask)[0], np.array(expected, bool))
+
+
+def test_masked_softmax_gives_hidden_keys_exactly_nothing():
+  scores = np.log(np.array([[[1, 3, 96], [1, 3, 4]]], np.float32))
+  mask = jnp.array([[[True, True, False], [True, True, True]]])
+  expected = [[[0.25, 0.75, 0], [0.125, 0.375, 0.5]]]
+  weights = np.asarray(jax.jit(masked_softmax)(scores, mask))
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+  assert weights[0, 0, 2] == 0
+
+
+def test_bfloat16_scores_are_float32():
+  # Query 1 scores its keys 256 and 257. bfloat16 has no 257: it would see a
+  # difference of 0 or 2, and give key 1 a weight of 0.5 or 0.88.
+  x = jnp.array([[[16, 0, 0, 0], [16, 1, 0, 1]]], jnp.bfloat16)
+  head = np.eye(4, dtype=np.float32)[:, None]
+  p = {
+    'w_query': 2 * head,  # undoes the scale 1 / sqrt(4)
+    'w_key': head * [1.0, 1, 0, 0],
+    'w_value': head * [0.0, 0, 0, 1],
+    'w_out': head.swapaxes(0, 1),
+  }
+  layer = Attention(AttentionConfig(1, 4, 1, dtype='bfloat16'))
+  positions = jnp.array([[0, 1]])
+  mask = causal_mask(jnp.array([[1, 1]]))
+  y = jax.jit(lambda p: layer.apply({'params': p}, x, mask, positions))(p)
+  assert y.dtype == jnp.bfloat16
+  expected = np.e / (1 + np.e)  # 0.73
+  np.testing.assert_allclose(
+    np.asarray(y, np.float32)[0, 1, 3], expected, atol=0.01
+  )
+
+
+def test_dropout_is_unbiased_and_only_in_training():
+  x, mask, positions = inputs()
+  p, n = kernels(), 400
+  plain = np.asarray(attend(p, x, mask, positions))
+  evaluated = attend(p, x, mask, positions, dropout=0.5)
+  np.testing.assert_array_equal(plain, evaluated)
+  many = (jnp.tile(leaf, (n, 1, 1)) for leaf in (x[:1], mask[:1]))
+  rngs = {'dropout': jax.random.key(0)}
+  args = (*many, jnp.tile(positions[:1], (n, 1)))
+  drawn = np.asarray(attend(p, *args, dropout=0.5, train=True, rngs=rngs))
+  assert np.abs(drawn[0] - plain[0]).max() > 0.1
+  error = drawn.std(0) / np.sqrt(n)
+  np.testing.assert_array_less(abs(drawn.mean(0) - plain[0]), 5 * error + 1e-5)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ((4, 6, 3), 'num_kv_heads=3 does not divide num_heads=4'),
+    ((4, 6, 0), 'num_kv_heads=0 does not divide'),
+    ((0, 6, 1), 'num_heads=0'),
+    ((4, 0, 4), 'head_width=0'),
+    ((4, 5, 4), 'rotary needs an even head_width=5'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    AttentionConfig(*sizes, rotary=True)

@@ -1,0 +1,120 @@
+"""The dense feed-forward against plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf, expit
+
+from moe_jax.layers import ACTIVATIONS, FeedForward, FfnConfig, Init
+
+M, F = 6, 11
+
+
+def gelu_tanh(x):
+  return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+# (the function, whether a third kernel gates)
+FORMULAS = {
+  'relu': (lambda x: np.maximum(x, 0), False),
+  'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), False),
+  'gelu_tanh': (gelu_tanh, False),
+  'geglu': (gelu_tanh, True),
+  'swiglu': (lambda x: x * expit(x), True),
+}
+
+
+def draw_params(gated, use_bias):
+  rng = np.random.default_rng(0)
+  shapes = {'w_in': (M, F), 'w_out': (F, M)}
+  if gated:
+    shapes['w_gate'] = (M, F)
+  if use_bias:
+    shapes |= {'b_in': (F,), 'b_out': (M,)}
+  return {
+    name: rng.normal(size=shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def test_every_activation_has_a_formula_here():
+  assert FORMULAS.keys() == ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_feed_forward_equals_its_formula(name, use_bias):
+  function, gated = FORMULAS[name]
+  p = draw_params(gated, use_bias)
+  x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32)
+  layer = FeedForward(FfnConfig(F, activation=name, use_bias=use_bias))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
+  assert set(shapes['params']) == set(p)
+  h = x @ p['w_in'] + p.get('b_in', 0)
+  # The gate passes through the activation, the other product does not.
+  h = function(x @ p['w_gate']) * h if gated else function(h)
+  expected = h @ p['w_out'] + p.get('b_out', 0)
+  y = jax.jit(layer.apply)({'params': p}, x)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_zeroes_hidden_values_and_scales_the_rest():
+  # One output per hidden value, so each is seen alone: 0 or 1 / (1 - 0.25).
+  p = {
+    'w_in': np.ones((M, F), np.float32) / M,
+    'w_out': np.eye(F, M, dtype=np.float32),
+  }
+  layer = FeedForward(FfnConfig(F, dropout=0.25))
+  x = jnp.ones((500, M))
+  rngs = {'dropout': jax.random.key(0)}
+  run = jax.jit(lambda p: layer.apply({'params': p}, x, train=True, rngs=rngs))
+  y = np.asarray(run(p))
+  dropped = y == 0
+  np.testing.assert_allclose(y[~dropped], 1 / 0.75, rtol=1e-5)
+  np.testing.assert_allclose(dropped.mean(), 0.25, atol=0.03)
+  np.testing.assert_allclose(layer.apply({'params': p}, x), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
+  layer = FeedForward(FfnConfig(F, dtype=dtype))
+  x = jnp.ones((2, M), jnp.float32)
+  y, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+  assert y.dtype == dtype
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(params)}
+  assert kinds == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize(
+  ('init', 'std_in', 'std_out'),
+  [
+    (Init(), (1 / 50) ** 0.5, (1 / 80) ** 0.5),
+    (Init(scale=0.1), (0.1 / 50) ** 0.5, (0.1 / 80) ** 0.5),
+    (Init('gpt2', num_layers=8), 0.02, 0.02 / 4),
+  ],
+)
+def test_kernels_start_with_the_named_deviation(init, std_in, std_out):
+  # 4000 draws a kernel: the deviation's own is about 1 %.
+  layer = FeedForward(FfnConfig(80, init=init))
+  params = layer.init(jax.random.key(0), jnp.ones((1, 50)))['params']
+  w_in, w_out = (np.asarray(params[k].unbox()) for k in ('w_in', 'w_out'))
+  np.testing.assert_allclose(w_in.std(), std_in, rtol=0.06)
+  np.testing.assert_allclose(w_out.std(), std_out, rtol=0.06)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'activation': 'swiglo'}, "unknown activation 'swiglo'; did you mean 's"),
+    ({'hidden': 0}, 'hidden=0 must be at least 1'),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    FfnConfig(**{'hidden': F, **options})
+
+
+def test_an_unknown_init_is_refused():
+  with pytest.raises(ValueError, match="unknown init.kind 'gpt3'"):
+    Init('gpt3')

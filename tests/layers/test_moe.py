@@ -1,0 +1,210 @@
+"""The sparse layer against a loop over tokens and against the dense layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers import (
+  FeedForward,
+  FfnConfig,
+  MoE,
+  MoeConfig,
+  RouterConfig,
+)
+from moe_jax.routing import CapacityRule
+from tests import reference
+from tests.models.tiny import assert_trees_close
+
+B, T, E, K, M, F = 3, 8, 5, 2, 6, 11
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def make(group_size=0, dispatch='gather', expert=None, **router):
+  router = {'num_experts': E, 'num_selected': K, **router}
+  config = MoeConfig(
+    router=RouterConfig(**router),
+    expert=FfnConfig(**{'hidden': F, 'use_bias': True, **(expert or {})}),
+    group_size=group_size,
+    dispatch=dispatch,
+  )
+  return MoE(config)
+
+
+def draw_params(layer, seed=0):
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  drawn = [draw(*leaf.shape, seed=seed + i) for i, leaf in enumerate(leaves)]
+  return tree.unflatten(drawn)
+
+
+@functools.cache
+def compiled(layer):
+  return jax.jit(lambda p, x, mask: layer.apply({'params': p}, x, mask))
+
+
+def run(layer, params, x, mask=None):
+  """(y, aux); equal layers share a compilation."""
+  return compiled(layer)(params, x, mask)
+
+
+def dense(params, x):
+  layer = FeedForward(FfnConfig(F, use_bias=True))
+  return np.asarray(jax.jit(layer.apply)({'params': params}, x))
+
+
+def test_layer_equals_a_loop_over_tokens():
+  # Groups of half a sequence, two slots an expert, some padding.
+  layer = make(4, capacity=CapacityRule('fixed', slots=1), gates='renormalized')
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  mask = np.ones((B, T), bool)
+  mask[0, 6:] = mask[2, 2] = False
+  y, aux = run(layer, params, x, jnp.asarray(mask))
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  tokens = np.asarray(x, np.float64).reshape(-1, 4, M)
+  routing = reference.token_choice(
+    tokens @ p['router']['w'],
+    num_selected=K,
+    capacity=1,
+    mask=mask.reshape(-1, 4),
+    gates='renormalized',
+  )
+  expected = np.zeros(tokens.shape)
+  w = p['experts']
+  for g, s, k in zip(*np.nonzero(routing.kept)):
+    e = routing.expert_index[g, s, k]
+    h = np.maximum(tokens[g, s] @ w['w_in'][e] + w['b_in'][e], 0)
+    served = h @ w['w_out'][e] + w['b_out'][e]
+    expected[g, s] += routing.gate[g, s, k] * served
+  np.testing.assert_allclose(y, expected.reshape(B, T, M), rtol=1e-4, atol=1e-4)
+  # Tokens dropped everywhere, and padding, get zeros: biases do not leak.
+  lost = ~routing.kept.any(-1).reshape(B, T)
+  assert (lost & mask).any()
+  assert not np.asarray(y)[lost].any()
+  stats = reference.routing_stats(
+    routing, tokens @ p['router']['w'], mask.reshape(-1, 4)
+  )
+  np.testing.assert_array_equal(aux.stats.kept_load, stats['kept_load'])
+
+
+@pytest.mark.parametrize('num_selected', [2, 3])
+def test_identical_experts_with_room_for_all_are_the_dense_layer(num_selected):
+  layer = make(
+    num_selected=num_selected,
+    gates='renormalized',
+    capacity=CapacityRule('all'),
+  )
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
+  params['experts'] = jax.tree.map(lambda leaf: jnp.stack([leaf] * E), one)
+  y, _ = run(layer, params, x)
+  np.testing.assert_allclose(y, dense(one, x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_expert_is_the_dense_layer():
+  # Its raw gate is a softmax over one expert: exactly 1.
+  layer = make(num_experts=1, num_selected=1)
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  y, _ = run(layer, params, x)
+  one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
+  np.testing.assert_allclose(y, dense(one, x), rtol=1e-5, atol=1e-5)
+
+
+PARITY = {
+  'switch': dict(num_selected=1),
+  'gshard': dict(gates='renormalized', slot_priority='choice_major'),
+  'vmoe': dict(
+    num_selected=3,
+    gates='renormalized_after_drop',
+    slot_priority='batch_priority',
+    group_size=16,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PARITY)
+def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
+  options = PARITY[name] | {'capacity': CapacityRule('per_token', 0.75)}
+  x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
+  mask = jnp.ones((B, T), bool).at[1, 5:].set(False)
+  params = draw_params(make(**options))
+  results = {}
+  for dispatch in ('gather', 'einsum'):
+    layer = make(dispatch=dispatch, **options)
+
+    def loss(params, x, layer=layer):
+      y, aux = layer.apply({'params': params}, x, mask)
+      return (y * target).sum(), (y, aux)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    results[dispatch] = gradient(params, x)
+  (grads, (y, aux)), other = results['gather'], results['einsum']
+  assert_trees_close(results['gather'], other, rtol=1e-4, atol=1e-4)
+  # Not vacuous: something is dropped, and what is served is not zero.
+  assert aux.stats.overflowed.sum() > 0
+  assert np.abs(y).max() > 1
+  # The router learns from the gates alone: no auxiliary loss is in the sum.
+  for leaf in jax.tree.leaves(grads):
+    assert np.abs(leaf).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+  ('gates', 'num_selected'),
+  [('raw', 1), ('raw', 3), ('renormalized', 2), ('renormalized_after_drop', 2)],
+)
+def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
+  layer = make(
+    gates=gates, num_selected=num_selected, capacity=CapacityRule('all')
+  )
+  params, x = draw_params(layer), draw(B, T, M, seed=10)
+  params['router']['w'] *= 0.3
+  direction, target = draw(M, E, seed=7), draw(B, T, M, seed=8)
+
+  def loss(step):
+    moved = params['router']['w'] + step * direction
+    p = {**params, 'router': {'w': moved}}
+    y, aux = layer.apply({'params': p}, x)
+    return (y * target).sum(), aux.stats.load
+
+  run_loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (before, load_before), _ = run_loss(-1e-3)
+  (after, load_after), _ = run_loss(1e-3)
+  _, gradient = run_loss(0.0)
+  # The step is so small that no token changes its experts.
+  np.testing.assert_array_equal(load_before, load_after)
+  slope = (after - before) / 2e-3
+  assert abs(gradient) > 0.1
+  np.testing.assert_allclose(gradient, slope, rtol=0.02)
+
+
+def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
+  layer = make(expert={'dtype': 'bfloat16'}, capacity=CapacityRule('all'))
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  y, aux = run(layer, params, x.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  full, exact = run(make(capacity=CapacityRule('all')), params, x)
+  np.testing.assert_allclose(
+    np.asarray(y, np.float32), full, rtol=0.1, atol=0.3
+  )
+  for leaf in jax.tree.leaves(aux):
+    assert leaf.dtype == jnp.float32
+  np.testing.assert_allclose(aux.z_loss, exact.z_loss, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(dispatch='gathered'), "unknown dispatch 'gathered'; did you mean"),
+    (dict(group_size=-1), 'group_size=-1 must not be negative'),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    make(**options)

@@ -1,0 +1,135 @@
+"""Groups, capacity and padding of the sparse layer, told by small numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers.moe import to_groups
+from moe_jax.routing import CapacityRule
+from tests.layers.test_moe import B, E, K, M, T, draw, draw_params, make, run
+from tests.models.tiny import assert_trees_close
+
+
+def test_to_groups_cuts_consecutive_tokens_and_pads_the_last():
+  x = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T, 1)
+  mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+  groups, group_mask = to_groups(x, mask, 16)
+  np.testing.assert_array_equal(
+    groups[..., 0], [list(range(16)), [*range(16, 24), *[0] * 8]]
+  )
+  expected = np.ones((2, 16), bool)
+  expected[0, 1] = expected[1, 8:] = False
+  np.testing.assert_array_equal(group_mask, expected)
+  assert to_groups(x, mask, 0)[0].shape == (B, T, 1)
+  assert to_groups(x, mask, 4)[0].shape == (6, 4, 1)
+
+
+@pytest.mark.parametrize('group_size', [3, 5, 12])
+def test_a_group_that_cuts_a_sequence_is_refused(group_size):
+  with pytest.raises(
+    ValueError, match=rf'group_size={group_size} is neither .* seq_len={T}'
+  ):
+    to_groups(jnp.ones((B, T, M)), jnp.ones((B, T), bool), group_size)
+
+
+# All tokens alike: each group fills its expert, so what is kept is G * C.
+@pytest.mark.parametrize(
+  ('rule', 'group_size', 'kept'),
+  [
+    # ceil(1.25 * S / 5), S = 8: 2 in each of 3 groups.
+    (CapacityRule('per_token', 1.25), 0, 3 * 2),
+    # S = 4: 1 in each of 6.
+    (CapacityRule('per_token', 1.25), 4, 6 * 1),
+    # S = 16: 4 in each of 2, the second of which is half padding.
+    (CapacityRule('per_token', 1.25), 16, 2 * 4),
+    # ceil(1.25 * 2 * 8 / 5) = 4.
+    (CapacityRule('per_assignment', 1.25), 0, 3 * 4),
+    # floor(1.25 * 8 / 5) = 2, up to a multiple of 3.
+    (CapacityRule('per_token', 1.25, 'floor', multiple=3), 0, 3 * 3),
+    (CapacityRule('fixed', slots=7), 0, 3 * 7),
+    (CapacityRule('all'), 0, 3 * 8),
+  ],
+)
+def test_capacity_is_the_rule_at_the_size_of_the_group(rule, group_size, kept):
+  layer = make(group_size, capacity=rule)
+  params = draw_params(layer)
+  row = jnp.asarray(draw(1, 1, M))
+  _, aux = run(layer, params, jnp.tile(row, (B, T, 1)))
+  load = np.zeros(E)
+  logits = np.asarray(row[0, 0] @ params['router']['w'])
+  load[np.argsort(-logits)[:K]] = kept
+  np.testing.assert_array_equal(aux.stats.kept_load, load)
+  np.testing.assert_array_equal(aux.stats.tokens, B * T)
+
+
+TIGHT = CapacityRule('fixed', slots=3)
+
+
+def test_an_incomplete_group_is_as_good_as_alone():
+  # 24 tokens in groups of 16: rows 0 and 1 are a group, row 2 half of one.
+  layer = make(16, capacity=TIGHT)
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  y, aux = run(layer, params, x)
+  pair, pair_aux = run(layer, params, x[:2])
+  alone = make(8, capacity=TIGHT)
+  last, last_aux = run(alone, params, x[2:])
+  np.testing.assert_allclose(y[:2], pair, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(y[2:], last, rtol=1e-5, atol=1e-5)
+  total = jax.tree.map(lambda a, b: a + b, pair_aux, last_aux)
+  assert_trees_close(aux, total)
+  assert aux.stats.overflowed.sum() > 0
+
+
+def test_groups_are_routed_by_themselves():
+  layer = make(4, capacity=CapacityRule('fixed', slots=1))
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  y, _ = run(layer, params, x)
+  changed, _ = run(layer, params, x.at[0, :4].set(draw(4, M, seed=5)))
+  np.testing.assert_array_equal(y[0, 4:], changed[0, 4:])
+  np.testing.assert_array_equal(y[1:], changed[1:])
+  assert np.abs(y[0, :4] - changed[0, :4]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ('kind', 'slot_priority'),
+  [
+    ('token_choice', 'token_major'),
+    ('token_choice', 'choice_major'),
+    ('noisy_top_k', 'batch_priority'),
+  ],
+)
+def test_padding_touches_no_token_no_loss_and_no_statistic(kind, slot_priority):
+  layer = make(16, kind=kind, slot_priority=slot_priority, capacity=TIGHT)
+  params, x = draw_params(layer), np.array(draw(B, T, M, seed=9))
+  mask = np.ones((B, T), bool)
+  mask[0, :3] = mask[1, 6:] = mask[2] = False
+  mask = jnp.asarray(mask)
+  other = np.where(np.asarray(mask)[..., None], x, 50 * draw(B, T, M, seed=1))
+  y, aux = run(layer, params, jnp.asarray(x), mask)
+  changed, changed_aux = run(layer, params, jnp.asarray(other), mask)
+  np.testing.assert_array_equal(y, changed)
+  assert_trees_close(aux, changed_aux)
+  assert not np.asarray(y)[~np.asarray(mask)].any()
+  assert aux.stats.tokens == 5 + 6
+  assert aux.stats.load.sum() == K * (5 + 6)
+  assert aux.stats.overflowed.sum() > 0
+  # Without the mask those tokens would have taken slots.
+  unmasked, _ = run(layer, params, jnp.asarray(other), mask | True)
+  assert np.abs(unmasked - y)[np.asarray(mask)].max() > 0.1
+
+
+def test_padding_carries_no_gradient():
+  layer = make(capacity=TIGHT)
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
+  mask = jnp.ones((B, T), bool).at[1, 5:].set(False)
+
+  @jax.jit
+  @jax.grad
+  def gradient(x):
+    y, aux = layer.apply({'params': params}, x, mask)
+    return (y**2).sum() + aux.z_loss + aux.balance_loss
+
+  found = np.asarray(gradient(x))
+  assert not found[~np.asarray(mask)].any()
+  assert (np.abs(found).max(-1) > 0)[np.asarray(mask)].all()

@@ -1,0 +1,49 @@
+"""Norms against their formulas, with statistics in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers import make_norm
+from moe_jax.layers.norms import NORMS
+
+EPSILON = 0.25  # large enough to matter
+
+
+def formula(kind, x, params):
+  if kind == 'layernorm':
+    x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
+  return x * params['scale'] + params.get('bias', 0)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize('kind', NORMS)
+def test_norm_equals_its_formula(kind, use_bias, dtype):
+  rng = np.random.default_rng(0)
+  # A mean of 10 and a spread of 1: bfloat16 statistics would lose the spread.
+  x = jnp.asarray(rng.normal(10, 1, (2, 3, 64)), dtype)
+  norm = make_norm(
+    kind, epsilon=EPSILON, use_bias=use_bias, dtype=dtype, name='norm'
+  )
+  shapes = jax.eval_shape(norm.init, jax.random.key(0), x)['params']
+  # rmsnorm has no bias, whatever `use_bias` says.
+  biased = use_bias and kind == 'layernorm'
+  assert set(shapes) == ({'scale', 'bias'} if biased else {'scale'})
+  params = {
+    name: rng.normal(size=64).astype(np.float32) for name in sorted(shapes)
+  }
+  y = jax.jit(norm.apply)({'params': params}, x)
+  assert y.dtype == dtype
+  expected = formula(kind, np.asarray(x, np.float64), params)
+  tolerance = 1e-4 if dtype == 'float32' else 0.01
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64), expected, rtol=tolerance, atol=tolerance
+  )
+
+
+def test_an_unknown_norm_is_refused():
+  with pytest.raises(ValueError, match=r"unknown norm 'rms'.*'rmsnorm'"):
+    make_norm('rms', epsilon=1.0, use_bias=False, dtype='float32', name='n')

@@ -1,0 +1,107 @@
+"""Rotary positions and relative-position buckets, by hand and by property."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers import Attention, AttentionConfig
+from moe_jax.layers.attention import (
+  RelativePositionBias,
+  causal_mask,
+  distance_bucket,
+  rotate,
+)
+
+B, T, H, D = 2, 5, 3, 4
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+turned = jax.jit(rotate, static_argnums=2)
+
+
+def test_rotate_by_hand():
+  # D=4 and theta=100: pair (0, 2) turns by 1 radian a position, pair (1, 3)
+  # by 1/10. At position 2 (1, 3) turns by 2, and (2, 4) by 0.2.
+  x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]]]])
+  expected = [
+    1 * np.cos(2) - 3 * np.sin(2),
+    2 * np.cos(0.2) - 4 * np.sin(0.2),
+    3 * np.cos(2) + 1 * np.sin(2),
+    4 * np.cos(0.2) + 2 * np.sin(0.2),
+  ]
+  rotated = turned(x, jnp.array([[2]]), 100.0)
+  np.testing.assert_allclose(rotated, [[[expected]]], rtol=1e-5)
+
+
+def test_position_zero_is_not_turned():
+  x = draw(B, T, H, D)
+  rotated = turned(x, jnp.zeros((B, T), jnp.int32), 1e4)
+  np.testing.assert_array_equal(rotated, x)
+
+
+def test_scores_depend_on_the_difference_of_positions_alone():
+  query, key = draw(B, T, H, D), draw(B, T, H, D, seed=1)
+  positions = np.array([[0, 1, 2, 3, 4], [0, 3, 4, 8, 9]], np.int32)
+
+  @jax.jit
+  def scores(shift):
+    place = positions + shift
+    return jnp.einsum(
+      'bthd,bshd->bhts', rotate(query, place, 50.0), rotate(key, place, 50.0)
+    )
+
+  np.testing.assert_allclose(scores(0), scores(37), rtol=1e-4, atol=1e-4)
+  plain = np.einsum('bthd,bshd->bhts', query, key)
+  apart = ~np.eye(T, dtype=bool)
+  assert np.abs(np.asarray(scores(0)) - plain)[:, :, apart].min() > 1e-4
+
+
+def test_bfloat16_is_turned_in_float32():
+  # 1001 radians, of which bfloat16 would make 1000.
+  x = draw(1, 1, H, D).astype(jnp.bfloat16)
+  positions = jnp.array([[1001]])
+  exact = turned(x.astype(jnp.float32), positions, 1e4)
+  rotated = turned(x, positions, 1e4)
+  assert rotated.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(rotated, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize('rotary', [False, True])
+def test_attention_uses_positions_only_if_rotary(rotary):
+  layer = Attention(AttentionConfig(H, D, H, rotary=rotary))
+  x, mask = draw(B, T, 7), causal_mask(jnp.ones((B, T), jnp.int32))
+  near = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  params = jax.eval_shape(layer.init, jax.random.key(0), x, mask, near)
+  params = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.meta.unbox(params))
+  run = jax.jit(lambda positions: layer.apply(params, x, mask, positions))
+  np.testing.assert_allclose(run(near), run(near + 40), rtol=1e-4, atol=1e-4)
+  changed = np.abs(np.asarray(run(near)) - run(2 * near)).max() > 1e-3
+  assert changed == rotary
+
+
+def test_buckets_are_exact_then_logarithmic_then_shared():
+  # 8 buckets up to 32: 0-3 have one each. Bucket 4 + j starts at 4 * 8^(j/4),
+  # that is 4, 6.7, 11.3, 19.03; the last takes all that follows.
+  distance = np.array(
+    [[0, 1, 2, 3], [4, 6, 7, 11], [12, 19, 20, 31], [32, 33, 99, 1000]]
+  )
+  expected = [[0, 1, 2, 3], [4, 4, 5, 5], [6, 6, 7, 7], [7, 7, 7, 7]]
+  np.testing.assert_array_equal(distance_bucket(distance, 8, 32), expected)
+
+
+def test_relative_bias_reads_its_table_by_head_and_distance():
+  layer = RelativePositionBias(H, num_buckets=6, max_distance=12)
+  table = draw(H, 6)
+  bias = np.asarray(layer.apply({'params': {'table': table}}, 9))
+  # 6 buckets up to 12: 0, 1, 2 exact; 3 from 3, 4 from 4.8, 5 from 7.6.
+  bucket = [0, 1, 2, 3, 3, 4, 4, 4, 5]
+  for t in range(9):
+    for s in range(t + 1):
+      expected = np.asarray(table)[:, bucket[t - s]]
+      np.testing.assert_array_equal(bias[:, t, s], expected)

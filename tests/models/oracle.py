@@ -1,0 +1,100 @@
+"""What a decoder computes, in numpy, one document at a time, in float64.
+
+Covers rmsnorm, rotary or learned positions, grouped heads without bias, relu,
+swiglu, and token choice with room for everyone (gates renormalised). Not
+here: dropping, noise, losses.
+"""
+
+import numpy as np
+
+from tests.models.tiny import leaves
+from tests.reference import choose, relative_gates
+
+
+def decode(config, params, tokens):
+  """One document of token ids [T] to (logits [T, V], choices by layer).
+
+  Choices are {layer: expert_index [T, K]} of the sparse layers.
+  """
+  c = config.model
+  flat = {k: np.asarray(v, np.float64) for k, v in leaves(params).items()}
+  L = c.num_layers
+  period = L // next(len(v) for k, v in flat.items() if k.startswith('layers/'))
+  x = flat['embedding'][tokens]
+  if c.positions == 'learned':
+    x = x + flat['position_embedding'][: len(tokens)]
+  choices = {}
+  for i in range(L):
+    start = f'layers/layer_{i % period}/'
+    layer = {
+      k.removeprefix(start): v[i // period]
+      for k, v in flat.items()
+      if k.startswith(start)
+    }
+    h = norm(x, layer['attention_norm/scale'], c)
+    x = x + attention(h, layer, c)
+    h = norm(x, layer['ffn_norm/scale'], c)
+    if 'moe/router/w' in layer:
+      y, choices[i] = moe(h, layer, c)
+    else:
+      y = ffn(h, layer, 'ffn/', c)
+    x = x + y
+    if 'extra_ffn/w_in' in layer:
+      h = norm(x, layer['extra_ffn_norm/scale'], c)
+      x = x + ffn(h, layer, 'extra_ffn/', c)
+  x = norm(x, flat['final_norm/scale'], c)
+  return x @ (
+    flat['embedding'].T if c.tie_embeddings else flat['w_logits']
+  ), choices
+
+
+def norm(x, scale, c):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon) * scale
+
+
+def turn(x, theta):
+  """[T, H, D]: pair (d, d + D/2) as a complex number, turned by its angle."""
+  T, _, D = x.shape
+  pairs = x[..., : D // 2] + 1j * x[..., D // 2 :]
+  speed = theta ** (-2 * np.arange(D // 2) / D)
+  pairs = pairs * np.exp(1j * np.arange(T)[:, None, None] * speed)
+  return np.concatenate([pairs.real, pairs.imag], -1)
+
+
+def attention(x, layer, c):
+  query, key, value = (
+    np.einsum('tm,mhd->thd', x, layer[f'attention/w_{name}'])
+    for name in ('query', 'key', 'value')
+  )
+  if c.positions == 'rotary':
+    query, key = turn(query, c.rope_theta), turn(key, c.rope_theta)
+  y = np.zeros(x.shape)
+  H, D = query.shape[1:]
+  for h in range(H):
+    n = h * key.shape[1] // H  # the kv head that serves it
+    for t in range(len(x)):
+      score = key[: t + 1, n] @ query[t, h] / np.sqrt(D)
+      weight = np.exp(score - score.max())
+      seen = weight @ value[: t + 1, n] / weight.sum()
+      y[t] += seen @ layer['attention/w_out'][h]
+  return y
+
+
+def ffn(x, weights, prefix, c, expert=...):
+  h = x @ weights[f'{prefix}w_in'][expert]
+  if c.activation == 'swiglu':
+    gate = x @ weights[f'{prefix}w_gate'][expert]
+    h = h * gate / (1 + np.exp(-gate))
+  else:
+    h = np.maximum(h, 0)
+  return h @ weights[f'{prefix}w_out'][expert]
+
+
+def moe(x, layer, c):
+  logits = x @ layer['moe/router/w']
+  chosen = np.array([choose(row, c.moe.num_selected) for row in logits])
+  y = np.zeros(x.shape)
+  for t, experts in enumerate(chosen):
+    for gate, e in zip(relative_gates(logits[t], experts), experts):
+      y[t] += gate * ffn(x[t], layer, 'moe/experts/', c, e)
+  return y, chosen

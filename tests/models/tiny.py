@@ -1,0 +1,77 @@
+"""Models small enough to compile in a second; their sizes differ pairwise.
+
+B=3, T=10, M=12, H=4, D=6, F=20, E=5, K=2, V=23. Not here: any test.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from configs import base
+from moe_jax import models
+from moe_jax.config import merge
+
+B, T, V = 3, 10, 23
+
+
+def config(moe=None, **model):
+  """The defaults at the sizes above, with `model` and `moe` on top."""
+  sizes = dict(
+    vocab_size=V, num_layers=2, width=12, num_heads=4, head_width=6, hidden=20
+  )
+  sparse = dict(num_experts=5, num_selected=2, gates='renormalized')
+  tiny = {'data': {'seq_len': T}, 'model': {**sizes, 'moe': sparse}}
+  changes = {'model': {**model, 'moe': moe or {}}}
+  return merge(merge(base.get_config(), tiny), changes)
+
+
+def build(moe=None, **model):
+  return models.build(config(moe, **model))
+
+
+def params_of(model, seed=0, scale=1.0):
+  """Unboxed parameters; vectors are drawn too, so that none is idle.
+
+  Args:
+    model: A decoder.
+    seed: Of the draws.
+    scale: Multiplies the embeddings, for logits that differ.
+  """
+  init = jax.jit(lambda key: models.init_params(model, key, T))
+  params = nn.meta.unbox(init(jax.random.key(seed)))
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name.startswith('b_') or name in ('bias', 'scale'):
+      return leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
+    return leaf * scale if name.endswith('embedding') else leaf
+
+  return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def tokens(seed=0, shape=(B, T)):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, V, shape).astype(np.int32)
+
+
+def apply(model):
+  """(params, tokens, segment_ids, positions) -> (logits, aux), compiled."""
+  return jax.jit(lambda params, *batch: model.apply({'params': params}, *batch))
+
+
+def leaves(tree):
+  """Leaves by name: {'layers/layer_0/ffn/w_in': array}."""
+  found, _ = jax.tree_util.tree_flatten_with_path(tree)
+  name = jax.tree_util.keystr
+  return {name(path, simple=True, separator='/'): leaf for path, leaf in found}
+
+
+def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
+  a, b = leaves(a), leaves(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(
+      a[name], b[name], rtol=rtol, atol=atol, err_msg=name
+    )

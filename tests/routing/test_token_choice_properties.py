@@ -1,0 +1,117 @@
+"""What holds for every routing of every setting, on inputs full of ties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
+
+from moe_jax.routing import (
+  GATES,
+  SECOND_POLICIES,
+  SLOT_PRIORITIES,
+  token_choice,
+)
+
+G, S, E, C = 2, 7, 5, 3
+few = settings(max_examples=30, deadline=None, derandomize=True)
+
+# Small whole numbers, so that equal logits are common.
+logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
+masks = st_np.arrays(bool, (G, S))
+
+
+@st.composite
+def options(draw):
+  K = draw(st.integers(1, 3))
+  policies = [p for p in SECOND_POLICIES if p != 'sampled' or K == 2]
+  return dict(
+    num_selected=K,
+    gates=draw(st.sampled_from(GATES if K > 1 else ('raw',))),
+    slot_priority=draw(st.sampled_from(SLOT_PRIORITIES)),
+    second_policy=draw(st.sampled_from(policies)),
+    key=jax.random.key(draw(st.integers(0, 9))),
+  )
+
+
+@few
+@given(logits, masks, options(), st.sampled_from([1, C, None]))
+def test_contract(logits, mask, options, capacity):
+  routing = token_choice(
+    jnp.asarray(logits), mask=jnp.asarray(mask), capacity=capacity, **options
+  )
+  expert, slot, gate, kept = (
+    np.asarray(getattr(routing, name))
+    for name in ('expert_index', 'slot', 'gate', 'kept')
+  )
+  assert expert.shape == slot.shape == gate.shape == kept.shape
+  assert expert.shape == (G, S, options['num_selected'])
+  assert ((expert >= 0) & (expert < E)).all() and (slot >= 0).all()
+  assert not kept[~mask].any() and not slot[~mask].any()
+  assert not gate[~kept].any()
+  assert (gate[kept] > 0).all() and (gate <= 1 + 1e-6).all()
+  assert (gate.sum(-1) <= 1 + 1e-5).all()
+  if options['gates'] == 'renormalized_after_drop':
+    np.testing.assert_allclose(gate.sum(-1), kept.any(-1), atol=1e-6)
+  for g in range(G):
+    for s in range(S):
+      assert len(set(expert[g, s])) == expert.shape[-1]  # distinct
+    seats = list(zip(expert[g][kept[g]], slot[g][kept[g]]))
+    assert len(seats) == len(set(seats))  # one token per slot
+    if capacity is not None:
+      assert all(c < capacity for _, c in seats)
+      served = np.bincount(expert[g][kept[g]], minlength=E)
+      assert (served <= capacity).all()
+
+
+@few
+@given(logits, masks, options())
+def test_a_choice_is_dropped_only_by_a_full_expert(logits, mask, options):
+  # Without a draw, an expert that dropped anyone serves exactly C.
+  options['key'] = None
+  routing = token_choice(
+    jnp.asarray(logits), mask=jnp.asarray(mask), capacity=C, **options
+  )
+  expert, kept = np.asarray(routing.expert_index), np.asarray(routing.kept)
+  for g in range(G):
+    wanted = np.bincount(expert[g][mask[g]].ravel(), minlength=E)
+    served = np.bincount(expert[g][kept[g]], minlength=E)
+    np.testing.assert_array_equal(served, np.minimum(wanted, C))
+
+
+@few
+@given(logits, options(), st.permutations(range(S)))
+def test_without_drops_a_token_is_routed_alone(logits, options, order):
+  # Shuffling the group shuffles what its tokens get and changes nothing else.
+  options['key'] = None
+  order = np.array(order)
+  routed = token_choice(jnp.asarray(logits), capacity=S, **options)
+  shuffled = token_choice(jnp.asarray(logits[:, order]), capacity=S, **options)
+  for name in ('expert_index', 'kept'):
+    np.testing.assert_array_equal(
+      getattr(routed, name)[:, order], getattr(shuffled, name)
+    )
+  np.testing.assert_allclose(routed.gate[:, order], shuffled.gate, rtol=1e-6)
+  assert routed.kept.all()
+
+
+@pytest.mark.parametrize(('K', 'slot_priority'), enumerate(SLOT_PRIORITIES, 1))
+def test_raw_gates_teach_the_router(K, slot_priority):
+  @jax.jit
+  def gradient_and_kept(logits):
+    def total(logits):
+      routing = token_choice(
+        logits, num_selected=K, capacity=C, slot_priority=slot_priority
+      )
+      return routing.gate.sum(), routing.kept
+
+    return jax.grad(total, has_aux=True)(logits)
+
+  for seed in range(10):
+    logits = jax.random.normal(jax.random.key(seed), (G, S, E))
+    gradient, kept = gradient_and_kept(logits)
+    served = np.asarray(kept.any(-1))
+    size = np.abs(gradient).max(-1)
+    assert (size[served] > 1e-4).all() and not size[~served].any()

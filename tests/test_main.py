@@ -1,0 +1,172 @@
+"""The command line: what it makes, and what it says of a mistake."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from moe_jax import command_line
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(workdir, *more, config='configs/tiny_switch.py:runlocal'):
+  return [
+    sys.executable,
+    '-m',
+    'moe_jax.main',
+    f'--config={config}',
+    f'--workdir={workdir}',
+    *more,
+  ]
+
+
+def run(workdir, *more, **kwargs):
+  return subprocess.run(
+    command(workdir, *more, **kwargs),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def test_the_first_command_small(tmp_path):
+  done = run(tmp_path)
+  assert done.returncode == 0, done.stderr
+  for name in (
+    'config.json',
+    'metrics.jsonl',
+    'curves.png',
+    'load.png',
+    'routing_report.md',
+    'routing_report.json',
+    'sample.txt',
+    'tokenizer.json',
+    'checkpoints/2',
+    'tensorboard',
+  ):
+    assert (tmp_path / name).exists(), name
+  for words in ('parameters:', 'FLOPs per token', 'sha256', 'evaluation'):
+    assert words in done.stdout, words
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    (
+      '--config.model.moe.num_expertz=4',
+      "'model.moe.num_expertz'; did you mean 'model.moe.num_experts'",
+    ),
+    ('--config.evals.foo.kind=loss', "have ['evals.all_tokens', 'evals."),
+    ('--config.seed=x', '--config.seed=x: invalid literal for int()'),
+    ('--confg=x', "Unknown command line flag 'confg'"),
+  ],
+)
+def test_a_typo_is_one_line(flag, message, capsys):
+  with pytest.raises(SystemExit) as ended:
+    command_line.parse(
+      command('w', '--config=configs/tiny_switch.py', flag)[2:]
+    )
+  assert ended.value.code == 1
+  said = capsys.readouterr().err
+  assert message in said
+  assert len(said.splitlines()) == 1
+
+
+def test_a_config_that_does_not_exist(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"no\.py' does not exist"):
+    command_line.load_config('configs/no.py')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="repository's root"):
+    command_line.load_config('configs/tiny_switch.py')
+
+
+LONGER = (
+  '--config.total_steps=60',
+  '--config.checkpoint.every_steps=7',
+  '--config.model.dropout=0.1',
+)
+
+
+def final_arrays(workdir):
+  step = max(
+    (int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*')),
+  )
+  folder = (workdir / 'checkpoints' / str(step)).resolve()
+  restored = ocp.PyTreeCheckpointer().restore(folder)
+  return step, ocp.tree.to_flat_dict(restored)
+
+
+@pytest.mark.slow
+def test_killed_three_times_ends_as_unbroken(tmp_path):
+  whole = run(tmp_path / 'whole', *LONGER)
+  assert whole.returncode == 0, whole.stderr
+  rng = random.Random(0)
+  killed = 0
+  broken = tmp_path / 'broken'
+  for _ in range(30):
+    process = subprocess.Popen(
+      command(broken, *LONGER),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+    # A few lines after the first step's, so that every life gets somewhere.
+    seen = 0
+    patience = rng.randint(2, 25)
+    for line in process.stdout:
+      seen += line.startswith('step ')
+      if killed < 3 and seen > patience:
+        time.sleep(rng.random() * 0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        killed += 1
+        break
+    process.stdout.read()
+    if process.wait() == 0:
+      break
+  assert killed == 3
+  step, expected = final_arrays(tmp_path / 'whole')
+  other_step, found = final_arrays(broken)
+  assert step == other_step == 60
+  assert expected.keys() == found.keys()
+  for key, value in expected.items():
+    np.testing.assert_array_equal(found[key], value, err_msg=str(key))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
+  assert run(tmp_path, '--config.checkpoint.every_steps=1').returncode == 0
+  before = final_arrays(tmp_path)
+  limited = (
+    'import resource, runpy, signal, sys;'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));'
+    "sys.argv[0] = 'moe_jax.main';"
+    "runpy.run_module('moe_jax.main', run_name='__main__')"
+  )
+  more = ('--resume', '--config.total_steps=4')
+  done = subprocess.run(
+    [sys.executable, '-c', limited, *command(tmp_path, *more)[3:]],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert len(done.stderr.strip().splitlines()) <= 4, done.stderr
+  assert 'File too large' in done.stderr
+  step, arrays = final_arrays(tmp_path)
+  assert step == before[0] == 2
+  for key, value in before[1].items():
+    np.testing.assert_array_equal(arrays[key], value)

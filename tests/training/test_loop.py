@@ -1,0 +1,213 @@
+"""Whole runs, in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
+
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from moe_jax.training import loop, metrics
+from moe_jax.training.recorder import NonFiniteError
+from moe_jax.training.setup import Hook
+from tests.training import tiny
+
+DROPOUT = {'dropout': 0.1, 'moe': {'jitter': 0.1}}
+CONFIG = tiny.config(model=DROPOUT)
+
+
+def train_and_evaluate(config, workdir, **kwargs):
+  one = jax.devices()[:1]
+  return loop.train_and_evaluate(config, workdir, devices=one, **kwargs)
+
+
+class SigtermAt(Hook):
+  """Sends SIGTERM to this process during a step, as a cluster would."""
+
+  def __init__(self, step: int):
+    self.step = step
+
+  def start(self, run):
+    train_step = run.train_step
+
+    def step_and_signal(state, batch):
+      if int(state.step) + 1 == self.step:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return train_step(state, batch)
+
+    run.train_step = step_and_signal
+
+
+class Messages(Hook):
+  """Collects what the run says from its start on."""
+
+  def start(self, run):
+    self.lines = []
+    say = run.message
+
+    def message(text):
+      self.lines.append(text)
+      say(text)
+
+    run.message = message
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('unbroken')
+  return workdir, train_and_evaluate(CONFIG, workdir)
+
+
+def assert_equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_rows_and_files(unbroken):
+  workdir, state = unbroken
+  assert int(state.step) == 6
+  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
+  train = [row for row in rows if 'train/loss' in row]
+  assert [row['step'] for row in train] == [2, 4, 6]
+  assert {
+    'train/loss',
+    'train/drop_rate',
+    'train/learning_rate',
+    'train/grad_norm',
+    'train/layer_1/load_cv',
+    'train/layer_1/entropy',
+    'train/layer_1/router_logit_rms',
+    'train/layer_1/unused_experts',
+    'train/layer_1/load',
+  } <= train[-1].keys()
+  # L=2 with 'every 2': layer 0 is dense and has no router to tell of.
+  assert not any('layer_0' in key for row in rows for key in row)
+  np.testing.assert_allclose(sum(train[-1]['train/layer_1/load']), 1, atol=1e-5)
+  evals = [row for row in rows if 'eval/train_capacity/loss' in row]
+  assert [row['step'] for row in evals] == [3, 6]
+  assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+
+
+def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
+  workdir, state = unbroken
+  stopped = train_and_evaluate(CONFIG, tmp_path, hooks=[SigtermAt(3)])
+  assert int(stopped.step) == 3
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  resumed = train_and_evaluate(CONFIG, tmp_path)
+  assert_equal(resumed, state)
+  # The rows are those of the unbroken run too, each step's once.
+  rows, expected = (
+    [
+      (row['step'], row['train/total_loss'])
+      for row in metrics.read_metrics(folder / metrics.FILE_NAME)
+      if 'train/total_loss' in row
+    ]
+    for folder in (tmp_path, workdir)
+  )
+  assert rows[-1] == expected[-1]
+  assert len({step for step, _ in rows}) == len(rows)
+
+
+def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
+  _, state = unbroken
+  train_and_evaluate(CONFIG, tmp_path, hooks=[SigtermAt(5)])
+  checkpoint = tmp_path / 'checkpoints' / '5'
+  largest = max(
+    (path for path in checkpoint.rglob('*') if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(bytes(content))
+  capsys.readouterr()
+  resumed = train_and_evaluate(CONFIG, tmp_path)
+  said = capsys.readouterr().out
+  assert 'passed over the checkpoint of step 5' in said
+  assert 'going on from the checkpoint of step 4' in said
+  assert_equal(resumed, state)
+
+
+def test_another_runs_workdir(unbroken, tmp_path):
+  workdir, _ = unbroken
+  other = tiny.config(total_steps=8, model=DROPOUT)
+  before = (workdir / 'config.json').read_text()
+  with pytest.raises(
+    ValueError, match=r'another run(.|\n)*total_steps: 6 -> 8'
+  ):
+    train_and_evaluate(other, workdir)
+  assert (workdir / 'config.json').read_text() == before
+
+
+def test_resume_goes_on_with_another_config(tmp_path):
+  short = tiny.config(total_steps=4)
+  train_and_evaluate(short, tmp_path)
+  longer = tiny.config(total_steps=6)
+  state = train_and_evaluate(longer, tmp_path, resume=True)
+  assert int(state.step) == 6
+  assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 6
+  old = json.loads((tmp_path / 'config.0.json').read_text())
+  assert old['total_steps'] == 4
+
+
+def test_other_data_is_refused(tmp_path):
+  train_and_evaluate(tiny.config(total_steps=2), tmp_path)
+  other = tiny.config(
+    total_steps=2, data={'source': 'python_stdlib:json,email,asyncio,http'}
+  )
+  with pytest.raises(ValueError, match='two corpora must not mix'):
+    train_and_evaluate(other, tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  config = tiny.config(optimizer={'learning_rate': 1e30, 'clip_norm': 0.0})
+  with pytest.raises(NonFiniteError) as caught:
+    train_and_evaluate(config, tmp_path)
+  text = str(caught.value)
+  assert text.startswith('step ')
+  assert 'layer 1: router logit RMS' in text
+  assert 'last good checkpoint' in text
+  # What was saved is finite: nothing was written after the loss was lost.
+  for path in pathlib.Path(tmp_path / 'checkpoints').glob('[0-9]*'):
+    assert int(path.name) < int(text.split()[1].rstrip(':'))
+
+
+def test_equal_evaluations_run_once_and_agree(tmp_path):
+  evals = {
+    'train_capacity': base.evaluation(every_steps=0, num_batches=2),
+    'capacity_2': base.evaluation(
+      every_steps=0, num_batches=2, moe=dict(capacity_factor=2.0)
+    ),
+  }
+  dense = tiny.config(total_steps=2, model={'moe': {'num_experts': 0}}).unlock()
+  dense.evals = evals
+  train_and_evaluate(dense.lock(), tmp_path)
+  last = {}
+  for row in metrics.read_metrics(tmp_path / metrics.FILE_NAME):
+    last |= row
+  assert last['eval/capacity_2/loss'] == last['eval/train_capacity/loss']
+  assert 'eval/capacity_2/drop_rate' not in last
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'batch_size': 6, 'microbatches': 4}, 'batch_size=6.*microbatches=4'),
+    ({'model': {'vocab_size': 100}}, 'vocab_size=100 is smaller.*257'),
+    ({'model': {'moe': {'num_selected': 5}}}, 'num_selected=5 not in'),
+    ({'checkpoint': {'best_eval': 'x'}}, "best_eval='x'.*train_capacity"),
+    ({'data': {'source': 'files:none/*.txt'}}, r'none/\*\.txt'),
+    ({'model': {'moe': {'load_weight': 0.1}}}, 'load_weight=0.1.*noisy_top_k'),
+    ({'model': {'moe': {'group_size': 72}}}, 'group_size=72 does not divide'),
+    ({'seed': -1}, r'seed=-1 not in'),
+  ],
+)
+def test_a_bad_config_fails_before_there_is_a_workdir(
+  overrides, message, tmp_path
+):
+  workdir = tmp_path / 'run'
+  with pytest.raises(ValueError, match=message):
+    train_and_evaluate(tiny.config(**overrides), workdir)
+  assert not workdir.exists()

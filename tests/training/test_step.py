@@ -1,0 +1,157 @@
+"""The loss, its gradient, and accumulation, on one tiny sparse model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.training import losses, step
+from tests.training import tiny
+
+# Losses that do not vanish, so that a wrong normaliser cannot hide.
+HEAVY = {'balance_weight': 0.5, 'z_weight': 0.3}
+CONFIG = tiny.config(batch_size=8, model={'moe': HEAVY})
+
+
+def assert_close(a, b, tolerance=2e-6):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=tolerance)
+
+
+@pytest.fixture(scope='module')
+def whole():
+  params, batch = tiny.params_of(CONFIG), tiny.batch(CONFIG)
+  return params, batch, tiny.grads_of(CONFIG, params, batch)
+
+
+def test_loss_is_cross_entropy_plus_weighted_losses(whole):
+  params, batch, ((loss, sums), _) = whole
+  logits, aux = tiny.model_of(CONFIG).apply(
+    {'params': params},
+    batch['tokens'],
+    batch['segment_ids'],
+    batch['positions'],
+  )
+  # By hand: nats of the weighted targets, over all weights of the batch.
+  log_probs = np.asarray(jax.nn.log_softmax(logits))
+  nats, weight = 0.0, 0.0
+  for b, t in np.ndindex(*batch['tokens'].shape):
+    w = float(batch['loss_weights'][b, t])
+    nats -= w * log_probs[b, t, int(batch['targets'][b, t])]
+    weight += w
+  tokens = float((batch['segment_ids'] > 0).sum())
+  routers = 0.5 * aux.balance_loss.sum() + 0.3 * aux.z_loss.sum()
+  expected = nats / weight + float(routers) / tokens
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_accumulated_equals_the_whole_batch(whole, n):
+  params, batch, ((loss, sums), grads) = whole
+  config = tiny.config(batch_size=8, microbatches=n, model={'moe': HEAVY})
+  # The microbatches have unequal padding: a mean of means would differ.
+  parts = batch['loss_weights'].reshape(n, -1).sum(1)
+  assert len(set(np.asarray(parts).tolist())) == n
+  (part_loss, part_sums), part_grads = tiny.grads_of(config, params, batch)
+  np.testing.assert_allclose(part_loss, loss, rtol=1e-5)
+  assert_close(part_sums, sums, 1e-3)
+  assert_close(part_grads, grads)
+
+
+def test_aux_losses_are_in_the_accumulated_gradient(whole):
+  # Without them the router's gradient would be another one.
+  params, batch, (_, grads) = whole
+  config = tiny.config(
+    batch_size=8,
+    microbatches=4,
+    model={'moe': {'balance_weight': 0.0, 'z_weight': 0.0}},
+  )
+  _, without = tiny.grads_of(config, params, batch)
+  layer = 'layer_1'
+  router = grads['layers'][layer]['moe']['router']['w']
+  other = without['layers'][layer]['moe']['router']['w']
+  assert np.abs(router - other).max() > 1e-3
+
+
+def test_padding_changes_nothing(whole):
+  params, batch, result = whole
+  padding = batch['segment_ids'] == 0
+  assert padding.any()
+  other = dict(
+    batch,
+    tokens=jnp.where(padding, 13, batch['tokens']),
+    targets=jnp.where(padding, 14, batch['targets']),
+    positions=jnp.where(padding, 3, batch['positions']),
+  )
+  again = tiny.grads_of(CONFIG, params, other)
+  for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_layers_are_summed_or_averaged():
+  every = {'model': {'num_layers': 2, 'moe': {**HEAVY, 'layers': 'all'}}}
+  summed = tiny.config(**every)
+  params, batch = tiny.params_of(summed), tiny.batch(summed)
+  (_, sums), _ = tiny.grads_of(summed, params, batch)
+  whole = losses.normalizers(batch)
+  weights = functools.partial(losses.LossWeights, balance=0.5, num_sparse=2)
+  total = losses.aux_loss(sums.aux, whole.tokens, weights(layer_reduce='sum'))
+  mean = losses.aux_loss(sums.aux, whole.tokens, weights(layer_reduce='mean'))
+  np.testing.assert_allclose(total, 2 * mean, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"layer_reduce 'max'.*mean.*sum"):
+    weights(layer_reduce='max')
+
+
+def test_a_step_moves_every_parameter_and_counts():
+  config = tiny.config()
+  params, batch = tiny.params_of(config), tiny.batch(config)
+  model, optimizer = tiny.model_of(config), tiny.optimizer_of(config)
+  grad_fn = step.make_grad_fn(model, losses.LossWeights(balance=0.01), 1)
+  run = jax.jit(
+    functools.partial(
+      step.train_step,
+      grad_fn=grad_fn,
+      optimizer=optimizer,
+      schedule=optax.constant_schedule(0.1),
+    )
+  )
+  seed = jnp.asarray(7, jnp.uint32)
+  zero = jnp.zeros((), jnp.int32)
+  state = step.TrainState(zero, seed, params, optimizer.init(params))
+  first = None
+  for _ in range(30):
+    state, metrics = run(state, batch)
+    first = float(metrics.loss) if first is None else first
+  assert int(state.step) == 30
+  assert float(metrics.loss) < 0.9 * first  # it learns one batch by heart
+  np.testing.assert_allclose(metrics.learning_rate, 0.1)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    before = params
+    for key in path:
+      before = before[key.key]
+    assert np.abs(leaf - before).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_randomness_is_the_seeds_and_the_steps():
+  config = tiny.config(model={'dropout': 0.5, 'moe': {'jitter': 0.1}})
+  params, batch = tiny.params_of(config), tiny.batch(config)
+  losses_by_key = [
+    float(tiny.grads_of(config, params, batch, key)[0][0]) for key in (0, 0, 1)
+  ]
+  assert losses_by_key[0] == losses_by_key[1] != losses_by_key[2]
+
+
+def test_bfloat16_model_has_float32_losses_and_gradients():
+  config = tiny.config(model={'dtype': 'bfloat16'})
+  params, batch = tiny.params_of(config), tiny.batch(config)
+  (loss, sums), grads = tiny.grads_of(config, params, batch)
+  assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype('f4')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {np.dtype('f4')}
+  plain = tiny.config()
+  (exact, _), _ = tiny.grads_of(plain, params, batch)
+  np.testing.assert_allclose(loss, exact, rtol=2e-2)
+  assert float(loss) != float(exact)
