@@ -19,7 +19,6 @@ def get_config(arg: str = ''):
   moe.gates = 'renormalized'
   moe.second_policy = 'sampled'
   moe.capacity_factor = 2.0  # per token: one slot an assignment
-  moe.jitter = 0.0
   moe.balance_choices = 'first'
   config.evals.capacity_2 = base.evaluation(moe=dict(capacity_factor=4.0))
   return base.finish(config, arg)

@@ -18,7 +18,6 @@ def get_config(arg: str = ''):
   moe.gates = 'raw'
   moe.group_size = 768  # the batch: small groups drop more
   moe.capacity_factor = 1.25
-  moe.jitter = 0.01
   moe.balance_weight = 0.01
   config.evals = base.get_config().evals
   config.checkpoint.best_eval = 'train_capacity'

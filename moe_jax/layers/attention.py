@@ -1,7 +1,6 @@
 """Multi-head and grouped-query attention, rotary and relative positions."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax.layers.initializers import Init, zeros
+from moe_jax.layers.matmul import rows_matmul
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
 
 
@@ -102,7 +102,8 @@ class Attention(nn.Module):
     axes = ('heads', 'kv', 'embed')
     init = c.init.kernel(axes, in_axis=(0, 1), out_axis=2, residual=True)
     w_out = self.param('w_out', init, (H, D, M), c.param_dtype)
-    y = y.reshape(B * T, H * D) @ w_out.astype(c.dtype).reshape(H * D, M)
+    w_out = w_out.astype(c.dtype).reshape(H * D, M)
+    y = rows_matmul(y.reshape(B * T, H * D), w_out)
     if c.use_bias:
       b = self.param('b_out', zeros(('embed',)), (M,), c.param_dtype)
       y = y + b.astype(c.dtype)[None]
@@ -116,7 +117,8 @@ class Attention(nn.Module):
     w = self.param(f'w_{name}', init, shape, c.param_dtype)
     B, T, M = x.shape
     # One contracted dimension in value and gradient; see FeedForward.
-    y = x.reshape(B * T, M) @ w.astype(c.dtype).reshape(M, -1)
+    w = w.astype(c.dtype).reshape(M, -1)
+    y = rows_matmul(x.reshape(B * T, M), w)
     y = y.reshape(B, T, *shape[1:])
     if c.use_bias:
       b = self.param(f'b_{name}', zeros(axes[1:]), shape[1:], c.param_dtype)
@@ -173,26 +175,24 @@ class RelativePositionBias(nn.Module):
     )
     shape = (self.num_heads, self.num_buckets)
     table = self.param('table', init, shape, jnp.float32)
+    bucket = distance_bucket(
+      np.arange(seq_len), self.num_buckets, self.max_distance
+    )
     place = np.arange(seq_len)
     distance = np.maximum(place[:, None] - place[None, :], 0)
-    bucket = distance_bucket(distance, self.num_buckets, self.max_distance)
-    return table[:, bucket]
-
-
-@functools.partial(np.vectorize, excluded=(1, 2), otypes=[np.int32])
-def _bucket(distance, num_buckets, max_distance):
-  exact = num_buckets // 2
-  if distance < exact:
-    return distance
-  share = np.log(distance / exact) / np.log(max_distance / exact)
-  return min(exact + int(share * (num_buckets - exact)), num_buckets - 1)
+    return table[:, bucket[distance]]
 
 
 def distance_bucket(
-  distance: np.ndarray, num_buckets: int, max_distance: int
-) -> Int32[np.ndarray, 'T T']:
+  distance: Int[np.ndarray, ' N'], num_buckets: int, max_distance: int
+) -> Int32[np.ndarray, ' N']:
   """Buckets of one distance each up to half, then logarithmic ones.
 
   Distances from `max_distance` on share the last bucket.
   """
-  return _bucket(distance, num_buckets, max_distance)
+  exact = num_buckets // 2
+  share = np.log(np.maximum(distance, exact) / exact)
+  share = share / np.log(max_distance / exact)
+  coarse = exact + (share * (num_buckets - exact)).astype(np.int32)
+  bucket = np.where(distance < exact, distance, coarse)
+  return np.minimum(bucket, num_buckets - 1).astype(np.int32)

@@ -6,11 +6,11 @@ This file alone multiplies expert rows. How rows come to be is
 
 import functools
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.ffn import FfnConfig, activation
 from moe_jax.layers.initializers import zeros
+from moe_jax.layers.matmul import rows_matmul
 from moe_jax.shapes import Array, Float
 
 
@@ -45,18 +45,17 @@ class Experts(nn.Module):
       return b[:, None]
 
     into = ('expert', 'embed', 'expert_mlp')
-    h = jnp.einsum('ERM,EMF->ERF', rows, kernel('w_in', (E, M, F), into))
+    h = rows_matmul(rows, kernel('w_in', (E, M, F), into))  # [E, R, F]
     if c.use_bias:
       h = h + bias('b_in', F, 'expert_mlp')
     if gated:
-      gate = jnp.einsum('ERM,EMF->ERF', rows, kernel('w_gate', (E, M, F), into))
+      gate = rows_matmul(rows, kernel('w_gate', (E, M, F), into))
       h = function(gate) * h
     else:
       h = function(h)
     h = nn.Dropout(c.dropout, deterministic=not train)(h)
     out = ('expert', 'expert_mlp', 'embed')
-    w_out = kernel('w_out', (E, F, M), out, residual=True)
-    y = jnp.einsum('ERF,EFM->ERM', h, w_out)
+    y = rows_matmul(h, kernel('w_out', (E, F, M), out, residual=True))
     if c.use_bias:
       y = y + bias('b_out', M, 'embed')
     return y

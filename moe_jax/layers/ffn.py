@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from moe_jax.config import unknown
 from moe_jax.layers.initializers import Init, zeros
+from moe_jax.layers.matmul import rows_matmul
 from moe_jax.shapes import Array, Float
 
 
@@ -98,16 +98,16 @@ class FeedForward(nn.Module):
     def bias(name, shape, axes):
       return param(name, zeros(axes), shape, c.param_dtype).astype(c.dtype)
 
-    h = jnp.dot(x, kernel('w_in', (M, F), ('embed', 'mlp')))
+    h = rows_matmul(x, kernel('w_in', (M, F), ('embed', 'mlp')))
     if c.use_bias:
       h = h + bias('b_in', (F,), ('mlp',))[None]
     if gated:
-      gate = jnp.dot(x, kernel('w_gate', (M, F), ('embed', 'mlp')))
+      gate = rows_matmul(x, kernel('w_gate', (M, F), ('embed', 'mlp')))
       h = function(gate) * h
     else:
       h = function(h)
     h = nn.Dropout(c.dropout, deterministic=not train)(h)
-    y = jnp.dot(h, kernel('w_out', (F, M), ('mlp', 'embed'), residual=True))
+    y = rows_matmul(h, kernel('w_out', (F, M), ('mlp', 'embed'), residual=True))
     if c.use_bias:
       y = y + bias('b_out', (M,), ('embed',))[None]
     return y.reshape(shape)

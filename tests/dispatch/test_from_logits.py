@@ -66,6 +66,17 @@ def test_a_token_that_lost_every_choice_has_no_nan_in_its_gradient(name):
   assert not d_logits[:, 1:].any() and not d_x[:, 1:].any()
 
 
+def test_nor_on_the_way_to_it():
+  # Where someone hunts a NaN of their own, this one must not go off first.
+  def gates(logits):
+    return token_choice(
+      logits, num_selected=2, capacity=1, gates='renormalized_after_drop'
+    ).gate.max()
+
+  with jax.debug_nans(True):
+    jax.grad(gates)(jnp.zeros((G, S, E)))
+
+
 @every_dispatcher
 @pytest.mark.parametrize('slot_priority', SLOT_PRIORITIES)
 def test_without_drops_the_order_of_tokens_does_not_matter(name, slot_priority):

@@ -16,6 +16,9 @@ from moe_jax.routing import (
 from moe_jax.routing.losses import cv_squared
 from tests import reference
 
+balance = jax.jit(balance_loss, static_argnames='choices')
+route = jax.jit(token_choice, static_argnames=('num_selected', 'capacity'))
+
 G, S, E = 2, 7, 5
 ALL = jnp.ones((G, S), bool)
 
@@ -25,7 +28,7 @@ def example(seed, K=3):
   rng = np.random.default_rng(seed)
   logits = jnp.asarray(rng.normal(size=(G, S, E)), jnp.float32)
   mask = jnp.asarray(rng.random((G, S)) < (0.6 if seed else 1.0))
-  routing = token_choice(logits, num_selected=K, capacity=None, mask=mask)
+  routing = route(logits, num_selected=K, capacity=None, mask=mask)
   return logits, mask, jax.nn.softmax(logits), routing
 
 
@@ -40,7 +43,7 @@ def round_robin(K):
 def test_balance_loss_is_one_at_perfect_balance(K, choices):
   probs = jnp.full((1, E, E), 1 / E)
   mask = jnp.ones((1, E), bool)
-  loss = balance_loss(probs, round_robin(K), mask, choices)
+  loss = balance(probs, round_robin(K), mask, choices)
   np.testing.assert_allclose(loss, [1.0], rtol=1e-6)
 
 
@@ -52,7 +55,7 @@ def test_balance_loss_at_collapse(K, choices):
   # the one expert and its P is 1 / K.
   index = jnp.tile(jnp.arange(K), (G, S, 1))
   probs = jnp.tile(jnp.where(jnp.arange(E) < K, 1 / K, 0.0), (G, S, 1))
-  loss = balance_loss(probs, index, ALL, choices)
+  loss = balance(probs, index, ALL, choices)
   np.testing.assert_allclose(loss, [E / K] * G, rtol=1e-6)
 
 
@@ -61,11 +64,11 @@ def test_balance_loss_by_hand():
   # probability is P = (0.6, 0.4); 2 * (2/3 * 0.6 + 1/3 * 0.4) = 16/15.
   probs = jnp.array([[[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]]])
   index = jnp.array([[[0], [0], [1]]])
-  loss = balance_loss(probs, index, jnp.ones((1, 3), bool))
+  loss = balance(probs, index, jnp.ones((1, 3), bool))
   np.testing.assert_allclose(loss, [16 / 15], rtol=1e-6)
   # Had the last token been padding: f = (1, 0), P = (0.75, 0.25).
   mask = jnp.array([[True, True, False]])
-  np.testing.assert_allclose(balance_loss(probs, index, mask), [1.5], rtol=1e-6)
+  np.testing.assert_allclose(balance(probs, index, mask), [1.5], rtol=1e-6)
 
 
 def test_gshards_form_is_this_one_over_the_experts_squared():
@@ -77,7 +80,7 @@ def test_gshards_form_is_this_one_over_the_experts_squared():
     c = np.bincount(first[g], minlength=E)
     m = np.asarray(probs[g]).mean(0)
     printed.append((c / S * m).sum() / E)
-  loss = balance_loss(probs, routing.expert_index, ALL, 'first')
+  loss = balance(probs, routing.expert_index, ALL, 'first')
   np.testing.assert_allclose(loss, np.array(printed) * E**2, rtol=1e-5)
 
 
@@ -92,7 +95,7 @@ def test_every_loss_follows_the_definition(K):
     )
     pairs = [
       (
-        balance_loss(probs, index, mask, choices),
+        balance(probs, index, mask, choices),
         reference.balance_loss(np_probs, np_index, np_mask, choices),
       )
       for choices in ('all', 'first')
@@ -142,11 +145,11 @@ def test_load_loss_at_balance_and_at_collapse():
 
 def test_the_load_is_the_routers_wish_whatever_the_capacity():
   logits, mask, probs, unbounded = example(1)
-  tight = token_choice(logits, num_selected=3, capacity=1, mask=mask)
+  tight = route(logits, num_selected=3, capacity=1, mask=mask)
   assert tight.kept.sum() < unbounded.kept.sum()
   np.testing.assert_array_equal(
-    balance_loss(probs, tight.expert_index, mask),
-    balance_loss(probs, unbounded.expert_index, mask),
+    balance(probs, tight.expert_index, mask),
+    balance(probs, unbounded.expert_index, mask),
   )
 
 

@@ -9,6 +9,7 @@ from moe_jax.routing import routing_stats, token_choice
 from tests import reference
 
 G, S, E = 2, 7, 5
+measure = jax.jit(routing_stats)
 
 
 def example(seed, K=3, capacity=2, policy='threshold'):
@@ -37,7 +38,7 @@ def test_four_tokens_by_hand():
   logits = jnp.log(jnp.maximum(jnp.array([probs]), 1e-30))
   mask = jnp.array([[True, True, True, False]])
   routing = token_choice(logits, num_selected=2, capacity=2, mask=mask)
-  stats = routing_stats(routing, logits, mask)
+  stats = measure(routing, logits, mask)
   assert stats.tokens == 3
   np.testing.assert_array_equal(stats.load, [3, 3, 0])
   np.testing.assert_array_equal(stats.kept_load, [2, 2, 0])
@@ -50,7 +51,7 @@ def test_four_tokens_by_hand():
 def test_a_router_without_opinion_has_entropy_log_e_and_no_size():
   logits, mask = jnp.zeros((G, S, E)), jnp.ones((G, S), bool)
   routing = token_choice(logits, num_selected=3, capacity=4)
-  stats = routing_stats(routing, logits, mask)
+  stats = measure(routing, logits, mask)
   np.testing.assert_allclose(stats.entropy / stats.tokens, np.log(E), rtol=1e-6)
   assert stats.logit_square == 0
   # Experts 0 to 2 are everyone's; in each group 4 of 7 tokens are served.
@@ -68,7 +69,7 @@ def test_follows_the_definition(K, policy, capacity):
   unsent = 0
   for seed in range(3):
     routing, by_loops, logits, mask = example(seed, K, capacity, policy)
-    stats = routing_stats(routing, logits, mask)
+    stats = measure(routing, logits, mask)
     expected = reference.routing_stats(
       by_loops, np.asarray(logits, np.float64), np.asarray(mask)
     )
@@ -83,7 +84,7 @@ def test_follows_the_definition(K, policy, capacity):
 
 def test_every_choice_of_a_real_token_has_one_fate():
   routing, _, logits, mask = example(1)
-  stats = routing_stats(routing, logits, mask)
+  stats = measure(routing, logits, mask)
   gone = stats.overflowed.sum() + stats.unsent.sum()
   assert stats.overflowed.sum() > 0 and stats.unsent.sum() > 0
   assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + gone
@@ -91,7 +92,7 @@ def test_every_choice_of_a_real_token_has_one_fate():
 
 def test_rms_of_the_logits():
   routing, _, _, mask = example(1)
-  stats = routing_stats(routing, jnp.full((G, S, E), -3.0), mask)
+  stats = measure(routing, jnp.full((G, S, E), -3.0), mask)
   np.testing.assert_allclose((stats.logit_square / stats.tokens) ** 0.5, 3.0)
 
 
@@ -111,8 +112,8 @@ def test_masked_tokens_are_nowhere():
   )
   jax.tree.map(
     np.testing.assert_array_equal,
-    routing_stats(routing, logits, mask),
-    routing_stats(other, other_logits, mask),
+    measure(routing, logits, mask),
+    measure(other, other_logits, mask),
   )
 
 
@@ -121,8 +122,8 @@ def test_adding_two_is_measuring_both():
   second, _, second_logits, second_mask = example(2)
   added = jax.tree.map(
     jnp.add,
-    routing_stats(first, first_logits, first_mask),
-    routing_stats(second, second_logits, second_mask),
+    measure(first, first_logits, first_mask),
+    measure(second, second_logits, second_mask),
   )
   both = routing_stats(
     jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second),

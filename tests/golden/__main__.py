@@ -1,0 +1,6 @@
+"""Writes every config's dump anew."""
+
+from tests import golden
+
+for name in golden.NAMES:
+  (golden.FOLDER / f'{name}.json').write_text(golden.dump(name))

@@ -1,0 +1,113 @@
+"""Every config: its dump, its size, and two steps of it shrunk."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from configs import base
+from moe_jax import models
+from moe_jax.config import merge
+from moe_jax.training import setup, step
+from moe_jax.training.evaluate import make_evaluations
+from tests import golden
+from tests.training import tiny
+
+
+@pytest.mark.parametrize('name', golden.NAMES)
+def test_dump(name):
+  expected = (golden.FOLDER / f'{name}.json').read_text()
+  assert golden.dump(name) == expected, (
+    'the config changed; if that is meant: python -m tests.golden'
+  )
+
+
+@pytest.mark.parametrize('name', golden.NAMES)
+def test_initialises_as_shapes_at_full_size(name):
+  config = setup.with_vocabulary(golden.config(name), 65)
+  model = models.build(config)
+  shapes = nn.meta.unbox(
+    models.abstract_params(model, min(config.data.seq_len, 64))
+  )
+  total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  assert total > 500_000
+  assert make_evaluations(config, model)
+
+
+@pytest.mark.parametrize('name', golden.NAMES)
+def test_two_steps_shrunk(name):
+  config = setup.with_vocabulary(golden.config(name, 'runlocal'), 257)
+  model = models.build(config)
+  batch = tiny.batch(config)
+  axes = setup.axis_names(models.abstract_params(model, config.data.seq_len))
+  optimizer = setup.make_optimizer(config.optimizer, config.total_steps, axes)
+  init = functools.partial(
+    step.init_state,
+    model=model,
+    optimizer=optimizer,
+    seq_len=config.data.seq_len,
+  )
+  state = jax.jit(init)(jnp.asarray(config.seed, jnp.uint32))
+  run = jax.jit(
+    functools.partial(
+      step.train_step,
+      grad_fn=step.make_grad_fn(
+        model, setup.loss_weights(config, model), config.microbatches
+      ),
+      optimizer=optimizer,
+      schedule=optax.constant_schedule(0.0),
+    )
+  )
+  losses = []
+  for _ in range(2):
+    state, metrics = run(state, batch)
+    losses.append(float(metrics.loss))
+  assert int(state.step) == 2
+  assert np.isfinite(losses).all()
+  assert losses[0] != losses[1]
+
+
+def test_shrinking_keeps_what_is_sparse():
+  small = golden.config('openmoe_8b', 'runlocal')
+  assert models.sparse_pattern(small.model.moe.layers, small.model.num_layers)[
+    -1
+  ]
+  assert small.model.moe.num_experts == 4
+  with pytest.raises(ValueError, match="unknown config argument 'laptop'"):
+    golden.config('tiny_switch', 'laptop')
+
+
+def test_a_config_comes_back_locked():
+  config = golden.config('tiny_switch')
+  with pytest.raises(AttributeError):
+    config.model.moe.num_expertz = 4
+  with pytest.raises(ValueError, match=r"did you mean 'model.width'"):
+    merge(config, {'model': {'widht': 4}})
+
+
+def test_the_dense_twin_is_one_override():
+  config = setup.with_vocabulary(golden.config('shakespeare_gshard'), 65)
+  twin = merge(config, {'model': {'moe': {'num_experts': 0}}})
+  assert models.build(twin).config.block.twin.hidden == 2 * 256
+  dense = setup.with_vocabulary(golden.config('shakespeare_dense'), 65)
+  shapes = [
+    nn.meta.unbox(models.abstract_params(models.build(c), 64))
+    for c in (twin, dense)
+  ]
+  count = [
+    sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    for tree in shapes
+  ]
+  assert count[0] == count[1]
+
+
+def test_base_has_every_default():
+  # What a user may set is in base.py, with a comment or a name that says it.
+  model = base.get_config().model
+  assert set(model.moe) >= {'capacity_rule', 'slot_priority', 'gates'}
+  assert model.is_locked

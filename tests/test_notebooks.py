@@ -1,0 +1,159 @@
+"""Every notebook runs from top to bottom, reads well and keeps its outputs.
+
+Numbers are not compared: a notebook's words must hold, but another machine
+rounds otherwise.
+"""
+
+import os
+import pathlib
+import re
+import sys
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
+MAX_LINES = 15
+# The home of a user, a mounted disk, a temporary folder: one machine's paths.
+# Colab's own /content is everyone's.
+MACHINE_PATH = re.compile(
+  r'(?<![\w./:])/(?:home|Users|root|work|workspace|tmp|mnt|opt|usr|var)/\w'
+  r'|\b[A-Z]:\\+Users\b|file://|site-packages|/ipykernel_\d'
+)
+
+each_notebook = pytest.mark.parametrize(
+  'path', NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS]
+)
+
+
+def read(path):
+  return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+  """The code cells that are not empty."""
+  cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+  return [cell for cell in cells if cell.source.strip()]
+
+
+def own_kernel():
+  """A manager of 'python3' as the running interpreter, whoever else has one.
+
+  Without folders to look in, the specification is ipykernel's own; a kernel
+  of that name in the user's folder would be another interpreter.
+  """
+  specs = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
+  return AsyncKernelManager(kernel_name='python3', kernel_spec_manager=specs)
+
+
+def faults(notebook):
+  """What is wrong with the notebook as it is kept, one line a fault."""
+  found = []
+  images = 0
+  for i, cell in enumerate(code_cells(notebook), 1):
+    lines = sum(bool(line.strip()) for line in cell.source.splitlines())
+    if lines > MAX_LINES:
+      found.append(f'code cell {i} has {lines} lines > {MAX_LINES}')
+    if cell.execution_count != i:
+      found.append(f'code cell {i} was run as number {cell.execution_count}')
+    for output in cell.outputs:
+      if output.output_type == 'error':
+        found.append(f'code cell {i} keeps an error: {output.ename}')
+      if output.get('name') == 'stderr':
+        found.append(f'code cell {i} keeps warnings: {output.text[:80]}')
+      images += 'image/png' in output.get('data', {})
+  if not images:
+    found.append('no picture is kept')
+  kernel = notebook.metadata.get('kernelspec', {}).get('name')
+  if kernel != 'python3':
+    found.append(f"kernelspec {kernel!r} is not 'python3'; Colab has no other")
+  if match := MACHINE_PATH.search(text_of(notebook)):
+    found.append(f"a machine's path: {match[0]!r}")
+  return found
+
+
+def text_of(notebook):
+  """All that can be read: sources, printed outputs and metadata, no images."""
+  parts = [str(notebook.metadata)]
+  for cell in notebook.cells:
+    parts += [cell.source, str(cell.metadata)]
+    for output in cell.get('outputs', []):
+      parts.append(str(output.get('text', '')))
+      parts += output.get('traceback', [])
+      for kind, value in output.get('data', {}).items():
+        if not kind.startswith('image/'):
+          parts.append(str(value))
+  return '\n'.join(parts)
+
+
+def test_there_are_notebooks():
+  assert NOTEBOOKS
+
+
+@each_notebook
+def test_notebook_runs(path):
+  kernel = own_kernel()
+  assert kernel.format_kernel_cmd()[0] == sys.executable
+  # This checkout's code, not another that may be installed.
+  search = [str(ROOT), os.environ.get('PYTHONPATH', '')]
+  env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, search))}
+  client = NotebookClient(
+    read(path),
+    km=kernel,
+    timeout=300,
+    resources={'metadata': {'path': str(path.parent)}},
+  )
+  client.execute(env=env)
+  assert all(cell.execution_count for cell in code_cells(client.nb))
+
+
+@each_notebook
+def test_notebook_is_kept_well(path):
+  notebook = read(path)
+  nbformat.validate(notebook)
+  assert not faults(notebook)
+
+
+def test_an_error_fails_the_run():
+  cell = nbformat.v4.new_code_cell('raise ValueError("seven slots")')
+  broken = nbformat.v4.new_notebook(cells=[cell])
+  with pytest.raises(Exception, match='seven slots'):
+    NotebookClient(broken, km=own_kernel(), timeout=60).execute()
+
+
+def test_faults_are_seen():
+  v4 = nbformat.v4
+  cells = [
+    v4.new_code_cell('x = 1\n' * 16, execution_count=1),
+    v4.new_code_cell('y = 2\n\n' * 15, execution_count=3),
+    v4.new_code_cell(
+      'z',
+      execution_count=3,
+      outputs=[
+        v4.new_output('error', ename='NameError', evalue='z', traceback=[]),
+        v4.new_output('stream', name='stderr', text='old option'),
+        v4.new_output('stream', name='stdout', text='saved /home/ada/x.png'),
+      ],
+    ),
+  ]
+  found = '\n'.join(faults(v4.new_notebook(cells=cells)))
+  for part in (
+    'cell 1 has 16 lines',
+    'cell 2 was run as number 3',
+    'cell 3 keeps an error: NameError',
+    'cell 3 keeps warnings: old option',
+    'no picture',
+    "kernelspec None is not 'python3'",
+    "a machine's path: '/home/a'",
+  ):
+    assert part in found
+  assert 'cell 2 has' not in found
+
+
+def test_paths_everyone_has_are_allowed():
+  for text in ('/content/moe_jax', 'https://github.com/tmp/x', 'a/home/b'):
+    assert not MACHINE_PATH.search(text)
