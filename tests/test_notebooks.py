@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 
+import jax
 import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
@@ -100,7 +101,11 @@ def test_notebook_runs(path):
   assert kernel.format_kernel_cmd()[0] == sys.executable
   # This checkout's code, not another that may be installed.
   search = [str(ROOT), os.environ.get('PYTHONPATH', '')]
-  env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, search))}
+  env = os.environ | {
+    'PYTHONPATH': os.pathsep.join(filter(None, search)),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+  }
   client = NotebookClient(
     read(path),
     km=kernel,

@@ -61,4 +61,6 @@ def load_probability(
   index, value = top_k(logits.noisy, K + 1)  # [G, S, K+1]
   inside = jax.nn.one_hot(index[..., :K], E, dtype=jnp.bool_).any(-2)
   threshold = jnp.where(inside, value[..., K:], value[..., K - 1 : K])
-  return jax.scipy.stats.norm.cdf((logits.clean - threshold) / logits.std)
+  # Softplus underflows to 0 where noise was trained away entirely.
+  std = jnp.maximum(logits.std, 1e-6)
+  return jax.scipy.stats.norm.cdf((logits.clean - threshold) / std)

@@ -195,8 +195,7 @@ def _gates(gates, router_logits, chosen_logits, pair_gate, kept):
   elif gates == 'renormalized':
     gate = pair_gate
   else:
-    # A row with nothing kept is all -inf; the outer where hides its NaN, the
-    # inner one keeps that NaN out of the gradient.
+    # A row with nothing kept would be all -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)
     masked = jnp.where(kept, chosen_logits, -jnp.inf)
     gate = jax.nn.softmax(jnp.where(any_kept, masked, 0.0))

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import time
 
 from etils import epath
 
@@ -23,6 +24,7 @@ from moe_jax.training.manifest import BadCheckpoint, Manifest
 _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9]\d*')
 _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
+_TRIES = 20
 
 
 class Directory:
@@ -112,13 +114,28 @@ class Directory:
         self._set_aside(old)
 
   def remove_leftovers(self) -> list[str]:
-    """Removes what was half written or half deleted; returns the names."""
-    if not self.path.exists():
-      return []
-    found = [p for p in self.path.iterdir() if _LEFTOVER.match(p.name)]
-    for path in found:
-      path.rmtree()
-    return sorted(path.name for path in found)
+    """Removes what was half written or half deleted; returns the names.
+
+    Threads of a save that just failed may still be writing, which makes
+    removal fail: it is tried for a second, and again at the next save.
+    """
+    removed = set()
+    for _ in range(_TRIES):
+      names = (
+        [path.name for path in self.path.iterdir()]
+        if self.path.exists()
+        else []
+      )
+      left = [name for name in names if _LEFTOVER.match(name)]
+      if not left:
+        break
+      removed.update(left)
+      for name in left:
+        try:
+          (self.path / name).rmtree()
+        except OSError:
+          time.sleep(1 / _TRIES)
+    return sorted(removed)
 
   def prune(self) -> None:
     """Deletes all but the newest and the best."""

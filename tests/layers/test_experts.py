@@ -16,6 +16,7 @@ from moe_jax.layers import (
   MoeConfig,
   RouterConfig,
 )
+from tests.models import tiny
 
 E, R, M, F = 5, 3, 6, 11
 
@@ -35,7 +36,7 @@ def draw_params(layer, rows):
 
 def test_one_expert_is_the_feed_forward_from_its_start():
   config = FfnConfig(F, activation='swiglu', use_bias=True)
-  rows, key = rows_of(1, R, M), jax.random.key(3)
+  rows, key = rows_of(1, R, M), tiny.key(3)
   one = nn.meta.unbox(Experts(config).init(key, rows))
   dense = nn.meta.unbox(FeedForward(config).init(key, rows[0]))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), one, dense)
@@ -61,7 +62,7 @@ def test_experts_start_apart_with_the_fan_in_of_one():
   # 4000 draws an expert: the deviation's own is about 1 %. A fan-in that
   # counted the experts too would be off by sqrt(5).
   layer = Experts(FfnConfig(80, activation='swiglu', init=Init(scale=2.0)))
-  params = layer.init(jax.random.key(0), jnp.ones((E, 1, 50)))
+  params = layer.init(tiny.key(0), jnp.ones((E, 1, 50)))
   params = nn.meta.unbox(params)['params']
   for name, fan_in in (('w_in', 50), ('w_gate', 50), ('w_out', 80)):
     w = np.asarray(params[name]).reshape(E, -1)
@@ -87,7 +88,7 @@ def test_dropout_falls_on_each_expert_by_itself():
   rows = jnp.ones((E, R, M))
   # Every expert and every row alike: what differs is what was dropped.
   params = {'w_in': jnp.ones((E, M, F)), 'w_out': jnp.ones((E, F, M))}
-  rngs = {'dropout': jax.random.key(0)}
+  rngs = {'dropout': tiny.key(0)}
   run = jax.jit(
     lambda p: layer.apply({'params': p}, rows, train=True, rngs=rngs)
   )
@@ -135,7 +136,7 @@ def test_any_module_can_be_an_expert():
   # Expert e cubes its input and scales it by its own weights.
   x = rows_of(2, 8, M)
   layer = MoE(MOE, expert=Cube())
-  start = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))['params']
+  start = nn.meta.unbox(jax.jit(layer.init)(tiny.key(0), x))['params']
   (name,) = start.keys() - {'router'}
   scale = start[name]['scale']
   assert scale.shape == (E, M)

@@ -7,13 +7,26 @@ import pytest
 
 from moe_jax.layers.moe import to_groups
 from moe_jax.routing import CapacityRule
-from tests.layers.test_moe import B, E, K, M, T, draw, draw_params, make, run
+from tests.layers.test_moe import (
+  B,
+  E,
+  K,
+  M,
+  T,
+  compiled,
+  draw,
+  draw_params,
+  make,
+  run,
+)
 from tests.models.tiny import assert_trees_close
 
 
 def test_to_groups_cuts_consecutive_tokens_and_pads_the_last():
-  x = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T, 1)
-  mask = jnp.ones((B, T), bool).at[0, 1].set(False)
+  x = jnp.asarray(np.arange(24, dtype=np.float32).reshape(B, T, 1))
+  mask = np.ones((B, T), bool)
+  mask[0, 1] = False
+  mask = jnp.asarray(mask)
   groups, group_mask = to_groups(x, mask, 16)
   np.testing.assert_array_equal(
     groups[..., 0], [list(range(16)), [*range(16, 24), *[0] * 8]]
@@ -47,15 +60,13 @@ def test_a_group_that_cuts_a_sequence_is_refused(group_size):
     (CapacityRule('per_assignment', 1.25), 0, 3 * 4),
     # floor(1.25 * 8 / 5) = 2, up to a multiple of 3.
     (CapacityRule('per_token', 1.25, 'floor', multiple=3), 0, 3 * 3),
-    (CapacityRule('fixed', slots=7), 0, 3 * 7),
-    (CapacityRule('all'), 0, 3 * 8),
   ],
 )
 def test_capacity_is_the_rule_at_the_size_of_the_group(rule, group_size, kept):
   layer = make(group_size, capacity=rule)
   params = draw_params(layer)
-  row = jnp.asarray(draw(1, 1, M))
-  _, aux = run(layer, params, jnp.tile(row, (B, T, 1)))
+  row = draw(1, 1, M)
+  _, aux = run(layer, params, np.tile(row, (B, T, 1)))
   load = np.zeros(E)
   logits = np.asarray(row[0, 0] @ params['router']['w'])
   load[np.argsort(-logits)[:K]] = kept
@@ -85,10 +96,12 @@ def test_groups_are_routed_by_themselves():
   layer = make(4, capacity=CapacityRule('fixed', slots=1))
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, _ = run(layer, params, x)
-  changed, _ = run(layer, params, x.at[0, :4].set(draw(4, M, seed=5)))
-  np.testing.assert_array_equal(y[0, 4:], changed[0, 4:])
-  np.testing.assert_array_equal(y[1:], changed[1:])
-  assert np.abs(y[0, :4] - changed[0, :4]).max() > 0.1
+  x[0, :4] = draw(4, M, seed=5)
+  changed, _ = run(layer, params, x)
+  differs = np.asarray(y) != np.asarray(changed)
+  assert differs[0, :4].any()
+  assert not differs[0, 4:].any()
+  assert not differs[1:].any()
 
 
 @pytest.mark.parametrize(
@@ -101,35 +114,35 @@ def test_groups_are_routed_by_themselves():
 )
 def test_padding_touches_no_token_no_loss_and_no_statistic(kind, slot_priority):
   layer = make(16, kind=kind, slot_priority=slot_priority, capacity=TIGHT)
-  params, x = draw_params(layer), np.array(draw(B, T, M, seed=9))
+  params, x = draw_params(layer), draw(B, T, M, seed=9)
   mask = np.ones((B, T), bool)
   mask[0, :3] = mask[1, 6:] = mask[2] = False
-  mask = jnp.asarray(mask)
-  other = np.where(np.asarray(mask)[..., None], x, 50 * draw(B, T, M, seed=1))
-  y, aux = run(layer, params, jnp.asarray(x), mask)
-  changed, changed_aux = run(layer, params, jnp.asarray(other), mask)
+  other = np.where(mask[..., None], x, 50 * draw(B, T, M, seed=1))
+  y, aux = run(layer, params, x, mask)
+  changed, changed_aux = run(layer, params, other, mask)
   np.testing.assert_array_equal(y, changed)
   assert_trees_close(aux, changed_aux)
-  assert not np.asarray(y)[~np.asarray(mask)].any()
+  assert not np.asarray(y)[~mask].any()
   assert aux.stats.tokens == 5 + 6
   assert aux.stats.load.sum() == K * (5 + 6)
   assert aux.stats.overflowed.sum() > 0
   # Without the mask those tokens would have taken slots.
-  unmasked, _ = run(layer, params, jnp.asarray(other), mask | True)
-  assert np.abs(unmasked - y)[np.asarray(mask)].max() > 0.1
+  unmasked, _ = run(layer, params, other, np.ones_like(mask))
+  assert np.abs(np.asarray(unmasked) - y)[mask].max() > 0.1
 
 
 def test_padding_carries_no_gradient():
   layer = make(capacity=TIGHT)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
-  mask = jnp.ones((B, T), bool).at[1, 5:].set(False)
+  mask = np.ones((B, T), bool)
+  mask[1, 5:] = False
 
   @jax.jit
   @jax.grad
   def gradient(x):
-    y, aux = layer.apply({'params': params}, x, mask)
+    y, aux = compiled(layer)(params, x, mask)
     return (y**2).sum() + aux.z_loss + aux.balance_loss
 
   found = np.asarray(gradient(x))
-  assert not found[~np.asarray(mask)].any()
-  assert (np.abs(found).max(-1) > 0)[np.asarray(mask)].all()
+  assert not found[~mask].any()
+  assert (np.abs(found).max(-1) > 0)[mask].all()

@@ -88,11 +88,10 @@ def test_attention_uses_positions_only_if_rotary(rotary):
 def test_buckets_are_exact_then_logarithmic_then_shared():
   # 8 buckets up to 32: 0-3 have one each. Bucket 4 + j starts at 4 * 8^(j/4),
   # that is 4, 6.7, 11.3, 19.03; the last takes all that follows.
-  distance = np.array(
-    [[0, 1, 2, 3], [4, 6, 7, 11], [12, 19, 20, 31], [32, 33, 99, 1000]]
-  )
-  expected = [[0, 1, 2, 3], [4, 4, 5, 5], [6, 6, 7, 7], [7, 7, 7, 7]]
-  np.testing.assert_array_equal(distance_bucket(distance, 8, 32), expected)
+  distance = [0, 1, 2, 3, 4, 6, 7, 11, 12, 19, 20, 31, 32, 33, 99, 1000]
+  expected = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7, 7, 7, 7]
+  found = distance_bucket(np.array(distance), 8, 32)
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_relative_bias_reads_its_table_by_head_and_distance():

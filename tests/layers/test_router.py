@@ -11,6 +11,7 @@ from flax.errors import InvalidRngError
 from moe_jax.layers import Init, Router, RouterConfig
 from moe_jax.routing import CapacityRule
 from tests import reference
+from tests.models import tiny
 
 G, S, E, K, M = 3, 8, 5, 2, 6
 EVERYONE = CapacityRule('all')
@@ -18,7 +19,7 @@ EVERYONE = CapacityRule('all')
 
 def draw(*shape, seed=0, dtype='float32'):
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.normal(size=shape), dtype)
+  return rng.normal(size=shape).astype(jnp.dtype(dtype))
 
 
 def some_mask():
@@ -42,8 +43,8 @@ def compiled(config, train):
 
 def route(params, x, mask=None, train=False, key=None, **options):
   config = RouterConfig(**{'num_experts': E, **options})
-  mask = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
-  key = None if key is None else jax.random.key(key)
+  mask = np.ones(x.shape[:2], bool) if mask is None else mask
+  key = None if key is None else tiny.key(key)
   return compiled(config, train)(params, x, mask, key)
 
 
@@ -115,8 +116,8 @@ def test_bfloat16_input_is_routed_in_float32():
 
 def test_jitter_multiplies_the_router_input_in_training_alone():
   # Two experts, w = (3, 0) and x = 1: the logits' difference is 3 * jitter.
-  params = {'w': jnp.array([[3.0, 0.0]])}
-  x = jnp.ones((G, 100, 1))
+  params = {'w': np.array([[3.0, 0.0]], np.float32)}
+  x = np.ones((G, 100, 1), np.float32)
   options = dict(num_experts=2, jitter=0.2, capacity=EVERYONE)
 
   def factor(**more):
@@ -124,6 +125,8 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
     return np.log(gate / (1 - gate)).ravel() / 3
 
   np.testing.assert_allclose(factor(), 1, rtol=1e-5)
+  with pytest.raises(InvalidRngError, match='router'):
+    factor(train=True)
   drawn = factor(train=True, key=0)
   assert 0.8 - 1e-4 < drawn.min() < 0.82
   assert 1.18 < drawn.max() < 1.2 + 1e-4
@@ -134,7 +137,6 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
 
 
 NOISES = {
-  'jitter': dict(jitter=0.1),
   'noisy_top_k': dict(kind='noisy_top_k', num_selected=K),
   'sampled': dict(second_policy='sampled', num_selected=K),
   'threshold': dict(second_policy='threshold', num_selected=3),
@@ -175,8 +177,8 @@ def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
   layer = Router(
     RouterConfig(E, K, kind='noisy_top_k', capacity=EVERYONE, init=Init())
   )
-  x, mask = draw(G, 100, M), jnp.ones((G, 100), bool)
-  start = jax.jit(layer.init)(jax.random.key(0), x, mask)['params']
+  x, mask = draw(G, 100, M), np.ones((G, 100), bool)
+  start = jax.jit(layer.init)(tiny.key(0), x, mask)['params']
   params = {name: np.asarray(box.unbox()) for name, box in start.items()}
   assert {name: w.shape for name, w in params.items()} == {
     'w': (M, E),

@@ -56,6 +56,11 @@ def tokens(seed=0, shape=(B, T)):
   return rng.integers(0, V, shape).astype(np.int32)
 
 
+def key(seed):
+  """A key whose draws compile three times faster than the default ones."""
+  return jax.random.key(seed, impl='unsafe_rbg')
+
+
 def apply(model):
   """(params, tokens, segment_ids, positions) -> (logits, aux), compiled."""
   return jax.jit(lambda params, *batch: model.apply({'params': params}, *batch))
