@@ -56,7 +56,7 @@ def curves_figure(rows: Rows) -> Figure:
     (key, title, unit, scale)
     for key, title, unit, scale in [
       ('train/drop_rate', 'Dropped assignments', 'percent', 100),
-      ('train/lr', 'Schedule', 'learning rate', 1),
+      ('train/learning_rate', 'Schedule', 'learning rate', 1),
     ]
     if any(key in row for row in rows)
   ]

@@ -6,9 +6,11 @@ about a failure (`loop.py`).
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +43,7 @@ class Restored(NamedTuple):
   skipped: list[tuple[int, str]]
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one run in one directory; a context manager.
 
   Left unclosed, it loses a pending save when the interpreter exits.
@@ -71,6 +73,7 @@ class Checkpointer:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last: int | None = None  # the step last saved or restored
+    self._saves = 0
 
   def save(
     self,
@@ -106,12 +109,14 @@ class Checkpointer:
         self._directory.make_room(step, self._last)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f'checkpoint {step}')
-      saving = self._directory.folder(step, '.saving')
+      # Threads of a save that failed may yet write: never into this one.
+      self._saves += 1
+      saving = self._directory.folder(step, f'.saving{self._saves}')
       self._orbax.save(saving, ocp.args.PyTreeSave(state))
     except Exception as error:
       self._clear_away()
       raise self._failure(step, error) from None
-    self._pending = step, self._thread.submit(self._finish, about)
+    self._pending = step, self._thread.submit(self._finish, saving, about)
 
   def wait(self) -> None:
     """Waits until the pending save, its manifest and the pruning are done.
@@ -136,9 +141,6 @@ class Checkpointer:
     finally:
       self._thread.shutdown()
       self._orbax.close()
-
-  def __enter__(self) -> 'Checkpointer':
-    return self
 
   def __exit__(self, *exc_info) -> None:
     self.close()
@@ -215,9 +217,8 @@ class Checkpointer:
       metrics={key: float(value) for key, value in metrics.items()},
     )
 
-  def _finish(self, manifest: manifest_lib.Manifest) -> None:
+  def _finish(self, saving, manifest: manifest_lib.Manifest) -> None:
     """On the thread: waits for Orbax's files, then seals, names and prunes."""
-    saving = self._directory.folder(manifest.step, '.saving')
     try:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
@@ -231,6 +232,8 @@ class Checkpointer:
 
   def _clear_away(self) -> None:
     """Frees what a failed save took: it is a full disk, more often than not."""
+    with contextlib.suppress(Exception):
+      self._orbax.wait_until_finished()  # else the next save gets the rest
     if jax.process_index() == 0:
       self._directory.remove_leftovers()
 
@@ -260,11 +263,9 @@ class Checkpointer:
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
     target = jax.tree.map(_placed, abstract_state)
     how = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(target, how, partial_restore=partial)
     try:
-      return self._orbax.restore(
-        self._directory.folder(step),
-        ocp.args.PyTreeRestore(target, how, partial_restore=partial),
-      )
+      return self._orbax.restore(self._directory.folder(step), args)
     except Exception as error:
       raise CheckpointError(
         f'checkpoint {step} in {self._directory.path} is as it was saved but '
@@ -272,10 +273,9 @@ class Checkpointer:
       ) from error
 
   def _failure(self, step: int, error: Exception) -> CheckpointError:
-    last = max(self.steps(), default=None)
     return CheckpointError(
       f'checkpoint {step} not saved to {self._directory.path}: '
-      f'{_cause(error)}\nlast good step: {last}'
+      f'{_cause(error)}\nlast good step: {max(self.steps(), default=None)}'
     )
 
 
@@ -289,7 +289,8 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _cause(error: Exception) -> str:
   """One line; of a long one the end, where the operating system speaks."""
-  text = ' '.join(str(error).split('\n', 1)[0].split())
+  text = str(error).split('\n', 1)[0]
+  text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
   if len(text) > _LONGEST_CAUSE:
     text = f'...{text[-_LONGEST_CAUSE:]}'
   return f'{type(error).__name__}: {text}'

@@ -1,6 +1,6 @@
 """A directory of checkpoints: which exist, which are good, which are kept.
 
-`<step>` is a checkpoint and holds a manifest. It is written as `<step>.saving`
+`<step>` is a checkpoint and holds a manifest. It is written as `<step>.saving1`
 and renamed when the manifest is in it, and renamed to `<step>.deleting` before
 it is removed: at whatever moment a process dies, what bears a bare number is
 whole or fails its manifest. A checkpoint that a run turned away from becomes

@@ -18,7 +18,7 @@ ROWS = [
   {
     'step': 10,
     'train/loss': 3.0,
-    'train/lr': 0.1,
+    'train/learning_rate': 0.1,
     'train/drop_rate': 0.5,
     'train/layer_1/load': [0.75, 0.25],
     'train/layer_11/load': [0.0, 0.5, 0.5],
@@ -27,7 +27,7 @@ ROWS = [
   {
     'step': 30,
     'train/loss': 2.0,
-    'train/lr': 0.05,
+    'train/learning_rate': 0.05,
     'train/drop_rate': 0.25,
     'train/layer_1/load': [0.5, 0.5],
     'train/layer_11/load': [0.125, 0.375, 0.5],

@@ -50,22 +50,24 @@ def child_saves_until_killed(directory: str) -> None:
       checkpointer.save(step, make_state(step))
 
 
-def child_fills_the_disk(directory: str) -> None:
+def limit_file_size(size: int) -> None:
+  """Writes past `size` fail from here on, as on a full disk."""
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-  def limit_file_size(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
+def child_fills_the_disk(directory: str) -> None:
   with Checkpointer(directory) as checkpointer:
     checkpointer.save(1, make_state(1))
     checkpointer.wait()
-    limit_file_size(1_000_000)
+    limit_file_size(4_000_000)
     checkpointer.save(2, make_state(2))
     try:
       checkpointer.wait()
     except CheckpointError as error:
       print(error)
-    print(sorted(os.listdir(directory)))
+    left = pathlib.Path(directory).glob('2*/**/*')
+    print(sum(path.stat().st_size for path in left) < 1_000_000)
     checkpointer.save(3, make_state(3))
     try:
       checkpointer.save(4, make_state(4))
@@ -74,6 +76,23 @@ def child_fills_the_disk(directory: str) -> None:
     limit_file_size(resource.RLIM_INFINITY)
     print(restore_and_check(checkpointer))
     checkpointer.save(5, make_state(5))
+
+
+def child_tries_again_and_again(directory: str) -> None:
+  """Fails at every stage of a save, most often with others still writing."""
+  state = {f'w{i}': make_state(i)['w'][:200_000] for i in range(10)}
+  causes = []
+  with Checkpointer(directory) as checkpointer:
+    for size in [100, 300, 30_000, 400_000, 1_000_000] * 12:
+      limit_file_size(size)
+      try:
+        checkpointer.save(2, state)
+        checkpointer.wait()
+      except CheckpointError as error:
+        causes.append(str(error).splitlines()[0])
+    limit_file_size(resource.RLIM_INFINITY)
+    checkpointer.save(2, state)
+  print(len(causes), [text for text in causes if 'too large' not in text])
 
 
 def start(function, directory) -> subprocess.Popen:
@@ -124,7 +143,7 @@ def kill_and_check(directory, moments) -> None:
 
 
 def test_killed_while_the_arrays_or_the_manifest_are_written(tmp_path):
-  arrays = '3.saving.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
+  arrays = '*.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
   kill_and_check(tmp_path, [arrays, '*/manifest.json.tmp'])
 
 
@@ -142,7 +161,7 @@ def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_one_moment_after_another(tmp_path):
-  seen = ['*.saving', '*.deleting', '*.orbax-checkpoint-tmp']
+  seen = ['*.saving[0-9]', '*.deleting', '*.orbax-checkpoint-tmp']
   after_seconds = np.random.default_rng(0).uniform(0, 0.4, size=5).tolist()
   kill_and_check(tmp_path, seen + after_seconds)
 
@@ -156,10 +175,18 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
   assert 'File too large' in lines[0] and len(lines[0]) < 300
   assert lines[1:] == [
     'last good step: 1',
-    "['1']",  # what was written is gone: the space is needed
+    'True',  # what was written is gone: the space is needed
     'checkpoint 3',
     '1',
   ]
   assert 'orbax' not in err  # its 200 lines are silenced
   with Checkpointer(tmp_path) as checkpointer:
     assert restore_and_check(checkpointer) == 5
+
+
+@pytest.mark.slow
+def test_each_failed_save_tells_its_own_cause_and_hinders_none(tmp_path):
+  child = start(child_tries_again_and_again, tmp_path)
+  out, err = child.communicate(timeout=120)
+  assert out == '60 []\n', err
+  assert os.listdir(tmp_path) == ['2']

@@ -59,7 +59,7 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
       np.int64(10),
       {
         'train/loss': jnp.float32(1.5),
-        'train/lr': np.float64(0.1),
+        'train/learning_rate': np.float64(0.1),
         'train/layer_1/load': jnp.array([0.25, 0.75]),
         'train/layer_1/unused_experts': 0,
         'train/grad_norm': jnp.bfloat16(2.5),
@@ -68,7 +68,7 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
     writer.write(10, {'eval/valid/loss': 1.25})
     # Whole rows are there before the file is closed: a kill loses none.
     assert lines(tmp_path / 'new') == [
-      '{"step": 10, "train/loss": 1.5, "train/lr": 0.1, '
+      '{"step": 10, "train/loss": 1.5, "train/learning_rate": 0.1, '
       '"train/layer_1/load": [0.25, 0.75], '
       '"train/layer_1/unused_experts": 0, "train/grad_norm": 2.5}',
       '{"step": 10, "eval/valid/loss": 1.25}',
@@ -77,7 +77,7 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
     {
       'step': 10,
       'train/loss': 1.5,
-      'train/lr': 0.1,
+      'train/learning_rate': 0.1,
       'train/layer_1/load': [0.25, 0.75],
       'train/layer_1/unused_experts': 0,
       'train/grad_norm': 2.5,

@@ -1,0 +1,211 @@
+"""The whole decoder: against numpy, under every option, and on packed rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.models import oracle, tiny
+from tests.models.tiny import B, T, V
+
+ORACLES = {
+  'mixtral': dict(
+    activation='swiglu',
+    tie_embeddings=False,
+    num_kv_heads=2,
+    norm_epsilon=1e-2,
+    moe=dict(layers='all', capacity_rule='all'),
+  ),
+  'openmoe': dict(
+    num_layers=4,
+    activation='relu',
+    positions='learned',
+    moe=dict(layers='every 2', capacity_rule='all', extra_ffn=True),
+  ),
+  'dense': dict(num_layers=3, activation='relu', moe=dict(num_experts=0)),
+}
+
+
+@pytest.mark.parametrize('name', ORACLES)
+def test_logits_equal_numpy(name):
+  config = tiny.config(**ORACLES[name])
+  model = tiny.build(**ORACLES[name])
+  params = tiny.params_of(model, scale=20.0)
+  tokens = tiny.tokens()
+  logits, _ = tiny.apply(model)(params, tokens)
+  expected = [oracle.decode(config, params, row)[0] for row in tokens]
+  np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+  assert np.std(expected) > 0.3
+
+
+CASES = {
+  'switch': dict(
+    activation='relu', moe=dict(num_selected=1, gates='raw', group_size=20)
+  ),
+  'gpt2': dict(
+    positions='learned',
+    norm='layernorm',
+    activation='gelu',
+    use_bias=True,
+    tie_embeddings=False,
+    init={'kind': 'gpt2'},
+    moe=dict(router='noisy_top_k', layers='last 1'),
+  ),
+  'glam': dict(
+    positions='relative',
+    activation='geglu',
+    num_kv_heads=2,
+    moe=dict(
+      activation='gelu_tanh',
+      second_policy='sampled',
+      slot_priority='choice_major',
+      allow_future_leak=True,
+      dispatch='einsum',
+    ),
+  ),
+  'openmoe': dict(
+    positions='none',
+    norm='layernorm',
+    activation='swiglu',
+    tie_embeddings=False,
+    dropout=0.1,
+    moe=dict(second_policy='threshold', extra_ffn=True, jitter=0.1),
+  ),
+  'rotary_bias': dict(
+    use_bias=True, num_layers=3, moe=dict(gates='renormalized_after_drop')
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
+  model = tiny.build(**CASES[name])
+  params = tiny.params_of(model, scale=5.0)
+  tokens = tiny.tokens()
+  rngs = {'router': tiny.key(0), 'dropout': tiny.key(1)}
+
+  def loss(params):
+    logits, aux = model.apply(
+      {'params': params}, jnp.asarray(tokens), train=True, rngs=rngs
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    return nats.sum() + aux.importance_loss.sum() + aux.load_loss.sum(), logits
+
+  grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+  assert logits.shape == (B, T, V)
+  assert np.isfinite(logits).all()
+  for where, leaf in tiny.leaves(grads).items():
+    size = np.abs(np.asarray(leaf))
+    assert np.isfinite(size).all(), where
+    if where.endswith('b_key') and model.config.positions != 'rotary':
+      # One number added to all of a query's scores; the softmax ignores it.
+      np.testing.assert_allclose(size, 0, atol=1e-3)
+    elif where.startswith('layers/'):
+      assert (size.reshape(len(size), -1).max(1) > 1e-5).all(), where
+    else:
+      assert size.max() > 1e-5, where
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_logits_aux_and_parameters_are_float32_in_any_dtype(dtype):
+  model = tiny.build(dtype=dtype)
+  params = tiny.params_of(model)
+  logits, aux = tiny.apply(model)(params, tiny.tokens())
+  kinds = {leaf.dtype for leaf in jax.tree.leaves((logits, aux, params))}
+  assert kinds == {jnp.dtype('float32')}
+  full, _ = tiny.apply(tiny.build())(params, tiny.tokens())
+  differs = np.abs(logits - full).max()
+  assert (differs > 0) == (dtype == 'bfloat16')
+  assert differs < 0.05 * np.abs(full).max()
+
+
+def test_param_dtype_spares_the_router():
+  model = tiny.build(param_dtype='bfloat16')
+  shapes = tiny.leaves(jax.eval_shape(lambda: tiny.params_of(model)))
+  kinds = {name: leaf.dtype.name for name, leaf in shapes.items()}
+  routers = {name for name in kinds if 'router' in name}
+  norms = {name for name in kinds if 'norm' in name}
+  assert routers
+  for name, kind in kinds.items():
+    full = name in routers | norms
+    assert kind == ('float32' if full else 'bfloat16'), name
+
+
+def test_every_leaf_of_aux_has_a_row_a_layer_and_dense_rows_are_zero():
+  model = tiny.build(num_layers=4, moe=dict(layers='every 2'))
+  _, aux = tiny.apply(model)(tiny.params_of(model), tiny.tokens())
+  for leaf in jax.tree.leaves(aux):
+    assert leaf.shape[0] == 4
+    assert not np.asarray(leaf)[::2].any()
+  np.testing.assert_array_equal(aux.stats.tokens, [0, B * T, 0, B * T])
+  assert aux.stats.load.shape == (4, 5)
+  np.testing.assert_array_equal(
+    aux.stats.load.sum(1), [0, 2 * B * T, 0, 2 * B * T]
+  )
+  # The two sparse layers have their own parameters and their own losses.
+  z = np.asarray(aux.z_loss)
+  assert z[1] != z[3]
+
+
+PACKED = {
+  'dense_rotary': dict(moe=dict(num_experts=0)),
+  'dense_relative': dict(positions='relative', moe=dict(num_experts=0)),
+  'sparse_learned': dict(
+    positions='learned', moe=dict(layers='all', capacity_rule='all')
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PACKED)
+def test_packed_documents_have_the_logits_they_have_alone(name):
+  model = tiny.build(**PACKED[name])
+  params, run = tiny.params_of(model, scale=20.0), tiny.apply(model)
+  tokens = tiny.tokens(shape=(2, T))
+  # Row 0: documents of 4, 3 and 2 tokens, then padding; row 1: 10 of padding.
+  segments = np.array([[1] * 4 + [2] * 3 + [3] * 2 + [0], [0] * T], np.int32)
+  positions = np.zeros((2, T), np.int32)
+  positions[0] = [0, 1, 2, 3, 0, 1, 2, 0, 1, 0]
+  packed, aux = run(params, tokens, segments, positions)
+  assert np.isfinite(packed).all()
+  alone = np.zeros((3, T), np.int32)
+  ends = [(0, 4), (4, 7), (7, 9)]
+  for row, (start, stop) in enumerate(ends):
+    alone[row, : stop - start] = tokens[0, start:stop]
+  own = (np.arange(T) < np.array([[4], [3], [2]])).astype(np.int32)
+  logits, own_aux = run(
+    params, alone, own, np.tile(np.arange(T, dtype=np.int32), (3, 1))
+  )
+  for row, (start, stop) in enumerate(ends):
+    np.testing.assert_allclose(
+      packed[0, start:stop], logits[row, : stop - start], rtol=1e-4, atol=1e-4
+    )
+  np.testing.assert_allclose(aux.stats.load, own_aux.stats.load)
+  # The documents do matter to each other where nothing keeps them apart.
+  joined, _ = run(params, tokens, np.minimum(segments, 1), positions)
+  assert np.abs(joined[0, 4:9] - packed[0, 4:9]).max() > 0.01
+
+
+def test_padding_changes_no_other_token_and_no_statistic():
+  model = tiny.build(moe=dict(layers='all', group_size=20))
+  params, run = tiny.params_of(model, scale=20.0), tiny.apply(model)
+  tokens = tiny.tokens()
+  segments = np.ones((B, T), np.int32)
+  segments[0, 7:] = segments[1, :2] = segments[2] = 0
+  places = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  real = segments > 0
+  other = np.where(real, tokens, tiny.tokens(seed=1))
+  logits, aux = run(params, tokens, segments, places)
+  changed, changed_aux = run(params, other, segments, places)
+  np.testing.assert_array_equal(
+    np.asarray(logits)[real], np.asarray(changed)[real]
+  )
+  tiny.assert_trees_close(aux, changed_aux)
+  np.testing.assert_array_equal(aux.stats.tokens, [7 + 8] * 2)
+  assert aux.stats.overflowed.sum() > 0
+
+
+def test_learned_positions_refuse_a_longer_row():
+  model = tiny.build(positions='learned', max_len=8)
+  with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
+    tiny.params_of(model)
