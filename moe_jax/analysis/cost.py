@@ -67,19 +67,22 @@ def count(model: Decoder, seq_len: int) -> Cost:
   }
   total = sum(sizes.values())
   experts = sum(n for name, n in sizes.items() if '/experts/' in name)
-  lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
-  vectors = sum(n for name, n in sizes.items() if _is_vector(name))
-  active, router, slack = total, 0, 1.0
+  router, slack = 0, 1.0
   moe = c.block.moe
   if moe is not None:
     r = moe.router
-    active -= experts // r.num_experts * (r.num_experts - r.num_selected)
     router = 2 * sum(n for name, n in sizes.items() if '/router/' in name)
+    for name in sizes:
+      if '/experts/' in name:
+        sizes[name] = sizes[name] // r.num_experts * r.num_selected
     S = moe.group_size or seq_len
     slots = r.capacity(
       group_size=S, num_experts=r.num_experts, num_selected=r.num_selected
     )
     slack = slots * r.num_experts / (S * r.num_selected)
+  active = sum(sizes.values())
+  lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
+  vectors = sum(n for name, n in sizes.items() if _is_vector(name))
   logits = 0 if not c.tie_embeddings else c.vocab_size * c.width
   a = c.block.attention
   attention = 4 * len(c.sparse) * seq_len * a.num_heads * a.head_width
@@ -95,7 +98,7 @@ def count(model: Decoder, seq_len: int) -> Cost:
   )
 
 
-def short(n: float) -> str:
+def short(n: float | int) -> str:
   """46702792704 -> '46.7B'."""
   for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
     if n >= size:

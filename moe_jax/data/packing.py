@@ -59,14 +59,21 @@ class PackedRows:
     batch = self.take(np.array([row % len(self)]))
     return {name: values[0] for name, values in batch.items()}
 
-  def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+  def take(
+    self, indices: np.ndarray, offsets: np.ndarray | int = 0
+  ) -> dict[str, np.ndarray]:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
     An index of `len(self)` or more gives a row of padding.
+
+    Args:
+      indices: Row numbers, from 0.
+      offsets: [B] or one for all, in [0, T): row r reads that many tokens
+        further on. The last row then has more padding.
     """
     N, T = len(self.tokens), self.seq_len
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]
-    first = row * T
+    first = row * T + np.reshape(np.asarray(offsets, np.int64), (-1, 1))
     where = first + np.arange(T + 1)  # [B, T+1]
     # The stream's last token can be the first that a row too many would read.
     real = (where < N) & (row < len(self))

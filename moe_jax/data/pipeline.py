@@ -34,7 +34,9 @@ def batch_dataset(
   """An endless dataset whose element i is batch i, arrays [B / n, T].
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
-  may span two epochs. Process p of n gets rows p*B/n to (p+1)*B/n of the
+  may span two epochs. From the second epoch on, the stream is cut elsewhere: at
+  an offset below T of the epoch's own, so that a token does not meet the same
+  context again. Process p of n gets rows p*B/n to (p+1)*B/n of the
   batch, so the global batch does not depend on n.
 
   Args:
@@ -60,9 +62,10 @@ def batch_dataset(
     grain.MapDataset.range(len(rows))
     .shuffle(spread)
     .repeat(_ENDLESS_ROWS // len(rows))
+    .map_with_index(lambda i, row: (row, i // len(rows)))
     .batch(share)
     .slice(slice(process_index, None, process_count))
-    .map(rows.take)
+    .map(lambda drawn: rows.take(drawn[0], _offsets(spread, drawn[1], rows)))
   )
 
 
@@ -125,6 +128,18 @@ def eval_batches(
   return (
     rows.take(i * total // taken * batch_size + mine) for i in range(taken)
   )
+
+
+def _offsets(seed: int, epochs: np.ndarray, rows: PackedRows) -> np.ndarray:
+  """Where each epoch cuts the stream; the first at 0."""
+  distinct, place = np.unique(epochs, return_inverse=True)
+  draws = [
+    np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
+    if epoch
+    else 0
+    for epoch in distinct
+  ]
+  return (np.array(draws, np.int64) % rows.seq_len)[place]
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

@@ -55,6 +55,8 @@ class AttentionConfig:
       )
     if self.rotary and self.head_width % 2:
       raise ValueError(f'rotary needs an even head_width={self.head_width}')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ from flax import linen as nn
 from moe_jax.layers.attention import Attention, AttentionConfig
 from moe_jax.layers.ffn import FeedForward, FfnConfig
 from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.norms import make_norm
+from moe_jax.layers.norms import check_norm, make_norm
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -40,6 +40,11 @@ class BlockConfig:
   dropout: float = 0.0
   extra_ffn: bool = False
   dtype: str = 'float32'
+
+  def __post_init__(self):
+    check_norm(self.norm)
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
 
 
 class Block(nn.Module):

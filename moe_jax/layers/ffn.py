@@ -70,6 +70,8 @@ class FfnConfig:
     activation(self.activation)
     if self.hidden < 1:
       raise ValueError(f'hidden={self.hidden} must be at least 1')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
 
 
 class FeedForward(nn.Module):

@@ -10,12 +10,17 @@ from moe_jax.layers.initializers import ones, zeros
 NORMS = ('layernorm', 'rmsnorm')
 
 
+def check_norm(kind: str) -> None:
+  """Raises what `make_norm` would for an unknown kind."""
+  if kind not in NORMS:
+    raise unknown('norm', kind, NORMS)
+
+
 def make_norm(
   kind: str, *, epsilon: float, use_bias: bool, dtype: str, name: str
 ) -> nn.Module:
   """'rmsnorm' (scale only) or 'layernorm' (scale, and bias if `use_bias`)."""
-  if kind not in NORMS:
-    raise unknown('norm', kind, NORMS)
+  check_norm(kind)
   make = functools.partial(
     nn.RMSNorm if kind == 'rmsnorm' else nn.LayerNorm,
     epsilon=epsilon,

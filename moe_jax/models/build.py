@@ -42,7 +42,7 @@ def build(config: ml_collections.ConfigDict) -> Decoder:
       'set it, or load the data first'
     )
   head_width = model.head_width or model.width // max(model.num_heads, 1)
-  if not model.head_width and model.width % model.num_heads:
+  if not model.head_width and model.width % max(model.num_heads, 1):
     raise ValueError(
       f'num_heads={model.num_heads} does not divide width={model.width}; set '
       'head_width'
@@ -66,7 +66,7 @@ def build(config: ml_collections.ConfigDict) -> Decoder:
     param_dtype=model.param_dtype,
     init=init,
   )
-  sparse = model.moe.num_experts > 0 and any(pattern)
+  sparse = model.moe.num_experts != 0 and any(pattern)
   block = BlockConfig(
     attention=attention,
     ffn=_ffn(model, init, model.hidden, model.activation, model.dropout),
@@ -165,18 +165,6 @@ def _twin(model, init, has_sparse) -> FfnConfig | None:
 
 def _moe(model, init) -> MoeConfig:
   moe = model.moe
-  causal = is_causal(
-    slot_priority=moe.slot_priority,
-    num_selected=moe.num_selected,
-    capacity_rule=moe.capacity_rule,
-  )
-  if not causal and not moe.allow_future_leak:
-    raise ValueError(
-      f'slot_priority={moe.slot_priority!r} with num_selected='
-      f'{moe.num_selected} lets later tokens change earlier outputs wherever '
-      "capacity binds; use slot_priority='token_major', or set "
-      'moe.allow_future_leak=True and report the run as one that leaks'
-    )
   capacity = CapacityRule(
     rule=moe.capacity_rule,
     factor=moe.capacity_factor,
@@ -198,6 +186,18 @@ def _moe(model, init) -> MoeConfig:
     balance_choices=moe.balance_choices,
     init=init,
   )
+  causal = is_causal(
+    slot_priority=moe.slot_priority,
+    num_selected=moe.num_selected,
+    capacity_rule=moe.capacity_rule,
+  )
+  if not causal and not moe.allow_future_leak:
+    raise ValueError(
+      f'slot_priority={moe.slot_priority!r} with num_selected='
+      f'{moe.num_selected} lets later tokens change earlier outputs wherever '
+      "capacity binds; use slot_priority='token_major', or set "
+      'moe.allow_future_leak=True and report the run as one that leaks'
+    )
   return MoeConfig(
     router=router,
     expert=_expert(model, init),

@@ -66,8 +66,9 @@ class DecoderConfig:
       raise unknown('positions', self.positions, POSITIONS)
     if self.remat not in REMATS:
       raise unknown('remat', self.remat, REMATS)
-    if self.vocab_size < 1:
-      raise ValueError(f'vocab_size={self.vocab_size} must be at least 1')
+    for name in ('vocab_size', 'width'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
     if self.positions == 'learned' and self.max_len < 1:
       raise ValueError(f'learned positions need max_len={self.max_len} >= 1')
 

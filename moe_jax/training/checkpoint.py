@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 from moe_jax.training import manifest as manifest_lib
 from moe_jax.training import retention
 
-_ORBAX_FILES = os.path.dirname(ocp.__file__)
 _LONGEST_CAUSE = 120
 
 
@@ -68,7 +67,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     )
     self._needed_metric = best_metric if keep_best else None
     # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
-    logging.getLogger('absl').addFilter(_not_from_orbax)
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).addFilter(_not_from_orbax)
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -109,8 +109,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._directory.make_room(step, self._last)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f'checkpoint {step}')
-      # Threads of a save that failed may yet write: never into this one.
-      self._saves += 1
+      self._saves += 1  # a failed save may yet write: never into this one
       saving = self._directory.folder(step, f'.saving{self._saves}')
       self._orbax.save(saving, ocp.args.PyTreeSave(state))
     except Exception as error:
@@ -135,7 +134,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._pending, self._last = None, step
 
   def close(self) -> None:
-    """Waits for the pending save (raising as `wait` does) and ends threads."""
+    """Does what `wait` does and ends the threads."""
     try:
       self.wait()
     finally:
@@ -297,4 +296,5 @@ def _cause(error: Exception) -> str:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-  return not record.pathname.startswith(_ORBAX_FILES)
+  """Also not asyncio's word on its coroutines, which names their files."""
+  return 'orbax' not in record.pathname + record.getMessage()

@@ -126,3 +126,20 @@ def test_starts_must_fit(starts):
 def test_seq_len_must_be_positive():
   with pytest.raises(ValueError, match='seq_len=0'):
     PackedRows(np.arange(3), np.array([0]), 0)
+
+
+def test_an_offset_reads_further_on_and_pads_the_end():
+  rows = PackedRows(np.arange(10, 21), np.array([0, 6]), 4)  # 11 tokens
+  batch = rows.take(np.array([0, 2]), np.array([1, 3]))
+  # Row 0 from token 1 on; row 2 from token 11 on, where there is none.
+  np.testing.assert_array_equal(
+    batch['tokens'], [[11, 12, 13, 14], [0, 0, 0, 0]]
+  )
+  np.testing.assert_array_equal(batch['targets'][0], [12, 13, 14, 15])
+  np.testing.assert_array_equal(batch['positions'][0], [0, 1, 2, 3])
+  np.testing.assert_array_equal(
+    batch['segment_ids'], [[1, 1, 1, 1], [0, 0, 0, 0]]
+  )
+  np.testing.assert_array_equal(
+    batch['loss_weights'], [[1, 1, 1, 1], [0, 0, 0, 0]]
+  )

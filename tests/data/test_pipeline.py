@@ -48,6 +48,21 @@ def test_rows_arrive_whole():
     assert_equal({k: v[b] for k, v in batch.items()}, rows[row])
 
 
+def test_later_epochs_cut_the_stream_elsewhere():
+  rows = numbered_rows(seq_len=16)
+  ds = batch_dataset(rows, batch_size=NUM_ROWS, seed=0)  # a batch an epoch
+  cuts = [set((ds[e]['tokens'][:, 0] % 16).tolist()) for e in range(6)]
+  assert cuts[0] == {0}
+  assert all(len(cut) == 1 for cut in cuts)  # one offset an epoch
+  assert len(set.union(*cuts)) > 2  # and not always the same
+  # Row r of a later epoch goes on where row r - 1 of it ends.
+  (offset,) = cuts[1]
+  batch = ds[1]
+  for tokens in batch['tokens'][batch['segment_ids'].all(1)]:
+    np.testing.assert_array_equal(tokens, tokens[0] + np.arange(16))
+    assert tokens[0] % 16 == offset
+
+
 def test_a_batch_depends_on_its_number_and_the_seed_alone():
   def make(seed):
     return batch_dataset(numbered_rows(), batch_size=6, seed=seed)
@@ -124,10 +139,10 @@ def test_fewer_rows_than_a_batch():
 class FailingRows(PackedRows):
   """Rows whose disk breaks at the one that begins with token 0."""
 
-  def take(self, indices):
+  def take(self, indices, offsets=0):
     if 0 in indices:
       raise OSError('disk gone')
-    return super().take(indices)
+    return super().take(indices, offsets)
 
 
 def test_a_background_error_is_raised_and_ends_the_stream():

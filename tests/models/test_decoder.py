@@ -31,7 +31,7 @@ ORACLES = {
 def test_logits_equal_numpy(name):
   config = tiny.config(**ORACLES[name])
   model = tiny.build(**ORACLES[name])
-  params = tiny.params_of(model, scale=20.0)
+  params = tiny.params_of(model)
   tokens = tiny.tokens()
   logits, _ = tiny.apply(model)(params, tokens)
   expected = [oracle.decode(config, params, row)[0] for row in tokens]
@@ -40,16 +40,12 @@ def test_logits_equal_numpy(name):
 
 
 CASES = {
-  'switch': dict(
-    activation='relu', moe=dict(num_selected=1, gates='raw', group_size=20)
-  ),
   'gpt2': dict(
     positions='learned',
     norm='layernorm',
     activation='gelu',
     use_bias=True,
     tie_embeddings=False,
-    init={'kind': 'gpt2'},
     moe=dict(router='noisy_top_k', layers='last 1'),
   ),
   'glam': dict(
@@ -57,6 +53,7 @@ CASES = {
     activation='geglu',
     num_kv_heads=2,
     moe=dict(
+      layers='every 2',
       activation='gelu_tanh',
       second_policy='sampled',
       slot_priority='choice_major',
@@ -65,15 +62,22 @@ CASES = {
     ),
   ),
   'openmoe': dict(
-    positions='none',
-    norm='layernorm',
     activation='swiglu',
+    use_bias=True,
     tie_embeddings=False,
     dropout=0.1,
-    moe=dict(second_policy='threshold', extra_ffn=True, jitter=0.1),
+    moe=dict(
+      gates='renormalized_after_drop',
+      second_policy='threshold',
+      extra_ffn=True,
+      jitter=0.1,
+    ),
   ),
-  'rotary_bias': dict(
-    use_bias=True, num_layers=3, moe=dict(gates='renormalized_after_drop')
+  'switch': dict(
+    positions='none',
+    norm='layernorm',
+    activation='relu',
+    moe=dict(num_selected=1, gates='raw', group_size=20),
   ),
 }
 
@@ -81,7 +85,7 @@ CASES = {
 @pytest.mark.parametrize('name', CASES)
 def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   model = tiny.build(**CASES[name])
-  params = tiny.params_of(model, scale=5.0)
+  params = tiny.params_of(model)
   tokens = tiny.tokens()
   rngs = {'router': tiny.key(0), 'dropout': tiny.key(1)}
 
@@ -107,17 +111,17 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
       assert size.max() > 1e-5, where
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_logits_aux_and_parameters_are_float32_in_any_dtype(dtype):
-  model = tiny.build(dtype=dtype)
+def test_logits_aux_and_parameters_are_float32_in_a_bfloat16_model():
+  model = tiny.build(dtype='bfloat16', moe=dict(capacity_rule='all'))
   params = tiny.params_of(model)
   logits, aux = tiny.apply(model)(params, tiny.tokens())
   kinds = {leaf.dtype for leaf in jax.tree.leaves((logits, aux, params))}
   assert kinds == {jnp.dtype('float32')}
-  full, _ = tiny.apply(tiny.build())(params, tiny.tokens())
-  differs = np.abs(logits - full).max()
-  assert (differs > 0) == (dtype == 'bfloat16')
-  assert differs < 0.05 * np.abs(full).max()
+  full = tiny.build(moe=dict(capacity_rule='all'))
+  exact, _ = tiny.apply(full)(params, tiny.tokens())
+  error = np.abs(np.asarray(logits) - exact)
+  assert error.max() > 0
+  assert np.median(error) < 0.02 * np.std(exact)
 
 
 def test_param_dtype_spares_the_router():
@@ -160,11 +164,11 @@ PACKED = {
 @pytest.mark.parametrize('name', PACKED)
 def test_packed_documents_have_the_logits_they_have_alone(name):
   model = tiny.build(**PACKED[name])
-  params, run = tiny.params_of(model, scale=20.0), tiny.apply(model)
-  tokens = tiny.tokens(shape=(2, T))
-  # Row 0: documents of 4, 3 and 2 tokens, then padding; row 1: 10 of padding.
-  segments = np.array([[1] * 4 + [2] * 3 + [3] * 2 + [0], [0] * T], np.int32)
-  positions = np.zeros((2, T), np.int32)
+  params, run = tiny.params_of(model), tiny.apply(model)
+  tokens = tiny.tokens()
+  # Row 0: documents of 4, 3 and 2 tokens, then padding, as are rows 1 and 2.
+  segments, positions = np.zeros((2, B, T), np.int32)
+  segments[0] = [1] * 4 + [2] * 3 + [3] * 2 + [0]
   positions[0] = [0, 1, 2, 3, 0, 1, 2, 0, 1, 0]
   packed, aux = run(params, tokens, segments, positions)
   assert np.isfinite(packed).all()
@@ -183,12 +187,12 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
   np.testing.assert_allclose(aux.stats.load, own_aux.stats.load)
   # The documents do matter to each other where nothing keeps them apart.
   joined, _ = run(params, tokens, np.minimum(segments, 1), positions)
-  assert np.abs(joined[0, 4:9] - packed[0, 4:9]).max() > 0.01
+  assert np.abs(np.asarray(joined) - packed)[0, 4:9].max() > 0.01
 
 
 def test_padding_changes_no_other_token_and_no_statistic():
   model = tiny.build(moe=dict(layers='all', group_size=20))
-  params, run = tiny.params_of(model, scale=20.0), tiny.apply(model)
+  params, run = tiny.params_of(model), tiny.apply(model)
   tokens = tiny.tokens()
   segments = np.ones((B, T), np.int32)
   segments[0, 7:] = segments[1, :2] = segments[2] = 0

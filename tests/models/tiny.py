@@ -3,6 +3,8 @@
 B=3, T=10, M=12, H=4, D=6, F=20, E=5, K=2, V=23. Not here: any test.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,9 @@ def config(moe=None, **model):
   sizes = dict(
     vocab_size=V, num_layers=2, width=12, num_heads=4, head_width=6, hidden=20
   )
-  sparse = dict(num_experts=5, num_selected=2, gates='renormalized')
+  sparse = dict(
+    num_experts=5, num_selected=2, gates='renormalized', layers='all'
+  )
   tiny = {'data': {'seq_len': T}, 'model': {**sizes, 'moe': sparse}}
   changes = {'model': {**model, 'moe': moe or {}}}
   return merge(merge(base.get_config(), tiny), changes)
@@ -30,25 +34,19 @@ def build(moe=None, **model):
   return models.build(config(moe, **model))
 
 
-def params_of(model, seed=0, scale=1.0):
-  """Unboxed parameters; vectors are drawn too, so that none is idle.
+def params_of(model, seed=0):
+  """Unboxed parameters, all drawn, so that none is idle.
 
-  Args:
-    model: A decoder.
-    seed: Of the draws.
-    scale: Multiplies the embeddings, for logits that differ.
+  Nothing is compiled: how parameters start is tested where it is defined.
   """
-  init = jax.jit(lambda key: models.init_params(model, key, T))
-  params = nn.meta.unbox(init(jax.random.key(seed)))
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
-    name = path[-1].key
-    if name.startswith('b_') or name in ('bias', 'scale'):
-      return leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
-    return leaf * scale if name.endswith('embedding') else leaf
+    values = rng.normal(0, 0.3, leaf.shape) + (path[-1].key == 'scale')
+    return jnp.asarray(values, leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, params)
+  shapes = nn.meta.unbox(models.abstract_params(model, T))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def tokens(seed=0, shape=(B, T)):
@@ -61,6 +59,7 @@ def key(seed):
   return jax.random.key(seed, impl='unsafe_rbg')
 
 
+@functools.cache
 def apply(model):
   """(params, tokens, segment_ids, positions) -> (logits, aux), compiled."""
   return jax.jit(lambda params, *batch: model.apply({'params': params}, *batch))

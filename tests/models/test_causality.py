@@ -1,0 +1,82 @@
+"""No output at or before t changes when the row's tokens after t do.
+
+By perturbation, never by gradient: a drop has none. Capacity binds in every
+case here, so that later tokens have something to take.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.models import tiny
+from tests.models.tiny import B, T, V
+
+TIGHT = dict(capacity_rule='per_token', capacity_factor=0.75)
+CAUSAL = {
+  'switch': dict(num_selected=1, gates='raw'),
+  'token_major': dict(group_size=2 * T),
+  'after_drop': dict(num_selected=3, gates='renormalized_after_drop'),
+  'noisy': dict(router='noisy_top_k', gates='renormalized_after_drop'),
+  'threshold': dict(second_policy='threshold', jitter=0.1, group_size=5),
+}
+LEAKING = {
+  'choice_major': dict(slot_priority='choice_major'),
+  'batch_priority': dict(
+    slot_priority='batch_priority', num_selected=1, gates='raw'
+  ),
+}
+
+
+def compiled(model, train):
+  """(params, tokens) -> (logits, aux), the noise the same at every call."""
+
+  @jax.jit
+  def run(params, tokens):
+    rngs = {'router': tiny.key(0), 'dropout': tiny.key(1)}
+    return model.apply({'params': params}, tokens, train=train, rngs=rngs)
+
+  return run
+
+
+def trials(model, num_trials, train=False):
+  """Yields (largest change up to t, largest change after t, drops).
+
+  The tokens of one row after t are replaced, the other rows are fixed.
+  """
+  run, params = compiled(model, train), tiny.params_of(model)
+  rng = np.random.default_rng(0)
+  for _ in range(num_trials):
+    tokens = rng.integers(0, V, (B, T), np.int32)
+    other = tokens.copy()
+    row, t = rng.integers(B), rng.integers(T - 1)
+    other[row, t + 1 :] = (tokens[row, t + 1 :] + 1 + rng.integers(V - 1)) % V
+    (logits, aux), (changed, _) = run(params, tokens), run(params, other)
+    change = np.abs(np.asarray(logits[row]) - np.asarray(changed[row])).max(-1)
+    dropped = float(aux.stats.overflowed.sum())
+    yield change[: t + 1].max(), change[t + 1 :].max(), dropped
+
+
+@pytest.mark.parametrize('name', CAUSAL)
+def test_earlier_outputs_do_not_change(name):
+  model = tiny.build(moe=TIGHT | CAUSAL[name])
+  train = name in ('noisy', 'threshold')  # with their noise
+  before, after, dropped = zip(*trials(model, 20, train))
+  assert max(before) <= 1e-6
+  assert min(after) > 1e-3
+  assert min(dropped) > 0
+
+
+def test_choice_major_is_causal_where_every_token_has_room():
+  model = tiny.build(
+    moe=dict(slot_priority='choice_major', capacity_rule='all')
+  )
+  before, after, _ = zip(*trials(model, 10))
+  assert max(before) <= 1e-6
+  assert min(after) > 1e-3
+
+
+@pytest.mark.parametrize('name', LEAKING)
+def test_what_needs_the_flag_does_leak(name):
+  model = tiny.build(moe=TIGHT | LEAKING[name] | dict(allow_future_leak=True))
+  before, _, _ = zip(*trials(model, 20))
+  assert max(before) > 1e-3

@@ -1,0 +1,84 @@
+"""Looping over layers and recomputing them change no number."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from moe_jax import models
+from tests.models import tiny
+
+# Dropout, jitter and sampled second choices are all on, and capacity binds.
+MOE = dict(jitter=0.1, second_policy='sampled')
+
+
+def build(scan_layers=True, remat='none'):
+  options = dict(scan_layers=scan_layers, remat=remat)
+  return tiny.build(MOE, dropout=0.1, **options)
+
+
+@functools.cache
+def trained(scan_layers, remat):
+  """(((loss, logits), gradient) of a training step, FLOPs of its program)."""
+  model = build(scan_layers, remat)
+  tokens = tiny.tokens()
+
+  def loss(params, router_key, dropout_key):
+    rngs = {'router': router_key, 'dropout': dropout_key}
+    logits, aux = model.apply(
+      {'params': params}, jnp.asarray(tokens), train=True, rngs=rngs
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    loss = nats.mean() + 0.1 * aux.balance_loss.sum() + aux.z_loss.sum()
+    return loss, logits
+
+  args = (tiny.params_of(build()), tiny.key(0), tiny.key(1))
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*args).compile()
+  return step(*args), step.cost_analysis()['flops']
+
+
+@pytest.mark.parametrize(
+  ('scan_layers', 'remat'),
+  [(False, 'none'), (True, 'full'), (True, 'dots')],
+)
+def test_loss_logits_and_gradients_equal_the_plain_loop(scan_layers, remat):
+  assert build(scan_layers, remat).config != build().config
+  (value, grads), _ = trained(scan_layers, remat)
+  (plain_value, plain_grads), _ = trained(True, 'none')
+  tiny.assert_trees_close(value, plain_value, rtol=1e-5, atol=1e-5)
+  tiny.assert_trees_close(grads, plain_grads, rtol=1e-4, atol=1e-5)
+  for name, leaf in tiny.leaves(grads).items():
+    assert np.abs(leaf).max() > 1e-4, name
+
+
+def test_remat_does_recompute():
+  flops = {remat: trained(True, remat)[1] for remat in models.decoder.REMATS}
+  assert flops['full'] > 1.1 * flops['none']
+  assert flops['none'] < flops['dots'] < flops['full']
+
+
+def test_a_loop_starts_as_the_unrolled_layers_do():
+  boxed = {
+    scan: jax.jit(build(scan).init)(tiny.key(3), tiny.tokens())
+    for scan in (True, False)
+  }
+  loop, unrolled = (nn.meta.unbox(boxed[scan]) for scan in (True, False))
+  tiny.assert_trees_close(loop, unrolled, rtol=1e-6, atol=1e-7)
+  assert jax.tree.structure(boxed[True]) == jax.tree.structure(boxed[False])
+  # Each of the two layers has its own start.
+  for name, leaf in tiny.leaves(loop['params']['layers']).items():
+    if not name.endswith('scale'):
+      leaf = np.asarray(leaf)
+      assert np.abs(leaf[0] - leaf[1]).max() > 0.01, name
+
+
+def test_periods_are_stacked_under_their_own_axis():
+  model = tiny.build(num_layers=4, moe=dict(layers='every 2'))
+  params = models.abstract_params(model, tiny.T)['layers']
+  w_in = params['layer_1']['moe']['experts']['w_in']
+  assert w_in.names == ('layers', 'expert', 'embed', 'expert_mlp')
+  assert w_in.value.shape == (2, 5, 12, 20)
