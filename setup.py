@@ -31,6 +31,7 @@ setup(
   install_requires=[
     'absl-py>=2.1',
     'array_record>=0.5',
+    'etils[epath]>=1.5',
     'flax>=0.12',
     'grain>=0.2.12',
     'importlib_resources>=6.0',

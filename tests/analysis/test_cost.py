@@ -84,7 +84,10 @@ def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
   assert cost.count(model, T).total_params == total
 
 
-@pytest.mark.parametrize('tie_embeddings', [True, False])
+@pytest.mark.parametrize(
+  'options',
+  [dict(tie_embeddings=True), dict(tie_embeddings=False, use_bias=True)],
+)
 @pytest.mark.parametrize(
   'moe',
   [
@@ -94,9 +97,9 @@ def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
   ],
 )
 def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router(
-  moe, tie_embeddings
+  moe, options
 ):
-  options = dict(num_layers=4, tie_embeddings=tie_embeddings)
+  options = dict(num_layers=4, **options)
   sparse = cost.count(tiny.build(moe, **options), T)
   twin = cost.count(tiny.build({**moe, 'num_experts': 0}, **options), T)
   assert sparse.router_flops > 0

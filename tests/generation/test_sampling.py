@@ -50,7 +50,7 @@ def test_the_same_key_gives_the_same_text():
   assert first.shape == (11,)
 
 
-@pytest.mark.parametrize('temperature', [0.5, 1.5])
+@pytest.mark.parametrize('temperature', [0.5, 1.0])
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
   config = tiny.config(MOE, **OPTIONS)
   logits = oracle.decode(config, PARAMS, PROMPT)[0][-1]

@@ -1,0 +1,141 @@
+"""Overrides, dataclasses from sections, and errors that name the nearest."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from configs import base
+from moe_jax.config import difference, flatten, merge, to_dataclass, unknown
+
+
+def some_config():
+  nested = dict(
+    depth=2, rate=0.5, name='a', on=False, inner=dict(x=1, pair=(1, 2))
+  )
+  return ml_collections.ConfigDict(dict(seed=0, model=nested, empty={})).lock()
+
+
+def test_merge_changes_only_what_is_named():
+  config = some_config()
+  merged = merge(config, {'model': {'depth': 3, 'inner': {'pair': (3,)}}})
+  expected = config.to_dict()
+  expected['model']['depth'] = 3
+  expected['model']['inner']['pair'] = (3,)
+  assert merged.to_dict() == expected
+  assert isinstance(merged.model.inner.pair, tuple)
+  # The original stays as it was.
+  assert config.model.depth == 2
+  assert config.model.inner.pair == (1, 2)
+
+
+def test_merged_configs_are_locked_at_every_level():
+  for merged in (merge(some_config(), {}), merge(some_config(), {'seed': 1})):
+    for section in (merged, merged.model, merged.model.inner):
+      assert section.is_locked
+      with pytest.raises(AttributeError):
+        section.typo = 1
+  with pytest.raises(AttributeError):
+    merge(some_config(), {'model': {'inner': {'x': 2}}}).model.inner.typo = 1
+
+
+def test_merge_takes_config_dicts_and_widens_int_to_float():
+  override = ml_collections.ConfigDict({'model': {'rate': 1}})
+  rate = merge(some_config(), override).model.rate
+  assert rate == 1.0
+  assert isinstance(rate, float)
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ({'sed': 1}, "unknown config key 'sed'; did you mean 'seed'"),
+    (
+      {'model': {'depht': 1}},
+      r"unknown config key 'model\.depht'; did you mean 'model\.depth'",
+    ),
+    ({'model': {'inner': {'y': 1}}}, r"have \['model\.inner\.pair', 'model"),
+    ({'model.depth': 1}, r"unknown config key 'model\.depth'"),
+    ({'model': 3}, 'model=3 replaces a section; give its keys'),
+    ({'model': {'depth': 1.5}}, r'model\.depth=1\.5 is a float, its default 2'),
+    ({'model': {'depth': '3'}}, r"model\.depth='3' is a str"),
+    ({'model': {'depth': True}}, r'model\.depth=True is a bool'),
+    ({'model': {'on': 1}}, r'model\.on=1 is a int, its default False'),
+    ({'model': {'name': None}}, r'model\.name=None is a NoneType'),
+    ({'model': {'inner': {'pair': [1]}}}, r'pair=\[1\] is a list'),
+    ({'seed': {'a': 1}}, 'is a dict'),
+  ],
+)
+def test_overrides_that_do_not_fit_are_refused(override, message):
+  with pytest.raises(ValueError, match=message):
+    merge(some_config(), override)
+
+
+def test_merge_into_the_defaults():
+  config = merge(base.get_config(), {'model': {'moe': {'jitter': 0.1}}})
+  assert difference(base.get_config(), config) == {
+    'model.moe.jitter': (0.0, 0.1)
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """Two fields needed, one with a default, one of its own making."""
+
+  width: int
+  depth: int
+  rate: float = 0.5
+  area: int = dataclasses.field(init=False, default=0)
+
+
+def test_to_dataclass():
+  section = ml_collections.ConfigDict(dict(width=2, depth=3))
+  assert to_dataclass(Section, section) == Section(2, 3)
+  # What is given directly wins.
+  assert to_dataclass(Section, section, depth=4, rate=1.0) == Section(2, 4, 1.0)
+  assert to_dataclass(Section, {'width': 2}, depth=5) == Section(2, 5)
+
+
+@pytest.mark.parametrize(
+  ('section', 'message'),
+  [
+    (dict(widht=2, depth=3), "unknown Section key 'widht'; did you mean 'wid"),
+    (dict(rate=2.0), r"Section needs \['width', 'depth'\]"),
+    (dict(width=1, depth=1, area=1), "unknown Section key 'area'"),
+  ],
+)
+def test_sections_that_do_not_fit_are_refused(section, message):
+  with pytest.raises(ValueError, match=message):
+    to_dataclass(Section, section)
+
+
+def test_unknown_names_the_nearest_and_all():
+  near = unknown('gates', 'row', ('raw', 'even'))
+  assert str(near) == (
+    "unknown gates 'row'; did you mean 'raw'? have ['even', 'raw']"
+  )
+  far = unknown('gates', 'zzz', {'raw': 1, 3: 2})
+  assert str(far) == "unknown gates 'zzz' have ['3', 'raw']"
+
+
+def test_flatten_names_leaves_by_their_path():
+  assert flatten(some_config()) == {
+    'seed': 0,
+    'model.depth': 2,
+    'model.rate': 0.5,
+    'model.name': 'a',
+    'model.on': False,
+    'model.inner.x': 1,
+    'model.inner.pair': (1, 2),
+  }
+
+
+def test_difference_names_both_values_and_takes_lists_for_tuples():
+  old = {'a': 1, 'b': {'c': (1, (2, 3)), 'd': 4}, 'gone': 5}
+  # As JSON gives it back.
+  new = {'a': 2, 'b': {'c': [1, [2, 3]], 'd': 4}, 'here': {'x': 6}}
+  assert difference(old, new) == {
+    'a': (1, 2),
+    'gone': (5, None),
+    'here.x': (None, 6),
+  }
