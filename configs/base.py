@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
       every_steps=500,  # also written at the end and on SIGTERM; 0: only then
       keep_newest=2,
       keep_best=True,
-      best_eval='train_capacity',  # the evaluation whose loss is compared
+      # The evaluation whose loss is compared; a checkpoint of a step at which
+      # it did not run is never the best.
+      best_eval='train_capacity',
     )
   )
   config.evals = ConfigDict(

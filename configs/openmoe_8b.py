@@ -4,6 +4,8 @@ L=24, M=2048, F=8192, H=24 of 128, 32 experts in every sixth layer with a
 dense feed-forward after each, 2 selected, SwiGLU, rotary positions, a
 vocabulary of 256K, sequences of 2048. Batch and schedule are ours. Slots are
 token-major: unlike the published code, which is choice-major, nothing leaks.
+The capacity factor is ST-MoE's 1.25 per token: with two choices a token, 0.625
+slots an assignment.
 
     python -m moe_jax.main --config=configs/openmoe_8b.py:runlocal \
       --workdir=runs/openmoe_local

@@ -108,11 +108,13 @@ def run_one(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> dict[str, Any]:
   """One run's result: its last row of each key, and its median step time."""
-  workdir_lib.claim(workdir, config)
+  workdir_lib.check(workdir, config)
   path = workdir / RESULT
   if not path.exists():
     digest = _Digest()
-    train_and_evaluate(config, workdir, hooks=[Facts(), digest])
+    state = train_and_evaluate(config, workdir, hooks=[Facts(), digest])
+    if int(state.step) < config.total_steps:
+      raise SystemExit(f'{workdir} was stopped; run the study again to go on')
     rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
     last = {}
     for row in rows:

@@ -98,7 +98,9 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
   """The dotted keys whose values differ, as (old, new); absent is None."""
 
   def plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple | list):
+      return [plain(item) for item in value]
+    return value
 
   old, new = flatten(old), flatten(new)
   return {

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import unknown
+from moe_jax.config import Section, unknown
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 Rules = Mapping[str, tuple[str, ...]]
 
 
 def make_mesh(
-  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+  sizes: Section, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
   """A mesh of `MESH_AXES`; one size may be -1, which takes what is left.
 
@@ -37,7 +37,8 @@ def make_mesh(
     shape[shape.index(-1)] = len(devices) // known
   if math.prod(shape) != len(devices):
     raise ValueError(
-      f'mesh={dict(sizes)} has {known} places a row for {len(devices)} devices'
+      f'mesh={dict(sizes)}: the sizes given multiply to {known}, which does '
+      f'not fit {len(devices)} devices'
     )
   return jax.make_mesh(
     tuple(shape),
@@ -47,7 +48,7 @@ def make_mesh(
   )
 
 
-def make_rules(table: Mapping[str, str]) -> Rules:
+def make_rules(table: Section) -> Rules:
   """Parses `{'batch': 'data,fsdp', 'kv': ''}` into tuples of mesh axes."""
   rules = {}
   for logical, mesh_axes in table.items():

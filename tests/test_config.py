@@ -115,7 +115,7 @@ def test_unknown_names_the_nearest_and_all():
     "unknown gates 'row'; did you mean 'raw'? have ['even', 'raw']"
   )
   far = unknown('gates', 'zzz', {'raw': 1, 3: 2})
-  assert str(far) == "unknown gates 'zzz' have ['3', 'raw']"
+  assert str(far) == "unknown gates 'zzz'; have ['3', 'raw']"
 
 
 def test_flatten_names_leaves_by_their_path():

@@ -26,8 +26,8 @@ class Cost:
     forward_flops: Per token, two a multiply-add: active products, the router
       and full (not halved) attention over the sequence.
     router_flops: The router's part of them.
-    capacity_slack: Rows that experts multiply per assignment served: slots
-      over K * tokens, 1.0 for a dense model.
+    capacity_slack: Rows that experts multiply per assignment: slots over
+      K * tokens. Below 1.0 some are dropped for certain; 1.0 if dense.
   """
 
   total_params: int

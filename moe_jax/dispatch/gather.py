@@ -109,6 +109,7 @@ def _take_rows_bwd(saved, dy):
     'NKM,NM->NK',
     _take(flat, slot_index),
     dy,
+    precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
   row_gate = _take(gate.reshape(-1, 1), choice_index)  # [E, R, 1]

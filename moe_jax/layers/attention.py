@@ -104,8 +104,7 @@ class Attention(nn.Module):
     axes = ('heads', 'kv', 'embed')
     init = c.init.kernel(axes, in_axis=(0, 1), out_axis=2, residual=True)
     w_out = self.param('w_out', init, (H, D, M), c.param_dtype)
-    w_out = w_out.astype(c.dtype).reshape(H * D, M)
-    y = rows_matmul(y.reshape(B * T, H * D), w_out)
+    y = rows_matmul(y.reshape(B * T, H * D), w_out.reshape(H * D, M))
     if c.use_bias:
       b = self.param('b_out', zeros(('embed',)), (M,), c.param_dtype)
       y = y + b.astype(c.dtype)[None]
@@ -119,8 +118,7 @@ class Attention(nn.Module):
     w = self.param(f'w_{name}', init, shape, c.param_dtype)
     B, T, M = x.shape
     # One contracted dimension in value and gradient; see FeedForward.
-    w = w.astype(c.dtype).reshape(M, -1)
-    y = rows_matmul(x.reshape(B * T, M), w)
+    y = rows_matmul(x.reshape(B * T, M), w.reshape(M, -1))
     y = y.reshape(B, T, *shape[1:])
     if c.use_bias:
       b = self.param(f'b_{name}', zeros(axes[1:]), shape[1:], c.param_dtype)

@@ -84,32 +84,47 @@ class FeedForward(nn.Module):
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
-    c = self.config
-    M, F = x.shape[-1], c.hidden
-    function, gated = activation(c.activation)
-    param = functools.partial(self.param, unbox=True)
-    shape = x.shape
     # Rows, not [B, T, M]: the kernel's gradient then contracts one dimension,
     # which XLA's CPU compiler turns into a plain matmul; with two it copies.
-    x = x.reshape(-1, M).astype(c.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return feed_forward(self, self.config, rows, train).reshape(x.shape)
 
-    def kernel(name, shape, axes, residual=False):
-      init = c.init.kernel(axes, residual=residual)
-      return param(name, init, shape, c.param_dtype).astype(c.dtype)
 
-    def bias(name, shape, axes):
-      return param(name, zeros(axes), shape, c.param_dtype).astype(c.dtype)
+def feed_forward(
+  module: nn.Module,
+  c: FfnConfig,
+  x: Float[Array, '*E R M'],
+  train: bool,
+) -> Float[Array, '*E R M']:
+  """One feed-forward layer on rows, or E of them on E lists of rows.
 
-    h = rows_matmul(x, kernel('w_in', (M, F), ('embed', 'mlp')))
-    if c.use_bias:
-      h = h + bias('b_in', (F,), ('mlp',))[None]
-    if gated:
-      gate = rows_matmul(x, kernel('w_gate', (M, F), ('embed', 'mlp')))
-      h = function(gate) * h
-    else:
-      h = function(h)
-    h = nn.Dropout(c.dropout, deterministic=not train)(h)
-    y = rows_matmul(h, kernel('w_out', (F, M), ('mlp', 'embed'), residual=True))
-    if c.use_bias:
-      y = y + bias('b_out', (M,), ('embed',))[None]
-    return y.reshape(shape)
+  The parameters are `module`'s: w_in, w_gate where the activation gates, w_out,
+  and b_in, b_out where there are biases; each [E, ...] for E lists.
+  """
+  E, M, F = x.shape[:-2], x.shape[-1], c.hidden
+  stack = ('expert',) * len(E)
+  mlp = 'expert_mlp' if E else 'mlp'
+  function, gated = activation(c.activation)
+  x = x.astype(c.dtype)
+
+  def kernel(name, shape, axes, residual=False):
+    init = c.init.kernel((*stack, *axes), residual=residual)
+    return module.param(name, init, (*E, *shape), c.param_dtype)
+
+  def with_bias(y, name, axis):
+    if not c.use_bias:
+      return y
+    init, shape = zeros((*stack, axis)), (*E, y.shape[-1])
+    b = module.param(name, init, shape, c.param_dtype)
+    return y + b.astype(c.dtype)[..., None, :]
+
+  h = rows_matmul(x, kernel('w_in', (M, F), ('embed', mlp)))
+  h = with_bias(h, 'b_in', mlp)
+  if gated:
+    gate = rows_matmul(x, kernel('w_gate', (M, F), ('embed', mlp)))
+    h = function(gate) * h
+  else:
+    h = function(h)
+  h = nn.Dropout(c.dropout, deterministic=not train, parent=module)(h)
+  y = rows_matmul(h, kernel('w_out', (F, M), (mlp, 'embed'), residual=True))
+  return with_bias(y, 'b_out', 'embed')

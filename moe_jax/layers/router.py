@@ -140,10 +140,11 @@ def _aux(
   probs = jax.nn.softmax(clean)
   index = chosen.expert_index
   balance = routing.balance_loss(probs, index, mask, c.balance_choices)
-  importance = load = jnp.zeros_like(tokens)
+  logits = clean if noise is None else noise.noisy
+  gate = routing.gates_before_drop(logits, c.num_selected, c.gates)
+  importance = routing.importance_loss(gate, index, mask, c.num_experts)
+  load = jnp.zeros_like(tokens)
   if noise is not None:
-    gate = jax.nn.softmax(routing.top_k(noise.noisy, c.num_selected)[1])
-    importance = routing.importance_loss(gate, index, mask, c.num_experts)
     load = routing.load_loss(
       routing.load_probability(noise, c.num_selected), mask
     )

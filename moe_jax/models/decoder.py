@@ -16,6 +16,7 @@ from moe_jax.config import unknown
 from moe_jax.layers.attention import RelativePositionBias, causal_mask
 from moe_jax.layers.block import Block, BlockConfig
 from moe_jax.layers.initializers import Init
+from moe_jax.layers.matmul import PRODUCT
 from moe_jax.layers.norms import make_norm
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
@@ -24,7 +25,7 @@ POSITIONS = ('learned', 'none', 'relative', 'rotary')
 REMATS = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -44,7 +45,8 @@ class DecoderConfig:
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; no number changes.
     remat: What is recomputed in the backward pass: 'none', 'full' (save
-      layer inputs alone) or 'dots' (save the results of the big products).
+      layer inputs alone) or 'dots' (save the products with kernels: of
+      attention, feed-forwards and experts).
     param_dtype: Of the stored parameters.
     init: How embeddings and the output kernel start.
   """
@@ -177,10 +179,10 @@ class Period(nn.Module):
     c = self.config
     block = Block
     if c.remat != 'none':
-      # A loop's body is never merged with its recomputation; unrolled it is.
-      block = nn.remat(
-        Block, policy=REMATS[c.remat], prevent_cse=not c.scan_layers
-      )
+      # A loop's body is never merged with its recomputation; straight code,
+      # unrolled or of one period, is.
+      loops = c.scan_layers and len(c.sparse) > len(self.pattern)
+      block = nn.remat(Block, policy=REMATS[c.remat], prevent_cse=not loops)
     auxes = []
     for i, sparse in enumerate(self.pattern):
       layer = block(c.block, sparse, self.train, name=f'layer_{i}')

@@ -32,6 +32,7 @@ from moe_jax.routing.token_choice import (
   SECOND_POLICIES,
   SLOT_PRIORITIES,
   check_token_choice,
+  gates_before_drop,
   token_choice,
   top_k,
 )
@@ -49,6 +50,7 @@ __all__ = [
   'balance_loss',
   'check_token_choice',
   'empty_aux',
+  'gates_before_drop',
   'importance_loss',
   'is_causal',
   'load_loss',

@@ -188,6 +188,16 @@ def _slots(
   return slot
 
 
+def gates_before_drop(
+  router_logits: Float32[Array, 'G S E'], num_selected: int, gates: str
+) -> Float32[Array, 'G S K']:
+  """The gates of `token_choice` as if every choice were served."""
+  _, chosen_logits = top_k(router_logits, num_selected)
+  kept = jnp.ones(chosen_logits.shape, bool)
+  pair_gate = jax.nn.softmax(chosen_logits)
+  return _gates(gates, router_logits, chosen_logits, pair_gate, kept)
+
+
 def _gates(gates, router_logits, chosen_logits, pair_gate, kept):
   if gates == 'raw':
     normalizer = jax.nn.logsumexp(router_logits, axis=-1, keepdims=True)

@@ -152,6 +152,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     """The step with the lowest finite `best_metric`, the earliest of equals."""
     return self._directory.best_step()
 
+  def newest_good(self) -> int | None:
+    """The newest step whose files all verify, or None."""
+    return self._directory.newest_good()[0]
+
   def restore(
     self, abstract_state: Any, *, step: int | None = None, partial: bool = False
   ) -> Restored | None:

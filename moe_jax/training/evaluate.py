@@ -50,6 +50,11 @@ def make_evaluations(
   for name, entry in config.evals.items():
     if entry.kind not in KINDS:
       raise unknown(f'evals.{name}.kind', entry.kind, KINDS)
+    if entry.every_steps < 0 or entry.num_batches < 0:
+      raise ValueError(
+        f'evals.{name}: every_steps={entry.every_steps} and num_batches='
+        f'{entry.num_batches} must not be negative'
+      )
     overrides = entry.model_overrides.to_dict()
     changed = merge(config, {'model': overrides})
     changed_model = models.build(changed)
@@ -91,8 +96,6 @@ class Evaluator:
       self._rows,
       batch_size=self._batch_size,
       num_batches=evaluation.num_batches,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     ):
       sums = step(params, self._put(batch))
       # Added on the host in float64: a split has more tokens than float32

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from moe_jax.training.recorder import Recorder
-from moe_jax.training.setup import Hook, Run, restore_or_init, set_up
+from moe_jax.training.setup import Hook, Run, begin, set_up
 from moe_jax.training.step import TrainState
 
 
@@ -32,7 +32,7 @@ def train_and_evaluate(
   Args:
     config: A config as the files in `configs/` return it.
     workdir: Where checkpoints, metrics and reports go.
-    hooks: Called at the start and, if the run reached its end, at the end.
+    hooks: Called at the start, and at the end once no step is left.
     resume: Goes on even where the workdir's config differs.
     devices: Of the mesh; None is all there are.
 
@@ -44,7 +44,7 @@ def train_and_evaluate(
   run = set_up(config, workdir, resume=resume, devices=devices)
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.checkpoints)
-    state = restore_or_init(run)
+    state = begin(run)
     start = int(state.step)
     recorder = stack.enter_context(Recorder(run, start))
     stop = stack.enter_context(_sigterm())
@@ -58,7 +58,8 @@ def train_and_evaluate(
       state, metrics = run.train_step(state, batch)
       recorder.add(step, metrics)
       last = step == run.config.total_steps
-      _evaluate(run, recorder, step, state, last)
+      if last or not stop:  # who sends SIGTERM does not wait
+        _evaluate(run, recorder, step, state, last)
       _save(run, recorder, step, state, last or bool(stop))
       if stop:
         break

@@ -90,10 +90,17 @@ def make_optimizer(
 def by_name(rules: Sequence[tuple[str, float]], what: str):
   """A function from a parameter tree to a tree of factors, first match wins.
 
-  Raises (when called):
-    ValueError: A parameter matches no rule.
+  Raises:
+    ValueError: A rule is no pattern and factor, or (when called) a parameter
+      matches none.
   """
-  compiled = [(re.compile(pattern), float(f)) for pattern, f in rules]
+  try:
+    compiled = [(re.compile(pattern), float(f)) for pattern, f in rules]
+  except (re.error, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{what}={rules!r} are not pairs of a regular expression and a factor: '
+      f'{error}'
+    ) from None
 
   def factors(params):
     def one(path, _):

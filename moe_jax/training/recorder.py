@@ -9,6 +9,7 @@ import math
 import time
 
 from moe_jax.training import summary
+from moe_jax.training.checkpoint import CheckpointError
 from moe_jax.training.losses import LossSums, add
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.progress import Progress
@@ -145,10 +146,10 @@ class Recorder:
         f'entropy {layer["entropy"]:.3g}, drop rate {layer["drop_rate"]:.1%}, '
         f'load max/mean {layer["load_max_over_mean"]:.2f}'
       )
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(CheckpointError):
       self._run.checkpoints.wait()
-    steps = self._run.checkpoints.steps()
-    good = f'step {steps[-1]}' if steps else 'none'
+    newest = self._run.checkpoints.newest_good()
+    good = 'none' if newest is None else f'step {newest}'
     lines.append(
       f'last good checkpoint: {good} in {self._run.workdir}; lower '
       'optimizer.learning_rate or raise moe.z_weight, and go on with --resume'

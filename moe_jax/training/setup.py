@@ -18,6 +18,7 @@ from moe_jax import data, models, partitioning
 from moe_jax.config import merge, to_dataclass
 from moe_jax.layers.initializers import axis_names
 from moe_jax.models import Decoder
+from moe_jax.training import checks
 from moe_jax.training import step as step_lib
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Checkpointer
@@ -27,21 +28,37 @@ from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.step import StepMetrics, TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """What runs on the devices.
+
+  Attributes:
+    init_state: () -> the state before the first step, sharded.
+    abstract_state: Shapes and shardings of the state.
+    train_step: (state, batch) -> (state, metrics), compiled at first use; the
+      state is donated.
+    put: Moves a batch of numpy arrays to the devices.
+  """
+
+  init_state: Callable[[], TrainState]
+  abstract_state: TrainState
+  train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+  put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+
+
 @dataclasses.dataclass
 class Run:
   """One run, ready to go; what hooks are given.
 
   Attributes:
     config: Locked, with the vocabulary's size filled in.
+    given: The config as it was given, and as the workdir keeps it.
     workdir: The run's folder.
     dataset: The tokenized corpus.
     model: The training model.
     mesh: The devices.
-    init_state: () -> the state before the first step, sharded.
-    abstract_state: Shapes and shardings of the state.
-    train_step: (state, batch) -> (state, metrics), compiled at first use; the
-      state is donated.
-    batches: (steps taken) -> the batches from there on, on devices.
+    programs: What runs on them.
+    train_step: Of `programs`; a hook may wrap it.
     evaluations: All of `config.evals`.
     evaluate: (evaluations, params) -> sums by name.
     checkpoints: The run's checkpoints.
@@ -49,18 +66,29 @@ class Run:
   """
 
   config: ml_collections.ConfigDict
+  given: ml_collections.ConfigDict
   workdir: pathlib.Path
   dataset: data.Dataset
   model: Decoder
   mesh: Mesh
-  init_state: Callable[[], TrainState]
-  abstract_state: TrainState
+  programs: Programs
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
-  batches: Callable[[int], Iterator[dict[str, jax.Array]]]
   evaluations: list[Evaluation]
   evaluate: Callable[[Sequence[Evaluation], Any], dict[str, LossSums]]
   checkpoints: Checkpointer
   message: Callable[[str], None] = print
+
+  def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches from step `start` on, on the devices."""
+    return map(
+      self.programs.put,
+      data.train_batches(
+        self.dataset.splits['train'],
+        batch_size=self.config.batch_size,
+        seed=self.config.seed,
+        start=start,
+      ),
+    )
 
 
 class Hook:
@@ -80,64 +108,32 @@ def set_up(
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> Run:
-  """Builds a `Run`. See `loop.train_and_evaluate` for what it raises."""
-  given = config
+  """Builds a `Run` and changes nothing on disk but the data cache.
+
+  See `loop.train_and_evaluate` for what it raises.
+  """
   mesh = partitioning.make_mesh(config.mesh.to_dict(), devices)
-  check_batch(config, mesh)
+  checks.check_numbers(config, mesh)
+  folder = workdir_lib.check(workdir, config, resume=resume)
   dataset = data.load(to_dataclass(data.DataConfig, config.data))
-  config = with_vocabulary(config, dataset.tokenizer.vocab_size)
-  model = models.build(config)
-  evaluations = make_evaluations(config, model)
-  _check_best(config)
-  weights = loss_weights(config, model)
-  rules = partitioning.make_rules(config.sharding.to_dict())
-  boxed = models.abstract_params(model, config.data.seq_len)
-  axes = axis_names(boxed)
-  params = nn.meta.unbox(boxed)
-  optimizer = make_optimizer(config.optimizer, config.total_steps, axes)
-  shardings = state_shardings(mesh, rules, params, axes, optimizer)
-  init = functools.partial(
-    step_lib.init_state,
-    model=model,
-    optimizer=optimizer,
-    seq_len=config.data.seq_len,
-  )
-  init = jax.jit(init, out_shardings=shardings)
-  seed = jnp.asarray(config.seed, jnp.uint32)
-  abstract = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
-    ),
-    jax.eval_shape(init, seed),
-    shardings,
-  )
-  batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
-  put = functools.partial(_put, batch_sharding)
-  step = functools.partial(
-    step_lib.train_step,
-    grad_fn=step_lib.make_grad_fn(model, weights, config.microbatches),
-    optimizer=optimizer,
-    schedule=make_schedule(config.optimizer, config.total_steps),
-  )
-  folder = workdir_lib.claim(workdir, given, resume=resume)
-  dataset.tokenizer.save(folder / workdir_lib.TOKENIZER)
+  checks.check_sample(config, dataset.tokenizer)
+  filled = with_vocabulary(config, dataset.tokenizer.vocab_size)
+  model = models.build(filled)
+  evaluations = make_evaluations(filled, model)
+  programs = make_programs(filled, model, mesh)
   return Run(
-    config=config,
+    config=filled,
+    given=config,
     workdir=folder,
     dataset=dataset,
     model=model,
     mesh=mesh,
-    init_state=lambda: init(seed),
-    abstract_state=abstract,
-    train_step=jax.jit(
-      step,
-      in_shardings=(shardings, batch_sharding),
-      out_shardings=(shardings, None),
-      donate_argnums=0,
-    ),
-    batches=functools.partial(_batches, config, dataset, put),
+    programs=programs,
+    train_step=programs.train_step,
     evaluations=evaluations,
-    evaluate=Evaluator(dataset.splits['validation'], config.batch_size, put),
+    evaluate=Evaluator(
+      dataset.splits['validation'], config.batch_size, programs.put
+    ),
     checkpoints=Checkpointer(
       folder / workdir_lib.CHECKPOINTS,
       keep_newest=config.checkpoint.keep_newest,
@@ -147,22 +143,73 @@ def set_up(
   )
 
 
-def restore_or_init(run: Run) -> TrainState:
+def make_programs(
+  config: ml_collections.ConfigDict, model: Decoder, mesh: Mesh
+) -> Programs:
+  """What runs on the devices, with its shardings; nothing compiles yet."""
+  rules = partitioning.make_rules(config.sharding.to_dict())
+  boxed = models.abstract_params(model, config.data.seq_len)
+  axes, params = axis_names(boxed), nn.meta.unbox(boxed)
+  optimizer = make_optimizer(config.optimizer, config.total_steps, axes)
+  checks.check_rules(config.optimizer, params)
+  shardings = state_shardings(mesh, rules, params, axes, optimizer)
+  batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
+  init = functools.partial(
+    step_lib.init_state,
+    model=model,
+    optimizer=optimizer,
+    seq_len=config.data.seq_len,
+  )
+  init = jax.jit(init, out_shardings=shardings)
+  seed = jnp.asarray(config.seed, jnp.uint32)
+  step = functools.partial(
+    step_lib.train_step,
+    grad_fn=step_lib.make_grad_fn(
+      model, loss_weights(config, model), config.microbatches
+    ),
+    optimizer=optimizer,
+    schedule=make_schedule(config.optimizer, config.total_steps),
+  )
+  return Programs(
+    init_state=lambda: init(seed),
+    abstract_state=jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      jax.eval_shape(init, seed),
+      shardings,
+    ),
+    train_step=jax.jit(
+      step,
+      in_shardings=(shardings, batch_sharding),
+      out_shardings=(shardings, None),
+      donate_argnums=0,
+    ),
+    put=functools.partial(_put, batch_sharding),
+  )
+
+
+def begin(run: Run) -> TrainState:
   """The newest good checkpoint's state, said in one line, or the first.
+
+  Only then is the workdir made the run's own: what is refused changes nothing.
 
   Raises:
     ValueError: The checkpoint was made on other data, or for another model.
     CheckpointError: There are checkpoints and none is good.
   """
-  restored = run.checkpoints.restore(run.abstract_state)
+  restored = run.checkpoints.restore(run.programs.abstract_state)
+  if restored is not None:
+    digest = restored.extra.get('data_digest')
+    if digest != run.dataset.digest:
+      raise ValueError(
+        f'{run.workdir} was trained on data of sha256 {digest}, this is '
+        f'{run.dataset.digest}; results of two corpora must not mix'
+      )
+  workdir_lib.claim(run.workdir, run.given)
+  run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
   if restored is None:
-    return run.init_state()
-  digest = restored.extra.get('data_digest')
-  if digest != run.dataset.digest:
-    raise ValueError(
-      f'{run.workdir} was trained on data of sha256 {digest}, this is '
-      f'{run.dataset.digest}; results of two corpora must not mix'
-    )
+    return run.programs.init_state()
   for step, reason in restored.skipped:
     run.message(f'passed over the checkpoint of step {step}: {reason}')
   run.message(f'going on from the checkpoint of step {restored.step}')
@@ -187,34 +234,6 @@ def with_vocabulary(
   return merge(config, {})
 
 
-def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-  """Raises ValueError where the batch does not split as the config asks."""
-  B, n, T = config.batch_size, config.microbatches, config.data.seq_len
-  if not 0 <= config.seed < 2**32:
-    raise ValueError(f'seed={config.seed} not in [0, 2**32)')
-  for name in ('total_steps', 'batch_size', 'microbatches', 'log_every_steps'):
-    if config[name] < 1:
-      raise ValueError(f'{name}={config[name]} must be at least 1')
-  if T < 1:
-    raise ValueError(f'data.seq_len={T} must be at least 1')
-  rules = partitioning.make_rules(config.sharding.to_dict())
-  parts = int(np.prod([mesh.shape[axis] for axis in rules['batch']]))
-  if B % n:
-    raise ValueError(f'batch_size={B} does not divide by microbatches={n}')
-  if B // n % parts:
-    raise ValueError(
-      f'batch_size={B} in microbatches={n} leaves {B // n} sequences, which do '
-      f'not divide by {parts} devices of mesh axes {rules["batch"]}'
-    )
-  S = config.model.moe.group_size
-  if config.model.moe.num_experts and S and B // n * T % S:
-    raise ValueError(
-      f'moe.group_size={S} does not divide the {B // n * T} tokens of a '
-      f'microbatch (batch_size={B} / microbatches={n} * seq_len={T}): a group '
-      'never spans two'
-    )
-
-
 def loss_weights(
   config: ml_collections.ConfigDict, model: Decoder
 ) -> LossWeights:
@@ -225,11 +244,6 @@ def loss_weights(
     raise ValueError(
       f"moe.load_weight={moe.load_weight} needs moe.router='noisy_top_k', not "
       f'{moe.router!r}: the load is estimated from the noise'
-    )
-  if moe.importance_weight and moe.router != 'noisy_top_k' and sparse:
-    raise ValueError(
-      f'moe.importance_weight={moe.importance_weight} needs '
-      f"moe.router='noisy_top_k', not {moe.router!r}"
     )
   return LossWeights(
     balance=moe.balance_weight,
@@ -252,29 +266,6 @@ def state_shardings(mesh, rules, params, axes, optimizer) -> TrainState:
     params=param_shardings,
     opt_state=partitioning.like_params(
       mesh, opt_state, params, param_shardings
-    ),
-  )
-
-
-def _check_best(config):
-  best = config.checkpoint.best_eval
-  if config.checkpoint.keep_best and best not in config.evals:
-    raise ValueError(
-      f'checkpoint.best_eval={best!r} is no evaluation; have '
-      f'{sorted(config.evals)}; or set checkpoint.keep_best=False'
-    )
-
-
-def _batches(config, dataset, put, start: int):
-  return map(
-    put,
-    data.train_batches(
-      dataset.splits['train'],
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     ),
   )
 

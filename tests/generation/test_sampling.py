@@ -50,7 +50,7 @@ def test_the_same_key_gives_the_same_text():
   assert first.shape == (11,)
 
 
-@pytest.mark.parametrize('temperature', [0.5, 1.0])
+@pytest.mark.parametrize('temperature', [0.4, 0.8])
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
   config = tiny.config(MOE, **OPTIONS)
   logits = oracle.decode(config, PARAMS, PROMPT)[0][-1]
@@ -64,8 +64,8 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
     p = np.exp(logits / t - (logits / t).max())
     return np.abs(count / 400 - p / p.sum()).sum() / 2
 
-  assert distance(temperature) < 0.15
-  assert min(distance(temperature / 3), distance(temperature * 3)) > 0.2
+  assert distance(temperature) < 0.12
+  assert min(distance(temperature / 3), distance(temperature * 3)) > 0.18
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""What is wrong with a config, found before anything compiles or is written.
+
+Not here: what a model refuses (`moe_jax.models.build`), or bad data
+(`moe_jax.data`).
+"""
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import partitioning
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.training.optimizer import by_name
+
+
+def check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Sizes and periods, and whether the batch splits as the config asks.
+
+  Raises:
+    ValueError: A number is out of range, or one does not divide another.
+  """
+  B, n, T = config.batch_size, config.microbatches, config.data.seq_len
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(f'seed={config.seed} not in [0, 2**32)')
+  for name in ('total_steps', 'batch_size', 'microbatches', 'log_every_steps'):
+    if config[name] < 1:
+      raise ValueError(f'{name}={config[name]} must be at least 1')
+  if T < 1:
+    raise ValueError(f'data.seq_len={T} must be at least 1')
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'{jax.process_count()} processes: training runs in one process so far'
+    )
+  check_best(config)
+  rules = partitioning.make_rules(config.sharding.to_dict())
+  parts = int(np.prod([mesh.shape[axis] for axis in rules['batch']]))
+  if B % n:
+    raise ValueError(f'batch_size={B} does not divide by microbatches={n}')
+  if B // n % parts:
+    raise ValueError(
+      f'batch_size={B} in microbatches={n} leaves {B // n} sequences, which do '
+      f'not divide by {parts} devices of mesh axes {rules["batch"]}'
+    )
+  S = config.model.moe.group_size
+  if config.model.moe.num_experts and S and B // n * T % S:
+    raise ValueError(
+      f'moe.group_size={S} does not divide the {B // n * T} tokens of a '
+      f'microbatch (batch_size={B} / microbatches={n} * seq_len={T}): a group '
+      'never spans two'
+    )
+  groups = B // n * T // (S or T)
+  if config.model.moe.num_experts and groups % parts:
+    raise ValueError(
+      f'{groups} groups of moe.group_size={S or T} tokens in a microbatch do '
+      f'not divide by {parts} devices of mesh axes {rules["batch"]}: a group '
+      'never spans two'
+    )
+
+
+def check_best(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError where no evaluation can choose the best checkpoint."""
+  best = config.checkpoint.best_eval
+  if not config.checkpoint.keep_best:
+    return
+  if best not in config.evals:
+    raise ValueError(
+      f'checkpoint.best_eval={best!r} is no evaluation; have '
+      f'{sorted(config.evals)}; or set checkpoint.keep_best=False'
+    )
+
+
+def check_sample(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> None:
+  """Raises ValueError where the sample could not be drawn at the end."""
+  sample = config.sample
+  if sample.num_tokens < 1:
+    return
+  if sample.temperature < 0:
+    raise ValueError(f'sample.temperature={sample.temperature} is negative')
+  if not len(tokenizer.encode(sample.prompt)):
+    raise ValueError(
+      'sample.prompt is empty; give it a character, or set sample.num_tokens=0'
+    )
+
+
+def check_rules(config: ml_collections.ConfigDict, params) -> None:
+  """Raises ValueError where a parameter has no rule, or a rule is none."""
+  for name in ('weight_decay_rules', 'learning_rate_rules'):
+    by_name(config[name], f'optimizer.{name}')(params)
