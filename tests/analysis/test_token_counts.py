@@ -7,12 +7,12 @@ from moe_jax.analysis.token_counts import token_counts
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
-# (layers, L, the sparse ones, other options): a period of two, one that is
-# the whole model, and groups that span rows, the last of them incomplete.
+# layers: (L, the sparse ones, other options). A period of two, one that is the
+# whole model, and one with two sparse layers of three.
 CASES = {
   'every 2': (4, [1, 3], dict(remat='full')),
   'last 1': (3, [2], dict(scan_layers=False)),
-  '0,1': (2, [0, 1], dict()),
+  '1,2,4,5': (6, [1, 2, 4, 5], dict()),
 }
 DOCUMENTS = [[(0, 6), (6, 10)], [(0, 3)], [(0, 10)]]  # of each row
 
@@ -33,6 +33,7 @@ def make_batch(seed):
 @pytest.mark.parametrize('layers', CASES)
 def test_counts_equal_a_slow_loop(layers):
   num_layers, sparse, options = CASES[layers]
+  # Groups span rows, and the last of them is incomplete.
   moe = dict(layers=layers, capacity_rule='all', group_size=2 * T)
   options = dict(num_layers=num_layers, activation='relu', **options)
   config, model = tiny.config(moe, **options), tiny.build(moe, **options)

@@ -50,6 +50,7 @@ CASES = {
   ),
   'glam': dict(
     positions='relative',
+    norm='layernorm',
     activation='geglu',
     num_kv_heads=2,
     moe=dict(
@@ -72,12 +73,6 @@ CASES = {
       extra_ffn=True,
       jitter=0.1,
     ),
-  ),
-  'switch': dict(
-    positions='none',
-    norm='layernorm',
-    activation='relu',
-    moe=dict(num_selected=1, gates='raw', group_size=20),
   ),
 }
 
@@ -191,7 +186,8 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
 
 
 def test_padding_changes_no_other_token_and_no_statistic():
-  model = tiny.build(moe=dict(layers='all', group_size=20))
+  moe = dict(num_selected=1, gates='raw', group_size=20)
+  model = tiny.build(moe, positions='none', activation='relu')
   params, run = tiny.params_of(model), tiny.apply(model)
   tokens = tiny.tokens()
   segments = np.ones((B, T), np.int32)

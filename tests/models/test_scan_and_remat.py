@@ -61,6 +61,25 @@ def test_remat_does_recompute():
   assert flops['none'] < flops['dots'] < flops['full']
 
 
+def test_only_the_loop_is_a_loop():
+  # A loop's body is counted once, two layers unrolled are counted twice.
+  assert trained(False, 'none')[1] > 1.4 * trained(True, 'none')[1]
+
+
+def test_every_layer_draws_its_own_noise():
+  # Router weights of zero: noise alone says where tokens go.
+  model = tiny.build(moe=dict(router='noisy_top_k'))
+  params = tiny.params_of(model)
+  router = params['layers']['layer_0']['moe']['router']
+  router.update({name: 0 * w for name, w in router.items()})
+  rngs = {'router': tiny.key(0)}
+  run = jax.jit(
+    lambda p, x: model.apply({'params': p}, x, train=True, rngs=rngs)
+  )
+  load = np.asarray(run(params, tiny.tokens())[1].stats.load)
+  assert (load[0] != load[1]).any()
+
+
 def test_a_loop_starts_as_the_unrolled_layers_do():
   boxed = {
     scan: jax.jit(build(scan).init)(tiny.key(3), tiny.tokens())
