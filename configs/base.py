@@ -17,7 +17,7 @@ RUNLOCAL = 'runlocal'
 
 
 def get_config() -> ConfigDict:
-  """The defaults, locked against new keys but open to new values."""
+  """The defaults, locked against new keys (but for `evals`), not new values."""
   config = ConfigDict()
   config.seed = 0
   config.total_steps = 1000
@@ -67,7 +67,9 @@ def get_config() -> ConfigDict:
   config.sample = ConfigDict(
     dict(prompt='\n', num_tokens=300, temperature=0.8, seed=0)
   )
-  return config.lock()
+  config.lock()
+  config.evals.unlock()  # a config adds its own by name
+  return config
 
 
 def data() -> ConfigDict:
@@ -213,10 +215,13 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   config.data.source = 'python_stdlib'
   config.data.tokenizer = 'bytes'
   config.data.seq_len = 32
+  config.data.text_feature = 'text'
+  config.data.train_split = 'train'
+  config.data.validation_split = 'validation'
+  config.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
   m = config.model
-  period = _period(m.moe.layers)
   m.vocab_size = 0
-  m.num_layers = max(2, period)
+  m.num_layers = max(2, _layers_named(m.moe.layers))
   m.width = 32
   m.num_kv_heads = 2 if 0 < m.num_kv_heads < m.num_heads else 0
   m.num_heads = 4
@@ -225,7 +230,8 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.max_len = 0
   m.dtype = m.param_dtype = 'float32'
   m.moe.hidden = 40 if m.moe.hidden else 0
-  m.moe.num_experts = min(m.moe.num_experts, 4)
+  if m.moe.num_experts:
+    m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)
   m.moe.group_size = 64 if m.moe.group_size else 0
   config.batch_size = 4
   config.microbatches = min(config.microbatches, 2)
@@ -240,6 +246,12 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def _period(layers: str) -> int:
+def _layers_named(layers: str) -> int:
+  """How many layers the pattern needs: 6 for 'every 6', 4 for '1,3'."""
   word, _, number = layers.partition(' ')
-  return int(number) if word in ('every', 'last') else 2
+  if word in ('every', 'last'):
+    return int(number)
+  named = [
+    int(part) + 1 for part in layers.split(',') if part.strip().isdigit()
+  ]
+  return max(named, default=2)

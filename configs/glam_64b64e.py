@@ -21,6 +21,7 @@ def get_config(arg: str = ''):
   config.batch_size = 1024
   config.total_steps = 600_000
   config.data.seq_len = 1024
+  config.mesh = dict(data=1, fsdp=-1, expert=64, tensor=1)
   m = config.model
   m.vocab_size = 256_000
   m.num_layers = 64

@@ -16,6 +16,7 @@ def get_config(arg: str = ''):
   config.batch_size = 512
   config.total_steps = 100_000
   config.data.seq_len = 32_768
+  config.mesh = dict(data=1, fsdp=-1, expert=8, tensor=1)
   m = config.model
   m.vocab_size = 32_000
   m.num_layers = 32

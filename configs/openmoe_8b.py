@@ -19,6 +19,7 @@ def get_config(arg: str = ''):
   config.batch_size = 2048
   config.total_steps = 250_000
   config.data.seq_len = 2048
+  config.mesh = dict(data=1, fsdp=-1, expert=32, tensor=1)
   m = config.model
   m.vocab_size = 256_384
   m.num_layers = 24

@@ -85,7 +85,7 @@ def make_table(config, results) -> list[dict[str, str]]:
     runs = results[arm.name]
     merged = merge(config, {'model': {'vocab_size': 257}})
     merged = merge(merged, arm.overrides)
-    allowed = merged.model.moe.allow_future_leak
+    leaks = models.leaks_future(merged.model.moe)
     model = models.build(merged)
     price = cost.count(model, config.data.seq_len)
     loss, room = f'eval/{EVAL}/loss', f'eval/{ROOM}/loss'
@@ -102,7 +102,7 @@ def make_table(config, results) -> list[dict[str, str]]:
     speed = Interval.of([tokens / run['median_step_seconds'] for run in runs])
     drops = [run.get(f'eval/{EVAL}/drop_rate', 0.0) for run in runs]
     twin = arm.name == 'dense'
-    leak = ' (leaks the future)' if allowed else ''
+    leak = ' (leaks the future)' if leaks else ''
     rows.append(
       {
         'model': arm.name + leak,

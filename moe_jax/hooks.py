@@ -18,6 +18,10 @@ from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
 _REPORT_BATCHES = 8
+LEAK = (
+  'moe.allow_future_leak=True: where capacity binds, later tokens change '
+  'earlier outputs; losses are not those of a causal model'
+)
 
 
 class Facts(Hook):
@@ -34,12 +38,8 @@ class Facts(Hook):
         f'sparse layers {layers}: {moe.num_experts} experts, '
         f'{moe.num_selected} selected, router {moe.router!r}'
       )
-      if moe.allow_future_leak:
-        run.message(
-          'WARNING: moe.allow_future_leak=True: where capacity binds, later '
-          'tokens change earlier outputs; the loss is not that of a causal '
-          'model'
-        )
+      if models.leaks_future(moe):
+        run.message(f'WARNING: {LEAK}')
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
     run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
@@ -94,6 +94,8 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
+    if models.leaks_future(run.config.model.moe):
+      table = [{**row, 'warning': LEAK} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(Console(), table)
 

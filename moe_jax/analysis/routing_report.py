@@ -107,8 +107,13 @@ def routing_table(
 
 
 def to_markdown(table: Sequence[dict[str, Any]]) -> str:
-  """GitHub's Markdown: a table by layer, then one of the busiest experts."""
+  """GitHub's Markdown: a table by layer, then one of the busiest experts.
+
+  A row may have a `warning` beside `routing_table`'s keys; each is printed.
+  """
   lines = ['# Routing report', '', f'## {_LAYERS_TITLE}', '', _LAYERS_NOTE, '']
+  for warning in sorted({row['warning'] for row in table if 'warning' in row}):
+    lines += [f'**Warning:** {warning}.', '']
   lines += _markdown(_LAYERS_HEADINGS, map(_layer_cells, table))
   lines += ['', f'## {_TOKENS_TITLE}', '', _TOKENS_NOTE, '']
   lines += _markdown(_TOKENS_HEADINGS, _expert_cells(table, _markdown_name))

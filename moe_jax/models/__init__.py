@@ -1,6 +1,6 @@
 """Models: `build(config)` turns a config into a linen module."""
 
-from moe_jax.models.build import build, sparse_pattern
+from moe_jax.models.build import build, leaks_future, sparse_pattern
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.parameters import abstract_params, init_params
 
@@ -10,5 +10,6 @@ __all__ = [
   'abstract_params',
   'build',
   'init_params',
+  'leaks_future',
   'sparse_pattern',
 ]

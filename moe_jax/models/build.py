@@ -31,6 +31,32 @@ def build(config: ml_collections.ConfigDict) -> Decoder:
       router leaks the future and `moe.allow_future_leak` is not set.
   """
   model = config.model
+  _check(model)
+  init = Init(
+    kind=model.init.kind,
+    scale=model.init.scale,
+    embedding_std=model.init.embedding_std,
+    num_layers=model.num_layers,
+  )
+  pattern = sparse_pattern(model.moe.layers, model.num_layers)
+  return Decoder(
+    DecoderConfig(
+      vocab_size=model.vocab_size,
+      width=model.width,
+      sparse=pattern,
+      block=_block(model, init, any(pattern)),
+      positions=model.positions,
+      max_len=model.max_len or config.data.seq_len,
+      tie_embeddings=model.tie_embeddings,
+      scan_layers=model.scan_layers,
+      remat=model.remat,
+      param_dtype=model.param_dtype,
+      init=init,
+    )
+  )
+
+
+def _check(model) -> None:
   if model.kind not in KINDS:
     raise unknown('model.kind', model.kind, KINDS)
   for name in ('dtype', 'param_dtype'):
@@ -41,58 +67,43 @@ def build(config: ml_collections.ConfigDict) -> Decoder:
       f"model.vocab_size={model.vocab_size}: 0 stands for the tokenizer's; "
       'set it, or load the data first'
     )
-  head_width = model.head_width or model.width // max(model.num_heads, 1)
-  if not model.head_width and model.width % max(model.num_heads, 1):
+  if model.width < 1 or model.num_heads < 1:
+    raise ValueError(
+      f'width={model.width} and num_heads={model.num_heads} must be at least 1'
+    )
+  if not model.head_width and model.width % model.num_heads:
     raise ValueError(
       f'num_heads={model.num_heads} does not divide width={model.width}; set '
       'head_width'
     )
-  pattern = sparse_pattern(model.moe.layers, model.num_layers)
-  init = Init(
-    kind=model.init.kind,
-    scale=model.init.scale,
-    embedding_std=model.init.embedding_std,
-    num_layers=model.num_layers,
-  )
-  attention = AttentionConfig(
-    num_heads=model.num_heads,
-    head_width=head_width,
-    num_kv_heads=model.num_kv_heads or model.num_heads,
-    use_bias=model.use_bias,
-    rotary=model.positions == 'rotary',
-    rope_theta=model.rope_theta,
-    dropout=model.dropout,
-    dtype=model.dtype,
-    param_dtype=model.param_dtype,
-    init=init,
-  )
-  sparse = model.moe.num_experts != 0 and any(pattern)
-  block = BlockConfig(
-    attention=attention,
+
+
+def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
+  moe = _moe(model, init)  # also of a dense twin, whose options are checked
+  _check_causal(model.moe)
+  twin = has_sparse and not model.moe.num_experts
+  return BlockConfig(
+    attention=AttentionConfig(
+      num_heads=model.num_heads,
+      head_width=model.head_width or model.width // model.num_heads,
+      num_kv_heads=model.num_kv_heads or model.num_heads,
+      use_bias=model.use_bias,
+      rotary=model.positions == 'rotary',
+      rope_theta=model.rope_theta,
+      dropout=model.dropout,
+      dtype=model.dtype,
+      param_dtype=model.param_dtype,
+      init=init,
+    ),
     ffn=_ffn(model, init, model.hidden, model.activation, model.dropout),
-    moe=_moe(model, init) if sparse else None,
-    twin=None if sparse else _twin(model, init, any(pattern)),
+    moe=moe if has_sparse and not twin else None,
+    twin=_twin(model, init) if twin else None,
     norm=model.norm,
     norm_epsilon=model.norm_epsilon,
     use_bias=model.use_bias,
     dropout=model.dropout,
     extra_ffn=model.moe.extra_ffn,
     dtype=model.dtype,
-  )
-  return Decoder(
-    DecoderConfig(
-      vocab_size=model.vocab_size,
-      width=model.width,
-      sparse=pattern,
-      block=block,
-      positions=model.positions,
-      max_len=model.max_len or config.data.seq_len,
-      tie_embeddings=model.tie_embeddings,
-      scan_layers=model.scan_layers,
-      remat=model.remat,
-      param_dtype=model.param_dtype,
-      init=init,
-    )
   )
 
 
@@ -154,10 +165,8 @@ def _expert(model, init) -> FfnConfig:
   )
 
 
-def _twin(model, init, has_sparse) -> FfnConfig | None:
+def _twin(model, init) -> FfnConfig:
   """The dense layer with the FLOPs per token of the K experts it replaces."""
-  if not has_sparse:
-    return None
   expert = _expert(model, init)
   hidden = expert.hidden * model.moe.num_selected
   return _ffn(model, init, hidden, expert.activation, expert.dropout)
@@ -165,42 +174,50 @@ def _twin(model, init, has_sparse) -> FfnConfig | None:
 
 def _moe(model, init) -> MoeConfig:
   moe = model.moe
-  capacity = CapacityRule(
-    rule=moe.capacity_rule,
-    factor=moe.capacity_factor,
-    rounding=moe.capacity_rounding,
-    multiple=moe.capacity_multiple,
-    minimum=moe.capacity_minimum,
-    slots=moe.capacity_slots,
+  return MoeConfig(
+    router=RouterConfig(
+      num_experts=moe.num_experts or moe.num_selected,
+      num_selected=moe.num_selected,
+      kind=moe.router,
+      capacity=CapacityRule(
+        rule=moe.capacity_rule,
+        factor=moe.capacity_factor,
+        rounding=moe.capacity_rounding,
+        multiple=moe.capacity_multiple,
+        minimum=moe.capacity_minimum,
+        slots=moe.capacity_slots,
+      ),
+      gates=moe.gates,
+      slot_priority=moe.slot_priority,
+      second_policy=moe.second_policy,
+      second_threshold=moe.second_threshold,
+      jitter=moe.jitter,
+      balance_choices=moe.balance_choices,
+      init=init,
+    ),
+    expert=_expert(model, init),
+    group_size=moe.group_size,
+    dispatch=moe.dispatch,
   )
-  router = RouterConfig(
-    num_experts=moe.num_experts,
-    num_selected=moe.num_selected,
-    kind=moe.router,
-    capacity=capacity,
-    gates=moe.gates,
-    slot_priority=moe.slot_priority,
-    second_policy=moe.second_policy,
-    second_threshold=moe.second_threshold,
-    jitter=moe.jitter,
-    balance_choices=moe.balance_choices,
-    init=init,
-  )
-  causal = is_causal(
+
+
+def leaks_future(moe: ml_collections.ConfigDict) -> bool:
+  """Whether the routers of a `model.moe` section let outputs see later tokens.
+
+  True where slots are handed out so and capacity can bind.
+  """
+  return moe.num_experts > 0 and not is_causal(
     slot_priority=moe.slot_priority,
     num_selected=moe.num_selected,
     capacity_rule=moe.capacity_rule,
   )
-  if not causal and not moe.allow_future_leak:
+
+
+def _check_causal(moe) -> None:
+  if leaks_future(moe) and not moe.allow_future_leak:
     raise ValueError(
       f'slot_priority={moe.slot_priority!r} with num_selected='
       f'{moe.num_selected} lets later tokens change earlier outputs wherever '
       "capacity binds; use slot_priority='token_major', or set "
       'moe.allow_future_leak=True and report the run as one that leaks'
     )
-  return MoeConfig(
-    router=router,
-    expert=_expert(model, init),
-    group_size=moe.group_size,
-    dispatch=moe.dispatch,
-  )
