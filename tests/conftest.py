@@ -8,6 +8,8 @@ import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tiny models compile for longer than they run.
+jax.config.update('jax_disable_most_optimizations', True)
 # One cache for all workers and runs: most of the suite's time is compiling.
 _CACHE = os.environ.get(
   'MOE_JAX_TEST_CACHE',
