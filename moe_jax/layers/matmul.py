@@ -6,6 +6,8 @@ transpose into a slow one. Other platforms fold it at no cost, and are left
 alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,39 +20,51 @@ PRODUCT = 'rows_matmul'
 
 
 def rows_matmul(
-  x: Float[Array, '*E R M'], w: Float[Array | np.ndarray, '*E M F']
+  x: Float[Array, '*E R M'],
+  w: Float[Array | np.ndarray, '*E M F'],
+  precision: jax.lax.Precision | None = None,
 ) -> Float[Array, '*E R F']:
   """x @ w in the type of x: rows by one kernel, or each expert's by its own.
 
   A float32 kernel of a bfloat16 model gets a float32 gradient: the sum over
   rows is never rounded to bfloat16.
+
+  Args:
+    x: Rows.
+    w: Kernels.
+    precision: Of the three products. Accelerators multiply float32 in fewer
+      bits unless it is HIGHEST.
   """
-  return checkpoint_name(_product(x, w), PRODUCT)
+  return checkpoint_name(_product(x, w, precision), PRODUCT)
 
 
-@jax.custom_vjp
-def _product(x, w):
-  return x @ w.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, w, precision):
+  return jnp.matmul(x, w.astype(x.dtype), precision=precision)
 
 
-def _forward(x, w):
-  return _product(x, w), (x, w)
+def _forward(x, w, precision):
+  return _product(x, w, precision), (x, w)
 
 
-def _backward(saved, dy):
+def _backward(precision, saved, dy):
   x, w = saved
-  dx = dy @ w.astype(dy.dtype).swapaxes(-1, -2)
-  dw = jax.lax.platform_dependent(x, dy, cpu=_dw_cpu, default=_dw)
+  kernel = w.astype(dy.dtype).swapaxes(-1, -2)
+  dx = jnp.matmul(dy, kernel, precision=precision)
+  dw = functools.partial(_dw, precision=precision)
+  dw = jax.lax.platform_dependent(
+    x, dy, cpu=functools.partial(dw, transposed_alone=True), default=dw
+  )
   return dx, dw.astype(w.dtype)
 
 
-def _dw(x, dy):
-  return jnp.matmul(x.swapaxes(-1, -2), dy, preferred_element_type=jnp.float32)
-
-
-def _dw_cpu(x, dy):
-  transposed = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-  return jnp.matmul(transposed, dy, preferred_element_type=jnp.float32)
+def _dw(x, dy, precision, transposed_alone=False):
+  x = x.swapaxes(-1, -2)
+  if transposed_alone:
+    x = jax.lax.optimization_barrier(x)
+  return jnp.matmul(
+    x, dy, precision=precision, preferred_element_type=jnp.float32
+  )
 
 
 _product.defvjp(_forward, _backward)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from moe_jax import routing
 from moe_jax.config import unknown
 from moe_jax.layers.initializers import Init, zeros
+from moe_jax.layers.matmul import rows_matmul
 from moe_jax.routing.losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Bool, Float, Float32
 
@@ -124,8 +125,10 @@ class Router(nn.Module):
 def _logits(
   x: Float32[Array, 'G S M'], w: Float32[Array, 'M E']
 ) -> Float32[Array, 'G S E']:
-  # Accelerators multiply float32 in fewer bits unless told not to.
-  return jnp.einsum('GSM,ME->GSE', x, w, precision=jax.lax.Precision.HIGHEST)
+  G, S, M = x.shape
+  rows = x.reshape(G * S, M)
+  logits = rows_matmul(rows, w, jax.lax.Precision.HIGHEST)
+  return logits.reshape(G, S, -1)
 
 
 def _aux(
