@@ -1,4 +1,4 @@
-"""Packaging of moe_jax: `pip install -e .`, extras `test`, `colab`, `experiments`."""
+"""Packaging: `pip install -e .`, extras `test`, `colab`, `experiments`."""
 
 import pathlib
 
