@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
   except (CheckpointError, NonFiniteError, OSError, ValueError) as error:
     if _TRACEBACK.value:
       raise
-    command_line.fail(str(error))
+    command_line.fail_at_once(str(error))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import moe_jax.main  # noqa: F401  (defines the flags)
 from moe_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,11 +72,11 @@ def test_the_first_command_small(tmp_path):
     ('--confg=x', "Unknown command line flag 'confg'"),
   ],
 )
-def test_a_typo_is_one_line(flag, message, capsys):
+def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
+  argv = command('w', flag, config='configs/tiny_switch.py')[2:]
+  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads it
   with pytest.raises(SystemExit) as ended:
-    command_line.parse(
-      command('w', '--config=configs/tiny_switch.py', flag)[2:]
-    )
+    command_line.parse(argv)
   assert ended.value.code == 1
   said = capsys.readouterr().err
   assert message in said

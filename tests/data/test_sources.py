@@ -202,7 +202,7 @@ def test_a_file_not_utf8_is_named(tmp_path):
 
 def test_files_have_two_splits(tmp_path):
   make_files(tmp_path, 2)
-  with pytest.raises(ValueError, match="'test' have"):
+  with pytest.raises(ValueError, match="'test'; have"):
     open_source(f'files:{tmp_path}/*/*', Selection(('train', 'test')))
 
 
