@@ -23,16 +23,19 @@ def fail(text: str) -> NoReturn:
   sys.exit(1)
 
 
-def fail_at_once(text: str) -> NoReturn:
-  """As `fail`, without waiting for threads.
+def ignore_closed_loops() -> None:
+  """Keeps a failed checkpoint's message short.
 
-  After a failed save the storage library's threads still write, and each would
-  print a traceback of an event loop that the interpreter has closed.
+  Threads of the storage library that still write when a save has failed each
+  report that the event loop they belong to is closed by then.
   """
-  print(f'moe_jax: {text}', file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(1)
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
+  command_line.ignore_closed_loops()
   try:
     train_and_evaluate(
       _CONFIG.value,
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
   except (CheckpointError, NonFiniteError, OSError, ValueError) as error:
     if _TRACEBACK.value:
       raise
-    command_line.fail_at_once(str(error))
+    command_line.fail(str(error))
 
 
 if __name__ == '__main__':
