@@ -25,7 +25,7 @@ ALLOWED = {
   'generation': UP_TO_LAYERS | {'models', 'data', 'training'},
   'interop': UP_TO_LAYERS | {'models', 'data', 'training'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
-  'analysis': UP_TO_LAYERS | {'models', 'data', 'training', 'routing'},
+  'analysis': UP_TO_LAYERS | {'models', 'data', 'training', 'command_line'},
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'main': {'command_line', 'config', 'hooks', 'host', 'training'},

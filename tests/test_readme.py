@@ -43,7 +43,7 @@ def test_paths_exist():
   named += re.findall(r'--config=(configs/\w+\.py)', TEXT)
   named += [
     name.replace('.', '/') + '.py'
-    for name in re.findall(r'python -m ((?:moe_jax|experiments)\.\w+)', TEXT)
+    for name in re.findall(r'python -m ((?:moe_jax|experiments)[\w.]+)', TEXT)
   ]
   assert len(named) > 8
   missing = [name for name in named if not (ROOT / name).exists()]

@@ -1,5 +1,7 @@
 """What a model costs: parameters and FLOPs per token, total and active.
 
+    python -m moe_jax.analysis.cost --config=configs/mixtral_8x7b.py
+
 Counted from the config and the parameters' shapes, never measured. Not here:
 time, bytes moved, memory.
 """
@@ -8,9 +10,12 @@ import dataclasses
 import math
 
 import jax
+from absl import app, logging
 from flax import linen as nn
+from ml_collections import config_flags
 
-from moe_jax.models import Decoder, abstract_params
+from moe_jax import command_line
+from moe_jax.models import Decoder, abstract_params, build
 from moe_jax.partitioning import path_name
 
 
@@ -110,3 +115,19 @@ def _is_vector(name: str) -> bool:
   """Norm scales, biases and relative-position tables: nothing multiplied."""
   last = name.rsplit('/', 1)[-1]
   return last in ('scale', 'bias', 'table') or last.startswith('b_')
+
+
+def main(argv: list[str]) -> None:
+  """Prints what the flag's config costs."""
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  try:
+    config = _CONFIG.value
+    print(count(build(config), config.data.seq_len).describe())
+  except ValueError as error:
+    command_line.fail(str(error))
+
+
+if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
+  app.run(main, flags_parser=command_line.parse)
