@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 here = pathlib.Path(__file__).parent
 
 PLOTS = ['matplotlib>=3.8']
+LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 TEST = [
   'beartype>=0.18',
   'hypothesis>=6.100',
@@ -49,6 +50,6 @@ setup(
   extras_require={
     'test': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
-    'experiments': ['scipy>=1.11'],
+    'experiments': ['scipy>=1.11', LIBTPU],
   },
 )

@@ -1,0 +1,187 @@
+"""The grouped products as a loop over blocks of rows: the CPU's backend.
+
+The loop's trip counts are dynamic, so neither unused experts nor padding cost
+anything, and an expert's kernel is sliced out once, however many blocks it
+multiplies. An expert's first block has the fewest rows that leave a whole
+number of full blocks behind it; it alone reaches into its neighbours' rows.
+
+Not here: the gradient (`matmul.py`), or the feed-forward layer that shares
+the loop (`blocks_ffn.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32
+
+# A first block is this many fractions of a full one, rounded up.
+_FRACTIONS = 8
+_LEAST_ROWS, _MOST_ROWS = 8, 512
+
+
+class Block(NamedTuple):
+  """A few rows of one expert, as the loop meets them.
+
+  Attributes:
+    expert: int32 [], e.
+    start: int32 [], the first row that it multiplies.
+    first_own: int32 [], the first row that is the expert's.
+    stop: int32 [], the row behind the last that is.
+    size: Rows it multiplies.
+    first: Whether it is its expert's first block, the only one with rows
+      that are not the expert's.
+  """
+
+  expert: Array
+  start: Array
+  first_own: Array
+  stop: Array
+  size: int
+  first: bool
+
+  def rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
+    """The block's rows of x; those of others are zero."""
+    rows = jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
+    return jnp.where(self._own(), rows, 0) if self.first else rows
+
+  def put(
+    self, x: Float[Array, 'N M'], rows: Float[Array, 'R M']
+  ) -> Float[Array, 'N M']:
+    """x with the block's rows written; those of others stay."""
+    if self.first:
+      old = jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
+      rows = jnp.where(self._own(), rows, old)
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
+
+  def add(
+    self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
+  ) -> Float[Array, 'E M F']:
+    """total[e] plus `part`; the first block sets it."""
+    if not self.first:
+      part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
+    return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
+
+  def _own(self) -> Bool[Array, 'R 1']:
+    row = self.start + jnp.arange(self.size, dtype=jnp.int32)
+    return ((row >= self.first_own) & (row < self.stop))[:, None]
+
+
+def full_block_rows(num_rows: int, num_experts: int) -> int:
+  """Rows of a full block: twice an expert's share, a power of two in bounds."""
+  share = max(-(-num_rows // num_experts), 1)
+  rows = min(max(1 << (2 * share - 1).bit_length(), _LEAST_ROWS), _MOST_ROWS)
+  return min(rows, num_rows)
+
+
+def first_block_sizes(full: int) -> list[int]:
+  """The sizes a first block can have, ascending; the last is a full one's."""
+  step = max(full // _FRACTIONS, _LEAST_ROWS)
+  return [*range(step, full, step), full]
+
+
+def for_each_block(
+  body: Callable[[Block, tuple[Array, ...], Any], Any],
+  carry: Any,
+  kernels: tuple[Array, ...],
+  group_sizes: Int32[Array, ' E'],
+  num_rows: int,
+) -> Any:
+  """Folds `body(block, the expert's kernels, carry)` over all blocks, in order.
+
+  Experts without rows are never met. `carry` is updated in place.
+  """
+  E, N = group_sizes.shape[0], num_rows
+  full = full_block_rows(N, E)
+  stops = jnp.cumsum(group_sizes)
+  busy = jnp.flatnonzero(group_sizes > 0, size=E, fill_value=0)
+
+  def expert(i, carry):
+    e = busy[i].astype(jnp.int32)
+    n, begin = group_sizes[e], stops[e] - group_sizes[e]
+    # The barrier keeps one slice for all blocks, where fusion would copy it
+    # into each.
+    own = jax.lax.optimization_barrier(
+      tuple(jax.lax.dynamic_index_in_dim(w, e, 0, False) for w in kernels)
+    )
+    others = (n - 1) // full
+    first_rows = n - others * full
+    # Each size is a loop of one round or none: unlike a conditional, a loop
+    # carries its buffers without a copy. What it computes depends on its
+    # counter, or it would be hoisted out and always be computed.
+    smaller = 0
+    for size in first_block_sizes(full):
+      fits = (first_rows <= size) & (first_rows > smaller)
+
+      def first(j, carry, size=size):
+        start = jnp.minimum(begin + j, N - size)
+        stop = begin + first_rows
+        return body(Block(e + j, start, begin, stop, size, True), own, carry)
+
+      carry = jax.lax.fori_loop(0, fits.astype(jnp.int32), first, carry)
+      smaller = size
+
+    def other(j, carry):
+      start = begin + first_rows + j * full
+      block = Block(e, start, start, start + full, full, False)
+      return body(block, own, carry)
+
+    return jax.lax.fori_loop(0, others, other, carry)
+
+  return jax.lax.fori_loop(0, (group_sizes > 0).sum(), expert, carry)
+
+
+def dot(
+  x: Float[Array, '_ _'],
+  w: Float[Array, '_ _'],
+  contract: tuple[int, int],
+  dtype=None,
+) -> Float[Array, '_ _']:
+  """One product over those two axes, summed in float32; in the type of x."""
+  dimensions = (((contract[0],), (contract[1],)), ((), ()))
+  y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
+  return y.astype(dtype or x.dtype)
+
+
+def dot_over_rows(
+  x: Float[Array, 'R M'], dy: Float[Array, 'R F']
+) -> Float32[Array, 'M F']:
+  """x^T dy, in float32."""
+  # XLA multiplies the transposed rows faster where they are their own array.
+  x = jax.lax.optimization_barrier(x.T)
+  return dot(x, dy, (1, 0), jnp.float32)
+
+
+def matmul(
+  x: Float[Array, 'N _'],
+  w: Float[Array, 'E _ _'],
+  group_sizes: Int32[Array, ' E'],
+  transposed: bool,
+) -> Float[Array, 'N _']:
+  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  N = x.shape[0]
+
+  def body(block, kernels, y):
+    (kernel,) = kernels
+    product = dot(block.rows(x), kernel, (1, 1 if transposed else 0))
+    return block.put(y, product)
+
+  y = jnp.zeros((N, w.shape[1 if transposed else 2]), x.dtype)
+  return for_each_block(body, y, (w,), group_sizes, N)
+
+
+def outer(
+  x: Float[Array, 'N M'],
+  dy: Float[Array, 'N F'],
+  group_sizes: Int32[Array, ' E'],
+) -> Float32[Array, 'E M F']:
+  """The sum of x[n]^T dy[n] over the rows of each group."""
+  (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
+
+  def body(block, _, dw):
+    return block.add(dw, dot_over_rows(block.rows(x), block.rows(dy)))
+
+  dw = jnp.zeros((E, M, F), jnp.float32)
+  return for_each_block(body, dw, (), group_sizes, N)

@@ -1,0 +1,115 @@
+"""The grouped products as JAX's Pallas kernels for TPU, named megablox.
+
+The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
+they are interpreted: right, and slow. Not here: the gradient (`matmul.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from moe_jax.kernels.ragged_dot import only_grouped
+from moe_jax.shapes import Array, Float, Float32, Int32
+
+# A TPU's lanes, of which a tile's width is a multiple.
+_LANES = 128
+_LEAST_ROWS, _MOST_ROWS = 128, 512
+# The widest tile, in bytes of a row: all tiles that a kernel holds, fetched
+# ahead in pairs, and its float32 sums stay below 16 MiB, what XLA allows it.
+# The outer product sums over rows, so its sums are as wide as both its tiles.
+_MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
+
+
+def tiling(
+  num_rows: int, num_experts: int, widths: tuple[int, int], most: int
+) -> tuple[int, int, int]:
+  """Rows and widths of a tile; arrays are padded to their multiples.
+
+  Rows: a power of two near an expert's share, in bounds, since a group
+  computes every tile it has a row in. Widths: the widest that divides the
+  width rounded up to whole lanes. It must divide, as the kernels are silently
+  wrong where a contraction ends within a tile, and what pads the width of a
+  kernel copies all kernels.
+
+  Args:
+    num_rows: N.
+    num_experts: E.
+    widths: M and F, in the order of the result.
+    most: A width's bound.
+  """
+  share = max(num_rows // num_experts, 1)
+  rows = min(max(1 << (share.bit_length() - 1), _LEAST_ROWS), _MOST_ROWS)
+  return rows, *(_width(-(-width // _LANES), most) for width in widths)
+
+
+def matmul(
+  x: Float[Array, 'N _'],
+  w: Float[Array, 'E _ _'],
+  group_sizes: Int32[Array, ' E'],
+  transposed: bool,
+) -> Float[Array, 'N _']:
+  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
+  (N, M), E = x.shape, w.shape[0]
+  F = w.shape[1 if transposed else 2]
+  tiles = tiling(N, E, (M, F), _MATMUL_BYTES // x.dtype.itemsize)
+  rows, tile_m, tile_f = tiles
+  kernel_tile = (tile_f, tile_m) if transposed else (tile_m, tile_f)
+  y = _by_platform(
+    functools.partial(
+      gmm,
+      preferred_element_type=x.dtype,
+      tiling=tiles,
+      transpose_rhs=transposed,
+    ),
+    _padded(x, (rows, tile_m)),
+    _padded(w, (1, *kernel_tile)),
+    group_sizes,
+  )
+  # The kernel leaves the rows of no group as it finds them.
+  return only_grouped(y[:N, :F], group_sizes)
+
+
+def outer(
+  x: Float[Array, 'N M'],
+  dy: Float[Array, 'N F'],
+  group_sizes: Int32[Array, ' E'],
+) -> Float32[Array, 'E M F']:
+  """The sum of x[n]^T dy[n] over the rows of each group."""
+  (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
+  tiles = tiling(N, E, (M, F), _OUTER_BYTES // x.dtype.itemsize)
+  rows, tile_m, tile_f = tiles
+  # The kernel selects a group's rows in both its tiles, so that nothing of
+  # the others, NaN included, is multiplied.
+  dw = _by_platform(
+    functools.partial(tgmm, preferred_element_type=jnp.float32, tiling=tiles),
+    _padded(x, (rows, tile_m)).T,
+    _padded(dy, (rows, tile_f)),
+    group_sizes,
+  )
+  return dw[:, :M, :F]
+
+
+def _width(lanes: int, most: int) -> int:
+  """The widest tile of at most `most` that divides so many times 128."""
+  fits = range(1, most // _LANES + 1)
+  return _LANES * max(n for n in fits if lanes % n == 0)
+
+
+def _padded(x: Array, tile: tuple[int, ...]) -> Array:
+  """x with zeros behind each axis up to a multiple of the tile, never zero."""
+  missing = [-max(size, 1) % t for size, t in zip(x.shape, tile)]
+  return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x
+
+
+def _by_platform(kernel, *args) -> Array:
+  """Interpreted on a CPU.
+
+  Chosen as it is lowered: a program for a TPU may be compiled without one.
+  """
+  return jax.lax.platform_dependent(
+    *args,
+    cpu=functools.partial(kernel, interpret=True),
+    default=kernel,
+  )

@@ -1,0 +1,241 @@
+"""The grouped products as two Triton kernels: the backend of NVIDIA GPUs.
+
+Rows are not padded by group. A block of rows belongs to one expert, and what
+it reads and writes is masked by that expert's rows; blocks that skewed groups
+leave unused end at once. Both kernels walk tiles of the result in bands, so
+that programs that run at the same time share their operands in the cache.
+
+On a CPU the same kernels are interpreted, slowly: for tests.
+
+Not here: the gradient (`matmul.py`). Partitioning neither: under `jit` over
+several devices the compiler gathers the operands of a kernel; call it per
+device.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from moe_jax.shapes import Array, Float, Float32, Int32
+
+# Tiles side by side that share the operand they are read across.
+_BAND = 8
+
+
+class Tiles(NamedTuple):
+  """What one program computes: [rows, cols], summed `contract` at a time."""
+
+  rows: int
+  contract: int
+  cols: int
+
+  @property
+  def params(self) -> plgpu.CompilerParams:
+    """Two groups of four warps for a full tile, else one."""
+    full = self.rows * self.cols >= 128 * 128
+    return plgpu.CompilerParams(num_warps=8 if full else 4, num_stages=3)
+
+
+def tiles(rows: int, contract: int, cols: int, dtype) -> Tiles:
+  """Tile sizes for a [rows, contract] by [contract, cols] product.
+
+  At most 128 x 128, with 128 bytes of each operand's row in the sum: three
+  stages take 96 KiB of shared memory, which every GPU since Ampere has. At
+  least 16 each way, the least that a tensor core takes. All powers of two.
+  """
+
+  def fit(size, most):
+    return min(max(pl.next_power_of_2(max(size, 1)), 16), most)
+
+  widest = 128 // jnp.dtype(dtype).itemsize
+  return Tiles(fit(rows, 128), fit(contract, widest), fit(cols, 128))
+
+
+@functools.partial(jax.jit, static_argnames='transposed')
+def matmul(
+  x: Float[Array, 'N M'],
+  w: Float[Array, 'E _ _'],
+  group_sizes: Int32[Array, ' E'],
+  transposed: bool,
+) -> Float[Array, 'N F']:
+  """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e.
+
+  float32 operands are multiplied as `jax.default_matmul_precision` says: as
+  TF32 by default, like every other product on these GPUs.
+  """
+  (N, M), E = x.shape, w.shape[0]
+  F = w.shape[1 if transposed else 2]
+  size = tiles(pl.cdiv(N, E), M, F, x.dtype)
+  # Static bound: each expert, and the rows of none, may end in a part block.
+  bands = pl.cdiv(pl.cdiv(N, size.rows) + E, _BAND)
+  blocks = row_blocks(group_sizes, N, size.rows, bands * _BAND)
+  return _call(
+    functools.partial(_matmul_kernel, size=size, transposed=transposed),
+    (_BAND, pl.cdiv(F, size.cols), bands),
+    jax.ShapeDtypeStruct((N, F), x.dtype),
+    size,
+    *(*blocks, x, w),
+  )
+
+
+@jax.jit
+def outer(
+  x: Float[Array, 'N M'],
+  dy: Float[Array, 'N F'],
+  group_sizes: Int32[Array, ' E'],
+) -> Float32[Array, 'E M F']:
+  """The sum of x[n]^T dy[n] over the rows of each group.
+
+  As in `matmul`, float32 operands are multiplied as TF32 by default.
+  """
+  (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
+  size = tiles(M, pl.cdiv(N, E), F, x.dtype)
+  num_tiles = pl.cdiv(M, size.rows)
+  band = math.gcd(num_tiles, _BAND)
+  start, stop = _bounds(group_sizes, N)
+  return _call(
+    functools.partial(_outer_kernel, size=size, band=band),
+    (band, pl.cdiv(F, size.cols), num_tiles // band, E),
+    jax.ShapeDtypeStruct((E, M, F), jnp.float32),
+    size,
+    *(start, stop, x, dy),
+  )
+
+
+def _call(kernel, grid, out_shape, size, *args):
+  """The kernel, interpreted where the program is lowered for a CPU.
+
+  Programs run in the order of the grid, its first axis fastest.
+  """
+  if not all(arg.size for arg in args):  # a grid must not be empty
+    return jnp.zeros(out_shape.shape, out_shape.dtype)
+
+  def run(interpret):
+    return pl.pallas_call(
+      kernel,
+      out_shape,
+      grid=grid,
+      compiler_params=size.params,
+      interpret=interpret,
+    )
+
+  return jax.lax.platform_dependent(*args, cpu=run(True), default=run(False))
+
+
+def _bounds(group_sizes, num_rows) -> tuple[Array, Array]:
+  """Each group's first row and the row behind its last, int32 [E] each."""
+  # Sizes that sum to more than N must not make a kernel write past the end.
+  stop = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), num_rows)
+  return jnp.append(jnp.zeros(1, jnp.int32), stop[:-1]), stop
+
+
+def row_blocks(
+  group_sizes: Int32[Array, ' E'],
+  num_rows: int,
+  block_rows: int,
+  num_blocks: int,
+) -> tuple[Int32[Array, ' B'], Int32[Array, ' B'], Int32[Array, ' B']]:
+  """Each block's expert, its first row, and the row behind its expert's last.
+
+  Rows of no expert are those of expert E. So are the blocks that nobody
+  needs: they begin at or behind its last row. Rows past N are nobody's,
+  whatever the sizes sum to.
+  """
+  E = group_sizes.shape[0]
+  start, stop = _bounds(group_sizes, num_rows)
+  start = jnp.append(start, stop[-1])
+  stop = jnp.append(stop, jnp.int32(num_rows))
+  blocks = pl.cdiv(stop - start, block_rows)
+  last = jnp.cumsum(blocks, dtype=jnp.int32)
+  block = jnp.arange(num_blocks, dtype=jnp.int32)
+  e = jnp.searchsorted(last, block, side='right', method='compare_all')
+  e = jnp.minimum(e, E).astype(jnp.int32)
+  first = start[e] + (block - (last - blocks)[e]) * block_rows
+  return e, first, stop[e]
+
+
+def _matmul_kernel(
+  expert_ref, first_ref, stop_ref, x_ref, w_ref, y_ref, *, size, transposed
+):
+  """One tile of y. Rows of no expert skip the sum: they are not read."""
+  (E, M), F = (w_ref.shape[0], x_ref.shape[1]), y_ref.shape[1]
+  block = pl.program_id(2) * _BAND + pl.program_id(0)
+  e, first, stop = expert_ref[block], first_ref[block], stop_ref[block]
+  rows, cols = pl.ds(first, size.rows), _tile(pl.program_id(1), size.cols)
+  row_mask = _below(first, size.rows, stop, 0)
+
+  def body(step, y):
+    at = _tile(step, size.contract)
+    x_mask = row_mask, _edge(at, M, 1)
+    w_mask = _edge(at, M, int(transposed)), _edge(cols, F, int(not transposed))
+    w_at = (e, cols, at) if transposed else (e, at, cols)
+    x = _load(x_ref.at[rows, at], *x_mask)
+    w = _load(w_ref.at[w_at], *w_mask)
+    return y + _dot(x, w, trans_b=transposed)
+
+  steps = pl.cdiv(M, size.contract) * (e < E).astype(jnp.int32)
+  y = jnp.zeros((size.rows, size.cols), jnp.float32)
+  y = jax.lax.fori_loop(0, steps, body, y).astype(y_ref.dtype)
+  mask = _all(row_mask, _edge(cols, F, 1))
+  plgpu.store(y_ref.at[rows, cols], y, mask=mask)
+
+
+def _outer_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, size, band):
+  """One tile of dw[e], summed over as many rows as the group has."""
+  M, F = dw_ref.shape[1:]
+  m = _tile(pl.program_id(2) * band + pl.program_id(0), size.rows)
+  f, e = _tile(pl.program_id(1), size.cols), pl.program_id(3)
+  start, stop = start_ref[e], stop_ref[e]
+
+  def body(step, dw):
+    first = start + step * size.contract
+    rows = pl.ds(first, size.contract)
+    # On both sides: next to a NaN of a neighbour's row, zero is not enough.
+    row_mask = _below(first, size.contract, stop, 0)
+    x = _load(x_ref.at[rows, m], row_mask, _edge(m, M, 1))
+    dy = _load(dy_ref.at[rows, f], row_mask, _edge(f, F, 1))
+    return dw + _dot(x, dy, trans_a=True)
+
+  steps = jax.lax.div(stop - start + size.contract - 1, size.contract)
+  dw = jnp.zeros((size.rows, size.cols), jnp.float32)
+  dw = jax.lax.fori_loop(0, steps, body, dw)
+  mask = _all(_edge(m, M, 0), _edge(f, F, 1))
+  plgpu.store(dw_ref.at[e, m, f], dw, mask=mask)
+
+
+def _tile(index, size) -> pl.Slice:
+  return pl.ds(index * size, size)
+
+
+def _below(first, size, stop, axis):
+  """Which of `size` indices from `first` are below stop, along one axis."""
+  index = first + jnp.arange(size, dtype=jnp.int32)
+  return jnp.expand_dims(index < stop, 1 - axis)
+
+
+def _edge(tile, limit, axis):
+  """The mask of a tile that may reach past `limit`, None where none does."""
+  if limit % tile.size == 0:
+    return None
+  return _below(tile.start, tile.size, limit, axis)
+
+
+def _all(*masks):
+  masks = [mask for mask in masks if mask is not None]
+  return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _load(ref, *masks):
+  """The tile, zero where a mask says no: memory there is never read."""
+  mask = _all(*masks)
+  return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def _dot(a, b, **transposed):
+  dtype = jnp.promote_types(a.dtype, b.dtype)
+  return plgpu.dot(a.astype(dtype), b.astype(dtype), **transposed)

@@ -1,0 +1,164 @@
+"""Every backend of the grouped products, against the loops that define them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels import BACKENDS, backends, blocks, grouped_matmul, megablox
+from moe_jax.kernels.matmul import check_shapes
+from tests import reference
+
+N, E, M, F = 30, 5, 6, 7
+every_backend = pytest.mark.parametrize('name', ['auto', *BACKENDS])
+
+
+def arrays(shape=(N, E, M, F), seed=0):
+  """Rows, kernels and the gradient of the products."""
+  N, E, M, F = shape
+  rng = np.random.default_rng(seed)
+  sizes = (N, M), (E, M, F), (N, F)
+  return [rng.normal(size=size).astype(np.float32) for size in sizes]
+
+
+@functools.cache
+def program(name):
+  """(x, w, group_sizes, dy) -> y, dx, dw by one backend."""
+
+  @jax.jit
+  def run(x, w, group_sizes, dy):
+    y, pull = jax.vjp(
+      lambda x, w: grouped_matmul(x, w, group_sizes, name), x, w
+    )
+    return y, *pull(dy)
+
+  return run
+
+
+def by_definition(x, w, group_sizes, dy):
+  y = reference.grouped_matmul(x, w, group_sizes)
+  dx = reference.grouped_matmul(dy, w.swapaxes(1, 2), group_sizes)
+  return y, dx, reference.grouped_outer(x, dy, group_sizes)
+
+
+def check(name, x, w, group_sizes, dy):
+  found = program(name)(x, w, jnp.array(group_sizes, jnp.int32), dy)
+  expected = by_definition(x, w, group_sizes, dy)
+  for what, value, by_loops in zip(('y', 'dx', 'dw'), found, expected):
+    # Sums of float32, compared on the scale of their terms.
+    np.testing.assert_allclose(
+      value, by_loops, rtol=1e-5, atol=1e-4, err_msg=what
+    )
+  return found
+
+
+def test_three_tokens_by_hand():
+  # Expert 0 doubles its two tokens, expert 1 has none, expert 2 negates its.
+  x = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+  w = np.stack([2 * np.eye(2), 7 * np.eye(2), -np.eye(2)])
+  y = np.array([[2.0, 4.0], [6.0, 8.0], [-5.0, -6.0]])
+  np.testing.assert_array_equal(reference.grouped_matmul(x, w, [2, 0, 1]), y)
+  # The gradient of a sum of y: the columns of a kernel's add up its tokens.
+  dw = [[[4, 4], [6, 6]], [[0, 0], [0, 0]], [[5, 5], [6, 6]]]
+  outer = reference.grouped_outer(x, np.ones((3, 2)), [2, 0, 1])
+  np.testing.assert_array_equal(outer, dw)
+
+
+@every_backend
+@pytest.mark.parametrize(
+  'group_sizes',
+  [(7, 3, 11, 4, 5), (0, 13, 0, 17, 0), (0, 0, 30, 0, 0), (0, 0, 0, 0, 30)],
+)
+def test_value_and_gradients(name, group_sizes):
+  x, w, dy = arrays()
+  check(name, x, w, group_sizes, dy)
+
+
+@every_backend
+@pytest.mark.parametrize(
+  'group_sizes', [(4, 0, 11, 3, 5), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)]
+)
+def test_rows_of_no_group_count_for_nothing(name, group_sizes):
+  x, w, dy = arrays()
+  grouped = sum(group_sizes)
+  x[grouped:], dy[grouped:] = np.nan, np.nan
+  y, dx, _ = check(name, x, w, group_sizes, dy)
+  assert not np.any(y[grouped:])
+  assert not np.any(dx[grouped:])
+
+
+@pytest.mark.parametrize('name', BACKENDS)
+@pytest.mark.parametrize(
+  ('shape', 'group_sizes'),
+  [
+    # The second group has several full blocks and ends within a tile.
+    ((1100, 3, 6, 7), (1, 1061, 33)),
+    ((1100, 3, 6, 7), (300, 0, 800)),
+    # Widths of several tiles that do not divide by them.
+    ((140, 2, 600, 520), (131, 5)),
+  ],
+)
+def test_groups_and_widths_of_several_blocks(name, shape, group_sizes):
+  x, w, dy = arrays(shape)
+  w /= np.sqrt(shape[2])
+  dy[sum(group_sizes) :] = np.nan
+  check(name, x, w, group_sizes, dy)
+
+
+def test_those_sizes_are_of_several_blocks():
+  assert 2 * blocks.full_block_rows(1100, 3) < 1061
+  sizes = np.array([140, 600, 520])
+  tiles = megablox.tiling(140, 2, (600, 520), 512)
+  assert (sizes > tiles).all() and (sizes % tiles).all()
+
+
+@every_backend
+def test_gradients_of_float32_kernels_are_not_rounded(name):
+  # One expert, two rows of one: the gradient is 1 + 2^-10, which bfloat16
+  # rounds to 1. The product is 2^-7 past 1, the least that bfloat16 shows.
+  x = jnp.ones((2, 1), jnp.bfloat16)
+  w = jnp.full((1, 1, 1), 1 + 2.0**-7, jnp.float32)
+  dy = jnp.array([[1], [2.0**-10]], jnp.bfloat16)
+  y, dx, dw = program(name)(x, w, jnp.array([2], jnp.int32), dy)
+  assert (y.dtype, dx.dtype, dw.dtype) == ('bfloat16', 'bfloat16', 'float32')
+  np.testing.assert_array_equal(dw, [[[1 + 2.0**-10]]])
+  np.testing.assert_array_equal(y.astype('float32'), [[1 + 2.0**-7]] * 2)
+  np.testing.assert_array_equal(
+    dx.astype('float32'), dy.astype('float32') * (1 + 2.0**-7)
+  )
+
+
+@pytest.mark.parametrize('name', BACKENDS)
+def test_sums_of_bfloat16_rows_are_float32(name):
+  # In bfloat16, 256 + 1 is 256: a sum of 300 ones would stay there.
+  x = jnp.ones((300, 300), jnp.bfloat16)
+  w = jnp.ones((1, 300, 1), jnp.bfloat16)
+  dy = jnp.ones((300, 1), jnp.bfloat16)
+  y, _, dw = program(name)(x, w, jnp.array([300], jnp.int32), dy)
+  np.testing.assert_array_equal(y.astype('float32'), np.full((300, 1), 300))
+  np.testing.assert_array_equal(dw.astype('float32'), np.full((1, 300, 1), 300))
+
+
+def test_a_tile_divides_its_width_in_whole_lanes():
+  # 14336 = 112 * 128 = 14 * 1024; 5461 takes 43 * 128, and 43 is a prime.
+  assert megablox.tiling(65536, 8, (4096, 14336), 1024) == (512, 1024, 1024)
+  assert megablox.tiling(4096, 16, (512, 5461), 512) == (256, 512, 128)
+  assert megablox.tiling(0, 8, (6, 300), 1024) == (128, 128, 384)
+
+
+def test_unknown_backend():
+  x, w, _ = (jnp.asarray(array) for array in arrays())
+  sizes = jnp.full(E, 6, jnp.int32)
+  with pytest.raises(ValueError, match=r"'block'; did you mean 'blocks'"):
+    grouped_matmul(x, w, sizes, 'block')
+  assert {*backends.BY_PLATFORM.values(), backends.DEFAULT} <= set(BACKENDS)
+
+
+def test_shapes_that_do_not_fit():
+  x, w, _ = arrays()
+  with pytest.raises(ValueError, match=r'width 6 by kernels \(5, 7, 6\)'):
+    check_shapes(x, w.swapaxes(1, 2), np.full(E, 6))
+  with pytest.raises(ValueError, match='4 group sizes for 5 experts'):
+    check_shapes(x, w, np.full(4, 6))

@@ -1,0 +1,175 @@
+"""Feed-forward experts on sorted rows, fused or not, against plain loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels import blocks, grouped_ffn
+from tests import reference
+
+N, E, M, F = 30, 5, 6, 7
+
+
+def gelu(x):
+  return x * jax.nn.sigmoid(1.7 * x)
+
+
+def gated(x, z):
+  return gelu(x) * z
+
+
+HIDDEN = {'plain': gelu, 'gated': gated}
+
+
+def arrays(kind, shape=(N, E, M, F), seed=0):
+  """Rows, first kernels, last kernel and the gradient of the output."""
+  N, E, M, F = shape
+  rng = np.random.default_rng(seed)
+
+  def draw(*size):
+    return (rng.normal(size=size) / np.sqrt(size[-2])).astype(np.float32)
+
+  w_ins = tuple(draw(E, M, F) for _ in range(2 if kind == 'gated' else 1))
+  rows = rng.normal(size=(2, N, M)).astype(np.float32)
+  return rows[0], w_ins, draw(E, F, M), rows[1]
+
+
+@functools.cache
+def program(kind, backend):
+  """(x, w_ins, w_out, group_sizes, dy) -> y and the gradients, compiled."""
+
+  @jax.jit
+  def run(x, w_ins, w_out, group_sizes, dy):
+    y, pull = jax.vjp(
+      lambda *args: grouped_ffn(*args, group_sizes, HIDDEN[kind], backend),
+      x,
+      w_ins,
+      w_out,
+    )
+    return y, *pull(dy)
+
+  return run
+
+
+def by_definition(kind, x, w_ins, w_out, group_sizes, dy):
+  """y, dx, dw_ins, dw_out in float64, the chain rule written out."""
+  product, outer = reference.grouped_matmul, reference.grouped_outer
+  n = sum(group_sizes)
+  x, dy = (np.where(np.arange(len(a))[:, None] < n, a, 0.0) for a in (x, dy))
+  first, *rest = (product(x, w, group_sizes) for w in w_ins)
+  sigmoid = 1 / (1 + np.exp(-1.7 * first))
+  slope = sigmoid + 1.7 * first * sigmoid * (1 - sigmoid)
+  h = first * sigmoid * (rest[0] if rest else 1.0)
+  dh = product(dy, w_out.swapaxes(1, 2), group_sizes)
+  d_firsts = [dh * slope * (rest[0] if rest else 1.0)]
+  if rest:
+    d_firsts.append(dh * first * sigmoid)
+  dx = sum(
+    product(d, w.swapaxes(1, 2), group_sizes) for d, w in zip(d_firsts, w_ins)
+  )
+  dw_ins = tuple(outer(x, d, group_sizes) for d in d_firsts)
+  y = product(h, w_out, group_sizes)
+  return y, dx, dw_ins, outer(h, dy, group_sizes)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'blocks', 'ragged_dot'])
+@pytest.mark.parametrize('kind', HIDDEN)
+@pytest.mark.parametrize(
+  ('shape', 'group_sizes'),
+  [
+    ((N, E, M, F), (0, 13, 0, 17, 0)),
+    ((N, E, M, F), (9, 1, 4, 0, 5)),
+    ((N, E, M, F), (0, 0, 0, 0, 0)),
+    # Several full blocks behind a first one that is not full.
+    ((1100, 3, 6, 7), (1, 1061, 33)),
+  ],
+)
+def test_value_and_gradients(backend, kind, shape, group_sizes):
+  x, w_ins, w_out, dy = arrays(kind, shape)
+  n = sum(group_sizes)
+  x[n:], dy[n:] = np.nan, np.nan
+  sizes = jnp.array(group_sizes, jnp.int32)
+  found = program(kind, backend)(x, w_ins, w_out, sizes, dy)
+  expected = by_definition(kind, x, w_ins, w_out, group_sizes, dy)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    found,
+    expected,
+  )
+  assert not np.any(found[0][n:]) and not np.any(found[1][n:])
+
+
+@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
+def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
+  # One expert of width one, whose gate is the identity on ones: the gradient
+  # of w_out is 1 + 2^-10, which bfloat16 rounds to 1.
+  x = jnp.ones((2, 1), jnp.bfloat16)
+  one = jnp.ones((1, 1, 1), jnp.float32)
+  dy = jnp.array([[1], [2.0**-10]], jnp.bfloat16)
+  sizes = jnp.array([2], jnp.int32)
+  y, pull = jax.vjp(
+    lambda x, a, b: grouped_ffn(x, (a,), b, sizes, jax.nn.relu, backend),
+    x,
+    one,
+    one,
+  )
+  dx, dw_in, dw_out = pull(dy)
+  assert y.dtype == dx.dtype == jnp.bfloat16
+  assert dw_in.dtype == dw_out.dtype == jnp.float32
+  np.testing.assert_array_equal(dw_out, [[[1 + 2.0**-10]]])
+  np.testing.assert_array_equal(dw_in, [[[1 + 2.0**-10]]])
+
+
+# Block sizes: the loop's own arithmetic.
+
+
+@pytest.mark.parametrize(
+  ('num_rows', 'num_experts', 'expected'),
+  [
+    (4096, 8, 512),  # a share of 512; at most 512
+    (4096, 64, 128),  # twice a share of 64
+    (4096, 256, 32),
+    (2, 8, 2),  # one token: never more rows than there are
+    (30, 5, 16),
+    (30, 1, 30),
+    (1, 1, 1),
+  ],
+)
+def test_full_block_rows(num_rows, num_experts, expected):
+  assert blocks.full_block_rows(num_rows, num_experts) == expected
+
+
+@pytest.mark.parametrize('full', [1, 2, 8, 13, 16, 100, 512])
+def test_first_block_sizes_waste_less_than_a_step(full):
+  sizes = blocks.first_block_sizes(full)
+  assert sizes == sorted(set(sizes)) and sizes[-1] == full
+  step = max(full // 8, 8)
+  for rows in range(1, full + 1):
+    assert min(s for s in sizes if s >= rows) - rows < step
+
+
+@pytest.mark.parametrize(
+  ('group_sizes', 'num_rows'),
+  [((3, 0, 20, 1), 24), ((3, 0, 20, 1), 30), ((0, 0, 0, 0), 30)],
+)
+def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
+  def body(block, kernels, carry):
+    seen, visits, rows = carry
+    ones = block.rows(jnp.ones((num_rows, 1)))
+    seen = block.put(seen, block.rows(seen) + ones)
+    visits = visits.at[block.expert].add(1)
+    return seen, visits, rows + block.size
+
+  carry = (jnp.zeros((num_rows, 1)), jnp.zeros(4, jnp.int32), jnp.int32(0))
+  seen, visits, rows = jax.jit(
+    lambda sizes: blocks.for_each_block(body, carry, (), sizes, num_rows)
+  )(jnp.array(group_sizes, jnp.int32))
+  n = sum(group_sizes)
+  np.testing.assert_array_equal(seen[:, 0], [1] * n + [0] * (num_rows - n))
+  full = blocks.full_block_rows(num_rows, 4)
+  np.testing.assert_array_equal(visits, [-(-g // full) for g in group_sizes])
+  # Under a step of 8 rows of waste for each expert that has any.
+  assert int(rows) < n + 8 * sum(g > 0 for g in group_sizes) + 1

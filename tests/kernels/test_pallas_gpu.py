@@ -1,0 +1,227 @@
+"""The Triton kernels: interpreted against loops, and lowered for a GPU."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import pytest
+from jax.extend.mlir import ir
+from jaxlib.triton import dialect as triton
+
+from moe_jax.kernels import grouped_matmul, pallas_gpu
+from tests import reference
+
+# Mixtral 8x7B at 16,384 tokens, and sizes that no tile divides.
+MIXTRAL = 32768, 8, 4096, 14336
+RAGGED = 300, 5, 150, 200
+
+
+def gradients(backend='pallas_gpu'):
+  """(x, w, group_sizes, dy) -> y, dx, dw."""
+
+  def run(x, w, group_sizes, dy):
+    product = functools.partial(
+      grouped_matmul, group_sizes=group_sizes, backend=backend
+    )
+    y, pull = jax.vjp(product, x, w)
+    return y, *pull(dy)
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ('shape', 'group_sizes', 'tiles', 'dtype'),
+  [
+    # Tiles divide no width, and only the last group fills its blocks.
+    ((300, 5, 150, 200), (70, 0, 99, 3, 128), (64, 32, 128), 'float32'),
+    # One expert has all rows there are, the last block but one row empty.
+    ((257, 3, 40, 36), (0, 257, 0), (128, 32, 64), 'float32'),
+    # More than a band of blocks of a row each; whole tiles.
+    ((40, 20, 64, 16), (1,) * 20, (16, 64, 16), 'bfloat16'),
+    # Five bands of two tiles of the outer product; rows of no expert.
+    ((90, 2, 1200, 24), (33, 40), (64, 64, 32), 'bfloat16'),
+    ((50, 3, 20, 24), (0, 0, 0), (32, 32, 32), 'bfloat16'),
+  ],
+)
+def test_value_and_gradients(shape, group_sizes, tiles, dtype):
+  N, E, M, F = shape
+  assert pallas_gpu.tiles(-(-N // E), M, F, dtype) == tiles
+  rng = np.random.default_rng(0)
+  x, w, dy = (
+    np.array(jnp.array(rng.normal(size=size), dtype), np.float64)
+    for size in ((N, M), (E, M, F), (N, F))
+  )
+  grouped = sum(group_sizes)
+  x[grouped:], dy[grouped:] = np.nan, np.nan
+  y, dx, dw = jax.jit(gradients())(
+    jnp.array(x, dtype),
+    jnp.array(w, 'float32'),
+    jnp.array(group_sizes, jnp.int32),
+    jnp.array(dy, dtype),
+  )
+  expected = (
+    reference.grouped_matmul(x, w, group_sizes),
+    reference.grouped_matmul(dy, w.swapaxes(1, 2), group_sizes),
+    reference.grouped_outer(x, dy, group_sizes),
+  )
+  rounding = {'float32': 1e-5, 'bfloat16': 2.0**-8}[dtype]
+  for value, by_loops, rtol in zip(
+    (y, dx, dw), expected, [rounding] * 2 + [1e-5]
+  ):
+    value = np.asarray(value, np.float64)
+    np.testing.assert_allclose(value, by_loops, rtol=rtol, atol=1e-4)
+  assert not np.any(y[grouped:]) and not np.any(dx[grouped:])
+
+
+def test_no_rows_at_all():
+  empty = jnp.zeros((0, 5)), jnp.ones((2, 5, 3)), jnp.zeros(2, jnp.int32)
+  y, dx, dw = gradients()(*empty, jnp.zeros((0, 3)))
+  assert y.shape == (0, 3) and dx.shape == (0, 5)
+  np.testing.assert_array_equal(dw, np.zeros((2, 5, 3)))
+
+
+def blocks(group_sizes, num_blocks):
+  """(expert, first row, row behind the expert's last) of 11 rows by fours."""
+  sizes = jnp.array(group_sizes, jnp.int32)
+  return list(zip(*np.array(pallas_gpu.row_blocks(sizes, 11, 4, num_blocks))))
+
+
+def test_blocks_of_rows_by_hand():
+  # Expert 0 has three rows, expert 1 none, expert 2 six: two blocks. The last
+  # two rows are nobody's, so expert 3's, and the last two blocks have no row.
+  used = [(0, 0, 3), (2, 3, 9), (2, 7, 9), (3, 9, 11)]
+  assert blocks((3, 0, 6), 6) == [*used, (3, 13, 11), (3, 17, 11)]
+  # A caller's mistake must not become a write out of bounds.
+  assert blocks((3, 99, 6), 4) == [
+    (0, 0, 3),
+    (1, 3, 11),
+    (1, 7, 11),
+    (3, 11, 11),
+  ]
+
+
+def test_a_tile_fits_the_shared_memory_of_any_gpu_since_ampere():
+  for dtype in ('bfloat16', 'float32'):
+    rows, contract, cols = pallas_gpu.tiles(4096, 4096, 14336, dtype)
+    stage = (rows + cols) * contract * jnp.dtype(dtype).itemsize
+    assert (rows, cols, 3 * stage) == (128, 128, 96 * 1024)
+
+
+@functools.cache
+def lowered(shape, dtype, backend):
+  """Value and gradients lowered for CUDA, as text and as its kernels."""
+  N, E, M, F = shape
+  x, w, dy = (
+    jax.ShapeDtypeStruct(size, dtype) for size in ((N, M), (E, M, F), (N, F))
+  )
+  group_sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
+  program = jax.jit(gradients(backend)).trace(x, w, group_sizes, dy)
+  program = program.lower(lowering_platforms=('cuda',))
+  kernels = _kernels(program.compiler_ir('stablehlo').operation)
+  # Without the kernels' bytes, which may spell anything.
+  return re.sub(r'\bir = "[^"]*"', '', program.as_text()), list(kernels)
+
+
+def _kernels(op):
+  """Name and parsed Triton module of each kernel that `op` calls, in order."""
+  for region in op.regions:
+    for inner in (inner for block in region for inner in block):
+      inner = inner.operation
+      if 'triton' in str(inner.attributes.get('call_target_name', '')):
+        yield _parsed(inner.attributes)
+      yield from _kernels(inner)
+
+
+def _parsed(attributes):
+  config = ir.DictAttr(attributes['mhlo.backend_config'])
+  # Parsing verifies, which lowering does not.
+  with ir.Context() as context:
+    triton.register_dialect(context)
+    module = ir.Module.parse(ir.StringAttr(config['ir']).value_bytes)
+  return ir.StringAttr(config['name']).value, str(module)
+
+
+for_cuda = pytest.mark.skipif(
+  jaxlib.version.__version_info__ > (0, 10, 2),
+  reason='a newer jaxlib lowers Triton kernels only with its CUDA plug-in',
+)
+
+
+@for_cuda
+@pytest.mark.parametrize('backend', ['pallas_gpu', 'auto'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('shape', [MIXTRAL, RAGGED])
+def test_lowered_for_cuda_it_is_three_kernels_and_no_dense_product(
+  shape, dtype, backend
+):
+  N, E, M, F = shape
+  text, kernels = lowered(shape, dtype, backend)
+  names = ['_matmul_kernel', '_matmul_kernel', '_outer_kernel']
+  assert [name for name, _ in kernels] == names
+  assert text.count('@__gpu$xla.gpu.triton(') == 3
+  assert 'dot' not in text
+  values = re.findall(r'tensor<((?:\d+x)+)', text)
+  sizes = {math.prod(map(int, value[:-1].split('x'))) for value in values}
+  # Nothing is larger than the operands and the results.
+  assert max(sizes) == max(N * M, N * F, E * M * F) < N * E * F
+
+
+@for_cuda
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_the_triton_programs(dtype):
+  short = {'bfloat16': 'bf16', 'float32': 'f32'}[dtype]
+  step = {'bfloat16': 64, 'float32': 32}[dtype]
+  tile = f'tensor<128x{step}x{short}> * tensor<{step}x128x{short}>'
+  _, kernels = lowered(MIXTRAL, dtype, 'pallas_gpu')
+  for name, module in kernels:
+    # One product in one loop, of inputs as they come and sums in float32.
+    assert module.count('scf.for') == module.count('tt.dot') == 1
+    assert f'{tile} -> tensor<128x128xf32>' in module
+    assert module.count('tt.store') == 1
+    # The rows are masked; no tile crosses an edge, so nothing else is.
+    loop = module[module.index('scf.for') : module.index('scf.yield')]
+    loads = re.findall(r'tt\.load ([^:]*):', loop)
+    masked = [load.count(',') == 2 for load in loads]
+    assert masked == {'_matmul_kernel': [True, False]}.get(name, [True, True])
+  trans = [module.count('tt.trans') for _, module in kernels]
+  assert trans == [0, 1, 1]
+
+
+@for_cuda
+def test_rows_and_edges_are_masked_in_what_is_written():
+  # Out of its bounds a write is lost where a kernel is interpreted; on a GPU
+  # it is the next row's.
+  for name, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
+    (mask,) = re.findall(r'tt\.store %\w+, %\w+, (%\w+) :', module)
+    both = re.search(rf'{mask} = arith\.andi (%\w+), (%\w+)', module).groups()
+    spread = [
+      re.search(rf'{part} = tt\.broadcast .*: tensor<(\w+)xi1>', module)[1]
+      for part in both
+    ]
+    rows = {'_matmul_kernel': '64x1', '_outer_kernel': '128x1'}[name]
+    assert spread == [rows, '1x128']
+
+
+@for_cuda
+def test_float32_products_have_the_precision_that_was_asked_for():
+  # The printer leaves out what is exact.
+  for _, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
+    assert 'inputPrecision = tf32' in module
+  with jax.default_matmul_precision('highest'):
+    _, kernels = lowered.__wrapped__(RAGGED, 'float32', 'pallas_gpu')
+  for _, module in kernels:
+    assert 'tt.dot' in module and 'inputPrecision' not in module
+
+
+@for_cuda
+def test_offsets_past_four_gibibytes_are_64_bit():
+  # 2^18 rows of 14336: y alone has 3.8e9 values.
+  shape = 1 << 18, *MIXTRAL[1:]
+  _, ((_, forward), *_) = lowered(shape, 'bfloat16', 'pallas_gpu')
+  (stored,) = re.findall(r'tt\.store (%\w+),', forward)
+  address = re.search(rf'{stored} = tt\.addptr .*', forward)[0]
+  assert address.endswith('tensor<128x128xi64>')

@@ -1,0 +1,153 @@
+"""Programs compiled for TPUs that are only described: no TPU is needed.
+
+Each compilation is a process of its own, `python -m` of this module: the TPU's
+compiler does not share a process with the tests' fake devices and flags. What
+it reports is printed; `-s` shows it.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax import models
+from moe_jax.kernels import grouped_matmul
+from moe_jax.partitioning import make_mesh
+from moe_jax.training import setup
+from tests.training import tiny
+
+pytest.importorskip('libtpu')
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1')
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+def described(topology: str) -> jax.Device:
+  """The first device of a topology that need not exist."""
+  description = topologies.get_topology_desc(
+    platform='tpu', topology_name=topology
+  )
+  return description.devices[0]
+
+
+def compile_product(topology, backend, dtype, N, E, M, F):
+  """The value and gradients of a grouped product, float32 kernels."""
+  place = SingleDeviceSharding(described(topology))
+
+  def abstract(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+
+  def loss(x, w, group_sizes):
+    y = grouped_matmul(x, w, group_sizes, backend)
+    return jnp.square(y.astype(jnp.float32)).sum()
+
+  return (
+    jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    .lower(
+      abstract((N, M), dtype),
+      abstract((E, M, F), 'float32'),
+      abstract((E,), 'int32'),
+    )
+    .compile()
+  )
+
+
+def compile_train_step(topology, dispatch):
+  """A step of a scanned bfloat16 decoder, two of its four layers sparse."""
+  rule = {'gather': 'per_token', 'dropless': 'all'}[dispatch]
+  moe = {'num_selected': 2, 'dispatch': dispatch, 'capacity_rule': rule}
+  config = tiny.config(
+    model={'num_layers': 4, 'dtype': 'bfloat16', 'width': 64, 'moe': moe}
+  )
+  config = setup.with_vocabulary(config, 257)
+  mesh = make_mesh(config.mesh.to_dict(), [described(topology)])
+  programs = setup.make_programs(config, models.build(config), mesh)
+  batch = jax.eval_shape(lambda: tiny.batch(config))
+  return programs.train_step.lower(programs.abstract_state, batch).compile()
+
+
+def report(what, **options):
+  """What the compiler says of one program."""
+  programs = {'product': compile_product, 'train_step': compile_train_step}
+  compiled = programs[what](**options)
+  text = compiled.as_text()
+  return {
+    'flops': compiled.cost_analysis()['flops'],
+    'temporary_bytes': compiled.memory_analysis().temp_size_in_bytes,
+    'kernels': text.count(KERNEL),
+  }
+
+
+def compiled(**request):
+  """`report` of the request, from a process of its own."""
+  foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+  # No TPU is opened, so nothing is shared that a lock would have to guard.
+  env |= {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  command = [sys.executable, '-m', 'tests.kernels.test_tpu_compile']
+  done = subprocess.run(
+    [*command, json.dumps(request)],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  answer = json.loads(done.stdout.splitlines()[-1])
+  print(' '.join(map(str, request.values())), answer)
+  return answer
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
+@pytest.mark.parametrize('backend', ['ragged_dot', 'megablox'])
+def test_product_and_gradients(topology, backend):
+  # Nothing here is a multiple of a tile.
+  sizes = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
+  found = compiled(
+    what='product',
+    topology=topology,
+    backend=backend,
+    dtype='bfloat16',
+    **sizes,
+  )
+  assert found['flops'] >= 3 * 2 * 1000 * 70 * 300
+  if backend == 'megablox':
+    assert found['kernels'] == 3  # y, dx, dw; interpreted, there would be none
+
+
+def test_more_experts_at_equal_rows_cost_nothing():
+  few, many = (
+    compiled(
+      what='product',
+      topology=TOPOLOGIES[0],
+      backend='auto',
+      dtype='float32',
+      **{'N': 4096, 'E': E, 'M': 512, 'F': 1024},
+    )
+    for E in (8, 64)
+  )
+  # XLA takes a kernel's word for its FLOPs, and counts what is around it.
+  assert many['flops'] < 1.05 * few['flops']
+  assert many['temporary_bytes'] < 1.1 * few['temporary_bytes']
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
+def test_train_step_of_a_scanned_decoder(dispatch):
+  found = compiled(what='train_step', topology=TOPOLOGIES[0], dispatch=dispatch)
+  assert found['flops'] > 0
+  # Two products with two gradients each, in the body of the layers' scan.
+  assert found['kernels'] == {'gather': 0, 'dropless': 6}[dispatch]
+
+
+if __name__ == '__main__':
+  print(json.dumps(report(**json.loads(sys.argv[1]))))
