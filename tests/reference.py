@@ -253,6 +253,25 @@ def _served(routing):
     yield g, s, k, int(routing.expert_index[g, s, k]), row
 
 
+def slot_of_row(routing) -> np.ndarray:
+  """Where the rows sorted by expert are among the slots [E * G * C].
+
+  Sorted rows come expert by expert, in the order of groups, tokens, choices;
+  behind the last there are as many as make min(G*S*K, E*G*C), without a slot.
+  """
+  G, S, K = routing.kept.shape
+  E, C = routing.num_experts, routing.capacity
+  slots = []
+  for e in range(E):
+    for g in range(G):
+      for s in range(S):
+        for k in range(K):
+          if routing.kept[g, s, k] and routing.expert_index[g, s, k] == e:
+            slots.append((e * G + g) * C + int(routing.slot[g, s, k]))
+  none = [E * G * C] * (min(G * S * K, E * G * C) - len(slots))
+  return np.array(slots + none, np.int32)
+
+
 def dispatch(x, routing):
   """Each served choice copies its token to its slot: [E, G*C, M]."""
   G, _, M = x.shape
@@ -285,3 +304,27 @@ def combine_gradient(dy, rows, routing):
     d_rows[e, r] += float(routing.gate[g, s, k]) * dy[g, s]
     d_gate[g, s, k] = rows[e, r] @ dy[g, s]
   return d_rows, d_gate
+
+
+def grouped_matmul(x, w, group_sizes):
+  """Each row times its group's kernel: [N, F]; zero past the last group."""
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  y = np.zeros((len(x), w.shape[2]))
+  for n, e in _grouped(group_sizes):
+    y[n] = x[n] @ w[e]
+  return y
+
+
+def grouped_outer(x, dy, group_sizes):
+  """The sum over each group's rows of x[n]^T dy[n]: [E, M, F]."""
+  x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+  dw = np.zeros((len(group_sizes), x.shape[1], dy.shape[1]))
+  for n, e in _grouped(group_sizes):
+    dw[e] += np.outer(x[n], dy[n])
+  return dw
+
+
+def _grouped(group_sizes):
+  """(row, expert) of each row that is in a group, in order."""
+  experts = [e for e, size in enumerate(group_sizes) for _ in range(size)]
+  return enumerate(experts)

@@ -1,15 +1,17 @@
-"""How tokens move: from `[G, S, M]` to expert rows `[E, R, M]` and back.
+"""How tokens move: from `[G, S, M]` to expert rows and back.
 
-Every file has the same two functions, `dispatch(x, routing)` and
+Every dispatcher has the same functions, `dispatch(x, routing)` and
 `combine(rows, routing)`, equal in value and gradient on the same `Routing`.
+Rows are `[E, R, M]`, R for each expert; or `[N, M]`, sorted by expert, where
+`group_sizes(routing)` is not None but the rows of each, `[E]`.
 """
 
 from types import ModuleType
 
 from moe_jax.config import unknown
-from moe_jax.dispatch import einsum, gather
+from moe_jax.dispatch import dropless, einsum, gather
 
-DISPATCHERS = {'einsum': einsum, 'gather': gather}
+DISPATCHERS = {'dropless': dropless, 'einsum': einsum, 'gather': gather}
 
 
 def get(name: str) -> ModuleType:
@@ -19,4 +21,4 @@ def get(name: str) -> ModuleType:
   return DISPATCHERS[name]
 
 
-__all__ = ['DISPATCHERS', 'einsum', 'gather', 'get']
+__all__ = ['DISPATCHERS', 'dropless', 'einsum', 'gather', 'get']

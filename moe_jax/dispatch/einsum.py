@@ -48,3 +48,7 @@ def combine(
   weight = jnp.where(mask, routing.gate[..., None, None], 0.0).sum(2)
   rows = rows.reshape(E, G, C, -1)
   return jnp.einsum('GSEC,EGCM->GSM', weight.astype(rows.dtype), rows)
+
+
+def group_sizes(routing: Routing) -> None:
+  """None: every expert has R rows."""

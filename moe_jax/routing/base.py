@@ -10,9 +10,13 @@ import math
 from fractions import Fraction
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import unknown
 from moe_jax.shapes import Leaf
+
+# What a remat policy calls the routers' decisions.
+DECISION = 'routing'
 
 
 @functools.partial(
@@ -43,6 +47,14 @@ class Routing:
   kept: Leaf
   num_experts: int
   capacity: int | None
+
+
+def decided(index: Leaf) -> Leaf:
+  """Names an array of integers that a remat policy may save.
+
+  It is small, and making it again is a top-K or a sort.
+  """
+  return checkpoint_name(index, DECISION)
 
 
 CAPACITY_RULES = ('per_token', 'per_assignment', 'fixed', 'all')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import unknown
-from moe_jax.routing.base import Routing
+from moe_jax.routing.base import Routing, decided
 from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey
 
 GATES = ('raw', 'renormalized', 'renormalized_after_drop')
@@ -80,14 +80,14 @@ def token_choice(
   queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
   served = queued
   if key is not None and second_policy != 'all' and K > 1:
-    sent = _sent(pair_gate, second_policy, second_threshold, key)
+    sent = decided(_sent(pair_gate, second_policy, second_threshold, key))
     served = queued & sent
     queued = queued if second_policy == 'sampled' else served
   if slot_priority == 'batch_priority':
     order = jnp.argsort(-_top_probability(router_logits, chosen_logits))
   else:
     order = None
-  slot = _slots(expert_index, queued, E, slot_priority, order)
+  slot = decided(_slots(expert_index, queued, E, slot_priority, order))
   kept = served if capacity is None else served & (slot < capacity)
   gate = _gates(gates, router_logits, chosen_logits, pair_gate, kept)
   return Routing(expert_index, slot, gate, kept, E, capacity)
@@ -102,7 +102,7 @@ def top_k(
   scatter, and under sharding needs no gather.
   """
   E = logits.shape[-1]
-  index = jax.lax.top_k(jax.lax.stop_gradient(logits), num_selected)[1]
+  index = decided(jax.lax.top_k(jax.lax.stop_gradient(logits), num_selected)[1])
   chosen = jax.nn.one_hot(index, E, dtype=jnp.bool_)  # [..., K, E]
   value = jnp.where(chosen, logits[..., None, :], 0).sum(-1)
   return index, value

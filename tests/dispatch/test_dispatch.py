@@ -14,6 +14,8 @@ from tests import reference
 
 G, S, E, K, C, M = 2, 7, 5, 3, 4, 6
 every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
+# Those whose rows are [E, R, M]; the others' are sorted by expert.
+with_slots = pytest.mark.parametrize('name', ['einsum', 'gather'])
 
 
 def arrays(seed, dtype=jnp.float32, capacity=C):
@@ -82,11 +84,26 @@ def test_the_scenarios_are_what_they_say():
   assert (~holes.kept & (holes.slot < C)).any()
 
 
-def everything(name, routing, x, dy, rows, d_rows):
-  """Both directions and all their gradients, by one dispatcher."""
+def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
+  """Both directions and all their gradients, by one dispatcher.
+
+  Rows are [E, R, M] to the caller, whatever they are to the dispatcher;
+  `slot_of_row` says where each of the sorted ones is there.
+  """
   dispatcher = dispatch.get(name)
+  slotted = dispatcher.group_sizes(routing) is None
+
+  def send(x):
+    sent = dispatcher.dispatch(x, routing)
+    if slotted:
+      return sent
+    slots = jnp.zeros((rows.shape[0] * rows.shape[1], M), sent.dtype)
+    return slots.at[slot_of_row].set(sent, mode='drop').reshape(rows.shape)
 
   def combine(rows, gate):
+    if not slotted:
+      flat = rows.reshape(-1, M)
+      rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
     replaced = Routing(
       routing.expert_index,
       routing.slot,
@@ -97,12 +114,16 @@ def everything(name, routing, x, dy, rows, d_rows):
     )
     return dispatcher.combine(rows, replaced)
 
-  sent, back = jax.vjp(lambda x: dispatcher.dispatch(x, routing), x)
+  sent, back = jax.vjp(send, x)
   y, combine_back = jax.vjp(combine, rows, routing.gate)
   return sent, back(d_rows)[0], y, *combine_back(dy)
 
 
-jitted = jax.jit(everything, static_argnums=0)
+compiled = jax.jit(everything, static_argnums=0)
+
+
+def jitted(name, routing, *case):
+  return compiled(name, routing, reference.slot_of_row(routing), *case)
 
 
 def by_loops(routing, x, dy, rows, d_rows):
@@ -125,7 +146,7 @@ def same(got, expected, **tolerance):
     )
 
 
-@every_dispatcher
+@with_slots
 def test_three_tokens_by_hand(name):
   # Two experts of two slots. Token 0 goes to both, token 1 only to expert 0,
   # token 2 nowhere: its choice of expert 0 came too late.
@@ -167,7 +188,7 @@ def test_rows_outputs_and_gradients(name, scenario):
 def test_the_same_without_jit(name):
   routing, case = by_hand(3), arrays(2)
   same(
-    everything(name, routing, *case),
+    everything(name, routing, reference.slot_of_row(routing), *case),
     by_loops(routing, *case),
     rtol=1e-5,
     atol=1e-6,
@@ -250,7 +271,7 @@ def test_gather_knows_the_token_in_each_slot():
   np.testing.assert_array_equal(gather.token_index(routing), expected)
 
 
-@every_dispatcher
+@with_slots
 def test_refuses_an_unbounded_routing(name):
   routing = routed(capacity=None)
   x, _, rows, _ = arrays(11)
