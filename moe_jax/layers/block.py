@@ -58,7 +58,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T M'],
-    mask: Bool[Array, 'B T T'],
+    segment_ids: Int[Array, 'B T'] | None,
     token_mask: Bool[Array, 'B T'],
     positions: Int[Array, 'B T'],
     bias: Float32[Array, 'H T T'] | None = None,
@@ -66,7 +66,7 @@ class Block(nn.Module):
     """Returns the new residual stream and the feed-forward's aux."""
     c = self.config
     y = Attention(c.attention, name='attention')(
-      self._norm(x, 'attention_norm'), mask, positions, bias, self.train
+      self._norm(x, 'attention_norm'), segment_ids, positions, bias, self.train
     )
     x = x + self._dropout(y)
     h = self._norm(x, 'ffn_norm')

@@ -1,4 +1,4 @@
-"""Attention against two other implementations, and its masks by hand."""
+"""Attention against two other implementations, and its options."""
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +7,25 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.layers import Attention, AttentionConfig
-from moe_jax.layers.attention import causal_mask, masked_softmax
 from tests.models import tiny
 
 B, T, M, H, N, D = 3, 7, 10, 4, 2, 6
 
 
 def inputs(seed=0):
-  """(x, mask, positions): a mask of any kind, in which all see something."""
-  rng = np.random.default_rng(seed)
-  x = rng.normal(size=(B, T, M)).astype(np.float32)
-  mask = (rng.random((B, T, T)) < 0.5) | np.eye(T, dtype=bool)
-  positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-  return jnp.asarray(x), jnp.asarray(mask), jnp.asarray(positions)
+  """(x, segment_ids, positions): rows of one, two and three documents."""
+  x = np.random.default_rng(seed).normal(size=(B, T, M)).astype(np.float32)
+  segment_ids = [[1] * 7, [1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 3, 0, 0]]
+  positions = [[*range(7)], [0, 1, 2, 0, 1, 2, 0], [0, 0, 1, 2, 0, 0, 0]]
+  return tuple(map(jnp.asarray, (x, segment_ids, positions)))
+
+
+def told_mask(segment_ids, causal=True):
+  """[B, 1, T, T]: the definition, token by token."""
+  ids, mask = np.asarray(segment_ids), np.zeros((B, 1, T, T), bool)
+  for b, t, s in np.ndindex(B, T, T):
+    mask[b, 0, t, s] = ids[b, t] == ids[b, s] and (s <= t or not causal)
+  return jnp.asarray(mask)
 
 
 def draw(shapes, seed=1):
@@ -60,9 +66,10 @@ def attend(params, *args, kv_heads=N, rngs=None, **options):
   return run({'params': params})
 
 
+@pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('kv_heads', [1, N, H])
-def test_equals_jax_dot_product_attention(kv_heads):
-  x, mask, positions = inputs()
+def test_equals_jax_dot_product_attention(kv_heads, causal):
+  x, segment_ids, positions = inputs()
   p = kernels(kv_heads=kv_heads)
   bias = draw({'bias': (H, T, T)}, seed=3)['bias']
 
@@ -73,17 +80,18 @@ def test_equals_jax_dot_product_attention(kv_heads):
       for name in ('query', 'key', 'value')
     )
     y = jax.nn.dot_product_attention(
-      query, key, value, bias=bias[None], mask=mask[:, None]
+      query, key, value, bias=bias[None], mask=told_mask(segment_ids, causal)
     )
     return jnp.einsum('bthd,hdm->btm', y, p['w_out'])
 
-  y = attend(p, x, mask, positions, bias, kv_heads=kv_heads)
+  args = (x, segment_ids, positions, bias)
+  y = attend(p, *args, kv_heads=kv_heads, causal=causal)
   np.testing.assert_allclose(y, other(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('use_bias', [False, True])
 def test_equals_linen_with_its_weights_copied(use_bias):
-  x, mask, positions = inputs()
+  x, segment_ids, positions = inputs()
   ours = kernels(kv_heads=H)
   if use_bias:
     ours |= biases(kv_heads=H)
@@ -95,21 +103,23 @@ def test_equals_linen_with_its_weights_copied(use_bias):
   linen = nn.MultiHeadDotProductAttention(
     num_heads=H, qkv_features=H * D, out_features=M, use_bias=use_bias
   )
-  run = jax.jit(lambda p: linen.apply({'params': p}, x, mask=mask[:, None]))
-  y = attend(ours, x, mask, positions, kv_heads=H, use_bias=use_bias)
+  run = jax.jit(
+    lambda p: linen.apply({'params': p}, x, mask=told_mask(segment_ids))
+  )
+  y = attend(ours, x, segment_ids, positions, kv_heads=H, use_bias=use_bias)
   np.testing.assert_allclose(y, run(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_a_kv_head_serves_adjacent_query_heads():
-  x, mask, positions = inputs()
+  x, segment_ids, positions = inputs()
   grouped = kernels()
   repeated = {
     name: np.repeat(w, H // N, axis=1) if name in ('w_key', 'w_value') else w
     for name, w in grouped.items()
   }
   np.testing.assert_allclose(
-    attend(grouped, x, mask, positions),
-    attend(repeated, x, mask, positions, kv_heads=H),
+    attend(grouped, x, segment_ids, positions),
+    attend(repeated, x, segment_ids, positions, kv_heads=H),
     rtol=1e-5,
     atol=1e-6,
   )
@@ -119,34 +129,14 @@ def test_a_kv_head_serves_adjacent_query_heads():
 def test_parameters_have_their_own_head_width_and_biases_only_on_request(
   use_bias,
 ):
-  x, mask, positions = inputs()
+  x, segment_ids, positions = inputs()
   layer = Attention(AttentionConfig(H, D, N, use_bias=use_bias))
-  boxed = jax.eval_shape(layer.init, jax.random.key(0), x, mask, positions)
+  boxed = jax.eval_shape(
+    layer.init, jax.random.key(0), x, segment_ids, positions
+  )
   shapes = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(boxed))
   expected = kernels() | (biases() if use_bias else {})
   assert shapes['params'] == {k: v.shape for k, v in expected.items()}
-
-
-def test_causal_mask_keeps_to_the_document_and_looks_back():
-  # Two tokens of document 1, two of document 2, one of padding.
-  expected = [
-    [1, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0],
-    [0, 0, 1, 0, 0],
-    [0, 0, 1, 1, 0],
-    [0, 0, 0, 0, 1],
-  ]
-  mask = jax.jit(causal_mask)(jnp.array([[1, 1, 2, 2, 0]]))
-  np.testing.assert_array_equal(np.asarray(mask)[0], np.array(expected, bool))
-
-
-def test_masked_softmax_gives_hidden_keys_exactly_nothing():
-  scores = np.log(np.array([[[1, 3, 96], [1, 3, 4]]], np.float32))
-  mask = jnp.array([[[True, True, False], [True, True, True]]])
-  expected = [[[0.25, 0.75, 0], [0.125, 0.375, 0.5]]]
-  weights = np.asarray(jax.jit(masked_softmax)(scores, mask))
-  np.testing.assert_allclose(weights, expected, rtol=1e-6)
-  assert weights[0, 0, 2] == 0
 
 
 def test_bfloat16_scores_are_float32():
@@ -162,8 +152,7 @@ def test_bfloat16_scores_are_float32():
   }
   layer = Attention(AttentionConfig(1, 4, 1, dtype='bfloat16'))
   positions = jnp.array([[0, 1]])
-  mask = causal_mask(jnp.array([[1, 1]]))
-  y = jax.jit(lambda p: layer.apply({'params': p}, x, mask, positions))(p)
+  y = jax.jit(lambda p: layer.apply({'params': p}, x, None, positions))(p)
   assert y.dtype == jnp.bfloat16
   expected = np.e / (1 + np.e)  # 0.73
   np.testing.assert_allclose(
@@ -172,14 +161,13 @@ def test_bfloat16_scores_are_float32():
 
 
 def test_dropout_is_unbiased_and_only_in_training():
-  x, mask, positions = inputs()
+  x, segment_ids, positions = inputs()
   p, n = kernels(), 400
-  plain = np.asarray(attend(p, x, mask, positions))
-  evaluated = attend(p, x, mask, positions, dropout=0.5)
+  plain = np.asarray(attend(p, x, segment_ids, positions))
+  evaluated = attend(p, x, segment_ids, positions, dropout=0.5)
   np.testing.assert_array_equal(plain, evaluated)
-  many = (jnp.tile(leaf, (n, 1, 1)) for leaf in (x[:1], mask[:1]))
   rngs = {'dropout': tiny.key(0)}
-  args = (*many, jnp.tile(positions[:1], (n, 1)))
+  args = (jnp.tile(x[:1], (n, 1, 1)), None, jnp.tile(positions[:1], (n, 1)))
   drawn = np.asarray(attend(p, *args, dropout=0.5, train=True, rngs=rngs))
   assert np.abs(drawn[0] - plain[0]).max() > 0.1
   error = drawn.std(0) / np.sqrt(n)

@@ -7,9 +7,8 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.layers import Attention, AttentionConfig
-from moe_jax.layers.attention import (
+from moe_jax.layers.positions import (
   RelativePositionBias,
-  causal_mask,
   distance_bucket,
   rotate,
 )
@@ -75,11 +74,11 @@ def test_bfloat16_is_turned_in_float32():
 @pytest.mark.parametrize('rotary', [False, True])
 def test_attention_uses_positions_only_if_rotary(rotary):
   layer = Attention(AttentionConfig(H, D, H, rotary=rotary))
-  x, mask = draw(B, T, 7), causal_mask(jnp.ones((B, T), jnp.int32))
+  x = draw(B, T, 7)
   near = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-  params = jax.eval_shape(layer.init, jax.random.key(0), x, mask, near)
+  params = jax.eval_shape(layer.init, jax.random.key(0), x, None, near)
   params = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.meta.unbox(params))
-  run = jax.jit(lambda positions: layer.apply(params, x, mask, positions))
+  run = jax.jit(lambda positions: layer.apply(params, x, None, positions))
   np.testing.assert_allclose(run(near), run(near + 40), rtol=1e-4, atol=1e-4)
   changed = np.abs(np.asarray(run(near)) - run(2 * near)).max() > 1e-3
   assert changed == rotary
