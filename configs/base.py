@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     dict(
       train_capacity=evaluation(),
       capacity_2=evaluation(moe=dict(capacity_factor=2.0)),
-      all_tokens=evaluation(moe=dict(capacity_rule='all')),
+      all_tokens=evaluation(moe=dict(capacity_rule='all', dispatch='dropless')),
     )
   )
   # The size of each mesh axis; -1 is what is left of the devices.
@@ -104,6 +104,7 @@ def model() -> ConfigDict:
       norm_epsilon=1e-6,
       positions='rotary',  # learned, relative, none
       rope_theta=10000.0,
+      attention='auto',  # einsum, xla, cudnn, splash
       max_len=0,  # of learned positions; 0: data.seq_len
       use_bias=False,
       tie_embeddings=True,
@@ -142,7 +143,8 @@ def moe() -> ConfigDict:
       capacity_multiple=1,
       capacity_minimum=1,
       capacity_slots=0,  # of capacity_rule='fixed'
-      dispatch='gather',  # or einsum
+      dispatch='gather',  # einsum; dropless, with capacity_rule='all'
+      grouped_matmul='auto',  # of dropless; see `moe_jax.kernels`
       balance_choices='all',  # or first
       balance_weight=0.01,
       z_weight=0.001,
@@ -229,6 +231,7 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.hidden = 48
   m.max_len = 0
   m.dtype = m.param_dtype = 'float32'
+  m.attention = 'auto'
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)

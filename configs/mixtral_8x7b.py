@@ -37,6 +37,7 @@ def get_config(arg: str = ''):
   m.moe.layers = 'all'
   m.moe.gates = 'renormalized'
   m.moe.capacity_rule = 'all'
+  m.moe.dispatch = 'dropless'
   m.moe.z_weight = 0.0
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 2000

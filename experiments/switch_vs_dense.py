@@ -61,7 +61,9 @@ def get_config(steps: int):
   config.evals = {
     EVAL: base.evaluation(every_steps=max(steps // 5, 1), num_batches=40),
     ROOM: base.evaluation(
-      every_steps=0, num_batches=40, moe=dict(capacity_rule='all')
+      every_steps=0,
+      num_batches=40,
+      moe=dict(capacity_rule='all', dispatch='dropless'),
     ),
   }
   return config.lock()

@@ -54,7 +54,7 @@ class Sample(Hook):
     if c.sample.num_tokens < 1:
       return
     tokenizer = run.dataset.tokenizer
-    room = {'model': {'moe': {'capacity_rule': 'all'}}}
+    room = {'model': {'moe': {'capacity_rule': 'all', 'dispatch': 'dropless'}}}
     tokens = generation.sample(
       models.build(merge(c, room)),
       state.params,

@@ -6,7 +6,13 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 # What each part of moe_jax may import of moe_jax, itself apart.
 BASE = {'config', 'shapes'}
-UP_TO_LAYERS = BASE | {'routing', 'dispatch', 'layers', 'partitioning'}
+UP_TO_LAYERS = BASE | {
+  'routing',
+  'kernels',
+  'dispatch',
+  'layers',
+  'partitioning',
+}
 UP_TO_TRAINING = UP_TO_LAYERS | {'models', 'data', 'training'}
 ALLOWED = {
   'config': set(),

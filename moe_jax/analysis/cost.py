@@ -32,7 +32,8 @@ class Cost:
       and full (not halved) attention over the sequence.
     router_flops: The router's part of them.
     capacity_slack: Rows that experts multiply per assignment: slots over
-      K * tokens. Below 1.0 some are dropped for certain; 1.0 if dense.
+      K * tokens. Below 1.0 some are dropped for certain; 1.0 if dense or
+      dropless.
   """
 
   total_params: int
@@ -80,11 +81,12 @@ def count(model: Decoder, seq_len: int) -> Cost:
     for name in sizes:
       if '/experts/' in name:
         sizes[name] = sizes[name] // r.num_experts * r.num_selected
-    S = moe.group_size or seq_len
-    slots = r.capacity(
-      group_size=S, num_experts=r.num_experts, num_selected=r.num_selected
-    )
-    slack = slots * r.num_experts / (S * r.num_selected)
+    if moe.dispatch != 'dropless':
+      S = moe.group_size or seq_len
+      slots = r.capacity(
+        group_size=S, num_experts=r.num_experts, num_selected=r.num_selected
+      )
+      slack = slots * r.num_experts / (S * r.num_selected)
   active = sum(sizes.values())
   lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
   vectors = sum(n for name, n in sizes.items() if _is_vector(name))

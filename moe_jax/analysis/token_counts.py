@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.models import Decoder
+from moe_jax.models.pattern import segments
 
 
 def token_counts(
@@ -51,7 +52,10 @@ def _choices(model, params, batch) -> list[jax.Array]:
     mutable=['intermediates'],
   )
   # Leaves are [periods, G, S, K], one a sparse layer of the period.
-  periods = kept['intermediates']['layers']
-  names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
-  stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
-  return [leaf[i] for i in range(stacked[0].shape[0]) for leaf in stacked]
+  choices = []
+  for segment in segments(model.config.sparse):
+    periods = kept['intermediates'].get(segment.name, {})
+    names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
+    stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
+    choices += [leaf[i] for i in range(segment.repeats) for leaf in stacked]
+  return choices

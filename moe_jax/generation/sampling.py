@@ -28,8 +28,8 @@ def sample(
 
   Args:
     model: A causal model `(tokens) -> (logits, aux)`. Give it room for every
-      token (`capacity_rule='all'`), or what is drawn depends on the padding
-      behind it.
+      token (`capacity_rule='all'`, best with `dispatch='dropless'`), or what
+      is drawn depends on the padding behind it.
     params: Its parameters.
     prompt: int [P], P >= 1; its last `context_len` tokens count.
     num_tokens: How many to draw.

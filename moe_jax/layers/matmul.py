@@ -2,8 +2,9 @@
 
 A kernel's gradient is x^T dy. XLA's CPU compiler turns it into a fast product
 only if the transposed rows are an array of their own; left alone it folds the
-transpose into a slow one. Other platforms fold it at no cost, and are left
-alone.
+transpose into a slower one. Other platforms fold it at no cost, and are left
+alone. So is the CPU where the rows are cheap to compute, as relu's are: XLA
+computes them again inside the transpose, and that is slower still.
 """
 
 import functools
@@ -23,6 +24,7 @@ def rows_matmul(
   x: Float[Array, '*E R M'],
   w: Float[Array | np.ndarray, '*E M F'],
   precision: jax.lax.Precision | None = None,
+  transposed_alone: bool = True,
 ) -> Float[Array, '*E R F']:
   """x @ w in the type of x: rows by one kernel, or each expert's by its own.
 
@@ -34,33 +36,37 @@ def rows_matmul(
     w: Kernels.
     precision: Of the three products. Accelerators multiply float32 in fewer
       bits unless it is HIGHEST.
+    transposed_alone: Whether the gradient, on the CPU, transposes the rows
+      into an array of their own.
   """
-  return checkpoint_name(_product(x, w, precision), PRODUCT)
+  y = _product(x, w, precision, transposed_alone)
+  return checkpoint_name(y, PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x, w, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, w, precision, transposed_alone):
+  del transposed_alone
   return jnp.matmul(x, w.astype(x.dtype), precision=precision)
 
 
-def _forward(x, w, precision):
-  return _product(x, w, precision), (x, w)
+def _forward(x, w, precision, transposed_alone):
+  return _product(x, w, precision, transposed_alone), (x, w)
 
 
-def _backward(precision, saved, dy):
+def _backward(precision, transposed_alone, saved, dy):
   x, w = saved
   kernel = w.astype(dy.dtype).swapaxes(-1, -2)
   dx = jnp.matmul(dy, kernel, precision=precision)
   dw = functools.partial(_dw, precision=precision)
   dw = jax.lax.platform_dependent(
-    x, dy, cpu=functools.partial(dw, transposed_alone=True), default=dw
+    x, dy, cpu=functools.partial(dw, alone=transposed_alone), default=dw
   )
   return dx, dw.astype(w.dtype)
 
 
-def _dw(x, dy, precision, transposed_alone=False):
+def _dw(x, dy, precision, alone=False):
   x = x.swapaxes(-1, -2)
-  if transposed_alone:
+  if alone:
     x = jax.lax.optimization_barrier(x)
   return jnp.matmul(
     x, dy, precision=precision, preferred_element_type=jnp.float32

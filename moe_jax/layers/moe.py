@@ -6,10 +6,12 @@ This file alone forms groups. The rules are `moe_jax.routing`, the movement
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import dispatch
+from moe_jax.kernels.backends import check as check_backend
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.router import Router, RouterConfig
@@ -26,16 +28,21 @@ class MoeConfig:
     expert: The feed-forward layer that each expert is.
     group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
       a sequence. Capacity and balance are per group.
-    dispatch: 'gather' (default) or 'einsum' (the readable reference).
+    dispatch: 'gather' (default), 'einsum' (the readable reference), or
+      'dropless' (rows sorted by expert, no slots; what the router kept).
+    grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
+      see `kernels.BACKENDS`.
   """
 
   router: RouterConfig
   expert: FfnConfig
   group_size: int = 0
   dispatch: str = 'gather'
+  grouped_matmul: str = 'auto'
 
   def __post_init__(self):
     dispatch.get(self.dispatch)
+    check_backend(self.grouped_matmul)
     if self.group_size < 0:
       raise ValueError(f'group_size={self.group_size} must not be negative')
 
@@ -49,6 +56,7 @@ class MoE(nn.Module):
     config: The layer.
     expert: Another linen module `[R, M] -> [R, M]` to be the experts in place
       of `config.expert`; it is copied E times, each copy with its own start.
+      Not with dispatch='dropless', whose rows differ in number.
   """
 
   config: MoeConfig
@@ -75,13 +83,24 @@ class MoE(nn.Module):
     groups, mask = to_groups(x, token_mask, c.group_size)
     chosen, aux = Router(c.router, name='router')(groups, mask, train)
     mover = dispatch.get(c.dispatch)
-    rows = mover.dispatch(groups.astype(c.expert.dtype), chosen)  # [E, R, M]
-    if self.expert is None:
-      rows = Experts(c.expert, name='experts')(rows, train)
-    else:
-      rows = vmapped(self.expert, rows)
-    y = mover.combine(rows, chosen)  # [G, S, M]
+    with jax.named_scope('dispatch'):
+      rows = mover.dispatch(groups.astype(c.expert.dtype), chosen)
+    rows = self._experts(rows, mover.group_sizes(chosen), train)
+    with jax.named_scope('combine'):
+      y = mover.combine(rows, chosen)  # [G, S, M]
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
+
+  def _experts(self, rows, group_sizes, train):
+    if self.expert is None:
+      c = self.config
+      experts = Experts(c.expert, c.grouped_matmul, name='experts')
+      return experts(rows, train, group_sizes)
+    if group_sizes is not None:
+      raise ValueError(
+        f'dispatch={self.config.dispatch!r} with an expert of your own: its '
+        "rows are not [E, R, M]; use 'gather'"
+      )
+    return vmapped(self.expert, rows)
 
 
 def to_groups(

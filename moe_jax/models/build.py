@@ -91,6 +91,7 @@ def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
       rotary=model.positions == 'rotary',
       rope_theta=model.rope_theta,
       dropout=model.dropout,
+      implementation=model.attention,
       dtype=model.dtype,
       param_dtype=model.param_dtype,
       init=init,
@@ -174,6 +175,11 @@ def _twin(model, init) -> FfnConfig:
 
 def _moe(model, init) -> MoeConfig:
   moe = model.moe
+  if moe.dispatch == 'dropless' and moe.capacity_rule != 'all':
+    raise ValueError(
+      f"dispatch='dropless' with capacity_rule={moe.capacity_rule!r}, which "
+      "drops; use capacity_rule='all', or dispatch='gather'"
+    )
   return MoeConfig(
     router=RouterConfig(
       num_experts=moe.num_experts or moe.num_selected,
@@ -198,6 +204,7 @@ def _moe(model, init) -> MoeConfig:
     expert=_expert(model, init),
     group_size=moe.group_size,
     dispatch=moe.dispatch,
+    grouped_matmul=moe.grouped_matmul,
   )
 
 

@@ -6,26 +6,30 @@ https://arxiv.org/abs/2402.01739. Not here: how a config becomes a
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import unknown
-from moe_jax.layers.attention import RelativePositionBias, causal_mask
+from moe_jax.kernels.matmul import PRODUCT as GROUPED_PRODUCT
 from moe_jax.layers.block import Block, BlockConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.matmul import PRODUCT
 from moe_jax.layers.norms import make_norm
+from moe_jax.layers.positions import RelativePositionBias
+from moe_jax.models.pattern import Segment, segments
 from moe_jax.routing import MoeAux
+from moe_jax.routing.base import DECISION
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
 
 POSITIONS = ('learned', 'none', 'relative', 'rotary')
 REMATS = {
   'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
+  'full': jax.checkpoint_policies.save_only_these_names(DECISION),
+  'dots': jax.checkpoint_policies.save_only_these_names(
+    DECISION, PRODUCT, GROUPED_PRODUCT
+  ),
 }
 
 
@@ -46,7 +50,8 @@ class DecoderConfig:
       time independent of L) or unrolled; no number changes.
     remat: What is recomputed in the backward pass: 'none', 'full' (save
       layer inputs alone) or 'dots' (save the products with kernels: of
-      attention, feed-forwards and experts).
+      attention, feed-forwards and experts). Either saves what the routers
+      decided, a few integers a token, so that nothing is routed twice.
     param_dtype: Of the stored parameters.
     init: How embeddings and the output kernel start.
   """
@@ -99,8 +104,9 @@ class Decoder(nn.Module):
     """
     c = self.config
     B, T = tokens.shape
-    if segment_ids is None:
-      segment_ids = jnp.ones((B, T), jnp.int32)
+    token_mask = jnp.ones((B, T), bool)
+    if segment_ids is not None:
+      token_mask = segment_ids > 0
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     table = self.param(
@@ -117,10 +123,17 @@ class Decoder(nn.Module):
     if c.positions == 'relative':
       heads = c.block.attention.num_heads
       bias = RelativePositionBias(heads, name='relative_positions')(T)
-    x, aux = _layers(c, train)(
-      x, causal_mask(segment_ids), segment_ids > 0, positions, bias
+    auxes = []
+    for segment in segments(c.sparse):
+      layers = _segment(c, segment, train)
+      x, aux = layers(x, segment_ids, token_mask, positions, bias)
+      auxes.append(aux)  # every leaf [repeats, period, ...]
+    aux = jax.tree.map(
+      lambda *leaves: jnp.concatenate(
+        [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
+      ),
+      *auxes,
     )
-    aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
     return self._logits(x, table), aux
 
   def _learned_positions(self, positions):
@@ -165,12 +178,13 @@ class Period(nn.Module):
   config: DecoderConfig
   pattern: tuple[bool, ...]
   train: bool
+  loops: bool
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, 'B T M'],
-    mask: Bool[Array, 'B T T'],
+    segment_ids: Int[Array, 'B T'] | None,
     token_mask: Bool[Array, 'B T'],
     positions: Int32[Array, 'B T'],
     bias: Float32[Array, 'H T T'] | None,
@@ -181,37 +195,27 @@ class Period(nn.Module):
     if c.remat != 'none':
       # A loop's body is never merged with its recomputation; straight code,
       # unrolled or of one period, is.
-      loops = c.scan_layers and len(c.sparse) > len(self.pattern)
-      block = nn.remat(Block, policy=REMATS[c.remat], prevent_cse=not loops)
+      block = nn.remat(
+        Block, policy=REMATS[c.remat], prevent_cse=not self.loops
+      )
     auxes = []
     for i, sparse in enumerate(self.pattern):
       layer = block(c.block, sparse, self.train, name=f'layer_{i}')
-      x, aux = layer(x, mask, token_mask, positions, bias)
+      x, aux = layer(x, segment_ids, token_mask, positions, bias)
       auxes.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 
 
-def _layers(c: DecoderConfig, train: bool):
-  """All layers: a scan over periods, unrolled where the config says so."""
-  period = shortest_period(c.sparse)
-  length = len(c.sparse) // period
+def _segment(c: DecoderConfig, segment: Segment, train: bool):
+  """A scan over a segment's periods, unrolled where the config says so."""
+  loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(
     Period,
     variable_axes={'params': 0, 'intermediates': 0},
     split_rngs={'params': True, 'dropout': True, 'router': True},
     in_axes=nn.broadcast,
-    length=length,
-    unroll=1 if c.scan_layers else length,
+    length=segment.repeats,
+    unroll=1 if loops else segment.repeats,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
-  return functools.partial(scanned, name='layers')(c, c.sparse[:period], train)
-
-
-def shortest_period(pattern: tuple[bool, ...]) -> int:
-  """The least p that divides L with pattern[i] == pattern[i % p]."""
-  L = len(pattern)
-  return next(
-    p
-    for p in range(1, L + 1)
-    if L % p == 0 and all(pattern[i] == pattern[i % p] for i in range(L))
-  )
+  return scanned(c, segment.pattern, train, loops, name=segment.name)

@@ -1,5 +1,7 @@
 """Experts are E feed-forward layers: the same numbers, independent starts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,66 @@ def test_any_module_can_be_an_expert():
   y = np.asarray(run_moe(layer, {**start, 'router': {'w': w}}, x))
   np.testing.assert_allclose(y[:, :2], expected[:, :2], rtol=1e-4, atol=1e-5)
   assert not y[:, 2:].any()
+
+
+SIZES = (2, 0, 4, 1, 1)  # and two rows that are no one's
+
+
+@pytest.mark.parametrize('backend', ['auto', 'blocks', 'ragged_dot'])
+@pytest.mark.parametrize(
+  ('activation', 'use_bias'),
+  [('gelu', False), ('swiglu', False), ('swiglu', True)],
+)
+def test_sorted_rows_meet_the_expert_of_their_group(
+  activation, use_bias, backend
+):
+  config = FfnConfig(F, activation=activation, use_bias=use_bias)
+  params = draw_params(Experts(config), rows_of(E, R, M))
+  rows, target = rows_of(sum(SIZES) + 2, M, seed=7), rows_of(10, M, seed=8)
+  layer = Experts(config, backend)
+  sizes = jnp.array(SIZES, jnp.int32)
+  live = (jnp.arange(len(rows)) < sum(SIZES))[:, None]
+
+  def loss(params, rows):
+    y = jnp.where(live, layer.apply(params, rows, group_sizes=sizes), 0)
+    return (y * target).sum(), y
+
+  def expected(params, rows):
+    dense, stops = FeedForward(config), list(itertools.accumulate(SIZES))
+    y = [
+      dense.apply(
+        jax.tree.map(lambda leaf, e=e: leaf[e], params), rows[stop - n : stop]
+      )
+      for e, (n, stop) in enumerate(zip(SIZES, stops))
+    ]
+    y = jnp.concatenate([*y, jnp.zeros((2, M))])
+    return (y * target).sum(), y
+
+  got, wanted = (
+    jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, rows)
+    for f in (loss, expected)
+  )
+  tiny.assert_trees_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_sorted_rows():
+  config = FfnConfig(F, dropout=0.5)
+  rows, sizes = rows_of(10, M), jnp.array(SIZES, jnp.int32)
+  layer = Experts(config)
+  params = draw_params(layer, rows_of(E, R, M))
+  run = jax.jit(
+    lambda key: layer.apply(params, rows, True, sizes, rngs={'dropout': key})
+  )
+  kept = layer.apply(params, rows, False, sizes)
+  drawn = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
+  assert np.abs(np.asarray(run(tiny.key(0))) - kept).max() > 0.1
+  np.testing.assert_allclose(drawn, kept, atol=0.35 * np.abs(kept).max())
+
+
+def test_an_expert_of_ones_own_is_refused_under_dropless():
+  config = MoeConfig(
+    router=RouterConfig(num_experts=E), expert=FfnConfig(F), dispatch='dropless'
+  )
+  layer = MoE(config, expert=nn.Dense(M))
+  with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4, M)))

@@ -27,13 +27,20 @@ def draw(*shape, seed=0):
   return rng.normal(size=shape).astype(np.float32)
 
 
-def make(group_size=0, dispatch='gather', expert=None, **router):
+def make(
+  group_size=0,
+  dispatch='gather',
+  expert=None,
+  grouped_matmul='auto',
+  **router,
+):
   router = {'num_experts': E, 'num_selected': K, **router}
   config = MoeConfig(
     router=RouterConfig(**router),
     expert=FfnConfig(**{'hidden': F, 'use_bias': True, **(expert or {})}),
     group_size=group_size,
     dispatch=dispatch,
+    grouped_matmul=grouped_matmul,
   )
   return MoE(config)
 
@@ -130,14 +137,14 @@ PARITY = {
 
 
 @pytest.mark.parametrize('name', PARITY)
-def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
+def test_dispatchers_agree_in_outputs_and_all_gradients(name):
   options = PARITY[name] | {'capacity': CapacityRule('per_token', 0.75)}
   x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
   mask = np.ones((B, T), bool)
   mask[1, 5:] = False
   params = draw_params(make(**options))
   results = {}
-  for dispatch in ('gather', 'einsum'):
+  for dispatch in ('gather', 'einsum', 'dropless'):
     layer = make(dispatch=dispatch, **options)
 
     def loss(params, x, layer=layer):
@@ -146,14 +153,63 @@ def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     results[dispatch] = gradient(params, x)
-  (grads, (y, aux)), other = results['gather'], results['einsum']
-  assert_trees_close(results['gather'], other, rtol=1e-4, atol=1e-4)
+  grads, (y, aux) = results['gather']
+  for other in ('einsum', 'dropless'):
+    assert_trees_close(results['gather'], results[other], rtol=1e-4, atol=1e-4)
   # Not vacuous: something is dropped, and what is served is not zero.
   assert aux.stats.overflowed.sum() > 0
   assert np.abs(y).max() > 1
   # The router learns from the gates alone: no auxiliary loss is in the sum.
   for leaf in jax.tree.leaves(grads):
     assert np.abs(leaf).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+  'expert',
+  [
+    dict(use_bias=False),
+    dict(use_bias=False, activation='swiglu'),
+    dict(use_bias=True, activation='geglu'),
+  ],
+)
+def test_dropless_equals_room_for_all_in_outputs_and_all_gradients(expert):
+  x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
+  options = dict(capacity=CapacityRule('all'), expert=expert)
+  params = draw_params(make(**options))
+  mask = np.ones((B, T), bool)
+  mask[1, 5:] = False
+  results = []
+  for dispatch in ('gather', 'dropless'):
+    layer = make(dispatch=dispatch, **options)
+
+    def loss(params, x, layer=layer):
+      y, aux = layer.apply({'params': params}, x, jnp.asarray(mask))
+      return (y * target).sum(), (y, aux)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    results.append(gradient(params, x))
+  assert_trees_close(*results, rtol=1e-4, atol=1e-4)
+  _, (y, aux) = results[1]
+  assert aux.stats.overflowed.sum() == 0 and np.abs(y).max() > 1
+  for leaf in jax.tree.leaves(results[1][0]):
+    assert np.abs(leaf).max() > 1e-2
+
+
+def test_dropless_needs_no_room_for_what_it_does_not_have():
+  # Eight experts with room for all would multiply E * B * T rows.
+  layers = [
+    make(dispatch=dispatch, capacity=CapacityRule('all'), num_experts=8)
+    for dispatch in ('gather', 'dropless')
+  ]
+  x = jnp.ones((B, 64, M))
+  shapes = [
+    jax.make_jaxpr(
+      lambda x, layer=layer: layer.init_with_output(jax.random.key(0), x)[0][0]
+    )(x)
+    for layer in layers
+  ]
+  rows = f'{8},{B * 64},{F}]'
+  assert rows in str(shapes[0]) and rows not in str(shapes[1])
 
 
 @pytest.mark.parametrize(
@@ -204,6 +260,10 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
   [
     (dict(dispatch='gathered'), "unknown dispatch 'gathered'; did you mean"),
     (dict(group_size=-1), 'group_size=-1 must not be negative'),
+    (
+      dict(grouped_matmul='block'),
+      "unknown grouped_matmul backend 'block'; did you mean 'blocks'",
+    ),
   ],
 )
 def test_bad_options_are_refused(options, message):

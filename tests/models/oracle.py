@@ -18,19 +18,13 @@ def decode(config, params, tokens):
   """
   c = config.model
   flat = {k: np.asarray(v, np.float64) for k, v in leaves(params).items()}
-  L = c.num_layers
-  period = L // next(len(v) for k, v in flat.items() if k.startswith('layers/'))
+  layers = layers_of(flat)
+  assert len(layers) == c.num_layers
   x = flat['embedding'][tokens]
   if c.positions == 'learned':
     x = x + flat['position_embedding'][: len(tokens)]
   choices = {}
-  for i in range(L):
-    start = f'layers/layer_{i % period}/'
-    layer = {
-      k.removeprefix(start): v[i // period]
-      for k, v in flat.items()
-      if k.startswith(start)
-    }
+  for i, layer in enumerate(layers):
     h = norm(x, layer['attention_norm/scale'], c)
     x = x + attention(h, layer, c)
     h = norm(x, layer['ffn_norm/scale'], c)
@@ -46,6 +40,30 @@ def decode(config, params, tokens):
   return x @ (
     flat['embedding'].T if c.tie_embeddings else flat['w_logits']
   ), choices
+
+
+def layers_of(flat):
+  """Each layer's parameters by name, in the order of the layers.
+
+  They stand as 'layers_2/layer_1/...' [repeats, ...]: loop 2, the second layer
+  of its period. One loop alone is 'layers'.
+  """
+  loops = sorted({k.split('/')[0] for k in flat if k.startswith('layers')})
+  found = []
+  for loop in loops:
+    own = {k: v for k, v in flat.items() if k.startswith(loop + '/')}
+    repeats = len(next(iter(own.values())))
+    period = len({k.split('/')[1] for k in own})
+    for i in range(repeats * period):
+      start = f'{loop}/layer_{i % period}/'
+      found.append(
+        {
+          k.removeprefix(start): v[i // period]
+          for k, v in own.items()
+          if k.startswith(start)
+        }
+      )
+  return found
 
 
 def norm(x, scale, c):

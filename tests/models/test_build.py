@@ -4,7 +4,6 @@ import pytest
 
 from moe_jax import models
 from moe_jax.models import sparse_pattern
-from moe_jax.models.decoder import shortest_period
 from tests.models import tiny
 
 
@@ -46,14 +45,6 @@ def test_sparse_pattern_by_hand(layers, num_layers, expected):
 def test_patterns_that_mean_nothing_are_refused(layers, message):
   with pytest.raises(ValueError, match=message):
     sparse_pattern(layers, 4)
-
-
-@pytest.mark.parametrize(
-  ('pattern', 'expected'),
-  [((1, 1, 1), 1), ((0, 1, 0, 1), 2), ((0, 1, 0), 3), ((0, 0, 0, 1), 4)],
-)
-def test_shortest_period(pattern, expected):
-  assert shortest_period(tuple(map(bool, pattern))) == expected
 
 
 REFUSED = {

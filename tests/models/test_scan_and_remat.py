@@ -1,5 +1,6 @@
 """Looping over layers and recomputing them change no number."""
 
+import collections
 import functools
 
 import jax
@@ -53,6 +54,47 @@ def test_loss_logits_and_gradients_equal_the_plain_loop(scan_layers, remat):
   tiny.assert_trees_close(grads, plain_grads, rtol=1e-4, atol=1e-5)
   for name, leaf in tiny.leaves(grads).items():
     assert np.abs(leaf).max() > 1e-4, name
+
+
+def equations(jaxpr, counts=None):
+  """How often each primitive stands in a jaxpr and all inside it."""
+  counts = collections.Counter() if counts is None else counts
+  for equation in jaxpr.eqns:
+    counts[equation.primitive.name] += 1
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      equations(inner, counts)
+  return counts
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_the_backward_pass_does_not_route_again(remat, dispatch):
+  moe = MOE | dict(dispatch=dispatch)
+  if dispatch == 'dropless':
+    moe['capacity_rule'] = 'all'
+  counts = {}
+  for name in ('none', remat):
+    model = tiny.build(moe, remat=name)
+
+    def loss(params, model=model):
+      rngs = {'router': tiny.key(0)}
+      logits, _ = model.apply(
+        {'params': params}, jnp.asarray(tiny.tokens()), train=True, rngs=rngs
+      )
+      return logits.sum()
+
+    counts[name] = equations(
+      jax.make_jaxpr(jax.grad(loss))(tiny.params_of(model)).jaxpr
+    )
+  again = counts[remat] - counts['none']
+  assert counts['none']['top_k'] > 0 and counts['none']['cumsum'] > 0
+  decisions = ['top_k', 'sort']
+  if dispatch == 'gather':  # the products of sorted rows index blocks, too
+    decisions += ['cumsum', 'scatter']
+  for decision in decisions:
+    assert not again[decision], decision
+  # It does run the layer again, and with it draws the same noise.
+  assert again['dot_general'] > 0 and again['random_bits'] > 0
 
 
 def test_remat_does_recompute():

@@ -1,0 +1,72 @@
+"""How a stack of sparse and dense layers becomes a few loops.
+
+A loop's body is compiled once, so compile time follows the number of distinct
+layers, not L. Not here: the loops themselves (`decoder.py`).
+"""
+
+from typing import NamedTuple
+
+# The longest period that a loop's body may have; OpenMoE's is 6.
+MAX_PERIOD = 8
+
+
+class Segment(NamedTuple):
+  """Consecutive layers that repeat a pattern.
+
+  Attributes:
+    name: Of its parameters: 'layers', or 'layers_0', ... if there are more.
+    pattern: A flag a layer of one period: whether it is sparse.
+    repeats: How many periods.
+  """
+
+  name: str
+  pattern: tuple[bool, ...]
+  repeats: int
+
+  @property
+  def num_layers(self) -> int:
+    """Layers in all its periods."""
+    return len(self.pattern) * self.repeats
+
+
+def segments(sparse: tuple[bool, ...]) -> list[Segment]:
+  """Cuts the L layers into loops, in order.
+
+  Layers with a period of up to `MAX_PERIOD` are one loop. Others ('last 2' of
+  24, a first dense layer) are cut from the front, each time where the most
+  layers repeat a pattern, the shortest one if several do.
+  """
+  period = shortest_period(sparse)
+  if period <= MAX_PERIOD:
+    return [Segment('layers', sparse[:period], len(sparse) // period)]
+  cut, start = [], 0
+  while start < len(sparse):
+    rest = sparse[start:]
+    pattern, repeats = max(
+      ((rest[:p], _repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
+      key=lambda found: (_covered(*found), -len(found[0])),
+    )
+    cut.append(Segment(f'layers_{len(cut)}', pattern, repeats))
+    start += len(pattern) * repeats
+  return cut
+
+
+def shortest_period(sparse: tuple[bool, ...]) -> int:
+  """The least p that divides L with sparse[i] == sparse[i % p]."""
+  L = len(sparse)
+  return next(
+    p for p in range(1, L + 1) if L % p == 0 and p * _repeats(sparse, p) == L
+  )
+
+
+def _repeats(sparse, p):
+  """How many times the first p layers come in a row at the front."""
+  n = 0
+  while sparse[n * p : (n + 1) * p] == sparse[:p] and len(sparse) >= n * p + p:
+    n += 1
+  return n
+
+
+def _covered(pattern, repeats):
+  """Layers that the loop covers; one round is a loop only if one layer is."""
+  return len(pattern) * repeats if repeats > 1 else min(repeats, 1)

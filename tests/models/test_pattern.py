@@ -1,0 +1,86 @@
+"""Which layers share a loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.models import sparse_pattern
+from moe_jax.models.pattern import MAX_PERIOD, segments, shortest_period
+from tests.models import oracle, tiny
+
+
+def flags(text):
+  return tuple(letter == 'S' for letter in text)
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'expected'),
+  [('SSS', 1), ('DSDS', 2), ('DSD', 3), ('DDDS', 4), ('DSDSD', 5)],
+)
+def test_shortest_period(pattern, expected):
+  assert shortest_period(flags(pattern)) == expected
+
+
+@pytest.mark.parametrize(
+  ('layers', 'num_layers', 'expected'),
+  [
+    # Mixtral, Switch and GLaM, ST-MoE and NLLB-MoE, OpenMoE.
+    ('all', 32, [('layers', 'S', 32)]),
+    ('every 2', 24, [('layers', 'DS', 12)]),
+    ('every 4', 24, [('layers', 'DDDS', 6)]),
+    ('every 6', 24, [('layers', 'DDDDDS', 4)]),
+    ('none', 24, [('layers', 'D', 24)]),
+    # V-MoE's last two, a small model's, an odd depth.
+    ('last 2', 24, [('layers_0', 'D', 22), ('layers_1', 'S', 2)]),
+    ('last 2', 4, [('layers', 'DDSS', 1)]),
+    ('every 2', 25, [('layers_0', 'DS', 12), ('layers_1', 'D', 1)]),
+    # Two layers by number.
+    (
+      '9,11',
+      24,
+      [
+        ('layers_0', 'D', 9),
+        ('layers_1', 'SD', 2),
+        ('layers_2', 'D', 11),
+      ],
+    ),
+  ],
+)
+def test_segments_of_published_patterns(layers, num_layers, expected):
+  found = segments(sparse_pattern(layers, num_layers))
+  assert found == [(name, flags(p), n) for name, p, n in expected]
+
+
+def test_a_dense_first_layer_is_a_segment_of_its_own():
+  assert segments(flags('D' + 'S' * 26)) == [
+    ('layers_0', flags('D'), 1),
+    ('layers_1', flags('S'), 26),
+  ]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_segments_put_together_are_the_layers(pattern):
+  cut = segments(tuple(pattern))
+  whole = [flag for s in cut for flag in s.pattern * s.repeats]
+  assert whole == pattern
+  assert sum(s.num_layers for s in cut) == len(pattern)
+  assert all(1 <= len(s.pattern) <= MAX_PERIOD for s in cut)
+  assert len({s.name for s in cut}) == len(cut)
+
+
+def test_a_model_of_segments_equals_the_oracle():
+  # Nine dense layers and a sparse one.
+  moe = dict(layers='last 1', capacity_rule='all', gates='renormalized')
+  config = tiny.config(moe, num_layers=10, activation='swiglu')
+  model = tiny.build(moe, num_layers=10, activation='swiglu')
+  assert len(segments(model.config.sparse)) == 2
+  params, tokens = tiny.params_of(model), tiny.tokens()
+  logits, aux = tiny.apply(model)(params, tokens)
+  expected, choices = oracle.decode(config, params, tokens[0])
+  np.testing.assert_allclose(logits[0], expected, rtol=1e-3, atol=1e-3)
+  assert list(choices) == [9]
+  np.testing.assert_array_equal(
+    np.asarray(aux.stats.tokens) > 0, [False] * 9 + [True]
+  )
