@@ -31,7 +31,8 @@ ALLOWED = {
   'generation': UP_TO_LAYERS | {'models', 'data', 'training'},
   'interop': UP_TO_LAYERS | {'models', 'data', 'training'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
-  'analysis': UP_TO_LAYERS | {'models', 'data', 'training', 'command_line'},
+  'analysis': UP_TO_LAYERS
+  | {'models', 'data', 'training', 'command_line', 'host'},
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'main': {'command_line', 'config', 'hooks', 'host', 'training'},
@@ -43,6 +44,8 @@ NARROW = {
   'data': 'moe_jax.data.tokenizers',
   'training': 'moe_jax.training.checkpoint',
 }
+# Who explains a step's cost has to build the step; the loop stays out of reach.
+ALSO = {'analysis': 'moe_jax.training.setup'}
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -70,7 +73,8 @@ def broken_rules(part: str, names: set[str]) -> list[str]:
     if target == part:
       continue
     narrow = NARROW.get(target, '') if part in ABOVE_MODELS else ''
-    if target not in ALLOWED[part] or not name.startswith(narrow):
+    starts = (narrow, ALSO.get(part, narrow))
+    if target not in ALLOWED[part] or not name.startswith(starts):
       broken.append(name)
   return sorted(broken)
 
@@ -97,6 +101,8 @@ def test_a_forbidden_import_is_seen():
   assert broken_rules('training', {'configs.base'})
   assert broken_rules('analysis', {'moe_jax.training.loop.Run'})
   assert not broken_rules('analysis', {'moe_jax.training.checkpoint.Restored'})
+  assert not broken_rules('analysis', {'moe_jax.training.setup.set_up'})
+  assert broken_rules('interop', {'moe_jax.training.setup.set_up'})
   assert not broken_rules('layers', {'moe_jax.routing.token_choice'})
 
 

@@ -43,8 +43,12 @@ class Block(NamedTuple):
   first: bool
 
   def rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
+    """The block's rows of x, whoever they belong to."""
+    return jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
+
+  def own_rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """The block's rows of x; those of others are zero."""
-    rows = jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
+    rows = self.rows(x)
     return jnp.where(self._own(), rows, 0) if self.first else rows
 
   def put(
@@ -52,8 +56,7 @@ class Block(NamedTuple):
   ) -> Float[Array, 'N M']:
     """x with the block's rows written; those of others stay."""
     if self.first:
-      old = jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
-      rows = jnp.where(self._own(), rows, old)
+      rows = jnp.where(self._own(), rows, self.rows(x))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
 
   def add(
@@ -181,7 +184,9 @@ def outer(
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
 
   def body(block, _, dw):
-    return block.add(dw, dot_over_rows(block.rows(x), block.rows(dy)))
+    # Both, as the rows past the last group may hold NaN, and 0 * NaN is NaN.
+    product = dot_over_rows(block.own_rows(x), block.own_rows(dy))
+    return block.add(dw, product)
 
   dw = jnp.zeros((E, M, F), jnp.float32)
   return for_each_block(body, dw, (), group_sizes, N)

@@ -51,9 +51,10 @@ def backward(
   def body(block, kernels, carry):
     *ins, out = kernels
     dx, dw_ins, dw_out = carry
-    rows, d_rows = block.rows(x), block.rows(dy)
+    rows, d_rows = block.own_rows(x), block.own_rows(dy)
     h, pull = jax.vjp(hidden, *(block.rows(z) for z in firsts))
-    # Rows of others are zero in d_rows, hence in these.
+    # Zero in the rows of others, as d_rows is; what `forward` left there in
+    # `firsts` is finite.
     d_firsts = pull(blocks.dot(d_rows, out, (1, 1)))
     d_rows_in = [blocks.dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(

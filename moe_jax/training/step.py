@@ -115,14 +115,15 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   whole = losses.normalizers(batch)
   (loss, sums), grads = grad_fn(state.params, batch, whole, key)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   metrics = StepMetrics(
     loss=loss,
     sums=sums,
     grad_norm=optax.global_norm(grads),
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
   )
-  params = optax.apply_updates(state.params, updates)
   state = TrainState(state.step + 1, state.seed, params, opt_state)
   return state, metrics
 

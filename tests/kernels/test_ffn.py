@@ -158,7 +158,7 @@ def test_first_block_sizes_waste_less_than_a_step(full):
 def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   def body(block, kernels, carry):
     seen, visits, rows = carry
-    ones = block.rows(jnp.ones((num_rows, 1)))
+    ones = block.own_rows(jnp.ones((num_rows, 1)))
     seen = block.put(seen, block.rows(seen) + ones)
     visits = visits.at[block.expert].add(1)
     return seen, visits, rows + block.size

@@ -1,0 +1,210 @@
+"""What does a sparse layer cost, against dense layers and bare products?
+
+    python -m experiments.bench_moe_layer --preset=quick
+
+Times `moe_jax.MoE` with capacity factor 1 (`gather`) and `dropless`, with its
+router, over numbers of experts and choices, uniform and Zipf-skewed routing,
+forward and with the gradient of parameters and input. Every time is a ratio,
+taken within a round, to: the dense feed-forward times K, which has equal FLOPs;
+the fastest bare grouped products of the same shapes (the limit);
+`lax.ragged_dot`; and the roofline of this machine's measured peaks. Writes
+`table.md`, `rows.csv`, `results.json` and `ratios.png` to
+`results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
+cores, with E=256 in the second table alone; `gpu` is for one accelerator of 80
+GB.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import moe_layer_cases as cases_lib
+from experiments import moe_layer_programs as programs_lib
+from experiments import moe_layer_tables as tables
+from experiments import timing
+from experiments.moe_layer_cases import ROUTINGS
+from experiments.moe_layer_programs import (
+  DENSE,
+  LAYERS,
+)
+from experiments.moe_layer_rows import PASSES, measure_scaling, measure_setting
+from moe_jax import host
+from moe_jax.analysis.roofline import Peaks, measure_peaks
+from moe_jax.layers import ACTIVATIONS
+
+NAME = 'bench_moe_layer'
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Which settings are timed, and for how long.
+
+  Attributes:
+    sizes: N, M, F and types.
+    experts, selected: Values of E and K.
+    routings: Of `ROUTINGS`.
+    forward_selected: Values of K of which the forward pass is timed alone too.
+    scaling: Values of E in the second table, with `rows_per_expert` tokens
+      each; empty for none.
+    seconds: About how long a setting is timed.
+    most_ragged: The largest E for which `lax.ragged_dot` is timed: on a CPU
+      it costs E times the dense layer.
+  """
+
+  sizes: programs_lib.Sizes
+  experts: tuple[int, ...]
+  selected: tuple[int, ...] = (1, 2)
+  routings: tuple[str, ...] = ROUTINGS
+  forward_selected: tuple[int, ...] = (1, 2)
+  scaling: tuple[int, ...] = ()
+  rows_per_expert: int = 128
+  seconds: float = 5.0
+  most_ragged: int = 8
+
+  def programs(self) -> list[tuple[int, bool]]:
+    """(K, whether with the gradient) of what is compiled for each E."""
+    return [
+      *((K, True) for K in self.selected),
+      *((K, False) for K in self.forward_selected),
+    ]
+
+
+_CPU = programs_lib.Sizes(num_tokens=4096, width=256, hidden=1024)
+PRESETS = {
+  'quick': Preset(
+    _CPU,
+    experts=(8, 64),
+    forward_selected=(1,),
+    scaling=(8, 64, 256),
+    seconds=5.0,
+  ),
+  'full': Preset(
+    _CPU,
+    experts=(8, 64, 256),
+    scaling=(8, 64, 256),
+    seconds=30.0,
+    most_ragged=64,
+  ),
+  'gpu': Preset(
+    programs_lib.Sizes(16_384, 4096, 14_336, 'swiglu', 'bfloat16'),
+    experts=(8,),
+    selected=(2,),
+    forward_selected=(2,),
+  ),
+}
+
+
+def measure_all(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
+  """The rows of every setting of the first table."""
+  rows = []
+  for E in preset.experts:
+    layer = cases_lib.Layer.draw(preset.sizes, E)
+    for K, backward in preset.programs():
+      compilations = cases_lib.compile_cases(
+        layer, K, backward, ragged=preset.most_ragged >= E
+      )
+      for routing in preset.routings:
+        setting = {
+          'E': E, 'K': K, 'routing': routing, 'pass': PASSES[backward],
+        }  # fmt: skip
+        found = measure_setting(
+          layer, compilations, setting, peaks, preset.seconds
+        )
+        rows += found
+        _progress(found)
+  return rows
+
+
+def _progress(rows: Sequence[Mapping[str, Any]]) -> None:
+  first = rows[0]
+  ratios = ', '.join(
+    f'{row["case"]} {row[f"per_{DENSE}"]:.2f} (x limit {row["per_limit"]:.2f})'
+    for row in rows
+    if row['case'] in LAYERS
+  )
+  print(
+    f'E={first["E"]} K={first["K"]} {first["routing"]} {first["pass"]}: '
+    f'{ratios} of the dense layer times K, {first["rounds"]} rounds',
+    flush=True,
+  )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add = parser.add_argument
+  add('--preset', choices=list(PRESETS), default='quick')
+  add('--output', default='results', help='where results go')
+  add('--seconds', type=float, help='timed for each setting')
+  add('--tokens', type=int, help='N')
+  add('--width', type=int, help='M')
+  add('--hidden', type=int, help='F')
+  add('--activation', choices=list(ACTIVATIONS))
+  add('--dtype', choices=['float32', 'bfloat16'])
+  add('--experts', type=int, nargs='+', help='values of E')
+  add('--selected', type=int, nargs='+', help='values of K')
+  add('--routings', nargs='+', choices=ROUTINGS)
+  add('--forward_selected', type=int, nargs='*', help='K, forward alone')
+  add('--scaling', type=int, nargs='*', help='values of E of the second table')
+  add('--rows_per_expert', type=int, help='of the second table')
+  add('--rough_peaks', action='store_true', help='small arrays, for a trial')
+  return parser.parse_args(argv)
+
+
+def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
+  """The preset with what the command line says otherwise."""
+  given = {k: v for k, v in vars(options).items() if v is not None}
+  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+  if 'tokens' in given:
+    given['num_tokens'] = given.pop('tokens')
+
+  def replace(old):
+    names = {field.name for field in dataclasses.fields(old)}
+    return dataclasses.replace(
+      old, **{k: v for k, v in given.items() if k in names}
+    )
+
+  return dataclasses.replace(replace(preset), sizes=replace(preset.sizes))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, and writes tables and a plot."""
+  options = parse(argv)
+  preset = with_options(PRESETS[options.preset], options)
+  host.keep_freed_memory()
+  peaks = measure_peaks(preset.sizes.dtype, quick=options.rough_peaks)
+  print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
+  rows = measure_all(preset, peaks)
+  scaling = []
+  if preset.scaling:
+    scaling = measure_scaling(
+      preset.sizes,
+      preset.scaling,
+      preset.rows_per_expert,
+      peaks,
+      3 * preset.seconds,
+    )
+  text = tables.report(preset.sizes, peaks, rows, scaling)
+  folder = timing.write(
+    options.output,
+    NAME,
+    text,
+    rows,
+    {
+      'preset': dataclasses.asdict(preset),
+      'peaks': dataclasses.asdict(peaks),
+      'scaling': scaling,
+    },
+  )
+  tables.write_plot(rows, folder / 'ratios.png')
+  print(f'\n{tables.layer_table(rows)}')
+  if scaling:
+    print(tables.scaling_table(scaling))
+  print(f'written: {folder}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,258 @@
+"""What does a training step of a sparse model cost, against its dense twin?
+
+    python -m experiments.bench_train_step --preset=quick
+
+Times the config's own training step with its dispatch, dropless, as its dense
+twin, and with each kind of rematerialisation, all interleaved; and compiles
+models of few and of many layers, since compile time must not grow with depth.
+Writes `table.md`, `rows.csv`, `results.json` and `steps.png` to
+`results/bench_train_step/<device>`. Not here: where a step's time goes
+(`moe_jax.analysis.explain_cost`).
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments import timing
+from experiments import train_step_tables as tables
+from moe_jax import host, models, partitioning
+from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.analysis import cost
+from moe_jax.analysis.roofline import Peaks, Work, measure_peaks
+from moe_jax.command_line import load_config
+from moe_jax.config import merge
+from moe_jax.models.decoder import REMATS
+from moe_jax.training import setup
+
+NAME = 'bench_train_step'
+TWIN, SPARSE = 'dense twin', 'sparse'
+BYTES_VOCABULARY = 257  # where the config leaves the size to a tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """How long, and how deep.
+
+  Attributes:
+    seconds: About how long the steps are timed.
+    depths: L of the models that are compiled alone, few and many.
+  """
+
+  seconds: float
+  depths: tuple[int, ...] = (4, 24)
+
+
+PRESETS = {'quick': Preset(40.0), 'full': Preset(300.0)}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+  """What each case changes in the config's `model`; the twin comes first."""
+  dropless = {'dispatch': 'dropless', 'capacity_rule': 'all'}
+  found = {
+    TWIN: {'moe': {'num_experts': 0}},
+    SPARSE: {},
+    f'{SPARSE}, dropless': {'moe': dropless},
+  }
+  for remat in REMATS:
+    if remat != 'none':
+      found[f'{SPARSE}, remat {remat}'] = {'remat': remat}
+  return found
+
+
+def prepared(
+  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """The config on one device, with a vocabulary, a case's changes on top."""
+  changes = {'mesh': dict(data=1, fsdp=1, expert=1, tensor=1)}
+  config = merge(merge(config, changes), {'model': overrides})
+  if config.model.vocab_size:
+    return config
+  return setup.with_vocabulary(config, BYTES_VOCABULARY)
+
+
+def random_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+  """Full rows of random tokens: what a step costs does not depend on text."""
+  rng = np.random.default_rng(0)
+  shape = config.batch_size, config.data.seq_len
+  tokens = rng.integers(0, config.model.vocab_size, (2, *shape), np.int32)
+  place = np.arange(shape[1], dtype=np.int32)
+  return {
+    'tokens': tokens[0],
+    'targets': tokens[1],
+    'segment_ids': np.ones(shape, np.int32),
+    'positions': np.broadcast_to(place, shape).copy(),
+    'loss_weights': np.ones(shape, np.float32),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled training step and its own state.
+
+  Attributes:
+    run: Takes one step and waits.
+    compile_seconds: Tracing, lowering and compiling.
+    counts: What XLA counts in it.
+    work: What it must do, by formula.
+  """
+
+  run: Callable[[], None]
+  compile_seconds: float
+  counts: compiled_lib.Counts
+  work: Work
+
+
+def compile_step(config: ml_collections.ConfigDict) -> Step:
+  """The training step of a `prepared` config; the state is donated to it."""
+  model = models.build(config)
+  mesh = partitioning.make_mesh(config.mesh.to_dict(), jax.devices()[:1])
+  programs = setup.make_programs(config, model, mesh)
+  batch = programs.put(random_batch(config))
+  start = time.perf_counter()
+  step = programs.train_step.lower(programs.abstract_state, batch).compile()
+  seconds = time.perf_counter() - start
+  states = []
+
+  def run():
+    state = states.pop() if states else programs.init_state()
+    state, metrics = step(state, batch)
+    states.append(state)
+    jax.block_until_ready((state, metrics))
+
+  return Step(
+    run, seconds, compiled_lib.counts(step), step_work(config, programs)
+  )
+
+
+def step_work(
+  config: ml_collections.ConfigDict, programs: setup.Programs
+) -> Work:
+  """Products' FLOPs, forward and backward, and the bytes of state.
+
+  Parameters are read forward and backward, gradients written and read, and
+  the state, parameters and moments, is read and written. Activations are left
+  out: what of them reaches memory depends on caches and on remat, whose
+  recomputation is no necessary work either.
+  """
+
+  def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  state = programs.abstract_state
+  price = cost.count(models.build(config), config.data.seq_len)
+  tokens = config.batch_size * config.data.seq_len
+  return Work(
+    flops=price.training_flops * tokens,
+    min_bytes=4 * size(state.params) + 2 * size(state),
+  )
+
+
+def measure_steps(
+  config: ml_collections.ConfigDict, seconds: float, peaks: Peaks
+) -> list[dict[str, Any]]:
+  """A row a variant, all interleaved."""
+  steps = {
+    name: compile_step(prepared(config, overrides))
+    for name, overrides in variants().items()
+  }
+  times, found = timing.with_probes(
+    {name: step.run for name, step in steps.items()}, peaks, seconds=seconds
+  )
+  rows = []
+  for name, step in steps.items():
+    spread = timing.Spread.of(times[name])
+    per_twin = timing.ratio(times[name], times[TWIN])
+    rows.append(
+      {
+        'case': name,
+        'rounds': len(times[name]),
+        'ms': 1e3 * spread.median,
+        'ms_low': 1e3 * spread.low,
+        'ms_high': 1e3 * spread.high,
+        'per_twin': per_twin.median,
+        'per_twin_low': per_twin.low,
+        'per_twin_high': per_twin.high,
+        **timing.reached(times[name], step.work, found),
+        'xla_flops': step.counts.flops,
+        'xla_bytes': step.counts.bytes_accessed,
+        'temp_bytes': step.counts.temp_bytes,
+        'argument_bytes': step.counts.argument_bytes,
+        'compile_seconds': step.compile_seconds,
+      }
+    )
+  return rows
+
+
+def measure_compilation(
+  config: ml_collections.ConfigDict, depths: Sequence[int]
+) -> list[dict[str, Any]]:
+  """A row a depth and variant of the scanned model; nothing runs."""
+  rows = []
+  for name in (SPARSE, f'{SPARSE}, dropless'):
+    first = None
+    for depth in depths:
+      # The pattern is stated, as 'last 2' would make one period of L layers.
+      overrides = {'num_layers': depth, 'scan_layers': True}
+      moe = {'layers': 'every 2', **variants()[name].get('moe', {})}
+      step = compile_step(prepared(config, {**overrides, 'moe': moe}))
+      first = first or step.compile_seconds
+      rows.append(
+        {
+          'case': name,
+          'layers': depth,
+          'compile_seconds': step.compile_seconds,
+          'ratio': step.compile_seconds / first,
+          'temp_bytes': step.counts.temp_bytes,
+        }
+      )
+  return rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add = parser.add_argument
+  add('--preset', choices=list(PRESETS), default='quick')
+  add('--config', default='configs/tiny_switch.py', help='of a sparse model')
+  add('--output', default='results', help='where results go')
+  add('--seconds', type=float, help='timed in all')
+  add('--depths', type=int, nargs='+', help='layers of the compiled models')
+  add('--rough_peaks', action='store_true', help='small arrays, for a trial')
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, and writes tables and a plot."""
+  options = parse(argv)
+  preset = PRESETS[options.preset]
+  seconds = preset.seconds if options.seconds is None else options.seconds
+  config = load_config(options.config)
+  if not config.model.moe.num_experts:
+    raise SystemExit(f'{options.config} is dense: there is no twin to compare')
+  host.keep_freed_memory()
+  peaks = measure_peaks(config.model.dtype, quick=options.rough_peaks)
+  print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
+  rows = measure_steps(config, seconds, peaks)
+  depths = measure_compilation(config, options.depths or preset.depths)
+  text = tables.report(options.config, peaks, rows, depths)
+  more = {
+    'config': config.to_dict(),
+    'peaks': dataclasses.asdict(peaks),
+    'compilation': depths,
+  }
+  folder = timing.write(options.output, NAME, text, rows, more)
+  tables.write_plot(rows, folder / 'steps.png')
+  print(f'\n{text}\nwritten: {folder}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,211 @@
+"""Interleaved timing: every case once a round, ratios within a round.
+
+A machine's speed drifts by more than what is compared. Cases of one round meet
+the same machine, so ratios are taken round by round, and their median is what
+is reported. Not here: what is timed.
+"""
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.stages import Compiled
+
+from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.analysis import roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A function compiled for its arguments.
+
+  Attributes:
+    run: Runs it on them and waits.
+    compile_seconds: Tracing, lowering and compiling.
+    counts: What XLA counts in it.
+  """
+
+  run: Callable[[], Any]
+  compile_seconds: float
+  counts: compiled_lib.Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Quartiles of one case over rounds."""
+
+  low: float
+  median: float
+  high: float
+
+  @classmethod
+  def of(cls, values: Sequence[float]) -> 'Spread':
+    """Of one value a round."""
+    return cls(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))
+
+  def __format__(self, spec: str) -> str:
+    """'1.12 (1.08-1.19)', each in `spec`."""
+    low, middle, high = (
+      format(value, spec) for value in (self.low, self.median, self.high)
+    )
+    return f'{middle} ({low}-{high})'
+
+
+def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':
+  """`function` compiled for arguments of these shapes, donating none."""
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*args).compile()
+  return Compilation(compiled, time.perf_counter() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+  """A compiled function, to be run on any arguments of its shapes."""
+
+  compiled: Compiled
+  seconds: float
+
+  def on(self, *args: Any) -> Program:
+    """Bound to arguments."""
+    return Program(
+      run=lambda: jax.block_until_ready(self.compiled(*args)),
+      compile_seconds=self.seconds,
+      counts=compiled_lib.counts(self.compiled),
+    )
+
+
+def interleave(
+  cases: Mapping[Any, Callable[[], Any]],
+  *,
+  seconds: float,
+  least: int = 5,
+  most: int = 50,
+) -> dict[Any, list[float]]:
+  """Seconds of each case in each round, after a round that warms up.
+
+  The order turns by one case each round, so that none always follows another.
+
+  Args:
+    cases: What to run, each until its result is there.
+    seconds: About how long to go on, within the bounds on rounds.
+    least: Rounds, however long they take.
+    most: Rounds, however short they are.
+  """
+  names = list(cases)
+  for run in cases.values():
+    run()
+  times: dict[Any, list[float]] = {name: [] for name in names}
+  begin = time.perf_counter()
+  for i in range(most):
+    turn = i % len(names)
+    for name in names[turn:] + names[:turn]:
+      start = time.perf_counter()
+      cases[name]()
+      times[name].append(time.perf_counter() - start)
+    if i + 1 >= least and time.perf_counter() - begin > seconds:
+      break
+  return times
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
+  """a over b, round by round."""
+  return Spread.of([x / y for x, y in zip(a, b, strict=True)])
+
+
+def with_probes(
+  cases: Mapping[Any, Callable[[], Any]], peaks: roofline.Peaks, **options: Any
+) -> tuple[dict[Any, list[float]], list[roofline.Peaks]]:
+  """`interleave` of the cases and of the machine's peaks, round by round."""
+
+  def waiting(run):
+    return lambda: jax.block_until_ready(run())
+
+  probes = {name: waiting(run) for name, run in roofline.probes(peaks).items()}
+  times = interleave({**cases, **probes}, **options)
+  found = roofline.by_round(peaks, times)
+  return {name: times[name] for name in cases}, found
+
+
+def reached(
+  times: Sequence[float], work: roofline.Work, peaks: Sequence[roofline.Peaks]
+) -> dict[str, float]:
+  """The work, its roofline in the same rounds, and the fraction reached."""
+  limits = [work.seconds(p) for p in peaks]
+  return {
+    'flops': work.flops,
+    'min_bytes': work.min_bytes,
+    'roofline_ms': 1e3 * Spread.of(limits).median,
+    'fraction': ratio(limits, times).median,
+  }
+
+
+def device_name() -> str:
+  """The device's own name: a CPU's model, an accelerator's kind."""
+  device = jax.devices()[0]
+  if device.platform != 'cpu':
+    return device.device_kind
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      found = re.search(r'^model name\s*: (.+)$', file.read(), re.MULTILINE)
+  except OSError:
+    found = None
+  name = found[1].strip() if found else ''
+  return name or platform.processor() or platform.machine()
+
+
+def folder_name(device: str) -> str:
+  """'AMD EPYC 9B14' -> 'amd_epyc_9b14'."""
+  return re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')
+
+
+def facts() -> dict[str, str]:
+  """Where and when: device, date, versions."""
+  return {
+    'device': device_name(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].platform}',
+    'cores': str(os.cpu_count()),
+    'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
+    'jax': jax.__version__,
+    'python': platform.python_version(),
+  }
+
+
+def write(
+  output: str,
+  name: str,
+  text: str,
+  rows: Sequence[Mapping[str, Any]],
+  more: Mapping[str, Any],
+) -> pathlib.Path:
+  """Writes `table.md`, `rows.csv` and `results.json`; returns their folder.
+
+  Args:
+    output: The results' root; the folder is `<output>/<name>/<device>`.
+    name: Of the experiment.
+    text: The Markdown.
+    rows: One a measured case; together their keys are the columns.
+    more: What else the JSON holds beside the rows and `facts`.
+  """
+  folder = pathlib.Path(output) / name / folder_name(device_name())
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'table.md').write_text(text, encoding='utf-8')
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  with (folder / 'rows.csv').open('w', newline='', encoding='utf-8') as file:
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+  results = {'facts': facts(), **more, 'rows': list(rows)}
+  (folder / 'results.json').write_text(
+    json.dumps(results, indent=2) + '\n', encoding='utf-8'
+  )
+  return folder

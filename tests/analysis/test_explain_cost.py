@@ -1,0 +1,144 @@
+"""Where a step's time goes: scopes told by name, and every share once."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.analysis import explain_cost
+from tests.analysis.test_compiled import PROGRAM
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYER = 'closed_call/layers/layer_1'
+SOURCE = 'python_stdlib:email,json,asyncio'
+
+
+@pytest.mark.parametrize(
+  ('op_name', 'part'),
+  [
+    (f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/router/dot_general', 'router'),
+    # The innermost known scope counts.
+    (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/dispatch/index/sort',
+      'index building',
+    ),
+    (
+      f'jit(train_step)/transpose(jvp(Decoder))/{LAYER}/moe/combine/gather',
+      'combine',
+    ),
+    (
+      f'jit(train_step)/transpose(jvp(Decoder))/{LAYER}/moe/experts/cond/'
+      'branch_0_fun/dot_general',
+      'experts',
+    ),
+    (f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/reshape', 'moe, the rest'),
+    (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/attention/attention._project/'
+      'dot_general',
+      'attention',
+    ),
+    (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/layer_1._norm/ffn_norm/mul',
+      'norms',
+    ),
+    (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/ffn/dot_general',
+      'dense feed-forward',
+    ),
+    # A transformation may wrap the scope itself.
+    ('jit(f)/transpose(jvp(experts))/mul', 'experts'),
+    ('jit(train_step)/jvp(Decoder)/dot_general', explain_cost.AROUND),
+    ('jit(train_step)/transpose(jvp())/exp', explain_cost.AROUND),
+    ('jit(train_step)/optimizer/mul', 'optimizer'),
+    # A primitive is no scope, whatever its name.
+    ('jit(train_step)/dispatch', explain_cost.OTHER),
+    ('jit(train_step)/add', explain_cost.OTHER),
+    ('', explain_cost.OTHER),
+  ],
+)
+def test_part_of(op_name, part):
+  assert explain_cost.part_of(op_name) == part
+  assert part in explain_cost.ROWS
+
+
+def test_backward_is_what_is_transposed():
+  assert explain_cost.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
+  assert not explain_cost.is_backward('jit(f)/jvp(Decoder)/mul')
+
+
+def test_a_loop_is_not_counted_beside_its_body():
+  seconds = {
+    'while.1': 9.0,  # its body's 4 and 5
+    'fusion.1': 4.0,
+    'copy.1': 5.0,
+    'dot.1': 2.0,
+    'not of this program': 1.0,
+  }
+  parts, busy = explain_cost.attribute(PROGRAM, seconds)
+  assert busy == 12
+  assert parts == {('experts', False): 9.0, (explain_cost.OTHER, False): 3.0}
+
+
+def test_a_call_that_shows_no_inside_is_counted():
+  parts, busy = explain_cost.attribute(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
+  assert busy == 4
+  assert parts == {('router', False): 3.0, (explain_cost.OTHER, False): 1.0}
+
+
+def test_shares_scale_to_the_step():
+  parts = {
+    ('router', False): 1.0,
+    ('router', True): 2.0,
+    ('experts', False): 5.0,
+  }
+  # 8 s of work in 3 s of a step, besides 1 s of waiting for input.
+  shares = explain_cost._shares(parts, 8.0, step_seconds=4.0, wait=1.0)
+  assert [s.part for s in shares] == [
+    'router',
+    'experts',
+    explain_cost.OTHER,
+    explain_cost.INPUT,
+  ]
+  assert sum(s.seconds for s in shares) == 4.0
+  assert (shares[0].forward, shares[0].backward) == (3 / 8, 6 / 8)
+  assert shares[-1].seconds == 1.0
+
+
+def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'moe_jax.analysis.explain_cost',
+      '--config=configs/tiny_switch.py:runlocal',
+      f'--config.data.source={SOURCE}',
+      '--steps=3',
+    ],
+    cwd=ROOT,
+    # The profiler loads every plugin that is installed.
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as all tests do
+      'COLUMNS': '100',
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  step = float(re.search(r'a training step: ([\d.]+) ms', done.stdout)[1])
+  rows = re.findall(r'│ (\D+?) +│.* ([\d.]+) │ +([\d.]+)% │', done.stdout)
+  parts = {name: float(ms) for name, ms, _ in rows}
+  assert {'router', 'experts', 'attention', 'norms', 'other', 'input'} <= set(
+    parts
+  )
+  assert parts['router'] > 0 and parts['experts'] > 0
+  # Each is rounded to 0.01 ms, the step to 0.1 ms.
+  assert sum(parts.values()) == pytest.approx(
+    step, abs=0.05 + 0.005 * len(rows)
+  )

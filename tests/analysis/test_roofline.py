@@ -1,0 +1,63 @@
+"""The roofline by hand values; the peaks as whatever this machine has."""
+
+import math
+
+import pytest
+
+from moe_jax.analysis import roofline
+
+N, M, F, E, K = 10, 3, 7, 5, 2
+
+
+def work(**more):
+  return roofline.ffn_work(num_tokens=N, width=M, hidden=F, **more)
+
+
+def test_a_dense_layer_forward():
+  found = work()
+  assert found.flops == 2 * 10 * (3 * 7 + 7 * 3)
+  assert found.min_bytes == 4 * (2 * 21 + 10 * 3 + 10 * 3)
+
+
+def test_a_sparse_layer_reads_every_expert_and_serves_every_choice():
+  found = work(num_experts=E, num_selected=K)
+  assert found.flops == 2 * work().flops
+  assert found.min_bytes == 4 * (5 * 2 * 21 + 2 * 30)
+
+
+def test_backward():
+  found = work(num_experts=E, num_selected=K, backward=True)
+  assert found.flops == 3 * 2 * work().flops
+  # Kernels read twice, their gradients written; x twice, y, dy and dx once.
+  assert found.min_bytes == 4 * (3 * 210 + 5 * 30)
+
+
+def test_router_third_kernel_and_type():
+  found = work(num_experts=E, num_kernels=3, router=True, itemsize=2)
+  assert found.flops == 2 * 10 * 3 * 21 + 2 * 10 * 3 * 5
+  assert found.min_bytes == 2 * (5 * 3 * 21 + 3 * 5 + 2 * 30)
+
+
+@pytest.mark.parametrize(
+  ('flops', 'min_bytes', 'seconds'),
+  [(300, 10, 3.0), (100, 80, 4.0)],  # bound by products, by memory
+)
+def test_the_slower_of_both_bounds(flops, min_bytes, seconds):
+  peaks = roofline.Peaks(100.0, 20.0, 'float32', 512, 64)
+  assert roofline.Work(flops, min_bytes).seconds(peaks) == seconds
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_peaks_are_measured(dtype):
+  found = roofline.measure_peaks(dtype, quick=True)
+  assert math.isfinite(found.flops_per_second) and found.flops_per_second > 0
+  assert math.isfinite(found.bytes_per_second) and found.bytes_per_second > 0
+  assert f'({dtype} matmul)' in found.describe()
+
+
+def test_peaks_of_a_round_are_of_its_own_times():
+  peaks = roofline.Peaks(1.0, 1.0, 'float32', matmul_size=10, copy_bytes=600)
+  seconds = {roofline.MATMUL: [2.0, 4.0], roofline.COPY: [3.0, 1.0]}
+  found = roofline.by_round(peaks, seconds)
+  assert [p.flops_per_second for p in found] == [1000.0, 500.0]
+  assert [p.bytes_per_second for p in found] == [200.0, 600.0]

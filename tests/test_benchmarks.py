@@ -1,0 +1,272 @@
+"""Benchmarks: what they time is what they say, and every row is there."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench_moe_layer, bench_train_step, timing
+from experiments import moe_layer_cases as cases_lib
+from experiments import moe_layer_programs as programs_lib
+from experiments import moe_layer_rows as rows_lib
+from moe_jax.command_line import load_config
+
+N, M, F, E, K = 24, 8, 12, 4, 2
+SIZES = programs_lib.Sizes(num_tokens=N, width=M, hidden=F)
+
+
+def test_every_case_runs_once_a_round_and_the_first_one_turns():
+  ran = []
+  cases = {name: lambda name=name: ran.append(name) for name in 'abc'}
+  times = timing.interleave(cases, seconds=0, least=4)
+  rounds = [''.join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+  assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']  # one warms up
+  assert {name: len(found) for name, found in times.items()} == dict.fromkeys(
+    'abc', 4
+  )
+
+
+def test_rounds_have_an_upper_bound():
+  times = timing.interleave({'a': lambda: None}, seconds=60, most=3)
+  assert len(times['a']) == 3
+
+
+def test_ratios_are_taken_within_a_round():
+  # Twice, three times and once as slow, while the machine slowed down: neither
+  # the ratio of medians (1) nor that of sums (2.4).
+  spread = timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+  assert spread == timing.Spread(1.5, 2.0, 2.5)
+  assert f'{timing.Spread.of([1.0, 2.0, 3.0]):.1f}' == '2.0 (1.5-2.5)'
+
+
+def test_folder_name():
+  assert timing.folder_name('NVIDIA H100 80GB HBM3') == 'nvidia_h100_80gb_hbm3'
+
+
+@pytest.mark.parametrize('K', [1, 3])
+def test_choices_differ_and_are_skewed_as_they_say(K):
+  rng = np.random.default_rng(0)
+  zipf = cases_lib.draw_choices(rng, 'zipf', 20_000, 5, K)
+  even = cases_lib.draw_choices(rng, 'uniform', 20_000, 5, K)
+  for choices in (zipf, even):
+    assert choices.shape == (20_000, K)
+    assert (np.diff(np.sort(choices, axis=1), axis=1) > 0).all()
+  p = 1 / np.arange(1, 6)
+  first = np.bincount(zipf[:, 0], minlength=5) / 20_000
+  np.testing.assert_allclose(first, p / p.sum(), atol=0.02)
+  first = np.bincount(even[:, 0], minlength=5) / 20_000
+  np.testing.assert_allclose(first, 1 / 5, atol=0.02)
+
+
+def test_an_unknown_routing_names_those_that_exist():
+  rng = np.random.default_rng(0)
+  with pytest.raises(ValueError, match=r"unknown routing 'skewed'.*'zipf'"):
+    cases_lib.draw_choices(rng, 'skewed', N, E, K)
+
+
+@pytest.fixture(scope='module')
+def bound():
+  """Every case on both routings, compiled once: (layer, inputs, programs)."""
+  layer = cases_lib.Layer.draw(SIZES, E)
+  compilations = cases_lib.compile_cases(layer, K, backward=True, ragged=True)
+  found = {}
+  for routing in cases_lib.ROUTINGS:
+    inputs = cases_lib.Inputs.draw(layer, routing, K)
+    programs = dict(cases_lib.bind(layer, compilations, inputs))
+    found[routing] = inputs, {n: p.run() for n, p in programs.items()}
+  return layer, compilations, found
+
+
+def test_the_router_sends_tokens_where_the_draw_says(bound):
+  _, _, found = bound
+  for inputs, results in found.values():
+    for name in programs_lib.LAYERS:
+      load = results[name][1].stats.load
+      np.testing.assert_array_equal(load, inputs.load)
+  loads = {routing: inputs.load for routing, (inputs, _) in found.items()}
+  assert loads['zipf'][0] > 1.5 * loads['zipf'][-1]
+  assert loads['uniform'].sum() == loads['zipf'].sum() == K * N
+
+
+def test_a_router_that_chooses_otherwise_is_an_error(bound):
+  layer, compilations, found = bound
+  inputs, _ = found['zipf']
+  other = dataclasses.replace(inputs, load=inputs.load[::-1])
+  with pytest.raises(ValueError, match=r'not the .* that were drawn'):
+    dict(cases_lib.bind(layer, compilations, other))
+
+
+def assert_same(a, b):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), a, b
+  )
+
+
+def test_products_of_the_same_groups_compute_the_same(bound):
+  # A baseline that did less would make the layer look slow, or fast.
+  _, _, found = bound
+  _, results = found['zipf']
+  ffn = programs_lib.GROUPED[0]
+  for name in (programs_lib.GROUPED[1], programs_lib.RAGGED):
+    assert_same(results[name], results[ffn])
+  equal = results[ffn + programs_lib.EQUAL]
+  for name in programs_lib.BATCHED:
+    assert_same(results[name], equal)
+  assert not np.allclose(equal[0], results[ffn][0])  # the groups do differ
+  assert_same(results[programs_lib.PLAIN_DENSE], results[programs_lib.DENSE])
+
+
+def test_the_layer_is_its_experts_on_its_choices(bound):
+  # Dropless, by a plain loop over the drawn choices and the router's gates.
+  layer, _, found = bound
+  inputs, results = found['zipf']
+  y = results['dropless'][0][0]
+  x = inputs.x[0]
+  logits = np.asarray(x @ layer.params['router']['w'])
+  chosen = np.argsort(-logits, axis=1)[:, :K]
+  w = layer.params['experts']
+  expected = np.zeros((N, M))
+  for n in range(N):
+    gates = np.exp(logits[n, chosen[n]])
+    for e, gate in zip(chosen[n], gates / gates.sum()):
+      hidden = np.maximum(x[n] @ w['w_in'][e], 0)
+      expected[n] += gate * (hidden @ w['w_out'][e])
+  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_limit_is_the_fastest_of_the_same_shapes():
+  equal = [name + programs_lib.EQUAL for name in programs_lib.GROUPED]
+  times = {
+    programs_lib.BATCHED[0]: [3.0, 3.0],
+    programs_lib.BATCHED[1]: [2.0, 9.0],
+    equal[0]: [4.0, 4.0],
+    equal[1]: [5.0, 5.0],
+    programs_lib.GROUPED[0]: [3.5, 3.5],
+    programs_lib.GROUPED[1]: [1.0, 9.0],
+    programs_lib.DENSE: [0.1, 0.1],  # no grouped product
+  }
+  limit = rows_lib.fastest_limit
+  assert limit(times, 'gather', 'zipf') == programs_lib.BATCHED[0]
+  assert limit(times, 'dropless', 'zipf') == programs_lib.GROUPED[0]
+  assert limit(times, 'dropless', 'uniform') == programs_lib.BATCHED[0]
+
+
+def test_groups_that_cannot_be_equal_are_refused():
+  layer = cases_lib.Layer.draw(dataclasses.replace(SIZES, num_tokens=23), E)
+  with pytest.raises(
+    ValueError, match=r'num_experts=4 does not divide 1 \* 23'
+  ):
+    cases_lib.compile_cases(layer, 1, backward=False, ragged=False)
+
+
+def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
+  bench_moe_layer.main(
+    [
+      *f'--tokens {N} --width {M} --hidden {F} --experts {E}'.split(),
+      *f'--selected {K} --scaling 2 4 --rows_per_expert 6'.split(),
+      *['--forward_selected', '--seconds', '0', '--rough_peaks'],
+      f'--output={tmp_path}',
+    ]
+  )
+  (folder,) = (tmp_path / bench_moe_layer.NAME).iterdir()
+  results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+  assert results['facts']['device'] in (folder / 'table.md').read_text()
+  rows = results['rows']
+  cases = {
+    *programs_lib.LAYERS, programs_lib.DENSE, programs_lib.PLAIN_DENSE,
+    *programs_lib.BATCHED, programs_lib.RAGGED, *programs_lib.GROUPED,
+    *(name + programs_lib.EQUAL for name in programs_lib.GROUPED),
+  }  # fmt: skip
+  assert sorted((r['E'], r['routing'], r['case']) for r in rows) == sorted(
+    (E, routing, case) for routing in cases_lib.ROUTINGS for case in cases
+  )
+  for row in rows:
+    assert row['ms'] > 0 and row['fraction'] > 0
+    # One K is in all of them.
+    if row['case'] in programs_lib.LAYERS:
+      assert row['flops'] == 3 * 2 * N * (2 * K * M * F + M * E)
+      assert row['limit'] in cases
+    if row['case'] == programs_lib.DENSE:
+      assert row[f'per_{programs_lib.DENSE}'] == 1
+  table = (folder / 'table.md').read_text(encoding='utf-8')
+  assert table.count('| gather |') == 2 + 2  # layers, growth
+  with (folder / 'rows.csv').open(encoding='utf-8') as file:
+    assert len(list(csv.DictReader(file))) == len(rows)
+  assert (folder / 'ratios.png').stat().st_size > 1000
+  growth = {(r['E'], r['case']): r for r in results['scaling']}
+  assert growth[2, 'gather']['growth'] == 1
+  assert growth[4, 'dropless']['tokens'] == 24
+  assert growth[4, 'dropless']['gradient_bytes'] == 4 * 4 * 2 * M * F
+  assert 'written:' in capsys.readouterr().out
+
+
+def test_a_step_that_is_timed_is_a_training_step():
+  config = load_config('configs/tiny_switch.py:runlocal')
+  twin = bench_train_step.prepared(
+    config, bench_train_step.variants()[bench_train_step.TWIN]
+  )
+  step = bench_train_step.compile_step(twin)
+  step.run()
+  step.run()  # the state it donated is not asked for again
+  params = 257 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48) + 5 * 32
+  # Adam's two moments and their two counts, the step and the seed.
+  state = 4 * (3 * params + 4)
+  assert step.work.min_bytes == 4 * 4 * params + 2 * state
+  assert step.counts.argument_bytes >= state
+
+
+def test_variants_differ_from_the_config_in_what_they_say():
+  config = load_config('configs/tiny_switch.py:runlocal')
+  found = {
+    name: bench_train_step.prepared(config, overrides).model
+    for name, overrides in bench_train_step.variants().items()
+  }
+  assert found['dense twin'].moe.num_experts == 0
+  assert found['sparse'].moe.dispatch == 'gather'
+  assert found['sparse, dropless'].moe.dispatch == 'dropless'
+  assert found['sparse, remat full'].remat == 'full'
+  assert found['sparse, remat dots'].remat == 'dots'
+  assert found['sparse'].remat == 'none'
+
+
+def test_random_rows_are_full():
+  config = load_config('configs/tiny_switch.py:runlocal')
+  config = bench_train_step.prepared(config, {})
+  batch = bench_train_step.random_batch(config)
+  assert {value.shape for value in batch.values()} == {(4, 32)}
+  assert batch['tokens'].max() > 200 and batch['tokens'].max() < 257
+  assert (batch['positions'][1] == jnp.arange(32)).all()
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_writes_every_row(tmp_path):
+  bench_train_step.main(
+    [
+      '--config=configs/tiny_switch.py:runlocal',
+      *['--seconds', '0', '--depths', '2', '4', '--rough_peaks'],
+      f'--output={tmp_path}',
+    ]
+  )
+  (folder,) = (tmp_path / bench_train_step.NAME).iterdir()
+  results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+  assert [r['case'] for r in results['rows']] == [*bench_train_step.variants()]
+  assert results['rows'][0]['per_twin'] == 1
+  depths = [(r['case'], r['layers']) for r in results['compilation']]
+  assert depths == [
+    ('sparse', 2),
+    ('sparse', 4),
+    ('sparse, dropless', 2),
+    ('sparse, dropless', 4),
+  ]
+  assert (folder / 'steps.png').stat().st_size > 1000
+
+
+def test_a_dense_config_has_no_twin(tmp_path):
+  with pytest.raises(SystemExit, match='is dense'):
+    bench_train_step.main(
+      ['--config=configs/shakespeare_dense.py', f'--output={tmp_path}']
+    )
