@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
-# A first block is this many fractions of a full one, rounded up.
-_FRACTIONS = 8
-_LEAST_ROWS, _MOST_ROWS = 8, 512
+# Rows of a block are a multiple of a step, an eighth of an expert's share in
+# bounds; a full block is a quarter larger than the share. So an expert near its
+# share takes one block with little waste; smaller steps compile for longer.
+_STEPS_IN_SHARE, _LEAST_STEP, _MOST_STEP = 8, 8, 64
 
 
 class Block(NamedTuple):
@@ -73,15 +74,21 @@ class Block(NamedTuple):
 
 
 def full_block_rows(num_rows: int, num_experts: int) -> int:
-  """Rows of a full block: twice an expert's share, a power of two in bounds."""
-  share = max(-(-num_rows // num_experts), 1)
-  rows = min(max(1 << (2 * share - 1).bit_length(), _LEAST_ROWS), _MOST_ROWS)
-  return min(rows, num_rows)
+  """Rows of a full block; the last of `block_sizes`."""
+  return block_sizes(num_rows, num_experts)[-1]
 
 
-def first_block_sizes(full: int) -> list[int]:
-  """The sizes a first block can have, ascending; the last is a full one's."""
-  step = max(full // _FRACTIONS, _LEAST_ROWS)
+def block_sizes(num_rows: int, num_experts: int) -> list[int]:
+  """The rows that a first block can have, ascending; the last is a full one's.
+
+  No block is larger than all the rows.
+  """
+  share = -(-num_rows // num_experts)
+  step = share // _STEPS_IN_SHARE // 8 * 8
+  step = min(max(step, _LEAST_STEP), _MOST_STEP)
+  most = _STEPS_IN_SHARE * _MOST_STEP
+  full = min(share, most) * 5 // 4
+  full = min(max(-(-full // step), 1) * step, num_rows)
   return [*range(step, full, step), full]
 
 
@@ -97,7 +104,8 @@ def for_each_block(
   Experts without rows are never met. `carry` is updated in place.
   """
   E, N = group_sizes.shape[0], num_rows
-  full = full_block_rows(N, E)
+  sizes = block_sizes(N, E)
+  full = sizes[-1]
   stops = jnp.cumsum(group_sizes)
   busy = jnp.flatnonzero(group_sizes > 0, size=E, fill_value=0)
 
@@ -115,7 +123,7 @@ def for_each_block(
     # carries its buffers without a copy. What it computes depends on its
     # counter, or it would be hoisted out and always be computed.
     smaller = 0
-    for size in first_block_sizes(full):
+    for size in sizes:
       fits = (first_rows <= size) & (first_rows > smaller)
 
       def first(j, carry, size=size):
