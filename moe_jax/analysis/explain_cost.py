@@ -144,7 +144,9 @@ def profile(run: Callable[[], None], module: str) -> dict[str, float]:
     (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
     data = jax.profiler.ProfileData.from_file(path)
   planes = list(data.planes)
-  devices = [plane for plane in planes if plane.name.startswith('/device:')]
+  # Not every plane of a device is an accelerator's: libtpu adds one of its own.
+  accelerators = ('/device:TPU', '/device:GPU')
+  devices = [plane for plane in planes if plane.name.startswith(accelerators)]
   total: Counter[str] = Counter()
   for plane in devices or planes:
     for event in _operations(plane, module, bool(devices)):
