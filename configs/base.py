@@ -40,7 +40,14 @@ def get_config() -> ConfigDict:
   config.evals = ConfigDict(
     dict(
       train_capacity=evaluation(),
-      capacity_2=evaluation(moe=dict(capacity_factor=2.0)),
+      # Twice the room that balanced experts need.
+      capacity_2=evaluation(
+        moe=dict(
+          capacity_rule='per_assignment',
+          capacity_factor=2.0,
+          dispatch='gather',
+        )
+      ),
       all_tokens=evaluation(moe=dict(capacity_rule='all', dispatch='dropless')),
     )
   )
@@ -112,7 +119,7 @@ def model() -> ConfigDict:
       dtype='float32',  # or bfloat16; routers, norms and losses stay float32
       param_dtype='float32',
       scan_layers=True,
-      remat='none',  # full, dots
+      remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
       moe=moe(),
     )

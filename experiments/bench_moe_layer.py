@@ -19,6 +19,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from experiments import moe_layer_cases as cases_lib
 from experiments import moe_layer_programs as programs_lib
 from experiments import moe_layer_tables as tables
@@ -136,20 +138,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  add('--preset', choices=list(PRESETS), default='quick')
-  add('--output', default='results', help='where results go')
-  add('--seconds', type=float, help='timed for each setting')
-  add('--tokens', type=int, help='N')
-  add('--width', type=int, help='M')
-  add('--hidden', type=int, help='F')
+  n = timing.positive_int
+  add(
+    '--preset',
+    choices=list(PRESETS),
+    default='quick',
+    help='quick: E=8 and 64, three minutes on two cores; full: E=256 too; '
+    "gpu: Mixtral's sizes in bfloat16. The options below change one",
+  )
+  add('--output', default='results', help='folder of the results')
+  add('--seconds', type=float, help='how long each setting is timed')
+  add('--tokens', type=n, help='N, tokens of a batch')
+  add('--width', type=n, help='M, model width')
+  add('--hidden', type=n, help='F, hidden width of one expert')
   add('--activation', choices=list(ACTIVATIONS))
   add('--dtype', choices=['float32', 'bfloat16'])
-  add('--experts', type=int, nargs='+', help='values of E')
-  add('--selected', type=int, nargs='+', help='values of K')
-  add('--routings', nargs='+', choices=ROUTINGS)
-  add('--forward_selected', type=int, nargs='*', help='K, forward alone')
-  add('--scaling', type=int, nargs='*', help='values of E of the second table')
-  add('--rows_per_expert', type=int, help='of the second table')
+  add('--experts', type=n, nargs='+', help='values of E')
+  add('--selected', type=n, nargs='+', help='values of K')
+  add('--routings', nargs='+', choices=ROUTINGS, help='who chooses whom')
+  add('--forward_selected', type=n, nargs='*', help='K, forward pass alone')
+  add('--scaling', type=n, nargs='*', help='values of E of the second table')
+  add('--rows_per_expert', type=n, help='in the second table')
   add('--rough_peaks', action='store_true', help='small arrays, for a trial')
   return parser.parse_args(argv)
 
@@ -174,6 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Measures, and writes tables and a plot."""
   options = parse(argv)
   preset = with_options(PRESETS[options.preset], options)
+  if options.preset == 'gpu' and jax.default_backend() == 'cpu':
+    raise SystemExit("--preset=gpu needs an accelerator; there is only a 'cpu'")
+  for E in preset.experts:
+    if max(preset.selected) > E:
+      raise SystemExit(f'selected={max(preset.selected)} > experts={E}')
   host.keep_freed_memory()
   peaks = measure_peaks(preset.sizes.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)

@@ -225,7 +225,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--config', default='configs/tiny_switch.py', help='of a sparse model')
   add('--output', default='results', help='where results go')
   add('--seconds', type=float, help='timed in all')
-  add('--depths', type=int, nargs='+', help='layers of the compiled models')
+  add(
+    '--depths',
+    type=timing.positive_int,
+    nargs='+',
+    help='layers of the compiled models',
+  )
   add('--rough_peaks', action='store_true', help='small arrays, for a trial')
   return parser.parse_args(argv)
 

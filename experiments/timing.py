@@ -5,6 +5,7 @@ the same machine, so ratios are taken round by round, and their median is what
 is reported. Not here: what is timed.
 """
 
+import argparse
 import csv
 import dataclasses
 import datetime
@@ -59,6 +60,13 @@ class Spread:
       format(value, spec) for value in (self.low, self.median, self.high)
     )
     return f'{middle} ({low}-{high})'
+
+
+def positive_int(text: str) -> int:
+  """An argument's type for argparse, which says what is wrong."""
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
+  return int(text)
 
 
 def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':

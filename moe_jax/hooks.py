@@ -11,6 +11,7 @@ from moe_jax import data, generation, models
 from moe_jax.analysis import cost, plots, routing_report
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.config import merge
+from moe_jax.kernels import backends
 from moe_jax.training import metrics, summary
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.evaluate import Evaluation
@@ -36,13 +37,24 @@ class Facts(Hook):
       layers = [i for i, sparse in enumerate(run.model.config.sparse) if sparse]
       run.message(
         f'sparse layers {layers}: {moe.num_experts} experts, '
-        f'{moe.num_selected} selected, router {moe.router!r}'
+        f'{moe.num_selected} selected, router {moe.router!r}, dispatch '
+        f'{_dispatch(run)}'
       )
       if models.leaks_future(moe):
         run.message(f'WARNING: {LEAK}')
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
     run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
+
+
+def _dispatch(run: Run) -> str:
+  moe = run.model.config.block.moe
+  if moe.dispatch != 'dropless':
+    return repr(moe.dispatch)
+  platform = run.mesh.devices.flat[0].platform
+  platform = 'cuda' if platform == 'gpu' else platform
+  products = backends.describe(moe.grouped_matmul, platform)
+  return f'{moe.dispatch!r} (grouped products: {products})'
 
 
 class Sample(Hook):

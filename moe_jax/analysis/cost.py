@@ -10,11 +10,14 @@ import dataclasses
 import math
 
 import jax
-from absl import app, logging
+import ml_collections
+from absl import app, flags, logging
 from flax import linen as nn
 from ml_collections import config_flags
 
 from moe_jax import command_line
+from moe_jax.config import merge
+from moe_jax.data import tokenizers
 from moe_jax.models import Decoder, abstract_params, build
 from moe_jax.partitioning import path_name
 
@@ -119,12 +122,30 @@ def _is_vector(name: str) -> bool:
   return last in ('scale', 'bias', 'table') or last.startswith('b_')
 
 
+def with_own_vocabulary(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """The config with the size of a vocabulary that needs no data: bytes'.
+
+  Raises:
+    ValueError: The vocabulary's size depends on the data, and is not given.
+  """
+  if config.model.vocab_size:
+    return config
+  if config.data.tokenizer != 'bytes':
+    raise ValueError(
+      f'data.tokenizer={config.data.tokenizer!r} has a vocabulary of the '
+      "data's; give its size: --config.model.vocab_size=..."
+    )
+  return merge(config, {'model': {'vocab_size': tokenizers.Bytes.vocab_size}})
+
+
 def main(argv: list[str]) -> None:
   """Prints what the flag's config costs."""
   del argv
   logging.set_verbosity(logging.WARNING)
   try:
-    config = _CONFIG.value
+    config = with_own_vocabulary(_CONFIG.value)
     print(count(build(config), config.data.seq_len).describe())
   except ValueError as error:
     command_line.fail(str(error))
@@ -132,4 +153,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
+  flags.mark_flag_as_required('config')
   app.run(main, flags_parser=command_line.parse)

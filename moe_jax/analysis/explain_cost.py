@@ -49,7 +49,7 @@ PARTS = {
   'optimizer': 'optimizer',
 }
 # What is differentiated and in none of them.
-AROUND = 'embedding, residual, loss'
+AROUND = 'embedding, residual, loops, loss'
 OTHER = 'other'
 INPUT = 'input'
 ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))
@@ -77,6 +77,7 @@ class Explanation:
 
   Attributes:
     step_seconds: Median time from asking for a batch to the step's end.
+    step_spread: Quartiles of it.
     input_seconds: Median time to produce a batch and put it on the devices,
       alone; in a run it is done in the background.
     busy_seconds: Of all executed instructions of a step, summed over the
@@ -85,6 +86,7 @@ class Explanation:
   """
 
   step_seconds: float
+  step_spread: tuple[float, float]
   input_seconds: float
   busy_seconds: float
   shares: tuple[Share, ...]
@@ -205,6 +207,7 @@ def explain(
   step_seconds = float(np.median(times))
   return Explanation(
     step_seconds=step_seconds,
+    step_spread=tuple(float(q) for q in np.quantile(times, (0.25, 0.75))),
     input_seconds=produced,
     busy_seconds=busy / num_steps,
     shares=_shares(parts, busy, step_seconds, float(np.median(waits))),
@@ -253,13 +256,15 @@ def _shares(parts, busy, step_seconds, wait) -> tuple[Share, ...]:
 def table(explanation: Explanation) -> Table:
   """A row a part, in milliseconds and percent of the step."""
   e = explanation
+  low, high = (f'{1e3 * seconds:.1f}' for seconds in e.step_spread)
   result = Table(
-    title=f'a training step: {1e3 * e.step_seconds:.1f} ms',
+    title=f'a training step: {1e3 * e.step_seconds:.1f} ms ({low} to {high})',
     caption=(
-      'Instructions run at once on several threads: times are shares of '
-      f'{1e3 * e.busy_seconds:.1f} ms of work, scaled to the step. Input is '
-      'the wait for a batch; producing one takes '
-      f'{1e3 * e.input_seconds:.2f} ms in the background.'
+      'Median and quartiles of the step. Its instructions, some of them at '
+      f'once on several threads, took {1e3 * e.busy_seconds:.1f} ms in all; '
+      'the rows split the step as they split that. Input is the wait for a '
+      f'batch; making one takes {1e3 * e.input_seconds:.2f} ms in the '
+      'background.'
     ),
   )
   result.add_column('part')
@@ -285,16 +290,29 @@ def main(argv: list[str]) -> None:
     explanation = explain(_CONFIG.value, num_steps=_STEPS.value)
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
-  print(f'{_CONFIG.value.model.num_layers} layers on {_device()}')
+  print(_title(_CONFIG.value))
   Console().print(table(explanation))
 
 
-def _device() -> str:
-  devices = jax.devices()
-  return f'{len(devices)} x {devices[0].device_kind}'
+def _title(config: ml_collections.ConfigDict) -> str:
+  model, devices = config.model, jax.devices()
+  experts = 'dense'
+  if model.moe.num_experts:
+    experts = (
+      f'{model.moe.num_experts} experts in {model.moe.layers!r}, dispatch '
+      f'{model.moe.dispatch!r}'
+    )
+  return (
+    f'{model.num_layers} layers, {experts}; {config.batch_size} x '
+    f'{config.data.seq_len} tokens, on {len(devices)} x '
+    f'{devices[0].device_kind}'
+  )
 
 
 if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
-  _STEPS = flags.DEFINE_integer('steps', 10, 'Steps timed, and profiled.')
+  flags.mark_flag_as_required('config')
+  _STEPS = flags.DEFINE_integer(
+    'steps', 10, 'Steps timed, and profiled.', lower_bound=1
+  )
   app.run(main, flags_parser=command_line.parse)

@@ -39,6 +39,15 @@ def check(name: str) -> None:
     raise unknown('grouped_matmul backend', name, [AUTO, *BACKENDS])
 
 
+def describe(name: str, platform: str) -> str:
+  """The backend on a platform: 'blocks', or 'megablox, interpreted: slow'."""
+  if name == AUTO:
+    return BY_PLATFORM.get(platform, DEFAULT)
+  homes = {backend: home for home, backend in BY_PLATFORM.items()}
+  slow = platform == 'cpu' and homes.get(name, 'cpu') != 'cpu'
+  return f'{name}, interpreted: slow' if slow else name
+
+
 def matmul(
   x: Float[Array, 'N _'],
   w: Float[Array, 'E _ _'],

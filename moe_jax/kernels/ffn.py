@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
@@ -42,6 +43,7 @@ def grouped_ffn(
   backends.check(backend)
   for w in w_ins:
     check_shapes(x, w, group_sizes)
+  x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
   y = _ffn(x, w_ins, w_out, group_sizes, hidden, backend)
   return checkpoint_name(y, PRODUCT)
 

@@ -7,6 +7,7 @@ matmul (https://arxiv.org/abs/2211.15841).
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
@@ -28,12 +29,14 @@ def grouped_matmul(
   The first group_sizes[0] rows are expert 0's, the next group_sizes[1] expert
   1's, and so on. Rows past their sum belong to no expert: they come out zero
   and their gradient is zero. Sums are float32; the gradient of a float32
-  kernel is never rounded to the type of x.
+  kernel is never rounded to the type of x. Derivatives are reverse-mode and
+  first-order.
 
   Args:
     x: Rows, sorted by expert.
     w: A kernel an expert.
-    group_sizes: Rows of each expert, in all at most N.
+    group_sizes: Rows of each expert, none negative, in all at most N; not
+      checked, as they are known only as it runs.
     backend: One of `backends.BACKENDS`, or 'auto': the platform's.
 
   Raises:
@@ -41,11 +44,20 @@ def grouped_matmul(
   """
   backends.check(backend)
   check_shapes(x, w, group_sizes)
+  x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
   return checkpoint_name(_product(x, w, group_sizes, backend), PRODUCT)
 
 
 def check_shapes(x, w, group_sizes) -> None:
   """Raises where rows, kernels and groups do not fit."""
+  ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
+  if ranks != (2, 3, 1):
+    raise ValueError(
+      f'rows {np.shape(x)}, kernels {np.shape(w)} and group sizes '
+      f'{np.shape(group_sizes)} must be [N, M], [E, M, F] and [E]'
+    )
+  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    raise ValueError(f'group sizes of {group_sizes.dtype} must be integers')
   if x.shape[-1] != w.shape[1]:
     raise ValueError(
       f'rows of width {x.shape[-1]} by kernels {w.shape}: the width must be '

@@ -29,7 +29,7 @@ class MoeConfig:
     group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
       a sequence. Capacity and balance are per group.
     dispatch: 'gather' (default), 'einsum' (the readable reference), or
-      'dropless' (rows sorted by expert, no slots; what the router kept).
+      'dropless' (rows sorted by expert, no slots; with capacity rule 'all').
     grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
       see `kernels.BACKENDS`.
   """
@@ -43,6 +43,12 @@ class MoeConfig:
   def __post_init__(self):
     dispatch.get(self.dispatch)
     check_backend(self.grouped_matmul)
+    rule = self.router.capacity.rule
+    if self.dispatch == 'dropless' and rule != 'all':
+      raise ValueError(
+        f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
+        "capacity_rule='all', or dispatch='gather'"
+      )
     if self.group_size < 0:
       raise ValueError(f'group_size={self.group_size} must not be negative')
 

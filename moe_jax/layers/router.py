@@ -53,6 +53,11 @@ class RouterConfig:
   def __post_init__(self):
     if self.kind not in ROUTERS:
       raise unknown('router', self.kind, ROUTERS)
+    if not isinstance(self.capacity, routing.CapacityRule):
+      raise ValueError(
+        f'capacity={self.capacity!r} is no CapacityRule; for room for all, '
+        "CapacityRule('all')"
+      )
     if self.balance_choices not in BALANCE_CHOICES:
       raise unknown('balance_choices', self.balance_choices, BALANCE_CHOICES)
     if not 0 <= self.jitter < 1:

@@ -175,11 +175,6 @@ def _twin(model, init) -> FfnConfig:
 
 def _moe(model, init) -> MoeConfig:
   moe = model.moe
-  if moe.dispatch == 'dropless' and moe.capacity_rule != 'all':
-    raise ValueError(
-      f"dispatch='dropless' with capacity_rule={moe.capacity_rule!r}, which "
-      "drops; use capacity_rule='all', or dispatch='gather'"
-    )
   return MoeConfig(
     router=RouterConfig(
       num_experts=moe.num_experts or moe.num_selected,

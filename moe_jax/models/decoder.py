@@ -52,6 +52,8 @@ class DecoderConfig:
       layer inputs alone) or 'dots' (save the products with kernels: of
       attention, feed-forwards and experts). Either saves what the routers
       decided, a few integers a token, so that nothing is routed twice.
+      Memory is saved where layers are a loop; in unrolled ones XLA's CPU
+      compiler recomputes early, and saves none.
     param_dtype: Of the stored parameters.
     init: How embeddings and the output kernel start.
   """

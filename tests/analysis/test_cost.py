@@ -6,6 +6,7 @@ import pytest
 from configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax import models
 from moe_jax.analysis import cost
+from moe_jax.config import merge
 from tests.models import tiny
 from tests.models.tiny import T
 
@@ -129,3 +130,13 @@ def test_describe_names_totals_and_the_routers_share():
     assert part in text
   assert 'router 12.5%' in text
   assert '1.25 rows per assignment' in text
+
+
+def test_bytes_need_no_vocabulary_and_others_are_asked_for():
+  config = tiny.config(vocab_size=0)
+  assert cost.with_own_vocabulary(config).model.vocab_size == 257
+  given = tiny.config()
+  assert cost.with_own_vocabulary(given) is given
+  chars = merge(config, {'data': {'tokenizer': 'chars'}})
+  with pytest.raises(ValueError, match=r"'chars'.*--config.model.vocab_size"):
+    cost.with_own_vocabulary(chars)

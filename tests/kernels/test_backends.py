@@ -162,3 +162,16 @@ def test_shapes_that_do_not_fit():
     check_shapes(x, w.swapaxes(1, 2), np.full(E, 6))
   with pytest.raises(ValueError, match='4 group sizes for 5 experts'):
     check_shapes(x, w, np.full(4, 6))
+  with pytest.raises(ValueError, match=r'kernels \(6, 7\).*\[E, M, F\]'):
+    check_shapes(x, w[0], np.full(5, 6))
+  with pytest.raises(ValueError, match='group sizes of float64'):
+    check_shapes(x, w, np.full(5, 6.0))
+
+
+def test_what_a_run_says_of_its_backend():
+  assert backends.describe('auto', 'cpu') == 'blocks'
+  assert backends.describe('auto', 'tpu') == 'megablox'
+  assert backends.describe('auto', 'rocm') == 'ragged_dot'
+  assert backends.describe('ragged_dot', 'cpu') == 'ragged_dot'
+  assert backends.describe('megablox', 'tpu') == 'megablox'
+  assert 'slow' in backends.describe('pallas_gpu', 'cpu')

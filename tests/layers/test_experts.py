@@ -18,6 +18,7 @@ from moe_jax.layers import (
   MoeConfig,
   RouterConfig,
 )
+from moe_jax.routing import CapacityRule
 from tests.models import tiny
 
 E, R, M, F = 5, 3, 6, 11
@@ -212,7 +213,9 @@ def test_dropout_of_sorted_rows():
 
 def test_an_expert_of_ones_own_is_refused_under_dropless():
   config = MoeConfig(
-    router=RouterConfig(num_experts=E), expert=FfnConfig(F), dispatch='dropless'
+    router=RouterConfig(num_experts=E, capacity=CapacityRule('all')),
+    expert=FfnConfig(F),
+    dispatch='dropless',
   )
   layer = MoE(config, expert=nn.Dense(M))
   with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
