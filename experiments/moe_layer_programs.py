@@ -67,8 +67,13 @@ class Sizes:
     size = E * kernels * self.width * self.hidden
     return size * jnp.dtype(self.dtype).itemsize
 
-  def work(self, E: int, K: int, *, backward: bool, router: bool):
-    """What a layer of E experts must do, or with E=1 a dense one."""
+  def work(
+    self, E: int, K: int | float, *, backward: bool, router: bool
+  ) -> roofline.Work:
+    """What a layer of E experts must do, or with E=1 a dense one.
+
+    K are the choices that are served, on average.
+    """
     return roofline.ffn_work(
       num_tokens=self.num_tokens,
       width=self.width,

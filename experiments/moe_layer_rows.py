@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments import moe_layer_cases as cases_lib
 from experiments import moe_layer_programs as programs_lib
 from experiments import timing
@@ -54,9 +56,18 @@ def measure_setting(
       if RAGGED in times:
         spread = timing.ratio(times[name], times[RAGGED])
         row |= _columns('per_ragged_dot', spread)
-    work = _work(layer.sizes, setting, name)
+    row['served'] = served_share(name, inputs.load)
+    work = _work(layer.sizes, setting, name, row['served'])
     rows.append(row | timing.reached(times[name], work, found))
   return rows
+
+
+def served_share(name: str, load: np.ndarray) -> float:
+  """Of all choices: `gather` with capacity factor 1 drops what is above."""
+  if name != 'gather':
+    return 1.0
+  capacity = -(-load.sum() // len(load))
+  return float(np.minimum(load, capacity).sum() / load.sum())
 
 
 def fastest_limit(
@@ -106,8 +117,8 @@ def _columns(
   }
 
 
-def _work(sizes, setting, name) -> Work:
-  E, K = setting['E'], setting['K']
+def _work(sizes, setting, name, served) -> Work:
+  E, K = setting['E'], setting['K'] * served
   if name in (DENSE, PLAIN_DENSE):
     E, K = 1, 1
   backward = setting['pass'] == PASSES[True]

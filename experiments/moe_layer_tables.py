@@ -36,7 +36,8 @@ def report(
     f'{s.activation}, {s.dtype}; {peaks.describe()}.\n\n'
     "Cases of a row's setting ran interleaved; ms are medians, ratios medians "
     'of ratios within a round (quartiles in brackets). `gather` has capacity '
-    'factor 1.0 per assignment, all tokens one group; `dropless` drops none. '
+    'factor 1.0 per assignment, all tokens one group, and drops what is not '
+    'served; `dropless` drops none. '
     'The layer includes router, losses and statistics; its gradient is that '
     'of all parameters and the input. Dense is the feed-forward of one expert '
     'on all tokens, so that dense * K has the FLOPs of the K experts; plain '
@@ -82,6 +83,7 @@ def layer_table(rows: Sequence[Row]) -> str:
       {
         **_setting_columns(row),
         'layer': row['case'],
+        'served': f'{row["served"]:.0%}',
         'ms': f'{row["ms"]:.1f}',
         '/ (dense * K)': _ratio(row, f'per_{DENSE}'),
         '/ (plain dense * K)': f'{row[f"per_{PLAIN_DENSE}"]:.2f}',

@@ -5,10 +5,11 @@ Not here: the exchange of tokens between experts' devices.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import Section, unknown
 
@@ -44,8 +45,57 @@ def make_mesh(
     tuple(shape),
     MESH_AXES,
     devices=devices,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
   )
+
+
+def spread(x: jax.Array) -> dict[str, int]:
+  """The axes of more than one device of the mesh that x's type carries.
+
+  Inside a `jit` of arrays on a mesh every type does. Axes over which a
+  `shard_map` around has split already are not among them.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind != AxisType.Manual and mesh.shape[name] > 1
+  }
+
+
+def on_each_device(
+  f: Callable[..., Any],
+  split: tuple[Any, ...],
+  whole: tuple[Any, ...],
+  whole_specs: tuple[Any, ...],
+) -> Any:
+  """f(*split, *whole) on every device's own rows of `split`.
+
+  For what no compiler can split: kernels, sorts, loops over the load. The
+  result has the rows of `split`; if they do not divide, each device computes
+  all of them.
+
+  Args:
+    f: A pure function.
+    split: Trees of arrays with the batch, or its groups, in front.
+    whole: Trees of arrays that every device needs.
+    whole_specs: How they are split nevertheless, inside f.
+  """
+  x = jax.tree.leaves(split)[0]
+  axes = spread(x)
+  if not axes:
+    return f(*split, *whole)
+  rows = tuple(name for name in MESH_AXES[:-1] if name in axes)
+  if x.shape[0] % math.prod(axes[name] for name in rows):
+    rows = ()
+  spec = PartitionSpec(rows or None)
+  return jax.shard_map(
+    f,
+    mesh=jax.typeof(x).sharding.mesh,
+    in_specs=(*[spec] * len(split), *whole_specs),
+    out_specs=spec,
+    check_vma=False,
+  )(*split, *whole)
 
 
 def make_rules(table: Section) -> Rules:

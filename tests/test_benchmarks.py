@@ -270,3 +270,10 @@ def test_a_dense_config_has_no_twin(tmp_path):
     bench_train_step.main(
       ['--config=configs/shakespeare_dense.py', f'--output={tmp_path}']
     )
+
+
+def test_capacity_serves_what_fits():
+  # Six choices, room for two each: one of expert 0 goes.
+  load = np.array([3, 2, 1])
+  assert rows_lib.served_share('gather', load) == 5 / 6
+  assert rows_lib.served_share('dropless', load) == 1

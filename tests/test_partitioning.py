@@ -107,10 +107,10 @@ def test_shardings_that_do_not_fit_are_refused(axes, shape, message):
     sharding(mesh, RULES, axes, shape, 'w')
 
 
-def build():
+def build(**moe):
   return models.build(
     tiny.config(
-      dict(layers='every 2', num_experts=8, num_selected=2, jitter=0.01),
+      dict(layers='every 2', num_experts=8, num_selected=2, jitter=0.01, **moe),
       vocab_size=V,
       width=16,
       hidden=24,
@@ -182,10 +182,16 @@ def make_batch():
   }
 
 
+DROPLESS = (('dispatch', 'dropless'), ('capacity_rule', 'all'))
+
+
 @functools.cache
-def gradient(*mesh_shape):
-  """((loss, sums), gradient) of a training step, on a mesh or one device."""
-  model, batch = build(), make_batch()
+def gradient(*mesh_shape, moe=()):
+  """((loss, sums), gradient) of a training step, and its program.
+
+  On a mesh or, without its shape, on one device.
+  """
+  model, batch = build(**dict(moe)), make_batch()
   grad_fn = make_grad_fn(model, LossWeights(balance=0.1, z=0.1))
   places, batch_place = None, None
   params = tiny.params_of(model)
@@ -204,7 +210,9 @@ def gradient(*mesh_shape):
       grads = jax.lax.with_sharding_constraint(grads, places)
     return result, grads
 
-  return jax.jit(run)(params, batch, jax.random.key(0))
+  args = params, batch, jax.random.key(0)
+  compiled = jax.jit(run).lower(*args).compile()
+  return compiled(*args), compiled.as_text()
 
 
 @pytest.mark.parametrize(
@@ -218,9 +226,39 @@ def gradient(*mesh_shape):
   ],
 )
 def test_a_sharded_step_equals_one_device(mesh_shape):
-  (loss, sums), grads = gradient(*mesh_shape)
-  (one_loss, one_sums), one_grads = gradient()
+  ((loss, sums), grads), _ = gradient(*mesh_shape)
+  ((one_loss, one_sums), one_grads), _ = gradient()
   assert one_sums.aux.stats.overflowed.sum() > 0
   np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
   tiny.assert_trees_close(sums, one_sums, rtol=1e-4, atol=1e-4)
   tiny.assert_trees_close(grads, one_grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('mesh_shape', 'devices_of_rows', 'devices_of_hidden'),
+  [
+    ((1, 2, 2, 2), 4, 2),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ((8, 1, 1, 1), 8, 1),
+        ((2, 1, 2, 2), 4, 2),
+        ((2, 2, 2, 1), 8, 1),
+      )
+    ),
+  ],
+)
+def test_a_dropless_step_equals_one_device_and_each_serves_its_own(
+  mesh_shape, devices_of_rows, devices_of_hidden
+):
+  ((loss, sums), grads), text = gradient(*mesh_shape, moe=DROPLESS)
+  ((one_loss, one_sums), one_grads), one_text = gradient(moe=DROPLESS)
+  assert one_sums.aux.stats.overflowed.sum() == 0
+  np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+  tiny.assert_trees_close(sums, one_sums, rtol=1e-4, atol=1e-4)
+  tiny.assert_trees_close(grads, one_grads, rtol=1e-3, atol=1e-5)
+  # Two choices a token; the first products' rows, as the backward pass reads.
+  whole = f'f32[{2 * B * T},24]'
+  share = f'f32[{2 * B * T // devices_of_rows},{24 // devices_of_hidden}]'
+  assert whole in one_text
+  assert share in text and whole not in text

@@ -72,7 +72,7 @@ def ffn_work(
   width: int,
   hidden: int,
   num_experts: int = 1,
-  num_selected: int = 1,
+  num_selected: int | float = 1,
   num_kernels: int = 2,
   router: bool = False,
   backward: bool = False,
@@ -90,7 +90,7 @@ def ffn_work(
     width: M.
     hidden: F of one expert.
     num_experts: E, each with its own kernels; 1 is a dense layer.
-    num_selected: K, every choice served.
+    num_selected: Choices of a token that are served: K, or fewer on average.
     num_kernels: 2, or 3 of a gated activation.
     router: Whether the router's kernel and products count.
     backward: Whether the gradient of kernels and tokens is computed too.
@@ -98,7 +98,7 @@ def ffn_work(
   """
   N, M, F, E = num_tokens, width, hidden, num_experts
   kernels = E * num_kernels * M * F
-  flops = 2 * N * num_selected * num_kernels * M * F
+  flops = round(2 * N * num_selected * num_kernels * M * F)
   if router:
     kernels += M * E
     flops += 2 * N * M * E

@@ -2,8 +2,8 @@
 
 MegaBlocks, https://arxiv.org/abs/2211.15841. No expert has a capacity of its
 own; what the routing kept is all moved, so a routing with room for everyone
-drops nothing. The rows go to `kernels.grouped_matmul`. How they move, and
-their gradients, is `permute.py`.
+drops nothing. The rows go to the products of `moe_jax.kernels`. How they move,
+and their gradients, is `permute.py`.
 """
 
 import jax

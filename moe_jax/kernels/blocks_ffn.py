@@ -1,7 +1,8 @@
 """A feed-forward layer's products in one loop over blocks, for the CPU.
 
 Between its products a block's rows stay in the cache. The gradient is one
-loop too.
+loop too. In it, hidden values of the next expert's rows are multiplied by zero:
+one that is infinite makes its neighbour's gradient NaN too.
 """
 
 from collections.abc import Callable

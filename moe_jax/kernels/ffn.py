@@ -43,6 +43,12 @@ def grouped_ffn(
   backends.check(backend)
   for w in w_ins:
     check_shapes(x, w, group_sizes)
+  E, M, F = w_ins[0].shape
+  if w_out.shape != (E, F, M) or any(w.shape != (E, M, F) for w in w_ins):
+    raise ValueError(
+      f'first kernels {[w.shape for w in w_ins]} and last {w_out.shape} must '
+      'be [E, M, F] and [E, F, M]'
+    )
   x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
   y = _ffn(x, w_ins, w_out, group_sizes, hidden, backend)
   return checkpoint_name(y, PRODUCT)

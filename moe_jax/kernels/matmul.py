@@ -30,7 +30,8 @@ def grouped_matmul(
   1's, and so on. Rows past their sum belong to no expert: they come out zero
   and their gradient is zero. Sums are float32; the gradient of a float32
   kernel is never rounded to the type of x. Derivatives are reverse-mode and
-  first-order.
+  first-order. On several devices no compiler splits it: call it on each, under
+  `shard_map` with check_vma=False (`partitioning.on_each_device`).
 
   Args:
     x: Rows, sorted by expert.

@@ -99,7 +99,8 @@ def _width(lanes: int, most: int) -> int:
 
 def _padded(x: Array, tile: tuple[int, ...]) -> Array:
   """x with zeros behind each axis up to a multiple of the tile, never zero."""
-  missing = [-max(size, 1) % t for size, t in zip(x.shape, tile)]
+  whole = [max(-(-size // t), 1) * t for size, t in zip(x.shape, tile)]
+  missing = [n - size for n, size in zip(whole, x.shape)]
   return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x
 
 

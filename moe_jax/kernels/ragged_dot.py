@@ -44,12 +44,20 @@ def only_grouped(
 def _ragged_dot(
   lhs, rhs, group_sizes, contract, rhs_group
 ) -> Float32[Array, '...']:
-  """One product over those two axes; the rows of `lhs` come in groups."""
+  """One product over those two axes; the rows of `lhs` come in groups.
+
+  Under `vmap` one after the other: JAX has no batched form of every kind.
+  """
   dimensions = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
     lhs_ragged_dimensions=(0,),
     rhs_group_dimensions=rhs_group,
   )
-  return jax.lax.ragged_dot_general(
-    lhs, rhs, group_sizes, dimensions, preferred_element_type=jnp.float32
-  )
+
+  @jax.custom_batching.sequential_vmap
+  def product(lhs, rhs, group_sizes):
+    return jax.lax.ragged_dot_general(
+      lhs, rhs, group_sizes, dimensions, preferred_element_type=jnp.float32
+    )
+
+  return product(lhs, rhs, group_sizes)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from moe_jax.partitioning import MESH_AXES
+from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 IMPLEMENTATIONS = ('auto', 'cudnn', 'einsum', 'splash', 'xla')
@@ -246,12 +246,7 @@ def _on_each_device(f, query, key, value, segment_ids):
 
   What does not divide by its mesh axes is computed whole on each.
   """
-  mesh = jax.typeof(query).sharding.mesh
-  size = {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind != AxisType.Manual and mesh.shape[name] > 1
-  }
+  size = spread(query)
   if not size:
     return f(query, key, value, segment_ids)
   *rows, heads = MESH_AXES
@@ -263,7 +258,7 @@ def _on_each_device(f, query, key, value, segment_ids):
   heads_spec = PartitionSpec(rows or None, None, heads, None)
   return jax.shard_map(
     f,
-    mesh=mesh,
+    mesh=jax.typeof(query).sharding.mesh,
     in_specs=(*[heads_spec] * 3, PartitionSpec(rows or None, None)),
     out_specs=heads_spec,
     check_vma=False,

@@ -1,47 +1,30 @@
-"""The experts: E feed-forward layers, each on its own rows.
+"""The experts: E feed-forward layers on E lists of rows.
 
-This file alone has expert rows multiplied. How rows come to be is
-`moe_jax.dispatch`.
+This file and `dropless.py` alone have expert rows multiplied. How rows come to
+be is `moe_jax.dispatch`.
 """
 
 from flax import linen as nn
 
 from moe_jax.layers.ffn import FfnConfig, feed_forward
-from moe_jax.shapes import Array, Float, Int32
+from moe_jax.shapes import Array, Float
 
 
 class Experts(nn.Module):
-  """E independent `FeedForward` layers, each on its own rows.
+  """E independent `FeedForward` layers, expert e on rows[e].
 
   Every expert starts from its own draw, with the fan-in of one expert. With
   E=1 it is the dense layer.
-
-  Attributes:
-    config: One expert.
-    backend: Of the grouped products, where rows come with group sizes; see
-      `kernels.grouped_matmul`.
   """
 
   config: FfnConfig
-  backend: str = 'auto'
 
   @nn.compact
   def __call__(
-    self,
-    rows: Float[Array, '*E R M'],
-    train: bool = False,
-    group_sizes: Int32[Array, ' experts'] | None = None,
-  ) -> Float[Array, '*E R M']:
-    """Applies the experts; dropout only if `train`.
-
-    Args:
-      rows: [E, R, M], R rows of each expert; or [N, M], sorted by expert.
-      train: Turns on dropout.
-      group_sizes: Of the sorted rows, how many each expert has.
-    """
-    return feed_forward(
-      self, self.config, rows, train, group_sizes, self.backend
-    )
+    self, rows: Float[Array, 'E R M'], train: bool = False
+  ) -> Float[Array, 'E R M']:
+    """Applies expert e to rows[e]; dropout only if `train`."""
+    return feed_forward(self, self.config, rows, train)
 
 
 def vmapped(

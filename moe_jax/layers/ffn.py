@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from moe_jax.config import unknown
-from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.layers.initializers import Init, zeros
 from moe_jax.layers.matmul import rows_matmul
-from moe_jax.shapes import Array, Float, Int32
+from moe_jax.shapes import Array, Float
 
 
 class Activation(NamedTuple):
@@ -88,6 +86,12 @@ class FfnConfig:
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout={self.dropout} not in [0, 1)')
 
+  @property
+  def first_kernels(self) -> tuple[str, ...]:
+    """Those that x meets, in the order that `Activation.hidden` takes."""
+    gated = activation(self.activation).gated
+    return ('w_gate', 'w_in') if gated else ('w_in',)
+
 
 class FeedForward(nn.Module):
   """x -> activation(x W_in) W_out, or (activation(x W_gate) * x W_in) W_out."""
@@ -106,54 +110,49 @@ class FeedForward(nn.Module):
 
 
 def feed_forward(
-  module: nn.Module,
-  c: FfnConfig,
-  x: Float[Array, '*E R M'],
-  train: bool,
-  group_sizes: Int32[Array, ' experts'] | None = None,
-  backend: str = 'auto',
+  module: nn.Module, c: FfnConfig, x: Float[Array, '*E R M'], train: bool
 ) -> Float[Array, '*E R M']:
-  """One feed-forward layer on rows, or E of them.
+  """One feed-forward layer on rows, or E of them on E lists of rows.
 
-  E layers take E lists of rows, or one list sorted by layer with
-  `group_sizes`. The parameters are `module`'s: w_in, w_gate where the
-  activation gates, w_out, and b_in, b_out where there are biases; each
-  [E, ...] for E layers.
+  The parameters are `module`'s; see `parameters`.
   """
-  stack = x.shape[:-2] if group_sizes is None else group_sizes.shape
-  p = _parameters(module, c, stack, x.shape[-1])
+  p = parameters(module, c, x.shape[:-2], x.shape[-1])
+  return compute(
+    c,
+    p,
+    x.astype(c.dtype),
+    product=rows_matmul,
+    add_bias=lambda y, b: y + b[..., None, :],
+    dropout=nn.Dropout(c.dropout, deterministic=not train, parent=module),
+  )
+
+
+def compute(
+  c: FfnConfig,
+  p: dict[str, Any],
+  x: Float[Array, '*E R M'],
+  *,
+  product: Callable[..., Array],
+  add_bias: Callable[[Array, Array], Array],
+  dropout: Callable[[Array], Array],
+) -> Float[Array, '*E R M']:
+  """The layer, of whatever a product with kernels is."""
   act = activation(c.activation)
-  x = x.astype(c.dtype)
-  names = ['w_gate', 'w_in'] if act.gated else ['w_in']
-  dropout = nn.Dropout(c.dropout, deterministic=not train, parent=module)
-  if group_sizes is not None and not c.use_bias and not (train and c.dropout):
-    w_ins = tuple(p[name] for name in names)
-    return grouped_ffn(x, w_ins, p['w_out'], group_sizes, act.hidden, backend)
-
-  def product(x, name, **options):
-    if group_sizes is None:
-      return rows_matmul(x, p[name], **options)
-    return grouped_matmul(x, p[name], group_sizes, backend)
-
-  def with_bias(y, name):
-    if not c.use_bias:
-      return y
-    b = p[name].astype(c.dtype)
-    if group_sizes is None:
-      return y + b[..., None, :]
-    # Rows of no expert get the last one's; no one reads them.
-    return y + jnp.repeat(b, group_sizes, 0, total_repeat_length=y.shape[0])
-
-  products = [product(x, name) for name in names]
-  products[-1] = with_bias(products[-1], 'b_in')
+  products = [product(x, p[name]) for name in c.first_kernels]
+  if c.use_bias:
+    products[-1] = add_bias(products[-1], p['b_in'].astype(c.dtype))
   h = dropout(act.hidden(*products))
-  y = product(h, 'w_out', transposed_alone=not act.cheap)
-  return with_bias(y, 'b_out')
+  y = product(h, p['w_out'], transposed_alone=not act.cheap)
+  return add_bias(y, p['b_out'].astype(c.dtype)) if c.use_bias else y
 
 
-def _parameters(
+def parameters(
   module: nn.Module, c: FfnConfig, stack: tuple[int, ...], width: int
 ) -> dict[str, Any]:
+  """`module`'s w_in, w_gate where the activation gates, w_out; and b_in, b_out.
+
+  Each is [*stack, ...]; the biases only where there are any.
+  """
   M, F = width, c.hidden
   axes = ('expert',) * len(stack)
   mlp = 'expert_mlp' if stack else 'mlp'

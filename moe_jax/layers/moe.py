@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from moe_jax import dispatch
 from moe_jax.kernels.backends import check as check_backend
+from moe_jax.layers.dropless import DroplessExperts
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.router import Router, RouterConfig
@@ -88,25 +89,29 @@ class MoE(nn.Module):
       token_mask = jnp.ones((B, T), bool)
     groups, mask = to_groups(x, token_mask, c.group_size)
     chosen, aux = Router(c.router, name='router')(groups, mask, train)
-    mover = dispatch.get(c.dispatch)
-    with jax.named_scope('dispatch'):
-      rows = mover.dispatch(groups.astype(c.expert.dtype), chosen)
-    rows = self._experts(rows, mover.group_sizes(chosen), train)
-    with jax.named_scope('combine'):
-      y = mover.combine(rows, chosen)  # [G, S, M]
+    groups = groups.astype(c.expert.dtype)
+    y = self._serve(groups, chosen, train)  # [G, S, M]
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
 
-  def _experts(self, rows, group_sizes, train):
+  def _serve(self, groups, chosen, train):
+    c = self.config
+    mover = dispatch.get(c.dispatch)
+    if mover is dispatch.dropless:
+      if self.expert is not None:
+        raise ValueError(
+          "dispatch='dropless' with an expert of your own: its rows are not "
+          "[E, R, M]; use 'gather'"
+        )
+      experts = DroplessExperts(c.expert, c.grouped_matmul, name='experts')
+      return experts(groups, chosen, train)
+    with jax.named_scope('dispatch'):
+      rows = mover.dispatch(groups, chosen)  # [E, R, M]
     if self.expert is None:
-      c = self.config
-      experts = Experts(c.expert, c.grouped_matmul, name='experts')
-      return experts(rows, train, group_sizes)
-    if group_sizes is not None:
-      raise ValueError(
-        f'dispatch={self.config.dispatch!r} with an expert of your own: its '
-        "rows are not [E, R, M]; use 'gather'"
-      )
-    return vmapped(self.expert, rows)
+      rows = Experts(c.expert, name='experts')(rows, train)
+    else:
+      rows = vmapped(self.expert, rows)
+    with jax.named_scope('combine'):
+      return mover.combine(rows, chosen)
 
 
 def to_groups(

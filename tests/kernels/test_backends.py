@@ -168,6 +168,26 @@ def test_shapes_that_do_not_fit():
     check_shapes(x, w, np.full(5, 6.0))
 
 
+@every_backend
+def test_no_rows_at_all(name):
+  x, w, dy = arrays((0, E, M, F))
+  y, dx, dw = program(name)(x, w, jnp.zeros(E, jnp.int32), dy)
+  assert y.shape == (0, F) and dx.shape == (0, M)
+  np.testing.assert_array_equal(dw, np.zeros((E, M, F)))
+
+
+@every_backend
+def test_a_batch_of_products_is_one_after_the_other(name):
+  sizes = jnp.array([[7, 3, 11, 4, 5], [0, 0, 30, 0, 0]], jnp.int32)
+  cases = [arrays(seed=seed) for seed in range(2)]
+  x, w, dy = (np.stack(each) for each in zip(*cases))
+  found = jax.vmap(program(name))(x, w, sizes, dy)
+  for i, case in enumerate(cases):
+    x, w, dy = case
+    for value, by_loops in zip(found, by_definition(x, w, sizes[i], dy)):
+      np.testing.assert_allclose(value[i], by_loops, rtol=1e-5, atol=1e-4)
+
+
 def test_what_a_run_says_of_its_backend():
   assert backends.describe('auto', 'cpu') == 'blocks'
   assert backends.describe('auto', 'tpu') == 'megablox'

@@ -6,6 +6,7 @@ it reports is printed; `-s` shows it.
 """
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -31,17 +32,17 @@ TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1')
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
-def described(topology: str) -> jax.Device:
-  """The first device of a topology that need not exist."""
+def described(topology: str) -> list[jax.Device]:
+  """The devices of a topology that need not exist."""
   description = topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   )
-  return description.devices[0]
+  return description.devices
 
 
 def compile_product(topology, backend, dtype, N, E, M, F):
   """The value and gradients of a grouped product, float32 kernels."""
-  place = SingleDeviceSharding(described(topology))
+  place = SingleDeviceSharding(described(topology)[0])
 
   def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
@@ -61,7 +62,7 @@ def compile_product(topology, backend, dtype, N, E, M, F):
   )
 
 
-def compile_train_step(topology, dispatch):
+def compile_train_step(topology, dispatch, mesh):
   """A step of a scanned bfloat16 decoder, two of its four layers sparse."""
   rule = {'gather': 'per_token', 'dropless': 'all'}[dispatch]
   moe = {'num_selected': 2, 'dispatch': dispatch, 'capacity_rule': rule}
@@ -69,7 +70,8 @@ def compile_train_step(topology, dispatch):
     model={'num_layers': 4, 'dtype': 'bfloat16', 'width': 64, 'moe': moe}
   )
   config = setup.with_vocabulary(config, 257)
-  mesh = make_mesh(config.mesh.to_dict(), [described(topology)])
+  devices = described(topology)[: math.prod(mesh.values())]
+  mesh = make_mesh(mesh, devices)
   programs = setup.make_programs(config, models.build(config), mesh)
   batch = jax.eval_shape(lambda: tiny.batch(config))
   return programs.train_step.lower(programs.abstract_state, batch).compile()
@@ -141,9 +143,18 @@ def test_more_experts_at_equal_rows_cost_nothing():
   assert many['temporary_bytes'] < 1.1 * few['temporary_bytes']
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
-def test_train_step_of_a_scanned_decoder(dispatch):
-  found = compiled(what='train_step', topology=TOPOLOGIES[0], dispatch=dispatch)
+@pytest.mark.parametrize(
+  ('dispatch', 'mesh'),
+  [
+    ('gather', {'data': 1}),
+    ('dropless', {'data': 1}),
+    ('dropless', {'data': 2, 'expert': 2}),
+  ],
+)
+def test_train_step_of_a_scanned_decoder(dispatch, mesh):
+  found = compiled(
+    what='train_step', topology=TOPOLOGIES[0], dispatch=dispatch, mesh=mesh
+  )
   assert found['flops'] > 0
   # Two products with two gradients each, in the body of the layers' scan.
   assert found['kernels'] == {'gather': 0, 'dropless': 6}[dispatch]

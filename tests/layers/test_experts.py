@@ -18,7 +18,8 @@ from moe_jax.layers import (
   MoeConfig,
   RouterConfig,
 )
-from moe_jax.routing import CapacityRule
+from moe_jax.layers.dropless import DroplessExperts, sorted_feed_forward
+from moe_jax.routing import CapacityRule, token_choice
 from tests.models import tiny
 
 E, R, M, F = 5, 3, 6, 11
@@ -171,12 +172,12 @@ def test_sorted_rows_meet_the_expert_of_their_group(
   config = FfnConfig(F, activation=activation, use_bias=use_bias)
   params = draw_params(Experts(config), rows_of(E, R, M))
   rows, target = rows_of(sum(SIZES) + 2, M, seed=7), rows_of(10, M, seed=8)
-  layer = Experts(config, backend)
   sizes = jnp.array(SIZES, jnp.int32)
   live = (jnp.arange(len(rows)) < sum(SIZES))[:, None]
 
   def loss(params, rows):
-    y = jnp.where(live, layer.apply(params, rows, group_sizes=sizes), 0)
+    y = sorted_feed_forward(config, params['params'], rows, sizes, backend)
+    y = jnp.where(live, y, 0)
     return (y * target).sum(), y
 
   def expected(params, rows):
@@ -200,15 +201,29 @@ def test_sorted_rows_meet_the_expert_of_their_group(
 def test_dropout_of_sorted_rows():
   config = FfnConfig(F, dropout=0.5)
   rows, sizes = rows_of(10, M), jnp.array(SIZES, jnp.int32)
-  layer = Experts(config)
-  params = draw_params(layer, rows_of(E, R, M))
-  run = jax.jit(
-    lambda key: layer.apply(params, rows, True, sizes, rngs={'dropout': key})
-  )
-  kept = layer.apply(params, rows, False, sizes)
+  params = draw_params(Experts(config), rows_of(E, R, M))['params']
+
+  @jax.jit
+  def run(key=None):
+    return sorted_feed_forward(config, params, rows, sizes, 'auto', key)
+
+  kept = run()
   drawn = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
   assert np.abs(np.asarray(run(tiny.key(0))) - kept).max() > 0.1
   np.testing.assert_allclose(drawn, kept, atol=0.35 * np.abs(kept).max())
+
+
+def test_dropless_experts_start_as_experts_do():
+  config = FfnConfig(F, activation='swiglu', use_bias=True)
+  logits = rows_of(2, 4, E)
+  routing = token_choice(logits, num_selected=2, capacity=None)
+  x, key = rows_of(2, 4, M), tiny.key(3)
+  found = DroplessExperts(config).init(key, x, routing)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    found,
+    Experts(config).init(key, rows_of(E, R, M)),
+  )
 
 
 def test_an_expert_of_ones_own_is_refused_under_dropless():

@@ -263,7 +263,6 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
       dict(dispatch='dropless'),
       "'dropless' with capacity_rule='per_token', which drops.*'gather'",
     ),
-    (dict(capacity='all'), r"capacity='all' is no CapacityRule"),
     (
       dict(grouped_matmul='block'),
       "unknown grouped_matmul backend 'block'; did you mean 'blocks'",

@@ -15,17 +15,22 @@ from tests.models import tiny
 
 # Dropout, jitter and sampled second choices are all on, and capacity binds.
 MOE = dict(jitter=0.1, second_policy='sampled')
+ROUTERS = {
+  'sampled': MOE,
+  'dropless': MOE | dict(dispatch='dropless', capacity_rule='all'),
+  'noisy': dict(router='noisy_top_k', jitter=0.1),
+}
 
 
-def build(scan_layers=True, remat='none'):
+def build(scan_layers=True, remat='none', router='sampled'):
   options = dict(scan_layers=scan_layers, remat=remat)
-  return tiny.build(MOE, dropout=0.1, **options)
+  return tiny.build(ROUTERS[router], dropout=0.1, **options)
 
 
 @functools.cache
-def trained(scan_layers, remat):
+def trained(scan_layers, remat, router='sampled'):
   """(((loss, logits), gradient) of a training step, FLOPs of its program)."""
-  model = build(scan_layers, remat)
+  model = build(scan_layers, remat, router)
   tokens = tiny.tokens()
 
   def loss(params, router_key, dropout_key):
@@ -37,19 +42,30 @@ def trained(scan_layers, remat):
     loss = nats.mean() + 0.1 * aux.balance_loss.sum() + aux.z_loss.sum()
     return loss, logits
 
-  args = (tiny.params_of(build()), tiny.key(0), tiny.key(1))
+  params = tiny.params_of(build(router=router))
+  args = (params, tiny.key(0), tiny.key(1))
   step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*args).compile()
   return step(*args), step.cost_analysis()['flops']
 
 
 @pytest.mark.parametrize(
-  ('scan_layers', 'remat'),
-  [(False, 'none'), (True, 'full'), (True, 'dots')],
+  ('scan_layers', 'remat', 'router'),
+  [
+    (False, 'none', 'sampled'),
+    (True, 'full', 'sampled'),
+    (True, 'dots', 'sampled'),
+    (True, 'full', 'dropless'),
+    (True, 'dots', 'dropless'),
+    (True, 'full', 'noisy'),
+  ],
 )
-def test_loss_logits_and_gradients_equal_the_plain_loop(scan_layers, remat):
-  assert build(scan_layers, remat).config != build().config
-  (value, grads), _ = trained(scan_layers, remat)
-  (plain_value, plain_grads), _ = trained(True, 'none')
+def test_loss_logits_and_gradients_equal_the_plain_loop(
+  scan_layers, remat, router
+):
+  plain = build(router=router)
+  assert build(scan_layers, remat, router).config != plain.config
+  (value, grads), _ = trained(scan_layers, remat, router)
+  (plain_value, plain_grads), _ = trained(True, 'none', router)
   tiny.assert_trees_close(value, plain_value, rtol=1e-5, atol=1e-5)
   tiny.assert_trees_close(grads, plain_grads, rtol=1e-4, atol=1e-5)
   for name, leaf in tiny.leaves(grads).items():
@@ -69,9 +85,7 @@ def equations(jaxpr, counts=None):
 @pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
-  moe = MOE | dict(dispatch=dispatch)
-  if dispatch == 'dropless':
-    moe['capacity_rule'] = 'all'
+  moe = ROUTERS['dropless'] if dispatch == 'dropless' else MOE
   counts = {}
   for name in ('none', remat):
     model = tiny.build(moe, remat=name)
@@ -93,8 +107,11 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
     decisions += ['cumsum', 'scatter']
   for decision in decisions:
     assert not again[decision], decision
-  # It does run the layer again, and with it draws the same noise.
+  # It does run the layer again, noise and all. What 'dots' saves, the loops
+  # over blocks among it, it does not.
   assert again['dot_general'] > 0 and again['random_bits'] > 0
+  if dispatch == 'dropless':
+    assert (again['while'] > 0) == (remat == 'full')
 
 
 def test_remat_does_recompute():
