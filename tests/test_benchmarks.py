@@ -188,7 +188,8 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
     assert row['ms'] > 0 and row['fraction'] > 0
     # One K is in all of them.
     if row['case'] in programs_lib.LAYERS:
-      assert row['flops'] == 3 * 2 * N * (2 * K * M * F + M * E)
+      products = round(2 * row['served'] * N * K * 2 * M * F)
+      assert row['flops'] == 3 * (products + 2 * N * M * E)
       assert row['limit'] in cases
     if row['case'] == programs_lib.DENSE:
       assert row[f'per_{programs_lib.DENSE}'] == 1

@@ -33,7 +33,8 @@ class AttentionConfig:
     causal: Whether a token sees those up to itself, or its whole segment.
     implementation: 'einsum' (any option; the scores are an array); 'xla'
       (`jax.nn.dot_product_attention`); 'cudnn' (the same on NVIDIA's kernels,
-      in half precision); 'splash' (a TPU kernel, emulated and slow elsewhere);
+      in half precision; packed rows cost it a [B, 1, T, T] mask);
+      'splash' (a TPU kernel, emulated and slow elsewhere);
       or 'auto': splash on a TPU and cudnn on a GPU where they can serve the
       options, else einsum.
     dtype: Of the products and the output; the softmax is float32.
