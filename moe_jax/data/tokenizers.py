@@ -30,12 +30,21 @@ class Tokenizer(abc.ABC):
   Attributes:
     vocab_size: V, one more than the largest id.
     eos_id: The id that ends a document; None where there is none.
+    bos_id: The id that begins one; None where there is none.
+    pad_id: The id of padding; None where there is none.
     identity: Equal for two tokenizers exactly when they encode alike.
   """
 
   vocab_size: int
   eos_id: int | None = None
+  bos_id: int | None = None
+  pad_id: int | None = None
   identity: str
+
+  @property
+  def start_id(self) -> int | None:
+    """The first id of a decoder's input; None where there is none."""
+    return self.eos_id
 
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
