@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 32  # sequences per optimizer step
   config.microbatches = 1  # gradient accumulation; divides batch_size
   config.log_every_steps = 20
+  config.logits_z_weight = 0.0  # of mean logsumexp(logits)^2; T5 has 1e-4
   config.data = data()
   config.model = model()
   config.optimizer = optimizer()
@@ -95,26 +96,37 @@ def data() -> ConfigDict:
 
 
 def model() -> ConfigDict:
-  """A decoder-only Transformer; see `moe_jax.models.DecoderConfig`."""
+  """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',
+      kind='decoder',  # or encoder_decoder
       vocab_size=0,  # 0: the tokenizer's
-      num_layers=4,
+      num_layers=4,  # of the decoder
+      num_encoder_layers=0,  # of an encoder-decoder; 0: num_layers
       width=128,
       num_heads=4,
+      encoder_heads=0,  # 0: num_heads
       num_kv_heads=0,  # 0: num_heads
       head_width=0,  # 0: width / num_heads
       hidden=512,  # of dense feed-forwards
+      encoder_hidden=0,  # 0: hidden
       activation='gelu',  # relu, gelu, gelu_tanh, geglu, swiglu
       norm='rmsnorm',  # or layernorm
       norm_epsilon=1e-6,
-      positions='rotary',  # learned, relative, none
+      norm_scale=True,
+      positions='rotary',  # learned, relative, sinusoidal, none
+      position_offset=0,  # of sinusoids
+      relative_buckets=32,
+      relative_max_distance=128,
       rope_theta=10000.0,
       attention='auto',  # einsum, xla, cudnn, splash
+      attention_scale='head_width',  # head_width^-0.5; none (T5)
+      sliding_window=0,  # tokens that a causal one sees; 0: all
       max_len=0,  # of learned positions; 0: data.seq_len
       use_bias=False,
       tie_embeddings=True,
+      embedding_scale='none',  # sqrt_width
+      logits_scale='none',  # inverse_sqrt_width (T5, tied)
       dropout=0.0,
       dtype='float32',  # or bfloat16; routers, norms and losses stay float32
       param_dtype='float32',
@@ -133,6 +145,7 @@ def moe() -> ConfigDict:
       num_experts=8,  # 0: the dense twin, of width num_selected * hidden
       num_selected=1,
       layers='every 2',  # all, none, 'last 1', '1,3'
+      encoder_layers='',  # '': layers
       hidden=0,  # of one expert; 0: model.hidden
       activation='',  # '': model.activation
       extra_ffn=False,  # a dense feed-forward after each sparse one
@@ -140,11 +153,16 @@ def moe() -> ConfigDict:
       router='token_choice',  # or noisy_top_k
       gates='raw',  # renormalized, renormalized_after_drop
       slot_priority='token_major',  # choice_major, batch_priority
+      encoder_slot_priority='',  # '': slot_priority
       second_policy='all',  # sampled, threshold
       second_threshold=0.2,
       jitter=0.0,
-      group_size=0,  # tokens; 0: one sequence
-      capacity_rule='per_token',  # per_assignment, fixed, all
+      router_bias=False,
+      served_by='chosen',  # transformers_nllb
+      output_masking=0.0,  # rate at which experts' outputs are masked
+      route_padding=False,
+      group_size=0,  # tokens; 0: one sequence; -1: the whole batch
+      capacity_rule='per_token',  # per_assignment, fraction, fixed, all
       capacity_factor=1.25,
       capacity_rounding='ceil',  # floor, round
       capacity_multiple=1,
@@ -231,18 +249,25 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m = config.model
   m.vocab_size = 0
   m.num_layers = max(2, _layers_named(m.moe.layers))
+  m.num_encoder_layers = 0
+  if m.moe.encoder_layers:
+    m.num_encoder_layers = max(2, _layers_named(m.moe.encoder_layers))
   m.width = 32
   m.num_kv_heads = 2 if 0 < m.num_kv_heads < m.num_heads else 0
   m.num_heads = 4
+  m.encoder_heads = 0
   m.head_width = 16 if m.head_width else 0
   m.hidden = 48
+  m.encoder_hidden = 0
+  m.sliding_window = min(m.sliding_window, 8)
   m.max_len = 0
   m.dtype = m.param_dtype = 'float32'
   m.attention = 'auto'
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)
-  m.moe.group_size = 64 if m.moe.group_size else 0
+  if m.moe.group_size > 0:
+    m.moe.group_size = 64
   config.batch_size = 4
   config.microbatches = min(config.microbatches, 2)
   config.total_steps = 2

@@ -28,7 +28,7 @@ from moe_jax.analysis import cost
 from moe_jax.analysis.roofline import Peaks, Work, measure_peaks
 from moe_jax.command_line import load_config
 from moe_jax.config import merge
-from moe_jax.models.decoder import REMATS
+from moe_jax.models.stack import REMATS
 from moe_jax.training import setup
 
 NAME = 'bench_train_step'

@@ -33,7 +33,7 @@ class Facts(Hook):
     run.message(run.dataset.describe())
     run.message(cost.count(run.model, run.config.data.seq_len).describe())
     moe = run.config.model.moe
-    if run.model.config.block.moe is not None:
+    if run.model.config.moe is not None:
       layers = [i for i, sparse in enumerate(run.model.config.sparse) if sparse]
       run.message(
         f'sparse layers {layers}: {moe.num_experts} experts, '
@@ -48,7 +48,7 @@ class Facts(Hook):
 
 
 def _dispatch(run: Run) -> str:
-  moe = run.model.config.block.moe
+  moe = run.model.config.moe
   if moe.dispatch != 'dropless':
     return repr(moe.dispatch)
   platform = run.mesh.devices.flat[0].platform
@@ -89,7 +89,7 @@ class Plots(Hook):
     rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
     drawn = [run.workdir / 'curves.png']
     plots.plot_curves(rows, drawn[0])
-    if run.model.config.block.moe is not None:
+    if run.model.config.moe is not None:
       drawn.append(run.workdir / 'load.png')
       plots.plot_load(rows, drawn[1])
     run.message('plots: ' + ', '.join(map(str, drawn)))
@@ -100,7 +100,7 @@ class RoutingReport(Hook):
 
   def end(self, run: Run, state: TrainState) -> None:
     """Prints the table and writes `routing_report.md` and `.json`."""
-    if run.model.config.block.moe is None:
+    if run.model.config.moe is None:
       return
     layers = layer_stats(run, state)
     table = routing_report.routing_table(

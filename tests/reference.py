@@ -31,12 +31,15 @@ def capacity(
 ) -> int:
   """Slots per expert in integers alone; `factor` is (numerator, denominator).
 
-  `per_token` is CF*S/E, `per_assignment` CF*K*S/E.
+  `per_token` is CF*S/E, `per_assignment` CF*K*S/E, `fraction` CF*S rounded up
+  and nothing else.
   """
   if rule == 'all':
     return S
   if rule == 'fixed':
     return min(slots, S)
+  if rule == 'fraction':
+    return min(-(-factor[0] * S // factor[1]), S)
   above, below = factor[0] * S, factor[1] * E
   if rule == 'per_assignment':
     above *= K

@@ -93,7 +93,7 @@ def test_a_config_comes_back_locked():
 def test_the_dense_twin_is_one_override():
   config = setup.with_vocabulary(golden.config('shakespeare_gshard'), 65)
   twin = merge(config, {'model': {'moe': {'num_experts': 0}}})
-  assert models.build(twin).config.block.twin.hidden == 2 * 256
+  assert models.build(twin).config.stack.block.twin.hidden == 2 * 256
   dense = setup.with_vocabulary(golden.config('shakespeare_dense'), 65)
   shapes = [
     nn.meta.unbox(models.abstract_params(models.build(c), 64))

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from moe_jax import command_line
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
-from moe_jax.models import Decoder, abstract_params, build
+from moe_jax.models import Model, abstract_params, build
 from moe_jax.partitioning import path_name
 
 
@@ -65,7 +65,7 @@ class Cost:
     )
 
 
-def count(model: Decoder, seq_len: int) -> Cost:
+def count(model: Model, seq_len: int) -> Cost:
   """Counts `model` at sequences of `seq_len` tokens."""
   c = model.config
   sizes = {
@@ -77,7 +77,7 @@ def count(model: Decoder, seq_len: int) -> Cost:
   total = sum(sizes.values())
   experts = sum(n for name, n in sizes.items() if '/experts/' in name)
   router, slack = 0, 1.0
-  moe = c.block.moe
+  moe = c.moe
   if moe is not None:
     r = moe.router
     router = 2 * sum(n for name, n in sizes.items() if '/router/' in name)
@@ -93,9 +93,13 @@ def count(model: Decoder, seq_len: int) -> Cost:
   active = sum(sizes.values())
   lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
   vectors = sum(n for name, n in sizes.items() if _is_vector(name))
-  logits = 0 if not c.tie_embeddings else c.vocab_size * c.width
-  a = c.block.attention
-  attention = 4 * len(c.sparse) * seq_len * a.num_heads * a.head_width
+  e = c.embedding
+  logits = 0 if not e.tie_embeddings else e.vocab_size * e.width
+  attention = 0
+  for _, stack in c.stacks:
+    a = stack.block.attention
+    layers = len(stack.sparse) * (1 + (stack.block.cross_attention is not None))
+    attention += 4 * layers * seq_len * a.num_heads * a.head_width
   products = 2 * (active - lookup - vectors + logits)
   return Cost(
     total_params=total,

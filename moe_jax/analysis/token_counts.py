@@ -10,21 +10,21 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 from moe_jax.models.pattern import segments
 
 
 def token_counts(
-  model: Decoder, params, batches: Iterable[dict]
+  model: Model, params, batches: Iterable[dict]
 ) -> dict[int, Int[np.ndarray, 'V E']]:
   """How often each token id chose each expert before drops, by layer.
 
   Args:
     model: Only its sparse layers are in the answer.
     params: Its parameters.
-    batches: With 'tokens', 'segment_ids' and 'positions', [B, T].
+    batches: What the model is trained on.
   """
-  moe = model.config.block.moe
+  moe = model.config.moe
   if moe is None:
     return {}
   layers = [i for i, sparse in enumerate(model.config.sparse) if sparse]
@@ -32,9 +32,10 @@ def token_counts(
   counts = {i: np.zeros(shape, np.int64) for i in layers}
   choose = jax.jit(functools.partial(_choices, model))
   for batch in batches:
-    tokens = np.asarray(batch['tokens']).reshape(-1)
-    real = np.asarray(batch['segment_ids']).reshape(-1) > 0
     for i, chosen in zip(layers, choose(params, batch), strict=True):
+      of = model.config.sequence_of(i)
+      tokens = np.asarray(batch[f'{of}tokens']).reshape(-1)
+      real = np.asarray(batch[f'{of}segment_ids']).reshape(-1) > 0
       chosen = np.asarray(chosen).reshape(-1, moe.router.num_selected)
       chosen = chosen[: len(tokens)][real]  # without the groups' padding
       ids = np.broadcast_to(tokens[real][:, None], chosen.shape)
@@ -45,17 +46,17 @@ def token_counts(
 def _choices(model, params, batch) -> list[jax.Array]:
   """expert_index of each sparse layer, in the order of the layers."""
   _, kept = model.apply(
-    {'params': params},
-    batch['tokens'],
-    batch['segment_ids'],
-    batch['positions'],
-    mutable=['intermediates'],
+    {'params': params}, **model.inputs(batch), mutable=['intermediates']
   )
   # Leaves are [periods, G, S, K], one a sparse layer of the period.
   choices = []
-  for segment in segments(model.config.sparse):
-    periods = kept['intermediates'].get(segment.name, {})
-    names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
-    stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
-    choices += [leaf[i] for i in range(segment.repeats) for leaf in stacked]
+  for path, stack in model.config.stacks:
+    found = kept.get('intermediates', {})
+    for key in path:
+      found = found.get(key, {})
+    for segment in segments(stack.sparse):
+      periods = found.get(segment.name, {})
+      names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
+      stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
+      choices += [leaf[i] for i in range(segment.repeats) for leaf in stacked]
   return choices

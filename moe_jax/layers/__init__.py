@@ -6,7 +6,7 @@ from moe_jax.layers.experts import Experts
 from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.norms import make_norm
+from moe_jax.layers.norms import NormConfig, make_norm
 from moe_jax.layers.router import Router, RouterConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
   'Init',
   'MoE',
   'MoeConfig',
+  'NormConfig',
   'Router',
   'RouterConfig',
   'make_norm',

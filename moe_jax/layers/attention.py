@@ -1,24 +1,28 @@
-"""Multi-head and grouped-query self-attention.
+"""Multi-head and grouped-query attention: to oneself, or to an encoder.
 
 Not here: scores, softmax and their fused forms (`dot_product.py`), positions
-(`positions.py`).
+(`positions.py`), what is kept between decoding steps (`cache.py`).
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import unknown
 from moe_jax.layers import dot_product
+from moe_jax.layers.cache import KVCache, at_layer
 from moe_jax.layers.initializers import Init, zeros
 from moe_jax.layers.matmul import rows_matmul
 from moe_jax.layers.positions import rotate
-from moe_jax.shapes import Array, Float, Float32, Int
+from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """Self-attention.
+  """Attention.
 
   Attributes:
     num_heads: H.
@@ -31,6 +35,11 @@ class AttentionConfig:
     rope_theta: The base of the rotary wavelengths.
     dropout: Rate on the attention weights, in training; 'einsum' alone has it.
     causal: Whether a token sees those up to itself, or its whole segment.
+    window: How many tokens a causal one sees, itself among them; 0 is all
+      (Mistral, arXiv:2310.06825; transformers' `sliding_window`).
+    scale: What the scores are multiplied by; 0.0 is head_width^-0.5. T5 has
+      1.0.
+    cross: Whether keys and values are an encoder's.
     implementation: 'einsum' (any option; the scores are an array); 'xla'
       (`jax.nn.dot_product_attention`); 'cudnn' (the same on NVIDIA's kernels,
       in half precision; packed rows cost it a [B, 1, T, T] mask);
@@ -50,6 +59,9 @@ class AttentionConfig:
   rope_theta: float = 10_000.0
   dropout: float = 0.0
   causal: bool = True
+  window: int = 0
+  scale: float = 0.0
+  cross: bool = False
   implementation: str = 'auto'
   dtype: str = 'float32'
   param_dtype: str = 'float32'
@@ -70,6 +82,16 @@ class AttentionConfig:
       raise ValueError(f'rotary needs an even head_width={self.head_width}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout={self.dropout} not in [0, 1)')
+    if self.window < 0 or (self.window and not self.causal):
+      raise ValueError(
+        f'window={self.window} with causal={self.causal}: it is not negative, '
+        'and only causal attention has one'
+      )
+    if self.cross and (self.causal or self.rotary):
+      raise ValueError(
+        f'cross-attention with causal={self.causal}, rotary={self.rotary}: '
+        'the tokens of two sequences have no common order'
+      )
     known = dot_product.IMPLEMENTATIONS
     if self.implementation not in known:
       raise unknown('attention', self.implementation, known)
@@ -78,22 +100,30 @@ class AttentionConfig:
       dtype=self.dtype,
       head_width=self.head_width,
       dropout=self.dropout > 0,
+      cross=self.cross,
     )
+
+  @property
+  def keys(self) -> dot_product.Keys:
+    """Which keys a token sees."""
+    return dot_product.Keys(self.causal, self.window, self.scale, self.cross)
 
 
 class Attention(nn.Module):
-  """Scaled dot-product self-attention within segments."""
+  """Scaled dot-product attention within segments."""
 
   config: AttentionConfig
 
-  @nn.compact
   def __call__(
     self,
     x: Float[Array, 'B T M'],
     segment_ids: Int[Array, 'B T'] | None,
     positions: Int[Array, 'B T'],
-    bias: Float32[Array, 'H T T'] | None = None,
+    bias: Float32[Array, 'H T S'] | None = None,
     train: bool = False,
+    *,
+    memory: Float[Array, 'B S M'] | None = None,
+    memory_segment_ids: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B T M']:
     """Attends to tokens of the same segment, if causal up to oneself.
 
@@ -105,22 +135,80 @@ class Attention(nn.Module):
       positions: Of each token in its document, for rotary positions.
       bias: Added to the scaled scores (relative positions).
       train: Turns on dropout.
+      memory: The encoder's output, which cross-attention reads.
+      memory_segment_ids: Of each of its tokens.
 
     Raises:
       ValueError: The config's implementation cannot serve the length, the
         bias or this machine.
     """
+
+    def attend(query, key, value):
+      ids = segment_ids, memory_segment_ids
+      return self._attend(query, key, value, ids, bias, train)
+
+    return self._project_all(x, memory, positions, attend)
+
+  def decode(
+    self,
+    x: Float[Array, 'B T M'],
+    token_mask: Bool[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    bias: Float32[Array, 'H T S'] | None,
+    cache: KVCache,
+    layer: Int[Array, ''],
+  ) -> tuple[Float[Array, 'B T M'], KVCache]:
+    """Attends to what the cache holds of a layer, and for self-attention to x.
+
+    Args:
+      x: Representations of the tokens after those of the cache.
+      token_mask: False at padding, which comes in front.
+      positions: Of each token.
+      bias: Added to the scaled scores of every slot.
+      cache: After `KVCache.begin`.
+      layer: The layer's number.
+    """
+    c, kept = self.config, [cache]
+
+    def attend(query, key, value):
+      source = cache.memory
+      if not c.cross:
+        source = kept[0] = cache.write(layer, key, value)
+      return dot_product.cached(
+        query,
+        at_layer(source.key, layer).astype(c.dtype),
+        at_layer(source.value, layer).astype(c.dtype),
+        # Padded queries may see what they like: they must see something.
+        jnp.ones_like(positions) if c.cross else token_mask.astype(jnp.int32),
+        source.filled.astype(jnp.int32),
+        keys=c.keys,
+        start=cache.length,
+        bias=bias,
+      )
+
+    y = self._project_all(x, None, positions, attend)
+    return y, kept[0]
+
+  @nn.compact
+  def _project_all(self, x, memory, positions, attend):
+    """The products with kernels around attend(query, key, value).
+
+    In cross-attention without a memory, keys and values are None.
+    """
     c = self.config
     B, T, M = x.shape
     H, D = c.num_heads, c.head_width
     x = x.astype(c.dtype)
-    query = self._project(x, 'query', H)  # [B, T, H, D]
-    key = self._project(x, 'key', c.num_kv_heads)
-    value = self._project(x, 'value', c.num_kv_heads)
+    query, key, value = self._project(x, 'query', H), None, None
+    source = memory if c.cross else x
+    if source is not None:
+      source = source.astype(c.dtype)
+      key = self._project(source, 'key', c.num_kv_heads)  # [B, S, N, D]
+      value = self._project(source, 'value', c.num_kv_heads)
     if c.rotary:
       query = rotate(query, positions, c.rope_theta)
       key = rotate(key, positions, c.rope_theta)
-    y = self._attend(query, key, value, segment_ids, bias, train)
+    y = attend(query, key, value)
     axes = ('heads', 'kv', 'embed')
     init = c.init.kernel(axes, in_axis=(0, 1), out_axis=2, residual=True)
     w_out = self.param('w_out', init, (H, D, M), c.param_dtype)
@@ -134,7 +222,9 @@ class Attention(nn.Module):
     c = self.config
     axes = ('embed', 'heads' if name == 'query' else 'kv_heads', 'kv')
     shape = (x.shape[-1], heads, c.head_width)
-    init = c.init.kernel(axes, in_axis=0, out_axis=(1, 2))
+    # Scores that are not scaled start as those that are (T5).
+    shrink = c.scale**2 * c.head_width if name == 'query' and c.scale else 1.0
+    init = c.init.kernel(axes, in_axis=0, out_axis=(1, 2), shrink=shrink)
     w = self.param(f'w_{name}', init, shape, c.param_dtype)
     B, T, M = x.shape
     # One contracted dimension in value and gradient; see FeedForward.
@@ -145,7 +235,7 @@ class Attention(nn.Module):
       y = y + b.astype(c.dtype)[None, None]
     return y
 
-  def _attend(self, query, key, value, segment_ids, bias, train):
+  def _attend(self, query, key, value, ids, bias, train):
     c = self.config
     implementation = c.implementation
     if self.is_initializing():
@@ -157,6 +247,7 @@ class Attention(nn.Module):
         head_width=c.head_width,
         seq_len=query.shape[1],
         biased=bias is not None,
+        cross=c.cross,
       )
       implementation = 'einsum'
     dropout = None
@@ -166,9 +257,33 @@ class Attention(nn.Module):
       query,
       key,
       value,
-      segment_ids,
+      ids[0],
+      key_segment_ids=ids[1],
       implementation=implementation,
-      causal=c.causal,
+      keys=c.keys,
       bias=bias,
       dropout=dropout,
     )
+
+
+def project_memory(
+  c: AttentionConfig,
+  p: Mapping[str, Any],
+  memory: Float[Array, 'B S M'],
+) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
+  """Keys and values of R cross-attention layers, for a decoder's cache.
+
+  Args:
+    c: Of every layer.
+    p: Their parameters, each [R, ...].
+    memory: The encoder's output.
+  """
+
+  def project(name):
+    w = p[f'w_{name}'].astype(c.dtype)
+    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(c.dtype), w)
+    if c.use_bias:
+      y = y + p[f'b_{name}'].astype(c.dtype)[:, None, :, None]
+    return y
+
+  return project('key'), project('value')

@@ -6,6 +6,7 @@ Not here: projections and positions (`attention.py`, `positions.py`).
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,37 @@ HALF = ('bfloat16', 'float16')
 _LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
+class Keys(NamedTuple):
+  """Which keys a query sees, beside the segments.
+
+  Attributes:
+    causal: Whether it sees none behind its own place.
+    window: How many it sees up to itself, the last ones; 0 is all of them.
+      Causal attention alone has one.
+    scale: What the scores are multiplied by before the bias; 0.0 is D^-0.5.
+    cross: Whether they are another sequence's, of any length.
+  """
+
+  causal: bool = True
+  window: int = 0
+  scale: float = 0.0
+  cross: bool = False
+
+  def scaled(self, query: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    """The query times the scale."""
+    return query * (self.scale or query.shape[-1] ** -0.5)
+
+
 def attend(
   query: Float[Array, 'B T H D'],
-  key: Float[Array, 'B T N D'],
-  value: Float[Array, 'B T N D'],
+  key: Float[Array, 'B S N D'],
+  value: Float[Array, 'B S N D'],
   segment_ids: Int[Array, 'B T'] | None,
   *,
+  key_segment_ids: Int[Array, 'B S'] | None = None,
+  keys: Keys = Keys(),
   implementation: str = 'auto',
-  causal: bool = True,
-  bias: Float32[Array, 'H T T'] | None = None,
+  bias: Float32[Array, 'H T S'] | None = None,
   dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, 'B T H D']:
   """Each token's mean of the values it sees; the softmax is float32.
@@ -43,8 +66,9 @@ def attend(
     value: Of every token.
     segment_ids: A token sees its own segment alone, padding (0) included;
       None: each row is one segment.
+    key_segment_ids: Of the keys; None: they are the queries' own.
+    keys: Which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionConfig`.
-    causal: Whether a token sees no later one.
     bias: Added to the scaled scores.
     dropout: Applied to the weights.
 
@@ -57,12 +81,15 @@ def attend(
     seq_len=query.shape[1],
     biased=bias is not None,
     dropout=dropout is not None,
+    cross=keys.cross,
   )
-  plain = functools.partial(einsum, causal=causal, bias=bias, dropout=dropout)
-  library = functools.partial(jax_nn, causal=causal, bias=bias)
-  kernel = functools.partial(splash, causal=causal)
+  if key_segment_ids is None:
+    key_segment_ids = segment_ids
+  plain = functools.partial(einsum, keys=keys, bias=bias, dropout=dropout)
+  library = functools.partial(jax_nn, keys=keys, bias=bias)
+  kernel = functools.partial(splash, keys=keys)
   f = _choose(implementation, options, plain, library, kernel)
-  return f(query, key, value, segment_ids)
+  return f(query, key, value, segment_ids, key_segment_ids)
 
 
 def _choose(name, options, plain, library, kernel):
@@ -91,6 +118,7 @@ def misfit(
   seq_len: int = 0,
   biased: bool = False,
   dropout: bool = False,
+  cross: bool = False,
 ) -> str:
   """Why an implementation cannot serve these options; '' where it can.
 
@@ -109,6 +137,7 @@ def misfit(
     ),
     'splash': (
       (T % _LEAST_BLOCK, f'seq_len={T} is no multiple of {_LEAST_BLOCK}'),
+      (cross, 'it has no keys of another sequence'),
       no_bias,
       no_dropout,
     ),
@@ -145,18 +174,26 @@ def _by_platform(tpu, default):
 
 
 def visible(
-  segment_ids: Int[Array, 'B T'] | None, seq_len: int, causal: bool
-) -> Bool[Array, 'b T T']:
-  """Whether token t sees token s; every token sees itself.
+  segment_ids: Int[Array, 'B T'] | None,
+  key_segment_ids: Int[Array, 'B S'] | None,
+  lengths: tuple[int, int],
+  keys: Keys,
+  start: int | Int[Array, ''] = 0,
+) -> Bool[Array, 'b T S']:
+  """Whether the token at place start + t sees the key at place s.
 
   To be made where it is read, which it fuses into: never kept.
   """
-  place = jnp.arange(seq_len, dtype=jnp.int32)
-  seen = jnp.ones((1, seq_len, seq_len), bool)
-  if causal:
-    seen = place[None, :, None] >= place[None, None, :]
+  T, S = lengths
+  place = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
+  key_place = jnp.arange(S, dtype=jnp.int32)[None, None, :]
+  seen = jnp.ones((1, T, S), bool)
+  if keys.causal:
+    seen = seen & (place >= key_place)
+  if keys.window:
+    seen = seen & (place - key_place < keys.window)
   if segment_ids is not None:
-    seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
   return seen
 
 
@@ -170,63 +207,110 @@ def masked_softmax(
   return jax.nn.softmax(scores + hidden.astype(scores.dtype))
 
 
-def einsum(query, key, value, segment_ids, *, causal, bias=None, dropout=None):
+def einsum(
+  query, key, value, segment_ids, key_segment_ids, *, keys, bias, dropout=None
+):
   """Two products and a softmax: any option, and the fastest on a CPU."""
   B, T, H, D = query.shape
-  N = key.shape[2]
-  query = query.reshape(B, T, N, H // N, D) * D**-0.5
+  S, N = key.shape[1:3]
+  query = keys.scaled(query.reshape(B, T, N, H // N, D))
   scores = jnp.einsum(
     'BTNJD,BSND->BNJTS', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
-    scores = scores + bias.reshape(1, N, H // N, T, T)
-  mask = visible(segment_ids, T, causal)[:, None, None]
+    scores = scores + bias.reshape(1, N, H // N, T, S)
+  mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
   weights = masked_softmax(scores, mask).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
   return jnp.einsum('BNJTS,BSND->BTNJD', weights, value).reshape(B, T, H, D)
 
 
+def cached(
+  query: Float[Array, 'B T H D'],
+  key: Float[Array, 'B N S D'],
+  value: Float[Array, 'B N S D'],
+  segment_ids: Int[Array, 'B T'],
+  key_segment_ids: Int[Array, 'B S'],
+  *,
+  keys: Keys,
+  start: Int[Array, ''],
+  bias: Float32[Array, 'H T S'] | None = None,
+) -> Float[Array, 'B T H D']:
+  """`attend` to a cache, whose slots hold heads apart; queries begin at start.
+
+  Slots behind a causal query's own are not seen, filled or not.
+  """
+  B, T, H, D = query.shape
+  N, S = key.shape[1:3]
+  query = keys.scaled(query).reshape(B, T, N, H // N, D)
+  query = query.transpose(0, 2, 3, 1, 4).reshape(B, N, H // N * T, D)
+  scores = jnp.einsum(
+    'BNRD,BNSD->BNRS', query, key, preferred_element_type=jnp.float32
+  )
+  scores = scores.reshape(B, N, H // N, T, S)
+  if bias is not None:
+    scores = scores + bias.reshape(1, N, H // N, T, S)
+  mask = visible(segment_ids, key_segment_ids, (T, S), keys, start)
+  weights = masked_softmax(scores, mask[:, None, None]).astype(value.dtype)
+  weights = weights.reshape(B, N, H // N * T, S)
+  y = jnp.einsum('BNRS,BNSD->BNRD', weights, value)
+  y = y.reshape(B, N, H // N, T, D).transpose(0, 3, 1, 2, 4)
+  return y.reshape(B, T, H, D)
+
+
 def jax_nn(
-  query, key, value, segment_ids, *, causal, bias=None, implementation
+  query, key, value, segment_ids, key_segment_ids, *, keys, bias, implementation
 ):
   """JAX's own; a row of several segments needs a mask, one for all heads."""
   mask = None
   if segment_ids is not None:
-    mask = visible(segment_ids, query.shape[1], causal=False)[:, None]
+    lengths = query.shape[1], key.shape[1]
+    everything = Keys(causal=False)
+    mask = visible(segment_ids, key_segment_ids, lengths, everything)[:, None]
   return jax.nn.dot_product_attention(
     query,
     key,
     value,
     bias=None if bias is None else bias[None],
     mask=mask,
-    is_causal=causal,
+    scale=keys.scale or None,
+    is_causal=keys.causal,
+    local_window_size=(keys.window - 1, 0) if keys.window else None,
     implementation=implementation,
   )
 
 
-def splash(query, key, value, segment_ids, *, causal, interpret=False):
+def splash(
+  query, key, value, segment_ids, key_segment_ids, *, keys, interpret=False
+):
   """The TPU's blockwise kernel: neither scores nor mask leave it."""
+  del key_segment_ids  # the queries' own
 
   def local(query, key, value, segment_ids):
-    T, H, D = query.shape[1:]
-    kernel = _splash_kernel(T, H, causal, interpret)
+    T, H = query.shape[1:3]
+    kernel = _splash_kernel(T, H, keys, interpret)
 
     def row(query, key, value, ids):
       ids = None if ids is None else splash_attention.SegmentIds(ids, ids)
       return kernel(query, key, value, segment_ids=ids)
 
-    heads_first = (x.swapaxes(1, 2) for x in (query * D**-0.5, key, value))
+    heads_first = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
     return jax.vmap(row)(*heads_first, segment_ids).swapaxes(1, 2)
 
   return _on_each_device(local, query, key, value, segment_ids)
 
 
-def _splash_kernel(T, H, causal, interpret):
-  one = splash_attention.CausalMask if causal else splash_attention.FullMask
+def _splash_kernel(T, H, keys, interpret):
+  one = splash_attention.FullMask((T, T))
+  if keys.window:
+    window = (keys.window - 1, 0)
+    one = splash_attention.LocalMask((T, T), window, offset=0)
+  elif keys.causal:
+    one = splash_attention.CausalMask((T, T))
   side = next(block for block in _BLOCKS if T % block == 0)
   return splash_attention.make_splash_mha(
-    mask=splash_attention.MultiHeadMask([one((T, T))] * H),
+    mask=splash_attention.MultiHeadMask([one] * H),
     head_shards=1,
     q_seq_shards=1,
     block_sizes=splash_attention.BlockSizes(

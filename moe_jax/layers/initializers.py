@@ -41,6 +41,7 @@ class Init:
     in_axis: int | Sequence[int] = -2,
     out_axis: int | Sequence[int] = -1,
     residual: bool = False,
+    shrink: float = 1.0,
   ):
     """The initialiser of a kernel; axes named 'expert' are not fan-in.
 
@@ -49,6 +50,7 @@ class Init:
       in_axis: The contracted dimensions.
       out_axis: The dimensions they are contracted into.
       residual: Whether the product is added to the residual stream.
+      shrink: What the variance of 'fan_in' is divided by.
     """
     if self.kind == 'gpt2':
       std = 0.02 / math.sqrt(2 * self.num_layers) if residual else 0.02
@@ -56,7 +58,7 @@ class Init:
     else:
       batch_axis = [i for i, name in enumerate(axes) if name == 'expert']
       init = nn.initializers.variance_scaling(
-        self.scale,
+        self.scale / shrink,
         'fan_in',
         'truncated_normal',
         in_axis=in_axis,

@@ -28,11 +28,16 @@ class MoeConfig:
     router: Who goes where.
     expert: The feed-forward layer that each expert is.
     group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
-      a sequence. Capacity and balance are per group.
+      a sequence; -1 is the whole batch. Capacity and balance are per group.
     dispatch: 'gather' (default), 'einsum' (the readable reference), or
       'dropless' (rows sorted by expert, no slots; with capacity rule 'all').
     grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
       see `kernels.BACKENDS`.
+    route_padding: Whether padding takes slots and counts as tokens, as in
+      transformers' Switch.
+    output_masking: Rate at which an expert's output for a token is masked in
+      training, without making up for it; in evaluation outputs are multiplied
+      by 1 - rate (NLLB's expert output masking, arXiv:2207.04672).
   """
 
   router: RouterConfig
@@ -40,6 +45,8 @@ class MoeConfig:
   group_size: int = 0
   dispatch: str = 'gather'
   grouped_matmul: str = 'auto'
+  route_padding: bool = False
+  output_masking: float = 0.0
 
   def __post_init__(self):
     dispatch.get(self.dispatch)
@@ -50,8 +57,10 @@ class MoeConfig:
         f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
         "capacity_rule='all', or dispatch='gather'"
       )
-    if self.group_size < 0:
-      raise ValueError(f'group_size={self.group_size} must not be negative')
+    if self.group_size < -1:
+      raise ValueError(f'group_size={self.group_size} must be at least -1')
+    if not 0 <= self.output_masking < 1:
+      raise ValueError(f'output_masking={self.output_masking} not in [0, 1)')
 
 
 class MoE(nn.Module):
@@ -85,13 +94,25 @@ class MoE(nn.Module):
     """
     c = self.config
     B, T, M = x.shape
-    if token_mask is None:
+    if token_mask is None or c.route_padding:
       token_mask = jnp.ones((B, T), bool)
     groups, mask = to_groups(x, token_mask, c.group_size)
     chosen, aux = Router(c.router, name='router')(groups, mask, train)
+    chosen = self._mask_outputs(chosen, train)
     groups = groups.astype(c.expert.dtype)
     y = self._serve(groups, chosen, train)  # [G, S, M]
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
+
+  def _mask_outputs(self, chosen, train):
+    """A masked output is one of gate zero."""
+    rate = self.config.output_masking
+    if not rate:
+      return chosen
+    left = 1.0 - rate
+    if train:
+      key, shape = self.make_rng('router'), chosen.gate.shape
+      left = jax.random.bernoulli(key, left, shape).astype(jnp.float32)
+    return dataclasses.replace(chosen, gate=chosen.gate * left)
 
   def _serve(self, groups, chosen, train):
     c = self.config
@@ -123,7 +144,7 @@ def to_groups(
     ValueError: group_size neither divides T nor is a multiple of it.
   """
   B, T, M = x.shape
-  S = group_size or T
+  S = B * T if group_size == -1 else group_size or T
   if T % S and S % T:
     raise ValueError(
       f'group_size={S} is neither a divisor nor a multiple of seq_len={T}'

@@ -18,6 +18,7 @@ from moe_jax.routing.losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Bool, Float, Float32
 
 ROUTERS = ('token_choice', 'noisy_top_k')
+SERVED_BY = ('chosen', 'transformers_nllb')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class RouterConfig:
     jitter: In training the router's input is multiplied by
       U[1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section 3.2).
     balance_choices: See `routing.balance_loss`.
+    use_bias: Whether the logits have a bias, which starts at zero.
+    served_by: 'chosen', or what transformers does with NLLB-MoE in place of
+      it; see `routing.transformers_nllb`.
     init: How the kernel starts, except under 'noisy_top_k'.
   """
 
@@ -48,6 +52,8 @@ class RouterConfig:
   second_threshold: float = 0.2
   jitter: float = 0.0
   balance_choices: str = 'all'
+  use_bias: bool = False
+  served_by: str = 'chosen'
   init: Init = Init()
 
   def __post_init__(self):
@@ -60,6 +66,15 @@ class RouterConfig:
       )
     if self.balance_choices not in BALANCE_CHOICES:
       raise unknown('balance_choices', self.balance_choices, BALANCE_CHOICES)
+    if self.served_by not in SERVED_BY:
+      raise unknown('served_by', self.served_by, SERVED_BY)
+    if self.served_by != 'chosen' and (
+      self.num_selected != 2 or self.num_experts < 2
+    ):
+      raise ValueError(
+        f'served_by={self.served_by!r} needs num_selected=2 of at least 2 '
+        f'experts, not {self.num_selected} of {self.num_experts}'
+      )
     if not 0 <= self.jitter < 1:
       raise ValueError(f'jitter={self.jitter} not in [0, 1)')
     routing.check_token_choice(
@@ -74,7 +89,7 @@ class RouterConfig:
 
 
 class Router(nn.Module):
-  """One linear layer without bias, then the rules of `config`.
+  """One linear layer, then the rules of `config`.
 
   Draws noise from the rng stream 'router', in training only, and only where
   an option asks for it.
@@ -102,6 +117,9 @@ class Router(nn.Module):
     axes = ('embed', 'expert_choice')
     init = zeros(axes) if noisy else c.init.kernel(axes)
     clean = _logits(x, self.param('w', init, (M, E), jnp.float32))
+    if c.use_bias:
+      init = zeros(('expert_choice',))
+      clean = clean + self.param('b', init, (E,), jnp.float32)[None, None]
     noise = None
     if noisy:
       w_noise = self.param('w_noise', zeros(axes), (M, E), jnp.float32)
@@ -120,7 +138,10 @@ class Router(nn.Module):
     )
     # For analysis only: kept where the caller makes 'intermediates' mutable.
     self.sow('intermediates', 'expert_index', chosen.expert_index)
-    return chosen, _aux(chosen, clean, noise, mask, c)
+    aux = _aux(chosen, clean, noise, mask, c)
+    if c.served_by == 'transformers_nllb':
+      chosen = routing.transformers_nllb.by_rank(chosen)
+    return chosen, aux
 
   def _policy_key(self, train):
     draws = self.config.second_policy != 'all' and self.config.num_selected > 1

@@ -1,12 +1,17 @@
 """Models: `build(config)` turns a config into a linen module."""
 
-from moe_jax.models.build import build, leaks_future, sparse_pattern
+from moe_jax.models.build import Model, build, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.parameters import abstract_params, init_params
+from moe_jax.models.pattern import sparse_pattern
 
 __all__ = [
   'Decoder',
   'DecoderConfig',
+  'EncoderDecoder',
+  'EncoderDecoderConfig',
+  'Model',
   'abstract_params',
   'build',
   'init_params',

@@ -4,23 +4,32 @@ Every check that needs no array is made here or in the dataclasses' own
 `__post_init__`, so that a bad config fails before anything compiles.
 """
 
+import dataclasses
+
 import ml_collections
 
-from moe_jax.config import unknown
+from moe_jax.config import merge, unknown
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoeConfig
+from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router import RouterConfig
 from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.embeddings import EmbeddingConfig
+from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.pattern import sparse_pattern
+from moe_jax.models.stack import StackConfig
 from moe_jax.routing import CapacityRule, is_causal
 
-KINDS = ('decoder',)
+KINDS = ('decoder', 'encoder_decoder')
 DTYPES = ('bfloat16', 'float32')
+ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
+Model = Decoder | EncoderDecoder
 
 
-def build(config: ml_collections.ConfigDict) -> Decoder:
+def build(config: ml_collections.ConfigDict) -> Model:
   """The model that `config.model` describes.
 
   `config.model.moe.num_experts=0` gives the dense twin: every sparse
@@ -32,28 +41,23 @@ def build(config: ml_collections.ConfigDict) -> Decoder:
   """
   model = config.model
   _check(model)
-  init = Init(
-    kind=model.init.kind,
-    scale=model.init.scale,
-    embedding_std=model.init.embedding_std,
-    num_layers=model.num_layers,
+  embedding = _embedding(model, model.max_len or config.data.seq_len)
+  decoder = _stack(model)
+  _check_causal(model.moe)
+  if model.kind == 'decoder':
+    return Decoder(DecoderConfig(embedding, decoder))
+  cross = dataclasses.replace(
+    decoder.block.attention, causal=False, rotary=False, window=0, cross=True
   )
-  pattern = sparse_pattern(model.moe.layers, model.num_layers)
-  return Decoder(
-    DecoderConfig(
-      vocab_size=model.vocab_size,
-      width=model.width,
-      sparse=pattern,
-      block=_block(model, init, any(pattern)),
-      positions=model.positions,
-      max_len=model.max_len or config.data.seq_len,
-      tie_embeddings=model.tie_embeddings,
-      scan_layers=model.scan_layers,
-      remat=model.remat,
-      param_dtype=model.param_dtype,
-      init=init,
-    )
+  block = dataclasses.replace(decoder.block, cross_attention=cross)
+  decoder = dataclasses.replace(decoder, block=block)
+  encoder = _stack(_encoders(config).model)
+  attention = dataclasses.replace(
+    encoder.block.attention, causal=False, window=0
   )
+  block = dataclasses.replace(encoder.block, attention=attention)
+  encoder = dataclasses.replace(encoder, block=block)
+  return EncoderDecoder(EncoderDecoderConfig(embedding, encoder, decoder))
 
 
 def _check(model) -> None:
@@ -62,6 +66,8 @@ def _check(model) -> None:
   for name in ('dtype', 'param_dtype'):
     if model[name] not in DTYPES:
       raise unknown(f'model.{name}', model[name], DTYPES)
+  if model.attention_scale not in ATTENTION_SCALES:
+    raise unknown('attention_scale', model.attention_scale, ATTENTION_SCALES)
   if model.vocab_size < 1:
     raise ValueError(
       f"model.vocab_size={model.vocab_size}: 0 stands for the tokenizer's; "
@@ -71,16 +77,74 @@ def _check(model) -> None:
     raise ValueError(
       f'width={model.width} and num_heads={model.num_heads} must be at least 1'
     )
-  if not model.head_width and model.width % model.num_heads:
-    raise ValueError(
-      f'num_heads={model.num_heads} does not divide width={model.width}; set '
-      'head_width'
-    )
+  for name in ('num_heads', 'encoder_heads'):
+    heads = model[name]
+    if not model.head_width and heads and model.width % heads:
+      raise ValueError(
+        f'{name}={heads} does not divide width={model.width}; set head_width'
+      )
+
+
+def _encoders(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with what differs in the encoder in its place."""
+  m = config.model
+  changes = dict(
+    num_layers=m.num_encoder_layers or m.num_layers,
+    num_heads=m.encoder_heads or m.num_heads,
+    # Fewer kv heads are the decoder's, whose cache they shorten.
+    num_kv_heads=0,
+    hidden=m.encoder_hidden or m.hidden,
+    moe=dict(
+      layers=m.moe.encoder_layers or m.moe.layers,
+      slot_priority=m.moe.encoder_slot_priority or m.moe.slot_priority,
+    ),
+  )
+  return merge(config, {'model': changes})
+
+
+def _init(model) -> Init:
+  return Init(
+    kind=model.init.kind,
+    scale=model.init.scale,
+    embedding_std=model.init.embedding_std,
+    num_layers=model.num_layers,
+  )
+
+
+def _embedding(model, max_len: int) -> EmbeddingConfig:
+  return EmbeddingConfig(
+    vocab_size=model.vocab_size,
+    width=model.width,
+    positions=model.positions,
+    max_len=max_len,
+    position_offset=model.position_offset,
+    tie_embeddings=model.tie_embeddings,
+    embedding_scale=model.embedding_scale,
+    logits_scale=model.logits_scale,
+    dropout=model.dropout,
+    dtype=model.dtype,
+    param_dtype=model.param_dtype,
+    init=_init(model),
+  )
+
+
+def _stack(model) -> StackConfig:
+  """A causal stack without cross-attention."""
+  pattern = sparse_pattern(model.moe.layers, model.num_layers)
+  return StackConfig(
+    sparse=pattern,
+    block=_block(model, _init(model), any(pattern)),
+    relative_buckets=(
+      model.relative_buckets if model.positions == 'relative' else 0
+    ),
+    relative_max_distance=model.relative_max_distance,
+    scan_layers=model.scan_layers,
+    remat=model.remat,
+  )
 
 
 def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
   moe = _moe(model, init)  # also of a dense twin, whose options are checked
-  _check_causal(model.moe)
   twin = has_sparse and not model.moe.num_experts
   return BlockConfig(
     attention=AttentionConfig(
@@ -91,6 +155,8 @@ def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
       rotary=model.positions == 'rotary',
       rope_theta=model.rope_theta,
       dropout=model.dropout,
+      window=model.sliding_window,
+      scale=ATTENTION_SCALES[model.attention_scale],
       implementation=model.attention,
       dtype=model.dtype,
       param_dtype=model.param_dtype,
@@ -99,47 +165,16 @@ def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
     ffn=_ffn(model, init, model.hidden, model.activation, model.dropout),
     moe=moe if has_sparse and not twin else None,
     twin=_twin(model, init) if twin else None,
-    norm=model.norm,
-    norm_epsilon=model.norm_epsilon,
-    use_bias=model.use_bias,
+    norm=NormConfig(
+      kind=model.norm,
+      epsilon=model.norm_epsilon,
+      use_bias=model.use_bias,
+      use_scale=model.norm_scale,
+    ),
     dropout=model.dropout,
     extra_ffn=model.moe.extra_ffn,
     dtype=model.dtype,
   )
-
-
-def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
-  """Which of L layers are sparse, from one string.
-
-  'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0), 'last N',
-  or the indices themselves: '1,3'.
-
-  Raises:
-    ValueError: The string is none of these, or names a layer not in [0, L).
-  """
-  L = num_layers
-  if L < 1:
-    raise ValueError(f'num_layers={L} must be at least 1')
-  word, _, number = layers.strip().partition(' ')
-  if layers in ('all', 'none'):
-    return (layers == 'all',) * L
-  if word in ('every', 'last') and number.isdigit() and int(number) > 0:
-    n = int(number)
-    if n > L:
-      raise ValueError(f'moe.layers={layers!r} with num_layers={L}')
-    if word == 'every':
-      return tuple((i + 1) % n == 0 for i in range(L))
-    return tuple(i >= L - n for i in range(L))
-  parts = [part.strip() for part in layers.split(',')]
-  if not all(part.isdigit() for part in parts):
-    raise ValueError(
-      f"moe.layers={layers!r} is none of 'all', 'none', 'every N', 'last N', "
-      "'1,3'"
-    )
-  indices = {int(part) for part in parts}
-  if max(indices) >= L:
-    raise ValueError(f'moe.layers={layers!r} not in [0, num_layers={L})')
-  return tuple(i in indices for i in range(L))
 
 
 def _ffn(model, init, hidden, activation, dropout) -> FfnConfig:
@@ -194,19 +229,24 @@ def _moe(model, init) -> MoeConfig:
       second_threshold=moe.second_threshold,
       jitter=moe.jitter,
       balance_choices=moe.balance_choices,
+      use_bias=moe.router_bias,
+      served_by=moe.served_by,
       init=init,
     ),
     expert=_expert(model, init),
     group_size=moe.group_size,
     dispatch=moe.dispatch,
     grouped_matmul=moe.grouped_matmul,
+    route_padding=moe.route_padding,
+    output_masking=moe.output_masking,
   )
 
 
 def leaks_future(moe: ml_collections.ConfigDict) -> bool:
   """Whether the routers of a `model.moe` section let outputs see later tokens.
 
-  True where slots are handed out so and capacity can bind.
+  True where a decoder hands slots out so and capacity can bind. An encoder
+  sees all of its tokens anyway.
   """
   return moe.num_experts > 0 and not is_causal(
     slot_priority=moe.slot_priority,

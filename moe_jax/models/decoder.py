@@ -2,35 +2,22 @@
 
 https://arxiv.org/abs/2112.06905, https://arxiv.org/abs/2401.04088,
 https://arxiv.org/abs/2402.01739. Not here: how a config becomes a
-`DecoderConfig` (`build.py`), or generation.
+`DecoderConfig` (`build.py`), or what is generated (`moe_jax.generation`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import unknown
-from moe_jax.kernels.matmul import PRODUCT as GROUPED_PRODUCT
-from moe_jax.layers.block import Block, BlockConfig
-from moe_jax.layers.initializers import Init
-from moe_jax.layers.matmul import PRODUCT
-from moe_jax.layers.norms import make_norm
-from moe_jax.layers.positions import RelativePositionBias
-from moe_jax.models.pattern import Segment, segments
+from moe_jax.layers.block import Context
+from moe_jax.layers.cache import KVCache
+from moe_jax.layers.moe import MoeConfig
+from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
+from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.routing import MoeAux
-from moe_jax.routing.base import DECISION
-from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
-
-POSITIONS = ('learned', 'none', 'relative', 'rotary')
-REMATS = {
-  'none': None,
-  'full': jax.checkpoint_policies.save_only_these_names(DECISION),
-  'dots': jax.checkpoint_policies.save_only_these_names(
-    DECISION, PRODUCT, GROUPED_PRODUCT
-  ),
-}
+from moe_jax.shapes import Array, Bool, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,48 +25,37 @@ class DecoderConfig:
   """A decoder-only language model.
 
   Attributes:
-    vocab_size: V.
-    width: M.
-    sparse: A flag a layer: whether its feed-forward is sparse; its length is
-      L.
-    block: What the layers have in common.
-    positions: 'learned', 'rotary', 'relative' (T5's bias) or 'none'.
-    max_len: Rows of the table of learned positions.
-    tie_embeddings: Whether the logits use the embedding table.
-    scan_layers: Whether the periods of the layer pattern are a loop (compile
-      time independent of L) or unrolled; no number changes.
-    remat: What is recomputed in the backward pass: 'none', 'full' (save
-      layer inputs alone) or 'dots' (save the products with kernels: of
-      attention, feed-forwards and experts). Either saves what the routers
-      decided, a few integers a token, so that nothing is routed twice.
-      Memory is saved where layers are a loop; in unrolled ones XLA's CPU
-      compiler recomputes early, and saves none.
-    param_dtype: Of the stored parameters.
-    init: How embeddings and the output kernel start.
+    embedding: Tokens in and logits out.
+    stack: The blocks between.
   """
 
-  vocab_size: int
-  width: int
-  sparse: tuple[bool, ...]
-  block: BlockConfig
-  positions: str = 'rotary'
-  max_len: int = 0
-  tie_embeddings: bool = True
-  scan_layers: bool = True
-  remat: str = 'none'
-  param_dtype: str = 'float32'
-  init: Init = Init()
+  embedding: EmbeddingConfig
+  stack: StackConfig
 
-  def __post_init__(self):
-    if self.positions not in POSITIONS:
-      raise unknown('positions', self.positions, POSITIONS)
-    if self.remat not in REMATS:
-      raise unknown('remat', self.remat, REMATS)
-    for name in ('vocab_size', 'width'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.positions == 'learned' and self.max_len < 1:
-      raise ValueError(f'learned positions need max_len={self.max_len} >= 1')
+  @property
+  def vocab_size(self) -> int:
+    """V."""
+    return self.embedding.vocab_size
+
+  @property
+  def stacks(self) -> tuple[tuple[tuple[str, ...], StackConfig], ...]:
+    """Every stack, and where in the tree its parameters are."""
+    return (((), self.stack),)
+
+  @property
+  def sparse(self) -> tuple[bool, ...]:
+    """A flag a layer: whether its feed-forward is sparse."""
+    return self.stack.sparse
+
+  def sequence_of(self, layer: int) -> str:
+    """What stands before a batch's 'tokens' that a layer sees: nothing."""
+    del layer
+    return ''
+
+  @property
+  def moe(self) -> MoeConfig | None:
+    """The sparse feed-forward; None in a dense model."""
+    return self.stack.block.moe
 
 
 class Decoder(nn.Module):
@@ -87,7 +63,13 @@ class Decoder(nn.Module):
 
   config: DecoderConfig
 
-  @nn.compact
+  def setup(self) -> None:
+    """Makes the parts; tables stand in the model's own scope."""
+    self.embeddings = Embeddings(self.config.embedding)
+    self.stack = Stack(self.config.stack)
+    nn.share_scope(self, self.embeddings)
+    nn.share_scope(self, self.stack)
+
   def __call__(
     self,
     tokens: Int[Array, 'B T'],
@@ -104,120 +86,83 @@ class Decoder(nn.Module):
       positions: Of each token in its document. Default: its place in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
     """
-    c = self.config
-    B, T = tokens.shape
-    token_mask = jnp.ones((B, T), bool)
-    if segment_ids is not None:
-      token_mask = segment_ids > 0
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    table = self.param(
-      'embedding',
-      c.init.embedding(('vocab', 'embed')),
-      (c.vocab_size, c.width),
-      c.param_dtype,
+    context = make_context(tokens, segment_ids, positions)
+    x = self.embeddings.embed(
+      tokens, context.token_mask, context.positions, train
     )
-    x = jnp.take(table, tokens, axis=0).astype(c.block.dtype)
-    if c.positions == 'learned':
-      x = x + self._learned_positions(positions)
-    x = nn.Dropout(c.block.dropout, deterministic=not train)(x)
-    bias = None
-    if c.positions == 'relative':
-      heads = c.block.attention.num_heads
-      bias = RelativePositionBias(heads, name='relative_positions')(T)
-    auxes = []
-    for segment in segments(c.sparse):
-      layers = _segment(c, segment, train)
-      x, aux = layers(x, segment_ids, token_mask, positions, bias)
-      auxes.append(aux)  # every leaf [repeats, period, ...]
-    aux = jax.tree.map(
-      lambda *leaves: jnp.concatenate(
-        [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
-      ),
-      *auxes,
-    )
-    return self._logits(x, table), aux
+    x, aux, _ = self.stack(x, context, train)
+    return self.embeddings.logits(x), aux
 
-  def _learned_positions(self, positions):
-    c = self.config
-    if positions.shape[1] > c.max_len:
-      raise ValueError(
-        f'seq_len={positions.shape[1]} > max_len={c.max_len} of the learned '
-        'positions'
-      )
-    init = c.init.embedding(('positions', 'embed'))
-    shape = (c.max_len, c.width)
-    table = self.param('position_embedding', init, shape, c.param_dtype)
-    return jnp.take(table, positions, axis=0).astype(c.block.dtype)
-
-  def _logits(self, x, table):
-    c = self.config
-    x = make_norm(
-      c.block.norm,
-      epsilon=c.block.norm_epsilon,
-      use_bias=c.block.use_bias,
-      dtype=c.block.dtype,
-      name='final_norm',
-    )(x)
-    if c.tie_embeddings:
-      kernel = table.T
-    else:
-      init = c.init.kernel(('embed', 'vocab'))
-      shape = (c.width, c.vocab_size)
-      kernel = self.param('w_logits', init, shape, c.param_dtype)
-    B, T, M = x.shape
-    logits = jnp.dot(
-      x.reshape(B * T, M),
-      kernel.astype(c.block.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    return logits.reshape(B, T, c.vocab_size)
-
-
-class Period(nn.Module):
-  """One period of the layer pattern; its parameters are stacked by the scan."""
-
-  config: DecoderConfig
-  pattern: tuple[bool, ...]
-  train: bool
-  loops: bool
-
-  @nn.compact
-  def __call__(
+  def decode(
     self,
-    x: Float[Array, 'B T M'],
-    segment_ids: Int[Array, 'B T'] | None,
+    tokens: Int[Array, 'B T'],
     token_mask: Bool[Array, 'B T'],
-    positions: Int32[Array, 'B T'],
-    bias: Float32[Array, 'H T T'] | None,
-  ) -> tuple[Float[Array, 'B T M'], MoeAux]:
-    """Applies the period's blocks; aux leaves are [period, ...]."""
-    c = self.config
-    block = Block
-    if c.remat != 'none':
-      # A loop's body is never merged with its recomputation; straight code,
-      # unrolled or of one period, is.
-      block = nn.remat(
-        Block, policy=REMATS[c.remat], prevent_cse=not self.loops
-      )
-    auxes = []
-    for i, sparse in enumerate(self.pattern):
-      layer = block(c.block, sparse, self.train, name=f'layer_{i}')
-      x, aux = layer(x, segment_ids, token_mask, positions, bias)
-      auxes.append(aux)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+    cache: KVCache,
+  ) -> tuple[Float32[Array, 'B T V'], KVCache]:
+    """Logits of the tokens that follow those of the cache; they join it.
+
+    Args:
+      tokens: Token ids; a row's first ones may be padding.
+      token_mask: False at padding.
+      cache: From `make_cache` or an earlier call; what does not fit into it
+        is the caller's to see.
+    """
+    return decode(self.embeddings, self.stack, tokens, token_mask, cache)
+
+  @nn.nowrap
+  def make_cache(self, batch_size: int, max_len: int) -> KVCache:
+    """An empty cache for rows of up to `max_len` tokens, padding included."""
+    return make_cache(self.config.stack, batch_size, max_len)
+
+  @staticmethod
+  def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The arguments of a call that are in a batch."""
+    return {key: batch[key] for key in ('tokens', 'segment_ids', 'positions')}
+
+  @staticmethod
+  def example(tokens: Int[Array, 'B T']) -> dict[str, Array]:
+    """The arguments of a call that has nothing but tokens."""
+    return {'tokens': tokens}
 
 
-def _segment(c: DecoderConfig, segment: Segment, train: bool):
-  """A scan over a segment's periods, unrolled where the config says so."""
-  loops = c.scan_layers and segment.repeats > 1
-  scanned = nn.scan(
-    Period,
-    variable_axes={'params': 0, 'intermediates': 0},
-    split_rngs={'params': True, 'dropout': True, 'router': True},
-    in_axes=nn.broadcast,
-    length=segment.repeats,
-    unroll=1 if loops else segment.repeats,
-    metadata_params={nn.PARTITION_NAME: 'layers'},
+def make_context(
+  tokens: Int[Array, 'B T'],
+  segment_ids: Int[Array, 'B T'] | None,
+  positions: Int[Array, 'B T'] | None,
+) -> Context:
+  """What blocks read, with the defaults of `Decoder.__call__`."""
+  B, T = tokens.shape
+  token_mask = jnp.ones((B, T), bool)
+  if segment_ids is not None:
+    token_mask = segment_ids > 0
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+  return Context(segment_ids, token_mask, positions)
+
+
+def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
+  """An empty cache of a causal stack."""
+  attention = c.block.attention
+  return KVCache.make(
+    num_layers=len(c.sparse),
+    batch_size=batch_size,
+    max_len=max_len,
+    num_heads=attention.num_kv_heads,
+    head_width=attention.head_width,
+    dtype=attention.dtype,
   )
-  return scanned(c, segment.pattern, train, loops, name=segment.name)
+
+
+def decode(
+  embeddings: Embeddings,
+  stack: Stack,
+  tokens: Int[Array, 'B T'],
+  token_mask: Bool[Array, 'B T'],
+  cache: KVCache,
+) -> tuple[Float32[Array, 'B T V'], KVCache]:
+  """One step of a causal stack; see `Decoder.decode`."""
+  cache, positions = cache.begin(token_mask)
+  x = embeddings.embed(tokens, token_mask, positions, train=False)
+  context = Context(token_mask.astype(jnp.int32), token_mask, positions)
+  x, _, cache = stack(x, context, False, cache)
+  return embeddings.logits(x), cache.advance(tokens.shape[1])

@@ -12,7 +12,7 @@ from moe_jax.shapes import PRNGKey
 def init_params(model: nn.Module, key: PRNGKey, seq_len: int):
   """Parameters from a key, in the boxes that carry their logical axes."""
   tokens = jnp.zeros((1, seq_len), jnp.int32)
-  return model.init(key, tokens)['params']
+  return model.init(key, **model.example(tokens))['params']
 
 
 def abstract_params(model: nn.Module, seq_len: int):

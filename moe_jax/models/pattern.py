@@ -1,13 +1,47 @@
-"""How a stack of sparse and dense layers becomes a few loops.
+"""Which layers are sparse, and how a stack of both kinds becomes a few loops.
 
 A loop's body is compiled once, so compile time follows the number of distinct
-layers, not L. Not here: the loops themselves (`decoder.py`).
+layers, not L. Not here: the loops themselves (`stack.py`).
 """
 
 from typing import NamedTuple
 
 # The longest period that a loop's body may have; OpenMoE's is 6.
 MAX_PERIOD = 8
+
+
+def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
+  """Which of L layers are sparse, from one string.
+
+  'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0), 'last N',
+  or the indices themselves: '1,3'.
+
+  Raises:
+    ValueError: The string is none of these, or names a layer not in [0, L).
+  """
+  L = num_layers
+  if L < 1:
+    raise ValueError(f'num_layers={L} must be at least 1')
+  word, _, number = layers.strip().partition(' ')
+  if layers in ('all', 'none'):
+    return (layers == 'all',) * L
+  if word in ('every', 'last') and number.isdigit() and int(number) > 0:
+    n = int(number)
+    if n > L:
+      raise ValueError(f'moe.layers={layers!r} with num_layers={L}')
+    if word == 'every':
+      return tuple((i + 1) % n == 0 for i in range(L))
+    return tuple(i >= L - n for i in range(L))
+  parts = [part.strip() for part in layers.split(',')]
+  if not all(part.isdigit() for part in parts):
+    raise ValueError(
+      f"moe.layers={layers!r} is none of 'all', 'none', 'every N', 'last N', "
+      "'1,3'"
+    )
+  indices = {int(part) for part in parts}
+  if max(indices) >= L:
+    raise ValueError(f'moe.layers={layers!r} not in [0, num_layers={L})')
+  return tuple(i in indices for i in range(L))
 
 
 class Segment(NamedTuple):

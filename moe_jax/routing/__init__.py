@@ -4,6 +4,7 @@ Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
 move is `moe_jax.dispatch`.
 """
 
+from moe_jax.routing import transformers_nllb
 from moe_jax.routing.base import (
   CAPACITY_RULES,
   CapacityRule,
@@ -59,5 +60,6 @@ __all__ = [
   'routing_stats',
   'token_choice',
   'top_k',
+  'transformers_nllb',
   'z_loss',
 ]

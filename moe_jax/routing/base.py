@@ -57,7 +57,7 @@ def decided(index: Leaf) -> Leaf:
   return checkpoint_name(index, DECISION)
 
 
-CAPACITY_RULES = ('per_token', 'per_assignment', 'fixed', 'all')
+CAPACITY_RULES = ('per_token', 'per_assignment', 'fraction', 'fixed', 'all')
 _ROUNDINGS = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
 
 
@@ -71,10 +71,13 @@ class CapacityRule:
   Attributes:
     rule: 'per_token' is factor * S / E (Switch, ST-MoE, GShard, whose 2.0 at
       K=2 is 2 * S / E). 'per_assignment' is factor * K * S / E (V-MoE,
-      MegaBlocks). 'fixed' is `slots`. 'all' has room for every token.
-    factor: The capacity factor of the first two rules.
+      MegaBlocks). 'fraction' is factor * S (NLLB's evaluation), rounded up
+      from the floating-point product as fairseq and transformers do. 'fixed'
+      is `slots`. 'all' has room for every token.
+    factor: The capacity factor of the first three rules.
     rounding: 'ceil' (V-MoE), 'floor' (Mesh TensorFlow) or 'round' (flaxformer;
-      half to even), applied to the exact quotient, before the rest.
+      half to even), applied to the exact quotient, before the rest; not under
+      'fraction'.
     multiple: The capacity is rounded up to a multiple of this (V-MoE: 4).
     minimum: The least capacity (flaxformer: 4).
     slots: The capacity under 'fixed'.
@@ -112,6 +115,8 @@ class CapacityRule:
       return S
     if self.rule == 'fixed':
       return min(self.slots, S)
+    if self.rule == 'fraction':
+      return min(math.ceil(self.factor * S), S)
     # Exact: 1.1 * 100 / 10 in floating point is over 11, a slot too many.
     quotient = Fraction(str(self.factor)) * S / E
     if self.rule == 'per_assignment':

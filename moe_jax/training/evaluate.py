@@ -8,7 +8,7 @@ import ml_collections
 
 from moe_jax import data, models
 from moe_jax.config import merge, unknown
-from moe_jax.models import Decoder, abstract_params
+from moe_jax.models import Model, abstract_params
 from moe_jax.training import summary
 from moe_jax.training.losses import LossSums, add
 from moe_jax.training.step import eval_step
@@ -30,7 +30,7 @@ class Evaluation:
   name: str
   every_steps: int
   num_batches: int
-  model: Decoder
+  model: Model
 
   def due(self, step: int) -> bool:
     """Whether it runs after `step` steps, the end apart."""
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def make_evaluations(
-  config: ml_collections.ConfigDict, model: Decoder
+  config: ml_collections.ConfigDict, model: Model
 ) -> list[Evaluation]:
   """All entries of `config.evals`, models built.
 
@@ -106,7 +106,7 @@ class Evaluator:
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_eval_step(model: Decoder):
+def compiled_eval_step(model: Model):
   """`eval_step` of one model, compiled once a process."""
   return jax.jit(functools.partial(eval_step, model=model))
 

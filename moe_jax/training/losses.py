@@ -24,11 +24,13 @@ class LossSums(NamedTuple):
   Attributes:
     cross_entropy: float32 [], sum of nats times loss weights.
     weight: float32 [], sum of loss weights.
+    logits_z: float32 [], sum of squared logsumexps of logits times weights.
     aux: The layers' aux, every leaf [L, ...].
   """
 
   cross_entropy: Array
   weight: Array
+  logits_z: Array
   aux: MoeAux
 
 
@@ -37,29 +39,36 @@ class Normalizers(NamedTuple):
 
   Attributes:
     weight: float32 [], sum of loss weights.
-    tokens: float32 [], real tokens, which every sparse layer sees.
+    tokens: float32 [], real tokens, which a decoder's sparse layers see.
+    encoder_tokens: float32 [], those that an encoder's see.
   """
 
   weight: Array
   tokens: Array
+  encoder_tokens: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-  """Coefficients of the routers' losses.
+  """Coefficients of the losses beside the cross-entropy.
 
   Attributes:
-    balance, z, importance, load: One a loss.
+    balance, z, importance, load: One a router's loss.
+    logits_z: Of the mean squared logsumexp of the output logits (T5's and
+      ST-MoE's other z-loss).
     layer_reduce: Over sparse layers: 'sum' (Switch) or 'mean' (flaxformer).
     num_sparse: How many layers are sparse, for 'mean'.
+    encoder_layers: How many layers, from the first on, are an encoder's.
   """
 
   balance: float = 0.0
   z: float = 0.0
   importance: float = 0.0
   load: float = 0.0
+  logits_z: float = 0.0
   layer_reduce: str = 'sum'
   num_sparse: int = 1
+  encoder_layers: int = 0
 
   def __post_init__(self):
     if self.layer_reduce not in LAYER_REDUCES:
@@ -68,9 +77,15 @@ class LossWeights:
 
 def normalizers(batch: dict[str, Array]) -> Normalizers:
   """Of a whole batch; never zero."""
-  tokens = (batch['segment_ids'] > 0).sum().astype(jnp.float32)
-  weight = batch['loss_weights'].sum()
-  return Normalizers(jnp.maximum(weight, 1e-9), jnp.maximum(tokens, 1.0))
+
+  def tokens(name):
+    real = (batch[name] > 0).sum() if name in batch else 0
+    return jnp.maximum(jnp.asarray(real, jnp.float32), 1.0)
+
+  weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
+  return Normalizers(
+    weight, tokens('segment_ids'), tokens('encoder_segment_ids')
+  )
 
 
 def loss_sums(
@@ -81,11 +96,14 @@ def loss_sums(
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['targets']
   )
-  return LossSums((nats * weights).sum(), weights.sum(), aux)
+  logits_z = jax.nn.logsumexp(logits, axis=-1) ** 2
+  return LossSums(
+    (nats * weights).sum(), weights.sum(), (logits_z * weights).sum(), aux
+  )
 
 
 def aux_loss(
-  aux: MoeAux, tokens: Float32[Array, ''], weights: LossWeights
+  aux: MoeAux, whole: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
   """The weighted routers' losses; a loss of weight 0 leaves no gradient."""
   terms = (
@@ -95,19 +113,23 @@ def aux_loss(
     (weights.load, aux.load_loss),
   )
   layers = max(weights.num_sparse, 1) if weights.layer_reduce == 'mean' else 1
+  encoders = jnp.arange(len(aux.z_loss)) < weights.encoder_layers
+  tokens = jnp.where(encoders, whole.encoder_tokens, whole.tokens)  # [L]
   total = jnp.zeros((), jnp.float32)
   for weight, loss in terms:
     if weight:
-      total = total + weight * loss.sum()
-  return total / (tokens * layers)
+      total = total + weight * (loss / tokens).sum()
+  return total / layers
 
 
 def total_loss(
   sums: LossSums, whole: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
   """This (micro)batch's share of the whole batch's loss."""
-  mean_nats = sums.cross_entropy / whole.weight
-  return mean_nats + aux_loss(sums.aux, whole.tokens, weights)
+  total = sums.cross_entropy / whole.weight
+  if weights.logits_z:
+    total = total + weights.logits_z * sums.logits_z / whole.weight
+  return total + aux_loss(sums.aux, whole, weights)
 
 
 def add(a: LossSums, b: LossSums) -> LossSums:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from moe_jax import data, models, partitioning
 from moe_jax.config import merge, to_dataclass
 from moe_jax.layers.initializers import axis_names
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 from moe_jax.training import checks
 from moe_jax.training import step as step_lib
 from moe_jax.training import workdir as workdir_lib
@@ -69,7 +69,7 @@ class Run:
   given: ml_collections.ConfigDict
   workdir: pathlib.Path
   dataset: data.Dataset
-  model: Decoder
+  model: Model
   mesh: Mesh
   programs: Programs
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
@@ -144,7 +144,7 @@ def set_up(
 
 
 def make_programs(
-  config: ml_collections.ConfigDict, model: Decoder, mesh: Mesh
+  config: ml_collections.ConfigDict, model: Model, mesh: Mesh
 ) -> Programs:
   """What runs on the devices, with its shardings; nothing compiles yet."""
   rules = partitioning.make_rules(config.sharding.to_dict())
@@ -235,11 +235,11 @@ def with_vocabulary(
 
 
 def loss_weights(
-  config: ml_collections.ConfigDict, model: Decoder
+  config: ml_collections.ConfigDict, model: Model
 ) -> LossWeights:
-  """The coefficients of the routers' losses."""
+  """The coefficients of the losses."""
   moe = config.model.moe
-  sparse = sum(model.config.sparse) if model.config.block.moe else 0
+  sparse = sum(model.config.sparse) if model.config.moe else 0
   if moe.load_weight and moe.router != 'noisy_top_k' and sparse:
     raise ValueError(
       f"moe.load_weight={moe.load_weight} needs moe.router='noisy_top_k', not "
@@ -250,8 +250,10 @@ def loss_weights(
     z=moe.z_weight,
     importance=moe.importance_weight,
     load=moe.load_weight,
+    logits_z=config.logits_z_weight,
     layer_reduce=moe.layer_reduce,
     num_sparse=sparse,
+    encoder_layers=len(model.config.sparse) - config.model.num_layers,
   )
 
 

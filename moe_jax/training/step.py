@@ -65,9 +65,7 @@ def make_grad_fn(
     router_key, dropout_key = jax.random.split(key)
     logits, aux = model.apply(
       {'params': params},
-      batch['tokens'],
-      batch['segment_ids'],
-      batch['positions'],
+      **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
@@ -132,9 +130,7 @@ def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
   """The sums of one batch, without noise or dropout."""
   logits, aux = model.apply(
     {'params': params},
-    batch['tokens'],
-    batch['segment_ids'],
-    batch['positions'],
+    **model.inputs(batch),
   )
   return losses.loss_sums(logits, batch, aux)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.layers import Attention, AttentionConfig
-from moe_jax.layers.dot_product import attend, masked_softmax, visible
+from moe_jax.layers.dot_product import Keys, attend, masked_softmax, visible
 from moe_jax.partitioning import make_mesh
 from tests.models import tiny
 
@@ -258,13 +258,20 @@ def test_who_sees_whom():
     [0, 0, 0, 0, 1],
   ]
   segment_ids = jnp.array([[1, 1, 2, 2, 0]])
-  seen = visible(segment_ids, 5, causal=False)
+
+  def visible_to(ids, **keys):
+    return np.asarray(visible(ids, ids, (5, 5), Keys(**keys)))
+
+  seen = visible_to(segment_ids, causal=False)
   np.testing.assert_array_equal(seen, np.array([both_ways], bool))
-  seen = np.asarray(visible(segment_ids, 5, causal=True))
+  seen = visible_to(segment_ids)
   np.testing.assert_array_equal(seen, np.tril(np.array([both_ways], bool)))
-  alone = visible(None, 5, causal=True)
+  alone = visible_to(None)
   np.testing.assert_array_equal(alone, np.tri(5, dtype=bool)[None])
-  assert visible(None, 5, causal=False).all()
+  assert visible_to(None, causal=False).all()
+  # Three tokens: oneself and the two before.
+  near = np.tri(5, dtype=bool) & ~np.tri(5, k=-3, dtype=bool)
+  np.testing.assert_array_equal(visible_to(None, window=3), near[None])
 
 
 def test_masked_softmax_gives_hidden_keys_exactly_nothing():
@@ -294,6 +301,6 @@ def test_the_backward_pass_keeps_the_weights_and_no_mask():
 
 def test_a_model_passes_on_its_choice():
   model = tiny.build(attention='xla')
-  assert model.config.block.attention.implementation == 'xla'
+  assert model.config.stack.block.attention.implementation == 'xla'
   with pytest.raises(ValueError, match="attention='cudnn': dtype='float32'"):
     tiny.build(attention='cudnn')

@@ -258,7 +258,7 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
   ('options', 'message'),
   [
     (dict(dispatch='gathered'), "unknown dispatch 'gathered'; did you mean"),
-    (dict(group_size=-1), 'group_size=-1 must not be negative'),
+    (dict(group_size=-2), 'group_size=-2 must be at least -1'),
     (
       dict(dispatch='dropless'),
       "'dropless' with capacity_rule='per_token', which drops.*'gather'",

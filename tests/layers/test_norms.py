@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.layers import make_norm
-from moe_jax.layers.norms import NORMS
+from moe_jax.layers.norms import NORMS, NormConfig
 
 EPSILON = 0.25  # large enough to matter
 
@@ -25,9 +25,7 @@ def test_norm_equals_its_formula(kind, use_bias, dtype):
   rng = np.random.default_rng(0)
   # A mean of 10 and a spread of 1: bfloat16 statistics would lose the spread.
   x = jnp.asarray(rng.normal(10, 1, (2, 3, 64)), dtype)
-  norm = make_norm(
-    kind, epsilon=EPSILON, use_bias=use_bias, dtype=dtype, name='norm'
-  )
+  norm = make_norm(NormConfig(kind, EPSILON, use_bias), dtype, 'norm')
   shapes = jax.eval_shape(norm.init, jax.random.key(0), x)['params']
   # rmsnorm has no bias, whatever `use_bias` says.
   biased = use_bias and kind == 'layernorm'
@@ -46,4 +44,4 @@ def test_norm_equals_its_formula(kind, use_bias, dtype):
 
 def test_an_unknown_norm_is_refused():
   with pytest.raises(ValueError, match=r"unknown norm 'rms'.*'rmsnorm'"):
-    make_norm('rms', epsilon=1.0, use_bias=False, dtype='float32', name='n')
+    NormConfig('rms')

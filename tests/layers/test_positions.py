@@ -96,7 +96,7 @@ def test_buckets_are_exact_then_logarithmic_then_shared():
 def test_relative_bias_reads_its_table_by_head_and_distance():
   layer = RelativePositionBias(H, num_buckets=6, max_distance=12)
   table = draw(H, 6)
-  bias = np.asarray(layer.apply({'params': {'table': table}}, 9))
+  bias = np.asarray(layer.apply({'params': {'table': table}}, 9, 9))
   # 6 buckets up to 12: 0, 1, 2 exact; 3 from 3, 4 from 4.8, 5 from 7.6.
   bucket = [0, 1, 2, 3, 3, 4, 4, 4, 5]
   for t in range(9):

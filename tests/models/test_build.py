@@ -116,7 +116,7 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   with pytest.raises(ValueError, match='allow_future_leak=True'):
     tiny.build(moe=moe)
   built = tiny.build(moe={**moe, 'allow_future_leak': True})
-  priority = built.config.block.moe.router.slot_priority
+  priority = built.config.stack.block.moe.router.slot_priority
   assert priority == moe['slot_priority']
   # Where every token has room nothing can be evicted; dense models have none.
   tiny.build(moe={**moe, 'capacity_rule': 'all'})
@@ -124,23 +124,23 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
 
 
 def test_zero_means_what_the_config_says_it_means():
-  block = tiny.build(width=16, head_width=0).config.block
+  block = tiny.build(width=16, head_width=0).config.stack.block
   assert block.attention.head_width == 16 // 4
   assert block.attention.num_kv_heads == 4
   assert block.moe.expert.hidden == block.ffn.hidden == 20
-  assert tiny.build(positions='learned').config.max_len == tiny.T
-  other = tiny.build(moe=dict(hidden=7, activation='relu')).config.block
+  assert tiny.build(positions='learned').config.embedding.max_len == tiny.T
+  other = tiny.build(moe=dict(hidden=7, activation='relu')).config.stack.block
   assert (other.moe.expert.hidden, other.moe.expert.activation) == (7, 'relu')
   assert (other.ffn.hidden, other.ffn.activation) == (20, 'gelu')
 
 
 def test_expert_dropout_is_apart_from_dropout():
-  same = tiny.build(dropout=0.1).config.block
+  same = tiny.build(dropout=0.1).config.stack.block
   assert same.moe.expert.dropout == same.ffn.dropout == same.dropout == 0.1
-  apart = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.4)).config.block
+  apart = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.4)).config.stack.block
   assert apart.moe.expert.dropout == 0.4
   assert apart.ffn.dropout == apart.attention.dropout == apart.dropout == 0.1
-  none = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.0)).config.block
+  none = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.0)).config.stack.block
   assert none.moe.expert.dropout == 0.0
 
 

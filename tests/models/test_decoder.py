@@ -97,7 +97,7 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   for where, leaf in tiny.leaves(grads).items():
     size = np.abs(np.asarray(leaf))
     assert np.isfinite(size).all(), where
-    if where.endswith('b_key') and model.config.positions != 'rotary':
+    if where.endswith('b_key') and model.config.embedding.positions != 'rotary':
       # One number added to all of a query's scores; the softmax ignores it.
       np.testing.assert_allclose(size, 0, atol=1e-3)
     elif where.startswith('layers/'):

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
+from moe_jax.models import stack
 from tests.models import tiny
 
 # Dropout, jitter and sampled second choices are all on, and capacity binds.
@@ -115,7 +116,7 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
 
 
 def test_remat_does_recompute():
-  flops = {remat: trained(True, remat)[1] for remat in models.decoder.REMATS}
+  flops = {remat: trained(True, remat)[1] for remat in stack.REMATS}
   assert flops['full'] > 1.1 * flops['none']
   assert flops['none'] < flops['dots'] < flops['full']
 

@@ -123,6 +123,7 @@ def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
 _RULES = {
   'per_token': CapacityRule('per_token', factor=1.0),
   'per_assignment': CapacityRule('per_assignment', factor=0.4),
+  'fraction': CapacityRule('fraction', factor=0.2),
   'fixed': CapacityRule('fixed', slots=2),
   'all': CapacityRule('all'),
 }
@@ -206,5 +207,5 @@ def test_a_leaking_setting_does_see_later_tokens(setting):
 
 def test_three_ways_to_be_causal():
   # Token-major; a single choice in order; room for every token.
-  assert len(_CAUSAL) == 12 + 3 + (3 + 3)
-  assert len(_LEAKING) == 2 * 3 + 3 * 3
+  assert len(_CAUSAL) == 15 + 4 + (3 + 3)
+  assert len(_LEAKING) == 2 * 4 + 3 * 4

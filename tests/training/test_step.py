@@ -99,8 +99,8 @@ def test_layers_are_summed_or_averaged():
   (_, sums), _ = tiny.grads_of(summed, params, batch)
   whole = losses.normalizers(batch)
   weights = functools.partial(losses.LossWeights, balance=0.5, num_sparse=2)
-  total = losses.aux_loss(sums.aux, whole.tokens, weights(layer_reduce='sum'))
-  mean = losses.aux_loss(sums.aux, whole.tokens, weights(layer_reduce='mean'))
+  total = losses.aux_loss(sums.aux, whole, weights(layer_reduce='sum'))
+  mean = losses.aux_loss(sums.aux, whole, weights(layer_reduce='mean'))
   np.testing.assert_allclose(total, 2 * mean, rtol=1e-6)
   with pytest.raises(ValueError, match=r"layer_reduce 'max'.*mean.*sum"):
     weights(layer_reduce='max')

@@ -1,0 +1,141 @@
+"""What a decoder keeps between steps: keys and values of every layer.
+
+All rows append at the same slot, so that a step writes one slice in place;
+rows of different length are padded in front. Not here: who fills it
+(`attention.py`), or what is generated (`moe_jax.generation`).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moe_jax.shapes import Array, Bool, Float, Int, Int32, Leaf
+
+
+class Memory(flax.struct.PyTreeNode):
+  """What a decoder's cross-attention reads, the same at every step.
+
+  Attributes:
+    key: [L, B, N, S, D], projected from the encoder's output.
+    value: Likewise.
+    filled: bool [B, S], False at the encoder's padding.
+  """
+
+  key: Leaf
+  value: Leaf
+  filled: Leaf
+
+
+class KVCache(flax.struct.PyTreeNode):
+  """Keys and values by slot.
+
+  Attributes:
+    key: [L, B, N, S, D].
+    value: Likewise.
+    filled: bool [B, S], whether the slot holds a token of the row.
+    length: int32 [], the slot that the next token takes.
+    next_position: int32 [B], the position of each row's next token.
+    memory: Of an encoder-decoder; None in a decoder-only model.
+  """
+
+  key: Leaf
+  value: Leaf
+  filled: Leaf
+  length: Leaf
+  next_position: Leaf
+  memory: Memory | None = None
+
+  @classmethod
+  def make(
+    cls,
+    *,
+    num_layers: int,
+    batch_size: int,
+    max_len: int,
+    num_heads: int,
+    head_width: int,
+    dtype: str,
+  ) -> 'KVCache':
+    """An empty cache of `max_len` slots; `num_heads` is that of keys."""
+    L, B, N, S, D = num_layers, batch_size, num_heads, max_len, head_width
+    return cls(
+      key=jnp.zeros((L, B, N, S, D), dtype),
+      value=jnp.zeros((L, B, N, S, D), dtype),
+      filled=jnp.zeros((B, S), bool),
+      length=jnp.zeros((), jnp.int32),
+      next_position=jnp.zeros(B, jnp.int32),
+    )
+
+  @property
+  def max_len(self) -> int:
+    """How many tokens a row may have."""
+    return self.filled.shape[1]
+
+  def begin(
+    self, token_mask: Bool[Array, 'B T']
+  ) -> tuple['KVCache', Int32[Array, 'B T']]:
+    """Takes the next T slots; returns the new tokens' positions too.
+
+    Keys and values follow by `write`, layer by layer, and `advance` ends the
+    step. Padding has the position of the token behind it.
+    """
+    count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
+    positions = self.next_position[:, None] + count - 1
+    filled = jax.lax.dynamic_update_slice(
+      self.filled, token_mask, (0, self.length)
+    )
+    cache = self.replace(
+      filled=filled, next_position=self.next_position + count[:, -1]
+    )
+    return cache, jnp.maximum(positions, 0)
+
+  def write(
+    self,
+    layer: Int[Array, ''],
+    key: Float[Array, 'B T N D'],
+    value: Float[Array, 'B T N D'],
+  ) -> 'KVCache':
+    """Fills the slots that `begin` took in one layer."""
+
+    def put(kept, new):
+      new = new.swapaxes(1, 2)[None].astype(kept.dtype)
+      return jax.lax.dynamic_update_slice(
+        kept, new, (layer, 0, 0, self.length, 0)
+      )
+
+    return self.replace(key=put(self.key, key), value=put(self.value, value))
+
+  def advance(self, num_tokens: int) -> 'KVCache':
+    """Ends a step of T tokens."""
+    return self.replace(length=self.length + num_tokens)
+
+  def take(self, rows: Int[Array, ' R']) -> 'KVCache':
+    """The cache whose row r is row `rows[r]` of this one.
+
+    For beams, which move between rows and are many to a prompt.
+    """
+
+    def by_axis(axis, leaf):
+      return None if leaf is None else jnp.take(leaf, rows, axis)
+
+    memory = self.memory
+    if memory is not None:
+      memory = Memory(
+        key=by_axis(1, memory.key),
+        value=by_axis(1, memory.value),
+        filled=by_axis(0, memory.filled),
+      )
+    return self.replace(
+      key=by_axis(1, self.key),
+      value=by_axis(1, self.value),
+      filled=by_axis(0, self.filled),
+      next_position=by_axis(0, self.next_position),
+      memory=memory,
+    )
+
+
+def at_layer(
+  kept: Float[Array, 'L B N S D'], layer: Int[Array, '']
+) -> Float[Array, 'B N S D']:
+  """One layer's keys or values."""
+  return jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False)

@@ -1,0 +1,195 @@
+"""A stack of blocks: the middle of a decoder, and each half of a T5.
+
+Layers with the same pattern are one loop, so compile time does not follow L.
+Not here: embeddings and logits (`embeddings.py`).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.config import unknown
+from moe_jax.kernels.matmul import PRODUCT as GROUPED_PRODUCT
+from moe_jax.layers.block import Block, BlockConfig, Context
+from moe_jax.layers.cache import KVCache
+from moe_jax.layers.matmul import PRODUCT
+from moe_jax.layers.norms import make_norm
+from moe_jax.layers.positions import RelativePositionBias
+from moe_jax.models.pattern import Segment, segments
+from moe_jax.routing import MoeAux
+from moe_jax.routing.base import DECISION
+from moe_jax.shapes import Array, Float, Int32
+
+REMATS = {
+  'none': None,
+  'full': jax.checkpoint_policies.save_only_these_names(DECISION),
+  'dots': jax.checkpoint_policies.save_only_these_names(
+    DECISION, PRODUCT, GROUPED_PRODUCT
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+  """L blocks and a final norm.
+
+  Attributes:
+    sparse: A flag a layer: whether its feed-forward is sparse; its length is
+      L.
+    block: What the layers have in common.
+    relative_buckets: Of T5's bias by distance, one a stack; 0: it has none.
+    relative_max_distance: From here on distances share a bucket.
+    scan_layers: Whether the periods of the layer pattern are a loop (compile
+      time independent of L) or unrolled; no number changes.
+    remat: What is recomputed in the backward pass: 'none', 'full' (save
+      layer inputs alone) or 'dots' (save the products with kernels: of
+      attention, feed-forwards and experts). Either saves what the routers
+      decided, a few integers a token, so that nothing is routed twice.
+      Memory is saved where layers are a loop; in unrolled ones XLA's CPU
+      compiler recomputes early, and saves none.
+  """
+
+  sparse: tuple[bool, ...]
+  block: BlockConfig
+  relative_buckets: int = 0
+  relative_max_distance: int = 128
+  scan_layers: bool = True
+  remat: str = 'none'
+
+  def __post_init__(self):
+    if self.remat not in REMATS:
+      raise unknown('remat', self.remat, REMATS)
+    buckets, furthest = self.relative_buckets, self.relative_max_distance
+    least = 2 if self.block.attention.causal else 4
+    if buckets and not (least <= buckets and buckets // 2 < furthest):
+      raise ValueError(
+        f'relative_buckets={buckets} must be at least {least}, and '
+        f'relative_max_distance={furthest} above half of them'
+      )
+
+
+class Stack(nn.Module):
+  """`run_stack` with parameters of its own."""
+
+  config: StackConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T M'],
+    context: Context,
+    train: bool = False,
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
+    """As `run_stack`."""
+    return run_stack(self.config, x, context, train, cache)
+
+
+def run_stack(
+  c: StackConfig,
+  x: Float[Array, 'B T M'],
+  context: Context,
+  train: bool,
+  cache: KVCache | None = None,
+) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
+  """All blocks and the final norm, as submodules of the calling module.
+
+  Args:
+    c: The stack.
+    x: Embedded tokens.
+    context: Without a bias, which is made here.
+    train: Turns on dropout and router noise.
+    cache: Of the tokens before x, when decoding, after `KVCache.begin`.
+
+  Returns:
+    The output; the layers' aux, every leaf [L, ...]; and the cache with x's
+    keys and values.
+  """
+  T = x.shape[1]
+  if c.relative_buckets:
+    attention = c.block.attention
+    bias = RelativePositionBias(
+      attention.num_heads,
+      c.relative_buckets,
+      c.relative_max_distance,
+      bidirectional=not attention.causal,
+      name='relative_positions',
+    )
+    places = (T, T) if cache is None else (T, cache.max_len, cache.length)
+    context = context._replace(bias=bias(*places))
+  auxes, first = [], 0
+  for segment in segments(c.sparse):
+    numbers = jnp.arange(first, first + segment.num_layers, dtype=jnp.int32)
+    numbers = numbers.reshape(segment.repeats, -1)
+    layers = _segment(c, segment, train)
+    carry, aux = layers(Carry(x, cache), numbers, context)
+    x, cache = carry
+    auxes.append(aux)  # every leaf [repeats, period, ...]
+    first += segment.num_layers
+  aux = jax.tree.map(
+    lambda *leaves: jnp.concatenate(
+      [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
+    ),
+    *auxes,
+  )
+  x = make_norm(c.block.norm, c.block.dtype, 'final_norm')(x)
+  return x, aux, cache
+
+
+class Carry(NamedTuple):
+  """What goes from block to block."""
+
+  x: Array
+  cache: KVCache | None
+
+
+class Period(nn.Module):
+  """One period of the layer pattern; its parameters are stacked by the scan."""
+
+  config: StackConfig
+  pattern: tuple[bool, ...]
+  train: bool
+  loops: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    carry: Carry,
+    numbers: Int32[Array, ' P'],
+    context: Context,
+  ) -> tuple[Carry, MoeAux]:
+    """Applies the period's blocks; aux leaves are [period, ...]."""
+    c = self.config
+    block = Block
+    if c.remat != 'none':
+      # A loop's body is never merged with its recomputation; straight code,
+      # unrolled or of one period, is.
+      block = nn.remat(
+        Block, policy=REMATS[c.remat], prevent_cse=not self.loops
+      )
+    x, cache = carry
+    auxes = []
+    for i, sparse in enumerate(self.pattern):
+      layer = block(c.block, sparse, self.train, name=f'layer_{i}')
+      x, cache, aux = layer(x, context, cache, numbers[i])
+      auxes.append(aux)
+    aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+    return Carry(x, cache), aux
+
+
+def _segment(c: StackConfig, segment: Segment, train: bool):
+  """A scan over a segment's periods, unrolled where the config says so."""
+  loops = c.scan_layers and segment.repeats > 1
+  scanned = nn.scan(
+    Period,
+    variable_axes={'params': 0, 'intermediates': 0},
+    split_rngs={'params': True, 'dropout': True, 'router': True},
+    in_axes=(0, nn.broadcast),
+    length=segment.repeats,
+    unroll=1 if loops else segment.repeats,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )
+  return scanned(c, segment.pattern, train, loops, name=segment.name)
