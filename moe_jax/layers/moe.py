@@ -16,6 +16,7 @@ from moe_jax.layers.dropless import DroplessExperts
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.router import Router, RouterConfig
+from moe_jax.layers.unrolled import UnrolledExperts
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float
 
@@ -35,6 +36,8 @@ class MoeConfig:
       see `kernels.BACKENDS`.
     route_padding: Whether padding takes slots and counts as tokens, as in
       transformers' Switch.
+    unrolled: Whether, in place of a dispatcher, experts have arrays of their
+      own (`layers/unrolled.py`): for decoding on a CPU.
     output_masking: Rate at which an expert's output for a token is masked in
       training, without making up for it; in evaluation outputs are multiplied
       by 1 - rate (NLLB's expert output masking, arXiv:2207.04672).
@@ -46,6 +49,7 @@ class MoeConfig:
   dispatch: str = 'gather'
   grouped_matmul: str = 'auto'
   route_padding: bool = False
+  unrolled: bool = False
   output_masking: float = 0.0
 
   def __post_init__(self):
@@ -116,6 +120,8 @@ class MoE(nn.Module):
 
   def _serve(self, groups, chosen, train):
     c = self.config
+    if c.unrolled:
+      return UnrolledExperts(c.expert, name='experts')(groups, chosen)
     mover = dispatch.get(c.dispatch)
     if mover is dispatch.dropless:
       if self.expert is not None:

@@ -2,6 +2,7 @@
 
 from moe_jax.models.build import Model, build, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoding import for_decoding
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.parameters import abstract_params, init_params
 from moe_jax.models.pattern import sparse_pattern
@@ -14,6 +15,7 @@ __all__ = [
   'Model',
   'abstract_params',
   'build',
+  'for_decoding',
   'init_params',
   'leaks_future',
   'sparse_pattern',

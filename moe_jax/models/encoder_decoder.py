@@ -18,7 +18,7 @@ from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.decoder import decode, make_cache, make_context
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.models.pattern import segments
-from moe_jax.models.stack import Stack, StackConfig
+from moe_jax.models.stack import Stack, StackConfig, periods
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float32, Int
 
@@ -147,12 +147,13 @@ class EncoderDecoder(nn.Module):
     c = self.config.decoder
     source = make_context(encoder_tokens, encoder_mask.astype(jnp.int32), None)
     memory, _ = self._encode(encoder_tokens, source, train=False)
-    keys, values = [], []
     params = nn.meta.unbox(self.variables['params']['decoder'])
-    for segment in segments(c.sparse):
-      key, value = self._project(params[segment.name], segment, memory)
-      keys.append(key)
-      values.append(value)
+    projected = [
+      self._project(own, len(segment.pattern), memory)
+      for segment in segments(c.sparse)
+      for own in periods(c, segment, params)
+    ]
+    keys, values = zip(*projected)
     cache = make_cache(c, len(encoder_tokens), max_len)
     return cache.replace(
       memory=Memory(
@@ -182,15 +183,15 @@ class EncoderDecoder(nn.Module):
     memory, aux, _ = self.encoder(x, context, train)
     return memory, aux
 
-  def _project(self, params, segment, memory):
-    """Keys and values of a segment's layers, in order: [layers, B, N, S, D]."""
+  def _project(self, params, period, memory):
+    """Keys and values of the layers of periods: [layers, B, N, S, D] each."""
     c = self.config.decoder.block.cross_attention
     found = [
       project_memory(c, params[f'layer_{i}']['cross_attention'], memory)
-      for i in range(len(segment.pattern))
+      for i in range(period)
     ]
     return tuple(
-      jnp.stack(kind, axis=1).reshape(segment.num_layers, *kind[0].shape[1:])
+      jnp.stack(kind, axis=1).reshape(-1, *kind[0].shape[1:])
       for kind in zip(*found)
     )
 

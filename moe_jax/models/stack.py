@@ -5,7 +5,8 @@ Not here: embeddings and logits (`embeddings.py`).
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,9 @@ class StackConfig:
       decided, a few integers a token, so that nothing is routed twice.
       Memory is saved where layers are a loop; in unrolled ones XLA's CPU
       compiler recomputes early, and saves none.
+    stacked: Whether the parameters of a segment's periods are one array each.
+      If not, each period has its own, and a step that is run very often reads
+      them where they are; see `unstack`.
   """
 
   sparse: tuple[bool, ...]
@@ -58,6 +62,7 @@ class StackConfig:
   relative_max_distance: int = 128
   scan_layers: bool = True
   remat: str = 'none'
+  stacked: bool = True
 
   def __post_init__(self):
     if self.remat not in REMATS:
@@ -124,8 +129,8 @@ def run_stack(
   for segment in segments(c.sparse):
     numbers = jnp.arange(first, first + segment.num_layers, dtype=jnp.int32)
     numbers = numbers.reshape(segment.repeats, -1)
-    layers = _segment(c, segment, train)
-    carry, aux = layers(Carry(x, cache), numbers, context)
+    layers = _segment if c.stacked else _unrolled
+    carry, aux = layers(c, segment, train)(Carry(x, cache), numbers, context)
     x, cache = carry
     auxes.append(aux)  # every leaf [repeats, period, ...]
     first += segment.num_layers
@@ -193,3 +198,52 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
   return scanned(c, segment.pattern, train, loops, name=segment.name)
+
+
+def _unrolled(c: StackConfig, segment: Segment, train: bool):
+  """`_segment` with parameters of its own for every period."""
+  modules = [
+    Period(c, segment.pattern, train, False, name=period_name(segment, i))
+    for i in range(segment.repeats)
+  ]
+
+  def run(carry, numbers, context):
+    auxes = []
+    for i, period in enumerate(modules):
+      carry, aux = period(carry, numbers[i], context)
+      auxes.append(aux)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+  return run
+
+
+def period_name(segment: Segment, period: int) -> str:
+  """What an unstacked period's parameters are called."""
+  return f'{segment.name}_period_{period}'
+
+
+def periods(
+  c: StackConfig, segment: Segment, params: Mapping[str, Any]
+) -> list[Any]:
+  """A segment's parameters, of several periods each: leaves [R, ...]."""
+  if c.stacked:
+    return [params[segment.name]]
+  names = [period_name(segment, i) for i in range(segment.repeats)]
+  return [jax.tree.map(lambda x: x[None], params[name]) for name in names]
+
+
+def unstack(
+  c: StackConfig, params: Mapping[str, Any]
+) -> tuple[StackConfig, dict[str, Any]]:
+  """The same stack with parameters of its own for every period.
+
+  A slice of stacked parameters is a copy, of all experts too; a decoding step
+  has no time for that.
+  """
+  params = dict(params)
+  for segment in segments(c.sparse):
+    stacked = params.pop(segment.name)
+    for i in range(segment.repeats):
+      own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+      params[period_name(segment, i)] = own
+  return dataclasses.replace(c, stacked=False), params

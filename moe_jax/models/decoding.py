@@ -1,0 +1,98 @@
+"""A model as it decodes, step by step: the same numbers, in another layout.
+
+Stacked parameters are for training: one loop, one slice a layer. A decoding
+step reads all of them once a token, and would copy each slice first.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moe_jax.layers import unrolled
+from moe_jax.layers.moe import MoeConfig
+from moe_jax.models.build import Model
+from moe_jax.models.stack import StackConfig, unstack
+from moe_jax.routing import CapacityRule
+
+# Rules that say how many tokens an expert takes whatever their number: part of
+# what an imported checkpoint computes, not a bound on training's buffers.
+OWN_RULES = ('fixed', 'fraction')
+# Experts with arrays of their own, over all layers: each is a branch of the
+# program.
+MOST_UNROLLED = 512
+
+
+def for_decoding(
+  model: Model, params: dict[str, Any], platform: str = ''
+) -> tuple[Model, dict[str, Any]]:
+  """The model that decodes, and its parameters, which are copies.
+
+  Nothing is dropped, unless the capacity rule is one of `OWN_RULES`. Layers
+  have arrays of their own, and on a CPU experts too, where they are few.
+
+  Args:
+    model: As trained or imported.
+    params: Its parameters, unboxed.
+    platform: Where it decodes; '' is JAX's default backend.
+  """
+  on_cpu = (platform or jax.default_backend()) == 'cpu'
+  config, params = model.config, dict(params)
+  for path, stack in config.stacks:
+    own = params
+    for name in path:
+      own = own[name]
+    stack = dataclasses.replace(_dropless(stack), remat='none')
+    stack, own = unstack(stack, own)
+    if on_cpu and _expert_count(stack) <= MOST_UNROLLED:
+      stack, own = _unroll_experts(stack, own)
+    name = path[-1] if path else 'stack'
+    config = dataclasses.replace(config, **{name: stack})
+    if path:
+      params[name] = own
+    else:
+      params = own
+  return model.clone(config=config), params
+
+
+def _dropless(stack: StackConfig) -> StackConfig:
+  moe = stack.block.moe
+  if moe is None:
+    return stack
+  rule = moe.router.capacity.rule
+  causal_alone = stack.block.attention.causal and moe.group_size == 0
+  if rule in OWN_RULES and not (rule == 'fixed' and causal_alone):
+    return stack
+  # A decoder's step has one token a group: a fixed capacity cannot bind.
+  router = dataclasses.replace(moe.router, capacity=CapacityRule('all'))
+  moe = dataclasses.replace(
+    moe, router=router, dispatch='dropless', group_size=0
+  )
+  return _with_moe(stack, moe)
+
+
+def _expert_count(stack: StackConfig) -> int:
+  moe = stack.block.moe
+  return sum(stack.sparse) * moe.router.num_experts if moe else 0
+
+
+def _unroll_experts(stack, params):
+  moe = stack.block.moe
+  if moe is None or moe.dispatch != 'dropless':
+    return stack, params
+
+  def walk(tree):
+    if not isinstance(tree, dict):
+      return tree
+    return {
+      name: unrolled.unstack(leaf) if name == 'experts' else walk(leaf)
+      for name, leaf in tree.items()
+    }
+
+  moe = dataclasses.replace(moe, unrolled=True)
+  return _with_moe(stack, moe), walk(params)
+
+
+def _with_moe(stack: StackConfig, moe: MoeConfig) -> StackConfig:
+  block = dataclasses.replace(stack.block, moe=moe)
+  return dataclasses.replace(stack, block=block)
