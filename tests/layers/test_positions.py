@@ -11,6 +11,7 @@ from moe_jax.layers.positions import (
   RelativePositionBias,
   distance_bucket,
   rotate,
+  sinusoids,
 )
 
 B, T, H, D = 2, 5, 3, 4
@@ -103,3 +104,35 @@ def test_relative_bias_reads_its_table_by_head_and_distance():
     for s in range(t + 1):
       expected = np.asarray(table)[:, bucket[t - s]]
       np.testing.assert_array_equal(bias[:, t, s], expected)
+
+
+def test_both_ways_later_keys_have_buckets_of_their_own():
+  layer = RelativePositionBias(H, 8, 6, bidirectional=True)
+  table = draw(H, 8)
+  bias = np.asarray(layer.apply({'params': {'table': table}}, 5, 9))
+  # Four buckets a side up to 6: 0 and 1 exact, 2 from 2, 3 from 3.46.
+  bucket = np.array([0, 1, 2, 2, 3, 3, 3, 3, 3])
+  for t, s in np.ndindex(5, 9):
+    one = bucket[abs(t - s)] + (4 if s > t else 0)
+    np.testing.assert_array_equal(bias[:, t, s], np.asarray(table)[:, one])
+
+
+def test_a_steps_bias_is_a_row_of_the_whole():
+  layer = RelativePositionBias(H, 8, 6)
+  variables = {'params': {'table': draw(H, 8)}}
+  whole = np.asarray(layer.apply(variables, 9, 9))
+  step = jax.jit(lambda start: layer.apply(variables, 2, 9, start))
+  for start in (0, 3, 7):
+    seen = np.asarray(step(start))
+    np.testing.assert_array_equal(seen, whole[:, start : start + 2])
+
+
+def test_sinusoids_by_hand():
+  # M = 5: two wavelengths, of 2 pi and 10000 * 2 pi, and a zero.
+  waves = np.asarray(sinusoids(jnp.array([[0, 3]]), 5))
+  far, near = 3 / 10_000, 3
+  expected = [
+    [0, 0, 1, 1, 0],
+    [np.sin(near), np.sin(far), np.cos(near), np.cos(far), 0],
+  ]
+  np.testing.assert_allclose(waves[0], expected, rtol=1e-5, atol=1e-7)

@@ -137,10 +137,14 @@ def test_zero_means_what_the_config_says_it_means():
 def test_expert_dropout_is_apart_from_dropout():
   same = tiny.build(dropout=0.1).config.stack.block
   assert same.moe.expert.dropout == same.ffn.dropout == same.dropout == 0.1
-  apart = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.4)).config.stack.block
+  apart = tiny.build(
+    dropout=0.1, moe=dict(expert_dropout=0.4)
+  ).config.stack.block
   assert apart.moe.expert.dropout == 0.4
   assert apart.ffn.dropout == apart.attention.dropout == apart.dropout == 0.1
-  none = tiny.build(dropout=0.1, moe=dict(expert_dropout=0.0)).config.stack.block
+  none = tiny.build(
+    dropout=0.1, moe=dict(expert_dropout=0.0)
+  ).config.stack.block
   assert none.moe.expert.dropout == 0.0
 
 

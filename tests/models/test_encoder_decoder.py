@@ -1,0 +1,206 @@
+"""The encoder-decoder: who sees whom, packed examples, both stacks' routing.
+
+Against another implementation: `tests/interop`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import models
+from tests.models import tiny
+from tests.models.tiny import B, V
+
+S, T = 7, 9  # of the encoder and of the decoder
+
+KINDS = {
+  't5': dict(
+    positions='relative',
+    attention_scale='none',
+    logits_scale='inverse_sqrt_width',
+    relative_buckets=6,
+    relative_max_distance=5,
+    moe=dict(encoder_layers='1'),
+  ),
+  'nllb': dict(
+    positions='sinusoidal',
+    position_offset=2,
+    embedding_scale='sqrt_width',
+    norm='layernorm',
+    use_bias=True,
+    encoder_heads=2,
+    encoder_hidden=14,
+    moe=dict(output_masking=0.25, router_bias=True),
+  ),
+}
+
+
+def build(kind, **changes):
+  options = KINDS[kind] | changes
+  moe = dict(capacity_rule='all') | options.pop('moe') | changes.pop('moe', {})
+  return tiny.build(
+    kind='encoder_decoder', num_encoder_layers=3, moe=moe, **options
+  )
+
+
+@functools.cache
+def program(kind):
+  """(parameters, compiled (params, batch) -> (logits, aux))."""
+  model = build(kind)
+  run = jax.jit(lambda params, batch: model.apply({'params': params}, **batch))
+  return tiny.params_of(model), run
+
+
+def batch(seed=0, **changes):
+  """Two examples in the first row, one in the others; padding at the end."""
+  rng = np.random.default_rng(seed)
+  encoder_ids = [[1] * 4 + [2] * 3, [1] * 5 + [0] * 2, [1] * 7]
+  ids = [[1] * 3 + [2] * 4 + [0] * 2, [1] * 9, [1] * 2 + [0] * 7]
+
+  def places(rows):
+    return [[row[:i].count(x) for i, x in enumerate(row)] for row in rows]
+
+  made = {
+    'encoder_tokens': rng.integers(0, V, (B, S)),
+    'tokens': rng.integers(0, V, (B, T)),
+    'encoder_segment_ids': encoder_ids,
+    'segment_ids': ids,
+    'encoder_positions': places(encoder_ids),
+    'positions': places(ids),
+  }
+  made |= changes
+  return {key: jnp.asarray(value, jnp.int32) for key, value in made.items()}
+
+
+def logits_of(kind, one):
+  params, run = program(kind)
+  return np.asarray(run(params, one)[0])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_packed_examples_are_apart(kind):
+  both = batch()
+  packed = logits_of(kind, both)[0]
+  assert packed.std() > 0.1
+  for at, to in (((0, 4), (0, 3)), ((4, 7), (3, 7))):
+
+    def alone(name, length, cut):
+      row = np.zeros((B, length), np.int32)
+      row[0, : cut[1] - cut[0]] = np.asarray(both[name])[0, slice(*cut)]
+      if name.endswith('segment_ids'):
+        row[0] = row[0] > 0
+      return row
+
+    names = ('tokens', 'segment_ids', 'positions')
+    single = {name: alone(name, T, to) for name in names}
+    single |= {
+      name: alone(name, S, at) for name in (f'encoder_{n}' for n in names)
+    }
+    found = logits_of(kind, batch(**single))[0]
+    np.testing.assert_allclose(
+      found[: to[1] - to[0]], packed[slice(*to)], rtol=2e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_decoder_sees_no_later_token_and_all_of_its_encoder(kind):
+  one = batch()
+  before = logits_of(kind, one)
+  tokens = np.array(one['tokens'])
+  tokens[1, 5] = (tokens[1, 5] + 1) % V
+  after = logits_of(kind, one | {'tokens': jnp.asarray(tokens)})
+  np.testing.assert_array_equal(after[1, :5], before[1, :5])
+  assert np.abs(after[1, 5:] - before[1, 5:]).max(-1).min() > 1e-4
+  source = np.array(one['encoder_tokens'])
+  source[1, 4] = (source[1, 4] + 1) % V  # its last real token
+  after = logits_of(kind, one | {'encoder_tokens': jnp.asarray(source)})
+  assert np.abs(after[1] - before[1]).max(-1).min() > 1e-5
+  np.testing.assert_array_equal(after[2], before[2])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_padding_changes_nothing_and_is_not_counted(kind):
+  one = batch()
+  tokens, source = np.array(one['tokens']), np.array(one['encoder_tokens'])
+  tokens[2, 4:], source[1, 5:] = 3, 3
+  changed = one | {
+    'tokens': jnp.asarray(tokens), 'encoder_tokens': jnp.asarray(source)
+  }  # fmt: skip
+  real = np.asarray(one['segment_ids']) > 0
+  np.testing.assert_array_equal(
+    logits_of(kind, changed)[real], logits_of(kind, one)[real]
+  )
+  params, run = program(kind)
+  aux = run(params, one)[1]
+  sparse = build(kind).config.sparse
+  encoders = (np.asarray(one['encoder_segment_ids']) > 0).sum()
+  counts = [encoders * flag for flag in sparse[:3]]
+  counts += [real.sum() * flag for flag in sparse[3:]]
+  np.testing.assert_array_equal(aux.stats.tokens, counts)
+
+
+def test_the_two_stacks_have_their_own_pattern_and_widths():
+  model = build('t5')
+  assert model.config.sparse == (False, True, False, True, True)
+  assert [model.config.sequence_of(i) for i in (2, 3)] == ['encoder_', '']
+  wide = build('nllb').config
+  encoder, decoder = wide.encoder.block, wide.decoder.block
+  assert (encoder.attention.num_heads, encoder.ffn.hidden) == (2, 14)
+  assert (decoder.attention.num_heads, decoder.ffn.hidden) == (4, 20)
+  assert decoder.cross_attention.num_heads == 4
+
+
+def test_every_parameter_of_both_stacks_gets_a_gradient():
+  params, _ = program('nllb')
+  model = build('nllb')
+
+  @jax.jit
+  def gradient(params):
+    def loss(params):
+      logits, aux = model.apply({'params': params}, **batch())
+      return (logits**2).mean() + aux.z_loss.sum()
+
+    return jax.grad(loss)(params)
+
+  for name, leaf in tiny.leaves(gradient(params)).items():
+    if name.endswith('b_key'):
+      # Added to all keys alike, it moves a query's scores alike.
+      continue
+    assert np.abs(np.asarray(leaf)).max() > 1e-9, name
+
+
+def test_one_half_without_segments_is_refused():
+  model, one = build('t5'), batch()
+  del one['segment_ids'], one['positions']
+  with pytest.raises(ValueError, match='given together or not at all'):
+    jax.eval_shape(
+      lambda p: model.apply({'params': p}, **one), tiny.params_of(model)
+    )
+
+
+def test_a_leak_in_the_encoder_alone_is_none():
+  leaks = dict(
+    capacity_rule='per_token', encoder_slot_priority='batch_priority'
+  )
+  model = build('t5', moe=leaks | KINDS['t5']['moe'])
+  assert model.config.encoder.block.moe.router.slot_priority == 'batch_priority'
+  assert model.config.decoder.block.moe.router.slot_priority == 'token_major'
+  with pytest.raises(ValueError, match="slot_priority='batch_priority'"):
+    build('t5', moe=leaks | {'slot_priority': 'batch_priority'})
+
+
+def test_parameters_are_initialised_for_unscaled_attention():
+  # Scores have variance one either way: unscaled queries start D times as
+  # small in variance.
+  model, scaled = build('t5'), build('t5', attention_scale='head_width')
+
+  def deviation(model):
+    params = models.init_params(model, tiny.key(0), 4)
+    w = params['decoder']['layers']['layer_0']['attention']['w_query']
+    return np.asarray(w.value).std()
+
+  ratio = deviation(scaled) / deviation(model)
+  np.testing.assert_allclose(ratio, np.sqrt(6), rtol=1e-5)
