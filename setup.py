@@ -6,10 +6,12 @@ from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 
+DJANGO = 'django>=5'  # its gettext catalogues
 PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 TEST = [
   'beartype>=0.18',
+  DJANGO,
   'hypothesis>=6.100',
   'ipykernel>=6.29',
   'nbclient>=0.10',
@@ -50,6 +52,6 @@ setup(
   extras_require={
     'test': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
-    'experiments': ['scipy>=1.11', LIBTPU],
+    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU],
   },
 )

@@ -84,10 +84,32 @@ def data() -> ConfigDict:
   """Where the text comes from; see `moe_jax.data`."""
   return ConfigDict(
     dict(
-      source='python_stdlib',  # or 'files:<glob>', 'tfds:<name>'
+      # Or 'files:<glob>', 'tfds:<name>'. Pairs, of seq2seq:
+      # 'python_stdlib_docstrings', 'django_gettext:<languages>', 'tfds:<name>'.
+      source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
-      seq_len=256,
-      text_feature='text',
+      seq_len=256,  # T; of an encoder-decoder T_enc
+      target_len=0,  # T_dec; 0: a decoder-only model
+      task='lm',  # prefix_lm, span_corruption, ul2, seq2seq
+      pack=True,  # short examples share a row; lm always does
+      text_feature='text',  # the TFDS feature; not of seq2seq
+      input_feature='inputs',  # of seq2seq, such as 'translation/de'
+      target_feature='targets',
+      input_prefix='',  # of seq2seq, before all inputs: 'summarize: '
+      noise_density=0.15,  # of span_corruption
+      mean_noise_span=3.0,  # of span_corruption, in tokens
+      num_sentinels=100,  # of span_corruption and ul2
+      final_sentinel=True,  # ends the targets; T5's checkpoints have none
+      # Of ul2: (mode, mean span, density, weight); the span of S is its suffix.
+      denoisers=(
+        ('R', 3.0, 0.15, 1.0),
+        ('R', 8.0, 0.15, 1.0),
+        ('S', 0.0, 0.25, 1.0),
+        ('X', 3.0, 0.5, 1.0),
+        ('X', 8.0, 0.5, 1.0),
+        ('X', 64.0, 0.15, 1.0),
+        ('X', 64.0, 0.5, 1.0),
+      ),
       train_split='train',
       validation_split='validation',
       cache_dir='',  # '': $MOE_JAX_CACHE, else ~/.cache/moe_jax
@@ -239,10 +261,14 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
 
 def _shrunk(config: ConfigDict) -> ConfigDict:
   """The same structure at a laptop's size, on the embedded corpus' bytes."""
-  config.data.source = 'python_stdlib'
+  pairs = config.data.task == 'seq2seq'
+  config.data.source = f'python_stdlib{"_docstrings" * pairs}'
   config.data.tokenizer = 'bytes'
   config.data.seq_len = 32
+  config.data.target_len = 24 if config.data.target_len else 0
   config.data.text_feature = 'text'
+  config.data.input_feature = 'inputs'
+  config.data.target_feature = 'targets'
   config.data.train_split = 'train'
   config.data.validation_split = 'validation'
   config.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)

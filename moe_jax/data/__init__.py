@@ -1,19 +1,35 @@
-"""Text to batches: sources, tokenizers, packed rows, the batch stream.
+"""Text to batches: sources, tokenizers, tasks, rows, the batch stream.
 
 `batch(i)` is a pure function of i, so the state of a run's data is one
 integer. Not here: devices, and the models that read the batches.
 """
 
-from moe_jax.data.dataset import DataConfig, Dataset, load
-from moe_jax.data.packing import PackedRows
+from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load
+from moe_jax.data.denoising import DenoisedRows
+from moe_jax.data.packing import PackedRows, Rows
+from moe_jax.data.pair_sources import PairSelection, PairSource, open_pairs
 from moe_jax.data.pipeline import batch_dataset, eval_batches, train_batches
+from moe_jax.data.prefix_lm import PrefixLM
+from moe_jax.data.seq2seq import PairRows
+from moe_jax.data.span_corruption import SpanCorruption
+from moe_jax.data.ul2 import DENOISERS
 
 __all__ = [
+  'DENOISERS',
+  'TASKS',
   'DataConfig',
   'Dataset',
+  'DenoisedRows',
   'PackedRows',
+  'PairRows',
+  'PairSelection',
+  'PairSource',
+  'PrefixLM',
+  'Rows',
+  'SpanCorruption',
   'batch_dataset',
   'eval_batches',
   'load',
+  'open_pairs',
   'train_batches',
 ]

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to packed rows: source, tokenizer, token cache.
+"""From a `DataConfig` to rows: source, tokenizer, token cache, task.
 
 Not here: batches (`pipeline.py`).
 """
@@ -6,28 +6,59 @@ Not here: batches (`pipeline.py`).
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from moe_jax.data import store, tokenizers
-from moe_jax.data.packing import PackedRows
-from moe_jax.data.sources import SPLITS, Selection, open_source
+from moe_jax.config import unknown
+from moe_jax.data import pair_sources, sources, store, tokenizers, ul2
+from moe_jax.data.denoising import DenoisedRows, WindowTask
+from moe_jax.data.extra_ids import Extended, extend, mode_name
+from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Layout
+from moe_jax.data.packing import PackedRows, Rows
+from moe_jax.data.prefix_lm import PrefixLM
+from moe_jax.data.seq2seq import PairRows
+from moe_jax.data.sources import SPLITS
+from moe_jax.data.span_corruption import SpanCorruption
+
+TASKS = ('lm', 'prefix_lm', 'span_corruption', 'ul2', 'seq2seq')
+_WITH_SENTINELS = ('span_corruption', 'ul2')
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What text, as which tokens, in rows of which length.
+  """What text, as which tokens, in rows of which length, to learn what.
 
   Attributes:
     source: 'python_stdlib', 'python_stdlib:<module>,<module>',
-      'files:<glob>' or 'tfds:<name>'; see `sources.open_source`.
+      'files:<glob>' or 'tfds:<name>'; see `sources.open_source`. Of the task
+      'seq2seq': 'python_stdlib_docstrings', 'django_gettext:<languages>' or
+      'tfds:<name>'; see `pair_sources.open_pairs`.
     tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file).
-    seq_len: T.
+    seq_len: T; of an encoder-decoder model T_enc.
     text_feature: The TFDS feature that holds the text.
     train_split: The source's split to train on. TFDS sources, python_stdlib
-      among them, take any split expression, such as 'train[:90%]'.
+      and its docstrings among them, take any split expression, such as
+      'train[:90%]'.
     validation_split: The source's split to validate on.
     cache_dir: Where token streams and the embedded corpus are kept; '' is
       $MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay where TFDS has
       them ($TFDS_DATA_DIR).
+    task: 'lm', 'prefix_lm', 'span_corruption' (T5), 'ul2' or 'seq2seq'.
+    target_len: T_dec. 0 is for a decoder-only model: the inputs of a task
+      other than 'lm' stand before its targets in rows of `seq_len`.
+    noise_density: Of 'span_corruption', the share that is cut out.
+    mean_noise_span: Of 'span_corruption', in tokens.
+    num_sentinels: Of 'span_corruption' and 'ul2'; those that the tokenizer
+      lacks come after its last id.
+    final_sentinel: Whether the targets of cut-out spans end in a sentinel of
+      their own; see `SpanCorruption`.
+    denoisers: Of 'ul2': (mode, mean span, density, weight) of each; see
+      `ul2.Denoiser`.
+    input_feature: Of 'seq2seq', the TFDS feature with the inputs, such as
+      'document' or 'translation/de'.
+    target_feature: Of 'seq2seq', the one with the targets.
+    input_prefix: Of 'seq2seq', stands before all inputs: 'summarize: '.
+    pack: Whether short examples of a task other than 'lm' share a row.
   """
 
   source: str
@@ -37,45 +68,73 @@ class DataConfig:
   train_split: str = 'train'
   validation_split: str = 'validation'
   cache_dir: str = ''
+  task: str = 'lm'
+  target_len: int = 0
+  noise_density: float = 0.15
+  mean_noise_span: float = 3.0
+  num_sentinels: int = 100
+  final_sentinel: bool = True
+  denoisers: Sequence[Sequence[Any]] = ul2.DENOISERS
+  input_feature: str = 'inputs'
+  target_feature: str = 'targets'
+  input_prefix: str = ''
+  pack: bool = True
+
+  @property
+  def encoder_decoder(self) -> bool:
+    """Whether the batches have an encoder's side."""
+    return self.task != 'lm' and self.target_len > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A tokenized corpus.
+  """A tokenized corpus and what is to be learned from it.
 
   Attributes:
     source: What it is, for people.
-    tokenizer: As fitted when the corpus was tokenized.
+    tokenizer: As fitted when the corpus was tokenized, with the ids that the
+      task adds.
     splits: The rows of 'train' and of 'validation'.
     digest: The sha256 of both splits' texts, in order; results are comparable
       only where it is the same.
-    counts: For each split its 'documents', 'bytes' (of UTF-8) and 'tokens'.
+    counts: For each split its 'documents', 'bytes' (of UTF-8) and 'tokens'; of
+      pairs 'pairs', 'bytes', 'input_tokens', 'target_tokens' (before any EOS)
+      and 'truncated', the pairs that are too long for a row.
+    task: Of `TASKS`.
   """
 
   source: str
   tokenizer: tokenizers.Tokenizer
-  splits: dict[str, PackedRows]
+  splits: dict[str, Rows]
   digest: str
   counts: dict[str, dict[str, int]]
+  task: str = 'lm'
+
+  @property
+  def vocab_size(self) -> int:
+    """V of a model of this data: ids are below it."""
+    return self.tokenizer.vocab_size
 
   def describe(self) -> str:
     """Lines to print at the start of a run: what is trained on, exactly."""
+    kind = 'pairs' if self.task == 'seq2seq' else 'documents'
     total = {
       key: sum(counts[key] for counts in self.counts.values())
-      for key in ('documents', 'bytes')
+      for key in (kind, 'bytes')
     }
     lines = [
-      f'data: {self.source}, {total["documents"]:,} documents, '
+      f'data: {self.source}, {total[kind]:,} {kind}, '
       f'{total["bytes"]:,} bytes, sha256 {self.digest}',
-      f'tokenizer: {self.tokenizer.identity}, V={self.tokenizer.vocab_size}',
+      f'tokenizer: {self.tokenizer.identity}, V={self.vocab_size}',
     ]
+    if self.task != 'lm':
+      lines.insert(1, f'task: {self.task}')
     for split, rows in self.splits.items():
-      counts = self.counts[split]
-      lines.append(
-        f'{split}: {counts["documents"]:,} documents, '
-        f'{counts["bytes"]:,} bytes, {counts["tokens"]:,} tokens, '
-        f'{len(rows):,} rows of T={rows.seq_len}'
+      counts = ', '.join(
+        f'{count:,} {name.replace("_", " ")}'
+        for name, count in self.counts[split].items()
       )
+      lines.append(f'{split}: {counts}, {rows.describe()}')
     return '\n'.join(lines)
 
 
@@ -83,38 +142,140 @@ def load(config: DataConfig) -> Dataset:
   """The dataset of `config`, tokenized now unless it is in the cache.
 
   Tokens are memory-mapped. The cache is keyed by the source's content and the
-  tokenizer; it holds whole streams, so `seq_len` may change freely.
+  tokenizer; it holds whole streams, so lengths and tasks on the same texts may
+  change freely.
 
   Raises:
-    ValueError: `seq_len` is below 1; the source or the tokenizer is unknown or
-      missing; a text has a character the tokenizer lacks; a split is empty.
+    ValueError: A length is out of range; the task, the source or the tokenizer
+      is unknown or missing; a text has a character the tokenizer lacks; a split
+      is empty; a row is too short for the task, or the sentinels too few.
   """
   if config.seq_len < 1:
     raise ValueError(f'seq_len={config.seq_len} is not at least 1')
-  tokenizer_identity = tokenizers.spec_identity(config.tokenizer)
-  selection = Selection(
-    (config.train_split, config.validation_split), config.text_feature
-  )
-  source = open_source(config.source, selection, config.cache_dir)
-  key = f'{store.FORMAT} {source.identity} {tokenizer_identity}'
+  for name in ('target_len', 'num_sentinels'):
+    if getattr(config, name) < 0:
+      raise ValueError(f'{name}={getattr(config, name)} is negative')
+  if config.task not in TASKS:
+    raise unknown('task', config.task, TASKS)
+  identity = tokenizers.spec_identity(config.tokenizer)
+  source = _open(config)
+  key = f'{store.FORMAT} {source.identity} {identity}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
-
-  def write(folder: pathlib.Path) -> None:
-    texts = (t for split in SPLITS for t in source.documents(split))
-    tokenizer = tokenizers.fit(config.tokenizer, texts)
-    splits = {split: source.documents(split) for split in SPLITS}
-    store.write_tokens(folder, splits, tokenizer)
-
-  tokens_of = store.cache_root(config.cache_dir) / 'tokens'
-  folder = store.prepared(tokens_of / name, write)
+  folder = store.prepared(
+    store.cache_root(config.cache_dir) / 'tokens' / name,
+    lambda folder: _tokenize(folder, source, config.tokenizer),
+  )
   about = store.read_about(folder)
+  tokenizer = tokenizers.load(folder / 'tokenizer.json')
+  if config.task != 'lm':
+    tokenizer = _extended(config, tokenizer)
+  splits = {split: _rows(config, tokenizer, folder, split) for split in SPLITS}
+  counts = {split: dict(about['splits'][split]) for split in SPLITS}
+  for split, rows in splits.items():
+    if isinstance(rows, PairRows):
+      counts[split]['truncated'] = rows.truncated
   return Dataset(
     source=source.name,
-    tokenizer=tokenizers.load(folder / 'tokenizer.json'),
-    splits={
-      split: PackedRows(*store.read_tokens(folder, split), config.seq_len)
-      for split in SPLITS
-    },
+    tokenizer=tokenizer,
+    splits=splits,
     digest=about['sha256'],
-    counts=about['splits'],
+    counts=counts,
+    task=config.task,
+  )
+
+
+def _open(config: DataConfig) -> sources.Source | pair_sources.PairSource:
+  splits = config.train_split, config.validation_split
+  if config.task == 'seq2seq':
+    selection = pair_sources.PairSelection(
+      splits, config.input_feature, config.target_feature, config.input_prefix
+    )
+    return pair_sources.open_pairs(config.source, selection, config.cache_dir)
+  kind = config.source.partition(':')[0]
+  if kind in ('python_stdlib_docstrings', 'django_gettext'):
+    raise ValueError(
+      f"source {config.source!r} has pairs: task='seq2seq' reads them, "
+      f'task={config.task!r} reads texts'
+    )
+  selection = sources.Selection(splits, config.text_feature)
+  return sources.open_source(config.source, selection, config.cache_dir)
+
+
+def _tokenize(
+  folder: pathlib.Path,
+  source: sources.Source | pair_sources.PairSource,
+  spec: str,
+) -> None:
+  if isinstance(source, pair_sources.PairSource):
+    stream, write = source.pairs, store.write_pairs
+  else:
+    stream, write = source.documents, store.write_tokens
+
+  def texts() -> Iterator[str]:
+    for split in SPLITS:
+      for item in stream(split):
+        yield from (item,) if isinstance(item, str) else item
+
+  tokenizer = tokenizers.fit(spec, texts())
+  write(folder, {split: stream(split) for split in SPLITS}, tokenizer)
+
+
+def _extended(config: DataConfig, base: tokenizers.Tokenizer) -> Extended:
+  spans = config.task in _WITH_SENTINELS
+  return extend(
+    base,
+    num_sentinels=config.num_sentinels if spans else 0,
+    modes=ul2.MODES if config.task == 'ul2' else (),
+    end_inputs=(
+      config.encoder_decoder or config.task in ('span_corruption', 'seq2seq')
+    ),
+  )
+
+
+def _rows(
+  config: DataConfig,
+  tokenizer: tokenizers.Tokenizer,
+  folder: pathlib.Path,
+  split: str,
+) -> Rows:
+  if config.task == 'lm':
+    return PackedRows(*store.read_tokens(folder, split), config.seq_len)
+  layout = DecoderLayout(config.seq_len)
+  if config.encoder_decoder:
+    layout = EncoderDecoderLayout(
+      config.seq_len, config.target_len, tokenizer.start_id
+    )
+  if config.task == 'seq2seq':
+    inputs, targets = store.read_pairs(folder, split)
+    return PairRows(inputs, targets, layout, tokenizer.eos_id, pack=config.pack)
+  task = _window_task(config, tokenizer, layout)
+  stream = store.read_tokens(folder, split)
+  return DenoisedRows(*stream, task, pack=config.pack)
+
+
+def _window_task(
+  config: DataConfig, tokenizer: Extended, layout: Layout
+) -> WindowTask:
+  sentinels = tokenizer.sentinel_ids[: config.num_sentinels]
+  eos_id = tokenizer.eos_id
+  if config.task == 'prefix_lm':
+    ends = eos_id if config.encoder_decoder else None
+    return PrefixLM(layout, eos_id=ends)
+  if config.task == 'span_corruption':
+    return SpanCorruption(
+      layout,
+      sentinels,
+      eos_id,
+      config.noise_density,
+      config.mean_noise_span,
+      config.final_sentinel,
+    )
+  return ul2.mixture(
+    config.denoisers,
+    layout,
+    sentinels=sentinels,
+    eos_id=eos_id,
+    mode_ids={m: tokenizer.token_id(mode_name(m)) for m in ul2.MODES},
+    final_sentinel=config.final_sentinel,
+    end_prefix=config.encoder_decoder,
   )

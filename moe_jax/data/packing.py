@@ -5,12 +5,53 @@ row is found from its number alone. Not here: where the stream comes from
 (`store.py`) and in which order rows are drawn (`pipeline.py`).
 """
 
+import abc
 import operator
 
 import numpy as np
 
+from moe_jax.shapes import Int
 
-class PackedRows:
+
+class Rows(abc.ABC):
+  """Rows of a batch by index; a row is a dict of arrays, one line each."""
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+    """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
+
+    The same at every call: what an evaluation reads. An index of `len(self)`
+    or more gives a row of padding.
+    """
+
+  @abc.abstractmethod
+  def draw(
+    self,
+    indices: Int[np.ndarray, ' B'],
+    seed: int,
+    epochs: Int[np.ndarray, ' B'],
+  ) -> dict[str, np.ndarray]:
+    """The rows at `indices` as training sees them in their epochs, from 0.
+
+    A row is a function of its index, its epoch and the seed alone.
+    """
+
+  @abc.abstractmethod
+  def describe(self) -> str:
+    """How many rows of which shape, for people."""
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    row = operator.index(index)
+    if not -len(self) <= row < len(self):
+      raise IndexError(f'row {row} of {len(self)}')
+    batch = self.take(np.array([row % len(self)]))
+    return {name: values[0] for name, values in batch.items()}
+
+
+class PackedRows(Rows):
   """Random access to packed rows; row r reads tokens [r*T, r*T + T] (T + 1).
 
   A row is a dict of arrays [T]:
@@ -52,12 +93,18 @@ class PackedRows:
     # The stream's last token is only ever a target, hence the 1.
     return -(-(len(self.tokens) - 1) // self.seq_len)
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    row = operator.index(index)
-    if not -len(self) <= row < len(self):
-      raise IndexError(f'row {row} of {len(self)}')
-    batch = self.take(np.array([row % len(self)]))
-    return {name: values[0] for name, values in batch.items()}
+  def describe(self) -> str:
+    """`7 rows of T=4`."""
+    return f'{len(self):,} rows of T={self.seq_len}'
+
+  def draw(
+    self,
+    indices: Int[np.ndarray, ' B'],
+    seed: int,
+    epochs: Int[np.ndarray, ' B'],
+  ) -> dict[str, np.ndarray]:
+    """The rows at `indices`, cut elsewhere in each epoch after the first."""
+    return self.take(indices, self._offsets(seed, epochs))
 
   def take(
     self, indices: np.ndarray, offsets: np.ndarray | int = 0
@@ -90,3 +137,14 @@ class PackedRows:
         real[:, 1:] & (document[:, 1:] == document[:, :-1])
       ).astype(np.float32),
     }
+
+  def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
+    """Where each epoch cuts the stream; the first at 0."""
+    distinct, place = np.unique(epochs, return_inverse=True)
+    draws = [
+      np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
+      if epoch
+      else 0
+      for epoch in distinct
+    ]
+    return (np.array(draws, np.int64) % self.seq_len)[place]

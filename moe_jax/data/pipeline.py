@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from moe_jax.data.packing import PackedRows
+from moe_jax.data.packing import Rows
 
 Batch = dict[str, np.ndarray]
 
@@ -24,7 +24,7 @@ _PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def batch_dataset(
-  rows: PackedRows,
+  rows: Rows,
   *,
   batch_size: int,
   seed: int,
@@ -34,10 +34,11 @@ def batch_dataset(
   """An endless dataset whose element i is batch i, arrays [B / n, T].
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
-  may span two epochs. From the second epoch on, the stream is cut elsewhere: at
-  an offset below T of the epoch's own, so that a token does not meet the same
-  context again. Process p of n gets rows p*B/n to (p+1)*B/n of the
-  batch, so the global batch does not depend on n.
+  may span two epochs. A row's noise is its epoch's own. `PackedRows` have
+  none: from the second epoch on, their stream is cut elsewhere, at an offset
+  below T of the epoch's own, so that a token does not meet the same context
+  again. Process p of n gets rows p*B/n to (p+1)*B/n of the batch, so the
+  global batch does not depend on n.
 
   Args:
     rows: What to draw from.
@@ -65,12 +66,12 @@ def batch_dataset(
     .map_with_index(lambda i, row: (row, i // len(rows)))
     .batch(share)
     .slice(slice(process_index, None, process_count))
-    .map(lambda drawn: rows.take(drawn[0], _offsets(spread, drawn[1], rows)))
+    .map(lambda drawn: rows.draw(drawn[0], spread, drawn[1]))
   )
 
 
 def train_batches(
-  rows: PackedRows,
+  rows: Rows,
   *,
   batch_size: int,
   seed: int,
@@ -99,7 +100,7 @@ def train_batches(
 
 
 def eval_batches(
-  rows: PackedRows,
+  rows: Rows,
   *,
   batch_size: int,
   num_batches: int = 0,
@@ -128,18 +129,6 @@ def eval_batches(
   return (
     rows.take(i * total // taken * batch_size + mine) for i in range(taken)
   )
-
-
-def _offsets(seed: int, epochs: np.ndarray, rows: PackedRows) -> np.ndarray:
-  """Where each epoch cuts the stream; the first at 0."""
-  distinct, place = np.unique(epochs, return_inverse=True)
-  draws = [
-    np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
-    if epoch
-    else 0
-    for epoch in distinct
-  ]
-  return (np.array(draws, np.int64) % rows.seq_len)[place]
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

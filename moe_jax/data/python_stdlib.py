@@ -1,9 +1,10 @@
 """The embedded corpus: the running Python's own standard library, as a TFDS
 builder.
 
-Not here: tests, packages that distributions leave out (tkinter, idlelib,
-ensurepip), code tables (encodings) and whatever was installed. Two Pythons
-give two corpora: compare results only where the digest is the same.
+Not here: tests and whatever was installed; nor, unless named, packages that
+distributions leave out (tkinter, idlelib, ensurepip) and code tables
+(encodings). Two Pythons give two corpora: compare results only where the
+digest is the same.
 """
 
 import hashlib
@@ -40,6 +41,15 @@ MODULES = tuple(
   warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport
   zoneinfo
   """.split()  # noqa: SIM905 - 150 quoted lines say no more
+)
+# What some distributions leave out, or later Pythons: not in the corpus unless
+# named.
+OPTIONAL_MODULES = tuple(
+  """
+  _aix_support _osx_support asynchat asyncore cgi cgitb chunk crypt distutils
+  encodings ensurepip idlelib imghdr imp lib2to3 mailcap nntplib pipes site
+  smtpd sndhdr sunau telnetlib this tkinter turtledemo uu xdrlib
+  """.split()  # noqa: SIM905
 )
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
 # Of the twenty residues, one whose files hold 5 % of the bytes as well, on
@@ -94,15 +104,17 @@ def source_files(
   and files that are not UTF-8 are passed over.
 
   Args:
-    modules: Top-level modules and packages, of `MODULES`.
+    modules: Top-level modules and packages, of `MODULES` or
+      `OPTIONAL_MODULES`.
     root: The standard library's folder; None for the running Python's.
 
   Raises:
-    ValueError: A module is not of `MODULES`.
+    ValueError: A module is of neither.
   """
+  known = MODULES + OPTIONAL_MODULES
   for module in modules:
-    if module not in MODULES:
-      raise unknown('standard-library module', module, MODULES)
+    if module not in known:
+      raise unknown('standard-library module', module, known)
   root = root or pathlib.Path(sysconfig.get_path('stdlib'))
   paths = {}
   for module in set(modules):

@@ -4,22 +4,17 @@ A source streams the documents of two splits and has an identity that changes
 with their content. Not here: tokens (`store.py`).
 """
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
-import io
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import tensorflow_datasets as tfds
+from collections.abc import Callable, Iterator
 
 from moe_jax.config import unknown
-from moe_jax.data import python_stdlib
-from moe_jax.data.store import Digest, cache_root, prepared
+from moe_jax.data import python_stdlib, tfds_reader
+from moe_jax.data.store import Digest, cache_root
 
 KINDS = ('python_stdlib', 'python_stdlib:<modules>', 'files:<glob>')
 KINDS += ('tfds:<name>',)
@@ -105,15 +100,9 @@ def _python_stdlib(
       modules=modules, data_dir=data_dir, file_format='array_record'
     )
 
-  def write(unfinished):
-    # TFDS would announce this temporary folder as the place of the data, and
-    # fill a log with progress bars for half a second's work.
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-      builder(unfinished).download_and_prepare()
-
   def documents(split):
-    made = builder(prepared(folder, write))
+    made = tfds_reader.own_builder(folder, builder)
+    tfds_reader.check_feature(made, selection.text_feature, 'text_feature')
     return _texts(made, selection, split)
 
   name = f'python_stdlib{":" * bool(argument)}{argument} of Python '
@@ -185,90 +174,20 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _tfds(name: str, selection: Selection) -> Source:
-  builder = _prepared_builder(name)
-  for split in SPLITS:  # now, though the tokens may be in the cache
-    _data_source(builder, selection, split)
-  identity = hashlib.sha256(builder.info.as_json.encode())
-  for split in builder.info.splits.values():
-    for path in map(os.fspath, split.filepaths):
-      # A path in a bucket is told apart by its name alone.
-      changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-      identity.update(f'{path} {changed}\n'.encode())
+  builder = tfds_reader.prepared_builder(name)
+  tfds_reader.check_feature(builder, selection.text_feature, 'text_feature')
+  for split in selection.splits:  # now, though the tokens may be in the cache
+    tfds_reader.open_split(builder, split)
   return Source(
     f'tfds:{builder.info.full_name}',
-    f'{identity.hexdigest()} {selection}',
+    f'{tfds_reader.identity(builder)} {selection}',
     lambda split: _texts(builder, selection, split),
   )
 
 
-def _prepared_builder(name: str) -> tfds.core.DatasetBuilder:
-  data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  data_dir = os.path.expanduser(data_dir)
-  elsewhere = (
-    'prepare it on a machine with TensorFlow, by tfds.builder('
-    f"{name!r}, file_format='array_record').download_and_prepare(), and set "
-    f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
-  )
-  try:
-    builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
-    builder.download_and_prepare()
-  except tfds.core.DatasetNotFoundError as error:
-    raise ValueError(
-      f'TFDS dataset {name!r} is not here ({_prepared(data_dir)} are), '
-      f'nor can it be prepared without TensorFlow; if it exists, {elsewhere}'
-    ) from error
-  except Exception as error:  # builders and downloads raise what they like
-    raise ValueError(
-      f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {error}); {elsewhere}'
-    ) from error
-  return builder
-
-
-def _prepared(data_dir: str) -> list[str]:
-  """Names of the datasets in `data_dir`."""
-  root = pathlib.Path(data_dir)
-  found = [
-    path.relative_to(root).parts[0]
-    for versions in ('*/*', '*/*/*')  # without and with a builder config
-    for path in root.glob(f'{versions}/dataset_info.json')
-  ]
-  return sorted(set(found))
-
-
-def _data_source(
-  builder: tfds.core.DatasetBuilder, selection: Selection, ours: str
-) -> Sequence[Any]:
-  """The examples of our train or validation split."""
-  feature, have = selection.text_feature, builder.info.features
-  if feature not in have:
-    raise unknown(f'text_feature of {builder.name!r}', feature, have)
-  split = selection.splits[SPLITS.index(ours)]
-  try:
-    return builder.as_data_source(split=split)
-  except NotImplementedError as error:  # not a format of random access
-    raise ValueError(f'TFDS dataset {builder.name!r}: {error}') from error
-  except ValueError as error:
-    raise ValueError(
-      f'unknown split {split!r} of {builder.name!r}; have '
-      f'{sorted(builder.info.splits)} and parts of them ({error})'
-    ) from error
-
-
 def _texts(
-  builder: tfds.core.DatasetBuilder, selection: Selection, split: str
+  builder: tfds_reader.Builder, selection: Selection, split: str
 ) -> Iterator[str]:
-  feature = selection.text_feature
-  for i, example in enumerate(_data_source(builder, selection, split)):
-    yield _as_text(example[feature], f'{feature!r} {i} of {builder.name!r}')
-
-
-def _as_text(value: Any, where: str) -> str:
-  if isinstance(value, str):
-    return value
-  if not isinstance(value, bytes):
-    raise ValueError(f'{where} has type {type(value).__name__}, not text')
-  try:
-    return value.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{where} is not UTF-8: {error}') from error
+  own = selection.splits[SPLITS.index(split)]
+  for (text,) in tfds_reader.texts(builder, own, [selection.text_feature]):
+    yield text

@@ -1,5 +1,7 @@
 """Token streams on disk: written once, streaming; read by memory map.
 
+Of documents there is one stream a split, of pairs there are two.
+
 Not here: what the texts are (`sources.py`) and how rows are cut
 (`packing.py`).
 """
@@ -87,10 +89,7 @@ def write_tokens(
     ValueError: A split has fewer than the two tokens of one prediction.
   """
   digest = Digest()
-  about: dict[str, Any] = {
-    'dtype': np.min_scalar_type(tokenizer.vocab_size - 1).name,
-    'splits': {},
-  }
+  about = _about(tokenizer)
   for name, texts in splits.items():
     digest.split(name)
     counts = _write_split(
@@ -102,14 +101,41 @@ def write_tokens(
         f'{counts["documents"]} documents; training needs at least 2'
       )
     about['splits'][name] = counts
-  about['sha256'] = digest.hexdigest()
-  tokenizer.save(folder / 'tokenizer.json')
-  (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
+  _finish(folder, about, digest, tokenizer)
 
 
-def read_tokens(
-  folder: pathlib.Path, split: str
-) -> tuple[np.ndarray, np.ndarray]:
+def write_pairs(
+  folder: pathlib.Path,
+  splits: dict[str, Iterable[tuple[str, str]]],
+  tokenizer: Tokenizer,
+) -> None:
+  """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
+
+  Pairs of which one side has no token are left out. Nothing ends in an EOS,
+  so that a text may be cut before one is added.
+
+  Raises:
+    ValueError: A split has no pair.
+  """
+  digest = Digest()
+  about = _about(tokenizer)
+  for name, pairs in splits.items():
+    digest.split(name)
+    counts = _write_pairs(
+      folder / name, pairs, tokenizer, about['dtype'], digest
+    )
+    if not counts['pairs']:
+      raise ValueError(
+        f'split {name!r} has no pair of which both sides have a token'
+      )
+    about['splits'][name] = counts
+  _finish(folder, about, digest, tokenizer)
+
+
+Stream = tuple[np.ndarray, np.ndarray]
+
+
+def read_tokens(folder: pathlib.Path, split: str) -> Stream:
   """The split's tokens [N] and document starts int64 [D], memory-mapped.
 
   Raises:
@@ -117,33 +143,117 @@ def read_tokens(
   """
   about = read_about(folder)
   counts = about['splits'][split]
-  tokens = _read(folder / f'{split}.tokens', about['dtype'], counts['tokens'])
-  starts = _read(folder / f'{split}.starts', 'int64', counts['documents'])
-  return tokens, starts
+  return _read_stream(
+    folder / split, about['dtype'], counts['tokens'], counts['documents']
+  )
+
+
+def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
+  """Inputs and targets: tokens [N] and starts int64 [P], memory-mapped.
+
+  Raises:
+    ValueError: A file has another size than was written.
+  """
+  about = read_about(folder)
+  counts = about['splits'][split]
+  inputs, targets = (
+    _read_stream(
+      folder / f'{split}.{side}s',
+      about['dtype'],
+      counts[f'{side}_tokens'],
+      counts['pairs'],
+    )
+    for side in ('input', 'target')
+  )
+  return inputs, targets
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
-  """What `write_tokens` noted: dtype, sha256, and counts of each split."""
+  """What was noted at writing: dtype, sha256, and counts of each split."""
   return json.loads((folder / 'about.json').read_text())
 
 
+class _Stream:
+  """Token files that grow by one text at a time."""
+
+  def __init__(self, path: pathlib.Path | str, dtype: str):
+    self._path, self._dtype = path, dtype
+    self._starts = array.array('q')
+    self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
+    self.tokens = 0
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._out.close()
+    with open(f'{self._path}.starts', 'wb') as out:
+      self._starts.tofile(out)
+
+  def __len__(self) -> int:
+    return len(self._starts)
+
+  def add(self, ids: np.ndarray) -> None:
+    self._starts.append(self.tokens)
+    self.tokens += ids.size
+    self._out.write(ids.astype(self._dtype).tobytes())
+
+
 def _write_split(path, texts, tokenizer, dtype, digest) -> dict[str, int]:
-  starts = array.array('q')
-  tokens = bytes_ = 0
+  bytes_ = 0
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  with open(f'{path}.tokens', 'wb') as out:
+  with _Stream(path, dtype) as stream:
     for text in texts:
       encoded = text.encode()
       digest.text(encoded)
       bytes_ += len(encoded)
       ids = tokenizer.encode(text)
       if ids.size:
-        starts.append(tokens)
-        tokens += ids.size + len(eos)
-        out.write(np.append(ids, eos).astype(dtype).tobytes())
-  with open(f'{path}.starts', 'wb') as out:
-    starts.tofile(out)
-  return {'documents': len(starts), 'bytes': bytes_, 'tokens': tokens}
+        stream.add(np.append(ids, eos))
+    return {
+      'documents': len(stream), 'bytes': bytes_, 'tokens': stream.tokens
+    }  # fmt: skip
+
+
+def _write_pairs(path, pairs, tokenizer, dtype, digest) -> dict[str, int]:
+  bytes_ = 0
+  with (
+    _Stream(f'{path}.inputs', dtype) as inputs,
+    _Stream(f'{path}.targets', dtype) as targets,
+  ):
+    for pair in pairs:
+      for text in pair:
+        encoded = text.encode()
+        digest.text(encoded)
+        bytes_ += len(encoded)
+      ids = [tokenizer.encode(text) for text in pair]
+      if all(side.size for side in ids):
+        inputs.add(ids[0])
+        targets.add(ids[1])
+    return {
+      'pairs': len(inputs),
+      'bytes': bytes_,
+      'input_tokens': inputs.tokens,
+      'target_tokens': targets.tokens,
+    }
+
+
+def _about(tokenizer: Tokenizer) -> dict[str, Any]:
+  dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
+  return {'dtype': dtype, 'splits': {}}
+
+
+def _finish(folder, about, digest, tokenizer) -> None:
+  about['sha256'] = digest.hexdigest()
+  tokenizer.save(folder / 'tokenizer.json')
+  (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')
+
+
+def _read_stream(path, dtype, tokens, texts) -> Stream:
+  return (
+    _read(pathlib.Path(f'{path}.tokens'), dtype, tokens),
+    _read(pathlib.Path(f'{path}.starts'), 'int64', texts),
+  )
 
 
 def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:

@@ -1,84 +1,40 @@
 """Text to token ids and back: bytes, characters, or a tokenizers JSON file.
 
+'json:<path>' names a `tokenizer.json` alone, or the folder of a model, whose
+special tokens and chat template then come along.
 Not here: training a tokenizer, and packing ids into rows (`packing.py`).
 """
 
-import abc
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from moe_jax.config import unknown
+from moe_jax.data.extra_ids import Extended
+from moe_jax.data.json_tokenizer import Json
+from moe_jax.data.special_tokens import SpecialTokens, read_json
+from moe_jax.data.tokenizer_base import Ids, Token, Tokenizer, digest
+
+__all__ = [
+  'Bytes',
+  'Chars',
+  'Ids',
+  'Json',
+  'SpecialTokens',
+  'Token',
+  'Tokenizer',
+  'fit',
+  'from_json',
+  'load',
+  'read_json',
+  'spec_identity',
+]
 
 KINDS = ('bytes', 'chars', 'json:<path>')
-# The end-of-document tokens of the well-known vocabularies, in the order tried.
-EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
-
-Token = int | np.integer
-Ids = Collection  # of integers: a list, a tuple, an array [N]
-
-
-class Tokenizer(abc.ABC):
-  """A fixed mapping between text and ids in [0, vocab_size).
-
-  Attributes:
-    vocab_size: V, one more than the largest id.
-    eos_id: The id that ends a document; None where there is none.
-    bos_id: The id that begins one; None where there is none.
-    pad_id: The id of padding; None where there is none.
-    identity: Equal for two tokenizers exactly when they encode alike.
-  """
-
-  vocab_size: int
-  eos_id: int | None = None
-  bos_id: int | None = None
-  pad_id: int | None = None
-  identity: str
-
-  @property
-  def start_id(self) -> int | None:
-    """The first id of a decoder's input; None where there is none."""
-    return self.eos_id
-
-  @abc.abstractmethod
-  def encode(self, text: str) -> np.ndarray:
-    """The ids of `text`, int32 [N], without an EOS."""
-
-  @abc.abstractmethod
-  def decode(self, ids: Ids) -> str:
-    """The text of `ids`; an EOS is no text.
-
-    Raises:
-      ValueError: An id is outside [0, vocab_size).
-    """
-
-  @abc.abstractmethod
-  def token_name(self, token: Token) -> str:
-    r"""A short printable name: `'e'`, `'\n'`, `0x80`, `<eos>`."""
-
-  @abc.abstractmethod
-  def to_json(self) -> dict[str, Any]:
-    """What `from_json` builds this tokenizer from."""
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes the tokenizer as JSON; `load` brings it back."""
-    text = json.dumps(self.to_json(), indent=1)
-    pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
-
-  def _in_vocabulary(self, ids: Ids) -> np.ndarray:
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-    if wrong.size:
-      raise ValueError(
-        f'token {wrong[0]} not in [0, vocab_size={self.vocab_size})'
-      )
-    return ids
 
 
 class Bytes(Tokenizer):
@@ -118,7 +74,7 @@ class Chars(Tokenizer):
     if not self.characters:
       raise ValueError("tokenizer 'chars' needs at least one character")
     self.vocab_size = len(self.characters)
-    self.identity = f'chars:{_digest(self.characters)}'
+    self.identity = f'chars:{digest(self.characters)}'
     self._points = _code_points(self.characters)
 
   def encode(self, text: str) -> np.ndarray:
@@ -151,53 +107,6 @@ class Chars(Tokenizer):
     return {'kind': 'chars', 'characters': self.characters}
 
 
-class Json(Tokenizer):
-  """A Hugging Face `tokenizers` model, used as it is.
-
-  The special tokens its post-processor would add are left out; text that
-  spells a special token is encoded as text, so that no document can forge an
-  EOS. Truncation and padding are off. A model with neither an unknown token
-  nor all bytes in its vocabulary drops what it does not know.
-  """
-
-  def __init__(self, text: str):
-    try:
-      self._model = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-      raise ValueError(f'not a tokenizers JSON file: {error}') from error
-    self._model.no_truncation()
-    self._model.no_padding()
-    self._model.encode_special_tokens = True
-    vocabulary = self._model.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocabulary.values()) + 1
-    known = [vocabulary[name] for name in EOS_NAMES if name in vocabulary]
-    self.eos_id = known[0] if known else None
-    self.identity = f'json:{_digest(self._model.to_str())}'
-
-  def encode(self, text: str) -> np.ndarray:
-    """The model's ids, int32 [N], without special tokens."""
-    ids = self._model.encode(text, add_special_tokens=False).ids
-    return np.asarray(ids, np.int32)
-
-  def decode(self, ids: Ids) -> str:
-    """The model's text; special tokens are left out."""
-    return self._model.decode(self._in_vocabulary(ids).tolist())
-
-  def token_name(self, token: Token) -> str:
-    """The token's text, quoted; the vocabulary's spelling of a part of one."""
-    (token,) = self._in_vocabulary([token]).tolist()
-    if token == self.eos_id:
-      return '<eos>'
-    text = self._model.decode([token])
-    if text and '\ufffd' not in text:
-      return repr(text)
-    return self._model.id_to_token(token) or f'<{token}>'
-
-  def to_json(self) -> dict[str, Any]:
-    """Its kind and the whole model."""
-    return {'kind': 'json', 'model': json.loads(self._model.to_str())}
-
-
 def fit(spec: str, texts: Iterable[str]) -> Tokenizer:
   """The tokenizer `spec` names; only 'chars' reads `texts`.
 
@@ -209,7 +118,7 @@ def fit(spec: str, texts: Iterable[str]) -> Tokenizer:
     return Bytes()
   if spec == 'chars':
     return Chars(set().union(*map(set, texts)))
-  return Json(_json_file(spec))
+  return _json(spec)
 
 
 def spec_identity(spec: str) -> str:
@@ -220,7 +129,7 @@ def spec_identity(spec: str) -> str:
   """
   if spec in ('bytes', 'chars'):
     return spec
-  return Json(_json_file(spec)).identity
+  return _json(spec).identity
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -243,23 +152,28 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
   if saved['kind'] == 'chars':
     return Chars(saved['characters'])
   if saved['kind'] == 'json':
-    return Json(json.dumps(saved['model']))
-  raise unknown('tokenizer kind', saved['kind'], ['bytes', 'chars', 'json'])
+    special = saved.get('special')
+    special = None if special is None else SpecialTokens.from_json(special)
+    return Json(json.dumps(saved['model']), special)
+  if saved['kind'] == 'extended':
+    base = from_json(saved['base'])
+    return Extended(base, saved['names'], end_inputs=saved['end_inputs'])
+  kinds = ['bytes', 'chars', 'extended', 'json']
+  raise unknown('tokenizer kind', saved['kind'], kinds)
 
 
-def _json_file(spec: str) -> str:
+def _json(spec: str) -> Json:
+  """Of a `tokenizer.json`, or of a folder that holds one and more."""
   kind, _, name = spec.partition(':')
   if kind != 'json' or not name:
     raise unknown('tokenizer', spec, KINDS)
   path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    return Json.from_folder(path)
   if not path.is_file():
     raise ValueError(f'tokenizer {spec!r}: no file {path} in {os.getcwd()}')
-  return path.read_text(encoding='utf-8')
+  return Json(path.read_text(encoding='utf-8'))
 
 
 def _code_points(text: str) -> np.ndarray:
   return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
-
-
-def _digest(text: str) -> str:
-  return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]

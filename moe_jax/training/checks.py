@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
+from moe_jax.data import DataConfig
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.training.optimizer import by_name
 
@@ -42,19 +43,43 @@ def check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       f'batch_size={B} in microbatches={n} leaves {B // n} sequences, which do '
       f'not divide by {parts} devices of mesh axes {rules["batch"]}'
     )
-  S = config.model.moe.group_size
-  if config.model.moe.num_experts and S and B // n * T % S:
+  if config.model.moe.num_experts:
+    for name in _lengths(config):
+      _check_groups(config, name, B // n, parts, rules['batch'])
+
+
+def _lengths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """The keys of `config.data` that say how long a model's rows are."""
+  if config.model.kind == 'encoder_decoder':
+    return ('seq_len', 'target_len')
+  return ('seq_len',)
+
+
+def _check_groups(config, name, rows, parts, axes) -> None:
+  S, T = config.model.moe.group_size, config.data[name]
+  if S > 0 and rows * T % S:
     raise ValueError(
-      f'moe.group_size={S} does not divide the {B // n * T} tokens of a '
-      f'microbatch (batch_size={B} / microbatches={n} * seq_len={T}): a group '
-      'never spans two'
+      f'moe.group_size={S} does not divide the {rows * T} tokens of a '
+      f'microbatch ({rows} rows of {name}={T}): a group never spans two'
     )
-  groups = B // n * T // (S or T)
-  if config.model.moe.num_experts and groups % parts:
+  groups = 1 if S == -1 else rows * T // (S or T)
+  if groups % parts:
     raise ValueError(
       f'{groups} groups of moe.group_size={S or T} tokens in a microbatch do '
-      f'not divide by {parts} devices of mesh axes {rules["batch"]}: a group '
-      'never spans two'
+      f'not divide by {parts} devices of mesh axes {axes}: a group never spans '
+      'two'
+    )
+
+
+def check_task(config: ml_collections.ConfigDict, data: DataConfig) -> None:
+  """Raises ValueError where the task's rows are not the model's inputs."""
+  kind = config.model.kind
+  if (kind == 'encoder_decoder') != data.encoder_decoder:
+    raise ValueError(
+      f'data.task={data.task!r} with target_len={data.target_len} is for '
+      f'{"an encoder-decoder" if data.encoder_decoder else "a decoder"}, and '
+      f"model.kind={kind!r}; an encoder-decoder needs a task other than 'lm' "
+      'and target_len > 0'
     )
 
 

@@ -68,7 +68,7 @@ def make_evaluations(
 class Evaluator:
   """Runs evaluations on one split; equal models and lengths run once a time."""
 
-  def __init__(self, rows: data.PackedRows, batch_size: int, put):
+  def __init__(self, rows: data.Rows, batch_size: int, put):
     """Compiles nothing yet.
 
     Args:

@@ -318,3 +318,11 @@ def test_a_dataset_in_another_format(tmp_path, monkeypatch, poems_folder):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(ValueError, match=r"'poems'.*array_record"):
     open_source('tfds:poems', Selection(('train', 'train'), 'line'))
+
+
+def test_modules_that_distributions_leave_out_are_only_had_by_name():
+  assert not set(python_stdlib.MODULES) & set(python_stdlib.OPTIONAL_MODULES)
+  names = [name for name, _ in python_stdlib.source_files(['encodings'])]
+  assert 'encodings/ascii.py' in names
+  everything = [name for name, _ in python_stdlib.source_files()]
+  assert not set(names) & set(everything)

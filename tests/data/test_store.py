@@ -125,3 +125,51 @@ def test_a_killed_preparation_is_made_anew(tmp_path):
   assert not (tmp_path / 'x').exists()
   folder = store.prepared(tmp_path / 'x', write)
   assert (folder / 'a').read_text() == 'whole'
+
+
+# Pairs.
+
+
+def test_pairs_have_two_streams_and_no_eos(tmp_path):
+  pairs = {
+    'train': [('ab', 'c'), ('', 'gone'), ('gone', ''), ('d', 'éf')],
+    'validation': [('x', 'y')],
+  }
+  store.write_pairs(tmp_path, pairs, tokenizers.Bytes())
+  inputs, targets = store.read_pairs(tmp_path, 'train')
+  assert [side.tolist() for side in inputs] == [[97, 98, 100], [0, 2]]
+  assert [side.tolist() for side in targets] == [[99, 195, 169, 102], [0, 1]]
+  assert inputs[0].dtype == np.uint16
+  assert store.read_about(tmp_path)['splits'] == {
+    'train': {
+      'pairs': 2, 'bytes': 15, 'input_tokens': 3, 'target_tokens': 4
+    },
+    'validation': {
+      'pairs': 1, 'bytes': 2, 'input_tokens': 1, 'target_tokens': 1
+    },
+  }  # fmt: skip
+
+
+def test_the_digest_tells_sides_apart(tmp_path):
+  seen = set()
+  for i, pair in enumerate([('ab', 'c'), ('a', 'bc'), ('c', 'ab')]):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    both = {'train': [pair], 'validation': [pair]}
+    store.write_pairs(folder, both, tokenizers.Bytes())
+    seen.add(store.read_about(folder)['sha256'])
+  assert len(seen) == 3
+
+
+def test_a_split_without_pairs_is_refused(tmp_path):
+  pairs = {'train': [('ab', 'c')], 'validation': [('', 'c')]}
+  with pytest.raises(ValueError, match="'validation' has no pair"):
+    store.write_pairs(tmp_path, pairs, tokenizers.Bytes())
+
+
+def test_a_cut_stream_of_pairs_is_named(tmp_path):
+  both = {'train': [('ab', 'c')], 'validation': [('d', 'e')]}
+  store.write_pairs(tmp_path, both, tokenizers.Bytes())
+  (tmp_path / 'train.targets.starts').write_bytes(b'')
+  with pytest.raises(ValueError, match=r'train\.targets\.starts is missing'):
+    store.read_pairs(tmp_path, 'train')

@@ -1,0 +1,253 @@
+"""How examples, pairs of inputs and targets, lie in the rows of a batch.
+
+Not here: which examples a row holds (`examples.py`), and the rows of a
+language model (`packing.py`).
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.shapes import Bool, Int
+
+
+class Example(NamedTuple):
+  """Token ids of one example; neither side is empty.
+
+  Attributes:
+    inputs: int32 [N], given.
+    targets: int32 [M], to be learned.
+  """
+
+  inputs: Int[np.ndarray, ' N']
+  targets: Int[np.ndarray, ' M']
+
+
+class Lengths(NamedTuple):
+  """The most tokens that each of P examples can have.
+
+  Attributes:
+    inputs: int [P].
+    targets: int [P].
+    total: int [P], of both together, which may be below their sum.
+  """
+
+  inputs: Int[np.ndarray, ' P']
+  targets: Int[np.ndarray, ' P']
+  total: Int[np.ndarray, ' P']
+
+
+class Layout(abc.ABC):
+  """The arrays of a batch, and how much goes into a row of them.
+
+  Attributes:
+    capacity: What a row holds, in the unit of each column of `sizes`.
+    max_inputs: The longest inputs of one example.
+    max_targets: The longest targets of one example.
+    longest_text: The longest text that can be split in two anywhere.
+  """
+
+  capacity: tuple[int, ...]
+  max_inputs: int
+  max_targets: int
+  longest_text: int
+
+  @abc.abstractmethod
+  def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P D']:
+    """What each example takes of a row's `capacity`."""
+
+  @abc.abstractmethod
+  def cut(
+    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
+  ) -> Lengths:
+    """What is left of examples of these lengths, so that each fits a row."""
+
+  @abc.abstractmethod
+  def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
+    """The batch of these rows; a row without examples is padding.
+
+    Segment i of a row is its example i, from 1.
+    """
+
+  @abc.abstractmethod
+  def describe(self) -> str:
+    """A row's shape, for people."""
+
+  def fits(self, lengths: Lengths) -> Bool[np.ndarray, ' P']:
+    """Whether each example fits a row of its own."""
+    return (self.sizes(lengths) <= np.array([self.capacity])).all(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderLayout(Layout):
+  """Inputs to an encoder, targets to a decoder.
+
+  A batch has `encoder_tokens`, `encoder_segment_ids` and `encoder_positions`
+  int32 [B, T_enc]; `tokens`, `targets`, `segment_ids`, `positions` int32 and
+  `loss_weights` float32 [B, T_dec]. `tokens` are the targets shifted right by
+  one, each segment's own, with the start id in front.
+  """
+
+  encoder_len: int
+  decoder_len: int
+  start_id: int
+
+  @property
+  def capacity(self) -> tuple[int, int]:
+    """T_enc and T_dec."""
+    return self.encoder_len, self.decoder_len
+
+  @property
+  def max_inputs(self) -> int:
+    """T_enc."""
+    return self.encoder_len
+
+  @property
+  def max_targets(self) -> int:
+    """T_dec."""
+    return self.decoder_len
+
+  @property
+  def longest_text(self) -> int:
+    """The longer side: a text that fills both could be split in one place."""
+    return max(self.capacity)
+
+  def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
+    """Inputs and targets, each to its side."""
+    return np.stack([lengths.inputs, lengths.targets], axis=1)
+
+  def cut(
+    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
+  ) -> Lengths:
+    """Each side to its own length."""
+    inputs = np.minimum(inputs, self.encoder_len)
+    targets = np.minimum(targets, self.decoder_len)
+    return Lengths(inputs, targets, inputs + targets)
+
+  def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
+    """As the class says."""
+    encoder = _zeros(('tokens', 'segment_ids', 'positions'), rows, self, 0)
+    decoder = _zeros(_DECODER_KEYS, rows, self, 1)
+    for b, row in enumerate(rows):
+      at_encoder = at_decoder = 0
+      for segment, (inputs, targets) in enumerate(row, 1):
+        tokens = np.append(self.start_id, targets[:-1])
+        at_encoder = _place(encoder, b, at_encoder, segment, tokens=inputs)
+        at_decoder = _place(
+          decoder,
+          b,
+          at_decoder,
+          segment,
+          tokens=tokens,
+          targets=targets,
+          loss_weights=1.0,
+        )
+    return decoder | {f'encoder_{name}': v for name, v in encoder.items()}
+
+  def describe(self) -> str:
+    """Both lengths."""
+    return f'T_enc={self.encoder_len} and T_dec={self.decoder_len}'
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderLayout(Layout):
+  """Inputs and then targets in one sequence, for a decoder-only model.
+
+  A batch has the arrays of `packing.PackedRows`; `loss_weights` are 1 where
+  the next token is of the targets.
+  """
+
+  seq_len: int
+
+  @property
+  def capacity(self) -> tuple[int]:
+    """T."""
+    return (self.seq_len,)
+
+  @property
+  def max_inputs(self) -> int:
+    """T: the last target is no input."""
+    return self.seq_len
+
+  @property
+  def max_targets(self) -> int:
+    """T: one token stands before them."""
+    return self.seq_len
+
+  @property
+  def longest_text(self) -> int:
+    """T + 1."""
+    return self.seq_len + 1
+
+  def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
+    """All tokens but the last, which is only ever a target."""
+    return lengths.total[:, None] - 1
+
+  def cut(
+    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
+  ) -> Lengths:
+    """The inputs first, but to no less than half of the row."""
+    room = self.seq_len + 1
+    least = np.minimum(inputs, room // 2)
+    targets = np.minimum(targets, room - least)
+    inputs = np.minimum(inputs, room - targets)
+    return Lengths(inputs, targets, inputs + targets)
+
+  def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
+    """As the class says."""
+    batch = _zeros(_DECODER_KEYS, rows, self, 0)
+    for b, row in enumerate(rows):
+      at = 0
+      for segment, (inputs, targets) in enumerate(row, 1):
+        text = np.concatenate([inputs, targets])
+        learned = np.arange(1, len(text)) >= len(inputs)
+        at = _place(
+          batch,
+          b,
+          at,
+          segment,
+          tokens=text[:-1],
+          targets=text[1:],
+          loss_weights=learned,
+        )
+    return batch
+
+  def describe(self) -> str:
+    """The length."""
+    return f'T={self.seq_len}'
+
+
+_DECODER_KEYS = (
+  'tokens',
+  'targets',
+  'segment_ids',
+  'positions',
+  'loss_weights',
+)
+
+
+def _zeros(names, rows, layout, side) -> dict[str, np.ndarray]:
+  shape = len(rows), layout.capacity[side]
+  return {
+    name: np.zeros(shape, np.float32 if name == 'loss_weights' else np.int32)
+    for name in names
+  }
+
+
+def _place(batch, b, begin, segment, *, tokens, **more) -> int:
+  """Writes a segment into row `b` from `begin` on; gives where it ends."""
+  end = begin + len(tokens)
+  if end > batch['tokens'].shape[1]:
+    raise ValueError(
+      f'a segment of {len(tokens)} tokens does not fit from {begin} on in a '
+      f'row of {batch["tokens"].shape[1]}'
+    )
+  batch['tokens'][b, begin:end] = tokens
+  batch['segment_ids'][b, begin:end] = segment
+  batch['positions'][b, begin:end] = np.arange(len(tokens))
+  for name, values in more.items():
+    batch[name][b, begin:end] = values
+  return end

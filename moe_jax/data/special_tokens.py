@@ -1,0 +1,139 @@
+"""What a model's folder says of its special tokens and chat template.
+
+The files are those that Hugging Face libraries write beside `tokenizer.json`.
+Not here: the tokenizer itself (`json_tokenizer.py`).
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+# Files that belong to a tokenizer; what a folder has of them is kept together.
+FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'config.json',
+  'generation_config.json',
+)
+SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+_NAMES = ('bos', 'eos', 'pad', 'unk')
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """Ids by their role; None, or empty, where there is none.
+
+  Attributes:
+    bos: Begins a document.
+    eos: End generation; a document ends with the first.
+    pad: Padding.
+    start: Begins a decoder's input.
+    forced_bos: What generation emits first.
+    vocab_size: V of the model, which may have more rows than tokens; 0 where
+      no config says so.
+    names: Of 'bos', 'eos', 'pad' and 'unk', as chat templates spell them.
+    chat_template: A Jinja template; '' where there is none.
+  """
+
+  bos: int | None = None
+  eos: tuple[int, ...] = ()
+  pad: int | None = None
+  start: int | None = None
+  forced_bos: int | None = None
+  vocab_size: int = 0
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  chat_template: str = ''
+
+  def to_json(self) -> dict[str, Any]:
+    """What `from_json` builds it from."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, saved: Mapping[str, Any]) -> 'SpecialTokens':
+    """What `to_json` made."""
+    return cls(**{**saved, 'eos': tuple(saved['eos'])})
+
+
+def from_folder(
+  folder: pathlib.Path, vocabulary: Mapping[str, int]
+) -> SpecialTokens:
+  """The special tokens of a model's folder.
+
+  Ids of `generation_config.json` come before those of `config.json`, and both
+  before the names that the tokenizer's own files give.
+
+  Args:
+    folder: Holds any of `FILES`.
+    vocabulary: Token -> id.
+
+  Raises:
+    ValueError: A file is no JSON object.
+  """
+  ours = read_json(folder / 'tokenizer_config.json')
+  older = read_json(folder / 'special_tokens_map.json')
+  config = read_json(folder / 'config.json')
+  ids = {**config, **_set(read_json(folder / 'generation_config.json'))}
+  names = {}
+  for role in _NAMES:
+    key = f'{role}_token'
+    name = _content(ours.get(key)) or _content(older.get(key))
+    if name:
+      names[role] = name
+
+  def one(role):
+    given = ids.get(f'{role}_token_id')
+    return vocabulary.get(names.get(role, '')) if given is None else given
+
+  eos = one('eos')
+  eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+  return SpecialTokens(
+    bos=one('bos'),
+    eos=eos,
+    pad=one('pad'),
+    start=ids.get('decoder_start_token_id'),
+    forced_bos=ids.get('forced_bos_token_id'),
+    vocab_size=config.get('vocab_size', 0),
+    names=names,
+    chat_template=_chat_template(folder, ours.get('chat_template')),
+  )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file; empty where there is no file.
+
+  Raises:
+    ValueError: The file is no JSON, or holds no object.
+  """
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
+  return value
+
+
+def _set(values: dict[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in values.items() if value is not None}
+
+
+def _content(token: Any) -> str:
+  """A token's text, given as such or as an object around it."""
+  return token.get('content', '') if isinstance(token, dict) else token or ''
+
+
+def _chat_template(folder: pathlib.Path, given: Any) -> str:
+  """A file of its own, else what `tokenizer_config.json` holds."""
+  path = folder / 'chat_template.jinja'
+  if path.is_file():
+    return path.read_text(encoding='utf-8')
+  if isinstance(given, list):  # of several templates by name
+    return {t['name']: t['template'] for t in given}.get('default', '')
+  return given or ''

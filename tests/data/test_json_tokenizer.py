@@ -1,0 +1,211 @@
+"""Special tokens, prompts and conversations; transformers is the oracle."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from transformers import PreTrainedTokenizerFast
+
+from moe_jax.data import tokenizers
+
+SPECIAL = ['<pad>', '</s>', '<unk>', '<s>', 'eng_Latn', 'fra_Latn']
+SENTINELS = ['<extra_id_2>', '<extra_id_1>', '<extra_id_0>']  # as in T5
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+{% if m.role not in ['user', 'assistant'] %}
+{{ raise_exception('no role ' + m.role) }}
+{% endif %}
+[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' }}
+{%- if loop.index0 == 6 %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}[assistant]{{ stop | default('') }}{% endif %}"""
+CHAT = [
+  {'role': 'user', 'content': 'the cat'},
+  {'role': 'assistant', 'content': 'a hat </s> of'},
+  {'role': 'user', 'content': 'the end'},
+]
+
+
+def model():
+  """A byte-level BPE model; its post-processor is NLLB's."""
+  made = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
+  made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = hf.decoders.ByteLevel()
+  trainer = hf.trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=SPECIAL + SENTINELS,
+    initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
+  ids = {name: made.token_to_id(name) for name in ('eng_Latn', '</s>')}
+  made.post_processor = hf.processors.TemplateProcessing(
+    single='eng_Latn $A </s>', special_tokens=list(ids.items())
+  )
+  return made
+
+
+@pytest.fixture(scope='module')
+def theirs():
+  return PreTrainedTokenizerFast(
+    tokenizer_object=model(),
+    bos_token='<s>',
+    eos_token='</s>',
+    pad_token='<pad>',
+    unk_token='<unk>',
+    chat_template=TEMPLATE,
+  )
+
+
+@pytest.fixture(scope='module')
+def folder(theirs, tmp_path_factory):
+  """What transformers writes."""
+  path = tmp_path_factory.mktemp('tokenizer')
+  theirs.save_pretrained(path)
+  return path
+
+
+def write(path, name, **values):
+  (path / name).write_text(json.dumps(values))
+
+
+def test_prompts_are_those_of_transformers(folder, theirs):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  for text in ('the cat', '', 'a</s>b <extra_id_1> é'):
+    assert ours.encode_inputs(text).tolist() == theirs(text).input_ids
+  # A document is not a prompt: nothing added, nothing forged.
+  document = ours.encode('a</s>b')
+  assert not set(document) & set(range(len(SPECIAL)))
+  assert ours.decode(document) == 'a</s>b'
+
+
+def test_special_tokens_by_hand(folder):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  assert (ours.pad_id, ours.eos_id, ours.bos_id) == (0, 1, 3)
+  assert (ours.start_id, ours.forced_bos_id) == (1, None)
+  assert ours.eos_ids == (1,)
+  assert ours.sentinel_ids == (8, 7, 6)
+  assert ours.token_id('fra_Latn') == 5
+  with pytest.raises(ValueError, match="unknown token 'fra_Latin'; did you me"):
+    ours.token_id('fra_Latin')
+
+
+def test_configs_come_before_names(folder, tmp_path):
+  for path in folder.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  write(
+    tmp_path,
+    'config.json',
+    eos_token_id=9,
+    pad_token_id=2,
+    decoder_start_token_id=0,
+    vocab_size=321,
+  )
+  write(
+    tmp_path,
+    'generation_config.json',
+    eos_token_id=[7, 1],
+    pad_token_id=None,
+    forced_bos_token_id=5,
+  )
+  ours = tokenizers.fit(f'json:{tmp_path}', [])
+  assert (ours.eos_ids, ours.eos_id) == ((7, 1), 7)
+  assert (ours.pad_id, ours.bos_id) == (2, 3)
+  assert (ours.start_id, ours.forced_bos_id) == (0, 5)
+  # A model may have rows that no token has: they are in range, and no text.
+  assert ours.vocab_size == 321
+  assert ours.decode([320, *ours.encode('cat')]) == 'cat'
+  assert ours.token_name(320) == '<320>'
+
+
+def test_all_comes_back_from_the_workdir(folder, tmp_path):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  ours.save(tmp_path / 'tokenizer.json')
+  again = tokenizers.load(tmp_path / 'tokenizer.json')
+  assert again.special == ours.special
+  assert again.identity == ours.identity
+  assert again.encode_chat(CHAT).tolist() == ours.encode_chat(CHAT).tolist()
+  assert (
+    again.encode_inputs('cat').tolist() == ours.encode_inputs('cat').tolist()
+  )
+
+
+def test_the_file_alone_stays_what_it_was(folder):
+  alone = tokenizers.fit(f'json:{folder / "tokenizer.json"}', [])
+  assert alone.eos_id == 1  # '</s>' is among the well-known names
+  assert (alone.bos_id, alone.pad_id) == (None, None)
+  assert 'special' not in alone.to_json()
+  whole = tokenizers.fit(f'json:{folder}', [])
+  assert alone.identity != whole.identity  # another EOS would be other data
+  with pytest.raises(ValueError, match='without a chat template'):
+    alone.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize('asked', [True, False])
+def test_conversations_are_those_of_transformers(folder, theirs, asked):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  for more in ({}, {'stop': '</s>'}):
+    expected = theirs.apply_chat_template(
+      CHAT, add_generation_prompt=asked, return_dict=False, **more
+    )
+    found = ours.encode_chat(CHAT, add_generation_prompt=asked, **more)
+    assert found.dtype == np.int32
+    assert found.tolist() == expected
+
+
+def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  with pytest.raises(ValueError, match='no role system'):
+    ours.encode_chat([{'role': 'system', 'content': 'x'}])
+  for template in (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    '{{ messages.append(1) }}',
+    '{% for m in messages %}',
+  ):
+    bad = tokenizers.Json(
+      model().to_str(), tokenizers.SpecialTokens(chat_template=template)
+    )
+    with pytest.raises(ValueError, match='chat template'):
+      bad.encode_chat(CHAT)
+
+
+def test_languages(folder, theirs):
+  ours = tokenizers.fit(f'json:{folder}', [])
+  english = theirs('the cat').input_ids
+  assert english[0] == 4
+  french = ours.encode_inputs('the cat', language='fra_Latn')
+  assert french.tolist() == [5, *english[1:]]
+  # What the text itself says is not the post-processor's.
+  spelled = ours.encode_inputs('eng_Latn', language='fra_Latn').tolist()
+  assert spelled == [5, 4, 1]
+  with pytest.raises(ValueError, match="unknown token 'fr'"):
+    ours.encode_inputs('the cat', language='fr')
+  bare = model()
+  bare.post_processor = hf.processors.TemplateProcessing(
+    single='$A </s>', special_tokens=[('</s>', 1)]
+  )
+  with pytest.raises(ValueError, match='adds no language code'):
+    tokenizers.Json(bare.to_str()).encode_inputs('a', language='fra_Latn')
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    ({'spiece.model': 'x'}, r'no tokenizer.json, only spiece.model. Make one'),
+    ({'config.json': '{}'}, r'no tokenizer.json. Make one'),
+    ({'tokenizer.json': '{}'}, 'not a tokenizers JSON file'),
+    (
+      {'tokenizer.json': model().to_str(), 'config.json': '['},
+      'config.json is no JSON',
+    ),
+    (
+      {'tokenizer.json': model().to_str(), 'generation_config.json': '[]'},
+      'holds a list, not an object',
+    ),
+  ],
+)
+def test_bad_folders(files, message, tmp_path):
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    tokenizers.fit(f'json:{tmp_path}', [])

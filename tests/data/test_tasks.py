@@ -1,0 +1,227 @@
+"""Every task from a config to batches, and what it says of itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tokenizers
+
+from configs import base
+from moe_jax.config import to_dataclass
+from moe_jax.data import DENOISERS, DataConfig, batch_dataset, load
+
+PART = 'python_stdlib:email,json'
+PAIRS = 'django_gettext:de,fr'
+DECODER = {'tokens', 'targets', 'segment_ids', 'positions', 'loss_weights'}
+ENCODER = {'encoder_tokens', 'encoder_segment_ids', 'encoder_positions'}
+
+
+def config(task, **more):
+  source = PAIRS if task == 'seq2seq' else PART
+  return DataConfig(source, 'bytes', 60, task=task, **more)
+
+
+def batch_of(dataset, i=3):
+  return batch_dataset(dataset.splits['train'], batch_size=5, seed=0)[i]
+
+
+@pytest.mark.parametrize(
+  ('task', 'V'),
+  # Bytes and their EOS; 100 sentinels; 3 modes.
+  [
+    ('prefix_lm', 257),
+    ('span_corruption', 357),
+    ('ul2', 360),
+    ('seq2seq', 257),
+  ],
+)
+@pytest.mark.parametrize('target_len', [0, 50])
+def test_batches_are_as_promised(task, V, target_len):
+  dataset = load(config(task, target_len=target_len))
+  assert dataset.vocab_size == V
+  batch = batch_of(dataset)
+  assert batch.keys() == (DECODER | ENCODER if target_len else DECODER)
+  for name, values in batch.items():
+    T = target_len if target_len and name in DECODER else 60
+    assert values.shape == (5, T)
+    assert values.dtype == (np.float32 if name == 'loss_weights' else np.int32)
+  real = batch['segment_ids'] > 0
+  assert not batch['loss_weights'][~real].any()
+  assert (batch['positions'][~real] == 0).all()
+  for name in batch.keys() & {'tokens', 'targets', 'encoder_tokens'}:
+    assert batch[name].max() < V
+  if target_len:
+    # All targets are learned, and a decoder starts at each of its segments.
+    assert (batch['loss_weights'] == real).all()
+    starts = real & (batch['positions'] == 0)
+    assert (batch['tokens'][starts] == dataset.tokenizer.start_id).all()
+    inside = real[:, 1:] & ~starts[:, 1:]
+    np.testing.assert_array_equal(
+      batch['tokens'][:, 1:][inside], batch['targets'][:, :-1][inside]
+    )
+    most = batch['encoder_segment_ids'].max(1)
+    assert (batch['segment_ids'].max(1) == most).all()
+  else:
+    learned = batch['loss_weights'].sum() / real.sum()
+    assert 0.05 < learned < 0.95
+  assert dataset.tokenizer.decode(batch['targets'].reshape(-1))
+
+
+def test_a_spans_text_comes_from_the_corpus():
+  dataset = load(config('span_corruption', target_len=30))
+  batch = batch_of(dataset)
+  text = dataset.tokenizer.decode(batch['encoder_tokens'][0])
+  assert '<extra_id_0>' in text and '<extra_id_1>' in text
+  assert dataset.tokenizer.decode(batch['targets'][0]).startswith(
+    '<extra_id_0>'
+  )
+
+
+def test_a_decoder_only_prefix_lm_is_the_text_itself():
+  dataset = load(config('prefix_lm'))
+  eos = dataset.tokenizer.eos_id
+  rows = dataset.splits['validation']
+  batch = rows.take(np.arange(len(rows)))
+  # Nothing stands between prefix and suffix: a document's EOS is no input.
+  assert not (batch['tokens'] == eos).any()
+  assert (batch['targets'] == eos).sum() == dataset.counts['validation'][
+    'documents'
+  ]
+  # And the loss goes from the split to the end of each segment.
+  weights = batch['loss_weights']
+  real = batch['segment_ids'] > 0
+  inside = real[:, 1:] & (batch['positions'][:, 1:] > 0)
+  assert (np.diff(weights, axis=1)[inside] >= 0).all()
+
+
+def test_tasks_on_a_text_share_its_tokens_and_digest(tmp_path):
+  datasets = [
+    load(config(task, target_len=n, cache_dir=str(tmp_path)))
+    for task, n in (('lm', 0), ('span_corruption', 40), ('prefix_lm', 40))
+  ]
+  assert len({dataset.digest for dataset in datasets}) == 1
+  assert len(list((tmp_path / 'tokens').iterdir())) == 1
+
+
+def test_describe_says_what_is_learned():
+  text = load(config('span_corruption', target_len=50)).describe()
+  assert '\ntask: span_corruption\n' in text and 'V=357' in text
+  assert 'rows of T_enc=60 and T_dec=50, padding ' in text
+  dataset = load(config('seq2seq', target_len=50))
+  text = dataset.describe()
+  counts = dataset.counts['train']
+  assert f'{counts["pairs"]:,} pairs, ' in text
+  assert counts['truncated'] > 0
+  assert f'{counts["truncated"]:,} truncated, ' in text
+  assert f'{sum(c["pairs"] for c in dataset.counts.values()):,} pairs' in text
+
+
+def pairs_of(dataset):
+  """Texts of all inputs, and of all targets, of the training split."""
+  rows = dataset.splits['train']
+  batch = rows.take(np.arange(len(rows)))
+  sides = []
+  for tokens, segments in (
+    ('encoder_tokens', 'encoder_segment_ids'),
+    ('targets', 'segment_ids'),
+  ):
+    sides.append(
+      [
+        dataset.tokenizer.decode(ids[place == s])
+        for ids, place in zip(batch[tokens], batch[segments])
+        for s in range(1, place.max() + 1)
+      ]
+    )
+  return sides
+
+
+def test_truncated_pairs_are_those_too_long():
+  roomy = dataclasses.replace(config('seq2seq', target_len=900), seq_len=900)
+  whole = load(roomy)
+  assert whole.counts['train']['truncated'] == 0
+  long = [
+    len(inputs.encode()) + 1 > 60 or len(targets.encode()) + 1 > 50
+    for inputs, targets in zip(*pairs_of(whole))
+  ]
+  short = load(config('seq2seq', target_len=50))
+  assert len(long) == short.counts['train']['pairs']
+  assert sum(long) == short.counts['train']['truncated']
+  assert sorted(t[:20] for t in pairs_of(short)[1]) == sorted(
+    t[:20] for t in pairs_of(whole)[1]
+  )
+
+
+def test_characters_get_an_eos():
+  dataset = load(dataclasses.replace(config('seq2seq'), tokenizer='chars'))
+  eos = dataset.tokenizer.eos_id
+  assert eos == dataset.vocab_size - 1
+  assert (batch_of(dataset)['targets'] == eos).any()
+
+
+@pytest.mark.parametrize(
+  ('task', 'wrong', 'message'),
+  [
+    ('mlm', {}, "unknown task 'mlm'; .*'span_corruption'"),
+    ('ul2', {'target_len': -1}, 'target_len=-1'),
+    ('ul2', {'num_sentinels': -1}, 'num_sentinels=-1'),
+    ('ul2', {'num_sentinels': 3}, 'num_sentinels=3 is below'),
+    ('span_corruption', {'noise_density': 1.5}, 'noise_density=1.5'),
+    ('span_corruption', {'target_len': 2}, 'T_dec=2 are too short'),
+    ('lm', {'source': PAIRS}, r"has pairs: task='seq2seq' reads them"),
+    ('seq2seq', {'source': PART}, 'unknown source of pairs'),
+  ],
+)
+def test_wrong_configs(task, wrong, message):
+  with pytest.raises(ValueError, match=message):
+    load(dataclasses.replace(config(task), **wrong))
+
+
+def test_the_configs_defaults_are_ours():
+  section = to_dataclass(DataConfig, base.get_config().data)
+  ours = DataConfig('python_stdlib', 'bytes', 256)
+  assert section == dataclasses.replace(
+    ours, denoisers=tuple(map(tuple, DENOISERS))
+  )
+
+
+@pytest.mark.parametrize('task', ['span_corruption', 'ul2', 'seq2seq'])
+def test_a_shrunk_config_keeps_its_task(task):
+  config = base.get_config()
+  config.data.task = task
+  config.data.source = 'tfds:wmt14_translate/de-en'
+  config.data.target_len = 114
+  config.data.input_feature = 'de'
+  small = base.finish(config, base.RUNLOCAL).data
+  assert small.task == task and 0 < small.target_len < 114
+  expected = 'python_stdlib' + '_docstrings' * (task == 'seq2seq')
+  assert small.source == expected and small.input_feature == 'inputs'
+
+
+def test_a_tokenizers_own_sentinels_are_used(tmp_path):
+  # Bytes as letters, an EOS, and two sentinels that count down, as T5's do.
+  names = [chr(0x100 + i) for i in range(256)]
+  vocabulary = {name: i for i, name in enumerate(names)}
+  vocabulary |= {
+    '</s>': 256,
+    '<extra_id_1>': 257,
+    '<extra_id_0>': 258,
+    '?': 259,
+  }
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(vocabulary, unk_token='?')
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
+  tokenizer.add_special_tokens(['</s>', '<extra_id_0>', '<extra_id_1>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  dataset = load(
+    dataclasses.replace(
+      config('span_corruption', target_len=30),
+      tokenizer=f'json:{tmp_path}/tokenizer.json',
+    )
+  )
+  assert dataset.vocab_size == 260 + 98
+  row = dataset.splits['train'][0]
+  marks = [t for t in row['targets'] if t > 256 and t != 259]
+  assert marks[:4] == [258, 257, 260, 261]
+  assert [t for t in row['encoder_tokens'] if t in marks] == marks[:-1]
+  assert row['tokens'][0] == dataset.tokenizer.eos_id == 256
