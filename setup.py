@@ -9,6 +9,9 @@ here = pathlib.Path(__file__).parent
 DJANGO = 'django>=5'  # its gettext catalogues
 PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
+# What checkpoints are compared with, and speed; bugs of that release included.
+PEERS = ['torch>=2.6', 'transformers==5.24.*']
+SCORES = ['sacrebleu>=2.4']
 TEST = [
   'beartype>=0.18',
   DJANGO,
@@ -20,6 +23,8 @@ TEST = [
   'pytest-xdist>=3.5',
   'ruff>=0.6',
   'scipy>=1.11',
+  *PEERS,
+  *SCORES,
 ]
 
 setup(
@@ -37,13 +42,16 @@ setup(
     'etils[epath]>=1.5',
     'flax>=0.12',
     'grain>=0.2.12',
+    'huggingface_hub>=1.0',
     'importlib_resources>=6.0',
     'jax>=0.10',
     'jaxtyping>=0.3',
+    'jinja2>=3.1',
     'ml_collections>=1.0',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'rich>=13.0',
+    'safetensors>=0.4.5',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
     'tokenizers>=0.20',
@@ -52,6 +60,6 @@ setup(
   extras_require={
     'test': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
-    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU],
+    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU, *PEERS, *SCORES],
   },
 )

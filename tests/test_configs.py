@@ -19,6 +19,19 @@ from tests import golden
 from tests.training import tiny
 
 
+def batch_of(config):
+  """Random rows of the config's lengths, for both halves if there are two."""
+  batch = tiny.batch(config)
+  if config.model.kind == 'decoder':
+    return batch
+  decoder = merge(config, {'data': {'seq_len': config.data.target_len}})
+  encoder = {
+    f'encoder_{name}': batch[name]
+    for name in ('tokens', 'segment_ids', 'positions')
+  }
+  return tiny.batch(decoder, seed=1) | encoder
+
+
 @pytest.mark.parametrize('name', golden.NAMES)
 def test_dump(name):
   expected = (golden.FOLDER / f'{name}.json').read_text()
@@ -39,11 +52,21 @@ def test_initialises_as_shapes_at_full_size(name):
   assert make_evaluations(config, model)
 
 
-@pytest.mark.parametrize('name', golden.NAMES)
+# Shrunk they are `switch_base` and `st_moe_base`, recomputed in training.
+SIBLINGS = ('switch_c', 'st_moe_32b')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ())
+    for name in golden.NAMES
+  ],
+)
 def test_two_steps_shrunk(name):
   config = setup.with_vocabulary(golden.config(name, 'runlocal'), 257)
   model = models.build(config)
-  batch = tiny.batch(config)
+  batch = batch_of(config)
   axes = setup.axis_names(models.abstract_params(model, config.data.seq_len))
   optimizer = setup.make_optimizer(config.optimizer, config.total_steps, axes)
   init = functools.partial(
@@ -80,6 +103,26 @@ def test_shrinking_keeps_what_is_sparse():
   assert small.model.moe.num_experts == 4
   with pytest.raises(ValueError, match="unknown config argument 'laptop'"):
     golden.config('tiny_switch', 'laptop')
+
+
+def test_arguments_name_published_sizes():
+  assert golden.config('switch_base').model.moe.num_experts == 128
+  assert golden.config('switch_base', 'e8').model.moe.num_experts == 8
+  assert golden.config('switch_base', 'e256').model.moe.num_experts == 256
+  large = golden.config('st_moe_base', 'large').model
+  assert (large.num_layers, large.moe.num_experts) == (24, 32)
+  for name, known in (('switch_base', 'e64'), ('st_moe_base', 'large')):
+    with pytest.raises(ValueError, match=f"'e7'; have .*'{known}'"):
+      golden.config(name, 'e7')
+
+
+def test_only_glam_leaks_the_future():
+  leaking = [
+    name
+    for name in golden.NAMES
+    if models.leaks_future(golden.config(name).model.moe)
+  ]
+  assert leaking == ['glam_64b64e']
 
 
 def test_a_config_comes_back_locked():

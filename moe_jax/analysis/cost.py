@@ -1,129 +1,201 @@
-"""What a model costs: parameters and FLOPs per token, total and active.
+"""What a model costs: parameters, FLOPs, bytes, and where it fits.
 
     python -m moe_jax.analysis.cost --config=configs/mixtral_8x7b.py
 
-Counted from the config and the parameters' shapes, never measured. Not here:
-time, bytes moved, memory.
+Counted from the config and the parameters' shapes, never measured: how is in
+`counts.py` and `memory.py`. Not here: time.
 """
 
 import dataclasses
-import math
 
-import jax
 import ml_collections
 from absl import app, flags, logging
-from flax import linen as nn
 from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
 
 from moe_jax import command_line
+from moe_jax.analysis import devices, memory
+from moe_jax.analysis.counts import Cost, TokenFlops, count, short
+from moe_jax.analysis.halves import Half, halves
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
-from moe_jax.models import Model, abstract_params, build
-from moe_jax.partitioning import path_name
+from moe_jax.models import Model, build
+
+__all__ = [
+  'Cost',
+  'TokenFlops',
+  'Workload',
+  'compute_table',
+  'count',
+  'fit_table',
+  'in_bytes',
+  'memory_table',
+  'short',
+  'with_own_vocabulary',
+  'workload',
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-  """Counts of one model.
+class Workload:
+  """What the costs are of.
 
   Attributes:
-    total_params: All parameters.
-    active_params: Those that one token meets: K of E experts.
-    expert_params: Of all experts together.
-    embedding_params: Tables that are looked up, not multiplied.
-    forward_flops: Per token, two a multiply-add: active products, the router
-      and full (not halved) attention over the sequence.
-    router_flops: The router's part of them.
-    capacity_slack: Rows that experts multiply per assignment: slots over
-      K * tokens. Below 1.0 some are dropped for certain; 1.0 if dense or
-      dropless.
+    batch_size: Sequences at once.
+    seq_len: T; of an encoder-decoder T_enc.
+    target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
+    num_parts: Devices that the experts are spread over.
   """
 
-  total_params: int
-  active_params: int
-  expert_params: int
-  embedding_params: int
-  forward_flops: int
-  router_flops: int
-  capacity_slack: float
+  batch_size: int
+  seq_len: int
+  target_len: int = 0
+  num_parts: int = 1
 
-  @property
-  def training_flops(self) -> int:
-    """Per token, forward and backward: three times forward."""
-    return 3 * self.forward_flops
-
-  def describe(self) -> str:
-    """Two lines for a person."""
-    return (
-      f'parameters: {short(self.total_params)} total, '
-      f'{short(self.active_params)} active per token, '
-      f'{short(self.expert_params)} in experts\n'
-      f'FLOPs per token: {short(self.forward_flops)} forward, '
-      f'{short(self.training_flops)} training '
-      f'(router {self.router_flops / self.forward_flops:.1%}; experts '
-      f'multiply {self.capacity_slack:.2f} rows per assignment)'
-    )
+  def __post_init__(self):
+    for name in ('batch_size', 'seq_len', 'num_parts'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
 
-def count(model: Model, seq_len: int) -> Cost:
-  """Counts `model` at sequences of `seq_len` tokens."""
-  c = model.config
-  sizes = {
-    path_name(path): math.prod(leaf.shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      nn.meta.unbox(abstract_params(model, seq_len))
-    )
-  }
-  total = sum(sizes.values())
-  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
-  router, slack = 0, 1.0
-  moe = c.moe
-  if moe is not None:
-    r = moe.router
-    router = 2 * sum(n for name, n in sizes.items() if '/router/' in name)
-    for name in sizes:
-      if '/experts/' in name:
-        sizes[name] = sizes[name] // r.num_experts * r.num_selected
-    if moe.dispatch != 'dropless':
-      S = moe.group_size or seq_len
-      slots = r.capacity(
-        group_size=S, num_experts=r.num_experts, num_selected=r.num_selected
-      )
-      slack = slots * r.num_experts / (S * r.num_selected)
-  active = sum(sizes.values())
-  lookup = sum(n for name, n in sizes.items() if name.endswith('embedding'))
-  vectors = sum(n for name, n in sizes.items() if _is_vector(name))
-  e = c.embedding
-  logits = 0 if not e.tie_embeddings else e.vocab_size * e.width
-  attention = 0
-  for _, stack in c.stacks:
-    a = stack.block.attention
-    layers = len(stack.sparse) * (1 + (stack.block.cross_attention is not None))
-    attention += 4 * layers * seq_len * a.num_heads * a.head_width
-  products = 2 * (active - lookup - vectors + logits)
-  return Cost(
-    total_params=total,
-    active_params=active,
-    expert_params=experts,
-    embedding_params=lookup,
-    forward_flops=products + attention,
-    router_flops=router,
-    capacity_slack=slack,
+def compute_table(model: Model, work: Workload) -> Table:
+  """Parameters, and FLOPs per token."""
+  c = count(model, work.seq_len, work.target_len, work.batch_size)
+  table = Table(
+    title=f'{short(c.total_params)} parameters in memory, '
+    f'{short(c.active_params)} in compute per token',
+    caption=f'Two FLOPs a multiply-add; attention in full, over {_over(c)}. '
+    f'Experts multiply {c.capacity_slack:.2f} rows per assignment; the empty '
+    'ones are not counted.',
+  )
+  for heading in ('parameters', 'FLOPs per token'):
+    table.add_column(heading)
+    table.add_column('', justify='right')
+  read, written = 'read (prefill)', 'generated (decode)'
+  if c.encoder:
+    read, written = 'read by the encoder', 'generated by the decoder'
+  left = (
+    ('in experts', c.expert_params),
+    ('outside', c.total_params - c.expert_params),
+    ('of them embeddings', c.embedding_params),
+    ('a token meets', c.active_params),
+  )
+  right = (
+    ('training', c.training_flops),
+    (read, c.prefill_flops),
+    (written, c.decode_flops),
+    ('an example, forward', c.example_flops),
+  )
+  for (params, n), (flops, m) in zip(left, right, strict=True):
+    table.add_row(params, short(n), flops, short(m))
+  return table
+
+
+def _over(c: Cost) -> str:
+  if not c.encoder:
+    return f'{c.decoder_len} tokens'
+  return (
+    f'{c.encoder_len} tokens read and {c.decoder_len} written, of which '
+    'training is the mean'
   )
 
 
-def short(n: float | int) -> str:
-  """46702792704 -> '46.7B'."""
-  for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+def memory_table(model: Model, work: Workload) -> Table:
+  """Bytes of activations, dispatch buffers and exchanges, of one batch."""
+  lengths = f'{work.seq_len}'
+  parts = halves(model, work.seq_len, work.target_len)
+  if len(parts) == 2:
+    lengths += f' and {parts[-1].length}'
+  table = Table(
+    title=f'a batch of {work.batch_size} x {lengths} tokens, activations in '
+    f'{parts[-1].stack.block.dtype}',
+    caption="Kept is what the forward pass leaves for the backward pass: XLA's "
+    'own temporaries, gradients and the optimizer come on top.',
+  )
+  table.add_column('what')
+  table.add_column('bytes', justify='right')
+  kept = memory.activations(
+    model, work.batch_size, work.seq_len, work.target_len
+  )
+  remat = parts[-1].stack.remat
+  table.add_row(f'kept by layers (remat {remat!r})', in_bytes(kept.layers))
+  table.add_row('kept scores, unless attention is fused', in_bytes(kept.scores))
+  table.add_row('logits, float32', in_bytes(kept.logits))
+  for half in parts:
+    if half.num_sparse:
+      for name, value in _of_experts(half, model.config.embedding.width, work):
+        table.add_row(name, value)
+  return table
+
+
+def _of_experts(half: Half, width: int, work: Workload):
+  """The rows of a stack's sparse layers: (what, how much)."""
+  moe, B = half.stack.block.moe, work.batch_size
+  rows = memory.expert_rows(moe, B, half.length)
+  where = half.prefix.removesuffix('/')
+  where = f'{where}: ' if where else ''
+  yield (
+    f'{where}buffers of a sparse layer ({moe.dispatch}, {rows} rows)',
+    in_bytes(memory.dispatch_bytes(half, width, B)),
+  )
+  sent = memory.all_to_all_bytes(half, width, B, work.num_parts)
+  if sent:
+    times = 4 * half.num_sparse
+    yield (
+      f'{where}all-to-all that each of {work.num_parts} devices sends',
+      in_bytes(sent),
+    )
+    yield f'{where}{times} of them, a training step', in_bytes(times * sent)
+
+
+def fit_table(model: Model, work: Workload, names=devices.NAMES) -> Table:
+  """Weights and cache by dtype, and whether each device has room for both."""
+  table = Table(
+    title=f'to generate: {work.batch_size} x '
+    f'{work.target_len or work.seq_len} tokens in the cache',
+    caption='Weights and cache alone, of the memory that vendors name; '
+    'otherwise the devices it takes. int8 is a byte a weight.',
+  )
+  table.add_column('')
+  for dtype in memory.DTYPES:
+    table.add_column(dtype, justify='right')
+  lengths = work.seq_len, work.target_len
+  weights = {
+    dtype: memory.weight_bytes(model, dtype, work.seq_len)
+    for dtype in memory.DTYPES
+  }
+  totals = {
+    dtype: memory.serving_bytes(model, dtype, work.batch_size, *lengths)
+    for dtype in memory.DTYPES
+  }
+  table.add_row('weights', *map(in_bytes, weights.values()))
+  table.add_row(
+    'cache', *(in_bytes(totals[dtype] - weights[dtype]) for dtype in totals)
+  )
+  for name in names:
+    device = devices.get(name)
+    table.add_row(
+      f'{device.name}, {in_bytes(device.num_bytes)}',
+      *(_fits(total, device) for total in totals.values()),
+    )
+  return table
+
+
+def _fits(num_bytes: int, device: devices.Device) -> str:
+  if not device.num_bytes:
+    return 'unknown'
+  if num_bytes <= device.num_bytes:
+    return f'fits ({num_bytes / device.num_bytes:.0%})'
+  return f'no: {-(-num_bytes // device.num_bytes)} of them'
+
+
+def in_bytes(n: int) -> str:
+  """93405585408 -> '93.4 GB'; powers of ten."""
+  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
     if n >= size:
-      return f'{n / size:.3g}{unit}'
-  return f'{n:.0f}'
-
-
-def _is_vector(name: str) -> bool:
-  """Norm scales, biases and relative-position tables: nothing multiplied."""
-  last = name.rsplit('/', 1)[-1]
-  return last in ('scale', 'bias', 'table') or last.startswith('b_')
+      return f'{n / size:.3g} {unit}'
+  return f'{n} B'
 
 
 def with_own_vocabulary(
@@ -144,13 +216,33 @@ def with_own_vocabulary(
   return merge(config, {'model': {'vocab_size': tokenizers.Bytes.vocab_size}})
 
 
+def workload(
+  config: ml_collections.ConfigDict,
+  batch_size: int = 1,
+  num_parts: int = 0,
+) -> Workload:
+  """The lengths that the config trains on; 0 parts are those of its mesh."""
+  parts = num_parts or max(config.mesh.expert, 1)
+  return Workload(
+    batch_size, config.data.seq_len, config.data.target_len, parts
+  )
+
+
 def main(argv: list[str]) -> None:
   """Prints what the flag's config costs."""
   del argv
   logging.set_verbosity(logging.WARNING)
+  console = Console()
   try:
     config = with_own_vocabulary(_CONFIG.value)
-    print(count(build(config), config.data.seq_len).describe())
+    model = build(config)
+    work = workload(config, _BATCH.value, _PARTS.value)
+    for table in (
+      compute_table(model, work),
+      memory_table(model, work),
+      fit_table(model, work),
+    ):
+      console.print(table)
   except ValueError as error:
     command_line.fail(str(error))
 
@@ -158,4 +250,11 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
   flags.mark_flag_as_required('config')
+  _BATCH = flags.DEFINE_integer('batch', 1, 'Sequences at once.', lower_bound=1)
+  _PARTS = flags.DEFINE_integer(
+    'expert_parallel',
+    0,
+    "Devices that the experts are spread over; 0: the mesh's.",
+    lower_bound=0,
+  )
   app.run(main, flags_parser=command_line.parse)

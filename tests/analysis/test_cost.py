@@ -1,18 +1,21 @@
-"""Counts of parameters and FLOPs: published, by hand, and as the twin's."""
+"""Counts of parameters and FLOPs: published, by hand, the twin's, XLA's."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax import models
-from moe_jax.analysis import cost
-from moe_jax.config import merge
+from moe_jax.analysis import compiled, cost
+from tests import golden
 from tests.models import tiny
 from tests.models.tiny import T
 
 
 def counted(config):
-  return cost.count(models.build(config), config.data.seq_len)
+  return cost.count(
+    models.build(config), config.data.seq_len, config.data.target_len
+  )
 
 
 def test_mixtral_has_the_published_counts():
@@ -27,17 +30,39 @@ def test_glam_has_the_published_counts():
   assert cost.short(glam.active_params) == '96.6B'
 
 
+@pytest.mark.parametrize(
+  ('name', 'arg', 'billions', 'digits'),
+  [
+    ('t5_base', '', 0.223, 3),
+    ('switch_base', 'e16', 1.1, 1),  # Table 7 of Switch, from here
+    ('switch_base', 'e32', 2.0, 1),
+    ('switch_base', 'e64', 3.8, 1),
+    ('switch_base', 'e128', 7.4, 1),
+    ('switch_base', 'e256', 14.7, 1),  # to here
+    ('switch_c', '', 1571, 0),
+    ('st_moe_base', 'large', 4.1, 1),
+    ('st_moe_32b', '', 269, 0),
+    ('nllb_moe_54b', '', 54.5, 1),
+  ],
+)
+def test_encoder_decoders_have_the_published_counts(
+  name, arg, billions, digits
+):
+  total = counted(golden.config(name, arg)).total_params
+  assert round(total / 1e9, digits) == billions
+
+
 def test_openmoe_is_the_sum_of_its_parts():
   M, F, HD, V = 2048, 8192, 24 * 128, 256_384
   ffn = 3 * M * F
-  outside = 24 * 4 * M * HD + V * M
+  outside = 24 * 4 * M * HD + 2 * V * M
   # 20 dense layers, 4 sparse ones, each with an extra dense feed-forward.
   outside += (20 + 4) * ffn + 4 * M * 32 + (2 * 24 + 4 + 1) * M
   openmoe = counted(openmoe_8b.get_config())
   assert openmoe.expert_params == 4 * 32 * ffn
   assert openmoe.total_params == outside + 4 * 32 * ffn
   assert openmoe.active_params == outside + 4 * 2 * ffn
-  assert cost.short(openmoe.total_params) == '8.78B'
+  assert cost.short(openmoe.total_params) == '9.3B'
 
 
 def test_counts_of_a_tiny_model_by_hand():
@@ -118,6 +143,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router(
     (46_702_792_704, '46.7B'),
     (2.5e6, '2.5M'),
     (1.16e12, '1.16T'),
+    (1.4e15, '1.4P'),
   ],
 )
 def test_short(n, expected):
@@ -125,18 +151,113 @@ def test_short(n, expected):
 
 
 def test_describe_names_totals_and_the_routers_share():
-  text = cost.Cost(4000, 1000, 3500, 100, 2000, 250, 1.25).describe()
+  flops = cost.TokenFlops(products=1000, experts=700, router=250, attention=50)
+  text = cost.Cost(4000, 1000, 3500, 100, flops, None, 10, 0, 1.25).describe()
   for part in ('4k total', '1k active', '3.5k in experts', '6k training'):
     assert part in text
   assert 'router 12.5%' in text
   assert '1.25 rows per assignment' in text
+  assert 'encoder' not in text
 
 
-def test_bytes_need_no_vocabulary_and_others_are_asked_for():
-  config = tiny.config(vocab_size=0)
-  assert cost.with_own_vocabulary(config).model.vocab_size == 257
-  given = tiny.config()
-  assert cost.with_own_vocabulary(given) is given
-  chars = merge(config, {'data': {'tokenizer': 'chars'}})
-  with pytest.raises(ValueError, match=r"'chars'.*--config.model.vocab_size"):
-    cost.with_own_vocabulary(chars)
+def test_an_encoder_decoders_tokens_are_counted_by_half():
+  # 3 tokens read at 100 each and 2 written at 300: 180 on average.
+  encoder = cost.TokenFlops(products=90, router=10)
+  decoder = cost.TokenFlops(products=280, router=20)
+  found = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
+  assert found.example_flops == 900
+  assert found.forward_flops == 180
+  assert found.training_flops == 540
+  assert found.router_flops == 14
+  assert (found.prefill_flops, found.decode_flops) == (100, 300)
+  assert 'forward: 100 a token of the encoder, 300 one of' in found.describe()
+
+
+def test_counts_of_a_tiny_encoder_decoder_by_hand():
+  model = tiny.build(
+    kind='encoder_decoder',
+    num_encoder_layers=3,
+    moe=dict(layers='all', encoder_layers='none'),
+  )
+  found = cost.count(model, seq_len=T, target_len=7)
+  # Queries, keys, values, out; a feed-forward; a router; the logits.
+  attention, ffn, router, logits = 4 * 12 * 24, 2 * 12 * 20, 12 * 5, 12 * 23
+  # The decoder's two layers make keys and values of what the encoder gives.
+  cross_keys = 2 * 2 * 12 * 24
+  encoder, decoder = found.encoder, found.decoder
+  assert encoder.products == 2 * (3 * (attention + ffn) + cross_keys)
+  assert encoder.attention == 3 * 4 * T * 24
+  assert (encoder.experts, encoder.router) == (0, 0)
+  assert decoder.products == 2 * (4 * attention - cross_keys + logits)
+  assert decoder.experts == 2 * 2 * 2 * ffn
+  assert decoder.router == 2 * 2 * router
+  assert decoder.attention == 2 * 4 * (7 + T) * 24
+  norms = (3 * 2 + 2 * 3 + 2) * 12
+  assert (
+    found.active_params
+    == (3 * (attention + ffn) + 2 * (2 * attention + 2 * ffn + router))
+    + norms
+    + logits
+  )
+  assert found.total_params == found.active_params + 2 * 3 * ffn
+
+
+LARGER = dict(width=64, hidden=192, head_width=16, scan_layers=False)
+LONG, SHORT = 24, 16
+
+
+def flops_of(f, *args):
+  return compiled.counts(jax.jit(f).lower(*args).compile()).flops
+
+
+def abstract(model):
+  shapes = models.abstract_params(model, LONG)
+  return {'params': jax.tree.map(lambda leaf: leaf, shapes)}
+
+
+def ints(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize('layers', ['none', 'every 2'])
+def test_the_forward_pass_is_what_xla_counts(layers):
+  model = tiny.build(dict(layers=layers), activation='swiglu', **LARGER)
+  found = cost.count(model, LONG)
+  assert (found.capacity_slack != 1) == (layers != 'none')
+  xla = flops_of(model.apply, abstract(model), ints(3, LONG))
+  # Softmaxes and norms are XLA's alone.
+  assert found.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+
+
+@pytest.mark.parametrize('layers', ['none', 'every 2'])
+def test_an_encoder_decoder_is_what_xla_counts(layers):
+  moe = dict(layers=layers, capacity_factor=2.0)
+  model = tiny.build(moe, kind='encoder_decoder', **LARGER)
+  found = cost.count(model, LONG, SHORT)
+  xla = flops_of(model.apply, abstract(model), ints(3, LONG), ints(3, SHORT))
+  assert found.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+
+
+def test_a_decoding_step_is_what_xla_counts():
+  model = tiny.build(dict(layers='none'), **LARGER)
+  cache = jax.eval_shape(lambda: model.make_cache(3, LONG))
+  mask = jax.ShapeDtypeStruct((3, 1), jnp.bool_)
+
+  def step(variables, tokens, mask, cache):
+    return model.apply(variables, tokens, mask, cache, method='decode')
+
+  xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
+  found = cost.count(model, LONG)
+  assert found.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+
+
+def test_encoding_is_what_xla_counts():
+  model = tiny.build(dict(layers='none'), kind='encoder_decoder', **LARGER)
+  mask = jax.ShapeDtypeStruct((3, LONG), jnp.bool_)
+
+  def encode(variables, tokens, mask):
+    return model.apply(variables, tokens, mask, SHORT, method='encode')
+
+  xla = flops_of(encode, abstract(model), ints(3, LONG), mask)
+  found = cost.count(model, LONG, SHORT)
+  assert found.prefill_flops * 3 * LONG == pytest.approx(xla, rel=0.04)

@@ -1,0 +1,41 @@
+"""Switch-Base with 128 experts: 7.4B parameters (arXiv:2101.03961).
+
+T5-Base in which every other feed-forward of the encoder and of the decoder has
+experts, one selected. `:e8`, `:e16`, ... `:e256` change their number; with 16
+to 256 it has the 1.1B, 2.0B, 3.8B, 7.4B and 14.7B parameters of the paper's
+Table 7. Published: capacity factor 1.25 (2.0 in evaluation), balance loss 0.01,
+jitter 0.01, groups of 8192 tokens, initialisation at a tenth of the variance.
+ReLU with F=3072 is that of the released checkpoints; Table 9's GEGLU with
+F=2048 has as many parameters and FLOPs. Ours: the mesh and the text.
+
+    python -m moe_jax.main --config=configs/switch_base.py:runlocal \
+      --workdir=runs/switch_base_local
+"""
+
+from configs import base, t5_base
+
+EXPERTS = {f'e{n}': n for n in (8, 16, 32, 64, 128, 256)}
+
+
+def get_config(arg: str = ''):
+  known = ['', base.RUNLOCAL, *EXPERTS]
+  if arg not in known:
+    raise ValueError(f'unknown config argument {arg!r}; have {known}')
+  config = t5_base.get_config().unlock()
+  config.mesh = dict(data=1, fsdp=-1, expert=8, tensor=1)
+  m = config.model
+  m.dropout = 0.0
+  m.init.scale = 0.1
+  m.moe.num_experts = EXPERTS.get(arg, 128)
+  m.moe.num_selected = 1
+  m.moe.layers = 'every 2'
+  m.moe.gates = 'raw'
+  m.moe.jitter = 0.01
+  m.moe.group_size = 8192
+  m.moe.capacity_rule = 'per_token'
+  m.moe.capacity_factor = 1.25
+  m.moe.balance_weight = 0.01
+  m.moe.z_weight = 0.0
+  if arg == base.RUNLOCAL:
+    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+  return base.finish(config, arg if arg == base.RUNLOCAL else '')

@@ -1,0 +1,36 @@
+"""Switch-C: 1571B parameters in 2048 experts a layer (arXiv:2101.03961).
+
+Published (Table 9): 15 + 15 layers, all sparse in the encoder and in the
+decoder, M=2080, F=6144, H=32 of 64, 2048 experts, one selected, no GEGLU. From
+flaxformer's port: ReLU, a logits kernel of its own, capacity factor 1.0 and at
+least 2 slots, groups of 2048 tokens (its 30 heads are not the paper's). Ours:
+the mesh, the batch and the text.
+
+    python -m moe_jax.main --config=configs/switch_c.py:runlocal \
+      --workdir=runs/switch_c_local
+"""
+
+from configs import base, switch_base
+
+
+def get_config(arg: str = ''):
+  config = switch_base.get_config().unlock()
+  config.mesh = dict(data=1, fsdp=-1, expert=128, tensor=1)
+  m = config.model
+  m.num_layers = 15
+  m.num_encoder_layers = 15
+  m.width = 2080
+  m.num_heads = 32
+  m.head_width = 64
+  m.hidden = 6144
+  m.tie_embeddings = False
+  m.logits_scale = 'none'
+  m.remat = 'full'
+  m.moe.num_experts = 2048
+  m.moe.layers = 'all'
+  m.moe.group_size = 2048
+  m.moe.capacity_factor = 1.0
+  m.moe.capacity_minimum = 2
+  if arg == base.RUNLOCAL:
+    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+  return base.finish(config, arg)

@@ -1,0 +1,53 @@
+"""T5-Base: 223M parameters, an encoder-decoder without experts.
+
+T5 1.0 (arXiv:1910.10683) as published: 12 + 12 layers, M=768, F=3072, H=12 of
+64, V=32128, ReLU, RMSNorm, no biases, relative positions in 32 buckets up to
+128, scores that are not scaled, tied embeddings of standard deviation 1 with
+logits over sqrt(M), dropout 0.1, spans of 3 tokens cut out of 512, 15 %
+of them, a million tokens a batch, Adafactor at 1 / sqrt(step). Ours: rows
+of 128 targets, not 114, so that groups of a sparse sibling's tokens divide;
+the text.
+
+    python -m moe_jax.main --config=configs/t5_base.py:runlocal \
+      --workdir=runs/t5_local
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 2048
+  config.total_steps = 1_000_000
+  config.logits_z_weight = 1e-4
+  config.data.task = 'span_corruption'
+  config.data.seq_len = 512
+  config.data.target_len = 128
+  m = config.model
+  m.kind = 'encoder_decoder'
+  m.vocab_size = 32_128
+  m.num_layers = 12
+  m.num_encoder_layers = 12
+  m.width = 768
+  m.num_heads = 12
+  m.head_width = 64
+  m.hidden = 3072
+  m.activation = 'relu'
+  m.positions = 'relative'
+  m.attention_scale = 'none'
+  m.tie_embeddings = True
+  m.logits_scale = 'inverse_sqrt_width'
+  m.dropout = 0.1
+  m.dtype = 'bfloat16'
+  m.init.embedding_std = 1.0
+  m.moe.num_experts = 0
+  m.moe.layers = 'none'
+  o = config.optimizer
+  o.name = 'adafactor'
+  o.learning_rate = 0.01
+  o.schedule = 'inverse_sqrt'
+  o.warmup_steps = 10_000
+  o.b1 = 0.0
+  o.clip_norm = 0.0  # Adafactor clips each update
+  o.weight_decay = 0.0
+  return base.finish(config, arg)

@@ -1,0 +1,67 @@
+"""How much memory the devices have that a model might run on."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+
+from moe_jax.config import unknown
+
+HERE = 'here'
+_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """A device.
+
+  Attributes:
+    name: For people.
+    num_bytes: Its memory, all of it: what a runtime keeps to itself is the
+      reader's to leave. 0 where the runtime does not say.
+  """
+
+  name: str
+  num_bytes: int
+
+
+# Capacities as their vendors print them, in powers of ten.
+_KNOWN = {
+  # NVIDIA H100 Tensor Core GPU data sheet, SXM and PCIe.
+  'h100': Device('H100-80GB', 80 * 10**9),
+  # https://cloud.google.com/tpu/docs/v5e, per chip.
+  'v5e': Device('TPU v5e', 16 * 10**9),
+}
+NAMES = (*_KNOWN, HERE)
+
+
+def get(name: str) -> Device:
+  """The device of that name; 'here' is the first of this machine's.
+
+  Raises:
+    ValueError: The name is none of `NAMES`.
+  """
+  if name not in NAMES:
+    raise unknown('device', name, NAMES)
+  if name in _KNOWN:
+    return _KNOWN[name]
+  device = jax.devices()[0]
+  if device.platform == 'cpu':
+    return Device('this machine', host_bytes())
+  num_bytes = (device.memory_stats() or {}).get('bytes_limit', 0)
+  return Device(f'this {device.device_kind}', num_bytes)
+
+
+def host_bytes(limit_file: pathlib.Path = _LIMIT) -> int:
+  """The memory that this process may have: the machine's, or its group's.
+
+  Args:
+    limit_file: Linux's limit of a control group: a number, or 'max'.
+  """
+  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  try:
+    limit = limit_file.read_text().strip()
+  except OSError:
+    return physical
+  return min(physical, int(limit)) if limit.isdigit() else physical

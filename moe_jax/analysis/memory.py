@@ -1,0 +1,239 @@
+"""Bytes that a model needs, by formula: weights, caches, activations, buffers.
+
+Arrays of a program's own that live for a moment are not counted, nor gradients
+and an optimizer's state. Not here: how much a device has (`devices.py`).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from moe_jax.analysis.halves import (
+  Half,
+  capacity,
+  group_size,
+  halves,
+  param_shapes,
+)
+from moe_jax.config import unknown
+from moe_jax.layers.ffn import FfnConfig
+from moe_jax.layers.moe import MoeConfig
+from moe_jax.models import Model
+
+# Bytes of a stored number. int8 stands for a byte a weight; the scales that go
+# with it, one a column, are not counted.
+DTYPES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
+# How many arrays as wide as F (or as an expert's rows) reverse mode keeps of
+# activation(x W_gate) * x W_in, its products among them.
+_KEPT_HIDDEN = {'relu': 1, 'gelu': 4, 'gelu_tanh': 6, 'geglu': 8, 'swiglu': 6}
+
+
+def weight_bytes(model: Model, dtype: str, seq_len: int) -> int:
+  """Of all parameters, with kernels and tables of embeddings in `dtype`.
+
+  Routers, norms and relative positions stay float32, as they are stored.
+
+  Raises:
+    ValueError: The dtype is none of `DTYPES`.
+  """
+  if dtype not in DTYPES:
+    raise unknown('dtype', dtype, DTYPES)
+  return sum(
+    leaf.size * (4 if _stays_float32(name) else DTYPES[dtype])
+    for name, leaf in param_shapes(model, seq_len).items()
+  )
+
+
+def _stays_float32(name: str) -> bool:
+  last = name.rsplit('/', 1)[-1]
+  return '/router/' in name or last in ('scale', 'bias', 'table')
+
+
+def cache_bytes(
+  model: Model,
+  batch_size: int,
+  max_len: int,
+  encoder_len: int = 0,
+  dtype: str = '',
+) -> int:
+  """Of the keys and values of every decoder layer, and what goes with them.
+
+  Args:
+    model: Either kind.
+    batch_size: Rows that are generated at once.
+    max_len: Tokens of a row, its prompt included.
+    encoder_len: Tokens that the encoder reads, whose keys and values
+      cross-attention keeps.
+    dtype: Of keys and values; '' is that of the model's activations.
+  """
+  *_, decoder = halves(model, encoder_len or max_len, max_len)
+  a = decoder.stack.block.attention
+  itemsize = jnp.dtype(dtype or a.dtype).itemsize
+  slot = 2 * len(decoder.stack.sparse) * a.num_kv_heads * a.head_width
+  slots = max_len + (encoder_len if decoder.memory_len else 0)
+  # A flag a slot; the next position of every row; the cache's own length.
+  return batch_size * slots * (slot * itemsize + 1) + 4 * batch_size + 4
+
+
+def serving_bytes(
+  model: Model,
+  dtype: str,
+  batch_size: int,
+  seq_len: int,
+  target_len: int = 0,
+) -> int:
+  """Weights in `dtype` and a full cache; int8 weights have a bfloat16 cache.
+
+  Args:
+    model: Either kind.
+    dtype: One of `DTYPES`.
+    batch_size: Rows that are generated at once.
+    seq_len: Tokens of a row; of an encoder-decoder T_enc.
+    target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
+  """
+  *_, last = halves(model, seq_len, target_len)
+  kept = 'float32' if dtype == 'float32' else 'bfloat16'
+  weights = weight_bytes(model, dtype, seq_len)
+  return weights + cache_bytes(
+    model, batch_size, last.length, last.memory_len, kept
+  )
+
+
+class Activations(NamedTuple):
+  """What the forward pass leaves for the backward pass, in bytes.
+
+  XLA may keep less, and compute elementwise functions again.
+
+  Attributes:
+    layers: Of all layers, without scores, as `model.remat` has it. Masks of
+      dropout are not counted.
+    scores: Attention's, float32 and in the model's dtype, and the bias of
+      relative positions: where no fused kernel does without them.
+    logits: Float32, of the decoder.
+  """
+
+  layers: int
+  scores: int
+  logits: int
+
+
+def activations(
+  model: Model, batch_size: int, seq_len: int, target_len: int = 0
+) -> Activations:
+  """Of a training step of one batch (a microbatch, where there are any)."""
+  layers = scores = 0
+  parts = halves(model, seq_len, target_len)
+  for half in parts:
+    layers += _kept_by_layers(half, model.config.embedding.width, batch_size)
+    scores += _kept_scores(half, batch_size)
+  logits = 4 * batch_size * parts[-1].length * model.config.vocab_size
+  return Activations(layers, scores, logits)
+
+
+def _kept_by_layers(half: Half, M: int, B: int) -> int:
+  c, n, L = half.stack, B * half.length, len(half.stack.sparse)
+  block, b = c.block, jnp.dtype(c.block.dtype).itemsize
+  every = c.remat == 'none'
+  total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
+  if c.remat == 'full':
+    return total
+  a, crosses = block.attention, block.cross_attention is not None
+  query, keys = a.num_heads * a.head_width, 2 * a.num_kv_heads * a.head_width
+  total += L * n * (query + keys + M) * b
+  if crosses:
+    total += L * (n * (query + M) + B * half.memory_len * keys) * b
+  sparse = half.num_sparse
+  extra = sum(c.sparse) if block.extra_ffn else 0
+  dense = L - sum(c.sparse) + extra
+  total += dense * n * _kept_hidden(block.ffn, every)
+  if block.twin is not None:
+    total += sum(c.sparse) * n * _kept_hidden(block.twin, every)
+  if sparse:
+    hidden = _kept_hidden(block.moe.expert, every, block.moe.dispatch)
+    rows = expert_rows(block.moe, B, half.length)
+    total += sparse * rows * (hidden + M * b)
+    total += sparse * n * 4 * block.moe.router.num_experts
+  if every:
+    # Three float32 arrays of each norm, and its output twice, once as what
+    # the next product multiplies; what attention gave; an expert's input.
+    norms = L * (2 + crosses) + extra
+    total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
+    total += L * n * query * b * (1 + crosses)
+    if sparse:
+      total += sparse * rows * M * b
+  return total
+
+
+def _kept_hidden(c: FfnConfig, every: bool, dispatch: str = '') -> int:
+  """Bytes kept per row of a feed-forward, as wide as its hidden values."""
+  b = jnp.dtype(c.dtype).itemsize
+  # The products without capacity have a gradient that keeps its inputs alone.
+  if not every or dispatch == 'dropless':
+    return len(c.first_kernels) * c.hidden * b
+  signs = c.hidden if c.activation == 'relu' else 0
+  return _KEPT_HIDDEN[c.activation] * c.hidden * b + signs
+
+
+def _kept_scores(half: Half, B: int) -> int:
+  c, a = half.stack, half.stack.block.attention
+  T, H = half.length, a.num_heads
+  bias = 4 * H * T * T if c.relative_buckets else 0
+  if c.remat != 'none':
+    return bias
+  per_score = 4 + jnp.dtype(a.dtype).itemsize
+  return bias + len(c.sparse) * B * H * T * half.keys * per_score
+
+
+def expert_rows(moe: MoeConfig, batch_size: int, length: int) -> int:
+  """Rows that all experts of a layer have together, filled or not."""
+  S = group_size(moe, batch_size, length)
+  groups = -(-batch_size * length // S)
+  slots = groups * moe.router.num_experts * capacity(moe, S)
+  if moe.dispatch == 'dropless':
+    return min(groups * S * moe.router.num_selected, slots)
+  return slots
+
+
+def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
+  """Of a sparse layer's buffers: rows to the experts, and rows back.
+
+  Under dispatch='einsum' also of the mask [G, S, K, E, C] of one byte.
+  """
+  moe = half.stack.block.moe
+  if not half.num_sparse:
+    return 0
+  rows = expert_rows(moe, batch_size, half.length)
+  itemsize = jnp.dtype(moe.expert.dtype).itemsize
+  masks = 0
+  if moe.dispatch == 'einsum':
+    # Every token of a group has a flag for each of the group's slots.
+    S = group_size(moe, batch_size, half.length)
+    masks = S * moe.router.num_selected * rows
+  return 2 * rows * width * itemsize + masks
+
+
+def all_to_all_bytes(
+  half: Half, width: int, batch_size: int, num_parts: int
+) -> int:
+  """Sent by one device in one exchange of one sparse layer.
+
+  The batch and the experts are each split over `num_parts` devices; of the
+  rows that a device has, all but its own experts' go to others. A layer
+  exchanges twice, to the experts and back, and again in the backward pass.
+  Layers without capacity have no exchange here, they gather the kernels; this
+  is what one would send.
+
+  Raises:
+    ValueError: The experts or the rows do not divide.
+  """
+  moe = half.stack.block.moe
+  if not half.num_sparse:
+    return 0
+  E = moe.router.num_experts
+  if num_parts < 1 or E % num_parts:
+    raise ValueError(
+      f'expert parallelism of {num_parts} does not divide num_experts={E}'
+    )
+  rows = expert_rows(moe, batch_size, half.length)
+  sent = rows * width * jnp.dtype(moe.expert.dtype).itemsize
+  return sent * (num_parts - 1) // num_parts**2

@@ -1,0 +1,209 @@
+"""Bytes by formula against the arrays that JAX would make."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.extend.core import Literal
+
+from configs import switch_c
+from moe_jax import models
+from moe_jax.analysis import memory
+from moe_jax.analysis.halves import halves
+from moe_jax.dispatch import dropless, einsum, gather
+from moe_jax.routing import token_choice
+from tests.models import tiny
+from tests.models.tiny import T
+
+B, S = 3, 7  # S tokens of an encoder
+ENCODER_DECODER = dict(kind='encoder_decoder', positions='relative')
+
+
+def num_bytes(tree):
+  return sum(
+    math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+@pytest.mark.parametrize('options', [dict(use_bias=True), ENCODER_DECODER])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_weights_are_as_large_as_the_parameters(options, dtype):
+  stored = tiny.build(param_dtype=dtype, norm='layernorm', **options)
+  params = nn.meta.unbox(models.abstract_params(stored, T))
+  model = tiny.build(norm='layernorm', **options)
+  assert memory.weight_bytes(model, dtype, T) == num_bytes(params)
+
+
+def test_int8_is_a_byte_a_weight_but_for_routers_and_norms():
+  model = tiny.build(num_kv_heads=2)
+  attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
+  kernels = 2 * (attention + 5 * 2 * 12 * 20) + 12 * 23
+  routers_and_norms = 2 * 12 * 5 + 5 * 12
+  assert memory.weight_bytes(model, 'int8', T) == (
+    kernels + 4 * routers_and_norms
+  )
+  with pytest.raises(ValueError, match=r"'int4'.*'int8'"):
+    memory.weight_bytes(model, 'int4', T)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_cache_is_as_large_as_the_models(dtype):
+  model = tiny.build(num_kv_heads=2, dtype=dtype)
+  cache = jax.eval_shape(lambda: model.make_cache(B, T))
+  assert memory.cache_bytes(model, B, T) == num_bytes(cache)
+
+
+def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
+  model = tiny.build(**ENCODER_DECODER, num_layers=3, num_encoder_layers=2)
+  params = models.abstract_params(model, T)
+  cache = jax.eval_shape(
+    lambda params, tokens: model.apply(
+      {'params': params}, tokens, tokens > 0, T, method='encode'
+    ),
+    params,
+    jax.ShapeDtypeStruct((B, S), jnp.int32),
+  )
+  assert memory.cache_bytes(model, B, T, S) == num_bytes(cache)
+  assert memory.serving_bytes(model, 'float32', B, S, T) == (
+    memory.weight_bytes(model, 'float32', T) + num_bytes(cache)
+  )
+
+
+def routing_of(moe, groups, tokens):
+  r = moe.router
+  capacity = r.capacity(group_size=tokens, num_experts=5, num_selected=2)
+  route = functools.partial(
+    token_choice, num_selected=2, capacity=capacity, gates='renormalized'
+  )
+  logits = jax.ShapeDtypeStruct((groups, tokens, 5), jnp.float32)
+  return jax.eval_shape(route, logits)
+
+
+@pytest.mark.parametrize(
+  ('options', 'groups', 'tokens'),
+  [
+    (dict(), B, T),
+    (dict(group_size=5), 6, 5),
+    (dict(group_size=20), 2, 20),  # the second group is half padding
+    (dict(group_size=-1, capacity_factor=3.0), 1, B * T),
+  ],
+)
+@pytest.mark.parametrize('mover', [gather, einsum, dropless])
+def test_buffers_are_those_of_the_dispatcher(options, groups, tokens, mover):
+  name = mover.__name__.rsplit('.', 1)[-1]
+  if mover is dropless:
+    options = {**options, 'capacity_rule': 'all'}
+  model = tiny.build(dict(dispatch=name, **options), dtype='bfloat16')
+  (half,) = halves(model, T)
+  routing = routing_of(half.stack.block.moe, groups, tokens)
+  x = jax.ShapeDtypeStruct((groups, tokens, 12), jnp.bfloat16)
+  rows = jax.eval_shape(mover.dispatch, x, routing)
+  expected = 2 * num_bytes(rows)
+  if mover is einsum:
+    expected += num_bytes(jax.eval_shape(einsum.dispatch_mask, routing))
+  assert memory.dispatch_bytes(half, 12, B) == expected
+
+
+def test_what_a_device_sends_to_the_experts_of_others():
+  # 5 experts of ceil(1.25 * 10 / 5) = 3 slots in each of 4 sequences, 60 rows.
+  # Each of 5 devices has the rows of a fifth of the batch, 12, and keeps a
+  # fifth of them; the others' are of 12 numbers of 4 bytes.
+  (half,) = halves(tiny.build(), T)
+  assert memory.expert_rows(half.stack.block.moe, 4, T) == 60
+  assert memory.all_to_all_bytes(half, 12, 4, 5) == 12 * 4 // 5 * 48 + 28
+  assert memory.all_to_all_bytes(half, 12, 4, 1) == 0
+  with pytest.raises(ValueError, match='of 2 does not divide num_experts=5'):
+    memory.all_to_all_bytes(half, 12, 4, 2)
+
+
+def kept_between_passes(model, lengths):
+  """Bytes of what the forward pass hands to the backward pass."""
+  params = nn.meta.unbox(models.abstract_params(model, T))
+  tokens = [jax.ShapeDtypeStruct((B, n), jnp.int32) for n in lengths]
+
+  def passes(params, *tokens):
+    def forward(params):
+      return model.apply({'params': params}, *tokens)[0]
+
+    return jax.vjp(forward, params)[1]
+
+  made = jax.make_jaxpr(passes)(params, *tokens).jaxpr
+  given = {id(v) for v in made.invars}
+  kernels = {leaf.shape for leaf in jax.tree.leaves(params)}
+  kernels |= {shape[1:] for shape in kernels}  # of an unrolled layer
+  kept = {
+    id(v): v.aval
+    for v in made.outvars
+    if not isinstance(v, Literal) and id(v) not in given
+  }
+  # Kernels in another type are no activations.
+  return num_bytes([a for a in kept.values() if a.shape not in kernels])
+
+
+WIDE = dict(width=32, hidden=200, num_layers=4, tie_embeddings=False)
+SPARSE = dict(layers='every 2', num_experts=4)
+LENGTHS = 48, 40
+
+
+DENSE = dict(moe=dict(layers='none'))
+GATED = dict(moe=SPARSE, activation='geglu')
+EXTRA = dict(moe=dict(**SPARSE, extra_ffn=True), activation='gelu_tanh')
+DROPLESS = dict(
+  moe=dict(**SPARSE, dispatch='dropless', capacity_rule='all'),
+  activation='swiglu',
+)
+BOTH = dict(**GATED, **ENCODER_DECODER)
+
+
+@pytest.mark.parametrize(
+  ('options', 'dtype', 'remat'),
+  [
+    (dict(**DENSE, activation='relu'), 'float32', 'none'),
+    (dict(**DENSE, activation='gelu'), 'bfloat16', 'none'),
+    (GATED, 'float32', 'none'),
+    (GATED, 'bfloat16', 'dots'),
+    (EXTRA, 'bfloat16', 'none'),
+    (EXTRA, 'float32', 'dots'),
+    (DROPLESS, 'float32', 'none'),
+    (DROPLESS, 'bfloat16', 'dots'),
+    (DROPLESS, 'float32', 'full'),
+    (BOTH, 'bfloat16', 'none'),
+    (BOTH, 'float32', 'dots'),
+    ({**BOTH, 'hidden': 8}, 'float32', 'dots'),
+    (BOTH, 'bfloat16', 'full'),
+  ],
+)
+def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
+  options = {**WIDE, **options, 'dtype': dtype, 'remat': remat}
+  model = tiny.build(**options, attention='einsum')
+  lengths = LENGTHS[: len(model.config.stacks)]
+  found = memory.activations(model, B, *lengths)
+  expected = kept_between_passes(model, lengths)
+  assert found.layers + found.scores == pytest.approx(expected, rel=0.11)
+  assert found.logits == 4 * B * lengths[-1] * tiny.V
+
+
+def test_less_is_kept_the_more_is_computed_again():
+  full, dots, none = (
+    memory.activations(tiny.build(remat=remat), B, T)
+    for remat in ('full', 'dots', 'none')
+  )
+  assert full.layers < dots.layers < none.layers
+  assert full.scores == dots.scores == 0 < none.scores
+
+
+def test_switch_c_needs_three_terabytes():
+  config = switch_c.get_config()
+  model = models.build(config)
+  weights = memory.weight_bytes(model, 'bfloat16', 64)
+  experts = 30 * 2048 * 2 * 2080 * 6144
+  assert 2 * experts < weights < 2 * experts * 1.001
+  # Each of 15 + 15 layers has 2 slots for each of 2048 experts in a group of
+  # 2048 tokens, which is 4 sequences: 4096 rows of 2080 numbers of 2 bytes.
+  encoder, decoder = halves(model, 512, 128)
+  assert memory.dispatch_bytes(encoder, 2080, 4) == 2 * 4096 * 2080 * 2
+  assert memory.dispatch_bytes(decoder, 2080, 16) == 2 * 4096 * 2080 * 2
