@@ -3,14 +3,13 @@
 Each is a `Hook` of the training loop; `moe_jax.main` and experiments choose.
 """
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from moe_jax import data, generation, models
 from moe_jax.analysis import cost, plots, routing_report
 from moe_jax.analysis.token_counts import token_counts
-from moe_jax.config import merge
+from moe_jax.generation import runs
 from moe_jax.kernels import backends
 from moe_jax.training import metrics, summary
 from moe_jax.training import workdir as workdir_lib
@@ -19,6 +18,7 @@ from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
 _REPORT_BATCHES = 8
+_SAMPLE_PAIRS = 3
 LEAK = (
   'moe.allow_future_leak=True: where capacity binds, later tokens change '
   'earlier outputs; losses are not those of a causal model'
@@ -61,24 +61,61 @@ class Sample(Hook):
   """Ends a run with a text sample, printed and in `sample.txt`."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Continues `config.sample.prompt` with room for every token."""
-    c = run.config
-    if c.sample.num_tokens < 1:
+    """Continues `config.sample.prompt`, or answers it.
+
+    An encoder-decoder answers the first validation inputs too, beside their
+    targets. Text that outgrows the rows of training looks no further back than
+    they did; where positions are learned, the sample ends with them.
+    """
+    c = run.config.sample
+    if c.num_tokens < 1:
       return
-    tokenizer = run.dataset.tokenizer
-    room = {'model': {'moe': {'capacity_rule': 'all', 'dispatch': 'dropless'}}}
-    tokens = generation.sample(
-      models.build(merge(c, room)),
-      state.params,
-      tokenizer.encode(c.sample.prompt),
-      num_tokens=c.sample.num_tokens,
-      context_len=c.data.seq_len,
-      temperature=c.sample.temperature,
-      key=jax.random.key(c.sample.seed),
+    imported = runs.is_imported(run.workdir)
+    model, variables = generation.prepare(
+      run.model,
+      {'params': state.params},
+      window=runs.window(run.config, run.model, imported=imported),
     )
-    text = c.sample.prompt + tokenizer.decode(tokens)
+    tokenizer = run.dataset.tokenizer
+    prompt = runs.encode(run.config, tokenizer, c.prompt, imported=imported)
+    prompt, num_tokens = runs.fit(model, prompt, c.num_tokens)
+    pairs = []
+    if isinstance(model, models.EncoderDecoder):
+      pairs = first_pairs(run.dataset.splits['validation'])
+    made = generation.generate(
+      model,
+      variables,
+      [prompt, *(inputs for inputs, _ in pairs)],
+      max_new_tokens=num_tokens,
+      temperature=c.temperature,
+      seed=c.seed,
+      **runs.special_ids(model, tokenizer),
+    )
+    answers = [runs.decode(tokenizer, row) for row in made.rows]
+    text = c.prompt + answers[0]
+    if isinstance(model, models.EncoderDecoder):
+      given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]
+      wanted = ['', *(tokenizer.decode(targets) for _, targets in pairs)]
+      text = '\n\n'.join(map(_answered, given, answers, wanted))
     workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
-    run.message(f'sample, temperature {c.sample.temperature}:\n{text}')
+    run.message(f'sample, temperature {c.temperature}:\n{text}')
+
+
+def first_pairs(
+  rows: data.Rows, count: int = _SAMPLE_PAIRS
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """The first example of each of the first rows: (inputs, targets)."""
+  batch = rows.take(np.arange(min(count, len(rows))))
+  encoder, decoder = (
+    batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
+  )
+  pairs = zip(batch['encoder_tokens'], encoder, batch['targets'], decoder)
+  return [(inputs[a], targets[b]) for inputs, a, targets, b in pairs]
+
+
+def _answered(inputs: str, answer: str, target: str) -> str:
+  text = f'inputs: {inputs}\noutputs: {answer}'
+  return f'{text}\ntargets: {target}' if target else text
 
 
 class Plots(Hook):

@@ -29,12 +29,20 @@ ALLOWED = {
   'training': UP_TO_TRAINING - {'training'} | {'parallel'},
   'finetuning': UP_TO_TRAINING,
   'generation': UP_TO_LAYERS | {'models', 'data', 'training'},
-  'interop': UP_TO_LAYERS | {'models', 'data', 'training'},
+  'interop': UP_TO_LAYERS | {'models', 'data', 'training', 'command_line'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
   'analysis': UP_TO_LAYERS
   | {'models', 'data', 'training', 'command_line', 'host'},
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
+  'generate': {
+    'command_line',
+    'data',
+    'generation',
+    'host',
+    'models',
+    'training',
+  },
   'main': {'command_line', 'config', 'hooks', 'host', 'training'},
   '__init__': UP_TO_LAYERS | {'models'},
 }
@@ -44,8 +52,12 @@ NARROW = {
   'data': 'moe_jax.data.tokenizers',
   'training': 'moe_jax.training.checkpoint',
 }
-# Who explains a step's cost has to build the step; the loop stays out of reach.
-ALSO = {'analysis': 'moe_jax.training.setup'}
+# Who explains a step's cost has to build the step, and who imports a run has to
+# make its folder; the loop stays out of reach.
+ALSO = {
+  'analysis': 'moe_jax.training.setup',
+  'interop': 'moe_jax.training.workdir',
+}
 
 
 def imported(path: pathlib.Path) -> set[str]:

@@ -186,6 +186,10 @@ class Json(Tokenizer):
       saved['special'] = self._given.to_json()
     return saved
 
+  def vocabulary_name(self, token: Token) -> str:
+    """How the vocabulary spells a token; '' where no token has the id."""
+    return self._model.id_to_token(int(token)) or ''
+
   def model_json(self) -> str:
     """What a `tokenizer.json` holds."""
     return self._model.to_str(pretty=True)

@@ -16,12 +16,14 @@ import numpy as np
 from moe_jax.config import unknown
 from moe_jax.data.extra_ids import Extended
 from moe_jax.data.json_tokenizer import Json
-from moe_jax.data.special_tokens import SpecialTokens, read_json
+from moe_jax.data.special_tokens import SENTENCEPIECE, SpecialTokens, read_json
 from moe_jax.data.tokenizer_base import Ids, Token, Tokenizer, digest
 
 __all__ = [
+  'SENTENCEPIECE',
   'Bytes',
   'Chars',
+  'Extended',
   'Ids',
   'Json',
   'SpecialTokens',

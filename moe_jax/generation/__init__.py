@@ -1,5 +1,18 @@
-"""Generation: text from a trained model."""
+"""Generation: tokens and text from a trained or imported model."""
 
-from moe_jax.generation.sampling import sample
+from moe_jax.generation.beams import Beams, beam_search
+from moe_jax.generation.loop import Generation, generate
+from moe_jax.generation.prepare import prepare
+from moe_jax.generation.runs import Loaded, load
+from moe_jax.generation.text import TextStream
 
-__all__ = ['sample']
+__all__ = [
+  'Beams',
+  'Generation',
+  'Loaded',
+  'TextStream',
+  'beam_search',
+  'generate',
+  'load',
+  'prepare',
+]

@@ -1,93 +1,116 @@
-"""Sampling by running the whole context again for every token.
+"""From logits to the next token: greedy, temperature, top-k, top-p.
 
-One compiled loop, no cache: right for the short sample that ends a training
-run, slow for anything longer.
+Pure functions on float32 logits. Not here: the loop (`loop.py`), and beams
+(`beams.py`).
 """
 
-import functools
+from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from moe_jax.shapes import Array, Int32, PRNGKey
+from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf
 
 
-def sample(
-  model: nn.Module,
-  params,
-  prompt: np.ndarray,
-  *,
-  num_tokens: int,
-  context_len: int,
-  temperature: float,
-  key: PRNGKey,
-) -> Int32[np.ndarray, ' N']:
-  """Continues one prompt; returns the new tokens alone.
+def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
+  """The k largest logits of each row, others -inf; equals of the k-th stay."""
+  k = min(k, logits.shape[-1])
+  least = jax.lax.top_k(logits, k)[0][:, -1:]
+  return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_top_p(
+  logits: Float32[Array, 'B V'], p: float | Float32[Array, '']
+) -> Float32[Array, 'B V']:
+  """The likeliest tokens that reach probability p together, others -inf.
+
+  A token stays if those likelier than it have less than p (nucleus sampling,
+  section 3.1 of arXiv:1904.09751); the likeliest always stays, and so do
+  equals of the last that does.
+  """
+  falling = -jnp.sort(-logits, axis=-1)
+  probs = jax.nn.softmax(falling)
+  likelier = jnp.cumsum(probs, axis=-1) - probs
+  stays = (likelier < p).at[:, 0].set(True)
+  least = jnp.where(stays, falling, jnp.inf).min(axis=-1, keepdims=True)
+  return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+class Sampler(flax.struct.PyTreeNode):
+  """How the next token is chosen; `make` checks the options.
+
+  Attributes:
+    temperature: Divides the logits; None takes the largest.
+    top_p: See `keep_top_p`, after the temperature and top-k; None: all.
+    top_k: See `keep_top_k`; 0: all.
+  """
+
+  temperature: Leaf | None = None
+  top_p: Leaf | None = None
+  top_k: int = flax.struct.field(pytree_node=False, default=0)
+
+  @classmethod
+  def make(
+    cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
+  ) -> 'Sampler':
+    """Temperature 0.0 is greedy, top_k 0 and top_p 1.0 keep all tokens.
+
+    Raises:
+      ValueError: An option is out of range, or would do nothing.
+    """
+    if temperature < 0:
+      raise ValueError(f'temperature={temperature} is negative')
+    if top_k < 0:
+      raise ValueError(f'top_k={top_k} is negative; 0 keeps all tokens')
+    if not 0 < top_p <= 1:
+      raise ValueError(f'top_p={top_p} not in (0, 1]')
+    if not temperature and (top_k or top_p < 1):
+      raise ValueError(
+        f'top_k={top_k} and top_p={top_p} need a temperature above 0; greedy '
+        'takes the likeliest token anyway'
+      )
+    return cls(
+      temperature=temperature or None,
+      top_p=top_p if top_p < 1 else None,
+      top_k=top_k,
+    )
+
+  def __call__(
+    self, logits: Float32[Array, 'B V'], keys: Key[Array, ' B']
+  ) -> Int32[Array, ' B']:
+    """A token a row, drawn with the row's own key."""
+    if self.temperature is None:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / self.temperature
+    if self.top_k:
+      logits = keep_top_k(logits, self.top_k)
+    if self.top_p is not None:
+      logits = keep_top_p(logits, self.top_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    return drawn.astype(jnp.int32)
+
+
+def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
+  """A key a row, which the other rows have no part in.
 
   Args:
-    model: A causal model `(tokens) -> (logits, aux)`. Give it room for every
-      token (`capacity_rule='all'`, best with `dispatch='dropless'`), or what
-      is drawn depends on the padding behind it.
-    params: Its parameters.
-    prompt: int [P], P >= 1; its last `context_len` tokens count.
-    num_tokens: How many to draw.
-    context_len: Tokens the model sees at once.
-    temperature: Divides the logits; 0.0 takes the largest.
-    key: Of the draws.
+    seed: Row r has key r of it. Of several, one a row, each row has key 0 of
+      its own: what it would have alone.
+    num_rows: B.
 
   Raises:
-    ValueError: The prompt is empty, a length is below 1, or the temperature
-      is negative.
+    ValueError: There are not as many seeds as rows.
   """
-  if len(prompt) < 1:
-    raise ValueError('prompt is empty; it needs at least one token')
-  if num_tokens < 1 or context_len < 1 or temperature < 0:
-    raise ValueError(
-      f'num_tokens={num_tokens} and context_len={context_len} must be at '
-      f'least 1, temperature={temperature} not negative'
-    )
-  prompt = np.asarray(prompt, np.int32)[-context_len:]
-  context = np.zeros((1, context_len), np.int32)
-  context[0, : len(prompt)] = prompt
-  draw = _compiled(model, num_tokens, temperature)
-  return np.asarray(draw(params, context, len(prompt), key))
+  if np.ndim(seed) == 0:
+    rows = jnp.arange(num_rows, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+  if len(seed) != num_rows:
+    raise ValueError(f'{len(seed)} seeds for {num_rows} prompts')
+  return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(model, num_tokens, temperature):
-  return jax.jit(
-    functools.partial(
-      _sample_loop,
-      model=model,
-      num_tokens=num_tokens,
-      temperature=temperature,
-    )
-  )
-
-
-def _sample_loop(
-  params, context: Array, length: Array, key, *, model, num_tokens, temperature
-) -> Array:
-  T = context.shape[1]
-
-  def one(carry, draw_key):
-    context, length = carry
-    # Tokens behind `length` are padding, and a causal model does not look.
-    segment_ids = (jnp.arange(T)[None] < length).astype(jnp.int32)
-    logits, _ = model.apply({'params': params}, context, segment_ids)
-    logits = jnp.take(logits[0], length - 1, axis=0)  # [V]
-    if temperature:
-      token = jax.random.categorical(draw_key, logits / temperature)
-    else:
-      token = jnp.argmax(logits)
-    token = token.astype(jnp.int32)
-    full = length == T
-    context = jnp.where(full, jnp.roll(context, -1, axis=1), context)
-    place = jnp.where(full, T - 1, length)
-    context = context.at[0, place].set(token)
-    return (context, jnp.minimum(length + 1, T)), token
-
-  keys = jax.random.split(key, num_tokens)
-  return jax.lax.scan(one, (context, jnp.asarray(length)), keys)[1]
+def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:
+  """Each row's key of one step."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -1,82 +1,130 @@
-"""Sampling against a greedy loop in plain Python, and as draws."""
+"""What is kept and what is drawn, against plain numpy."""
 
+import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from moe_jax.generation import sample
-from tests.models import oracle, tiny
-from tests.models.tiny import V
+from moe_jax.generation import sampling
 
-MOE = dict(capacity_rule='all')
-OPTIONS = dict(activation='relu', tie_embeddings=False)
-MODEL = tiny.build(MOE, **OPTIONS)
-PARAMS = tiny.params_of(MODEL)
-PROMPT = np.array([3, 17, 5])
+B, V = 3, 7
+LOGITS = st.lists(
+  st.lists(st.integers(-6, 6), min_size=V, max_size=V), min_size=B, max_size=B
+)
 
 
-def draw(prompt=PROMPT, **changes):
-  options = dict(
-    num_tokens=11, context_len=7, temperature=0.0, key=jax.random.key(0)
-  )
-  return sample(MODEL, PARAMS, prompt, **{**options, **changes})
+def kept_top_k(row, k):
+  """The k-th largest and all that are not smaller."""
+  return row >= sorted(row)[::-1][min(k, len(row)) - 1]
 
 
-def greedy(prompt, num_tokens, context_len):
-  """The largest logit of a numpy model, again and again."""
-  text = list(prompt)
-  for _ in range(num_tokens):
-    context = np.array(text[-context_len:])
-    logits, _ = oracle.decode(tiny.config(MOE, **OPTIONS), PARAMS, context)
-    text.append(int(logits[-1].argmax()))
-  return text[len(prompt) :]
+def kept_top_p(row, p):
+  """Token by token: the probability of those likelier than it is below p."""
+  probs = np.exp(row - row.max())
+  probs = probs / probs.sum()
+  kept = [probs[row > logit].sum() < p for logit in row]
+  return np.array(kept) | (row == row.max())
 
 
-@pytest.mark.parametrize('length', [3, 7, 12])
-def test_temperature_zero_is_greedy_also_when_the_window_is_full(length):
-  # Prompts shorter than the window, as long, and longer.
-  prompt = tiny.tokens(5, (length,))
-  expected = greedy(prompt, 11, 7)
-  assert len(set(expected)) > 3
-  np.testing.assert_array_equal(draw(prompt), expected)
+def test_top_k_and_top_p_told():
+  # Probabilities 0.5, 0.3, 0.15, 0.05: at 0.6 the first is not enough, and the
+  # second makes it; at 0.5 the first is exactly enough.
+  logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
+  kept = jnp.isfinite(sampling.keep_top_p(logits, 0.6))
+  np.testing.assert_array_equal(kept, [[False, True, False, True]])
+  kept = jnp.isfinite(sampling.keep_top_p(logits, 0.49))
+  np.testing.assert_array_equal(kept, [[False, True, False, False]])
+  kept = jnp.isfinite(sampling.keep_top_k(logits, 3))
+  np.testing.assert_array_equal(kept, [[True, True, False, True]])
 
 
-def test_the_same_key_gives_the_same_text():
-  first, again = (draw(temperature=1.0) for _ in range(2))
-  np.testing.assert_array_equal(first, again)
-  other = draw(temperature=1.0, key=jax.random.key(1))
-  assert (first != other).any()
-  assert first.dtype == np.int32
-  assert first.shape == (11,)
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(LOGITS, st.integers(1, V + 2), st.floats(0.01, 0.99))
+def test_kept_tokens_are_those_of_the_definition(logits, k, p):
+  # Sums in float32 and float64 fall on different sides of an exact p.
+  logits = np.array(logits, np.float32)
+  logits += np.arange(V, dtype=np.float32) / 1000
+  for f, definition, n in (
+    (sampling.keep_top_k, kept_top_k, k),
+    (sampling.keep_top_p, kept_top_p, p),
+  ):
+    found = np.asarray(f(jnp.asarray(logits), n))
+    expected = np.array([definition(row, n) for row in logits])
+    np.testing.assert_array_equal(np.isfinite(found), expected)
+    np.testing.assert_array_equal(found[expected], logits[expected])
 
 
-@pytest.mark.parametrize('temperature', [0.4, 0.8])
-def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
-  config = tiny.config(MOE, **OPTIONS)
-  logits = oracle.decode(config, PARAMS, PROMPT)[0][-1]
-  count = np.zeros(V)
-  for seed in range(400):
-    count[
-      draw(num_tokens=1, temperature=temperature, key=jax.random.key(seed))
-    ] += 1
+def test_equals_of_the_last_that_stays_stay_too():
+  logits = jnp.array([[1.0, 3.0, 1.0, 0.0]])
+  kept = jnp.isfinite(sampling.keep_top_k(logits, 2))
+  np.testing.assert_array_equal(kept, [[True, True, True, False]])
 
-  def distance(t):
-    p = np.exp(logits / t - (logits / t).max())
-    return np.abs(count / 400 - p / p.sum()).sum() / 2
 
-  assert distance(temperature) < 0.12
-  assert min(distance(temperature / 3), distance(temperature * 3)) > 0.18
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(temperature=0.7),
+    dict(temperature=1.3, top_k=3),
+    dict(temperature=0.9, top_p=0.8),
+    dict(temperature=1.6, top_k=4, top_p=0.7),
+  ],
+)
+def test_draws_follow_the_softmax_of_what_is_kept(options):
+  rng = np.random.default_rng(0)
+  row = rng.normal(0, 1.2, V).astype(np.float32)
+  N = 4000
+  sampler = sampling.Sampler.make(**options)
+  keys = sampling.row_keys(3, N)
+  drawn = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
+  share = np.bincount(drawn, minlength=V) / N
+  # Temperature, then top-k, then top-p: the order is part of the definition.
+  scaled = row / options['temperature']
+  if 'top_k' in options:
+    scaled = np.where(kept_top_k(scaled, options['top_k']), scaled, -np.inf)
+  if 'top_p' in options:
+    scaled = np.where(kept_top_p(scaled, options['top_p']), scaled, -np.inf)
+  probs = np.exp(scaled - scaled.max())
+  probs /= probs.sum()
+  assert (share[probs == 0] == 0).all()
+  assert np.abs(share - probs).sum() / 2 < 0.03
+
+
+def test_greedy_is_the_largest_and_uses_no_key():
+  logits = jnp.array([[0.0, 2.0, 1.0], [3.0, -1.0, 0.0]])
+  for seed in (0, 1):
+    token = sampling.Sampler.make()(logits, sampling.row_keys(seed, 2))
+    np.testing.assert_array_equal(token, [1, 0])
+
+
+def test_a_rows_key_depends_on_no_other_row():
+  data = jax.random.key_data
+  many, few = sampling.row_keys(5, 4), sampling.row_keys(5, 2)
+  np.testing.assert_array_equal(data(many)[:2], data(few))
+  own = sampling.row_keys([8, 5], 2)
+  np.testing.assert_array_equal(data(own)[1:], data(sampling.row_keys(5, 1)))
+  assert len({tuple(key) for key in np.asarray(data(many)).tolist()}) == 4
+  steps = [sampling.step_keys(few, jnp.int32(n)) for n in range(3)]
+  rows = np.concatenate([data(keys) for keys in steps]).tolist()
+  assert len({tuple(row) for row in rows}) == 6
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(prompt=np.array([], int)), 'prompt is empty'),
-    (dict(num_tokens=0), 'num_tokens=0'),
-    (dict(context_len=0), 'context_len=0'),
-    (dict(temperature=-0.5), 'temperature=-0.5 not negative'),
+    (dict(temperature=-0.5), 'temperature=-0.5 is negative'),
+    (dict(temperature=1.0, top_k=-1), 'top_k=-1 is negative'),
+    (dict(temperature=1.0, top_p=0.0), r'top_p=0.0 not in \(0, 1\]'),
+    (dict(temperature=1.0, top_p=1.5), r'top_p=1.5 not in \(0, 1\]'),
+    (dict(top_k=5), 'top_k=5 and top_p=1.0 need a temperature'),
   ],
 )
-def test_bad_requests_are_refused(options, message):
+def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    draw(**options)
+    sampling.Sampler.make(**options)
+
+
+def test_seeds_are_one_or_one_a_row():
+  with pytest.raises(ValueError, match='2 seeds for 3 prompts'):
+    sampling.row_keys([1, 2], 3)

@@ -58,9 +58,9 @@ def batch(config, *, seed: int = 0, vocab_size: int = 257) -> dict:
   }
 
 
-def model_of(config):
-  """The model, with the bytes' vocabulary."""
-  return models.build(setup.with_vocabulary(config, 257))
+def model_of(config, vocab_size=257):
+  """The model, with the bytes' vocabulary or another."""
+  return models.build(setup.with_vocabulary(config, vocab_size))
 
 
 @functools.cache

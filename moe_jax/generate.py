@@ -1,0 +1,187 @@
+"""Continues or answers prompts with what a run has learned.
+
+    python -m moe_jax.generate --workdir=runs/tiny --prompt='def ' \
+      --temperature=0.8
+
+Text comes as it is made; without a temperature it is the likeliest token each
+time. Kept short: everything here can be called from a notebook.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from absl import logging
+
+from moe_jax import command_line, generation, host
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.generation import runs
+from moe_jax.models import EncoderDecoder
+from moe_jax.training.checkpoint import CheckpointError
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says in one line what is wrong."""
+
+  def error(self, message: str) -> NoReturn:
+    command_line.fail(message)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = _Parser(
+    prog='python -m moe_jax.generate', description=__doc__.split('\n')[0]
+  )
+  add = parser.add_argument
+  add('--workdir', required=True, help='the run that generates')
+  add('--step', type=int, help='its checkpoint; else the newest good one')
+  prompts = parser.add_mutually_exclusive_group(required=True)
+  prompts.add_argument('--prompt', help='the text to go on from, or to answer')
+  prompts.add_argument('--prompts_file', help='a prompt a line, one batch')
+  add('--chat', action='store_true', help='a prompt is what a user says')
+  add('--source_language', default='', help='of the prompt: eng_Latn (NLLB)')
+  add('--target_language', default='', help='of the answer: fra_Latn (NLLB)')
+  add('--max_new_tokens', type=int, default=256)
+  add('--temperature', type=float, default=0.0, help='0: the likeliest token')
+  add('--top_k', type=int, default=0, help='among so many; 0: among all')
+  add('--top_p', type=float, default=1.0, help='among those of this share')
+  add('--num_beams', type=int, default=1, help='more than 1: beam search')
+  add('--length_penalty', type=float, default=1.0, help='of beam search')
+  add('--seed', type=int, default=0)
+  add(
+    '--stop',
+    action='append',
+    default=[],
+    help='text of a token that ends a row, beside the end of text; repeatable',
+  )
+  add('--traceback', action='store_true', help='show where an error came from')
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Generates, and says in a few lines what went wrong."""
+  options = parse(argv)
+  logging.set_verbosity(logging.WARNING)
+  host.keep_freed_memory()
+  try:
+    run(options)
+  except (CheckpointError, OSError, ValueError) as error:
+    if options.traceback:
+      raise
+    command_line.fail(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+  """Loads the run and prints what it says."""
+  texts = _prompts(options)
+  loaded = generation.load(options.workdir, options.step)
+  for step, reason in loaded.skipped:
+    _note(f'passed over the checkpoint of step {step}: {reason}')
+  prompts, num_tokens = _fitted(loaded, texts, options)
+  model, variables = generation.prepare(
+    loaded.model,
+    loaded.variables,
+    window=runs.window(loaded.config, loaded.model, imported=loaded.imported),
+  )
+  arguments = _arguments(loaded, options)
+  stream = None
+  if len(texts) == 1 and options.num_beams == 1:
+    context = () if isinstance(model, EncoderDecoder) else prompts[0]
+    stream = generation.TextStream(loaded.tokenizer, context)
+    arguments['on_token'] = lambda _, tokens: _say(stream.add(int(tokens[0])))
+  made = generation.generate(
+    model, variables, prompts, max_new_tokens=num_tokens, **arguments
+  )
+  if stream is not None:
+    _say(stream.end() + '\n')
+    return
+  for number, (text, ids) in enumerate(zip(texts, made.rows), 1):
+    if len(texts) > 1:
+      _say(f'[{number}] {text}\n')
+    _say(runs.decode(loaded.tokenizer, ids) + '\n')
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+  if options.prompts_file is None:
+    return [options.prompt]
+  text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
+  prompts = [line for line in text.splitlines() if line]
+  if not prompts:
+    raise ValueError(f'{options.prompts_file} has no prompts, one a line')
+  return prompts
+
+
+def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
+  """The prompts' ids and how many tokens there is room for behind each."""
+  encoded = [_encode(loaded, text, options) for text in texts]
+  for text, ids in zip(texts, encoded):
+    if not len(ids):
+      raise ValueError(f'prompt {text!r} has no tokens; give it some text')
+  wanted = options.max_new_tokens
+  fitted = [runs.fit(loaded.model, ids, wanted) for ids in encoded]
+  num_tokens = min(n for _, n in fitted)
+  prompts = [ids for ids, _ in fitted]
+  cut = sum(map(len, encoded)) - sum(map(len, prompts))
+  if cut or num_tokens < wanted:
+    _note(
+      f'learned positions have room for {num_tokens} new tokens of {wanted}; '
+      f'{cut} tokens of prompts are left out'
+    )
+  return prompts, num_tokens
+
+
+def _encode(loaded, text: str, options) -> np.ndarray:
+  config, tokenizer = loaded.config, loaded.tokenizer
+  language = options.source_language
+  if options.chat or language:
+    _needs(tokenizer, 'encode_chat', '--chat or --source_language')
+  if options.chat:
+    return tokenizer.encode_chat([{'role': 'user', 'content': text}])
+  more = {'language': language} if language else {}
+  return runs.encode(config, tokenizer, text, imported=loaded.imported, **more)
+
+
+def _arguments(loaded, options: argparse.Namespace) -> dict[str, Any]:
+  """What `generate` is told beside the prompts."""
+  tokenizer = loaded.tokenizer
+  ids = runs.special_ids(loaded.model, tokenizer)
+  stops = [_token(tokenizer, text) for text in options.stop]
+  ids['stop_ids'] = (*ids['stop_ids'], *stops)
+  if options.target_language:
+    _needs(tokenizer, 'token_id', '--target_language')
+    ids['forced_ids'] = (tokenizer.token_id(options.target_language),)
+  names = ('temperature', 'top_k', 'top_p', 'seed', 'num_beams')
+  chosen = {name: getattr(options, name) for name in names}
+  return {**ids, **chosen, 'length_penalty': options.length_penalty}
+
+
+def _token(tokenizer: Tokenizer, text: str) -> int:
+  ids = tokenizer.encode(text)
+  if len(ids) != 1:
+    names = [tokenizer.token_name(i) for i in ids]
+    raise ValueError(
+      f'--stop={text!r} is not one token but {len(ids)}: {names}'
+    )
+  return int(ids[0])
+
+
+def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
+  if not hasattr(tokenizer, method):
+    raise ValueError(
+      f'{flag}: tokenizer {tokenizer.identity} came with no model and has none'
+    )
+
+
+def _say(text: str) -> None:
+  print(text, end='', flush=True)
+
+
+def _note(text: str) -> None:
+  print(f'moe_jax: {text}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  main()

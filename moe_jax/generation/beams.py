@@ -1,0 +1,254 @@
+"""Beam search: the most likely sequences, by a search of limited width.
+
+Sequences, scores and the end of the search are those of transformers'
+`generate(num_beams=..., early_stopping=False)`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.generation.prefix import Ids, make_prefix
+from moe_jax.generation.prepare import Variables, begin, prepare
+from moe_jax.layers.cache import KVCache
+from moe_jax.models import Model
+from moe_jax.shapes import Array, Bool, Float32, Int, Int32
+
+
+class Beams(NamedTuple):
+  """The best sequences of each row, the best first.
+
+  Attributes:
+    tokens: int32 [B, R, N], new ones; padding from each length on.
+    lengths: int32 [B, R], the stop token among them; 0 where fewer than R were
+      found.
+    scores: float32 [B, R], see `beam_search`; -inf where none was found.
+  """
+
+  tokens: Int32[np.ndarray, 'B R N']
+  lengths: Int32[np.ndarray, 'B R']
+  scores: Float32[np.ndarray, 'B R']
+
+
+def beam_search(
+  model: Model,
+  variables: Variables,
+  prompt: Sequence[Ids] | Ids,
+  *,
+  num_beams: int,
+  max_new_tokens: int = 64,
+  num_return: int = 1,
+  length_penalty: float = 1.0,
+  start_id: int | None = None,
+  forced_ids: Sequence[int] = (),
+  stop_ids: Sequence[int] = (),
+  pad_id: int = 0,
+) -> Beams:
+  """The best continuations that a search `num_beams` wide finds.
+
+  A sequence's score is its log probability / length^length_penalty; forced
+  tokens add to the length and not to the log probability. A sequence that ends
+  counts if it is among the `num_beams` best of its step. A row's search is over
+  at N tokens, or once it has `num_beams` sequences and the best beam, scored at
+  its present length, would not be among them; with a positive penalty a longer
+  one might yet have been.
+
+  Args:
+    model: As in `generate`, and so are all that are not listed here.
+    variables: Its parameters.
+    prompt: Token ids.
+    num_beams: How many sequences are followed a row, at least 1.
+    max_new_tokens: N.
+    num_return: R, at most `num_beams`.
+    length_penalty: Above 0 favours long sequences, below short ones.
+    start_id: Of an encoder-decoder.
+    forced_ids: What every row emits first.
+    stop_ids: A sequence ends with any of these.
+    pad_id: Fills what is behind the end.
+
+  Raises:
+    ValueError: A number is out of range, or as in `generate`.
+  """
+  if num_beams < 1 or not 1 <= num_return <= num_beams:
+    raise ValueError(
+      f'num_beams={num_beams} and num_return={num_return}: both are at least '
+      '1, and no more are returned than are followed'
+    )
+  model, variables = prepare(model, variables)
+  prefix = make_prefix(
+    model,
+    prompt,
+    start_id=start_id,
+    forced_ids=forced_ids,
+    max_new_tokens=max_new_tokens,
+  )
+  P, n = prefix.tokens.shape[1], len(forced_ids)
+  cache = begin(model, variables, prefix, P - 1 + max_new_tokens - n)
+  search = _first(prefix.tokens[:, -1], forced_ids, num_beams, max_new_tokens)
+  tokens, lengths, scores = _search(
+    model,
+    variables,
+    search,
+    cache,
+    stop_ids=jnp.asarray(stop_ids, jnp.int32),
+    length_penalty=jnp.float32(length_penalty),
+  )
+  tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+  behind = np.arange(max_new_tokens) >= lengths[..., None]
+  tokens = np.where(behind, np.int32(pad_id), tokens)
+  found = tokens, lengths, np.asarray(scores)
+  return Beams(*(leaf[:, :num_return] for leaf in found))
+
+
+class Running(NamedTuple):
+  """Sequences that go on, the best first.
+
+  Attributes:
+    tokens: int32 [B, W, N].
+    scores: float32 [B, W], log probabilities; -inf: there is none.
+    last: int32 [B, W], the token that is not in the cache.
+  """
+
+  tokens: Int32[Array, 'B W N']
+  scores: Float32[Array, 'B W']
+  last: Int32[Array, 'B W']
+
+
+class Ended(NamedTuple):
+  """Sequences that have ended, the best first.
+
+  Attributes:
+    tokens: int32 [B, W, N].
+    lengths: int32 [B, W].
+    scores: float32 [B, W], with the penalty; -inf: there is none.
+  """
+
+  tokens: Int32[Array, 'B W N']
+  lengths: Int32[Array, 'B W']
+  scores: Float32[Array, 'B W']
+
+
+class Search(NamedTuple):
+  """What goes from step to step, beside the cache.
+
+  Attributes:
+    step: int32 [], the new tokens of a running sequence.
+    running: The beams.
+    ended: The results so far.
+    open: bool [B], whether the row's search goes on.
+  """
+
+  step: Int[Array, '']
+  running: Running
+  ended: Ended
+  open: Bool[Array, ' B']
+
+
+def _first(last, forced_ids, width: int, num_tokens: int) -> Search:
+  """Before the first step all beams are one sequence: one of them counts."""
+  B, W, n = len(last), width, len(forced_ids)
+  tokens = np.zeros((B, W, num_tokens), np.int32)
+  tokens[..., :n] = forced_ids
+  scores = np.full((B, W), -np.inf, np.float32)
+  running = Running(
+    tokens,
+    np.where(np.arange(W)[None] == 0, np.float32(0), scores),
+    np.repeat(last[:, None], W, axis=1),
+  )
+  ended = Ended(np.zeros_like(tokens), np.zeros((B, W), np.int32), scores)
+  return Search(np.int32(n), running, ended, np.ones(B, bool))
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _search(
+  model: Model,
+  variables: Variables,
+  search: Search,
+  cache: KVCache,
+  *,
+  stop_ids: Int32[Array, ' n'],
+  length_penalty: Float32[Array, ''],
+) -> Ended:
+  B, W, N = search.running.tokens.shape
+  first_row = W * jnp.arange(B, dtype=jnp.int32)[:, None]  # [B, 1]
+  cache = cache.take(jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
+
+  def goes_on(carry):
+    search, _ = carry
+    return (search.step < N) & search.open.any()
+
+  def step(carry):
+    search, cache = carry
+    last = search.running.last.reshape(B * W, 1)
+    logits, cache = model.apply(
+      variables, last, jnp.ones_like(last, bool), cache, method='decode'
+    )
+    log_probs = jax.nn.log_softmax(logits).reshape(B, W, -1)
+    search, beam = advance(search, log_probs, stop_ids, length_penalty)
+    # Beams of a prompt share what the encoder said; it need not move.
+    memory = cache.memory
+    cache = cache.replace(memory=None).take((first_row + beam).reshape(-1))
+    return search, cache.replace(memory=memory)
+
+  return jax.lax.while_loop(goes_on, step, (search, cache))[0].ended
+
+
+def advance(
+  search: Search,
+  log_probs: Float32[Array, 'B W V'],
+  stop_ids: Int32[Array, ' n'],
+  length_penalty: Float32[Array, ''],
+) -> tuple[Search, Int32[Array, 'B W']]:
+  """One step of the search, and the beam that each new one continues.
+
+  Candidates are so many of the best continuations that W of them do not end,
+  whatever the stop tokens.
+  """
+  B, W, V = log_probs.shape
+  running, N = search.running, search.running.tokens.shape[2]
+  count = min(max(2, 1 + stop_ids.shape[0]) * W, W * V)
+  scores = (running.scores[..., None] + log_probs).reshape(B, W * V)
+  scores, index = jax.lax.top_k(scores, count)  # [B, C]
+  beam, token = index // V, index % V
+  length = search.step + 1
+  tokens = jnp.take_along_axis(running.tokens, beam[..., None], axis=1)
+  place = (0, 0, search.step)
+  tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], place)
+  ends = jnp.isin(token, stop_ids) | (length == N)
+  among_best = jnp.arange(count, dtype=jnp.int32)[None] < W
+  counts = ends & among_best & search.open[:, None]
+  penalty = length.astype(jnp.float32) ** length_penalty
+  ended = _best_ended(
+    search.ended,
+    Ended(
+      tokens,
+      jnp.full((B, count), length, jnp.int32),
+      jnp.where(counts, scores / penalty, -jnp.inf),
+    ),
+  )
+  going, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
+
+  def pick(leaf):
+    return jnp.take_along_axis(leaf, chosen, axis=1)
+
+  kept = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
+  best, worst = going[:, 0], ended.scores[:, -1]
+  # With fewer than W results the worst is -inf, and any beam is better.
+  is_open = search.open & (best / penalty > worst)
+  new = Search(length, Running(kept, going, pick(token)), ended, is_open)
+  return new, pick(beam)
+
+
+def _best_ended(old: Ended, new: Ended) -> Ended:
+  W = old.scores.shape[1]
+  both = [jnp.concatenate(pair, axis=1) for pair in zip(old, new)]
+  tokens, lengths, scores = both
+  scores, chosen = jax.lax.top_k(scores, W)
+  lengths = jnp.take_along_axis(lengths, chosen, axis=1)
+  lengths = jnp.where(jnp.isneginf(scores), 0, lengths)
+  tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
+  return Ended(tokens, lengths, scores)

@@ -1,0 +1,240 @@
+"""Generation token by token: one compiled loop around a cache.
+
+Not here: beams (`beams.py`), and text (`text.py`).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.generation.beams import beam_search
+from moe_jax.generation.prefix import Ids, Prefix, make_prefix
+from moe_jax.generation.prepare import Variables, begin, prepare
+from moe_jax.generation.sampling import Sampler, row_keys, step_keys
+from moe_jax.layers.cache import KVCache
+from moe_jax.models import Model
+from moe_jax.shapes import Array, Bool, Int, Int32, Leaf
+
+OnToken = Callable[[int, np.ndarray], object]
+
+
+class Generation(NamedTuple):
+  """New tokens, without the prompts.
+
+  Attributes:
+    tokens: int32 [B, N]; padding from each row's length on.
+    lengths: int32 [B], the stop token that ended a row among them.
+  """
+
+  tokens: Int32[np.ndarray, 'B N']
+  lengths: Int32[np.ndarray, ' B']
+
+  @property
+  def rows(self) -> list[np.ndarray]:
+    """Each row's new tokens alone."""
+    return [row[:n] for row, n in zip(self.tokens, self.lengths)]
+
+
+def generate(
+  model: Model,
+  variables: Variables,
+  prompt: Sequence[Ids] | Ids,
+  *,
+  max_new_tokens: int = 64,
+  start_id: int | None = None,
+  forced_ids: Sequence[int] = (),
+  stop_ids: Sequence[int] = (),
+  pad_id: int = 0,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  seed: int | Sequence[int] = 0,
+  num_beams: int = 1,
+  length_penalty: float = 1.0,
+  on_token: OnToken | None = None,
+) -> Generation:
+  """Continues prompts, or answers them, with an encoder-decoder.
+
+  A row's tokens and draws depend on no other row, with one exception: where a
+  checkpoint's own capacity rule ('fixed', 'fraction') counts the whole batch
+  as a group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots,
+  as they do in transformers (there also with the padding behind a row that has
+  ended, which takes none here). All other models drop nothing, whatever they
+  did in training.
+
+  Rounding apart: products of other shapes round otherwise, so two tokens that
+  are equally likely to seven digits may change places in another batch.
+
+  Args:
+    model: As trained or imported; see `prepare`.
+    variables: Its parameters, under 'params'.
+    prompt: Token ids, a sequence a row, of any lengths; or one row's alone.
+      Of an encoder-decoder, what the encoder reads.
+    max_new_tokens: N, at which every row ends. Each N is a program of its own.
+    start_id: The first id that an encoder-decoder's decoder is given.
+    forced_ids: What every row emits first, whatever the model says; a target
+      language.
+    stop_ids: A row ends with any of these.
+    pad_id: Fills what is behind a row's end.
+    temperature: Divides the logits; 0.0 is greedy: the likeliest token.
+    top_k: Draws among that many likeliest tokens; 0: among all.
+    top_p: Draws among the likeliest tokens with this probability together.
+    seed: Of the draws. Of several, one a row, each row's tokens are those that
+      it has alone with its own seed.
+    num_beams: More than 1 is `beam_search`, whose best sequence is returned.
+    length_penalty: See `beam_search`.
+    on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
+      -1 for rows that have ended; a true answer ends the generation. Without
+      it nothing leaves the device before the end.
+
+  Raises:
+    ValueError: An option is out of range or contradicts another, or a prompt
+      is empty, too long for learned positions, or has an unknown id.
+  """
+  sampler = Sampler.make(temperature, top_k, top_p)
+  if num_beams != 1:
+    if temperature or on_token is not None:
+      raise ValueError(
+        f'num_beams={num_beams} with a temperature or on_token: beams are not '
+        'drawn, and none is settled before the end'
+      )
+    beams = beam_search(
+      model, variables, prompt, num_beams=num_beams,
+      max_new_tokens=max_new_tokens, start_id=start_id, forced_ids=forced_ids,
+      stop_ids=stop_ids, pad_id=pad_id, length_penalty=length_penalty,
+    )  # fmt: skip
+    return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
+  model, variables = prepare(model, variables)
+  prefix = make_prefix(
+    model,
+    prompt,
+    start_id=start_id,
+    forced_ids=forced_ids,
+    max_new_tokens=max_new_tokens,
+  )
+  rules = Rules(
+    keys=row_keys(seed, len(prefix.tokens)),
+    stop_ids=jnp.asarray(stop_ids, jnp.int32),
+    sampler=sampler,
+    pad_id=jnp.int32(pad_id),
+  )
+  state = _start(model, variables, prefix, forced_ids, max_new_tokens, pad_id)
+  run = functools.partial(_advance, model, variables, rules)
+  state = _stream(run, state, on_token) if on_token else run(state, state.end)
+  return Generation(np.asarray(state.tokens), np.asarray(state.lengths))
+
+
+class Rules(flax.struct.PyTreeNode):
+  """What holds for all steps.
+
+  Attributes:
+    keys: [B], a key a row.
+    stop_ids: int32 [n].
+    sampler: How a token is chosen.
+    pad_id: int32 [].
+  """
+
+  keys: Leaf
+  stop_ids: Leaf
+  sampler: Sampler
+  pad_id: Leaf
+
+
+class State(NamedTuple):
+  """What goes from step to step.
+
+  Attributes:
+    step: int32 [], how many new tokens every row has.
+    token: int32 [B], the last of each row, which is not in the cache.
+    ended: bool [B].
+    tokens: int32 [B, N].
+    lengths: int32 [B].
+    cache: Of all tokens but the last.
+  """
+
+  step: Int[Array, '']
+  token: Int32[Array, ' B']
+  ended: Bool[Array, ' B']
+  tokens: Int32[Array, 'B N']
+  lengths: Int32[Array, ' B']
+  cache: KVCache
+
+  @property
+  def end(self) -> int:
+    """N."""
+    return self.tokens.shape[1]
+
+
+def _start(
+  model, variables, prefix: Prefix, forced_ids, num_tokens: int, pad_id: int
+) -> State:
+  (B, P), n = prefix.tokens.shape, len(forced_ids)
+  tokens = np.full((B, num_tokens), pad_id, np.int32)
+  tokens[:, :n] = forced_ids
+  return State(
+    step=jnp.int32(n),
+    token=jnp.asarray(prefix.tokens[:, -1]),
+    ended=jnp.zeros(B, bool),
+    tokens=jnp.asarray(tokens),
+    lengths=jnp.full(B, n, jnp.int32),
+    cache=begin(model, variables, prefix, P - 1 + num_tokens - n),
+  )
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
+def _advance(
+  model: Model,
+  variables: Variables,
+  rules: Rules,
+  state: State,
+  until: int | Array,
+) -> State:
+  """Steps until every row has `until` tokens or has ended."""
+
+  def goes_on(state):
+    return (state.step < until) & ~state.ended.all()
+
+  def step(state):
+    logits, cache = model.apply(
+      variables,
+      state.token[:, None],
+      ~state.ended[:, None],
+      state.cache,
+      method='decode',
+    )
+    keys = step_keys(rules.keys, state.step)
+    token = rules.sampler(logits[:, 0], keys)
+    token = jnp.where(state.ended, rules.pad_id, token)
+    place = (0, state.step)
+    return State(
+      step=state.step + 1,
+      token=token,
+      ended=state.ended | jnp.isin(token, rules.stop_ids),
+      tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], place),
+      lengths=state.lengths + ~state.ended,
+      cache=cache,
+    )
+
+  return jax.lax.while_loop(goes_on, step, state)
+
+
+def _stream(
+  run: Callable[[State, int], State], state: State, on_token: OnToken
+) -> State:
+  """Runs step by step and says each; forced tokens come first."""
+  ended = np.zeros(len(state.token), bool)
+  for n, forced in enumerate(np.array(state.tokens).T[: int(state.step)]):
+    if on_token(n, forced):
+      return state._replace(lengths=jnp.full_like(state.lengths, n + 1))
+  for n in range(int(state.step), state.end):
+    state = run(state, n + 1)
+    token = np.where(ended, -1, np.asarray(state.token))
+    ended = np.array(state.ended)
+    if on_token(n, token.astype(np.int32)) or ended.all():
+      break
+  return state

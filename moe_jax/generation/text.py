@@ -1,0 +1,66 @@
+"""Text from tokens as they come: no half of a character is shown."""
+
+from collections.abc import Iterable
+
+from moe_jax.data.tokenizers import Token, Tokenizer
+
+# What stands for bytes that are no character, or not yet one.
+_UNKNOWN = '\ufffd'
+# A character of UTF-8 that lacks its last byte has at most so many.
+_MOST_BYTES = 3
+_CONTEXT = 16
+
+
+class TextStream:
+  """Decodes tokens one by one; all that it says together is the text.
+
+  A tokenizer decodes a token by those before it: words begin with a space or
+  not, a character's bytes may be several tokens. So a few of them are decoded
+  again each time, and only what is new is said.
+
+  Args:
+    tokenizer: Whose tokens they are. Ids that it does not know have no text.
+    context: The tokens before the first, whose text is known already.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, context: Iterable[Token] = ()):
+    self._tokenizer = tokenizer
+    self._ids = [i for i in map(int, context) if self._known(i)][-_CONTEXT:]
+    self._settled = len(self._ids)  # ids whose text is said and complete
+    self._said = len(self._text())
+
+  def add(self, token: Token) -> str:
+    """The text that is complete with this token; often '' at first."""
+    if not self._known(int(token)):
+      return ''
+    self._ids.append(int(token))
+    text = self._text()
+    complete = max(len(text) - _unfinished(text), self._said)
+    new, self._said = text[self._said : complete], complete
+    if complete == len(text):
+      self._forget()
+    return new
+
+  def end(self) -> str:
+    """The rest, bytes that never became a character among it."""
+    text = self._text()
+    new, self._said = text[self._said :], len(text)
+    return new
+
+  def _known(self, token: int) -> bool:
+    return 0 <= token < self._tokenizer.vocab_size
+
+  def _text(self) -> str:
+    return self._tokenizer.decode(self._ids)
+
+  def _forget(self) -> None:
+    """Drops what the next token's text cannot depend on."""
+    self._ids = self._ids[self._settled :]
+    self._settled = len(self._ids)
+    self._said = len(self._text())
+
+
+def _unfinished(text: str) -> int:
+  """How many characters at the end may yet become another one."""
+  tail = text[-_MOST_BYTES:]
+  return len(tail) - len(tail.rstrip(_UNKNOWN))

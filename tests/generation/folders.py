@@ -1,0 +1,36 @@
+"""Runs' folders as training leaves them, made without training."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.data import tokenizers
+from moe_jax.training import workdir as workdir_lib
+from moe_jax.training.checkpoint import Checkpointer
+from tests.models import tiny
+from tests.training import tiny as tiny_runs
+
+
+def write(folder, steps=(3,), tokenizer=None, **overrides):
+  """A run with a checkpoint a step; returns each step's parameters."""
+  config = tiny_runs.config(**overrides)
+  workdir_lib.claim(folder, config)
+  tokenizer = tokenizer or tokenizers.Bytes()
+  tokenizer.save(folder / workdir_lib.TOKENIZER)
+  model = tiny_runs.model_of(config, tokenizer.vocab_size)
+  params = {step: tiny.params_of(model, step) for step in steps}
+  checkpoints = Checkpointer(
+    folder / workdir_lib.CHECKPOINTS, keep_newest=3, keep_best=False
+  )
+  with checkpoints:
+    for step in steps:
+      # The optimizer's state, which generation does not read.
+      more = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
+      checkpoints.save(step, {'params': params[step], **more})
+  return params
+
+
+def damage(folder, step):
+  """Makes a checkpoint fail its manifest."""
+  files = (folder / workdir_lib.CHECKPOINTS / str(step)).rglob('*')
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1])

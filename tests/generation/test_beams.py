@@ -1,0 +1,175 @@
+"""Beams: a step by hand, and the whole search against every sequence.
+
+Parity with transformers is in `test_transformers.py`.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import generation
+from moe_jax.generation import beams
+from tests.models import tiny
+
+PROMPTS = [[3, 1], [2], [0, 4, 4]]
+
+
+def start(width, length):
+  return beams._first(np.array([7]), (), width, length)
+
+
+def step(search, probs, stops=(), penalty=1.0):
+  """Beams' next-token probabilities, [B, W, V]."""
+  log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
+  return beams.advance(
+    jax.tree.map(jnp.asarray, search),
+    log_probs,
+    jnp.asarray(stops, jnp.int32),
+    jnp.float32(penalty),
+  )
+
+
+def test_two_steps_told():
+  # At first both beams are the prompt, and only one of them counts: its two
+  # best tokens are 2 (0.6) and 1 (0.3).
+  search, beam = step(start(2, 3), [[[0.1, 0.3, 0.6]] * 2], stops=[0])
+  np.testing.assert_array_equal(search.running.last, [[2, 1]])
+  np.testing.assert_array_equal(beam, [[0, 0]])
+  assert np.isneginf(search.ended.scores).all() and search.open.all()
+  # Best are then 2 0 (0.6 * 0.5), which ends, 1 2 (0.3 * 0.9) and 2 2
+  # (0.6 * 0.4): the first is a result and the others go on, from beams 1 and 0.
+  probs = [[[0.5, 0.1, 0.4], [0.05, 0.05, 0.9]]]
+  search, beam = step(search, probs, stops=[0])
+  np.testing.assert_array_equal(
+    search.running.tokens[0, :, :2], [[1, 2], [2, 2]]
+  )
+  np.testing.assert_array_equal(beam, [[1, 0]])
+  np.testing.assert_allclose(
+    np.exp(search.running.scores), [[0.27, 0.24]], rtol=1e-5
+  )
+  np.testing.assert_array_equal(search.ended.tokens[0, 0, :2], [2, 0])
+  np.testing.assert_array_equal(search.ended.lengths, [[2, 0]])
+  np.testing.assert_allclose(
+    search.ended.scores[0, 0], np.log(0.3) / 2, rtol=1e-5
+  )
+  assert search.open.all()
+
+
+def test_what_ends_outside_of_the_best_does_not_count():
+  # The third best ends, and two are followed: it is no result.
+  search, _ = step(start(2, 3), [[[0.2, 0.3, 0.5]] * 2], stops=[0])
+  assert np.isneginf(search.ended.scores).all()
+  np.testing.assert_array_equal(search.running.last, [[2, 1]])
+
+
+def test_a_search_ends_when_no_beam_can_reach_the_results():
+  # One beam: the stop token is the best by far, and what goes on is worse.
+  search, _ = step(start(1, 5), [[[0.9, 0.06, 0.04]]], stops=[0])
+  assert not search.open.any()
+  # Results of a closed search stay.
+  later, _ = step(search, [[[0.99, 0.005, 0.005]]], stops=[0])
+  np.testing.assert_array_equal(later.ended.tokens, search.ended.tokens)
+
+
+@pytest.fixture(scope='module')
+def small():
+  """V=5, so that all sequences can be listed."""
+  model = tiny.build(
+    dict(capacity_rule='all'), vocab_size=5, tie_embeddings=False
+  )
+  params = jax.tree.map(lambda x: 2 * x, tiny.params_of(model, 2))
+  return model, params
+
+
+def every_sequence(model, params, prompt, length, stops, penalty):
+  """(score, sequence) of all, by whole forward passes; the best first."""
+  rows = np.array(list(itertools.product(range(5), repeat=length)), np.int32)
+  prompts = np.broadcast_to(
+    np.array(prompt, np.int32), (len(rows), len(prompt))
+  )
+  tokens = np.concatenate([prompts, rows[:, :-1]], axis=1)
+  logits, _ = tiny.apply(model)(params, tokens)
+  log_probs = np.asarray(jax.nn.log_softmax(logits[:, len(prompt) - 1 :]))
+  found = {}
+  for row, table in zip(rows, log_probs):
+    ends = [i for i, token in enumerate(row) if token in stops]
+    n = ends[0] + 1 if ends else length
+    score = sum(table[i, row[i]] for i in range(n)) / n**penalty
+    found[tuple(row[:n].tolist())] = score
+  return sorted(((s, row) for row, s in found.items()), reverse=True)
+
+
+@pytest.mark.parametrize('penalty', [0.0, 1.0, 2.5])
+def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
+  model, params = small
+  N, width, stops = 4, 5**4, [3]
+  found = generation.beam_search(
+    model,
+    {'params': params},
+    PROMPTS,
+    num_beams=width,
+    num_return=6,
+    max_new_tokens=N,
+    length_penalty=penalty,
+    stop_ids=stops,
+  )
+  lengths = set()
+  for b, prompt in enumerate(PROMPTS):
+    expected = every_sequence(model, params, prompt, N, stops, penalty)[:6]
+    for r, (score, row) in enumerate(expected):
+      n = found.lengths[b, r]
+      assert tuple(found.tokens[b, r, :n].tolist()) == row
+      np.testing.assert_allclose(found.scores[b, r], score, rtol=1e-4)
+      lengths.add(int(n))
+  assert len(lengths) > 1
+
+
+def test_one_beam_is_greedy():
+  model = tiny.build(dict(capacity_rule='all'), tie_embeddings=False)
+  variables = {'params': tiny.params_of(model)}
+  options = dict(max_new_tokens=7, stop_ids=[8])
+  greedy = generation.generate(model, variables, PROMPTS, **options)
+  beam = generation.beam_search(
+    model, variables, PROMPTS, num_beams=1, pad_id=0, **options
+  )
+  np.testing.assert_array_equal(beam.tokens[:, 0], greedy.tokens)
+  np.testing.assert_array_equal(beam.lengths[:, 0], greedy.lengths)
+
+
+def test_a_row_alone_is_the_row_in_a_batch():
+  model = tiny.build(kind='encoder_decoder', positions='relative')
+  variables = {'params': tiny.params_of(model)}
+  model, variables = generation.prepare(model, variables)
+  options = dict(
+    num_beams=3, num_return=2, max_new_tokens=6, start_id=2, stop_ids=[4, 9]
+  )
+  together = generation.beam_search(model, variables, PROMPTS, **options)
+  for b, prompt in enumerate(PROMPTS):
+    alone = generation.beam_search(model, variables, [prompt], **options)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[b])
+    np.testing.assert_allclose(alone.scores[0], together.scores[b], rtol=1e-5)
+
+
+def test_forced_tokens_count_as_length_and_cost_nothing(small):
+  model, params = small
+  options = dict(num_beams=3, length_penalty=1.0)
+  forced = generation.beam_search(
+    model, {'params': params}, [[3, 1]], forced_ids=[2], max_new_tokens=4,
+    **options,
+  )  # fmt: skip
+  given = generation.beam_search(
+    model, {'params': params}, [[3, 1, 2]], max_new_tokens=3, **options
+  )
+  assert forced.tokens[0, 0].tolist() == [2, *given.tokens[0, 0].tolist()]
+  np.testing.assert_allclose(forced.scores * 4, given.scores * 3, rtol=1e-5)
+
+
+def test_more_than_are_followed_cannot_be_returned(small):
+  model, params = small
+  with pytest.raises(ValueError, match='num_beams=2 and num_return=3'):
+    generation.beam_search(
+      model, {'params': params}, [[1]], num_beams=2, num_return=3
+    )

@@ -1,0 +1,287 @@
+"""Generated tokens against whole forward passes, and rows against themselves.
+
+The forward pass is the model's own call, without a cache, one row at a time,
+with room for every token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import generation, partitioning
+from moe_jax.models import EncoderDecoder
+from tests.models import oracle, tiny
+from tests.models.tiny import T, V
+
+PROMPTS = [[3, 17, 5, 8], [11], [20, 6], [1, 14, 9], [8, 0], [19]]
+NEW, START = 6, 2
+# What would drop in training; generation has room for everyone.
+TIGHT = dict(capacity_rule='per_token', capacity_factor=0.3)
+ROOM = dict(capacity_rule='all', dispatch='gather')
+KINDS = {
+  'rotary': dict(num_kv_heads=2, activation='swiglu'),
+  'rotary, window': dict(sliding_window=3),
+  'learned': dict(positions='learned', use_bias=True, norm='layernorm'),
+  'relative': dict(positions='relative', relative_buckets=6),
+  'sinusoidal': dict(positions='sinusoidal', embedding_scale='sqrt_width'),
+  'none, dense first': dict(
+    positions='none', num_layers=3, moe=dict(layers='last 1')
+  ),
+  'dense': dict(moe=dict(num_experts=0)),
+  't5': dict(
+    kind='encoder_decoder',
+    positions='relative',
+    attention_scale='none',
+    num_encoder_layers=3,
+  ),
+  'nllb': dict(
+    kind='encoder_decoder',
+    positions='sinusoidal',
+    norm='layernorm',
+    use_bias=True,
+    encoder_heads=2,
+  ),
+  'learned halves': dict(kind='encoder_decoder', positions='learned'),
+  'dense halves': dict(
+    kind='encoder_decoder',
+    positions='rotary',
+    activation='swiglu',
+    use_bias=True,
+    moe=dict(num_experts=0),
+  ),
+}
+
+
+def built(name, moe):
+  # Tied embeddings make a random model repeat itself.
+  options = dict(tie_embeddings=False) | KINDS[name]
+  moe = {**moe, **options.pop('moe', {})}
+  model = tiny.build(moe, **options)
+  # Large, so that every token and place tells.
+  return model, jax.tree.map(lambda x: 2.5 * x, tiny.params_of(model, 1))
+
+
+def starts(model):
+  if isinstance(model, EncoderDecoder):
+    return {'start_id': START}
+  return {}
+
+
+def generate(model, params, prompts=PROMPTS, **options):
+  options = dict(max_new_tokens=NEW) | starts(model) | options
+  return generation.generate(model, {'params': params}, prompts, **options)
+
+
+def likeliest(name, params, new):
+  """The token after each prefix of the answers, by one pass over them."""
+  model, _ = built(name, ROOM)
+  answers = [row.tolist() for row in new]
+  if isinstance(model, EncoderDecoder):
+    rows = [[START, *answer[:-1]] for answer in answers]
+    halves = zip(rows_of(PROMPTS), rows_of(rows))
+    inputs = [array for pair in halves for array in pair]
+    logits = tiny.apply(model)(params, *inputs)[0]
+  else:
+    rows = [prompt + answer[:-1] for prompt, answer in zip(PROMPTS, answers)]
+    logits = tiny.apply(model)(params, *rows_of(rows))[0]
+  best = np.asarray(logits.argmax(-1))
+  return [
+    row[len(given) - len(answer) : len(given)]
+    for row, given, answer in zip(best, rows, answers)
+  ]
+
+
+def rows_of(rows):
+  """Tokens and segments, padded behind."""
+  length = max(map(len, rows))
+  tokens = np.zeros((len(rows), length), np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+  lengths = np.array(list(map(len, rows)))
+  segments = np.arange(length)[None] < lengths[:, None]
+  return tokens, segments.astype(np.int32)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
+  model, params = built(name, TIGHT)
+  made = generate(model, params)
+  np.testing.assert_array_equal(made.lengths, [NEW] * 6)
+  expected = likeliest(name, params, made.rows)
+  np.testing.assert_array_equal(made.tokens, expected)
+  assert len(np.unique(made.tokens)) > 3
+
+
+@pytest.mark.parametrize('name', ['rotary', 't5'])
+@pytest.mark.parametrize('options', [{}, dict(temperature=1.5, top_p=0.9)])
+def test_a_row_alone_is_the_row_in_a_batch(name, options):
+  model, params = built(name, TIGHT)
+  seeds = [4, 9, 1, 7, 2, 30]
+  together = generate(model, params, seed=seeds, **options).rows
+  for prompt, seed, row in zip(PROMPTS, seeds, together):
+    alone = generate(model, params, [prompt], seed=seed, **options).rows[0]
+    np.testing.assert_array_equal(alone, row)
+
+
+@pytest.fixture(scope='module')
+def prepared():
+  """A prepared decoder, for tests that need no more than one."""
+  model, params = built('rotary', TIGHT)
+  return generation.prepare(model, {'params': params})
+
+
+def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
+  draw = dict(max_new_tokens=NEW, temperature=4.0)
+  first, again, other = (
+    generation.generate(*prepared, PROMPTS, seed=seed, **draw).tokens
+    for seed in (3, 3, 4)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any(axis=1).all()
+  same = generation.generate(*prepared, [[7]] * 4, seed=3, **draw).tokens
+  assert len(np.unique(same, axis=0)) == 4
+
+
+def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
+  moe = dict(capacity_rule='all')
+  options = dict(activation='relu', tie_embeddings=False)
+  model = tiny.build(moe, **options)
+  params = tiny.params_of(model)
+  prompt, N, temperature = [3, 17, 5], 600, 0.7
+  made = generate(
+    model, params, [prompt] * N, max_new_tokens=1, temperature=temperature
+  )
+  count = np.bincount(made.tokens[:, 0], minlength=V)
+  config = tiny.config(moe, **options)
+  logits = oracle.decode(config, params, np.array(prompt))[0][-1]
+
+  def distance(t):
+    p = np.exp(logits / t - (logits / t).max())
+    return np.abs(count / N - p / p.sum()).sum() / 2
+
+  assert distance(temperature) < 0.1
+  assert min(distance(temperature / 3), distance(temperature * 3)) > 0.18
+
+
+@pytest.mark.parametrize('name', ['rotary', 't5'])
+def test_rows_end_with_their_stop_tokens(name):
+  model, params = built(name, TIGHT)
+  endless = generate(model, params, max_new_tokens=9).tokens.tolist()
+  stops = [endless[0][1], endless[1][4]]
+  made = generate(model, params, max_new_tokens=9, stop_ids=stops, pad_id=22)
+  for row, length, free in zip(made.tokens, made.lengths, endless):
+    ends = [i for i, token in enumerate(free) if token in stops]
+    assert length == (ends[0] + 1 if ends else 9)
+    np.testing.assert_array_equal(row[:length], free[:length])
+    assert (row[length:] == 22).all()
+  assert len(set(made.lengths.tolist())) > 1
+
+
+def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
+  options = dict(max_new_tokens=8, temperature=1.0, seed=2, stop_ids=range(9))
+  said = []
+  made = generation.generate(
+    *prepared,
+    PROMPTS,
+    on_token=lambda n, tokens: said.append((n, tokens)),
+    **options,
+  )
+  quiet = generation.generate(*prepared, PROMPTS, **options)
+  np.testing.assert_array_equal(made.tokens, quiet.tokens)
+  np.testing.assert_array_equal(made.lengths, quiet.lengths)
+  assert [n for n, _ in said] == list(range(made.lengths.max()))
+  for n, tokens in said:
+    here = np.where(n < made.lengths, made.tokens[:, n], -1)
+    np.testing.assert_array_equal(tokens, here)
+  assert made.lengths.min() < made.lengths.max()
+
+
+def test_a_true_answer_ends_the_stream(prepared):
+  made = generation.generate(
+    *prepared, PROMPTS, max_new_tokens=8, on_token=lambda n, _: n == 2
+  )
+  np.testing.assert_array_equal(made.lengths, [3] * 6)
+  whole = generation.generate(*prepared, PROMPTS, max_new_tokens=8).tokens
+  np.testing.assert_array_equal(made.tokens[:, :3], whole[:, :3])
+
+
+@pytest.mark.parametrize('name', ['rotary', 't5'])
+def test_forced_tokens_come_first(name):
+  model, params = built(name, TIGHT)
+  said = []
+  made = generate(
+    model,
+    params,
+    forced_ids=[14, 9],
+    on_token=lambda n, tokens: said.append(tokens.tolist()),
+  )
+  np.testing.assert_array_equal(made.tokens[:, :2], [[14, 9]] * 6)
+  np.testing.assert_array_equal(np.array(said).T, made.tokens)
+  expected = np.array(likeliest(name, params, made.rows))
+  np.testing.assert_array_equal(made.tokens[:, 2:], expected[:, 2:])
+  assert (made.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
+
+
+def test_a_window_bounds_how_far_back_a_token_looks():
+  model, params = built('rotary', TIGHT)
+  ours = generation.prepare(model, {'params': params}, window=3)
+  made = generation.generate(*ours, PROMPTS, max_new_tokens=9).tokens
+  stack = model.config.stack
+  attention = dataclasses.replace(stack.block.attention, window=3)
+  block = dataclasses.replace(stack.block, attention=attention)
+  stack = dataclasses.replace(stack, block=block)
+  narrow = model.clone(config=dataclasses.replace(model.config, stack=stack))
+  expected = generate(narrow, params, max_new_tokens=9).tokens
+  np.testing.assert_array_equal(made, expected)
+  assert (made != generate(model, params, max_new_tokens=9).tokens).any()
+
+
+def test_a_checkpoints_own_capacity_binds_in_its_encoder():
+  # One slot an expert and row: what does not fit in the encoder is dropped, as
+  # in the forward pass; a decoder's step of one token always fits.
+  options = dict(kind='encoder_decoder', positions='relative')
+  own = dict(capacity_rule='fixed', capacity_slots=1)
+  model = tiny.build(own, **options)
+  params = tiny.params_of(model, seed=5)
+  prompts = [[3, 17, 5, 8, 3, 9], [11, 4, 4]]
+  made = generate(model, params, prompts)
+  room = tiny.build(ROOM, **options)
+  halves = [rows_of(rows) for rows in (prompts, [[START]] * 2)]
+  inputs = [array for pair in zip(*halves) for array in pair]
+  first = tiny.apply(model)(params, *inputs)[0][:, 0].argmax(-1)
+  np.testing.assert_array_equal(made.tokens[:, 0], first)
+  assert (generate(room, params, prompts).tokens != made.tokens).any()
+
+
+def test_boxed_and_prepared_parameters_do(prepared):
+  model, params = built('rotary', TIGHT)
+  expected = generate(model, params).tokens
+  found = generation.generate(*prepared, PROMPTS, max_new_tokens=NEW).tokens
+  np.testing.assert_array_equal(found, expected)
+  boxed = model.init(tiny.key(0), jnp.zeros((1, T), jnp.int32))
+  made = generation.generate(model, boxed, PROMPTS, max_new_tokens=2)
+  assert made.tokens.shape == (6, 2)
+  assert generation.prepare(*prepared)[0] is prepared[0]
+
+
+def test_sharded_parameters_generate_the_same():
+  model, params = built('rotary', TIGHT)
+  mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  made = generate(model, jax.device_put(params, whole)).tokens
+  np.testing.assert_array_equal(made, generate(model, params).tokens)
+
+
+def test_beams_are_an_option_of_generate(prepared):
+  options = dict(max_new_tokens=NEW, stop_ids=[5], length_penalty=0.5)
+  made = generation.generate(*prepared, PROMPTS, num_beams=3, **options)
+  beams = generation.beam_search(*prepared, PROMPTS, num_beams=3, **options)
+  np.testing.assert_array_equal(made.tokens, beams.tokens[:, 0])
+  np.testing.assert_array_equal(made.lengths, beams.lengths[:, 0])
+  with pytest.raises(ValueError, match='num_beams=3 with a temperature'):
+    generation.generate(*prepared, PROMPTS, num_beams=3, temperature=1.0)
+  with pytest.raises(ValueError, match='num_beams=0 and num_return=1'):
+    generation.generate(*prepared, PROMPTS, num_beams=0)

@@ -1,0 +1,113 @@
+"""Prompts as arrays: where padding is, and what is refused."""
+
+import numpy as np
+import pytest
+
+from moe_jax.generation import prepare
+from moe_jax.generation.prefix import make_prefix, round_up
+from tests.models import tiny
+from tests.models.tiny import V
+
+
+def prepared(moe=None, **model):
+  built = tiny.build(moe, **model)
+  return prepare(built, {'params': tiny.params_of(built)})[0]
+
+
+@pytest.fixture(scope='module')
+def decoder():
+  return prepared()
+
+
+@pytest.fixture(scope='module')
+def halves():
+  return prepared(kind='encoder_decoder', positions='relative')
+
+
+def make(model, prompt, **changes):
+  options = dict(start_id=None, forced_ids=(), max_new_tokens=5)
+  return make_prefix(model, prompt, **{**options, **changes})
+
+
+def test_a_decoders_rows_end_together(decoder):
+  # The longest row is 10: all but its last token take 16 places.
+  rows = [range(1, 11), [7], [8, 9]]
+  prefix = make(decoder, rows)
+  assert prefix.tokens.shape == (3, 17)
+  np.testing.assert_array_equal(prefix.tokens[0, 7:], range(1, 11))
+  np.testing.assert_array_equal(prefix.tokens[1:, -2:], [[0, 7], [8, 9]])
+  np.testing.assert_array_equal(prefix.mask.sum(1), [10, 1, 2])
+  assert prefix.mask[:, -1].all() and prefix.encoder_tokens is None
+  prefix = make(decoder, [[3, 4], [5]], forced_ids=[6])
+  np.testing.assert_array_equal(prefix.tokens[:, -3:], [[3, 4, 6], [0, 5, 6]])
+  assert make(decoder, [[3], [4]]).tokens.shape == (2, 1)
+
+
+def test_an_encoders_rows_begin_together(halves):
+  prefix = make(halves, [[3, 4, 5], [6]], start_id=2, forced_ids=[9])
+  np.testing.assert_array_equal(prefix.tokens, [[2, 9], [2, 9]])
+  np.testing.assert_array_equal(prefix.mask, np.ones((2, 2)))
+  expected = [[3, 4, 5, 0, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0, 0, 0]]
+  np.testing.assert_array_equal(prefix.encoder_tokens, expected)
+  np.testing.assert_array_equal(prefix.encoder_mask, np.array(expected) > 0)
+
+
+def test_one_row_alone_is_a_batch_of_one(decoder):
+  np.testing.assert_array_equal(make(decoder, [3, 4]).tokens[:, -2:], [[3, 4]])
+  same = make(decoder, np.array([3, 4])), make(decoder, [[3, 4]])
+  np.testing.assert_array_equal(same[0].tokens, same[1].tokens)
+
+
+def test_lengths_are_few_and_not_much_longer():
+  rounded = [round_up(n) for n in range(1, 1025)]
+  assert rounded[:9] == [8] * 8 + [16]
+  assert all(a >= n for n, a in enumerate(rounded, 1))
+  assert all(a <= 1.25 * n for n, a in enumerate(rounded, 1) if n > 32)
+  assert len(set(rounded)) <= 4 * 7
+
+
+def test_lengths_stay_where_capacity_depends_on_them():
+  model = prepared(
+    dict(capacity_rule='fraction', capacity_factor=0.5, group_size=-1),
+    kind='encoder_decoder',
+    positions='relative',
+  )
+  assert make(model, [[1, 2, 3]], start_id=0).encoder_tokens.shape == (1, 3)
+
+
+def test_learned_positions_bound_lengths():
+  # T=10 positions: 4 + 6 new tokens, the last of which is never read, are 9.
+  model = prepared(positions='learned')
+  assert make(model, [range(4)], max_new_tokens=7).tokens.shape == (1, 9)
+  with pytest.raises(ValueError, match=r'11 positions .* > max_len=10'):
+    make(model, [range(4)], max_new_tokens=8)
+  assert make(model, [range(10)], max_new_tokens=1).tokens.shape == (1, 11)
+  model = prepared(positions='learned', kind='encoder_decoder')
+  with pytest.raises(ValueError, match='prompt of 11 positions'):
+    make(model, [range(11)], start_id=0)
+  with pytest.raises(ValueError, match='output of 11 positions'):
+    make(model, [[1]], start_id=0, max_new_tokens=11)
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'changes', 'message'),
+  [
+    ([], {}, 'prompt has no rows'),
+    ([[1], []], {}, r'prompt 1 of 2 has shape \(0,\)'),
+    (np.ones((1, 1, 1), int), {}, r'prompt 0 of 1 has shape \(1, 1\)'),
+    ([[1, V]], {}, f'token {V} not in'),
+    ([[1, -1]], {}, 'token -1 not in'),
+    ([[1]], dict(forced_ids=[V]), f'token {V} not in'),
+    ([[1]], dict(start_id=2), 'start_id=2 for a decoder-only model'),
+    ([[1]], dict(max_new_tokens=0), 'max_new_tokens=0 leaves none'),
+    ([[1]], dict(forced_ids=[1] * 5), 'max_new_tokens=5 leaves none'),
+  ],
+)
+def test_bad_prompts_are_refused(decoder, prompt, changes, message):
+  with pytest.raises(ValueError, match=message):
+    make(decoder, prompt, **changes)
+
+
+def test_an_encoder_decoder_needs_a_start(halves):
+  with pytest.raises(ValueError, match='needs a start_id'):
+    make(halves, [[1]])

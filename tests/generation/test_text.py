@@ -1,0 +1,119 @@
+"""Streamed text: whole characters, and in the end all of it."""
+
+import hypothesis
+import pytest
+import tokenizers as hf
+from hypothesis import strategies as st
+
+from moe_jax.data import tokenizers
+from moe_jax.generation import TextStream
+
+# One, two, three and four bytes.
+TEXT = 'a é € 😀 b'
+
+
+def said(tokenizer, ids, context=()):
+  """What is said with each token, then the rest."""
+  stream = TextStream(tokenizer, context)
+  return [*map(stream.add, ids), stream.end()]
+
+
+def test_bytes_are_said_character_by_character():
+  parts = said(tokenizers.Bytes(), 'é€'.encode())
+  assert parts == ['', 'é', '', '', '€', '']
+
+
+def test_bytes_that_are_no_character():
+  # A second é never comes: its first byte is said when the next one is known
+  # not to belong to it, or at the end.
+  first = 'é'.encode()[0]
+  tokenizer = tokenizers.Bytes()
+  assert ''.join(said(tokenizer, [first, ord('a'), first])) == '\ufffda\ufffd'
+  assert said(tokenizer, [first])[-1] == '\ufffd'
+  many = said(tokenizer, [0x80] * 9)
+  assert ''.join(many) == '\ufffd' * 9
+  assert many[-1] == '\ufffd' * 3
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.binary(max_size=40))
+def test_any_bytes_are_in_the_end_what_the_tokenizer_says(raw):
+  tokenizer = tokenizers.Bytes()
+  assert ''.join(said(tokenizer, raw)) == tokenizer.decode(list(raw))
+
+
+def metaspace():
+  """SentencePiece's way: words begin with a mark, odd characters are bytes."""
+  vocab = {'▁a': 0, '▁b': 1, 'b': 2, '▁': 3}
+  vocab |= {f'<0x{byte:02X}>': 4 + byte for byte in range(256)}
+  model = hf.Tokenizer(
+    hf.models.BPE(vocab, [], byte_fallback=True, unk_token=None)
+  )
+  model.decoder = hf.decoders.Sequence(
+    [
+      hf.decoders.Replace('▁', ' '),
+      hf.decoders.ByteFallback(),
+      hf.decoders.Fuse(),
+      hf.decoders.Strip(' ', 1, 0),
+    ]
+  )
+  return tokenizers.Json(model.to_str())
+
+
+def byte_level():
+  """GPT-2's way: a token a byte, spelled in letters of its own."""
+  alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {letter: i for i, letter in enumerate(alphabet)}
+  model = hf.Tokenizer(hf.models.BPE(vocab, []))
+  model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = hf.decoders.ByteLevel()
+  return tokenizers.Json(model.to_str())
+
+
+def test_a_byte_level_vocabulary():
+  tokenizer = byte_level()
+  ids = tokenizer.encode(TEXT)
+  assert len(ids) == len(TEXT.encode())
+  parts = said(tokenizer, ids)
+  assert ''.join(parts) == TEXT
+  assert '\ufffd' not in ''.join(parts)
+  assert [part for part in parts if part] == list(TEXT)
+
+
+def test_a_vocabulary_with_fallback_to_bytes():
+  tokenizer = metaspace()
+  spelled = [4 + byte for byte in '€é'.encode()]
+  parts = said(tokenizer, [0, *spelled, 1, 2])
+  assert parts == ['a', '', '', '€', '', 'é', ' b', 'b', '']
+
+
+@pytest.mark.parametrize('n', [1, 30])
+def test_the_context_decides_on_the_first_space(n):
+  # Alone a word loses the space before it; behind a prompt it keeps it.
+  tokenizer = metaspace()
+  assert said(tokenizer, [1, 1]) == ['b', ' b', '']
+  assert said(tokenizer, [1, 1], context=[0] * n) == [' b', ' b', '']
+
+
+def test_ids_that_the_tokenizer_lacks_say_nothing():
+  tokenizer = tokenizers.Bytes()
+  ids = [104, tokenizer.vocab_size, tokenizer.eos_id, 105]
+  assert said(tokenizer, ids, context=[tokenizer.vocab_size + 3]) == [
+    'h', '', '', 'i', '',
+  ]  # fmt: skip
+
+
+def test_only_a_few_tokens_are_decoded_again():
+  # Streaming a long text takes linear time.
+  tokenizer = tokenizers.Bytes()
+  longest = 0
+  decode = tokenizer.decode
+
+  class Counting(tokenizers.Bytes):
+    def decode(self, ids):
+      nonlocal longest
+      longest = max(longest, len(ids))
+      return decode(ids)
+
+  assert ''.join(said(Counting(), (TEXT * 30).encode())) == TEXT * 30
+  assert longest < 20

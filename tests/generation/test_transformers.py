@@ -1,0 +1,188 @@
+"""The same tokens as transformers, greedy and by beams, from one checkpoint."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from moe_jax import generation, interop, models
+
+V, PAD, START = 43, 0, 2
+# Of different lengths, none a length that we round to.
+PROMPTS = [[7, 3, 19, 11, 23], [5, 29], [13, 37, 17]]
+NEW = 13
+
+
+def mixtral():
+  return transformers.MixtralForCausalLM(
+    transformers.MixtralConfig(
+      vocab_size=V, hidden_size=24, intermediate_size=20, num_hidden_layers=3,
+      num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+      num_local_experts=5, num_experts_per_tok=2, sliding_window=7,
+      tie_word_embeddings=False, initializer_range=0.3,
+      bos_token_id=None, eos_token_id=None, pad_token_id=PAD,
+    )
+  )  # fmt: skip
+
+
+def switch():
+  return transformers.SwitchTransformersForConditionalGeneration(
+    transformers.SwitchTransformersConfig(
+      vocab_size=V, d_model=24, d_kv=6, d_ff=20, num_layers=4,
+      num_sparse_encoder_layers=2, num_decoder_layers=4,
+      num_sparse_decoder_layers=2, num_heads=4, num_experts=3,
+      expert_capacity=2, initializer_factor=3.0,
+      eos_token_id=None, pad_token_id=PAD, decoder_start_token_id=START,
+    )
+  )  # fmt: skip
+
+
+def nllb(**options):
+  return transformers.NllbMoeForConditionalGeneration(
+    transformers.NllbMoeConfig(
+      vocab_size=V, d_model=24, encoder_layers=2, decoder_layers=2,
+      encoder_attention_heads=4, decoder_attention_heads=3,
+      encoder_ffn_dim=20, decoder_ffn_dim=28, num_experts=3,
+      encoder_sparse_step=2, decoder_sparse_step=2, init_std=0.3,
+      eos_token_id=None, pad_token_id=1, decoder_start_token_id=START,
+      bos_token_id=None, **options,
+    )
+  )  # fmt: skip
+
+
+def nllb_full():
+  """Slots for 0.4 of a step's tokens: rows compete for them."""
+  return nllb(moe_eval_capacity_token_fraction=0.4)
+
+
+# With the seeds whose greedy tokens repeat themselves least.
+MAKERS = {
+  'mixtral': (mixtral, 3),
+  'switch': (switch, 1),
+  'nllb': (nllb, 0),
+  'nllb_full': (nllb_full, 0),
+}
+
+
+class Pair(NamedTuple):
+  """A random model of theirs, ours with its weights, and how both generate."""
+
+  theirs: torch.nn.Module
+  model: models.Model
+  variables: dict
+  options: dict
+  stop: int | None
+
+  @property
+  def stop_ids(self):
+    return () if self.stop is None else (self.stop,)
+
+
+@pytest.fixture(scope='module', params=MAKERS)
+def pair(request, tmp_path_factory):
+  make, seed = MAKERS[request.param]
+  theirs = make().eval()
+  torch.manual_seed(seed)
+  with torch.no_grad():
+    for name, weights in theirs.named_parameters():
+      if weights.ndim > 1:
+        small = 'shared' in name or 'embed' in name
+        weights.normal_(0, 0.05 if small else 0.5)
+  folder = tmp_path_factory.mktemp(request.param)
+  theirs.save_pretrained(folder)
+  model, variables = generation.prepare(*interop.load(folder))
+  options = {'start_id': START} if theirs.config.is_encoder_decoder else {}
+  endless = their_tokens(theirs, *padded(theirs))
+  assert len(set().union(*endless)) > 5  # no model of one answer
+  # A token that one row meets halfway. Where rows compete for slots, theirs
+  # have padding compete that comes behind a row's end; so none ends.
+  stop = None if make is nllb_full else endless[0][NEW // 2]
+  return Pair(theirs, model, variables, options, stop)
+
+
+def padded(theirs):
+  """Prompts as tensors: padded in front, or behind for an encoder."""
+  front = not theirs.config.is_encoder_decoder
+  length = max(map(len, PROMPTS))
+  rows, mask = [], []
+  for row in PROMPTS:
+    fill = [theirs.config.pad_token_id] * (length - len(row))
+    rows.append(fill + row if front else row + fill)
+    seen = [0] * len(fill), [1] * len(row)
+    mask.append(seen[0] + seen[1] if front else seen[1] + seen[0])
+  return torch.tensor(rows), torch.tensor(mask)
+
+
+def their_tokens(theirs, ids, mask, stop=None):
+  """New tokens by row, without what comes behind a row's end."""
+  with torch.no_grad():
+    made = theirs.generate(
+      ids,
+      attention_mask=mask,
+      max_new_tokens=NEW,
+      do_sample=False,
+      eos_token_id=stop,
+    )
+  given = 1 if theirs.config.is_encoder_decoder else ids.shape[1]
+  return [until(stop, row[given:].tolist()) for row in made]
+
+
+def until(stop, row):
+  return row[: row.index(stop) + 1] if stop in row else row
+
+
+def test_greedy_tokens_are_theirs(pair):
+  expected = their_tokens(pair.theirs, *padded(pair.theirs), pair.stop)
+  lengths = list(map(len, expected))
+  assert (min(lengths) < max(lengths)) == bool(pair.stop_ids)
+  made = generation.generate(
+    pair.model,
+    pair.variables,
+    PROMPTS,
+    max_new_tokens=NEW,
+    stop_ids=pair.stop_ids,
+    **pair.options,
+  )
+  assert [row.tolist() for row in made.rows] == expected
+
+
+@pytest.mark.parametrize('length_penalty', [1.0, -0.7])
+def test_beams_are_theirs(pair, length_penalty):
+  ids, mask = padded(pair.theirs)
+  with torch.no_grad():
+    made = pair.theirs.generate(
+      ids,
+      attention_mask=mask,
+      max_new_tokens=NEW,
+      do_sample=False,
+      eos_token_id=pair.stop,
+      num_beams=4,
+      num_return_sequences=3,
+      length_penalty=length_penalty,
+      return_dict_in_generate=True,
+      output_scores=True,
+    )
+  given = 1 if pair.theirs.config.is_encoder_decoder else ids.shape[1]
+  expected = [until(pair.stop, row[given:].tolist()) for row in made.sequences]
+  found = generation.beam_search(
+    pair.model,
+    pair.variables,
+    PROMPTS,
+    num_beams=4,
+    num_return=3,
+    max_new_tokens=NEW,
+    length_penalty=length_penalty,
+    stop_ids=pair.stop_ids,
+    **pair.options,
+  )
+  ours = [
+    row[:n].tolist()
+    for rows, lengths in zip(found.tokens, found.lengths)
+    for row, n in zip(rows, lengths)
+  ]
+  assert ours == expected
+  np.testing.assert_allclose(
+    found.scores.reshape(-1), made.sequences_scores, rtol=2e-4
+  )

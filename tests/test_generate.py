@@ -1,0 +1,199 @@
+"""The command `python -m moe_jax.generate`, called as a function."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tokenizers as hf
+
+from moe_jax import generate, generation
+from moe_jax.data import tokenizers
+from tests.generation import folders
+
+ROOT = pathlib.Path(__file__).parents[1]
+HALVES = dict(
+  data=dict(task='seq2seq', target_len=8),
+  model=dict(kind='encoder_decoder', positions='relative'),
+)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run of a decoder on bytes."""
+  folder = tmp_path_factory.mktemp('run')
+  folders.write(folder)
+  return folder
+
+
+def said(capsys, folder, *more):
+  """What the command prints, to both streams."""
+  generate.main([f'--workdir={folder}', '--max_new_tokens=9', *more])
+  return capsys.readouterr()
+
+
+def refused(capsys, *argv):
+  with pytest.raises(SystemExit) as ended:
+    generate.main(argv)
+  assert ended.value.code == 1
+  return capsys.readouterr().err
+
+
+def expected(folder, prompts, **options):
+  """The same by the function."""
+  loaded = generation.load(folder)
+  prompts = [list(prompt.encode()) for prompt in prompts]
+  options = dict(max_new_tokens=9, stop_ids=[256]) | options
+  return generation.generate(
+    loaded.model, loaded.variables, prompts, **options
+  ).rows
+
+
+def test_one_prompt_is_streamed(run, capsys):
+  text = tokenizers.Bytes().decode(expected(run, ['def '])[0])
+  assert said(capsys, run, '--prompt=def ').out == text + '\n'
+  drawn = expected(run, ['def '], temperature=1.4, top_k=50, seed=6)[0]
+  flags = '--temperature=1.4', '--top_k=50', '--seed=6'
+  out = said(capsys, run, '--prompt=def ', *flags).out
+  assert out == tokenizers.Bytes().decode(drawn) + '\n'
+  assert (drawn != expected(run, ['def '])[0][: len(drawn)]).any()
+
+
+def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
+  path = tmp_path / 'prompts.txt'
+  path.write_text('ab\n\nc d\n', encoding='utf-8')
+  rows = expected(run, ['ab', 'c d'])
+  first, second = map(tokenizers.Bytes().decode, rows)
+  out = said(capsys, run, f'--prompts_file={path}').out
+  assert out == f'[1] ab\n{first}\n[2] c d\n{second}\n'
+
+
+def test_beams(run, capsys):
+  flags = '--num_beams=3', '--length_penalty=0.5'
+  rows = expected(run, ['ab'], num_beams=3, length_penalty=0.5)
+  out = said(capsys, run, '--prompt=ab', *flags).out
+  assert out == tokenizers.Bytes().decode(rows[0]) + '\n'
+
+
+def test_a_stop_token_by_its_text(run, capsys):
+  flags = '--temperature=2.0', '--seed=1', '--max_new_tokens=40'
+  ascii_flags = [f'--stop={chr(i)}' for i in range(32, 127)]
+  free = said(capsys, run, '--prompt=a', *flags).out
+  out = said(capsys, run, '--prompt=a', *flags, *ascii_flags).out
+  stop = next(i for i, c in enumerate(free) if ' ' <= c <= '~')
+  assert out == free[: stop + 1] + '\n'
+  error = refused(capsys, f'--workdir={run}', '--prompt=a', '--stop=ab')
+  assert (
+    error == "moe_jax: --stop='ab' is not one token but 2: [\"'a'\", \"'b'\"]\n"
+  )
+
+
+def test_an_encoder_decoder_answers_inputs(tmp_path, capsys):
+  params = folders.write(tmp_path, **HALVES)[3]
+  loaded = generation.load(tmp_path)
+  assert loaded.variables['params'].keys() == params.keys()
+  rows = generation.generate(
+    loaded.model, loaded.variables, [97, 98], max_new_tokens=9, start_id=256,
+    stop_ids=[256],
+  ).rows  # fmt: skip
+  out = said(capsys, tmp_path, '--prompt=ab').out
+  assert out == tokenizers.Bytes().decode(rows[0]) + '\n'
+
+
+def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
+  model = hf.Tokenizer(
+    hf.models.WordLevel(
+      {'<s>': 0, 'hi': 1, 'eng_Latn': 2, 'fra_Latn': 3, '<unk>': 4, 'you': 5},
+      unk_token='<unk>',
+    )
+  )
+  model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  model.add_special_tokens(['<s>', 'eng_Latn', 'fra_Latn'])
+  model.post_processor = hf.processors.TemplateProcessing(
+    single='eng_Latn $A', special_tokens=[('eng_Latn', 2)]
+  )
+  special = tokenizers.SpecialTokens(
+    start=0,
+    chat_template='you {{ messages[0].content }}',
+  )
+  tokenizer = tokenizers.Json(model.to_str(), special)
+  folders.write(tmp_path, tokenizer=tokenizer, **HALVES)
+  loaded = generation.load(tmp_path)
+
+  def answer(ids, **options):
+    options = dict(max_new_tokens=9, start_id=0) | options
+    made = generation.generate(loaded.model, loaded.variables, ids, **options)
+    return tokenizer.decode(made.rows[0][made.rows[0] < 6]) + '\n'
+
+  cases = (
+    ([], answer([2, 1])),
+    (['--source_language=fra_Latn'], answer([3, 1])),
+    (['--target_language=fra_Latn'], answer([2, 1], forced_ids=[3])),
+    (['--chat'], answer([5, 1])),
+  )
+  for flags, text in cases:
+    assert said(capsys, tmp_path, '--prompt=hi', *flags).out == text
+
+
+def test_learned_positions_shorten_the_text(tmp_path, capsys):
+  # 24 positions are 21 new tokens behind 4.
+  folders.write(tmp_path, model=dict(positions='learned'))
+  prompt = '--prompt=abcd'
+  told = said(capsys, tmp_path, prompt, '--max_new_tokens=21')
+  assert told.err == ''
+  told = said(capsys, tmp_path, prompt, '--max_new_tokens=50')
+  assert 'room for 21 new tokens of 50; 0 tokens of prompts' in told.err
+  told = said(capsys, tmp_path, '--prompt=' + 'x' * 40, '--max_new_tokens=50')
+  assert 'room for 13 new tokens of 50; 28 tokens of prompts' in told.err
+
+
+def test_mistakes_are_a_line(run, capsys, tmp_path):
+  where = f'--workdir={run}'
+  empty = tmp_path / 'empty.txt'
+  empty.write_text('\n')
+  for argv, message in (
+    ([f'--workdir={tmp_path}', '--prompt=a'], 'it has no config.json'),
+    ([where, '--prompt='], "prompt '' has no tokens"),
+    ([where], 'one of the arguments --prompt --prompts_file is required'),
+    ([where, f'--prompts_file={empty}'], 'has no prompts, one a line'),
+    ([where, f'--prompts_file={empty}x'], 'No such file'),
+    ([where, '--prompt=a', '--chat'], '--chat or --source_language: tokenizer'),
+    ([where, '--prompt=a', '--target_language=x'], '--target_language: token'),
+    ([where, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
+    ([where, '--prompt=a', '--step=4'], 'no checkpoint 4'),
+    ([where, '--prompt=a', '--beams=4'], 'unrecognized arguments: --beams=4'),
+    ([where, '--prompt=a', '--max_new_tokens=0'], 'max_new_tokens=0 leaves'),
+  ):
+    error = refused(capsys, *argv)
+    assert message in error, error
+    assert len(error.splitlines()) == 1
+  with pytest.raises(ValueError, match='need a temperature'):
+    generate.main([where, '--prompt=a', '--top_k=4', '--traceback'])
+
+
+def test_checkpoints_passed_over_are_named(tmp_path, capsys):
+  folders.write(tmp_path, steps=(2, 5))
+  folders.damage(tmp_path, 5)
+  told = said(capsys, tmp_path, '--prompt=a')
+  assert 'passed over the checkpoint of step 5' in told.err
+  assert told.out
+
+
+@pytest.mark.slow
+def test_as_a_command(run):
+  done = subprocess.run(
+    [
+      *[sys.executable, '-m', 'moe_jax.generate', f'--workdir={run}'],
+      *['--prompt=def ', '--max_new_tokens=9'],
+    ],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONIOENCODING': 'utf-8'},
+    capture_output=True,
+    encoding='utf-8',
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  text = tokenizers.Bytes().decode(expected(run, ['def '])[0])
+  assert done.stdout == text + '\n'
