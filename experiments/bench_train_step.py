@@ -1,12 +1,14 @@
 """What does a training step of a sparse model cost, against its dense twin?
 
     python -m experiments.bench_train_step --preset=quick
+    python -m experiments.bench_train_step --preset=quick --peer
 
 Times the config's own training step with its dispatch, dropless, as its dense
 twin, and with each kind of rematerialisation, all interleaved; and compiles
 models of few and of many layers, since compile time must not grow with depth.
-Writes `table.md`, `rows.csv`, `results.json` and `steps.png` to
-`results/bench_train_step/<device>`. Not here: where a step's time goes
+`--peer` times transformers' step of a Switch encoder-decoder against ours, in
+place of all that. Writes `table.md`, `rows.csv`, `results.json` and `steps.png`
+to `results/bench_train_step/<device>`. Not here: where a step's time goes
 (`moe_jax.analysis.explain_cost`).
 """
 
@@ -20,7 +22,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import timing
+from experiments import peer_steps, timing
 from experiments import train_step_tables as tables
 from moe_jax import host, models, partitioning
 from moe_jax.analysis import compiled as compiled_lib
@@ -80,16 +82,24 @@ def prepared(
 def random_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   """Full rows of random tokens: what a step costs does not depend on text."""
   rng = np.random.default_rng(0)
-  shape = config.batch_size, config.data.seq_len
-  tokens = rng.integers(0, config.model.vocab_size, (2, *shape), np.int32)
-  place = np.arange(shape[1], dtype=np.int32)
-  return {
-    'tokens': tokens[0],
-    'targets': tokens[1],
-    'segment_ids': np.ones(shape, np.int32),
-    'positions': np.broadcast_to(place, shape).copy(),
-    'loss_weights': np.ones(shape, np.float32),
-  }
+  c = config.data
+
+  def row(prefix, length):
+    shape = config.batch_size, length
+    place = np.arange(length, dtype=np.int32)
+    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
+    return {
+      f'{prefix}tokens': tokens,
+      f'{prefix}segment_ids': np.ones(shape, np.int32),
+      f'{prefix}positions': np.broadcast_to(place, shape).copy(),
+    }
+
+  found = row('', c.seq_len)
+  if config.model.kind == 'encoder_decoder':
+    found = row('encoder_', c.seq_len) | row('', c.target_len)
+  shape = found['tokens'].shape
+  found['targets'] = rng.integers(0, config.model.vocab_size, shape, np.int32)
+  return found | {'loss_weights': np.ones(shape, np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +200,32 @@ def measure_steps(
   return rows
 
 
+def measure_peer(seconds: float) -> list[dict[str, Any]]:
+  """A row for each of our steps and for transformers', all interleaved."""
+  config = prepared(peer_steps.config(), {})
+  runs = {
+    name: compile_step(prepared(config, overrides)).run
+    for name, overrides in peer_steps.cases().items()
+  }
+  peer = peer_steps.NAME
+  runs[peer] = peer_steps.transformers_step(config, random_batch(config))
+  times = timing.interleave(runs, seconds=seconds)
+  rows = []
+  for name, found in times.items():
+    faster = timing.ratio(times[peer], found)
+    rows.append(
+      {
+        'case': name,
+        'rounds': len(found),
+        'ms': 1e3 * timing.Spread.of(found).median,
+        'faster': faster.median,
+        'faster_low': faster.low,
+        'faster_high': faster.high,
+      }
+    )
+  return rows
+
+
 def measure_compilation(
   config: ml_collections.ConfigDict, depths: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -223,6 +259,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--preset', choices=list(PRESETS), default='quick')
   add('--config', default='configs/tiny_switch.py', help='of a sparse model')
+  add('--peer', action='store_true', help="transformers' step against ours")
   add('--output', default='results', help='where results go')
   add('--seconds', type=float, help='timed in all')
   add(
@@ -240,10 +277,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   preset = PRESETS[options.preset]
   seconds = preset.seconds if options.seconds is None else options.seconds
+  host.keep_freed_memory()
+  if options.peer:
+    rows = measure_peer(seconds)
+    text = tables.peer_report(rows)
+    folder = timing.write(options.output, f'{NAME}_peer', text, rows, {})
+    print(f'{text}\nwritten: {folder}')
+    return
   config = load_config(options.config)
   if not config.model.moe.num_experts:
     raise SystemExit(f'{options.config} is dense: there is no twin to compare')
-  host.keep_freed_memory()
   peaks = measure_peaks(config.model.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_steps(config, seconds, peaks)

@@ -42,6 +42,30 @@ def report(
   )
 
 
+def peer_report(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Ours against transformers' step, in Markdown."""
+  f = timing.facts()
+  lines = [
+    {
+      'case': row['case'],
+      'ms': f'{row["ms"]:.0f}',
+      'times as fast': f'{row["faster"]:.2f} '
+      f'({row["faster_low"]:.2f}-{row["faster_high"]:.2f})',
+      'rounds': str(row['rounds']),
+    }
+    for row in rows
+  ]
+  return (
+    "# A Switch encoder-decoder's training step against transformers'\n\n"
+    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. M=256, '
+    'F=1024, 4 + 4 layers, two sparse in each, E=8, 8 examples of 256 tokens '
+    'in and 64 out, float32: forward, router losses, backward, clipping, '
+    'AdamW. Interleaved; medians, and medians of ratios within a round '
+    '(quartiles in brackets).\n\n'
+    f'{markdown_table(lines)}'
+  )
+
+
 def step_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """A row a variant."""
   lines = []

@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_moe_layer, bench_train_step, timing
+from experiments import (
+  bench_moe_layer,
+  bench_train_step,
+  peer_steps,
+  timing,
+)
 from experiments import moe_layer_cases as cases_lib
 from experiments import moe_layer_programs as programs_lib
 from experiments import moe_layer_rows as rows_lib
+from moe_jax import models
 from moe_jax.command_line import load_config
 
 N, M, F, E, K = 24, 8, 12, 4, 2
@@ -278,3 +284,27 @@ def test_capacity_serves_what_fits():
   load = np.array([3, 2, 1])
   assert rows_lib.served_share('gather', load) == 5 / 6
   assert rows_lib.served_share('dropless', load) == 1
+
+
+def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
+  pytest.importorskip('transformers')
+  small = {'vocab_size': 40, 'width': 24, 'num_heads': 2, 'head_width': 8}
+  sizes = {
+    **peer_steps.SIZES,
+    'batch_size': 2,
+    'data': {'seq_len': 12, 'target_len': 6},
+    'model': {**peer_steps.SIZES['model'], **small, 'hidden': 20},
+  }
+  monkeypatch.setattr(peer_steps, 'SIZES', sizes)
+  peer = peer_steps.transformers_model(peer_steps.config())
+  theirs = sum(p.numel() for p in peer.parameters())
+  shapes = models.abstract_params(models.build(peer_steps.config()), 6)
+  assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  output = ['--peer', '--seconds', '0', f'--output={tmp_path}']
+  bench_train_step.main(output)
+  (table,) = tmp_path.glob('*/*/table.md')
+  assert 'transformers' in table.read_text(encoding='utf-8')
+  (results,) = tmp_path.glob('*/*/results.json')
+  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
+  assert len(rows) == 3 and all(row['ms'] > 0 for row in rows)

@@ -1,0 +1,124 @@
+"""The same training step in transformers, for `bench_train_step --peer`.
+
+A Switch encoder-decoder of 4 + 4 layers, two sparse in each, on random tokens:
+forward, router losses, backward, AdamW, in float32. Not here: how it is timed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from moe_jax.command_line import load_config
+from moe_jax.config import merge
+
+CONFIG = 'configs/switch_base.py'
+NAME = 'transformers'
+# M=256, F=1024, E=8, batches of 8 with 256 tokens in and 64 out.
+SIZES = {
+  'batch_size': 8,
+  'microbatches': 1,
+  'data': {'seq_len': 256, 'target_len': 64},
+  'optimizer': {'name': 'adamw', 'schedule': 'constant', 'b1': 0.9},
+  'model': {
+    'vocab_size': 1024,
+    'num_layers': 4,
+    'num_encoder_layers': 4,
+    'width': 256,
+    'num_heads': 4,
+    'head_width': 64,
+    'hidden': 1024,
+    'dropout': 0.0,
+    'dtype': 'float32',
+    'remat': 'none',
+    'moe': {
+      'num_experts': 8,
+      'layers': '1,3',
+      'encoder_layers': '1,3',
+      'jitter': 0.0,
+      'expert_dropout': 0.0,
+      'group_size': 0,
+    },
+  },
+}
+
+
+def config() -> ml_collections.ConfigDict:
+  """The step's config; its model is Switch-Base's at `SIZES`."""
+  return merge(load_config(CONFIG), SIZES)
+
+
+def cases() -> dict[str, Mapping[str, Any]]:
+  """What each of our cases changes in the config's `model`."""
+  return {
+    'gather, capacity factor 1.25': {},
+    'dropless': {'moe': {'dispatch': 'dropless', 'capacity_rule': 'all'}},
+  }
+
+
+def transformers_model(c: ml_collections.ConfigDict) -> Any:
+  """transformers' SwitchTransformers of the config's sizes, as it starts.
+
+  Raises:
+    SystemExit: transformers or torch is not installed.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise SystemExit(
+      f"--peer needs the 'experiments' extra: {error}"
+    ) from error
+  m = c.model
+  torch.manual_seed(0)
+  return transformers.SwitchTransformersForConditionalGeneration(
+    transformers.SwitchTransformersConfig(
+      vocab_size=m.vocab_size,
+      d_model=m.width,
+      d_kv=m.head_width,
+      d_ff=m.hidden,
+      num_layers=m.num_encoder_layers,
+      num_decoder_layers=m.num_layers,
+      num_sparse_encoder_layers=2,
+      num_sparse_decoder_layers=2,
+      num_heads=m.num_heads,
+      num_experts=m.moe.num_experts,
+      expert_capacity=c.data.seq_len,  # room for all, and at no cost there
+      router_jitter_noise=0.0,
+      dropout_rate=0.0,
+      dense_act_fn='relu',
+      decoder_start_token_id=0,
+    )
+  )
+
+
+def transformers_step(
+  c: ml_collections.ConfigDict, batch: Mapping[str, np.ndarray]
+) -> Callable[[], None]:
+  """One step of that model on the batch, when called."""
+  model = transformers_model(c)
+  import torch
+
+  model.train()
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=c.optimizer.learning_rate, fused=True
+  )
+  names = ('encoder_tokens', 'tokens', 'targets')
+  source, given, targets = (
+    torch.from_numpy(np.asarray(batch[name])).long() for name in names
+  )
+
+  def run():
+    optimizer.zero_grad(set_to_none=True)
+    loss = model(
+      input_ids=source,
+      decoder_input_ids=given,
+      labels=targets,
+      output_router_logits=True,
+    ).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), c.optimizer.clip_norm)
+    optimizer.step()
+
+  return run
