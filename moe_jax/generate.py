@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
   model, variables = generation.prepare(
     loaded.model,
     loaded.variables,
+    batch_size=len(texts) * options.num_beams,
     window=runs.window(loaded.config, loaded.model, imported=loaded.imported),
   )
   arguments = _arguments(loaded, options)

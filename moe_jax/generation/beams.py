@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.generation.prefix import Ids, make_prefix
+from moe_jax.generation.prefix import Ids, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.layers.cache import KVCache
 from moe_jax.models import Model
@@ -78,7 +78,8 @@ def beam_search(
       f'num_beams={num_beams} and num_return={num_return}: both are at least '
       '1, and no more are returned than are followed'
     )
-  model, variables = prepare(model, variables)
+  batch_size = num_beams * num_rows(prompt)
+  model, variables = prepare(model, variables, batch_size=batch_size)
   prefix = make_prefix(
     model,
     prompt,

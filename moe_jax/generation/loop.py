@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.generation.beams import beam_search
-from moe_jax.generation.prefix import Ids, Prefix, make_prefix
+from moe_jax.generation.prefix import Ids, Prefix, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
 from moe_jax.layers.cache import KVCache
@@ -109,7 +109,7 @@ def generate(
       stop_ids=stop_ids, pad_id=pad_id, length_penalty=length_penalty,
     )  # fmt: skip
     return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
-  model, variables = prepare(model, variables)
+  model, variables = prepare(model, variables, batch_size=num_rows(prompt))
   prefix = make_prefix(
     model,
     prompt,

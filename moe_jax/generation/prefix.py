@@ -88,9 +88,19 @@ def make_prefix(
   )
 
 
-def _rows(prompt) -> list[np.ndarray]:
+def num_rows(prompt: Sequence[Ids] | Ids) -> int:
+  """How many rows a prompt has.
+
+  Raises:
+    ValueError: It has none.
+  """
   if not len(prompt):
     raise ValueError('prompt has no rows; give at least one')
+  return len(prompt) if np.ndim(prompt[0]) else 1
+
+
+def _rows(prompt) -> list[np.ndarray]:
+  num_rows(prompt)
   if np.ndim(prompt[0]) == 0:
     prompt = [prompt]
   rows = [np.asarray(row, np.int64) for row in prompt]

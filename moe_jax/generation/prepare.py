@@ -19,7 +19,7 @@ Variables = dict[str, Any]
 
 
 def prepare(
-  model: Model, variables: Variables, *, window: int = 0
+  model: Model, variables: Variables, *, batch_size: int = 1, window: int = 0
 ) -> tuple[Model, Variables]:
   """The model and variables to generate with, which others pass through.
 
@@ -32,6 +32,8 @@ def prepare(
   Args:
     model: As trained or imported.
     variables: Its parameters, under 'params'.
+    batch_size: Rows that will be generated together, beams counted: on a CPU
+      the fastest layout depends on it, and nothing else does.
     window: How many tokens a decoder's token sees at most, itself among them:
       for going on beyond the rows that a model was trained on, where its
       positions are relative. 0: as the model.
@@ -44,7 +46,9 @@ def prepare(
     stack = _with_window(stack, window)
     config = dataclasses.replace(config, **{name: stack})
   params = nn.meta.unbox(variables['params'])
-  model, params = for_decoding(model.clone(config=config), params)
+  model, params = for_decoding(
+    model.clone(config=config), params, batch_size=batch_size
+  )
   return model, {**variables, 'params': params}
 
 

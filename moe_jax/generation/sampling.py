@@ -4,6 +4,7 @@ Pure functions on float32 logits. Not here: the loop (`loop.py`), and beams
 (`beams.py`).
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -104,11 +105,16 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     ValueError: There are not as many seeds as rows.
   """
   if np.ndim(seed) == 0:
-    rows = jnp.arange(num_rows, dtype=jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    return _row_keys(seed, num_rows)
   if len(seed) != num_rows:
     raise ValueError(f'{len(seed)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _row_keys(seed, num_rows):
+  rows = jnp.arange(num_rows, dtype=jnp.uint32)
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
 def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:

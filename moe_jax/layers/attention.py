@@ -123,7 +123,7 @@ class Attention(nn.Module):
     train: bool = False,
     *,
     memory: Float[Array, 'B S M'] | None = None,
-    memory_segment_ids: Int[Array, 'B S'] | None = None,
+    key_segment_ids: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B T M']:
     """Attends to tokens of the same segment, if causal up to oneself.
 
@@ -136,7 +136,8 @@ class Attention(nn.Module):
       bias: Added to the scaled scores (relative positions).
       train: Turns on dropout.
       memory: The encoder's output, which cross-attention reads.
-      memory_segment_ids: Of each of its tokens.
+      key_segment_ids: Of each token that is read, memory's or x's own. None:
+        of x, they are `segment_ids`; of a memory, each row is one segment.
 
     Raises:
       ValueError: The config's implementation cannot serve the length, the
@@ -144,7 +145,7 @@ class Attention(nn.Module):
     """
 
     def attend(query, key, value):
-      ids = segment_ids, memory_segment_ids
+      ids = segment_ids, key_segment_ids
       return self._attend(query, key, value, ids, bias, train)
 
     return self._project_all(x, memory, positions, attend)
@@ -156,7 +157,7 @@ class Attention(nn.Module):
     positions: Int[Array, 'B T'],
     bias: Float32[Array, 'H T S'] | None,
     cache: KVCache,
-    layer: Int[Array, ''],
+    layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
     """Attends to what the cache holds of a layer, and for self-attention to x.
 

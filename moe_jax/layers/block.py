@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.attention import Attention, AttentionConfig
@@ -80,7 +81,7 @@ class Block(nn.Module):
     x: Float[Array, 'B T M'],
     context: Context,
     cache: KVCache | None,
-    layer: Int[Array, ''],
+    layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache | None, MoeAux]:
     """Returns the new residual stream, the cache, and the feed-forward's aux.
 
@@ -118,14 +119,22 @@ class Block(nn.Module):
       return attention.decode(
         h, context.token_mask, context.positions, bias, cache, layer
       )
+    ids = context.segment_ids
+    key_ids = context.memory_segment_ids if c.cross else None
+    moe = self.config.moe
+    if ids is not None and moe is not None and moe.route_padding:
+      # Padding that takes slots is routed by what it saw: in transformers, the
+      # row's example.
+      key_ids = key_ids if c.cross else ids
+      ids = jnp.maximum(ids, 1)
     y = attention(
       h,
-      context.segment_ids,
+      ids,
       context.positions,
       bias,
       self.train,
       memory=context.memory if c.cross else None,
-      memory_segment_ids=context.memory_segment_ids if c.cross else None,
+      key_segment_ids=key_ids,
     )
     return y, None
 

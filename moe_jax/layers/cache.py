@@ -1,8 +1,10 @@
 """What a decoder keeps between steps: keys and values of every layer.
 
 All rows append at the same slot, so that a step writes one slice in place;
-rows of different length are padded in front. Not here: who fills it
-(`attention.py`), or what is generated (`moe_jax.generation`).
+rows of different length are padded in front. Where layers are a loop, they
+share an array; else each has its own, which XLA's CPU compiler does not copy to
+read. Not here: who fills it (`attention.py`), or what is generated
+(`moe_jax.generation`).
 """
 
 import flax.struct
@@ -16,7 +18,7 @@ class Memory(flax.struct.PyTreeNode):
   """What a decoder's cross-attention reads, the same at every step.
 
   Attributes:
-    key: [L, B, N, S, D], projected from the encoder's output.
+    key: [L, B, N, S, D], or L of [B, N, S, D]: the encoder's output, projected.
     value: Likewise.
     filled: bool [B, S], False at the encoder's padding.
   """
@@ -30,7 +32,7 @@ class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: [L, B, N, S, D].
+    key: [L, B, N, S, D], or L of [B, N, S, D].
     value: Likewise.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
@@ -50,6 +52,7 @@ class KVCache(flax.struct.PyTreeNode):
     cls,
     *,
     num_layers: int,
+    stacked: bool,
     batch_size: int,
     max_len: int,
     num_heads: int,
@@ -58,9 +61,15 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> 'KVCache':
     """An empty cache of `max_len` slots; `num_heads` is that of keys."""
     L, B, N, S, D = num_layers, batch_size, num_heads, max_len, head_width
+
+    def empty():
+      if stacked:
+        return jnp.zeros((L, B, N, S, D), dtype)
+      return tuple(jnp.zeros((B, N, S, D), dtype) for _ in range(L))
+
     return cls(
-      key=jnp.zeros((L, B, N, S, D), dtype),
-      value=jnp.zeros((L, B, N, S, D), dtype),
+      key=empty(),
+      value=empty(),
       filled=jnp.zeros((B, S), bool),
       length=jnp.zeros((), jnp.int32),
       next_position=jnp.zeros(B, jnp.int32),
@@ -91,17 +100,20 @@ class KVCache(flax.struct.PyTreeNode):
 
   def write(
     self,
-    layer: Int[Array, ''],
+    layer: int | Int[Array, ''],
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N D'],
   ) -> 'KVCache':
     """Fills the slots that `begin` took in one layer."""
 
     def put(kept, new):
-      new = new.swapaxes(1, 2)[None].astype(kept.dtype)
-      return jax.lax.dynamic_update_slice(
-        kept, new, (layer, 0, 0, self.length, 0)
-      )
+      new, place = new.swapaxes(1, 2), (0, 0, self.length, 0)
+      if isinstance(kept, tuple):
+        own = kept[layer]
+        own = jax.lax.dynamic_update_slice(own, new.astype(own.dtype), place)
+        return (*kept[:layer], own, *kept[layer + 1 :])
+      new = new[None].astype(kept.dtype)
+      return jax.lax.dynamic_update_slice(kept, new, (layer, *place))
 
     return self.replace(key=put(self.key, key), value=put(self.value, value))
 
@@ -115,19 +127,19 @@ class KVCache(flax.struct.PyTreeNode):
     For beams, which move between rows and are many to a prompt.
     """
 
-    def by_axis(axis, leaf):
-      return None if leaf is None else jnp.take(leaf, rows, axis)
+    def by_axis(axis, leaves):
+      return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis), leaves)
 
     memory = self.memory
     if memory is not None:
       memory = Memory(
-        key=by_axis(1, memory.key),
-        value=by_axis(1, memory.value),
+        key=by_axis(-4, memory.key),
+        value=by_axis(-4, memory.value),
         filled=by_axis(0, memory.filled),
       )
     return self.replace(
-      key=by_axis(1, self.key),
-      value=by_axis(1, self.value),
+      key=by_axis(-4, self.key),
+      value=by_axis(-4, self.value),
       filled=by_axis(0, self.filled),
       next_position=by_axis(0, self.next_position),
       memory=memory,
@@ -135,7 +147,10 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def at_layer(
-  kept: Float[Array, 'L B N S D'], layer: Int[Array, '']
+  kept: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N S D'], ...],
+  layer: int | Int[Array, ''],
 ) -> Float[Array, 'B N S D']:
-  """One layer's keys or values."""
+  """One layer's keys or values; the number of one of several is an int."""
+  if isinstance(kept, tuple):
+    return kept[layer]
   return jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False)

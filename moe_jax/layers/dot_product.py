@@ -81,7 +81,7 @@ def attend(
     seq_len=query.shape[1],
     biased=bias is not None,
     dropout=dropout is not None,
-    cross=keys.cross,
+    cross=keys.cross or key_segment_ids is not None,
   )
   if key_segment_ids is None:
     key_segment_ids = segment_ids

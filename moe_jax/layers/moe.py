@@ -11,14 +11,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import dispatch
+from moe_jax.config import unknown
 from moe_jax.kernels.backends import check as check_backend
 from moe_jax.layers.dropless import DroplessExperts
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.router import Router, RouterConfig
-from moe_jax.layers.unrolled import UnrolledExperts
+from moe_jax.layers.unrolled import (
+  FEW_TOKENS,
+  BatchedExperts,
+  UnrolledExperts,
+)
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float
+
+DECODING = ('', 'unrolled', 'batched')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +42,11 @@ class MoeConfig:
     grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
       see `kernels.BACKENDS`.
     route_padding: Whether padding takes slots and counts as tokens, as in
-      transformers' Switch.
-    unrolled: Whether, in place of a dispatcher, experts have arrays of their
-      own (`layers/unrolled.py`): for decoding on a CPU.
+      transformers' Switch. Then it attends to the first example of its row, and
+      not to other padding: what it saw decides which slots it takes.
+    decoding: For steps of few tokens on a CPU, in place of a dispatcher:
+      'unrolled', experts have arrays of their own, or 'batched', all multiply
+      all tokens; see `layers/unrolled.py`.
     output_masking: Rate at which an expert's output for a token is masked in
       training, without making up for it; in evaluation outputs are multiplied
       by 1 - rate (NLLB's expert output masking, arXiv:2207.04672).
@@ -49,7 +58,7 @@ class MoeConfig:
   dispatch: str = 'gather'
   grouped_matmul: str = 'auto'
   route_padding: bool = False
-  unrolled: bool = False
+  decoding: str = ''
   output_masking: float = 0.0
 
   def __post_init__(self):
@@ -61,6 +70,8 @@ class MoeConfig:
         f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
         "capacity_rule='all', or dispatch='gather'"
       )
+    if self.decoding not in DECODING:
+      raise unknown('decoding', self.decoding, DECODING)
     if self.group_size < -1:
       raise ValueError(f'group_size={self.group_size} must be at least -1')
     if not 0 <= self.output_masking < 1:
@@ -120,8 +131,10 @@ class MoE(nn.Module):
 
   def _serve(self, groups, chosen, train):
     c = self.config
-    if c.unrolled:
+    if c.decoding == 'unrolled':
       return UnrolledExperts(c.expert, name='experts')(groups, chosen)
+    if c.decoding == 'batched' and groups[..., 0].size <= FEW_TOKENS:
+      return BatchedExperts(c.expert, name='experts')(groups, chosen)
     mover = dispatch.get(c.dispatch)
     if mover is dispatch.dropless:
       if self.expert is not None:

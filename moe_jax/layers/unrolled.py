@@ -1,9 +1,10 @@
-"""Experts with arrays of their own, for steps of few tokens on a CPU.
+"""Experts in steps of few tokens on a CPU, where kernels must not be sliced.
 
 XLA's CPU compiler copies a kernel that it slices out of a stack, which takes as
-long as reading it; a decoding step has time for neither. Here no kernel is
-sliced, and those of experts that nobody chose are not touched. The program
-grows with E: for generation from models with few experts.
+long as reading it; a decoding step has time for neither. Either experts have
+arrays of their own, and those of experts that nobody chose are not touched (the
+program grows with E: for models with few experts); or, where tokens choose most
+of them, all experts multiply all tokens, in one batched product.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from flax import linen as nn
 
 from moe_jax.dispatch import dropless
 from moe_jax.kernels.blocks import Block
-from moe_jax.layers.ffn import FfnConfig, compute, parameters
+from moe_jax.layers.ffn import FfnConfig, compute, feed_forward, parameters
 from moe_jax.layers.matmul import rows_matmul
 from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Float, Int32
@@ -46,6 +47,30 @@ class UnrolledExperts(nn.Module):
     rows = dropless.dispatch(x, routing)
     sizes = dropless.group_sizes(routing)
     return dropless.combine(_own_rows(c, experts, rows, sizes), routing)
+
+
+class BatchedExperts(nn.Module):
+  """Every expert on all tokens; its parameters are those of `Experts`."""
+
+  config: FfnConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'G S M'], routing: Routing
+  ) -> Float[Array, 'G S M']:
+    """Every expert's output, times what it gives each token."""
+    gate = _gates(routing)  # [N, E]
+    rows = x.reshape(-1, x.shape[-1])
+    N, E = gate.shape
+    rows = jnp.broadcast_to(rows, (E, N, rows.shape[1]))
+    y = feed_forward(self, self.config, rows, train=False)  # [E, N, M]
+    y = (y * gate.T[..., None]).sum(0)
+    return y.astype(self.config.dtype).reshape(x.shape)
+
+
+def most_are_chosen(tokens: int, num_selected: int, num_experts: int) -> bool:
+  """Whether independent uniform choices of so many tokens leave few experts."""
+  return (1 - num_selected / num_experts) ** tokens < 0.5
 
 
 class _Kernels(nn.Module):
@@ -86,9 +111,7 @@ def _all_tokens(
 ) -> Float[Array, 'G S M']:
   """Every chosen expert on all tokens, times what each gives it."""
   rows = x.reshape(-1, x.shape[-1])
-  chosen = jax.nn.one_hot(routing.expert_index, len(experts))
-  gate = jnp.where(routing.kept, routing.gate, 0.0)
-  gate = (chosen * gate[..., None]).sum(-2).reshape(len(rows), -1)  # [N, E]
+  gate = _gates(routing)
   used = (gate != 0).any(0)
   y = jnp.zeros(rows.shape, jnp.float32)
   for e, p in enumerate(experts):
@@ -102,6 +125,13 @@ def _all_tokens(
 
     y = jax.lax.cond(used[e], serve, skip, y, rows, gate[:, e], p)
   return y.astype(c.dtype).reshape(x.shape)
+
+
+def _gates(routing: Routing) -> Float[Array, 'N E']:
+  """What each expert gives each token; 0 where it was not chosen."""
+  chosen = jax.nn.one_hot(routing.expert_index, routing.num_experts)
+  gate = jnp.where(routing.kept, routing.gate, 0.0)
+  return (chosen * gate[..., None]).sum(-2).reshape(-1, routing.num_experts)
 
 
 def _own_rows(

@@ -145,6 +145,7 @@ def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
   attention = c.block.attention
   return KVCache.make(
     num_layers=len(c.sparse),
+    stacked=c.stacked,
     batch_size=batch_size,
     max_len=max_len,
     num_heads=attention.num_kv_heads,

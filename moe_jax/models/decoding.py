@@ -24,16 +24,23 @@ MOST_UNROLLED = 512
 
 
 def for_decoding(
-  model: Model, params: dict[str, Any], platform: str = ''
+  model: Model,
+  params: dict[str, Any],
+  *,
+  batch_size: int = 1,
+  platform: str = '',
 ) -> tuple[Model, dict[str, Any]]:
   """The model that decodes, and its parameters, which are copies.
 
   Nothing is dropped, unless the capacity rule is one of `OWN_RULES`. Layers
-  have arrays of their own, and on a CPU experts too, where they are few.
+  have arrays of their own. On a CPU, so have experts, where they are few and a
+  step chooses few of them; see `layers/unrolled.py`.
 
   Args:
     model: As trained or imported.
     params: Its parameters, unboxed.
+    batch_size: Rows that take a step together: what is fast depends on them,
+      and nothing else.
     platform: Where it decodes; '' is JAX's default backend.
   """
   on_cpu = (platform or jax.default_backend()) == 'cpu'
@@ -44,8 +51,8 @@ def for_decoding(
       own = own[name]
     stack = dataclasses.replace(_dropless(stack), remat='none')
     stack, own = unstack(stack, own)
-    if on_cpu and _expert_count(stack) <= MOST_UNROLLED:
-      stack, own = _unroll_experts(stack, own)
+    if on_cpu:
+      stack, own = _for_few_tokens(stack, own, batch_size)
     name = path[-1] if path else 'stack'
     config = dataclasses.replace(config, **{name: stack})
     if path:
@@ -71,14 +78,18 @@ def _dropless(stack: StackConfig) -> StackConfig:
   return _with_moe(stack, moe)
 
 
-def _expert_count(stack: StackConfig) -> int:
-  moe = stack.block.moe
-  return sum(stack.sparse) * moe.router.num_experts if moe else 0
-
-
-def _unroll_experts(stack, params):
+def _for_few_tokens(stack, params, batch_size):
   moe = stack.block.moe
   if moe is None or moe.dispatch != 'dropless':
+    return stack, params
+  router = moe.router
+  if unrolled.most_are_chosen(
+    batch_size, router.num_selected, router.num_experts
+  ):
+    return _with_moe(
+      stack, dataclasses.replace(moe, decoding='batched')
+    ), params
+  if sum(stack.sparse) * router.num_experts > MOST_UNROLLED:
     return stack, params
 
   def walk(tree):
@@ -89,7 +100,7 @@ def _unroll_experts(stack, params):
       for name, leaf in tree.items()
     }
 
-  moe = dataclasses.replace(moe, unrolled=True)
+  moe = dataclasses.replace(moe, decoding='unrolled')
   return _with_moe(stack, moe), walk(params)
 
 

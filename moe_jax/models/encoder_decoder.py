@@ -136,6 +136,7 @@ class EncoderDecoder(nn.Module):
     encoder_tokens: Int[Array, 'B S'],
     encoder_mask: Bool[Array, 'B S'],
     max_len: int,
+    encoder_positions: Int[Array, 'B S'] | None = None,
   ) -> KVCache:
     """A cache for `decode`, with what cross-attention reads of the encoder.
 
@@ -143,9 +144,12 @@ class EncoderDecoder(nn.Module):
       encoder_tokens: Token ids.
       encoder_mask: False at padding.
       max_len: How many tokens the decoder may have.
+      encoder_positions: Of each token. Default: its place.
     """
     c = self.config.decoder
-    source = make_context(encoder_tokens, encoder_mask.astype(jnp.int32), None)
+    source = make_context(
+      encoder_tokens, encoder_mask.astype(jnp.int32), encoder_positions
+    )
     memory, _ = self._encode(encoder_tokens, source, train=False)
     params = nn.meta.unbox(self.variables['params']['decoder'])
     projected = [
@@ -154,12 +158,11 @@ class EncoderDecoder(nn.Module):
       for own in periods(c, segment, params)
     ]
     keys, values = zip(*projected)
+    keys, values = jnp.concatenate(keys), jnp.concatenate(values)
+    if not c.stacked:
+      keys, values = tuple(keys), tuple(values)
     cache = make_cache(c, len(encoder_tokens), max_len)
-    return cache.replace(
-      memory=Memory(
-        jnp.concatenate(keys), jnp.concatenate(values), encoder_mask
-      )
-    )
+    return cache.replace(memory=Memory(keys, values, encoder_mask))
 
   def decode(
     self,

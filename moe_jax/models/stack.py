@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moe_jax.config import unknown
@@ -127,7 +128,7 @@ def run_stack(
     context = context._replace(bias=bias(*places))
   auxes, first = [], 0
   for segment in segments(c.sparse):
-    numbers = jnp.arange(first, first + segment.num_layers, dtype=jnp.int32)
+    numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
     numbers = numbers.reshape(segment.repeats, -1)
     layers = _segment if c.stacked else _unrolled
     carry, aux = layers(c, segment, train)(Carry(x, cache), numbers, context)
@@ -163,7 +164,7 @@ class Period(nn.Module):
   def __call__(
     self,
     carry: Carry,
-    numbers: Int32[Array, ' P'],
+    numbers: Int32[Array, ' P'] | tuple[int, ...],
     context: Context,
   ) -> tuple[Carry, MoeAux]:
     """Applies the period's blocks; aux leaves are [period, ...]."""
@@ -210,7 +211,7 @@ def _unrolled(c: StackConfig, segment: Segment, train: bool):
   def run(carry, numbers, context):
     auxes = []
     for i, period in enumerate(modules):
-      carry, aux = period(carry, numbers[i], context)
+      carry, aux = period(carry, tuple(map(int, numbers[i])), context)
       auxes.append(aux)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 

@@ -1,4 +1,4 @@
-"""Experts with arrays of their own equal the stacked ones."""
+"""Experts of decoding steps equal the stacked ones in their loop."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,13 @@ from flax import linen as nn
 
 from moe_jax.layers import FfnConfig
 from moe_jax.layers.dropless import DroplessExperts
-from moe_jax.layers.unrolled import FEW_TOKENS, UnrolledExperts, unstack
+from moe_jax.layers.unrolled import (
+  FEW_TOKENS,
+  BatchedExperts,
+  UnrolledExperts,
+  most_are_chosen,
+  unstack,
+)
 from moe_jax.routing import token_choice
 
 E, K, M, F = 5, 2, 6, 11
@@ -41,6 +47,18 @@ def test_equals_stacked_experts(tokens, use_bias):
   found = jax.jit(UnrolledExperts(config).apply)(own, x, routing)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
   assert np.abs(np.asarray(found)[0, -1]).max() > 0.01
+  if tokens <= FEW_TOKENS:
+    found = jax.jit(BatchedExperts(config).apply)(
+      {'params': params}, x, routing
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_most_are_chosen():
+  # Of Mixtral's 8 experts two rows leave 0.75^2 on average, three 0.75^3.
+  assert not most_are_chosen(2, 2, 8)
+  assert most_are_chosen(3, 2, 8)
+  assert not most_are_chosen(16, 1, 128)
 
 
 def test_experts_that_nobody_chose_are_not_read():

@@ -50,6 +50,9 @@ CASES = {
 }
 
 
+NUMBERS = ('num_experts', 'num_selected')
+
+
 @functools.cache
 def model_and_params(name):
   model = tiny.build(**CASES[name])
@@ -79,11 +82,15 @@ def whole(name, tokens, source, source_mask):
   return np.asarray(run(params))
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_steps_equal_the_whole_sequence(name):
+@pytest.mark.parametrize(
+  ('name', 'batch_size'), [*((name, 1) for name in CASES), ('mixtral', 7)]
+)
+def test_steps_equal_the_whole_sequence(name, batch_size):
   tokens = jnp.asarray(tiny.tokens(1, (B, T)))
   source = source_mask = None
-  model, params = models.for_decoding(*model_and_params(name))
+  model, params = models.for_decoding(
+    *model_and_params(name), batch_size=batch_size
+  )
   step = jax.jit(functools.partial(model.apply, method='decode'))
   variables = {'params': params}
   if 'encoder' in CASES[name].get('kind', ''):
@@ -130,16 +137,29 @@ def test_rows_move_between_the_caches_rows():
 
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
   model, params = model_and_params('mixtral')
-  few, own = models.for_decoding(model, params, 'cpu')
-  assert few.config.moe.unrolled
+  few, own = models.for_decoding(model, params, platform='cpu')
+  assert few.config.moe.decoding == 'unrolled'
   layer = own['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['expert_3']['w_in'], stacked[1, 3])
-  other, _ = models.for_decoding(model, params, 'tpu')
-  assert not other.config.moe.unrolled
-  assert not models.for_decoding(*model_and_params('learned'))[
-    0
-  ].config.moe.unrolled
+  other, _ = models.for_decoding(model, params, platform='tpu')
+  assert not other.config.moe.decoding
+  many, _ = models.for_decoding(*model_and_params('learned'))
+  assert not many.config.moe.decoding
+
+
+def test_experts_are_batched_where_a_step_chooses_most():
+  model, params = model_and_params('mixtral')
+  E, K = (getattr(model.config.moe.router, n) for n in NUMBERS)
+  for rows, decoding in ((1, 'unrolled'), (7, 'batched')):
+    assert ((1 - K / E) ** rows < 0.5) == (decoding == 'batched')
+    found, own = models.for_decoding(
+      model, params, batch_size=rows, platform='cpu'
+    )
+    assert found.config.moe.decoding == decoding
+  layer = own['layers_period_1']['layer_0']['moe']['experts']
+  stacked = params['layers']['layer_0']['moe']['experts']['w_in']
+  np.testing.assert_array_equal(layer['w_in'], stacked[1])
 
 
 def test_a_checkpoints_own_rule_stays_where_it_can_bind():

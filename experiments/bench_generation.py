@@ -1,0 +1,236 @@
+"""How fast are tokens generated, against transformers on the same checkpoint?
+
+    python -m experiments.bench_generation
+
+Writes a random Mixtral as a Hugging Face checkpoint, loads it in transformers
+and with `moe_jax.interop`, and times greedy `generate` of both, interleaved,
+at several batch sizes: whole calls, prompts read and tokens fetched. What
+transformers offers for its experts on this device is timed, and every ratio is
+given to its default and to its fastest. Tokens must be the same. Writes
+`table.md`, `rows.csv` and `results.json` to
+`results/bench_generation/<device>`.
+"""
+
+import argparse
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import timing
+from experiments.study import markdown_table
+from moe_jax import generation, host, interop
+
+NAME = 'bench_generation'
+OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
+THEIRS = 'transformers'
+# Of its experts, the default first.
+EXPERTS = ('grouped_mm', 'batched_mm', 'eager')
+SIZES = dict(
+  vocab_size=1024,
+  hidden_size=256,
+  intermediate_size=512,
+  num_hidden_layers=4,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  num_local_experts=8,
+  num_experts_per_tok=2,
+)
+
+
+def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
+  """A Mixtral with random weights, written to the folder; it never stops.
+
+  Raises:
+    SystemExit: transformers or torch is not installed.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise SystemExit(f"needs the 'experiments' extra: {error}") from error
+  torch.manual_seed(0)
+  config = transformers.MixtralConfig(
+    **sizes,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+    initializer_range=0.1,  # tokens then vary, and are no close call
+    tie_word_embeddings=False,
+  )
+  model = transformers.MixtralForCausalLM(config).eval()
+  model.save_pretrained(folder)
+  return model
+
+
+def their_cases(
+  model: Any, prompts: np.ndarray, num_tokens: int
+) -> dict[str, Callable[[], np.ndarray]]:
+  """A case for each way to run experts that works here."""
+  import torch
+
+  ids = torch.from_numpy(prompts).long()
+
+  def run(experts):
+    model.set_experts_implementation(experts)
+    with torch.inference_mode():
+      made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+      )
+    return made[:, ids.shape[1] :].numpy()
+
+  cases = {}
+  for experts in EXPERTS:
+    try:
+      run(experts)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+      print(f'{THEIRS}, {experts}: does not run here: {error}')
+      continue
+    cases[f'{THEIRS}, {experts}'] = functools.partial(run, experts)
+  return cases
+
+
+def our_cases(
+  model: Any, variables: Any, prompts: np.ndarray, num_tokens: int
+) -> dict[str, Callable[[], np.ndarray]]:
+  """Tokens at the end, and tokens as they come."""
+  run = functools.partial(
+    generation.generate,
+    model,
+    variables,
+    list(prompts),
+    max_new_tokens=num_tokens,
+  )
+  return {
+    OURS: lambda: run().tokens,
+    STREAMED: lambda: run(on_token=lambda n, tokens: None).tokens,
+  }
+
+
+def measure(
+  theirs: Any,
+  ours: tuple[Any, Any],
+  *,
+  batch_size: int,
+  prompt_len: int,
+  num_tokens: int,
+  seconds: float,
+) -> list[dict[str, Any]]:
+  """A row a case, all interleaved."""
+  rng = np.random.default_rng(batch_size)
+  shape = batch_size, prompt_len
+  prompts = rng.integers(1, theirs.config.vocab_size, shape, np.int32)
+  peers = their_cases(theirs, prompts, num_tokens)
+  prepared = generation.prepare(*ours, batch_size=batch_size)
+  cases = our_cases(*prepared, prompts, num_tokens) | peers
+  tokens = {name: run() for name, run in cases.items()}
+  default = next(iter(peers))
+  times = timing.interleave(cases, seconds=seconds)
+  fastest = min(peers, key=lambda name: np.median(times[name]))
+  rows = []
+  for name, found in times.items():
+    spread = timing.Spread.of(found)
+    to_default = timing.ratio(times[default], found)
+    to_fastest = timing.ratio(times[fastest], found)
+    rows.append(
+      {
+        'case': name,
+        'batch': batch_size,
+        'rounds': len(found),
+        'ms': 1e3 * spread.median,
+        'tokens_per_second': batch_size * num_tokens / spread.median,
+        'per_default': to_default.median,
+        'per_default_low': to_default.low,
+        'per_default_high': to_default.high,
+        'fastest_peer': fastest,
+        'per_fastest': to_fastest.median,
+        'per_fastest_low': to_fastest.low,
+        'per_fastest_high': to_fastest.high,
+        'same_tokens': float((tokens[name] == tokens[default]).mean()),
+      }
+    )
+  return rows
+
+
+def report(
+  rows: Sequence[Mapping[str, Any]],
+  sizes: Mapping[str, int],
+  prompt_len: int,
+  num_tokens: int,
+) -> str:
+  """The table and what its columns mean, in Markdown."""
+  f = timing.facts()
+  lines = []
+  for row in rows:
+    line = {
+      'batch': str(row['batch']),
+      'case': row['case'],
+      'ms': f'{row["ms"]:.0f}',
+      'tokens / s': f'{row["tokens_per_second"]:,.0f}',
+    }
+    for name, title in (
+      ('per_default', f"{THEIRS}' default"),
+      ('per_fastest', 'its fastest'),
+    ):
+      low, high = row[f'{name}_low'], row[f'{name}_high']
+      line[f'speed / {title}'] = f'{row[name]:.2f} ({low:.2f}-{high:.2f})'
+    lines.append(line | {'same tokens': f'{row["same_tokens"]:.1%}'})
+  told = ', '.join(f'{name}={value}' for name, value in sizes.items())
+  return (
+    '# Greedy generation from one Mixtral checkpoint\n\n'
+    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. {told}; '
+    f'float32; prompts of {prompt_len} tokens, {num_tokens} new ones. Whole '
+    'calls, after compilation, interleaved: medians, and medians of ratios '
+    f'within a round (quartiles in brackets). {THEIRS} is named with what runs '
+    'its experts. Same tokens: of those that its default makes.\n\n'
+    f'{markdown_table(lines)}'
+  )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add = parser.add_argument
+  number = timing.positive_int
+  add('--batch_sizes', type=number, nargs='+', default=[1, 8])
+  add('--prompt_len', type=number, default=32)
+  add('--num_tokens', type=number, default=64, help='new ones')
+  add('--num_layers', type=number, default=SIZES['num_hidden_layers'])
+  add('--seconds', type=float, default=40.0, help='timed a batch size')
+  add('--output', default='results', help='where results go')
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, and writes a table."""
+  options = parse(argv)
+  host.keep_freed_memory()
+  sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    theirs = transformers_model(sizes, pathlib.Path(folder))
+    ours = interop.load(folder)
+  for batch_size in options.batch_sizes:
+    rows += measure(
+      theirs,
+      ours,
+      batch_size=batch_size,
+      prompt_len=options.prompt_len,
+      num_tokens=options.num_tokens,
+      seconds=options.seconds,
+    )
+  text = report(rows, sizes, options.prompt_len, options.num_tokens)
+  folder = timing.write(options.output, NAME, text, rows, {'sizes': sizes})
+  print(f'\n{text}\nwritten: {folder}')
+
+
+if __name__ == '__main__':
+  main()
