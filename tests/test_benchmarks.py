@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+  bench_generation,
   bench_moe_layer,
   bench_train_step,
   peer_steps,
@@ -308,3 +309,37 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
   assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
   assert len(rows) == 3 and all(row['ms'] > 0 for row in rows)
+
+
+def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
+  pytest.importorskip('transformers')
+  small = {
+    'vocab_size': 40, 'hidden_size': 24, 'intermediate_size': 20,
+    'num_attention_heads': 2, 'num_key_value_heads': 1,
+    'num_local_experts': 3,
+  }  # fmt: skip
+  monkeypatch.setattr(
+    bench_generation, 'SIZES', {**bench_generation.SIZES, **small}
+  )
+  bench_generation.main(
+    [
+      *['--batch_sizes', '1', '3', '--seconds', '0', '--num_layers', '2'],
+      *['--prompt_len', '5', '--num_tokens', '7', f'--output={tmp_path}'],
+    ]
+  )
+  (results,) = tmp_path.glob('*/*/results.json')
+  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  ours = [bench_generation.OURS, bench_generation.STREAMED]
+  for batch in (1, 3):
+    found = {row['case']: row for row in rows if row['batch'] == batch}
+    assert [*found][:2] == ours and len(found) > 2
+    assert all(row['same_tokens'] == 1 for row in found.values())
+    default = found[[*found][2]]
+    assert default['per_default'] == 1
+    fastest = found[default['fastest_peer']]
+    assert fastest['per_fastest'] == 1
+    assert fastest['tokens_per_second'] == max(
+      row['tokens_per_second']
+      for name, row in found.items()
+      if name not in ours
+    )
