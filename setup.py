@@ -11,7 +11,6 @@ PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 # What checkpoints are compared with, and speed; bugs of that release included.
 PEERS = ['torch>=2.6', 'transformers==5.24.*']
-SCORES = ['sacrebleu>=2.4']
 TEST = [
   'beartype>=0.18',
   DJANGO,
@@ -24,7 +23,6 @@ TEST = [
   'ruff>=0.6',
   'scipy>=1.11',
   *PEERS,
-  *SCORES,
 ]
 
 setup(
@@ -51,6 +49,7 @@ setup(
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
     'rich>=13.0',
+    'sacrebleu>=2.4',
     'safetensors>=0.4.5',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
@@ -60,6 +59,6 @@ setup(
   extras_require={
     'test': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
-    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU, *PEERS, *SCORES],
+    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU, *PEERS],
   },
 )

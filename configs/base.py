@@ -231,7 +231,7 @@ def optimizer() -> ConfigDict:
 
 
 def evaluation(every_steps: int = 500, num_batches: int = 0, **overrides):
-  """An entry of `evals`: the loss on the validation split.
+  """An entry of `evals`, of kind 'loss': on the validation split.
 
   Args:
     every_steps: Its period; it also runs at the end.
@@ -248,6 +248,88 @@ def evaluation(every_steps: int = 500, num_batches: int = 0, **overrides):
   )
 
 
+def generate_evaluation(
+  every_steps: int = 0,
+  *,
+  num_examples: int = 64,  # validation pairs, spread over the split; 0: all
+  max_new_tokens: int = 64,
+  num_beams: int = 1,  # 1: the likeliest token each time
+  length_penalty: float = 1.0,  # of beam search
+  metrics: str = 'bleu,chrf,rouge_l,exact_match',  # some of these
+  bleu_tokenizer: str = '13a',  # sacrebleu's name: intl, zh, char, none
+  **overrides,
+):
+  """An entry of `evals`: outputs for validation inputs, scored by targets.
+
+  Of the tasks seq2seq and prefix_lm. Nothing is dropped, as wherever text is
+  generated, but by a rule of the checkpoint's own. See
+  `moe_jax.evaluation.generate`.
+
+  Args:
+    every_steps: Its period; it also runs at the end. 0: only then.
+    **overrides: As in `evaluation`.
+  """
+  return ConfigDict(
+    dict(
+      kind='generate',
+      every_steps=every_steps,
+      num_examples=num_examples,
+      max_new_tokens=max_new_tokens,
+      num_beams=num_beams,
+      length_penalty=length_penalty,
+      metrics=metrics,
+      bleu_tokenizer=bleu_tokenizer,
+      model_overrides=overrides,
+    )
+  )
+
+
+def choice_evaluation(
+  every_steps: int = 0,
+  *,
+  source: str = 'docstring_choice',  # or 'files:<glob>', 'tfds:<name>'
+  num_items: int = 128,  # of the validation split, spread over it; 0: all
+  num_shots: int = 0,  # train examples with their answers before each prompt
+  shots_source: str = '',  # where those come from; '': source
+  normalize: str = 'tokens',  # log-likelihoods, by answer; none, bytes
+  answer_prefix: str = '\n',  # between a prompt and its answer
+  train_split: str = 'train',
+  validation_split: str = 'validation',
+  prompt_feature: str = 'prompt',  # of a TFDS dataset
+  answers_feature: str = 'answers',  # or one of each: 'sol1,sol2'
+  label_feature: str = 'label',
+  **overrides,
+):
+  """An entry of `evals`: how often the right answer is the likeliest.
+
+  Without overrides there is room for every token, as in generation. See
+  `moe_jax.evaluation.choice`.
+
+  Args:
+    every_steps: Its period; it also runs at the end. 0: only then.
+    **overrides: As in `evaluation`.
+  """
+  room = dict(moe=dict(capacity_rule='all', dispatch='dropless'))
+  return ConfigDict(
+    dict(
+      kind='choice',
+      every_steps=every_steps,
+      source=source,
+      num_items=num_items,
+      num_shots=num_shots,
+      shots_source=shots_source,
+      normalize=normalize,
+      answer_prefix=answer_prefix,
+      train_split=train_split,
+      validation_split=validation_split,
+      prompt_feature=prompt_feature,
+      answers_feature=answers_feature,
+      label_feature=label_feature,
+      model_overrides=overrides or room,
+    )
+  )
+
+
 def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
   """The last line of every config: applies `:runlocal` and locks.
 
@@ -257,6 +339,19 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
   if arg not in ('', RUNLOCAL):
     raise ValueError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
   return (_shrunk(config) if arg else config).lock()
+
+
+_SHRUNK_EVALS = {
+  'loss': dict(num_batches=1),
+  'generate': dict(num_examples=3, max_new_tokens=4, bleu_tokenizer='13a'),
+  'choice': dict(
+    source='docstring_choice',
+    num_items=3,
+    shots_source='',
+    train_split='train',
+    validation_split='validation',
+  ),
+}
 
 
 def _shrunk(config: ConfigDict) -> ConfigDict:
@@ -303,7 +398,7 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   config.sample.num_tokens = 16
   for entry in config.evals.values():
     entry.every_steps = 2
-    entry.num_batches = 1
+    entry.update(_SHRUNK_EVALS[entry.kind])
   return config
 
 

@@ -7,7 +7,8 @@ relative positions.
 
 GShard's slots are choice-major: a later token's first choice evicts an
 earlier token's second, so outputs leak the future wherever capacity binds.
-That is what was published, hence `allow_future_leak`.
+That is what was published, hence `allow_future_leak`. Ours: its one-shot
+questions are about docstrings.
 
     python -m moe_jax.main --config=configs/glam_64b64e.py:runlocal \
       --workdir=runs/glam_local
@@ -53,4 +54,5 @@ def get_config(arg: str = ''):
   o.warmup_steps = 10_000
   o.b1 = 0.0
   o.weight_decay = 0.0
+  config.evals.one_shot = base.choice_evaluation(num_shots=1)
   return base.finish(config, arg)

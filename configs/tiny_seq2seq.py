@@ -3,7 +3,8 @@
 It reads a function and writes what the function's docstring says, bytes in and
 bytes out: T5's layout with 8 Switch experts in the second layer of each half, a
 few minutes on two cores, nothing downloaded. At the end it documents
-`config.sample.prompt`, taking the likeliest byte each time.
+`config.sample.prompt`, taking the likeliest byte each time, and 48 functions of
+the validation split, which are scored.
 
     python -m moe_jax.main --config=configs/tiny_seq2seq.py \
       --workdir=runs/tiny_seq2seq
@@ -49,4 +50,7 @@ def get_config(arg: str = ''):
   for entry in config.evals.values():
     entry.every_steps = 250
     entry.num_batches = 8
+  config.evals.generate = base.generate_evaluation(
+    num_examples=48, max_new_tokens=96
+  )
   return base.finish(config, arg)

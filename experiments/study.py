@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 from scipy import stats
 
+from moe_jax import evaluation
 from moe_jax.config import merge
 from moe_jax.hooks import Facts
 from moe_jax.training import metrics
@@ -112,7 +113,9 @@ def run_one(
   path = workdir / RESULT
   if not path.exists():
     digest = _Digest()
-    state = train_and_evaluate(config, workdir, hooks=[Facts(), digest])
+    state = train_and_evaluate(
+      config, workdir, hooks=[Facts(), digest], kinds=evaluation.KINDS
+    )
     if int(state.step) < config.total_steps:
       raise SystemExit(f'{workdir} was stopped; run the study again to go on')
     rows = metrics.read_metrics(workdir / metrics.FILE_NAME)

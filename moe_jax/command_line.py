@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 from moe_jax.config import flatten, unknown
 
@@ -45,6 +46,27 @@ def parse(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, OSError) as error:
     fail(str(error).strip().splitlines()[0])
+
+
+def config_of(
+  spec: str, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """The config of 'configs/name.py', with `--config.key=value` overrides.
+
+  Raises:
+    ValueError: The file or a key does not exist, or a value has another type.
+  """
+  argv = ['', f'--config={spec}', *overrides]
+  _check_config(argv)
+  values = flags.FlagValues()
+  found = config_flags.DEFINE_config_file(
+    'config', None, '', flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+  except flags.Error as error:
+    raise ValueError(str(error).strip().splitlines()[0]) from None
+  return found.value
 
 
 def _check_config(argv: Sequence[str]) -> None:

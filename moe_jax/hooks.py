@@ -13,7 +13,7 @@ from moe_jax.generation import runs
 from moe_jax.kernels import backends
 from moe_jax.training import metrics, summary
 from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
@@ -151,8 +151,13 @@ class RoutingReport(Hook):
 
 def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   """Each sparse layer over validation batches at the training capacity."""
-  evaluation = Evaluation('routing', 0, _REPORT_BATCHES, run.model)
-  sums = run.evaluate([evaluation], state.params)['routing']
+  sums = Losses(
+    model=run.model,
+    num_batches=_REPORT_BATCHES,
+    batch_size=run.config.batch_size,
+    rows=run.dataset.splits['validation'],
+    put=run.programs.put,
+  ).sums(state.params)
   batches = data.eval_batches(
     run.dataset.splits['validation'],
     batch_size=run.config.batch_size,

@@ -10,7 +10,7 @@ Kept short: everything here can be called from a notebook.
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import command_line, host
+from moe_jax import command_line, evaluation, host
 from moe_jax.hooks import default_hooks
 from moe_jax.training.checkpoint import CheckpointError
 from moe_jax.training.loop import train_and_evaluate
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
       _CONFIG.value,
       _WORKDIR.value,
       hooks=default_hooks(),
+      kinds=evaluation.KINDS,
       resume=_RESUME.value,
     )
   except (CheckpointError, NonFiniteError, OSError, ValueError) as error:

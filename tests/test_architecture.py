@@ -33,6 +33,7 @@ ALLOWED = {
   'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
   'analysis': UP_TO_LAYERS
   | {'models', 'data', 'training', 'command_line', 'host'},
+  'evaluation': BASE | {'models', 'data', 'generation', 'training'},
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'generate': {
@@ -43,7 +44,14 @@ ALLOWED = {
     'models',
     'training',
   },
-  'main': {'command_line', 'config', 'hooks', 'host', 'training'},
+  'main': {
+    'command_line',
+    'config',
+    'evaluation',
+    'hooks',
+    'host',
+    'training',
+  },
   '__init__': UP_TO_LAYERS | {'models'},
 }
 # These four see data.tokenizers and training.checkpoint, and no more of them.
@@ -58,6 +66,10 @@ ALSO = {
   'analysis': 'moe_jax.training.setup',
   'interop': 'moe_jax.training.workdir',
 }
+
+
+# Evaluations are called by the training loop, and do not reach into it.
+EVALUATION = ('moe_jax.training.evaluate', 'moe_jax.training.workdir')
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -86,6 +98,8 @@ def broken_rules(part: str, names: set[str]) -> list[str]:
       continue
     narrow = NARROW.get(target, '') if part in ABOVE_MODELS else ''
     starts = (narrow, ALSO.get(part, narrow))
+    if (part, target) == ('evaluation', 'training'):
+      starts = EVALUATION
     if target not in ALLOWED[part] or not name.startswith(starts):
       broken.append(name)
   return sorted(broken)
@@ -116,6 +130,9 @@ def test_a_forbidden_import_is_seen():
   assert not broken_rules('analysis', {'moe_jax.training.setup.set_up'})
   assert broken_rules('interop', {'moe_jax.training.setup.set_up'})
   assert not broken_rules('layers', {'moe_jax.routing.token_choice'})
+  assert broken_rules('training', {'moe_jax.evaluation.KINDS'})
+  assert broken_rules('evaluation', {'moe_jax.training.setup.Run'})
+  assert not broken_rules('evaluation', {'moe_jax.training.evaluate.Row'})
 
 
 def test_top_level_is_settled():

@@ -11,10 +11,10 @@ import pytest
 from flax import linen as nn
 
 from configs import base
-from moe_jax import models
+from moe_jax import evaluation, models
 from moe_jax.config import merge
 from moe_jax.training import setup, step
-from moe_jax.training.evaluate import make_evaluations
+from moe_jax.training.evaluate import changed_models, check_entries
 from tests import golden
 from tests.training import tiny
 
@@ -49,7 +49,8 @@ def test_initialises_as_shapes_at_full_size(name):
   )
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   assert total > 500_000
-  assert make_evaluations(config, model)
+  check_entries(config, evaluation.KINDS)
+  assert set(changed_models(config, model)) == set(config.evals)
 
 
 # Shrunk they are `switch_base` and `st_moe_base`, recomputed in training.

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from moe_jax import command_line, host
 from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.config import merge
 from moe_jax.training.setup import set_up
 
 # Scope in an instruction's name -> row of the table, in the table's order.
@@ -191,6 +192,9 @@ def explain(
     ValueError: A bad config, or bad data.
   """
   with tempfile.TemporaryDirectory() as folder:
+    # Evaluations are no part of a step, and kinds of them not known here.
+    config = merge(config, {'checkpoint': {'keep_best': False}}).unlock()
+    config.evals = {}
     run = set_up(config, pathlib.Path(folder) / 'run', devices=devices)
     state, batches = run.programs.init_state(), run.batches(0)
     step = run.programs.train_step.lower(state, next(batches)).compile()

@@ -4,11 +4,23 @@
 integer. Not here: devices, and the models that read the batches.
 """
 
-from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load
+from moe_jax.data.choice_sources import (
+  Item,
+  ItemSelection,
+  ItemSource,
+  open_items,
+)
+from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load, read_pairs
 from moe_jax.data.denoising import DenoisedRows
+from moe_jax.data.examples import ExampleRows
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pair_sources import PairSelection, PairSource, open_pairs
-from moe_jax.data.pipeline import batch_dataset, eval_batches, train_batches
+from moe_jax.data.pipeline import (
+  batch_dataset,
+  eval_batches,
+  spread,
+  train_batches,
+)
 from moe_jax.data.prefix_lm import PrefixLM
 from moe_jax.data.seq2seq import PairRows
 from moe_jax.data.span_corruption import SpanCorruption
@@ -20,6 +32,10 @@ __all__ = [
   'DataConfig',
   'Dataset',
   'DenoisedRows',
+  'ExampleRows',
+  'Item',
+  'ItemSelection',
+  'ItemSource',
   'PackedRows',
   'PairRows',
   'PairSelection',
@@ -30,6 +46,9 @@ __all__ = [
   'batch_dataset',
   'eval_batches',
   'load',
+  'open_items',
   'open_pairs',
+  'read_pairs',
+  'spread',
   'train_batches',
 ]

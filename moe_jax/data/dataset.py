@@ -184,6 +184,18 @@ def load(config: DataConfig) -> Dataset:
   )
 
 
+def read_pairs(config: DataConfig, split: str) -> Iterator[pair_sources.Pair]:
+  """The texts that the rows of a split of 'seq2seq' are made of, in order.
+
+  Raises:
+    ValueError: The task is another, or as `load`.
+  """
+  if config.task != 'seq2seq':
+    raise ValueError(f"task={config.task!r} has no pairs; 'seq2seq' has")
+  pairs = _open(config).pairs(split)
+  return ((inputs, target) for inputs, target in pairs if inputs and target)
+
+
 def _open(config: DataConfig) -> sources.Source | pair_sources.PairSource:
   splits = config.train_split, config.validation_split
   if config.task == 'seq2seq':

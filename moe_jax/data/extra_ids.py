@@ -62,14 +62,28 @@ class Extended(Tokenizer):
     return self.base.eos_ids or super().eos_ids
 
   def token_id(self, name: str) -> int:
-    """The id of one of the names.
+    """The id of one of the names, else of a token that the tokenizer names.
 
     Raises:
       ValueError: It is none of them.
     """
-    if name not in self.names:
-      raise ValueError(f'{name!r} is none of {len(self.names)} added tokens')
-    return self.base.vocab_size + self.names.index(name)
+    if name in self.names:
+      return self.base.vocab_size + self.names.index(name)
+    if hasattr(self.base, 'token_id'):
+      return self.base.token_id(name)
+    raise ValueError(f'{name!r} is none of {len(self.names)} added tokens')
+
+  def encode_chat(
+    self, messages: Sequence[Any], **variables: Any
+  ) -> np.ndarray:
+    """The tokenizer's own ids of a conversation, int32 [N].
+
+    Raises:
+      ValueError: It has no chat template.
+    """
+    if not hasattr(self.base, 'encode_chat'):
+      raise ValueError(f'tokenizer {self.identity} has no chat template')
+    return self.base.encode_chat(messages, **variables)
 
   def encode(self, text: str) -> np.ndarray:
     """The tokenizer's own ids of `text`, int32 [N]."""

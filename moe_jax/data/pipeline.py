@@ -124,11 +124,14 @@ def eval_batches(
   if num_batches < 0:
     raise ValueError(f'num_batches={num_batches} is negative')
   total = -(-len(rows) // batch_size)
-  taken = min(num_batches, total) or total
   mine = process_index * share + np.arange(share)
-  return (
-    rows.take(i * total // taken * batch_size + mine) for i in range(taken)
-  )
+  return (rows.take(i * batch_size + mine) for i in spread(total, num_batches))
+
+
+def spread(total: int, count: int) -> list[int]:
+  """`count` indices below `total`, spread evenly; 0: all, as where fewer."""
+  taken = min(count, total) or total
+  return [i * total // taken for i in range(taken)]
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

@@ -114,13 +114,44 @@ def texts(
   """
   paths = _paths(builder.info.features)
   for i, example in enumerate(open_split(builder, split)):
-    found = []
-    for feature in features:
-      value = example
-      for key in paths[feature]:
-        value = value[key]
-      found.append(_as_text(value, f'{feature!r} {i} of {builder.name!r}'))
-    yield tuple(found)
+    yield tuple(
+      as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
+      for f in features
+    )
+
+
+def values(
+  builder: Builder, example: Any, features: Sequence[str]
+) -> tuple[Any, ...]:
+  """The named features of one example of `open_split`, as they are."""
+  paths = _paths(builder.info.features)
+  return tuple(_at(example, paths[feature]) for feature in features)
+
+
+def as_text(value: Any, where: str) -> str:
+  """A feature's value as text.
+
+  Args:
+    value: Text, or its UTF-8.
+    where: What it is, for the error.
+
+  Raises:
+    ValueError: It is no text, or not UTF-8.
+  """
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, bytes):
+    raise ValueError(f'{where} has type {type(value).__name__}, not text')
+  try:
+    return value.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{where} is not UTF-8: {error}') from error
+
+
+def _at(example: Any, path: tuple[str, ...]) -> Any:
+  for key in path:
+    example = example[key]
+  return example
 
 
 def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
@@ -144,14 +175,3 @@ def _names(data_dir: str) -> list[str]:
     for path in root.glob(f'{versions}/dataset_info.json')
   ]
   return sorted(set(found))
-
-
-def _as_text(value: Any, where: str) -> str:
-  if isinstance(value, str):
-    return value
-  if not isinstance(value, bytes):
-    raise ValueError(f'{where} has type {type(value).__name__}, not text')
-  try:
-    return value.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{where} is not UTF-8: {error}') from error

@@ -30,7 +30,8 @@ class EmbeddingConfig:
       'relative' (T5's bias) and 'none' are not.
     max_len: Rows of the table of learned positions.
     position_offset: The number that the first position of the sinusoids has
-      (fairseq and NLLB: padding id + 1). Padding gets no sinusoid.
+      (fairseq and NLLB: padding id + 1). Padding gets no sinusoid, nor does a
+      token with the id before the offset, even where it is not masked.
     tie_embeddings: Whether the logits use the embedding table.
     embedding_scale: 'sqrt_width' multiplies embeddings by sqrt(M)
       (arXiv:1706.03762, NLLB).
@@ -116,7 +117,8 @@ class Embeddings(nn.Module):
       x = x + added.astype(c.dtype)
     if c.positions == 'sinusoidal':
       added = sinusoids(positions + c.position_offset, c.width)
-      x = x + jnp.where(token_mask[..., None], added, 0).astype(c.dtype)
+      placed = token_mask & (tokens != c.position_offset - 1)
+      x = x + jnp.where(placed[..., None], added, 0).astype(c.dtype)
     return self.drop(x, deterministic=not train)
 
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:

@@ -157,7 +157,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     return self._directory.newest_good()[0]
 
   def restore(
-    self, abstract_state: Any, *, step: int | None = None, partial: bool = False
+    self,
+    abstract_state: Any,
+    *,
+    step: int | None = None,
+    partial: bool = False,
+    first: Any = None,
   ) -> Restored | None:
     """The newest good checkpoint, or None where none was ever finished.
 
@@ -171,6 +176,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       step: This one and no other.
       partial: Whether the checkpoint may hold more than `abstract_state`, say
         the optimizer's state, which is not loaded then.
+      first: What a checkpoint of step 0 holds in place of `abstract_state`:
+        parameters alone, where a run begins from those of another.
 
     Raises:
       ValueError: `step` does not exist, or the trees differ in their paths,
@@ -182,6 +189,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     found, skipped = self._find(step)
     if found is None:
       return None
+    if found == 0 and first is not None:
+      abstract_state = first
     manifest = self._directory.manifest(found)
     wanted, saved = manifest_lib.describe(abstract_state), manifest.tree
     if partial:

@@ -88,10 +88,11 @@ def check_best(config: ml_collections.ConfigDict) -> None:
   best = config.checkpoint.best_eval
   if not config.checkpoint.keep_best:
     return
-  if best not in config.evals:
+  losses = sorted(n for n, e in config.evals.items() if e.get('kind') == 'loss')
+  if best not in losses:
     raise ValueError(
-      f'checkpoint.best_eval={best!r} is no evaluation; have '
-      f'{sorted(config.evals)}; or set checkpoint.keep_best=False'
+      f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
+      f'{losses}; or set checkpoint.keep_best=False'
     )
 
 

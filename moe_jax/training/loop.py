@@ -7,11 +7,12 @@ reports, which are hooks that `moe_jax.main` and experiments wire in.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
 
+from moe_jax.training.evaluate import Kind, measured
 from moe_jax.training.recorder import Recorder
 from moe_jax.training.setup import Hook, Run, begin, set_up
 from moe_jax.training.step import TrainState
@@ -24,6 +25,7 @@ def train_and_evaluate(
   hooks: Sequence[Hook] = (),
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
+  kinds: Mapping[str, Kind] | None = None,
 ) -> TrainState:
   """Trains what `config` describes, from where `workdir` stands.
 
@@ -35,13 +37,14 @@ def train_and_evaluate(
     hooks: Called at the start, and at the end once no step is left.
     resume: Goes on even where the workdir's config differs.
     devices: Of the mesh; None is all there are.
+    kinds: Of evaluations, by name, beside 'loss'.
 
   Raises:
     ValueError: A bad config, bad data, or another run's workdir.
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
-  run = set_up(config, workdir, resume=resume, devices=devices)
+  run = set_up(config, workdir, resume=resume, devices=devices, kinds=kinds)
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.checkpoints)
     state = begin(run)
@@ -78,7 +81,7 @@ def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
   if due:
     with recorder.paused(step):
-      recorder.evaluated(step, run.evaluate(due, state.params))
+      recorder.evaluated(step, measured(due, state.params, step))
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:

@@ -10,6 +10,7 @@ import time
 
 from moe_jax.training import summary
 from moe_jax.training.checkpoint import CheckpointError
+from moe_jax.training.evaluate import Row
 from moe_jax.training.losses import LossSums, add
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.progress import Progress
@@ -71,18 +72,22 @@ class Recorder:
     if self._clock is not None:
       self._clock += time.perf_counter() - began
 
-  def evaluated(self, step: int, results: dict[str, LossSums]) -> None:
+  def evaluated(self, step: int, results: dict[str, Row]) -> None:
     """Writes and says what the evaluations found."""
     losses = {}
-    for name, sums in results.items():
-      row = summary.summarize(sums)
-      losses[name] = row['loss']
+    for name, row in results.items():
       self._writer.write(
         step, {f'eval/{name}/{key}': value for key, value in row.items()}
       )
+      if 'loss' in row:
+        losses[name] = row['loss']
+      else:
+        said = ', '.join(f'{key} {value:.4g}' for key, value in row.items())
+        self._run.message(f'step {step}: evaluation {name}: {said}')
     self._eval_losses = {step: losses}
-    said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
-    self._run.message(f'step {step}: evaluation, nats/token: {said}')
+    if losses:
+      said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+      self._run.message(f'step {step}: evaluation, nats/token: {said}')
 
   def best_metric(self, step: int) -> dict[str, float] | None:
     """The loss the best checkpoint is chosen by, if taken at this step."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,13 @@ from moe_jax.training import checks
 from moe_jax.training import step as step_lib
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Checkpointer
-from moe_jax.training.evaluate import Evaluation, Evaluator, make_evaluations
-from moe_jax.training.losses import LossSums, LossWeights
+from moe_jax.training.evaluate import (
+  Evaluation,
+  Kind,
+  check_entries,
+  make_evaluations,
+)
+from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.step import StepMetrics, TrainState
 
@@ -34,6 +39,8 @@ class Programs:
 
   Attributes:
     init_state: () -> the state before the first step, sharded.
+    state_of: (parameters) -> the state before the first step, with these,
+      which are donated.
     abstract_state: Shapes and shardings of the state.
     train_step: (state, batch) -> (state, metrics), compiled at first use; the
       state is donated.
@@ -41,6 +48,7 @@ class Programs:
   """
 
   init_state: Callable[[], TrainState]
+  state_of: Callable[[Any], TrainState]
   abstract_state: TrainState
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
   put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
@@ -60,7 +68,6 @@ class Run:
     programs: What runs on them.
     train_step: Of `programs`; a hook may wrap it.
     evaluations: All of `config.evals`.
-    evaluate: (evaluations, params) -> sums by name.
     checkpoints: The run's checkpoints.
     message: Prints a line; the progress display puts itself in its place.
   """
@@ -74,7 +81,6 @@ class Run:
   programs: Programs
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
   evaluations: list[Evaluation]
-  evaluate: Callable[[Sequence[Evaluation], Any], dict[str, LossSums]]
   checkpoints: Checkpointer
   message: Callable[[str], None] = print
 
@@ -107,12 +113,14 @@ def set_up(
   *,
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
+  kinds: Mapping[str, Kind] | None = None,
 ) -> Run:
   """Builds a `Run` and changes nothing on disk but the data cache.
 
   See `loop.train_and_evaluate` for what it raises.
   """
   mesh = partitioning.make_mesh(config.mesh.to_dict(), devices)
+  check_entries(config, kinds or {})
   checks.check_numbers(config, mesh)
   folder = workdir_lib.check(workdir, config, resume=resume)
   data_config = to_dataclass(data.DataConfig, config.data)
@@ -121,8 +129,15 @@ def set_up(
   checks.check_sample(config, dataset.tokenizer)
   filled = with_vocabulary(config, dataset.vocab_size)
   model = models.build(filled)
-  evaluations = make_evaluations(filled, model)
   programs = make_programs(filled, model, mesh)
+  evaluations = make_evaluations(
+    filled,
+    model,
+    dataset=dataset,
+    workdir=folder,
+    put=programs.put,
+    kinds=kinds or {},
+  )
   return Run(
     config=filled,
     given=config,
@@ -133,9 +148,6 @@ def set_up(
     programs=programs,
     train_step=programs.train_step,
     evaluations=evaluations,
-    evaluate=Evaluator(
-      dataset.splits['validation'], config.batch_size, programs.put
-    ),
     checkpoints=Checkpointer(
       folder / workdir_lib.CHECKPOINTS,
       keep_newest=config.checkpoint.keep_newest,
@@ -163,6 +175,11 @@ def make_programs(
     seq_len=config.data.seq_len,
   )
   init = jax.jit(init, out_shardings=shardings)
+  state_of = jax.jit(
+    functools.partial(step_lib.state_of, optimizer=optimizer),
+    out_shardings=shardings,
+    donate_argnums=1,
+  )
   seed = jnp.asarray(config.seed, jnp.uint32)
   step = functools.partial(
     step_lib.train_step,
@@ -174,6 +191,7 @@ def make_programs(
   )
   return Programs(
     init_state=lambda: init(seed),
+    state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=place
@@ -194,14 +212,19 @@ def make_programs(
 def begin(run: Run) -> TrainState:
   """The newest good checkpoint's state, said in one line, or the first.
 
-  Only then is the workdir made the run's own: what is refused changes nothing.
+  A checkpoint of step 0 holds parameters alone, an imported model's: the
+  optimizer starts anew. Only then is the workdir made the run's own: what is
+  refused changes nothing.
 
   Raises:
     ValueError: The checkpoint was made on other data, or for another model.
     CheckpointError: There are checkpoints and none is good.
   """
-  restored = run.checkpoints.restore(run.programs.abstract_state)
-  if restored is not None:
+  abstract = run.programs.abstract_state
+  restored = run.checkpoints.restore(
+    abstract, first={'params': abstract.params}
+  )
+  if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')
     if digest != run.dataset.digest:
       raise ValueError(
@@ -214,6 +237,9 @@ def begin(run: Run) -> TrainState:
     return run.programs.init_state()
   for step, reason in restored.skipped:
     run.message(f'passed over the checkpoint of step {step}: {reason}')
+  if not restored.step:
+    run.message('beginning with the parameters of the checkpoint of step 0')
+    return run.programs.state_of(restored.state['params'])
   run.message(f'going on from the checkpoint of step {restored.step}')
   return restored.state
 

@@ -145,5 +145,15 @@ def init_state(
   """The state before the first step."""
   key = jax.random.key(seed)
   params = nn.meta.unbox(init_params(model, key, seq_len))
+  return state_of(seed, params, optimizer=optimizer)
+
+
+def state_of(
+  seed: UInt32[Array, ''],
+  params: Any,
+  *,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """The state before the first step, from parameters that are there."""
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, seed, params, optimizer.init(params))

@@ -1,0 +1,69 @@
+"""Evaluations that ask a model something, by name, for `config.evals`.
+
+`generate` scores its outputs (BLEU, chrF, ROUGE-L, exact match), `choice` takes
+the likeliest of several answers. `moe_jax.main` hands both to the training
+loop; a trained or imported run is evaluated by
+
+    from configs import base
+    from moe_jax import evaluation
+
+    evaluation.evaluate('runs/tiny_seq2seq', base.choice_evaluation())
+
+Not here: the loss (`moe_jax.training.evaluate`).
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_collections
+
+from moe_jax import data, generation
+from moe_jax.config import merge, to_dataclass
+from moe_jax.evaluation import choice, generate
+from moe_jax.training.evaluate import (
+  Kind,
+  Row,
+  check_entries,
+  make_evaluations,
+)
+
+__all__ = ['KINDS', 'evaluate']
+
+KINDS: Mapping[str, Kind] = {'choice': choice.make, 'generate': generate.make}
+_NAME = 'evaluate'  # of the entry, and of the file of its examples
+
+
+def evaluate(
+  workdir: str | os.PathLike[str],
+  entry: ml_collections.ConfigDict,
+  *,
+  step: int | None = None,
+) -> Row:
+  """What an entry of `config.evals` of any kind finds in a run's folder.
+
+  Parameters are on the first local device.
+
+  Args:
+    workdir: The run's folder.
+    entry: As `configs.base` makes it; its period counts for nothing.
+    step: The checkpoint; None: the newest good one.
+
+  Raises:
+    ValueError: As `generation.load`, or the entry is bad.
+    CheckpointError: No checkpoint is good.
+  """
+  loaded = generation.load(workdir, step)
+  config = merge(loaded.config, {}).unlock()
+  config.evals = {_NAME: entry}
+  check_entries(config, KINDS)
+  (evaluation,) = make_evaluations(
+    config.lock(),
+    loaded.model,
+    dataset=data.load(to_dataclass(data.DataConfig, config.data)),
+    workdir=pathlib.Path(workdir).expanduser(),
+    put=lambda batch: {name: jnp.asarray(rows) for name, rows in batch.items()},
+    kinds=KINDS,
+  )
+  return evaluation.measure(loaded.variables['params'], loaded.step)

@@ -1,0 +1,142 @@
+"""Questions as a model is given them: earlier examples, prompt, answers.
+
+As GLaM (https://arxiv.org/abs/2112.06905) and GPT-3 do: examples with their
+right answers stand before the prompt, two newlines between. Not here: where
+questions come from (`moe_jax.data.choice_sources`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from moe_jax import data
+from moe_jax.data.layouts import DecoderLayout, Example, Layout
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.generation import runs
+from moe_jax.shapes import Int
+
+_BETWEEN = '\n\n'
+
+
+def few_shot_prompt(
+  shots: Sequence[data.Item], prompt: str, answer_prefix: str
+) -> str:
+  """The prompt, with examples before it, each with its right answer."""
+  told = [s.prompt + answer_prefix + s.answers[s.label] for s in shots]
+  return _BETWEEN.join([*told, prompt])
+
+
+class Asked(NamedTuple):
+  """A question in token ids.
+
+  Attributes:
+    examples: One an answer: what is given, and the answer to be judged.
+    num_shots: How many examples had room before the prompt.
+    is_cut: Whether the prompt or an answer is not whole.
+  """
+
+  examples: list[Example]
+  num_shots: int
+  is_cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+  """Puts questions into the form of a run's training examples.
+
+  A language model, and one of prefixes, goes on from the prompt and
+  `answer_prefix`; all others are given the prompt as inputs, and their answers
+  end in an EOS as targets do.
+
+  Attributes:
+    config: The run's.
+    tokenizer: Its tokenizer.
+    layout: Of its rows: what they have no room for is left out.
+    answer_prefix: Between a prompt and its answer, where one text has both.
+    imported: Whether the model began elsewhere.
+  """
+
+  config: ml_collections.ConfigDict
+  tokenizer: Tokenizer
+  layout: Layout
+  answer_prefix: str
+  imported: bool = False
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether an answer goes on from its prompt."""
+    only = isinstance(self.layout, DecoderLayout)
+    return only and self.config.data.task in ('lm', 'prefix_lm')
+
+  def __call__(self, item: data.Item, shots: Sequence[data.Item]) -> Asked:
+    """The question with as many of the last shots as there is room for.
+
+    A prompt that is too long on its own loses its beginning where the answer
+    goes on from it, else its end, as in training.
+
+    Raises:
+      ValueError: The prompt or an answer has no tokens.
+    """
+    for n in range(len(shots), -1, -1):
+      text = few_shot_prompt(
+        shots[len(shots) - n :], item.prompt, self.answer_prefix
+      )
+      whole = [self._example(text, answer) for answer in item.answers]
+      cut = [self._cut(example) for example in whole]
+      sizes = [(len(a.inputs), len(b.inputs)) for a, b in zip(whole, cut)]
+      if all(was == now for was, now in sizes):
+        break
+    pairs = zip(whole, cut)
+    is_cut = any(sum(map(len, a)) > sum(map(len, b)) for a, b in pairs)
+    return Asked(cut, n, is_cut)
+
+  def _example(self, prompt: str, answer: str) -> Example:
+    if self.goes_on:
+      # Encoded as one, since tokens of words may begin with a space; what the
+      # prompt alone has in common with it is the prompt.
+      given = self._encode(prompt + self.answer_prefix)
+      both = self._encode(prompt + self.answer_prefix + answer)
+      n = min(len(given), len(both))
+      same = int(np.cumprod(given[:n] == both[:n]).sum())
+      inputs, targets = both[:same], both[same:]
+    else:
+      inputs = self._encode(prompt)
+      targets = np.append(self.tokenizer.encode(answer), self.tokenizer.eos_id)
+    if not len(inputs) or not len(targets):
+      raise ValueError(f'no tokens in prompt {prompt!r} or answer {answer!r}')
+    return Example(inputs.astype(np.int32), targets.astype(np.int32))
+
+  def _encode(self, text: str) -> Int[np.ndarray, ' N']:
+    return runs.encode(
+      self.config, self.tokenizer, text, imported=self.imported
+    )
+
+  def _cut(self, example: Example) -> Example:
+    lengths = self.layout.cut(*(np.array([len(side)]) for side in example))
+    n, m = int(lengths.inputs[0]), int(lengths.targets[0])
+    inputs = example.inputs
+    if self.goes_on:
+      inputs = inputs[len(inputs) - n :]
+    else:
+      inputs = without_end(inputs, n, self.tokenizer.eos_id)
+    return Example(inputs, example.targets[:m])
+
+
+def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
+  """Of a dataset's rows; a language model's have one example in each."""
+  rows = dataset.splits['validation']
+  if isinstance(rows, data.ExampleRows):
+    return rows.layout
+  return DecoderLayout(seq_len)
+
+
+def without_end(
+  ids: Int[np.ndarray, ' N'], length: int, eos_id: int | None
+) -> Int[np.ndarray, ' n']:
+  """At most `length` ids; inputs that are cut keep their EOS."""
+  if len(ids) <= length or ids[-1] != eos_id:
+    return ids[:length]
+  return np.append(ids[: length - 1], ids[-1:])

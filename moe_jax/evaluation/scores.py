@@ -1,0 +1,111 @@
+"""How near outputs are to targets: BLEU, chrF, ROUGE-L, exact match.
+
+All are in percent, as papers print them. BLEU
+(https://aclanthology.org/P02-1040) and chrF (https://aclanthology.org/W15-3049)
+are sacrebleu's (https://arxiv.org/abs/1804.08771); ROUGE-L is of
+https://aclanthology.org/W04-1013.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu import metrics as sacrebleu_metrics
+
+from moe_jax.config import unknown
+
+Texts = Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """A score by its name.
+
+  Attributes:
+    compute: (outputs, targets) -> percent; as many of both, at least one.
+    signature: How it was computed, to be printed beside it; () -> text, after
+      the first `compute`.
+  """
+
+  compute: Callable[[Texts, Texts], float]
+  signature: Callable[[], str]
+
+
+def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
+  """The scores named, by commas, in their order.
+
+  Args:
+    names: Of 'bleu' and 'chrf' (of the corpus), 'rouge_l' and 'exact_match'
+      (means over examples).
+    bleu_tokenizer: sacrebleu's name of how BLEU splits words.
+
+  Raises:
+    ValueError: A name is unknown, or sacrebleu has no such tokenizer here.
+  """
+  makers = {
+    'bleu': lambda: _of_sacrebleu('BLEU', tokenize=bleu_tokenizer),
+    'chrf': lambda: _of_sacrebleu('CHRF'),
+    'rouge_l': lambda: Score(rouge_l, lambda: 'F1, lower case, no stemming'),
+    'exact_match': lambda: Score(exact_match, lambda: 'but for outer spaces'),
+  }
+  scores = {}
+  for name in names.split(','):
+    if name not in makers:
+      raise unknown('metric', name, makers)
+    scores[name] = makers[name]()
+  return scores
+
+
+def _of_sacrebleu(kind: str, **options: Any) -> Score:
+  have = sacrebleu_metrics.BLEU.TOKENIZERS
+  if options.get('tokenize', '13a') not in have:
+    raise unknown('bleu_tokenizer', options['tokenize'], have)
+  try:
+    metric = getattr(sacrebleu_metrics, kind)(**options)
+  except Exception as error:  # a package or a download that is missing
+    raise ValueError(f'sacrebleu, {kind} with {options}: {error}') from error
+  return Score(
+    lambda outputs, targets: metric.corpus_score(outputs, [targets]).score,
+    lambda: str(metric.get_signature()),
+  )
+
+
+def exact_match(outputs: Texts, targets: Texts) -> float:
+  """How many outputs are their target but for spaces around, in percent."""
+  pairs = zip(outputs, targets, strict=True)
+  return 100 * float(np.mean([o.strip() == t.strip() for o, t in pairs]))
+
+
+def rouge_l(outputs: Texts, targets: Texts) -> float:
+  """The mean F1 of longest common subsequences of words, in percent.
+
+  Words are runs of letters and digits in lower case. On ASCII text it is the
+  `rougeL` of PyPI's rouge-score, without its stemmer; a text is one sequence,
+  whatever its lines (`rougeLsum` is another score).
+  """
+  pairs = zip(outputs, targets, strict=True)
+  return 100 * float(np.mean([_f1(_words(o), _words(t)) for o, t in pairs]))
+
+
+def _words(text: str) -> list[str]:
+  return re.findall(r'[^\W_]+', text.lower())
+
+
+def _f1(output: list[str], target: list[str]) -> float:
+  """2 P R / (P + R), where P and R share a numerator."""
+  if not output or not target:
+    return 0.0
+  return 2 * _longest_common(output, target) / (len(output) + len(target))
+
+
+def _longest_common(a: list[str], b: list[str]) -> int:
+  """The length of the longest common subsequence."""
+  ids = {word: i for i, word in enumerate(dict.fromkeys(a + b))}
+  row = np.zeros(len(b) + 1, np.int32)  # of a's words so far, by b's
+  words = np.array([ids[word] for word in b])
+  for word in a:
+    extended = np.append(0, row[:-1] + (words == ids[word]))
+    row = np.maximum.accumulate(np.maximum(row, extended))
+  return int(row[-1])

@@ -1,0 +1,203 @@
+"""Log-likelihoods against a plain loop, and what is made of them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from moe_jax import data, models
+from moe_jax.config import merge, to_dataclass
+from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
+from moe_jax.evaluation import choice
+from moe_jax.training.evaluate import make_evaluations
+from tests.models import tiny
+from tests.training import tiny as tiny_runs
+
+ALL = dict(capacity_rule='all')
+START = 3
+
+
+def examples():
+  """Of unlike lengths, so that some share a row and others do not."""
+  rng = np.random.default_rng(5)
+  sizes = [(3, 2), (1, 1), (6, 4), (2, 5), (4, 1)]
+  return [
+    Example(*(rng.integers(0, tiny.V, n).astype(np.int32) for n in size))
+    for size in sizes
+  ]
+
+
+def put(batch):
+  return {name: jnp.asarray(rows) for name, rows in batch.items()}
+
+
+def padded(rows, length):
+  tokens = np.zeros((len(rows), length), np.int32)
+  mask = np.zeros_like(tokens)
+  for row, (ids, real) in enumerate(zip(rows, map(len, rows))):
+    tokens[row, :real], mask[row, :real] = ids, 1
+  return tokens, mask
+
+
+def by_loop(logits, starts, targets):
+  """The definition: a sum over the answer's tokens, each after those before."""
+  found = []
+  for row, start, answer in zip(
+    np.asarray(logits, np.float64), starts, targets
+  ):
+    total = 0.0
+    for i, token in enumerate(answer):
+      z = row[start + i]
+      total += z[token] - np.log(np.exp(z - z.max()).sum()) - z.max()
+    found.append(total)
+  return found
+
+
+def test_log_likelihoods_of_a_decoder():
+  model = tiny.build(ALL)
+  params, given = tiny.params_of(model), examples()
+  found = choice.log_likelihoods(
+    model, params, given, DecoderLayout(tiny.T), batch_size=2, put=put
+  )
+  whole = [np.concatenate(example) for example in given]
+  tokens, mask = padded(whole, tiny.T)
+  logits, _ = tiny.apply(model)(params, tokens, mask)
+  # The token before the answer is the first that tells of it.
+  starts = [len(e.inputs) - 1 for e in given]
+  expected = by_loop(logits, starts, [e.targets for e in given])
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_log_likelihoods_of_an_encoder_decoder():
+  model = tiny.build(ALL, kind='encoder_decoder', positions='relative')
+  params, given = tiny.params_of(model), examples()
+  layout = EncoderDecoderLayout(8, 6, START)
+  found = choice.log_likelihoods(
+    model, params, given, layout, batch_size=2, put=put
+  )
+  inputs, inputs_mask = padded([e.inputs for e in given], 8)
+  shifted = [np.append(START, e.targets[:-1]) for e in given]
+  tokens, mask = padded(shifted, 6)
+  logits, _ = tiny.apply(model)(params, inputs, tokens, inputs_mask, mask)
+  expected = by_loop(logits, [0] * len(given), [e.targets for e in given])
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_how_often_the_right_answer_is_the_likeliest():
+  scores = [np.log(p) for p in ([0.2, 0.5], [0.6, 0.1], [0.3, 0.3, 0.2])]
+  scores.append(np.log([0.1, 0.2, 0.3, 0.4]))
+  # Right, wrong, right (the first of two equals), wrong.
+  found = choice.judged(scores, [1, 1, 0, 2])
+  assert found['accuracy'] == 50 and found['items'] == 4
+  assert found['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
+  assert found['chance'] == pytest.approx(
+    100 * (1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+  )
+
+
+class Bench:
+  """Questions in a file, put to a decoder of bytes whose weights are drawn."""
+
+  def __init__(self, folder):
+    self.config = tiny_runs.config(data={'seq_len': 15})
+    self.folder = folder
+
+  def write(self, name, *items):
+    lines = [
+      json.dumps(dict(zip(('prompt', 'answers', 'label'), item)))
+      for item in items
+    ]
+    (self.folder / name).write_text('\n'.join(lines))
+    return f'files:{self.folder / name}'
+
+  def choice(self, **options):
+    config = merge(self.config, {'model': {'vocab_size': 257}}).unlock()
+    config.evals = {'quiz': base.choice_evaluation(**options)}
+    (evaluation,) = make_evaluations(
+      config.lock(),
+      models.build(config),
+      dataset=data.load(to_dataclass(data.DataConfig, config.data)),
+      workdir=self.folder,
+      put=put,
+      kinds={'choice': choice.make},
+    )
+    return evaluation.measure
+
+
+@pytest.fixture
+def bench(tmp_path):
+  return Bench(tmp_path)
+
+
+def test_scores_are_divided_as_asked(bench):
+  source = bench.write('q.jsonl', ('ab', ['x', 'yü', 'long'], 1))
+  scores = {}
+  for normalize in choice.NORMALIZES:
+    measure = bench.choice(source=source, normalize=normalize)
+    params = tiny.params_of(measure.setting.model)
+    (scores[normalize],) = measure.scores(params)
+  # Tokens are bytes here.
+  np.testing.assert_allclose(
+    scores['none'] / np.array([1, 3, 4]), scores['tokens']
+  )
+  np.testing.assert_array_equal(scores['bytes'], scores['tokens'])
+  assert (scores['none'] < 0).all()
+
+
+def test_examples_are_other_ones_each_time_and_spread(bench):
+  questions = [(f'q{i}', ['x', 'y'], 0) for i in range(3)]
+  shots = [(f's{i}', ['u', 'v'], 1) for i in range(12)]
+  source = bench.write('q.jsonl', *questions)
+  measure = bench.choice(
+    source=source,
+    num_shots=2,
+    shots_source=bench.write('s.jsonl', *shots),
+    answer_prefix='=',
+  )
+  given = [
+    bytes(asked.examples[0].inputs.tolist()).decode() for asked in measure.asked
+  ]
+  # 12 over 3 questions with 2 each: steps of 2. A row of 15 has room for 16,
+  # the answer among them: one too few for 's4=v' before the last question.
+  assert given == [
+    's0=v\n\ns6=v\n\nq0=', 's2=v\n\ns8=v\n\nq1=', 's10=v\n\nq2='
+  ]  # fmt: skip
+  row = measure(tiny.params_of(measure.setting.model), 7)
+  assert (row['shots'], row['cut_items'], row['items']) == (5 / 3, 0, 3)
+  few = bench.choice(source=source, num_items=2)
+  assert [item.prompt for item in few.items] == ['q0', 'q1']
+
+
+def test_without_overrides_nothing_is_dropped(bench):
+  source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
+  bench.config = merge(
+    bench.config, {'model': {'moe': {'capacity_factor': 0.3}}}
+  )
+  capacity = bench.choice(
+    source=source
+  ).setting.model.config.moe.router.capacity
+  assert capacity.rule == 'all'
+  changed = bench.choice(source=source, moe=dict(capacity_factor=0.7))
+  capacity = changed.setting.model.config.moe.router.capacity
+  assert (capacity.rule, capacity.factor) == ('per_token', 0.7)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'normalize': 'token'}, "quiz: unknown normalize 'token'; did you mean"),
+    ({'num_items': -1}, 'evals.quiz: num_items=-1 must not be negative'),
+    ({'num_shots': 1}, 'num_shots=1 of .*no train split; name other files'),
+    ({'num_shots': 9, 'shots_source': 'own'}, 'num_shots=9 of 1 train items'),
+    ({'source': 'quiz'}, "unknown source of choices 'quiz'"),
+  ],
+)
+def test_a_bad_entry(bench, options, message):
+  source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
+  options = {'source': source} | options
+  if 'shots_source' in options:
+    options['shots_source'] = source
+  with pytest.raises(ValueError, match=message):
+    bench.choice(**options)

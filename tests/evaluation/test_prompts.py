@@ -1,0 +1,104 @@
+"""What a model is given, told by hand, in bytes and in tokens of words."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from moe_jax.data import Item, tokenizers
+from moe_jax.data.extra_ids import extend
+from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
+from moe_jax.evaluation.prompts import Asker, few_shot_prompt, without_end
+from tests.training import tiny
+
+EOS = 256
+SUM = Item('1+1', ('1', '2', '33'), 1)
+SHOTS = [Item('2+2', ('4', '5'), 0), Item('3+3', ('5', '6'), 1)]
+
+
+def asker(seq_len, **options):
+  config = tiny.config()
+  return Asker(
+    config, tokenizers.Bytes(), DecoderLayout(seq_len), '=', **options
+  )
+
+
+def pairs_asker(layout, tokenizer=None):
+  """Of a run on pairs."""
+  tokenizer = extend(tokenizer or tokenizers.Bytes(), end_inputs=True)
+  config = tiny.config(data={'task': 'seq2seq'})
+  return Asker(config, tokenizer, layout, '=')
+
+
+def texts(asked):
+  """(given, answer) as text, the EOS as a dollar."""
+
+  def text(ids):
+    return ''.join('$' if i == EOS else chr(i) for i in ids)
+
+  return [(text(e.inputs), text(e.targets)) for e in asked.examples]
+
+
+def test_examples_with_their_answers_stand_before_the_prompt():
+  text = few_shot_prompt(SHOTS, '1+1', '\nanswer: ')
+  assert text == '2+2\nanswer: 4\n\n3+3\nanswer: 6\n\n1+1'
+  assert few_shot_prompt([], '1+1', '=') == '1+1'
+
+
+def test_a_language_model_goes_on_from_the_prompt():
+  asked = asker(30)(SUM, SHOTS)
+  prompt = '2+2=4\n\n3+3=6\n\n1+1='
+  assert texts(asked) == [(prompt, '1'), (prompt, '2'), (prompt, '33')]
+  assert asked[1:] == (2, False)
+
+
+def test_pairs_are_inputs_and_targets_that_end():
+  expected = [('3+3=6\n\n1+1$', a) for a in ('1$', '2$', '33$')]
+  for layout in (DecoderLayout(40), EncoderDecoderLayout(20, 5, EOS)):
+    assert texts(pairs_asker(layout)(SUM, SHOTS[1:])) == expected
+
+
+def test_examples_without_room_are_left_out_the_first_ones_first():
+  # 'q=a' + 2 bytes between, twice 7 bytes, and the prompt of 4: 18; the answer
+  # '33' has 2, of which one is no input: a row of 19 is enough for all.
+  assert asker(19)(SUM, SHOTS).num_shots == 2
+  asked = asker(18)(SUM, SHOTS)
+  assert asked.num_shots == 1 and not asked.is_cut
+  assert texts(asked)[2] == ('3+3=6\n\n1+1=', '33')
+  # An encoder has room for the prompt and its EOS, or for 7 more.
+  for room, num_shots in ((10, 0), (11, 1)):
+    layout = EncoderDecoderLayout(room, 5, EOS)
+    assert pairs_asker(layout)(SUM, SHOTS).num_shots == num_shots
+
+
+def test_a_prompt_that_is_too_long_keeps_what_matters():
+  long = Item('abcdefgh', ('x', 'yz'), 0)
+  asked = asker(6)(long, SHOTS)
+  # Its end, where the answer goes on from it: 7 tokens, less the answer's.
+  assert texts(asked) == [('defgh=', 'x'), ('efgh=', 'yz')]
+  assert asked[1:] == (0, True)
+  # Its beginning and its EOS, as training's inputs; answers lose their end.
+  asked = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long, SHOTS)
+  assert texts(asked) == [('abcd$', 'x$'), ('abcd$', 'yz')]
+  assert asked.is_cut
+  assert without_end(np.array([1, 2, 3]), 2, EOS).tolist() == [1, 2]
+
+
+def test_words_that_begin_with_a_space_are_the_answers():
+  vocabulary = {t: i for i, t in enumerate(['q', 'y', 'n', 'Ġ', 'Ġy', 'Ġn'])}
+  model = hf.models.BPE(vocabulary, [('Ġ', 'y'), ('Ġ', 'n')])
+  words = hf.Tokenizer(model)
+  words.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer = tokenizers.Json(json.dumps(json.loads(words.to_str())))
+  ask = Asker(tiny.config(), tokenizer, DecoderLayout(9), ' ')
+  asked = ask(Item('q', ('y', 'n'), 0), [])
+  # The space before an answer is a part of its token, not of the prompt.
+  assert [e.inputs.tolist() for e in asked.examples] == [[0], [0]]
+  assert [e.targets.tolist() for e in asked.examples] == [[4], [5]]
+
+
+def test_a_prompt_without_tokens():
+  ask = Asker(tiny.config(), tokenizers.Bytes(), DecoderLayout(9), '')
+  with pytest.raises(ValueError, match="no tokens in prompt ''"):
+    ask(Item('', ('x', 'y'), 0), [])
