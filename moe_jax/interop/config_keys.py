@@ -1,0 +1,187 @@
+"""The keys of a checkpoint's config.json: honoured, or refused, all of them.
+
+Every architecture sorts the keys that its `config.json` may have by what
+becomes of them; a key that it does not know is an error. Not here: what the
+honoured values mean to our models (`mixtral.py` and its siblings).
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config import unknown
+
+IDS = int | list | None
+_WHO = 'transformers 5.24'
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """The keys of one architecture.
+
+  Attributes:
+    honoured: Name -> (type, transformers' default); they shape the model.
+    training: Name -> (type, default, value without loss, why another is not
+      carried over). They act in training alone. The value may be the name of a
+      key that has it; ... is any.
+    fixed: Name -> the values that are supported, the default first.
+    ignored: Name -> why it changes neither inference nor training.
+  """
+
+  honoured: Mapping[str, tuple[Any, Any]]
+  training: Mapping[str, tuple[Any, Any, Any, str]]
+  fixed: Mapping[str, tuple[Any, ...]]
+  ignored: Mapping[str, str]
+
+  def __post_init__(self):
+    names = [*self.honoured, *self.training, *self.fixed, *self.ignored]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+      raise ValueError(f'keys {twice} are sorted twice')
+
+
+class Values(types.SimpleNamespace):
+  """The honoured and training keys' values by name, defaults filled in."""
+
+
+def read(
+  keys: Keys, config: Mapping[str, Any]
+) -> tuple[Values, list[str], list[str]]:
+  """The values; all that is wrong; and what is not carried over.
+
+  Args:
+    keys: The architecture's.
+    config: What `config.json` holds.
+  """
+  values, problems, notes = Values(), [], []
+  known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
+  for name in config:
+    if name not in known:
+      error = str(unknown('key', name, known))
+      problems.append(error.split('have [')[0].rstrip('; '))
+  for name, (kind, default, *_) in {**keys.honoured, **keys.training}.items():
+    value = config.get(name, default)
+    if not _is(value, kind):
+      problems.append(f'{name}={value!r} is no {_name(kind)}')
+      value = default
+    setattr(values, name, value)
+  for name, supported in keys.fixed.items():
+    value = config.get(name, supported[0])
+    if value not in supported:
+      have = ' or '.join(map(repr, supported))
+      problems.append(f'{name}={value!r} is not supported, only {have}')
+  for name, (_, _, neutral, why) in keys.training.items():
+    value = getattr(values, name)
+    if isinstance(neutral, str):
+      neutral = getattr(values, neutral)
+    if neutral is not ... and value != neutral:
+      notes.append(f'{name}={value!r} is not carried over: {why}')
+  return values, problems, notes
+
+
+def _is(value: Any, kind: Any) -> bool:
+  if isinstance(value, bool):
+    return kind is bool
+  if kind is float:
+    return isinstance(value, int | float)
+  return isinstance(value, kind)
+
+
+def _name(kind: Any) -> str:
+  return getattr(kind, '__name__', str(kind))
+
+
+_GENERATION = f'generation reads it, as {_WHO} does'
+_NO_NUMBER = 'no number of the model depends on it'
+# Of every architecture.
+COMMON_FIXED = {
+  'per_layer_config': (None,),
+  'quantization_config': (None,),
+  'auto_map': (None,),
+  'pruned_heads': (None, {}),
+  'tie_encoder_decoder': (False,),
+  'cross_attention_hidden_size': (None,),
+  'add_cross_attention': (False,),
+  'is_decoder': (False,),
+}
+COMMON_IGNORED = {
+  'model_type': 'it chose the architecture',
+  'architectures': 'read before the other keys',
+  'dtype': 'read before the other keys',
+  'torch_dtype': 'read before the other keys',
+  **dict.fromkeys(
+    (
+      'bos_token_id',
+      'eos_token_id',
+      'decoder_start_token_id',
+      'forced_bos_token_id',
+      'forced_eos_token_id',
+      'sep_token_id',
+      'max_length',
+      'min_length',
+      'do_sample',
+      'early_stopping',
+      'num_beams',
+      'temperature',
+      'top_k',
+      'top_p',
+      'typical_p',
+      'repetition_penalty',
+      'length_penalty',
+      'no_repeat_ngram_size',
+      'encoder_no_repeat_ngram_size',
+      'bad_words_ids',
+      'num_return_sequences',
+      'output_scores',
+      'return_dict_in_generate',
+      'remove_invalid_values',
+      'exponential_decay_length_penalty',
+      'suppress_tokens',
+      'begin_suppress_tokens',
+      'epsilon_cutoff',
+      'eta_cutoff',
+      'encoder_repetition_penalty',
+      'num_assistant_tokens',
+      'num_assistant_tokens_schedule',
+      'assistant_confidence_threshold',
+      'assistant_lookbehind',
+      'target_lookbehind',
+      'num_beam_groups',
+      'diversity_penalty',
+    ),
+    _GENERATION,
+  ),
+  **dict.fromkeys(
+    (
+      '_commit_hash',
+      '_name_or_path',
+      'attn_implementation',
+      '_attn_implementation',
+      '_attn_implementation_autoset',
+      'chunk_size_feed_forward',
+      'experts_implementation',
+      'gradient_checkpointing',
+      'name_or_path',
+      'output_attentions',
+      'output_hidden_states',
+      'output_past',
+      'output_router_logits',
+      'return_dict',
+      'tie_last_hidden_states',
+      'torchscript',
+      'transformers_version',
+      'use_bfloat16',
+      'use_cache',
+    ),
+    _NO_NUMBER,
+  ),
+  **dict.fromkeys(
+    ('finetuning_task', 'id2label', 'label2id', 'num_labels', 'problem_type'),
+    'it is of classification heads, and those are refused',
+  ),
+  **dict.fromkeys(
+    ('prefix', 'task_specific_params', 'tf_legacy_loss', 'tokenizer_class'),
+    f'{_WHO} does nothing with it in a model',
+  ),
+}

@@ -1,0 +1,100 @@
+"""How one tensor is laid out there and here, as a line of letters.
+
+`'(H D) M -> M H D'` is a linear layer of theirs, [out, in], whose output is H
+heads of D. `'E (1/2 F) M -> E M F'` is the second of two halves along its
+second dimension. Not here: which tensor is which (`mapping.py`).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.interop.tensor_files import Index
+
+_GROUP = re.compile(r'\(([^)]*)\)|(\S+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A tensor's layout, theirs and ours.
+
+  Attributes:
+    theirs: A dimension's parts, outermost first; 'k/n' is block k of n.
+    ours: The letters in our order.
+  """
+
+  theirs: tuple[tuple[str, ...], ...]
+  ours: tuple[str, ...]
+
+  @classmethod
+  @functools.cache
+  def parse(cls, text: str) -> 'Form':
+    """Reads 'theirs -> ours'; without an arrow the two are the same."""
+    left, _, right = text.partition('->')
+    groups = [
+      tuple((inside or alone).split()) for inside, alone in _GROUP.findall(left)
+    ]
+    ours = tuple((right or left).split())
+    letters = [part for group in groups for part in group if '/' not in part]
+    if sorted(letters) != sorted(ours):
+      raise ValueError(f'form {text!r}: the two sides differ in their letters')
+    return cls(tuple(groups), ours)
+
+  def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of their tensor where ours has `shape`."""
+    sizes = self._sizes(shape)
+    return tuple(
+      int(np.prod([sizes[part] for part in group])) for group in self.theirs
+    )
+
+  def read(
+    self, get: Callable[[Index], np.ndarray], shape: Sequence[int], index: Index
+  ) -> np.ndarray:
+    """Our tensor's slice, from no more of theirs than it needs.
+
+    Args:
+      get: A slice of their tensor, which is a copy.
+      shape: Of our whole tensor.
+      index: Slices of it, with plain bounds.
+    """
+    sizes = self._sizes(shape)
+    wanted = {
+      letter: (part.start, part.stop)
+      for letter, part in zip(self.ours, index, strict=True)
+    }
+    bounds = {part: wanted.get(part) or _block(part) for part in sizes}
+    rows, split, inner = [], [], []
+    for group in self.theirs:
+      first, *rest = group
+      low, high = bounds[first]
+      stride = int(np.prod([sizes[part] for part in rest], dtype=np.int64))
+      rows.append(slice(low * stride, high * stride))
+      split += [high - low, *(sizes[part] for part in rest)]
+      inner += [slice(None), *(slice(*bounds[part]) for part in rest)]
+    part = get(tuple(rows)).reshape(split)[tuple(inner)]
+    letters = [letter for group in self.theirs for letter in group]
+    fixed = tuple(i for i, letter in enumerate(letters) if '/' in letter)
+    letters = [letter for letter in letters if '/' not in letter]
+    order = [letters.index(letter) for letter in self.ours]
+    return part.squeeze(axis=fixed).transpose(order)
+
+  def write(self, array: np.ndarray) -> np.ndarray:
+    """Their tensor, contiguous, from the whole of ours; blocks have no way."""
+    letters = [letter for group in self.theirs for letter in group]
+    order = [self.ours.index(letter) for letter in letters]
+    shape = self.their_shape(array.shape)
+    return np.ascontiguousarray(array.transpose(order)).reshape(shape)
+
+  def _sizes(self, shape: Sequence[int]) -> Mapping[str, int]:
+    sizes = dict(zip(self.ours, shape, strict=True))
+    for group in self.theirs:
+      sizes |= {part: int(part.split('/')[1]) for part in group if '/' in part}
+    return sizes
+
+
+def _block(part: str) -> tuple[int, int]:
+  k = int(part.split('/')[0])
+  return k, k + 1

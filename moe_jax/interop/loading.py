@@ -1,0 +1,180 @@
+"""A checkpoint's parameters, from files into sharded arrays.
+
+The host holds about the largest tensor of the checkpoint beside what is
+already in its place, whatever the size of the model and of its stacked
+parameters. Not here: which tensor goes where (`mapping.py`).
+"""
+
+import functools
+import itertools
+import logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, Sharding
+
+from moe_jax import models, partitioning
+from moe_jax.config import Section
+from moe_jax.interop import hub
+from moe_jax.interop.checkpoint import Checkpoint, open_checkpoint
+from moe_jax.interop.mapping import Leaf, check, copies, leaves, without_prefix
+from moe_jax.interop.model_section import SHARDING
+from moe_jax.interop.tensor_files import Index, TensorFiles, listed
+from moe_jax.layers.initializers import axis_names
+
+_LOG = logging.getLogger(__name__)
+_LENGTH = 8  # parameters do not depend on it
+
+
+def load(
+  source: str | os.PathLike[str],
+  *,
+  mesh: Mesh | None = None,
+  sharding: Section | None = None,
+  dtype: str = '',
+  revision: str = '',
+) -> tuple[nn.Module, dict[str, Any]]:
+  """The model of a Hugging Face checkpoint and its variables.
+
+  What the checkpoint's config says of training alone and our models do not
+  have is logged.
+
+  Args:
+    source: A local folder, or the id of a repository on the hub.
+    mesh: Where the parameters go; None: the first local device.
+    sharding: Logical axis -> mesh axes, as `config.sharding`; None: the table
+      of `configs/base.py`.
+    dtype: 'float32' or 'bfloat16', of parameters and products; '': as the
+      checkpoint's. Routers stay float32.
+    revision: Of a repository; '': its main branch.
+
+  Raises:
+    ValueError: The architecture, a key of its config, or a tensor is not
+      supported, missing, unknown or of another shape: all are listed.
+  """
+  checkpoint = fetch(source, dtype=dtype, revision=revision)
+  for note in checkpoint.notes:
+    _LOG.info('%s: %s', source, note)
+  params = load_params(checkpoint, mesh=mesh, sharding=sharding)
+  return checkpoint.model, {'params': params}
+
+
+def fetch(
+  source: str | os.PathLike[str], *, dtype: str = '', revision: str = ''
+) -> Checkpoint:
+  """The checkpoint, its files here; see `load`.
+
+  A config that is not supported is refused before weights are fetched.
+  """
+  open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
+  return open_checkpoint(hub.fetch(source, revision=revision), dtype)
+
+
+def load_params(
+  checkpoint: Checkpoint,
+  *,
+  mesh: Mesh | None = None,
+  sharding: Section | None = None,
+) -> dict[str, Any]:
+  """The parameter tree in its shards; see `load`."""
+  files = TensorFiles(checkpoint.folder)
+  boxed = models.abstract_params(checkpoint.model, _LENGTH)
+  shapes = nn.meta.unbox(boxed)
+  found = _checked(checkpoint, shapes, files)
+  if mesh is None:
+    mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
+  rules = partitioning.make_rules(SHARDING if sharding is None else sharding)
+  places = partitioning.tree_shardings(mesh, rules, axis_names(boxed), shapes)
+  by_path = {leaf.path: leaf for leaf in found}
+
+  def one(path, shape, place):
+    leaf = by_path[partitioning.path_name(path)]
+    return load_leaf(leaf, files, place, shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, shapes, places)
+
+
+def _checked(checkpoint, shapes, files) -> list[Leaf]:
+  """Every parameter's tensors, once all of the checkpoint's are accounted for.
+
+  Raises:
+    ValueError: All that is missing, unknown, or of another shape.
+  """
+  architecture, names = checkpoint.architecture, checkpoint.architecture.names
+  prefix = architecture.prefix
+  if prefix and not any(name.startswith(prefix) for name in files.specs):
+    names = without_prefix(names, prefix)
+  found = leaves(names, checkpoint.model.config, shapes, list(files.specs))
+  problems = check(found, files, copies(names, found), architecture.computed)
+  if problems:
+    raise ValueError(
+      listed(
+        f'{checkpoint.folder} does not hold the {architecture.model_type} model'
+        ' that its config.json describes',
+        problems,
+      )
+    )
+  return found
+
+
+def load_leaf(
+  leaf: Leaf, files: TensorFiles, sharding: Sharding, dtype: Any
+) -> jax.Array:
+  """One parameter in its shards; each device reads the slices it keeps.
+
+  A shard no larger than the checkpoint's largest tensor is put together on the
+  host; a larger one on its device, piece by piece.
+  """
+  places = sharding.addressable_devices_indices_map(leaf.shape)
+  by_bounds: dict[tuple, list[jax.Device]] = {}
+  for device, index in places.items():
+    bounds = tuple(
+      part.indices(size)[:2] for part, size in zip(index, leaf.shape)
+    )
+    by_bounds.setdefault(bounds, []).append(device)
+  arrays = {}
+  for bounds, devices in by_bounds.items():
+    index = tuple(slice(*pair) for pair in bounds)
+    first = _shard(leaf, files, index, np.dtype(dtype), devices[0])
+    arrays |= {device: jax.device_put(first, device) for device in devices}
+  return jax.make_array_from_single_device_arrays(
+    leaf.shape, sharding, [arrays[device] for device in places]
+  )
+
+
+def _shard(leaf, files, index, dtype, device) -> jax.Array:
+  shape = tuple(part.stop - part.start for part in index)
+  pieces = _pieces(leaf, files, index)
+  if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= files.largest:
+    whole = np.empty(shape, dtype)
+    for place, piece in pieces:
+      whole[place] = piece
+    return jax.device_put(whole, device)
+  with jax.default_device(device):
+    whole = jax.numpy.zeros(shape, dtype)
+    for place, piece in pieces:
+      # A queue of pieces that wait for their device would be the shard again.
+      whole = jax.block_until_ready(
+        _put(whole, piece[(None,) * len(place)].astype(dtype), place)
+      )
+  return whole
+
+
+def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
+  """(leading indices within the shard, array) of every tensor it meets."""
+  n = leaf.num_stacked
+  rest, shape = index[n:], leaf.shape[n:]
+  ranges = [range(part.start, part.stop) for part in index[:n]]
+  for where in itertools.product(*ranges):
+    get = functools.partial(files.read, leaf.tensors[where])
+    place = tuple(i - part.start for i, part in zip(where, index))
+    yield place, leaf.form.read(get, shape, rest)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, piece: jax.Array, place) -> jax.Array:
+  starts = (*place, *[0] * (whole.ndim - len(place)))
+  return jax.lax.dynamic_update_slice(whole, piece, starts)

@@ -1,0 +1,209 @@
+"""Which tensors of a checkpoint make which of our parameters.
+
+Our layers are stacked, theirs are one tensor a layer and expert; an
+architecture names theirs by a table, from our path in a layer. Not here: the
+tables (`mixtral.py` and its siblings), and the moving (`loading.py`).
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.interop.forms import Form
+from moe_jax.interop.tensor_files import FLOATS, TensorFiles
+from moe_jax.models.pattern import segments
+from moe_jax.partitioning import path_name
+
+_LAYER = re.compile(r'^(.*?)layers(?:_(\d+))?/layer_(\d+)/(.+)$')
+_ROWS = 1024  # of tables compared at a time
+
+
+class Name(NamedTuple):
+  """A tensor of theirs.
+
+  Attributes:
+    theirs: Its name, with {layer} and {expert} where it is one of several.
+    form: See `Form`.
+  """
+
+  theirs: str
+  form: str
+
+
+# Our path, 'layer' in place of stack and number: 'decoder/layer/ffn/w_in'; and
+# the spellings of its tensors, the one that is written first.
+Names = Mapping[str, tuple[Name, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One of our parameters and the tensors it is made of.
+
+  Attributes:
+    path: 'layers/layer_1/moe/experts/w_in'.
+    shape: Its own.
+    tensors: Leading indices, of repeats and experts -> the tensor of the rest.
+    form: Of each tensor.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  tensors: Mapping[tuple[int, ...], str]
+  form: Form
+
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """What each tensor's shape must be."""
+    return self.form.their_shape(self.shape[self.num_stacked :])
+
+  @property
+  def num_stacked(self) -> int:
+    """Leading dimensions along which tensors are stacked."""
+    return len(next(iter(self.tensors)))
+
+
+def leaves(
+  names: Names, config: Any, params: Any, tensors: Sequence[str] = ()
+) -> list[Leaf]:
+  """Every parameter's tensors.
+
+  Args:
+    names: The architecture's table.
+    config: A model's config, which has `stacks`.
+    params: Its parameters, or their shapes.
+    tensors: The checkpoint's, which choose among spellings.
+
+  Raises:
+    ValueError: The architecture has no such parameters; they are listed.
+  """
+  have, found, without = set(tensors), [], []
+  starts = dict(_starts(config))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path = path_name(path)
+    key, layers = path, (None,)
+    if match := _LAYER.match(path):
+      stack, segment, place, rest = match.groups()
+      start, period = starts[f'{stack}{segment or ""}']
+      layers = range(start + int(place), start + period * leaf.shape[0], period)
+      layers = tuple(layers)[: leaf.shape[0]]
+      key = f'{stack}layer/{rest}'
+    if key not in names:
+      without.append(path)
+      continue
+    spelled = [
+      Leaf(
+        path, leaf.shape, _numbered(name, leaf.shape, layers),
+        Form.parse(name.form),
+      )
+      for name in names[key]
+    ]  # fmt: skip
+    found.append(
+      next((s for s in spelled if have & set(s.tensors.values())), spelled[0])
+    )
+  if without:
+    raise ValueError(f'parameters {without} have no name there')
+  return found
+
+
+def _starts(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+  """'encoder/0' -> the segment's first layer and its period."""
+  for where, stack in config.stacks:
+    cut, start = segments(stack.sparse), 0
+    for segment in cut:
+      number = segment.name.removeprefix('layers').removeprefix('_')
+      prefix = ''.join(f'{part}/' for part in where)
+      yield f'{prefix}{number}', (start, len(segment.pattern))
+      start += segment.num_layers
+
+
+def _numbered(name, shape, layers) -> dict[tuple[int, ...], str]:
+  experts = (None,)
+  if '{expert}' in name.theirs:
+    experts = range(shape[0 if layers == (None,) else 1])
+  numbered = {}
+  for (r, layer), expert in itertools.product(enumerate(layers), experts):
+    index = () if layer is None else (r,)
+    index += () if expert is None else (expert,)
+    numbered[index] = name.theirs.format(layer=layer, expert=expert)
+  return numbered
+
+
+def without_prefix(names: Names, prefix: str) -> Names:
+  """The names that a checkpoint of the bare model has."""
+  return {
+    path: tuple(
+      name._replace(theirs=name.theirs.removeprefix(prefix)) for name in spelled
+    )
+    for path, spelled in names.items()
+  }
+
+
+def copies(names: Names, found: Sequence[Leaf]) -> dict[str, str]:
+  """A tensor that repeats the embedding -> the one that is read.
+
+  The other spellings of the embedding are; the logits' are where they are tied.
+  """
+  read = {leaf.path: leaf for leaf in found}
+  spelled = list(names['embedding'])
+  if 'w_logits' not in read:
+    spelled += names['w_logits']
+  used = read['embedding'].tensors[()]
+  return {name.theirs: used for name in spelled if name.theirs != used}
+
+
+def check(
+  found: Sequence[Leaf],
+  files: TensorFiles,
+  copies: Mapping[str, str],
+  computed: Sequence[str],
+) -> list[str]:
+  """All that is wrong between our parameters and a checkpoint's tensors.
+
+  Args:
+    found: Our parameters.
+    files: The checkpoint.
+    copies: A tensor that may be there -> the one that it must equal.
+    computed: Patterns of tensors that hold what is computed anyway.
+  """
+  problems, used = [], set()
+  for leaf in found:
+    wanted = leaf.tensor_shape
+    for name in leaf.tensors.values():
+      used.add(name)
+      spec = files.specs.get(name)
+      if spec is None:
+        problems.append(f'missing: {name} {list(wanted)}, for {leaf.path}')
+      elif spec.dtype not in FLOATS:
+        problems.append(f'type: {name} is {spec.dtype}, none of {list(FLOATS)}')
+      elif spec.shape != wanted:
+        problems.append(
+          f'shape: {name} is {list(spec.shape)}, the config asks for '
+          f'{list(wanted)}'
+        )
+  for name in files.specs.keys() - used:
+    if name in copies and copies[name] in files.specs:
+      if not _equal(files, name, copies[name]):
+        problems.append(f'tied: {name} differs from {copies[name]}')
+    elif not any(re.search(pattern, name) for pattern in computed):
+      problems.append(f'unknown: {name} {list(files.specs[name].shape)}')
+  return sorted(problems)
+
+
+def _equal(files: TensorFiles, a: str, b: str) -> bool:
+  """Whether two tensors are equal, read a few rows at a time."""
+  if files.specs[a].shape != files.specs[b].shape:
+    return False
+  rows, *rest = files.specs[a].shape
+  for start in range(0, rows, _ROWS):
+    index = (
+      slice(start, min(start + _ROWS, rows)),
+      *(slice(0, size) for size in rest),
+    )
+    if not np.array_equal(files.read(a, index), files.read(b, index)):
+      return False
+  return True

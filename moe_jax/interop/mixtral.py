@@ -1,0 +1,207 @@
+"""transformers' Mixtral (arXiv:2401.04088) as one of our decoders.
+
+Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
+
+- Under padding, positions are places in the row; distances alone count.
+- `sliding_window` counts the token itself among those that it sees.
+- `head_dim` need not be the width's share; gates are the chosen experts'
+  probabilities, made to sum to one (`gates='renormalized'`).
+- In memory, experts are fused (`gate_up_proj`); in files they are a tensor each.
+  All spellings are read, and the files' are written.
+"""
+
+from typing import Any
+
+from moe_jax.interop.architecture import (
+  Architecture,
+  Settings,
+  activation,
+  written,
+)
+from moe_jax.interop.config_keys import (
+  COMMON_FIXED,
+  COMMON_IGNORED,
+  Keys,
+  Values,
+)
+from moe_jax.interop.mapping import Name
+from moe_jax.models import DecoderConfig
+
+_ACTIVATIONS = {
+  'silu': 'swiglu',
+  'swish': 'swiglu',
+  'gelu_pytorch_tanh': 'geglu',
+  'gelu_new': 'geglu',
+}
+_THETA = 1e6
+KEYS = Keys(
+  honoured={
+    'vocab_size': (int, 32000),
+    'hidden_size': (int, 4096),
+    'intermediate_size': (int, 14336),
+    'num_hidden_layers': (int, 32),
+    'num_attention_heads': (int, 32),
+    'num_key_value_heads': (int | None, 8),
+    'head_dim': (int | None, None),
+    'hidden_act': (str, 'silu'),
+    'rms_norm_eps': (float, 1e-5),
+    'tie_word_embeddings': (bool, False),
+    'sliding_window': (int | None, None),
+    'num_experts_per_tok': (int, 2),
+    'num_local_experts': (int, 8),
+    'rope_parameters': (dict | None, None),
+    'rope_scaling': (dict | None, None),
+    'rope_theta': (int | float | None, None),
+  },
+  training={
+    'attention_dropout': (
+      float,
+      0.0,
+      0.0,
+      'our dropout is on residuals and hidden values too; see model.dropout',
+    ),
+    'router_jitter_noise': (
+      float,
+      0.0,
+      0.0,
+      'it multiplies what the experts see too; see moe.jitter for the router',
+    ),
+    'router_aux_loss_coef': (float, 0.001, ..., ''),
+  },
+  fixed={**COMMON_FIXED, 'is_encoder_decoder': (False,)},
+  ignored={
+    **COMMON_IGNORED,
+    'initializer_range': 'the parameters are there',
+    'max_position_embeddings': 'rotary positions have no table',
+    'pad_token_id': 'masks say what padding is',
+  },
+)
+
+
+def settings(c: Values) -> tuple[Settings, list[str]]:
+  """Our `model` section, and what is wrong."""
+  problems: list[str] = []
+  if c.num_experts_per_tok == 1:
+    problems.append(
+      'num_experts_per_tok=1 is not supported: every gate would be 1'
+    )
+  if c.sliding_window is not None and c.sliding_window < 1:
+    problems.append(f'sliding_window={c.sliding_window} must be at least 1')
+  heads = max(c.num_attention_heads, 1)
+  return dict(
+    kind='decoder',
+    vocab_size=c.vocab_size,
+    num_layers=c.num_hidden_layers,
+    width=c.hidden_size,
+    num_heads=c.num_attention_heads,
+    num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
+    head_width=c.head_dim or c.hidden_size // heads,
+    hidden=c.intermediate_size,
+    activation=activation(c.hidden_act, _ACTIVATIONS, 'hidden_act', problems),
+    norm_epsilon=float(c.rms_norm_eps),
+    positions='rotary',
+    rope_theta=_theta(c, problems),
+    sliding_window=c.sliding_window or 0,
+    tie_embeddings=c.tie_word_embeddings,
+    moe=dict(
+      num_experts=c.num_local_experts,
+      num_selected=c.num_experts_per_tok,
+      layers='all',
+      gates='renormalized',
+      dispatch='dropless',
+      balance_weight=float(c.router_aux_loss_coef),
+    ),
+  ), problems
+
+
+def _theta(c: Values, problems: list[str]) -> float:
+  """The base of the wavelengths, in either generation's spelling."""
+  given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  kind = given.pop('rope_type', given.pop('type', 'default'))
+  given.pop('type', None)
+  theta = given.pop('rope_theta', c.rope_theta)
+  given = {key: value for key, value in given.items() if value is not None}
+  if given.get('partial_rotary_factor') == 1:
+    given.pop('partial_rotary_factor')
+  if kind != 'default' or given:
+    problems.append(
+      f'rope type {kind!r} with {given} is not supported, only the type '
+      "'default' with a rope_theta"
+    )
+  return _THETA if theta is None else float(theta)
+
+
+def describe(c: DecoderConfig) -> dict[str, Any]:
+  """The keys of config.json that a model decides."""
+  block = c.stack.block
+  attention, moe = block.attention, block.moe
+  if moe is None:
+    raise ValueError('it is dense; Mixtral has experts in every layer')
+  return dict(
+    vocab_size=c.vocab_size,
+    hidden_size=c.embedding.width,
+    intermediate_size=moe.expert.hidden,
+    num_hidden_layers=len(c.sparse),
+    num_attention_heads=attention.num_heads,
+    num_key_value_heads=attention.num_kv_heads,
+    head_dim=attention.head_width,
+    hidden_act=written(moe.expert.activation, _ACTIVATIONS),
+    rms_norm_eps=block.norm.epsilon,
+    tie_word_embeddings=c.embedding.tie_embeddings,
+    sliding_window=attention.window or None,
+    num_experts_per_tok=moe.router.num_selected,
+    num_local_experts=moe.router.num_experts,
+    rope_parameters=dict(
+      rope_type='default', rope_theta=float(attention.rope_theta)
+    ),
+  )
+
+
+def _layer(path: str, theirs: str, form: str, *others: Name) -> dict:
+  name = Name(f'model.layers.{{layer}}.{theirs}.weight', form)
+  return {f'layer/{path}': (name, *others)}
+
+
+def _expert(path: str, number: str, form: str, fused: str, fused_form: str):
+  """A tensor an expert, or all experts' in one as transformers computes."""
+  bare = Name(f'model.layers.{{layer}}.mlp.experts.{fused}', fused_form)
+  renamed = Name(
+    f'model.layers.{{layer}}.mlp.experts.{{expert}}.{number}.weight', form
+  )
+  theirs = f'block_sparse_moe.experts.{{expert}}.{number}'
+  return _layer(f'moe/experts/{path}', theirs, form, bare, renamed)
+
+
+ARCHITECTURE = Architecture(
+  model_type='mixtral',
+  classes=('MixtralForCausalLM', 'MixtralModel'),
+  keys=KEYS,
+  settings=settings,
+  describe=describe,
+  prefix='model.',
+  computed=(r'rotary_emb\.inv_freq$',),
+  names={
+    'embedding': (Name('model.embed_tokens.weight', 'V M'),),
+    'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
+    'final_norm/scale': (Name('model.norm.weight', 'M'),),
+    **_layer('attention_norm/scale', 'input_layernorm', 'M'),
+    **_layer('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
+    **_layer('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
+    **_layer('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
+    **_layer('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
+    **_layer('ffn_norm/scale', 'post_attention_layernorm', 'M'),
+    **_layer(
+      'moe/router/w',
+      'block_sparse_moe.gate',
+      'E M -> M E',
+      Name('model.layers.{layer}.mlp.gate.weight', 'E M -> M E'),
+    ),
+    **_expert(
+      'w_gate', 'w1', 'F M -> M F', 'gate_up_proj', 'E (0/2 F) M -> E M F'
+    ),
+    **_expert(
+      'w_in', 'w3', 'F M -> M F', 'gate_up_proj', 'E (1/2 F) M -> E M F'
+    ),
+    **_expert('w_out', 'w2', 'M F -> F M', 'down_proj', 'E M F -> E F M'),
+  },
+)

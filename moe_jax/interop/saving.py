@@ -1,0 +1,198 @@
+"""A model and its parameters as a folder that transformers reads.
+
+Not here: a run's folder and its tokenizer (`runs.py`).
+"""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.checkpoint import build, from_config, named
+from moe_jax.interop.mapping import Leaf, leaves
+from moe_jax.interop.meaning import difference
+from moe_jax.interop.tensor_files import SAFETENSORS, listed
+from moe_jax.models import DecoderConfig
+from moe_jax.partitioning import path_name
+
+_SHARD_BYTES = 2**31
+# Spellings of older versions, replaced by what is written.
+_REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling')
+
+
+def save(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  path: str | os.PathLike[str],
+  *,
+  config: Mapping[str, Any] | None = None,
+  shard_bytes: int = _SHARD_BYTES,
+) -> None:
+  """Writes config.json and safetensors that `from_pretrained` reads.
+
+  Every parameter keeps its own dtype. The host holds one file's tensors.
+
+  Args:
+    model: A `Decoder` or an `EncoderDecoder`.
+    variables: Its parameters, as `{'params': ...}`.
+    path: A folder that is new or empty.
+    config: More keys of config.json: special ids, or an imported checkpoint's
+      whole file. What the model decides comes before them.
+    shard_bytes: The most tensors of a file have, but for a single larger one.
+
+  Raises:
+    ValueError: transformers has no such model: all that it cannot express is
+      listed. Or the folder is not empty.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f'{folder} is there already; give a new or empty folder')
+  architecture = _choose(model, config or {})
+  written = describe(model, architecture, config or {})
+  params = variables['params']
+  found = leaves(architecture.names, model.config, params)
+  tensors = list(_tensors(found, architecture, params))
+  folder.mkdir(parents=True, exist_ok=True)
+  _write(folder, tensors, shard_bytes)
+  # Last: a folder without it is read by nobody.
+  text = json.dumps(written, indent=2, sort_keys=True)
+  (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
+
+
+def _choose(model: nn.Module, config: Mapping[str, Any]) -> Architecture:
+  kind = config.get('model_type')
+  if kind is None:
+    relative = model.config.embedding.positions == 'relative'
+    kind = 'switch_transformers' if relative else 'nllb-moe'
+    if isinstance(model.config, DecoderConfig):
+      kind = 'mixtral'
+  return named(kind)
+
+
+def describe(
+  model: nn.Module, architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The content of config.json.
+
+  Raises:
+    ValueError: A model of that architecture would not compute the same.
+  """
+  kind = architecture.model_type
+  try:
+    decided = architecture.describe(model.config)
+  except (ValueError, AttributeError) as error:
+    raise ValueError(
+      f'the model is no {kind} model of transformers: {error}'
+    ) from error
+  given = {key: v for key, v in config.items() if key not in _REPLACED}
+  written = {
+    **_untouched(architecture, decided),
+    **given,
+    **decided,
+    'model_type': kind,
+    'architectures': [architecture.classes[0]],
+    'dtype': model.config.embedding.param_dtype,
+  }
+  try:
+    theirs = build(from_config(written)).config
+  except ValueError as error:
+    raise ValueError(
+      f'the model is no {kind} model of transformers: {error}'
+    ) from error
+  if different := difference(model.config, theirs):
+    raise ValueError(
+      listed(
+        f'transformers cannot compute this model as {kind}; the model has',
+        different,
+      )
+    )
+  return written
+
+
+def _untouched(architecture, decided) -> dict[str, Any]:
+  """Rates of training that our models do not have, at no effect."""
+  values = {}
+  for name, (_, _, neutral, _) in architecture.keys.training.items():
+    if neutral is not ...:
+      values[name] = decided[neutral] if isinstance(neutral, str) else neutral
+  return values
+
+
+class _Tensor(NamedTuple):
+  """A tensor to write: `make` fetches it."""
+
+  name: str
+  num_bytes: int
+  make: Any
+
+
+def _tensors(
+  found: Sequence[Leaf], architecture: Architecture, params: Any
+) -> Iterator[_Tensor]:
+  arrays = {
+    path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  tied = 'w_logits' not in arrays
+  for leaf in found:
+    array = arrays[leaf.path]
+    count = int(np.prod(leaf.tensor_shape, dtype=np.int64))
+    for where, name in leaf.tensors.items():
+      names = [name]
+      if leaf.path == 'embedding' and not tied:
+        # Untied, the halves there have tables of their own.
+        names = [spelled.theirs for spelled in architecture.names['embedding']]
+      make = functools.partial(_fetch, array, leaf, where)
+      for each in names:
+        yield _Tensor(each, count * array.dtype.itemsize, make)
+
+
+def _fetch(array: jax.Array, leaf: Leaf, where: tuple[int, ...]) -> np.ndarray:
+  part = _take(array, where) if where else array
+  return leaf.form.write(np.asarray(part))
+
+
+@jax.jit
+def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
+  """array[where], one program for all places."""
+  for i in where:
+    array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+  return array
+
+
+def _write(
+  folder: pathlib.Path, tensors: Sequence[_Tensor], shard_bytes: int
+) -> None:
+  """One file, or several and an index."""
+  shards: list[list[_Tensor]] = [[]]
+  size = 0
+  for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+    if shards[-1] and size + tensor.num_bytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(tensor)
+    size += tensor.num_bytes
+  stem, _, ending = SAFETENSORS.partition('.')
+  weight_map = {}
+  for i, shard in enumerate(shards, start=1):
+    name = SAFETENSORS
+    if len(shards) > 1:
+      name = f'{stem}-{i:05}-of-{len(shards):05}.{ending}'
+    made = {tensor.name: tensor.make() for tensor in shard}
+    save_file(made, folder / name, metadata={'format': 'pt'})
+    weight_map |= dict.fromkeys(made, name)
+  if len(shards) > 1:
+    index = {
+      'metadata': {'total_size': sum(t.num_bytes for t in tensors)},
+      'weight_map': weight_map,
+    }
+    text = json.dumps(index, indent=2, sort_keys=True)
+    (folder / f'{SAFETENSORS}.index.json').write_text(text + '\n')

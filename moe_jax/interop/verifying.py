@@ -1,0 +1,278 @@
+"""A checkpoint against what transformers computed from it.
+
+The numbers to match come in a file, so that whoever makes them needs no JAX,
+and whoever checks them no PyTorch.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from moe_jax.data.tokenizers import read_json
+from moe_jax.interop import loading
+from moe_jax.interop.tensor_files import listed
+from moe_jax.models import EncoderDecoder
+
+BOUND = 1e-4  # of a float32 logit
+# What changes greedy tokens, at the value that does not.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'num_beams': (None, 1),
+  'repetition_penalty': (None, 1.0),
+  'encoder_repetition_penalty': (None, 1.0),
+  'no_repeat_ngram_size': (None, 0),
+  'encoder_no_repeat_ngram_size': (None, 0),
+  'bad_words_ids': (None,),
+  'sequence_bias': (None,),
+  'min_length': (None, 0),
+  'min_new_tokens': (None, 0),
+  'suppress_tokens': (None, []),
+  'begin_suppress_tokens': (None, []),
+  'forced_eos_token_id': (None,),
+  'exponential_decay_length_penalty': (None,),
+  'guidance_scale': (None, 1.0),
+  'penalty_alpha': (None,),
+  'dola_layers': (None,),
+  'stop_strings': (None,),
+  'watermarking_config': (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """How far we are from transformers.
+
+  Attributes:
+    largest: The largest difference of a logit at a place that is no padding.
+    places: How many places were compared.
+    tokens: How many greedy tokens agree before the first that does not.
+    differing: The first greedy token that differs: (row, place, ours, theirs);
+      None where all agree.
+  """
+
+  largest: float
+  places: int
+  tokens: int
+  differing: tuple[int, int, int, int] | None
+
+  @property
+  def good(self) -> bool:
+    """Whether logits are within `BOUND` and all greedy tokens agree."""
+    return self.largest <= BOUND and self.differing is None
+
+  def describe(self) -> str:
+    """Two lines."""
+    tokens = f'greedy tokens: all {self.tokens} agree'
+    if self.differing:
+      row, place, ours, theirs = self.differing
+      tokens = (
+        f'greedy tokens: row {row} differs at place {place}: {ours} here, '
+        f'{theirs} expected, after {self.tokens} that agree'
+      )
+    sign = '<=' if self.largest <= BOUND else '>'
+    return (
+      f'largest logit difference over {self.places} real positions: '
+      f'{self.largest:.2e} {sign} {BOUND:.0e}\n{tokens}'
+    )
+
+
+def verify(
+  source: str | os.PathLike[str],
+  expected: str | os.PathLike[str],
+  *,
+  revision: str = '',
+) -> Verdict:
+  """Runs a checkpoint in float32 on the inputs of a file.
+
+  Args:
+    source: A folder, or the id of a hub repository.
+    expected: An npz with `input_ids`, `attention_mask` [B, S], `logits`
+      [B, T, V] and `greedy` [B, N]; of an encoder-decoder also
+      `decoder_input_ids` [B, T] and, if there is padding in them,
+      `decoder_attention_mask`. A decoder-only model's `greedy` continues the
+      first row without its padding.
+    revision: Of a repository.
+
+  Raises:
+    ValueError: Something is missing or of another shape, or the checkpoint's
+      generation config asks for more than greedy tokens.
+  """
+  given = _read(pathlib.Path(expected).expanduser())
+  checkpoint = loading.fetch(source, dtype='float32', revision=revision)
+  path = checkpoint.folder / 'generation_config.json'
+  generation = read_json(path) or checkpoint.config
+  _check_generation(checkpoint.folder, generation)
+  model = checkpoint.model
+  halves = isinstance(model, EncoderDecoder)
+  _check_arrays(given, halves, model.config.vocab_size)
+  variables = {'params': loading.load_params(checkpoint)}
+  ours, real = _logits(model, variables, given)
+  found = np.abs(ours - given['logits'])[real]
+  run = _continue_pair if halves else _continue_row
+  differing, count = run(model, variables, given, generation)
+  # What is no number is no agreement.
+  largest = float(found.max()) if np.isfinite(found).all() else float('inf')
+  return Verdict(largest, int(real.sum()), count, differing)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError, AttributeError) as error:
+    raise ValueError(f'{path} is no npz file of arrays: {error}') from None
+
+
+def _check_generation(folder, generation) -> None:
+  problems = [
+    f'{name}={generation[name]!r}'
+    for name, neutral in _NEUTRAL.items()
+    if generation.get(name) not in neutral
+  ]
+  if problems:
+    raise ValueError(
+      listed(
+        f"{folder}: 'greedy' of transformers depends on generation options "
+        'that are not reproduced here',
+        problems,
+      )
+    )
+
+
+def _check_arrays(given, halves: bool, vocab_size: int) -> None:
+  names = ['input_ids', 'attention_mask', 'logits', 'greedy']
+  names += ['decoder_input_ids'] if halves else []
+  missing = [name for name in names if name not in given]
+  if missing:
+    raise ValueError(f'expected arrays {missing} are missing; need {names}')
+  read = given['decoder_input_ids' if halves else 'input_ids']
+  shapes = {
+    'attention_mask': given['input_ids'].shape,
+    'logits': (*read.shape, vocab_size),
+    'decoder_attention_mask': read.shape,
+  }
+  wrong = [
+    f'{name} is {list(given[name].shape)}, not {list(shape)}'
+    for name, shape in shapes.items()
+    if name in given and given[name].shape != shape
+  ]
+  if wrong:
+    raise ValueError(listed('expected arrays do not fit', wrong))
+  if given['greedy'].ndim == 1:
+    given['greedy'] = given['greedy'][None]
+
+
+def _positions(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
+  """As transformers numbers tokens: sinusoids alone leave padding out.
+
+  There padding is told by its id, and not by the mask.
+  """
+  embedding = model.config.embedding
+  if embedding.positions != 'sinusoidal':
+    return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  pad = embedding.position_offset - 1
+  return np.maximum(np.cumsum(tokens != pad, axis=1) - 1, 0)
+
+
+def _logits(model, variables, given) -> tuple[np.ndarray, np.ndarray]:
+  """Ours, and which places are no padding."""
+
+  def inputs(prefix, tokens, mask):
+    values = dict(
+      tokens=tokens, segment_ids=mask, positions=_positions(model, tokens)
+    )
+    return {prefix + name: x.astype(np.int32) for name, x in values.items()}
+
+  ids, mask = given['input_ids'], given['attention_mask'].astype(bool)
+  if not isinstance(model, EncoderDecoder):
+    called = inputs('', ids, mask)
+  else:
+    called = inputs('encoder_', ids, mask)
+    ids = given['decoder_input_ids']
+    mask = given.get('decoder_attention_mask', np.ones(ids.shape)).astype(bool)
+    called |= inputs('', ids, mask)
+  logits, _ = jax.jit(model.apply)(variables, **called)
+  return np.asarray(logits), mask
+
+
+def _continue_row(model, variables, given, generation):
+  """A decoder-only model's continuation of the first row."""
+  prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
+  greedy = given['greedy'][:1].astype(np.int32)
+  if not np.array_equal(greedy[0, : len(prompt)], prompt):
+    raise ValueError(
+      "'greedy' does not begin with the first row's prompt: "
+      f'{greedy[0, : len(prompt)]} is not {prompt}'
+    )
+  cache = model.make_cache(1, greedy.shape[1])
+  ours = _greedy(
+    model, variables, cache, prompt[None], greedy.shape[1], generation
+  )
+  return _compare(ours, greedy, len(prompt))
+
+
+def _continue_pair(model, variables, given, generation):
+  """An encoder-decoder's answer, from the start token on."""
+  greedy = given['greedy'].astype(np.int32)
+  start = generation.get('decoder_start_token_id')
+  start = generation.get('bos_token_id') if start is None else start
+  if not (greedy[:, 0] == start).all():
+    raise ValueError(
+      f"'greedy' does not begin with the decoder's start id {start}: "
+      f'{greedy[:, 0]}'
+    )
+  encode = functools.partial(
+    model.apply, max_len=greedy.shape[1], method='encode'
+  )
+  ids = given['input_ids'].astype(np.int32)
+  cache = jax.jit(encode)(
+    variables,
+    ids,
+    given['attention_mask'].astype(bool),
+    encoder_positions=_positions(model, ids).astype(np.int32),
+  )
+  ours = _greedy(
+    model, variables, cache, greedy[:, :1], greedy.shape[1], generation
+  )
+  return _compare(ours, greedy, 1)
+
+
+def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
+  """The prompt and the likeliest tokens after it, [B, length].
+
+  A row that has ended is padded and still takes part, as it does there.
+  """
+  ends = generation.get('eos_token_id')
+  ends = [] if ends is None else np.atleast_1d(ends).tolist()
+  pad = generation.get('pad_token_id')
+  pad = next(iter(ends), 0) if pad is None else pad
+  step = jax.jit(functools.partial(model.apply, method='decode'))
+  tokens = prompt.astype(np.int32)
+  new, open_rows = tokens, np.ones(len(prompt), bool)
+  forced = generation.get('forced_bos_token_id')
+  while tokens.shape[1] < length:
+    mask = np.ones(new.shape, bool)
+    logits, cache = step(variables, new, mask, cache)
+    best = np.asarray(logits[:, -1].argmax(-1), np.int32)
+    if forced is not None and tokens.shape[1] == 1:
+      best[:] = forced
+    best = np.where(open_rows, best, pad)
+    open_rows &= ~np.isin(best, ends)
+    new = best[:, None]
+    tokens = np.concatenate([tokens, new], axis=1)
+  return tokens
+
+
+def _compare(ours, theirs, start):
+  """The first token that differs, by place and then by row."""
+  for place in range(start, theirs.shape[1]):
+    for row in np.flatnonzero(ours[:, place] != theirs[:, place]):
+      found = int(ours[row, place]), int(theirs[row, place])
+      return (int(row), place, *found), (place - start) * len(theirs)
+  return None, (theirs.shape[1] - start) * len(theirs)

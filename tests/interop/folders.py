@@ -1,0 +1,74 @@
+"""Checkpoints' folders with a tokenizer, and configs of short runs."""
+
+import json
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from tests.interop import oracle
+
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+# Bytes, so that any text can be trained on, behind the special tokens.
+_SPECIAL = ('<pad>', '</s>', '<s>', *(f'<extra_id_{i}>' for i in range(4)))
+_ROLES = {
+  'mixtral': dict(bos='<s>', eos='</s>'),
+  'nllb-moe': dict(bos='<s>', eos='</s>', pad='<pad>'),
+  'switch_transformers': dict(eos='</s>', pad='<pad>'),
+}
+VOCAB_SIZE = 264  # one more than tokens
+# What is not the model's: a little text and two steps.
+CONFIG = """
+from configs import base
+
+def get_config():
+  c = base.get_config()
+  c.total_steps = 2
+  c.batch_size = 2
+  c.log_every_steps = 1
+  c.data.source = 'python_stdlib:email,json'
+  c.data.seq_len = 48
+  c.mesh.data = 1
+  c.checkpoint.every_steps = 0
+  c.checkpoint.best_eval = 'all'
+  c.evals = {'all': base.evaluation(num_batches=1)}
+  c.optimizer.warmup_steps = 1
+  c.sample.num_tokens = 0
+  return base.finish(c)
+"""
+
+
+def write_tokenizer(folder, kind):
+  """What transformers saves: an own JSON format, roles and a template."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {name: i for i, name in enumerate([*_SPECIAL, *alphabet])}
+  made = Tokenizer(models.BPE(vocabulary, []))
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  made.add_special_tokens(list(_SPECIAL))
+  if kind != 'mixtral':
+    made.post_processor = processors.TemplateProcessing(
+      single='$A </s>', special_tokens=[('</s>', vocabulary['</s>'])]
+    )
+  made.save(str(folder / 'tokenizer.json'))
+  roles = {f'{role}_token': name for role, name in _ROLES[kind].items()}
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', **roles}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  (folder / 'chat_template.jinja').write_text(CHAT)
+
+
+def write(folder, kind, **options):
+  """A checkpoint with all that belongs to it; returns transformers' model."""
+  ids = dict(eos_token_id=1, decoder_start_token_id=0, pad_token_id=0)
+  if kind == 'mixtral':
+    ids = dict(bos_token_id=2, eos_token_id=1)
+  model = oracle.make(kind, vocab_size=VOCAB_SIZE, **ids, **options)
+  model.save_pretrained(folder)
+  write_tokenizer(folder, kind)
+  return model
+
+
+def write_config(folder):
+  """A config file of a short run."""
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / 'short.py'
+  path.write_text(CONFIG)
+  return path

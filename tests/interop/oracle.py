@@ -1,0 +1,157 @@
+"""Small transformers models with random weights, and what they compute."""
+
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+
+B, S, T, N = 3, 11, 7, 9
+
+CLASSES = {
+  'mixtral': transformers.MixtralForCausalLM,
+  'nllb-moe': transformers.NllbMoeForConditionalGeneration,
+  'switch_transformers': (
+    transformers.SwitchTransformersForConditionalGeneration
+  ),
+}
+BASE = {
+  'mixtral': dict(
+    vocab_size=53,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=5,
+    max_position_embeddings=64,
+  ),
+  'nllb-moe': dict(
+    vocab_size=53,
+    d_model=24,
+    encoder_layers=4,
+    decoder_layers=2,
+    encoder_attention_heads=3,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=20,
+    decoder_ffn_dim=28,
+    num_experts=5,
+    encoder_sparse_step=2,
+    decoder_sparse_step=2,
+  ),
+  'switch_transformers': dict(
+    vocab_size=53,
+    d_model=24,
+    d_kv=6,
+    d_ff=20,
+    num_heads=3,
+    num_layers=4,
+    num_sparse_encoder_layers=2,
+    num_decoder_layers=2,
+    num_sparse_decoder_layers=1,
+    num_experts=5,
+    expert_capacity=2,
+    decoder_start_token_id=0,
+  ),
+}
+
+
+# Factors by a part of the name, the first that is found: a token must lead to
+# another than itself, though embeddings are tied, and logits must differ.
+LOUD = {
+  'mixtral': {'': 8.0},
+  'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
+  'switch_transformers': {
+    'shared': 1.0,
+    'Attention.q': 2.0,
+    'Attention.k': 2.0,
+    '': 3.0,
+  },
+}
+
+# Those whose greedy tokens repeat themselves least.
+FIRST_SEED = {'mixtral': 0, 'nllb-moe': 1, 'switch_transformers': 0}
+
+
+def make(kind: str, seed: int = 0, **options):
+  """A model of `kind` whose greedy tokens vary."""
+  torch.manual_seed(seed + FIRST_SEED[kind])
+  cls = CLASSES[kind]
+  model = cls(cls.config_class(**{**BASE[kind], **options})).eval()
+  with torch.no_grad():
+    for name, value in model.named_parameters():
+      if name.endswith('bias') or 'norm' in name:
+        value += 0.2 * torch.randn_like(value)  # else they start alike
+      else:
+        loud = LOUD[kind]
+        value *= next(f for part, f in loud.items() if part in name)
+  return model
+
+
+def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
+  """Token ids and masks; rows differ in length, the first is whole.
+
+  Some ids of padding are not masked: NLLB numbers tokens by their ids.
+  """
+  rng = np.random.default_rng(seed)
+  V, pad = model.config.vocab_size, model.config.pad_token_id
+  pad = 0 if pad is None else pad
+  low = 3  # special ids are below
+  ids = rng.integers(low, V, (B, S))
+  mask = np.arange(S) < np.array([[S], [S - 4], [S - 1]])
+  if left:
+    mask = mask[:, ::-1]
+  ids = np.where(mask, ids, pad)
+  ids[0, 5] = pad
+  given = dict(input_ids=ids, attention_mask=mask.astype(np.int64))
+  if model.config.is_encoder_decoder:
+    start = model.generation_config.decoder_start_token_id
+    decoder = rng.integers(low, V, (B, T))
+    decoder[:, 0], decoder[1, 3] = start, pad
+    given['decoder_input_ids'] = decoder
+  return given
+
+
+def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
+  """Float32 [B, T, V]."""
+  with torch.no_grad():
+    found = model(
+      **{name: torch.tensor(value) for name, value in given.items()}
+    )
+  return found.logits.numpy()
+
+
+def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
+  """What the model says; of a decoder, to the first row without padding.
+
+  Where a token is said by an encoder-decoder's first row alone, and not at
+  once, it is made its end of text: others go on beside that row's padding.
+  """
+  ids, mask = (
+    torch.tensor(given[name]) for name in ('input_ids', 'attention_mask')
+  )
+  if not model.config.is_encoder_decoder:
+    prompt = ids[:1, mask[0].bool()]
+    return model.generate(prompt, do_sample=False, max_new_tokens=N).numpy()
+  options = dict(attention_mask=mask, do_sample=False, max_length=N)
+  model.generation_config.eos_token_id = None
+  endless = model.generate(ids, **options).numpy()
+  first, others = endless[0], endless[1:]
+  ends = [x for x in first[3:-2] if x not in first[:3] and x not in others]
+  if not ends:
+    return endless
+  model.generation_config.eos_token_id = int(ends[0])
+  return model.generate(ids, **options).numpy()
+
+
+def write(model, folder: pathlib.Path, seed: int = 0, left: bool = False):
+  """The checkpoint, and beside it `expected.npz`; returns what is in that."""
+  given = inputs(model, seed, left)
+  expected = {
+    **given,
+    'logits': logits(model, given),
+    'greedy': greedy(model, given),
+  }
+  model.save_pretrained(folder)
+  np.savez(folder / 'expected.npz', **expected)
+  return expected

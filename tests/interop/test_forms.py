@@ -1,0 +1,84 @@
+"""Layouts, against numpy's own reshapes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.interop.forms import Form
+
+H, D, M, E, F = 3, 4, 5, 2, 7
+
+
+def reader(theirs, read=None):
+  """A source that says how much was read of it."""
+
+  def get(index):
+    part = theirs[index].copy()
+    if read is not None:
+      read.append(part.size)
+    return part
+
+  return get
+
+
+CASES = {
+  '(H D) M -> M H D': (
+    (H * D, M),
+    (M, H, D),
+    lambda x: x.reshape(H, D, M).transpose(2, 0, 1),
+  ),
+  'M (H D) -> H D M': (
+    (M, H * D),
+    (H, D, M),
+    lambda x: x.reshape(M, H, D).transpose(1, 2, 0),
+  ),
+  '(H D) -> H D': ((H * D,), (H, D), lambda x: x.reshape(H, D)),
+  'F M -> M F': ((F, M), (M, F), lambda x: x.T),
+  'F M': ((F, M), (F, M), lambda x: x),
+  'E (0/2 F) M -> E M F': (
+    (E, 2 * F, M),
+    (E, M, F),
+    lambda x: x[:, :F].swapaxes(1, 2),
+  ),
+  'E (1/2 F) M -> E M F': (
+    (E, 2 * F, M),
+    (E, M, F),
+    lambda x: x[:, F:].swapaxes(1, 2),
+  ),
+}
+
+
+@pytest.mark.parametrize('text', CASES)
+@given(data=st.data())
+def test_every_slice_is_that_of_the_whole(text, data):
+  their_shape, shape, convert = CASES[text]
+  form = Form.parse(text)
+  assert form.their_shape(shape) == their_shape
+  theirs = np.random.default_rng(0).normal(size=their_shape)
+  ours = convert(theirs)
+  index = []
+  for size in shape:
+    low = data.draw(st.integers(0, size - 1))
+    index.append(slice(low, data.draw(st.integers(low + 1, size))))
+  index = tuple(index)
+  np.testing.assert_array_equal(
+    form.read(reader(theirs), shape, index), ours[index]
+  )
+  if '/' not in text:
+    whole = form.write(ours)
+    np.testing.assert_array_equal(whole, theirs)
+    assert whole.flags.c_contiguous
+
+
+def test_no_more_is_read_than_the_slice_needs():
+  theirs = np.zeros((H * D, M))
+  read = []
+  part = (slice(1, 3), slice(2, 3), slice(0, D))
+  Form.parse('(H D) M -> M H D').read(reader(theirs, read), (M, H, D), part)
+  assert read == [D * 2]
+
+
+def test_sides_that_differ():
+  with pytest.raises(ValueError, match="form 'A B -> A': the two sides differ"):
+    Form.parse('A B -> A')

@@ -1,0 +1,173 @@
+"""Tensors into shards: memory, placement, and what does not fit."""
+
+import resource
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_jax import interop, partitioning
+from moe_jax.interop import checkpoint, loading
+from tests.interop import oracle
+
+MIB = 2**20
+BIG = dict(
+  vocab_size=1024,
+  hidden_size=512,
+  intermediate_size=1024,
+  num_hidden_layers=2,
+  num_local_experts=8,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+)
+
+
+@pytest.fixture(scope='module')
+def sharded(tmp_path_factory):
+  """106 MiB in files of 16."""
+  folder = tmp_path_factory.mktemp('mixtral')
+  model = oracle.make('mixtral', **BIG)
+  model.save_pretrained(folder, max_shard_size='16MB')
+  assert len(list(folder.glob('model-*-of-*.safetensors'))) >= 6
+  return folder
+
+
+def test_a_mesh_of_eight_devices(sharded, capsys):
+  mesh = partitioning.make_mesh(dict(expert=4, tensor=2))
+  found = checkpoint.open_checkpoint(sharded)
+  files = loading.TensorFiles(sharded)
+  # Once before: what is kept of compiling is not of the tensors.
+  loading.load_params(found, mesh=mesh)
+  tracemalloc.start()
+  params = loading.load_params(found, mesh=mesh)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  with capsys.disabled():
+    print(
+      f'\nmodel {files.num_bytes / MIB:.1f} MiB, largest tensor '
+      f'{files.largest / MIB:.2f} MiB, peak host staging {peak / MIB:.2f} MiB;'
+      f' with parameters, libraries and all {rss:.0f} MiB'
+    )
+  assert peak < 4 * files.largest < files.num_bytes / 8
+  experts = params['layers']['layer_0']['moe']['experts']
+  for name, value in experts.items():
+    shards = value.addressable_shards
+    assert len(shards) == 8, name
+    assert all(8 * shard.data.nbytes == value.nbytes for shard in shards), name
+  # Every shard holds what one device would have there.
+  _, whole = interop.load(sharded)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    params,
+    whole['params'],
+  )
+
+
+def rewritten(tmp_path, kind, change):
+  """A small checkpoint whose tensors went through `change`."""
+  oracle.make(kind).save_pretrained(tmp_path)
+  path = tmp_path / 'model.safetensors'
+  tensors = load_file(path)
+  change(tensors)
+  save_file(tensors, path)
+
+
+def test_all_that_is_wrong_is_listed(tmp_path):
+  def change(tensors):
+    gate = 'model.layers.1.block_sparse_moe.gate.weight'
+    del tensors[gate], tensors['model.norm.weight']
+    tensors['model.layers.0.self_attn.q_proj.bias'] = torch.zeros(24)
+    tensors['lm_head.weight'] = torch.zeros(53, 23)
+    tensors['model.embed_tokens.weight'] = torch.zeros(53, 24, dtype=torch.int8)
+
+  rewritten(tmp_path, 'mixtral', change)
+  with pytest.raises(ValueError, match='does not hold the mixtral m') as caught:
+    interop.load(tmp_path)
+  assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+    'missing: model.layers.1.block_sparse_moe.gate.weight [5, 24], for '
+    'layers/layer_0/moe/router/w',
+    'missing: model.norm.weight [24], for final_norm/scale',
+    'shape: lm_head.weight is [53, 23], the config asks for [53, 24]',
+    'type: model.embed_tokens.weight is I8, none of '
+    "['bfloat16', 'float16', 'float32']",
+    'unknown: model.layers.0.self_attn.q_proj.bias [24]',
+  ]
+
+
+def test_copies_of_the_embedding_must_be_copies(tmp_path):
+  def change(tensors):
+    shared = tensors['shared.weight']
+    tensors['encoder.embed_tokens.weight'] = shared.clone()
+    tensors['lm_head.weight'] = shared + (torch.arange(53) == 52)[:, None]
+
+  rewritten(tmp_path, 'switch_transformers', change)
+  with pytest.raises(ValueError) as caught:
+    interop.load(tmp_path)
+  lines = str(caught.value).splitlines()[1:]
+  assert lines == ['  tied: lm_head.weight differs from shared.weight']
+
+
+def pickled(model, folder):
+  model.config.save_pretrained(folder)
+  torch.save(model.state_dict(), folder / 'pytorch_model.bin')
+
+
+@pytest.mark.parametrize('kind', sorted(oracle.CLASSES))
+def test_spellings_of_other_releases(kind, tmp_path):
+  # PyTorch's own names: Mixtral's experts in one tensor, copies of embeddings.
+  model = oracle.make(kind)
+  old, new = tmp_path / 'old', tmp_path / 'new'
+  old.mkdir()
+  pickled(model, old)
+  model.save_pretrained(new)
+  a, b = interop.load(old)[1], interop.load(new)[1]
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_model_without_its_head(tmp_path):
+  model = oracle.make('mixtral', tie_word_embeddings=True)
+  model.model.save_pretrained(tmp_path / 'bare')
+  model.save_pretrained(tmp_path / 'whole')
+  a = interop.load(tmp_path / 'bare')[1]
+  jax.tree.map(
+    np.testing.assert_array_equal, a, interop.load(tmp_path / 'whole')[1]
+  )
+
+
+class Runs:
+  """What unpickling would call."""
+
+  def __init__(self, path):
+    self.path = str(path)
+
+  def __reduce__(self):
+    return open, (self.path, 'w')
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+  model = oracle.make('mixtral')
+  pickled(model, tmp_path)
+  held = {**model.state_dict(), 'x': Runs(tmp_path / 'ran')}
+  torch.save(held, tmp_path / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match='no file of PyTorch weights'):
+    interop.load(tmp_path)
+  assert not (tmp_path / 'ran').exists()
+
+
+def test_numbers_of_another_width(tmp_path):
+  model = oracle.make('mixtral').half()
+  model.save_pretrained(tmp_path)
+  params = interop.load(tmp_path)[1]['params']
+  assert params['embedding'].dtype == np.float32
+  expected = model.model.embed_tokens.weight.float().detach().numpy()
+  np.testing.assert_array_equal(params['embedding'], expected)
+  params = interop.load(tmp_path, dtype='bfloat16')[1]['params']
+  moe = params['layers']['layer_0']['moe']
+  assert (moe['experts']['w_in'].dtype, moe['router']['w'].dtype) == (
+    jax.numpy.bfloat16,
+    np.float32,
+  )

@@ -1,0 +1,107 @@
+"""The command line: what each command does, and with what status it ends."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.interop import __main__ as cli
+from moe_jax.interop.checkpoint import ARCHITECTURES
+from tests.interop import folders, oracle
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(capsys, *argv):
+  """(status, what is printed, what is complained of)."""
+  with pytest.raises(SystemExit) as ended:
+    cli.main([str(word) for word in argv])
+  said = capsys.readouterr()
+  return ended.value.code, said.out, said.err
+
+
+def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)  # as commands are run
+  source, workdir, output = (tmp_path / name for name in ('hf', 'run', 'out'))
+  folders.write(source, 'mixtral')
+  options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
+  # A mesh of all of the tests' devices.
+  options += ['--config.mesh.data=2', '--config.mesh.expert=1']
+  options += ['--config.mesh.tensor=4', '--config.seed=3']
+  status, said, _ = run(capsys, 'import', source, *options)
+  assert status == 0 and 'on 8 x cpu' in said
+  assert f'go on: python -m moe_jax.main --config={workdir}/config.py' in said
+  status, _, error = run(capsys, 'import', source, *options)
+  assert status == 1 and 'holds a run already' in error
+  status, said, _ = run(
+    capsys, 'export', '--workdir', workdir, '--output', output
+  )
+  assert status == 0 and f'step 0 written to {output}' in said
+  # What came out is what went in, for transformers and for us.
+  theirs = oracle.CLASSES['mixtral'].from_pretrained(output)
+  expected = oracle.write(theirs.eval(), tmp_path / 'again')
+  path = tmp_path / 'again' / 'expected.npz'
+  status, said, _ = run(capsys, 'verify', output, '--expected', path)
+  assert status == 0 and 'all 9 agree' in said
+  expected['logits'][0, 0, 0] += 1
+  expected['greedy'][0, -1] += 1
+  np.savez(path, **expected)
+  status, said, _ = run(capsys, 'verify', output, '--expected', path)
+  assert status == 1 and ' > 1e-04' in said and 'differs at place 19' in said
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['imprt', 'x'], "invalid choice: 'imprt'"),
+    (['import', 'x'], 'required: --workdir'),
+    (['import', '--workdir', 'w', 'x', 'y'], r"unknown arguments \['y'\]"),
+    (['export', '--workdir', 'w'], 'required: --output'),
+    (
+      ['export', '--workdir', 'w', '--output', 'o', '--config.seed=1'],
+      r"unknown arguments \['--config.seed=1'\]",
+    ),
+    (
+      ['import', 'x', '--workdir', 'w', '--config.sed=1'],
+      "unknown config key 'sed'; did you mean 'seed'",
+    ),
+    (
+      ['import', 'x', '--workdir', 'w', '--config.seed=x'],
+      '--config.seed=x: invalid literal',
+    ),
+    (['import', '/x', '--workdir', 'w'], 'is no folder, and no id'),
+    (['verify', '/x', '--expected', '/gone'], 'is no npz file of arrays'),
+  ],
+)
+def test_a_mistake_is_told(argv, message, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  status, _, error = run(capsys, *argv)
+  assert status == 1 and error.startswith('moe_jax: ')
+  assert re.search(message, error), error
+
+
+def test_what_is_supported_is_named(tmp_path, capsys):
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  path = tmp_path / 'expected.npz'
+  np.savez(path, logits=1)
+  status, _, error = run(capsys, 'verify', tmp_path, '--expected', path)
+  assert status == 1 and len(error.splitlines()) == 1
+  assert all(repr(kind) in error for kind in ARCHITECTURES)
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(tmp_path):
+  expected = oracle.write(oracle.make('switch_transformers'), tmp_path)
+  path = tmp_path / 'expected.npz'
+  command = [sys.executable, '-m', 'moe_jax.interop', 'verify', str(tmp_path)]
+  command += ['--expected', str(path)]
+  for wrong, status in ((0, 0), (1e-3, 1)):
+    np.savez(path, **{**expected, 'logits': expected['logits'] + wrong})
+    done = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert 'largest logit difference over 21 real positions' in done.stdout

@@ -1,0 +1,179 @@
+"""Logits, greedy tokens and weights against transformers, both ways."""
+
+import numpy as np
+import pytest
+import torch
+
+from moe_jax import interop
+from moe_jax.interop.verifying import verify
+from tests.interop import oracle
+
+# Every option that shapes a model, in models where it shows. Rows are padded
+# on the right, or on the left: there padding takes slots before the text.
+CASES = {
+  'mixtral': ('mixtral', 'right', dict()),
+  'mixtral heads wider than their share': (
+    'mixtral',
+    'left',
+    dict(head_dim=10, num_key_value_heads=4),
+  ),
+  'mixtral window': ('mixtral', 'left', dict(sliding_window=4)),
+  'mixtral tied, one key head, three experts': (
+    'mixtral',
+    'right',
+    dict(
+      tie_word_embeddings=True,
+      num_key_value_heads=1,
+      num_experts_per_tok=3,
+    ),
+  ),
+  'mixtral short wavelengths': (
+    'mixtral',
+    'right',
+    dict(rope_parameters=dict(rope_type='default', rope_theta=50.0)),
+  ),
+  'mixtral gelu': (
+    'mixtral',
+    'left',
+    dict(hidden_act='gelu_pytorch_tanh', rms_norm_eps=1e-2),
+  ),
+  'switch': ('switch_transformers', 'right', dict()),
+  'switch padded in front': ('switch_transformers', 'left', dict()),
+  'switch router bias, one slot': (
+    'switch_transformers',
+    'right',
+    dict(router_bias=True, expert_capacity=1, dense_act_fn='gelu_new'),
+  ),
+  'switch room for all': (
+    'switch_transformers',
+    'left',
+    dict(expert_capacity=64, d_kv=8, layer_norm_epsilon=1e-2),
+  ),
+  'switch none sparse, so one': (
+    'switch_transformers',
+    'right',
+    dict(
+      num_layers=3, num_sparse_encoder_layers=0, num_sparse_decoder_layers=2
+    ),
+  ),
+  'switch few buckets': (
+    'switch_transformers',
+    'left',
+    dict(
+      num_layers=5,
+      num_decoder_layers=3,
+      num_sparse_decoder_layers=3,
+      relative_attention_num_buckets=8,
+      relative_attention_max_distance=9,
+    ),
+  ),
+  'nllb': ('nllb-moe', 'left', dict()),
+  'nllb overflow': (
+    'nllb-moe',
+    'right',
+    dict(moe_eval_capacity_token_fraction=0.2, router_bias=True),
+  ),
+  'nllb overflow, renormalised before': (
+    'nllb-moe',
+    'left',
+    dict(
+      moe_eval_capacity_token_fraction=0.2,
+      normalize_router_prob_before_dropping=True,
+    ),
+  ),
+  'nllb overflow, best first': (
+    'nllb-moe',
+    'right',
+    dict(moe_eval_capacity_token_fraction=0.2, batch_prioritized_routing=True),
+  ),
+  'nllb fixed capacity': (
+    'nllb-moe',
+    'left',
+    dict(moe_eval_capacity_token_fraction=-1.0, expert_capacity=5),
+  ),
+  'nllb padding routed': (
+    'nllb-moe',
+    'right',
+    dict(
+      router_ignore_padding_tokens=True, moe_eval_capacity_token_fraction=0.2
+    ),
+  ),
+  'nllb all else': (
+    'nllb-moe',
+    'right',
+    dict(
+      scale_embedding=False,
+      moe_token_dropout=0.0,
+      activation_function='gelu',
+      pad_token_id=0,
+      encoder_sparse_step=1,
+      decoder_sparse_step=0,
+    ),
+  ),
+}
+
+
+def made(name):
+  kind, side, options = CASES[name]
+  return oracle.make(kind, seed=len(name), **options), side == 'left'
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_logits_tokens_and_weights(name, tmp_path):
+  model, left = made(name)
+  source, ours = tmp_path / 'theirs', tmp_path / 'ours'
+  expected = oracle.write(model, source, seed=len(name), left=left)
+  verdict = verify(source, source / 'expected.npz')
+  assert verdict.largest < 5e-5  # half of what is allowed
+  assert verdict.differing is None, verdict.describe()
+  assert verdict.tokens >= 8
+  # What would agree with anything proves nothing.
+  assert len(np.unique(expected['greedy'])) >= 4
+  assert expected['logits'].std() > 0.1
+  # Back again: the same weights, and the same model of them.
+  interop.save(*interop.load(source), ours)
+  again, info = type(model).from_pretrained(ours, output_loading_info=True)
+  assert not any(info.values())
+  old, new = model.state_dict(), again.state_dict()
+  assert old.keys() == new.keys()
+  assert all(torch.equal(old[key], new[key]) for key in old)
+  given = {key: expected[key] for key in oracle.inputs(model)}
+  np.testing.assert_allclose(
+    oracle.logits(again.eval(), given), expected['logits'], rtol=0, atol=1e-5
+  )
+
+
+def drops(model, given) -> float:
+  """The share of tokens, padding included, that find no slot at all."""
+  missed, routed = 0, 0
+
+  def count(module, inputs, output):
+    nonlocal missed, routed
+    kept = output[0].reshape(-1, output[0].shape[-1]).sum(-1)
+    missed += int((kept == 0).sum())
+    routed += len(kept)
+
+  hooks = [
+    module.register_forward_hook(count)
+    for name, module in model.named_modules()
+    if name.endswith('.router')
+  ]
+  oracle.logits(model, given)
+  for hook in hooks:
+    hook.remove()
+  return missed / routed
+
+
+@pytest.mark.parametrize(
+  ('name', 'least'),
+  [
+    ('switch', 0.1),
+    ('switch router bias, one slot', 0.2),
+    ('nllb overflow', 0.1),
+    ('nllb fixed capacity', 0.05),
+  ],
+)
+def test_where_slots_run_out_tokens_are_dropped(name, least):
+  model, left = made(name)
+  given = oracle.inputs(model, seed=len(name), left=left)
+  assert drops(model, given) > least

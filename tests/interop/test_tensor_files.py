@@ -1,0 +1,170 @@
+"""Reading files that others wrote, and those that no one should."""
+
+import builtins
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moe_jax.interop.tensor_files import TensorFiles, TensorSpec
+
+TENSORS = {
+  'a': torch.arange(12.0).reshape(3, 4),
+  'b': torch.tensor([1.5, -2.25]).bfloat16(),
+  'c': torch.full((2, 1, 3), 0.1).half(),
+  'd': torch.tensor(7.0),
+}
+
+
+def single(folder):
+  save_file(TENSORS, folder / 'model.safetensors')
+
+
+def sharded(folder):
+  files = {'a': 'x-1.safetensors', 'b': 'x-2.safetensors'}
+  files |= {'c': 'x-1.safetensors', 'd': 'x-2.safetensors'}
+  for file in set(files.values()):
+    held = {n: t for n, t in TENSORS.items() if files[n] == file}
+    save_file(held, folder / file)
+  index(folder / 'model.safetensors.index.json', files)
+
+
+def index(path, files):
+  path.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
+
+
+def pickled(folder):
+  torch.save(TENSORS, folder / 'pytorch_model.bin')
+
+
+def pickled_before_zip(folder):
+  torch.save(
+    TENSORS,
+    folder / 'pytorch_model.bin',
+    _use_new_zipfile_serialization=False,
+  )
+
+
+def pickled_in_shards(folder):
+  files = {name: f'p-{name}.bin' for name in TENSORS}
+  for name, file in files.items():
+    torch.save({name: TENSORS[name]}, folder / file)
+  index(folder / 'pytorch_model.bin.index.json', files)
+
+
+@pytest.mark.parametrize(
+  'write',
+  [single, sharded, pickled, pickled_before_zip, pickled_in_shards],
+)
+def test_every_format_gives_the_same(write, tmp_path):
+  write(tmp_path)
+  files = TensorFiles(tmp_path)
+  assert files.specs == {
+    'a': TensorSpec((3, 4), 'float32'),
+    'b': TensorSpec((2,), 'bfloat16'),
+    'c': TensorSpec((2, 1, 3), 'float16'),
+    'd': TensorSpec((), 'float32'),
+  }
+  assert files.num_bytes == 12 * 4 + 2 * 2 + 6 * 2 + 4
+  assert files.largest == 48
+  part = files.read('a', (slice(1, 3), slice(0, 2)))
+  np.testing.assert_array_equal(part, [[4, 5], [8, 9]])
+  part[:] = 0  # a copy
+  np.testing.assert_array_equal(files.read('a'), np.arange(12).reshape(3, 4))
+  half = files.read('b')
+  assert half.dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(half.astype(np.float32), [1.5, -2.25])
+  assert files.read('c').dtype == np.float16
+  np.testing.assert_array_equal(files.read('c'), TENSORS['c'].numpy())
+  assert files.read('d') == 7
+
+
+def test_safetensors_come_first(tmp_path):
+  pickled(tmp_path)
+  save_file({'a': torch.zeros(1)}, tmp_path / 'model.safetensors')
+  assert list(TensorFiles(tmp_path).specs) == ['a']
+
+
+class Runs:
+  """What unpickling would call."""
+
+  def __init__(self, path):
+    self.path = str(path)
+
+  def __reduce__(self):
+    return builtins.open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_nothing_is_unpickled_as_code(zipped, tmp_path):
+  torch.save(
+    {'a': torch.zeros(2), 'b': Runs(tmp_path / 'ran')},
+    tmp_path / 'pytorch_model.bin',
+    _use_new_zipfile_serialization=zipped,
+  )
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin: no file of PyTor'):
+    TensorFiles(tmp_path)
+  assert not (tmp_path / 'ran').exists()
+
+
+def test_without_pytorch(tmp_path, monkeypatch):
+  pickled(tmp_path)
+  monkeypatch.setitem(__import__('sys').modules, 'torch', None)
+  with pytest.raises(ValueError, match='pip install torch'):
+    TensorFiles(tmp_path)
+
+
+def test_what_is_no_tensor_has_a_name_for_a_type(tmp_path):
+  torch.save(
+    {'a': torch.zeros(2), 'n': 3, 'i': torch.zeros(2, dtype=torch.int64)},
+    tmp_path / 'pytorch_model.bin',
+  )
+  specs = TensorFiles(tmp_path).specs
+  assert (specs['n'].dtype, specs['i'].dtype) == ('int', 'int64')
+
+
+def test_all_that_is_wrong_is_listed(tmp_path):
+  held = {'a': torch.zeros(1), 'e': torch.zeros(1)}
+  save_file(held, tmp_path / 'x.safetensors')
+  (tmp_path / 'junk.safetensors').write_bytes(b'no header' * 9)
+  index(
+    tmp_path / 'model.safetensors.index.json',
+    {
+      'a': 'x.safetensors',
+      'b': 'x.safetensors',
+      'c': 'gone.safetensors',
+      'd': 'junk.safetensors',
+    },
+  )
+  with pytest.raises(ValueError, match='cannot be read') as caught:
+    TensorFiles(tmp_path)
+  said = str(caught.value)
+  for words in (
+    "x.safetensors holds 'e', which the index does not",
+    "the index has 'b' in x.safetensors, which does not hold it",
+    'gone.safetensors: ',
+    'junk.safetensors: no safetensors file',
+  ):
+    assert words in said
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'message'),
+  [
+    ('notes.txt', 'x', r"none of model.safetensors, .* it has \['notes.txt'\]"),
+    ('model.safetensors.index.json', '{}', 'is damaged'),
+    ('model.safetensors.index.json', '[', 'is damaged'),
+    (
+      'model.safetensors.index.json',
+      '{"weight_map": {"a": "../x.safetensors"}}',
+      'is no file beside it',
+    ),
+  ],
+)
+def test_no_weights(name, text, message, tmp_path):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    TensorFiles(tmp_path)

@@ -1,0 +1,90 @@
+"""What `verify` finds, and what it needs; the rest is in `test_parity.py`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.interop import verifying
+from tests.interop import oracle
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('switch')
+  model = oracle.make('switch_transformers')
+  return folder, oracle.write(model, folder)
+
+
+def verify(pair, tmp_path, drop=(), **changes):
+  folder, expected = pair
+  changed = {**expected, **changes}
+  path = tmp_path / 'expected.npz'
+  np.savez(path, **{k: v for k, v in changed.items() if k not in drop})
+  return verifying.verify(folder, path)
+
+
+def test_a_logit_that_is_off(pair, tmp_path):
+  logits = pair[1]['logits'].copy()
+  logits[1, 2, 3] += 2e-4
+  verdict = verify(pair, tmp_path, logits=logits)
+  assert not verdict.good and verdict.differing is None
+  assert 1.9e-4 < verdict.largest < 2.1e-4
+  assert 'over 21 real positions: ' in verdict.describe()
+  assert ' > 1e-04' in verdict.describe()
+
+
+def test_a_token_that_differs(pair, tmp_path):
+  greedy = pair[1]['greedy'].copy()
+  ours = int(greedy[2, 4])
+  greedy[2, 4] = greedy[1, 6] = 52
+  verdict = verify(pair, tmp_path, greedy=greedy)
+  assert not verdict.good and verdict.largest <= verifying.BOUND
+  # Three places of three rows agree before the first.
+  assert verdict.differing == (2, 4, ours, 52) and verdict.tokens == 9
+  assert 'row 2 differs at place 4' in verdict.describe()
+
+
+def test_what_is_masked_is_not_compared_and_no_number_agrees(pair, tmp_path):
+  mask = np.ones((oracle.B, oracle.T), np.int64)
+  mask[:, -1] = 0
+  logits = pair[1]['logits'].copy()
+  logits[:, -1] = np.nan
+  verdict = verify(pair, tmp_path, logits=logits, decoder_attention_mask=mask)
+  assert verdict.good and verdict.places == 18
+  logits[0, 0, 0] = np.nan
+  verdict = verify(pair, tmp_path, logits=logits)
+  assert verdict.largest == float('inf') and not verdict.good
+
+
+@pytest.mark.parametrize(
+  ('drop', 'changes', 'message'),
+  [
+    (
+      ('logits', 'greedy', 'decoder_input_ids'),
+      {},
+      r"\['logits', 'greedy', 'decoder_input_ids'\] are missing; need",
+    ),
+    (
+      (),
+      dict(logits=np.zeros((3, 7, 52)), attention_mask=np.ones((3, 10))),
+      r'mask is \[3, 10\], not \[3, 11\]\n.*logits is .*, not \[3, 7, 53\]',
+    ),
+    ((), dict(greedy=np.ones((3, 9))), 'does not begin with the decoder.s sta'),
+    ((), dict(logits=np.array([None])), 'is no npz file of arrays'),
+  ],
+)
+def test_what_does_not_fit(drop, changes, message, pair, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    verify(pair, tmp_path, drop, **changes)
+
+
+def test_options_of_generation_that_are_not_reproduced(tmp_path):
+  model = oracle.make('switch_transformers')
+  expected = oracle.write(model, tmp_path)
+  path = tmp_path / 'generation_config.json'
+  path.write_text(json.dumps(dict(num_beams=4, repetition_penalty=1.5)))
+  with pytest.raises(
+    ValueError, match=r'num_beams=4\n  repetition_penalty=1.5'
+  ):
+    verify((tmp_path, expected), tmp_path)
