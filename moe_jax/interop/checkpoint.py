@@ -37,6 +37,8 @@ class Checkpoint:
     config: The file's content.
     section: Our `model` section.
     notes: What acts in training alone and is not carried over, a line each.
+    encoder_table: Whether the encoder has an embedding of its own, which no
+      section says.
   """
 
   folder: pathlib.Path
@@ -44,17 +46,26 @@ class Checkpoint:
   config: Mapping[str, Any]
   section: ml_collections.ConfigDict
   notes: tuple[str, ...]
+  encoder_table: bool = False
 
   @property
   def model(self) -> nn.Module:
     """The model that the section describes."""
-    return build(self.section)
+    return build(self.section, self.encoder_table)
 
 
-def build(model: ml_collections.ConfigDict) -> nn.Module:
+def build(
+  model: ml_collections.ConfigDict, encoder_table: bool = False
+) -> nn.Module:
   """The model of a `model` section alone."""
   data = dict(seq_len=_LENGTH, target_len=_LENGTH)
-  return models.build(ml_collections.ConfigDict(dict(model=model, data=data)))
+  made = models.build(ml_collections.ConfigDict(dict(model=model, data=data)))
+  if not encoder_table:
+    return made
+  embedding = dataclasses.replace(made.config.embedding, encoder_table=True)
+  return made.clone(
+    config=dataclasses.replace(made.config, embedding=embedding)
+  )
 
 
 def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:

@@ -5,10 +5,12 @@ already in its place, whatever the size of the model and of its stacked
 parameters. Not here: which tensor goes where (`mapping.py`).
 """
 
+import dataclasses
 import functools
 import itertools
 import logging
 import os
+import re
 from typing import Any
 
 import jax
@@ -20,7 +22,15 @@ from moe_jax import models, partitioning
 from moe_jax.config import Section
 from moe_jax.interop import hub
 from moe_jax.interop.checkpoint import Checkpoint, open_checkpoint
-from moe_jax.interop.mapping import Leaf, check, copies, leaves, without_prefix
+from moe_jax.interop.mapping import (
+  Leaf,
+  check,
+  copies,
+  has_encoder_table,
+  leaves,
+  with_encoder_table,
+  without_prefix,
+)
 from moe_jax.interop.model_section import SHARDING
 from moe_jax.interop.tensor_files import Index, TensorFiles, listed
 from moe_jax.layers.initializers import axis_names
@@ -70,7 +80,12 @@ def fetch(
   A config that is not supported is refused before weights are fetched.
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
-  return open_checkpoint(hub.fetch(source, revision=revision), dtype)
+  found = open_checkpoint(hub.fetch(source, revision=revision), dtype)
+  names, files = found.architecture.names, TensorFiles(found.folder)
+  if found.section.tie_embeddings or 'encoder_embedding' not in names:
+    return found
+  own = has_encoder_table(names, files)
+  return dataclasses.replace(found, encoder_table=own)
 
 
 def load_params(
@@ -107,8 +122,12 @@ def _checked(checkpoint, shapes, files) -> list[Leaf]:
   prefix = architecture.prefix
   if prefix and not any(name.startswith(prefix) for name in files.specs):
     names = without_prefix(names, prefix)
+  computed = architecture.computed
+  if checkpoint.encoder_table:
+    shared = re.escape(names['embedding'][0].theirs)
+    computed, names = (*computed, f'^{shared}$'), with_encoder_table(names)
   found = leaves(names, checkpoint.model.config, shapes, list(files.specs))
-  problems = check(found, files, copies(names, found), architecture.computed)
+  problems = check(found, files, copies(names, found), computed)
   if problems:
     raise ValueError(
       listed(
@@ -152,7 +171,8 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
     whole = np.empty(shape, dtype)
     for place, piece in pieces:
       whole[place] = piece
-    return jax.device_put(whole, device)
+    # Copies on their way to a device would add up.
+    return jax.block_until_ready(jax.device_put(whole, device))
   with jax.default_device(device):
     whole = jax.numpy.zeros(shape, dtype)
     for place, piece in pieces:

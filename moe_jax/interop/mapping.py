@@ -143,6 +143,24 @@ def without_prefix(names: Names, prefix: str) -> Names:
   }
 
 
+def with_encoder_table(names: Names) -> Names:
+  """The names where the encoder has an embedding of its own."""
+  table = names['encoder_embedding'][0]
+  _, *halves = names['embedding']
+  return {**names, 'embedding': tuple(h for h in halves if h != table)}
+
+
+def has_encoder_table(names: Names, files: TensorFiles) -> bool:
+  """Whether the embeddings of a checkpoint's halves differ.
+
+  Of untied ones; transformers then reads what the halves have, and not what
+  they would share.
+  """
+  tables = [name.theirs for name in names['embedding']]
+  first, *others = [name for name in tables if name in files.specs] or tables
+  return any(not equal(files, first, other) for other in others)
+
+
 def copies(names: Names, found: Sequence[Leaf]) -> dict[str, str]:
   """A tensor that repeats the embedding -> the one that is read.
 
@@ -187,14 +205,14 @@ def check(
         )
   for name in files.specs.keys() - used:
     if name in copies and copies[name] in files.specs:
-      if not _equal(files, name, copies[name]):
+      if not equal(files, name, copies[name]):
         problems.append(f'tied: {name} differs from {copies[name]}')
     elif not any(re.search(pattern, name) for pattern in computed):
       problems.append(f'unknown: {name} {list(files.specs[name].shape)}')
   return sorted(problems)
 
 
-def _equal(files: TensorFiles, a: str, b: str) -> bool:
+def equal(files: TensorFiles, a: str, b: str) -> bool:
   """Whether two tensors are equal, read a few rows at a time."""
   if files.specs[a].shape != files.specs[b].shape:
     return False

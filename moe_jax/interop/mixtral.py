@@ -6,8 +6,8 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - `sliding_window` counts the token itself among those that it sees.
 - `head_dim` need not be the width's share; gates are the chosen experts'
   probabilities, made to sum to one (`gates='renormalized'`).
-- In memory, experts are fused (`gate_up_proj`); in files they are a tensor each.
-  All spellings are read, and the files' are written.
+- In memory, experts are fused (`gate_up_proj`); in files each has a tensor of
+  its own. All spellings are read, and the files' are written.
 """
 
 from typing import Any

@@ -11,6 +11,8 @@ Unlike the paper, and as transformers 5.24 computes it:
   its name (`route_padding`).
 - Tokens are numbered by their ids, not by the mask: one with the id of padding
   has no sinusoid and no number (`position_offset` is that id + 1).
+- Where `tie_word_embeddings` is false, the halves have an embedding each, and
+  what they would share is not read (`EmbeddingConfig.encoder_table`).
 - Whatever experts a token chose, its first choice is served by expert 1 and its
   second by expert 0 (`served_by='transformers_nllb'`): the experts there are
   handed a mask in place of indices.
@@ -147,6 +149,8 @@ def settings(c: Values) -> tuple[Settings, list[str]]:
       output_masking=float(c.moe_token_dropout),
       route_padding=c.router_ignore_padding_tokens,
       group_size=-1,
+      # Where slots run out, as they may in an evaluation of a run's own.
+      allow_future_leak=True,
       balance_weight=float(c.router_aux_loss_coef),
       z_weight=float(c.router_z_loss_coef),
       **_capacity(c, problems),
@@ -160,23 +164,15 @@ def _sparse(num_layers: int, step: int) -> str:
 
 
 def _capacity(c: Values, problems: list[str]) -> Settings:
-  """Of evaluation; slots that can run out let the future leak."""
+  """Of evaluation."""
   fraction = float(c.moe_eval_capacity_token_fraction)
   if fraction >= 1:
     return dict(capacity_rule='all')
   if fraction > 0:
-    return dict(
-      capacity_rule='fraction',
-      capacity_factor=fraction,
-      allow_future_leak=True,
-    )
+    return dict(capacity_rule='fraction', capacity_factor=fraction)
   if c.expert_capacity < 1:
     problems.append(f'expert_capacity={c.expert_capacity} must be at least 1')
-  return dict(
-    capacity_rule='fixed',
-    capacity_slots=c.expert_capacity,
-    allow_future_leak=True,
-  )
+  return dict(capacity_rule='fixed', capacity_slots=c.expert_capacity)
 
 
 def describe(c: EncoderDecoderConfig) -> dict[str, Any]:
@@ -275,6 +271,7 @@ ARCHITECTURE = Architecture(
       Name('model.encoder.embed_tokens.weight', 'V M'),
       Name('model.decoder.embed_tokens.weight', 'V M'),
     ),
+    'encoder_embedding': (Name('model.encoder.embed_tokens.weight', 'V M'),),
     'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
     **_stack('encoder'),
     **_stack('decoder'),

@@ -74,8 +74,8 @@ def import_run(
     devices: Of the mesh; None is all there are.
 
   Raises:
-    ValueError: As `load`; or the folder holds a run, or the tokenizer is not
-      one of ours.
+    ValueError: As `load`; the halves' embeddings differ; the folder holds a
+      run; or the tokenizer is not one of ours.
   """
   folder = pathlib.Path(workdir).expanduser()
   for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
@@ -83,6 +83,11 @@ def import_run(
       raise ValueError(f'{folder} holds a run already ({name}); choose another')
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
+  if checkpoint.encoder_table:
+    raise ValueError(
+      f'{source}: encoder and decoder have embeddings that differ, and a run '
+      'has one for both; interop.load reads it'
+    )
   config = _run_config(config, checkpoint, folder, tokenizer)
   mesh = partitioning.make_mesh(config.mesh.to_dict(), devices)
   before = _peak_bytes()

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.checkpoint import build, from_config, named
-from moe_jax.interop.mapping import Leaf, leaves
+from moe_jax.interop.mapping import Leaf, Names, leaves
 from moe_jax.interop.meaning import difference
 from moe_jax.interop.tensor_files import SAFETENSORS, listed
 from moe_jax.models import DecoderConfig
@@ -102,7 +102,9 @@ def describe(
     'dtype': model.config.embedding.param_dtype,
   }
   try:
-    theirs = build(from_config(written)).config
+    own = model.config.embedding.encoder_table
+    untied = not model.config.embedding.tie_embeddings
+    theirs = build(from_config(written), own and untied).config
   except ValueError as error:
     raise ValueError(
       f'the model is no {kind} model of transformers: {error}'
@@ -141,18 +143,31 @@ def _tensors(
     path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  tied = 'w_logits' not in arrays
+  tables = _tables(architecture.names, arrays)
   for leaf in found:
     array = arrays[leaf.path]
     count = int(np.prod(leaf.tensor_shape, dtype=np.int64))
     for where, name in leaf.tensors.items():
-      names = [name]
-      if leaf.path == 'embedding' and not tied:
-        # Untied, the halves there have tables of their own.
-        names = [spelled.theirs for spelled in architecture.names['embedding']]
+      names = tables.get(leaf.path, [name])
       make = functools.partial(_fetch, array, leaf, where)
       for each in names:
         yield _Tensor(each, count * array.dtype.itemsize, make)
+
+
+def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
+  """Embedding -> its tensors: untied, the halves there have one each.
+
+  A third, which both halves share where they are tied, is then there but not
+  read; it is written like the decoder's.
+  """
+  if 'w_logits' not in arrays:
+    return {}
+  spelled = [name.theirs for name in names['embedding']]
+  if 'encoder_embedding' not in arrays:
+    return {'embedding': spelled}
+  own = [name.theirs for name in names['encoder_embedding']]
+  shared = [name for name in spelled if name not in own]
+  return {'embedding': shared, 'encoder_embedding': own}
 
 
 def _fetch(array: jax.Array, leaf: Leaf, where: tuple[int, ...]) -> np.ndarray:

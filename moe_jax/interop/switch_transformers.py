@@ -7,6 +7,8 @@ Unlike the paper, and as transformers 5.24 computes it:
   and never when it is decoded token by token.
 - Padding takes slots (`route_padding`), whatever
   `router_ignore_padding_tokens` says: its router knows no mask.
+- Where `tie_word_embeddings` is false, the halves have an embedding each, and
+  what they would share is not read (`EmbeddingConfig.encoder_table`).
 - With no sparse layer asked for, layer 1 is sparse nevertheless.
 
 Jitter, dropout and the losses' weights act in training alone, and do here too.
@@ -236,6 +238,7 @@ ARCHITECTURE = Architecture(
       Name('encoder.embed_tokens.weight', 'V M'),
       Name('decoder.embed_tokens.weight', 'V M'),
     ),
+    'encoder_embedding': (Name('encoder.embed_tokens.weight', 'V M'),),
     'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
     **_stack('encoder'),
     **_stack('decoder'),

@@ -33,6 +33,9 @@ class EmbeddingConfig:
       (fairseq and NLLB: padding id + 1). Padding gets no sinusoid, nor does a
       token with the id before the offset, even where it is not masked.
     tie_embeddings: Whether the logits use the embedding table.
+    encoder_table: Whether an encoder has an embedding table of its own, as in
+      transformers 5.24 where embeddings are not tied. Of imported models alone:
+      no config has it.
     embedding_scale: 'sqrt_width' multiplies embeddings by sqrt(M)
       (arXiv:1706.03762, NLLB).
     logits_scale: 'inverse_sqrt_width' multiplies what the logits are made of
@@ -49,6 +52,7 @@ class EmbeddingConfig:
   max_len: int = 0
   position_offset: int = 0
   tie_embeddings: bool = True
+  encoder_table: bool = False
   embedding_scale: str = 'none'
   logits_scale: str = 'none'
   dropout: float = 0.0
@@ -84,6 +88,10 @@ class Embeddings(nn.Module):
     shape = (c.vocab_size, c.width)
     init = c.init.embedding(('vocab', 'embed'))
     self.embedding = self.param('embedding', init, shape, c.param_dtype)
+    if c.encoder_table:
+      self.encoder_embedding = self.param(
+        'encoder_embedding', init, shape, c.param_dtype
+      )
     if c.positions == 'learned':
       init = c.init.embedding(('positions', 'embed'))
       self.position_embedding = self.param(
@@ -100,10 +108,13 @@ class Embeddings(nn.Module):
     token_mask: Bool[Array, 'B T'],
     positions: Int[Array, 'B T'],
     train: bool,
+    encoder: bool = False,
   ) -> Float[Array, 'B T M']:
-    """The residual stream before the first block."""
+    """The residual stream before the first block, of either half."""
     c = self.config
-    x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+    own = encoder and c.encoder_table
+    table = self.encoder_embedding if own else self.embedding
+    x = jnp.take(table, tokens, axis=0).astype(c.dtype)
     if c.embedding_scale == 'sqrt_width':
       x = x * jnp.sqrt(jnp.asarray(c.width, c.dtype))
     if c.positions == 'learned':

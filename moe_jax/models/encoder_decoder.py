@@ -181,7 +181,7 @@ class EncoderDecoder(nn.Module):
 
   def _encode(self, tokens, context, train):
     x = self.embeddings.embed(
-      tokens, context.token_mask, context.positions, train
+      tokens, context.token_mask, context.positions, train, encoder=True
     )
     memory, aux, _ = self.encoder(x, context, train)
     return memory, aux

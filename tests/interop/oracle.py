@@ -63,6 +63,7 @@ LOUD = {
   'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
   'switch_transformers': {
     'shared': 1.0,
+    'lm_head': 0.1,
     'Attention.q': 2.0,
     'Attention.k': 2.0,
     '': 3.0,

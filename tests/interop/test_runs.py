@@ -1,5 +1,7 @@
 """From a checkpoint into a run, on with training, and out of it again."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from moe_jax import command_line, generate, interop
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
 from moe_jax.interop import runs
-from moe_jax.training import loop
+from moe_jax.training import loop, setup
 from moe_jax.training.setup import Hook
 from tests.generation import folders as own_runs
 from tests.interop import folders, oracle
 
+ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = 'def f(x):'
 NEW = 6
 # What makes a decoder that began here a Mixtral.
@@ -142,10 +145,30 @@ def test_going_on_with_other_settings(tmp_path):
   assert (int(state.step), int(state.seed)) == (1, 5)
   _, imported = interop.load(tmp_path / 'hf')
   assert_equal(watch.params[0], imported['params'])
+  # A damaged checkpoint is passed over, down to what was imported.
+  own_runs.damage(workdir, 1)
+  watch = Watch()
+  train(config, workdir, hooks=[watch], resume=True)
+  assert_equal(watch.params[0], imported['params'])
   # Another model's parameters are no beginning.
   other = merge(config, dict(model=dict(hidden=21), total_steps=2))
   with pytest.raises(ValueError, match='holds another state'):
     train(other, workdir, resume=True)
+
+
+@pytest.mark.parametrize('kind', ['mixtral', 'nllb-moe'])
+def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  folders.write(tmp_path / 'hf', kind)
+  config = command_line.config_of(runs.BASE)
+  one = dict(devices=jax.devices()[:1])
+  runs.import_run(tmp_path / 'hf', tmp_path / 'run', config=config, **one)
+  config = config_of(tmp_path / 'run')
+  if kind == 'mixtral':  # else it is a small source already
+    config = merge(config, dict(data=dict(source='python_stdlib:email')))
+  run = setup.set_up(config, tmp_path / 'run', resume=True, **one)
+  assert int(setup.begin(run).step) == 0
+  assert len(run.evaluations) == 3
 
 
 def test_half_precision_is_trained_and_kept(tmp_path):
@@ -179,6 +202,12 @@ def test_what_is_refused(tmp_path):
   (tmp_path / 'out' / 'mine').touch()
   with pytest.raises(ValueError, match='give a new or empty folder'):
     runs.export_run(tmp_path / 'run', tmp_path / 'out')
+
+
+def test_a_run_has_one_embedding(tmp_path):
+  folders.write(tmp_path, 'switch_transformers', tie_word_embeddings=False)
+  with pytest.raises(ValueError, match='have embeddings that differ'):
+    import_run(tmp_path, tmp_path / 'run')
 
 
 def test_weights_of_other_libraries_stay_behind(tmp_path):
