@@ -27,22 +27,28 @@ CASES = {
       num_experts_per_tok=3,
     ),
   ),
-  'mixtral short wavelengths': (
-    'mixtral',
-    'right',
-    dict(rope_parameters=dict(rope_type='default', rope_theta=50.0)),
-  ),
-  'mixtral gelu': (
+  'mixtral gelu, short wavelengths': (
     'mixtral',
     'left',
-    dict(hidden_act='gelu_pytorch_tanh', rms_norm_eps=1e-2),
+    dict(
+      hidden_act='gelu_pytorch_tanh',
+      rms_norm_eps=1e-2,
+      rope_parameters=dict(rope_type='default', rope_theta=50.0),
+    ),
   ),
   'switch': ('switch_transformers', 'right', dict()),
   'switch padded in front': ('switch_transformers', 'left', dict()),
-  'switch router bias, one slot': (
+  'switch router bias, one slot, none sparse, so one': (
     'switch_transformers',
     'right',
-    dict(router_bias=True, expert_capacity=1, dense_act_fn='gelu_new'),
+    dict(
+      router_bias=True,
+      expert_capacity=1,
+      dense_act_fn='gelu_new',
+      num_layers=3,
+      num_sparse_encoder_layers=0,
+      num_sparse_decoder_layers=2,
+    ),
   ),
   'switch room for all, nothing tied': (
     'switch_transformers',
@@ -52,13 +58,6 @@ CASES = {
       d_kv=8,
       layer_norm_epsilon=1e-2,
       tie_word_embeddings=False,
-    ),
-  ),
-  'switch none sparse, so one': (
-    'switch_transformers',
-    'right',
-    dict(
-      num_layers=3, num_sparse_encoder_layers=0, num_sparse_decoder_layers=2
     ),
   ),
   'switch few buckets': (
@@ -72,7 +71,6 @@ CASES = {
       relative_attention_max_distance=9,
     ),
   ),
-  'nllb': ('nllb-moe', 'left', dict()),
   'nllb overflow': (
     'nllb-moe',
     'right',
@@ -105,7 +103,7 @@ CASES = {
   ),
   'nllb all else, nothing tied': (
     'nllb-moe',
-    'right',
+    'left',
     dict(
       scale_embedding=False,
       tie_word_embeddings=False,
@@ -178,7 +176,7 @@ def drops(model, given) -> float:
   ('name', 'least'),
   [
     ('switch', 0.1),
-    ('switch router bias, one slot', 0.2),
+    ('switch router bias, one slot, none sparse, so one', 0.2),
     ('nllb overflow', 0.1),
     ('nllb fixed capacity', 0.05),
   ],
