@@ -32,6 +32,7 @@ SIZES = {
     'dropout': 0.0,
     'dtype': 'float32',
     'remat': 'none',
+    'scan_layers': False,
     'moe': {
       'num_experts': 8,
       'layers': '1,3',

@@ -287,6 +287,7 @@ def test_capacity_serves_what_fits():
   assert rows_lib.served_share('dropless', load) == 1
 
 
+@pytest.mark.slow
 def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   pytest.importorskip('transformers')
   small = {'vocab_size': 40, 'width': 24, 'num_heads': 2, 'head_width': 8}
