@@ -218,12 +218,34 @@ def einsum(
     'BTNJD,BSND->BNJTS', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
-    scores = scores + bias.reshape(1, N, H // N, T, S)
+    scores = _biased(scores, bias.reshape(N, H // N, T, S))
   mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
   weights = masked_softmax(scores, mask).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
   return jnp.einsum('BNJTS,BSND->BTNJD', weights, value).reshape(B, T, H, D)
+
+
+@jax.custom_vjp
+def _biased(scores, bias):
+  """scores [B, ...] + bias [...], whose gradient is a product with ones.
+
+  XLA's CPU compiler takes four times as long for a sum over the leading axis.
+  """
+  return scores + bias[None]
+
+
+def _biased_forward(scores, bias):
+  return _biased(scores, bias), None
+
+
+def _biased_backward(_, d_scores):
+  B, *rest = d_scores.shape
+  ones = jnp.ones((1, B), d_scores.dtype)
+  return d_scores, (ones @ d_scores.reshape(B, -1)).reshape(rest)
+
+
+_biased.defvjp(_biased_forward, _biased_backward)
 
 
 def cached(

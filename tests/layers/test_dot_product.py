@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.layers import Attention, AttentionConfig
+from moe_jax.layers import Attention, AttentionConfig, dot_product
 from moe_jax.layers.dot_product import Keys, attend, masked_softmax, visible
 from moe_jax.partitioning import make_mesh
 from tests.models import tiny
@@ -304,3 +304,19 @@ def test_a_model_passes_on_its_choice():
   assert model.config.stack.block.attention.implementation == 'xla'
   with pytest.raises(ValueError, match="attention='cudnn': dtype='float32'"):
     tiny.build(attention='cudnn')
+
+
+def test_the_biass_gradient_is_that_of_a_sum():
+  rng = np.random.default_rng(0)
+  scores, bias, weights = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for shape in ((3, 2, 5, 7), (2, 5, 7), (3, 2, 5, 7))
+  )
+
+  def loss(add):
+    return lambda scores, bias: (jnp.tanh(add(scores, bias)) * weights).sum()
+
+  found = jax.grad(loss(dot_product._biased), (0, 1))(scores, bias)
+  expected = jax.grad(loss(lambda s, b: s + b[None]), (0, 1))(scores, bias)
+  for ours, theirs in zip(found, expected):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
