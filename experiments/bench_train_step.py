@@ -8,7 +8,8 @@ twin, and with each kind of rematerialisation, all interleaved; and compiles
 models of few and of many layers, since compile time must not grow with depth.
 `--peer` times transformers' step of a Switch encoder-decoder against ours, in
 place of all that. Writes `table.md`, `rows.csv`, `results.json` and `steps.png`
-to `results/bench_train_step/<device>`. Not here: where a step's time goes
+to `results/bench_train_step/<device>`, with `--peer` no plot and to
+`results/bench_train_step_peer`. Not here: where a step's time goes
 (`moe_jax.analysis.explain_cost`).
 """
 
