@@ -20,7 +20,12 @@ SIZES = {
   'batch_size': 8,
   'microbatches': 1,
   'data': {'seq_len': 256, 'target_len': 64},
-  'optimizer': {'name': 'adamw', 'schedule': 'constant', 'b1': 0.9},
+  'optimizer': {
+    'name': 'adamw',
+    'schedule': 'constant',
+    'b1': 0.9,
+    'clip_norm': 1.0,
+  },
   'model': {
     'vocab_size': 1024,
     'num_layers': 4,
@@ -54,6 +59,8 @@ def cases() -> dict[str, Mapping[str, Any]]:
   """What each of our cases changes in the config's `model`."""
   return {
     'gather, capacity factor 1.25': {},
+    # What is dropped is not multiplied; transformers drops nothing here.
+    'gather, capacity factor 1.0': {'moe': {'capacity_factor': 1.0}},
     'dropless': {'moe': {'dispatch': 'dropless', 'capacity_rule': 'all'}},
   }
 

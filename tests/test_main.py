@@ -40,6 +40,7 @@ def run(workdir, *more, **kwargs):
   )
 
 
+@pytest.mark.slow
 def test_the_first_command_small(tmp_path):
   done = run(tmp_path)
   assert done.returncode == 0, done.stderr

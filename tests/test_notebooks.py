@@ -95,6 +95,7 @@ def test_there_are_notebooks():
   assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path):
   kernel = own_kernel()

@@ -94,7 +94,7 @@ def says_the_same(model, folder, said):
   'kind',
   [
     'mixtral',
-    'switch_transformers',
+    pytest.param('switch_transformers', marks=pytest.mark.slow),
     pytest.param('nllb-moe', marks=pytest.mark.slow),
   ],
 )
@@ -156,7 +156,9 @@ def test_going_on_with_other_settings(tmp_path):
     train(other, workdir, resume=True)
 
 
-@pytest.mark.parametrize('kind', ['mixtral', 'nllb-moe'])
+@pytest.mark.parametrize(
+  'kind', ['mixtral', pytest.param('nllb-moe', marks=pytest.mark.slow)]
+)
 def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   folders.write(tmp_path / 'hf', kind)
