@@ -25,19 +25,28 @@ def get_config() -> ConfigDict:
   config.microbatches = 1  # gradient accumulation; divides batch_size
   config.log_every_steps = 20
   config.logits_z_weight = 0.0  # of mean logsumexp(logits)^2; T5 has 1e-4
+  # Steps of a loss or gradient that is not finite: so many are left out, their
+  # batches kept in the workdir, and the next one stops the run.
+  config.max_nonfinite_steps = 0
   config.data = data()
   config.model = model()
   config.optimizer = optimizer()
   config.checkpoint = ConfigDict(
     dict(
+      # Of this run alone: 'gs://bucket/run'; '': in the workdir.
+      directory='',
       every_steps=500,  # also written at the end and on SIGTERM; 0: only then
       keep_newest=2,
       keep_best=True,
       # The evaluation whose loss is compared; a checkpoint of a step at which
       # it did not run is never the best.
       best_eval='train_capacity',
+      # Of storage errors that may pass by themselves (no full disk is one).
+      tries=3,  # the first counted; above 1, a save takes a copy on the host
+      retry_seconds=1.0,  # before the second try, then twice as long each time
     )
   )
+  config.init_from = init_from()
   config.evals = ConfigDict(
     dict(
       train_capacity=evaluation(),
@@ -52,8 +61,20 @@ def get_config() -> ConfigDict:
       all_tokens=evaluation(moe=dict(capacity_rule='all', dispatch='dropless')),
     )
   )
-  # The size of each mesh axis; -1 is what is left of the devices.
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))
+  # The size of each mesh axis within a slice (devices with a fast network);
+  # -1 is what is left of them. A dcn_ size is how many slices the axis spans.
+  config.mesh = ConfigDict(
+    dict(
+      data=-1,
+      fsdp=1,
+      expert=1,
+      tensor=1,
+      dcn_data=1,
+      dcn_fsdp=1,
+      dcn_expert=1,
+      dcn_tensor=1,
+    )
+  )
   # Logical axis -> mesh axes, comma-separated; '' keeps the axis whole.
   config.sharding = ConfigDict(
     dict(
@@ -72,12 +93,50 @@ def get_config() -> ConfigDict:
       buckets='',
     )
   )
+  # Of several processes, in seconds; see `moe_jax.distributed.Timeouts`.
+  config.distributed = ConfigDict(
+    dict(
+      initialization_timeout_seconds=300,  # in which all have to be there
+      heartbeat_timeout_seconds=100,  # who does not answer for so long is dead
+      # All end if none got further for so long: longer than any step with its
+      # compilation, evaluation or save. 0: never.
+      stall_timeout_seconds=900,
+    )
+  )
+  # Steps that are traced, in workdir/profile; see experiments/pods.md.
+  config.profile = ConfigDict(
+    dict(
+      start_step=10,  # the first of them, counted from 1
+      num_steps=0,
+      all_processes=False,  # or process 0 alone
+    )
+  )
   config.sample = ConfigDict(
     dict(prompt='\n', num_tokens=300, temperature=0.8, seed=0)
   )
   config.lock()
   config.evals.unlock()  # a config adds its own by name
   return config
+
+
+def init_from() -> ConfigDict:
+  """Another run whose parameters this one begins with, with a new optimizer.
+
+  Where this one's model has experts and the other's has not, or not as many,
+  experts are copies; see `moe_jax.finetuning`.
+  """
+  return ConfigDict(
+    dict(
+      workdir='',  # '': none; parameters are drawn from the seed
+      step=-1,  # of its checkpoint; -1: the newest good one
+      experts='',  # the source of each expert, '0,1,0,1'; '': in order, again
+      router_std=0.0,  # of routers that are new; 0.0: as the model draws them
+      # Of normal noise on each copy of an expert but the first, and on its
+      # router column, as fractions of the root mean square.
+      expert_noise=0.0,
+      router_noise=0.0,
+    )
+  )
 
 
 def data() -> ConfigDict:
@@ -173,7 +232,7 @@ def moe() -> ConfigDict:
       extra_ffn=False,  # a dense feed-forward after each sparse one
       expert_dropout=-1.0,  # -1.0: model.dropout
       router='token_choice',  # or noisy_top_k
-      gates='raw',  # renormalized, renormalized_after_drop
+      gates='raw',  # renormalized, renormalized_after_drop, sigmoid
       slot_priority='token_major',  # choice_major, batch_priority
       encoder_slot_priority='',  # '': slot_priority
       second_policy='all',  # sampled, threshold
@@ -192,7 +251,12 @@ def moe() -> ConfigDict:
       capacity_slots=0,  # of capacity_rule='fixed'
       dispatch='gather',  # einsum; dropless, with capacity_rule='all'
       grouped_matmul='auto',  # of dropless; see `moe_jax.kernels`
+      # Where experts are split over devices; see `moe_jax.parallel.exchange`.
+      exchange='constraint',  # all_to_all
+      exchange_chunks=1,  # pieces whose travel and products may overlap
+      exchange_dtype='',  # bfloat16, float32; '': model.dtype
       balance_choices='all',  # or first
+      balance_bias_rate=0.0,  # of Loss-Free Balancing, in place of a loss
       balance_weight=0.01,
       z_weight=0.001,
       importance_weight=0.0,
@@ -366,7 +430,8 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   config.data.target_feature = 'targets'
   config.data.train_split = 'train'
   config.data.validation_split = 'validation'
-  config.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  for name in config.mesh:
+    config.mesh[name] = 1
   m = config.model
   m.vocab_size = 0
   m.num_layers = max(2, _layers_named(m.moe.layers))

@@ -3,15 +3,17 @@
 Each is a `Hook` of the training loop; `moe_jax.main` and experiments choose.
 """
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from moe_jax import data, generation, models
-from moe_jax.analysis import cost, plots, routing_report
+from moe_jax.analysis import cost, plots, routing_report, sharded
 from moe_jax.analysis.token_counts import token_counts
+from moe_jax.distributed import is_first
 from moe_jax.generation import runs
 from moe_jax.kernels import backends
-from moe_jax.training import metrics, summary
+from moe_jax.training import abstract, metrics, profile, summary
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
@@ -57,6 +59,49 @@ def _dispatch(run: Run) -> str:
   return f'{moe.dispatch!r} (grouped products: {products})'
 
 
+class MeshSummary(Hook):
+  """Says of several devices what each holds, and what they send each other.
+
+  The step is compiled for that, and the run takes the compiled one: nothing is
+  compiled twice. Goes before hooks that wrap the step.
+  """
+
+  def start(self, run: Run) -> None:
+    """Prints it, in a few lines."""
+    if run.mesh.size == 1:
+      return
+    state = run.programs.abstract_state
+    batch = abstract.abstract_batch(run.config)
+    compiled = run.programs.train_step.lower(state, batch).compile()
+    if run.train_step is run.programs.train_step:
+      run.train_step = compiled
+    run.message(sharded.read(compiled, state, run.mesh).describe())
+
+
+class Profile(Hook):
+  """Traces the steps that `config.profile` names."""
+
+  def __init__(self):
+    self._profiler: profile.Profiler | None = None
+
+  def start(self, run: Run) -> None:
+    """Wraps the step."""
+    c = run.config.profile
+    if not c.num_steps or (jax.process_index() and not c.all_processes):
+      return
+    self._profiler = run.train_step = profile.Profiler(
+      run.train_step,
+      run.workdir / profile.FOLDER,
+      range(c.start_step, c.start_step + c.num_steps),
+      run.message,
+    )
+
+  def end(self, run: Run, state: TrainState) -> None:
+    """Writes a trace that the run's last step cut short."""
+    if self._profiler is not None:
+      self._profiler.stop()
+
+
 class Sample(Hook):
   """Ends a run with a text sample, printed and in `sample.txt`."""
 
@@ -73,7 +118,7 @@ class Sample(Hook):
     imported = runs.is_imported(run.workdir)
     model, variables = generation.prepare(
       run.model,
-      {'params': state.params},
+      state.variables,
       window=runs.window(run.config, run.model, imported=imported),
     )
     tokenizer = run.dataset.tokenizer
@@ -97,7 +142,8 @@ class Sample(Hook):
       given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]
       wanted = ['', *(tokenizer.decode(targets) for _, targets in pairs)]
       text = '\n\n'.join(map(_answered, given, answers, wanted))
-    workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
+    if is_first():
+      workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
@@ -123,6 +169,8 @@ class Plots(Hook):
 
   def end(self, run: Run, state: TrainState) -> None:
     """Draws what `metrics.jsonl` holds."""
+    if not is_first():
+      return
     rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
     drawn = [run.workdir / 'curves.png']
     plots.plot_curves(rows, drawn[0])
@@ -140,6 +188,8 @@ class RoutingReport(Hook):
     if run.model.config.moe is None:
       return
     layers = layer_stats(run, state)
+    if not is_first():
+      return
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
@@ -157,13 +207,13 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
     batch_size=run.config.batch_size,
     rows=run.dataset.splits['validation'],
     put=run.programs.put,
-  ).sums(state.params)
+  ).sums(state.variables)
   batches = data.eval_batches(
     run.dataset.splits['validation'],
     batch_size=run.config.batch_size,
     num_batches=_REPORT_BATCHES,
   )
-  counts = token_counts(run.model, state.params, batches)
+  counts = token_counts(run.model, state.variables, batches)
   stats = sums.aux.stats
   return [
     routing_report.LayerStats(
@@ -181,4 +231,11 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
 
 def default_hooks() -> list[Hook]:
   """What the main program wires in."""
-  return [Facts(), Plots(), RoutingReport(), Sample()]
+  return [
+    Facts(),
+    MeshSummary(),
+    Profile(),
+    Plots(),
+    RoutingReport(),
+    Sample(),
+  ]

@@ -4,13 +4,19 @@
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
 
+As one of several processes, started alike on every host: the environment tells
+which (SLURM, Open MPI, TPU pods, GKE), or flags do:
+
+      --coordinator=host0:9876 --num_processes=2 --process_id=0
+
 Kept short: everything here can be called from a notebook.
 """
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import command_line, evaluation, host
+from moe_jax import command_line, distributed, evaluation, finetuning, host
+from moe_jax.data import DataError
 from moe_jax.hooks import default_hooks
 from moe_jax.training.checkpoint import CheckpointError
 from moe_jax.training.loop import train_and_evaluate
@@ -28,6 +34,15 @@ _RESUME = flags.DEFINE_bool(
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where in the code an error came from.'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'Of several processes: host:port of process 0.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes train together.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0.'
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -38,15 +53,31 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
   command_line.ignore_closed_loops()
+  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  try:
+    with distributed.joined(_CONFIG.value.distributed, *processes):
+      _train()
+  except ValueError as error:  # flags that do not fit together
+    command_line.fail(str(error))
+
+
+def _train() -> None:
   try:
     train_and_evaluate(
       _CONFIG.value,
       _WORKDIR.value,
       hooks=default_hooks(),
       kinds=evaluation.KINDS,
+      initial=finetuning.initial,
       resume=_RESUME.value,
     )
-  except (CheckpointError, NonFiniteError, OSError, ValueError) as error:
+  except (
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    OSError,
+    ValueError,
+  ) as error:
     if _TRACEBACK.value:
       raise
     command_line.fail(str(error))

@@ -4,16 +4,21 @@ Data, fully sharded, expert and tensor parallelism are rows of that table.
 Not here: the exchange of tokens between experts' devices.
 """
 
+import collections
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import Section, unknown
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+DCN = 'dcn_'  # before an axis: how many slices it spans
 Rules = Mapping[str, tuple[str, ...]]
 
 
@@ -22,31 +27,81 @@ def make_mesh(
 ) -> Mesh:
   """A mesh of `MESH_AXES`; one size may be -1, which takes what is left.
 
+  `dcn_data=2` makes the axis span two slices, whose network is slower than
+  that within one: the axis has 2 * `data` devices, those of a slice next to
+  each other. Slices are the devices' own (of a TPU pod, or the processes of a
+  GPU cluster); devices of one slice are cut into as many as are asked for.
+
   Raises:
     ValueError: An axis is unknown, a size is neither positive nor -1, two
-      are -1, or their product is not the number of devices.
+      are -1, or their product is not the number of devices or of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  known = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
   for name in sizes:
-    if name not in MESH_AXES:
-      raise unknown('mesh axis', name, MESH_AXES)
+    if name not in known:
+      raise unknown('mesh axis', name, known)
+  across = [sizes.get(DCN + name, 1) for name in MESH_AXES]
+  if min(across) < 1:
+    raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
+  shape = _filled(sizes, len(devices), math.prod(across))
+  if math.prod(across) == 1:
+    grid = _within(shape, devices)
+  else:
+    grid = _across(across, shape, devices)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _filled(sizes, count: int, slices: int) -> list[int]:
+  """The sizes within a slice, -1 filled in."""
   shape = [sizes.get(name, 1) for name in MESH_AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
   known = math.prod(size for size in shape if size != -1)
   if -1 in shape:
-    shape[shape.index(-1)] = len(devices) // known
-  if math.prod(shape) != len(devices):
+    shape[shape.index(-1)] = count // slices // known
+  if math.prod(shape) * slices != count:
     raise ValueError(
-      f'mesh={dict(sizes)}: the sizes given multiply to {known}, which does '
-      f'not fit {len(devices)} devices'
+      f'mesh={dict(sizes)}: the sizes given multiply to {known * slices}, '
+      f'which does not fit {count} devices'
     )
-  return jax.make_mesh(
-    tuple(shape),
-    MESH_AXES,
-    devices=devices,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  return shape
+
+
+def _within(shape, devices) -> np.ndarray:
+  # An axis may be half of a torus' side: 8 of 4 x 4 x 4 chips.
+  return mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
   )
+
+
+def _across(across, shape, devices) -> np.ndarray:
+  """The devices of a mesh over slices, those of each next to each other."""
+  by_slice = _slices(devices)
+  if len(by_slice) == 1:
+    by_slice = np.split(np.asarray(devices), math.prod(across))
+  elif len(by_slice) != math.prod(across):
+    raise ValueError(
+      f'{DCN} sizes {dict(zip(MESH_AXES, across))} multiply to '
+      f'{math.prod(across)}, and the devices are in {len(by_slice)} slices'
+    )
+  inside = [_within(shape, list(part)) for part in by_slice]
+  # [across..., within...] -> each axis' slices before its own devices.
+  grid = np.stack(inside).reshape(*across, *shape)
+  n = len(shape)
+  grid = grid.transpose(
+    [i for pair in zip(range(n), range(n, 2 * n)) for i in pair]
+  )
+  return grid.reshape([a * b for a, b in zip(across, shape)])
+
+
+def _slices(devices) -> list[list]:
+  """The devices by what their network is fast within."""
+  found = collections.defaultdict(list)
+  for device in devices:
+    own = getattr(device, 'slice_index', None)
+    found[device.process_index if own is None else own].append(device)
+  return [found[key] for key in sorted(found)]
 
 
 def spread(x: jax.Array) -> dict[str, int]:
@@ -63,11 +118,29 @@ def spread(x: jax.Array) -> dict[str, int]:
   }
 
 
+def stated(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
+  """x with the mesh axes of its dimensions stated to the compiler.
+
+  Axes of one device are left out; a dimension that does not divide is whole,
+  as are those not named.
+  """
+  sizes = spread(x)
+  if not sizes:
+    return x
+  spec = []
+  for size, names in zip(x.shape, axes):
+    names = tuple(name for name in names if name in sizes)
+    whole = size % math.prod(sizes[name] for name in names)
+    spec.append(None if whole else names or None)
+  place = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+  return jax.lax.with_sharding_constraint(x, place)
+
+
 def on_each_device(
   f: Callable[..., Any],
   split: tuple[Any, ...],
-  whole: tuple[Any, ...],
-  whole_specs: tuple[Any, ...],
+  whole: tuple[Any, ...] = (),
+  whole_specs: tuple[Any, ...] = (),
 ) -> Any:
   """f(*split, *whole) on every device's own rows of `split`.
 
@@ -159,30 +232,49 @@ def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
 
 
 def like_params(mesh: Mesh, abstract, params, param_shardings):
-  """Shardings for optimizer state: as the parameter it mirrors, else whole.
+  """Shardings for optimizer state: as the parameter it belongs to, else whole.
 
-  A leaf mirrors a parameter when its path ends in the parameter's and their
-  shapes agree (moments do, factored statistics and counts do not).
+  A leaf belongs to the parameter whose path is in its own. Moments have its
+  shape; Adafactor's statistics some of its dimensions, which are split as they
+  are there. Where two dimensions of one size could be meant, and are split
+  differently, the leaf's is whole.
   """
   known = {
-    tuple(map(str, path)): (leaf.shape, place)
+    tuple(map(str, path)): (leaf.shape, place.spec)
     for (path, leaf), place in zip(
       jax.tree_util.tree_leaves_with_path(params),
       jax.tree.leaves(param_shardings),
       strict=True,
     )
   }
-  whole = NamedSharding(mesh, PartitionSpec())
 
   def one(path, leaf):
     path = tuple(map(str, path))
     for start in range(len(path)):
-      shape, place = known.get(path[start:], (None, None))
-      if shape == leaf.shape:
-        return place
-    return whole
+      for end in range(len(path), start, -1):
+        if path[start:end] in known:
+          spec = _spec_of_some(leaf.shape, *known[path[start:end]])
+          return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def _spec_of_some(shape, whole, spec) -> PartitionSpec:
+  """The spec of an array with some of another's dimensions, in order."""
+  choices = [
+    [spec[i] for i in dims]
+    for dims in itertools.combinations(range(len(whole)), len(shape))
+    if tuple(whole[i] for i in dims) == shape
+  ]
+  if not choices:  # stacked ones lead
+    same = itertools.takewhile(
+      lambda pair: pair[0] == pair[1], zip(shape, whole)
+    )
+    return PartitionSpec(*spec[: len(list(same))])
+  return PartitionSpec(
+    *(axes[0] if len(set(axes)) == 1 else None for axes in zip(*choices))
+  )
 
 
 def path_name(path) -> str:

@@ -15,7 +15,17 @@ array is float32 whatever the model's dtype is. `Float` takes any width.
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
+from jaxtyping import (
+  Array,
+  Bool,
+  Float,
+  Float32,
+  Int,
+  Int32,
+  Key,
+  Shaped,
+  UInt32,
+)
 
 PRNGKey = Key[Array, '']
 # A field of a registered dataclass: an array, or what a tree of the same form
@@ -32,5 +42,6 @@ __all__ = [
   'Key',
   'Leaf',
   'PRNGKey',
+  'Shaped',
   'UInt32',
 ]

@@ -135,6 +135,8 @@ def relative_gates(logits, chosen):
 def token_gates(gates, logits, chosen, served):
   """The K gates of one token; 0 for a choice that is not served."""
   gate = softmax(logits)[chosen]
+  if gates == 'sigmoid':
+    gate = 1 / (1 + np.exp(-logits[chosen]))
   if gates == 'renormalized':
     gate = gate / gate.sum()
   gate = np.where(served, gate, 0.0)

@@ -12,12 +12,15 @@ UP_TO_LAYERS = BASE | {
   'dispatch',
   'layers',
   'partitioning',
+  'distributed',
 }
 UP_TO_TRAINING = UP_TO_LAYERS | {'models', 'data', 'training'}
 ALLOWED = {
   'config': set(),
   'shapes': set(),
   'host': set(),
+  'launcher': set(),
+  'distributed': BASE | {'launcher'},
   'routing': BASE,
   'kernels': BASE,
   'dispatch': BASE | {'routing', 'kernels'},
@@ -33,7 +36,8 @@ ALLOWED = {
   'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
   'analysis': UP_TO_LAYERS
   | {'models', 'data', 'training', 'command_line', 'host'},
-  'evaluation': BASE | {'models', 'data', 'generation', 'training'},
+  'evaluation': BASE
+  | {'data', 'distributed', 'generation', 'models', 'partitioning', 'training'},
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'generate': {
@@ -47,7 +51,10 @@ ALLOWED = {
   'main': {
     'command_line',
     'config',
+    'data',
+    'distributed',
     'evaluation',
+    'finetuning',
     'hooks',
     'host',
     'training',
@@ -60,10 +67,11 @@ NARROW = {
   'data': 'moe_jax.data.tokenizers',
   'training': 'moe_jax.training.checkpoint',
 }
-# Who explains a step's cost has to build the step, and who imports a run has to
-# make its folder; the loop stays out of reach.
+# Who explains a step's cost has to build the step, who imports a run has to
+# make its folder, and who generates to read it; the loop stays out of reach.
 ALSO = {
   'analysis': 'moe_jax.training.setup',
+  'generation': 'moe_jax.training.workdir',
   'interop': 'moe_jax.training.workdir',
 }
 

@@ -12,6 +12,7 @@ import pytest
 from experiments import (
   bench_generation,
   bench_moe_layer,
+  bench_overhead,
   bench_train_step,
   peer_steps,
   timing,
@@ -21,6 +22,8 @@ from experiments import moe_layer_programs as programs_lib
 from experiments import moe_layer_rows as rows_lib
 from moe_jax import models
 from moe_jax.command_line import load_config
+from moe_jax.training.checkpoint import Checkpointer
+from tests.training import tiny
 
 N, M, F, E, K = 24, 8, 12, 4, 2
 SIZES = programs_lib.Sizes(num_tokens=N, width=M, hidden=F)
@@ -271,6 +274,40 @@ def test_the_step_benchmark_writes_every_row(tmp_path):
     ('sparse, dropless', 4),
   ]
   assert (folder / 'steps.png').stat().st_size > 1000
+
+
+def test_the_overhead_benchmark_saves_once_a_burst(tmp_path, monkeypatch):
+  steps = []
+  save = Checkpointer.save
+
+  def counted(self, step, *args, **kwargs):
+    steps.append(step)
+    save(self, step, *args, **kwargs)
+
+  monkeypatch.setattr(Checkpointer, 'save', counted)
+  bench_overhead.main(
+    [
+      '--config=configs/tiny_switch.py:runlocal',
+      f'--source={tiny.SOURCE}',
+      *['--burst=3', '--seconds=0'],
+      f'--output={tmp_path}',
+    ]
+  )
+  # A round of three bursts warms up and five are timed, in turning order.
+  assert steps == [7, 16, 22, 28, 43, 49]
+  (results,) = tmp_path.glob('*/*/results.json')
+  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  assert [row['case'] for row in rows] == [
+    'bare loop',
+    'metrics',
+    rows[2]['case'],
+  ]
+  assert (
+    rows[0]['per_bare'] == rows[0]['cpu_per_bare'] == 1
+    and rows[2]['checkpoint_bytes'] > 10_000
+  )
+  (table,) = tmp_path.glob('*/*/table.md')
+  assert 'is the aim: ' in table.read_text(encoding='utf-8')
 
 
 def test_a_dense_config_has_no_twin(tmp_path):

@@ -1,10 +1,9 @@
-"""Meshes, the table of axes, and sharded runs equal to one device."""
+"""Meshes, and the table of axes."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -14,12 +13,11 @@ from configs import base
 from moe_jax import models, partitioning
 from moe_jax.layers.initializers import axis_names
 from moe_jax.partitioning import make_mesh, make_rules, sharding
-from moe_jax.training.losses import LossWeights, normalizers
-from moe_jax.training.step import make_grad_fn
+from moe_jax.training.optimizer import make_optimizer
 from tests.models import tiny
 
 RULES = make_rules(base.get_config().sharding)
-B, T, V = 8, 6, 26
+T, V = 6, 26
 
 
 def sizes(data=1, fsdp=1, expert=1, tensor=1):
@@ -60,11 +58,50 @@ def test_a_mesh_of_given_devices():
     (dict(data=-2), 'sizes are positive'),
     (dict(model=8), "unknown mesh axis 'model'"),
     (dict(expret=2), "did you mean 'expert'"),
+    (dict(dcn_expret=2), "did you mean 'dcn_expert'"),
+    (dict(data=-1, dcn_data=0), 'dcn_ sizes are positive'),
+    (dict(data=-1, dcn_data=3), 'multiply to 3, which does not fit 8'),
+    (dict(data=2, dcn_expert=2), 'multiply to 4, which does not fit 8'),
   ],
 )
 def test_meshes_that_do_not_fit_are_refused(asked, message):
   with pytest.raises(ValueError, match=message):
     make_mesh(asked)
+
+
+def test_slices_are_next_to_each_other_on_their_axis():
+  # Two slices of four devices: data has one device a slice, expert all four.
+  mesh = make_mesh(dict(expert=4, dcn_data=2))
+  assert mesh.devices.shape == (2, 1, 4, 1)
+  ids = [[d.id for d in row] for row in mesh.devices.reshape(2, 4)]
+  assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  # Data of two devices in each of two slices: a slice's are neighbours.
+  mesh = make_mesh(dict(data=-1, tensor=2, dcn_data=2))
+  assert mesh.devices.shape == (4, 1, 1, 2)
+  ids = [sorted(d.id for d in row) for row in mesh.devices.reshape(2, 4)]
+  assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks of a device in a pod."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = 'gpu'
+  device_kind: str = 'chip'
+
+
+def test_a_pods_own_slices_are_kept_apart():
+  # Neighbours by number are in different slices.
+  chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+  grid = partitioning._across([1, 1, 2, 1], [2, 1, 2, 1], chips)
+  assert grid.shape == (2, 1, 4, 1)
+  slices = [[chip.slice_index for chip in row] for row in grid[:, 0, :, 0]]
+  assert slices == [[0, 0, 1, 1], [0, 0, 1, 1]]
+  with pytest.raises(ValueError, match=r'multiply to 4, and .* in 2 slices'):
+    partitioning._across([4, 1, 1, 1], [2, 1, 1, 1], chips)
 
 
 def test_rules_are_lists_of_mesh_axes():
@@ -142,16 +179,38 @@ def test_optimizer_moments_live_where_their_parameters_do():
   assert len(used) > 5
 
 
-def test_statistics_of_another_shape_are_whole():
-  mesh = make_mesh(sizes(fsdp=2, tensor=4))
-  boxed = {'w': nn.LogicallyPartitioned(jnp.ones((4, 8)), ('embed', 'mlp'))}
+def test_factored_statistics_are_split_as_the_dimensions_they_keep():
+  # Experts of 4 x 6: a row statistic keeps 4, a column statistic 6. Where both
+  # are 4, nobody knows which one is meant.
+  mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
+  axes = ('layers', 'expert', 'embed', 'expert_mlp')
+  boxed = {
+    'w': nn.LogicallyPartitioned(jnp.ones((3, 2, 4, 6)), axes),
+    'square': nn.LogicallyPartitioned(jnp.ones((3, 2, 4, 4)), axes),
+    'scale': nn.LogicallyPartitioned(jnp.ones((3, 4)), ('layers', 'embed')),
+  }
   boxed = jax.eval_shape(lambda: boxed)
   params, places = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
-  factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
-  state = jax.eval_shape(factored.init, params)
+  config = base.get_config().optimizer
+  config.name, config.adafactor_min_dim_size = 'adafactor', 2
+  optimizer = make_optimizer(config, 1000, axis_names(boxed))
+  state = jax.eval_shape(optimizer.init, params)
   found = partitioning.like_params(mesh, state, params, places)
-  whole = NamedSharding(mesh, PartitionSpec())
-  assert all(place == whole for place in jax.tree.leaves(found))
+  shapes = tiny.leaves(state)
+  fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
+  want = {
+    'w': {(3, 2, 4): (None, expert, fsdp), (3, 2, 6): (None, expert, tensor)},
+    'square': {(3, 2, 4): (None, expert, None)},
+    'scale': {(3, 4): (None, fsdp)},
+  }
+  seen = set()
+  for name, place in tiny.leaves(found).items():
+    (owner,) = [key for key in want if f'/{key}/' in f'/{name}/'] or [None]
+    spec = want.get(owner, {}).get(shapes[name].shape)
+    if spec is not None:
+      seen.add((owner, shapes[name].shape))
+      assert tuple(place.spec) == spec, name
+  assert seen == {(key, shape) for key in want for shape in want[key]}
 
 
 def test_every_parameter_has_its_place():
@@ -167,98 +226,3 @@ def test_every_parameter_has_its_place():
   assert specs[layer + 'moe/experts/w_in'] == (None, expert, fsdp, tensor)
   assert specs[layer + 'moe/experts/w_out'] == (None, expert, tensor, fsdp)
   assert specs['layers/layer_0/ffn/w_in'] == (None, fsdp, tensor)
-
-
-def make_batch():
-  rng = np.random.default_rng(0)
-  segment_ids = np.ones((B, T), np.int32)
-  segment_ids[0, 4:] = 0
-  return {
-    'tokens': rng.integers(0, V, (B, T), np.int32),
-    'targets': rng.integers(0, V, (B, T), np.int32),
-    'segment_ids': segment_ids,
-    'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    'loss_weights': (segment_ids > 0).astype(np.float32),
-  }
-
-
-DROPLESS = (('dispatch', 'dropless'), ('capacity_rule', 'all'))
-
-
-@functools.cache
-def gradient(*mesh_shape, moe=()):
-  """((loss, sums), gradient) of a training step, and its program.
-
-  On a mesh or, without its shape, on one device.
-  """
-  model, batch = build(**dict(moe)), make_batch()
-  grad_fn = make_grad_fn(model, LossWeights(balance=0.1, z=0.1))
-  places, batch_place = None, None
-  params = tiny.params_of(model)
-  if mesh_shape:
-    mesh = make_mesh(dict(zip(partitioning.MESH_AXES, mesh_shape)))
-    places = param_shardings(mesh, models.abstract_params(model, T))
-    batch_place = sharding(mesh, RULES, ('batch', None), (B, T))
-    params = jax.device_put(params, places)
-    batch = jax.device_put(batch, batch_place)
-    shard = params['layers']['layer_1']['moe']['experts']['w_in']
-    assert len(shard.sharding.device_set) == 8
-
-  def run(params, batch, key):
-    result, grads = grad_fn(params, batch, normalizers(batch), key)
-    if places is not None:
-      grads = jax.lax.with_sharding_constraint(grads, places)
-    return result, grads
-
-  args = params, batch, jax.random.key(0)
-  compiled = jax.jit(run).lower(*args).compile()
-  return compiled(*args), compiled.as_text()
-
-
-@pytest.mark.parametrize(
-  'mesh_shape',
-  [
-    (1, 2, 2, 2),
-    *(
-      pytest.param(shape, marks=pytest.mark.slow)
-      for shape in ((8, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2), (1, 8, 1, 1))
-    ),
-  ],
-)
-def test_a_sharded_step_equals_one_device(mesh_shape):
-  ((loss, sums), grads), _ = gradient(*mesh_shape)
-  ((one_loss, one_sums), one_grads), _ = gradient()
-  assert one_sums.aux.stats.overflowed.sum() > 0
-  np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
-  tiny.assert_trees_close(sums, one_sums, rtol=1e-4, atol=1e-4)
-  tiny.assert_trees_close(grads, one_grads, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-  ('mesh_shape', 'devices_of_rows', 'devices_of_hidden'),
-  [
-    ((1, 2, 2, 2), 4, 2),
-    *(
-      pytest.param(*case, marks=pytest.mark.slow)
-      for case in (
-        ((8, 1, 1, 1), 8, 1),
-        ((2, 1, 2, 2), 4, 2),
-        ((2, 2, 2, 1), 8, 1),
-      )
-    ),
-  ],
-)
-def test_a_dropless_step_equals_one_device_and_each_serves_its_own(
-  mesh_shape, devices_of_rows, devices_of_hidden
-):
-  ((loss, sums), grads), text = gradient(*mesh_shape, moe=DROPLESS)
-  ((one_loss, one_sums), one_grads), one_text = gradient(moe=DROPLESS)
-  assert one_sums.aux.stats.overflowed.sum() == 0
-  np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
-  tiny.assert_trees_close(sums, one_sums, rtol=1e-4, atol=1e-4)
-  tiny.assert_trees_close(grads, one_grads, rtol=1e-3, atol=1e-5)
-  # Two choices a token; the first products' rows, as the backward pass reads.
-  whole = f'f32[{2 * B * T},24]'
-  share = f'f32[{2 * B * T // devices_of_rows},{24 // devices_of_hidden}]'
-  assert whole in one_text
-  assert share in text and whole not in text

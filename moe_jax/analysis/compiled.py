@@ -64,6 +64,7 @@ class Instruction:
     op_name: The scopes and the primitive it was traced from, '' if none.
     operands: Names of the instructions it reads.
     calls: Names of the computations it runs: a loop's, a fusion's.
+    text: What stands behind its name: type, opcode, operands, attributes.
   """
 
   name: str
@@ -71,6 +72,7 @@ class Instruction:
   op_name: str
   operands: tuple[str, ...]
   calls: tuple[str, ...]
+  text: str = dataclasses.field(default='', repr=False)
 
 
 Program = Mapping[str, Instruction]
@@ -102,6 +104,7 @@ def _instruction(name: str, computation: str, rest: str) -> Instruction:
     op_name=op_name[1] if op_name else '',
     operands=tuple(sorted(read)),
     calls=tuple(dict.fromkeys(calls)),
+    text=rest,
   )
 
 

@@ -30,8 +30,13 @@ class Device:
 _KNOWN = {
   # NVIDIA H100 Tensor Core GPU data sheet, SXM and PCIe.
   'h100': Device('H100-80GB', 80 * 10**9),
-  # https://cloud.google.com/tpu/docs/v5e, per chip.
+  # NVIDIA H200 Tensor Core GPU data sheet.
+  'h200': Device('H200-141GB', 141 * 10**9),
+  # https://cloud.google.com/tpu/docs/v5e and so on, per chip.
+  'v4': Device('TPU v4', 32 * 10**9),
   'v5e': Device('TPU v5e', 16 * 10**9),
+  'v5p': Device('TPU v5p', 95 * 10**9),
+  'v6e': Device('TPU v6e', 32 * 10**9),
 }
 NAMES = (*_KNOWN, HERE)
 

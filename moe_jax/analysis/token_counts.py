@@ -5,23 +5,25 @@ Not here: the other router statistics, which every step returns.
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from moe_jax.distributed import fetch
 from moe_jax.models import Model
 from moe_jax.models.pattern import segments
 
 
 def token_counts(
-  model: Model, params, batches: Iterable[dict]
+  model: Model, variables: dict[str, Any], batches: Iterable[dict]
 ) -> dict[int, Int[np.ndarray, 'V E']]:
   """How often each token id chose each expert before drops, by layer.
 
   Args:
     model: Only its sparse layers are in the answer.
-    params: Its parameters.
+    variables: Its parameters, under 'params'.
     batches: What the model is trained on.
   """
   moe = model.config.moe
@@ -32,21 +34,21 @@ def token_counts(
   counts = {i: np.zeros(shape, np.int64) for i in layers}
   choose = jax.jit(functools.partial(_choices, model))
   for batch in batches:
-    for i, chosen in zip(layers, choose(params, batch), strict=True):
+    for i, chosen in zip(layers, fetch(choose(variables, batch)), strict=True):
       of = model.config.sequence_of(i)
       tokens = np.asarray(batch[f'{of}tokens']).reshape(-1)
       real = np.asarray(batch[f'{of}segment_ids']).reshape(-1) > 0
-      chosen = np.asarray(chosen).reshape(-1, moe.router.num_selected)
+      chosen = chosen.reshape(-1, moe.router.num_selected)
       chosen = chosen[: len(tokens)][real]  # without the groups' padding
       ids = np.broadcast_to(tokens[real][:, None], chosen.shape)
       np.add.at(counts[i], (ids, chosen), 1)
   return counts
 
 
-def _choices(model, params, batch) -> list[jax.Array]:
+def _choices(model, variables, batch) -> list[jax.Array]:
   """expert_index of each sparse layer, in the order of the layers."""
   _, kept = model.apply(
-    {'params': params}, **model.inputs(batch), mutable=['intermediates']
+    variables, **model.inputs(batch), mutable=['intermediates']
   )
   # Leaves are [periods, G, S, K], one a sparse layer of the period.
   choices = []

@@ -21,6 +21,7 @@ from moe_jax.data.pipeline import (
   spread,
   train_batches,
 )
+from moe_jax.data.prefetch import DataError
 from moe_jax.data.prefix_lm import PrefixLM
 from moe_jax.data.seq2seq import PairRows
 from moe_jax.data.span_corruption import SpanCorruption
@@ -30,6 +31,7 @@ __all__ = [
   'DENOISERS',
   'TASKS',
   'DataConfig',
+  'DataError',
   'Dataset',
   'DenoisedRows',
   'ExampleRows',

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from moe_jax.data import prefetch
 from moe_jax.data.packing import Rows
+from moe_jax.shapes import Int
 
 Batch = dict[str, np.ndarray]
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
-# grain's endless repeat overflows when it is cut into batches of one row; this
-# many rows are as good as endless.
+# grain's endless repeat overflows; this many rows are as good as endless.
 _ENDLESS_ROWS = 2**52
 
 # One batch is assembled while the one before is trained on; the rest is slack
 # for a step that is shorter than the one before.
-_PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_PREFETCHED = 4
 
 
 def batch_dataset(
@@ -28,30 +29,28 @@ def batch_dataset(
   *,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: Int[np.ndarray, ' R'] | None = None,
 ) -> grain.MapDataset:
-  """An endless dataset whose element i is batch i, arrays [B / n, T].
+  """An endless dataset whose element i is batch i, arrays [R, T].
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
   may span two epochs. A row's noise is its epoch's own. `PackedRows` have
   none: from the second epoch on, their stream is cut elsewhere, at an offset
   below T of the epoch's own, so that a token does not meet the same context
-  again. Process p of n gets rows p*B/n to (p+1)*B/n of the batch, so the
-  global batch does not depend on n.
+  again. The batch does not depend on who takes which share of it.
 
   Args:
     rows: What to draw from.
     batch_size: B, global.
     seed: Any integer of at least 0.
-    process_index: p.
-    process_count: n.
+    share: The rows of each batch to take, from 0; None: all, R = B. No other
+      row is read.
 
   Raises:
-    ValueError: B is not a positive multiple of n, p is not below n, the seed
-      is negative, or there are no rows or more than 2^32.
+    ValueError: B is not positive, the share not in it, the seed is negative,
+      or there are no rows or more than 2^32.
   """
-  share = _share(batch_size, process_index, process_count)
+  share = _share(batch_size, share)
   if seed < 0:
     raise ValueError(f'seed={seed} is negative')
   if not 0 < len(rows) <= _MOST_ROWS:
@@ -59,15 +58,18 @@ def batch_dataset(
   # grain shuffles epoch e with seed + e: neighbouring seeds would see the same
   # orders, one epoch apart.
   spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  return (
+  order = (
     grain.MapDataset.range(len(rows))
     .shuffle(spread)
     .repeat(_ENDLESS_ROWS // len(rows))
-    .map_with_index(lambda i, row: (row, i // len(rows)))
-    .batch(share)
-    .slice(slice(process_index, None, process_count))
-    .map(lambda drawn: rows.draw(drawn[0], spread, drawn[1]))
   )
+
+  def draw(i: int) -> Batch:
+    places = i * batch_size + share
+    indices = np.array([order[place] for place in places.tolist()], np.int64)
+    return rows.draw(indices, spread, places // len(rows))
+
+  return grain.MapDataset.range(len(order) // batch_size).map(draw)
 
 
 def train_batches(
@@ -76,27 +78,23 @@ def train_batches(
   batch_size: int,
   seed: int,
   start: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: Int[np.ndarray, ' R'] | None = None,
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
 
-  They are assembled in the background; an error there is raised by `next`,
-  after which the iterator is at its end.
+  They are assembled in the background.
 
   Raises:
     ValueError: As `batch_dataset`, or `start` is negative.
+    DataError: By `next`, whatever went wrong there; the iterator is then at its
+      end.
   """
   if start < 0:
     raise ValueError(f'start={start} is negative')
-  batches = batch_dataset(
-    rows,
-    batch_size=batch_size,
-    seed=seed,
-    process_index=process_index,
-    process_count=process_count,
-  ).slice(slice(start, None))
-  return _until_error(iter(batches.to_iter_dataset(_PREFETCH)))
+  batches = batch_dataset(rows, batch_size=batch_size, seed=seed, share=share)
+  batches = batches.slice(slice(start, None))
+  made = (batches[i] for i in range(len(batches)))
+  return prefetch.ahead(made, first=start, most=_PREFETCHED)
 
 
 def eval_batches(
@@ -104,28 +102,25 @@ def eval_batches(
   *,
   batch_size: int,
   num_batches: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: Int[np.ndarray, ' R'] | None = None,
 ) -> Iterator[Batch]:
   """Every row once, in order; the last batch is filled up with padding.
 
   Args:
     rows: What to evaluate on.
-    batch_size: B, global; each process gets arrays [B / n, T].
+    batch_size: B, global; arrays are [R, T].
     num_batches: 0 for all; else this many, spread evenly over all and the
       same at every call (all, where there are fewer).
-    process_index: As in `batch_dataset`.
-    process_count: As in `batch_dataset`.
+    share: As in `batch_dataset`.
 
   Raises:
     ValueError: As `batch_dataset`, or `num_batches` is negative.
   """
-  share = _share(batch_size, process_index, process_count)
+  share = _share(batch_size, share)
   if num_batches < 0:
     raise ValueError(f'num_batches={num_batches} is negative')
   total = -(-len(rows) // batch_size)
-  mine = process_index * share + np.arange(share)
-  return (rows.take(i * batch_size + mine) for i in spread(total, num_batches))
+  return (rows.take(i * batch_size + share) for i in spread(total, num_batches))
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -134,20 +129,13 @@ def spread(total: int, count: int) -> list[int]:
   return [i * total // taken for i in range(taken)]
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> int:
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f'process_index={process_index} not in [0, process_count={process_count})'
-    )
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f'batch_size={batch_size} is not a positive multiple of '
-      f'process_count={process_count}'
-    )
-  return batch_size // process_count
-
-
-def _until_error(iterator: grain.DatasetIterator) -> Iterator[Batch]:
-  # grain's iterator would go on after an error with the batch that follows; a
-  # generator ends there.
-  yield from iterator
+def _share(
+  batch_size: int, share: Int[np.ndarray, ' R'] | None
+) -> Int[np.ndarray, ' R']:
+  if batch_size < 1:
+    raise ValueError(f'batch_size={batch_size} must be at least 1')
+  if share is None:
+    return np.arange(batch_size)
+  if not len(share) or share.min() < 0 or share.max() >= batch_size:
+    raise ValueError(f'share={share} not in [0, batch_size={batch_size})')
+  return share

@@ -7,12 +7,14 @@ Not here: what the texts are (`sources.py`) and how rows are cut
 """
 
 import array
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,12 +36,22 @@ def prepared(
   """`folder`, filled by `write` unless it is there already.
 
   `write` fills a temporary folder beside it, which is then renamed: a folder
-  under its own name is whole. Of two processes that prepare it at once, one
-  wins and the other takes the winner's.
+  under its own name is whole. Of processes that want it at once, one writes and
+  the others wait; where the file system has no locks several write, one wins
+  and the others take the winner's.
   """
   if folder.is_dir():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
+  with locked(folder):
+    if not folder.is_dir():
+      _prepare(folder, write)
+  return folder
+
+
+def _prepare(
+  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
+) -> None:
   with tempfile.TemporaryDirectory(
     prefix=f'.{folder.name}-', dir=folder.parent
   ) as temporary:
@@ -52,7 +64,23 @@ def prepared(
     except OSError:
       if not folder.is_dir():
         raise
-  return folder
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes out while the body runs, by a lock file beside.
+
+  It saves work and is no guarantee: nothing is kept out where the folder cannot
+  be written or has no locks, nor who waits for a file that is then removed.
+  The lock ends with the process that has it, however it ends.
+  """
+  lock = path.parent / f'.{path.name}.lock'
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
+      file = stack.enter_context(lock.open('a'))
+      fcntl.lockf(file, fcntl.LOCK_EX)
+      stack.callback(lock.unlink, missing_ok=True)
+    yield
 
 
 class Digest:

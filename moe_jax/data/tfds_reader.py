@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from moe_jax.config import unknown
-from moe_jax.data.store import prepared
+from moe_jax.data.store import locked, prepared
 
 Builder = tfds.core.DatasetBuilder
 
@@ -34,7 +34,8 @@ def prepared_builder(name: str) -> Builder:
   )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
-    builder.download_and_prepare()
+    with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
+      builder.download_and_prepare()
   except tfds.core.DatasetNotFoundError as error:
     raise ValueError(
       f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '

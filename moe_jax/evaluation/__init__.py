@@ -16,11 +16,13 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import jax
 import ml_collections
+from jax.sharding import Mesh
 
-from moe_jax import data, generation
+from moe_jax import data, generation, partitioning
 from moe_jax.config import merge, to_dataclass
+from moe_jax.distributed import Placing
 from moe_jax.evaluation import choice, generate
 from moe_jax.training.evaluate import (
   Kind,
@@ -40,21 +42,25 @@ def evaluate(
   entry: ml_collections.ConfigDict,
   *,
   step: int | None = None,
+  dtype: str = '',
+  mesh: Mesh | None = None,
 ) -> Row:
   """What an entry of `config.evals` of any kind finds in a run's folder.
 
-  Parameters are on the first local device.
+  Parameters alone are read.
 
   Args:
     workdir: The run's folder.
     entry: As `configs.base` makes it; its period counts for nothing.
     step: The checkpoint; None: the newest good one.
+    dtype: 'bfloat16', say; see `generation.load`.
+    mesh: Where the parameters are; None: the first local device.
 
   Raises:
     ValueError: As `generation.load`, or the entry is bad.
     CheckpointError: No checkpoint is good.
   """
-  loaded = generation.load(workdir, step)
+  loaded = generation.load(workdir, step, dtype=dtype, mesh=mesh)
   config = merge(loaded.config, {}).unlock()
   config.evals = {_NAME: entry}
   check_entries(config, KINDS)
@@ -63,7 +69,18 @@ def evaluate(
     loaded.model,
     dataset=data.load(to_dataclass(data.DataConfig, config.data)),
     workdir=pathlib.Path(workdir).expanduser(),
-    put=lambda batch: {name: jnp.asarray(rows) for name, rows in batch.items()},
+    put=Placing(_rows(config, mesh), config.batch_size),
     kinds=KINDS,
   )
-  return evaluation.measure(loaded.variables['params'], loaded.step)
+  return evaluation.measure(loaded.variables, loaded.step)
+
+
+def _rows(
+  config: ml_collections.ConfigDict, mesh: Mesh | None
+) -> jax.sharding.Sharding:
+  """Where a batch goes."""
+  if mesh is None:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  rules = partitioning.make_rules(config.sharding.to_dict())
+  shape = (config.batch_size, config.data.seq_len)
+  return partitioning.sharding(mesh, rules, ('batch', None), shape, 'a batch')

@@ -9,7 +9,6 @@ GLaM does (https://arxiv.org/abs/2112.06905). Not here: the text of a prompt
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +18,12 @@ from moe_jax import data
 from moe_jax.config import to_dataclass, unknown
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
+from moe_jax.distributed import Placing, fetch
 from moe_jax.evaluation.prompts import Asked, Asker, layout_of
 from moe_jax.generation import runs
 from moe_jax.models import Model
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import Put, Row, Setting
+from moe_jax.training.evaluate import Row, Setting, Variables
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
@@ -144,25 +144,25 @@ class Choice:
   asked: list[Asked]
   layout: Layout
 
-  def __call__(self, params: Any, step: int) -> Row:
+  def __call__(self, variables: Variables, step: int) -> Row:
     """What `judged` says.
 
     Also how many were `cut_items` for want of room, and with examples the mean
     number of `shots` that there was room for.
     """
     del step
-    row = judged(self.scores(params), [item.label for item in self.items])
+    row = judged(self.scores(variables), [item.label for item in self.items])
     row['cut_items'] = sum(asked.is_cut for asked in self.asked)
     if self.options.num_shots:
       row['shots'] = float(np.mean([asked.num_shots for asked in self.asked]))
     return row
 
-  def scores(self, params: Any) -> list[Float[np.ndarray, ' A']]:
+  def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
     """Of each item, its answers' normalised log-likelihoods."""
     examples = [e for asked in self.asked for e in asked.examples]
     found = log_likelihoods(
       self.setting.model,
-      params,
+      variables,
       examples,
       self.layout,
       batch_size=self.setting.config.batch_size,
@@ -197,22 +197,22 @@ def judged(
 
 def log_likelihoods(
   model: Model,
-  params: Any,
+  variables: Variables,
   examples: Sequence[Example],
   layout: Layout,
   *,
   batch_size: int,
-  put: Put,
+  put: Placing,
 ) -> Float[np.ndarray, ' N']:
   """The log probability (nats) of each example's targets after its inputs.
 
   Args:
     model: The model.
-    params: Its parameters.
+    variables: Its parameters, under 'params'.
     examples: Each of them fits a row.
     layout: Of the rows; short examples share one.
     batch_size: Rows at once.
-    put: Moves a batch to devices.
+    put: Moves batches of `batch_size` rows to devices.
   """
   sides = [np.array([len(e[side]) for e in examples]) for side in (0, 1)]
   lengths = Lengths(*sides, sides[0] + sides[1])
@@ -222,7 +222,8 @@ def log_likelihoods(
     taken = rows[begin : begin + batch_size]
     filled = taken + [[]] * (batch_size - len(taken))
     batch = layout.assemble([[examples[i] for i in row] for row in filled])
-    log_probs = np.asarray(_compiled(model)(params, put(batch)), np.float64)
+    log_probs = fetch(_compiled(model)(variables, put(batch)))
+    log_probs = log_probs.astype(np.float64)
     for b, row in enumerate(taken):
       for segment, i in enumerate(row, 1):
         found[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
@@ -234,9 +235,9 @@ def _compiled(model: Model):
   return jax.jit(functools.partial(_log_probs, model=model))
 
 
-def _log_probs(params, batch, *, model: Model) -> Float32[Array, 'B T']:
+def _log_probs(variables, batch, *, model: Model) -> Float32[Array, 'B T']:
   """Of each target; 0 where nothing is asked."""
-  logits, _ = model.apply({'params': params}, **model.inputs(batch))
+  logits, _ = model.apply(variables, **model.inputs(batch))
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['targets']
   )

@@ -12,12 +12,13 @@ import numpy as np
 
 from moe_jax import data, generation
 from moe_jax.config import to_dataclass
+from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import without_end
 from moe_jax.evaluation.scores import Score, make_scores
 from moe_jax.generation import runs
 from moe_jax.shapes import Int
 from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.evaluate import Row, Setting
+from moe_jax.training.evaluate import Row, Setting, Variables
 
 TASKS = ('prefix_lm', 'seq2seq')
 
@@ -156,26 +157,27 @@ class Generate:
   pairs: list[Pair]
   arguments: dict[str, Any]
 
-  def __call__(self, params: Any, step: int) -> Row:
+  def __call__(self, variables: Variables, step: int) -> Row:
     """The scores in percent, and how many `examples` they are of.
 
     Inputs, outputs and targets are left in `<name>_examples.txt`.
     """
-    outputs = self.outputs(params)
+    outputs = self.outputs(variables)
     targets = [pair.target for pair in self.pairs]
     row = {
       name: float(score.compute(outputs, targets))
       for name, score in self.scores.items()
     }
-    self._write(step, row, outputs)
+    if is_first():
+      self._write(step, row, outputs)
     return {**row, 'examples': len(outputs)}
 
-  def outputs(self, params: Any) -> list[str]:
+  def outputs(self, variables: Variables) -> list[str]:
     """The text for each pair."""
     config, tokenizer = self.setting.config, self.setting.dataset.tokenizer
     model, variables = generation.prepare(
       self.setting.model,
-      {'params': params},
+      variables,
       window=runs.window(
         config,
         self.setting.model,

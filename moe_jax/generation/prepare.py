@@ -12,8 +12,9 @@ from flax import linen as nn
 
 from moe_jax.generation.prefix import Prefix
 from moe_jax.layers.cache import KVCache
-from moe_jax.models import Model
-from moe_jax.models.decoding import for_decoding
+from moe_jax.models import Model, router_state
+from moe_jax.models.decoding import for_decoding, unstacked
+from moe_jax.models.router_state import COLLECTION
 
 Variables = dict[str, Any]
 
@@ -31,7 +32,7 @@ def prepare(
 
   Args:
     model: As trained or imported.
-    variables: Its parameters, under 'params'.
+    variables: Its parameters, under 'params', and `router_state` if it has it.
     batch_size: Rows that will be generated together, beams counted: on a CPU
       the fastest layout depends on it, and nothing else does.
     window: How many tokens a decoder's token sees at most, itself among them:
@@ -46,10 +47,11 @@ def prepare(
     stack = _with_window(stack, window)
     config = dataclasses.replace(config, **{name: stack})
   params = nn.meta.unbox(variables['params'])
+  kept = unstacked(model, variables.get(COLLECTION, {}))
   model, params = for_decoding(
     model.clone(config=config), params, batch_size=batch_size
   )
-  return model, {**variables, 'params': params}
+  return model, router_state.variables(params, kept)
 
 
 def _with_window(stack, window: int):

@@ -3,27 +3,23 @@
 Not here: the command line (`moe_jax.generate`).
 """
 
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-from flax import linen as nn
+from jax.sharding import Mesh
 
 from moe_jax import models
 from moe_jax.config import merge
-from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation.prefix import longest
 from moe_jax.models import EncoderDecoder, Model
 from moe_jax.shapes import Int
-from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training import workdir as workdir_lib
 
-# The names that `training.workdir` gives them, and `interop` its last.
-CONFIG, TOKENIZER, CHECKPOINTS = 'config.json', 'tokenizer.json', 'checkpoints'
-IMPORTED = 'huggingface'
+IMPORTED = 'huggingface'  # as `interop` names it
 
 
 class Loaded(NamedTuple):
@@ -32,7 +28,7 @@ class Loaded(NamedTuple):
   Attributes:
     config: As the run had it, with the vocabulary's size filled in.
     model: Its model.
-    variables: Its parameters, under 'params'.
+    variables: Its parameters, under 'params', and `router_state` if it has it.
     tokenizer: Its tokenizer.
     imported: Whether the model began elsewhere, as a Hugging Face checkpoint.
     step: Of the checkpoint.
@@ -48,37 +44,43 @@ class Loaded(NamedTuple):
   skipped: list[tuple[int, str]]
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
+def load(
+  workdir: str | os.PathLike[str],
+  step: int | None = None,
+  *,
+  dtype: str = '',
+  mesh: Mesh | None = None,
+) -> Loaded:
   """The model of a run, at its newest good checkpoint.
 
-  Parameters alone are read, onto the first local device.
+  Parameters are read, and what routers keep; each device reads its share.
 
   Args:
     workdir: The run's folder.
     step: The checkpoint; None: the newest good one.
+    dtype: 'float32' or 'bfloat16', of parameters and products; '': the run's.
+      Routers stay float32.
+    mesh: Where the parameters go, by the run's own sharding table; None: the
+      first local device.
 
   Raises:
     ValueError: Something is missing from the folder, or does not fit the rest.
     CheckpointError: No checkpoint is good.
   """
-  folder = pathlib.Path(workdir).expanduser()
-  for name in (CONFIG, TOKENIZER, CHECKPOINTS):
-    if not (folder / name).exists():
-      raise ValueError(f'{folder} is no run to generate from: it has no {name}')
-  tokenizer = tokenizers.load(folder / TOKENIZER)
-  config = _config(folder / CONFIG, tokenizer)
+  config, tokenizer = workdir_lib.read(workdir)
+  if dtype:
+    types = {'dtype': dtype, 'param_dtype': dtype}
+    config = merge(config, {'model': types})
   model = models.build(config)
-  shapes = nn.meta.unbox(models.abstract_params(model, config.data.seq_len))
-  with Checkpointer(folder / CHECKPOINTS) as checkpoints:
-    found = checkpoints.restore({'params': shapes}, step=step, partial=True)
-  if found is None:
-    raise ValueError(f'{folder / CHECKPOINTS} has no finished checkpoint')
+  found = workdir_lib.restore_variables(
+    workdir, model, config, mesh=mesh, step=step, cast=bool(dtype)
+  )
   return Loaded(
     config=config,
     model=model,
     variables=found.state,
     tokenizer=tokenizer,
-    imported=is_imported(folder),
+    imported=is_imported(workdir),
     step=found.step,
     skipped=found.skipped,
   )
@@ -87,18 +89,6 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
 def is_imported(workdir: str | os.PathLike[str]) -> bool:
   """Whether a run's model began as a Hugging Face checkpoint."""
   return (pathlib.Path(workdir).expanduser() / IMPORTED).is_dir()
-
-
-def _config(
-  path: pathlib.Path, tokenizer: Tokenizer
-) -> ml_collections.ConfigDict:
-  try:
-    config = ml_collections.ConfigDict(json.loads(path.read_text('utf-8')))
-    if config.model.vocab_size:
-      return merge(config, {})
-    return merge(config, {'model': {'vocab_size': tokenizer.vocab_size}})
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'{path} is no config of a run: {error}') from error
 
 
 def encode(

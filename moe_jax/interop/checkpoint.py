@@ -16,7 +16,7 @@ from moe_jax.config import unknown
 from moe_jax.data.tokenizers import read_json
 from moe_jax.interop import config_keys, mixtral, nllb_moe, switch_transformers
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.model_section import section
+from moe_jax.interop.model_section import SHARDING, section
 from moe_jax.interop.tensor_files import FLOATS, listed
 
 ARCHITECTURES = {
@@ -59,7 +59,8 @@ def build(
 ) -> nn.Module:
   """The model of a `model` section alone."""
   data = dict(seq_len=_LENGTH, target_len=_LENGTH)
-  made = models.build(ml_collections.ConfigDict(dict(model=model, data=data)))
+  whole = dict(model=model, data=data, sharding=SHARDING)
+  made = models.build(ml_collections.ConfigDict(whole))
   if not encoder_table:
     return made
   embedding = dataclasses.replace(made.config.embedding, encoder_table=True)

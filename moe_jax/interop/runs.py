@@ -243,7 +243,7 @@ def _restore(folder, config, model: nn.Module):
     shapes,
     places,
   )
-  path = folder / workdir_lib.CHECKPOINTS
+  path = workdir_lib.checkpoints_of(folder)
   with Checkpointer(path, keep_best=False) as kept:
     restored = kept.restore({'params': abstract}, partial=True)
   if restored is None:

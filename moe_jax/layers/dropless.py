@@ -1,10 +1,12 @@
-"""Experts without capacity: each device serves its own tokens.
+"""Experts without capacity: rows sorted by expert, as many as there are.
 
-Rows are sorted by expert on the device that has the tokens, and meet all
-experts' kernels there; on a mesh these are gathered, and split over `tensor`
-where F divides. Not here: an exchange that brings tokens to their experts.
+On a mesh each device sorts its own tokens' rows. Where experts are split over
+devices the rows travel to them (`parallel/ragged.py`), are sorted again there,
+and travel back; where F is split, each device adds its part.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +17,8 @@ from jax.sharding import PartitionSpec
 from moe_jax.dispatch import dropless
 from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.layers.ffn import FfnConfig, activation, compute, parameters
-from moe_jax.partitioning import on_each_device, spread
+from moe_jax.parallel.exchange import ExchangeConfig, layout
+from moe_jax.parallel.ragged import plan
 from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
@@ -28,10 +31,12 @@ class DroplessExperts(nn.Module):
   Attributes:
     config: One expert.
     backend: Of the grouped products; see `kernels.grouped_matmul`.
+    exchange: Between which mesh axes rows travel, and as what.
   """
 
   config: FfnConfig
   backend: str = 'auto'
+  exchange: ExchangeConfig = ExchangeConfig()
 
   @nn.compact
   def __call__(
@@ -41,35 +46,70 @@ class DroplessExperts(nn.Module):
     c = self.config
     p = parameters(self, c, (routing.num_experts,), x.shape[-1])
     key = self.make_rng('dropout') if train and c.dropout else None
-    axes, G = spread(x), x.shape[0]
-    split = axes.get('tensor', 0) > 1 and c.hidden % axes['tensor'] == 0
-    # A bias added on every device would be summed with the halves.
-    split = split and not c.use_bias and not self.is_initializing()
-
-    def local(x, routing, p, key):
-      if key is not None:
-        key = _own_key(key, axes, x.shape[0] < G, split)
-      with jax.named_scope('dispatch'):
-        rows = dropless.dispatch(x, routing)
-      sizes = dropless.group_sizes(routing)
-      rows = sorted_feed_forward(c, p, rows, sizes, self.backend, key)
-      with jax.named_scope('combine'):
-        y = dropless.combine(rows, routing)
-      return jax.lax.psum(y, 'tensor') if split else y
-
-    specs = {name: PartitionSpec() for name in p}
-    if split:
-      specs |= {n: PartitionSpec(None, None, 'tensor') for n in c.first_kernels}
-      specs['w_out'] = PartitionSpec(None, 'tensor')
-    return on_each_device(
-      local, (x.astype(c.dtype), routing), (p, key), (specs, PartitionSpec())
+    x = x.astype(c.dtype)
+    place = layout(
+      self.exchange, x, num_experts=routing.num_experts, hidden=c.hidden
     )
+    if place is None or self.is_initializing():
+      return self._serve(None, x, routing, p, key)
+    if c.use_bias:
+      # A bias added on every device would be summed with the parts of F.
+      place = dataclasses.replace(place, hidden=())
+    experts, hidden = place.experts, place.hidden
+    specs = {name: place.spec(experts) for name in p}
+    specs |= {n: place.spec(experts, (), hidden) for n in c.first_kernels}
+    specs['w_out'] = place.spec(experts, hidden)
+    groups = place.spec(place.groups)
+    return jax.shard_map(
+      functools.partial(self._serve, place),
+      mesh=place.mesh,
+      in_specs=(groups, groups, specs, PartitionSpec()),
+      out_specs=groups,
+      check_vma=False,
+    )(x, routing, p, key)
+
+  def _serve(self, place, x, routing, p, key):
+    """One device's groups, with the experts and the part of F it has."""
+    with jax.named_scope('dispatch'):
+      rows = dropless.dispatch(x, routing)
+    sizes = dropless.group_sizes(routing)
+    serve = functools.partial(
+      sorted_feed_forward, self.config, p, backend=self.backend
+    )
+    if place is None:
+      rows = serve(rows, sizes, dropout_key=key)
+    else:
+      serve = functools.partial(serve, dropout_key=_own_key(key, place))
+      rows = _exchanged(self.exchange, place, rows, sizes, serve)
+    with jax.named_scope('combine'):
+      y = dropless.combine(rows, routing)
+    if place is None:
+      return y
+    # Each has added what it has: of F, or of the experts that share its rows.
+    apart = tuple(n for n in place.experts if n not in place.exchanged)
+    parts = (*place.hidden, *apart)
+    return jax.lax.psum(y, parts) if parts else y
 
 
-def _own_key(key, axes, own_rows, split):
+def _exchanged(c, place, rows, sizes, serve):
+  """Rows of all experts to those that have them, served, and back."""
+  if not place.experts:
+    return serve(rows, sizes)
+  with jax.named_scope('exchange'):
+    trip = plan(place, len(rows), sizes)
+    dtype, packed = rows.dtype, rows.astype(c.dtype or rows.dtype)
+    there = trip.there(packed).astype(dtype)
+  served = serve(there, trip.local_sizes)
+  with jax.named_scope('exchange'):
+    back = trip.back(served.astype(packed.dtype))
+  return back.astype(dtype)
+
+
+def _own_key(key, place):
   """A key for what differs between devices: the rows, the part of F."""
-  differ = {name for name in axes if name != 'tensor' and own_rows}
-  for name in sorted(differ | ({'tensor'} if split else set())):
+  if key is None:
+    return None
+  for name in sorted({*place.groups, *place.experts, *place.hidden}):
     key = jax.random.fold_in(key, jax.lax.axis_index(name))
   return key
 

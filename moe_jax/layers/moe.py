@@ -5,6 +5,7 @@ This file alone forms groups. The rules are `moe_jax.routing`, the movement
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from moe_jax.layers.unrolled import (
   BatchedExperts,
   UnrolledExperts,
 )
+from moe_jax.parallel import exchange as exchange_lib
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float
 
@@ -60,6 +62,7 @@ class MoeConfig:
   route_padding: bool = False
   decoding: str = ''
   output_masking: float = 0.0
+  exchange: exchange_lib.ExchangeConfig = exchange_lib.ExchangeConfig()
 
   def __post_init__(self):
     dispatch.get(self.dispatch)
@@ -142,16 +145,43 @@ class MoE(nn.Module):
           "dispatch='dropless' with an expert of your own: its rows are not "
           "[E, R, M]; use 'gather'"
         )
-      experts = DroplessExperts(c.expert, c.grouped_matmul, name='experts')
+      experts = DroplessExperts(
+        c.expert, c.grouped_matmul, c.exchange, name='experts'
+      )
       return experts(groups, chosen, train)
+    if self.expert is None:
+      experts = functools.partial(
+        Experts(c.expert, name='experts'), train=train
+      )
+    else:
+      experts = functools.partial(vmapped, self.expert)
+    place = exchange_lib.layout(
+      c.exchange,
+      groups,
+      num_experts=chosen.num_experts,
+      hidden=c.expert.hidden,
+    )
+    if place is not None and not self.is_initializing():
+      return self._exchange(place, mover, experts, groups, chosen)
     with jax.named_scope('dispatch'):
       rows = mover.dispatch(groups, chosen)  # [E, R, M]
-    if self.expert is None:
-      rows = Experts(c.expert, name='experts')(rows, train)
-    else:
-      rows = vmapped(self.expert, rows)
+    rows = experts(rows)
     with jax.named_scope('combine'):
       return mover.combine(rows, chosen)
+
+  def _exchange(self, place, mover, experts, groups, chosen):
+    """Every device routes and moves its own groups, and serves its experts."""
+    c = self.config.exchange
+    with jax.named_scope('dispatch'):
+      chunks = exchange_lib.dispatch(c, place, mover, groups, chosen)
+    for i, rows in enumerate(chunks):
+      with jax.named_scope('exchange'):
+        rows = exchange_lib.to_experts(c, place, rows)
+      rows = experts(rows)
+      with jax.named_scope('exchange'):
+        chunks[i] = exchange_lib.to_groups(c, place, rows)
+    with jax.named_scope('combine'):
+      return exchange_lib.combine(place, mover, chunks, chosen)
 
 
 def to_groups(

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2101.03961). The rules are `moe_jax.routing`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from moe_jax import routing
 from moe_jax.config import unknown
 from moe_jax.layers.initializers import Init, zeros
 from moe_jax.layers.matmul import rows_matmul
+from moe_jax.partitioning import on_each_device
 from moe_jax.routing.losses import BALANCE_CHOICES
-from moe_jax.shapes import Array, Bool, Float, Float32
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
 ROUTERS = ('token_choice', 'noisy_top_k')
 SERVED_BY = ('chosen', 'transformers_nllb')
@@ -37,6 +39,8 @@ class RouterConfig:
       U[1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section 3.2).
     balance_choices: See `routing.balance_loss`.
     use_bias: Whether the logits have a bias, which starts at zero.
+    balance_bias_rate: Of Loss-Free Balancing, per step; 0: none. See
+      `routing.balance_bias`.
     served_by: 'chosen', or what transformers does with NLLB-MoE in place of
       it; see `routing.transformers_nllb`.
     init: How the kernel starts, except under 'noisy_top_k'.
@@ -53,6 +57,7 @@ class RouterConfig:
   jitter: float = 0.0
   balance_choices: str = 'all'
   use_bias: bool = False
+  balance_bias_rate: float = 0.0
   served_by: str = 'chosen'
   init: Init = Init()
 
@@ -74,6 +79,16 @@ class RouterConfig:
       raise ValueError(
         f'served_by={self.served_by!r} needs num_selected=2 of at least 2 '
         f'experts, not {self.num_selected} of {self.num_experts}'
+      )
+    if not 0 <= self.balance_bias_rate < 1:
+      raise ValueError(
+        f'balance_bias_rate={self.balance_bias_rate} not in [0, 1)'
+      )
+    if self.balance_bias_rate and self.kind == 'noisy_top_k':
+      raise ValueError(
+        f'balance_bias_rate={self.balance_bias_rate} with '
+        "router='noisy_top_k', whose load estimate knows no bias; use "
+        "router='token_choice'"
       )
     if not 0 <= self.jitter < 1:
       raise ValueError(f'jitter={self.jitter} not in [0, 1)')
@@ -125,8 +140,14 @@ class Router(nn.Module):
       w_noise = self.param('w_noise', zeros(axes), (M, E), jnp.float32)
       key = self.make_rng('router') if train else None
       noise = routing.noisy_logits(clean, _logits(x, w_noise), key)
+    logits = noise.noisy if noisy else clean
+    # On each device, as no compiler splits a top-K over groups.
+    largest = on_each_device(
+      functools.partial(routing.choose, num_selected=min(K + noisy, E)),
+      (self._scores(logits),),
+    )
     chosen = routing.token_choice(
-      noise.noisy if noisy else clean,
+      logits,
       num_selected=K,
       capacity=c.capacity(group_size=S, num_experts=E, num_selected=K),
       mask=mask,
@@ -135,13 +156,24 @@ class Router(nn.Module):
       second_policy=c.second_policy,
       second_threshold=c.second_threshold,
       key=self._policy_key(train),
+      expert_index=largest[..., :K],
     )
     # For analysis only: kept where the caller makes 'intermediates' mutable.
     self.sow('intermediates', 'expert_index', chosen.expert_index)
-    aux = _aux(chosen, clean, noise, mask, c)
+    aux = _aux(chosen, clean, noise, largest, mask, c)
     if c.served_by == 'transformers_nllb':
       chosen = routing.transformers_nllb.by_rank(chosen)
     return chosen, aux
+
+  def _scores(self, logits):
+    """What tokens choose by."""
+    c = self.config
+    if not c.balance_bias_rate:
+      return logits
+    bias = self.variable(
+      'router_state', 'balance_bias', jnp.zeros, (c.num_experts,), jnp.float32
+    )
+    return routing.balance_bias.biased_scores(logits, bias.value, c.gates)
 
   def _policy_key(self, train):
     draws = self.config.second_policy != 'all' and self.config.num_selected > 1
@@ -161,6 +193,7 @@ def _aux(
   chosen: routing.Routing,
   clean: Float32[Array, 'G S E'],
   noise: routing.NoisyLogits | None,
+  largest: Int32[Array, 'G S N'],
   mask: Bool[Array, 'G S'],
   c: RouterConfig,
 ) -> routing.MoeAux:
@@ -170,12 +203,12 @@ def _aux(
   index = chosen.expert_index
   balance = routing.balance_loss(probs, index, mask, c.balance_choices)
   logits = clean if noise is None else noise.noisy
-  gate = routing.gates_before_drop(logits, c.num_selected, c.gates)
+  gate = routing.gates_before_drop(logits, index, c.gates)
   importance = routing.importance_loss(gate, index, mask, c.num_experts)
   load = jnp.zeros_like(tokens)
   if noise is not None:
     load = routing.load_loss(
-      routing.load_probability(noise, c.num_selected), mask
+      routing.load_probability(noise, c.num_selected, largest), mask
     )
   return routing.MoeAux(
     balance_loss=(balance * tokens).sum(),

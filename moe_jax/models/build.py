@@ -21,6 +21,8 @@ from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.models.stack import StackConfig
+from moe_jax.parallel.exchange import ExchangeConfig
+from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule, is_causal
 
 KINDS = ('decoder', 'encoder_decoder')
@@ -41,8 +43,9 @@ def build(config: ml_collections.ConfigDict) -> Model:
   """
   model = config.model
   _check(model)
-  embedding = _embedding(model, model.max_len or config.data.seq_len)
-  decoder = _stack(model)
+  embedding = _embedding(config, model.max_len or config.data.seq_len)
+  exchange = _exchange(config)
+  decoder = _stack(model, exchange)
   _check_causal(model.moe)
   if model.kind == 'decoder':
     return Decoder(DecoderConfig(embedding, decoder))
@@ -51,7 +54,7 @@ def build(config: ml_collections.ConfigDict) -> Model:
   )
   block = dataclasses.replace(decoder.block, cross_attention=cross)
   decoder = dataclasses.replace(decoder, block=block)
-  encoder = _stack(_encoders(config).model)
+  encoder = _stack(_encoders(config).model, exchange)
   attention = dataclasses.replace(
     encoder.block.attention, causal=False, window=0
   )
@@ -111,7 +114,8 @@ def _init(model) -> Init:
   )
 
 
-def _embedding(model, max_len: int) -> EmbeddingConfig:
+def _embedding(config, max_len: int) -> EmbeddingConfig:
+  model, rules = config.model, make_rules(config.sharding.to_dict())
   return EmbeddingConfig(
     vocab_size=model.vocab_size,
     width=model.width,
@@ -125,15 +129,17 @@ def _embedding(model, max_len: int) -> EmbeddingConfig:
     dtype=model.dtype,
     param_dtype=model.param_dtype,
     init=_init(model),
+    batch_axes=rules['batch'],
+    vocab_axes=rules['vocab'],
   )
 
 
-def _stack(model) -> StackConfig:
+def _stack(model, exchange: ExchangeConfig) -> StackConfig:
   """A causal stack without cross-attention."""
   pattern = sparse_pattern(model.moe.layers, model.num_layers)
   return StackConfig(
     sparse=pattern,
-    block=_block(model, _init(model), any(pattern)),
+    block=_block(model, _init(model), any(pattern), exchange),
     relative_buckets=(
       model.relative_buckets if model.positions == 'relative' else 0
     ),
@@ -143,8 +149,12 @@ def _stack(model) -> StackConfig:
   )
 
 
-def _block(model, init: Init, has_sparse: bool) -> BlockConfig:
-  moe = _moe(model, init)  # also of a dense twin, whose options are checked
+def _block(
+  model, init: Init, has_sparse: bool, exchange: ExchangeConfig
+) -> BlockConfig:
+  moe = _moe(
+    model, init, exchange
+  )  # also of a dense twin, whose options are checked
   twin = has_sparse and not model.moe.num_experts
   return BlockConfig(
     attention=AttentionConfig(
@@ -208,7 +218,20 @@ def _twin(model, init) -> FfnConfig:
   return _ffn(model, init, hidden, expert.activation, expert.dropout)
 
 
-def _moe(model, init) -> MoeConfig:
+def _exchange(config: ml_collections.ConfigDict) -> ExchangeConfig:
+  """How rows travel, from `config.model.moe` and the table of axes."""
+  moe, rules = config.model.moe, make_rules(config.sharding.to_dict())
+  return ExchangeConfig(
+    kind=moe.exchange,
+    chunks=moe.exchange_chunks,
+    dtype=moe.exchange_dtype,
+    groups=rules['batch'],
+    experts=rules['expert'],
+    hidden=rules['expert_mlp'],
+  )
+
+
+def _moe(model, init, exchange: ExchangeConfig) -> MoeConfig:
   moe = model.moe
   return MoeConfig(
     router=RouterConfig(
@@ -230,6 +253,7 @@ def _moe(model, init) -> MoeConfig:
       jitter=moe.jitter,
       balance_choices=moe.balance_choices,
       use_bias=moe.router_bias,
+      balance_bias_rate=moe.balance_bias_rate,
       served_by=moe.served_by,
       init=init,
     ),
@@ -239,6 +263,7 @@ def _moe(model, init) -> MoeConfig:
     grouped_matmul=moe.grouped_matmul,
     route_padding=moe.route_padding,
     output_masking=moe.output_masking,
+    exchange=exchange,
   )
 
 

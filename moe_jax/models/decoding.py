@@ -62,6 +62,18 @@ def for_decoding(
   return model.clone(config=config), params
 
 
+def unstacked(model: Model, router_state: dict[str, Any]) -> dict[str, Any]:
+  """The collection `router_state` of the model that decodes."""
+  router_state = dict(router_state)
+  for path, stack in model.config.stacks:
+    if not path:
+      return unstack(stack, router_state)[1]
+    (name,) = path
+    if name in router_state:
+      router_state[name] = unstack(stack, router_state[name])[1]
+  return router_state
+
+
 def _dropless(stack: StackConfig) -> StackConfig:
   moe = stack.block.moe
   if moe is None:

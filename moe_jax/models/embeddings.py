@@ -12,6 +12,7 @@ from flax import linen as nn
 from moe_jax.config import unknown
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.positions import sinusoids
+from moe_jax.partitioning import stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 POSITIONS = ('learned', 'none', 'relative', 'rotary', 'sinusoidal')
@@ -59,6 +60,8 @@ class EmbeddingConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   init: Init = Init()
+  batch_axes: tuple[str, ...] = ('data', 'fsdp', 'expert')
+  vocab_axes: tuple[str, ...] = ('tensor',)
 
   def __post_init__(self):
     for name, have in (
@@ -114,7 +117,9 @@ class Embeddings(nn.Module):
     c = self.config
     own = encoder and c.encoder_table
     table = self.encoder_embedding if own else self.embedding
-    x = jnp.take(table, tokens, axis=0).astype(c.dtype)
+    # Of one row all of it: else the compiler meets rows split by what splits M.
+    x = jnp.take(stated(table, c.vocab_axes), tokens, axis=0)
+    x = stated(x.astype(c.dtype), c.batch_axes)
     if c.embedding_scale == 'sqrt_width':
       x = x * jnp.sqrt(jnp.asarray(c.width, c.dtype))
     if c.positions == 'learned':

@@ -191,7 +191,7 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
   loops = c.scan_layers and segment.repeats > 1
   scanned = nn.scan(
     Period,
-    variable_axes={'params': 0, 'intermediates': 0},
+    variable_axes={'params': 0, 'intermediates': 0, 'router_state': 0},
     split_rngs={'params': True, 'dropout': True, 'router': True},
     in_axes=(0, nn.broadcast),
     length=segment.repeats,
@@ -239,11 +239,13 @@ def unstack(
   """The same stack with parameters of its own for every period.
 
   A slice of stacked parameters is a copy, of all experts too; a decoding step
-  has no time for that.
+  has no time for that. Takes another collection's tree as well.
   """
   params = dict(params)
   for segment in segments(c.sparse):
-    stacked = params.pop(segment.name)
+    stacked = params.pop(segment.name, None)
+    if stacked is None:  # of another collection, which sparse layers alone have
+      continue
     for i in range(segment.repeats):
       own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
       params[period_name(segment, i)] = own

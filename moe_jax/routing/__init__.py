@@ -4,7 +4,7 @@ Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
 move is `moe_jax.dispatch`.
 """
 
-from moe_jax.routing import transformers_nllb
+from moe_jax.routing import balance_bias, transformers_nllb
 from moe_jax.routing.base import (
   CAPACITY_RULES,
   CapacityRule,
@@ -32,10 +32,11 @@ from moe_jax.routing.token_choice import (
   GATES,
   SECOND_POLICIES,
   SLOT_PRIORITIES,
+  at_choices,
   check_token_choice,
+  choose,
   gates_before_drop,
   token_choice,
-  top_k,
 )
 
 __all__ = [
@@ -48,8 +49,11 @@ __all__ = [
   'NoisyLogits',
   'Routing',
   'RoutingStats',
+  'at_choices',
+  'balance_bias',
   'balance_loss',
   'check_token_choice',
+  'choose',
   'empty_aux',
   'gates_before_drop',
   'importance_loss',
@@ -59,7 +63,6 @@ __all__ = [
   'noisy_logits',
   'routing_stats',
   'token_choice',
-  'top_k',
   'transformers_nllb',
   'z_loss',
 ]

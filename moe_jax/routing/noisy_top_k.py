@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.token_choice import top_k
-from moe_jax.shapes import Array, Float32, PRNGKey
+from moe_jax.routing.token_choice import at_choices, choose
+from moe_jax.shapes import Array, Float32, Int32, PRNGKey
 
 
 class NoisyLogits(NamedTuple):
@@ -47,18 +47,26 @@ def noisy_logits(
 
 
 def load_probability(
-  logits: NoisyLogits, num_selected: int
+  logits: NoisyLogits,
+  num_selected: int,
+  largest: Int32[Array, 'G S N'] | None = None,
 ) -> Float32[Array, 'G S E']:
   """P(x, i): the chance that i is among the K if only its noise is redrawn.
 
   Source: Eq. 8-9 of arXiv:1701.06538. kth_excluding(Z, K, i) is the K-th
   largest of the noisy logits without entry i: for i among the K largest that
   is the (K+1)-th of all. With K = E every expert is always chosen: 1.
+
+  Args:
+    logits: Clean and noisy.
+    num_selected: K.
+    largest: The min(K + 1, E) experts of largest noisy logits, if known.
   """
   E, K = logits.noisy.shape[-1], num_selected
   if K >= E:
     return jnp.ones_like(logits.noisy)
-  index, value = top_k(logits.noisy, K + 1)  # [G, S, K+1]
+  index = choose(logits.noisy, K + 1) if largest is None else largest
+  value = at_choices(logits.noisy, index)  # [G, S, K+1]
   inside = jax.nn.one_hot(index[..., :K], E, dtype=jnp.bool_).any(-2)
   threshold = jnp.where(inside, value[..., K:], value[..., K - 1 : K])
   # Softplus underflows to 0 where noise was trained away entirely.

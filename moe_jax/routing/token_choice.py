@@ -13,7 +13,7 @@ from moe_jax.config import unknown
 from moe_jax.routing.base import Routing, decided
 from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey
 
-GATES = ('raw', 'renormalized', 'renormalized_after_drop')
+GATES = ('raw', 'renormalized', 'renormalized_after_drop', 'sigmoid')
 SLOT_PRIORITIES = ('token_major', 'choice_major', 'batch_priority')
 SECOND_POLICIES = ('all', 'sampled', 'threshold')
 
@@ -29,6 +29,7 @@ def token_choice(
   second_policy: str = 'all',
   second_threshold: float = 0.2,
   key: PRNGKey | None = None,
+  expert_index: Int32[Array, 'G S K'] | None = None,
 ) -> Routing:
   """Gives each token up to K slots, in experts of its own choice.
 
@@ -44,7 +45,8 @@ def token_choice(
       'renormalized' makes the K gates sum to one before any is dropped
       (GShard Algorithm 1, ST-MoE; the same number as Mixtral's softmax over
       the chosen logits). 'renormalized_after_drop' makes the kept ones sum
-      to one (praxis).
+      to one (praxis). 'sigmoid' is each chosen logit's own (Loss-Free
+      Balancing, https://arxiv.org/abs/2408.15664).
     slot_priority: Who is served first. 'token_major': earlier tokens, each
       with all its choices (the only causal one). 'choice_major': all first
       choices, then all second ones (GShard). 'batch_priority': as
@@ -57,6 +59,8 @@ def token_choice(
       and it queues only if sent (ST-MoE, section C.2).
     second_threshold: The threshold of the policy of that name.
     key: For the last two policies. None (evaluation) sends every choice.
+    expert_index: The choices, where they are not the K largest logits; K
+      different experts a token.
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
@@ -75,7 +79,9 @@ def token_choice(
   )
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
-  expert_index, chosen_logits = top_k(router_logits, K)  # [G, S, K]
+  if expert_index is None:
+    expert_index = choose(router_logits, K)  # [G, S, K]
+  chosen_logits = at_choices(router_logits, expert_index)
   pair_gate = jax.nn.softmax(chosen_logits)  # [G, S, K]
   queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
   served = queued
@@ -93,19 +99,25 @@ def token_choice(
   return Routing(expert_index, slot, gate, kept, E, capacity)
 
 
-def top_k(
-  logits: Float32[Array, '*G E'], num_selected: int
-) -> tuple[Int32[Array, '*G K'], Float32[Array, '*G K']]:
-  """The K largest per row, ties to the lower index: (index, value).
+def choose(
+  scores: Float32[Array, '*G E'], num_selected: int
+) -> Int32[Array, '*G K']:
+  """The K largest of each row, ties to the lower index; no gradient."""
+  scores = jax.lax.stop_gradient(scores)
+  return decided(jax.lax.top_k(scores, num_selected)[1])
 
-  Values are read by one-hot sums: their gradient is then a product, not a
-  scatter, and under sharding needs no gather.
+
+def at_choices(
+  values: Float32[Array, '*G E'], expert_index: Int32[Array, '*G K']
+) -> Float32[Array, '*G K']:
+  """The values of the chosen experts, read by one-hot sums.
+
+  Their gradient is then a product, not a scatter, and under sharding needs no
+  gather.
   """
-  E = logits.shape[-1]
-  index = decided(jax.lax.top_k(jax.lax.stop_gradient(logits), num_selected)[1])
-  chosen = jax.nn.one_hot(index, E, dtype=jnp.bool_)  # [..., K, E]
-  value = jnp.where(chosen, logits[..., None, :], 0).sum(-1)
-  return index, value
+  E = values.shape[-1]
+  chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [..., K, E]
+  return jnp.where(chosen, values[..., None, :], 0).sum(-1)
 
 
 def check_token_choice(
@@ -131,7 +143,7 @@ def check_token_choice(
   ):
     if value not in have:
       raise unknown(name, value, have)
-  if K == 1 and gates != 'raw':
+  if K == 1 and gates.startswith('renormalized'):
     raise ValueError(
       f'gates={gates!r} with num_selected=1 makes every gate 1 and takes the '
       "router's gradient away; use gates='raw'"
@@ -189,10 +201,12 @@ def _slots(
 
 
 def gates_before_drop(
-  router_logits: Float32[Array, 'G S E'], num_selected: int, gates: str
+  router_logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  gates: str,
 ) -> Float32[Array, 'G S K']:
   """The gates of `token_choice` as if every choice were served."""
-  _, chosen_logits = top_k(router_logits, num_selected)
+  chosen_logits = at_choices(router_logits, expert_index)
   kept = jnp.ones(chosen_logits.shape, bool)
   pair_gate = jax.nn.softmax(chosen_logits)
   return _gates(gates, router_logits, chosen_logits, pair_gate, kept)
@@ -204,6 +218,8 @@ def _gates(gates, router_logits, chosen_logits, pair_gate, kept):
     gate = jnp.exp(chosen_logits - normalizer)
   elif gates == 'renormalized':
     gate = pair_gate
+  elif gates == 'sigmoid':
+    gate = jax.nn.sigmoid(chosen_logits)
   else:
     # A row with nothing kept would be all -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)

@@ -7,22 +7,20 @@ about a failure (`loop.py`).
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.training import manifest as manifest_lib
 from moe_jax.training import retention
-
-_LONGEST_CAUSE = 120
+from moe_jax.training.storage_errors import Retry, describe
 
 
 class CheckpointError(RuntimeError):
@@ -52,6 +50,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     keep_newest: How many of the newest are kept, at least 1.
     keep_best: Whether the one with the lowest `best_metric` is kept besides.
     best_metric: A key of the `metrics` given to `save`.
+    retry: For transient storage errors. With more than one try, the host keeps
+      a copy of what is being saved until it is written. Several processes
+      would have to agree on another try: they try once to write arrays.
   """
 
   def __init__(
@@ -61,15 +62,26 @@ class Checkpointer(contextlib.AbstractContextManager):
     keep_newest: int = 2,
     keep_best: bool = True,
     best_metric: str = 'loss',
+    retry: Retry = Retry(),
   ):
+    self._retry = retry
     self._directory = retention.Directory(
-      directory, keep_newest, keep_best, best_metric
+      directory, keep_newest, keep_best, best_metric, retry
     )
     self._needed_metric = best_metric if keep_best else None
     # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_from_orbax)
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # A folder that its thread cannot make leaves others waiting for it, and the
+    # interpreter's exit for them, for five minutes.
+    # Compressing takes a quarter of a save's time, which training then lacks,
+    # and spares a twentieth of the bytes: weights are mostly noise.
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(use_compression=False),
+      async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False
+      ),
+    )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last: int | None = None  # the step last saved or restored
@@ -100,22 +112,28 @@ class Checkpointer(contextlib.AbstractContextManager):
         given without the `best_metric` to keep the best by.
       CheckpointError: This save could not start, or the one before failed.
     """
-    about = self._manifest(step, state, extra or {}, metrics or {})
+    about = manifest_lib.make(step, state, extra or {}, metrics or {})
+    if metrics and self._needed_metric not in (None, *metrics):
+      raise ValueError(
+        f'no best_metric {self._needed_metric!r} in metrics; have '
+        f'{sorted(metrics)}'
+      )
     self.wait()
     if step == self._last:
       return
     try:
       if jax.process_index() == 0:
-        self._directory.make_room(step, self._last)
+        self._retry(self._directory.make_room, step, self._last)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f'checkpoint {step}')
-      self._saves += 1  # a failed save may yet write: never into this one
-      saving = self._directory.folder(step, f'.saving{self._saves}')
-      self._orbax.save(saving, ocp.args.PyTreeSave(state))
+      copied = self._copied(state)
+      saving = self._rewriting(copied)(self._write, step, state)
     except Exception as error:
-      self._clear_away()
       raise self._failure(step, error) from None
-    self._pending = step, self._thread.submit(self._finish, saving, about)
+    self._pending = (
+      step,
+      self._thread.submit(self._finish, saving, about, copied),
+    )
 
   def wait(self) -> None:
     """Waits until the pending save, its manifest and the pruning are done.
@@ -132,6 +150,11 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._pending = None
       raise self._failure(step, error) from None
     self._pending, self._last = None, step
+
+  def settle(self, seconds: float) -> None:
+    """Gives a pending save so long to end, on any thread; says nothing."""
+    if (pending := self._pending) is not None:
+      concurrent.futures.wait([pending[1]], seconds)
 
   def close(self) -> None:
     """Does what `wait` does and ends the threads."""
@@ -162,6 +185,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     *,
     step: int | None = None,
     partial: bool = False,
+    cast: bool = False,
     first: Any = None,
   ) -> Restored | None:
     """The newest good checkpoint, or None where none was ever finished.
@@ -176,6 +200,8 @@ class Checkpointer(contextlib.AbstractContextManager):
       step: This one and no other.
       partial: Whether the checkpoint may hold more than `abstract_state`, say
         the optimizer's state, which is not loaded then.
+      cast: Whether `abstract_state` may ask for another floating-point type
+        than was saved; leaves are converted as they are read.
       first: What a checkpoint of step 0 holds in place of `abstract_state`:
         parameters alone, where a run begins from those of another.
 
@@ -195,50 +221,50 @@ class Checkpointer(contextlib.AbstractContextManager):
     wanted, saved = manifest_lib.describe(abstract_state), manifest.tree
     if partial:
       saved = {path: saved[path] for path in saved if path in wanted}
-    if difference := manifest_lib.difference(saved, wanted):
+    if difference := manifest_lib.difference(saved, wanted, cast=cast):
       folder = self._directory.folder(found)
       raise ValueError(f'{folder} holds another state\n{difference}')
     state = self._load(found, abstract_state, partial)
     self._last = found
     return Restored(state, manifest.extra, found, skipped)
 
-  def _manifest(self, step, state, extra, metrics) -> manifest_lib.Manifest:
-    """All of the manifest but its files, checked."""
-    if step < 0:
-      raise ValueError(f'step={step} < 0')
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-      kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
-      if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
-        raise ValueError(
-          f'state leaf {manifest_lib.name(path)!r} is {kind}; only a jax.Array '
-          'is saved, and a key as its jax.random.key_data'
-        )
-    try:
-      extra = json.loads(json.dumps(extra))
-    except (TypeError, ValueError) as error:
-      raise ValueError(f'extra={extra!r:.200} is not JSON: {error}') from None
-    if metrics and self._needed_metric not in (None, *metrics):
-      raise ValueError(
-        f'no best_metric {self._needed_metric!r} in metrics; have '
-        f'{sorted(metrics)}'
-      )
-    return manifest_lib.Manifest(
-      step=step,
-      tree=manifest_lib.describe(state),
-      extra=extra,
-      metrics={key: float(value) for key, value in metrics.items()},
-    )
+  def _copied(self, state: Any) -> Any:
+    """What another try would write: the caller's arrays are gone by then."""
+    if self._retry.tries == 1 or jax.process_count() > 1:
+      return None
+    return jax.tree.map(np.array, state)
 
-  def _finish(self, saving, manifest: manifest_lib.Manifest) -> None:
-    """On the thread: waits for Orbax's files, then seals, names and prunes."""
+  def _rewriting(self, copied: Any) -> Retry:
+    """How often arrays are written."""
+    return self._retry if copied is not None else Retry()
+
+  def _write(self, step: int, state: Any) -> epath.Path:
+    """Starts Orbax's writing, and returns the folder it goes to."""
+    self._saves += 1  # a failed save may yet write: never into this one
+    saving = self._directory.folder(step, f'.saving{self._saves}')
     try:
-      self._orbax.wait_until_finished()
-      if jax.process_index() == 0:
-        manifest_lib.write(saving, manifest)
-        saving.rename(self._directory.folder(manifest.step))
+      self._orbax.save(saving, ocp.args.PyTreeSave(state))
     except Exception:
       self._clear_away()
       raise
+    return saving
+
+  def _finish(self, saving, manifest: manifest_lib.Manifest, copied) -> None:
+    """On the thread: waits for Orbax's files, then seals, names and prunes."""
+    writing: list[epath.Path] = [saving]
+
+    def finish():
+      folder = writing.pop() if writing else self._write(manifest.step, copied)
+      try:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+          manifest_lib.write(folder, manifest)
+          folder.rename(self._directory.folder(manifest.step))
+      except Exception:
+        self._clear_away()
+        raise
+
+    self._rewriting(copied)(finish)
     if jax.process_index() == 0:
       self._directory.prune()
 
@@ -260,8 +286,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     if jax.process_index() == 0:
       found, skipped = self._directory.newest_good(step)
     if jax.process_count() > 1:  # to hash everything once is enough
-      sent = np.int32(-1 if found is None else found)
-      found = int(multihost_utils.broadcast_one_to_all(sent))
+      sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
+      # Others may see a folder later than process 0 does.
+      found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
       found = None if found < 0 else found
     if found is not None or not folders:
       return found, skipped
@@ -276,18 +303,19 @@ class Checkpointer(contextlib.AbstractContextManager):
     target = jax.tree.map(_placed, abstract_state)
     how = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(target, how, partial_restore=partial)
+    folder = self._directory.folder(step)
     try:
-      return self._orbax.restore(self._directory.folder(step), args)
+      return self._retry(self._orbax.restore, folder, args)
     except Exception as error:
       raise CheckpointError(
         f'checkpoint {step} in {self._directory.path} is as it was saved but '
-        f'cannot be read: {_cause(error)}'
+        f'cannot be read: {describe(error)}'
       ) from error
 
   def _failure(self, step: int, error: Exception) -> CheckpointError:
     return CheckpointError(
       f'checkpoint {step} not saved to {self._directory.path}: '
-      f'{_cause(error)}\nlast good step: {max(self.steps(), default=None)}'
+      f'{describe(error)}\nlast good step: {max(self.steps(), default=None)}'
     )
 
 
@@ -297,15 +325,6 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _cause(error: Exception) -> str:
-  """One line; of a long one the end, where the operating system speaks."""
-  text = str(error).split('\n', 1)[0]
-  text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
-  if len(text) > _LONGEST_CAUSE:
-    text = f'...{text[-_LONGEST_CAUSE:]}'
-  return f'{type(error).__name__}: {text}'
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -4,14 +4,15 @@ Not here: what a model refuses (`moe_jax.models.build`), or bad data
 (`moe_jax.data`).
 """
 
-import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
+from moe_jax.config import to_dataclass
 from moe_jax.data import DataConfig
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.distributed import Timeouts
 from moe_jax.training.optimizer import by_name
 
 
@@ -27,13 +28,16 @@ def check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   for name in ('total_steps', 'batch_size', 'microbatches', 'log_every_steps'):
     if config[name] < 1:
       raise ValueError(f'{name}={config[name]} must be at least 1')
+  if config.profile.start_step < 1 or config.profile.num_steps < 0:
+    raise ValueError(
+      f'profile.start_step={config.profile.start_step} must be at least 1, '
+      f'profile.num_steps={config.profile.num_steps} at least 0'
+    )
   if T < 1:
     raise ValueError(f'data.seq_len={T} must be at least 1')
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'{jax.process_count()} processes: training runs in one process so far'
-    )
+  _check_faults(config)
   check_best(config)
+  to_dataclass(Timeouts, config.distributed)
   rules = partitioning.make_rules(config.sharding.to_dict())
   parts = int(np.prod([mesh.shape[axis] for axis in rules['batch']]))
   if B % n:
@@ -46,6 +50,17 @@ def check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   if config.model.moe.num_experts:
     for name in _lengths(config):
       _check_groups(config, name, B // n, parts, rules['batch'])
+
+
+def _check_faults(config: ml_collections.ConfigDict) -> None:
+  """How often what fails is left out or tried again."""
+  for name, least in (('tries', 1), ('retry_seconds', 0)):
+    if config.checkpoint[name] < least:
+      value = config.checkpoint[name]
+      raise ValueError(f'checkpoint.{name}={value} must be at least {least}')
+  most = config.max_nonfinite_steps
+  if most < 0:
+    raise ValueError(f'max_nonfinite_steps={most} is negative')
 
 
 def _lengths(config: ml_collections.ConfigDict) -> tuple[str, ...]:

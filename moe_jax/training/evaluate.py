@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from moe_jax import data, models
 from moe_jax.config import merge, to_dataclass, unknown
+from moe_jax.distributed import Placing
 from moe_jax.models import Model, abstract_params
 from moe_jax.training import summary
 from moe_jax.training.losses import LossSums, add
@@ -25,7 +25,6 @@ from moe_jax.training.step import eval_step
 # Keys that entries of every kind have; the others are the kind's options.
 COMMON = ('kind', 'every_steps', 'model_overrides')
 Row = dict[str, Any]  # a number by its name, as `metrics.MetricsWriter` takes
-Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Setting:
     model: The training model with the entry's overrides.
     dataset: The run's.
     workdir: The run's folder, which need not exist yet.
-    put: Moves a batch of numpy arrays of `config.batch_size` rows to devices.
+    put: Moves batches of numpy arrays of `config.batch_size` rows to devices.
   """
 
   name: str
@@ -48,10 +47,11 @@ class Setting:
   model: Model
   dataset: data.Dataset
   workdir: pathlib.Path
-  put: Put
+  put: Placing
 
 
-Measure = Callable[[Any, int], Row]  # (parameters, step)
+Variables = dict[str, Any]  # 'params', and 'router_state' if there is any
+Measure = Callable[[Variables, int], Row]  # (variables, step)
 Kind = Callable[[Setting], Measure]
 
 
@@ -62,7 +62,7 @@ class Evaluation:
   Attributes:
     name: Its key.
     every_steps: Its period; 0 is at the end only.
-    measure: (parameters, step) -> its row.
+    measure: (variables, step) -> its row.
   """
 
   name: str
@@ -80,7 +80,7 @@ def make_evaluations(
   *,
   dataset: data.Dataset,
   workdir: pathlib.Path,
-  put: Put,
+  put: Placing,
   kinds: Mapping[str, Kind],
 ) -> list[Evaluation]:
   """All entries of `config.evals`, models built.
@@ -152,13 +152,13 @@ def changed_models(
 
 
 def measured(
-  evaluations: Sequence[Evaluation], params: Any, step: int
+  evaluations: Sequence[Evaluation], variables: Variables, step: int
 ) -> dict[str, Row]:
   """The row of each evaluation, by name; what is equal is measured once."""
   done: dict[Measure, Row] = {}
   for e in evaluations:
     if e.measure not in done:
-      done[e.measure] = e.measure(params, step)
+      done[e.measure] = e.measure(variables, step)
   return {e.name: done[e.measure] for e in evaluations}
 
 
@@ -202,30 +202,33 @@ class Losses:
     num_batches: 0 is all rows.
     batch_size: B, global.
     rows: The split.
-    put: Moves a batch to devices.
+    put: Moves batches to devices.
   """
 
   model: Model
   num_batches: int
   batch_size: int
   rows: data.Rows
-  put: Put
+  put: Placing
 
-  def __call__(self, params: Any, step: int) -> Row:
+  def __call__(self, variables: Variables, step: int) -> Row:
     """See `summary.summarize`."""
     del step
-    return summary.summarize(self.sums(params))
+    return summary.summarize(self.sums(variables))
 
-  def sums(self, params: Any) -> LossSums:
+  def sums(self, variables: Variables) -> LossSums:
     """Over all batches, as float64 numpy."""
     run = compiled_eval_step(self.model)
     total = None
     for batch in data.eval_batches(
-      self.rows, batch_size=self.batch_size, num_batches=self.num_batches
+      self.rows,
+      batch_size=self.batch_size,
+      num_batches=self.num_batches,
+      share=self.put.rows,
     ):
       # Added on the host in float64: a split has more tokens than float32
       # has whole numbers.
-      sums = summary.host(run(params, self.put(batch)))
+      sums = summary.host(run(variables, self.put.local(batch)))
       total = sums if total is None else add(total, sums)
     return total
 

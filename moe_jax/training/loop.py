@@ -7,15 +7,19 @@ reports, which are hooks that `moe_jax.main` and experiments wire in.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
+from moe_jax.config import to_dataclass
+from moe_jax.distributed import Timeouts
 from moe_jax.training.evaluate import Kind, measured
 from moe_jax.training.recorder import Recorder
-from moe_jax.training.setup import Hook, Run, begin, set_up
+from moe_jax.training.setup import Hook, Initial, Run, begin, set_up
 from moe_jax.training.step import TrainState
+from moe_jax.training.watchdog import Alone, Watchdog, watching
 
 
 def train_and_evaluate(
@@ -26,10 +30,15 @@ def train_and_evaluate(
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
   kinds: Mapping[str, Kind] | None = None,
+  initial: Initial | None = None,
 ) -> TrainState:
   """Trains what `config` describes, from where `workdir` stands.
 
   A workdir of the same config is gone on with; SIGTERM saves and returns.
+  Several processes all call this, with the same arguments: one that gets a
+  SIGTERM has all save and return after the same step, and one that is lost
+  ends the others (`watchdog.py`). Process 0 alone prints, and writes all but
+  its part of the checkpoints.
 
   Args:
     config: A config as the files in `configs/` return it.
@@ -38,42 +47,60 @@ def train_and_evaluate(
     resume: Goes on even where the workdir's config differs.
     devices: Of the mesh; None is all there are.
     kinds: Of evaluations, by name, beside 'loss'.
+    initial: What `config.init_from` means; see `setup.begin`.
 
   Raises:
     ValueError: A bad config, bad data, or another run's workdir.
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
-  run = set_up(config, workdir, resume=resume, devices=devices, kinds=kinds)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(run.checkpoints)
-    state = begin(run)
-    start = int(state.step)
-    recorder = stack.enter_context(Recorder(run, start))
-    stop = stack.enter_context(_sigterm())
-    for hook in hooks:
-      hook.start(run)
-    for step, batch in zip(
-      range(start + 1, run.config.total_steps + 1),
-      run.batches(start),
-      strict=False,
-    ):
-      state, metrics = run.train_step(state, batch)
-      recorder.add(step, metrics)
-      last = step == run.config.total_steps
-      if last or not stop:  # who sends SIGTERM does not wait
-        _evaluate(run, recorder, step, state, last)
-      _save(run, recorder, step, state, last or bool(stop))
-      if stop:
-        break
-    run.checkpoints.wait()
-    if int(state.step) < run.config.total_steps:
+  with watching(to_dataclass(Timeouts, config.distributed)) as watchdog:
+    run = set_up(config, workdir, resume=resume, devices=devices, kinds=kinds)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(run.checkpoints)
+      watchdog.before_end = run.checkpoints.settle
+      state = begin(run, initial)
+      recorder = stack.enter_context(Recorder(run, int(state.step)))
+      stopped = stack.enter_context(_stopped())
+      for hook in hooks:
+        hook.start(run)
+      state = _train(run, recorder, state, watchdog, stopped)
+      run.checkpoints.wait()
+      if int(state.step) == run.config.total_steps:
+        for hook in hooks:
+          watchdog.mark(f'the end of {type(hook).__name__}')
+          hook.end(run, state)
+  return state
+
+
+def _train(
+  run: Run,
+  recorder: Recorder,
+  state: TrainState,
+  watchdog: Alone | Watchdog,
+  stopped: Callable[[int], bool],
+) -> TrainState:
+  """The state after the last step, or the one after which it is stopped."""
+  start, total = int(state.step), run.config.total_steps
+  if start == total:
+    run.message(f'already at step {start}: nothing left to train')
+  batches = run.batches(start)
+  for step in range(start + 1, total + 1):
+    watchdog.mark(f'the data of step {step}')
+    batch = next(batches)
+    watchdog.mark(f'step {step}')
+    state, metrics = run.train_step(state, batch)
+    recorder.add(step, metrics, batch)
+    stop, last = stopped(step), step == total
+    if last or not stop:  # who sends SIGTERM does not wait
+      watchdog.mark(f'evaluations of step {step}')
+      _evaluate(run, recorder, step, state, last)
+    watchdog.mark(f'the checkpoint of step {step}')
+    _save(run, recorder, step, state, last or stop)
+    if stop and not last:
+      run.checkpoints.wait()
       run.message(f'stopped by SIGTERM at step {step}; saved, will go on here')
-      return state
-    if start == run.config.total_steps:
-      run.message(f'already at step {start}: nothing left to train')
-    for hook in hooks:
-      hook.end(run, state)
+      break
   return state
 
 
@@ -81,7 +108,7 @@ def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
   if due:
     with recorder.paused(step):
-      recorder.evaluated(step, measured(due, state.params, step))
+      recorder.evaluated(step, measured(due, state.variables, step))
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
@@ -98,15 +125,22 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[list]:
-  """A list that fills when SIGTERM arrives, in place of dying of it."""
+def _stopped() -> Iterator[Callable[[int], bool]]:
+  """Says after each step whether to stop there; of SIGTERM, nothing dies.
+
+  Of several processes JAX catches the signal, and chooses a step that none has
+  begun, once it came to any of them.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   received = []
   try:
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
   except ValueError:  # not the main thread: signals are the caller's
-    yield received
+    yield lambda step: False
     return
   try:
-    yield received
+    yield lambda step: bool(received)
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -9,15 +9,19 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
+from moe_jax.training.storage_errors import Retry
+
 NAME = 'manifest.json'
 _FORMAT = 1
 _MOST_LISTED = 4
+_FLOAT = re.compile(r'^b?float\d+')
 
 
 class BadCheckpoint(Exception):
@@ -43,6 +47,36 @@ class Manifest:
   files: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 
+def make(
+  step: int, state: Any, extra: dict[str, Any], metrics: Mapping[str, Any]
+) -> Manifest:
+  """All of a manifest but the files.
+
+  Raises:
+    ValueError: The step is negative, a leaf is no jax array, or `extra` is not
+      JSON.
+  """
+  if step < 0:
+    raise ValueError(f'step={step} < 0')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
+    if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
+      raise ValueError(
+        f'state leaf {name(path)!r} is {kind}; only a jax.Array is saved, and '
+        'a key as its jax.random.key_data'
+      )
+  try:
+    extra = json.loads(json.dumps(extra))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'extra={extra!r:.200} is not JSON: {error}') from None
+  return Manifest(
+    step=step,
+    tree=describe(state),
+    extra=extra,
+    metrics={key: float(value) for key, value in metrics.items()},
+  )
+
+
 def write(folder: epath.Path, manifest: Manifest) -> None:
   """Seals `folder`, whose files are final; `manifest.files` is found here."""
   paths = sorted(
@@ -62,14 +96,18 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   partial.replace(folder / NAME)
 
 
-def read(folder: epath.Path) -> Manifest:
+def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
   """The manifest of `folder`, its own digest checked, its files not.
+
+  Args:
+    folder: A checkpoint.
+    retry: For what storage fails to read.
 
   Raises:
     BadCheckpoint: There is none, or it is not what was written.
   """
   try:
-    body = json.loads((folder / NAME).read_text())
+    body = json.loads(retry((folder / NAME).read_text))
     seal = body.pop('sha256')
     version = body.pop('format')
     if seal != _seal({**body, 'format': version}):
@@ -84,11 +122,18 @@ def read(folder: epath.Path) -> Manifest:
     raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
 
 
-def verify(folder: epath.Path, manifest: Manifest) -> None:
+def verify(
+  folder: epath.Path, manifest: Manifest, retry: Retry = Retry()
+) -> None:
   """Reads every file that `manifest` names; others in `folder` are ignored.
 
   An extra file (a note, a network file system's `.nfs0001`) takes nothing from
   the arrays, and refusing it would throw away a good checkpoint.
+
+  Args:
+    folder: A checkpoint.
+    manifest: Its own.
+    retry: For what storage fails to read.
 
   Raises:
     BadCheckpoint: A file is missing, of another size, or altered.
@@ -98,10 +143,10 @@ def verify(folder: epath.Path, manifest: Manifest) -> None:
     path, (size, digest) = item
     try:
       # Sizes first: a truncated file need not be read to be refused.
-      have = (folder / path).stat().length
+      have = retry((folder / path).stat).length
       if have != size:
         return f'{path} has {have} bytes, not {size}'
-      if _size_and_digest(folder / path)[1] != digest:
+      if retry(_size_and_digest, folder / path)[1] != digest:
         return f'{path} altered'
     except FileNotFoundError:
       return f'{path} missing'
@@ -129,19 +174,30 @@ def name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def difference(saved: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+def difference(
+  saved: Mapping[str, str], wanted: Mapping[str, str], *, cast: bool = False
+) -> str:
   """How two `describe`d trees differ, a line for each kind; '' if they don't.
 
   The kinds are missing (wanted, not saved), unexpected (saved, not wanted) and
-  of another shape or dtype.
+  of another shape or dtype; with `cast` any floating-point type is another's
+  equal.
   """
+
+  def same(path):
+    if cast:
+      return _FLOAT.sub('float', saved[path]) == _FLOAT.sub(
+        'float', wanted[path]
+      )
+    return saved[path] == wanted[path]
+
   kinds = {
     'missing': [path for path in wanted if path not in saved],
     'unexpected': [path for path in saved if path not in wanted],
     'different': [
       f'{path} (saved {saved[path]}, wanted {wanted[path]})'
       for path in wanted
-      if path in saved and saved[path] != wanted[path]
+      if path in saved and not same(path)
     ],
   }
   lines = []

@@ -8,28 +8,33 @@ import contextlib
 import math
 import time
 
-from moe_jax.training import summary
+from moe_jax.distributed import is_first
+from moe_jax.training import nonfinite, summary
 from moe_jax.training.checkpoint import CheckpointError
 from moe_jax.training.evaluate import Row
 from moe_jax.training.losses import LossSums, add
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.progress import Progress
 from moe_jax.training.setup import Run
-from moe_jax.training.step import StepMetrics
+from moe_jax.training.step import Batch, StepMetrics
 
 
 class NonFiniteError(RuntimeError):
-  """The loss or the gradient is not finite any more."""
+  """The loss or the gradient is not finite, and no more may be left out."""
 
 
 class Recorder:
-  """A context manager; rows are averages since the row before."""
+  """A context manager; rows are averages since the row before.
+
+  Every process has one and sees the same numbers; process 0's writes them.
+  """
 
   def __init__(self, run: Run, start: int):
     """Opens the workdir's metrics at step `start`."""
     self._run = run
     self._start = start
-    self._pending: tuple[int, StepMetrics] | None = None
+    self._pending: tuple[int, StepMetrics, Batch] | None = None
+    self._skipped = nonfinite.count(run.workdir, start)
     self._sums: LossSums | None = None
     self._steps = 0
     self._tokens = 0.0
@@ -39,29 +44,35 @@ class Recorder:
   def __enter__(self) -> 'Recorder':
     run = self._run
     self._stack = contextlib.ExitStack()
-    resume_step = self._start or None
-    self._writer = self._stack.enter_context(
-      MetricsWriter(run.workdir, resume_step=resume_step)
-    )
-    self._progress = self._stack.enter_context(
-      Progress(run.config.total_steps, self._start)
-    )
-    run.message = self._progress.message
+    self._message = run.message
+    self._writer = self._progress = None
+    if is_first():
+      resume_step = self._start or None
+      self._writer = self._stack.enter_context(
+        MetricsWriter(run.workdir, resume_step=resume_step)
+      )
+      self._progress = self._stack.enter_context(
+        Progress(run.config.total_steps, self._start)
+      )
+      run.message = self._progress.message
     return self
 
   def __exit__(self, *exc) -> None:
-    self._run.message = print
+    self._run.message = self._message
     self._stack.close()
 
-  def add(self, step: int, metrics: StepMetrics) -> None:
+  def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
     """Takes step's metrics, and reads those of the step before.
 
+    A step before whose loss or gradient norm is not finite has its batch kept.
+    It was left out of the state if any may be (`config.max_nonfinite_steps`),
+    and is left out of the averages.
+
     Raises:
-      NonFiniteError: The step before has a loss or gradient norm that is not
-        finite.
+      NonFiniteError: There were as many such steps as may be left out.
     """
     self._flush()
-    self._pending = step, metrics
+    self._pending = step, metrics, batch
 
   @contextlib.contextmanager
   def paused(self, step: int):
@@ -76,7 +87,7 @@ class Recorder:
     """Writes and says what the evaluations found."""
     losses = {}
     for name, row in results.items():
-      self._writer.write(
+      self._write(
         step, {f'eval/{name}/{key}': value for key, value in row.items()}
       )
       if 'loss' in row:
@@ -102,12 +113,13 @@ class Recorder:
   def _flush(self) -> None:
     if self._pending is None:
       return
-    (step, metrics), self._pending = self._pending, None
+    (step, metrics, batch), self._pending = self._pending, None
     sums = summary.host(metrics.sums)
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-      raise NonFiniteError(self._describe(step, loss, grad_norm, sums))
-    self._sums = sums if self._sums is None else add(self._sums, sums)
+      self._skip(step, loss, grad_norm, sums, batch)
+    else:
+      self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
       self._clock = time.perf_counter()
     else:
@@ -116,8 +128,21 @@ class Recorder:
         self._run.config.batch_size * self._run.config.data.seq_len
       )
     total = self._run.config.total_steps
-    if step % self._run.config.log_every_steps == 0 or step == total:
+    due = step % self._run.config.log_every_steps == 0 or step == total
+    if due and self._sums is not None:
       self._row(step, loss, grad_norm, float(metrics.learning_rate))
+
+  def _skip(self, step, loss, grad_norm, sums, batch) -> None:
+    """Keeps the batch, and raises if this step is one too many."""
+    path = nonfinite.keep(self._run.workdir, step, batch)
+    most = self._run.config.max_nonfinite_steps
+    if self._skipped >= most:
+      raise NonFiniteError(self._describe(step, loss, grad_norm, sums, path))
+    self._skipped += 1
+    self._run.message(
+      f'step {step}: loss={loss}, gradient norm={grad_norm}: left out, '
+      f'{self._skipped} of at most {most}; its batch is {path}'
+    )
 
   def _row(self, step, loss, grad_norm, learning_rate) -> None:
     now = time.perf_counter()
@@ -133,16 +158,21 @@ class Recorder:
     if self._steps:
       row['tokens_per_second'] = speed
       row['step_seconds'] = seconds / self._steps
-    self._writer.write(step, {f'train/{k}': v for k, v in row.items()})
-    self._progress.update(
-      step,
-      loss=values['loss'],
-      tokens_per_second=speed,
-      drop_rate=values.get('drop_rate'),
-    )
+    self._write(step, {f'train/{k}': v for k, v in row.items()})
+    if self._progress is not None:
+      self._progress.update(
+        step,
+        loss=values['loss'],
+        tokens_per_second=speed,
+        drop_rate=values.get('drop_rate'),
+      )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
 
-  def _describe(self, step, loss, grad_norm, sums) -> str:
+  def _write(self, step: int, row: Row) -> None:
+    if self._writer is not None:
+      self._writer.write(step, row)
+
+  def _describe(self, step, loss, grad_norm, sums, path) -> str:
     lines = [f'step {step}: loss={loss}, gradient norm={grad_norm}']
     for i in summary.sparse_layers(sums):
       layer = summary.layer_summary(sums, i)
@@ -155,6 +185,7 @@ class Recorder:
       self._run.checkpoints.wait()
     newest = self._run.checkpoints.newest_good()
     good = 'none' if newest is None else f'step {newest}'
+    lines.append(f'its batch is {path}')
     lines.append(
       f'last good checkpoint: {good} in {self._run.workdir}; lower '
       'optimizer.learning_rate or raise moe.z_weight, and go on with --resume'

@@ -20,6 +20,7 @@ from etils import epath
 
 from moe_jax.training import manifest as manifest_lib
 from moe_jax.training.manifest import BadCheckpoint, Manifest
+from moe_jax.training.storage_errors import Retry
 
 _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9]\d*')
@@ -36,6 +37,7 @@ class Directory:
     keep_newest: int,
     keep_best: bool,
     best_metric: str,
+    retry: Retry = Retry(),
   ):
     if keep_newest < 1:
       raise ValueError(f'keep_newest={keep_newest} < 1: nothing would be kept')
@@ -43,6 +45,7 @@ class Directory:
     self._keep_newest = keep_newest
     self._keep_best = keep_best
     self._best_metric = best_metric
+    self._retry = retry
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
     """Where `step` is, or is being saved, deleted or set aside."""
@@ -52,7 +55,7 @@ class Directory:
     """Every step with a folder, good or not, rising."""
     if not self.path.exists():
       return []
-    names = [path.name for path in self.path.iterdir()]
+    names = self._retry(lambda: [path.name for path in self.path.iterdir()])
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
   def steps(self) -> list[int]:
@@ -77,7 +80,7 @@ class Directory:
 
   def manifest(self, step: int) -> Manifest:
     """The manifest of `step`; `BadCheckpoint` where there is no sound one."""
-    manifest = manifest_lib.read(self.folder(step))
+    manifest = manifest_lib.read(self.folder(step), self._retry)
     if manifest.step != step:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
@@ -94,7 +97,8 @@ class Directory:
     refused = []
     for candidate in reversed(candidates):
       try:
-        manifest_lib.verify(self.folder(candidate), self.manifest(candidate))
+        manifest = self.manifest(candidate)
+        manifest_lib.verify(self.folder(candidate), manifest, self._retry)
         return candidate, refused
       except BadCheckpoint as bad:
         refused.append((candidate, str(bad)))

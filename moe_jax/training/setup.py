@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from moe_jax import data, models, partitioning
 from moe_jax.config import merge, to_dataclass
+from moe_jax.distributed import Placing, check_same, check_shared, is_first
 from moe_jax.layers.initializers import axis_names
 from moe_jax.models import Model
+from moe_jax.models.router_state import init_router_state, moved
 from moe_jax.training import checks
 from moe_jax.training import step as step_lib
 from moe_jax.training import workdir as workdir_lib
@@ -31,6 +32,7 @@ from moe_jax.training.evaluate import (
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.step import StepMetrics, TrainState
+from moe_jax.training.storage_errors import Retry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,18 @@ class Programs:
     abstract_state: Shapes and shardings of the state.
     train_step: (state, batch) -> (state, metrics), compiled at first use; the
       state is donated.
-    put: Moves a batch of numpy arrays to the devices.
+    put: Moves batches of numpy arrays to the devices.
   """
 
   init_state: Callable[[], TrainState]
   state_of: Callable[[Any], TrainState]
   abstract_state: TrainState
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
-  put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+  put: Placing
+
+
+def _message() -> Callable[[str], None]:
+  return print if is_first() else lambda text: None
 
 
 @dataclasses.dataclass
@@ -69,7 +75,8 @@ class Run:
     train_step: Of `programs`; a hook may wrap it.
     evaluations: All of `config.evals`.
     checkpoints: The run's checkpoints.
-    message: Prints a line; the progress display puts itself in its place.
+    message: Prints a line, in process 0; the progress display puts itself in
+      its place.
   """
 
   config: ml_collections.ConfigDict
@@ -82,19 +89,27 @@ class Run:
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
   evaluations: list[Evaluation]
   checkpoints: Checkpointer
-  message: Callable[[str], None] = print
+  message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
     """The batches from step `start` on, on the devices."""
+    put = self.programs.put
     return map(
-      self.programs.put,
+      put.local,
       data.train_batches(
         self.dataset.splits['train'],
         batch_size=self.config.batch_size,
         seed=self.config.seed,
         start=start,
+        share=put.rows,
       ),
     )
+
+
+# The variables (parameters, and `router_state` if it is not to begin anew) that
+# a run begins with, in place of those drawn from its seed, in their shardings,
+# and a line that says what they are; None: it draws them.
+Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
 class Hook:
@@ -126,6 +141,9 @@ def set_up(
   data_config = to_dataclass(data.DataConfig, config.data)
   checks.check_task(config, data_config)
   dataset = data.load(data_config)
+  check_same(
+    {'the config': config.to_json_best_effort(), 'the data': dataset.digest}
+  )
   checks.check_sample(config, dataset.tokenizer)
   filled = with_vocabulary(config, dataset.vocab_size)
   model = models.build(filled)
@@ -149,10 +167,11 @@ def set_up(
     train_step=programs.train_step,
     evaluations=evaluations,
     checkpoints=Checkpointer(
-      folder / workdir_lib.CHECKPOINTS,
+      workdir_lib.checkpoints_of(folder, config),
       keep_newest=config.checkpoint.keep_newest,
       keep_best=config.checkpoint.keep_best,
       best_metric=config.checkpoint.best_eval,
+      retry=Retry(config.checkpoint.tries, config.checkpoint.retry_seconds),
     ),
   )
 
@@ -166,7 +185,10 @@ def make_programs(
   axes, params = axis_names(boxed), nn.meta.unbox(boxed)
   optimizer = make_optimizer(config.optimizer, config.total_steps, axes)
   checks.check_rules(config.optimizer, params)
-  shardings = state_shardings(mesh, rules, params, axes, optimizer)
+  router_state = init_router_state(model, config.data.seq_len)
+  shardings = state_shardings(
+    mesh, rules, params, axes, optimizer, router_state
+  )
   batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
   init = functools.partial(
     step_lib.init_state,
@@ -176,7 +198,9 @@ def make_programs(
   )
   init = jax.jit(init, out_shardings=shardings)
   state_of = jax.jit(
-    functools.partial(step_lib.state_of, optimizer=optimizer),
+    functools.partial(
+      step_lib.state_of, optimizer=optimizer, router_state=router_state
+    ),
     out_shardings=shardings,
     donate_argnums=1,
   )
@@ -188,7 +212,10 @@ def make_programs(
     ),
     optimizer=optimizer,
     schedule=make_schedule(config.optimizer, config.total_steps),
+    move_router_state=functools.partial(moved, model.config),
   )
+  if config.max_nonfinite_steps:
+    step = step_lib.skipping_nonfinite(step)
   return Programs(
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
@@ -202,22 +229,28 @@ def make_programs(
     train_step=jax.jit(
       step,
       in_shardings=(shardings, batch_sharding),
-      out_shardings=(shardings, None),
+      # Every process reads the metrics.
+      out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
       donate_argnums=0,
     ),
-    put=functools.partial(_put, batch_sharding),
+    put=Placing(batch_sharding, config.batch_size),
   )
 
 
-def begin(run: Run) -> TrainState:
+def begin(run: Run, initial: Initial | None = None) -> TrainState:
   """The newest good checkpoint's state, said in one line, or the first.
 
   A checkpoint of step 0 holds parameters alone, an imported model's: the
   optimizer starts anew. Only then is the workdir made the run's own: what is
   refused changes nothing.
 
+  Args:
+    run: As `set_up` made it.
+    initial: Asked where there is no checkpoint.
+
   Raises:
-    ValueError: The checkpoint was made on other data, or for another model.
+    ValueError: The checkpoint was made on other data, or for another model; or
+      `initial` refuses.
     CheckpointError: There are checkpoints and none is good.
   """
   abstract = run.programs.abstract_state
@@ -231,8 +264,20 @@ def begin(run: Run) -> TrainState:
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
-  workdir_lib.claim(run.workdir, run.given)
-  run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
+  given = None
+  if restored is None:
+    given = _given(run, initial)
+  if is_first():
+    workdir_lib.claim(run.workdir, run.given)
+    run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
+  check_shared(run.workdir)
+  if given is not None:
+    variables, what = given
+    run.message(what)
+    state = run.programs.state_of(variables['params'])
+    return state.replace(
+      router_state=variables.get('router_state', state.router_state)
+    )
   if restored is None:
     return run.programs.init_state()
   for step, reason in restored.skipped:
@@ -242,6 +287,19 @@ def begin(run: Run) -> TrainState:
     return run.programs.state_of(restored.state['params'])
   run.message(f'going on from the checkpoint of step {restored.step}')
   return restored.state
+
+
+def _given(
+  run: Run, initial: Initial | None
+) -> tuple[dict[str, Any], str] | None:
+  if initial is not None:
+    return initial(run)
+  if run.config.init_from.workdir:
+    raise ValueError(
+      f'init_from.workdir={run.config.init_from.workdir!r} and nobody to read '
+      'it; pass initial=moe_jax.finetuning.initial'
+    )
+  return None
 
 
 def with_vocabulary(
@@ -285,7 +343,9 @@ def loss_weights(
   )
 
 
-def state_shardings(mesh, rules, params, axes, optimizer) -> TrainState:
+def state_shardings(
+  mesh, rules, params, axes, optimizer, router_state
+) -> TrainState:
   """Where each array of the train state lives."""
   whole = partitioning.sharding(mesh, rules, ())
   param_shardings = partitioning.tree_shardings(mesh, rules, axes, params)
@@ -297,11 +357,5 @@ def state_shardings(mesh, rules, params, axes, optimizer) -> TrainState:
     opt_state=partitioning.like_params(
       mesh, opt_state, params, param_shardings
     ),
+    router_state=jax.tree.map(lambda _: whole, router_state),
   )
-
-
-def _put(sharding, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  return {
-    key: jax.make_array_from_process_local_data(sharding, value)
-    for key, value in batch.items()
-  }

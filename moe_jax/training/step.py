@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameters import init_params
 from moe_jax.shapes import Array, Leaf, UInt32
 from moe_jax.training import losses
@@ -27,12 +28,19 @@ class TrainState(flax.struct.PyTreeNode):
       nothing else share a compiled step.
     params: The model's parameters, unboxed.
     opt_state: The optimizer's state.
+    router_state: What routers keep beside parameters; {} if nothing.
   """
 
   step: Leaf
   seed: Leaf
   params: Any
   opt_state: Any
+  router_state: Any = flax.struct.field(default_factory=dict)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the model's `apply` takes."""
+    return router_state_lib.variables(self.params, self.router_state)
 
 
 class StepMetrics(NamedTuple):
@@ -52,7 +60,9 @@ class StepMetrics(NamedTuple):
 
 
 Batch = dict[str, Array]
-# (params, batch, whole batch's normalisers, key) -> (loss, sums), gradient
+# (params, batch, whole batch's normalisers, key, router_state) ->
+# ((loss, sums), gradient)
+MoveRouterState = Callable[[Any, Array], Any]  # (state, load [L, E]) -> state
 GradFn = Callable[..., tuple[tuple[Array, losses.LossSums], Any]]
 
 
@@ -61,10 +71,10 @@ def make_grad_fn(
 ) -> GradFn:
   """The value and gradient of the loss, accumulated over microbatches."""
 
-  def loss_fn(params, batch, whole, key):
+  def loss_fn(params, batch, whole, key, router_state=None):
     router_key, dropout_key = jax.random.split(key)
     logits, aux = model.apply(
-      {'params': params},
+      router_state_lib.variables(params, router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
@@ -83,18 +93,19 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
   is the whole batch's loss, auxiliary losses included.
   """
 
-  def accumulated(params, batch, whole, key):
+  def accumulated(params, batch, whole, key, router_state=None):
     slices = jax.tree.map(
       lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
     )
 
     def one(total, item):
       index, part = item
-      result = grad_fn(params, part, whole, jax.random.fold_in(key, index))
+      key_of_part = jax.random.fold_in(key, index)
+      result = grad_fn(params, part, whole, key_of_part, router_state)
       return jax.tree.map(jnp.add, total, result), None
 
     first = jax.tree.map(lambda x: x[0], slices)
-    shapes = jax.eval_shape(grad_fn, params, first, whole, key)
+    shapes = jax.eval_shape(grad_fn, params, first, whole, key, router_state)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(one, zeros, (jnp.arange(n), slices))[0]
 
@@ -108,11 +119,14 @@ def train_step(
   grad_fn: GradFn,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  move_router_state: MoveRouterState = lambda router_state, load: router_state,
 ) -> tuple[TrainState, StepMetrics]:
   """One optimizer step; its randomness is that of `state.seed` and `step`."""
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   whole = losses.normalizers(batch)
-  (loss, sums), grads = grad_fn(state.params, batch, whole, key)
+  (loss, sums), grads = grad_fn(
+    state.params, batch, whole, key, state.router_state
+  )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -122,16 +136,33 @@ def train_step(
     grad_norm=optax.global_norm(grads),
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
   )
-  state = TrainState(state.step + 1, state.seed, params, opt_state)
+  load = sums.aux.stats.load  # [L, E], of all groups and microbatches
+  router_state = move_router_state(state.router_state, load)
+  state = TrainState(
+    state.step + 1, state.seed, params, opt_state, router_state
+  )
   return state, metrics
 
 
-def eval_step(params, batch: Batch, *, model: nn.Module) -> losses.LossSums:
+def skipping_nonfinite(train_step):
+  """The step, without effect where its loss or gradient is not finite.
+
+  The step's number goes on, and with it data and randomness. What the
+  optimizer counts itself (the schedule's step, Adam's) does not.
+  """
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    new, metrics = train_step(state, batch)
+    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return kept.replace(step=new.step), metrics
+
+  return step
+
+
+def eval_step(variables, batch: Batch, *, model: nn.Module) -> losses.LossSums:
   """The sums of one batch, without noise or dropout."""
-  logits, aux = model.apply(
-    {'params': params},
-    **model.inputs(batch),
-  )
+  logits, aux = model.apply(variables, **model.inputs(batch))
   return losses.loss_sums(logits, batch, aux)
 
 
@@ -145,7 +176,12 @@ def init_state(
   """The state before the first step."""
   key = jax.random.key(seed)
   params = nn.meta.unbox(init_params(model, key, seq_len))
-  return state_of(seed, params, optimizer=optimizer)
+  return state_of(
+    seed,
+    params,
+    optimizer=optimizer,
+    router_state=router_state_lib.init_router_state(model, seq_len),
+  )
 
 
 def state_of(
@@ -153,7 +189,8 @@ def state_of(
   params: Any,
   *,
   optimizer: optax.GradientTransformation,
+  router_state: Any,
 ) -> TrainState:
   """The state before the first step, from parameters that are there."""
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, seed, params, optimizer.init(params))
+  return TrainState(step, seed, params, optimizer.init(params), router_state)

@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.distributed import fetch
 from moe_jax.routing.load_summary import load_summary
 from moe_jax.training.losses import LossSums
 
 
 def host(sums: LossSums) -> LossSums:
-  """The sums as numpy float64, to be added without losing small counts."""
-  return jax.tree.map(
-    lambda leaf: np.asarray(leaf, np.float64), jax.device_get(sums)
-  )
+  """The sums as numpy float64, to be added without losing small counts.
+
+  With several processes, all of them call it.
+  """
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetch(sums))
 
 
 def sparse_layers(sums: LossSums) -> list[int]:

@@ -4,13 +4,29 @@ Not here: what the files hold (`checkpoint.py`, `metrics.py`).
 """
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
+from moe_jax import models, partitioning
+from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.layers.initializers import axis_names
+from moe_jax.models import Model
+from moe_jax.models.router_state import (
+  abstract_router_state,
+  init_router_state,
+  variables,
+)
+from moe_jax.training.checkpoint import Checkpointer, Restored
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
@@ -26,14 +42,20 @@ def check(
   """The folder, if `config` may have it; nothing is written.
 
   Args:
-    workdir: A local folder, which need not exist.
+    workdir: A folder of this machine or mounted on it, which need not exist.
     config: What the run is.
     resume: Whether the folder of another config will do.
 
   Raises:
-    ValueError: The folder is a file, its config cannot be read, or it is
-      another run's: then the differences are listed, old before new.
+    ValueError: It is a URL or a file, its config cannot be read, or it is
+      another run's: then the differences are listed, old before new. Or its
+      checkpoints are elsewhere than `config` has them.
   """
+  if '://' in os.fspath(workdir):
+    raise ValueError(
+      f'--workdir={workdir}: rows are appended to metrics, which buckets do '
+      'not allow; give a folder, and the URL to checkpoint.directory'
+    )
   folder = pathlib.Path(workdir).expanduser()
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir={folder} is a file; it must be a folder')
@@ -45,7 +67,32 @@ def check(
       + '\n'.join(listed)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
+  _check_directory(folder, config)
   return folder
+
+
+def _check_directory(
+  folder: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+  """A run whose checkpoints are not found would begin anew, unasked."""
+  there = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
+  old, new = (checkpoints_of(folder, c) for c in (_kept(folder), config))
+  if there and old != new:
+    raise ValueError(
+      f'{folder} has its checkpoints in {old}; checkpoint.directory='
+      f'{config.checkpoint.directory!r} says otherwise, and cannot change'
+    )
+
+
+def checkpoints_of(
+  folder: pathlib.Path, config: config_lib.Section | None = None
+) -> epath.Path:
+  """Where a run's checkpoints are; None is the config that its folder keeps."""
+  if config is None:
+    config = _kept(folder)
+  # Runs of earlier versions have no such key.
+  given = config.get('checkpoint', {}).get('directory', '')
+  return epath.Path(given or folder / CHECKPOINTS)
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -67,6 +114,105 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     path.rename(aside)
   text = json.dumps(_plain(config), indent=2, sort_keys=True)
   write_text(path, text + '\n')
+
+
+def read(
+  workdir: str | os.PathLike[str],
+) -> tuple[ml_collections.ConfigDict, Tokenizer]:
+  """What a run was: its config, the vocabulary's size filled in, and tokenizer.
+
+  Raises:
+    ValueError: The folder holds no run, or one of the two cannot be read.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  for name in (CONFIG, TOKENIZER):
+    if not (folder / name).exists():
+      raise ValueError(f'{folder} holds no trained run: it has no {name}')
+  if not (checkpoints := checkpoints_of(folder)).exists():
+    raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
+  tokenizer = tokenizers.load(folder / TOKENIZER)
+  path = folder / CONFIG
+  try:
+    config = ml_collections.ConfigDict(json.loads(path.read_text('utf-8')))
+    size = config.model.vocab_size or tokenizer.vocab_size
+    return config_lib.merge(config, {'model': {'vocab_size': size}}), tokenizer
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{path} is no config of a run: {error}') from error
+
+
+def restore_variables(
+  workdir: str | os.PathLike[str],
+  model: Model,
+  config: ml_collections.ConfigDict,
+  *,
+  mesh: Mesh | None = None,
+  step: int | None = None,
+  cast: bool = False,
+  router_state: bool = True,
+) -> Restored:
+  """A run's variables, as `apply` takes them, sharded as they are read.
+
+  These are 'params', and 'router_state' where the model keeps it. The
+  checkpoint's files are verified first; the optimizer's state is not read.
+
+  Args:
+    workdir: The run's folder.
+    model: Whose parameters they are to be, in its own types.
+    config: Whose `data.seq_len` and sharding table count.
+    mesh: Any; a dimension that does not divide by its mesh axes is whole.
+      None: the first local device.
+    step: The checkpoint; None: the newest good one.
+    cast: Whether another floating-point type may have been saved.
+    router_state: Whether that is read too.
+
+  Raises:
+    ValueError: There is no checkpoint, or it is of another model.
+    CheckpointError: None is good.
+  """
+  folder = checkpoints_of(pathlib.Path(workdir).expanduser())
+  boxed = models.abstract_params(model, config.data.seq_len)
+  if mesh is None:
+    mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
+  rules = partitioning.make_rules(config.sharding.to_dict())
+  abstract = jax.tree.map(
+    lambda leaf, axes: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=_fitting(mesh, rules, axes, leaf.shape),
+    ),
+    nn.meta.unbox(boxed),
+    axis_names(boxed),
+  )
+  kept = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=partitioning.sharding(mesh, rules, ())
+    ),
+    abstract_router_state(model, config.data.seq_len) if router_state else {},
+  )
+  with Checkpointer(folder, keep_best=False) as checkpoints:
+    found = checkpoints.restore(
+      variables(abstract, kept),
+      step=step,
+      partial=True,
+      cast=cast,
+      first={'params': abstract},
+    )
+  if found is None:
+    raise ValueError(f'{folder} has no finished checkpoint')
+  if kept and not found.step:  # parameters alone
+    kept = init_router_state(model, config.data.seq_len)
+    found = found._replace(state=variables(found.state['params'], kept))
+  return found
+
+
+def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
+  """By the table, but a dimension that does not divide is whole."""
+
+  def parts(axis):
+    return math.prod(mesh.shape[place] for place in rules.get(axis, ()))
+
+  axes = [a if n % parts(a) == 0 else None for a, n in zip(axes, shape)]
+  return partitioning.sharding(mesh, rules, axes, shape)
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from moe_jax.analysis import devices
 def test_known_devices_have_their_vendors_capacity():
   assert devices.get('h100').num_bytes == 80_000_000_000
   assert devices.get('v5e').num_bytes == 16_000_000_000
+  assert devices.get('v5p').num_bytes == 95_000_000_000
 
 
 def test_this_machine_has_memory_but_not_more_than_there_is():

@@ -49,7 +49,7 @@ def test_counts_equal_a_slow_loop(layers):
           for token, experts in zip(tokens, choices[i]):
             for e in experts:
               expected[i][token, e] += 1
-  counts = token_counts(model, params, batches)
+  counts = token_counts(model, {'params': params}, batches)
   assert list(counts) == sparse
   for i in sparse:
     assert counts[i].sum() == 2 * 2 * (10 + 3 + 10)
@@ -58,4 +58,4 @@ def test_counts_equal_a_slow_loop(layers):
 
 def test_a_dense_model_has_none():
   model = tiny.build(moe=dict(num_experts=0))
-  assert token_counts(model, {}, [make_batch(0)]) == {}
+  assert token_counts(model, {'params': {}}, [make_batch(0)]) == {}

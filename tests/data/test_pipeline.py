@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import (
+  DataError,
   PackedRows,
   batch_dataset,
   eval_batches,
@@ -88,27 +89,36 @@ def test_neighbouring_seeds_share_no_epoch():
   assert len(set(orders)) == 9
 
 
-@pytest.mark.parametrize('process_count', [2, 3, 6])
-def test_processes_cut_the_same_global_batch(process_count):
+# As devices may be ordered: neighbours, interleaved, rows that several have.
+SHARES = [[[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [1, 3, 5]], [[0, 3], [0, 3, 5]]]
+
+
+@pytest.mark.parametrize('shares', SHARES)
+def test_a_batch_does_not_depend_on_who_takes_it(shares):
   rows = numbered_rows()
   whole = batch_dataset(rows, batch_size=6, seed=3)
-  parts = [
-    batch_dataset(
-      rows,
-      batch_size=6,
-      seed=3,
-      process_index=p,
-      process_count=process_count,
-    )
-    for p in range(process_count)
-  ]
-  for i in (0, 3, 4, 50):
-    shares = [part[i] for part in parts]
-    joined = {
-      name: np.concatenate([share[name] for share in shares])
-      for name in shares[0]
-    }
-    assert_equal(joined, whole[i])
+  for share in map(np.array, shares):
+    part = batch_dataset(rows, batch_size=6, seed=3, share=share)
+    for i in (0, 3, 4, 50):
+      assert_equal(part[i], {k: v[share] for k, v in whole[i].items()})
+
+
+class CountingRows(PackedRows):
+  """Rows that count how many of them were read."""
+
+  count = 0
+
+  def take(self, indices, offsets=0):
+    self.count += len(indices)
+    return super().take(indices, offsets)
+
+
+def test_rows_of_others_are_not_read():
+  good = numbered_rows()
+  rows = CountingRows(good.tokens, good.starts, good.seq_len)
+  batch_dataset(rows, batch_size=6, seed=3, share=np.array([1, 4]))[7]
+  list(eval_batches(rows, batch_size=6, num_batches=2, share=np.array([5])))
+  assert rows.count == 2 + 2
 
 
 @pytest.mark.parametrize('start', [0, 1, 7])
@@ -121,7 +131,7 @@ def test_training_begins_anywhere(start):
 
 
 def test_training_begins_anywhere_in_a_process():
-  share = {'process_index': 1, 'process_count': 2}
+  share = {'share': np.array([1, 2])}
   rows = numbered_rows()
   ds = batch_dataset(rows, batch_size=6, seed=2, **share)
   stream = train_batches(rows, batch_size=6, seed=2, start=5, **share)
@@ -157,7 +167,7 @@ def test_a_background_error_is_raised_and_ends_the_stream():
   )
   stream = train_batches(rows, batch_size=6, seed=0, start=0)
   assert len(list(itertools.islice(stream, before))) == before
-  with pytest.raises(OSError, match='disk gone'):
+  with pytest.raises(DataError, match=f'batch {before} .*OSError: disk gone'):
     next(stream)
   with pytest.raises(StopIteration):  # not the batch after the lost one
     next(stream)
@@ -192,7 +202,7 @@ def test_some_batches_are_spread_evenly(num_batches, first_rows):
 def test_processes_share_an_evaluation():
   rows = numbered_rows()
   parts = [
-    eval_batches(rows, batch_size=6, process_index=p, process_count=3)
+    eval_batches(rows, batch_size=6, share=np.arange(2 * p, 2 * p + 2))
     for p in range(3)
   ]
   for whole, *shares in zip(eval_batches(rows, batch_size=6), *parts):
@@ -204,8 +214,9 @@ def test_processes_share_an_evaluation():
   ('wrong', 'message'),
   [
     ({'batch_size': 0}, 'batch_size=0'),
-    ({'batch_size': 7, 'process_count': 2}, 'batch_size=7 .*process_count=2'),
-    ({'process_index': 2, 'process_count': 2}, 'process_index=2'),
+    ({'share': np.array([2, 6])}, r'share=\[2 6\] not in .*batch_size=6'),
+    ({'share': np.array([-1])}, r'share=\[-1\] not in'),
+    ({'share': np.array([], int)}, r'share=\[\] not in'),
     ({'seed': -1}, 'seed=-1'),
     ({'start': -1}, 'start=-1'),
   ],

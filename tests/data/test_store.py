@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -106,6 +107,30 @@ def test_the_loser_of_a_race_takes_the_winners(tmp_path):
 
   folder = store.prepared(tmp_path / 'x', overtaken)
   assert (folder / 'a').read_text() == 'whole'
+  assert os.listdir(tmp_path) == ['x']
+
+
+def test_others_wait_for_who_prepares(tmp_path):
+  script = (
+    'import pathlib, sys, time\n'
+    'from moe_jax.data import store\n'
+    'def write(folder):\n'
+    "  print('writing', flush=True)\n"
+    '  sys.stdin.read()\n'
+    "  (folder / 'a').write_text('theirs')\n"
+    'store.prepared(pathlib.Path(sys.argv[1]), write)\n'
+  )
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
+  other = subprocess.Popen(
+    [sys.executable, '-c', script, str(tmp_path / 'x')],
+    env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  with other:
+    assert other.stdout.readline() == 'writing\n'
+    waiting = threading.Timer(0.3, other.stdin.close)
+    waiting.start()
+    folder = store.prepared(tmp_path / 'x', lambda _: pytest.fail('twice'))
+  assert (folder / 'a').read_text() == 'theirs'
   assert os.listdir(tmp_path) == ['x']
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +10,7 @@ from configs import base
 from moe_jax import data, models
 from moe_jax.config import merge, to_dataclass
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
+from moe_jax.distributed import Placing
 from moe_jax.evaluation import choice
 from moe_jax.training.evaluate import make_evaluations
 from tests.models import tiny
@@ -29,8 +30,9 @@ def examples():
   ]
 
 
-def put(batch):
-  return {name: jnp.asarray(rows) for name, rows in batch.items()}
+def put(batch_size):
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return Placing(one, batch_size)
 
 
 def padded(rows, length):
@@ -59,7 +61,12 @@ def test_log_likelihoods_of_a_decoder():
   model = tiny.build(ALL)
   params, given = tiny.params_of(model), examples()
   found = choice.log_likelihoods(
-    model, params, given, DecoderLayout(tiny.T), batch_size=2, put=put
+    model,
+    {'params': params},
+    given,
+    DecoderLayout(tiny.T),
+    batch_size=2,
+    put=put(2),
   )
   whole = [np.concatenate(example) for example in given]
   tokens, mask = padded(whole, tiny.T)
@@ -75,7 +82,7 @@ def test_log_likelihoods_of_an_encoder_decoder():
   params, given = tiny.params_of(model), examples()
   layout = EncoderDecoderLayout(8, 6, START)
   found = choice.log_likelihoods(
-    model, params, given, layout, batch_size=2, put=put
+    model, {'params': params}, given, layout, batch_size=2, put=put(2)
   )
   inputs, inputs_mask = padded([e.inputs for e in given], 8)
   shifted = [np.append(START, e.targets[:-1]) for e in given]
@@ -120,7 +127,7 @@ class Bench:
       models.build(config),
       dataset=data.load(to_dataclass(data.DataConfig, config.data)),
       workdir=self.folder,
-      put=put,
+      put=put(config.batch_size),
       kinds={'choice': choice.make},
     )
     return evaluation.measure
@@ -137,7 +144,7 @@ def test_scores_are_divided_as_asked(bench):
   for normalize in choice.NORMALIZES:
     measure = bench.choice(source=source, normalize=normalize)
     params = tiny.params_of(measure.setting.model)
-    (scores[normalize],) = measure.scores(params)
+    (scores[normalize],) = measure.scores({'params': params})
   # Tokens are bytes here.
   np.testing.assert_allclose(
     scores['none'] / np.array([1, 3, 4]), scores['tokens']
@@ -164,7 +171,7 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   assert given == [
     's0=v\n\ns6=v\n\nq0=', 's2=v\n\ns8=v\n\nq1=', 's10=v\n\nq2='
   ]  # fmt: skip
-  row = measure(tiny.params_of(measure.setting.model), 7)
+  row = measure({'params': tiny.params_of(measure.setting.model)}, 7)
   assert (row['shots'], row['cut_items'], row['items']) == (5 / 3, 0, 3)
   few = bench.choice(source=source, num_items=2)
   assert [item.prompt for item in few.items] == ['q0', 'q1']

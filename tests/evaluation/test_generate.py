@@ -7,6 +7,7 @@ import pytest
 from configs import base
 from moe_jax import data, evaluation, generation
 from moe_jax.config import merge, to_dataclass
+from moe_jax.distributed import Placing
 from moe_jax.evaluation import generate
 from moe_jax.models import build
 from moe_jax.training import loop, metrics
@@ -136,7 +137,9 @@ def setting(tmp_path, entry, **overrides):
   c = merge(c, {'model': {'vocab_size': 258}})
   dataset = data.load(to_dataclass(data.DataConfig, c.data))
   options = {k: v for k, v in entry.items() if k not in generate_common()}
-  return Setting('x', options, c, build(c), dataset, tmp_path, dict)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  put = Placing(one, c.batch_size)
+  return Setting('x', options, c, build(c), dataset, tmp_path, put)
 
 
 def generate_common():
@@ -158,7 +161,8 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
     ).rows
     text = bytes(i for i in made.tolist() if i < 256)
     expected.append(text.decode(errors='replace'))
-  assert measure.outputs(params) == expected  # a batch of 4, and one of 1
+  # A batch of 4, and one of 1.
+  assert measure.outputs({'params': params}) == expected
   assert len(set(expected)) > 2
 
 

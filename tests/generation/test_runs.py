@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
+from moe_jax import partitioning
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
 from moe_jax.data.extra_ids import extend
 from moe_jax.generation import runs
 from moe_jax.interop import runs as interop_runs
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 from tests.generation import folders
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
@@ -35,9 +36,55 @@ def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
   assert loaded.step == 2 and loaded.skipped[0][0] == 5
 
 
-def test_names_are_those_of_the_run():
-  names = workdir_lib.CONFIG, workdir_lib.TOKENIZER, workdir_lib.CHECKPOINTS
-  assert names == (runs.CONFIG, runs.TOKENIZER, runs.CHECKPOINTS)
+def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
+  params = folders.write(tmp_path, steps=(3,))[3]
+  mesh = partitioning.make_mesh(
+    dict(data=1, fsdp=2, expert=4), jax.devices()[:8]
+  )
+  loaded = runs.load(tmp_path, dtype='bfloat16', mesh=mesh)
+  types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
+  assert loaded.model == tiny_runs.model_of(tiny_runs.config(model=types))
+  found, saved = (tiny.leaves(p) for p in (loaded.variables['params'], params))
+  for name, array in found.items():
+    # What the model keeps in float32 whatever its type is not rounded.
+    kept = array.dtype == jnp.float32
+    assert kept == ('router' in name or 'norm' in name), name
+    np.testing.assert_array_equal(array, saved[name].astype(array.dtype))
+  kernel = found['layers/layer_1/moe/experts/w_in']
+  assert kernel.addressable_shards[0].data.shape == (1, 1, 8, 20)
+  # 257 tokens do not divide: that axis is whole, the other is not.
+  assert found['embedding'].addressable_shards[0].data.shape == (257, 8)
+  folders.damage(tmp_path, 3)
+  with pytest.raises(CheckpointError, match='no good checkpoint'):
+    runs.load(tmp_path, dtype='bfloat16')
+
+
+def test_what_training_alone_needs_is_not_read(tmp_path):
+  params = {'w': jnp.asarray(np.random.default_rng(0).random(1000, 'f4'))}
+  moments = np.random.default_rng(1).random(400_000, 'f4')  # 1.6 MB
+  state = {'params': params, 'opt_state': {'m': jnp.asarray(moments)}}
+  with Checkpointer(tmp_path, keep_best=False) as checkpoints:
+    checkpoints.save(1, state)
+    wanted = {'params': {'w': jax.ShapeDtypeStruct((1000,), jnp.bfloat16)}}
+    read = {}
+    for name, abstract in (('params', wanted), ('all', state)):
+      before = bytes_read()
+      got = checkpoints.restore(abstract, partial=True, cast=True).state
+      read[name] = bytes_read() - before
+  np.testing.assert_array_equal(got['opt_state']['m'], moments)
+  assert read['all'] > moments.nbytes * 0.8
+  assert read['params'] < 100_000
+
+
+def bytes_read():
+  """By tensorstore, from files; the manifest's check is not among them."""
+  (metric,) = tensorstore.experimental_collect_matching_metrics(
+    '/tensorstore/kvstore/file/bytes_read', include_zero_metrics=True
+  )
+  return metric['values'][0]['value']
+
+
+def test_imported_runs_are_known_by_their_folder():
   assert interop_runs.FILES == runs.IMPORTED
 
 

@@ -1,5 +1,6 @@
 """Whole runs, in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from moe_jax.data import DataError
 from moe_jax.training import loop, metrics
 from moe_jax.training.recorder import NonFiniteError
 from moe_jax.training.setup import Hook
@@ -174,6 +176,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert int(path.name) < int(text.split()[1].rstrip(':'))
 
 
+class BadRow(Hook):
+  """A row of the training data that cannot be read."""
+
+  def __init__(self, error):
+    self.error = error
+
+  def start(self, run):
+    rows = run.dataset.splits['train']
+    calls = itertools.count()
+
+    def draw(*args):
+      if next(calls) == 3:
+        raise self.error
+      return type(rows).draw(rows, *args)
+
+    rows.draw = draw
+
+
+@pytest.mark.parametrize('error', [KeyError('row 7'), SystemExit()])
+def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
+  name = type(error).__name__
+  with pytest.raises(DataError, match=f'batch 3 could not be made: {name}'):
+    train_and_evaluate(CONFIG, tmp_path, hooks=[BadRow(error)])
+  # Three batches were made, and what two steps had done is saved.
+  assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
+
+
 def test_equal_evaluations_run_once_and_agree(tmp_path):
   evals = {
     'train_capacity': base.evaluation(every_steps=0, num_batches=2),
@@ -202,6 +231,8 @@ def test_equal_evaluations_run_once_and_agree(tmp_path):
     ({'model': {'moe': {'load_weight': 0.1}}}, 'load_weight=0.1.*noisy_top_k'),
     ({'model': {'moe': {'group_size': 72}}}, 'group_size=72 does not divide'),
     ({'seed': -1}, r'seed=-1 not in'),
+    ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 is negative'),
+    ({'checkpoint': {'tries': 0}}, r'checkpoint\.tries=0 must be at least 1'),
   ],
 )
 def test_a_bad_config_fails_before_there_is_a_workdir(

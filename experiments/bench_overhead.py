@@ -1,0 +1,222 @@
+"""What do checkpoints and metrics add to a training step?
+
+    python -m experiments.bench_overhead
+    python -m experiments.bench_overhead --source='files:shakespeare.txt'
+
+Times bursts of the config's training loop, interleaved: the bare loop (batches
+and steps), the loop with metrics, and with metrics and a checkpoint, whose
+writing is waited for within the burst. Bursts have 100 steps, so that is a
+checkpoint every 100 steps. Writes `table.md`, `rows.csv` and `results.json` to
+`results/bench_overhead/<device>`. Not here: what a step itself costs
+(`bench_train_step.py`).
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from experiments import timing
+from experiments.study import markdown_table
+from moe_jax import host
+from moe_jax.command_line import load_config
+from moe_jax.config import merge
+from moe_jax.training.recorder import Recorder
+from moe_jax.training.setup import Run, begin, set_up
+
+NAME = 'bench_overhead'
+BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'
+AIM = 1.05  # of a step with both, over the bare one
+
+
+def prepared(
+  config: ml_collections.ConfigDict, source: str
+) -> ml_collections.ConfigDict:
+  """The config on one device and other text; no burst is its last one."""
+  tokenizer = 'chars' if source.startswith('files:') else 'bytes'
+  changes = {
+    'total_steps': 10**6,
+    'data': {'source': source, 'tokenizer': tokenizer},
+    'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
+  }
+  return merge(config, changes)
+
+
+class Loop:
+  """A run's training loop, a burst at a time; a context manager."""
+
+  def __init__(self, run: Run, burst: int):
+    self._run = run
+    self._burst = burst
+    self._step = 0
+
+  def __enter__(self) -> 'Loop':
+    run = self._run
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(run.checkpoints)
+      self._state = begin(run)
+      self._batches = run.batches(0)
+      self._recorder = stack.enter_context(Recorder(run, 0))
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._stack.close()
+
+  def bare(self) -> None:
+    """Batches and steps alone."""
+    for _ in range(self._burst):
+      self._state, _ = self._take(next(self._batches))
+    jax.block_until_ready(self._state)
+
+  def with_metrics(self, saves: bool = False) -> None:
+    """Every step's metrics read and their rows written; one checkpoint."""
+    run = self._run
+    for i in range(self._burst):
+      batch = next(self._batches)
+      self._state, metrics = self._take(batch)
+      self._recorder.add(self._step, metrics, batch)
+      if saves and not i:
+        with self._recorder.paused(self._step):
+          run.checkpoints.save(self._step, self._state)
+          self._recorder.saved(self._step)
+    with self._recorder.paused(self._step):
+      run.checkpoints.wait()
+    jax.block_until_ready(self._state)
+
+  def with_both(self) -> None:
+    """The checkpoint is begun at the first step and done by the last."""
+    self.with_metrics(saves=True)
+
+  def _take(self, batch):
+    self._step += 1
+    return self._run.train_step(self._state, batch)
+
+
+class Counted:
+  """A case that notes the CPU seconds of each run, of all threads."""
+
+  def __init__(self, run: Callable[[], None]):
+    self._run = run
+    self.seconds: list[float] = []
+
+  def __call__(self) -> None:
+    """Runs once."""
+    begin = time.process_time()
+    self._run()
+    self.seconds.append(time.process_time() - begin)
+
+
+def measure(
+  config: ml_collections.ConfigDict, *, burst: int, **options: Any
+) -> list[dict[str, Any]]:
+  """A row a case, interleaved.
+
+  Args:
+    config: A `prepared` one.
+    burst: Steps of a burst.
+    **options: Of `timing.interleave`.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    run = set_up(config, folder, devices=jax.devices()[:1])
+    # The progress display is part of the metrics; it need not be seen here.
+    with contextlib.redirect_stdout(io.StringIO()), Loop(run, burst) as loop:
+      cases = {
+        BARE: Counted(loop.bare),
+        METRICS: Counted(loop.with_metrics),
+        BOTH: Counted(loop.with_both),
+      }
+      times = timing.interleave(cases, **options)
+    saved = _size(pathlib.Path(folder) / 'checkpoints')
+  rows = []
+  for case, found in times.items():
+    per_bare = timing.ratio(found, times[BARE])
+    cpu = timing.ratio(cases[case].seconds[1:], cases[BARE].seconds[1:])
+    rows.append(
+      {
+        'case': case,
+        'rounds': len(found),
+        'steps': burst,
+        'ms': 1e3 * timing.Spread.of(found).median / burst,
+        'per_bare': per_bare.median,
+        'per_bare_low': per_bare.low,
+        'per_bare_high': per_bare.high,
+        'cpu_per_bare': cpu.median,
+        'cpu_per_bare_low': cpu.low,
+        'cpu_per_bare_high': cpu.high,
+        'checkpoint_bytes': saved if case == BOTH else 0,
+      }
+    )
+  return rows
+
+
+def _size(folder: pathlib.Path) -> int:
+  """Of the newest checkpoint, in bytes."""
+  newest = max(folder.glob('[0-9]*'), key=lambda path: int(path.name))
+  return sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+  """The table and the verdict, in Markdown."""
+  f, last = timing.facts(), rows[-1]
+  lines = [
+    {
+      'case': row['case'],
+      'ms a step': f'{row["ms"]:.2f}',
+      'over the bare loop': f'{row["per_bare"]:.3f} '
+      f'({row["per_bare_low"]:.3f}-{row["per_bare_high"]:.3f})',
+      'CPU time over it': f'{row["cpu_per_bare"]:.3f} '
+      f'({row["cpu_per_bare_low"]:.3f}-{row["cpu_per_bare_high"]:.3f})',
+      'bursts': str(row['rounds']),
+    }
+    for row in rows
+  ]
+  verdict = 'reached' if last['per_bare'] <= AIM else 'missed'
+  return (
+    f'# What checkpoints and metrics add to a step of {title}\n\n'
+    f'{f["device"]} ({f["cores"]} cores, one device used), {f["date"]}, jax '
+    f'{f["jax"]}. Bursts of {last["steps"]} steps, interleaved: medians, and '
+    'medians of ratios within a round (quartiles in brackets). The last case '
+    f'saves {last["checkpoint_bytes"] / 2**20:.1f} MiB once a burst and waits '
+    "for it. The process's CPU time, of all threads, is what other work on the "
+    'machine changes least.\n\n'
+    f'{markdown_table(lines)}\n'
+    f'At most {AIM:.2f} is the aim: {verdict}.\n'
+  )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add = parser.add_argument
+  add('--config', default='configs/shakespeare_switch.py')
+  add('--source', default='python_stdlib', help="or 'files:<glob>'")
+  add('--burst', type=timing.positive_int, default=100, help='steps')
+  add('--seconds', type=float, default=180.0, help='timed in all')
+  add('--output', default='results', help='where results go')
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures, and writes the table."""
+  options = parse(argv)
+  host.keep_freed_memory()
+  config = prepared(load_config(options.config), options.source)
+  rows = measure(config, burst=options.burst, seconds=options.seconds)
+  text = report(options.config, rows)
+  more = {'config': config.to_dict()}
+  folder = timing.write(options.output, NAME, text, rows, more)
+  print(f'{text}\nwritten: {folder}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,276 @@
+"""What will a training step need, and will it fit? Without the devices.
+
+    python -m experiments.compile_ahead --config=configs/mixtral_8x7b.py \
+      --topology=v5p:4x4x4 --config.mesh.expert=4 --config.microbatches=8
+    python -m experiments.compile_ahead --config=configs/switch_c.py \
+      --topology=cpu:64 --config.mesh.expert=64
+
+Compiles a config's step for devices that need not exist: as many CPUs as asked
+for, or TPUs by their topology through PyPI's libtpu (the `experiments` extra).
+Parameters and batch are shapes alone. Prints what a device holds and sends, a
+step's FLOPs, and a verdict; the exit status is 1 where it does not fit. CPUs
+stand in for any device: their attention is not fused and their matrices are not
+padded, so temporaries are not those of an accelerator.
+"""
+
+import dataclasses
+import os
+import re
+import resource
+import time
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from jax.stages import Compiled
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax import command_line, models, partitioning
+from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.analysis import cost, devices, periods, sharded
+from moe_jax.training import checks, setup
+from moe_jax.training.abstract import abstract_batch
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file of configs/, with overrides: --config.mesh.expert=8.'
+)
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', 'cpu:64', "'cpu:64', or a TPU's: 'v5p:4x4x4', 'v5e:16x16'."
+)
+_SLICES = flags.DEFINE_integer(
+  'slices', 1, 'TPU slices of that topology.', lower_bound=1
+)
+_DEVICE = flags.DEFINE_string(
+  'device', '', "Whose memory decides; '': the topology's, or all known."
+)
+_FLOPS = flags.DEFINE_bool(
+  'flops', True, 'Count FLOPs too: compiles two to six short models more.'
+)
+flags.mark_flag_as_required('config')
+
+
+class DoesNotFit(Exception):
+  """The compiler found that the program needs more memory than there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What compiling told.
+
+  Attributes:
+    step: Of the compiled step.
+    seconds: Tracing, lowering and compiling.
+    host_bytes: The most that this process has held so far.
+  """
+
+  step: sharded.Sharded
+  seconds: float
+  host_bytes: int
+
+
+def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of 'cpu:64' or 'v5p:4x4x4'.
+
+  Raises:
+    ValueError: There is no such topology, or jax has its CPUs already.
+  """
+  kind, _, size = topology.partition(':')
+  if kind == 'cpu':
+    if not size.isdigit() or not int(size):
+      raise ValueError(f"--topology={topology}; CPUs are 'cpu:64'")
+    try:
+      jax.config.update('jax_num_cpu_devices', int(size))
+    except RuntimeError as error:
+      raise ValueError(f'--topology={topology}: {error}') from None
+    return jax.devices('cpu')
+  # libtpu looks for a TPU's host otherwise, and says at length that none is
+  # there; a lock would keep others from a TPU that is not used here.
+  quiet = {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': f'{kind}-1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+  }
+  for name, value in quiet.items():
+    os.environ.setdefault(name, value)
+  from jax.experimental import topologies
+
+  more = {'num_slices': slices} if slices > 1 else {}
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **more
+    ).devices
+  except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
+    raise ValueError(f'--topology={topology}: {e}') from None
+
+
+def mesh_of(config: ml_collections.ConfigDict, found: list[jax.Device]) -> Mesh:
+  """The config's mesh, its batch checked.
+
+  Raises:
+    ValueError: It does not fit the devices, or the batch does not split.
+  """
+  try:
+    mesh = partitioning.make_mesh(config.mesh.to_dict(), found)
+  except NotImplementedError as error:  # a torus that does not split so
+    raise ValueError(f'mesh={config.mesh.to_dict()}: {error}') from None
+  checks.check_numbers(config, mesh)
+  return mesh
+
+
+def compile_step(
+  config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[Compiled, setup.Programs]:
+  """The config's training step for that mesh.
+
+  Raises:
+    DoesNotFit: The compiler says so.
+  """
+  programs = setup.make_programs(config, models.build(config), mesh)
+  lowered = programs.train_step.lower(
+    programs.abstract_state, abstract_batch(config)
+  )
+  try:
+    return lowered.compile(), programs
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise DoesNotFit(_first_sentences(str(error))) from None
+
+
+def _first_sentences(text: str) -> str:
+  line = text.removeprefix('RESOURCE_EXHAUSTED: ').splitlines()[0]
+  return re.sub(r'\s+', ' ', line)
+
+
+def report(config: ml_collections.ConfigDict, mesh: Mesh) -> Report:
+  """Compiles the step, and reads it."""
+  start = time.perf_counter()
+  step, programs = compile_step(config, mesh)
+  seconds = time.perf_counter() - start
+  peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  found = sharded.read(step, programs.abstract_state, mesh)
+  return Report(found, seconds, peak)
+
+
+def counted_flops(config: ml_collections.ConfigDict, mesh: Mesh) -> str:
+  """Of a step on one device as XLA counts them, recomputation included."""
+
+  def count(short: ml_collections.ConfigDict) -> float:
+    return compiled_lib.counts(compile_step(short, mesh)[0]).flops
+
+  try:
+    return f'{periods.extrapolate(config, count):.3g}'
+  except DoesNotFit:  # a short model has unrolled layers
+    return 'a short model does not fit'
+
+
+def formula_flops(config: ml_collections.ConfigDict, num_devices: int) -> float:
+  """Of a step on one device by formula, nothing computed twice."""
+  c = config.data
+  price = cost.count(
+    models.build(config), c.seq_len, c.target_len, config.batch_size
+  )
+  return 3 * price.example_flops * config.batch_size / num_devices
+
+
+def table(found: Report, formula: float) -> Table:
+  """A row a number, all of one device."""
+  step = found.step
+  rows = [
+    ('parameters', cost.in_bytes(step.param_bytes)),
+    ('optimizer state', cost.in_bytes(step.optimizer_bytes)),
+    ('arguments (state and batch)', cost.in_bytes(step.argument_bytes)),
+    ('results', cost.in_bytes(step.output_bytes)),
+    ('of them in the place of arguments', cost.in_bytes(step.alias_bytes)),
+    ('temporaries', cost.in_bytes(step.temp_bytes)),
+    ('program', cost.in_bytes(step.code_bytes)),
+    ('needed in all', cost.in_bytes(step.needed_bytes)),
+    ('FLOPs by formula, nothing twice', f'{formula:.3g}'),
+  ]
+  for kind, traffic in sorted(step.collectives.by_kind.items()):
+    sent = f'{traffic.count}, {cost.in_bytes(traffic.num_bytes)}'
+    rows.append((f'{kind}: count, bytes sent', sent))
+  result = Table(title='a step, by device', caption=_caption(found))
+  result.add_column('what')
+  result.add_column('', justify='right')
+  for row in rows:
+    result.add_row(*row)
+  return result
+
+
+def _caption(found: Report) -> str:
+  loops = found.step.collectives.unknown_loops
+  text = (
+    f'Compiled in {found.seconds:.0f} s; at most '
+    f'{cost.in_bytes(found.host_bytes)} of host memory.'
+  )
+  if loops:
+    text += (
+      f' {loops} loops are as long as the data asks: what is in them counts '
+      'once, in collectives and in what XLA counts.'
+    )
+  return text
+
+
+def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
+  """A line for each device whose memory decides, and whether it fits.
+
+  Raises:
+    ValueError: The device is unknown.
+  """
+  kind = topology.partition(':')[0]
+  names = [device] if device else [kind] if kind in devices.NAMES else []
+  if not names:
+    names = [name for name in devices.NAMES if name != devices.HERE]
+  lines = {}
+  for name in names:
+    found = devices.get(name)
+    fits = needed <= found.num_bytes
+    lines[
+      f'{"fits" if fits else "DOES NOT FIT"} {found.name}: '
+      f'{cost.in_bytes(needed)} of {cost.in_bytes(found.num_bytes)} '
+      f'({needed / max(found.num_bytes, 1):.0%})'
+    ] = fits
+  return lines
+
+
+def run(config: ml_collections.ConfigDict) -> bool:
+  """Compiles and prints; whether it fits a device that was asked for."""
+  config = cost.with_own_vocabulary(config)
+  found = described_devices(_TOPOLOGY.value, _SLICES.value)
+  mesh = mesh_of(config, found)
+  sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
+  print(f'{mesh.size} x {found[0].device_kind}: {sizes}', flush=True)
+  formula = formula_flops(config, mesh.size)
+  try:
+    compiled = report(config, mesh)
+  except DoesNotFit as error:
+    print(f'DOES NOT FIT: {error}')
+    return False
+  Console().print(table(compiled, formula))
+  lines = verdicts(_TOPOLOGY.value, _DEVICE.value, compiled.step.needed_bytes)
+  print('\n'.join(lines), flush=True)
+  if _FLOPS.value:
+    print(f'FLOPs as XLA counts: {counted_flops(config, mesh)}')
+  return any(lines.values())
+
+
+def main(argv: list[str]) -> None:
+  """Exits with 0 if the step fits."""
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    fits = run(_CONFIG.value)
+  except (OSError, ValueError) as error:
+    command_line.fail(str(error))
+  if not fits:
+    raise SystemExit(1)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=command_line.parse)

@@ -1,0 +1,217 @@
+"""What devices send each other in a step, read from the compiled program.
+
+A loop's body counts as often as the loop runs, which the compiler notes beside
+every loop whose length it knows. Not here: how long that takes.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moe_jax.analysis.compiled import Instruction, Program, parse
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-broadcast',
+  'collective-permute',
+  'ragged-all-to-all',
+  'reduce-scatter',
+)
+# What TPUs call an all-reduce of which each device keeps its slice alone.
+_FUSED_SCATTER = 'all-reduce-scatter'
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PARTITIONS = re.compile(r'^HloModule .*num_partitions=(\d+)', re.MULTILINE)
+# {{0,1},{2,3}}, or [2,4]<=[8] (2 groups of 4), or axes of a mesh,
+# mesh['x'=2,'y'=4] {'y'}, perhaps a part of one: {'y':(1)2}.
+_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
+_AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
+_AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
+_ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
+_OPERAND = re.compile(r'%([\w.\-]+)')
+
+
+class Traffic(NamedTuple):
+  """One kind of collective, over a step.
+
+  Attributes:
+    count: How many a device takes part in.
+    num_bytes: What a device sends in them, going round a ring. Of a
+      ragged-all-to-all it is an upper bound: the load decides.
+  """
+
+  count: int = 0
+  num_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+  """All of a program.
+
+  Attributes:
+    by_kind: Those of `KINDS` that there are.
+    unknown_loops: Loops whose length depends on the data; what is in them
+      counts once.
+  """
+
+  by_kind: Mapping[str, Traffic]
+  unknown_loops: int
+
+
+def read(text: str) -> Collectives:
+  """Counts those of `compiled.as_text()`.
+
+  All branches of a conditional count, as if each were taken.
+  """
+  program = parse(text)
+  runs = executions(program)
+  everyone = _PARTITIONS.search(text)
+  devices = int(everyone[1]) if everyone else 1
+  found: dict[str, Traffic] = defaultdict(Traffic)
+  unknown = 0
+  for instruction in program.values():
+    code = opcode(instruction)
+    unknown += code == 'while' and trips(program, instruction) is None
+    kind = code.removesuffix('-start')
+    if kind not in KINDS:
+      continue
+    if instruction.computation.startswith(_FUSED_SCATTER):
+      kind = 'reduce-scatter'
+    sent = _sent_bytes(program, instruction, kind, devices)
+    n, before = runs[instruction.computation], found[kind]
+    found[kind] = Traffic(before.count + n, before.num_bytes + n * sent)
+  return Collectives(dict(found), unknown)
+
+
+def executions(program: Program) -> dict[str, int]:
+  """How often each computation runs in a step; see `Collectives`."""
+  callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+  for instruction in program.values():
+    code = opcode(instruction)
+    if code.endswith(('-done', '-update')):
+      continue  # names what its start has run
+    times = 1
+    if code == 'while' and (known := trips(program, instruction)) is not None:
+      times = known
+    for called in instruction.calls:
+      callers[called].append((instruction.computation, times))
+  memo: dict[str, int] = {}
+
+  def runs(computation: str) -> int:
+    if computation not in memo:
+      calling = callers[computation]
+      memo[computation] = (
+        1
+        if not calling
+        else sum(times * runs(caller) for caller, times in calling)
+      )
+    return memo[computation]
+
+  return {i.computation: runs(i.computation) for i in program.values()}
+
+
+def trips(program: Program, loop: Instruction) -> int | None:
+  """How often a loop runs, None where the compiler does not know.
+
+  Compilers that note nothing (TPU's) leave the loop's end in its condition,
+  `i < 32`; i is taken to rise by one, as in every loop that jax writes.
+  """
+  if known := _TRIPS.search(loop.text):
+    return int(known[1])
+  condition = re.search(r'condition=%([\w.\-]+)', loop.text)
+  roots = [
+    i
+    for i in program.values()
+    if condition and i.computation == condition[1] and opcode(i) == 'compare'
+  ]
+  if len(roots) != 1 or 'direction=LT' not in roots[0].text:
+    return None
+  counter, *limit = _arguments(program, roots[0])
+  end = _constant(program, limit[0]) if limit else None
+  element = re.search(r'get-tuple-element\(.*index=(\d+)', counter.text)
+  first = _arguments(program, loop)
+  if end is None or not element or not first:
+    return None
+  start = _constant(program, _arguments(program, first[0])[int(element[1])])
+  return None if start is None else max(end - start, 0)
+
+
+def _constant(program: Program, instruction: Instruction) -> int | None:
+  while opcode(instruction) in ('copy', 'copy-start', 'copy-done'):
+    (instruction,) = _arguments(program, instruction)
+  found = re.search(r' constant\((-?\d+)\)', instruction.text)
+  return int(found[1]) if found else None
+
+
+def _arguments(program: Program, instruction: Instruction) -> list[Instruction]:
+  """What it reads, in order."""
+  _, rest = _split(instruction.text)
+  inside = _split(rest[rest.find('(') :])[0]
+  return [program[name] for name in _OPERAND.findall(inside) if name in program]
+
+
+def opcode(instruction: Instruction) -> str:
+  """'all-gather' of '(f32[4], f32[8]) all-gather(%x, %y), ...'."""
+  _, rest = _split(instruction.text)
+  return rest.partition('(')[0]
+
+
+def _split(text: str) -> tuple[str, str]:
+  """The type in front, a tuple in parentheses perhaps, and what follows."""
+  if not text.startswith('('):
+    front, _, rest = text.partition(' ')
+    return front, rest
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == '(') - (letter == ')')
+    if not depth:
+      return text[: i + 1], text[i + 1 :].lstrip()
+  return text, ''
+
+
+def _sent_bytes(
+  program: Program, instruction: Instruction, kind: str, devices: int
+) -> int:
+  held = sum(
+    _type_bytes(_split(operand.text)[0])
+    for operand in _arguments(program, instruction)
+  )
+  size = _group_size(instruction.text, devices)
+  if kind in ('collective-permute', 'collective-broadcast'):
+    return held
+  if kind == 'all-gather':
+    return (size - 1) * held
+  passes = 2 if kind == 'all-reduce' else 1
+  return passes * held * (size - 1) // size
+
+
+def _group_size(rest: str, devices: int) -> int:
+  if axes := _AXES.search(rest):
+    mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
+    return math.prod(
+      int(part or mesh[name]) for name, part in _AXIS.findall(axes[2])
+    )
+  found = _GROUPS.search(rest)
+  if not found:
+    return devices
+  return int(found[2]) if found[2] else found[1].count(',') + 1
+
+
+def _type_bytes(text: str) -> int:
+  return sum(
+    math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
+    * _bits(dtype)
+    // 8
+    for dtype, shape in _ARRAY.findall(text)
+  )
+
+
+def _bits(dtype: str) -> int:
+  """Of 'f32', 'bf16', 'f8e4m3fn', 's4'."""
+  if dtype in ('pred', 'token'):
+    return 8 if dtype == 'pred' else 0
+  return int(re.match(r'[a-z]+(\d+)', dtype)[1])

@@ -1,0 +1,188 @@
+"""Rows without slots between devices: as many to each as there are.
+
+Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
+over devices. Called under `shard_map`. Where the platform has
+`ragged_all_to_all` (TPU, GPU), only rows that are needed travel; elsewhere a
+reference gathers all of them and takes its own. Buffers have room for the case
+that all rows go to one device.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.dispatch.permute import take_tokens
+from moe_jax.parallel.exchange import Layout, own_blocks
+from moe_jax.routing.base import decided
+from moe_jax.shapes import Array, Float, Int32
+
+Axes = tuple[str, ...]
+
+
+class Trip(NamedTuple):
+  """The way of one device's rows to their experts, and back.
+
+  Attributes:
+    traffic: Between devices; None where rows stay.
+    axes: The mesh axes between which rows travel.
+    num_rows: N, the rows that the device has before and after.
+    local_sizes: int32 [J], rows of each expert that this device has.
+    source: int32 [R], the received row behind each row sorted by expert.
+    target: int32 [R], the sorted row of each received one.
+  """
+
+  traffic: 'Traffic | None'
+  axes: Axes
+  num_rows: int
+  local_sizes: Array
+  source: Array
+  target: Array
+
+  def there(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
+    """All rows of this device's experts, sorted by expert; then zeros."""
+    if self.traffic is not None:
+      rows = send(rows, self.traffic, len(self.source), self.axes)
+    return take_tokens(rows, self.source, self.target[:, None])
+
+  def back(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
+    """What `there` did, undone; rows of other devices' experts are zero."""
+    rows = take_tokens(rows, self.target, self.source[:, None])
+    if self.traffic is None:
+      return rows
+    return send_back(rows, self.traffic, self.num_rows, self.axes)
+
+
+def plan(place: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
+  """The trip of rows sorted by expert, `sizes` of each.
+
+  Where experts are split over axes that groups are not, each device takes the
+  rows of its own part of them.
+  """
+  starts = jnp.cumsum(sizes) - sizes
+  sizes, starts = own_blocks(place, sizes), own_blocks(place, starts)  # [X, J]
+  axes, between = place.exchanged, None
+  R = num_rows * place.devices(axes)
+  if axes:
+    between = traffic(sizes.sum(1), starts[:, 0], axes)
+    sizes = jax.lax.all_to_all(sizes, axes, 0, 0)  # [from X, J]
+    flat = sizes.reshape(-1)
+    starts = (jnp.cumsum(flat) - flat).reshape(sizes.shape)
+  # Received rows stand by device, then expert; sorted ones the other way.
+  blocks, starts = sizes.T.reshape(-1), starts.T.reshape(-1)
+  block = jnp.repeat(jnp.arange(blocks.size), blocks, total_repeat_length=R)
+  row = jnp.arange(R, dtype=jnp.int32)
+  begins = jnp.cumsum(blocks) - blocks
+  source = starts[block] + row - begins[block]
+  source = decided(jnp.where(row < blocks.sum(), source, R))
+  target = jnp.full(R, R, jnp.int32).at[source].set(row, mode='drop')
+  return Trip(between, axes, num_rows, sizes.sum(0), source, decided(target))
+
+
+class Traffic(NamedTuple):
+  """Who sends how many rows to whom, over P devices; on each the same.
+
+  Attributes:
+    sizes: int32 [P, P], rows from device i to device j.
+    starts: int32 [P, P], where on device i the rows for j begin.
+  """
+
+  sizes: Array
+  starts: Array
+
+
+def traffic(
+  sizes: Int32[Array, ' P'], starts: Int32[Array, ' P'], axes: Axes
+) -> Traffic:
+  """From what one device sends: rows for each device, and where they begin."""
+  gathered = jax.lax.all_gather((sizes, starts), axes)
+  return Traffic(*(x.reshape(sizes.size, sizes.size) for x in gathered))
+
+
+def send(
+  rows: Float[Array, 'N M'], plan: Traffic, bound: int, axes: Axes
+) -> Float[Array, 'R M']:
+  """Every device's rows for this one, one device after the other.
+
+  Args:
+    rows: Of which blocks go to each device.
+    plan: Which.
+    bound: R, at least the rows that arrive; the rest is zero.
+    axes: The mesh axes that the devices are on.
+  """
+  return _move(rows, plan, True, (len(rows), bound), axes)
+
+
+def send_back(
+  rows: Float[Array, 'R M'], plan: Traffic, num_rows: int, axes: Axes
+) -> Float[Array, 'N M']:
+  """Received rows to where they came from; the transpose of `send`.
+
+  Args:
+    rows: In the order in which `send` returned them.
+    plan: As given to `send`.
+    num_rows: N, the rows that each device had; those not sent are zero.
+    axes: As given to `send`.
+  """
+  return _move(rows, plan, False, (num_rows, len(rows)), axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _move(rows, plan, there, lengths, axes):
+  me = jax.lax.axis_index(axes)
+  out = jnp.zeros((lengths[there], rows.shape[-1]), rows.dtype)
+  arrivals = jnp.cumsum(plan.sizes, axis=0) - plan.sizes
+  if there:
+    mine = plan.starts[me], plan.sizes[me], arrivals[me], plan.sizes[:, me]
+  else:
+    sent = plan.sizes[:, me]
+    mine = arrivals[:, me], sent, plan.starts[:, me], plan.sizes[me]
+  exchange = functools.partial(jax.lax.ragged_all_to_all, axis_name=axes)
+  return jax.lax.platform_dependent(
+    rows,
+    out,
+    *mine,
+    tpu=exchange,
+    cuda=exchange,
+    default=functools.partial(all_gather_reference, axis_name=axes),
+  )
+
+
+def _forward(rows, plan, there, lengths, axes):
+  return _move(rows, plan, there, lengths, axes), plan
+
+
+def _backward(there, lengths, axes, plan, d_rows):
+  return _move(d_rows, plan, not there, lengths, axes), None
+
+
+_move.defvjp(_forward, _backward)
+
+
+def all_gather_reference(
+  operand: Float[Array, 'N M'],
+  output: Float[Array, 'R M'],
+  input_offsets: Int32[Array, ' P'],
+  send_sizes: Int32[Array, ' P'],
+  output_offsets: Int32[Array, ' P'],
+  recv_sizes: Int32[Array, ' P'],
+  *,
+  axis_name: Axes,
+) -> Float[Array, 'R M']:
+  """`jax.lax.ragged_all_to_all` by gathering everything on every device."""
+  del recv_sizes  # the senders' word is enough
+  P, N = send_sizes.size, len(operand)
+  everything = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)
+  me = jax.lax.axis_index(axis_name)
+  mine = (input_offsets, send_sizes, output_offsets)
+  starts, sizes, offsets = (
+    jax.lax.all_gather(x, axis_name).reshape(P, P)[:, me] for x in mine
+  )
+  place = jnp.arange(len(output), dtype=jnp.int32)[None] - offsets[:, None]
+  inside = (place >= 0) & (place < sizes[:, None])  # [P, R]
+  source = jnp.argmax(inside, axis=0)
+  row = jnp.take_along_axis(place, source[None], axis=0)[0]
+  row = row + starts[source] + source * N
+  taken = jnp.take(everything, row, axis=0, mode='clip')
+  return jnp.where(inside.any(0)[:, None], taken, output)

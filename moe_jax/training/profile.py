@@ -1,0 +1,67 @@
+"""A trace of some training steps, for TensorBoard (XProf) or Perfetto.
+
+Not here: a step's time by part of the model (`analysis.explain_cost`).
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+FOLDER = 'profile'
+STEP_NAME = 'train'
+
+
+class Profiler:
+  """Wraps a train step so that it traces some steps.
+
+  Args:
+    train_step: (state, batch) -> (state, metrics).
+    folder: Where traces go, each in a folder by its time.
+    steps: The optimizer steps, from 1, that are traced.
+    message: Told when the trace is written.
+  """
+
+  def __init__(
+    self,
+    train_step: Callable[..., Any],
+    folder: str | os.PathLike[str],
+    steps: range,
+    message: Callable[[str], None] = print,
+  ):
+    self._train_step = train_step
+    self._folder = os.fspath(folder)
+    self._steps = steps
+    self._message = message
+    self._step: int | None = None
+    self._tracing = False
+
+  def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Takes one step; the last that is traced is waited for."""
+    # Read once: to read it at every step would wait for the device.
+    self._step = (int(state.step) if self._step is None else self._step) + 1
+    if self._step not in self._steps:
+      return self._train_step(state, batch)
+    if not self._tracing:
+      self._start()
+    with jax.profiler.StepTraceAnnotation(STEP_NAME, step_num=self._step):
+      state, metrics = self._train_step(state, batch)
+    if self._step == self._steps[-1]:
+      jax.block_until_ready(metrics)
+      self.stop()
+    return state, metrics
+
+  def _start(self) -> None:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # a trace of every call hides the device's
+    jax.profiler.start_trace(self._folder, profiler_options=options)
+    self._tracing = True
+
+  def stop(self) -> None:
+    """Writes what was traced; does nothing where nothing is being traced."""
+    if not self._tracing:
+      return
+    self._tracing = False
+    jax.profiler.stop_trace()
+    self._message(f'profile: steps up to {self._step} in {self._folder}')

@@ -1,0 +1,157 @@
+"""What devices send: counted as often as it happens, in bytes of a ring."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_jax.analysis import collectives
+from moe_jax.analysis.collectives import Traffic
+
+# Four devices. A loop of 5 rounds that the compiler notes, with a loop of 3
+# inside whose end stands in its condition alone, as TPUs leave it.
+TEXT = """HloModule jit_step, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0:T(256)} get-tuple-element(%p), index=1
+  %moved = (f32[8]{0:T(256)}, f32[8]{0:T(256)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done = f32[8]{0:T(256)} collective-permute-done(%moved)
+  ROOT %out = (s32[], f32[8]) tuple(%i, %done)
+}
+
+%inner_cond (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[], f32[8]) parameter(0)
+  %end = s32[] constant(4)
+  %j = s32[] get-tuple-element(%q), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %end), direction=LT
+}
+
+%all-reduce-scatter.1 (r: f32[8]) -> f32[4] {
+  %r = f32[8] parameter(0)
+  %whole = f32[8] all-reduce(%r), replica_groups=mesh['x'=2,'y'=2] {'y'}, to_apply=%add
+  ROOT %part = f32[4] dynamic-slice(%whole), dynamic_slice_sizes={4}
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]) parameter(0)
+  %one = s32[] constant(1)
+  %start = s32[] copy(%one)
+  %y = f32[8] get-tuple-element(%s), index=1
+  %both = f32[8] all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %given = (s32[], f32[8]) tuple(%start, %both)
+  ROOT %loop = (s32[], f32[8]) while(%given), condition=%inner_cond, body=%inner_body
+}
+
+%cond (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (u: f32[8], k: s32[]) -> f32[32] {
+  %u = f32[8] parameter(0)
+  %k = s32[] parameter(1)
+  %first = (s32[], f32[8]) tuple(%k, %u)
+  %outer = (s32[], f32[8]) while(%first), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %free = (s32[], f32[8]) while(%first), condition=%inner_cond, body=%body
+  %v = f32[8] get-tuple-element(%outer), index=1
+  %scattered = f32[4] fusion(%v), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %all = f32[32] all-gather(%v), replica_groups=[1,4]<=[4], dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_loops_count_as_often_as_they_run():
+  found = collectives.read(TEXT)
+  # %free begins at an argument: its body counts once more, and is told of.
+  assert found.unknown_loops == 1
+  assert {kind: t.count for kind, t in found.by_kind.items()} == {
+    'all-gather': 1,
+    'all-reduce': 5 + 1,
+    'collective-permute': (5 + 1) * 3,
+    'reduce-scatter': 1,
+  }
+
+
+def test_bytes_are_those_of_a_ring():
+  found = collectives.read(TEXT).by_kind
+  assert found['all-gather'] == Traffic(1, 3 * 32)
+  assert found['all-reduce'].num_bytes == 6 * 32  # twice, a half each
+  assert found['collective-permute'].num_bytes == 18 * 32
+  assert found['reduce-scatter'].num_bytes == 16
+
+
+@pytest.mark.parametrize(
+  ('groups', 'size'),
+  [
+    ('{{0,2,4},{1,3,5}}', 3),
+    ('[2,4]<=[4,2]T(1,0)', 4),
+    ("mesh['a'=2,'b'=3,'c'=5] {'a','c'}", 10),
+    ("mesh['a'=2,'b'=8], device_ids=([2,8]T(1,0)) {'b':(2)4}", 4),
+    ('{}', 7),
+  ],
+)
+def test_every_way_to_write_groups(groups, size):
+  line = (
+    f'  %r = f32[] parameter(0)\n'
+    f'  %g = f32[9] all-gather(%r), replica_groups={groups}, dimensions={{0}}'
+  )
+  text = (
+    f'HloModule m, num_partitions=7\n\nENTRY %main () -> f32[] {{\n{line}\n}}'
+  )
+  assert collectives.read(text).by_kind['all-gather'].num_bytes == 4 * (
+    size - 1
+  )
+
+
+@pytest.mark.parametrize(
+  ('type_', 'num_bytes'),
+  [
+    ('bf16[3,5]{1,0:T(8,128)(2,1)}', 30),
+    ('(pred[7], /*index=1*/s4[6]{0})', 10),
+    ('f8e4m3fn[2,3]', 6),
+    ('(f32[], token[])', 4),
+    ('s64[<=4]', 32),
+  ],
+)
+def test_bytes_of_a_type(type_, num_bytes):
+  text = (
+    f'ENTRY %main () -> f32[] {{\n  %p = {type_} parameter(0)\n'
+    '  %c = f32[] collective-permute(%p), source_target_pairs={{0,1}}\n}'
+  )
+  found = collectives.read(text).by_kind['collective-permute']
+  assert found.num_bytes == num_bytes
+
+
+@pytest.mark.parametrize('unroll', [1, 3])
+def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, PartitionSpec('x'))
+
+  def body(x, w):
+    # Rows are split, and so is what they are summed over.
+    y = jax.lax.with_sharding_constraint(x @ w, split)
+    return jnp.tanh(y - y.mean(0, keepdims=True)), None
+
+  def f(x, w):
+    return jax.lax.scan(body, x, w, unroll=unroll)[0]
+
+  x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+  w = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+  whole = NamedSharding(mesh, PartitionSpec())
+  compiled = (
+    jax.jit(f, in_shardings=(split, whole), out_shardings=split)
+    .lower(x, w)
+    .compile()
+  )
+  found = collectives.read(compiled.as_text())
+  # The sum over rows of eight columns, once a round.
+  assert found.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
+  assert found.unknown_loops == 0

@@ -1,0 +1,113 @@
+"""A thread that makes batches ends in an error or an end, never in a wait."""
+
+import ctypes
+import itertools
+import threading
+import time
+
+import pytest
+
+from moe_jax.data import prefetch
+from moe_jax.data.prefetch import DataError, ahead
+
+
+@pytest.fixture(autouse=True)
+def others():
+  """Threads of streams that other tests gave up, and nobody collected yet."""
+  _others[:] = threading.enumerate()
+
+
+_others = []
+
+
+def threads():
+  found = [t for t in threading.enumerate() if t not in _others]
+  return [t for t in found if t.name == 'batches']
+
+
+def ended():
+  deadline = time.monotonic() + 20
+  while threads():
+    assert time.monotonic() < deadline, 'the thread goes on'
+    time.sleep(0.01)
+  return True
+
+
+def test_elements_come_in_order_and_a_few_ahead():
+  asked = []
+
+  def source():
+    for i in range(9):
+      asked.append(i)
+      yield i
+
+  stream = ahead(source(), first=0, most=2)
+  assert not asked
+  assert next(stream) == 0
+  time.sleep(0.2)
+  # Two wait, and one is in the thread's hand.
+  assert len(asked) <= 4
+  assert [0, *stream] == list(range(9))
+  assert ended()
+
+
+@pytest.mark.parametrize(
+  ('error', 'text'),
+  [
+    (KeyError('row 7'), "KeyError: 'row 7'"),
+    (SystemExit(3), 'SystemExit: 3'),  # would end a thread without a word
+  ],
+)
+def test_whatever_ends_the_thread_is_an_error_that_names_it(error, text):
+  def source():
+    yield from range(3)
+    raise error
+
+  stream = ahead(source(), first=5, most=4)
+  assert list(itertools.islice(stream, 3)) == [0, 1, 2]
+  with pytest.raises(DataError, match='batch 8 could not be made') as caught:
+    next(stream)
+  assert str(caught.value).endswith(text)
+  assert caught.value.__cause__ is error
+  with pytest.raises(StopIteration):
+    next(stream)
+
+
+def test_a_thread_that_is_struck_between_elements_is_no_hang():
+  # grain's prefetching waits for ever here.
+  reached, go_on = threading.Event(), threading.Event()
+
+  def source():
+    yield 0
+    reached.set()
+    while not go_on.is_set():
+      time.sleep(0.005)
+
+  stream = ahead(source(), first=0, most=1)
+  assert next(stream) == 0
+  reached.wait(20)
+  (thread,) = threads()
+  ctypes.pythonapi.PyThreadState_SetAsyncExc(
+    ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
+  )
+  with pytest.raises(DataError, match='batch 1 could not be made: SystemExit'):
+    next(stream)
+
+
+def test_a_thread_that_is_gone_without_a_word_is_no_hang(monkeypatch):
+  class Mute(threading.Thread):
+    def run(self):
+      pass
+
+  monkeypatch.setattr(prefetch.threading, 'Thread', Mute)
+  monkeypatch.setattr(prefetch, '_LOOK_SECONDS', 0.01)
+  with pytest.raises(DataError, match='is gone'):
+    next(ahead(iter(range(3)), first=0, most=1))
+
+
+def test_a_stream_that_is_given_up_ends_its_thread():
+  stream = ahead(itertools.count(), first=0, most=1)
+  assert next(stream) == 0
+  assert threads()
+  stream.close()
+  assert ended()

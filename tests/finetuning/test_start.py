@@ -1,0 +1,188 @@
+"""Runs that begin with another run's parameters: from config to step."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from moe_jax import finetuning
+from moe_jax.config import merge
+from moe_jax.training import loop, metrics, setup
+from moe_jax.training import workdir as workdir_lib
+from moe_jax.training.checkpoint import Checkpointer
+from tests.training import tiny
+
+DENSE = {'moe': {'layers': 'none', 'num_experts': 0}}
+SPARSE = {
+  'moe': {
+    'num_experts': 4,
+    'num_selected': 2,
+    'gates': 'renormalized',
+    'capacity_rule': 'all',
+  }
+}
+SHORT = {'total_steps': 2, 'sample': {'num_tokens': 0}}
+OTHER_DATA = {'source': 'python_stdlib:json,email,asyncio,http'}
+
+
+def train(config, workdir, devices=1):
+  return loop.train_and_evaluate(
+    config,
+    workdir,
+    devices=jax.devices()[:devices],
+    initial=finetuning.initial,
+  )
+
+
+def config_from(workdir, model=SPARSE, **overrides):
+  config = tiny.config(**{**SHORT, 'model': model, **overrides})
+  return merge(config, {'init_from': {'workdir': str(workdir)}})
+
+
+@pytest.fixture(scope='module')
+def dense(tmp_path_factory):
+  """A dense run's folder, with checkpoints at steps 1 and 2."""
+  workdir = tmp_path_factory.mktemp('dense')
+  config = tiny.config(**SHORT, model=DENSE)
+  train(merge(config, {'checkpoint': {'every_steps': 1}}), workdir)
+  return workdir
+
+
+def losses(workdir):
+  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
+  return [row['eval/train_capacity/loss'] for row in rows if EVAL in row]
+
+
+EVAL = 'eval/train_capacity/loss'
+
+
+def frozen(workdir, **more):
+  """A run of one step that changes nothing, evaluated after it."""
+  optimizer = {'learning_rate': 0.0}
+  return config_from(workdir, total_steps=1, optimizer=optimizer, **more)
+
+
+def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
+  train(frozen(dense), tmp_path)
+  said = capsys.readouterr().out
+  assert f'beginning with the parameters of step 2 of {dense}: layers [1]' in (
+    said
+  )
+  assert 'made sparse, 4 copies of each dense feed-forward' in said
+  np.testing.assert_allclose(losses(tmp_path), losses(dense)[-1], rtol=1e-6)
+
+
+def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
+  source = tmp_path / 'source'
+  shutil.copytree(dense, source)
+  train(config_from(source), tmp_path / 'run')
+  shutil.rmtree(source)  # it is not asked for again
+  capsys.readouterr()
+  state = train(config_from(source), tmp_path / 'run')
+  assert int(state.step) == 2
+  said = capsys.readouterr().out
+  assert 'going on from the checkpoint of step 2' in said
+  assert 'beginning' not in said
+
+
+def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
+  config = frozen(dense, model=DENSE)
+  config = merge(config, {'init_from': {'step': 1}})
+  state = train(config, tmp_path)
+  assert f'step 1 of {dense}: all copied; the opt' in capsys.readouterr().out
+  with Checkpointer(dense / workdir_lib.CHECKPOINTS) as checkpoints:
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params
+    )
+    old = checkpoints.restore({'params': abstract}, step=1, partial=True)
+  jax.tree.map(np.testing.assert_array_equal, state.params, old.state['params'])
+
+
+def begun(config, workdir, devices):
+  """The state that a run of the config begins with, without a step."""
+  run = setup.set_up(config, workdir, devices=jax.devices()[:devices])
+  with run.checkpoints:
+    return setup.begin(run, finetuning.initial)
+
+
+@pytest.mark.parametrize('num_experts', [4, 8])
+def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
+  # Of 257 tokens no mesh axis takes a share: that array is whole.
+  moe = {'moe': {**SPARSE['moe'], 'num_experts': num_experts}}
+  mesh = {'data': 1, 'fsdp': 2, 'expert': num_experts // 2, 'tensor': 1}
+  config = merge(config_from(dense, moe, batch_size=8), {'mesh': mesh})
+  state = begun(config, tmp_path / 'mesh', num_experts)
+  one = merge(config, {'mesh': {'data': 1, 'fsdp': 1, 'expert': 1}})
+  alone = begun(one, tmp_path / 'one', 1)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+    state.params,
+    alone.params,
+  )
+  kernel = state.params['layers']['layer_1']['moe']['experts']['w_in']
+  assert kernel.addressable_shards[0].data.shape == (1, 2, 8, 20)
+  assert int(state.step) == 0
+
+
+def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
+  dense, tmp_path, capsys
+):
+  biased = {'moe': {**SPARSE['moe'], 'balance_bias_rate': 0.01}}
+  four = train(config_from(dense, biased), tmp_path / 'four')
+  # The same model again: what its routers keep is part of it.
+  same = begun(config_from(tmp_path / 'four', biased), tmp_path / 'same', 1)
+  jax.tree.map(
+    np.testing.assert_array_equal, same.router_state, four.router_state
+  )
+  assert any(x.any() for x in jax.tree.leaves(same.router_state))
+  capsys.readouterr()
+  moe = {'moe': {**SPARSE['moe'], 'num_experts': 8}}
+  config = config_from(tmp_path / 'four', moe, batch_size=8)
+  mesh = {'data': 1, 'expert': 8}  # the four do not divide by it
+  state = begun(merge(config, {'mesh': mesh}), tmp_path / 'eight', 8)
+  assert '4 experts made 8, copies of [0, 1, 2, 3, 0, 1, 2, 3]' in (
+    capsys.readouterr().out
+  )
+  w = state.params['layers']['layer_1']['moe']['experts']['w_in']
+  np.testing.assert_array_equal(w[:, :4], w[:, 4:])
+
+
+def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
+  cases = {
+    'holds no trained run': config_from(tmp_path / 'nothing'),
+    r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
+    'trained on tokens of bytes': config_from(
+      dense, data={'tokenizer': 'chars'}
+    ),
+    'is no list of numbers': merge(
+      config_from(dense), {'init_from': {'experts': '0,a'}}
+    ),
+    'no checkpoint 7': merge(config_from(dense), {'init_from': {'step': 7}}),
+  }
+  for message, config in cases.items():
+    with pytest.raises(ValueError, match=message):
+      train(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+  with pytest.raises(ValueError, match='nobody to read it'):
+    loop.train_and_evaluate(
+      config_from(dense), tmp_path / 'run', devices=jax.devices()[:1]
+    )
+
+
+def test_settings_that_differ_are_said_and_data_may(dense, tmp_path, capsys):
+  relu = {**SPARSE, 'activation': 'relu'}
+  config = config_from(dense, relu, data=OTHER_DATA)
+  begun(config, tmp_path, 1)
+  said = capsys.readouterr().out
+  assert "settings differ: model.activation 'gelu' -> 'relu'" in said
+
+
+def test_the_config_has_the_section_of_the_dataclass():
+  section = base.get_config().init_from
+  assert json.loads(section.to_json()).keys() == {
+    *finetuning.InitFrom.__dataclass_fields__
+  }
+  assert finetuning.InitFrom(**section) == finetuning.InitFrom()

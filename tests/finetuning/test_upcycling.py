@@ -1,0 +1,217 @@
+"""Parameters of one model as another's: which, and what it then computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import models
+from moe_jax.finetuning import Copies, plan, sources_of
+from tests.test_configs import batch_of
+from tests.training import tiny
+
+ROOM = {'capacity_rule': 'all', 'gates': 'renormalized', 'num_selected': 2}
+TOP2 = {**ROOM, 'num_experts': 4, 'layers': 'every 2'}
+DENSE = {'layers': 'none'}
+HALVES = {
+  'kind': 'encoder_decoder',
+  'num_layers': 2,
+  'num_encoder_layers': 4,
+  'positions': 'relative',
+  'tie_embeddings': False,
+}
+KEY = jax.random.key(3)
+
+
+def config_of(moe, model):
+  model = {'num_layers': 4, **model, 'moe': moe}
+  data = {'target_len': 16 if 'kind' in model else 0}
+  return tiny.config(model=model, data=data)
+
+
+def build(moe, model=None):
+  return tiny.model_of(config_of(moe, model or {}))
+
+
+@functools.cache
+def params_of(model):
+  """As if trained: at the start norms and biases are alike in every layer."""
+  shapes = nn.meta.unbox(models.abstract_params(model, 8))
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    value = 0.2 * rng.standard_normal(leaf.shape) + 0.7 * (leaf.ndim < 3)
+    return value.astype(leaf.dtype)
+
+  return jax.tree.map(draw, shapes)
+
+
+def logits_of(model, params, model_overrides):
+  batch = batch_of(config_of({}, model_overrides))
+
+  def apply(params):
+    return model.apply({'params': params}, **model.inputs(batch))[0]
+
+  # A sparse layer adds nothing to padding, a dense one does.
+  return jax.jit(apply)(params)[batch['segment_ids'] > 0]
+
+
+def convert(model, source, **copies):
+  found = plan(model, source, Copies(**copies))
+  apply = functools.partial(found.apply, seq_len=8)
+  return jax.jit(apply)(params_of(source), KEY)
+
+
+def change(moe, source_moe, model=None, **copies):
+  """By how much the conversion changes any logit, over the largest."""
+  ours, theirs = build(moe, model), build(source_moe, model)
+  old = logits_of(theirs, params_of(theirs), model or {})
+  new = logits_of(ours, convert(ours, theirs, **copies), model or {})
+  return float(jnp.abs(new - old).max() / jnp.abs(old).max())
+
+
+@pytest.mark.parametrize(
+  ('moe', 'model'),
+  [
+    ({}, {}),
+    # Ten layers with the last one sparse are two loops, of nine and of one.
+    ({'layers': 'last 1', 'num_selected': 3}, {'num_layers': 10}),
+    ({'layers': '0,3', 'dispatch': 'dropless'}, {'activation': 'swiglu'}),
+    ({'encoder_layers': '0,1', 'layers': 'all'}, {**HALVES, 'use_bias': True}),
+  ],
+)
+def test_upcycled_models_begin_as_the_dense_one(moe, model):
+  assert change({**TOP2, **moe}, DENSE, model) < 1e-6
+
+
+def test_raw_gates_and_little_room_are_not_the_dense_model():
+  raw = {'gates': 'raw'}
+  tight = {'capacity_rule': 'per_token', 'capacity_factor': 0.5}
+  for moe in (raw, tight):
+    assert change({**TOP2, **moe}, DENSE) > 1e-3
+  assert change(TOP2, DENSE, expert_noise=0.1) > 1e-3
+
+
+def test_what_becomes_of_each_layer():
+  dense, sparse = build(DENSE), build(TOP2)
+  source, made = params_of(dense), convert(sparse, dense, router_std=0.0)
+  theirs = source['layers']['layer_0']  # one period of one layer, four times
+  even, odd = made['layers']['layer_0'], made['layers']['layer_1']
+  equal = np.testing.assert_array_equal
+  equal(made['embedding'], source['embedding'])
+  equal(even['ffn']['w_in'], theirs['ffn']['w_in'][[0, 2]])
+  equal(odd['ffn_norm']['scale'], theirs['ffn_norm']['scale'][[1, 3]])
+  for name, kernel in odd['moe']['experts'].items():
+    for e in range(4):
+      equal(kernel[:, e], theirs['ffn'][name][[1, 3]])
+  # The router is the one that a run of its own would have drawn.
+  init = functools.partial(models.init_params, sparse, seq_len=8)
+  drawn = nn.meta.unbox(jax.jit(init)(KEY))['layers']['layer_1']['moe']
+  np.testing.assert_allclose(odd['moe']['router']['w'], drawn['router']['w'])
+
+
+def test_the_publications_router():
+  w = convert(build(TOP2), build(DENSE), router_std=0.02)
+  w = w['layers']['layer_1']['moe']['router']['w']
+  np.testing.assert_allclose(w.std(), 0.02, rtol=0.25)
+
+
+def test_some_layers_sparse_already():
+  # 1 and 3 keep their experts and routers, 0 and 2 become sparse.
+  assert change({**TOP2, 'layers': 'all'}, TOP2) < 1e-6
+
+
+@pytest.mark.parametrize('gates', ['raw', 'renormalized'])
+def test_twice_the_experts_and_choices_are_the_same_model(gates):
+  moe = {**TOP2, 'gates': gates}
+  twice = {**moe, 'num_experts': 8, 'num_selected': 4}
+  assert change(twice, moe) < 1e-6
+  assert change({**twice, 'num_selected': 2}, moe) > 1e-3
+
+
+def test_noise_tells_copies_apart_and_leaves_the_first():
+  few, many = build(TOP2), build({**TOP2, 'num_experts': 6})
+  made = convert(many, few, expert_noise=0.1, router_noise=0.2)
+  made, old = (p['layers']['layer_1']['moe'] for p in (made, params_of(few)))
+  w, v = made['experts']['w_in'], old['experts']['w_in']
+  np.testing.assert_array_equal(w[:, :4], v)
+  for axis, (new, was, noise) in enumerate(
+    [(made['router']['w'], old['router']['w'], 0.2), (w, v, 0.1)]
+  ):
+    new, was = (np.moveaxis(x, -1 if axis == 0 else 1, 0) for x in (new, was))
+    np.testing.assert_array_equal(new[:4], was)
+    added = new[4:] - was[:2]
+    rms = np.sqrt(np.mean(np.square(was)))
+    np.testing.assert_allclose(added.std(), noise * rms, rtol=0.3)
+    assert np.abs(added[0] - added[1]).min() > 0
+
+
+def test_fewer_experts_are_the_first_or_those_named():
+  many, few = build(TOP2), build({**TOP2, 'num_experts': 3})
+  old = params_of(many)['layers']['layer_1']['moe']
+  for experts, kept in (((), [0, 1, 2]), ((3, 1, 3), [3, 1, 3])):
+    new = convert(few, many, experts=experts)['layers']['layer_1']['moe']
+    np.testing.assert_array_equal(
+      new['experts']['w_out'], old['experts']['w_out'][:, kept]
+    )
+    np.testing.assert_array_equal(
+      new['router']['w'], old['router']['w'][..., kept]
+    )
+  assert sources_of(7, 3) == (0, 1, 2, 0, 1, 2, 0)
+
+
+def test_the_same_model_is_copied_whatever_its_experts_are_called():
+  sparse = build(TOP2)
+  same = plan(build({**TOP2, 'gates': 'raw'}), sparse, Copies())
+  assert same.copies_all and same.describe() == 'all copied'
+  assert not plan(sparse, sparse, Copies(experts=(1, 0, 2, 3))).copies_all
+  assert not plan(sparse, build(DENSE), Copies()).copies_all
+
+
+def test_all_that_does_not_fit_is_listed():
+  with pytest.raises(ValueError) as caught:
+    plan(build(TOP2, {'width': 24}), build(DENSE, {'hidden': 36}), Copies())
+  lines = str(caught.value).splitlines()
+  assert 'embedding: [257, 16] there, [257, 24] here' in lines
+  assert 'layers/layer_0/ffn/w_in: [16, 36] there, [24, 20] here' in lines
+  assert (
+    'layers/layer_1/moe/experts/w_out: [36, 16] there, [20, 24] here' in lines
+  )
+  assert len(lines) > 12
+
+
+@pytest.mark.parametrize(
+  ('moe', 'model', 'source_moe', 'source_model', 'copies', 'message'),
+  [
+    (DENSE, {}, TOP2, {}, {}, 'moe/experts/w_in: not in this model'),
+    ({**TOP2, 'extra_ffn': True}, {}, DENSE, {}, {}, 'extra_ffn/w_in: not in'),
+    (TOP2, {'num_layers': 6}, DENSE, {}, {}, '4 layers there, 6 here'),
+    (TOP2, HALVES, DENSE, {}, {}, 'one of the two is an encoder-decoder'),
+    (TOP2, {}, TOP2, {}, {'experts': (0, 1)}, r'are not 4 numbers in \[0, 4\)'),
+    (TOP2, {}, TOP2, {}, {'experts': (0, 1, 2, 4)}, 'are not 4 numbers'),
+    (TOP2, {}, DENSE, {}, {'experts': (0,) * 4}, 'with 0 experts there and 4'),
+    # The dense twin of K=2 is twice as wide as an expert.
+    (
+      TOP2,
+      {},
+      {**TOP2, 'num_experts': 0},
+      {},
+      {},
+      r'\[16, 40\] there, \[16, 20',
+    ),
+  ],
+)
+def test_what_has_no_meaning_is_refused(
+  moe, model, source_moe, source_model, copies, message
+):
+  ours, theirs = build(moe, model), build(source_moe, source_model)
+  with pytest.raises(ValueError, match=message):
+    plan(ours, theirs, Copies(**copies))
+
+
+def test_negative_noise_is_refused():
+  with pytest.raises(ValueError, match=r'expert_noise=-0\.1 is negative'):
+    Copies(expert_noise=-0.1)

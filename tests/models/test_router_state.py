@@ -1,0 +1,84 @@
+"""The collection beside the parameters: kept apart, and moved by each layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import generation, models
+from moe_jax.models import router_state
+from tests.models import tiny
+
+MOE = dict(balance_bias_rate=0.25, gates='sigmoid')
+
+
+def filled(model, value=0.0):
+  state = router_state.init_router_state(model, tiny.T)
+  return jax.tree.map(lambda x: x + value, state)
+
+
+def test_who_keeps_nothing_has_no_collection():
+  model = tiny.build()
+  assert router_state.init_router_state(model, tiny.T) == {}
+  assert router_state.moved(model.config, {}, jnp.zeros((2, 5))) == {}
+  assert list(router_state.variables({'w': 1}, {})) == ['params']
+
+
+@pytest.mark.parametrize(
+  ('layers', 'num_layers'), [('every 2', 4), ('all', 3), ('1,2', 5)]
+)
+def test_each_layers_load_moves_its_own_bias(layers, num_layers):
+  model = tiny.build(dict(layers=layers, **MOE), num_layers=num_layers)
+  state = filled(model)
+  sparse = [i for i, flag in enumerate(model.config.sparse) if flag]
+  # Layer i sends everything to expert i: that one goes down, the others up.
+  load = np.zeros((num_layers, 5), np.float32)
+  load[range(num_layers), np.arange(num_layers)] = 10
+  moved = router_state.moved(model.config, state, jnp.asarray(load))
+  assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
+  rows = np.concatenate([np.asarray(x) for x in jax.tree.leaves(moved)])
+  lowered = sorted(int(np.argmin(row)) for row in rows)
+  assert lowered == sparse
+  assert set(np.unique(rows)) == {-0.25, 0.25}
+
+
+def test_an_encoders_layers_come_first():
+  config = tiny.config(
+    dict(layers='1', encoder_layers='0', **MOE), kind='encoder_decoder'
+  )
+  model = models.build(config)
+  load = np.zeros((4, 5), np.float32)
+  load[0, 4], load[3, 2] = 10, 10  # encoder's first, decoder's second
+  moved = router_state.moved(model.config, filled(model), jnp.asarray(load))
+  (encoder,), (decoder,) = (
+    jax.tree.leaves(moved[half]) for half in ('encoder', 'decoder')
+  )
+  assert np.argmin(encoder) == 4 and np.argmin(decoder) == 2
+
+
+def test_a_model_generates_by_its_bias():
+  model = tiny.build(dict(capacity_rule='all', **MOE))
+  params = tiny.params_of(model)
+  state = filled(model)
+  tokens = jnp.asarray(tiny.tokens(shape=(1, 4)))
+  # One expert of each layer above all others, and another below.
+  state = jax.tree.map(lambda x: x.at[:, 1].set(9.0).at[:, 3].set(-9.0), state)
+  outputs = {}
+  for name, kept in (('zero', filled(model)), ('pushed', state)):
+    variables = router_state.variables(params, kept)
+    logits, aux = model.apply(variables, tokens)
+    load = np.asarray(aux.stats.load)
+    if name == 'pushed':
+      assert (load[:, 1] == 4).all() and (load[:, 3] == 0).all()
+    made = generation.generate(
+      model, variables, [np.asarray(tokens[0])], max_new_tokens=1
+    )
+    assert int(made.rows[0][-1]) == int(jnp.argmax(logits[0, -1]))
+    outputs[name] = np.asarray(logits)
+  assert np.abs(outputs['zero'] - outputs['pushed']).max() > 1e-3
+
+
+def test_a_model_without_its_collection_is_an_error():
+  model = tiny.build(MOE)
+  with pytest.raises(Exception, match='router_state'):
+    model.apply({'params': tiny.params_of(model)}, jnp.asarray(tiny.tokens()))

@@ -1,0 +1,175 @@
+"""The exchange alone: told rows, pieces that do not wait for each other."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.layers.ffn import FfnConfig
+from moe_jax.layers.moe import MoE, MoeConfig
+from moe_jax.layers.router import RouterConfig
+from moe_jax.parallel import exchange
+from moe_jax.parallel.exchange import ExchangeConfig
+from moe_jax.partitioning import make_mesh
+from moe_jax.routing import CapacityRule
+
+E, M = 4, 3
+
+
+def mesh_of(**sizes):
+  sizes = dict(data=1, fsdp=1, expert=1, tensor=1) | sizes
+  count = int(np.prod(list(sizes.values())))
+  return make_mesh(sizes, jax.devices()[:count])
+
+
+def on(mesh, x, *axes):
+  return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+@pytest.mark.parametrize('kind', exchange.EXCHANGES)
+def test_told_rows_go_to_their_experts_and_come_back(kind):
+  # Two devices, one group and one row an expert on each. Row 10 * e + g is
+  # expert e's of group g. Experts 0 and 1 live on device 0, 2 and 3 on 1.
+  mesh = mesh_of(expert=2)
+  rows = np.array([[10 * e + g for g in range(2)] for e in range(E)], float)
+  rows = jnp.asarray(rows[..., None] * np.ones(M), jnp.float32)
+  config = ExchangeConfig(kind)
+  seen = []
+
+  @jax.jit
+  def there_and_back(x, rows):
+    place = exchange.layout(config, x, num_experts=E, hidden=5)
+    assert place.exchanged == ('expert',) and place.kept == ()
+    at_experts = exchange.to_experts(config, place, rows)
+    return at_experts, exchange.to_groups(config, place, at_experts)
+
+  x = on(mesh, jnp.zeros((2, 6, M)), 'expert')
+  there, back = there_and_back(x, on(mesh, rows, None, 'expert'))
+  for shard in there.addressable_shards:
+    seen.append(np.sort(np.asarray(shard.data)[..., 0], 1).tolist())
+  assert seen == [[[0, 1], [10, 11]], [[20, 21], [30, 31]]]
+  np.testing.assert_array_equal(back, rows)
+
+
+def test_a_layout_leaves_whole_what_does_not_divide():
+  mesh = mesh_of(data=2, expert=2, tensor=2)
+  found = {}
+
+  def layout(groups, num_experts, hidden):
+    def run(x):
+      found['place'] = exchange.layout(
+        ExchangeConfig(), x, num_experts=num_experts, hidden=hidden
+      )
+      return x
+
+    x = on(mesh, jnp.zeros((groups, 5, M)))
+    jax.jit(run).lower(x)
+    return found['place']
+
+  place = layout(4, 6, 10)
+  assert place.groups == ('data', 'expert') and place.experts == ('expert',)
+  assert place.hidden == ('tensor',)
+  assert layout(3, 6, 10).groups == ()
+  assert layout(3, 6, 10).exchanged == ()
+  assert layout(4, 5, 10).experts == ()
+  assert layout(4, 6, 9).hidden == ()
+
+
+def test_one_device_has_no_layout():
+  x = jnp.zeros((2, 5, M))
+  assert exchange.layout(ExchangeConfig(), x, num_experts=E, hidden=4) is None
+
+
+LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')
+
+
+def instructions(text):
+  """Of the entry computation: name -> (kind, operands, line)."""
+  entry = text[text.index('\nENTRY') :]
+  found = {}
+  for line in entry.splitlines():
+    if match := LINE.match(line):
+      name, kind, rest = match.groups()
+      operands = re.findall(r'%([\w.\-]+)', rest.split(', metadata')[0])
+      found[name] = kind, operands, line
+  return found
+
+
+def ancestors(found, name):
+  seen, left = set(), [name]
+  while left:
+    for operand in found[left.pop()][1]:
+      if operand in found and operand not in seen:
+        seen.add(operand)
+        left.append(operand)
+  return seen
+
+
+@pytest.mark.parametrize('kind', exchange.EXCHANGES)
+def test_no_piece_travels_after_anothers_product(kind):
+  chunks = 3
+  layer = MoE(
+    MoeConfig(
+      router=RouterConfig(num_experts=8, num_selected=2, gates='renormalized'),
+      expert=FfnConfig(hidden=24),
+      exchange=ExchangeConfig(kind, chunks=chunks),
+    )
+  )
+  mesh = mesh_of(expert=8)
+  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (8, 16, 12)), 'float32')
+  params = layer.init(jax.random.key(0), x)
+  split = on(mesh, x, 'expert')
+  run = jax.jit(lambda params, x: layer.apply(params, x)[0])
+  compiled = run.lower(on(mesh, params), split).compile()
+  np.testing.assert_allclose(
+    compiled(on(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
+  )
+  found = instructions(compiled.as_text())
+  travels = [name for name, line in found.items() if line[0] == 'all-to-all']
+  products = {
+    name
+    for name, (_, _, line) in found.items()
+    if re.search(r'op_name="[^"]*experts/dot_general', line)
+  }
+  assert len(travels) == 2 * chunks and products
+  before = {name: ancestors(found, name) for name in travels}
+  there = [name for name in travels if not before[name] & products]
+  assert len(there) == chunks  # none waits for a product
+  for name in set(travels) - set(there):
+    assert len(before[name] & set(there)) == 1  # each product for one piece
+
+
+def test_a_custom_expert_travels_too():
+  from flax import linen as nn
+
+  layer = MoE(
+    MoeConfig(
+      router=RouterConfig(4, 2, gates='renormalized'),
+      expert=FfnConfig(hidden=24),
+      exchange=ExchangeConfig('all_to_all', chunks=2),
+    ),
+    expert=nn.Dense(12),
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')
+  params = layer.init(jax.random.key(0), x)
+  mesh = mesh_of(expert=4)
+  run = jax.jit(lambda params, x: layer.apply(params, x)[0])
+  np.testing.assert_allclose(
+    run(on(mesh, params), on(mesh, x, 'expert')), run(params, x), atol=1e-5
+  )
+
+
+def test_capacity_for_all_is_dropless_across_devices():
+  one = RouterConfig(4, 2, gates='renormalized', capacity=CapacityRule('all'))
+  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')
+  outputs = []
+  for dispatch in ('gather', 'dropless'):
+    layer = MoE(MoeConfig(one, FfnConfig(hidden=24), dispatch=dispatch))
+    params = layer.init(jax.random.key(0), x)
+    mesh = mesh_of(expert=4)
+    run = jax.jit(lambda params, x, layer=layer: layer.apply(params, x)[0])
+    outputs.append(run(on(mesh, params), on(mesh, x, 'expert')))
+  np.testing.assert_allclose(*outputs, atol=1e-5)

@@ -1,0 +1,294 @@
+"""On any mesh a step is the one device's, and rows travel as they should."""
+
+import collections
+import functools
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import base
+from moe_jax import models, partitioning
+from moe_jax.config import merge
+from moe_jax.layers.initializers import axis_names
+from moe_jax.models import router_state
+from moe_jax.training.losses import LossWeights
+from moe_jax.training.step import TrainState, make_grad_fn, train_step
+from tests.models import tiny
+
+B, T, V, E, K = 8, 6, 28, 8, 2
+CLIP = 0.01  # far below the gradient's norm
+GATHER = {'capacity_factor': 1.0}
+EINSUM = {**GATHER, 'dispatch': 'einsum'}
+WRITTEN_OUT = {**GATHER, 'exchange': 'all_to_all'}
+DROPLESS = {'dispatch': 'dropless', 'capacity_rule': 'all'}
+WAYS = dict(
+  gather=GATHER, einsum=EINSUM, written_out=WRITTEN_OUT, dropless=DROPLESS
+)
+MESHES = ['8x1x1x1', '1x8x1x1', '1x1x8x1', '2x1x4x1', '1x2x2x2', '2x2x2x1']
+
+
+class Result(NamedTuple):
+  """One step's results, on the host, and its program."""
+
+  loss: Any
+  grads: Any
+  update: Any
+  sums: Any
+  balance_bias: Any
+  text: str
+
+
+def config_of(moe, sharding=None):
+  sparse = dict(
+    layers='every 2',
+    num_experts=E,
+    num_selected=K,
+    jitter=0.01,
+    balance_bias_rate=0.01,
+  )
+  config = tiny.config({**sparse, **moe}, vocab_size=V, width=16, hidden=24)
+  return merge(config, {'data': {'seq_len': T}, 'sharding': sharding or {}})
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+  segment_ids = np.ones((B, T), np.int32)
+  segment_ids[0, 4:] = 0
+  return {
+    'tokens': rng.integers(0, V, (B, T), np.int32),
+    'targets': rng.integers(0, V, (B, T), np.int32),
+    'segment_ids': segment_ids,
+    'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    'loss_weights': (segment_ids > 0).astype(np.float32),
+  }
+
+
+def kept_gradient() -> optax.GradientTransformation:
+  """Leaves updates as they are and keeps them as its state."""
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda updates, state, params=None: (updates, updates),
+  )
+
+
+OPTIMIZER = optax.chain(
+  kept_gradient(), optax.clip_by_global_norm(CLIP), optax.scale(-1.0)
+)
+
+
+def first_state(model):
+  """Unlike a run's, its bias has moved, so that choices depend on it."""
+  params = tiny.params_of(model)
+  rng = np.random.default_rng(1)
+  bias = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype),
+    router_state.init_router_state(model, T),
+  )
+  step = jnp.zeros((), jnp.int32)
+  seed = jnp.zeros((), jnp.uint32)
+  return TrainState(step, seed, params, OPTIMIZER.init(params), bias)
+
+
+@functools.cache
+def step_of(
+  way, mesh_shape='', sharding=(), microbatches=1, salt=0.0, **moe
+) -> Result:
+  """A step on a mesh, or, without its shape, on one device."""
+  config = config_of({**WAYS[way], **moe}, dict(sharding))
+  model = models.build(config)
+  state, batch = first_state(model), make_batch()
+  places = None
+  if mesh_shape:
+    sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
+    mesh = partitioning.make_mesh(sizes)
+    rules = partitioning.make_rules(config.sharding.to_dict())
+    boxed = models.abstract_params(model, T)
+    params = partitioning.tree_shardings(
+      mesh, rules, axis_names(boxed), nn.meta.unbox(boxed)
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda _: whole, state)
+    places = places.replace(
+      params=params, opt_state=(params, *places.opt_state[1:])
+    )
+    state = jax.device_put(state, places)
+    batch_place = partitioning.sharding(mesh, rules, ('batch', None), (B, T))
+    batch = jax.device_put(batch, batch_place)
+  run = functools.partial(
+    train_step,
+    grad_fn=make_grad_fn(model, LossWeights(balance=0.1, z=0.1), microbatches),
+    optimizer=OPTIMIZER,
+    # Of no effect here; another program to the compilation cache.
+    schedule=optax.constant_schedule(salt),
+    move_router_state=functools.partial(router_state.moved, model.config),
+  )
+  run = jax.jit(run, out_shardings=(places, None)).lower(state, batch)
+  compiled = run.compile()
+  new, metrics = jax.device_get(compiled(state, batch))
+  return Result(
+    loss=metrics.loss,
+    grads=new.opt_state[0],
+    update=jax.tree.map(np.subtract, new.params, jax.device_get(state.params)),
+    sums=metrics.sums,
+    balance_bias=new.router_state,
+    text=compiled.as_text(),
+  )
+
+
+def assert_equal(found: Result, one: Result):
+  np.testing.assert_allclose(found.loss, one.loss, rtol=1e-5)
+  tiny.assert_trees_close(found.sums, one.sums, rtol=1e-4, atol=1e-4)
+  tiny.assert_trees_close(found.grads, one.grads, rtol=1e-3, atol=1e-5)
+  tiny.assert_trees_close(found.update, one.update, rtol=1e-3, atol=1e-6)
+  tiny.assert_trees_close(
+    found.balance_bias, one.balance_bias, rtol=0, atol=1e-7
+  )
+
+
+def collectives(text) -> dict[str, int]:
+  kinds = 'all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute'
+  found = re.findall(rf'= .{{1,900}}? ({kinds})(?:-start)?\(', text)
+  return dict(collections.Counter(found))
+
+
+FAST = {
+  ('gather', '1x1x8x1'),
+  ('gather', '1x2x2x2'),
+  ('einsum', '2x1x4x1'),
+  ('written_out', '1x2x2x2'),
+  ('dropless', '1x2x2x2'),
+}
+
+
+@pytest.mark.parametrize(
+  ('way', 'mesh_shape'),
+  [
+    pytest.param(
+      way, mesh, marks=() if (way, mesh) in FAST else pytest.mark.slow
+    )
+    for way in WAYS
+    for mesh in MESHES
+  ],
+)
+def test_a_step_equals_one_device(way, mesh_shape):
+  one = step_of(way if way != 'written_out' else 'gather')
+  stats = one.sums.aux.stats
+  assert (stats.overflowed.sum() > 0) == (way != 'dropless')
+  norm = optax.global_norm(one.grads)
+  assert norm > 2 * CLIP
+  np.testing.assert_allclose(optax.global_norm(one.update), CLIP, rtol=1e-3)
+  assert np.ptp(stats.load) > 0
+  assert_equal(step_of(way, mesh_shape), one)
+
+
+SPREAD = (('expert', 'expert,tensor'), ('expert_mlp', ''))
+
+
+@pytest.mark.parametrize(
+  ('way', 'mesh_shape'),
+  [
+    ('dropless', '1x1x2x4'),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('gather', '1x1x2x4'),
+        ('written_out', '1x1x2x4'),
+        ('written_out', '2x1x2x2'),
+        ('dropless', '1x2x2x2'),
+      )
+    ),
+  ],
+)
+def test_experts_are_split_over_two_axes(way, mesh_shape):
+  one = step_of(way if way != 'written_out' else 'gather')
+  assert_equal(step_of(way, mesh_shape, SPREAD), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['gather', 'dropless'])
+def test_more_experts_than_devices_and_fewer(way):
+  one = step_of(way)
+  assert_equal(step_of(way, '4x1x2x1'), one)  # four a device
+  few = dict(num_experts=2, num_selected=1, gates='raw')
+  assert_equal(step_of(way, '4x1x2x1', **few), step_of(way, **few))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['gather', 'dropless'])
+def test_microbatches_change_nothing_on_a_mesh(way):
+  quiet = dict(jitter=0.0)  # noise is drawn anew for each
+  one = step_of(way, **quiet)
+  assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
+
+
+@pytest.mark.parametrize('chunks', [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_chunks_change_nothing_and_each_has_its_own_all_to_alls(chunks):
+  one = step_of('gather', capacity_factor=3.0)  # three slots of an expert
+  ways = dict(
+    capacity_factor=3.0, exchange='all_to_all', exchange_chunks=chunks
+  )
+  found = step_of('gather', '1x1x4x2', **ways)
+  assert_equal(found, one)
+  # There and back, forward and backward, of the one sparse layer.
+  assert collectives(found.text)['all-to-all'] == 4 * chunks
+
+
+def test_rows_travel_in_bfloat16():
+  one = step_of('gather')
+  found = step_of('gather', '1x1x8x1', exchange_dtype='bfloat16')
+  np.testing.assert_allclose(found.loss, one.loss, rtol=1e-3)
+  difference = abs(found.loss - one.loss)
+  assert difference > 1e-7
+  tiny.assert_trees_close(found.grads, one.grads, rtol=0.1, atol=2e-3)
+  moved = re.findall(r'= \((\w+)\[.{1,900}? all-to-all\(', found.text)
+  # XLA's CPU compiler may widen what it sends; what is sent was rounded.
+  assert len(moved) == 4 and 'bf16' in found.text
+
+
+@pytest.mark.parametrize('way', ['gather', 'written_out'])
+def test_the_program_has_the_stated_all_to_alls_and_gathers_no_kernel(
+  way, capfd
+):
+  capfd.readouterr()
+  found = step_of(way, '1x1x8x1', salt=time.time())
+  told = capfd.readouterr().err
+  assert 'rematerialization' not in told, told
+  counts = collectives(found.text)
+  assert counts['all-to-all'] == 4
+  assert 'all-gather' not in counts and 'collective-permute' not in counts
+  whole = re.escape(f'f32[{E},16,24]'), re.escape(f'f32[{E},24,16]')
+  for kernel in whole:
+    assert not re.search(kernel, found.text)
+
+
+def test_dropless_sends_rows_and_gathers_no_kernel():
+  found = step_of('dropless', '1x1x8x1')
+  gathered = re.findall(r'= (\S+) all-gather\(', found.text)
+  assert gathered  # rows: the CPU's stand-in for a ragged exchange
+  assert not any(re.match(r'f32\[\d+,(16,24|24,16)\]', s) for s in gathered)
+  assert not re.search(rf'f32\[{E},(16,24|24,16)\]', found.text)
+
+
+def test_nothing_is_rematerialized_with_fsdp_and_tensors(capfd):
+  capfd.readouterr()
+  step_of('gather', '1x2x2x2', salt=time.time())
+  assert 'rematerialization' not in capfd.readouterr().err
+
+
+def test_keys_are_checked_in_the_config():
+  for key, value, message in (
+    ('exchange', 'alltoall', "unknown exchange 'alltoall'; did you mean"),
+    ('exchange_dtype', 'float16', "unknown exchange_dtype 'float16'"),
+    ('exchange_chunks', 0, 'exchange_chunks=0 must be at least 1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      models.build(config_of({key: value}))
+  assert base.get_config().model.moe.exchange == 'constraint'

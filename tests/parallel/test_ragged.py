@@ -1,0 +1,136 @@
+"""Rows without slots: the stand-in told by hand, and against plain loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from moe_jax.parallel import ragged
+from moe_jax.partitioning import make_mesh
+
+P, N, M = 4, 7, 3
+MESH = make_mesh(dict(expert=P), jax.devices()[:P])
+AXES = ('expert',)
+
+
+def everywhere(f):
+  """f of each device's own part, over the leading axis."""
+  spec = PartitionSpec('expert')
+  return jax.jit(
+    jax.shard_map(f, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False)
+  )
+
+
+def traffic(seed):
+  """Rows of each device, how many go where, and where each block begins."""
+  rng = np.random.default_rng(seed)
+  sizes = rng.integers(0, 3, (P, P)).astype(np.int32)
+  sizes[1] = [0, 0, N, 0]  # all of one device's to one
+  gaps = rng.integers(0, 2, P).astype(np.int32)  # rows that stay
+  starts = np.cumsum(sizes, 1, dtype=np.int32) - sizes
+  room = N - sizes.sum(1)
+  starts += np.minimum(gaps, np.maximum(room, 0))[:, None].astype(np.int32)
+  rows = rng.normal(0, 1, (P, N, M)).astype(np.float32)
+  return rows, np.minimum(sizes, np.maximum(N - starts, 0)), starts
+
+
+def received(rows, sizes, starts, bound):
+  """A loop: on each device what the others have for it, one after another."""
+  out = np.zeros((P, bound, M), np.float32)
+  for me in range(P):
+    blocks = [
+      rows[i, starts[i, me] : starts[i, me] + sizes[i, me]] for i in range(P)
+    ]
+    block = np.concatenate(blocks)
+    out[me, : len(block)] = block
+  return out
+
+
+def test_told_rows():
+  # Device 0 keeps a and sends b, c to 1; device 1 sends d to 0; others none.
+  a, b, c, d = np.eye(4, M + 1, dtype=np.float32)[:, :M] + 1
+  rows = np.zeros((P, 3, M), np.float32)
+  rows[0], rows[1, 0] = [a, b, c], d
+  sizes = np.zeros((P, P), np.int32)
+  sizes[0, :2], sizes[1, 0] = [1, 2], 1
+  starts = np.cumsum(sizes, 1, dtype=np.int32) - sizes
+
+  def send(rows, sizes, starts):
+    plan = ragged.traffic(sizes[0], starts[0], AXES)
+    return ragged.send(rows[0], plan, 5, AXES)[None]
+
+  found = everywhere(send)(rows, sizes, starts)
+  np.testing.assert_array_equal(found[0, :3], [a, d, 0 * a])
+  np.testing.assert_array_equal(found[1, :3], [b, c, 0 * a])
+  assert not found[2:].any()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
+  rows, sizes, starts = traffic(seed)
+  bound = P * N
+  want = received(rows, sizes, starts, bound)
+  rng = np.random.default_rng(9)
+  weight = rng.normal(0, 1, want.shape).astype(np.float32)
+
+  def trip(rows, sizes, starts, weight):
+    plan = ragged.traffic(sizes[0], starts[0], AXES)
+    there = ragged.send(rows[0], plan, bound, AXES)
+    back = ragged.send_back(there, plan, N, AXES)
+
+    def total(x):
+      return (ragged.send(x, plan, bound, AXES) * weight[0]).sum()
+
+    return there[None], back[None], jax.grad(total)(rows[0])[None]
+
+  there, back, d_rows = everywhere(trip)(rows, sizes, starts, weight)
+  np.testing.assert_array_equal(there, want)
+  expected = np.zeros_like(rows)
+  d_expected = np.zeros_like(rows)
+  place = np.zeros(P, int)
+  for i in range(P):
+    for j in range(P):
+      block = slice(starts[i, j], starts[i, j] + sizes[i, j])
+      expected[i, block] = rows[i, block]
+      d_expected[i, block] = weight[j, place[j] : place[j] + sizes[i, j]]
+      place[j] += sizes[i, j]
+  np.testing.assert_array_equal(back, expected)
+  np.testing.assert_array_equal(d_rows, d_expected)
+
+
+def test_an_accelerator_gets_the_ragged_exchange():
+  rows, sizes, starts = traffic(0)
+
+  def send(rows, sizes, starts):
+    plan = ragged.traffic(sizes[0], starts[0], AXES)
+    return ragged.send(rows[0], plan, P * N, AXES)[None]
+
+  lower = functools.partial(everywhere(send).trace(rows, sizes, starts).lower)
+  for platform, there in (('tpu', True), ('cuda', True), ('cpu', False)):
+    text = lower(lowering_platforms=(platform,)).as_text()
+    assert ('ragged_all_to_all' in text) == there
+
+
+def test_the_stand_in_leaves_the_rest_of_its_output_alone():
+  rows, sizes, starts = traffic(1)
+
+  def run(rows, sizes, starts):
+    plan = ragged.traffic(sizes[0], starts[0], AXES)
+    me = jax.lax.axis_index(AXES)
+    arrivals = jnp.cumsum(plan.sizes, 0) - plan.sizes
+    return ragged.all_gather_reference(
+      rows[0],
+      jnp.full((P * N, M), 7.0),
+      plan.starts[me],
+      plan.sizes[me],
+      arrivals[me],
+      plan.sizes[:, me],
+      axis_name=AXES,
+    )[None]
+
+  found = np.asarray(everywhere(run)(rows, sizes, starts))
+  for me in range(P):
+    assert (found[me, sizes[:, me].sum() :] == 7).all()

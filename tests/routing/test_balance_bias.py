@@ -1,0 +1,81 @@
+"""Balancing without a loss: who is chosen, what it weighs, how it moves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import routing
+from moe_jax.routing import balance_bias
+
+LOGITS = jnp.log(jnp.array([[[0.5, 0.3, 0.2]]], jnp.float32))
+
+
+def choice(bias, gates):
+  bias = jnp.array(bias, jnp.float32)
+  scores = balance_bias.biased_scores(LOGITS, bias, gates)
+  return routing.token_choice(
+    LOGITS,
+    num_selected=1,
+    capacity=None,
+    gates=gates,
+    expert_index=routing.choose(scores, 1),
+  )
+
+
+def test_the_bias_decides_who_is_chosen_and_not_what_it_weighs():
+  # Of three experts the first is the likeliest; pushed down by 0.25 it falls
+  # behind the second, whose gate is its own probability, without the bias.
+  assert int(choice([0, 0, 0], 'raw').expert_index.item()) == 0
+  pushed = choice([-0.25, 0, 0], 'raw')
+  assert int(pushed.expert_index.item()) == 1
+  np.testing.assert_allclose(pushed.gate.item(), 0.3, rtol=1e-6)
+  # Sigmoids of the same logits are 1/3, 0.23 and 1/6: it takes less.
+  assert int(choice([-0.1, 0, 0], 'raw').expert_index.item()) == 0
+  pushed = choice([-0.11, 0, 0], 'sigmoid')
+  assert int(pushed.expert_index.item()) == 1
+  np.testing.assert_allclose(pushed.gate.item(), 0.3 / 1.3, rtol=1e-6)
+
+
+def test_a_bias_moves_against_the_load():
+  # Mean load 4: above it down, below it up, at it not at all; layers apart.
+  load = jnp.array([[9, 1, 2, 4], [4, 4, 4, 4]], jnp.float32)
+  bias = jnp.full((2, 4), 0.5, jnp.float32)
+  found = balance_bias.moved(bias, load, 0.01)
+  want = [[0.49, 0.51, 0.51, 0.5], [0.5] * 4]
+  np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize('gates', ['raw', 'sigmoid', 'renormalized'])
+def test_steps_of_it_balance_skewed_tokens(gates):
+  rng = np.random.default_rng(0)
+  skew = np.array([2.0, 1.0, 0.0, -1.0, -2.0])
+  logits = jnp.asarray(rng.normal(skew, 1.0, (2, 200, 5)), jnp.float32)
+
+  @jax.jit
+  def step(bias, _):
+    scores = balance_bias.biased_scores(logits, bias, gates)
+    index = routing.choose(scores, 2)
+    load = jax.nn.one_hot(index, 5).sum((0, 1, 2))
+    return balance_bias.moved(bias, load, 0.002), load
+
+  _, loads = jax.lax.scan(step, jnp.zeros(5), None, length=900)
+  violation = (loads.max(-1) - loads.mean(-1)) / loads.mean(-1)
+  assert violation[0] > 0.8 and violation[-1] < 0.15
+
+
+def test_the_bias_has_no_gradient():
+  def total(bias, logits):
+    scores = balance_bias.biased_scores(logits, bias, 'sigmoid')
+    chosen = routing.token_choice(
+      logits,
+      num_selected=2,
+      capacity=None,
+      gates='sigmoid',
+      expert_index=routing.choose(scores, 2),
+    )
+    return chosen.gate.sum()
+
+  d_bias, d_logits = jax.grad(total, (0, 1))(jnp.zeros(3), LOGITS)
+  assert not d_bias.any()
+  assert (d_logits != 0).sum() == 2

@@ -1,0 +1,140 @@
+"""A step compiled for devices that need not exist: what is said of it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from rich.console import Console
+
+from experiments import compile_ahead
+from moe_jax.analysis import devices
+from moe_jax.config import merge
+from moe_jax.training import setup
+from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def config_of(**mesh):
+  config = tiny.config(mesh=mesh, batch_size=8)
+  return setup.with_vocabulary(config, 257)
+
+
+def report(num_devices, **mesh):
+  config = config_of(**mesh)
+  mesh = compile_ahead.mesh_of(config, jax.devices()[:num_devices])
+  return compile_ahead.report(config, mesh)
+
+
+@pytest.fixture(scope='module')
+def found():
+  return report(4, data=2, expert=2)
+
+
+def test_the_report_is_of_one_device(found):
+  step, alone = found.step, report(1).step
+  assert step.temp_bytes < 0.6 * alone.temp_bytes
+  assert step.argument_bytes < alone.argument_bytes
+  assert alone.collectives.by_kind == {}
+  assert 'all-reduce' in step.collectives.by_kind
+  # The state is donated: nothing but the metrics is new.
+  assert step.alias_bytes > 0.9 * step.argument_bytes
+  needed = step.argument_bytes + step.temp_bytes
+  assert step.needed_bytes == pytest.approx(needed, rel=0.1)
+
+
+def test_the_table_has_every_number(found):
+  console = Console(record=True, width=100)
+  console.print(compile_ahead.table(found, 1.5e9))
+  text = console.export_text()
+  for words in (
+    'optimizer state',
+    'temporaries',
+    'needed in all',
+    '1.5e+09',
+    'all-reduce: count, bytes sent',
+    'of host memory',
+  ):
+    assert words in text, words
+
+
+def test_a_verdict_names_the_device_and_both_numbers():
+  (line,) = compile_ahead.verdicts('v5p:2x2x1', '', 10**10)
+  assert line == 'fits TPU v5p: 10 GB of 95 GB (11%)'
+  lines = compile_ahead.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
+  assert lines == {'DOES NOT FIT TPU v5e: 20 GB of 16 GB (125%)': False}
+  # CPUs stand in for any device.
+  known = set(devices.NAMES) - {devices.HERE}
+  assert len(compile_ahead.verdicts('cpu:64', '', 10**10)) == len(known)
+
+
+def test_flops_by_formula_are_split_over_devices():
+  config = config_of(data=2, expert=2)
+  one, four = (compile_ahead.formula_flops(config, n) for n in (1, 4))
+  assert one == 4 * four
+  twice = merge(config, {'batch_size': 16})
+  assert compile_ahead.formula_flops(twice, 4) == 2 * four
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (config_of(data=3), 'mesh=.*does not fit 4 devices'),
+    (merge(config_of(data=4), {'batch_size': 6}), 'batch_size=6'),
+  ],
+)
+def test_a_bad_mesh_fails_before_compiling(config, message):
+  with pytest.raises(ValueError, match=message):
+    compile_ahead.mesh_of(config, jax.devices()[:4])
+
+
+def test_a_topology_that_is_none():
+  with pytest.raises(ValueError, match="CPUs are 'cpu:64'"):
+    compile_ahead.described_devices('cpu:many')
+
+
+def run(*flags):
+  foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.compile_ahead', *flags],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=580,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('config', 'more'),
+  [
+    ('mixtral_8x7b', ['--config.microbatches=8']),
+    ('switch_c', ['--config.mesh.expert=64']),
+  ],
+)
+def test_the_large_ones_compile_for_64_devices(config, more):
+  path = f'--config=configs/{config}.py'
+  done = run(path, '--topology=cpu:64', '--noflops', *more)
+  assert 'needed in all' in done.stdout, done.stderr[-3000:]
+  assert 'TPU v5p' in done.stdout
+
+
+@pytest.mark.slow
+def test_a_described_tpu():
+  pytest.importorskip('libtpu')
+  done = run(
+    '--config=configs/tiny_switch.py:runlocal',
+    '--topology=v5e:2x2',
+    '--config.batch_size=8',
+    '--config.mesh.data=2',
+    '--config.mesh.expert=2',
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert '4 x TPU v5 lite: data 2, fsdp 1, expert 2, tensor 1' in done.stdout
+  assert 'fits TPU v5e' in done.stdout
+  assert 'FLOPs as XLA counts: ' in done.stdout

@@ -1,0 +1,118 @@
+"""What a run says of its devices, and a trace of its steps."""
+
+import gzip
+import json
+import logging
+
+import jax
+import pytest
+
+from moe_jax import hooks
+from moe_jax.analysis import sharded
+from moe_jax.training import abstract, loop, profile, setup
+from moe_jax.training.setup import Hook
+from tests.training import tiny
+
+CONFIG = tiny.config(
+  total_steps=4,
+  mesh={'data': 2, 'expert': 4},
+  batch_size=8,
+  evals={},
+  checkpoint={'every_steps': 0, 'keep_best': False},
+  profile={'start_step': 2, 'num_steps': 2},
+)
+
+
+class Watch(Hook):
+  """Keeps the run, its first batch, and what is said before the first step."""
+
+  def start(self, run):
+    self.run = run
+    self.batch = next(run.batches(0))
+    self.said = []
+    run.message = self.said.append
+
+
+@pytest.fixture(scope='module')
+def traced(tmp_path_factory):
+  """A run on eight devices with a profile, and what was compiled for it."""
+  watch = Watch()
+  compiled = []
+  handler = logging.Handler()
+  handler.emit = lambda record: compiled.append(record.getMessage())
+  logger = logging.getLogger('jax')
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles():
+      loop.train_and_evaluate(
+        CONFIG,
+        tmp_path_factory.mktemp('run'),
+        hooks=[watch, hooks.MeshSummary(), hooks.Profile()],
+      )
+  finally:
+    logger.removeHandler(handler)
+  return watch, [line for line in compiled if line.startswith('Compiling')]
+
+
+def test_the_step_is_compiled_once(traced):
+  _, compiled = traced
+  steps = [line for line in compiled if 'train_step' in line]
+  assert len(steps) == 1, compiled
+
+
+def test_the_summary_tells_of_each_device(traced):
+  watch, _ = traced
+  summary = watch.said[0]
+  state = watch.run.programs.abstract_state
+  params = jax.tree.leaves(state.params)
+  experts = 4 * 2 * 16 * 20 * 4  # E kernels in and out [M, F], float32
+  rest = sum(4 * leaf.size for leaf in params) - experts
+  expected = rest + experts // 4
+  assert sharded.device_bytes(state.params) == expected
+  assert f'{expected / 1000:.3g} kB of parameters' in summary
+  # Two moments a parameter.
+  assert f'{2 * expected / 1000:.3g} kB of optimizer state' in summary
+  assert 'all-reduce (' in summary
+
+
+def test_batches_are_as_the_step_was_compiled_for(traced):
+  watch, _ = traced
+  found = {
+    name: (array.shape, array.dtype) for name, array in watch.batch.items()
+  }
+  assert found == shapes(CONFIG)
+
+
+def shapes(config):
+  batch = abstract.abstract_batch(config)
+  return {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
+
+
+def test_batches_of_an_encoder_decoder_too(tmp_path):
+  config = tiny.config(
+    data={
+      'task': 'seq2seq',
+      'source': 'python_stdlib_docstrings:json,email',
+      'target_len': 16,
+    },
+    model={'kind': 'encoder_decoder'},
+  )
+  run = setup.set_up(config, tmp_path, devices=jax.devices()[:1])
+  batch = next(run.batches(0))
+  assert {n: (a.shape, a.dtype) for n, a in batch.items()} == shapes(config)
+
+
+def test_the_trace_has_the_steps_that_were_asked_for(traced):
+  watch, _ = traced
+  (path,) = (watch.run.workdir / profile.FOLDER).rglob('*.trace.json.gz')
+  events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
+  steps = {
+    event['args']['step_num']
+    for event in events
+    if event.get('name') == profile.STEP_NAME
+  }
+  assert steps == {'2', '3'}
+  # What the devices ran is in it too: TensorBoard's and Perfetto's rows.
+  names = {event.get('name', '') for event in events}
+  assert any('dot' in name or 'fusion' in name for name in names)
+  assert any(line.startswith('profile: steps up to 3') for line in watch.said)

@@ -1,0 +1,218 @@
+"""Many runs on one machine: skipped, gone on with, stopped, reported."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from experiments import launch, local_runs
+from experiments.local_runs import DONE, FAILED, STOPPED, WAITING, Job
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHRUNK = 'configs/tiny_switch.py:runlocal'
+
+
+def job(folder, name, *scripts, finished=False, complete=True, env=None):
+  """Processes that run Python scripts; they need no jax."""
+  return Job(
+    name=name,
+    commands=lambda: [[sys.executable, '-c', script] for script in scripts],
+    logs=[folder / f'{name}.{i}.log' for i in range(len(scripts))],
+    finished=lambda: finished,
+    complete=lambda: complete,
+    env=env or {},
+  )
+
+
+def quiet(text):
+  del text
+
+
+def test_a_failure_stops_no_other_and_what_is_finished_is_not_run(tmp_path):
+  jobs = [
+    job(tmp_path, 'before', 'open("ran", "w")', finished=True),
+    job(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
+    job(tmp_path, 'good', 'print("fine")'),
+    job(tmp_path, 'half', 'pass', complete=False),
+  ]
+  outcomes = local_runs.run_all(jobs, [{}], message=quiet)
+  assert outcomes == {
+    'before': DONE,
+    'bad': FAILED,
+    'good': DONE,
+    'half': STOPPED,
+  }
+  assert not (tmp_path / 'before.0.log').exists()
+  assert (tmp_path / 'good.0.log').read_text() == 'fine\n'
+  lines = launch.summary(jobs, outcomes).splitlines()
+  assert lines[1].split() == ['failed', 'bad']
+  assert lines[2].strip() == f'{tmp_path}/bad.0.log: moe_jax: no'
+
+
+def test_each_place_has_one_item_at_a_time(tmp_path):
+  # Every item notes when it was where; a place's times must not overlap.
+  script = (
+    'import os, time; t = time.time(); time.sleep(0.3);'
+    'print(os.environ["CUDA_VISIBLE_DEVICES"], t, time.time())'
+  )
+  jobs = [job(tmp_path, f'item{i}', script) for i in range(5)]
+  local_runs.run_all(jobs, local_runs.places(1, 'gpu', 2), message=quiet)
+  spans = {'0': [], '1': []}
+  for one in jobs:
+    place, begin, end = one.logs[0].read_text().split()
+    spans[place].append((float(begin), float(end)))
+  for times in spans.values():
+    assert len(times) >= 2
+    times.sort()
+    for (_, end), (begin, _) in itertools.pairwise(times):
+      assert end <= begin
+
+
+def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
+  lasting = 'import time; time.sleep(60)'
+  one = job(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', lasting)
+  began = time.monotonic()
+  assert local_runs.run_all([one], [{}], message=quiet) == {'pair': FAILED}
+  assert time.monotonic() - began < 30
+  summary = launch.summary([one], {'pair': FAILED}).splitlines()
+  # The one that was only ended with it is not blamed.
+  assert len(summary) == 2
+  assert summary[1].endswith('pair.0.log: moe_jax: lost')
+
+
+SAVES = (
+  'import signal, sys, time;'
+  'signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(0)));'
+  'print("ready", flush=True); time.sleep(60)'
+)
+STUCK = (
+  'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);'
+  'print("ready", flush=True); time.sleep(60)'
+)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
+  jobs = [
+    job(tmp_path, 'saves', SAVES, complete=False),
+    job(tmp_path, 'stuck', STUCK),
+    job(tmp_path, 'later', 'print("never")'),
+  ]
+
+  def send():
+    while not all(
+      log.exists() and 'ready' in log.read_text()
+      for log in (jobs[0].logs[0], jobs[1].logs[0])
+    ):
+      time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+  before = signal.getsignal(number)
+  thread = threading.Thread(target=send)
+  thread.start()
+  outcomes = local_runs.run_all(
+    jobs, [{}, {}], grace_seconds=0.5, message=quiet
+  )
+  thread.join()
+  assert signal.getsignal(number) is before
+  assert outcomes == {'saves': STOPPED, 'stuck': STOPPED, 'later': WAITING}
+  assert jobs[0].logs[0].read_text() == 'ready\nsaved\n'
+  assert not jobs[2].logs[0].exists()
+
+
+def test_sweeps_multiply():
+  items = launch.swept(
+    'configs/x.py',
+    {'batch_size': 4},
+    {'seed': ['0', '1'], 'model.width': ['8', '16']},
+    'out',
+  )
+  assert [item.workdir for item in items] == [
+    'out/seed=0,width=8',
+    'out/seed=0,width=16',
+    'out/seed=1,width=8',
+    'out/seed=1,width=16',
+  ]
+  assert items[2].flags() == [
+    '--config.batch_size=4',
+    '--config.seed=1',
+    '--config.model.width=8',
+  ]
+  twins = {'data.seq_len': ['8'], 'other.seq_len': ['9']}
+  (one,) = launch.swept('configs/x.py', {}, twins, 'out')
+  assert one.workdir == 'out/data.seq_len=8,other.seq_len=9'
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'folders', 'message'),
+  [
+    ({'model.widht': 4}, ('a',), "'model.widht'; did you mean 'model.width'"),
+    ({'seed': 'x'}, ('a',), 'config.seed=x'),
+    ({}, ('a', 'a'), 'two items have the workdir'),
+  ],
+)
+def test_bad_items_fail_before_any_starts(overrides, folders, message):
+  items = [launch.Item(SHRUNK, overrides, folder) for folder in folders]
+  with pytest.raises(ValueError, match=message):
+    launch.check(items)
+
+
+def test_items_come_from_a_python_file(tmp_path):
+  path = tmp_path / 'study.py'
+  path.write_text(
+    'def get_items():\n'
+    f"  return [({SHRUNK!r}, {{'seed': s}}, f'out/{{s}}') for s in (3, 5)]\n"
+  )
+  items = launch.read_items(str(path))
+  assert items[1] == launch.Item(SHRUNK, {'seed': 5}, 'out/5')
+  path.write_text('')
+  with pytest.raises(ValueError, match='defines no get_items'):
+    launch.read_items(str(path))
+
+
+def test_processes_of_one_run_know_each_other(tmp_path):
+  item = launch.Item(SHRUNK, {}, str(tmp_path))
+  one = launch.make_job(item, processes=2, devices_per_process=3)
+  first, second = one.commands()
+  assert first[:-1] == second[:-1]
+  assert [c[-1] for c in (first, second)] == [
+    '--process_id=0',
+    '--process_id=1',
+  ]
+  assert '--num_processes=2' in first
+  assert one.env['JAX_NUM_CPU_DEVICES'] == '3'
+  # A port that was free when the launcher began may be taken by now.
+  assert one.commands()[0] != first
+
+
+@pytest.mark.slow
+def test_runs_train_once_and_another_config_is_refused(tmp_path):
+  output = tmp_path / 'runs'
+  command = [
+    *(sys.executable, '-m', 'experiments.launch', f'--config={SHRUNK}'),
+    *('--sweep', 'seed=0,1', '--set', 'sample.num_tokens=0'),
+    *(f'--output={output}', '--workers=2'),
+  ]
+
+  def run(*more):
+    return subprocess.run(
+      [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+  done = run()
+  assert done.returncode == 0, done.stdout + done.stderr
+  noted = json.loads((output / 'seed=1' / launch.FINISHED).read_text())
+  assert noted['overrides'] == {'sample.num_tokens': '0', 'seed': '1'}
+  again = run()
+  assert again.returncode == 0
+  assert again.stdout.count('finished before') == 2
+  other = run('--set', 'batch_size=8')
+  assert other.returncode == 1
+  assert 'log: moe_jax:' in other.stdout

@@ -1,0 +1,73 @@
+"""What experiments/pods.md tells to type exists: keys, files, XLA's flags."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configs import base
+from moe_jax.config import flatten
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')
+TOPOLOGY = (
+  'from jax.experimental import topologies;'
+  "topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1')"
+)
+
+
+def flags(kind):
+  """The flags of the tables, '--xla_gpu_...=value'."""
+  found = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
+  gpu = [flag for flag in found if flag.startswith('--xla_gpu_')]
+  return gpu if kind == 'gpu' else [f for f in found if f not in gpu]
+
+
+def accepted(code, **env):
+  """What a process of its own says, '' if all is well."""
+  foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
+  kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={**kept, 'JAX_PLATFORMS': 'cpu', **env},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  return done.stderr[-2000:] if done.returncode else ''
+
+
+def test_keys_and_files_exist():
+  known = flatten(base.get_config())
+  keys = re.findall(r'--config\.([\w.]+)=', TEXT)
+  keys += re.findall(r'`config\.(?!json)([\w.]+)', TEXT)
+  keys += [f'model.{key}' for key in re.findall(r'`(moe\.\w+)`', TEXT)]
+  assert len(keys) > 10
+  sections = {'mesh', 'sharding'}
+  assert not [key for key in keys if key not in {*known, *sections}]
+  files = re.findall(r'--config=(configs/\w+\.py)', TEXT)
+  modules = re.findall(r'python -m ((?:moe_jax|experiments)[\w.]+)', TEXT)
+  files += [module.replace('.', '/') + '.py' for module in modules]
+  assert not [file for file in files if not (ROOT / file).exists()]
+
+
+def test_flags_for_gpus_exist():
+  found = flags('gpu')
+  assert len(found) >= 5
+  code = 'import jax; jax.devices()'
+  assert not accepted(code, XLA_FLAGS=' '.join(found))
+  assert 'xla_gpu_none' in accepted(code, XLA_FLAGS='--xla_gpu_none=true')
+
+
+@pytest.mark.slow
+def test_flags_for_tpus_exist():
+  pytest.importorskip('libtpu')
+  found = [f for f in flags('tpu') if 'xla_dump_to' not in f]
+  assert len(found) >= 5
+  env = {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}
+  assert not accepted(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(found), **env)
+  wrong = accepted(TOPOLOGY, LIBTPU_INIT_ARGS='--xla_tpu_none=true', **env)
+  assert 'xla_tpu_none' in wrong

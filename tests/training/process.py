@@ -1,0 +1,184 @@
+"""One of several processes that train together; what `test_processes` starts.
+
+python -m tests.training.process <coordinator> <processes> <id> <jobs.json>
+
+Each job is a dict for `run`. Not a test.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import signal
+import sys
+import tempfile
+import time
+
+import jax
+
+# tensorboardX imports it where it is there, which takes seconds.
+if __name__ == '__main__':
+  sys.modules['torch'] = None
+
+CACHE = os.environ.get(
+  'MOE_JAX_TEST_CACHE',
+  str(pathlib.Path(tempfile.gettempdir()) / 'moe_jax_test_cache'),
+)
+
+
+TIMEOUTS = {'heartbeat_timeout_seconds': 15}
+
+
+def configure(num_devices):
+  """As in `tests/conftest.py`, with so many fake devices."""
+  jax.config.update('jax_num_cpu_devices', num_devices)
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  jax.config.update('jax_disable_most_optimizations', True)
+  jax.config.update('jax_compilation_cache_dir', CACHE)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def digest(batch):
+  """Of a batch of numpy arrays."""
+  text = hashlib.sha256()
+  for name in sorted(batch):
+    text.update(name.encode() + batch[name].tobytes())
+  return text.hexdigest()
+
+
+def interleaved(devices):
+  """Neighbours are of different processes."""
+  return sorted(devices, key=lambda d: (d.id % 2048, d.process_index))
+
+
+def recorder():
+  """A hook that keeps each step's global batch, by its digest, and loss."""
+  from moe_jax.distributed import fetch
+  from moe_jax.training.setup import Hook
+
+  class Recorded(Hook):
+    def start(self, run):
+      self.batches, self.losses, self.run = [], [], run
+      train_step = run.train_step
+
+      def step(state, batch):
+        self.batches.append(digest(fetch(batch)))
+        state, metrics = train_step(state, batch)
+        self.losses.append(float(metrics.loss))
+        return state, metrics
+
+      run.train_step = step
+
+  return Recorded()
+
+
+def accident(kind, at_step):
+  """A hook by which something befalls this process before a step."""
+  from moe_jax.training.setup import Hook
+
+  def befall():
+    if kind == 'stuck':
+      while True:
+        time.sleep(0.01)
+    if kind == 'error':
+      raise OSError('the disk is on fire')
+    if kind == 'full_disk':
+      signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+      return
+    os.kill(os.getpid(), getattr(signal, kind))
+
+  class Accident(Hook):
+    def start(self, run):
+      batches = run.batches
+
+      def with_accident(start):
+        for step, batch in enumerate(batches(start), start + 1):
+          if step == at_step:
+            befall()
+          yield batch
+
+      run.batches = with_accident
+
+  return Accident()
+
+
+def run(
+  within,
+  workdir,
+  overrides,
+  befalls=(),
+  order='',
+  hooks=False,
+  evals=(),
+  seeds=(0, 0),
+):
+  """One job.
+
+  Args:
+    within: A folder.
+    workdir: Of the run, in it; a list: one for each process.
+    overrides: Of `tiny.config`.
+    befalls: [process, what, step], see `accident`.
+    order: 'interleaved' devices, or as they come.
+    hooks: Whether those of the main program run too, and its evaluations.
+    evals: Entries of `config.evals` beside tiny's, by kind.
+    seeds: `config.seed` of each process.
+  """
+  from configs import base
+  from moe_jax.training.loop import train_and_evaluate
+  from tests.training import tiny
+
+  config = tiny.config(**overrides).unlock()
+  config.seed = [*seeds, 0, 0][jax.process_index()]
+  if not evals:
+    config.evals, config.checkpoint.keep_best = {}, False
+  for kind, options in dict(evals).items():
+    config.evals[kind] = getattr(base, f'{kind}_evaluation')(**options)
+  recorded = recorder()
+  more, kinds = [recorded], {}
+  if hooks:
+    from moe_jax import evaluation
+    from moe_jax import hooks as hooks_lib
+
+    more, kinds = [*more, *hooks_lib.default_hooks()], evaluation.KINDS
+  if befalls and befalls[0] == jax.process_index():
+    more.append(accident(*befalls[1:]))
+  if isinstance(workdir, list):
+    workdir = workdir[jax.process_index()]
+  folder = pathlib.Path(within) / workdir
+  state = train_and_evaluate(
+    config.lock(),
+    folder,
+    hooks=more,
+    kinds=kinds,
+    resume=True,
+    devices=interleaved(jax.devices()) if order else None,
+  )
+  rows = recorded.run.programs.put.rows.tolist()
+  return {
+    'step': int(state.step),
+    'batches': recorded.batches,
+    'losses': recorded.losses,
+    'rows': rows,
+  }
+
+
+def main(coordinator, num_processes, process_id, path):
+  from moe_jax import distributed
+
+  spec = json.loads(pathlib.Path(path).read_text())
+  within = pathlib.Path(path).parent
+  configure(spec['devices'])
+  timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
+  where = coordinator, int(num_processes), int(process_id)
+  with distributed.joined(timeouts, *where):
+    for job in spec['jobs']:
+      job['overrides'] |= {'distributed': timeouts}
+      with open(f'{path}.{process_id}', 'a') as results:
+        results.write(json.dumps(run(within, **job)) + '\n')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

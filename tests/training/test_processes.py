@@ -1,0 +1,308 @@
+"""Several processes over Gloo on this machine, each with fake devices."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax.config import to_dataclass
+from moe_jax.training import loop, metrics, setup
+from tests.training import process, tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMEOUT = process.TIMEOUTS['heartbeat_timeout_seconds']
+STEPS = {
+  'total_steps': 3,
+  'batch_size': 16,
+  'log_every_steps': 1,
+  'mesh': {'data': 8},
+  'checkpoint': {'every_steps': 1, 'keep_newest': 99},
+}
+LONG = {**STEPS, 'total_steps': 40}
+ACROSS = {
+  **LONG,
+  'mesh': {'data': 2, 'expert': 2, 'tensor': 2},
+  'sharding': {'vocab': ''},  # 257 bytes do not divide
+}
+
+
+class Ended(NamedTuple):
+  """What became of a process: its status, words and results."""
+
+  status: int
+  said: str
+  errors: str
+  results: list[dict]
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def start(folder, count, jobs, **spec):
+  """Runs jobs in so many processes, and ends every one of them.
+
+  Returns:
+    Their ends, and how many seconds the last took after the first.
+  """
+  path = folder / 'jobs.json'
+  path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
+  where = f'127.0.0.1:{free_port()}'
+  command = [sys.executable, '-m', 'tests.training.process', where, str(count)]
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  running = []
+  try:
+    for i in range(count):
+      streams = [(folder / f'{i}.{name}').open('w') for name in ('out', 'err')]
+      with streams[0] as out, streams[1] as err:
+        running.append(
+          subprocess.Popen(
+            [*command, str(i), path], cwd=ROOT, env=env, stdout=out, stderr=err
+          )
+        )
+    seconds = _wait(running)
+  finally:
+    for p in running:
+      p.kill()
+      p.wait()
+  ends = [
+    Ended(
+      p.returncode,
+      (folder / f'{i}.out').read_text(),
+      (folder / f'{i}.err').read_text(),
+      results(path, i),
+    )
+    for i, p in enumerate(running)
+  ]
+  return ends, seconds
+
+
+def _wait(running):
+  """Until all have ended; a stopped one never does."""
+  began, first = time.monotonic(), None
+  while any(p.poll() is None for p in running):
+    now = time.monotonic()
+    if first is None and any(p.poll() is not None for p in running):
+      first = now
+    if now - began > 200 or (first and now - first > 2 * TIMEOUT):
+      break
+    time.sleep(0.05)
+  return time.monotonic() - (first or began)
+
+
+def results(path, i):
+  path = pathlib.Path(f'{path}.{i}')
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """One process of eight devices."""
+  workdir = tmp_path_factory.mktemp('one')
+  loop.train_and_evaluate(tiny.config(**STEPS), workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+  """Two processes of four devices, which do all that they can in one life."""
+  folder = tmp_path_factory.mktemp('two')
+  jobs = [
+    {'workdir': 'run', 'overrides': ACROSS, 'befalls': [1, 'SIGTERM', 4]},
+    {'workdir': 'run', 'overrides': ACROSS, 'befalls': [1, 'SIGKILL', 10]},
+  ]
+  for job in jobs:
+    job['order'] = 'interleaved'
+  return folder, *start(folder, 2, jobs)
+
+
+@pytest.fixture(scope='module')
+def four(two, tmp_path_factory):
+  """Four processes of two devices, which go on with what two began."""
+  folder = tmp_path_factory.mktemp('four')
+  shutil.copytree(two[0] / 'run', folder / 'run')
+  for path in (folder / 'run' / 'checkpoints').iterdir():
+    if path.name not in ('1', '2'):
+      shutil.rmtree(path)
+  job = {'workdir': 'run', 'overrides': STEPS, 'order': 'interleaved'}
+  return folder, *start(folder, 4, [job])
+
+
+@pytest.fixture(scope='module')
+def stream():
+  """The digest of each batch, as one process reads it."""
+  config = tiny.config(**STEPS)
+  dataset = data.load(to_dataclass(data.DataConfig, config.data))
+  batches = data.batch_dataset(
+    dataset.splits['train'], batch_size=config.batch_size, seed=config.seed
+  )
+  return [process.digest(batches[i]) for i in range(12)]
+
+
+def saved(workdir, step):
+  """A checkpoint as one process reads it."""
+  run = setup.set_up(tiny.config(**STEPS), workdir, resume=True)
+  with run.checkpoints as checkpoints:
+    return checkpoints.restore(run.programs.abstract_state, step=step).state
+
+
+def assert_close(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def losses(workdir):
+  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
+  return [row['train/total_loss'] for row in rows if 'train/total_loss' in row]
+
+
+def test_two_processes_train_as_one(one, two):
+  folder, ends, _ = two
+  # Each process has a half of every pair over `tensor`: both need all rows.
+  for end in ends:
+    assert end.results[0]['rows'] == list(range(16))
+  assert_close(saved(folder / 'run', 1), saved(one, 1))
+  np.testing.assert_allclose(losses(folder / 'run')[:3], losses(one), rtol=1e-4)
+
+
+def test_four_go_on_from_a_checkpoint_of_two_as_two_did(two, four):
+  folder, ends, _ = four
+  assert [e.status for e in ends] == [0] * 4, [e.errors[-2000:] for e in ends]
+  assert 'going on from the checkpoint of step 2' in ends[0].said
+  # Rows of a process need not be neighbours.
+  assert ends[1].results[0]['rows'] == [2, 3, 10, 11]
+  assert_close(saved(folder / 'run', 3), saved(two[0] / 'run', 3))
+
+
+def test_the_stream_is_the_same_for_any_number_of_processes(two, four, stream):
+  for _, ends, _ in (two, four):
+    for end in ends:
+      (result,) = end.results
+      first = result['step'] - len(result['batches'])
+      assert result['batches'] == stream[first : result['step']]
+
+
+def test_sigterm_to_one_saves_in_all_at_one_step(two):
+  _, ends, _ = two
+  steps = {end.results[0]['step'] for end in ends}
+  assert len(steps) == 1, steps
+  (step,) = steps
+  assert 4 <= step < 8
+  words = f'stopped by SIGTERM at step {step}; saved, will go on here'
+  assert words in ends[0].said
+  assert f'going on from the checkpoint of step {step}' in ends[0].said
+
+
+def test_a_death_ends_the_others_and_is_named(two):
+  _, ends, seconds = two
+  assert [len(end.results) for end in ends] == [1, 1]
+  assert [end.status for end in ends] == [1, -9]
+  assert 'process 0 of 2 ends: process 1 died; it had got' in ends[0].errors
+  assert seconds < TIMEOUT
+
+
+def test_process_0_alone_speaks_and_writes_rows(two):
+  folder, ends, _ = two
+  assert 'loss' in ends[0].said and 'loss' not in ends[1].said
+  assert 8 <= len(losses(folder / 'run')) <= 10
+  # A file for each life, and none of process 1.
+  assert len(list((folder / 'run' / 'tensorboard').iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('befalls', 'message'),
+  [
+    ([1, 'stuck', 3], 'process 1 is stuck: it has got to the data of step 3'),
+    ([1, 'SIGSTOP', 3], 'process 1 does not answer'),
+    ([0, 'SIGSTOP', 3], 'process 0 does not answer'),
+    ([1, 'error', 3], 'process 1 failed: OSError: the disk is on fire'),
+    ([1, 'full_disk', 3], 'process 1 failed: CheckpointError: checkpoint'),
+  ],
+)
+def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
+  job = {'workdir': 'run', 'overrides': LONG, 'befalls': befalls}
+  # Longer than the step's compilation on a busy machine.
+  timeouts = {'stall_timeout_seconds': 40 if befalls[1] == 'stuck' else 0}
+  ends, _ = start(tmp_path, 2, [job], timeouts=timeouts)
+  other = ends[1 - befalls[0]]
+  assert other.status == 1
+  assert message in other.errors
+  assert len(other.errors.splitlines()) < 20
+
+
+@pytest.mark.slow
+def test_process_0_dies(tmp_path):
+  job = {'workdir': 'run', 'overrides': LONG, 'befalls': [0, 'SIGKILL', 3]}
+  ends, seconds = start(tmp_path, 2, [job])
+  # JAX's coordinator dies with it, and its message may be the faster one.
+  assert ends[1].status != 0
+  assert 'process 0 died' in ends[1].errors or 'coordination' in ends[1].errors
+  assert seconds < TIMEOUT
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_named(tmp_path):
+  job = {'workdir': 'run', 'overrides': LONG, 'seeds': [0, 3]}
+  ends, _ = start(tmp_path, 2, [job])
+  assert [end.status for end in ends] == [1, 1]
+  for end in ends:
+    assert 'the config of process 1 is not that of process 0' in end.errors
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared(tmp_path):
+  job = {'workdir': ['a', 'b'], 'overrides': LONG}
+  ends, _ = start(tmp_path, 2, [job])
+  assert [end.status for end in ends] == [1, 1]
+  assert 'process 1 failed: ValueError: process 1 does not see' in (
+    ends[0].errors
+  )
+
+
+@pytest.mark.slow
+def test_hooks_and_evaluations_of_two_processes(tmp_path):
+  """What the main program adds: nothing of it waits for what is not there."""
+  job = {
+    'workdir': 'run',
+    'overrides': {
+      **STEPS,
+      'total_steps': 2,
+      'data': {'task': 'prefix_lm'},
+      'mesh': {'data': 4, 'expert': 2},
+    },
+    'hooks': True,
+    'evals': {
+      'generate': {'num_examples': 3, 'max_new_tokens': 4},
+      'choice': {'num_items': 3},
+    },
+  }
+  ends, _ = start(tmp_path, 2, [job])
+  assert [end.status for end in ends] == [0, 0], ends[0].errors[-2000:]
+  names = {path.name for path in (tmp_path / 'run').iterdir()}
+  assert names >= {
+    'config.json',
+    'curves.png',
+    'generate_examples.txt',
+    'load.png',
+    'metrics.jsonl',
+    'routing_report.json',
+    'sample.txt',
+    'tokenizer.json',
+  }
+  rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
+  found = {key for row in rows for key in row}
+  assert {'eval/generate/chrf', 'eval/choice/accuracy'} <= found

@@ -1,0 +1,165 @@
+"""A state saved on one mesh is the same state on another."""
+
+import functools
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import models, partitioning
+from moe_jax.config import merge
+from moe_jax.training import setup
+from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.losses import normalizers
+from moe_jax.training.step import make_grad_fn
+from tests.training import tiny
+
+E, V = 8, 264
+CONFIG = tiny.config(
+  batch_size=8,
+  model={
+    'vocab_size': V,
+    'hidden': 24,
+    'moe': {
+      'num_experts': E,
+      'num_selected': 2,
+      'gates': 'renormalized',
+      'balance_bias_rate': 0.01,
+    },
+  },
+)
+SOURCE = (1, 2, 2, 2)  # data, fsdp, expert, tensor
+MESHES = [
+  (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 1, 4, 1), (1, 1, 4, 2),
+  (2, 2, 2, 1), (1, 1, 1, 1),
+]  # fmt: skip
+
+
+@functools.cache
+def programs(shape, **sharding):
+  """What runs on a mesh of that shape."""
+  sizes = dict(zip(partitioning.MESH_AXES, shape))
+  config = merge(CONFIG, {'mesh': sizes, 'sharding': dict(sharding)})
+  mesh = partitioning.make_mesh(sizes, jax.devices()[: np.prod(shape)])
+  return setup.make_programs(config, models.build(config), mesh)
+
+
+@functools.cache
+def trained():
+  """A state on `SOURCE` as if trained: no two of its arrays are alike."""
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    value = 0.2 * rng.standard_normal(leaf.shape) + 0.5 * (leaf.ndim < 3)
+    if leaf.ndim == 0:
+      value = 7
+    return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+  return jax.tree.map(draw, programs(SOURCE).abstract_state)
+
+
+def checksum(array):
+  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def checksums(state):
+  """Of every array, and of every expert in every array that has one each."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    name, array = partitioning.path_name(path), np.asarray(leaf)
+    found[name] = checksum(array)
+    if '/experts/' in name:
+      assert array.shape[1] == E, name
+      for e in range(E):
+        found[f'{name}, expert {e}'] = checksum(array[:, e])
+  return found
+
+
+def restored(folder, on):
+  with Checkpointer(folder) as checkpoints:
+    state = checkpoints.restore(on.abstract_state).state
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  assert places == jax.tree.map(lambda x: x.sharding, on.abstract_state)
+  return state
+
+
+def save(folder, state):
+  with Checkpointer(folder) as checkpoints:
+    checkpoints.save(1, state)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('checkpoints')
+  save(folder, trained())
+  return folder
+
+
+def expert_kernel(state):
+  return state.params['layers']['layer_1']['moe']['experts']['w_in']
+
+
+def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
+  want = checksums(trained())
+  assert any(name.startswith('router_state/') for name in want)
+  experts = [name for name in want if name.endswith('expert 7')]
+  assert len(experts) == 6  # two kernels, and two moments of each
+  assert len({want[name] for name in want if 'w_in, expert' in name}) == 3 * E
+  for shape in MESHES:
+    state = restored(folder, programs(shape))
+    assert checksums(state) == want, shape
+    (shard, *_) = expert_kernel(state).addressable_shards
+    _, fsdp, expert, tensor = shape
+    assert shard.data.shape == (1, E // expert, 16 // fsdp, 24 // tensor)
+  save(tmp_path, state)  # from one device back
+  assert checksums(restored(tmp_path, programs(SOURCE))) == want
+
+
+def test_experts_over_two_mesh_axes(folder):
+  on = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
+  state = restored(folder, on)
+  assert checksums(state) == checksums(trained())
+  (shard, *_) = expert_kernel(state).addressable_shards
+  assert shard.data.shape == (1, 1, 16, 24)
+
+
+def gradient(state, shape):
+  """The loss and gradient of the next step's batch, on the host."""
+  on = programs(shape)
+  model = models.build(CONFIG)
+  grad_fn = make_grad_fn(model, setup.loss_weights(CONFIG, model))
+  places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+
+  def run(state, batch):
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    whole = normalizers(batch)
+    (loss, _), grads = grad_fn(
+      state.params, batch, whole, key, state.router_state
+    )
+    return loss, jax.lax.with_sharding_constraint(grads, places)
+
+  batch = jax.tree.map(np.asarray, tiny.batch(CONFIG, vocab_size=V))
+  return jax.device_get(jax.jit(run)(state, on.put(batch)))
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    pytest.param(shape, marks=() if shape == (1, 1, 8, 1) else pytest.mark.slow)
+    for shape in MESHES
+  ],
+)
+def test_the_next_steps_loss_and_gradient(folder, shape):
+  loss, grads = gradient(trained(), SOURCE)
+  other, found = gradient(restored(folder, programs(shape)), shape)
+  np.testing.assert_allclose(other, loss, rtol=1e-5)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    name = partitioning.path_name(path)
+    norm = np.linalg.norm(grad)
+    off = np.linalg.norm(functools.reduce(getitem, path, found) - grad)
+    assert norm > 0 and off <= 1e-5 * norm, (name, off / norm)
+
+
+def getitem(tree, key):
+  return tree[key.key]
