@@ -50,6 +50,7 @@ MESHES = (
 DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
 HANG_SECONDS = 90.0
 TOLERANCE = 1e-5
+MOST_STEPS = 2000
 
 
 @dataclasses.dataclass
@@ -119,21 +120,36 @@ class Processes:
 
 
 def witnessed(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The witness' lines; of the last one perhaps only a part was written."""
-  path = workdir / soak_run.WITNESS
+  """The witnesses' lines; of a last one perhaps only a part was written."""
   lines = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      lines.append(json.loads(line))
-    except ValueError:
-      continue
-  return lines
+  for path in sorted(workdir.glob(soak_run.WITNESS)):
+    for line in path.read_text().splitlines():
+      try:
+        lines.append(json.loads(line))
+      except ValueError:
+        continue
+  return sorted(lines, key=lambda line: line['attempt'])
+
+
+def of_attempt(workdir: pathlib.Path, attempt: int) -> list[dict[str, Any]]:
+  """The witnesses' lines of one start of the run."""
+  return [x for x in witnessed(workdir) if x['attempt'] == attempt]
+
+
+def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
+  """The rows of each step, of all processes."""
+  found: dict[int, dict[str, str]] = {}
+  for line in lines:
+    if 'step' in line:
+      found.setdefault(line['step'], {}).update(line['rows'])
+  return found
 
 
 def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
   """Runs to the end; its batches, last digests and last loss."""
   count, mesh = SAME
-  spec = dict(seed=seed, total_steps=total_steps, mesh=mesh, gradients=False)
+  spec = dict(seed=seed, total_steps=total_steps, mesh=mesh)
+  spec |= dict(gradients=False, attempt=0)
   processes = Processes(workdir, spec, count)
   if not processes.wait(3600) or any(p.returncode for p in processes.all):
     raise SystemExit(f'the undisturbed run failed; see {workdir}/log_0.txt')
@@ -148,14 +164,13 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     for line in (workdir / 'metrics.jsonl').read_text().splitlines()
   ]
   key = f'eval/{soak_run.EVAL}/loss'
-  times = [line['time'] for line in lines if 'step' in line]
+  times = sorted(line['time'] for line in lines if line.get('step', 0) > 1)
+  (end, *_) = [line for line in lines if 'end' in line]
   return {
-    'batches': {
-      line['step']: line['batch'] for line in lines if 'step' in line
-    },
-    'arrays': lines[-1]['arrays'],
+    'batches': batches_of(lines),
+    'arrays': end['arrays'],
     'loss': [row[key] for row in rows if key in row][-1],
-    'seconds': times[-1] - times[0],
+    'step_seconds': float(np.median(np.diff(times))) * SAME[0],
   }
 
 
@@ -165,6 +180,7 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
     spec['seed'], spec['total_steps'], dict(data=1, fsdp=1, expert=1, tensor=1)
   )
   run = set_up(config, workdir, resume=True, devices=jax.devices()[:1])
+  run.message = lambda text: None
   with run.checkpoints:
     state = begin(run)
   number = int(state.step) + 1
@@ -183,20 +199,22 @@ def disturbed(
   draw: random.Random,
 ) -> Tally:
   """Runs to the end, with disturbances for so many seconds."""
-  tally, deadline = Tally(), time.monotonic() + seconds
+  tally, deadline, attempt = Tally(), time.monotonic() + seconds, 0
   while True:
     count, mesh = next(meshes)
     expected = read_on_one_device(workdir, spec)
     if expected['begin'] > spec['total_steps']:
       return tally
-    before = len(witnessed(workdir))
-    processes = Processes(workdir, {**spec, 'mesh': mesh}, count)
+    attempt += 1
+    processes = Processes(
+      workdir, {**spec, 'mesh': mesh, 'attempt': attempt}, count
+    )
     if time.monotonic() > deadline:
       processes.wait(3600)
     else:
-      disturb(processes, workdir, before, tally, draw)
+      disturb(processes, workdir, attempt, tally, draw)
     tally.counts['restarts'] += 1
-    check(workdir, expected, witnessed(workdir)[before:], tally)
+    check(workdir, expected, of_attempt(workdir, attempt), tally)
     codes = [process.returncode for process in processes.all]
     if time.monotonic() > deadline and any(codes):
       tally.fault(f'left alone, the processes ended with {codes}')
@@ -205,11 +223,11 @@ def disturbed(
       corrupt(workdir / CHECKPOINTS, tally, draw)
 
 
-def disturb(processes, workdir, before, tally, draw) -> None:
+def disturb(processes, workdir, attempt, tally, draw) -> None:
   """Waits for a random moment, and sends a signal."""
   starting = draw.random() < 0.15
   while processes.left() and not starting:
-    if any('step' in line for line in witnessed(workdir)[before:]):
+    if any('step' in line for line in of_attempt(workdir, attempt)):
       break
     time.sleep(0.1)
   moment = time.monotonic() + draw.uniform(0, 6)
@@ -250,7 +268,7 @@ def check(workdir, expected, lines, tally: Tally) -> None:
   begun = [line for line in lines if 'begin' in line]
   if not begun:
     return  # ended before its first step
-  (line,) = begun
+  line = begun[0]
   if line['begin'] != expected['begin']:
     tally.fault(f'began at {line["begin"]}, not {expected["begin"]}')
     return
@@ -267,32 +285,40 @@ def check(workdir, expected, lines, tally: Tally) -> None:
       tally.fault(f'first step at {line["begin"]} differs by {tally.worst}')
 
 
-def count_batches(workdir, reference: dict[int, str], tally: Tally) -> None:
+def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
   """Batches of the steps that led to the end, against the undisturbed run's.
 
   A restart gives up what came after its checkpoint: those steps are repeated.
   """
   timeline, taken = {}, 0
-  for line in witnessed(workdir):
-    if 'begin' in line:
-      timeline = {k: v for k, v in timeline.items() if k < line['begin']}
-      if line['begin'] > 1 and line['begin'] - 1 not in timeline:
-        tally.fault(f'step {line["begin"] - 1} is nowhere')
-    if 'step' in line:
-      taken += 1
-      if line['step'] in timeline:
-        tally.counts['batches doubled'] += 1
-      timeline[line['step']] = line['batch']
-  lost = [step for step in reference if step not in timeline]
-  other = [
-    s for s in reference if timeline.get(s, reference[s]) != reference[s]
-  ]
+  lines = witnessed(workdir)
+  for attempt in sorted({line['attempt'] for line in lines}):
+    own = [line for line in lines if line['attempt'] == attempt]
+    begin = min([x['begin'] for x in own if 'begin' in x], default=None)
+    if begin is None:
+      continue
+    timeline = {k: v for k, v in timeline.items() if k < begin}
+    if begin > 1 and begin - 1 not in timeline:
+      tally.fault(f'step {begin - 1} is nowhere')
+    steps = batches_of(own)
+    taken += len(steps)
+    doubled = len(timeline.keys() & steps.keys())
+    tally.counts['batches doubled'] += doubled
+    timeline |= steps
+  lost = reference.keys() - timeline.keys()
+  both = reference.keys() & timeline.keys()
+  other = [step for step in both if not _agree(timeline[step], reference[step])]
   tally.counts['batches lost'] += len(lost)
   tally.counts['batches of another step'] += len(other)
   tally.counts['steps repeated'] += taken - len(timeline)
   for name in ('batches doubled', 'batches lost', 'batches of another step'):
     if tally.counts[name]:
       tally.fault(f'{tally.counts[name]} {name}')
+
+
+def _agree(found: dict[str, str], whole: dict[str, str]) -> bool:
+  """A process killed before it wrote its last line leaves rows unseen."""
+  return all(whole.get(row) == value for row, value in found.items())
 
 
 def describe(tally: Tally) -> str:
@@ -313,9 +339,9 @@ def describe(tally: Tally) -> str:
 
 def paced(folder: pathlib.Path, minutes: float) -> int:
   """How many steps undisturbed runs do in a tenth of the time."""
-  trial = undisturbed(folder / 'trial', SEEDS[0], 60)
-  rate = 59 / trial['seconds']
-  return max(60, int(6 * minutes * rate) // 20 * 20)
+  trial = undisturbed(folder / 'trial', SEEDS[0], 100)
+  steps = int(6 * minutes / trial['step_seconds'])
+  return min(max(100, steps // 25 * 25), MOST_STEPS)
 
 
 def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
@@ -323,10 +349,8 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
   began = time.monotonic()
   draw = random.Random(seed)
   total_steps = paced(folder, minutes)
-  spec = dict(seed=SEEDS[0], total_steps=total_steps, gradients=False)
-  print(
-    f'{total_steps} steps of {SAME[0]} processes, seeds {SEEDS}', flush=True
-  )
+  spec = dict(seed=SEEDS[0], total_steps=total_steps)
+  print(f'{total_steps} steps; undisturbed, seeds {SEEDS}', flush=True)
   calm = [undisturbed(folder / f'calm_{s}', s, total_steps) for s in SEEDS]
   losses = np.array([run['loss'] for run in calm])
   mean, spread = losses.mean(), losses.std(ddof=1)

@@ -2,9 +2,9 @@
 
     python -m experiments.soak_run WORKDIR JSON [HOST:PORT PROCESSES ID]
 
-The witness writes what the run does to `witness.jsonl`, a line at a time, so
-that a kill loses at most the last one. JSON holds `seed`, `total_steps`,
-`mesh` and `gradients`.
+The witness of process i writes what it does to `witness_i.jsonl`, a line at a
+time, so that a kill loses at most the last one. JSON holds `seed`,
+`total_steps`, `mesh`, `gradients` and `attempt`.
 """
 
 import functools
@@ -29,9 +29,9 @@ from moe_jax.training.manifest import name as path_name
 from moe_jax.training.setup import Hook, Run, loss_weights
 from moe_jax.training.step import make_grad_fn
 
-WITNESS = 'witness.jsonl'
+WITNESS = 'witness_*.jsonl'
 EVAL = 'train_capacity'
-SAVE_EVERY = 20
+SAVE_EVERY = 25
 
 
 def make_config(
@@ -62,23 +62,23 @@ def make_config(
 
 
 class Witness(Hook):
-  """Writes down what the run begins with, and every batch it takes."""
+  """Writes down what the run begins with, and every row it takes."""
 
-  def __init__(self, gradients: bool):
-    """Whether the first step's loss and gradient are kept too."""
+  def __init__(self, attempt: int, gradients: bool):
+    """Which start of the run this is; whether a gradient is kept too."""
+    self._attempt = attempt
     self._gradients = gradients
 
   def start(self, run: Run) -> None:
     """Wraps the step."""
     step_of, self._run = run.train_step, run
-    self._seen = False
+    self._number = 0
 
     def step(state, batch):
-      number = int(state.step) + 1
-      if not self._seen:
-        self._begin(state, batch, number)
-        self._seen = True
-      self._write({'step': number, 'batch': digest(batch)})
+      if not self._number:
+        self._begin(state, batch, int(state.step) + 1)
+      self._write({'step': self._number, 'rows': row_digests(batch)})
+      self._number += 1
       return step_of(state, batch)
 
     run.train_step = step
@@ -88,7 +88,7 @@ class Witness(Hook):
     self._write({'end': int(state.step), 'arrays': digests(state)})
 
   def _begin(self, state, batch, number) -> None:
-    run = self._run
+    run, self._number = self._run, number
     line = {
       'begin': number,
       'mesh': dict(run.mesh.shape),
@@ -102,10 +102,10 @@ class Witness(Hook):
     self._write(line)
 
   def _write(self, line: dict[str, Any]) -> None:
-    if not distributed.is_first():
-      return
-    with (self._run.workdir / WITNESS).open('a') as file:
-      file.write(json.dumps({**line, 'time': time.time()}) + '\n')
+    line |= {'attempt': self._attempt, 'time': time.time()}
+    name = WITNESS.replace('*', str(jax.process_index()))
+    with (self._run.workdir / name).open('a') as file:
+      file.write(json.dumps(line) + '\n')
 
 
 def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
@@ -145,23 +145,34 @@ def digests(tree: Any) -> dict[str, str]:
   }
 
 
-def digest(batch: Any) -> str:
-  """Of a global batch."""
-  return hashlib.sha256(json.dumps(digests(batch)).encode()).hexdigest()
+def row_digests(batch: Mapping[str, jax.Array]) -> dict[int, str]:
+  """Of the rows of a global batch that this process has, by their number."""
+  found = {}
+  for name in sorted(batch):
+    for shard in batch[name].addressable_shards:
+      first = shard.index[0].indices(len(batch[name]))[0]
+      for i, row in enumerate(np.asarray(shard.data), first):
+        found.setdefault(i, {})[name] = row.tobytes()
+  return {
+    i: hashlib.sha256(b''.join(row.values())).hexdigest()[:16]
+    for i, row in sorted(found.items())
+  }
 
 
 def main(workdir: str, given: str, *where: str) -> None:
   """Trains to the end, or until something happens."""
   spec = json.loads(given)
-  gradients = spec.pop('gradients')
+  witness = Witness(spec.pop('attempt'), spec.pop('gradients'))
   config = make_config(**spec)
   cache = pathlib.Path(workdir).parent / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   processes = (where[0], int(where[1]), int(where[2])) if where else ()
   with distributed.joined(config.distributed, *processes):
-    train_and_evaluate(config, workdir, hooks=[Witness(gradients)], resume=True)
+    train_and_evaluate(config, workdir, hooks=[witness], resume=True)
 
 
 if __name__ == '__main__':
+  # tensorboardX imports it where it is there, which takes seconds.
+  sys.modules['torch'] = None
   main(*sys.argv[1:])

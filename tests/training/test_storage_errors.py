@@ -140,11 +140,10 @@ def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
   # By then the caller has long donated its arrays to the next step.
   failing = Failing(os.rename, '2.saving', 'EIO', failures=1)
   monkeypatch.setattr(os, 'rename', failing)
-  after = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-  with Checkpointer(tmp_path, retry=Retry(2, 0.2)) as checkpoints:
+  with Checkpointer(tmp_path, retry=Retry(2, 0.5)) as checkpoints:
     given = state(2)
     checkpoints.save(2, given)
-    jax.block_until_ready(after(given))
+    jax.tree.map(lambda x: x.delete(), given)
     assert restored(checkpoints).step == 2
   assert failing.calls > 1
 
