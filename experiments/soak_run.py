@@ -102,8 +102,9 @@ class Witness(Hook):
     self._write(line)
 
   def _write(self, line: dict[str, Any]) -> None:
-    line |= {'attempt': self._attempt, 'time': time.time()}
-    name = WITNESS.replace('*', str(jax.process_index()))
+    process = jax.process_index()
+    line |= {'attempt': self._attempt, 'process': process, 'time': time.time()}
+    name = WITNESS.replace('*', str(process))
     with (self._run.workdir / name).open('a') as file:
       file.write(json.dumps(line) + '\n')
 

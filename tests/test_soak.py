@@ -1,0 +1,124 @@
+"""The soak's own eyes: what it must see, and a short one of its own."""
+
+import collections
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import soak
+
+REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
+
+
+def witness(folder, attempt, begin, steps, process=0, rows=None):
+  """What a process writes that begins at a step and takes those steps."""
+  folder.mkdir(exist_ok=True)
+  lines = [{'begin': begin}]
+  for step in steps:
+    taken = REFERENCE.get(rows or step, {})
+    mine = {str(process): taken[str(process)]}
+    lines.append({'step': step, 'rows': mine})
+  with (folder / f'witness_{process}.jsonl').open('a') as file:
+    for line in lines:
+      file.write(json.dumps({**line, 'attempt': attempt}) + '\n')
+
+
+def counted(folder):
+  tally = soak.Tally()
+  soak.count_batches(folder, REFERENCE, tally)
+  return tally
+
+
+def test_steps_after_a_checkpoint_are_repeated_and_no_batch_is_lost(tmp_path):
+  # Killed in step 5, of which one process saw no more; on from step 3.
+  witness(tmp_path, 1, 1, [1, 2, 3, 4, 5])
+  witness(tmp_path, 1, 1, [1, 2, 3, 4], process=1)
+  (tmp_path / 'witness_1.jsonl').open('a').write('{"step": 5, "ro')
+  witness(tmp_path, 2, 3, [3, 4, 5, 6])
+  tally = counted(tmp_path)
+  assert not tally.faults
+  assert tally.counts['steps repeated'] == 3
+
+
+@pytest.mark.parametrize(
+  ('begin', 'steps', 'rows', 'fault'),
+  [
+    (5, [5, 6], None, 'step 4 is nowhere'),
+    (4, [5, 6], None, '1 batches lost'),
+    (4, [3, 4, 5, 6], None, '1 batches doubled'),
+    (4, [4, 5, 6], 2, '3 batches of another step'),
+  ],
+)
+def test_what_is_lost_doubled_or_another_is_seen(
+  tmp_path, begin, steps, rows, fault
+):
+  witness(tmp_path, 1, 1, [1, 2, 3])
+  witness(tmp_path, 2, begin, steps, rows=rows)
+  assert any(fault in text for text in counted(tmp_path).faults)
+
+
+def test_an_array_or_a_gradient_that_differs_is_seen(tmp_path):
+  expected = {'begin': 4, 'arrays': {'w': 'aa', 'b': 'bb'}}
+  good = {'begin': 4, 'arrays': {'w': 'aa', 'b': 'bb'}}
+  for line, fault in (
+    (good, None),
+    ({**good, 'begin': 5}, 'began at 5, not 4'),
+    ({**good, 'arrays': {'w': 'aa', 'b': 'xx'}}, 'b is not as it was saved'),
+  ):
+    tally = soak.Tally()
+    soak.check(tmp_path, expected, [line], tally)
+    assert bool(tally.faults) == bool(fault)
+    assert fault is None or fault in tally.faults[0]
+
+
+def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
+  monkeypatch.setattr(soak, 'HANG_SECONDS', 0.3)
+  processes = object.__new__(soak.Processes)
+  code = 'import signal, time; signal.signal(15, lambda *a: 0); time.sleep(60)'
+  processes.all = [
+    subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)
+  ]
+  draw = random.Random(0)
+  monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
+  monkeypatch.setattr(draw, 'random', lambda: 0.0)  # while it starts
+  monkeypatch.setattr(soak, 'DISTURBANCES', ('stop one',))
+  tally = soak.Tally()
+  soak.disturb(processes, tmp_path, 1, tally, draw)
+  assert len(tally.faults) == 1 and 'had not ended' in tally.faults[0]
+  assert all(p.returncode == -signal.SIGKILL for p in processes.all)
+
+
+def test_the_only_checkpoint_is_left_alone_and_the_newest_is_damaged(tmp_path):
+  for step in (25, 50):
+    (tmp_path / str(step)).mkdir()
+    (tmp_path / str(step) / 'manifest.json').write_text('{}')
+    (tmp_path / str(step) / 'array').write_bytes(bytes(range(64)))
+    before = files(tmp_path)
+    tally = soak.Tally()
+    soak.corrupt(tmp_path, tally, random.Random(1))
+    changed = {k for k in before if files(tmp_path).get(k) != before[k]}
+    assert sum(tally.counts.values()) == len(changed) == (step == 50)
+    assert all(name.startswith('50/') for name in changed)
+
+
+def files(folder):
+  return {
+    str(p.relative_to(folder)): p.read_bytes()
+    for p in folder.rglob('*')
+    if p.is_file()
+  }
+
+
+@pytest.mark.slow
+def test_a_short_soak_loses_nothing(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(soak, 'SEEDS', (0, 1))
+  monkeypatch.setattr(soak, 'paced', lambda folder, minutes: 75)
+  faults = soak.soak(tmp_path, 2.5, seed=0)
+  said = capsys.readouterr().out
+  assert not faults, said
+  assert 'bit for bit' in said and ' 0 batches lost, 0 doubled' in said
+  assert collections.Counter(said.split())['SIGKILLs'] == 2
