@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
       # it did not run is never the best.
       best_eval='train_capacity',
       # Of storage errors that may pass by themselves (no full disk is one).
+      # Several processes write arrays once: they try again all but these.
       tries=3,  # the first counted; above 1, a save takes a copy on the host
       retry_seconds=1.0,  # before the second try, then twice as long each time
     )
@@ -256,7 +257,7 @@ def moe() -> ConfigDict:
       exchange_chunks=1,  # pieces whose travel and products may overlap
       exchange_dtype='',  # bfloat16, float32; '': model.dtype
       balance_choices='all',  # or first
-      balance_bias_rate=0.0,  # of Loss-Free Balancing, in place of a loss
+      balance_bias_rate=0.0,  # of Loss-Free Balancing; with balance_weight=0.0
       balance_weight=0.01,
       z_weight=0.001,
       importance_weight=0.0,

@@ -13,18 +13,19 @@ stand in for any device: their attention is not fused and their matrices are not
 padded, so temporaries are not those of an accelerator.
 """
 
+import argparse
 import dataclasses
+import logging
 import os
 import re
 import resource
 import time
+from collections.abc import Sequence
 
 import jax
 import ml_collections
-from absl import app, flags, logging
 from jax.sharding import Mesh
 from jax.stages import Compiled
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -33,23 +34,6 @@ from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, devices, periods, sharded
 from moe_jax.training import checks, setup
 from moe_jax.training.abstract import abstract_batch
-
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A file of configs/, with overrides: --config.mesh.expert=8.'
-)
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', 'cpu:64', "'cpu:64', or a TPU's: 'v5p:4x4x4', 'v5e:16x16'."
-)
-_SLICES = flags.DEFINE_integer(
-  'slices', 1, 'TPU slices of that topology.', lower_bound=1
-)
-_DEVICE = flags.DEFINE_string(
-  'device', '', "Whose memory decides; '': the topology's, or all known."
-)
-_FLOPS = flags.DEFINE_bool(
-  'flops', True, 'Count FLOPs too: compiles two to six short models more.'
-)
-flags.mark_flag_as_required('config')
 
 
 class DoesNotFit(Exception):
@@ -238,10 +222,16 @@ def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
   return lines
 
 
-def run(config: ml_collections.ConfigDict) -> bool:
+def run(
+  config: ml_collections.ConfigDict,
+  topology: str,
+  slices: int = 1,
+  device: str = '',
+  flops: bool = True,
+) -> bool:
   """Compiles and prints; whether it fits a device that was asked for."""
   config = cost.with_own_vocabulary(config)
-  found = described_devices(_TOPOLOGY.value, _SLICES.value)
+  found = described_devices(topology, slices)
   mesh = mesh_of(config, found)
   sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
   print(f'{mesh.size} x {found[0].device_kind}: {sizes}', flush=True)
@@ -252,20 +242,56 @@ def run(config: ml_collections.ConfigDict) -> bool:
     print(f'DOES NOT FIT: {error}')
     return False
   Console().print(table(compiled, formula))
-  lines = verdicts(_TOPOLOGY.value, _DEVICE.value, compiled.step.needed_bytes)
+  lines = verdicts(topology, device, compiled.step.needed_bytes)
   print('\n'.join(lines), flush=True)
-  if _FLOPS.value:
+  if flops:
     print(f'FLOPs as XLA counts: {counted_flops(config, mesh)}')
   return any(lines.values())
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+  """The command line, and the config's overrides."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.compile_ahead',
+    description=__doc__.split('\n')[0],
+    epilog="and the config's keys: --config.mesh.expert=8",
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--config', required=True, help='a file of configs/')
+  add(
+    '--topology',
+    default='cpu:64',
+    help="'cpu:64', or a TPU's: 'v5p:4x4x4', 'v5e:16x16'",
+  )
+  add('--slices', type=int, default=1, help='TPU slices of that topology')
+  add(
+    '--device',
+    default='',
+    help="whose memory decides; '': the topology's, or all known",
+  )
+  add(
+    '--flops',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='count FLOPs too: compiles two to six short models more',
+  )
+  options, overrides = parser.parse_known_args(argv)
+  if options.slices < 1:
+    parser.error(f'--slices={options.slices} must be at least 1')
+  return options, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> None:
   """Exits with 0 if the step fits."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
+  options, overrides = parse(argv)
+  logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
   try:
-    fits = run(_CONFIG.value)
+    config = command_line.config_of(options.config, overrides)
+    fits = run(
+      config, options.topology, options.slices, options.device, options.flops
+    )
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
   if not fits:
@@ -273,4 +299,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=command_line.parse)
+  main()

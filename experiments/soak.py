@@ -13,8 +13,6 @@ gradient those of one device. What is disturbed is `soak_run.py`.
 """
 
 import argparse
-import collections
-import dataclasses
 import json
 import os
 import pathlib
@@ -33,7 +31,16 @@ import numpy as np
 
 from experiments import soak_run
 from experiments.local_runs import free_port
-from moe_jax.training.setup import begin, set_up
+from experiments.soak_evidence import (
+  Tally,
+  check,
+  count_batches,
+  describe,
+  of_attempt,
+  outcome,
+)
+from moe_jax.training.begin import begin
+from moe_jax.training.setup import set_up
 from moe_jax.training.workdir import CHECKPOINTS
 
 SEEDS = (0, 1, 2)
@@ -49,24 +56,7 @@ MESHES = (
 )
 DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
 HANG_SECONDS = 90.0
-TOLERANCE = 1e-5
 MOST_STEPS = 2000
-
-
-@dataclasses.dataclass
-class Tally:
-  """What was done to a run, and what came of it."""
-
-  counts: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  faults: list[str] = dataclasses.field(default_factory=list)
-  worst: float = 0.0  # difference of a first step's loss or gradient
-
-  def fault(self, text: str) -> None:
-    """Notes, and says, that something was lost."""
-    self.faults.append(text)
-    print(f'FAULT: {text}', flush=True)
 
 
 class Processes:
@@ -119,32 +109,6 @@ class Processes:
     return in_time
 
 
-def witnessed(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The witnesses' lines; of a last one perhaps only a part was written."""
-  lines = []
-  for path in sorted(workdir.glob(soak_run.WITNESS)):
-    for line in path.read_text().splitlines():
-      try:
-        lines.append(json.loads(line))
-      except ValueError:
-        continue
-  return sorted(lines, key=lambda line: line['attempt'])
-
-
-def of_attempt(workdir: pathlib.Path, attempt: int) -> list[dict[str, Any]]:
-  """The witnesses' lines of one start of the run."""
-  return [x for x in witnessed(workdir) if x['attempt'] == attempt]
-
-
-def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
-  """The rows of each step, of all processes."""
-  found: dict[int, dict[str, str]] = {}
-  for line in lines:
-    if 'step' in line:
-      found.setdefault(line['step'], {}).update(line['rows'])
-  return found
-
-
 def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
   """Runs to the end; its batches, last digests and last loss."""
   count, mesh = SAME
@@ -154,26 +118,6 @@ def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
   if not processes.wait(3600) or any(p.returncode for p in processes.all):
     raise SystemExit(f'the undisturbed run failed; see {workdir}/log_0.txt')
   return outcome(workdir)
-
-
-def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """Of a finished run."""
-  lines = witnessed(workdir)
-  rows = [
-    json.loads(line)
-    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
-  ]
-  key = f'eval/{soak_run.EVAL}/loss'
-  times = [
-    x['time'] for x in lines if not x['process'] and x.get('step', 0) > 1
-  ]
-  (end, *_) = [line for line in lines if 'end' in line]
-  return {
-    'batches': batches_of(lines),
-    'arrays': end['arrays'],
-    'loss': [row[key] for row in rows if key in row][-1],
-    'step_seconds': float(np.median(np.diff(times))),
-  }
 
 
 def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
@@ -201,27 +145,31 @@ def disturbed(
   draw: random.Random,
 ) -> Tally:
   """Runs to the end, with disturbances for so many seconds."""
-  tally, deadline, attempt = Tally(), time.monotonic() + seconds, 0
+  tally, deadline, attempt = (
+    Tally(),
+    time.monotonic() + seconds,
+    0,
+  )
   while True:
     count, mesh = next(meshes)
     expected = read_on_one_device(workdir, spec)
     if expected['begin'] > spec['total_steps']:
       return tally
-    attempt += 1
+    attempt, alone = attempt + 1, time.monotonic() > deadline
     processes = Processes(
       workdir, {**spec, 'mesh': mesh, 'attempt': attempt}, count
     )
-    if time.monotonic() > deadline:
+    if alone:
       processes.wait(3600)
     else:
       disturb(processes, workdir, attempt, tally, draw)
     tally.counts['restarts'] += 1
     check(workdir, expected, of_attempt(workdir, attempt), tally)
     codes = [process.returncode for process in processes.all]
-    if time.monotonic() > deadline and any(codes):
+    if alone and any(codes):
       tally.fault(f'left alone, the processes ended with {codes}')
       return tally
-    if time.monotonic() < deadline and draw.random() < 0.4:
+    if not alone and draw.random() < 0.4:
       corrupt(workdir / CHECKPOINTS, tally, draw)
 
 
@@ -265,80 +213,6 @@ def corrupt(folder: pathlib.Path, tally: Tally, draw: random.Random) -> None:
   tally.counts[f'checkpoints {what}'] += 1
 
 
-def check(workdir, expected, lines, tally: Tally) -> None:
-  """Whether a restart began with what the checkpoint holds."""
-  begun = [line for line in lines if 'begin' in line]
-  if not begun:
-    return  # ended before its first step
-  line = begun[0]
-  if line['begin'] != expected['begin']:
-    tally.fault(f'began at {line["begin"]}, not {expected["begin"]}')
-    return
-  for name, found in line['arrays'].items():
-    if found != expected['arrays'][name]:
-      tally.fault(f'step {line["begin"]}: {name} is not as it was saved')
-  path = workdir / f'gradient_{line["begin"]}.npz'
-  if 'first' in expected and path.exists():
-    with np.load(path) as found:
-      for name, want in expected['first'].items():
-        difference = float(np.abs(found[name] - want).max())
-        tally.worst = max(tally.worst, difference)
-    if tally.worst > TOLERANCE:
-      tally.fault(f'first step at {line["begin"]} differs by {tally.worst}')
-
-
-def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
-  """Batches of the steps that led to the end, against the undisturbed run's.
-
-  A restart gives up what came after its checkpoint: those steps are repeated.
-  """
-  timeline, taken = {}, 0
-  lines = witnessed(workdir)
-  for attempt in sorted({line['attempt'] for line in lines}):
-    own = [line for line in lines if line['attempt'] == attempt]
-    begin = min([x['begin'] for x in own if 'begin' in x], default=None)
-    if begin is None:
-      continue
-    timeline = {k: v for k, v in timeline.items() if k < begin}
-    if begin > 1 and begin - 1 not in timeline:
-      tally.fault(f'step {begin - 1} is nowhere')
-    steps = batches_of(own)
-    taken += len(steps)
-    doubled = len(timeline.keys() & steps.keys())
-    tally.counts['batches doubled'] += doubled
-    timeline |= steps
-  lost = reference.keys() - timeline.keys()
-  both = reference.keys() & timeline.keys()
-  other = [step for step in both if not _agree(timeline[step], reference[step])]
-  tally.counts['batches lost'] += len(lost)
-  tally.counts['batches of another step'] += len(other)
-  tally.counts['steps repeated'] += taken - len(timeline)
-  for name in ('batches doubled', 'batches lost', 'batches of another step'):
-    if tally.counts[name]:
-      tally.fault(f'{tally.counts[name]} {name}')
-
-
-def _agree(found: dict[str, str], whole: dict[str, str]) -> bool:
-  """A process killed before it wrote its last line leaves rows unseen."""
-  return all(whole.get(row) == value for row, value in found.items())
-
-
-def describe(tally: Tally) -> str:
-  """A line of counts."""
-  killed = tally.counts['kill one'] + tally.counts['kill all']
-  stopped = tally.counts['stop one'] + tally.counts['stop all']
-  kinds = ('altered', 'cut short', 'without manifest')
-  spoilt = sum(tally.counts[f'checkpoints {kind}'] for kind in kinds)
-  lost, doubled = tally.counts['batches lost'], tally.counts['batches doubled']
-  return (
-    f'{killed} SIGKILLs ({tally.counts["kill one"]} to one process), {stopped} '
-    f'SIGTERMs ({tally.counts["stop one"]} to one), {spoilt} corruptions, '
-    f'{tally.counts["restarts"]} starts, '
-    f'{tally.counts["steps repeated"]} steps '
-    f'repeated, {lost} batches lost, {doubled} doubled'
-  )
-
-
 def paced(folder: pathlib.Path, minutes: float) -> int:
   """How many steps an undisturbed run does in a twentieth of the time."""
   trial = undisturbed(folder / 'trial', SEEDS[0], 100)
@@ -357,7 +231,7 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
   losses = np.array([run['loss'] for run in calm])
   mean, spread = losses.mean(), losses.std(ddof=1)
   print(f'undisturbed: last losses {np.round(losses, 4)}', flush=True)
-  left = 60 * minutes - (time.monotonic() - began)
+  left = max(60 * minutes - (time.monotonic() - began), 0)
   faults = []
   for name, gradients in (('same mesh', False), ('changing mesh', True)):
     workdir = folder / name.replace(' ', '_')

@@ -16,8 +16,9 @@ import ml_collections
 import numpy as np
 from scipy import stats
 
+from experiments.launch import Item
 from moe_jax import evaluation
-from moe_jax.config import merge
+from moe_jax.config import flatten, merge
 from moe_jax.hooks import Facts
 from moe_jax.training import metrics
 from moe_jax.training import workdir as workdir_lib
@@ -96,13 +97,39 @@ def run_study(
   for seed in seeds:
     for arm in arms:
       run_config = merge(config, {'seed': seed, **arm.overrides})
-      workdir = output / 'runs' / arm.name / f'seed{seed}'
+      workdir = _folder(output, arm, seed)
       print(f'\n== {arm.name}, seed {seed} ==', flush=True)
       results[arm.name].append(run_one(run_config, workdir))
   digests = {r['data_digest'] for rows in results.values() for r in rows}
   if len(digests) > 1:
     raise ValueError(f'runs saw different data: sha256 {sorted(digests)}')
   return results
+
+
+def study_items(
+  config: str, arms: Sequence[Arm], seeds: Sequence[int], output: pathlib.Path
+) -> list[Item]:
+  """The runs of `run_study` for `experiments.launch`, in its folders.
+
+  Args:
+    config: The study's, as a config file: 'experiments/name.py:argument'.
+    arms: Of the study.
+    seeds: Of the study.
+    output: Of the study.
+  """
+  return [
+    Item(
+      config,
+      {'seed': seed, **flatten(arm.overrides)},
+      str(_folder(output, arm, seed)),
+    )
+    for seed in seeds
+    for arm in arms
+  ]
+
+
+def _folder(output: pathlib.Path, arm: Arm, seed: int) -> pathlib.Path:
+  return output / 'runs' / arm.name / f'seed{seed}'
 
 
 def run_one(

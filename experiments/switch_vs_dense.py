@@ -1,6 +1,8 @@
 """Does a sparse model beat its dense twin at equal FLOPs per token?
 
     python -m experiments.switch_vs_dense --preset=quick
+    python -m experiments.launch --items=experiments/switch_vs_dense.py \
+      --workers=2    # its runs alone, of the quick preset, several at a time
 
 Byte-level decoders on the embedded corpus: the dense twin, Switch (one of E =
 4, 8, 16 experts of the dense width) and top-2 of 16 experts of half the width,
@@ -9,14 +11,22 @@ every feed-forward sparse, on paired seeds and data order. Writes `table.md`,
 and is too short for the gaps to open fully: they grow with the steps.
 """
 
+import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 
-from absl import app, flags, logging
 from matplotlib.figure import Figure
 
 from configs import base
-from experiments.study import Arm, Interval, markdown_table, run_study
+from experiments.launch import Item
+from experiments.study import (
+  Arm,
+  Interval,
+  markdown_table,
+  run_study,
+  study_items,
+)
 from moe_jax import host, models
 from moe_jax.analysis import cost
 from moe_jax.config import merge
@@ -26,19 +36,15 @@ PRESETS = {
   'quick': dict(steps=700, seeds=3),
   'full': dict(steps=6000, seeds=5),
 }
-_PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Length.')
-_OUTPUT = flags.DEFINE_string(
-  'output', 'results/switch_vs_dense', 'Where results and runs go.'
-)
-_STEPS = flags.DEFINE_integer('steps', 0, "0: the preset's.")
-_SEEDS = flags.DEFINE_integer('seeds', 0, "How many; 0: the preset's.")
+OUTPUT = 'results/switch_vs_dense'
 
 EVAL = 'train_capacity'
 ROOM = 'all_tokens'
 
 
-def get_config(steps: int):
+def get_config(steps: int | str = PRESETS['quick']['steps']):
   """The study's config: what all arms share, with the dense twin's model."""
+  steps = int(steps)
   config = base.get_config()
   config.total_steps = steps
   config.batch_size = 32
@@ -77,6 +83,17 @@ def arms() -> list[Arm]:
     found.append(Arm(f'switch_{E}', {'model': {'moe': moe}}))
   top2 = dict(num_experts=16, num_selected=2, hidden=128, gates='renormalized')
   return [*found, Arm('top2_of_16', {'model': {'moe': top2}})]
+
+
+def get_items() -> list[Item]:
+  """The quick preset's runs, for `experiments.launch`."""
+  preset = PRESETS['quick']
+  return study_items(
+    f'experiments/switch_vs_dense.py:{preset["steps"]}',
+    arms(),
+    range(preset['seeds']),
+    pathlib.Path(OUTPUT),
+  )
 
 
 def make_table(config, results) -> list[dict[str, str]]:
@@ -154,15 +171,28 @@ def write_plot(results, output: pathlib.Path) -> None:
   figure.savefig(output / 'curves.png', dpi=120)
 
 
-def main(argv) -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.switch_vs_dense',
+    description=__doc__.split('\n')[0],
+  )
+  add = parser.add_argument
+  add('--preset', default='quick', choices=list(PRESETS), help='length')
+  add('--output', default=OUTPUT, help='where results and runs go')
+  add('--steps', type=int, default=0, help="0: the preset's")
+  add('--seeds', type=int, default=0, help="how many; 0: the preset's")
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
   """Runs the study and writes its table and plot."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
+  options = parse(argv)
   host.keep_freed_memory()
-  preset = PRESETS[_PRESET.value]
-  steps = _STEPS.value or preset['steps']
-  seeds = range(_SEEDS.value or preset['seeds'])
-  output = pathlib.Path(_OUTPUT.value)
+  preset = PRESETS[options.preset]
+  steps = options.steps or preset['steps']
+  seeds = range(options.seeds or preset['seeds'])
+  output = pathlib.Path(options.output)
   config = get_config(steps)
   results = run_study(config, arms(), seeds, output)
   table = markdown_table(make_table(config, results))
@@ -183,4 +213,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()

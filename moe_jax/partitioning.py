@@ -34,7 +34,8 @@ def make_mesh(
 
   Raises:
     ValueError: An axis is unknown, a size is neither positive nor -1, two
-      are -1, or their product is not the number of devices or of slices.
+      are -1, or their product is not the number of devices or of slices; or
+      TPUs are in several slices and no dcn_ size says so.
   """
   devices = jax.devices() if devices is None else list(devices)
   known = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
@@ -45,10 +46,16 @@ def make_mesh(
   if min(across) < 1:
     raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
   shape = _filled(sizes, len(devices), math.prod(across))
-  if math.prod(across) == 1:
-    grid = _within(shape, devices)
-  else:
+  if math.prod(across) > 1:
     grid = _across(across, shape, devices)
+  elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
+    raise ValueError(
+      f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
+      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))}, or more '
+      f'of the {DCN} sizes'
+    )
+  else:
+    grid = _within(shape, devices)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -69,10 +76,17 @@ def _filled(sizes, count: int, slices: int) -> list[int]:
 
 
 def _within(shape, devices) -> np.ndarray:
-  # An axis may be half of a torus' side: 8 of 4 x 4 x 4 chips.
-  return mesh_utils.create_device_mesh(
-    shape, devices, allow_split_physical_axes=True
-  )
+  try:
+    # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  except NotImplementedError as error:
+    sizes = dict(zip(MESH_AXES, shape))
+    raise ValueError(
+      f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
+      f'{str(error).splitlines()[0]}'
+    ) from error
 
 
 def _across(across, shape, devices) -> np.ndarray:

@@ -40,7 +40,28 @@ def test_dump(name):
   )
 
 
-@pytest.mark.parametrize('name', golden.NAMES)
+# Shrunk they differ from `mixtral_8x7b` and `tiny_seq2seq` in what
+# `tests/models` holds to account; most of their time is compiling.
+SIBLINGS = (
+  'glam_64b64e',
+  'nllb_moe_54b',
+  'openmoe_8b',
+  'st_moe_32b',
+  'st_moe_base',
+  'switch_base',
+  'switch_c',
+  't5_base',
+)
+each_config = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ())
+    for name in golden.NAMES
+  ],
+)
+
+
+@each_config
 def test_initialises_as_shapes_at_full_size(name):
   config = setup.with_vocabulary(golden.config(name), 65)
   model = models.build(config)
@@ -53,18 +74,7 @@ def test_initialises_as_shapes_at_full_size(name):
   assert set(changed_models(config, model)) == set(config.evals)
 
 
-# Shrunk they differ from `switch_base` and `tiny_seq2seq` in what
-# `tests/models` holds to account; most of their time is compiling.
-SIBLINGS = ('switch_c', 'st_moe_base', 'st_moe_32b', 'nllb_moe_54b')
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ())
-    for name in golden.NAMES
-  ],
-)
+@each_config
 def test_two_steps_shrunk(name):
   config = setup.with_vocabulary(golden.config(name, 'runlocal'), 257)
   model = models.build(config)

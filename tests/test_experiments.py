@@ -2,17 +2,20 @@
 
 import json
 import os
+import pathlib
 import signal
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import study, switch_vs_dense
-from moe_jax import host
-from moe_jax.config import merge
+from experiments import launch, study, switch_vs_dense
+from moe_jax import command_line, host
+from moe_jax.config import difference, merge
 from moe_jax.training import loop
 from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_interval_is_students():
@@ -125,3 +128,22 @@ def test_tuning_the_allocator_is_safe_anywhere(monkeypatch):
   assert host.keep_freed_memory() in (True, False)
   monkeypatch.setattr('sys.platform', 'darwin')
   assert host.keep_freed_memory() is False
+
+
+def test_a_launched_run_is_the_studys_own(monkeypatch):
+  # The study finds it in its folder, with its config, and reads its result.
+  monkeypatch.chdir(ROOT)
+  items = launch.read_items('experiments/switch_vs_dense.py')
+  launch.check(items)
+  config = switch_vs_dense.get_config()
+  own = {
+    f'{switch_vs_dense.OUTPUT}/runs/{arm.name}/seed{seed}': merge(
+      config, {'seed': seed, **arm.overrides}
+    )
+    for seed in range(3)
+    for arm in switch_vs_dense.arms()
+  }
+  assert {item.workdir for item in items} == own.keys()
+  for item in items[2:6]:
+    found = command_line.config_of(item.config, item.flags())
+    assert not difference(found, own[item.workdir])

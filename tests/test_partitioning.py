@@ -104,6 +104,13 @@ def test_a_pods_own_slices_are_kept_apart():
     partitioning._across([4, 1, 1, 1], [2, 1, 1, 1], chips)
 
 
+def test_slices_that_no_size_speaks_of_are_refused():
+  chips = [Chip(i, slice_index=i % 2, platform='tpu') for i in range(8)]
+  message = r"8 TPUs are in 2 slices, and mesh={'data': -1} .* set dcn_data=2"
+  with pytest.raises(ValueError, match=message):
+    make_mesh.__wrapped__(dict(data=-1), chips)
+
+
 def test_rules_are_lists_of_mesh_axes():
   table = {'batch': 'data, fsdp', 'kv': '', 'mlp': 'tensor'}
   assert make_rules(table) == {

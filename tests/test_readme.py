@@ -30,6 +30,7 @@ def checkpoint(folder):
   return folder
 
 
+@pytest.mark.slow
 def test_the_python_runs_and_has_the_shapes_it_says(tmp_path):
   scope = {'source': checkpoint(tmp_path / 'in'), 'folder': tmp_path / 'out'}
   first = {}

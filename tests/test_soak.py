@@ -1,15 +1,15 @@
 """The soak's own eyes: what it must see, and a short one of its own."""
 
-import collections
 import json
 import random
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from experiments import soak
+from experiments import soak, soak_evidence
 
 REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
 
@@ -28,8 +28,8 @@ def witness(folder, attempt, begin, steps, process=0, rows=None):
 
 
 def counted(folder):
-  tally = soak.Tally()
-  soak.count_batches(folder, REFERENCE, tally)
+  tally = soak_evidence.Tally()
+  soak_evidence.count_batches(folder, REFERENCE, tally)
   return tally
 
 
@@ -38,7 +38,8 @@ def test_steps_after_a_checkpoint_are_repeated_and_no_batch_is_lost(tmp_path):
   witness(tmp_path, 1, 1, [1, 2, 3, 4, 5])
   witness(tmp_path, 1, 1, [1, 2, 3, 4], process=1)
   (tmp_path / 'witness_1.jsonl').open('a').write('{"step": 5, "ro')
-  witness(tmp_path, 2, 3, [3, 4, 5, 6])
+  for process in range(2):
+    witness(tmp_path, 2, 3, [3, 4, 5, 6], process=process)
   tally = counted(tmp_path)
   assert not tally.faults
   assert tally.counts['steps repeated'] == 3
@@ -56,9 +57,16 @@ def test_steps_after_a_checkpoint_are_repeated_and_no_batch_is_lost(tmp_path):
 def test_what_is_lost_doubled_or_another_is_seen(
   tmp_path, begin, steps, rows, fault
 ):
-  witness(tmp_path, 1, 1, [1, 2, 3])
-  witness(tmp_path, 2, begin, steps, rows=rows)
+  for process in range(2):
+    witness(tmp_path, 1, 1, [1, 2, 3], process=process)
+    witness(tmp_path, 2, begin, steps, process=process, rows=rows)
   assert any(fault in text for text in counted(tmp_path).faults)
+
+
+def test_rows_that_nobody_took_are_seen(tmp_path):
+  witness(tmp_path, 1, 1, [1, 2, 3, 4, 5, 6])
+  faults = counted(tmp_path).faults
+  assert faults == ['6 batches of another step']
 
 
 def test_an_array_or_a_gradient_that_differs_is_seen(tmp_path):
@@ -69,10 +77,24 @@ def test_an_array_or_a_gradient_that_differs_is_seen(tmp_path):
     ({**good, 'begin': 5}, 'began at 5, not 4'),
     ({**good, 'arrays': {'w': 'aa', 'b': 'xx'}}, 'b is not as it was saved'),
   ):
-    tally = soak.Tally()
-    soak.check(tmp_path, expected, [line], tally)
+    tally = soak_evidence.Tally()
+    soak_evidence.check(tmp_path, expected, [line], tally)
     assert bool(tally.faults) == bool(fault)
     assert fault is None or fault in tally.faults[0]
+
+
+def test_a_gradient_that_differs_or_is_no_number_is_seen(tmp_path):
+  good = {'begin': 4, 'arrays': {}}
+  expected = {**good, 'first': {'loss': np.float32(2.5), 'w': np.ones(3)}}
+  for w, faults in (
+    ([1, 1, 1 + 1e-6], 0),
+    ([1, 1, 1.01], 1),
+    ([1, np.nan, 1], 1),
+  ):
+    np.savez(tmp_path / 'gradient_4.npz', loss=np.float32(2.5), w=np.array(w))
+    tally = soak_evidence.Tally()
+    soak_evidence.check(tmp_path, expected, [good], tally)
+    assert len(tally.faults) == faults
 
 
 def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
@@ -86,7 +108,7 @@ def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
   monkeypatch.setattr(draw, 'random', lambda: 0.0)  # while it starts
   monkeypatch.setattr(soak, 'DISTURBANCES', ('stop one',))
-  tally = soak.Tally()
+  tally = soak_evidence.Tally()
   soak.disturb(processes, tmp_path, 1, tally, draw)
   assert len(tally.faults) == 1 and 'had not ended' in tally.faults[0]
   assert all(p.returncode == -signal.SIGKILL for p in processes.all)
@@ -98,7 +120,7 @@ def test_the_only_checkpoint_is_left_alone_and_the_newest_is_damaged(tmp_path):
     (tmp_path / str(step) / 'manifest.json').write_text('{}')
     (tmp_path / str(step) / 'array').write_bytes(bytes(range(64)))
     before = files(tmp_path)
-    tally = soak.Tally()
+    tally = soak_evidence.Tally()
     soak.corrupt(tmp_path, tally, random.Random(1))
     changed = {k for k in before if files(tmp_path).get(k) != before[k]}
     assert sum(tally.counts.values()) == len(changed) == (step == 50)
@@ -116,9 +138,18 @@ def files(folder):
 @pytest.mark.slow
 def test_a_short_soak_loses_nothing(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(soak, 'SEEDS', (0, 1))
-  monkeypatch.setattr(soak, 'paced', lambda folder, minutes: 75)
-  faults = soak.soak(tmp_path, 2.5, seed=0)
+  monkeypatch.setattr(soak, 'paced', lambda folder, minutes: 300)
+  disturbed, tallies = soak.disturbed, []
+
+  def for_seconds(workdir, spec, meshes, seconds, draw):
+    del seconds
+    tallies.append(disturbed(workdir, spec, meshes, 30, draw))
+    return tallies[-1]
+
+  monkeypatch.setattr(soak, 'disturbed', for_seconds)
+  faults = soak.soak(tmp_path, 2.0, seed=0)
   said = capsys.readouterr().out
   assert not faults, said
   assert 'bit for bit' in said and ' 0 batches lost, 0 doubled' in said
-  assert collections.Counter(said.split())['SIGKILLs'] == 2
+  for tally in tallies:
+    assert sum(tally.counts[what] for what in soak.DISTURBANCES) > 0

@@ -33,7 +33,8 @@ class ExchangeConfig:
   Attributes:
     kind: 'constraint': shardings are stated on both sides, and the compiler
       puts an all-to-all between them (GShard). 'all_to_all': it is written out
-      under `shard_map`. Equal in value and gradient.
+      under `shard_map`. Equal in value and gradient, but for what experts'
+      dropout draws: that is by row, and rows come in another order.
     chunks: In how many pieces; each has an all-to-all of its own, which no
       other piece's product waits for, so that the two may overlap.
     dtype: Of the rows under way; '' is that of the products.

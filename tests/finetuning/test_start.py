@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from moe_jax import finetuning
 from moe_jax.config import merge
-from moe_jax.training import loop, metrics, setup
+from moe_jax.training import begin, loop, metrics, setup
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Checkpointer
 from tests.training import tiny
@@ -105,7 +105,7 @@ def begun(config, workdir, devices):
   """The state that a run of the config begins with, without a step."""
   run = setup.set_up(config, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
-    return setup.begin(run, finetuning.initial)
+    return begin.begin(run, finetuning.initial)
 
 
 @pytest.mark.parametrize('num_experts', [4, 8])
@@ -127,6 +127,7 @@ def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
   assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   dense, tmp_path, capsys
 ):

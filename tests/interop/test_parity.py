@@ -122,7 +122,23 @@ def made(name):
   return oracle.make(kind, seed=len(name), **options), side == 'left'
 
 
-@pytest.mark.parametrize('name', CASES)
+FAST = (
+  'mixtral',
+  'mixtral window',
+  'switch',
+  'switch padded in front',
+  'nllb overflow',
+  'nllb padding routed',
+)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in CASES
+  ],
+)
 def test_logits_tokens_and_weights(name, tmp_path):
   model, left = made(name)
   source, ours = tmp_path / 'theirs', tmp_path / 'ours'

@@ -12,7 +12,7 @@ from moe_jax import command_line, generate, interop
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
 from moe_jax.interop import runs
-from moe_jax.training import loop, setup
+from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
 from tests.generation import folders as own_runs
 from tests.interop import folders, oracle
@@ -93,7 +93,7 @@ def says_the_same(model, folder, said):
 @pytest.mark.parametrize(
   'kind',
   [
-    'mixtral',
+    pytest.param('mixtral', marks=pytest.mark.slow),
     pytest.param('switch_transformers', marks=pytest.mark.slow),
     pytest.param('nllb-moe', marks=pytest.mark.slow),
   ],
@@ -169,7 +169,7 @@ def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
   if kind == 'mixtral':  # else it is a small source already
     config = merge(config, dict(data=dict(source='python_stdlib:email')))
   run = setup.set_up(config, tmp_path / 'run', resume=True, **one)
-  assert int(setup.begin(run).step) == 0
+  assert int(begin.begin(run).step) == 0
   assert len(run.evaluations) == 3
 
 

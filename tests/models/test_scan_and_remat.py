@@ -55,9 +55,9 @@ def trained(scan_layers, remat, router='sampled'):
     (False, 'none', 'sampled'),
     (True, 'full', 'sampled'),
     (True, 'dots', 'sampled'),
-    (True, 'full', 'dropless'),
     (True, 'dots', 'dropless'),
-    (True, 'full', 'noisy'),
+    pytest.param(True, 'full', 'dropless', marks=pytest.mark.slow),
+    pytest.param(True, 'full', 'noisy', marks=pytest.mark.slow),
   ],
 )
 def test_loss_logits_and_gradients_equal_the_plain_loop(
