@@ -28,8 +28,9 @@ from experiments.study import markdown_table
 from moe_jax import host
 from moe_jax.command_line import load_config
 from moe_jax.config import merge
+from moe_jax.training.begin import begin
 from moe_jax.training.recorder import Recorder
-from moe_jax.training.setup import Run, begin, set_up
+from moe_jax.training.setup import Run, set_up
 
 NAME = 'bench_overhead'
 BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'

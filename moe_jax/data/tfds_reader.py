@@ -34,6 +34,8 @@ def prepared_builder(name: str) -> Builder:
   )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    if '://' not in data_dir:  # else the lock's file has no folder
+      pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
     with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
       builder.download_and_prepare()
   except tfds.core.DatasetNotFoundError as error:

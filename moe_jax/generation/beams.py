@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.distributed import fetch
 from moe_jax.generation.prefix import Ids, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.layers.cache import KVCache
@@ -90,7 +91,7 @@ def beam_search(
   P, n = prefix.tokens.shape[1], len(forced_ids)
   cache = begin(model, variables, prefix, P - 1 + max_new_tokens - n)
   search = _first(prefix.tokens[:, -1], forced_ids, num_beams, max_new_tokens)
-  tokens, lengths, scores = _search(
+  ended = _search(
     model,
     variables,
     search,
@@ -98,10 +99,10 @@ def beam_search(
     stop_ids=jnp.asarray(stop_ids, jnp.int32),
     length_penalty=jnp.float32(length_penalty),
   )
-  tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+  tokens, lengths, scores = fetch(ended)
   behind = np.arange(max_new_tokens) >= lengths[..., None]
   tokens = np.where(behind, np.int32(pad_id), tokens)
-  found = tokens, lengths, np.asarray(scores)
+  found = tokens, lengths, scores
   return Beams(*(leaf[:, :num_return] for leaf in found))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.distributed import fetch
 from moe_jax.generation.beams import beam_search
 from moe_jax.generation.prefix import Ids, Prefix, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
@@ -126,7 +127,7 @@ def generate(
   state = _start(model, variables, prefix, forced_ids, max_new_tokens, pad_id)
   run = functools.partial(_advance, model, variables, rules)
   state = _stream(run, state, on_token) if on_token else run(state, state.end)
-  return Generation(np.asarray(state.tokens), np.asarray(state.lengths))
+  return Generation(*fetch((state.tokens, state.lengths)))
 
 
 class Rules(flax.struct.PyTreeNode):
@@ -228,13 +229,14 @@ def _stream(
 ) -> State:
   """Runs step by step and says each; forced tokens come first."""
   ended = np.zeros(len(state.token), bool)
-  for n, forced in enumerate(np.array(state.tokens).T[: int(state.step)]):
+  for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):
       return state._replace(lengths=jnp.full_like(state.lengths, n + 1))
   for n in range(int(state.step), state.end):
     state = run(state, n + 1)
-    token = np.where(ended, -1, np.asarray(state.token))
-    ended = np.array(state.ended)
+    token, now_ended = fetch((state.token, state.ended))
+    token = np.where(ended, -1, token)
+    ended = np.array(now_ended)  # the next step takes the buffer
     if on_token(n, token.astype(np.int32)) or ended.all():
       break
   return state

@@ -252,14 +252,16 @@ class Checkpointer(contextlib.AbstractContextManager):
   def _finish(self, saving, manifest: manifest_lib.Manifest, copied) -> None:
     """On the thread: waits for Orbax's files, then seals, names and prunes."""
     writing: list[epath.Path] = [saving]
+    # Writing the arrays again does all of it again.
+    retry = self._retry if copied is None else Retry()
 
     def finish():
       folder = writing.pop() if writing else self._write(manifest.step, copied)
       try:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-          manifest_lib.write(folder, manifest)
-          folder.rename(self._directory.folder(manifest.step))
+          retry(manifest_lib.write, folder, manifest)
+          retry(folder.rename, self._directory.folder(manifest.step))
       except Exception:
         self._clear_away()
         raise

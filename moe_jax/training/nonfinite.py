@@ -15,10 +15,16 @@ from jax.experimental import multihost_utils
 FOLDER = 'nonfinite'
 
 
-def count(workdir: pathlib.Path, step: int) -> int:
-  """How many steps up to `step` are kept; later ones come again."""
+def steps(workdir: pathlib.Path) -> set[int]:
+  """The steps that are kept; those after a checkpoint come again."""
   numbers = [path.stem for path in (workdir / FOLDER).glob('*.npz')]
-  return sum(int(n) <= step for n in numbers if n.isdigit())
+  return {int(n) for n in numbers if n.isdigit()}
+
+
+def forget(workdir: pathlib.Path, step: int) -> None:
+  """Removes what is kept of a step that came again and was finite."""
+  if jax.process_index() == 0:
+    (workdir / FOLDER / f'{step}.npz').unlink(missing_ok=True)
 
 
 def keep(

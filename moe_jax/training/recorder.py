@@ -34,7 +34,8 @@ class Recorder:
     self._run = run
     self._start = start
     self._pending: tuple[int, StepMetrics, Batch] | None = None
-    self._skipped = nonfinite.count(run.workdir, start)
+    self._kept = nonfinite.steps(run.workdir)
+    self._skipped = sum(n <= start for n in self._kept)
     self._sums: LossSums | None = None
     self._steps = 0
     self._tokens = 0.0
@@ -119,6 +120,8 @@ class Recorder:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
       self._skip(step, loss, grad_norm, sums, batch)
     else:
+      if step in self._kept:
+        nonfinite.forget(self._run.workdir, step)
       self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
       self._clock = time.perf_counter()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moe_jax import data, models, partitioning
 from moe_jax.config import merge, to_dataclass
-from moe_jax.distributed import Placing, check_same, check_shared, is_first
+from moe_jax.distributed import Placing, check_same, is_first
 from moe_jax.layers.initializers import axis_names
 from moe_jax.models import Model
 from moe_jax.models.router_state import init_router_state, moved
@@ -106,20 +106,17 @@ class Run:
     )
 
 
-# The variables (parameters, and `router_state` if it is not to begin anew) that
-# a run begins with, in place of those drawn from its seed, in their shardings,
-# and a line that says what they are; None: it draws them.
-Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
-
-
 class Hook:
-  """What a caller adds to a run; both methods do nothing by default."""
+  """What a caller adds to a run; its methods do nothing by default."""
 
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
 
   def end(self, run: Run, state: TrainState) -> None:
     """Called once the last step is taken, evaluated and saved."""
+
+  def close(self) -> None:
+    """Called on the way out, also of a run that is stopped or fails."""
 
 
 def set_up(
@@ -235,71 +232,6 @@ def make_programs(
     ),
     put=Placing(batch_sharding, config.batch_size),
   )
-
-
-def begin(run: Run, initial: Initial | None = None) -> TrainState:
-  """The newest good checkpoint's state, said in one line, or the first.
-
-  A checkpoint of step 0 holds parameters alone, an imported model's: the
-  optimizer starts anew. Only then is the workdir made the run's own: what is
-  refused changes nothing.
-
-  Args:
-    run: As `set_up` made it.
-    initial: Asked where there is no checkpoint.
-
-  Raises:
-    ValueError: The checkpoint was made on other data, or for another model; or
-      `initial` refuses.
-    CheckpointError: There are checkpoints and none is good.
-  """
-  abstract = run.programs.abstract_state
-  restored = run.checkpoints.restore(
-    abstract, first={'params': abstract.params}
-  )
-  if restored is not None and restored.step:
-    digest = restored.extra.get('data_digest')
-    if digest != run.dataset.digest:
-      raise ValueError(
-        f'{run.workdir} was trained on data of sha256 {digest}, this is '
-        f'{run.dataset.digest}; results of two corpora must not mix'
-      )
-  given = None
-  if restored is None:
-    given = _given(run, initial)
-  if is_first():
-    workdir_lib.claim(run.workdir, run.given)
-    run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
-  check_shared(run.workdir)
-  if given is not None:
-    variables, what = given
-    run.message(what)
-    state = run.programs.state_of(variables['params'])
-    return state.replace(
-      router_state=variables.get('router_state', state.router_state)
-    )
-  if restored is None:
-    return run.programs.init_state()
-  for step, reason in restored.skipped:
-    run.message(f'passed over the checkpoint of step {step}: {reason}')
-  if not restored.step:
-    run.message('beginning with the parameters of the checkpoint of step 0')
-    return run.programs.state_of(restored.state['params'])
-  run.message(f'going on from the checkpoint of step {restored.step}')
-  return restored.state
-
-
-def _given(
-  run: Run, initial: Initial | None
-) -> tuple[dict[str, Any], str] | None:
-  if initial is not None:
-    return initial(run)
-  if run.config.init_from.workdir:
-    raise ValueError(
-      f'init_from.workdir={run.config.init_from.workdir!r} and nobody to read '
-      'it; pass initial=moe_jax.finetuning.initial'
-    )
-  return None
 
 
 def with_vocabulary(

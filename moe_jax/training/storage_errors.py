@@ -25,6 +25,8 @@ _TRANSIENT = {
 }  # fmt: skip
 # tensorstore raises ValueErrors whose text begins with a status.
 _STATUS = re.compile(r'(ABORTED|DEADLINE_EXCEEDED|UNAVAILABLE)\b')
+# HTTP's: wait, too many requests, and what is the server's fault.
+_HTTP = re.compile(r'408|429|5\d\d')
 _CODE = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
@@ -69,6 +71,8 @@ class Retry(NamedTuple):
 def is_transient(error: BaseException | None) -> bool:
   """Whether an error, or one that it came from, may be gone after a while."""
   while error is not None:
+    if _of_connection(error):
+      return True
     if isinstance(error, OSError) and error.errno is not None:
       return error.errno in _TRANSIENT
     if code := _CODE.search(str(error)):
@@ -77,6 +81,18 @@ def is_transient(error: BaseException | None) -> bool:
       return True
     error = error.__cause__
   return False
+
+
+def _of_connection(error: BaseException) -> bool:
+  """Of Python, requests, aiohttp or gcsfs, which need not be installed."""
+  names = (kind.__name__ for kind in type(error).__mro__)
+  if any(name.endswith('ConnectionError') for name in names):
+    return True
+  answers = (getattr(error, name, None) for name in ('code', 'status'))
+  return any(
+    isinstance(answer, int | str) and _HTTP.fullmatch(f'{answer}')
+    for answer in answers
+  )
 
 
 def describe(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def check(
   Raises:
     ValueError: It is a URL or a file, its config cannot be read, or it is
       another run's: then the differences are listed, old before new. Or its
-      checkpoints are elsewhere than `config` has them.
+      checkpoints are elsewhere than `config` has them, or that is another's.
   """
   if '://' in os.fspath(workdir):
     raise ValueError(
@@ -67,20 +67,28 @@ def check(
       + '\n'.join(listed)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
-  _check_directory(folder, config)
+  _check_directory(folder, config, resume)
   return folder
 
 
 def _check_directory(
-  folder: pathlib.Path, config: ml_collections.ConfigDict
+  folder: pathlib.Path, config: ml_collections.ConfigDict, resume: bool
 ) -> None:
-  """A run whose checkpoints are not found would begin anew, unasked."""
+  """A run would begin anew, or go on from another's checkpoints, unasked."""
   there = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
   old, new = (checkpoints_of(folder, c) for c in (_kept(folder), config))
   if there and old != new:
     raise ValueError(
       f'{folder} has its checkpoints in {old}; checkpoint.directory='
       f'{config.checkpoint.directory!r} says otherwise, and cannot change'
+    )
+  if there or resume or not new.exists():
+    return
+  if any(True for _ in new.iterdir()):
+    raise ValueError(
+      f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
+      'not empty: it may be of another run; choose another, or go on from what '
+      'is there with --resume'
     )
 
 

@@ -305,6 +305,20 @@ def test_a_dataset_that_needs_a_manual_download(tmp_path, monkeypatch):
     open_source('tfds:samsum')
 
 
+def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
+  folder, locks = tmp_path / 'new' / 'tfds', []
+  generate = Poems._generate_examples
+
+  def watched(*args):
+    locks.append((folder / '.poems.lock').exists())
+    return generate(*args)
+
+  monkeypatch.setattr(Poems, '_generate_examples', watched)
+  monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
+  open_source('tfds:poems', Selection(('train', 'train'), 'line'))
+  assert locks == [True]
+
+
 def test_a_dataset_in_another_format(tmp_path, monkeypatch, poems_folder):
   # As a machine with TensorFlow leaves it by default.
   own = tmp_path / 'poems' / '1.2.0'

@@ -97,6 +97,7 @@ def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
   assert not whole.files
 
 
+@pytest.mark.slow
 def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
   with pytest.raises(NonFiniteError, match=r'step 5: loss=(.|\n)*5\.npz') as e:
     train(tmp_path, 2, 4, 5)
@@ -104,6 +105,9 @@ def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
   # Steps 2 and 4 were before the checkpoint and count, 5 comes again.
   with pytest.raises(NonFiniteError, match='step 6: '):
     train(tmp_path, 6)
+  # What stopped the run before has passed, and counts no more.
+  kept = {path.name for path in (tmp_path / 'nonfinite').iterdir()}
+  assert kept == {'2.npz', '4.npz', '6.npz'}
   hook = train(tmp_path)
   assert hook.states.keys() == {6}
 

@@ -4,6 +4,7 @@ import builtins
 import errno
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,21 @@ def oserror(name):
   return OSError(number, os.strerror(number))
 
 
+class ConnectionError_(OSError):
+  """As that of requests: Python's is no base of it, and it has no number."""
+
+
+ConnectionError_.__name__ = 'ConnectionError'
+
+
+class HttpError(Exception):
+  """As that of gcsfs (`code`) and of aiohttp (`status`)."""
+
+  def __init__(self, **fields):
+    super().__init__('from the server')
+    vars(self).update(fields)
+
+
 def caused(cause):
   error = RuntimeError('could not be saved')
   error.__cause__ = cause
@@ -46,6 +62,12 @@ def caused(cause):
     # The number that tensorstore gives counts for more than its status.
     (ValueError("UNKNOWN: fsync [os_error_code='5'] [x='y']"), True),
     (ValueError("UNAVAILABLE: fsync [os_error_code='28']"), False),
+    (ConnectionError('closed'), True),
+    (ConnectionError_('no route'), True),
+    *((HttpError(code=code), True) for code in (408, 429, '503')),
+    (HttpError(status=500), True),
+    *((HttpError(code=code), False) for code in (None, 401, 404, 5000)),
+    (HttpError(status='failed'), False),
     (caused(oserror('EIO')), True),
     (caused(oserror('ENOSPC')), False),
   ],
@@ -71,14 +93,14 @@ def test_waits_grow_and_tries_end(monkeypatch):
 
 
 class Failing:
-  """A function of the file system that fails on paths that contain a word."""
+  """A function of the file system that fails on paths in which a word is."""
 
   def __init__(self, function, word, name, failures):
     self.function, self.word, self.error = function, word, oserror(name)
     self.left, self.calls = failures, 0
 
   def __call__(self, path, *args, **kwargs):
-    if self.word in str(path):
+    if re.search(self.word, str(path)):
       self.calls += 1
       if self.left > 0:
         self.left -= 1
@@ -122,6 +144,29 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
   said = [r.getMessage() for r in caplog.records if 'again' in r.getMessage()]
   assert 'Stale file handle; trying again in 0.01 s (try 2 of 3)' in said[0]
   assert 'in 0.02 s (try 3 of 3)' in said[1]
+
+
+class OneOfSeveral(Checkpointer):
+  """Without the copy that arrays are written again from."""
+
+  def _copied(self, state):
+    del state
+
+
+@pytest.mark.parametrize(
+  ('function', 'word'),
+  [('rename', r'2\.saving\d+$'), ('replace', r'manifest.*tmp$')],
+)
+def test_of_several_processes_the_first_names_again(
+  tmp_path, monkeypatch, function, word
+):
+  failing = Failing(getattr(os, function), word, 'ESTALE', failures=1)
+  with OneOfSeveral(tmp_path, retry=Retry(2, 0.01)) as checkpoints:
+    checkpoints.save(2, state(2))
+    monkeypatch.setattr(os, function, failing)
+    checkpoints.wait()
+    assert failing.left == 0
+    assert restored(checkpoints).step == 2
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
+  # Another run does not, unasked; nor is a folder made for it.
+  with pytest.raises(ValueError, match=r'(?s)other is .*bucket/run.*--resume'):
+    workdir.check(tmp_path / 'other', config)
+  workdir.check(tmp_path / 'other', config, resume=True)
+  assert not (tmp_path / 'other').exists()
   # It goes on from there, and nowhere else.
   longer = merge(config, {'total_steps': 3})
   state = loop.train_and_evaluate(longer, folder, devices=one, resume=True)
