@@ -99,8 +99,8 @@ def get_config() -> ConfigDict:
     dict(
       initialization_timeout_seconds=300,  # in which all have to be there
       heartbeat_timeout_seconds=100,  # who does not answer for so long is dead
-      # All end if none got further for so long: longer than any step with its
-      # compilation, evaluation or save. 0: never.
+      # All end if none got further for so long: longer than the data's
+      # preparation, a step that compiles, an evaluation or a save. 0: never.
       stall_timeout_seconds=900,
     )
   )

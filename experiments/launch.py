@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,25 +92,44 @@ def read_items(path: str) -> list[Item]:
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_items'):
     raise ValueError(f'{path} defines no get_items()')
-  items = [
-    item if isinstance(item, Item) else Item(*item)
-    for item in module.get_items()
-  ]
-  return items
+  return [_item(item, path) for item in module.get_items()]
+
+
+def _item(item: Any, path: str) -> Item:
+  match item:
+    case Item():
+      return item
+    case (str(), Mapping(), str() | pathlib.Path()):
+      return Item(*item)
+  raise ValueError(
+    f'{path}: get_items() has {item!r}, which is no (config, overrides, '
+    'workdir): text, a dict and a path'
+  )
 
 
 def check(items: Sequence[Item]) -> None:
   """Reads every config before anything starts.
 
   Raises:
-    ValueError: One does not exist, or two items have one workdir.
+    ValueError: One does not exist, or two items have one workdir
+      or one folder of checkpoints.
   """
-  folders = [str(pathlib.Path(item.workdir).resolve()) for item in items]
-  for folder in folders:
-    if folders.count(folder) > 1:
-      raise ValueError(f'two items have the workdir {folder}')
-  for item in items:
-    command_line.config_of(item.config, item.flags())
+  folders = [pathlib.Path(item.workdir) for item in items]
+  _check_own('workdir', folders)
+  configs = [command_line.config_of(i.config, i.flags()) for i in items]
+  pairs = zip(folders, configs, strict=True)
+  _check_own(
+    'checkpoint.directory',
+    [workdir_lib.checkpoints_of(*pair) for pair in pairs],
+  )
+
+
+def _check_own(what: str, folders: Sequence[os.PathLike[str]]) -> None:
+  names = list(map(os.fspath, folders))
+  names = [n if '://' in n else os.path.realpath(n) for n in names]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f'two items have the {what} {name}')
 
 
 def is_finished(item: Item) -> bool:
@@ -282,6 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     items = items_of(options)
     check(items)
+    places = local_runs.places(
+      options.workers, options.accelerator, options.devices
+    )
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
   jobs = [
@@ -290,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   ]
   outcomes = local_runs.run_all(
     jobs,
-    local_runs.places(options.workers, options.accelerator, options.devices),
+    places,
     grace_seconds=options.grace_seconds,
     message=functools.partial(print, flush=True),
   )

@@ -15,8 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
+from moe_jax import command_line
+
 _POLL_SECONDS = 0.2
 DONE, FAILED, STOPPED, WAITING = 'done', 'failed', 'stopped', 'not started'
+_NO_FAILURE = (0, command_line.STOPPED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Job:
     commands: Makes one a process, when it begins.
     logs: Where each process's output goes, at the end of what is there.
     finished: Whether there is nothing to do, asked at first.
-    complete: Whether there is nothing left to do, asked after an end without
-      an error: a run that was stopped ends so, too.
+    complete: Whether there is nothing left to do, asked after an end with
+      status 0.
     env: Environment variables of the processes.
   """
 
@@ -66,7 +69,7 @@ class Running:
   def ended(self) -> bool:
     """Whether all have; where one failed, the others are asked to stop."""
     codes = [process.poll() for process in self._processes]
-    if any(code not in (None, 0) for code in codes):
+    if any(code not in (None, *_NO_FAILURE) for code in codes):
       self.signal(signal.SIGTERM)
     return None not in codes
 
@@ -74,9 +77,10 @@ class Running:
     """`DONE`, `FAILED` or `STOPPED`, once it has ended."""
     for file in self._files:
       file.close()
-    if any(process.returncode for process in self._processes):
+    codes = {process.returncode for process in self._processes}
+    if not codes <= set(_NO_FAILURE):
       return FAILED
-    return DONE if self.job.complete() else STOPPED
+    return DONE if codes == {0} and self.job.complete() else STOPPED
 
   def signal(self, number: int) -> None:
     """Sends it to every process that is left, and to what they started."""
@@ -170,11 +174,23 @@ def places(
     workers: How many share the machine where no accelerator is split.
     accelerator: 'gpu' or 'tpu': one device a job; '': not split.
     devices: How many of them there are.
+
+  Raises:
+    ValueError: CUDA_VISIBLE_DEVICES is set and names fewer.
   """
   if not accelerator:
     return [{} for _ in range(workers)]
   if accelerator == 'gpu':
-    return [{'CUDA_VISIBLE_DEVICES': str(i)} for i in range(devices)]
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    names = list(map(str, range(devices)))
+    if visible is not None:  # the caller's share of the machine
+      names = [name for name in visible.split(',') if name]
+    if len(names) < devices:
+      raise ValueError(
+        f'CUDA_VISIBLE_DEVICES={visible} has {len(names)} devices; --devices='
+        f'{devices} are too many'
+      )
+    return [{'CUDA_VISIBLE_DEVICES': name} for name in names[:devices]]
   # One chip a process, each a topology of its own.
   alone = {
     'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',

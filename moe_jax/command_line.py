@@ -17,6 +17,9 @@ from ml_collections import config_flags
 
 from moe_jax.config import flatten, unknown
 
+# EX_TEMPFAIL: of a run that SIGTERM stopped, and that the same command ends.
+STOPPED = 75
+
 
 def fail(text: str) -> NoReturn:
   """Prints the reason and ends the program with status 1."""

@@ -44,8 +44,8 @@ class Timeouts:
       as long; it alone counts until the run is being set up.
     initialization_timeout_seconds: In which all processes must have started.
     stall_timeout_seconds: After which all processes end if none got further:
-      longer than a step with its compilation, an evaluation or a save. 0:
-      they wait for ever.
+      longer than the preparation of the data, a step with its compilation, an
+      evaluation or a save. 0: they wait for ever.
   """
 
   heartbeat_timeout_seconds: int = 100

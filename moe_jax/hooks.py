@@ -89,15 +89,22 @@ class Profile(Hook):
     c = run.config.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return
+    folder = run.workdir / profile.FOLDER
+    if c.all_processes:  # those of a host would overwrite each other's
+      folder /= f'process_{jax.process_index()}'
     self._profiler = run.train_step = profile.Profiler(
       run.train_step,
-      run.workdir / profile.FOLDER,
+      folder,
       range(c.start_step, c.start_step + c.num_steps),
       run.message,
     )
 
   def end(self, run: Run, state: TrainState) -> None:
     """Writes a trace that the run's last step cut short."""
+    self.close()
+
+  def close(self) -> None:
+    """Writes a trace that a signal or an error cut short."""
     if self._profiler is not None:
       self._profiler.stop()
 

@@ -9,8 +9,12 @@ which (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
+A run that SIGTERM stopped before its last step ends with status 75.
+
 Kept short: everything here can be called from a notebook.
 """
+
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -56,14 +60,19 @@ def main(argv: list[str]) -> None:
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   try:
     with distributed.joined(_CONFIG.value.distributed, *processes):
-      _train()
+      ended = _train()
   except ValueError as error:  # flags that do not fit together
+    if _TRACEBACK.value:
+      raise
     command_line.fail(str(error))
+  if not ended:
+    sys.exit(command_line.STOPPED)
 
 
-def _train() -> None:
+def _train() -> bool:
+  """Whether no step is left."""
   try:
-    train_and_evaluate(
+    state = train_and_evaluate(
       _CONFIG.value,
       _WORKDIR.value,
       hooks=default_hooks(),
@@ -71,6 +80,7 @@ def _train() -> None:
       initial=finetuning.initial,
       resume=_RESUME.value,
     )
+    return int(state.step) >= _CONFIG.value.total_steps
   except (
     CheckpointError,
     DataError,

@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import os
+import signal
 
 import jax
 import pytest
@@ -116,3 +118,26 @@ def test_the_trace_has_the_steps_that_were_asked_for(traced):
   names = {event.get('name', '') for event in events}
   assert any('dot' in name or 'fusion' in name for name in names)
   assert any(line.startswith('profile: steps up to 3') for line in watch.said)
+
+
+class Sigterm(Hook):
+  """Comes to this process before the run's first step."""
+
+  def start(self, run):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
+  config = tiny.config(
+    checkpoint={'every_steps': 0},
+    profile={'start_step': 1, 'num_steps': 3, 'all_processes': True},
+  )
+  state = loop.train_and_evaluate(
+    config,
+    tmp_path,
+    hooks=[hooks.Profile(), Sigterm()],
+    devices=jax.devices()[:1],
+  )
+  assert int(state.step) == 1
+  folder = tmp_path / profile.FOLDER / 'process_0'
+  assert len(list(folder.rglob('*.trace.json.gz'))) == 1

@@ -35,12 +35,17 @@ def quiet(text):
   del text
 
 
+SLOWER = 'import time; time.sleep(1); print("saved"); raise SystemExit(75)'
+
+
 def test_a_failure_stops_no_other_and_what_is_finished_is_not_run(tmp_path):
   jobs = [
     job(tmp_path, 'before', 'open("ran", "w")', finished=True),
     job(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
     job(tmp_path, 'good', 'print("fine")'),
     job(tmp_path, 'half', 'pass', complete=False),
+    # By itself: nobody asked the second to stop.
+    job(tmp_path, 'preempted', 'raise SystemExit(75)', SLOWER),
   ]
   outcomes = local_runs.run_all(jobs, [{}], message=quiet)
   assert outcomes == {
@@ -48,7 +53,9 @@ def test_a_failure_stops_no_other_and_what_is_finished_is_not_run(tmp_path):
     'bad': FAILED,
     'good': DONE,
     'half': STOPPED,
+    'preempted': STOPPED,
   }
+  assert jobs[-1].logs[1].read_text() == 'saved\n'
   assert not (tmp_path / 'before.0.log').exists()
   assert (tmp_path / 'good.0.log').read_text() == 'fine\n'
   lines = launch.summary(jobs, outcomes).splitlines()
@@ -56,7 +63,8 @@ def test_a_failure_stops_no_other_and_what_is_finished_is_not_run(tmp_path):
   assert lines[2].strip() == f'{tmp_path}/bad.0.log: moe_jax: no'
 
 
-def test_each_place_has_one_item_at_a_time(tmp_path):
+def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   # Every item notes when it was where; a place's times must not overlap.
   script = (
     'import os, time; t = time.time(); time.sleep(0.3);'
@@ -75,6 +83,17 @@ def test_each_place_has_one_item_at_a_time(tmp_path):
       assert end <= begin
 
 
+def test_places_are_among_the_devices_that_the_caller_has(monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-ab,7')
+  places = local_runs.places(1, 'gpu', 2)
+  assert [p['CUDA_VISIBLE_DEVICES'] for p in places] == ['4', 'GPU-ab']
+  with pytest.raises(ValueError, match=r'4,GPU-ab,7 has 3 .*--devices=4'):
+    local_runs.places(1, 'gpu', 4)
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+  with pytest.raises(ValueError, match='has 0 devices'):
+    local_runs.places(1, 'gpu', 1)
+
+
 def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
   lasting = 'import time; time.sleep(60)'
   one = job(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', lasting)
@@ -89,7 +108,7 @@ def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
 
 SAVES = (
   'import signal, sys, time;'
-  'signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(0)));'
+  'signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(75)));'
   'print("ready", flush=True); time.sleep(60)'
 )
 STUCK = (
@@ -156,6 +175,11 @@ def test_sweeps_multiply():
     ({'model.widht': 4}, ('a',), "'model.widht'; did you mean 'model.width'"),
     ({'seed': 'x'}, ('a',), 'config.seed=x'),
     ({}, ('a', 'a'), 'two items have the workdir'),
+    (
+      {'checkpoint.directory': 'gs://b/run'},
+      ('a', 'b'),
+      'two items have the checkpoint.directory gs://b/run',
+    ),
   ],
 )
 def test_bad_items_fail_before_any_starts(overrides, folders, message):
@@ -172,6 +196,12 @@ def test_items_come_from_a_python_file(tmp_path):
   )
   items = launch.read_items(str(path))
   assert items[1] == launch.Item(SHRUNK, {'seed': 5}, 'out/5')
+  for bad in (('x.py', {}), ('x.py', 'out', {}), 'abc'):
+    path.write_text(f'def get_items():\n  return [{bad!r}]\n')
+    with pytest.raises(ValueError) as error:
+      launch.read_items(str(path))
+    for part in (repr(bad), '(config, overrides, workdir)'):
+      assert part in str(error.value)
   path.write_text('')
   with pytest.raises(ValueError, match='defines no get_items'):
     launch.read_items(str(path))

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl.testing import flagsaver
 
-import moe_jax.main  # noqa: F401  (defines the flags)
+import moe_jax.main
 from moe_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +85,22 @@ def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+  ('more', 'error'), [((), SystemExit), (('--traceback',), ValueError)]
+)
+def test_an_error_is_a_line_or_on_request_a_trace(
+  more, error, tmp_path, capsys, monkeypatch
+):
+  argv = command(tmp_path, *more)[2:]
+  monkeypatch.setattr(sys, 'argv', argv)
+  with flagsaver.flagsaver():
+    command_line.parse(argv)
+    with pytest.raises(error) as ended:
+      moe_jax.main.main(argv[:1])
+  said = f'{ended.value}{capsys.readouterr().err}'
+  assert 'multiply to 1, which does not fit 8 devices' in said
+
+
 def test_a_config_that_does_not_exist(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"no\.py' does not exist"):
     command_line.load_config('configs/no.py')
@@ -109,11 +126,11 @@ def final_arrays(workdir):
 
 
 @pytest.mark.slow
-def test_killed_three_times_ends_as_unbroken(tmp_path):
+def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   whole = run(tmp_path / 'whole', *LONGER)
   assert whole.returncode == 0, whole.stderr
   rng = random.Random(0)
-  killed = 0
+  killed = stopped = 0
   broken = tmp_path / 'broken'
   for _ in range(30):
     process = subprocess.Popen(
@@ -130,13 +147,18 @@ def test_killed_three_times_ends_as_unbroken(tmp_path):
       seen += line.startswith('step ')
       if killed < 3 and seen > patience:
         time.sleep(rng.random() * 0.1)
-        os.kill(process.pid, signal.SIGKILL)
+        # Of the first life, which is far from the end.
+        number = signal.SIGKILL if killed else signal.SIGTERM
+        os.kill(process.pid, number)
         killed += 1
         break
     process.stdout.read()
-    if process.wait() == 0:
+    status = process.wait()
+    assert status in (0, command_line.STOPPED, -signal.SIGKILL)
+    stopped += status == command_line.STOPPED
+    if status == 0:
       break
-  assert killed == 3
+  assert (killed, stopped) == (3, 1)
   step, expected = final_arrays(tmp_path / 'whole')
   other_step, found = final_arrays(broken)
   assert step == other_step == 60

@@ -5,6 +5,7 @@ Not here: what is said (`watchdog.py`).
 
 import contextlib
 import json
+import select
 import socket
 import time
 from typing import Any
@@ -24,9 +25,15 @@ class Line:
     self._unread = b''
 
   def send(self, message: dict[str, Any]) -> None:
-    """Sends it; of a connection that is gone, reading tells."""
-    with contextlib.suppress(OSError):
-      self.socket.sendall(json.dumps(message).encode() + b'\n')
+    """Sends it, unless too much that was sent is not yet read there.
+
+    Of a connection that is gone, reading tells.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+      writable = select.poll()
+      writable.register(self.socket, select.POLLOUT)
+      if writable.poll(0):
+        self.socket.sendall(json.dumps(message).encode() + b'\n')
 
   def receive(self) -> list[dict[str, Any]] | None:
     """What came, once there is something to read; None: it is closed."""
@@ -36,9 +43,12 @@ class Line:
       return None
     *lines, self._unread = (self._unread + data).split(b'\n')
     try:
-      return [json.loads(line) for line in lines] if data else None
-    except ValueError:  # a stranger that speaks something else
+      messages = [json.loads(line) for line in lines] if data else None
+    except (ValueError, RecursionError):  # a stranger speaks something else
       return None
+    if messages and not all(isinstance(m, dict) for m in messages):
+      return None
+    return messages
 
 
 def addresses() -> list[str]:

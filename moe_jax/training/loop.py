@@ -1,10 +1,12 @@
 """The loop: step, metrics, evaluations, checkpoint, each when it is due.
 
-All that it drives is built in `setup.py`. Not here: samples, plots and
-reports, which are hooks that `moe_jax.main` and experiments wire in.
+All that it drives is built in `setup.py`, and its first state in `begin.py`.
+Not here: samples, plots and reports, which are hooks that `moe_jax.main` and
+experiments wire in.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +17,16 @@ from jax.experimental import multihost_utils
 
 from moe_jax.config import to_dataclass
 from moe_jax.distributed import Timeouts
+from moe_jax.training.begin import Initial, begin
 from moe_jax.training.evaluate import Kind, measured
 from moe_jax.training.recorder import Recorder
-from moe_jax.training.setup import Hook, Initial, Run, begin, set_up
+from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
 from moe_jax.training.watchdog import Alone, Watchdog, watching
+
+# JAX stops all processes after a call whose number is above all that it got,
+# and 0 counts as one: a resumed run's steps would begin beyond that number.
+_CALLS = itertools.count(1)
 
 
 def train_and_evaluate(
@@ -43,11 +50,12 @@ def train_and_evaluate(
   Args:
     config: A config as the files in `configs/` return it.
     workdir: Where checkpoints, metrics and reports go.
-    hooks: Called at the start, and at the end once no step is left.
+    hooks: Called at the start, at the end once no step is left, and on the
+      way out.
     resume: Goes on even where the workdir's config differs.
     devices: Of the mesh; None is all there are.
     kinds: Of evaluations, by name, beside 'loss'.
-    initial: What `config.init_from` means; see `setup.begin`.
+    initial: What `config.init_from` means; see `begin.begin`.
 
   Raises:
     ValueError: A bad config, bad data, or another run's workdir.
@@ -55,14 +63,18 @@ def train_and_evaluate(
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
   with watching(to_dataclass(Timeouts, config.distributed)) as watchdog:
+    watchdog.mark('the set-up')
     run = set_up(config, workdir, resume=resume, devices=devices, kinds=kinds)
     with contextlib.ExitStack() as stack:
       stack.enter_context(run.checkpoints)
       watchdog.before_end = run.checkpoints.settle
+      watchdog.mark('the restore')
       state = begin(run, initial)
       recorder = stack.enter_context(Recorder(run, int(state.step)))
       stopped = stack.enter_context(_stopped())
       for hook in hooks:
+        watchdog.mark(f'the start of {type(hook).__name__}')
+        stack.callback(hook.close)
         hook.start(run)
       state = _train(run, recorder, state, watchdog, stopped)
       run.checkpoints.wait()
@@ -78,7 +90,7 @@ def _train(
   recorder: Recorder,
   state: TrainState,
   watchdog: Alone | Watchdog,
-  stopped: Callable[[int], bool],
+  stopped: Callable[[], bool],
 ) -> TrainState:
   """The state after the last step, or the one after which it is stopped."""
   start, total = int(state.step), run.config.total_steps
@@ -91,7 +103,7 @@ def _train(
     watchdog.mark(f'step {step}')
     state, metrics = run.train_step(state, batch)
     recorder.add(step, metrics, batch)
-    stop, last = stopped(step), step == total
+    stop, last = stopped(), step == total
     if last or not stop:  # who sends SIGTERM does not wait
       watchdog.mark(f'evaluations of step {step}')
       _evaluate(run, recorder, step, state, last)
@@ -125,22 +137,22 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
 
 
 @contextlib.contextmanager
-def _stopped() -> Iterator[Callable[[int], bool]]:
+def _stopped() -> Iterator[Callable[[], bool]]:
   """Says after each step whether to stop there; of SIGTERM, nothing dies.
 
   Of several processes JAX catches the signal, and chooses a step that none has
   begun, once it came to any of them.
   """
   if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
     return
   received = []
   try:
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
   except ValueError:  # not the main thread: signals are the caller's
-    yield lambda step: False
+    yield lambda: False
     return
   try:
-    yield lambda step: bool(received)
+    yield lambda: bool(received)
   finally:
     signal.signal(signal.SIGTERM, before)

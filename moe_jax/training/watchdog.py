@@ -38,6 +38,8 @@ from moe_jax.training.lines import (
 # A save in flight may need this to be whole, at the end of a process.
 _SAVE_SECONDS = 10.0
 _HELLO_BYTES = 1024
+# Process 0 hears of many at once, not of each by itself.
+_PAUSE_SECONDS = 0.05
 
 
 class Alone:
@@ -101,9 +103,10 @@ class Watchdog:
     self._marks = 0
     self._failure = ''  # of this process, which then ends by itself
     self._over = threading.Event()
-    self._connect(timeouts.initialization_timeout_seconds)
-    run = self._lead if self._index == 0 else self._follow
-    self._thread = threading.Thread(target=run, name='watchdog', daemon=True)
+    self._connect(float(timeouts.initialization_timeout_seconds))
+    self._thread = threading.Thread(
+      target=self._watch, name='watchdog', daemon=True
+    )
     self._thread.start()
 
   def mark(self, where: str) -> None:
@@ -149,16 +152,29 @@ class Watchdog:
     self._lines: dict[int, Line] = {}
     self._strangers: list[Line] = []
 
+  def _watch(self) -> None:
+    """The thread; a run that nobody watches must not go on."""
+    try:
+      if self._index == 0:
+        self._lead()
+      else:
+        self._follow()
+    except Exception as error:
+      self._end(f'its watchdog failed: {type(error).__name__}: {error}')
+
   # Process 0.
 
   def _lead(self) -> None:
+    next_send = time.monotonic()
     while not self._over.is_set():
       lines = [*self._lines.values(), *self._strangers]
       ready = wait(
-        [self._server, *(line.socket for line in lines)], TICK_SECONDS
+        [self._server, *(line.socket for line in lines)],
+        max(0.0, next_send - time.monotonic()),
       )
       if self._server in ready:
-        self._strangers.append(Line(self._server.accept()[0]))
+        with contextlib.suppress(ConnectionError):  # it left again
+          self._strangers.append(Line(self._server.accept()[0]))
       for line in self._strangers[:]:
         if line.socket in ready:
           self._greet(line)
@@ -166,12 +182,15 @@ class Watchdog:
         if line.socket in ready:
           self._listen(index, line)
       self._mine.heard = time.monotonic()
-      for line in self._lines.values():
-        line.send({})
+      if time.monotonic() >= next_send:
+        next_send = time.monotonic() + TICK_SECONDS
+        for line in self._lines.values():
+          line.send({})
       if reason := self._failure or self._lost():
         self._end_all(reason)
       elif all(peer.done for peer in self._peers.values()):
         self._tell_all({'over': True})
+      time.sleep(_PAUSE_SECONDS)
     self._server.close()
 
   def _greet(self, line: 'Line') -> None:
@@ -181,7 +200,8 @@ class Watchdog:
       return
     self._strangers.remove(line)
     said = first[0] if first else {}
-    if secrets.compare_digest(str(said.get('token')), self._token):
+    token = str(said.get('token')).encode(errors='replace')
+    if secrets.compare_digest(token, self._token.encode()):
       line.send({'token': self._token})
       self._lines[int(said['process'])] = line
       for message in first[1:]:
@@ -219,7 +239,7 @@ class Watchdog:
           f'had got to {peer.where}'
         )
     marks = sum(peer.count for peer in self._peers.values())
-    if marks != self._marks or not self._mine.count:
+    if marks != self._marks:
       self._marks, self._moved = marks, now
     if not self._stall or now - self._moved <= self._stall or not awake:
       return None
@@ -254,17 +274,19 @@ class Watchdog:
   # The others.
 
   def _follow(self) -> None:
-    heard = time.monotonic()
+    heard = next_send = time.monotonic()
     while not self._over.is_set():
-      self._hub.send(
-        {
-          'count': self._mine.count,
-          'where': self._mine.where,
-          'done': self._mine.done,
-          'failed': self._failure,
-        }
-      )
-      if wait([self._hub.socket], TICK_SECONDS):
+      if time.monotonic() >= next_send:
+        next_send = time.monotonic() + TICK_SECONDS
+        self._hub.send(
+          {
+            'count': self._mine.count,
+            'where': self._mine.where,
+            'done': self._mine.done,
+            'failed': self._failure,
+          }
+        )
+      if wait([self._hub.socket], max(0.0, next_send - time.monotonic())):
         messages = self._hub.receive()
         if messages is None:
           self._end('process 0 died', settle=False)

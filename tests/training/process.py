@@ -73,11 +73,16 @@ def recorder():
   return Recorded()
 
 
-def accident(kind, at_step):
-  """A hook by which something befalls this process before a step."""
+def accident(process, kind, at_step):
+  """A hook by which something befalls a process before a step; 0: the first.
+
+  Of step 0 it comes before anyone has asked whether to stop.
+  """
   from moe_jax.training.setup import Hook
 
   def befall():
+    if process != jax.process_index():
+      return
     if kind == 'stuck':
       while True:
         time.sleep(0.01)
@@ -91,6 +96,8 @@ def accident(kind, at_step):
 
   class Accident(Hook):
     def start(self, run):
+      if at_step == 0:
+        befall()
       batches = run.batches
 
       def with_accident(start):
@@ -143,8 +150,8 @@ def run(
     from moe_jax import hooks as hooks_lib
 
     more, kinds = [*more, *hooks_lib.default_hooks()], evaluation.KINDS
-  if befalls and befalls[0] == jax.process_index():
-    more.append(accident(*befalls[1:]))
+  if befalls:
+    more.append(accident(*befalls))
   if isinstance(workdir, list):
     workdir = workdir[jax.process_index()]
   folder = pathlib.Path(within) / workdir

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -29,13 +30,30 @@ def test_messages_arrive_whole_however_they_are_cut(pair):
   assert other.receive() == [{'b': 2}]
 
 
-def test_a_closed_line_is_none_and_a_stranger_too(pair):
+@pytest.mark.parametrize(
+  'said', [b'GET / HTTP/1.1\r\n', b'1\n', b'\xff\n', b'[' * 9999 + b'\n']
+)
+def test_a_closed_line_is_none_and_a_stranger_too(said, pair):
   line, other = pair
-  line.socket.sendall(b'GET / HTTP/1.1\r\n')
+  line.socket.sendall(said)
   assert other.receive() is None
   line.socket.close()
   assert other.receive() is None
   other.send({'nobody': 'listens'})  # raises nothing
+
+
+def test_who_does_not_read_holds_nobody_up(pair):
+  line, other = pair
+  began = time.monotonic()
+  for number in range(5000):
+    line.send({'number': number, 'text': 'x' * 1000})
+    assert time.monotonic() - began < 3
+  # What was left out was left out whole.
+  first = other.receive()[0]
+  assert first['number'] == 0
+  line.socket.close()
+  while (messages := other.receive()) is not None:
+    assert all(len(message['text']) == 1000 for message in messages)
 
 
 def answering(server, token):

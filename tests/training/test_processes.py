@@ -137,8 +137,8 @@ def four(two, tmp_path_factory):
   for path in (folder / 'run' / 'checkpoints').iterdir():
     if path.name not in ('1', '2'):
       shutil.rmtree(path)
-  job = {'workdir': 'run', 'overrides': STEPS, 'order': 'interleaved'}
-  return folder, *start(folder, 4, [job])
+  job = {'workdir': 'run', 'overrides': LONG, 'order': 'interleaved'}
+  return folder, *start(folder, 4, [{**job, 'befalls': [2, 'SIGTERM', 0]}])
 
 
 @pytest.fixture(scope='module')
@@ -178,6 +178,7 @@ def test_two_processes_train_as_one(one, two):
   np.testing.assert_allclose(losses(folder / 'run')[:3], losses(one), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_four_go_on_from_a_checkpoint_of_two_as_two_did(two, four):
   folder, ends, _ = four
   assert [e.status for e in ends] == [0] * 4, [e.errors[-2000:] for e in ends]
@@ -187,6 +188,7 @@ def test_four_go_on_from_a_checkpoint_of_two_as_two_did(two, four):
   assert_close(saved(folder / 'run', 3), saved(two[0] / 'run', 3))
 
 
+@pytest.mark.slow
 def test_the_stream_is_the_same_for_any_number_of_processes(two, four, stream):
   for _, ends, _ in (two, four):
     for end in ends:
@@ -204,6 +206,13 @@ def test_sigterm_to_one_saves_in_all_at_one_step(two):
   words = f'stopped by SIGTERM at step {step}; saved, will go on here'
   assert words in ends[0].said
   assert f'going on from the checkpoint of step {step}' in ends[0].said
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_of_a_resumed_run(four):
+  _, ends, _ = four
+  assert len({end.results[0]['step'] for end in ends}) == 1
+  assert 3 <= ends[0].results[0]['step'] < 8
 
 
 def test_a_death_ends_the_others_and_is_named(two):
@@ -286,7 +295,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
     },
     'hooks': True,
     'evals': {
-      'generate': {'num_examples': 3, 'max_new_tokens': 4},
+      'generate': {'num_examples': 8, 'max_new_tokens': 4},
       'choice': {'num_items': 3},
     },
   }
