@@ -51,7 +51,7 @@ def make_mesh(
   elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
     raise ValueError(
       f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
-      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))}, or more '
+      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))} or more '
       f'of the {DCN} sizes'
     )
   else:
