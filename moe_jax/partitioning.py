@@ -68,9 +68,11 @@ def _filled(sizes, count: int, slices: int) -> list[int]:
   if -1 in shape:
     shape[shape.index(-1)] = count // slices // known
   if math.prod(shape) * slices != count:
+    given = {name: size for name, size in sizes.items() if size != 1}
+    hint = '' if -1 in given.values() else '; -1 takes what is left of them'
     raise ValueError(
-      f'mesh={dict(sizes)}: the sizes given multiply to {known * slices}, '
-      f'which does not fit {count} devices'
+      f'mesh={given}: the sizes given multiply to {known * slices}, which does '
+      f'not fit {count} devices{hint}'
     )
   return shape
 

@@ -173,6 +173,7 @@ def test_groups_that_cannot_be_equal_are_refused():
     cases_lib.compile_cases(layer, 1, backward=False, ragged=False)
 
 
+@pytest.mark.slow
 def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
   bench_moe_layer.main(
     [
@@ -276,6 +277,7 @@ def test_the_step_benchmark_writes_every_row(tmp_path):
   assert (folder / 'steps.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_saves_once_a_burst(tmp_path, monkeypatch):
   steps = []
   save = Checkpointer.save
@@ -349,6 +351,7 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   assert len(rows) == 3 and all(row['ms'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   pytest.importorskip('transformers')
   small = {

@@ -101,6 +101,7 @@ def test_an_encoder_decoder_answers_inputs(tmp_path, capsys):
   assert out == tokenizers.Bytes().decode(rows[0]) + '\n'
 
 
+@pytest.mark.slow
 def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
   model = hf.Tokenizer(
     hf.models.WordLevel(
@@ -136,6 +137,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
     assert said(capsys, tmp_path, '--prompt=hi', *flags).out == text
 
 
+@pytest.mark.slow
 def test_learned_positions_shorten_the_text(tmp_path, capsys):
   # 24 positions are 21 new tokens behind 4.
   folders.write(tmp_path, model=dict(positions='learned'))

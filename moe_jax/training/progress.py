@@ -65,7 +65,7 @@ class Progress:
     step: int,
     *,
     loss: float,
-    tokens_per_second: float,
+    tokens_per_second: float | None,
     drop_rate: float | None = None,
   ) -> None:
     """Shows the state after `step` steps.
@@ -73,13 +73,16 @@ class Progress:
     Args:
       step: Steps taken, those before `start_step` included.
       loss: Nats per token.
-      tokens_per_second: Over all devices.
+      tokens_per_second: Over all devices; None, before it is known, is not
+        shown.
       drop_rate: Fraction of assignments dropped; None, where nothing could
         be, is not shown.
     """
     # The bar has to leave itself room on a terminal of 80 columns.
     nats, tokens = ('', 'tok') if self._bar else (' nats/token', 'tokens')
-    facts = [f'loss {loss:.4f}{nats}', f'{tokens_per_second:,.0f} {tokens}/s']
+    facts = [f'loss {loss:.4f}{nats}']
+    if tokens_per_second is not None:
+      facts.append(f'{tokens_per_second:,.0f} {tokens}/s')
     if drop_rate is not None:
       facts.append(f'dropped {100 * drop_rate:.1f}%')
     left = self._seconds_left(step)

@@ -166,7 +166,7 @@ class Recorder:
       self._progress.update(
         step,
         loss=values['loss'],
-        tokens_per_second=speed,
+        tokens_per_second=speed if self._steps else None,
         drop_rate=values.get('drop_rate'),
       )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now

@@ -107,6 +107,7 @@ def test_shares_scale_to_the_step():
   assert shares[-1].seconds == 1.0
 
 
+@pytest.mark.slow
 def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
   done = subprocess.run(
     [

@@ -109,6 +109,7 @@ def spread_pairs(count=5):
   return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_from_its_folder(run):
   workdir, _ = run
   entries = config().evals

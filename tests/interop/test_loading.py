@@ -56,6 +56,7 @@ def staged(monkeypatch):
   tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices(sharded, staged, capsys):
   mesh = partitioning.make_mesh(dict(expert=4, tensor=2))
   found = checkpoint.open_checkpoint(sharded)

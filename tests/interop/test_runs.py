@@ -133,6 +133,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   assert_equal(out['params'], state.params)
 
 
+@pytest.mark.slow
 def test_going_on_with_other_settings(tmp_path):
   folders.write(tmp_path / 'hf', 'mixtral')
   workdir = tmp_path / 'run'

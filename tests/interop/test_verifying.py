@@ -45,6 +45,7 @@ def test_a_token_that_differs(pair, tmp_path):
   assert 'row 2 differs at place 4' in verdict.describe()
 
 
+@pytest.mark.slow
 def test_what_is_masked_is_not_compared_and_no_number_agrees(pair, tmp_path):
   mask = np.ones((oracle.B, oracle.T), np.int64)
   mask[:, -1] = 0

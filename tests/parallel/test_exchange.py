@@ -142,6 +142,7 @@ def test_no_piece_travels_after_anothers_product(kind):
     assert len(before[name] & set(there)) == 1  # each product for one piece
 
 
+@pytest.mark.slow
 def test_a_custom_expert_travels_too():
   from flax import linen as nn
 
@@ -162,6 +163,7 @@ def test_a_custom_expert_travels_too():
   )
 
 
+@pytest.mark.slow
 def test_capacity_for_all_is_dropless_across_devices():
   one = RouterConfig(4, 2, gates='renormalized', capacity=CapacityRule('all'))
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')

@@ -89,6 +89,7 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
   assert np.isfinite(row['train/loss'])
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
   whole = train(tmp_path / 'whole')
   plain = tiny.config(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
