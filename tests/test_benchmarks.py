@@ -348,7 +348,7 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   (results,) = tmp_path.glob('*/*/results.json')
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
   assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
-  assert len(rows) == 3 and all(row['ms'] > 0 for row in rows)
+  assert len(rows) == 4 and all(row['ms'] > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -133,23 +133,3 @@ def files(folder):
     for p in folder.rglob('*')
     if p.is_file()
   }
-
-
-@pytest.mark.slow
-def test_a_short_soak_loses_nothing(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(soak, 'SEEDS', (0, 1))
-  monkeypatch.setattr(soak, 'paced', lambda folder, minutes: 300)
-  disturbed, tallies = soak.disturbed, []
-
-  def for_seconds(workdir, spec, meshes, seconds, draw):
-    del seconds
-    tallies.append(disturbed(workdir, spec, meshes, 30, draw))
-    return tallies[-1]
-
-  monkeypatch.setattr(soak, 'disturbed', for_seconds)
-  faults = soak.soak(tmp_path, 2.0, seed=0)
-  said = capsys.readouterr().out
-  assert not faults, said
-  assert 'bit for bit' in said and ' 0 batches lost, 0 doubled' in said
-  for tally in tallies:
-    assert sum(tally.counts[what] for what in soak.DISTURBANCES) > 0

@@ -173,7 +173,7 @@ FAST = {
       way, mesh, marks=() if (way, mesh) in FAST else pytest.mark.slow
     )
     for way in WAYS
-    for mesh in MESHES
+    for mesh in (MESHES if way != 'written_out' else MESHES[-2:])
   ],
 )
 def test_a_step_equals_one_device(way, mesh_shape):
@@ -211,7 +211,7 @@ def test_experts_are_split_over_two_axes(way, mesh_shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['gather', 'dropless'])
+@pytest.mark.parametrize('way', ['dropless'])
 def test_more_experts_than_devices_and_fewer(way):
   one = step_of(way)
   assert_equal(step_of(way, '4x1x2x1'), one)  # four a device
