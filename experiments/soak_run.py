@@ -44,6 +44,8 @@ def make_config(
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
+  # Who waits for one that was killed at its start waits so long.
+  config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
   changes = dict(
     seed=seed,
