@@ -144,8 +144,9 @@ def data() -> ConfigDict:
   """Where the text comes from; see `moe_jax.data`."""
   return ConfigDict(
     dict(
-      # Or 'files:<glob>', 'tfds:<name>'. Pairs, of seq2seq:
-      # 'python_stdlib_docstrings', 'django_gettext:<languages>', 'tfds:<name>'.
+      # Or 'files:<glob>', 'tfds:<name>'; synthetic: 'cipher:<K>'. Pairs, of
+      # seq2seq: 'python_stdlib_docstrings', 'django_gettext:<languages>',
+      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'.
       source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
       seq_len=256,  # T; of an encoder-decoder T_enc
@@ -232,7 +233,9 @@ def moe() -> ConfigDict:
       activation='',  # '': model.activation
       extra_ffn=False,  # a dense feed-forward after each sparse one
       expert_dropout=-1.0,  # -1.0: model.dropout
-      router='token_choice',  # or noisy_top_k
+      router='token_choice',  # noisy_top_k, expert_choice, hash, random
+      hash_of='token',  # of router='hash': bigram, position
+      router_seed=0,  # of the tables of hash, and of random in evaluation
       gates='raw',  # renormalized, renormalized_after_drop, sigmoid
       slot_priority='token_major',  # choice_major, batch_priority
       encoder_slot_priority='',  # '': slot_priority

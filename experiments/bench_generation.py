@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments import timing
-from experiments.study import markdown_table
+from experiments.tables import markdown_table
 from moe_jax import generation, host, interop
 
 NAME = 'bench_generation'

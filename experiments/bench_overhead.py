@@ -24,7 +24,7 @@ import jax
 import ml_collections
 
 from experiments import timing
-from experiments.study import markdown_table
+from experiments.tables import markdown_table
 from moe_jax import host
 from moe_jax.command_line import load_config
 from moe_jax.config import merge

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import pathlib
@@ -29,6 +28,7 @@ from typing import Any
 
 from experiments import local_runs
 from experiments.local_runs import Job
+from experiments.sweeps import product
 from moe_jax import command_line
 from moe_jax.training import retention
 from moe_jax.training import workdir as workdir_lib
@@ -66,8 +66,7 @@ def swept(
 ) -> list[Item]:
   """An item for every combination of the swept values, the last key fastest."""
   items = []
-  for values in itertools.product(*sweeps.values()):
-    chosen = dict(zip(sweeps, values, strict=True))
+  for chosen in product(sweeps):
     # 'seed=0,num_experts=4': the names' last parts do, where they differ.
     short = {key: key.rpartition('.')[2] for key in chosen}
     if len(set(short.values())) < len(short):

@@ -16,7 +16,7 @@ from experiments.moe_layer_programs import (
   PLAIN_DENSE,
   Sizes,
 )
-from experiments.study import markdown_table
+from experiments.tables import markdown_table
 from moe_jax.analysis.roofline import Peaks
 
 _MIB = 2**20

@@ -1,167 +1,294 @@
-"""A study: arms that differ in a few config keys, on paired seeds.
+"""A study: arms on paired seeds, what is measured, what is claimed of it.
 
-Every seed gives all arms the same initial shared weights' key and the same
-data order. Not here: what a study asks (one file a question).
+A study is one file named after its paper and table. It says which config keys
+its arms change, which numbers make a column, and which published differences
+they are held against; `main` does the rest:
+
+    python -m experiments.shazeer_table6 --preset=quick
+
+Not here: how runs are made (`study_runs.py`), what becomes of their numbers
+(`study_results.py`), and what has been published (`claims.py`).
 """
 
+import argparse
 import dataclasses
-import json
+import fnmatch
 import pathlib
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
-from scipy import stats
 
+from experiments import claims, study_results, study_runs, tasks
 from experiments.launch import Item
-from moe_jax import evaluation
-from moe_jax.config import flatten, merge
-from moe_jax.hooks import Facts
-from moe_jax.training import metrics
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Hook, Run
+from experiments.sweeps import nested
+from moe_jax import command_line, host
+from moe_jax.config import merge, unknown
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
 
-RESULT = 'result.json'
+Result = dict[str, Any]  # the last row of each key of a run
+Results = dict[str, list[Result]]  # by arm, one a seed
+DIRECTIONS = ('higher', 'lower')
+TEXT = 'text'  # the task that a study's own config is of
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One kind of run: a name and what it changes in the study's config."""
+  """One kind of run.
+
+  Attributes:
+    name: Of its row.
+    overrides: What it changes in the study's config, by dotted name.
+    line: Which line of the figure it is a point of.
+    x: Where on that line; None: a level across the figure.
+  """
 
   name: str
   overrides: Mapping[str, Any]
+  line: str = ''
+  x: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval:
-  """A mean over seeds with the half width of its 95 % confidence interval.
+class Preset:
+  """How long a study is.
 
-  The interval is Student's; of one seed it is infinite.
+  Attributes:
+    steps: Optimizer steps of a run.
+    seeds: How many, from 0.
+    overrides: Of all arms, by dotted name.
   """
 
-  mean: float
-  half_width: float
-
-  @classmethod
-  def of(cls, values: Sequence[float]) -> 'Interval':
-    """Of one value a seed."""
-    n = len(values)
-    if n < 2:
-      return cls(float(np.mean(values)), float('inf'))
-    error = np.std(values, ddof=1) / np.sqrt(n)
-    return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * error))
-
-  def verdict(self) -> str:
-    """Of a paired difference in loss: what the interval can tell."""
-    if abs(self.mean) <= self.half_width:
-      return 'not resolved'
-    return 'better' if self.mean < 0 else 'worse'
-
-  def __format__(self, spec: str) -> str:
-    """'1.3580 ± 0.0040', both in `spec`."""
-    width = f'{self.half_width:{spec.lstrip("+")}}'
-    if np.isinf(self.half_width):
-      width = 'unknown'
-    return f'{self.mean:{spec}} ± {width}'
+  steps: int
+  seeds: int
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class _Digest(Hook):
-  """Remembers what a run was trained on."""
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A number of every row.
 
-  def start(self, run: Run) -> None:
-    self.data_digest = run.dataset.digest
-
-
-def run_study(
-  config: ml_collections.ConfigDict,
-  arms: Sequence[Arm],
-  seeds: Sequence[int],
-  output: pathlib.Path,
-) -> dict[str, list[dict[str, Any]]]:
-  """Trains every arm on every seed; the rows of each run's last step, by arm.
-
-  Seeds are the outer loop, so that the arms' timings interleave. A run that
-  is finished is read, one that was interrupted goes on.
-
-  Raises:
-    ValueError: Two runs saw different data, or a folder holds another study.
+  Attributes:
+    name: Its heading.
+    key: Of a run's metrics, `*` for any text: the mean over those that match.
+      Or a function of the result.
+    unit: For example 'nats/byte'; '' for a plain number.
+    digits: After the point.
   """
-  # Runs that differ in the seed alone share one compiled program.
-  cache = pathlib.Path(tempfile.mkdtemp(prefix='moe_jax_xla_'))
-  jax.config.update('jax_compilation_cache_dir', str(cache))
-  results = {arm.name: [] for arm in arms}
-  for seed in seeds:
-    for arm in arms:
-      run_config = merge(config, {'seed': seed, **arm.overrides})
-      workdir = _folder(output, arm, seed)
-      print(f'\n== {arm.name}, seed {seed} ==', flush=True)
-      results[arm.name].append(run_one(run_config, workdir))
-  digests = {r['data_digest'] for rows in results.values() for r in rows}
-  if len(digests) > 1:
-    raise ValueError(f'runs saw different data: sha256 {sorted(digests)}')
-  return results
+
+  name: str
+  key: str | Callable[[Result], float]
+  unit: str = ''
+  digits: int = 4
+
+  def of(self, result: Result) -> float:
+    """Its value in one run; NaN where the run has none, as a dense twin."""
+    if callable(self.key):
+      return float(self.key(result))
+    found = [v for k, v in result.items() if fnmatch.fnmatchcase(k, self.key)]
+    return float(np.mean(found)) if found else float('nan')
 
 
-def study_items(
-  config: str, arms: Sequence[Arm], seeds: Sequence[int], output: pathlib.Path
-) -> list[Item]:
-  """The runs of `run_study` for `experiments.launch`, in its folders.
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What a table and a claim compare.
 
-  Args:
-    config: The study's, as a config file: 'experiments/name.py:argument'.
-    arms: Of the study.
-    seeds: Of the study.
-    output: Of the study.
+  Attributes:
+    name: Of the arm, or of whatever the study makes of several.
+    values: By column, one a seed; a column that it lacks has none.
+    line: See `Arm`.
+    x: See `Arm`.
   """
-  return [
-    Item(
-      config,
-      {'seed': seed, **flatten(arm.overrides)},
-      str(_folder(output, arm, seed)),
-    )
-    for seed in seeds
-    for arm in arms
-  ]
+
+  name: str
+  values: Mapping[str, Sequence[float]]
+  line: str = ''
+  x: float | None = None
 
 
-def _folder(output: pathlib.Path, arm: Arm, seed: int) -> pathlib.Path:
-  return output / 'runs' / arm.name / f'seed{seed}'
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A published direction, and the two rows here that should show it.
+
+  Attributes:
+    text: What the paper says.
+    column: What is compared.
+    row: Which row should be lower or higher,
+    than: than which other, or than which number.
+    direction: 'lower' or 'higher', as the paper has it.
+    published: Addresses in `claims.json`, of the row and of the other.
+    note: Why the comparison differs from the paper's; '' where it does not.
+  """
+
+  text: str
+  column: str
+  row: str
+  than: str | float
+  direction: str
+  published: Sequence[str] = ()
+  note: str = ''
+
+  def __post_init__(self):
+    if self.direction not in DIRECTIONS:
+      raise unknown('direction', self.direction, DIRECTIONS)
+    for address in self.published:
+      claims.find(address)
 
 
-def run_one(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> dict[str, Any]:
-  """One run's result: its last row of each key, and its median step time."""
-  workdir_lib.check(workdir, config)
-  path = workdir / RESULT
-  if not path.exists():
-    digest = _Digest()
-    state = train_and_evaluate(
-      config, workdir, hooks=[Facts(), digest], kinds=evaluation.KINDS
-    )
-    if int(state.step) < config.total_steps:
-      raise SystemExit(f'{workdir} was stopped; run the study again to go on')
-    rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
-    last = {}
-    for row in rows:
-      last |= row
-    times = [r['train/step_seconds'] for r in rows if 'train/step_seconds' in r]
-    result = {
-      **last,
-      'data_digest': digest.data_digest,
-      'median_step_seconds': float(np.median(times)),
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """What is drawn: a panel a column, its rows' means and intervals.
+
+  Attributes:
+    columns: The panels.
+    x_label: What the rows' `x` is; '' where they have none.
+    log_x: Whether it has a logarithmic axis.
+  """
+
+  columns: Sequence[str]
+  x_label: str = ''
+  log_x: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """See the module.
+
+  Attributes:
+    name: Of its file.
+    title: The question.
+    source: Paper and table.
+    config: What all arms share, of so many steps.
+    arms: Of a preset.
+    presets: 'quick' (ten minutes on two cores) and 'full' (45 at most).
+    columns: Of the table.
+    claims: Of the paper.
+    figure: What to draw.
+    rows: From the results to the table's rows, where those are not the arms;
+      the second argument is every timed arm's time a step over the first's.
+    measure: Taken from every trained run beside its metrics.
+    timed: Names of arms whose steps are timed, interleaved, after the runs.
+    remarks: Said below the table.
+  """
+
+  name: str
+  title: str
+  source: str
+  config: Callable[[int], ml_collections.ConfigDict]
+  arms: Callable[[Preset], Sequence[Arm]]
+  presets: Mapping[str, Preset]
+  columns: Sequence[Column]
+  claims: Sequence[Claim]
+  figure: Figure
+  rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
+  measure: Callable[[Run, TrainState], Mapping[str, float]] | None = None
+  timed: Sequence[str] = ()
+  remarks: str = ''
+
+  def shared(
+    self, preset: Preset, task: str = TEXT
+  ) -> ml_collections.ConfigDict:
+    """The config that arms change.
+
+    Raises:
+      ValueError: See `tasks.task` and `config.merge`.
+    """
+    config = merge(self.config(preset.steps), nested(preset.overrides))
+    chosen = tasks.task(task)
+    if task == TEXT:
+      return config
+    if config.data.task != 'lm':
+      raise ValueError(
+        f'--task={task}: {self.name} is a study of data.task='
+        f'{config.data.task!r}'
+      )
+    return merge(config, nested(chosen.overrides))
+
+  def get_config(self, arg: str = 'quick') -> ml_collections.ConfigDict:
+    """As a config file's: `experiments/<name>.py:<preset>`."""
+    if arg not in self.presets:
+      raise unknown('preset', arg, self.presets)
+    return self.shared(self.presets[arg])
+
+  def get_items(self, preset: str = 'quick') -> list[Item]:
+    """Its runs for `experiments.launch`, in the folders where it looks."""
+    arms, chosen = self.arms(self.presets[preset]), self.presets[preset]
+    shared = self.shared(chosen)
+    output = pathlib.Path('results') / self.name
+    items = []
+    for job in study_runs.jobs(shared, arms, range(chosen.seeds), output):
+      overrides = {'seed': job.seed, **job.arm.overrides}
+      spec = f'experiments/{self.name}.py:{preset}'
+      items.append(Item(spec, overrides, str(job.workdir)))
+    return items
+
+  def make_rows(
+    self, arms: Sequence[Arm], results: Results, times: Mapping[str, float]
+  ) -> list[Row]:
+    """The table's rows."""
+    if self.rows is not None:
+      return list(self.rows(results, times))
+    return [self.row_of(arm, results) for arm in arms]
+
+  def row_of(self, arm: Arm, results: Results) -> Row:
+    """An arm's."""
+    values = {
+      column.name: [column.of(result) for result in results[arm.name]]
+      for column in self.columns
     }
-    workdir_lib.write_text(path, json.dumps(result, indent=2) + '\n')
-  return json.loads(path.read_text(encoding='utf-8'))
+    return Row(arm.name, values, arm.line, arm.x)
 
 
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-  """GitHub's Markdown, the first row's keys as headings."""
-  headings = list(rows[0])
-  lines = [headings, ['---'] * len(headings)]
-  lines += [[row[h] for h in headings] for row in rows]
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{study.name}', description=study.title
+  )
+  add = parser.add_argument
+  add('--preset', default='quick', choices=list(study.presets), help='length')
+  add('--seeds', type=int, default=0, help="how many; 0: the preset's")
+  add('--steps', type=int, default=0, help="of a run; 0: the preset's")
+  add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
+  add('--task', default=TEXT, choices=list(tasks.TASKS), help='data')
+  add('--output', default='results', help='where results and runs go')
+  options = parser.parse_args(argv)
+  for name in ('seeds', 'steps', 'workers'):
+    if getattr(options, name) < 0:
+      parser.error(f'--{name}={getattr(options, name)} is negative')
+  return options
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
+  """Runs what is missing, writes table, figure and verdicts; their folder."""
+  options = parse(study, argv)
+  host.keep_freed_memory()
+  preset = study.presets[options.preset]
+  preset = dataclasses.replace(
+    preset,
+    steps=options.steps or preset.steps,
+    seeds=options.seeds or preset.seeds,
+  )
+  label = options.preset
+  for name in ('seeds', 'steps', 'task'):
+    if getattr(options, name) not in (0, TEXT):
+      label += f'-{name}={getattr(options, name)}'
+  output = pathlib.Path(options.output) / study.name
+  try:
+    shared, arms = study.shared(preset, options.task), study.arms(preset)
+    jobs = study_runs.jobs(shared, arms, range(preset.seeds), output)
+  except ValueError as error:
+    command_line.fail(str(error))
+  seconds = study_runs.run_all(study, jobs, options.workers)
+  results = study_runs.read_all(jobs)
+  times = study_runs.step_times(study, jobs, output)
+  rows = study.make_rows(arms, results, times)
+  found = study_results.found(
+    study, preset, options.task, rows, results, seconds=seconds
+  )
+  configs = {job.arm.name: job.config for job in jobs if not job.seed}
+  folder = output / label
+  text = study_results.write(folder, study, found, configs)
+  print(f'\n{text}\nwritten: {folder}')
+  return folder

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import timing
-from experiments.study import markdown_table
+from experiments.tables import markdown_table
 from moe_jax.analysis.roofline import Peaks
 
 _MIB = 2**20

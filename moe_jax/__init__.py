@@ -18,7 +18,7 @@ from moe_jax.layers import (
   Router,
   RouterConfig,
 )
-from moe_jax.routing import CapacityRule, MoeAux, Routing
+from moe_jax.routing import CapacityRule, MoeAux, Routing, SlotRouting
 
 __all__ = [
   'CapacityRule',
@@ -31,6 +31,7 @@ __all__ = [
   'Router',
   'RouterConfig',
   'Routing',
+  'SlotRouting',
   'dispatch',
   'layers',
   'models',

@@ -122,6 +122,10 @@ class Sample(Hook):
     c = run.config.sample
     if c.num_tokens < 1:
       return
+    if not all(models.decodes(stack) for _, stack in run.model.config.stacks):
+      router = run.config.model.moe.router
+      run.message(f'no sample: router {router!r} does not decode')
+      return
     imported = runs.is_imported(run.workdir)
     model, variables = generation.prepare(
       run.model,

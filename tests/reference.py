@@ -333,3 +333,67 @@ def _grouped(group_sizes):
   """(row, expert) of each row that is in a group, in order."""
   experts = [e for e, size in enumerate(group_sizes) for _ in range(size)]
   return enumerate(experts)
+
+
+def expert_choice(logits, capacity, mask):
+  """Who is in each slot [G, E, C], S where nobody, and the slots' gates.
+
+  Each expert takes the likeliest of the group's real tokens, in that order;
+  of n real ones ceil(C * n / S).
+  """
+  G, S, E = logits.shape
+  token_index = np.full((G, E, capacity), S)
+  gate = np.zeros((G, E, capacity))
+  for g in range(G):
+    real = [s for s in range(S) if mask[g, s]]
+    for e in range(E):
+      p = {s: softmax(logits[g, s])[e] for s in real}
+      wanted = sorted(real, key=lambda s: (-p[s], s))
+      for c, s in enumerate(wanted[: math.ceil(capacity * len(real) / S)]):
+        token_index[g, e, c], gate[g, e, c] = s, p[s]
+  return token_index, gate
+
+
+def slots_gradients(routing, x, dy, rows, d_rows):
+  """Where experts choose: rows, gradient by x, y, gradients by rows and gates.
+
+  Rows are [E, G*C, M].
+  """
+  G, E, C = routing.gate.shape
+  sent, d_x = np.zeros(rows.shape), np.zeros(x.shape)
+  y, by_rows = np.zeros(x.shape), np.zeros(rows.shape)
+  by_gate = np.zeros(routing.gate.shape)
+  for g in range(G):
+    for e in range(E):
+      for c in range(C):
+        s, r = int(routing.token_index[g, e, c]), g * C + c
+        gate = float(routing.gate[g, e, c])
+        if s == routing.group_size:
+          continue
+        sent[e, r] = x[g, s]
+        d_x[g, s] += d_rows[e, r]
+        y[g, s] += gate * rows[e, r]
+        by_rows[e, r] = gate * dy[g, s]
+        by_gate[g, e, c] = rows[e, r] @ dy[g, s]
+  return sent, d_x, y, by_rows, by_gate
+
+
+def scrambled(x: int) -> int:
+  """The last step of MurmurHash3, on 32 bits."""
+  x %= 2**32
+  x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+  x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+  return x ^ x >> 16
+
+
+def hash_choice(number, *, E, K, seed, layer):
+  """The K experts of an id: draws without putting back."""
+  salt = scrambled(scrambled(seed) + layer)
+  draws = [scrambled(scrambled(number) + scrambled(salt + k)) for k in range(K)]
+  return drawn(draws, E)
+
+
+def drawn(draws, E):
+  """Each draw takes one of the experts that are left out of the row."""
+  left = list(range(E))
+  return [left.pop(draw % len(left)) for draw in draws]

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import hooks
 from moe_jax.analysis import sharded
+from moe_jax.config import merge
 from moe_jax.training import abstract, loop, profile, setup
 from moe_jax.training.setup import Hook
 from tests.training import tiny
@@ -141,3 +142,12 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
   assert int(state.step) == 1
   folder = tmp_path / profile.FOLDER / 'process_0'
   assert len(list(folder.rglob('*.trace.json.gz'))) == 1
+
+
+def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
+  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
+  config = merge(CONFIG, {'total_steps': 1, 'model': {'moe': moe}})
+  watch = Watch()
+  loop.train_and_evaluate(config, tmp_path, hooks=[watch, hooks.Sample()])
+  assert "no sample: router 'expert_choice' does not decode" in watch.said
+  assert not (tmp_path / 'sample.txt').exists()

@@ -235,7 +235,7 @@ def _slack(parts: list[Half], batch_size: int) -> float:
       continue
     r, weight = moe.router, half.num_sparse * half.length
     assignments += weight * r.num_selected
-    if moe.dispatch == 'dropless':
+    if moe.dispatch == 'dropless' and r.kind != 'expert_choice':
       rows += weight * r.num_selected
       continue
     S = group_size(moe, batch_size, half.length)

@@ -71,8 +71,8 @@ def cache_bytes(
   itemsize = jnp.dtype(dtype or a.dtype).itemsize
   slot = 2 * len(decoder.stack.sparse) * a.num_kv_heads * a.head_width
   slots = max_len + (encoder_len if decoder.memory_len else 0)
-  # A flag a slot; the next position of every row; the cache's own length.
-  return batch_size * slots * (slot * itemsize + 1) + 4 * batch_size + 4
+  # A flag a slot; every row's next position and last token; the cache's length.
+  return batch_size * slots * (slot * itemsize + 1) + 8 * batch_size + 4
 
 
 def serving_bytes(
@@ -189,7 +189,7 @@ def expert_rows(moe: MoeConfig, batch_size: int, length: int) -> int:
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
   slots = groups * moe.router.num_experts * capacity(moe, S)
-  if moe.dispatch == 'dropless':
+  if moe.dispatch == 'dropless' and moe.router.kind != 'expert_choice':
     return min(groups * S * moe.router.num_selected, slots)
   return slots
 
@@ -197,7 +197,8 @@ def expert_rows(moe: MoeConfig, batch_size: int, length: int) -> int:
 def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
   """Of a sparse layer's buffers: rows to the experts, and rows back.
 
-  Under dispatch='einsum' also of the mask [G, S, K, E, C] of one byte.
+  Under dispatch='einsum' also of the mask [G, S, K, E, C] of one byte, which
+  has no K where experts choose.
   """
   moe = half.stack.block.moe
   if not half.num_sparse:
@@ -208,7 +209,8 @@ def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
   if moe.dispatch == 'einsum':
     # Every token of a group has a flag for each of the group's slots.
     S = group_size(moe, batch_size, half.length)
-    masks = S * moe.router.num_selected * rows
+    by_expert = moe.router.kind == 'expert_choice'
+    masks = S * (1 if by_expert else moe.router.num_selected) * rows
   return 2 * rows * width * itemsize + masks
 
 

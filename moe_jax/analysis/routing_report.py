@@ -151,10 +151,13 @@ def _table_row(
   num_experts, total = len(load), load.sum()
   most = math.log(num_experts)
   busiest = _largest(load, num_busiest)
+  dropped = 1 - stats.kept.sum() / total if total else math.nan
+  # Where experts choose, tokens are lost without having chosen.
+  dropped = max(dropped, np.mean(stats.drop_rate_by_choice))
   return {
     'layer': stats.layer,
     'num_experts': num_experts,
-    'drop_rate': _finite(1 - stats.kept.sum() / total if total else math.nan),
+    'drop_rate': _finite(dropped),
     'drop_rate_by_choice': [
       _finite(rate) for rate in stats.drop_rate_by_choice
     ],

@@ -14,12 +14,15 @@ from jaxtyping import Int
 from moe_jax.distributed import fetch
 from moe_jax.models import Model
 from moe_jax.models.pattern import segments
+from moe_jax.routing import SlotRouting
 
 
 def token_counts(
   model: Model, variables: dict[str, Any], batches: Iterable[dict]
 ) -> dict[int, Int[np.ndarray, 'V E']]:
   """How often each token id chose each expert before drops, by layer.
+
+  Where experts choose: how often each took the token.
 
   Args:
     model: Only its sparse layers are in the answer.
@@ -38,19 +41,31 @@ def token_counts(
       of = model.config.sequence_of(i)
       tokens = np.asarray(batch[f'{of}tokens']).reshape(-1)
       real = np.asarray(batch[f'{of}segment_ids']).reshape(-1) > 0
-      chosen = chosen.reshape(-1, moe.router.num_selected)
-      chosen = chosen[: len(tokens)][real]  # without the groups' padding
-      ids = np.broadcast_to(tokens[real][:, None], chosen.shape)
-      np.add.at(counts[i], (ids, chosen), 1)
+      place, expert = _pairs(chosen)
+      # Without the groups' padding, then without the rows'.
+      inside = place < len(tokens)
+      place, expert = place[inside], expert[inside]
+      place, expert = place[real[place]], expert[real[place]]
+      np.add.at(counts[i], (tokens[place], expert), 1)
   return counts
 
 
-def _choices(model, variables, batch) -> list[jax.Array]:
-  """expert_index of each sparse layer, in the order of the layers."""
+def _pairs(chosen) -> tuple[np.ndarray, np.ndarray]:
+  """(token, expert) of each choice, tokens counted over all groups."""
+  if not isinstance(chosen, SlotRouting):  # expert_index [G, S, K]
+    tokens = np.arange(chosen[..., 0].size)
+    return np.repeat(tokens, chosen.shape[-1]), chosen.reshape(-1)
+  S = chosen.group_size
+  group, expert, slot = np.nonzero(chosen.token_index < S)
+  return group * S + chosen.token_index[group, expert, slot], expert
+
+
+def _choices(model, variables, batch) -> list[jax.Array | SlotRouting]:
+  """What each sparse layer's router sowed, in the order of the layers."""
   _, kept = model.apply(
     variables, **model.inputs(batch), mutable=['intermediates']
   )
-  # Leaves are [periods, G, S, K], one a sparse layer of the period.
+  # Leaves are [periods, G, ...], one a sparse layer of the period.
   choices = []
   for path, stack in model.config.stacks:
     found = kept.get('intermediates', {})
@@ -59,6 +74,12 @@ def _choices(model, variables, batch) -> list[jax.Array]:
     for segment in segments(stack.sparse):
       periods = found.get(segment.name, {})
       names = sorted(periods, key=lambda name: int(name.rsplit('_', 1)[1]))
-      stacked = [periods[n]['moe']['router']['expert_index'][0] for n in names]
-      choices += [leaf[i] for i in range(segment.repeats) for leaf in stacked]
+      # A router sows one thing: its choices, or who is in its slots.
+      sown = [periods[n]['moe']['router'].values() for n in names]
+      stacked = [one for ((one,),) in sown]
+      choices += [
+        jax.tree.map(lambda leaf, i=i: leaf[i], own)
+        for i in range(segment.repeats)
+        for own in stacked
+      ]
   return choices

@@ -30,9 +30,10 @@ class DataConfig:
 
   Attributes:
     source: 'python_stdlib', 'python_stdlib:<module>,<module>',
-      'files:<glob>' or 'tfds:<name>'; see `sources.open_source`. Of the task
-      'seq2seq': 'python_stdlib_docstrings', 'django_gettext:<languages>' or
-      'tfds:<name>'; see `pair_sources.open_pairs`.
+      'files:<glob>', 'tfds:<name>' or, synthetic, 'cipher:<K>' and
+      'cipher:<K>,marked'; see `sources.open_source`. Of the task 'seq2seq':
+      'python_stdlib_docstrings', 'django_gettext:<languages>', 'tfds:<name>'
+      or, synthetic, 'kv_recall:<N>'; see `pair_sources.open_pairs`.
     tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file).
     seq_len: T; of an encoder-decoder model T_enc.
     text_feature: The TFDS feature that holds the text.
@@ -204,7 +205,7 @@ def _open(config: DataConfig) -> sources.Source | pair_sources.PairSource:
     )
     return pair_sources.open_pairs(config.source, selection, config.cache_dir)
   kind = config.source.partition(':')[0]
-  if kind in ('python_stdlib_docstrings', 'django_gettext'):
+  if kind in ('python_stdlib_docstrings', 'django_gettext', 'kv_recall'):
     raise ValueError(
       f"source {config.source!r} has pairs: task='seq2seq' reads them, "
       f'task={config.task!r} reads texts'

@@ -1,4 +1,4 @@
-"""Where pairs come from: docstrings, translations, or a TFDS dataset.
+"""Where pairs come from: docstrings, translations, TFDS, keys and values.
 
 A source streams the pairs of two splits and has an identity that changes with
 their content. Not here: tokens (`store.py`).
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from moe_jax.config import unknown
 from moe_jax.data import (
   django_gettext,
+  kv_recall,
   python_docstrings,
   python_stdlib,
   tfds_reader,
@@ -20,6 +21,7 @@ from moe_jax.data.store import Digest, cache_root
 
 KINDS = ('python_stdlib_docstrings', 'python_stdlib_docstrings:<modules>')
 KINDS += ('django_gettext', 'django_gettext:<languages>', 'tfds:<name>')
+KINDS += ('kv_recall:<N>',)
 
 Pair = tuple[str, str]
 
@@ -73,10 +75,12 @@ def open_pairs(
     `de: Save`. A message is in the same split in every language.
   - `tfds:<name>`: two features of a TFDS dataset, which has to be where and as
     `sources.open_source` says.
+  - `kv_recall:<N>`: synthetic. N random keys and their values, to be learned
+    by heart: the same in both splits, in another order.
 
   Raises:
     ValueError: `spec` is of no such kind, or names what does not exist or
-      cannot be prepared; the package django is missing.
+      cannot be prepared; the package django is missing; N is out of range.
   """
   selection = selection or PairSelection()
   kind, colon, argument = spec.partition(':')
@@ -86,6 +90,8 @@ def open_pairs(
     source = _django_gettext(argument, selection)
   elif kind == 'tfds' and argument:
     source = _tfds(argument, selection)
+  elif kind == 'kv_recall' and argument:
+    source = _kv_recall(argument, selection)
   else:
     raise unknown('source of pairs', spec, KINDS)
   prefix = selection.input_prefix
@@ -122,9 +128,7 @@ def _docstrings(
 
 
 def _django_gettext(argument: str, selection: PairSelection) -> PairSource:
-  for split in selection.splits:
-    if split not in SPLITS:
-      raise unknown('split of django_gettext', split, SPLITS)
+  _check_splits('django_gettext', selection)
   languages = argument.split(',') if argument else []
   found = django_gettext.pairs(languages, django_gettext.locate())
   digest = Digest()
@@ -144,6 +148,26 @@ def _django_gettext(argument: str, selection: PairSelection) -> PairSource:
     f'gettext {digest.hexdigest()} {selection}',
     pairs,
   )
+
+
+def _kv_recall(argument: str, selection: PairSelection) -> PairSource:
+  count = kv_recall.parse(argument)
+  _check_splits('kv_recall', selection)
+
+  def pairs(split):
+    return iter(kv_recall.pairs(count, selection.splits[SPLITS.index(split)]))
+
+  return PairSource(
+    f'synthetic: {count} random keys and values, the same in both splits',
+    f'kv_recall {kv_recall.FORMAT} {count} {selection}',
+    pairs,
+  )
+
+
+def _check_splits(kind: str, selection: PairSelection) -> None:
+  for split in selection.splits:
+    if split not in SPLITS:
+      raise unknown(f'split of {kind}', split, SPLITS)
 
 
 def _tfds(name: str, selection: PairSelection) -> PairSource:

@@ -1,4 +1,4 @@
-"""Where texts come from: the embedded corpus, files, or a TFDS dataset.
+"""Where texts come from: the embedded corpus, files, a TFDS dataset, a cipher.
 
 A source streams the documents of two splits and has an identity that changes
 with their content. Not here: tokens (`store.py`).
@@ -13,11 +13,11 @@ import platform
 from collections.abc import Callable, Iterator
 
 from moe_jax.config import unknown
-from moe_jax.data import python_stdlib, tfds_reader
+from moe_jax.data import cipher, python_stdlib, tfds_reader
 from moe_jax.data.store import Digest, cache_root
 
 KINDS = ('python_stdlib', 'python_stdlib:<modules>', 'files:<glob>')
-KINDS += ('tfds:<name>',)
+KINDS += ('tfds:<name>', 'cipher:<K>', 'cipher:<K>,marked')
 SPLITS = ('train', 'validation')
 
 
@@ -64,10 +64,13 @@ def open_source(
     Files are read whole, one at a time.
   - `tfds:<name>`: a TFDS dataset in array_record format under $TFDS_DATA_DIR
     or ~/tensorflow_datasets, prepared first where that needs no TensorFlow.
+  - `cipher:<K>`: synthetic. Pieces of `python_stdlib`'s texts, each in one of
+    K substitution ciphers; `cipher:<K>,marked`: a piece begins with its
+    cipher's mark. `cipher:8:files:*.txt` is of another source's texts.
 
   Raises:
     ValueError: `spec` is of no such kind, or names what does not exist or
-      cannot be prepared.
+      cannot be prepared; K is not in [1, 94].
   """
   selection = selection or Selection()
   kind, colon, argument = spec.partition(':')
@@ -77,6 +80,8 @@ def open_source(
     return _files(argument, selection)
   if kind == 'tfds' and argument:
     return _tfds(argument, selection)
+  if kind == 'cipher' and argument:
+    return _cipher(argument, selection, cache_dir)
   raise unknown('source', spec, KINDS)
 
 
@@ -182,6 +187,18 @@ def _tfds(name: str, selection: Selection) -> Source:
     f'tfds:{builder.info.full_name}',
     f'{tfds_reader.identity(builder)} {selection}',
     lambda split: _texts(builder, selection, split),
+  )
+
+
+def _cipher(argument: str, selection: Selection, cache_dir: str) -> Source:
+  key = cipher.parse(argument)
+  text = open_source(key.text, selection, cache_dir)
+  marked = ', marked,' * key.marked
+  return Source(
+    f'synthetic: {key.num_domains} ciphers{marked} of {text.name}',
+    f'cipher {cipher.FORMAT} {key.num_domains} {key.marked} {cipher.PIECE} '
+    f'{text.identity}',
+    lambda split: cipher.documents(text.documents(split), key),
   )
 
 

@@ -1,7 +1,8 @@
 """How tokens move: from `[G, S, M]` to expert rows and back.
 
 Every dispatcher has the same functions, `dispatch(x, routing)` and
-`combine(rows, routing)`, equal in value and gradient on the same `Routing`.
+`combine(rows, routing)`, equal in value and gradient on the same `Routing` or
+`SlotRouting`.
 Rows are `[E, R, M]`, R for each expert; or `[N, M]`, sorted by expert, where
 `group_sizes(routing)` is not None but the rows of each, `[E]`.
 """

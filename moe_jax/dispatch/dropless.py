@@ -3,32 +3,44 @@
 MegaBlocks, https://arxiv.org/abs/2211.15841. No expert has a capacity of its
 own; what the routing kept is all moved, so a routing with room for everyone
 drops nothing. The rows go to the products of `moe_jax.kernels`. How they move,
-and their gradients, is `permute.py`.
+and their gradients, is `permute.py`, and where experts choose `slots.py`.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.dispatch import slots
 from moe_jax.dispatch.permute import take_rows, take_tokens
-from moe_jax.routing.base import Routing, decided
+from moe_jax.routing.base import Routing, SlotRouting, decided
 from moe_jax.shapes import Array, Float, Int32
 
 
-def dispatch(x: Float[Array, 'G S M'], routing: Routing) -> Float[Array, 'N M']:
+def dispatch(
+  x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+) -> Float[Array, 'N M']:
   """Tokens to rows: expert 0's first, in the order of the tokens, and so on.
 
   N is the most there can be, min(G * S * K, E * G * C); rows past the sum of
-  `group_sizes` are zero.
+  `group_sizes` are zero. Where experts choose, N = E * G * C, and an expert's
+  rows are in the order of its slots.
   """
   G, S, M = x.shape
-  return take_tokens(x.reshape(G * S, M), *_indices(routing))
+  x = x.reshape(G * S, M)
+  if isinstance(routing, SlotRouting):
+    return slots.take_tokens(x, slots.packed(routing).token_index)
+  return take_tokens(x, *_indices(routing))
 
 
 def combine(
-  rows: Float[Array, 'N M'], routing: Routing
+  rows: Float[Array, 'N M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
   """Expert rows back to tokens, weighted by the gates, summed over choices."""
+  if isinstance(routing, SlotRouting):
+    order = slots.packed(routing)
+    G, S = len(routing.gate), routing.group_size
+    y = slots.sum_rows(rows, order.gate, order.token_index, G * S)
+    return y.reshape(G, S, -1)
   G, S, K = routing.gate.shape
   gate = routing.gate.reshape(G * S, K)
   y = take_rows(rows, gate, *_indices(routing))
@@ -36,8 +48,10 @@ def combine(
 
 
 @jax.named_scope('index')
-def group_sizes(routing: Routing) -> Int32[Array, ' E']:
+def group_sizes(routing: Routing | SlotRouting) -> Int32[Array, ' E']:
   """The rows of each expert: its choices that are kept, of all groups."""
+  if isinstance(routing, SlotRouting):
+    return decided(routing.filled.sum((0, 2), dtype=jnp.int32))
   E = routing.num_experts
   expert = jnp.where(routing.kept, routing.expert_index, E).reshape(-1)
   return decided(jnp.zeros(E, jnp.int32).at[expert].add(1, mode='drop'))

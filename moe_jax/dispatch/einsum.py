@@ -7,7 +7,7 @@ which grows with the square of the group size; use it to check the others.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.base import Routing
+from moe_jax.routing.base import Routing, SlotRouting
 from moe_jax.shapes import Array, Bool, Float
 
 
@@ -29,26 +29,39 @@ def dispatch_mask(routing: Routing) -> Bool[Array, 'G S K E C']:
   return expert[..., None] & slot[..., None, :] & kept
 
 
+def slot_mask(routing: SlotRouting) -> Bool[Array, 'G S E C']:
+  """True where token s is in slot c of expert e."""
+  # The index S of an empty slot is past the end, and its one-hot all False.
+  S = routing.group_size
+  return jax.nn.one_hot(routing.token_index, S, dtype=jnp.bool_, axis=1)
+
+
 def dispatch(
-  x: Float[Array, 'G S M'], routing: Routing
+  x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
   """Tokens to expert rows; R = G * C, empty slots are zero."""
   G, _, M = x.shape
-  send = dispatch_mask(routing).any(2).astype(x.dtype)  # [G, S, E, C]
-  rows = jnp.einsum('GSEC,GSM->EGCM', send, x)
+  if isinstance(routing, SlotRouting):
+    send = slot_mask(routing)
+  else:
+    send = dispatch_mask(routing).any(2)
+  rows = jnp.einsum('GSEC,GSM->EGCM', send.astype(x.dtype), x)
   return rows.reshape(routing.num_experts, G * routing.capacity, M)
 
 
 def combine(
-  rows: Float[Array, 'E R M'], routing: Routing
+  rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
   """Expert rows back to tokens, weighted by the gates, summed over choices."""
   G, E, C = routing.gate.shape[0], routing.num_experts, routing.capacity
-  mask = dispatch_mask(routing)
-  weight = jnp.where(mask, routing.gate[..., None, None], 0.0).sum(2)
+  if isinstance(routing, SlotRouting):
+    weight = jnp.where(slot_mask(routing), routing.gate[:, None], 0.0)
+  else:
+    mask = dispatch_mask(routing)
+    weight = jnp.where(mask, routing.gate[..., None, None], 0.0).sum(2)
   rows = rows.reshape(E, G, C, -1)
   return jnp.einsum('GSEC,EGCM->GSM', weight.astype(rows.dtype), rows)
 
 
-def group_sizes(routing: Routing) -> None:
+def group_sizes(routing: Routing | SlotRouting) -> None:
   """None: every expert has R rows."""

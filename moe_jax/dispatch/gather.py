@@ -1,43 +1,52 @@
 """Dispatch by index into static capacity buffers: the default, O(S K M).
 
 Every expert has C rows a group, filled or not; choices beyond are dropped.
-How rows move, and their gradients, is `permute.py`.
+How rows move, and their gradients, is `permute.py`, and where experts choose
+`slots.py`.
 """
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.dispatch import slots
 from moe_jax.dispatch.permute import take_rows, take_tokens
-from moe_jax.routing.base import Routing, decided
+from moe_jax.routing.base import Routing, SlotRouting, decided
 from moe_jax.shapes import Array, Float, Int32
 
 
-def token_index(routing: Routing) -> Int32[Array, 'E R']:
+def token_index(routing: Routing | SlotRouting) -> Int32[Array, 'E R']:
   """The token in each slot, counted over G * S; G * S where it is empty."""
+  if isinstance(routing, SlotRouting):
+    return slots.token_index(routing)
   return _choice_index(routing) // routing.gate.shape[-1]
 
 
 def dispatch(
-  x: Float[Array, 'G S M'], routing: Routing
+  x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
   """Tokens to expert rows; R = G * C, empty slots are zero."""
   G, S, M = x.shape
-  return take_tokens(
-    x.reshape(G * S, M), _choice_index(routing), _row_index(routing)
-  )
+  x = x.reshape(G * S, M)
+  if isinstance(routing, SlotRouting):
+    return slots.take_tokens(x, token_index(routing))
+  return take_tokens(x, _choice_index(routing), _row_index(routing))
 
 
 def combine(
-  rows: Float[Array, 'E R M'], routing: Routing
+  rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
   """Expert rows back to tokens, weighted by the gates, summed over choices."""
+  if isinstance(routing, SlotRouting):
+    gate, token = slots.by_expert(routing.gate), token_index(routing)
+    G, S = len(routing.gate), routing.group_size
+    return slots.sum_rows(rows, gate, token, G * S).reshape(G, S, -1)
   G, S, K = routing.gate.shape
   gate = routing.gate.reshape(G * S, K)
   y = take_rows(rows, gate, _choice_index(routing), _row_index(routing))
   return y.reshape(G, S, -1)
 
 
-def group_sizes(routing: Routing) -> None:
+def group_sizes(routing: Routing | SlotRouting) -> None:
   """None: every expert has R rows."""
 
 

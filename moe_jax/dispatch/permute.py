@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax.shapes import Array, Float, Int32
 
 
-def _take(x: Float[Array, 'N M'], index: Int32[Array, '*R']):
+def take_or_zero(x: Float[Array, 'N M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
   # A zero row behind the others: cheaper than mode='fill', which selects.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
@@ -31,7 +31,7 @@ def take_tokens(
     choice_index: The choice in each row, counted over N * K; N * K if empty.
     row_index: The row of each choice, counted over R; R if it has none.
   """
-  return _take(x, choice_index // row_index.shape[-1])
+  return take_or_zero(x, choice_index // row_index.shape[-1])
 
 
 def _take_tokens_fwd(x, choice_index, row_index):
@@ -40,7 +40,7 @@ def _take_tokens_fwd(x, choice_index, row_index):
 
 def _take_tokens_bwd(row_index, d_rows):
   d_rows = d_rows.reshape(-1, d_rows.shape[-1])  # [R, M]
-  return _take(d_rows, row_index).sum(-2), None, None
+  return take_or_zero(d_rows, row_index).sum(-2), None, None
 
 
 take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
@@ -58,7 +58,7 @@ def take_rows(
   The indices are those of `take_tokens`.
   """
   flat = rows.reshape(-1, rows.shape[-1])  # [R, M]
-  taken = _take(flat, row_index)  # [N, K, M]
+  taken = take_or_zero(flat, row_index)  # [N, K, M]
   return (gate[..., None].astype(rows.dtype) * taken).sum(-2)
 
 
@@ -72,13 +72,15 @@ def _take_rows_bwd(saved, dy):
   flat = rows.reshape(-1, rows.shape[-1])
   d_gate = jnp.einsum(
     'NKM,NM->NK',
-    _take(flat, row_index),
+    take_or_zero(flat, row_index),
     dy,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
-  row_gate = _take(gate.reshape(-1, 1), choice_index)  # [R, 1]
-  d_rows = row_gate.astype(dy.dtype) * _take(dy, choice_index // gate.shape[-1])
+  row_gate = take_or_zero(gate.reshape(-1, 1), choice_index)  # [R, 1]
+  d_rows = row_gate.astype(dy.dtype) * take_or_zero(
+    dy, choice_index // gate.shape[-1]
+  )
   return d_rows, d_gate.astype(gate.dtype), None, None
 
 

@@ -16,6 +16,7 @@ from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import without_end
 from moe_jax.evaluation.scores import Score, make_scores
 from moe_jax.generation import runs
+from moe_jax.models.causality import check_decodes
 from moe_jax.shapes import Int
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.evaluate import Row, Setting, Variables
@@ -71,11 +72,13 @@ def make(setting: Setting) -> 'Generate':
 
   Raises:
     ValueError: A key is unknown, missing or out of range; the data has no
-      pairs; there is no room for new tokens.
+      pairs; there is no room for new tokens, or the model does not decode.
   """
   options = to_dataclass(GenerateOptions, setting.options)
   scores = make_scores(options.metrics, options.bleu_tokenizer)
   model, tokenizer = setting.model, setting.dataset.tokenizer
+  for _, stack in model.config.stacks:
+    check_decodes(stack)
   arguments = runs.special_ids(model, tokenizer)
   forced = arguments.get('forced_ids', ())
   if options.max_new_tokens <= len(forced):

@@ -35,6 +35,9 @@ _IDLE = {
   ('rule', 'fixed'): ('factor', 'rounding', 'multiple', 'minimum'),
   ('rule', 'fraction'): ('rounding', 'multiple', 'minimum', 'slots'),
   ('num_selected', 1): ('slot_priority',),
+  ('kind', 'token_choice'): ('hash_of', 'seed'),
+  ('kind', 'noisy_top_k'): ('hash_of', 'seed'),
+  ('kind', 'expert_choice'): ('hash_of', 'seed'),
 }
 _POSITIONS = {'learned': 'max_len', 'sinusoidal': 'position_offset'}
 

@@ -7,7 +7,8 @@ from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoE, MoeConfig
 from moe_jax.layers.norms import NormConfig, make_norm
-from moe_jax.layers.router import Router, RouterConfig
+from moe_jax.layers.router import Router
+from moe_jax.layers.router_config import RouterConfig
 
 __all__ = [
   'ACTIVATIONS',

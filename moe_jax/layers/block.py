@@ -58,6 +58,7 @@ class Context(NamedTuple):
     bias: float32 [H, T, S] of relative positions, or None.
     memory: float [B, S, M], the encoder's output, or None.
     memory_segment_ids: int32 [B, S], or None as in `segment_ids`.
+    hash_ids: uint32 [B, T], what a router hashes tokens by, or None.
   """
 
   segment_ids: Leaf
@@ -66,6 +67,7 @@ class Context(NamedTuple):
   bias: Leaf = None
   memory: Leaf = None
   memory_segment_ids: Leaf = None
+  hash_ids: Leaf = None
 
 
 class Block(nn.Module):
@@ -99,7 +101,9 @@ class Block(nn.Module):
       x = x + self._dropout(y)
     h = self._norm(x, 'ffn_norm')
     if self.sparse and c.moe is not None:
-      y, aux = MoE(c.moe, name='moe')(h, context.token_mask, self.train)
+      y, aux = MoE(c.moe, name='moe')(
+        h, context.token_mask, self.train, context.hash_ids, layer
+      )
     else:
       ffn = c.twin if self.sparse else c.ffn
       y, aux = FeedForward(ffn, name='ffn')(h, self.train), _dense_aux(c)

@@ -37,6 +37,7 @@ class KVCache(flax.struct.PyTreeNode):
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
+    last_token: int32 [B], the id of each row's newest token; -1: none yet.
     memory: Of an encoder-decoder; None in a decoder-only model.
   """
 
@@ -45,6 +46,7 @@ class KVCache(flax.struct.PyTreeNode):
   filled: Leaf
   length: Leaf
   next_position: Leaf
+  last_token: Leaf
   memory: Memory | None = None
 
   @classmethod
@@ -73,6 +75,7 @@ class KVCache(flax.struct.PyTreeNode):
       filled=jnp.zeros((B, S), bool),
       length=jnp.zeros((), jnp.int32),
       next_position=jnp.zeros(B, jnp.int32),
+      last_token=jnp.full(B, -1, jnp.int32),
     )
 
   @property
@@ -97,6 +100,19 @@ class KVCache(flax.struct.PyTreeNode):
       filled=filled, next_position=self.next_position + count[:, -1]
     )
     return cache, jnp.maximum(positions, 0)
+
+  def follow(
+    self, tokens: Int[Array, 'B T'], token_mask: Bool[Array, 'B T']
+  ) -> tuple['KVCache', Int32[Array, 'B T']]:
+    """Keeps the newest tokens; returns what stands before each, -1: nothing.
+
+    Padding is in front of new tokens, if anywhere.
+    """
+    last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
+    line = jnp.concatenate(
+      [last, jnp.where(token_mask, tokens, last)], axis=1
+    )  # [B, 1 + T]
+    return self.replace(last_token=line[:, -1]), line[:, :-1]
 
   def write(
     self,
@@ -142,6 +158,7 @@ class KVCache(flax.struct.PyTreeNode):
       value=by_axis(-4, self.value),
       filled=by_axis(0, self.filled),
       next_position=by_axis(0, self.next_position),
+      last_token=by_axis(0, self.last_token),
       memory=memory,
     )
 

@@ -19,7 +19,7 @@ from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.layers.ffn import FfnConfig, activation, compute, parameters
 from moe_jax.parallel.exchange import ExchangeConfig, layout
 from moe_jax.parallel.ragged import plan
-from moe_jax.routing import Routing
+from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
@@ -40,7 +40,10 @@ class DroplessExperts(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'G S M'], routing: Routing, train: bool = False
+    self,
+    x: Float[Array, 'G S M'],
+    routing: Routing | SlotRouting,
+    train: bool = False,
   ) -> Float[Array, 'G S M']:
     """Dispatches, applies the experts, combines; dropout only if `train`."""
     c = self.config

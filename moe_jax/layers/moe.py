@@ -17,7 +17,8 @@ from moe_jax.kernels.backends import check as check_backend
 from moe_jax.layers.dropless import DroplessExperts
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.router import Router, RouterConfig
+from moe_jax.layers.router import Router
+from moe_jax.layers.router_config import RouterConfig
 from moe_jax.layers.unrolled import (
   FEW_TOKENS,
   BatchedExperts,
@@ -25,7 +26,7 @@ from moe_jax.layers.unrolled import (
 )
 from moe_jax.parallel import exchange as exchange_lib
 from moe_jax.routing import MoeAux
-from moe_jax.shapes import Array, Bool, Float
+from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
 
 DECODING = ('', 'unrolled', 'batched')
 
@@ -40,7 +41,8 @@ class MoeConfig:
     group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
       a sequence; -1 is the whole batch. Capacity and balance are per group.
     dispatch: 'gather' (default), 'einsum' (the readable reference), or
-      'dropless' (rows sorted by expert, no slots; with capacity rule 'all').
+      'dropless' (rows sorted by expert, no slots; with capacity rule 'all', or
+      where experts choose and nothing is dropped).
     grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
       see `kernels.BACKENDS`.
     route_padding: Whether padding takes slots and counts as tokens, as in
@@ -68,7 +70,8 @@ class MoeConfig:
     dispatch.get(self.dispatch)
     check_backend(self.grouped_matmul)
     rule = self.router.capacity.rule
-    if self.dispatch == 'dropless' and rule != 'all':
+    by_expert = self.router.kind == 'expert_choice'
+    if self.dispatch == 'dropless' and rule != 'all' and not by_expert:
       raise ValueError(
         f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
         "capacity_rule='all', or dispatch='gather'"
@@ -102,6 +105,8 @@ class MoE(nn.Module):
     x: Float[Array, 'B T M'],
     token_mask: Bool[Array, 'B T'] | None = None,
     train: bool = False,
+    hash_ids: UInt32[Array, 'B T'] | None = None,
+    layer: int | Int[Array, ''] = 0,
   ) -> tuple[Float[Array, 'B T M'], MoeAux]:
     """Returns the output and the unweighted losses and statistics.
 
@@ -109,13 +114,18 @@ class MoE(nn.Module):
       x: Token representations, of any float type.
       token_mask: False for padding, which takes no slot and gets zeros.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
+      hash_ids: What tokens are hashed by; see `Router`.
+      layer: Likewise.
     """
     c = self.config
     B, T, M = x.shape
     if token_mask is None or c.route_padding:
       token_mask = jnp.ones((B, T), bool)
     groups, mask = to_groups(x, token_mask, c.group_size)
-    chosen, aux = Router(c.router, name='router')(groups, mask, train)
+    if hash_ids is not None:
+      hash_ids = in_groups(hash_ids, groups.shape[1])
+    router = Router(c.router, name='router')
+    chosen, aux = router(groups, mask, train, hash_ids, layer)
     chosen = self._mask_outputs(chosen, train)
     groups = groups.astype(c.expert.dtype)
     y = self._serve(groups, chosen, train)  # [G, S, M]
@@ -200,5 +210,12 @@ def to_groups(
     )
   padding = -(B * T) % S
   x = jnp.pad(x.reshape(B * T, M), ((0, padding), (0, 0)))
-  mask = jnp.pad(token_mask.reshape(B * T), (0, padding))
-  return x.reshape(-1, S, M), mask.reshape(-1, S)
+  return x.reshape(-1, S, M), in_groups(token_mask, S)
+
+
+def in_groups(
+  values: Shaped[Array, 'B T'], group_size: int
+) -> Shaped[Array, 'G S']:
+  """A number a token, cut as `to_groups` does, padded with zeros."""
+  padding = -values.size % group_size
+  return jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, group_size)

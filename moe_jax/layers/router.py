@@ -1,10 +1,9 @@
-"""The router: token representations to a `Routing`, losses and statistics.
+"""The router: tokens to a routing, losses and statistics.
 
 Everything here is float32 whatever the model's dtype (Switch Table 2,
 https://arxiv.org/abs/2101.03961). The rules are `moe_jax.routing`.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -12,99 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import routing
-from moe_jax.config import unknown
-from moe_jax.layers.initializers import Init, zeros
+from moe_jax.layers.initializers import zeros
 from moe_jax.layers.matmul import rows_matmul
+from moe_jax.layers.router_config import WITHOUT_LOGITS, RouterConfig
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing.losses import BALANCE_CHOICES
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32
-
-ROUTERS = ('token_choice', 'noisy_top_k')
-SERVED_BY = ('chosen', 'transformers_nllb')
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-  """Who goes where. Options carry the name of the paper that means them.
-
-  Attributes:
-    num_experts: E.
-    num_selected: K.
-    kind: 'token_choice' (Switch, GShard, ST-MoE, Mixtral) or 'noisy_top_k'
-      (Shazeer et al. 2017: both router weights start at zero).
-    capacity: The capacity rule.
-    gates, slot_priority, second_policy, second_threshold: See
-      `routing.token_choice`.
-    jitter: In training the router's input is multiplied by
-      U[1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section 3.2).
-    balance_choices: See `routing.balance_loss`.
-    use_bias: Whether the logits have a bias, which starts at zero.
-    balance_bias_rate: Of Loss-Free Balancing, per step; 0: none. See
-      `routing.balance_bias`.
-    served_by: 'chosen', or what transformers does with NLLB-MoE in place of
-      it; see `routing.transformers_nllb`.
-    init: How the kernel starts, except under 'noisy_top_k'.
-  """
-
-  num_experts: int
-  num_selected: int = 1
-  kind: str = 'token_choice'
-  capacity: routing.CapacityRule = routing.CapacityRule()
-  gates: str = 'raw'
-  slot_priority: str = 'token_major'
-  second_policy: str = 'all'
-  second_threshold: float = 0.2
-  jitter: float = 0.0
-  balance_choices: str = 'all'
-  use_bias: bool = False
-  balance_bias_rate: float = 0.0
-  served_by: str = 'chosen'
-  init: Init = Init()
-
-  def __post_init__(self):
-    if self.kind not in ROUTERS:
-      raise unknown('router', self.kind, ROUTERS)
-    if not isinstance(self.capacity, routing.CapacityRule):
-      raise ValueError(
-        f'capacity={self.capacity!r} is no CapacityRule; for room for all, '
-        "CapacityRule('all')"
-      )
-    if self.balance_choices not in BALANCE_CHOICES:
-      raise unknown('balance_choices', self.balance_choices, BALANCE_CHOICES)
-    if self.served_by not in SERVED_BY:
-      raise unknown('served_by', self.served_by, SERVED_BY)
-    if self.served_by != 'chosen' and (
-      self.num_selected != 2 or self.num_experts < 2
-    ):
-      raise ValueError(
-        f'served_by={self.served_by!r} needs num_selected=2 of at least 2 '
-        f'experts, not {self.num_selected} of {self.num_experts}'
-      )
-    if not 0 <= self.balance_bias_rate < 1:
-      raise ValueError(
-        f'balance_bias_rate={self.balance_bias_rate} not in [0, 1)'
-      )
-    if self.balance_bias_rate and self.kind == 'noisy_top_k':
-      raise ValueError(
-        f'balance_bias_rate={self.balance_bias_rate} with '
-        "router='noisy_top_k', whose load estimate knows no bias; use "
-        "router='token_choice'"
-      )
-    if not 0 <= self.jitter < 1:
-      raise ValueError(f'jitter={self.jitter} not in [0, 1)')
-    routing.check_token_choice(
-      num_experts=self.num_experts,
-      num_selected=self.num_selected,
-      capacity=None,
-      gates=self.gates,
-      slot_priority=self.slot_priority,
-      second_policy=self.second_policy,
-      second_threshold=self.second_threshold,
-    )
+from moe_jax.routing.losses import cv_squared
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, UInt32
 
 
 class Router(nn.Module):
-  """One linear layer, then the rules of `config`.
+  """One linear layer, or none, then the rules of `config`.
 
   Draws noise from the rng stream 'router', in training only, and only where
   an option asks for it.
@@ -118,28 +34,89 @@ class Router(nn.Module):
     x: Float[Array, 'G S M'],
     mask: Bool[Array, 'G S'],
     train: bool = False,
-  ) -> tuple[routing.Routing, routing.MoeAux]:
-    """Routes each group by itself; padding (mask False) takes no part."""
+    hash_ids: UInt32[Array, 'G S'] | None = None,
+    layer: int | Int[Array, ''] = 0,
+  ) -> tuple[routing.Routing | routing.SlotRouting, routing.MoeAux]:
+    """Routes each group by itself; padding (mask False) takes no part.
+
+    Args:
+      x: Token representations.
+      mask: False for padding.
+      train: Turns on noise.
+      hash_ids: Of kind 'hash'; see `routing.hashing`.
+      layer: Its number: those without parameters differ by it.
+    """
     c = self.config
-    _, S, M = x.shape
-    E, K = c.num_experts, c.num_selected
+    capacity = c.capacity(
+      group_size=x.shape[1],
+      num_experts=c.num_experts,
+      num_selected=c.num_selected,
+    )
+    if c.kind in WITHOUT_LOGITS:
+      index = self._given(mask.shape, train, hash_ids, layer)
+      return self._even(index, mask, capacity)
+    logits, noise = self._logits(x, train)
+    if c.kind == 'expert_choice':
+      return self._by_expert(logits, mask, capacity)
+    return self._by_token(logits, noise, mask, capacity, train)
+
+  def _given(self, shape, train, hash_ids, layer):
+    """Choices that no representation has a part in. int32 [G, S, K]."""
+    c = self.config
+    sizes = dict(num_experts=c.num_experts, num_selected=c.num_selected)
+    if c.kind == 'hash':
+      if hash_ids is None:
+        raise ValueError(
+          "router='hash' needs hash_ids, what the tokens are hashed by; see "
+          'moe_jax.routing.hashing.hash_ids'
+        )
+      return routing.hash_choice(hash_ids, **sizes, seed=c.seed, layer=layer)
+    if train:
+      key = self.make_rng('router')
+    else:
+      key = jax.random.fold_in(jax.random.key(c.seed), layer)
+    G, S = shape
+    return routing.random_choice(key, num_groups=G, group_size=S, **sizes)
+
+  def _even(self, expert_index, mask, capacity):
+    c = self.config
+    chosen = routing.even_choice(
+      expert_index,
+      num_experts=c.num_experts,
+      capacity=capacity,
+      mask=mask,
+      slot_priority=c.slot_priority,
+    )
+    self.sow('intermediates', 'expert_index', expert_index)
+    aux = routing.empty_aux(c.num_experts, c.num_selected)
+    stats = routing.routing_stats(chosen, None, mask)
+    return chosen, aux._replace(stats=stats)
+
+  def _logits(self, x, train):
+    """Logits [G, S, E] without noise, and those with it where they have it."""
+    c = self.config
     noisy = c.kind == 'noisy_top_k'
-    x = x.astype(jnp.float32)
+    x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
     if train and c.jitter > 0:
       low, high = 1.0 - c.jitter, 1.0 + c.jitter
       key = self.make_rng('router')
       x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
     axes = ('embed', 'expert_choice')
     init = zeros(axes) if noisy else c.init.kernel(axes)
-    clean = _logits(x, self.param('w', init, (M, E), jnp.float32))
+    clean = _product(x, self.param('w', init, shape, jnp.float32))
     if c.use_bias:
-      init = zeros(('expert_choice',))
-      clean = clean + self.param('b', init, (E,), jnp.float32)[None, None]
-    noise = None
-    if noisy:
-      w_noise = self.param('w_noise', zeros(axes), (M, E), jnp.float32)
-      key = self.make_rng('router') if train else None
-      noise = routing.noisy_logits(clean, _logits(x, w_noise), key)
+      init, shape_of_bias = zeros(('expert_choice',)), (c.num_experts,)
+      bias = self.param('b', init, shape_of_bias, jnp.float32)
+      clean = clean + bias[None, None]
+    if not noisy:
+      return clean, None
+    w_noise = self.param('w_noise', zeros(axes), shape, jnp.float32)
+    key = self.make_rng('router') if train else None
+    return clean, routing.noisy_logits(clean, _product(x, w_noise), key)
+
+  def _by_token(self, clean, noise, mask, capacity, train):
+    c, E, K = self.config, self.config.num_experts, self.config.num_selected
+    noisy = noise is not None
     logits = noise.noisy if noisy else clean
     # On each device, as no compiler splits a top-K over groups.
     largest = on_each_device(
@@ -149,7 +126,7 @@ class Router(nn.Module):
     chosen = routing.token_choice(
       logits,
       num_selected=K,
-      capacity=c.capacity(group_size=S, num_experts=E, num_selected=K),
+      capacity=capacity,
       mask=mask,
       gates=c.gates,
       slot_priority=c.slot_priority,
@@ -164,6 +141,23 @@ class Router(nn.Module):
     if c.served_by == 'transformers_nllb':
       chosen = routing.transformers_nllb.by_rank(chosen)
     return chosen, aux
+
+  def _by_expert(self, logits, mask, capacity):
+    c = self.config
+
+    def choose(logits, mask):
+      return routing.expert_choice(logits, capacity=capacity, mask=mask)
+
+    chosen = on_each_device(choose, (logits, mask))
+    self.sow('intermediates', 'slots', chosen)
+    tokens = mask.sum(-1).astype(jnp.float32)  # [G]
+    importance = cv_squared(chosen.gate.sum(-1))
+    aux = routing.empty_aux(c.num_experts, c.num_selected)
+    return chosen, aux._replace(
+      z_loss=(routing.z_loss(logits, mask) * tokens).sum(),
+      importance_loss=(importance * tokens).sum(),
+      stats=routing.slot_stats(chosen, logits, mask, c.num_selected),
+    )
 
   def _scores(self, logits):
     """What tokens choose by."""
@@ -180,7 +174,7 @@ class Router(nn.Module):
     return self.make_rng('router') if train and draws else None
 
 
-def _logits(
+def _product(
   x: Float32[Array, 'G S M'], w: Float32[Array, 'M E']
 ) -> Float32[Array, 'G S E']:
   G, S, M = x.shape

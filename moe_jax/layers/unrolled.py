@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.dispatch import dropless
+from moe_jax.dispatch.einsum import slot_mask
 from moe_jax.kernels.blocks import Block
 from moe_jax.layers.ffn import FfnConfig, compute, feed_forward, parameters
 from moe_jax.layers.matmul import rows_matmul
-from moe_jax.routing import Routing
+from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32
 
 # Up to here an expert multiplies all tokens: the time goes into reading its
@@ -33,7 +34,7 @@ class UnrolledExperts(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'G S M'], routing: Routing
+    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'G S M']:
     """Dispatches, applies the experts, combines."""
     c = self.config
@@ -56,7 +57,7 @@ class BatchedExperts(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'G S M'], routing: Routing
+    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'G S M']:
     """Every expert's output, times what it gives each token."""
     gate = _gates(routing)  # [N, E]
@@ -107,7 +108,7 @@ def _all_tokens(
   c: FfnConfig,
   experts: list[dict[str, Any]],
   x: Float[Array, 'G S M'],
-  routing: Routing,
+  routing: Routing | SlotRouting,
 ) -> Float[Array, 'G S M']:
   """Every chosen expert on all tokens, times what each gives it."""
   rows = x.reshape(-1, x.shape[-1])
@@ -127,8 +128,11 @@ def _all_tokens(
   return y.astype(c.dtype).reshape(x.shape)
 
 
-def _gates(routing: Routing) -> Float[Array, 'N E']:
+def _gates(routing: Routing | SlotRouting) -> Float[Array, 'N E']:
   """What each expert gives each token; 0 where it was not chosen."""
+  if isinstance(routing, SlotRouting):
+    gate = jnp.where(slot_mask(routing), routing.gate[:, None], 0.0)
+    return gate.sum(-1).reshape(-1, routing.num_experts)
   chosen = jax.nn.one_hot(routing.expert_index, routing.num_experts)
   gate = jnp.where(routing.kept, routing.gate, 0.0)
   return (chosen * gate[..., None]).sum(-2).reshape(-1, routing.num_experts)

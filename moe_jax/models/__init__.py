@@ -1,6 +1,7 @@
 """Models: `build(config)` turns a config into a linen module."""
 
-from moe_jax.models.build import Model, build, leaks_future
+from moe_jax.models.build import Model, build
+from moe_jax.models.causality import decodes, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.decoding import for_decoding
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -15,6 +16,7 @@ __all__ = [
   'Model',
   'abstract_params',
   'build',
+  'decodes',
   'for_decoding',
   'init_params',
   'leaks_future',

@@ -15,7 +15,8 @@ from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
-from moe_jax.layers.router import RouterConfig
+from moe_jax.layers.router_config import RouterConfig
+from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -23,7 +24,7 @@ from moe_jax.models.pattern import sparse_pattern
 from moe_jax.models.stack import StackConfig
 from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
-from moe_jax.routing import CapacityRule, is_causal
+from moe_jax.routing import CapacityRule
 
 KINDS = ('decoder', 'encoder_decoder')
 DTYPES = ('bfloat16', 'float32')
@@ -46,7 +47,7 @@ def build(config: ml_collections.ConfigDict) -> Model:
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
   decoder = _stack(model, exchange)
-  _check_causal(model.moe)
+  check_causal(model.moe)
   if model.kind == 'decoder':
     return Decoder(DecoderConfig(embedding, decoder))
   cross = dataclasses.replace(
@@ -100,6 +101,8 @@ def _encoders(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     moe=dict(
       layers=m.moe.encoder_layers or m.moe.layers,
       slot_priority=m.moe.encoder_slot_priority or m.moe.slot_priority,
+      # Layers are counted anew, and their tables are other ones.
+      router_seed=m.moe.router_seed + 1,
     ),
   )
   return merge(config, {'model': changes})
@@ -254,6 +257,8 @@ def _moe(model, init, exchange: ExchangeConfig) -> MoeConfig:
       balance_choices=moe.balance_choices,
       use_bias=moe.router_bias,
       balance_bias_rate=moe.balance_bias_rate,
+      hash_of=moe.hash_of,
+      seed=moe.router_seed,
       served_by=moe.served_by,
       init=init,
     ),
@@ -265,26 +270,3 @@ def _moe(model, init, exchange: ExchangeConfig) -> MoeConfig:
     output_masking=moe.output_masking,
     exchange=exchange,
   )
-
-
-def leaks_future(moe: ml_collections.ConfigDict) -> bool:
-  """Whether the routers of a `model.moe` section let outputs see later tokens.
-
-  True where a decoder hands slots out so and capacity can bind. An encoder
-  sees all of its tokens anyway.
-  """
-  return moe.num_experts > 0 and not is_causal(
-    slot_priority=moe.slot_priority,
-    num_selected=moe.num_selected,
-    capacity_rule=moe.capacity_rule,
-  )
-
-
-def _check_causal(moe) -> None:
-  if leaks_future(moe) and not moe.allow_future_leak:
-    raise ValueError(
-      f'slot_priority={moe.slot_priority!r} with num_selected='
-      f'{moe.num_selected} lets later tokens change earlier outputs wherever '
-      "capacity binds; use slot_priority='token_major', or set "
-      'moe.allow_future_leak=True and report the run as one that leaks'
-    )

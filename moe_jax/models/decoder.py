@@ -14,9 +14,10 @@ from flax import linen as nn
 from moe_jax.layers.block import Context
 from moe_jax.layers.cache import KVCache
 from moe_jax.layers.moe import MoeConfig
+from moe_jax.models.causality import check_decodes
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.routing import MoeAux
+from moe_jax.routing import MoeAux, hashing
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
       positions: Of each token in its document. Default: its place in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
     """
-    context = make_context(tokens, segment_ids, positions)
+    context = make_context(self.config.stack, tokens, segment_ids, positions)
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
@@ -126,22 +127,38 @@ class Decoder(nn.Module):
 
 
 def make_context(
+  c: StackConfig,
   tokens: Int[Array, 'B T'],
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
 ) -> Context:
-  """What blocks read, with the defaults of `Decoder.__call__`."""
+  """What a stack's blocks read, with the defaults of `Decoder.__call__`."""
   B, T = tokens.shape
   token_mask = jnp.ones((B, T), bool)
   if segment_ids is not None:
     token_mask = segment_ids > 0
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  return Context(segment_ids, token_mask, positions)
+  previous = hashing.previous_tokens(tokens, segment_ids)
+  ids = _hash_ids(c, tokens, previous, positions)
+  return Context(segment_ids, token_mask, positions, hash_ids=ids)
+
+
+def _hash_ids(c: StackConfig, tokens, previous, positions):
+  """What routers hash tokens by; None where none does."""
+  moe = c.block.moe
+  if moe is None or moe.router.kind != 'hash':
+    return None
+  return hashing.hash_ids(moe.router.hash_of, tokens, previous, positions)
 
 
 def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
-  """An empty cache of a causal stack."""
+  """An empty cache of a causal stack.
+
+  Raises:
+    ValueError: The stack does not decode; see `check_decodes`.
+  """
+  check_decodes(c)
   attention = c.block.attention
   return KVCache.make(
     num_layers=len(c.sparse),
@@ -164,6 +181,10 @@ def decode(
   """One step of a causal stack; see `Decoder.decode`."""
   cache, positions = cache.begin(token_mask)
   x = embeddings.embed(tokens, token_mask, positions, train=False)
-  context = Context(token_mask.astype(jnp.int32), token_mask, positions)
+  cache, previous = cache.follow(tokens, token_mask)
+  ids = _hash_ids(stack.config, tokens, previous, positions)
+  context = Context(
+    token_mask.astype(jnp.int32), token_mask, positions, hash_ids=ids
+  )
   x, _, cache = stack(x, context, False, cache)
   return embeddings.logits(x), cache.advance(tokens.shape[1])

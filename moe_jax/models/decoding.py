@@ -12,6 +12,7 @@ import jax
 from moe_jax.layers import unrolled
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.build import Model
+from moe_jax.models.causality import check_decodes
 from moe_jax.models.stack import StackConfig, unstack
 from moe_jax.routing import CapacityRule
 
@@ -32,9 +33,10 @@ def for_decoding(
 ) -> tuple[Model, dict[str, Any]]:
   """The model that decodes, and its parameters, which are copies.
 
-  Nothing is dropped, unless the capacity rule is one of `OWN_RULES`. Layers
-  have arrays of their own. On a CPU, so have experts, where they are few and a
-  step chooses few of them; see `layers/unrolled.py`.
+  Nothing is dropped, unless the capacity rule is one of `OWN_RULES`; where an
+  encoder's experts choose, they do as in training. Layers have arrays of their
+  own. On a CPU, so have experts, where they are few and a step chooses few of
+  them; see `layers/unrolled.py`.
 
   Args:
     model: As trained or imported.
@@ -42,6 +44,9 @@ def for_decoding(
     batch_size: Rows that take a step together: what is fast depends on them,
       and nothing else.
     platform: Where it decodes; '' is JAX's default backend.
+
+  Raises:
+    ValueError: Experts of the decoder choose among tokens.
   """
   on_cpu = (platform or jax.default_backend()) == 'cpu'
   config, params = model.config, dict(params)
@@ -76,7 +81,8 @@ def unstacked(model: Model, router_state: dict[str, Any]) -> dict[str, Any]:
 
 def _dropless(stack: StackConfig) -> StackConfig:
   moe = stack.block.moe
-  if moe is None:
+  check_decodes(stack)
+  if moe is None or moe.router.kind == 'expert_choice':
     return stack
   rule = moe.router.capacity.rule
   causal_alone = stack.block.attention.causal and moe.group_size == 0

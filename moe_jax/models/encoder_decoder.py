@@ -118,11 +118,13 @@ class EncoderDecoder(nn.Module):
       raise ValueError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
+    c = self.config
     source = make_context(
-      encoder_tokens, encoder_segment_ids, encoder_positions
+      c.encoder, encoder_tokens, encoder_segment_ids, encoder_positions
     )
     memory, encoder_aux = self._encode(encoder_tokens, source, train)
-    context = make_context(tokens, segment_ids, positions)._replace(
+    context = make_context(c.decoder, tokens, segment_ids, positions)
+    context = context._replace(
       memory=memory, memory_segment_ids=source.segment_ids
     )
     x = self.embeddings.embed(
@@ -148,7 +150,10 @@ class EncoderDecoder(nn.Module):
     """
     c = self.config.decoder
     source = make_context(
-      encoder_tokens, encoder_mask.astype(jnp.int32), encoder_positions
+      self.config.encoder,
+      encoder_tokens,
+      encoder_mask.astype(jnp.int32),
+      encoder_positions,
     )
     memory, _ = self._encode(encoder_tokens, source, train=False)
     params = nn.meta.unbox(self.variables['params']['decoder'])

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from moe_jax.models.pattern import segments
 from moe_jax.routing import balance_bias
-from moe_jax.shapes import Array, Float32
+from moe_jax.shapes import Array, Float32, Leaf
 
 COLLECTION = 'router_state'
 BIAS = 'balance_bias'
@@ -43,7 +43,10 @@ def variables(params: Any, router_state: Any) -> dict[str, Any]:
 
 
 def moved(
-  config: Any, router_state: dict[str, Any], load: Float32[Array, 'L E']
+  config: Any,
+  router_state: dict[str, Any],
+  load: Float32[Array, 'L E'],
+  rate: Leaf | None = None,
 ) -> dict[str, Any]:
   """The collection after a step.
 
@@ -51,10 +54,12 @@ def moved(
     config: The model's: `DecoderConfig` or `EncoderDecoderConfig`.
     router_state: Before the step.
     load: Of every layer, choices per expert of the whole batch.
+    rate: Of the bias; None: the config's.
   """
   if not router_state:
     return router_state
-  rate = config.moe.router.balance_bias_rate
+  if rate is None:
+    rate = config.moe.router.balance_bias_rate
   loads = by_router(config, load)
   return jax.tree.map(
     lambda bias, load: balance_bias.moved(bias, load, rate), router_state, loads

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import unknown
 from moe_jax.partitioning import spread
-from moe_jax.routing import Routing
+from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Shaped
 
 EXCHANGES = ('constraint', 'all_to_all')
@@ -174,7 +174,7 @@ def dispatch(
   place: Layout,
   mover: ModuleType,
   x: Float[Array, 'G S M'],
-  routing: Routing,
+  routing: Routing | SlotRouting,
 ) -> list[Float[Array, 'E _ M']]:
   """`mover.dispatch` of each device's own groups: rows split over groups.
 
@@ -201,7 +201,7 @@ def combine(
   place: Layout,
   mover: ModuleType,
   chunks: Sequence[Float[Array, 'E _ M']],
-  routing: Routing,
+  routing: Routing | SlotRouting,
 ) -> Float[Array, 'G S M']:
   """`mover.combine` of what `dispatch` returned, each device's own groups."""
 

@@ -4,13 +4,16 @@ Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
 move is `moe_jax.dispatch`.
 """
 
-from moe_jax.routing import balance_bias, transformers_nllb
+from moe_jax.routing import balance_bias, hashing, transformers_nllb
 from moe_jax.routing.base import (
   CAPACITY_RULES,
   CapacityRule,
   Routing,
+  SlotRouting,
   is_causal,
 )
+from moe_jax.routing.expert_choice import expert_choice
+from moe_jax.routing.hashing import hash_choice
 from moe_jax.routing.losses import (
   balance_loss,
   importance_loss,
@@ -22,11 +25,13 @@ from moe_jax.routing.noisy_top_k import (
   load_probability,
   noisy_logits,
 )
+from moe_jax.routing.random_choice import random_choice
 from moe_jax.routing.stats import (
   MoeAux,
   RoutingStats,
   empty_aux,
   routing_stats,
+  slot_stats,
 )
 from moe_jax.routing.token_choice import (
   GATES,
@@ -35,6 +40,7 @@ from moe_jax.routing.token_choice import (
   at_choices,
   check_token_choice,
   choose,
+  even_choice,
   gates_before_drop,
   token_choice,
 )
@@ -49,19 +55,26 @@ __all__ = [
   'NoisyLogits',
   'Routing',
   'RoutingStats',
+  'SlotRouting',
   'at_choices',
   'balance_bias',
   'balance_loss',
   'check_token_choice',
   'choose',
   'empty_aux',
+  'even_choice',
+  'expert_choice',
   'gates_before_drop',
+  'hash_choice',
+  'hashing',
   'importance_loss',
   'is_causal',
   'load_loss',
   'load_probability',
   'noisy_logits',
+  'random_choice',
   'routing_stats',
+  'slot_stats',
   'token_choice',
   'transformers_nllb',
   'z_loss',

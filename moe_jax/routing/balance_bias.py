@@ -9,7 +9,7 @@ it is kept (the collection `router_state`), and when it moves
 import jax
 import jax.numpy as jnp
 
-from moe_jax.shapes import Array, Float32
+from moe_jax.shapes import Array, Float32, Leaf
 
 
 def biased_scores(
@@ -27,7 +27,7 @@ def biased_scores(
 
 
 def moved(
-  bias: Float32[Array, '*L E'], load: Float32[Array, '*L E'], rate: float
+  bias: Float32[Array, '*L E'], load: Float32[Array, '*L E'], rate: Leaf
 ) -> Float32[Array, '*L E']:
   """The bias after a step: up by `rate` below the mean load, down above.
 

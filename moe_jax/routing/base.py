@@ -1,7 +1,8 @@
 """The contract between routers and dispatchers, and the capacity rules.
 
-A router turns logits into one `Routing`; every dispatcher takes it. Not here:
-any router, or how tokens move.
+A router turns logits into one `Routing`, or, where experts choose, one
+`SlotRouting`; every dispatcher takes either. Not here: any router, or how
+tokens move.
 """
 
 import dataclasses
@@ -47,6 +48,43 @@ class Routing:
   kept: Leaf
   num_experts: int
   capacity: int | None
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['token_index', 'gate'],
+  meta_fields=['group_size'],
+)
+@dataclasses.dataclass(frozen=True)
+class SlotRouting:
+  """Who sits in each slot of each expert: a routing where experts choose.
+
+  A token may be in the slots of any number of experts, in one of each.
+
+  Attributes:
+    token_index: int32 [G, E, C], in [0, S); S where the slot is empty.
+    gate: float32 [G, E, C], the weight of the expert's output; 0 where empty.
+    group_size: S.
+  """
+
+  token_index: Leaf
+  gate: Leaf
+  group_size: int
+
+  @property
+  def num_experts(self) -> int:
+    """E."""
+    return self.gate.shape[1]
+
+  @property
+  def capacity(self) -> int:
+    """C."""
+    return self.gate.shape[2]
+
+  @property
+  def filled(self) -> Leaf:
+    """Bool [G, E, C], whether somebody sits there."""
+    return self.token_index < self.group_size
 
 
 def decided(index: Leaf) -> Leaf:
@@ -127,15 +165,22 @@ class CapacityRule:
 
 
 def is_causal(
-  *, slot_priority: str, num_selected: int, capacity_rule: str
+  *,
+  slot_priority: str,
+  num_selected: int,
+  capacity_rule: str,
+  router: str = 'token_choice',
 ) -> bool:
   """Whether outputs up to t never change when later tokens of the row do.
 
   Token-major slots are taken in the order of the sequence, so a token's fate
   is settled by those before it. Choice-major slots let a later token's first
   choice evict an earlier one's second, and batch priority sorts by the whole
-  group: both leak the future wherever capacity can bind.
+  group: both leak the future wherever capacity can bind. So does an expert
+  that chooses among all tokens of the group.
   """
+  if router == 'expert_choice':
+    return capacity_rule == 'all'
   if capacity_rule == 'all' or slot_priority == 'token_major':
     return True
   return slot_priority == 'choice_major' and num_selected == 1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.base import Routing
+from moe_jax.routing.base import Routing, SlotRouting
 from moe_jax.routing.losses import load_per_expert
 from moe_jax.shapes import Array, Bool, Float32
 
@@ -22,12 +22,15 @@ class RoutingStats(NamedTuple):
     load: float32 [E], choices per expert before dropping.
     kept_load: float32 [E], choices per expert that were served.
     overflowed: float32 [K], choices by rank dropped because the expert was
-      full. Drop rate by rank is overflowed / tokens.
+      full. Drop rate by rank is overflowed / tokens. Where experts choose, a
+      token that none took has lost all K, so that the drop rate is the share
+      of such tokens.
     unsent: float32 [K], choices by rank a second policy did not send and
       that were not full.
     entropy: float32 [], sum over tokens of the router's entropy, in nats.
     logit_square: float32 [], sum over tokens of the mean square of the
-      router logits; RMS = sqrt(logit_square / tokens).
+      router logits; RMS = sqrt(logit_square / tokens). Both are 0 of a router
+      without logits.
   """
 
   tokens: Array
@@ -41,20 +44,17 @@ class RoutingStats(NamedTuple):
 
 def routing_stats(
   routing: Routing,
-  router_logits: Float32[Array, 'G S E'],
+  router_logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
 ) -> RoutingStats:
   """The statistics of one routing; nothing in it carries a gradient."""
-  routing, router_logits = jax.lax.stop_gradient((routing, router_logits))
+  routing = jax.lax.stop_gradient(routing)
   E = routing.num_experts
   choice_mask = mask[..., None]  # [G, S, 1]
   if routing.capacity is None:
     full = jnp.zeros_like(routing.kept)
   else:
     full = routing.slot >= routing.capacity
-  log_probs = jax.nn.log_softmax(router_logits)
-  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)  # [G, S]
-  square = jnp.mean(router_logits**2, -1)
   unsent = choice_mask & ~routing.kept & ~full
   return RoutingStats(
     tokens=mask.sum().astype(jnp.float32),
@@ -62,9 +62,52 @@ def routing_stats(
     kept_load=load_per_expert(routing.expert_index, routing.kept, E).sum(0),
     overflowed=(choice_mask & full).sum((0, 1)).astype(jnp.float32),
     unsent=unsent.sum((0, 1)).astype(jnp.float32),
-    entropy=jnp.where(mask, entropy, 0.0).sum(),
-    logit_square=jnp.where(mask, square, 0.0).sum(),
+    **_of_logits(router_logits, mask),
   )
+
+
+def slot_stats(
+  routing: SlotRouting,
+  router_logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+  num_selected: int,
+) -> RoutingStats:
+  """The statistics where experts choose: nothing is dropped inside one.
+
+  Args:
+    routing: Padding is in no slot.
+    router_logits: Of which it was made.
+    mask: False for padding.
+    num_selected: K, how long `overflowed` and `unsent` are.
+  """
+  G, S = mask.shape
+  group = jnp.arange(G)[:, None, None]
+  covered = jnp.zeros((G, S), bool)
+  covered = covered.at[group, routing.token_index].set(True, mode='drop')
+  lost = (mask & ~covered).sum().astype(jnp.float32)
+  load = routing.filled.sum((0, 2)).astype(jnp.float32)
+  return RoutingStats(
+    tokens=mask.sum().astype(jnp.float32),
+    load=load,
+    kept_load=load,
+    overflowed=jnp.broadcast_to(lost, (num_selected,)),
+    unsent=jnp.zeros((num_selected,), jnp.float32),
+    **_of_logits(router_logits, mask),
+  )
+
+
+def _of_logits(router_logits, mask) -> dict[str, Array]:
+  zero = jnp.zeros((), jnp.float32)
+  if router_logits is None:
+    return {'entropy': zero, 'logit_square': zero}
+  router_logits = jax.lax.stop_gradient(router_logits)
+  log_probs = jax.nn.log_softmax(router_logits)
+  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)  # [G, S]
+  square = jnp.mean(router_logits**2, -1)
+  return {
+    'entropy': jnp.where(mask, entropy, zero).sum(),
+    'logit_square': jnp.where(mask, square, zero).sum(),
+  }
 
 
 class MoeAux(NamedTuple):

@@ -99,6 +99,52 @@ def token_choice(
   return Routing(expert_index, slot, gate, kept, E, capacity)
 
 
+def even_choice(
+  expert_index: Int32[Array, 'G S K'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+  mask: Bool[Array, 'G S'] | None = None,
+  slot_priority: str = 'token_major',
+) -> Routing:
+  """Serves choices that were made without logits: every gate is 1/K.
+
+  A dropped choice's share is lost.
+
+  Args:
+    expert_index: K different experts a token.
+    num_experts: E.
+    capacity, mask: As in `token_choice`.
+    slot_priority: 'token_major' or 'choice_major'; no token is surer of its
+      choice than another.
+
+  Raises:
+    ValueError: K is not in [1, E], capacity < 1, or the priority is another.
+  """
+  K = expert_index.shape[-1]
+  check_token_choice(
+    num_experts=num_experts,
+    num_selected=K,
+    capacity=capacity,
+    gates='raw',
+    slot_priority=slot_priority,
+    second_policy='all',
+    second_threshold=1.0,
+  )
+  if slot_priority == 'batch_priority':
+    raise ValueError(
+      "slot_priority='batch_priority' without probabilities to sort by; use "
+      "'token_major' or 'choice_major'"
+    )
+  if mask is None:
+    mask = jnp.ones(expert_index.shape[:2], bool)
+  queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
+  slot = decided(_slots(expert_index, queued, num_experts, slot_priority, None))
+  kept = queued if capacity is None else queued & (slot < capacity)
+  gate = jnp.where(kept, jnp.float32(1 / K), 0.0)
+  return Routing(expert_index, slot, gate, kept, num_experts, capacity)
+
+
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:

@@ -13,7 +13,7 @@ import optax
 
 from moe_jax.config import unknown
 from moe_jax.routing import MoeAux
-from moe_jax.shapes import Array, Float32
+from moe_jax.shapes import Array, Float32, Leaf
 
 LAYER_REDUCES = ('mean', 'sum')
 
@@ -53,7 +53,8 @@ class LossWeights:
   """Coefficients of the losses beside the cross-entropy.
 
   Attributes:
-    balance, z, importance, load: One a router's loss.
+    balance, z, importance, load: One a router's loss; a number, or a scalar
+      array, which is an argument of the step and not a constant in it.
     logits_z: Of the mean squared logsumexp of the output logits (T5's and
       ST-MoE's other z-loss).
     layer_reduce: Over sparse layers: 'sum' (Switch) or 'mean' (flaxformer).
@@ -61,10 +62,10 @@ class LossWeights:
     encoder_layers: How many layers, from the first on, are an encoder's.
   """
 
-  balance: float = 0.0
-  z: float = 0.0
-  importance: float = 0.0
-  load: float = 0.0
+  balance: Leaf = 0.0
+  z: Leaf = 0.0
+  importance: Leaf = 0.0
+  load: Leaf = 0.0
   logits_z: float = 0.0
   layer_reduce: str = 'sum'
   num_sparse: int = 1
@@ -117,7 +118,7 @@ def aux_loss(
   tokens = jnp.where(encoders, whole.encoder_tokens, whole.tokens)  # [L]
   total = jnp.zeros((), jnp.float32)
   for weight, loss in terms:
-    if weight:
+    if isinstance(weight, jax.Array) or weight:
       total = total + weight * (loss / tokens).sum()
   return total / layers
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ from moe_jax.distributed import Placing, check_same, is_first
 from moe_jax.layers.initializers import axis_names
 from moe_jax.models import Model
 from moe_jax.models.router_state import init_router_state, moved
+from moe_jax.shapes import Leaf
 from moe_jax.training import checks
 from moe_jax.training import step as step_lib
 from moe_jax.training import workdir as workdir_lib
@@ -47,6 +49,7 @@ class Programs:
     train_step: (state, batch) -> (state, metrics), compiled at first use; the
       state is donated.
     put: Moves batches of numpy arrays to the devices.
+    optimizer: Of the step.
   """
 
   init_state: Callable[[], TrainState]
@@ -54,6 +57,7 @@ class Programs:
   abstract_state: TrainState
   train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
   put: Placing
+  optimizer: optax.GradientTransformation
 
 
 def _message() -> Callable[[str], None]:
@@ -202,18 +206,8 @@ def make_programs(
     donate_argnums=1,
   )
   seed = jnp.asarray(config.seed, jnp.uint32)
-  step = functools.partial(
-    step_lib.train_step,
-    grad_fn=step_lib.make_grad_fn(
-      model, loss_weights(config, model), config.microbatches
-    ),
-    optimizer=optimizer,
-    schedule=make_schedule(config.optimizer, config.total_steps),
-    move_router_state=functools.partial(moved, model.config),
-  )
-  if config.max_nonfinite_steps:
-    step = step_lib.skipping_nonfinite(step)
   return Programs(
+    optimizer=optimizer,
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
@@ -224,7 +218,7 @@ def make_programs(
       shardings,
     ),
     train_step=jax.jit(
-      step,
+      make_step(config, model, optimizer),
       in_shardings=(shardings, batch_sharding),
       # Every process reads the metrics.
       out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
@@ -232,6 +226,38 @@ def make_programs(
     ),
     put=Placing(batch_sharding, config.batch_size),
   )
+
+
+def make_step(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  *,
+  change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
+  balance_bias_rate: Leaf | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+  """(state, batch) -> (state, metrics), pure, not yet compiled.
+
+  Args:
+    config: The run's.
+    model: Its model.
+    optimizer: Its optimizer.
+    change: Of the losses' weights.
+    balance_bias_rate: In the place of the config's.
+  """
+  weights = change(loss_weights(config, model))
+  step = functools.partial(
+    step_lib.train_step,
+    grad_fn=step_lib.make_grad_fn(model, weights, config.microbatches),
+    optimizer=optimizer,
+    schedule=make_schedule(config.optimizer, config.total_steps),
+    move_router_state=functools.partial(
+      moved, model.config, rate=balance_bias_rate
+    ),
+  )
+  if config.max_nonfinite_steps:
+    step = step_lib.skipping_nonfinite(step)
+  return step
 
 
 def with_vocabulary(

@@ -14,7 +14,7 @@ from moe_jax import models
 from moe_jax.analysis import memory
 from moe_jax.analysis.halves import halves
 from moe_jax.dispatch import dropless, einsum, gather
-from moe_jax.routing import token_choice
+from moe_jax.routing import expert_choice, token_choice
 from tests.models import tiny
 from tests.models.tiny import T
 
@@ -105,6 +105,24 @@ def test_buffers_are_those_of_the_dispatcher(options, groups, tokens, mover):
   expected = 2 * num_bytes(rows)
   if mover is einsum:
     expected += num_bytes(jax.eval_shape(einsum.dispatch_mask, routing))
+  assert memory.dispatch_bytes(half, 12, B) == expected
+
+
+@pytest.mark.parametrize('mover', [gather, einsum, dropless])
+def test_buffers_where_experts_choose(mover):
+  name = mover.__name__.rsplit('.', 1)[-1]
+  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
+  model = tiny.build(moe | dict(dispatch=name))
+  (half,) = halves(model, T)
+  capacity = memory.capacity(half.stack.block.moe, T)
+  routing = jax.eval_shape(
+    lambda logits: expert_choice(logits, capacity=capacity),
+    jax.ShapeDtypeStruct((B, T, 5), jnp.float32),
+  )
+  x = jax.ShapeDtypeStruct((B, T, 12), jnp.float32)
+  expected = 2 * num_bytes(jax.eval_shape(mover.dispatch, x, routing))
+  if mover is einsum:
+    expected += num_bytes(jax.eval_shape(einsum.slot_mask, routing))
   assert memory.dispatch_bytes(half, 12, B) == expected
 
 

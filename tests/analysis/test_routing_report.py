@@ -118,6 +118,13 @@ def test_table_by_hand():
   ]
 
 
+def test_tokens_are_lost_without_an_assignment_where_experts_choose():
+  # Every slot is served, and a quarter of the tokens is in none.
+  lost = np.array([0.25, 0.25])
+  (row,) = table(kept=stats().load, drop_rate_by_choice=lost)
+  assert row['drop_rate'] == 0.25
+
+
 def test_table_can_be_cut():
   (row,) = routing_table(
     [stats()], NAMES.__getitem__, num_busiest=1, num_tokens=2

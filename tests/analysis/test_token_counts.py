@@ -56,6 +56,28 @@ def test_counts_equal_a_slow_loop(layers):
     np.testing.assert_array_equal(counts[i], expected[i])
 
 
+def test_where_experts_choose_it_counts_whom_they_took():
+  moe = dict(
+    router='expert_choice',
+    gates='raw',
+    allow_future_leak=True,
+    capacity_rule='all',  # every expert takes every real token
+    group_size=2 * T,
+  )
+  model = tiny.build(moe)
+  batch = make_batch(0)
+  variables = {'params': tiny.params_of(model)}
+  counts = token_counts(model, variables, [batch])
+  real = np.bincount(batch['tokens'][batch['segment_ids'] > 0], minlength=V)
+  for i in (0, 1):
+    np.testing.assert_array_equal(counts[i], np.tile(real[:, None], (1, 5)))
+  few = tiny.build(moe | dict(capacity_rule='fixed', capacity_slots=3))
+  counts = token_counts(few, variables, [batch])
+  # Of 13 of 20 real tokens two, of 10 of 20 (half of the group is its own) two.
+  np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
+  assert (counts[0] <= real[:, None]).all() and np.ptp(counts[0]) > 0
+
+
 def test_a_dense_model_has_none():
   model = tiny.build(moe=dict(num_experts=0))
   assert token_counts(model, {'params': {}}, [make_batch(0)]) == {}

@@ -54,3 +54,22 @@ def test_take_repeats_and_reorders_rows(stacked):
     for i in range(L):
       np.testing.assert_array_equal(taken.key[i][row], keys[i, source])
   assert taken.filled.shape == (3, S)
+
+
+def test_it_remembers_what_stands_before_each_token():
+  # As above: a prompt of three and one of one, then a token each, then a row
+  # that has ended.
+  cache = empty()
+  mask = jnp.array([[True, True, True], [False, False, True]])
+  cache, previous = cache.follow(jnp.array([[5, 6, 7], [0, 0, 8]]), mask)
+  assert previous[0].tolist() == [-1, 5, 6] and previous[1, 2] == -1
+  cache, previous = cache.follow(jnp.array([[4], [3]]), jnp.ones((B, 1), bool))
+  np.testing.assert_array_equal(previous, [[7], [8]])
+  cache, previous = cache.follow(
+    jnp.array([[2], [0]]), jnp.array([[True], [False]])
+  )
+  np.testing.assert_array_equal(previous, [[4], [3]])
+  np.testing.assert_array_equal(cache.last_token, [2, 3])
+  np.testing.assert_array_equal(
+    cache.take(jnp.array([1, 1, 0])).last_token, [3, 3, 2]
+  )

@@ -123,6 +123,30 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   tiny.build(moe={**moe, 'num_experts': 0})
 
 
+def test_experts_that_choose_leak_in_a_decoder_alone():
+  moe = dict(router='expert_choice', gates='raw')
+  with pytest.raises(ValueError, match=r'later tokens.*allow_future_leak=True'):
+    tiny.build(moe=moe)
+  tiny.build(moe=moe | dict(allow_future_leak=True))
+  tiny.build(moe=moe | dict(capacity_rule='all'))
+  of_an_encoder = moe | dict(layers='none', encoder_layers='1')
+  both = dict(kind='encoder_decoder', num_encoder_layers=2)
+  config = tiny.config(of_an_encoder, **both)
+  assert not models.leaks_future(config.model.moe)
+  built = models.build(config).config
+  assert built.moe.router.kind == 'expert_choice'
+  with pytest.raises(ValueError, match='allow_future_leak=True'):
+    tiny.build(of_an_encoder | dict(layers='1'), **both)
+
+
+def test_the_two_halves_hash_by_tables_of_their_own():
+  moe = dict(router='hash', router_seed=5, hash_of='position', num_selected=3)
+  config = tiny.build(moe=moe, kind='encoder_decoder').config
+  routers = [stack.block.moe.router for _, stack in config.stacks]
+  assert [r.seed for r in routers] == [6, 5]
+  assert {r.hash_of for r in routers} == {'position'}
+
+
 def test_zero_means_what_the_config_says_it_means():
   block = tiny.build(width=16, head_width=0).config.stack.block
   assert block.attention.head_width == 16 // 4

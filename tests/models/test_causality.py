@@ -18,12 +18,15 @@ CAUSAL = {
   'after_drop': dict(num_selected=3, gates='renormalized_after_drop'),
   'noisy': dict(router='noisy_top_k', gates='renormalized_after_drop'),
   'threshold': dict(second_policy='threshold', jitter=0.1, group_size=5),
+  'bigram': dict(router='hash', hash_of='bigram'),
+  'random': dict(router='random', group_size=2 * T),
 }
 LEAKING = {
   'choice_major': dict(slot_priority='choice_major'),
   'batch_priority': dict(
     slot_priority='batch_priority', num_selected=1, gates='raw'
   ),
+  'expert_choice': dict(router='expert_choice', gates='raw'),
 }
 
 
@@ -59,7 +62,7 @@ def trials(model, num_trials, train=False):
 @pytest.mark.parametrize('name', CAUSAL)
 def test_earlier_outputs_do_not_change(name):
   model = tiny.build(moe=TIGHT | CAUSAL[name])
-  train = name in ('noisy', 'threshold')  # with their noise
+  train = name in ('noisy', 'threshold', 'random')  # with their noise
   before, after, dropped = zip(*trials(model, 20, train))
   assert max(before) <= 1e-6
   assert min(after) > 1e-3

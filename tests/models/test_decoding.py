@@ -22,6 +22,24 @@ CASES = {
     norm='layernorm',
     moe=ALL | dict(layers='last 1', num_experts=600),  # too many to unroll
   ),
+  'bigram': dict(moe=dict(router='hash', hash_of='bigram', **ALL)),
+  'chosen in the encoder': dict(
+    kind='encoder_decoder',
+    num_encoder_layers=3,
+    moe=dict(
+      router='expert_choice',
+      gates='raw',
+      capacity_rule='per_assignment',
+      capacity_factor=0.5,
+      layers='none',
+      encoder_layers='1',
+    ),
+  ),
+  'hashed twice': dict(
+    kind='encoder_decoder',
+    positions='relative',
+    moe=dict(router='hash', hash_of='bigram', **ALL),
+  ),
   'dense': dict(positions='sinusoidal', num_layers=3, moe=dict(num_experts=0)),
   'switch': dict(
     kind='encoder_decoder',
@@ -171,3 +189,15 @@ def test_a_checkpoints_own_rule_stays_where_it_can_bind():
   trained = tiny.build(moe=dict(group_size=5))
   config = models.for_decoding(trained, tiny.params_of(trained))[0].config
   assert config.moe.router.capacity.rule == 'all' and not config.moe.group_size
+
+
+def test_a_decoder_whose_experts_choose_does_not_decode():
+  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
+  model = tiny.build(moe=moe)
+  assert not models.decodes(model.config.stack)
+  with pytest.raises(ValueError, match='does not decode token by token'):
+    models.for_decoding(model, tiny.params_of(model))
+  with pytest.raises(ValueError, match='does not decode token by token'):
+    model.make_cache(B, T)
+  everyone = tiny.build(moe=moe | dict(capacity_rule='all'))
+  assert models.decodes(everyone.config.stack)

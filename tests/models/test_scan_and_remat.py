@@ -20,6 +20,11 @@ ROUTERS = {
   'sampled': MOE,
   'dropless': MOE | dict(dispatch='dropless', capacity_rule='all'),
   'noisy': dict(router='noisy_top_k', jitter=0.1),
+  'expert_choice': dict(
+    router='expert_choice', gates='raw', jitter=0.1, allow_future_leak=True
+  ),
+  'hash': dict(router='hash', hash_of='bigram'),
+  'random': dict(router='random'),
 }
 
 
@@ -56,6 +61,10 @@ def trained(scan_layers, remat, router='sampled'):
     (True, 'full', 'sampled'),
     (True, 'dots', 'sampled'),
     (True, 'dots', 'dropless'),
+    (True, 'dots', 'expert_choice'),
+    (False, 'full', 'hash'),
+    pytest.param(False, 'dots', 'random', marks=pytest.mark.slow),
+    pytest.param(False, 'none', 'expert_choice', marks=pytest.mark.slow),
     pytest.param(True, 'full', 'dropless', marks=pytest.mark.slow),
     pytest.param(True, 'full', 'noisy', marks=pytest.mark.slow),
   ],
@@ -83,10 +92,10 @@ def equations(jaxpr, counts=None):
   return counts
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'dropless'])
+@pytest.mark.parametrize('dispatch', ['gather', 'dropless', 'expert_choice'])
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
-  moe = ROUTERS['dropless'] if dispatch == 'dropless' else MOE
+  moe = ROUTERS.get(dispatch, MOE)
   counts = {}
   for name in ('none', remat):
     model = tiny.build(moe, remat=name)
@@ -102,9 +111,10 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
       jax.make_jaxpr(jax.grad(loss))(tiny.params_of(model)).jaxpr
     )
   again = counts[remat] - counts['none']
-  assert counts['none']['top_k'] > 0 and counts['none']['cumsum'] > 0
+  assert counts['none']['top_k'] > 0
+  assert (counts['none']['cumsum'] > 0) == (dispatch != 'expert_choice')
   decisions = ['top_k', 'sort']
-  if dispatch == 'gather':  # the products of sorted rows index blocks, too
+  if dispatch != 'dropless':  # the products of sorted rows index blocks, too
     decisions += ['cumsum', 'scatter']
   for decision in decisions:
     assert not again[decision], decision
@@ -137,6 +147,16 @@ def test_every_layer_draws_its_own_noise():
     lambda p, x: model.apply({'params': p}, x, train=True, rngs=rngs)
   )
   load = np.asarray(run(params, tiny.tokens())[1].stats.load)
+  assert (load[0] != load[1]).any()
+
+
+@pytest.mark.parametrize('router', ['hash', 'random'])
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_every_layer_has_choices_of_its_own(router, scan_layers):
+  moe = dict(router=router, capacity_rule='all')
+  model = tiny.build(moe, scan_layers=scan_layers)
+  _, aux = tiny.apply(model)(tiny.params_of(model), tiny.tokens())
+  load = np.asarray(aux.stats.load)
   assert (load[0] != load[1]).any()
 
 

@@ -29,8 +29,23 @@ GATHER = {'capacity_factor': 1.0}
 EINSUM = {**GATHER, 'dispatch': 'einsum'}
 WRITTEN_OUT = {**GATHER, 'exchange': 'all_to_all'}
 DROPLESS = {'dispatch': 'dropless', 'capacity_rule': 'all'}
+NO_BIAS = {**GATHER, 'balance_bias_rate': 0.0, 'gates': 'raw'}
+BY_EXPERT = {**NO_BIAS, 'router': 'expert_choice', 'allow_future_leak': True}
+# Those by tables draw nothing else: what jitter moves is the router's input.
+WITHOUT_LOGITS = {**NO_BIAS, 'jitter': 0.0}
 WAYS = dict(
-  gather=GATHER, einsum=EINSUM, written_out=WRITTEN_OUT, dropless=DROPLESS
+  gather=GATHER,
+  einsum=EINSUM,
+  written_out=WRITTEN_OUT,
+  dropless=DROPLESS,
+  by_expert=BY_EXPERT,
+  by_expert_written_out={**BY_EXPERT, **WRITTEN_OUT},
+  by_expert_dropless={**BY_EXPERT, 'dispatch': 'dropless'},
+  hashed={**WITHOUT_LOGITS, 'router': 'hash', 'hash_of': 'bigram'},
+  random={**WITHOUT_LOGITS, 'router': 'random'},
+)
+PLAIN = dict.fromkeys(('written_out',), 'gather') | dict.fromkeys(
+  ('by_expert_written_out', 'by_expert_dropless'), 'by_expert'
 )
 MESHES = ['8x1x1x1', '1x8x1x1', '1x1x8x1', '2x1x4x1', '1x2x2x2', '2x2x2x1']
 
@@ -163,6 +178,7 @@ FAST = {
   ('gather', '1x2x2x2'),
   ('written_out', '1x2x2x2'),
   ('dropless', '1x2x2x2'),
+  ('by_expert', '1x2x2x2'),
 }
 
 
@@ -173,11 +189,13 @@ FAST = {
       way, mesh, marks=() if (way, mesh) in FAST else pytest.mark.slow
     )
     for way in WAYS
-    for mesh in (MESHES if way != 'written_out' else MESHES[-2:])
+    for mesh in (
+      MESHES if way in ('gather', 'einsum', 'dropless') else MESHES[-2:]
+    )
   ],
 )
 def test_a_step_equals_one_device(way, mesh_shape):
-  one = step_of(way if way != 'written_out' else 'gather')
+  one = step_of(PLAIN.get(way, way))
   stats = one.sums.aux.stats
   assert (stats.overflowed.sum() > 0) == (way != 'dropless')
   norm = optax.global_norm(one.grads)

@@ -1,0 +1,177 @@
+"""The published numbers that studies set beside their own: `claims.json`.
+
+A cell's address is 'paper/table/row/column', its path in the file, as in
+'shazeer2017/table6/(0.0, 0.0)/max_over_mean'. Every cell has a mark:
+
+- checked: read in the paper, or in public reference code;
+- secondary: from a summary, a survey or a blog, and cited as such;
+- unverified: not found in the paper. It tells a reader that a number is
+  missing, and no text made here shows it.
+
+In the file a column is its unit and which way is better, a row a list in the
+order of the columns. A cell is a number; null, where nothing is printed;
+'~42' or '<=30', where the paper says no more; or an object of a value and
+what differs here from column and table. A paper's slips are kept, with a
+note. Not here: numbers computed from published ones.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_jax.config import unknown
+
+CLAIMS = pathlib.Path(__file__).with_name('claims.json')
+MARKS = ('checked', 'secondary', 'unverified')
+BETTER = ('lower', 'higher', None)
+LEVELS = ('paper', 'table', 'row', 'column')
+HIDDEN = 'unverified, not shown'
+_ROUGHLY = re.compile(r'(~|[<>]=?)(-?\d+(?:\.\d+)?)')
+
+
+@dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
+class Published:
+  """One number of a paper; `repr` and `str` show what `cite` shows.
+
+  Attributes:
+    paper: The paper's title.
+    table: As the paper calls it, or where else: 'text', 'abstract'.
+    relation: '' for exactly `value`, or '~', '<', '<=', '>', '>='.
+    unit: As in '%', 'nats/token', 'x' (a ratio), 'B parameters'.
+    note: A warning that goes with the number, or ''.
+
+  Raises:
+    ValueError: The value is not finite, there is no unit, or the mark or the
+      direction is unknown.
+  """
+
+  address: str
+  paper: str
+  url: str
+  table: str
+  row: str
+  column: str
+  value: float
+  relation: str = ''
+  unit: str = ''
+  better: str | None = None
+  mark: str
+  note: str = ''
+
+  def __post_init__(self):
+    if type(self.value) not in (int, float) or not math.isfinite(self.value):
+      raise ValueError(f'{self.address}: {self.value!r} is no finite number')
+    if not self.unit:
+      raise ValueError(f'{self.address}: no unit')
+    if self.mark not in MARKS:
+      raise unknown(f'mark of {self.address}:', self.mark, MARKS)
+    if self.better not in BETTER:
+      raise unknown(f'direction of {self.address}:', self.better, BETTER)
+
+  def cite(self) -> str:
+    """What a report may print; an unverified value is not in it."""
+    if self.mark == 'unverified':
+      return HIDDEN
+    source = ', secondary source' if self.mark == 'secondary' else ''
+    return f'{self.relation}{self.value} ({self.table}{source})'
+
+  def __repr__(self) -> str:
+    return f'<{self.address}: {self.cite()}>'
+
+
+@functools.cache
+def load(path: pathlib.Path = CLAIMS) -> Mapping[str, Published]:
+  """Every published number by its address, in the file's order.
+
+  Raises:
+    ValueError: The file breaks a rule; names the cell.
+  """
+  # Objects stay pairs at first: a dict would swallow a name given twice.
+  text = path.read_text(encoding='utf-8')
+  papers = json.loads(text, object_pairs_hook=tuple)
+  cells = {}
+  for slug, paper in _object(papers, path.name).items():
+    paper = _object(paper, slug, ('title', 'url', 'year', 'tables'))
+    for name, table in _object(paper['tables'], slug).items():
+      for cell in _cells(f'{slug}/{name}', table, paper):
+        cells[cell.address] = cell
+  return types.MappingProxyType(cells)
+
+
+def find(address: str) -> Published:
+  """The number at 'paper/table/row/column'.
+
+  Raises:
+    ValueError: There is none; names the nearest and what exists there.
+  """
+  if address in load():
+    return load()[address]
+  known = [name.split('/') for name in load()]
+  parts = address.split('/') + [''] * len(LEVELS)
+  for depth, level in enumerate(LEVELS):
+    have = {names[depth] for names in known}
+    if parts[depth] not in have:
+      raise unknown(f'{level} in {address!r}:', parts[depth], have)
+    known = [names for names in known if names[depth] == parts[depth]]
+  raise ValueError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
+
+
+def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
+  """One table's cells; what a cell says goes before what its column says."""
+  needs = ('table', 'mark', 'about', 'columns', 'rows')
+  table = _object(table, where, needs, optional=('note',))
+  columns = _object(table['columns'], where)
+  for row, values in _object(table['rows'], where).items():
+    if not isinstance(values, list) or len(values) != len(columns):
+      raise ValueError(f'{where}/{row}: {values} for columns {[*columns]}')
+    for column, value in zip(columns, values, strict=True):
+      if value is None:
+        continue
+      address = f'{where}/{row}/{column}'
+      fields = {
+        **{'address': address, 'row': row, 'column': column},
+        **{'paper': paper['title'], 'url': paper['url']},
+        **{'table': table['table'], 'mark': table['mark']},
+        **dict(zip(('unit', 'better'), columns[column], strict=False)),
+        **_cell(value, address),
+      }
+      notes = filter(None, (fields.get('note'), table.get('note')))
+      yield Published(**fields | {'note': '; '.join(notes)})
+
+
+def _cell(value: Any, address: str) -> dict[str, Any]:
+  """The fields that a cell gives itself."""
+  own = {'value': value}
+  if isinstance(value, tuple):
+    own = _object(
+      value, address, ('value',), ('unit', 'better', 'mark', 'note')
+    )
+  if isinstance(own['value'], str):
+    if not (match := _ROUGHLY.fullmatch(own['value'])):
+      raise ValueError(f"{address}: {own['value']!r} is not like '~42', '<=3'")
+    own |= {'relation': match[1], 'value': json.loads(match[2])}
+  return own
+
+
+def _object(pairs: Any, where: str, needs=(), optional=()) -> dict[str, Any]:
+  """A JSON object as a dict; given `needs`, of no keys but these."""
+  if not isinstance(pairs, tuple):
+    raise ValueError(f'{where}: {pairs!r} is no object')
+  found = {}
+  for key, value in pairs:
+    if key in found:
+      raise ValueError(f'{where}/{key} stands twice')
+    if '/' in key:
+      raise ValueError(f"{where}: {key!r} has a '/', which parts an address")
+    if needs and key not in (*needs, *optional):
+      raise unknown(f'key of {where}:', key, (*needs, *optional))
+    found[key] = value
+  if missing := [key for key in needs if key not in found]:
+    raise ValueError(f'{where} needs {missing}')
+  return found

@@ -1,0 +1,150 @@
+"""Quality against the capacity at evaluation, with and without priority.
+
+    python -m experiments.eval_capacity --preset=quick
+
+ST-MoE (https://arxiv.org/abs/2202.08906), Tables 8 and 18: a top-1 model
+trained at capacity factor 0.75 gains 0.024 nats a token when it is evaluated at
+2, and 0.019 when tokens queue by their router's probability (batch priority,
+V-MoE, https://arxiv.org/abs/2106.05974) in training and evaluation. V-MoE
+shows that priority keeps quality at capacities far below 1.
+
+Here: an encoder-decoder on prefix language modelling, sparse in the encoder
+alone, which sees all of its tokens: there priority leaks nothing. Two models,
+trained with and without priority, are evaluated at every capacity under both
+orders. What was found is in RESULTS.md.
+"""
+
+from configs import base
+from experiments import byte_models, study
+from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
+
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 2.0, 4.0)
+ORDERS = {'order of the text': 'token_major', 'priority': 'batch_priority'}
+PLAIN, BPR = 'order of the text', 'priority'
+_EVAL = dict(every_steps=0, num_batches=40)
+
+
+def config(steps: int):
+  """What both models share."""
+  made = byte_models.decoder(steps, num_layers=2)
+  made.data.task = 'prefix_lm'
+  made.data.target_len = 64
+  made.data.seq_len = 128
+  m = made.model
+  m.kind = 'encoder_decoder'
+  m.positions = 'relative'
+  m.num_encoder_layers = 3
+  m.moe.encoder_layers, m.moe.layers = 'all', 'none'
+  m.moe.num_experts = 8
+  m.moe.capacity_rule = 'per_token'
+  m.moe.capacity_factor = 0.75
+  made.evals = {'no_drops': byte_models.no_drops()}
+  for order in ORDERS.values():
+    for factor in FACTORS:
+      moe = dict(encoder_slot_priority=order, capacity_factor=factor)
+      made.evals[_name(order, factor)] = base.evaluation(moe=moe, **_EVAL)
+  return made.lock()
+
+
+def _name(order: str, factor: float) -> str:
+  return f'{order}_{round(100 * factor)}'
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Without and with priority in training."""
+  del preset
+  key = 'model.moe.encoder_slot_priority'
+  return [Arm(name, {key: order}) for name, order in ORDERS.items()]
+
+
+def row_name(trained: str, order: str, factor: float) -> str:
+  """Of a model, evaluated so."""
+  return f'trained in {trained}; {order}, CF {factor:g}'
+
+
+def rows(results: study.Results, times) -> list[Row]:
+  """A row for each model and way of evaluating it."""
+  del times
+  made = []
+  for trained, runs in results.items():
+    room = Column('', 'eval/no_drops/loss')
+    values = {'loss': list(map(room.of, runs)), 'dropped': [0.0] * len(runs)}
+    made.append(Row(f'trained in {trained}; no drops', values))
+    for order, priority in ORDERS.items():
+      for factor in FACTORS:
+        where = f'eval/{_name(priority, factor)}'
+        values = {
+          'loss': [run[f'{where}/loss'] for run in runs],
+          'dropped': [100 * run[f'{where}/drop_rate'] for run in runs],
+        }
+        line = f'trained in {trained}; {order}'
+        name = row_name(trained, order, factor)
+        made.append(Row(name, values, line, factor))
+  return made
+
+
+def claim(text, row, than, published=(), note='') -> Claim:
+  """That the row's loss is lower."""
+  return Claim(text, 'loss', row, than, 'lower', published, note)
+
+
+TABLE_8, TABLE_18 = (
+  'stmoe2022/table8/top-1, CF 0.75',
+  'stmoe2022/table18/CF 0.75',
+)
+ENCODER = 'There in encoder and decoder, here in the encoder.'
+STUDY = Study(
+  name='eval_capacity',
+  title='Capacity at evaluation, with and without batch priority',
+  source='ST-MoE, Tables 8 and 18 (negative log perplexity: higher is better '
+  'there); V-MoE',
+  config=config,
+  arms=arms,
+  presets={'quick': Preset(300, 3), 'full': Preset(1500, 5)},
+  columns=[
+    Column('loss', 'eval/no_drops/loss', 'nats/byte'),
+    Column('dropped', 'eval/no_drops/drop_rate', '%', 1),
+  ],
+  claims=[
+    claim(
+      'trained at 0.75, evaluated at 2 rather than 0.75',
+      row_name(PLAIN, PLAIN, 2.0),
+      row_name(PLAIN, PLAIN, 0.75),
+      [f'{TABLE_8}/nlp_eval_2', f'{TABLE_8}/nlp_train_cf'],
+    ),
+    claim(
+      'priority in training and evaluation, at 0.75',
+      row_name(BPR, BPR, 0.75),
+      row_name(PLAIN, PLAIN, 0.75),
+      [f'{TABLE_18}/nlp_train_cf', f'{TABLE_8}/nlp_train_cf'],
+      ENCODER,
+    ),
+    claim(
+      'priority in training, evaluated at 2',
+      row_name(BPR, BPR, 2.0),
+      row_name(PLAIN, PLAIN, 2.0),
+      [f'{TABLE_18}/nlp_eval_2', f'{TABLE_8}/nlp_eval_2'],
+      ENCODER,
+    ),
+    *(
+      claim(
+        f'priority at evaluation alone, at {factor}',
+        row_name(PLAIN, BPR, factor),
+        row_name(PLAIN, PLAIN, factor),
+        ['vmoe2021/abstract/vs dense/inference_compute'],
+      )
+      for factor in (0.1, 0.25, 0.5)
+    ),
+    claim(
+      'trained with priority, it matters more: 0.25',
+      row_name(BPR, BPR, 0.25),
+      row_name(BPR, PLAIN, 0.25),
+    ),
+  ],
+  figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),
+  rows=rows,
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  study.main(STUDY)

@@ -1,0 +1,118 @@
+"""All studies' results on one page, `experiments/RESULTS.md`.
+
+    python -m experiments.report
+
+Takes the newest `results/<study>/full/summary.json` of every study that has
+one, keeps it with its figure in `experiments/results`, and writes the page from
+what is kept there; a study that was not run here keeps what it had. The page
+refuses to mix corpora: studies of one task must have seen the same bytes. Not
+here: what a study's part says (`study_results.py`).
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import study_results
+from experiments.tables import markdown_table
+from moe_jax import command_line
+
+HERE = pathlib.Path(__file__).parent
+KEPT = 'results'
+PAGE = 'RESULTS.md'
+PRESET = 'full'
+_ABOUT = """# Results
+
+Published tables, run again at a size that two cores can train: made by
+`python -m experiments.report` from each study's full preset. Models here are
+thousands of times smaller than the papers', so it is directions that are
+compared, never values. A direction counts as reproduced only where the paired
+95 % interval of the difference excludes zero on the paper's side; else it is
+"opposite" or "not resolved", with the smallest difference that the seeds could
+have told beside it. Intervals are of single comparisons: of twenty true nulls
+one would be resolved by chance. Values marked as of a secondary source were not
+read in the paper, and unverified ones are not shown.
+"""
+
+
+def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
+  """Copies the full presets' summaries and figures to where they are kept."""
+  kept.mkdir(parents=True, exist_ok=True)
+  for path in sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}')):
+    name = path.parts[-3]
+    shutil.copyfile(path, kept / f'{name}.json')
+    shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
+
+
+def read(kept: pathlib.Path) -> list[dict[str, Any]]:
+  """The kept summaries, by name.
+
+  Raises:
+    ValueError: There is none, or two of one task are of different bytes.
+  """
+  found = [
+    json.loads(path.read_text(encoding='utf-8'))
+    for path in sorted(kept.glob('*.json'))
+  ]
+  if not found:
+    raise ValueError(f'{kept} has no results; run a study with --preset=full')
+  digests: dict[str, dict[str, list[str]]] = {}
+  for summary in found:
+    of_task = digests.setdefault(summary['task'], {})
+    for digest in summary['digests']:
+      of_task.setdefault(digest, []).append(summary['name'])
+  for task, names in digests.items():
+    if len(names) > 1:
+      raise ValueError(f'studies of {task!r} saw different data: {names}')
+  return found
+
+
+def page(summaries: Sequence[dict[str, Any]]) -> str:
+  """The page's Markdown."""
+  overview = []
+  for summary in summaries:
+    words = [claim['verdict'] for claim in summary['claims']]
+    row = {'study': f'[{summary["name"]}](#{_anchor(summary["title"])})'}
+    for word in (
+      study_results.REPRODUCED,
+      study_results.OPPOSITE,
+      study_results.UNRESOLVED,
+    ):
+      row[word] = str(words.count(word))
+    overview.append({**row, 'minutes': f'{summary["minutes"]:g}'})
+  parts = [_ABOUT, markdown_table(overview)]
+  for summary in summaries:
+    picture = f'{KEPT}/{summary["name"]}.png'
+    parts.append(study_results.text_of(summary, picture))
+  return '\n'.join(parts)
+
+
+def _anchor(title: str) -> str:
+  """As GitHub makes it of a heading."""
+  kept = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
+  return kept.replace(' ', '-')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Collects and writes."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.report', description=__doc__.split('\n')[0]
+  )
+  parser.add_argument('--results', default='results', help='of the studies')
+  parser.add_argument('--output', default=str(HERE), help='where the page goes')
+  options = parser.parse_args(argv)
+  output = pathlib.Path(options.output)
+  collect(pathlib.Path(options.results), output / KEPT)
+  try:
+    text = page(read(output / KEPT))
+  except ValueError as error:
+    command_line.fail(str(error))
+  (output / PAGE).write_text(text, encoding='utf-8')
+  print(f'written: {output / PAGE}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,159 @@
+"""Where experts choose: every dispatcher against the loops that define it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import dispatch
+from moe_jax.routing import SlotRouting, expert_choice
+from tests import reference
+
+G, S, E, C, M = 2, 7, 5, 4, 6
+every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
+
+
+def by_hand(seed):
+  """Any legal routing: holes anywhere, gates of any sign, some of zero."""
+  rng = np.random.default_rng(seed)
+  index = [[rng.permutation(S)[:C] for _ in range(E)] for _ in range(G)]
+  index = np.where(rng.random((G, E, C)) < 0.3, S, index)
+  gate = rng.normal(size=index.shape) * (rng.random(index.shape) < 0.8)
+  return SlotRouting(
+    jnp.asarray(index, jnp.int32),
+    jnp.asarray(np.where(index < S, gate, 0), jnp.float32),
+    S,
+  )
+
+
+def arrays(seed, dtype=jnp.float32):
+  """Tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
+  keys = jax.random.split(jax.random.key(seed), 4)
+  shapes = [(G, S, M)] * 2 + [(E, G * C, M)] * 2
+  return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes)]
+
+
+def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
+  """Both directions and all gradients; rows are [E, R, M] to the caller."""
+  mover = dispatch.get(name)
+  slotted = mover.group_sizes(routing) is None
+
+  def send(x):
+    sent = mover.dispatch(x, routing)
+    if slotted:
+      return sent
+    slots = jnp.zeros((rows.shape[0] * rows.shape[1], M), sent.dtype)
+    return slots.at[slot_of_row].set(sent, mode='drop').reshape(rows.shape)
+
+  def combine(rows, gate):
+    if not slotted:
+      flat = rows.reshape(-1, M)
+      rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
+    return mover.combine(rows, dataclasses.replace(routing, gate=gate))
+
+  sent, back = jax.vjp(send, x)
+  y, combine_back = jax.vjp(combine, rows, routing.gate)
+  return sent, back(d_rows)[0], y, *combine_back(dy)
+
+
+compiled = jax.jit(everything, static_argnums=0)
+
+
+def slot_of_row(routing):
+  """Sorted rows are the slots that are filled, [E, G, C], then nothing."""
+  filled = np.asarray(routing.filled).swapaxes(0, 1).reshape(-1)
+  slots = np.flatnonzero(filled)
+  empty = [filled.size] * (filled.size - len(slots))
+  return np.append(slots, empty).astype(np.int32)
+
+
+def check(run, name, routing, case, **tolerance):
+  got = run(name, routing, slot_of_row(routing), *case)
+  case = [np.asarray(a, np.float64) for a in case]
+  expected = reference.slots_gradients(routing, *case)
+  # The gradient of an empty slot's gate is nobody's.
+  parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
+  for part, a, b in zip(parts, got, expected, strict=True):
+    a = np.asarray(a, np.float64)
+    np.testing.assert_allclose(a, b, err_msg=part, **tolerance)
+  return got
+
+
+@every_dispatcher
+def test_three_tokens_by_hand(name):
+  # Expert 0 takes tokens 2 and 0, expert 1 token 2 alone, in its second slot;
+  # nobody takes token 1.
+  routing = SlotRouting(
+    token_index=jnp.array([[[2, 0], [3, 2]]], jnp.int32),
+    gate=jnp.array([[[0.75, 0.5], [0.0, 0.25]]]),
+    group_size=3,
+  )
+  x = jnp.array([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+  mover = dispatch.get(name)
+  rows = mover.dispatch(x, routing)
+  # Expert 0 multiplies by 10, expert 1 by 100.
+  if (sizes := mover.group_sizes(routing)) is None:
+    np.testing.assert_array_equal(rows, [[[5, 6], [1, 2]], [[0, 0], [5, 6]]])
+    rows = rows * jnp.array([[[10.0]], [[100.0]]])
+  else:
+    np.testing.assert_array_equal(sizes, [2, 1])
+    np.testing.assert_array_equal(rows, [[5, 6], [1, 2], [5, 6], [0, 0]])
+    rows = rows * jnp.array([[10.0], [10.0], [100.0], [7.0]])
+  y = mover.combine(rows, routing)
+  third = np.array([5, 6]) * (0.75 * 10 + 0.25 * 100)
+  np.testing.assert_allclose(y[0], [[5, 10], [0, 0], third], rtol=1e-6)
+
+
+@every_dispatcher
+def test_what_expert_choice_makes(name):
+  logits = 2 * jax.random.normal(jax.random.key(0), (G, S, E))
+  mask = jnp.arange(S)[None] < jnp.array([[5], [S]])
+  routing = expert_choice(logits, capacity=C, mask=mask)
+  assert not routing.filled.all()
+  check(compiled, name, routing, arrays(1), rtol=1e-5, atol=1e-6)
+
+
+@every_dispatcher
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_any_legal_routing(name, seed):
+  check(compiled, name, by_hand(seed), arrays(seed), rtol=1e-5, atol=1e-5)
+
+
+@every_dispatcher
+def test_bfloat16_stays_bfloat16(name):
+  case = arrays(4, jnp.bfloat16)
+  got = check(compiled, name, by_hand(5), case, rtol=0.02, atol=0.04)
+  assert [a.dtype for a in got] == [jnp.bfloat16] * 4 + [jnp.float32]
+
+
+@pytest.mark.parametrize('name', ['gather', 'dropless'])
+def test_nothing_grows_with_the_experts_but_what_the_rows_do(name):
+  # E * C is the same for few experts and many; so is all that is made.
+  def largest(E):
+    routing = SlotRouting(
+      jnp.zeros((G, E, 64 // E), jnp.int32), jnp.zeros((G, E, 64 // E)), 33
+    )
+    mover = dispatch.get(name)
+
+    def loss(x, gate):
+      chosen = dataclasses.replace(routing, gate=gate)
+      return mover.combine(mover.dispatch(x, chosen) ** 2, chosen).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(
+      jnp.zeros((G, 33, M)), routing.gate
+    )
+    return max(sizes_of(program.jaxpr))
+
+  assert largest(2) == largest(64) == (G * 64 * M)
+
+
+def sizes_of(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.size for variable in equation.outvars)
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from sizes_of(inner)

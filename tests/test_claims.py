@@ -1,0 +1,178 @@
+"""Published numbers: as printed, cited by their mark, the unverified hidden."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from experiments import claims
+
+# Typed by hand, not copied from the file.
+PRINTED = {
+  'shazeer2017/table6': {
+    '(0.0, 0.0)': (39.8, 3.04, 3.01, 17.80),
+    '(0.1, 0.1)': (35.6, 0.06, 0.05, 1.14),
+    '(1.0, 1.0)': (35.7, 0.03, 0.02, 1.07),
+  },
+  'shazeer2017/table7': {'MoE-256': (35.7, 8.6, 272.9)},
+  'shazeer2017/table5': {'En-Ko': (18.41, 16.62, -1.79)},
+  'gshard2020/table3': {'512E 36L': (150, 43.7, 15.5, 11.0)},
+  'switch2021/table1': {
+    'T5-Base': (-1.731, 1600),
+    'Switch CF 1.0': (-1.561, 62.8, 1000),
+    'MoE CF 2.0': (-1.547, 68.7, 840),
+  },
+  'switch2021/scaling': {'64E': (60, 450, 7.5, 7)},
+  'stmoe2022/table8': {'top-2, CF 1.25': (-1.375, -1.369)},
+  'expert_choice2022/average11': {'8B-64E': (88.9, 90.3, 92.6)},
+  'expert_choice2022/capped': {'hash (mod x)': (81.3, 0.1)},
+  'lossfree2024/table2': {
+    '1B loss-controlled': (9.56, 0.72),
+    '1B loss-free': (9.50, 0.04),
+  },
+  'deepseekmoe2024/comparison_2b': {'DeepSeekMoE': (1.808, 54.8, 16.6)},
+}
+
+
+def test_numbers_are_as_printed():
+  found = {}
+  for address, cell in claims.load().items():
+    where, row, _ = address.rsplit('/', 2)
+    found.setdefault(where, {}).setdefault(row, []).append(cell.value)
+  for where, rows in PRINTED.items():
+    for row, values in rows.items():
+      assert tuple(found[where][row]) == values, f'{where}/{row}'
+
+
+def test_a_cell_has_its_place_and_its_columns_unit():
+  cell = claims.find('shazeer2017/table6/(0.0, 0.0)/max_over_mean')
+  assert (cell.value, cell.unit, cell.better) == (17.8, 'x', 'lower')
+  assert (cell.row, cell.column) == ('(0.0, 0.0)', 'max_over_mean')
+  assert cell.paper.startswith('Outrageously Large Neural Networks')
+  # Quality as a negative log perplexity grows, as a perplexity it falls.
+  assert claims.find('switch2021/table11/argmax/nlp').better == 'higher'
+  assert claims.find('lossfree2024/table2/1B loss-free/ppl').better == 'lower'
+
+
+@pytest.mark.parametrize(
+  ('address', 'cited'),
+  [
+    ('shazeer2017/table6/(0.0, 0.0)/max_over_mean', '17.8 (Table 6)'),
+    ('gshard2020/table3/dense T(96L)/core_years', '~235.5 (Table 3)'),
+    ('gshard2020/table3/2048E 36L/params', '600 (Table 3)'),
+    (
+      'jacobs1991/table1/8 experts/mean_epochs',
+      '1083 (Table 1, secondary source)',
+    ),
+    ('hash2021/reddit/Hash/ppl', 'unverified, not shown'),
+    # One cell of a checked table.
+    ('nllb2022/models/NLLB-200 MoE/F', 'unverified, not shown'),
+    ('nllb2022/models/NLLB-200 MoE/E', '128 (configurations)'),
+  ],
+)
+def test_cite_follows_the_mark(address, cited):
+  assert claims.find(address).cite() == cited
+
+
+def test_slips_of_a_paper_are_kept_with_a_note():
+  slip = claims.find('gshard2020/table1/2048E 36L/total_experts')
+  assert slip.value == 36684 and '36864' in slip.note
+  caption = claims.find('switch2021/table11/input jitter/nlp')
+  assert 'slip' in caption.note  # said once, of the whole table
+  assert claims.find('switch2021/table1/T5-Base/nlp_100k').note == ''
+
+
+def test_an_unverified_value_is_in_no_text():
+  cells = claims.load().values()
+  assert sum(cell.mark == 'unverified' for cell in cells) > 20
+  for cell in cells:
+    unsure = dataclasses.replace(cell, mark='unverified')
+    assert unsure.cite() == 'unverified, not shown'
+    shown = {str(unsure), repr(unsure), f'{unsure}', f'{[unsure]}'}
+    for text in shown:
+      assert str(cell.value) not in text.replace(cell.address, '')
+    if cell.mark == 'unverified':
+      assert not re.search(rf'(?<!\d){cell.value}(?!\d)', cell.note)
+
+
+def test_every_cell_has_a_paper_and_a_place_of_its_own():
+  cells = claims.load()
+  for address, cell in cells.items():
+    _, _, row, column = address.split('/')
+    assert (address, row, column) == (cell.address, cell.row, cell.column)
+    assert cell.paper and cell.table
+    assert cell.url.startswith('https://')
+  papers = json.loads(claims.CLAIMS.read_text(encoding='utf-8'))
+  assert {address.split('/')[0] for address in cells} == set(papers)
+  assert all(slug.endswith(str(p['year'])) for slug, p in papers.items())
+  # A title or address copied from another paper and not changed.
+  for key in ('title', 'url'):
+    assert len({paper[key] for paper in papers.values()}) == len(papers)
+
+
+@pytest.mark.parametrize(
+  ('address', 'says'),
+  [
+    ('shazer2017/table6', "did you mean 'shazeer2017'"),
+    ('switch2021/tabel1/T5-Base/nlp', "did you mean 'table1'"),
+    ('switch2021/table1/Switch CF 1/hours', "did you mean 'Switch CF 1.0'"),
+    ('switch2021/table3/0.1x/nlq', "column .* did you mean 'nlp'"),
+    ('switch2021/table3/0.1x', r"have \['nlp', 'sd'\]"),
+    ('switch2021/table3/0.1x/nlp/more', 'is longer'),
+  ],
+)
+def test_find_names_what_exists(address, says):
+  with pytest.raises(ValueError, match=says):
+    claims.find(address)
+
+
+GOOD = """{"p2020": {"title": "P", "url": "https://p", "year": 2020, "tables": {
+  "t": {"table": "Table 1", "mark": "checked", "about": "tiny",
+    "columns": {"ppl": ["ppl", "lower"], "size": ["M"]},
+    "rows": {
+      "a": [1.5, "<=30"],
+      "b": [null, {"value": "~2", "unit": "B", "mark": "secondary"}]
+}}}}}"""
+
+
+def test_rows_read_in_the_order_of_the_columns(tmp_path):
+  path = tmp_path / 'claims.json'
+  path.write_text(GOOD)
+  cells = claims.load(path)
+  # b/ppl is not printed in the paper, and so is no cell.
+  assert list(cells) == ['p2020/t/a/ppl', 'p2020/t/a/size', 'p2020/t/b/size']
+  _, least, own = cells.values()
+  assert (least.relation, least.value, least.unit) == ('<=', 30, 'M')
+  assert least.better is None
+  assert (own.relation, own.value, own.unit) == ('~', 2, 'B')
+  assert own.cite() == '~2 (Table 1, secondary source)'
+
+
+@pytest.mark.parametrize(
+  ('old', 'new', 'says'),
+  [
+    ('"checked"', '"check"', 'p2020/t/a/ppl.*did you mean .checked'),
+    ('"secondary"', '"sure"', 'p2020/t/b/size.*sure'),
+    ('["ppl", "lower"]', '["", "lower"]', 'p2020/t/a/ppl: no unit'),
+    ('["M"]', '[]', 'p2020/t/a/size: no unit'),
+    ('"lower"', '"less"', 'direction of p2020/t/a/ppl'),
+    ('1.5', 'NaN', 'p2020/t/a/ppl: nan'),
+    ('1.5', '-Infinity', 'p2020/t/a/ppl: -inf'),
+    ('1.5', 'true', 'p2020/t/a/ppl: True'),
+    ('"<=30"', '"30 or so"', "p2020/t/a/size: '30 or so'"),
+    ('"b":', '"a":', 'p2020/t/a stands twice'),
+    ('"size":', '"ppl":', 'p2020/t/ppl stands twice'),
+    ('"a":', '"a/b":', 'a/b'),
+    ('1.5, ', '', 'p2020/t/a: .* for columns'),
+    ('"about": "tiny",', '', r"p2020/t needs \['about'\]"),
+    ('"title": "P",', '', r"p2020 needs \['title'\]"),
+    ('"unit": "B"', '"units": "B"', "p2020/t/b/size.*did you mean 'unit'"),
+  ],
+)
+def test_a_broken_file_is_refused_by_its_cell(tmp_path, old, new, says):
+  assert GOOD.count(old) == 1
+  path = tmp_path / 'claims.json'
+  path.write_text(GOOD.replace(old, new))
+  with pytest.raises(ValueError, match=says):
+    claims.load(path)

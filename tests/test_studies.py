@@ -1,0 +1,451 @@
+"""Studies: arms that are what they say, runs kept, verdicts that are honest."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import (
+  eval_capacity,
+  launch,
+  lossfree_table2,
+  report,
+  routing_rules,
+  shared_steps,
+  shazeer_table6,
+  study,
+  study_results,
+  study_runs,
+  sweeps,
+  switch_scaling,
+  switch_table1,
+)
+from experiments.study import Arm, Claim, Column, Preset, Row
+from experiments.tables import Interval, markdown_table
+from moe_jax import command_line, host, models
+from moe_jax.analysis import cost
+from moe_jax.config import difference, merge
+from moe_jax.training import loop
+from tests import tiny_study
+from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+STUDIES = {
+  module.STUDY.name: module.STUDY
+  for module in (
+    eval_capacity,
+    lossfree_table2,
+    routing_rules,
+    shazeer_table6,
+    switch_scaling,
+    switch_table1,
+  )
+}
+
+
+def test_interval_is_students():
+  values = [1.30, 1.34, 1.29, 1.33]
+  found = Interval.of(values)
+  low, high = stats.t.interval(
+    0.95, 3, loc=np.mean(values), scale=stats.sem(values)
+  )
+  np.testing.assert_allclose(found.mean - found.half_width, low)
+  np.testing.assert_allclose(found.mean + found.half_width, high)
+  assert f'{found:.3f}' == '1.315 ± 0.038'
+
+
+def test_one_seed_has_no_width():
+  assert f'{Interval.of([0.5]):.2f}' == '0.50 ± unknown'
+  assert Interval.of([0.5]).sign() == 0
+
+
+def test_markdown_table():
+  rows = [{'model': 'dense', 'loss': '1.3'}, {'model': 'sparse', 'loss': '1.2'}]
+  assert markdown_table(rows).splitlines() == [
+    '| model | loss |',
+    '| --- | --- |',
+    '| dense | 1.3 |',
+    '| sparse | 1.2 |',
+  ]
+
+
+def claimed(row, than, direction) -> Claim:
+  return Claim('of a tiny study', 'loss', row, than, direction)
+
+
+@pytest.mark.parametrize(
+  ('mine', 'direction', 'word'),
+  [
+    # Seeds differ by more than the rows, but the rows always by as much.
+    ([1.18, 1.37, 1.265], 'lower', study_results.REPRODUCED),
+    ([1.18, 1.37, 1.265], 'higher', study_results.OPPOSITE),
+    ([1.22, 1.43, 1.325], 'higher', study_results.REPRODUCED),
+    ([1.18, 1.43, 1.29], 'lower', study_results.UNRESOLVED),
+  ],
+)
+def test_a_verdict_is_of_paired_differences(mine, direction, word):
+  rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
+  found = study_results.verdict(claimed('a', 'b', direction), rows)
+  assert found.word == word
+  differences = [a - b for a, b in zip(mine, [1.2, 1.4, 1.3], strict=True)]
+  assert found.difference == Interval.of(differences)
+
+
+def test_a_verdict_on_a_number():
+  rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
+  found = study_results.verdict(claimed('a', 0.6, 'lower'), rows)
+  assert found.word == study_results.REPRODUCED
+  found = study_results.verdict(claimed('a', 0.56, 'lower'), rows)
+  assert found.word == study_results.UNRESOLVED
+
+
+def test_one_seed_resolves_nothing():
+  rows = [Row('a', {'loss': [1.0]}), Row('b', {'loss': [2.0]})]
+  found = study_results.verdict(claimed('a', 'b', 'lower'), rows)
+  assert found.word == study_results.UNRESOLVED
+  assert math.isinf(found.difference.half_width)
+
+
+def test_a_claim_names_what_exists():
+  rows = [Row('dense', {'loss': [1.0, 2.0]})]
+  with pytest.raises(ValueError, match=r"unknown row 'dens'.*'dense'"):
+    study_results.verdict(claimed('dens', 0.0, 'lower'), rows)
+  with pytest.raises(ValueError, match="unknown direction 'up'"):
+    claimed('dense', 0.0, 'up')
+  with pytest.raises(ValueError, match="'table66'"):
+    Claim('', 'loss', 'a', 'b', 'lower', ['shazeer2017/table66/x/y'])
+
+
+def test_a_column_is_a_mean_over_what_matches():
+  result = {'eval/main/layer_0/cv': 1.0, 'eval/main/layer_1/cv': 2.0, 'cv': 9.0}
+  assert Column('CV', 'eval/main/layer_*/cv').of(result) == 1.5
+  assert math.isnan(Column('CV', 'eval/other/layer_*/cv').of(result))
+  assert Column('CV', lambda r: r['cv'] + 1).of(result) == 10
+
+
+def test_sweeps_are_told():
+  assert sweeps.product({'a': [1, 2]}, {'b.c': [3, 4]}) == [
+    {'a': 1, 'b.c': 3},
+    {'a': 1, 'b.c': 4},
+    {'a': 2, 'b.c': 3},
+    {'a': 2, 'b.c': 4},
+  ]
+  pairs = sweeps.zipped({'a': [1, 2], 'b': [3, 4]})
+  assert pairs == [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
+  assert sweeps.chain([{'a': 0}], pairs) == [{'a': 0}, *pairs]
+  assert sweeps.nested({'a.b': 1, 'a.c.d': 2}) == {'a': {'b': 1, 'c': {'d': 2}}}
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: sweeps.product({'a': [1]}, {'a': [2]}), 'a is swept twice'),
+    (lambda: sweeps.zipped({'a': [1], 'b': [1, 2]}), "{'a': 1, 'b': 2}"),
+    (lambda: sweeps.nested({'a': 1, 'a.b': 2}), 'a.b is within a'),
+    (lambda: sweeps.nested({'a.b': 2, 'a': 1}), 'a has a value and keys'),
+  ],
+)
+def test_sweeps_refuse(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_runs_are_kept_by_their_config():
+  shared, arms = tiny.config(), [Arm('a b/c', {}), Arm('d', {'model.width': 8})]
+  made = study_runs.jobs(shared, arms, range(2), pathlib.Path('out'))
+  assert [(job.arm.name, job.seed) for job in made] == [
+    ('a b/c', 0),
+    ('d', 0),
+    ('a b/c', 1),
+    ('d', 1),
+  ]
+  assert len({job.workdir for job in made}) == 4
+  assert made[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
+  assert made[1].config.model.width == 8 and made[3].config.seed == 1
+  turned = dict(reversed(list(shared.to_dict().items())))
+  other = type(shared)(turned).lock()
+  assert study_runs.config_hash(other) == study_runs.config_hash(shared)
+  with pytest.raises(ValueError, match="two arms are named 'd'"):
+    study_runs.jobs(shared, [arms[1], arms[1]], range(2), pathlib.Path('out'))
+
+
+def written(path, digest):
+  path.mkdir(parents=True)
+  text = json.dumps({'loss': 1.0, 'data_digest': digest})
+  (path / study_runs.RESULT).write_text(text)
+
+
+def test_results_of_other_data_are_not_mixed(tmp_path):
+  made = study_runs.jobs(tiny.config(), [Arm('a', {})], range(2), tmp_path)
+  for job, digest in zip(made, ['one', 'two'], strict=True):
+    written(job.workdir, digest)
+  with pytest.raises(ValueError, match=r"different data: sha256 \['one', 'two"):
+    study_runs.read_all(made)
+
+
+@pytest.mark.slow
+def test_a_study_killed_half_way_gives_the_same_table(tmp_path):
+  def command(folder):
+    return [sys.executable, '-m', 'tests.tiny_study', f'--output={folder}']
+
+  options = dict(cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+  undisturbed = subprocess.Popen(command(tmp_path / 'a'), **options)
+  killed = subprocess.Popen(command(tmp_path / 'b'), **options)
+  runs = tmp_path / 'b' / tiny_study.STUDY.name / 'runs'
+  deadline = time.monotonic() + 300
+  while not list(runs.glob(f'*/*/{study_runs.RESULT}')):
+    assert killed.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  first = {path: path.stat().st_mtime_ns for path in runs.glob('*/*/*.json')}
+  done = {path for path in first if path.name == study_runs.RESULT}
+  assert len(done) < 6
+  time.sleep(2)  # its workers notice
+  again = subprocess.run(
+    command(tmp_path / 'b'), **options, capture_output=True, check=True
+  )
+  assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
+  assert undisturbed.wait() == 0
+  for path in done:  # what was finished was not made again
+    assert path.stat().st_mtime_ns == first[path]
+  a, b = (
+    (tmp_path / name / tiny_study.STUDY.name / 'quick' / 'rows.csv').read_text()
+    for name in 'ab'
+  )
+  assert a == b and len(a.splitlines()) == 1 + 3 * 2 * 2
+
+
+@pytest.mark.slow
+def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
+  argv = ['--workers=1', '--seeds=1', f'--output={tmp_path}']
+  folder = study.main(tiny_study.STUDY, argv)
+  assert folder == tmp_path / 'tiny_study' / 'quick-seeds=1'
+  text = (folder / study_results.TABLE).read_text()
+  assert '± unknown' in text and '**not resolved**' in text
+  assert (folder / study_results.PICTURE).stat().st_size > 5000
+  config = json.loads((folder / 'configs' / '00.json').read_text())
+  assert config['arm'] == 'dense'
+  assert config['config']['model']['moe']['num_experts'] == 0
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('a finished run was trained again')
+
+  monkeypatch.setattr(study_runs, 'train_and_evaluate', refuse)
+  study.main(tiny_study.STUDY, argv)
+  assert (folder / study_results.TABLE).read_text().splitlines()[3:] == (
+    text.splitlines()[3:]
+  )
+  folder.rename(folder.with_name('full'))
+  report.main([f'--results={tmp_path}', f'--output={tmp_path / "page"}'])
+  page = (tmp_path / 'page' / report.PAGE).read_text()
+  assert '| [tiny_study](#a-question) | 0 | 0 | 2 |' in page
+  assert '(results/tiny_study.png)' in page
+  assert 'unverified, not shown' in page and '23.16' not in page
+
+
+def test_the_report_refuses_to_mix_data(tmp_path):
+  for name, digest in (('a', 'one'), ('b', 'two')):
+    summary = {'name': name, 'task': 'text', 'digests': [digest]}
+    (tmp_path / f'{name}.json').write_text(json.dumps(summary))
+  with pytest.raises(ValueError, match="'one': \\['a'\\], 'two': \\['b'\\]"):
+    report.read(tmp_path)
+  with pytest.raises(ValueError, match='has no results'):
+    report.read(tmp_path / 'empty')
+
+
+class Losses(loop.Hook):
+  """The loss of every step."""
+
+  def start(self, run):
+    self.found, step = [], run.train_step
+
+    def kept(state, batch):
+      state, metrics = step(state, batch)
+      self.found.append(float(metrics.loss))
+      return state, metrics
+
+    run.train_step = kept
+
+
+def test_a_shared_step_is_the_runs_own(tmp_path):
+  moe = {'router': 'noisy_top_k', 'gates': 'raw', 'importance_weight': 0.3}
+  first = tiny.config(model={'moe': moe})
+  second = merge(first, {'seed': 1, 'model': {'moe': {'z_weight': 0.2}}})
+  before = len(shared_steps._steps)
+  for i, config in enumerate([first, second]):
+    losses = {}
+    for shared in ([], [shared_steps.SharedStep()]):
+      hooks = [*shared, kept := Losses()]
+      loop.train_and_evaluate(
+        config,
+        tmp_path / f'{i}-{len(shared)}',
+        hooks=hooks,
+        devices=jax.devices()[:1],
+      )
+      losses[len(shared)] = kept.found
+    assert len(losses[0]) == config.total_steps
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  assert len(shared_steps._steps) == before + 1
+
+
+def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
+  class Stop(loop.Hook):
+    def start(self, run):
+      step = run.train_step
+
+      def step_and_signal(state, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, batch)
+
+      run.train_step = step_and_signal
+
+  config = tiny_study.STUDY.shared(Preset(2, 1))
+  with monkeypatch.context() as patched:
+    patched.setattr(study_runs, 'SharedStep', Stop)
+    with pytest.raises(SystemExit, match='was stopped'):
+      study_runs.run_one(config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / study_runs.RESULT).exists()
+  result = study_runs.run_one(config, tmp_path / 'run')
+  assert result['eval/train_capacity/loss'] > 0
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_ratio_to_a_loss_is_told():
+  # Half the loss between lengths 0.25 and 1 is half the way in logarithms.
+  lengths = (0.25, 1.0)
+  np.testing.assert_allclose(
+    switch_scaling.ratio_to(1.5, lengths, [2.0, 1.0]), 0.5
+  )
+  np.testing.assert_allclose(
+    switch_scaling.ratio_to(1.5, (0.1, *lengths), [2.5, 2.0, 1.0]), 0.5
+  )
+  # Beyond the ends, by the nearest two.
+  np.testing.assert_allclose(
+    switch_scaling.ratio_to(0.5, lengths, [2.0, 1.0]), 2.0
+  )
+  np.testing.assert_allclose(
+    switch_scaling.ratio_to(2.5, lengths, [2.0, 1.0]), 0.125
+  )
+
+
+def stand_in(config, number: float) -> dict[str, float]:
+  """A result with every key that a run of this config has."""
+  result = {'max_violation_batch': number, 'data_digest': 'x'}
+  result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
+  layers = config.model.num_layers + max(config.model.num_encoder_layers, 0)
+  for name in config.evals:
+    result[f'eval/{name}/loss'] = number
+    result[f'eval/{name}/drop_rate'] = number
+    for i in range(layers):
+      for key in ('load_cv', 'load_max_over_mean', 'importance_loss'):
+        result[f'eval/{name}/layer_{i}/{key}'] = number
+  return result
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_a_studys_claims_are_about_its_rows(name, tmp_path):
+  found = STUDIES[name]
+  assert set(found.presets) == {'quick', 'full'}
+  for preset in found.presets.values():
+    arms = found.arms(preset)
+    made = study_runs.jobs(found.shared(preset), arms, range(2), tmp_path)
+    results = {}
+    for i, job in enumerate(made):
+      result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
+      results.setdefault(job.arm.name, []).append(result)
+    times = {arm: 1.5 for arm in found.timed}
+    assert times.keys() <= results.keys()
+    rows = found.make_rows(arms, results, times)
+    summary = study_results.found(
+      found, preset, 'text', rows, results, seconds=60.0
+    )
+    assert len(summary['claims']) >= 4
+    text = study_results.text_of(summary)
+    assert 'nan' not in text and found.title in text
+    study_results.draw(found.figure, summary, tmp_path / 'figure.png')
+    assert set(found.figure.columns) <= {c.name for c in found.columns}
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_a_studys_arms_are_equal_in_flops(name):
+  found = STUDIES[name]
+  shared, built = found.shared(found.presets['quick']), {}
+  for arm in found.arms(found.presets['quick']):
+    config = merge(shared, sweeps.nested(arm.overrides))
+    config = merge(config, {'model': {'vocab_size': 257}})
+    built[arm.name] = models.build(config)
+    leaks = models.leaks_future(config.model.moe)
+    assert leaks == arm.name.startswith('expert choice')
+  # Arms that differ in losses or steps alone have one model.
+  first = {model: name for name, model in reversed(built.items())}
+  flops = {
+    name: cost.count(model, shared.data.seq_len).training_flops
+    for model, name in first.items()
+  }
+  # All but the router's part, which is reported and not compensated.
+  assert max(flops.values()) < 1.2 * min(flops.values()), flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STUDIES)
+def test_every_study_runs(name, tmp_path):
+  found = STUDIES[name]
+  quick = dataclasses.replace(
+    found.presets['quick'], steps=4, seeds=1, overrides={}
+  )
+  shared = merge(found.shared(quick), {'batch_size': 4})
+  arms = found.arms(quick)
+  kept = [arms[0], arms[len(arms) // 2]]
+  for job in study_runs.jobs(shared, kept, [0], tmp_path):
+    result = study_runs.run_one(job.config, job.workdir, found.measure)
+    expected = {
+      key: value
+      for key, value in stand_in(job.config, 1.0).items()
+      if key.endswith('/loss')
+    }
+    assert all(math.isfinite(result[key]) for key in expected)
+
+
+def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
+  # The study finds it in its folder, with its config, and reads its result.
+  monkeypatch.chdir(ROOT)
+  items = launch.read_items('experiments/shazeer_table6.py')
+  launch.check(items)
+  found = shazeer_table6.STUDY
+  quick = found.presets['quick']
+  output = pathlib.Path('results') / found.name
+  own = {
+    str(job.workdir): job.config
+    for job in study_runs.jobs(
+      found.shared(quick), found.arms(quick), range(quick.seeds), output
+    )
+  }
+  assert {item.workdir for item in items} == own.keys()
+  for item in items[2:5]:
+    config = command_line.config_of(item.config, item.flags())
+    assert not difference(config, own[item.workdir])
+
+
+def test_another_task_is_said_and_refused_where_it_does_not_fit():
+  found = shazeer_table6.STUDY
+  config = found.shared(found.presets['quick'], 'cipher')
+  assert config.data.source.startswith('cipher')
+  with pytest.raises(ValueError, match=r"a study of data\.task='prefix_lm'"):
+    eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')
+
+
+def test_tuning_the_allocator_is_safe_anywhere(monkeypatch):
+  assert host.keep_freed_memory() in (True, False)
+  monkeypatch.setattr('sys.platform', 'darwin')
+  assert host.keep_freed_memory() is False

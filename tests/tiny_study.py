@@ -1,0 +1,58 @@
+"""A study of seconds: `python -m tests.tiny_study`."""
+
+from experiments import study
+from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from tests.training import tiny
+
+EVAL = 'train_capacity'
+
+
+def config(steps):
+  """Of `tiny`, in few steps."""
+  return tiny.config(
+    total_steps=steps,
+    batch_size=8,
+    mesh={'data': -1},
+    checkpoint={'every_steps': 0},
+    evals={EVAL: {'every_steps': 0}},
+  )
+
+
+def arms(preset):
+  """Two shapes; the second with two weights."""
+  del preset
+  weight = 'model.moe.balance_weight'
+  return [
+    Arm('dense', {'model.moe.num_experts': 0}),
+    Arm('little', {weight: 0.01}, 'sparse', 0.01),
+    Arm('much', {weight: 0.5}, 'sparse', 0.5),
+  ]
+
+
+STUDY = Study(
+  name='tiny_study',
+  title='A question',
+  source='No paper',
+  config=config,
+  arms=arms,
+  presets={'quick': Preset(4, 2), 'full': Preset(6, 3)},
+  columns=[
+    Column('loss', f'eval/{EVAL}/loss', 'nats/byte'),
+    Column('balance', f'eval/{EVAL}/layer_*/balance_loss'),
+  ],
+  claims=[
+    Claim('little is better', 'loss', 'little', 'much', 'lower'),
+    Claim(
+      'sparse is better',
+      'loss',
+      'little',
+      'dense',
+      'lower',
+      ['hash2021/reddit/Hash/ppl'],
+    ),
+  ],
+  figure=Figure(['loss', 'balance'], 'weight', log_x=True),
+)
+
+if __name__ == '__main__':
+  study.main(STUDY)
