@@ -1,8 +1,8 @@
 """Checkpoints of a train state: asynchronous, verified, resumable bit for bit.
 
-Orbax writes and reads the arrays. Not here: what a good checkpoint is
-(`manifest.py`), which are kept (`retention.py`), when to save and what to do
-about a failure (`loop.py`).
+Not here: how arrays are written and read (`array_files.py`), what a good
+checkpoint is (`manifest.py`), which are kept (`retention.py`), when to save and
+what to do about a failure (`loop.py`).
 """
 
 import concurrent.futures
@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from moe_jax.training import array_files, retention
 from moe_jax.training import manifest as manifest_lib
-from moe_jax.training import retention
 from moe_jax.training.storage_errors import Retry, describe
 
 
@@ -72,16 +72,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_from_orbax)
-    # A folder that its thread cannot make leaves others waiting for it, and the
-    # interpreter's exit for them, for five minutes.
-    # Compressing takes a quarter of a save's time, which training then lacks,
-    # and spares a twentieth of the bytes: weights are mostly noise.
-    self._orbax = ocp.AsyncCheckpointer(
-      ocp.PyTreeCheckpointHandler(use_compression=False),
-      async_options=ocp.options.AsyncOptions(
-        create_directories_asynchronously=False
-      ),
-    )
+    self._orbax = array_files.checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last: int | None = None  # the step last saved or restored
@@ -232,7 +223,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     """What another try would write: the caller's arrays are gone by then."""
     if self._retry.tries == 1 or jax.process_count() > 1:
       return None
-    return jax.tree.map(np.array, state)
+    # On a CPU these are views; while they live, no step is given their memory.
+    return jax.device_get(state)
 
   def _rewriting(self, copied: Any) -> Retry:
     """How often arrays are written."""
@@ -302,9 +294,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     return None, skipped
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    target = jax.tree.map(_placed, abstract_state)
-    how = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(target, how, partial_restore=partial)
+    args = array_files.to_restore(abstract_state, partial)
     folder = self._directory.folder(step)
     try:
       return self._retry(self._orbax.restore, folder, args)
@@ -319,14 +309,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       f'checkpoint {step} not saved to {self._directory.path}: '
       f'{describe(error)}\nlast good step: {max(self.steps(), default=None)}'
     )
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  """`leaf` with a sharding: else Orbax takes the devices of the saving run."""
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -124,6 +124,15 @@ def test_donated_buffers_and_what_follows_are_not_saved(tmp_path):
   np.testing.assert_array_equal(step(restored.state)['w'], saved * 3 + 1)
 
 
+def test_many_arrays_make_few_files(tmp_path):
+  # In one transaction, that is: each by itself takes half as long again.
+  state = {f'w{i}': jnp.full(1000, i, jnp.float32) for i in range(50)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+  files = [path for path in tmp_path.rglob('*') if path.is_file()]
+  assert len(files) <= 8, sorted(path.name for path in files)
+
+
 def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
   mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ('expert', 'data'))
   state = {'w': jax.random.normal(jax.random.key(1), (8, 6, 5))}

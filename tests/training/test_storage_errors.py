@@ -119,6 +119,10 @@ ABSTRACT = {
 }
 
 
+def next_state(given):
+  return jax.tree.map(lambda x: x * 3 + 1, given)
+
+
 def restored(checkpoints):
   found = checkpoints.restore(ABSTRACT)
   jax.tree.map(np.testing.assert_array_equal, found.state, state(found.step))
@@ -188,6 +192,8 @@ def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
   with Checkpointer(tmp_path, retry=Retry(2, 0.5)) as checkpoints:
     given = state(2)
     checkpoints.save(2, given)
+    for _ in range(3):  # were its memory not held, it would be used again
+      given = jax.jit(next_state, donate_argnums=0)(given)
     jax.tree.map(lambda x: x.delete(), given)
     assert restored(checkpoints).step == 2
   assert failing.calls > 1
