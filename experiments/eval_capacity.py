@@ -18,7 +18,7 @@ from configs import base
 from experiments import byte_models, study
 from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
 
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 2.0, 4.0)
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 ORDERS = {'order of the text': 'token_major', 'priority': 'batch_priority'}
 PLAIN, BPR = 'order of the text', 'priority'
 _EVAL = dict(every_steps=0, num_batches=40)

@@ -82,7 +82,7 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
       study_results.UNRESOLVED,
     ):
       row[word] = str(words.count(word))
-    overview.append({**row, 'minutes': f'{summary["minutes"]:g}'})
+    overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
   parts = [_ABOUT, markdown_table(overview)]
   for summary in summaries:
     picture = f'{KEPT}/{summary["name"]}.png'

@@ -280,12 +280,17 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     jobs = study_runs.jobs(shared, arms, range(preset.seeds), output)
   except ValueError as error:
     command_line.fail(str(error))
-  seconds = study_runs.run_all(study, jobs, options.workers)
+  study_runs.run_all(study, jobs, options.workers)
   results = study_runs.read_all(jobs)
   times = study_runs.step_times(study, jobs, output)
   rows = study.make_rows(arms, results, times)
   found = study_results.found(
-    study, preset, options.task, rows, results, seconds=seconds
+    study,
+    preset,
+    options.task,
+    rows,
+    results,
+    minutes=study_runs.run_minutes(jobs),
   )
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   folder = output / label

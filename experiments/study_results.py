@@ -78,7 +78,7 @@ def found(
   rows: Sequence[Any],
   results: Mapping[str, Sequence[Mapping[str, Any]]],
   *,
-  seconds: float,
+  minutes: float,
 ) -> dict[str, Any]:
   """All that the study came to, as JSON can hold it; `report` reads it."""
   digests = {run['data_digest'] for runs in results.values() for run in runs}
@@ -96,7 +96,7 @@ def found(
     'device': f'{facts["device"]}, {facts["cores"]} cores',
     'date': facts['date'],
     'jax': facts['jax'],
-    'minutes': round(seconds / 60, 1),
+    'minutes': round(minutes, 1),
     'columns': [
       {'name': c.name, 'unit': c.unit, 'digits': c.digits}
       for c in study.columns
@@ -142,7 +142,8 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
     f'{summary["steps"]:,} steps, paired seeds {seeds[0]} to {seeds[-1]}'
     f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
-    f'{summary["jax"]}. ± is a 95 % confidence interval over seeds (Student).',
+    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
+    f'± is a 95 % confidence interval over seeds (Student).',
     '',
     results_table(summary),
     '',

@@ -117,7 +117,10 @@ class _Ending(Hook):
 
 
 def run_one(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, measure=None
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  measure=None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:
   """One run's result: its last row of each key, and what `measure` adds.
 
@@ -132,6 +135,7 @@ def run_one(
       config,
       workdir,
       hooks=[Facts(), SharedStep(), ending],
+      devices=devices,
       kinds=evaluation.KINDS,
     )
     if int(state.step) < config.total_steps:
@@ -165,8 +169,17 @@ def read_all(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
   return results
 
 
-def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> float:
-  """Makes the runs that are missing; the seconds that took.
+def run_minutes(jobs: Sequence[Job]) -> float:
+  """What the finished runs took together, each on a core of its own."""
+  seconds = 0.0
+  for job in jobs:
+    begun = (job.workdir / workdir_lib.CONFIG).stat().st_mtime
+    seconds += (job.workdir / RESULT).stat().st_mtime - begun
+  return seconds / 60
+
+
+def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
+  """Makes the runs that are missing.
 
   Args:
     study: Its `measure` is taken of every run, its first column printed.
@@ -177,12 +190,11 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> float:
   left = [job for job in jobs if not (job.workdir / RESULT).exists()]
   print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
   if not left:
-    return 0.0
+    return
   cores = sorted(os.sched_getaffinity(0))
   if not workers:
     workers = len(cores) if jax.default_backend() == 'cpu' else 1
   workers = min(workers, len(left))
-  start = time.perf_counter()
   output = jobs[0].workdir.parents[2]
   with _alone(output), tempfile.TemporaryDirectory() as cache:
     for section in {job.config.data.to_json_best_effort() for job in left}:
@@ -200,7 +212,6 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> float:
           jax.config.update(name, value)
     else:
       _in_processes(study, left, workers, (cache, cores), progress)
-  return time.perf_counter() - start
 
 
 def _in_processes(study, left, workers, place, progress) -> None:

@@ -368,7 +368,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     assert times.keys() <= results.keys()
     rows = found.make_rows(arms, results, times)
     summary = study_results.found(
-      found, preset, 'text', rows, results, seconds=60.0
+      found, preset, 'text', rows, results, minutes=60.0
     )
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
@@ -408,7 +408,9 @@ def test_every_study_runs(name, tmp_path):
   arms = found.arms(quick)
   kept = [arms[0], arms[len(arms) // 2]]
   for job in study_runs.jobs(shared, kept, [0], tmp_path):
-    result = study_runs.run_one(job.config, job.workdir, found.measure)
+    result = study_runs.run_one(
+      job.config, job.workdir, found.measure, jax.devices()[:1]
+    )
     expected = {
       key: value
       for key, value in stand_in(job.config, 1.0).items()
