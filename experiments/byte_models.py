@@ -41,7 +41,7 @@ def decoder(
   m.moe.group_size = -1  # the batch: as capacity and balance are most even
   m.moe.capacity_rule = 'per_assignment'
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.warmup_steps = min(100, steps // 4)
+  config.optimizer.warmup_steps = min(100, steps // 8)
   config.optimizer.final_fraction = 0.05
   config.checkpoint.every_steps = 0
   config.checkpoint.keep_best = False

@@ -75,11 +75,12 @@ class Published:
       raise unknown(f'direction of {self.address}:', self.better, BETTER)
 
   def cite(self) -> str:
-    """What a report may print; an unverified value is not in it."""
+    """What a report may print, notes too; an unverified value is not in it."""
     if self.mark == 'unverified':
       return HIDDEN
     source = ', secondary source' if self.mark == 'secondary' else ''
-    return f'{self.relation}{self.value} ({self.table}{source})'
+    note = f'; {self.note}' if self.note else ''
+    return f'{self.relation}{self.value} ({self.table}{source}{note})'
 
   def __repr__(self) -> str:
     return f'<{self.address}: {self.cite()}>'

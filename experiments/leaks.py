@@ -1,6 +1,8 @@
 """Whether a trained model's outputs see later tokens, and what that is worth.
 
-Not here: which settings leak by their rules (`moe_jax.models.leaks_future`).
+Groups are of one row here: in larger ones the prefixes of a row, which are
+evaluated together, would compete for experts. Not here: which settings leak by
+their rules (`moe_jax.models.leaks_future`).
 """
 
 import jax
@@ -8,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.data.pipeline import spread
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-_ROWS = 8  # of the validation split
+_ROWS = 32  # of the validation split, spread over it
 _EQUAL = 1e-4  # logits that differ by less are rounded otherwise
 
 
@@ -23,9 +26,15 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     when the tokens of its second half do. `leak/at_once`: the loss of whole
     rows, as in training. `leak/generated`: the loss of the same rows where the
     output at t comes of a row that ends at t, as in generation. The last two
-    agree where nothing leaks.
+    agree where nothing leaks, but for random routers, which draw other experts
+    for another batch.
+
+  Raises:
+    ValueError: The model is no decoder, or its groups are of several rows.
   """
-  taken = run.dataset.splits['validation'].take(np.arange(_ROWS))
+  _check(run)
+  rows = run.dataset.splits['validation']
+  taken = rows.take(np.array(spread(len(rows), _ROWS)))
   batch = {key: jnp.asarray(value) for key, value in taken.items()}
   apply = jax.jit(
     lambda batch: run.model.apply(state.variables, **run.model.inputs(batch))[0]
@@ -38,11 +47,23 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
 
 
+def _check(run: Run) -> None:
+  kind, moe = run.config.model.kind, run.model.config.moe
+  if kind != 'decoder':
+    raise ValueError(f"model.kind={kind!r}; leaks are those of a 'decoder'")
+  most = run.config.data.seq_len
+  if moe is not None and not 0 <= moe.group_size <= most:
+    raise ValueError(
+      f'moe.group_size={moe.group_size} has several rows in a group; leaks are '
+      f'measured in groups of one: 0, or up to data.seq_len={most}'
+    )
+
+
 def _changed(apply, batch, logits) -> float:
   half = batch['tokens'].shape[1] // 2
-  shares = []
-  for row in range(_ROWS):
-    other = batch['tokens'][(row + 1) % _ROWS, half:]
+  shares, n = [], len(batch['tokens'])
+  for row in range(n):
+    other = batch['tokens'][(row + 1) % n, half:]
     tokens = batch['tokens'].at[row, half:].set(other)
     changed = apply({**batch, 'tokens': tokens})
     difference = jnp.abs(changed - logits)[row, :half].max(-1)
@@ -60,7 +81,7 @@ def _generated(apply, batch) -> jax.Array:
     cut = {key: jnp.where(until, value[None], 0) for key, value in row.items()}
     return jnp.diagonal(apply(cut), axis1=0, axis2=1).T
 
-  return jnp.stack([of_row(i) for i in range(_ROWS)])
+  return jnp.stack([of_row(i) for i in range(len(batch['tokens']))])
 
 
 def _loss(logits, batch) -> float:

@@ -26,7 +26,7 @@ from moe_jax.training.step import TrainState
 WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 RATES = (1e-3, 1e-2, 1e-1)
 MAIN = byte_models.EVAL
-GLOBAL, BATCH = 'MaxVio, whole split', 'MaxVio, a batch'
+GLOBAL, BATCH = 'MaxVio, all batches', 'MaxVio, a batch'
 _BATCHES = 20
 
 
@@ -141,6 +141,8 @@ STUDY = Study(
     ['loss', GLOBAL, BATCH], 'weight of the loss, rate of the bias', log_x=True
   ),
   measure=max_violation,
+  remarks='MaxVio is taken over 40 validation batches, or of each. The balance '
+  "loss is Switch's, of the softmax of the logits, beside sigmoid gates.",
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

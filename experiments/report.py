@@ -2,11 +2,11 @@
 
     python -m experiments.report
 
-Takes the newest `results/<study>/full/summary.json` of every study that has
-one, keeps it with its figure in `experiments/results`, and writes the page from
-what is kept there; a study that was not run here keeps what it had. The page
-refuses to mix corpora: studies of one task must have seen the same bytes. Not
-here: what a study's part says (`study_results.py`).
+Takes `results/<study>/full/summary.json` of every study that has one, keeps it
+with its figure in `experiments/results`, and writes the page from what is kept
+there; a study that was not run here keeps what it had. The page refuses to mix
+corpora: studies of one task must have seen the same bytes. Not here: what a
+study's part says (`study_results.py`).
 """
 
 import argparse
@@ -32,30 +32,40 @@ thousands of times smaller than the papers', so it is directions that are
 compared, never values. A direction counts as reproduced only where the paired
 95 % interval of the difference excludes zero on the paper's side; else it is
 "opposite" or "not resolved", with the smallest difference that the seeds could
-have told beside it. Intervals are of single comparisons: of twenty true nulls
+have told beside it. Questions of our own, which no paper has a number for, are
+"shown" or "refuted". Intervals are of single comparisons: of twenty true nulls
 one would be resolved by chance. Values marked as of a secondary source were not
 read in the paper, and unverified ones are not shown.
 """
 
 
+def made(results: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The full presets' summaries by study."""
+  found = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
+  return {path.parts[-3]: path for path in found}
+
+
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
   """Copies the full presets' summaries and figures to where they are kept."""
   kept.mkdir(parents=True, exist_ok=True)
-  for path in sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}')):
-    name = path.parts[-3]
+  for name, path in made(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
     shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
 
 
-def read(kept: pathlib.Path) -> list[dict[str, Any]]:
-  """The kept summaries, by name.
+def read(
+  kept: pathlib.Path, results: pathlib.Path | None = None
+) -> list[dict[str, Any]]:
+  """The kept summaries, by name; those of `results` stand in their place.
 
   Raises:
     ValueError: There is none, or two of one task are of different bytes.
   """
+  paths = {path.stem: path for path in kept.glob('*.json')}
+  paths |= made(results) if results else {}
   found = [
     json.loads(path.read_text(encoding='utf-8'))
-    for path in sorted(kept.glob('*.json'))
+    for _, path in sorted(paths.items())
   ]
   if not found:
     raise ValueError(f'{kept} has no results; run a study with --preset=full')
@@ -76,11 +86,7 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
   for summary in summaries:
     words = [claim['verdict'] for claim in summary['claims']]
     row = {'study': f'[{summary["name"]}](#{_anchor(summary["title"])})'}
-    for word in (
-      study_results.REPRODUCED,
-      study_results.OPPOSITE,
-      study_results.UNRESOLVED,
-    ):
+    for word in study_results.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
   parts = [_ABOUT, markdown_table(overview)]
@@ -104,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--results', default='results', help='of the studies')
   parser.add_argument('--output', default=str(HERE), help='where the page goes')
   options = parser.parse_args(argv)
-  output = pathlib.Path(options.output)
-  collect(pathlib.Path(options.results), output / KEPT)
+  output, results = pathlib.Path(options.output), pathlib.Path(options.results)
   try:
-    text = page(read(output / KEPT))
+    text = page(read(output / KEPT, results))
   except ValueError as error:
     command_line.fail(str(error))
+  collect(results, output / KEPT)
   (output / PAGE).write_text(text, encoding='utf-8')
   print(f'written: {output / PAGE}')
 

@@ -5,8 +5,8 @@
 Expert Choice (https://arxiv.org/abs/2202.09368): at equal compute, scores of
 84.0 against top-2's 82.2 and Switch's 78.4 (100M parameters, 64 experts), and
 against 81.3 of a hash of the token. Hash Layers
-(https://arxiv.org/abs/2106.04426): a fixed hash ties with or beats Switch, and
-what is hashed matters.
+(https://arxiv.org/abs/2106.04426) compares a fixed hash with Switch, and what
+is hashed; its numbers could not be verified.
 
 Here: causal byte-level decoders, where expert choice cheats: whether an expert
 takes a token depends on the tokens after it. The leak is measured (how many
@@ -168,6 +168,8 @@ STUDY = Study(
   ],
   figure=Figure([LOSS, GENERATED, CHANGED]),
   measure=leaks.measure,
+  remarks='All hash rows have the tables of one seed: their intervals are of '
+  'those tables.',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

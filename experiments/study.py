@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import claims, study_results, study_runs, tasks
+from experiments import claims, study_results, study_runs, study_times, tasks
 from experiments.launch import Item
 from experiments.sweeps import nested
 from moe_jax import command_line, host
@@ -169,7 +169,8 @@ class Study:
     rows: From the results to the table's rows, where those are not the arms;
       the second argument is every timed arm's time a step over the first's.
     measure: Taken from every trained run beside its metrics.
-    timed: Names of arms whose steps are timed, interleaved, after the runs.
+    timed: Names of arms whose steps are timed, interleaved, after the runs; the
+      others' are ratios to the first's.
     remarks: Said below the table.
   """
 
@@ -280,18 +281,15 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     jobs = study_runs.jobs(shared, arms, range(preset.seeds), output)
   except ValueError as error:
     command_line.fail(str(error))
-  study_runs.run_all(study, jobs, options.workers)
-  results = study_runs.read_all(jobs)
-  times = study_runs.step_times(study, jobs, output)
-  rows = study.make_rows(arms, results, times)
-  found = study_results.found(
-    study,
-    preset,
-    options.task,
-    rows,
-    results,
-    minutes=study_runs.run_minutes(jobs),
-  )
+  try:
+    study_runs.run_all(study, jobs, options.workers)
+    results = study_runs.read_all(jobs)
+  except ValueError as error:
+    command_line.fail(str(error))
+  times = study_times.step_times(study, jobs, output)
+  medians = {name: spread.median for name, spread in times.items()}
+  rows = study.make_rows(arms, results, medians)
+  found = study_results.found(study, preset, options.task, rows, results, times)
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   folder = output / label
   text = study_results.write(folder, study, found, configs)

@@ -9,20 +9,22 @@ import csv
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
-from matplotlib.figure import Figure
 
-from experiments import claims, tasks, timing
+from experiments import claims, study_figures, tasks, timing
 from experiments.tables import Interval, markdown_table
 from moe_jax.config import unknown
+from moe_jax.training.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
 REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
+SHOWN, REFUTED = 'shown', 'refuted'  # of what no paper printed
 UNRESOLVED = 'not resolved'
+WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Verdict:
   Attributes:
     claim: A `study.Claim`.
     difference: Row minus the other, paired by seed.
-    word: `REPRODUCED`, `OPPOSITE` or `UNRESOLVED`.
+    word: `REPRODUCED` or `OPPOSITE`, `SHOWN` or `REFUTED` where nothing was
+      published; or `UNRESOLVED`.
   """
 
   claim: Any
@@ -58,7 +61,8 @@ def verdict(claim: Any, rows: Sequence[Any]) -> Verdict:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
   wanted = 1 if claim.direction == 'higher' else -1
-  word = {wanted: REPRODUCED, -wanted: OPPOSITE, 0: UNRESOLVED}
+  yes, no = (REPRODUCED, OPPOSITE) if claim.published else (SHOWN, REFUTED)
+  word = {wanted: yes, -wanted: no, 0: UNRESOLVED}
   return Verdict(claim, difference, word[difference.sign()])
 
 
@@ -77,13 +81,12 @@ def found(
   task: str,
   rows: Sequence[Any],
   results: Mapping[str, Sequence[Mapping[str, Any]]],
-  *,
-  minutes: float,
+  times: Mapping[str, timing.Spread],
 ) -> dict[str, Any]:
   """All that the study came to, as JSON can hold it; `report` reads it."""
-  digests = {run['data_digest'] for runs in results.values() for run in runs}
+  runs = [run for arm in results.values() for run in arm]
+  made = [run['made'] for run in runs]
   verdicts = [verdict(claim, rows) for claim in study.claims]
-  facts = timing.facts()
   return {
     'name': study.name,
     'title': study.title,
@@ -92,11 +95,12 @@ def found(
     'steps': preset.steps,
     'seeds': list(range(preset.seeds)),
     'overrides': dict(preset.overrides),
-    'digests': sorted(digests),
-    'device': f'{facts["device"]}, {facts["cores"]} cores',
-    'date': facts['date'],
-    'jax': facts['jax'],
-    'minutes': round(minutes, 1),
+    'digests': sorted({run['data_digest'] for run in runs}),
+    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
+    'date': _all({m['date'][:10] for m in made}),
+    'jax': _all({m['jax'] for m in made}),
+    'minutes': round(sum(m['minutes'] for m in made), 1),
+    'times': {name: f'{spread:.2f}' for name, spread in times.items()},
     'columns': [
       {'name': c.name, 'unit': c.unit, 'digits': c.digits}
       for c in study.columns
@@ -106,13 +110,22 @@ def found(
         'name': row.name,
         'line': row.line,
         'x': row.x,
-        'values': {k: list(v) for k, v in row.values.items()},
+        'values': {k: _plain(v) for k, v in row.values.items()},
       }
       for row in rows
     ],
     'claims': [_described(v) for v in verdicts],
     'remarks': study.remarks,
   }
+
+
+def _all(names: Collection[str]) -> str:
+  return ' and '.join(sorted(names))
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+  """As JSON has them: it knows no NaN."""
+  return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def _described(found: Verdict) -> dict[str, Any]:
@@ -124,8 +137,8 @@ def _described(found: Verdict) -> dict[str, Any]:
     'than': claim.than,
     'direction': claim.direction,
     'published': [claims.find(a).cite() for a in claim.published],
-    'difference': found.difference.mean,
-    'half_width': found.difference.half_width,
+    'difference': _plain([found.difference.mean])[0],
+    'half_width': _plain([found.difference.half_width])[0],
     'verdict': found.word,
     'note': claim.note,
   }
@@ -149,6 +162,9 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     '',
     claims_table(summary),
   ]
+  if summary['times']:
+    found = [f'{name} {spread}' for name, spread in summary['times'].items()]
+    lines += ['', f'Step times, medians and quartiles: {"; ".join(found)}.']
   if summary['remarks']:
     lines += ['', summary['remarks']]
   lines += ['', f'![{summary["title"]}]({picture})', '']
@@ -174,8 +190,10 @@ def results_table(summary: Mapping[str, Any]) -> str:
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
-  if not len(values) or not np.isfinite(values).all():
+  if not values or None in values:
     return ''
+  if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
+    return f'{values[0]:.{digits}f}'
   return f'{Interval.of(values):.{digits}f}'
 
 
@@ -185,7 +203,7 @@ def claims_table(summary: Mapping[str, Any]) -> str:
   lines = []
   for claim in summary['claims']:
     spec = f'.{digits[claim["column"]]}f'
-    difference = Interval(claim['difference'], claim['half_width'])
+    difference = _interval(claim)
     than = claim['than']
     than = than if isinstance(than, str) else f'{than:g}'
     note = f' {claim["note"]}' if claim['note'] else ''
@@ -199,7 +217,15 @@ def claims_table(summary: Mapping[str, Any]) -> str:
         'verdict': f'**{claim["verdict"]}**',
       }
     )
-  return markdown_table(lines)
+  return markdown_table(lines) if lines else ''
+
+
+def _interval(claim: Mapping[str, Any]) -> Interval:
+  mean, width = claim['difference'], claim['half_width']
+  return Interval(
+    float('nan') if mean is None else mean,
+    float('inf') if width is None else width,
+  )
 
 
 def _width(half_width: float, spec: str) -> str:
@@ -216,7 +242,6 @@ def write(
   (folder / 'configs').mkdir(parents=True, exist_ok=True)
   text = text_of(summary)
   (folder / TABLE).write_text(text, encoding='utf-8')
-  (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + '\n')
   for i, (name, config) in enumerate(configs.items()):
     path = folder / 'configs' / f'{i:02d}.json'
     about = {'arm': name, 'config': config.to_dict()}
@@ -231,67 +256,7 @@ def write(
           writer.writerow(
             [row['name'], column['name'], column['unit'], seed, value]
           )
-  draw(study.figure, summary, folder / PICTURE)
+  study_figures.draw(study.figure, summary, folder / PICTURE)
+  # Last and whole: `report` takes the figure of every summary that it finds.
+  write_text(folder / SUMMARY, json.dumps(summary, indent=1) + '\n')
   return text
-
-
-def draw(spec: Any, summary: Mapping[str, Any], path: pathlib.Path) -> None:
-  """The figure: a panel a column; rows along x where they have one."""
-  panels = [c for c in summary['columns'] if c['name'] in spec.columns]
-  rows = summary['rows']
-  height = 3.6 if spec.x_label else 1.2 + 0.3 * len(rows)
-  figure = Figure(figsize=(4.8 * len(panels), height), layout='constrained')
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
-  for ax, column in zip(axes, panels, strict=True):
-    label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
-    if spec.x_label:
-      _lines(ax, spec, rows, column['name'])
-      ax.set_ylabel(label)
-    else:
-      _points(ax, rows, column['name'], labels=ax is axes[0])
-      ax.set_xlabel(label)
-  figure.suptitle(summary['title'], fontsize=10)
-  figure.savefig(path, dpi=110)
-
-
-def _shown(row, column) -> Interval | None:
-  values = row['values'].get(column, [])
-  if not len(values) or not np.isfinite(values).all():
-    return None
-  return Interval.of(values)
-
-
-def _bar(interval: Interval) -> float:
-  return interval.half_width if np.isfinite(interval.half_width) else 0.0
-
-
-def _lines(ax, spec, rows, column: str) -> None:
-  shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
-  lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
-  for line in lines:
-    at = sorted(
-      (row['x'], interval.mean, _bar(interval))
-      for row, interval in shown
-      if row['line'] == line and row['x'] is not None
-    )
-    xs, means, bars = zip(*at, strict=True)
-    ax.errorbar(xs, means, bars, marker='o', capsize=3, label=line)
-  for row, interval in shown:
-    if row['x'] is None:
-      ax.axhline(interval.mean, color='0.4', linestyle='--', label=row['name'])
-  if spec.log_x:
-    ax.set_xscale('log', base=2)
-    ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
-    ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
-  ax.set_xlabel(spec.x_label)
-  ax.legend(fontsize=8)
-
-
-def _points(ax, rows, column: str, *, labels: bool) -> None:
-  for i, row in enumerate(rows):
-    interval = _shown(row, column)
-    if interval is not None:
-      ax.errorbar(interval.mean, i, xerr=_bar(interval), marker='o', capsize=3)
-  names = [row['name'] for row in rows] if labels else [''] * len(rows)
-  ax.set_yticks(range(len(rows)), names)
-  ax.invert_yaxis()

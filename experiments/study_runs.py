@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -24,18 +25,18 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import timing
 from experiments.shared_steps import SharedStep
 from experiments.sweeps import nested
-from moe_jax import data, evaluation, host
+from moe_jax import command_line, data, evaluation, host
 from moe_jax.config import merge, to_dataclass
 from moe_jax.hooks import Facts
 from moe_jax.training import metrics
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Hook, Run, set_up
+from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
 RESULT = 'result.json'
@@ -44,8 +45,6 @@ _CACHE = (
   'jax_persistent_cache_min_compile_time_secs',
 )
 _WATCH_SECONDS = 0.5
-_TIMED_STEPS = 5
-_TIMED_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ def run_one(
     SystemExit: It was stopped by SIGTERM; the same call goes on.
   """
   workdir_lib.check(workdir, config)
-  path = workdir / RESULT
+  path, start = workdir / RESULT, time.perf_counter()
   if not path.exists():
     ending = _Ending(measure)
     state = train_and_evaluate(
@@ -143,7 +142,8 @@ def run_one(
     last = {}
     for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
       last |= row
-    text = json.dumps({**last, **ending.found}, indent=2)
+    made = {**timing.facts(), 'minutes': (time.perf_counter() - start) / 60}
+    text = json.dumps({**last, **ending.found, 'made': made}, indent=2)
     workdir_lib.write_text(path, text + '\n')
     # A sweep's checkpoints would fill a disk.
     shutil.rmtree(workdir / workdir_lib.CHECKPOINTS, ignore_errors=True)
@@ -169,15 +169,6 @@ def read_all(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
   return results
 
 
-def run_minutes(jobs: Sequence[Job]) -> float:
-  """What the finished runs took together, each on a core of its own."""
-  seconds = 0.0
-  for job in jobs:
-    begun = (job.workdir / workdir_lib.CONFIG).stat().st_mtime
-    seconds += (job.workdir / RESULT).stat().st_mtime - begun
-  return seconds / 60
-
-
 def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
   """Makes the runs that are missing.
 
@@ -191,7 +182,7 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
   print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
   if not left:
     return
-  cores = sorted(os.sched_getaffinity(0))
+  cores = _cores()
   if not workers:
     workers = len(cores) if jax.default_backend() == 'cpu' else 1
   workers = min(workers, len(left))
@@ -210,8 +201,16 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
       finally:
         for name, value in before.items():
           jax.config.update(name, value)
+        compilation_cache.reset_cache()
     else:
       _in_processes(study, left, workers, (cache, cores), progress)
+
+
+def _cores() -> list[int]:
+  """Those that this process may use; macOS does not say which."""
+  if hasattr(os, 'sched_getaffinity'):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
 
 
 def _in_processes(study, left, workers, place, progress) -> None:
@@ -221,12 +220,25 @@ def _in_processes(study, left, workers, place, progress) -> None:
     workers, context, _begin, (number, os.getpid(), *place)
   ) as pool:
     futures = {pool.submit(_logged, job, study.measure): job for job in left}
-    for future in concurrent.futures.as_completed(futures):
-      try:
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+      for future in concurrent.futures.as_completed(futures):
         progress.ended(futures[future], future.result())
-      except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
+    except BaseException:
+      # Those that run save, and the rest do not begin.
+      for process in multiprocessing.active_children():
+        process.terminate()
+      pool.shutdown(cancel_futures=True)
+      raise
+    finally:
+      signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number, frame) -> None:
+  """Of SIGTERM: as main, it ends with a status that says to start again."""
+  del number, frame
+  print('stopped by SIGTERM; the same command goes on', flush=True)
+  raise SystemExit(command_line.STOPPED)
 
 
 def _begin(number, parent: int, cache: str, cores: Sequence[int]) -> None:
@@ -234,7 +246,8 @@ def _begin(number, parent: int, cache: str, cores: Sequence[int]) -> None:
   with number.get_lock():
     own = cores[number.value % len(cores)]
     number.value += 1
-  os.sched_setaffinity(0, {own})
+  if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, {own})
   host.keep_freed_memory()
   _share_compiled(cache)
 
@@ -249,6 +262,7 @@ def _begin(number, parent: int, cache: str, cores: Sequence[int]) -> None:
 def _share_compiled(cache: str) -> None:
   for name, value in zip(_CACHE, (cache, 0.2), strict=True):
     jax.config.update(name, value)
+  compilation_cache.reset_cache()  # one that is open stays where it was
 
 
 def _logged(job: Job, measure) -> dict[str, Any]:
@@ -300,56 +314,3 @@ class _Progress:
       f'{gone / 60:.1f} minutes gone, {left / 60:.1f} left',
       flush=True,
     )
-
-
-def step_times(
-  study: Any, jobs: Sequence[Job], output: pathlib.Path
-) -> dict[str, float]:
-  """The time of each timed arm's step over the first's, by name.
-
-  The steps of all of them are interleaved in one process that has all cores;
-  medians of ratios within a round. What was measured once is read.
-  """
-  timed = {
-    job.arm.name: job.config
-    for job in jobs
-    if job.arm.name in study.timed and not job.seed
-  }
-  if not timed:
-    return {}
-  hashes = [config_hash(config) for config in timed.values()]
-  name = hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:10]
-  path = output / f'step_times-{name}.json'
-  if not path.exists():
-    print(f'timing the steps of {len(timed)} arms', flush=True)
-    cases = {name: _Stepping(config) for name, config in timed.items()}
-    found = timing.interleave(cases, seconds=_TIMED_SECONDS)
-    first = found[next(iter(timed))]
-    ratios = {
-      name: timing.ratio(seconds, first).median
-      for name, seconds in found.items()
-    }
-    medians = {
-      name: float(np.median(seconds)) / _TIMED_STEPS
-      for name, seconds in found.items()
-    }
-    text = json.dumps({'ratios': ratios, 'seconds': medians}, indent=2)
-    output.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_text(path, text + '\n')
-  return json.loads(path.read_text(encoding='utf-8'))['ratios']
-
-
-class _Stepping:
-  """A few steps of a run, from where the last few ended."""
-
-  def __init__(self, config: ml_collections.ConfigDict):
-    with tempfile.TemporaryDirectory() as folder:
-      self._run = set_up(config, folder, kinds=evaluation.KINDS)
-    self._state = self._run.programs.init_state()
-    self._batches = self._run.batches(0)
-
-  def __call__(self) -> None:
-    """Takes them and waits."""
-    for _ in range(_TIMED_STEPS):
-      self._state, _ = self._run.train_step(self._state, next(self._batches))
-    jax.block_until_ready(self._state)

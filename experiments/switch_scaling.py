@@ -74,12 +74,14 @@ def ratio_to(
   """The length at which the loss would be `target`.
 
   Between the two lengths around it, or beyond the ends by the nearest two, a
-  line over the logarithm of the length.
+  line over the logarithm of the length. NaN where the loss does not fall there.
   """
   logs = np.log(lengths)
   above = sum(loss > target for loss in losses)
   i = int(np.clip(above, 1, len(losses) - 1))
   slope = (losses[i] - losses[i - 1]) / (logs[i] - logs[i - 1])
+  if not slope < 0:
+    return float('nan')
   return float(np.exp(logs[i] + (target - losses[i]) / slope))
 
 

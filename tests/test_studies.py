@@ -24,11 +24,13 @@ from experiments import (
   shared_steps,
   shazeer_table6,
   study,
+  study_figures,
   study_results,
   study_runs,
   sweeps,
   switch_scaling,
   switch_table1,
+  timing,
 )
 from experiments.study import Arm, Claim, Column, Preset, Row
 from experiments.tables import Interval, markdown_table
@@ -79,8 +81,11 @@ def test_markdown_table():
   ]
 
 
-def claimed(row, than, direction) -> Claim:
-  return Claim('of a tiny study', 'loss', row, than, direction)
+PUBLISHED = ['shazeer2017/table6/(0.1, 0.1)/test_ppl']
+
+
+def claimed(row, than, direction, published=PUBLISHED) -> Claim:
+  return Claim('of a tiny study', 'loss', row, than, direction, published)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,13 @@ def test_a_verdict_on_a_number():
   assert found.word == study_results.REPRODUCED
   found = study_results.verdict(claimed('a', 0.56, 'lower'), rows)
   assert found.word == study_results.UNRESOLVED
+
+
+def test_what_no_paper_printed_is_not_reproduced():
+  rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
+  for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
+    found = study_results.verdict(claimed('a', 0.6, direction, []), rows)
+    assert found.word == word
 
 
 def test_one_seed_resolves_nothing():
@@ -249,7 +261,7 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   folder.rename(folder.with_name('full'))
   report.main([f'--results={tmp_path}', f'--output={tmp_path / "page"}'])
   page = (tmp_path / 'page' / report.PAGE).read_text()
-  assert '| [tiny_study](#a-question) | 0 | 0 | 2 |' in page
+  assert '| [tiny_study](#a-question) | 0 | 0 | 0 | 0 | 2 |' in page
   assert '(results/tiny_study.png)' in page
   assert 'unverified, not shown' in page and '23.16' not in page
 
@@ -337,11 +349,15 @@ def test_ratio_to_a_loss_is_told():
   np.testing.assert_allclose(
     switch_scaling.ratio_to(2.5, lengths, [2.0, 1.0]), 0.125
   )
+  # A loss that rises never gets there.
+  assert math.isnan(switch_scaling.ratio_to(0.5, lengths, [1.0, 2.0]))
 
 
 def stand_in(config, number: float) -> dict[str, float]:
   """A result with every key that a run of this config has."""
+  made = {'device': 'a machine', 'cores': '2', 'date': '2026-01-02', 'jax': '1'}
   result = {'max_violation_batch': number, 'data_digest': 'x'}
+  result['made'] = {**made, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   layers = config.model.num_layers + max(config.model.num_encoder_layers, 0)
   for name in config.evals:
@@ -350,6 +366,7 @@ def stand_in(config, number: float) -> dict[str, float]:
     for i in range(layers):
       for key in ('load_cv', 'load_max_over_mean', 'importance_loss'):
         result[f'eval/{name}/layer_{i}/{key}'] = number
+        result[f'train/layer_{i}/{key}'] = number
   return result
 
 
@@ -364,16 +381,15 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     for i, job in enumerate(made):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
       results.setdefault(job.arm.name, []).append(result)
-    times = {arm: 1.5 for arm in found.timed}
+    times = {arm: timing.Spread(1.2, 1.5, 1.7) for arm in found.timed}
     assert times.keys() <= results.keys()
-    rows = found.make_rows(arms, results, times)
-    summary = study_results.found(
-      found, preset, 'text', rows, results, minutes=60.0
-    )
+    medians = dict.fromkeys(times, 1.5)
+    rows = found.make_rows(arms, results, medians)
+    summary = study_results.found(found, preset, 'text', rows, results, times)
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
     assert 'nan' not in text and found.title in text
-    study_results.draw(found.figure, summary, tmp_path / 'figure.png')
+    study_figures.draw(found.figure, summary, tmp_path / 'figure.png')
     assert set(found.figure.columns) <= {c.name for c in found.columns}
 
 

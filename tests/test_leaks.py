@@ -1,0 +1,78 @@
+"""The leak test: who sees later tokens, and what a prefix alone would give."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import leaks
+from moe_jax.data import PackedRows
+from tests.training import tiny
+
+T = 12
+CAUSAL = dict(router='token_choice', capacity_rule='all')
+BY_EXPERT = dict(
+  router='expert_choice',
+  capacity_rule='per_token',
+  capacity_factor=1.0,
+  balance_weight=0.0,
+  allow_future_leak=True,
+)
+
+
+@functools.cache
+def prepared(router: str, group_size: int = 0):
+  """A run and a state, as `measure` reads them, of random parameters."""
+  moe = BY_EXPERT if router == 'expert_choice' else CAUSAL
+  moe = dict(moe, layers='all', group_size=group_size)
+  config = tiny.config(data={'seq_len': T}, model={'moe': moe})
+  stream = np.random.default_rng(0).integers(0, 257, 10 * T)
+  rows = PackedRows(stream, np.array([0, 5 * T + 5]), T)
+  run = types.SimpleNamespace(
+    config=config,
+    model=tiny.model_of(config),
+    dataset=types.SimpleNamespace(splits={'validation': rows}),
+  )
+  # Larger than at the start: experts must differ for the leak to be seen.
+  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(config))
+  return run, types.SimpleNamespace(variables={'params': params})
+
+
+def test_a_causal_model_has_one_loss():
+  found = leaks.measure(*prepared('token_choice'))
+  assert found['leak/changed'] == 0
+  np.testing.assert_allclose(
+    found['leak/generated'], found['leak/at_once'], rtol=1e-5
+  )
+
+
+def test_expert_choice_leaks():
+  found = leaks.measure(*prepared('expert_choice'))
+  assert found['leak/changed'] > 0.1
+  assert abs(found['leak/generated'] - found['leak/at_once']) > 1e-3
+
+
+def test_generated_outputs_are_of_prefixes_alone():
+  run, state = prepared('expert_choice')
+  taken = run.dataset.splits['validation'].take(np.arange(8))
+  batch = {key: jnp.asarray(value) for key, value in taken.items()}
+
+  @jax.jit
+  def apply(batch):
+    return run.model.apply(state.variables, **run.model.inputs(batch))[0]
+
+  made = leaks._generated(apply, batch)
+  # Row 5 has two documents. Prefixes that are as long as they are, unpadded.
+  for end in (5, 7):
+    prefix = {key: value[5:6, :end] for key, value in batch.items()}
+    np.testing.assert_allclose(
+      made[5, end - 1], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_groups_of_several_rows_are_refused():
+  with pytest.raises(ValueError, match='group_size=-1 has several rows'):
+    leaks.measure(*prepared('token_choice', group_size=-1))

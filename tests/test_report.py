@@ -1,0 +1,68 @@
+"""The page of all studies: what it takes, and what it leaves alone."""
+
+import json
+
+import pytest
+
+from experiments import report, study_results
+from experiments.study import Claim, Column, Figure, Preset, Row, Study
+
+
+def summary(name: str, digest: str) -> dict:
+  """What a study of two rows wrote; the step's time is measured once."""
+  made = Study(
+    name=name,
+    title=f'About {name}',
+    source='No paper',
+    config=lambda steps: None,
+    arms=lambda preset: [],
+    presets={},
+    columns=[Column('loss', 'loss'), Column('time', 'time', digits=2)],
+    claims=[Claim('a is better', 'loss', 'a', 'b', 'lower')],
+    figure=Figure(['loss']),
+  )
+  rows = [
+    Row('a', {'loss': [1.0, 1.1], 'time': [1.25, 1.25]}),
+    Row('b', {'loss': [1.0, 1.1]}),
+  ]
+  made_at = {'device': 'a', 'cores': '2', 'date': '2026', 'jax': '1'}
+  made_at['minutes'] = 1.0
+  results = {'a': [{'data_digest': digest, 'made': made_at}]}
+  return study_results.found(made, Preset(1, 2), 'text', rows, results, {})
+
+
+def place(results, name: str, digest: str):
+  """As a study's full preset leaves it."""
+  folder = results / name / 'full'
+  folder.mkdir(parents=True)
+  text = json.dumps(summary(name, digest))
+  (folder / study_results.SUMMARY).write_text(text)
+  (folder / study_results.PICTURE).write_bytes(b'')
+
+
+def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
+  results, output = tmp_path / 'results', tmp_path / 'page'
+  argv = [f'--results={results}', f'--output={output}']
+  place(results, 'first', 'one')
+  report.main(argv)
+  page = (output / report.PAGE).read_text()
+  assert '## About first' in page
+  place(results, 'second', 'two')
+  with pytest.raises(SystemExit):
+    report.main(argv)
+  assert 'saw different data' in capsys.readouterr().err
+  kept = sorted(path.name for path in (output / report.KEPT).iterdir())
+  assert kept == ['first.json', 'first.png']
+  assert (output / report.PAGE).read_text() == page
+
+
+def test_what_is_measured_once_has_no_interval():
+  found = summary('first', 'one')
+  table = study_results.results_table(found)
+  assert '| a | 1.0500 ± 0.6353 | 1.25 |' in table
+  assert '| b | 1.0500 ± 0.6353 |  |' in table
+
+
+def test_a_study_may_claim_nothing():
+  found = {**summary('first', 'one'), 'claims': []}
+  assert study_results.text_of(found).startswith('## About first')
