@@ -129,7 +129,7 @@ STUDY = Study(
   remarks=(
     'Balance is measured in training, with noise. Without it loads are less '
     'even, and the more so the larger the weights, whose routers lean on the '
-    'noise: the last claim would be the opposite there. '
+    'noise: the claim on more weight would be the opposite there. '
     'A weight of 1 costs quality here and not in the paper. Untested, but '
     'likely: the losses are of order one at the start, and outweigh what a '
     'model of two narrow layers has left to learn of 1.5 nats a byte.'

@@ -62,8 +62,12 @@ def test_a_cell_has_its_place_and_its_columns_unit():
     ('gshard2020/table3/dense T(96L)/core_years', '~235.5 (Table 3)'),
     ('gshard2020/table3/2048E 36L/params', '600 (Table 3)'),
     (
-      'jacobs1991/table1/8 experts/mean_epochs',
-      '1083 (Table 1, secondary source)',
+      'jacobs1991/table1/4 experts/mean_epochs',
+      '1124 (Table 1, secondary source)',
+    ),
+    (
+      'switch2021/scaling/64E/time_speedup',
+      '7 (text; in words: one-seventh of the time)',
     ),
     ('hash2021/reddit/Hash/ppl', 'unverified, not shown'),
     # One cell of a checked table.
