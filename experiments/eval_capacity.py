@@ -26,14 +26,14 @@ _EVAL = dict(every_steps=0, num_batches=40)
 
 def config(steps: int):
   """What both models share."""
-  made = byte_models.decoder(steps, num_layers=2)
+  made = byte_models.decoder(steps, num_layers=1, batch_size=16)
   made.data.task = 'prefix_lm'
   made.data.target_len = 64
   made.data.seq_len = 128
   m = made.model
   m.kind = 'encoder_decoder'
   m.positions = 'relative'
-  m.num_encoder_layers = 3
+  m.num_encoder_layers = 2
   m.moe.encoder_layers, m.moe.layers = 'all', 'none'
   m.moe.num_experts = 8
   m.moe.capacity_rule = 'per_token'
@@ -100,7 +100,7 @@ STUDY = Study(
   'there); V-MoE',
   config=config,
   arms=arms,
-  presets={'quick': Preset(300, 3), 'full': Preset(1500, 5)},
+  presets={'quick': Preset(300, 3), 'full': Preset(1200, 5)},
   columns=[
     Column('loss', 'eval/no_drops/loss', 'nats/byte'),
     Column('dropped', 'eval/no_drops/drop_rate', '%', 1),

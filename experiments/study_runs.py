@@ -215,17 +215,18 @@ def _cores() -> list[int]:
 
 def _in_processes(study, left, workers, place, progress) -> None:
   context = multiprocessing.get_context('spawn')
-  number = context.Value('i', 0)
+  number, stopping = context.Value('i', 0), context.Event()
   with concurrent.futures.ProcessPoolExecutor(
-    workers, context, _begin, (number, os.getpid(), *place)
+    workers, context, _begin, (number, stopping, os.getpid(), *place)
   ) as pool:
-    futures = {pool.submit(_logged, job, study.measure): job for job in left}
+    futures = {pool.submit(_unless, job, study.measure): job for job in left}
     before = signal.signal(signal.SIGTERM, _stop)
     try:
       for future in concurrent.futures.as_completed(futures):
         progress.ended(futures[future], future.result())
     except BaseException:
-      # Those that run save, and the rest do not begin.
+      # Those that run save; of the rest some may be queued in a worker.
+      stopping.set()
       for process in multiprocessing.active_children():
         process.terminate()
       pool.shutdown(cancel_futures=True)
@@ -241,8 +242,21 @@ def _stop(number, frame) -> None:
   raise SystemExit(command_line.STOPPED)
 
 
-def _begin(number, parent: int, cache: str, cores: Sequence[int]) -> None:
+_stopping = None  # of a worker: an event, set once no other run is to begin
+
+
+def _unless(job: Job, measure) -> dict[str, Any]:
+  if _stopping.is_set():
+    raise SystemExit('the study was stopped')
+  return _logged(job, measure)
+
+
+def _begin(
+  number, stopping, parent: int, cache: str, cores: Sequence[int]
+) -> None:
   """A worker's start: a core of its own, and no life beyond its parent's."""
+  global _stopping
+  _stopping = stopping
   with number.get_lock():
     own = cores[number.value % len(cores)]
     number.value += 1
