@@ -206,36 +206,47 @@ def test_results_of_other_data_are_not_mixed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_killed_half_way_gives_the_same_table(tmp_path):
-  def command(folder):
-    return [sys.executable, '-m', 'tests.tiny_study', f'--output={folder}']
+def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
+  def command(name):
+    folder = f'--output={tmp_path / name}'
+    return [sys.executable, '-m', 'tests.tiny_study', '--workers=2', folder]
 
-  options = dict(cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
-  undisturbed = subprocess.Popen(command(tmp_path / 'a'), **options)
-  killed = subprocess.Popen(command(tmp_path / 'b'), **options)
-  runs = tmp_path / 'b' / tiny_study.STUDY.name / 'runs'
-  deadline = time.monotonic() + 300
-  while not list(runs.glob(f'*/*/{study_runs.RESULT}')):
-    assert killed.poll() is None and time.monotonic() < deadline
-    time.sleep(0.05)
-  killed.send_signal(signal.SIGKILL)
-  killed.wait()
-  first = {path: path.stat().st_mtime_ns for path in runs.glob('*/*/*.json')}
-  done = {path for path in first if path.name == study_runs.RESULT}
-  assert len(done) < 6
-  time.sleep(2)  # its workers notice
-  again = subprocess.run(
-    command(tmp_path / 'b'), **options, capture_output=True, check=True
-  )
-  assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
-  assert undisturbed.wait() == 0
-  for path in done:  # what was finished was not made again
-    assert path.stat().st_mtime_ns == first[path]
-  a, b = (
-    (tmp_path / name / tiny_study.STUDY.name / 'quick' / 'rows.csv').read_text()
-    for name in 'ab'
-  )
-  assert a == b and len(a.splitlines()) == 1 + 3 * 2 * 2
+  def runs(name):
+    folder = tmp_path / name / tiny_study.STUDY.name / 'runs'
+    return {
+      path: path.stat().st_mtime_ns
+      for path in folder.glob(f'*/*/{study_runs.RESULT}')
+    }
+
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
+  undisturbed = subprocess.Popen(command('undisturbed'), **options)
+  ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: command_line.STOPPED}
+  for number, status in ends.items():
+    name = number.name
+    process = subprocess.Popen(command(name), **options)
+    deadline = time.monotonic() + 300
+    while not runs(name):
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == status
+    time.sleep(2)  # workers of a killed one notice
+    done = runs(name)
+    assert len(done) < 6
+    again = subprocess.run(
+      command(name), cwd=ROOT, env=env, capture_output=True, check=True
+    )
+    assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
+    # What was finished was not made again.
+    assert {path: runs(name)[path] for path in done} == done
+  undisturbed.communicate()
+  tables = {
+    (tmp_path / name / 'tiny_study' / 'quick' / 'rows.csv').read_text()
+    for name in ('undisturbed', *(number.name for number in ends))
+  }
+  assert undisturbed.returncode == 0 and len(tables) == 1
+  assert len(tables.pop().splitlines()) == 1 + 3 * 2 * 2
 
 
 @pytest.mark.slow
