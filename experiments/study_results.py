@@ -206,7 +206,7 @@ def claims_table(summary: Mapping[str, Any]) -> str:
     difference = _interval(claim)
     than = claim['than']
     than = than if isinstance(than, str) else f'{than:g}'
-    note = f' {claim["note"]}' if claim['note'] else ''
+    note = f'. {claim["note"]}' if claim['note'] else ''
     lines.append(
       {
         'claim': claim['text'] + note,

@@ -35,6 +35,8 @@ os.environ |= {
   # One for all workers and runs.
   'JAX_COMPILATION_CACHE_DIR': _CACHE,
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+  # Those of torch spin while they wait for one that has no core.
+  'OMP_NUM_THREADS': '1',
 }
 _flags = os.environ.get('XLA_FLAGS', '')
 if _FASTER not in _flags and _known(_FASTER.split('=')[0].lstrip('-')):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -113,6 +114,7 @@ LONGER = (
   '--config.total_steps=60',
   '--config.checkpoint.every_steps=7',
   '--config.model.dropout=0.1',
+  '--config.sample.num_tokens=0',
 )
 
 
@@ -121,7 +123,12 @@ def final_arrays(workdir):
     (int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*')),
   )
   folder = (workdir / 'checkpoints' / str(step)).resolve()
-  restored = ocp.PyTreeCheckpointer().restore(folder)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(folder).item_metadata.tree
+    numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    restored = checkpointer.restore(
+      folder, restore_args=jax.tree.map(lambda _: numpy, tree)
+    )
   return step, ocp.tree.to_flat_dict(restored)
 
 
@@ -132,7 +139,7 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   rng = random.Random(0)
   killed = stopped = 0
   broken = tmp_path / 'broken'
-  for _ in range(30):
+  for _ in range(3):
     process = subprocess.Popen(
       command(broken, *LONGER),
       cwd=ROOT,
@@ -145,7 +152,7 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
     patience = rng.randint(2, 25)
     for line in process.stdout:
       seen += line.startswith('step ')
-      if killed < 3 and seen > patience:
+      if killed < 2 and seen > patience:
         time.sleep(rng.random() * 0.1)
         # Of the first life, which is far from the end.
         number = signal.SIGKILL if killed else signal.SIGTERM
@@ -158,7 +165,7 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
     stopped += status == command_line.STOPPED
     if status == 0:
       break
-  assert (killed, stopped) == (3, 1)
+  assert (killed, stopped) == (2, 1)
   step, expected = final_arrays(tmp_path / 'whole')
   other_step, found = final_arrays(broken)
   assert step == other_step == 60
@@ -182,6 +189,8 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
   done = subprocess.run(
     [sys.executable, '-c', limited, *command(tmp_path, *more)[3:]],
     cwd=ROOT,
+    # The cache of compiled programs would complain of the disk too.
+    env={**os.environ, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '999'},
     capture_output=True,
     text=True,
     timeout=300,

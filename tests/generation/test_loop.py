@@ -261,7 +261,7 @@ def test_boxed_and_prepared_parameters_do(prepared):
   expected = generate(model, params).tokens
   found = generation.generate(*prepared, PROMPTS, max_new_tokens=NEW).tokens
   np.testing.assert_array_equal(found, expected)
-  boxed = model.init(tiny.key(0), jnp.zeros((1, T), jnp.int32))
+  boxed = jax.jit(model.init)(tiny.key(0), jnp.zeros((1, T), jnp.int32))
   made = generation.generate(model, boxed, PROMPTS, max_new_tokens=2)
   assert made.tokens.shape == (6, 2)
   assert generation.prepare(*prepared)[0] is prepared[0]

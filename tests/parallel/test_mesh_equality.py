@@ -99,6 +99,7 @@ OPTIMIZER = optax.chain(
 )
 
 
+@functools.cache
 def first_state(model):
   """Unlike a run's, its bias has moved, so that choices depend on it."""
   params = tiny.params_of(model)
@@ -110,6 +111,11 @@ def first_state(model):
   step = jnp.zeros((), jnp.int32)
   seed = jnp.zeros((), jnp.uint32)
   return TrainState(step, seed, params, OPTIMIZER.init(params), bias)
+
+
+@functools.cache
+def boxed_shapes(model):
+  return models.abstract_params(model, T)
 
 
 @functools.cache
@@ -125,7 +131,7 @@ def step_of(
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
     mesh = partitioning.make_mesh(sizes)
     rules = partitioning.make_rules(config.sharding.to_dict())
-    boxed = models.abstract_params(model, T)
+    boxed = boxed_shapes(model)
     params = partitioning.tree_shardings(
       mesh, rules, axis_names(boxed), nn.meta.unbox(boxed)
     )

@@ -5,6 +5,7 @@ python -m tests.training.process <coordinator> <processes> <id> <jobs.json>
 Each job is a dict for `run`. Not a test.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import pathlib
 import resource
 import signal
 import sys
-import tempfile
 import time
 
 import jax
@@ -21,21 +21,14 @@ import jax
 if __name__ == '__main__':
   sys.modules['torch'] = None
 
-CACHE = os.environ.get(
-  'MOE_JAX_TEST_CACHE',
-  str(pathlib.Path(tempfile.gettempdir()) / 'moe_jax_test_cache'),
-)
-
-
 TIMEOUTS = {'heartbeat_timeout_seconds': 15}
 
 
 def configure(num_devices):
-  """As in `tests/conftest.py`, with so many fake devices."""
+  """What `tests/conftest.py` leaves out of the environment."""
+  gc.set_threshold(50_000, 10, 10)
   jax.config.update('jax_num_cpu_devices', num_devices)
   jax.config.update('jax_numpy_rank_promotion', 'raise')
-  jax.config.update('jax_disable_most_optimizations', True)
-  jax.config.update('jax_compilation_cache_dir', CACHE)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
@@ -179,6 +172,8 @@ def main(coordinator, num_processes, process_id, path):
   within = pathlib.Path(path).parent
   configure(spec['devices'])
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
+  if 'shared_seconds' in spec:
+    distributed._SHARED_SECONDS = spec['shared_seconds']
   where = coordinator, int(num_processes), int(process_id)
   with distributed.joined(timeouts, *where):
     for job in spec['jobs']:

@@ -51,8 +51,10 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(folder, count, jobs, **spec):
+def start(folder, count, jobs, frozen=None, **spec):
   """Runs jobs in so many processes, and ends every one of them.
+
+  Nobody waits for the end of `frozen`, a process's number.
 
   Returns:
     Their ends, and how many seconds the last took after the first.
@@ -72,7 +74,7 @@ def start(folder, count, jobs, **spec):
             [*command, str(i), path], cwd=ROOT, env=env, stdout=out, stderr=err
           )
         )
-    seconds = _wait(running)
+    seconds = _wait([p for i, p in enumerate(running) if i != frozen])
   finally:
     for p in running:
       p.kill()
@@ -90,7 +92,7 @@ def start(folder, count, jobs, **spec):
 
 
 def _wait(running):
-  """Until all have ended; a stopped one never does."""
+  """Until all have ended."""
   began, first = time.monotonic(), None
   while any(p.poll() is None for p in running):
     now = time.monotonic()
@@ -244,10 +246,14 @@ def test_process_0_alone_speaks_and_writes_rows(two):
 )
 def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
   job = {'workdir': 'run', 'overrides': LONG, 'befalls': befalls}
+  who, what, _ = befalls
   # Longer than the step's compilation on a busy machine.
-  timeouts = {'stall_timeout_seconds': 40 if befalls[1] == 'stuck' else 0}
-  ends, _ = start(tmp_path, 2, [job], timeouts=timeouts)
-  other = ends[1 - befalls[0]]
+  timeouts = {'stall_timeout_seconds': 25 if what == 'stuck' else 0}
+  frozen = None
+  if what == 'SIGSTOP':
+    timeouts['heartbeat_timeout_seconds'], frozen = 8, who
+  ends, _ = start(tmp_path, 2, [job], frozen, timeouts=timeouts)
+  other = ends[1 - who]
   assert other.status == 1
   assert message in other.errors
   assert len(other.errors.splitlines()) < 20
@@ -275,7 +281,7 @@ def test_processes_that_differ_are_named(tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_is_not_shared(tmp_path):
   job = {'workdir': ['a', 'b'], 'overrides': LONG}
-  ends, _ = start(tmp_path, 2, [job])
+  ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
   assert 'process 1 failed: ValueError: process 1 does not see' in (
     ends[0].errors
