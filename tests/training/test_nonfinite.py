@@ -94,7 +94,12 @@ def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
   whole = train(tmp_path / 'whole')
   plain = tiny.config(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
   other = train(tmp_path / 'plain', config=plain)
-  assert_equal(whole.states[6], other.states[6])
+  # Two programs, whose sums may be in another order.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    whole.states[6],
+    other.states[6],
+  )
   assert not whole.files
 
 

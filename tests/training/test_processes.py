@@ -249,9 +249,7 @@ def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
   who, what, _ = befalls
   # Longer than the step's compilation on a busy machine.
   timeouts = {'stall_timeout_seconds': 25 if what == 'stuck' else 0}
-  frozen = None
-  if what == 'SIGSTOP':
-    timeouts['heartbeat_timeout_seconds'], frozen = 8, who
+  frozen = who if what == 'SIGSTOP' else None
   ends, _ = start(tmp_path, 2, [job], frozen, timeouts=timeouts)
   other = ends[1 - who]
   assert other.status == 1
