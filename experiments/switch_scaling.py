@@ -14,8 +14,9 @@ The ratio is to the twin's own steps: 0.5 is twice as soon. Seconds are that
 ratio times the measured ratio of step times, on this machine. The gap opens
 late: a ratio below 1 at a short length says little about a long one.
 
-Found: the dense loss in 0.53 of the steps (top-2 of 64) to 0.72 (top-1 of 4), and
-no time gained: a step of so narrow a model costs 1.4 to 2.2 dense ones on a CPU.
+Found: the dense loss in 0.53 of the steps (top-2 of 64) to 0.72 (top-1 of 4),
+and no time gained: a step of so narrow a model costs 1.4 to 2.2 dense ones on a
+CPU.
 """
 
 from collections.abc import Mapping, Sequence
