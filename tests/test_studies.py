@@ -431,10 +431,14 @@ def test_every_study_runs(name, tmp_path):
   quick = dataclasses.replace(
     found.presets['quick'], steps=4, seeds=1, overrides={}
   )
-  shared = merge(found.shared(quick), {'batch_size': 4})
+  shared = merge(found.shared(quick), {'batch_size': 4}).unlock()
+  for entry in list(shared.evals)[2:-1]:  # of a kind with those beside them
+    del shared.evals[entry]
+  for entry in shared.evals.values():
+    entry.num_batches = 1
   arms = found.arms(quick)
   kept = [arms[0], arms[len(arms) // 2]]
-  for job in study_runs.jobs(shared, kept, [0], tmp_path):
+  for job in study_runs.jobs(shared.lock(), kept, [0], tmp_path):
     result = study_runs.run_one(
       job.config, job.workdir, found.measure, jax.devices()[:1]
     )
