@@ -12,7 +12,7 @@ Here: causal byte-level decoders, where expert choice cheats: whether an expert
 takes a token depends on the tokens after it. The leak is measured (how many
 earlier outputs change when later tokens do), and with it the loss of the same
 rows as generation would see them, prefix by prefix. Token choice has room for
-all, groups are single sequences. What was found is in RESULTS.md.
+all, groups are single sequences. The full preset has not been run yet.
 """
 
 from experiments import byte_models, leaks, study

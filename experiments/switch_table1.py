@@ -14,7 +14,7 @@ means slots a token in the paper, and slots an assignment elsewhere; for top-2
 both readings have rows. At equal time the dense twin trains for longer: its
 loss at the measured ratio of step times is read from lines between runs of 1,
 1.5 and 2 times the steps, each annealed; the curve lies a little below them.
-What was found is in RESULTS.md.
+The full preset has not been run yet.
 """
 
 import math
