@@ -20,9 +20,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import claims, study_results, study_runs, study_times, tasks
+from experiments import claims, study_results, study_runs, study_times
 from experiments.launch import Item
 from experiments.sweeps import nested
+from experiments.tasks import TASKS, Task
 from moe_jax import command_line, host
 from moe_jax.config import merge, unknown
 from moe_jax.training.setup import Run
@@ -31,7 +32,6 @@ from moe_jax.training.step import TrainState
 Result = dict[str, Any]  # the last row of each key of a run
 Results = dict[str, list[Result]]  # by arm, one a seed
 DIRECTIONS = ('higher', 'lower')
-TEXT = 'text'  # the task that a study's own config is of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,13 @@ class Preset:
     steps: Optimizer steps of a run.
     seeds: How many, from 0.
     overrides: Of all arms, by dotted name.
+    without: Arms that it leaves out, by name; `*` for any text.
   """
 
   steps: int
   seeds: int
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  without: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Study:
     title: The question.
     source: Paper and table.
     config: What all arms share, of so many steps.
-    arms: Of a preset.
+    arms: Of a preset; see `arms_of`.
     presets: 'quick' (ten minutes on two cores) and 'full' (45 at most).
     columns: Of the table.
     claims: Of the paper.
@@ -169,9 +171,10 @@ class Study:
     rows: From the results to the table's rows, where those are not the arms;
       the second argument is every timed arm's time a step over the first's.
     measure: Taken from every trained run beside its metrics.
-    timed: Names of arms whose steps are timed, interleaved, after the runs; the
-      others' are ratios to the first's.
+    timed: Names of arms whose steps are timed, interleaved, after the runs, if
+      the preset has them; the others' are ratios to the first's.
     remarks: Said below the table.
+    tasks: What it can be run on; the first, unless another is asked for.
   """
 
   name: str
@@ -187,25 +190,38 @@ class Study:
   measure: Callable[[Run, TrainState], Mapping[str, float]] | None = None
   timed: Sequence[str] = ()
   remarks: str = ''
+  tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
 
-  def shared(
-    self, preset: Preset, task: str = TEXT
-  ) -> ml_collections.ConfigDict:
+  @property
+  def task(self) -> str:
+    """What it is run on where nothing else is asked for."""
+    return next(iter(self.tasks))
+
+  def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
     """The config that arms change.
 
+    Args:
+      preset: Steps and overrides.
+      task: Of `tasks`; '': `self.task`.
+
     Raises:
-      ValueError: See `tasks.task` and `config.merge`.
+      ValueError: It has no such task; or see `config.merge`.
     """
-    config = merge(self.config(preset.steps), nested(preset.overrides))
-    chosen = tasks.task(task)
-    if task == TEXT:
-      return config
-    if config.data.task != 'lm':
-      raise ValueError(
-        f'--task={task}: {self.name} is a study of data.task='
-        f'{config.data.task!r}'
-      )
-    return merge(config, nested(chosen.overrides))
+    task = task or self.task
+    if task not in self.tasks:
+      raise unknown(f'task of {self.name}', task, self.tasks)
+    config = self.config(preset.steps)
+    for overrides in (self.tasks[task].overrides, preset.overrides):
+      config = merge(config, nested(overrides))
+    return config
+
+  def arms_of(self, preset: Preset) -> list[Arm]:
+    """Those that the preset runs."""
+
+    def left_out(arm: Arm) -> bool:
+      return any(fnmatch.fnmatchcase(arm.name, p) for p in preset.without)
+
+    return [arm for arm in self.arms(preset) if not left_out(arm)]
 
   def get_config(self, arg: str = 'quick') -> ml_collections.ConfigDict:
     """As a config file's: `experiments/<name>.py:<preset>`."""
@@ -215,7 +231,8 @@ class Study:
 
   def get_items(self, preset: str = 'quick') -> list[Item]:
     """Its runs for `experiments.launch`, in the folders where it looks."""
-    arms, chosen = self.arms(self.presets[preset]), self.presets[preset]
+    chosen = self.presets[preset]
+    arms = self.arms_of(chosen)
     shared = self.shared(chosen)
     output = pathlib.Path('results') / self.name
     items = []
@@ -252,7 +269,7 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--seeds', type=int, default=0, help="how many; 0: the preset's")
   add('--steps', type=int, default=0, help="of a run; 0: the preset's")
   add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
-  add('--task', default=TEXT, choices=list(tasks.TASKS), help='data')
+  add('--task', default=study.task, choices=list(study.tasks), help='data')
   add('--output', default='results', help='where results and runs go')
   options = parser.parse_args(argv)
   for name in ('seeds', 'steps', 'workers'):
@@ -273,11 +290,11 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   )
   label = options.preset
   for name in ('seeds', 'steps', 'task'):
-    if getattr(options, name) not in (0, TEXT):
+    if getattr(options, name) not in (0, study.task):
       label += f'-{name}={getattr(options, name)}'
   output = pathlib.Path(options.output) / study.name
   try:
-    shared, arms = study.shared(preset, options.task), study.arms(preset)
+    shared, arms = study.shared(preset, options.task), study.arms_of(preset)
     jobs = study_runs.jobs(shared, arms, range(preset.seeds), output)
   except ValueError as error:
     command_line.fail(str(error))
@@ -289,7 +306,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   times = study_times.step_times(study, jobs, output)
   medians = {name: spread.median for name, spread in times.items()}
   rows = study.make_rows(arms, results, medians)
-  found = study_results.found(study, preset, options.task, rows, results, times)
+  task = study.tasks[options.task]
+  found = study_results.found(study, preset, task, rows, results, times)
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   folder = output / label
   text = study_results.write(folder, study, found, configs)

@@ -15,8 +15,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import claims, study_figures, tasks, timing
+from experiments import claims, study_figures, timing
 from experiments.tables import Interval, markdown_table
+from experiments.tasks import Task
 from moe_jax.config import unknown
 from moe_jax.training.workdir import write_text
 
@@ -78,7 +79,7 @@ def _values(name: str, column: str, rows: Sequence[Any]) -> Sequence[float]:
 def found(
   study: Any,
   preset: Any,
-  task: str,
+  task: Task,
   rows: Sequence[Any],
   results: Mapping[str, Sequence[Mapping[str, Any]]],
   times: Mapping[str, timing.Spread],
@@ -91,7 +92,7 @@ def found(
     'name': study.name,
     'title': study.title,
     'source': study.source,
-    'task': tasks.task(task).label,
+    'task': task.label,
     'steps': preset.steps,
     'seeds': list(range(preset.seeds)),
     'overrides': dict(preset.overrides),

@@ -32,7 +32,7 @@ def step_times(
   ratios within a round. What this device was measured at once is read.
   """
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
-  timed = {name: configs[name] for name in study.timed}
+  timed = {name: configs[name] for name in study.timed if name in configs}
   if not timed:
     return {}
   hashes = [config_hash(config) for config in timed.values()]

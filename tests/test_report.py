@@ -6,6 +6,7 @@ import pytest
 
 from experiments import report, study_results
 from experiments.study import Claim, Column, Figure, Preset, Row, Study
+from experiments.tasks import TASKS
 
 
 def summary(name: str, digest: str) -> dict:
@@ -28,7 +29,9 @@ def summary(name: str, digest: str) -> dict:
   made_at = {'device': 'a', 'cores': '2', 'date': '2026', 'jax': '1'}
   made_at['minutes'] = 1.0
   results = {'a': [{'data_digest': digest, 'made': made_at}]}
-  return study_results.found(made, Preset(1, 2), 'text', rows, results, {})
+  return study_results.found(
+    made, Preset(1, 2), TASKS['text'], rows, results, {}
+  )
 
 
 def place(results, name: str, digest: str):

@@ -1,6 +1,7 @@
 """Studies: arms that are what they say, runs kept, verdicts that are honest."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 import os
@@ -386,17 +387,26 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   found = STUDIES[name]
   assert set(found.presets) == {'quick', 'full'}
   for preset in found.presets.values():
-    arms = found.arms(preset)
+    arms = found.arms_of(preset)
     made = study_runs.jobs(found.shared(preset), arms, range(2), tmp_path)
     results = {}
     for i, job in enumerate(made):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
       results.setdefault(job.arm.name, []).append(result)
-    times = {arm: timing.Spread(1.2, 1.5, 1.7) for arm in found.timed}
+    for pattern in preset.without:
+      assert fnmatch.filter([arm.name for arm in found.arms(preset)], pattern)
+      assert not fnmatch.filter(results, pattern)
+    times = {
+      arm: timing.Spread(1.2, 1.5, 1.7)
+      for arm in found.timed
+      if arm in results or not preset.without
+    }
     assert times.keys() <= results.keys()
     medians = dict.fromkeys(times, 1.5)
     rows = found.make_rows(arms, results, medians)
-    summary = study_results.found(found, preset, 'text', rows, results, times)
+    summary = study_results.found(
+      found, preset, found.tasks[found.task], rows, results, times
+    )
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
     assert 'nan' not in text and found.title in text
@@ -408,7 +418,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
 def test_a_studys_arms_are_equal_in_flops(name):
   found = STUDIES[name]
   shared, built = found.shared(found.presets['quick']), {}
-  for arm in found.arms(found.presets['quick']):
+  for arm in found.arms_of(found.presets['quick']):
     config = merge(shared, sweeps.nested(arm.overrides))
     config = merge(config, {'model': {'vocab_size': 257}})
     built[arm.name] = models.build(config)
@@ -436,7 +446,7 @@ def test_every_study_runs(name, tmp_path):
     del shared.evals[entry]
   for entry in shared.evals.values():
     entry.num_batches = 1
-  arms = found.arms(quick)
+  arms = found.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
   for job in study_runs.jobs(shared.lock(), kept, [0], tmp_path):
     result = study_runs.run_one(
@@ -461,7 +471,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   own = {
     str(job.workdir): job.config
     for job in study_runs.jobs(
-      found.shared(quick), found.arms(quick), range(quick.seeds), output
+      found.shared(quick), found.arms_of(quick), range(quick.seeds), output
     )
   }
   assert {item.workdir for item in items} == own.keys()
@@ -474,7 +484,7 @@ def test_another_task_is_said_and_refused_where_it_does_not_fit():
   found = shazeer_table6.STUDY
   config = found.shared(found.presets['quick'], 'cipher')
   assert config.data.source.startswith('cipher')
-  with pytest.raises(ValueError, match=r"a study of data\.task='prefix_lm'"):
+  with pytest.raises(ValueError, match=r"'cipher'.*\['kv_recall', 'text'\]"):
     eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')
 
 
