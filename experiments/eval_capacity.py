@@ -16,7 +16,6 @@ without priority, are evaluated at every capacity under both orders.
 The full preset has not been run yet.
 """
 
-from configs import base
 from experiments import byte_models, study
 from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
 from experiments.tasks import PREFIX_TASKS
@@ -24,26 +23,29 @@ from experiments.tasks import PREFIX_TASKS
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 ORDERS = {'order of the text': 'token_major', 'priority': 'batch_priority'}
 PLAIN, BPR = 'order of the text', 'priority'
-_EVAL = dict(every_steps=0, num_batches=40)
 
 
 def config(steps: int):
   """What both models share."""
-  made = byte_models.decoder(steps, num_layers=1)
-  m = made.model
-  m.kind = 'encoder_decoder'
-  m.positions = 'relative'
-  m.num_encoder_layers = 2
-  m.moe.encoder_layers, m.moe.layers = 'all', 'none'
-  m.moe.num_experts = 8
-  m.moe.capacity_rule = 'per_token'
-  m.moe.capacity_factor = 0.75
+  made = byte_models.decoder(
+    steps,
+    num_layers=1,
+    num_experts=8,
+    encoder_layers='all',
+    layers='none',
+    capacity_rule='per_token',
+    capacity_factor=0.75,
+  )
+  made.model.kind = 'encoder_decoder'
+  made.model.positions = 'relative'
+  made.model.num_encoder_layers = 2
   made.evals = {'no_drops': byte_models.no_drops()}
   for order in ORDERS.values():
     for factor in FACTORS:
-      moe = dict(encoder_slot_priority=order, capacity_factor=factor)
-      made.evals[_name(order, factor)] = base.evaluation(moe=moe, **_EVAL)
-  return made.lock()
+      made.evals[_name(order, factor)] = byte_models.evaluation(
+        encoder_slot_priority=order, capacity_factor=factor
+      )
+  return made
 
 
 def _name(order: str, factor: float) -> str:
@@ -83,15 +85,14 @@ def rows(results: study.Results, times) -> list[Row]:
   return made
 
 
-def claim(text, row, than, published=(), note='') -> Claim:
+def compared(row: tuple, than: tuple) -> str:
   """That the row's loss is lower."""
-  return Claim(text, 'loss', row, than, 'lower', published, note)
+  return f'loss: {row_name(*row)} < {row_name(*than)}'
 
 
-TABLE_8, TABLE_18 = (
-  'stmoe2022/table8/top-1, CF 0.75',
-  'stmoe2022/table18/CF 0.75',
-)
+# Of the paper's model at 0.75 without and with priority in training.
+WITHOUT = 'stmoe2022/table8/top-1, CF 0.75'
+WITH = 'stmoe2022/table18/CF 0.75'
 ENCODER = 'There in encoder and decoder, here in the encoder.'
 STUDY = Study(
   name='eval_capacity',
@@ -106,38 +107,33 @@ STUDY = Study(
     Column('dropped', 'eval/no_drops/drop_rate', '%', 1),
   ],
   claims=[
-    claim(
+    Claim(
       'trained at 0.75, evaluated at 2 rather than 0.75',
-      row_name(PLAIN, PLAIN, 2.0),
-      row_name(PLAIN, PLAIN, 0.75),
-      [f'{TABLE_8}/nlp_eval_2', f'{TABLE_8}/nlp_train_cf'],
+      compared((PLAIN, PLAIN, 2.0), (PLAIN, PLAIN, 0.75)),
+      [f'{WITHOUT}/nlp_eval_2', f'{WITHOUT}/nlp_train_cf'],
     ),
-    claim(
+    Claim(
       'priority in training and evaluation, at 0.75',
-      row_name(BPR, BPR, 0.75),
-      row_name(PLAIN, PLAIN, 0.75),
-      [f'{TABLE_18}/nlp_train_cf', f'{TABLE_8}/nlp_train_cf'],
+      compared((BPR, BPR, 0.75), (PLAIN, PLAIN, 0.75)),
+      [f'{WITH}/nlp_train_cf', f'{WITHOUT}/nlp_train_cf'],
       ENCODER,
     ),
-    claim(
+    Claim(
       'priority in training, evaluated at 2',
-      row_name(BPR, BPR, 2.0),
-      row_name(PLAIN, PLAIN, 2.0),
-      [f'{TABLE_18}/nlp_eval_2', f'{TABLE_8}/nlp_eval_2'],
+      compared((BPR, BPR, 2.0), (PLAIN, PLAIN, 2.0)),
+      [f'{WITH}/nlp_eval_2', f'{WITHOUT}/nlp_eval_2'],
       ENCODER,
     ),
     *(
-      claim(
+      Claim(
         f'priority at evaluation alone, at {factor}',
-        row_name(PLAIN, BPR, factor),
-        row_name(PLAIN, PLAIN, factor),
+        compared((PLAIN, BPR, factor), (PLAIN, PLAIN, factor)),
       )
       for factor in (0.1, 0.25, 0.5)
     ),
-    claim(
+    Claim(
       'trained with priority, evaluated with it, at 0.25',
-      row_name(BPR, BPR, 0.25),
-      row_name(BPR, PLAIN, 0.25),
+      compared((BPR, BPR, 0.25), (BPR, PLAIN, 0.25)),
     ),
   ],
   figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),

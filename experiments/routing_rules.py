@@ -16,33 +16,30 @@ all, groups are single sequences. The full preset has not been run yet.
 """
 
 from experiments import byte_models, leaks, study
+from experiments.byte_models import top_k
 from experiments.study import Arm, Claim, Column, Figure, Preset, Study
 
 HIDDEN = 256
+HASHES = ('token', 'bigram', 'position')
 
 
 def config(steps: int):
   """What the rows share."""
-  made = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
-  moe = made.model.moe
-  moe.num_experts = 8
-  moe.group_size = 0
-  moe.capacity_rule, moe.dispatch = 'all', 'dropless'
-  return made.lock()
-
-
-def _arm(name: str, num_selected: int, **moe) -> Arm:
-  gates = 'raw' if num_selected == 1 else 'renormalized'
-  chosen = dict(
-    num_selected=num_selected, hidden=HIDDEN // num_selected, gates=gates
+  return byte_models.decoder(
+    steps,
+    hidden=HIDDEN,
+    num_layers=2,
+    num_experts=8,
+    group_size=0,
+    **byte_models.DROPLESS,
   )
-  return Arm(name, {f'model.moe.{k}': v for k, v in (chosen | moe).items()})
 
 
 def _expert_choice(factor: int) -> Arm:
-  return _arm(
+  return top_k(
     f'expert choice, CF {factor}',
     factor,
+    HIDDEN,
     router='expert_choice',
     gates='raw',
     capacity_rule='per_token',
@@ -56,34 +53,27 @@ def _expert_choice(factor: int) -> Arm:
 def arms(preset: Preset) -> list[Arm]:
   """A routing rule each, equal in FLOPs."""
   del preset
-  hashes = [
-    _arm(f'hash of {what}', 1, router='hash', hash_of=what)
-    for what in ('token', 'bigram', 'position')
-  ]
   return [
-    Arm('dense', {'model.moe.num_experts': 0}),
-    _arm('top-1', 1),
-    _arm('top-2', 2),
+    byte_models.dense(),
+    top_k('top-1', 1, HIDDEN),
+    top_k('top-2', 2, HIDDEN),
     *map(_expert_choice, (1, 2)),
-    *hashes,
-    _arm('random', 1, router='random'),
+    *(
+      top_k(f'hash of {what}', 1, HIDDEN, router='hash', hash_of=what)
+      for what in HASHES
+    ),
+    top_k('random', 1, HIDDEN, router='random'),
   ]
 
 
-def claim(
-  text, column, row, than, direction='lower', cells=(), note=''
-) -> Claim:
-  """A direction of one of the two papers, or of the leak test."""
-  return Claim(text, column, row, than, direction, cells, note)
-
-
-LOSS, GENERATED, CHANGED = 'loss', 'loss, generated', 'outputs changed'
-AVERAGE, CAPPED = (
-  'expert_choice2022/average11/100M-64E',
-  'expert_choice2022/capped',
+EC, GENERATED = 'expert choice, CF 2', 'loss, generated'
+CHANGED = 'outputs changed'
+AVERAGE = 'expert_choice2022/average11/100M-64E'
+CAPPED, HASH = 'expert_choice2022/capped', 'hash2021/reddit'
+NOTE = (
+  'Scores there, where higher is better. Its loss is not that of a causal '
+  'model.'
 )
-HASH = 'hash2021/reddit'
-SCORES = 'Scores there, where higher is better.'
 STUDY = Study(
   name='routing_rules',
   title='Who chooses: tokens, experts, a hash or chance',
@@ -92,10 +82,10 @@ STUDY = Study(
   arms=arms,
   presets={'quick': Preset(400, 3), 'full': Preset(2000, 5)},
   columns=[
-    Column(LOSS, f'eval/{byte_models.EVAL}/loss', 'nats/byte'),
+    byte_models.LOSS,
     Column('loss, rows at once', 'leak/at_once', 'nats/byte'),
     Column(GENERATED, 'leak/generated', 'nats/byte'),
-    Column(CHANGED, lambda r: 100 * r['leak/changed'], '%', 1),
+    Column(CHANGED, 'leak/changed', '%', 1, lambda share: 100 * share),
     Column(
       'max/mean load',
       f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
@@ -103,70 +93,47 @@ STUDY = Study(
     ),
   ],
   claims=[
-    claim(
+    Claim(
       'expert choice beats top-2',
-      LOSS,
-      'expert choice, CF 2',
-      'top-2',
-      cells=[f'{AVERAGE}/expert_choice', f'{AVERAGE}/gshard_top2'],
-      note=f'{SCORES} Its loss is not that of a causal model.',
+      f'loss: {EC} < top-2',
+      [f'{AVERAGE}/expert_choice', f'{AVERAGE}/gshard_top2'],
+      NOTE,
     ),
-    claim(
+    Claim(
       'expert choice beats top-2, as generated',
-      GENERATED,
-      'expert choice, CF 2',
-      'top-2',
+      f'{GENERATED}: {EC} < top-2',
       note='The honest comparison.',
     ),
-    claim(
+    Claim(
       'expert choice beats top-1',
-      LOSS,
-      'expert choice, CF 2',
-      'top-1',
-      cells=[f'{AVERAGE}/expert_choice', f'{AVERAGE}/switch_top1'],
-      note=f'{SCORES} Its loss is not that of a causal model.',
+      f'loss: {EC} < top-1',
+      [f'{AVERAGE}/expert_choice', f'{AVERAGE}/switch_top1'],
+      NOTE,
     ),
-    claim(
+    Claim(
       'expert choice beats a hash',
-      LOSS,
-      'expert choice, CF 2',
-      'hash of token',
-      cells=[f'{CAPPED}/EC/average', f'{CAPPED}/hash (mod x)/average'],
-      note=f'{SCORES} Its loss is not that of a causal model.',
+      f'loss: {EC} < hash of token',
+      [f'{CAPPED}/EC/average', f'{CAPPED}/hash (mod x)/average'],
+      NOTE,
     ),
-    claim(
-      'expert choice is not causal',
-      CHANGED,
-      'expert choice, CF 2',
-      0.0,
-      'higher',
-    ),
-    claim(
+    Claim('expert choice is not causal', f'{CHANGED}: {EC} > 0'),
+    Claim(
       'a hash beats dense',
-      LOSS,
-      'hash of token',
-      'dense',
-      cells=[f'{HASH}/Hash/ppl', f'{HASH}/dense/ppl'],
+      'loss: hash of token < dense',
+      [f'{HASH}/Hash/ppl', f'{HASH}/dense/ppl'],
     ),
-    claim(
+    Claim(
       'a hash beats Switch',
-      LOSS,
-      'hash of token',
-      'top-1',
-      cells=[f'{HASH}/Hash/ppl', f'{HASH}/Switch 1x64/ppl'],
+      'loss: hash of token < top-1',
+      [f'{HASH}/Hash/ppl', f'{HASH}/Switch 1x64/ppl'],
     ),
-    claim(
+    Claim(
       'what is hashed matters: the position is worse',
-      LOSS,
-      'hash of position',
-      'hash of token',
-      'higher',
+      'loss: hash of position > hash of token',
     ),
-    claim(
-      'chance is worse than a learned choice', LOSS, 'random', 'top-1', 'higher'
-    ),
+    Claim('chance is worse than a learned choice', 'loss: random > top-1'),
   ],
-  figure=Figure([LOSS, GENERATED, CHANGED]),
+  figure=Figure(['loss', GENERATED, CHANGED]),
   measure=leaks.measure,
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',

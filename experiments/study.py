@@ -11,9 +11,11 @@ Not here: how runs are made (`study_runs.py`), what becomes of their numbers
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,6 @@ from moe_jax.training.step import TrainState
 
 Result = dict[str, Any]  # the last row of each key of a run
 Results = dict[str, list[Result]]  # by arm, one a seed
-DIRECTIONS = ('higher', 'lower')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +75,26 @@ class Column:
 
   Attributes:
     name: Its heading.
-    key: Of a run's metrics, `*` for any text: the mean over those that match.
-      Or a function of the result.
+    key: Of a run's metrics, `*` for any text: the mean over those that match;
+      '' for what `Study.rows` fills.
     unit: For example 'nats/byte'; '' for a plain number.
     digits: After the point.
+    each: What is made of each of them before the mean.
   """
 
   name: str
-  key: str | Callable[[Result], float]
+  key: str = ''
   unit: str = ''
   digits: int = 4
+  each: Callable[[float], float] = float
 
   def of(self, result: Result) -> float:
     """Its value in one run; NaN where the run has none, as a dense twin."""
-    if callable(self.key):
-      return float(self.key(result))
-    found = [v for k, v in result.items() if fnmatch.fnmatchcase(k, self.key)]
+    found = [
+      self.each(value)
+      for key, value in result.items()
+      if fnmatch.fnmatchcase(key, self.key)
+    ]
     return float(np.mean(found)) if found else float('nan')
 
 
@@ -116,25 +121,41 @@ class Claim:
 
   Attributes:
     text: What the paper says.
-    column: What is compared.
-    row: Which row should be lower or higher,
-    than: than which other, or than which number.
-    direction: 'lower' or 'higher', as the paper has it.
+    compared: 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the column, the row
+      and the other row or number.
     published: Addresses in `claims.json`, of the row and of the other.
     note: Why the comparison differs from the paper's; '' where it does not.
+    column: The three of `compared`,
+    row: and
+    than: a number where it is one.
+    direction: 'lower' or 'higher'.
+
+  Raises:
+    ValueError: `compared` is not of that form, or an address is unknown.
   """
 
   text: str
-  column: str
-  row: str
-  than: str | float
-  direction: str
+  compared: str
   published: Sequence[str] = ()
   note: str = ''
+  column: str = dataclasses.field(init=False)
+  row: str = dataclasses.field(init=False)
+  than: str | float = dataclasses.field(init=False)
+  direction: str = dataclasses.field(init=False)
 
   def __post_init__(self):
-    if self.direction not in DIRECTIONS:
-      raise unknown('direction', self.direction, DIRECTIONS)
+    found = re.fullmatch('([^:]+): (.+) ([<>]) (.+)', self.compared)
+    if not found:
+      raise ValueError(
+        f"{self.compared!r} is not 'column: row < row or number'"
+      )
+    column, row, sign, than = found.groups()
+    with contextlib.suppress(ValueError):
+      than = float(than)
+    direction = 'lower' if sign == '<' else 'higher'
+    values = dict(column=column, row=row, than=than, direction=direction)
+    for name, value in values.items():
+      object.__setattr__(self, name, value)
     for address in self.published:
       claims.find(address)
 

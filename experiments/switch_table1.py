@@ -17,21 +17,18 @@ loss at the measured ratio of step times is read from lines between runs of 1,
 The full preset has not been run yet.
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from configs import base
 from experiments import byte_models, study
 from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
-DENSE = 'dense'
+HIDDEN = 192
 # The dense twin at other lengths, each annealed.
 LONGER = {1.5: 'dense, 1.5 times the steps', 2.0: 'dense, 2 times the steps'}
-MAIN = byte_models.EVAL
-TIMED = [DENSE, 'Switch 1.25', 'Switch 1.0', 'top-2 0.625', 'top-2 0.5']
+TIMED = ['dense', 'Switch 1.25', 'Switch 1.0', 'top-2 0.625', 'top-2 0.5']
 QUICK_WITHOUT = [
   'Switch 0.75',
   *(f'top-2 {factor}' for factor in (0.25, 0.375, 0.75, 1.25, 2.0)),
@@ -40,37 +37,31 @@ QUICK_WITHOUT = [
 
 def config(steps: int):
   """What the rows share."""
-  made = byte_models.decoder(steps, width=48, hidden=192, num_layers=3)
-  made.model.moe.num_experts = 8
-  made.evals.capacity_2 = base.evaluation(
-    every_steps=0,
-    num_batches=40,
-    moe=dict(capacity_rule='per_token', capacity_factor=2.0),
+  made = byte_models.decoder(
+    steps, width=48, hidden=HIDDEN, num_layers=3, num_experts=8
+  )
+  made.evals.capacity_2 = byte_models.evaluation(
+    capacity_rule='per_token', capacity_factor=2.0
   )
   made.evals.no_drops = byte_models.no_drops()
-  return made.lock()
+  return made
 
 
 def arms(preset: Preset) -> list[Arm]:
   """Runs; a top-2 one may be a row under both readings of its factor."""
-  twin = {'model.moe.num_experts': 0}
-  made = [Arm(DENSE, twin)]
+  made = [byte_models.dense()]
   for length, name in LONGER.items():
-    made.append(
-      Arm(name, {**twin, 'total_steps': round(length * preset.steps)})
-    )
-  for factor in FACTORS:
-    made.append(_arm('Switch', factor, 1, 192, 'raw'))
-  for factor in sorted({*FACTORS, *(f / 2 for f in FACTORS)}):
-    made.append(_arm('top-2', factor, 2, 96, 'renormalized'))
+    steps = round(length * preset.steps)
+    made.append(byte_models.dense(name, total_steps=steps))
+  halves = [factor / 2 for factor in FACTORS]
+  for name, K, factors in (
+    ('Switch', 1, FACTORS),
+    ('top-2', 2, sorted({*FACTORS, *halves})),
+  ):
+    for factor in factors:
+      arm = f'{name} {factor}'
+      made.append(byte_models.top_k(arm, K, HIDDEN, capacity_factor=factor))
   return made
-
-
-def _arm(line, factor, num_selected, hidden, gates) -> Arm:
-  chosen = dict(num_selected=num_selected, hidden=hidden, gates=gates)
-  overrides = {f'model.moe.{key}': value for key, value in chosen.items()}
-  overrides['model.moe.capacity_factor'] = factor
-  return Arm(f'{line} {factor}', overrides)
 
 
 def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
@@ -83,7 +74,7 @@ def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
       values[TIME] = [times[arm]] * len(results[arm])
     return Row(name, values, line, x)
 
-  made = [row(name, name) for name in (DENSE, *LONGER.values())]
+  made = [row(name, name) for name in ('dense', *LONGER.values())]
   twins = zip(*(twin.values['loss'] for twin in made), strict=True)
   twins = list(twins)  # of a seed, by length
   for factor in FACTORS:
@@ -108,10 +99,10 @@ def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
   return made
 
 
-def claim(text, row, than, cells, note='') -> Claim:
-  """That the row's loss is lower: the paper's numbers are negative."""
-  published = [f'switch2021/table1/{cell}/nlp_100k' for cell in cells]
-  return Claim(text, 'loss', row, than, 'lower', published, note)
+def claim(text: str, compared: str, *models: str) -> Claim:
+  """Of the paper's rows of these names, at 100k steps."""
+  cells = [f'switch2021/table1/{model}/nlp_100k' for model in models]
+  return Claim(text, compared, cells)
 
 
 TIME = 'step time / dense'
@@ -127,63 +118,61 @@ STUDY = Study(
     'full': Preset(1000, 4),
   },
   columns=[
-    Column('loss', f'eval/{MAIN}/loss', 'nats/byte'),
+    byte_models.LOSS,
     Column(
-      'dropped', lambda r: 100 * r.get(f'eval/{MAIN}/drop_rate', 0), '%', 2
+      'dropped', f'eval/{byte_models.EVAL}/drop_rate', '%', 2, lambda v: 100 * v
     ),
     Column('loss, eval CF 2', 'eval/capacity_2/loss', 'nats/byte'),
     Column('loss, no drops', 'eval/no_drops/loss', 'nats/byte'),
-    Column(TIME, lambda r: math.nan, digits=2),
+    Column(TIME, digits=2),
   ],
   claims=[
     claim(
       'Switch beats dense at equal FLOPs',
-      'Switch, CF 1.25',
-      DENSE,
-      ('Switch CF 1.25', 'T5-Base'),
+      'loss: Switch, CF 1.25 < dense',
+      'Switch CF 1.25',
+      'T5-Base',
     ),
     claim(
       'top-2 beats dense at equal FLOPs',
-      'top-2, CF 2.0 a token',
-      DENSE,
-      ('MoE CF 2.0', 'T5-Base'),
+      'loss: top-2, CF 2.0 a token < dense',
+      'MoE CF 2.0',
+      'T5-Base',
     ),
-    claim(
+    Claim(
       'Switch beats dense in equal time',
-      'Switch, CF 1.25',
-      'dense, in the time of Switch 1.25',
-      (),
-      'Published as hours to a quality, which T5-Base never reaches.',
+      'loss: Switch, CF 1.25 < dense, in the time of Switch 1.25',
+      note='Published as hours to a quality, which T5-Base never reaches.',
     ),
     claim(
       'top-2 beats Switch at CF 2',
-      'top-2, CF 2.0 a token',
-      'Switch, CF 2.0',
-      ('MoE CF 2.0', 'Switch CF 2.0'),
+      'loss: top-2, CF 2.0 a token < Switch, CF 2.0',
+      'MoE CF 2.0',
+      'Switch CF 2.0',
     ),
     claim(
       'Switch beats top-2 at CF 1.25',
-      'Switch, CF 1.25',
-      'top-2, CF 1.25 a token',
-      ('Switch CF 1.25', 'MoE CF 1.25'),
+      'loss: Switch, CF 1.25 < top-2, CF 1.25 a token',
+      'Switch CF 1.25',
+      'MoE CF 1.25',
     ),
     claim(
       'Switch beats top-2 at CF 1',
-      'Switch, CF 1.0',
-      'top-2, CF 1.0 a token',
-      ('Switch CF 1.0', 'MoE CF 1.0'),
+      'loss: Switch, CF 1.0 < top-2, CF 1.0 a token',
+      'Switch CF 1.0',
+      'MoE CF 1.0',
     ),
     claim(
       'more room helps Switch, 1 to 1.25',
-      'Switch, CF 1.25',
-      'Switch, CF 1.0',
-      ('Switch CF 1.25', 'Switch CF 1.0'),
+      'loss: Switch, CF 1.25 < Switch, CF 1.0',
+      'Switch CF 1.25',
+      'Switch CF 1.0',
     ),
     claim(
       'more room helps top-2, 1 to 2',
-      'top-2, CF 2.0 a token',
-      'top-2, CF 1.0 a token',
-      ('MoE CF 2.0', 'MoE CF 1.0'),
+      'loss: top-2, CF 2.0 a token < top-2, CF 1.0 a token',
+      'MoE CF 2.0',
+      'MoE CF 1.0',
     ),
   ],
   figure=Figure(['loss', 'dropped'], 'capacity factor'),

@@ -19,7 +19,7 @@ def summary(name: str, digest: str) -> dict:
     arms=lambda preset: [],
     presets={},
     columns=[Column('loss', 'loss'), Column('time', 'time', digits=2)],
-    claims=[Claim('a is better', 'loss', 'a', 'b', 'lower')],
+    claims=[Claim('a is better', 'loss: a < b')],
     figure=Figure(['loss']),
   )
   rows = [

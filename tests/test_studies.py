@@ -86,7 +86,8 @@ PUBLISHED = ['shazeer2017/table6/(0.1, 0.1)/test_ppl']
 
 
 def claimed(row, than, direction, published=PUBLISHED) -> Claim:
-  return Claim('of a tiny study', 'loss', row, than, direction, published)
+  sign = '<' if direction == 'lower' else '>'
+  return Claim('of a tiny study', f'loss: {row} {sign} {than}', published)
 
 
 @pytest.mark.parametrize(
@@ -133,17 +134,18 @@ def test_a_claim_names_what_exists():
   rows = [Row('dense', {'loss': [1.0, 2.0]})]
   with pytest.raises(ValueError, match=r"unknown row 'dens'.*'dense'"):
     study_results.verdict(claimed('dens', 0.0, 'lower'), rows)
-  with pytest.raises(ValueError, match="unknown direction 'up'"):
-    claimed('dense', 0.0, 'up')
+  for wrong in ('loss: a = b', 'a < b', 'loss a < b', 'loss: a <b'):
+    with pytest.raises(ValueError, match=f'{wrong!r} is not .column: row < '):
+      Claim('', wrong)
   with pytest.raises(ValueError, match="'table66'"):
-    Claim('', 'loss', 'a', 'b', 'lower', ['shazeer2017/table66/x/y'])
+    Claim('', 'loss: a < b', ['shazeer2017/table66/x/y'])
 
 
 def test_a_column_is_a_mean_over_what_matches():
   result = {'eval/main/layer_0/cv': 1.0, 'eval/main/layer_1/cv': 2.0, 'cv': 9.0}
   assert Column('CV', 'eval/main/layer_*/cv').of(result) == 1.5
   assert math.isnan(Column('CV', 'eval/other/layer_*/cv').of(result))
-  assert Column('CV', lambda r: r['cv'] + 1).of(result) == 10
+  assert Column('CV', 'cv', each=lambda cv: cv + 1).of(result) == 10
 
 
 def test_sweeps_are_told():

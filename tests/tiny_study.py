@@ -41,14 +41,9 @@ STUDY = Study(
     Column('balance', f'eval/{EVAL}/layer_*/balance_loss'),
   ],
   claims=[
-    Claim('little is better', 'loss', 'little', 'much', 'lower'),
+    Claim('little is better', 'loss: little < much'),
     Claim(
-      'sparse is better',
-      'loss',
-      'little',
-      'dense',
-      'lower',
-      ['hash2021/reddit/Hash/ppl'],
+      'sparse is better', 'loss: little < dense', ['hash2021/reddit/Hash/ppl']
     ),
   ],
   figure=Figure(['loss', 'balance'], 'weight', log_x=True),
