@@ -118,9 +118,11 @@ def test_a_verdict_on_a_number():
 
 def test_what_no_paper_printed_is_not_reproduced():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
+  unverified = ['hash2021/reddit/Hash/ppl']
   for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
-    found = study_results.verdict(claimed('a', 0.6, direction, []), rows)
-    assert found.word == word
+    for published in ([], unverified, PUBLISHED + unverified):
+      claim = claimed('a', 0.6, direction, published)
+      assert study_results.verdict(claim, rows).word == word
 
 
 def test_one_seed_resolves_nothing():
