@@ -341,7 +341,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   config = tiny_study.STUDY.shared(Preset(2, 1))
   with monkeypatch.context() as patched:
     patched.setattr(study_runs, 'SharedStep', Stop)
-    with pytest.raises(SystemExit, match='was stopped'):
+    with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
       study_runs.run_one(config, tmp_path / 'run')
   assert not (tmp_path / 'run' / study_runs.RESULT).exists()
   result = study_runs.run_one(config, tmp_path / 'run')
