@@ -182,8 +182,9 @@ def model() -> ConfigDict:
   """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',  # or encoder_decoder
+      kind='decoder',  # encoder_decoder, deep_moe
       vocab_size=0,  # 0: the tokenizer's
+      feature_shape=(),  # of an example of classes; (): the data's
       num_layers=4,  # of the decoder
       num_encoder_layers=0,  # of an encoder-decoder; 0: num_layers
       width=128,
@@ -217,6 +218,7 @@ def model() -> ConfigDict:
       remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
       moe=moe(),
+      deep_moe=deep_moe(),
     )
   )
 
@@ -267,6 +269,20 @@ def moe() -> ConfigDict:
       load_weight=0.0,
       layer_reduce='sum',  # of the losses over sparse layers; or mean
       allow_future_leak=False,
+    )
+  )
+
+
+def deep_moe() -> ConfigDict:
+  """Of kind='deep_moe', a size a layer; see `moe_jax.models.DeepMoeConfig`."""
+  return ConfigDict(
+    dict(
+      num_experts=(4, 4),
+      hidden=(100, 100),  # units of each expert
+      gate_hidden=(50, 50),  # units of each gating network's hidden layer
+      # Of the balancing constraint: gates, summed, above the experts' mean.
+      margin=32.0,
+      balance_steps=0,  # for which it is in force; 0: never, -1: always
     )
   )
 

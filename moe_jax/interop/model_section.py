@@ -15,6 +15,7 @@ from moe_jax.config import flatten, merge
 _MODEL = dict(
   kind='decoder',
   vocab_size=0,
+  feature_shape=(),
   num_layers=1,
   num_encoder_layers=0,
   width=1,
@@ -89,6 +90,13 @@ _MODEL = dict(
     load_weight=0.0,
     layer_reduce='sum',
     allow_future_leak=False,
+  ),
+  deep_moe=dict(
+    num_experts=(4, 4),
+    hidden=(100, 100),
+    gate_hidden=(50, 50),
+    margin=32.0,
+    balance_steps=0,
   ),
 )
 # How a model is computed and started; a run's own config may choose.
