@@ -146,12 +146,13 @@ def data() -> ConfigDict:
     dict(
       # Or 'files:<glob>', 'tfds:<name>'; synthetic: 'cipher:<K>'. Pairs, of
       # seq2seq: 'python_stdlib_docstrings', 'django_gettext:<languages>',
-      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'.
+      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'. Of classes:
+      # 'digits', 'jittered_digits', 'tfds:<name>', 'npz:<path>'.
       source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
       seq_len=256,  # T; of an encoder-decoder T_enc
       target_len=0,  # T_dec; 0: a decoder-only model
-      task='lm',  # prefix_lm, span_corruption, ul2, seq2seq
+      task='lm',  # prefix_lm, span_corruption, ul2, seq2seq, classes
       pack=True,  # short examples share a row; lm always does
       text_feature='text',  # the TFDS feature; not of seq2seq
       input_feature='inputs',  # of seq2seq, such as 'translation/de'
@@ -184,7 +185,7 @@ def model() -> ConfigDict:
     dict(
       kind='decoder',  # encoder_decoder, deep_moe
       vocab_size=0,  # 0: the tokenizer's
-      feature_shape=(),  # of an example of classes; (): the data's
+      feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
       num_encoder_layers=0,  # of an encoder-decoder; 0: num_layers
       width=128,
@@ -439,17 +440,9 @@ _SHRUNK_EVALS = {
 
 
 def _shrunk(config: ConfigDict) -> ConfigDict:
-  """The same structure at a laptop's size, on the embedded corpus' bytes."""
-  pairs = config.data.task == 'seq2seq'
-  config.data.source = f'python_stdlib{"_docstrings" * pairs}'
-  config.data.tokenizer = 'bytes'
-  config.data.seq_len = 32
-  config.data.target_len = 24 if config.data.target_len else 0
-  config.data.text_feature = 'text'
-  config.data.input_feature = 'inputs'
-  config.data.target_feature = 'targets'
-  config.data.train_split = 'train'
-  config.data.validation_split = 'validation'
+  """The same structure at a laptop's size; text is the embedded corpus."""
+  if config.data.task != 'classes':  # those are small
+    _shrink_text(config.data)
   for name in config.mesh:
     config.mesh[name] = 1
   m = config.model
@@ -485,6 +478,19 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
     entry.every_steps = 2
     entry.update(_SHRUNK_EVALS[entry.kind])
   return config
+
+
+def _shrink_text(data: ConfigDict) -> None:
+  pairs = data.task == 'seq2seq'
+  data.source = f'python_stdlib{"_docstrings" * pairs}'
+  data.tokenizer = 'bytes'
+  data.seq_len = 32
+  data.target_len = 24 if data.target_len else 0
+  data.text_feature = 'text'
+  data.input_feature = 'inputs'
+  data.target_feature = 'targets'
+  data.train_split = 'train'
+  data.validation_split = 'validation'
 
 
 def _layers_named(layers: str) -> int:

@@ -4,10 +4,8 @@ scikit-learn's digits are 1,797 images of 8x8, part of the UCI's optical
 recognition of handwritten digits; they come with the package. TFDS's, such as
 MNIST, are of whoever has prepared them. Deep mixture of experts
 (https://arxiv.org/abs/1312.4314) moves MNIST's by up to 4 pixels. Not here:
-how rows and epochs are drawn (`class_sources.py`).
+how rows and epochs are drawn (`class_rows.py`).
 """
-
-import hashlib
 
 import numpy as np
 
@@ -94,11 +92,6 @@ class Digits(ClassSource):
     """Of images [N, h, w] from 0 to 1, which fit on the canvas."""
     self.name, self.classes, self.canvas = name, classes, canvas
     self._splits = splits
-    digest = hashlib.sha256(f'{canvas} {classes}'.encode())
-    for split in SPLITS:
-      for array in splits[split]:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    self.identity = digest.hexdigest()
 
   def examples(self, split: str) -> Examples:
     """The images before they are moved.
