@@ -138,7 +138,7 @@ def run_one(
       kinds=evaluation.KINDS,
     )
     if int(state.step) < config.total_steps:
-      raise SystemExit(f'{workdir} was stopped; run the study again to go on')
+      raise SystemExit(command_line.STOPPED)
     last = {}
     for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
       last |= row
@@ -198,6 +198,9 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
       try:
         for job in left:
           progress.ended(job, _logged(job, study.measure))
+      except SystemExit:
+        print(_STOPPED, flush=True)
+        raise
       finally:
         for name, value in before.items():
           jax.config.update(name, value)
@@ -238,10 +241,11 @@ def _in_processes(study, left, workers, place, progress) -> None:
 def _stop(number, frame) -> None:
   """Of SIGTERM: as main, it ends with a status that says to start again."""
   del number, frame
-  print('stopped by SIGTERM; the same command goes on', flush=True)
+  print(_STOPPED, flush=True)
   raise SystemExit(command_line.STOPPED)
 
 
+_STOPPED = 'stopped by SIGTERM; the same command goes on'
 _stopping = None  # of a worker: an event, set once no other run is to begin
 
 

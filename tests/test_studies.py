@@ -118,9 +118,11 @@ def test_a_verdict_on_a_number():
 
 def test_what_no_paper_printed_is_not_reproduced():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
+  unverified = ['hash2021/reddit/Hash/ppl']
   for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
-    found = study_results.verdict(claimed('a', 0.6, direction, []), rows)
-    assert found.word == word
+    for published in ([], unverified, PUBLISHED + unverified):
+      claim = claimed('a', 0.6, direction, published)
+      assert study_results.verdict(claim, rows).word == word
 
 
 def test_one_seed_resolves_nothing():
@@ -339,7 +341,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   config = tiny_study.STUDY.shared(Preset(2, 1))
   with monkeypatch.context() as patched:
     patched.setattr(study_runs, 'SharedStep', Stop)
-    with pytest.raises(SystemExit, match='was stopped'):
+    with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
       study_runs.run_one(config, tmp_path / 'run')
   assert not (tmp_path / 'run' / study_runs.RESULT).exists()
   result = study_runs.run_one(config, tmp_path / 'run')
@@ -426,6 +428,8 @@ def test_a_studys_arms_are_equal_in_flops(name):
     built[arm.name] = models.build(config)
     leaks = models.leaks_future(config.model.moe)
     assert leaks == arm.name.startswith('expert choice')
+  # The wide ones are equal in slots; see the next test.
+  built = {k: v for k, v in built.items() if not k.startswith('wide ')}
   # Arms that differ in losses or steps alone have one model.
   first = {model: name for name, model in reversed(built.items())}
   flops = {
@@ -434,6 +438,24 @@ def test_a_studys_arms_are_equal_in_flops(name):
   }
   # All but the router's part, which is reported and not compensated.
   assert max(flops.values()) < 1.2 * min(flops.values()), flops
+
+
+def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
+  found = switch_table1.STUDY
+  preset = found.presets['full']
+  moe = {
+    arm.name: merge(
+      found.shared(preset), sweeps.nested(arm.overrides)
+    ).model.moe
+    for arm in found.arms(preset)
+  }
+  for factor in switch_table1.FACTORS:
+    products = {
+      name: m.capacity_factor * m.num_selected * m.hidden
+      for name in ('Switch', 'wide top-2', 'top-2')
+      for m in [moe[f'{name} {factor}']]
+    }
+    assert set(products.values()) == {factor * switch_table1.HIDDEN}
 
 
 @pytest.mark.slow
