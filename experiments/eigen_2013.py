@@ -50,6 +50,7 @@ def config(steps: int):
   """What the rows share."""
   made = eigen_digits.get_config().unlock()
   made.total_steps = steps
+  made.optimizer.warmup_steps = min(made.optimizer.warmup_steps, steps)
   made.checkpoint.every_steps = 0
   made.checkpoint.best_eval = 'valid'
   made.evals.valid.every_steps = 0

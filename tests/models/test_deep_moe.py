@@ -12,6 +12,7 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models
 from moe_jax.config import merge
+from moe_jax.layers.initializers import Init
 from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
 from moe_jax.models.deep_moe import STEPS, TOTALS
 from tests.models import tiny
@@ -122,7 +123,7 @@ def test_gradients_are_finite_differences(balance_steps):
       lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
       params[name],
     )
-    step = 2e-3
+    step = 4e-4
 
     def at(t, direction=direction):
       moved = jax.tree.map(lambda p, d: p + t * d, params, direction)
@@ -131,7 +132,7 @@ def test_gradients_are_finite_differences(balance_steps):
     slope = (at(step) - at(-step)) / (2 * step)
     products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
     np.testing.assert_allclose(
-      sum(jax.tree.leaves(products)), slope, rtol=2e-2, atol=1e-3
+      sum(jax.tree.leaves(products)), slope, rtol=1e-2, atol=2e-3
     )
   # Who sits out has no gradient, nor has the gate's column for it.
   layer = gradient['layer_0']
@@ -146,7 +147,8 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   free, kept = build(), router_state.init_router_state(model, 1)
   x, y = jnp.asarray(features()), jnp.asarray(targets())
   step = jax.jit(functools.partial(batch_loss, model))
-  loads, want = [], batch_loss(free, params, {}, x, y)
+  want = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
+  loads = []
   # Expert 1 of the first layer is ahead of the margin, before every step.
   ahead = {TOTALS: jnp.array([-4.0, 9.0, -5.0])}
   for _ in range(3):
@@ -158,7 +160,7 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   np.testing.assert_allclose(loads[2], want[1].stats.load, rtol=1e-5)
   np.testing.assert_allclose(loss, want[0], rtol=1e-5)
   start = router_state.init_router_state(model, 1) | {'layer_0': ahead}
-  _, aux = model.apply(router_state.variables(params, start), x)
+  _, aux = jax.jit(model.apply)(router_state.variables(params, start), x)
   np.testing.assert_allclose(aux.stats.load, want[1].stats.load, rtol=1e-5)
 
 
@@ -192,7 +194,8 @@ def test_a_config_builds_it():
       }
     },
   )
-  assert models.build(config) == build()
+  # Of how many layers matters to another initialisation than this one.
+  assert models.build(config) == build(init=Init(num_layers=4))
 
 
 @pytest.mark.parametrize(
