@@ -255,9 +255,7 @@ STUDY = Study(
       f'test error: {BALANCED} < {row_name("lifted", 1)}',
     ),
   ],
-  figure=Figure(
-    ['test error', difference(1), difference(2), 'CV 1', 'CV 2'],
-  ),
+  figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
   measure=measure,
   pictures=pictures,
   remarks='Information is in nats, ln 4 = 1.386 at most, less that of shuffled '

@@ -82,6 +82,11 @@ def _check(model) -> None:
       f"model.vocab_size={model.vocab_size}: 0 stands for the tokenizer's; "
       'set it, or load the data first'
     )
+  if model.kind in OF_FEATURES and not model.feature_shape:
+    raise ValueError(
+      f'model.feature_shape={tuple(model.feature_shape)}: () stands for the '
+      "data's; set it, or load the data first"
+    )
   if model.width < 1 or model.num_heads < 1:
     raise ValueError(
       f'width={model.width} and num_heads={model.num_heads} must be at least 1'
