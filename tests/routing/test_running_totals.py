@@ -74,9 +74,13 @@ def test_gates_sum_to_one_and_never_all_sit_out(totals, logits, margin):
 
 
 def test_equal_totals_whose_mean_is_rounded_let_all_in():
-  # The float32 mean of three times this number is below it.
-  totals = jnp.full(3, 16777215.0) / 7
-  assert not running_totals.overused(totals, 0.0).any()
+  rng = np.random.default_rng(0)
+  number = rng.uniform(1, 2, (200, 1)).astype(np.float32)
+  totals = jnp.tile(number, (1, 6))
+  # Six times the same, and yet some are all above their float32 mean.
+  assert (totals > totals.mean(-1, keepdims=True)).all(-1).any()
+  out = jax.vmap(lambda row: running_totals.overused(row, 0.0))(totals)
+  assert not out.any()
 
 
 def test_totals_of_a_long_run_lose_no_gate():
