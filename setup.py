@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 
+DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
 PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
@@ -13,6 +14,7 @@ LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 PEERS = ['torch>=2.6', 'transformers==5.24.*']
 TEST = [
   'beartype>=0.18',
+  DIGITS,
   DJANGO,
   'hypothesis>=6.100',
   'ipykernel>=6.29',
@@ -59,6 +61,6 @@ setup(
   extras_require={
     'test': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
-    'experiments': [DJANGO, 'scipy>=1.11', LIBTPU, *PEERS],
+    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, *PEERS],
   },
 )

@@ -192,6 +192,7 @@ class Study:
     rows: From the results to the table's rows, where those are not the arms;
       the second argument is every timed arm's time a step over the first's.
     measure: Taken from every trained run beside its metrics.
+    pictures: Writes more of them into the folder of the table.
     timed: Names of arms whose steps are timed, interleaved, after the runs, if
       the preset has them; the others' are ratios to the first's.
     remarks: Said below the table.
@@ -208,7 +209,8 @@ class Study:
   claims: Sequence[Claim]
   figure: Figure
   rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
-  measure: Callable[[Run, TrainState], Mapping[str, float]] | None = None
+  measure: Callable[[Run, TrainState], Mapping[str, Any]] | None = None
+  pictures: Callable[[Results, pathlib.Path], None] | None = None
   timed: Sequence[str] = ()
   remarks: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
@@ -332,5 +334,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   folder = output / label
   text = study_results.write(folder, study, found, configs)
+  if study.pictures is not None:
+    study.pictures(results, folder)
   print(f'\n{text}\nwritten: {folder}')
   return folder

@@ -85,7 +85,14 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
   for i, row in enumerate(rows):
     interval = _shown(row, column)
     if interval is not None:
-      ax.errorbar(interval.mean, i, xerr=_bar(interval), marker='o', capsize=3)
+      ax.errorbar(
+        interval.mean,
+        i,
+        xerr=_bar(interval),
+        color=f'C{i}',  # the row's, whichever others a panel lacks
+        marker='o',
+        capsize=3,
+      )
   names = [row['name'] for row in rows] if labels else [''] * len(rows)
   ax.set_yticks(range(len(rows)), names)
   ax.invert_yaxis()

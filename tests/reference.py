@@ -397,3 +397,23 @@ def drawn(draws, E):
   """Each draw takes one of the experts that are left out of the row."""
   left = list(range(E))
   return [left.pop(draw % len(left)) for draw in draws]
+
+
+def balanced_gates(logits, margin):
+  """The gates of step after step of examples, [T, B, E], balanced by totals.
+
+  An expert sits a step out where its gates, summed over all steps before, are
+  more than `margin` above the mean of those sums.
+  """
+  T, B, E = np.shape(logits)
+  totals, gates = [0.0] * E, np.zeros((T, B, E))
+  for t in range(T):
+    mean = sum(totals) / E
+    allowed = [e for e in range(E) if totals[e] - mean <= margin]
+    for b in range(B):
+      whole = softmax(np.asarray(logits[t][b], np.float64))
+      for e in allowed:
+        gates[t, b, e] = whole[e] / sum(whole[i] for i in allowed)
+    for e in range(E):
+      totals[e] += gates[t, :, e].sum()
+  return gates

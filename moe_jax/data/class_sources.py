@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.config import unknown
 from moe_jax.shapes import Float32, Shaped
 
-KINDS = ('npz:<path>',)
+KINDS = ('digits', 'jittered_digits', 'tfds:<name>', 'npz:<path>')
 
 
 class Examples(NamedTuple):
@@ -105,12 +105,22 @@ class NpzSource(ClassSource):
 def open_classes(spec: str) -> ClassSource:
   """The source that `spec` names.
 
+  - `digits`: scikit-learn's images of digits, [8, 8].
+  - `jittered_digits`: these at random places of a canvas of [14, 14].
+  - `tfds:<name>`: grey images of a TFDS dataset, such as `tfds:mnist`, moved
+    by up to 4 pixels; see `digits.open_tfds`.
   - `npz:<path>`: a file of the user's, see `NpzSource`.
 
   Raises:
     ValueError: It names none, or its data is missing or bad.
   """
+  from moe_jax.data import digits  # which is made of what is above
+
   kind, _, argument = spec.partition(':')
+  if spec in ('digits', 'jittered_digits'):
+    return digits.open_digits(jitter=spec != 'digits')
+  if kind == 'tfds' and argument:
+    return digits.open_tfds(argument)
   if kind == 'npz' and argument:
     return NpzSource(argument)
   raise unknown("source of the task 'classes'", spec, KINDS)

@@ -91,6 +91,13 @@ _MODEL = dict(
     layer_reduce='sum',
     allow_future_leak=False,
   ),
+  deep_moe=dict(
+    num_experts=(4, 4),
+    hidden=(100, 100),
+    gate_hidden=(50, 50),
+    margin=32.0,
+    balance_steps=0,
+  ),
 )
 # How a model is computed and started; a run's own config may choose.
 FREE = (

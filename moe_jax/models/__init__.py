@@ -4,6 +4,7 @@ from moe_jax.models.build import OF_FEATURES, Model, build
 from moe_jax.models.causality import decodes, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.decoding import for_decoding
+from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.parameters import abstract_params, init_params
 from moe_jax.models.pattern import sparse_pattern
@@ -12,6 +13,8 @@ __all__ = [
   'OF_FEATURES',
   'Decoder',
   'DecoderConfig',
+  'DeepMoe',
+  'DeepMoeConfig',
   'EncoderDecoder',
   'EncoderDecoderConfig',
   'Model',

@@ -8,7 +8,7 @@ import dataclasses
 
 import ml_collections
 
-from moe_jax.config import merge, unknown
+from moe_jax.config import merge, to_dataclass, unknown
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnConfig
@@ -18,6 +18,7 @@ from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router_config import RouterConfig
 from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.pattern import sparse_pattern
@@ -26,12 +27,12 @@ from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
-KINDS = ('decoder', 'encoder_decoder')
+KINDS = ('decoder', 'encoder_decoder', 'deep_moe')
 # Kinds whose inputs are no tokens, but examples with a class.
-OF_FEATURES: tuple[str, ...] = ()
+OF_FEATURES = ('deep_moe',)
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
-Model = Decoder | EncoderDecoder
+Model = Decoder | EncoderDecoder | DeepMoe
 
 
 def build(config: ml_collections.ConfigDict) -> Model:
@@ -46,6 +47,8 @@ def build(config: ml_collections.ConfigDict) -> Model:
   """
   model = config.model
   _check(model)
+  if model.kind == 'deep_moe':
+    return _deep_moe(model)
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
   decoder = _stack(model, exchange)
@@ -79,6 +82,11 @@ def _check(model) -> None:
       f"model.vocab_size={model.vocab_size}: 0 stands for the tokenizer's; "
       'set it, or load the data first'
     )
+  if model.kind in OF_FEATURES and not model.feature_shape:
+    raise ValueError(
+      f'model.feature_shape={tuple(model.feature_shape)}: () stands for the '
+      "data's; set it, or load the data first"
+    )
   if model.width < 1 or model.num_heads < 1:
     raise ValueError(
       f'width={model.width} and num_heads={model.num_heads} must be at least 1'
@@ -89,6 +97,23 @@ def _check(model) -> None:
       raise ValueError(
         f'{name}={heads} does not divide width={model.width}; set head_width'
       )
+
+
+def _deep_moe(model) -> DeepMoe:
+  sizes = {
+    name: tuple(model.deep_moe[name])  # a list where it comes from JSON
+    for name in ('num_experts', 'hidden', 'gate_hidden')
+  }
+  return DeepMoe(
+    to_dataclass(
+      DeepMoeConfig,
+      model.deep_moe,
+      **sizes,
+      vocab_size=model.vocab_size,
+      feature_shape=tuple(model.feature_shape),
+      init=_init(model),
+    )
+  )
 
 
 def _encoders(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -1,10 +1,10 @@
 """The collection `router_state`: what routers keep that no gradient moves.
 
 `apply` reads it; a train step moves it by the loads of the whole batch. Not
-here: the rule (`moe_jax.routing.balance_bias`).
+here: the rules (`moe_jax.routing.balance_bias`, `running_totals`).
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,35 @@ COLLECTION = 'router_state'
 BIAS = 'balance_bias'
 
 
+@runtime_checkable
+class OwnRule(Protocol):
+  """The config of a model that keeps something else than a balancing bias."""
+
+  @property
+  def keeps_router_state(self) -> bool:
+    """Whether the model has the collection."""
+
+  def moved(
+    self, router_state: dict[str, Any], load: Float32[Array, 'L E']
+  ) -> dict[str, Any]:
+    """The collection after a step, as `moved` of the module."""
+
+
 def abstract_router_state(model: nn.Module, seq_len: int) -> dict[str, Any]:
   """Shapes of the collection; {} where the model keeps none."""
-  moe = model.config.moe
-  if moe is None or not moe.router.balance_bias_rate:
+  if not _keeps(model.config):
     return {}
   tokens = jnp.zeros((1, seq_len), jnp.int32)
   shapes = jax.eval_shape(
     lambda key: model.init(key, **model.example(tokens)), jax.random.key(0)
   )
   return nn.meta.unbox(shapes.get(COLLECTION, {}))
+
+
+def _keeps(config: Any) -> bool:
+  if isinstance(config, OwnRule):
+    return config.keeps_router_state
+  return config.moe is not None and config.moe.router.balance_bias_rate > 0
 
 
 def init_router_state(model: nn.Module, seq_len: int) -> dict[str, Any]:
@@ -51,13 +70,15 @@ def moved(
   """The collection after a step.
 
   Args:
-    config: The model's: `DecoderConfig` or `EncoderDecoderConfig`.
+    config: The model's.
     router_state: Before the step.
     load: Of every layer, choices per expert of the whole batch.
     rate: Of the bias; None: the config's.
   """
   if not router_state:
     return router_state
+  if isinstance(config, OwnRule):
+    return config.moved(router_state, load)
   if rate is None:
     rate = config.moe.router.balance_bias_rate
   loads = by_router(config, load)

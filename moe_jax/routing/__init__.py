@@ -4,7 +4,12 @@ Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
 move is `moe_jax.dispatch`.
 """
 
-from moe_jax.routing import balance_bias, hashing, transformers_nllb
+from moe_jax.routing import (
+  balance_bias,
+  hashing,
+  running_totals,
+  transformers_nllb,
+)
 from moe_jax.routing.base import (
   CAPACITY_RULES,
   CapacityRule,
@@ -30,6 +35,7 @@ from moe_jax.routing.stats import (
   MoeAux,
   RoutingStats,
   empty_aux,
+  mixture_stats,
   routing_stats,
   slot_stats,
 )
@@ -71,9 +77,11 @@ __all__ = [
   'is_causal',
   'load_loss',
   'load_probability',
+  'mixture_stats',
   'noisy_logits',
   'random_choice',
   'routing_stats',
+  'running_totals',
   'slot_stats',
   'token_choice',
   'transformers_nllb',

@@ -96,6 +96,34 @@ def slot_stats(
   )
 
 
+def mixture_stats(
+  gate: Float32[Array, 'G S E'],
+  router_logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+  num_experts: int,
+) -> RoutingStats:
+  """The statistics of a soft mixture: each token's one choice is spread.
+
+  Args:
+    gate: Of each expert; sums to 1. Loads are its sums.
+    router_logits: Of which it was made.
+    mask: False for padding.
+    num_experts: How long loads are: the model's largest E, as layers stack.
+  """
+  gate = jax.lax.stop_gradient(gate)
+  load = jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
+  load = jnp.pad(load, (0, num_experts - len(load)))
+  none = jnp.zeros((1,), jnp.float32)
+  return RoutingStats(
+    tokens=mask.sum().astype(jnp.float32),
+    load=load,
+    kept_load=load,
+    overflowed=none,
+    unsent=none,
+    **_of_logits(router_logits, mask),
+  )
+
+
 def _of_logits(router_logits, mask) -> dict[str, Array]:
   zero = jnp.zeros((), jnp.float32)
   if router_logits is None:

@@ -1,0 +1,90 @@
+"""What gates go by: their mutual information with a label, in nats.
+
+An example draws an expert e by its gates. Of labels c with probability p(c),
+
+    p(e | c) = mean of the gates of the examples of c
+    I(e; c)  = H(sum_c p(c) p(e | c)) - sum_c p(c) H(p(e | c))
+
+0 where all labels have the same mean gates, ln E at most. A mean of few
+examples is not its expectation, so that the estimate is above 0 even where
+there is nothing to find: how much so is what the same gates have with labels
+that are shuffled. Images are the samples, not image and place: one image's
+gates at its places go together.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+SHUFFLES = 20
+USED = 0.01  # of all gates, above which an expert counts as in use
+
+
+class Information(NamedTuple):
+  """Of gates about a label, in nats.
+
+  Attributes:
+    measured: The estimate.
+    by_chance: The same of shuffled labels, on average; its bias.
+  """
+
+  measured: float
+  by_chance: float
+
+  @property
+  def excess(self) -> float:
+    """The estimate less its bias; may be below 0."""
+    return self.measured - self.by_chance
+
+
+def entropy(p: Float[np.ndarray, '... E']) -> np.ndarray:
+  """In nats, over the last axis; 0 log 0 is 0."""
+  return -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+
+
+def mutual_information(
+  given: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
+) -> float:
+  """I(e; c) of p(e | c) and p(c)."""
+  mean = weight @ given
+  return float(entropy(mean) - weight @ entropy(given))
+
+
+def by_class(
+  gates: Float[np.ndarray, 'N P E'], labels: Int[np.ndarray, ' N']
+) -> np.ndarray:
+  """p(e | class) of classes in order, [classes, E], over all places."""
+  mean = gates.mean(1)
+  return np.stack([mean[labels == c].mean(0) for c in np.unique(labels)])
+
+
+def about_class(
+  gates: Float[np.ndarray, 'N P E'],
+  labels: Int[np.ndarray, ' N'],
+  seed: int = 0,
+) -> Information:
+  """Of the gates of N images at P places about the image's class."""
+  _, counts = np.unique(labels, return_counts=True)
+  weight, rng = counts / len(labels), np.random.default_rng(seed)
+
+  def of(labels):
+    return mutual_information(by_class(gates, labels), weight)
+
+  chance = [of(rng.permutation(labels)) for _ in range(SHUFFLES)]
+  return Information(of(labels), float(np.mean(chance)))
+
+
+def about_place(
+  gates: Float[np.ndarray, 'N P E'], seed: int = 0
+) -> Information:
+  """Of the gates of N images, each at all of P places, about the place."""
+  N, P, _ = gates.shape
+  weight, rng = np.full(P, 1 / P), np.random.default_rng(seed)
+  chance = []
+  for _ in range(SHUFFLES):
+    order = rng.permuted(np.tile(np.arange(P), (N, 1)), axis=1)
+    shuffled = np.take_along_axis(gates, order[..., None], axis=1)
+    chance.append(mutual_information(shuffled.mean(0), weight))
+  measured = mutual_information(gates.mean(0), weight)
+  return Information(measured, float(np.mean(chance)))

@@ -1,0 +1,213 @@
+"""The deep mixture of experts: what it computes, learns from, and keeps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import base
+from moe_jax import models
+from moe_jax.config import merge
+from moe_jax.layers.initializers import Init
+from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
+from moe_jax.models.deep_moe import STEPS, TOTALS
+from tests.models import tiny
+from tests.reference import softmax
+
+B, V, SHAPE = 6, 4, (3, 5)
+CONFIG = DeepMoeConfig(
+  vocab_size=V,
+  feature_shape=SHAPE,
+  num_experts=(3, 2),
+  hidden=(7, 8),
+  gate_hidden=(9, 10),
+  margin=2.0,
+)
+
+
+def build(**changes) -> DeepMoe:
+  return DeepMoe(dataclasses.replace(CONFIG, **changes))
+
+
+def features(seed=0):
+  return np.random.default_rng(seed).normal(size=(B, *SHAPE)).astype(np.float32)
+
+
+def layer(p, x):
+  """sum_i g_i(x) f_i(x), one example and one expert at a time."""
+  mixed, gates = [], []
+  for row in x:
+    h = np.maximum(row @ p['gate_in']['kernel'] + p['gate_in']['bias'], 0)
+    g = softmax(h @ p['gate_out']['kernel'] + p['gate_out']['bias'])
+    experts = zip(p['w_in'], p['b_in'], strict=True)
+    outs = [np.maximum(row @ w + b, 0) for w, b in experts]
+    mixed.append(sum(weight * out for weight, out in zip(g, outs, strict=True)))
+    gates.append(g)
+  return np.array(mixed), np.array(gates)
+
+
+def test_it_is_the_papers_equations():
+  model = build()
+  params = tiny.params_of(model)
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  x = features()
+  z1, g1 = layer(p['layer_0'], x.reshape(B, -1).astype(np.float64))
+  z2, g2 = layer(p['layer_1'], z1)
+  want = z2 @ p['classifier']['kernel'] + p['classifier']['bias']
+  mask = np.array([1, 1, 0, 1, 0, 1])
+  apply = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
+  (logits, aux), kept = apply({'params': params}, x, mask[:, None])
+  np.testing.assert_allclose(logits[:, 0], want, rtol=1e-4, atol=1e-5)
+  for i, g in enumerate((g1, g2)):
+    found = kept['intermediates'][f'layer_{i}']['gates'][0]
+    np.testing.assert_allclose(found, g, rtol=1e-4, atol=1e-6)
+  # Loads are sums over what is no padding, at the larger E.
+  loads = [mask @ g1, [*(mask @ g2), 0.0]]
+  np.testing.assert_allclose(aux.stats.load, loads, rtol=1e-4)
+  np.testing.assert_array_equal(aux.stats.tokens, [4, 4])
+
+
+def test_one_expert_is_a_plain_network():
+  model = build(num_experts=(1, 1))
+  params = tiny.params_of(model)
+  x = jnp.asarray(features())
+
+  def plain(params):
+    h = x.reshape(B, -1)
+    for name in ('layer_0', 'layer_1'):
+      h = nn.relu(h @ params[name]['w_in'][0] + params[name]['b_in'])
+    p = params['classifier']
+    return h @ p['kernel'] + p['bias'][None]
+
+  def mixed(params):
+    return model.apply({'params': params}, x)[0][:, 0]
+
+  for function, argument in ((mixed, params), (plain, params)):
+    value = jax.jit(lambda p, f=function: (f(p) ** 2).sum())
+    results = value(argument), jax.grad(value)(argument)
+    if function is mixed:
+      first = results
+  np.testing.assert_allclose(first[0], results[0], rtol=1e-5)
+  tiny.assert_trees_close(first[1], results[1], rtol=1e-4, atol=1e-5)
+
+
+def batch_loss(model, params, kept, x, targets):
+  logits, aux = model.apply(router_state.variables(params, kept), x, train=True)
+  losses = model.losses(logits, {'targets': targets})
+  return losses.mean(), aux
+
+
+def targets(seed=1):
+  return np.random.default_rng(seed).integers(0, V, (B, 1)).astype(np.int32)
+
+
+@pytest.mark.parametrize('balance_steps', [0, -1])
+def test_gradients_are_finite_differences(balance_steps):
+  model = build(balance_steps=balance_steps)
+  params, kept = tiny.params_of(model), {}
+  if balance_steps:
+    kept = router_state.init_router_state(model, 1)
+    kept['layer_0'][TOTALS] = jnp.array([9.0, -4.0, -5.0])
+  x, y = jnp.asarray(features()), jnp.asarray(targets())
+  loss = jax.jit(lambda p: batch_loss(model, p, kept, x, y)[0])
+  gradient = jax.jit(jax.grad(loss))(params)
+  rng = np.random.default_rng(0)
+  for name in ('layer_0', 'layer_1', 'classifier'):
+    # Along a random direction of each layer's own parameters.
+    direction = jax.tree.map(jnp.zeros_like, params)
+    direction[name] = jax.tree.map(
+      lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+      params[name],
+    )
+    step = 4e-4
+
+    def at(t, direction=direction):
+      moved = jax.tree.map(lambda p, d: p + t * d, params, direction)
+      return float(loss(moved))
+
+    slope = (at(step) - at(-step)) / (2 * step)
+    products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+    np.testing.assert_allclose(
+      sum(jax.tree.leaves(products)), slope, rtol=1e-2, atol=2e-3
+    )
+  # Who sits out has no gradient, nor has the gate's column for it.
+  layer = gradient['layer_0']
+  sat_out = not np.abs(layer['w_in'][0]).max()
+  assert sat_out == (balance_steps == -1)
+  assert np.abs(layer['w_in'][1]).max() > 0
+
+
+def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
+  model = build(balance_steps=2)
+  params = tiny.params_of(model)
+  free, kept = build(), router_state.init_router_state(model, 1)
+  x, y = jnp.asarray(features()), jnp.asarray(targets())
+  step = jax.jit(functools.partial(batch_loss, model))
+  want = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
+  loads = []
+  # Expert 1 of the first layer is ahead of the margin, before every step.
+  ahead = {TOTALS: jnp.array([-4.0, 9.0, -5.0])}
+  for _ in range(3):
+    loss, aux = step(params, kept | {'layer_0': ahead}, x, y)
+    loads.append(np.asarray(aux.stats.load))
+    kept = router_state.moved(model.config, kept, aux.stats.load)
+  assert [load[0, 1] == 0 for load in loads] == [True, True, False]
+  np.testing.assert_allclose(loads[0].sum(-1), B, rtol=1e-5)
+  np.testing.assert_allclose(loads[2], want[1].stats.load, rtol=1e-5)
+  np.testing.assert_allclose(loss, want[0], rtol=1e-5)
+  start = router_state.init_router_state(model, 1) | {'layer_0': ahead}
+  _, aux = jax.jit(model.apply)(router_state.variables(params, start), x)
+  np.testing.assert_allclose(aux.stats.load, want[1].stats.load, rtol=1e-5)
+
+
+def test_totals_move_by_each_layers_load():
+  model = build(balance_steps=-1)
+  kept = router_state.init_router_state(model, 1)
+  # Two experts in the second layer, whose load is padded.
+  load = jnp.array([[6.0, 0.0, 0.0], [1.0, 5.0, 0.0]])
+  for _ in range(2):
+    kept = router_state.moved(model.config, kept, load)
+  assert kept[STEPS] == 2 and kept[STEPS].dtype == jnp.int32
+  np.testing.assert_allclose(kept['layer_0'][TOTALS], [8, -4, -4])
+  np.testing.assert_allclose(kept['layer_1'][TOTALS], [-4, 4])
+  assert router_state.init_router_state(build(), 1) == {}
+
+
+def test_a_config_builds_it():
+  config = merge(
+    base.get_config(),
+    {
+      'model': {
+        'kind': 'deep_moe',
+        'vocab_size': V,
+        'feature_shape': SHAPE,
+        'deep_moe': {
+          'num_experts': (3, 2),
+          'hidden': (7, 8),
+          'gate_hidden': (9, 10),
+          'margin': 2.0,
+        },
+      }
+    },
+  )
+  # Of how many layers matters to another initialisation than this one.
+  assert models.build(config) == build(init=Init(num_layers=4))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(hidden=(7,)), r'hidden=\(7,\) and num_experts=\(3, 2\)'),
+    (dict(num_experts=(3, 0)), r'num_experts=\(3, 0\) must be positive'),
+    (dict(feature_shape=()), r'feature_shape=\(\)'),
+    (dict(margin=-1.0), 'margin=-1.0 must be at least 0'),
+    (dict(balance_steps=-2), r'balance_steps=-2 not in \[-1'),
+  ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    build(**changes)

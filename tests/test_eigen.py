@@ -1,0 +1,161 @@
+"""The study of 2013: information as defined, and a run of seconds."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import eigen_2013, gate_information, study_results, study_runs
+from experiments.study import Preset
+from experiments.sweeps import nested
+from moe_jax.config import merge
+from moe_jax.data import open_classes
+
+
+def entropy(*p):
+  return -sum(q * math.log(q) for q in p if q)
+
+
+def test_information_of_two_labels_by_hand():
+  # Of two equally likely labels one has gates 0.9 and 0.1, the other the
+  # reverse: ln 2 of the mean, less the entropy that each label leaves.
+  given = np.array([[0.9, 0.1], [0.1, 0.9]])
+  found = gate_information.mutual_information(given, np.array([0.5, 0.5]))
+  np.testing.assert_allclose(found, math.log(2) - entropy(0.9, 0.1))
+  # The rarer a label, the less there is to know: 0.7 and 0.3 on average.
+  found = gate_information.mutual_information(given, np.array([0.75, 0.25]))
+  np.testing.assert_allclose(found, entropy(0.7, 0.3) - entropy(0.9, 0.1))
+  certain = np.eye(4)
+  found = gate_information.mutual_information(certain, np.full(4, 0.25))
+  np.testing.assert_allclose(found, math.log(4))
+
+
+def labelled(N=60, C=4):
+  return np.arange(N) % C
+
+
+def test_gates_that_follow_the_place_say_nothing_of_the_class():
+  # Six places, of which each expert has two; all images alike.
+  place = np.eye(3)[np.arange(6) // 2]
+  gates = np.tile(place, (60, 1, 1))
+  found = gate_information.about_place(gates)
+  np.testing.assert_allclose(found.measured, math.log(3))
+  assert 0 < found.by_chance < 0.1
+  assert gate_information.about_class(gates, labelled()) == (0.0, 0.0)
+
+
+def test_gates_that_follow_the_class_say_nothing_of_the_place():
+  # Expert 0 has the classes 0 and 1, expert 1 class 2, expert 2 class 3.
+  labels = labelled()
+  of_class = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
+  gates = np.repeat(of_class[:, None], 6, axis=1)
+  found = gate_information.about_class(gates, labels)
+  np.testing.assert_allclose(found.measured, entropy(0.5, 0.25, 0.25))
+  assert 0 < found.by_chance < 0.1
+  place = gate_information.about_place(gates)
+  np.testing.assert_allclose(place, 0, atol=1e-12)
+
+
+@pytest.mark.parametrize('images', [40, 160])
+def test_independent_gates_have_no_excess(images):
+  # Gates that are drawn anew of every image: what is measured is bias alone,
+  # (E - 1)(C - 1) / 2N in the limit of one-hot gates, gone in the excess.
+  rng, labels = np.random.default_rng(0), labelled(images)
+  excess, measured = [], []
+  for seed in range(20):
+    one_hot = np.eye(3)[rng.integers(0, 3, images)]
+    gates = np.repeat(one_hot[:, None], 2, axis=1)
+    found = gate_information.about_class(gates, labels, seed)
+    measured.append(found.measured)
+    excess.append(found.excess)
+  bias = 2 * 3 / (2 * images)
+  np.testing.assert_allclose(np.mean(measured), bias, rtol=0.35)
+  error = np.std(excess, ddof=1) / math.sqrt(20)
+  assert abs(np.mean(excess)) < 3 * error < bias
+
+
+def test_by_class_is_over_images_and_places():
+  gates = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
+  found = gate_information.by_class(gates, np.array([3, 7]))
+  np.testing.assert_array_equal(found, [[0.75, 0.25], [0.0, 1.0]])
+
+
+STUDY = eigen_2013.STUDY
+
+
+def depth_of(arm) -> int:
+  return len(arm.overrides['model.deep_moe.num_experts'])
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+  """Runs of six steps with few units, of the constraint that is lifted."""
+  preset, found = Preset(6, 1), {}
+  folder = tmp_path_factory.mktemp('eigen')
+  for arm in STUDY.arms_of(preset):
+    if arm.name.startswith('lifted'):
+      units = {'hidden': (12, 8), 'gate_hidden': (6, 5)}
+      few = {
+        f'model.deep_moe.{name}': sizes[: depth_of(arm)]
+        for name, sizes in units.items()
+      }
+      overrides = {**arm.overrides, **few, 'batch_size': 8}
+      config = merge(STUDY.shared(preset), nested(overrides))
+      result = study_runs.run_one(
+        config, folder / arm.name, STUDY.measure, jax.devices()[:1]
+      )
+      found[arm.name] = [result]
+  return found
+
+
+def test_a_run_has_what_the_table_shows(results):
+  deep = results[eigen_2013.BALANCED][0]
+  for column in STUDY.columns:
+    assert math.isfinite(column.of(deep)), column.name
+  assert 0 < deep['test_error'] <= 100
+  assert deep['layer_1/place'] > 0 or deep['layer_1/place_by_chance'] > 0
+  single = results[eigen_2013.row_name('lifted', 1)][0]
+  assert 'layer_1/place' in single and 'layer_2/place' not in single
+  for i in (1, 2):
+    place = np.array(deep[f'layer_{i}/by_place'])
+    classes = np.array(deep[f'layer_{i}/by_class'])
+    assert place.shape == (4, 7, 7) and classes.shape == (4, 10)
+    np.testing.assert_allclose(place.sum(0), 1, atol=1e-4)
+    # Means over all places and over all classes are one mean.
+    labels = open_classes('jittered_digits').examples('validation').labels
+    share = np.bincount(labels) / len(labels)
+    np.testing.assert_allclose(place.mean((1, 2)), classes @ share, atol=1e-4)
+
+
+def test_its_pictures_are_of_its_gates(results, tmp_path):
+  deep = results[eigen_2013.BALANCED][0]
+  figure = eigen_2013.picture(deep, 'a title')
+  drawn = [
+    np.asarray(image.get_array())
+    for axes in figure.axes
+    for image in axes.get_images()
+  ]
+  assert len(drawn) == 2 * (4 + 1)
+  np.testing.assert_array_equal(drawn[2], deep['layer_1/by_place'][2])
+  np.testing.assert_array_equal(drawn[-1], deep['layer_2/by_class'])
+  eigen_2013.pictures(results, tmp_path)
+  assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
+
+
+@pytest.mark.parametrize('preset', STUDY.presets)
+def test_its_claims_are_about_its_rows(preset, results):
+  preset = STUDY.presets[preset]
+  arms = STUDY.arms_of(preset)
+  made = {  # of two seeds
+    arm.name: results[eigen_2013.row_name('lifted', depth_of(arm))] * 2
+    for arm in arms
+  }
+  rows = STUDY.make_rows(arms, made, {})
+  task = STUDY.tasks[STUDY.task]
+  summary = study_results.found(STUDY, preset, task, rows, made, {})
+  assert len(summary['claims']) == len(STUDY.claims)
+  json.dumps(summary)
+  steps = [a.overrides['model.deep_moe.balance_steps'] for a in arms]
+  assert steps == [0, -1, preset.steps // 2] * 2 + [0]
