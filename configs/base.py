@@ -146,7 +146,8 @@ def data() -> ConfigDict:
     dict(
       # Or 'files:<glob>', 'tfds:<name>'; synthetic: 'cipher:<K>'. Pairs, of
       # seq2seq: 'python_stdlib_docstrings', 'django_gettext:<languages>',
-      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'. Of classes: 'npz:<path>'.
+      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'. Of classes:
+      # 'vowels', 'files:<path>', 'npz:<path>'.
       source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
       seq_len=256,  # T; of an encoder-decoder T_enc
@@ -182,7 +183,7 @@ def model() -> ConfigDict:
   """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',  # or encoder_decoder
+      kind='decoder',  # encoder_decoder, adaptive
       vocab_size=0,  # 0: the tokenizer's
       feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
@@ -218,6 +219,7 @@ def model() -> ConfigDict:
       remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
       moe=moe(),
+      adaptive=adaptive(),
     )
   )
 
@@ -268,6 +270,20 @@ def moe() -> ConfigDict:
       load_weight=0.0,
       layer_reduce='sum',  # of the losses over sparse layers; or mean
       allow_future_leak=False,
+    )
+  )
+
+
+def adaptive() -> ConfigDict:
+  """Of kind='adaptive'; see `moe_jax.models.AdaptiveConfig`."""
+  return ConfigDict(
+    dict(
+      loss='competitive',  # gated, cooperative
+      num_experts=4,
+      expert_hidden=0,  # logistic units in an expert; 0: linear
+      gate_hidden=0,  # in the gate
+      expert_output='softmax',  # logistic, linear
+      init_scale=0.5,  # weights start uniform within so much of zero
     )
   )
 
@@ -424,17 +440,9 @@ _SHRUNK_EVALS = {
 
 
 def _shrunk(config: ConfigDict) -> ConfigDict:
-  """The same structure at a laptop's size, on the embedded corpus' bytes."""
-  pairs = config.data.task == 'seq2seq'
-  config.data.source = f'python_stdlib{"_docstrings" * pairs}'
-  config.data.tokenizer = 'bytes'
-  config.data.seq_len = 32
-  config.data.target_len = 24 if config.data.target_len else 0
-  config.data.text_feature = 'text'
-  config.data.input_feature = 'inputs'
-  config.data.target_feature = 'targets'
-  config.data.train_split = 'train'
-  config.data.validation_split = 'validation'
+  """The same structure at a laptop's size; text is the embedded corpus."""
+  if config.data.task != 'classes':  # those are small
+    _shrink_text(config.data)
   for name in config.mesh:
     config.mesh[name] = 1
   m = config.model
@@ -470,6 +478,19 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
     entry.every_steps = 2
     entry.update(_SHRUNK_EVALS[entry.kind])
   return config
+
+
+def _shrink_text(data: ConfigDict) -> None:
+  pairs = data.task == 'seq2seq'
+  data.source = f'python_stdlib{"_docstrings" * pairs}'
+  data.tokenizer = 'bytes'
+  data.seq_len = 32
+  data.target_len = 24 if data.target_len else 0
+  data.text_feature = 'text'
+  data.input_feature = 'inputs'
+  data.target_feature = 'targets'
+  data.train_split = 'train'
+  data.validation_split = 'validation'
 
 
 def _layers_named(layers: str) -> int:

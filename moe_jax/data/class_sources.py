@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.config import unknown
 from moe_jax.shapes import Float32, Shaped
 
-KINDS = ('npz:<path>',)
+KINDS = ('vowels', 'files:<path>', 'npz:<path>')
 
 
 class Examples(NamedTuple):
@@ -105,12 +105,22 @@ class NpzSource(ClassSource):
 def open_classes(spec: str) -> ClassSource:
   """The source that `spec` names.
 
+  - `vowels`: four vowels of speakers drawn around published means; see
+    `vowels.Drawn`.
+  - `files:<path>`: the same vowels in a file of the table of Peterson and
+    Barney 1952; see `vowels.open_table`.
   - `npz:<path>`: a file of the user's, see `NpzSource`.
 
   Raises:
     ValueError: It names none, or its data is missing or bad.
   """
+  from moe_jax.data import vowels  # which is made of what is above
+
   kind, _, argument = spec.partition(':')
+  if spec == 'vowels':
+    return vowels.Drawn()
+  if kind == 'files' and argument:
+    return vowels.open_table(argument)
   if kind == 'npz' and argument:
     return NpzSource(argument)
   raise unknown("source of the task 'classes'", spec, KINDS)

@@ -171,6 +171,7 @@ class AdaptiveConfig:
 
   Attributes:
     vocab_size: V, outputs of an expert: the number of classes.
+    feature_shape: Of one case.
     loss: One of `LOSSES`.
     num_experts: E.
     expert_hidden: Hidden logistic units of an expert; 0: it is linear.
@@ -187,6 +188,7 @@ class AdaptiveConfig:
   """
 
   vocab_size: int
+  feature_shape: tuple[int, ...]
   loss: str = 'competitive'
   num_experts: int = 4
   expert_hidden: int = 0
@@ -287,7 +289,7 @@ class AdaptiveMixture(nn.Module):
   def losses(
     self, outputs: AdaptiveOutputs, batch: Mapping[str, Array]
   ) -> Float32[Array, 'N 1']:
-    """Every case's error against its class as one of V: 1 there, 0 elsewhere."""
+    """Every case's error; its target is 1 at its class, 0 elsewhere."""
     classes = batch['targets'][:, 0]
     targets = jax.nn.one_hot(classes, self.config.vocab_size)
     loss = LOSSES[self.config.loss]
@@ -298,3 +300,8 @@ class AdaptiveMixture(nn.Module):
   def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
     """The arguments of a call that are in a batch."""
     return {'features': batch['features']}
+
+  def example(self, tokens: Int[Array, 'N T']) -> dict[str, Array]:
+    """The arguments of a call, of as many cases as there are rows."""
+    shape = (len(tokens), *self.config.feature_shape)
+    return {'features': jnp.zeros(shape, jnp.float32)}

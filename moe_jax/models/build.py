@@ -8,7 +8,7 @@ import dataclasses
 
 import ml_collections
 
-from moe_jax.config import merge, unknown
+from moe_jax.config import merge, to_dataclass, unknown
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnConfig
@@ -16,6 +16,7 @@ from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router_config import RouterConfig
+from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.embeddings import EmbeddingConfig
@@ -26,12 +27,12 @@ from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
-KINDS = ('decoder', 'encoder_decoder')
+KINDS = ('decoder', 'encoder_decoder', 'adaptive')
 # Kinds whose inputs are no tokens, but examples with a class.
-OF_FEATURES: tuple[str, ...] = ()
+OF_FEATURES = ('adaptive',)
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
-Model = Decoder | EncoderDecoder
+Model = Decoder | EncoderDecoder | AdaptiveMixture
 
 
 def build(config: ml_collections.ConfigDict) -> Model:
@@ -46,6 +47,8 @@ def build(config: ml_collections.ConfigDict) -> Model:
   """
   model = config.model
   _check(model)
+  if model.kind == 'adaptive':
+    return _adaptive(model)
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
   decoder = _stack(model, exchange)
@@ -89,6 +92,17 @@ def _check(model) -> None:
       raise ValueError(
         f'{name}={heads} does not divide width={model.width}; set head_width'
       )
+
+
+def _adaptive(model) -> AdaptiveMixture:
+  return AdaptiveMixture(
+    to_dataclass(
+      AdaptiveConfig,
+      model.adaptive,
+      vocab_size=model.vocab_size,
+      feature_shape=tuple(model.feature_shape),
+    )
+  )
 
 
 def _encoders(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
