@@ -24,7 +24,7 @@ from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 
 GRID = 90  # points each way
 COLORS = [f'C{i}' for i in range(10)]
-MARKERS = ('o', 'x')  # of targets, in turn
+MARKERS = ('o', 'x')  # of classes, in turn: of pairs their targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
     line = outputs.expert_outputs[:, :, i, 0]
     _contour(ax, xs, ys, line, colors=[COLORS[i % len(COLORS)]])
   _decision(ax, xs, ys, outputs.prediction)
-  _points(ax, problem.train)
+  _points(ax, problem)
 
 
 def _contour(ax: Axes, xs, ys, values, **options) -> None:
@@ -106,15 +106,14 @@ def _decision(ax: Axes, xs, ys, prediction) -> None:
     _contour(ax, xs, ys, (answer == kind).astype(float), colors='black')
 
 
-def _points(ax: Axes, cases: Cases) -> None:
-  kinds = cases.targets.argmax(-1)
-  if cases.targets.shape[-1] == 1:
-    kinds = (cases.targets[:, 0] > 0.5).astype(int)
-  for kind in np.unique(kinds):
-    x, y = cases.features[kinds == kind].T
-    marker = MARKERS[kind % len(MARKERS)]
+def _points(ax: Axes, problem: Problem) -> None:
+  cases = problem.train
+  for label, name in enumerate(problem.classes):
+    x, y = cases.features[cases.labels == label].T
+    marker = MARKERS[label % len(MARKERS)]
     size = 6 if marker == 'o' else 10
     ax.scatter(x, y, size, '0.25', marker, linewidths=0.6, alpha=0.6)
+    ax.annotate(f'[{name}]', (x.mean(), y.mean()), fontsize=9, weight='bold')
 
 
 def boundaries(

@@ -30,10 +30,17 @@ TARGETS = ('pairs', 'one_hot')
 
 
 class Cases(NamedTuple):
-  """Cases of one split: features float32 [N, M], targets float32 [N, V]."""
+  """Cases of one split.
+
+  Attributes:
+    features: float32 [N, M].
+    targets: float32 [N, V].
+    labels: int32 [N], the classes that the targets are made of.
+  """
 
   features: Any
   targets: Any
+  labels: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Problem:
     expert_output: See `AdaptiveConfig`.
     error: The criterion: the mean over training cases of the squared error of
       the blend, ||d - y||^2, at which a run stops.
+    classes: Their names.
     says: What a target is, for people.
   """
 
@@ -53,6 +61,7 @@ class Problem:
   test: Cases
   expert_output: str
   error: float
+  classes: tuple[str, ...]
   says: str
 
   def config(self, **options) -> AdaptiveConfig:
@@ -89,7 +98,7 @@ def problem(source: ClassSource, targets: str) -> Problem:
     wanted = np.eye(len(source.classes), dtype=np.float32)[labels]
     if targets == 'pairs':
       wanted = (labels % 2).astype(np.float32)[:, None]
-    return Cases(features.reshape(len(labels), -1), wanted)
+    return Cases(features.reshape(len(labels), -1), wanted, labels)
 
   names = source.classes
   if targets == 'pairs':
@@ -97,7 +106,8 @@ def problem(source: ClassSource, targets: str) -> Problem:
     output, error = 'logistic', 0.08
   else:
     says, output, error = f'{len(names)} classes', 'softmax', 0.16
-  return Problem(cases('train'), cases('validation'), output, error, says)
+  splits = cases('train'), cases('validation')
+  return Problem(*splits, output, error, names, says)
 
 
 class Runs(NamedTuple):

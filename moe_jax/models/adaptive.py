@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import unknown
-from moe_jax.layers.initializers import zeros
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Float32, Int
 
@@ -249,15 +248,15 @@ class AdaptiveMixture(nn.Module):
     made = AdaptiveOutputs(outputs, logits, probs, blend(outputs, probs))
     return made, aux
 
-  def _weights(self, name: str, shape, axes, start=None) -> Array:
+  def _weights(self, name: str, shape, axes, zero: bool = False) -> Array:
     """A kernel or bias, float32."""
-    if start is None:
-      scale = self.config.init_scale
+    scale = self.config.init_scale
 
-      def uniform(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -scale, scale)
+    def uniform(key, shape, dtype):
+      return jax.random.uniform(key, shape, dtype, -scale, scale)
 
-      start = nn.with_logical_partitioning(uniform, axes)
+    start = nn.initializers.zeros if zero else uniform
+    start = nn.with_logical_partitioning(start, axes)
     return self.param(name, start, shape, jnp.float32)
 
   def _experts(self, x: Float32[Array, 'N M']) -> Outputs:
@@ -282,8 +281,8 @@ class AdaptiveMixture(nn.Module):
       bias = self._weights('gate_in_bias', shape[1:], (None,))
       x = jax.nn.sigmoid(x @ hidden + bias[None])
     shape = (x.shape[-1], c.num_experts)
-    kernel = self._weights('gate_out', shape, (), zeros((None, None)))
-    bias = self._weights('gate_out_bias', shape[1:], (), zeros((None,)))
+    kernel = self._weights('gate_out', shape, (None, None), zero=True)
+    bias = self._weights('gate_out_bias', shape[1:], (None,), zero=True)
     return x @ kernel + bias[None]
 
   def losses(
