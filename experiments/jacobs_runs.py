@@ -129,6 +129,7 @@ class Runs(NamedTuple):
     return jax.tree.map(lambda leaf: leaf[i], self.params)
 
 
+@functools.partial(jax.jit, static_argnames='model')
 def start(model: AdaptiveMixture, features, seeds):
   """Weights to start from: a tree of [S, ...]."""
 
@@ -136,12 +137,12 @@ def start(model: AdaptiveMixture, features, seeds):
     key = jax.random.fold_in(jax.random.key(1991), seed)
     return nn.meta.unbox(model.init(key, features[:1])['params'])
 
-  return jax.vmap(one)(jnp.asarray(seeds))
+  return jax.vmap(one)(seeds)
 
 
 def forward(model: AdaptiveMixture, params, features) -> AdaptiveOutputs:
   """What one run's weights say of cases."""
-  return model.apply({'params': params}, features)[0]
+  return model.apply({'params': params}, jnp.asarray(features))[0]
 
 
 def squared_error(outputs: AdaptiveOutputs, targets):
@@ -209,7 +210,7 @@ def train(
   model = AdaptiveMixture(config)
   params, epochs, reached = _train(
     model,
-    start(model, problem.train.features, seeds),
+    start(model, problem.train.features, jnp.array(seeds)),
     problem.train,
     problem.error,
     jnp.asarray(rates, jnp.float32),
@@ -251,7 +252,7 @@ def path(
   """
   model = AdaptiveMixture(config)
   first = jax.tree.map(
-    lambda a: a[0], start(model, problem.train.features, [seed])
+    lambda a: a[0], start(model, problem.train.features, jnp.array([seed]))
   )
   return _path(model, first, problem.train, rate, every, count)
 

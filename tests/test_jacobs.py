@@ -35,7 +35,7 @@ def descend(config, problem, rate, seed, most):
   model = AdaptiveMixture(config)
   params = jax.tree.map(
     lambda leaf: leaf[0],
-    jacobs_runs.start(model, problem.train.features, [seed]),
+    jacobs_runs.start(model, problem.train.features, jnp.array([seed])),
   )
   targets = problem.train.targets
 
@@ -59,9 +59,9 @@ def descend(config, problem, rate, seed, most):
 def test_runs_stop_where_a_loop_does():
   problem = line()
   config = problem.config(num_experts=3, loss='competitive')
-  runs = jacobs_runs.train(config, problem, (2.0, 6.0), (4, 5), 150)
+  runs = jacobs_runs.train(config, problem, (0.5, 6.0), (4, 5), 150)
   assert runs.reached.tolist() == [[False, False], [True, True]]
-  for r, rate in enumerate((2.0, 6.0)):
+  for r, rate in enumerate((0.5, 6.0)):
     for s, seed in enumerate((4, 5)):
       epochs, params = descend(config, problem, rate, seed, 150)
       assert runs.epochs[r, s] == epochs
@@ -92,7 +92,7 @@ def test_what_is_measured_of_a_gate():
     'gate_out': np.array([[-99.0, 99.0, 0.0], [0, 0, 0]]),
     'gate_out_bias': np.zeros(3),
   }
-  params = {k: np.float32(v)[None] for k, v in params.items()}
+  params = {k: jnp.float32(v)[None] for k, v in params.items()}
   config = problem.config(num_experts=3, loss='competitive')
   found = jacobs_runs.measured(config, problem, params)
   expected = {'train': 100, 'test': 100, 'alone': 100}
@@ -100,7 +100,7 @@ def test_what_is_measured_of_a_gate():
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], [value], atol=1e-4)
   # With equal proportions all are heard, one is the likeliest, no one decides.
-  params['gate_out'] = np.zeros((1, 2, 3), np.float32)
+  params['gate_out'] = jnp.zeros((1, 2, 3))
   found = jacobs_runs.measured(config, problem, params)
   np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
   assert found['experts ever heard'] == 3 and found['experts in use'] == 1
@@ -113,7 +113,7 @@ def test_problems_have_the_papers_sizes():
   sizes = {}
   for name, system in jacobs_claims.SYSTEMS.items():
     model = AdaptiveMixture(problem.config(**system))
-    params = jacobs_runs.start(model, problem.train.features, [0])
+    params = jacobs_runs.start(model, problem.train.features, jnp.array([0]))
     sizes[name] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
   assert sizes['4 experts, competitive'] == 24
   assert sizes['8 experts, competitive'] == 48
@@ -175,7 +175,8 @@ def folder(tmp_path_factory):
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--max-epochs=50', f'--output={output}']
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jacobs_table1, 'RATES', (8.0, 16.0))
+    patch.setattr(jacobs_table1, 'RATES', (8.0,))
+    patch.setattr(jacobs_table1, 'EXPLORED', range(9, 11))
     return jacobs_table1.main(argv)
 
 
@@ -195,7 +196,7 @@ def test_the_command_says_who_never_arrived(folder):
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
   sweeps = json.loads((folder / 'sweep.json').read_text())
-  assert sweeps['BP, 6 hidden']['16'] == {'epochs': 50.0, 'reached': 0.0}
+  assert sweeps['BP, 6 hidden']['8'] == {'epochs': 50.0, 'reached': 0.0}
   for name in ('figure.png', 'boundaries.png'):
     assert (folder / name).read_bytes().startswith(b'\x89PNG')
 
@@ -210,7 +211,7 @@ def test_boundaries_are_where_experts_decide():
     'gate_out_bias': np.zeros(1),
   }
   config = problem.config(num_experts=1, loss='competitive')
-  params = {k: np.float32(v)[None].repeat(3, 0) for k, v in params.items()}
+  params = {k: jnp.float32(v)[None].repeat(3, 0) for k, v in params.items()}
   life = jacobs_figures.Life(config, params, 10)
   ax = Figure().subplots()
   jacobs_figures.draw(ax, problem, life, 1)
