@@ -147,7 +147,8 @@ def data() -> ConfigDict:
       # Or 'files:<glob>', 'tfds:<name>'; synthetic: 'cipher:<K>'. Pairs, of
       # seq2seq: 'python_stdlib_docstrings', 'django_gettext:<languages>',
       # 'tfds:<name>'; synthetic: 'kv_recall:<N>'. Of classes:
-      # 'digits', 'jittered_digits', 'tfds:<name>', 'npz:<path>'.
+      # 'vowels', 'files:<path>', 'digits', 'jittered_digits', 'tfds:<name>',
+      # 'npz:<path>'.
       source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
       seq_len=256,  # T; of an encoder-decoder T_enc
@@ -183,7 +184,7 @@ def model() -> ConfigDict:
   """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',  # encoder_decoder, deep_moe
+      kind='decoder',  # encoder_decoder, adaptive, deep_moe
       vocab_size=0,  # 0: the tokenizer's
       feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
@@ -219,6 +220,7 @@ def model() -> ConfigDict:
       remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
       moe=moe(),
+      adaptive=adaptive(),
       deep_moe=deep_moe(),
     )
   )
@@ -270,6 +272,20 @@ def moe() -> ConfigDict:
       load_weight=0.0,
       layer_reduce='sum',  # of the losses over sparse layers; or mean
       allow_future_leak=False,
+    )
+  )
+
+
+def adaptive() -> ConfigDict:
+  """Of kind='adaptive'; see `moe_jax.models.AdaptiveConfig`."""
+  return ConfigDict(
+    dict(
+      loss='competitive',  # gated, cooperative
+      num_experts=4,
+      expert_hidden=0,  # logistic units in an expert; 0: linear
+      gate_hidden=0,  # in the gate
+      expert_output='softmax',  # logistic, linear
+      init_scale=0.5,  # weights start uniform within so much of zero
     )
   )
 

@@ -150,13 +150,14 @@ def _described(found: Verdict) -> dict[str, Any]:
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
   """The study's part of a page, in Markdown."""
   seeds = summary['seeds']
+  length = summary.get('length', f'{summary["steps"]:,} steps')
   lines = [
     f'## {summary["title"]}',
     '',
     f'{summary["source"]}. `python -m experiments.{summary["name"]}`: '
     f'{summary["task"]} (sha256 '
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
-    f'{summary["steps"]:,} steps, paired seeds {seeds[0]} to {seeds[-1]}'
+    f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
     f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
     f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
     f'± is a 95 % confidence interval over seeds (Student).',

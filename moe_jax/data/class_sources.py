@@ -13,7 +13,8 @@ import numpy as np
 from moe_jax.config import unknown
 from moe_jax.shapes import Float32, Shaped
 
-KINDS = ('digits', 'jittered_digits', 'tfds:<name>', 'npz:<path>')
+KINDS = ('vowels', 'files:<path>', 'digits', 'jittered_digits')
+KINDS += ('tfds:<name>', 'npz:<path>')
 
 
 class Examples(NamedTuple):
@@ -105,6 +106,10 @@ class NpzSource(ClassSource):
 def open_classes(spec: str) -> ClassSource:
   """The source that `spec` names.
 
+  - `vowels`: four vowels of speakers drawn around published means; see
+    `vowels.Drawn`.
+  - `files:<path>`: the same vowels in a file of the table of Peterson and
+    Barney 1952; see `vowels.open_table`.
   - `digits`: scikit-learn's images of digits, [8, 8].
   - `jittered_digits`: these at random places of a canvas of [14, 14].
   - `tfds:<name>`: grey images of a TFDS dataset, such as `tfds:mnist`, moved
@@ -114,9 +119,13 @@ def open_classes(spec: str) -> ClassSource:
   Raises:
     ValueError: It names none, or its data is missing or bad.
   """
-  from moe_jax.data import digits  # which is made of what is above
+  from moe_jax.data import digits, vowels  # made of what is above
 
   kind, _, argument = spec.partition(':')
+  if spec == 'vowels':
+    return vowels.Drawn()
+  if kind == 'files' and argument:
+    return vowels.open_table(argument)
   if spec in ('digits', 'jittered_digits'):
     return digits.open_digits(jitter=spec != 'digits')
   if kind == 'tfds' and argument:

@@ -91,6 +91,14 @@ _MODEL = dict(
     layer_reduce='sum',
     allow_future_leak=False,
   ),
+  adaptive=dict(
+    loss='competitive',
+    num_experts=4,
+    expert_hidden=0,
+    gate_hidden=0,
+    expert_output='softmax',
+    init_scale=0.5,
+  ),
   deep_moe=dict(
     num_experts=(4, 4),
     hidden=(100, 100),

@@ -1,5 +1,6 @@
 """Models: `build(config)` turns a config into a linen module."""
 
+from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 from moe_jax.models.build import OF_FEATURES, Model, build
 from moe_jax.models.causality import decodes, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
@@ -11,6 +12,8 @@ from moe_jax.models.pattern import sparse_pattern
 
 __all__ = [
   'OF_FEATURES',
+  'AdaptiveConfig',
+  'AdaptiveMixture',
   'Decoder',
   'DecoderConfig',
   'DeepMoe',

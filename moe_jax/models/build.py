@@ -16,6 +16,7 @@ from moe_jax.layers.initializers import Init
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router_config import RouterConfig
+from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
@@ -27,12 +28,12 @@ from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
-KINDS = ('decoder', 'encoder_decoder', 'deep_moe')
+KINDS = ('decoder', 'encoder_decoder', 'adaptive', 'deep_moe')
 # Kinds whose inputs are no tokens, but examples with a class.
-OF_FEATURES = ('deep_moe',)
+OF_FEATURES = ('adaptive', 'deep_moe')
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
-Model = Decoder | EncoderDecoder | DeepMoe
+Model = Decoder | EncoderDecoder | AdaptiveMixture | DeepMoe
 
 
 def build(config: ml_collections.ConfigDict) -> Model:
@@ -47,6 +48,8 @@ def build(config: ml_collections.ConfigDict) -> Model:
   """
   model = config.model
   _check(model)
+  if model.kind == 'adaptive':
+    return _adaptive(model)
   if model.kind == 'deep_moe':
     return _deep_moe(model)
   embedding = _embedding(config, model.max_len or config.data.seq_len)
@@ -97,6 +100,17 @@ def _check(model) -> None:
       raise ValueError(
         f'{name}={heads} does not divide width={model.width}; set head_width'
       )
+
+
+def _adaptive(model) -> AdaptiveMixture:
+  return AdaptiveMixture(
+    to_dataclass(
+      AdaptiveConfig,
+      model.adaptive,
+      vocab_size=model.vocab_size,
+      feature_shape=tuple(model.feature_shape),
+    )
+  )
 
 
 def _deep_moe(model) -> DeepMoe:

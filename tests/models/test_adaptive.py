@@ -1,0 +1,268 @@
+"""1991's three errors: told by hand, and their gradients as published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import models
+from moe_jax.config import merge
+from moe_jax.models import adaptive
+from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
+from tests import golden
+
+N, E, V = 3, 4, 2
+LOSSES = sorted(adaptive.LOSSES)
+each_loss = pytest.mark.parametrize('loss', LOSSES)
+
+
+def case(seed=0, far=1.5):
+  """Outputs, gate logits, targets."""
+  rng = np.random.default_rng(seed)
+  outputs = rng.normal(0, far, (N, E, V))
+  return outputs, rng.normal(0, 1, (N, E)), rng.normal(0, 1, (N, V))
+
+
+def arrays(values):
+  return [jnp.asarray(value, jnp.float32) for value in values]
+
+
+def by_hand(loss, outputs, gate_logits, targets):
+  """The definitions, a loop over cases and experts, in float64."""
+  found = []
+  for o, x, d in zip(outputs, gate_logits, targets, strict=True):
+    p = np.exp(x) / np.exp(x).sum()
+    if loss == 'cooperative':
+      blended = sum(p[i] * o[i] for i in range(len(p)))
+      found.append(((d - blended) ** 2).sum())
+    elif loss == 'gated':
+      found.append(sum(p[i] * ((d - o[i]) ** 2).sum() for i in range(len(p))))
+    else:
+      terms = [p[i] * np.exp(-((d - o[i]) ** 2).sum() / 2) for i in range(E)]
+      found.append(-np.log(sum(terms)))
+  return np.array(found)
+
+
+def test_told():
+  # Two experts with equal proportions and one target, 1. The first says 1,
+  # the second 3: their blend is 2.
+  outputs = jnp.array([[[1.0], [3.0]]])
+  logits, targets = jnp.zeros((1, 2)), jnp.array([[1.0]])
+  told = outputs, logits, targets
+  # The blend errs by 1.
+  np.testing.assert_allclose(adaptive.cooperative_loss(*told), [1.0])
+  # Drawn by the gate, half of the time it errs by 2.
+  np.testing.assert_allclose(adaptive.gated_loss(*told), [2.0])
+  # exp(0) / 2 + exp(-2) / 2.
+  expected = -np.log((1 + np.exp(-2.0)) / 2)
+  np.testing.assert_allclose(adaptive.competitive_loss(*told), [expected])
+  # The first said it with probability 1 / (1 + exp(-2)) = 0.881.
+  posterior = adaptive.posterior(*told)
+  np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
+
+
+def test_who_is_moved_by_whose_error():
+  # As above. The first expert is right, and only cooperation changes it: it
+  # has to make up for the second.
+  told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
+  moved = {
+    loss: adaptive.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
+    for loss in LOSSES
+  }
+  assert moved['cooperative'] == [1.0, 1.0]
+  assert moved['gated'] == [0.0, 2.0]
+  np.testing.assert_allclose(moved['competitive'], [0, 2 * 0.1192], atol=1e-4)
+
+
+@each_loss
+def test_losses_are_their_definitions(loss):
+  found = adaptive.LOSSES[loss](*arrays(case()))
+  np.testing.assert_allclose(found, by_hand(loss, *case()), rtol=1e-5)
+
+
+@each_loss
+def test_gradients_are_the_published_ones(loss):
+  outputs, logits, targets = arrays(case())
+
+  def total(o, x):
+    return adaptive.LOSSES[loss](o, x, targets).sum()
+
+  by_autodiff = jax.grad(total, argnums=(0, 1))(outputs, logits)
+  published = adaptive.GRADIENTS[loss](outputs, logits, targets)
+  for mine, theirs in zip(published, by_autodiff, strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
+
+
+@each_loss
+@pytest.mark.parametrize('which', ['expert_outputs', 'gate_logits'])
+def test_gradients_are_finite_differences(loss, which):
+  values = case(seed=1)
+  found = getattr(adaptive.GRADIENTS[loss](*arrays(values)), which)
+  at = ('expert_outputs', 'gate_logits').index(which)
+  step, differences = 1e-5, np.zeros_like(values[at])
+  for index in np.ndindex(*differences.shape):
+    sums = []
+    for sign in (1, -1):
+      moved = [value.copy() for value in values]
+      moved[at][index] += sign * step
+      sums.append(by_hand(loss, *moved).sum())
+    differences[index] = (sums[0] - sums[1]) / (2 * step)
+  np.testing.assert_allclose(found, differences, rtol=1e-4, atol=1e-5)
+
+
+def test_competition_moves_the_best_fitting_expert_fastest():
+  # The paper's argument for equation 3: equal proportions, every distance
+  # above 1. Equation 4 moves the nearest expert least, equation 5 most.
+  outputs = jnp.array([[[1.1], [1.5], [2.0]]])
+  told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
+  gated = adaptive.gated_gradients(*told).expert_outputs[0, :, 0]
+  competitive = adaptive.competitive_gradients(*told).expert_outputs[0, :, 0]
+  assert gated.argmin() == 0 and gated.argmax() == 2
+  assert competitive.argmax() == 0 and competitive.argmin() == 2
+
+
+def test_posterior_is_what_competition_learns_from():
+  # -h_i (d - o_i), with h by Bayes in a loop.
+  outputs, logits, targets = case(seed=2)
+  h = np.zeros((N, E))
+  for n in range(N):
+    p = np.exp(logits[n]) / np.exp(logits[n]).sum()
+    for i in range(E):
+      h[n, i] = p[i] * np.exp(-((targets[n] - outputs[n, i]) ** 2).sum() / 2)
+    h[n] /= h[n].sum()
+  np.testing.assert_allclose(
+    adaptive.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
+  )
+  found = adaptive.competitive_gradients(*arrays((outputs, logits, targets)))
+  expected = -h[..., None] * (targets[:, None] - outputs)
+  np.testing.assert_allclose(found.expert_outputs, expected, rtol=1e-4)
+
+
+def test_far_targets_stay_finite():
+  # exp(-||d - o||^2 / 2) is 0 in float32: the log of the sum is not.
+  told = jnp.array([[[0.0], [1.0]]]), jnp.zeros((1, 2)), jnp.array([[30.0]])
+  expected = 29.0**2 / 2 + np.log(2)  # the nearer one's share is all
+  np.testing.assert_allclose(
+    adaptive.competitive_loss(*told), [expected], rtol=1e-6
+  )
+  assert jnp.isfinite(adaptive.competitive_gradients(*told).gate_logits).all()
+
+
+def weights(**shapes):
+  rng = np.random.default_rng(3)
+  return {
+    k: jnp.asarray(rng.normal(size=v), jnp.float32) for k, v in shapes.items()
+  }
+
+
+def logistic(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+  return np.exp(x) / np.exp(x).sum()
+
+
+def test_mixture_is_a_loop_over_its_experts():
+  config = AdaptiveConfig(
+    V, (5,), num_experts=E, expert_hidden=6, gate_hidden=3
+  )
+  params = weights(
+    expert_in=(E, 5, 6),
+    expert_in_bias=(E, 6),
+    expert_out=(E, 6, V),
+    expert_out_bias=(E, V),
+    gate_in=(5, 3),
+    gate_in_bias=(3,),
+    gate_out=(3, E),
+    gate_out_bias=(E,),
+  )
+  x = np.random.default_rng(4).normal(size=(N, 5)).astype(np.float32)
+  outputs, _ = AdaptiveMixture(config).apply({'params': params}, jnp.asarray(x))
+
+  w = {name: np.asarray(value, np.float64) for name, value in params.items()}
+  for n in range(N):
+    hidden = logistic(x[n] @ w['gate_in'] + w['gate_in_bias'])
+    p = softmax(hidden @ w['gate_out'] + w['gate_out_bias'])
+    said = []
+    for i in range(E):
+      hidden = logistic(x[n] @ w['expert_in'][i] + w['expert_in_bias'][i])
+      o = hidden @ w['expert_out'][i] + w['expert_out_bias'][i]
+      said.append(softmax(o))
+    tolerance = dict(rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs.expert_outputs[n], said, **tolerance)
+    np.testing.assert_allclose(outputs.gate_probs[n], p, **tolerance)
+    np.testing.assert_allclose(outputs.prediction[n], p @ said, **tolerance)
+
+
+@pytest.mark.parametrize(
+  ('output', 'expected'),
+  [('linear', 3.0), ('logistic', 0.9526), ('softmax', 1.0)],
+)
+def test_what_a_linear_expert_says(output, expected):
+  # Weights 1 and 2 on (1, 0.5), bias 1: 3, or the logistic of it; of one
+  # output a softmax is always sure.
+  config = AdaptiveConfig(1, (2,), num_experts=1, expert_output=output)
+  params = {
+    'expert_out': jnp.array([[[1.0], [2.0]]]),
+    'expert_out_bias': jnp.array([[1.0]]),
+    'gate_out': jnp.ones((2, 1)),
+    'gate_out_bias': jnp.ones(1),
+  }
+  model = AdaptiveMixture(config)
+  outputs, _ = model.apply({'params': params}, jnp.array([[1.0, 0.5]]))
+  np.testing.assert_allclose(outputs.prediction, [[expected]], atol=1e-4)
+
+
+def test_it_starts_with_equal_proportions_and_different_experts():
+  model = AdaptiveMixture(AdaptiveConfig(V, (2, 3), num_experts=E))
+  x = jax.random.normal(jax.random.key(0), (N, 2, 3))
+  outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
+  np.testing.assert_array_equal(outputs.gate_probs, np.full((N, E), 1 / E))
+  said = np.asarray(outputs.expert_outputs)
+  assert all((said[:, 0] != said[:, i]).all() for i in range(1, E))
+
+
+@each_loss
+def test_targets_are_one_at_their_class(loss):
+  config = AdaptiveConfig(3, (2,), loss=loss, num_experts=E)
+  model = AdaptiveMixture(config)
+  x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2)), jnp.float32)
+  outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
+  found = model.losses(outputs, {'targets': jnp.array([[2], [0]])})
+  targets = np.array([[0, 0, 1], [1, 0, 0]])
+  expected = by_hand(
+    loss, *(np.asarray(a, float) for a in outputs[:2]), targets
+  )
+  np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+
+
+def test_build_takes_its_section():
+  config = golden.config('jacobs_vowels')
+  filled = merge(config, {'model': {'vocab_size': 4, 'feature_shape': (2,)}})
+  section = dict(
+    loss='gated',
+    num_experts=7,
+    expert_hidden=3,
+    gate_hidden=5,
+    expert_output='linear',
+    init_scale=0.25,
+  )
+  model = models.build(merge(filled, {'model': {'adaptive': section}}))
+  assert model.config == AdaptiveConfig(4, (2,), **section)
+  with pytest.raises(ValueError, match=r"adaptive\.loss 'gate'.*'gated'"):
+    models.build(merge(filled, {'model': {'adaptive': {'loss': 'gate'}}}))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(num_experts=0), 'num_experts=0 is below 1'),
+    (dict(expert_hidden=-1), 'expert_hidden=-1 is below 0'),
+    (dict(expert_output='relu'), "expert_output 'relu'; .*'logistic'"),
+    (dict(init_scale=0.0), 'init_scale=0.0 is not positive'),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    AdaptiveConfig(4, (2,), **options)
