@@ -14,13 +14,27 @@ from configs import base
 from moe_jax import evaluation, models
 from moe_jax.config import merge
 from moe_jax.training import setup, step
+from moe_jax.training.abstract import abstract_batch
 from moe_jax.training.evaluate import changed_models, check_entries
 from tests import golden
 from tests.training import tiny
 
 
+def filled(config, vocab_size):
+  """The config with a vocabulary, and the shape of examples, if of any."""
+  of_features = config.model.kind in models.OF_FEATURES
+  return setup.with_vocabulary(config, vocab_size, (7,) if of_features else ())
+
+
 def batch_of(config):
   """Random rows of the config's lengths, for both halves if there are two."""
+  if config.model.kind in models.OF_FEATURES:
+    ones = {
+      k: np.ones(v.shape, v.dtype) for k, v in abstract_batch(config).items()
+    }
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=ones['features'].shape).astype(np.float32)
+    return ones | {'features': features}
   batch = tiny.batch(config)
   if config.model.kind == 'decoder':
     return batch
@@ -63,20 +77,20 @@ each_config = pytest.mark.parametrize(
 
 @each_config
 def test_initialises_as_shapes_at_full_size(name):
-  config = setup.with_vocabulary(golden.config(name), 65)
+  config = filled(golden.config(name), 65)
   model = models.build(config)
   shapes = nn.meta.unbox(
     models.abstract_params(model, min(config.data.seq_len, 64))
   )
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-  assert total > 500_000
+  assert total > (100 if config.model.kind in models.OF_FEATURES else 500_000)
   check_entries(config, evaluation.KINDS)
   assert set(changed_models(config, model)) == set(config.evals)
 
 
 @each_config
 def test_two_steps_shrunk(name):
-  config = setup.with_vocabulary(golden.config(name, 'runlocal'), 257)
+  config = filled(golden.config(name, 'runlocal'), 257)
   model = models.build(config)
   batch = batch_of(config)
   axes = setup.axis_names(models.abstract_params(model, config.data.seq_len))
