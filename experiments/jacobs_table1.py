@@ -25,6 +25,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -91,15 +92,18 @@ def best(sweeps: Sequence[Runs]) -> float:
 def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
   """Explores rates, then runs every system at its best and a shared one."""
   configs = {name: task.config(**made) for name, made in SYSTEMS.items()}
-  # Two compiled programs at a time: one alone leaves most cores idle.
-  with concurrent.futures.ThreadPoolExecutor() as pool:
+  # A system keeps one core busy, hardly more: its arrays are small.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
     def of_each(function):
       return dict(zip(SYSTEMS, pool.map(function, SYSTEMS), strict=True))
 
-    sweeps = of_each(
-      lambda name: train(configs[name], task, RATES, EXPLORED, most)
-    )
+    def sweep(name: str) -> Runs:
+      runs = train(configs[name], task, RATES, EXPLORED, most)
+      print(f'{name}: learns best at a rate of {best([runs]):g}', flush=True)
+      return runs
+
+    sweeps = of_each(sweep)
     shared = best(list(sweeps.values()))
 
     def final(name: str) -> Found:
@@ -112,6 +116,8 @@ def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
       measures = [
         measured(configs[name], task, runs.at(i)) for i in range(len(rates))
       ]
+      epochs = ' and '.join(f'{row.mean():,.0f}' for row in runs.epochs)
+      print(f'{name}: {epochs} epochs at {rates[0]:g} and {shared:g}')
       return Found(sweeps[name], rates, runs, measures)
 
     return of_each(final)
@@ -183,15 +189,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--seeds', type=int, default=_DEFAULTS['seeds'], help='runs of a system')
-  add(
-    '--max-epochs',
-    type=int,
-    default=_DEFAULTS['max_epochs'],
-    help='when a run is given up',
-  )
+  most = _DEFAULTS['max_epochs']
+  add('--max-epochs', type=int, default=most, help='when a run is given up')
   add(
     '--data',
-    default='vowels',
+    default=_DEFAULTS['data'],
     help="a source of classes: 'files:<path>' of Peterson and Barney, 'digits'",
   )
   add('--targets', choices=TARGETS, help="by default 'pairs' of four classes")
