@@ -227,6 +227,11 @@ def moe() -> ConfigDict:
     dict(
       num_experts=8,  # 0: the dense twin, of width num_selected * hidden
       num_selected=1,
+      # Of two levels: a gate over branches, each of num_experts / branching
+      # experts, and in each chosen one a gate that selects
+      # num_selected / branches_selected of its own. 0: one level.
+      branching=0,
+      branches_selected=1,
       layers='every 2',  # all, none, 'last 1', '1,3'
       encoder_layers='',  # '': layers
       hidden=0,  # of one expert; 0: model.hidden
@@ -456,6 +461,7 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)
+    m.moe.branching = min(m.moe.branching, m.moe.branches_selected)
   if m.moe.group_size > 0:
     m.moe.group_size = 64
   config.batch_size = 4

@@ -224,6 +224,47 @@ def load_loss(probability, mask):
   )
 
 
+def two_levels(branch_logits, expert_logits, K1, K2):
+  """Choices and gates gp_i * g_ij of arXiv:1701.06538, Eq. 12, one token.
+
+  Expert (i, j) is number i * b + j; logits are [a] and [a, b], with noise.
+  """
+  b = expert_logits.shape[1]
+  index, gate = [], []
+  branches = choose(branch_logits, K1)
+  for i, gp in zip(branches, relative_gates(branch_logits, branches)):
+    experts = choose(expert_logits[i], K2)
+    for j, g in zip(experts, relative_gates(expert_logits[i], experts)):
+      index.append(i * b + j)
+      gate.append(gp * g)
+  return index, gate
+
+
+def two_level_losses(clean, noisy, std, K1, K2, mask):
+  """CV^2 of Importance_H and of Load_H, Eq. 13-14, of one group.
+
+  Each of the first three is a pair of branches' [S, a] and experts' [S, a, b].
+  """
+  a, b = clean[1].shape[1:]
+  importance, load = np.zeros((a, b)), np.zeros((a, b))
+  branch_load, number = np.zeros(a), np.zeros(a)
+  for s in np.flatnonzero(mask):
+    index, gate = two_levels(noisy[0][s], noisy[1][s], K1, K2)
+    for e, g in zip(index, gate):
+      importance[e // b, e % b] += g
+    branch_load += load_probability(
+      *(x[0][None, s, None] for x in (clean, noisy, std)), K1
+    )[0, 0]
+    for i in {e // b for e in index}:  # the token is in X_i
+      number[i] += 1
+      load[i] += load_probability(
+        *(x[1][None, s, None, i] for x in (clean, noisy, std)), K2
+      )[0, 0]
+  for i in range(a):
+    load[i] *= branch_load[i] / number[i] if number[i] else 0
+  return squared_cv(importance), squared_cv(load)
+
+
 def routing_stats(routing: Reference, logits, mask):
   """Every statistic by counting the fates of the real tokens' choices."""
   E, K = logits.shape[-1], routing.slot.shape[-1]

@@ -17,7 +17,7 @@ from moe_jax.kernels.backends import check as check_backend
 from moe_jax.layers.dropless import DroplessExperts
 from moe_jax.layers.experts import Experts, vmapped
 from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.router import Router
+from moe_jax.layers.hierarchical import make_router
 from moe_jax.layers.router_config import RouterConfig
 from moe_jax.layers.unrolled import (
   FEW_TOKENS,
@@ -124,7 +124,7 @@ class MoE(nn.Module):
     groups, mask = to_groups(x, token_mask, c.group_size)
     if hash_ids is not None:
       hash_ids = in_groups(hash_ids, groups.shape[1])
-    router = Router(c.router, name='router')
+    router = make_router(c.router, name='router')
     chosen, aux = router(groups, mask, train, hash_ids, layer)
     chosen = self._mask_outputs(chosen, train)
     groups = groups.astype(c.expert.dtype)

@@ -55,7 +55,7 @@ class Router(nn.Module):
     if c.kind in WITHOUT_LOGITS:
       index = self._given(mask.shape, train, hash_ids, layer)
       return self._even(index, mask, capacity)
-    logits, noise = self._logits(x, train)
+    logits, noise = gate_logits(self, c, x, train)
     if c.kind == 'expert_choice':
       return self._by_expert(logits, mask, capacity)
     return self._by_token(logits, noise, mask, capacity, train)
@@ -91,28 +91,6 @@ class Router(nn.Module):
     aux = routing.empty_aux(c.num_experts, c.num_selected)
     stats = routing.routing_stats(chosen, None, mask)
     return chosen, aux._replace(stats=stats)
-
-  def _logits(self, x, train):
-    """Logits [G, S, E] without noise, and those with it where they have it."""
-    c = self.config
-    noisy = c.kind == 'noisy_top_k'
-    x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
-    if train and c.jitter > 0:
-      low, high = 1.0 - c.jitter, 1.0 + c.jitter
-      key = self.make_rng('router')
-      x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
-    axes = ('embed', 'expert_choice')
-    init = zeros(axes) if noisy else c.init.kernel(axes)
-    clean = _product(x, self.param('w', init, shape, jnp.float32))
-    if c.use_bias:
-      init, shape_of_bias = zeros(('expert_choice',)), (c.num_experts,)
-      bias = self.param('b', init, shape_of_bias, jnp.float32)
-      clean = clean + bias[None, None]
-    if not noisy:
-      return clean, None
-    w_noise = self.param('w_noise', zeros(axes), shape, jnp.float32)
-    key = self.make_rng('router') if train else None
-    return clean, routing.noisy_logits(clean, _product(x, w_noise), key)
 
   def _by_token(self, clean, noise, mask, capacity, train):
     c, E, K = self.config, self.config.num_experts, self.config.num_selected
@@ -172,6 +150,33 @@ class Router(nn.Module):
   def _policy_key(self, train):
     draws = self.config.second_policy != 'all' and self.config.num_selected > 1
     return self.make_rng('router') if train and draws else None
+
+
+def gate_logits(
+  module: nn.Module, c: RouterConfig, x: Float[Array, 'G S M'], train: bool
+) -> tuple[Float32[Array, 'G S E'], routing.NoisyLogits | None]:
+  """Logits without noise, and those with it where the kind has any.
+
+  The parameters are `module`'s: `w`, and `b` and `w_noise` where there are any.
+  """
+  noisy = c.kind == 'noisy_top_k'
+  x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
+  if train and c.jitter > 0:
+    low, high = 1.0 - c.jitter, 1.0 + c.jitter
+    key = module.make_rng('router')
+    x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+  axes = ('embed', 'expert_choice')
+  init = zeros(axes) if noisy else c.init.kernel(axes)
+  clean = _product(x, module.param('w', init, shape, jnp.float32))
+  if c.use_bias:
+    init, shape_of_bias = zeros(('expert_choice',)), (c.num_experts,)
+    bias = module.param('b', init, shape_of_bias, jnp.float32)
+    clean = clean + bias[None, None]
+  if not noisy:
+    return clean, None
+  w_noise = module.param('w_noise', zeros(axes), shape, jnp.float32)
+  key = module.make_rng('router') if train else None
+  return clean, routing.noisy_logits(clean, _product(x, w_noise), key)
 
 
 def _product(

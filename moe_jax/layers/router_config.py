@@ -58,6 +58,11 @@ class RouterConfig:
     seed: Of the tables of 'hash', and of 'random' in evaluation.
     served_by: 'chosen', or what transformers does with NLLB-MoE in place of
       it; see `routing.transformers_nllb`.
+    branching: a, the branches of a router of two levels (Shazeer et al. 2017,
+      Appendix B); 0: it has one. Each branch has num_experts / a experts; see
+      `layers/hierarchical.py`.
+    branches_selected: K1, how many branches a token chooses; in each it chooses
+      num_selected / K1 experts.
     init: How the kernel starts, except under 'noisy_top_k'.
   """
 
@@ -76,6 +81,8 @@ class RouterConfig:
   hash_of: str = 'token'
   seed: int = 0
   served_by: str = 'chosen'
+  branching: int = 0
+  branches_selected: int = 1
   init: Init = Init()
 
   def __post_init__(self):
@@ -106,6 +113,9 @@ class RouterConfig:
     if self.hash_of not in HASH_OF:
       raise unknown('hash_of', self.hash_of, HASH_OF)
     self._check_options_of_the_router()
+    if self.branching:
+      self._check_levels()
+      return
     routing.check_token_choice(
       num_experts=self.num_experts,
       num_selected=self.num_selected,
@@ -131,3 +141,47 @@ class RouterConfig:
         f"slot_priority='batch_priority' with router={self.kind!r}, which has "
         'no probabilities to sort by'
       )
+
+  def levels(self) -> tuple['RouterConfig', 'RouterConfig']:
+    """The gate over branches and that in each branch, as routers of one level.
+
+    A level of one has the gate 1.
+    """
+    a, K1 = self.branching, self.branches_selected
+
+    def level(E, K):
+      gates = 'raw' if E == 1 else self.gates
+      return dataclasses.replace(
+        self,
+        num_experts=E,
+        num_selected=K,
+        gates=gates,
+        branching=0,
+        branches_selected=1,
+      )
+
+    return level(a, K1), level(self.num_experts // a, self.num_selected // K1)
+
+  def _check_levels(self):
+    a, K1 = self.branching, self.branches_selected
+    for name, value, part in (
+      ('num_experts', self.num_experts, ('branching', a)),
+      ('num_selected', self.num_selected, ('branches_selected', K1)),
+    ):
+      if part[1] < 1 or value % part[1]:
+        raise ValueError(
+          f'{name}={value} does not divide by {part[0]}={part[1]}'
+        )
+    for name, have in (
+      ('kind', ('token_choice', 'noisy_top_k')),
+      ('gates', ('raw', 'renormalized')),
+      ('slot_priority', ('token_major', 'choice_major')),
+      ('second_policy', ('all',)),
+      ('jitter', (0.0,)),
+      ('use_bias', (False,)),
+      ('balance_bias_rate', (0.0,)),
+      ('served_by', ('chosen',)),
+    ):
+      if getattr(self, name) not in have:
+        raise unknown(f'{name} of two levels:', getattr(self, name), have)
+    self.levels()  # each checks itself

@@ -260,6 +260,8 @@ def _moe(model, init, exchange: ExchangeConfig) -> MoeConfig:
       hash_of=moe.hash_of,
       seed=moe.router_seed,
       served_by=moe.served_by,
+      branching=moe.branching if moe.num_experts else 0,
+      branches_selected=moe.branches_selected if moe.num_experts else 1,
       init=init,
     ),
     expert=_expert(model, init),

@@ -42,6 +42,7 @@ from moe_jax.routing.token_choice import (
   choose,
   even_choice,
   gates_before_drop,
+  given_choice,
   token_choice,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
   'even_choice',
   'expert_choice',
   'gates_before_drop',
+  'given_choice',
   'hash_choice',
   'hashing',
   'importance_loss',
