@@ -438,3 +438,30 @@ def drawn(draws, E):
   """Each draw takes one of the experts that are left out of the row."""
   left = list(range(E))
   return [left.pop(draw % len(left)) for draw in draws]
+
+
+def lstm(x, p, segment_ids):
+  """h [T, M] of one row, by the six equations of the cell.
+
+  p: w_in and w_state [M, 4, H] and b_gates [4, H] of the gates i, f, g, o, and
+  w_out [H, M] or None.
+  """
+
+  def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+  M, _, H = p['w_in'].shape
+  h, c, last, out = np.zeros(M), np.zeros(H), 0, []
+  for t in range(len(x)):
+    if segment_ids[t]:
+      if segment_ids[t] != last:
+        h, c, last = np.zeros(M), np.zeros(H), segment_ids[t]
+      i, f, g, o = (
+        x[t] @ p['w_in'][:, n] + h @ p['w_state'][:, n] + p['b_gates'][n]
+        for n in range(4)
+      )
+      c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+      h = sigmoid(o) * np.tanh(c)
+      h = h @ p['w_out'] if p['w_out'] is not None else h
+    out.append(h)
+  return np.array(out)

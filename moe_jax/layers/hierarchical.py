@@ -60,7 +60,7 @@ class HierarchicalRouter(nn.Module):
       num_experts=c.num_experts,
       num_selected=c.num_selected,
     )
-    branch = _level(primary, *gate_logits(self, primary, x, train))
+    branch = _level(primary, *gate_logits(self, primary, x, train, None))
     expert = _level(
       secondary, *self._branch_logits(x, branch.index, secondary, train)
     )
@@ -87,9 +87,11 @@ class HierarchicalRouter(nn.Module):
     """Those of each token's branches, [G, S * K1, b], and with noise."""
     x, b = x.astype(jnp.float32), c.num_experts
     shape = (self.config.branching, x.shape[-1], b)
-    axes = ('expert', 'embed', 'expert_choice')
+    # Not named for experts: what copies those would take them for experts'.
+    axes = (None, 'embed', None)
     noisy = c.kind == 'noisy_top_k'
-    init = zeros(axes) if noisy else c.init.kernel(axes)
+    # The fan-in is that of one branch.
+    init = zeros(axes) if noisy else c.init.kernel(axes, shrink=1 / shape[0])
     w = self.param('w_branch', init, shape, jnp.float32)
     if noisy:
       w_noise = self.param('w_branch_noise', zeros(axes), shape, jnp.float32)

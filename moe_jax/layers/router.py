@@ -153,11 +153,16 @@ class Router(nn.Module):
 
 
 def gate_logits(
-  module: nn.Module, c: RouterConfig, x: Float[Array, 'G S M'], train: bool
+  module: nn.Module,
+  c: RouterConfig,
+  x: Float[Array, 'G S M'],
+  train: bool,
+  out_axis: str | None = 'expert_choice',
 ) -> tuple[Float32[Array, 'G S E'], routing.NoisyLogits | None]:
   """Logits without noise, and those with it where the kind has any.
 
-  The parameters are `module`'s: `w`, and `b` and `w_noise` where there are any.
+  The parameters are `module`'s: `w`, and `b` and `w_noise` where there are any;
+  `out_axis` is the logical name of what they choose among.
   """
   noisy = c.kind == 'noisy_top_k'
   x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
@@ -165,11 +170,11 @@ def gate_logits(
     low, high = 1.0 - c.jitter, 1.0 + c.jitter
     key = module.make_rng('router')
     x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
-  axes = ('embed', 'expert_choice')
+  axes = ('embed', out_axis)
   init = zeros(axes) if noisy else c.init.kernel(axes)
   clean = _product(x, module.param('w', init, shape, jnp.float32))
   if c.use_bias:
-    init, shape_of_bias = zeros(('expert_choice',)), (c.num_experts,)
+    init, shape_of_bias = zeros((out_axis,)), (c.num_experts,)
     bias = module.param('b', init, shape_of_bias, jnp.float32)
     clean = clean + bias[None, None]
   if not noisy:

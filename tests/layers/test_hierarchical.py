@@ -209,6 +209,16 @@ def test_every_dispatcher_serves_two_levels(dispatch):
   assert_trees_close(*results, rtol=1e-3, atol=1e-3)
 
 
+def test_gates_start_with_the_fan_in_of_one_branch():
+  module = HierarchicalRouter(router(8, 40, kind='token_choice', gates='raw'))
+  x, mask = jnp.ones((1, 3, 50)), jnp.ones((1, 3), bool)
+  start = nn.meta.unbox(module.init(tiny.key(0), x, mask))['params']
+  for name in ('w', 'w_branch'):
+    np.testing.assert_allclose(start[name].std(), 50**-0.5, rtol=0.1)
+  noisy = HierarchicalRouter(router(8, 40)).init(tiny.key(0), x, mask)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(noisy))
+
+
 def test_full_experts_drop_later_choices():
   config = router(2, 3, capacity=CapacityRule('fixed', slots=2))
   module = HierarchicalRouter(config)
