@@ -146,12 +146,12 @@ def data() -> ConfigDict:
     dict(
       # Or 'files:<glob>', 'tfds:<name>'; synthetic: 'cipher:<K>'. Pairs, of
       # seq2seq: 'python_stdlib_docstrings', 'django_gettext:<languages>',
-      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'.
+      # 'tfds:<name>'; synthetic: 'kv_recall:<N>'. Of classes: 'npz:<path>'.
       source='python_stdlib',
       tokenizer='bytes',  # or 'chars', 'json:<path>'
       seq_len=256,  # T; of an encoder-decoder T_enc
       target_len=0,  # T_dec; 0: a decoder-only model
-      task='lm',  # prefix_lm, span_corruption, ul2, seq2seq
+      task='lm',  # prefix_lm, span_corruption, ul2, seq2seq, classes
       pack=True,  # short examples share a row; lm always does
       text_feature='text',  # the TFDS feature; not of seq2seq
       input_feature='inputs',  # of seq2seq, such as 'translation/de'
@@ -184,6 +184,7 @@ def model() -> ConfigDict:
     dict(
       kind='decoder',  # or encoder_decoder
       vocab_size=0,  # 0: the tokenizer's
+      feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
       num_encoder_layers=0,  # of an encoder-decoder; 0: num_layers
       width=128,

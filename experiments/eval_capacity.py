@@ -101,7 +101,7 @@ STUDY = Study(
   'there); V-MoE',
   config=config,
   arms=arms,
-  presets={'quick': Preset(800, 3), 'full': Preset(1200, 8)},
+  presets={'quick': Preset(1000, 4), 'full': Preset(1600, 8)},
   columns=[
     Column('loss', 'eval/no_drops/loss', 'nats/token'),
     Column('dropped', 'eval/no_drops/drop_rate', '%', 1),

@@ -33,7 +33,12 @@ class Facts(Hook):
   def start(self, run: Run) -> None:
     """Prints data, model, mesh and, where it applies, the leak."""
     run.message(run.dataset.describe())
-    run.message(cost.count(run.model, run.config.data.seq_len).describe())
+    if run.config.model.kind in models.OF_FEATURES:
+      shapes = jax.tree.leaves(run.programs.abstract_state.params)
+      count = sum(leaf.size for leaf in shapes)
+      run.message(f'{run.config.model.kind}: {count:,} parameters')
+    else:
+      run.message(cost.count(run.model, run.config.data.seq_len).describe())
     moe = run.config.model.moe
     if run.model.config.moe is not None:
       layers = [i for i, sparse in enumerate(run.model.config.sparse) if sparse]

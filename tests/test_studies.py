@@ -426,6 +426,8 @@ def test_a_studys_arms_are_equal_in_flops(name):
     built[arm.name] = models.build(config)
     leaks = models.leaks_future(config.model.moe)
     assert leaks == arm.name.startswith('expert choice')
+  # The wide ones are equal in slots; see the next test.
+  built = {k: v for k, v in built.items() if not k.startswith('wide ')}
   # Arms that differ in losses or steps alone have one model.
   first = {model: name for name, model in reversed(built.items())}
   flops = {
@@ -434,6 +436,24 @@ def test_a_studys_arms_are_equal_in_flops(name):
   }
   # All but the router's part, which is reported and not compensated.
   assert max(flops.values()) < 1.2 * min(flops.values()), flops
+
+
+def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
+  found = switch_table1.STUDY
+  preset = found.presets['full']
+  moe = {
+    arm.name: merge(
+      found.shared(preset), sweeps.nested(arm.overrides)
+    ).model.moe
+    for arm in found.arms(preset)
+  }
+  for factor in switch_table1.FACTORS:
+    products = {
+      name: m.capacity_factor * m.num_selected * m.hidden
+      for name in ('Switch', 'wide top-2', 'top-2')
+      for m in [moe[f'{name} {factor}']]
+    }
+    assert set(products.values()) == {factor * switch_table1.HIDDEN}
 
 
 @pytest.mark.slow

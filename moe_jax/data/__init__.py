@@ -10,6 +10,8 @@ from moe_jax.data.choice_sources import (
   ItemSource,
   open_items,
 )
+from moe_jax.data.class_rows import ClassRows
+from moe_jax.data.class_sources import ClassSource, Examples, open_classes
 from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load, read_pairs
 from moe_jax.data.denoising import DenoisedRows
 from moe_jax.data.examples import ExampleRows
@@ -30,11 +32,14 @@ from moe_jax.data.ul2 import DENOISERS
 __all__ = [
   'DENOISERS',
   'TASKS',
+  'ClassRows',
+  'ClassSource',
   'DataConfig',
   'DataError',
   'Dataset',
   'DenoisedRows',
   'ExampleRows',
+  'Examples',
   'Item',
   'ItemSelection',
   'ItemSource',
@@ -48,6 +53,7 @@ __all__ = [
   'batch_dataset',
   'eval_batches',
   'load',
+  'open_classes',
   'open_items',
   'open_pairs',
   'read_pairs',

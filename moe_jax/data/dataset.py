@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_jax.config import unknown
-from moe_jax.data import pair_sources, sources, store, tokenizers, ul2
+from moe_jax.data import (
+  class_rows,
+  class_sources,
+  pair_sources,
+  sources,
+  store,
+  tokenizers,
+  ul2,
+)
 from moe_jax.data.denoising import DenoisedRows, WindowTask
 from moe_jax.data.extra_ids import Extended, extend, mode_name
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Layout
@@ -20,7 +28,7 @@ from moe_jax.data.seq2seq import PairRows
 from moe_jax.data.sources import SPLITS
 from moe_jax.data.span_corruption import SpanCorruption
 
-TASKS = ('lm', 'prefix_lm', 'span_corruption', 'ul2', 'seq2seq')
+TASKS = ('lm', 'prefix_lm', 'span_corruption', 'ul2', 'seq2seq', 'classes')
 _WITH_SENTINELS = ('span_corruption', 'ul2')
 
 
@@ -33,9 +41,11 @@ class DataConfig:
       'files:<glob>', 'tfds:<name>' or, synthetic, 'cipher:<K>' and
       'cipher:<K>,marked'; see `sources.open_source`. Of the task 'seq2seq':
       'python_stdlib_docstrings', 'django_gettext:<languages>', 'tfds:<name>'
-      or, synthetic, 'kv_recall:<N>'; see `pair_sources.open_pairs`.
-    tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file).
-    seq_len: T; of an encoder-decoder model T_enc.
+      or, synthetic, 'kv_recall:<N>'; see `pair_sources.open_pairs`. Of the
+      task 'classes': see `class_sources.open_classes`.
+    tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file). Not
+      of the task 'classes', whose vocabulary are their names.
+    seq_len: T; of an encoder-decoder model T_enc; 1 of the task 'classes'.
     text_feature: The TFDS feature that holds the text.
     train_split: The source's split to train on. TFDS sources, python_stdlib
       and its docstrings among them, take any split expression, such as
@@ -44,7 +54,8 @@ class DataConfig:
     cache_dir: Where token streams and the embedded corpus are kept; '' is
       $MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay where TFDS has
       them ($TFDS_DATA_DIR).
-    task: 'lm', 'prefix_lm', 'span_corruption' (T5), 'ul2' or 'seq2seq'.
+    task: 'lm', 'prefix_lm', 'span_corruption' (T5), 'ul2', 'seq2seq' or, of
+      examples that are no text, 'classes'.
     target_len: T_dec. 0 is for a decoder-only model: the inputs of a task
       other than 'lm' stand before its targets in rows of `seq_len`.
     noise_density: Of 'span_corruption', the share that is cut out.
@@ -100,7 +111,8 @@ class Dataset:
       only where it is the same.
     counts: For each split its 'documents', 'bytes' (of UTF-8) and 'tokens'; of
       pairs 'pairs', 'bytes', 'input_tokens', 'target_tokens' (before any EOS)
-      and 'truncated', the pairs that are too long for a row.
+      and 'truncated', the pairs that are too long for a row; of classes
+      'examples'.
     task: Of `TASKS`.
   """
 
@@ -116,16 +128,23 @@ class Dataset:
     """V of a model of this data: ids are below it."""
     return self.tokenizer.vocab_size
 
+  @property
+  def feature_shape(self) -> tuple[int, ...]:
+    """Of one example of the task 'classes'; () of tokens."""
+    rows = self.splits['train']
+    if isinstance(rows, class_rows.ClassRows):
+      return rows.feature_shape
+    return ()
+
   def describe(self) -> str:
     """Lines to print at the start of a run: what is trained on, exactly."""
-    kind = 'pairs' if self.task == 'seq2seq' else 'documents'
-    total = {
-      key: sum(counts[key] for counts in self.counts.values())
-      for key in (kind, 'bytes')
-    }
+    counted = [
+      f'{sum(counts[key] for counts in self.counts.values()):,} {key}'
+      for key in ('documents', 'pairs', 'examples', 'bytes')
+      if key in self.counts['train']
+    ]
     lines = [
-      f'data: {self.source}, {total[kind]:,} {kind}, '
-      f'{total["bytes"]:,} bytes, sha256 {self.digest}',
+      f'data: {self.source}, {", ".join(counted)}, sha256 {self.digest}',
       f'tokenizer: {self.tokenizer.identity}, V={self.vocab_size}',
     ]
     if self.task != 'lm':
@@ -158,6 +177,8 @@ def load(config: DataConfig) -> Dataset:
       raise ValueError(f'{name}={getattr(config, name)} is negative')
   if config.task not in TASKS:
     raise unknown('task', config.task, TASKS)
+  if config.task == 'classes':
+    return _classes(config)
   identity = tokenizers.spec_identity(config.tokenizer)
   source = _open(config)
   key = f'{store.FORMAT} {source.identity} {identity}'
@@ -181,6 +202,24 @@ def load(config: DataConfig) -> Dataset:
     splits=splits,
     digest=about['sha256'],
     counts=counts,
+    task=config.task,
+  )
+
+
+def _classes(config: DataConfig) -> Dataset:
+  if config.seq_len != 1 or config.target_len:
+    raise ValueError(
+      f"task='classes' has examples, not tokens: seq_len={config.seq_len} must "
+      f'be 1, target_len={config.target_len} be 0'
+    )
+  source = class_sources.open_classes(config.source)
+  splits = {split: class_rows.ClassRows(source, split) for split in SPLITS}
+  return Dataset(
+    source=source.name,
+    tokenizer=tokenizers.ClassNames(source.classes),
+    splits=splits,
+    digest=class_rows.digest_of(splits),
+    counts={split: {'examples': len(rows)} for split, rows in splits.items()},
     task=config.task,
   )
 

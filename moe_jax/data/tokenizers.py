@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import unknown
+from moe_jax.data.class_names import ClassNames
 from moe_jax.data.extra_ids import Extended
 from moe_jax.data.json_tokenizer import Json
 from moe_jax.data.special_tokens import SENTENCEPIECE, SpecialTokens, read_json
@@ -23,6 +24,7 @@ __all__ = [
   'SENTENCEPIECE',
   'Bytes',
   'Chars',
+  'ClassNames',
   'Extended',
   'Ids',
   'Json',
@@ -160,7 +162,9 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
   if saved['kind'] == 'extended':
     base = from_json(saved['base'])
     return Extended(base, saved['names'], end_inputs=saved['end_inputs'])
-  kinds = ['bytes', 'chars', 'extended', 'json']
+  if saved['kind'] == 'classes':
+    return ClassNames(saved['names'])
+  kinds = ['bytes', 'chars', 'classes', 'extended', 'json']
   raise unknown('tokenizer kind', saved['kind'], kinds)
 
 

@@ -15,6 +15,7 @@ from moe_jax.config import flatten, merge
 _MODEL = dict(
   kind='decoder',
   vocab_size=0,
+  feature_shape=(),
   num_layers=1,
   num_encoder_layers=0,
   width=1,

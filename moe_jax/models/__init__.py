@@ -1,6 +1,6 @@
 """Models: `build(config)` turns a config into a linen module."""
 
-from moe_jax.models.build import Model, build
+from moe_jax.models.build import OF_FEATURES, Model, build
 from moe_jax.models.causality import decodes, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.decoding import for_decoding
@@ -9,6 +9,7 @@ from moe_jax.models.parameters import abstract_params, init_params
 from moe_jax.models.pattern import sparse_pattern
 
 __all__ = [
+  'OF_FEATURES',
   'Decoder',
   'DecoderConfig',
   'EncoderDecoder',

@@ -27,6 +27,8 @@ from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
 KINDS = ('decoder', 'encoder_decoder')
+# Kinds whose inputs are no tokens, but examples with a class.
+OF_FEATURES: tuple[str, ...] = ()
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
 Model = Decoder | EncoderDecoder

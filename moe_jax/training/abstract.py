@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from moe_jax.models import OF_FEATURES
+
 _TOKENS = ('tokens', 'segment_ids', 'positions')
 
 
@@ -15,6 +17,15 @@ def abstract_batch(
   See `moe_jax.data` for what they are; where they live is the step's to say.
   """
   B, T = config.batch_size, config.data.seq_len
+  if config.model.kind in OF_FEATURES:
+    shape = (B, *config.model.feature_shape)
+    one = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    return {
+      'features': jax.ShapeDtypeStruct(shape, jnp.float32),
+      'targets': one,
+      'segment_ids': one,
+      'loss_weights': jax.ShapeDtypeStruct((B, 1), jnp.float32),
+    }
   prefixes = {'': T}
   if config.model.kind == 'encoder_decoder':
     prefixes = {'encoder_': T, '': config.data.target_len}

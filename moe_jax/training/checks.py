@@ -13,6 +13,7 @@ from moe_jax.config import to_dataclass
 from moe_jax.data import DataConfig
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.distributed import Timeouts
+from moe_jax.models import OF_FEATURES
 from moe_jax.training.optimizer import by_name
 
 
@@ -89,6 +90,11 @@ def _check_groups(config, name, rows, parts, axes) -> None:
 def check_task(config: ml_collections.ConfigDict, data: DataConfig) -> None:
   """Raises ValueError where the task's rows are not the model's inputs."""
   kind = config.model.kind
+  if (data.task == 'classes') != (kind in OF_FEATURES):
+    raise ValueError(
+      f'data.task={data.task!r} and model.kind={kind!r}: models of '
+      f"{list(OF_FEATURES)} learn the task 'classes', others learn the others"
+    )
   if (kind == 'encoder_decoder') != data.encoder_decoder:
     raise ValueError(
       f'data.task={data.task!r} with target_len={data.target_len} is for '
@@ -118,6 +124,11 @@ def check_sample(
   sample = config.sample
   if sample.num_tokens < 1:
     return
+  if config.data.task == 'classes':
+    raise ValueError(
+      f"sample.num_tokens={sample.num_tokens} of the task 'classes', which has "
+      'no text; set it to 0'
+    )
   if sample.temperature < 0:
     raise ValueError(f'sample.temperature={sample.temperature} is negative')
   if not len(tokenizer.encode(sample.prompt)):

@@ -146,7 +146,7 @@ def set_up(
     {'the config': config.to_json_best_effort(), 'the data': dataset.digest}
   )
   checks.check_sample(config, dataset.tokenizer)
-  filled = with_vocabulary(config, dataset.vocab_size)
+  filled = with_vocabulary(config, dataset.vocab_size, dataset.feature_shape)
   model = models.build(filled)
   programs = make_programs(filled, model, mesh)
   evaluations = make_evaluations(
@@ -261,13 +261,24 @@ def make_step(
 
 
 def with_vocabulary(
-  config: ml_collections.ConfigDict, vocab_size: int
+  config: ml_collections.ConfigDict,
+  vocab_size: int,
+  feature_shape: Sequence[int] = (),
 ) -> ml_collections.ConfigDict:
   """The config with `model.vocab_size=0` replaced by the tokenizer's size.
 
+  So is `model.feature_shape=()`, by the data's.
+
   Raises:
-    ValueError: The model's own vocabulary is smaller than the tokenizer's.
+    ValueError: The model's own vocabulary is smaller than the tokenizer's, or
+      its examples are of another shape than the data's.
   """
+  own, shape = tuple(config.model.feature_shape), tuple(feature_shape)
+  if own and own != shape:
+    raise ValueError(
+      f'model.feature_shape={own} is not that of the data, {shape}'
+    )
+  config = merge(config, {'model': {'feature_shape': shape}})
   if not config.model.vocab_size:
     return merge(config, {'model': {'vocab_size': vocab_size}})
   if config.model.vocab_size < vocab_size:

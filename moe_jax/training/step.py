@@ -73,13 +73,13 @@ def make_grad_fn(
 
   def loss_fn(params, batch, whole, key, router_state=None):
     router_key, dropout_key = jax.random.split(key)
-    logits, aux = model.apply(
+    outputs, aux = model.apply(
       router_state_lib.variables(params, router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
-    sums = losses.loss_sums(logits, batch, aux)
+    sums = _sums(model, outputs, batch, aux)
     return losses.total_loss(sums, whole, weights), sums
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -162,8 +162,15 @@ def skipping_nonfinite(train_step):
 
 def eval_step(variables, batch: Batch, *, model: nn.Module) -> losses.LossSums:
   """The sums of one batch, without noise or dropout."""
-  logits, aux = model.apply(variables, **model.inputs(batch))
-  return losses.loss_sums(logits, batch, aux)
+  outputs, aux = model.apply(variables, **model.inputs(batch))
+  return _sums(model, outputs, batch, aux)
+
+
+def _sums(model, outputs, batch: Batch, aux) -> losses.LossSums:
+  """Of a language model's logits, or of what a model has a loss of."""
+  if hasattr(model, 'losses'):
+    return losses.own_loss_sums(model.losses(outputs, batch), batch, aux)
+  return losses.loss_sums(outputs, batch, aux)
 
 
 def init_state(

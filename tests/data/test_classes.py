@@ -1,0 +1,130 @@
+"""Examples with a class each: as they are, moved about, and refused."""
+
+import numpy as np
+import pytest
+
+from moe_jax.data import (
+  ClassRows,
+  ClassSource,
+  DataConfig,
+  Examples,
+  load,
+  open_classes,
+  tokenizers,
+  train_batches,
+)
+
+
+def written(path, **changes):
+  """Three examples to train on, two to validate on, of two classes."""
+  arrays = {
+    'train_features': np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+    'train_labels': np.array([0, 1, 1]),
+    'validation_features': np.array([[7.0, 8.0], [9.0, 10.0]]),
+    'validation_labels': np.array([1, 0]),
+    'classes': np.array(['ah', 'ee']),
+  }
+  arrays = {k: v for k, v in (arrays | changes).items() if v is not None}
+  np.savez(path, **arrays)
+  return f'npz:{path}'
+
+
+def test_examples_are_rows_of_one(tmp_path):
+  dataset = load(DataConfig(written(tmp_path / 'a.npz'), '', 1, task='classes'))
+  assert dataset.vocab_size == 2 and dataset.feature_shape == (2,)
+  batch = dataset.splits['train'].take(np.array([2, 0, 3]))
+  # The fourth of three examples is padding.
+  np.testing.assert_array_equal(batch['features'], [[5, 6], [1, 2], [0, 0]])
+  np.testing.assert_array_equal(batch['targets'], [[1], [0], [0]])
+  np.testing.assert_array_equal(batch['segment_ids'], [[1], [1], [0]])
+  np.testing.assert_array_equal(batch['loss_weights'], [[1], [1], [0]])
+  assert batch['features'].dtype == batch['loss_weights'].dtype == np.float32
+  said = dataset.describe()
+  assert 'data: classes of a.npz, 5 examples, sha256 ' in said
+  assert 'train: 3 examples, 3 examples of (2,)' in said
+
+
+def test_the_digest_is_of_all_that_is_learned(tmp_path):
+  def digest(**changes):
+    spec = written(tmp_path / 'a.npz', **changes)
+    return load(DataConfig(spec, '', 1, task='classes')).digest
+
+  first = digest()
+  assert digest() == first
+  assert digest(train_labels=np.array([0, 1, 0])) != first
+  assert digest(validation_features=np.zeros((2, 2))) != first
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(train_labels=np.array([0, 1])), "3 features and 2 labels of 'train'"),
+    (dict(train_labels=np.array([0, 2, 1])), 'labels from 0 to 2 of 2 classes'),
+    (dict(validation_features=np.zeros((2, 3))), r'of \(2,\) and of \(3,\)'),
+    (dict(train_features=None), "unknown array.*'train_features'.*'classes'"),
+    (dict(train_labels=np.array([{}, 1, 1], object)), 'allow_pickle=False'),
+  ],
+)
+def test_a_bad_file_is_refused(changes, message, tmp_path):
+  spec = written(tmp_path / 'a.npz', **changes)
+  with pytest.raises(ValueError, match=message):
+    open_classes(spec)
+
+
+def test_what_is_no_source_of_classes_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r'no file .*none\.npz'):
+    open_classes(f'npz:{tmp_path}/none.npz')
+  with pytest.raises(ValueError, match=r"unknown source .*'npz:<path>'"):
+    open_classes('python_stdlib')
+  with pytest.raises(ValueError, match='seq_len=4 must be 1, target_len=0'):
+    load(DataConfig('npz:x', '', 4, task='classes'))
+
+
+class Noisy(ClassSource):
+  """Zeros, to which each draw adds a number of its own."""
+
+  name, classes = 'noise', ('a', 'b')
+
+  def examples(self, split):
+    del split
+    return Examples(np.zeros((3, 2), np.float32), np.array([0, 1, 0], np.int32))
+
+  def jittered(self, features, generator):
+    return features + generator.random(dtype=np.float32)
+
+
+def test_what_moves_is_a_function_of_row_epoch_and_seed():
+  rows = ClassRows(Noisy(), 'train')
+
+  def drawn(indices, seed, epochs):
+    batch = rows.draw(np.array(indices), seed, np.array(epochs))
+    return batch['features'][:, 0].tolist()
+
+  one, two = drawn([1, 2], 7, [4, 4])
+  assert drawn([2, 0, 1], 7, [4, 4, 4])[::2] == [two, one]
+  different = drawn([1, 1, 0], 7, [4, 5, 4]) + drawn([1], 8, [4])
+  assert different[0] == one and len(set(different)) == 4
+  # An evaluation sees the same each time.
+  for _ in range(2):
+    taken = rows.take(np.array([1, 5]))['features'][:, 0].tolist()
+    assert taken == [drawn([1], 0, [0])[0], 0.0]
+
+
+def test_batches_of_classes_are_drawn_anew_each_epoch():
+  batches = train_batches(
+    ClassRows(Noisy(), 'train'), batch_size=3, seed=1, start=0
+  )
+  first, second = (next(batches) for _ in range(2))
+  assert sorted(first['targets'][:, 0]) == [0, 0, 1]
+  assert not set(first['features'][:, 0]) & set(second['features'][:, 0])
+
+
+def test_names_of_classes_are_a_vocabulary(tmp_path):
+  made = tokenizers.ClassNames(('ah', 'ee'))
+  made.save(tmp_path / 't.json')
+  read = tokenizers.load(tmp_path / 't.json')
+  assert read.identity == made.identity and read.vocab_size == 2
+  assert read.identity != tokenizers.ClassNames(('ee', 'ah')).identity
+  assert read.encode('ee').tolist() == [1] and read.decode([1, 0]) == 'ee ah'
+  with pytest.raises(ValueError, match=r"class 'oo' not in \['ah', 'ee'\]"):
+    read.encode('oo')
