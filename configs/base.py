@@ -182,7 +182,7 @@ def model() -> ConfigDict:
   """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',  # or encoder_decoder
+      kind='decoder',  # encoder_decoder, lstm
       vocab_size=0,  # 0: the tokenizer's
       feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
@@ -217,7 +217,22 @@ def model() -> ConfigDict:
       scan_layers=True,
       remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
+      lstm=lstm(),
       moe=moe(),
+    )
+  )
+
+
+def lstm() -> ConfigDict:
+  """Of kind lstm: layers that `moe.layers` leaves out are LSTMs."""
+  return ConfigDict(
+    dict(
+      hidden=0,  # cells; where not 0, which is width, outputs are projected
+      forget_bias=1.0,  # at the start
+      unroll=1,  # steps in one round of the loop over a row
+      # Hidden layers of the feed-forward that is moe.num_experts=0: 1, of width
+      # num_selected * moe.hidden; above, each of moe.hidden.
+      twin_depth=1,
     )
   )
 
@@ -459,6 +474,7 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.max_len = 0
   m.dtype = m.param_dtype = 'float32'
   m.attention = 'auto'
+  m.lstm.hidden = 24 if m.lstm.hidden else 0
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)

@@ -13,6 +13,7 @@ from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
+from moe_jax.layers.lstm import LstmConfig
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router_config import RouterConfig
@@ -20,18 +21,19 @@ from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.lstm_lm import LstmLm, LstmLmConfig
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.models.stack import StackConfig
 from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
-KINDS = ('decoder', 'encoder_decoder')
+KINDS = ('decoder', 'encoder_decoder', 'lstm')
 # Kinds whose inputs are no tokens, but examples with a class.
 OF_FEATURES: tuple[str, ...] = ()
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
-Model = Decoder | EncoderDecoder
+Model = Decoder | EncoderDecoder | LstmLm
 
 
 def build(config: ml_collections.ConfigDict) -> Model:
@@ -48,8 +50,10 @@ def build(config: ml_collections.ConfigDict) -> Model:
   _check(model)
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
-  decoder = _stack(model, exchange)
   check_causal(model.moe)
+  if model.kind == 'lstm':
+    return LstmLm(_lstm_lm(model, embedding, exchange))
+  decoder = _stack(model, exchange)
   if model.kind == 'decoder':
     return Decoder(DecoderConfig(embedding, decoder))
   cross = dataclasses.replace(
@@ -89,6 +93,35 @@ def _check(model) -> None:
       raise ValueError(
         f'{name}={heads} does not divide width={model.width}; set head_width'
       )
+
+
+def _lstm_lm(
+  model, embedding: EmbeddingConfig, exchange: ExchangeConfig
+) -> LstmLmConfig:
+  """Layers that `moe.layers` names are feed-forward, the others LSTMs."""
+  init = _init(model)
+  sparse = sparse_pattern(model.moe.layers, model.num_layers)
+  moe = _moe(model, init, exchange)  # also of a twin, to be checked
+  depth = model.lstm.twin_depth
+  # Each of several hidden layers is as wide as an expert, one alone as K.
+  twin = _twin(model, init) if depth == 1 else _expert(model, init)
+  has_experts = any(sparse) and model.moe.num_experts > 0
+  return LstmLmConfig(
+    embedding=embedding,
+    sparse=sparse,
+    lstm=LstmConfig(
+      hidden=model.lstm.hidden or model.width,
+      forget_bias=model.lstm.forget_bias,
+      unroll=model.lstm.unroll,
+      dtype=model.dtype,
+      param_dtype=model.param_dtype,
+      init=init,
+    ),
+    moe=moe if has_experts else None,
+    twin=twin if any(sparse) and not has_experts else None,
+    twin_depth=depth,
+    dropout=model.dropout,
+  )
 
 
 def _encoders(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -3,6 +3,8 @@
 Not here: which slots do (`moe_jax.routing.is_causal`).
 """
 
+from typing import Any
+
 import ml_collections
 
 from moe_jax.models.stack import StackConfig
@@ -52,6 +54,21 @@ def decodes(c: StackConfig) -> bool:
   if moe is None or moe.router.kind != 'expert_choice':
     return True
   return not c.block.attention.causal or moe.router.capacity.rule == 'all'
+
+
+def check_generates(config: Any) -> None:
+  """Raises ValueError where a model cannot generate, token by token.
+
+  Args:
+    config: The model's: `DecoderConfig` or another.
+  """
+  if not config.stacks:
+    raise ValueError(
+      f'{type(config).__name__} does not generate: there is a cache for '
+      "attention alone; use model.kind='decoder', or evaluate by loss"
+    )
+  for _, stack in config.stacks:
+    check_decodes(stack)
 
 
 def check_decodes(c: StackConfig) -> None:
