@@ -254,7 +254,8 @@ def moe() -> ConfigDict:
       activation='',  # '': model.activation
       extra_ffn=False,  # a dense feed-forward after each sparse one
       expert_dropout=-1.0,  # -1.0: model.dropout
-      router='token_choice',  # noisy_top_k, expert_choice, hash, random
+      # noisy_top_k, expert_choice, strictly_balanced, hash, random
+      router='token_choice',
       hash_of='token',  # of router='hash': bigram, position
       router_seed=0,  # of the tables of hash, and of random in evaluation
       gates='raw',  # renormalized, renormalized_after_drop, sigmoid
@@ -285,7 +286,7 @@ def moe() -> ConfigDict:
       balance_weight=0.01,
       z_weight=0.001,
       importance_weight=0.0,
-      load_weight=0.0,
+      load_weight=0.0,  # of noisy_top_k; of strictly_balanced's thresholds
       layer_reduce='sum',  # of the losses over sparse layers; or mean
       allow_future_leak=False,
     )

@@ -465,3 +465,29 @@ def lstm(x, p, segment_ids):
       h = h @ p['w_out'] if p['w_out'] is not None else h
     out.append(h)
   return np.array(out)
+
+
+def strictly_balanced(logits, m, mask, thresholds):
+  """Appendix F of arXiv:1701.06538, one group: three arrays and a loss.
+
+  The gates [S, E] of training (each expert's m likeliest real tokens) and of
+  inference (gates above thresholds), both renormalised over a token's experts;
+  and loss_batchwise, a sum over tokens.
+  """
+  S, E = logits.shape
+  p = softmax(logits)
+  batch, above = np.zeros((S, E), bool), np.zeros((S, E), bool)
+  loss = 0.0
+  for i in range(E):
+    real = [s for s in range(S) if mask[s]]
+    for s in sorted(real, key=lambda s: (-p[s, i], s))[:m]:
+      batch[s, i] = True
+    for s in real:
+      above[s, i] = p[s, i] > thresholds[i]
+      loss += (int(above[s, i]) - int(batch[s, i])) * (p[s, i] - thresholds[i])
+  gates = []
+  for chosen in (batch, above):
+    gate = np.where(chosen, p, 0)
+    total = gate.sum(1, keepdims=True)
+    gates.append(gate / np.where(total > 0, total, 1))
+  return *gates, loss

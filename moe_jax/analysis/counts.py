@@ -14,6 +14,7 @@ from moe_jax.analysis.halves import (
   param_shapes,
 )
 from moe_jax.layers.moe import MoeConfig
+from moe_jax.layers.router_config import BY_EXPERT
 from moe_jax.models import LstmLm, LstmLmConfig, Model
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
@@ -285,7 +286,7 @@ def _slack(parts: list[Half], batch_size: int) -> float:
 def _rows(moe: MoeConfig, batch_size: int, length: int) -> float:
   """Rows that a layer's experts multiply, per token."""
   r = moe.router
-  if moe.dispatch == 'dropless' and r.kind != 'expert_choice':
+  if moe.dispatch == 'dropless' and r.kind not in BY_EXPERT:
     return float(r.num_selected)
   S = group_size(moe, batch_size, length)
   return capacity(moe, S) * r.num_experts / S

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from moe_jax import routing
 from moe_jax.layers.initializers import zeros
@@ -58,6 +59,8 @@ class Router(nn.Module):
     logits, noise = gate_logits(self, c, x, train)
     if c.kind == 'expert_choice':
       return self._by_expert(logits, mask, capacity)
+    if c.kind == 'strictly_balanced':
+      return self._balanced(logits, mask, capacity, train)
     return self._by_token(logits, noise, mask, capacity, train)
 
   def _given(self, shape, train, hash_ids, layer):
@@ -121,17 +124,46 @@ class Router(nn.Module):
     return chosen, aux
 
   def _by_expert(self, logits, mask, capacity):
-    c = self.config
-
     def choose(logits, mask):
       return routing.expert_choice(logits, capacity=capacity, mask=mask)
 
     chosen = on_each_device(choose, (logits, mask))
+    return chosen, self._slot_aux(chosen, logits, mask)
+
+  def _balanced(self, logits, mask, capacity, train):
+    c, rules = self.config, routing.strictly_balanced
+    # A uniform gate is where one that has learned nothing is.
+    init = nn.with_logical_partitioning(
+      nn.initializers.constant(1 / c.num_experts), ('expert_choice',)
+    )
+    shape = (c.num_experts,)
+    thresholds = self.param('b_threshold', init, shape, jnp.float32)
+
+    def choose(logits, mask, thresholds):
+      trained = rules.batchwise_choice(
+        logits, num_selected=c.num_selected, mask=mask
+      )
+      loss = rules.batchwise_loss(logits, thresholds, trained, mask)
+      if train:
+        return trained, loss
+      found = rules.threshold_choice(
+        logits, thresholds, capacity=capacity, mask=mask
+      )
+      return found, loss
+
+    chosen, loss = on_each_device(
+      choose, (logits, mask), (thresholds,), (PartitionSpec(),)
+    )
+    aux = self._slot_aux(chosen, logits, mask)
+    return chosen, aux._replace(load_loss=(loss * mask.sum(-1)).sum())
+
+  def _slot_aux(self, chosen, logits, mask):
+    c = self.config
     self.sow('intermediates', 'slots', chosen)
     tokens = mask.sum(-1).astype(jnp.float32)  # [G]
     importance = cv_squared(chosen.gate.sum(-1))
     aux = routing.empty_aux(c.num_experts, c.num_selected)
-    return chosen, aux._replace(
+    return aux._replace(
       z_loss=(routing.z_loss(logits, mask) * tokens).sum(),
       importance_loss=(importance * tokens).sum(),
       stats=routing.slot_stats(chosen, logits, mask, c.num_selected),

@@ -11,19 +11,31 @@ from moe_jax.layers.initializers import Init
 from moe_jax.routing.hashing import HASH_OF
 from moe_jax.routing.losses import BALANCE_CHOICES
 
-ROUTERS = ('token_choice', 'noisy_top_k', 'expert_choice', 'hash', 'random')
+ROUTERS = (
+  'token_choice',
+  'noisy_top_k',
+  'expert_choice',
+  'strictly_balanced',
+  'hash',
+  'random',
+)
+# Where experts choose tokens, not tokens experts.
+BY_EXPERT = ('expert_choice', 'strictly_balanced')
 WITHOUT_LOGITS = ('hash', 'random')
 SERVED_BY = ('chosen', 'transformers_nllb')
 # Options that a router knows nothing of; other values than the defaults would
 # be silently without effect.
 _UNKNOWN_TO = {
   'noisy_top_k': ('balance_bias_rate',),
-  'expert_choice': (
-    'gates',
-    'slot_priority',
-    'second_policy',
-    'served_by',
-    'balance_bias_rate',
+  **dict.fromkeys(
+    BY_EXPERT,
+    (
+      'gates',
+      'slot_priority',
+      'second_policy',
+      'served_by',
+      'balance_bias_rate',
+    ),
   ),
   **dict.fromkeys(
     WITHOUT_LOGITS,
@@ -41,11 +53,13 @@ class RouterConfig:
     num_selected: K; where experts choose, only what `capacity` makes of it.
     kind: 'token_choice' (Switch, GShard, ST-MoE, Mixtral), 'noisy_top_k'
       (Shazeer et al. 2017: both router weights start at zero),
-      'expert_choice', 'hash' or 'random'. The last two have no parameters and
-      gates of 1/K; random choices are drawn anew each time in training, and
-      are the same each time in evaluation.
+      'expert_choice', 'strictly_balanced' (its Appendix F), 'hash' or 'random'.
+      The last two have no parameters and gates of 1/K; random choices are drawn
+      anew each time in training, and are the same each time in evaluation.
     capacity: The capacity rule. Under 'expert_choice' it says how many tokens
-      an expert takes, and 'all' has every expert take every token.
+      an expert takes, and 'all' has every expert take every token. Under
+      'strictly_balanced' it is that of inference: in training an expert takes
+      its share of K * S.
     gates, slot_priority, second_policy, second_threshold: See
       `routing.token_choice`.
     jitter: In training the router's input is multiplied by

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from moe_jax.layers.router_config import BY_EXPERT
 from moe_jax.models.stack import StackConfig
 from moe_jax.routing import is_causal
 
@@ -30,9 +31,9 @@ def check_causal(moe: ml_collections.ConfigDict) -> None:
   """Raises ValueError where a router leaks and the config does not say so."""
   if not leaks_future(moe) or moe.allow_future_leak:
     return
-  if moe.router == 'expert_choice':
+  if moe.router in BY_EXPERT:
     raise ValueError(
-      "router='expert_choice' lets later tokens change earlier outputs, as an "
+      f'router={moe.router!r} lets later tokens change earlier outputs, as an '
       'expert chooses among all tokens of a group; use another router, or set '
       'moe.allow_future_leak=True and report the run as one that leaks'
     )

@@ -4,7 +4,12 @@ Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
 move is `moe_jax.dispatch`.
 """
 
-from moe_jax.routing import balance_bias, hashing, transformers_nllb
+from moe_jax.routing import (
+  balance_bias,
+  hashing,
+  strictly_balanced,
+  transformers_nllb,
+)
 from moe_jax.routing.base import (
   CAPACITY_RULES,
   CapacityRule,
@@ -77,6 +82,7 @@ __all__ = [
   'random_choice',
   'routing_stats',
   'slot_stats',
+  'strictly_balanced',
   'token_choice',
   'transformers_nllb',
   'z_loss',
