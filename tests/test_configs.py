@@ -22,7 +22,7 @@ from tests.training import tiny
 def batch_of(config):
   """Random rows of the config's lengths, for both halves if there are two."""
   batch = tiny.batch(config)
-  if config.model.kind == 'decoder':
+  if config.model.kind != 'encoder_decoder':
     return batch
   decoder = merge(config, {'data': {'seq_len': config.data.target_len}})
   encoder = {
@@ -46,6 +46,7 @@ SIBLINGS = (
   'glam_64b64e',
   'nllb_moe_54b',
   'openmoe_8b',
+  'shazeer_multilingual',
   'st_moe_32b',
   'st_moe_base',
   'switch_base',
