@@ -1,5 +1,7 @@
 """Strictly balanced gating by hand, by the book, and as it learns."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,23 @@ from moe_jax.routing import strictly_balanced
 from tests import reference
 
 G, S, E, K = 2, 8, 4, 3
+
+
+@functools.partial(jax.jit, static_argnames='num_selected')
+def batchwise(logits, num_selected, mask):
+  return strictly_balanced.batchwise_choice(
+    logits, num_selected=num_selected, mask=mask
+  )
+
+
+@functools.partial(jax.jit, static_argnames='capacity')
+def threshold(logits, thresholds, capacity, mask):
+  return strictly_balanced.threshold_choice(
+    logits, thresholds, capacity=capacity, mask=mask
+  )
+
+
+loss_of = jax.jit(strictly_balanced.batchwise_loss)
 
 
 def by_token(chosen):
@@ -33,30 +52,24 @@ ALL = jnp.ones((1, 3), bool)
 def test_masks_are_told():
   # Three tokens, two experts, K = 1: each takes ceil(3 / 2) = 2. Expert 0 has
   # the first two, expert 1 the last two: the middle one has both.
-  chosen = strictly_balanced.batchwise_choice(
-    log(TOLD), num_selected=1, mask=ALL
-  )
+  chosen = batchwise(log(TOLD), 1, ALL)
   np.testing.assert_allclose(
     by_token(chosen)[0], [[1, 0], [0.6, 0.4], [0, 1]], rtol=1e-6
   )
   # Above 0.65 and 0.35: the middle one has expert 1 alone, whose gate is 1.
   thresholds = jnp.array([0.65, 0.35])
-  found = strictly_balanced.threshold_choice(
-    log(TOLD), thresholds, capacity=3, mask=ALL
-  )
+  found = threshold(log(TOLD), thresholds, 3, ALL)
   np.testing.assert_allclose(by_token(found)[0], [[1, 0], [0, 1], [0, 1]])
   # The masks differ in one place, by 0.6 - 0.65.
-  loss = strictly_balanced.batchwise_loss(log(TOLD), thresholds, chosen, ALL)
+  loss = loss_of(log(TOLD), thresholds, chosen, ALL)
   np.testing.assert_allclose(loss, [(0 - 1) * (0.6 - 0.65) / 3], rtol=1e-4)
   agreeing = jnp.array([0.5, 0.35])
-  loss = strictly_balanced.batchwise_loss(log(TOLD), agreeing, chosen, ALL)
+  loss = loss_of(log(TOLD), agreeing, chosen, ALL)
   assert loss == 0
 
 
 def test_a_threshold_that_nobody_passes_leaves_no_expert():
-  found = strictly_balanced.threshold_choice(
-    log(TOLD), jnp.array([0.9, 0.35]), capacity=1, mask=ALL
-  )
+  found = threshold(log(TOLD), jnp.array([0.9, 0.35]), 1, ALL)
   # One slot: the last token, whose gate is larger than the middle one's.
   np.testing.assert_array_equal(by_token(found)[0], [[0, 0], [0, 0], [0, 1]])
 
@@ -68,13 +81,9 @@ def test_gates_and_loss_are_those_of_the_book():
   mask = np.ones((G, S), bool)
   mask[1, 4:] = False
   args = jnp.asarray(logits), jnp.asarray(thresholds)
-  chosen = strictly_balanced.batchwise_choice(
-    args[0], num_selected=K, mask=jnp.asarray(mask)
-  )
-  found = strictly_balanced.threshold_choice(
-    *args, capacity=S, mask=jnp.asarray(mask)
-  )
-  loss = strictly_balanced.batchwise_loss(*args, chosen, jnp.asarray(mask))
+  chosen = batchwise(args[0], K, jnp.asarray(mask))
+  found = threshold(*args, S, jnp.asarray(mask))
+  loss = loss_of(*args, chosen, jnp.asarray(mask))
   for g in range(G):
     real = mask[g].sum()
     m = K * real // E  # whole here: 6 of eight tokens, 3 of four
@@ -94,7 +103,7 @@ def test_thresholds_learn_the_mask():
   rng = np.random.default_rng(1)
   logits = jnp.asarray(rng.normal(size=(1, 64, E)), jnp.float32)
   mask = jnp.ones((1, 64), bool)
-  chosen = strictly_balanced.batchwise_choice(logits, num_selected=1, mask=mask)
+  chosen = batchwise(logits, 1, mask)
 
   @jax.jit
   def step(thresholds):
@@ -108,9 +117,7 @@ def test_thresholds_learn_the_mask():
     thresholds, loss = step(thresholds)
     losses.append(float(loss))
   assert losses[0] > 0.1 and losses[-1] < 1e-3 and min(losses) >= 0
-  found = strictly_balanced.threshold_choice(
-    logits, thresholds, capacity=64, mask=mask
-  )
+  found = threshold(logits, thresholds, 64, mask)
   np.testing.assert_allclose(found.filled[0].sum(-1), 16, atol=1)
 
 
@@ -121,9 +128,7 @@ def test_gradients_reach_the_gates_through_the_renormalisation():
   weight = jnp.asarray(rng.normal(size=(G, E, K * S // E)), jnp.float32)
 
   def total(logits):
-    chosen = strictly_balanced.batchwise_choice(
-      logits, num_selected=K, mask=mask
-    )
+    chosen = batchwise(logits, K, mask)
     return (chosen.gate * weight).sum()
 
   gradient = jax.jit(jax.grad(total))(logits)
