@@ -36,7 +36,7 @@ class Verdict:
     claim: A `study.Claim`.
     difference: Row minus the other, paired by seed.
     word: `REPRODUCED` or `OPPOSITE`, `SHOWN` or `REFUTED` where nothing was
-      published; or `UNRESOLVED`.
+      published that is verified; or `UNRESOLVED`.
   """
 
   claim: Any
@@ -62,7 +62,9 @@ def verdict(claim: Any, rows: Sequence[Any]) -> Verdict:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
   wanted = 1 if claim.direction == 'higher' else -1
-  yes, no = (REPRODUCED, OPPOSITE) if claim.published else (SHOWN, REFUTED)
+  marks = {claims.find(address).mark for address in claim.published}
+  known = bool(marks) and 'unverified' not in marks
+  yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
   word = {wanted: yes, -wanted: no, 0: UNRESOLVED}
   return Verdict(claim, difference, word[difference.sign()])
 

@@ -120,9 +120,11 @@ def test_a_verdict_on_a_number():
 
 def test_what_no_paper_printed_is_not_reproduced():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
+  unverified = ['hash2021/reddit/Hash/ppl']
   for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
-    found = study_results.verdict(claimed('a', 0.6, direction, []), rows)
-    assert found.word == word
+    for published in ([], unverified, PUBLISHED + unverified):
+      claim = claimed('a', 0.6, direction, published)
+      assert study_results.verdict(claim, rows).word == word
 
 
 def test_one_seed_resolves_nothing():
@@ -341,7 +343,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   config = tiny_study.STUDY.shared(Preset(2, 1))
   with monkeypatch.context() as patched:
     patched.setattr(study_runs, 'SharedStep', Stop)
-    with pytest.raises(SystemExit, match='was stopped'):
+    with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
       study_runs.run_one(config, tmp_path / 'run')
   assert not (tmp_path / 'run' / study_runs.RESULT).exists()
   result = study_runs.run_one(config, tmp_path / 'run')
