@@ -51,7 +51,7 @@ WAYS = dict(
   hashed={**WITHOUT_LOGITS, 'router': 'hash', 'hash_of': 'bigram'},
   random={**WITHOUT_LOGITS, 'router': 'random'},
   two_levels=TWO_LEVELS,
-  balanced={**BY_EXPERT, 'router': 'strictly_balanced'},
+  balanced={**BY_EXPERT, 'router': 'strictly_balanced', 'num_selected': 1},
   lstms={**TWO_LEVELS, 'model': LSTMS},
 )
 PLAIN = dict.fromkeys(('written_out',), 'gather') | dict.fromkeys(
