@@ -184,7 +184,7 @@ def model() -> ConfigDict:
   """A Transformer; see `moe_jax.models`."""
   return ConfigDict(
     dict(
-      kind='decoder',  # encoder_decoder, adaptive, deep_moe
+      kind='decoder',  # encoder_decoder, lstm, adaptive, deep_moe
       vocab_size=0,  # 0: the tokenizer's
       feature_shape=(),  # of an example that is no text; (): the data's
       num_layers=4,  # of the decoder
@@ -219,9 +219,24 @@ def model() -> ConfigDict:
       scan_layers=True,
       remat='none',  # full, dots; saves memory with scan_layers
       init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
+      lstm=lstm(),
       moe=moe(),
       adaptive=adaptive(),
       deep_moe=deep_moe(),
+    )
+  )
+
+
+def lstm() -> ConfigDict:
+  """Of kind lstm: layers that `moe.layers` leaves out are LSTMs."""
+  return ConfigDict(
+    dict(
+      hidden=0,  # cells; where not 0, which is width, outputs are projected
+      forget_bias=1.0,  # at the start
+      unroll=1,  # steps in one round of the loop over a row
+      # Hidden layers of the feed-forward that is moe.num_experts=0: 1, of width
+      # num_selected * moe.hidden; above, each of moe.hidden.
+      twin_depth=1,
     )
   )
 
@@ -232,13 +247,19 @@ def moe() -> ConfigDict:
     dict(
       num_experts=8,  # 0: the dense twin, of width num_selected * hidden
       num_selected=1,
+      # Of two levels: a gate over branches, each of num_experts / branching
+      # experts, and in each chosen one a gate that selects
+      # num_selected / branches_selected of its own. 0: one level.
+      branching=0,
+      branches_selected=1,
       layers='every 2',  # all, none, 'last 1', '1,3'
       encoder_layers='',  # '': layers
       hidden=0,  # of one expert; 0: model.hidden
       activation='',  # '': model.activation
       extra_ffn=False,  # a dense feed-forward after each sparse one
       expert_dropout=-1.0,  # -1.0: model.dropout
-      router='token_choice',  # noisy_top_k, expert_choice, hash, random
+      # noisy_top_k, expert_choice, strictly_balanced, hash, random
+      router='token_choice',
       hash_of='token',  # of router='hash': bigram, position
       router_seed=0,  # of the tables of hash, and of random in evaluation
       gates='raw',  # renormalized, renormalized_after_drop, sigmoid
@@ -269,7 +290,7 @@ def moe() -> ConfigDict:
       balance_weight=0.01,
       z_weight=0.001,
       importance_weight=0.0,
-      load_weight=0.0,
+      load_weight=0.0,  # of noisy_top_k; of strictly_balanced's thresholds
       layer_reduce='sum',  # of the losses over sparse layers; or mean
       allow_future_leak=False,
     )
@@ -478,9 +499,11 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.max_len = 0
   m.dtype = m.param_dtype = 'float32'
   m.attention = 'auto'
+  m.lstm.hidden = 24 if m.lstm.hidden else 0
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)
+    m.moe.branching = min(m.moe.branching, m.moe.branches_selected)
   if m.moe.group_size > 0:
     m.moe.group_size = 64
   config.batch_size = 4

@@ -224,6 +224,47 @@ def load_loss(probability, mask):
   )
 
 
+def two_levels(branch_logits, expert_logits, K1, K2):
+  """Choices and gates gp_i * g_ij of arXiv:1701.06538, Eq. 12, one token.
+
+  Expert (i, j) is number i * b + j; logits are [a] and [a, b], with noise.
+  """
+  b = expert_logits.shape[1]
+  index, gate = [], []
+  branches = choose(branch_logits, K1)
+  for i, gp in zip(branches, relative_gates(branch_logits, branches)):
+    experts = choose(expert_logits[i], K2)
+    for j, g in zip(experts, relative_gates(expert_logits[i], experts)):
+      index.append(i * b + j)
+      gate.append(gp * g)
+  return index, gate
+
+
+def two_level_losses(clean, noisy, std, K1, K2, mask):
+  """CV^2 of Importance_H and of Load_H, Eq. 13-14, of one group.
+
+  Each of the first three is a pair of branches' [S, a] and experts' [S, a, b].
+  """
+  a, b = clean[1].shape[1:]
+  importance, load = np.zeros((a, b)), np.zeros((a, b))
+  branch_load, number = np.zeros(a), np.zeros(a)
+  for s in np.flatnonzero(mask):
+    index, gate = two_levels(noisy[0][s], noisy[1][s], K1, K2)
+    for e, g in zip(index, gate):
+      importance[e // b, e % b] += g
+    branch_load += load_probability(
+      *(x[0][None, s, None] for x in (clean, noisy, std)), K1
+    )[0, 0]
+    for i in {e // b for e in index}:  # the token is in X_i
+      number[i] += 1
+      load[i] += load_probability(
+        *(x[1][None, s, None, i] for x in (clean, noisy, std)), K2
+      )[0, 0]
+  for i in range(a):
+    load[i] *= branch_load[i] / number[i] if number[i] else 0
+  return squared_cv(importance), squared_cv(load)
+
+
 def routing_stats(routing: Reference, logits, mask):
   """Every statistic by counting the fates of the real tokens' choices."""
   E, K = logits.shape[-1], routing.slot.shape[-1]
@@ -417,3 +458,56 @@ def balanced_gates(logits, margin):
     for e in range(E):
       totals[e] += gates[t, :, e].sum()
   return gates
+
+
+def lstm(x, p, segment_ids):
+  """h [T, M] of one row, by the six equations of the cell.
+
+  p: w_in and w_state [M, 4, H] and b_gates [4, H] of the gates i, f, g, o, and
+  w_out [H, M] or None.
+  """
+
+  def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+  M, _, H = p['w_in'].shape
+  h, c, last, out = np.zeros(M), np.zeros(H), 0, []
+  for t in range(len(x)):
+    if segment_ids[t]:
+      if segment_ids[t] != last:
+        h, c, last = np.zeros(M), np.zeros(H), segment_ids[t]
+      i, f, g, o = (
+        x[t] @ p['w_in'][:, n] + h @ p['w_state'][:, n] + p['b_gates'][n]
+        for n in range(4)
+      )
+      c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+      h = sigmoid(o) * np.tanh(c)
+      h = h @ p['w_out'] if p['w_out'] is not None else h
+    out.append(h)
+  return np.array(out)
+
+
+def strictly_balanced(logits, m, mask, thresholds):
+  """Appendix F of arXiv:1701.06538, one group: three arrays and a loss.
+
+  The gates [S, E] of training (each expert's m likeliest real tokens) and of
+  inference (gates above thresholds), both renormalised over a token's experts;
+  and loss_batchwise, a sum over tokens.
+  """
+  S, E = logits.shape
+  p = softmax(logits)
+  batch, above = np.zeros((S, E), bool), np.zeros((S, E), bool)
+  loss = 0.0
+  for i in range(E):
+    real = [s for s in range(S) if mask[s]]
+    for s in sorted(real, key=lambda s: (-p[s, i], s))[:m]:
+      batch[s, i] = True
+    for s in real:
+      above[s, i] = p[s, i] > thresholds[i]
+      loss += (int(above[s, i]) - int(batch[s, i])) * (p[s, i] - thresholds[i])
+  gates = []
+  for chosen in (batch, above):
+    gate = np.where(chosen, p, 0)
+    total = gate.sum(1, keepdims=True)
+    gates.append(gate / np.where(total > 0, total, 1))
+  return *gates, loss

@@ -36,7 +36,7 @@ def batch_of(config):
     features = rng.normal(size=ones['features'].shape).astype(np.float32)
     return ones | {'features': features}
   batch = tiny.batch(config)
-  if config.model.kind == 'decoder':
+  if config.model.kind != 'encoder_decoder':
     return batch
   decoder = merge(config, {'data': {'seq_len': config.data.target_len}})
   encoder = {
@@ -60,6 +60,7 @@ SIBLINGS = (
   'glam_64b64e',
   'nllb_moe_54b',
   'openmoe_8b',
+  'shazeer_multilingual',
   'st_moe_32b',
   'st_moe_base',
   'switch_base',

@@ -24,6 +24,7 @@ from experiments import (
   routing_rules,
   shared_steps,
   shazeer_table6,
+  shazeer_table7,
   study,
   study_figures,
   study_results,
@@ -50,6 +51,7 @@ STUDIES = {
     lossfree_table2,
     routing_rules,
     shazeer_table6,
+    shazeer_table7,
     switch_scaling,
     switch_table1,
   )

@@ -3,7 +3,8 @@
     python -m moe_jax.analysis.cost --config=configs/mixtral_8x7b.py
 
 Counted from the config and the parameters' shapes, never measured: how is in
-`counts.py` and `memory.py`. Not here: time.
+`counts.py` and `memory.py`. Bytes are those of Transformers alone. Not here:
+time.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ from rich.table import Table
 from moe_jax import command_line
 from moe_jax.analysis import devices, memory
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
-from moe_jax.analysis.halves import Half, halves
+from moe_jax.analysis.halves import Half, halves, param_shapes
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
-from moe_jax.models import Model, build
+from moe_jax.models import LstmLm, Model, build
 
 __all__ = [
   'Cost',
@@ -33,6 +34,7 @@ __all__ = [
   'memory_table',
   'short',
   'with_own_vocabulary',
+  'without_vocabulary',
   'workload',
 ]
 
@@ -67,7 +69,7 @@ def compute_table(model: Model, work: Workload) -> Table:
     f'{short(c.active_params)} in compute per token',
     caption=f'Two FLOPs a multiply-add; attention in full, over {_over(c)}. '
     f'Experts multiply {c.capacity_slack:.2f} rows per assignment; the empty '
-    'ones are not counted.',
+    'ones are not counted.' + _as_in_2017(model, work.seq_len),
   )
   for heading in ('parameters', 'FLOPs per token'):
     table.add_column(heading)
@@ -98,6 +100,28 @@ def _over(c: Cost) -> str:
   return (
     f'{c.encoder_len} tokens read and {c.decoder_len} written, of which '
     'training is the mean'
+  )
+
+
+def without_vocabulary(model: LstmLm, seq_len: int) -> tuple[int, int]:
+  """(multiply-adds a token, parameters), both without embedding and softmax.
+
+  As Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts them.
+  """
+  logits = 2 * model.config.vocab_size * model.config.embedding.width
+  shapes = param_shapes(model, seq_len)
+  # Tables stand in the model's own scope.
+  layers = sum(leaf.size for name, leaf in shapes.items() if '/' in name)
+  return (count(model, seq_len).decoder.total - logits) // 2, layers
+
+
+def _as_in_2017(model: Model, seq_len: int) -> str:
+  if not isinstance(model, LstmLm):
+    return ''
+  ops, params = without_vocabulary(model, seq_len)
+  return (
+    f' Without embedding and softmax: {ops / 1e6:,.1f}M multiply-adds a token '
+    f'and {params / 1e6:,.1f}M parameters.'
   )
 
 
@@ -237,12 +261,9 @@ def main(argv: list[str]) -> None:
     config = with_own_vocabulary(_CONFIG.value)
     model = build(config)
     work = workload(config, _BATCH.value, _PARTS.value)
-    for table in (
-      compute_table(model, work),
-      memory_table(model, work),
-      fit_table(model, work),
-    ):
-      console.print(table)
+    tables = [compute_table, memory_table, fit_table]
+    for make in tables[:1] if isinstance(model, LstmLm) else tables:
+      console.print(make(model, work))
   except ValueError as error:
     command_line.fail(str(error))
 

@@ -13,7 +13,9 @@ from moe_jax.analysis.halves import (
   halves,
   param_shapes,
 )
-from moe_jax.models import Model
+from moe_jax.layers.moe import MoeConfig
+from moe_jax.layers.router_config import BY_EXPERT
+from moe_jax.models import LstmLm, LstmLmConfig, Model
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
@@ -140,13 +142,15 @@ def count(
   """Counts `model`.
 
   Args:
-    model: Either kind.
+    model: Of tokens.
     seq_len: T; of an encoder-decoder T_enc.
     target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
     batch_size: Examples of a batch, where that is a routing group.
   """
   shapes = param_shapes(model, seq_len)
   sizes = {name: math.prod(leaf.shape) for name, leaf in shapes.items()}
+  if isinstance(model, LstmLm):
+    return _of_lstms(model.config, sizes, seq_len, batch_size)
   parts = halves(model, seq_len, target_len)
   *_, last = parts
   flops = [_token_flops(sizes, half) for half in parts]
@@ -159,7 +163,9 @@ def count(
   total = sum(sizes.values())
   return Cost(
     total_params=total,
-    active_params=total - experts + sum(_active(sizes, h) for h in parts),
+    active_params=total
+    - experts
+    + sum(_active(_own(sizes, h), h.stack.block.moe) for h in parts),
     expert_params=experts,
     embedding_params=sum(
       n for name, n in sizes.items() if name.endswith('embedding')
@@ -169,6 +175,33 @@ def count(
     decoder_len=last.length,
     encoder_len=last.memory_len,
     capacity_slack=_slack(parts, batch_size),
+  )
+
+
+def _of_lstms(
+  c: LstmLmConfig, sizes: dict[str, int], seq_len: int, batch_size: int
+) -> Cost:
+  """As `count`, of the sizes of the parameters."""
+  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
+  total, active = sum(sizes.values()), _active(sizes, c.moe)
+  layers = {n: size for n, size in sizes.items() if '/' in n}
+  logits = 2 * c.vocab_size * c.embedding.width
+  flops = _more_products(_products(layers, c.moe), logits)
+  slack = 1.0
+  if c.moe is not None:
+    slack = _rows(c.moe, batch_size, seq_len) / c.moe.router.num_selected
+  return Cost(
+    total_params=total,
+    active_params=total - experts + active,
+    expert_params=experts,
+    embedding_params=sum(
+      n for name, n in sizes.items() if name.endswith('embedding')
+    ),
+    decoder=flops,
+    encoder=None,
+    decoder_len=seq_len,
+    encoder_len=0,
+    capacity_slack=slack,
   )
 
 
@@ -188,32 +221,43 @@ def short(n: float | int) -> str:
 
 def _token_flops(sizes: dict[str, int], half: Half) -> TokenFlops:
   """Of a stack's own parameters, all of them on its own tokens."""
-  own = {
+  own = _own(sizes, half)
+  a, layers = half.stack.block.attention, len(half.stack.sparse)
+  attention = 4 * layers * half.keys * a.num_heads * a.head_width
+  flops = _products(own, half.stack.block.moe)
+  return dataclasses.replace(flops, attention=attention)
+
+
+def _own(sizes: dict[str, int], half: Half) -> dict[str, int]:
+  """The parameters of a stack."""
+  return {
     name: n
     for name, n in sizes.items()
-    if name.startswith(half.prefix) and '/' in name and not _is_vector(name)
+    if name.startswith(half.prefix) and '/' in name
   }
-  router = sum(n for name, n in own.items() if '/router/' in name)
-  experts = sum(n for name, n in own.items() if '/experts/' in name)
-  a, layers = half.stack.block.attention, len(half.stack.sparse)
+
+
+def _products(sizes: dict[str, int], moe: MoeConfig | None) -> TokenFlops:
+  """Of these parameters; of experts and branches those that a token meets."""
+  kernels = {name: n for name, n in sizes.items() if not _is_vector(name)}
+  router = {name: n for name, n in kernels.items() if '/router/' in name}
+  experts = sum(n for name, n in kernels.items() if '/experts/' in name)
+  others = sum(kernels.values()) - sum(router.values()) - experts
+  met = 0
+  for name, n in router.items():
+    if '/w_branch' in name:
+      n = n // moe.router.branching * moe.router.branches_selected
+    met += n
   return TokenFlops(
-    products=2 * (sum(own.values()) - router - experts),
-    experts=2 * _active(own, half),
-    router=2 * router,
-    attention=4 * layers * half.keys * a.num_heads * a.head_width,
+    products=2 * others, experts=2 * _active(kernels, moe), router=2 * met
   )
 
 
-def _active(sizes: dict[str, int], half: Half) -> int:
+def _active(sizes: dict[str, int], moe: MoeConfig | None) -> int:
   """Parameters of the K experts that a token meets, kernels and biases."""
-  moe = half.stack.block.moe
   if moe is None:
     return 0
-  experts = sum(
-    n
-    for name, n in sizes.items()
-    if name.startswith(half.prefix) and '/experts/' in name
-  )
+  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
   return experts // moe.router.num_experts * moe.router.num_selected
 
 
@@ -233,11 +277,16 @@ def _slack(parts: list[Half], batch_size: int) -> float:
     moe = half.stack.block.moe
     if not half.num_sparse:
       continue
-    r, weight = moe.router, half.num_sparse * half.length
-    assignments += weight * r.num_selected
-    if moe.dispatch == 'dropless' and r.kind != 'expert_choice':
-      rows += weight * r.num_selected
-      continue
-    S = group_size(moe, batch_size, half.length)
-    rows += weight * capacity(moe, S) * r.num_experts / S
+    weight = half.num_sparse * half.length
+    rows += weight * _rows(moe, batch_size, half.length)
+    assignments += weight * moe.router.num_selected
   return rows / assignments if assignments else 1.0
+
+
+def _rows(moe: MoeConfig, batch_size: int, length: int) -> float:
+  """Rows that a layer's experts multiply, per token."""
+  r = moe.router
+  if moe.dispatch == 'dropless' and r.kind not in BY_EXPERT:
+    return float(r.num_selected)
+  S = group_size(moe, batch_size, length)
+  return capacity(moe, S) * r.num_experts / S

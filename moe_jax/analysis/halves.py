@@ -78,6 +78,8 @@ def group_size(moe: MoeConfig, batch_size: int, length: int) -> int:
 def capacity(moe: MoeConfig, num_tokens: int) -> int:
   """Slots of an expert in a group of so many tokens."""
   r = moe.router
+  if r.kind == 'strictly_balanced':  # of training
+    return -(-r.num_selected * num_tokens // r.num_experts)
   return r.capacity(
     group_size=num_tokens,
     num_experts=r.num_experts,

@@ -18,6 +18,7 @@ from moe_jax.analysis.halves import (
 from moe_jax.config import unknown
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.moe import MoeConfig
+from moe_jax.layers.router_config import BY_EXPERT
 from moe_jax.models import Model
 
 # Bytes of a stored number. int8 stands for a byte a weight; the scales that go
@@ -189,7 +190,7 @@ def expert_rows(moe: MoeConfig, batch_size: int, length: int) -> int:
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
   slots = groups * moe.router.num_experts * capacity(moe, S)
-  if moe.dispatch == 'dropless' and moe.router.kind != 'expert_choice':
+  if moe.dispatch == 'dropless' and moe.router.kind not in BY_EXPERT:
     return min(groups * S * moe.router.num_selected, slots)
   return slots
 
@@ -209,7 +210,7 @@ def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
   if moe.dispatch == 'einsum':
     # Every token of a group has a flag for each of the group's slots.
     S = group_size(moe, batch_size, half.length)
-    by_expert = moe.router.kind == 'expert_choice'
+    by_expert = moe.router.kind in BY_EXPERT
     masks = S * (1 if by_expert else moe.router.num_selected) * rows
   return 2 * rows * width * itemsize + masks
 

@@ -29,7 +29,16 @@ def extrapolate(
     flops: Counts a config's step, of unrolled layers and one microbatch. It is
       called once, and once more for every loop of the model; all that twice if
       there are microbatches.
+
+  Raises:
+    ValueError: The model is no Transformer: an LSTM's loop over a row cannot be
+      unrolled here.
   """
+  if config.model.kind not in ('decoder', 'encoder_decoder'):
+    raise ValueError(
+      f'model.kind={config.model.kind!r} has loops that are counted once; '
+      "FLOPs are read from programs of 'decoder' and 'encoder_decoder' alone"
+    )
   n = config.microbatches
   if n > 1:
     one, two = (

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.distributed import fetch
-from moe_jax.models import Model
+from moe_jax.models import LstmLm, Model
 from moe_jax.models.pattern import segments
 from moe_jax.routing import SlotRouting
 
@@ -65,8 +65,14 @@ def _choices(model, variables, batch) -> list[jax.Array | SlotRouting]:
   _, kept = model.apply(
     variables, **model.inputs(batch), mutable=['intermediates']
   )
-  # Leaves are [periods, G, ...], one a sparse layer of the period.
   choices = []
+  if isinstance(model, LstmLm):
+    layers = [i for i, sparse in enumerate(model.config.sparse) if sparse]
+    for i in layers:
+      found = kept['intermediates'][f'layers_{i}']['moe']['router']
+      ((one,),) = found.values()
+      choices.append(one)
+  # Leaves are [periods, G, ...], one a sparse layer of the period.
   for path, stack in model.config.stacks:
     found = kept.get('intermediates', {})
     for key in path:

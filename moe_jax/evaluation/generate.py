@@ -16,7 +16,7 @@ from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import without_end
 from moe_jax.evaluation.scores import Score, make_scores
 from moe_jax.generation import runs
-from moe_jax.models.causality import check_decodes
+from moe_jax.models import check_generates
 from moe_jax.shapes import Int
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.evaluate import Row, Setting, Variables
@@ -77,8 +77,7 @@ def make(setting: Setting) -> 'Generate':
   options = to_dataclass(GenerateOptions, setting.options)
   scores = make_scores(options.metrics, options.bleu_tokenizer)
   model, tokenizer = setting.model, setting.dataset.tokenizer
-  for _, stack in model.config.stacks:
-    check_decodes(stack)
+  check_generates(model.config)
   arguments = runs.special_ids(model, tokenizer)
   forced = arguments.get('forced_ids', ())
   if options.max_new_tokens <= len(forced):

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from moe_jax.generation.prefix import Prefix
 from moe_jax.layers.cache import KVCache
-from moe_jax.models import Model, router_state
+from moe_jax.models import Model, check_generates, router_state
 from moe_jax.models.decoding import for_decoding, unstacked
 from moe_jax.models.router_state import COLLECTION
 
@@ -38,7 +38,11 @@ def prepare(
     window: How many tokens a decoder's token sees at most, itself among them:
       for going on beyond the rows that a model was trained on, where its
       positions are relative. 0: as the model.
+
+  Raises:
+    ValueError: The model does not generate.
   """
+  check_generates(model.config)
   if not any(stack.stacked for _, stack in model.config.stacks):
     return model, variables
   config = model.config

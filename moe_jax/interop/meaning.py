@@ -38,6 +38,8 @@ _IDLE = {
   ('kind', 'token_choice'): ('hash_of', 'seed'),
   ('kind', 'noisy_top_k'): ('hash_of', 'seed'),
   ('kind', 'expert_choice'): ('hash_of', 'seed'),
+  ('kind', 'strictly_balanced'): ('hash_of', 'seed'),
+  ('branching', 0): ('branches_selected',),
 }
 _POSITIONS = {'learned': 'max_len', 'sinusoidal': 'position_offset'}
 

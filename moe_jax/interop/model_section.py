@@ -48,9 +48,12 @@ _MODEL = dict(
   scan_layers=True,
   remat='none',
   init=dict(kind='fan_in', scale=1.0, embedding_std=0.02),
+  lstm=dict(hidden=0, forget_bias=1.0, unroll=1, twin_depth=1),
   moe=dict(
     num_experts=1,
     num_selected=1,
+    branching=0,
+    branches_selected=1,
     layers='none',
     encoder_layers='',
     hidden=0,

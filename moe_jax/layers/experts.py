@@ -4,10 +4,13 @@ This file and `dropless.py` alone have expert rows multiplied. How rows come to
 be is `moe_jax.dispatch`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import linen as nn
 
 from moe_jax.layers.ffn import FfnConfig, feed_forward
-from moe_jax.shapes import Array, Float
+from moe_jax.shapes import Array, Float, Shaped
 
 
 class Experts(nn.Module):
@@ -31,13 +34,22 @@ def vmapped(
   expert: nn.Module, rows: Float[Array, 'E R M']
 ) -> Float[Array, 'E R M']:
   """Any linen module `[R, M] -> [R, M]` as the experts, one copy an expert."""
+  return copied(lambda module, x: module(x), expert, rows)
+
+
+def copied(
+  call: Callable[..., Any],
+  expert: nn.Module,
+  *arguments: Shaped[Array, 'E ...'],
+) -> Any:
+  """call(copy e, *arguments[e]) of each expert e, stacked."""
   apply = nn.vmap(
-    lambda module, x: module(x),
+    call,
     in_axes=0,
     out_axes=0,
-    axis_size=rows.shape[0],
+    axis_size=len(arguments[0]),
     variable_axes={'params': 0},
-    split_rngs={'params': True, 'dropout': True},
+    split_rngs={'params': True, 'dropout': True, 'router': True},
     metadata_params={nn.PARTITION_NAME: 'expert'},
   )
-  return apply(expert, rows)
+  return apply(expert, *arguments)

@@ -109,6 +109,48 @@ class FeedForward(nn.Module):
     return feed_forward(self, self.config, rows, train).reshape(x.shape)
 
 
+class DeepFeedForward(nn.Module):
+  """A feed-forward layer with `depth` hidden layers of F: M -> F ... F -> M.
+
+  At a depth of 1 it is `FeedForward`, parameters too.
+  """
+
+  config: FfnConfig
+  depth: int
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, '... M'], train: bool = False
+  ) -> Float[Array, '... M']:
+    """Applies the layer to every token; dropout only if `train`."""
+    c = self.config
+    act = activation(c.activation)
+    if act.gated or self.depth < 1:
+      raise ValueError(
+        f'depth={self.depth} with activation={c.activation!r}: a deep '
+        'feed-forward has a depth of at least 1 and an activation without gate'
+      )
+    rows = x.reshape(-1, x.shape[-1]).astype(c.dtype)
+    p = parameters(self, c, (), rows.shape[-1])
+
+    def hidden(rows, w, bias):
+      y = rows_matmul(rows, w)
+      h = act.hidden(y + p[bias].astype(c.dtype)[None] if c.use_bias else y)
+      return nn.Dropout(c.dropout, deterministic=not train)(h)
+
+    h = hidden(rows, p['w_in'], 'b_in')
+    for i in range(1, self.depth):
+      init = c.init.kernel(('mlp', None))
+      shape, bias = (c.hidden, c.hidden), f'b_hidden_{i}'
+      w = self.param(f'w_hidden_{i}', init, shape, c.param_dtype)
+      if c.use_bias:
+        p[bias] = self.param(bias, zeros((None,)), shape[:1], c.param_dtype)
+      h = hidden(h, w, bias)
+    y = rows_matmul(h, p['w_out'])
+    y = y + p['b_out'].astype(c.dtype)[None] if c.use_bias else y
+    return y.reshape(x.shape)
+
+
 def feed_forward(
   module: nn.Module, c: FfnConfig, x: Float[Array, '*E R M'], train: bool
 ) -> Float[Array, '*E R M']:

@@ -36,7 +36,7 @@ class Init:
 
   def kernel(
     self,
-    axes: Sequence[str],
+    axes: Sequence[str | None],
     *,
     in_axis: int | Sequence[int] = -2,
     out_axis: int | Sequence[int] = -1,
@@ -46,7 +46,7 @@ class Init:
     """The initialiser of a kernel; axes named 'expert' are not fan-in.
 
     Args:
-      axes: Logical axis names, one a dimension.
+      axes: Logical axis names, one a dimension; None: it has none.
       in_axis: The contracted dimensions.
       out_axis: The dimensions they are contracted into.
       residual: Whether the product is added to the residual stream.
@@ -73,7 +73,7 @@ class Init:
     return nn.with_logical_partitioning(init, tuple(axes))
 
 
-def zeros(axes: Sequence[str]):
+def zeros(axes: Sequence[str | None]):
   """Zeros that carry logical axis names."""
   return nn.with_logical_partitioning(nn.initializers.zeros, tuple(axes))
 

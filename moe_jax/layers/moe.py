@@ -15,10 +15,10 @@ from moe_jax import dispatch
 from moe_jax.config import unknown
 from moe_jax.kernels.backends import check as check_backend
 from moe_jax.layers.dropless import DroplessExperts
-from moe_jax.layers.experts import Experts, vmapped
+from moe_jax.layers.experts import Experts, copied, vmapped
 from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.router import Router
-from moe_jax.layers.router_config import RouterConfig
+from moe_jax.layers.hierarchical import make_router
+from moe_jax.layers.router_config import BY_EXPERT, RouterConfig
 from moe_jax.layers.unrolled import (
   FEW_TOKENS,
   BatchedExperts,
@@ -29,6 +29,10 @@ from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
 
 DECODING = ('', 'unrolled', 'batched')
+_OWN_ROWS = (
+  "dispatch='dropless' with an expert of your own: its rows are not [E, R, M]; "
+  "use 'gather'"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class MoeConfig:
     dispatch.get(self.dispatch)
     check_backend(self.grouped_matmul)
     rule = self.router.capacity.rule
-    by_expert = self.router.kind == 'expert_choice'
+    by_expert = self.router.kind in BY_EXPERT
     if self.dispatch == 'dropless' and rule != 'all' and not by_expert:
       raise ValueError(
         f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
@@ -93,7 +97,11 @@ class MoE(nn.Module):
     config: The layer.
     expert: Another linen module `[R, M] -> [R, M]` to be the experts in place
       of `config.expert`; it is copied E times, each copy with its own start.
-      Not with dispatch='dropless', whose rows differ in number.
+      Not with dispatch='dropless', whose rows differ in number. It may be
+      another `MoE`: its routers see the rows that tokens are in (its group_size
+      of 0 is an expert's rows), and its losses are added to this layer's, so
+      that a token pays for each of the inner layers it meets. Statistics are
+      this layer's alone.
   """
 
   config: MoeConfig
@@ -124,11 +132,15 @@ class MoE(nn.Module):
     groups, mask = to_groups(x, token_mask, c.group_size)
     if hash_ids is not None:
       hash_ids = in_groups(hash_ids, groups.shape[1])
-    router = Router(c.router, name='router')
+    router = make_router(c.router, name='router')
     chosen, aux = router(groups, mask, train, hash_ids, layer)
     chosen = self._mask_outputs(chosen, train)
     groups = groups.astype(c.expert.dtype)
-    y = self._serve(groups, chosen, train)  # [G, S, M]
+    if isinstance(self.expert, MoE):
+      y, inner = self._serve_by_moe(groups, chosen, train)
+      aux = _with_losses(aux, inner)
+    else:
+      y = self._serve(groups, chosen, train)  # [G, S, M]
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
 
   def _mask_outputs(self, chosen, train):
@@ -151,10 +163,7 @@ class MoE(nn.Module):
     mover = dispatch.get(c.dispatch)
     if mover is dispatch.dropless:
       if self.expert is not None:
-        raise ValueError(
-          "dispatch='dropless' with an expert of your own: its rows are not "
-          "[E, R, M]; use 'gather'"
-        )
+        raise ValueError(_OWN_ROWS)
       experts = DroplessExperts(
         c.expert, c.grouped_matmul, c.exchange, name='experts'
       )
@@ -179,6 +188,21 @@ class MoE(nn.Module):
     with jax.named_scope('combine'):
       return mover.combine(rows, chosen)
 
+  def _serve_by_moe(self, groups, chosen, train):
+    """The output, and the aux of the experts, which are mixtures themselves."""
+    mover = dispatch.get(self.config.dispatch)
+    if mover is dispatch.dropless:
+      raise ValueError(_OWN_ROWS)
+    rows = mover.dispatch(groups, chosen)  # [E, R, M]
+    filled = mover.dispatch(jnp.ones_like(groups[..., :1]), chosen)[..., 0] > 0
+
+    def call(moe, rows, filled):
+      y, aux = moe(rows[None], filled[None], train)
+      return y[0], aux
+
+    rows, aux = copied(call, self.expert, rows, filled)
+    return mover.combine(rows, chosen), aux
+
   def _exchange(self, place, mover, experts, groups, chosen):
     """Every device routes and moves its own groups, and serves its experts."""
     c = self.config.exchange
@@ -192,6 +216,14 @@ class MoE(nn.Module):
         chunks[i] = exchange_lib.to_groups(c, place, rows)
     with jax.named_scope('combine'):
       return exchange_lib.combine(place, mover, chunks, chosen)
+
+
+def _with_losses(aux: MoeAux, inner: MoeAux) -> MoeAux:
+  """An aux with the losses of others, whose leaves are [E, ...], added."""
+  names = (name for name in aux._fields if name.endswith('_loss'))
+  return aux._replace(
+    **{name: getattr(aux, name) + getattr(inner, name).sum() for name in names}
+  )
 
 
 def to_groups(

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from moe_jax import routing
 from moe_jax.layers.initializers import zeros
@@ -55,9 +56,11 @@ class Router(nn.Module):
     if c.kind in WITHOUT_LOGITS:
       index = self._given(mask.shape, train, hash_ids, layer)
       return self._even(index, mask, capacity)
-    logits, noise = self._logits(x, train)
+    logits, noise = gate_logits(self, c, x, train)
     if c.kind == 'expert_choice':
       return self._by_expert(logits, mask, capacity)
+    if c.kind == 'strictly_balanced':
+      return self._balanced(logits, mask, capacity, train)
     return self._by_token(logits, noise, mask, capacity, train)
 
   def _given(self, shape, train, hash_ids, layer):
@@ -92,28 +95,6 @@ class Router(nn.Module):
     stats = routing.routing_stats(chosen, None, mask)
     return chosen, aux._replace(stats=stats)
 
-  def _logits(self, x, train):
-    """Logits [G, S, E] without noise, and those with it where they have it."""
-    c = self.config
-    noisy = c.kind == 'noisy_top_k'
-    x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
-    if train and c.jitter > 0:
-      low, high = 1.0 - c.jitter, 1.0 + c.jitter
-      key = self.make_rng('router')
-      x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
-    axes = ('embed', 'expert_choice')
-    init = zeros(axes) if noisy else c.init.kernel(axes)
-    clean = _product(x, self.param('w', init, shape, jnp.float32))
-    if c.use_bias:
-      init, shape_of_bias = zeros(('expert_choice',)), (c.num_experts,)
-      bias = self.param('b', init, shape_of_bias, jnp.float32)
-      clean = clean + bias[None, None]
-    if not noisy:
-      return clean, None
-    w_noise = self.param('w_noise', zeros(axes), shape, jnp.float32)
-    key = self.make_rng('router') if train else None
-    return clean, routing.noisy_logits(clean, _product(x, w_noise), key)
-
   def _by_token(self, clean, noise, mask, capacity, train):
     c, E, K = self.config, self.config.num_experts, self.config.num_selected
     noisy = noise is not None
@@ -143,17 +124,46 @@ class Router(nn.Module):
     return chosen, aux
 
   def _by_expert(self, logits, mask, capacity):
-    c = self.config
-
     def choose(logits, mask):
       return routing.expert_choice(logits, capacity=capacity, mask=mask)
 
     chosen = on_each_device(choose, (logits, mask))
+    return chosen, self._slot_aux(chosen, logits, mask)
+
+  def _balanced(self, logits, mask, capacity, train):
+    c, rules = self.config, routing.strictly_balanced
+    # A uniform gate is where one that has learned nothing is.
+    init = nn.with_logical_partitioning(
+      nn.initializers.constant(1 / c.num_experts), ('expert_choice',)
+    )
+    shape = (c.num_experts,)
+    thresholds = self.param('b_threshold', init, shape, jnp.float32)
+
+    def choose(logits, mask, thresholds):
+      trained = rules.batchwise_choice(
+        logits, num_selected=c.num_selected, mask=mask
+      )
+      loss = rules.batchwise_loss(logits, thresholds, trained, mask)
+      if train:
+        return trained, loss
+      found = rules.threshold_choice(
+        logits, thresholds, capacity=capacity, mask=mask
+      )
+      return found, loss
+
+    chosen, loss = on_each_device(
+      choose, (logits, mask), (thresholds,), (PartitionSpec(),)
+    )
+    aux = self._slot_aux(chosen, logits, mask)
+    return chosen, aux._replace(load_loss=(loss * mask.sum(-1)).sum())
+
+  def _slot_aux(self, chosen, logits, mask):
+    c = self.config
     self.sow('intermediates', 'slots', chosen)
     tokens = mask.sum(-1).astype(jnp.float32)  # [G]
     importance = cv_squared(chosen.gate.sum(-1))
     aux = routing.empty_aux(c.num_experts, c.num_selected)
-    return chosen, aux._replace(
+    return aux._replace(
       z_loss=(routing.z_loss(logits, mask) * tokens).sum(),
       importance_loss=(importance * tokens).sum(),
       stats=routing.slot_stats(chosen, logits, mask, c.num_selected),
@@ -172,6 +182,38 @@ class Router(nn.Module):
   def _policy_key(self, train):
     draws = self.config.second_policy != 'all' and self.config.num_selected > 1
     return self.make_rng('router') if train and draws else None
+
+
+def gate_logits(
+  module: nn.Module,
+  c: RouterConfig,
+  x: Float[Array, 'G S M'],
+  train: bool,
+  out_axis: str | None = 'expert_choice',
+) -> tuple[Float32[Array, 'G S E'], routing.NoisyLogits | None]:
+  """Logits without noise, and those with it where the kind has any.
+
+  The parameters are `module`'s: `w`, and `b` and `w_noise` where there are any;
+  `out_axis` is the logical name of what they choose among.
+  """
+  noisy = c.kind == 'noisy_top_k'
+  x, shape = x.astype(jnp.float32), (x.shape[-1], c.num_experts)
+  if train and c.jitter > 0:
+    low, high = 1.0 - c.jitter, 1.0 + c.jitter
+    key = module.make_rng('router')
+    x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+  axes = ('embed', out_axis)
+  init = zeros(axes) if noisy else c.init.kernel(axes)
+  clean = _product(x, module.param('w', init, shape, jnp.float32))
+  if c.use_bias:
+    init, shape_of_bias = zeros((out_axis,)), (c.num_experts,)
+    bias = module.param('b', init, shape_of_bias, jnp.float32)
+    clean = clean + bias[None, None]
+  if not noisy:
+    return clean, None
+  w_noise = module.param('w_noise', zeros(axes), shape, jnp.float32)
+  key = module.make_rng('router') if train else None
+  return clean, routing.noisy_logits(clean, _product(x, w_noise), key)
 
 
 def _product(

@@ -11,19 +11,31 @@ from moe_jax.layers.initializers import Init
 from moe_jax.routing.hashing import HASH_OF
 from moe_jax.routing.losses import BALANCE_CHOICES
 
-ROUTERS = ('token_choice', 'noisy_top_k', 'expert_choice', 'hash', 'random')
+ROUTERS = (
+  'token_choice',
+  'noisy_top_k',
+  'expert_choice',
+  'strictly_balanced',
+  'hash',
+  'random',
+)
+# Where experts choose tokens, not tokens experts.
+BY_EXPERT = ('expert_choice', 'strictly_balanced')
 WITHOUT_LOGITS = ('hash', 'random')
 SERVED_BY = ('chosen', 'transformers_nllb')
 # Options that a router knows nothing of; other values than the defaults would
 # be silently without effect.
 _UNKNOWN_TO = {
   'noisy_top_k': ('balance_bias_rate',),
-  'expert_choice': (
-    'gates',
-    'slot_priority',
-    'second_policy',
-    'served_by',
-    'balance_bias_rate',
+  **dict.fromkeys(
+    BY_EXPERT,
+    (
+      'gates',
+      'slot_priority',
+      'second_policy',
+      'served_by',
+      'balance_bias_rate',
+    ),
   ),
   **dict.fromkeys(
     WITHOUT_LOGITS,
@@ -41,11 +53,13 @@ class RouterConfig:
     num_selected: K; where experts choose, only what `capacity` makes of it.
     kind: 'token_choice' (Switch, GShard, ST-MoE, Mixtral), 'noisy_top_k'
       (Shazeer et al. 2017: both router weights start at zero),
-      'expert_choice', 'hash' or 'random'. The last two have no parameters and
-      gates of 1/K; random choices are drawn anew each time in training, and
-      are the same each time in evaluation.
+      'expert_choice', 'strictly_balanced' (its Appendix F), 'hash' or 'random'.
+      The last two have no parameters and gates of 1/K; random choices are drawn
+      anew each time in training, and are the same each time in evaluation.
     capacity: The capacity rule. Under 'expert_choice' it says how many tokens
-      an expert takes, and 'all' has every expert take every token.
+      an expert takes, and 'all' has every expert take every token. Under
+      'strictly_balanced' it is that of inference: in training an expert takes
+      its share of K * S.
     gates, slot_priority, second_policy, second_threshold: See
       `routing.token_choice`.
     jitter: In training the router's input is multiplied by
@@ -58,6 +72,11 @@ class RouterConfig:
     seed: Of the tables of 'hash', and of 'random' in evaluation.
     served_by: 'chosen', or what transformers does with NLLB-MoE in place of
       it; see `routing.transformers_nllb`.
+    branching: a, the branches of a router of two levels (Shazeer et al. 2017,
+      Appendix B); 0: it has one. Each branch has num_experts / a experts; see
+      `layers/hierarchical.py`.
+    branches_selected: K1, how many branches a token chooses; in each it chooses
+      num_selected / K1 experts.
     init: How the kernel starts, except under 'noisy_top_k'.
   """
 
@@ -76,6 +95,8 @@ class RouterConfig:
   hash_of: str = 'token'
   seed: int = 0
   served_by: str = 'chosen'
+  branching: int = 0
+  branches_selected: int = 1
   init: Init = Init()
 
   def __post_init__(self):
@@ -106,6 +127,9 @@ class RouterConfig:
     if self.hash_of not in HASH_OF:
       raise unknown('hash_of', self.hash_of, HASH_OF)
     self._check_options_of_the_router()
+    if self.branching:
+      self._check_levels()
+      return
     routing.check_token_choice(
       num_experts=self.num_experts,
       num_selected=self.num_selected,
@@ -131,3 +155,47 @@ class RouterConfig:
         f"slot_priority='batch_priority' with router={self.kind!r}, which has "
         'no probabilities to sort by'
       )
+
+  def levels(self) -> tuple['RouterConfig', 'RouterConfig']:
+    """The gate over branches and that in each branch, as routers of one level.
+
+    A level of one has the gate 1.
+    """
+    a, K1 = self.branching, self.branches_selected
+
+    def level(E, K):
+      gates = 'raw' if E == 1 else self.gates
+      return dataclasses.replace(
+        self,
+        num_experts=E,
+        num_selected=K,
+        gates=gates,
+        branching=0,
+        branches_selected=1,
+      )
+
+    return level(a, K1), level(self.num_experts // a, self.num_selected // K1)
+
+  def _check_levels(self):
+    a, K1 = self.branching, self.branches_selected
+    for name, value, part in (
+      ('num_experts', self.num_experts, ('branching', a)),
+      ('num_selected', self.num_selected, ('branches_selected', K1)),
+    ):
+      if part[1] < 1 or value % part[1]:
+        raise ValueError(
+          f'{name}={value} does not divide by {part[0]}={part[1]}'
+        )
+    for name, have in (
+      ('kind', ('token_choice', 'noisy_top_k')),
+      ('gates', ('raw', 'renormalized')),
+      ('slot_priority', ('token_major', 'choice_major')),
+      ('second_policy', ('all',)),
+      ('jitter', (0.0,)),
+      ('use_bias', (False,)),
+      ('balance_bias_rate', (0.0,)),
+      ('served_by', ('chosen',)),
+    ):
+      if getattr(self, name) not in have:
+        raise unknown(f'{name} of two levels:', getattr(self, name), have)
+    self.levels()  # each checks itself

@@ -2,11 +2,12 @@
 
 from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 from moe_jax.models.build import OF_FEATURES, Model, build
-from moe_jax.models.causality import decodes, leaks_future
+from moe_jax.models.causality import check_generates, decodes, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.decoding import for_decoding
 from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.lstm_lm import LstmLm, LstmLmConfig
 from moe_jax.models.parameters import abstract_params, init_params
 from moe_jax.models.pattern import sparse_pattern
 
@@ -20,9 +21,12 @@ __all__ = [
   'DeepMoeConfig',
   'EncoderDecoder',
   'EncoderDecoderConfig',
+  'LstmLm',
+  'LstmLmConfig',
   'Model',
   'abstract_params',
   'build',
+  'check_generates',
   'decodes',
   'for_decoding',
   'init_params',

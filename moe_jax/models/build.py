@@ -8,32 +8,35 @@ import dataclasses
 
 import ml_collections
 
-from moe_jax.config import merge, to_dataclass, unknown
+from moe_jax.config import merge, unknown
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
+from moe_jax.layers.lstm import LstmConfig
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
 from moe_jax.layers.router_config import RouterConfig
-from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
+from moe_jax.models import classifiers
+from moe_jax.models.adaptive import AdaptiveMixture
 from moe_jax.models.causality import check_causal
 from moe_jax.models.decoder import Decoder, DecoderConfig
-from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
+from moe_jax.models.deep_moe import DeepMoe
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models.lstm_lm import LstmLm, LstmLmConfig
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.models.stack import StackConfig
 from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_rules
 from moe_jax.routing import CapacityRule
 
-KINDS = ('decoder', 'encoder_decoder', 'adaptive', 'deep_moe')
 # Kinds whose inputs are no tokens, but examples with a class.
-OF_FEATURES = ('adaptive', 'deep_moe')
+OF_FEATURES = classifiers.BUILDERS
+KINDS = ('decoder', 'encoder_decoder', 'lstm', *OF_FEATURES)
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
-Model = Decoder | EncoderDecoder | AdaptiveMixture | DeepMoe
+Model = Decoder | EncoderDecoder | LstmLm | AdaptiveMixture | DeepMoe
 
 
 def build(config: ml_collections.ConfigDict) -> Model:
@@ -48,14 +51,14 @@ def build(config: ml_collections.ConfigDict) -> Model:
   """
   model = config.model
   _check(model)
-  if model.kind == 'adaptive':
-    return _adaptive(model)
-  if model.kind == 'deep_moe':
-    return _deep_moe(model)
+  if model.kind in OF_FEATURES:
+    return OF_FEATURES[model.kind](model, _init(model))
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
-  decoder = _stack(model, exchange)
   check_causal(model.moe)
+  if model.kind == 'lstm':
+    return LstmLm(_lstm_lm(model, embedding, exchange))
+  decoder = _stack(model, exchange)
   if model.kind == 'decoder':
     return Decoder(DecoderConfig(embedding, decoder))
   cross = dataclasses.replace(
@@ -102,31 +105,32 @@ def _check(model) -> None:
       )
 
 
-def _adaptive(model) -> AdaptiveMixture:
-  return AdaptiveMixture(
-    to_dataclass(
-      AdaptiveConfig,
-      model.adaptive,
-      vocab_size=model.vocab_size,
-      feature_shape=tuple(model.feature_shape),
-    )
-  )
-
-
-def _deep_moe(model) -> DeepMoe:
-  sizes = {
-    name: tuple(model.deep_moe[name])  # a list where it comes from JSON
-    for name in ('num_experts', 'hidden', 'gate_hidden')
-  }
-  return DeepMoe(
-    to_dataclass(
-      DeepMoeConfig,
-      model.deep_moe,
-      **sizes,
-      vocab_size=model.vocab_size,
-      feature_shape=tuple(model.feature_shape),
-      init=_init(model),
-    )
+def _lstm_lm(
+  model, embedding: EmbeddingConfig, exchange: ExchangeConfig
+) -> LstmLmConfig:
+  """Layers that `moe.layers` names are feed-forward, the others LSTMs."""
+  init = _init(model)
+  sparse = sparse_pattern(model.moe.layers, model.num_layers)
+  moe = _moe(model, init, exchange)  # also of a twin, to be checked
+  depth = model.lstm.twin_depth
+  # Each of several hidden layers is as wide as an expert, one alone as K.
+  twin = _twin(model, init) if depth == 1 else _expert(model, init)
+  has_experts = any(sparse) and model.moe.num_experts > 0
+  return LstmLmConfig(
+    embedding=embedding,
+    sparse=sparse,
+    lstm=LstmConfig(
+      hidden=model.lstm.hidden or model.width,
+      forget_bias=model.lstm.forget_bias,
+      unroll=model.lstm.unroll,
+      dtype=model.dtype,
+      param_dtype=model.param_dtype,
+      init=init,
+    ),
+    moe=moe if has_experts else None,
+    twin=twin if any(sparse) and not has_experts else None,
+    twin_depth=depth,
+    dropout=model.dropout,
   )
 
 
@@ -301,6 +305,8 @@ def _moe(model, init, exchange: ExchangeConfig) -> MoeConfig:
       hash_of=moe.hash_of,
       seed=moe.router_seed,
       served_by=moe.served_by,
+      branching=moe.branching if moe.num_experts else 0,
+      branches_selected=moe.branches_selected if moe.num_experts else 1,
       init=init,
     ),
     expert=_expert(model, init),

@@ -3,8 +3,11 @@
 Not here: which slots do (`moe_jax.routing.is_causal`).
 """
 
+from typing import Any
+
 import ml_collections
 
+from moe_jax.layers.router_config import BY_EXPERT
 from moe_jax.models.stack import StackConfig
 from moe_jax.routing import is_causal
 
@@ -28,9 +31,9 @@ def check_causal(moe: ml_collections.ConfigDict) -> None:
   """Raises ValueError where a router leaks and the config does not say so."""
   if not leaks_future(moe) or moe.allow_future_leak:
     return
-  if moe.router == 'expert_choice':
+  if moe.router in BY_EXPERT:
     raise ValueError(
-      "router='expert_choice' lets later tokens change earlier outputs, as an "
+      f'router={moe.router!r} lets later tokens change earlier outputs, as an '
       'expert chooses among all tokens of a group; use another router, or set '
       'moe.allow_future_leak=True and report the run as one that leaks'
     )
@@ -52,6 +55,21 @@ def decodes(c: StackConfig) -> bool:
   if moe is None or moe.router.kind != 'expert_choice':
     return True
   return not c.block.attention.causal or moe.router.capacity.rule == 'all'
+
+
+def check_generates(config: Any) -> None:
+  """Raises ValueError where a model cannot generate, token by token.
+
+  Args:
+    config: The model's: `DecoderConfig` or another.
+  """
+  if not config.stacks:
+    raise ValueError(
+      f'{type(config).__name__} does not generate: there is a cache for '
+      "attention alone; use model.kind='decoder', or evaluate by loss"
+    )
+  for _, stack in config.stacks:
+    check_decodes(stack)
 
 
 def check_decodes(c: StackConfig) -> None:

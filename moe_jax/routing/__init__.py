@@ -8,6 +8,7 @@ from moe_jax.routing import (
   balance_bias,
   hashing,
   running_totals,
+  strictly_balanced,
   transformers_nllb,
 )
 from moe_jax.routing.base import (
@@ -48,6 +49,7 @@ from moe_jax.routing.token_choice import (
   choose,
   even_choice,
   gates_before_drop,
+  given_choice,
   token_choice,
 )
 
@@ -71,6 +73,7 @@ __all__ = [
   'even_choice',
   'expert_choice',
   'gates_before_drop',
+  'given_choice',
   'hash_choice',
   'hashing',
   'importance_loss',
@@ -83,6 +86,7 @@ __all__ = [
   'routing_stats',
   'running_totals',
   'slot_stats',
+  'strictly_balanced',
   'token_choice',
   'transformers_nllb',
   'z_loss',

@@ -177,8 +177,11 @@ def is_causal(
   is settled by those before it. Choice-major slots let a later token's first
   choice evict an earlier one's second, and batch priority sorts by the whole
   group: both leak the future wherever capacity can bind. So does an expert
-  that chooses among all tokens of the group.
+  that chooses among all tokens of the group, as in training under
+  'strictly_balanced'.
   """
+  if router == 'strictly_balanced':
+    return False
   if router == 'expert_choice':
     return capacity_rule == 'all'
   if capacity_rule == 'all' or slot_priority == 'token_major':

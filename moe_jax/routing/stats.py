@@ -147,7 +147,9 @@ class MoeAux(NamedTuple):
   totals and counts add up over layers without asking which is which.
 
   Attributes:
-    balance_loss, z_loss, importance_loss, load_loss: float32 [].
+    balance_loss, z_loss, importance_loss, load_loss: float32 []. Under
+      strictly balanced gating, whose load needs no loss, the last is that of
+      its thresholds, `strictly_balanced.batchwise_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
   """
 

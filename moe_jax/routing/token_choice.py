@@ -109,10 +109,34 @@ def even_choice(
 ) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
-  A dropped choice's share is lost.
+  A dropped choice's share is lost. Arguments and errors are those of
+  `given_choice`.
+  """
+  gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
+  return given_choice(
+    expert_index,
+    gate,
+    num_experts=num_experts,
+    capacity=capacity,
+    mask=mask,
+    slot_priority=slot_priority,
+  )
+
+
+def given_choice(
+  expert_index: Int32[Array, 'G S K'],
+  gate: Float32[Array, 'G S K'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+  mask: Bool[Array, 'G S'] | None = None,
+  slot_priority: str = 'token_major',
+) -> Routing:
+  """Serves choices whose gates are settled; a dropped one's is lost.
 
   Args:
     expert_index: K different experts a token.
+    gate: Of each choice.
     num_experts: E.
     capacity, mask: As in `token_choice`.
     slot_priority: 'token_major' or 'choice_major'; no token is surer of its
@@ -121,10 +145,9 @@ def even_choice(
   Raises:
     ValueError: K is not in [1, E], capacity < 1, or the priority is another.
   """
-  K = expert_index.shape[-1]
   check_token_choice(
     num_experts=num_experts,
-    num_selected=K,
+    num_selected=expert_index.shape[-1],
     capacity=capacity,
     gates='raw',
     slot_priority=slot_priority,
@@ -141,7 +164,7 @@ def even_choice(
   queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
   slot = decided(_slots(expert_index, queued, num_experts, slot_priority, None))
   kept = queued if capacity is None else queued & (slot < capacity)
-  gate = jnp.where(kept, jnp.float32(1 / K), 0.0)
+  gate = jnp.where(kept, gate, 0.0)
   return Routing(expert_index, slot, gate, kept, num_experts, capacity)
 
 

@@ -295,7 +295,13 @@ def loss_weights(
   """The coefficients of the losses."""
   moe = config.model.moe
   sparse = sum(model.config.sparse) if model.config.moe else 0
-  if moe.load_weight and moe.router != 'noisy_top_k' and sparse:
+  if moe.router == 'strictly_balanced' and sparse and not moe.load_weight:
+    raise ValueError(
+      "moe.router='strictly_balanced' with moe.load_weight=0.0: the thresholds "
+      'of its inference learn by that loss; set it above 0'
+    )
+  estimates = moe.router in ('noisy_top_k', 'strictly_balanced')
+  if moe.load_weight and not estimates and sparse:
     raise ValueError(
       f"moe.load_weight={moe.load_weight} needs moe.router='noisy_top_k', not "
       f'{moe.router!r}: the load is estimated from the noise'

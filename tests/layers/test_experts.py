@@ -1,5 +1,6 @@
 """Experts are E feed-forward layers: the same numbers, independent starts."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -19,6 +20,7 @@ from moe_jax.layers import (
   RouterConfig,
 )
 from moe_jax.layers.dropless import DroplessExperts, sorted_feed_forward
+from moe_jax.layers.router import Router
 from moe_jax.routing import CapacityRule, token_choice
 from tests.models import tiny
 
@@ -158,6 +160,49 @@ def test_any_module_can_be_an_expert():
   assert not y[:, 2:].any()
 
 
+INNER = MoeConfig(
+  router=RouterConfig(
+    num_experts=3,
+    num_selected=2,
+    gates='renormalized',
+    capacity=CapacityRule('all'),
+  ),
+  expert=FfnConfig(F),
+  group_size=-1,  # all rows of an expert: the loss is of one group
+)
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'einsum'])
+def test_a_mixture_can_be_an_expert(dispatch):
+  # Each expert is a mixture of three; a token goes to two of two each.
+  c = dataclasses.replace(MOE, dispatch=dispatch)
+  layer = MoE(c, expert=MoE(dataclasses.replace(INNER, dispatch=dispatch)))
+  x = rows_of(2, 8, M)
+  params = draw_params(layer, x)['params']
+  (name,) = params.keys() - {'router'}
+  y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
+  # One after the other: each inner mixture on the tokens that it has.
+  route = jax.jit(Router(MOE.router).apply)
+  routed, own = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
+  serve = jax.jit(lambda p, mask: MoE(INNER).apply({'params': p}, x, mask))
+  expected, losses = np.zeros(x.shape), 0.0
+  for e in range(E):
+    has = np.asarray((routed.expert_index == e) & routed.kept)
+    gate = np.where(has, routed.gate, 0).sum(-1, keepdims=True)
+    inner = jax.tree.map(lambda leaf, e=e: leaf[e], params[name])
+    served, found = serve(inner, has.any(-1))
+    expected += gate * served
+    losses += found.balance_loss
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  assert losses > 1
+  np.testing.assert_allclose(
+    aux.balance_loss, own.balance_loss + losses, rtol=1e-5
+  )
+  np.testing.assert_array_equal(aux.stats.load, own.stats.load)
+  inner = params[name]['experts']['w_in']
+  assert inner.shape == (E, 3, M, F)
+
+
 SIZES = (2, 0, 4, 1, 1)  # and two rows that are no one's
 
 
@@ -233,5 +278,8 @@ def test_an_expert_of_ones_own_is_refused_under_dropless():
     dispatch='dropless',
   )
   layer = MoE(config, expert=nn.Dense(M))
+  with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4, M)))
+  layer = MoE(config, expert=MoE(INNER))
   with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
     jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4, M)))

@@ -124,6 +124,32 @@ def test_expert_choice_losses_and_statistics_are_those_of_the_book():
   assert aux.stats.overflowed.shape == aux.stats.unsent.shape == (K,)
 
 
+def test_strict_balance_is_of_training_and_thresholds_of_inference():
+  c = config('strictly_balanced', capacity=CapacityRule('all'))
+  w, mask = draw(M, E, seed=1), some_mask()
+  thresholds = np.full(E, 0.15, np.float32)
+  params = {'w': w, 'b_threshold': thresholds}
+  logits = np.asarray(X, np.float64) @ np.asarray(w, np.float64)
+  trained, aux = route(c, params, key=0)
+  found, same = route(c, params)
+  loss = 0.0
+  for g in range(G):
+    real, full = mask[g].sum(), -(-K * S // E)
+    m = -(-full * real // S)
+    *gates, own = reference.strictly_balanced(logits[g], m, mask[g], thresholds)
+    loss += own
+    for chosen, gate in zip((trained, found), gates):
+      for e in range(E):
+        who = np.asarray(chosen.token_index[g, e])
+        who = who[who < S]
+        np.testing.assert_array_equal(np.sort(who), np.flatnonzero(gate[:, e]))
+  np.testing.assert_allclose(aux.load_loss, loss, rtol=1e-3)
+  np.testing.assert_allclose(same.load_loss, loss, rtol=1e-3)
+  assert (aux.stats.load == aux.stats.load[0]).all()
+  start = Router(c).init(tiny.key(0), X, jnp.asarray(mask))['params']
+  np.testing.assert_allclose(start['b_threshold'].value, 1 / E)
+
+
 def test_factor_one_for_each_of_two_choices_is_the_papers_two():
   rule = CapacityRule('per_assignment', factor=1.0)
   chosen, _ = route(
@@ -141,6 +167,7 @@ def test_factor_one_for_each_of_two_choices_is_the_papers_two():
     ('expert_choice', dict(gates='renormalized'), 'gates=.*leave it .raw.'),
     ('expert_choice', dict(slot_priority='choice_major'), 'slot_priority='),
     ('expert_choice', dict(balance_bias_rate=0.1), 'balance_bias_rate=0.1'),
+    ('strictly_balanced', dict(gates='sigmoid'), "gates='sigmoid' has no"),
     ('noisy_top_k', dict(balance_bias_rate=0.1), 'no meaning.*noisy_top_k'),
     ('hash', dict(balance_bias_rate=0.1), 'balance_bias_rate=0.1'),
     ('hash', dict(hash_of='word'), "unknown hash_of 'word'"),

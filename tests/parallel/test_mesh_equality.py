@@ -33,6 +33,13 @@ NO_BIAS = {**GATHER, 'balance_bias_rate': 0.0, 'gates': 'raw'}
 BY_EXPERT = {**NO_BIAS, 'router': 'expert_choice', 'allow_future_leak': True}
 # Those by tables draw nothing else: what jitter moves is the router's input.
 WITHOUT_LOGITS = {**NO_BIAS, 'jitter': 0.0}
+TWO_LEVELS = {
+  **WITHOUT_LOGITS,
+  'router': 'noisy_top_k',
+  'branching': 4,
+  'branches_selected': 2,
+}
+LSTMS = {'kind': 'lstm', 'num_layers': 3, 'lstm': {'hidden': 24}}
 WAYS = dict(
   gather=GATHER,
   einsum=EINSUM,
@@ -43,6 +50,9 @@ WAYS = dict(
   by_expert_dropless={**BY_EXPERT, 'dispatch': 'dropless'},
   hashed={**WITHOUT_LOGITS, 'router': 'hash', 'hash_of': 'bigram'},
   random={**WITHOUT_LOGITS, 'router': 'random'},
+  two_levels=TWO_LEVELS,
+  balanced={**BY_EXPERT, 'router': 'strictly_balanced', 'num_selected': 1},
+  lstms={**TWO_LEVELS, 'model': LSTMS},
 )
 PLAIN = dict.fromkeys(('written_out',), 'gather') | dict.fromkeys(
   ('by_expert_written_out', 'by_expert_dropless'), 'by_expert'
@@ -69,7 +79,8 @@ def config_of(moe, sharding=None):
     jitter=0.01,
     balance_bias_rate=0.01,
   )
-  config = tiny.config({**sparse, **moe}, vocab_size=V, width=16, hidden=24)
+  sizes = dict(vocab_size=V, width=16, hidden=24) | moe.pop('model', {})
+  config = tiny.config({**sparse, **moe}, **sizes)
   return merge(config, {'data': {'seq_len': T}, 'sharding': sharding or {}})
 
 
@@ -94,6 +105,7 @@ def kept_gradient() -> optax.GradientTransformation:
   )
 
 
+WEIGHTS = LossWeights(balance=0.1, z=0.1, importance=0.1, load=0.1)
 OPTIMIZER = optax.chain(
   kept_gradient(), optax.clip_by_global_norm(CLIP), optax.scale(-1.0)
 )
@@ -145,7 +157,7 @@ def step_of(
     batch = jax.device_put(batch, batch_place)
   run = functools.partial(
     train_step,
-    grad_fn=make_grad_fn(model, LossWeights(balance=0.1, z=0.1), microbatches),
+    grad_fn=make_grad_fn(model, WEIGHTS, microbatches),
     optimizer=OPTIMIZER,
     # Of no effect here; another program to the compilation cache.
     schedule=optax.constant_schedule(salt),

@@ -1,0 +1,63 @@
+"""One model for many pairs of languages, with mixtures that all of them share.
+
+Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), section 5.4, put a
+mixture into the encoder and one into the decoder of a translation model and
+trained it on twelve pairs of languages at once. Here: from English into twelve
+languages, the texts of django's interface (`pip install django`), the name of
+the language before each. The layers around the mixtures are those of a
+Transformer, not LSTMs with attention as in the paper: noisy top-4 of 32
+experts, weights of 0.01 on importance and load, as in its section on
+translation.
+
+    python -m moe_jax.main --config=configs/shazeer_multilingual.py \
+      --workdir=runs/shazeer_multilingual
+"""
+
+from configs import base
+
+LANGUAGES = 'de,fr,es,pt,it,nl,sv,pl,cs,ru,ja,ko'
+
+
+def get_config(arg: str = ''):
+  config = base.get_config()
+  config.batch_size = 32
+  config.total_steps = 2000
+  config.data.task = 'seq2seq'
+  config.data.source = f'django_gettext:{LANGUAGES}'
+  config.data.seq_len = 128
+  config.data.target_len = 160
+  m = config.model
+  m.kind = 'encoder_decoder'
+  m.num_layers = 2
+  m.width = 128
+  m.hidden = 512
+  m.activation = 'relu'
+  m.positions = 'relative'
+  m.attention_scale = 'none'
+  m.logits_scale = 'inverse_sqrt_width'
+  m.init.embedding_std = 1.0
+  m.scan_layers = False
+  m.moe.layers = 'every 2'
+  m.moe.num_experts = 32
+  m.moe.num_selected = 4
+  m.moe.hidden = 128
+  m.moe.router = 'noisy_top_k'
+  m.moe.gates = 'renormalized'
+  m.moe.group_size = -1
+  m.moe.capacity_rule = 'all'
+  m.moe.dispatch = 'dropless'
+  m.moe.balance_weight = 0.0
+  m.moe.z_weight = 0.0
+  m.moe.importance_weight = 0.01
+  m.moe.load_weight = 0.01
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.weight_decay = 0.0
+  config.checkpoint.best_eval = 'valid'
+  config.sample.prompt = 'de: Please enter a date'
+  config.sample.num_tokens = 64
+  config.sample.temperature = 0.0
+  config.evals = {
+    'valid': base.evaluation(every_steps=500, num_batches=16),
+    'generate': base.generate_evaluation(num_examples=96, max_new_tokens=96),
+  }
+  return base.finish(config, arg)

@@ -1,0 +1,177 @@
+"""The model of 2017: its layers, documents apart, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import generation, models
+from moe_jax.analysis.token_counts import token_counts
+from moe_jax.layers import FeedForward, MoE
+from moe_jax.layers.ffn import DeepFeedForward, FfnConfig
+from moe_jax.layers.lstm import Lstm
+from tests.layers.test_moe import draw
+from tests.models import tiny
+
+B, T, V = tiny.B, tiny.T, tiny.V
+SPARSE = dict(
+  layers='1',
+  num_experts=6,
+  num_selected=4,
+  branching=3,
+  branches_selected=2,
+  router='noisy_top_k',
+  capacity_rule='all',
+)
+IDS = np.array([[1] * T, [1] * 4 + [2] * 6, [1] * 7 + [0] * 3], np.int32)
+
+
+def build(moe=None, **model):
+  options = dict(kind='lstm', num_layers=3, positions='none')
+  return tiny.build(SPARSE | (moe or {}), **options | model)
+
+
+MODEL = build()
+
+
+def run(model, params, tokens, ids=IDS):
+  return tiny.apply(model)(params, tokens, ids, np.zeros_like(tokens))
+
+
+def test_it_is_its_layers_in_a_row():
+  params, tokens = tiny.params_of(MODEL), tiny.tokens()
+  logits, aux = run(MODEL, params, tokens)
+
+  @jax.jit
+  def expected(params, tokens):
+    x = params['embedding'][tokens]
+    for i, name in enumerate(['lstm', 'moe', 'lstm']):
+      own = {'params': params[f'layers_{i}'][name]}
+      if name == 'lstm':
+        y = Lstm(MODEL.config.lstm).apply(own, x, jnp.asarray(IDS))
+      else:
+        layer = MoE(MODEL.config.moe)
+        y, found = layer.apply(own, x, jnp.asarray(IDS) > 0)
+        y = jax.nn.sigmoid(y)
+      x = x + y
+    return x @ params['embedding'].T, found
+
+  wanted, found = expected(params, tokens)
+  np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(found)):
+    np.testing.assert_allclose(a[1], b, rtol=1e-4)
+    assert a.shape[0] == 3 and not np.any(a[::2])
+  assert aux.stats.load.shape == (3, 6) and aux.load_loss[1] > 0
+
+
+def test_later_tokens_and_other_documents_change_nothing():
+  params, tokens = tiny.params_of(MODEL), tiny.tokens()
+  logits, _ = run(MODEL, params, tokens)
+  changed = tokens.copy()
+  changed[0, 6:] = (changed[0, 6:] + 1) % V  # after position 5
+  changed[1, :4] = (changed[1, :4] + 1) % V  # the first document of two
+  changed[2, 7:] = (changed[2, 7:] + 1) % V  # padding
+  other, _ = run(MODEL, params, changed)
+  np.testing.assert_allclose(other[0, :6], logits[0, :6], atol=1e-6)
+  np.testing.assert_allclose(other[1, 4:], logits[1, 4:], atol=1e-6)
+  np.testing.assert_allclose(other[2, :7], logits[2, :7], atol=1e-6)
+  assert np.abs(other[0, 6:] - logits[0, 6:]).max() > 0.1
+
+
+def test_dropout_is_of_each_layer_and_of_training_alone():
+  model = build(dropout=0.5)
+  params, tokens = tiny.params_of(model), tiny.tokens()
+  rngs = {'dropout': tiny.key(0), 'router': tiny.key(1)}
+  trained, _ = jax.jit(
+    lambda p, t: model.apply({'params': p}, t, train=True, rngs=rngs)
+  )(params, tokens)
+  still = run(model, params, tokens, np.ones_like(tokens))[0]
+  np.testing.assert_allclose(
+    still, run(MODEL, params, tokens, np.ones_like(tokens))[0], atol=1e-6
+  )
+  assert np.abs(trained - still).max() > 0.1
+
+
+def test_dense_twins_are_wide_or_deep():
+  wide, deep = (
+    build({'num_experts': 0}),
+    build({'num_experts': 0}, lstm=dict(twin_depth=4)),
+  )
+  shapes = [
+    {
+      name: leaf.shape
+      for name, leaf in tiny.leaves(tiny.params_of(model)['layers_1']).items()
+    }
+    for model in (wide, deep)
+  ]
+  hidden = 20
+  assert shapes[0] == {
+    'ffn/w_in': (12, 4 * hidden), 'ffn/w_out': (4 * hidden, 12)
+  }  # fmt: skip
+  inner = {f'ffn/w_hidden_{i}': (hidden, hidden) for i in (1, 2, 3)}
+  assert shapes[1] == inner | {
+    'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)
+  }  # fmt: skip
+  assert deep.config.moe is None and not any(deep.config.stacks)
+
+
+def test_a_deep_feed_forward_is_its_products():
+  c = FfnConfig(11, use_bias=True)
+  x = draw(2, 3, 6, seed=9)
+  deep = DeepFeedForward(c, 3)
+  shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
+  leaves, tree = jax.tree.flatten(shapes)
+  drawn = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  params = tree.unflatten(drawn)
+  p = nn.meta.unbox(params)['params']
+  h = x
+  for w, b in (
+    ('w_in', 'b_in'), ('w_hidden_1', 'b_hidden_1'),
+    ('w_hidden_2', 'b_hidden_2'),
+  ):  # fmt: skip
+    h = np.maximum(h @ p[w] + p[b], 0)
+  expected = h @ p['w_out'] + p['b_out']
+  x = jnp.asarray(x)
+  y = jax.jit(deep.apply)(params, x)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  one, dense = DeepFeedForward(c, 1), FeedForward(c)
+  start = one.init(tiny.key(0), x)
+  jax.tree.map(np.testing.assert_array_equal, start, dense.init(tiny.key(0), x))
+  np.testing.assert_allclose(
+    one.apply(start, x), dense.apply(start, x), rtol=1e-5, atol=1e-6
+  )
+  with pytest.raises(ValueError, match='without gate'):
+    DeepFeedForward(FfnConfig(3, activation='swiglu'), 2).init(tiny.key(0), x)
+
+
+def test_which_tokens_go_where_is_counted():
+  params, tokens = tiny.params_of(MODEL), tiny.tokens()
+  batch = {
+    'tokens': tokens,
+    'segment_ids': IDS,
+    'positions': np.zeros_like(IDS),
+  }
+  counts = token_counts(MODEL, {'params': params}, [batch])
+  _, aux = run(MODEL, params, tokens)
+  np.testing.assert_array_equal(counts[1].sum(0), aux.stats.load[1])
+  real = np.bincount(tokens[IDS > 0], minlength=V)
+  np.testing.assert_array_equal(counts[1].sum(1), 4 * real)
+
+
+def test_what_it_does_not_do_is_refused():
+  with pytest.raises(ValueError, match='does not generate'):
+    generation.prepare(MODEL, {'params': tiny.params_of(MODEL)})
+  for router in (
+    dict(router='hash', branching=0),
+    dict(router='token_choice', branching=0, balance_bias_rate=0.1),
+  ):
+    with pytest.raises(ValueError, match="knows neither 'hash' nor"):
+      build(router)
+  with pytest.raises(ValueError, match='twin_depth=0 must be at least 1'):
+    build(lstm=dict(twin_depth=0))
+  with pytest.raises(ValueError, match='allow_future_leak=True'):
+    build(dict(slot_priority='choice_major', capacity_rule='per_token'))
+  assert models.build(
+    tiny.config(SPARSE | {'layers': 'none'}, kind='lstm')
+  ).config.sparse == (False, False)
