@@ -5,32 +5,27 @@ stopped goes on), and runs that differ in loss weights and seeds alone share a
 compiled step. Not here: what a study asks (`study.py`).
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import pathlib
 import re
 import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import timing
+from experiments import workers as pool
 from experiments.shared_steps import SharedStep
 from experiments.sweeps import nested
-from moe_jax import command_line, data, evaluation, host
+from moe_jax import command_line, data, evaluation
 from moe_jax.config import merge, to_dataclass
 from moe_jax.hooks import Facts
 from moe_jax.training import metrics
@@ -40,11 +35,6 @@ from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
 RESULT = 'result.json'
-_CACHE = (
-  'jax_compilation_cache_dir',
-  'jax_persistent_cache_min_compile_time_secs',
-)
-_WATCH_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,105 +172,17 @@ def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
   print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
   if not left:
     return
-  cores = _cores()
-  if not workers:
-    workers = len(cores) if jax.default_backend() == 'cpu' else 1
-  workers = min(workers, len(left))
+  workers = min(workers or pool.usual(), len(left))
   output = jobs[0].workdir.parents[2]
-  with _alone(output), tempfile.TemporaryDirectory() as cache:
+  with _alone(output):
     for section in {job.config.data.to_json_best_effort() for job in left}:
       options = ml_collections.ConfigDict(json.loads(section))
       data.load(to_dataclass(data.DataConfig, options))
     progress = _Progress(study, left, workers)
-    if workers == 1:
-      before = {name: getattr(jax.config, name) for name in _CACHE}
-      _share_compiled(cache)
-      try:
-        for job in left:
-          progress.ended(job, _logged(job, study.measure))
-      except SystemExit:
-        print(_STOPPED, flush=True)
-        raise
-      finally:
-        for name, value in before.items():
-          jax.config.update(name, value)
-        compilation_cache.reset_cache()
-    else:
-      _in_processes(study, left, workers, (cache, cores), progress)
-
-
-def _cores() -> list[int]:
-  """Those that this process may use; macOS does not say which."""
-  if hasattr(os, 'sched_getaffinity'):
-    return sorted(os.sched_getaffinity(0))
-  return list(range(os.cpu_count() or 1))
-
-
-def _in_processes(study, left, workers, place, progress) -> None:
-  context = multiprocessing.get_context('spawn')
-  number, stopping = context.Value('i', 0), context.Event()
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, context, _begin, (number, stopping, os.getpid(), *place)
-  ) as pool:
-    futures = {pool.submit(_unless, job, study.measure): job for job in left}
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        progress.ended(futures[future], future.result())
-    except BaseException:
-      # Those that run save; of the rest some may be queued in a worker.
-      stopping.set()
-      for process in multiprocessing.active_children():
-        process.terminate()
-      pool.shutdown(cancel_futures=True)
-      raise
-    finally:
-      signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number, frame) -> None:
-  """Of SIGTERM: as main, it ends with a status that says to start again."""
-  del number, frame
-  print(_STOPPED, flush=True)
-  raise SystemExit(command_line.STOPPED)
-
-
-_STOPPED = 'stopped by SIGTERM; the same command goes on'
-_stopping = None  # of a worker: an event, set once no other run is to begin
-
-
-def _unless(job: Job, measure) -> dict[str, Any]:
-  if _stopping.is_set():
-    raise SystemExit('the study was stopped')
-  return _logged(job, measure)
-
-
-def _begin(
-  number, stopping, parent: int, cache: str, cores: Sequence[int]
-) -> None:
-  """A worker's start: a core of its own, and no life beyond its parent's."""
-  global _stopping
-  _stopping = stopping
-  with number.get_lock():
-    own = cores[number.value % len(cores)]
-    number.value += 1
-  if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, {own})
-  host.keep_freed_memory()
-  _share_compiled(cache)
-
-  def watch():
-    while os.getppid() == parent:
-      time.sleep(_WATCH_SECONDS)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _share_compiled(cache: str) -> None:
-  for name, value in zip(_CACHE, (cache, 0.2), strict=True):
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()  # one that is open stays where it was
+    run = functools.partial(_logged, measure=study.measure)
+    with contextlib.closing(pool.over(run, left, workers)) as ended:
+      for job, result in ended:
+        progress.ended(job, result)
 
 
 def _logged(job: Job, measure) -> dict[str, Any]:
