@@ -95,7 +95,9 @@ class DeepMoeConfig:
     if self.vocab_size < 1:
       raise ValueError(f'vocab_size={self.vocab_size} classes; needs 1 or more')
     if not self.margin >= 0 or math.isinf(self.margin):
-      raise ValueError(f'deep_moe: margin={self.margin} must be at least 0')
+      raise ValueError(
+        f'deep_moe: margin={self.margin} must be finite and at least 0'
+      )
     if self.balance_steps < -1:
       raise ValueError(
         f'deep_moe: balance_steps={self.balance_steps} not in [-1, ...]'

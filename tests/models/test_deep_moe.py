@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -15,6 +16,8 @@ from moe_jax.config import merge
 from moe_jax.layers.initializers import Init
 from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
 from moe_jax.models.deep_moe import STEPS, TOTALS
+from moe_jax.training import setup
+from moe_jax.training import step as step_lib
 from tests.models import tiny
 from tests.reference import softmax
 
@@ -177,25 +180,50 @@ def test_totals_move_by_each_layers_load():
   assert router_state.init_router_state(build(), 1) == {}
 
 
+def config_of(**changes):
+  """The base's, of a model like `build()`."""
+  sizes = dict(num_experts=(3, 2), hidden=(7, 8), gate_hidden=(9, 10))
+  model = dict(kind='deep_moe', vocab_size=V, feature_shape=SHAPE)
+  model['deep_moe'] = dict(**sizes, margin=2.0, **changes)
+  return merge(base.get_config(), {'model': model})
+
+
 def test_a_config_builds_it():
-  config = merge(
-    base.get_config(),
-    {
-      'model': {
-        'kind': 'deep_moe',
-        'vocab_size': V,
-        'feature_shape': SHAPE,
-        'deep_moe': {
-          'num_experts': (3, 2),
-          'hidden': (7, 8),
-          'gate_hidden': (9, 10),
-          'margin': 2.0,
-        },
-      }
-    },
-  )
   # Of how many layers matters to another initialisation than this one.
-  assert models.build(config) == build(init=Init(num_layers=4))
+  want = build(init=Init(num_layers=4), balance_steps=7)
+  assert models.build(config_of(balance_steps=7)) == want
+
+
+def test_a_step_moves_totals_by_the_whole_batch():
+  config = config_of(balance_steps=-1)
+  model = models.build(config)
+  params = tiny.params_of(model)
+  real = np.array([1, 1, 1, 0, 1, 1])[:, None]
+  batch = {
+    'features': jnp.asarray(features()),
+    'targets': jnp.asarray(targets()),
+    'segment_ids': jnp.asarray(real, jnp.int32),
+    'loss_weights': jnp.asarray(real, jnp.float32),
+  }
+  kept = router_state.init_router_state(model, 1)
+  _, aux = jax.jit(model.apply)(
+    router_state.variables(params, kept), **model.inputs(batch)
+  )
+  load = np.asarray(aux.stats.load)
+  optimizer = optax.sgd(0.1)
+  for microbatches in (1, 2):
+    changed = merge(config, {'microbatches': microbatches})
+    step = jax.jit(setup.make_step(changed, model, optimizer))
+    state = step_lib.state_of(
+      jnp.uint32(0), params, optimizer=optimizer, router_state=kept
+    )
+    state, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics.sums.aux.stats.tokens, [5, 5])
+    moved = state.router_state
+    assert moved[STEPS] == 1
+    for row, name, E in zip(load, ('layer_0', 'layer_1'), (3, 2), strict=True):
+      want = row[:E] - row[:E].mean()
+      np.testing.assert_allclose(moved[name][TOTALS], want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +232,7 @@ def test_a_config_builds_it():
     (dict(hidden=(7,)), r'hidden=\(7,\) and num_experts=\(3, 2\)'),
     (dict(num_experts=(3, 0)), r'num_experts=\(3, 0\) must be positive'),
     (dict(feature_shape=()), r'feature_shape=\(\)'),
-    (dict(margin=-1.0), 'margin=-1.0 must be at least 0'),
+    (dict(margin=-1.0), 'margin=-1.0 must be finite and at least 0'),
     (dict(balance_steps=-2), r'balance_steps=-2 not in \[-1'),
   ],
 )
