@@ -55,10 +55,12 @@ def build(config: ml_collections.ConfigDict) -> Model:
     return OF_FEATURES[model.kind](model, _init(model))
   embedding = _embedding(config, model.max_len or config.data.seq_len)
   exchange = _exchange(config)
-  check_causal(model.moe)
   if model.kind == 'lstm':
-    return LstmLm(_lstm_lm(model, embedding, exchange))
+    lstm = LstmLm(_lstm_lm(model, embedding, exchange))
+    check_causal(model.moe)
+    return lstm
   decoder = _stack(model, exchange)
+  check_causal(model.moe)
   if model.kind == 'decoder':
     return Decoder(DecoderConfig(embedding, decoder))
   cross = dataclasses.replace(
