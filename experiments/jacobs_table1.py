@@ -52,6 +52,7 @@ from experiments.jacobs_runs import (
   train,
 )
 from experiments.study import Claim, Column, Figure, Preset, Row
+from experiments.tables import ratios
 from experiments.tasks import Task
 from moe_jax import command_line
 from moe_jax.data import ClassRows, open_classes
@@ -131,7 +132,7 @@ def rows(found: Mapping[str, Found]) -> list[Row]:
   """
   made = []
   for i, suffix in enumerate(('', SHARED)):
-    base = found['BP, 6 hidden'].runs.epochs[i].mean()
+    base = found['BP, 6 hidden'].runs.epochs[i].astype(float)
     for name, of in found.items():
       epochs = of.runs.epochs[i].astype(float)
       same = np.ones(len(epochs))
@@ -139,7 +140,7 @@ def rows(found: Mapping[str, Found]) -> list[Row]:
         'learning rate': of.rates[i] * same,
         'epochs': epochs,
         'SD of epochs': epochs.std(ddof=min(1, len(epochs) - 1)) * same,
-        'epochs over BP, 6 hidden': epochs / base,
+        'epochs over BP, 6 hidden': ratios(epochs, base),
         'reached': 100.0 * of.runs.reached[i],
         **of.measures[i],
       }

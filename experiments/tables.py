@@ -40,6 +40,16 @@ class Interval:
     return f'{self.mean:{spec}} ± {width}'
 
 
+def ratios(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+  """One a seed; their mean is that of `values` over that of `base`.
+
+  They scatter as both do (to first order), so that the interval of their mean
+  is that of the ratio.
+  """
+  ratio = values.mean() / base.mean()
+  return ratio + (values - ratio * base) / base.mean()
+
+
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
   """GitHub's Markdown, the first row's keys as headings."""
   headings = list(rows[0])

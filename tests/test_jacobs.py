@@ -17,6 +17,7 @@ from experiments import (
 )
 from experiments.jacobs_runs import Cases, Problem
 from experiments.study import Row
+from experiments.tables import Interval, ratios
 from moe_jax.data import open_classes
 from moe_jax.models.adaptive import AdaptiveMixture
 
@@ -153,6 +154,15 @@ def test_the_best_rate_first_arrives_then_is_fast():
   # The shared one is of all systems: 5 + 9 epochs there, 7 + 1 here.
   other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9]], yes)
   assert jacobs_table1.best([lossy, other]) == jacobs_table1.RATES[3]
+
+
+def test_a_ratio_has_the_spread_of_both():
+  # 4 against 10 on average; what varies is the base alone, then both alike.
+  base = np.array([8.0, 12.0])
+  found = ratios(np.array([4.0, 4.0]), base)
+  np.testing.assert_allclose(found, [0.48, 0.32])  # 0.4 -+ 0.4 * 2 / 10
+  assert Interval.of(found).mean == pytest.approx(0.4)
+  np.testing.assert_allclose(ratios(0.4 * base, base), [0.4, 0.4])
 
 
 def test_claims_have_rows_columns_and_verdicts():
