@@ -19,6 +19,14 @@ that start uniform within 0.5, and the rates. `--targets=one_hot` has an output
 a class instead.
 
 The paper's table has equation 3 alone; equations 1 and 2 are our own question.
+
+Found, 25 seeds each: 4 experts need 0.60 of the epochs of 6 hidden units with
+speakers that are drawn (2,657 against 4,437), 0.72 on the table of 1952 itself
+(835 against 1,159), where 8 need fewer than 4; of all experts 2 or 3 are ever
+heard. Equation 1 is no slower, and leaves cases to several experts. Equation 3
+is hardly other than half of 2, whose epochs it needs at twice the rate: with
+one logistic output all distances are below 1, and the exponential is nearly
+straight.
 """
 
 import argparse
