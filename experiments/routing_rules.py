@@ -12,7 +12,11 @@ Here: causal byte-level decoders, where expert choice cheats: whether an expert
 takes a token depends on the tokens after it. The leak is measured (how many
 earlier outputs change when later tokens do), and with it the loss of the same
 rows as generation would see them, prefix by prefix. Token choice has room for
-all, groups are single sequences. The full preset has not been run yet.
+all, groups are single sequences.
+
+Found, on the three seeds of `quick`: nearly all outputs of expert choice change
+with later tokens, and as generated it loses to top-2. A hash of the token beats
+all learned rules so early in training. The full preset has not been run yet.
 """
 
 from experiments import byte_models, leaks, study

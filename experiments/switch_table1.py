@@ -187,7 +187,7 @@ STUDY = Study(
     'of one before the next, so that late tokens are dropped whole: with first '
     'choices before second ones, as GShard has it, less would be lost, but '
     'that shows a causal model its future. Hence gaps to Switch many times the '
-    'published. In equal time the dense twin nearly catches up: it takes 1.2 '
+    'published. In equal time the dense twin catches up: it takes 1.3 '
     'steps for one of Switch on this machine.'
   ),
   timed=TIMED,
