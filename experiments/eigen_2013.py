@@ -222,7 +222,7 @@ STUDY = Study(
   'could be verified)',
   config=config,
   arms=arms,
-  presets={'quick': Preset(2000, 5), 'full': Preset(8000, 8)},
+  presets={'quick': Preset(2000, 8), 'full': Preset(8000, 8)},
   columns=columns(),
   claims=[
     Claim(
@@ -249,6 +249,7 @@ STUDY = Study(
     Claim(
       'the Deep MoE errs less than one expert a layer',
       f'test error: {BALANCED} < {row_name("one expert a layer", 2)}',
+      note='One expert has about a quarter of the parameters.',
     ),
     Claim(
       'two layers err less than one',
