@@ -60,7 +60,7 @@ setup(
   ],
   extras_require={
     'test': TEST,
-    'colab': ['ipykernel>=6.29', 'nbformat>=5.10'],
+    'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, *PEERS],
   },
 )

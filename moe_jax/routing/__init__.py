@@ -7,6 +7,7 @@ move is `moe_jax.dispatch`.
 from moe_jax.routing import (
   balance_bias,
   hashing,
+  hierarchical,
   running_totals,
   strictly_balanced,
   transformers_nllb,
@@ -76,6 +77,7 @@ __all__ = [
   'given_choice',
   'hash_choice',
   'hashing',
+  'hierarchical',
   'importance_loss',
   'is_causal',
   'load_loss',

@@ -278,7 +278,9 @@ def with_vocabulary(
     raise ValueError(
       f'model.feature_shape={own} is not that of the data, {shape}'
     )
-  config = merge(config, {'model': {'feature_shape': shape}})
+  if own != shape:
+    like = type(config.model.feature_shape)  # a list where it comes from JSON
+    config = merge(config, {'model': {'feature_shape': like(shape)}})
   if not config.model.vocab_size:
     return merge(config, {'model': {'vocab_size': vocab_size}})
   if config.model.vocab_size < vocab_size:
