@@ -82,12 +82,12 @@ def top_k(
   x: float | None = None,
   **moe: Any,
 ) -> Arm:
-  """A model that sends a token to K experts, equal in FLOPs to the dense one.
+  """A model that sends a token to K experts.
 
   Args:
     name: Of the arm.
     K: Experts of a token.
-    hidden: F of the dense model; experts have a K-th.
+    hidden: K times an expert's F; for equal FLOPs, the dense model's F.
     line: See `Arm`.
     x: See `Arm`.
     **moe: Of `model.moe`.

@@ -14,6 +14,12 @@ another of 49 places each time. Layers have four experts. The gates are those of
 the validation images, each at every place, so that place and class have nothing
 to do with each other (`--task=mnist`: of 400 images at 81 places, where TFDS
 has MNIST). See `gate_information.py` for how information is estimated.
+
+Found, on the eight seeds of `quick`: the first layer's gates know 0.27 nats of
+the place and 0.01 of the class, the second's 0.29 of the class and 0.04 of the
+place. Without the constraint the second layer's experts are used unevenly (a
+coefficient of variation of 1.1, not 0.2) and some not at all; the first layer
+keeps all of its own. The constraint lowers no error here.
 """
 
 import functools

@@ -81,19 +81,19 @@ CLAIMS = (
     )
   ),
   _ours(
-    'equation 3 needs fewer epochs than equation 2',
+    'equation 1.3 needs fewer epochs than equation 1.2',
     f'epochs: {_FOUR} < 4 experts, gated',
   ),
   *(
     _ours(
-      f'a gate decides more with equation {mine} than {other}',
+      f'a gate decides more with equation 1.{mine} than 1.{other}',
       f'gate entropy: 4 experts, {LOSSES[mine - 1]} < '
       f'4 experts, {LOSSES[other - 1]}',
     )
     for mine, other in ((2, 1), (3, 1), (3, 2))
   ),
   _ours(
-    "a case's likeliest expert does better alone with equation 3 than 1",
+    "a case's likeliest expert does better alone with equation 1.3 than 1.1",
     f'alone: {_FOUR} > 4 experts, cooperative',
   ),
 )

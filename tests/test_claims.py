@@ -63,7 +63,7 @@ def test_a_cell_has_its_place_and_its_columns_unit():
     ('gshard2020/table3/2048E 36L/params', '600 (Table 3)'),
     (
       'jacobs1991/table1/4 experts/mean_epochs',
-      '1124 (Table 1)',
+      '1124 (Table 1, secondary source)',
     ),
     (
       'switch2021/scaling/64E/time_speedup',

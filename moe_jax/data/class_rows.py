@@ -66,6 +66,8 @@ class ClassRows(Rows):
 
   def update(self, sha256) -> None:
     """Adds all examples, as they are before they are drawn, to a digest."""
+    about = f'{self.feature_shape} {self._source.classes}\n'  # as drawn
+    sha256.update(about.encode())
     for array in (self._features, self._labels):
       sha256.update(f'{array.shape} {array.dtype}\n'.encode())
       sha256.update(np.ascontiguousarray(array).tobytes())

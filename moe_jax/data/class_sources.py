@@ -89,6 +89,11 @@ class NpzSource(ClassSource):
       self._array(split, 'features'),
       self._array(split, 'labels'),
     )
+    if labels.ndim != 1 or labels.dtype.kind not in 'iu' or features.ndim < 2:
+      raise ValueError(
+        f'{self.name}: {split}_labels {labels.shape} of {labels.dtype} must be '
+        f'integers [N], {split}_features {features.shape} arrays [N, ...]'
+      )
     if len(features) != len(labels) or not len(labels):
       raise ValueError(
         f'{self.name}: {len(features)} features and {len(labels)} labels of '

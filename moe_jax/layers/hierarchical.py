@@ -201,7 +201,9 @@ def _aux(
 def _both(f, branch: _Level, expert: _Level, mask) -> Float32[Array, '']:
   """The sum over real tokens of f of both levels' logits; see the class."""
   inner = f(expert.clean).reshape(branch.gate.shape)
-  per_token = f(branch.clean) + (branch.gate * inner).sum(-1)  # [G, S]
+  # The z-loss is not to move tokens to branches of small logits.
+  gate = jax.lax.stop_gradient(branch.gate)
+  per_token = f(branch.clean) + (gate * inner).sum(-1)  # [G, S]
   return jnp.where(mask, per_token, 0.0).sum()
 
 

@@ -189,7 +189,10 @@ class MoE(nn.Module):
       return mover.combine(rows, chosen)
 
   def _serve_by_moe(self, groups, chosen, train):
-    """The output, and the aux of the experts, which are mixtures themselves."""
+    """The output, and the aux of the experts, which are mixtures themselves.
+
+    Without `exchange`: on a mesh the compiler places what moves.
+    """
     mover = dispatch.get(self.config.dispatch)
     if mover is dispatch.dropless:
       raise ValueError(_OWN_ROWS)

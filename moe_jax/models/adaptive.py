@@ -6,8 +6,9 @@ the experts share every case or compete for it. A mixture of one expert with a
 hidden layer is the paper's back-propagation network. Not here: its experiment
 (`experiments/jacobs_table1.py`).
 
-The paper's symbols: o_i is an expert's output, p_i its mixing proportion (a
-softmax of the gate's logits), d the target of a case.
+The gate is what is a router elsewhere. The paper's symbols: o_i is an expert's
+output, p_i its mixing proportion (a softmax of the gate's logits), d the target
+of a case.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ def _distances(outputs: Outputs, targets: Targets) -> Logits:
 def cooperative_loss(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Float32[Array, 'N']:
-  """Equation 1, ||d - sum_i p_i o_i||^2: experts cancel each other's error."""
+  """Equation 1.1, ||d - sum_i p_i o_i||^2: experts cancel others' errors."""
   prediction = blend(outputs, jax.nn.softmax(gate_logits))
   return jnp.sum((targets - prediction) ** 2, axis=-1)
 
@@ -80,7 +81,7 @@ def cooperative_loss(
 def gated_loss(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Float32[Array, 'N']:
-  """Equation 2, sum_i p_i ||d - o_i||^2: the error of an expert drawn by p."""
+  """Equation 1.2, sum_i p_i ||d - o_i||^2: of an expert drawn by p."""
   probs = jax.nn.softmax(gate_logits)
   return jnp.sum(probs * _distances(outputs, targets), axis=-1)
 
@@ -94,7 +95,7 @@ def _joint(outputs, gate_logits, targets) -> Logits:
 def competitive_loss(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Float32[Array, 'N']:
-  """Equation 3, -log sum_i p_i exp(-||d - o_i||^2 / 2), in nats.
+  """Equation 1.3, -log sum_i p_i exp(-||d - o_i||^2 / 2), in nats.
 
   The negative log density of the target under a mixture of Gaussians of unit
   variance, less its constant.
@@ -105,14 +106,14 @@ def competitive_loss(
 def posterior(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Logits:
-  """The h_i of equation 5: how probably the target came from expert i."""
+  """The h_i of equation 1.5: how probably the target came from expert i."""
   return jax.nn.softmax(_joint(outputs, gate_logits, targets))
 
 
 def cooperative_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 1: every expert gets the error of the blend.
+  """Of equation 1.1: every expert gets the error of the blend.
 
   -2 p_i (d - y) for o_i and -2 p_i (d - y).(o_i - y) for the gate, y the
   blend; implied by the paper, not printed.
@@ -127,7 +128,7 @@ def cooperative_gradients(
 def gated_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 2. Equation 4, -2 p_i (d - o_i), is that of the experts.
+  """Of equation 1.2. Equation 1.4, -2 p_i (d - o_i), is that of the experts.
 
   The gate's is p_i (||d - o_i||^2 - E): an expert that does better than the
   weighted average gets more of the case.
@@ -142,10 +143,10 @@ def gated_gradients(
 def competitive_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 3. Equation 5, -h_i (d - o_i), is that of the experts.
+  """Of equation 1.3. Equation 1.5, -h_i (d - o_i), is that of the experts.
 
   The gate's is p_i - h_i. Where all p_i are equal and all distances above 1,
-  this moves the best-fitting expert fastest, equation 4 slowest.
+  this moves the best-fitting expert fastest, equation 1.4 slowest.
   """
   h = posterior(outputs, gate_logits, targets)
   errors = targets[:, None, :] - outputs
@@ -175,9 +176,9 @@ class AdaptiveConfig:
     num_experts: E.
     expert_hidden: Hidden logistic units of an expert; 0: it is linear.
     gate_hidden: Of the gate.
-    expert_output: What an expert's outputs pass through. 'logistic' and
-      'softmax' keep a linear expert's decision surface linear, as in the
-      paper, where an expert gives a probability for each class.
+    expert_output: What an expert's outputs pass through. 'logistic' (the
+      paper's, as far as its decision lines tell, of one output) and 'softmax'
+      keep a linear expert's decision surface linear.
     init_scale: Weights start uniform between minus and plus this; the paper
       does not say. The gate's last layer starts at zero, so that all mixing
       proportions are equal, as they are there.

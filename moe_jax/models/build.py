@@ -111,6 +111,11 @@ def _lstm_lm(
   model, embedding: EmbeddingConfig, exchange: ExchangeConfig
 ) -> LstmLmConfig:
   """Layers that `moe.layers` names are feed-forward, the others LSTMs."""
+  if model.moe.extra_ffn or model.remat != 'none':
+    raise ValueError(
+      f"model.kind='lstm' with moe.extra_ffn={model.moe.extra_ffn} and "
+      f"remat={model.remat!r}: it knows neither; leave them False and 'none'"
+    )
   init = _init(model)
   sparse = sparse_pattern(model.moe.layers, model.num_layers)
   moe = _moe(model, init, exchange)  # also of a twin, to be checked

@@ -302,11 +302,17 @@ def loss_weights(
       "moe.router='strictly_balanced' with moe.load_weight=0.0: the thresholds "
       'of its inference learn by that loss; set it above 0'
     )
+  if moe.branching and sparse and moe.balance_weight:
+    raise ValueError(
+      f'moe.balance_weight={moe.balance_weight} with moe.branching='
+      f'{moe.branching}: two levels have no balance loss; set it to 0 and use '
+      'moe.importance_weight, and moe.load_weight with noisy_top_k'
+    )
   estimates = moe.router in ('noisy_top_k', 'strictly_balanced')
   if moe.load_weight and not estimates and sparse:
     raise ValueError(
-      f"moe.load_weight={moe.load_weight} needs moe.router='noisy_top_k', not "
-      f'{moe.router!r}: the load is estimated from the noise'
+      f'moe.load_weight={moe.load_weight} with moe.router={moe.router!r}: only '
+      "['noisy_top_k', 'strictly_balanced'] have a loss of that weight"
     )
   return LossWeights(
     balance=moe.balance_weight,

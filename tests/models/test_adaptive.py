@@ -111,8 +111,8 @@ def test_gradients_are_finite_differences(loss, which):
 
 
 def test_competition_moves_the_best_fitting_expert_fastest():
-  # The paper's argument for equation 3: equal proportions, every distance
-  # above 1. Equation 4 moves the nearest expert least, equation 5 most.
+  # The paper's argument for equation 1.3: equal proportions, every distance
+  # above 1. Equation 1.4 moves the nearest expert least, equation 1.5 most.
   outputs = jnp.array([[[1.1], [1.5], [2.0]]])
   told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
   gated = adaptive.gated_gradients(*told).expert_outputs[0, :, 0]

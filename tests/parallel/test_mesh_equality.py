@@ -38,6 +38,7 @@ TWO_LEVELS = {
   'router': 'noisy_top_k',
   'branching': 4,
   'branches_selected': 2,
+  'balance_weight': 0.0,
 }
 LSTMS = {'kind': 'lstm', 'num_layers': 3, 'lstm': {'hidden': 24}}
 WAYS = dict(
