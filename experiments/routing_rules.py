@@ -84,7 +84,7 @@ STUDY = Study(
   source='Expert Choice, 11-task average; Hash Layers',
   config=config,
   arms=arms,
-  presets={'quick': Preset(400, 3), 'full': Preset(2000, 5)},
+  presets={'quick': Preset(400, 3), 'full': Preset(1500, 5)},
   columns=[
     byte_models.LOSS,
     Column('loss, rows at once', 'leak/at_once', 'nats/byte'),
