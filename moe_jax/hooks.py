@@ -193,7 +193,7 @@ class Plots(Hook):
       return
     rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
     drawn = [run.workdir / 'curves.png']
-    plots.plot_curves(rows, drawn[0])
+    plots.plot_curves(rows, drawn[0], run.dataset.loss_unit)
     if run.model.config.moe is not None:
       drawn.append(run.workdir / 'load.png')
       plots.plot_load(rows, drawn[1])

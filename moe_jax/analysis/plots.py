@@ -30,9 +30,11 @@ _DPI = 150
 _SCALE = (0.25, 4)  # of a share, in uniform shares
 
 
-def plot_curves(rows: Rows, path: str | os.PathLike[str]) -> None:
-  """Saves `curves_figure(rows)`; the suffix gives the format."""
-  curves_figure(rows).savefig(path, dpi=_DPI)
+def plot_curves(
+  rows: Rows, path: str | os.PathLike[str], loss_unit: str = 'nats/token'
+) -> None:
+  """Saves `curves_figure`; the suffix gives the format."""
+  curves_figure(rows, loss_unit).savefig(path, dpi=_DPI)
 
 
 def plot_load(rows: Rows, path: str | os.PathLike[str]) -> None:
@@ -40,7 +42,7 @@ def plot_load(rows: Rows, path: str | os.PathLike[str]) -> None:
   load_figure(rows).savefig(path, dpi=_DPI)
 
 
-def curves_figure(rows: Rows) -> Figure:
+def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
   """Losses over steps, and below them drop rate and learning rate, if logged.
 
   Raises:
@@ -66,6 +68,7 @@ def curves_figure(rows: Rows) -> Figure:
     layout.append([key for key, *_ in below])
   axes = figure.subplot_mosaic(layout, height_ratios=[2.2, 1][: len(layout)])
   _draw_losses(axes['loss'], rows, evals)
+  _dress(axes['loss'], 'Loss', loss_unit)
   for key, title, unit, scale in below:
     steps, values = _series(rows, key)
     axes[key].plot(steps, scale * values, **_thin(steps))
@@ -154,7 +157,6 @@ def _draw_losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     margin = 0.08 * (seen.max() - seen.min())
     axes.set_ylim(seen.min() - margin, seen.max() + margin)
   axes.legend(frameon=False, loc='upper right')
-  _dress(axes, 'Loss', 'nats per token')
 
 
 def _draw_load(

@@ -13,10 +13,16 @@ from moe_jax.data.tokenizer_base import Ids, Token, Tokenizer, digest
 
 
 class ClassNames(Tokenizer):
-  """The vocabulary of classes: a text is one name, its id the class."""
+  """The vocabulary of classes: a text is one name, its id the class.
 
-  def __init__(self, names: Sequence[str]):
+  Attributes:
+    names: Of the classes, in order.
+    feature_shape: Of an example; () where nobody said.
+  """
+
+  def __init__(self, names: Sequence[str], feature_shape: Sequence[int] = ()):
     self.names = tuple(names)
+    self.feature_shape = tuple(feature_shape)
     self.vocab_size = len(self.names)
     self.identity = f'classes:{digest(repr(self.names))}'
 
@@ -39,5 +45,9 @@ class ClassNames(Tokenizer):
     return self.decode([token])
 
   def to_json(self) -> dict[str, Any]:
-    """Its kind and names."""
-    return {'kind': 'classes', 'names': list(self.names)}
+    """Its kind, names and the shape of an example."""
+    return {
+      'kind': 'classes',
+      'names': list(self.names),
+      'feature_shape': list(self.feature_shape),
+    }

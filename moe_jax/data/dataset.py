@@ -131,10 +131,17 @@ class Dataset:
   @property
   def feature_shape(self) -> tuple[int, ...]:
     """Of one example of the task 'classes'; () of tokens."""
-    rows = self.splits['train']
-    if isinstance(rows, class_rows.ClassRows):
-      return rows.feature_shape
-    return ()
+    return self.tokenizer.feature_shape
+
+  @property
+  def counted(self) -> str:
+    """What losses and speed are of."""
+    return 'example' if self.task == 'classes' else 'token'
+
+  @property
+  def loss_unit(self) -> str:
+    """That of a loss; of examples it is the model's own error, often nats."""
+    return 'nats/token' if self.counted == 'token' else f'per {self.counted}'
 
   def describe(self) -> str:
     """Lines to print at the start of a run: what is trained on, exactly."""
@@ -214,9 +221,10 @@ def _classes(config: DataConfig) -> Dataset:
     )
   source = class_sources.open_classes(config.source)
   splits = {split: class_rows.ClassRows(source, split) for split in SPLITS}
+  shape = splits['train'].feature_shape
   return Dataset(
     source=source.name,
-    tokenizer=tokenizers.ClassNames(source.classes),
+    tokenizer=tokenizers.ClassNames(source.classes, shape),
     splits=splits,
     digest=class_rows.digest_of(splits),
     counts={split: {'examples': len(rows)} for split, rows in splits.items()},

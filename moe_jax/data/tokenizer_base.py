@@ -26,6 +26,7 @@ class Tokenizer(abc.ABC):
       says (a target language); None where there is none.
     sentinel_ids: The ids that stand for masked spans, the first span's first;
       empty where the vocabulary has none of its own.
+    feature_shape: Of an example that is no text; () of tokens.
     identity: Equal for two tokenizers exactly when they encode alike.
   """
 
@@ -35,6 +36,7 @@ class Tokenizer(abc.ABC):
   pad_id: int | None = None
   forced_bos_id: int | None = None
   sentinel_ids: tuple[int, ...] = ()
+  feature_shape: tuple[int, ...] = ()
   identity: str
 
   @property

@@ -163,7 +163,7 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
     base = from_json(saved['base'])
     return Extended(base, saved['names'], end_inputs=saved['end_inputs'])
   if saved['kind'] == 'classes':
-    return ClassNames(saved['names'])
+    return ClassNames(saved['names'], saved.get('feature_shape', ()))
   kinds = ['bytes', 'chars', 'classes', 'extended', 'json']
   raise unknown('tokenizer kind', saved['kind'], kinds)
 

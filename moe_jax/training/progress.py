@@ -33,6 +33,8 @@ class Progress:
     start_step: int = 0,
     out: io.TextIOBase | None = None,
     clock: Callable[[], float] = time.monotonic,
+    counted: str = 'token',
+    loss_unit: str = 'nats/token',
   ):
     """Shows nothing yet.
 
@@ -41,6 +43,8 @@ class Progress:
       start_step: Steps taken before it, by the run this one goes on from.
       out: Where to write; None is `sys.stdout`.
       clock: Seconds since any fixed moment.
+      counted: What speed is of, in the singular.
+      loss_unit: What follows a loss.
 
     Raises:
       ValueError: `start_step` is not in [0, total_steps].
@@ -52,6 +56,7 @@ class Progress:
     self._total_steps = total_steps
     self._out = sys.stdout if out is None else out
     self._clock = clock
+    self._counted, self._loss_unit = counted, loss_unit
     self._seen = collections.deque(maxlen=_WINDOW)
     self._bar = None
     if self._out.isatty() and os.environ.get('TERM') != 'dumb':
@@ -72,17 +77,19 @@ class Progress:
 
     Args:
       step: Steps taken, those before `start_step` included.
-      loss: Nats per token.
-      tokens_per_second: Over all devices; None, before it is known, is not
-        shown.
+      loss: In `loss_unit`.
+      tokens_per_second: Over all devices, an example counting as one; None,
+        before it is known, is not shown.
       drop_rate: Fraction of assignments dropped; None, where nothing could
         be, is not shown.
     """
     # The bar has to leave itself room on a terminal of 80 columns.
-    nats, tokens = ('', 'tok') if self._bar else (' nats/token', 'tokens')
-    facts = [f'loss {loss:.4f}{nats}']
+    unit, counted = f' {self._loss_unit}', f'{self._counted}s'
+    if self._bar:
+      unit, counted = '', self._counted[:3]
+    facts = [f'loss {loss:.4f}{unit}']
     if tokens_per_second is not None:
-      facts.append(f'{tokens_per_second:,.0f} {tokens}/s')
+      facts.append(f'{tokens_per_second:,.0f} {counted}/s')
     if drop_rate is not None:
       facts.append(f'dropped {100 * drop_rate:.1f}%')
     left = self._seconds_left(step)

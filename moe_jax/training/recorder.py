@@ -53,7 +53,12 @@ class Recorder:
         MetricsWriter(run.workdir, resume_step=resume_step)
       )
       self._progress = self._stack.enter_context(
-        Progress(run.config.total_steps, self._start)
+        Progress(
+          run.config.total_steps,
+          self._start,
+          counted=run.dataset.counted,
+          loss_unit=run.dataset.loss_unit,
+        )
       )
       run.message = self._progress.message
     return self
@@ -99,7 +104,8 @@ class Recorder:
     self._eval_losses = {step: losses}
     if losses:
       said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
-      self._run.message(f'step {step}: evaluation, nats/token: {said}')
+      unit = self._run.dataset.loss_unit
+      self._run.message(f'step {step}: evaluation, {unit}: {said}')
 
   def best_metric(self, step: int) -> dict[str, float] | None:
     """The loss the best checkpoint is chosen by, if taken at this step."""

@@ -127,7 +127,10 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def read(
   workdir: str | os.PathLike[str],
 ) -> tuple[ml_collections.ConfigDict, Tokenizer]:
-  """What a run was: its config, the vocabulary's size filled in, and tokenizer.
+  """What a run was: its config and tokenizer.
+
+  The size of the vocabulary is filled in, and the shape of its examples where
+  they are no text.
 
   Raises:
     ValueError: The folder holds no run, or one of the two cannot be read.
@@ -143,7 +146,10 @@ def read(
   try:
     config = ml_collections.ConfigDict(json.loads(path.read_text('utf-8')))
     size = config.model.vocab_size or tokenizer.vocab_size
-    return config_lib.merge(config, {'model': {'vocab_size': size}}), tokenizer
+    filled: dict[str, Any] = {'vocab_size': size}
+    if tokenizer.feature_shape:
+      filled['feature_shape'] = list(tokenizer.feature_shape)
+    return config_lib.merge(config, {'model': filled}), tokenizer
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path} is no config of a run: {error}') from error
 

@@ -69,7 +69,7 @@ def test_curves_show_losses_drops_and_schedule():
     'valid (last 2.500)',
     'held/out (last 2.625)',
   ]
-  assert loss.get_ylabel() == 'nats per token'
+  assert loss.get_ylabel() == 'nats/token'
   drops = axes_titled(figure, 'Dropped assignments')
   assert drawn(drops) == [[[10, 50.0], [30, 25.0]]]
   assert drops.get_ylabel() == 'percent'

@@ -120,10 +120,11 @@ def test_batches_of_classes_are_drawn_anew_each_epoch():
 
 
 def test_names_of_classes_are_a_vocabulary(tmp_path):
-  made = tokenizers.ClassNames(('ah', 'ee'))
+  made = tokenizers.ClassNames(('ah', 'ee'), (2,))
   made.save(tmp_path / 't.json')
   read = tokenizers.load(tmp_path / 't.json')
   assert read.identity == made.identity and read.vocab_size == 2
+  assert read.feature_shape == (2,)
   assert read.identity != tokenizers.ClassNames(('ee', 'ah')).identity
   assert read.encode('ee').tolist() == [1] and read.decode([1, 0]) == 'ee ah'
   with pytest.raises(ValueError, match=r"class 'oo' not in \['ah', 'ee'\]"):

@@ -13,6 +13,7 @@ from moe_jax.config import merge
 from moe_jax.training import begin, loop, metrics, setup
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Checkpointer
+from tests import golden
 from tests.training import tiny
 
 DENSE = {'moe': {'layers': 'none', 'num_experts': 0}}
@@ -149,6 +150,15 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   )
   w = state.params['layers']['layer_1']['moe']['experts']['w_in']
   np.testing.assert_array_equal(w[:, :4], w[:, 4:])
+
+
+def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
+  config = merge(golden.config('jacobs_vowels'), {'total_steps': 1})
+  first = train(config, tmp_path / 'first')
+  source = {'init_from': {'workdir': str(tmp_path / 'first')}}
+  state = begun(merge(config, source), tmp_path / 'second', 1)
+  jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
+  assert 'all copied' in capsys.readouterr().out
 
 
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
