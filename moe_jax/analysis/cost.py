@@ -21,7 +21,7 @@ from moe_jax.analysis.counts import Cost, TokenFlops, count, short
 from moe_jax.analysis.halves import Half, halves, param_shapes
 from moe_jax.config import merge
 from moe_jax.data import tokenizers
-from moe_jax.models import LstmLm, Model, build
+from moe_jax.models import OF_FEATURES, LstmLm, Model, build
 
 __all__ = [
   'Cost',
@@ -228,8 +228,14 @@ def with_own_vocabulary(
   """The config with the size of a vocabulary that needs no data: bytes'.
 
   Raises:
-    ValueError: The vocabulary's size depends on the data, and is not given.
+    ValueError: The vocabulary's size depends on the data, and is not given; or
+      the model is not one of tokens.
   """
+  if config.model.kind in OF_FEATURES:
+    raise ValueError(
+      f'model.kind={config.model.kind!r} has no cost a token: its inputs are '
+      'examples that are no text, and every weight meets every one'
+    )
   if config.model.vocab_size:
     return config
   if config.data.tokenizer != 'bytes':

@@ -49,7 +49,9 @@ def decodes(c: StackConfig) -> bool:
   """Whether a stack can be run token by token.
 
   Not where experts choose among tokens: of one there is nothing to choose, and
-  every expert would take it. An encoder is never run so.
+  every expert would take it. Those of 'strictly_balanced' choose in training
+  alone; in inference a token is above an expert's threshold or not. An encoder
+  is never run so.
   """
   moe = c.block.moe
   if moe is None or moe.router.kind != 'expert_choice':

@@ -121,3 +121,6 @@ def test_bytes_need_no_vocabulary_and_others_are_asked_for():
   chars = merge(config, {'data': {'tokenizer': 'chars'}})
   with pytest.raises(ValueError, match=r"'chars'.*--config.model.vocab_size"):
     cost.with_own_vocabulary(chars)
+  examples = merge(config, {'model': {'kind': 'deep_moe'}})
+  with pytest.raises(ValueError, match="'deep_moe' has no cost a token"):
+    cost.with_own_vocabulary(examples)

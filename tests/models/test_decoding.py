@@ -22,6 +22,11 @@ CASES = {
     norm='layernorm',
     moe=ALL | dict(layers='last 1', num_experts=600),  # too many to unroll
   ),
+  # A token alone, and its threshold: in inference no other has a say.
+  'strictly balanced': dict(
+    moe=ALL
+    | dict(router='strictly_balanced', gates='raw', allow_future_leak=True)
+  ),
   'bigram': dict(moe=dict(router='hash', hash_of='bigram', **ALL)),
   'chosen in the encoder': dict(
     kind='encoder_decoder',
