@@ -99,7 +99,7 @@ def get_config(arg: str = ''):
   config.checkpoint.best_eval = 'valid'
   config.checkpoint.every_steps = 250
   config.evals = {'valid': base.evaluation(every_steps=250, num_batches=16)}
-  config.sample.num_tokens = 0  # an LSTM has no cache to generate with
+  config.sample.num_tokens = 200
   if arg in MODELS:
     _published(config, arg)
   return base.finish(config, arg if arg == base.RUNLOCAL else '')

@@ -127,13 +127,10 @@ class Sample(Hook):
     c = run.config.sample
     if c.num_tokens < 1:
       return
-    if not run.model.config.stacks:
-      kind = run.config.model.kind
-      run.message(f'no sample: model.kind={kind!r} does not generate')
-      return
-    if not all(models.decodes(stack) for _, stack in run.model.config.stacks):
-      router = run.config.model.moe.router
-      run.message(f'no sample: router {router!r} does not decode')
+    try:
+      models.check_generates(run.model)
+    except ValueError as error:
+      run.message(f'no sample: {error}')
       return
     imported = runs.is_imported(run.workdir)
     model, variables = generation.prepare(

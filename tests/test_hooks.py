@@ -149,5 +149,8 @@ def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
   config = merge(CONFIG, {'total_steps': 1, 'model': {'moe': moe}})
   watch = Watch()
   loop.train_and_evaluate(config, tmp_path, hooks=[watch, hooks.Sample()])
-  assert "no sample: router 'expert_choice' does not decode" in watch.said
+  assert any(
+    line.startswith("no sample: router='expert_choice' does not decode")
+    for line in watch.said
+  )
   assert not (tmp_path / 'sample.txt').exists()

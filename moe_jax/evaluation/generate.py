@@ -77,7 +77,7 @@ def make(setting: Setting) -> 'Generate':
   options = to_dataclass(GenerateOptions, setting.options)
   scores = make_scores(options.metrics, options.bleu_tokenizer)
   model, tokenizer = setting.model, setting.dataset.tokenizer
-  check_generates(model.config)
+  check_generates(model)
   arguments = runs.special_ids(model, tokenizer)
   forced = arguments.get('forced_ids', ())
   if options.max_new_tokens <= len(forced):

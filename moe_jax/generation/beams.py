@@ -15,8 +15,7 @@ import numpy as np
 from moe_jax.distributed import fetch
 from moe_jax.generation.prefix import Ids, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
-from moe_jax.layers.cache import KVCache
-from moe_jax.models import Model
+from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32
 
 
@@ -170,7 +169,7 @@ def _search(
   model: Model,
   variables: Variables,
   search: Search,
-  cache: KVCache,
+  cache: Cache,
   *,
   stop_ids: Int32[Array, ' n'],
   length_penalty: Float32[Array, ''],

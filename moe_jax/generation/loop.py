@@ -17,8 +17,7 @@ from moe_jax.generation.beams import beam_search
 from moe_jax.generation.prefix import Ids, Prefix, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
-from moe_jax.layers.cache import KVCache
-from moe_jax.models import Model
+from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Int, Int32, Leaf
 
 OnToken = Callable[[int, np.ndarray], object]
@@ -163,7 +162,7 @@ class State(NamedTuple):
   ended: Bool[Array, ' B']
   tokens: Int32[Array, 'B N']
   lengths: Int32[Array, ' B']
-  cache: KVCache
+  cache: Cache
 
   @property
   def end(self) -> int:

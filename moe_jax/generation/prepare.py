@@ -11,8 +11,7 @@ import jax
 from flax import linen as nn
 
 from moe_jax.generation.prefix import Prefix
-from moe_jax.layers.cache import KVCache
-from moe_jax.models import Model, check_generates, router_state
+from moe_jax.models import Cache, Model, check_generates, router_state
 from moe_jax.models.decoding import for_decoding, unstacked
 from moe_jax.models.router_state import COLLECTION
 
@@ -42,8 +41,9 @@ def prepare(
   Raises:
     ValueError: The model does not generate.
   """
-  check_generates(model.config)
-  if not any(stack.stacked for _, stack in model.config.stacks):
+  check_generates(model)
+  stacks = model.config.stacks
+  if stacks and not any(stack.stacked for _, stack in stacks):
     return model, variables
   config = model.config
   for path, stack in config.stacks:
@@ -71,7 +71,7 @@ def _with_window(stack, window: int):
 @functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
 def begin(
   model: Model, variables: Variables, prefix: Prefix, num_slots: int
-) -> KVCache:
+) -> Cache:
   """The cache with all of the prefix but each row's last token.
 
   Args:

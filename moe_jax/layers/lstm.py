@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.matmul import rows_matmul
-from moe_jax.shapes import Array, Float, Int
+from moe_jax.shapes import Array, Float, Int, Leaf
 
 GATES = 4  # input, forget, new, output
 _FORGET = 1
@@ -52,6 +53,20 @@ class LstmConfig:
         )
 
 
+class LstmState(NamedTuple):
+  """What a step leaves to the next.
+
+  Attributes:
+    cell: float32 [B, H], c.
+    output: [B, M], h.
+    segment: int [B], the document that they are of; 0 where there was none.
+  """
+
+  cell: Leaf
+  output: Leaf
+  segment: Leaf
+
+
 class Lstm(nn.Module):
   """i, f, g, o = x W_in + h W_state + b; c = f c + i g; h = (o tanh c) W_out.
 
@@ -65,14 +80,16 @@ class Lstm(nn.Module):
     self,
     x: Float[Array, 'B T M'],
     segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T M']:
-    """h of every step.
+    state: LstmState | None = None,
+  ) -> tuple[Float[Array, 'B T M'], LstmState]:
+    """h of every step, and what the last step leaves.
 
     Args:
       x: Inputs.
       segment_ids: The document of each step in its row, from 1. A document
         begins with zeros. Padding (0) changes nothing of what the steps before
         it left, and gives the h of the last of them. Default: one document.
+      state: What the steps before these left; None: there were none.
     """
     c = self.config
     B, T, M = x.shape
@@ -81,18 +98,15 @@ class Lstm(nn.Module):
     w_in, w_state, bias, w_out = self._parameters(M)
     inputs = rows_matmul(x.astype(c.dtype).reshape(B * T, M), w_in)
     inputs = (inputs + bias[None]).reshape(B, T, -1)
-    start = _State(
-      cell=jnp.zeros((B, c.hidden), jnp.float32),
-      output=jnp.zeros((B, M), c.dtype),
-      segment=jnp.zeros(B, segment_ids.dtype),
-    )
-    _, y = jax.lax.scan(
+    if state is None:
+      state = start(c, B, M, segment_ids.dtype)
+    state, y = jax.lax.scan(
       functools.partial(_step, w_state, w_out),
-      start,
+      state,
       (inputs.swapaxes(0, 1), segment_ids.swapaxes(0, 1)),
       unroll=min(c.unroll, T),
     )
-    return y.swapaxes(0, 1)
+    return y.swapaxes(0, 1), state
 
   def _parameters(self, M):
     """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""
@@ -123,12 +137,15 @@ class Lstm(nn.Module):
     )
 
 
-class _State(NamedTuple):
-  """What a step leaves to the next: c [B, H], h [B, M], the segment [B]."""
-
-  cell: Array
-  output: Array
-  segment: Array
+def start(
+  c: LstmConfig, batch_size: int, width: int, id_dtype: DTypeLike = jnp.int32
+) -> LstmState:
+  """The state before the first step of `batch_size` rows of M = `width`."""
+  return LstmState(
+    cell=jnp.zeros((batch_size, c.hidden), jnp.float32),
+    output=jnp.zeros((batch_size, width), c.dtype),
+    segment=jnp.zeros(batch_size, id_dtype),
+  )
 
 
 def _step(w_state, w_out, state, inputs):
@@ -144,7 +161,7 @@ def _step(w_state, w_out, state, inputs):
   h = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)
   if w_out is not None:
     h = h @ w_out
-  new = _State(cell, h, segment)
+  new = LstmState(cell, h, segment)
   state = jax.tree.map(
     lambda a, b: jnp.where(real if a.ndim > 1 else real[:, 0], a, b), new, state
   )

@@ -1,8 +1,8 @@
 """Models: `build(config)` turns a config into a linen module."""
 
 from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
-from moe_jax.models.build import OF_FEATURES, Model, build
-from moe_jax.models.causality import check_generates, decodes, leaks_future
+from moe_jax.models.build import OF_FEATURES, Cache, Model, build
+from moe_jax.models.causality import check_generates, leaks_future
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.decoding import for_decoding
 from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
@@ -15,6 +15,7 @@ __all__ = [
   'OF_FEATURES',
   'AdaptiveConfig',
   'AdaptiveMixture',
+  'Cache',
   'Decoder',
   'DecoderConfig',
   'DeepMoe',
@@ -27,7 +28,6 @@ __all__ = [
   'abstract_params',
   'build',
   'check_generates',
-  'decodes',
   'for_decoding',
   'init_params',
   'leaks_future',

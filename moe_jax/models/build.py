@@ -11,6 +11,7 @@ import ml_collections
 from moe_jax.config import merge, unknown
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.block import BlockConfig
+from moe_jax.layers.cache import KVCache
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.lstm import LstmConfig
@@ -24,7 +25,7 @@ from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.models.deep_moe import DeepMoe
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from moe_jax.models.lstm_lm import LstmLm, LstmLmConfig
+from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmConfig
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.models.stack import StackConfig
 from moe_jax.parallel.exchange import ExchangeConfig
@@ -37,6 +38,7 @@ KINDS = ('decoder', 'encoder_decoder', 'lstm', *OF_FEATURES)
 DTYPES = ('bfloat16', 'float32')
 ATTENTION_SCALES = {'head_width': 0.0, 'none': 1.0}
 Model = Decoder | EncoderDecoder | LstmLm | AdaptiveMixture | DeepMoe
+Cache = KVCache | LstmCache  # what a model that generates keeps between steps
 
 
 def build(config: ml_collections.ConfigDict) -> Model:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.router_config import BY_EXPERT
 from moe_jax.models.stack import StackConfig
 from moe_jax.routing import is_causal
@@ -45,38 +46,42 @@ def check_causal(moe: ml_collections.ConfigDict) -> None:
   )
 
 
-def decodes(c: StackConfig) -> bool:
-  """Whether a stack can be run token by token.
-
-  Not where experts choose among tokens: of one there is nothing to choose, and
-  every expert would take it. Those of 'strictly_balanced' choose in training
-  alone; in inference a token is above an expert's threshold or not. An encoder
-  is never run so.
-  """
-  moe = c.block.moe
-  if moe is None or moe.router.kind != 'expert_choice':
-    return True
-  return not c.block.attention.causal or moe.router.capacity.rule == 'all'
-
-
-def check_generates(config: Any) -> None:
+def check_generates(model: Any) -> None:
   """Raises ValueError where a model cannot generate, token by token.
 
   Args:
-    config: The model's: `DecoderConfig` or another.
+    model: A `Decoder` or another.
   """
-  if not config.stacks:
+  if not hasattr(model, 'decode'):
     raise ValueError(
-      f'{type(config).__name__} does not generate: there is a cache for '
-      "attention alone; use model.kind='decoder', or evaluate by loss"
+      f'{type(model).__name__} does not generate: its outputs are classes of '
+      'examples, no text; evaluate it by its loss'
     )
-  for _, stack in config.stacks:
+  if not model.config.stacks:
+    check_moe_decodes(model.config.moe)
+  for _, stack in model.config.stacks:
     check_decodes(stack)
 
 
 def check_decodes(c: StackConfig) -> None:
-  """Raises ValueError where a stack cannot be run token by token."""
-  if not decodes(c):
+  """Raises ValueError where a stack cannot be run token by token.
+
+  An encoder is never run so.
+  """
+  if c.block.attention.causal:
+    check_moe_decodes(c.block.moe)
+
+
+def check_moe_decodes(moe: MoeConfig | None) -> None:
+  """Raises ValueError where a layer cannot be run token by token.
+
+  Not where experts choose among tokens: of one there is nothing to choose, and
+  every expert would take it. Those of 'strictly_balanced' choose in training
+  alone; in inference a token is above an expert's threshold or not.
+  """
+  if moe is None or moe.router.kind != 'expert_choice':
+    return
+  if moe.router.capacity.rule != 'all':
     raise ValueError(
       "router='expert_choice' does not decode token by token: its experts "
       "choose among a group's tokens; evaluate the model by its loss, or train "

@@ -12,7 +12,8 @@ import jax
 from moe_jax.layers import unrolled
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.build import Model
-from moe_jax.models.causality import check_decodes
+from moe_jax.models.causality import check_decodes, check_generates
+from moe_jax.models.lstm_lm import LstmLm
 from moe_jax.models.stack import StackConfig, unstack
 from moe_jax.routing import CapacityRule
 
@@ -35,8 +36,9 @@ def for_decoding(
 
   Nothing is dropped, unless the capacity rule is one of `OWN_RULES`; where an
   encoder's experts choose, they do as in training. Layers have arrays of their
-  own. On a CPU, so have experts, where they are few and a step chooses few of
-  them; see `layers/unrolled.py`.
+  own, as those of an LSTM language model always have. On a CPU, so have a
+  stack's experts, where they are few and a step chooses few of them; see
+  `layers/unrolled.py`.
 
   Args:
     model: As trained or imported.
@@ -48,6 +50,11 @@ def for_decoding(
   Raises:
     ValueError: Experts of the decoder choose among tokens.
   """
+  if isinstance(model, LstmLm):
+    check_generates(model)
+    moe = model.config.moe and _serving_all(model.config.moe)
+    config = dataclasses.replace(model.config, moe=moe)
+    return model.clone(config=config), params
   on_cpu = (platform or jax.default_backend()) == 'cpu'
   config, params = model.config, dict(params)
   for path, stack in config.stacks:
@@ -89,11 +96,14 @@ def _dropless(stack: StackConfig) -> StackConfig:
   if rule in OWN_RULES and not (rule == 'fixed' and causal_alone):
     return stack
   # A decoder's step has one token a group: a fixed capacity cannot bind.
+  return _with_moe(stack, _serving_all(moe))
+
+
+def _serving_all(moe: MoeConfig) -> MoeConfig:
   router = dataclasses.replace(moe.router, capacity=CapacityRule('all'))
-  moe = dataclasses.replace(
+  return dataclasses.replace(
     moe, router=router, dispatch='dropless', group_size=0
   )
-  return _with_moe(stack, moe)
 
 
 def _for_few_tokens(stack, params, batch_size):

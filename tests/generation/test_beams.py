@@ -127,6 +127,28 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   assert len(lengths) > 1
 
 
+def test_beams_of_an_lstm_move_with_their_states():
+  moe = dict(layers='1', capacity_rule='all')
+  model = tiny.build(moe, kind='lstm', positions='none', vocab_size=5)
+  params = jax.tree.map(lambda x: 2.0 * x, tiny.params_of(model))
+  N, prompts = 3, [[0, 4, 1]]
+  found = generation.beam_search(
+    model,
+    {'params': params},
+    prompts,
+    num_beams=5**N,
+    num_return=4,
+    max_new_tokens=N,
+    length_penalty=0.0,
+  )
+  best = every_sequence(model, params, prompts[0], N, [], 0.0)[:4]
+  assert [tuple(row) for row in found.tokens[0].tolist()] == [
+    r for _, r in best
+  ]
+  scores = [score for score, _ in best]
+  np.testing.assert_allclose(found.scores[0], scores, rtol=1e-4)
+
+
 def test_one_beam_is_greedy():
   model = tiny.build(dict(capacity_rule='all'), tie_embeddings=False)
   variables = {'params': tiny.params_of(model)}

@@ -31,6 +31,12 @@ KINDS = {
     positions='none', num_layers=3, moe=dict(layers='last 1')
   ),
   'dense': dict(moe=dict(num_experts=0)),
+  'lstm': dict(
+    kind='lstm',
+    positions='none',
+    num_layers=3,
+    moe=dict(layers='1', slot_priority='token_major'),
+  ),
   't5': dict(
     kind='encoder_decoder',
     positions='relative',
@@ -115,7 +121,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
   assert len(np.unique(made.tokens)) > 3
 
 
-@pytest.mark.parametrize('name', ['rotary', 't5'])
+@pytest.mark.parametrize('name', ['rotary', 't5', 'lstm'])
 @pytest.mark.parametrize('options', [{}, dict(temperature=1.5, top_p=0.9)])
 def test_a_row_alone_is_the_row_in_a_batch(name, options):
   model, params = built(name, TIGHT)

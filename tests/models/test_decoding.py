@@ -27,6 +27,22 @@ CASES = {
     moe=ALL
     | dict(router='strictly_balanced', gates='raw', allow_future_leak=True)
   ),
+  'lstm': dict(
+    kind='lstm',
+    positions='none',
+    num_layers=3,
+    lstm=dict(hidden=7),
+    moe=ALL
+    | dict(
+      layers='1',
+      num_experts=6,
+      branching=3,
+      branches_selected=2,
+      num_selected=4,
+      router='noisy_top_k',
+      balance_weight=0.0,
+    ),
+  ),
   'bigram': dict(moe=dict(router='hash', hash_of='bigram', **ALL)),
   'chosen in the encoder': dict(
     kind='encoder_decoder',
@@ -199,10 +215,18 @@ def test_a_checkpoints_own_rule_stays_where_it_can_bind():
 def test_a_decoder_whose_experts_choose_does_not_decode():
   moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
   model = tiny.build(moe=moe)
-  assert not models.decodes(model.config.stack)
   with pytest.raises(ValueError, match='does not decode token by token'):
     models.for_decoding(model, tiny.params_of(model))
   with pytest.raises(ValueError, match='does not decode token by token'):
     model.make_cache(B, T)
-  everyone = tiny.build(moe=moe | dict(capacity_rule='all'))
-  assert models.decodes(everyone.config.stack)
+  models.check_generates(tiny.build(moe=moe | dict(capacity_rule='all')))
+  lstm = tiny.build(kind='lstm', positions='none', moe=moe | dict(layers='1'))
+  for refused in (lstm.make_cache, lambda *_: models.check_generates(lstm)):
+    with pytest.raises(ValueError, match='does not decode token by token'):
+      refused(B, T)
+
+
+def test_a_model_of_classes_does_not_generate():
+  section = dict(kind='adaptive', feature_shape=(2,))
+  with pytest.raises(ValueError, match='AdaptiveMixture does not generate'):
+    models.check_generates(tiny.build(**section))
