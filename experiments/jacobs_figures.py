@@ -18,7 +18,8 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.jacobs_runs import Cases, Problem, forward
+from experiments.jacobs_problems import Cases, Problem
+from experiments.jacobs_runs import forward
 from experiments.tables import Interval
 from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 
@@ -175,14 +176,14 @@ def animation(
 def epochs(
   summary: Mapping[str, Any], sweeps: Mapping[str, Any], path: pathlib.Path
 ) -> None:
-  """Epochs of every run and of every rate that was explored, and gates."""
+  """Epochs of every run and of every rate that was explored; specialisation."""
   figure = Figure(figsize=(14, 4.2), layout='constrained')
-  runs, rates, entropy = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+  runs, rates, special = figure.subplots(1, 3, width_ratios=(4, 4, 3))
   rows = {row['name']: row['values'] for row in summary['rows']}
   names = list(sweeps)
   for i, name in enumerate(names):
     _spread(runs, i, rows[name]['epochs'])
-    _spread(entropy, i, rows[name]['gate entropy'])
+    _spread(special, i, rows[name]['specialisation'])
     swept = sweeps[name]
     arrived = {float(r): v for r, v in swept.items() if v['reached'] == 1}
     rates.plot(
@@ -193,8 +194,8 @@ def epochs(
       linestyle='--' if name.startswith('BP') else '-',
     )
   runs.set_yticks(range(len(names)), names)
-  entropy.set_yticks(range(len(names)), [''] * len(names))
-  for ax, label in ((runs, 'epochs'), (entropy, 'gate entropy (nats)')):
+  special.set_yticks(range(len(names)), [''] * len(names))
+  for ax, label in ((runs, 'epochs'), (special, 'specialisation (nats)')):
     ax.invert_yaxis()
     ax.set_xlabel(f'{label}, best rate; a dot a seed')
   rates.set_xscale('log', base=2)

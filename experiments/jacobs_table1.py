@@ -48,20 +48,13 @@ from experiments.jacobs_claims import (
   CLAIMS,
   COLUMNS,
   LOSSES,
-  SHARED,
   SYSTEMS,
 )
-from experiments.jacobs_runs import (
-  TARGETS,
-  Problem,
-  Runs,
-  measured,
-  path,
-  problem,
-  train,
-)
-from experiments.study import Claim, Column, Figure, Preset, Row
-from experiments.tables import ratios
+from experiments.jacobs_measures import measured
+from experiments.jacobs_problems import TARGETS, Problem, problem
+from experiments.jacobs_rows import EXPLORED, Found, remarks, rows
+from experiments.jacobs_runs import Runs, path, train
+from experiments.study import Claim, Column, Figure, Preset
 from experiments.tasks import Task
 from moe_jax import command_line
 from moe_jax.data import ClassRows, open_classes
@@ -69,34 +62,16 @@ from moe_jax.data.class_rows import digest_of
 from moe_jax.training.workdir import write_text
 
 NAME = 'jacobs_table1'
-_DEFAULTS = dict(seeds=25, max_epochs=8000, data='vowels', targets=None)
-RATES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-# Seeds that rates are chosen with are none of those that are reported.
-EXPLORED = range(1000, 1005)
+_DEFAULTS = dict(
+  seeds=25, max_epochs=8000, data='vowels', targets=None, error=0.0
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """What became of a system.
-
-  Attributes:
-    sweep: By rate, over the seeds of the exploration.
-    rates: Its best, and the one that all share.
-    runs: At these two, over the seeds that are reported.
-    measures: Of the runs at each rate.
-  """
-
-  sweep: Runs
-  rates: tuple[float, float]
-  runs: Runs
-  measures: Sequence[Mapping[str, np.ndarray]]
-
-
-def best(sweeps: Sequence[Runs]) -> float:
+def best(rates: Sequence[float], sweeps: Sequence[Runs]) -> float:
   """The rate with most runs that reach the criterion; of these the fastest."""
   reached = sum(sweep.reached.sum(axis=1) for sweep in sweeps)
   epochs = sum(sweep.epochs.mean(axis=1) for sweep in sweeps)
-  return RATES[int(np.lexsort((epochs, -reached))[0])]
+  return rates[int(np.lexsort((epochs, -reached))[0])]
 
 
 def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
@@ -109,15 +84,16 @@ def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
       return dict(zip(SYSTEMS, pool.map(function, SYSTEMS), strict=True))
 
     def sweep(name: str) -> Runs:
-      runs = train(configs[name], task, RATES, EXPLORED, most)
-      print(f'{name}: learns best at a rate of {best([runs]):g}', flush=True)
+      runs = train(configs[name], task, task.rates, EXPLORED, most)
+      rate = best(task.rates, [runs])
+      print(f'{name}: learns best at a rate of {rate:g}', flush=True)
       return runs
 
     sweeps = of_each(sweep)
-    shared = best(list(sweeps.values()))
+    shared = best(task.rates, list(sweeps.values()))
 
     def final(name: str) -> Found:
-      rates = best([sweeps[name]]), shared
+      rates = best(task.rates, [sweeps[name]]), shared
       each = sorted(set(rates))
       runs = train(configs[name], task, each, range(seeds), most)
       runs = jax.tree.map(
@@ -133,55 +109,6 @@ def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
     return of_each(final)
 
 
-def rows(found: Mapping[str, Found]) -> list[Row]:
-  """Every system at its best rate, then at the shared one.
-
-  A run that never reached the criterion counts with the epochs it made, which
-  is the least that it can have needed.
-  """
-  made = []
-  for i, suffix in enumerate(('', SHARED)):
-    base = found['BP, 6 hidden'].runs.epochs[i].astype(float)
-    for name, of in found.items():
-      epochs = of.runs.epochs[i].astype(float)
-      same = np.ones(len(epochs))
-      values = {
-        'learning rate': of.rates[i] * same,
-        'epochs': epochs,
-        'SD of epochs': epochs.std(ddof=min(1, len(epochs) - 1)) * same,
-        'epochs over BP, 6 hidden': ratios(epochs, base),
-        'reached': 100.0 * of.runs.reached[i],
-        **of.measures[i],
-      }
-      made.append(Row(name + suffix, {k: list(v) for k, v in values.items()}))
-  return made
-
-
-def remarks(found: Mapping[str, Found], most: int) -> str:
-  """What a reader of the table has to know of runs that did not get there."""
-  never = []
-  for i, suffix in enumerate(('', SHARED)):
-    for name, of in found.items():
-      if missed := int((~of.runs.reached[i]).sum()):
-        never.append(f'{name}{suffix}: {missed} of {of.runs.reached.shape[1]}')
-  failed = 'All runs reached the criterion.'
-  if never:
-    failed = (
-      f'Runs that did not reach the criterion in {most:,} epochs, and count as '
-      f'if they did at the last: {"; ".join(never)}.'
-    )
-  return (
-    f'{failed} Rates were chosen among {", ".join(f"{r:g}" for r in RATES)} '
-    f'with {len(EXPLORED)} seeds that are not reported. "In use" is the '
-    'likeliest expert of more than 1 % of training cases, "ever heard" one '
-    'with a proportion above 1 % in any, "alone" what the likeliest expert of '
-    'each gets right without the others. With one logistic output all '
-    'distances are below 1, so that equation 1.3 is nearly half of equation '
-    '1.2: neither gates nor epochs at their best rates tell them apart much. '
-    'No more than two experts are used, so that 8 gain nothing over 4.'
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Table:
   """What `study_results` asks a study for."""
@@ -192,7 +119,7 @@ class Table:
   source: str = 'Jacobs et al. 1991, Table 1'
   columns: Sequence[Column] = COLUMNS
   claims: Sequence[Claim] = CLAIMS
-  figure: Figure = Figure(['epochs', 'gate entropy', 'experts in use'])
+  figure: Figure = Figure(['epochs', 'specialisation', 'experts in use'])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -209,13 +136,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=_DEFAULTS['data'],
     help="a source of classes: 'files:<path>' of Peterson and Barney, 'digits'",
   )
-  add('--targets', choices=TARGETS, help="by default 'pairs' of four classes")
+  targets = "by default 'pairs' of four classes"
+  add('--targets', choices=list(TARGETS), help=targets)
+  error = "where a run may stop; 0: the targets' own"
+  add('--error', type=float, default=_DEFAULTS['error'], help=error)
   add('--animation', action='store_true', help='writes boundaries.gif too')
   add('--output', default='results', help='where results go')
   options = parser.parse_args(argv)
   for name in ('seeds', 'max_epochs'):
     if getattr(options, name) < 1:
       parser.error(f'--{name}={getattr(options, name)} is below 1')
+  if options.error < 0:
+    parser.error(f'--error={options.error} is negative')
   return options
 
 
@@ -227,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     targets = options.targets or (
       'pairs' if len(source.classes) == 4 else 'one_hot'
     )
-    task = problem(source, targets)
+    task = problem(source, targets, options.error)
   except ValueError as error:
     command_line.fail(str(error))
   began = time.process_time()
@@ -236,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   facts = {**timing.facts(), 'minutes': (time.process_time() - began) / 60}
   digest = {'data_digest': digest_of(splits), 'made': facts}
   summary = study_results.found(
-    table := Table(remarks(found, options.max_epochs)),
+    table := Table(remarks(task, found, options.max_epochs)),
     Preset(options.max_epochs, options.seeds),
     Task({}, f'{source.name}, {task.says}, until an error of {task.error:g}'),
     rows(found),
@@ -246,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   summary['length'] = f'at most {options.max_epochs:,} epochs'
   folder = pathlib.Path(options.output) / NAME / _label(options)
   text = study_results.write(folder, table, summary, {})
-  write_text(folder / 'sweep.json', json.dumps(_sweeps(found), indent=1) + '\n')
+  sweeps = _sweeps(task, found)
+  write_text(folder / 'sweep.json', json.dumps(sweeps, indent=1) + '\n')
   _draw(folder, task, found, summary, options.animation)
   print(f'\n{text}\nwritten: {folder}')
   return folder
@@ -255,14 +188,14 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
 def _label(options: argparse.Namespace) -> str:
   """'full', or what differs from it."""
   label = 'full'
-  for name in ('seeds', 'max_epochs', 'data', 'targets'):
+  for name in _DEFAULTS:
     if (value := getattr(options, name)) != _DEFAULTS[name]:
       short = pathlib.Path(value).name if name == 'data' else value
       label += f'-{name}={short}'
   return label
 
 
-def _sweeps(found: Mapping[str, Found]) -> dict[str, Any]:
+def _sweeps(task: Problem, found: Mapping[str, Found]) -> dict[str, Any]:
   """By system and rate: mean epochs, and the share of runs that arrived."""
   return {
     name: {
@@ -270,7 +203,7 @@ def _sweeps(found: Mapping[str, Found]) -> dict[str, Any]:
         'epochs': float(of.sweep.epochs[i].mean()),
         'reached': float(of.sweep.reached[i].mean()),
       }
-      for i, rate in enumerate(RATES)
+      for i, rate in enumerate(task.rates)
     }
     for name, of in found.items()
   }
@@ -295,7 +228,8 @@ def lives(
 
 def _draw(folder, task, found, summary, animated: bool) -> None:
   """The table's figure; where cases have two features, their plane too."""
-  jacobs_figures.epochs(summary, _sweeps(found), folder / study_results.PICTURE)
+  sweeps = _sweeps(task, found)
+  jacobs_figures.epochs(summary, sweeps, folder / study_results.PICTURE)
   if task.train.features.shape[-1] != 2:
     return
   made = lives(task, found)

@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from experiments import (
   jacobs_claims,
   jacobs_figures,
+  jacobs_measures,
+  jacobs_problems,
   jacobs_runs,
   jacobs_table1,
   study_results,
 )
-from experiments.jacobs_runs import Cases, Problem
+from experiments.jacobs_problems import RATES, TARGETS, Cases, Problem
 from experiments.study import Row
 from experiments.tables import Interval, ratios
 from moe_jax.data import open_classes
@@ -28,7 +30,8 @@ def line(error=0.08):
   features = np.stack([x, x[::-1] ** 2], axis=-1)
   labels = (x > 0).astype(np.int32)
   cases = Cases(features, labels[:, None].astype(np.float32), labels)
-  return Problem(cases, cases, 'logistic', error, ('no', 'yes'), 'a line')
+  rates = (1.0, 2.0)
+  return Problem(cases, cases, 'logistic', error, rates, ('no', 'yes'), 'line')
 
 
 def descend(config, problem, rate, seed, most):
@@ -73,6 +76,17 @@ def test_runs_stop_where_a_loop_does():
   assert runs.epochs[1, 0] != runs.epochs[1, 1]
 
 
+def test_a_run_is_given_up_where_another_rate_has_long_been_done():
+  problem = line(error=0.15)
+  config = problem.config(num_experts=3, loss='competitive')
+  runs = jacobs_runs.train(config, problem, (6.0, 0.01), (4, 5), 4000)
+  slowest = runs.epochs[0].max()
+  assert runs.reached.tolist() == [[True, True], [False, False]]
+  given_up = -(-jacobs_runs.PATIENCE * slowest // jacobs_runs.CHUNK)
+  assert (runs.epochs[1] == given_up * jacobs_runs.CHUNK).all()
+  assert given_up * jacobs_runs.CHUNK < 4000
+
+
 def test_a_path_is_the_run_that_was_counted():
   problem = line()
   config = problem.config(num_experts=3, loss='competitive')
@@ -95,22 +109,24 @@ def test_what_is_measured_of_a_gate():
   }
   params = {k: jnp.float32(v)[None] for k, v in params.items()}
   config = problem.config(num_experts=3, loss='competitive')
-  found = jacobs_runs.measured(config, problem, params)
+  found = jacobs_measures.measured(config, problem, params)
   expected = {'train': 100, 'test': 100, 'alone': 100}
   expected |= {'experts in use': 2, 'experts ever heard': 2, 'gate entropy': 0}
+  expected['specialisation'] = np.log(2)  # each has half of the cases
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], [value], atol=1e-4)
   # With equal proportions all are heard, one is the likeliest, no one decides.
   params['gate_out'] = jnp.zeros((1, 2, 3))
-  found = jacobs_runs.measured(config, problem, params)
+  found = jacobs_measures.measured(config, problem, params)
   np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
   assert found['experts ever heard'] == 3 and found['experts in use'] == 1
+  np.testing.assert_allclose(found['specialisation'], [0], atol=1e-6)
 
 
 def test_problems_have_the_papers_sizes():
   # A mixture and its network are roughly equal in parameters, as the paper
   # says, where there is one output.
-  problem = jacobs_runs.problem(open_classes('vowels'), 'pairs')
+  problem = jacobs_problems.problem(open_classes('vowels'), 'pairs')
   sizes = {}
   for name, system in jacobs_claims.SYSTEMS.items():
     model = AdaptiveMixture(problem.config(**system))
@@ -123,17 +139,21 @@ def test_problems_have_the_papers_sizes():
   assert sizes['BP, 12 hidden'] == 49 + gate
 
 
-def test_targets_of_both_kinds():
+def test_targets_of_every_kind():
   source = open_classes('vowels')
   labels = source.examples('train').labels
-  pairs = jacobs_runs.problem(source, 'pairs').train.targets
+  pairs = jacobs_problems.problem(source, 'pairs').train.targets
   assert set(zip(labels.tolist(), pairs[:, 0].tolist(), strict=True)) == {
     (0, 0.0),
     (1, 1.0),
     (2, 0.0),
     (3, 1.0),
   }
-  one_hot = jacobs_runs.problem(source, 'one_hot').train.targets
+  linear = jacobs_problems.problem(source, 'linear_pairs', 0.2)
+  np.testing.assert_array_equal(linear.train.targets, pairs)
+  assert linear.expert_output == 'linear' and linear.error == 0.2
+  assert 'linear outputs' in linear.says and max(linear.rates) == 2
+  one_hot = jacobs_problems.problem(source, 'one_hot').train.targets
   np.testing.assert_array_equal(one_hot.argmax(-1), labels)
   assert (one_hot.sum(-1) == 1).all()
 
@@ -145,15 +165,15 @@ def sweep(epochs, reached):
 def test_the_best_rate_first_arrives_then_is_fast():
   yes = [[True, True]] * 6
   slow_first = sweep([[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]], yes)
-  assert jacobs_table1.best([slow_first]) == jacobs_table1.RATES[2]
+  assert jacobs_table1.best(RATES, [slow_first]) == RATES[2]
   # At the third rate one run does not arrive.
   lossy = slow_first._replace(
     reached=np.array([*yes[:2], [True, False], *yes[3:]])
   )
-  assert jacobs_table1.best([lossy]) == jacobs_table1.RATES[1]
+  assert jacobs_table1.best(RATES, [lossy]) == RATES[1]
   # The shared one is of all systems: 5 + 9 epochs there, 7 + 1 here.
   other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]], yes)
-  assert jacobs_table1.best([lossy, other]) == jacobs_table1.RATES[3]
+  assert jacobs_table1.best(RATES, [lossy, other]) == RATES[3]
 
 
 def test_a_ratio_has_the_spread_of_both():
@@ -185,7 +205,7 @@ def folder(tmp_path_factory):
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--max-epochs=50', f'--output={output}']
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jacobs_table1, 'RATES', (8.0,))
+    patch.setitem(TARGETS, 'pairs', ('logistic', 0.08, (8.0,)))
     patch.setattr(jacobs_table1, 'EXPLORED', range(9, 11))
     return jacobs_table1.main(argv)
 
@@ -257,6 +277,7 @@ def test_an_animation_has_a_frame_a_step(tmp_path):
   [
     (['--data=nothing'], "unknown source of the task 'classes' 'nothing'"),
     (['--seeds=0'], '--seeds=0 is below 1'),
+    (['--error=-1'], '--error=-1.0 is negative'),
   ],
 )
 def test_bad_options_are_refused(argv, message, capsys):
@@ -277,5 +298,8 @@ def test_pairs_are_of_four_classes(tmp_path):
   np.savez(tmp_path / 'three.npz', **arrays)
   source = open_classes(f'npz:{tmp_path}/three.npz')
   with pytest.raises(ValueError, match=r"'pairs' are of four.*has 3.*one_hot"):
-    jacobs_runs.problem(source, 'pairs')
-  assert jacobs_runs.problem(source, 'one_hot').train.targets.shape == (3, 3)
+    jacobs_problems.problem(source, 'pairs')
+  assert jacobs_problems.problem(source, 'one_hot').train.targets.shape == (
+    3,
+    3,
+  )
