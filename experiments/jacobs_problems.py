@@ -1,0 +1,112 @@
+"""What 1991's systems learn: cases, targets, and when a run may stop.
+
+Not here: how they learn it (`jacobs_runs.py`).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.data import ClassSource
+from moe_jax.models.adaptive import AdaptiveConfig
+
+RATES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+# By name: an expert's output, the criterion, and rates. The slope of a linear
+# output does not shrink, so that its rates are smaller.
+TARGETS = {
+  'pairs': ('logistic', 0.08, RATES),
+  'linear_pairs': ('linear', 0.11, (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)),
+  'one_hot': ('softmax', 0.16, RATES),
+}
+
+
+class Cases(NamedTuple):
+  """Cases of one split.
+
+  Attributes:
+    features: float32 [N, M].
+    targets: float32 [N, V].
+    labels: int32 [N], the classes that the targets are made of.
+  """
+
+  features: Any
+  targets: Any
+  labels: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What is to be learned.
+
+  Attributes:
+    train: To learn from.
+    test: To be asked about at the end.
+    expert_output: See `AdaptiveConfig`.
+    error: The criterion: the mean over training cases of the squared error of
+      the blend, ||d - y||^2, at which a run stops.
+    rates: Learning rates to choose from, ascending.
+    classes: Their names.
+    says: What a target is, for people.
+  """
+
+  train: Cases
+  test: Cases
+  expert_output: str
+  error: float
+  rates: tuple[float, ...]
+  classes: tuple[str, ...]
+  says: str
+
+  def config(self, **options) -> AdaptiveConfig:
+    """A mixture for it."""
+    return AdaptiveConfig(
+      self.train.targets.shape[-1],
+      self.train.features.shape[1:],
+      expert_output=self.expert_output,
+      **options,
+    )
+
+
+def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
+  """The source's classes as targets of one of three kinds.
+
+  - 'pairs': one logistic output, 0 for the first and third class and 1 for
+    the second and fourth, until an error of 0.08.
+  - 'linear_pairs': the same of a linear output, until 0.11: all distances are
+    below 1 where outputs are logistic, and here are not.
+  - 'one_hot': a softmax over classes, until 0.16, for a softmax of two errs
+    in both its outputs where a logistic output errs in one.
+
+  Args:
+    source: Of cases.
+    targets: Of `TARGETS`.
+    error: The criterion; 0: as above.
+
+  Raises:
+    ValueError: Another kind, or pairs of classes that are not four.
+  """
+  if targets not in TARGETS:
+    raise ValueError(f'targets={targets!r} not in {list(TARGETS)}')
+  output, usual, rates = TARGETS[targets]
+  one_hot = targets == 'one_hot'
+  if not one_hot and len(source.classes) != 4:
+    raise ValueError(
+      f'targets={targets!r} are of four classes; {source.name} has '
+      f"{len(source.classes)}; use 'one_hot'"
+    )
+
+  def cases(split: str) -> Cases:
+    features, labels = source.examples(split)
+    wanted = np.eye(len(source.classes), dtype=np.float32)[labels]
+    if not one_hot:
+      wanted = (labels % 2).astype(np.float32)[:, None]
+    return Cases(features.reshape(len(labels), -1), wanted, labels)
+
+  names = source.classes
+  says = f'{len(names)} classes'
+  if not one_hot:
+    says = f'[{names[0]}], [{names[2]}] against [{names[1]}], [{names[3]}]'
+    says += ', linear outputs' * (output == 'linear')
+  splits = cases('train'), cases('validation')
+  return Problem(*splits, output, error or usual, rates, names, says)
