@@ -21,7 +21,7 @@ SYSTEMS = {
   },
 }
 COLUMNS = (
-  Column('learning rate', digits=0),
+  Column('learning rate', digits=2),
   Column('epochs', digits=0),
   Column('SD of epochs', digits=0),
   Column('epochs over BP, 6 hidden', digits=2),
