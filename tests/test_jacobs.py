@@ -199,6 +199,18 @@ def test_claims_have_rows_columns_and_verdicts():
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 
+def test_published_numbers_are_of_the_papers_task():
+  def published(*argv, targets='pairs'):
+    options = jacobs_table1.parse(argv)
+    claims = jacobs_table1.claims_of(options, targets)
+    assert len(claims) == len(jacobs_claims.CLAIMS)
+    return sum(bool(claim.published) for claim in claims)
+
+  assert published() == published('--data=files:a.txt') > 3
+  assert published('--data=digits', targets='one_hot') == 0
+  assert published(targets='linear_pairs') == 0
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """What the command writes, of two seeds that are given up at once."""

@@ -23,6 +23,7 @@ from experiments import (
   report,
   routing_rules,
   shared_steps,
+  shazeer_appendix_f,
   shazeer_table6,
   shazeer_table7,
   study,
@@ -50,6 +51,7 @@ STUDIES = {
     eval_capacity,
     lossfree_table2,
     routing_rules,
+    shazeer_appendix_f,
     shazeer_table6,
     shazeer_table7,
     switch_scaling,
@@ -377,6 +379,8 @@ def stand_in(config, number: float) -> dict[str, float]:
   result = {'max_violation_batch': number, 'data_digest': 'x'}
   result['made'] = {**made, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
+  measured = ('agreement', 'unlearned', 'experts', 'none', 'saved')
+  result |= dict.fromkeys(measured, number)
   layers = config.model.num_layers + max(config.model.num_encoder_layers, 0)
   for name in config.evals:
     result[f'eval/{name}/loss'] = number
@@ -429,7 +433,7 @@ def test_a_studys_arms_are_equal_in_flops(name):
     config = merge(config, {'model': {'vocab_size': 257}})
     built[arm.name] = models.build(config)
     leaks = models.leaks_future(config.model.moe)
-    assert leaks == arm.name.startswith('expert choice')
+    assert leaks == arm.name.startswith(('expert choice', 'strict'))
   # The wide ones are equal in slots; see the next test.
   built = {k: v for k, v in built.items() if not k.startswith('wide ')}
   # Arms that differ in losses or steps alone have one model.
