@@ -13,6 +13,14 @@ are made for the same batch of validation text: how many of the pairs of token
 and expert that either makes do both make, and what is the loss with each? That
 of training sees later tokens. Noisy top-4 beside it: its two choices differ by
 the noise alone.
+
+Found, on the five seeds of `full`: after 2,000 steps 88 % of choices agree
+(77 % if thresholds had stayed where they start), tokens have 4.0 experts, none
+has no expert, and the busiest expert has 1.05 times the mean load, less than
+with the losses of importance and load. It costs 0.04 nats a byte against them.
+Where the batch is a single row, training's choices tell of later tokens: they
+save 0.02 nats that inference does not have. Of a batch of 2,048 tokens no such
+leak was resolved.
 """
 
 from typing import Any
@@ -161,7 +169,7 @@ STUDY = Study(
   ],
   claims=[
     Claim(
-      'training is balanced as no loss balances it',
+      'training is balanced as losses of importance and load do not balance it',
       f'{TRAINED}: {STRICT} < {NOISY}',
     ),
     Claim(
@@ -169,7 +177,7 @@ STUDY = Study(
       f'{INFERRED}: {STRICT} < {FREE}',
     ),
     Claim(
-      'and better than losses of importance and load',
+      'thresholds balance inference better than those losses do',
       f'{INFERRED}: {STRICT} < {NOISY}',
     ),
     Claim('strict balance lowers the loss', f'loss: {STRICT} < {NOISY}'),
@@ -180,7 +188,7 @@ STUDY = Study(
     ),
     *(
       Claim(
-        f'who is chosen {arm.split(", ")[1]} tells of later tokens',
+        f'in training, choices {arm.split(", ")[1]} tell of later tokens',
         f'{SAVED}: {arm} > 0',
       )
       for arm in (STRICT, ROW)
