@@ -370,6 +370,23 @@ def evaluation(every_steps: int = 500, num_batches: int = 0, **overrides):
   )
 
 
+def classify_evaluation(
+  every_steps: int = 500, num_batches: int = 0, **overrides
+):
+  """An entry of `evals`: how often an example's class is the largest output.
+
+  Of the task 'classes'. See `moe_jax.evaluation.classify`.
+
+  Args:
+    every_steps: As in `evaluation`.
+    num_batches: Likewise.
+    **overrides: Likewise.
+  """
+  entry = evaluation(every_steps, num_batches, **overrides)
+  entry.kind = 'classify'
+  return entry
+
+
 def generate_evaluation(
   every_steps: int = 0,
   *,
@@ -465,6 +482,7 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
 
 _SHRUNK_EVALS = {
   'loss': dict(num_batches=1),
+  'classify': dict(num_batches=1),
   'generate': dict(num_examples=3, max_new_tokens=4, bleu_tokenizer='13a'),
   'choice': dict(
     source='docstring_choice',

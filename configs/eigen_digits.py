@@ -29,6 +29,9 @@ def get_config(arg: str = ''):
   config.optimizer.weight_decay = 0.0
   config.checkpoint.every_steps = 2000
   config.checkpoint.best_eval = 'valid'
-  config.evals = dict(valid=base.evaluation(every_steps=1000))
+  config.evals = dict(
+    valid=base.evaluation(every_steps=1000),
+    classes=base.classify_evaluation(every_steps=1000),
+  )
   config.sample.num_tokens = 0
   return base.finish(config, arg)

@@ -26,6 +26,9 @@ def get_config(arg: str = ''):
   config.optimizer.warmup_steps = 0
   config.checkpoint.every_steps = 0
   config.checkpoint.best_eval = 'valid'
-  config.evals = dict(valid=base.evaluation(every_steps=100))
+  config.evals = dict(
+    valid=base.evaluation(every_steps=100),
+    classes=base.classify_evaluation(every_steps=100),
+  )
   config.sample.num_tokens = 0
   return base.finish(config, arg)

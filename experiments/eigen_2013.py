@@ -62,6 +62,7 @@ def config(steps: int):
   made.checkpoint.every_steps = 0
   made.checkpoint.best_eval = 'valid'
   made.evals.valid.every_steps = 0
+  del made.evals.classes  # `measure` takes other images
   return made.lock()
 
 

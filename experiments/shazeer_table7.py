@@ -44,6 +44,7 @@ def config(steps: int):
   made.optimizer.final_fraction = 0.05
   made.checkpoint.every_steps = 0
   made.checkpoint.keep_best = False
+  made.sample.num_tokens = 0
   made.evals = {byte_models.EVAL: byte_models.evaluation()}
   return made.lock()
 

@@ -1,8 +1,9 @@
 """Evaluations that ask a model something, by name, for `config.evals`.
 
 `generate` scores its outputs (BLEU, chrF, ROUGE-L, exact match), `choice` takes
-the likeliest of several answers. `moe_jax.main` hands both to the training
-loop; a trained or imported run is evaluated by
+the likeliest of several answers, `classify` the likeliest class of an example
+that is no text. `moe_jax.main` hands them to the training loop; a trained or
+imported run is evaluated by
 
     from configs import base
     from moe_jax import evaluation
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from moe_jax import data, generation, partitioning
 from moe_jax.config import merge, to_dataclass
 from moe_jax.distributed import Placing
-from moe_jax.evaluation import choice, generate
+from moe_jax.evaluation import choice, classify, generate
 from moe_jax.training.evaluate import (
   Kind,
   Row,
@@ -33,7 +34,11 @@ from moe_jax.training.evaluate import (
 
 __all__ = ['KINDS', 'evaluate']
 
-KINDS: Mapping[str, Kind] = {'choice': choice.make, 'generate': generate.make}
+KINDS: Mapping[str, Kind] = {
+  'choice': choice.make,
+  'classify': classify.make,
+  'generate': generate.make,
+}
 _NAME = 'evaluate'  # of the entry, and of the file of its examples
 
 

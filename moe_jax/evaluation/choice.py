@@ -20,6 +20,7 @@ from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
 from moe_jax.evaluation.prompts import Asked, Asker, layout_of
+from moe_jax.evaluation.scores import accuracy
 from moe_jax.generation import runs
 from moe_jax.models import Model
 from moe_jax.shapes import Array, Float, Float32
@@ -180,19 +181,10 @@ class Choice:
 def judged(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """`accuracy`, its `standard_error` and the `chance` level in percent.
-
-  Also the number of `items`. Of equal answers the first counts as chosen.
-  """
+  """See `scores.accuracy`. Of equal answers the first counts as chosen."""
   right = [int(np.argmax(s)) == label for s, label in zip(scores, labels)]
-  accuracy, count = float(np.mean(right)), len(right)
-  error = np.sqrt(accuracy * (1 - accuracy) / count)
-  return {
-    'accuracy': 100 * accuracy,
-    'standard_error': 100 * float(error),
-    'chance': 100 * float(np.mean([1 / len(s) for s in scores])),
-    'items': count,
-  }
+  chance = float(np.mean([1 / len(s) for s in scores]))
+  return accuracy(sum(right), len(right), chance)
 
 
 def log_likelihoods(

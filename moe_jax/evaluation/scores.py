@@ -1,4 +1,4 @@
-"""How near outputs are to targets: BLEU, chrF, ROUGE-L, exact match.
+"""How near outputs are to targets: BLEU, chrF, ROUGE-L, matches, accuracy.
 
 All are in percent, as papers print them. BLEU
 (https://aclanthology.org/P02-1040) and chrF (https://aclanthology.org/W15-3049)
@@ -31,6 +31,26 @@ class Score:
 
   compute: Callable[[Texts, Texts], float]
   signature: Callable[[], str]
+
+
+def accuracy(right: int, count: int, chance: float) -> dict[str, float]:
+  """`accuracy`, its `standard_error` and the `chance` level in percent.
+
+  Also the number of `items`.
+
+  Args:
+    right: Of them.
+    count: At least one.
+    chance: A fraction.
+  """
+  share = right / count
+  error = float(np.sqrt(share * (1 - share) / count))
+  return {
+    'accuracy': 100 * share,
+    'standard_error': 100 * error,
+    'chance': 100 * chance,
+    'items': count,
+  }
 
 
 def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:

@@ -286,6 +286,11 @@ class AdaptiveMixture(nn.Module):
     bias = self._weights('gate_out_bias', shape[1:], (None,), zero=True)
     return x @ kernel + bias[None]
 
+  @staticmethod
+  def class_scores(outputs: AdaptiveOutputs) -> Targets:
+    """The larger, the likelier the class."""
+    return outputs.prediction
+
   def losses(
     self, outputs: AdaptiveOutputs, batch: Mapping[str, Array]
   ) -> Float32[Array, 'N 1']:

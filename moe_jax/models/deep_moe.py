@@ -245,6 +245,11 @@ class DeepMoe(nn.Module):
     return {'features': jnp.zeros(shape, jnp.float32)}
 
   @staticmethod
+  def class_scores(outputs: Float32[Array, 'B 1 V']) -> Float32[Array, 'B V']:
+    """The larger, the likelier the class."""
+    return outputs[:, 0]
+
+  @staticmethod
   def losses(
     outputs: Float32[Array, 'B 1 V'], batch: Mapping[str, Array]
   ) -> Float32[Array, 'B 1']:

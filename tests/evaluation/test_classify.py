@@ -1,0 +1,79 @@
+"""Right answers counted, of rows that do not fill their batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from moe_jax import evaluation
+from moe_jax.config import merge
+from moe_jax.data import ClassRows, open_classes
+from moe_jax.distributed import Placing
+from moe_jax.evaluation import classify
+from moe_jax.models import AdaptiveConfig, AdaptiveMixture
+from moe_jax.training import loop
+from tests import golden
+from tests.training import tiny
+
+
+def put():
+  device = jax.local_devices()[0]
+  return Placing(jax.sharding.SingleDeviceSharding(device), 3)
+
+
+def test_told(tmp_path):
+  # One expert, whose second output is the feature: it says class 1 above 0.
+  features = np.array([[1.0], [-1.0], [2.0], [-2.0], [3.0]])
+  labels = np.array([1, 0, 0, 0, 1])  # the third is not what it says
+  arrays = {
+    f'{split}_{kind}': array
+    for split in ('train', 'validation')
+    for kind, array in (('features', features), ('labels', labels))
+  }
+  np.savez(tmp_path / 'a.npz', **arrays)
+  rows = ClassRows(open_classes(f'npz:{tmp_path}/a.npz'), 'validation')
+  model = AdaptiveMixture(
+    AdaptiveConfig(2, (1,), num_experts=1, expert_output='linear')
+  )
+  params = {
+    'expert_out': jnp.array([[[0.0, 1.0]]]),
+    'expert_out_bias': jnp.zeros((1, 2)),
+    'gate_out': jnp.zeros((1, 1)),
+    'gate_out_bias': jnp.zeros(1),
+  }
+  # Batches of three: the second has one row of padding, which counts for none.
+  measure = classify.Classify(model, 0, 3, rows, put())
+  found = measure({'params': params}, 7)
+  assert found == {
+    'accuracy': pytest.approx(80.0),
+    'standard_error': pytest.approx(100 * np.sqrt(0.8 * 0.2 / 5)),
+    'chance': 50.0,
+    'items': 5,
+  }
+
+
+def test_a_finished_run_is_asked_again(tmp_path, capsys):
+  config = merge(golden.config('jacobs_vowels'), {'total_steps': 2})
+  loop.train_and_evaluate(
+    config, tmp_path, devices=jax.devices()[:1], kinds=evaluation.KINDS
+  )
+  said = capsys.readouterr().out
+  found = evaluation.evaluate(tmp_path, base.classify_evaluation())
+  assert f'evaluation classes: accuracy {found["accuracy"]:.4g}, ' in said
+  assert found['items'] == 200 and found['chance'] == 25
+  loss = evaluation.evaluate(tmp_path, base.evaluation())
+  assert np.isfinite(loss['loss'])
+
+
+def test_a_language_model_says_no_classes(tmp_path):
+  config = tiny.config().unlock()
+  config.evals = {'c': base.classify_evaluation()}
+  config.checkpoint.keep_best = False
+  with pytest.raises(ValueError, match=r"evals\.c: .*'decoder', which says"):
+    loop.train_and_evaluate(
+      config.lock(),
+      tmp_path / 'run',
+      devices=jax.devices()[:1],
+      kinds=evaluation.KINDS,
+    )
