@@ -31,7 +31,7 @@ COLUMNS = (
   Column('experts in use', digits=2),
   Column('experts ever heard', digits=2),
   Column('gate entropy', unit='nats', digits=3),
-  Column('specialisation', unit='nats', digits=3),
+  Column('I(expert; case)', unit='nats', digits=3),
   Column('alone', unit='%', digits=1),
 )
 _TABLE, _SPEED = 'jacobs1991/table1', 'jacobs1991/speed'
@@ -96,11 +96,18 @@ CLAIMS = (
   ),
   *(
     _ours(
-      f'experts specialise more with equation 1.{mine} than 1.{other}',
-      f'specialisation: 4 experts, {LOSSES[mine - 1]} > '
+      f'who is chosen says more of a case with 1.{mine} than with 1.{other}',
+      f'I(expert; case): 4 experts, {LOSSES[mine - 1]} > '
       f'4 experts, {LOSSES[other - 1]}',
     )
     for mine, other in _ORDER
+  ),
+  *(
+    _ours(
+      f'more experts are in use with equation 1.3 than 1.{other}',
+      f'experts in use: {_FOUR} > 4 experts, {LOSSES[other - 1]}',
+    )
+    for other in (1, 2)
   ),
   _ours(
     "a case's likeliest expert does better alone with equation 1.3 than 1.1",

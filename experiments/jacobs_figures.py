@@ -176,14 +176,14 @@ def animation(
 def epochs(
   summary: Mapping[str, Any], sweeps: Mapping[str, Any], path: pathlib.Path
 ) -> None:
-  """Epochs of every run and of every rate that was explored; specialisation."""
+  """Epochs of every run and of every rate that was explored, and gates."""
   figure = Figure(figsize=(14, 4.2), layout='constrained')
   runs, rates, special = figure.subplots(1, 3, width_ratios=(4, 4, 3))
   rows = {row['name']: row['values'] for row in summary['rows']}
   names = list(sweeps)
   for i, name in enumerate(names):
     _spread(runs, i, rows[name]['epochs'])
-    _spread(special, i, rows[name]['specialisation'])
+    _spread(special, i, rows[name]['I(expert; case)'])
     swept = sweeps[name]
     arrived = {float(r): v for r, v in swept.items() if v['reached'] == 1}
     rates.plot(
@@ -195,7 +195,7 @@ def epochs(
     )
   runs.set_yticks(range(len(names)), names)
   special.set_yticks(range(len(names)), [''] * len(names))
-  for ax, label in ((runs, 'epochs'), (special, 'specialisation (nats)')):
+  for ax, label in ((runs, 'epochs'), (special, 'I(expert; case) (nats)')):
     ax.invert_yaxis()
     ax.set_xlabel(f'{label}, best rate; a dot a seed')
   rates.set_xscale('log', base=2)

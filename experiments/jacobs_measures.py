@@ -43,7 +43,7 @@ def _measured(model, params, train, test):
       'experts in use': jnp.sum(share > 0.01),
       'experts ever heard': jnp.sum(jnp.max(probs, axis=0) > 0.01),
       'gate entropy': entropy,
-      'specialisation': _entropy(jnp.mean(probs, axis=0)) - entropy,
+      'I(expert; case)': _entropy(jnp.mean(probs, axis=0)) - entropy,
     }
 
   return jax.vmap(one)(params)
@@ -57,8 +57,8 @@ def measured(config: AdaptiveConfig, problem: Problem, params) -> dict:
   - experts in use: those that are the likeliest of more than 1 % of cases.
   - experts ever heard: those with a proportion above 1 % in any case.
   - gate entropy: nats, the mean over cases.
-  - specialisation: nats, what the choice of an expert says about the case,
-    I(expert; case): the entropy of the mean proportions less the mean entropy.
+  - I(expert; case): nats, what the choice of an expert says about the
+    case: the entropy of the mean proportions less the mean entropy.
     It is 0 of one expert that has all cases, and of proportions that are the
     same for all; ln E at most.
 

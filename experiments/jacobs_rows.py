@@ -11,12 +11,9 @@ import numpy as np
 
 from experiments.jacobs_claims import SHARED
 from experiments.jacobs_problems import Problem
-from experiments.jacobs_runs import PATIENCE, Runs
+from experiments.jacobs_runs import Runs
 from experiments.study import Row
 from experiments.tables import ratios
-
-# Seeds that rates are chosen with are none of those that are reported.
-EXPLORED = range(1000, 1005)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +67,23 @@ def remarks(task: Problem, found: Mapping[str, Found], most: int) -> str:
   failed = 'All runs reached the criterion.'
   if never:
     failed = (
-      f'Runs that did not reach the criterion in {most:,} epochs, or in '
-      f'{PATIENCE} times those of the slowest at a lower rate, and count as if '
-      f'they did at the last: {"; ".join(never)}.'
+      f'Runs that did not reach the criterion in {most:,} epochs, and count as '
+      f'if they did at the last: {"; ".join(never)}.'
     )
   rates = ', '.join(f'{rate:g}' for rate in task.rates)
+  explored = len(next(iter(found.values())).sweep.reached[0])
   said = (
-    f'{failed} Rates were chosen among {rates} with {len(EXPLORED)} seeds that '
+    f'{failed} Rates were chosen among {rates} with {explored} seeds that '
     'are not reported. "In use" is the likeliest expert of more than 1 % of '
     'training cases, "ever heard" one with a proportion above 1 % in any, '
     '"alone" what the likeliest expert of each gets right without the others. '
-    'Specialisation is what the choice of an expert says about the case, the '
-    'entropy of the mean proportions less their mean entropy: ln 2 = 0.693 '
-    'where two experts have half of the cases each.'
+    'I(expert; case) is what the choice of an expert says about the case, the '
+    'entropy of the mean proportions less the mean entropy of the gate: ln 2 = '
+    '0.693 where two experts have half of the cases each and gates decide.'
   )
   if task.expert_output == 'logistic':
     said += (
       ' With one logistic output all distances are below 1, so that equation '
-      '1.3 is nearly half of equation 1.2: neither gates nor epochs at their '
-      'best rates tell them apart much. No more than two experts are used, so '
-      'that 8 gain nothing over 4.'
+      '1.3 is nearly half of equation 1.2.'
     )
   return said

@@ -3,9 +3,9 @@
 All seeds of a system are one compiled program, and so are its learning rates,
 one after the other: a rate at which every seed is done costs no more epochs.
 A run stops where its training error reaches the criterion, and keeps the
-weights that it has there. It is given up where another rate has long been done.
-Not here: which systems there are and what their epochs mean
-(`jacobs_table1.py`), or what else is measured (`jacobs_measures.py`).
+weights that it has there. Not here: which systems there are and what their
+epochs mean (`jacobs_table1.py`), or what else is measured
+(`jacobs_measures.py`).
 """
 
 import functools
@@ -26,7 +26,6 @@ from moe_jax.models.adaptive import (
 )
 
 CHUNK = 50  # epochs between two looks at who is still running
-PATIENCE = 5  # times the slowest seed's epochs of an earlier rate
 
 
 class Runs(NamedTuple):
@@ -34,7 +33,7 @@ class Runs(NamedTuple):
 
   Attributes:
     epochs: int [R, S], updates until the criterion; where it was not reached,
-      those made before the run was given up.
+      the most that a run may make.
     reached: bool [R, S].
     params: A tree of [R, S, ...]: the weights where the run stopped.
   """
@@ -87,8 +86,8 @@ def _epoch(model, cases, error, rate, state):
   return params, epochs + ~reached, reached
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'most'))
-def _train(model, params, cases, error, rates, most):
+@functools.partial(jax.jit, static_argnames=('model', 'most', 'patience'))
+def _train(model, params, cases, error, rates, most, patience):
   def at(least, rate):
     many = jax.vmap(functools.partial(_epoch, model, cases, error, rate))
 
@@ -101,7 +100,8 @@ def _train(model, params, cases, error, rates, most):
 
     def goes_on(carry):
       made, (_, _, reached) = carry
-      return (made < PATIENCE * least) & (made < most) & ~jnp.all(reached)
+      patient = made < patience * least if patience else True
+      return patient & (made < most) & ~jnp.all(reached)
 
     S = jax.tree.leaves(params)[0].shape[0]
     state = params, jnp.zeros(S, jnp.int32), jnp.zeros(S, bool)
@@ -119,17 +119,22 @@ def train(
   rates: Sequence[float],
   seeds: Sequence[int],
   max_epochs: int,
+  patience: int = 0,
 ) -> Runs:
   """All runs of a system; a seed starts alike at every rate.
+
+  With patience the best rate of `best_rate` is found sooner, and is the same if
+  it is not below the number of seeds: a rate that is given up then has a mean
+  of epochs above that of the rate which all seeds are done with.
 
   Args:
     config: The system.
     problem: What it learns.
     rates: Learning rates, of the mean loss over cases.
     seeds: Of the weights at the start.
-    max_epochs: At which a run is given up, if it has not been at `PATIENCE`
-      times what an earlier rate took to be done with all seeds; rounded up to
-      whole `CHUNK`s.
+    max_epochs: At which a run is given up; rounded up to whole `CHUNK`s.
+    patience: Times the epochs of the slowest seed at an earlier rate, where all
+      are done, after which a rate is given up; 0: none is.
   """
   model = AdaptiveMixture(config)
   params, epochs, reached = _train(
@@ -139,8 +144,18 @@ def train(
     problem.error,
     jnp.asarray(rates, jnp.float32),
     max_epochs,
+    patience,
   )
-  return Runs(np.asarray(epochs), np.asarray(reached), params)
+  most = -(-max_epochs // CHUNK) * CHUNK
+  epochs, reached = np.asarray(epochs), np.asarray(reached)
+  return Runs(np.where(reached, epochs, most), reached, params)
+
+
+def best_rate(rates: Sequence[float], sweeps: Sequence[Runs]) -> float:
+  """The rate with most runs that reach the criterion; of these the fastest."""
+  reached = sum(sweep.reached.sum(axis=1) for sweep in sweeps)
+  epochs = sum(sweep.epochs.mean(axis=1) for sweep in sweeps)
+  return rates[int(np.lexsort((epochs, -reached))[0])]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'every', 'count'))

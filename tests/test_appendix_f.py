@@ -1,10 +1,17 @@
 """Who takes which token, in training and in inference, as one mask."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from experiments import shazeer_appendix_f
 from moe_jax.routing import SlotRouting
+from tests.models import tiny
+from tests.models.tiny import B, T
 
 E, K = shazeer_appendix_f.E, shazeer_appendix_f.K
 
@@ -40,3 +47,88 @@ def test_agreement_is_of_the_pairs_that_either_makes():
   one = jnp.array([[True, True, False, False], [True, False, False, False]])
   other = jnp.array([[True, False, True, False], [True, False, False, False]])
   assert shazeer_appendix_f.agreement(one, other) == 0.5  # 2 of 4
+
+
+@functools.cache
+def small():
+  """A model whose experts are chosen by thresholds, its variables, a batch."""
+  moe = dict(
+    layers='1',
+    num_experts=E,
+    num_selected=K,
+    router='strictly_balanced',
+    gates='raw',
+    capacity_rule='all',
+    dispatch='dropless',
+    allow_future_leak=True,
+    group_size=0,
+  )
+  model = tiny.build(moe, kind='lstm', positions='none', num_layers=3)
+  tokens = tiny.tokens(3)
+  batch = {
+    'tokens': jnp.asarray(tokens),
+    'targets': jnp.asarray(np.roll(tokens, -1, axis=1)),
+    'segment_ids': jnp.ones((B, T), jnp.int32).at[0, -2:].set(0),
+    'positions': jnp.zeros((B, T), jnp.int32),
+  }
+  batch['loss_weights'] = (batch['segment_ids'] > 0).astype(jnp.float32)
+  return model, {'params': tiny.params_of(model)}, batch
+
+
+def with_thresholds(value):
+  _, variables, _ = small()
+  return shazeer_appendix_f._with_thresholds(variables, value)
+
+
+def foreign():
+  """The batch, but for what follows in each row."""
+  _, _, batch = small()
+  tokens = batch['tokens'].at[:, T // 2 :].set(5)
+  return batch | {'tokens': tokens}
+
+
+def losses(value, train, own=True):
+  """Nats of every token [B, T], by the model's own call."""
+  model, _, batch = small()
+  inputs = model.inputs(batch if own else foreign())
+  keys = {'router': jax.random.key(0)}
+  logits, _ = model.apply(
+    with_thresholds(value), **inputs, train=train, rngs=keys
+  )
+  return np.asarray(
+    optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
+  )
+
+
+@pytest.mark.parametrize('value', [0.0, 2.0])
+def test_thresholds_that_all_or_none_pass(value):
+  model, _, batch = small()
+  found = shazeer_appendix_f.compare(
+    model, with_thresholds(value), batch, batch
+  )
+  everyone = value == 0
+  assert found['experts'] == (E if everyone else 0)
+  assert found['none'] == 1 - everyone
+  # In training each expert takes m = ceil(K T / E) of a row's T tokens; of the
+  # shorter row as large a share.
+  m = -(-K * T // E)
+  short = -(-m * (T - 2) // T)
+  share = ((B - 1) * m + short) / (B * T - 2)
+  np.testing.assert_allclose(found['agreement'], share * everyone, rtol=1e-6)
+  assert 0 < found['unlearned'] < 1 and found['foreseen'] == 0
+
+
+def test_losses_are_those_of_each_choice():
+  model, _, batch = small()
+  found = shazeer_appendix_f.compare(
+    model, with_thresholds(0.1), batch, foreign()
+  )
+  weights = np.asarray(batch['loss_weights'])
+  lost = losses(0.1, False) - losses(0.1, True)
+  expected = (lost * weights).sum() / weights.sum()
+  np.testing.assert_allclose(found['lost'], expected, atol=1e-5)
+  # Of the first half, but for its last token, whose target is in the second.
+  foreseen = losses(0.1, True, own=False) - losses(0.1, True)
+  expected = foreseen[:, : T // 2 - 1].mean()
+  np.testing.assert_allclose(found['foreseen'], expected, atol=1e-5)
+  assert min(abs(found['lost']), abs(found['foreseen'])) > 1e-4

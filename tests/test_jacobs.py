@@ -79,12 +79,16 @@ def test_runs_stop_where_a_loop_does():
 def test_a_run_is_given_up_where_another_rate_has_long_been_done():
   problem = line(error=0.15)
   config = problem.config(num_experts=3, loss='competitive')
-  runs = jacobs_runs.train(config, problem, (6.0, 0.01), (4, 5), 4000)
-  slowest = runs.epochs[0].max()
-  assert runs.reached.tolist() == [[True, True], [False, False]]
-  given_up = -(-jacobs_runs.PATIENCE * slowest // jacobs_runs.CHUNK)
-  assert (runs.epochs[1] == given_up * jacobs_runs.CHUNK).all()
-  assert given_up * jacobs_runs.CHUNK < 4000
+  rates, seeds, most = (6.0, 0.5), (4, 5), 3000
+  patient = jacobs_runs.train(config, problem, rates, seeds, most)
+  assert patient.reached.all()
+  hasty = jacobs_runs.train(config, problem, rates, seeds, most, patience=3)
+  assert hasty.reached.tolist() == [[True, True], [False, False]]
+  # Who was given up counts as one that never arrived, whenever that was.
+  assert patient.epochs[1].min() > 3 * patient.epochs[0].max()
+  assert hasty.epochs.tolist() == [patient.epochs[0].tolist(), [most, most]]
+  choose = jacobs_runs.best_rate
+  assert choose(rates, [hasty]) == choose(rates, [patient]) == 6.0
 
 
 def test_a_path_is_the_run_that_was_counted():
@@ -112,7 +116,7 @@ def test_what_is_measured_of_a_gate():
   found = jacobs_measures.measured(config, problem, params)
   expected = {'train': 100, 'test': 100, 'alone': 100}
   expected |= {'experts in use': 2, 'experts ever heard': 2, 'gate entropy': 0}
-  expected['specialisation'] = np.log(2)  # each has half of the cases
+  expected['I(expert; case)'] = np.log(2)  # each has half of the cases
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], [value], atol=1e-4)
   # With equal proportions all are heard, one is the likeliest, no one decides.
@@ -120,7 +124,7 @@ def test_what_is_measured_of_a_gate():
   found = jacobs_measures.measured(config, problem, params)
   np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
   assert found['experts ever heard'] == 3 and found['experts in use'] == 1
-  np.testing.assert_allclose(found['specialisation'], [0], atol=1e-6)
+  np.testing.assert_allclose(found['I(expert; case)'], [0], atol=1e-6)
 
 
 def test_problems_have_the_papers_sizes():
@@ -165,15 +169,15 @@ def sweep(epochs, reached):
 def test_the_best_rate_first_arrives_then_is_fast():
   yes = [[True, True]] * 6
   slow_first = sweep([[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]], yes)
-  assert jacobs_table1.best(RATES, [slow_first]) == RATES[2]
+  assert jacobs_runs.best_rate(RATES, [slow_first]) == RATES[2]
   # At the third rate one run does not arrive.
   lossy = slow_first._replace(
     reached=np.array([*yes[:2], [True, False], *yes[3:]])
   )
-  assert jacobs_table1.best(RATES, [lossy]) == RATES[1]
+  assert jacobs_runs.best_rate(RATES, [lossy]) == RATES[1]
   # The shared one is of all systems: 5 + 9 epochs there, 7 + 1 here.
   other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]], yes)
-  assert jacobs_table1.best(RATES, [lossy, other]) == RATES[3]
+  assert jacobs_runs.best_rate(RATES, [lossy, other]) == RATES[3]
 
 
 def test_a_ratio_has_the_spread_of_both():
@@ -207,6 +211,7 @@ def test_published_numbers_are_of_the_papers_task():
     return sum(bool(claim.published) for claim in claims)
 
   assert published() == published('--data=files:a.txt') > 3
+  assert published('--error=0.3') == published('--data=files:a.npz') == 0
   assert published('--data=digits', targets='one_hot') == 0
   assert published(targets='linear_pairs') == 0
 
@@ -217,7 +222,8 @@ def folder(tmp_path_factory):
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--max-epochs=50', f'--output={output}']
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(TARGETS, 'pairs', ('logistic', 0.08, (8.0,)))
+    kind = TARGETS['pairs']._replace(rates=(8.0,))
+    patch.setitem(TARGETS, 'pairs', kind)
     patch.setattr(jacobs_table1, 'EXPLORED', range(9, 11))
     return jacobs_table1.main(argv)
 

@@ -379,7 +379,7 @@ def stand_in(config, number: float) -> dict[str, float]:
   result = {'max_violation_batch': number, 'data_digest': 'x'}
   result['made'] = {**made, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
-  measured = ('agreement', 'unlearned', 'experts', 'none', 'saved')
+  measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
   result |= dict.fromkeys(measured, number)
   layers = config.model.num_layers + max(config.model.num_encoder_layers, 0)
   for name in config.evals:
