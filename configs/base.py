@@ -518,6 +518,7 @@ def _shrunk(config: ConfigDict) -> ConfigDict:
   m.dtype = m.param_dtype = 'float32'
   m.attention = 'auto'
   m.lstm.hidden = 24 if m.lstm.hidden else 0
+  m.deep_moe.balance_steps = min(m.deep_moe.balance_steps, 1)
   m.moe.hidden = 40 if m.moe.hidden else 0
   if m.moe.num_experts:
     m.moe.num_experts = max(min(m.moe.num_experts, 4), m.moe.num_selected)

@@ -25,6 +25,11 @@ from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
 
 GRID = 90  # points each way
 COLORS = [f'C{i}' for i in range(10)]
+BLEND = dict(colors='black', linestyles='--')  # experts' lines show below
+CAPTION = (
+  'colour: the expert with the largest proportion, paler where it shares; '
+  'lines: where an expert in use says 0.5, dashed: where the mixture does'
+)
 MARKERS = ('o', 'x')  # of classes, in turn: of pairs their targets
 
 
@@ -65,8 +70,8 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
 
   A colour is an expert: its region is where it has the largest proportion (the
   paler, the less it decides alone), its line where its own output is 0.5. The
-  black line is the blend's. Experts that no training case is given to have no
-  line.
+  black, dashed line is the blend's. Experts that no training case is given to
+  have no line.
   """
   model, params = AdaptiveMixture(life.config), life.at(step)
   xs, ys = plane(problem.train)
@@ -100,11 +105,11 @@ def _contour(ax: Axes, xs, ys, values, **options) -> None:
 
 def _decision(ax: Axes, xs, ys, prediction) -> None:
   if prediction.shape[-1] == 1:
-    _contour(ax, xs, ys, prediction[..., 0], colors='black')
+    _contour(ax, xs, ys, prediction[..., 0], **BLEND)
     return
   answer = prediction.argmax(-1)
   for kind in np.unique(answer):
-    _contour(ax, xs, ys, (answer == kind).astype(float), colors='black')
+    _contour(ax, xs, ys, (answer == kind).astype(float), **BLEND)
 
 
 def _points(ax: Axes, problem: Problem) -> None:
@@ -142,6 +147,7 @@ def boundaries(
     row[0].set_ylabel('F2 (kHz)', fontsize=8)
   for ax in axes[-1]:
     ax.set_xlabel('F1 (kHz)', fontsize=8)
+  figure.supxlabel(CAPTION, fontsize=8)
   return figure
 
 
@@ -201,7 +207,7 @@ def epochs(
   rates.set_xscale('log', base=2)
   rates.set_xlabel('learning rate, where all explored seeds arrive')
   rates.set_ylabel('epochs')
-  rates.legend(fontsize=7)
+  figure.legend(fontsize=7, loc='outside lower center', ncols=4)
   figure.suptitle(summary['title'], fontsize=10)
   figure.savefig(path, dpi=110)
 

@@ -111,8 +111,12 @@ def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
       measures = [
         measured(configs[name], task, runs.at(i)) for i in range(len(rates))
       ]
-      epochs = ' and '.join(f'{row.mean():,.0f}' for row in runs.epochs)
-      print(f'{name}: {epochs} epochs at {rates[0]:g} and {shared:g}')
+      own, others = (f'{row.mean():,.0f}' for row in runs.epochs)
+      print(
+        f'{name}: {own} epochs at its own rate of {rates[0]:g}, {others} at '
+        f'the {shared:g} of all',
+        flush=True,
+      )
       return Found(sweeps[name], rates, runs, measures)
 
     return of_each(final)
@@ -154,7 +158,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   options = parser.parse_args(argv)
   for name in ('seeds', 'max_epochs'):
     if getattr(options, name) < 1:
-      parser.error(f'--{name}={getattr(options, name)} is below 1')
+      typed = name.replace('_', '-')
+      parser.error(f'--{typed}={getattr(options, name)} is below 1')
   if options.error < 0:
     parser.error(f'--error={options.error} is negative')
   return options
@@ -187,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     {'all': [digest]},
     {},
   )
+  summary['arguments'] = [f'--{k}={v}' for k, v in _changed(options).items()]
   summary['length'] = f'at most {options.max_epochs:,} epochs'
   folder = pathlib.Path(options.output) / NAME / _label(options)
   text = study_results.write(folder, table, summary, {})
@@ -209,11 +215,19 @@ def claims_of(options: argparse.Namespace, targets: str) -> list[Claim]:
 def _label(options: argparse.Namespace) -> str:
   """'full', or what differs from it."""
   label = 'full'
-  for name in _DEFAULTS:
-    if (value := getattr(options, name)) != _DEFAULTS[name]:
-      short = pathlib.Path(value).name if name == 'data' else value
-      label += f'-{name}={short}'
+  for name, value in _changed(options).items():
+    short = pathlib.Path(value).name if name == 'data' else value
+    label += f'-{name}={short}'
   return label
+
+
+def _changed(options: argparse.Namespace) -> dict[str, Any]:
+  """The options that say another thing than by default, as they are typed."""
+  return {
+    name.replace('_', '-'): value
+    for name in _DEFAULTS
+    if (value := getattr(options, name)) != _DEFAULTS[name]
+  }
 
 
 def _sweeps(task: Problem, found: Mapping[str, Found]) -> dict[str, Any]:

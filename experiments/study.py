@@ -311,10 +311,12 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     steps=options.steps or preset.steps,
     seeds=options.seeds or preset.seeds,
   )
-  label = options.preset
-  for name in ('seeds', 'steps', 'task'):
-    if getattr(options, name) not in (0, study.task):
-      label += f'-{name}={getattr(options, name)}'
+  changed = [
+    f'--{name}={value}'
+    for name in ('seeds', 'steps', 'task')
+    if (value := getattr(options, name)) not in (0, study.task)
+  ]
+  label = options.preset + ''.join(option[1:] for option in changed)
   output = pathlib.Path(options.output) / study.name
   try:
     shared, arms = study.shared(preset, options.task), study.arms_of(preset)
@@ -331,6 +333,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   rows = study.make_rows(arms, results, medians)
   task = study.tasks[options.task]
   found = study_results.found(study, preset, task, rows, results, times)
+  found['arguments'] = [f'--preset={options.preset}', *changed]
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   folder = output / label
   text = study_results.write(folder, study, found, configs)

@@ -154,7 +154,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
   lines = [
     f'## {summary["title"]}',
     '',
-    f'{summary["source"]}. `python -m experiments.{summary["name"]}`: '
+    f'{summary["source"]}. `{_command(summary)}`: '
     f'{summary["task"]} (sha256 '
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
     f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
@@ -173,6 +173,12 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     lines += ['', summary['remarks']]
   lines += ['', f'![{summary["title"]}]({picture})', '']
   return '\n'.join(lines)
+
+
+def _command(summary: Mapping[str, Any]) -> str:
+  """What makes it again."""
+  arguments = summary.get('arguments', [])
+  return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
 
 
 def _overrides(summary: Mapping[str, Any]) -> str:
@@ -197,8 +203,8 @@ def _cell(values: Sequence[float], digits: int) -> str:
   if not values or None in values:
     return ''
   if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
-    return f'{values[0]:.{digits}f}'
-  return f'{Interval.of(values):.{digits}f}'
+    return f'{values[0]:z.{digits}f}'
+  return f'{Interval.of(values):z.{digits}f}'
 
 
 def claims_table(summary: Mapping[str, Any]) -> str:
@@ -206,7 +212,7 @@ def claims_table(summary: Mapping[str, Any]) -> str:
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
-    spec = f'.{digits[claim["column"]]}f'
+    spec = f'z.{digits[claim["column"]]}f'
     difference = _interval(claim)
     than = claim['than']
     than = than if isinstance(than, str) else f'{than:g}'

@@ -19,7 +19,7 @@ from absl import logging
 from moe_jax import command_line, generation, host
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import runs
-from moe_jax.models import EncoderDecoder
+from moe_jax.models import EncoderDecoder, check_generates
 from moe_jax.training.checkpoint import CheckpointError
 
 
@@ -76,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Loads the run and prints what it says."""
-  texts = _prompts(options)
+  numbered = _prompts(options)
+  texts = list(numbered.values())
   loaded = generation.load(options.workdir, options.step)
+  check_generates(loaded.model)
   for step, reason in loaded.skipped:
     _note(f'passed over the checkpoint of step {step}: {reason}')
   prompts, num_tokens = _fitted(loaded, texts, options)
@@ -99,17 +101,18 @@ def run(options: argparse.Namespace) -> None:
   if stream is not None:
     _say(stream.end() + '\n')
     return
-  for number, (text, ids) in enumerate(zip(texts, made.rows), 1):
+  for (number, text), ids in zip(numbered.items(), made.rows):
     if len(texts) > 1:
       _say(f'[{number}] {text}\n')
     _say(runs.decode(loaded.tokenizer, ids) + '\n')
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def _prompts(options: argparse.Namespace) -> dict[int, str]:
+  """By line, from 1; empty lines are none."""
   if options.prompts_file is None:
-    return [options.prompt]
+    return {1: options.prompt}
   text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
-  prompts = [line for line in text.splitlines() if line]
+  prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
     raise ValueError(f'{options.prompts_file} has no prompts, one a line')
   return prompts

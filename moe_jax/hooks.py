@@ -4,6 +4,7 @@ Each is a `Hook` of the training loop; `moe_jax.main` and experiments choose.
 """
 
 import jax
+import ml_collections
 import numpy as np
 from rich.console import Console
 
@@ -43,7 +44,7 @@ class Facts(Hook):
     if run.model.config.moe is not None:
       layers = [i for i, sparse in enumerate(run.model.config.sparse) if sparse]
       run.message(
-        f'sparse layers {layers}: {moe.num_experts} experts, '
+        f'sparse layers {layers}: {moe.num_experts} experts{_branches(moe)}, '
         f'{moe.num_selected} selected, router {moe.router!r}, dispatch '
         f'{_dispatch(run)}'
       )
@@ -52,6 +53,12 @@ class Facts(Hook):
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
     run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
+
+
+def _branches(moe: ml_collections.ConfigDict) -> str:
+  if not moe.branching:
+    return ''
+  return f' in {moe.branching} branches ({moe.branches_selected} selected)'
 
 
 def _dispatch(run: Run) -> str:
@@ -121,8 +128,9 @@ class Sample(Hook):
     """Continues `config.sample.prompt`, or answers it.
 
     An encoder-decoder answers the first validation inputs too, beside their
-    targets. Text that outgrows the rows of training looks no further back than
-    they did; where positions are learned, the sample ends with them.
+    targets. In text that outgrows the rows of training, attention looks no
+    further back than they did; where positions are learned, the sample ends
+    with them.
     """
     c = run.config.sample
     if c.num_tokens < 1:

@@ -66,7 +66,7 @@ def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   rows = expected(run, ['ab', 'c d'])
   first, second = map(tokenizers.Bytes().decode, rows)
   out = said(capsys, run, f'--prompts_file={path}').out
-  assert out == f'[1] ab\n{first}\n[2] c d\n{second}\n'
+  assert out == f'[1] ab\n{first}\n[3] c d\n{second}\n'  # by line
 
 
 def test_beams(run, capsys):

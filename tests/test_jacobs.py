@@ -229,10 +229,11 @@ def folder(tmp_path_factory):
 
 
 def test_the_command_says_who_never_arrived(folder):
-  assert folder.name == 'full-seeds=2-max_epochs=50'
+  assert folder.name == 'full-seeds=2-max-epochs=50'
   text = (folder / 'table.md').read_text()
   assert 'drawn around the means of Peterson and Barney' in text
   assert 'at most 50 epochs' in text
+  assert 'experiments.jacobs_table1 --seeds=2 --max-epochs=50`' in text
   assert 'did not reach the criterion in 50 epochs' in text
   assert '8 experts, gated: 2 of 2' in text
   assert '1124 (Table 1, secondary source) against 2209 (Table 1' in text

@@ -67,7 +67,7 @@ def compute_table(model: Model, work: Workload) -> Table:
   table = Table(
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
-    caption=f'Two FLOPs a multiply-add; attention in full, over {_over(c)}. '
+    caption=f'Two FLOPs a multiply-add{_attention(model, c)}. '
     f'Experts multiply {c.capacity_slack:.2f} rows per assignment; the empty '
     'ones are not counted.' + _as_in_2017(model, work.seq_len),
   )
@@ -115,13 +115,20 @@ def without_vocabulary(model: LstmLm, seq_len: int) -> tuple[int, int]:
   return (count(model, seq_len).decoder.total - logits) // 2, layers
 
 
+def _attention(model: Model, c: Cost) -> str:
+  if isinstance(model, LstmLm):
+    return ''
+  return f'; attention in full, over {_over(c)}'
+
+
 def _as_in_2017(model: Model, seq_len: int) -> str:
   if not isinstance(model, LstmLm):
     return ''
   ops, params = without_vocabulary(model, seq_len)
   return (
     f' Without embedding and softmax: {ops / 1e6:,.1f}M multiply-adds a token '
-    f'and {params / 1e6:,.1f}M parameters.'
+    f'and {params / 1e6:,.1f}M parameters. Memory is counted of Transformers '
+    'alone.'
   )
 
 

@@ -15,7 +15,7 @@ from moe_jax import models
 from moe_jax.config import merge
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation.prefix import longest
-from moe_jax.models import EncoderDecoder, Model
+from moe_jax.models import EncoderDecoder, LstmLm, Model
 from moe_jax.shapes import Int
 from moe_jax.training import workdir as workdir_lib
 
@@ -128,10 +128,12 @@ def window(
 
   Where positions are distances (or none at all), text may go on for ever: a
   token then sees as many as one at the end of a row did. 0: no bound, or none
-  that would help; what a model saw that began elsewhere is not known here.
+  that would help; what a model saw that began elsewhere is not known here. An
+  LSTM looks at its state alone, whatever the bound.
   """
   relative = model.config.embedding.positions in ('none', 'relative', 'rotary')
-  if imported or isinstance(model, EncoderDecoder) or not relative:
+  others = isinstance(model, EncoderDecoder | LstmLm)
+  if imported or others or not relative:
     return 0
   return config.data.seq_len
 

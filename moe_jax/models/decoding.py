@@ -34,11 +34,12 @@ def for_decoding(
 ) -> tuple[Model, dict[str, Any]]:
   """The model that decodes, and its parameters, which are copies.
 
-  Nothing is dropped, unless the capacity rule is one of `OWN_RULES`; where an
-  encoder's experts choose, they do as in training. Layers have arrays of their
-  own, as those of an LSTM language model always have. On a CPU, so have a
-  stack's experts, where they are few and a step chooses few of them; see
-  `layers/unrolled.py`.
+  Nothing is dropped, unless a stack's capacity rule is one of `OWN_RULES`;
+  where an encoder's experts choose, they do as in training. Layers have arrays
+  of their own; on a CPU, so have a stack's experts, where they are few and a
+  step chooses few of them; see `layers/unrolled.py`. Parameters of an LSTM
+  language model stay as they are. A router 'random' draws by the shape of what
+  it sees: step by step it draws other experts than of whole rows.
 
   Args:
     model: As trained or imported.

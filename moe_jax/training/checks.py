@@ -48,6 +48,12 @@ def check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       f'batch_size={B} in microbatches={n} leaves {B // n} sequences, which do '
       f'not divide by {parts} devices of mesh axes {rules["batch"]}'
     )
+  early, steps = config.model.deep_moe.balance_steps, config.total_steps
+  if config.model.kind == 'deep_moe' and early > steps:
+    raise ValueError(
+      f'deep_moe.balance_steps={early} > total_steps={steps}: the constraint '
+      'would never be lifted; lower it, or say so with -1'
+    )
   if config.model.moe.num_experts:
     for name in _lengths(config):
       _check_groups(config, name, B // n, parts, rules['batch'])

@@ -16,6 +16,7 @@ from rich import console, progress, table
 # Time left follows the speed of this many last updates: enough to even out a
 # pause for an evaluation, few enough to follow a machine that slows down.
 _WINDOW = 20
+_SHORT = {'token': 'tok', 'example': 'ex'}  # on a bar
 
 
 class Progress:
@@ -86,7 +87,7 @@ class Progress:
     # The bar has to leave itself room on a terminal of 80 columns.
     unit, counted = f' {self._loss_unit}', f'{self._counted}s'
     if self._bar:
-      unit, counted = '', self._counted[:3]
+      unit, counted = '', _SHORT.get(self._counted, self._counted)
     facts = [f'loss {loss:.4f}{unit}']
     if tokens_per_second is not None:
       facts.append(f'{tokens_per_second:,.0f} {counted}/s')

@@ -157,6 +157,7 @@ class Recorder:
     now = time.perf_counter()
     seconds = max(now - self._clock, 1e-9)
     values = summary.summarize(self._sums)
+    drops = self._run.model.config.moe is not None  # or could
     speed = self._tokens / seconds
     row = {
       **values,
@@ -173,7 +174,7 @@ class Recorder:
         step,
         loss=values['loss'],
         tokens_per_second=speed if self._steps else None,
-        drop_rate=values.get('drop_rate'),
+        drop_rate=values.get('drop_rate') if drops else None,
       )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from moe_jax import evaluation
+from moe_jax import evaluation, generate
 from moe_jax.config import merge
 from moe_jax.data import ClassRows, open_classes
 from moe_jax.distributed import Placing
@@ -64,6 +64,9 @@ def test_a_finished_run_is_asked_again(tmp_path, capsys):
   assert found['items'] == 200 and found['chance'] == 25
   loss = evaluation.evaluate(tmp_path, base.evaluation())
   assert np.isfinite(loss['loss'])
+  with pytest.raises(SystemExit):
+    generate.main([f'--workdir={tmp_path}', '--prompt=i'])
+  assert 'AdaptiveMixture does not generate' in capsys.readouterr().err
 
 
 def test_a_language_model_says_no_classes(tmp_path):

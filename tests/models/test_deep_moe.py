@@ -18,6 +18,7 @@ from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
 from moe_jax.models.deep_moe import STEPS, TOTALS
 from moe_jax.training import setup
 from moe_jax.training import step as step_lib
+from tests import golden
 from tests.models import tiny
 from tests.reference import softmax
 
@@ -239,3 +240,10 @@ def test_a_step_moves_totals_by_the_whole_batch():
 def test_what_cannot_be_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     build(**changes)
+
+
+def test_a_constraint_that_outlives_the_run_is_refused(tmp_path):
+  config = golden.config('eigen_digits')
+  short = merge(config, {'total_steps': 300})
+  with pytest.raises(ValueError, match=r'balance_steps=2000 > total_steps=300'):
+    setup.set_up(short, tmp_path, devices=jax.devices()[:1])
