@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from configs import base
-from moe_jax import models
+from moe_jax import evaluation, models
 from moe_jax.config import merge
 from moe_jax.layers.initializers import Init
 from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
@@ -246,4 +246,5 @@ def test_a_constraint_that_outlives_the_run_is_refused(tmp_path):
   config = golden.config('eigen_digits')
   short = merge(config, {'total_steps': 300})
   with pytest.raises(ValueError, match=r'balance_steps=2000 > total_steps=300'):
-    setup.set_up(short, tmp_path, devices=jax.devices()[:1])
+    one = jax.devices()[:1]
+    setup.set_up(short, tmp_path, devices=one, kinds=evaluation.KINDS)
