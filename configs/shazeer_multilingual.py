@@ -7,8 +7,8 @@ languages, the texts of django's interface (`pip install django`), the name of
 the language before each. The layers around the mixtures are those of a
 Transformer, not LSTMs with attention as in the paper: noisy top-4 of 32
 experts, weights of 0.01 on importance and load, as in its section on
-translation. There are 9,410 pairs to train on, which longer runs learn by heart:
-after 2000 steps the validation loss is higher than after 1000.
+translation. Longer runs learn the 9,410 pairs by heart: after 2000 steps the
+validation loss is higher than after 1000.
 
     python -m moe_jax.main --config=configs/shazeer_multilingual.py \
       --workdir=runs/shazeer_multilingual
