@@ -193,7 +193,7 @@ def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
   [
     (
       {'kind': 'generated'},
-      r"kind 'generated'; .*\['choice', 'generate', 'loss",
+      r"kind 'generated'; .*\['choice', 'classify', 'generate', 'loss",
     ),
     ({'every_steps': -1}, 'evals.texts: every_steps=-1'),
     ({'metrics': 'bleu,rouge'}, "texts: unknown metric 'rouge'"),
