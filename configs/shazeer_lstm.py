@@ -1,7 +1,7 @@
 """LSTM - mixture of experts - LSTM, the language models of Shazeer et al. 2017.
 
 https://arxiv.org/abs/1701.06538, Appendices C and D. Without an argument a
-small one on bytes: 16 experts in 4 branches, two of each selected, some minutes
+small one on bytes: 16 experts in 4 branches, two of each selected, one minute
 on two cores. With `:<model>` a published one: `MoE-4`, `MoE-32`, `MoE-256`,
 `MoE-256-h` (-h: of two levels), `MoE-1024-h`, `MoE-4096-h`, `MoE-34M`,
 `MoE-143M`, and those without experts, `MoE-1-Wide`, `MoE-1-Deep`,
