@@ -402,7 +402,7 @@ def generate_evaluation(
 
   Of the tasks seq2seq and prefix_lm. Nothing is dropped, as wherever text is
   generated, but by a rule of the checkpoint's own. See
-  `moe_jax.evaluation.generate`.
+  `moe_jax.evaluation.generated_text`.
 
   Args:
     every_steps: Its period; it also runs at the end. 0: only then.

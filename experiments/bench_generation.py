@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import timing
-from experiments.tables import markdown_table
+from experiments.benchmarks import timing
+from experiments.study.tables import markdown_table
 from moe_jax import generation, host, interop
 
 NAME = 'bench_generation'

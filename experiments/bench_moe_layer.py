@@ -21,16 +21,17 @@ from typing import Any
 
 import jax
 
-from experiments import moe_layer_cases as cases_lib
-from experiments import moe_layer_programs as programs_lib
-from experiments import moe_layer_tables as tables
-from experiments import timing
-from experiments.moe_layer_cases import ROUTINGS
-from experiments.moe_layer_programs import (
-  DENSE,
-  LAYERS,
+from experiments.benchmarks import moe_layer_cases as cases_lib
+from experiments.benchmarks import moe_layer_programs as programs_lib
+from experiments.benchmarks import moe_layer_tables as tables
+from experiments.benchmarks import timing
+from experiments.benchmarks.moe_layer_cases import ROUTINGS
+from experiments.benchmarks.moe_layer_programs import DENSE, LAYERS
+from experiments.benchmarks.moe_layer_rows import (
+  PASSES,
+  measure_scaling,
+  measure_setting,
 )
-from experiments.moe_layer_rows import PASSES, measure_scaling, measure_setting
 from moe_jax import host
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers import ACTIVATIONS

@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import timing
-from experiments.tables import markdown_table
+from experiments.benchmarks import timing
+from experiments.study.tables import markdown_table
 from moe_jax import host
 from moe_jax.command_line import load_config
 from moe_jax.config import merge
+from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
-from moe_jax.training.recorder import Recorder
 from moe_jax.training.setup import Run, set_up
 
 NAME = 'bench_overhead'

@@ -23,8 +23,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import peer_steps, timing
-from experiments import train_step_tables as tables
+from experiments.benchmarks import peer_steps, timing
+from experiments.benchmarks import train_step_tables as tables
 from moe_jax import host, models, partitioning
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost

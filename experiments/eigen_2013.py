@@ -13,7 +13,7 @@ Here: jittered digits, scikit-learn's 8x8 images on a canvas of 14x14, drawn at
 another of 49 places each time. Layers have four experts. The gates are those of
 the validation images, each at every place, so that place and class have nothing
 to do with each other (`--task=mnist`: of 400 images at 81 places, where TFDS
-has MNIST). See `gate_information.py` for how information is estimated.
+has MNIST). See `study/gate_information.py` for how information is estimated.
 
 Found, on the eight seeds of `full` (eight minutes on two cores): the first
 layer's gates know 0.25 nats of the place and 0.005 of the class, the second's
@@ -34,11 +34,11 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure as Canvas
 
 from configs import eigen_digits
-from experiments import gate_information, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
-from experiments.tasks import Task
-from moe_jax.data.class_sources import open_classes
-from moe_jax.data.digits import placed
+from experiments.study import gate_information, study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study.tasks import Task
+from moe_jax.data.sources.classes import open_classes
+from moe_jax.data.sources.digits import placed
 from moe_jax.routing.load_summary import load_summary
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState

@@ -18,9 +18,17 @@ short, with or without it in training. A model trained with priority leans on
 it: nearly perfect at its own capacity, and by far the worst without.
 """
 
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
-from experiments.tasks import PREFIX_TASKS
+from experiments.study import byte_models, study
+from experiments.study.study import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Study,
+)
+from experiments.study.tasks import PREFIX_TASKS
 
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 ORDERS = {'order of the text': 'token_major', 'priority': 'batch_priority'}

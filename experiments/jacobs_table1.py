@@ -58,23 +58,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import jacobs_figures, study_results, timing
-from experiments.jacobs_claims import (
+from experiments.benchmarks import timing
+from experiments.origins_1991 import jacobs_figures
+from experiments.origins_1991.jacobs_claims import (
   CLAIMS,
   COLUMNS,
   LOSSES,
   SYSTEMS,
 )
-from experiments.jacobs_measures import measured
-from experiments.jacobs_problems import ERROR, TARGETS, Problem, problem
-from experiments.jacobs_rows import Found, remarks, rows
-from experiments.jacobs_runs import Runs, best_rate, path, train
-from experiments.study import Claim, Column, Figure, Preset
-from experiments.tasks import Task
+from experiments.origins_1991.jacobs_measures import measured
+from experiments.origins_1991.jacobs_problems import (
+  ERROR,
+  TARGETS,
+  Problem,
+  problem,
+)
+from experiments.origins_1991.jacobs_rows import Found, remarks, rows
+from experiments.origins_1991.jacobs_runs import Runs, best_rate, path, train
+from experiments.study import results
+from experiments.study.study import Claim, Column, Figure, Preset
+from experiments.study.tasks import Task
 from moe_jax import command_line
 from moe_jax.data import ClassRows, open_classes
-from moe_jax.data.class_rows import digest_of
-from moe_jax.training.workdir import write_text
+from moe_jax.data.tasks.class_rows import digest_of
+from moe_jax.runs.workdir import write_text
 
 NAME = 'jacobs_table1'
 # Seeds that rates are chosen with are none of those that are reported.
@@ -127,7 +134,7 @@ def run(task: Problem, seeds: int, most: int) -> dict[str, Found]:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What `study_results` asks a study for."""
+  """What `study.results` asks a study for."""
 
   remarks: str
   name: str = NAME
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   splits = {name: ClassRows(source, name) for name in ('train', 'validation')}
   facts = {**timing.facts(), 'minutes': (time.process_time() - began) / 60}
   digest = {'data_digest': digest_of(splits), 'made': facts}
-  summary = study_results.found(
+  summary = results.found(
     table := Table(
       remarks(task, found, options.max_epochs),
       claims=claims_of(options, targets),
@@ -198,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   summary['arguments'] = [f'--{k}={v}' for k, v in _changed(options).items()]
   summary['length'] = f'at most {options.max_epochs:,} epochs'
   folder = pathlib.Path(options.output) / NAME / _label(options)
-  text = study_results.write(folder, table, summary, {})
+  text = results.write(folder, table, summary, {})
   sweeps = _sweeps(task, found)
   write_text(folder / 'sweep.json', json.dumps(sweeps, indent=1) + '\n')
   _draw(folder, task, found, summary, options.animation)
@@ -270,7 +277,7 @@ def lives(
 def _draw(folder, task, found, summary, animated: bool) -> None:
   """The table's figure; where cases have two features, their plane too."""
   sweeps = _sweeps(task, found)
-  jacobs_figures.epochs(summary, sweeps, folder / study_results.PICTURE)
+  jacobs_figures.epochs(summary, sweeps, folder / results.PICTURE)
   if task.train.features.shape[-1] != 2:
     return
   made = lives(task, found)

@@ -12,7 +12,7 @@ Every item is `python -m moe_jax.main` in a process, with its own workdir and
 what is not; an item that fails does not stop the others. `--sweep`s multiply.
 `--items` is a Python file with `get_items() -> list[experiments.launch.Item]`.
 The exit status is 0 if all are done, 1 if one failed, 130 if it was stopped.
-Not here: what a study concludes (`study.py`).
+Not here: what a study concludes (`study/study.py`).
 """
 
 import argparse
@@ -26,12 +26,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import local_runs
-from experiments.local_runs import Job
-from experiments.sweeps import product
+from experiments.study import local_runs
+from experiments.study.local_runs import Job
+from experiments.study.sweeps import product
 from moe_jax import command_line
-from moe_jax.training import retention
-from moe_jax.training import workdir as workdir_lib
+from moe_jax.runs import retention
+from moe_jax.runs import workdir as workdir_lib
 
 FINISHED = 'launched.json'
 LOG = 'launch.log'

@@ -20,8 +20,8 @@ The full preset has not been run yet.
 
 import numpy as np
 
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
 from moe_jax import data
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.setup import Run

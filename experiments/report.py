@@ -6,7 +6,7 @@ Takes `results/<study>/full/summary.json` of every study that has one, keeps it
 with its figure in `experiments/results`, and writes the page from what is kept
 there; a study that was not run here keeps what it had. The page refuses to mix
 corpora: studies of one task must have seen the same bytes. Not here: what a
-study's part says (`study_results.py`).
+study's part says (`study/results.py`).
 """
 
 import argparse
@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import study_results
-from experiments.tables import markdown_table
+from experiments.study import results as study_results
+from experiments.study.tables import markdown_table
 from moe_jax import command_line
 
 HERE = pathlib.Path(__file__).parent

@@ -19,9 +19,9 @@ with later tokens, and as generated it loses to top-2. A hash of the token beats
 all learned rules so early in training. The full preset has not been run yet.
 """
 
-from experiments import byte_models, leaks, study
-from experiments.byte_models import top_k
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, leaks, study
+from experiments.study.byte_models import top_k
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
 
 HIDDEN = 256
 HASHES = ('token', 'bigram', 'position')

@@ -34,12 +34,14 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments import byte_models, shazeer_table7, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments import shazeer_table7
+from experiments.study import byte_models, study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
 from moe_jax.data.pipeline import spread
 from moe_jax.models import LstmLm
 from moe_jax.training.setup import Run
-from moe_jax.training.step import Batch, TrainState
+from moe_jax.training.step import TrainState
+from moe_jax.training_types import Batch
 
 E, K = 16, 4
 Variables = dict[str, Any]

@@ -17,9 +17,9 @@ Found: balance moves as in the paper. Quality too, but for the weights: there
 any will do, here 0.01 is best and 1 worse than none.
 """
 
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
-from experiments.sweeps import zipped
+from experiments.study import byte_models, study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study.sweeps import zipped
 
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01)]
 WEIGHTS += [(1.0, 1.0)]

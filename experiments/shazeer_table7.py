@@ -20,8 +20,8 @@ nothing here: they have 0.006 less than one.
 """
 
 from configs import shazeer_lstm
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
 
 EXPERTS = (4, 16, 32)
 TWO_LEVELS = 'MoE-32-h'

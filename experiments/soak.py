@@ -9,7 +9,7 @@ or to both, and the newest checkpoint altered, cut short or left without its
 manifest. On the same mesh the parameters at the end must be the undisturbed
 run's bit for bit. After a change of mesh every array must be what the
 checkpoint holds, the batches those that follow, and the first step's loss and
-gradient those of one device. What is disturbed is `soak_run.py`.
+gradient those of one device. What is disturbed is `soaking/soak_run.py`.
 """
 
 import argparse
@@ -29,9 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import soak_run
-from experiments.local_runs import free_port
-from experiments.soak_evidence import (
+from experiments.soaking import soak_run
+from experiments.soaking.soak_evidence import (
   Tally,
   check,
   count_batches,
@@ -39,9 +38,10 @@ from experiments.soak_evidence import (
   of_attempt,
   outcome,
 )
+from experiments.study.local_runs import free_port
+from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
-from moe_jax.training.workdir import CHECKPOINTS
 
 SEEDS = (0, 1, 2)
 SAME = (2, dict(data=1, fsdp=1, expert=2, tensor=1))
@@ -71,7 +71,12 @@ class Processes:
     }
     where = [f'127.0.0.1:{free_port()}', str(count)]
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, '-m', 'experiments.soak_run', str(workdir)]
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.soaking.soak_run',
+      str(workdir),
+    ]
     self.all = []
     for i in range(count):
       with (workdir / f'log_{i}.txt').open('ab') as log:

@@ -24,8 +24,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
+from experiments.study import byte_models, study
+from experiments.study.study import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Study,
+)
 
 # Experts and chosen ones; K of them have the dense twin's width together.
 SWITCH = [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)]

@@ -26,8 +26,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments import byte_models, study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Row, Study
+from experiments.study import byte_models, study
+from experiments.study.study import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Row,
+  Study,
+)
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
 HIDDEN = 192

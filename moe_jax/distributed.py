@@ -2,7 +2,7 @@
 
 The engine is JAX's own multi-controller runtime: every process runs the same
 program. Not here: the mesh (`partitioning.py`), and what ends all processes
-when one is lost (`training/watchdog.py`).
+when one is lost (`runs/watchdog.py`).
 """
 
 import contextlib

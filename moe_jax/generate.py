@@ -18,9 +18,9 @@ from absl import logging
 
 from moe_jax import command_line, generation, host
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.generation import runs
+from moe_jax.generation import trained_run
 from moe_jax.models import EncoderDecoder, check_generates
-from moe_jax.training.checkpoint import CheckpointError
+from moe_jax.runs.checkpointer import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,7 +87,9 @@ def run(options: argparse.Namespace) -> None:
     loaded.model,
     loaded.variables,
     batch_size=len(texts) * options.num_beams,
-    window=runs.window(loaded.config, loaded.model, imported=loaded.imported),
+    window=trained_run.window(
+      loaded.config, loaded.model, imported=loaded.imported
+    ),
   )
   arguments = _arguments(loaded, options)
   stream = None
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
   for (number, text), ids in zip(numbered.items(), made.rows):
     if len(texts) > 1:
       _say(f'[{number}] {text}\n')
-    _say(runs.decode(loaded.tokenizer, ids) + '\n')
+    _say(trained_run.decode(loaded.tokenizer, ids) + '\n')
 
 
 def _prompts(options: argparse.Namespace) -> dict[int, str]:
@@ -125,7 +127,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
     if not len(ids):
       raise ValueError(f'prompt {text!r} has no tokens; give it some text')
   wanted = options.max_new_tokens
-  fitted = [runs.fit(loaded.model, ids, wanted) for ids in encoded]
+  fitted = [trained_run.fit(loaded.model, ids, wanted) for ids in encoded]
   num_tokens = min(n for _, n in fitted)
   prompts = [ids for ids, _ in fitted]
   cut = sum(map(len, encoded)) - sum(map(len, prompts))
@@ -145,13 +147,15 @@ def _encode(loaded, text: str, options) -> np.ndarray:
   if options.chat:
     return tokenizer.encode_chat([{'role': 'user', 'content': text}])
   more = {'language': language} if language else {}
-  return runs.encode(config, tokenizer, text, imported=loaded.imported, **more)
+  return trained_run.encode(
+    config, tokenizer, text, imported=loaded.imported, **more
+  )
 
 
 def _arguments(loaded, options: argparse.Namespace) -> dict[str, Any]:
   """What `generate` is told beside the prompts."""
   tokenizer = loaded.tokenizer
-  ids = runs.special_ids(loaded.model, tokenizer)
+  ids = trained_run.special_ids(loaded.model, tokenizer)
   stops = [_token(tokenizer, text) for text in options.stop]
   ids['stop_ids'] = (*ids['stop_ids'], *stops)
   if options.target_language:

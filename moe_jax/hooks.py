@@ -12,10 +12,11 @@ from moe_jax import data, generation, models
 from moe_jax.analysis import cost, plots, routing_report, sharded
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.distributed import is_first
-from moe_jax.generation import runs
+from moe_jax.generation import trained_run
 from moe_jax.kernels import backends
-from moe_jax.training import abstract, metrics, profile, summary
-from moe_jax.training import workdir as workdir_lib
+from moe_jax.runs import metrics, profile, summary
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import abstract
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
@@ -140,15 +141,17 @@ class Sample(Hook):
     except ValueError as error:
       run.message(f'no sample: {error}')
       return
-    imported = runs.is_imported(run.workdir)
+    imported = trained_run.is_imported(run.workdir)
     model, variables = generation.prepare(
       run.model,
       state.variables,
-      window=runs.window(run.config, run.model, imported=imported),
+      window=trained_run.window(run.config, run.model, imported=imported),
     )
     tokenizer = run.dataset.tokenizer
-    prompt = runs.encode(run.config, tokenizer, c.prompt, imported=imported)
-    prompt, num_tokens = runs.fit(model, prompt, c.num_tokens)
+    prompt = trained_run.encode(
+      run.config, tokenizer, c.prompt, imported=imported
+    )
+    prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
     pairs = []
     if isinstance(model, models.EncoderDecoder):
       pairs = first_pairs(run.dataset.splits['validation'])
@@ -159,9 +162,9 @@ class Sample(Hook):
       max_new_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
-      **runs.special_ids(model, tokenizer),
+      **trained_run.special_ids(model, tokenizer),
     )
-    answers = [runs.decode(tokenizer, row) for row in made.rows]
+    answers = [trained_run.decode(tokenizer, row) for row in made.rows]
     text = c.prompt + answers[0]
     if isinstance(model, models.EncoderDecoder):
       given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]

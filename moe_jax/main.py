@@ -22,9 +22,9 @@ from ml_collections import config_flags
 from moe_jax import command_line, distributed, evaluation, finetuning, host
 from moe_jax.data import DataError
 from moe_jax.hooks import default_hooks
-from moe_jax.training.checkpoint import CheckpointError
+from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.recorder import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with overrides: --config.seed=1.'

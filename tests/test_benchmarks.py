@@ -14,15 +14,14 @@ from experiments import (
   bench_moe_layer,
   bench_overhead,
   bench_train_step,
-  peer_steps,
-  timing,
 )
-from experiments import moe_layer_cases as cases_lib
-from experiments import moe_layer_programs as programs_lib
-from experiments import moe_layer_rows as rows_lib
+from experiments.benchmarks import moe_layer_cases as cases_lib
+from experiments.benchmarks import moe_layer_programs as programs_lib
+from experiments.benchmarks import moe_layer_rows as rows_lib
+from experiments.benchmarks import peer_steps, timing
 from moe_jax import models
 from moe_jax.command_line import load_config
-from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny
 
 N, M, F, E, K = 24, 8, 12, 4, 2

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments import claims
+from experiments.study import claims
 
 # Typed by hand, not copied from the file.
 PRINTED = {

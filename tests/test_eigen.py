@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import eigen_2013, gate_information, study_results, study_runs
-from experiments.study import Preset
-from experiments.sweeps import nested
+from experiments import eigen_2013
+from experiments.study import gate_information, scheduled_runs
+from experiments.study import results as study_results
+from experiments.study.study import Preset
+from experiments.study.sweeps import nested
 from moe_jax.config import merge
 from moe_jax.data import open_classes
 
@@ -103,7 +105,7 @@ def results(tmp_path_factory):
       }
       overrides = {**arm.overrides, **few, 'batch_size': 8}
       config = merge(STUDY.shared(preset), nested(overrides))
-      result = study_runs.run_one(
+      result = scheduled_runs.run_one(
         config, folder / arm.name, STUDY.measure, jax.devices()[:1]
       )
       found[arm.name] = [result]

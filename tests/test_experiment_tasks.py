@@ -3,8 +3,8 @@
 import pytest
 
 from configs import base
-from experiments.sweeps import nested
-from experiments.tasks import PREFIX_TASKS, TASKS
+from experiments.study.sweeps import nested
+from experiments.study.tasks import PREFIX_TASKS, TASKS
 from moe_jax.config import merge, to_dataclass
 from moe_jax.data import DataConfig, load
 

@@ -12,7 +12,8 @@ import pytest
 from moe_jax import hooks
 from moe_jax.analysis import sharded
 from moe_jax.config import merge
-from moe_jax.training import abstract, loop, profile, setup
+from moe_jax.runs import profile
+from moe_jax.training import abstract, loop, setup
 from moe_jax.training.setup import Hook
 from tests.training import tiny
 

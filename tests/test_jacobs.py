@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import (
+from experiments import jacobs_table1
+from experiments.origins_1991 import (
   jacobs_claims,
   jacobs_figures,
   jacobs_measures,
   jacobs_problems,
   jacobs_runs,
-  jacobs_table1,
-  study_results,
 )
-from experiments.jacobs_problems import RATES, TARGETS, Cases, Problem
-from experiments.study import Row
-from experiments.tables import Interval, ratios
+from experiments.origins_1991.jacobs_problems import (
+  RATES,
+  TARGETS,
+  Cases,
+  Problem,
+)
+from experiments.study import results
+from experiments.study.study import Row
+from experiments.study.tables import Interval, ratios
 from moe_jax.data import open_classes
 from moe_jax.models.adaptive import AdaptiveMixture
 
@@ -197,8 +202,8 @@ def test_claims_have_rows_columns_and_verdicts():
     Row(name, {column: [n + 0.1, n + 0.2, n] for column in columns})
     for n, name in enumerate(names)
   ]
-  words = {study_results.verdict(c, rows).word for c in jacobs_claims.CLAIMS}
-  assert words >= {study_results.REPRODUCED, study_results.OPPOSITE}
+  words = {results.verdict(c, rows).word for c in jacobs_claims.CLAIMS}
+  assert words >= {results.REPRODUCED, results.OPPOSITE}
   cells = [cell for c in jacobs_claims.CLAIMS for cell in c.published]
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
@@ -241,7 +246,7 @@ def test_the_command_says_who_never_arrived(folder):
   assert len(summary['rows']) == 2 * len(jacobs_claims.SYSTEMS)
   verdicts = [claim['verdict'] for claim in summary['claims']]
   assert len(verdicts) == len(jacobs_claims.CLAIMS)
-  assert set(verdicts) <= set(study_results.WORDS)
+  assert set(verdicts) <= set(results.WORDS)
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
   sweeps = json.loads((folder / 'sweep.json').read_text())

@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from experiments import launch, local_runs
-from experiments.local_runs import DONE, FAILED, STOPPED, WAITING, Job
+from experiments import launch
+from experiments.study import local_runs
+from experiments.study.local_runs import DONE, FAILED, STOPPED, WAITING, Job
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = 'configs/tiny_switch.py:runlocal'

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import leaks
+from experiments.study import leaks
 from moe_jax.data import PackedRows
 from tests.training import tiny
 

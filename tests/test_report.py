@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from experiments import report, study_results
-from experiments.study import Claim, Column, Figure, Preset, Row, Study
-from experiments.tasks import TASKS
+from experiments import report
+from experiments.study import results as study_results
+from experiments.study.study import Claim, Column, Figure, Preset, Row, Study
+from experiments.study.tasks import TASKS
 
 
 def summary(name: str, digest: str) -> dict:

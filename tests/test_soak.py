@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import soak, soak_evidence
+from experiments import soak
+from experiments.soaking import soak_evidence
 
 REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
 

@@ -22,21 +22,23 @@ from experiments import (
   lossfree_table2,
   report,
   routing_rules,
-  shared_steps,
   shazeer_appendix_f,
   shazeer_table6,
   shazeer_table7,
-  study,
-  study_figures,
-  study_results,
-  study_runs,
-  sweeps,
   switch_scaling,
   switch_table1,
-  timing,
 )
-from experiments.study import Arm, Claim, Column, Preset, Row
-from experiments.tables import Interval, markdown_table
+from experiments.benchmarks import timing
+from experiments.study import (
+  figures,
+  scheduled_runs,
+  shared_steps,
+  study,
+  sweeps,
+)
+from experiments.study import results as study_results
+from experiments.study.study import Arm, Claim, Column, Preset, Row
+from experiments.study.tables import Interval, markdown_table
 from moe_jax import command_line, host, models
 from moe_jax.analysis import cost
 from moe_jax.config import difference, merge
@@ -183,7 +185,7 @@ def test_sweeps_refuse(make, message):
 
 def test_runs_are_kept_by_their_config():
   shared, arms = tiny.config(), [Arm('a b/c', {}), Arm('d', {'model.width': 8})]
-  made = study_runs.jobs(shared, arms, range(2), pathlib.Path('out'))
+  made = scheduled_runs.jobs(shared, arms, range(2), pathlib.Path('out'))
   assert [(job.arm.name, job.seed) for job in made] == [
     ('a b/c', 0),
     ('d', 0),
@@ -195,23 +197,25 @@ def test_runs_are_kept_by_their_config():
   assert made[1].config.model.width == 8 and made[3].config.seed == 1
   turned = dict(reversed(list(shared.to_dict().items())))
   other = type(shared)(turned).lock()
-  assert study_runs.config_hash(other) == study_runs.config_hash(shared)
+  assert scheduled_runs.config_hash(other) == scheduled_runs.config_hash(shared)
   with pytest.raises(ValueError, match="two arms are named 'd'"):
-    study_runs.jobs(shared, [arms[1], arms[1]], range(2), pathlib.Path('out'))
+    scheduled_runs.jobs(
+      shared, [arms[1], arms[1]], range(2), pathlib.Path('out')
+    )
 
 
 def written(path, digest):
   path.mkdir(parents=True)
   text = json.dumps({'loss': 1.0, 'data_digest': digest})
-  (path / study_runs.RESULT).write_text(text)
+  (path / scheduled_runs.RESULT).write_text(text)
 
 
 def test_results_of_other_data_are_not_mixed(tmp_path):
-  made = study_runs.jobs(tiny.config(), [Arm('a', {})], range(2), tmp_path)
+  made = scheduled_runs.jobs(tiny.config(), [Arm('a', {})], range(2), tmp_path)
   for job, digest in zip(made, ['one', 'two'], strict=True):
     written(job.workdir, digest)
   with pytest.raises(ValueError, match=r"different data: sha256 \['one', 'two"):
-    study_runs.read_all(made)
+    scheduled_runs.read_all(made)
 
 
 @pytest.mark.slow
@@ -224,7 +228,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
     folder = tmp_path / name / tiny_study.STUDY.name / 'runs'
     return {
       path: path.stat().st_mtime_ns
-      for path in folder.glob(f'*/*/{study_runs.RESULT}')
+      for path in folder.glob(f'*/*/{scheduled_runs.RESULT}')
     }
 
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
@@ -273,7 +277,7 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   def refuse(*args, **kwargs):
     raise AssertionError('a finished run was trained again')
 
-  monkeypatch.setattr(study_runs, 'train_and_evaluate', refuse)
+  monkeypatch.setattr(scheduled_runs, 'train_and_evaluate', refuse)
   study.main(tiny_study.STUDY, argv)
   assert (folder / study_results.TABLE).read_text().splitlines()[3:] == (
     text.splitlines()[3:]
@@ -344,11 +348,11 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
   config = tiny_study.STUDY.shared(Preset(2, 1))
   with monkeypatch.context() as patched:
-    patched.setattr(study_runs, 'SharedStep', Stop)
+    patched.setattr(scheduled_runs, 'SharedStep', Stop)
     with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
-      study_runs.run_one(config, tmp_path / 'run')
-  assert not (tmp_path / 'run' / study_runs.RESULT).exists()
-  result = study_runs.run_one(config, tmp_path / 'run')
+      scheduled_runs.run_one(config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / scheduled_runs.RESULT).exists()
+  result = scheduled_runs.run_one(config, tmp_path / 'run')
   assert result['eval/train_capacity/loss'] > 0
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
@@ -398,7 +402,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   assert set(found.presets) == {'quick', 'full'}
   for preset in found.presets.values():
     arms = found.arms_of(preset)
-    made = study_runs.jobs(found.shared(preset), arms, range(2), tmp_path)
+    made = scheduled_runs.jobs(found.shared(preset), arms, range(2), tmp_path)
     results = {}
     for i, job in enumerate(made):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
@@ -420,7 +424,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
     assert 'nan' not in text and found.title in text
-    study_figures.draw(found.figure, summary, tmp_path / 'figure.png')
+    figures.draw(found.figure, summary, tmp_path / 'figure.png')
     assert set(found.figure.columns) <= {c.name for c in found.columns}
 
 
@@ -478,8 +482,8 @@ def test_every_study_runs(name, tmp_path):
     entry.num_batches = 1
   arms = found.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
-  for job in study_runs.jobs(shared.lock(), kept, [0], tmp_path):
-    result = study_runs.run_one(
+  for job in scheduled_runs.jobs(shared.lock(), kept, [0], tmp_path):
+    result = scheduled_runs.run_one(
       job.config, job.workdir, found.measure, jax.devices()[:1]
     )
     expected = {
@@ -500,7 +504,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   output = pathlib.Path('results') / found.name
   own = {
     str(job.workdir): job.config
-    for job in study_runs.jobs(
+    for job in scheduled_runs.jobs(
       found.shared(quick), found.arms_of(quick), range(quick.seeds), output
     )
   }

@@ -1,7 +1,7 @@
 """A study of seconds: `python -m tests.tiny_study`."""
 
-from experiments import study
-from experiments.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import study
+from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
 from tests.training import tiny
 
 EVAL = 'train_capacity'

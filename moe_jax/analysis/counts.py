@@ -14,7 +14,7 @@ from moe_jax.analysis.halves import (
   param_shapes,
 )
 from moe_jax.layers.moe import MoeConfig
-from moe_jax.layers.router_config import BY_EXPERT
+from moe_jax.layers.routers.router_config import BY_EXPERT
 from moe_jax.models import LstmLm, LstmLmConfig, Model
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))

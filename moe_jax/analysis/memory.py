@@ -18,7 +18,7 @@ from moe_jax.analysis.halves import (
 from moe_jax.config import unknown
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.moe import MoeConfig
-from moe_jax.layers.router_config import BY_EXPERT
+from moe_jax.layers.routers.router_config import BY_EXPERT
 from moe_jax.models import Model
 
 # Bytes of a stored number. int8 stands for a byte a weight; the scales that go

@@ -1,6 +1,6 @@
 """Figures of a run, drawn from its rows of metrics.
 
-Not here: the rows (`training.metrics`), and tables (`analysis.routing_report`).
+Not here: the rows (`runs.metrics`), and tables (`analysis.routing_report`).
 
 Figures are matplotlib's objects, never pyplot's: a hook may draw in any thread,
 without a display, beside whatever a notebook has open.

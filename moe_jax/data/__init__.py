@@ -4,19 +4,9 @@
 integer. Not here: devices, and the models that read the batches.
 """
 
-from moe_jax.data.choice_sources import (
-  Item,
-  ItemSelection,
-  ItemSource,
-  open_items,
-)
-from moe_jax.data.class_rows import ClassRows
-from moe_jax.data.class_sources import ClassSource, Examples, open_classes
 from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load, read_pairs
-from moe_jax.data.denoising import DenoisedRows
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.packing import PackedRows, Rows
-from moe_jax.data.pair_sources import PairSelection, PairSource, open_pairs
 from moe_jax.data.pipeline import (
   batch_dataset,
   eval_batches,
@@ -24,10 +14,20 @@ from moe_jax.data.pipeline import (
   train_batches,
 )
 from moe_jax.data.prefetch import DataError
-from moe_jax.data.prefix_lm import PrefixLM
-from moe_jax.data.seq2seq import PairRows
-from moe_jax.data.span_corruption import SpanCorruption
-from moe_jax.data.ul2 import DENOISERS
+from moe_jax.data.sources.choices import (
+  Item,
+  ItemSelection,
+  ItemSource,
+  open_items,
+)
+from moe_jax.data.sources.classes import ClassSource, Examples, open_classes
+from moe_jax.data.sources.pairs import PairSelection, PairSource, open_pairs
+from moe_jax.data.tasks.class_rows import ClassRows
+from moe_jax.data.tasks.denoising import DenoisedRows
+from moe_jax.data.tasks.prefix_lm import PrefixLM
+from moe_jax.data.tasks.seq2seq import PairRows
+from moe_jax.data.tasks.span_corruption import SpanCorruption
+from moe_jax.data.tasks.ul2 import DENOISERS
 
 __all__ = [
   'DENOISERS',

@@ -10,23 +10,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_jax.config import unknown
-from moe_jax.data import (
-  class_rows,
-  class_sources,
-  pair_sources,
-  sources,
-  store,
-  tokenizers,
-  ul2,
-)
-from moe_jax.data.denoising import DenoisedRows, WindowTask
-from moe_jax.data.extra_ids import Extended, extend, mode_name
+from moe_jax.data import store, tokenizers
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Layout
 from moe_jax.data.packing import PackedRows, Rows
-from moe_jax.data.prefix_lm import PrefixLM
-from moe_jax.data.seq2seq import PairRows
-from moe_jax.data.sources import SPLITS
-from moe_jax.data.span_corruption import SpanCorruption
+from moe_jax.data.sources import classes
+from moe_jax.data.sources import pairs as pair_sources
+from moe_jax.data.sources import texts as text_sources
+from moe_jax.data.sources.texts import SPLITS
+from moe_jax.data.tasks import class_rows, ul2
+from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
+from moe_jax.data.tasks.prefix_lm import PrefixLM
+from moe_jax.data.tasks.seq2seq import PairRows
+from moe_jax.data.tasks.span_corruption import SpanCorruption
+from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
 
 TASKS = ('lm', 'prefix_lm', 'span_corruption', 'ul2', 'seq2seq', 'classes')
 _WITH_SENTINELS = ('span_corruption', 'ul2')
@@ -39,10 +35,11 @@ class DataConfig:
   Attributes:
     source: 'python_stdlib', 'python_stdlib:<module>,<module>',
       'files:<glob>', 'tfds:<name>' or, synthetic, 'cipher:<K>' and
-      'cipher:<K>,marked'; see `sources.open_source`. Of the task 'seq2seq':
-      'python_stdlib_docstrings', 'django_gettext:<languages>', 'tfds:<name>'
-      or, synthetic, 'kv_recall:<N>'; see `pair_sources.open_pairs`. Of the
-      task 'classes': see `class_sources.open_classes`.
+      'cipher:<K>,marked'; see `sources.texts.open_source`. Of the task
+      'seq2seq': 'python_stdlib_docstrings', 'django_gettext:<languages>',
+      'tfds:<name>' or, synthetic, 'kv_recall:<N>'; see
+      `sources.pairs.open_pairs`. Of the task 'classes': see
+      `sources.classes.open_classes`.
     tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file). Not
       of the task 'classes', whose vocabulary are their names.
     seq_len: T; of an encoder-decoder model T_enc; 1 of the task 'classes'.
@@ -219,7 +216,7 @@ def _classes(config: DataConfig) -> Dataset:
       f"task='classes' has examples, not tokens: seq_len={config.seq_len} must "
       f'be 1, target_len={config.target_len} be 0'
     )
-  source = class_sources.open_classes(config.source)
+  source = classes.open_classes(config.source)
   splits = {split: class_rows.ClassRows(source, split) for split in SPLITS}
   shape = splits['train'].feature_shape
   return Dataset(
@@ -244,7 +241,7 @@ def read_pairs(config: DataConfig, split: str) -> Iterator[pair_sources.Pair]:
   return ((inputs, target) for inputs, target in pairs if inputs and target)
 
 
-def _open(config: DataConfig) -> sources.Source | pair_sources.PairSource:
+def _open(config: DataConfig) -> text_sources.Source | pair_sources.PairSource:
   splits = config.train_split, config.validation_split
   if config.task == 'seq2seq':
     selection = pair_sources.PairSelection(
@@ -257,13 +254,13 @@ def _open(config: DataConfig) -> sources.Source | pair_sources.PairSource:
       f"source {config.source!r} has pairs: task='seq2seq' reads them, "
       f'task={config.task!r} reads texts'
     )
-  selection = sources.Selection(splits, config.text_feature)
-  return sources.open_source(config.source, selection, config.cache_dir)
+  selection = text_sources.Selection(splits, config.text_feature)
+  return text_sources.open_source(config.source, selection, config.cache_dir)
 
 
 def _tokenize(
   folder: pathlib.Path,
-  source: sources.Source | pair_sources.PairSource,
+  source: text_sources.Source | pair_sources.PairSource,
   spec: str,
 ) -> None:
   if isinstance(source, pair_sources.PairSource):

@@ -1,6 +1,7 @@
 """Rows of examples by index, several short ones in one.
 
-Not here: how an example is made (`denoising.py`, `seq2seq.py`).
+Not here: how an example is made (`data/tasks/denoising.py`,
+`data/tasks/seq2seq.py`).
 """
 
 import abc

@@ -2,7 +2,7 @@
 
 Of documents there is one stream a split, of pairs there are two.
 
-Not here: what the texts are (`sources.py`) and how rows are cut
+Not here: what the texts are (`data/sources/texts.py`) and how rows are cut
 (`packing.py`).
 """
 

@@ -10,7 +10,8 @@ Rows are `[E, R, M]`, R for each expert; or `[N, M]`, sorted by expert, where
 from types import ModuleType
 
 from moe_jax.config import unknown
-from moe_jax.dispatch import dropless, einsum, gather
+from moe_jax.dispatch import einsum, gather
+from moe_jax.dispatch import sorted_rows as dropless
 
 DISPATCHERS = {'dropless': dropless, 'einsum': einsum, 'gather': gather}
 

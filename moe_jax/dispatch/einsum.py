@@ -7,7 +7,7 @@ which grows with the square of the group size; use it to check the others.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.base import Routing, SlotRouting
+from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.shapes import Array, Bool, Float
 
 

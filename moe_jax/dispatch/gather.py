@@ -2,22 +2,22 @@
 
 Every expert has C rows a group, filled or not; choices beyond are dropped.
 How rows move, and their gradients, is `permute.py`, and where experts choose
-`slots.py`.
+`slot_rows.py`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import slots
+from moe_jax.dispatch import slot_rows
 from moe_jax.dispatch.permute import take_rows, take_tokens
-from moe_jax.routing.base import Routing, SlotRouting, decided
+from moe_jax.routing.assignments import Routing, SlotRouting, decided
 from moe_jax.shapes import Array, Float, Int32
 
 
 def token_index(routing: Routing | SlotRouting) -> Int32[Array, 'E R']:
   """The token in each slot, counted over G * S; G * S where it is empty."""
   if isinstance(routing, SlotRouting):
-    return slots.token_index(routing)
+    return slot_rows.token_index(routing)
   return _choice_index(routing) // routing.gate.shape[-1]
 
 
@@ -28,7 +28,7 @@ def dispatch(
   G, S, M = x.shape
   x = x.reshape(G * S, M)
   if isinstance(routing, SlotRouting):
-    return slots.take_tokens(x, token_index(routing))
+    return slot_rows.take_tokens(x, token_index(routing))
   return take_tokens(x, _choice_index(routing), _row_index(routing))
 
 
@@ -37,9 +37,9 @@ def combine(
 ) -> Float[Array, 'G S M']:
   """Expert rows back to tokens, weighted by the gates, summed over choices."""
   if isinstance(routing, SlotRouting):
-    gate, token = slots.by_expert(routing.gate), token_index(routing)
+    gate, token = slot_rows.by_expert(routing.gate), token_index(routing)
     G, S = len(routing.gate), routing.group_size
-    return slots.sum_rows(rows, gate, token, G * S).reshape(G, S, -1)
+    return slot_rows.sum_rows(rows, gate, token, G * S).reshape(G, S, -1)
   G, S, K = routing.gate.shape
   gate = routing.gate.reshape(G * S, K)
   y = take_rows(rows, gate, _choice_index(routing), _row_index(routing))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from moe_jax import data, generation, partitioning
 from moe_jax.config import merge, to_dataclass
 from moe_jax.distributed import Placing
-from moe_jax.evaluation import choice, classify, generate
+from moe_jax.evaluation import choice, classify, generated_text
 from moe_jax.training.evaluate import (
   Kind,
   Row,
@@ -37,7 +37,7 @@ __all__ = ['KINDS', 'evaluate']
 KINDS: Mapping[str, Kind] = {
   'choice': choice.make,
   'classify': classify.make,
-  'generate': generate.make,
+  'generate': generated_text.make,
 }
 _NAME = 'evaluate'  # of the entry, and of the file of its examples
 

@@ -21,10 +21,11 @@ from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
 from moe_jax.evaluation.prompts import Asked, Asker, layout_of
 from moe_jax.evaluation.scores import accuracy
-from moe_jax.generation import runs
+from moe_jax.generation import trained_run
 from moe_jax.models import Model
+from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import Row, Setting, Variables
+from moe_jax.training.evaluate import Setting, Variables
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
@@ -89,7 +90,7 @@ def make(setting: Setting) -> 'Choice':
     setting.dataset.tokenizer,
     layout,
     options.answer_prefix,
-    imported=runs.is_imported(setting.workdir),
+    imported=trained_run.is_imported(setting.workdir),
   )
   asked = [asker(item, own) for item, own in zip(items, shots)]
   return Choice(setting, options, items, asked, layout)

@@ -15,7 +15,8 @@ from moe_jax.config import to_dataclass
 from moe_jax.distributed import Placing
 from moe_jax.evaluation.scores import accuracy
 from moe_jax.models import Model
-from moe_jax.training.evaluate import LossOptions, Row, Setting, Variables
+from moe_jax.runs.metrics import Row
+from moe_jax.training.evaluate import LossOptions, Setting, Variables
 
 
 def make(setting: Setting) -> 'Classify':

@@ -2,7 +2,7 @@
 
 As GLaM (https://arxiv.org/abs/2112.06905) and GPT-3 do: examples with their
 right answers stand before the prompt, two newlines between. Not here: where
-questions come from (`moe_jax.data.choice_sources`).
+questions come from (`moe_jax.data.sources.choices`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, Example, Layout
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.generation import runs
+from moe_jax.generation import trained_run
 from moe_jax.shapes import Int
 
 _BETWEEN = '\n\n'
@@ -110,7 +110,7 @@ class Asker:
     return Example(inputs.astype(np.int32), targets.astype(np.int32))
 
   def _encode(self, text: str) -> Int[np.ndarray, ' N']:
-    return runs.encode(
+    return trained_run.encode(
       self.config, self.tokenizer, text, imported=self.imported
     )
 

@@ -15,7 +15,7 @@ from moe_jax.config import flatten, to_dataclass
 from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
 from moe_jax.models.router_state import abstract_router_state
-from moe_jax.training import workdir as workdir_lib
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 
 # What changes a model's function and no parameter's shape.

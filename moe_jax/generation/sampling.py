@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p.
 
-Pure functions on float32 logits. Not here: the loop (`loop.py`), and beams
-(`beams.py`).
+Pure functions on float32 logits. Not here: the loop (`decode_loop.py`), and
+beams (`beams.py`).
 """
 
 import functools

@@ -6,7 +6,7 @@
 On the command line: `python -m moe_jax.interop import | export | verify`.
 """
 
-from moe_jax.interop.checkpoint import ARCHITECTURES
+from moe_jax.interop.checkpoint_folder import ARCHITECTURES
 from moe_jax.interop.loading import load
 from moe_jax.interop.saving import save
 

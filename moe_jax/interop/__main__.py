@@ -17,8 +17,8 @@ from typing import NoReturn
 from absl import logging
 
 from moe_jax import command_line
-from moe_jax.interop import runs, verifying
-from moe_jax.training.checkpoint import CheckpointError
+from moe_jax.interop import import_run, verifying
+from moe_jax.runs.checkpointer import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add = command('import', _import, 'a checkpoint into a new run')
   add('source', metavar='SOURCE', help="a folder, or a hub repository's id")
   add('--workdir', required=True, help='the new run')
-  add('--config', default=runs.BASE, help='all of the run but its model')
+  add('--config', default=import_run.BASE, help='all of the run but its model')
   add('--dtype', choices=('float32', 'bfloat16'), default='')
   add('--revision', default='', help='a branch, tag or commit')
   add = command('export', _export, 'a run into a folder for transformers')
@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
   config = command_line.config_of(options.config, overrides)
-  lines = runs.import_run(
+  lines = import_run.import_run(
     options.source,
     options.workdir,
     config=config,
@@ -78,7 +78,7 @@ def _import(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:
-  print('\n'.join(runs.export_run(options.workdir, options.output)))
+  print('\n'.join(import_run.export_run(options.workdir, options.output)))
   return 0
 
 

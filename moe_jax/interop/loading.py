@@ -21,7 +21,7 @@ from jax.sharding import Mesh, Sharding
 from moe_jax import models, partitioning
 from moe_jax.config import Section
 from moe_jax.interop import hub
-from moe_jax.interop.checkpoint import Checkpoint, open_checkpoint
+from moe_jax.interop.checkpoint_folder import Checkpoint, open_checkpoint
 from moe_jax.interop.mapping import (
   Leaf,
   check,

@@ -1,6 +1,6 @@
 """A model and its parameters as a folder that transformers reads.
 
-Not here: a run's folder and its tokenizer (`runs.py`).
+Not here: a run's folder and its tokenizer (`import_run.py`).
 """
 
 import functools
@@ -16,7 +16,7 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.checkpoint import build, from_config, named
+from moe_jax.interop.checkpoint_folder import build, from_config, named
 from moe_jax.interop.mapping import Leaf, Names, leaves
 from moe_jax.interop.meaning import difference
 from moe_jax.interop.tensor_files import SAFETENSORS, listed

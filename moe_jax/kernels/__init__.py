@@ -1,7 +1,7 @@
 """Grouped products: rows sorted by expert, each group by its own kernel."""
 
 from moe_jax.kernels.backends import BACKENDS
-from moe_jax.kernels.ffn import grouped_ffn
-from moe_jax.kernels.matmul import grouped_matmul
+from moe_jax.kernels.grouped_feed_forward import grouped_ffn
+from moe_jax.kernels.grouped_products import grouped_matmul
 
 __all__ = ['BACKENDS', 'grouped_ffn', 'grouped_matmul']

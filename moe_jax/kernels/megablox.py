@@ -1,7 +1,8 @@
 """The grouped products as JAX's Pallas kernels for TPU, named megablox.
 
 The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
-they are interpreted: right, and slow. Not here: the gradient (`matmul.py`).
+they are interpreted: right, and slow. Not here: the gradient
+(`grouped_products.py`).
 """
 
 import functools

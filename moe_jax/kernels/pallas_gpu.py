@@ -7,9 +7,9 @@ that programs that run at the same time share their operands in the cache.
 
 On a CPU the same kernels are interpreted, slowly: for tests.
 
-Not here: the gradient (`matmul.py`). Partitioning neither: under `jit` over
-several devices the compiler gathers the operands of a kernel; call it per
-device.
+Not here: the gradient (`grouped_products.py`). Partitioning neither: under
+`jit` over several devices the compiler gathers the operands of a kernel; call
+it per device.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The grouped products as XLA's own `ragged_dot`: for any platform.
 
 What it costs is the platform's: where XLA has no kernel for it, every row is
-multiplied by every expert. Not here: the gradient (`matmul.py`).
+multiplied by every expert. Not here: the gradient (`grouped_products.py`).
 """
 
 import jax

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.attention import Attention, AttentionConfig
-from moe_jax.layers.cache import KVCache
+from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.ffn import FeedForward, FfnConfig
 from moe_jax.layers.moe import MoE, MoeConfig
 from moe_jax.layers.norms import NormConfig, make_norm

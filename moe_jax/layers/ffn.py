@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from moe_jax.config import unknown
 from moe_jax.layers.initializers import Init, zeros
-from moe_jax.layers.matmul import rows_matmul
+from moe_jax.layers.rows_product import rows_matmul
 from moe_jax.shapes import Array, Float
 
 

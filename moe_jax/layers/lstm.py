@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from moe_jax.layers.initializers import Init
-from moe_jax.layers.matmul import rows_matmul
+from moe_jax.layers.rows_product import rows_matmul
 from moe_jax.shapes import Array, Float, Int, Leaf
 
 GATES = 4  # input, forget, new, output

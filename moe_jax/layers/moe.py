@@ -1,7 +1,7 @@
 """The sparse layer: group -> route -> dispatch -> experts -> combine.
 
 This file alone forms groups. The rules are `moe_jax.routing`, the movement
-`moe_jax.dispatch`, the products `moe_jax.layers.experts`.
+`moe_jax.dispatch`, the products `moe_jax.layers.experts.slots`.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from flax import linen as nn
 from moe_jax import dispatch
 from moe_jax.config import unknown
 from moe_jax.kernels.backends import check as check_backend
-from moe_jax.layers.dropless import DroplessExperts
-from moe_jax.layers.experts import Experts, copied, vmapped
-from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.hierarchical import make_router
-from moe_jax.layers.router_config import BY_EXPERT, RouterConfig
-from moe_jax.layers.unrolled import (
+from moe_jax.layers.experts.few_tokens import (
   FEW_TOKENS,
   BatchedExperts,
   UnrolledExperts,
 )
+from moe_jax.layers.experts.slots import Experts, copied, vmapped
+from moe_jax.layers.experts.sorted_rows_experts import DroplessExperts
+from moe_jax.layers.ffn import FfnConfig
+from moe_jax.layers.routers.router_config import BY_EXPERT, RouterConfig
+from moe_jax.layers.routers.two_levels import make_router
 from moe_jax.parallel import exchange as exchange_lib
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
@@ -54,7 +54,7 @@ class MoeConfig:
       not to other padding: what it saw decides which slots it takes.
     decoding: For steps of few tokens on a CPU, in place of a dispatcher:
       'unrolled', experts have arrays of their own, or 'batched', all multiply
-      all tokens; see `layers/unrolled.py`.
+      all tokens; see `layers/experts/few_tokens.py`.
     output_masking: Rate at which an expert's output for a token is masked in
       training, without making up for it; in evaluation outputs are multiplied
       by 1 - rate (NLLB's expert output masking, arXiv:2207.04672).

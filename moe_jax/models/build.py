@@ -10,14 +10,14 @@ import ml_collections
 
 from moe_jax.config import merge, unknown
 from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import BlockConfig
-from moe_jax.layers.cache import KVCache
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.initializers import Init
 from moe_jax.layers.lstm import LstmConfig
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.layers.norms import NormConfig
-from moe_jax.layers.router_config import RouterConfig
+from moe_jax.layers.routers.router_config import RouterConfig
 from moe_jax.models import classifiers
 from moe_jax.models.adaptive import AdaptiveMixture
 from moe_jax.models.causality import check_causal

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax.layers.moe import MoeConfig
-from moe_jax.layers.router_config import BY_EXPERT
+from moe_jax.layers.routers.router_config import BY_EXPERT
 from moe_jax.models.stack import StackConfig
 from moe_jax.routing import is_causal
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
-from moe_jax.layers.cache import KVCache
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.causality import check_decodes
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.routing import MoeAux, hashing
+from moe_jax.routing import MoeAux, hash_rule
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
@@ -139,7 +139,7 @@ def make_context(
     token_mask = segment_ids > 0
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  previous = hashing.previous_tokens(tokens, segment_ids)
+  previous = hash_rule.previous_tokens(tokens, segment_ids)
   ids = _hash_ids(c, tokens, previous, positions)
   return Context(segment_ids, token_mask, positions, hash_ids=ids)
 
@@ -149,7 +149,7 @@ def _hash_ids(c: StackConfig, tokens, previous, positions):
   moe = c.block.moe
   if moe is None or moe.router.kind != 'hash':
     return None
-  return hashing.hash_ids(moe.router.hash_of, tokens, previous, positions)
+  return hash_rule.hash_ids(moe.router.hash_of, tokens, previous, positions)
 
 
 def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:

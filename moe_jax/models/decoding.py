@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.layers import unrolled
+from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.build import Model
 from moe_jax.models.causality import check_decodes, check_generates
@@ -37,9 +37,9 @@ def for_decoding(
   Nothing is dropped, unless a stack's capacity rule is one of `OWN_RULES`;
   where an encoder's experts choose, they do as in training. Layers have arrays
   of their own; on a CPU, so have a stack's experts, where they are few and a
-  step chooses few of them; see `layers/unrolled.py`. Parameters of an LSTM
-  language model stay as they are. A router 'random' draws by the shape of what
-  it sees: step by step it draws other experts than of whole rows.
+  step chooses few of them; see `layers/experts/few_tokens.py`. Parameters of an
+  LSTM language model stay as they are. A router 'random' draws by the shape of
+  what it sees: step by step it draws other experts than of whole rows.
 
   Args:
     model: As trained or imported.
@@ -112,7 +112,7 @@ def _for_few_tokens(stack, params, batch_size):
   if moe is None or moe.dispatch != 'dropless':
     return stack, params
   router = moe.router
-  if unrolled.most_are_chosen(
+  if few_tokens.most_are_chosen(
     batch_size, router.num_selected, router.num_experts
   ):
     return _with_moe(
@@ -125,7 +125,7 @@ def _for_few_tokens(stack, params, batch_size):
     if not isinstance(tree, dict):
       return tree
     return {
-      name: unrolled.unstack(leaf) if name == 'experts' else walk(leaf)
+      name: few_tokens.unstack(leaf) if name == 'experts' else walk(leaf)
       for name, leaf in tree.items()
     }
 

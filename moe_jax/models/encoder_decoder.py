@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.layers.attention import project_memory
-from moe_jax.layers.cache import KVCache, Memory
+from moe_jax.layers.attention.attention import project_memory
+from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.moe import MoeConfig
 from moe_jax.models.decoder import decode, make_cache, make_context
 from moe_jax.models.embeddings import EmbeddingConfig, Embeddings

@@ -14,15 +14,15 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax.config import unknown
-from moe_jax.kernels.matmul import PRODUCT as GROUPED_PRODUCT
+from moe_jax.kernels.grouped_products import PRODUCT as GROUPED_PRODUCT
+from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
-from moe_jax.layers.cache import KVCache
-from moe_jax.layers.matmul import PRODUCT
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.positions import RelativePositionBias
+from moe_jax.layers.rows_product import PRODUCT
 from moe_jax.models.pattern import Segment, segments
 from moe_jax.routing import MoeAux
-from moe_jax.routing.base import DECISION
+from moe_jax.routing.assignments import DECISION
 from moe_jax.shapes import Array, Float, Int32
 
 REMATS = {

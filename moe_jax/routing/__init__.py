@@ -6,33 +6,33 @@ move is `moe_jax.dispatch`.
 
 from moe_jax.routing import (
   balance_bias,
-  hashing,
-  hierarchical,
+  hash_rule,
+  hierarchical_rule,
   running_totals,
-  strictly_balanced,
+  strictly_balanced_rule,
   transformers_nllb,
 )
-from moe_jax.routing.base import (
+from moe_jax.routing.assignments import (
   CAPACITY_RULES,
   CapacityRule,
   Routing,
   SlotRouting,
   is_causal,
 )
-from moe_jax.routing.expert_choice import expert_choice
-from moe_jax.routing.hashing import hash_choice
-from moe_jax.routing.losses import (
+from moe_jax.routing.aux_losses import (
   balance_loss,
   importance_loss,
   load_loss,
   z_loss,
 )
-from moe_jax.routing.noisy_top_k import (
+from moe_jax.routing.expert_choice_rule import expert_choice
+from moe_jax.routing.hash_rule import hash_choice
+from moe_jax.routing.noisy_top_k_rule import (
   NoisyLogits,
   load_probability,
   noisy_logits,
 )
-from moe_jax.routing.random_choice import random_choice
+from moe_jax.routing.random_rule import random_choice
 from moe_jax.routing.stats import (
   MoeAux,
   RoutingStats,
@@ -41,7 +41,7 @@ from moe_jax.routing.stats import (
   routing_stats,
   slot_stats,
 )
-from moe_jax.routing.token_choice import (
+from moe_jax.routing.token_choice_rule import (
   GATES,
   SECOND_POLICIES,
   SLOT_PRIORITIES,
@@ -76,8 +76,8 @@ __all__ = [
   'gates_before_drop',
   'given_choice',
   'hash_choice',
-  'hashing',
-  'hierarchical',
+  'hash_rule',
+  'hierarchical_rule',
   'importance_loss',
   'is_causal',
   'load_loss',
@@ -88,7 +88,7 @@ __all__ = [
   'routing_stats',
   'running_totals',
   'slot_stats',
-  'strictly_balanced',
+  'strictly_balanced_rule',
   'token_choice',
   'transformers_nllb',
   'z_loss',

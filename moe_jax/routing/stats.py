@@ -1,6 +1,6 @@
 """What a router did, on real tokens only, as sums that merge by adding.
 
-Not here: the losses (`losses.py`) and how sums become a table
+Not here: the losses (`aux_losses.py`) and how sums become a table
 (`moe_jax.analysis.routing_report`).
 """
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.base import Routing, SlotRouting
-from moe_jax.routing.losses import load_per_expert
+from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.aux_losses import load_per_expert
 from moe_jax.shapes import Array, Bool, Float32
 
 
@@ -149,7 +149,7 @@ class MoeAux(NamedTuple):
   Attributes:
     balance_loss, z_loss, importance_loss, load_loss: float32 []. Under
       strictly balanced gating, whose load needs no loss, the last is that of
-      its thresholds, `strictly_balanced.batchwise_loss`.
+      its thresholds, `strictly_balanced_rule.batchwise_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
   """
 

@@ -11,7 +11,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moe_jax.routing.base import Routing
+from moe_jax.routing.assignments import Routing
 
 
 def by_rank(routing: Routing) -> Routing:

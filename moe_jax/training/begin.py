@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_jax.distributed import check_shared, is_first
-from moe_jax.training import workdir as workdir_lib
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 

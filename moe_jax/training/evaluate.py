@@ -18,13 +18,13 @@ from moe_jax import data, models
 from moe_jax.config import merge, to_dataclass, unknown
 from moe_jax.distributed import Placing
 from moe_jax.models import Model, abstract_params
-from moe_jax.training import summary
-from moe_jax.training.losses import LossSums, add
+from moe_jax.runs import summary
+from moe_jax.runs.metrics import Row
 from moe_jax.training.step import eval_step
+from moe_jax.training_types import LossSums, add
 
 # Keys that entries of every kind have; the others are the kind's options.
 COMMON = ('kind', 'every_steps', 'model_overrides')
-Row = dict[str, Any]  # a number by its name, as `metrics.MetricsWriter` takes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 
 from moe_jax.config import to_dataclass
 from moe_jax.distributed import Timeouts
+from moe_jax.runs.recorder import Recorder
+from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.training.begin import Initial, begin
 from moe_jax.training.evaluate import Kind, measured
-from moe_jax.training.recorder import Recorder
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
-from moe_jax.training.watchdog import Alone, Watchdog, watching
 
 # JAX stops all processes after a call whose number is above all that it got,
 # and 0 counts as one: a resumed run's steps would begin beyond that number.
@@ -44,8 +44,8 @@ def train_and_evaluate(
   A workdir of the same config is gone on with; SIGTERM saves and returns.
   Several processes all call this, with the same arguments: one that gets a
   SIGTERM has all save and return after the same step, and one that is lost
-  ends the others (`watchdog.py`). Process 0 alone prints, and writes all but
-  its part of the checkpoints.
+  ends the others (`runs/watchdog.py`). Process 0 alone prints, and writes all
+  but its part of the checkpoints.
 
   Args:
     config: A config as the files in `configs/` return it.

@@ -14,24 +14,9 @@ import optax
 from moe_jax.config import unknown
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Float32, Leaf
+from moe_jax.training_types import LossSums
 
 LAYER_REDUCES = ('mean', 'sum')
-
-
-class LossSums(NamedTuple):
-  """Sums over tokens; add two to merge them.
-
-  Attributes:
-    cross_entropy: float32 [], sum of nats times loss weights.
-    weight: float32 [], sum of loss weights.
-    logits_z: float32 [], sum of squared logsumexps of logits times weights.
-    aux: The layers' aux, every leaf [L, ...].
-  """
-
-  cross_entropy: Array
-  weight: Array
-  logits_z: Array
-  aux: MoeAux
 
 
 class Normalizers(NamedTuple):
@@ -140,8 +125,3 @@ def total_loss(
   if weights.logits_z:
     total = total + weights.logits_z * sums.logits_z / whole.weight
   return total + aux_loss(sums.aux, whole, weights)
-
-
-def add(a: LossSums, b: LossSums) -> LossSums:
-  """Merges two sums."""
-  return jax.tree.map(lambda x, y: x + y, a, b)

@@ -20,11 +20,12 @@ from moe_jax.distributed import Placing, check_same, is_first
 from moe_jax.layers.initializers import axis_names
 from moe_jax.models import Model
 from moe_jax.models.router_state import init_router_state, moved
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.storage_errors import Retry
 from moe_jax.shapes import Leaf
 from moe_jax.training import checks
 from moe_jax.training import step as step_lib
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.evaluate import (
   Evaluation,
   Kind,
@@ -33,8 +34,8 @@ from moe_jax.training.evaluate import (
 )
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.step import StepMetrics, TrainState
-from moe_jax.training.storage_errors import Retry
+from moe_jax.training.step import TrainState
+from moe_jax.training_types import StepMetrics
 
 
 @dataclasses.dataclass(frozen=True)

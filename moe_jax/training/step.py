@@ -5,7 +5,7 @@ gradient function; the step itself has no branch.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,6 +17,7 @@ from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameters import init_params
 from moe_jax.shapes import Array, Leaf, UInt32
 from moe_jax.training import losses
+from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,27 +44,10 @@ class TrainState(flax.struct.PyTreeNode):
     return router_state_lib.variables(self.params, self.router_state)
 
 
-class StepMetrics(NamedTuple):
-  """What a step reports.
-
-  Attributes:
-    loss: float32 [], what was minimised.
-    sums: Of the batch.
-    grad_norm: float32 [], before clipping.
-    learning_rate: float32 [], of this step, before rules by name.
-  """
-
-  loss: Array
-  sums: losses.LossSums
-  grad_norm: Array
-  learning_rate: Array
-
-
-Batch = dict[str, Array]
 # (params, batch, whole batch's normalisers, key, router_state) ->
 # ((loss, sums), gradient)
 MoveRouterState = Callable[[Any, Array], Any]  # (state, load [L, E]) -> state
-GradFn = Callable[..., tuple[tuple[Array, losses.LossSums], Any]]
+GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
 
 
 def make_grad_fn(
@@ -160,13 +144,13 @@ def skipping_nonfinite(train_step):
   return step
 
 
-def eval_step(variables, batch: Batch, *, model: nn.Module) -> losses.LossSums:
+def eval_step(variables, batch: Batch, *, model: nn.Module) -> LossSums:
   """The sums of one batch, without noise or dropout."""
   outputs, aux = model.apply(variables, **model.inputs(batch))
   return _sums(model, outputs, batch, aux)
 
 
-def _sums(model, outputs, batch: Batch, aux) -> losses.LossSums:
+def _sums(model, outputs, batch: Batch, aux) -> LossSums:
   """Of a language model's logits, or of what a model has a loss of."""
   if hasattr(model, 'losses'):
     return losses.own_loss_sums(model.losses(outputs, batch), batch, aux)

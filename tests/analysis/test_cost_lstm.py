@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import shazeer_lstm
-from experiments import claims
+from experiments.study import claims
 from moe_jax import models
 from moe_jax.analysis import cost
 from moe_jax.config import merge

@@ -7,8 +7,8 @@ import pytest
 import tokenizers as hf
 
 from moe_jax.data import Item, tokenizers
-from moe_jax.data.extra_ids import extend
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
+from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.evaluation.prompts import Asker, few_shot_prompt, without_end
 from tests.training import tiny
 

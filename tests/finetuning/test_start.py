@@ -10,9 +10,10 @@ import pytest
 from configs import base
 from moe_jax import finetuning
 from moe_jax.config import merge
-from moe_jax.training import begin, loop, metrics, setup
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.runs import metrics
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training import begin, loop, setup
 from tests import golden
 from tests.training import tiny
 

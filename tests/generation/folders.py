@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.data import tokenizers
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 

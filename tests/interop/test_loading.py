@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_jax import interop, partitioning
-from moe_jax.interop import checkpoint, loading
+from moe_jax.interop import checkpoint_folder, loading
 from tests.interop import oracle
 
 MIB = 2**20
@@ -59,7 +59,7 @@ def staged(monkeypatch):
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices(sharded, staged, capsys):
   mesh = partitioning.make_mesh(dict(expert=4, tensor=2))
-  found = checkpoint.open_checkpoint(sharded)
+  found = checkpoint_folder.open_checkpoint(sharded)
   files = loading.TensorFiles(sharded)
   # Twice: what is kept of compiling is not of the tensors.
   for _ in range(2):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.interop import __main__ as cli
-from moe_jax.interop.checkpoint import ARCHITECTURES
+from moe_jax.interop.checkpoint_folder import ARCHITECTURES
 from tests.interop import folders, oracle
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import BACKENDS, backends, blocks, grouped_matmul, megablox
-from moe_jax.kernels.matmul import check_shapes
+from moe_jax.kernels.grouped_products import check_shapes
 from tests import reference
 
 N, E, M, F = 30, 5, 6, 7

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.layers import FfnConfig, MoE, MoeConfig, RouterConfig
-from moe_jax.layers.unrolled import unstack
+from moe_jax.layers.experts.few_tokens import unstack
 from moe_jax.routing import CapacityRule
 from tests import reference
 from tests.layers.test_moe import B, E, F, K, M, T, draw, draw_params

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.layers.ffn import FfnConfig
 from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.router_config import RouterConfig
+from moe_jax.layers.routers.router_config import RouterConfig
 from moe_jax.parallel import exchange
 from moe_jax.parallel.exchange import ExchangeConfig
 from moe_jax.partitioning import make_mesh

@@ -12,8 +12,9 @@ import pytest
 
 from configs import base
 from moe_jax.data import DataError
-from moe_jax.training import loop, metrics
-from moe_jax.training.recorder import NonFiniteError
+from moe_jax.runs import metrics
+from moe_jax.runs.recorder import NonFiniteError
+from moe_jax.training import loop
 from moe_jax.training.setup import Hook
 from tests.training import tiny
 

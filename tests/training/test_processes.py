@@ -16,7 +16,8 @@ import pytest
 
 from moe_jax import data
 from moe_jax.config import to_dataclass
-from moe_jax.training import loop, metrics, setup
+from moe_jax.runs import metrics
+from moe_jax.training import loop, setup
 from tests.training import process, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]

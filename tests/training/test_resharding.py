@@ -9,8 +9,8 @@ import pytest
 
 from moe_jax import models, partitioning
 from moe_jax.config import merge
+from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.training import setup
-from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.losses import normalizers
 from moe_jax.training.step import make_grad_fn
 from tests.training import tiny

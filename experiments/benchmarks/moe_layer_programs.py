@@ -1,0 +1,179 @@
+"""The programs that `bench_moe_layer` times: layer, dense, bare products.
+
+Not here: their arrays (`moe_layer_cases`), or the timing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import kernels
+from moe_jax.analysis import roofline
+from moe_jax.layers import (
+  ACTIVATIONS,
+  FeedForward,
+  FfnConfig,
+  MoE,
+  MoeConfig,
+  RouterConfig,
+)
+from moe_jax.layers.rows_product import rows_matmul
+from moe_jax.routing import CapacityRule
+from moe_jax.shapes import Array
+
+LAYERS = ('gather', 'dropless')
+DENSE, PLAIN_DENSE = 'dense', 'dense, plain jnp'
+BATCHED = ('batched matmul', 'batched rows_matmul')
+GROUPED = ('grouped_ffn', 'grouped_matmul')
+RAGGED = 'ragged_dot'
+EQUAL = ', equal groups'
+# The balance loss takes part in the gradient, as in training.
+_BALANCE_WEIGHT = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What all settings of a table share: N tokens, M, F and the rest."""
+
+  num_tokens: int
+  width: int
+  hidden: int
+  activation: str = 'relu'
+  dtype: str = 'float32'
+
+  @property
+  def kernel_names(self) -> tuple[str, ...]:
+    """Those of an expert's first products; the last one is w_out."""
+    gated = ACTIVATIONS[self.activation].gated
+    return ('w_gate', 'w_in') if gated else ('w_in',)
+
+  @property
+  def expert(self) -> FfnConfig:
+    """One expert, and the dense layer."""
+    return FfnConfig(
+      hidden=self.hidden,
+      activation=self.activation,
+      dtype=self.dtype,
+      param_dtype=self.dtype,
+    )
+
+  def kernel_bytes(self, E: int) -> int:
+    """Of E experts' kernels, and so of their gradients."""
+    kernels = len(self.kernel_names) + 1
+    size = E * kernels * self.width * self.hidden
+    return size * jnp.dtype(self.dtype).itemsize
+
+  def work(
+    self, E: int, K: int | float, *, backward: bool, router: bool
+  ) -> roofline.Work:
+    """What a layer of E experts must do, or with E=1 a dense one.
+
+    K are the choices that are served, on average.
+    """
+    return roofline.ffn_work(
+      num_tokens=self.num_tokens,
+      width=self.width,
+      hidden=self.hidden,
+      num_experts=E,
+      num_selected=K,
+      num_kernels=len(self.kernel_names) + 1,
+      router=router,
+      backward=backward,
+      itemsize=jnp.dtype(self.dtype).itemsize,
+    )
+
+
+def moe_config(sizes: Sizes, E: int, K: int, dispatch: str) -> MoeConfig:
+  """All tokens one group; capacity factor 1, or room for all."""
+  capacity = CapacityRule('all')
+  if dispatch == 'gather':
+    capacity = CapacityRule('per_assignment', factor=1.0)
+  return MoeConfig(
+    router=RouterConfig(
+      num_experts=E,
+      num_selected=K,
+      capacity=capacity,
+      gates='raw' if K == 1 else 'renormalized',
+    ),
+    expert=sizes.expert,
+    dispatch=dispatch,
+  )
+
+
+def layer_function(config: MoeConfig, backward: bool) -> Callable[..., Any]:
+  """(params, x, dy) -> (y, aux), and the gradient of params and x."""
+  module = MoE(config)
+
+  def forward(params, x):
+    y, aux = module.apply({'params': params}, x)
+    return (y, aux.balance_loss), aux
+
+  def both(params, x, dy):
+    (y, _), pull, aux = jax.vjp(forward, params, x, has_aux=True)
+    return y, aux, pull((dy, _BALANCE_WEIGHT / aux.stats.tokens))
+
+  def alone(params, x, dy):
+    del dy
+    (y, _), aux = forward(params, x)
+    return y, aux
+
+  return both if backward else alone
+
+
+def with_gradient(function: Callable[..., Array], backward: bool):
+  """(params, x, dy, ...) -> y, and the gradient of params and x."""
+
+  def both(params, x, dy, *more):
+    y, pull = jax.vjp(lambda p, x: function(p, x, *more), params, x)
+    return y, pull(dy)
+
+  return both if backward else lambda p, x, dy, *more: function(p, x, *more)
+
+
+def dense_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
+  """(params, x) -> y: the dense layer, and what one would write plainly."""
+  module = FeedForward(sizes.expert)
+
+  def plain(params, x):
+    h = ACTIVATIONS[sizes.activation].hidden(
+      *(x @ params[n] for n in sizes.kernel_names)
+    )
+    return h @ params['w_out']
+
+  return {
+    DENSE: lambda params, x: module.apply({'params': params}, x),
+    PLAIN_DENSE: plain,
+  }
+
+
+def bare_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
+  """(experts' kernels, rows, group sizes) -> rows: products and no routing."""
+
+  def two(product, w, x, *more):
+    firsts = (product(x, w[name], *more) for name in sizes.kernel_names)
+    return product(
+      ACTIVATIONS[sizes.activation].hidden(*firsts), w['w_out'], *more
+    )
+
+  def batched(product, w, x, group_sizes):
+    return two(
+      product, w, x.reshape(group_sizes.size, -1, x.shape[-1])
+    ).reshape(x.shape)
+
+  def grouped_ffn(w, x, group_sizes):
+    firsts = tuple(w[name] for name in sizes.kernel_names)
+    return kernels.grouped_ffn(
+      x, firsts, w['w_out'], group_sizes, ACTIVATIONS[sizes.activation].hidden
+    )
+
+  return {
+    BATCHED[0]: functools.partial(batched, jnp.matmul),
+    BATCHED[1]: functools.partial(batched, rows_matmul),
+    GROUPED[0]: grouped_ffn,
+    GROUPED[1]: functools.partial(two, kernels.grouped_matmul),
+    RAGGED: functools.partial(two, jax.lax.ragged_dot),
+  }

@@ -1,0 +1,179 @@
+"""The measurements of `bench_moe_layer`: a row of numbers a case.
+
+Not here: what is timed (`moe_layer_programs`), tables (`moe_layer_tables`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import moe_layer_cases as cases_lib
+from experiments.benchmarks import moe_layer_programs as programs_lib
+from experiments.benchmarks import timing
+from experiments.benchmarks.moe_layer_programs import (
+  BATCHED,
+  DENSE,
+  EQUAL,
+  GROUPED,
+  LAYERS,
+  PLAIN_DENSE,
+  RAGGED,
+)
+from moe_jax.analysis.roofline import Peaks, Work
+
+PASSES = {False: 'forward', True: 'forward+backward'}
+
+
+def measure_setting(
+  layer: cases_lib.Layer,
+  compilations: Mapping[str, timing.Compilation],
+  setting: Mapping[str, Any],
+  peaks: Peaks,
+  seconds: float,
+) -> list[dict[str, Any]]:
+  """A row a case of one E, K, routing and pass, all interleaved."""
+  K, routing = setting['K'], setting['routing']
+  inputs = cases_lib.Inputs.draw(layer, routing, K)
+  programs = dict(cases_lib.bind(layer, compilations, inputs))
+  times, found = timing.with_probes(
+    {name: program.run for name, program in programs.items()},
+    peaks,
+    seconds=seconds,
+  )
+  rows = []
+  for name, program in programs.items():
+    row = dict(setting, case=name, **_numbers(times[name], program))
+    for base in (DENSE, PLAIN_DENSE):
+      spread = timing.ratio(times[name], times[base])
+      scale = 1 if name in (DENSE, PLAIN_DENSE) else K
+      row |= _columns(f'per_{base}', spread, scale)
+    if name in LAYERS:
+      limit = fastest_limit(times, name, routing)
+      row['limit'] = limit
+      row |= _columns('per_limit', timing.ratio(times[name], times[limit]))
+      if RAGGED in times:
+        spread = timing.ratio(times[name], times[RAGGED])
+        row |= _columns('per_ragged_dot', spread)
+    row['served'] = served_share(name, inputs.load)
+    work = _work(layer.sizes, setting, name, row['served'])
+    rows.append(row | timing.reached(times[name], work, found))
+  return rows
+
+
+def served_share(name: str, load: np.ndarray) -> float:
+  """Of all choices: `gather` with capacity factor 1 drops what is above."""
+  if name != 'gather':
+    return 1.0
+  capacity = -(-load.sum() // len(load))
+  return float(np.minimum(load, capacity).sum() / load.sum())
+
+
+def fastest_limit(
+  times: Mapping[str, Sequence[float]], layer: str, routing: str
+) -> str:
+  """The bare products that a layer is held against: the fastest of its shapes.
+
+  Slots are equal groups. Dropless rows are the drawn groups; where these are
+  equal but for chance, products of equal groups count too.
+  """
+  drawn = [*GROUPED, RAGGED]
+  equal = [
+    *BATCHED,
+    *(name + EQUAL for name in GROUPED),
+  ]
+  names = equal if layer == 'gather' else drawn
+  if layer == 'dropless' and routing == 'uniform':
+    names = drawn + equal
+  medians = {
+    name: timing.Spread.of(times[name]).median
+    for name in names
+    if name in times
+  }
+  return min(medians, key=medians.__getitem__)
+
+
+def _numbers(times: Sequence[float], program: timing.Program) -> dict[str, Any]:
+  counts = program.counts
+  return {
+    'rounds': len(times),
+    **_columns('ms', timing.Spread.of(times), 1e-3),
+    'compile_seconds': program.compile_seconds,
+    'xla_flops': counts.flops,
+    'xla_bytes': counts.bytes_accessed,
+    'temp_bytes': counts.temp_bytes,
+    'output_bytes': counts.output_bytes,
+  }
+
+
+def _columns(
+  name: str, spread: timing.Spread, scale: float = 1
+) -> dict[str, float]:
+  return {
+    name: spread.median / scale,
+    f'{name}_low': spread.low / scale,
+    f'{name}_high': spread.high / scale,
+  }
+
+
+def _work(sizes, setting, name, served) -> Work:
+  E, K = setting['E'], setting['K'] * served
+  if name in (DENSE, PLAIN_DENSE):
+    E, K = 1, 1
+  backward = setting['pass'] == PASSES[True]
+  return sizes.work(E, K, backward=backward, router=name in LAYERS)
+
+
+def measure_scaling(
+  sizes: programs_lib.Sizes,
+  experts: Sequence[int],
+  rows_per_expert: int,
+  peaks: Peaks,
+  seconds: float,
+) -> list[dict[str, Any]]:
+  """A row a layer and E, with tokens in proportion to E; one interleaving."""
+  programs, works = {}, {}
+  for E in experts:
+    grown = dataclasses.replace(sizes, num_tokens=E * rows_per_expert)
+    for name, program in _layer_programs(grown, E):
+      programs[E, name] = program
+      works[E, name] = grown.work(E, 1, backward=True, router=True)
+  times, found = timing.with_probes(
+    {key: program.run for key, program in programs.items()},
+    peaks,
+    seconds=seconds,
+    least=3,
+  )
+  over = {
+    key: [
+      t / works[key].seconds(p) for t, p in zip(times[key], found, strict=True)
+    ]
+    for key in programs
+  }
+  return [
+    {
+      'E': E,
+      'case': name,
+      'tokens': E * rows_per_expert,
+      **_numbers(times[E, name], program),
+      **timing.reached(times[E, name], works[E, name], found),
+      **_columns('over_roofline', timing.Spread.of(over[E, name])),
+      **_columns('growth', timing.ratio(over[E, name], over[experts[0], name])),
+      'gradient_bytes': sizes.kernel_bytes(E),
+    }
+    for (E, name), program in programs.items()
+  ]
+
+
+def _layer_programs(
+  sizes: programs_lib.Sizes, E: int
+) -> Iterator[tuple[str, timing.Program]]:
+  """The layers with K=1, uniform routing, forward and backward."""
+  layer = cases_lib.Layer.draw(sizes, E)
+  inputs = cases_lib.Inputs.draw(layer, 'uniform', 1)
+  arrays = layer.params, inputs.x, inputs.dy
+  for name in LAYERS:
+    config = programs_lib.moe_config(sizes, E, 1, name)
+    function = programs_lib.layer_function(config, backward=True)
+    yield name, timing.compile_ahead(function, *arrays).on(*arrays)

@@ -1,0 +1,116 @@
+"""What is compared in 1991's table, and what was published of it.
+
+Not here: how it is run (`experiments/jacobs_table1.py`).
+"""
+
+from experiments.study.study import Claim, Column
+
+LOSSES = ('cooperative', 'gated', 'competitive')
+SHARED = ', shared rate'
+SYSTEMS = {
+  **{
+    f'{count} experts, {loss}': dict(num_experts=count, loss=loss)
+    for loss in reversed(LOSSES)
+    for count in (4, 8)
+  },
+  **{
+    f'BP, {units} hidden': dict(
+      num_experts=1, expert_hidden=units, loss='cooperative'
+    )
+    for units in (6, 12)
+  },
+}
+COLUMNS = (
+  Column('learning rate', digits=2),
+  Column('epochs', digits=0),
+  Column('SD of epochs', digits=0),
+  Column('epochs over BP, 6 hidden', digits=2),
+  Column('reached', unit='%', digits=0),
+  Column('train', unit='%', digits=1),
+  Column('test', unit='%', digits=1),
+  Column('experts in use', digits=2),
+  Column('experts ever heard', digits=2),
+  Column('gate entropy', unit='nats', digits=3),
+  Column('I(expert; case)', unit='nats', digits=3),
+  Column('alone', unit='%', digits=1),
+)
+_TABLE, _SPEED = 'jacobs1991/table1', 'jacobs1991/speed'
+
+
+def _epochs(text: str, row: str, sign: str, than: str, note: str = '') -> Claim:
+  """Of two systems of the paper's, at their own best rates."""
+  cells = [
+    f'{_TABLE}/{name.removesuffix(", competitive")}/mean_epochs'
+    for name in (row, than)
+  ]
+  return Claim(text, f'epochs: {row} {sign} {than}', cells, note)
+
+
+def _ours(text: str, compared: str) -> Claim:
+  return Claim(text, compared, note='The paper has no number')
+
+
+_ORDER = ((2, 1), (3, 1), (3, 2))  # of equations: more than
+_FOUR, _EIGHT = '4 experts, competitive', '8 experts, competitive'
+CLAIMS = (
+  _epochs('4 experts need fewer epochs', _FOUR, '<', 'BP, 6 hidden'),
+  _epochs('8 experts need fewer epochs', _EIGHT, '<', 'BP, 12 hidden'),
+  Claim(
+    'about half of them: nearer to a half than to as many',
+    f'epochs over BP, 6 hidden: {_FOUR} < 0.75',
+    [f'{_SPEED}/experts vs BP/epochs_ratio'],
+  ),
+  _epochs('8 experts need fewer than 4', _EIGHT, '<', _FOUR),
+  _epochs('more hidden units need more', 'BP, 12 hidden', '>', 'BP, 6 hidden'),
+  *(
+    Claim(
+      f'at most 3 of {count} experts end with proportions that are not 0',
+      f'experts ever heard: {count} experts, competitive < 3.5',
+      ['jacobs1991/experts/4 or 8 experts/in_use'],
+      'Above 1 % in any case counts as not 0',
+    )
+    for count in (4, 8)
+  ),
+  *(
+    Claim(
+      f'{text}, at one learning rate',
+      f'epochs: {row}{SHARED} < {than}{SHARED}',
+      note='In the paper each has its own rate',
+    )
+    for text, row, than in (
+      ('4 experts need fewer epochs', _FOUR, 'BP, 6 hidden'),
+      ('8 experts need fewer than 4', _EIGHT, _FOUR),
+    )
+  ),
+  _ours(
+    'equation 1.3 needs fewer epochs than equation 1.2',
+    f'epochs: {_FOUR} < 4 experts, gated',
+  ),
+  *(
+    _ours(
+      f'a gate decides more with equation 1.{mine} than 1.{other}',
+      f'gate entropy: 4 experts, {LOSSES[mine - 1]} < '
+      f'4 experts, {LOSSES[other - 1]}',
+    )
+    for mine, other in _ORDER
+  ),
+  *(
+    _ours(
+      f'who is chosen says more of a case with 1.{mine} than with 1.{other}',
+      f'I(expert; case): 4 experts, {LOSSES[mine - 1]} > '
+      f'4 experts, {LOSSES[other - 1]}',
+    )
+    for mine, other in _ORDER
+  ),
+  *(
+    _ours(
+      f'more experts are in use with equation 1.3 than 1.{other}',
+      f'experts in use: {_FOUR} > 4 experts, {LOSSES[other - 1]}',
+    )
+    for other in (1, 2)
+  ),
+  _ours(
+    "a case's likeliest expert does better alone with equation 1.3 than 1.1",
+    f'alone: {_FOUR} > 4 experts, cooperative',
+  ),
+)

@@ -1,0 +1,72 @@
+"""What 1991's systems came to: who is right, and how cases are shared.
+
+Not here: how they learn (`jacobs_runs.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.origins_1991.jacobs_problems import Problem
+from experiments.origins_1991.jacobs_runs import forward
+from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
+
+
+def correct(prediction, targets):
+  """Bool [N]: one output is a yes above 0.5, of several the largest counts."""
+  if targets.shape[-1] == 1:
+    return ((prediction > 0.5) == (targets > 0.5))[..., 0]
+  return jnp.argmax(prediction, -1) == jnp.argmax(targets, -1)
+
+
+def _entropy(probs):
+  """In nats, over the last axis; never -0."""
+  return jnp.sum(jnp.abs(jax.scipy.special.entr(probs)), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _measured(model, params, train, test):
+  def one(params):
+    outputs = forward(model, params, train.features)
+    tested = forward(model, params, test.features)
+    probs = outputs.gate_probs  # [N, E]
+    likeliest = jnp.argmax(probs, axis=-1)
+    alone = outputs.expert_outputs[jnp.arange(len(likeliest)), likeliest]
+    share = jnp.mean(jax.nn.one_hot(likeliest, probs.shape[-1]), axis=0)
+    entropy = jnp.mean(_entropy(probs))
+    return {
+      'train': 100 * jnp.mean(correct(outputs.prediction, train.targets)),
+      'test': 100 * jnp.mean(correct(tested.prediction, test.targets)),
+      'alone': 100 * jnp.mean(correct(alone, train.targets)),
+      'experts in use': jnp.sum(share > 0.01),
+      'experts ever heard': jnp.sum(jnp.max(probs, axis=0) > 0.01),
+      'gate entropy': entropy,
+      'I(expert; case)': _entropy(jnp.mean(probs, axis=0)) - entropy,
+    }
+
+  return jax.vmap(one)(params)
+
+
+def measured(config: AdaptiveConfig, problem: Problem, params) -> dict:
+  """What runs came to, by name, one a run.
+
+  - train, test: per cent of cases that the blend gets right.
+  - alone: the same in training of each case's likeliest expert alone.
+  - experts in use: those that are the likeliest of more than 1 % of cases.
+  - experts ever heard: those with a proportion above 1 % in any case.
+  - gate entropy: nats, the mean over cases.
+  - I(expert; case): nats, what the choice of an expert says about the
+    case: the entropy of the mean proportions less the mean entropy.
+    It is 0 of one expert that has all cases, and of proportions that are the
+    same for all; ln E at most.
+
+  Args:
+    config: The system.
+    problem: What it learned.
+    params: A tree of [S, ...].
+  """
+  model = AdaptiveMixture(config)
+  found = _measured(model, params, problem.train, problem.test)
+  return {name: np.asarray(values, float) for name, values in found.items()}

@@ -1,0 +1,196 @@
+"""Full-batch gradient descent on many small mixtures at once.
+
+All seeds of a system are one compiled program, and so are its learning rates,
+one after the other: a rate at which every seed is done costs no more epochs.
+A run stops where its training error reaches the criterion, and keeps the
+weights that it has there. Not here: which systems there are and what their
+epochs mean (`experiments/jacobs_table1.py`), or what else is measured
+(`jacobs_measures.py`).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from experiments.origins_1991.jacobs_problems import Problem
+from moe_jax.models.adaptive import (
+  LOSSES,
+  AdaptiveConfig,
+  AdaptiveMixture,
+  AdaptiveOutputs,
+)
+
+CHUNK = 50  # epochs between two looks at who is still running
+
+
+class Runs(NamedTuple):
+  """What became of [R, S] runs: R learning rates, S seeds.
+
+  Attributes:
+    epochs: int [R, S], updates until the criterion; where it was not reached,
+      the most that a run may make.
+    reached: bool [R, S].
+    params: A tree of [R, S, ...]: the weights where the run stopped.
+  """
+
+  epochs: Any
+  reached: Any
+  params: Any
+
+  def at(self, i: int):
+    """The weights of all seeds at the i-th rate: a tree of [S, ...]."""
+    return jax.tree.map(lambda leaf: leaf[i], self.params)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def start(model: AdaptiveMixture, features, seeds):
+  """Weights to start from: a tree of [S, ...]."""
+
+  def one(seed):
+    key = jax.random.fold_in(jax.random.key(1991), seed)
+    return nn.meta.unbox(model.init(key, features[:1])['params'])
+
+  return jax.vmap(one)(seeds)
+
+
+def forward(model: AdaptiveMixture, params, features) -> AdaptiveOutputs:
+  """What one run's weights say of cases."""
+  return model.apply({'params': params}, jnp.asarray(features))[0]
+
+
+def squared_error(outputs: AdaptiveOutputs, targets):
+  """What the criterion is of."""
+  return jnp.mean(jnp.sum((targets - outputs.prediction) ** 2, axis=-1))
+
+
+def _epoch(model, cases, error, rate, state):
+  """One update of a run, unless it is done."""
+  params, epochs, reached = state
+
+  def loss(params):
+    outputs = forward(model, params, cases.features)
+    found = LOSSES[model.config.loss](
+      outputs.expert_outputs, outputs.gate_logits, cases.targets
+    )
+    return jnp.mean(found), squared_error(outputs, cases.targets)
+
+  gradients, squared = jax.grad(loss, has_aux=True)(params)
+  reached = reached | (squared <= error)
+  step = jnp.where(reached, 0.0, rate)
+  params = jax.tree.map(lambda p, g: p - step * g, params, gradients)
+  return params, epochs + ~reached, reached
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'most', 'patience'))
+def _train(model, params, cases, error, rates, most, patience):
+  def at(least, rate):
+    many = jax.vmap(functools.partial(_epoch, model, cases, error, rate))
+
+    def chunk(carry):
+      made, state = carry
+      state, _ = jax.lax.scan(
+        lambda state, _: (many(state), None), state, length=CHUNK
+      )
+      return made + CHUNK, state
+
+    def goes_on(carry):
+      made, (_, _, reached) = carry
+      patient = made < patience * least if patience else True
+      return patient & (made < most) & ~jnp.all(reached)
+
+    S = jax.tree.leaves(params)[0].shape[0]
+    state = params, jnp.zeros(S, jnp.int32), jnp.zeros(S, bool)
+    _, state = jax.lax.while_loop(goes_on, chunk, (0, state))
+    _, epochs, reached = state
+    slowest = jnp.where(jnp.all(reached), jnp.max(epochs), most)
+    return jnp.minimum(least, slowest), state
+
+  return jax.lax.scan(at, jnp.int32(most), rates)[1]
+
+
+def train(
+  config: AdaptiveConfig,
+  problem: Problem,
+  rates: Sequence[float],
+  seeds: Sequence[int],
+  max_epochs: int,
+  patience: int = 0,
+) -> Runs:
+  """All runs of a system; a seed starts alike at every rate.
+
+  With patience the best rate of `best_rate` is found sooner, and is the same if
+  it is not below the number of seeds: a rate that is given up then has a mean
+  of epochs above that of the rate which all seeds are done with.
+
+  Args:
+    config: The system.
+    problem: What it learns.
+    rates: Learning rates, of the mean loss over cases.
+    seeds: Of the weights at the start.
+    max_epochs: At which a run is given up; rounded up to whole `CHUNK`s.
+    patience: Times the epochs of the slowest seed at an earlier rate, where all
+      are done, after which a rate is given up; 0: none is.
+  """
+  model = AdaptiveMixture(config)
+  params, epochs, reached = _train(
+    model,
+    start(model, problem.train.features, jnp.array(seeds)),
+    problem.train,
+    problem.error,
+    jnp.asarray(rates, jnp.float32),
+    max_epochs,
+    patience,
+  )
+  most = -(-max_epochs // CHUNK) * CHUNK
+  epochs, reached = np.asarray(epochs), np.asarray(reached)
+  return Runs(np.where(reached, epochs, most), reached, params)
+
+
+def best_rate(rates: Sequence[float], sweeps: Sequence[Runs]) -> float:
+  """The rate with most runs that reach the criterion; of these the fastest."""
+  reached = sum(sweep.reached.sum(axis=1) for sweep in sweeps)
+  epochs = sum(sweep.epochs.mean(axis=1) for sweep in sweeps)
+  return rates[int(np.lexsort((epochs, -reached))[0])]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'every', 'count'))
+def _path(model, params, cases, rate, every, count):
+  nothing = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+
+  def some(params, _):
+    one = functools.partial(_epoch, model, cases, -1.0, rate)
+    state = jax.lax.fori_loop(
+      0, every, lambda _, state: one(state), (params, *nothing)
+    )
+    return state[0], params
+
+  last, before = jax.lax.scan(some, params, length=count)
+  return jax.tree.map(
+    lambda many, one: jnp.concatenate([many, one[None]]), before, last
+  )
+
+
+def path(
+  config: AdaptiveConfig,
+  problem: Problem,
+  rate: float,
+  seed: int,
+  *,
+  every: int,
+  count: int,
+):
+  """The weights of one run before its first epoch and after every so many.
+
+  Returns:
+    A tree of [count + 1, ...].
+  """
+  model = AdaptiveMixture(config)
+  first = jax.tree.map(
+    lambda a: a[0], start(model, problem.train.features, jnp.array([seed]))
+  )
+  return _path(model, first, problem.train, rate, every, count)

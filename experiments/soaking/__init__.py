@@ -1,0 +1,1 @@
+"""What the soak runs, and what it concludes from what is left."""

@@ -1,0 +1,181 @@
+"""What `soak.py` disturbs: one process of a small run, with a witness.
+
+    python -m experiments.soaking.soak_run WORKDIR JSON [HOST:PORT PROCESSES ID]
+
+The witness of process i writes what it does to `witness_i.jsonl`, a line at a
+time, so that a kill loses at most the last one. JSON holds `seed`,
+`total_steps`, `mesh`, `gradients` and `attempt`.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from configs import base
+from moe_jax import distributed
+from moe_jax.config import merge
+from moe_jax.runs.manifest import name as path_name
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.losses import normalizers
+from moe_jax.training.setup import Hook, Run, loss_weights
+from moe_jax.training.step import make_grad_fn
+
+WITNESS = 'witness_*.jsonl'
+EVAL = 'train_capacity'
+SAVE_EVERY = 25
+
+
+def make_config(
+  seed: int, total_steps: int, mesh: Mapping[str, int]
+) -> ml_collections.ConfigDict:
+  """A sparse model small enough that a step takes milliseconds."""
+  config = base.get_config()
+  config.evals = {EVAL: base.evaluation(every_steps=0)}
+  config.checkpoint.keep_best = False
+  config.checkpoint.keep_newest = 3
+  config.checkpoint.every_steps = SAVE_EVERY
+  config.distributed.heartbeat_timeout_seconds = 10
+  # Who waits for one that was killed at its start waits so long.
+  config.distributed.initialization_timeout_seconds = 45
+  config.distributed.stall_timeout_seconds = 120
+  changes = dict(
+    seed=seed,
+    total_steps=total_steps,
+    batch_size=8,
+    log_every_steps=SAVE_EVERY,
+    data=dict(seq_len=32, source='python_stdlib:email,json,asyncio,unittest'),
+    model=dict(num_layers=2, width=32, num_heads=2, num_kv_heads=2, hidden=64),
+    optimizer=dict(learning_rate=3e-3, warmup_steps=10),
+    mesh=dict(mesh),
+    sample=dict(num_tokens=0),
+  )
+  moe = dict(num_experts=4, num_selected=2, gates='renormalized', jitter=0.01)
+  changes['model']['moe'] = {**moe, 'balance_bias_rate': 1e-3}
+  return merge(config, changes)
+
+
+class Witness(Hook):
+  """Writes down what the run begins with, and every row it takes."""
+
+  def __init__(self, attempt: int, gradients: bool):
+    """Which start of the run this is; whether a gradient is kept too."""
+    self._attempt = attempt
+    self._gradients = gradients
+
+  def start(self, run: Run) -> None:
+    """Wraps the step."""
+    step_of, self._run = run.train_step, run
+    self._number = 0
+
+    def step(state, batch):
+      if not self._number:
+        self._begin(state, batch, int(state.step) + 1)
+      self._write({'step': self._number, 'rows': row_digests(batch)})
+      self._number += 1
+      return step_of(state, batch)
+
+    run.train_step = step
+
+  def end(self, run: Run, state: Any) -> None:
+    """Writes the last state's digests."""
+    self._write({'end': int(state.step), 'arrays': digests(state)})
+
+  def _begin(self, state, batch, number) -> None:
+    run, self._number = self._run, number
+    line = {
+      'begin': number,
+      'mesh': dict(run.mesh.shape),
+      'processes': jax.process_count(),
+      'arrays': digests(state),
+    }
+    if self._gradients:
+      found = distributed.fetch(first_gradient(run, state, batch))
+      if distributed.is_first():
+        np.savez(run.workdir / f'gradient_{number}.npz', **named(found))
+    self._write(line)
+
+  def _write(self, line: dict[str, Any]) -> None:
+    process = jax.process_index()
+    line |= {'attempt': self._attempt, 'process': process, 'time': time.time()}
+    name = WITNESS.replace('*', str(process))
+    with (self._run.workdir / name).open('a') as file:
+      file.write(json.dumps(line) + '\n')
+
+
+def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
+  """Loss and gradient of a step, on the run's mesh."""
+  grad_fn = make_grad_fn(run.model, loss_weights(run.config, run.model))
+
+  @functools.partial(
+    jax.jit,
+    out_shardings=(
+      None,
+      jax.tree.map(lambda leaf: leaf.sharding, state.params),
+    ),
+  )
+  def compute(state, batch):
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    whole = normalizers(batch)
+    (loss, _), grads = grad_fn(
+      state.params, batch, whole, key, state.router_state
+    )
+    return loss, grads
+
+  loss, grads = compute(state, batch)
+  return {'loss': loss, 'grads': grads}
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+  """The leaves by path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def digests(tree: Any) -> dict[str, str]:
+  """The sha256 of every array, whole; all processes call this."""
+  return {
+    path: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+    for path, leaf in named(distributed.fetch(tree)).items()
+  }
+
+
+def row_digests(batch: Mapping[str, jax.Array]) -> dict[int, str]:
+  """Of the rows of a global batch that this process has, by their number."""
+  found = {}
+  for name in sorted(batch):
+    for shard in batch[name].addressable_shards:
+      first = shard.index[0].indices(len(batch[name]))[0]
+      for i, row in enumerate(np.asarray(shard.data), first):
+        found.setdefault(i, {})[name] = row.tobytes()
+  return {
+    i: hashlib.sha256(b''.join(row.values())).hexdigest()[:16]
+    for i, row in sorted(found.items())
+  }
+
+
+def main(workdir: str, given: str, *where: str) -> None:
+  """Trains to the end, or until something happens."""
+  spec = json.loads(given)
+  witness = Witness(spec.pop('attempt'), spec.pop('gradients'))
+  config = make_config(**spec)
+  cache = pathlib.Path(workdir).parent / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  processes = (where[0], int(where[1]), int(where[2])) if where else ()
+  with distributed.joined(config.distributed, *processes):
+    train_and_evaluate(config, workdir, hooks=[witness], resume=True)
+
+
+if __name__ == '__main__':
+  # tensorboardX imports it where it is there, which takes seconds.
+  sys.modules['torch'] = None
+  main(*sys.argv[1:])

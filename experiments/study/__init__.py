@@ -1,0 +1,1 @@
+"""The machinery of studies: arms, runs, results, claims, tables."""

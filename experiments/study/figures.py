@@ -1,0 +1,98 @@
+"""A study's figure, from its summary. Not here: its tables."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.study.tables import Interval
+
+
+def draw(spec: Any, summary: Mapping[str, Any], path: pathlib.Path) -> None:
+  """The figure: a panel a column; rows along x where they have one."""
+  panels = [c for c in summary['columns'] if c['name'] in spec.columns]
+  rows = summary['rows']
+  names = _names(rows)
+  height = 3.6 + 0.2 * len(names) / len(panels)
+  if not spec.x_label:
+    height = 1.2 + 0.3 * len(rows)
+  figure = Figure(figsize=(4.8 * len(panels), height), layout='constrained')
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for ax, column in zip(axes, panels, strict=True):
+    label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
+    if spec.x_label:
+      _lines(ax, spec, rows, column['name'], names)
+      ax.set_ylabel(label)
+    else:
+      _points(ax, rows, column['name'], labels=ax is axes[0])
+      ax.set_xlabel(label)
+  if spec.x_label:
+    drawn = {}
+    for ax in axes:
+      handles, labels = ax.get_legend_handles_labels()
+      drawn |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+      drawn.values(), drawn, loc='outside lower center', fontsize=8, ncols=3
+    )
+  figure.suptitle(summary['title'], fontsize=10)
+  figure.savefig(path, dpi=110)
+
+
+def _shown(row, column) -> Interval | None:
+  values = row['values'].get(column, [])
+  if not values or None in values:
+    return None
+  return Interval.of(values)
+
+
+def _bar(interval: Interval) -> float:
+  return interval.half_width if np.isfinite(interval.half_width) else 0.0
+
+
+def _names(rows) -> list[str]:
+  """What a figure tells apart by colour: lines, then levels."""
+  lines = [row['line'] for row in rows if row['x'] is not None]
+  levels = [row['name'] for row in rows if row['x'] is None]
+  return list(dict.fromkeys(lines + levels))
+
+
+def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
+  shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
+  lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
+  for line in lines:
+    at = sorted(
+      (row['x'], interval.mean, _bar(interval))
+      for row, interval in shown
+      if row['line'] == line and row['x'] is not None
+    )
+    xs, means, bars = zip(*at, strict=True)
+    color = f'C{names.index(line)}'
+    ax.errorbar(xs, means, bars, color=color, marker='o', capsize=3, label=line)
+  for row, interval in shown:
+    if row['x'] is None:
+      color, name = f'C{names.index(row["name"])}', row['name']
+      ax.axhline(interval.mean, color=color, linestyle='--', label=name)
+  if spec.log_x:
+    ax.set_xscale('log', base=2)
+    ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
+    ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+  ax.set_xlabel(spec.x_label)
+
+
+def _points(ax, rows, column: str, *, labels: bool) -> None:
+  for i, row in enumerate(rows):
+    interval = _shown(row, column)
+    if interval is not None:
+      ax.errorbar(
+        interval.mean,
+        i,
+        xerr=_bar(interval),
+        color=f'C{i}',  # the row's, whichever others a panel lacks
+        marker='o',
+        capsize=3,
+      )
+  names = [row['name'] for row in rows] if labels else [''] * len(rows)
+  ax.set_yticks(range(len(rows)), names)
+  ax.invert_yaxis()

@@ -1,0 +1,72 @@
+"""Sweeps as plain values: lists of flat overrides, `{'model.width': 64}`.
+
+    chain(
+      [{'model.moe.num_experts': 0}],
+      product({'model.moe.num_selected': [1, 2]}, {'seed': [0, 1]}),
+    )
+
+Not here: what is done with them (`study.py`, `experiments/launch.py`).
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Overrides = dict[str, Any]
+
+
+def product(*sweeps: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+  """Every combination of the keys' values; the last key changes fastest.
+
+  Raises:
+    ValueError: A key is swept twice.
+  """
+  values: dict[str, Sequence[Any]] = {}
+  for key, swept in (item for sweep in sweeps for item in sweep.items()):
+    if key in values:
+      raise ValueError(f'{key} is swept twice')
+    values[key] = swept
+  return [
+    dict(zip(values, chosen, strict=True))
+    for chosen in itertools.product(*values.values())
+  ]
+
+
+def zipped(sweep: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+  """The keys' first values together, then their second ones, and so on.
+
+  Raises:
+    ValueError: The keys have not as many values as each other.
+  """
+  lengths = {key: len(values) for key, values in sweep.items()}
+  if len(set(lengths.values())) > 1:
+    raise ValueError(f'keys have different numbers of values: {lengths}')
+  return [
+    dict(zip(sweep, chosen, strict=True))
+    for chosen in zip(*sweep.values(), strict=True)
+  ]
+
+
+def chain(*sweeps: Sequence[Mapping[str, Any]]) -> list[Overrides]:
+  """One sweep after the other."""
+  return [dict(overrides) for sweep in sweeps for overrides in sweep]
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """`{'model.width': 64}` as `{'model': {'width': 64}}`, for `config.merge`.
+
+  Raises:
+    ValueError: A key is a section of another.
+  """
+  tree: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split('.')
+    section = tree
+    for part in sections:
+      section = section.setdefault(part, {})
+      if not isinstance(section, dict):
+        raise ValueError(f'{key} is within {part}, which has a value')
+    if name in section:
+      raise ValueError(f'{key} has a value and keys of its own')
+    section[name] = value
+  return tree

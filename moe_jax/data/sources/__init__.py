@@ -1,0 +1,1 @@
+"""Where texts, pairs, examples with a class and questions come from."""

@@ -1,0 +1,124 @@
+"""Translations of an interface: the gettext catalogues inside PyPI's django.
+
+Not here: django itself, of which nothing is imported or run.
+"""
+
+import gettext
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from moe_jax.config import unknown
+from moe_jax.data.sources.python_stdlib import split_of
+
+_LITTLE_ENDIAN = 0x950412DE  # the first word of a catalogue
+
+
+class Pair(NamedTuple):
+  """A message and its translation.
+
+  Attributes:
+    language: django's name of it, such as 'pt_BR'.
+    message: English.
+    translation: Of the singular, where there are plurals.
+  """
+
+  language: str
+  message: str
+  translation: str
+
+  @property
+  def inputs(self) -> str:
+    """`de: Save`: what a model of several languages has to know."""
+    return f'{self.language}: {self.message}'
+
+  @property
+  def split(self) -> str:
+    """By a hash of the message: the same in every language."""
+    return split_of(self.message)
+
+
+def locate() -> pathlib.Path:
+  """The folder of the installed django.
+
+  Raises:
+    ValueError: It is not installed.
+  """
+  spec = importlib.util.find_spec('django')
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+      'source django_gettext reads the catalogues of the package django, '
+      "which is not installed: pip install -e '.[experiments]', or django "
+      'alone'
+    )
+  return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def version() -> str:
+  """The installed django's."""
+  return importlib.metadata.version('django')
+
+
+def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
+  """The pairs of `languages`, or of all if there are none, in a mixed order.
+
+  A message has one translation in each language: the one without a context,
+  else the first found.
+
+  Args:
+    languages: Names such as 'de', 'pt_BR'.
+    root: A folder with `.../locale/<language>/LC_MESSAGES/*.mo`.
+
+  Raises:
+    ValueError: There is no catalogue of a language.
+  """
+  catalogues = {}
+  for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
+    catalogues.setdefault(path.parts[-3], []).append(path)
+  for language in languages:
+    if language not in catalogues:
+      raise unknown('language of django_gettext', language, catalogues)
+  found = [
+    Pair(language, message, translation)
+    for language in languages or catalogues
+    for message, translation in _merged(catalogues[language]).items()
+    if translation.strip()
+  ]
+  # A hash's order, so that neighbours in a row have nothing in common.
+  return sorted(
+    set(found),
+    key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest(),
+  )
+
+
+def _merged(paths: Sequence[pathlib.Path]) -> dict[str, str]:
+  plain, in_context = {}, {}
+  for path in paths:
+    for key, translation in read_catalogue(path.read_bytes()):
+      _, mark, message = key.rpartition('\x04')
+      into = in_context if mark else plain
+      into.setdefault(message, translation)
+  return in_context | plain
+
+
+def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
+  r"""(message, translation) of every message of a compiled catalogue.
+
+  A message with a context has it in front, and `\x04` between. The entry
+  without a message, which is about the catalogue, is left out.
+  """
+  catalogue = gettext.GNUTranslations(io.BytesIO(content))
+  order = '<' if struct.unpack('<I', content[:4])[0] == _LITTLE_ENDIAN else '>'
+  # The library looks messages up but does not list them.
+  count, table = struct.unpack(f'{order}2I', content[8:16])
+  for i in range(count):
+    length, at = struct.unpack_from(f'{order}2I', content, table + 8 * i)
+    # The singular ends where the plural begins.
+    message = content[at : at + length].split(b'\0')[0].decode()
+    if message:
+      yield message, catalogue.gettext(message)

@@ -1,0 +1,180 @@
+"""Texts of TFDS datasets: prepared ones, and our own builders.
+
+Not here: which texts make a corpus (`texts.py`, `pairs.py`).
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from moe_jax.config import unknown
+from moe_jax.data.store import locked, prepared
+
+Builder = tfds.core.DatasetBuilder
+
+
+def prepared_builder(name: str) -> Builder:
+  """The builder of a dataset under $TFDS_DATA_DIR, prepared if need be.
+
+  Raises:
+    ValueError: The dataset is unknown, or cannot be prepared here.
+  """
+  data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  data_dir = os.path.expanduser(data_dir)
+  elsewhere = (
+    'prepare it on a machine with TensorFlow, by tfds.builder('
+    f"{name!r}, file_format='array_record').download_and_prepare(), and set "
+    f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
+  )
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    if '://' not in data_dir:  # else the lock's file has no folder
+      pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
+      builder.download_and_prepare()
+  except tfds.core.DatasetNotFoundError as error:
+    raise ValueError(
+      f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
+      f'nor can it be prepared without TensorFlow; if it exists, {elsewhere}'
+    ) from error
+  except Exception as error:  # builders and downloads raise what they like
+    raise ValueError(
+      f'TFDS dataset {name!r} could not be prepared here '
+      f'({type(error).__name__}: {error}); {elsewhere}'
+    ) from error
+  return builder
+
+
+def own_builder(
+  folder: pathlib.Path, make: Callable[[pathlib.Path], Builder]
+) -> Builder:
+  """The builder that `make` makes on `folder`, prepared there once."""
+
+  def write(unfinished):
+    # TFDS would announce this temporary folder as the place of the data, and
+    # fill a log with progress bars for half a second's work.
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+      make(unfinished).download_and_prepare()
+
+  return make(prepared(folder, write))
+
+
+def identity(builder: Builder) -> str:
+  """Changes with the dataset; no pass over its examples is made."""
+  digest = hashlib.sha256(builder.info.as_json.encode())
+  for split in builder.info.splits.values():
+    for path in map(os.fspath, split.filepaths):
+      # A path in a bucket is told apart by its name alone.
+      changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+      digest.update(f'{path} {changed}\n'.encode())
+  return digest.hexdigest()
+
+
+def open_split(builder: Builder, split: str) -> Sequence[Any]:
+  """The examples of a split, or of an expression such as 'train[:90%]'.
+
+  Raises:
+    ValueError: There is no such split, or the format has no random access.
+  """
+  try:
+    return builder.as_data_source(split=split)
+  except NotImplementedError as error:  # not a format of random access
+    raise ValueError(f'TFDS dataset {builder.name!r}: {error}') from error
+  except ValueError as error:
+    raise ValueError(
+      f'unknown split {split!r} of {builder.name!r}; have '
+      f'{sorted(builder.info.splits)} and parts of them ({error})'
+    ) from error
+
+
+def check_feature(builder: Builder, feature: str, option: str) -> None:
+  """Raises ValueError where there is no such feature; names those there are.
+
+  Args:
+    builder: Of the dataset.
+    feature: Its name; 'translation/de' is one within another.
+    option: What the name was given as.
+  """
+  paths = _paths(builder.info.features)
+  if feature not in paths:
+    raise unknown(f'{option} of {builder.name!r}', feature, paths)
+
+
+def texts(
+  builder: Builder, split: str, features: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+  """The named features of every example, in order.
+
+  Raises:
+    ValueError: One is no text, or not UTF-8.
+  """
+  paths = _paths(builder.info.features)
+  for i, example in enumerate(open_split(builder, split)):
+    yield tuple(
+      as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
+      for f in features
+    )
+
+
+def values(
+  builder: Builder, example: Any, features: Sequence[str]
+) -> tuple[Any, ...]:
+  """The named features of one example of `open_split`, as they are."""
+  paths = _paths(builder.info.features)
+  return tuple(_at(example, paths[feature]) for feature in features)
+
+
+def as_text(value: Any, where: str) -> str:
+  """A feature's value as text.
+
+  Args:
+    value: Text, or its UTF-8.
+    where: What it is, for the error.
+
+  Raises:
+    ValueError: It is no text, or not UTF-8.
+  """
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, bytes):
+    raise ValueError(f'{where} has type {type(value).__name__}, not text')
+  try:
+    return value.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{where} is not UTF-8: {error}') from error
+
+
+def _at(example: Any, path: tuple[str, ...]) -> Any:
+  for key in path:
+    example = example[key]
+  return example
+
+
+def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
+  """The keys to every feature, by their names joined by slashes."""
+  found = {}
+  for key, feature in features.items():
+    path = *outer, key
+    if isinstance(feature, tfds.features.FeaturesDict):
+      found |= _paths(feature, path)
+    else:
+      found['/'.join(path)] = path
+  return found
+
+
+def _names(data_dir: str) -> list[str]:
+  """Names of the datasets in `data_dir`."""
+  root = pathlib.Path(data_dir)
+  found = [
+    path.relative_to(root).parts[0]
+    for versions in ('*/*', '*/*/*')  # without and with a builder config
+    for path in root.glob(f'{versions}/dataset_info.json')
+  ]
+  return sorted(set(found))

@@ -1,0 +1,82 @@
+"""Rows of examples that have a class each: one example a row, T = 1."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_jax.data.packing import Rows
+from moe_jax.data.sources.classes import ClassSource
+from moe_jax.shapes import Int
+
+
+class ClassRows(Rows):
+  """Random access to examples; a batch is a dict of
+
+  - `features` float32 [B, ...]: 0 where padding.
+  - `targets` int32 [B, 1]: the classes.
+  - `segment_ids` int32 [B, 1]: 1, or 0 where padding.
+  - `loss_weights` float32 [B, 1]: 1, or 0 where padding.
+  """
+
+  def __init__(self, source: ClassSource, split: str):
+    self._source = source
+    self._features, self._labels = source.examples(split)
+
+  @property
+  def feature_shape(self) -> tuple[int, ...]:
+    """Of one example, as it is drawn."""
+    return self.take(np.array([0]))['features'].shape[1:]
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def describe(self) -> str:
+    """`7 examples of (2,)`."""
+    return f'{len(self):,} examples of {self.feature_shape}'
+
+  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+    """The rows at `indices`, the same at every call."""
+    indices = np.asarray(indices)
+    return self.draw(indices, 0, np.zeros_like(indices))
+
+  def draw(
+    self,
+    indices: Int[np.ndarray, ' B'],
+    seed: int,
+    epochs: Int[np.ndarray, ' B'],
+  ) -> dict[str, np.ndarray]:
+    """The rows at `indices`, moved about anew in each epoch."""
+    real = np.asarray(indices) < len(self)
+    drawn = [
+      self._source.jittered(
+        self._features[i : i + 1], np.random.default_rng([seed, epoch, i])
+      )
+      for i, epoch in zip(np.where(real, indices, 0), epochs, strict=True)
+    ]
+    features = np.concatenate(drawn)
+    there = real.reshape(-1, *[1] * (features.ndim - 1))
+    labels = self._labels[np.where(real, indices, 0)] * real
+    return {
+      'features': features * there.astype(np.float32),
+      'targets': labels[:, None].astype(np.int32),
+      'segment_ids': real[:, None].astype(np.int32),
+      'loss_weights': real[:, None].astype(np.float32),
+    }
+
+  def update(self, sha256) -> None:
+    """Adds all examples, as they are before they are drawn, to a digest."""
+    about = f'{self.feature_shape} {self._source.classes}\n'  # as drawn
+    sha256.update(about.encode())
+    for array in (self._features, self._labels):
+      sha256.update(f'{array.shape} {array.dtype}\n'.encode())
+      sha256.update(np.ascontiguousarray(array).tobytes())
+
+
+def digest_of(splits: Mapping[str, ClassRows]) -> str:
+  """The sha256 of all splits, in order."""
+  sha256 = hashlib.sha256()
+  for name, rows in splits.items():
+    sha256.update(f'split {name}\n'.encode())
+    rows.update(sha256)
+  return sha256.hexdigest()

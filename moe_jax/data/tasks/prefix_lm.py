@@ -1,0 +1,94 @@
+"""Prefix language modelling: given how a text begins, learn how it goes on.
+
+T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
+S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Not here: where windows
+of text come from (`denoising.py`).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Integer
+
+from moe_jax.data.layouts import Example, Layout, Lengths
+from moe_jax.data.tasks.denoising import WindowTask
+from moe_jax.shapes import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(WindowTask):
+  """Windows of text, split in two at a place drawn anew each time.
+
+  The targets end in an EOS only where the document does: a window that is cut
+  out of the middle has no end to learn.
+
+  Attributes:
+    layout: Of the rows.
+    density: The mean share of the window that is to be learned, as far as the
+      row's lengths allow; every length from the shortest to as far above the
+      mean is equally likely. At 0.5 every split is.
+    eos_id: Ends the inputs, as T5 has it in an encoder; None for nothing, so
+      that a decoder's text goes on.
+    mode_id: Stands before the inputs (UL2); None for nothing.
+  """
+
+  layout: Layout
+  density: float = 0.5
+  eos_id: int | None = None
+  mode_id: int | None = None
+
+  @functools.cached_property
+  def window(self) -> int:
+    """The largest number of tokens that can be split and fit in a row.
+
+    It leaves an encoder-decoder row some padding: a window that filled both
+    sides could be split in one place alone.
+
+    Raises:
+      ValueError: The density is out of range, or a row has no room.
+    """
+    if not 0 < self.density < 1:
+      raise ValueError(f'density={self.density} of a suffix not in (0, 1)')
+    tried = np.arange(2, self.layout.longest_text + 1)
+    shortest, longest = self.suffixes(tried)
+    fits = (shortest <= longest) & self.layout.fits(self.lengths(tried))
+    if not fits.any():
+      raise ValueError(
+        f'rows of {self.layout.describe()} are too short for a prefix LM'
+      )
+    return int(tried[fits][-1])
+
+  def suffixes(
+    self, n: Int[np.ndarray, ' P']
+  ) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+    """The shortest and longest targets of a window of `n` > 1 tokens."""
+    room = self.layout.max_inputs - self._marks
+    shortest = np.maximum(n - room, 1)
+    around_mean = (2 * self.density * n).astype(np.int64) - shortest
+    return shortest, np.minimum(
+      np.minimum(n - 1, self.layout.max_targets),
+      np.maximum(around_mean, shortest),
+    )
+
+  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+    """Of windows of `n` tokens, wherever they are split."""
+    shortest, longest = self.suffixes(n)
+    inputs = n - shortest + self._marks
+    return Lengths(inputs, longest, n + self._marks)
+
+  def __call__(
+    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
+  ) -> Example:
+    """One example."""
+    (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
+    at = len(window) - generator.integers(shortest, longest, endpoint=True)
+    mode, eos = (
+      [] if mark is None else [mark] for mark in (self.mode_id, self.eos_id)
+    )
+    inputs = np.concatenate([mode, window[:at], eos])
+    return Example(inputs.astype(np.int32), window[at:].astype(np.int32))
+
+  @property
+  def _marks(self) -> int:
+    return (self.mode_id is not None) + (self.eos_id is not None)

@@ -1,0 +1,158 @@
+"""Span corruption: learn the spans that were cut out of a text.
+
+T5 (https://arxiv.org/abs/1910.10683), sections 3.1.4 and 3.3.4. Not here:
+where windows of text come from (`denoising.py`).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Integer
+
+from moe_jax.data.layouts import Example, Layout, Lengths
+from moe_jax.data.tasks.denoising import WindowTask
+from moe_jax.shapes import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(WindowTask):
+  """Windows of text to inputs with sentinels and targets that fill them.
+
+  Window `a b c d e f` with `b` and `d e` cut out becomes inputs
+  `a <0> c <1> f <eos>` and targets `<0> b <1> d e <2> <eos>`.
+
+  Attributes:
+    layout: Of the rows.
+    sentinels: Their ids, in the order used.
+    eos_id: Ends both sides.
+    density: The share of a window that is cut out.
+    mean_span: The mean number of tokens of a span.
+    final_sentinel: Whether one more sentinel ends the targets, as in the
+      paper's figure 2; T5's released checkpoints know the EOS alone.
+    mode_id: Stands before the inputs (UL2); None for nothing.
+  """
+
+  layout: Layout
+  sentinels: tuple[int, ...]
+  eos_id: int
+  density: float = 0.15
+  mean_span: float = 3.0
+  final_sentinel: bool = True
+  mode_id: int | None = None
+
+  @functools.cached_property
+  def window(self) -> int:
+    """The largest number of tokens whose both sides fit in a row.
+
+    Raises:
+      ValueError: Density or mean span is out of range, a row has no room for
+        an example, or there are too few sentinels.
+    """
+    if not 0 < self.density < 1 or self.mean_span < 1:
+      raise ValueError(
+        f'noise_density={self.density} not in (0, 1) or '
+        f'mean_noise_span={self.mean_span} below 1'
+      )
+    # Every token of a window is on one of the two sides.
+    tried = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
+    window = int(self.layout.fits(self.lengths(tried)).sum())
+    if window < 2:
+      raise ValueError(
+        f'rows of {self.layout.describe()} are too short for span corruption'
+      )
+    _, spans = noise_counts(np.array([window]), self.density, self.mean_span)
+    needed = int(spans[0]) + self.final_sentinel
+    if needed > len(self.sentinels):
+      raise ValueError(
+        f'num_sentinels={len(self.sentinels)} is below the {needed} that a '
+        f'window of {window} tokens needs at noise_density={self.density} and '
+        f'mean_noise_span={self.mean_span}'
+      )
+    return window
+
+  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+    """Of windows of `n` tokens; never falls as `n` grows."""
+    noise, spans = noise_counts(n, self.density, self.mean_span)
+    inputs = n - noise + spans + 1 + (self.mode_id is not None)
+    targets = noise + spans + 1 + self.final_sentinel
+    return Lengths(inputs, targets, inputs + targets)
+
+  def __call__(
+    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
+  ) -> Example:
+    """One example; an EOS that ends the window is left out."""
+    if window[-1] == self.eos_id and len(window) > 1:
+      window = window[:-1]
+    mask = noise_mask(len(window), generator, self.density, self.mean_span)
+    sentinels = np.array(self.sentinels, np.int32)
+    inputs, targets = corrupt(window, mask, sentinels)
+    last = [] if not self.final_sentinel else [sentinels[_spans(mask).sum()]]
+    mode = [] if self.mode_id is None else [self.mode_id]
+    return Example(
+      np.concatenate([mode, inputs, [self.eos_id]]).astype(np.int32),
+      np.concatenate([targets, last, [self.eos_id]]).astype(np.int32),
+    )
+
+
+def noise_counts(
+  n: Int[np.ndarray, ' P'], density: float, mean_span: float
+) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+  """How many tokens of `n` are cut out, and in how many spans.
+
+  At least one is, and at least one is not where `n` > 1. There are no more
+  spans than leave a token between each two.
+  """
+  noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
+  most = np.minimum(noise, n - noise + 1)
+  spans = np.clip(np.round(noise / mean_span), 1, most)
+  return noise.astype(np.int64), spans.astype(np.int64)
+
+
+def noise_mask(
+  n: int, generator: np.random.Generator, density: float, mean_span: float
+) -> Bool[np.ndarray, ' n']:
+  """True where a token is cut out: exactly as many as `noise_counts` says.
+
+  All masks of so many tokens in so many spans are equally likely. Unlike T5's
+  code, a window need not begin with a kept token, nor end with a span.
+  """
+  counts = noise_counts(np.array([n]), density, mean_span)
+  noise, spans = (int(count[0]) for count in counts)
+  cut = _parts(noise, spans, generator)
+  # The first and the last stretch of kept tokens may be empty.
+  kept = _parts(n - noise + 2, spans + 1, generator)
+  kept[[0, -1]] -= 1
+  lengths = np.zeros(2 * spans + 1, np.int64)
+  lengths[0::2], lengths[1::2] = kept, cut
+  return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+
+def corrupt(
+  window: Integer[np.ndarray, ' N'],
+  mask: Bool[np.ndarray, ' N'],
+  sentinels: Integer[np.ndarray, ' S'],
+) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:
+  """What is kept and what is cut out, each span marked by its sentinel.
+
+  In the first, a sentinel stands for each span; in the second it stands
+  before the span's tokens.
+  """
+  begins = _spans(mask)
+  marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
+  # Two places for every token: one before it, for a mark.
+  pairs = np.stack([marks, window], axis=1)
+  inputs = pairs[np.stack([begins, ~mask], axis=1)]
+  targets = pairs[np.stack([begins, mask], axis=1)]
+  return inputs, targets
+
+
+def _spans(mask: np.ndarray) -> np.ndarray:
+  """True at the first token of each span."""
+  return mask & ~np.append(False, mask[:-1])
+
+
+def _parts(total: int, count: int, generator: np.random.Generator):
+  """`count` positive numbers of sum `total`, every choice equally likely."""
+  cuts = generator.choice(total - 1, count - 1, replace=False)
+  return np.diff(np.sort(cuts) + 1, prepend=0, append=total)

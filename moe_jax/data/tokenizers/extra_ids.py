@@ -1,0 +1,160 @@
+"""Ids that a task needs beside a tokenizer's own: sentinels, mode tokens.
+
+Not here: what they mean (`data/tasks/span_corruption.py`, `data/tasks/ul2.py`).
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer, digest
+
+EOS = '<eos>'
+_SENTINEL = '<extra_id_'  # as in T5's vocabulary
+
+
+class Extended(Tokenizer):
+  """A tokenizer, and names of ids after its last.
+
+  No document's text encodes to those. They have a name to be read by, and may
+  be spelled in a model's inputs: `[S] def f(`, `a <extra_id_0> c`.
+
+  Attributes:
+    sentinel_ids: The tokenizer's own, then those among the names.
+  """
+
+  def __init__(
+    self, base: Tokenizer, names: Sequence[str], *, end_inputs: bool
+  ):
+    """Where `base` has no EOS, the names may have one.
+
+    Args:
+      base: The tokenizer.
+      names: Of the ids after its last.
+      end_inputs: Whether the task's inputs end in an EOS; those of the
+        tokenizer may or may not.
+    """
+    self.base, self.names, self.end_inputs = base, tuple(names), end_inputs
+    self.vocab_size = base.vocab_size + len(self.names)
+    self.eos_id = base.eos_id
+    if self.eos_id is None and EOS in self.names:
+      self.eos_id = self.token_id(EOS)
+    self.bos_id, self.pad_id = base.bos_id, base.pad_id
+    self.forced_bos_id = base.forced_bos_id
+    appended = [n for n in self.names if n.startswith(_SENTINEL)]
+    self.sentinel_ids = base.sentinel_ids + tuple(map(self.token_id, appended))
+    self.identity = (
+      f'{base.identity} and {digest(repr((self.names, end_inputs)))}'
+    )
+
+  @property
+  def start_id(self) -> int | None:
+    """The tokenizer's own, else the EOS."""
+    own = self.base.start_id
+    return self.eos_id if own is None else own
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """The tokenizer's own, else the one that was added."""
+    return self.base.eos_ids or super().eos_ids
+
+  def token_id(self, name: str) -> int:
+    """The id of one of the names, else of a token that the tokenizer names.
+
+    Raises:
+      ValueError: It is none of them.
+    """
+    if name in self.names:
+      return self.base.vocab_size + self.names.index(name)
+    if hasattr(self.base, 'token_id'):
+      return self.base.token_id(name)
+    raise ValueError(f'{name!r} is none of {len(self.names)} added tokens')
+
+  def encode_chat(
+    self, messages: Sequence[Any], **variables: Any
+  ) -> np.ndarray:
+    """The tokenizer's own ids of a conversation, int32 [N].
+
+    Raises:
+      ValueError: It has no chat template.
+    """
+    if not hasattr(self.base, 'encode_chat'):
+      raise ValueError(f'tokenizer {self.identity} has no chat template')
+    return self.base.encode_chat(messages, **variables)
+
+  def encode(self, text: str) -> np.ndarray:
+    """The tokenizer's own ids of `text`, int32 [N]."""
+    return self.base.encode(text)
+
+  def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
+    """The ids of an input, int32 [N], with an EOS where the task has one.
+
+    The names that the text spells are those ids.
+    """
+    named = '|'.join(map(re.escape, self.names))
+    parts = re.split(f'({named})', text) if named else [text]
+    ids = [self._part(part, options) for part in parts if part]
+    ends = [self.eos_id] if self.end_inputs else []
+    return np.concatenate([*ids, ends]).astype(np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    """The text of `ids`, with the names of those after the last.
+
+    Raises:
+      ValueError: An id is outside [0, vocab_size).
+    """
+    ids = self._in_vocabulary(ids).tolist()
+    kept = [i for i in ids if i != self.eos_id]
+    runs = itertools.groupby(kept, lambda i: i >= self.base.vocab_size)
+    return ''.join(
+      ''.join(map(self.token_name, run)) if named else self.base.decode([*run])
+      for named, run in runs
+    )
+
+  def token_name(self, token: Token) -> str:
+    """The tokenizer's name of it, or the one that was added."""
+    (token,) = self._in_vocabulary([token]).tolist()
+    if token < self.base.vocab_size:
+      return self.base.token_name(token)
+    return self.names[token - self.base.vocab_size]
+
+  def to_json(self) -> dict[str, Any]:
+    """The tokenizer's own, and all that it was made of."""
+    return {
+      'kind': 'extended',
+      'base': self.base.to_json(),
+      'names': list(self.names),
+      'end_inputs': self.end_inputs,
+    }
+
+  def _part(self, part: str, options: dict[str, Any]) -> np.ndarray:
+    if part in self.names:
+      return np.array([self.token_id(part)])
+    ids = self.base.encode_inputs(part, **options)
+    return ids[:-1] if ids.size and ids[-1] == self.eos_id else ids
+
+
+def extend(
+  base: Tokenizer,
+  *,
+  num_sentinels: int = 0,
+  modes: Sequence[str] = (),
+  end_inputs: bool,
+) -> Extended:
+  """The tokenizer of a task: it has an EOS, sentinels and modes.
+
+  Where the tokenizer has sentinels, `<extra_id_0>` and so on, as T5's has,
+  they come first; what is missing comes after its last id.
+  """
+  own = len(base.sentinel_ids)
+  names = [] if base.eos_id is not None else [EOS]
+  names += [f'{_SENTINEL}{i}>' for i in range(own, num_sentinels)]
+  return Extended(base, [*names, *map(mode_name, modes)], end_inputs=end_inputs)
+
+
+def mode_name(mode: str) -> str:
+  """How the token of a UL2 mode is spelled: `[S]`."""
+  return f'[{mode}]'

@@ -1,0 +1,214 @@
+"""A Hugging Face `tokenizers` model, with the special tokens of its folder.
+
+Not here: how those are found (`special_tokens.py`), and how conversations
+become text (`chat.py`).
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from moe_jax.config import unknown
+from moe_jax.data.tokenizers import chat
+from moe_jax.data.tokenizers.special_tokens import (
+  SENTENCEPIECE,
+  SpecialTokens,
+  from_folder,
+)
+from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer, digest
+
+# The end-of-document tokens of the well-known vocabularies, in the order tried.
+EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
+_SENTINEL = re.compile(r'<extra_id_(\d+)>')
+_LANGUAGE = re.compile(r'[a-z]{3}_[A-Z][a-z]{3}')
+
+
+class Json(Tokenizer):
+  """A Hugging Face `tokenizers` model, used as it is.
+
+  In `encode` the special tokens its post-processor would add are left out;
+  text that spells a special token is encoded as text, so that no document can
+  forge an EOS. Truncation and padding are off. A model with neither an unknown
+  token nor all bytes in its vocabulary drops what it does not know.
+
+  Args:
+    text: What a `tokenizer.json` holds.
+    special: The special tokens; None: the EOS is the first of `EOS_NAMES` in
+      the vocabulary, and there is no other.
+  """
+
+  def __init__(self, text: str, special: SpecialTokens | None = None):
+    self._model = _model(text)
+    self._model.encode_special_tokens = True
+    # Another copy: the flag is a setting of the model, and no argument.
+    self._prompts = _model(text)
+    self._vocabulary = self._model.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(self._vocabulary.values()) + 1
+    self._given = special
+    if special is None:
+      known = [self._vocabulary.get(name) for name in EOS_NAMES]
+      special = SpecialTokens(eos=tuple(i for i in known if i is not None)[:1])
+    self.special = special
+    self.vocab_size = max(self.vocab_size, special.vocab_size)
+    self.eos_id = special.eos[0] if special.eos else None
+    self.bos_id = special.bos
+    self.pad_id = special.pad
+    self.forced_bos_id = special.forced_bos
+    self.sentinel_ids = _sentinels(self._vocabulary)
+    self.identity = f'json:{digest(self._model.to_str() + self._roles())}'
+
+  def _roles(self) -> str:
+    if self._given is None:
+      return ''
+    roles = {**self._given.to_json(), 'chat_template': '', 'names': {}}
+    return json.dumps(roles, sort_keys=True)
+
+  @classmethod
+  def from_folder(cls, folder: pathlib.Path) -> 'Json':
+    """The tokenizer of a model's folder: `tokenizer.json` and what is beside.
+
+    Raises:
+      ValueError: There is no `tokenizer.json`, or a file is damaged.
+    """
+    path = folder / 'tokenizer.json'
+    if not path.is_file():
+      found = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+      only = f', only {found[0]}' if found else ''
+      raise ValueError(
+        f'{folder} has no tokenizer.json{only}. Make one where transformers '
+        'and sentencepiece are installed: AutoTokenizer.from_pretrained('
+        f'{str(folder)!r}).save_pretrained({str(folder)!r})'
+      )
+    text = path.read_text(encoding='utf-8')
+    vocabulary = _model(text).get_vocab(with_added_tokens=True)
+    return cls(text, from_folder(folder, vocabulary))
+
+  @property
+  def start_id(self) -> int | None:
+    """The decoder's start, else the EOS."""
+    return self.eos_id if self.special.start is None else self.special.start
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """Every id that ends generation."""
+    return self.special.eos
+
+  def encode(self, text: str) -> np.ndarray:
+    """The model's ids, int32 [N], without special tokens."""
+    ids = self._model.encode(text, add_special_tokens=False).ids
+    return np.asarray(ids, np.int32)
+
+  def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
+    """The ids of a prompt, int32 [N], as `transformers` would make them.
+
+    The post-processor adds its tokens (T5 an EOS, NLLB a language and an EOS),
+    and special tokens that the text spells are those tokens.
+
+    Args:
+      text: The prompt.
+      language: Stands in for the language code that the post-processor adds.
+
+    Raises:
+      ValueError: The language is no token, or the post-processor adds none.
+    """
+    found = self._prompts.encode(text)
+    ids = np.asarray(found.ids, np.int32)
+    if not language:
+      return ids
+    added = [
+      i
+      for i, (token, source) in enumerate(zip(found.tokens, found.sequence_ids))
+      if source is None and _LANGUAGE.fullmatch(token)
+    ]
+    if not added:
+      raise ValueError(
+        f'language={language!r}: the tokenizer adds no language code'
+      )
+    ids[added] = self.token_id(language)
+    return ids
+
+  def encode_chat(
+    self, messages: Sequence[chat.Message], **variables: Any
+  ) -> np.ndarray:
+    """The ids of a conversation, int32 [N]; see `chat.render`.
+
+    Raises:
+      ValueError: There is no chat template, or it refuses the messages.
+    """
+    if not self.special.chat_template:
+      raise ValueError('the tokenizer came without a chat template')
+    text = chat.render(
+      self.special.chat_template,
+      messages,
+      names=self.special.names,
+      **variables,
+    )
+    ids = self._prompts.encode(text, add_special_tokens=False).ids
+    return np.asarray(ids, np.int32)
+
+  def token_id(self, token: str) -> int:
+    """The id of a token by its name in the vocabulary: 'fra_Latn'.
+
+    Raises:
+      ValueError: There is no such token.
+    """
+    if token not in self._vocabulary:
+      special = [
+        added.content
+        for added in self._model.get_added_tokens_decoder().values()
+      ]
+      raise unknown('token', token, special)
+    return self._vocabulary[token]
+
+  def decode(self, ids: Ids) -> str:
+    """The model's text; special tokens are left out."""
+    return self._model.decode(self._in_vocabulary(ids).tolist())
+
+  def token_name(self, token: Token) -> str:
+    """The token's text, quoted; the vocabulary's spelling of a part of one."""
+    (token,) = self._in_vocabulary([token]).tolist()
+    if token == self.eos_id:
+      return '<eos>'
+    text = self._model.decode([token])
+    if text and '\ufffd' not in text:
+      return repr(text)
+    return self._model.id_to_token(token) or f'<{token}>'
+
+  def to_json(self) -> dict[str, Any]:
+    """Its kind, the whole model and, where they were given, special tokens."""
+    saved = {'kind': 'json', 'model': json.loads(self._model.to_str())}
+    if self._given is not None:
+      saved['special'] = self._given.to_json()
+    return saved
+
+  def vocabulary_name(self, token: Token) -> str:
+    """How the vocabulary spells a token; '' where no token has the id."""
+    return self._model.id_to_token(int(token)) or ''
+
+  def model_json(self) -> str:
+    """What a `tokenizer.json` holds."""
+    return self._model.to_str(pretty=True)
+
+
+def _model(text: str) -> tokenizers.Tokenizer:
+  try:
+    model = tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # the library raises bare Exceptions
+    raise ValueError(f'not a tokenizers JSON file: {error}') from error
+  model.no_truncation()
+  model.no_padding()
+  return model
+
+
+def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:
+  """The ids of T5's sentinels, the first span's first."""
+  found = {}
+  for token, i in vocabulary.items():
+    if match := _SENTINEL.fullmatch(token):
+      found[int(match[1])] = i
+  return tuple(found[n] for n in sorted(found))

@@ -1,0 +1,128 @@
+"""Moving rows where experts choose: a token has any number of them.
+
+From tokens to rows is a gather. Back is a sum into tokens, a scatter-add: it
+costs what the rows do, where a list of each token's rows would be as long as
+there are experts. Sums are float32. Not here: which slot is which row, but for
+`packed`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.dispatch import permute
+from moe_jax.routing.assignments import SlotRouting, decided
+from moe_jax.shapes import Array, Float, Int32, Shaped
+
+
+def by_expert(x: Shaped[Array, 'G E C']) -> Shaped[Array, 'E R']:
+  """The slots of each expert in one line, group after group."""
+  return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+
+
+@jax.named_scope('index')
+def token_index(routing: SlotRouting) -> Int32[Array, 'E R']:
+  """The token in each slot, counted over G * S; G * S where it is empty."""
+  G, S = len(routing.token_index), routing.group_size
+  first = S * jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  index = jnp.where(routing.filled, first + routing.token_index, G * S)
+  return by_expert(index)
+
+
+class Packed(NamedTuple):
+  """Rows sorted by expert, without the empty slots; those are at the end.
+
+  Attributes:
+    token_index: int32 [N], the token in each row, counted over G * S; G * S
+      where there is none.
+    gate: float32 [N], 0 where there is none.
+  """
+
+  token_index: Array
+  gate: Array
+
+
+def packed(routing: SlotRouting) -> Packed:
+  """The rows of dropless experts, N = E * G * C."""
+  token, gate = token_index(routing), by_expert(routing.gate)
+  with jax.named_scope('index'):
+    N = token.size
+    filled = by_expert(routing.filled).reshape(-1)
+    row = jnp.where(filled, jnp.cumsum(filled, dtype=jnp.int32) - 1, N)
+    slot = jnp.arange(N, dtype=jnp.int32)
+    slot = jnp.full(N, N, jnp.int32).at[row].set(slot, mode='drop')
+    row, slot = decided(row), decided(slot)
+    nobody = len(routing.gate) * routing.group_size
+    token = jnp.append(token, jnp.int32(nobody))[slot]
+  # A permutation: its gradient is a gather, too.
+  gate = permute.take_tokens(gate.reshape(-1, 1), slot, row[:, None])
+  return Packed(decided(token), gate[:, 0])
+
+
+def take_tokens(
+  x: Float[Array, 'N M'], token: Int32[Array, '*R']
+) -> Float[Array, '*R M']:
+  """The token in each row; zero where its index is N."""
+  return _take(x, token, len(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(x, token, num_tokens):
+  del num_tokens
+  return permute.take_or_zero(x, token)
+
+
+def _take_bwd(num_tokens, token, d_rows):
+  return _sum(d_rows, token, num_tokens), None
+
+
+_take.defvjp(lambda x, token, n: (_take(x, token, n), token), _take_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def sum_rows(
+  rows: Float[Array, '*R M'],
+  gate: Float[Array, '*R'],
+  token: Int32[Array, '*R'],
+  num_tokens: int,
+) -> Float[Array, 'N M']:
+  """Each token's rows, weighted by the gates and summed.
+
+  Args:
+    rows: What experts made.
+    gate: Of each row.
+    token: The token in each row; N where there is none.
+    num_tokens: N.
+  """
+  weighted = gate[..., None].astype(rows.dtype) * rows
+  return _sum(weighted, token, num_tokens)
+
+
+def _sum_rows_fwd(rows, gate, token, num_tokens):
+  return sum_rows(rows, gate, token, num_tokens), (rows, gate, token)
+
+
+def _sum_rows_bwd(num_tokens, saved, dy):
+  del num_tokens
+  rows, gate, token = saved
+  d_weighted = permute.take_or_zero(dy, token)
+  d_gate = jnp.einsum(
+    '...M,...M->...',
+    rows,
+    d_weighted,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  d_rows = gate[..., None].astype(dy.dtype) * d_weighted
+  return d_rows, d_gate.astype(gate.dtype), None
+
+
+sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+
+
+def _sum(rows, token, num_tokens):
+  total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
+  total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
+  return total.astype(rows.dtype)

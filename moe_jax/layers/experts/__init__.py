@@ -1,0 +1,1 @@
+"""Who multiplies the rows of experts: slots, sorted rows, few tokens."""

@@ -1,0 +1,1 @@
+"""The routers: their parameters and options, of one level and of two."""

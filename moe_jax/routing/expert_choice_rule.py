@@ -1,0 +1,64 @@
+"""Expert choice: each expert picks the tokens it wants most.
+
+https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
+as many experts as want it, or none. Who is picked depends on all tokens of the
+group: not causal. Not here: the paper's capped variant.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.routing.assignments import SlotRouting, decided
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+
+def expert_choice(
+  router_logits: Float32[Array, 'G S E'],
+  *,
+  capacity: int,
+  mask: Bool[Array, 'G S'] | None = None,
+) -> SlotRouting:
+  """Gives each expert the C tokens of its group with the largest probability.
+
+  Probabilities are the softmax over experts, and the gates of those picked;
+  ties go to the earlier token. A group with padding has smaller experts: of n
+  real tokens each takes ceil(C * n / S), about as many as if they were a group
+  of their own.
+
+  Args:
+    router_logits: Logits.
+    capacity: C, at most S; c * S / E where tokens have c experts on average.
+    mask: False for padding, which nobody picks. Default: all real.
+
+  Raises:
+    ValueError: The capacity is not in [1, S].
+
+  Source: Section 3.2 of arXiv:2202.09368.
+  """
+  S, C = router_logits.shape[1], capacity
+  if not 1 <= C <= S:
+    raise ValueError(f'capacity={C} not in [1, group_size={S}]')
+  if mask is None:
+    mask = jnp.ones(router_logits.shape[:2], bool)
+  probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
+  wanted = jnp.where(mask[:, None], jax.lax.stop_gradient(probs), -1.0)
+  index = decided(jax.lax.top_k(wanted, C)[1])  # [G, E, C]
+  share = shares(mask.sum(-1, dtype=jnp.int32), S, C)[:, None, None]
+  taken = jnp.arange(C, dtype=jnp.int32)[None, None] < share
+  gate = jnp.take_along_axis(probs, index, axis=2, mode='clip')
+  return SlotRouting(
+    token_index=jnp.where(taken, index, S),
+    gate=jnp.where(taken, gate, 0.0),
+    group_size=S,
+  )
+
+
+def shares(
+  real: Int32[Array, ' G'], group_size: int, capacity: int
+) -> Int32[Array, ' G']:
+  """How many tokens an expert takes of so many real ones: ceil(C * n / S)."""
+  # By a table, as C * n can be more than an int32 holds.
+  n = np.arange(group_size + 1, dtype=np.int64)
+  table = -(-capacity * n // group_size)
+  return jnp.asarray(table, jnp.int32)[real]

@@ -1,0 +1,107 @@
+"""Hash layers: a token's experts are a fixed, pseudo-random function of an id.
+
+https://arxiv.org/abs/2106.04426. Nothing is learned and nothing balanced: an
+id that is common makes its experts busy. The paper keeps random tables; here a
+hash function stands for a table of any size. Not here: its balanced and
+clustered tables, which are made of a corpus.
+"""
+
+import jax.numpy as jnp
+
+from moe_jax.config import unknown
+from moe_jax.routing.assignments import decided
+from moe_jax.shapes import Array, Int, Int32, UInt32
+
+HASH_OF = ('token', 'bigram', 'position')
+
+
+def hash_choice(
+  ids: UInt32[Array, 'G S'],
+  *,
+  num_experts: int,
+  num_selected: int,
+  seed: int = 0,
+  layer: int | Int[Array, ''] = 0,
+) -> Int32[Array, 'G S K']:
+  """K different experts of each id; those of equal ids are the same.
+
+  With K > 1 it is the paper's MultiHash, but for its experts, which are slices
+  of one feed-forward there.
+
+  Args:
+    ids: From `hash_ids`.
+    num_experts: E.
+    num_selected: K, in [1, E].
+    seed: Of the table.
+    layer: Every layer has a table of its own.
+  """
+  salt = mixed(mixed(_uint32(seed)) + _uint32(layer))
+  rank = jnp.arange(num_selected, dtype=jnp.uint32)
+  salts = mixed(salt + rank)[None, None]  # [1, 1, K]
+  draws = mixed(mixed(ids)[..., None] + salts)
+  return distinct(draws, num_experts)
+
+
+def hash_ids(
+  hash_of: str,
+  tokens: Int[Array, 'B T'],
+  previous: Int[Array, 'B T'],
+  positions: Int[Array, 'B T'],
+) -> UInt32[Array, 'B T']:
+  """What decides the experts of each token.
+
+  Args:
+    hash_of: 'token', 'bigram' (its id and the one before), or 'position'.
+    tokens: Token ids.
+    previous: The id before each in its segment; -1 where it is the first.
+    positions: Of each in its segment.
+
+  Raises:
+    ValueError: `hash_of` is unknown.
+  """
+  if hash_of not in HASH_OF:
+    raise unknown('hash_of', hash_of, HASH_OF)
+  if hash_of == 'position':
+    return positions.astype(jnp.uint32)
+  if hash_of == 'token':
+    return tokens.astype(jnp.uint32)
+  return mixed(previous.astype(jnp.uint32)) + tokens.astype(jnp.uint32)
+
+
+def previous_tokens(
+  tokens: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None = None
+) -> Int[Array, 'B T']:
+  """The id before each token in its segment; -1 where it is the first."""
+  previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  if segment_ids is None:
+    return previous
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  return jnp.where(segment_ids == before, previous, -1)
+
+
+def distinct(
+  draws: UInt32[Array, '*G K'], num_experts: int
+) -> Int32[Array, '*G K']:
+  """K different experts from K uniform draws; the work does not grow with E.
+
+  Draw k picks one of the E - k experts that are left.
+  """
+  K, experts = draws.shape[-1], []
+  for k in range(K):
+    left = (draws[..., k] % jnp.uint32(num_experts - k)).astype(jnp.int32)
+    # From its place among those that are left to its number among all.
+    for taken in jnp.sort(jnp.stack(experts), axis=0) if experts else ():
+      left = left + (left >= taken)
+    experts.append(left)
+  return decided(jnp.stack(experts, axis=-1))
+
+
+def mixed(x: UInt32[Array, '*G']) -> UInt32[Array, '*G']:
+  """Scrambles the bits: MurmurHash3's finalizer, one to one."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def _uint32(x: int | Int[Array, '']) -> UInt32[Array, '']:
+  return jnp.uint32(x % 2**32) if isinstance(x, int) else x.astype(jnp.uint32)

@@ -1,0 +1,316 @@
+"""Checkpoints of a train state: asynchronous, verified, resumable bit for bit.
+
+Not here: how arrays are written and read (`array_files.py`), what a good
+checkpoint is (`manifest.py`), which are kept (`retention.py`), when to save and
+what to do about a failure (`training/loop.py`).
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from moe_jax.runs import array_files, retention
+from moe_jax.runs import manifest as manifest_lib
+from moe_jax.runs.storage_errors import Retry, describe
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the others are untouched."""
+
+
+class Restored(NamedTuple):
+  """What `Checkpointer.restore` found.
+
+  `skipped` are the newer checkpoints passed over, newest first, with reasons;
+  with several processes, process 0 alone knows them.
+  """
+
+  state: Any
+  extra: dict[str, Any]
+  step: int
+  skipped: list[tuple[int, str]]
+
+
+class Checkpointer(contextlib.AbstractContextManager):
+  """The checkpoints of one run in one directory; a context manager.
+
+  Left unclosed, it loses a pending save when the interpreter exits.
+
+  Args:
+    directory: Made at the first save. One run at a time may save to it.
+    keep_newest: How many of the newest are kept, at least 1.
+    keep_best: Whether the one with the lowest `best_metric` is kept besides.
+    best_metric: A key of the `metrics` given to `save`.
+    retry: For transient storage errors. With more than one try, the host keeps
+      a copy of what is being saved until it is written. Several processes
+      would have to agree on another try: they try once to write arrays.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    keep_newest: int = 2,
+    keep_best: bool = True,
+    best_metric: str = 'loss',
+    retry: Retry = Retry(),
+  ):
+    self._retry = retry
+    self._directory = retention.Directory(
+      directory, keep_newest, keep_best, best_metric, retry
+    )
+    self._needed_metric = best_metric if keep_best else None
+    # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
+    for name in ('absl', 'asyncio'):
+      logging.getLogger(name).addFilter(_not_from_orbax)
+    self._orbax = array_files.checkpointer()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    self._pending: tuple[int, concurrent.futures.Future] | None = None
+    self._last: int | None = None  # the step last saved or restored
+    self._saves = 0
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    extra: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Starts saving `state`; its arrays are copied out before this returns.
+
+    Waits for the save before. The step last saved or restored here is there
+    already and is not saved again. What the directory holds at or after `step`,
+    or after the restored step, is set aside.
+
+    Args:
+      step: The optimizer step, not negative.
+      state: Any pytree of jax arrays. With several processes, each calls this.
+      extra: What JSON can hold (tuples come back as lists), of process 0.
+      metrics: Scalars; one that is not finite is never the best.
+
+    Raises:
+      ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` are
+        given without the `best_metric` to keep the best by.
+      CheckpointError: This save could not start, or the one before failed.
+    """
+    about = manifest_lib.make(step, state, extra or {}, metrics or {})
+    if metrics and self._needed_metric not in (None, *metrics):
+      raise ValueError(
+        f'no best_metric {self._needed_metric!r} in metrics; have '
+        f'{sorted(metrics)}'
+      )
+    self.wait()
+    if step == self._last:
+      return
+    try:
+      if jax.process_index() == 0:
+        self._retry(self._directory.make_room, step, self._last)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'checkpoint {step}')
+      copied = self._copied(state)
+      saving = self._rewriting(copied)(self._write, step, state)
+    except Exception as error:
+      raise self._failure(step, error) from None
+    self._pending = (
+      step,
+      self._thread.submit(self._finish, saving, about, copied),
+    )
+
+  def wait(self) -> None:
+    """Waits until the pending save, its manifest and the pruning are done.
+
+    Raises:
+      CheckpointError: The save failed, and what it had written is removed.
+    """
+    if self._pending is None:
+      return
+    step, future = self._pending
+    try:
+      future.result()
+    except Exception as error:
+      self._pending = None
+      raise self._failure(step, error) from None
+    self._pending, self._last = None, step
+
+  def settle(self, seconds: float) -> None:
+    """Gives a pending save so long to end, on any thread; says nothing."""
+    if (pending := self._pending) is not None:
+      concurrent.futures.wait([pending[1]], seconds)
+
+  def close(self) -> None:
+    """Does what `wait` does and ends the threads."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """The finished steps, rising; they are not verified, so this is cheap."""
+    return self._directory.steps()
+
+  def best_step(self) -> int | None:
+    """The step with the lowest finite `best_metric`, the earliest of equals."""
+    return self._directory.best_step()
+
+  def newest_good(self) -> int | None:
+    """The newest step whose files all verify, or None."""
+    return self._directory.newest_good()[0]
+
+  def restore(
+    self,
+    abstract_state: Any,
+    *,
+    step: int | None = None,
+    partial: bool = False,
+    cast: bool = False,
+    first: Any = None,
+  ) -> Restored | None:
+    """The newest good checkpoint, or None where none was ever finished.
+
+    The run goes on from it: a later save sets newer ones aside. To look at a
+    checkpoint beside a run, use another `Checkpointer`.
+
+    Args:
+      abstract_state: A pytree of `jax.ShapeDtypeStruct` (or arrays). Leaves
+        come back in their `sharding`, on any mesh; without one, on the first
+        local device.
+      step: This one and no other.
+      partial: Whether the checkpoint may hold more than `abstract_state`, say
+        the optimizer's state, which is not loaded then.
+      cast: Whether `abstract_state` may ask for another floating-point type
+        than was saved; leaves are converted as they are read.
+      first: What a checkpoint of step 0 holds in place of `abstract_state`:
+        parameters alone, where a run begins from those of another.
+
+    Raises:
+      ValueError: `step` does not exist, or the trees differ in their paths,
+        shapes or dtypes, which are listed.
+      CheckpointError: `step` is not good; or some are finished and none is
+        good; or a save pending here failed.
+    """
+    self.wait()
+    found, skipped = self._find(step)
+    if found is None:
+      return None
+    if found == 0 and first is not None:
+      abstract_state = first
+    manifest = self._directory.manifest(found)
+    wanted, saved = manifest_lib.describe(abstract_state), manifest.tree
+    if partial:
+      saved = {path: saved[path] for path in saved if path in wanted}
+    if difference := manifest_lib.difference(saved, wanted, cast=cast):
+      folder = self._directory.folder(found)
+      raise ValueError(f'{folder} holds another state\n{difference}')
+    state = self._load(found, abstract_state, partial)
+    self._last = found
+    return Restored(state, manifest.extra, found, skipped)
+
+  def _copied(self, state: Any) -> Any:
+    """What another try would write: the caller's arrays are gone by then."""
+    if self._retry.tries == 1 or jax.process_count() > 1:
+      return None
+    # On a CPU these are views; while they live, no step is given their memory.
+    return jax.device_get(state)
+
+  def _rewriting(self, copied: Any) -> Retry:
+    """How often arrays are written."""
+    return self._retry if copied is not None else Retry()
+
+  def _write(self, step: int, state: Any) -> epath.Path:
+    """Starts Orbax's writing, and returns the folder it goes to."""
+    self._saves += 1  # a failed save may yet write: never into this one
+    saving = self._directory.folder(step, f'.saving{self._saves}')
+    try:
+      self._orbax.save(saving, ocp.args.PyTreeSave(state))
+    except Exception:
+      self._clear_away()
+      raise
+    return saving
+
+  def _finish(self, saving, manifest: manifest_lib.Manifest, copied) -> None:
+    """On the thread: waits for Orbax's files, then seals, names and prunes."""
+    writing: list[epath.Path] = [saving]
+    # Writing the arrays again does all of it again.
+    retry = self._retry if copied is None else Retry()
+
+    def finish():
+      folder = writing.pop() if writing else self._write(manifest.step, copied)
+      try:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+          retry(manifest_lib.write, folder, manifest)
+          retry(folder.rename, self._directory.folder(manifest.step))
+      except Exception:
+        self._clear_away()
+        raise
+
+    self._rewriting(copied)(finish)
+    if jax.process_index() == 0:
+      self._directory.prune()
+
+  def _clear_away(self) -> None:
+    """Frees what a failed save took: it is a full disk, more often than not."""
+    with contextlib.suppress(Exception):
+      self._orbax.wait_until_finished()  # else the next save gets the rest
+    if jax.process_index() == 0:
+      self._directory.remove_leftovers()
+
+  def _find(self, step: int | None) -> tuple[int | None, list[tuple[int, str]]]:
+    """`Directory.newest_good`, by process 0 for all; an error if none is."""
+    folders = self._directory.folders()
+    if step is not None and step not in folders:
+      raise ValueError(
+        f'no checkpoint {step} in {self._directory.path}; have {self.steps()}'
+      )
+    found, skipped = None, []
+    if jax.process_index() == 0:
+      found, skipped = self._directory.newest_good(step)
+    if jax.process_count() > 1:  # to hash everything once is enough
+      sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
+      # Others may see a folder later than process 0 does.
+      found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
+      found = None if found < 0 else found
+    if found is not None or not folders:
+      return found, skipped
+    reasons = '; '.join(f'{number}: {why}' for number, why in skipped)
+    message = f'no good checkpoint in {self._directory.path} ({reasons})'
+    if step is not None or self.steps():
+      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
+    logging.getLogger(__name__).warning(message)
+    return None, skipped
+
+  def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
+    args = array_files.to_restore(abstract_state, partial)
+    folder = self._directory.folder(step)
+    try:
+      return self._retry(self._orbax.restore, folder, args)
+    except Exception as error:
+      raise CheckpointError(
+        f'checkpoint {step} in {self._directory.path} is as it was saved but '
+        f'cannot be read: {describe(error)}'
+      ) from error
+
+  def _failure(self, step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+      f'checkpoint {step} not saved to {self._directory.path}: '
+      f'{describe(error)}\nlast good step: {max(self.steps(), default=None)}'
+    )
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  """Also not asyncio's word on its coroutines, which names their files."""
+  return 'orbax' not in record.pathname + record.getMessage()

@@ -1,0 +1,220 @@
+"""The manifest of a checkpoint: what every file and every array must be.
+
+It is one JSON file that carries its own digest, so a flipped bit in it is
+found as surely as one in the arrays. Not here: which checkpoints exist, which
+are kept, and the writing of arrays (`checkpointer.py`).
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from moe_jax.runs.storage_errors import Retry
+
+NAME = 'manifest.json'
+_FORMAT = 1
+_MOST_LISTED = 4
+_FLOAT = re.compile(r'^b?float\d+')
+
+
+class BadCheckpoint(Exception):
+  """A folder that is no good checkpoint; its text is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a checkpoint says of itself.
+
+  Attributes:
+    step: The optimizer step it was saved after.
+    tree: `{'params/w': 'float32[3,4]'}`, every array of the state.
+    extra: The caller's own JSON values.
+    metrics: Of this step, for choosing the best.
+    files: Path within the folder -> (bytes, sha256 in hex).
+  """
+
+  step: int
+  tree: dict[str, str]
+  extra: dict[str, Any]
+  metrics: dict[str, float]
+  files: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+
+def make(
+  step: int, state: Any, extra: dict[str, Any], metrics: Mapping[str, Any]
+) -> Manifest:
+  """All of a manifest but the files.
+
+  Raises:
+    ValueError: The step is negative, a leaf is no jax array, or `extra` is not
+      JSON.
+  """
+  if step < 0:
+    raise ValueError(f'step={step} < 0')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
+    if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
+      raise ValueError(
+        f'state leaf {name(path)!r} is {kind}; only a jax.Array is saved, and '
+        'a key as its jax.random.key_data'
+      )
+  try:
+    extra = json.loads(json.dumps(extra))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'extra={extra!r:.200} is not JSON: {error}') from None
+  return Manifest(
+    step=step,
+    tree=describe(state),
+    extra=extra,
+    metrics={key: float(value) for key, value in metrics.items()},
+  )
+
+
+def write(folder: epath.Path, manifest: Manifest) -> None:
+  """Seals `folder`, whose files are final; `manifest.files` is found here."""
+  paths = sorted(
+    str((parent / file).relative_to(folder))
+    for parent, _, files in folder.walk()
+    for file in files
+    if not file.startswith(NAME)
+  )
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    found = pool.map(lambda path: _size_and_digest(folder / path), paths)
+    files = dict(zip(paths, found))
+  body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
+  body['format'] = _FORMAT
+  text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
+  partial = folder / f'{NAME}.tmp'
+  partial.write_text(text)
+  partial.replace(folder / NAME)
+
+
+def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
+  """The manifest of `folder`, its own digest checked, its files not.
+
+  Args:
+    folder: A checkpoint.
+    retry: For what storage fails to read.
+
+  Raises:
+    BadCheckpoint: There is none, or it is not what was written.
+  """
+  try:
+    body = json.loads(retry((folder / NAME).read_text))
+    seal = body.pop('sha256')
+    version = body.pop('format')
+    if seal != _seal({**body, 'format': version}):
+      raise BadCheckpoint('manifest altered')
+    if version != _FORMAT:
+      raise BadCheckpoint(f'manifest format {version}, not {_FORMAT}')
+    body['files'] = {path: tuple(was) for path, was in body['files'].items()}
+    return Manifest(**body)
+  except FileNotFoundError:
+    raise BadCheckpoint('no manifest') from None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
+
+
+def verify(
+  folder: epath.Path, manifest: Manifest, retry: Retry = Retry()
+) -> None:
+  """Reads every file that `manifest` names; others in `folder` are ignored.
+
+  An extra file (a note, a network file system's `.nfs0001`) takes nothing from
+  the arrays, and refusing it would throw away a good checkpoint.
+
+  Args:
+    folder: A checkpoint.
+    manifest: Its own.
+    retry: For what storage fails to read.
+
+  Raises:
+    BadCheckpoint: A file is missing, of another size, or altered.
+  """
+
+  def check(item):
+    path, (size, digest) = item
+    try:
+      # Sizes first: a truncated file need not be read to be refused.
+      have = retry((folder / path).stat).length
+      if have != size:
+        return f'{path} has {have} bytes, not {size}'
+      if retry(_size_and_digest, folder / path)[1] != digest:
+        return f'{path} altered'
+    except FileNotFoundError:
+      return f'{path} missing'
+    except OSError as error:
+      return f'{path} unreadable ({error.strerror})'
+    return None
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for reason in pool.map(check, manifest.files.items()):
+      if reason:
+        raise BadCheckpoint(reason)
+
+
+def describe(state: Any) -> dict[str, str]:
+  """`{'params/w': 'float32[3,4]'}` for each leaf with a shape and a dtype."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+    for path, leaf in leaves
+  }
+
+
+def name(path: tuple[Any, ...]) -> str:
+  """A key path of `jax.tree_util` as text: `params/layer/0/w`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def difference(
+  saved: Mapping[str, str], wanted: Mapping[str, str], *, cast: bool = False
+) -> str:
+  """How two `describe`d trees differ, a line for each kind; '' if they don't.
+
+  The kinds are missing (wanted, not saved), unexpected (saved, not wanted) and
+  of another shape or dtype; with `cast` any floating-point type is another's
+  equal.
+  """
+
+  def same(path):
+    if cast:
+      return _FLOAT.sub('float', saved[path]) == _FLOAT.sub(
+        'float', wanted[path]
+      )
+    return saved[path] == wanted[path]
+
+  kinds = {
+    'missing': [path for path in wanted if path not in saved],
+    'unexpected': [path for path in saved if path not in wanted],
+    'different': [
+      f'{path} (saved {saved[path]}, wanted {wanted[path]})'
+      for path in wanted
+      if path in saved and not same(path)
+    ],
+  }
+  lines = []
+  for kind, paths in kinds.items():
+    more = len(paths) - _MOST_LISTED
+    rest = f', and {more} more' if more > 0 else ''
+    if paths:
+      lines.append(f'{kind}: {", ".join(sorted(paths)[:_MOST_LISTED])}{rest}')
+  return '\n'.join(lines)
+
+
+def _size_and_digest(path: epath.Path) -> tuple[int, str]:
+  with path.open('rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    return file.tell(), digest
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+  text = json.dumps(body, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,272 @@
+"""The numbers of a run on disk: rows of JSON, and the same for TensorBoard.
+
+`workdir/metrics.jsonl` is the record: one flat object a row, its `step` and
+then names such as `train/loss`, `train/layer_1/load`, `eval/valid/loss` (losses
+in nats per token), each with a number or a list of numbers. JSON has no word
+for NaN and the infinities: they are the strings 'NaN', 'Infinity' and
+'-Infinity' (what `float` reads), so a loss that diverged is not a loss that
+was never measured; `read_metrics` gives back floats.
+
+`workdir/tensorboard` shows the same numbers. Lists are left out of it: a chart
+for every expert of every layer buries the others; `analysis.plots` draws them.
+
+Not here: what is measured, and when a row is due (the loop).
+"""
+
+import json
+import logging
+import math
+import operator
+import os
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsIndex
+
+import numpy as np
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+FILE_NAME = 'metrics.jsonl'
+Row = dict[str, Any]  # numbers, or flat lists of numbers, by their names
+_NON_FINITE = {'NaN', 'Infinity', '-Infinity'}
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+  """Appends rows to a workdir's metrics; one process of a run has one.
+
+  Each row is handed to the operating system whole before `write` returns, so
+  killing the process loses none and a full disk leaves no half row: rows that
+  do not fit are kept and tried again with the next.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike[str], *, resume_step: int | None
+  ):
+    """Opens the workdir's metrics, and makes the workdir if need be.
+
+    Args:
+      workdir: A local folder.
+      resume_step: The step of the checkpoint the run goes on from. Rows after
+        it are dropped, since they come again, and so is what a killed process
+        left half written. None starts a new record; an old one is kept under
+        the first free name of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
+
+    Raises:
+      OSError: The folder cannot be made, read or written.
+      ValueError: `workdir` is a URL, where no file can be appended to.
+    """
+    if '://' in str(workdir):
+      raise ValueError(f'workdir={workdir!r} must be a local folder')
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE_NAME
+    if path.exists() and path.stat().st_size:
+      if resume_step is None:
+        _set_aside(path)
+      else:
+        _drop_after(path, resume_step)
+    self._rows = _AppendOnly(path)
+    first_step = 0 if resume_step is None else resume_step + 1
+    self._events = _AppendOnly(_new_event_file(folder / 'tensorboard'))
+    self._events.append(_record(Event(file_version='brain.Event:2')))
+    # Tells TensorBoard to forget what the files before this one say of the
+    # steps that come again.
+    start = SessionLog(status=SessionLog.START)
+    self._events.append(_record(Event(step=first_step, session_log=start)))
+
+  def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
+    """Appends one row; a step may have several, such as one for each eval.
+
+    Args:
+      step: Optimizer steps taken.
+      values: Numbers or flat lists of numbers by name; arrays of rank 0 and 1
+        of numpy or jax will do.
+
+    Raises:
+      ValueError: A value is neither, or is named 'step'.
+    """
+    if 'step' in values:
+      raise ValueError("'step' is the row's own key; values cannot set it")
+    row = {key: _plain(key, value) for key, value in values.items()}
+    step = operator.index(step)
+    encoded = {key: _encode(value) for key, value in row.items()}
+    text = json.dumps({'step': step} | encoded, allow_nan=False)
+    self._rows.append(text.encode() + b'\n')
+    scalars = [
+      Summary.Value(tag=key, simple_value=value)
+      for key, value in row.items()
+      if not isinstance(value, list)
+    ]
+    if scalars:
+      summary = Summary(value=scalars)
+      self._events.append(_record(Event(step=step, summary=summary)))
+
+  def close(self) -> None:
+    """Tries once more what did not fit on the disk, and closes the files."""
+    self._rows.close()
+    self._events.close()
+
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`, oldest first; safe while a run writes it.
+
+  A half-written last row is left out.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: A line before it holds no row of metrics.
+  """
+  rows = []
+  for number, line, row in _lines(pathlib.Path(path)):
+    if row is not None:
+      rows.append({key: _decode(value) for key, value in row.items()})
+    elif line.endswith(b'\n'):
+      raise ValueError(f'{path}: line {number} is not a row of metrics')
+  return rows
+
+
+def _lines(
+  path: pathlib.Path,
+) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+  """Each line with its number and its row, None where it holds no row."""
+  with path.open('rb') as file:
+    for number, line in enumerate(file, 1):
+      try:
+        row = json.loads(line)
+      except ValueError:
+        row = None
+      whole = isinstance(row, dict) and isinstance(row.get('step'), int)
+      yield number, line, row if whole else None
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Rewrites the file, all or nothing, with its rows up to `step`."""
+  copy = path.with_name(f'{path.name}.tmp')
+  unreadable = []
+  with copy.open('wb') as file:
+    for number, line, row in _lines(path):
+      if row is None:
+        if line.endswith(b'\n'):
+          unreadable.append(number)
+      elif row['step'] <= step:
+        file.write(line.rstrip(b'\n') + b'\n')
+    file.flush()
+    os.fsync(file.fileno())
+  copy.replace(path)
+  if unreadable:
+    _log.warning('%s: dropped unreadable lines %s', path, unreadable)
+
+
+def _set_aside(path: pathlib.Path) -> None:
+  number = 0
+  while (aside := path.with_name(f'{path.stem}.{number}.jsonl')).exists():
+    number += 1
+  path.replace(aside)
+  _log.warning('a new record begins; the old one is now %s', aside)
+
+
+class _AppendOnly:
+  """A file that grows by whole records, whatever the disk does."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    # Unbuffered: what `append` has written outlives the process.
+    self._file = path.open('ab', buffering=0)
+    self._size = path.stat().st_size
+    self._waiting: list[bytes] = []
+
+  def append(self, record: bytes) -> None:
+    self._waiting.append(record)
+    data = memoryview(b''.join(self._waiting))
+    size = len(data)
+    try:
+      while data:
+        data = data[self._file.write(data) :]
+    except OSError as error:
+      # The part that did fit would run into the next record.
+      self._file.truncate(self._size)
+      if len(self._waiting) == 1:
+        _log.warning('%s: rows wait in memory: %s', self._path, error)
+      return
+    self._size += size
+    self._waiting.clear()
+
+  def close(self) -> None:
+    if self._file.closed:
+      return
+    if self._waiting:
+      self.append(b'')
+    if self._waiting:
+      lost = sum(map(bool, self._waiting))
+      _log.error('%s: lost its last %d records', self._path, lost)
+    self._file.close()
+
+
+def _new_event_file(folder: pathlib.Path) -> pathlib.Path:
+  folder.mkdir(exist_ok=True)
+  # TensorBoard reads files in the order of their names. The time has whole
+  # seconds; the number keeps a quick restart from landing in the same file.
+  number = sum(1 for _ in folder.iterdir())
+  name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}'
+  return folder / f'{name}.{number:04d}'
+
+
+def _record(event: Event) -> bytes:
+  """An event as a TFRecord: length, its checksum, data, its checksum.
+
+  tensorboardX's own writer puts a queue and a thread in between; on a full
+  disk the thread dies and the queue then blocks the training loop for good.
+  """
+  event.wall_time = time.time()
+  data = event.SerializeToString()
+  length = struct.pack('<Q', len(data))
+  return b''.join(
+    [
+      length,
+      struct.pack('<I', masked_crc32c(length)),
+      data,
+      struct.pack('<I', masked_crc32c(data)),
+    ]
+  )
+
+
+def _plain(key: str, value: Any) -> Any:
+  """A Python number, or a list of them."""
+  try:
+    array = np.asarray(value)
+  except ValueError:  # ragged
+    array = np.asarray(None)
+  # bfloat16 is a kind of its own, 'V', and counts as a float here.
+  if array.ndim > 1 or array.dtype.kind not in 'biufV' or array.dtype.names:
+    raise ValueError(
+      f'{key}={value!r} is neither a number nor a flat list of numbers'
+    )
+  return array.tolist()
+
+
+def _encode(value: Any) -> Any:
+  if isinstance(value, list):
+    return [_encode(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    if math.isnan(value):
+      return 'NaN'
+    return 'Infinity' if value > 0 else '-Infinity'
+  return value
+
+
+def _decode(value: Any) -> Any:
+  if isinstance(value, list):
+    return [_decode(item) for item in value]
+  return float(value) if value in _NON_FINITE else value

@@ -1,0 +1,52 @@
+"""Batches of steps whose loss or gradient was not finite, kept to look at.
+
+`workdir/nonfinite/<step>.npz` has the arrays of the global batch by name. Not
+here: what such a step does to the state (`training/step.py`), and when it ends
+the run (`recorder.py`).
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+FOLDER = 'nonfinite'
+
+
+def steps(workdir: pathlib.Path) -> set[int]:
+  """The steps that are kept; those after a checkpoint come again."""
+  numbers = [path.stem for path in (workdir / FOLDER).glob('*.npz')]
+  return {int(n) for n in numbers if n.isdigit()}
+
+
+def forget(workdir: pathlib.Path, step: int) -> None:
+  """Removes what is kept of a step that came again and was finite."""
+  if jax.process_index() == 0:
+    (workdir / FOLDER / f'{step}.npz').unlink(missing_ok=True)
+
+
+def keep(
+  workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]
+) -> pathlib.Path:
+  """Writes the batch of `step`, all or nothing; every process calls this.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  path = workdir / FOLDER / f'{step}.npz'
+  arrays = {name: _whole(array) for name, array in batch.items()}
+  if jax.process_index() == 0:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix('.tmp')
+    with unfinished.open('wb') as file:
+      np.savez(file, **arrays)
+    unfinished.replace(path)
+  return path
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,228 @@
+"""From each step's metrics to rows, the progress display and the NaN check.
+
+Metrics of step n - 1 are read after step n was dispatched, so that reading
+them never makes the device wait.
+"""
+
+import contextlib
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import ml_collections
+
+from moe_jax import data
+from moe_jax.distributed import is_first
+from moe_jax.models import Model
+from moe_jax.runs import nonfinite, summary
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.metrics import MetricsWriter, Row
+from moe_jax.runs.progress import Progress
+from moe_jax.training_types import Batch, LossSums, StepMetrics, add
+
+
+class NonFiniteError(RuntimeError):
+  """The loss or the gradient is not finite, and no more may be left out."""
+
+
+@runtime_checkable
+class RecordedRun(Protocol):
+  """What the recorder reads of a run, which is `moe_jax.training.setup.Run`.
+
+  Attributes:
+    config: The run's config.
+    workdir: The run's folder.
+    dataset: The run's data; it says what is counted, and a loss's unit.
+    model: The model that is trained.
+    checkpoints: The run's checkpoints.
+    message: Prints a line; the progress display puts itself in its place.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  dataset: data.Dataset
+  model: Model
+  checkpoints: Checkpointer
+  message: Callable[[str], None]
+
+
+class Recorder:
+  """A context manager; rows are averages since the row before.
+
+  Every process has one and sees the same numbers; process 0's writes them.
+  """
+
+  def __init__(self, run: RecordedRun, start: int):
+    """Opens the workdir's metrics at step `start`."""
+    self._run = run
+    self._start = start
+    self._pending: tuple[int, StepMetrics, Batch] | None = None
+    self._kept = nonfinite.steps(run.workdir)
+    self._skipped = sum(n <= start for n in self._kept)
+    self._sums: LossSums | None = None
+    self._steps = 0
+    self._tokens = 0.0
+    self._clock: float | None = None  # None until the first step is compiled
+    self._eval_losses: dict[int, dict[str, float]] = {}
+
+  def __enter__(self) -> 'Recorder':
+    run = self._run
+    self._stack = contextlib.ExitStack()
+    self._message = run.message
+    self._writer = self._progress = None
+    if is_first():
+      resume_step = self._start or None
+      self._writer = self._stack.enter_context(
+        MetricsWriter(run.workdir, resume_step=resume_step)
+      )
+      self._progress = self._stack.enter_context(
+        Progress(
+          run.config.total_steps,
+          self._start,
+          counted=run.dataset.counted,
+          loss_unit=run.dataset.loss_unit,
+        )
+      )
+      run.message = self._progress.message
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._run.message = self._message
+    self._stack.close()
+
+  def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
+    """Takes step's metrics, and reads those of the step before.
+
+    A step before whose loss or gradient norm is not finite has its batch kept.
+    It was left out of the state if any may be (`config.max_nonfinite_steps`),
+    and is left out of the averages.
+
+    Raises:
+      NonFiniteError: There were as many such steps as may be left out.
+    """
+    self._flush()
+    self._pending = step, metrics, batch
+
+  @contextlib.contextmanager
+  def paused(self, step: int):
+    """Reads `step`'s metrics now, and keeps what follows out of the speed."""
+    self._flush()
+    began = time.perf_counter()
+    yield
+    if self._clock is not None:
+      self._clock += time.perf_counter() - began
+
+  def evaluated(self, step: int, results: dict[str, Row]) -> None:
+    """Writes and says what the evaluations found."""
+    losses = {}
+    for name, row in results.items():
+      self._write(
+        step, {f'eval/{name}/{key}': value for key, value in row.items()}
+      )
+      if 'loss' in row:
+        losses[name] = row['loss']
+      else:
+        said = ', '.join(f'{key} {value:.4g}' for key, value in row.items())
+        self._run.message(f'step {step}: evaluation {name}: {said}')
+    self._eval_losses = {step: losses}
+    if losses:
+      said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+      unit = self._run.dataset.loss_unit
+      self._run.message(f'step {step}: evaluation, {unit}: {said}')
+
+  def best_metric(self, step: int) -> dict[str, float] | None:
+    """The loss the best checkpoint is chosen by, if taken at this step."""
+    name = self._run.config.checkpoint.best_eval
+    losses = self._eval_losses.get(step, {})
+    return {name: losses[name]} if name in losses else None
+
+  def saved(self, step: int) -> None:
+    """Says that a checkpoint is on its way."""
+    self._run.message(f'step {step}: saving a checkpoint')
+
+  def _flush(self) -> None:
+    if self._pending is None:
+      return
+    (step, metrics, batch), self._pending = self._pending, None
+    sums = summary.host(metrics.sums)
+    loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+      self._skip(step, loss, grad_norm, sums, batch)
+    else:
+      if step in self._kept:
+        nonfinite.forget(self._run.workdir, step)
+      self._sums = sums if self._sums is None else add(self._sums, sums)
+    if self._clock is None:
+      self._clock = time.perf_counter()
+    else:
+      self._steps += 1
+      self._tokens += (
+        self._run.config.batch_size * self._run.config.data.seq_len
+      )
+    total = self._run.config.total_steps
+    due = step % self._run.config.log_every_steps == 0 or step == total
+    if due and self._sums is not None:
+      self._row(step, loss, grad_norm, float(metrics.learning_rate))
+
+  def _skip(self, step, loss, grad_norm, sums, batch) -> None:
+    """Keeps the batch, and raises if this step is one too many."""
+    path = nonfinite.keep(self._run.workdir, step, batch)
+    most = self._run.config.max_nonfinite_steps
+    if self._skipped >= most:
+      raise NonFiniteError(self._describe(step, loss, grad_norm, sums, path))
+    self._skipped += 1
+    self._run.message(
+      f'step {step}: loss={loss}, gradient norm={grad_norm}: left out, '
+      f'{self._skipped} of at most {most}; its batch is {path}'
+    )
+
+  def _row(self, step, loss, grad_norm, learning_rate) -> None:
+    now = time.perf_counter()
+    seconds = max(now - self._clock, 1e-9)
+    values = summary.summarize(self._sums)
+    drops = self._run.model.config.moe is not None  # or could
+    speed = self._tokens / seconds
+    row = {
+      **values,
+      'total_loss': loss,
+      'grad_norm': grad_norm,
+      'learning_rate': learning_rate,
+    }
+    if self._steps:
+      row['tokens_per_second'] = speed
+      row['step_seconds'] = seconds / self._steps
+    self._write(step, {f'train/{k}': v for k, v in row.items()})
+    if self._progress is not None:
+      self._progress.update(
+        step,
+        loss=values['loss'],
+        tokens_per_second=speed if self._steps else None,
+        drop_rate=values.get('drop_rate') if drops else None,
+      )
+    self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
+
+  def _write(self, step: int, row: Row) -> None:
+    if self._writer is not None:
+      self._writer.write(step, row)
+
+  def _describe(self, step, loss, grad_norm, sums, path) -> str:
+    lines = [f'step {step}: loss={loss}, gradient norm={grad_norm}']
+    for i in summary.sparse_layers(sums):
+      layer = summary.layer_summary(sums, i)
+      lines.append(
+        f'  layer {i}: router logit RMS {layer["router_logit_rms"]:.3g}, '
+        f'entropy {layer["entropy"]:.3g}, drop rate {layer["drop_rate"]:.1%}, '
+        f'load max/mean {layer["load_max_over_mean"]:.2f}'
+      )
+    with contextlib.suppress(CheckpointError):
+      self._run.checkpoints.wait()
+    newest = self._run.checkpoints.newest_good()
+    good = 'none' if newest is None else f'step {newest}'
+    lines.append(f'its batch is {path}')
+    lines.append(
+      f'last good checkpoint: {good} in {self._run.workdir}; lower '
+      'optimizer.learning_rate or raise moe.z_weight, and go on with --resume'
+    )
+    return '\n'.join(lines)

@@ -1,0 +1,165 @@
+"""A directory of checkpoints: which exist, which are good, which are kept.
+
+`<step>` is a checkpoint and holds a manifest. It is written as `<step>.saving1`
+and renamed when the manifest is in it, and renamed to `<step>.deleting` before
+it is removed: at whatever moment a process dies, what bears a bare number is
+whole or fails its manifest. A checkpoint that a run turned away from becomes
+`<step>.aside` (`.aside2`, ...) and is never deleted. Only a saving run changes
+the directory, so others may read it meanwhile.
+
+Not here: the manifest (`manifest.py`), and arrays (`checkpointer.py`).
+"""
+
+import logging
+import math
+import os
+import re
+import time
+
+from etils import epath
+
+from moe_jax.runs import manifest as manifest_lib
+from moe_jax.runs.manifest import BadCheckpoint, Manifest
+from moe_jax.runs.storage_errors import Retry
+
+_LOG = logging.getLogger(__name__)
+_STEP = re.compile(r'0|[1-9]\d*')
+_LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
+_TRIES = 20
+
+
+class Directory:
+  """Checkpoints by step; `keep_newest` and the best survive `prune`."""
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    keep_newest: int,
+    keep_best: bool,
+    best_metric: str,
+    retry: Retry = Retry(),
+  ):
+    if keep_newest < 1:
+      raise ValueError(f'keep_newest={keep_newest} < 1: nothing would be kept')
+    self.path = epath.Path(path).expanduser().resolve()
+    self._keep_newest = keep_newest
+    self._keep_best = keep_best
+    self._best_metric = best_metric
+    self._retry = retry
+
+  def folder(self, step: int, suffix: str = '') -> epath.Path:
+    """Where `step` is, or is being saved, deleted or set aside."""
+    return self.path / f'{step}{suffix}'
+
+  def folders(self) -> list[int]:
+    """Every step with a folder, good or not, rising."""
+    if not self.path.exists():
+      return []
+    names = self._retry(lambda: [path.name for path in self.path.iterdir()])
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+  def steps(self) -> list[int]:
+    """The steps with a manifest, rising; nothing is verified."""
+    return [
+      step
+      for step in self.folders()
+      if (self.folder(step) / manifest_lib.NAME).exists()
+    ]
+
+  def best_step(self) -> int | None:
+    """The step with the lowest finite `best_metric`, the earliest of equals."""
+    values = {}
+    for step in self.steps():
+      try:
+        value = self.manifest(step).metrics.get(self._best_metric, math.nan)
+      except BadCheckpoint:
+        continue
+      if math.isfinite(value):
+        values[step] = value
+    return min(values, key=values.__getitem__, default=None)
+
+  def manifest(self, step: int) -> Manifest:
+    """The manifest of `step`; `BadCheckpoint` where there is no sound one."""
+    manifest = manifest_lib.read(self.folder(step), self._retry)
+    if manifest.step != step:
+      raise BadCheckpoint(f'manifest is of step {manifest.step}')
+    return manifest
+
+  def newest_good(
+    self, step: int | None = None
+  ) -> tuple[int | None, list[tuple[int, str]]]:
+    """The newest step (or `step` itself) that verifies, and those that don't.
+
+    Returns:
+      The step, None if there is none, and (step, reason) of each newer one.
+    """
+    candidates = self.folders() if step is None else [step]
+    refused = []
+    for candidate in reversed(candidates):
+      try:
+        manifest = self.manifest(candidate)
+        manifest_lib.verify(self.folder(candidate), manifest, self._retry)
+        return candidate, refused
+      except BadCheckpoint as bad:
+        refused.append((candidate, str(bad)))
+    return None, refused
+
+  def make_room(self, step: int, last: int | None) -> None:
+    """Readies the directory for saving `step` by a run that was at `last`.
+
+    What is at or after `step`, or after `last`, is corrupt or of a future that
+    was given up, and must neither block the save nor count among the newest.
+    """
+    self.path.mkdir(parents=True, exist_ok=True)
+    if removed := self.remove_leftovers():
+      _LOG.warning('removed unfinished %s in %s', removed, self.path)
+    for old in self.folders():
+      if old >= step or (last is not None and old > last):
+        self._set_aside(old)
+
+  def remove_leftovers(self) -> list[str]:
+    """Removes what was half written or half deleted; returns the names.
+
+    Threads of a save that just failed may still be writing, which makes
+    removal fail: it is tried for a second, and again at the next save.
+    """
+    removed = set()
+    for _ in range(_TRIES):
+      names = (
+        [path.name for path in self.path.iterdir()]
+        if self.path.exists()
+        else []
+      )
+      left = [name for name in names if _LEFTOVER.match(name)]
+      if not left:
+        break
+      removed.update(left)
+      for name in left:
+        try:
+          (self.path / name).rmtree()
+        except OSError:
+          time.sleep(1 / _TRIES)
+    return sorted(removed)
+
+  def prune(self) -> None:
+    """Deletes all but the newest and the best."""
+    steps = self.steps()
+    kept = set(steps[-self._keep_newest :])
+    if self._keep_best:
+      kept.add(self.best_step())
+    for step in steps:
+      if step in kept:
+        continue
+      try:
+        self.folder(step).rename(self.folder(step, '.deleting'))
+        self.folder(step, '.deleting').rmtree()
+      except OSError as error:  # what was just saved is good all the same
+        _LOG.warning('could not delete checkpoint %d: %s', step, error)
+
+  def _set_aside(self, step: int) -> None:
+    aside, count = self.folder(step, '.aside'), 1
+    while aside.exists():
+      count += 1
+      aside = self.folder(step, f'.aside{count}')
+    self.folder(step).rename(aside)
+    _LOG.warning('set checkpoint %d aside as %s', step, aside)

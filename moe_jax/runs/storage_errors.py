@@ -1,0 +1,104 @@
+"""What storage reports: in one line, and whether to try again.
+
+Not here: what is tried (`checkpointer.py`, `manifest.py`).
+"""
+
+import errno
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_LOG = logging.getLogger(__name__)
+_LONGEST_CAUSE = 120
+# What a network, a server or a busy device answers for a while. A full disk, a
+# missing permission and a path that is not there stay as they are.
+_TRANSIENT = {
+  getattr(errno, name)
+  for name in (
+    'EAGAIN', 'EBUSY', 'ECONNABORTED', 'ECONNREFUSED', 'ECONNRESET',
+    'EHOSTDOWN', 'EHOSTUNREACH', 'EINTR', 'EIO', 'ENETDOWN', 'ENETRESET',
+    'ENETUNREACH', 'ENOLCK', 'EREMOTEIO', 'ESTALE', 'ETIMEDOUT',
+  )
+  if hasattr(errno, name)
+}  # fmt: skip
+# tensorstore raises ValueErrors whose text begins with a status.
+_STATUS = re.compile(r'(ABORTED|DEADLINE_EXCEEDED|UNAVAILABLE)\b')
+# HTTP's: wait, too many requests, and what is the server's fault.
+_HTTP = re.compile(r'408|429|5\d\d')
+_CODE = re.compile(r"\[os_error_code='(\d+)'\]")
+
+
+class Retry(NamedTuple):
+  """How often something is tried that a transient storage error ends.
+
+  Attributes:
+    tries: At least 1, the first one counted.
+    wait_seconds: Before the second try; twice as long before each further one.
+  """
+
+  tries: int = 1
+  wait_seconds: float = 1.0
+
+  def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, which may run several times."""
+    number = 1
+    while True:
+      try:
+        return function(*args)
+      except Exception as error:
+        if not self.again(number, error):
+          raise
+      number += 1
+
+  def again(self, number: int, error: BaseException) -> bool:
+    """Whether a try follows the one of this number; if so, waits for it."""
+    if number >= self.tries or not is_transient(error):
+      return False
+    seconds = self.wait_seconds * 2 ** (number - 1)
+    _LOG.warning(
+      '%s; trying again in %g s (try %d of %d)',
+      describe(error),
+      seconds,
+      number + 1,
+      self.tries,
+    )
+    time.sleep(seconds)
+    return True
+
+
+def is_transient(error: BaseException | None) -> bool:
+  """Whether an error, or one that it came from, may be gone after a while."""
+  while error is not None:
+    if _of_connection(error):
+      return True
+    if isinstance(error, OSError) and error.errno is not None:
+      return error.errno in _TRANSIENT
+    if code := _CODE.search(str(error)):
+      return int(code[1]) in _TRANSIENT
+    if isinstance(error, TimeoutError) or _STATUS.match(str(error)):
+      return True
+    error = error.__cause__
+  return False
+
+
+def _of_connection(error: BaseException) -> bool:
+  """Of Python, requests, aiohttp or gcsfs, which need not be installed."""
+  names = (kind.__name__ for kind in type(error).__mro__)
+  if any(name.endswith('ConnectionError') for name in names):
+    return True
+  answers = (getattr(error, name, None) for name in ('code', 'status'))
+  return any(
+    isinstance(answer, int | str) and _HTTP.fullmatch(f'{answer}')
+    for answer in answers
+  )
+
+
+def describe(error: BaseException) -> str:
+  """One line; of a long one the end, where the operating system speaks."""
+  text = str(error).split('\n', 1)[0]
+  text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
+  if len(text) > _LONGEST_CAUSE:
+    text = f'...{text[-_LONGEST_CAUSE:]}'
+  return f'{type(error).__name__}: {text}'

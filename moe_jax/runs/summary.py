@@ -1,0 +1,68 @@
+"""From sums over tokens to the numbers in a metrics row.
+
+Not here: where rows are written (`metrics.py`).
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.distributed import fetch
+from moe_jax.routing.load_summary import load_summary
+from moe_jax.training_types import LossSums
+
+
+def host(sums: LossSums) -> LossSums:
+  """The sums as numpy float64, to be added without losing small counts.
+
+  With several processes, all of them call it.
+  """
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetch(sums))
+
+
+def sparse_layers(sums: LossSums) -> list[int]:
+  """The indices of the layers that routed, from 0."""
+  return [int(i) for i in np.flatnonzero(sums.aux.stats.tokens)]
+
+
+def summarize(sums: LossSums) -> dict[str, Any]:
+  """`loss` (nats per token), `drop_rate`, and `layer_<i>/...` of each router.
+
+  Rates are fractions of the assignments of real tokens; `load` is the
+  fraction of assignments each expert was chosen for, before drops.
+
+  Args:
+    sums: As `host` gives them.
+  """
+  row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
+  layers = {i: layer_summary(sums, i) for i in sparse_layers(sums)}
+  if layers:
+    drops = [layer['drop_rate'] for layer in layers.values()]
+    row['drop_rate'] = float(np.mean(drops))
+  for i, layer in layers.items():
+    row |= {f'layer_{i}/{key}': value for key, value in layer.items()}
+  return row
+
+
+def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
+  """What one router did; see `summarize`."""
+  aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
+  stats = aux.stats
+  tokens, K = stats.tokens, len(stats.overflowed)
+  values = {
+    'drop_rate': float(stats.overflowed.sum() / (tokens * K)),
+    **load_summary(stats.load),
+    'entropy': float(stats.entropy / tokens),
+    'router_logit_rms': float(np.sqrt(stats.logit_square / tokens)),
+  }
+  if K > 1:
+    for k in range(K):
+      values[f'drop_rate_choice_{k + 1}'] = float(stats.overflowed[k] / tokens)
+      values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
+  for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
+    values[name] = float(getattr(aux, name) / tokens)
+  # Six digits: a count in millions; more would double the metrics file.
+  values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
+  values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()
+  return values

@@ -1,0 +1,329 @@
+"""Ends all processes of a run when one of them is lost, and says which.
+
+A process that waits for another in a collective waits for ever, so each has a
+thread that talks to process 0 over TCP: it says how far it is, and is told when
+to end. Lost is a process that died (its connection closes), that failed (it
+says so), that does not answer, or that is behind when no one gets further.
+
+JAX's own heartbeats stay on beneath this one. They notice a death later, and
+neither an error nor a loop without end.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax.distributed import Timeouts
+from moe_jax.runs.lines import (
+  MOMENT_SECONDS,
+  TICK_SECONDS,
+  Line,
+  addresses,
+  reach,
+)
+
+# A save in flight may need this to be whole, at the end of a process.
+_SAVE_SECONDS = 10.0
+_HELLO_BYTES = 1024
+# Process 0 hears of many at once, not of each by itself.
+_PAUSE_SECONDS = 0.05
+
+
+class Alone:
+  """What `watching` gives a single process: nothing to watch."""
+
+  before_end: Callable[[float], None] | None = None
+
+  def mark(self, where: str) -> None:
+    """Says that the process has got to `where`."""
+
+
+@contextlib.contextmanager
+def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
+  """Watches over the processes while the body runs; all enter it together.
+
+  An error in one process's body ends the others with its text; without one,
+  each waits at the end until all are there.
+  """
+  if jax.process_count() == 1:
+    yield Alone()
+    return
+  watchdog = Watchdog(timeouts)
+  try:
+    yield watchdog
+  except BaseException as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      # More often than not another process died; the thread then ends this.
+      time.sleep(MOMENT_SECONDS)
+    watchdog.fail(f'{type(error).__name__}: {error}')
+    raise
+  watchdog.finish()
+
+
+@dataclasses.dataclass
+class _Peer:
+  """What process 0 knows of a process."""
+
+  count: int = 0
+  where: str = 'the start'
+  heard: float = dataclasses.field(default_factory=time.monotonic)
+  done: bool = False
+
+
+class Watchdog:
+  """One process's part; see `watching`.
+
+  Attributes:
+    before_end: Called with a number of seconds, in which it must be back,
+      before this process is ended on another's account.
+  """
+
+  before_end: Callable[[float], None] | None = None
+
+  def __init__(self, timeouts: Timeouts):
+    self._index, self._size = jax.process_index(), jax.process_count()
+    self._silence = timeouts.heartbeat_timeout_seconds
+    self._stall = timeouts.stall_timeout_seconds
+    self._peers = {i: _Peer() for i in range(self._size)}
+    self._mine = self._peers[self._index]
+    self._moved = time.monotonic()
+    self._marks = 0
+    self._failure = ''  # of this process, which then ends by itself
+    self._over = threading.Event()
+    self._connect(float(timeouts.initialization_timeout_seconds))
+    self._thread = threading.Thread(
+      target=self._watch, name='watchdog', daemon=True
+    )
+    self._thread.start()
+
+  def mark(self, where: str) -> None:
+    """Says that the process has got to `where`.
+
+    All processes say the same in the same order: who said less is behind.
+    """
+    self._mine.where = where
+    self._mine.count += 1
+
+  def fail(self, text: str) -> None:
+    """Has the other processes end, with this text as the reason."""
+    self._failure = f'process {self._index} failed: {text}'
+    self._over.wait(2 * MOMENT_SECONDS)
+
+  def finish(self) -> None:
+    """Waits until all processes are at the end."""
+    self.mark('the end')
+    self._mine.done = True
+    self._over.wait()
+
+  def _connect(self, seconds: float) -> None:
+    """Everyone's connection to process 0, where the others' are kept."""
+    if self._index == 0:
+      dual = socket.has_dualstack_ipv6()
+      family = socket.AF_INET6 if dual else socket.AF_INET
+      self._server = socket.create_server(
+        ('', 0), family=family, dualstack_ipv6=dual, backlog=self._size
+      )
+      self._token = secrets.token_hex(16)
+      port = self._server.getsockname()[1]
+      hello = [self._token, port, *addresses()]
+    sent = np.zeros(_HELLO_BYTES, np.uint8)
+    if self._index == 0:
+      text = json.dumps(hello).encode()
+      sent[: len(text)] = np.frombuffer(text, np.uint8)
+    sent = multihost_utils.broadcast_one_to_all(sent)
+    token, port, *hosts = json.loads(bytes(sent).rstrip(b'\0'))
+    if self._index:
+      self._hub = reach(
+        hosts, port, {'process': self._index, 'token': token}, seconds
+      )
+    self._lines: dict[int, Line] = {}
+    self._strangers: list[Line] = []
+
+  def _watch(self) -> None:
+    """The thread; a run that nobody watches must not go on."""
+    try:
+      if self._index == 0:
+        self._lead()
+      else:
+        self._follow()
+    except Exception as error:
+      self._end(f'its watchdog failed: {type(error).__name__}: {error}')
+
+  # Process 0.
+
+  def _lead(self) -> None:
+    next_send = time.monotonic()
+    while not self._over.is_set():
+      lines = [*self._lines.values(), *self._strangers]
+      ready = wait(
+        [self._server, *(line.socket for line in lines)],
+        max(0.0, next_send - time.monotonic()),
+      )
+      if self._server in ready:
+        with contextlib.suppress(ConnectionError):  # it left again
+          self._strangers.append(Line(self._server.accept()[0]))
+      for line in self._strangers[:]:
+        if line.socket in ready:
+          self._greet(line)
+      for index, line in list(self._lines.items()):
+        if line.socket in ready:
+          self._listen(index, line)
+      self._mine.heard = time.monotonic()
+      if time.monotonic() >= next_send:
+        next_send = time.monotonic() + TICK_SECONDS
+        for line in self._lines.values():
+          line.send({})
+      if reason := self._failure or self._lost():
+        self._end_all(reason)
+      elif all(peer.done for peer in self._peers.values()):
+        self._tell_all({'over': True})
+      time.sleep(_PAUSE_SECONDS)
+    self._server.close()
+
+  def _greet(self, line: 'Line') -> None:
+    """Lets a connection in that knows the token; a port is open to all."""
+    first = line.receive()
+    if first == []:
+      return
+    self._strangers.remove(line)
+    said = first[0] if first else {}
+    token = str(said.get('token')).encode(errors='replace')
+    if secrets.compare_digest(token, self._token.encode()):
+      line.send({'token': self._token})
+      self._lines[int(said['process'])] = line
+      for message in first[1:]:
+        self._hear(int(said['process']), message)
+    else:
+      line.socket.close()
+
+  def _listen(self, index: int, line: 'Line') -> None:
+    messages = line.receive()
+    if messages is None:
+      if not self._peers[index].done:
+        where = self._peers[index].where
+        self._end_all(f'process {index} died; it had got to {where}')
+      del self._lines[index]
+      return
+    for message in messages:
+      self._hear(index, message)
+
+  def _hear(self, index: int, message: dict[str, Any]) -> None:
+    peer = self._peers[index]
+    peer.heard = time.monotonic()
+    peer.count, peer.where = message['count'], message['where']
+    peer.done = message['done']
+    if message['failed']:
+      self._end_all(message['failed'])
+
+  def _lost(self) -> str | None:
+    """Why all have to end, if so."""
+    now = time.monotonic()
+    awake = {i: p for i, p in self._peers.items() if not p.done}
+    for index, peer in awake.items():
+      if now - peer.heard > self._silence:
+        return (
+          f'process {index} does not answer, for {now - peer.heard:.0f} s; it '
+          f'had got to {peer.where}'
+        )
+    marks = sum(peer.count for peer in self._peers.values())
+    if marks != self._marks:
+      self._marks, self._moved = marks, now
+    if not self._stall or now - self._moved <= self._stall or not awake:
+      return None
+    least = min(peer.count for peer in awake.values())
+    behind = [i for i, peer in awake.items() if peer.count == least]
+    where = awake[behind[0]].where
+    if len(behind) == self._size:
+      who = 'no process is behind: all have'
+    elif len(behind) > 1:
+      who = f'processes {", ".join(map(str, behind))} are behind: they have'
+    else:
+      who = f'process {behind[0]} is stuck: it has'
+    return f'nothing moved for {self._stall} s; {who} got to {where}'
+
+  def _end_all(self, reason: str) -> None:
+    if not self._over.is_set():
+      self._tell_all({'end': reason})
+      self._end(reason)
+
+  def _tell_all(self, message: dict[str, Any]) -> None:
+    for line in self._lines.values():
+      line.send(message)
+    # A socket closed with something unread takes back what it sent.
+    until = time.monotonic() + MOMENT_SECONDS
+    lines = {line.socket: line for line in self._lines.values()}
+    while lines and time.monotonic() < until:
+      for ready in wait(list(lines), TICK_SECONDS):
+        if lines[ready].receive() is None:
+          del lines[ready]
+    self._over.set()
+
+  # The others.
+
+  def _follow(self) -> None:
+    heard = next_send = time.monotonic()
+    while not self._over.is_set():
+      if time.monotonic() >= next_send:
+        next_send = time.monotonic() + TICK_SECONDS
+        self._hub.send(
+          {
+            'count': self._mine.count,
+            'where': self._mine.where,
+            'done': self._mine.done,
+            'failed': self._failure,
+          }
+        )
+      if wait([self._hub.socket], max(0.0, next_send - time.monotonic())):
+        messages = self._hub.receive()
+        if messages is None:
+          self._end('process 0 died', settle=False)
+          return
+        heard = time.monotonic()
+        for message in messages:
+          if 'end' in message:
+            self._end(message['end'])
+            return
+          if 'over' in message:
+            self._hub.socket.close()
+            self._over.set()
+            return
+      if time.monotonic() - heard > self._silence:
+        reason = f'process 0 does not answer, for {self._silence:.0f} s'
+        self._end(reason, settle=False)
+
+  # Every process.
+
+  def _end(self, reason: str, settle: bool = True) -> None:
+    """Ends this process, unless it ends by itself.
+
+    Without process 0 no save gets whole: then there is nothing to settle.
+    """
+    self._over.set()
+    if self._failure:
+      return
+    print(
+      f'moe_jax: process {self._index} of {self._size} ends: {reason}',
+      file=sys.stderr,
+      flush=True,
+    )
+    if self._index:
+      self._hub.socket.close()
+    if settle and self.before_end is not None:
+      # The main thread waits in a collective, and nothing can wake it.
+      with contextlib.suppress(Exception):
+        self.before_end(min(_SAVE_SECONDS, self._silence / 4))
+    sys.stdout.flush()
+    os._exit(1)

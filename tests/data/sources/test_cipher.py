@@ -1,0 +1,122 @@
+"""CIPHER-K: pieces of one text, each in its domain's alphabet."""
+
+import collections
+
+import pytest
+
+from moe_jax.data import DataConfig, eval_batches, load
+from moe_jax.data.sources import cipher
+from moe_jax.data.sources.cipher import ALPHABET, MARKS, PIECE, Cipher
+from moe_jax.data.sources.texts import open_source
+
+PART = 'python_stdlib:email,json'
+
+
+def texts(source, split):
+  return list(source.documents(split))
+
+
+def decipher(text, domain):
+  """The plain text: each letter back to the one that it stands for."""
+  alphabet = cipher.encipher(ALPHABET, domain)
+  back = {alphabet[i]: ALPHABET[i] for i in range(len(ALPHABET))}
+  return ''.join(back.get(letter, letter) for letter in text)
+
+
+def test_a_text_in_two_alphabets():
+  # Three pieces, the second of nothing: two domains take turns.
+  plain = ['aba\n', '', 'aba\n', 'cba\n']
+  first, second, third = cipher.documents(plain, Cipher(2, True, ''))
+  assert first == '0bPb\n'
+  assert second == '16$6\n'
+  assert third == '0,Pb\n'
+  for piece, text in ((first, 'aba\n'), (second, 'aba\n'), (third, 'cba\n')):
+    assert decipher(piece[1:], MARKS.index(piece[0])) == text
+  # Unmarked, the same without the marks.
+  unmarked = list(cipher.documents(plain, Cipher(2, False, '')))
+  assert unmarked == [first[1:], second[1:], third[1:]]
+
+
+def test_long_texts_are_cut_and_what_is_not_printable_is_left_out():
+  text = 'né\tw\r\n' + 'x' * PIECE + '~'
+  first, last = cipher.pieces(text)
+  assert first == 'nw\n' + 'x' * (PIECE - 3)
+  assert last == 'xxx~'
+  assert list(cipher.pieces('é')) == list(cipher.pieces('')) == []
+
+
+def test_every_domain_has_an_alphabet_of_its_own():
+  alphabets = [cipher.encipher(ALPHABET, d) for d in range(len(MARKS))]
+  assert len(set(alphabets)) == len(MARKS) < len(ALPHABET)
+  assert {''.join(sorted(alphabet)) for alphabet in alphabets} == {ALPHABET}
+  # A mixed order has one letter in place on average.
+  pairs = [pair for a in alphabets for pair in zip(a, ALPHABET, strict=True)]
+  assert sum(a == b for a, b in pairs) < 2 * len(MARKS)
+
+
+def test_alphabets_are_the_same_on_every_machine():
+  # A change that moves this has to move FORMAT: cached tokens are of it.
+  assert cipher.FORMAT == 1
+  assert cipher.encipher('def f(x):', 0) == '#%<]<W"B|'
+
+
+@pytest.fixture(scope='module')
+def source():
+  return open_source(f'cipher:5:{PART}')
+
+
+def test_the_whole_text_is_there_in_its_own_split(source):
+  plain = open_source(PART)
+  found = {}
+  for split in ('train', 'validation'):
+    made = texts(open_source(f'cipher:5,marked:{PART}'), split)
+    found[split] = [decipher(p[1:], MARKS.index(p[0])) for p in made]
+    kept = ''.join(c for t in texts(plain, split) for c in t)
+    kept = ''.join(c for c in kept if c in f'{ALPHABET}\n')
+    assert ''.join(found[split]) == kept
+    assert texts(source, split) == [piece[1:] for piece in made]
+    assert max(map(len, found[split])) == PIECE
+  long = {s: {p for p in found[s] if len(p) == PIECE} for s in found}
+  assert long['validation'] and not long['validation'] & long['train']
+
+
+def test_identity_and_name(source):
+  specs = [f'cipher:5:{PART}', f'cipher:6:{PART}', f'cipher:5,marked:{PART}']
+  specs += ['cipher:5:python_stdlib:email', 'cipher:5:python_stdlib:json,email']
+  sources = [open_source(spec) for spec in specs]
+  # The last names the first's modules in another order.
+  assert len({s.identity for s in sources}) == 4
+  assert sources[0].identity == sources[4].identity == source.identity
+  assert source.name.startswith('synthetic: 5 ciphers of python_stdlib:email')
+  assert texts(source, 'train') == texts(sources[0], 'train')
+
+
+def test_most_rows_are_of_one_domain_and_even_neighbours_of_all():
+  dataset = load(DataConfig(f'cipher:5,marked:{PART}', 'bytes', 64))
+  assert 'data: synthetic: 5 ciphers, marked, of python' in dataset.describe()
+  assert dataset.vocab_size == 257
+  batches = eval_batches(dataset.splits['validation'], batch_size=32)
+  batch = next(batches)
+  assert (batch['segment_ids'].max(1) == 1).mean() > 0.6
+  # A mark begins every piece but the row's first, which may be the rest of one.
+  begins = (batch['positions'] == 0) & (batch['segment_ids'] > 1)
+  marks = collections.Counter(map(chr, batch['tokens'][begins].tolist()))
+  assert set(marks) == set(MARKS[:5])
+
+
+@pytest.mark.parametrize('spec', ['0', '-1', '95', '0,marked'])
+def test_the_number_of_domains_has_bounds(spec):
+  number = spec.partition(',')[0]
+  with pytest.raises(ValueError, match=rf'K={number} .*not in \[1, 94\]'):
+    open_source(f'cipher:{spec}')
+
+
+@pytest.mark.parametrize('spec', ['x', '8,', '8,mark', '8:', '8.5', ',marked'])
+def test_a_cipher_of_no_such_form(spec):
+  with pytest.raises(ValueError, match=rf"'cipher:{spec}' .*'cipher:<K>,mar"):
+    open_source(f'cipher:{spec}')
+
+
+def test_the_text_of_a_cipher_has_to_exist():
+  with pytest.raises(ValueError, match=r"source 'x'; .*have \['cipher:<K>'"):
+    open_source('cipher:8:x')

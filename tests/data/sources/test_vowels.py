@@ -1,0 +1,133 @@
+"""Vowels of 1952: a table read in its forms, and speakers who are drawn."""
+
+import numpy as np
+import pytest
+
+from moe_jax.data import open_classes
+from moe_jax.data.sources import vowels
+
+# Two tokens of a man's [i] and one of his [ah], as files have them; the vowel
+# of 'head' is not among the four.
+ONES = [
+  ('m', 1, 1, 'iy', 160, 240, 2280, 2850),
+  ('m', 1, 1, '*iy', 186, 280, 2400, 2790),
+  ('m', 1, 3, 'eh', 160, 500, 1800, 2500),
+  ('m', 1, 5, 'ah', 155, 620, 1200, 2550),
+]
+
+
+def table(speakers=52):
+  """Lines of so many speakers, each with the same four tokens."""
+  return [(a, n + 1, *rest) for n in range(speakers) for a, _, *rest in ONES]
+
+
+def written(path, lines):
+  path.write_text('\n'.join(' '.join(map(str, line)) for line in lines))
+  return f'files:{path}'
+
+
+def test_a_table_is_read(tmp_path):
+  source = open_classes(written(tmp_path / 'pb.data', table()))
+  train, validation = (source.examples(s) for s in ('train', 'validation'))
+  # Of 52 speakers the first 50 are to train on; three tokens each.
+  assert len(train.labels) == 150 and len(validation.labels) == 6
+  np.testing.assert_allclose(
+    validation.features[:3], [[0.24, 2.28], [0.28, 2.4], [0.62, 1.2]]
+  )
+  assert validation.labels[:3].tolist() == [0, 0, 3]
+  assert source.classes == ('i', 'I', 'a', 'A')
+  assert [token.misheard for token in source.tokens[:3]] == [False, True, False]
+
+
+def test_forms_of_the_table_say_the_same(tmp_path):
+  plain = open_classes(written(tmp_path / 'a', table()))
+  # A header of the file's own, and the sex in a column of its own.
+  lines = [['#', 'Peterson', 'and', 'Barney']]
+  lines += [(group, 'm', *rest) for group, *rest in table()]
+  more = open_classes(written(tmp_path / 'b', lines))
+  # As Praat writes it, and other programs.
+  named = [('Type', 'Sex', 'Speaker', 'Vowel', 'IPA', 'F0', 'F1', 'F2', 'F3')]
+  named += [(g, 'm', s, v.strip('*'), 'x', *f) for g, s, _, v, *f in table()]
+  for delimiter in ('\t', ','):
+    text = '\n'.join(delimiter.join(map(str, line)) for line in named)
+    path = tmp_path / 'c'
+    path.write_text(text + '\n')
+    for source in (more, open_classes(f'files:{path}')):
+      for split in vowels.SPLITS:
+        for mine, theirs in zip(
+          source.examples(split), plain.examples(split), strict=True
+        ):
+          np.testing.assert_array_equal(mine, theirs)
+
+
+def changed(column, value):
+  lines = [list(line) for line in table()]
+  lines[5][column] = value
+  return lines
+
+
+@pytest.mark.parametrize(
+  ('lines', 'message'),
+  [
+    (changed(5, 'x'), 'line 6: .*could not convert'),
+    (changed(6, 0), 'line 6: .*F2=0 Hz are not above 0'),
+    (changed(3, 'zz'), "line 6: .*unknown phoneme 'zz'"),
+    (table(50), '50 speakers; 50 are to train on and at least one'),
+    ([('m', 1, 'iy')], 'line 1: .*is not group, speaker'),
+    ([('Speaker', 'Vowel', 'F1'), (1, 'iy', 3)], "unknown column.*'f2'"),
+    ([], '0 speakers'),
+  ],
+)
+def test_a_bad_table_is_refused(lines, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    open_classes(written(tmp_path / 'bad', lines))
+
+
+def test_a_missing_table_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r'files:.*: no file .*none'):
+    open_classes(f'files:{tmp_path}/none')
+
+
+def test_drawn_speakers_say_that_they_are():
+  source = open_classes('vowels')
+  assert 'drawn' in source.name
+  assert len(source.examples('train').labels) == 50 * 4 * 2
+  assert len(source.examples('validation').labels) == 25 * 4 * 2
+  again = open_classes('vowels').examples('train')
+  np.testing.assert_array_equal(
+    source.examples('train').features, again.features
+  )
+
+
+def formants(group, draws=40):
+  """[speakers, vowels, repetitions, formants] of many drawn studies."""
+  first, counts = 0, list(vowels.SPEAKERS.items())
+  for name, count in counts:
+    if name == group:
+      break
+    first += count
+  found = []
+  for seed in range(draws):
+    tokens = vowels.Drawn(seed).tokens
+    values = np.array([t.formants for t in tokens]).reshape(75, 4, 2, 2)
+    found.append(values[first : first + count])
+  return np.concatenate(found)
+
+
+@pytest.mark.parametrize('group', sorted(vowels.SPEAKERS))
+def test_drawn_vowels_have_the_published_means_and_the_stated_spreads(group):
+  found = formants(group)
+  # A lognormal of so small a spread lies half a per cent above its median;
+  # of 40 x 14 children a mean is known to half a per cent.
+  mean = found.mean((0, 2))
+  np.testing.assert_allclose(mean, vowels.MEANS[group], rtol=0.02)
+  logs = np.log(found)
+  token = (logs[:, :, 0] - logs[:, :, 1]).std((0, 1)) / 2**0.5
+  np.testing.assert_allclose(token, vowels.OF_TOKEN, rtol=0.06)
+  total = np.square([*zip(vowels.OF_SPEAKER, vowels.OF_VOWEL, vowels.OF_TOKEN)])
+  np.testing.assert_allclose(
+    logs.std((0, 2)), [np.sqrt(total.sum(1))] * 4, rtol=0.08
+  )
+  # What a speaker's vowels have in common is the speaker's.
+  between = np.cov(logs[:, 0, 0, 0], logs[:, 3, 0, 0])[0, 1] ** 0.5
+  np.testing.assert_allclose(between, vowels.OF_SPEAKER[0], rtol=0.15)

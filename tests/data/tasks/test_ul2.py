@@ -1,0 +1,98 @@
+"""The mixture of denoisers."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
+from moe_jax.data.tasks import ul2
+
+EOS = 9
+MODES = {'R': 70, 'S': 71, 'X': 72}
+SENTINELS = tuple(range(100, 200))
+
+
+def make(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
+  return ul2.mixture(
+    denoisers,
+    layout or EncoderDecoderLayout(120, 110, start_id=EOS),
+    sentinels=SENTINELS,
+    eos_id=EOS,
+    mode_ids=MODES,
+    final_sentinel=True,
+    end_prefix=end_prefix,
+  )
+
+
+def test_the_papers_seven():
+  # Table 1: two regular, one sequential, four extreme.
+  modes = collections.Counter(d.mode for d in ul2.DENOISERS)
+  assert modes == {'R': 2, 'S': 1, 'X': 4}
+  assert {(d.mean_span, d.density) for d in ul2.DENOISERS if d.mode == 'X'} == {
+    (3, 0.5),
+    (8, 0.5),
+    (64, 0.15),
+    (64, 0.5),
+  }
+
+
+def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
+  task = make([('R', 4.0, 0.1, 3.0), ('S', 0.0, 0.3, 2.0), ('X', 4.0, 0.5, 1)])
+  generator = np.random.default_rng(0)
+  window = np.full(task.window, 5)
+  shares = collections.defaultdict(list)
+  for _ in range(1200):
+    example = task(window, generator)
+    learned = (example.targets == 5).mean() * len(example.targets)
+    shares[int(example.inputs[0])].append(learned / len(window))
+  counts = {mode: len(share) for mode, share in shares.items()}
+  assert abs(counts[70] - 600) < 60
+  assert abs(counts[71] - 400) < 60
+  assert abs(counts[72] - 200) < 60
+  for mode, density in ((70, 0.1), (71, 0.3), (72, 0.5)):
+    assert abs(np.mean(shares[mode]) - density) < 0.02
+  # A suffix has no fixed length, the noise of the others does.
+  assert np.std(shares[71]) > 0.1 and np.std(shares[70]) < 1e-9
+
+
+def test_s_is_a_prefix_and_its_text_in_order():
+  task = make([('R', 3.0, 0.15, 0.0), ('S', 0.0, 0.25, 1.0)])
+  inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
+  assert inputs[0] == MODES['S'] and inputs[-1] == EOS
+  assert [*inputs[1:-1], *targets] == list(range(10, 40))
+  # In a decoder-only model's row the text goes on, without an EOS between.
+  task = make([('S', 0.0, 0.25, 1.0)], DecoderLayout(50), end_prefix=False)
+  inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
+  assert [*inputs[1:], *targets] == list(range(10, 40))
+
+
+@pytest.mark.parametrize(
+  'layout', [EncoderDecoderLayout(40, 30, 0), DecoderLayout(50)]
+)
+def test_no_window_overflows_whatever_is_drawn(layout):
+  task = make(layout=layout, end_prefix=isinstance(layout, DecoderLayout))
+  generator = np.random.default_rng(2)
+  for n in range(2, task.window + 1):
+    most = task.lengths(np.array([n]))
+    assert layout.fits(most).all()
+    for _ in range(8):
+      example = task(np.arange(n), generator)
+      assert len(example.inputs) <= most.inputs[0]
+      assert len(example.targets) <= most.targets[0]
+      assert len(example.inputs) + len(example.targets) <= most.total[0]
+
+
+@pytest.mark.parametrize(
+  ('denoisers', 'message'),
+  [
+    ([], 'none of positive weight'),
+    ([('R', 3.0, 0.15, 0.0)], 'none of positive weight'),
+    ([('T', 3.0, 0.15, 1.0)], r"'T'; have \['R', 'S', 'X'\]"),
+    ([('R', 3.0, 0.15, -1.0)], 'negative weight'),
+    ([('R', 3.0, 0.15)], "not .*'weight'"),
+  ],
+)
+def test_wrong_mixtures_are_refused(denoisers, message):
+  with pytest.raises(ValueError, match=message):
+    make(denoisers)

@@ -1,0 +1,175 @@
+"""A run's folder to a model, and what a run decides about its prompts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+
+from moe_jax import partitioning
+from moe_jax.config import merge
+from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.generation import trained_run
+from moe_jax.interop import import_run as interop_runs
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from tests.generation import folders
+from tests.models import tiny
+from tests.training import tiny as tiny_runs
+
+
+def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
+  params = folders.write(tmp_path, steps=(2, 5))
+  loaded = trained_run.load(tmp_path)
+  assert (loaded.step, loaded.skipped, loaded.imported) == (5, [], False)
+  assert loaded.model == tiny_runs.model_of(tiny_runs.config())
+  assert loaded.variables.keys() == {'params'}
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables['params'], params[5]
+  )
+  assert loaded.tokenizer.identity == 'bytes'
+  assert loaded.config.model.vocab_size == 257
+  old = trained_run.load(tmp_path, step=2).variables['params']
+  jax.tree.map(np.testing.assert_array_equal, old, params[2])
+  folders.damage(tmp_path, 5)
+  loaded = trained_run.load(tmp_path)
+  assert loaded.step == 2 and loaded.skipped[0][0] == 5
+
+
+def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
+  params = folders.write(tmp_path, steps=(3,))[3]
+  mesh = partitioning.make_mesh(
+    dict(data=1, fsdp=2, expert=4), jax.devices()[:8]
+  )
+  loaded = trained_run.load(tmp_path, dtype='bfloat16', mesh=mesh)
+  types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
+  assert loaded.model == tiny_runs.model_of(tiny_runs.config(model=types))
+  found, saved = (tiny.leaves(p) for p in (loaded.variables['params'], params))
+  for name, array in found.items():
+    # What the model keeps in float32 whatever its type is not rounded.
+    kept = array.dtype == jnp.float32
+    assert kept == ('router' in name or 'norm' in name), name
+    np.testing.assert_array_equal(array, saved[name].astype(array.dtype))
+  kernel = found['layers/layer_1/moe/experts/w_in']
+  assert kernel.addressable_shards[0].data.shape == (1, 1, 8, 20)
+  # 257 tokens do not divide: that axis is whole, the other is not.
+  assert found['embedding'].addressable_shards[0].data.shape == (257, 8)
+  folders.damage(tmp_path, 3)
+  with pytest.raises(CheckpointError, match='no good checkpoint'):
+    trained_run.load(tmp_path, dtype='bfloat16')
+
+
+def test_what_training_alone_needs_is_not_read(tmp_path):
+  params = {'w': jnp.asarray(np.random.default_rng(0).random(1000, 'f4'))}
+  moments = np.random.default_rng(1).random(400_000, 'f4')  # 1.6 MB
+  state = {'params': params, 'opt_state': {'m': jnp.asarray(moments)}}
+  with Checkpointer(tmp_path, keep_best=False) as checkpoints:
+    checkpoints.save(1, state)
+    wanted = {'params': {'w': jax.ShapeDtypeStruct((1000,), jnp.bfloat16)}}
+    read = {}
+    for name, abstract in (('params', wanted), ('all', state)):
+      before = bytes_read()
+      got = checkpoints.restore(abstract, partial=True, cast=True).state
+      read[name] = bytes_read() - before
+  np.testing.assert_array_equal(got['opt_state']['m'], moments)
+  assert read['all'] > moments.nbytes * 0.8
+  assert read['params'] < 100_000
+
+
+def bytes_read():
+  """By tensorstore, from files; the manifest's check is not among them."""
+  (metric,) = tensorstore.experimental_collect_matching_metrics(
+    '/tensorstore/kvstore/file/bytes_read', include_zero_metrics=True
+  )
+  return metric['values'][0]['value']
+
+
+def test_imported_runs_are_known_by_their_folder():
+  assert interop_runs.FILES == trained_run.IMPORTED
+
+
+def test_what_is_no_run_is_said(tmp_path):
+  with pytest.raises(ValueError, match=r'it has no config\.json'):
+    trained_run.load(tmp_path)
+  folders.write(tmp_path, steps=())
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(ValueError, match='no finished checkpoint'):
+    trained_run.load(tmp_path)
+  (tmp_path / 'config.json').write_text('{"model": {"width": 3}}')
+  with pytest.raises(ValueError, match=r'config\.json is no config of a run'):
+    trained_run.load(tmp_path)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+  folders.write(tmp_path, steps=())
+  state = {'params': {'embedding': jnp.zeros((2, 3))}}
+  with Checkpointer(tmp_path / 'checkpoints', keep_best=False) as checkpoints:
+    checkpoints.save(1, state)
+  with pytest.raises(ValueError, match='holds another state'):
+    trained_run.load(tmp_path)
+
+
+def test_prompts_are_documents_or_inputs():
+  # Inputs end as the task's do; those of a language model are documents.
+  tokenizer = extend(
+    tokenizers.Bytes(), num_sentinels=0, modes=(), end_inputs=True
+  )
+  config = tiny_runs.config()
+  assert trained_run.encode(config, tokenizer, 'ab').tolist() == [97, 98]
+  for options, task in ((dict(imported=True), 'lm'), ({}, 'seq2seq')):
+    config = merge(config, {'data': {'task': task}})
+    ids = trained_run.encode(config, tokenizer, 'ab', **options)
+    assert ids.tolist() == [97, 98, 256]
+
+
+def test_ids_that_the_tokenizer_lacks_have_no_text():
+  assert trained_run.decode(tokenizers.Bytes(), np.array([97, 400, 98])) == 'ab'
+
+
+@pytest.mark.parametrize(
+  ('model', 'expected'),
+  [
+    (dict(positions='rotary'), 24),
+    (dict(positions='relative'), 24),
+    (dict(positions='sinusoidal'), 0),
+    (dict(positions='learned'), 0),
+    (dict(kind='encoder_decoder', positions='relative'), 0),
+  ],
+)
+def test_the_window_is_a_row_where_positions_are_distances(model, expected):
+  config = tiny_runs.config(model=model)
+  built = tiny_runs.model_of(config)
+  assert trained_run.window(config, built) == expected
+  assert trained_run.window(config, built, imported=True) == 0
+
+
+def test_what_fits_learned_positions():
+  # T=10 positions; the last new token is never read.
+  model = tiny.build(positions='learned')
+  for length, wanted, kept, num_tokens in (
+    (3, 5, 3, 5), (4, 7, 4, 7), (4, 8, 4, 7), (9, 40, 5, 6), (30, 1, 10, 1),
+  ):  # fmt: skip
+    prompt = np.arange(length)
+    found, n = trained_run.fit(model, prompt, wanted)
+    np.testing.assert_array_equal(found, prompt[length - kept :])
+    assert n == num_tokens
+    assert len(found) + n - 1 <= 10
+  found, n = trained_run.fit(tiny.build(), np.arange(30), 50)
+  assert (len(found), n) == (30, 50)
+  halves = tiny.build(positions='learned', kind='encoder_decoder')
+  found, n = trained_run.fit(halves, np.arange(30), 50)
+  np.testing.assert_array_equal(found, np.arange(10))
+  assert n == 10
+
+
+def test_special_ids_are_the_tokenizers():
+  decoder = tiny.build()
+  halves = tiny.build(kind='encoder_decoder', positions='relative')
+  tokenizer = tokenizers.Bytes()
+  assert trained_run.special_ids(decoder, tokenizer) == {'stop_ids': (256,)}
+  assert trained_run.special_ids(halves, tokenizer) == {
+    'stop_ids': (256,),
+    'start_id': 256,
+  }
+  with pytest.raises(ValueError, match='no id that starts a decoder'):
+    trained_run.special_ids(halves, tokenizers.Chars('ab'))

@@ -1,0 +1,261 @@
+"""From a checkpoint into a run, on with training, and out of it again."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from moe_jax import command_line, generate, interop
+from moe_jax.config import merge
+from moe_jax.data import tokenizers
+from moe_jax.interop import import_run as import_run_lib
+from moe_jax.training import begin, loop, setup
+from moe_jax.training.setup import Hook
+from tests.generation import folders as own_runs
+from tests.interop import folders, oracle
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPT = 'def f(x):'
+NEW = 6
+# What makes a decoder that began here a Mixtral.
+MIXTRAL = dict(
+  activation='swiglu',
+  norm_epsilon=1e-5,
+  tie_embeddings=False,
+  moe=dict(
+    layers='all',
+    num_selected=2,
+    gates='renormalized',
+    capacity_rule='all',
+    dispatch='dropless',
+  ),
+)
+
+
+def import_run(source, workdir, **more):
+  path = str(folders.write_config(workdir.parent))
+  config = command_line.load_config(path)
+  return import_run_lib.import_run(
+    source,
+    workdir,
+    config=config,
+    base=path,
+    devices=jax.devices()[:1],
+    **more,
+  )
+
+
+def train(config, workdir, **more):
+  return loop.train_and_evaluate(
+    config, workdir, devices=jax.devices()[:1], **more
+  )
+
+
+def config_of(workdir):
+  """As `moe_jax.main` reads it."""
+  return command_line.config_of(str(workdir / 'config.py'))
+
+
+class Watch(Hook):
+  """Keeps the parameters that each step begins with, and what is said."""
+
+  def __init__(self):
+    self.params, self.said = [], []
+
+  def start(self, run):
+    step = run.train_step
+
+    def watched(state, batch):
+      self.params.append(jax.tree.map(np.array, state.params))
+      return step(state, batch)
+
+    run.train_step = watched
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def says_the_same(model, folder, said):
+  """Whether transformers answers the prompt with this text."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  inputs = tokenizer(PROMPT, return_tensors='pt')
+  with torch.no_grad():
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
+  if not model.config.is_encoder_decoder:
+    made = made[inputs['input_ids'].shape[1] :]
+  return tokenizer.decode(made, skip_special_tokens=True) == said
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    pytest.param('mixtral', marks=pytest.mark.slow),
+    pytest.param('switch_transformers', marks=pytest.mark.slow),
+    pytest.param('nllb-moe', marks=pytest.mark.slow),
+  ],
+)
+def test_in_on_and_out(kind, tmp_path, capsys):
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, kind)
+  lines = import_run(source, workdir)
+  assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
+  # Training begins with what was imported, and an optimizer of its own.
+  watch = Watch()
+  state = train(config_of(workdir), workdir, hooks=[watch])
+  _, imported = interop.load(source)
+  assert_equal(watch.params[0], imported['params'])
+  assert (len(watch.params), int(state.step)) == (2, 2)
+  assert not np.array_equal(
+    watch.params[1]['embedding'], state.params['embedding']
+  )
+  capsys.readouterr()
+  # The tokenizer and its roles came along, and generation uses them.
+  options = ['--workdir', str(workdir), '--max_new_tokens', str(NEW)]
+  generate.main([*options, '--prompt', PROMPT])
+  said = capsys.readouterr().out.removesuffix('\n')
+  generate.main([*options, '--prompt', 'f', '--chat'])
+  tokenizer = tokenizers.load(workdir / 'tokenizer.json')
+  chat = tokenizer.encode_chat([{'role': 'user', 'content': 'f'}])
+  assert chat.tolist() == [2, *tokenizer.encode('f').tolist(), 1]
+  # Out: the same weights, the same words.
+  output = tmp_path / 'out'
+  assert 'step 2' in import_run_lib.export_run(workdir, output)[0]
+  model, info = oracle.CLASSES[kind].from_pretrained(
+    output, output_loading_info=True
+  )
+  assert not any(info.values())
+  assert says_the_same(model.eval(), output, said)
+  _, out = interop.load(output)
+  assert_equal(out['params'], state.params)
+
+
+@pytest.mark.slow
+def test_going_on_with_other_settings(tmp_path):
+  folders.write(tmp_path / 'hf', 'mixtral')
+  workdir = tmp_path / 'run'
+  import_run(tmp_path / 'hf', workdir)
+  config = merge(config_of(workdir), dict(total_steps=1, seed=5))
+  with pytest.raises(ValueError, match=r'total_steps: 2 -> 1\n.*--resume'):
+    train(config, workdir)
+  watch = Watch()
+  state = train(config, workdir, hooks=[watch], resume=True)
+  assert (int(state.step), int(state.seed)) == (1, 5)
+  _, imported = interop.load(tmp_path / 'hf')
+  assert_equal(watch.params[0], imported['params'])
+  # A damaged checkpoint is passed over, down to what was imported.
+  own_runs.damage(workdir, 1)
+  watch = Watch()
+  train(config, workdir, hooks=[watch], resume=True)
+  assert_equal(watch.params[0], imported['params'])
+  # Another model's parameters are no beginning.
+  other = merge(config, dict(model=dict(hidden=21), total_steps=2))
+  with pytest.raises(ValueError, match='holds another state'):
+    train(other, workdir, resume=True)
+
+
+@pytest.mark.parametrize(
+  'kind', ['mixtral', pytest.param('nllb-moe', marks=pytest.mark.slow)]
+)
+def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  folders.write(tmp_path / 'hf', kind)
+  config = command_line.config_of(import_run_lib.BASE)
+  one = dict(devices=jax.devices()[:1])
+  import_run_lib.import_run(
+    tmp_path / 'hf', tmp_path / 'run', config=config, **one
+  )
+  config = config_of(tmp_path / 'run')
+  if kind == 'mixtral':  # else it is a small source already
+    config = merge(config, dict(data=dict(source='python_stdlib:email')))
+  run = setup.set_up(config, tmp_path / 'run', resume=True, **one)
+  assert int(begin.begin(run).step) == 0
+  assert len(run.evaluations) == 3
+
+
+def test_half_precision_is_trained_and_kept(tmp_path):
+  folders.write(tmp_path / 'hf', 'switch_transformers')
+  workdir = tmp_path / 'run'
+  import_run(tmp_path / 'hf', workdir, dtype='bfloat16')
+  assert config_of(workdir).model.param_dtype == 'bfloat16'
+  import_run_lib.export_run(workdir, tmp_path / 'out')
+  model = oracle.CLASSES['switch_transformers'].from_pretrained(
+    tmp_path / 'out'
+  )
+  assert model.dtype == torch.bfloat16
+
+
+def test_what_is_refused(tmp_path):
+  source = tmp_path / 'hf'
+  folders.write(source, 'nllb-moe')
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    (source / name).rename(tmp_path / name)
+  (source / 'spiece.model').write_bytes(b'')
+  with pytest.raises(ValueError, match=r'no tokenizer\.json, only spiece'):
+    import_run(source, tmp_path / 'run')
+  (source / 'spiece.model').unlink()
+  lines = import_run(source, tmp_path / 'run')
+  assert 'the checkpoint came without a tokenizer' in lines[-2]
+  with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
+    import_run(source, tmp_path / 'run')
+  with pytest.raises(ValueError, match='holds no run'):
+    import_run_lib.export_run(source, tmp_path / 'out')
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'mine').touch()
+  with pytest.raises(ValueError, match='give a new or empty folder'):
+    import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+
+
+def test_a_run_has_one_embedding(tmp_path):
+  folders.write(tmp_path, 'switch_transformers', tie_word_embeddings=False)
+  with pytest.raises(ValueError, match='have embeddings that differ'):
+    import_run(tmp_path, tmp_path / 'run')
+
+
+def test_weights_of_other_libraries_stay_behind(tmp_path):
+  source = tmp_path / 'hf'
+  folders.write(source, 'mixtral')
+  (source / 'tf_model.h5').write_bytes(b'')
+  (source / 'pytorch_model.bin.index.json').write_text('{}')
+  import_run(source, tmp_path / 'run')
+  kept = {path.name for path in (tmp_path / 'run' / 'huggingface').iterdir()}
+  assert kept == {
+    'chat_template.jinja', 'config.json', 'generation_config.json',
+    'tokenizer.json', 'tokenizer_config.json',
+  }  # fmt: skip
+
+
+def test_out_of_a_run_that_began_here(tmp_path):
+  folders.write_tokenizer(tmp_path, 'mixtral')
+  tokenizer = tokenizers.Json.from_folder(tmp_path)
+  params = own_runs.write(tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL)
+  import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+  model, out = interop.load(tmp_path / 'out')
+  assert_equal(out['params'], params[3])
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  assert (theirs.bos_token, theirs.eos_token) == ('<s>', '</s>')
+  assert theirs(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
+  assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_what_transformers_has_no_model_of(tmp_path):
+  own_runs.write(tmp_path / 'run')
+  with pytest.raises(ValueError, match='no mixtral model of tra') as caught:
+    import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+  for words in ('num_experts_per_tok=1 is', "hidden_act='gelu' is not"):
+    assert words in str(caught.value)
+  drops = dict(capacity_rule='per_token', gates='raw', dispatch='gather')
+  model = dict(MIXTRAL, norm='layernorm', moe=dict(MIXTRAL['moe'], **drops))
+  own_runs.write(tmp_path / 'drops', model=model)
+  with pytest.raises(ValueError, match='as mixtral; the model has') as caught:
+    import_run_lib.export_run(tmp_path / 'drops', tmp_path / 'out')
+  for words in (
+    "norm.kind: 'layernorm', not 'rmsnorm'",
+    "capacity.rule: 'per_token', not 'all'",
+    "gates: 'raw', not 'renormalized'",
+  ):
+    assert words in str(caught.value)
+  assert not (tmp_path / 'out').exists()

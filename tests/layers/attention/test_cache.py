@@ -1,0 +1,75 @@
+"""The cache by slot: a told example."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers.attention.cache import KVCache, at_layer
+
+L, B, N, S, D = 3, 2, 1, 5, 4
+
+
+def empty(stacked=True):
+  return KVCache.make(
+    num_layers=L, stacked=stacked, batch_size=B, max_len=S, num_heads=N,
+    head_width=D, dtype='float32',
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('stacked', [True, False])
+def test_rows_of_unequal_length_share_their_slots(stacked):
+  # A prompt of three and one of one, padded in front; then a token each.
+  cache, layer = empty(stacked), jnp.int32(1) if stacked else 1
+  mask = jnp.array([[True, True, True], [False, False, True]])
+  cache, positions = cache.begin(mask)
+  np.testing.assert_array_equal(positions, [[0, 1, 2], [0, 0, 0]])
+  keys = jnp.arange(B * 3 * N * D, dtype=jnp.float32).reshape(B, 3, N, D)
+  cache = cache.write(layer, keys, -keys).advance(3)
+  cache, positions = cache.begin(jnp.ones((B, 1), bool))
+  np.testing.assert_array_equal(positions, [[3], [1]])
+  cache = cache.write(layer, keys[:, :1] + 100, keys[:, :1]).advance(1)
+  assert int(cache.length) == 4
+  np.testing.assert_array_equal(
+    cache.filled, [[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]]
+  )
+  np.testing.assert_array_equal(cache.next_position, [4, 2])
+  kept = np.asarray(at_layer(cache.key, layer))  # [B, N, S, D]
+  np.testing.assert_array_equal(kept[:, :, :3], keys.swapaxes(1, 2))
+  np.testing.assert_array_equal(kept[:, 0, 3], keys[:, 0, 0] + 100)
+  assert not kept[:, :, 4].any()
+  assert not np.asarray(cache.key[0]).any()
+  assert not np.asarray(cache.key[2]).any()
+
+
+@pytest.mark.parametrize('stacked', [True, False])
+def test_take_repeats_and_reorders_rows(stacked):
+  keys = jnp.arange(L * B * N * S * D, dtype=jnp.float32)
+  keys = keys.reshape(L, B, N, S, D)
+  cache = empty(stacked).replace(
+    key=keys if stacked else tuple(keys), next_position=jnp.array([7, 9])
+  )
+  taken = cache.take(jnp.array([1, 1, 0]))
+  np.testing.assert_array_equal(taken.next_position, [9, 9, 7])
+  for row, source in enumerate([1, 1, 0]):
+    for i in range(L):
+      np.testing.assert_array_equal(taken.key[i][row], keys[i, source])
+  assert taken.filled.shape == (3, S)
+
+
+def test_it_remembers_what_stands_before_each_token():
+  # As above: a prompt of three and one of one, then a token each, then a row
+  # that has ended.
+  cache = empty()
+  mask = jnp.array([[True, True, True], [False, False, True]])
+  cache, previous = cache.follow(jnp.array([[5, 6, 7], [0, 0, 8]]), mask)
+  assert previous[0].tolist() == [-1, 5, 6] and previous[1, 2] == -1
+  cache, previous = cache.follow(jnp.array([[4], [3]]), jnp.ones((B, 1), bool))
+  np.testing.assert_array_equal(previous, [[7], [8]])
+  cache, previous = cache.follow(
+    jnp.array([[2], [0]]), jnp.array([[True], [False]])
+  )
+  np.testing.assert_array_equal(previous, [[4], [3]])
+  np.testing.assert_array_equal(cache.last_token, [2, 3])
+  np.testing.assert_array_equal(
+    cache.take(jnp.array([1, 1, 0])).last_token, [3, 3, 2]
+  )

@@ -1,0 +1,288 @@
+"""Two levels of gates against the flat layer, a loop, and the definitions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers import FfnConfig, MoE, MoeConfig, RouterConfig
+from moe_jax.layers.routers.router import Router
+from moe_jax.layers.routers.two_levels import HierarchicalRouter
+from moe_jax.routing import CapacityRule
+from tests import reference
+from tests.layers.test_moe import draw
+from tests.models import tiny
+from tests.models.tiny import assert_trees_close
+
+B, T, M, F = 2, 9, 6, 11
+ALL = CapacityRule('all')
+
+
+def router(a, b, K1=2, K2=2, **options):
+  """Of a branches of b experts; without branches where a is 0."""
+  return RouterConfig(
+    **dict(
+      num_experts=(a or 1) * b,
+      num_selected=K1 * K2,
+      kind='noisy_top_k',
+      gates='renormalized',
+      capacity=ALL,
+      branching=a,
+      branches_selected=K1 if a else 1,
+    )
+    | options
+  )
+
+
+def layer(config, dispatch='gather', **options):
+  return MoE(
+    MoeConfig(router=config, expert=FfnConfig(F), dispatch=dispatch, **options)
+  )
+
+
+def params_of(module, x):
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  drawn = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  return tree.unflatten(drawn)
+
+
+@functools.cache
+def compiled(module, train=False):
+  def run(params, x, mask):
+    rngs = {'router': tiny.key(1)} if train else None
+    return module.apply({'params': params}, x, mask, train, rngs=rngs)
+
+  return jax.jit(run)
+
+
+def x_and_mask():
+  mask = np.ones((B, T), bool)
+  mask[0, 7:] = mask[1, 2] = False
+  return jnp.asarray(draw(B, T, M, seed=9)), jnp.asarray(mask)
+
+
+def test_one_branch_is_the_flat_layer():
+  x, mask = x_and_mask()
+  two, flat = layer(router(1, 5, K1=1, K2=3)), layer(router(0, 5, 1, 3))
+  params = params_of(flat, x)
+  own = params['router']
+  branch = {'w': draw(M, 1), 'w_noise': draw(M, 1, seed=1)}
+  branch |= {
+    'w_branch': own['w'][None],
+    'w_branch_noise': own['w_noise'][None],
+  }
+  y, aux = compiled(two)({**params, 'router': branch}, x, mask)
+  expected, flat_aux = compiled(flat)(params, x, mask)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+  assert np.abs(y).max() > 0.5
+  for name in ('importance_loss', 'load_loss'):
+    assert getattr(aux, name) > 0.1
+    np.testing.assert_allclose(
+      getattr(aux, name), getattr(flat_aux, name), rtol=1e-5
+    )
+  for name in ('load', 'kept_load', 'entropy'):
+    np.testing.assert_allclose(
+      getattr(aux.stats, name), getattr(flat_aux.stats, name), rtol=1e-5
+    )
+
+
+def test_branches_that_are_copies_are_the_flat_layer_of_one():
+  # Gates of branches sum to one, and every branch gives the same.
+  a, b = 3, 4
+  x, mask = x_and_mask()
+  two, flat = layer(router(a, b)), layer(router(0, b, 1, 2))
+  params = params_of(flat, x)
+  copies = {k: np.concatenate([v] * a) for k, v in params['experts'].items()}
+  own = params['router']
+  branch = {'w': draw(M, a), 'w_noise': draw(M, a, seed=1)}
+  branch |= {
+    'w_branch': np.stack([own['w']] * a),
+    'w_branch_noise': np.stack([own['w_noise']] * a),
+  }
+  y, aux = compiled(two)({'router': branch, 'experts': copies}, x, mask)
+  expected, _ = compiled(flat)(params, x, mask)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+  assert (np.asarray(aux.stats.load).reshape(a, b).sum(1) > 0).all()
+
+
+@pytest.mark.parametrize('gates', ['raw', 'renormalized'])
+def test_all_choices_with_gates_that_are_copies_are_the_flat_product(gates):
+  # A gate of the product is one of summed logits, as all are chosen.
+  a, b = 3, 2
+  x, mask = x_and_mask()
+  options = dict(kind='token_choice', gates=gates)
+  two = layer(router(a, b, K1=a, K2=b, **options))
+  flat = layer(router(0, a * b, 1, a * b, **options))
+  params = params_of(flat, x)
+  w, inner = draw(M, a), draw(M, b, seed=1)
+  params['router'] = {'w': (w[..., None] + inner[:, None]).reshape(M, a * b)}
+  branch = {'w': w, 'w_branch': np.stack([inner] * a)}
+  y, aux = compiled(two)({**params, 'router': branch}, x, mask)
+  expected, flat_aux = compiled(flat)(params, x, mask)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    aux.importance_loss, flat_aux.importance_loss, rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    aux.stats.entropy, flat_aux.stats.entropy, rtol=1e-4
+  )
+
+
+def in_numpy(params, x):
+  """Logits and deviations of both levels, [B, T, a] and [B, T, a, b]."""
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+  x = np.asarray(x, np.float64)
+  clean, noise = (
+    (x @ p[f'w{n}'], np.einsum('BTM,aMb->BTab', x, p[f'w_branch{n}']))
+    for n in ('', '_noise')
+  )
+  return clean, tuple(np.log1p(np.exp(n)) for n in noise)
+
+
+def test_choices_gates_and_losses_are_those_of_the_book():
+  a, b, K1, K2 = 3, 5, 2, 3
+  config = router(a, b, K1, K2)
+  x, mask = x_and_mask()
+  module = HierarchicalRouter(config)
+  params = params_of_router(module)
+  chosen, aux = compiled(module)(params, x, mask)
+  clean, std = in_numpy(params, x)
+  importance = load = 0.0
+  for g in range(B):
+    for s in range(T):
+      index, gate = reference.two_levels(clean[0][g, s], clean[1][g, s], K1, K2)
+      np.testing.assert_array_equal(chosen.expert_index[g, s], index)
+      if mask[g, s]:
+        np.testing.assert_allclose(chosen.gate[g, s], gate, rtol=1e-4)
+    one = [tuple(level[g] for level in both) for both in (clean, std)]
+    losses = reference.two_level_losses(one[0], one[0], one[1], K1, K2, mask[g])
+    importance += losses[0] * mask[g].sum()
+    load += losses[1] * mask[g].sum()
+  np.testing.assert_allclose(aux.importance_loss, importance, rtol=1e-4)
+  np.testing.assert_allclose(aux.load_loss, load, rtol=1e-4)
+  assert not np.asarray(chosen.gate)[~np.asarray(mask)].any()
+
+
+def params_of_router(module):
+  x, mask = x_and_mask()
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x, mask)
+  shapes = nn.meta.unbox(shapes)['params']
+  return {k: draw(*v.shape, seed=i) for i, (k, v) in enumerate(shapes.items())}
+
+
+def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
+  config = router(3, 5)
+  moe = layer(config)
+  x, mask = x_and_mask()
+  params = params_of(moe, x)
+
+  def parts(params):
+    y, aux = moe.apply(
+      {'params': params}, x, mask, True, rngs={'router': tiny.key(0)}
+    )
+    return jnp.stack([(y**2).sum(), aux.importance_loss, aux.load_loss])
+
+  grads = jax.jit(jax.jacrev(parts))(params)['router']
+  for name, leaf in grads.items():
+    largest = np.abs(leaf).reshape(3, -1).max(1)
+    assert (largest > 1e-3).all(), (name, largest)
+
+
+@pytest.mark.parametrize('dispatch', ['einsum', 'dropless'])
+def test_every_dispatcher_serves_two_levels(dispatch):
+  x, mask = x_and_mask()
+  results = []
+  for name in ('gather', dispatch):
+    moe = layer(router(3, 5), dispatch=name)
+    params = params_of(moe, x)
+
+    def loss(params, x, moe=moe):
+      y, aux = moe.apply({'params': params}, x, mask)
+      return (y**2).sum(), (y, aux)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    results.append(gradient(params, x))
+  assert_trees_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_gates_start_with_the_fan_in_of_one_branch():
+  x, mask = jnp.ones((1, 3, 50)), jnp.ones((1, 3), bool)
+  for options in (dict(kind='token_choice', gates='raw'), {}):
+    module = HierarchicalRouter(router(8, 40, **options))
+    init = jax.jit(lambda key, module=module: module.init(key, x, mask))
+    start = nn.meta.unbox(init(tiny.key(0)))['params']
+    wanted = 50**-0.5 if options else 0  # of noisy gates all are zero
+    for name in ('w', 'w_branch'):
+      np.testing.assert_allclose(start[name].std(), wanted, rtol=0.1)
+
+
+def test_full_experts_drop_later_choices():
+  config = router(2, 3, capacity=CapacityRule('fixed', slots=2))
+  module = HierarchicalRouter(config)
+  x, mask = x_and_mask()
+  chosen, aux = compiled(module)(params_of_router(module), x, mask)
+  free, _ = compiled(HierarchicalRouter(router(2, 3)))(
+    params_of_router(module), x, mask
+  )
+  counts = np.zeros((B, 6), int)
+  for g, s in zip(*np.nonzero(mask)):
+    for k, e in enumerate(chosen.expert_index[g, s]):
+      counts[g, e] += 1
+      assert chosen.kept[g, s, k] == (counts[g, e] <= 2)
+      gate = free.gate[g, s, k] if chosen.kept[g, s, k] else 0
+      np.testing.assert_allclose(chosen.gate[g, s, k], gate, rtol=1e-6)
+  assert aux.stats.overflowed.sum() > 0
+
+
+def test_work_does_not_grow_with_the_branches():
+  # A gate over all 512 experts would multiply each token by 512 columns.
+  config = router(32, 16)
+  x, mask = jnp.ones((B, T, M)), jnp.ones((B, T), bool)
+  module = HierarchicalRouter(config)
+  text = str(
+    jax.make_jaxpr(
+      lambda x: module.init_with_output(jax.random.key(0), x, mask)[0][0].gate
+    )(x)
+  )
+  assert f'{B},{T},512]' not in text
+  flat = Router(router(0, 512, 1, 4))
+  text = str(
+    jax.make_jaxpr(
+      lambda x: flat.init_with_output(jax.random.key(0), x, mask)[0][0].gate
+    )(x)
+  )
+  assert f'{B},{T},512]' in text
+
+
+def test_noise_is_drawn_at_both_levels_in_training_alone():
+  module = HierarchicalRouter(router(3, 5))
+  x, mask = x_and_mask()
+  params = params_of_router(module)
+  still, _ = compiled(module)(params, x, mask)
+  drawn, _ = compiled(module, True)(params, x, mask)
+  still, drawn = (np.asarray(r.expert_index) for r in (still, drawn))
+  assert (still // 5 != drawn // 5).any()
+  same = (still // 5 == drawn // 5).all(-1)
+  assert same.any() and (still != drawn)[same].any()
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(a=3, b=4, num_experts=13), 'num_experts=13 .*branching=3'),
+    (dict(a=3, b=4, num_selected=3), 'num_selected=3 .*branches_selected=2'),
+    (dict(a=3, b=4, K1=4), r'num_selected=4 not in \[1, num_experts=3\]'),
+    (dict(a=3, b=4, K2=5), r'num_selected=5 not in \[1, num_experts=4\]'),
+    (dict(a=3, b=4, K1=1), 'takes the router.s gradient away'),
+    (dict(a=3, b=4, kind='hash', gates='raw'), 'kind of two levels'),
+    (dict(a=3, b=4, gates='sigmoid'), 'gates of two levels'),
+    (dict(a=3, b=4, jitter=0.1), 'jitter of two levels'),
+  ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    router(**options)

@@ -1,0 +1,250 @@
+"""Balancing losses: values at balance and collapse, masks and gradients."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from moe_jax.routing import (
+  balance_loss,
+  importance_loss,
+  load_loss,
+  token_choice,
+  z_loss,
+)
+from moe_jax.routing.aux_losses import cv_squared
+from tests import reference
+
+balance = jax.jit(balance_loss, static_argnames='choices')
+route = jax.jit(token_choice, static_argnames=('num_selected', 'capacity'))
+
+G, S, E = 2, 7, 5
+ALL = jnp.ones((G, S), bool)
+
+
+def example(seed, K=3):
+  """Random logits, a mask, probabilities and a routing without drops."""
+  rng = np.random.default_rng(seed)
+  logits = jnp.asarray(rng.normal(size=(G, S, E)), jnp.float32)
+  mask = jnp.asarray(rng.random((G, S)) < (0.6 if seed else 1.0))
+  routing = route(logits, num_selected=K, capacity=None, mask=mask)
+  return logits, mask, jax.nn.softmax(logits), routing
+
+
+def round_robin(K):
+  """Choices [1, E, K] in which every expert is each rank exactly once."""
+  index = (np.arange(E)[:, None] + np.arange(K)) % E
+  return jnp.asarray(index[None], jnp.int32)
+
+
+@pytest.mark.parametrize('choices', ['all', 'first'])
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_balance_loss_is_one_at_perfect_balance(K, choices):
+  probs = jnp.full((1, E, E), 1 / E)
+  mask = jnp.ones((1, E), bool)
+  loss = balance(probs, round_robin(K), mask, choices)
+  np.testing.assert_allclose(loss, [1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('choices', ['all', 'first'])
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_balance_loss_at_collapse(K, choices):
+  # Every token goes to the same K experts, with all probability on them,
+  # shared evenly: E / K. Counting only the first, it is E/K too, as f = 1 for
+  # the one expert and its P is 1 / K.
+  index = jnp.tile(jnp.arange(K), (G, S, 1))
+  probs = jnp.tile(jnp.where(jnp.arange(E) < K, 1 / K, 0.0), (G, S, 1))
+  loss = balance(probs, index, ALL, choices)
+  np.testing.assert_allclose(loss, [E / K] * G, rtol=1e-6)
+
+
+def test_balance_loss_by_hand():
+  # Switch: two of three tokens to expert 0, so f = (2/3, 1/3); the mean
+  # probability is P = (0.6, 0.4); 2 * (2/3 * 0.6 + 1/3 * 0.4) = 16/15.
+  probs = jnp.array([[[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]]])
+  index = jnp.array([[[0], [0], [1]]])
+  loss = balance(probs, index, jnp.ones((1, 3), bool))
+  np.testing.assert_allclose(loss, [16 / 15], rtol=1e-6)
+  # Had the last token been padding: f = (1, 0), P = (0.75, 0.25).
+  mask = jnp.array([[True, True, False]])
+  np.testing.assert_allclose(balance(probs, index, mask), [1.5], rtol=1e-6)
+
+
+def test_gshards_form_is_this_one_over_the_experts_squared():
+  # (1/E) sum_e (c_e / S) m_e, c_e counting first choices only.
+  _, _, probs, routing = example(0, K=2)
+  first = np.asarray(routing.expert_index[..., 0])
+  printed = []
+  for g in range(G):
+    c = np.bincount(first[g], minlength=E)
+    m = np.asarray(probs[g]).mean(0)
+    printed.append((c / S * m).sum() / E)
+  loss = balance(probs, routing.expert_index, ALL, 'first')
+  np.testing.assert_allclose(loss, np.array(printed) * E**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_every_loss_follows_the_definition(K):
+  for seed in range(3):
+    logits, mask, probs, routing = example(seed, K)
+    index, gate = routing.expert_index, routing.gate
+    np_mask = np.asarray(mask)
+    np_logits, np_probs, np_index, np_gate = (
+      np.asarray(x) for x in (logits, probs, index, gate)
+    )
+    pairs = [
+      (
+        balance(probs, index, mask, choices),
+        reference.balance_loss(np_probs, np_index, np_mask, choices),
+      )
+      for choices in ('all', 'first')
+    ] + [
+      (z_loss(logits, mask), reference.z_loss(np_logits, np_mask)),
+      (
+        importance_loss(gate, index, mask, E),
+        reference.importance_loss(np_gate, np_index, np_mask, E),
+      ),
+      (load_loss(probs, mask), reference.load_loss(np_probs, np_mask)),
+    ]
+    for got, expected in pairs:
+      assert got.dtype == jnp.float32 and got.shape == (G,)
+      np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_z_loss_of_zero_logits_is_log_of_the_experts_squared():
+  loss = z_loss(jnp.zeros((G, S, E)), ALL)
+  np.testing.assert_allclose(loss, [np.log(E) ** 2] * G, rtol=1e-6)
+
+
+def test_z_loss_punishes_size_and_does_not_overflow():
+  # A shift changes no probability, but logsumexp = 1000 + log(5).
+  loss = z_loss(jnp.full((G, S, E), 1000.0), ALL)
+  np.testing.assert_allclose(loss, [(1000 + np.log(E)) ** 2] * G, rtol=1e-6)
+
+
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_importance_loss_at_balance_and_at_collapse(K):
+  gate = jnp.full((1, E, K), 1 / K)
+  mask = jnp.ones((1, E), bool)
+  even = importance_loss(gate, round_robin(K), mask, E)
+  np.testing.assert_allclose(even, [0.0], atol=1e-6)
+  same = jnp.tile(jnp.arange(K), (1, E, 1))
+  collapsed = importance_loss(gate, same, mask, E)
+  np.testing.assert_allclose(collapsed, [E / K - 1], rtol=1e-5)
+
+
+def test_load_loss_at_balance_and_at_collapse():
+  even = load_loss(jnp.full((G, S, E), 0.4), ALL)
+  np.testing.assert_allclose(even, [0.0] * G, atol=1e-6)
+  two_of_five = jnp.tile(jnp.array([1.0, 1.0, 0.0, 0.0, 0.0]), (G, S, 1))
+  np.testing.assert_allclose(
+    load_loss(two_of_five, ALL), [E / 2 - 1] * G, rtol=1e-6
+  )
+
+
+def test_the_load_is_the_routers_wish_whatever_the_capacity():
+  logits, mask, probs, unbounded = example(1)
+  tight = route(logits, num_selected=3, capacity=1, mask=mask)
+  assert tight.kept.sum() < unbounded.kept.sum()
+  np.testing.assert_array_equal(
+    balance(probs, tight.expert_index, mask),
+    balance(probs, unbounded.expert_index, mask),
+  )
+
+
+@jax.jit
+def losses_of(logits, index, mask):
+  """All losses, [5, G], as functions of the logits for fixed choices."""
+  probs = jax.nn.softmax(logits)
+  gate = jnp.take_along_axis(probs, index, axis=-1)
+  return jnp.stack(
+    [
+      balance_loss(probs, index, mask),
+      balance_loss(probs, index, mask, 'first'),
+      z_loss(logits, mask),
+      importance_loss(gate, index, mask, E),
+      load_loss(probs, mask),
+    ]
+  )
+
+
+gradients_of = jax.jit(jax.jacrev(losses_of))
+
+
+def test_masked_tokens_change_nothing():
+  logits, mask, _, routing = example(2)
+  assert 0 < mask.sum() < mask.size
+  index = routing.expert_index
+  other_logits = jnp.where(mask[..., None], logits, 50.0 - 9 * logits)
+  other_index = jnp.where(mask[..., None], index, E - 1 - index)
+  np.testing.assert_array_equal(
+    losses_of(logits, index, mask), losses_of(other_logits, other_index, mask)
+  )
+  gradient = gradients_of(other_logits, other_index, mask)
+  assert not gradient[..., ~mask, :].any()
+  per_loss = jnp.abs(gradient.sum(1)).max((1, 2, 3))  # [5]
+  assert (per_loss > 1e-4).all()
+
+
+def test_a_group_of_padding_loses_nothing():
+  logits, _, _, routing = example(0)
+  mask = ALL.at[1].set(False)
+  losses = losses_of(logits, routing.expert_index, mask)
+  gradient = gradients_of(logits, routing.expert_index, mask)
+  assert not losses[:, 1].any() and not gradient[:, 1].any()
+  assert losses[:, 0].all() and jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('choices', ['all', 'first'])
+def test_balance_loss_moves_the_router_through_p_alone(choices):
+  # With f fixed, dL/dx_sj = E/N p_sj (f_j - sum_e f_e p_se); differentiating
+  # the routing too must add nothing to it.
+  logits, mask, probs, routing = example(2)
+
+  def loss(logits):
+    routing = token_choice(logits, num_selected=3, capacity=2, mask=mask)
+    return balance_loss(
+      jax.nn.softmax(logits), routing.expert_index, mask, choices
+    ).sum()
+
+  gradient = jax.jit(jax.grad(loss))(logits)
+  ranks = 3 if choices == 'all' else 1
+  for g in range(G):
+    real = np.nonzero(mask[g])[0]
+    chosen = np.asarray(routing.expert_index[g, real, :ranks]).ravel()
+    f = np.bincount(chosen, minlength=E) / len(chosen)
+    p = np.asarray(probs[g], np.float64)
+    expected = E / len(real) * p * (f - (p * f).sum(-1, keepdims=True))
+    expected[~np.asarray(mask[g])] = 0
+    np.testing.assert_allclose(gradient[g], expected, atol=1e-6)
+
+
+def test_a_step_down_the_balance_loss_evens_the_probabilities():
+  logits = example(0)[0].at[..., 0].add(2.0)
+
+  def loss(logits):
+    routing = token_choice(logits, num_selected=3, capacity=None)
+    return balance_loss(jax.nn.softmax(logits), routing.expert_index, ALL).sum()
+
+  stepped = logits - 3.0 * jax.jit(jax.grad(loss))(logits)
+  assert loss(stepped) < loss(logits)
+  crowded = jax.nn.softmax(stepped)[..., 0].mean()
+  assert crowded < jax.nn.softmax(logits)[..., 0].mean()
+
+
+def test_cv_squared_of_nothing_is_nothing():
+  value, gradient = jax.value_and_grad(lambda x: cv_squared(x).sum())(
+    jnp.zeros((1, E))
+  )
+  assert value == 0 and jnp.isfinite(gradient).all()
+
+
+def test_losses_refuse_bfloat16_and_unknown_choices():
+  logits, mask, probs, routing = example(0)
+  with pytest.raises(jaxtyping.TypeCheckError):
+    z_loss(logits.astype(jnp.bfloat16), mask)
+  with pytest.raises(jaxtyping.TypeCheckError):
+    balance_loss(probs.astype(jnp.bfloat16), routing.expert_index, mask)
+  with pytest.raises(ValueError, match=r"balance_choices 'second'.*'first'"):
+    balance_loss(probs, routing.expert_index, mask, 'second')

@@ -1,0 +1,164 @@
+"""Expert choice against its definition; who is taken depends on the future."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
+
+from moe_jax.routing import expert_choice, is_causal, slot_stats
+from moe_jax.routing.expert_choice_rule import shares
+from tests import reference
+
+G, S, E, C = 2, 7, 5, 3
+
+compiled = jax.jit(
+  lambda logits, mask, capacity: expert_choice(
+    logits, capacity=capacity, mask=mask
+  ),
+  static_argnums=2,
+)
+
+
+def draw(seed, *shape):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape or (G, S, E)).astype(np.float32)
+
+
+def test_four_tokens_by_hand():
+  # Expert 0 wants tokens 0 and 1 most, expert 1 tokens 2 and 3.
+  probs = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]])
+  logits, real = np.log(probs)[None].astype(np.float32), np.ones((1, 4), bool)
+  routing = compiled(logits, real, 2)
+  np.testing.assert_array_equal(routing.token_index, [[[0, 1], [2, 3]]])
+  np.testing.assert_allclose(routing.gate, [[[0.9, 0.6], [0.8, 0.5]]], 1e-6)
+  # With one slot each, two tokens are left to the residual.
+  routing = compiled(logits, real, 1)
+  np.testing.assert_array_equal(routing.token_index, [[[0], [2]]])
+  stats = slot_stats(routing, jnp.asarray(logits), jnp.asarray(real), 3)
+  np.testing.assert_array_equal(stats.load, [1, 1])
+  # Each has lost all of its K = 3 choices.
+  np.testing.assert_array_equal(stats.overflowed, [2, 2, 2])
+
+
+@pytest.mark.parametrize('capacity', [1, C, S])
+def test_the_definition(capacity):
+  for seed in range(5):
+    logits = draw(seed)
+    mask = np.random.default_rng(seed).random((G, S)) < 0.8
+    mask[1] &= seed > 0  # once a group of padding alone
+    routing = compiled(logits, mask, capacity)
+    index, gate = reference.expert_choice(
+      logits.astype(np.float64), capacity, mask
+    )
+    np.testing.assert_array_equal(routing.token_index, index)
+    np.testing.assert_allclose(routing.gate, gate, rtol=1e-5)
+    assert routing.token_index.dtype == jnp.int32
+    assert (routing.num_experts, routing.capacity) == (E, capacity)
+    stats = slot_stats(routing, jnp.asarray(logits), jnp.asarray(mask), 4)
+    covered = [set(index[g].ravel()) - {S} for g in range(G)]
+    np.testing.assert_array_equal(
+      stats.overflowed, [mask.sum() - sum(map(len, covered))] * 4
+    )
+    np.testing.assert_array_equal(stats.load, (index < S).sum((0, 2)))
+    np.testing.assert_array_equal(stats.kept_load, stats.load)
+    assert stats.tokens == mask.sum() and not stats.unsent.any()
+
+
+# Small whole numbers, so that equal probabilities are common.
+few = settings(max_examples=30, deadline=None, derandomize=True)
+some_logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
+
+
+@few
+@given(some_logits, st_np.arrays(bool, (G, S)), st.sampled_from([1, C, S]))
+def test_contract(logits, mask, capacity):
+  routing = compiled(logits, mask, capacity)
+  probs = np.asarray(jax.nn.softmax(logits))
+  for g in range(G):
+    real = set(np.flatnonzero(mask[g]))
+    for e in range(E):
+      index, gate = routing.token_index[g, e], routing.gate[g, e]
+      taken = [int(s) for s in index if s < S]
+      # One slot a token, no padding, no hole before a filled slot.
+      assert len(taken) == len(set(taken)) and set(taken) <= real
+      assert list(index) == taken + [S] * (capacity - len(taken))
+      assert len(taken) == -(-capacity * len(real) // S)
+      np.testing.assert_allclose(gate[: len(taken)], probs[g, taken, e], 1e-5)
+      assert not gate[len(taken) :].any()
+      passed = [(-probs[g, s, e], s) for s in real - set(taken)]
+      assert all((-probs[g, s, e], s) < p for s in taken for p in passed)
+
+
+def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
+  # Of 8 tokens an expert takes 4, of the 6 real ones 3.
+  logits = draw(0, G, 8, E)
+  mask = jnp.broadcast_to(jnp.arange(8) < 6, (G, 8))
+  padded = compiled(logits, mask, 4)
+  alone = compiled(logits[:, :6], mask[:, :6], 3)
+  np.testing.assert_array_equal(padded.token_index[..., :3], alone.token_index)
+  np.testing.assert_array_equal(padded.gate[..., :3], alone.gate)
+  assert (padded.token_index[..., 3] == 8).all()
+
+
+def test_shares_are_exact_where_products_pass_32_bits():
+  S, C = 131_072, 131_071
+  real = np.array([0, 1, 70_001, S])
+  expected = -(-C * real.astype(object) // S)
+  found = shares(jnp.asarray(real, jnp.int32), S, C)
+  np.testing.assert_array_equal(found, expected.astype(int))
+
+
+def test_a_later_token_takes_an_earlier_ones_place():
+  # And is shown to be taken for it, not merely allowed to.
+  logits = np.zeros((1, S, E), np.float32)
+  logits[0, 0, 2] = 1.0  # the first token wants expert 2 ...
+  alone = compiled(logits, np.ones((1, S), bool), 1)
+  assert alone.token_index[0, 2, 0] == 0
+  logits[0, S - 1, 2] = 2.0  # ... and the last one wants it more
+  later = compiled(logits, np.ones((1, S), bool), 1)
+  assert later.token_index[0, 2, 0] == S - 1
+  settings = dict(slot_priority='token_major', num_selected=2)
+  for rule, causal in (('per_token', False), ('fixed', False), ('all', True)):
+    settings['capacity_rule'] = rule
+    assert is_causal(**settings, router='expert_choice') == causal
+    assert is_causal(**settings)
+
+
+def test_where_all_take_all_an_earlier_token_sees_no_later_one():
+  old, new = draw(0), draw(1)
+  new[:, :4] = old[:, :4]
+
+  def given(token, logits):
+    routing = compiled(logits, np.ones((G, S), bool), S)
+    return np.where(routing.token_index == token, routing.gate, 0).sum(-1)
+
+  for token in range(4):
+    np.testing.assert_array_equal(given(token, old), given(token, new))
+    np.testing.assert_allclose(given(token, old).sum(-1), 1, rtol=1e-6)
+
+
+def test_gates_teach_the_router_about_those_taken():
+  @jax.jit
+  def gradient_and_routing(logits):
+    def total(logits):
+      routing = expert_choice(logits, capacity=1)
+      return (routing.gate**2).sum(), routing
+
+    return jax.grad(total, has_aux=True)(logits)
+
+  gradient, routing = gradient_and_routing(draw(3))
+  taken = np.zeros((G, S), bool)
+  for g in range(G):
+    taken[g, np.asarray(routing.token_index[g]).ravel()] = True
+  size = np.abs(gradient).max(-1)
+  assert (size[taken] > 1e-4).all() and not size[~taken].any()
+  assert taken.any() and not taken.all()
+
+
+@pytest.mark.parametrize('capacity', [0, S + 1])
+def test_no_capacity_beyond_the_group(capacity):
+  with pytest.raises(ValueError, match=rf'capacity={capacity} not in \[1, gro'):
+    expert_choice(jnp.zeros((G, S, E)), capacity=capacity)

@@ -1,0 +1,108 @@
+"""Two levels: choices and loads by hand and by the book."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.routing import load_probability, noisy_logits
+from moe_jax.routing.hierarchical_rule import (
+  flat_choices,
+  hierarchical_load,
+  hierarchical_load_loss,
+)
+from moe_jax.routing.token_choice_rule import choose
+from tests import reference
+
+G, S, A, B, K1, K2 = 2, 7, 4, 5, 2, 3
+
+
+def test_choices_are_told():
+  # The token goes to branch 2 with 0.7 and to branch 0 with 0.3; in branch 2
+  # to its expert 1 alone, in branch 0 to its expert 2. Of three experts each,
+  # these are 7 and 2.
+  index, gate = flat_choices(
+    jnp.array([[[2, 0]]]),
+    jnp.array([[[0.7, 0.3]]]),
+    jnp.array([[[[1, 0], [2, 1]]]]),
+    jnp.array([[[[1.0, 0.0], [0.5, 0.5]]]]),
+    3,
+  )
+  np.testing.assert_array_equal(index[0, 0], [7, 6, 2, 1])
+  np.testing.assert_allclose(gate[0, 0], [0.7, 0, 0.15, 0.15])
+
+
+def test_load_is_told():
+  # Two tokens, two branches of two. Both are likely in branch 0 (0.9 and
+  # 0.6), which both chose; the second also had a chance of 0.4 in branch 1,
+  # where nobody went. Branch 0's experts are loaded by 1.2 and 0.8.
+  load = hierarchical_load(
+    jnp.array([[[0.9, 0.1], [0.6, 0.4]]]),
+    jnp.array([[[[0.5, 0.5]], [[0.7, 0.3]]]]),
+    jnp.zeros((1, 2, 1), jnp.int32),
+    jnp.ones((1, 2), bool),
+  )
+  share = (0.9 + 0.6) / 2
+  np.testing.assert_allclose(load[0], [share * 1.2, share * 0.8, 0, 0])
+
+
+def example(seed):
+  """Logits of both levels, and the same in numpy; noise is in them."""
+  keys = jax.random.split(jax.random.key(seed), 6)
+  levels = []
+  for i, shape in enumerate([(G, S, A), (G, S * A, B)]):
+    clean, noise = (jax.random.normal(keys[3 * i + j], shape) for j in range(2))
+    levels.append(noisy_logits(clean, noise, keys[3 * i + 2]))
+  return levels
+
+
+def losses(branch, experts, mask):
+  """The load loss, given logits of all branches."""
+  index = choose(branch.noisy, K1)
+  chosen = jax.tree.map(
+    lambda x: jnp.take_along_axis(
+      x.reshape(G, S, A, B), index[..., None], axis=2
+    ).reshape(G, S * K1, B),
+    experts,
+  )
+  return hierarchical_load_loss(
+    load_probability(branch, K1),
+    load_probability(chosen, K2).reshape(G, S, K1, B),
+    index,
+    mask,
+  )
+
+
+def test_load_loss_follows_the_definition_with_noise():
+  mask = np.ones((G, S), bool)
+  mask[1, 3:] = False
+  for seed in range(3):
+    branch, experts = example(seed)
+    got = losses(branch, experts, jnp.asarray(mask))
+    for g in range(G):
+      three = [
+        (
+          np.asarray(getattr(branch, name), np.float64)[g],
+          np.asarray(getattr(experts, name), np.float64)[g].reshape(S, A, B),
+        )
+        for name in ('clean', 'noisy', 'std')
+      ]
+      _, expected = reference.two_level_losses(*three, K1, K2, mask[g])
+      np.testing.assert_allclose(got[g], expected, rtol=1e-4)
+
+
+def test_load_loss_has_a_gradient_to_the_primary_gate():
+  # What the paper's factor Load_p is for; without it there would be none.
+  branch, experts = example(5)
+  mask = jnp.ones((G, S), bool)
+
+  def loss(clean):
+    moved = branch._replace(clean=clean, noisy=branch.noisy)
+    return losses(moved, experts, mask).sum()
+
+  gradient = jax.jit(jax.grad(loss))(branch.clean)
+  assert np.abs(gradient).max() > 1e-4
+  toward = np.asarray(jax.random.normal(jax.random.key(9), gradient.shape))
+  up, down = (loss(branch.clean + d * toward) for d in (1e-2, -1e-2))
+  np.testing.assert_allclose(
+    (gradient * toward).sum(), (up - down) / 2e-2, rtol=0.02
+  )

@@ -1,0 +1,133 @@
+"""Noisy top-K: the noise, and the smooth load it makes differentiable."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+from moe_jax.routing import NoisyLogits, load_loss, noisy_logits
+from moe_jax.routing.noisy_top_k_rule import load_probability
+from tests import reference
+
+G, S, E = 2, 7, 5
+
+
+def example(seed):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  clean = jax.random.normal(keys[0], (G, S, E))
+  noise = jax.random.normal(keys[1], (G, S, E))
+  return noisy_logits(clean, noise, keys[2])
+
+
+def as_float64(logits):
+  return [np.asarray(x, np.float64) for x in logits]
+
+
+def test_one_token_by_hand():
+  # Three experts, two chosen, every standard deviation 2. For the experts 0
+  # and 1, which are in, the rival is the third value, 1; for expert 2, which
+  # is out, it is the second, 4. Each is asked about with its clean logit.
+  logits = NoisyLogits(
+    clean=jnp.array([[[5.0, 3.0, 2.0]]]),
+    noisy=jnp.array([[[6.0, 4.0, 1.0]]]),
+    std=jnp.full((1, 1, 3), 2.0),
+  )
+  expected = ndtr([(5 - 1) / 2, (3 - 1) / 2, (2 - 4) / 2])
+  np.testing.assert_allclose(
+    load_probability(logits, 2)[0, 0], expected, rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('K', [1, 2, 3, 4, 5])
+def test_load_probability_follows_the_definition(K):
+  for seed in range(3):
+    logits = example(seed)
+    got = load_probability(logits, K)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(
+      got, reference.load_probability(*as_float64(logits), K), atol=1e-6
+    )
+
+
+def test_ties_leave_a_rival_of_the_same_height():
+  # At initialisation, without noise, every logit is 0 and so is every rival:
+  # each expert is as likely as not, chosen or not.
+  logits = noisy_logits(jnp.zeros((G, S, E)), jnp.zeros((G, S, E)), None)
+  np.testing.assert_allclose(load_probability(logits, 2), 0.5)
+
+
+def test_all_experts_selected_is_certain():
+  np.testing.assert_array_equal(load_probability(example(0), E), 1.0)
+
+
+def test_probability_is_the_rate_of_being_chosen_when_its_noise_is_redrawn():
+  logits = jax.tree.map(lambda x: x[:1, :1], example(3))
+  redraws, K = 4000, 2
+  draw = np.random.default_rng(0).normal(size=(redraws, E))
+  rates = []
+  for e in range(E):
+    noisy = np.tile(logits.noisy[0], (redraws, 1))
+    noisy[:, e] = logits.clean[0, 0, e] + draw[:, e] * logits.std[0, 0, e]
+    chosen = np.argsort(-noisy)[:, :K]
+    rates.append((chosen == e).any(-1).mean())
+  # Three standard deviations of 4000 draws are at most 0.024.
+  np.testing.assert_allclose(
+    load_probability(logits, K)[0, 0], rates, atol=0.03
+  )
+
+
+def test_noise_is_standard_normal_times_softplus():
+  clean = jnp.full((40, 50, E), 3.0)
+  noise = jnp.tile(jnp.array([-1.0, 0.0, 1.0, 2.0, 4.0]), (40, 50, 1))
+  logits = noisy_logits(clean, noise, jax.random.key(5))
+  std = np.log1p(np.exp(np.array([-1.0, 0.0, 1.0, 2.0, 4.0])))
+  np.testing.assert_array_equal(logits.clean, clean)
+  np.testing.assert_allclose(logits.std[0, 0], std, rtol=1e-6)
+  unit = np.asarray((logits.noisy - clean) / logits.std)
+  # 2000 draws per expert; four standard errors of a mean, of a deviation.
+  np.testing.assert_allclose(unit.mean((0, 1)), 0, atol=4 / 2000**0.5)
+  np.testing.assert_allclose(unit.std((0, 1)), 1, atol=4 / 4000**0.5)
+  np.testing.assert_allclose((abs(unit) < 1).mean(), 0.683, atol=0.02)
+
+
+def test_no_key_no_noise_and_the_deviation_starts_at_ln_2():
+  clean = jax.random.normal(jax.random.key(0), (G, S, E))
+  logits = noisy_logits(clean, jnp.zeros((G, S, E)), None)
+  np.testing.assert_array_equal(logits.noisy, clean)
+  np.testing.assert_allclose(logits.std, np.log(2), rtol=1e-6)
+
+
+def test_gradient_of_the_load_loss_is_the_definitions_slope():
+  # The estimator exists for this gradient: compare it with the slope of the
+  # plain definition, through the clean logits, the noise and the rival.
+  K, step = 2, 1e-5
+  clean, noisy, std = as_float64(example(4))
+  draw = (noisy - clean) / std
+  noise = np.log(np.expm1(std))
+  mask = np.ones((G, S), bool)
+  mask[1, 4:] = False
+
+  def by_definition(clean, noise):
+    std = np.log1p(np.exp(noise))
+    P = reference.load_probability(clean, clean + draw * std, std, K)
+    return reference.load_loss(P, mask).sum()
+
+  def by_code(clean, noise):
+    std = jax.nn.softplus(noise)
+    logits = NoisyLogits(clean, clean + jnp.asarray(draw, 'float32') * std, std)
+    return load_loss(load_probability(logits, K), jnp.asarray(mask)).sum()
+
+  inputs = (clean, noise)
+  gradients = jax.jit(jax.grad(by_code, argnums=(0, 1)))(
+    *[jnp.asarray(x, jnp.float32) for x in inputs]
+  )
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    toward = [rng.normal(size=clean.shape) for _ in inputs]
+    up = by_definition(*[x + step * d for x, d in zip(inputs, toward)])
+    down = by_definition(*[x - step * d for x, d in zip(inputs, toward)])
+    along = sum((np.asarray(a) * d).sum() for a, d in zip(gradients, toward))
+    np.testing.assert_allclose(along, (up - down) / (2 * step), rtol=1e-3)
+  for gradient in gradients:  # every expert feels it
+    assert (np.abs(gradient[mask]).sum(0) > 1e-3).all()

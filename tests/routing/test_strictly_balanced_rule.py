@@ -1,0 +1,141 @@
+"""Strictly balanced gating by hand, by the book, and as it learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.routing import strictly_balanced_rule
+from tests import reference
+
+G, S, E, K = 2, 8, 4, 3
+
+
+@functools.partial(jax.jit, static_argnames='num_selected')
+def batchwise(logits, num_selected, mask):
+  return strictly_balanced_rule.batchwise_choice(
+    logits, num_selected=num_selected, mask=mask
+  )
+
+
+@functools.partial(jax.jit, static_argnames='capacity')
+def threshold(logits, thresholds, capacity, mask):
+  return strictly_balanced_rule.threshold_choice(
+    logits, thresholds, capacity=capacity, mask=mask
+  )
+
+
+loss_of = jax.jit(strictly_balanced_rule.batchwise_loss)
+
+
+def by_token(chosen):
+  """A routing's gates, [G, S, E]."""
+  gates = np.zeros((len(chosen.gate), chosen.group_size, chosen.num_experts))
+  for g, e, c in np.ndindex(chosen.gate.shape):
+    s = int(chosen.token_index[g, e, c])
+    if s < chosen.group_size:
+      gates[g, s, e] += float(chosen.gate[g, e, c])
+    else:
+      assert chosen.gate[g, e, c] == 0
+  return gates
+
+
+def log(probs):
+  return jnp.log(jnp.asarray(probs, jnp.float32))[None]
+
+
+TOLD = [[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]]
+ALL = jnp.ones((1, 3), bool)
+
+
+def test_masks_are_told():
+  # Three tokens, two experts, K = 1: each takes ceil(3 / 2) = 2. Expert 0 has
+  # the first two, expert 1 the last two: the middle one has both.
+  chosen = batchwise(log(TOLD), 1, ALL)
+  np.testing.assert_allclose(
+    by_token(chosen)[0], [[1, 0], [0.6, 0.4], [0, 1]], rtol=1e-6
+  )
+  # Above 0.65 and 0.35: the middle one has expert 1 alone, whose gate is 1.
+  thresholds = jnp.array([0.65, 0.35])
+  found = threshold(log(TOLD), thresholds, 3, ALL)
+  np.testing.assert_allclose(by_token(found)[0], [[1, 0], [0, 1], [0, 1]])
+  # The masks differ in one place, by 0.6 - 0.65.
+  loss = loss_of(log(TOLD), thresholds, chosen, ALL)
+  np.testing.assert_allclose(loss, [(0 - 1) * (0.6 - 0.65) / 3], rtol=1e-4)
+  agreeing = jnp.array([0.5, 0.35])
+  loss = loss_of(log(TOLD), agreeing, chosen, ALL)
+  assert loss == 0
+
+
+def test_a_threshold_that_nobody_passes_leaves_no_expert():
+  found = threshold(log(TOLD), jnp.array([0.9, 0.35]), 1, ALL)
+  # One slot: the last token, whose gate is larger than the middle one's.
+  np.testing.assert_array_equal(by_token(found)[0], [[0, 0], [0, 0], [0, 1]])
+
+
+def test_gates_and_loss_are_those_of_the_book():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(G, S, E)).astype(np.float32)
+  thresholds = rng.uniform(0.1, 0.4, E).astype(np.float32)
+  mask = np.ones((G, S), bool)
+  mask[1, 4:] = False
+  args = jnp.asarray(logits), jnp.asarray(thresholds)
+  chosen = batchwise(args[0], K, jnp.asarray(mask))
+  found = threshold(*args, S, jnp.asarray(mask))
+  loss = loss_of(*args, chosen, jnp.asarray(mask))
+  for g in range(G):
+    real = mask[g].sum()
+    m = K * real // E  # whole here: 6 of eight tokens, 3 of four
+    batch, above, expected = reference.strictly_balanced(
+      np.float64(logits[g]), m, mask[g], thresholds
+    )
+    np.testing.assert_allclose(by_token(chosen)[g], batch, rtol=1e-5)
+    np.testing.assert_allclose(by_token(found)[g], above, rtol=1e-5)
+    np.testing.assert_allclose(loss[g], expected / real, rtol=1e-4)
+    assert (chosen.filled[g].sum(-1) == m).all()
+    assert expected > 0
+
+
+def test_thresholds_learn_the_mask():
+  # Of 64 tokens every expert takes 16 (K = 1, E = 4); the thresholds start
+  # where all or none do, and gradient descent brings them there.
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.normal(size=(1, 64, E)), jnp.float32)
+  mask = jnp.ones((1, 64), bool)
+  chosen = batchwise(logits, 1, mask)
+
+  @jax.jit
+  def step(thresholds):
+    loss, slope = jax.value_and_grad(
+      lambda t: strictly_balanced_rule.batchwise_loss(
+        logits, t, chosen, mask
+      ).sum()
+    )(thresholds)
+    return thresholds - 0.02 * slope, loss
+
+  thresholds, losses = jnp.array([0.0, 0.9, 0.25, 0.5]), []
+  for _ in range(300):
+    thresholds, loss = step(thresholds)
+    losses.append(float(loss))
+  assert losses[0] > 0.1 and losses[-1] < 1e-3 and min(losses) >= 0
+  found = threshold(logits, thresholds, 64, mask)
+  np.testing.assert_allclose(found.filled[0].sum(-1), 16, atol=1)
+
+
+def test_gradients_reach_the_gates_through_the_renormalisation():
+  rng = np.random.default_rng(2)
+  logits = jnp.asarray(rng.normal(size=(G, S, E)), jnp.float32)
+  mask = jnp.ones((G, S), bool)
+  weight = jnp.asarray(rng.normal(size=(G, E, K * S // E)), jnp.float32)
+
+  def total(logits):
+    chosen = batchwise(logits, K, mask)
+    return (chosen.gate * weight).sum()
+
+  gradient = jax.jit(jax.grad(total))(logits)
+  toward = jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
+  up, down = (total(logits + d * toward) for d in (1e-3, -1e-3))
+  slope = float(up - down) / 2e-3
+  assert abs(slope) > 0.1
+  np.testing.assert_allclose((gradient * toward).sum(), slope, rtol=0.01)

@@ -1,0 +1,194 @@
+"""What other processes leave behind: killed at any moment, or a full disk."""
+
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZE = 2_000_000  # 8 MB: long enough in writing to be caught at it
+
+
+def make_state(step: int) -> dict:
+  """Random bits, which no compression makes short."""
+  rng = np.random.default_rng(step)
+  return {
+    'step': jnp.int32(step),
+    'w': jnp.asarray(rng.random(SIZE, 'float32')),
+  }
+
+
+def restore_and_check(checkpointer: Checkpointer) -> int:
+  """The step restored, after comparing every bit of it."""
+  target = {
+    'step': jax.ShapeDtypeStruct((), jnp.int32),
+    'w': jax.ShapeDtypeStruct((SIZE,), jnp.float32),
+  }
+  restored = checkpointer.restore(target)
+  want = make_state(restored.step)
+  for name, array in want.items():
+    np.testing.assert_array_equal(restored.state[name], array)
+  return restored.step
+
+
+def child_saves_until_killed(directory: str) -> None:
+  with Checkpointer(directory, keep_newest=2) as checkpointer:
+    step = restore_and_check(checkpointer)
+    print(step, flush=True)
+    while True:
+      step += 1
+      checkpointer.save(step, make_state(step))
+
+
+def limit_file_size(size: int) -> None:
+  """Writes past `size` fail from here on, as on a full disk."""
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def child_fills_the_disk(directory: str) -> None:
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(1, make_state(1))
+    checkpointer.wait()
+    limit_file_size(4_000_000)
+    checkpointer.save(2, make_state(2))
+    try:
+      checkpointer.wait()
+    except CheckpointError as error:
+      print(error)
+    left = pathlib.Path(directory).glob('2*/**/*')
+    print(sum(path.stat().st_size for path in left) < 1_000_000)
+    checkpointer.save(3, make_state(3))
+    try:
+      checkpointer.save(4, make_state(4))
+    except CheckpointError as error:
+      print(str(error).split(' not saved')[0])
+    limit_file_size(resource.RLIM_INFINITY)
+    print(restore_and_check(checkpointer))
+    checkpointer.save(5, make_state(5))
+
+
+def child_tries_again_and_again(directory: str) -> None:
+  """Fails at every stage of a save, most often with others still writing."""
+  state = {f'w{i}': make_state(i)['w'][:200_000] for i in range(10)}
+  causes = []
+  with Checkpointer(directory) as checkpointer:
+    for size in [100, 300, 30_000, 400_000, 1_000_000] * 12:
+      limit_file_size(size)
+      try:
+        checkpointer.save(2, state)
+        checkpointer.wait()
+      except CheckpointError as error:
+        causes.append(str(error).splitlines()[0])
+    limit_file_size(resource.RLIM_INFINITY)
+    checkpointer.save(2, state)
+    checkpointer.save(3, state)  # by now no thread writes any more
+  print(len(causes), [text for text in causes if 'too large' not in text])
+
+
+def start(function, directory) -> subprocess.Popen:
+  module = 'tests.runs.test_checkpoint_faults'
+  code = f'import {module} as m; m.{function.__name__}({str(directory)!r})'
+  return subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def kill(child: subprocess.Popen, directory, moment: str | float) -> None:
+  """Kills `child`, once it saves, when a path matches or seconds are over."""
+  assert child.stdout.readline().strip().isdigit(), child.communicate()[1]
+  if isinstance(moment, float):
+    time.sleep(moment)
+  else:
+    deadline = time.monotonic() + 20
+    while not any(directory.glob(moment)):
+      assert time.monotonic() < deadline, f'{moment} was never there'
+  child.kill()
+  assert child.wait() == -signal.SIGKILL
+  child.stdout.close()
+  child.stderr.close()
+
+
+def kill_and_check(directory, moments) -> None:
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(1, make_state(1))
+  last = 1
+  for moment in moments:
+    # Each child starts from what the one before left, wreck and all.
+    child = start(child_saves_until_killed, directory)
+    kill(child, directory, moment)
+    with Checkpointer(directory) as checkpointer:
+      step = restore_and_check(checkpointer)
+    assert step >= last
+    last = step
+  with Checkpointer(directory) as checkpointer:
+    restore_and_check(checkpointer)
+    checkpointer.save(last + 1, make_state(last + 1))
+  names = {path.name for path in directory.iterdir()}
+  assert str(last + 1) in names and all(name.isdigit() for name in names)
+
+
+def test_killed_while_the_arrays_or_the_manifest_are_written(tmp_path):
+  arrays = '*.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
+  kill_and_check(tmp_path, [arrays, '*/manifest.json.tmp'])
+
+
+def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
+  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+    for step in range(4):
+      checkpointer.save(step, make_state(step))
+      deadline = time.monotonic() + 20
+      while checkpointer.steps() != [step]:  # saved, and the one before gone
+        assert time.monotonic() < deadline
+        for folder in tmp_path.iterdir():
+          if folder.name.isdigit() and not (folder / 'manifest.json').exists():
+            assert not folder.exists()  # renamed since it was listed
+
+
+@pytest.mark.slow
+def test_killed_at_one_moment_after_another(tmp_path):
+  seen = ['*.saving[0-9]', '*.deleting', '*.orbax-checkpoint-tmp']
+  after_seconds = np.random.default_rng(0).uniform(0, 0.4, size=5).tolist()
+  kill_and_check(tmp_path, seen + after_seconds)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
+  child = start(child_fills_the_disk, tmp_path)
+  out, err = child.communicate(timeout=60)
+  lines = out.splitlines()
+  assert child.returncode == 0, err
+  assert lines[0].startswith(f'checkpoint 2 not saved to {tmp_path}: ')
+  assert 'File too large' in lines[0] and len(lines[0]) < 300
+  assert lines[1:] == [
+    'last good step: 1',
+    'True',  # what was written is gone: the space is needed
+    'checkpoint 3',
+    '1',
+  ]
+  assert 'orbax' not in err  # its 200 lines are silenced
+  with Checkpointer(tmp_path) as checkpointer:
+    assert restore_and_check(checkpointer) == 5
+
+
+@pytest.mark.slow
+def test_each_failed_save_tells_its_own_cause_and_hinders_none(tmp_path):
+  child = start(child_tries_again_and_again, tmp_path)
+  out, err = child.communicate(timeout=120)
+  assert out == '60 []\n', err
+  assert 'OCDBT' not in err  # the pages of Orbax and asyncio are silenced
+  assert sorted(os.listdir(tmp_path)) == ['2', '3']

@@ -1,0 +1,348 @@
+"""Checkpoints come back bit for bit, on any mesh, and only the good ones."""
+
+import logging
+import shutil
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+
+
+@flax.struct.dataclass
+class State:
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+  router_state: list
+
+
+def make_state(seed: int = 0) -> State:
+  key = jax.random.key(seed)
+  params = {
+    'experts': jax.random.normal(key, (8, 3, 5)),
+    'embed': jax.random.normal(key, (16, 3), jnp.bfloat16),
+  }
+  return State(
+    step=jnp.int32(seed),
+    params=params,
+    opt_state=optax.adamw(1e-3).init(params),
+    router_state=[jax.random.normal(key, (8,)).at[0].set(jnp.nan)],
+  )
+
+
+def abstract(state, sharding=None):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+
+
+ABSTRACT = abstract(make_state())
+
+
+def assert_same_bits(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_all(directory, steps, **kwargs):
+  """Saves `make_state(step)` for each of `steps`, finished one by one."""
+  with Checkpointer(directory, **kwargs) as checkpointer:
+    for step in steps:
+      checkpointer.save(step, make_state(step), extra={'next_batch': step})
+  return sorted(path.name for path in directory.iterdir())
+
+
+def restore(directory, **kwargs):
+  with Checkpointer(directory) as checkpointer:
+    return checkpointer.restore(ABSTRACT, **kwargs)
+
+
+def array_file(directory, step):
+  """The largest file of a checkpoint: its arrays."""
+  files = (directory / str(step)).rglob('*')
+  return max(
+    (path for path in files if path.is_file() and path.suffix != '.json'),
+    key=lambda path: path.stat().st_size,
+  )
+
+
+def flip_bit(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 16
+  path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+  'altered': lambda d, step: flip_bit(array_file(d, step)),
+  'bytes, not': lambda d, step: array_file(d, step).write_bytes(b'cut'),
+  'missing': lambda d, step: array_file(d, step).unlink(),
+  'no manifest': lambda d, step: (d / f'{step}' / 'manifest.json').unlink(),
+  'manifest unreadable': lambda d, step: (
+    d / f'{step}' / 'manifest.json'
+  ).write_text('{'),
+  'manifest is of step 1': lambda d, step: (
+    shutil.rmtree(d / f'{step}'),
+    shutil.copytree(d / '1', d / f'{step}'),
+  ),
+}
+
+
+def test_every_kind_of_node_comes_back_bit_for_bit(tmp_path):
+  state, extra = make_state(5), {'next_batch': 123, 'config_digest': 'a1'}
+  with Checkpointer(tmp_path / 'new' / 'folder') as checkpointer:
+    assert checkpointer.restore(ABSTRACT) is None
+    checkpointer.save(5, state, extra=extra)
+    restored = checkpointer.restore(ABSTRACT)  # waits for the pending save
+  assert_same_bits(restored.state, state)
+  assert restored[1:] == (extra, 5, [])
+
+
+def test_donated_buffers_and_what_follows_are_not_saved(tmp_path):
+  # Were the arrays not copied out, the save would see later steps in them.
+  step = jax.jit(
+    lambda s: jax.tree.map(lambda x: x * 3 + 1, s), donate_argnums=0
+  )
+  state = {'w': jnp.arange(300_000, dtype=jnp.float32)}
+  saved = np.array(state['w'])
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+    for _ in range(5):
+      state = step(state)
+    jax.block_until_ready(state)
+    restored = checkpointer.restore(abstract(state))
+  np.testing.assert_array_equal(restored.state['w'], saved)
+  # ... and a restored state can be donated in turn.
+  np.testing.assert_array_equal(step(restored.state)['w'], saved * 3 + 1)
+
+
+def test_many_arrays_make_few_files(tmp_path):
+  # In one transaction, that is: each by itself takes half as long again.
+  state = {f'w{i}': jnp.full(1000, i, jnp.float32) for i in range(50)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+  files = [path for path in tmp_path.rglob('*') if path.is_file()]
+  assert len(files) <= 8, sorted(path.name for path in files)
+
+
+def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
+  mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ('expert', 'data'))
+  state = {'w': jax.random.normal(jax.random.key(1), (8, 6, 5))}
+  shardings = [
+    NamedSharding(mesh, P('expert', 'data')),
+    NamedSharding(mesh, P(('data', 'expert'))),
+    NamedSharding(mesh, P()),
+    SingleDeviceSharding(jax.devices()[3]),
+  ]
+  want = np.asarray(state['w'])
+  for step, sharding in enumerate(shardings):
+    with Checkpointer(tmp_path) as checkpointer:
+      checkpointer.save(step, state)
+      state = checkpointer.restore(abstract(state, sharding)).state
+    assert state['w'].sharding == sharding
+    np.testing.assert_array_equal(state['w'], want)
+  with Checkpointer(tmp_path) as checkpointer:  # saved sharded, none asked for
+    state = checkpointer.restore(abstract(state), step=2).state
+  assert state['w'].devices() == {jax.devices()[0]}
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+  optimizer = optax.adamw(1e-2)
+
+  @jax.jit
+  def train_step(params, opt_state, x):
+    grads = jax.grad(lambda p: jnp.sum(jnp.tanh(x @ p['w']) ** 2))(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  def run(state, steps):
+    for step in steps:
+      x = jax.random.normal(jax.random.key(step), (7, 3))
+      state = train_step(*state, x)
+    return state
+
+  params = {'w': jax.random.normal(jax.random.key(9), (3, 4))}
+  start = (params, optimizer.init(params))
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(6, run(start, range(6)), extra={'next_batch': 6})
+  with Checkpointer(tmp_path) as checkpointer:
+    state, extra, _, _ = checkpointer.restore(abstract(start))
+  resumed = run(state, range(extra['next_batch'], 11))
+  assert_same_bits(resumed, run(start, range(11)))
+
+
+def test_parameters_alone_are_read_from_a_train_state(tmp_path):
+  save_all(tmp_path, [4])
+  params = {'params': {'embed': ABSTRACT.params['embed']}}
+  with Checkpointer(tmp_path) as checkpointer:
+    got = checkpointer.restore(params, partial=True).state
+    assert_same_bits(got['params']['embed'], make_state(4).params['embed'])
+    with pytest.raises(ValueError, match='missing: params/embedding'):
+      checkpointer.restore(
+        {'params': {'embedding': ABSTRACT.step}}, partial=True
+      )
+
+
+def test_another_tree_is_refused_in_a_few_lines(tmp_path):
+  save_all(tmp_path, [4])
+  params = dict(ABSTRACT.params)
+  params['router'] = params.pop('embed')
+  params['experts'] = jax.ShapeDtypeStruct((8, 3, 6), jnp.float32)
+  step = jax.ShapeDtypeStruct((), jnp.float32)
+  wanted = ABSTRACT.replace(params=params, step=step)
+  with pytest.raises(ValueError, match='holds another state') as error:
+    Checkpointer(tmp_path).restore(wanted)
+  assert str(error.value).splitlines()[1:] == [
+    'missing: params/router',
+    'unexpected: params/embed',
+    'different: params/experts (saved float32[8,3,5], wanted float32[8,3,6]), '
+    'step (saved int32[], wanted float32[])',
+  ]
+
+
+@pytest.mark.parametrize('reason', DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_never_blocks(
+  tmp_path, reason, caplog
+):
+  save_all(tmp_path, [1, 2, 3], keep_newest=3)
+  DAMAGE[reason](tmp_path, 3)
+  with Checkpointer(tmp_path, keep_newest=2) as checkpointer:
+    restored = checkpointer.restore(ABSTRACT)
+    assert_same_bits(restored.state, make_state(2))
+    assert restored.step == 2 and restored.extra == {'next_batch': 2}
+    assert [step for step, _ in restored.skipped] == [3]
+    assert reason in restored.skipped[0][1]
+    with pytest.raises(CheckpointError, match=reason):
+      checkpointer.restore(ABSTRACT, step=3)
+    # The same step is reached again; the wreck is not one of the two newest.
+    checkpointer.save(3, make_state(3))
+    checkpointer.wait()
+    assert checkpointer.steps() == [2, 3]
+  assert_same_bits(restore(tmp_path).state, make_state(3))
+  assert (tmp_path / '3.aside').is_dir()
+  assert 'set checkpoint 3 aside' in caplog.text
+
+
+def test_a_wreck_newer_than_the_save_is_no_newest(tmp_path):
+  save_all(tmp_path, [1, 5, 9], keep_newest=3)
+  flip_bit(array_file(tmp_path, 9))
+  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+    assert checkpointer.restore(ABSTRACT).step == 5
+    checkpointer.save(6, make_state(6))
+    checkpointer.wait()
+    assert checkpointer.steps() == [6]
+  assert restore(tmp_path).step == 6
+
+
+def test_a_given_up_future_is_set_aside_not_restored(tmp_path):
+  save_all(tmp_path, [1, 2, 3, 4], keep_newest=4)
+  with Checkpointer(tmp_path, keep_newest=4) as checkpointer:
+    assert checkpointer.restore(ABSTRACT, step=2).step == 2
+    checkpointer.save(4, make_state(40))
+  restored = restore(tmp_path)
+  assert_same_bits(restored.state, make_state(40))
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    '1',
+    '2',
+    '3.aside',
+    '4',
+    '4.aside',
+  ]
+
+
+def test_a_folder_without_manifest_blocks_no_fresh_run(tmp_path):
+  for _ in range(2):
+    (tmp_path / '3').mkdir()
+    assert restore(tmp_path) is None  # never finished: a run begins anew
+    assert save_all(tmp_path, [3])[0] == '3'
+    (tmp_path / '3' / 'manifest.json').unlink()
+    shutil.rmtree(tmp_path / '3')
+  assert (tmp_path / '3.aside').is_dir() and (tmp_path / '3.aside2').is_dir()
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+  save_all(tmp_path, [1, 2])
+  for step in (1, 2):
+    flip_bit(array_file(tmp_path, step))
+  with pytest.raises(CheckpointError, match=r'(?s)2: .*altered; 1: .*altered'):
+    restore(tmp_path)
+
+
+def test_leftovers_are_removed_in_one_line_by_a_save_alone(tmp_path, caplog):
+  save_all(tmp_path, [1])
+  names = ['2.saving', '3.deleting', '2.saving.orbax-checkpoint-tmp']
+  for name in [*names, '7.orbax-checkpoint-tmp', 'notes']:
+    shutil.copytree(tmp_path / '1', tmp_path / name)
+  assert restore(tmp_path)[2:] == (1, [])
+  assert (tmp_path / '2.saving').exists()  # it may be another process's save
+  assert save_all(tmp_path, [8]) == ['1', '8', 'notes']
+  lines = [r for r in caplog.records if r.levelno >= logging.WARNING]
+  assert len(lines) == 1 and 'removed unfinished' in lines[0].getMessage()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+  losses = [3.0, 1.0, float('nan'), 2.0, 1.0, 1.5]
+  kept = []
+  with Checkpointer(tmp_path, keep_newest=2) as checkpointer:
+    assert checkpointer.best_step() is None
+    for step, loss in enumerate(losses):
+      checkpointer.save(step, make_state(), metrics={'loss': loss})
+      checkpointer.wait()
+      kept.append(checkpointer.steps())
+    assert checkpointer.best_step() == 1
+    checkpointer.save(6, make_state())  # no metrics: newest, never the best
+    checkpointer.save(7, make_state())
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 6, 7]
+  assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [1, 4, 5]]
+  assert save_all(tmp_path, [8], keep_best=False) == ['7', '8']
+
+
+def test_the_best_may_be_by_another_metric(tmp_path):
+  with Checkpointer(
+    tmp_path, keep_newest=1, best_metric='error'
+  ) as checkpointer:
+    for step, error in enumerate([0.5, jnp.float32(0.25), 0.75]):
+      checkpointer.save(step, make_state(), metrics={'error': error, 'loss': 1})
+    with pytest.raises(
+      ValueError, match=r"'error' in metrics; have \['loss'\]"
+    ):
+      checkpointer.save(9, make_state(), metrics={'loss': 1.0})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+
+
+def test_the_step_saved_or_restored_last_is_not_saved_again(tmp_path):
+  save_all(tmp_path, [4, 4])
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.restore(ABSTRACT)
+    checkpointer.save(4, make_state(5))
+    checkpointer.wait()
+  assert [path.name for path in tmp_path.iterdir()] == ['4']
+  assert_same_bits(restore(tmp_path).state, make_state(4))
+
+
+def test_what_cannot_be_saved_or_found_is_said(tmp_path):
+  with pytest.raises(ValueError, match='keep_newest=0 < 1'):
+    Checkpointer(tmp_path, keep_newest=0)
+  save_all(tmp_path, [4, 6])
+  with Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(ValueError, match=r'no checkpoint 5 .*have \[4, 6\]'):
+      checkpointer.restore(ABSTRACT, step=5)
+    with pytest.raises(ValueError, match='step=-1 < 0'):
+      checkpointer.save(-1, make_state())
+    with pytest.raises(ValueError, match=r"leaf 'opt/lr' is float"):
+      checkpointer.save(7, {'opt': {'lr': 0.1}})
+    with pytest.raises(ValueError, match=r"leaf 'key' is key<fry>.*key_data"):
+      checkpointer.save(7, {'key': jax.random.key(0)})
+    with pytest.raises(ValueError, match='is not JSON'):
+      checkpointer.save(7, make_state(), extra={'batch': jnp.zeros(2)})
+    assert checkpointer.steps() == [4, 6]

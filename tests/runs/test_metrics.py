@@ -1,0 +1,270 @@
+"""The record of a run, through resumption, kills and a full disk."""
+
+import json
+import math
+import resource
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+
+from moe_jax.runs.metrics import MetricsWriter, read_metrics
+
+
+def lines(workdir):
+  return (workdir / 'metrics.jsonl').read_text().splitlines()
+
+
+def event_files(workdir):
+  return sorted((workdir / 'tensorboard').iterdir())
+
+
+def events(path):
+  data, found = path.read_bytes(), []
+  while data:
+    (length,) = struct.unpack('<Q', data[:8])
+    found.append(Event.FromString(data[12 : 12 + length]))
+    data = data[12 + length + 4 :]
+  return found
+
+
+def scalars(path):
+  return [
+    (event.step, value.tag, value.simple_value)
+    for event in events(path)
+    for value in event.summary.value
+  ]
+
+
+@pytest.fixture
+def file_limit():
+  """Sets how many bytes a file may have; lifted at the end."""
+  old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit(size):
+    soft = old[0] if size is None else size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, old[1]))
+
+  yield limit
+  limit(None)
+
+
+def test_rows_are_flat_json_and_read_back(tmp_path):
+  with MetricsWriter(tmp_path / 'new', resume_step=None) as writer:
+    # What a loop has at hand: numpy, jax and Python numbers.
+    writer.write(
+      np.int64(10),
+      {
+        'train/loss': jnp.float32(1.5),
+        'train/learning_rate': np.float64(0.1),
+        'train/layer_1/load': jnp.array([0.25, 0.75]),
+        'train/layer_1/unused_experts': 0,
+        'train/grad_norm': jnp.bfloat16(2.5),
+      },
+    )
+    writer.write(10, {'eval/valid/loss': 1.25})
+    # Whole rows are there before the file is closed: a kill loses none.
+    assert lines(tmp_path / 'new') == [
+      '{"step": 10, "train/loss": 1.5, "train/learning_rate": 0.1, '
+      '"train/layer_1/load": [0.25, 0.75], '
+      '"train/layer_1/unused_experts": 0, "train/grad_norm": 2.5}',
+      '{"step": 10, "eval/valid/loss": 1.25}',
+    ]
+  assert read_metrics(tmp_path / 'new' / 'metrics.jsonl') == [
+    {
+      'step': 10,
+      'train/loss': 1.5,
+      'train/learning_rate': 0.1,
+      'train/layer_1/load': [0.25, 0.75],
+      'train/layer_1/unused_experts': 0,
+      'train/grad_norm': 2.5,
+    },
+    {'step': 10, 'eval/valid/loss': 1.25},
+  ]
+
+
+def test_what_is_not_finite_stays_json_and_comes_back(tmp_path):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    writer.write(1, {'a': math.nan, 'b': math.inf, 'c': [-math.inf, 2.0]})
+
+  def refuse(word):
+    raise AssertionError(f'{word} is not JSON')
+
+  (line,) = lines(tmp_path)
+  assert json.loads(line, parse_constant=refuse) == {
+    'step': 1,
+    'a': 'NaN',
+    'b': 'Infinity',
+    'c': ['-Infinity', 2.0],
+  }
+  (row,) = read_metrics(tmp_path / 'metrics.jsonl')
+  assert math.isnan(row['a'])
+  assert row['b'] == math.inf
+  assert row['c'] == [-math.inf, 2.0]
+
+
+def test_resuming_drops_the_rows_that_come_again(tmp_path):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    for step in (10, 20, 30):
+      writer.write(step, {'train/loss': 1 / step})
+      writer.write(step, {'eval/valid/loss': 2 / step})
+  unbroken = lines(tmp_path)
+
+  # The checkpoint is step 20's; a row of that very step stays.
+  with MetricsWriter(tmp_path, resume_step=20) as writer:
+    assert lines(tmp_path) == unbroken[:4]
+    writer.write(30, {'train/loss': 1 / 30})
+    writer.write(30, {'eval/valid/loss': 2 / 30})
+  assert lines(tmp_path) == unbroken
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'metrics.jsonl',
+    'tensorboard',
+  ]
+
+
+def test_a_kill_anywhere_in_the_last_row_is_mended(tmp_path):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    writer.write(1, {'a': 1})
+    writer.write(2, {'a': [2.5, 3]})
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_bytes()
+  first, last = whole.splitlines(keepends=True)
+  for size in range(len(first), len(whole)):
+    path.write_bytes(whole[:size])
+    # Without its newline the last row is already whole.
+    steps = [1, 2] if size == len(whole) - 1 else [1]
+    assert [row['step'] for row in read_metrics(path)] == steps
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+      assert path.read_bytes() == first
+      writer.write(2, {'a': [2.5, 3]})
+    assert path.read_bytes() == first + last
+
+
+def test_a_row_that_lacks_only_its_newline_gets_it(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}')
+  with MetricsWriter(tmp_path, resume_step=1) as writer:
+    writer.write(2, {})
+  assert lines(tmp_path) == ['{"step": 1}', '{"step": 2}']
+
+
+def test_damage_elsewhere_is_told_and_does_not_stop_a_run(tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n\0\0\0\n{"no step": 2}\n{"step": 3}\n')
+  with pytest.raises(ValueError, match='line 2 is not a row'):
+    read_metrics(path)
+  MetricsWriter(tmp_path, resume_step=3).close()
+  assert read_metrics(path) == [{'step': 1}, {'step': 3}]
+  assert 'dropped unreadable lines [2, 3]' in caplog.text
+
+
+def test_a_run_from_the_start_keeps_the_old_record_aside(tmp_path):
+  MetricsWriter(tmp_path, resume_step=None).close()  # no row to keep
+  for run in range(3):
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+      writer.write(1, {'run': run})
+  for name, run in [('metrics.0', 0), ('metrics.1', 1), ('metrics', 2)]:
+    assert read_metrics(tmp_path / f'{name}.jsonl') == [{'step': 1, 'run': run}]
+
+
+def test_event_files_hold_the_scalars(tmp_path):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    writer.write(
+      5, {'train/loss': 1.5, 'train/layer_1/load': [0.5, 0.5], 'flag': True}
+    )
+    writer.write(6, {'train/layer_1/load': [0.5, 0.5]})
+    writer.write(7, {'train/loss': math.nan})
+  (path,) = event_files(tmp_path)
+  five, six, seven = scalars(path)
+  assert five == (5, 'train/loss', 1.5)
+  assert six == (5, 'flag', 1.0)
+  assert seven[:2] == (7, 'train/loss')
+  assert math.isnan(seven[2])
+  assert events(path)[0].file_version == 'brain.Event:2'
+
+  # Byte for byte what tensorboardX's writer makes of the same events,
+  # checksums included.
+  copy = tmp_path / 'copy'
+  theirs = RecordWriter(str(copy))
+  for event in events(path):
+    theirs.write(event.SerializeToString())
+  theirs.close()
+  assert path.read_bytes() == copy.read_bytes()
+
+
+def test_tensorboard_is_told_to_forget_what_comes_again(tmp_path):
+  for resume_step in (None, 20, 20):
+    with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
+      writer.write(30, {'train/loss': 1.0})
+  # Each in a file of its own, though all within a second.
+  files = event_files(tmp_path)
+  assert len(files) == 3
+  for path, first_step in zip(files, (0, 21, 21)):
+    start = events(path)[1]
+    assert start.session_log.status == SessionLog.START
+    assert start.step == first_step
+    assert scalars(path) == [(30, 'train/loss', 1.0)]
+
+
+def test_a_full_disk_costs_no_row(tmp_path, file_limit, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    writer.write(1, {'train/loss': 1.0})
+    (event_path,) = event_files(tmp_path)
+    # Half of the next row fits, and less than half of the next event.
+    file_limit(max(path.stat().st_size, event_path.stat().st_size) + 9)
+    for step in range(2, 12):
+      writer.write(step, {'train/loss': float(step)})
+      assert path.read_bytes().endswith(b'}\n')
+    assert len(lines(tmp_path)) < 11
+    assert len(scalars(event_path)) == 1
+    assert caplog.text.count('metrics.jsonl: rows wait') == 1
+    file_limit(None)
+    writer.write(12, {'train/loss': 12.0})
+  steps = list(range(1, 13))
+  assert [row['step'] for row in read_metrics(path)] == steps
+  assert [step for step, _, _ in scalars(event_path)] == steps
+
+
+def test_rows_lost_at_the_end_are_told(tmp_path, file_limit, caplog):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    writer.write(1, {'a': 1})
+    file_limit(3)
+    writer.write(2, {'a': 1})
+    writer.write(3, {'a': 1})
+  assert 'metrics.jsonl: lost its last 2 records' in caplog.text
+  assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [
+    1
+  ]
+
+
+def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, file_limit):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    for step in range(5):
+      writer.write(step, {'a': 1})
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  file_limit(20)
+  with pytest.raises(OSError):
+    MetricsWriter(tmp_path, resume_step=3)
+  file_limit(None)
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  'value', ['1.5', None, {'a': 1}, [[1.0]], [1, [2]], ['x'], 1j]
+)
+def test_other_values_are_refused(tmp_path, value):
+  with MetricsWriter(tmp_path, resume_step=None) as writer:
+    with pytest.raises(ValueError, match=r'train/x=.* flat list of numbers'):
+      writer.write(1, {'train/x': value})
+    with pytest.raises(ValueError, match="'step'"):
+      writer.write(1, {'step': 2})
+  assert lines(tmp_path) == []
+
+
+def test_a_url_is_no_workdir():
+  with pytest.raises(ValueError, match=r'gs://bucket/run.*local'):
+    MetricsWriter('gs://bucket/run', resume_step=None)

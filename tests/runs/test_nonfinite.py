@@ -1,0 +1,125 @@
+"""Steps that are not finite: left out so many times, recorded, then the end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax.config import to_dataclass
+from moe_jax.runs import metrics
+from moe_jax.runs.recorder import NonFiniteError
+from moe_jax.training import loop
+from moe_jax.training.setup import Hook
+from tests.training import tiny
+
+CONFIG = tiny.config(
+  max_nonfinite_steps=2,
+  checkpoint={'every_steps': 1, 'keep_newest': 6},
+  model={'dropout': 0.1},
+)
+
+
+class Poison(Hook):
+  """Makes the loss of some steps infinite, and keeps what all steps did."""
+
+  def __init__(self, *steps):
+    self.steps = steps
+
+  def start(self, run):
+    self.states, self.lines = {}, []
+    train_step, say = run.train_step, run.message
+
+    def step_on(state, batch):
+      if int(state.step) + 1 in self.steps:
+        weights = batch['loss_weights'].at[0, 0].set(jnp.inf)
+        batch = batch | {'loss_weights': weights}
+      state, found = train_step(state, batch)
+      self.states[int(state.step)] = jax.device_get(state)
+      return state, found
+
+    def message(text):
+      self.lines.append(text)
+      say(text)
+
+    run.train_step, run.message = step_on, message
+
+
+def train(workdir, *steps, config=CONFIG):
+  hook = Poison(*steps)
+  try:
+    loop.train_and_evaluate(
+      config, workdir, hooks=[hook], devices=jax.devices()[:1]
+    )
+  finally:
+    hook.files = sorted((workdir / 'nonfinite').glob('*'))
+  return hook
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
+  hook = train(tmp_path, 3)
+  before, after = hook.states[2], hook.states[3]
+  assert after.step == 3
+  assert_equal(after.replace(step=before.step), before)
+  # What comes next is the next batch and noise, on the state that was kept.
+  assert any(
+    (a != b).any()
+    for a, b in zip(
+      *map(jax.tree.leaves, (after.params, hook.states[4].params))
+    )
+  )
+  assert [path.name for path in hook.files] == ['3.npz']
+  kept = np.load(hook.files[0])
+  batches = data.train_batches(
+    data.load(to_dataclass(data.DataConfig, CONFIG.data)).splits['train'],
+    batch_size=CONFIG.batch_size,
+    seed=CONFIG.seed,
+    start=2,
+  )
+  assert_equal(dict(kept), next(batches))
+  (line,) = [line for line in hook.lines if 'left out' in line]
+  assert line.startswith('step 3: loss=') and '1 of at most 2' in line
+  assert str(hook.files[0]) in line
+  # The row of steps 3 and 4 has the loss of 4 alone.
+  rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)
+  (row,) = [r for r in rows if r['step'] == 4 and 'train/loss' in r]
+  assert np.isfinite(row['train/loss'])
+
+
+@pytest.mark.slow
+def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
+  whole = train(tmp_path / 'whole')
+  plain = tiny.config(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
+  other = train(tmp_path / 'plain', config=plain)
+  # Two programs, whose sums may be in another order.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    whole.states[6],
+    other.states[6],
+  )
+  assert not whole.files
+
+
+@pytest.mark.slow
+def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
+  with pytest.raises(NonFiniteError, match=r'step 5: loss=(.|\n)*5\.npz') as e:
+    train(tmp_path, 2, 4, 5)
+  assert 'last good checkpoint: step 4' in str(e.value)
+  # Steps 2 and 4 were before the checkpoint and count, 5 comes again.
+  with pytest.raises(NonFiniteError, match='step 6: '):
+    train(tmp_path, 6)
+  # What stopped the run before has passed, and counts no more.
+  kept = {path.name for path in (tmp_path / 'nonfinite').iterdir()}
+  assert kept == {'2.npz', '4.npz', '6.npz'}
+  hook = train(tmp_path)
+  assert hook.states.keys() == {6}
+
+
+def test_none_may_be_left_out_by_default(tmp_path):
+  config = tiny.config()
+  with pytest.raises(NonFiniteError, match=r'step 3: (.|\n)*nonfinite/3\.npz'):
+    train(tmp_path, 3, config=config)

@@ -1,0 +1,129 @@
+"""What is shown of a run, on a terminal and off it."""
+
+import contextlib
+import io
+import os
+import re
+import threading
+
+import pytest
+
+from moe_jax.runs.progress import Progress
+
+
+class Clock:
+  """Seconds, set by hand."""
+
+  now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+@contextlib.contextmanager
+def terminal():
+  """An open terminal, and a list that holds what it showed once closed."""
+  master, slave = os.openpty()
+  shown = []
+
+  def read():
+    # At its end a terminal raises on Linux and is empty elsewhere.
+    with contextlib.suppress(OSError):
+      while data := os.read(master, 4096):
+        shown.append(data)
+
+  reader = threading.Thread(target=read)
+  reader.start()
+  with open(slave, 'w') as out:
+    yield out, shown
+  reader.join()
+  os.close(master)
+  shown[:] = [b''.join(shown).decode()]
+
+
+def test_plain_lines_have_the_facts():
+  out, clock = io.StringIO(), Clock()
+  # Resumed at 1,000. Compiling takes 60 s; then 100 steps take 10 s.
+  with Progress(3000, 1000, out, clock) as progress:
+    progress.message('resumed from step 1000 [b]')
+    clock.now = 60.0
+    progress.update(1100, loss=2.34567, tokens_per_second=12345.6)
+    clock.now = 70.0
+    progress.update(1200, loss=2.0, tokens_per_second=999.5, drop_rate=0.0123)
+    # Slower: 300 steps in 80 s, so 1,600 more want 426.7 s.
+    clock.now = 140.0
+    progress.update(
+      1400, loss=float('nan'), tokens_per_second=5.0, drop_rate=0.0
+    )
+  assert out.getvalue().splitlines() == [
+    'resumed from step 1000 [b]',
+    'step 1,100/3,000  loss 2.3457 nats/token  12,346 tokens/s',
+    'step 1,200/3,000  loss 2.0000 nats/token  1,000 tokens/s'
+    '  dropped 1.2%  0:03:00 left',
+    'step 1,400/3,000  loss nan nats/token  5 tokens/s'
+    '  dropped 0.0%  0:07:07 left',
+  ]
+
+
+def test_examples_are_no_tokens():
+  out = io.StringIO()
+  units = dict(counted='example', loss_unit='per example')
+  with Progress(3, 0, out, Clock(), **units) as progress:
+    progress.update(2, loss=0.25, tokens_per_second=1234.0)
+  assert out.getvalue() == (
+    'step 2/3  loss 0.2500 per example  1,234 examples/s\n'
+  )
+
+
+def test_time_left_follows_the_speed_of_late():
+  out, clock = io.StringIO(), Clock()
+  progress = Progress(1000, 0, out, clock)
+  # 30 updates at 1 s a step, then 30 at 2 s: the first are forgotten.
+  for step in range(1, 61):
+    clock.now += 1 if step <= 30 else 2
+    progress.update(step, loss=1.0, tokens_per_second=1.0)
+  assert out.getvalue().splitlines()[29].endswith('0:16:10 left')  # 970 s
+  assert out.getvalue().splitlines()[59].endswith('0:31:20 left')  # 1,880 s
+
+
+def test_a_terminal_gets_a_bar_that_messages_do_not_break(monkeypatch):
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', '80')
+  clock = Clock()
+  with terminal() as (out, chunks), Progress(3000, 100, out, clock) as progress:
+    progress.update(200, loss=2.5, tokens_per_second=12345.6)
+    clock.now = 10.0
+    progress.update(300, loss=2.25, tokens_per_second=12345.6, drop_rate=0.0123)
+    progress.message('saved [bold]step 300')
+    clock.now = 20.0
+    progress.update(3000, loss=2.0, tokens_per_second=1.0)
+  (shown,) = chunks
+  assert '\x1b[2K' in shown  # the bar's line is redrawn, not repeated
+  rows = re.split(r'[\r\n]+', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown))
+  assert 'saved [bold]step 300' in [row.rstrip() for row in rows]
+  bars = [row for row in rows if '━' in row]
+  assert re.fullmatch(
+    r' *300/3000 [━╸╺]+ loss 2\.2500  12,346 tok/s  dropped 1\.2%'
+    r'  0:04:30 left',
+    bars[-3],
+  )
+  assert re.match(r' *3000/3000 ━+ loss 2\.0000', bars[-1])
+  assert all(len(row) <= 80 for row in rows)
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+  monkeypatch.setenv('TERM', 'dumb')
+  with terminal() as (out, shown), Progress(10, 0, out) as progress:
+    progress.update(5, loss=1.0, tokens_per_second=2.0)
+  assert shown == ['step 5/10  loss 1.0000 nats/token  2 tokens/s\r\n']
+
+
+def test_standard_output_is_the_default(capsys):
+  with Progress(10) as progress:
+    progress.message('hello')
+  assert capsys.readouterr().out == 'hello\n'
+
+
+def test_a_start_past_the_end_is_refused():
+  with pytest.raises(ValueError, match=r'start_step=11 not in \[0, .*=10\]'):
+    Progress(10, 11)
