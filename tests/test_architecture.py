@@ -5,7 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What each part of moe_jax may import of moe_jax, itself apart.
-BASE = {'config', 'shapes'}
+OPTIONS = {'options', 'plugins', 'sections', 'section_reader'}
+BASE = {'config', 'shapes'} | OPTIONS
 UP_TO_LAYERS = BASE | {
   'routing',
   'kernels',
@@ -14,10 +15,15 @@ UP_TO_LAYERS = BASE | {
   'partitioning',
   'distributed',
 }
-UP_TO_TRAINING = UP_TO_LAYERS | {'models', 'data', 'training'}
+UP_TO_RUNS = UP_TO_LAYERS | {'models', 'data', 'training_types', 'runs'}
+UP_TO_TRAINING = UP_TO_RUNS | {'training'}
 ALLOWED = {
   'config': set(),
   'shapes': set(),
+  'options': OPTIONS,
+  'sections': OPTIONS,
+  'section_reader': OPTIONS,
+  'plugins': OPTIONS,
   'host': set(),
   'launcher': set(),
   'distributed': BASE | {'launcher'},
@@ -29,15 +35,25 @@ ALLOWED = {
   'layers': UP_TO_LAYERS - {'layers'} | {'parallel'},
   'models': UP_TO_LAYERS | {'parallel'},
   'data': BASE,
-  'training': UP_TO_TRAINING - {'training'} | {'parallel'},
+  'training_types': BASE | {'routing'},
+  'runs': UP_TO_RUNS - {'runs'},
+  'training': UP_TO_RUNS | {'parallel'},
   'finetuning': UP_TO_TRAINING,
-  'generation': UP_TO_LAYERS | {'models', 'data', 'training'},
-  'interop': UP_TO_LAYERS | {'models', 'data', 'training', 'command_line'},
-  'compression': UP_TO_LAYERS | {'models', 'data', 'training'},
+  'generation': UP_TO_LAYERS | {'models', 'data', 'runs'},
+  'interop': UP_TO_LAYERS | {'models', 'data', 'runs', 'command_line'},
+  'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'analysis': UP_TO_LAYERS
-  | {'models', 'data', 'training', 'command_line', 'host'},
+  | {'models', 'data', 'runs', 'training', 'command_line', 'host'},
   'evaluation': BASE
-  | {'data', 'distributed', 'generation', 'models', 'partitioning', 'training'},
+  | {
+    'data',
+    'distributed',
+    'generation',
+    'models',
+    'partitioning',
+    'runs',
+    'training',
+  },
   'command_line': BASE,
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'generate': {
@@ -46,7 +62,7 @@ ALLOWED = {
     'generation',
     'host',
     'models',
-    'training',
+    'runs',
   },
   'main': {
     'command_line',
@@ -57,27 +73,31 @@ ALLOWED = {
     'finetuning',
     'hooks',
     'host',
+    'runs',
     'training',
   },
   '__init__': UP_TO_LAYERS | {'models'},
 }
-# These four see data.tokenizers and training.checkpoint, and no more of them.
-ABOVE_MODELS = ('generation', 'interop', 'compression', 'analysis')
+# What these see of the rooms that hold more than is theirs: tokenizers, the
+# checkpoints and the folders of runs. Who explains a step's cost has to build
+# the step; evaluations are called by the training loop, and do not reach into
+# it.
+TOKENIZERS = ('moe_jax.data.tokenizers',)
+CHECKPOINTS = ('moe_jax.runs.checkpointer', 'moe_jax.runs.workdir')
 NARROW = {
-  'data': 'moe_jax.data.tokenizers',
-  'training': 'moe_jax.training.checkpoint',
+  'generation': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
+  'interop': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
+  'compression': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
+  'analysis': {
+    'data': TOKENIZERS,
+    'runs': CHECKPOINTS[:1],
+    'training': ('moe_jax.training.setup',),
+  },
+  'evaluation': {
+    'runs': ('moe_jax.runs.metrics', 'moe_jax.runs.workdir'),
+    'training': ('moe_jax.training.evaluate',),
+  },
 }
-# Who explains a step's cost has to build the step, who imports a run has to
-# make its folder, and who generates to read it; the loop stays out of reach.
-ALSO = {
-  'analysis': 'moe_jax.training.setup',
-  'generation': 'moe_jax.training.workdir',
-  'interop': 'moe_jax.training.workdir',
-}
-
-
-# Evaluations are called by the training loop, and do not reach into it.
-EVALUATION = ('moe_jax.training.evaluate', 'moe_jax.training.workdir')
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -104,10 +124,7 @@ def broken_rules(part: str, names: set[str]) -> list[str]:
     target = rest.split('.')[0]
     if target == part:
       continue
-    narrow = NARROW.get(target, '') if part in ABOVE_MODELS else ''
-    starts = (narrow, ALSO.get(part, narrow))
-    if (part, target) == ('evaluation', 'training'):
-      starts = EVALUATION
+    starts = NARROW.get(part, {}).get(target, ('',))
     if target not in ALLOWED[part] or not name.startswith(starts):
       broken.append(name)
   return sorted(broken)
@@ -134,13 +151,15 @@ def test_a_forbidden_import_is_seen():
   assert broken_rules('routing', {'moe_jax.layers.moe.MoE'})
   assert broken_rules('training', {'configs.base'})
   assert broken_rules('analysis', {'moe_jax.training.loop.Run'})
-  assert not broken_rules('analysis', {'moe_jax.training.checkpoint.Restored'})
+  assert not broken_rules('analysis', {'moe_jax.runs.checkpointer.Restored'})
   assert not broken_rules('analysis', {'moe_jax.training.setup.set_up'})
   assert broken_rules('interop', {'moe_jax.training.setup.set_up'})
   assert not broken_rules('layers', {'moe_jax.routing.token_choice'})
   assert broken_rules('training', {'moe_jax.evaluation.KINDS'})
   assert broken_rules('evaluation', {'moe_jax.training.setup.Run'})
-  assert not broken_rules('evaluation', {'moe_jax.training.evaluate.Row'})
+  assert not broken_rules('evaluation', {'moe_jax.training.evaluate.Kind'})
+  assert broken_rules('runs', {'moe_jax.training.step.TrainState'})
+  assert not broken_rules('training', {'moe_jax.runs.watchdog.watching'})
 
 
 def test_top_level_is_settled():
@@ -151,3 +170,9 @@ def test_top_level_is_settled():
   made = {'runs', 'results', 'build', 'moe_jax.egg-info'}
   here = {p.name for p in ROOT.iterdir() if not p.name.startswith('.')}
   assert here - made - {'__pycache__'} == settled
+
+
+def test_no_two_files_share_a_name():
+  names = [path.name for path in (ROOT / 'moe_jax').rglob('*.py')]
+  twice = {name for name in names if names.count(name) > 1}
+  assert twice <= {'__init__.py'}
