@@ -1,0 +1,107 @@
+"""From options to a section of a config: one that a reader takes back.
+
+Not here: how a section is read (`section_reader.py`), and how layers of a
+config are merged (`sections.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moe_jax.options import (
+  Kinds,
+  Options,
+  default_of,
+  fields_of,
+  spec_of,
+  types_of,
+)
+from moe_jax.section_reader import CUSTOM, KIND
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def section(options: type[Options] | Options) -> ConfigDict:
+  """The section of a class at its defaults, or with an instance's values.
+
+  It is locked against new keys, except where it is open: entries by name,
+  mappings, and `custom`.
+  """
+  config = ConfigDict(_section(options))
+  config.lock()
+  _unlock_open(options if isinstance(options, type) else type(options), config)
+  return config
+
+
+def choice_section(kinds: Kinds, chosen: Options) -> ConfigDict:
+  """The section of a choice by itself, locked as `section` locks."""
+  config = ConfigDict(_choice_section(kinds, chosen))
+  config.lock()
+  _unlock_choice(kinds, config)
+  return config
+
+
+def _section(options: type[Options] | Options) -> dict[str, Any]:
+  cls = options if isinstance(options, type) else type(options)
+  values = {}
+  for name, field in fields_of(cls).items():
+    value = default_of(field)
+    if not isinstance(options, type):
+      value = getattr(options, name)
+    spec = spec_of(field)
+    if spec.many:
+      values[name] = {
+        key: {KIND: spec.kinds.name_of(entry), **_section(entry)}
+        for key, entry in value.items()
+      }
+    elif spec.kinds is not None:
+      values[name] = _choice_section(spec.kinds, value)
+    elif isinstance(value, Options):
+      values[name] = _section(value)
+    elif value is dataclasses.MISSING:
+      hint = types_of(cls)[name]
+      values[name] = ml_collections.config_dict.placeholder(hint)
+    else:
+      values[name] = dict(value) if isinstance(value, Mapping) else value
+  return values
+
+
+def _choice_section(kinds: Kinds, chosen: Options) -> dict[str, Any]:
+  name = kinds.name_of(chosen)
+  values: dict[str, Any] = {KIND: name}
+  own, custom = _section(chosen), {}
+  for kind, cls in kinds.builtin.items():
+    if not kinds.inline:
+      values[kind] = own if kind == name else _section(cls)
+    else:
+      values |= {k: v for k, v in _section(cls).items() if k not in values}
+  if kinds.inline:
+    values |= {k: v for k, v in own.items() if k in values}
+  if name not in kinds.builtin:
+    custom = {
+      k: v for k, v in own.items() if not kinds.inline or k not in values
+    }
+  return {**values, CUSTOM: custom}
+
+
+def _unlock_open(cls: type, config: ConfigDict) -> None:
+  for name, field in fields_of(cls).items():
+    spec, below = spec_of(field), config[name]
+    if not isinstance(below, ConfigDict):
+      continue
+    if spec.many:
+      below.unlock()
+    elif spec.kinds is not None:
+      _unlock_choice(spec.kinds, below)
+    elif isinstance(default_of(field), Mapping):
+      below.unlock()
+    else:
+      _unlock_open(type(default_of(field)), below)
+
+
+def _unlock_choice(kinds: Kinds, config: ConfigDict) -> None:
+  config[CUSTOM].unlock()
+  for kind, chosen in kinds.builtin.items():
+    _unlock_open(chosen, config if kinds.inline else config[kind])

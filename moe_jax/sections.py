@@ -1,0 +1,244 @@
+"""Options and sections of a config, each made from the other.
+
+A section mirrors a dataclass of `moe_jax.options`, nested as it is. A choice
+is a section with a `kind` beside the options of each kind: in a section of the
+kind's name, or inline; and one open section `custom` for a user's own class.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from moe_jax.options import Kinds, OptionError, Options, unknown_text
+from moe_jax.section_reader import Leaf, Reader, Section, plain
+from moe_jax.section_writer import choice_section, section
+
+__all__ = [
+  'ConfigDict',
+  'choice_leaves',
+  'choice_section',
+  'difference',
+  'flatten',
+  'leaves',
+  'merge',
+  'overridden',
+  'read',
+  'read_choice',
+  'section',
+  'settle',
+]
+
+ConfigDict = ml_collections.ConfigDict
+T = TypeVar('T', bound=Options)
+
+
+def read(cls: type[T], config: Section, path: str = '') -> T:
+  """The options of a section, checked.
+
+  Args:
+    cls: The class.
+    config: Its section; keys that are not there have their defaults.
+    path: Where the section stands in the whole config, for messages: 'model.'.
+
+  Raises:
+    OptionError: All that is wrong: unknown keys with the nearest name, wrong
+      types, missing and bad values, options that are set where they have no
+      effect.
+  """
+  reader = Reader()
+  options = reader.options(cls, None, config, path)
+  reader.check()
+  return options
+
+
+def read_choice(kinds: Kinds, config: Section, path: str = '') -> Options:
+  """The options of the kind that a choice's section names; see `read`."""
+  reader = Reader()
+  options = reader.choice(kinds, None, config, path)
+  reader.check()
+  return options
+
+
+def leaves(cls: type[Options], config: Section) -> list[Leaf]:
+  """Every key of a config, in the order of the dataclasses."""
+  reader = Reader()
+  reader.options(cls, None, config, '')
+  return reader.leaves
+
+
+def choice_leaves(kinds: Kinds, config: Section, path: str = '') -> list[Leaf]:
+  """Every key of a choice's section."""
+  reader = Reader()
+  reader.choice(kinds, None, config, path)
+  return reader.leaves
+
+
+def settle(
+  cls: type[Options], before: Section, after: ConfigDict
+) -> tuple[ConfigDict, dict[str, Any]]:
+  """`after` without what its later layer switched off.
+
+  A later layer of a config (a flag, an evaluation's overrides, a study's arm)
+  may choose another kind. What an earlier layer had set for the kind before is
+  then of no effect; it gets its default again. What a layer sets itself in
+  vain stays, and `read` refuses it.
+
+  Args:
+    cls: The class of the whole config.
+    before: The config as the earlier layers left it.
+    after: With the later layer.
+
+  Returns:
+    A locked copy of `after`, and the values that were given up, by name.
+  """
+  known = {leaf.path: leaf for leaf in leaves(cls, before)}
+  ignored = {
+    leaf.path: leaf for leaf in leaves(cls, after) if _switched_off(leaf, known)
+  }
+  return _without(after, ignored), {p: x.value for p, x in ignored.items()}
+
+
+def overridden(
+  kinds: Kinds, chosen: T, overrides: Section, path: str
+) -> tuple[T, dict[str, Any]]:
+  """The options with nested overrides, a layer of its own.
+
+  Overrides may choose another kind, and set what has no effect where the
+  options are without what it belongs to (the dense twin has no capacity): that
+  is left out.
+
+  Args:
+    kinds: What `chosen` is chosen from.
+    chosen: The options.
+    overrides: Their section's keys, nested, with other values.
+    path: Where the section stands in the whole config, for messages: 'model.'.
+
+  Returns:
+    The new options, and the values that are left out, by name.
+
+  Raises:
+    OptionError: All that is wrong with the overrides.
+  """
+  before = choice_section(kinds, chosen)
+  after = merge(before, overrides, path)
+  known = {leaf.path: leaf for leaf in choice_leaves(kinds, before, path)}
+  ignored = {
+    leaf.path: leaf
+    for leaf in choice_leaves(kinds, after, path)
+    if _switched_off(leaf, known) or _never_on(leaf, known)
+  }
+  options = read_choice(kinds, _without(after, ignored, path), path)
+  return options, {p: leaf.value for p, leaf in ignored.items()}
+
+
+def _switched_off(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
+  """Whether a later layer took the effect of what an earlier one had set."""
+  old = known.get(leaf.path)
+  if leaf.idle is None or not leaf.changed or old is None:
+    return False
+  return old.idle is None and plain(old.value) == plain(leaf.value)
+
+
+def _never_on(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
+  """Whether an override belongs to what the options are without."""
+  old = known.get(leaf.path)
+  return leaf.idle is not None and leaf.changed and bool(old and old.unmet)
+
+
+def _without(
+  config: ConfigDict, given_up: Mapping[str, Leaf], path: str = ''
+) -> ConfigDict:
+  """A locked copy with the defaults of the leaves that are given up."""
+  config = copy.deepcopy(config)
+  for name, leaf in given_up.items():
+    _put(config, name.removeprefix(path), leaf.default)
+  return config.lock()
+
+
+def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
+  """A locked copy of `config` with nested `overrides` merged in.
+
+  Raises:
+    ValueError: An override's key does not exist (names the nearest), or its
+      value has another type than the one it replaces.
+  """
+  merged = copy.deepcopy(config)
+  locked = config.is_locked
+  merged.unlock()  # sections below it, too
+  for key, value in overrides.items():
+    where = f'{path}{key}'
+    if key not in merged:
+      if not locked and path:  # an open section
+        merged[key] = value
+        continue
+      have = [f'{path}{k}' for k in merged]
+      raise OptionError([unknown_text('config key', where, have)])
+    merged[key] = _replaced(config[key], value, where)
+  return _locked_like(merged, config)
+
+
+def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
+  """`merged`, with those of its sections open that are open in `config`."""
+  if config.is_locked:
+    merged.lock()
+  for key, below in config.items():
+    if isinstance(below, ConfigDict):
+      merged_below = merged[key]
+      merged_below.unlock()
+      _locked_like(merged_below, below)
+  return merged
+
+
+def _replaced(old: Any, value: Any, where: str) -> Any:
+  if isinstance(old, ConfigDict):
+    if not isinstance(value, Mapping | ConfigDict):
+      raise OptionError(
+        [f'{where}={value!r} replaces a section; give its keys']
+      )
+    return merge(old, value, f'{where}.')
+  if isinstance(old, float) and type(value) is int:
+    value = float(value)
+  if isinstance(old, tuple) and isinstance(value, list):
+    value = tuple(value)
+  if old is not None and type(old) is not type(value):
+    raise OptionError(
+      [
+        f'{where}={value!r} is a {type(value).__name__}, '
+        f'its default {old!r} a {type(old).__name__}'
+      ]
+    )
+  return value
+
+
+def _put(config: ConfigDict, path: str, value: Any) -> None:
+  *parents, key = path.split('.')
+  for parent in parents:
+    config = config[parent]
+  with config.ignore_type(), config.unlocked():
+    if value is dataclasses.MISSING:
+      value = None
+    config[key] = value
+
+
+def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
+  """`{'model.width': 64, ...}`: the leaves of a config by dotted name."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ConfigDict) and len(value):
+      flat |= flatten(value, f'{prefix}{key}.')
+    elif not isinstance(value, Mapping | ConfigDict):
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+  """The dotted keys whose values differ, as (old, new); absent is None."""
+  old, new = flatten(old), flatten(new)
+  return {
+    key: (old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if plain(old.get(key)) != plain(new.get(key))
+  }
