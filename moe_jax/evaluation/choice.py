@@ -8,14 +8,15 @@ GLaM does (https://arxiv.org/abs/2112.06905). Not here: the text of a prompt
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from moe_jax import data
-from moe_jax.config import to_dataclass, unknown
+from moe_jax.data import ChoiceSourceOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
@@ -23,106 +24,131 @@ from moe_jax.evaluation.prompts import Asked, Asker, layout_of
 from moe_jax.evaluation.scores import accuracy
 from moe_jax.generation import trained_run
 from moe_jax.models import Model
+from moe_jax.options import anything, at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import Setting, Variables
+from moe_jax.training.evaluate import EvaluationOptions, Setting, Variables
 
 NORMALIZES = ('none', 'tokens', 'bytes')
+_ROOM_FOR_ALL = {
+  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceOptions:
-  """The keys of an entry of kind 'choice'.
+class ChoiceEvaluation(EvaluationOptions):
+  """The kind 'choice': how often the right answer is the likeliest."""
 
-  Attributes:
-    source: Of the items; see `data.open_items`.
-    num_items: How many of the validation split, spread over it; 0: all.
-    num_shots: Examples before each prompt, other ones each time.
-    shots_source: Where those come from; '': the train split of `source`.
-    normalize: By what a log-likelihood is divided: 'none', the answer's
-      'tokens' (GLaM) or its 'bytes'.
-    answer_prefix: Between a prompt and its answer; see `prompts.Asker`.
-    train_split: The source's own name of it.
-    validation_split: Likewise.
-    prompt_feature: Of a TFDS dataset; see `data.ItemSelection`.
-    answers_feature: Likewise.
-    label_feature: Likewise.
-  """
+  model_overrides: Mapping[str, Any] = option(
+    _ROOM_FOR_ALL,
+    'Keys of the section `model`, nested, with the values that they have in '
+    'this evaluation; by default every expert has room for all tokens, as '
+    'where text is generated. They may change no parameter.',
+  )
+  source: ChoiceSourceOptions = choice(
+    data.CHOICE_SOURCES, 'docstring_choice', 'Where the questions come from.'
+  )
+  num_items: int = option(
+    128,
+    'Number of questions of the validation split, spread over it; 0 takes all.',
+    at_least(0),
+  )
+  num_shots: int = option(
+    0,
+    'Number of examples with their right answers that stand before each '
+    'question, other ones each time; fewer where a row has no room.',
+    at_least(0),
+  )
+  shots_source: ChoiceSourceOptions = choice(
+    data.SHOTS_SOURCES,
+    'same',
+    'Where the examples before a question come from.',
+    when={'num_shots': at_least(1)},
+  )
+  normalize: str = option(
+    'tokens',
+    "What the log-likelihood of an answer is divided by: 'none' by nothing, "
+    "'tokens' by the answer's number of tokens (GLaM), 'bytes' by that of its "
+    'bytes.',
+    one_of(*NORMALIZES),
+  )
+  answer_prefix: str = option(
+    '\n',
+    'Text between a prompt and its answer, where a model goes on from one to '
+    'the other.',
+    anything('any text'),
+  )
+  train_split: str = option(
+    'train', "The source's own name of the split that examples come from."
+  )
+  validation_split: str = option(
+    'validation', "The source's own name of the split that is judged."
+  )
 
-  source: str
-  num_items: int
-  num_shots: int
-  shots_source: str
-  normalize: str
-  answer_prefix: str
-  train_split: str
-  validation_split: str
-  prompt_feature: str
-  answers_feature: str
-  label_feature: str
-
-  def __post_init__(self):
-    for name in ('num_items', 'num_shots'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'{name}={getattr(self, name)} must not be negative')
-    if self.normalize not in NORMALIZES:
-      raise unknown('normalize', self.normalize, NORMALIZES)
-    same = self.num_shots and not self.shots_source
-    if same and self.source.startswith('files:'):
-      raise ValueError(
-        f'num_shots={self.num_shots} of {self.source!r}, which has no train '
-        'split; name other files in shots_source'
+  def problems(self) -> Iterator[str]:
+    """Examples need a split of their own."""
+    shots = self.shots_source.instead_of(self.source)
+    if self.num_shots and shots == self.source and not shots.has_train_split:
+      yield (
+        f'num_shots={self.num_shots} of a source that has no train split; '
+        'choose another in shots_source'
       )
 
+  def measure(self, setting: Setting) -> 'Choice':
+    """Returns what measures the accuracy; all questions are encoded now.
 
-def make(setting: Setting) -> 'Choice':
-  """What measures the entry; all questions are encoded now.
+    Raises:
+      ValueError: A source is missing or has too few items, or an item has
+        characters that the tokenizer lacks.
+    """
+    items, shots = self._items(setting.data.cache_dir)
+    layout = layout_of(setting.dataset, setting.data.seq_len)
+    asker = Asker(
+      setting.data.task,
+      setting.dataset.tokenizer,
+      layout,
+      self.answer_prefix,
+      imported=trained_run.is_imported(setting.workdir),
+    )
+    asked = [asker(item, own) for item, own in zip(items, shots)]
+    return Choice(setting, self, items, asked, layout)
 
-  Raises:
-    ValueError: A key is unknown, missing or out of range; a source is missing
-      or has too few items; an item has characters that the tokenizer lacks.
-  """
-  options = to_dataclass(ChoiceOptions, setting.options)
-  items, shots = _items(options, setting.config.data.cache_dir)
-  layout = layout_of(setting.dataset, setting.config.data.seq_len)
-  asker = Asker(
-    setting.config,
-    setting.dataset.tokenizer,
-    layout,
-    options.answer_prefix,
-    imported=trained_run.is_imported(setting.workdir),
-  )
-  asked = [asker(item, own) for item, own in zip(items, shots)]
-  return Choice(setting, options, items, asked, layout)
+  def _items(
+    self, cache_dir: str
+  ) -> tuple[list[data.Item], list[list[data.Item]]]:
+    """The questions, and the examples that stand before each."""
+    splits = (self.train_split, self.validation_split)
+    selection = data.Selection(splits, cache_dir)
+    source = self.source.items(selection)
+    judged_items = source.items('validation')
+    if not len(judged_items):
+      raise ValueError(f'{source.name} has no items')
+    places = data.spread(len(judged_items), self.num_items)
+    items = [judged_items[i] for i in places]
+    N, K = len(items), self.num_shots
+    if not K:
+      return items, [[] for _ in items]
+    shots = self.shots_source.instead_of(self.source)
+    if shots != self.source:
+      source = shots.items(selection)
+    pool = source.items('train')
+    P = len(pool)
+    if P < K:
+      raise ValueError(f'num_shots={K} of {P} train items of {source.name}')
+    # N K places spread over the pool: no two examples of a question are equal.
+    spread = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
+    return items, [[pool[at] for at in own] for own in spread]
 
-
-def _items(
-  options: ChoiceOptions, cache_dir: str
-) -> tuple[list[data.Item], list[list[data.Item]]]:
-  """Items to judge, and what is shown before each."""
-  selection = data.ItemSelection(
-    (options.train_split, options.validation_split),
-    options.prompt_feature,
-    options.answers_feature,
-    options.label_feature,
-  )
-  source = data.open_items(options.source, selection, cache_dir)
-  found = source.items('validation')
-  if not len(found):
-    raise ValueError(f'{source.name} has no items')
-  items = [found[i] for i in data.spread(len(found), options.num_items)]
-  N, K = len(items), options.num_shots
-  if not K:
-    return items, [[] for _ in items]
-  if options.shots_source:
-    source = data.open_items(options.shots_source, selection, cache_dir)
-  pool = source.items('train')
-  P = len(pool)
-  if P < K:
-    raise ValueError(f'num_shots={K} of {P} train items of {source.name}')
-  # N K places spread over the pool: no two of an item's are the same.
-  places = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
-  return items, [[pool[at] for at in own] for own in places]
+  def shrunk(self) -> 'ChoiceEvaluation':
+    """The same evaluation of three questions about the embedded corpus."""
+    return dataclasses.replace(
+      super().shrunk(),
+      source=data.CHOICE_SOURCES.builtin['docstring_choice'](),
+      num_items=3,
+      shots_source=data.SHOTS_SOURCES.builtin['same'](),
+      train_split='train',
+      validation_split='validation',
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,24 +159,24 @@ class Choice:
   capacity bind, answers that share a batch compete for slots.
 
   Attributes:
-    setting: Of the entry.
-    options: Its keys.
+    setting: What is known of the run.
+    options: The options of the evaluation.
     items: The questions.
     asked: Their token ids.
-    layout: Of rows.
+    layout: The layout of rows.
   """
 
   setting: Setting
-  options: ChoiceOptions
+  options: ChoiceEvaluation
   items: list[data.Item]
   asked: list[Asked]
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """What `judged` says.
+    """The row of `judged`.
 
-    Also how many were `cut_items` for want of room, and with examples the mean
-    number of `shots` that there was room for.
+    It also has the number of `cut_items`, which had too little room, and with
+    examples the mean number of `shots` that there was room for.
     """
     del step
     row = judged(self.scores(variables), [item.label for item in self.items])
@@ -160,29 +186,34 @@ class Choice:
     return row
 
   def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
-    """Of each item, its answers' normalised log-likelihoods."""
+    """The normalised log-likelihoods of each question's answers."""
     examples = [e for asked in self.asked for e in asked.examples]
-    found = log_likelihoods(
+    scores = log_likelihoods(
       self.setting.model,
       variables,
       examples,
       self.layout,
-      batch_size=self.setting.config.batch_size,
+      batch_size=self.setting.batch_size,
       put=self.setting.put,
     )
     answers = [answer for item in self.items for answer in item.answers]
     if self.options.normalize == 'tokens':
-      found /= [len(example.targets) for example in examples]
+      scores /= [len(example.targets) for example in examples]
     elif self.options.normalize == 'bytes':
-      found /= [len(answer.encode()) for answer in answers]
+      scores /= [len(answer.encode()) for answer in answers]
     ends = np.cumsum([len(item.answers) for item in self.items])
-    return np.split(found, ends[:-1])
+    return np.split(scores, ends[:-1])
 
 
 def judged(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """See `scores.accuracy`. Of equal answers the first counts as chosen."""
+  """The row of `scores.accuracy`; of equal answers the first counts as chosen.
+
+  Args:
+    scores: The scores of each question's answers.
+    labels: The number of each question's right answer.
+  """
   right = [int(np.argmax(s)) == label for s, label in zip(scores, labels)]
   chance = float(np.mean([1 / len(s) for s in scores]))
   return accuracy(sum(right), len(right), chance)
@@ -201,10 +232,10 @@ def log_likelihoods(
 
   Args:
     model: The model.
-    variables: Its parameters, under 'params'.
-    examples: Each of them fits a row.
-    layout: Of the rows; short examples share one.
-    batch_size: Rows at once.
+    variables: Its variables, parameters under 'params'.
+    examples: The examples, each of which fits a row.
+    layout: The layout of rows; short examples share one.
+    batch_size: Number of rows that are run at once.
     put: Moves batches of `batch_size` rows to devices.
   """
   sides = [np.array([len(e[side]) for e in examples]) for side in (0, 1)]
@@ -229,7 +260,7 @@ def _compiled(model: Model):
 
 
 def _log_probs(variables, batch, *, model: Model) -> Float32[Array, 'B T']:
-  """Of each target; 0 where nothing is asked."""
+  """The log probability of each target; 0 where nothing is asked."""
   logits, _ = model.apply(variables, **model.inputs(batch))
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['targets']

@@ -5,61 +5,38 @@ Not here: the scores (`scores.py`), and how text is generated
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax import data, generation
-from moe_jax.config import to_dataclass
 from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import without_end
-from moe_jax.evaluation.scores import Score, make_scores
+from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
+from moe_jax.options import (
+  Check,
+  anything,
+  at_least,
+  option,
+  unknown_text,
+)
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int
-from moe_jax.training.evaluate import Setting, Variables
+from moe_jax.training.evaluate import EvaluationOptions, Setting, Variables
 
-TASKS = ('prefix_lm', 'seq2seq')
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions:
-  """The keys of an entry of kind 'generate'.
-
-  Attributes:
-    num_examples: Validation pairs, spread over the split; 0: all.
-    max_new_tokens: At which an output ends. Learned positions may have room for
-      fewer.
-    num_beams: 1 takes the likeliest token each time.
-    length_penalty: Of beam search; see `generation.beam_search`.
-    metrics: By commas: bleu, chrf, rouge_l, exact_match.
-    bleu_tokenizer: sacrebleu's name of it: 13a, intl, zh, char, none.
-  """
-
-  num_examples: int
-  max_new_tokens: int
-  num_beams: int
-  length_penalty: float
-  metrics: str
-  bleu_tokenizer: str
-
-  def __post_init__(self):
-    if self.num_examples < 0:
-      raise ValueError(f'num_examples={self.num_examples} must not be negative')
-    for name in ('max_new_tokens', 'num_beams'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+_WITH_BLEU = Check("naming 'bleu'", lambda names: 'bleu' in names_of(names))
 
 
 class Pair(NamedTuple):
-  """What is given and what is wanted.
+  """A validation example: what is given and what is wanted.
 
   Attributes:
     ids: int32 [N], the inputs as the model reads them, cut as in training.
-    inputs: Their text.
+    inputs: The text of the inputs.
     target: The whole text that is wanted.
   """
 
@@ -68,72 +45,123 @@ class Pair(NamedTuple):
   target: str
 
 
-def make(setting: Setting) -> 'Generate':
-  """What measures the entry; all pairs are read now.
+@dataclasses.dataclass(frozen=True)
+class GenerateEvaluation(EvaluationOptions):
+  """The kind 'generate': scores of generated outputs."""
 
-  Raises:
-    ValueError: A key is unknown, missing or out of range; the data has no
-      pairs; there is no room for new tokens, or the model does not decode.
-  """
-  options = to_dataclass(GenerateOptions, setting.options)
-  scores = make_scores(options.metrics, options.bleu_tokenizer)
-  model, tokenizer = setting.model, setting.dataset.tokenizer
-  check_generates(model)
-  arguments = trained_run.special_ids(model, tokenizer)
-  forced = arguments.get('forced_ids', ())
-  if options.max_new_tokens <= len(forced):
-    raise ValueError(
-      f'max_new_tokens={options.max_new_tokens} leaves none to choose after '
-      f'{len(forced)} that the tokenizer forces'
-    )
-  pairs, fitted = [], []
-  for pair in validation_pairs(setting, options):
-    ids, num_tokens = trained_run.fit(model, pair.ids, options.max_new_tokens)
-    pairs.append(pair._replace(ids=ids))
-    fitted.append(num_tokens)
-  arguments |= dict(
-    max_new_tokens=min(fitted),
-    num_beams=options.num_beams,
-    length_penalty=options.length_penalty,
+  num_examples: int = option(
+    64,
+    'Number of validation examples, spread over the split; 0 takes all.',
+    at_least(0),
   )
-  return Generate(setting, scores, pairs, arguments)
+  num_tokens: int = option(
+    64,
+    'Number of tokens at which an output ends; learned positions may have room '
+    'for fewer.',
+    at_least(1),
+  )
+  num_beams: int = option(
+    1,
+    'Number of beams of the search; 1 takes the likeliest token each time.',
+    at_least(1),
+  )
+  length_penalty: float = option(
+    1.0,
+    "Exponent of the length that a beam's log probability is divided by; 0 "
+    'divides by nothing, above 0 favours longer outputs.',
+    anything('any number'),
+    when={'num_beams': at_least(2)},
+  )
+  metrics: str = option(
+    'bleu,chrf,rouge_l,exact_match',
+    'Names of the scores, separated by commas: bleu, chrf, rouge_l, '
+    'exact_match.',
+  )
+  bleu_tokenizer: str = option(
+    '13a',
+    "sacrebleu's name of how BLEU splits words: 13a, intl, zh, char, none.",
+    when={'metrics': _WITH_BLEU},
+  )
 
+  def problems(self) -> Iterator[str]:
+    """The scores exist."""
+    for name in names_of(self.metrics):
+      if name not in METRICS:
+        yield f'metrics={self.metrics!r}: {unknown_text("metric", name, METRICS)}'
 
-def validation_pairs(setting: Setting, options: GenerateOptions) -> list[Pair]:
-  """The pairs to be answered: texts as they came, or windows split in two.
+  def measure(self, setting: Setting) -> 'Generate':
+    """Returns what measures the scores; all examples are read now.
 
-  Raises:
-    ValueError: The task has no inputs and targets.
-  """
-  task = setting.config.data.task
-  rows = setting.dataset.splits['validation']
-  if task not in TASKS:
-    raise ValueError(
-      f"kind='generate' needs inputs and targets: data.task={task!r} is none "
-      f'of {list(TASKS)}'
+    Raises:
+      ValueError: The data has no inputs and targets, there is no room for new
+        tokens, or the model does not generate.
+    """
+    scores = make_scores(self.metrics, self.bleu_tokenizer)
+    model, tokenizer = setting.model, setting.dataset.tokenizer
+    check_generates(model)
+    arguments = trained_run.special_ids(model, tokenizer)
+    forced = arguments.get('forced_ids', ())
+    if self.num_tokens <= len(forced):
+      raise ValueError(
+        f'num_tokens={self.num_tokens} leaves none to choose after '
+        f'{len(forced)} that the tokenizer forces'
+      )
+    pairs, fitted = [], []
+    for pair in self.pairs(setting):
+      ids, num_tokens = trained_run.fit(model, pair.ids, self.num_tokens)
+      pairs.append(pair._replace(ids=ids))
+      fitted.append(num_tokens)
+    arguments |= dict(
+      num_tokens=min(fitted),
+      num_beams=self.num_beams,
+      length_penalty=self.length_penalty,
     )
-  if task == 'seq2seq':
-    return _of_texts(setting, options, rows)
-  places = data.spread(len(rows), options.num_examples)
-  return [_of_window(setting.dataset.tokenizer, rows, i) for i in places]
+    return Generate(setting, scores, pairs, arguments)
 
+  def pairs(self, setting: Setting) -> list[Pair]:
+    """The examples: pairs of texts as they came, or windows split in two.
 
-def _of_texts(setting, options, rows) -> list[Pair]:
-  config, tokenizer = setting.config, setting.dataset.tokenizer
-  imported = trained_run.is_imported(setting.workdir)
-  total = setting.dataset.counts['validation']['pairs']
-  places = set(data.spread(total, options.num_examples))
-  data_config = to_dataclass(data.DataConfig, config.data)
-  pairs = []
-  for i, texts in enumerate(data.read_pairs(data_config, 'validation')):
-    if i in places:
-      inputs, target = texts
-      ids = trained_run.encode(config, tokenizer, inputs, imported=imported)
-      lengths = np.array([len(ids)]), np.array([options.max_new_tokens])
-      most = int(rows.layout.cut(*lengths).inputs[0])
-      ids = without_end(ids, most, tokenizer.eos_id)
-      pairs.append(Pair(ids, inputs, target))
-  return pairs
+    Raises:
+      ValueError: The task has no inputs and targets that are text.
+    """
+    task = setting.data.task
+    if not task.generates:
+      raise ValueError(
+        f"kind 'generate' needs a task with inputs and targets that are text, "
+        f'which {type(task).__name__} has not'
+      )
+    texts = data.read_pairs(setting.data, 'validation')
+    if texts is not None:
+      return self._of_texts(setting, texts)
+    rows = setting.dataset.splits['validation']
+    places = data.spread(len(rows), self.num_examples)
+    return [_of_window(setting.dataset.tokenizer, rows, i) for i in places]
+
+  def _of_texts(
+    self, setting: Setting, texts: Iterator[tuple[str, str]]
+  ) -> list[Pair]:
+    tokenizer = setting.dataset.tokenizer
+    imported = trained_run.is_imported(setting.workdir)
+    layout = setting.dataset.splits['validation'].layout
+    total = setting.dataset.counts['validation']['pairs']
+    places = set(data.spread(total, self.num_examples))
+    pairs = []
+    for i, (inputs, target) in enumerate(texts):
+      if i in places:
+        ids = trained_run.encode(
+          setting.data.task, tokenizer, inputs, imported=imported
+        )
+        lengths = np.array([len(ids)]), np.array([self.num_tokens])
+        most = int(layout.cut(*lengths).inputs[0])
+        ids = without_end(ids, most, tokenizer.eos_id)
+        pairs.append(Pair(ids, inputs, target))
+    return pairs
+
+  def shrunk(self) -> 'GenerateEvaluation':
+    """The same evaluation of three short outputs."""
+    return dataclasses.replace(
+      super().shrunk(), num_examples=3, num_tokens=4, bleu_tokenizer='13a'
+    )
 
 
 def _of_window(tokenizer, rows: data.ExampleRows, row: int) -> Pair:
@@ -149,10 +177,10 @@ class Generate:
   """Measures how near outputs are to targets.
 
   Attributes:
-    setting: Of the entry.
-    scores: By name.
-    pairs: What is to be answered.
-    arguments: Of `generation.generate`.
+    setting: What is known of the run.
+    scores: The scores by name.
+    pairs: The examples.
+    arguments: Arguments of `generation.generate`.
   """
 
   setting: Setting
@@ -161,9 +189,9 @@ class Generate:
   arguments: dict[str, Any]
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The scores in percent, and how many `examples` they are of.
+    """The scores in percent, and the number of `examples` behind them.
 
-    Inputs, outputs and targets are left in `<name>_examples.txt`.
+    Inputs, outputs and targets are written to `<name>_examples.txt`.
     """
     outputs = self.outputs(variables)
     targets = [pair.target for pair in self.pairs]
@@ -176,19 +204,19 @@ class Generate:
     return {**row, 'examples': len(outputs)}
 
   def outputs(self, variables: Variables) -> list[str]:
-    """The text for each pair."""
-    config, tokenizer = self.setting.config, self.setting.dataset.tokenizer
+    """The generated text for each example."""
+    setting, tokenizer = self.setting, self.setting.dataset.tokenizer
     model, variables = generation.prepare(
-      self.setting.model,
+      setting.model,
       variables,
       window=trained_run.window(
-        config,
-        self.setting.model,
-        imported=trained_run.is_imported(self.setting.workdir),
+        setting.data,
+        setting.model,
+        imported=trained_run.is_imported(setting.workdir),
       ),
     )
     prompts = [pair.ids for pair in self.pairs]
-    size = min(config.batch_size, len(prompts))
+    size = min(setting.batch_size, len(prompts))
     texts = []
     for begin in range(0, len(prompts), size):
       # A batch of another size would be another program: the last is filled.

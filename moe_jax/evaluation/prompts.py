@@ -2,14 +2,13 @@
 
 As GLaM (https://arxiv.org/abs/2112.06905) and GPT-3 do: examples with their
 right answers stand before the prompt, two newlines between. Not here: where
-questions come from (`moe_jax.data.sources.choices`).
+questions come from (`moe_jax.data.choices`).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 
 from moe_jax import data
@@ -33,8 +32,8 @@ class Asked(NamedTuple):
   """A question in token ids.
 
   Attributes:
-    examples: One an answer: what is given, and the answer to be judged.
-    num_shots: How many examples had room before the prompt.
+    examples: An example for each answer: what is given, and the answer.
+    num_shots: Number of examples that had room before the prompt.
     is_cut: Whether the prompt or an answer is not whole.
   """
 
@@ -52,14 +51,16 @@ class Asker:
   end in an EOS as targets do.
 
   Attributes:
-    config: The run's.
-    tokenizer: Its tokenizer.
-    layout: Of its rows: what they have no room for is left out.
-    answer_prefix: Between a prompt and its answer, where one text has both.
-    imported: Whether the model began elsewhere.
+    task: The task that the run is trained on.
+    tokenizer: The run's tokenizer.
+    layout: The layout of the run's rows: what they have no room for is left
+      out.
+    answer_prefix: Text between a prompt and its answer, where one text has
+      both.
+    imported: Whether the model began as a checkpoint of Hugging Face.
   """
 
-  config: ml_collections.ConfigDict
+  task: data.TaskOptions
   tokenizer: Tokenizer
   layout: Layout
   answer_prefix: str
@@ -67,9 +68,9 @@ class Asker:
 
   @property
   def goes_on(self) -> bool:
-    """Whether an answer goes on from its prompt."""
-    only = isinstance(self.layout, DecoderLayout)
-    return only and self.config.data.task in ('lm', 'prefix_lm')
+    """Whether an answer goes on from its prompt, in one text."""
+    one_text = isinstance(self.layout, DecoderLayout)
+    return one_text and self.task.answers_go_on
 
   def __call__(self, item: data.Item, shots: Sequence[data.Item]) -> Asked:
     """The question with as many of the last shots as there is room for.
@@ -111,7 +112,7 @@ class Asker:
 
   def _encode(self, text: str) -> Int[np.ndarray, ' N']:
     return trained_run.encode(
-      self.config, self.tokenizer, text, imported=self.imported
+      self.task, self.tokenizer, text, imported=self.imported
     )
 
   def _cut(self, example: Example) -> Example:
@@ -126,7 +127,7 @@ class Asker:
 
 
 def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
-  """Of a dataset's rows; a language model's have one example in each."""
+  """The layout of a dataset's rows; one example a row in a language model."""
   rows = dataset.splits['validation']
   if isinstance(rows, data.ExampleRows):
     return rows.layout

@@ -14,19 +14,21 @@ from typing import Any
 import numpy as np
 from sacrebleu import metrics as sacrebleu_metrics
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 
 Texts = Sequence[str]
+METRICS = ('bleu', 'chrf', 'rouge_l', 'exact_match')
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """A score by its name.
+  """A score of outputs.
 
   Attributes:
-    compute: (outputs, targets) -> percent; as many of both, at least one.
-    signature: How it was computed, to be printed beside it; () -> text, after
-      the first `compute`.
+    compute: Function of outputs and as many targets, at least one, that
+      returns percent.
+    signature: Function that returns how the score was computed, as a text to
+      be printed beside it; it is called after the first `compute`.
   """
 
   compute: Callable[[Texts, Texts], float]
@@ -34,14 +36,12 @@ class Score:
 
 
 def accuracy(right: int, count: int, chance: float) -> dict[str, float]:
-  """`accuracy`, its `standard_error` and the `chance` level in percent.
-
-  Also the number of `items`.
+  """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
 
   Args:
-    right: Of them.
-    count: At least one.
-    chance: A fraction.
+    right: Number of right answers.
+    count: Number of answers, at least one.
+    chance: The fraction of right answers that guessing gives.
   """
   share = right / count
   error = float(np.sqrt(share * (1 - share) / count))
@@ -53,12 +53,17 @@ def accuracy(right: int, count: int, chance: float) -> dict[str, float]:
   }
 
 
+def names_of(names: str) -> list[str]:
+  """The names in a list that is separated by commas."""
+  return [name.strip() for name in names.split(',')]
+
+
 def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
-  """The scores named, by commas, in their order.
+  """The named scores, in the order of their names.
 
   Args:
-    names: Of 'bleu' and 'chrf' (of the corpus), 'rouge_l' and 'exact_match'
-      (means over examples).
+    names: Some of `METRICS`, separated by commas. 'bleu' and 'chrf' are of the
+      whole corpus, 'rouge_l' and 'exact_match' are means over examples.
     bleu_tokenizer: sacrebleu's name of how BLEU splits words.
 
   Raises:
@@ -71,9 +76,9 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
     'exact_match': lambda: Score(exact_match, lambda: 'but for outer spaces'),
   }
   scores = {}
-  for name in names.split(','):
+  for name in names_of(names):
     if name not in makers:
-      raise unknown('metric', name, makers)
+      raise unknown('metric', name, METRICS)
     scores[name] = makers[name]()
   return scores
 
@@ -93,7 +98,7 @@ def _of_sacrebleu(kind: str, **options: Any) -> Score:
 
 
 def exact_match(outputs: Texts, targets: Texts) -> float:
-  """How many outputs are their target but for spaces around, in percent."""
+  """The share of outputs equal to their targets, outer spaces apart, in %."""
   pairs = zip(outputs, targets, strict=True)
   return 100 * float(np.mean([o.strip() == t.strip() for o, t in pairs]))
 
@@ -123,7 +128,8 @@ def _f1(output: list[str], target: list[str]) -> float:
 def _longest_common(a: list[str], b: list[str]) -> int:
   """The length of the longest common subsequence."""
   ids = {word: i for i, word in enumerate(dict.fromkeys(a + b))}
-  row = np.zeros(len(b) + 1, np.int32)  # of a's words so far, by b's
+  # The longest common length of a's words so far and each beginning of b.
+  row = np.zeros(len(b) + 1, np.int32)
   words = np.array([ids[word] for word in b])
   for word in a:
     extended = np.append(0, row[:-1] + (words == ids[word]))

@@ -1,0 +1,74 @@
+"""One evaluation of a run's folder, apart from training.
+
+Not here: what kinds there are (`moe_jax.evaluation`).
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import data, generation, partitioning
+from moe_jax.distributed import Placing
+from moe_jax.generation.trained_run import Loaded
+from moe_jax.runs.metrics import Row
+from moe_jax.training.evaluate import (
+  EvaluationOptions,
+  changed_models,
+  make_evaluations,
+  measured,
+)
+
+_NAME = 'evaluate'  # name of the entry, and of the file of its examples
+
+
+def evaluate(
+  workdir: str | os.PathLike[str],
+  entry: EvaluationOptions,
+  *,
+  step: int | None = None,
+  dtype: str = '',
+  mesh: Mesh | None = None,
+  allow: Iterable[str] = (),
+) -> Row:
+  """The row that an evaluation of any kind measures of a run's folder.
+
+  Only parameters and what routers keep are read.
+
+  Args:
+    workdir: The run's folder.
+    entry: The evaluation; its period counts for nothing.
+    step: Optimizer step of the checkpoint; None is the newest good one.
+    dtype: Another type of parameters and products; see `generation.load`.
+    mesh: Where the parameters are put; None is the first local device.
+    allow: Modules of the user's own classes; see `generation.load`.
+
+  Raises:
+    ValueError: As `generation.load`, or the run lacks what the evaluation
+      needs.
+    CheckpointError: No checkpoint is good.
+  """
+  run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
+  entries, rules = {_NAME: entry}, run.sharding.rules
+  evaluations = make_evaluations(
+    entries,
+    changed_models(run.options, run.model, entries, rules, run.data.seq_len),
+    dataset=data.load(run.data),
+    data=run.data,
+    batch_size=run.batch_size,
+    workdir=pathlib.Path(workdir).expanduser(),
+    put=Placing(_placement(run, mesh), run.batch_size),
+  )
+  return measured(evaluations, run.variables, run.step)[_NAME]
+
+
+def _placement(run: Loaded, mesh: Mesh | None) -> jax.sharding.Sharding:
+  """The sharding of a batch."""
+  if mesh is None:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shape = (run.batch_size, run.data.seq_len)
+  return partitioning.sharding(
+    mesh, run.sharding.rules, ('batch', None), shape, 'a batch'
+  )
