@@ -28,7 +28,7 @@ from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int
 from moe_jax.training.evaluate import EvaluationOptions, Setting, Variables
 
-_WITH_BLEU = Check("naming 'bleu'", lambda names: 'bleu' in names_of(names))
+_WITH_BLEU = Check("names 'bleu'", lambda names: 'bleu' in names_of(names))
 
 
 class Pair(NamedTuple):
@@ -87,7 +87,8 @@ class GenerateEvaluation(EvaluationOptions):
     """The scores exist."""
     for name in names_of(self.metrics):
       if name not in METRICS:
-        yield f'metrics={self.metrics!r}: {unknown_text("metric", name, METRICS)}'
+        problem = unknown_text('metric', name, METRICS)
+        yield f'metrics={self.metrics!r}: {problem}'
 
   def measure(self, setting: Setting) -> 'Generate':
     """Returns what measures the scores; all examples are read now.
