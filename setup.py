@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, extras `test`, `colab`, `experiments`."""
+"""Packaging: `pip install -e .` and its extras."""
 
 import pathlib
 
@@ -11,7 +11,8 @@ DJANGO = 'django>=5'  # its gettext catalogues
 PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 # What checkpoints are compared with, and speed; bugs of that release included.
-PEERS = ['torch>=2.6', 'transformers==5.24.*']
+TORCH = 'torch>=2.6'
+TRANSFORMERS = 'transformers==5.24.*'
 TEST = [
   'beartype>=0.18',
   DIGITS,
@@ -24,7 +25,7 @@ TEST = [
   'pytest-xdist>=3.5',
   'ruff>=0.6',
   'scipy>=1.11',
-  *PEERS,
+  TRANSFORMERS,
 ]
 
 setup(
@@ -59,8 +60,10 @@ setup(
     *PLOTS,
   ],
   extras_require={
-    'test': TEST,
+    'test': [*TEST, TORCH],
+    # Tests of what is compared with torch are then skipped.
+    'test_without_torch': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
-    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, *PEERS],
+    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, TORCH, TRANSFORMERS],
   },
 )

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from moe_jax import generation, interop, models
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 V, PAD, START = 43, 0, 2
 # Of different lengths, none a length that we round to.

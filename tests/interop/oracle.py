@@ -3,8 +3,10 @@
 import pathlib
 
 import numpy as np
-import torch
-import transformers
+import pytest
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 B, S, T, N = 3, 11, 7, 9
 

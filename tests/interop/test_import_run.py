@@ -5,8 +5,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from moe_jax import command_line, generate, interop
 from moe_jax.config import merge
@@ -16,6 +14,9 @@ from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
 from tests.generation import folders as own_runs
 from tests.interop import folders, oracle
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = 'def f(x):'

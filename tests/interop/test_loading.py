@@ -6,12 +6,13 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from moe_jax import interop, partitioning
 from moe_jax.interop import checkpoint_folder, loading
 from tests.interop import oracle
+
+torch = pytest.importorskip('torch')
+files = pytest.importorskip('safetensors.torch')
 
 MIB = 2**20
 BIG = dict(
@@ -91,9 +92,9 @@ def rewritten(tmp_path, kind, change):
   """A small checkpoint whose tensors went through `change`."""
   oracle.make(kind).save_pretrained(tmp_path)
   path = tmp_path / 'model.safetensors'
-  tensors = load_file(path)
+  tensors = files.load_file(path)
   change(tensors)
-  save_file(tensors, path)
+  files.save_file(tensors, path)
 
 
 def test_all_that_is_wrong_is_listed(tmp_path):

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 
 from moe_jax import interop
 from moe_jax.interop.verifying import verify
 from tests.interop import oracle
+
+torch = pytest.importorskip('torch')
 
 # Every option that shapes a model, in models where it shows. Rows are padded
 # on the right, or on the left: there padding takes slots before the text.

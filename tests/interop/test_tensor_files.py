@@ -6,10 +6,11 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from moe_jax.interop.tensor_files import TensorFiles, TensorSpec
+
+torch = pytest.importorskip('torch')
+save_file = pytest.importorskip('safetensors.torch').save_file
 
 TENSORS = {
   'a': torch.arange(12.0).reshape(3, 4),

@@ -1,0 +1,71 @@
+"""Which newer Pythons the whole check finds, of those a machine may have."""
+
+import os
+import pathlib
+import subprocess
+
+SCRIPT = pathlib.Path(__file__).parents[1] / '.ci' / 'newer_pythons'
+# Makes environments whose interpreter answers whatever it is asked.
+WORKS = """
+case "$*" in
+  *' venv '*) for last; do :; done
+    mkdir -p "$last/bin"
+    printf '#!/bin/sh\\necho {version} of {place}\\n' > "$last/bin/python"
+    chmod +x "$last/bin/python";;
+esac
+"""
+# What pyenv puts where a version is installed and not activated.
+SHIM = """
+echo 'pyenv: python3.12: command not found' >&2
+exit 127
+"""
+WITHOUT_VENV = """
+case "$*" in
+  *' venv '*) echo 'ensurepip is not available' >&2; exit 1;;
+esac
+"""
+
+
+def add(path, body, **names):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  for key, value in names.items():
+    body = body.replace('{' + key + '}', value)
+  path.write_text(f'#!/bin/sh\n{body}')
+  path.chmod(0o755)
+
+
+def found(tmp_path):
+  """The line of each minor version."""
+  out = subprocess.check_output(
+    [SCRIPT, tmp_path / 'made', '3.91', '3.92', '3.93', '3.94'],
+    env={
+      'PATH': f'{tmp_path / "path"}{os.pathsep}{os.environ["PATH"]}',
+      'PYENV_ROOT': str(tmp_path / 'pyenv'),
+    },
+    text=True,
+  )
+  return dict(line.split(': ', 1) for line in out.splitlines())
+
+
+def test_interpreters_count_only_if_they_make_environments(tmp_path):
+  path, versions = tmp_path / 'path', tmp_path / 'pyenv' / 'versions'
+  # Not activated: the shim fails, and the newest release behind it works.
+  add(path / 'python3.91', SHIM)
+  for release in ('3.91.2', '3.91.10'):
+    add(
+      versions / release / 'bin' / 'python3.91',
+      WORKS,
+      version=release,
+      place='pyenv',
+    )
+  add(path / 'python3.92', SHIM)
+  add(path / 'python3.93', WITHOUT_VENV)
+  assert found(tmp_path) == {
+    '3.91': '3.91.10 of pyenv',
+    '3.92': 'not found',
+    '3.93': (
+      f'left out, as {path / "python3.93"} makes no environment that has pip'
+    ),
+    '3.94': 'not found',
+  }
+  assert [p.name for p in (tmp_path / 'made').iterdir()] == ['3.91']

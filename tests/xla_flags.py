@@ -1,0 +1,27 @@
+"""Which of XLA's flags this jaxlib takes, found out by starting it so."""
+
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+
+
+def accepted(flag: str, folder: pathlib.Path) -> bool:
+  """Whether XLA starts with `flag`; one it does not know ends the process.
+
+  A child process tries the flag, since the name of a flag that was removed may
+  still stand in the library. The answer is kept in `folder` for this version.
+  """
+  version = importlib.metadata.version('jaxlib')
+  answer = folder / f'{flag.lstrip("-")}-jaxlib-{version}'
+  if not answer.exists():
+    child = subprocess.run(
+      [sys.executable, '-c', 'import jax; jax.devices()'],
+      env={**os.environ, 'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      check=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    answer.write_text(str(child.returncode))
+  return answer.read_text() == '0'
