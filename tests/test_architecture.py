@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What each part of moe_jax may import of moe_jax, itself apart.
@@ -144,6 +145,56 @@ def test_configs_import_only_configs_and_ml_collections():
   for path in sorted((ROOT / 'configs').glob('*.py')):
     tops = {name.split('.')[0] for name in imported(path)}
     assert tops <= {'configs', 'ml_collections'}, path.name
+
+
+# Names of jax that are removed without notice, and those that replace them.
+PRIVATE = ('jax.core', 'jax.interpreters', 'jax.lib', 'jaxlib')
+# The parser of Triton programs, for a jaxlib that lowers to them by itself.
+EXCEPTIONS = {'tests/kernels/test_pallas_gpu.py': 'jaxlib.triton.dialect'}
+
+
+def private_names(text: str) -> set[str]:
+  """The names of other libraries in a source that a release may remove."""
+  tree = ast.parse(text)
+  names = {
+    ast.unparse(node)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute)
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return {
+    name
+    for name in names
+    if f'{name}.'.startswith(tuple(f'{start}.' for start in PRIVATE))
+    or re.match(r'(jax|flax|optax|orbax|grain)\b.*\._(?!_)', name)
+  }
+
+
+def test_no_private_name_of_a_library_is_used():
+  found = {}
+  for room in ('moe_jax', 'configs', 'experiments', 'tests'):
+    for path in sorted((ROOT / room).rglob('*.py')):
+      name = str(path.relative_to(ROOT))
+      names = private_names(path.read_text(encoding='utf-8'))
+      if names := names - {EXCEPTIONS.get(name)}:
+        found[name] = names
+  assert not found
+
+
+def test_a_private_name_is_seen():
+  assert private_names('from jax import core') == {'jax.core'}
+  assert private_names('import jax._src.core')
+  assert private_names('jax.core.jaxprs_in_params(x)')
+  assert private_names('optax._src.base.X')
+  assert private_names('from jaxlib import xla_client')
+  assert not private_names('from jax.extend import core')
+  assert not private_names('from jax.extend.core import Literal')
+  assert not private_names('jax.__version_info__')
+  assert not private_names('self._core')
 
 
 def test_a_forbidden_import_is_seen():

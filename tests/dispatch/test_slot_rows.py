@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 
 from moe_jax import dispatch
 from moe_jax.routing import SlotRouting, expert_choice
@@ -155,5 +156,5 @@ def test_nothing_grows_with_the_experts_but_what_the_rows_do(name):
 def sizes_of(jaxpr):
   for equation in jaxpr.eqns:
     yield from (variable.aval.size for variable in equation.outvars)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in core.jaxprs_in_params(equation.params):
       yield from sizes_of(inner)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.extend import core
 
 from moe_jax import models
 from moe_jax.models import stack
@@ -87,7 +88,7 @@ def equations(jaxpr, counts=None):
   counts = collections.Counter() if counts is None else counts
   for equation in jaxpr.eqns:
     counts[equation.primitive.name] += 1
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in core.jaxprs_in_params(equation.params):
       equations(inner, counts)
   return counts
 
