@@ -140,14 +140,15 @@ def compare(
     'foreseen': _loss(followed, batch, half) - _loss(as_trained, batch, half),
   }
   if model.config.moe.router.kind == 'strictly_balanced':
-    at_start = _with_thresholds(variables, 1 / E)
+    at_start = with_thresholds(variables, 1 / E)
     found['unlearned'] = agreement(
       trained, apply(at_start, batch, False)[1][real]
     )
   return {name: float(value) for name, value in found.items()}
 
 
-def _with_thresholds(variables: Variables, value: float) -> Variables:
+def with_thresholds(variables: Variables, value: float) -> Variables:
+  """The variables with every learned threshold of its router at `value`."""
   flat = flatten_dict(variables)
   (name,) = (path for path in flat if path[-1] == 'b_threshold')
   return unflatten_dict(flat | {name: jnp.full_like(flat[name], value)})

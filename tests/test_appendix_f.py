@@ -77,7 +77,7 @@ def small():
 
 def with_thresholds(value):
   _, variables, _ = small()
-  return shazeer_appendix_f._with_thresholds(variables, value)
+  return shazeer_appendix_f.with_thresholds(variables, value)
 
 
 def foreign():

@@ -64,7 +64,7 @@ def test_generated_outputs_are_of_prefixes_alone():
   def apply(batch):
     return run.model.apply(state.variables, **run.model.inputs(batch))[0]
 
-  made = leaks._generated(apply, batch)
+  made = leaks.generated_logits(apply, batch)
   # Row 5 has two documents. Prefixes that are as long as they are, unpadded.
   for end in (5, 7):
     prefix = {key: value[5:6, :end] for key, value in batch.items()}

@@ -96,12 +96,13 @@ class Chip:
 def test_a_pods_own_slices_are_kept_apart():
   # Neighbours by number are in different slices.
   chips = [Chip(i, slice_index=i % 2) for i in range(8)]
-  grid = partitioning._across([1, 1, 2, 1], [2, 1, 2, 1], chips)
+  sizes = dict(data=2, expert=2, dcn_expert=2)
+  grid = make_mesh.__wrapped__(sizes, chips).devices
   assert grid.shape == (2, 1, 4, 1)
   slices = [[chip.slice_index for chip in row] for row in grid[:, 0, :, 0]]
   assert slices == [[0, 0, 1, 1], [0, 0, 1, 1]]
   with pytest.raises(ValueError, match=r'multiply to 4, and .* in 2 slices'):
-    partitioning._across([4, 1, 1, 1], [2, 1, 1, 1], chips)
+    make_mesh.__wrapped__(dict(data=2, dcn_data=4), chips)
 
 
 def test_slices_that_no_size_speaks_of_are_refused():

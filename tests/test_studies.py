@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -301,10 +302,11 @@ def test_the_report_refuses_to_mix_data(tmp_path):
 
 
 class Losses(loop.Hook):
-  """The loss of every step."""
+  """The loss of every step, and the step that the run was given."""
 
   def start(self, run):
-    self.found, step = [], run.train_step
+    self.found, self.step = [], run.train_step
+    step = run.train_step
 
     def kept(state, batch):
       state, metrics = step(state, batch)
@@ -318,7 +320,7 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   moe = {'router': 'noisy_top_k', 'gates': 'raw', 'importance_weight': 0.3}
   first = tiny.config(model={'moe': moe})
   second = merge(first, {'seed': 1, 'model': {'moe': {'z_weight': 0.2}}})
-  before = len(shared_steps._steps)
+  compiled = []
   for i, config in enumerate([first, second]):
     losses = {}
     for shared in ([], [shared_steps.SharedStep()]):
@@ -330,9 +332,10 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
         devices=jax.devices()[:1],
       )
       losses[len(shared)] = kept.found
+    compiled.append(kept.step.func)
     assert len(losses[0]) == config.total_steps
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-  assert len(shared_steps._steps) == before + 1
+  assert compiled[0] is compiled[1]
 
 
 def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
@@ -522,7 +525,25 @@ def test_another_task_is_said_and_refused_where_it_does_not_fit():
     eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')
 
 
-def test_tuning_the_allocator_is_safe_anywhere(monkeypatch):
-  assert host.keep_freed_memory() in (True, False)
+@pytest.mark.parametrize('accepts', [1, 0])
+def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
+  settings = {}
+
+  def mallopt(name, value):
+    settings[name] = value
+    return accepts
+
+  libc = types.SimpleNamespace(mallopt=mallopt)
+  monkeypatch.setattr('sys.platform', 'linux')
+  monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
+  assert host.keep_freed_memory() is bool(accepts)
+  # The numbers are glibc's: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX.
+  assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
+
+
+def test_another_allocator_is_left_as_it_is(monkeypatch):
+  monkeypatch.setattr('ctypes.CDLL', lambda name: types.SimpleNamespace())
+  monkeypatch.setattr('sys.platform', 'linux')
+  assert host.keep_freed_memory() is False  # a C library that is not glibc
   monkeypatch.setattr('sys.platform', 'darwin')
   assert host.keep_freed_memory() is False

@@ -43,7 +43,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return {
     'leak/changed': _changed(apply, batch, logits),
     'leak/at_once': _loss(logits, batch),
-    'leak/generated': _loss(_generated(apply, batch), batch),
+    'leak/generated': _loss(generated_logits(apply, batch), batch),
   }
 
 
@@ -71,7 +71,7 @@ def _changed(apply, batch, logits) -> float:
   return float(np.mean(shares))
 
 
-def _generated(apply, batch) -> jax.Array:
+def generated_logits(apply, batch) -> jax.Array:
   """Each output from the prefix that ends there; [rows, T, V]."""
   _, T = batch['tokens'].shape
   until = jnp.tri(T, dtype=bool)  # prefix t is what it sees of a row

@@ -214,7 +214,7 @@ def explain(
     step_spread=tuple(float(q) for q in np.quantile(times, (0.25, 0.75))),
     input_seconds=produced,
     busy_seconds=busy / num_steps,
-    shares=_shares(parts, busy, step_seconds, float(np.median(waits))),
+    shares=shares_of_step(parts, busy, step_seconds, float(np.median(waits))),
   )
 
 
@@ -241,7 +241,7 @@ def _seconds_per_batch(batches: Iterator[Any], num: int = 20) -> float:
   return float(np.mean(times[num // 2 :]))
 
 
-def _shares(parts, busy, step_seconds, wait) -> tuple[Share, ...]:
+def shares_of_step(parts, busy, step_seconds, wait) -> tuple[Share, ...]:
   """Busy time scaled to the step's, in the table's order."""
   scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
   rows = [

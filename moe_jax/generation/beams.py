@@ -89,7 +89,9 @@ def beam_search(
   )
   P, n = prefix.tokens.shape[1], len(forced_ids)
   cache = begin(model, variables, prefix, P - 1 + max_new_tokens - n)
-  search = _first(prefix.tokens[:, -1], forced_ids, num_beams, max_new_tokens)
+  search = first_search(
+    prefix.tokens[:, -1], forced_ids, num_beams, max_new_tokens
+  )
   ended = _search(
     model,
     variables,
@@ -149,7 +151,7 @@ class Search(NamedTuple):
   open: Bool[Array, ' B']
 
 
-def _first(last, forced_ids, width: int, num_tokens: int) -> Search:
+def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
   """Before the first step all beams are one sequence: one of them counts."""
   B, W, n = len(last), width, len(forced_ids)
   tokens = np.zeros((B, W, num_tokens), np.int32)

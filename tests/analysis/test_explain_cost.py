@@ -95,7 +95,7 @@ def test_shares_scale_to_the_step():
     ('experts', False): 5.0,
   }
   # 8 s of work in 3 s of a step, besides 1 s of waiting for input.
-  shares = explain_cost._shares(parts, 8.0, step_seconds=4.0, wait=1.0)
+  shares = explain_cost.shares_of_step(parts, 8.0, step_seconds=4.0, wait=1.0)
   assert [s.part for s in shares] == [
     'router',
     'experts',
@@ -123,7 +123,6 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as all tests do
       'COLUMNS': '100',
     },
     capture_output=True,

@@ -18,7 +18,7 @@ PROMPTS = [[3, 1], [2], [0, 4, 4]]
 
 
 def start(width, length):
-  return beams._first(np.array([7]), (), width, length)
+  return beams.first_search(np.array([7]), (), width, length)
 
 
 def step(search, probs, stops=(), penalty=1.0):

@@ -103,11 +103,12 @@ def whole(name, tokens, source, source_mask):
   model, params = model_and_params(name)
   if name == 'switch':  # one-token steps cannot fill an expert
     own = model.config.decoder.block.moe
-    changed = models.decoding._dropless(model.config.decoder)
+    moe = CASES[name]['moe'] | ALL
+    roomy = tiny.build(**(CASES[name] | dict(moe=moe)))
     assert own.router.capacity.rule == 'fixed'
     model = model.clone(
       config=models.EncoderDecoderConfig(
-        model.config.embedding, model.config.encoder, changed
+        model.config.embedding, model.config.encoder, roomy.config.decoder
       )
     )
   inputs = {'tokens': tokens}

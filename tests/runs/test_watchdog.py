@@ -1,5 +1,7 @@
 """What the threads of several processes send each other, and how often."""
 
+import json
+import os
 import socket
 import threading
 import time
@@ -22,38 +24,40 @@ def process(monkeypatch):
   """Makes the watchdog of one of so many processes; the test is the others."""
   monkeypatch.setattr(watchdog_lib, 'TICK_SECONDS', TICK)
 
-  def make(index, size, hello=None):
+  def make(index, size, hello=None, **timeouts):
+    sent = []
+
+    def broadcast(array):
+      sent.append(array)
+      return array if hello is None else hello
+
     monkeypatch.setattr(jax, 'process_index', lambda: index)
     monkeypatch.setattr(jax, 'process_count', lambda: size)
     monkeypatch.setattr(
       watchdog_lib.multihost_utils,
       'broadcast_one_to_all',
-      lambda sent: sent if hello is None else hello,
+      broadcast,
     )
-    return Watchdog(Timeouts())
+    watchdog = Watchdog(Timeouts(**timeouts))
+    token, port, *_ = json.loads(bytes(sent[0]).rstrip(b'\0') or '["", 0]')
+    return watchdog, token, port
 
   return make
 
 
-def port_of(watchdog):
-  return watchdog._server.getsockname()[1]
-
-
 def test_strangers_do_not_end_the_watch(process):
-  watchdog = process(0, 1)
+  watchdog, _, port = process(0, 1)
   for said in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
-    address = '127.0.0.1', port_of(watchdog)
-    with socket.create_connection(address, 5.0) as stranger:
+    with socket.create_connection(('127.0.0.1', port), 5.0) as stranger:
       stranger.sendall(said)
       assert stranger.recv(9) == b''
-  assert watchdog._thread.is_alive()
+  assert any(thread.name == 'watchdog' for thread in threading.enumerate())
   watchdog.finish()
 
 
 def test_process_0_answers_once_a_tick(process):
-  watchdog = process(0, 2)
-  hello = {'process': 1, 'token': watchdog._token}
-  line = reach(['127.0.0.1'], port_of(watchdog), hello, 5.0)
+  watchdog, token, port = process(0, 2)
+  line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
   answers, until = 0, time.monotonic() + SECONDS
   while time.monotonic() < until:
     line.send(SAYS)  # at once, whatever comes
@@ -81,21 +85,29 @@ def test_others_speak_once_a_tick(process):
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     text = f'["secret", {port}, "127.0.0.1"]'.encode()
-    watchdog = process(1, 2, hello=text)
+    watchdog, _, _ = process(1, 2, hello=text)
     watchdog.finish()
     thread.join()
   assert 2 <= len(heard) <= MOST
 
 
-def test_a_stall_before_the_first_mark_is_seen(process):
-  watchdog = process(0, 2)
-  try:
-    watchdog._over.set()  # the thread itself would end this process
-    watchdog._thread.join()
-    assert watchdog._lost() is None
-    watchdog._moved -= 1000
-    assert 'no process is behind: all have got to the start' in (
-      watchdog._lost()
-    )
-  finally:
-    watchdog._server.close()
+def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
+  statuses = []
+  # The thread would end the process of the tests.
+  monkeypatch.setattr(os, '_exit', statuses.append)
+  _, token, port = process(0, 2, stall_timeout_seconds=1)
+  line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
+  answers, until = [], time.monotonic() + 20
+  while not any(answers) and time.monotonic() < until:
+    line.send({**SAYS, 'count': 0, 'where': 'the start'})
+    answers = line.receive() or []
+    time.sleep(TICK / 4)
+  line.socket.close()
+  reason = (
+    'nothing moved for 1 s; no process is behind: all have got to the start'
+  )
+  assert {'end': reason} in answers
+  while not statuses and time.monotonic() < until:
+    time.sleep(TICK)
+  assert statuses == [1]
+  assert f'process 0 of 2 ends: {reason}' in capfd.readouterr().err

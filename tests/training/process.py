@@ -173,7 +173,7 @@ def main(coordinator, num_processes, process_id, path):
   configure(spec['devices'])
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
   if 'shared_seconds' in spec:
-    distributed._SHARED_SECONDS = spec['shared_seconds']
+    distributed.SHARED_SECONDS = spec['shared_seconds']
   where = coordinator, int(num_processes), int(process_id)
   with distributed.joined(timeouts, *where):
     for job in spec['jobs']:

@@ -218,7 +218,7 @@ def einsum(
     'BTNJD,BSND->BNJTS', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
-    scores = _biased(scores, bias.reshape(N, H // N, T, S))
+    scores = add_bias(scores, bias.reshape(N, H // N, T, S))
   mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
   weights = masked_softmax(scores, mask).astype(value.dtype)
   if dropout is not None:
@@ -227,7 +227,7 @@ def einsum(
 
 
 @jax.custom_vjp
-def _biased(scores, bias):
+def add_bias(scores, bias):
   """scores [B, ...] + bias [...], whose gradient is a product with ones.
 
   XLA's CPU compiler takes four times as long for a sum over the leading axis.
@@ -236,7 +236,7 @@ def _biased(scores, bias):
 
 
 def _biased_forward(scores, bias):
-  return _biased(scores, bias), None
+  return add_bias(scores, bias), None
 
 
 def _biased_backward(_, d_scores):
@@ -245,7 +245,7 @@ def _biased_backward(_, d_scores):
   return d_scores, (ones @ d_scores.reshape(B, -1)).reshape(rest)
 
 
-_biased.defvjp(_biased_forward, _biased_backward)
+add_bias.defvjp(_biased_forward, _biased_backward)
 
 
 def cached(

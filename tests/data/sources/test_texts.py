@@ -92,7 +92,6 @@ def test_a_part_of_the_standard_library():
     ]
     # An empty file of a package is a document too, though one without tokens.
     assert sorted(texts(source, split)) == sorted(expected)
-  assert texts(source, 'train') == texts(source, 'train')
   assert 'tensorflow' not in sys.modules
 
 

@@ -8,7 +8,7 @@ from moe_jax.data.tokenizers import Bytes, Chars, Json, from_json
 from moe_jax.data.tokenizers.extra_ids import Extended, extend
 
 
-def t5_like(names=('<extra_id_0>', '<extra_id_1>')):
+def t5_like(names=('<extra_id_0>', '<extra_id_1>'), end_inputs=False):
   """Words, with sentinels of its own that count down as T5's do."""
   vocabulary = {'</s>': 0, 'a': 1, 'b': 2, '<unk>': 3}
   vocabulary |= {name: 10 - i for i, name in enumerate(names)}
@@ -16,6 +16,10 @@ def t5_like(names=('<extra_id_0>', '<extra_id_1>')):
   tokenizer = hf.Tokenizer(model)
   tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
   tokenizer.add_special_tokens(['</s>', *names])
+  if end_inputs:
+    tokenizer.post_processor = hf.processors.TemplateProcessing(
+      single='$A </s>', special_tokens=[('</s>', 0)]
+    )
   return Json(tokenizer.to_str())
 
 
@@ -67,10 +71,7 @@ def test_text_spells_them_in_inputs_alone():
 
 
 def test_inputs_end_once():
-  own = t5_like()
-  own._prompts.post_processor = hf.processors.TemplateProcessing(
-    single='$A </s>', special_tokens=[('</s>', 0)]
-  )
+  own = t5_like(end_inputs=True)
   assert own.encode_inputs('a b').tolist() == [1, 2, 0]
   for end_inputs, end in ((True, [0]), (False, [])):
     tokenizer = extend(own, modes='R', end_inputs=end_inputs)

@@ -322,7 +322,7 @@ def test_the_biass_gradient_is_that_of_a_sum():
   def loss(add):
     return lambda scores, bias: (jnp.tanh(add(scores, bias)) * weights).sum()
 
-  found = jax.grad(loss(dot_product._biased), (0, 1))(scores, bias)
+  found = jax.grad(loss(dot_product.add_bias), (0, 1))(scores, bias)
   expected = jax.grad(loss(lambda s, b: s + b[None]), (0, 1))(scores, bias)
   for ours, theirs in zip(found, expected):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
