@@ -4,7 +4,17 @@
 integer. Not here: devices, and the models that read the batches.
 """
 
-from moe_jax.data.dataset import TASKS, DataConfig, Dataset, load, read_pairs
+from moe_jax.data.choices import (
+  CHOICE_SOURCES,
+  SHOTS_SOURCES,
+  ChoiceFilesSource,
+  ChoiceSourceOptions,
+  ChoiceTfdsSource,
+  DocstringChoiceSource,
+  Item,
+  ItemSource,
+)
+from moe_jax.data.dataset import DataOptions, load, read_pairs
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pipeline import (
@@ -14,48 +24,108 @@ from moe_jax.data.pipeline import (
   train_batches,
 )
 from moe_jax.data.prefetch import DataError
-from moe_jax.data.sources.choices import (
-  Item,
-  ItemSelection,
-  ItemSource,
-  open_items,
+from moe_jax.data.sources import (
+  SOURCES,
+  CipherSource,
+  ClassSource,
+  DigitsSource,
+  DocstringsSource,
+  Examples,
+  FilesSource,
+  GettextSource,
+  KvRecallSource,
+  NpzSource,
+  Pairs,
+  PythonStdlibSource,
+  Selection,
+  SourceOptions,
+  Texts,
+  TfdsSource,
+  VowelsSource,
 )
-from moe_jax.data.sources.classes import ClassSource, Examples, open_classes
-from moe_jax.data.sources.pairs import PairSelection, PairSource, open_pairs
-from moe_jax.data.tasks.class_rows import ClassRows
-from moe_jax.data.tasks.denoising import DenoisedRows
-from moe_jax.data.tasks.prefix_lm import PrefixLM
-from moe_jax.data.tasks.seq2seq import PairRows
-from moe_jax.data.tasks.span_corruption import SpanCorruption
-from moe_jax.data.tasks.ul2 import DENOISERS
+from moe_jax.data.tasks import (
+  DENOISERS,
+  TASKS,
+  ClassesTask,
+  ClassRows,
+  Dataset,
+  DenoisedRows,
+  LmTask,
+  PairRows,
+  PairTask,
+  PrefixLM,
+  PrefixLmTask,
+  Seq2SeqTask,
+  SpanCorruption,
+  SpanCorruptionTask,
+  TaskOptions,
+  TextTask,
+  Ul2Task,
+)
+from moe_jax.data.tokenizers import (
+  TOKENIZERS,
+  BytesOptions,
+  CharsOptions,
+  JsonOptions,
+  TokenizerOptions,
+)
 
 __all__ = [
+  'CHOICE_SOURCES',
   'DENOISERS',
+  'SHOTS_SOURCES',
+  'SOURCES',
   'TASKS',
+  'TOKENIZERS',
+  'BytesOptions',
+  'CharsOptions',
+  'ChoiceFilesSource',
+  'ChoiceSourceOptions',
+  'ChoiceTfdsSource',
+  'CipherSource',
   'ClassRows',
   'ClassSource',
-  'DataConfig',
+  'ClassesTask',
   'DataError',
+  'DataOptions',
   'Dataset',
   'DenoisedRows',
+  'DigitsSource',
+  'DocstringChoiceSource',
+  'DocstringsSource',
   'ExampleRows',
   'Examples',
+  'FilesSource',
+  'GettextSource',
   'Item',
-  'ItemSelection',
   'ItemSource',
+  'JsonOptions',
+  'KvRecallSource',
+  'LmTask',
+  'NpzSource',
   'PackedRows',
   'PairRows',
-  'PairSelection',
-  'PairSource',
+  'PairTask',
+  'Pairs',
   'PrefixLM',
+  'PrefixLmTask',
+  'PythonStdlibSource',
   'Rows',
+  'Selection',
+  'Seq2SeqTask',
+  'SourceOptions',
   'SpanCorruption',
+  'SpanCorruptionTask',
+  'TaskOptions',
+  'TextTask',
+  'Texts',
+  'TfdsSource',
+  'TokenizerOptions',
+  'Ul2Task',
+  'VowelsSource',
   'batch_dataset',
   'eval_batches',
   'load',
-  'open_classes',
-  'open_items',
-  'open_pairs',
   'read_pairs',
   'spread',
   'train_batches',

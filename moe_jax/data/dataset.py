@@ -1,338 +1,182 @@
-"""From a `DataConfig` to rows: source, tokenizer, token cache, task.
+"""The options of a run's data, and from them to rows.
 
 Not here: batches (`pipeline.py`).
 """
 
 import dataclasses
-import hashlib
-import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from moe_jax.config import unknown
-from moe_jax.data import store, tokenizers
-from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Layout
-from moe_jax.data.packing import PackedRows, Rows
-from moe_jax.data.sources import classes
-from moe_jax.data.sources import pairs as pair_sources
-from moe_jax.data.sources import texts as text_sources
-from moe_jax.data.sources.texts import SPLITS
-from moe_jax.data.tasks import class_rows, ul2
-from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
-from moe_jax.data.tasks.prefix_lm import PrefixLM
-from moe_jax.data.tasks.seq2seq import PairRows
-from moe_jax.data.tasks.span_corruption import SpanCorruption
-from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
+from moe_jax.data.layouts import RowShape
+from moe_jax.data.sources import (
+  SOURCES,
+  DocstringsSource,
+  Pair,
+  PythonStdlibSource,
+  Selection,
+  SourceOptions,
+)
+from moe_jax.data.tasks import TASKS, Dataset, TaskOptions
+from moe_jax.data.tokenizers import (
+  TOKENIZERS,
+  BytesOptions,
+  TokenizerOptions,
+)
+from moe_jax.options import (
+  Check,
+  Kinds,
+  Options,
+  at_least,
+  choice,
+  option,
+)
+from moe_jax.section_reader import CUSTOM
 
-TASKS = ('lm', 'prefix_lm', 'span_corruption', 'ul2', 'seq2seq', 'classes')
-_WITH_SENTINELS = ('span_corruption', 'ul2')
+# The embedded source of each form, for a run at a laptop's size.
+_EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
+
+
+def _where(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
+  """The rule that a chosen kind, in a section or an instance, answers yes."""
+
+  def check(chosen: str | Options) -> bool:
+    if not isinstance(chosen, str):
+      return holds(type(chosen))
+    try:
+      return holds(kinds.get(chosen))
+    except ValueError:  # whoever reads the choice says so
+      return True
+
+  return Check(rule, check)
+
+
+_EXAMPLES = _where(
+  TASKS,
+  lambda task: task.makes_examples,
+  'makes examples of inputs and targets',
+)
+_TOKENS = _where(TASKS, lambda task: task.has_tokens, 'has tokens')
+_SPLITS = _where(
+  SOURCES, lambda source: source.names_splits, 'has splits to choose from'
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What text, as which tokens, in rows of which length, to learn what.
+class DataOptions(Options):
+  """What text, as which tokens, in rows of which length, to learn what."""
 
-  Attributes:
-    source: 'python_stdlib', 'python_stdlib:<module>,<module>',
-      'files:<glob>', 'tfds:<name>' or, synthetic, 'cipher:<K>' and
-      'cipher:<K>,marked'; see `sources.texts.open_source`. Of the task
-      'seq2seq': 'python_stdlib_docstrings', 'django_gettext:<languages>',
-      'tfds:<name>' or, synthetic, 'kv_recall:<N>'; see
-      `sources.pairs.open_pairs`. Of the task 'classes': see
-      `sources.classes.open_classes`.
-    tokenizer: 'bytes', 'chars' or 'json:<path>' (a tokenizers JSON file). Not
-      of the task 'classes', whose vocabulary are their names.
-    seq_len: T; of an encoder-decoder model T_enc; 1 of the task 'classes'.
-    text_feature: The TFDS feature that holds the text.
-    train_split: The source's split to train on. TFDS sources, python_stdlib
-      and its docstrings among them, take any split expression, such as
-      'train[:90%]'.
-    validation_split: The source's split to validate on.
-    cache_dir: Where token streams and the embedded corpus are kept; '' is
-      $MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay where TFDS has
-      them ($TFDS_DATA_DIR).
-    task: 'lm', 'prefix_lm', 'span_corruption' (T5), 'ul2', 'seq2seq' or, of
-      examples that are no text, 'classes'.
-    target_len: T_dec. 0 is for a decoder-only model: the inputs of a task
-      other than 'lm' stand before its targets in rows of `seq_len`.
-    noise_density: Of 'span_corruption', the share that is cut out.
-    mean_noise_span: Of 'span_corruption', in tokens.
-    num_sentinels: Of 'span_corruption' and 'ul2'; those that the tokenizer
-      lacks come after its last id.
-    final_sentinel: Whether the targets of cut-out spans end in a sentinel of
-      their own; see `SpanCorruption`.
-    denoisers: Of 'ul2': (mode, mean span, density, weight) of each; see
-      `ul2.Denoiser`.
-    input_feature: Of 'seq2seq', the TFDS feature with the inputs, such as
-      'document' or 'translation/de'.
-    target_feature: Of 'seq2seq', the one with the targets.
-    input_prefix: Of 'seq2seq', stands before all inputs: 'summarize: '.
-    pack: Whether short examples of a task other than 'lm' share a row.
-  """
+  source: SourceOptions = choice(
+    SOURCES,
+    'python_stdlib',
+    'Where texts, pairs of texts or examples with a class come from.',
+  )
+  tokenizer: TokenizerOptions = choice(
+    TOKENIZERS,
+    'bytes',
+    'How text becomes token ids.',
+    when={'task': _TOKENS},
+  )
+  task: TaskOptions = choice(TASKS, 'lm', 'What is learned of the source.')
+  seq_len: int = option(
+    256,
+    'Tokens in a row, T; of an encoder-decoder model in a row of the encoder.',
+    at_least(1),
+  )
+  target_len: int = option(
+    0,
+    'Tokens in a row of the decoder of an encoder-decoder model; 0 is for a '
+    'decoder-only model, in whose rows the inputs stand before the targets.',
+    at_least(0),
+    when={'task': _EXAMPLES},
+  )
+  pack: bool = option(
+    True, 'Whether short examples share a row.', when={'task': _EXAMPLES}
+  )
+  train_split: str = option(
+    'train',
+    "The source's own name of the split to train on. TFDS sources, "
+    'python_stdlib and its docstrings among them, take any split expression, '
+    "such as 'train[:90%]'.",
+    when={'source': _SPLITS},
+  )
+  validation_split: str = option(
+    'validation',
+    "The source's own name of the split to validate on.",
+    when={'source': _SPLITS},
+  )
+  cache_dir: str = option(
+    '',
+    'Folder where token streams and the embedded corpus are kept; '
+    "'' is $MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay where TFDS "
+    'has them ($TFDS_DATA_DIR).',
+  )
 
-  source: str
-  tokenizer: str
-  seq_len: int
-  text_feature: str = 'text'
-  train_split: str = 'train'
-  validation_split: str = 'validation'
-  cache_dir: str = ''
-  task: str = 'lm'
-  target_len: int = 0
-  noise_density: float = 0.15
-  mean_noise_span: float = 3.0
-  num_sentinels: int = 100
-  final_sentinel: bool = True
-  denoisers: Sequence[Sequence[Any]] = ul2.DENOISERS
-  input_feature: str = 'inputs'
-  target_feature: str = 'targets'
-  input_prefix: str = ''
-  pack: bool = True
+  @property
+  def shape(self) -> RowShape:
+    """The lengths of rows."""
+    return RowShape(self.seq_len, self.target_len, self.pack)
 
   @property
   def encoder_decoder(self) -> bool:
     """Whether the batches have an encoder's side."""
-    return self.task != 'lm' and self.target_len > 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A tokenized corpus and what is to be learned from it.
-
-  Attributes:
-    source: What it is, for people.
-    tokenizer: As fitted when the corpus was tokenized, with the ids that the
-      task adds.
-    splits: The rows of 'train' and of 'validation'.
-    digest: The sha256 of both splits' texts, in order; results are comparable
-      only where it is the same.
-    counts: For each split its 'documents', 'bytes' (of UTF-8) and 'tokens'; of
-      pairs 'pairs', 'bytes', 'input_tokens', 'target_tokens' (before any EOS)
-      and 'truncated', the pairs that are too long for a row; of classes
-      'examples'.
-    task: Of `TASKS`.
-  """
-
-  source: str
-  tokenizer: tokenizers.Tokenizer
-  splits: dict[str, Rows]
-  digest: str
-  counts: dict[str, dict[str, int]]
-  task: str = 'lm'
+    return self.shape.encoder_decoder
 
   @property
-  def vocab_size(self) -> int:
-    """V of a model of this data: ids are below it."""
-    return self.tokenizer.vocab_size
+  def selection(self) -> Selection:
+    """The parts of the source that are read."""
+    splits = self.train_split, self.validation_split
+    return Selection(splits, self.cache_dir)
 
-  @property
-  def feature_shape(self) -> tuple[int, ...]:
-    """Of one example of the task 'classes'; () of tokens."""
-    return self.tokenizer.feature_shape
+  def problems(self) -> Iterator[str]:
+    """What is wrong between source, task and rows."""
+    yield from self._source_problems()
+    yield from self.task.problems_with(self.shape)
 
-  @property
-  def counted(self) -> str:
-    """What losses and speed are of."""
-    return 'example' if self.task == 'classes' else 'token'
-
-  @property
-  def loss_unit(self) -> str:
-    """That of a loss; of examples it is the model's own error, often nats."""
-    return 'nats/token' if self.counted == 'token' else f'per {self.counted}'
-
-  def describe(self) -> str:
-    """Lines to print at the start of a run: what is trained on, exactly."""
-    counted = [
-      f'{sum(counts[key] for counts in self.counts.values()):,} {key}'
-      for key in ('documents', 'pairs', 'examples', 'bytes')
-      if key in self.counts['train']
-    ]
-    lines = [
-      f'data: {self.source}, {", ".join(counted)}, sha256 {self.digest}',
-      f'tokenizer: {self.tokenizer.identity}, V={self.vocab_size}',
-    ]
-    if self.task != 'lm':
-      lines.insert(1, f'task: {self.task}')
-    for split, rows in self.splits.items():
-      counts = ', '.join(
-        f'{count:,} {name.replace("_", " ")}'
-        for name, count in self.counts[split].items()
+  def _source_problems(self) -> Iterator[str]:
+    form, kind = self.task.reads, SOURCES.name_of(self.source)
+    if form not in self.source.gives():
+      have = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
+      yield (
+        f'source.kind={kind!r} gives {" and ".join(self.source.gives())}, '
+        f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
+        f'give {form}: {have}'
       )
-      lines.append(f'{split}: {counts}, {rows.describe()}')
-    return '\n'.join(lines)
+    section = kind if kind in SOURCES.builtin else CUSTOM
+    yield from self.source.idle_options(form, f'source.{section}.')
+
+  def shrunk(self) -> 'DataOptions':
+    """The same task at a laptop's size, on the embedded corpus as bytes.
+
+    What has no tokens is small already, and stays as it is.
+    """
+    if self.task.reads not in _EMBEDDED:
+      return self
+    return DataOptions(
+      source=_EMBEDDED[self.task.reads],
+      tokenizer=BytesOptions(),
+      task=self.task,
+      seq_len=32,
+      target_len=24 if self.target_len else 0,
+      pack=self.pack,
+      cache_dir=self.cache_dir,
+    )
 
 
-def load(config: DataConfig) -> Dataset:
-  """The dataset of `config`, tokenized now unless it is in the cache.
-
-  Tokens are memory-mapped. The cache is keyed by the source's content and the
-  tokenizer; it holds whole streams, so lengths and tasks on the same texts may
-  change freely.
+def load(options: DataOptions) -> Dataset:
+  """The dataset of `options`, tokenized now unless it is in the cache.
 
   Raises:
-    ValueError: A length is out of range; the task, the source or the tokenizer
-      is unknown or missing; a text has a character the tokenizer lacks; a split
-      is empty; a row is too short for the task, or the sentinels too few.
+    ValueError: The data is missing or bad; a text has a character the tokenizer
+      lacks; a split is empty; a row is too short for the task, or the sentinels
+      too few.
   """
-  if config.seq_len < 1:
-    raise ValueError(f'seq_len={config.seq_len} is not at least 1')
-  for name in ('target_len', 'num_sentinels'):
-    if getattr(config, name) < 0:
-      raise ValueError(f'{name}={getattr(config, name)} is negative')
-  if config.task not in TASKS:
-    raise unknown('task', config.task, TASKS)
-  if config.task == 'classes':
-    return _classes(config)
-  identity = tokenizers.spec_identity(config.tokenizer)
-  source = _open(config)
-  key = f'{store.FORMAT} {source.identity} {identity}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  folder = store.prepared(
-    store.cache_root(config.cache_dir) / 'tokens' / name,
-    lambda folder: _tokenize(folder, source, config.tokenizer),
-  )
-  about = store.read_about(folder)
-  tokenizer = tokenizers.load(folder / 'tokenizer.json')
-  if config.task != 'lm':
-    tokenizer = _extended(config, tokenizer)
-  splits = {split: _rows(config, tokenizer, folder, split) for split in SPLITS}
-  counts = {split: dict(about['splits'][split]) for split in SPLITS}
-  for split, rows in splits.items():
-    if isinstance(rows, PairRows):
-      counts[split]['truncated'] = rows.truncated
-  return Dataset(
-    source=source.name,
-    tokenizer=tokenizer,
-    splits=splits,
-    digest=about['sha256'],
-    counts=counts,
-    task=config.task,
+  return options.task.load(
+    options.source, options.tokenizer, options.selection, options.shape
   )
 
 
-def _classes(config: DataConfig) -> Dataset:
-  if config.seq_len != 1 or config.target_len:
-    raise ValueError(
-      f"task='classes' has examples, not tokens: seq_len={config.seq_len} must "
-      f'be 1, target_len={config.target_len} be 0'
-    )
-  source = classes.open_classes(config.source)
-  splits = {split: class_rows.ClassRows(source, split) for split in SPLITS}
-  shape = splits['train'].feature_shape
-  return Dataset(
-    source=source.name,
-    tokenizer=tokenizers.ClassNames(source.classes, shape),
-    splits=splits,
-    digest=class_rows.digest_of(splits),
-    counts={split: {'examples': len(rows)} for split, rows in splits.items()},
-    task=config.task,
-  )
+def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
+  """The pairs of texts that the rows of a split are made of, in order.
 
-
-def read_pairs(config: DataConfig, split: str) -> Iterator[pair_sources.Pair]:
-  """The texts that the rows of a split of 'seq2seq' are made of, in order.
-
-  Raises:
-    ValueError: The task is another, or as `load`.
+  None where the task's examples are pieces of texts.
   """
-  if config.task != 'seq2seq':
-    raise ValueError(f"task={config.task!r} has no pairs; 'seq2seq' has")
-  pairs = _open(config).pairs(split)
-  return ((inputs, target) for inputs, target in pairs if inputs and target)
-
-
-def _open(config: DataConfig) -> text_sources.Source | pair_sources.PairSource:
-  splits = config.train_split, config.validation_split
-  if config.task == 'seq2seq':
-    selection = pair_sources.PairSelection(
-      splits, config.input_feature, config.target_feature, config.input_prefix
-    )
-    return pair_sources.open_pairs(config.source, selection, config.cache_dir)
-  kind = config.source.partition(':')[0]
-  if kind in ('python_stdlib_docstrings', 'django_gettext', 'kv_recall'):
-    raise ValueError(
-      f"source {config.source!r} has pairs: task='seq2seq' reads them, "
-      f'task={config.task!r} reads texts'
-    )
-  selection = text_sources.Selection(splits, config.text_feature)
-  return text_sources.open_source(config.source, selection, config.cache_dir)
-
-
-def _tokenize(
-  folder: pathlib.Path,
-  source: text_sources.Source | pair_sources.PairSource,
-  spec: str,
-) -> None:
-  if isinstance(source, pair_sources.PairSource):
-    stream, write = source.pairs, store.write_pairs
-  else:
-    stream, write = source.documents, store.write_tokens
-
-  def texts() -> Iterator[str]:
-    for split in SPLITS:
-      for item in stream(split):
-        yield from (item,) if isinstance(item, str) else item
-
-  tokenizer = tokenizers.fit(spec, texts())
-  write(folder, {split: stream(split) for split in SPLITS}, tokenizer)
-
-
-def _extended(config: DataConfig, base: tokenizers.Tokenizer) -> Extended:
-  spans = config.task in _WITH_SENTINELS
-  return extend(
-    base,
-    num_sentinels=config.num_sentinels if spans else 0,
-    modes=ul2.MODES if config.task == 'ul2' else (),
-    end_inputs=(
-      config.encoder_decoder or config.task in ('span_corruption', 'seq2seq')
-    ),
-  )
-
-
-def _rows(
-  config: DataConfig,
-  tokenizer: tokenizers.Tokenizer,
-  folder: pathlib.Path,
-  split: str,
-) -> Rows:
-  if config.task == 'lm':
-    return PackedRows(*store.read_tokens(folder, split), config.seq_len)
-  layout = DecoderLayout(config.seq_len)
-  if config.encoder_decoder:
-    layout = EncoderDecoderLayout(
-      config.seq_len, config.target_len, tokenizer.start_id
-    )
-  if config.task == 'seq2seq':
-    inputs, targets = store.read_pairs(folder, split)
-    return PairRows(inputs, targets, layout, tokenizer.eos_id, pack=config.pack)
-  task = _window_task(config, tokenizer, layout)
-  stream = store.read_tokens(folder, split)
-  return DenoisedRows(*stream, task, pack=config.pack)
-
-
-def _window_task(
-  config: DataConfig, tokenizer: Extended, layout: Layout
-) -> WindowTask:
-  sentinels = tokenizer.sentinel_ids[: config.num_sentinels]
-  eos_id = tokenizer.eos_id
-  if config.task == 'prefix_lm':
-    ends = eos_id if config.encoder_decoder else None
-    return PrefixLM(layout, eos_id=ends)
-  if config.task == 'span_corruption':
-    return SpanCorruption(
-      layout,
-      sentinels,
-      eos_id,
-      config.noise_density,
-      config.mean_noise_span,
-      config.final_sentinel,
-    )
-  return ul2.mixture(
-    config.denoisers,
-    layout,
-    sentinels=sentinels,
-    eos_id=eos_id,
-    mode_ids={m: tokenizer.token_id(mode_name(m)) for m in ul2.MODES},
-    final_sentinel=config.final_sentinel,
-    end_prefix=config.encoder_decoder,
-  )
+  return options.task.pairs(options.source, options.selection, split)

@@ -1,4 +1,4 @@
-"""How examples, pairs of inputs and targets, lie in the rows of a batch.
+"""How examples, each of inputs and targets, lie in the rows of a batch.
 
 Not here: which examples a row holds (`examples.py`), and the rows of a
 language model (`packing.py`).
@@ -18,8 +18,8 @@ class Example(NamedTuple):
   """Token ids of one example; neither side is empty.
 
   Attributes:
-    inputs: int32 [N], given.
-    targets: int32 [M], to be learned.
+    inputs: int32 [N], the tokens that a model is given.
+    targets: int32 [M], the tokens that it learns.
   """
 
   inputs: Int[np.ndarray, ' N']
@@ -30,9 +30,9 @@ class Lengths(NamedTuple):
   """The most tokens that each of P examples can have.
 
   Attributes:
-    inputs: int [P].
-    targets: int [P].
-    total: int [P], of both together, which may be below their sum.
+    inputs: int [P], the most input tokens of each.
+    targets: int [P], the most target tokens of each.
+    total: int [P], the most of both together, which may be below their sum.
   """
 
   inputs: Int[np.ndarray, ' P']
@@ -44,10 +44,11 @@ class Layout(abc.ABC):
   """The arrays of a batch, and how much goes into a row of them.
 
   Attributes:
-    capacity: What a row holds, in the unit of each column of `sizes`.
-    max_inputs: The longest inputs of one example.
-    max_targets: The longest targets of one example.
-    longest_text: The longest text that can be split in two anywhere.
+    capacity: Room of a row, in the unit of each column of `sizes`.
+    max_inputs: Number of tokens of the longest inputs of one example.
+    max_targets: Number of tokens of the longest targets of one example.
+    longest_text: Number of tokens of the longest text that can be split in two
+      anywhere.
   """
 
   capacity: tuple[int, ...]
@@ -63,7 +64,7 @@ class Layout(abc.ABC):
   def cut(
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
-    """What is left of examples of these lengths, so that each fits a row."""
+    """The lengths to which examples are cut, so that each fits a row."""
 
   @abc.abstractmethod
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
@@ -116,19 +117,19 @@ class EncoderDecoderLayout(Layout):
     return max(self.capacity)
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
-    """Inputs and targets, each to its side."""
+    """The inputs' length for the encoder, the targets' for the decoder."""
     return np.stack([lengths.inputs, lengths.targets], axis=1)
 
   def cut(
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
-    """Each side to its own length."""
+    """Each side is cut to the length of its own rows."""
     inputs = np.minimum(inputs, self.encoder_len)
     targets = np.minimum(targets, self.decoder_len)
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """As the class says."""
+    """The arrays that the class describes."""
     encoder = _zeros(('tokens', 'segment_ids', 'positions'), rows, self, 0)
     decoder = _zeros(_DECODER_KEYS, rows, self, 1)
     for b, row in enumerate(rows):
@@ -148,7 +149,7 @@ class EncoderDecoderLayout(Layout):
     return decoder | {f'encoder_{name}': v for name, v in encoder.items()}
 
   def describe(self) -> str:
-    """Both lengths."""
+    """Both lengths of a row."""
     return f'T_enc={self.encoder_len} and T_dec={self.decoder_len}'
 
 
@@ -183,13 +184,13 @@ class DecoderLayout(Layout):
     return self.seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
-    """All tokens but the last, which is only ever a target."""
+    """The length without the last token, which is only ever a target."""
     return lengths.total[:, None] - 1
 
   def cut(
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
-    """The inputs first, but to no less than half of the row."""
+    """Inputs are cut first, but to no less than half of the row."""
     room = self.seq_len + 1
     least = np.minimum(inputs, room // 2)
     targets = np.minimum(targets, room - least)
@@ -197,7 +198,7 @@ class DecoderLayout(Layout):
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
-    """As the class says."""
+    """The arrays that the class describes."""
     batch = _zeros(_DECODER_KEYS, rows, self, 0)
     for b, row in enumerate(rows):
       at = 0
@@ -216,7 +217,7 @@ class DecoderLayout(Layout):
     return batch
 
   def describe(self) -> str:
-    """The length."""
+    """The length of a row."""
     return f'T={self.seq_len}'
 
 
@@ -251,3 +252,30 @@ def _place(batch, b, begin, segment, *, tokens, **more) -> int:
   for name, values in more.items():
     batch[name][b, begin:end] = values
   return end
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+  """Lengths of a batch's rows, and whether short examples share a row.
+
+  Attributes:
+    seq_len: T; of an encoder-decoder model T_enc.
+    target_len: T_dec; 0 of a decoder-only model, in whose rows the inputs stand
+      before the targets.
+    pack: Whether short examples share a row.
+  """
+
+  seq_len: int
+  target_len: int = 0
+  pack: bool = True
+
+  @property
+  def encoder_decoder(self) -> bool:
+    """Whether the rows have an encoder's side."""
+    return self.target_len > 0
+
+  def layout(self, start_id: int | None) -> Layout:
+    """The layout of examples; a decoder's inputs start with `start_id`."""
+    if self.encoder_decoder:
+      return EncoderDecoderLayout(self.seq_len, self.target_len, start_id)
+    return DecoderLayout(self.seq_len)

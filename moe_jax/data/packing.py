@@ -14,7 +14,7 @@ from moe_jax.shapes import Int
 
 
 class Rows(abc.ABC):
-  """Rows of a batch by index; a row is a dict of arrays, one line each."""
+  """Random access to rows; a row is a dict of arrays, a batch stacks them."""
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
@@ -23,8 +23,8 @@ class Rows(abc.ABC):
   def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
-    The same at every call: what an evaluation reads. An index of `len(self)`
-    or more gives a row of padding.
+    They are the same at every call, as an evaluation needs it. An index of
+    `len(self)` or more gives a row of padding.
     """
 
   @abc.abstractmethod
@@ -41,7 +41,11 @@ class Rows(abc.ABC):
 
   @abc.abstractmethod
   def describe(self) -> str:
-    """How many rows of which shape, for people."""
+    """The number and shape of the rows, for people."""
+
+  def counts(self) -> dict[str, int]:
+    """What a task counts of its rows, by name, beside tokens and texts."""
+    return {}
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     row = operator.index(index)
@@ -73,10 +77,11 @@ class PackedRows(Rows):
       tokens: Unsigned or signed integers [N], the documents one after another.
       starts: Integers [D], where each document begins: 0, then ever larger
         (no document is empty); only the first and last are checked.
-      seq_len: T.
+      seq_len: Length T of a row.
 
     Raises:
-      ValueError: `seq_len` is below 1, or `starts` is not as said.
+      ValueError: `seq_len` is below 1, or `starts` does not begin with 0 or
+        goes beyond the tokens.
     """
     if seq_len < 1:
       raise ValueError(f'seq_len={seq_len} is not at least 1')
@@ -94,7 +99,7 @@ class PackedRows(Rows):
     return -(-(len(self.tokens) - 1) // self.seq_len)
 
   def describe(self) -> str:
-    """`7 rows of T=4`."""
+    """The number of rows and their length: `7 rows of T=4`."""
     return f'{len(self):,} rows of T={self.seq_len}'
 
   def draw(
@@ -139,7 +144,7 @@ class PackedRows(Rows):
     }
 
   def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """Where each epoch cuts the stream; the first at 0."""
+    """The offset at which each epoch cuts the stream; the first one's is 0."""
     distinct, place = np.unique(epochs, return_inverse=True)
     draws = [
       np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]

@@ -1,90 +1,28 @@
 """Token streams on disk: written once, streaming; read by memory map.
 
-Of documents there is one stream a split, of pairs there are two.
+A split of documents is one stream; a split of pairs is two.
 
-Not here: what the texts are (`data/sources/texts.py`) and how rows are cut
-(`packing.py`).
+Not here: what the texts are (`moe_jax.data.sources`), the folders that streams
+stand in (`cache.py`), and how rows are cut (`packing.py`).
 """
 
 import array
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.contract import Tokenizer
 
-FORMAT = 1  # of the folder's files; part of the key of every folder
-
-
-def cache_root(cache_dir: str = '') -> pathlib.Path:
-  """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
-  root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
-  return pathlib.Path(root).expanduser()
-
-
-def prepared(
-  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
-) -> pathlib.Path:
-  """`folder`, filled by `write` unless it is there already.
-
-  `write` fills a temporary folder beside it, which is then renamed: a folder
-  under its own name is whole. Of processes that want it at once, one writes and
-  the others wait; where the file system has no locks several write, one wins
-  and the others take the winner's.
-  """
-  if folder.is_dir():
-    return folder
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with locked(folder):
-    if not folder.is_dir():
-      _prepare(folder, write)
-  return folder
-
-
-def _prepare(
-  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
-) -> None:
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{folder.name}-', dir=folder.parent
-  ) as temporary:
-    # One level down, since the temporary folder is closed to other users.
-    unfinished = pathlib.Path(temporary) / folder.name
-    unfinished.mkdir()
-    write(unfinished)
-    try:
-      unfinished.rename(folder)
-    except OSError:
-      if not folder.is_dir():
-        raise
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes out while the body runs, by a lock file beside.
-
-  It saves work and is no guarantee: nothing is kept out where the folder cannot
-  be written or has no locks, nor who waits for a file that is then removed.
-  The lock ends with the process that has it, however it ends.
-  """
-  lock = path.parent / f'.{path.name}.lock'
-  with contextlib.ExitStack() as stack:
-    with contextlib.suppress(OSError):
-      file = stack.enter_context(lock.open('a'))
-      fcntl.lockf(file, fcntl.LOCK_EX)
-      stack.callback(lock.unlink, missing_ok=True)
-    yield
+# Version of the files' format, a part of the key of every folder.
+FORMAT = 1
 
 
 class Digest:
-  """The sha256 of texts, split by split, each preceded by its length."""
+  """The sha256 of texts, split by split; a text's length precedes it."""
 
   def __init__(self):
     self._sha256 = hashlib.sha256()
@@ -110,8 +48,8 @@ def write_tokens(
 ) -> None:
   """Tokenizes the texts of `splits`, one at a time, into `folder`.
 
-  Documents without a token are left out; every other ends in the EOS where
-  the tokenizer has one.
+  Documents without a token are left out; every other document ends in the EOS
+  where the tokenizer has one.
 
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction.

@@ -1,1 +1,65 @@
-"""Where texts, pairs, examples with a class and questions come from."""
+"""Where texts, pairs of texts and examples with a class come from.
+
+To add a source, write a file with its `SourceOptions` and list them here.
+"""
+
+from moe_jax.data.sources.cipher import CipherSource
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  ClassSource,
+  Examples,
+  Pair,
+  Pairs,
+  Selection,
+  SourceOptions,
+  Texts,
+)
+from moe_jax.data.sources.digits import DigitsSource
+from moe_jax.data.sources.django_gettext import GettextSource
+from moe_jax.data.sources.files import FilesSource
+from moe_jax.data.sources.kv_recall import KvRecallSource
+from moe_jax.data.sources.npz import NpzSource
+from moe_jax.data.sources.python_stdlib import PythonStdlibSource
+from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
+from moe_jax.data.sources.tfds import TfdsSource
+from moe_jax.data.sources.vowels import VowelsSource
+from moe_jax.options import Kinds
+
+SOURCES = Kinds(
+  'source',
+  SourceOptions,
+  {
+    'python_stdlib': PythonStdlibSource,
+    'files': FilesSource,
+    'tfds': TfdsSource,
+    'cipher': CipherSource,
+    'python_stdlib_docstrings': DocstringsSource,
+    'django_gettext': GettextSource,
+    'kv_recall': KvRecallSource,
+    'vowels': VowelsSource,
+    'digits': DigitsSource,
+    'npz': NpzSource,
+  },
+)
+
+__all__ = [
+  'SOURCES',
+  'SPLITS',
+  'CipherSource',
+  'ClassSource',
+  'DigitsSource',
+  'DocstringsSource',
+  'Examples',
+  'FilesSource',
+  'GettextSource',
+  'KvRecallSource',
+  'NpzSource',
+  'Pair',
+  'Pairs',
+  'PythonStdlibSource',
+  'Selection',
+  'SourceOptions',
+  'Texts',
+  'TfdsSource',
+  'VowelsSource',
+]

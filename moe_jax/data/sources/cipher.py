@@ -7,81 +7,108 @@ as one with experts, is better at equal FLOPs. Rows of up to a piece's length
 are mostly of one domain, so that experts which divide the domains among them
 have no slots left in groups of few rows (`moe.group_size`).
 
-Not here: where the text comes from (`texts.py`).
+Not here: where the text comes from, which is another source.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
-import re
 import string
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+
+from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
+from moe_jax.data.sources.files import FilesSource
+from moe_jax.data.sources.python_stdlib import PythonStdlibSource
+from moe_jax.data.sources.tfds import TfdsSource
+from moe_jax.options import Kinds, choice, option, within
+from moe_jax.section_reader import CUSTOM
 
 # The printable characters of ASCII. A line's end stays one.
 ALPHABET = ''.join(chr(code) for code in range(ord(' '), ord('~') + 1))
-# Domain d's is MARKS[d].
+# MARKS[d] is the mark of domain d.
 MARKS = string.digits + string.ascii_letters + string.punctuation
 PIECE = 256  # characters; four rows of 64
-FORMAT = 1  # of what is made from a text; part of every source's identity
+# Version of what is made from a text, a part of every source's identity.
+FORMAT = 1
+
+PLAIN_TEXTS = Kinds(
+  'source of plain texts',
+  SourceOptions,
+  {
+    'python_stdlib': PythonStdlibSource,
+    'files': FilesSource,
+    'tfds': TfdsSource,
+  },
+)
 
 _KEEP = ALPHABET + '\n'
 
 
-class Cipher(NamedTuple):
-  """What follows 'cipher:' in a source's name.
+@dataclasses.dataclass(frozen=True)
+class CipherSource(SourceOptions):
+  """Pieces of another source's texts, each in one of K substitution ciphers."""
 
-  Attributes:
-    num_domains: K; domain d has the same alphabet whatever K is.
-    marked: Whether a piece begins with its domain's mark. Rows that begin
-      within a piece do not see it.
-    text: The source of the text.
-  """
+  num_ciphers: int = option(
+    8,
+    'Number of ciphers; a cipher has the same alphabet however many there are.',
+    within(f'[1, {len(MARKS)}]'),
+  )
+  marked: bool = option(
+    False,
+    "Whether a piece begins with its cipher's mark, one character; rows of a "
+    'batch that begin within a piece do not see the mark.',
+  )
+  text: SourceOptions = choice(
+    PLAIN_TEXTS, 'python_stdlib', 'Source of the plain texts.'
+  )
 
-  num_domains: int
-  marked: bool
-  text: str
+  def problems(self) -> Iterator[str]:
+    """The options of the plain texts' source that have no effect."""
+    kind = PLAIN_TEXTS.name_of(self.text)
+    if 'texts' not in self.text.gives():
+      yield f'text.kind={kind!r} gives {" and ".join(self.text.gives())}'
+    section = kind if kind in PLAIN_TEXTS.builtin else CUSTOM
+    yield from self.text.idle_options('texts', f'text.{section}.')
 
+  def texts(self, selection: Selection = Selection()) -> Texts:
+    """The pieces, a document each.
 
-def parse(argument: str) -> Cipher:
-  """The cipher of `<K>`, `<K>,marked`, either with `:<source>` after it.
-
-  Raises:
-    ValueError: It is not of that form, or K is not in [1, 94].
-  """
-  found = re.fullmatch(r'(-?[0-9]+)(,marked)?(?::(.+))?', argument)
-  if not found:
-    raise ValueError(
-      f"source 'cipher:{argument}' is none of 'cipher:<K>', "
-      "'cipher:<K>,marked', either with ':<source>' after it"
+    Raises:
+      ValueError: As that of the plain texts.
+    """
+    plain = self.text.texts(selection)
+    marked = ', marked,' * self.marked
+    return Texts(
+      f'synthetic: {self.num_ciphers} ciphers{marked} of {plain.name}',
+      f'cipher {FORMAT} {self.num_ciphers} {self.marked} {PIECE} '
+      f'{plain.identity}',
+      lambda split: documents(
+        plain.documents(split), self.num_ciphers, marked=self.marked
+      ),
     )
-  number, marked, text = found.groups()
-  if not 1 <= int(number) <= len(MARKS):
-    raise ValueError(
-      f'K={number} domains of cipher not in [1, {len(MARKS)}], as many as '
-      'there are marks'
-    )
-  return Cipher(int(number), bool(marked), text or 'python_stdlib')
 
 
-def documents(texts: Iterable[str], cipher: Cipher) -> Iterator[str]:
+def documents(
+  texts: Iterable[str], num_domains: int, *, marked: bool
+) -> Iterator[str]:
   """Every piece of `texts` in a domain's alphabet, a document each.
 
   The domains take turns, so that even a batch of neighbouring pieces, as an
   evaluation has them, is of all domains.
   """
-  turns = itertools.cycle(range(cipher.num_domains))
+  turns = itertools.cycle(range(num_domains))
   for text in texts:
     # Pieces first: `zip` then takes no turn where there is none left.
     for piece, domain in zip(pieces(text), turns):
-      mark = MARKS[domain] if cipher.marked else ''
+      mark = MARKS[domain] if marked else ''
       yield mark + encipher(piece, domain)
 
 
 def pieces(text: str) -> Iterator[str]:
   """The text cut every `PIECE` characters; the last may be shorter.
 
-  What is neither printable ASCII nor a line's end is left out.
+  Characters other than printable ASCII and line ends are left out.
   """
   kept = ''.join(filter(_KEEP.__contains__, text))
   return (kept[i : i + PIECE] for i in range(0, len(kept), PIECE))

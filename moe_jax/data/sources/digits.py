@@ -1,27 +1,69 @@
 """Images of digits, as they are or at random places of a larger canvas.
 
 scikit-learn's digits are 1,797 images of 8x8, part of the UCI's optical
-recognition of handwritten digits; they come with the package. TFDS's, such as
-MNIST, are of whoever has prepared them. Deep mixture of experts
-(https://arxiv.org/abs/1312.4314) moves MNIST's by up to 4 pixels. Not here:
-how rows and epochs are drawn (`data/tasks/class_rows.py`).
+recognition of handwritten digits; they come with the package. Deep mixture of
+experts (https://arxiv.org/abs/1312.4314) moves the images of MNIST, a TFDS
+dataset, by up to 4 pixels. Not here: how rows and epochs are drawn
+(`data/tasks/classes.py`), and the images of TFDS (`tfds.py`).
 """
+
+import dataclasses
 
 import numpy as np
 
-from moe_jax.config import unknown
-from moe_jax.data.sources import tfds_reader
-from moe_jax.data.sources.classes import ClassSource, Examples
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  ClassSource,
+  Examples,
+  Selection,
+  SourceOptions,
+)
+from moe_jax.options import at_least, option, unknown
 from moe_jax.shapes import Float32, Int, Int32
 
-CANVAS = 14  # of jittered_digits: 7 x 7 places
-SHIFT = 4  # pixels each way, of a TFDS dataset's
-EVERY = 5  # so many images of a class, one is for validation
-SPLITS = ('train', 'validation')
+SIDE = 8  # pixels of scikit-learn's images
+EVERY = 5  # of each class, every fifth image is for validation
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsSource(SourceOptions):
+  """scikit-learn's images of handwritten digits."""
+
+  names_splits = False
+
+  canvas: int = option(
+    SIDE,
+    'Side in pixels of the square that an image is put on, at a random place '
+    f'whenever it is drawn; {SIDE} is the side of the images themselves, which '
+    'then stay as they are.',
+    at_least(SIDE),
+  )
+
+  def classes(self, selection: Selection = Selection()) -> 'Digits':
+    """The images; every fifth of a digit is for validation.
+
+    Raises:
+      ValueError: scikit-learn is not installed.
+    """
+    del selection
+    found = load_digits()
+    held_out = is_held_out(found.labels)
+    splits = {
+      split: Examples(*(array[part] for array in found))
+      for split, part in zip(SPLITS, (~held_out, held_out), strict=True)
+    }
+    size = f'{self.canvas}x{self.canvas}'
+    label = 'digits' if self.canvas == SIDE else f'jittered digits ({size})'
+    return Digits(
+      f"{label}, scikit-learn's ({len(found.labels)} images)",
+      splits,
+      tuple(str(digit) for digit in np.unique(found.labels)),
+      (self.canvas, self.canvas),
+    )
 
 
 def load_digits() -> Examples:
-  """scikit-learn's, [1797, 8, 8], from 0 (paper) to 1 (ink).
+  """scikit-learn's images [1797, 8, 8], from 0 (paper) to 1 (ink).
 
   Raises:
     ValueError: scikit-learn is not installed.
@@ -39,9 +81,9 @@ def load_digits() -> Examples:
 
 
 def is_held_out(labels: Int32[np.ndarray, ' N']) -> np.ndarray:
-  """Which examples are for validation: of each class, in order, every fifth.
+  """Bool [N]: which examples are for validation, every fifth of each class.
 
-  Neighbours may be of one writer, who is then in both splits. Bool [N].
+  Neighbours may be of one writer, who is then in both splits.
   """
   held_out = np.zeros(len(labels), bool)
   for label in np.unique(labels):
@@ -57,7 +99,7 @@ def placed(
   """Each image on an empty canvas, its upper left corner at (row, column).
 
   Raises:
-    ValueError: One would not be whole.
+    ValueError: An image would not be whole.
   """
   N, h, w = images.shape
   room = np.array(canvas) - (h, w)
@@ -78,8 +120,8 @@ class Digits(ClassSource):
   """Images of two splits.
 
   Attributes:
-    canvas: Height and width of what a model sees; the images' own where they
-      are not moved.
+    canvas: Height and width of what a model sees; those of the images where
+      they are not moved.
   """
 
   def __init__(
@@ -89,7 +131,7 @@ class Digits(ClassSource):
     classes: tuple[str, ...],
     canvas: tuple[int, int],
   ):
-    """Of images [N, h, w] from 0 to 1, which fit on the canvas."""
+    """Takes images [N, h, w] from 0 to 1, which fit on the canvas."""
     self.name, self.classes, self.canvas = name, classes, canvas
     self._splits = splits
 
@@ -105,7 +147,7 @@ class Digits(ClassSource):
 
   @property
   def room(self) -> np.ndarray:
-    """How many rows and columns an image can move. Int [2]."""
+    """Int [2]: how many rows and columns an image can move."""
     return np.array(self.canvas) - self._splits['train'].features.shape[1:]
 
   def jittered(
@@ -116,59 +158,3 @@ class Digits(ClassSource):
       return features
     offsets = generator.integers(0, self.room + 1, (len(features), 2))
     return placed(features, offsets, self.canvas)
-
-
-def open_digits(jitter: bool) -> Digits:
-  """scikit-learn's, or 'jittered digits': theirs on a canvas of 14x14.
-
-  Raises:
-    ValueError: scikit-learn is not installed.
-  """
-  found = load_digits()
-  held_out = is_held_out(found.labels)
-  parts = dict(zip(SPLITS, (~held_out, held_out), strict=True))
-  splits = {
-    split: Examples(*(array[part] for array in found))
-    for split, part in parts.items()
-  }
-  kind = f'jittered digits ({CANVAS}x{CANVAS})' if jitter else 'digits'
-  side = CANVAS if jitter else found.features.shape[1]
-  classes = tuple(str(label) for label in np.unique(found.labels))
-  name = f"{kind}, scikit-learn's ({len(found.labels)} images)"
-  return Digits(name, splits, classes, (side, side))
-
-
-def open_tfds(name: str) -> Digits:
-  """A TFDS dataset of grey images, moved by up to 4 pixels each way.
-
-  MNIST's 28x28 come to 36x36. Its split 'test' is our validation.
-
-  Raises:
-    ValueError: The dataset is not here, or is not of grey images with labels.
-  """
-  builder = tfds_reader.prepared_builder(name)
-  for feature in ('image', 'label'):
-    tfds_reader.check_feature(builder, feature, 'feature')
-  shape = builder.info.features['image'].shape
-  if len(shape) != 3 or None in shape or shape[-1] != 1:
-    raise ValueError(
-      f'images of TFDS dataset {name!r} are {shape}; they are to be grey and '
-      'of one size'
-    )
-  splits = {
-    split: _read(builder, theirs)
-    for split, theirs in zip(SPLITS, ('train', 'test'), strict=True)
-  }
-  classes = tuple(builder.info.features['label'].names)
-  canvas = (shape[0] + 2 * SHIFT, shape[1] + 2 * SHIFT)
-  full = f'tfds:{builder.info.full_name}, moved by up to {SHIFT} pixels'
-  return Digits(full, splits, classes, canvas)
-
-
-def _read(builder: tfds_reader.Builder, split: str) -> Examples:
-  images, labels = [], []
-  for example in tfds_reader.open_split(builder, split):
-    images.append(example['image'][..., 0])
-    labels.append(example['label'])
-  features = np.stack(images).astype(np.float32) / 255
-  return Examples(features, np.array(labels, np.int32))

@@ -3,6 +3,7 @@
 Not here: django itself, of which nothing is imported or run.
 """
 
+import dataclasses
 import gettext
 import hashlib
 import importlib.metadata
@@ -13,19 +14,61 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from moe_jax.config import unknown
+from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.data.store import Digest
+from moe_jax.options import option, unknown
 
 _LITTLE_ENDIAN = 0x950412DE  # the first word of a catalogue
+
+
+@dataclasses.dataclass(frozen=True)
+class GettextSource(SourceOptions):
+  """Messages of django's interface and their translations."""
+
+  languages: str = option(
+    '',
+    "Names of the languages that are translated into, as django's catalogues "
+    "have them, separated by commas: 'de,pt_BR'; '' is all languages.",
+  )
+
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """A language and a message as the inputs, `de: Save`, and a translation.
+
+    A message is in the same split in every language.
+
+    Raises:
+      ValueError: The package django is missing or has no such language, or a
+        split is neither of our two.
+    """
+    selection.check_splits('django_gettext')
+    languages = self.languages.split(',') if self.languages else []
+    found = pairs(languages, locate())
+    digest = Digest()
+    for pair in found:
+      digest.text(pair.inputs.encode())
+      digest.text(pair.translation.encode())
+
+    def of_split(split):
+      own = selection.own(split)
+      return ((p.inputs, p.translation) for p in found if p.split == own)
+
+    part = f':{self.languages}' * bool(self.languages)
+    count = len({pair.language for pair in found})
+    return Pairs(
+      f'django_gettext{part} of django {version()} ({count} languages)',
+      f'gettext {digest.hexdigest()} {selection.splits}',
+      of_split,
+    )
 
 
 class Pair(NamedTuple):
   """A message and its translation.
 
   Attributes:
-    language: django's name of it, such as 'pt_BR'.
-    message: English.
-    translation: Of the singular, where there are plurals.
+    language: django's name of the language, such as 'pt_BR'.
+    message: The English message.
+    translation: The translation, that of the singular where there are plurals.
   """
 
   language: str
@@ -39,7 +82,7 @@ class Pair(NamedTuple):
 
   @property
   def split(self) -> str:
-    """By a hash of the message: the same in every language."""
+    """The split that a hash of the message says, the same in every language."""
     return split_of(self.message)
 
 
@@ -60,7 +103,7 @@ def locate() -> pathlib.Path:
 
 
 def version() -> str:
-  """The installed django's."""
+  """The version of the installed django."""
   return importlib.metadata.version('django')
 
 

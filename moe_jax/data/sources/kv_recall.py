@@ -10,35 +10,52 @@ like the others and soon costs nothing: per token the loss begins at 4/5 of
 that.
 """
 
+import dataclasses
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator
+
+from moe_jax.data.sources.contract import (
+  Pair,
+  Pairs,
+  Selection,
+  SourceOptions,
+)
+from moe_jax.options import option, within
 
 LETTERS = 'abcdefghijklmnop'
 KEY_LETTERS = 6
 VALUE_LETTERS = 4
-# One in 16 of all keys, so that a key is seldom drawn twice.
+# The most pairs are one in 16 of all keys, so that a key is seldom drawn twice.
 MOST_PAIRS = len(LETTERS) ** KEY_LETTERS // 16
-FORMAT = 1  # of what is made of N; part of every source's identity
+# Version of the pairs that a number makes, a part of every source's identity.
+FORMAT = 1
 
-Pair = tuple[str, str]  # a key and its value
 
+@dataclasses.dataclass(frozen=True)
+class KvRecallSource(SourceOptions):
+  """Random keys and their values, to be learned by heart."""
 
-def parse(argument: str) -> int:
-  """The N of 'kv_recall:<N>'.
+  num_pairs: int = option(
+    2048,
+    'Number of pairs of a key and a value; the pairs of a smaller number are '
+    'among those of a larger one.',
+    within(f'[1, {MOST_PAIRS}]'),
+  )
 
-  Raises:
-    ValueError: It is no number in [1, MOST_PAIRS].
-  """
-  if not re.fullmatch('-?[0-9]+', argument):
-    raise ValueError(f"source 'kv_recall:{argument}' is not 'kv_recall:<N>'")
-  if not 1 <= int(argument) <= MOST_PAIRS:
-    raise ValueError(
-      f'N={argument} pairs of kv_recall not in [1, {MOST_PAIRS}]; a key has '
-      f'{KEY_LETTERS} of {len(LETTERS)} letters'
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """The same pairs in both splits, in another order.
+
+    Raises:
+      ValueError: A split is neither of our two.
+    """
+    selection.check_splits('kv_recall')
+    count = self.num_pairs
+    return Pairs(
+      f'synthetic: {count} random keys and values, the same in both splits',
+      f'kv_recall {FORMAT} {count} {selection.splits}',
+      lambda split: iter(pairs(count, selection.own(split))),
     )
-  return int(argument)
 
 
 def pairs(count: int, split: str) -> list[Pair]:
@@ -47,8 +64,8 @@ def pairs(count: int, split: str) -> list[Pair]:
   The pairs of a smaller count are among those of a larger one.
 
   Args:
-    count: N.
-    split: Any name.
+    count: Number of pairs.
+    split: Name that orders the pairs; any text will do.
   """
   found = distinct(_draws(), count)
   return sorted(found.items(), key=lambda pair: _hash(split, *pair))

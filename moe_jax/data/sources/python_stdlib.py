@@ -1,22 +1,31 @@
-"""The embedded corpus: the running Python's own standard library, as a TFDS
-builder.
+"""The embedded corpus: the source files of the running Python's own library.
 
-Not here: tests and whatever was installed; nor, unless named, packages that
-distributions leave out (tkinter, idlelib, ensurepip) and code tables
-(encodings). Two Pythons give two corpora: compare results only where the
-digest is the same.
+TFDS prepares it in the cache, once for each Python. It leaves out tests and
+whatever was installed; and, unless they are named, packages that distributions
+leave out (tkinter, idlelib, ensurepip) and code tables (encodings). Two Pythons
+give two corpora: compare results only where the digest is the same.
 """
 
+import dataclasses
 import hashlib
 import pathlib
+import platform
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.config import unknown
+from moe_jax.data.cache import cache_root
+from moe_jax.data.sources import tfds_reader
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Selection,
+  SourceOptions,
+  Texts,
+)
 from moe_jax.data.store import Digest
+from moe_jax.options import option, unknown
 
 # Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
 MODULES = tuple(
@@ -42,8 +51,8 @@ MODULES = tuple(
   zoneinfo
   """.split()  # noqa: SIM905 - 150 quoted lines say no more
 )
-# What some distributions leave out, or later Pythons: not in the corpus unless
-# named.
+# Modules that some distributions or later Pythons leave out; they are in the
+# corpus only where they are named.
 OPTIONAL_MODULES = tuple(
   """
   _aix_support _osx_support asynchat asyncore cgi cgitb chunk crypt distutils
@@ -52,15 +61,66 @@ OPTIONAL_MODULES = tuple(
   """.split()  # noqa: SIM905
 )
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
-# Of the twenty residues, one whose files hold 5 % of the bytes as well, on
-# 3.11 to 3.13.
+# A divisor and that residue of a name's hash which makes it validation: the
+# files of this one also hold 5 % of the bytes, on 3.11 to 3.13.
 _VALIDATION = 20, 6
 
 
-class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-  """One example a source file; about one file in 20 is for validation.
+@dataclasses.dataclass(frozen=True)
+class PythonStdlibSource(SourceOptions):
+  """The source files of the running Python's standard library, as texts."""
 
-  A file's split is a hash of its name, the same on every machine.
+  modules: str = option(
+    '',
+    'Names of the top-level modules and packages that are read, separated by '
+    "commas: 'json,email'; '' is all of the corpus.",
+  )
+
+  def texts(self, selection: Selection = Selection()) -> Texts:
+    """The documents, one a file; about one file in 20 is for validation.
+
+    Raises:
+      ValueError: A module is not of the standard library, or the files of the
+        modules do not give two splits.
+    """
+    modules = self.modules.split(',') if self.modules else MODULES
+    files = list(source_files(modules))
+    missing = set(SPLITS) - {split_of(name) for name, _ in files}
+    label = f'python_stdlib{":" * bool(self.modules)}{self.modules}'
+    if missing:
+      raise ValueError(
+        f'the {len(files)} files of {label} give no split {sorted(missing)} '
+        '(one file in 20 is for validation); name more modules'
+      )
+    digest = content_digest(files)
+    name = f'python_stdlib-{digest[:16]}'
+    folder = cache_root(selection.cache_dir) / 'tfds' / name
+
+    def make(data_dir):
+      return PythonStdlib(
+        modules=modules, data_dir=data_dir, file_format='array_record'
+      )
+
+    def documents(split):
+      builder = tfds_reader.own_builder(folder, make)
+      return (
+        text
+        for (text,) in tfds_reader.texts(
+          builder, selection.own(split), ['text']
+        )
+      )
+
+    return Texts(
+      f'{label} of Python {platform.python_version()}',
+      f'{digest} texts {selection.splits}',
+      documents,
+    )
+
+
+class PythonStdlib(tfds.core.GeneratorBasedBuilder):
+  """TFDS builder with one example a source file.
+
+  A file's split is found by a hash of its name, the same on every machine.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -72,7 +132,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     root: pathlib.Path | None = None,
     **kwargs: Any,
   ):
-    """Args as `source_files`, and those of every TFDS builder."""
+    """Takes the arguments of `source_files` and of every TFDS builder."""
     self._sources = modules, root
     super().__init__(**kwargs)
 
@@ -109,7 +169,7 @@ def source_files(
     root: The standard library's folder; None for the running Python's.
 
   Raises:
-    ValueError: A module is of neither.
+    ValueError: A module is in neither list.
   """
   known = MODULES + OPTIONAL_MODULES
   for module in modules:
@@ -137,7 +197,7 @@ def split_of(name: str) -> str:
 
 
 def content_digest(files: Iterable[tuple[str, str]]) -> str:
-  """The sha256 of (name, text) pairs, such as `source_files` gives."""
+  """The sha256 of (name, text) pairs, as `source_files` gives them."""
   digest = Digest()
   for name, text in files:
     digest.split(name)

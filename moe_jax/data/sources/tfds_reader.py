@@ -1,6 +1,6 @@
-"""Texts of TFDS datasets: prepared ones, and our own builders.
+"""Texts and images of TFDS datasets, and our own builders.
 
-Not here: which texts make a corpus (`texts.py`, `pairs.py`).
+Not here: which features of a dataset make a source (`tfds.py`).
 """
 
 import contextlib
@@ -11,10 +11,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from moe_jax.config import unknown
-from moe_jax.data.store import locked, prepared
+from moe_jax.data.cache import locked, prepared
+from moe_jax.data.sources.contract import Examples
+from moe_jax.options import unknown
 
 Builder = tfds.core.DatasetBuilder
 
@@ -67,7 +69,7 @@ def own_builder(
 
 
 def identity(builder: Builder) -> str:
-  """Changes with the dataset; no pass over its examples is made."""
+  """Text that changes with the dataset, found without reading its examples."""
   digest = hashlib.sha256(builder.info.as_json.encode())
   for split in builder.info.splits.values():
     for path in map(os.fspath, split.filepaths):
@@ -98,9 +100,9 @@ def check_feature(builder: Builder, feature: str, option: str) -> None:
   """Raises ValueError where there is no such feature; names those there are.
 
   Args:
-    builder: Of the dataset.
-    feature: Its name; 'translation/de' is one within another.
-    option: What the name was given as.
+    builder: Builder of the dataset.
+    feature: Name of the feature; 'translation/de' is one within another.
+    option: Name of the option that gave it, for the message.
   """
   paths = _paths(builder.info.features)
   if feature not in paths:
@@ -113,7 +115,7 @@ def texts(
   """The named features of every example, in order.
 
   Raises:
-    ValueError: One is no text, or not UTF-8.
+    ValueError: A feature's value is no text, or not UTF-8.
   """
   paths = _paths(builder.info.features)
   for i, example in enumerate(open_split(builder, split)):
@@ -121,6 +123,21 @@ def texts(
       as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
       for f in features
     )
+
+
+def images(
+  builder: Builder, split: str, image_feature: str, label_feature: str
+) -> Examples:
+  """The grey images of a split, from 0 to 1, and their labels."""
+  features = image_feature, label_feature
+  found, labels = [], []
+  for example in open_split(builder, split):
+    image, label = values(builder, example, features)
+    found.append(image[..., 0])
+    labels.append(label)
+  return Examples(
+    np.stack(found).astype(np.float32) / 255, np.array(labels, np.int32)
+  )
 
 
 def values(
@@ -135,11 +152,11 @@ def as_text(value: Any, where: str) -> str:
   """A feature's value as text.
 
   Args:
-    value: Text, or its UTF-8.
-    where: What it is, for the error.
+    value: Text, or bytes of UTF-8.
+    where: Description of the value for the error.
 
   Raises:
-    ValueError: It is no text, or not UTF-8.
+    ValueError: The value is no text, or not UTF-8.
   """
   if isinstance(value, str):
     return value

@@ -6,9 +6,9 @@ each said twice by 76 speakers. Jacobs et al. 1991
 hid, hod, hud) from F1 and F2 in kHz, from the first 50 of 75 speakers, and
 test on the others.
 
-The table is not in this package: `open_table` reads a file of it. Without one,
-`Drawn` draws speakers from the means that the paper printed. Praat has the
-table too; with the package praat-parselmouth:
+The table is not in this package: `vowel_table.py` reads a file of it. Without
+a file, `Drawn` draws speakers from the means that the paper printed. Praat has
+the table too; with the package praat-parselmouth:
 
     parselmouth.praat.call(
       parselmouth.praat.call('Create formant table (Peterson & Barney 1952)'),
@@ -16,26 +16,27 @@ table too; with the package praat-parselmouth:
     )
 """
 
-import csv
-import io
-import pathlib
-import re
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config import unknown
-from moe_jax.data.sources.classes import ClassSource, Examples
+from moe_jax.data.sources import vowel_table
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  ClassSource,
+  Examples,
+  Selection,
+  SourceOptions,
+)
+from moe_jax.data.sources.vowel_table import Token
+from moe_jax.options import option, unknown
 
 CLASSES = ('i', 'I', 'a', 'A')
-CODES = ('iy', 'ih', 'aa', 'ah')  # as files have them
-ALL_CODES = (*CODES, 'eh', 'ae', 'ao', 'uh', 'uw', 'er')
-SPLITS = ('train', 'validation')
 TRAIN_SPEAKERS = 50
 
-# F1, F2 in Hz, a vowel of CLASSES each: table II of 1952, read in a
-# transcription of it, and within 3 % of what the tokens that Praat has average.
+# F1 and F2 in Hz of each vowel of CLASSES: table II of 1952, read in a
+# transcription, and within 3 % of the averages of the tokens that Praat has.
 MEANS = {
   'men': ((270, 2290), (390, 1990), (730, 1090), (640, 1190)),
   'women': ((310, 2790), (430, 2480), (850, 1220), (760, 1400)),
@@ -45,40 +46,52 @@ MEANS = {
 # that is missing.
 SPEAKERS = {'men': 33, 'women': 28, 'children': 14}
 # Standard deviations of the logarithms of F1 and F2. The paper printed none;
-# these are rounded from those of the men and women in Praat's table.
-OF_SPEAKER = (0.07, 0.05)  # of all their vowels, with this correlation:
+# these are rounded from those of the men and women in Praat's table: of all
+# vowels of a speaker (where F1 and F2 correlate), of a speaker's one vowel, and
+# of the times that a vowel is said.
+OF_SPEAKER = (0.07, 0.05)
 CORRELATION = 0.3
-OF_VOWEL = (0.08, 0.05)  # of a speaker's vowel
-OF_TOKEN = (0.06, 0.03)  # between the two times that it is said
+OF_VOWEL = (0.08, 0.05)
+OF_TOKEN = (0.06, 0.03)
 REPETITIONS = 2
 
 
-class Token(NamedTuple):
-  """One vowel, said once.
+@dataclasses.dataclass(frozen=True)
+class VowelsSource(SourceOptions):
+  """Four vowels with two formants each, by many speakers."""
 
-  Attributes:
-    speaker: Their number.
-    vowel: Index in `CLASSES`.
-    formants: F1 and F2 in Hz.
-    misheard: Whether the file marks it as not heard alike by all listeners.
-  """
+  names_splits = False
 
-  speaker: int
-  vowel: int
-  formants: tuple[float, float]
-  misheard: bool
+  table: str = option(
+    '',
+    "Path of a file of Peterson and Barney's table; '' draws speakers around "
+    'the means that they published.',
+  )
+
+  def classes(self, selection: Selection = Selection()) -> 'Vowels':
+    """The vowels of the file, or drawn ones.
+
+    Raises:
+      ValueError: There is no such file, a line of it is bad, or there are
+        fewer than 51 speakers.
+    """
+    del selection
+    if not self.table:
+      return Drawn()
+    name, tokens = vowel_table.read(self.table)
+    return Vowels(name, tokens)
 
 
 class Vowels(ClassSource):
-  """Tokens, the first 50 speakers to train on, the others to validate."""
+  """Vowels of speakers, of whom the first 50 are to train on."""
 
   classes = CLASSES
 
   def __init__(self, name: str, tokens: Sequence[Token]):
-    """Speakers are in the order of their tokens.
+    """Takes tokens, in whose order the speakers are.
 
     Raises:
-      ValueError: There are not enough of them.
+      ValueError: There are not enough speakers.
     """
     self.name, self.tokens = name, tuple(tokens)
     speakers = list(dict.fromkeys(token.speaker for token in tokens))
@@ -96,7 +109,7 @@ class Vowels(ClassSource):
     )
 
   def examples(self, split: str) -> Examples:
-    """See `ClassSource`; F1 and F2 in kHz, as in 1991."""
+    """The vowels of a split, with F1 and F2 in kHz as in 1991."""
     if split not in self._speakers:
       raise unknown('split', split, SPLITS)
     speakers = set(self._speakers[split])
@@ -115,7 +128,7 @@ class Drawn(Vowels):
   """
 
   def __init__(self, seed: int = 1952):
-    """The same speakers for the same seed."""
+    """Draws the same speakers for the same seed."""
     rng = np.random.default_rng(seed)
     tokens, speaker = [], 0
     mix = np.array([[1, 0], [CORRELATION, (1 - CORRELATION**2) ** 0.5]])
@@ -131,78 +144,3 @@ class Drawn(Vowels):
             tokens.append(Token(speaker, vowel, (f1, f2), misheard=False))
     name = 'vowels, drawn around the means of Peterson and Barney 1952'
     super().__init__(name, tokens)
-
-
-def open_table(path: str) -> Vowels:
-  """The four vowels in a file of the table of 1952.
-
-  It has a token a line, and either a first line of names, Speaker, Vowel, F1
-  and F2 among them (as Praat writes it), or on every line: group, speaker,
-  vowel's number, phoneme, F0, F1, F2, F3; more columns may stand before the
-  speaker. An asterisk before or after a phoneme ('*ih') marks a token that not
-  all listeners heard alike: it is kept, as in 1991. Lines that begin with '#'
-  are left out.
-
-  Raises:
-    ValueError: There is no such file, a line is not of that form, or there
-      are fewer than 51 speakers.
-  """
-  file = pathlib.Path(path).expanduser()
-  if not file.is_file():
-    raise ValueError(f"source 'files:{path}': no file {file}")
-  text = file.read_text(encoding='utf-8', errors='replace')
-  lines = [
-    (number, line.strip())
-    for number, line in enumerate(text.splitlines(), 1)
-    if line.strip() and not line.startswith('#')
-  ]
-  if lines and re.search(r'\bspeaker\b', lines[0][1], re.IGNORECASE):
-    found = _with_names(file, lines)
-  else:
-    found = [_token(file, number, line.split()) for number, line in lines]
-  tokens = [token for token in found if token is not None]
-  return Vowels(f'vowels of {file.name} (Peterson and Barney 1952)', tokens)
-
-
-def _token(file, number: int, fields: Sequence[str]) -> Token | None:
-  """Of group, ..., speaker, vowel's number, phoneme, F0, F1, F2, F3."""
-  try:
-    speaker, phoneme, (f1, f2) = fields[-7], fields[-5], fields[-3:-1]
-    return _made(int(speaker), phoneme, f1, f2)
-  except (IndexError, ValueError) as error:
-    raise ValueError(
-      f'{file}, line {number}: {" ".join(fields)!r} is not group, speaker, '
-      f'number of the vowel, phoneme, F0, F1, F2, F3: {error}'
-    ) from error
-
-
-def _with_names(file, lines) -> list[Token | None]:
-  """Of a table whose first line names its columns."""
-  texts = [line for _, line in lines]
-  delimiter = next((d for d in '\t,;' if d in texts[0]), ' ')
-  rows = csv.DictReader(io.StringIO('\n'.join(texts)), delimiter=delimiter)
-  tokens = []
-  for (number, _), row in zip(lines[1:], rows, strict=False):
-    row = {str(k).strip(' "').lower(): v for k, v in row.items()}
-    try:
-      values = (row[name] for name in ('speaker', 'vowel', 'f1', 'f2'))
-      speaker, vowel, f1, f2 = values
-      tokens.append(_made(int(speaker), vowel, f1, f2))
-    except KeyError as error:
-      raise unknown(f'column of {file}:', error.args[0], row) from error
-    except (TypeError, ValueError) as error:
-      raise ValueError(f'{file}, line {number}: {error}') from error
-  return tokens
-
-
-def _made(speaker: int, phoneme: str, f1: str, f2: str) -> Token | None:
-  """None where it is another vowel."""
-  code = phoneme.strip('*').lower()
-  if code not in ALL_CODES:
-    raise unknown('phoneme', phoneme, ALL_CODES)
-  formants = float(f1), float(f2)
-  if not min(formants) > 0:
-    raise ValueError(f'F1={f1} and F2={f2} Hz are not above 0')
-  if code not in CODES:
-    return None
-  return Token(speaker, CODES.index(code), formants, '*' in phoneme)

@@ -17,8 +17,8 @@ class WindowTask(abc.ABC):
   """Turns a window of text into inputs and targets.
 
   Attributes:
-    layout: Of the rows.
-    window: The largest number of tokens of which an example always fits in a
+    layout: Layout of the rows.
+    window: Largest number of tokens of which an example always fits in a
       row.
   """
 
@@ -27,7 +27,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """The most that examples of windows of `n` tokens can have."""
+    """The most tokens that examples of windows of `n` tokens can have."""
 
   @abc.abstractmethod
   def __call__(
@@ -55,9 +55,9 @@ class DenoisedRows(ExampleRows):
     """Wraps a stream without copying it.
 
     Args:
-      tokens: The documents one after another.
-      starts: Where each begins, as in `PackedRows`.
-      task: Makes the examples.
+      tokens: Tokens of the documents, one after another.
+      starts: Where each document begins, as in `PackedRows`.
+      task: Function that makes an example of a window.
       pack: Whether windows of short documents share a row.
     """
     self._tokens, self._task = tokens, task

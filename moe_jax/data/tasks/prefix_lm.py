@@ -11,9 +11,34 @@ import functools
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.data.tasks.denoising import WindowTask
+from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.store import Stream
+from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.shapes import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLmTask(TextTask):
+  """Windows of text, split in two: how the text goes on is learned."""
+
+  label = 'prefix_lm'
+  generates = True
+  answers_go_on = True
+
+  def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
+    """The tokenizer with an EOS, which ends inputs to an encoder alone."""
+    return extend(base, end_inputs=shape.encoder_decoder)
+
+  def rows(
+    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
+  ) -> DenoisedRows:
+    """See `TokenTask.rows`."""
+    ends = tokenizer.eos_id if shape.encoder_decoder else None
+    windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=ends)
+    return DenoisedRows(*stream, windows, pack=shape.pack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +49,13 @@ class PrefixLM(WindowTask):
   out of the middle has no end to learn.
 
   Attributes:
-    layout: Of the rows.
-    density: The mean share of the window that is to be learned, as far as the
+    layout: Layout of the rows.
+    density: Mean share of the window that is to be learned, as far as the
       row's lengths allow; every length from the shortest to as far above the
-      mean is equally likely. At 0.5 every split is.
-    eos_id: Ends the inputs, as T5 has it in an encoder; None for nothing, so
-      that a decoder's text goes on.
-    mode_id: Stands before the inputs (UL2); None for nothing.
+      mean is equally likely. At 0.5 every split is equally likely.
+    eos_id: Id that ends the inputs, as T5 has it in an encoder; None for
+      nothing, so that a decoder's text goes on.
+    mode_id: Id that stands before the inputs (UL2); None for nothing.
   """
 
   layout: Layout
@@ -72,7 +97,7 @@ class PrefixLM(WindowTask):
     )
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """Of windows of `n` tokens, wherever they are split."""
+    """The most of windows of `n` tokens, wherever they are split."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
@@ -80,7 +105,7 @@ class PrefixLM(WindowTask):
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
   ) -> Example:
-    """One example."""
+    """One example of the window."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
     at = len(window) - generator.integers(shortest, longest, endpoint=True)
     mode, eos = (

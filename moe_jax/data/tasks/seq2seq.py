@@ -1,16 +1,51 @@
 """Rows of pairs: given the inputs, learn the targets.
 
-Not here: where pairs come from (`data/sources/pairs.py`).
+Not here: where pairs come from (`moe_jax.data.sources`).
 """
 
+import dataclasses
+
 import numpy as np
-from jaxtyping import Integer
 
 from moe_jax.data.examples import ExampleRows
-from moe_jax.data.layouts import Example, Layout
+from moe_jax.data.layouts import Example, Layout, RowShape
+from moe_jax.data.sources import Pairs, Selection, SourceOptions
+from moe_jax.data.store import Stream
+from moe_jax.data.tasks.contract import PairTask
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.options import option
 
-# Tokens, and where each text begins among them.
-Stream = tuple[Integer[np.ndarray, '_'], Integer[np.ndarray, '_']]
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqTask(PairTask):
+  """Pairs of texts: given the inputs, the targets are learned."""
+
+  label = 'seq2seq'
+  generates = True
+
+  input_prefix: str = option(
+    '', "Text that stands before all inputs, such as 'summarize: '."
+  )
+
+  def open(self, source: SourceOptions, selection: Selection) -> Pairs:
+    """The pairs, with the prefix before their inputs."""
+    return source.pairs(selection).with_prefix(self.input_prefix)
+
+  def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
+    """The tokenizer with an EOS."""
+    del shape
+    return extend(base, end_inputs=True)
+
+  def rows(
+    self,
+    stream: tuple[Stream, Stream],
+    tokenizer: Tokenizer,
+    shape: RowShape,
+  ) -> 'PairRows':
+    """See `TokenTask.rows`."""
+    layout = shape.layout(tokenizer.start_id)
+    return PairRows(*stream, layout, tokenizer.eos_id, pack=shape.pack)
 
 
 class PairRows(ExampleRows):
@@ -21,7 +56,7 @@ class PairRows(ExampleRows):
   too long lose their end and its EOS, so that no false end is learned.
 
   Attributes:
-    truncated: How many pairs lost a token.
+    truncated: Number of pairs that lost a token.
   """
 
   def __init__(
@@ -36,10 +71,10 @@ class PairRows(ExampleRows):
     """Wraps two streams without copying them.
 
     Args:
-      inputs: One text a pair, none empty, without EOS.
-      targets: Likewise, in the same order.
-      layout: Of the rows.
-      eos_id: Ends both sides.
+      inputs: Stream of inputs, one text a pair, none empty, without EOS.
+      targets: Stream of targets in the same order.
+      layout: Layout of the rows.
+      eos_id: Id that ends both sides.
       pack: Whether short pairs share a row.
 
     Raises:
@@ -48,7 +83,7 @@ class PairRows(ExampleRows):
     if len(inputs[1]) != len(targets[1]):
       raise ValueError(f'{len(inputs[1])} inputs of {len(targets[1])} targets')
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
-    # With the EOS.
+    # The lengths that a pair would have with its EOS, if nothing were cut.
     wanted = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
     lengths = layout.cut(*wanted)
     self._lengths = lengths
@@ -56,8 +91,12 @@ class PairRows(ExampleRows):
     self.truncated = int(lost.sum())
     super().__init__(lengths, layout, pack=pack)
 
+  def counts(self) -> dict[str, int]:
+    """How many pairs lost a token."""
+    return {'truncated': self.truncated}
+
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """Pair `index`; there is no noise."""
+    """Pair `index`, which has no noise."""
     del generator
     n_inputs = int(self._lengths.inputs[index])
     n_targets = int(self._lengths.targets[index])
@@ -70,7 +109,7 @@ class PairRows(ExampleRows):
 
 
 def _text(stream: Stream, index: int, most: int) -> np.ndarray:
-  """At most so many tokens of one text."""
+  """The first tokens of one text, at most so many."""
   tokens, starts = stream
   begin = starts[index]
   end = starts[index + 1] if index + 1 < len(starts) else len(tokens)

@@ -10,9 +10,58 @@ import functools
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.data.tasks.denoising import WindowTask
+from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.store import Stream
+from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.options import at_least, option, within
 from moe_jax.shapes import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruptionTask(TextTask):
+  """Windows of text with spans cut out, which are learned."""
+
+  label = 'span_corruption'
+
+  noise_density: float = option(
+    0.15, "Share of a window's tokens that is cut out.", within('(0, 1)')
+  )
+  mean_noise_span: float = option(
+    3.0, 'Mean number of tokens of a span that is cut out.', at_least(1)
+  )
+  num_sentinels: int = option(
+    100,
+    'Number of ids that stand for cut-out spans; those that the tokenizer '
+    'lacks come after its last id.',
+    at_least(0),
+  )
+  final_sentinel: bool = option(
+    True,
+    "Whether the targets end in one more sentinel, as in the paper's figure 2; "
+    'the released checkpoints of T5 know the EOS alone.',
+  )
+
+  def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
+    """The tokenizer with an EOS and sentinels."""
+    del shape
+    return extend(base, num_sentinels=self.num_sentinels, end_inputs=True)
+
+  def rows(
+    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
+  ) -> DenoisedRows:
+    """See `TokenTask.rows`."""
+    windows = SpanCorruption(
+      shape.layout(tokenizer.start_id),
+      tokenizer.sentinel_ids[: self.num_sentinels],
+      tokenizer.eos_id,
+      self.noise_density,
+      self.mean_noise_span,
+      self.final_sentinel,
+    )
+    return DenoisedRows(*stream, windows, pack=shape.pack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +72,13 @@ class SpanCorruption(WindowTask):
   `a <0> c <1> f <eos>` and targets `<0> b <1> d e <2> <eos>`.
 
   Attributes:
-    layout: Of the rows.
-    sentinels: Their ids, in the order used.
-    eos_id: Ends both sides.
-    density: The share of a window that is cut out.
-    mean_span: The mean number of tokens of a span.
-    final_sentinel: Whether one more sentinel ends the targets, as in the
-      paper's figure 2; T5's released checkpoints know the EOS alone.
-    mode_id: Stands before the inputs (UL2); None for nothing.
+    layout: Layout of the rows.
+    sentinels: Ids of the sentinels, in the order in which they are used.
+    eos_id: Id that ends both sides.
+    density: Share of a window that is cut out.
+    mean_span: Mean number of tokens of a span.
+    final_sentinel: Whether one more sentinel ends the targets.
+    mode_id: Id that stands before the inputs (UL2); None for nothing.
   """
 
   layout: Layout
@@ -72,7 +120,7 @@ class SpanCorruption(WindowTask):
     return window
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """Of windows of `n` tokens; never falls as `n` grows."""
+    """The lengths of windows of `n` tokens; they never fall as `n` grows."""
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
@@ -81,7 +129,7 @@ class SpanCorruption(WindowTask):
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
   ) -> Example:
-    """One example; an EOS that ends the window is left out."""
+    """One example of the window, without an EOS that ends the window."""
     if window[-1] == self.eos_id and len(window) > 1:
       window = window[:-1]
     mask = noise_mask(len(window), generator, self.density, self.mean_span)
@@ -100,8 +148,8 @@ def noise_counts(
 ) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
   """How many tokens of `n` are cut out, and in how many spans.
 
-  At least one is, and at least one is not where `n` > 1. There are no more
-  spans than leave a token between each two.
+  At least one token is cut out and, where `n` > 1, at least one is kept. There
+  are no more spans than leave a token between each two.
   """
   noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
   most = np.minimum(noise, n - noise + 1)
@@ -133,9 +181,9 @@ def corrupt(
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:
-  """What is kept and what is cut out, each span marked by its sentinel.
+  """The tokens that are kept and those that are cut out, with sentinels.
 
-  In the first, a sentinel stands for each span; in the second it stands
+  Among the first, a sentinel stands for each span; among the second it stands
   before the span's tokens.
   """
   begins = _spans(mask)

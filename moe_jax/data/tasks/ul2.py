@@ -5,17 +5,21 @@ Not here: the denoisers themselves (`span_corruption.py`, `prefix_lm.py`).
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.config import unknown
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.data.tasks.denoising import WindowTask
+from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.store import Stream
+from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers.extra_ids import extend, mode_name
+from moe_jax.options import at_least, option, unknown_text
 from moe_jax.shapes import Int
 
 MODES = ('R', 'S', 'X')
@@ -25,11 +29,12 @@ class Denoiser(NamedTuple):
   """One denoiser of a mixture.
 
   Attributes:
-    mode: 'R' (regular) and 'X' (extreme) cut out spans, 'S' (sequential) is a
-      prefix LM. Its token tells the model which is asked for.
-    mean_span: Of a span; of no meaning for 'S', whose suffix is one span.
-    density: The share of a window that is to be learned.
-    weight: How often, relative to the others.
+    mode: Mode whose token stands before the inputs: 'R' (regular) and 'X'
+      (extreme) cut out spans, 'S' (sequential) is a prefix LM.
+    mean_span: Mean number of tokens of a span; 0 of 'S', whose suffix is one
+      span.
+    density: Share of a window that is to be learned.
+    weight: How often the denoiser is drawn, relative to the others.
   """
 
   mode: str
@@ -38,7 +43,7 @@ class Denoiser(NamedTuple):
   weight: float
 
 
-# Table 1 of the paper, each as often as another.
+# Table 1 of the paper; all denoisers are drawn equally often.
 DENOISERS = (
   Denoiser('R', 3.0, 0.15, 1.0),
   Denoiser('R', 8.0, 0.15, 1.0),
@@ -51,12 +56,75 @@ DENOISERS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Ul2Task(TextTask):
+  """Windows of text to examples of a denoiser drawn for each."""
+
+  label = 'ul2'
+
+  denoisers: tuple[tuple[str, float, float, float], ...] = option(
+    tuple(map(tuple, DENOISERS)),
+    "Denoisers as (mode, mean span in tokens, density, weight): modes 'R' and "
+    "'X' cut out spans, 'S' is a prefix LM whose mean span is 0; the density "
+    'is the share of a window that is learned, the weight how often the '
+    'denoiser is drawn relative to the others, 0 being never.',
+  )
+  num_sentinels: int = option(
+    100,
+    'Number of ids that stand for cut-out spans; those that the tokenizer '
+    'lacks come after its last id.',
+    at_least(0),
+  )
+  final_sentinel: bool = option(
+    True, 'Whether the targets of cut-out spans end in one more sentinel.'
+  )
+
+  def problems(self) -> Iterator[str]:
+    """What is wrong with the denoisers."""
+    for mode, mean_span, density, weight in self.denoisers:
+      where = f'denoisers: {(mode, mean_span, density, weight)}:'
+      if mode not in MODES:
+        yield f'{where} {unknown_text("mode of a denoiser", mode, MODES)}'
+      if weight < 0:
+        yield f'{where} weight={weight} must be at least 0'
+      if not 0 < density < 1:
+        yield f'{where} density={density} not in (0, 1)'
+      if mode != 'S' and mean_span < 1:
+        yield f'{where} mean span={mean_span} must be at least 1'
+    if not any(weight for *_, weight in self.denoisers):
+      yield f'denoisers={self.denoisers} has none of positive weight'
+
+  def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
+    """The tokenizer with an EOS, sentinels and modes."""
+    return extend(
+      base,
+      num_sentinels=self.num_sentinels,
+      modes=MODES,
+      end_inputs=shape.encoder_decoder,
+    )
+
+  def rows(
+    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
+  ) -> DenoisedRows:
+    """See `TokenTask.rows`."""
+    windows = mixture(
+      [Denoiser(*denoiser) for denoiser in self.denoisers],
+      shape.layout(tokenizer.start_id),
+      sentinels=tokenizer.sentinel_ids[: self.num_sentinels],
+      eos_id=tokenizer.eos_id,
+      mode_ids={mode: tokenizer.token_id(mode_name(mode)) for mode in MODES},
+      final_sentinel=self.final_sentinel,
+      end_prefix=shape.encoder_decoder,
+    )
+    return DenoisedRows(*stream, windows, pack=shape.pack)
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixture(WindowTask):
   """Windows of text to examples of a denoiser drawn for each.
 
   Attributes:
-    tasks: The denoisers.
-    weights: How often each is drawn; they need not sum to 1.
+    tasks: Tasks of the denoisers.
+    weights: How often each denoiser is drawn; they need not sum to 1.
   """
 
   tasks: tuple[WindowTask, ...]
@@ -64,7 +132,7 @@ class Mixture(WindowTask):
 
   @functools.cached_property
   def layout(self) -> Layout:
-    """Of the rows."""
+    """The layout of the rows, which is the same for all denoisers."""
     return self.tasks[0].layout
 
   @functools.cached_property
@@ -72,26 +140,26 @@ class Mixture(WindowTask):
     """The largest number of tokens that fit in a row by every denoiser.
 
     Raises:
-      ValueError: As theirs.
+      ValueError: No window fits by one of the denoisers.
     """
     return min(task.window for task in self.tasks)
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """Of windows of `n` tokens, whatever the denoiser."""
+    """The most of windows of `n` tokens, whatever the denoiser."""
     each = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*each)))
 
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
   ) -> Example:
-    """One example."""
+    """One example of the window, by a denoiser drawn for it."""
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]
     return task(window, generator)
 
 
 def mixture(
-  denoisers: Sequence[Sequence[Any]],
+  denoisers: Sequence[Denoiser],
   layout: Layout,
   *,
   sentinels: tuple[int, ...],
@@ -100,23 +168,18 @@ def mixture(
   final_sentinel: bool,
   end_prefix: bool,
 ) -> Mixture:
-  """The mixture of `denoisers`, each as the fields of a `Denoiser`.
+  """The mixture of those of `denoisers` that have a weight above 0.
 
   Args:
-    denoisers: Those of weight 0 are left out.
-    layout: Of the rows.
-    sentinels: As in `SpanCorruption`.
-    eos_id: As in `SpanCorruption`.
-    mode_ids: The token of each of `MODES`.
-    final_sentinel: As in `SpanCorruption`.
+    denoisers: Denoisers of a `Ul2Task`, at least one of positive weight.
+    layout: Layout of the rows.
+    sentinels: Ids of the sentinels; see `SpanCorruption`.
+    eos_id: Id that ends both sides; see `SpanCorruption`.
+    mode_ids: Id of the token of each of `MODES`.
+    final_sentinel: Whether one more sentinel ends the targets.
     end_prefix: Whether the inputs of 'S' end in the EOS; see `PrefixLM`.
-
-  Raises:
-    ValueError: There is none, a mode is unknown, or a weight is negative.
   """
-  chosen = [d for d in map(_denoiser, denoisers) if d.weight]
-  if not chosen:
-    raise ValueError(f'denoisers={denoisers} has none of positive weight')
+  chosen = [d for d in denoisers if d.weight]
   tasks = [
     PrefixLM(
       layout, d.density, eos_id if end_prefix else None, mode_ids[d.mode]
@@ -134,15 +197,3 @@ def mixture(
     for d in chosen
   ]
   return Mixture(tuple(tasks), tuple(d.weight for d in chosen))
-
-
-def _denoiser(fields: Sequence[Any]) -> Denoiser:
-  if len(fields) != len(Denoiser._fields):
-    raise ValueError(f'denoiser {fields} is not {Denoiser._fields}')
-  mode, *numbers = fields
-  denoiser = Denoiser(mode, *map(float, numbers))
-  if denoiser.mode not in MODES:
-    raise unknown('mode of a denoiser', denoiser.mode, MODES)
-  if denoiser.weight < 0:
-    raise ValueError(f'{denoiser} has a negative weight')
-  return denoiser

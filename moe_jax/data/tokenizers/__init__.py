@@ -1,42 +1,52 @@
 """Text to token ids and back, and what ids mean beside text.
 
-`builtin.py` has bytes and characters, and opens the other kinds by name.
+To add a tokenizer, write a file with a `Tokenizer` and its `TokenizerOptions`
+and list the options here.
 """
 
-from moe_jax.data.tokenizers.builtin import (
-  KINDS,
-  Bytes,
-  Chars,
-  fit,
+from moe_jax.data.tokenizers.byte_tokenizer import Bytes, BytesOptions
+from moe_jax.data.tokenizers.char_tokenizer import Chars, CharsOptions
+from moe_jax.data.tokenizers.class_names import ClassNames
+from moe_jax.data.tokenizers.contract import (
+  Ids,
+  Token,
+  Tokenizer,
+  TokenizerOptions,
   from_json,
   load,
-  spec_identity,
 )
-from moe_jax.data.tokenizers.class_names import ClassNames
 from moe_jax.data.tokenizers.extra_ids import Extended
-from moe_jax.data.tokenizers.json_tokenizer import Json
+from moe_jax.data.tokenizers.json_tokenizer import Json, JsonOptions
 from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
   read_json,
 )
-from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer
+from moe_jax.options import Kinds
+
+TOKENIZERS = Kinds(
+  'tokenizer',
+  TokenizerOptions,
+  {'bytes': BytesOptions, 'chars': CharsOptions, 'json': JsonOptions},
+)
 
 __all__ = [
-  'KINDS',
   'SENTENCEPIECE',
+  'TOKENIZERS',
   'Bytes',
+  'BytesOptions',
   'Chars',
+  'CharsOptions',
   'ClassNames',
   'Extended',
   'Ids',
   'Json',
+  'JsonOptions',
   'SpecialTokens',
   'Token',
   'Tokenizer',
-  'fit',
+  'TokenizerOptions',
   'from_json',
   'load',
   'read_json',
-  'spec_identity',
 ]

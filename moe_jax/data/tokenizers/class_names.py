@@ -1,23 +1,23 @@
 """The vocabulary of examples that have a class each.
 
-It is what a tokenizer is elsewhere: the model's V, kept beside a run, so that
-all that reads runs knows what their ids mean.
+This vocabulary is what a tokenizer is elsewhere: it gives the model's V and is
+kept beside a run, so that whoever reads the run knows what its ids mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer, digest
+from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer, digest
 
 
-class ClassNames(Tokenizer):
+class ClassNames(Tokenizer, kind='classes'):
   """The vocabulary of classes: a text is one name, its id the class.
 
   Attributes:
-    names: Of the classes, in order.
-    feature_shape: Of an example; () where nobody said.
+    names: Names of the classes, in order.
+    feature_shape: Shape of an example; () where it is not known.
   """
 
   def __init__(self, names: Sequence[str], feature_shape: Sequence[int] = ()):
@@ -27,10 +27,10 @@ class ClassNames(Tokenizer):
     self.identity = f'classes:{digest(repr(self.names))}'
 
   def encode(self, text: str) -> np.ndarray:
-    """The class of that name, int32 [1]; nothing of an empty text.
+    """The class of that name, int32 [1]; an empty text has no ids.
 
     Raises:
-      ValueError: There is none.
+      ValueError: There is no such class.
     """
     if text and text not in self.names:
       raise ValueError(f'class {text!r} not in {list(self.names)}')
@@ -41,13 +41,17 @@ class ClassNames(Tokenizer):
     return ' '.join(self.names[i] for i in self._in_vocabulary(ids))
 
   def token_name(self, token: Token) -> str:
-    """The name."""
+    """The name of the class."""
     return self.decode([token])
 
-  def to_json(self) -> dict[str, Any]:
-    """Its kind, names and the shape of an example."""
+  def state(self) -> dict[str, Any]:
+    """The names and the shape of an example."""
     return {
-      'kind': 'classes',
       'names': list(self.names),
       'feature_shape': list(self.feature_shape),
     }
+
+  @classmethod
+  def from_state(cls, state: Mapping[str, Any]) -> 'ClassNames':
+    """See `Tokenizer.from_state`."""
+    return cls(state['names'], state.get('feature_shape', ()))

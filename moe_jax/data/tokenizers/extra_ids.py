@@ -1,22 +1,29 @@
 """Ids that a task needs beside a tokenizer's own: sentinels, mode tokens.
 
-Not here: what they mean (`data/tasks/span_corruption.py`, `data/tasks/ul2.py`).
+Not here: what the ids mean to a task (`data/tasks/span_corruption.py`,
+`data/tasks/ul2.py`).
 """
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer, digest
+from moe_jax.data.tokenizers.contract import (
+  Ids,
+  Token,
+  Tokenizer,
+  digest,
+  from_json,
+)
 
 EOS = '<eos>'
 _SENTINEL = '<extra_id_'  # as in T5's vocabulary
 
 
-class Extended(Tokenizer):
+class Extended(Tokenizer, kind='extended'):
   """A tokenizer, and names of ids after its last.
 
   No document's text encodes to those. They have a name to be read by, and may
@@ -121,14 +128,19 @@ class Extended(Tokenizer):
       return self.base.token_name(token)
     return self.names[token - self.base.vocab_size]
 
-  def to_json(self) -> dict[str, Any]:
-    """The tokenizer's own, and all that it was made of."""
+  def state(self) -> dict[str, Any]:
+    """The tokenizer as JSON, and what was added to it."""
     return {
-      'kind': 'extended',
       'base': self.base.to_json(),
       'names': list(self.names),
       'end_inputs': self.end_inputs,
     }
+
+  @classmethod
+  def from_state(cls, state: Mapping[str, Any]) -> 'Extended':
+    """See `Tokenizer.from_state`."""
+    base = from_json(state['base'])
+    return cls(base, state['names'], end_inputs=state['end_inputs'])
 
   def _part(self, part: str, options: dict[str, Any]) -> np.ndarray:
     if part in self.names:

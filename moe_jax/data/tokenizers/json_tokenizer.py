@@ -1,26 +1,34 @@
 """A Hugging Face `tokenizers` model, with the special tokens of its folder.
 
-Not here: how those are found (`special_tokens.py`), and how conversations
-become text (`chat.py`).
+Not here: how special tokens are found (`special_tokens.py`), how conversations
+become text (`chat.py`), and the training of a tokenizer.
 """
 
+import dataclasses
 import json
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from moe_jax.config import unknown
 from moe_jax.data.tokenizers import chat
+from moe_jax.data.tokenizers.contract import (
+  Ids,
+  Token,
+  Tokenizer,
+  TokenizerOptions,
+  digest,
+)
 from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
   from_folder,
 )
-from moe_jax.data.tokenizers.tokenizer_base import Ids, Token, Tokenizer, digest
+from moe_jax.options import option, unknown
 
 # The end-of-document tokens of the well-known vocabularies, in the order tried.
 EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
@@ -28,7 +36,7 @@ _SENTINEL = re.compile(r'<extra_id_(\d+)>')
 _LANGUAGE = re.compile(r'[a-z]{3}_[A-Z][a-z]{3}')
 
 
-class Json(Tokenizer):
+class Json(Tokenizer, kind='json'):
   """A Hugging Face `tokenizers` model, used as it is.
 
   In `encode` the special tokens its post-processor would add are left out;
@@ -179,12 +187,19 @@ class Json(Tokenizer):
       return repr(text)
     return self._model.id_to_token(token) or f'<{token}>'
 
-  def to_json(self) -> dict[str, Any]:
-    """Its kind, the whole model and, where they were given, special tokens."""
-    saved = {'kind': 'json', 'model': json.loads(self._model.to_str())}
+  def state(self) -> dict[str, Any]:
+    """The whole model and, where they were given, the special tokens."""
+    saved = {'model': json.loads(self._model.to_str())}
     if self._given is not None:
       saved['special'] = self._given.to_json()
     return saved
+
+  @classmethod
+  def from_state(cls, state: Mapping[str, Any]) -> 'Json':
+    """See `Tokenizer.from_state`."""
+    special = state.get('special')
+    special = None if special is None else SpecialTokens.from_json(special)
+    return cls(json.dumps(state['model']), special)
 
   def vocabulary_name(self, token: Token) -> str:
     """How the vocabulary spells a token; '' where no token has the id."""
@@ -193,6 +208,38 @@ class Json(Tokenizer):
   def model_json(self) -> str:
     """What a `tokenizer.json` holds."""
     return self._model.to_str(pretty=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonOptions(TokenizerOptions):
+  """The choice of a `tokenizers` model in a file or folder."""
+
+  path: str = option(
+    dataclasses.MISSING,
+    'Path of a tokenizer.json file, or of the folder of a model, whose special '
+    'tokens and chat template are then read, too.',
+  )
+
+  def identity(self) -> str:
+    """See `TokenizerOptions.identity`; the file is read for it."""
+    return self._tokenizer().identity
+
+  def fit(self, texts: Iterable[str]) -> Json:
+    """The tokenizer of the file, whatever the texts."""
+    del texts
+    return self._tokenizer()
+
+  def known_vocab_size(self) -> int:
+    """V as the file says it."""
+    return self._tokenizer().vocab_size
+
+  def _tokenizer(self) -> Json:
+    path = pathlib.Path(self.path).expanduser()
+    if path.is_dir():
+      return Json.from_folder(path)
+    if not path.is_file():
+      raise ValueError(f'tokenizer json: no file {path} in {os.getcwd()}')
+    return Json(path.read_text(encoding='utf-8'))
 
 
 def _model(text: str) -> tokenizers.Tokenizer:

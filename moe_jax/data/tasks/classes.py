@@ -1,20 +1,62 @@
 """Rows of examples that have a class each: one example a row, T = 1."""
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
-from moe_jax.data.sources.classes import ClassSource
+from moe_jax.data.sources import SPLITS, ClassSource, Selection, SourceOptions
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
+from moe_jax.data.tokenizers import ClassNames, TokenizerOptions
 from moe_jax.shapes import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassesTask(TaskOptions):
+  """Examples that are arrays, each of which belongs to a class."""
+
+  reads = 'classes'
+  label = 'classes'
+  has_tokens = False
+  makes_examples = False
+
+  def problems_with(self, shape: RowShape) -> Iterator[str]:
+    """An example is a row by itself, and has no length."""
+    if shape.seq_len != 1:
+      yield (
+        f'seq_len={shape.seq_len} must be 1: a row is one example and no text'
+      )
+
+  def load(
+    self,
+    source: SourceOptions,
+    tokenizer: TokenizerOptions,
+    selection: Selection,
+    shape: RowShape,
+  ) -> Dataset:
+    """See `TaskOptions.load`; the vocabulary is that of the classes' names."""
+    del tokenizer, shape
+    opened = source.classes(selection)
+    splits = {split: ClassRows(opened, split) for split in SPLITS}
+    feature_shape = splits['train'].feature_shape
+    return Dataset(
+      source=opened.name,
+      tokenizer=ClassNames(opened.classes, feature_shape),
+      splits=splits,
+      digest=digest_of(splits),
+      counts={split: {'examples': len(rows)} for split, rows in splits.items()},
+      task=self,
+    )
 
 
 class ClassRows(Rows):
   """Random access to examples; a batch is a dict of
 
   - `features` float32 [B, ...]: 0 where padding.
-  - `targets` int32 [B, 1]: the classes.
+  - `targets` int32 [B, 1]: the indices of the classes.
   - `segment_ids` int32 [B, 1]: 1, or 0 where padding.
   - `loss_weights` float32 [B, 1]: 1, or 0 where padding.
   """
@@ -25,14 +67,14 @@ class ClassRows(Rows):
 
   @property
   def feature_shape(self) -> tuple[int, ...]:
-    """Of one example, as it is drawn."""
+    """The shape of one example, as it is drawn."""
     return self.take(np.array([0]))['features'].shape[1:]
 
   def __len__(self) -> int:
     return len(self._labels)
 
   def describe(self) -> str:
-    """`7 examples of (2,)`."""
+    """The number of examples and their shape: `7 examples of (2,)`."""
     return f'{len(self):,} examples of {self.feature_shape}'
 
   def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
@@ -74,7 +116,7 @@ class ClassRows(Rows):
 
 
 def digest_of(splits: Mapping[str, ClassRows]) -> str:
-  """The sha256 of all splits, in order."""
+  """The sha256 of the examples of all splits, in order."""
   sha256 = hashlib.sha256()
   for name, rows in splits.items():
     sha256.update(f'split {name}\n'.encode())

@@ -1,25 +1,70 @@
-"""Functions of the running Python's standard library and their docstrings, as
-a TFDS builder.
+"""Functions of the running Python's standard library and their docstrings.
 
-Not here: which files there are (`python_stdlib.py`).
+TFDS prepares the pairs in the cache, once for each Python. Not here: which
+files there are (`python_stdlib.py`).
 """
 
 import ast
+import dataclasses
 import pathlib
+import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.sources import python_stdlib
+from moe_jax.data.cache import cache_root
+from moe_jax.data.sources import python_stdlib, tfds_reader
+from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
+from moe_jax.options import option
 
 MODULES = python_stdlib.MODULES + python_stdlib.OPTIONAL_MODULES
 
 
-class PythonStdlibDocstrings(tfds.core.GeneratorBasedBuilder):
-  """One example a documented function.
+@dataclasses.dataclass(frozen=True)
+class DocstringsSource(SourceOptions):
+  """Functions of the standard library without their docstrings, and these."""
 
-  A function is in the split of its file, which is a hash of the file's name.
+  modules: str = option(
+    '',
+    'Names of the top-level modules and packages whose functions are read, '
+    "separated by commas: 'json,email'; '' is all of the standard library.",
+  )
+
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """A function's source as the inputs, its docstring as the target.
+
+    Raises:
+      ValueError: A module is not of the standard library.
+    """
+    modules = self.modules.split(',') if self.modules else MODULES
+    digest = python_stdlib.content_digest(python_stdlib.source_files(modules))
+    name = f'python_stdlib_docstrings-{digest[:16]}'
+    folder = cache_root(selection.cache_dir) / 'tfds' / name
+
+    def make(data_dir):
+      return PythonStdlibDocstrings(
+        modules=modules, data_dir=data_dir, file_format='array_record'
+      )
+
+    def pairs(split):
+      builder = tfds_reader.own_builder(folder, make)
+      features = ['inputs', 'targets']
+      return tfds_reader.texts(builder, selection.own(split), features)
+
+    label = f'python_stdlib_docstrings{":" * bool(self.modules)}{self.modules}'
+    version = PythonStdlibDocstrings.VERSION
+    return Pairs(
+      f'{label} of Python {platform.python_version()}',
+      f'docstrings {version} {digest} {selection.splits}',
+      pairs,
+    )
+
+
+class PythonStdlibDocstrings(tfds.core.GeneratorBasedBuilder):
+  """TFDS builder with one example a documented function.
+
+  A function is in the split of its file, which a hash of the file's name says.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -31,7 +76,7 @@ class PythonStdlibDocstrings(tfds.core.GeneratorBasedBuilder):
     root: pathlib.Path | None = None,
     **kwargs: Any,
   ):
-    """Args as `python_stdlib.source_files`, and those of TFDS builders."""
+    """Takes the arguments of `source_files` and of every TFDS builder."""
     self._sources = modules, root
     super().__init__(**kwargs)
 

@@ -1,0 +1,44 @@
+"""Where questions with several answers come from, one of them right.
+
+To add a source, write a file with its `ChoiceSourceOptions` and list them here.
+Not here: how a model is asked (`moe_jax.evaluation.choice`).
+"""
+
+from moe_jax.data.choices.choice_files import ChoiceFilesSource
+from moe_jax.data.choices.choice_tfds import ChoiceTfdsSource
+from moe_jax.data.choices.contract import (
+  ChoiceSourceOptions,
+  Item,
+  ItemSource,
+  SameSource,
+)
+from moe_jax.data.choices.docstring_choice import DocstringChoiceSource
+from moe_jax.options import Kinds
+
+CHOICE_SOURCES = Kinds(
+  'source of choices',
+  ChoiceSourceOptions,
+  {
+    'docstring_choice': DocstringChoiceSource,
+    'files': ChoiceFilesSource,
+    'tfds': ChoiceTfdsSource,
+  },
+)
+# Where the examples come from that stand before a question.
+SHOTS_SOURCES = Kinds(
+  'source of examples',
+  ChoiceSourceOptions,
+  {'same': SameSource, **CHOICE_SOURCES.builtin},
+)
+
+__all__ = [
+  'CHOICE_SOURCES',
+  'SHOTS_SOURCES',
+  'ChoiceFilesSource',
+  'ChoiceSourceOptions',
+  'ChoiceTfdsSource',
+  'DocstringChoiceSource',
+  'Item',
+  'ItemSource',
+  'SameSource',
+]

@@ -1,0 +1,64 @@
+"""Questions in files of the user's, a JSON object a line."""
+
+import dataclasses
+import json
+
+from moe_jax.data.choices.contract import (
+  ChoiceSourceOptions,
+  Item,
+  ItemSource,
+  check_item,
+)
+from moe_jax.data.sources import Selection
+from moe_jax.data.sources.files import matching
+from moe_jax.options import option
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceFilesSource(ChoiceSourceOptions):
+  """Lines of JSON with `prompt`, `answers` (a list) and `label` (an index).
+
+  Both splits are all lines: what is shown to a model has to be another
+  source's, else the model would be told the answers.
+  """
+
+  has_train_split = False
+
+  pattern: str = option(
+    dataclasses.MISSING,
+    "Path of the files, with '*' for any name and '**' for folders of any "
+    'depth.',
+  )
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """An item a line that is not empty.
+
+    Raises:
+      ValueError: No file matches, all are empty, or a line is no item.
+    """
+    del selection
+    paths = matching(self.pattern)
+    items = [
+      _of_line(line, f'{path}, line {number}')
+      for path in paths
+      for number, line in enumerate(
+        path.read_text(encoding='utf-8').split('\n'), 1
+      )
+      if line.strip()
+    ]
+    if not items:
+      raise ValueError(f'the {len(paths)} files of {self.pattern!r} are empty')
+    return ItemSource(
+      f'files:{self.pattern} ({len(items)} items)', lambda split: items
+    )
+
+
+def _of_line(line: str, where: str) -> Item:
+  try:
+    value = json.loads(line)
+  except ValueError as error:
+    raise ValueError(f'{where} is no JSON: {error}') from None
+  keys = set(Item._fields)
+  if not isinstance(value, dict) or not keys <= value.keys():
+    raise ValueError(f'{where} is no object with {sorted(keys)}')
+  return check_item(*(value[key] for key in Item._fields), where)

@@ -1,0 +1,96 @@
+"""What a source of questions is, each with several answers and one right.
+
+Not here: the sources, one a file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from moe_jax.data.sources import Selection
+from moe_jax.options import Options
+
+
+class Item(NamedTuple):
+  """A question.
+
+  Attributes:
+    prompt: Text that the model is given; not empty.
+    answers: Answers to choose from, at least two, none empty, all different.
+    label: Index of the right answer.
+  """
+
+  prompt: str
+  answers: tuple[str, ...]
+  label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemSource:
+  """Items of two splits.
+
+  Attributes:
+    name: Description of the source for people.
+    items: Function from a split to its items: those of 'train' are shown as
+      examples, those of 'validation' are judged. Either may be read item by
+      item.
+  """
+
+  name: str
+  items: Callable[[str], Sequence[Item]]
+
+
+class ChoiceSourceOptions(Options):
+  """Contract of a source of questions.
+
+  Attributes:
+    has_train_split: Whether the items of 'train' are others than those of
+      'validation', so that they can be shown without telling the answers.
+  """
+
+  has_train_split: ClassVar[bool] = True
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """The items of both splits.
+
+    Raises:
+      ValueError: The data is missing or bad.
+    """
+    raise NotImplementedError
+
+  def instead_of(self, judged: 'ChoiceSourceOptions') -> 'ChoiceSourceOptions':
+    """The source of examples, given the source of the items to be judged."""
+    del judged
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class SameSource(ChoiceSourceOptions):
+  """The source of the items to be judged, whose train split is shown."""
+
+  def instead_of(self, judged: ChoiceSourceOptions) -> ChoiceSourceOptions:
+    """The source of the items to be judged."""
+    return judged
+
+
+def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
+  """The item, if these are its fields.
+
+  Raises:
+    ValueError: A field is missing, empty or out of range, or answers are alike.
+  """
+  texts = [prompt, *answers] if isinstance(answers, list | tuple) else [None]
+  if not all(isinstance(text, str) and text for text in texts):
+    raise ValueError(
+      f'{where}: prompt={prompt!r} is to be a text and answers={answers!r} a '
+      'list of texts, none empty'
+    )
+  if len(answers) < 2 or len(set(answers)) < len(answers):
+    raise ValueError(
+      f'{where}: answers={answers!r} are to be two or more, and different'
+    )
+  if not isinstance(label, int) or not 0 <= label < len(answers):
+    raise ValueError(
+      f'{where}: label={label!r} is no index of {len(answers)} answers'
+    )
+  return Item(prompt, tuple(answers), int(label))
