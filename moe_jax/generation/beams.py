@@ -23,9 +23,9 @@ class Beams(NamedTuple):
   """The best sequences of each row, the best first.
 
   Attributes:
-    tokens: int32 [B, R, N], new ones; padding from each length on.
-    lengths: int32 [B, R], the stop token among them; 0 where fewer than R were
-      found.
+    tokens: int32 [B, R, N], the new tokens; padding from each length on.
+    lengths: int32 [B, R], the number of new tokens, the stop token among them;
+      0 where fewer than R sequences were found.
     scores: float32 [B, R], see `beam_search`; -inf where none was found.
   """
 
@@ -40,7 +40,7 @@ def beam_search(
   prompt: Sequence[Ids] | Ids,
   *,
   num_beams: int,
-  max_new_tokens: int = 64,
+  num_tokens: int = 64,
   num_return: int = 1,
   length_penalty: float = 1.0,
   start_id: int | None = None,
@@ -58,17 +58,20 @@ def beam_search(
   one might yet have been.
 
   Args:
-    model: As in `generate`, and so are all that are not listed here.
-    variables: Its parameters.
+    model: The model; see `generate`, also for what follows.
+    variables: Its variables, parameters under 'params'.
     prompt: Token ids.
-    num_beams: How many sequences are followed a row, at least 1.
-    max_new_tokens: N.
-    num_return: R, at most `num_beams`.
-    length_penalty: Above 0 favours long sequences, below short ones.
-    start_id: Of an encoder-decoder.
-    forced_ids: What every row emits first.
-    stop_ids: A sequence ends with any of these.
-    pad_id: Fills what is behind the end.
+    num_beams: The number of sequences that are followed for each row, at
+      least 1.
+    num_tokens: N, the number of new tokens at which every sequence ends.
+    num_return: R, the number of sequences returned for each row, at most
+      `num_beams`.
+    length_penalty: The exponent of a sequence's length; above 0 favours long
+      sequences, below 0 short ones.
+    start_id: The first id that an encoder-decoder's decoder is given.
+    forced_ids: The ids that every row emits first.
+    stop_ids: The ids of which any ends a sequence.
+    pad_id: The id that fills what is behind a sequence's end.
 
   Raises:
     ValueError: A number is out of range, or as in `generate`.
@@ -85,13 +88,11 @@ def beam_search(
     prompt,
     start_id=start_id,
     forced_ids=forced_ids,
-    max_new_tokens=max_new_tokens,
+    num_tokens=num_tokens,
   )
   P, n = prefix.tokens.shape[1], len(forced_ids)
-  cache = begin(model, variables, prefix, P - 1 + max_new_tokens - n)
-  search = first_search(
-    prefix.tokens[:, -1], forced_ids, num_beams, max_new_tokens
-  )
+  cache = begin(model, variables, prefix, P - 1 + num_tokens - n)
+  search = first_search(prefix.tokens[:, -1], forced_ids, num_beams, num_tokens)
   ended = _search(
     model,
     variables,
@@ -101,7 +102,7 @@ def beam_search(
     length_penalty=jnp.float32(length_penalty),
   )
   tokens, lengths, scores = fetch(ended)
-  behind = np.arange(max_new_tokens) >= lengths[..., None]
+  behind = np.arange(num_tokens) >= lengths[..., None]
   tokens = np.where(behind, np.int32(pad_id), tokens)
   found = tokens, lengths, scores
   return Beams(*(leaf[:, :num_return] for leaf in found))
@@ -111,9 +112,9 @@ class Running(NamedTuple):
   """Sequences that go on, the best first.
 
   Attributes:
-    tokens: int32 [B, W, N].
-    scores: float32 [B, W], log probabilities; -inf: there is none.
-    last: int32 [B, W], the token that is not in the cache.
+    tokens: int32 [B, W, N], the new tokens.
+    scores: float32 [B, W], log probabilities; -inf where there is none.
+    last: int32 [B, W], the last token, which is not in the cache.
   """
 
   tokens: Int32[Array, 'B W N']
@@ -125,9 +126,9 @@ class Ended(NamedTuple):
   """Sequences that have ended, the best first.
 
   Attributes:
-    tokens: int32 [B, W, N].
-    lengths: int32 [B, W].
-    scores: float32 [B, W], with the penalty; -inf: there is none.
+    tokens: int32 [B, W, N], the new tokens.
+    lengths: int32 [B, W], the number of new tokens.
+    scores: float32 [B, W], with the penalty; -inf where there is none.
   """
 
   tokens: Int32[Array, 'B W N']
@@ -139,10 +140,10 @@ class Search(NamedTuple):
   """What goes from step to step, beside the cache.
 
   Attributes:
-    step: int32 [], the new tokens of a running sequence.
+    step: int32 [], the number of new tokens of a running sequence.
     running: The beams.
     ended: The results so far.
-    open: bool [B], whether the row's search goes on.
+    open: bool [B], whether a row's search goes on.
   """
 
   step: Int[Array, '']

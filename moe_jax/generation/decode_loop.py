@@ -27,8 +27,10 @@ class Generation(NamedTuple):
   """New tokens, without the prompts.
 
   Attributes:
-    tokens: int32 [B, N]; padding from each row's length on.
-    lengths: int32 [B], the stop token that ended a row among them.
+    tokens: int32 [B, N], the new tokens of each row; padding from the row's
+      length on.
+    lengths: int32 [B], the number of new tokens of each row, the stop token
+      that ended it among them.
   """
 
   tokens: Int32[np.ndarray, 'B N']
@@ -45,7 +47,7 @@ def generate(
   variables: Variables,
   prompt: Sequence[Ids] | Ids,
   *,
-  max_new_tokens: int = 64,
+  num_tokens: int = 64,
   start_id: int | None = None,
   forced_ids: Sequence[int] = (),
   stop_ids: Sequence[int] = (),
@@ -61,9 +63,9 @@ def generate(
   """Continues prompts, or answers them, with an encoder-decoder.
 
   A row's tokens and draws depend on no other row, with one exception: where a
-  checkpoint's own capacity rule ('fixed', 'fraction') counts the whole batch
-  as a group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots,
-  as they do in transformers (there also with the padding behind a row that has
+  capacity that is part of an imported checkpoint counts the whole batch as a
+  group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots, as
+  they do in transformers (there also with the padding behind a row that has
   ended, which takes none here). All other models drop nothing, whatever they
   did in training.
 
@@ -71,22 +73,26 @@ def generate(
   are equally likely to seven digits may change places in another batch.
 
   Args:
-    model: As trained or imported; see `prepare`.
-    variables: Its parameters, under 'params'.
-    prompt: Token ids, a sequence a row, of any lengths; or one row's alone.
-      Of an encoder-decoder, what the encoder reads.
-    max_new_tokens: N, at which every row ends. Each N is a program of its own.
+    model: The model as trained or imported, or as `prepare` returns it.
+    variables: Its variables, parameters under 'params'.
+    prompt: Token ids, one sequence for each row, of any lengths; or those of a
+      single row. An encoder-decoder's encoder reads them.
+    num_tokens: N, the number of new tokens at which every row ends. Each N is
+      a program of its own.
     start_id: The first id that an encoder-decoder's decoder is given.
-    forced_ids: What every row emits first, whatever the model says; a target
-      language.
-    stop_ids: A row ends with any of these.
-    pad_id: Fills what is behind a row's end.
-    temperature: Divides the logits; 0.0 is greedy: the likeliest token.
-    top_k: Draws among that many likeliest tokens; 0: among all.
-    top_p: Draws among the likeliest tokens with this probability together.
-    seed: Of the draws. Of several, one a row, each row's tokens are those that
-      it has alone with its own seed.
-    num_beams: More than 1 is `beam_search`, whose best sequence is returned.
+    forced_ids: The ids that every row emits first, whatever the model says,
+      such as a target language.
+    stop_ids: The ids of which any ends a row.
+    pad_id: The id that fills what is behind a row's end.
+    temperature: The number that logits are divided by before a token is drawn;
+      0.0 takes the likeliest token.
+    top_k: The number of likeliest tokens that are drawn among; 0 is all.
+    top_p: The probability that the tokens which are drawn among, the
+      likeliest, have together.
+    seed: The seed of the draws. With several, one for each row, each row's
+      tokens are those that it has alone with its own seed.
+    num_beams: The number of beams; more than 1 is `beam_search`, whose best
+      sequence is returned.
     length_penalty: See `beam_search`.
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
       -1 for rows that have ended; a true answer ends the generation. Without
@@ -105,7 +111,7 @@ def generate(
       )
     beams = beam_search(
       model, variables, prompt, num_beams=num_beams,
-      max_new_tokens=max_new_tokens, start_id=start_id, forced_ids=forced_ids,
+      num_tokens=num_tokens, start_id=start_id, forced_ids=forced_ids,
       stop_ids=stop_ids, pad_id=pad_id, length_penalty=length_penalty,
     )  # fmt: skip
     return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
@@ -115,7 +121,7 @@ def generate(
     prompt,
     start_id=start_id,
     forced_ids=forced_ids,
-    max_new_tokens=max_new_tokens,
+    num_tokens=num_tokens,
   )
   rules = Rules(
     keys=row_keys(seed, len(prefix.tokens)),
@@ -123,20 +129,20 @@ def generate(
     sampler=sampler,
     pad_id=jnp.int32(pad_id),
   )
-  state = _start(model, variables, prefix, forced_ids, max_new_tokens, pad_id)
+  state = _start(model, variables, prefix, forced_ids, num_tokens, pad_id)
   run = functools.partial(_advance, model, variables, rules)
   state = _stream(run, state, on_token) if on_token else run(state, state.end)
   return Generation(*fetch((state.tokens, state.lengths)))
 
 
 class Rules(flax.struct.PyTreeNode):
-  """What holds for all steps.
+  """The arguments of every step.
 
   Attributes:
-    keys: [B], a key a row.
-    stop_ids: int32 [n].
+    keys: [B], the random key of each row.
+    stop_ids: int32 [n], the ids that end a row.
     sampler: How a token is chosen.
-    pad_id: int32 [].
+    pad_id: int32 [], the id behind a row's end.
   """
 
   keys: Leaf
@@ -149,12 +155,12 @@ class State(NamedTuple):
   """What goes from step to step.
 
   Attributes:
-    step: int32 [], how many new tokens every row has.
-    token: int32 [B], the last of each row, which is not in the cache.
-    ended: bool [B].
-    tokens: int32 [B, N].
-    lengths: int32 [B].
-    cache: Of all tokens but the last.
+    step: int32 [], the number of new tokens that every row has.
+    token: int32 [B], the last token of each row, which is not in the cache.
+    ended: bool [B], whether a row has ended.
+    tokens: int32 [B, N], the new tokens.
+    lengths: int32 [B], the number of new tokens of each row.
+    cache: The cache of all tokens but the last.
   """
 
   step: Int[Array, '']
@@ -226,7 +232,7 @@ def _advance(
 def _stream(
   run: Callable[[State, int], State], state: State, on_token: OnToken
 ) -> State:
-  """Runs step by step and says each; forced tokens come first."""
+  """Runs step by step and reports each token; forced tokens come first."""
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):

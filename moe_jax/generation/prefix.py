@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.models import EncoderDecoder, Model
+from moe_jax.models import Model
 from moe_jax.shapes import Bool, Int32, Leaf
 
 _LEAST_LENGTH = 8
@@ -21,9 +21,10 @@ class Prefix(NamedTuple):
   """The tokens before the first that the model chooses.
 
   Attributes:
-    tokens: int32 [B, P], of the decoder.
+    tokens: int32 [B, P], the tokens that the decoder reads.
     mask: bool [B, P], False at padding, which is in front; the last is True.
-    encoder_tokens: int32 [B, S]; None in a decoder-only model.
+    encoder_tokens: int32 [B, S], the tokens that the encoder reads; None in a
+      decoder-only model.
     encoder_mask: bool [B, S], False at padding, which is behind.
   """
 
@@ -39,16 +40,16 @@ def make_prefix(
   *,
   start_id: int | None,
   forced_ids: Sequence[int],
-  max_new_tokens: int,
+  num_tokens: int,
 ) -> Prefix:
   """Checks prompts and pads them.
 
   Args:
     model: A prepared model.
-    prompt: Token ids, a sequence a row, or one row's alone.
+    prompt: Token ids, one sequence for each row, or those of a single row.
     start_id: The first id that an encoder-decoder's decoder is given.
-    forced_ids: What every row emits first, whatever the model says.
-    max_new_tokens: N, `forced_ids` among them.
+    forced_ids: The ids that every row emits first, whatever the model says.
+    num_tokens: N, the number of new tokens, `forced_ids` among them.
 
   Raises:
     ValueError: There is no prompt, one is empty or has an id that the model
@@ -57,15 +58,15 @@ def make_prefix(
   """
   rows = _rows(prompt)
   forced = [int(i) for i in forced_ids]
-  if max_new_tokens <= len(forced):
+  if num_tokens <= len(forced):
     raise ValueError(
-      f'max_new_tokens={max_new_tokens} leaves none to choose after '
+      f'num_tokens={num_tokens} leaves none to choose after '
       f'{len(forced)} forced_ids'
     )
   given = [*rows, np.array([*forced, start_id or 0])]
-  _check_ids(given, model.config.vocab_size)
-  grows = max_new_tokens - len(forced)
-  if not isinstance(model, EncoderDecoder):
+  _check_ids(given, model.vocab_size)
+  grows = num_tokens - len(forced)
+  if not model.has_encoder:
     if start_id is not None:
       raise ValueError(
         f'start_id={start_id} for a decoder-only model, which begins with its '
@@ -120,14 +121,8 @@ def _check_ids(rows: Sequence[np.ndarray], vocab_size: int) -> None:
       raise ValueError(f'token {wrong[0]} not in [0, vocab_size={vocab_size})')
 
 
-def longest(model: Model) -> int | None:
-  """How many tokens a row may have; None where positions have no end."""
-  embedding = model.config.embedding
-  return embedding.max_len if embedding.positions == 'learned' else None
-
-
 def _check_length(model: Model, what: str, needed: int) -> None:
-  most = longest(model)
+  most = model.longest
   if most is not None and needed > most:
     raise ValueError(
       f'{what} of {needed} positions (new tokens included) > max_len={most} of '
@@ -137,19 +132,11 @@ def _check_length(model: Model, what: str, needed: int) -> None:
 
 def _length(model: Model, needed: int) -> int:
   """`needed`, rounded up where nothing but time depends on it."""
-  if _capacity_binds(model):
+  if model.capacity_binds:
     return needed
-  most = longest(model)
+  most = model.longest
   rounded = round_up(needed)
   return rounded if most is None else max(min(rounded, most), needed)
-
-
-def _capacity_binds(model: Model) -> bool:
-  return any(
-    stack.block.moe is not None
-    and stack.block.moe.router.capacity.rule != 'all'
-    for _, stack in model.config.stacks
-  )
 
 
 def round_up(length: int) -> int:

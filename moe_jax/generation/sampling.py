@@ -43,9 +43,10 @@ class Sampler(flax.struct.PyTreeNode):
   """How the next token is chosen; `make` checks the options.
 
   Attributes:
-    temperature: Divides the logits; None takes the largest.
-    top_p: See `keep_top_p`, after the temperature and top-k; None: all.
-    top_k: See `keep_top_k`; 0: all.
+    temperature: The number that logits are divided by; None takes the largest.
+    top_p: The p of `keep_top_p`, after the temperature and top-k; None keeps
+      all tokens.
+    top_k: The k of `keep_top_k`; 0 keeps all tokens.
   """
 
   temperature: Leaf | None = None
@@ -81,7 +82,7 @@ class Sampler(flax.struct.PyTreeNode):
   def __call__(
     self, logits: Float32[Array, 'B V'], keys: Key[Array, ' B']
   ) -> Int32[Array, ' B']:
-    """A token a row, drawn with the row's own key."""
+    """A token for each row, drawn with the row's own key."""
     if self.temperature is None:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / self.temperature
@@ -97,9 +98,9 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
   """A key a row, which the other rows have no part in.
 
   Args:
-    seed: Row r has key r of it. Of several, one a row, each row has key 0 of
-      its own: what it would have alone.
-    num_rows: B.
+    seed: One seed, of which row r has key r; or one for each row, which has
+      key 0 of its own, as it would have alone.
+    num_rows: B, the number of rows.
 
   Raises:
     ValueError: There are not as many seeds as rows.
@@ -118,5 +119,5 @@ def _row_keys(seed, num_rows):
 
 
 def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:
-  """Each row's key of one step."""
+  """The key of each row in one step."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

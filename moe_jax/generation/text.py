@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from moe_jax.data.tokenizers import Token, Tokenizer
 
-# What stands for bytes that are no character, or not yet one.
+# The character that stands for bytes that are no character, or not yet one.
 _UNKNOWN = '\ufffd'
-# A character of UTF-8 that lacks its last byte has at most so many.
+# A UTF-8 character that lacks its last byte has at most so many bytes.
 _MOST_BYTES = 3
 _CONTEXT = 16
 
@@ -19,7 +19,8 @@ class TextStream:
   again each time, and only what is new is said.
 
   Args:
-    tokenizer: Whose tokens they are. Ids that it does not know have no text.
+    tokenizer: The tokenizer that decodes. Ids that it does not know have no
+      text.
     context: The tokens before the first, whose text is known already.
   """
 
@@ -61,6 +62,6 @@ class TextStream:
 
 
 def _unfinished(text: str) -> int:
-  """How many characters at the end may yet become another one."""
+  """The number of characters at the end that may yet become another one."""
   tail = text[-_MOST_BYTES:]
   return len(tail) - len(tail.rstrip(_UNKNOWN))

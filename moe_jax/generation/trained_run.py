@@ -5,37 +5,43 @@ Not here: the command line (`moe_jax.generate`).
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import models
-from moe_jax.config import merge
+from moe_jax import models, sections
+from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.generation.prefix import longest
-from moe_jax.models import EncoderDecoder, LstmLm, Model
+from moe_jax.models import Model, ModelOptions
+from moe_jax.partitioning import ShardingOptions
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Int
 
-IMPORTED = 'huggingface'  # as `interop` names it
+IMPORTED = 'huggingface'  # the folder of an imported run's original files
 
 
 class Loaded(NamedTuple):
   """What a run's folder holds.
 
   Attributes:
-    config: As the run had it, with the vocabulary's size filled in.
-    model: Its model.
+    options: The options of its model, with what the data decides filled in.
+    data: The options of its data.
+    sharding: The options of how its arrays are split.
+    batch_size: The number of rows in a batch of the run.
+    model: The model.
     variables: Its parameters, under 'params', and `router_state` if it has it.
     tokenizer: Its tokenizer.
-    imported: Whether the model began elsewhere, as a Hugging Face checkpoint.
-    step: Of the checkpoint.
-    skipped: Newer checkpoints passed over, and why.
+    imported: Whether the model began as a checkpoint of Hugging Face.
+    step: The optimizer step of the checkpoint that was read.
+    skipped: Newer checkpoints that were passed over, each with the reason.
   """
 
-  config: ml_collections.ConfigDict
+  options: ModelOptions
+  data: DataOptions
+  sharding: ShardingOptions
+  batch_size: int
   model: Model
   variables: dict[str, Any]
   tokenizer: Tokenizer
@@ -50,6 +56,7 @@ def load(
   *,
   dtype: str = '',
   mesh: Mesh | None = None,
+  allow: Iterable[str] = (),
 ) -> Loaded:
   """The model of a run, at its newest good checkpoint.
 
@@ -57,47 +64,62 @@ def load(
 
   Args:
     workdir: The run's folder.
-    step: The checkpoint; None: the newest good one.
-    dtype: 'float32' or 'bfloat16', of parameters and products; '': the run's.
-      Routers stay float32.
-    mesh: Where the parameters go, by the run's own sharding table; None: the
-      first local device.
+    step: The optimizer step of the checkpoint; None is the newest good one.
+    dtype: 'float32' or 'bfloat16', of parameters and products; '' is the run's
+      own. Routers stay float32.
+    mesh: Where the parameters are put, by the run's own sharding table; None is
+      the first local device.
+    allow: Modules whose classes, named in the run's config, may be imported.
 
   Raises:
     ValueError: Something is missing from the folder, or does not fit the rest.
     CheckpointError: No checkpoint is good.
   """
-  config, tokenizer = workdir_lib.read(workdir)
-  if dtype:
-    types = {'dtype': dtype, 'param_dtype': dtype}
-    config = merge(config, {'model': types})
-  model = models.build(config)
-  found = workdir_lib.restore_variables(
-    workdir, model, config, mesh=mesh, step=step, cast=bool(dtype)
+  run = workdir_lib.read(workdir, allow)
+  options = with_dtype(run.model, dtype) if dtype else run.model
+  model = options.build(run.sharding.rules)
+  restored = workdir_lib.restore_variables(
+    workdir,
+    model,
+    run.data.seq_len,
+    run.sharding.rules,
+    mesh=mesh,
+    step=step,
+    cast=bool(dtype),
   )
   return Loaded(
-    config=config,
+    options=options,
+    data=run.data,
+    sharding=run.sharding,
+    batch_size=run.batch_size,
     model=model,
-    variables=found.state,
-    tokenizer=tokenizer,
+    variables=restored.state,
+    tokenizer=run.tokenizer,
     imported=is_imported(workdir),
-    step=found.step,
-    skipped=found.skipped,
+    step=restored.step,
+    skipped=restored.skipped,
   )
+
+
+def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
+  """The same model with parameters and products of another type."""
+  numerics = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
+  changed, _ = sections.overridden(models.MODELS, options, numerics, 'model.')
+  return changed
 
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:
-  """Whether a run's model began as a Hugging Face checkpoint."""
+  """Whether a run's model began as a checkpoint of Hugging Face."""
   return (pathlib.Path(workdir).expanduser() / IMPORTED).is_dir()
 
 
 def encode(
-  config: ml_collections.ConfigDict,
+  task: TaskOptions,
   tokenizer: Tokenizer,
   text: str,
   *,
   imported: bool = False,
-  **options: Any,
+  **arguments: Any,
 ) -> np.ndarray:
   """The ids of a prompt, int32 [N], as the run's model was trained on them.
 
@@ -105,37 +127,29 @@ def encode(
   tokens that a tokenizer puts around inputs; all others on inputs.
 
   Args:
-    config: The run's.
-    tokenizer: Its tokenizer.
+    task: The run's task.
+    tokenizer: The run's tokenizer.
     text: The prompt.
-    imported: See `Loaded`.
-    **options: Of `Tokenizer.encode_inputs`.
+    imported: Whether the model began as a checkpoint of Hugging Face.
+    **arguments: Arguments of `Tokenizer.encode_inputs`.
   """
-  if config.data.get('task', 'lm') == 'lm' and not imported:
+  if not task.makes_examples and not imported:
     return tokenizer.encode(text)
-  return tokenizer.encode_inputs(text, **options)
+  return tokenizer.encode_inputs(text, **arguments)
 
 
 def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:
-  """The text of new tokens; ids that only the model has are none."""
+  """The text of new tokens; ids that only the model has are left out."""
   return tokenizer.decode(ids[ids < tokenizer.vocab_size])
 
 
-def window(
-  config: ml_collections.ConfigDict, model: Model, *, imported: bool = False
-) -> int:
+def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
   """How far back a token looks when text outgrows the rows of training.
 
-  Where positions are distances (or none at all), text may go on for ever: a
-  token then sees as many as one at the end of a row did. 0: no bound, or none
-  that would help; what a model saw that began elsewhere is not known here. An
-  LSTM looks at its state alone, whatever the bound.
+  See `Model.window_beyond`; 0 also where the model was trained elsewhere, on
+  rows of a length that is not known here.
   """
-  relative = model.config.embedding.positions in ('none', 'relative', 'rotary')
-  others = isinstance(model, EncoderDecoder | LstmLm)
-  if imported or others or not relative:
-    return 0
-  return config.data.seq_len
+  return 0 if imported else model.window_beyond(data.seq_len)
 
 
 def fit(
@@ -144,12 +158,12 @@ def fit(
   """A prompt and a number of new tokens that learned positions have room for.
 
   New tokens go first; but a prompt keeps as many of its last tokens as fill
-  half of the room. Of an encoder-decoder, each half has all of it.
+  half of the room. In an encoder-decoder each half has all of the room.
   """
-  room = longest(model)
+  room = model.longest
   if room is None:
     return prompt, num_tokens
-  if isinstance(model, EncoderDecoder):
+  if model.has_encoder:
     return prompt[:room], min(num_tokens, room)
   kept = max(room // 2, room - num_tokens + 1, 1)
   prompt = prompt[-kept:]
@@ -163,15 +177,15 @@ def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     ValueError: The model is an encoder-decoder and the tokenizer has no id to
       start its decoder with.
   """
-  found: dict[str, Any] = {'stop_ids': tokenizer.eos_ids}
+  ids: dict[str, Any] = {'stop_ids': tokenizer.eos_ids}
   if tokenizer.pad_id is not None:
-    found['pad_id'] = tokenizer.pad_id
-  if isinstance(model, EncoderDecoder):
+    ids['pad_id'] = tokenizer.pad_id
+  if model.has_encoder:
     if tokenizer.start_id is None:
       raise ValueError(
         f'tokenizer {tokenizer.identity} has no id that starts a decoder'
       )
-    found['start_id'] = tokenizer.start_id
+    ids['start_id'] = tokenizer.start_id
     if tokenizer.forced_bos_id is not None:
-      found['forced_ids'] = (tokenizer.forced_bos_id,)
-  return found
+      ids['forced_ids'] = (tokenizer.forced_bos_id,)
+  return ids
