@@ -152,6 +152,8 @@ PRIVATE = ('jax.core', 'jax.interpreters', 'jax.lib', 'jaxlib')
 # The parser of Triton programs, for a jaxlib that lowers to them by itself.
 EXCEPTIONS = {'tests/kernels/test_pallas_gpu.py': 'jaxlib.triton.dialect'}
 
+PRIVATE_NAME = re.compile(r'_[a-z]', re.IGNORECASE).match
+
 
 def private_names(text: str) -> set[str]:
   """The names of other libraries in a source that a release may remove."""
@@ -195,6 +197,40 @@ def test_a_private_name_is_seen():
   assert not private_names('from jax.extend.core import Literal')
   assert not private_names('jax.__version_info__')
   assert not private_names('self._core')
+
+
+def private_to_the_project(text: str) -> set[str]:
+  """The names of the project's modules that only these should use."""
+  tree, modules, found = ast.parse(text), set(), set()
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.ImportFrom):
+      continue
+    if node.module.split('.')[0] in ('moe_jax', 'experiments', 'configs'):
+      modules |= {alias.asname or alias.name for alias in node.names}
+      found |= {alias.name for alias in node.names if PRIVATE_NAME(alias.name)}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and PRIVATE_NAME(node.attr):
+      name = ast.unparse(node)
+      if name.split('.')[0] in modules:
+        found.add(name)
+  return found
+
+
+def test_tests_use_public_names_alone():
+  found = {}
+  for path in sorted((ROOT / 'tests').rglob('*.py')):
+    if names := private_to_the_project(path.read_text(encoding='utf-8')):
+      found[str(path.relative_to(ROOT))] = names
+  assert not found
+
+
+def test_a_private_name_of_the_project_is_seen():
+  assert private_to_the_project('from moe_jax import a\na._b(1)') == {'a._b'}
+  assert private_to_the_project('from moe_jax import a\na.b._c(1)')
+  assert private_to_the_project('from moe_jax.a import _b') == {'_b'}
+  assert private_to_the_project('from moe_jax import a as d\nd._b') == {'d._b'}
+  assert not private_to_the_project('from moe_jax import a\nx._b, a.b')
+  assert not private_to_the_project('from moe_jax.a import __main__')
 
 
 def test_a_forbidden_import_is_seen():
