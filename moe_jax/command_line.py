@@ -8,14 +8,15 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax.config import flatten, unknown
+from moe_jax.options import unknown
+from moe_jax.sections import flatten
 
 # EX_TEMPFAIL: of a run that SIGTERM stopped, and that the same command ends.
 STOPPED = 75
@@ -25,6 +26,17 @@ def fail(text: str) -> NoReturn:
   """Prints the reason and ends the program with status 1."""
   print(f'moe_jax: {text}', file=sys.stderr)
   sys.exit(1)
+
+
+def say(lines: Iterable[str]) -> None:
+  """Prints lines; a reader that closes the pipe early is no error."""
+  try:
+    for line in lines:
+      print(line)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Python would report the pipe once more when it closes the stream.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def ignore_closed_loops() -> None:
@@ -43,7 +55,7 @@ def ignore_closed_loops() -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's parser for `app.run`; a wrong flag ends the program in one line."""
+  """Parses flags for `app.run`; a wrong one ends the program in a few lines."""
   try:
     _check_config(argv)
     return flags.FLAGS(argv)
@@ -63,7 +75,12 @@ def config_of(
   _check_config(argv)
   values = flags.FlagValues()
   found = config_flags.DEFINE_config_file(
-    'config', None, '', flag_values=values, sys_argv=argv
+    'config',
+    None,
+    '',
+    flag_values=values,
+    sys_argv=argv,
+    accept_new_attributes=True,
   )
   try:
     values(argv)
@@ -78,13 +95,24 @@ def _check_config(argv: Sequence[str]) -> None:
   spec = options.pop('config', None)
   if spec is None:
     return
-  known = flatten(load_config(spec))
+  config = load_config(spec)
+  known = flatten(config)
   for key in options:
     name = key.removeprefix('config.')
-    if name == key or name in known:
+    if name == key or name in known or _is_open(config, name):
       continue
-    # A whole section, or a new entry below an empty one, is no flag either.
     raise unknown('config key', name, _siblings(name, known))
+
+
+def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
+  """Whether `name` may be a new key: it stands in a section that is open."""
+  for part in name.split('.'):
+    if part not in config:
+      return not config.is_locked
+    config = config[part]
+    if not isinstance(config, ml_collections.ConfigDict):
+      return False
+  return False  # a whole section is no flag
 
 
 def _options(argv: Sequence[str]):

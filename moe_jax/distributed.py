@@ -23,50 +23,42 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import Section, to_dataclass
 from moe_jax.launcher import launcher
+from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
 
 # Of a network file system's directory listings, a few times over.
-_SHARED_SECONDS = 30.0
+SHARED_SECONDS = 30.0
 # JAX's own heartbeats are for when nobody watches: its beats are half of their
 # timeout apart, so it may act that much earlier, and with less to say.
 _BEHIND = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Timeouts:
-  """`config.distributed`, in seconds.
+class Timeouts(Options):
+  """The section 'distributed' of a config."""
 
-  Attributes:
-    heartbeat_timeout_seconds: After which a process that does not answer is
-      taken for dead, and all the others end. JAX's own timeout is three times
-      as long; it alone counts until the run is being set up.
-    initialization_timeout_seconds: In which all processes must have started.
-    stall_timeout_seconds: After which all processes end if none got further:
-      longer than the preparation of the data, a step with its compilation, an
-      evaluation or a save. 0: they wait for ever.
-  """
-
-  heartbeat_timeout_seconds: int = 100
-  initialization_timeout_seconds: int = 300
-  stall_timeout_seconds: int = 900
-
-  def __post_init__(self):
-    for name in ('heartbeat_timeout_seconds', 'initialization_timeout_seconds'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'distributed.{name}={getattr(self, name)} must be at least 1'
-        )
-    if self.stall_timeout_seconds < 0:
-      raise ValueError(
-        f'distributed.stall_timeout_seconds={self.stall_timeout_seconds} must '
-        'not be negative'
-      )
+  initialization_timeout_seconds: int = option(
+    300, 'Seconds in which all processes must have started.', at_least(1)
+  )
+  heartbeat_timeout_seconds: int = option(
+    100,
+    'Seconds after which a process that does not answer is taken for dead, and '
+    "all the others end. JAX's own timeout is three times as long; it alone "
+    'counts until the run is being set up.',
+    at_least(1),
+  )
+  stall_timeout_seconds: int = option(
+    900,
+    'Seconds after which all processes end if none got further; it must be '
+    'longer than the preparation of the data, a step with its compilation, an '
+    'evaluation or a save. With 0 they wait for ever.',
+    at_least(0),
+  )
 
 
 def start(
-  timeouts: Section,
+  timeouts: Timeouts,
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
@@ -78,7 +70,7 @@ def start(
   are not there in time, this process says so and ends with status 1.
 
   Args:
-    timeouts: `config.distributed`.
+    timeouts: How long to wait for the others.
     coordinator: 'host:port' of process 0, which listens there.
     num_processes: How many there are.
     process_id: Which of them this is, from 0.
@@ -89,13 +81,12 @@ def start(
   Raises:
     ValueError: Some arguments are missing or out of range.
   """
-  limits = to_dataclass(Timeouts, timeouts)
   given = _checked(coordinator, num_processes, process_id)
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
   if num_processes == 1 or (given is None and launcher() is None):
     return False
-  seconds = limits.initialization_timeout_seconds
+  seconds = timeouts.initialization_timeout_seconds
   who = f'process {process_id} of {num_processes}' if given else launcher()
   where = coordinator or 'the coordinator that JAX found'
   # JAX would abort, with a stack trace.
@@ -113,8 +104,8 @@ def start(
     jax.distributed.initialize(
       **given or {},
       initialization_timeout=2 * seconds,
-      heartbeat_timeout_seconds=_BEHIND * limits.heartbeat_timeout_seconds,
-      shutdown_timeout_seconds=limits.heartbeat_timeout_seconds,
+      heartbeat_timeout_seconds=_BEHIND * timeouts.heartbeat_timeout_seconds,
+      shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
   finally:
     alarm.cancel()
@@ -287,7 +278,7 @@ def check_shared(folder: pathlib.Path) -> None:
     path.touch()
   began = time.monotonic()
   while not path.exists():
-    if time.monotonic() - began > _SHARED_SECONDS:
+    if time.monotonic() - began > SHARED_SECONDS:
       raise ValueError(
         f'process {jax.process_index()} does not see what process 0 writes to '
         f'{folder}: --workdir must be on storage that all processes share'

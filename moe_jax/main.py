@@ -3,6 +3,10 @@
     python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
+    python -m moe_jax.main --config=configs/tiny_switch.py --describe
+
+The last one trains nothing: it prints every key of the config with its value,
+its default and what it means.
 
 As one of several processes, started alike on every host: the environment tells
 which (SLURM, Open MPI, TPU pods, GKE), or flags do:
@@ -15,11 +19,12 @@ Kept short: everything here can be called from a notebook.
 """
 
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import command_line, distributed, evaluation, finetuning, host
+from moe_jax import command_line, distributed, finetuning, host, run_config
 from moe_jax.data import DataError
 from moe_jax.hooks import default_hooks
 from moe_jax.runs.checkpointer import CheckpointError
@@ -27,7 +32,10 @@ from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training.loop import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A file of configs/, with overrides: --config.seed=1.'
+  'config',
+  None,
+  'A file of configs/, with overrides: --config.seed=1.',
+  accept_new_attributes=True,  # of open sections; others are looked up before
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints, metrics and reports go.'
@@ -38,6 +46,9 @@ _RESUME = flags.DEFINE_bool(
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where in the code an error came from.'
 )
+_DESCRIBE = flags.DEFINE_bool(
+  'describe', False, 'Print every key of the config, and train nothing.'
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'Of several processes: host:port of process 0.'
 )
@@ -47,7 +58,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   'process_id', None, 'Which of them this is, from 0.'
 )
-flags.mark_flags_as_required(['config', 'workdir'])
+flags.mark_flags_as_required(['config'])
 
 
 def main(argv: list[str]) -> None:
@@ -57,10 +68,19 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
   command_line.ignore_closed_loops()
+  if _DESCRIBE.value:
+    command_line.say(run_config.describe(_CONFIG.value))
+    return
+  if not _WORKDIR.value:
+    command_line.fail('--workdir is missing: the folder that the run goes to')
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  spec = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    with distributed.joined(_CONFIG.value.distributed, *processes):
-      ended = _train()
+    options, ignored = run_config.settled(
+      command_line.load_config(spec), _CONFIG.value
+    )
+    with distributed.joined(options.distributed, *processes):
+      ended = _train(options, ignored)
   except ValueError as error:  # flags that do not fit together
     if _TRACEBACK.value:
       raise
@@ -69,18 +89,20 @@ def main(argv: list[str]) -> None:
     sys.exit(command_line.STOPPED)
 
 
-def _train() -> bool:
+def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   """Whether no step is left."""
+  if distributed.is_first():
+    for name, value in ignored.items():
+      print(f'{name}={value!r} has no effect with these flags; ignored')
   try:
     state = train_and_evaluate(
-      _CONFIG.value,
+      options,
       _WORKDIR.value,
       hooks=default_hooks(),
-      kinds=evaluation.KINDS,
       initial=finetuning.initial,
       resume=_RESUME.value,
     )
-    return int(state.step) >= _CONFIG.value.total_steps
+    return int(state.step) >= options.total_steps
   except (
     CheckpointError,
     DataError,

@@ -115,6 +115,9 @@ def anything(reason: str) -> Check:
   return Check(reason, lambda value: True)
 
 
+# The rule that a text, or anything with a length, is not empty.
+NOT_EMPTY = Check('must be given', bool)
+
 # Values of other options of the same dataclass under which an option has an
 # effect: {'policy': ('threshold',)}, or {'num_experts': at_least(1)}.
 When = Mapping[str, tuple[Any, ...] | Check]
@@ -409,7 +412,7 @@ def no_effect(name: str, value: Any, why: str) -> str:
 def needs(when: When, prefix: str = '') -> str:
   """Why an option has no effect, in words that follow 'has no effect'."""
   parts = (
-    f'{prefix}{other} {allowed.rule}'
+    f'{prefix}{other} {allowed.rule.replace("must be", "is")}'
     if isinstance(allowed, Check)
     else f'{prefix}{other} in {list(allowed)}'
     for other, allowed in when.items()

@@ -1,123 +1,85 @@
-"""Where arrays live: a mesh from the config, logical axes from a table.
+"""Where arrays live: logical axes of their dimensions, split by a table.
 
 Data, fully sharded, expert and tensor parallelism are rows of that table.
-Not here: the exchange of tokens between experts' devices.
+Not here: the mesh itself (`device_mesh.py`), and the exchange of tokens between
+the devices of experts (`parallel/exchange.py`).
 """
 
-import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import Section, unknown
+from moe_jax.device_mesh import MESH_AXES, MeshOptions, make_mesh
+from moe_jax.options import Options, option, unknown, unknown_text
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
-DCN = 'dcn_'  # before an axis: how many slices it spans
-Rules = Mapping[str, tuple[str, ...]]
+__all__ = [
+  'MESH_AXES',
+  'MeshOptions',
+  'Rules',
+  'ShardingOptions',
+  'like_params',
+  'make_mesh',
+  'make_rules',
+  'on_each_device',
+  'path_name',
+  'row_parts',
+  'sharding',
+  'spread',
+  'stated',
+  'tree_shardings',
+]
 
-
-def make_mesh(
-  sizes: Section, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-  """A mesh of `MESH_AXES`; one size may be -1, which takes what is left.
-
-  `dcn_data=2` makes the axis span two slices, whose network is slower than
-  that within one: the axis has 2 * `data` devices, those of a slice next to
-  each other. Slices are the devices' own (of a TPU pod, or the processes of a
-  GPU cluster); devices of one slice are cut into as many as are asked for.
-
-  Raises:
-    ValueError: An axis is unknown, a size is neither positive nor -1, two
-      are -1, or their product is not the number of devices or of slices; or
-      TPUs are in several slices and no dcn_ size says so.
-  """
-  devices = jax.devices() if devices is None else list(devices)
-  known = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
-  for name in sizes:
-    if name not in known:
-      raise unknown('mesh axis', name, known)
-  across = [sizes.get(DCN + name, 1) for name in MESH_AXES]
-  if min(across) < 1:
-    raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
-  shape = _filled(sizes, len(devices), math.prod(across))
-  if math.prod(across) > 1:
-    grid = _across(across, shape, devices)
-  elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
-    raise ValueError(
-      f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
-      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))} or more '
-      f'of the {DCN} sizes'
-    )
-  else:
-    grid = _within(shape, devices)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+# The sharding table: each logical axis with its mesh axes. It is hashable, as
+# modules that hold it have to be.
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def _filled(sizes, count: int, slices: int) -> list[int]:
-  """The sizes within a slice, -1 filled in."""
-  shape = [sizes.get(name, 1) for name in MESH_AXES]
-  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-    raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
-  known = math.prod(size for size in shape if size != -1)
-  if -1 in shape:
-    shape[shape.index(-1)] = count // slices // known
-  if math.prod(shape) * slices != count:
-    given = {name: size for name, size in sizes.items() if size != 1}
-    hint = '' if -1 in given.values() else '; -1 takes what is left of them'
-    raise ValueError(
-      f'mesh={given}: the sizes given multiply to {known * slices}, which does '
-      f'not fit {count} devices{hint}'
-    )
-  return shape
-
-
-def _within(shape, devices) -> np.ndarray:
-  try:
-    # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
-    return mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
-  except NotImplementedError as error:
-    sizes = dict(zip(MESH_AXES, shape))
-    raise ValueError(
-      f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
-      f'{str(error).splitlines()[0]}'
-    ) from error
-
-
-def _across(across, shape, devices) -> np.ndarray:
-  """The devices of a mesh over slices, those of each next to each other."""
-  by_slice = _slices(devices)
-  if len(by_slice) == 1:
-    by_slice = np.split(np.asarray(devices), math.prod(across))
-  elif len(by_slice) != math.prod(across):
-    raise ValueError(
-      f'{DCN} sizes {dict(zip(MESH_AXES, across))} multiply to '
-      f'{math.prod(across)}, and the devices are in {len(by_slice)} slices'
-    )
-  inside = [_within(shape, list(part)) for part in by_slice]
-  # [across..., within...] -> each axis' slices before its own devices.
-  grid = np.stack(inside).reshape(*across, *shape)
-  n = len(shape)
-  grid = grid.transpose(
-    [i for pair in zip(range(n), range(n, 2 * n)) for i in pair]
+def _mesh_axes(what: str, default: str) -> str:
+  return option(
+    default,
+    f'Mesh axes, separated by commas, over which {what} is split; with an '
+    'empty string it stays whole.',
   )
-  return grid.reshape([a * b for a, b in zip(across, shape)])
 
 
-def _slices(devices) -> list[list]:
-  """The devices by what their network is fast within."""
-  found = collections.defaultdict(list)
-  for device in devices:
-    own = getattr(device, 'slice_index', None)
-    found[device.process_index if own is None else own].append(device)
-  return [found[key] for key in sorted(found)]
+@dataclasses.dataclass(frozen=True)
+class ShardingOptions(Options):
+  """The mesh axes over which each logical axis of an array is split."""
+
+  batch: str = _mesh_axes('the batch of sequences', 'data,fsdp,expert')
+  embed: str = _mesh_axes('the width of the model in its parameters', 'fsdp')
+  mlp: str = _mesh_axes('the hidden width of feed-forward layers', 'tensor')
+  heads: str = _mesh_axes('the dimension of query heads', 'tensor')
+  kv_heads: str = _mesh_axes('the dimension of heads of keys and values', '')
+  kv: str = _mesh_axes('the width of a head', '')
+  vocab: str = _mesh_axes('the vocabulary', 'tensor')
+  expert: str = _mesh_axes('the dimension of experts', 'expert')
+  expert_mlp: str = _mesh_axes('the hidden width of experts', 'tensor')
+  expert_choice: str = _mesh_axes(
+    'the dimension of router outputs, one for each expert,', ''
+  )
+  layers: str = _mesh_axes('the dimension of stacked layers', '')
+  positions: str = _mesh_axes('the table of learned positions', '')
+  buckets: str = _mesh_axes('the table of relative positions', '')
+
+  def problems(self):
+    """Each name is that of a mesh axis."""
+    for logical, axes in dataclasses.asdict(self).items():
+      for name in _named(axes):
+        if name not in MESH_AXES:
+          yield f'{logical}={axes!r}: ' + unknown_text(
+            'mesh axis', name, MESH_AXES
+          )
+
+  @property
+  def rules(self) -> Rules:
+    """The table that modules and shardings are made from."""
+    return make_rules(dataclasses.asdict(self))
 
 
 def spread(x: jax.Array) -> dict[str, int]:
@@ -187,16 +149,23 @@ def on_each_device(
   )(*split, *whole)
 
 
-def make_rules(table: Section) -> Rules:
+def make_rules(table: Mapping[str, str]) -> Rules:
   """Parses `{'batch': 'data,fsdp', 'kv': ''}` into tuples of mesh axes."""
-  rules = {}
-  for logical, mesh_axes in table.items():
-    names = tuple(name.strip() for name in mesh_axes.split(',') if name.strip())
+  rules = {logical: _named(axes) for logical, axes in table.items()}
+  for logical, names in rules.items():
     for name in names:
       if name not in MESH_AXES:
         raise unknown(f'mesh axis in sharding.{logical}', name, MESH_AXES)
-    rules[logical] = names
-  return rules
+  return tuple(rules.items())
+
+
+def _named(axes: str) -> tuple[str, ...]:
+  return tuple(name.strip() for name in axes.split(',') if name.strip())
+
+
+def row_parts(mesh: Mesh, rules: Rules) -> int:
+  """The number of parts that the rows of a batch are split into."""
+  return math.prod(mesh.shape[axis] for axis in dict(rules)['batch'])
 
 
 def sharding(
@@ -212,12 +181,12 @@ def sharding(
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or
       a dimension does not divide by its mesh axes.
   """
-  spec, used = [], {}
+  spec, used, table = [], {}, dict(rules)
   for i, axis in enumerate(axes):
-    if axis is not None and axis not in rules:
-      raise unknown(f'logical axis of {name}', axis, rules)
+    if axis is not None and axis not in table:
+      raise unknown(f'logical axis of {name}', axis, table)
     places = tuple(
-      place for place in rules.get(axis, ()) if mesh.shape[place] > 1
+      place for place in table.get(axis, ()) if mesh.shape[place] > 1
     )
     for place in places:
       if place in used:

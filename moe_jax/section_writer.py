@@ -29,9 +29,14 @@ def section(options: type[Options] | Options) -> ConfigDict:
   It is locked against new keys, except where it is open: entries by name,
   mappings, and `custom`.
   """
-  config = ConfigDict(_section(options))
+  cls = options if isinstance(options, type) else type(options)
+  return lock(cls, ConfigDict(_section(options)))
+
+
+def lock(cls: type[Options], config: ConfigDict) -> ConfigDict:
+  """The same section, locked but for what is open: see `section`."""
   config.lock()
-  _unlock_open(options if isinstance(options, type) else type(options), config)
+  _unlock_open(cls, config)
   return config
 
 

@@ -14,7 +14,7 @@ import ml_collections
 
 from moe_jax.options import Kinds, OptionError, Options, unknown_text
 from moe_jax.section_reader import Leaf, Reader, Section, plain
-from moe_jax.section_writer import choice_section, section
+from moe_jax.section_writer import choice_section, lock, section
 
 __all__ = [
   'ConfigDict',
@@ -23,6 +23,7 @@ __all__ = [
   'difference',
   'flatten',
   'leaves',
+  'lock',
   'merge',
   'overridden',
   'read',

@@ -3,14 +3,40 @@
 Not here: a step's time by part of the model (`analysis.explain_cost`).
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from moe_jax.options import Options, at_least, option
+
 FOLDER = 'profile'
 STEP_NAME = 'train'
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileOptions(Options):
+  """The section 'profile' of a config."""
+
+  start_step: int = option(
+    10,
+    'First optimizer step that is traced, counted from 1.',
+    at_least(1),
+    when={'num_steps': at_least(1)},
+  )
+  num_steps: int = option(
+    0,
+    'Number of optimizer steps that are traced, into the folder `profile` of '
+    'the workdir; 0 traces none.',
+    at_least(0),
+  )
+  all_processes: bool = option(
+    False,
+    'Whether every process writes a trace, or process 0 alone.',
+    when={'num_steps': at_least(1)},
+  )
 
 
 class Profiler:

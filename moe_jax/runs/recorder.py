@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import ml_collections
-
 from moe_jax import data
 from moe_jax.distributed import is_first
 from moe_jax.models import Model
@@ -27,12 +25,35 @@ class NonFiniteError(RuntimeError):
   """The loss or the gradient is not finite, and no more may be left out."""
 
 
+class RecordedData(Protocol):
+  """What the recorder reads of the section 'data'."""
+
+  seq_len: int
+
+
+class RecordedCheckpoint(Protocol):
+  """What the recorder reads of the section 'checkpoint'."""
+
+  best_eval: str
+
+
+class RecordedOptions(Protocol):
+  """What the recorder reads of a run's options."""
+
+  total_steps: int
+  batch_size: int
+  log_every_steps: int
+  max_nonfinite_steps: int
+  data: RecordedData
+  checkpoint: RecordedCheckpoint
+
+
 @runtime_checkable
 class RecordedRun(Protocol):
   """What the recorder reads of a run, which is `moe_jax.training.setup.Run`.
 
   Attributes:
-    config: The run's config.
+    options: The run's options.
     workdir: The run's folder.
     dataset: The run's data; it says what is counted, and a loss's unit.
     model: The model that is trained.
@@ -40,7 +61,7 @@ class RecordedRun(Protocol):
     message: Prints a line; the progress display puts itself in its place.
   """
 
-  config: ml_collections.ConfigDict
+  options: RecordedOptions
   workdir: pathlib.Path
   dataset: data.Dataset
   model: Model
@@ -79,7 +100,7 @@ class Recorder:
       )
       self._progress = self._stack.enter_context(
         Progress(
-          run.config.total_steps,
+          run.options.total_steps,
           self._start,
           counted=run.dataset.counted,
           loss_unit=run.dataset.loss_unit,
@@ -96,7 +117,7 @@ class Recorder:
     """Takes step's metrics, and reads those of the step before.
 
     A step before whose loss or gradient norm is not finite has its batch kept.
-    It was left out of the state if any may be (`config.max_nonfinite_steps`),
+    It was left out of the state if any may be (`options.max_nonfinite_steps`),
     and is left out of the averages.
 
     Raises:
@@ -134,7 +155,7 @@ class Recorder:
 
   def best_metric(self, step: int) -> dict[str, float] | None:
     """The loss the best checkpoint is chosen by, if taken at this step."""
-    name = self._run.config.checkpoint.best_eval
+    name = self._run.options.checkpoint.best_eval
     losses = self._eval_losses.get(step, {})
     return {name: losses[name]} if name in losses else None
 
@@ -159,17 +180,17 @@ class Recorder:
     else:
       self._steps += 1
       self._tokens += (
-        self._run.config.batch_size * self._run.config.data.seq_len
+        self._run.options.batch_size * self._run.options.data.seq_len
       )
-    total = self._run.config.total_steps
-    due = step % self._run.config.log_every_steps == 0 or step == total
+    total = self._run.options.total_steps
+    due = step % self._run.options.log_every_steps == 0 or step == total
     if due and self._sums is not None:
       self._row(step, loss, grad_norm, float(metrics.learning_rate))
 
   def _skip(self, step, loss, grad_norm, sums, batch) -> None:
     """Keeps the batch, and raises if this step is one too many."""
     path = nonfinite.keep(self._run.workdir, step, batch)
-    most = self._run.config.max_nonfinite_steps
+    most = self._run.options.max_nonfinite_steps
     if self._skipped >= most:
       raise NonFiniteError(self._describe(step, loss, grad_norm, sums, path))
     self._skipped += 1
@@ -182,7 +203,7 @@ class Recorder:
     now = time.perf_counter()
     seconds = max(now - self._clock, 1e-9)
     values = summary.summarize(self._sums)
-    drops = self._run.model.config.moe is not None  # or could
+    drops = bool(self._run.model.sparse_layers)  # or could
     speed = self._tokens / seconds
     row = {
       **values,

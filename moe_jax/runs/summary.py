@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.distributed import fetch
 from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import drop_rate
 from moe_jax.training_types import LossSums
 
 
@@ -27,13 +28,14 @@ def sparse_layers(sums: LossSums) -> list[int]:
 
 
 def summarize(sums: LossSums) -> dict[str, Any]:
-  """`loss` (nats per token), `drop_rate`, and `layer_<i>/...` of each router.
+  """A row of `loss`, `drop_rate`, and `layer_<i>/...` of each router.
 
-  Rates are fractions of the assignments of real tokens; `load` is the
-  fraction of assignments each expert was chosen for, before drops.
+  The loss is in nats per token. The drop rate is that of
+  `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
+  assignments each expert was chosen for, before drops.
 
   Args:
-    sums: As `host` gives them.
+    sums: Sums as `host` gives them.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i) for i in sparse_layers(sums)}
@@ -50,15 +52,16 @@ def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   stats = aux.stats
   tokens, K = stats.tokens, len(stats.overflowed)
+  by_rank, in_all = drop_rate(stats)
   values = {
-    'drop_rate': float(stats.overflowed.sum() / (tokens * K)),
+    'drop_rate': float(in_all),
     **load_summary(stats.load),
     'entropy': float(stats.entropy / tokens),
     'router_logit_rms': float(np.sqrt(stats.logit_square / tokens)),
   }
   if K > 1:
     for k in range(K):
-      values[f'drop_rate_choice_{k + 1}'] = float(stats.overflowed[k] / tokens)
+      values[f'drop_rate_choice_{k + 1}'] = float(by_rank[k])
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
     values[name] = float(getattr(aux, name) / tokens)

@@ -7,6 +7,7 @@ Not here: what a run is (`setup.py`), and what parameters are given
 from collections.abc import Callable
 from typing import Any
 
+from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
@@ -26,8 +27,8 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   refused changes nothing.
 
   Args:
-    run: As `set_up` made it.
-    initial: Asked where there is no checkpoint.
+    run: The run, as `set_up` made it.
+    initial: Gives the parameters where there is no checkpoint.
 
   Raises:
     ValueError: The checkpoint was made on other data, or for another model; or
@@ -49,7 +50,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if restored is None:
     given = _given(run, initial)
   if is_first():
-    workdir_lib.claim(run.workdir, run.given)
+    config = sections.section(run.given)
+    workdir_lib.claim(run.workdir, config)
+    workdir_lib.record_plugins(run.workdir, config)
     run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
   check_shared(run.workdir)
   if given is not None:
@@ -75,9 +78,9 @@ def _given(
 ) -> tuple[dict[str, Any], str] | None:
   if initial is not None:
     return initial(run)
-  if run.config.init_from.workdir:
+  if folder := run.options.init_from.workdir:
     raise ValueError(
-      f'init_from.workdir={run.config.init_from.workdir!r} and nobody to read '
-      'it; pass initial=moe_jax.finetuning.initial'
+      f'init_from.workdir={folder!r} and nobody to read it; pass '
+      'initial=moe_jax.finetuning.initial'
     )
   return None

@@ -1,8 +1,8 @@
 """Evaluations by name, each with its period and its own model overrides.
 
-The kind 'loss' is here. Others come from above as functions by name, `Kind`:
-they look at an entry's keys before anything compiles, and give back what
-measures. Not here: those kinds (`moe_jax.evaluation`).
+The contract of their kinds is here, and the kind 'loss'. Not here: kinds that
+generate or choose (`moe_jax.evaluation`), and how the entries of a config are
+made ready (`evaluation_entries.py`).
 """
 
 import dataclasses
@@ -12,47 +12,108 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
+import numpy as np
 
-from moe_jax import data, models
-from moe_jax.config import merge, to_dataclass, unknown
+from moe_jax.data import DataOptions, Dataset, Rows, eval_batches
 from moe_jax.distributed import Placing
-from moe_jax.models import Model, abstract_params
+from moe_jax.models import Model
+from moe_jax.options import Options, at_least, option
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row
 from moe_jax.training.step import eval_step
 from moe_jax.training_types import LossSums, add
 
-# Keys that entries of every kind have; the others are the kind's options.
-COMMON = ('kind', 'every_steps', 'model_overrides')
+Variables = dict[str, Any]  # 'params', and 'router_state' if there is any
+Measure = Callable[[Variables, int], Row]  # (variables, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What an entry of `config.evals` is about.
+  """What an evaluation may know of the run that it belongs to.
 
   Attributes:
-    name: Its key.
-    options: Its keys but for `COMMON`.
-    config: The run's, with the entry's overrides.
+    name: The name of the entry of `config.evals`.
     model: The training model with the entry's overrides.
-    dataset: The run's.
+    dataset: The run's data.
+    data: The options that the dataset was loaded by.
+    batch_size: Number of rows in a global batch.
     workdir: The run's folder, which need not exist yet.
-    put: Moves batches of numpy arrays of `config.batch_size` rows to devices.
+    put: Moves batches of numpy arrays of `batch_size` rows to the devices.
   """
 
   name: str
-  options: dict[str, Any]
-  config: ml_collections.ConfigDict
   model: Model
-  dataset: data.Dataset
+  dataset: Dataset
+  data: DataOptions
+  batch_size: int
   workdir: pathlib.Path
   put: Placing
 
 
-Variables = dict[str, Any]  # 'params', and 'router_state' if there is any
-Measure = Callable[[Variables, int], Row]  # (variables, step)
-Kind = Callable[[Setting], Measure]
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions(Options):
+  """The contract of kinds of evaluation.
+
+  A subclass overrides `measure`.
+  """
+
+  every_steps: int = option(
+    0,
+    'Number of optimizer steps between two measurements; the evaluation also '
+    'runs at the end of the run. With 0 it runs then alone.',
+    at_least(0),
+  )
+  model_overrides: Mapping[str, Any] = option(
+    {},
+    'Keys of the section `model`, nested, with the values that they have in '
+    'this evaluation. They may change no parameter.',
+  )
+
+  def measure(self, setting: Setting) -> Measure:
+    """Returns what measures, as a function of variables and step.
+
+    Its row has a number, or a flat list of numbers, for each name. Where two
+    entries return equal functions, one measurement serves both.
+
+    Raises:
+      ValueError: The run lacks what the evaluation needs.
+    """
+    raise NotImplementedError
+
+  def shrunk(self) -> 'EvaluationOptions':
+    """The same evaluation after two steps."""
+    return dataclasses.replace(self, every_steps=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEvaluation(EvaluationOptions):
+  """The kind 'loss': the validation loss, with what routers did."""
+
+  every_steps: int = option(
+    500,
+    'Number of optimizer steps between two measurements; the evaluation also '
+    'runs at the end of the run. With 0 it runs then alone.',
+    at_least(0),
+  )
+  num_batches: int = option(
+    0,
+    'Number of batches, spread over the validation split; 0 takes all of it.',
+    at_least(0),
+  )
+
+  def measure(self, setting: Setting) -> 'Losses':
+    """Returns what measures the loss of the validation split."""
+    return Losses(
+      model=setting.model,
+      num_batches=self.num_batches,
+      batch_size=setting.batch_size,
+      rows=setting.dataset.splits['validation'],
+      put=setting.put,
+    )
+
+  def shrunk(self) -> 'LossEvaluation':
+    """The same evaluation on one batch."""
+    return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +121,9 @@ class Evaluation:
   """One entry of `config.evals`, ready to run.
 
   Attributes:
-    name: Its key.
-    every_steps: Its period; 0 is at the end only.
-    measure: (variables, step) -> its row.
+    name: The name of the entry.
+    every_steps: Its period; with 0 it runs at the end alone.
+    measure: Makes its row of variables and a step.
   """
 
   name: str
@@ -74,123 +135,50 @@ class Evaluation:
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
-def make_evaluations(
-  config: ml_collections.ConfigDict,
-  model: Model,
-  *,
-  dataset: data.Dataset,
-  workdir: pathlib.Path,
-  put: Placing,
-  kinds: Mapping[str, Kind],
-) -> list[Evaluation]:
-  """All entries of `config.evals`, models built.
-
-  Args:
-    config: The run's, with the vocabulary's size filled in.
-    model: The training model.
-    dataset: The run's.
-    workdir: The run's folder.
-    put: See `Setting`.
-    kinds: Beside 'loss'.
-
-  Raises:
-    ValueError: As `changed_models` or the kind; said with the entry's name.
-  """
-  changed = changed_models(config, model)
-  kinds = {'loss': loss, **kinds}
-  evaluations = []
-  for name, entry in config.evals.items():
-    setting = Setting(
-      name=name,
-      options={key: entry[key] for key in entry if key not in COMMON},
-      config=_overridden(config, entry),
-      model=changed[name],
-      dataset=dataset,
-      workdir=workdir,
-      put=put,
-    )
-    try:
-      measure = kinds[entry.kind](setting)
-    except ValueError as error:
-      raise ValueError(f'evals.{name}: {error}') from error
-    evaluations.append(Evaluation(name, entry.every_steps, measure))
-  return evaluations
-
-
-def check_entries(
-  config: ml_collections.ConfigDict, kinds: Mapping[str, Kind]
-) -> None:
-  """Whether each entry is of a kind, and has what every kind needs.
-
-  Raises:
-    ValueError: An entry lacks a key, its kind is unknown, its period negative.
-  """
-  for name, entry in config.evals.items():
-    for key in COMMON:
-      if key not in entry:
-        raise ValueError(f'evals.{name} has no {key!r}')
-    if entry.kind not in ('loss', *kinds):
-      raise unknown(f'evals.{name}.kind', entry.kind, ['loss', *kinds])
-    if entry.every_steps < 0:
-      raise ValueError(f'evals.{name}: every_steps={entry.every_steps} < 0')
-
-
-def changed_models(
-  config: ml_collections.ConfigDict, model: Model
-) -> dict[str, Model]:
-  """The model of each entry of `config.evals`, by name.
-
-  Raises:
-    ValueError: An override is unknown, or its parameters are not the training
-      model's; the differing ones are listed.
-  """
-  changed = {}
-  for name, entry in config.evals.items():
-    changed[name] = models.build(_overridden(config, entry))
-    _check_same_parameters(name, model, changed[name], config.data.seq_len)
-  return changed
-
-
 def measured(
   evaluations: Sequence[Evaluation], variables: Variables, step: int
 ) -> dict[str, Row]:
-  """The row of each evaluation, by name; what is equal is measured once."""
-  done: dict[Measure, Row] = {}
-  for e in evaluations:
-    if e.measure not in done:
-      done[e.measure] = e.measure(variables, step)
-  return {e.name: done[e.measure] for e in evaluations}
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-  """The keys of an entry of kind 'loss'.
-
-  Attributes:
-    num_batches: 0 is the whole split.
-  """
-
-  num_batches: int
-
-  def __post_init__(self):
-    if self.num_batches < 0:
-      raise ValueError(f'num_batches={self.num_batches} must not be negative')
-
-
-def loss(setting: Setting) -> Measure:
-  """The kind 'loss': of the validation split, with what routers did.
+  """The row of each evaluation, by name; what is equal is measured once.
 
   Raises:
-    ValueError: A key is unknown, missing or out of range.
+    ValueError: Some evaluation returns no row of numbers.
   """
-  options = to_dataclass(LossOptions, setting.options)
-  return Losses(
-    model=setting.model,
-    num_batches=options.num_batches,
-    batch_size=setting.config.batch_size,
-    rows=setting.dataset.splits['validation'],
-    put=setting.put,
-  )
+  rows: dict[Any, Row] = {}
+  for each in evaluations:
+    if (key := _key(each.measure)) not in rows:
+      row = each.measure(variables, step)
+      _check_row(each.name, row)
+      rows[key] = row
+  return {each.name: rows[_key(each.measure)] for each in evaluations}
+
+
+def _key(measure: Measure) -> Any:
+  """What equal measures have alike; their identity where they have no hash."""
+  try:
+    hash(measure)
+  except TypeError:
+    return id(measure)
+  return measure
+
+
+def _check_row(name: str, row: Any) -> None:
+  said = f'evals.{name} returned {row!r:.120}; it must return a row of numbers'
+  if not isinstance(row, Mapping):
+    raise ValueError(f"{said}, {{'accuracy': 0.5}}")
+  for key, value in row.items():
+    kind = np.asarray(value).dtype.kind if _is_flat(value) else ''
+    if not isinstance(key, str) or kind not in tuple('biufV'):
+      raise ValueError(
+        f'{said}, and {key!r}: {value!r:.80} is no name with a number or a '
+        'flat list of numbers'
+      )
+
+
+def _is_flat(value: Any) -> bool:
+  try:
+    return np.ndim(value) <= 1
+  except ValueError:  # ragged
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,36 +186,36 @@ class Losses:
   """Measures losses; equal for equal models and lengths on the same rows.
 
   Attributes:
-    model: What is evaluated.
-    num_batches: 0 is all rows.
-    batch_size: B, global.
+    model: The model that is evaluated.
+    num_batches: Number of batches; 0 takes all rows.
+    batch_size: Number of rows in a global batch.
     rows: The split.
-    put: Moves batches to devices.
+    put: Moves batches to the devices.
   """
 
   model: Model
   num_batches: int
   batch_size: int
-  rows: data.Rows
+  rows: Rows
   put: Placing
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """See `summary.summarize`."""
+    """The row; see `summary.summarize`."""
     del step
     return summary.summarize(self.sums(variables))
 
   def sums(self, variables: Variables) -> LossSums:
-    """Over all batches, as float64 numpy."""
+    """The sums over all batches, as float64 numpy."""
     run = compiled_eval_step(self.model)
     total = None
-    for batch in data.eval_batches(
+    for batch in eval_batches(
       self.rows,
       batch_size=self.batch_size,
       num_batches=self.num_batches,
       share=self.put.rows,
     ):
-      # Added on the host in float64: a split has more tokens than float32
-      # has whole numbers.
+      # Sums are added on the host in float64: a split has more tokens than
+      # float32 has whole numbers.
       sums = summary.host(run(variables, self.put.local(batch)))
       total = sums if total is None else add(total, sums)
     return total
@@ -235,31 +223,5 @@ class Losses:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model):
-  """`eval_step` of one model, compiled once a process."""
+  """`eval_step` of one model, compiled once in a process."""
   return jax.jit(functools.partial(eval_step, model=model))
-
-
-def _overridden(config, entry) -> ml_collections.ConfigDict:
-  return merge(config, {'model': entry.model_overrides.to_dict()})
-
-
-def _check_same_parameters(name, model, changed_model, seq_len):
-  if changed_model == model:
-    return
-  trees = []
-  for each in (model, changed_model):
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(each, seq_len))
-    trees.append(
-      {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-    )
-  old, new = trees
-  differing = [
-    f'  {key}: {old.get(key)} -> {new.get(key)}'
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-  ]
-  if differing:
-    raise ValueError(
-      f'evals.{name}.model_overrides changes parameters:\n'
-      + '\n'.join(differing[:10])
-    )

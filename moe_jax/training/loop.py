@@ -9,18 +9,16 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import ml_collections
 from jax.experimental import multihost_utils
 
-from moe_jax.config import to_dataclass
-from moe_jax.distributed import Timeouts
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.training.begin import Initial, begin
-from moe_jax.training.evaluate import Kind, measured
+from moe_jax.training.evaluate import measured
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
 
@@ -30,41 +28,42 @@ _CALLS = itertools.count(1)
 
 
 def train_and_evaluate(
-  config: ml_collections.ConfigDict,
+  options: RunOptions,
   workdir: str | os.PathLike[str],
   *,
   hooks: Sequence[Hook] = (),
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
-  kinds: Mapping[str, Kind] | None = None,
   initial: Initial | None = None,
 ) -> TrainState:
-  """Trains what `config` describes, from where `workdir` stands.
+  """Trains what the options describe, from where `workdir` stands.
 
-  A workdir of the same config is gone on with; SIGTERM saves and returns.
+  A workdir of the same options is gone on with; SIGTERM saves and returns.
   Several processes all call this, with the same arguments: one that gets a
   SIGTERM has all save and return after the same step, and one that is lost
   ends the others (`runs/watchdog.py`). Process 0 alone prints, and writes all
   but its part of the checkpoints.
 
   Args:
-    config: A config as the files in `configs/` return it.
+    options: The run's options; `moe_jax.run_config.read` makes them of a
+      config as the files in `configs/` return it.
     workdir: Where checkpoints, metrics and reports go.
     hooks: Called at the start, at the end once no step is left, and on the
       way out.
-    resume: Goes on even where the workdir's config differs.
-    devices: Of the mesh; None is all there are.
-    kinds: Of evaluations, by name, beside 'loss'.
-    initial: What `config.init_from` means; see `begin.begin`.
+    resume: Goes on even where the workdir's options differ.
+    devices: The devices of the mesh; None is all there are.
+    initial: What the section `init_from` means; see `begin.begin`.
 
   Raises:
-    ValueError: A bad config, bad data, or another run's workdir.
+    ValueError: Bad options, bad data, or another run's workdir.
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
-  with watching(to_dataclass(Timeouts, config.distributed)) as watchdog:
+  with watching(options.distributed) as watchdog:
     watchdog.mark('the set-up')
-    run = set_up(config, workdir, resume=resume, devices=devices, kinds=kinds)
+    run = set_up(options, workdir, resume=resume, devices=devices)
+    for note in run.notes:
+      run.message(note)
     with contextlib.ExitStack() as stack:
       stack.enter_context(run.checkpoints)
       watchdog.before_end = run.checkpoints.settle
@@ -78,7 +77,7 @@ def train_and_evaluate(
         hook.start(run)
       state = _train(run, recorder, state, watchdog, stopped)
       run.checkpoints.wait()
-      if int(state.step) == run.config.total_steps:
+      if int(state.step) == run.options.total_steps:
         for hook in hooks:
           watchdog.mark(f'the end of {type(hook).__name__}')
           hook.end(run, state)
@@ -93,7 +92,7 @@ def _train(
   stopped: Callable[[], bool],
 ) -> TrainState:
   """The state after the last step, or the one after which it is stopped."""
-  start, total = int(state.step), run.config.total_steps
+  start, total = int(state.step), run.options.total_steps
   if start == total:
     run.message(f'already at step {start}: nothing left to train')
   batches = run.batches(start)
@@ -124,7 +123,7 @@ def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
-  period = run.config.checkpoint.every_steps
+  period = run.options.checkpoint.every_steps
   if must or (period and step % period == 0):
     with recorder.paused(step):
       run.checkpoints.save(

@@ -1,158 +1,207 @@
-"""Optax optimizers from a config: schedules, clipping, rules by name.
+"""Optimizers: options and the optax transformation that they become.
 
-Not here: gradient accumulation (`step.py`).
+A new optimizer is one class: its options and its preconditioner. Not here:
+gradient accumulation (`step.py`), and schedules (`schedules.py`).
 """
 
-import re
-from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
 import jax
-import ml_collections
 import optax
 
-from moe_jax.config import unknown
-from moe_jax.partitioning import path_name
+from moe_jax.options import (
+  Kinds,
+  Options,
+  above,
+  at_least,
+  choice,
+  option,
+  within,
+)
+from moe_jax.training import parameter_rules
+from moe_jax.training.parameter_rules import PATTERNS, Pattern
+from moe_jax.training.schedules import SCHEDULES, Schedule
 
-OPTIMIZERS = ('adafactor', 'adamw')
-SCHEDULES = ('constant', 'cosine', 'inverse_sqrt')
 # Axes along which matrices are stacked: no statistic is shared across them.
 STACKED_AXES = ('layers', 'expert')
 
 
-def make_schedule(
-  config: ml_collections.ConfigDict, total_steps: int
-) -> optax.Schedule:
-  """The learning rate at each step, after a linear warm-up from 0.
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Options):
+  """The contract of optimizers: clip, precondition, decay, scale.
 
-  'cosine' falls to final_fraction at total_steps, 'inverse_sqrt' is
-  learning_rate * sqrt(warmup_steps / step), 'constant' stays.
-
-  Raises:
-    ValueError: The schedule is unknown, or the warm-up is longer than the run.
+  A subclass overrides `preconditioner`.
   """
-  peak, warmup = config.learning_rate, config.warmup_steps
-  if config.schedule not in SCHEDULES:
-    raise unknown('optimizer.schedule', config.schedule, SCHEDULES)
-  if not 0 <= warmup <= total_steps:
-    raise ValueError(
-      f'optimizer.warmup_steps={warmup} not in [0, total_steps={total_steps}]'
-    )
-  if config.schedule == 'cosine':
-    after = optax.cosine_decay_schedule(
-      peak, max(total_steps - warmup, 1), alpha=config.final_fraction
-    )
-  elif config.schedule == 'inverse_sqrt':
-    start = max(warmup, 1)
 
-    def after(step):
-      return peak * (start / (step + start)) ** 0.5
-  else:
-    after = optax.constant_schedule(peak)
-  rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
-  return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
+  learning_rate: float = option(
+    1e-3, 'Learning rate at its peak, after the warm-up.', at_least(0)
+  )
+  schedule: Schedule = choice(
+    SCHEDULES, 'cosine', 'Curve of the learning rate over the run.'
+  )
+  clip_norm: float = option(
+    1.0,
+    'Norm of the whole gradient above which it is scaled down to it; 0 leaves '
+    'every gradient as it is.',
+    at_least(0),
+  )
+  weight_decay: float = option(
+    0.1,
+    'Fraction of a parameter that is taken from it at each step, times the '
+    'learning rate; 0 decays nothing.',
+    at_least(0),
+  )
+  decay_rules: tuple[Pattern, ...] = option(
+    (),
+    'Pairs of a regular expression and a factor of the weight decay; the first '
+    "that is found in a parameter's name, such as "
+    "'layers/layer_1/moe/experts/w_in', counts. Without one, kernels decay, "
+    'and biases, scales and tables do not.',
+    PATTERNS,
+    when={'weight_decay': above(0)},
+  )
+  rate_rules: tuple[Pattern, ...] = option(
+    (),
+    'Pairs of a regular expression and a factor of the learning rate; the '
+    "first that is found in a parameter's name counts. Without one, the factor "
+    'is 1.',
+    PATTERNS,
+  )
+
+  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+    """Returns what turns clipped gradients into directions.
+
+    Args:
+      axes: A tree like the parameters with a tuple of logical axes for each.
+    """
+    raise NotImplementedError
+
+  def problems_in(self, total_steps: int):
+    """What is wrong in a run of so many steps, each text a problem."""
+    if self.schedule.warmup_steps > total_steps:
+      yield (
+        f'optimizer.schedule.warmup_steps={self.schedule.warmup_steps} not in '
+        f'[0, total_steps={total_steps}]'
+      )
+
+  def rate(self, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by the number of optimizer steps taken."""
+    return self.schedule.rate(self.learning_rate, total_steps)
+
+  def transformation(
+    self, total_steps: int, axes: Any, roles: Any
+  ) -> optax.GradientTransformation:
+    """Returns the whole optimizer.
+
+    Args:
+      total_steps: The length of the run, for the schedule.
+      axes: A tree like the parameters with a tuple of logical axes for each.
+      roles: A tree like the parameters with the `Role` of each.
+    """
+    steps = []
+    if self.clip_norm:
+      steps.append(optax.clip_by_global_norm(self.clip_norm))
+    steps.append(self.preconditioner(axes))
+    if self.weight_decay:
+      factors = parameter_rules.decay_factors(self.decay_rules, roles)
+      steps.append(_decayed(self.weight_decay, factors))
+    factors = parameter_rules.rate_factors(self.rate_rules, roles)
+    steps.append(_scaled(factors))
+    steps.append(optax.scale_by_learning_rate(self.rate(total_steps)))
+    return optax.chain(*steps)
 
 
-def make_optimizer(
-  config: ml_collections.ConfigDict, total_steps: int, axes
-) -> optax.GradientTransformation:
-  """Clip, precondition, decay, scale by rule, scale by schedule.
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
+  """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
-  Args:
-    config: The `optimizer` section.
-    total_steps: Length of the run, for the schedule.
-    axes: A tree like the parameters with a tuple of logical axes a leaf.
+  b1: float = option(
+    0.9, "Decay of the first moment's running mean.", within('[0, 1)')
+  )
+  b2: float = option(
+    0.98, "Decay of the second moment's running mean.", within('[0, 1)')
+  )
+  epsilon: float = option(
+    1e-8, 'Number added to the root of the second moment.', at_least(0)
+  )
 
-  Raises:
-    ValueError: The optimizer is unknown or a value is out of range.
+  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+    """Returns Adam's, which is element by element."""
+    del axes
+    return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer):
+  """Adafactor with relative steps clipped by layer (arXiv:1804.04235).
+
+  Factors, clipping and parameter scale are those of one matrix: none is shared
+  by layers or experts that are stacked.
   """
-  if config.name not in OPTIMIZERS:
-    raise unknown('optimizer.name', config.name, OPTIMIZERS)
-  for name in ('learning_rate', 'clip_norm', 'weight_decay'):
-    if config[name] < 0:
-      raise ValueError(f'optimizer.{name}={config[name]} must not be negative')
-  schedule = make_schedule(config, total_steps)
-  steps = []
-  if config.clip_norm:
-    steps.append(optax.clip_by_global_norm(config.clip_norm))
-  if config.name == 'adamw':
-    steps.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
-  else:
-    steps.append(per_matrix(_adafactor(config), axes))
-  if config.weight_decay:
-    decay = by_name(config.weight_decay_rules, 'optimizer.weight_decay_rules')
-    steps.append(_decayed(config.weight_decay, decay))
-  rate = by_name(config.learning_rate_rules, 'optimizer.learning_rate_rules')
-  steps.append(_scaled(rate))
-  steps.append(optax.scale_by_learning_rate(schedule))
-  return optax.chain(*steps)
+
+  b1: float = option(
+    0.9,
+    "Decay of the first moment's running mean; 0 keeps no first moment.",
+    within('[0, 1)'),
+  )
+  decay_exponent: float = option(
+    0.8,
+    "Exponent of the second moment's decay, which is 1 - step^-exponent.",
+    within('(0, 1]'),
+  )
+  min_factored_size: int = option(
+    128,
+    'Least size of the two largest dimensions of a matrix whose second moment '
+    'is factored.',
+    at_least(1),
+  )
+
+  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+    """Returns Adafactor's, for every matrix by itself."""
+    steps = [
+      optax.scale_by_factored_rms(
+        decay_rate=self.decay_exponent,
+        min_dim_size_to_factor=self.min_factored_size,
+      ),
+      optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms(),
+    ]
+    if self.b1:
+      steps.append(optax.ema(self.b1, debias=False))
+    return per_matrix(optax.chain(*steps), axes)
 
 
-def by_name(rules: Sequence[tuple[str, float]], what: str):
-  """A function from a parameter tree to a tree of factors, first match wins.
-
-  Raises:
-    ValueError: A rule is no pattern and factor, or (when called) a parameter
-      matches none.
-  """
-  try:
-    compiled = [(re.compile(pattern), float(f)) for pattern, f in rules]
-  except (re.error, TypeError, ValueError) as error:
-    raise ValueError(
-      f'{what}={rules!r} are not pairs of a regular expression and a factor: '
-      f'{error}'
-    ) from None
-
-  def factors(params):
-    def one(path, _):
-      name = path_name(path)
-      for pattern, factor in compiled:
-        if pattern.search(name):
-          return factor
-      raise ValueError(f'no rule of {what} matches parameter {name!r}')
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-  return factors
+OPTIMIZERS = Kinds(
+  'optimizer',
+  Optimizer,
+  {'adamw': AdamW, 'adafactor': Adafactor},
+  inline=True,
+)
 
 
-def _decayed(weight_decay, factors) -> optax.GradientTransformation:
+def _decayed(weight_decay: float, factors: Any) -> optax.GradientTransformation:
   def update(updates, params):
     return jax.tree.map(
       lambda u, p, f: u + (weight_decay * f * p if f else 0),
       updates,
       params,
-      factors(params),
+      factors,
     )
 
   return optax.stateless(update)
 
 
-def _scaled(factors) -> optax.GradientTransformation:
+def _scaled(factors: Any) -> optax.GradientTransformation:
   def update(updates, params):
-    return jax.tree.map(
-      lambda u, f: u if f == 1 else f * u, updates, factors(params)
-    )
+    del params
+    return jax.tree.map(lambda u, f: u if f == 1 else f * u, updates, factors)
 
   return optax.stateless(update)
-
-
-def _adafactor(config) -> optax.GradientTransformation:
-  """Adafactor's preconditioner for one matrix (arXiv:1804.04235)."""
-  steps = [
-    optax.scale_by_factored_rms(
-      decay_rate=config.adafactor_decay_rate,
-      min_dim_size_to_factor=config.adafactor_min_dim_size,
-    ),
-    optax.clip_by_block_rms(1.0),
-    optax.scale_by_param_block_rms(),
-  ]
-  if config.b1:
-    steps.append(optax.ema(config.b1, debias=False))
-  return optax.chain(*steps)
 
 
 def per_matrix(
-  transform: optax.GradientTransformation, axes
+  transform: optax.GradientTransformation, axes: Any
 ) -> optax.GradientTransformation:
   """`transform` on every matrix of every stacked parameter by itself.
 
@@ -160,8 +209,8 @@ def per_matrix(
   clips or measures is never shared along `layers` and `expert`.
 
   Args:
-    transform: Of one array.
-    axes: A tree like the parameters with a tuple of logical axes a leaf;
+    transform: The transformation of one array.
+    axes: A tree like the parameters with a tuple of logical axes for each;
       stacked axes lead.
   """
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameters import init_params
 from moe_jax.shapes import Array, Leaf, UInt32
@@ -44,14 +45,16 @@ class TrainState(flax.struct.PyTreeNode):
     return router_state_lib.variables(self.params, self.router_state)
 
 
+# (state, load [L, E]) -> state
+MoveRouterState = Callable[[Any, Array], Any]
 # (params, batch, whole batch's normalisers, key, router_state) ->
 # ((loss, sums), gradient)
-MoveRouterState = Callable[[Any, Array], Any]  # (state, load [L, E]) -> state
 GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
+Normalize = Callable[[Batch], losses.Normalizers]
 
 
 def make_grad_fn(
-  model: nn.Module, weights: losses.LossWeights, microbatches: int = 1
+  model: Model, weights: losses.LossWeights, microbatches: int = 1
 ) -> GradFn:
   """The value and gradient of the loss, accumulated over microbatches."""
 
@@ -63,7 +66,7 @@ def make_grad_fn(
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
-    sums = _sums(model, outputs, batch, aux)
+    sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
     return losses.total_loss(sums, whole, weights), sums
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -101,13 +104,14 @@ def train_step(
   batch: Batch,
   *,
   grad_fn: GradFn,
+  normalize: Normalize,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   move_router_state: MoveRouterState = lambda router_state, load: router_state,
 ) -> tuple[TrainState, StepMetrics]:
   """One optimizer step; its randomness is that of `state.seed` and `step`."""
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-  whole = losses.normalizers(batch)
+  whole = normalize(batch)
   (loss, sums), grads = grad_fn(
     state.params, batch, whole, key, state.router_state
   )
@@ -144,23 +148,18 @@ def skipping_nonfinite(train_step):
   return step
 
 
-def eval_step(variables, batch: Batch, *, model: nn.Module) -> LossSums:
+def eval_step(
+  variables: dict[str, Any], batch: Batch, *, model: Model
+) -> LossSums:
   """The sums of one batch, without noise or dropout."""
   outputs, aux = model.apply(variables, **model.inputs(batch))
-  return _sums(model, outputs, batch, aux)
-
-
-def _sums(model, outputs, batch: Batch, aux) -> LossSums:
-  """Of a language model's logits, or of what a model has a loss of."""
-  if hasattr(model, 'losses'):
-    return losses.own_loss_sums(model.losses(outputs, batch), batch, aux)
-  return losses.loss_sums(outputs, batch, aux)
+  return losses.loss_sums(model.loss(outputs, batch), batch, aux)
 
 
 def init_state(
   seed: UInt32[Array, ''],
   *,
-  model: nn.Module,
+  model: Model,
   optimizer: optax.GradientTransformation,
   seq_len: int,
 ) -> TrainState:

@@ -1,0 +1,166 @@
+"""The mesh of devices, from the sizes of its axes.
+
+Not here: which dimension of which array is split over it (`partitioning.py`).
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.options import Check, Options, at_least, option, unknown
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+DCN = 'dcn_'  # before an axis: how many slices it spans
+_WHOLE_OR_REST = Check(
+  'must be at least 1, or -1', lambda size: size >= 1 or size == -1
+)
+
+
+def _size(axis: str, default: int = 1) -> int:
+  return option(
+    default,
+    f"Devices of the mesh axis '{axis}' within a slice, whose network is fast; "
+    '-1 is what the other axes leave.',
+    _WHOLE_OR_REST,
+  )
+
+
+def _slices_of(axis: str) -> int:
+  return option(
+    1,
+    f"Number of slices that the mesh axis '{axis}' spans over the slower "
+    'network between them.',
+    at_least(1),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions(Options):
+  """The mesh of devices, axis by axis."""
+
+  data: int = _size('data', -1)
+  fsdp: int = _size('fsdp')
+  expert: int = _size('expert')
+  tensor: int = _size('tensor')
+  dcn_data: int = _slices_of('data')
+  dcn_fsdp: int = _slices_of('fsdp')
+  dcn_expert: int = _slices_of('expert')
+  dcn_tensor: int = _slices_of('tensor')
+
+  def problems(self):
+    """At most one axis takes what is left."""
+    rest = [name for name in MESH_AXES if getattr(self, name) == -1]
+    for name in rest[1:]:
+      yield f'{name}=-1, and {rest[0]}=-1 takes what is left already'
+
+  def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of these devices; see `make_mesh`."""
+    return make_mesh(dataclasses.asdict(self), devices)
+
+  def shrunk(self) -> 'MeshOptions':
+    """The mesh of one device."""
+    return MeshOptions(data=1)
+
+
+def make_mesh(
+  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh of `MESH_AXES`; one size may be -1, which takes what is left.
+
+  `dcn_data=2` makes the axis span two slices, whose network is slower than
+  that within one: the axis has 2 * `data` devices, those of a slice next to
+  each other. Slices are the devices' own (of a TPU pod, or the processes of a
+  GPU cluster); devices of one slice are cut into as many as are asked for.
+
+  Raises:
+    ValueError: An axis is unknown, a size is neither positive nor -1, two
+      are -1, or their product is not the number of devices or of slices; or
+      TPUs are in several slices and no dcn_ size says so.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  known = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
+  for name in sizes:
+    if name not in known:
+      raise unknown('mesh axis', name, known)
+  across = [sizes.get(DCN + name, 1) for name in MESH_AXES]
+  if min(across) < 1:
+    raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
+  shape = _filled(sizes, len(devices), math.prod(across))
+  if math.prod(across) > 1:
+    grid = _across(across, shape, devices)
+  elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
+    raise ValueError(
+      f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
+      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))} or more '
+      f'of the {DCN} sizes'
+    )
+  else:
+    grid = _within(shape, devices)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _filled(sizes, count: int, slices: int) -> list[int]:
+  """The sizes within a slice, -1 filled in."""
+  shape = [sizes.get(name, 1) for name in MESH_AXES]
+  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+    raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
+  known = math.prod(size for size in shape if size != -1)
+  if -1 in shape:
+    shape[shape.index(-1)] = count // slices // known
+  if math.prod(shape) * slices != count:
+    given = {name: size for name, size in sizes.items() if size != 1}
+    hint = '' if -1 in given.values() else '; -1 takes what is left of them'
+    raise ValueError(
+      f'mesh={given}: the sizes given multiply to {known * slices}, which does '
+      f'not fit {count} devices{hint}'
+    )
+  return shape
+
+
+def _within(shape, devices) -> np.ndarray:
+  try:
+    # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  except NotImplementedError as error:
+    sizes = dict(zip(MESH_AXES, shape))
+    raise ValueError(
+      f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
+      f'{str(error).splitlines()[0]}'
+    ) from error
+
+
+def _across(across, shape, devices) -> np.ndarray:
+  """The devices of a mesh over slices, those of each next to each other."""
+  by_slice = _slices(devices)
+  if len(by_slice) == 1:
+    by_slice = np.split(np.asarray(devices), math.prod(across))
+  elif len(by_slice) != math.prod(across):
+    raise ValueError(
+      f'{DCN} sizes {dict(zip(MESH_AXES, across))} multiply to '
+      f'{math.prod(across)}, and the devices are in {len(by_slice)} slices'
+    )
+  inside = [_within(shape, list(part)) for part in by_slice]
+  # [across..., within...] -> each axis' slices before its own devices.
+  grid = np.stack(inside).reshape(*across, *shape)
+  n = len(shape)
+  grid = grid.transpose(
+    [i for pair in zip(range(n), range(n, 2 * n)) for i in pair]
+  )
+  return grid.reshape([a * b for a, b in zip(across, shape)])
+
+
+def _slices(devices) -> list[list]:
+  """The devices by what their network is fast within."""
+  found = collections.defaultdict(list)
+  for device in devices:
+    own = getattr(device, 'slice_index', None)
+    found[device.process_index if own is None else own].append(device)
+  return [found[key] for key in sorted(found)]

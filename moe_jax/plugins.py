@@ -1,0 +1,99 @@
+"""Classes of a user's own, named in a config as 'module:name'.
+
+Not here: what such a class has to do, which is the contract that it extends.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_OURS = 'moe_jax'
+
+
+def load(name: str, what: str, base: type) -> type:
+  """The class that 'module:name' names.
+
+  Args:
+    name: An importable module and a class in it, 'package.module:Class'.
+    what: What it is to be, for messages: 'router'.
+    base: The class that it has to extend.
+
+  Raises:
+    ValueError: The module cannot be imported, has no such class, or the class
+      does not extend `base`.
+  """
+  module_name, _, attribute = name.partition(':')
+  try:
+    module = importlib.import_module(module_name)
+  except ImportError as error:
+    raise ValueError(f'{what} {name!r} cannot be imported: {error}') from None
+  chosen = getattr(module, attribute, None)
+  if chosen is None:
+    raise ValueError(f'{what} {name!r}: {module_name} has no {attribute!r}')
+  if not (isinstance(chosen, type) and issubclass(chosen, base)):
+    raise ValueError(
+      f'{what} {name!r} does not extend {base.__module__}.{base.__name__}'
+    )
+  return chosen
+
+
+def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
+  """Raises ValueError where a name read from a folder may not be imported.
+
+  A name in a config file or on the command line is the user's word; one that
+  stands in a folder may be anybody's.
+
+  Args:
+    names: Names of classes, 'module:name'.
+    allowed: Modules and packages that the user allows.
+  """
+  allowed = {_OURS, *allowed}
+  for name in names:
+    module = name.partition(':')[0]
+    parents = module.split('.')
+    if not any(
+      '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
+    ):
+      raise ValueError(
+        f'{name!r} stands in a folder that was read, and its module is not '
+        f'allowed; if you trust it, pass --allow_module={module}'
+      )
+
+
+def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """The users' classes that a config names, sorted.
+
+  Args:
+    config: A config, or a section of one, as nested mappings.
+  """
+  names = set()
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      names.update(names_in(value))
+    elif key == 'kind' and isinstance(value, str) and ':' in value:
+      names.add(value)
+  return tuple(sorted(names))
+
+
+def digests(names: Iterable[str]) -> dict[str, str]:
+  """The sha256 of the file of each class, by its name.
+
+  Modules of this package are left out: their version is that of the package.
+
+  Raises:
+    ValueError: A module has no file.
+  """
+  found = {}
+  for name in names:
+    module = name.partition(':')[0]
+    if module.split('.')[0] == _OURS:
+      continue
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+      raise ValueError(f'{name!r}: {module} has no file')
+    data = pathlib.Path(spec.origin).read_bytes()
+    found[name] = hashlib.sha256(data).hexdigest()
+  return found

@@ -1,0 +1,168 @@
+"""A run that is read back: its options, tokenizer and parameters.
+
+Not here: how text is generated with it (`moe_jax.generation`).
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import partitioning, plugins, sections
+from moe_jax.data import DataOptions, tokenizers
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.parameters import describe
+from moe_jax.models.router_state import (
+  abstract_router_state,
+  init_router_state,
+  variables,
+)
+from moe_jax.partitioning import Rules, ShardingOptions
+from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.workdir import (
+  CONFIG,
+  TOKENIZER,
+  checkpoints_of,
+  kept_config,
+)
+
+
+class Described(NamedTuple):
+  """What a run's folder says of it.
+
+  Attributes:
+    model: The options of its model, with what the data decides filled in.
+    data: The options of its data.
+    sharding: The table by which its arrays are split.
+    batch_size: Number of rows in a batch of its training.
+    tokenizer: Its tokenizer.
+  """
+
+  model: ModelOptions
+  data: DataOptions
+  sharding: ShardingOptions
+  batch_size: int
+  tokenizer: Tokenizer
+
+
+def read(
+  workdir: str | os.PathLike[str], allow: Iterable[str] = ()
+) -> Described:
+  """What a run was, of what others build on.
+
+  Args:
+    workdir: The run's folder.
+    allow: Modules whose classes may be imported where the folder names them.
+
+  Raises:
+    ValueError: The folder holds no run, something in it cannot be read, or it
+      names a class of a module that is not allowed.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  for name in (CONFIG, TOKENIZER):
+    if not (folder / name).exists():
+      raise ValueError(f'{folder} holds no trained run: it has no {name}')
+  if not (checkpoints := checkpoints_of(folder)).exists():
+    raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
+  tokenizer = tokenizers.load(folder / TOKENIZER)
+  config = kept_config(folder)
+  read_by_others = {key: config.get(key, {}) for key in ('model', 'data')}
+  plugins.check_allowed(plugins.names_in(read_by_others), allow)
+  try:
+    data = sections.read(DataOptions, read_by_others['data'], 'data.')
+    model = sections.read_choice(MODELS, read_by_others['model'], 'model.')
+    return Described(
+      model=model.filled(
+        tokenizer.vocab_size, tokenizer.feature_shape, data.seq_len
+      ),
+      data=data,
+      sharding=sections.read(
+        ShardingOptions, config.get('sharding', {}), 'sharding.'
+      ),
+      batch_size=config['batch_size'],
+      tokenizer=tokenizer,
+    )
+  except (ValueError, KeyError) as error:
+    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+
+
+def restore_variables(
+  workdir: str | os.PathLike[str],
+  model: Model,
+  seq_len: int,
+  rules: Rules,
+  *,
+  mesh: Mesh | None = None,
+  step: int | None = None,
+  cast: bool = False,
+  router_state: bool = True,
+) -> Restored:
+  """A run's variables, as `apply` takes them, sharded as they are read.
+
+  These are 'params', and 'router_state' where the model keeps it. The
+  checkpoint's files are verified first; the optimizer's state is not read.
+
+  Args:
+    workdir: The run's folder.
+    model: The model whose parameters they are to be, in its own types.
+    seq_len: The length of a row.
+    rules: The table by which arrays are split.
+    mesh: Any mesh; a dimension that does not divide by its mesh axes is whole.
+      None: the first local device.
+    step: The checkpoint; None: the newest good one.
+    cast: Whether another floating-point type may have been saved.
+    router_state: Whether that is read too.
+
+  Raises:
+    ValueError: There is no checkpoint, or it is of another model.
+    CheckpointError: None is good.
+  """
+  folder = checkpoints_of(pathlib.Path(workdir).expanduser())
+  if mesh is None:
+    mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
+  trees = describe(model, seq_len)
+  abstract = jax.tree.map(
+    lambda leaf, axes: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=_fitting(mesh, rules, axes, leaf.shape),
+    ),
+    trees.shapes,
+    trees.axes,
+  )
+  kept = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=partitioning.sharding(mesh, rules, ())
+    ),
+    abstract_router_state(model, seq_len) if router_state else {},
+  )
+  with Checkpointer(folder, keep_best=False) as checkpoints:
+    found = checkpoints.restore(
+      variables(abstract, kept),
+      step=step,
+      partial=True,
+      cast=cast,
+      first={'params': abstract},
+    )
+  if found is None:
+    raise ValueError(f'{folder} has no finished checkpoint')
+  if kept and not found.step:  # parameters alone
+    kept = init_router_state(model, seq_len)
+    found = found._replace(state=variables(found.state['params'], kept))
+  return found
+
+
+def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
+  """By the table, but a dimension that does not divide is whole."""
+  table = dict(rules)
+
+  def parts(axis):
+    return math.prod(mesh.shape[place] for place in table.get(axis, ()))
+
+  axes = [a if n % parts(a) == 0 else None for a, n in zip(axes, shape)]
+  return partitioning.sharding(mesh, rules, axes, shape)

@@ -1,0 +1,169 @@
+"""What of a run goes to the devices: its programs, with their shardings.
+
+Not here: what they are made for (`setup.py`), and the step itself (`step.py`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe_jax import models, partitioning
+from moe_jax.distributed import Placing
+from moe_jax.models import Model
+from moe_jax.models.parameters import ParameterTrees
+from moe_jax.models.router_state import init_router_state
+from moe_jax.partitioning import Rules
+from moe_jax.shapes import Leaf
+from moe_jax.training import losses
+from moe_jax.training import step as step_lib
+from moe_jax.training.losses import LossWeights
+from moe_jax.training.run_options import RunOptions
+from moe_jax.training.step import TrainState
+from moe_jax.training_types import Batch, StepMetrics
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The programs of a run.
+
+  Attributes:
+    init_state: () -> the state before the first step, sharded.
+    state_of: (parameters) -> the state before the first step, with these,
+      which are donated.
+    abstract_state: Shapes and shardings of the state.
+    train_step: (state, batch) -> (state, metrics), compiled at first use; the
+      state is donated.
+    put: Moves batches of numpy arrays to the devices.
+    optimizer: The optimizer of the step.
+  """
+
+  init_state: Callable[[], TrainState]
+  state_of: Callable[[Any], TrainState]
+  abstract_state: TrainState
+  train_step: Step
+  put: Placing
+  optimizer: optax.GradientTransformation
+
+
+def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
+  """The programs of a run; nothing compiles yet.
+
+  Args:
+    options: The run's options, filled in.
+    model: Its model.
+    mesh: The devices.
+  """
+  rules, seq_len = options.sharding.rules, options.data.seq_len
+  trees = models.parameters.describe(model, seq_len)
+  optimizer = options.optimizer.transformation(
+    options.total_steps, trees.axes, trees.roles
+  )
+  router_state = init_router_state(model, seq_len)
+  shardings = state_shardings(mesh, rules, trees, optimizer, router_state)
+  batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
+  init = functools.partial(
+    step_lib.init_state, model=model, optimizer=optimizer, seq_len=seq_len
+  )
+  init = jax.jit(init, out_shardings=shardings)
+  state_of = jax.jit(
+    functools.partial(
+      step_lib.state_of, optimizer=optimizer, router_state=router_state
+    ),
+    out_shardings=shardings,
+    donate_argnums=1,
+  )
+  seed = jnp.asarray(options.seed, jnp.uint32)
+  return Programs(
+    optimizer=optimizer,
+    init_state=lambda: init(seed),
+    state_of=functools.partial(state_of, seed),
+    abstract_state=jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      jax.eval_shape(init, seed),
+      shardings,
+    ),
+    train_step=jax.jit(
+      make_step(options, model, optimizer),
+      in_shardings=(shardings, batch_sharding),
+      # Every process reads the metrics.
+      out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
+      donate_argnums=0,
+    ),
+    put=Placing(batch_sharding, options.batch_size),
+  )
+
+
+def make_step(
+  options: RunOptions,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  *,
+  change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
+  balance_bias_rate: Leaf | None = None,
+) -> Step:
+  """(state, batch) -> (state, metrics), pure, not yet compiled.
+
+  Args:
+    options: The run's options.
+    model: Its model.
+    optimizer: Its optimizer.
+    change: What becomes of the weights of the losses.
+    balance_bias_rate: The rate of the balancing bias in the place of that of
+      the options.
+  """
+  weights = change(losses.loss_weights(model, options.logits_z_weight))
+  step = functools.partial(
+    step_lib.train_step,
+    grad_fn=step_lib.make_grad_fn(model, weights, options.microbatches),
+    normalize=functools.partial(losses.normalizers, model),
+    optimizer=optimizer,
+    schedule=options.optimizer.rate(options.total_steps),
+    move_router_state=functools.partial(
+      model.move_router_state, rate=balance_bias_rate
+    ),
+  )
+  if options.max_nonfinite_steps:
+    step = step_lib.skipping_nonfinite(step)
+  return step
+
+
+def state_shardings(
+  mesh: Mesh,
+  rules: Rules,
+  trees: ParameterTrees,
+  optimizer: optax.GradientTransformation,
+  router_state: Any,
+) -> TrainState:
+  """Where each array of the train state lives.
+
+  Args:
+    mesh: The devices.
+    rules: The sharding table.
+    trees: Shapes and logical axes of the parameters.
+    optimizer: The optimizer, whose state is split as the parameters are.
+    router_state: What routers keep, which is whole on every device.
+  """
+  whole = partitioning.sharding(mesh, rules, ())
+  param_shardings = partitioning.tree_shardings(
+    mesh, rules, trees.axes, trees.shapes
+  )
+  opt_state = jax.eval_shape(optimizer.init, trees.shapes)
+  return TrainState(
+    step=whole,
+    seed=whole,
+    params=param_shardings,
+    opt_state=partitioning.like_params(
+      mesh, opt_state, trees.shapes, param_shardings
+    ),
+    router_state=jax.tree.map(lambda _: whole, router_state),
+  )

@@ -1,0 +1,294 @@
+"""The options of a run, and the rules that concern several sections.
+
+Not here: kinds of evaluation from above training (`moe_jax.run_config`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import partitioning
+from moe_jax.data import DataOptions
+from moe_jax.distributed import Timeouts
+from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.base import RunShape
+from moe_jax.options import (
+  NOT_EMPTY,
+  Kinds,
+  OptionError,
+  Options,
+  at_least,
+  choice,
+  entries,
+  nested,
+  option,
+  within,
+)
+from moe_jax.partitioning import MeshOptions, ShardingOptions
+from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.runs.profile import ProfileOptions
+from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
+from moe_jax.training.evaluation_entries import override_problems
+from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
+
+R = TypeVar('R', bound='RunOptions')
+_EVALUATIONS = Kinds(
+  'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
+)
+_ROOM_FOR_ALL = {
+  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
+}
+# Twice the room that balanced experts need.
+_ROOM_FOR_TWICE = {
+  'moe': {
+    'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 2.0}},
+    'dispatch': {'kind': 'gather'},
+  }
+}
+DEFAULT_EVALS = {
+  'train_capacity': LossEvaluation(),
+  'capacity_2': LossEvaluation(model_overrides=_ROOM_FOR_TWICE),
+  'all_tokens': LossEvaluation(model_overrides=_ROOM_FOR_ALL),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFromOptions(Options):
+  """Another run whose parameters this one begins with."""
+
+  workdir: str = option(
+    '',
+    'Folder of the run whose parameters this one begins with, with a new '
+    'optimizer; with an empty string parameters are drawn from the seed.',
+  )
+  step: int = option(
+    -1,
+    'Optimizer step of the checkpoint that is read there; -1 is the newest '
+    'good one.',
+    at_least(-1),
+    when={'workdir': NOT_EMPTY},
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions(Options):
+  """The text that a run ends with."""
+
+  prompt: str = option(
+    '\n',
+    'Text that the sample continues, or answers.',
+    NOT_EMPTY,
+    when={'num_tokens': at_least(1)},
+  )
+  num_tokens: int = option(
+    300,
+    'Number of tokens of the sample that is drawn at the end of the run; 0 '
+    'draws none.',
+    at_least(0),
+  )
+  temperature: float = option(
+    0.8,
+    'Temperature that logits are divided by before a token is drawn; 0 takes '
+    'the likeliest token.',
+    at_least(0),
+    when={'num_tokens': at_least(1)},
+  )
+  seed: int = option(
+    0,
+    'Seed of the drawn tokens.',
+    within('[0, 4294967296)'),
+    when={'num_tokens': at_least(1)},
+  )
+
+  def shrunk(self) -> 'SampleOptions':
+    """At most a few tokens."""
+    return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Options):
+  """All that a run is: the root of a config."""
+
+  seed: int = option(
+    0,
+    'Seed of the initial parameters, the order of the data and all noise.',
+    within('[0, 4294967296)'),
+  )
+  total_steps: int = option(
+    1000, 'Number of optimizer steps of the whole run.', at_least(1)
+  )
+  batch_size: int = option(
+    32, 'Number of rows in the batch of an optimizer step.', at_least(1)
+  )
+  microbatches: int = option(
+    1,
+    'Number of parts that a batch is cut into, whose gradients are added; it '
+    'divides batch_size.',
+    at_least(1),
+  )
+  log_every_steps: int = option(
+    20,
+    'Number of optimizer steps whose metrics are averaged in a row.',
+    at_least(1),
+  )
+  logits_z_weight: float = option(
+    0.0,
+    'Weight of the mean squared logsumexp of the output logits in the loss; T5 '
+    'has 1e-4, 0 leaves it out.',
+    at_least(0),
+  )
+  max_nonfinite_steps: int = option(
+    0,
+    'Number of steps whose loss or gradient is not finite that are left out, '
+    'their batches kept in the workdir; the next one stops the run.',
+    at_least(0),
+  )
+  data: DataOptions = nested(DataOptions(), 'What is learned, from what.')
+  model: ModelOptions = choice(MODELS, 'decoder', 'The model.')
+  optimizer: Optimizer = choice(OPTIMIZERS, 'adamw', 'The optimizer.')
+  checkpoint: CheckpointOptions = nested(CheckpointOptions(), 'Checkpoints.')
+  init_from: InitFromOptions = nested(
+    InitFromOptions(), 'Another run that this one begins with.'
+  )
+  evals: Mapping[str, EvaluationOptions] = entries(
+    _EVALUATIONS, DEFAULT_EVALS, 'Evaluations, by names of the user.'
+  )
+  mesh: MeshOptions = nested(MeshOptions(), 'The mesh of devices.')
+  sharding: ShardingOptions = nested(
+    ShardingOptions(), 'How arrays are split over the mesh.'
+  )
+  distributed: Timeouts = nested(
+    Timeouts(), 'How long several processes wait for each other.'
+  )
+  profile: ProfileOptions = nested(ProfileOptions(), 'Steps that are traced.')
+  sample: SampleOptions = nested(SampleOptions(), 'The text at the end.')
+
+  def problems(self) -> Iterator[str]:
+    """What no section knows by itself."""
+    if self.batch_size % self.microbatches:
+      yield (
+        f'batch_size={self.batch_size} does not divide by microbatches='
+        f'{self.microbatches}'
+      )
+    else:
+      yield from self.model.problems_in(self.shape())
+    yield from self.optimizer.problems_in(self.total_steps)
+    yield from self._task_problems()
+    yield from self._best_problems()
+    yield from override_problems(self.model, self.evals)
+
+  def _task_problems(self) -> Iterator[str]:
+    model, task = self.model, self.data.task
+    kind, name = MODELS.name_of(model), type(task).__name__
+    if model.reads_features == task.has_tokens:
+      reads = 'examples with a class' if model.reads_features else 'text'
+      yield f'model.kind={kind!r} reads {reads}, and data.task is {name}'
+    elif model.has_encoder != self.data.encoder_decoder:
+      needs = (
+        'a task with inputs and targets, and data.target_len above 0'
+        if model.has_encoder
+        else 'data.target_len=0'
+      )
+      yield (
+        f'model.kind={kind!r} needs {needs}; data.task is {name} with '
+        f'data.target_len={self.data.target_len}'
+      )
+    if self.sample.num_tokens and not task.has_tokens:
+      yield (
+        f'sample.num_tokens={self.sample.num_tokens} with data.task {name}, '
+        'which has no text; set it to 0'
+      )
+
+  def _best_problems(self) -> Iterator[str]:
+    best, losses = self.checkpoint.best_eval, []
+    for name, entry in self.evals.items():
+      if isinstance(entry, LossEvaluation):
+        losses.append(name)
+    if self.checkpoint.keep_best and best not in losses:
+      yield (
+        f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
+        f'{sorted(losses)}; or set checkpoint.keep_best=False'
+      )
+
+  def shape(self, parts: int = 1) -> RunShape:
+    """The sizes that a model has to fit.
+
+    Args:
+      parts: Number of devices that the rows of a microbatch are split over.
+    """
+    return RunShape(
+      total_steps=self.total_steps,
+      rows=self.batch_size // self.microbatches,
+      microbatches=self.microbatches,
+      seq_len=self.data.seq_len,
+      target_len=self.data.target_len,
+      parts=parts,
+    )
+
+  def check_mesh(self, mesh: Mesh) -> None:
+    """Checks the sizes against the devices that there are.
+
+    Raises:
+      OptionError: Rows or groups do not divide by them.
+    """
+    rules = self.sharding.rules
+    parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
+    if rows % parts:
+      raise OptionError(
+        [
+          f'batch_size={self.batch_size} in microbatches={self.microbatches} '
+          f'leaves {rows} sequences, which do not divide by {parts} devices of '
+          f'mesh axes {dict(rules)["batch"]}'
+        ]
+      )
+    if found := list(self.model.problems_in(self.shape(parts))):
+      raise OptionError(found)
+
+  def filled(
+    self: R, vocab_size: int, feature_shape: tuple[int, ...] = ()
+  ) -> R:
+    """The options with what the data decides of the model.
+
+    Args:
+      vocab_size: The tokenizer's.
+      feature_shape: Shape of an example that is no text.
+
+    Raises:
+      ValueError: The model's own vocabulary is smaller, or its examples are of
+        another shape.
+    """
+    model = self.model.filled(
+      vocab_size, tuple(feature_shape), self.data.seq_len
+    )
+    return dataclasses.replace(self, model=model)
+
+  def build(self) -> Model:
+    """The model, once what the data decides is filled in."""
+    return self.model.build(self.sharding.rules)
+
+  def batch_shapes(self, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of every batch that the run trains on."""
+    return model.batch_shapes(
+      self.batch_size, self.data.seq_len, self.data.target_len
+    )
+
+  def shrunk(self: R) -> R:
+    """The same run in two steps on one device."""
+    changes: dict[str, Any] = {
+      name: getattr(self, name).shrunk()
+      for name in (
+        'data', 'model', 'optimizer', 'checkpoint', 'mesh', 'sample'
+      )
+    }  # fmt: skip
+    return dataclasses.replace(
+      self,
+      total_steps=2,
+      batch_size=4,
+      microbatches=min(self.microbatches, 2),
+      log_every_steps=1,
+      evals={name: entry.shrunk() for name, entry in self.evals.items()},
+      **changes,
+    )

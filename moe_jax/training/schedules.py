@@ -1,0 +1,89 @@
+"""Schedules of the learning rate: a linear warm-up, then one of several.
+
+A new schedule is one class: its options and what follows the warm-up.
+"""
+
+import dataclasses
+
+import optax
+
+from moe_jax.options import Kinds, Options, at_least, option, within
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(Options):
+  """The contract of schedules.
+
+  A subclass overrides `after_warmup`.
+  """
+
+  warmup_steps: int = option(
+    100,
+    'Number of optimizer steps in which the learning rate rises from 0 to its '
+    'peak, in a straight line.',
+    at_least(0),
+  )
+
+  def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
+    """Returns the learning rate by the number of steps since the warm-up.
+
+    Args:
+      peak: The learning rate at the end of the warm-up.
+      steps: The number of optimizer steps that follow the warm-up, at least 1.
+    """
+    raise NotImplementedError
+
+  def rate(self, peak: float, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by the number of optimizer steps taken."""
+    warmup = self.warmup_steps
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    after = self.after_warmup(peak, max(total_steps - warmup, 1))
+    return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
+
+  def shrunk(self) -> 'Schedule':
+    """A warm-up of one step."""
+    return dataclasses.replace(self, warmup_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Schedule):
+  """Half a cosine from the peak down to a fraction of it at the last step."""
+
+  final_fraction: float = option(
+    0.1,
+    'Learning rate at the last step as a fraction of the peak.',
+    within('[0, 1]'),
+  )
+
+  def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
+    """Returns the cosine."""
+    return optax.cosine_decay_schedule(peak, steps, alpha=self.final_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSqrt(Schedule):
+  """The peak times the square root of warm-up steps over steps taken."""
+
+  def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
+    """Returns the curve; without a warm-up it starts at step 1."""
+    del steps
+    start = max(self.warmup_steps, 1)
+    return lambda step: peak * (start / (step + start)) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Schedule):
+  """The peak, to the end."""
+
+  def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
+    """Returns the peak at every step."""
+    del steps
+    return optax.constant_schedule(peak)
+
+
+SCHEDULES = Kinds(
+  'schedule',
+  Schedule,
+  {'cosine': Cosine, 'inverse_sqrt': InverseSqrt, 'constant': Constant},
+  inline=True,
+)
