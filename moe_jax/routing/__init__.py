@@ -1,7 +1,8 @@
 """Who goes where: pure functions from router logits to a `Routing`.
 
-Arrays and keys in, a `Routing` out; no flax, no config. How the tokens then
-move is `moe_jax.dispatch`.
+Functions take arrays and keys and return a `Routing`; there is no flax here.
+How the tokens then move is `moe_jax.dispatch`; the routers, which have
+parameters, are `moe_jax.layers.routers`.
 """
 
 from moe_jax.routing import (
@@ -10,20 +11,22 @@ from moe_jax.routing import (
   hierarchical_rule,
   running_totals,
   strictly_balanced_rule,
-  transformers_nllb,
 )
-from moe_jax.routing.assignments import (
-  CAPACITY_RULES,
-  CapacityRule,
-  Routing,
-  SlotRouting,
-  is_causal,
-)
+from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import (
   balance_loss,
   importance_loss,
   load_loss,
   z_loss,
+)
+from moe_jax.routing.capacity import (
+  CAPACITIES,
+  All,
+  Capacity,
+  Fixed,
+  Fraction,
+  PerAssignment,
+  PerToken,
 )
 from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.hash_rule import hash_choice
@@ -36,6 +39,7 @@ from moe_jax.routing.random_rule import random_choice
 from moe_jax.routing.stats import (
   MoeAux,
   RoutingStats,
+  drop_rate,
   empty_aux,
   mixture_stats,
   routing_stats,
@@ -46,7 +50,6 @@ from moe_jax.routing.token_choice_rule import (
   SECOND_POLICIES,
   SLOT_PRIORITIES,
   at_choices,
-  check_token_choice,
   choose,
   even_choice,
   gates_before_drop,
@@ -55,21 +58,26 @@ from moe_jax.routing.token_choice_rule import (
 )
 
 __all__ = [
-  'CAPACITY_RULES',
+  'CAPACITIES',
   'GATES',
   'SECOND_POLICIES',
   'SLOT_PRIORITIES',
-  'CapacityRule',
+  'All',
+  'Capacity',
+  'Fixed',
+  'Fraction',
   'MoeAux',
   'NoisyLogits',
+  'PerAssignment',
+  'PerToken',
   'Routing',
   'RoutingStats',
   'SlotRouting',
   'at_choices',
   'balance_bias',
   'balance_loss',
-  'check_token_choice',
   'choose',
+  'drop_rate',
   'empty_aux',
   'even_choice',
   'expert_choice',
@@ -79,7 +87,6 @@ __all__ = [
   'hash_rule',
   'hierarchical_rule',
   'importance_loss',
-  'is_causal',
   'load_loss',
   'load_probability',
   'mixture_stats',
@@ -90,6 +97,5 @@ __all__ = [
   'slot_stats',
   'strictly_balanced_rule',
   'token_choice',
-  'transformers_nllb',
   'z_loss',
 ]

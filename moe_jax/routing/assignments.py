@@ -1,23 +1,18 @@
-"""The contract between routers and dispatchers, and the capacity rules.
+"""The contract between routers and dispatchers: two views of a routing.
 
-A router turns logits into one `Routing`, or, where experts choose, one
-`SlotRouting`; every dispatcher takes either. Not here: any router, or how
-tokens move.
+A router turns logits into one `Routing`, or, where experts choose tokens, one
+`SlotRouting`. Both offer the same methods, so that no dispatcher asks which it
+has. Not here: any router, or how tokens move (`moe_jax.dispatch`).
 """
 
 import dataclasses
 import functools
-import math
-from fractions import Fraction
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
-from moe_jax.config import unknown
-from moe_jax.shapes import Leaf
-
-# What a remat policy calls the routers' decisions.
-DECISION = 'routing'
+from moe_jax.routing import rows
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
 
 
 @functools.partial(
@@ -31,8 +26,9 @@ class Routing:
 
   Attributes:
     expert_index: int32 [G, S, K], in [0, E), also where nothing is kept.
-    slot: int32 [G, S, K], the choice's place in its expert's queue, from 0. A
-      choice that never queued (padding, a second choice not sent) has 0.
+    slot: int32 [G, S, K], the number of choices before this one in its
+      expert's queue. A choice that never queued (padding, a second choice that
+      was not sent) has 0.
     gate: float32 [G, S, K], the weight of the expert's output; 0 where the
       choice is not kept.
     kept: bool [G, S, K], whether the choice is served. A served choice has
@@ -49,6 +45,71 @@ class Routing:
   num_experts: int
   capacity: int | None
 
+  @property
+  def group_size(self) -> int:
+    """S, the number of tokens in a group."""
+    return self.gate.shape[1]
+
+  def slot_mask(self) -> Bool[Array, 'G S E C']:
+    """Whether each token sits in each slot of each expert."""
+    return self._choice_mask().any(2)
+
+  def slot_weights(self) -> Float32[Array, 'G S E C']:
+    """The gate of each token in each slot of each expert; 0 where it is not."""
+    return jnp.where(self._choice_mask(), self.gate[..., None, None], 0.0).sum(
+      2
+    )
+
+  def token_gates(self) -> Float32[Array, 'G S E']:
+    """What each expert gives each token; 0 where it does not serve it."""
+    chosen = jax.nn.one_hot(self.expert_index, self.num_experts)
+    gate = jnp.where(self.kept, self.gate, 0.0)
+    return (chosen * gate[..., None]).sum(-2)
+
+  @jax.named_scope('index')
+  def rows_per_expert(self) -> Int32[Array, ' E']:
+    """How many choices each expert serves in all groups."""
+    E = self.num_experts
+    expert = jnp.where(self.kept, self.expert_index, E).reshape(-1)
+    count = jnp.zeros(E, jnp.int32).at[expert].add(1, mode='drop')
+    return rows.decided(count)
+
+  def slot_rows(self) -> rows.Rows:
+    """The rows [E, G * C] of slots; ValueError where they are unbounded."""
+    return rows.rows_of_choices(
+      self.expert_index,
+      self.slot,
+      self.gate,
+      self.kept,
+      self.num_experts,
+      self._bounded(),
+    )
+
+  def sorted_rows(self) -> rows.Rows:
+    """The rows [N] sorted by expert, without empty ones between them."""
+    return rows.sorted_rows_of_choices(
+      self.expert_index,
+      self.gate,
+      self.kept,
+      self.num_experts,
+      self.capacity,
+    )
+
+  def _choice_mask(self) -> Bool[Array, 'G S K E C']:
+    expert = jax.nn.one_hot(
+      self.expert_index, self.num_experts, dtype=jnp.bool_
+    )
+    slot = jax.nn.one_hot(self.slot, self._bounded(), dtype=jnp.bool_)
+    kept = self.kept[..., None, None]
+    return expert[..., None] & slot[..., None, :] & kept
+
+  def _bounded(self) -> int:
+    if self.capacity is None:
+      raise ValueError(
+        'capacity=None: slots need a capacity; use the capacity rule All()'
+      )
+    return self.capacity
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -59,12 +120,13 @@ class Routing:
 class SlotRouting:
   """Who sits in each slot of each expert: a routing where experts choose.
 
-  A token may be in the slots of any number of experts, in one of each.
+  A token may be in the slots of any number of experts, in one of each. The
+  methods are those of `Routing`.
 
   Attributes:
     token_index: int32 [G, E, C], in [0, S); S where the slot is empty.
     gate: float32 [G, E, C], the weight of the expert's output; 0 where empty.
-    group_size: S.
+    group_size: S, the number of tokens in a group.
   """
 
   token_index: Leaf
@@ -83,107 +145,34 @@ class SlotRouting:
 
   @property
   def filled(self) -> Leaf:
-    """Bool [G, E, C], whether somebody sits there."""
+    """Bool [G, E, C], whether a token sits in the slot."""
     return self.token_index < self.group_size
 
+  def slot_mask(self) -> Bool[Array, 'G S E C']:
+    """Whether each token sits in each slot of each expert."""
+    # The index S of an empty slot is past the end, and its one-hot all False.
+    S = self.group_size
+    return jax.nn.one_hot(self.token_index, S, dtype=jnp.bool_, axis=1)
 
-def decided(index: Leaf) -> Leaf:
-  """Names an array of integers that a remat policy may save.
+  def slot_weights(self) -> Float32[Array, 'G S E C']:
+    """The gate of each token in each slot of each expert; 0 where it is not."""
+    return jnp.where(self.slot_mask(), self.gate[:, None], 0.0)
 
-  It is small, and making it again is a top-K or a sort.
-  """
-  return checkpoint_name(index, DECISION)
+  def token_gates(self) -> Float32[Array, 'G S E']:
+    """What each expert gives each token; 0 where it does not serve it."""
+    return self.slot_weights().sum(-1)
 
+  @jax.named_scope('index')
+  def rows_per_expert(self) -> Int32[Array, ' E']:
+    """How many tokens each expert serves in all groups."""
+    return rows.decided(self.filled.sum((0, 2), dtype=jnp.int32))
 
-CAPACITY_RULES = ('per_token', 'per_assignment', 'fraction', 'fixed', 'all')
-_ROUNDINGS = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
+  def slot_rows(self) -> rows.Rows:
+    """The rows [E, G * C] of slots."""
+    return rows.rows_of_slots(self.token_index, self.gate, self.group_size)
 
-
-@dataclasses.dataclass(frozen=True)
-class CapacityRule:
-  """How many slots an expert has in each group.
-
-  The papers and codebases mean two things by a capacity factor, hence the
-  rule's name says which.
-
-  Attributes:
-    rule: 'per_token' is factor * S / E (Switch, ST-MoE, GShard, whose 2.0 at
-      K=2 is 2 * S / E). 'per_assignment' is factor * K * S / E (V-MoE,
-      MegaBlocks). 'fraction' is factor * S (NLLB's evaluation), rounded up
-      from the floating-point product as fairseq and transformers do. 'fixed'
-      is `slots`. 'all' has room for every token.
-    factor: The capacity factor of the first three rules.
-    rounding: 'ceil' (V-MoE), 'floor' (Mesh TensorFlow) or 'round' (flaxformer;
-      half to even), applied to the exact quotient, before the rest; not under
-      'fraction'.
-    multiple: The capacity is rounded up to a multiple of this (V-MoE: 4).
-    minimum: The least capacity (flaxformer: 4).
-    slots: The capacity under 'fixed'.
-  """
-
-  rule: str = 'per_token'
-  factor: float = 1.25
-  rounding: str = 'ceil'
-  multiple: int = 1
-  minimum: int = 1
-  slots: int = 0
-
-  def __post_init__(self):
-    if self.rule not in CAPACITY_RULES:
-      raise unknown('capacity_rule', self.rule, CAPACITY_RULES)
-    if self.rounding not in _ROUNDINGS:
-      raise unknown('capacity_rounding', self.rounding, _ROUNDINGS)
-    if self.rule == 'fixed' and self.slots < 1:
-      raise ValueError(f"capacity_rule='fixed' needs slots={self.slots} >= 1")
-    if not (math.isfinite(self.factor) and self.factor > 0):
-      raise ValueError(f'capacity_factor={self.factor} must be positive')
-    for name in ('multiple', 'minimum'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'capacity_{name}={getattr(self, name)} must be >= 1')
-
-  def __call__(
-    self, *, group_size: int, num_experts: int, num_selected: int
-  ) -> int:
-    """Slots per expert and group, C in [1, S], a Python int.
-
-    No rule gives more than S: a token takes at most one slot of an expert.
-    """
-    S, E, K = group_size, num_experts, num_selected
-    if self.rule == 'all':
-      return S
-    if self.rule == 'fixed':
-      return min(self.slots, S)
-    if self.rule == 'fraction':
-      return min(math.ceil(self.factor * S), S)
-    # Exact: 1.1 * 100 / 10 in floating point is over 11, a slot too many.
-    quotient = Fraction(str(self.factor)) * S / E
-    if self.rule == 'per_assignment':
-      quotient *= K
-    slots = max(_ROUNDINGS[self.rounding](quotient), self.minimum)
-    slots = -(-slots // self.multiple) * self.multiple
-    return min(slots, S)
-
-
-def is_causal(
-  *,
-  slot_priority: str,
-  num_selected: int,
-  capacity_rule: str,
-  router: str = 'token_choice',
-) -> bool:
-  """Whether outputs up to t never change when later tokens of the row do.
-
-  Token-major slots are taken in the order of the sequence, so a token's fate
-  is settled by those before it. Choice-major slots let a later token's first
-  choice evict an earlier one's second, and batch priority sorts by the whole
-  group: both leak the future wherever capacity can bind. So does an expert
-  that chooses among all tokens of the group, as in training under
-  'strictly_balanced'.
-  """
-  if router == 'strictly_balanced':
-    return False
-  if router == 'expert_choice':
-    return capacity_rule == 'all'
-  if capacity_rule == 'all' or slot_priority == 'token_major':
-    return True
-  return slot_priority == 'choice_major' and num_selected == 1
+  def sorted_rows(self) -> rows.Rows:
+    """The rows [N] sorted by expert, without empty ones between them."""
+    return rows.sorted_rows_of_slots(
+      self.token_index, self.gate, self.group_size
+    )

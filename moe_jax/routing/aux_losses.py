@@ -8,7 +8,7 @@ group without real tokens has loss 0.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 BALANCE_CHOICES = ('all', 'first')
@@ -20,16 +20,16 @@ def balance_loss(
   mask: Bool[Array, 'G S'],
   choices: str = 'all',
 ) -> Float32[Array, ' G']:
-  """E * sum_e f_e P_e: the share of choices times the mean probability.
+  """E * sum_e f_e P_e: the fraction of choices times the mean probability.
 
-  The value at perfect balance is 1 for every K and E: f_e is a share of
+  The value at perfect balance is 1 for every K and E: f_e is a fraction of
   choices, so it sums to 1 over experts (flaxformer and MaxText sum it to K,
   GShard as printed is this over E^2). The load is the router's wish, counted
   before any choice is dropped; the gradient flows through P alone.
 
   Args:
-    router_probs: Softmax over all experts.
-    expert_index: The choices, before dropping.
+    router_probs: The softmax of the logits over all experts.
+    expert_index: The chosen experts, before any choice is dropped.
     mask: False for padding.
     choices: 'all' counts all K choices, 'first' only the largest (GShard
       Algorithm 1, ST-MoE); the same for K=1 (Switch).
@@ -83,7 +83,7 @@ def importance_loss(
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
-  """CV(Load)^2, Load = the sum of P(x, i) (`noisy_top_k.load_probability`).
+  """CV(Load)^2, Load = the sum of P(x, i), which is `load_probability`.
 
   Source: Eq. 10-11 of arXiv:1701.06538.
   """
@@ -105,3 +105,10 @@ def load_per_expert(
   """How many counted choices fall on each expert."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
+
+
+def over_groups(
+  per_group: Float32[Array, ' G'], mask: Bool[Array, 'G S']
+) -> Float32[Array, '']:
+  """The sum over groups of a loss times the real tokens of the group."""
+  return (per_group * mask.sum(-1).astype(jnp.float32)).sum()

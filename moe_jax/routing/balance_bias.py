@@ -9,21 +9,32 @@ it is kept (the collection `router_state`), and when it moves
 import jax
 import jax.numpy as jnp
 
+from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float32, Leaf
+
+SCORES = ('sigmoid', 'softmax')
 
 
 def biased_scores(
-  router_logits: Float32[Array, 'G S E'], bias: Float32[Array, ' E'], gates: str
+  router_logits: Float32[Array, 'G S E'],
+  bias: Float32[Array, ' E'],
+  scores: str,
 ) -> Float32[Array, 'G S E']:
-  """What tokens choose by: the gate before any renormalisation, plus the bias.
+  """What tokens choose by: each expert's score plus its bias.
 
-  Source: Eq. 3 of arXiv:2408.15664, whose gates are 'sigmoid'.
+  Args:
+    router_logits: The logits that the scores are made of.
+    bias: The bias of each expert.
+    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each by
+      itself, or 'softmax' over all experts.
+
+  Source: Eq. 3 of arXiv:2408.15664, whose scores are 'sigmoid'; its Appendix C
+  has 'softmax'.
   """
-  if gates == 'sigmoid':
-    scores = jax.nn.sigmoid(router_logits)
-  else:
-    scores = jax.nn.softmax(router_logits)
-  return scores + bias[None, None]
+  if scores not in SCORES:
+    raise unknown('scores', scores, SCORES)
+  score = getattr(jax.nn, scores)(router_logits)
+  return score + bias[None, None]
 
 
 def moved(
@@ -34,9 +45,9 @@ def moved(
   Source: Algorithm 1 of arXiv:2408.15664.
 
   Args:
-    bias: Of each expert.
-    load: Choices per expert before drops, of the whole batch.
-    rate: u of the paper, 0.001 there; a bias moves at most rate * steps, so
+    bias: The bias of each expert before the step.
+    load: The choices of each expert before drops, of the whole batch.
+    rate: The paper's u, 0.001 there; a bias moves at most rate * steps, so
       short runs need a larger one.
   """
   return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing.assignments import SlotRouting, decided
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.routing.assignments import SlotRouting
+from moe_jax.routing.rows import decided
+from moe_jax.shapes import Array, Bool, Float, Int32
 
 
 def expert_choice(
-  router_logits: Float32[Array, 'G S E'],
+  router_logits: Float[Array, 'G S E'],
   *,
   capacity: int,
   mask: Bool[Array, 'G S'] | None = None,
@@ -27,7 +28,7 @@ def expert_choice(
   of their own.
 
   Args:
-    router_logits: Logits.
+    router_logits: The logits, which are taken as float32.
     capacity: C, at most S; c * S / E where tokens have c experts on average.
     mask: False for padding, which nobody picks. Default: all real.
 
@@ -41,7 +42,8 @@ def expert_choice(
     raise ValueError(f'capacity={C} not in [1, group_size={S}]')
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
-  probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
+  logits = router_logits.astype(jnp.float32)
+  probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
   wanted = jnp.where(mask[:, None], jax.lax.stop_gradient(probs), -1.0)
   index = decided(jax.lax.top_k(wanted, C)[1])  # [G, E, C]
   share = shares(mask.sum(-1, dtype=jnp.int32), S, C)[:, None, None]
@@ -58,7 +60,7 @@ def shares(
   real: Int32[Array, ' G'], group_size: int, capacity: int
 ) -> Int32[Array, ' G']:
   """How many tokens an expert takes of so many real ones: ceil(C * n / S)."""
-  # By a table, as C * n can be more than an int32 holds.
+  # The shares come from a table, as C * n can be more than an int32 holds.
   n = np.arange(group_size + 1, dtype=np.int64)
   table = -(-capacity * n // group_size)
   return jnp.asarray(table, jnp.int32)[real]

@@ -8,8 +8,8 @@ clustered tables, which are made of a corpus.
 
 import jax.numpy as jnp
 
-from moe_jax.config import unknown
-from moe_jax.routing.assignments import decided
+from moe_jax.options import unknown
+from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Int, Int32, UInt32
 
 HASH_OF = ('token', 'bigram', 'position')
@@ -25,15 +25,15 @@ def hash_choice(
 ) -> Int32[Array, 'G S K']:
   """K different experts of each id; those of equal ids are the same.
 
-  With K > 1 it is the paper's MultiHash, but for its experts, which are slices
-  of one feed-forward there.
+  With K > 1 it is the paper's MultiHash, except that there the experts are
+  slices of one feed-forward layer.
 
   Args:
-    ids: From `hash_ids`.
+    ids: What `hash_ids` returned.
     num_experts: E.
     num_selected: K, in [1, E].
-    seed: Of the table.
-    layer: Every layer has a table of its own.
+    seed: The number of the table: another seed, other experts.
+    layer: The number of the layer; every layer has a table of its own.
   """
   salt = mixed(mixed(_uint32(seed)) + _uint32(layer))
   rank = jnp.arange(num_selected, dtype=jnp.uint32)
@@ -54,7 +54,7 @@ def hash_ids(
     hash_of: 'token', 'bigram' (its id and the one before), or 'position'.
     tokens: Token ids.
     previous: The id before each in its segment; -1 where it is the first.
-    positions: Of each in its segment.
+    positions: The place of each token in its segment.
 
   Raises:
     ValueError: `hash_of` is unknown.
@@ -89,7 +89,7 @@ def distinct(
   K, experts = draws.shape[-1], []
   for k in range(K):
     left = (draws[..., k] % jnp.uint32(num_experts - k)).astype(jnp.int32)
-    # From its place among those that are left to its number among all.
+    # The draw counts the experts that are left; this counts them among all.
     for taken in jnp.sort(jnp.stack(experts), axis=0) if experts else ():
       left = left + (left >= taken)
     experts.append(left)

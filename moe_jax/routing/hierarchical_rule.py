@@ -4,7 +4,7 @@ https://arxiv.org/abs/1701.06538. A primary gate chooses among a branches, and
 each branch's own gate among its b experts: expert i * b + j is expert j of
 branch i. What comes out is a `Routing` over all experts, whose gates are the
 products; any dispatcher serves it. Not here: where logits come from
-(`moe_jax.layers.routers.two_levels`).
+(`moe_jax.layers.routers.hierarchical`).
 """
 
 import jax
@@ -26,11 +26,11 @@ def flat_choices(
   The choices of a token's first branch come first.
 
   Args:
-    branch_index: In [0, a).
-    branch_gate: Of the primary gate.
-    expert_index: Of each chosen branch, within it: in [0, b).
-    expert_gate: Of that branch's gate.
-    branch_size: b.
+    branch_index: The chosen branches, in [0, a).
+    branch_gate: The primary gate's weights of them.
+    expert_index: The experts chosen within each chosen branch, in [0, b).
+    expert_gate: The weights of them, of that branch's gate.
+    branch_size: b, the number of experts in a branch.
 
   Source: Eq. 12 of arXiv:1701.06538.
   """
@@ -52,8 +52,8 @@ def hierarchical_load(
   chose is 0. The first factor is where the primary gate's gradient comes from.
 
   Args:
-    branch_probability: P of the primary gate (`load_probability`).
-    expert_probability: P of the gate of each chosen branch.
+    branch_probability: P(x, i) of the primary gate (`load_probability`).
+    expert_probability: P(x, j) of the gate of each chosen branch.
     branch_index: The chosen branches.
     mask: False for padding.
 

@@ -58,7 +58,7 @@ def load_probability(
   is the (K+1)-th of all. With K = E every expert is always chosen: 1.
 
   Args:
-    logits: Clean and noisy.
+    logits: The logits without and with noise.
     num_selected: K.
     largest: The min(K + 1, E) experts of largest noisy logits, if known.
   """

@@ -22,7 +22,7 @@ def random_choice(
   """K different experts a token, every set of K as likely as another.
 
   Args:
-    key: Another key, other experts.
+    key: The key that the experts are drawn from.
     num_groups: G.
     group_size: S.
     num_experts: E.

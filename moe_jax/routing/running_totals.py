@@ -1,4 +1,4 @@
-"""Balancing a soft mixture: who is ahead of the mean by a margin sits out.
+"""Balancing a soft mixture: experts ahead of the mean by a margin sit out.
 
 Deep mixture of experts, https://arxiv.org/abs/1312.4314. The form of the
 paper's equation could not be verified: this is the rule as later code and
@@ -13,12 +13,12 @@ from moe_jax.shapes import Array, Bool, Float32
 
 
 def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
-  """Whose total is above the mean total by more than `margin`; never all.
+  """Which experts' totals exceed the mean by more than `margin`; never all.
 
   Args:
     totals: G_i, the gates of expert i summed over all examples so far. A
       constant added to all of them changes nothing.
-    margin: In examples, at least 0.
+    margin: How far ahead an expert may be, in examples, at least 0.
   """
   # No one is above the mean where all are equal, but for a rounded mean.
   return (totals - totals.mean() > margin) & (totals > totals.min())
@@ -27,9 +27,9 @@ def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
 def constrained_gates(
   router_logits: Float32[Array, 'B E'], overused: Bool[Array, ' E']
 ) -> Float32[Array, 'B E']:
-  """Softmax gates, 0 for the overused, the others' renormalised to sum to 1.
+  """Softmax gates: 0 for overused experts, those of the others sum to 1.
 
-  Those who sit out get no gradient. To leave logits out and to renormalise
+  Experts that sit out get no gradient. To leave logits out and to renormalise
   gates is the same, but for gates too small for float32 to divide by.
   """
   left = jnp.where(overused[None], -jnp.inf, router_logits)
@@ -41,12 +41,12 @@ def moved(
 ) -> Float32[Array, ' E']:
   """The totals after a step, less their mean.
 
-  Unlike a plain sum, what is left does not grow with the run, where float32
+  Unlike a plain sum, the totals do not grow with the run, where float32
   would soon lose single gates.
 
   Args:
-    totals: Before it.
-    mass: The gates of its examples summed, as they were given out.
+    totals: The totals before the step.
+    mass: The gates of the step's examples, summed, as the model used them.
   """
   totals = totals + mass
   return totals - totals.mean(keepdims=True)

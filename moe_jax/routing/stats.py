@@ -1,6 +1,7 @@
 """What a router did, on real tokens only, as sums that merge by adding.
 
-Not here: the losses (`aux_losses.py`) and how sums become a table
+The rate of dropped choices is defined here, once. Not here: the losses
+(`aux_losses.py`), and how sums become a table
 (`moe_jax.analysis.routing_report`).
 """
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import load_per_expert
-from moe_jax.shapes import Array, Bool, Float32
+from moe_jax.shapes import Array, Bool, Float32, Leaf
 
 
 class RoutingStats(NamedTuple):
@@ -21,15 +22,16 @@ class RoutingStats(NamedTuple):
     tokens: float32 [], real tokens.
     load: float32 [E], choices per expert before dropping.
     kept_load: float32 [E], choices per expert that were served.
-    overflowed: float32 [K], choices by rank dropped because the expert was
-      full. Drop rate by rank is overflowed / tokens. Where experts choose, a
-      token that none took has lost all K, so that the drop rate is the share
-      of such tokens.
-    unsent: float32 [K], choices by rank a second policy did not send and
-      that were not full.
-    entropy: float32 [], sum over tokens of the router's entropy, in nats.
+    overflowed: float32 [K], choices by rank that were dropped because the
+      expert was full; `drop_rate` makes a rate of them. Where experts choose,
+      a token that no expert took has lost all K.
+    unsent: float32 [K], choices by rank that a second policy did not send
+      and whose expert was not full. They were never to be served, so they are
+      not dropped.
+    entropy: float32 [], sum over tokens of the entropy of the router's
+      probabilities, in nats; 0 for a router without logits.
     logit_square: float32 [], sum over tokens of the mean square of the
-      router logits; RMS = sqrt(logit_square / tokens). Both are 0 of a router
+      router logits; RMS = sqrt(logit_square / tokens). It is 0 for a router
       without logits.
   """
 
@@ -40,6 +42,26 @@ class RoutingStats(NamedTuple):
   unsent: Array
   entropy: Array
   logit_square: Array
+
+
+def drop_rate(stats: RoutingStats) -> tuple[Leaf, Leaf]:
+  """Dropped choices over the choices of real tokens: the drop rate.
+
+  A choice is dropped if its expert was full. One that a second policy did not
+  send is not dropped, and padding has no choices. Where experts choose, the
+  rate is the fraction of tokens that no expert took.
+
+  Args:
+    stats: Sums over tokens, jax's or numpy's; those of several layers may be
+      stacked.
+
+  Returns:
+    The rate by rank, [..., K], and that of all choices, [...]; NaN where there
+    are no tokens.
+  """
+  tokens, K = stats.tokens, stats.overflowed.shape[-1]
+  by_rank = stats.overflowed / tokens[..., None]
+  return by_rank, stats.overflowed.sum(-1) / (tokens * K)
 
 
 def routing_stats(
@@ -75,10 +97,10 @@ def slot_stats(
   """The statistics where experts choose: nothing is dropped inside one.
 
   Args:
-    routing: Padding is in no slot.
-    router_logits: Of which it was made.
+    routing: The routing, in which padding has no slot.
+    router_logits: The logits that the routing follows.
     mask: False for padding.
-    num_selected: K, how long `overflowed` and `unsent` are.
+    num_selected: K, the length of `overflowed` and `unsent`.
   """
   G, S = mask.shape
   group = jnp.arange(G)[:, None, None]
@@ -102,13 +124,14 @@ def mixture_stats(
   mask: Bool[Array, 'G S'],
   num_experts: int,
 ) -> RoutingStats:
-  """The statistics of a soft mixture: each token's one choice is spread.
+  """The statistics of a soft mixture: each token's one choice is divided.
 
   Args:
-    gate: Of each expert; sums to 1. Loads are its sums.
-    router_logits: Of which it was made.
+    gate: The weight of each expert; they sum to 1. Loads are sums of them.
+    router_logits: The logits whose softmax the gates are.
     mask: False for padding.
-    num_experts: How long loads are: the model's largest E, as layers stack.
+    num_experts: The length of the loads: the model's largest E, as layers
+      stack.
   """
   gate = jax.lax.stop_gradient(gate)
   load = jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
@@ -147,9 +170,12 @@ class MoeAux(NamedTuple):
   totals and counts add up over layers without asking which is which.
 
   Attributes:
-    balance_loss, z_loss, importance_loss, load_loss: float32 []. Under
-      strictly balanced gating, whose load needs no loss, the last is that of
-      its thresholds, `strictly_balanced_rule.batchwise_loss`.
+    balance_loss: float32 [], see `aux_losses.balance_loss`.
+    z_loss: float32 [], see `aux_losses.z_loss`.
+    importance_loss: float32 [], see `aux_losses.importance_loss`.
+    load_loss: float32 [], see `aux_losses.load_loss`. Under strictly balanced
+      gating, whose load needs no loss, it is the loss of the thresholds,
+      `strictly_balanced_rule.batchwise_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
   """
 

@@ -11,8 +11,9 @@ renormalised over those it has.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignments import SlotRouting, decided
+from moe_jax.routing.assignments import SlotRouting
 from moe_jax.routing.expert_choice_rule import expert_choice
+from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 
@@ -78,9 +79,9 @@ def batchwise_loss(
   their sum: it does not grow with the batch.
 
   Args:
-    router_logits: Of the gates.
-    thresholds: T.
-    chosen: Of `batchwise_choice`.
+    router_logits: The logits, whose softmax is the gates.
+    thresholds: The threshold T of each expert.
+    chosen: What `batchwise_choice` returned.
     mask: False for padding.
 
   Source: Eq. 20 of arXiv:1701.06538.
@@ -97,7 +98,7 @@ def batchwise_loss(
 def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
   """Whether each expert took each token."""
   G, E, _ = chosen.token_index.shape
-  group, expert = _places(G, E)
+  group, expert = _indices(G, E)
   taken = jnp.zeros((G, chosen.group_size, E), bool)
   return taken.at[group, chosen.token_index, expert].set(True, mode='drop')
 
@@ -105,7 +106,7 @@ def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
 def _renormalized(chosen: SlotRouting) -> SlotRouting:
   """With gates that sum to one over a token's experts."""
   G, E, _ = chosen.token_index.shape
-  group, _ = _places(G, E)
+  group, _ = _indices(G, E)
   total = jnp.zeros((G, chosen.group_size), jnp.float32)
   total = total.at[group, chosen.token_index].add(chosen.gate, mode='drop')
   own = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
@@ -113,7 +114,7 @@ def _renormalized(chosen: SlotRouting) -> SlotRouting:
   return SlotRouting(chosen.token_index, gate, chosen.group_size)
 
 
-def _places(
+def _indices(
   G: int, E: int
 ) -> tuple[Int32[Array, 'G 1 1'], Int32[Array, '1 E 1']]:
   return (

@@ -6,12 +6,15 @@ and Mixtral (any K, https://arxiv.org/abs/2401.04088) are settings of one
 function. The noise of Shazeer et al. 2017 is in `noisy_top_k_rule.py`.
 """
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import unknown
-from moe_jax.routing.assignments import Routing, decided
-from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey
+from moe_jax.options import unknown
+from moe_jax.routing.assignments import Routing
+from moe_jax.routing.rows import decided
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
 GATES = ('raw', 'renormalized', 'renormalized_after_drop', 'sigmoid')
 SLOT_PRIORITIES = ('token_major', 'choice_major', 'batch_priority')
@@ -19,7 +22,7 @@ SECOND_POLICIES = ('all', 'sampled', 'threshold')
 
 
 def token_choice(
-  router_logits: Float32[Array, 'G S E'],
+  router_logits: Float[Array, 'G S E'],
   *,
   num_selected: int,
   capacity: int | None,
@@ -37,7 +40,8 @@ def token_choice(
   whose expert is full is dropped; the token's other choices stay.
 
   Args:
-    router_logits: Logits; where they carry noise, the noise is in them.
+    router_logits: The logits, with their noise if they have any. They are
+      taken as float32, and so gates are float32.
     num_selected: K.
     capacity: C, or None for unbounded experts, which drop nothing.
     mask: False for padding, which takes no slot. Default: all real.
@@ -57,10 +61,11 @@ def token_choice(
       Algorithm 1 it keeps its place in the queue even so. 'threshold' sends
       any choice after the first with probability min(1, g / second_threshold)
       and it queues only if sent (ST-MoE, section C.2).
-    second_threshold: The threshold of the policy of that name.
-    key: For the last two policies. None (evaluation) sends every choice.
-    expert_index: The choices, where they are not the K largest logits; K
-      different experts a token.
+    second_threshold: The threshold of the policy 'threshold'.
+    key: The key that the last two policies draw from. None (evaluation) sends
+      every choice.
+    expert_index: The chosen experts, where they are not the K largest logits;
+      K different ones for each token.
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
@@ -68,15 +73,16 @@ def token_choice(
       router's gradient away), or 'sampled' with K other than 2.
   """
   E, K = router_logits.shape[-1], num_selected
-  check_token_choice(
+  _check(
+    capacity,
+    slot_priority,
+    second_threshold,
     num_experts=E,
     num_selected=K,
-    capacity=capacity,
     gates=gates,
-    slot_priority=slot_priority,
     second_policy=second_policy,
-    second_threshold=second_threshold,
   )
+  router_logits = router_logits.astype(jnp.float32)
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
   if expert_index is None:
@@ -90,7 +96,7 @@ def token_choice(
     served = queued & sent
     queued = queued if second_policy == 'sampled' else served
   if slot_priority == 'batch_priority':
-    order = jnp.argsort(-_top_probability(router_logits, chosen_logits))
+    order = jnp.argsort(-_top_probability(router_logits))
   else:
     order = None
   slot = decided(_slots(expert_index, queued, E, slot_priority, order))
@@ -109,7 +115,7 @@ def even_choice(
 ) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
-  A dropped choice's share is lost. Arguments and errors are those of
+  The gate of a dropped choice is lost. Arguments and errors are those of
   `given_choice`.
   """
   gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
@@ -132,27 +138,24 @@ def given_choice(
   mask: Bool[Array, 'G S'] | None = None,
   slot_priority: str = 'token_major',
 ) -> Routing:
-  """Serves choices whose gates are settled; a dropped one's is lost.
+  """Serves choices whose gates are known; that of a dropped one is lost.
 
   Args:
-    expert_index: K different experts a token.
-    gate: Of each choice.
+    expert_index: K different experts for each token.
+    gate: The gate of each choice.
     num_experts: E.
     capacity, mask: As in `token_choice`.
-    slot_priority: 'token_major' or 'choice_major'; no token is surer of its
-      choice than another.
+    slot_priority: 'token_major' or 'choice_major'; there are no probabilities
+      to order the tokens by.
 
   Raises:
     ValueError: K is not in [1, E], capacity < 1, or the priority is another.
   """
-  check_token_choice(
+  _check(
+    capacity,
+    slot_priority,
     num_experts=num_experts,
     num_selected=expert_index.shape[-1],
-    capacity=capacity,
-    gates='raw',
-    slot_priority=slot_priority,
-    second_policy='all',
-    second_threshold=1.0,
   )
   if slot_priority == 'batch_priority':
     raise ValueError(
@@ -173,6 +176,8 @@ def choose(
 ) -> Int32[Array, '*G K']:
   """The K largest of each row, ties to the lower index; no gradient."""
   scores = jax.lax.stop_gradient(scores)
+  # A top-K puts 0. before -0., which are equal and so tie.
+  scores = jnp.where(scores == 0, 0.0, scores)
   return decided(jax.lax.top_k(scores, num_selected)[1])
 
 
@@ -189,41 +194,51 @@ def at_choices(
   return jnp.where(chosen, values[..., None, :], 0).sum(-1)
 
 
-def check_token_choice(
+def choice_problems(
   *,
   num_experts: int,
   num_selected: int,
-  capacity: int | None,
-  gates: str,
-  slot_priority: str,
-  second_policy: str,
-  second_threshold: float,
-) -> None:
-  """Raises what `token_choice` would, before there are arrays."""
+  gates: str = 'raw',
+  second_policy: str = 'all',
+) -> Iterator[str]:
+  """What is wrong with these sizes for `token_choice`, before arrays exist."""
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
-    raise ValueError(f'num_selected={K} not in [1, num_experts={E}]')
-  if capacity is not None and capacity < 1:
-    raise ValueError(f'capacity={capacity} must be at least 1, or None')
-  for name, value, have in (
-    ('gates', gates, GATES),
-    ('slot_priority', slot_priority, SLOT_PRIORITIES),
-    ('second_policy', second_policy, SECOND_POLICIES),
-  ):
-    if value not in have:
-      raise unknown(name, value, have)
+    yield f'num_selected={K} not in [1, num_experts={E}]'
   if K == 1 and gates.startswith('renormalized'):
-    raise ValueError(
-      f'gates={gates!r} with num_selected=1 makes every gate 1 and takes the '
+    yield (
+      f'num_selected=1 with gates={gates!r} makes every gate 1 and takes the '
       "router's gradient away; use gates='raw'"
     )
   if second_policy == 'sampled' and K != 2:
-    raise ValueError(
-      f"second_policy='sampled' is defined for num_selected=2, not {K}; "
-      "have 'all', 'threshold'"
+    yield (
+      f"num_selected={K}, but second_policy='sampled' is defined for 2; have "
+      "'all', 'threshold'"
     )
-  if second_policy == 'threshold' and not 0 < second_threshold <= 1:
-    raise ValueError(f'second_threshold={second_threshold} not in (0, 1]')
+
+
+def _check(
+  capacity: int | None,
+  slot_priority: str = 'token_major',
+  second_threshold: float = 1.0,
+  **sizes,
+) -> None:
+  """Raises ValueError where an argument of `token_choice` is wrong."""
+  options = {'gates': 'raw', 'second_policy': 'all', **sizes}
+  for name, value, have in (
+    ('gates', options['gates'], GATES),
+    ('slot_priority', slot_priority, SLOT_PRIORITIES),
+    ('second_policy', options['second_policy'], SECOND_POLICIES),
+  ):
+    if value not in have:
+      raise unknown(name, value, have)
+  problems = list(choice_problems(**sizes))
+  if capacity is not None and capacity < 1:
+    problems.append(f'capacity={capacity} must be at least 1, or None')
+  if options['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
+    problems.append(f'second_threshold={second_threshold} not in (0, 1]')
+  if problems:
+    raise ValueError('; '.join(problems))
 
 
 def _sent(pair_gate, policy, threshold, key):
@@ -234,9 +249,11 @@ def _sent(pair_gate, policy, threshold, key):
   return first[None, None] | (scale * pair_gate > draw)
 
 
-def _top_probability(router_logits, chosen_logits):
+def _top_probability(router_logits):
+  """The logarithm of each token's largest probability, chosen or not."""
+  router_logits = jax.lax.stop_gradient(router_logits)
   normalizer = jax.nn.logsumexp(router_logits, axis=-1)
-  return jax.lax.stop_gradient(chosen_logits[..., 0] - normalizer)  # [G, S]
+  return router_logits.max(-1) - normalizer  # [G, S]
 
 
 def _slots(
@@ -246,7 +263,7 @@ def _slots(
   slot_priority: str,
   order: Int32[Array, 'G S'] | None,
 ) -> Int32[Array, 'G S K']:
-  """Each choice's place in its expert's queue; 0 where it does not queue."""
+  """The choices before each one in its expert's queue; 0 if it is in none."""
   G, S, K = expert_index.shape
   if order is not None:
     expert_index = jnp.take_along_axis(expert_index, order[..., None], axis=1)

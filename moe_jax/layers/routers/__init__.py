@@ -1,1 +1,42 @@
-"""The routers: their parameters and options, of one level and of two."""
+"""The routers: one file each, and the list of them that configs choose from.
+
+Not here: the pure rules, from logits to a routing (`moe_jax.routing`).
+"""
+
+from moe_jax.layers.routers.contract import Router, RouterOptions, Sizes
+from moe_jax.layers.routers.expert_choice import ExpertChoice
+from moe_jax.layers.routers.hash import Hash
+from moe_jax.layers.routers.hierarchical import Hierarchical
+from moe_jax.layers.routers.noisy_top_k import NoisyTopK
+from moe_jax.layers.routers.random import Random
+from moe_jax.layers.routers.strictly_balanced import StrictlyBalanced
+from moe_jax.layers.routers.token_choice import TokenChoice
+from moe_jax.options import Kinds
+
+ROUTERS = Kinds(
+  'router',
+  RouterOptions,
+  {
+    'token_choice': TokenChoice,
+    'noisy_top_k': NoisyTopK,
+    'expert_choice': ExpertChoice,
+    'strictly_balanced': StrictlyBalanced,
+    'hash': Hash,
+    'random': Random,
+    'hierarchical': Hierarchical,
+  },
+)
+
+__all__ = [
+  'ROUTERS',
+  'ExpertChoice',
+  'Hash',
+  'Hierarchical',
+  'NoisyTopK',
+  'Random',
+  'Router',
+  'RouterOptions',
+  'Sizes',
+  'StrictlyBalanced',
+  'TokenChoice',
+]

@@ -1,0 +1,111 @@
+"""What keeps loads even: the weights of losses, and a bias without a loss.
+
+Each is a part of the options of those routers that have it. Not here: the
+losses themselves (`moe_jax.routing.aux_losses`).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moe_jax.layers.routers.contract import (
+  ROUTER_STATE,
+  Router,
+  RouterOptions,
+)
+from moe_jax.options import at_least, one_of, option, within
+from moe_jax.routing import balance_bias
+from moe_jax.routing.aux_losses import BALANCE_CHOICES
+from moe_jax.shapes import Array, Float32
+
+_BIAS = 'balance_bias'
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceLoss(RouterOptions):
+  """The options of a router with the balance loss of Switch and GShard."""
+
+  balance_weight: float = option(
+    0.01,
+    'Weight of the balance loss, E times the sum over experts of their '
+    'fraction of choices times their mean probability (Eq. 4 of '
+    'arXiv:2101.03961); 0.0 leaves it out.',
+    at_least(0),
+  )
+  balance_choices: str = option(
+    'all',
+    "Choices that the balance loss counts: 'all' of the K, or only the "
+    "'first' (GShard, ST-MoE).",
+    one_of(*BALANCE_CHOICES),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ZLoss(RouterOptions):
+  """The options of a router with ST-MoE's z-loss."""
+
+  z_weight: float = option(
+    0.001,
+    'Weight of the z-loss, the mean squared logsumexp of the router logits '
+    '(Eq. 5 of arXiv:2202.08906); 0.0 leaves it out.',
+    at_least(0),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceLoss(RouterOptions):
+  """The options of a router with the importance loss of Shazeer et al."""
+
+  importance_weight: float = option(
+    0.0,
+    'Weight of the importance loss, the squared coefficient of variation of '
+    "the experts' summed gates (Eq. 6-7 of arXiv:1701.06538); 0.0 leaves it "
+    'out.',
+    at_least(0),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadLoss(RouterOptions):
+  """The options of a router with the load loss of Shazeer et al."""
+
+  load_weight: float = option(
+    0.0,
+    'Weight of the load loss, the squared coefficient of variation of the '
+    "experts' expected loads under the router's noise (Eq. 10-11 of "
+    'arXiv:1701.06538); 0.0 leaves it out.',
+    at_least(0),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceBias(RouterOptions):
+  """The options of a router with the bias of Loss-Free Balancing."""
+
+  balance_bias_rate: float = option(
+    0.0,
+    'How far each step moves the bias that balances loads without a loss '
+    '(Algorithm 1 of arXiv:2408.15664, 0.001 there; usually with '
+    'balance_weight=0.0); 0.0 is no bias.',
+    within('[0, 1)'),
+  )
+
+  @property
+  def keeps_state(self):
+    """True where there is a bias."""
+    return self.balance_bias_rate > 0
+
+  def move_state(self, state, load, rate=None):
+    """The bias after a step; see `routing.balance_bias.moved`."""
+    if rate is None:
+      rate = self.balance_bias_rate
+    return {_BIAS: balance_bias.moved(state[_BIAS], load, rate)}
+
+
+def bias_of(module: Router) -> Float32[Array, ' E'] | None:
+  """The module's balancing bias; None where it has none."""
+  if not module.options.keeps_state:
+    return None
+  shape = (module.sizes.num_experts,)
+  bias = module.variable(ROUTER_STATE, _BIAS, jnp.zeros, shape, jnp.float32)
+  return bias.value

@@ -1,0 +1,45 @@
+"""What routers share in which experts choose tokens."""
+
+import dataclasses
+from typing import ClassVar
+
+from moe_jax import routing
+from moe_jax.layers.routers.balancing import ImportanceLoss, ZLoss
+from moe_jax.layers.routers.contract import Router
+from moe_jax.layers.routers.linear_gate import LinearGate
+from moe_jax.routing.aux_losses import cv_squared, over_groups
+from moe_jax.shapes import Array, Bool, Float32
+
+LEAK = (
+  'an expert chooses among all tokens of a group, which lets later tokens '
+  'change earlier outputs; use another router'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByExpert(ImportanceLoss, ZLoss, LinearGate):
+  """The options of a router whose experts choose among a group's tokens."""
+
+  by_expert: ClassVar[bool] = True
+
+  def drops(self, sizes):
+    """False: an expert is never asked for more than it takes."""
+    return False
+
+
+def slot_aux(
+  module: Router,
+  chosen: routing.SlotRouting,
+  logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+) -> routing.MoeAux:
+  """The losses and statistics of `ByExpert`, sums over real tokens."""
+  E, K = module.sizes.num_experts, module.sizes.num_selected
+  # For analysis alone: kept where the caller makes 'intermediates' mutable.
+  module.sow('intermediates', 'slots', chosen)
+  importance = cv_squared(chosen.gate.sum(-1))
+  return routing.empty_aux(E, K)._replace(
+    z_loss=over_groups(routing.z_loss(logits, mask), mask),
+    importance_loss=over_groups(importance, mask),
+    stats=routing.slot_stats(chosen, logits, mask, K),
+  )

@@ -1,0 +1,203 @@
+"""What routers share in which tokens choose experts.
+
+Not here: where their choices come from, which is each router's own file.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax import routing
+from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
+from moe_jax.options import one_of, option, within
+from moe_jax.partitioning import on_each_device
+from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.token_choice_rule import (
+  GATES,
+  SECOND_POLICIES,
+  SLOT_PRIORITIES,
+  choice_problems,
+)
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Queued(RouterOptions):
+  """The options of a router whose tokens queue for the slots of experts."""
+
+  slot_priority: str = option(
+    'token_major',
+    "Who is served first: 'token_major' is earlier tokens, each with all its "
+    "choices; 'choice_major' all first choices, then all second ones "
+    '(GShard), which lets later tokens change earlier outputs.',
+    one_of('token_major', 'choice_major'),
+  )
+
+  def leak(self, sizes):
+    """Slots that are not taken in the order of the sequence leak the future.
+
+    A token's fate under token-major slots is decided by the tokens before it.
+    Choice-major slots let a later token's first choice evict an earlier one's
+    second, and batch priority sorts by the whole group.
+    """
+    K = sizes.num_selected
+    first_come = ('token_major', 'choice_major') if K == 1 else ('token_major',)
+    if not sizes.capacity.binds or self.slot_priority in first_come:
+      return None
+    return (
+      f'slot_priority={self.slot_priority!r} with num_selected={K} lets later '
+      'tokens change earlier outputs wherever capacity binds; use '
+      "slot_priority='token_major'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLogits(Queued):
+  """The options of a router whose tokens choose the K largest logits."""
+
+  gates: str = option(
+    'raw',
+    "Weights of the chosen experts: 'raw' is the softmax over all experts "
+    "(Switch); 'renormalized' makes the K sum to one before any is dropped "
+    "(GShard, ST-MoE, Mixtral); 'renormalized_after_drop' makes those that "
+    "are served sum to one (praxis); 'sigmoid' is the sigmoid of each logit "
+    '(Loss-Free Balancing).',
+    one_of(*GATES),
+  )
+  slot_priority: str = option(
+    'token_major',
+    "Who is served first: 'token_major' is earlier tokens, each with all its "
+    "choices; 'choice_major' all first choices, then all second ones "
+    "(GShard); 'batch_priority' is choice-major with the tokens ordered by "
+    'their largest probability (V-MoE, arXiv:2106.05974). The last two let '
+    'later tokens change earlier outputs.',
+    one_of(*SLOT_PRIORITIES),
+  )
+  second_policy: str = option(
+    'all',
+    "Choices after the first that are sent in training: 'all'; 'sampled' with "
+    'probability 2 * gate, of two (Algorithm 1 of GShard); or '
+    "'threshold' with probability gate / second_threshold (ST-MoE, section "
+    'C.2).',
+    one_of(*SECOND_POLICIES),
+  )
+  second_threshold: float = option(
+    0.2,
+    'Renormalised gate from which on a choice after the first is always sent.',
+    within('(0, 1]'),
+    when={'second_policy': ('threshold',)},
+  )
+
+  def problems_with(self, sizes):
+    """What the gates and the second policy say to E and K."""
+    yield from choice_problems(
+      num_experts=sizes.num_experts,
+      num_selected=sizes.num_selected,
+      gates=self.gates,
+      second_policy=self.second_policy,
+    )
+
+
+def serve(
+  module: Router,
+  logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+  train: bool,
+  *,
+  scores: Float32[Array, 'G S E'] | None = None,
+  spare: int = 0,
+) -> tuple[routing.Routing, Int32[Array, 'G S N']]:
+  """The routing of `ByLogits`, and the experts of the largest scores.
+
+  Args:
+    module: The router; its options are `ByLogits`.
+    logits: The logits that gates are made of, with noise if there is any.
+    mask: False for padding.
+    train: Whether the second policy draws.
+    scores: What tokens choose by. Default: the logits.
+    spare: How many experts beyond the K chosen ones are returned, at most E.
+  """
+  o, sizes = module.options, module.sizes
+  E, K = sizes.num_experts, sizes.num_selected
+  # On each device, as no compiler splits a top-K over groups.
+  largest = on_each_device(
+    functools.partial(routing.choose, num_selected=min(K + spare, E)),
+    (logits if scores is None else scores,),
+  )
+  draws = train and o.second_policy != 'all' and K > 1
+  chosen = routing.token_choice(
+    logits,
+    num_selected=K,
+    capacity=sizes.slots(logits.shape[1]),
+    mask=mask,
+    gates=o.gates,
+    slot_priority=o.slot_priority,
+    second_policy=o.second_policy,
+    second_threshold=o.second_threshold,
+    key=module.make_rng(NOISE) if draws else None,
+    expert_index=largest[..., :K],
+  )
+  sow_choices(module, chosen.expert_index)
+  return chosen, largest
+
+
+def logits_aux(
+  module: Router,
+  chosen: routing.Routing,
+  clean: Float32[Array, 'G S E'],
+  logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+) -> routing.MoeAux:
+  """The losses and statistics of `ByLogits`, sums over real tokens.
+
+  Args:
+    module: The router.
+    chosen: The routing.
+    clean: The logits without noise, of which balance loss, z-loss and
+      statistics are made.
+    logits: The logits that the gates are made of.
+    mask: False for padding.
+  """
+  o, index, E = module.options, chosen.expert_index, chosen.num_experts
+  probs = jax.nn.softmax(clean)
+  balance = routing.balance_loss(probs, index, mask, o.balance_choices)
+  gate = routing.gates_before_drop(logits, index, o.gates)
+  importance = routing.importance_loss(gate, index, mask, E)
+  return routing.MoeAux(
+    balance_loss=over_groups(balance, mask),
+    z_loss=over_groups(routing.z_loss(clean, mask), mask),
+    importance_loss=over_groups(importance, mask),
+    load_loss=jnp.zeros((), jnp.float32),
+    stats=routing.routing_stats(chosen, clean, mask),
+  )
+
+
+def serve_evenly(
+  module: Router,
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+) -> tuple[routing.Routing, routing.MoeAux]:
+  """The routing of choices without logits, with gates of 1/K, and no losses."""
+  sizes = module.sizes
+  chosen = routing.even_choice(
+    expert_index,
+    num_experts=sizes.num_experts,
+    capacity=sizes.slots(mask.shape[1]),
+    mask=mask,
+    slot_priority=module.options.slot_priority,
+  )
+  sow_choices(module, expert_index)
+  aux = routing.empty_aux(sizes.num_experts, sizes.num_selected)
+  stats = routing.routing_stats(chosen, None, mask)
+  return chosen, aux._replace(stats=stats)
+
+
+def sow_choices(module: nn.Module, expert_index: Int32[Array, 'G S K']) -> None:
+  """Keeps the choices where the caller makes 'intermediates' mutable.
+
+  They are for analysis alone.
+  """
+  module.sow('intermediates', 'expert_index', expert_index)

@@ -1,0 +1,200 @@
+"""The contract of a router: what every router answers, and what it is given.
+
+A router is one file here: its options, which extend `RouterOptions`, and its
+module, which extends `Router`. Nobody else asks which router it is. Pure rules
+are in `moe_jax.routing`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+from flax import linen as nn
+
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options, fields_of
+from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.capacity import All, Capacity, PerToken
+from moe_jax.routing.stats import MoeAux
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf, UInt32
+
+# The collection of what routers keep that no gradient moves.
+ROUTER_STATE = 'router_state'
+# The rng stream from which routers draw their noise.
+NOISE = 'router'
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of the layer that a router serves.
+
+  Attributes:
+    num_experts: E, the number of experts.
+    num_selected: K, the number of experts that a token chooses. Where experts
+      choose tokens, it is only what the capacity makes of it.
+    capacity: The rule for how many tokens of a group an expert serves.
+  """
+
+  num_experts: int
+  num_selected: int = 1
+  capacity: Capacity = PerToken()
+
+  def slots(self, group_size: int) -> int:
+    """Slots per expert in a group of so many tokens, a Python int."""
+    return self.capacity.per_expert(
+      group_size, self.num_experts, self.num_selected
+    )
+
+
+class Router(nn.Module):
+  """Base of the routers' modules, which are float32 whatever the model's dtype.
+
+  Source: Table 2 of arXiv:2101.03961, selective precision.
+
+  Attributes:
+    options: The router's options.
+    sizes: The sizes of the layer.
+    shared: What all parts of a model share; of it, a router uses the
+      initialisation of its kernels.
+  """
+
+  options: Any
+  sizes: Sizes
+  shared: Shared = Shared()
+
+  def __call__(
+    self,
+    x: Float[Array, 'G S M'],
+    mask: Bool[Array, 'G S'],
+    train: bool = False,
+    hash_ids: UInt32[Array, 'G S'] | None = None,
+    layer: int | Int[Array, ''] = 0,
+  ) -> tuple[Routing | SlotRouting, MoeAux]:
+    """Routes each group by itself; padding takes no part.
+
+    Args:
+      x: Token representations.
+      mask: False for padding.
+      train: Whether noise is drawn, from the rng stream 'router', and only
+        where an option asks for it.
+      hash_ids: What the options' `ids_of` gave for each token.
+      layer: The number of the layer, by which routers without parameters
+        differ.
+
+    Returns:
+      The routing, and the losses and statistics, which are sums over real
+      tokens.
+    """
+    raise NotImplementedError
+
+
+class RouterOptions(Options):
+  """Base of the routers' options: what others ask a router.
+
+  Attributes:
+    by_expert: Whether experts choose tokens, so that the module returns a
+      `SlotRouting`.
+    needs_ids: Whether the module needs `hash_ids`, which `ids_of` makes.
+  """
+
+  by_expert: ClassVar[bool] = False
+  needs_ids: ClassVar[bool] = False
+
+  def problems_with(self, sizes: Sizes) -> Iterator[str]:
+    """What is wrong with the sizes for this router, each text a problem."""
+    E, K = sizes.num_experts, sizes.num_selected
+    if not 1 <= K <= E:
+      yield f'num_selected={K} not in [1, num_experts={E}]'
+
+  def module(
+    self, sizes: Sizes, shared: Shared, name: str | None = None
+  ) -> Router:
+    """The router's linen module."""
+    raise NotImplementedError
+
+  def leak(self, sizes: Sizes) -> str | None:
+    """What lets later tokens change earlier outputs; None if nothing does.
+
+    The text begins with the option that is the reason.
+    """
+    raise NotImplementedError
+
+  def is_causal(self, sizes: Sizes) -> bool:
+    """Whether outputs up to t never change when later tokens of the row do."""
+    return self.leak(sizes) is None
+
+  def decodes(self, sizes: Sizes) -> str | None:
+    """Why the router cannot decode token by token; None if it can."""
+    del sizes
+    return None
+
+  def serving_all(self, sizes: Sizes) -> Sizes | None:
+    """The sizes with room for all, which generation takes.
+
+    None where the router chooses as in training even then, so that its layer
+    stays as it is.
+    """
+    return dataclasses.replace(sizes, capacity=All())
+
+  def drops(self, sizes: Sizes) -> bool:
+    """Whether a choice can be dropped because its expert is full."""
+    return sizes.capacity.binds
+
+  def multiply_adds(self, sizes: Sizes, width: int) -> int:
+    """Multiplications of the router's products with one token of M values."""
+    raise NotImplementedError
+
+  def loss_weights(self) -> dict[str, float]:
+    """The weight of each loss of `MoeAux` that the router has, by its name.
+
+    An option `<name>_weight` is the weight of the loss `<name>_loss`.
+    """
+    return {
+      f'{name.removesuffix("_weight")}_loss': getattr(self, name)
+      for name in fields_of(type(self))
+      if name.endswith('_weight')
+    }
+
+  def ids_of(
+    self,
+    tokens: Int[Array, 'B T'],
+    previous: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+  ) -> UInt32[Array, 'B T'] | None:
+    """What the router is to hash of each token; None if it hashes nothing.
+
+    Args:
+      tokens: Token ids.
+      previous: The id before each token in its segment; -1 where it is the
+        first.
+      positions: The place of each token in its segment.
+    """
+    del tokens, previous, positions
+    return None
+
+  @property
+  def keeps_state(self) -> bool:
+    """Whether the module has variables in the collection 'router_state'."""
+    return False
+
+  def move_state(
+    self,
+    state: dict[str, Leaf],
+    load: Float32[Array, '*L E'],
+    rate: Leaf | None = None,
+  ) -> dict[str, Leaf]:
+    """The variables of the collection after an optimizer step.
+
+    Args:
+      state: The module's variables before the step; those of several layers
+        may be stacked.
+      load: The choices of each expert before drops, of the whole batch.
+      rate: How far a step moves them; None stands for the option's value. It
+        may be an array that the step has as an argument.
+    """
+    del load, rate
+    return state
+
+  def for_encoder(self) -> Self:
+    """The same router for an encoder, whose layers are counted anew."""
+    return self

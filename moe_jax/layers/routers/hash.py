@@ -1,0 +1,72 @@
+"""Hash layers: a token's experts are a fixed function of an id.
+
+https://arxiv.org/abs/2106.04426. The router has no parameters, and its gates
+are 1/K. The rule is `moe_jax.routing.hash_rule`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from moe_jax import routing
+from moe_jax.layers.routers.by_token import Queued, serve_evenly
+from moe_jax.layers.routers.contract import Router
+from moe_jax.options import anything, one_of, option
+from moe_jax.routing.hash_rule import HASH_OF, hash_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash(Queued):
+  """The options of a hash layer's router."""
+
+  needs_ids: ClassVar[bool] = True
+
+  of: str = option(
+    'token',
+    "What is hashed: the 'token' (its id), the 'bigram' of it and the token "
+    "before it, or its 'position'.",
+    one_of(*HASH_OF),
+  )
+  seed: int = option(
+    0,
+    'Number of the random table from ids to experts.',
+    anything('every number is a seed'),
+  )
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return HashRouter(self, sizes, shared, name=name)
+
+  def multiply_adds(self, sizes, width):
+    """None: there is no product."""
+    return 0
+
+  def ids_of(self, tokens, previous, positions):
+    """What is hashed of each token."""
+    return hash_ids(self.of, tokens, previous, positions)
+
+  def for_encoder(self):
+    """Another table, as its layers are counted anew."""
+    return dataclasses.replace(self, seed=self.seed + 1)
+
+
+class HashRouter(Router):
+  """Choices by hash, without parameters; see `Router`."""
+
+  options: Hash
+
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    """Routes each group by itself; see `Router`."""
+    del x, train
+    if hash_ids is None:
+      raise ValueError(
+        'the hash router needs hash_ids, what the tokens are hashed by; see '
+        'moe_jax.routing.hash_rule.hash_ids'
+      )
+    index = routing.hash_choice(
+      hash_ids,
+      num_experts=self.sizes.num_experts,
+      num_selected=self.sizes.num_selected,
+      seed=self.options.seed,
+      layer=layer,
+    )
+    return serve_evenly(self, index, mask)

@@ -1,0 +1,302 @@
+"""The router of two levels: a gate over branches, and one in each branch.
+
+Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). A branch's
+gate multiplies the tokens that chose it and no others, so that the work per
+token grows with a + b, not with their product. The rule is
+`moe_jax.routing.hierarchical_rule`; the experts are those of any layer.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from moe_jax import routing
+from moe_jax.dispatch import sorted_rows
+from moe_jax.kernels import grouped_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.routers.balancing import ImportanceLoss, LoadLoss, ZLoss
+from moe_jax.layers.routers.by_token import Queued, sow_choices
+from moe_jax.layers.routers.contract import NOISE, Router, Sizes
+from moe_jax.layers.routers.linear_gate import ROLE, product
+from moe_jax.options import at_least, one_of, option
+from moe_jax.partitioning import on_each_device
+from moe_jax.routing import hierarchical_rule
+from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.token_choice_rule import choice_problems
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
+  """The options of the router of two levels."""
+
+  branching: int = option(
+    2,
+    'Number of branches, a; each has num_experts / a of the experts.',
+    at_least(1),
+  )
+  branches_selected: int = option(
+    1,
+    'Number of branches that a token chooses; in each it chooses '
+    'num_selected / branches_selected experts.',
+    at_least(1),
+  )
+  noisy: bool = option(
+    False,
+    'Whether both levels are noisy top-K gates, whose kernels start at zero.',
+  )
+  gates: str = option(
+    'raw',
+    "Weights at each level: 'raw' is the softmax over all, 'renormalized' "
+    'makes those of the chosen sum to one.',
+    one_of('raw', 'renormalized'),
+  )
+  load_weight: float = option(
+    0.0,
+    'Weight of the load loss of two levels (Eq. 14 of arXiv:1701.06538); 0.0 '
+    'leaves it out.',
+    at_least(0),
+    when={'noisy': (True,)},
+  )
+
+  def problems_with(self, sizes):
+    """Experts and choices are divided among branches."""
+    a, K1 = self.branching, self.branches_selected
+    E, K = sizes.num_experts, sizes.num_selected
+    if E % a:
+      yield f'num_experts={E} does not divide by branching={a}'
+    if K % K1:
+      yield f'num_selected={K} does not divide by branches_selected={K1}'
+    if E % a or K % K1:
+      return
+    for level in self.levels(sizes):
+      yield from choice_problems(**level._asdict())
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return HierarchicalRouter(self, sizes, shared, name=name)
+
+  def multiply_adds(self, sizes, width):
+    """The products with the primary gate and those of the chosen branches."""
+    primary, secondary = self.levels(sizes)
+    branches = primary.num_selected * secondary.num_experts
+    return (1 + self.noisy) * width * (primary.num_experts + branches)
+
+  def levels(self, sizes: Sizes) -> tuple['LevelSizes', 'LevelSizes']:
+    """The sizes of the gate over branches, and of the gate in each branch."""
+    a, K1 = self.branching, self.branches_selected
+
+    def level(E, K):
+      # The gate of a single one is 1 either way.
+      return LevelSizes(E, K, 'raw' if E == 1 else self.gates)
+
+    return level(a, K1), level(sizes.num_experts // a, sizes.num_selected // K1)
+
+
+class LevelSizes(NamedTuple):
+  """One level's choices.
+
+  Attributes:
+    num_experts: How many branches, or experts of a branch, there are.
+    num_selected: How many of them are chosen.
+    gates: What their weights are.
+  """
+
+  num_experts: int
+  num_selected: int
+  gates: str
+
+
+class HierarchicalRouter(Router):
+  """Two levels of linear gates; see `Router`.
+
+  `w` and `w_noise` are the primary gate's kernels, `w_branch` and
+  `w_branch_noise` [a, M, b] those of the branches. There is no balance loss:
+  importance and load losses are those that have two levels. Entropy, squared
+  logits and z-loss are the primary gate's plus those of the chosen branches,
+  weighted by its gates.
+  """
+
+  options: Hierarchical
+
+  @nn.compact
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    """Routes each group by itself; see `Router`."""
+    del hash_ids, layer
+    x = x.astype(jnp.float32)
+    primary, secondary = self.options.levels(self.sizes)
+    logits, noise = self._primary_logits(x, primary, train)
+    branch = _level(primary, logits, noise)
+    logits, noise = self._branch_logits(x, branch.index, secondary, train)
+    expert = _level(secondary, logits, noise)
+    inner = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    index, gate = hierarchical_rule.flat_choices(
+      branch.index,
+      branch.gate,
+      expert.index.reshape(inner),
+      expert.gate.reshape(inner),
+      secondary.num_experts,
+    )
+    chosen = routing.given_choice(
+      index,
+      gate,
+      num_experts=self.sizes.num_experts,
+      capacity=self.sizes.slots(x.shape[1]),
+      mask=mask,
+      slot_priority=self.options.slot_priority,
+    )
+    sow_choices(self, index)
+    return chosen, _aux(chosen, gate, branch, expert, mask)
+
+  def _primary_logits(self, x, level, train):
+    """The logits of the branches, without noise and with it."""
+    axes, size = ('embed', None), level.num_experts
+    clean = product(self, 'w', self._init(axes), x, size)
+    if not self.options.noisy:
+      return clean, None
+    std = product(self, 'w_noise', self._init(axes), x, size)
+    return clean, self._noisy(clean, std, train)
+
+  def _branch_logits(self, x, branch_index, level, train):
+    """Those of each token's branches, [G, S * K1, b], likewise."""
+    a, b = self.options.branching, level.num_experts
+    # Not named for experts: what copies those would take them for experts'.
+    axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
+    # The fan-in is that of one branch.
+    init = self._init(axes, shrink=1 / a)
+    w = self.param('w_branch', init, shape, jnp.float32)
+    if self.options.noisy:
+      w_noise = self.param('w_branch_noise', init, shape, jnp.float32)
+      w = jnp.concatenate([w, w_noise], -1)
+    both = on_each_device(
+      _of_chosen, (x, branch_index), (w,), (PartitionSpec(),)
+    )
+    if not self.options.noisy:
+      return both, None
+    noise = self._noisy(both[..., :b], both[..., b:], train)
+    return both[..., :b], noise
+
+  def _init(self, axes, shrink=1.0):
+    if self.options.noisy:
+      return parameters.zero_kernel(axes, role=ROLE)
+    return parameters.kernel(self.shared, axes, role=ROLE, shrink=shrink)
+
+  def _noisy(self, clean, std, train):
+    key = self.make_rng(NOISE) if train else None
+    return routing.noisy_logits(clean, std, key)
+
+
+class _Level(NamedTuple):
+  """What one level decided; N tokens, or N choices of branches.
+
+  Attributes:
+    clean: float32 [G, N, E], the logits without noise.
+    index: int32 [G, N, K], what is chosen.
+    gate: float32 [G, N, K], the weights of the chosen, before drops.
+    probability: float32 [G, N, E], P of the load estimator; None without noise.
+  """
+
+  clean: Array
+  index: Array
+  gate: Array
+  probability: Array | None
+
+
+def _level(
+  sizes: LevelSizes,
+  clean: Float32[Array, 'G N E'],
+  noise: routing.NoisyLogits | None,
+) -> _Level:
+  E, K, gates = sizes
+  logits = clean if noise is None else noise.noisy
+
+  def largest(logits):
+    return routing.choose(logits, min(K + 1, E))
+
+  best = on_each_device(largest, (logits,))
+  index, probability = best[..., :K], None
+  if noise is not None:
+    probability = routing.load_probability(noise, K, best)
+  gate = routing.gates_before_drop(logits, index, gates)
+  return _Level(clean, index, gate, probability)
+
+
+def _of_chosen(
+  x: Float32[Array, 'G S M'],
+  branch_index: Int32[Array, 'G S K1'],
+  w: Float32[Array, 'A M N'],
+) -> Float32[Array, 'G P N']:
+  """x times the kernel of each branch it chose; P = S * K1."""
+  K1 = branch_index.shape[-1]
+  G, P = x.shape[0], x.shape[1] * K1
+  chosen = routing.Routing(
+    expert_index=branch_index.reshape(G, P, 1),
+    slot=jnp.zeros((G, P, 1), jnp.int32),
+    gate=jnp.ones((G, P, 1), jnp.float32),
+    kept=jnp.ones((G, P, 1), bool),
+    num_experts=w.shape[0],
+    capacity=None,
+  )
+  rows = sorted_rows.dispatch(jnp.repeat(x, K1, axis=1), chosen)
+  with jax.default_matmul_precision('highest'):
+    logits = grouped_matmul(rows, w, chosen.rows_per_expert())
+  return sorted_rows.combine(logits, chosen)
+
+
+def _aux(
+  chosen: routing.Routing,
+  gate: Float32[Array, 'G S K'],
+  branch: _Level,
+  expert: _Level,
+  mask: Bool[Array, 'G S'],
+) -> routing.MoeAux:
+  """The losses, summed over groups times their real tokens; statistics."""
+  importance = routing.importance_loss(
+    gate, chosen.expert_index, mask, chosen.num_experts
+  )
+  load = jnp.zeros(len(mask), jnp.float32)
+  if branch.probability is not None:
+    load = hierarchical_rule.hierarchical_load_loss(
+      branch.probability,
+      expert.probability.reshape(*branch.index.shape, -1),
+      branch.index,
+      mask,
+    )
+  entropy, square = (
+    jax.lax.stop_gradient(_both(f, branch, expert, mask))
+    for f in (_entropy, _square)
+  )
+  stats = routing.routing_stats(chosen, None, mask)
+  return routing.MoeAux(
+    balance_loss=jnp.zeros((), jnp.float32),
+    z_loss=_both(_z, branch, expert, mask),
+    importance_loss=over_groups(importance, mask),
+    load_loss=over_groups(load, mask),
+    stats=stats._replace(entropy=entropy, logit_square=square),
+  )
+
+
+def _both(f, branch: _Level, expert: _Level, mask) -> Float32[Array, '']:
+  """The sum over real tokens of f of both levels' logits; see the class."""
+  inner = f(expert.clean).reshape(branch.gate.shape)
+  # The z-loss is not to move tokens to branches of small logits.
+  gate = jax.lax.stop_gradient(branch.gate)
+  per_token = f(branch.clean) + (gate * inner).sum(-1)  # [G, S]
+  return jnp.where(mask, per_token, 0.0).sum()
+
+
+def _z(logits):
+  return jax.nn.logsumexp(logits, axis=-1) ** 2
+
+
+def _entropy(logits):
+  log_probs = jax.nn.log_softmax(logits)
+  return -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+
+def _square(logits):
+  return jnp.mean(logits**2, -1)

@@ -1,0 +1,88 @@
+"""The linear layer from tokens to logits that most routers have.
+
+Everything here is float32 whatever the model's dtype (Table 2 of
+arXiv:2101.03961).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
+from moe_jax.options import option, within
+from moe_jax.shapes import Array, Float, Float32
+
+# The logical axes of the kernel, and so of what tokens choose among.
+AXES = ('embed', 'expert_choice')
+ROLE = 'router'
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGate(RouterOptions):
+  """The options of a router whose logits are a product with its input."""
+
+  jitter: float = option(
+    0.0,
+    'In training the input of the router is multiplied by random numbers, '
+    'uniform in [1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section '
+    '3.2); 0.0 is no noise.',
+    within('[0, 1)'),
+  )
+  use_bias: bool = option(
+    False, 'Whether a bias, which starts at zero, is added to the logits.'
+  )
+
+  def multiply_adds(self, sizes, width):
+    """The products of one token with the kernel [M, E]."""
+    return width * sizes.num_experts
+
+
+def jittered(
+  module: Router, x: Float[Array, 'G S M'], train: bool
+) -> Float32[Array, 'G S M']:
+  """The router's input in float32, with the noise of `LinearGate.jitter`."""
+  x, jitter = x.astype(jnp.float32), module.options.jitter
+  if train and jitter > 0:
+    low, high = 1.0 - jitter, 1.0 + jitter
+    key = module.make_rng(NOISE)
+    x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+  return x
+
+
+def linear_logits(
+  module: Router,
+  x: Float32[Array, 'G S M'],
+  init: Initializer | None = None,
+) -> Float32[Array, 'G S E']:
+  """The logits of a `LinearGate`: x times `w`, plus `b` if there is a bias.
+
+  Args:
+    module: The router, whose parameters they are.
+    x: The input, as `jittered` returns it.
+    init: The initialiser of the kernel. Default: the model's.
+  """
+  E = module.sizes.num_experts
+  init = init or parameters.kernel(module.shared, AXES, role=ROLE)
+  logits = product(module, 'w', init, x, E)
+  if module.options.use_bias:
+    init = parameters.bias(AXES[1:], role=ROLE)
+    logits = logits + module.param('b', init, (E,), jnp.float32)[None, None]
+  return logits
+
+
+def product(
+  module: Router,
+  name: str,
+  init: Initializer,
+  x: Float32[Array, 'G S M'],
+  size: int,
+) -> Float32[Array, 'G S E']:
+  """The product of x with a kernel of the module, [M, size], of that name."""
+  G, S, M = x.shape
+  w = module.param(name, init, (M, size), jnp.float32)
+  logits = rows_matmul(x.reshape(G * S, M), w, jax.lax.Precision.HIGHEST)
+  return logits.reshape(G, S, -1)

@@ -1,0 +1,66 @@
+"""Noisy top-K gating: the logits have noise whose size is learned.
+
+Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. Both kernels
+start at zero. The rule is `moe_jax.routing.noisy_top_k_rule`.
+"""
+
+import dataclasses
+
+from flax import linen as nn
+
+from moe_jax import routing
+from moe_jax.layers import parameters
+from moe_jax.layers.routers.balancing import (
+  BalanceLoss,
+  ImportanceLoss,
+  LoadLoss,
+  ZLoss,
+)
+from moe_jax.layers.routers.by_token import ByLogits, logits_aux, serve
+from moe_jax.layers.routers.contract import NOISE, Router
+from moe_jax.layers.routers.linear_gate import (
+  AXES,
+  ROLE,
+  LinearGate,
+  jittered,
+  linear_logits,
+  product,
+)
+from moe_jax.routing.aux_losses import over_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyTopK(
+  LoadLoss, ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits
+):
+  """The options of noisy top-K gating; the paper's gates are renormalised."""
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return NoisyTopKRouter(self, sizes, shared, name=name)
+
+  def multiply_adds(self, sizes, width):
+    """The products with two kernels, that of the logits and of the noise."""
+    return 2 * super().multiply_adds(sizes, width)
+
+
+class NoisyTopKRouter(Router):
+  """Two linear layers, noise, then token choice; see `Router`."""
+
+  options: NoisyTopK
+
+  @nn.compact
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    """Routes each group by itself; see `Router`."""
+    del hash_ids, layer
+    x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)
+    clean = linear_logits(self, x, zeros)
+    std = product(self, 'w_noise', zeros, x, self.sizes.num_experts)
+    key = self.make_rng(NOISE) if train else None
+    logits = routing.noisy_logits(clean, std, key)
+    chosen, largest = serve(self, logits.noisy, mask, train, spare=1)
+    aux = logits_aux(self, chosen, clean, logits.noisy, mask)
+    K = self.sizes.num_selected
+    probability = routing.load_probability(logits, K, largest)
+    load = routing.load_loss(probability, mask)
+    return chosen, aux._replace(load_loss=over_groups(load, mask))

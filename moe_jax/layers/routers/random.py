@@ -1,0 +1,67 @@
+"""Random routing: every token has K experts drawn at random.
+
+The router has no parameters, and its gates are 1/K. Choices are drawn anew each
+time in training, and are the same each time in evaluation. The rule is
+`moe_jax.routing.random_rule`.
+"""
+
+import dataclasses
+
+import jax
+from flax import linen as nn
+
+from moe_jax import routing
+from moe_jax.layers.routers.by_token import Queued, serve_evenly
+from moe_jax.layers.routers.contract import NOISE, Router
+from moe_jax.options import anything, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Queued):
+  """The options of random routing.
+
+  Draws depend on the shape of the input: step by step, generation draws other
+  experts than of whole rows.
+  """
+
+  seed: int = option(
+    0,
+    'Seed of the choices in evaluation.',
+    anything('every number is a seed'),
+  )
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return RandomRouter(self, sizes, shared, name=name)
+
+  def multiply_adds(self, sizes, width):
+    """None: there is no product."""
+    return 0
+
+  def for_encoder(self):
+    """Another seed, as its layers are counted anew."""
+    return dataclasses.replace(self, seed=self.seed + 1)
+
+
+class RandomRouter(Router):
+  """Choices at random, without parameters; see `Router`."""
+
+  options: Random
+
+  @nn.compact
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    """Routes each group by itself; see `Router`."""
+    del x, hash_ids
+    if train:
+      key = self.make_rng(NOISE)
+    else:
+      key = jax.random.fold_in(jax.random.key(self.options.seed), layer)
+    G, S = mask.shape
+    index = routing.random_choice(
+      key,
+      num_groups=G,
+      group_size=S,
+      num_experts=self.sizes.num_experts,
+      num_selected=self.sizes.num_selected,
+    )
+    return serve_evenly(self, index, mask)

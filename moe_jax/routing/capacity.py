@@ -1,0 +1,163 @@
+"""Capacity: how many slots an expert has in each group.
+
+The papers and codebases mean two things by a capacity factor, so each meaning
+is a kind of its own, with its name.
+"""
+
+import dataclasses
+import fractions
+import math
+
+from moe_jax.options import Kinds, Options, above, at_least, one_of, option
+
+_ROUNDINGS = {'ceil': math.ceil, 'floor': math.floor, 'round': round}
+
+
+class Capacity(Options):
+  """The contract of a capacity rule."""
+
+  @property
+  def binds(self) -> bool:
+    """Whether an expert can be full, so that choices are dropped."""
+    return True
+
+  def per_expert(
+    self, group_size: int, num_experts: int, num_selected: int
+  ) -> int:
+    """Slots per expert and group, C in [1, S], a Python int.
+
+    No rule gives more than S: a token takes at most one slot of an expert.
+
+    Args:
+      group_size: S, the tokens of a group.
+      num_experts: E, the number of experts.
+      num_selected: K, the number of experts that a token chooses.
+    """
+    raise NotImplementedError
+
+  def keeps_in_generation(self, single: bool) -> bool:
+    """Whether generation keeps this rule in place of room for all.
+
+    A rule that says how many tokens an expert takes whatever their number is
+    part of what an imported checkpoint computes, not a bound on the buffers of
+    training.
+
+    Args:
+      single: Whether each step of generation has one token a group.
+    """
+    del single
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share(Capacity):
+  """A rule that gives each expert a multiple of its share of the tokens."""
+
+  factor: float = option(
+    1.25,
+    'Capacity factor: the slots of all experts over the tokens or choices '
+    'that they serve.',
+    above(0),
+  )
+  rounding: str = option(
+    'ceil',
+    "Rounding of the exact quotient: 'ceil' (V-MoE), 'floor' (Mesh "
+    "TensorFlow) or 'round' (flaxformer; half to even).",
+    one_of(*_ROUNDINGS),
+  )
+  multiple: int = option(
+    1,
+    'The capacity is rounded up to a multiple of this number (V-MoE has 4).',
+    at_least(1),
+  )
+  minimum: int = option(
+    1, 'The least capacity, in slots (flaxformer has 4).', at_least(1)
+  )
+
+  def _share(self, quotient: fractions.Fraction, group_size: int) -> int:
+    # Exact: 1.1 * 100 / 10 in floating point is over 11, a slot too many.
+    quotient *= fractions.Fraction(str(self.factor))
+    slots = max(_ROUNDINGS[self.rounding](quotient), self.minimum)
+    slots = -(-slots // self.multiple) * self.multiple
+    return min(slots, group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken(_Share):
+  """Capacity factor * S / E (Switch, ST-MoE; GShard, whose 2.0 is 2 S / E)."""
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    return self._share(fractions.Fraction(group_size, num_experts), group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerAssignment(_Share):
+  """Capacity factor * K * S / E (V-MoE, MegaBlocks)."""
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    quotient = fractions.Fraction(num_selected * group_size, num_experts)
+    return self._share(quotient, group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fraction(Capacity):
+  """Capacity factor * S, whatever the number of experts (NLLB's evaluation).
+
+  The floating-point product is rounded up, as fairseq and transformers do.
+  """
+
+  factor: float = option(
+    1.0, "An expert's slots as a fraction of the group's tokens.", above(0)
+  )
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    return min(math.ceil(self.factor * group_size), group_size)
+
+  def keeps_in_generation(self, single):
+    """True: the rule is part of the checkpoint."""
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Capacity):
+  """The same number of slots for groups of every size."""
+
+  slots: int = option(1, 'Slots of an expert in each group.', at_least(1))
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    return min(self.slots, group_size)
+
+  def keeps_in_generation(self, single):
+    """True, except where a group has one token: then the rule cannot bind."""
+    return not single
+
+
+@dataclasses.dataclass(frozen=True)
+class All(Capacity):
+  """Room for every token of the group in each expert: nothing is dropped."""
+
+  @property
+  def binds(self):
+    """False: no expert is ever full."""
+    return False
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    return group_size
+
+
+CAPACITIES = Kinds(
+  'capacity',
+  Capacity,
+  {
+    'per_token': PerToken,
+    'per_assignment': PerAssignment,
+    'fraction': Fraction,
+    'fixed': Fixed,
+    'all': All,
+  },
+)
