@@ -1,35 +1,37 @@
-"""Models: `build(config)` turns a config into a linen module."""
+"""Models: a model's options say what it is, and build its linen module."""
 
-from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
-from moe_jax.models.build import OF_FEATURES, Cache, Model, build
-from moe_jax.models.causality import check_generates, leaks_future
-from moe_jax.models.decoder import Decoder, DecoderConfig
-from moe_jax.models.decoding import for_decoding
-from moe_jax.models.deep_moe import DeepMoe, DeepMoeConfig
-from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from moe_jax.models.lstm_lm import LstmLm, LstmLmConfig
-from moe_jax.models.parameters import abstract_params, init_params
+from moe_jax.layers.attention.cache import KVCache
+from moe_jax.models.adaptive import AdaptiveMixture, AdaptiveOptions
+from moe_jax.models.base import Model, ModelOptions, RunShape, check_generates
+from moe_jax.models.decoder import Decoder, DecoderOptions
+from moe_jax.models.deep_moe import DeepMoe, DeepMoeOptions
+from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderOptions
+from moe_jax.models.kinds import MODELS
+from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
+from moe_jax.models.parameters import abstract_params, describe, init_params
 from moe_jax.models.pattern import sparse_pattern
 
+Cache = KVCache | LstmCache  # what a model that generates keeps between steps
+
 __all__ = [
-  'OF_FEATURES',
-  'AdaptiveConfig',
+  'MODELS',
   'AdaptiveMixture',
+  'AdaptiveOptions',
   'Cache',
   'Decoder',
-  'DecoderConfig',
+  'DecoderOptions',
   'DeepMoe',
-  'DeepMoeConfig',
+  'DeepMoeOptions',
   'EncoderDecoder',
-  'EncoderDecoderConfig',
+  'EncoderDecoderOptions',
   'LstmLm',
-  'LstmLmConfig',
+  'LstmLmOptions',
   'Model',
+  'ModelOptions',
+  'RunShape',
   'abstract_params',
-  'build',
   'check_generates',
-  'for_decoding',
+  'describe',
   'init_params',
-  'leaks_future',
   'sparse_pattern',
 ]

@@ -6,25 +6,27 @@ the experts share every case or compete for it. A mixture of one expert with a
 hidden layer is the paper's back-propagation network. Not here: its experiment
 (`experiments/jacobs_table1.py`).
 
-The gate is what is a router elsewhere. The paper's symbols: o_i is an expert's
+The gate has the part that a router has elsewhere. The paper's symbols: o_i is an expert's
 output, p_i its mixing proportion (a softmax of the gate's logits), d the target
 of a case.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import unknown
+from moe_jax.layers import parameters
+from moe_jax.layers.shared import RULES
+from moe_jax.models.base import Batch, TokenLosses
+from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
+from moe_jax.options import Options, above, at_least, nested, one_of, option
+from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, empty_aux
-from moe_jax.shapes import Array, Float32, Int
-
-OUTPUTS = ('linear', 'logistic', 'softmax')
+from moe_jax.shapes import Array, Float32
 
 
 class AdaptiveOutputs(NamedTuple):
@@ -44,7 +46,7 @@ class AdaptiveOutputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """Of every case's error, as the formulas have it.
+  """The gradients of every case's error, as the formulas have them.
 
   Attributes:
     expert_outputs: float32 [N, E, V].
@@ -61,12 +63,12 @@ Targets = Float32[Array, 'N V']
 
 
 def blend(outputs: Outputs, gate_probs: Logits) -> Targets:
-  """sum_i p_i o_i, what the mixture answers."""
+  """The mixture's answer, sum_i p_i o_i."""
   return jnp.einsum('NEV,NE->NV', outputs, gate_probs)
 
 
 def _distances(outputs: Outputs, targets: Targets) -> Logits:
-  """||d - o_i||^2 of every case and expert."""
+  """The squared distance ||d - o_i||^2 of every case and expert."""
   return jnp.sum((targets[:, None, :] - outputs) ** 2, axis=-1)
 
 
@@ -81,13 +83,13 @@ def cooperative_loss(
 def gated_loss(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Float32[Array, 'N']:
-  """Equation 1.2, sum_i p_i ||d - o_i||^2: of an expert drawn by p."""
+  """Equation 1.2, sum_i p_i ||d - o_i||^2: that of an expert drawn by p."""
   probs = jax.nn.softmax(gate_logits)
   return jnp.sum(probs * _distances(outputs, targets), axis=-1)
 
 
 def _joint(outputs, gate_logits, targets) -> Logits:
-  """log p_i - ||d - o_i||^2 / 2."""
+  """The joint log density, log p_i - ||d - o_i||^2 / 2."""
   log_probs = jax.nn.log_softmax(gate_logits)
   return log_probs - 0.5 * _distances(outputs, targets)
 
@@ -166,69 +168,62 @@ GRADIENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveConfig:
-  """A mixture of experts and its error.
+class MixtureOptions(Options):
+  """A mixture of experts and its error."""
 
-  Attributes:
-    vocab_size: V, outputs of an expert: the number of classes.
-    feature_shape: Of one case.
-    loss: One of `LOSSES`.
-    num_experts: E.
-    expert_hidden: Hidden logistic units of an expert; 0: it is linear.
-    gate_hidden: Of the gate.
-    expert_output: What an expert's outputs pass through. 'logistic' (the
-      paper's, as far as its decision lines tell, of one output) and 'softmax'
-      keep a linear expert's decision surface linear.
-    init_scale: Weights start uniform between minus and plus this; the paper
-      does not say. The gate's last layer starts at zero, so that all mixing
-      proportions are equal, as they are there.
-
-  Raises:
-    ValueError: A size is out of range or a name unknown.
-  """
-
-  vocab_size: int
-  feature_shape: tuple[int, ...]
-  loss: str = 'competitive'
-  num_experts: int = 4
-  expert_hidden: int = 0
-  gate_hidden: int = 0
-  expert_output: str = 'softmax'
-  init_scale: float = 0.5
-
-  # What other models' configs have: no layer here is a sparse feed-forward.
-  moe = None
-  sparse = (False,)
-  stacks = ()
-
-  def __post_init__(self):
-    if self.loss not in LOSSES:
-      raise unknown('adaptive.loss', self.loss, LOSSES)
-    if self.expert_output not in OUTPUTS:
-      raise unknown('adaptive.expert_output', self.expert_output, OUTPUTS)
-    for name, least in (
-      ('vocab_size', 1),
-      ('num_experts', 1),
-      ('expert_hidden', 0),
-      ('gate_hidden', 0),
-    ):
-      if getattr(self, name) < least:
-        raise ValueError(f'{name}={getattr(self, name)} is below {least}')
-    if not self.init_scale > 0:
-      raise ValueError(
-        f'init_scale={self.init_scale} is not positive: experts would start '
-        'alike and stay so'
-      )
+  loss: str = option(
+    'competitive',
+    "Error that is minimised: 'cooperative' (equation 1.1), 'gated' (1.2) or "
+    "'competitive' (1.3).",
+    one_of(*LOSSES),
+  )
+  num_experts: int = option(4, 'Number E of experts.', at_least(1))
+  expert_hidden: int = option(
+    0, 'Hidden logistic units of an expert; 0: it is linear.', at_least(0)
+  )
+  gate_hidden: int = option(
+    0, 'Hidden logistic units of the gate; 0: it is linear.', at_least(0)
+  )
+  expert_output: str = option(
+    'softmax',
+    "Function that an expert's outputs pass through. 'logistic' (the paper's, "
+    "as far as its decision lines tell, of one output) and 'softmax' keep a "
+    "linear expert's decision surface linear.",
+    one_of('linear', 'logistic', 'softmax'),
+  )
+  init_scale: float = option(
+    0.5,
+    'Weights start uniform between minus and plus this number; the paper does '
+    "not say. The gate's last layer starts at zero, so that all mixing "
+    'proportions are equal, as they are there. At 0 experts would start alike '
+    'and stay so.',
+    above(0),
+  )
 
 
-class AdaptiveMixture(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class AdaptiveOptions(FeatureModelOptions):
+  """The adaptive mixture of 1991, a classifier; all of it is float32."""
+
+  adaptive: MixtureOptions = nested(
+    MixtureOptions(), 'Experts and gate of the mixture, and its error.'
+  )
+
+  def build(self, rules: Rules = RULES) -> 'AdaptiveMixture':
+    """See `ModelOptions.build`."""
+    del rules
+    self.check_filled()
+    return AdaptiveMixture(self)
+
+
+class AdaptiveMixture(FeatureModel):
   """Experts and gate on the same features; dense, every expert runs.
 
   Attributes:
-    config: Its `AdaptiveConfig`.
+    options: What the model is.
   """
 
-  config: AdaptiveConfig
+  options: AdaptiveOptions
 
   @nn.compact
   def __call__(
@@ -236,7 +231,7 @@ class AdaptiveMixture(nn.Module):
   ) -> tuple[AdaptiveOutputs, MoeAux]:
     """What experts, gate and blend say; `train` changes nothing."""
     del train
-    c = self.config
+    c = self.options.adaptive
     x = features.reshape(features.shape[0], math.prod(features.shape[1:]))
     outputs = self._experts(x)  # [N, E, V]
     if c.expert_output == 'logistic':
@@ -246,67 +241,68 @@ class AdaptiveMixture(nn.Module):
     logits = self._gate(x)  # [N, E]
     probs = jax.nn.softmax(logits)
     aux = jax.tree.map(lambda a: a[None], empty_aux(c.num_experts, 1))
-    made = AdaptiveOutputs(outputs, logits, probs, blend(outputs, probs))
-    return made, aux
+    prediction = blend(outputs, probs)
+    return AdaptiveOutputs(outputs, logits, probs, prediction), aux
 
-  def _weights(self, name: str, shape, axes, zero: bool = False) -> Array:
-    """A kernel or bias, float32."""
-    scale = self.config.init_scale
+  def _layer(self, name, role, shape, axes, zero=False) -> tuple[Array, Array]:
+    """A kernel and the bias of its outputs, float32."""
+    scale = self.options.adaptive.init_scale
 
     def uniform(key, shape, dtype):
       return jax.random.uniform(key, shape, dtype, -scale, scale)
 
     start = nn.initializers.zeros if zero else uniform
-    start = nn.with_logical_partitioning(start, axes)
-    return self.param(name, start, shape, jnp.float32)
+    kernel = parameters.boxed(start, axes, role=role, form='kernel')
+    bias_axes = (*axes[:-2], axes[-1])
+    bias = parameters.boxed(start, bias_axes, role=role, form='bias')
+    bias_shape = (*shape[:-2], shape[-1])
+    return (
+      self.param(name, kernel, shape, jnp.float32),
+      self.param(f'{name}_bias', bias, bias_shape, jnp.float32),
+    )
 
   def _experts(self, x: Float32[Array, 'N M']) -> Outputs:
-    c = self.config
-    M, E, F, V = x.shape[-1], c.num_experts, c.expert_hidden, c.vocab_size
+    c, V = self.options.adaptive, self.vocab_size
+    M, E, F = x.shape[-1], c.num_experts, c.expert_hidden
+    axes = ('expert', None, None)
     if F:
-      hidden = self._weights('expert_in', (E, M, F), ('expert', None, None))
-      bias = self._weights('expert_in_bias', (E, F), ('expert', None))
-      rows = jnp.einsum('NM,EMF->NEF', x, hidden) + bias[None]
+      kernel, bias = self._layer('expert_in', 'expert', (E, M, F), axes)
+      rows = jnp.einsum('NM,EMF->NEF', x, kernel) + bias[None]
       x, letters = jax.nn.sigmoid(rows), 'NEF,EFV->NEV'
     else:
       letters = 'NF,EFV->NEV'
-    kernel = self._weights('expert_out', (E, F or M, V), ('expert', None, None))
-    bias = self._weights('expert_out_bias', (E, V), ('expert', None))
+    kernel, bias = self._layer('expert_out', 'expert', (E, F or M, V), axes)
     return jnp.einsum(letters, x, kernel) + bias[None]
 
   def _gate(self, x: Float32[Array, 'N M']) -> Logits:
-    c = self.config
+    c, axes = self.options.adaptive, (None, None)
     if c.gate_hidden:
       shape = (x.shape[-1], c.gate_hidden)
-      hidden = self._weights('gate_in', shape, (None, None))
-      bias = self._weights('gate_in_bias', shape[1:], (None,))
-      x = jax.nn.sigmoid(x @ hidden + bias[None])
+      kernel, bias = self._layer('gate_in', 'gate', shape, axes)
+      x = jax.nn.sigmoid(x @ kernel + bias[None])
     shape = (x.shape[-1], c.num_experts)
-    kernel = self._weights('gate_out', shape, (None, None), zero=True)
-    bias = self._weights('gate_out_bias', shape[1:], (None,), zero=True)
+    kernel, bias = self._layer('gate_out', 'gate', shape, axes, zero=True)
     return x @ kernel + bias[None]
 
-  @staticmethod
-  def class_scores(outputs: AdaptiveOutputs) -> Targets:
-    """The larger, the likelier the class."""
+  @property
+  def moes(self) -> tuple[None]:
+    """One layer, whose experts are no sparse feed-forward."""
+    return (None,)
+
+  @nn.nowrap
+  def class_scores(self, outputs: AdaptiveOutputs) -> Targets:
+    """A number for each class: the larger, the likelier."""
     return outputs.prediction
 
-  def losses(
-    self, outputs: AdaptiveOutputs, batch: Mapping[str, Array]
-  ) -> Float32[Array, 'N 1']:
+  @nn.nowrap
+  def loss(self, outputs: AdaptiveOutputs, batch: Batch) -> TokenLosses:
     """Every case's error; its target is 1 at its class, 0 elsewhere."""
-    classes = batch['targets'][:, 0]
-    targets = jax.nn.one_hot(classes, self.config.vocab_size)
-    loss = LOSSES[self.config.loss]
-    found = loss(outputs.expert_outputs, outputs.gate_logits, targets)
-    return found[:, None]
+    targets = jax.nn.one_hot(batch['targets'][:, 0], self.vocab_size)
+    error = LOSSES[self.options.adaptive.loss]
+    errors = error(outputs.expert_outputs, outputs.gate_logits, targets)
+    return TokenLosses(errors[:, None])
 
-  @staticmethod
-  def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """The arguments of a call that are in a batch."""
+  @nn.nowrap
+  def inputs(self, batch: Batch) -> dict[str, Array]:
+    """See `Model.inputs`."""
     return {'features': batch['features']}
-
-  def example(self, tokens: Int[Array, 'N T']) -> dict[str, Array]:
-    """The arguments of a call, of as many cases as there are rows."""
-    shape = (len(tokens), *self.config.feature_shape)
-    return {'features': jnp.zeros(shape, jnp.float32)}

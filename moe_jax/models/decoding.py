@@ -1,138 +1,117 @@
-"""A model as it decodes, step by step: the same numbers, in another layout.
+"""A stack as it decodes, step by step: the same numbers, in another layout.
 
 Stacked parameters are for training: one loop, one slice a layer. A decoding
-step reads all of them once a token, and would copy each slice first.
+step reads all of them once a token, and XLA's CPU compiler would copy each
+slice first (`kernels/cpu.py`).
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
-
+from moe_jax.kernels import cpu
 from moe_jax.layers.experts import few_tokens
-from moe_jax.layers.moe import MoeConfig
-from moe_jax.models.build import Model
-from moe_jax.models.causality import check_decodes, check_generates
-from moe_jax.models.lstm_lm import LstmLm
-from moe_jax.models.stack import StackConfig, unstack
-from moe_jax.routing import CapacityRule
-
-# Rules that say how many tokens an expert takes whatever their number: part of
-# what an imported checkpoint computes, not a bound on training's buffers.
-OWN_RULES = ('fixed', 'fraction')
-# Experts with arrays of their own, over all layers: each is a branch of the
-# program.
-MOST_UNROLLED = 512
+from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.models.base import check_decodes
+from moe_jax.models.layer_trees import unstack
+from moe_jax.models.stack import StackConfig
 
 
-def for_decoding(
-  model: Model,
-  params: dict[str, Any],
+class DecodingStack(NamedTuple):
+  """A stack that decodes, and its variables.
+
+  Attributes:
+    stack: Its layout.
+    params: Its parameters.
+    router_state: What its routers keep; {} where they keep nothing.
+  """
+
+  stack: StackConfig
+  params: dict[str, Any]
+  router_state: dict[str, Any]
+
+
+def stack_for_decoding(
+  stack: StackConfig,
+  params: Mapping[str, Any],
+  router_state: Mapping[str, Any],
   *,
-  batch_size: int = 1,
-  platform: str = '',
-) -> tuple[Model, dict[str, Any]]:
-  """The model that decodes, and its parameters, which are copies.
+  few_rows: int,
+  window: int,
+) -> DecodingStack:
+  """A stack with arrays of its own for every layer.
 
-  Nothing is dropped, unless a stack's capacity rule is one of `OWN_RULES`;
-  where an encoder's experts choose, they do as in training. Layers have arrays
-  of their own; on a CPU, so have a stack's experts, where they are few and a
-  step chooses few of them; see `layers/experts/few_tokens.py`. Parameters of an
-  LSTM language model stay as they are. A router 'random' draws by the shape of
-  what it sees: step by step it draws other experts than of whole rows.
+  A router that draws by the shape of what it sees draws other experts step by
+  step than for whole rows.
 
   Args:
-    model: As trained or imported.
+    stack: As trained or imported.
     params: Its parameters, unboxed.
-    batch_size: Rows that take a step together: what is fast depends on them,
-      and nothing else.
-    platform: Where it decodes; '' is JAX's default backend.
+    router_state: What its routers keep.
+    few_rows: Rows that take a step together, where experts are to be laid out
+      for steps of few tokens; 0: they are not.
+    window: See `Model.for_decoding`.
 
   Raises:
-    ValueError: Experts of the decoder choose among tokens.
+    ValueError: The stack is causal, and its experts choose among tokens.
   """
-  if isinstance(model, LstmLm):
-    check_generates(model)
-    moe = model.config.moe and _serving_all(model.config.moe)
-    config = dataclasses.replace(model.config, moe=moe)
-    return model.clone(config=config), params
-  on_cpu = (platform or jax.default_backend()) == 'cpu'
-  config, params = model.config, dict(params)
-  for path, stack in config.stacks:
-    own = params
-    for name in path:
-      own = own[name]
-    stack = dataclasses.replace(_dropless(stack), remat='none')
-    stack, own = unstack(stack, own)
-    if on_cpu:
-      stack, own = _for_few_tokens(stack, own, batch_size)
-    name = path[-1] if path else 'stack'
-    config = dataclasses.replace(config, **{name: stack})
-    if path:
-      params[name] = own
-    else:
-      params = own
-  return model.clone(config=config), params
+  block = stack.block
+  # Lengths are whatever the prompts have; not every implementation takes them.
+  attention = dataclasses.replace(block.attention, implementation='auto')
+  if window and block.causal:
+    window = min(window, attention.window or window)
+    attention = dataclasses.replace(attention, window=window)
+  block = dataclasses.replace(block, attention=attention)
+  moe = stack.experts
+  if moe is not None:
+    if block.causal:
+      check_decodes(moe)
+    moe = serving_all(moe, causal=block.causal)
+    block = dataclasses.replace(block, moe=moe)
+  plain = dataclasses.replace(stack, block=block, remat='none')
+  plain, params = unstack(plain, params)
+  _, router_state = unstack(stack, router_state)
+  if few_rows and moe is not None and isinstance(moe.dispatch, Dropless):
+    plain, params = _for_few_tokens(plain, moe, params, few_rows)
+  return DecodingStack(plain, params, router_state)
 
 
-def unstacked(model: Model, router_state: dict[str, Any]) -> dict[str, Any]:
-  """The collection `router_state` of the model that decodes."""
-  router_state = dict(router_state)
-  for path, stack in model.config.stacks:
-    if not path:
-      return unstack(stack, router_state)[1]
-    (name,) = path
-    if name in router_state:
-      router_state[name] = unstack(stack, router_state[name])[1]
-  return router_state
+def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
+  """The layer with room for all tokens.
 
+  It stays as it is where its capacity is part of an imported checkpoint and can
+  bind, and where its experts choose.
 
-def _dropless(stack: StackConfig) -> StackConfig:
-  moe = stack.block.moe
-  check_decodes(stack)
-  if moe is None or moe.router.kind == 'expert_choice':
-    return stack
-  rule = moe.router.capacity.rule
-  causal_alone = stack.block.attention.causal and moe.group_size == 0
-  if rule in OWN_RULES and not (rule == 'fixed' and causal_alone):
-    return stack
-  # A decoder's step has one token a group: a fixed capacity cannot bind.
-  return _with_moe(stack, _serving_all(moe))
-
-
-def _serving_all(moe: MoeConfig) -> MoeConfig:
-  router = dataclasses.replace(moe.router, capacity=CapacityRule('all'))
+  Args:
+    moe: The layer.
+    causal: Whether it is run token by token.
+  """
+  sizes = moe.router.serving_all(moe.sizes)
+  single = causal and moe.group_size == 0
+  if sizes is None or moe.capacity.keeps_in_generation(single):
+    return moe
+  dispatch = Dropless()
+  if any(moe.expert.problems_with(dispatch)):
+    dispatch = moe.dispatch
   return dataclasses.replace(
-    moe, router=router, dispatch='dropless', group_size=0
+    moe, capacity=sizes.capacity, dispatch=dispatch, group_size=0
   )
 
 
-def _for_few_tokens(stack, params, batch_size):
-  moe = stack.block.moe
-  if moe is None or moe.dispatch != 'dropless':
+def _for_few_tokens(stack, moe, params, rows):
+  E, K = moe.num_experts, moe.num_selected
+  if cpu.most_are_chosen(rows, K, E):
+    return _with_dispatch(stack, moe, few_tokens.Batched), params
+  if sum(stack.sparse) * E > cpu.MOST_UNROLLED:
     return stack, params
-  router = moe.router
-  if few_tokens.most_are_chosen(
-    batch_size, router.num_selected, router.num_experts
-  ):
-    return _with_moe(
-      stack, dataclasses.replace(moe, decoding='batched')
-    ), params
-  if sum(stack.sparse) * router.num_experts > MOST_UNROLLED:
-    return stack, params
-
-  def walk(tree):
-    if not isinstance(tree, dict):
-      return tree
-    return {
-      name: few_tokens.unstack(leaf) if name == 'experts' else walk(leaf)
-      for name, leaf in tree.items()
-    }
-
-  moe = dataclasses.replace(moe, decoding='unrolled')
-  return _with_moe(stack, moe), walk(params)
+  stack = _with_dispatch(stack, moe, few_tokens.Unrolled)
+  return stack, few_tokens.unrolled(params)
 
 
-def _with_moe(stack: StackConfig, moe: MoeConfig) -> StackConfig:
+def _with_dispatch(stack, moe, dispatch):
+  # Backend and exchange stay as they are.
+  dispatch = dispatch(moe.dispatch.backend, moe.dispatch.exchange_dtype)
+  moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)
   return dataclasses.replace(stack, block=block)

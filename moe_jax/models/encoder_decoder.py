@@ -1,90 +1,181 @@
 """The encoder-decoder Transformer: T5, Switch, ST-MoE, NLLB-MoE.
 
 https://arxiv.org/abs/1910.10683, https://arxiv.org/abs/2101.03961,
-https://arxiv.org/abs/2202.08906, https://arxiv.org/abs/2207.04672. Not here:
-how a config becomes an `EncoderDecoderConfig` (`build.py`).
+https://arxiv.org/abs/2202.08906, https://arxiv.org/abs/2207.04672.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax import sections
 from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
-from moe_jax.layers.moe import MoeConfig
-from moe_jax.models.decoder import decode, make_cache, make_context
-from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
-from moe_jax.models.pattern import segments
-from moe_jax.models.stack import Stack, StackConfig, periods
+from moe_jax.layers.shared import RULES
+from moe_jax.models.base import RunShape
+from moe_jax.models.embeddings import Embeddings
+from moe_jax.models.layer_trees import Path, periods_of
+from moe_jax.models.stack import Stack, StackConfig
+from moe_jax.models.text_options import StackOptions
+from moe_jax.models.transformer import (
+  Transformer,
+  decode,
+  make_cache,
+  make_context,
+)
+from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.options import (
+  OptionError,
+  Options,
+  at_least,
+  fields_of,
+  nested,
+  option,
+)
+from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderDecoderConfig:
-  """A sequence-to-sequence model.
+class EncoderOptions(Options):
+  """What differs in the encoder."""
+
+  num_layers: int = option(
+    0, 'Number of layers of the encoder; 0: model.num_layers.', at_least(0)
+  )
+  overrides: Mapping[str, Any] = option(
+    {},
+    'Options of the model that are others in the encoder, nested as in the '
+    "section of the model: {'ffn': {'hidden': 64}}. They are options of layers "
+    'alone: dropout, ffn, moe, attention, norm, scan_layers and remat.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderOptions(TransformerOptions):
+  """A sequence-to-sequence model."""
+
+  has_encoder: ClassVar[bool] = True
+
+  encoder: EncoderOptions = nested(
+    EncoderOptions(), 'What differs in the encoder.'
+  )
+
+  def decoder_half(self) -> StackOptions:
+    """The options of the decoder's layers."""
+    return StackOptions(
+      **{name: getattr(self, name) for name in fields_of(StackOptions)}
+    )
+
+  def encoder_half(self) -> StackOptions:
+    """The options of the encoder's layers.
+
+    They are the decoder's with `encoder.overrides`. Without those, the encoder
+    has as many heads of keys and values as of queries, as fewer ones are for
+    the decoder's cache; no window; and tables of its own where its router
+    draws or hashes, as its layers are counted anew.
+
+    Raises:
+      OptionError: An override is unknown, bad or without effect.
+    """
+    base = self._plain_encoder()
+    config = sections.section(base)
+    changed = sections.merge(config, self.encoder.overrides)
+    changed, _ = sections.settle(StackOptions, config, changed)
+    return sections.read(StackOptions, changed)
+
+  def _plain_encoder(self) -> StackOptions:
+    half = self.decoder_half()
+    moe = half.moe
+    return dataclasses.replace(
+      half,
+      num_layers=self.encoder.num_layers or self.num_layers,
+      attention=dataclasses.replace(half.attention, num_kv_heads=0, window=0),
+      moe=dataclasses.replace(moe, router=moe.router.for_encoder()),
+    )
+
+  def with_encoder(self, half: StackOptions) -> Self:
+    """These options with the overrides that make the encoder that half."""
+    layers = half.num_layers
+    own = EncoderOptions(0 if layers == self.num_layers else layers)
+    options = dataclasses.replace(self, encoder=own)
+    base = sections.section(options._plain_encoder())
+    overrides: dict[str, Any] = {}
+    for path, (_, value) in sections.difference(
+      base, sections.section(half)
+    ).items():
+      *parents, key = path.split('.')
+      below = overrides
+      for name in parents:
+        below = below.setdefault(name, {})
+      below[key] = value
+    encoder = EncoderOptions(own.num_layers, overrides)
+    return dataclasses.replace(self, encoder=encoder)
+
+  def problems(self) -> Iterator[str]:
+    """The decoder's routers are causal; the encoder's half is one."""
+    yield from super().problems()
+    yield from self.leak()
+    try:
+      half = self.encoder_half()
+    except OptionError as error:
+      yield from error.below('encoder.overrides.').problems
+      return
+    for problem in self.half_problems(half, causal=False):
+      yield f'encoder.overrides.{problem}'
+    if half.attention.window:
+      yield (
+        f'encoder.overrides.attention.window={half.attention.window} has no '
+        'effect in an encoder, whose tokens see their whole segment'
+      )
+
+  def problems_in(self, run: RunShape) -> Iterator[str]:
+    """See `ModelOptions.problems_in`."""
+    half = self.encoder_half()
+    yield from half.group_problems(run, 'data.seq_len', run.seq_len)
+    yield from self.group_problems(run, 'data.target_len', run.target_len)
+
+  def build(self, rules: Rules = RULES) -> 'EncoderDecoder':
+    """See `ModelOptions.build`."""
+    self.check_filled()
+    return EncoderDecoder(
+      self.embedding_config(rules),
+      self.stack_config(self.encoder_half(), rules, causal=False),
+      self.stack_config(self, rules, causal=True, cross=True),
+    )
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    alone = dataclasses.replace(self, encoder=EncoderOptions())
+    small = super(EncoderDecoderOptions, alone).shrunk()
+    return small.with_encoder(self.encoder_half().shrunk())
+
+
+class EncoderDecoder(Transformer):
+  """Two sequences to the second one's next-token logits.
 
   Attributes:
     embedding: Tokens in, of both halves, and logits out.
-    encoder: Blocks that see all of their segment.
-    decoder: Causal blocks that also attend to the encoder's output.
+    encoder_blocks: Blocks that see all of their segment.
+    decoder_blocks: Causal blocks that also attend to the encoder's output.
   """
 
-  embedding: EmbeddingConfig
-  encoder: StackConfig
-  decoder: StackConfig
+  encoder_blocks: StackConfig
+  decoder_blocks: StackConfig
 
-  def __post_init__(self):
-    encoder, decoder = self.encoder.block, self.decoder.block
-    if encoder.attention.causal or encoder.cross_attention is not None:
-      raise ValueError('an encoder is neither causal nor reads a memory')
-    if not decoder.attention.causal or decoder.cross_attention is None:
-      raise ValueError('a decoder is causal, and needs cross_attention')
-    for name in ('num_kv_heads', 'head_width', 'dtype'):
-      own = getattr(decoder.attention, name)
-      cross = getattr(decoder.cross_attention, name)
-      if own != cross:  # one array is the cache of both
-        raise ValueError(f'cross_attention has {name}={cross}, not {own}')
-
-  @property
-  def vocab_size(self) -> int:
-    """V."""
-    return self.embedding.vocab_size
-
-  @property
-  def stacks(self) -> tuple[tuple[tuple[str, ...], StackConfig], ...]:
-    """Every stack, and where in the tree its parameters are."""
-    return ((('encoder',), self.encoder), (('decoder',), self.decoder))
-
-  @property
-  def sparse(self) -> tuple[bool, ...]:
-    """A flag a layer, the encoder's first: whether it is sparse."""
-    return self.encoder.sparse + self.decoder.sparse
-
-  def sequence_of(self, layer: int) -> str:
-    """What stands before a batch's 'tokens' that a layer sees."""
-    return 'encoder_' if layer < len(self.encoder.sparse) else ''
-
-  @property
-  def moe(self) -> MoeConfig | None:
-    """The sparse feed-forward, the decoder's where both have one."""
-    return self.decoder.block.moe or self.encoder.block.moe
-
-
-class EncoderDecoder(nn.Module):
-  """Two sequences to the second one's next-token logits."""
-
-  config: EncoderDecoderConfig
+  has_encoder: ClassVar[bool] = True
 
   def setup(self) -> None:
     """Makes the parts; tables stand in the model's own scope."""
-    c = self.config
-    self.embeddings = Embeddings(c.embedding)
+    self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
-    self.encoder, self.decoder = Stack(c.encoder), Stack(c.decoder)
+    self.encoder = Stack(self.encoder_blocks)
+    self.decoder = Stack(self.decoder_blocks)
 
   def __call__(
     self,
@@ -106,9 +197,10 @@ class EncoderDecoder(nn.Module):
       encoder_segment_ids: The example of each token in its row, from 1; 0 is
         padding. A decoder's token sees the encoder's of its own example.
         Default: one example a row.
-      segment_ids: Likewise.
-      encoder_positions: Of each token in its example. Default: its place.
-      positions: Likewise.
+      segment_ids: The same for the decoder's tokens.
+      encoder_positions: The place of each token in its example. Default: its
+        place in the row.
+      positions: The same for the decoder's tokens.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
 
     Raises:
@@ -118,12 +210,14 @@ class EncoderDecoder(nn.Module):
       raise ValueError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
-    c = self.config
     source = make_context(
-      c.encoder, encoder_tokens, encoder_segment_ids, encoder_positions
+      self.encoder_blocks,
+      encoder_tokens,
+      encoder_segment_ids,
+      encoder_positions,
     )
     memory, encoder_aux = self._encode(encoder_tokens, source, train)
-    context = make_context(c.decoder, tokens, segment_ids, positions)
+    context = make_context(self.decoder_blocks, tokens, segment_ids, positions)
     context = context._replace(
       memory=memory, memory_segment_ids=source.segment_ids
     )
@@ -146,11 +240,11 @@ class EncoderDecoder(nn.Module):
       encoder_tokens: Token ids.
       encoder_mask: False at padding.
       max_len: How many tokens the decoder may have.
-      encoder_positions: Of each token. Default: its place.
+      encoder_positions: The place of each token. Default: its place in the row.
     """
-    c = self.config.decoder
+    c = self.decoder_blocks
     source = make_context(
-      self.config.encoder,
+      self.encoder_blocks,
       encoder_tokens,
       encoder_mask.astype(jnp.int32),
       encoder_positions,
@@ -158,9 +252,7 @@ class EncoderDecoder(nn.Module):
     memory, _ = self._encode(encoder_tokens, source, train=False)
     params = nn.meta.unbox(self.variables['params']['decoder'])
     projected = [
-      self._project(own, len(segment.pattern), memory)
-      for segment in segments(c.sparse)
-      for own in periods(c, segment, params)
+      self._project(layers, memory) for layers in periods_of(c, params)
     ]
     keys, values = zip(*projected)
     keys, values = jnp.concatenate(keys), jnp.concatenate(values)
@@ -191,29 +283,41 @@ class EncoderDecoder(nn.Module):
     memory, aux, _ = self.encoder(x, context, train)
     return memory, aux
 
-  def _project(self, params, period, memory):
+  def _project(self, layers, memory):
     """Keys and values of the layers of periods: [layers, B, N, S, D] each."""
-    c = self.config.decoder.block.cross_attention
-    found = [
-      project_memory(c, params[f'layer_{i}']['cross_attention'], memory)
-      for i in range(period)
+    shared = self.decoder_blocks.block.shared
+    pairs = [
+      project_memory(shared, params['cross_attention'], memory)
+      for params in layers
     ]
     return tuple(
       jnp.stack(kind, axis=1).reshape(-1, *kind[0].shape[1:])
-      for kind in zip(*found)
+      for kind in zip(*pairs)
     )
 
-  @staticmethod
-  def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """The arguments of a call that are in a batch."""
-    names = ('tokens', 'segment_ids', 'positions')
-    names += tuple(f'encoder_{name}' for name in names)
-    return {name: batch[name] for name in names}
+  @property
+  def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
+    """See `Model.stacks`."""
+    return (
+      (('encoder',), self.encoder_blocks),
+      (('decoder',), self.decoder_blocks),
+    )
 
-  @staticmethod
-  def example(tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """The arguments of a call that has nothing but tokens, for both halves."""
-    return {'encoder_tokens': tokens, 'tokens': tokens}
+  @nn.nowrap
+  def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
+    """See `Transformer.with_stacks`."""
+    encoder, decoder = stacks
+    return self.clone(encoder_blocks=encoder, decoder_blocks=decoder)
+
+  @property
+  def sequences(self) -> tuple[str, ...]:
+    """See `Model.sequences`."""
+    return ('encoder_', '')
+
+  @nn.nowrap
+  def sequence_of(self, layer: int) -> str:
+    """See `Model.sequence_of`."""
+    return 'encoder_' if layer < len(self.encoder_blocks.sparse) else ''
 
 
 def _joined(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:

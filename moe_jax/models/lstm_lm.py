@@ -3,12 +3,12 @@
 Shazeer et al. (https://arxiv.org/abs/1701.06538), Appendix C: an embedding,
 layers that each add to a residual, and logits. The mixture is applied to all
 steps at once, and its output passes a sigmoid. Unlike the paper, the softmax is
-over the whole vocabulary. Not here: how a config becomes an `LstmLmConfig`
-(`build.py`).
+over the whole vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -16,64 +16,91 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers import lstm
-from moe_jax.layers.ffn import DeepFeedForward, FfnConfig
-from moe_jax.layers.lstm import Lstm, LstmConfig, LstmState
-from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.models.causality import check_moe_decodes
-from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
+from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.ffn import DeepFeedForward
+from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
+from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.positions import NoPositions
+from moe_jax.layers.shared import RULES, Shared
+from moe_jax.models.base import Batch, Model, check_decodes
+from moe_jax.models.decoding import serving_all
+from moe_jax.models.embeddings import Embeddings
+from moe_jax.models.text_model import TextModel
+from moe_jax.models.text_options import TextModelOptions
+from moe_jax.options import default_of, fields_of, nested
+from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
 
 
 @dataclasses.dataclass(frozen=True)
-class LstmLmConfig:
-  """A language model of LSTMs and feed-forward layers.
+class LstmLmOptions(TextModelOptions):
+  """A language model whose layers are LSTMs, but for those of `moe.layers`."""
+
+  lstm: LstmOptions = nested(LstmOptions(), 'Layers that are LSTMs.')
+
+  def problems(self) -> Iterator[str]:
+    """What other models have and this one does not."""
+    yield from super().problems()
+    yield from self.leak()
+    router, named = self.moe.router, type(self.moe.router).__name__
+    if router.needs_ids or router.keeps_state:
+      yield (
+        f"moe.router={named}: a model of kind 'lstm' knows neither routers that "
+        'hash tokens nor those that keep a state, such as a balancing bias'
+      )
+    if self.moe.extra_ffn:
+      yield "moe.extra_ffn=True has no effect in a model of kind 'lstm'"
+    # LSTMs count steps themselves; what attention alone would read is lost.
+    usual = default_of(fields_of(type(self))['positions'])
+    if not self.positions.added and self.positions not in (
+      usual,
+      NoPositions(),
+    ):
+      yield (
+        f'positions={type(self.positions).__name__} has no effect in a model '
+        'without attention'
+      )
+
+  def build(self, rules: Rules = RULES) -> 'LstmLm':
+    """See `ModelOptions.build`."""
+    self.check_filled()
+    moe = self.moe.within(self.ffn, self.dropout)
+    depth = self.lstm.twin_depth
+    # Each of several hidden layers is as wide as an expert, one alone as K.
+    twin = moe.expert.twin(moe.num_selected if depth == 1 else 1)
+    return LstmLm(
+      self.embedding_config(rules),
+      LstmLayersConfig(
+        sparse=self.sparse,
+        lstm=self.lstm,
+        shared=self.shared(self.num_layers, rules),
+        moe=moe if self.has_experts else None,
+        twin=twin if any(self.sparse) and not self.has_experts else None,
+        dropout=self.dropout,
+      ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LstmLayersConfig:
+  """The layers between embedding and logits.
 
   Attributes:
-    embedding: Tokens in and logits out.
     sparse: A flag a layer: whether it is the feed-forward, or an LSTM.
     lstm: The LSTMs.
+    shared: What all layers share.
     moe: The feed-forward; None in a model without experts.
     twin: In a dense twin, the dense feed-forward in place of `moe`.
-    twin_depth: Its hidden layers.
     dropout: Rate on what a layer adds to the residual, in training.
   """
 
-  embedding: EmbeddingConfig
   sparse: tuple[bool, ...]
-  lstm: LstmConfig
-  moe: MoeConfig | None = None
-  twin: FfnConfig | None = None
-  twin_depth: int = 1
+  lstm: LstmOptions
+  shared: Shared
+  moe: MoeOptions | None = None
+  twin: Twin | None = None
   dropout: float = 0.0
-
-  def __post_init__(self):
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
-    if self.twin_depth < 1:
-      raise ValueError(f'lstm.twin_depth={self.twin_depth} must be at least 1')
-    router = self.moe.router if self.moe else None
-    if router and (router.kind == 'hash' or router.balance_bias_rate):
-      raise ValueError(
-        f'router={router.kind!r} with balance_bias_rate='
-        f"{router.balance_bias_rate} in model.kind='lstm', which knows neither "
-        "'hash' nor a balancing bias"
-      )
-
-  @property
-  def vocab_size(self) -> int:
-    """V."""
-    return self.embedding.vocab_size
-
-  @property
-  def stacks(self) -> tuple:
-    """It has no stack of blocks."""
-    return ()
-
-  def sequence_of(self, layer: int) -> str:
-    """What stands before a batch's 'tokens' that a layer sees: nothing."""
-    del layer
-    return ''
 
 
 class LstmCache(flax.struct.PyTreeNode):
@@ -82,7 +109,7 @@ class LstmCache(flax.struct.PyTreeNode):
   Attributes:
     states: A layer's `LstmState` of rows [B, ...]; None of a feed-forward.
     next_position: int32 [B], the position of each row's next token.
-    memory: None: no encoder is read.
+    memory: None, as no encoder is read.
   """
 
   states: tuple[LstmState | None, ...]
@@ -94,16 +121,21 @@ class LstmCache(flax.struct.PyTreeNode):
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, 0), self)
 
 
-class LstmLm(nn.Module):
-  """Tokens to next-token logits."""
+class LstmLm(TextModel):
+  """Tokens to next-token logits.
 
-  config: LstmLmConfig
+  Attributes:
+    embedding: Tokens in and logits out.
+    between: The layers between.
+  """
+
+  between: LstmLayersConfig
 
   def setup(self) -> None:
     """Makes the parts; tables stand in the model's own scope."""
-    c = self.config
-    self.embeddings = Embeddings(c.embedding)
+    self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
+    c = self.between
     self.layers = [_Layer(c, sparse) for sparse in c.sparse]
 
   def __call__(
@@ -119,8 +151,8 @@ class LstmLm(nn.Module):
       tokens: Token ids.
       segment_ids: The document of each token in its row, from 1, where states
         begin anew; 0 is padding, which no router sees. Default: one document.
-      positions: Of each token in its document, for embeddings that have them.
-        Default: its place in the row.
+      positions: The place of each token in its document, for embeddings that
+        have positions. Default: its place in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
     """
     B, T = tokens.shape
@@ -173,46 +205,74 @@ class LstmLm(nn.Module):
       ValueError: Its experts choose among tokens.
     """
     del max_len
-    c = self.config
-    check_moe_decodes(c.moe)
-    state = lstm.start(c.lstm, batch_size, c.embedding.width)
+    c = self.between
+    check_decodes(c.moe)
+    state = lstm.start(c.lstm, c.shared, batch_size, self.embedding.width)
     return LstmCache(
       tuple(None if sparse else state for sparse in c.sparse),
       jnp.zeros(batch_size, jnp.int32),
     )
 
-  @staticmethod
-  def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """The arguments of a call that are in a batch."""
-    return {key: batch[key] for key in ('tokens', 'segment_ids', 'positions')}
+  @property
+  def moes(self) -> tuple[MoeOptions | None, ...]:
+    """See `Model.moes`."""
+    c = self.between
+    return tuple(c.moe if sparse else None for sparse in c.sparse)
 
-  @staticmethod
-  def example(tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """The arguments of a call that has nothing but tokens."""
-    return {'tokens': tokens}
+  @nn.nowrap
+  def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
+    """See `Model.routed_tokens`."""
+    tokens = (batch['segment_ids'] > 0).sum().astype(jnp.float32)
+    return jnp.full(self.num_layers, jnp.maximum(tokens, 1.0))
+
+  @nn.nowrap
+  def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
+    """See `Model.layer_trees`."""
+    return tuple(
+      collection.get(f'layers_{i}', {}) for i in range(self.num_layers)
+    )
+
+  @nn.nowrap
+  def for_decoding(
+    self,
+    variables: dict[str, Any],
+    *,
+    batch_size: int = 1,
+    platform: str = '',
+    window: int = 0,
+  ) -> tuple[Model, dict[str, Any]]:
+    """See `Model.for_decoding`; the parameters stay as they are."""
+    del batch_size, platform, window
+    moe = self.between.moe
+    check_decodes(moe)
+    moe = moe and serving_all(moe, causal=True)
+    between = dataclasses.replace(self.between, moe=moe)
+    variables = {**variables, 'params': nn.meta.unbox(variables['params'])}
+    return self.clone(between=between), variables
 
 
 class _Layer(nn.Module):
   """x + dropout(lstm(x)), or x + dropout(sigmoid(feed_forward(x)))."""
 
-  config: LstmLmConfig
+  between: LstmLayersConfig
   sparse: bool
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state):
     """The residual stream, aux, and the state that an LSTM leaves."""
-    c = self.config
+    c = self.between
     aux = empty_aux(1, 1)
     if c.moe is not None:
-      router = c.moe.router
-      aux = empty_aux(router.num_experts, router.num_selected)
+      aux = empty_aux(c.moe.num_experts, c.moe.num_selected)
     if not self.sparse:
-      y, state = Lstm(c.lstm, name='lstm')(x, segment_ids, state)
+      y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
     elif c.moe is not None:
-      y, aux = MoE(c.moe, name='moe')(x, segment_ids > 0, train)
+      y, aux = MoE(c.moe, c.shared, name='moe')(x, segment_ids > 0, train)
       y = jax.nn.sigmoid(y)
     else:
-      y = DeepFeedForward(c.twin, c.twin_depth, name='ffn')(x, train)
-      y = jax.nn.sigmoid(y)
+      ffn = DeepFeedForward(
+        c.twin.ffn, c.lstm.twin_depth, c.shared, c.twin.dropout, name='ffn'
+      )
+      y = jax.nn.sigmoid(ffn(x, train))
     y = nn.Dropout(c.dropout, deterministic=not train)(y)
     return x + y, aux, state

@@ -44,13 +44,23 @@ def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
   return tuple(i in indices for i in range(L))
 
 
+def layers_needed(layers: str) -> int:
+  """How many layers a pattern needs: 6 for 'every 6', 4 for '1,3'."""
+  word, _, number = layers.strip().partition(' ')
+  if word in ('every', 'last'):
+    return int(number)
+  named = [int(part) for part in layers.split(',') if part.strip().isdigit()]
+  return max(named, default=0) + 1
+
+
 class Segment(NamedTuple):
   """Consecutive layers that repeat a pattern.
 
   Attributes:
-    name: Of its parameters: 'layers', or 'layers_0', ... if there are more.
-    pattern: A flag a layer of one period: whether it is sparse.
-    repeats: How many periods.
+    name: The name of its parameters: 'layers', or 'layers_0', 'layers_1', ...
+      if there are several segments.
+    pattern: A flag for each layer of one period: whether it is sparse.
+    repeats: The number of periods.
   """
 
   name: str
@@ -59,7 +69,7 @@ class Segment(NamedTuple):
 
   @property
   def num_layers(self) -> int:
-    """Layers in all its periods."""
+    """The number of layers in all of its periods."""
     return len(self.pattern) * self.repeats
 
 
@@ -85,6 +95,16 @@ def segments(sparse: tuple[bool, ...]) -> list[Segment]:
   return cut
 
 
+def layer_name(place: int) -> str:
+  """The name of the parameters of a layer, given its place in the period."""
+  return f'layer_{place}'
+
+
+def period_name(segment: Segment, period: int) -> str:
+  """The name of the parameters of one period that is not stacked."""
+  return f'{segment.name}_period_{period}'
+
+
 def shortest_period(sparse: tuple[bool, ...]) -> int:
   """The least p that divides L with sparse[i] == sparse[i % p]."""
   L = len(sparse)
@@ -94,7 +114,7 @@ def shortest_period(sparse: tuple[bool, ...]) -> int:
 
 
 def _repeats(sparse, p):
-  """How many times the first p layers come in a row at the front."""
+  """How often the first p layers follow each other at the front."""
   n = 0
   while sparse[n * p : (n + 1) * p] == sparse[:p] and len(sparse) >= n * p + p:
     n += 1
@@ -102,5 +122,5 @@ def _repeats(sparse, p):
 
 
 def _covered(pattern, repeats):
-  """Layers that the loop covers; one round is a loop only if one layer is."""
+  """The layers that a loop covers; of a single period, one layer counts."""
   return len(pattern) * repeats if repeats > 1 else min(repeats, 1)

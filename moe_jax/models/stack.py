@@ -1,28 +1,27 @@
 """A stack of blocks: the middle of a decoder, and each half of a T5.
 
 Layers with the same pattern are one loop, so compile time does not follow L.
-Not here: embeddings and logits (`embeddings.py`).
+Not here: embeddings and logits (`embeddings.py`), and where a layer's
+parameters are in the loops (`layer_trees.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.config import unknown
 from moe_jax.kernels.grouped_products import PRODUCT as GROUPED_PRODUCT
+from moe_jax.kernels.rows_product import PRODUCT
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
-from moe_jax.layers.norms import make_norm
-from moe_jax.layers.positions import RelativePositionBias
-from moe_jax.layers.rows_product import PRODUCT
-from moe_jax.models.pattern import Segment, segments
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.models.padding import Padding
+from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
-from moe_jax.routing.assignments import DECISION
+from moe_jax.routing.rows import DECISION
 from moe_jax.shapes import Array, Float, Int32
 
 REMATS = {
@@ -39,42 +38,30 @@ class StackConfig:
   """L blocks and a final norm.
 
   Attributes:
-    sparse: A flag a layer: whether its feed-forward is sparse; its length is
-      L.
+    sparse: A flag a layer: whether its feed-forward is sparse, or the dense
+      twin of one; its length is L.
     block: What the layers have in common.
-    relative_buckets: Of T5's bias by distance, one a stack; 0: it has none.
-    relative_max_distance: From here on distances share a bucket.
+    padding: What blocks and routers see of padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; no number changes.
-    remat: What is recomputed in the backward pass: 'none', 'full' (save
-      layer inputs alone) or 'dots' (save the products with kernels: of
-      attention, feed-forwards and experts). Either saves what the routers
-      decided, a few integers a token, so that nothing is routed twice.
-      Memory is saved where layers are a loop; in unrolled ones XLA's CPU
-      compiler recomputes early, and saves none.
+    remat: What is recomputed in the backward pass: one of `REMATS`.
     stacked: Whether the parameters of a segment's periods are one array each.
       If not, each period has its own, and a step that is run very often reads
-      them where they are; see `unstack`.
+      them where they are; see `layer_trees.unstack`.
   """
 
   sparse: tuple[bool, ...]
   block: BlockConfig
-  relative_buckets: int = 0
-  relative_max_distance: int = 128
+  padding: Padding = Padding()
   scan_layers: bool = True
   remat: str = 'none'
   stacked: bool = True
 
-  def __post_init__(self):
-    if self.remat not in REMATS:
-      raise unknown('remat', self.remat, REMATS)
-    buckets, furthest = self.relative_buckets, self.relative_max_distance
-    least = 2 if self.block.attention.causal else 4
-    if buckets and not (least <= buckets and buckets // 2 < furthest):
-      raise ValueError(
-        f'relative_buckets={buckets} must be at least {least}, and '
-        f'relative_max_distance={furthest} above half of them'
-      )
+  @property
+  def experts(self) -> MoeOptions | None:
+    """The mixture of the sparse layers; None where no layer has experts."""
+    moe = self.block.moe
+    return moe if moe is not None and moe.num_experts else None
 
 
 class Stack(nn.Module):
@@ -90,7 +77,7 @@ class Stack(nn.Module):
     train: bool = False,
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-    """As `run_stack`."""
+    """See `run_stack`."""
     return run_stack(self.config, x, context, train, cache)
 
 
@@ -106,26 +93,22 @@ def run_stack(
   Args:
     c: The stack.
     x: Embedded tokens.
-    context: Without a bias, which is made here.
+    context: What blocks read, without a bias, which is made here.
     train: Turns on dropout and router noise.
-    cache: Of the tokens before x, when decoding, after `KVCache.begin`.
+    cache: That of the tokens before x, when decoding, after `KVCache.begin`.
 
   Returns:
     The output; the layers' aux, every leaf [L, ...]; and the cache with x's
     keys and values.
   """
-  T = x.shape[1]
-  if c.relative_buckets:
-    attention = c.block.attention
-    bias = RelativePositionBias(
-      attention.num_heads,
-      c.relative_buckets,
-      c.relative_max_distance,
-      bidirectional=not attention.causal,
-      name='relative_positions',
-    )
+  T, block = x.shape[1], c.block
+  bias = block.positions.bias(
+    block.attention.num_heads, block.causal, 'relative_positions'
+  )
+  if bias is not None:
     places = (T, T) if cache is None else (T, cache.max_len, cache.length)
     context = context._replace(bias=bias(*places))
+  context = c.padding.context(context)
   auxes, first = [], 0
   for segment in segments(c.sparse):
     numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
@@ -141,7 +124,7 @@ def run_stack(
     ),
     *auxes,
   )
-  x = make_norm(c.block.norm, c.block.dtype, 'final_norm')(x)
+  x = block.norm.module(block.shared, 'final_norm')(x)
   return x, aux, cache
 
 
@@ -179,7 +162,7 @@ class Period(nn.Module):
     x, cache = carry
     auxes = []
     for i, sparse in enumerate(self.pattern):
-      layer = block(c.block, sparse, self.train, name=f'layer_{i}')
+      layer = block(c.block, sparse, self.train, name=layer_name(i))
       x, cache, aux = layer(x, context, cache, numbers[i])
       auxes.append(aux)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
@@ -202,7 +185,7 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
 
 
 def _unrolled(c: StackConfig, segment: Segment, train: bool):
-  """`_segment` with parameters of its own for every period."""
+  """The same as `_segment`, with parameters of its own for every period."""
   modules = [
     Period(c, segment.pattern, train, False, name=period_name(segment, i))
     for i in range(segment.repeats)
@@ -216,37 +199,3 @@ def _unrolled(c: StackConfig, segment: Segment, train: bool):
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 
   return run
-
-
-def period_name(segment: Segment, period: int) -> str:
-  """What an unstacked period's parameters are called."""
-  return f'{segment.name}_period_{period}'
-
-
-def periods(
-  c: StackConfig, segment: Segment, params: Mapping[str, Any]
-) -> list[Any]:
-  """A segment's parameters, of several periods each: leaves [R, ...]."""
-  if c.stacked:
-    return [params[segment.name]]
-  names = [period_name(segment, i) for i in range(segment.repeats)]
-  return [jax.tree.map(lambda x: x[None], params[name]) for name in names]
-
-
-def unstack(
-  c: StackConfig, params: Mapping[str, Any]
-) -> tuple[StackConfig, dict[str, Any]]:
-  """The same stack with parameters of its own for every period.
-
-  A slice of stacked parameters is a copy, of all experts too; a decoding step
-  has no time for that. Takes another collection's tree as well.
-  """
-  params = dict(params)
-  for segment in segments(c.sparse):
-    stacked = params.pop(segment.name, None)
-    if stacked is None:  # of another collection, which sparse layers alone have
-      continue
-    for i in range(segment.repeats):
-      own = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-      params[period_name(segment, i)] = own
-  return dataclasses.replace(c, stacked=False), params

@@ -1,0 +1,379 @@
+"""What a model is: the contract that all models keep.
+
+A model's options say what it is, and `build` makes the linen module, which
+answers what training, generation, analysis and imports ask of it. Nobody
+compares a model's kind or class. Not here: which kinds there are (`kinds.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.shared import RULES
+from moe_jax.models.layer_trees import LayerPlace, Path
+from moe_jax.models.stack import StackConfig
+from moe_jax.options import Options, at_least, option
+from moe_jax.partitioning import Rules
+from moe_jax.shapes import Array, Float32, Int, Leaf
+
+Batch = Mapping[str, Array]
+
+
+class RunShape(NamedTuple):
+  """The sizes of a run that decide whether a model can be trained in it.
+
+  Attributes:
+    total_steps: Optimizer steps of the run.
+    rows: Sequences of a microbatch.
+    microbatches: Microbatches of an optimizer step.
+    seq_len: Tokens of a row; of an encoder-decoder, of the encoder's.
+    target_len: Tokens of a decoder's row, in an encoder-decoder.
+    parts: Devices that the rows are split over; 1 where they are not known.
+  """
+
+  total_steps: int
+  rows: int
+  microbatches: int
+  seq_len: int
+  target_len: int = 0
+  parts: int = 1
+
+
+class TokenLosses(NamedTuple):
+  """What a model's outputs cost, for each token or example.
+
+  Attributes:
+    nats: float32 [B, T], the loss; the cross-entropy in nats, in a model that
+      has no loss of its own.
+    logits_z: float32 [B, T], the squared logsumexp of the output logits; None
+      in a model whose outputs are no logits of tokens.
+  """
+
+  nats: Array
+  logits_z: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Options):
+  """The contract of a model's options.
+
+  Attributes:
+    reads_features: Whether inputs are examples of numbers with a class each,
+      and no text.
+    has_encoder: Whether it reads two sequences: inputs and targets.
+  """
+
+  reads_features: ClassVar[bool] = False
+  has_encoder: ClassVar[bool] = False
+
+  vocab_size: int = option(
+    0,
+    "Number of tokens, or of classes, that the model tells apart; 0: the data's "
+    'own number.',
+    at_least(0),
+  )
+
+  def filled(
+    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+  ) -> Self:
+    """The options with what the data decides in the place of zeros.
+
+    Args:
+      vocab_size: The number of tokens or classes in the data.
+      feature_shape: The shape of an example that is no text; () for text.
+      seq_len: The length of the longest rows in tokens.
+
+    Raises:
+      ValueError: The model tells fewer tokens apart than the data has, or its
+        examples are of another shape.
+    """
+    del feature_shape, seq_len
+    if 0 < self.vocab_size < vocab_size:
+      raise ValueError(
+        f'model.vocab_size={self.vocab_size} is smaller than the '
+        f"tokenizer's {vocab_size}"
+      )
+    size = self.vocab_size or vocab_size
+    return dataclasses.replace(self, vocab_size=size)
+
+  def build(self, rules: Rules | tuple = RULES) -> 'Model':
+    """The linen module.
+
+    Args:
+      rules: The mesh axes of each logical axis; see `partitioning.make_rules`.
+
+    Raises:
+      ValueError: The vocabulary, or another size that the data decides, is
+        still 0.
+    """
+    raise NotImplementedError
+
+  def problems_in(self, run: RunShape) -> Iterator[str]:
+    """What keeps the model from being trained in a run of these sizes."""
+    del run
+    return iter(())
+
+  def shrunk(self) -> Self:
+    """The same structure at a laptop's size, on the data's own vocabulary."""
+    return dataclasses.replace(super().shrunk(), vocab_size=0)
+
+  def check_filled(self) -> None:
+    """Raises ValueError where a size is 0 that the data decides."""
+    if not self.vocab_size:
+      raise ValueError(
+        f"model.vocab_size={self.vocab_size}: 0 stands for the tokenizer's; "
+        'set it, or load the data first'
+      )
+
+
+class Model(nn.Module):
+  """The contract of a model's module.
+
+  A model takes what `inputs` picks from a batch and returns outputs and the
+  layers' `MoeAux`, every leaf of which is [L, ...]. The methods `decode` and
+  `make_cache` or `encode` belong to models that generate.
+
+  Attributes:
+    reads_features: As in `ModelOptions`.
+    has_encoder: Likewise.
+    generates: Whether the kind of model can continue text at all.
+  """
+
+  reads_features: ClassVar[bool] = False
+  has_encoder: ClassVar[bool] = False
+  generates: ClassVar[bool] = False
+
+  @property
+  def vocab_size(self) -> int:
+    """V, the number of tokens or classes."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def inputs(self, batch: Batch) -> dict[str, Array]:
+    """The arguments of a call that are in a batch."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
+    """The arguments of a call that has nothing but tokens."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def batch_shapes(
+    self, batch_size: int, seq_len: int, target_len: int = 0
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and types of a training batch.
+
+    Args:
+      batch_size: B.
+      seq_len: Tokens of a row; of an encoder-decoder, of the encoder's.
+      target_len: Tokens of a decoder's row, in an encoder-decoder.
+    """
+    raise NotImplementedError
+
+  @nn.nowrap
+  def loss(self, outputs: Any, batch: Batch) -> TokenLosses:
+    """What the outputs of each token or example of a batch cost."""
+    raise NotImplementedError
+
+  # Layers.
+
+  @property
+  def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
+    """The stacks of blocks, an encoder's first, each with its path.
+
+    The path is where the stack's parameters are. A model without blocks has
+    no stacks.
+    """
+    return ()
+
+  @property
+  def moes(self) -> tuple[MoeOptions | None, ...]:
+    """The mixture of each layer, an encoder's first; None in a dense layer.
+
+    Sizes that a config leaves at 0 are filled in.
+    """
+    return tuple(
+      stack.experts if sparse else None
+      for _, stack in self.stacks
+      for sparse in stack.sparse
+    )
+
+  @property
+  def num_layers(self) -> int:
+    """L, the number of layers, an encoder's included."""
+    return len(self.moes)
+
+  @property
+  def sparse_layers(self) -> tuple[int, ...]:
+    """The numbers of the layers that have experts."""
+    return tuple(i for i, moe in enumerate(self.moes) if moe is not None)
+
+  @property
+  def moe(self) -> MoeOptions | None:
+    """The mixture of the last layer that has one; None in a dense model."""
+    return self.moes[self.sparse_layers[-1]] if self.sparse_layers else None
+
+  @property
+  def sequences(self) -> tuple[str, ...]:
+    """The prefixes of the batch keys of each sequence that the model reads."""
+    return ('',)
+
+  @nn.nowrap
+  def sequence_of(self, layer: int) -> str:
+    """The prefix of the batch keys that hold the tokens of a layer."""
+    del layer
+    return ''
+
+  @property
+  def leaks_future(self) -> bool:
+    """Whether later tokens change earlier outputs where capacity binds."""
+    return any(
+      moe is not None and not moe.router.is_causal(moe.sizes)
+      for layer, moe in enumerate(self.moes)
+      # An encoder sees all of its tokens anyway.
+      if not self.sequence_of(layer)
+    )
+
+  @property
+  def capacity_binds(self) -> bool:
+    """Whether some layer can drop a token because an expert is full."""
+    return any(moe.capacity.binds for moe in self.moes if moe is not None)
+
+  # The routers' losses and state.
+
+  @nn.nowrap
+  def loss_weights(self) -> dict[str, float]:
+    """The weight of each loss of `MoeAux` that a router has, by its name."""
+    weights = {}
+    for moe in self.moes:
+      if moe is not None:
+        weights |= moe.router.loss_weights()
+    return weights
+
+  @property
+  def layer_reduce(self) -> str:
+    """How the losses of several sparse layers become one: 'sum' or 'mean'."""
+    return 'sum' if self.moe is None else self.moe.layer_reduce
+
+  @nn.nowrap
+  def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
+    """How many tokens of a batch the router of each layer counts, at least 1.
+
+    The normalisers of the routers' losses: padding is among the tokens where
+    routers see it.
+    """
+    del batch
+    return jnp.ones(self.num_layers, jnp.float32)
+
+  @property
+  def keeps_router_state(self) -> bool:
+    """Whether the model has the collection `router_state`."""
+    return any(moe.router.keeps_state for moe in self.moes if moe is not None)
+
+  @nn.nowrap
+  def move_router_state(
+    self,
+    router_state: dict[str, Any],
+    load: Float32[Array, 'L E'],
+    rate: Leaf | None = None,
+  ) -> dict[str, Any]:
+    """The collection `router_state` after an optimizer step.
+
+    Args:
+      router_state: The collection before the step.
+      load: The choices of each expert in each layer, before drops, of the
+        whole batch.
+      rate: How far a step moves it; None: as the routers' options say.
+    """
+    del load, rate
+    return router_state
+
+  @nn.nowrap
+  def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What each layer has in a collection of variables; {} where nothing."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def place_of(self, path: Path) -> LayerPlace | None:
+    """The layers of a stacked parameter; None for any other parameter."""
+    del path
+
+  # Generation.
+
+  @nn.nowrap
+  def for_decoding(
+    self,
+    variables: dict[str, Any],
+    *,
+    batch_size: int = 1,
+    platform: str = '',
+    window: int = 0,
+  ) -> tuple['Model', dict[str, Any]]:
+    """The model that decodes, and its variables, which are copies.
+
+    Nothing is dropped, unless a capacity is part of an imported checkpoint.
+
+    Args:
+      variables: Parameters and `router_state`, as trained or imported.
+      batch_size: Rows that take a step together: what is fast depends on them,
+        and nothing else does.
+      platform: Where it decodes; '' is JAX's default backend.
+      window: How many tokens a decoder's token sees at most, itself among
+        them; 0: as the model.
+
+    Raises:
+      ValueError: The model does not generate.
+    """
+    raise NotImplementedError
+
+  @property
+  def is_for_decoding(self) -> bool:
+    """Whether `for_decoding` has laid the model out already."""
+    return False
+
+  @property
+  def longest(self) -> int | None:
+    """The most tokens that a row can have; None where there is no bound."""
+    return None
+
+  @nn.nowrap
+  def window_beyond(self, seq_len: int) -> int:
+    """How far back a token looks in text longer than the rows of training.
+
+    Where positions are distances, or none at all, text may go on for ever: a
+    token then sees as many as one at the end of a row did.
+
+    Args:
+      seq_len: The length of the rows of training.
+
+    Returns:
+      A number of tokens; 0 where there is no bound, or none that would help.
+    """
+    del seq_len
+    return 0
+
+
+def check_generates(model: Model) -> None:
+  """Raises ValueError where a model cannot generate, token by token."""
+  if not model.generates:
+    raise ValueError(
+      f'{type(model).__name__} does not generate: its outputs are classes of '
+      'examples, no text; evaluate it by its loss'
+    )
+  for layer, moe in enumerate(model.moes):
+    # An encoder reads its tokens at once.
+    if not model.sequence_of(layer):
+      check_decodes(moe)
+
+
+def check_decodes(moe: MoeOptions | None) -> None:
+  """Raises ValueError where a layer cannot be run token by token."""
+  reason = None if moe is None else moe.router.decodes(moe.sizes)
+  if reason is not None:
+    raise ValueError(reason)

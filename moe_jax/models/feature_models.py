@@ -1,0 +1,92 @@
+"""What models before language have in common: examples of numbers, classes out.
+
+The shape of an example and the number of classes are the data's. Not here: the
+models (`adaptive.py`, `deep_moe.py`).
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.models.base import Model, ModelOptions
+from moe_jax.options import at_least, each, option
+from moe_jax.shapes import Array, Float32, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureModelOptions(ModelOptions):
+  """A model of examples that are no text."""
+
+  reads_features: ClassVar[bool] = True
+
+  feature_shape: tuple[int, ...] = option(
+    (), "Shape of an example; (): the data's own shape.", each(at_least(1))
+  )
+
+  def filled(
+    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+  ) -> Self:
+    """See `ModelOptions.filled`."""
+    options = super().filled(vocab_size, feature_shape, seq_len)
+    own, shape = self.feature_shape, tuple(feature_shape)
+    if own and own != shape:
+      raise ValueError(
+        f'model.feature_shape={own} is not that of the data, {shape}'
+      )
+    return dataclasses.replace(options, feature_shape=shape)
+
+  def check_filled(self) -> None:
+    """See `ModelOptions.check_filled`."""
+    super().check_filled()
+    if not self.feature_shape:
+      raise ValueError(
+        "model.feature_shape=(): () stands for the data's; set it, or load the "
+        'data first'
+      )
+
+
+class FeatureModel(Model):
+  """A model of examples; subclasses have their options as `options`."""
+
+  reads_features: ClassVar[bool] = True
+
+  @property
+  def vocab_size(self) -> int:
+    """V, the number of classes."""
+    return self.options.vocab_size
+
+  @nn.nowrap
+  def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
+    """The arguments of a call of as many examples as there are rows."""
+    shape = (len(tokens), *self.options.feature_shape)
+    return {'features': jnp.zeros(shape, jnp.float32)}
+
+  @nn.nowrap
+  def batch_shapes(
+    self, batch_size: int, seq_len: int, target_len: int = 0
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """See `Model.batch_shapes`; an example has one class."""
+    del seq_len, target_len
+    B = batch_size
+    one = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    shape = (B, *self.options.feature_shape)
+    return {
+      'features': jax.ShapeDtypeStruct(shape, jnp.float32),
+      'targets': one,
+      'segment_ids': one,
+      'loss_weights': jax.ShapeDtypeStruct((B, 1), jnp.float32),
+    }
+
+  @nn.nowrap
+  def layer_trees(self, collection: dict[str, Any]) -> tuple[Any, ...]:
+    """See `Model.layer_trees`; no layer is a block."""
+    del collection
+    return ({},) * self.num_layers
+
+  @nn.nowrap
+  def class_scores(self, outputs: Any) -> Float32[Array, 'B V']:
+    """A number for each class: the larger, the likelier."""
+    raise NotImplementedError

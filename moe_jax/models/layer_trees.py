@@ -1,0 +1,141 @@
+"""Where a stack's layers are in a tree of variables, and how to take them out.
+
+Layers of one pattern are stacked by period, so the variables of a layer are
+slices. Trees of every collection have the same form.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.models.pattern import layer_name, period_name, segments
+from moe_jax.models.stack import StackConfig
+
+Path = tuple[str, ...]
+
+
+class LayerPlace(NamedTuple):
+  """The layers that a stacked parameter belongs to.
+
+  Attributes:
+    stack: The path of the stack; () in a model that has one.
+    name: The parameter's path within a layer.
+    layers: The numbers of the layers in their stack, in the order in which
+      they are stacked.
+  """
+
+  stack: Path
+  name: Path
+  layers: tuple[int, ...]
+
+
+def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
+  """What each layer has in a stack's tree; {} where it has nothing."""
+  layers = []
+  for segment in segments(c.sparse):
+    for i in range(segment.repeats):
+      if c.stacked:
+        period = _slice(tree.get(segment.name, {}), i)
+      else:
+        period = tree.get(period_name(segment, i), {})
+      places = range(len(segment.pattern))
+      layers += [period.get(layer_name(place), {}) for place in places]
+  return layers
+
+
+def periods_of(c: StackConfig, params: Mapping[str, Any]) -> list[list[Any]]:
+  """The parameters of a stack's periods: lists of trees, one a layer.
+
+  The leaves of each tree are [R, ...], of R periods that are stacked.
+  """
+  found = []
+  for segment in segments(c.sparse):
+    if c.stacked:
+      periods = [params[segment.name]]
+    else:
+      names = [period_name(segment, i) for i in range(segment.repeats)]
+      periods = [jax.tree.map(lambda x: x[None], params[n]) for n in names]
+    places = range(len(segment.pattern))
+    found += [[own[layer_name(i)] for i in places] for own in periods]
+  return found
+
+
+def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
+  """The layers of a stacked parameter; None for any other parameter.
+
+  Args:
+    c: A stack.
+    stack: Its path.
+    path: The path of the parameter in the model.
+  """
+  first, n = 0, len(stack)
+  for segment in segments(c.sparse):
+    if path[: n + 1] == (*stack, segment.name):
+      period = len(segment.pattern)
+      place = [layer_name(i) for i in range(period)].index(path[n + 1])
+      layers = range(first + place, first + segment.num_layers, period)
+      return LayerPlace(stack, path[n + 2 :], tuple(layers))
+    first += segment.num_layers
+  return None
+
+
+def map_layers(
+  c: StackConfig,
+  tree: Mapping[str, Any],
+  per_layer: Any,
+  f: Callable[[Any, Any], Any],
+) -> dict[str, Any]:
+  """A stack's tree with f of each layer's variables and of that layer's rows.
+
+  Args:
+    c: A stack whose periods are stacked.
+    tree: A collection; layers that have nothing in it are left out.
+    per_layer: An array of one row for each layer.
+    f: f(variables, rows): leaves and rows are [R, ...], of R periods.
+  """
+  mapped, first = {}, 0
+  for segment in segments(c.sparse):
+    rows = per_layer[first : first + segment.num_layers]
+    rows = rows.reshape(segment.repeats, -1, *rows.shape[1:])
+    own = tree.get(segment.name, {})
+    names = [layer_name(i) for i in range(len(segment.pattern))]
+    layers = {
+      name: f(own[name], rows[:, i])
+      for i, name in enumerate(names)
+      if name in own
+    }
+    if layers:
+      mapped[segment.name] = layers
+    first += segment.num_layers
+  return mapped
+
+
+def unstack(
+  c: StackConfig,
+  tree: Mapping[str, Any],
+  take: Callable[[Any, int], Any] = lambda tree, i: _slice(tree, i),
+) -> tuple[StackConfig, dict[str, Any]]:
+  """The same stack with variables of its own for every period.
+
+  A slice of stacked parameters is a copy, of all experts too; a decoding step
+  has no time for that.
+
+  Args:
+    c: A stack.
+    tree: Its tree in any collection.
+    take: take(tree, i): the part of period i.
+  """
+  tree = dict(tree)
+  for segment in segments(c.sparse):
+    stacked = tree.pop(segment.name, None)
+    if stacked is None:  # of another collection, which sparse layers alone have
+      continue
+    for i in range(segment.repeats):
+      tree[period_name(segment, i)] = take(stacked, i)
+  return dataclasses.replace(c, stacked=False), tree
+
+
+def _slice(tree: Any, i: int) -> Any:
+  return jax.tree.map(lambda leaf: leaf[i], tree)

@@ -1,0 +1,78 @@
+"""What models of text have in common: what they read, and their loss."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from moe_jax.models.base import Batch, Model, TokenLosses
+from moe_jax.models.embeddings import EmbeddingConfig
+from moe_jax.shapes import Array, Float32, Int
+
+_KEYS = ('tokens', 'segment_ids', 'positions')
+
+
+class TextModel(Model):
+  """Tokens to logits of the next token.
+
+  Attributes:
+    embedding: Tokens in and logits out.
+  """
+
+  embedding: EmbeddingConfig
+
+  generates: ClassVar[bool] = True
+
+  @property
+  def vocab_size(self) -> int:
+    """V, the number of tokens."""
+    return self.embedding.vocab_size
+
+  @property
+  def longest(self) -> int | None:
+    """See `Model.longest`."""
+    return self.embedding.positions.table_len or None
+
+  @nn.nowrap
+  def inputs(self, batch: Batch) -> dict[str, Array]:
+    """See `Model.inputs`."""
+    return {
+      f'{prefix}{key}': batch[f'{prefix}{key}']
+      for prefix in self.sequences
+      for key in _KEYS
+    }
+
+  @nn.nowrap
+  def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
+    """See `Model.example`; all sequences are the same."""
+    return {f'{prefix}tokens': tokens for prefix in self.sequences}
+
+  @nn.nowrap
+  def batch_shapes(
+    self, batch_size: int, seq_len: int, target_len: int = 0
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """See `Model.batch_shapes`."""
+    lengths = dict(zip(self.sequences, (seq_len, target_len)))
+    shapes = {
+      f'{prefix}{key}': (batch_size, length)
+      for prefix, length in lengths.items()
+      for key in _KEYS
+    }
+    last = (batch_size, lengths[''])
+    ints = {
+      name: jax.ShapeDtypeStruct(shape, jnp.int32)
+      for name, shape in {**shapes, 'targets': last}.items()
+    }
+    return {**ints, 'loss_weights': jax.ShapeDtypeStruct(last, jnp.float32)}
+
+  @nn.nowrap
+  def loss(self, outputs: Float32[Array, 'B T V'], batch: Batch) -> TokenLosses:
+    """The cross-entropy of the targets, and the squared logsumexp of logits."""
+    return TokenLosses(
+      optax.softmax_cross_entropy_with_integer_labels(
+        outputs, batch['targets']
+      ),
+      jax.nn.logsumexp(outputs, axis=-1) ** 2,
+    )

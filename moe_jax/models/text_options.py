@@ -1,0 +1,202 @@
+"""What the options of models of text have in common: their layers.
+
+Not here: what one layer's options are (`moe_jax.layers`), and the module that
+they make (`transformer.py`, `lstm_lm.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Self
+
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.norms import NORMS, Norm
+from moe_jax.layers.positions import POSITIONS, Positions
+from moe_jax.layers.shared import Numerics, Shared
+from moe_jax.models.base import ModelOptions, RunShape
+from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
+from moe_jax.models.pattern import layers_needed, sparse_pattern
+from moe_jax.models.stack import REMATS
+from moe_jax.options import Options, at_least, choice, nested, one_of, option
+from moe_jax.options import within as in_interval
+from moe_jax.partitioning import Rules
+
+_LEAST_LAYERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions(Options):
+  """Layers of one half of a model, or of all of it."""
+
+  num_layers: int = option(
+    4,
+    'Number of layers; of an encoder-decoder, those of the decoder.',
+    at_least(1),
+  )
+  dropout: float = option(
+    0.0,
+    'Rate in training at which numbers are set to zero: of embedded tokens, of '
+    'what a layer adds to the residual stream, of hidden values and of the '
+    'weights of attention.',
+    in_interval('[0, 1)'),
+  )
+  ffn: FfnOptions = nested(
+    FfnOptions(), 'Feed-forward layers that are not sparse.'
+  )
+  moe: MoeOptions = nested(MoeOptions(), 'Sparse layers, which have experts.')
+
+  @property
+  def sparse(self) -> tuple[bool, ...]:
+    """A flag for each layer: whether it is one of the sparse ones."""
+    return sparse_pattern(self.moe.layers, self.num_layers)
+
+  @property
+  def has_experts(self) -> bool:
+    """Whether some layer has experts, and no dense twin of them."""
+    return any(self.sparse) and self.moe.num_experts > 0
+
+  def problems(self) -> Iterator[str]:
+    """The sparse layers are among the layers."""
+    yield from super().problems()
+    try:
+      self.sparse  # noqa: B018
+    except ValueError as error:
+      yield str(error)
+
+  def leak(self) -> Iterator[str]:
+    """What lets later tokens change earlier outputs without leave."""
+    moe = self.moe
+    reason = moe.router.leak(moe.sizes) if self.has_experts else None
+    if reason is not None and not self.moe.allow_future_leak:
+      yield (
+        f'moe.{reason}, which lets later tokens change earlier outputs; use '
+        'another, or set moe.allow_future_leak=True and report the run as one '
+        'that leaks'
+      )
+
+  def group_problems(
+    self, run: RunShape, name: str, length: int
+  ) -> Iterator[str]:
+    """Whether the groups of sparse layers fit into a run's batches.
+
+    Args:
+      run: The sizes of the run.
+      name: The key of the section `data` that says how long rows are.
+      length: Its value.
+    """
+    S, rows = self.moe.group_size, run.rows
+    if not self.moe.num_experts:
+      return
+    if S == -1 and run.microbatches > 1:
+      yield (
+        f'model.moe.group_size={S} with microbatches={run.microbatches}: the '
+        'group is the whole batch, of which a microbatch is a part; set the '
+        'size in tokens, or microbatches=1'
+      )
+    elif S > 0 and rows * length % S:
+      yield (
+        f'model.moe.group_size={S} does not divide the {rows * length} tokens '
+        f'of a microbatch ({rows} rows of {name}={length}): a group never '
+        'spans two'
+      )
+    groups = 1 if S == -1 else rows * length // (S or length)
+    if groups % run.parts:
+      yield (
+        f'model.moe.group_size={S}: the {groups} groups of {S or length} '
+        f'tokens in a microbatch do not divide by the {run.parts} devices that '
+        'rows are split over: a group never spans two'
+      )
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    small = super().shrunk()
+    layers = max(_LEAST_LAYERS, layers_needed(self.moe.layers))
+    ffn = dataclasses.replace(small.ffn, hidden=48)
+    return dataclasses.replace(small, num_layers=layers, ffn=ffn)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackOptions(LayerOptions):
+  """A stack of Transformer blocks."""
+
+  attention: AttentionOptions = nested(
+    AttentionOptions(), 'Attention of every block.'
+  )
+  norm: Norm = choice(NORMS, 'rmsnorm', 'Normalisation before every layer.')
+  scan_layers: bool = option(
+    True,
+    'Whether equal layers are a loop, so that compile time does not grow with '
+    'their number. No number that is computed changes.',
+  )
+  remat: str = option(
+    'none',
+    "What the backward pass computes again to save memory: 'none'; 'full': all "
+    "but the inputs of layers and the routers' decisions; 'dots': all but "
+    'those and the products with kernels. Unrolled layers save none on a CPU.',
+    one_of(*REMATS),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModelOptions(ModelOptions, LayerOptions):
+  """A model of text: tokens in, logits of the next token out."""
+
+  width: int = option(
+    128, 'Width M of the residual stream: numbers a token.', at_least(1)
+  )
+  use_bias: bool = option(
+    False,
+    'Whether products of attention and of feed-forward layers add a bias, and '
+    'layer norms have one.',
+  )
+  numerics: Numerics = nested(
+    Numerics(), 'Types of numbers, and how parameters start.'
+  )
+  embedding: EmbeddingOptions = nested(
+    EmbeddingOptions(), 'Embeddings of tokens, and logits.'
+  )
+  positions: Positions = choice(
+    POSITIONS, 'rotary', 'How the model knows where a token stands.'
+  )
+
+  def filled(
+    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+  ) -> Self:
+    """See `ModelOptions.filled`."""
+    options = super().filled(vocab_size, feature_shape, seq_len)
+    return dataclasses.replace(
+      options, positions=options.positions.within(seq_len)
+    )
+
+  def problems_in(self, run: RunShape) -> Iterator[str]:
+    """See `ModelOptions.problems_in`."""
+    yield from self.group_problems(run, 'data.seq_len', run.seq_len)
+
+  def shared(self, num_layers: int, rules: Rules) -> Shared:
+    """What all layers of a half of so many layers share."""
+    return Shared(self.numerics, self.use_bias, num_layers, rules)
+
+  def embedding_config(self, rules: Rules) -> EmbeddingConfig:
+    """The tables of the model."""
+    return EmbeddingConfig(
+      self.embedding,
+      self.shared(self.num_layers, rules),
+      vocab_size=self.vocab_size,
+      width=self.width,
+      positions=self.positions,
+      dropout=self.dropout,
+    )
+
+  def check_filled(self) -> None:
+    """See `ModelOptions.check_filled`."""
+    super().check_filled()
+    if self.positions.within(1) != self.positions:
+      raise ValueError(
+        "model.positions.learned.max_len=0 stands for the data's seq_len; set "
+        'it, or load the data first'
+      )
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    return dataclasses.replace(super().shrunk(), width=32)
