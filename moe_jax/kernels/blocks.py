@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import cpu
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 
 # Rows of a block are a multiple of a step, an eighth of an expert's share in
@@ -160,9 +161,7 @@ def dot_over_rows(
   x: Float[Array, 'R M'], dy: Float[Array, 'R F']
 ) -> Float32[Array, 'M F']:
   """x^T dy, in float32."""
-  # XLA multiplies the transposed rows faster where they are their own array.
-  x = jax.lax.optimization_barrier(x.T)
-  return dot(x, dy, (1, 0), jnp.float32)
+  return dot(cpu.transposed(x), dy, (1, 0), jnp.float32)
 
 
 def matmul(

@@ -1,28 +1,72 @@
-"""Linen modules: router, experts, MoE, feed-forward, attention, block."""
+"""Linen modules and their options: routers, experts, MoE, attention, block."""
 
-from moe_jax.layers.attention import Attention, AttentionConfig
-from moe_jax.layers.block import Block
-from moe_jax.layers.experts.slots import Experts
-from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnConfig
-from moe_jax.layers.initializers import Init
-from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.norms import NormConfig, make_norm
-from moe_jax.layers.routers.router import Router
-from moe_jax.layers.routers.router_config import RouterConfig
+from moe_jax.layers.attention import Attention, AttentionOptions
+from moe_jax.layers.block import Block, BlockConfig, Context
+from moe_jax.layers.experts import (
+  DISPATCHES,
+  EXPERTS,
+  Dispatch,
+  Dropless,
+  Einsum,
+  ExpertOptions,
+  FeedForwardExpert,
+  Gather,
+  MixtureExpert,
+  ModuleExpert,
+)
+from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
+from moe_jax.layers.lstm import Lstm, LstmOptions
+from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.norms import NORMS, LayerNorm, Norm, RmsNorm
+from moe_jax.layers.positions import (
+  POSITIONS,
+  Learned,
+  NoPositions,
+  Positions,
+  Relative,
+  Rotary,
+  Sinusoidal,
+)
+from moe_jax.layers.shared import INITS, FanIn, Gpt2, Init, Numerics, Shared
 
 __all__ = [
   'ACTIVATIONS',
+  'DISPATCHES',
+  'EXPERTS',
+  'INITS',
+  'NORMS',
+  'POSITIONS',
   'Attention',
-  'AttentionConfig',
+  'AttentionOptions',
   'Block',
-  'Experts',
+  'BlockConfig',
+  'Context',
+  'Dispatch',
+  'Dropless',
+  'Einsum',
+  'ExpertOptions',
+  'FanIn',
   'FeedForward',
-  'FfnConfig',
+  'FeedForwardExpert',
+  'FfnOptions',
+  'Gather',
+  'Gpt2',
   'Init',
+  'LayerNorm',
+  'Learned',
+  'Lstm',
+  'LstmOptions',
+  'MixtureExpert',
   'MoE',
-  'MoeConfig',
-  'NormConfig',
-  'Router',
-  'RouterConfig',
-  'make_norm',
+  'ModuleExpert',
+  'MoeOptions',
+  'NoPositions',
+  'Norm',
+  'Numerics',
+  'Positions',
+  'Relative',
+  'RmsNorm',
+  'Rotary',
+  'Shared',
+  'Sinusoidal',
 ]

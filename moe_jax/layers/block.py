@@ -3,62 +3,63 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.layers.attention import Attention, AttentionConfig
+from moe_jax.layers.attention import Attention, AttentionOptions
 from moe_jax.layers.attention.cache import KVCache
-from moe_jax.layers.ffn import FeedForward, FfnConfig
-from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.norms import NormConfig, make_norm
+from moe_jax.layers.ffn import FeedForward, FfnOptions
+from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.norms import Norm, RmsNorm
+from moe_jax.layers.positions import NoPositions, Positions
+from moe_jax.layers.shared import Shared
 from moe_jax.routing import MoeAux, empty_aux
-from moe_jax.shapes import Array, Float, Int, Leaf
+from moe_jax.shapes import Array, Bool, Float, Int, Leaf
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """What every block of a stack has in common.
+  """What every block of a stack has in common; a model makes it.
 
   Attributes:
-    attention: The self-attention.
-    ffn: The dense feed-forward of dense blocks, and the extra one.
-    moe: The feed-forward of sparse blocks; None in a dense model.
-    twin: In a dense twin, the dense feed-forward in place of `moe`.
-    cross_attention: To an encoder's output, after the self-attention; None in
-      encoders and decoder-only models.
-    norm: Before each of them.
-    dropout: Rate on what a layer adds to the residual, in training.
-    extra_ffn: Whether a dense feed-forward follows each sparse one, with its
-      own norm and residual (ST-MoE, OpenMoE).
-    dtype: Of the residual stream.
+    attention: The self-attention, and the attention to an encoder's output.
+    ffn: The feed-forward of dense blocks, and the extra one.
+    moe: The feed-forward of sparse blocks, or their dense twin; None in a
+      stack without sparse blocks.
+    norm: What stands before each of them.
+    positions: How queries and keys know where they stand.
+    causal: Whether a token sees those up to itself, or its whole segment.
+    cross: Whether the blocks attend to an encoder's output.
+    dropout: The rate at which what a layer adds to the residual, hidden values
+      and attention weights are dropped in training.
+    shared: What the layers of the model share.
   """
 
-  attention: AttentionConfig
-  ffn: FfnConfig
-  moe: MoeConfig | None = None
-  twin: FfnConfig | None = None
-  cross_attention: AttentionConfig | None = None
-  norm: NormConfig = NormConfig()
+  attention: AttentionOptions
+  ffn: FfnOptions
+  moe: MoeOptions | None = None
+  norm: Norm = RmsNorm()
+  positions: Positions = NoPositions()
+  causal: bool = True
+  cross: bool = False
   dropout: float = 0.0
-  extra_ffn: bool = False
-  dtype: str = 'float32'
-
-  def __post_init__(self):
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
+  shared: Shared = Shared()
 
 
 class Context(NamedTuple):
   """What all blocks of a stack read beside the residual stream.
 
   Attributes:
-    segment_ids: int32 [B, T], or None: each row is one segment.
+    segment_ids: int32 [B, T], the segment that each token sees of itself and of
+      a memory; None: each row is one segment.
     token_mask: bool [B, T], False at padding.
     positions: int32 [B, T].
     bias: float32 [H, T, S] of relative positions, or None.
     memory: float [B, S, M], the encoder's output, or None.
     memory_segment_ids: int32 [B, S], or None as in `segment_ids`.
     hash_ids: uint32 [B, T], what a router hashes tokens by, or None.
+    key_segment_ids: int32 [B, T], the segment by which each token is seen by
+      those of its own sequence; None: `segment_ids`.
+    routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
   """
 
   segment_ids: Leaf
@@ -68,10 +69,23 @@ class Context(NamedTuple):
   memory: Leaf = None
   memory_segment_ids: Leaf = None
   hash_ids: Leaf = None
+  key_segment_ids: Leaf = None
+  routed_mask: Leaf = None
+
+  @property
+  def routed(self) -> Bool[Array, 'B T']:
+    """The tokens that routers see."""
+    return self.token_mask if self.routed_mask is None else self.routed_mask
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+  Attributes:
+    config: What it has in common with other blocks.
+    sparse: Whether its feed-forward is a mixture of experts.
+    train: Whether dropout and router noise are on.
+  """
 
   config: BlockConfig
   sparse: bool
@@ -90,67 +104,71 @@ class Block(nn.Module):
     Args:
       x: The residual stream.
       context: What all blocks read.
-      cache: Of the tokens before x, when decoding; it is returned with x's.
-      layer: The block's number, its place in the cache.
+      cache: The cache of the tokens before x, when decoding; it is returned
+        with those of x.
+      layer: The block's number, by which it finds its part of the cache.
     """
     c = self.config
-    y, cache = self._attention('attention', x, context, cache, layer)
+    y, cache = self._attention(x, context, cache, layer, cross=False)
     x = x + self._dropout(y)
-    if c.cross_attention is not None:
-      y, cache = self._attention('cross_attention', x, context, cache, layer)
+    if c.cross:
+      y, cache = self._attention(x, context, cache, layer, cross=True)
       x = x + self._dropout(y)
     h = self._norm(x, 'ffn_norm')
-    if self.sparse and c.moe is not None:
-      y, aux = MoE(c.moe, name='moe')(
-        h, context.token_mask, self.train, context.hash_ids, layer
-      )
-    else:
-      ffn = c.twin if self.sparse else c.ffn
-      y, aux = FeedForward(ffn, name='ffn')(h, self.train), _dense_aux(c)
+    y, aux = self._feed_forward(h, context, layer)
     x = x + self._dropout(y)
-    if self.sparse and c.extra_ffn:
+    if self.sparse and c.moe is not None and c.moe.extra_ffn:
       h = self._norm(x, 'extra_ffn_norm')
-      y = FeedForward(c.ffn, name='extra_ffn')(h, self.train)
+      y = self._dense(c.ffn, c.dropout, 'extra_ffn')(h, self.train)
       x = x + self._dropout(y)
     return x, cache, aux
 
-  def _attention(self, name, x, context, cache, layer):
-    c = getattr(self.config, name)
+  def _feed_forward(self, h, context, layer):
+    c = self.config
+    if self.sparse and c.moe is not None and c.moe.num_experts:
+      moe = MoE(c.moe, c.shared, name='moe')
+      return moe(h, context.routed, self.train, context.hash_ids, layer)
+    ffn, dropout = c.ffn, c.dropout
+    if self.sparse and c.moe is not None:
+      ffn, dropout = c.moe.twin()
+    y = self._dense(ffn, dropout, 'ffn')(h, self.train)
+    return y, empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
+
+  def _dense(self, ffn: FfnOptions, dropout: float, name: str) -> FeedForward:
+    return FeedForward(ffn, self.config.shared, dropout, name=name)
+
+  def _attention(self, x, context, cache, layer, cross: bool):
+    c, name = self.config, 'cross_attention' if cross else 'attention'
     h = self._norm(x, f'{name}_norm')
-    bias = None if c.cross else context.bias
-    attention = Attention(c, name=name)
+    bias = None if cross else context.bias
+    attention = Attention(
+      c.attention,
+      c.shared,
+      positions=c.positions,
+      causal=c.causal and not cross,
+      cross=cross,
+      dropout=c.dropout,
+      name=name,
+    )
     if cache is not None:
       return attention.decode(
         h, context.token_mask, context.positions, bias, cache, layer
       )
-    ids = context.segment_ids
-    key_ids = context.memory_segment_ids if c.cross else None
-    moe = self.config.moe
-    if ids is not None and moe is not None and moe.route_padding:
-      # Padding that takes slots is routed by what it saw: in transformers, the
-      # row's example.
-      key_ids = key_ids if c.cross else ids
-      ids = jnp.maximum(ids, 1)
     y = attention(
       h,
-      ids,
+      context.segment_ids,
       context.positions,
       bias,
       self.train,
-      memory=context.memory if c.cross else None,
-      key_segment_ids=key_ids,
+      memory=context.memory if cross else None,
+      key_segment_ids=(
+        context.memory_segment_ids if cross else context.key_segment_ids
+      ),
     )
     return y, None
 
   def _norm(self, x, name):
-    return make_norm(self.config.norm, self.config.dtype, name)(x)
+    return self.config.norm.module(self.config.shared, name)(x)
 
   def _dropout(self, x):
     return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)
-
-
-def _dense_aux(config: BlockConfig) -> MoeAux:
-  if config.moe is None:
-    return empty_aux(1, 1)
-  router = config.moe.router
-  return empty_aux(router.num_experts, router.num_selected)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import linen as nn
 
-from moe_jax.config import unknown
-from moe_jax.layers.initializers import Init, zeros
-from moe_jax.layers.rows_product import rows_matmul
+from moe_jax.kernels import cpu
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.parameters import Names
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options, at_least, one_of, option, unknown
 from moe_jax.shapes import Array, Float
 
 
@@ -19,7 +21,7 @@ class Activation(NamedTuple):
   """An elementwise function, and whether a second product gates it.
 
   Attributes:
-    function: Elementwise.
+    function: The elementwise function.
     gated: Whether the hidden values are function(x W_gate) * x W_in.
     cheap: Whether XLA computes it again rather than read its result.
   """
@@ -35,15 +37,10 @@ class Activation(NamedTuple):
     return h * rest[0] if rest else h
 
 
-def _gelu(x):
-  # jax.nn.gelu(approximate=False) is written with erfc, twice as slow on CPU.
-  return 0.5 * x * (1.0 + jax.lax.erf(x * float(np.sqrt(0.5))))
-
-
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
   'relu': Activation(jax.nn.relu, False, cheap=True),
-  'gelu': Activation(_gelu, False),
+  'gelu': Activation(cpu.gelu, False),
   'gelu_tanh': Activation(_gelu_tanh, False),
   'geglu': Activation(_gelu_tanh, True),  # arXiv:2002.05202
   'swiglu': Activation(jax.nn.silu, True),
@@ -58,161 +55,216 @@ def activation(name: str) -> Activation:
 
 
 @dataclasses.dataclass(frozen=True)
-class FfnConfig:
-  """A feed-forward layer M -> F -> M.
+class FfnOptions(Options):
+  """A feed-forward layer M -> F -> M."""
+
+  hidden: int = option(512, 'Width F of the hidden layer.', at_least(1))
+  activation: str = option(
+    'gelu',
+    'Function between the two products; geglu and swiglu have a third kernel, '
+    'whose product gates the hidden values.',
+    one_of(*ACTIVATIONS),
+  )
+
+  def shrunk(self) -> 'FfnOptions':
+    """See `Options.shrunk`."""
+    return dataclasses.replace(self, hidden=48)
+
+
+@dataclasses.dataclass(frozen=True)
+class FfnLayer:
+  """A feed-forward layer as it is computed, alone or as each of E experts.
 
   Attributes:
-    hidden: F.
-    activation: One of `ACTIVATIONS`; gated ones have a third kernel.
-    use_bias: Whether both products add a bias.
-    dropout: Rate on the hidden values, in training.
-    dtype: Of the products and the output.
-    param_dtype: Of the stored parameters.
-    init: How kernels start.
+    options: Its width and activation.
+    shared: What the layers of the model share.
+    dropout: The rate at which hidden values are dropped in training.
+    role: The role of its parameters.
   """
 
-  hidden: int
-  activation: str = 'relu'
-  use_bias: bool = False
+  options: FfnOptions
+  shared: Shared = Shared()
   dropout: float = 0.0
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  init: Init = Init()
-
-  def __post_init__(self):
-    activation(self.activation)
-    if self.hidden < 1:
-      raise ValueError(f'hidden={self.hidden} must be at least 1')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} not in [0, 1)')
+  role: str = 'ffn'
 
   @property
-  def first_kernels(self) -> tuple[str, ...]:
-    """Those that x meets, in the order that `Activation.hidden` takes."""
-    gated = activation(self.activation).gated
-    return ('w_gate', 'w_in') if gated else ('w_in',)
+  def activation(self) -> Activation:
+    """The function between the two products."""
+    return activation(self.options.activation)
+
+  def parameters(
+    self, module: nn.Module, stack: tuple[int, ...], width: int
+  ) -> dict[str, Any]:
+    """`module`'s w_in, w_gate where the activation gates, w_out; b_in, b_out.
+
+    Each is [*stack, ...]; the biases only where there are any.
+    """
+    shared = self.shared
+    p = {}
+    for name, (shape, axes, form) in self._parts(stack, width).items():
+      if form == 'bias':
+        init = parameters.bias(axes, role=self.role)
+      else:
+        init = parameters.kernel(
+          shared, axes, role=self.role, residual=form == 'residual'
+        )
+      p[name] = module.param(name, init, shape, shared.param_dtype)
+    return p
+
+  def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
+    """The logical axes of `parameters`."""
+    return {name: p[1] for name, p in self._parts(stack, width).items()}
+
+  def _parts(self, stack, width):
+    """The shape, the axes and the form of each parameter, in their order."""
+    M, F = width, self.options.hidden
+    mlp = 'expert_mlp' if stack else 'mlp'
+    parts = {'w_in': ((M, F), ('embed', mlp), 'kernel')}
+    if self.shared.use_bias:
+      parts['b_in'] = ((F,), (mlp,), 'bias')
+    if self.activation.gated:
+      parts['w_gate'] = ((M, F), ('embed', mlp), 'kernel')
+    parts['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
+    if self.shared.use_bias:
+      parts['b_out'] = ((M,), ('embed',), 'bias')
+    experts = ('expert',) * len(stack)
+    return {
+      name: ((*stack, *shape), (*experts, *axes), form)
+      for name, (shape, axes, form) in parts.items()
+    }
+
+  def kernels(self, p: dict[str, Any]) -> tuple[tuple[Array, ...], Array]:
+    """The first kernels, in the order of `Activation.hidden`, and the last."""
+    return tuple(p[name] for name in self._first_kernels), p['w_out']
+
+  @property
+  def _first_kernels(self) -> tuple[str, ...]:
+    """The kernels that x meets, in the order that `Activation.hidden` takes."""
+    return ('w_gate', 'w_in') if self.activation.gated else ('w_in',)
+
+  def compute(
+    self,
+    p: dict[str, Any],
+    x: Float[Array, '*E R M'],
+    *,
+    product: Callable[..., Array],
+    add_bias: Callable[[Array, Array], Array],
+    dropout: Callable[[Array], Array],
+  ) -> Float[Array, '*E R M']:
+    """The layer, of whatever a product with kernels is.
+
+    Args:
+      p: Its parameters.
+      x: Rows, of the type of products.
+      product: product(rows, kernel, transposed_alone=...).
+      add_bias: add_bias(products, bias).
+      dropout: Drops hidden values.
+    """
+    act, dtype = self.activation, self.shared.dtype
+    products = [product(x, p[name]) for name in self._first_kernels]
+    if self.shared.use_bias:
+      products[-1] = add_bias(products[-1], p['b_in'].astype(dtype))
+    h = dropout(act.hidden(*products))
+    y = product(h, p['w_out'], transposed_alone=not act.cheap)
+    return add_bias(y, p['b_out'].astype(dtype)) if self.shared.use_bias else y
+
+  def compute_stacked(
+    self,
+    p: dict[str, Any],
+    x: Float[Array, '*E R M'],
+    dropout: Callable[[Array], Array] = lambda h: h,
+  ) -> Float[Array, '*E R M']:
+    """One layer on rows, or E of them on E lists of rows."""
+    return self.compute(
+      p,
+      x.astype(self.shared.dtype),
+      product=rows_matmul,
+      add_bias=lambda y, b: y + b[..., None, :],
+      dropout=dropout,
+    )
+
+  def dropped(self, module: nn.Module, train: bool) -> nn.Dropout:
+    """The dropout of hidden values, as a submodule of `module`."""
+    return nn.Dropout(self.dropout, deterministic=not train, parent=module)
 
 
 class FeedForward(nn.Module):
-  """x -> activation(x W_in) W_out, or (activation(x W_gate) * x W_in) W_out."""
+  """x -> activation(x W_in) W_out, or (activation(x W_gate) * x W_in) W_out.
 
-  config: FfnConfig
+  Attributes:
+    options: Width and activation.
+    shared: What the layers of the model share.
+    dropout: The rate at which hidden values are dropped in training.
+    role: The role of its parameters, which the parent gives.
+  """
+
+  options: FfnOptions
+  shared: Shared = Shared()
+  dropout: float = 0.0
+  role: str = 'ffn'
 
   @nn.compact
   def __call__(
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
-    # Rows, not [B, T, M]: the kernel's gradient then contracts one dimension,
-    # which XLA's CPU compiler turns into a plain matmul; with two it copies.
-    rows = x.reshape(-1, x.shape[-1])
-    return feed_forward(self, self.config, rows, train).reshape(x.shape)
+    layer = FfnLayer(self.options, self.shared, self.dropout, self.role)
+    rows = x.reshape(-1, x.shape[-1])  # see kernels/cpu.py
+    p = layer.parameters(self, (), rows.shape[-1])
+    y = layer.compute_stacked(p, rows, layer.dropped(self, train))
+    return y.reshape(x.shape)
 
 
 class DeepFeedForward(nn.Module):
   """A feed-forward layer with `depth` hidden layers of F: M -> F ... F -> M.
 
   At a depth of 1 it is `FeedForward`, parameters too.
+
+  Attributes:
+    options: Width of the hidden layers, and activation, which does not gate.
+    depth: How many hidden layers there are.
+    shared: As in `FeedForward`.
+    dropout: As in `FeedForward`.
+    role: As in `FeedForward`.
   """
 
-  config: FfnConfig
+  options: FfnOptions
   depth: int
+  shared: Shared = Shared()
+  dropout: float = 0.0
+  role: str = 'ffn'
 
   @nn.compact
   def __call__(
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
-    c = self.config
-    act = activation(c.activation)
-    if act.gated or self.depth < 1:
+    shared, F = self.shared, self.options.hidden
+    layer = FfnLayer(self.options, shared, self.dropout, self.role)
+    if layer.activation.gated or self.depth < 1:
       raise ValueError(
-        f'depth={self.depth} with activation={c.activation!r}: a deep '
-        'feed-forward has a depth of at least 1 and an activation without gate'
+        f'depth={self.depth} with activation={self.options.activation!r}: a '
+        'deep feed-forward has a depth of at least 1 and an activation without '
+        'gate'
       )
-    rows = x.reshape(-1, x.shape[-1]).astype(c.dtype)
-    p = parameters(self, c, (), rows.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(shared.dtype)
+    p = layer.parameters(self, (), rows.shape[-1])
+
+    def biased(y, bias):
+      return y + bias.astype(shared.dtype)[None] if shared.use_bias else y
 
     def hidden(rows, w, bias):
-      y = rows_matmul(rows, w)
-      h = act.hidden(y + p[bias].astype(c.dtype)[None] if c.use_bias else y)
-      return nn.Dropout(c.dropout, deterministic=not train)(h)
+      h = layer.activation.hidden(biased(rows_matmul(rows, w), bias))
+      return nn.Dropout(self.dropout, deterministic=not train)(h)
 
-    h = hidden(rows, p['w_in'], 'b_in')
+    h = hidden(rows, p['w_in'], p.get('b_in'))
     for i in range(1, self.depth):
-      init = c.init.kernel(('mlp', None))
-      shape, bias = (c.hidden, c.hidden), f'b_hidden_{i}'
-      w = self.param(f'w_hidden_{i}', init, shape, c.param_dtype)
-      if c.use_bias:
-        p[bias] = self.param(bias, zeros((None,)), shape[:1], c.param_dtype)
-      h = hidden(h, w, bias)
-    y = rows_matmul(h, p['w_out'])
-    y = y + p['b_out'].astype(c.dtype)[None] if c.use_bias else y
+      init = parameters.kernel(shared, ('mlp', None), role=self.role)
+      w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)
+      b = None
+      if shared.use_bias:
+        init = parameters.bias((None,), role=self.role)
+        b = self.param(f'b_hidden_{i}', init, (F,), shared.param_dtype)
+      h = hidden(h, w, b)
+    y = biased(rows_matmul(h, p['w_out']), p.get('b_out'))
     return y.reshape(x.shape)
-
-
-def feed_forward(
-  module: nn.Module, c: FfnConfig, x: Float[Array, '*E R M'], train: bool
-) -> Float[Array, '*E R M']:
-  """One feed-forward layer on rows, or E of them on E lists of rows.
-
-  The parameters are `module`'s; see `parameters`.
-  """
-  p = parameters(module, c, x.shape[:-2], x.shape[-1])
-  return compute(
-    c,
-    p,
-    x.astype(c.dtype),
-    product=rows_matmul,
-    add_bias=lambda y, b: y + b[..., None, :],
-    dropout=nn.Dropout(c.dropout, deterministic=not train, parent=module),
-  )
-
-
-def compute(
-  c: FfnConfig,
-  p: dict[str, Any],
-  x: Float[Array, '*E R M'],
-  *,
-  product: Callable[..., Array],
-  add_bias: Callable[[Array, Array], Array],
-  dropout: Callable[[Array], Array],
-) -> Float[Array, '*E R M']:
-  """The layer, of whatever a product with kernels is."""
-  act = activation(c.activation)
-  products = [product(x, p[name]) for name in c.first_kernels]
-  if c.use_bias:
-    products[-1] = add_bias(products[-1], p['b_in'].astype(c.dtype))
-  h = dropout(act.hidden(*products))
-  y = product(h, p['w_out'], transposed_alone=not act.cheap)
-  return add_bias(y, p['b_out'].astype(c.dtype)) if c.use_bias else y
-
-
-def parameters(
-  module: nn.Module, c: FfnConfig, stack: tuple[int, ...], width: int
-) -> dict[str, Any]:
-  """`module`'s w_in, w_gate where the activation gates, w_out; and b_in, b_out.
-
-  Each is [*stack, ...]; the biases only where there are any.
-  """
-  M, F = width, c.hidden
-  axes = ('expert',) * len(stack)
-  mlp = 'expert_mlp' if stack else 'mlp'
-  p = {}
-
-  def kernel(name, shape, names, residual=False):
-    init = c.init.kernel((*axes, *names), residual=residual)
-    p[name] = module.param(name, init, (*stack, *shape), c.param_dtype)
-
-  def bias(name, size, axis):
-    if c.use_bias:
-      init, shape = zeros((*axes, axis)), (*stack, size)
-      p[name] = module.param(name, init, shape, c.param_dtype)
-
-  kernel('w_in', (M, F), ('embed', mlp))
-  bias('b_in', F, mlp)
-  if activation(c.activation).gated:
-    kernel('w_gate', (M, F), ('embed', mlp))
-  kernel('w_out', (F, M), (mlp, 'embed'), residual=True)
-  bias('b_out', M, 'embed')
-  return p

@@ -16,50 +16,63 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from moe_jax.layers.initializers import Init
-from moe_jax.layers.rows_product import rows_matmul
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options, anything, at_least, option
 from moe_jax.shapes import Array, Float, Int, Leaf
 
 GATES = 4  # input, forget, new, output
 _FORGET = 1
+_ROLE = 'lstm'
 
 
 @dataclasses.dataclass(frozen=True)
-class LstmConfig:
-  """An LSTM layer M -> M.
+class LstmOptions(Options):
+  """The layers of an LSTM language model that are no mixtures, M -> M."""
 
-  Attributes:
-    hidden: H, cells; where it is not M, the output is projected.
-    forget_bias: What the forget gate's bias starts at: above 0, cells remember
-      at first.
-    unroll: Steps in one round of the loop: fewer rounds, a larger program.
-    dtype: Of the products and the output; cells are float32.
-    param_dtype: Of the stored parameters.
-    init: How kernels start.
-  """
+  hidden: int = option(
+    0,
+    'Number H of cells; where it is not the width of the model, the output is '
+    'projected onto that; 0: the width.',
+    at_least(0),
+  )
+  forget_bias: float = option(
+    1.0,
+    'Number at which the bias of the forget gate starts: above 0, cells '
+    'remember at first.',
+    anything('a bias may start anywhere'),
+  )
+  unroll: int = option(
+    1,
+    'Steps in one round of the loop over a row: more make fewer rounds and a '
+    'larger program.',
+    at_least(1),
+  )
+  twin_depth: int = option(
+    1,
+    'Number of hidden layers of the feed-forward that stands for a mixture '
+    'where moe.num_experts is 0: one of num_selected times the width of an '
+    'expert, or several of its width.',
+    at_least(1),
+  )
 
-  hidden: int
-  forget_bias: float = 1.0
-  unroll: int = 1
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  init: Init = Init()
+  def cells(self, width: int) -> int:
+    """The number H of cells in a model of that width."""
+    return self.hidden or width
 
-  def __post_init__(self):
-    for name in ('hidden', 'unroll'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'lstm.{name}={getattr(self, name)} must be at least 1'
-        )
+  def shrunk(self) -> 'LstmOptions':
+    """See `Options.shrunk`."""
+    return dataclasses.replace(self, hidden=24 if self.hidden else 0)
 
 
 class LstmState(NamedTuple):
   """What a step leaves to the next.
 
   Attributes:
-    cell: float32 [B, H], c.
-    output: [B, M], h.
-    segment: int [B], the document that they are of; 0 where there was none.
+    cell: float32 [B, H], the cells c.
+    output: [B, M], the output h.
+    segment: int [B], the document of both; 0 where there was none.
   """
 
   cell: Leaf
@@ -71,9 +84,15 @@ class Lstm(nn.Module):
   """i, f, g, o = x W_in + h W_state + b; c = f c + i g; h = (o tanh c) W_out.
 
   i, f, o are sigmoids and g a tanh of theirs; there is a W_out if H is not M.
+
+  Attributes:
+    options: Its width and how its loop runs.
+    shared: What the layers of the model share. Cells are float32 whatever its
+      types are.
   """
 
-  config: LstmConfig
+  options: LstmOptions
+  shared: Shared = Shared()
 
   @nn.compact
   def __call__(
@@ -85,65 +104,64 @@ class Lstm(nn.Module):
     """h of every step, and what the last step leaves.
 
     Args:
-      x: Inputs.
+      x: The inputs of all steps.
       segment_ids: The document of each step in its row, from 1. A document
         begins with zeros. Padding (0) changes nothing of what the steps before
         it left, and gives the h of the last of them. Default: one document.
       state: What the steps before these left; None: there were none.
     """
-    c = self.config
     B, T, M = x.shape
     if segment_ids is None:
       segment_ids = jnp.ones((B, T), jnp.int32)
     w_in, w_state, bias, w_out = self._parameters(M)
-    inputs = rows_matmul(x.astype(c.dtype).reshape(B * T, M), w_in)
-    inputs = (inputs + bias[None]).reshape(B, T, -1)
+    rows = x.astype(self.shared.dtype).reshape(B * T, M)
+    inputs = (rows_matmul(rows, w_in) + bias[None]).reshape(B, T, -1)
     if state is None:
-      state = start(c, B, M, segment_ids.dtype)
+      state = start(self.options, self.shared, B, M, segment_ids.dtype)
     state, y = jax.lax.scan(
       functools.partial(_step, w_state, w_out),
       state,
       (inputs.swapaxes(0, 1), segment_ids.swapaxes(0, 1)),
-      unroll=min(c.unroll, T),
+      unroll=min(self.options.unroll, T),
     )
     return y.swapaxes(0, 1), state
 
   def _parameters(self, M):
     """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""
-    c, shape = self.config, (M, GATES, self.config.hidden)
-    axes = ('embed', None, 'mlp')
-    init = c.init.kernel(axes, in_axis=0, out_axis=(1, 2))
-    w_in = self.param('w_in', init, shape, c.param_dtype)
-    w_state = self.param('w_state', init, shape, c.param_dtype)
+    shared, H = self.shared, self.options.cells(M)
+    dtype, stored = shared.dtype, shared.param_dtype
+    axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
+    init = parameters.kernel(
+      shared, axes, role=_ROLE, in_axis=0, out_axis=(1, 2)
+    )
+    w_in = self.param('w_in', init, shape, stored).reshape(M, -1)
+    w_state = self.param('w_state', init, shape, stored).reshape(M, -1)
 
     def remember(key, shape, dtype):
       del key
-      return jnp.zeros(shape, dtype).at[_FORGET].set(c.forget_bias)
+      start_at = self.options.forget_bias
+      return jnp.zeros(shape, dtype).at[_FORGET].set(start_at)
 
-    init = nn.with_logical_partitioning(remember, axes[1:])
-    bias = self.param('b_gates', init, shape[1:], c.param_dtype)
-    flat = (w.reshape(M, -1) for w in (w_in, w_state))
+    init = parameters.boxed(remember, axes[1:], role=_ROLE, form='bias')
+    bias = self.param('b_gates', init, shape[1:], stored)
     w_out = None
-    if c.hidden != M:
-      init = c.init.kernel(('mlp', 'embed'))
-      w_out = self.param('w_out', init, (c.hidden, M), c.param_dtype)
-      w_out = w_out.astype(c.dtype)
-    w_in, w_state = flat
-    return (
-      w_in,
-      w_state.astype(c.dtype),
-      bias.reshape(-1).astype(c.dtype),
-      w_out,
-    )
+    if H != M:
+      init = parameters.kernel(shared, ('mlp', 'embed'), role=_ROLE)
+      w_out = self.param('w_out', init, (H, M), stored).astype(dtype)
+    return (w_in, w_state.astype(dtype), bias.reshape(-1).astype(dtype), w_out)
 
 
 def start(
-  c: LstmConfig, batch_size: int, width: int, id_dtype: DTypeLike = jnp.int32
+  options: LstmOptions,
+  shared: Shared,
+  batch_size: int,
+  width: int,
+  id_dtype: DTypeLike = jnp.int32,
 ) -> LstmState:
   """The state before the first step of `batch_size` rows of M = `width`."""
   return LstmState(
-    cell=jnp.zeros((batch_size, c.hidden), jnp.float32),
-    output=jnp.zeros((batch_size, width), c.dtype),
+    cell=jnp.zeros((batch_size, options.cells(width)), jnp.float32),
+    output=jnp.zeros((batch_size, width), shared.dtype),
     segment=jnp.zeros(batch_size, id_dtype),
   )
 

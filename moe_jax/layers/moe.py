@@ -1,91 +1,157 @@
-"""The sparse layer: group -> route -> dispatch -> experts -> combine.
+"""The sparse layer: group -> route -> experts.
 
-This file alone forms groups. The rules are `moe_jax.routing`, the movement
-`moe_jax.dispatch`, the products `moe_jax.layers.experts.slots`.
+This file alone forms groups. The rules are `moe_jax.routing`; who moves the
+tokens and multiplies them is `moe_jax.layers.experts`.
 """
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax import dispatch
-from moe_jax.config import unknown
-from moe_jax.kernels.backends import check as check_backend
-from moe_jax.layers.experts.few_tokens import (
-  FEW_TOKENS,
-  BatchedExperts,
-  UnrolledExperts,
+from moe_jax.layers.experts import (
+  DISPATCHES,
+  EXPERTS,
+  Dispatch,
+  ExpertOptions,
 )
-from moe_jax.layers.experts.slots import Experts, copied, vmapped
-from moe_jax.layers.experts.sorted_rows_experts import DroplessExperts
-from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.routers.router_config import BY_EXPERT, RouterConfig
-from moe_jax.layers.routers.two_levels import make_router
-from moe_jax.parallel import exchange as exchange_lib
-from moe_jax.routing import MoeAux
+from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.layers.routers.contract import NOISE, RouterOptions, Sizes
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options, at_least, choice, one_of, option, within
+from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.routing.capacity import CAPACITIES, Capacity
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
 
-DECODING = ('', 'unrolled', 'batched')
-_OWN_ROWS = (
-  "dispatch='dropless' with an expert of your own: its rows are not [E, R, M]; "
-  "use 'gather'"
-)
+_SPARSE = {'num_experts': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeConfig:
-  """A mixture-of-experts layer.
+class MoeOptions(Options):
+  """The sparse layers of a model: mixtures of experts."""
 
-  Attributes:
-    router: Who goes where.
-    expert: The feed-forward layer that each expert is.
-    group_size: S, in tokens: a divisor or a multiple of T; 0 is T, one group
-      a sequence; -1 is the whole batch. Capacity and balance are per group.
-    dispatch: 'gather' (default), 'einsum' (the readable reference), or
-      'dropless' (rows sorted by expert, no slots; with capacity rule 'all', or
-      where experts choose and nothing is dropped).
-    grouped_matmul: Who multiplies under 'dropless': 'auto' is the platform's;
-      see `kernels.BACKENDS`.
-    route_padding: Whether padding takes slots and counts as tokens, as in
-      transformers' Switch. Then it attends to the first example of its row, and
-      not to other padding: what it saw decides which slots it takes.
-    decoding: For steps of few tokens on a CPU, in place of a dispatcher:
-      'unrolled', experts have arrays of their own, or 'batched', all multiply
-      all tokens; see `layers/experts/few_tokens.py`.
-    output_masking: Rate at which an expert's output for a token is masked in
-      training, without making up for it; in evaluation outputs are multiplied
-      by 1 - rate (NLLB's expert output masking, arXiv:2207.04672).
-  """
+  num_experts: int = option(
+    8,
+    'Number E of experts in a layer; 0: the dense twin, whose feed-forward '
+    'layers have the FLOPs per token of num_selected experts.',
+    at_least(0),
+  )
+  num_selected: int = option(
+    1,
+    'Number K of experts that a token chooses. Where experts choose tokens, it '
+    'is only what the capacity makes of it.',
+    at_least(1),
+  )
+  layers: str = option(
+    'every 2',
+    "The layers that are sparse: 'every N' (the last of each N), 'last N', "
+    "'all', 'none', or numbers from 0: '1,3'.",
+  )
+  group_size: int = option(
+    0,
+    'Number S of tokens that are routed together, a divisor or a multiple of '
+    'the sequence; 0: one sequence; -1: the whole batch. Capacity and balance '
+    'are those of a group.',
+    at_least(-1),
+    when=_SPARSE,
+  )
+  extra_ffn: bool = option(
+    False,
+    'Whether a dense feed-forward follows each sparse one, with its own norm '
+    'and residual (ST-MoE, OpenMoE).',
+  )
+  output_masking: float = option(
+    0.0,
+    "Rate at which an expert's output for a token is masked in training, "
+    'without making up for it; in evaluation outputs are multiplied by 1 - '
+    "rate (NLLB's expert output masking, arXiv:2207.04672).",
+    within('[0, 1)'),
+    when=_SPARSE,
+  )
+  layer_reduce: str = option(
+    'sum',
+    "What is done with the router losses of the sparse layers: 'sum' (Switch) "
+    "or 'mean'.",
+    one_of('sum', 'mean'),
+    when=_SPARSE,
+  )
+  allow_future_leak: bool = option(
+    False,
+    'Whether a causal model may have a router whose choices for a token depend '
+    'on later tokens; the start of a run says that it does.',
+    when=_SPARSE,
+  )
+  router: RouterOptions = choice(
+    ROUTERS,
+    'token_choice',
+    'The rule by which tokens go to experts.',
+    when=_SPARSE,
+  )
+  capacity: Capacity = choice(
+    CAPACITIES,
+    'per_token',
+    'How many slots an expert has in each group.',
+    when=_SPARSE,
+  )
+  expert: ExpertOptions = choice(
+    EXPERTS, 'feed_forward', 'What each expert is.'
+  )
+  dispatch: Dispatch = choice(
+    DISPATCHES,
+    'gather',
+    'How tokens move to their experts and back, and who multiplies them.',
+    when=_SPARSE,
+  )
 
-  router: RouterConfig
-  expert: FfnConfig
-  group_size: int = 0
-  dispatch: str = 'gather'
-  grouped_matmul: str = 'auto'
-  route_padding: bool = False
-  decoding: str = ''
-  output_masking: float = 0.0
-  exchange: exchange_lib.ExchangeConfig = exchange_lib.ExchangeConfig()
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes that the router and its questions are about."""
+    return Sizes(self.num_experts, self.num_selected, self.capacity)
 
-  def __post_init__(self):
-    dispatch.get(self.dispatch)
-    check_backend(self.grouped_matmul)
-    rule = self.router.capacity.rule
-    by_expert = self.router.kind in BY_EXPERT
-    if self.dispatch == 'dropless' and rule != 'all' and not by_expert:
-      raise ValueError(
-        f"dispatch='dropless' with capacity_rule={rule!r}, which drops; use "
-        "capacity_rule='all', or dispatch='gather'"
+  def problems(self) -> Iterator[str]:
+    """Router, capacity, dispatch and experts fit each other."""
+    if not self.num_experts:
+      return
+    yield from self.router.problems_with(self.sizes)
+    yield from self.expert.problems_with(self.dispatch)
+    if not self.dispatch.by_slot and self.router.drops(self.sizes):
+      yield (
+        f'dispatch={type(self.dispatch).__name__} has no slots, and '
+        f'capacity={type(self.capacity).__name__} drops tokens; use the '
+        "capacity 'all', or the dispatch 'gather'"
       )
-    if self.decoding not in DECODING:
-      raise unknown('decoding', self.decoding, DECODING)
-    if self.group_size < -1:
-      raise ValueError(f'group_size={self.group_size} must be at least -1')
-    if not 0 <= self.output_masking < 1:
-      raise ValueError(f'output_masking={self.output_masking} not in [0, 1)')
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
+    """These options with what experts leave to the model filled in.
+
+    Args:
+      ffn: The dense feed-forward layers of the model.
+      dropout: The model's rate.
+    """
+    return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
+
+  def twin(self) -> Twin:
+    """The dense feed-forward layer of the dense twin, after `within`."""
+    return self.expert.twin(self.num_selected)
+
+  def dense_aux(self) -> MoeAux:
+    """The aux of a dense layer beside the sparse ones: means skip it."""
+    if not self.num_experts:
+      return empty_aux(1, 1)
+    return empty_aux(self.num_experts, self.num_selected)
+
+  def shrunk(self) -> 'MoeOptions':
+    """See `Options.shrunk`."""
+    E, K, S = self.num_experts, self.num_selected, self.group_size
+    return dataclasses.replace(
+      super().shrunk(),
+      num_experts=max(min(E, 4), K) if E else 0,
+      group_size=64 if S > 0 else S,
+    )
 
 
 class MoE(nn.Module):
@@ -94,18 +160,13 @@ class MoE(nn.Module):
   A token dropped everywhere gets zeros: the residual alone carries it.
 
   Attributes:
-    config: The layer.
-    expert: Another linen module `[R, M] -> [R, M]` to be the experts in place
-      of `config.expert`; it is copied E times, each copy with its own start.
-      Not with dispatch='dropless', whose rows differ in number. It may be
-      another `MoE`: its routers see the rows that tokens are in (its group_size
-      of 0 is an expert's rows), and its losses are added to this layer's, so
-      that a token pays for each of the inner layers it meets. Statistics are
-      this layer's alone.
+    options: The layer. What its experts leave to the model is that of
+      `FfnOptions()` without dropout, where no model has filled it in.
+    shared: What the layers of the model share.
   """
 
-  config: MoeConfig
-  expert: nn.Module | None = None
+  options: MoeOptions
+  shared: Shared = Shared()
 
   @nn.compact
   def __call__(
@@ -120,105 +181,39 @@ class MoE(nn.Module):
 
     Args:
       x: Token representations, of any float type.
-      token_mask: False for padding, which takes no slot and gets zeros.
+      token_mask: False for tokens that no router sees: they take no slot and
+        get zeros. Default: all are seen.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
-      hash_ids: What tokens are hashed by; see `Router`.
-      layer: Likewise.
+      hash_ids: What tokens are hashed by, of routers that hash.
+      layer: The layer's number, by which routers without parameters differ.
     """
-    c = self.config
+    o = self.options.within(FfnOptions(), 0.0)
     B, T, M = x.shape
-    if token_mask is None or c.route_padding:
+    if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
-    groups, mask = to_groups(x, token_mask, c.group_size)
+    groups, mask = to_groups(x, token_mask, o.group_size)
     if hash_ids is not None:
       hash_ids = in_groups(hash_ids, groups.shape[1])
-    router = make_router(c.router, name='router')
-    chosen, aux = router(groups, mask, train, hash_ids, layer)
-    chosen = self._mask_outputs(chosen, train)
-    groups = groups.astype(c.expert.dtype)
-    if isinstance(self.expert, MoE):
-      y, inner = self._serve_by_moe(groups, chosen, train)
+    router = o.router.module(o.sizes, self.shared, name='router')
+    routing, aux = router(groups, mask, train, hash_ids, layer)
+    routing = self._mask_outputs(routing, train)
+    experts = o.expert.experts(o.dispatch, self.shared)
+    groups = groups.astype(self.shared.dtype)
+    y, inner = experts(groups, routing, train)  # [G, S, M]
+    if inner is not None:
       aux = _with_losses(aux, inner)
-    else:
-      y = self._serve(groups, chosen, train)  # [G, S, M]
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
 
-  def _mask_outputs(self, chosen, train):
+  def _mask_outputs(self, routing, train):
     """A masked output is one of gate zero."""
-    rate = self.config.output_masking
+    rate = self.options.output_masking
     if not rate:
-      return chosen
+      return routing
     left = 1.0 - rate
     if train:
-      key, shape = self.make_rng('router'), chosen.gate.shape
+      key, shape = self.make_rng(NOISE), routing.gate.shape
       left = jax.random.bernoulli(key, left, shape).astype(jnp.float32)
-    return dataclasses.replace(chosen, gate=chosen.gate * left)
-
-  def _serve(self, groups, chosen, train):
-    c = self.config
-    if c.decoding == 'unrolled':
-      return UnrolledExperts(c.expert, name='experts')(groups, chosen)
-    if c.decoding == 'batched' and groups[..., 0].size <= FEW_TOKENS:
-      return BatchedExperts(c.expert, name='experts')(groups, chosen)
-    mover = dispatch.get(c.dispatch)
-    if mover is dispatch.dropless:
-      if self.expert is not None:
-        raise ValueError(_OWN_ROWS)
-      experts = DroplessExperts(
-        c.expert, c.grouped_matmul, c.exchange, name='experts'
-      )
-      return experts(groups, chosen, train)
-    if self.expert is None:
-      experts = functools.partial(
-        Experts(c.expert, name='experts'), train=train
-      )
-    else:
-      experts = functools.partial(vmapped, self.expert)
-    place = exchange_lib.layout(
-      c.exchange,
-      groups,
-      num_experts=chosen.num_experts,
-      hidden=c.expert.hidden,
-    )
-    if place is not None and not self.is_initializing():
-      return self._exchange(place, mover, experts, groups, chosen)
-    with jax.named_scope('dispatch'):
-      rows = mover.dispatch(groups, chosen)  # [E, R, M]
-    rows = experts(rows)
-    with jax.named_scope('combine'):
-      return mover.combine(rows, chosen)
-
-  def _serve_by_moe(self, groups, chosen, train):
-    """The output, and the aux of the experts, which are mixtures themselves.
-
-    Without `exchange`: on a mesh the compiler places what moves.
-    """
-    mover = dispatch.get(self.config.dispatch)
-    if mover is dispatch.dropless:
-      raise ValueError(_OWN_ROWS)
-    rows = mover.dispatch(groups, chosen)  # [E, R, M]
-    filled = mover.dispatch(jnp.ones_like(groups[..., :1]), chosen)[..., 0] > 0
-
-    def call(moe, rows, filled):
-      y, aux = moe(rows[None], filled[None], train)
-      return y[0], aux
-
-    rows, aux = copied(call, self.expert, rows, filled)
-    return mover.combine(rows, chosen), aux
-
-  def _exchange(self, place, mover, experts, groups, chosen):
-    """Every device routes and moves its own groups, and serves its experts."""
-    c = self.config.exchange
-    with jax.named_scope('dispatch'):
-      chunks = exchange_lib.dispatch(c, place, mover, groups, chosen)
-    for i, rows in enumerate(chunks):
-      with jax.named_scope('exchange'):
-        rows = exchange_lib.to_experts(c, place, rows)
-      rows = experts(rows)
-      with jax.named_scope('exchange'):
-        chunks[i] = exchange_lib.to_groups(c, place, rows)
-    with jax.named_scope('combine'):
-      return exchange_lib.combine(place, mover, chunks, chosen)
+    return dataclasses.replace(routing, gate=routing.gate * left)
 
 
 def _with_losses(aux: MoeAux, inner: MoeAux) -> MoeAux:
@@ -251,6 +246,6 @@ def to_groups(
 def in_groups(
   values: Shaped[Array, 'B T'], group_size: int
 ) -> Shaped[Array, 'G S']:
-  """A number a token, cut as `to_groups` does, padded with zeros."""
+  """A number of each token, cut as `to_groups` does, padded with zeros."""
   padding = -values.size % group_size
   return jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, group_size)

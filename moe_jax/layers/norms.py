@@ -1,49 +1,65 @@
-"""Normalisation by name; statistics in float32 whatever the dtype."""
+"""Normalisation; its statistics are float32 whatever the model's dtype."""
 
 import dataclasses
-import functools
 
 from flax import linen as nn
 
-from moe_jax.config import unknown
-from moe_jax.layers.initializers import ones, zeros
+from moe_jax.layers import parameters
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Kinds, Options, above, option
 
-NORMS = ('layernorm', 'rmsnorm')
+_AXES = ('embed',)
 
 
 @dataclasses.dataclass(frozen=True)
-class NormConfig:
-  """How a model normalises.
+class Norm(Options):
+  """The contract of normalisations, of the last dimension."""
 
-  Attributes:
-    kind: 'rmsnorm' or 'layernorm'.
-    epsilon: Added to the variance.
-    use_bias: Whether layernorm has a bias.
-    use_scale: Whether either has a learned scale; it is one of the
-      multiplicative interactions that ST-MoE removes for stability
-      (arXiv:2202.08906 section 3.1).
-  """
-
-  kind: str = 'rmsnorm'
-  epsilon: float = 1e-6
-  use_bias: bool = False
-  use_scale: bool = True
-
-  def __post_init__(self):
-    if self.kind not in NORMS:
-      raise unknown('norm', self.kind, NORMS)
-
-
-def make_norm(config: NormConfig, dtype: str, name: str) -> nn.Module:
-  """The module, whose parameters are 'scale' and 'bias' where it has them."""
-  make = functools.partial(
-    nn.RMSNorm if config.kind == 'rmsnorm' else nn.LayerNorm,
-    epsilon=config.epsilon,
-    dtype=dtype,
-    use_scale=config.use_scale,
-    scale_init=ones(('embed',)),
-    name=name,
+  epsilon: float = option(
+    1e-6, 'Number added to the variance before its root is taken.', above(0)
   )
-  if config.kind == 'rmsnorm':
-    return make()
-  return make(use_bias=config.use_bias, bias_init=zeros(('embed',)))
+  use_scale: bool = option(
+    True,
+    'Whether there is a learned scale. ST-MoE removes this multiplicative '
+    'interaction for stability (arXiv:2202.08906 section 3.1).',
+  )
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """Returns the module; its parameters have the role 'norm'."""
+    raise NotImplementedError
+
+  def _arguments(self, shared: Shared, name: str) -> dict:
+    return dict(
+      epsilon=self.epsilon,
+      dtype=shared.dtype,
+      use_scale=self.use_scale,
+      scale_init=parameters.scale(_AXES, role='norm'),
+      name=name,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsNorm(Norm):
+  """Division by the root mean square (arXiv:1910.07467)."""
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """Its parameter is 'scale' where it has one."""
+    return nn.RMSNorm(**self._arguments(shared, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Norm):
+  """Subtraction of the mean, then division by the standard deviation."""
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """Its parameters are 'scale' and 'bias' where it has them."""
+    return nn.LayerNorm(
+      **self._arguments(shared, name),
+      use_bias=shared.use_bias,
+      bias_init=parameters.bias(_AXES, role='norm'),
+    )
+
+
+NORMS = Kinds(
+  'norm', Norm, {'rmsnorm': RmsNorm, 'layernorm': LayerNorm}, inline=True
+)

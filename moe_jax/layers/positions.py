@@ -1,14 +1,221 @@
-"""Where a token stands: rotary positions and T5's relative-position bias.
+"""Where a token stands: the kinds of positions that a model can have.
 
-Also sinusoids. Not here: learned positions, a table beside the embedding
-(`models/embeddings.py`).
+Positions turn queries and keys (rotary), are added to the embeddings (learned,
+sinusoidal), or bias the scores of attention (T5's relative positions).
 """
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from moe_jax.shapes import Array, Float, Float32, Int, Int32
+from moe_jax.layers.relative_positions import RelativePositionBias
+from moe_jax.options import Kinds, Options, above, at_least, option
+from moe_jax.shapes import Array, Bool, Float, Float32, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions(Options):
+  """The contract of positions; each kind changes one of the three places.
+
+  Attributes:
+    added: Whether a vector is added to embedded tokens.
+  """
+
+  added: ClassVar[bool] = False
+
+  def within(self, max_len: int) -> 'Positions':
+    """These options with a length of 0 replaced by the model's longest row."""
+    del max_len
+    return self
+
+  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+    """What is wrong with them for attention of this kind."""
+    del head_width, causal
+    return iter(())
+
+  def rotate(
+    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H D']:
+    """Queries or keys, turned by the position of each token."""
+    del positions
+    return x
+
+  @property
+  def table_len(self) -> int:
+    """How many rows the table has that `add` receives; 0: there is none."""
+    return 0
+
+  def add(
+    self,
+    x: Float[Array, 'B T M'],
+    tokens: Int[Array, 'B T'],
+    token_mask: Bool[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    table: Float[Array, 'N M'] | None = None,
+  ) -> Float[Array, 'B T M']:
+    """Embedded tokens with what stands for their positions added.
+
+    Args:
+      x: The embedded tokens.
+      tokens: Their ids.
+      token_mask: False at padding.
+      positions: The position of each token.
+      table: The learned table, where `table_len` says that there is one.
+    """
+    del tokens, token_mask, positions, table
+    return x
+
+  def bias(
+    self, num_heads: int, causal: bool, name: str
+  ) -> RelativePositionBias | None:
+    """The module whose bias is added to the scores of a stack, or none."""
+    del num_heads, causal, name
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPositions(Positions):
+  """A model that knows the order of tokens from its causal mask alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary(Positions):
+  """Queries and keys are rotated by position (arXiv:2104.09864)."""
+
+  theta: float = option(
+    10_000.0,
+    'Base of the wavelengths: pair i of D/2 has 2 pi theta^(2 i / D) tokens.',
+    above(0),
+  )
+
+  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+    """Pairs of numbers are rotated, so the width of a head is even."""
+    del causal
+    if head_width % 2:
+      yield f'head_width={head_width} must be even under rotary positions'
+
+  def rotate(
+    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T H D']:
+    """See the function `rotate`."""
+    return rotate(x, positions, self.theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Positions):
+  """A learned vector for each position is added to the embedding."""
+
+  added: ClassVar[bool] = True
+
+  max_len: int = option(
+    0,
+    'Number of positions that have a vector, the longest row that the model '
+    'can read; 0: data.seq_len.',
+    at_least(0),
+  )
+
+  def within(self, max_len: int) -> 'Learned':
+    """See `Positions.within`."""
+    return self if self.max_len else Learned(max_len)
+
+  def shrunk(self) -> 'Learned':
+    """See `Options.shrunk`."""
+    return Learned()
+
+  @property
+  def table_len(self) -> int:
+    """The length is known after `within`."""
+    return self.max_len
+
+  def add(self, x, tokens, token_mask, positions, table=None):
+    """Raises ValueError where a row is longer than the table."""
+    # A decoding step is short; its cache is as long as the positions go.
+    if positions.shape[1] > self.max_len:
+      raise ValueError(
+        f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '
+        'positions'
+      )
+    return x + jnp.take(table, positions, axis=0).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinusoidal(Positions):
+  """Sines and cosines of the position are added to the embedding."""
+
+  added: ClassVar[bool] = True
+
+  offset: int = option(
+    0,
+    'Number that the first position of a row has (fairseq and NLLB: the id of '
+    'padding plus 1). A token with the id before it gets no sinusoid, nor does '
+    'padding.',
+    at_least(0),
+  )
+
+  def add(self, x, tokens, token_mask, positions, table=None):
+    """See the function `sinusoids`."""
+    added = sinusoids(positions + self.offset, x.shape[-1])
+    placed = token_mask & (tokens != self.offset - 1)
+    return x + jnp.where(placed[..., None], added, 0).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative(Positions):
+  """A learned bias by distance is added to the scores, as in T5."""
+
+  buckets: int = option(
+    32,
+    'Number of ranges of distances that have a bias of their own. In a stack '
+    'that sees later tokens, half of them are for those.',
+    at_least(2),
+  )
+  max_distance: int = option(
+    128,
+    'Distance in tokens from which on all distances share the last bucket.',
+    at_least(2),
+  )
+
+  def problems(self) -> Iterator[str]:
+    """Exact buckets, one a distance, end before the largest distance."""
+    if self.buckets // 2 >= self.max_distance:
+      yield (
+        f'max_distance={self.max_distance} must be above half of '
+        f'buckets={self.buckets}'
+      )
+
+  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+    """Both directions of an encoder need an exact and a coarse bucket."""
+    del head_width
+    if not causal and self.buckets < 4:
+      yield f'buckets={self.buckets} must be at least 4 in an encoder'
+
+  def bias(
+    self, num_heads: int, causal: bool, name: str
+  ) -> RelativePositionBias:
+    """See `RelativePositionBias`."""
+    return RelativePositionBias(
+      num_heads,
+      self.buckets,
+      self.max_distance,
+      bidirectional=not causal,
+      name=name,
+    )
+
+
+POSITIONS = Kinds(
+  'positions',
+  Positions,
+  {
+    'rotary': Rotary,
+    'learned': Learned,
+    'relative': Relative,
+    'sinusoidal': Sinusoidal,
+    'none': NoPositions,
+  },
+)
 
 
 def rotate(
@@ -42,81 +249,3 @@ def sinusoids(
   angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
   waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
   return jnp.pad(waves, ((0, 0), (0, 0), (0, width % 2)))
-
-
-class RelativePositionBias(nn.Module):
-  """A learned bias a head and bucket of distance, shared by all layers.
-
-  Source: section 2.1 of arXiv:1910.10683 (T5).
-
-  Attributes:
-    num_heads: H.
-    num_buckets: Of distances; in a bidirectional stack half of them are for
-      later keys.
-    max_distance: From here on distances share the last bucket.
-    bidirectional: Whether later keys are told apart; else they have the bucket
-      of distance 0, and causal attention hides them.
-  """
-
-  num_heads: int
-  num_buckets: int = 32
-  max_distance: int = 128
-  bidirectional: bool = False
-
-  @nn.compact
-  def __call__(
-    self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
-  ) -> Float32[Array, 'H T S']:
-    """The bias of query t, at place start + t, on the key at place s."""
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(0.02), ('heads', 'buckets')
-    )
-    shape = (self.num_heads, self.num_buckets)
-    table = self.param('table', init, shape, jnp.float32)
-    T, S = query_len, key_len
-    # Every place of a key minus that of a query, from the smallest on.
-    ahead = jnp.arange(T + S - 1, dtype=jnp.int32) - (T - 1) - start
-    bias = jnp.take(table, self._bucket(ahead), axis=1)  # [H, T + S - 1]
-    return _toeplitz(bias, T, S)
-
-  def _bucket(self, ahead):
-    N = self.num_buckets // 2 if self.bidirectional else self.num_buckets
-    behind = distance_bucket(
-      np.arange(self.max_distance + 1), N, self.max_distance
-    )
-    distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
-    bucket = jnp.take(behind, jnp.minimum(distance, self.max_distance))
-    if not self.bidirectional:
-      return bucket
-    return bucket + jnp.where(ahead > 0, N, 0)
-
-
-def _toeplitz(
-  values: Float[Array, 'H _'], query_len: int, key_len: int
-) -> Float[Array, 'H T S']:
-  """values[:, s - t + T - 1] at [:, t, s]: no gather, in value or gradient.
-
-  Repeated rows that are one value longer than they are read move on by one
-  each time.
-  """
-  T, S = query_len, key_len
-  H, n = values.shape
-  rows = jnp.pad(values, ((0, 0), (0, 1)))
-  rows = jnp.tile(rows, (1, T))[:, : T * n].reshape(H, T, n)
-  return rows[:, :, T - 1 : T - 1 + S]
-
-
-def distance_bucket(
-  distance: Int[np.ndarray, ' N'], num_buckets: int, max_distance: int
-) -> Int32[np.ndarray, ' N']:
-  """Buckets of one distance each up to half, then logarithmic ones.
-
-  Distances from `max_distance` on share the last bucket. In float32, as public
-  checkpoints were trained with: a bucket's edge can be a distance off.
-  """
-  exact = num_buckets // 2
-  share = np.log(np.maximum(distance, exact).astype(np.float32) / exact)
-  share = share / np.float32(np.log(max_distance / exact))
-  coarse = exact + (share * (num_buckets - exact)).astype(np.int32)
-  bucket = np.where(distance < exact, distance, coarse)
-  return np.minimum(bucket, num_buckets - 1).astype(np.int32)

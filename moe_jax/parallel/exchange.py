@@ -10,53 +10,22 @@ Not here: rows without slots (`ragged.py`), and how rows come to be
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import unknown
-from moe_jax.partitioning import spread
+from moe_jax.options import Kinds, Options, at_least, one_of, option
+from moe_jax.partitioning import Rules, spread
 from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Shaped
 
-EXCHANGES = ('constraint', 'all_to_all')
 DTYPES = ('', 'bfloat16', 'float32')
-
-
-@dataclasses.dataclass(frozen=True)
-class ExchangeConfig:
-  """How rows travel, and the mesh axes between which they do.
-
-  Attributes:
-    kind: 'constraint': shardings are stated on both sides, and the compiler
-      puts an all-to-all between them (GShard). 'all_to_all': it is written out
-      under `shard_map`. Equal in value and gradient, but for what experts'
-      dropout draws: that is by row, and rows come in another order.
-    chunks: In how many pieces; each has an all-to-all of its own, which no
-      other piece's product waits for, so that the two may overlap.
-    dtype: Of the rows under way; '' is that of the products.
-    groups: The mesh axes that groups are split over.
-    experts: Those that experts are split over.
-    hidden: Those that each expert's hidden width is split over.
-  """
-
-  kind: str = 'constraint'
-  chunks: int = 1
-  dtype: str = ''
-  groups: tuple[str, ...] = ('data', 'fsdp', 'expert')
-  experts: tuple[str, ...] = ('expert',)
-  hidden: tuple[str, ...] = ('tensor',)
-
-  def __post_init__(self):
-    if self.kind not in EXCHANGES:
-      raise unknown('exchange', self.kind, EXCHANGES)
-    if self.dtype not in DTYPES:
-      raise unknown('exchange_dtype', self.dtype, DTYPES)
-    if self.chunks < 1:
-      raise ValueError(f'exchange_chunks={self.chunks} must be at least 1')
+DTYPE_SENTENCE = (
+  "Type of the rows on their way between devices; '': that of the products."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +33,11 @@ class Layout:
   """Where groups and experts are on the mesh at hand.
 
   Attributes:
-    mesh: As array types carry it.
-    sizes: Of every mesh axis of more than one device.
-    groups, experts, hidden: The axes of `ExchangeConfig` that have more than
-      one device and divide what they split.
+    mesh: The mesh that the types of arrays carry.
+    sizes: The size of every mesh axis of more than one device.
+    groups: The axes of more than one device that split the groups evenly.
+    experts: Those that split the experts.
+    hidden: Those that split the hidden width of each expert.
   """
 
   mesh: AbstractMesh
@@ -96,30 +66,37 @@ class Layout:
 
 
 def layout(
-  c: ExchangeConfig,
+  rules: Rules,
   x: Float[Array, 'G S M'],
   *,
   num_experts: int,
-  hidden: int,
+  hidden: int = 1,
 ) -> Layout | None:
   """The layout of groups x on their mesh; None on one device.
 
   What does not divide is not split: an odd number of groups, as evaluation
   may have, is then routed and moved on every device.
+
+  Args:
+    rules: The sharding table: 'batch' splits the groups.
+    x: The groups.
+    num_experts: E.
+    hidden: F, where the layout is to split it.
   """
   axes = spread(x)
   if not axes:
     return None
+  table = dict(rules)
 
   def dividing(names, size):
     names = tuple(name for name in names if name in axes)
     whole = size % math.prod(axes[name] for name in names)
     return () if whole else names
 
-  experts = dividing(c.experts, num_experts)
-  groups = dividing(c.groups, x.shape[0])
+  experts = dividing(table['expert'], num_experts)
+  groups = dividing(table['batch'], x.shape[0])
   taken = {*experts, *groups}
-  splits = tuple(name for name in c.hidden if name not in taken)
+  splits = tuple(name for name in table['expert_mlp'] if name not in taken)
   return Layout(
     mesh=jax.typeof(x).sharding.mesh,
     sizes=axes,
@@ -129,63 +106,151 @@ def layout(
   )
 
 
-def to_experts(
-  c: ExchangeConfig, place: Layout, rows: Float[Array, 'E R M']
-) -> Float[Array, 'E R M']:
-  """From rows split over groups to rows split over experts.
+@dataclasses.dataclass(frozen=True)
+class Exchange(Options):
+  """The contract of exchanges of rows in slots.
 
-  Under 'all_to_all' an expert's rows may come in another order, which
-  `to_groups` knows.
+  All are equal in value and gradient, but for what experts' dropout draws: that
+  is by row, and rows may come in another order.
   """
-  dtype, rows = rows.dtype, _packed(c, rows)
-  if c.kind == 'constraint':
-    rows = _constrained(place, rows, there=True)
-  else:
-    rows = jax.shard_map(
+
+  chunks: int = option(
+    1,
+    'Number of pieces in which rows travel; each has an all-to-all of its own, '
+    "which no other piece's product waits for, so that the two may overlap.",
+    at_least(1),
+  )
+  dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
+
+  def to_experts(
+    self, place: Layout, rows: Float[Array, 'E R M']
+  ) -> Float[Array, 'E R M']:
+    """From rows split over groups to rows split over experts.
+
+    An expert's rows may come in another order, which `to_groups` knows.
+    """
+    packed = rows.astype(self.dtype or rows.dtype)
+    return self._there(place, packed).astype(rows.dtype)
+
+  def to_groups(
+    self, place: Layout, rows: Float[Array, 'E R M']
+  ) -> Float[Array, 'E R M']:
+    """What `to_experts` did, undone."""
+    packed = rows.astype(self.dtype or rows.dtype)
+    return self._back(place, packed).astype(rows.dtype)
+
+  def _there(self, place, rows):
+    raise NotImplementedError
+
+  def _back(self, place, rows):
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint(Exchange):
+  """Shardings are stated on both sides, and the compiler makes an all-to-all.
+
+  Source: GShard.
+  """
+
+  def _there(self, place, rows):
+    return _constrained(place, rows, there=True)
+
+  def _back(self, place, rows):
+    return _constrained(place, rows, there=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AllToAll(Exchange):
+  """The all-to-all is written out under `shard_map`."""
+
+  def _there(self, place, rows):
+    return jax.shard_map(
       functools.partial(_send, place),
       mesh=place.mesh,
       in_specs=place.spec((), place.groups),
       out_specs=place.spec(place.experts, place.kept),
       check_vma=False,
     )(rows)
-  return rows.astype(dtype)
 
-
-def to_groups(
-  c: ExchangeConfig, place: Layout, rows: Float[Array, 'E R M']
-) -> Float[Array, 'E R M']:
-  """What `to_experts` did, undone."""
-  dtype, rows = rows.dtype, _packed(c, rows)
-  if c.kind == 'constraint':
-    rows = _constrained(place, rows, there=False)
-  else:
-    rows = jax.shard_map(
+  def _back(self, place, rows):
+    return jax.shard_map(
       functools.partial(_send_back, place),
       mesh=place.mesh,
       in_specs=place.spec(place.experts, place.kept),
       out_specs=place.spec((), place.groups),
       check_vma=False,
     )(rows)
-  return rows.astype(dtype)
 
 
-def dispatch(
-  c: ExchangeConfig,
+EXCHANGES = Kinds(
+  'exchange',
+  Exchange,
+  {'constraint': Constraint, 'all_to_all': AllToAll},
+  inline=True,
+)
+
+
+class Mover(Protocol):
+  """Tokens to expert rows and back, as `moe_jax.dispatch` moves them."""
+
+  def dispatch(
+    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+  ) -> Float[Array, 'E R M']:
+    """Tokens to rows."""
+
+  def combine(
+    self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
+  ) -> Float[Array, 'G S M']:
+    """Rows to tokens."""
+
+
+def serve(
+  exchange: Exchange,
   place: Layout,
-  mover: ModuleType,
+  mover: Mover,
+  experts: Callable[[Array], Array],
+  x: Float[Array, 'G S M'],
+  routing: Routing | SlotRouting,
+) -> Float[Array, 'G S M']:
+  """Every device moves its own groups, and serves its own experts.
+
+  Args:
+    exchange: How rows travel.
+    place: Where groups and experts are.
+    mover: How rows are made.
+    experts: From rows [E, R, M] to rows.
+    x: The groups.
+    routing: The routing of all groups.
+  """
+  with jax.named_scope('dispatch'):
+    chunks = _dispatch(exchange.chunks, place, mover, x, routing)
+  for i, rows in enumerate(chunks):
+    with jax.named_scope('exchange'):
+      rows = exchange.to_experts(place, rows)
+    rows = experts(rows)
+    with jax.named_scope('exchange'):
+      chunks[i] = exchange.to_groups(place, rows)
+  with jax.named_scope('combine'):
+    return _combine(place, mover, chunks, routing)
+
+
+def _dispatch(
+  chunks: int,
+  place: Layout,
+  mover: Mover,
   x: Float[Array, 'G S M'],
   routing: Routing | SlotRouting,
 ) -> list[Float[Array, 'E _ M']]:
   """`mover.dispatch` of each device's own groups: rows split over groups.
 
-  They come in `c.chunks` pieces if they are to be exchanged, else in one.
+  They come in `chunks` pieces if they are to be exchanged, else in one.
   """
 
   def local(x, routing):
     rows = mover.dispatch(x, routing)
-    chunks = c.chunks if place.exchanged else 1
-    chunks = min(chunks, rows.shape[1])
-    return jnp.array_split(rows, chunks, axis=1)
+    pieces = min(chunks if place.exchanged else 1, rows.shape[1])
+    return jnp.array_split(rows, pieces, axis=1)
 
   groups = place.spec(place.groups)
   return jax.shard_map(
@@ -197,13 +262,13 @@ def dispatch(
   )(x, routing)
 
 
-def combine(
+def _combine(
   place: Layout,
-  mover: ModuleType,
+  mover: Mover,
   chunks: Sequence[Float[Array, 'E _ M']],
   routing: Routing | SlotRouting,
 ) -> Float[Array, 'G S M']:
-  """`mover.combine` of what `dispatch` returned, each device's own groups."""
+  """`mover.combine` of what `_dispatch` returned, each device's own groups."""
 
   def local(chunks, routing):
     return mover.combine(jnp.concatenate(chunks, axis=1), routing)
@@ -216,10 +281,6 @@ def combine(
     out_specs=groups,
     check_vma=False,
   )(chunks, routing)
-
-
-def _packed(c, rows):
-  return rows.astype(c.dtype or rows.dtype)
 
 
 def _constrained(place, rows, there):

@@ -1,5 +1,5 @@
-"""Attention: projections, dot products, and what a decoder keeps."""
+"""Attention: projections, dot products, and the cache of a decoder."""
 
-from moe_jax.layers.attention.attention import Attention, AttentionConfig
+from moe_jax.layers.attention.attention import Attention, AttentionOptions
 
-__all__ = ['Attention', 'AttentionConfig']
+__all__ = ['Attention', 'AttentionOptions']

@@ -1,1 +1,43 @@
-"""Who multiplies the rows of experts: slots, sorted rows, few tokens."""
+"""Experts: what one is, how tokens move to them, and who multiplies.
+
+See `serving.py` for the contracts. Everyone who serves tokens has one file:
+slots, sorted rows, few tokens.
+"""
+
+from moe_jax.layers.experts.feed_forward import FeedForwardExpert
+from moe_jax.layers.experts.serving import (
+  Dispatch,
+  ExpertOptions,
+  Experts,
+)
+from moe_jax.layers.experts.slots import (
+  Einsum,
+  Gather,
+  MixtureExpert,
+  ModuleExpert,
+)
+from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.options import Kinds
+
+EXPERTS = Kinds(
+  'expert', ExpertOptions, {'feed_forward': FeedForwardExpert}, inline=True
+)
+DISPATCHES = Kinds(
+  'dispatch',
+  Dispatch,
+  {'gather': Gather, 'einsum': Einsum, 'dropless': Dropless},
+)
+
+__all__ = [
+  'DISPATCHES',
+  'EXPERTS',
+  'Dispatch',
+  'Dropless',
+  'Einsum',
+  'ExpertOptions',
+  'Experts',
+  'FeedForwardExpert',
+  'Gather',
+  'MixtureExpert',
+  'ModuleExpert',
+]

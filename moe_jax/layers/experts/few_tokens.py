@@ -1,101 +1,156 @@
 """Experts in steps of few tokens on a CPU, where kernels must not be sliced.
 
-XLA's CPU compiler copies a kernel that it slices out of a stack, which takes as
-long as reading it; a decoding step has time for neither. Either experts have
-arrays of their own, and those of experts that nobody chose are not touched (the
-program grows with E: for models with few experts); or, where tokens choose most
-of them, all experts multiply all tokens, in one batched product.
+This is for XLA's CPU compiler alone (`kernels/cpu.py`): it copies a kernel that
+it slices out of a stack, which takes as long as reading it, and a decoding step
+has time for neither. Either experts have arrays of their own, and those of
+experts that nobody chose are not touched (the program grows with E: for models
+with few experts); or, where tokens choose most of them, all experts multiply
+all tokens, in one batched product. No config names these dispatches: a model
+that decodes takes them.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.dispatch import dropless
-from moe_jax.dispatch.einsum import slot_mask
+from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels.blocks import Block
-from moe_jax.layers.ffn import FfnConfig, compute, feed_forward, parameters
-from moe_jax.layers.rows_product import rows_matmul
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers.experts.serving import SCOPE, Experts
+from moe_jax.layers.experts.sorted_rows_experts import (
+  Dropless,
+  SortedRowsExperts,
+)
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32
 
-# Up to here an expert multiplies all tokens: the time goes into reading its
-# kernels, and nothing is sorted.
-FEW_TOKENS = 16
 _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 
-class UnrolledExperts(nn.Module):
-  """As `DroplessExperts`, without dropout; `unstack` gives its parameters."""
+@dataclasses.dataclass(frozen=True)
+class Unrolled(Dropless):
+  """Each expert has arrays of its own; `unrolled` gives the parameters."""
 
-  config: FfnConfig
+  def feed_forward(self, layer: FfnLayer) -> Experts:
+    """See `Dispatch.feed_forward`."""
+    return UnrolledExperts(layer, name=SCOPE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched(Dropless):
+  """All experts multiply all tokens, where those are few; else as Dropless."""
+
+  def feed_forward(self, layer: FfnLayer) -> Experts:
+    """See `Dispatch.feed_forward`."""
+    return BatchedExperts(layer, self, name=SCOPE)
+
+
+class UnrolledExperts(Experts):
+  """As `SortedRowsExperts`, without dropout, each expert with its own arrays.
+
+  Attributes:
+    layer: One of them.
+  """
+
+  layer: FfnLayer
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
-  ) -> Float[Array, 'G S M']:
-    """Dispatches, applies the experts, combines."""
-    c = self.config
-    x = x.astype(c.dtype)
+    self,
+    x: Float[Array, 'G S M'],
+    routing: Routing | SlotRouting,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
+    """See `Experts`; `train` changes nothing."""
+    del train
+    x = x.astype(self.layer.shared.dtype)
     experts = [
-      _Kernels(c, name=f'expert_{e}')(x.shape[-1])
+      _Kernels(self.layer, name=_name(e))(x.shape[-1])
       for e in range(routing.num_experts)
     ]
     if x.shape[0] * x.shape[1] <= FEW_TOKENS:
-      return _all_tokens(c, experts, x, routing)
-    rows = dropless.dispatch(x, routing)
-    sizes = dropless.group_sizes(routing)
-    return dropless.combine(_own_rows(c, experts, rows, sizes), routing)
+      return _all_tokens(self.layer, experts, x, routing), None
+    rows = sorted_rows.dispatch(x, routing)
+    sizes = sorted_rows.group_sizes(routing)
+    rows = _own_rows(self.layer, experts, rows, sizes)
+    return sorted_rows.combine(rows, routing), None
 
 
-class BatchedExperts(nn.Module):
-  """Every expert on all tokens; its parameters are those of `Experts`."""
+class BatchedExperts(SortedRowsExperts):
+  """Every expert on all tokens, times what it gives each, if those are few.
 
-  config: FfnConfig
+  Its parameters are those of `SortedRowsExperts`, as which it serves more
+  tokens. It has no dropout.
+  """
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
-  ) -> Float[Array, 'G S M']:
-    """Every expert's output, times what it gives each token."""
-    gate = _gates(routing)  # [N, E]
+    self,
+    x: Float[Array, 'G S M'],
+    routing: Routing | SlotRouting,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
+    """See `Experts`."""
+    if x[..., 0].size > FEW_TOKENS:
+      return super().__call__(x, routing, train)
+    layer, gate = self.layer, _gates(routing)  # [N, E]
     rows = x.reshape(-1, x.shape[-1])
     N, E = gate.shape
     rows = jnp.broadcast_to(rows, (E, N, rows.shape[1]))
-    y = feed_forward(self, self.config, rows, train=False)  # [E, N, M]
+    p = layer.parameters(self, (E,), rows.shape[-1])
+    y = layer.compute_stacked(p, rows)  # [E, N, M]
     y = (y * gate.T[..., None]).sum(0)
-    return y.astype(self.config.dtype).reshape(x.shape)
-
-
-def most_are_chosen(tokens: int, num_selected: int, num_experts: int) -> bool:
-  """Whether independent uniform choices of so many tokens leave few experts."""
-  return (1 - num_selected / num_experts) ** tokens < 0.5
+    return y.astype(layer.shared.dtype).reshape(x.shape), None
 
 
 class _Kernels(nn.Module):
   """One expert's parameters."""
 
-  config: FfnConfig
+  layer: FfnLayer
 
   @nn.compact
   def __call__(self, width: int) -> dict[str, Any]:
-    return parameters(self, self.config, (), width)
+    return self.layer.parameters(self, (), width)
+
+
+def _name(expert: int) -> str:
+  return f'expert_{expert}'
+
+
+def unrolled(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters of a model whose experts are `Unrolled`.
+
+  Args:
+    params: Those of the model, or of a part of it, with any other dispatch.
+  """
+
+  def walk(tree):
+    if not isinstance(tree, dict):
+      return tree
+    return {
+      name: unstack(below) if name == SCOPE else walk(below)
+      for name, below in tree.items()
+    }
+
+  return walk(params)
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-  """`UnrolledExperts`' parameters from those of `Experts`."""
-  num_experts = len(params['w_in'])
+  """The parameters of `UnrolledExperts` from those of stacked experts."""
+  num_experts = len(jax.tree.leaves(params)[0])
   return {
-    f'expert_{e}': {name: leaf[e] for name, leaf in params.items()}
+    _name(e): jax.tree.map(lambda leaf, e=e: leaf[e], params)
     for e in range(num_experts)
   }
 
 
-def _feed_forward(c, p, x):
-  return compute(
-    c,
+def _feed_forward(layer, p, x):
+  return layer.compute(
     p,
     x,
     product=rows_matmul,
@@ -105,7 +160,7 @@ def _feed_forward(c, p, x):
 
 
 def _all_tokens(
-  c: FfnConfig,
+  layer: FfnLayer,
   experts: list[dict[str, Any]],
   x: Float[Array, 'G S M'],
   routing: Routing | SlotRouting,
@@ -118,28 +173,23 @@ def _all_tokens(
   for e, p in enumerate(experts):
 
     def serve(y, rows, weight, p):
-      return y + _feed_forward(c, p, rows) * weight[:, None]
+      return y + _feed_forward(layer, p, rows) * weight[:, None]
 
     def skip(y, rows, weight, p):
       del rows, weight, p
       return y
 
     y = jax.lax.cond(used[e], serve, skip, y, rows, gate[:, e], p)
-  return y.astype(c.dtype).reshape(x.shape)
+  return y.astype(layer.shared.dtype).reshape(x.shape)
 
 
 def _gates(routing: Routing | SlotRouting) -> Float[Array, 'N E']:
   """What each expert gives each token; 0 where it was not chosen."""
-  if isinstance(routing, SlotRouting):
-    gate = jnp.where(slot_mask(routing), routing.gate[:, None], 0.0)
-    return gate.sum(-1).reshape(-1, routing.num_experts)
-  chosen = jax.nn.one_hot(routing.expert_index, routing.num_experts)
-  gate = jnp.where(routing.kept, routing.gate, 0.0)
-  return (chosen * gate[..., None]).sum(-2).reshape(-1, routing.num_experts)
+  return routing.token_gates().reshape(-1, routing.num_experts)
 
 
 def _own_rows(
-  c: FfnConfig,
+  layer: FfnLayer,
   experts: list[dict[str, Any]],
   x: Float[Array, 'N M'],
   group_sizes: Int32[Array, ' E'],
@@ -157,7 +207,7 @@ def _own_rows(
       first = begin + i * size
       start = jnp.minimum(first, N - size)
       block = Block(jnp.int32(0), start, first, stop, size, True)
-      return block.put(y, _feed_forward(c, p, block.rows(x)))
+      return block.put(y, _feed_forward(layer, p, block.rows(x)))
 
     y = jax.lax.fori_loop(0, -(-group_sizes[e] // size), one, y)
   return y

@@ -7,36 +7,59 @@ and travel back; where F is split, each device adds its part.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from moe_jax.dispatch import dropless
+from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels import grouped_ffn, grouped_matmul
-from moe_jax.layers.ffn import FfnConfig, activation, compute, parameters
-from moe_jax.parallel.exchange import ExchangeConfig, layout
+from moe_jax.kernels.backends import AUTO, BACKENDS
+from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.options import one_of, option
+from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES, Layout, layout
 from moe_jax.parallel.ragged import plan
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
-class DroplessExperts(nn.Module):
-  """E independent `FeedForward` layers on the rows that each has.
+@dataclasses.dataclass(frozen=True)
+class Dropless(Dispatch):
+  """Rows are sorted by expert, without slots (MegaBlocks, arXiv:2211.15841).
 
-  Its parameters are those of `Experts`.
-
-  Attributes:
-    config: One expert.
-    backend: Of the grouped products; see `kernels.grouped_matmul`.
-    exchange: Between which mesh axes rows travel, and as what.
+  It is for routers that drop nothing.
   """
 
-  config: FfnConfig
-  backend: str = 'auto'
-  exchange: ExchangeConfig = ExchangeConfig()
+  by_slot: ClassVar[bool] = False
+
+  backend: str = option(
+    AUTO,
+    "Who multiplies sorted rows: 'auto' is the fastest backend of the "
+    'platform; see moe_jax.kernels.',
+    one_of(AUTO, *BACKENDS),
+  )
+  exchange_dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
+
+  def feed_forward(self, layer: FfnLayer) -> Experts:
+    """See `Dispatch.feed_forward`."""
+    return SortedRowsExperts(layer, self, name=SCOPE)
+
+
+class SortedRowsExperts(Experts):
+  """E independent feed-forward layers on the rows that each has.
+
+  Its parameters are those of `FeedForwardSlots`.
+
+  Attributes:
+    layer: One of them.
+    dispatch: Who multiplies, and how rows travel.
+  """
+
+  layer: FfnLayer
+  dispatch: Dropless
 
   @nn.compact
   def __call__(
@@ -44,48 +67,50 @@ class DroplessExperts(nn.Module):
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
     train: bool = False,
-  ) -> Float[Array, 'G S M']:
-    """Dispatches, applies the experts, combines; dropout only if `train`."""
-    c = self.config
-    p = parameters(self, c, (routing.num_experts,), x.shape[-1])
-    key = self.make_rng('dropout') if train and c.dropout else None
-    x = x.astype(c.dtype)
-    place = layout(
-      self.exchange, x, num_experts=routing.num_experts, hidden=c.hidden
-    )
+  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
+    """See `Experts`."""
+    layer, shared = self.layer, self.layer.shared
+    E, M = routing.num_experts, x.shape[-1]
+    p = layer.parameters(self, (E,), M)
+    key = self.make_rng('dropout') if train and layer.dropout else None
+    x = x.astype(shared.dtype)
+    place = layout(shared.rules, x, num_experts=E, hidden=layer.options.hidden)
     if place is None or self.is_initializing():
-      return self._serve(None, x, routing, p, key)
-    if c.use_bias:
+      return self._serve(None, x, routing, p, key), None
+    if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
       place = dataclasses.replace(place, hidden=())
-    experts, hidden = place.experts, place.hidden
-    specs = {name: place.spec(experts) for name in p}
-    specs |= {n: place.spec(experts, (), hidden) for n in c.first_kernels}
-    specs['w_out'] = place.spec(experts, hidden)
+    split = {'expert': place.experts, 'expert_mlp': place.hidden}
+    specs = {
+      name: place.spec(*(split.get(axis, ()) for axis in axes))
+      for name, axes in layer.axes((E,), M).items()
+    }
     groups = place.spec(place.groups)
-    return jax.shard_map(
+    y = jax.shard_map(
       functools.partial(self._serve, place),
       mesh=place.mesh,
       in_specs=(groups, groups, specs, PartitionSpec()),
       out_specs=groups,
       check_vma=False,
     )(x, routing, p, key)
+    return y, None
 
   def _serve(self, place, x, routing, p, key):
     """One device's groups, with the experts and the part of F it has."""
     with jax.named_scope('dispatch'):
-      rows = dropless.dispatch(x, routing)
-    sizes = dropless.group_sizes(routing)
+      rows = sorted_rows.dispatch(x, routing)
+    sizes = sorted_rows.group_sizes(routing)
     serve = functools.partial(
-      sorted_feed_forward, self.config, p, backend=self.backend
+      sorted_feed_forward, self.layer, p, backend=self.dispatch.backend
     )
     if place is None:
       rows = serve(rows, sizes, dropout_key=key)
     else:
       serve = functools.partial(serve, dropout_key=_own_key(key, place))
-      rows = _exchanged(self.exchange, place, rows, sizes, serve)
+      dtype = self.dispatch.exchange_dtype
+      rows = _exchanged(dtype, place, rows, sizes, serve)
     with jax.named_scope('combine'):
-      y = dropless.combine(rows, routing)
+      y = sorted_rows.combine(rows, routing)
     if place is None:
       return y
     # Each has added what it has: of F, or of the experts that share its rows.
@@ -94,18 +119,18 @@ class DroplessExperts(nn.Module):
     return jax.lax.psum(y, parts) if parts else y
 
 
-def _exchanged(c, place, rows, sizes, serve):
+def _exchanged(dtype, place: Layout, rows, sizes, serve):
   """Rows of all experts to those that have them, served, and back."""
   if not place.experts:
     return serve(rows, sizes)
   with jax.named_scope('exchange'):
     trip = plan(place, len(rows), sizes)
-    dtype, packed = rows.dtype, rows.astype(c.dtype or rows.dtype)
-    there = trip.there(packed).astype(dtype)
+    packed = rows.astype(dtype or rows.dtype)
+    there = trip.there(packed).astype(rows.dtype)
   served = serve(there, trip.local_sizes)
   with jax.named_scope('exchange'):
     back = trip.back(served.astype(packed.dtype))
-  return back.astype(dtype)
+  return back.astype(rows.dtype)
 
 
 def _own_key(key, place):
@@ -118,27 +143,27 @@ def _own_key(key, place):
 
 
 def sorted_feed_forward(
-  c: FfnConfig,
+  layer: FfnLayer,
   p: dict[str, Any],
   x: Float[Array, 'N M'],
   group_sizes: Int32[Array, ' E'],
-  backend: str = 'auto',
+  backend: str = AUTO,
   dropout_key: PRNGKey | None = None,
 ) -> Float[Array, 'N M']:
   """E feed-forward layers on rows sorted by layer.
 
   Args:
-    c: One of them.
-    p: Parameters, each [E, ...].
-    x: Rows. Those of no layer come out with numbers that mean nothing.
-    group_sizes: Rows of each layer.
-    backend: Of the grouped products.
-    dropout_key: None is no dropout.
+    layer: One of them.
+    p: The parameters, each [E, ...].
+    x: The rows. Those of no layer come out with numbers that mean nothing.
+    group_sizes: How many rows each layer has.
+    backend: Who computes the grouped products.
+    dropout_key: The key of dropout; None: nothing is dropped.
   """
-  if not c.use_bias and dropout_key is None:
-    w_ins = tuple(p[name] for name in c.first_kernels)
-    hidden = activation(c.activation).hidden
-    return grouped_ffn(x, w_ins, p['w_out'], group_sizes, hidden, backend)
+  if not layer.shared.use_bias and dropout_key is None:
+    w_ins, w_out = layer.kernels(p)
+    hidden = layer.activation.hidden
+    return grouped_ffn(x, w_ins, w_out, group_sizes, hidden, backend)
 
   def add_bias(y, b):
     return y + jnp.repeat(b, group_sizes, 0, total_repeat_length=len(y))
@@ -146,11 +171,11 @@ def sorted_feed_forward(
   def dropout(h):
     if dropout_key is None:
       return h
-    kept = jax.random.bernoulli(dropout_key, 1 - c.dropout, h.shape)
-    return jnp.where(kept, h / (1 - c.dropout), 0)
+    left = 1 - layer.dropout
+    kept = jax.random.bernoulli(dropout_key, left, h.shape)
+    return jnp.where(kept, h / left, 0)
 
-  return compute(
-    c,
+  return layer.compute(
     p,
     x,
     product=lambda x, w, **_: grouped_matmul(x, w, group_sizes, backend),

@@ -2,63 +2,16 @@
 
 From tokens to rows is a gather. Back is a sum into tokens, a scatter-add: it
 costs what the rows do, where a list of each token's rows would be as long as
-there are experts. Sums are float32. Not here: which slot is which row, but for
-`packed`.
+there are experts. Sums are float32.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch import permute
-from moe_jax.routing.assignments import SlotRouting, decided
-from moe_jax.shapes import Array, Float, Int32, Shaped
-
-
-def by_expert(x: Shaped[Array, 'G E C']) -> Shaped[Array, 'E R']:
-  """The slots of each expert in one line, group after group."""
-  return x.swapaxes(0, 1).reshape(x.shape[1], -1)
-
-
-@jax.named_scope('index')
-def token_index(routing: SlotRouting) -> Int32[Array, 'E R']:
-  """The token in each slot, counted over G * S; G * S where it is empty."""
-  G, S = len(routing.token_index), routing.group_size
-  first = S * jnp.arange(G, dtype=jnp.int32)[:, None, None]
-  index = jnp.where(routing.filled, first + routing.token_index, G * S)
-  return by_expert(index)
-
-
-class Packed(NamedTuple):
-  """Rows sorted by expert, without the empty slots; those are at the end.
-
-  Attributes:
-    token_index: int32 [N], the token in each row, counted over G * S; G * S
-      where there is none.
-    gate: float32 [N], 0 where there is none.
-  """
-
-  token_index: Array
-  gate: Array
-
-
-def packed(routing: SlotRouting) -> Packed:
-  """The rows of dropless experts, N = E * G * C."""
-  token, gate = token_index(routing), by_expert(routing.gate)
-  with jax.named_scope('index'):
-    N = token.size
-    filled = by_expert(routing.filled).reshape(-1)
-    row = jnp.where(filled, jnp.cumsum(filled, dtype=jnp.int32) - 1, N)
-    slot = jnp.arange(N, dtype=jnp.int32)
-    slot = jnp.full(N, N, jnp.int32).at[row].set(slot, mode='drop')
-    row, slot = decided(row), decided(slot)
-    nobody = len(routing.gate) * routing.group_size
-    token = jnp.append(token, jnp.int32(nobody))[slot]
-  # A permutation: its gradient is a gather, too.
-  gate = permute.take_tokens(gate.reshape(-1, 1), slot, row[:, None])
-  return Packed(decided(token), gate[:, 0])
+from moe_jax.shapes import Array, Float, Int32
 
 
 def take_tokens(
@@ -91,8 +44,8 @@ def sum_rows(
   """Each token's rows, weighted by the gates and summed.
 
   Args:
-    rows: What experts made.
-    gate: Of each row.
+    rows: The outputs of the experts.
+    gate: The gate of each row.
     token: The token in each row; N where there is none.
     num_tokens: N.
   """

@@ -1,10 +1,10 @@
-"""The products of rows and kernels, with a gradient each platform likes.
+"""The products of rows and kernels, with a gradient that each platform likes.
 
-A kernel's gradient is x^T dy. XLA's CPU compiler turns it into a fast product
-only if the transposed rows are an array of their own; left alone it folds the
-transpose into a slower one. Other platforms fold it at no cost, and are left
-alone. So is the CPU where the rows are cheap to compute, as relu's are: XLA
-computes them again inside the transpose, and that is slower still.
+A kernel's gradient is x^T dy. On a CPU the transposed rows are an array of
+their own (`cpu.transposed`); other platforms fold the transpose into the
+product at no cost. Where the rows are cheap to compute, as those of relu are,
+the CPU folds it too: XLA would compute the rows again inside the transpose, and
+that is slower still.
 """
 
 import functools
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.kernels import cpu
 from moe_jax.shapes import Array, Float
 
-# What a remat policy calls the results.
+# The name of the results in a remat policy.
 PRODUCT = 'rows_matmul'
 
 
@@ -32,10 +33,10 @@ def rows_matmul(
   rows is never rounded to bfloat16.
 
   Args:
-    x: Rows.
-    w: Kernels.
-    precision: Of the three products. Accelerators multiply float32 in fewer
-      bits unless it is HIGHEST.
+    x: The rows.
+    w: The kernels.
+    precision: The precision of the product and of its two gradients.
+      Accelerators multiply float32 in fewer bits unless it is HIGHEST.
     transposed_alone: Whether the gradient, on the CPU, transposes the rows
       into an array of their own.
   """
@@ -65,9 +66,7 @@ def _backward(precision, transposed_alone, saved, dy):
 
 
 def _dw(x, dy, precision, alone=False):
-  x = x.swapaxes(-1, -2)
-  if alone:
-    x = jax.lax.optimization_barrier(x)
+  x = cpu.transposed(x) if alone else x.swapaxes(-1, -2)
   return jnp.matmul(
     x, dy, precision=precision, preferred_element_type=jnp.float32
   )

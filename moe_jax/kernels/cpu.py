@@ -1,0 +1,73 @@
+"""What exists for XLA's CPU compiler alone, and why.
+
+Other platforms compile the plain form at least as well; none of this changes a
+number by more than rounding. The rest of it, which cannot stand here:
+
+- the backend 'blocks' of grouped products (`blocks.py`, `blocks_ffn.py`);
+- experts that serve few tokens (`layers/experts/few_tokens.py`), and the
+  layers with arrays of their own in which a model decodes
+  (`models/decoding.py`): the compiler copies what it slices out of a stack;
+- rows of `[B * T, M]` in place of `[B, T, M]` before products with kernels: a
+  kernel's gradient then contracts one dimension, which the compiler turns into
+  a plain product; with two it copies.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.shapes import Array, Float, Float32
+
+# Up to so many tokens, experts that serve few tokens multiply all of them: the
+# time goes into reading kernels, and nothing is sorted.
+FEW_TOKENS = 16
+# Experts with arrays of their own that a program may have, over all layers:
+# each is a branch of it.
+MOST_UNROLLED = 512
+
+
+def transposed(x: Float[Array, '*E R M']) -> Float[Array, '*E M R']:
+  """The transposed rows as an array of their own.
+
+  The compiler multiplies them faster than it does a transpose that it has
+  folded into the product.
+  """
+  return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+
+
+def gelu(x: Float[Array, '*N']) -> Float[Array, '*N']:
+  """The exact GELU by erf: `jax.nn.gelu` takes twice as long, by erfc."""
+  return 0.5 * x * (1.0 + jax.lax.erf(x * float(np.sqrt(0.5))))
+
+
+@jax.custom_vjp
+def add_to_each(
+  x: Float32[Array, 'B *N'], bias: Float32[Array, '*N']
+) -> Float32[Array, 'B *N']:
+  """x + bias, whose gradient of the bias is a product with ones.
+
+  The compiler takes four times as long for a sum over the leading axis.
+  """
+  return x + bias[None]
+
+
+def _add_to_each_forward(x, bias):
+  return add_to_each(x, bias), None
+
+
+def _add_to_each_backward(_, d_sum):
+  B, *rest = d_sum.shape
+  ones = jnp.ones((1, B), d_sum.dtype)
+  return d_sum, (ones @ d_sum.reshape(B, -1)).reshape(rest)
+
+
+add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)
+
+
+def most_are_chosen(tokens: int, num_selected: int, num_experts: int) -> bool:
+  """Whether independent uniform choices of so many tokens leave few experts.
+
+  If so, a decoding step multiplies all tokens by all experts; if not, experts
+  have arrays of their own, and those that nobody chose are not read.
+  """
+  return (1 - num_selected / num_experts) ** tokens < 0.5

@@ -1,0 +1,67 @@
+"""Experts that are feed-forward layers."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from moe_jax.layers.experts.serving import (
+  ROLE,
+  Dispatch,
+  ExpertOptions,
+  Experts,
+  Twin,
+)
+from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Check, at_least, one_of, option
+
+_RATE = Check(
+  'must be -1 or in [0, 1)', lambda rate: rate == -1 or 0 <= rate < 1
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardExpert(ExpertOptions):
+  """Each expert is a feed-forward layer; any dispatch serves them."""
+
+  hidden: int = option(
+    0,
+    'Width F of the hidden layer of one expert; 0: model.ffn.hidden.',
+    at_least(0),
+  )
+  activation: str = option(
+    '',
+    "Activation of the experts; '': model.ffn.activation.",
+    one_of('', *ACTIVATIONS),
+  )
+  dropout: float = option(
+    -1.0,
+    'Rate at which hidden values are dropped in training; -1: model.dropout.',
+    _RATE,
+  )
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':
+    """See `ExpertOptions.within`."""
+    return FeedForwardExpert(
+      self.hidden or ffn.hidden,
+      self.activation or ffn.activation,
+      dropout if self.dropout < 0 else self.dropout,
+    )
+
+  def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
+    """Any dispatch serves feed-forward layers."""
+    del dispatch
+    return iter(())
+
+  def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
+    """See `ExpertOptions.experts`."""
+    ffn = FfnOptions(self.hidden, self.activation)
+    return dispatch.feed_forward(FfnLayer(ffn, shared, self.dropout, ROLE))
+
+  def twin(self, num_selected: int) -> Twin:
+    """A layer of `num_selected` times the width."""
+    ffn = FfnOptions(self.hidden * num_selected, self.activation)
+    return Twin(ffn, self.dropout)
+
+  def shrunk(self) -> 'FeedForwardExpert':
+    """See `Options.shrunk`."""
+    return dataclasses.replace(self, hidden=40 if self.hidden else 0)

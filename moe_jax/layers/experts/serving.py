@@ -1,0 +1,124 @@
+"""The contracts of experts: what one expert is, and who serves tokens by them.
+
+A dispatch and an expert together give one module when a layer is built. It is
+called as `(groups [G, S, M], routing, train)` and returns groups, and the
+auxiliary losses of experts that have any, or None. Its scope is `SCOPE`.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+from flax import linen as nn
+
+from moe_jax.layers.ffn import FfnLayer, FfnOptions
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options
+from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.shapes import Array, Float
+
+# The name of the experts' module in a sparse layer.
+SCOPE = 'experts'
+ROLE = 'expert'
+
+
+class Experts(nn.Module):
+  """The contract of modules that serve tokens by their experts."""
+
+  def __call__(
+    self,
+    x: Float[Array, 'G S M'],
+    routing: Routing | SlotRouting,
+    train: bool = False,
+  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
+    """Moves tokens to their experts, applies those, and sums their outputs.
+
+    Args:
+      x: Groups of tokens, of the type of products.
+      routing: The experts and the gates of each token.
+      train: Turns on dropout.
+
+    Returns:
+      The gated sums, and the aux of experts that are mixtures themselves, whose
+      leaves are [E, ...].
+    """
+    raise NotImplementedError
+
+
+class Dispatch(Options):
+  """The contract of dispatches: how tokens move, and who multiplies them.
+
+  Attributes:
+    by_slot: Whether every expert has equally many rows, filled or not.
+  """
+
+  by_slot: ClassVar[bool] = True
+
+  def feed_forward(self, layer: FfnLayer) -> Experts:
+    """The module that serves by feed-forward layers, named `SCOPE`."""
+    raise NotImplementedError
+
+  def modules(self, expert: 'ExpertOptions', shared: Shared) -> Experts:
+    """The module that serves by copies of any module, named `SCOPE`."""
+    raise NotImplementedError
+
+
+class Twin(NamedTuple):
+  """The dense feed-forward layer that stands for some experts.
+
+  Attributes:
+    ffn: Its width and activation.
+    dropout: The rate at which its hidden values are dropped in training.
+  """
+
+  ffn: FfnOptions
+  dropout: float
+
+
+class ExpertOptions(Options):
+  """The contract of experts: what each of a layer's E experts is.
+
+  A subclass defines `module`, or, if it is served in a way of its own,
+  `experts`.
+  """
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
+    """These options with what they leave to the model filled in.
+
+    Args:
+      ffn: The dense feed-forward layers of the model.
+      dropout: The model's rate.
+    """
+    del ffn, dropout
+    return self
+
+  def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
+    """What is wrong with a dispatch for these experts."""
+    if not dispatch.by_slot:
+      yield (
+        f'dispatch={type(dispatch).__name__} serves no experts of '
+        f'{type(self).__name__}: it has no rows [E, R, M]; use Gather'
+      )
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """Returns one expert: a linen module called as (rows [R, M], train)."""
+    raise NotImplementedError
+
+  def call(
+    self, module: nn.Module, rows: Float[Array, 'R M'], train: bool
+  ) -> Float[Array, 'R M']:
+    """The output of one expert for its rows."""
+    return module(rows, train)
+
+  def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
+    """The module that serves tokens by E of these, named `SCOPE`."""
+    return dispatch.modules(self, shared)
+
+  def twin(self, num_selected: int) -> Twin:
+    """The dense layer with the FLOPs per token of so many experts.
+
+    Raises:
+      ValueError: These experts have no dense layer of their kind.
+    """
+    raise ValueError(
+      f'{type(self).__name__} has no dense twin: give it a method `twin`'
+    )

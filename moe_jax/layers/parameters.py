@@ -1,0 +1,191 @@
+"""Parameters in boxes: each carries its logical axes, its role and its form.
+
+The parent of a parameter gives its role. Axes and roles are read once, from
+the abstract initialisation of a model, into trees beside that of the
+parameters; train states are unboxed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+from flax import linen as nn
+from jax.nn.initializers import Initializer
+
+from moe_jax.layers.shared import Shared
+
+Names = tuple[str | None, ...]
+
+ROLES = (
+  'attention',
+  'embedding',
+  'expert',
+  'ffn',
+  'gate',
+  'head',
+  'lstm',
+  'norm',
+  'router',
+)
+# A kernel is contracted with activations, a bias is added to them, a scale
+# multiplies them, a table is indexed.
+FORMS = ('bias', 'kernel', 'scale', 'table')
+
+
+class Role(NamedTuple):
+  """What a parameter is for.
+
+  Attributes:
+    role: The part of the model that it belongs to, one of `ROLES`; '' where
+      no parent gave one.
+    form: What is done with it, one of `FORMS`; '' where nothing said so.
+  """
+
+  role: str = ''
+  form: str = ''
+
+
+class Parameter(nn.LogicallyPartitioned):
+  """The box of a parameter.
+
+  Lifted transformations add an axis to its names and keep role and form.
+
+  Attributes:
+    role: The part of the model that the parameter belongs to.
+    form: What is done with it.
+  """
+
+  role: str = flax.struct.field(default='', pytree_node=False)
+  form: str = flax.struct.field(default='', pytree_node=False)
+
+
+def boxed(
+  init: Initializer, axes: Sequence[str | None], *, role: str, form: str
+) -> Initializer:
+  """An initialiser whose arrays come in a box.
+
+  Args:
+    init: The initialiser.
+    axes: The logical name of each dimension; None: it has none.
+    role: One of `ROLES`.
+    form: One of `FORMS`.
+  """
+
+  def make(*args: Any, **kwargs: Any) -> Parameter:
+    array = init(*args, **kwargs)
+    return Parameter(array, tuple(axes), role=role, form=form)
+
+  return make
+
+
+def kernel(
+  shared: Shared,
+  axes: Sequence[str | None],
+  *,
+  role: str,
+  in_axis: int | Sequence[int] = -2,
+  out_axis: int | Sequence[int] = -1,
+  batch_axis: Sequence[int] | None = None,
+  residual: bool = False,
+  shrink: float = 1.0,
+) -> Initializer:
+  """The initialiser of a kernel, as the model's initialisation has it.
+
+  Args:
+    shared: What the layers of the model share.
+    axes: The logical name of each dimension; None: it has none.
+    role: One of `ROLES`.
+    in_axis: The contracted dimensions.
+    out_axis: The dimensions that they are contracted into.
+    batch_axis: The dimensions along which independent kernels are stacked.
+      Default: those named 'expert'.
+    residual: Whether the product is added to the residual stream.
+    shrink: The number that the usual variance is divided by.
+  """
+  if batch_axis is None:
+    batch_axis = [i for i, name in enumerate(axes) if name == 'expert']
+  init = shared.numerics.init.kernel(
+    in_axis=in_axis,
+    out_axis=out_axis,
+    batch_axis=batch_axis,
+    residual=residual,
+    shrink=shrink,
+    num_layers=shared.num_layers,
+  )
+  return boxed(init, axes, role=role, form='kernel')
+
+
+def zero_kernel(axes: Sequence[str | None], *, role: str) -> Initializer:
+  """The initialiser of a kernel that starts at zero."""
+  return boxed(nn.initializers.zeros, axes, role=role, form='kernel')
+
+
+def bias(axes: Sequence[str | None], *, role: str) -> Initializer:
+  """The initialiser of a bias, which starts at zero."""
+  return boxed(nn.initializers.zeros, axes, role=role, form='bias')
+
+
+def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
+  """The initialiser of a scale, which starts at one."""
+  return boxed(nn.initializers.ones, axes, role=role, form='scale')
+
+
+def table(
+  shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
+) -> Initializer:
+  """The initialiser of a table of embeddings, as the model has them."""
+  init = shared.numerics.init.embedding()
+  return boxed(init, axes, role=role, form='table')
+
+
+def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
+  """The same tree with a role for each parameter that has none.
+
+  Args:
+    variables: A tree of parameters, of a module that knows no roles.
+    role: The role that its parent gives it.
+    stacked: The logical names of the dimensions that stack copies of the
+      module, in front of its own.
+
+  Returns:
+    Boxes whose form goes by rank: a bias if one dimension is left, else a
+    kernel. What has a role keeps it.
+  """
+
+  def box(leaf):
+    if isinstance(leaf, Parameter) and leaf.role:
+      return leaf
+    names = getattr(leaf, 'names', None) if _is_box(leaf) else None
+    array = nn.meta.unbox(leaf) if _is_box(leaf) else leaf
+    own = array.ndim - len(stacked)
+    form = 'bias' if own <= 1 else 'kernel'
+    names = names or (*stacked, *(None,) * own)
+    return Parameter(array, names, role=role, form=form)
+
+  return jax.tree.map(box, variables, is_leaf=_is_box)
+
+
+def axes_of(abstract_variables: Any) -> Any:
+  """The logical axes of every variable: a tree of tuples, without boxes."""
+
+  def names(leaf):
+    found = getattr(leaf, 'names', None) if _is_box(leaf) else None
+    return (None,) * leaf.ndim if found is None else found
+
+  return jax.tree.map(names, abstract_variables, is_leaf=_is_box)
+
+
+def roles_of(abstract_variables: Any) -> Any:
+  """The `Role` of every variable: a tree of the same form, without boxes."""
+
+  def role(leaf):
+    if isinstance(leaf, Parameter):
+      return Role(leaf.role, leaf.form)
+    return Role()
+
+  return jax.tree.map(role, abstract_variables, is_leaf=_is_box)
+
+
+def _is_box(leaf: Any) -> bool:
+  return isinstance(leaf, nn.meta.AxisMetadata)

@@ -1,0 +1,159 @@
+"""What all layers of a model share: numerics, biases, depth, sharding.
+
+One object is passed to every module. Not here: the boxes that parameters are
+in (`parameters.py`), or the options of one layer.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from flax import linen as nn
+from jax.nn.initializers import Initializer
+
+from moe_jax.options import Kinds, Options, above, choice, one_of, option
+from moe_jax.partitioning import Rules, ShardingOptions
+
+DTYPES = ('bfloat16', 'float32')
+# The sharding of a layer that is given no table.
+RULES = ShardingOptions().rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Init(Options):
+  """The contract of initialisations: how a model's kernels and tables start."""
+
+  embedding_std: float = option(
+    0.02,
+    'Standard deviation of the normal distribution that token and position '
+    'embeddings are drawn from.',
+    above(0),
+  )
+
+  def kernel(
+    self,
+    *,
+    in_axis: int | Sequence[int],
+    out_axis: int | Sequence[int],
+    batch_axis: Sequence[int],
+    residual: bool,
+    shrink: float,
+    num_layers: int,
+  ) -> Initializer:
+    """Returns the initialiser of a kernel.
+
+    Args:
+      in_axis: The contracted dimensions.
+      out_axis: The dimensions that they are contracted into.
+      batch_axis: The dimensions along which independent kernels are stacked.
+      residual: Whether the product is added to the residual stream.
+      shrink: The number that the usual variance is divided by.
+      num_layers: L, the depth of the model.
+    """
+    raise NotImplementedError
+
+  def embedding(self) -> Initializer:
+    """Returns the initialiser of a table of embeddings."""
+    return nn.initializers.normal(self.embedding_std)
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn(Init):
+  """A truncated normal distribution of variance scale / fan-in.
+
+  Source: section 2.4 of arXiv:2101.03961 (Switch), whose scale is 0.1.
+  """
+
+  scale: float = option(
+    1.0, 'Variance of a kernel times its fan-in; Switch has 0.1.', above(0)
+  )
+
+  def kernel(
+    self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
+  ) -> Initializer:
+    """The fan-in is that of one of the stacked kernels."""
+    del residual, num_layers
+    return nn.initializers.variance_scaling(
+      self.scale / shrink,
+      'fan_in',
+      'truncated_normal',
+      in_axis=in_axis,
+      out_axis=out_axis,
+      batch_axis=batch_axis,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpt2(Init):
+  """A normal distribution of standard deviation 0.02, whatever the fan-in.
+
+  It is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
+  """
+
+  def kernel(
+    self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
+  ) -> Initializer:
+    """The standard deviation is divided by the root of `shrink`."""
+    del in_axis, out_axis, batch_axis
+    std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
+    return nn.initializers.normal(std / math.sqrt(shrink))
+
+
+INITS = Kinds(
+  'initialisation', Init, {'fan_in': FanIn, 'gpt2': Gpt2}, inline=True
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics(Options):
+  """The types of a model's numbers, and how its parameters start."""
+
+  dtype: str = option(
+    'float32',
+    'Type of the residual stream, of products and of their results; routers, '
+    'norms, the softmax of attention and losses are float32 whatever it is.',
+    one_of(*DTYPES),
+  )
+  param_dtype: str = option(
+    'float32', 'Type of the stored parameters.', one_of(*DTYPES)
+  )
+  init: Init = choice(
+    INITS, 'fan_in', 'Distribution that kernels and embeddings are drawn from.'
+  )
+
+  def shrunk(self) -> 'Numerics':
+    """See `Options.shrunk`."""
+    return Numerics(init=self.init)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """What every module of a model receives as `shared`.
+
+  Attributes:
+    numerics: The types of numbers, and how parameters start.
+    use_bias: Whether the products of attention and feed-forward layers add a
+      bias, and layer norms have one.
+    num_layers: L, the depth of the model, for initialisations that need it.
+    rules: The mesh axes of each logical axis, as pairs; it is what
+      `partitioning.make_rules` returns.
+  """
+
+  numerics: Numerics = Numerics()
+  use_bias: bool = False
+  num_layers: int = 1
+  rules: Rules = RULES
+
+  @property
+  def dtype(self) -> str:
+    """The type of products and of the residual stream."""
+    return self.numerics.dtype
+
+  @property
+  def param_dtype(self) -> str:
+    """The type of the stored parameters."""
+    return self.numerics.param_dtype
+
+  def mesh_axes(self, logical: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis; none where it has no rule."""
+    return dict(self.rules).get(logical, ())
