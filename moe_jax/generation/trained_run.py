@@ -16,7 +16,7 @@ from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.models import Model, ModelOptions
 from moe_jax.partitioning import ShardingOptions
-from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs import trained
 from moe_jax.shapes import Int
 
 IMPORTED = 'huggingface'  # the folder of an imported run's original files
@@ -75,10 +75,10 @@ def load(
     ValueError: Something is missing from the folder, or does not fit the rest.
     CheckpointError: No checkpoint is good.
   """
-  run = workdir_lib.read(workdir, allow)
+  run = trained.read(workdir, allow)
   options = with_dtype(run.model, dtype) if dtype else run.model
   model = options.build(run.sharding.rules)
-  restored = workdir_lib.restore_variables(
+  restored = trained.restore_variables(
     workdir,
     model,
     run.data.seq_len,
