@@ -1,8 +1,14 @@
 """Sparse mixture-of-experts models in JAX.
 
-    layer = moe_jax.MoE(moe_jax.MoeConfig(
-      router=moe_jax.RouterConfig(num_experts=8, num_selected=2),
-      expert=moe_jax.FfnConfig(hidden=1024)))
+    layer = moe_jax.MoE(
+      moe_jax.MoeOptions(
+        num_experts=8,
+        num_selected=2,
+        router=moe_jax.TokenChoice(gates='renormalized'),
+        capacity=moe_jax.PerAssignment(factor=1.25),
+        expert=moe_jax.FeedForwardExpert(hidden=1024),
+      )
+    )
 
 `routing` says who goes where, `dispatch` moves the tokens, `layers` and
 `models` are linen modules, `training` drives them from a config.
@@ -10,28 +16,63 @@
 
 from moe_jax import dispatch, layers, models, routing
 from moe_jax.layers import (
-  Experts,
+  Dropless,
+  Einsum,
   FeedForward,
-  FfnConfig,
+  FeedForwardExpert,
+  FfnOptions,
+  Gather,
+  MixtureExpert,
+  ModuleExpert,
   MoE,
-  MoeConfig,
-  Router,
-  RouterConfig,
+  MoeOptions,
+  Shared,
 )
-from moe_jax.routing import CapacityRule, MoeAux, Routing, SlotRouting
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  Hierarchical,
+  NoisyTopK,
+  Random,
+  StrictlyBalanced,
+  TokenChoice,
+)
+from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.routing.capacity import (
+  All,
+  Fixed,
+  Fraction,
+  PerAssignment,
+  PerToken,
+)
 
 __all__ = [
-  'CapacityRule',
-  'Experts',
+  'All',
+  'Dropless',
+  'Einsum',
+  'ExpertChoice',
   'FeedForward',
-  'FfnConfig',
+  'FeedForwardExpert',
+  'FfnOptions',
+  'Fixed',
+  'Fraction',
+  'Gather',
+  'Hash',
+  'Hierarchical',
+  'MixtureExpert',
+  'ModuleExpert',
   'MoE',
   'MoeAux',
-  'MoeConfig',
-  'Router',
-  'RouterConfig',
+  'MoeOptions',
+  'NoisyTopK',
+  'PerAssignment',
+  'PerToken',
+  'Random',
   'Routing',
+  'Shared',
   'SlotRouting',
+  'StrictlyBalanced',
+  'TokenChoice',
   'dispatch',
   'layers',
   'models',

@@ -19,7 +19,7 @@ from absl import logging
 from moe_jax import command_line, generation, host
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
-from moe_jax.models import EncoderDecoder, check_generates
+from moe_jax.models import check_generates
 from moe_jax.runs.checkpointer import CheckpointError
 
 
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--chat', action='store_true', help='a prompt is what a user says')
   add('--source_language', default='', help='of the prompt: eng_Latn (NLLB)')
   add('--target_language', default='', help='of the answer: fra_Latn (NLLB)')
-  add('--max_new_tokens', type=int, default=256)
+  add('--num_tokens', type=int, default=256, help='new ones, at most')
   add('--temperature', type=float, default=0.0, help='0: the likeliest token')
   add('--top_k', type=int, default=0, help='among so many; 0: among all')
   add('--top_p', type=float, default=1.0, help='among those of this share')
@@ -56,6 +56,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     action='append',
     default=[],
     help='text of a token that ends a row, beside the end of text; repeatable',
+  )
+  add(
+    '--allow_module',
+    action='append',
+    default=[],
+    help='module or package whose classes the run may name; repeatable',
   )
   add('--traceback', action='store_true', help='show where an error came from')
   return parser.parse_args(argv)
@@ -78,7 +84,9 @@ def run(options: argparse.Namespace) -> None:
   """Loads the run and prints what it says."""
   numbered = _prompts(options)
   texts = list(numbered.values())
-  loaded = generation.load(options.workdir, options.step)
+  loaded = generation.load(
+    options.workdir, options.step, allow=options.allow_module
+  )
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
     _note(f'passed over the checkpoint of step {step}: {reason}')
@@ -88,17 +96,17 @@ def run(options: argparse.Namespace) -> None:
     loaded.variables,
     batch_size=len(texts) * options.num_beams,
     window=trained_run.window(
-      loaded.config, loaded.model, imported=loaded.imported
+      loaded.data, loaded.model, imported=loaded.imported
     ),
   )
   arguments = _arguments(loaded, options)
   stream = None
   if len(texts) == 1 and options.num_beams == 1:
-    context = () if isinstance(model, EncoderDecoder) else prompts[0]
+    context = () if model.has_encoder else prompts[0]
     stream = generation.TextStream(loaded.tokenizer, context)
     arguments['on_token'] = lambda _, tokens: _say(stream.add(int(tokens[0])))
   made = generation.generate(
-    model, variables, prompts, max_new_tokens=num_tokens, **arguments
+    model, variables, prompts, num_tokens=num_tokens, **arguments
   )
   if stream is not None:
     _say(stream.end() + '\n')
@@ -126,7 +134,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
   for text, ids in zip(texts, encoded):
     if not len(ids):
       raise ValueError(f'prompt {text!r} has no tokens; give it some text')
-  wanted = options.max_new_tokens
+  wanted = options.num_tokens
   fitted = [trained_run.fit(loaded.model, ids, wanted) for ids in encoded]
   num_tokens = min(n for _, n in fitted)
   prompts = [ids for ids, _ in fitted]
@@ -140,7 +148,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
 
 
 def _encode(loaded, text: str, options) -> np.ndarray:
-  config, tokenizer = loaded.config, loaded.tokenizer
+  tokenizer = loaded.tokenizer
   language = options.source_language
   if options.chat or language:
     _needs(tokenizer, 'encode_chat', '--chat or --source_language')
@@ -148,7 +156,7 @@ def _encode(loaded, text: str, options) -> np.ndarray:
     return tokenizer.encode_chat([{'role': 'user', 'content': text}])
   more = {'language': language} if language else {}
   return trained_run.encode(
-    config, tokenizer, text, imported=loaded.imported, **more
+    loaded.data.task, tokenizer, text, imported=loaded.imported, **more
   )
 
 

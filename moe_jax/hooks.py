@@ -4,7 +4,6 @@ Each is a `Hook` of the training loop; `moe_jax.main` and experiments choose.
 """
 
 import jax
-import ml_collections
 import numpy as np
 from rich.console import Console
 
@@ -14,9 +13,12 @@ from moe_jax.analysis.token_counts import token_counts
 from moe_jax.distributed import is_first
 from moe_jax.generation import trained_run
 from moe_jax.kernels import backends
+from moe_jax.layers.experts import DISPATCHES, Dispatch
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.routing import drop_rate
 from moe_jax.runs import metrics, profile, summary
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import abstract
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
@@ -35,41 +37,37 @@ class Facts(Hook):
   def start(self, run: Run) -> None:
     """Prints data, model, mesh and, where it applies, the leak."""
     run.message(run.dataset.describe())
-    if run.config.model.kind in models.OF_FEATURES:
+    if run.model.reads_features:
       shapes = jax.tree.leaves(run.programs.abstract_state.params)
       count = sum(leaf.size for leaf in shapes)
-      run.message(f'{run.config.model.kind}: {count:,} parameters')
+      run.message(f'{type(run.model).__name__}: {count:,} parameters')
     else:
-      run.message(cost.count(run.model, run.config.data.seq_len).describe())
-    moe = run.config.model.moe
-    if run.model.config.moe is not None:
-      layers = [i for i, sparse in enumerate(run.model.config.sparse) if sparse]
-      run.message(
-        f'sparse layers {layers}: {moe.num_experts} experts{_branches(moe)}, '
-        f'{moe.num_selected} selected, router {moe.router!r}, dispatch '
-        f'{_dispatch(run)}'
-      )
-      if models.leaks_future(moe):
+      run.message(cost.count(run.model, run.options.data.seq_len).describe())
+    if run.model.moe is not None:
+      run.message(_experts(run, run.model.moe))
+      if run.model.leaks_future:
         run.message(f'WARNING: {LEAK}')
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
     run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
 
 
-def _branches(moe: ml_collections.ConfigDict) -> str:
-  if not moe.branching:
-    return ''
-  return f' in {moe.branching} branches ({moe.branches_selected} selected)'
+def _experts(run: Run, moe: MoeOptions) -> str:
+  return (
+    f'sparse layers {list(run.model.sparse_layers)}: {moe.num_experts} experts,'
+    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+    f'dispatch {_dispatch(run, moe.dispatch)}'
+  )
 
 
-def _dispatch(run: Run) -> str:
-  moe = run.model.config.moe
-  if moe.dispatch != 'dropless':
-    return repr(moe.dispatch)
+def _dispatch(run: Run, dispatch: Dispatch) -> str:
+  name = repr(DISPATCHES.name_of(dispatch))
+  if dispatch.by_slot:
+    return name
   platform = run.mesh.devices.flat[0].platform
   platform = 'cuda' if platform == 'gpu' else platform
-  products = backends.describe(moe.grouped_matmul, platform)
-  return f'{moe.dispatch!r} (grouped products: {products})'
+  products = backends.describe(dispatch.backend, platform)
+  return f'{name} (grouped products: {products})'
 
 
 class MeshSummary(Hook):
@@ -84,7 +82,7 @@ class MeshSummary(Hook):
     if run.mesh.size == 1:
       return
     state = run.programs.abstract_state
-    batch = abstract.abstract_batch(run.config)
+    batch = run.options.batch_shapes(run.model)
     compiled = run.programs.train_step.lower(state, batch).compile()
     if run.train_step is run.programs.train_step:
       run.train_step = compiled
@@ -92,14 +90,14 @@ class MeshSummary(Hook):
 
 
 class Profile(Hook):
-  """Traces the steps that `config.profile` names."""
+  """Traces the steps that the section `profile` names."""
 
   def __init__(self):
     self._profiler: profile.Profiler | None = None
 
   def start(self, run: Run) -> None:
     """Wraps the step."""
-    c = run.config.profile
+    c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return
     folder = run.workdir / profile.FOLDER
@@ -126,14 +124,14 @@ class Sample(Hook):
   """Ends a run with a text sample, printed and in `sample.txt`."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Continues `config.sample.prompt`, or answers it.
+    """Continues the prompt of the section `sample`, or answers it.
 
     An encoder-decoder answers the first validation inputs too, beside their
     targets. In text that outgrows the rows of training, attention looks no
     further back than they did; where positions are learned, the sample ends
     with them.
     """
-    c = run.config.sample
+    c = run.options.sample
     if c.num_tokens < 1:
       return
     try:
@@ -145,28 +143,28 @@ class Sample(Hook):
     model, variables = generation.prepare(
       run.model,
       state.variables,
-      window=trained_run.window(run.config, run.model, imported=imported),
+      window=trained_run.window(run.options.data, run.model, imported=imported),
     )
     tokenizer = run.dataset.tokenizer
     prompt = trained_run.encode(
-      run.config, tokenizer, c.prompt, imported=imported
+      run.options.data.task, tokenizer, c.prompt, imported=imported
     )
     prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
     pairs = []
-    if isinstance(model, models.EncoderDecoder):
+    if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
     made = generation.generate(
       model,
       variables,
       [prompt, *(inputs for inputs, _ in pairs)],
-      max_new_tokens=num_tokens,
+      num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
       **trained_run.special_ids(model, tokenizer),
     )
     answers = [trained_run.decode(tokenizer, row) for row in made.rows]
     text = c.prompt + answers[0]
-    if isinstance(model, models.EncoderDecoder):
+    if model.has_encoder:
       given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]
       wanted = ['', *(tokenizer.decode(targets) for _, targets in pairs)]
       text = '\n\n'.join(map(_answered, given, answers, wanted))
@@ -202,7 +200,7 @@ class Plots(Hook):
     rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
     drawn = [run.workdir / 'curves.png']
     plots.plot_curves(rows, drawn[0], run.dataset.loss_unit)
-    if run.model.config.moe is not None:
+    if run.model.sparse_layers:
       drawn.append(run.workdir / 'load.png')
       plots.plot_load(rows, drawn[1])
     run.message('plots: ' + ', '.join(map(str, drawn)))
@@ -213,7 +211,7 @@ class RoutingReport(Hook):
 
   def end(self, run: Run, state: TrainState) -> None:
     """Prints the table and writes `routing_report.md` and `.json`."""
-    if run.model.config.moe is None:
+    if not run.model.sparse_layers:
       return
     layers = layer_stats(run, state)
     if not is_first():
@@ -221,7 +219,7 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
-    if models.leaks_future(run.config.model.moe):
+    if run.model.leaks_future:
       table = [{**row, 'warning': LEAK} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(Console(), table)
@@ -232,23 +230,25 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   sums = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
-    batch_size=run.config.batch_size,
+    batch_size=run.options.batch_size,
     rows=run.dataset.splits['validation'],
     put=run.programs.put,
   ).sums(state.variables)
   batches = data.eval_batches(
     run.dataset.splits['validation'],
-    batch_size=run.config.batch_size,
+    batch_size=run.options.batch_size,
     num_batches=_REPORT_BATCHES,
   )
   counts = token_counts(run.model, state.variables, batches)
   stats = sums.aux.stats
+  by_rank, in_all = drop_rate(stats)
   return [
     routing_report.LayerStats(
       layer=i,
       load=stats.load[i],
       kept=stats.kept_load[i],
-      drop_rate_by_choice=stats.overflowed[i] / stats.tokens[i],
+      drop_rate=float(in_all[i]),
+      drop_rate_by_choice=by_rank[i],
       entropy=float(stats.entropy[i] / stats.tokens[i]),
       router_logit_rms=float(np.sqrt(stats.logit_square[i] / stats.tokens[i])),
       token_counts=counts[i],

@@ -48,6 +48,11 @@ def choice_section(kinds: Kinds, chosen: Options) -> ConfigDict:
   return config
 
 
+def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
+  """The section of one of several named choices: its kind and its options."""
+  return ConfigDict({KIND: kinds.name_of(chosen), **_section(chosen)})
+
+
 def _section(options: type[Options] | Options) -> dict[str, Any]:
   cls = options if isinstance(options, type) else type(options)
   values = {}

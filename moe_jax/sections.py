@@ -14,13 +14,19 @@ import ml_collections
 
 from moe_jax.options import Kinds, OptionError, Options, unknown_text
 from moe_jax.section_reader import Leaf, Reader, Section, plain
-from moe_jax.section_writer import choice_section, lock, section
+from moe_jax.section_writer import (
+  choice_section,
+  entry_section,
+  lock,
+  section,
+)
 
 __all__ = [
   'ConfigDict',
   'choice_leaves',
   'choice_section',
   'difference',
+  'entry_section',
   'flatten',
   'leaves',
   'lock',
