@@ -14,11 +14,10 @@ from moe_jax import data, generation, partitioning
 from moe_jax.distributed import Placing
 from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
-from moe_jax.training.evaluate import (
-  EvaluationOptions,
+from moe_jax.training.evaluate import EvaluationOptions, measured
+from moe_jax.training.evaluation_entries import (
   changed_models,
   make_evaluations,
-  measured,
 )
 
 _NAME = 'evaluate'  # name of the entry, and of the file of its examples
