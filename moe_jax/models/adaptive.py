@@ -6,9 +6,9 @@ the experts share every case or compete for it. A mixture of one expert with a
 hidden layer is the paper's back-propagation network. Not here: its experiment
 (`experiments/jacobs_table1.py`).
 
-The gate has the part that a router has elsewhere. The paper's symbols: o_i is an expert's
-output, p_i its mixing proportion (a softmax of the gate's logits), d the target
-of a case.
+The gate has the part that a router has elsewhere. The paper's symbols: o_i is
+an expert's output, p_i its mixing proportion (a softmax of the gate's logits),
+d the target of a case.
 """
 
 import dataclasses

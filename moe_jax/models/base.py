@@ -73,8 +73,8 @@ class ModelOptions(Options):
 
   vocab_size: int = option(
     0,
-    "Number of tokens, or of classes, that the model tells apart; 0: the data's "
-    'own number.',
+    'Number of tokens, or of classes, that the model tells apart; 0: the '
+    "data's own number.",
     at_least(0),
   )
 

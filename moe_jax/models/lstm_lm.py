@@ -8,7 +8,7 @@ over the whole vocabulary.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,7 +20,8 @@ from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import DeepFeedForward
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
 from moe_jax.layers.moe import MoE, MoeOptions
-from moe_jax.layers.positions import NoPositions
+from moe_jax.layers.positions import POSITIONS, NoPositions
+from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import RULES, Shared
 from moe_jax.models.base import Batch, Model, check_decodes
 from moe_jax.models.decoding import serving_all
@@ -43,14 +44,15 @@ class LstmLmOptions(TextModelOptions):
     """What other models have and this one does not."""
     yield from super().problems()
     yield from self.leak()
-    router, named = self.moe.router, type(self.moe.router).__name__
+    router = self.moe.router
     if router.needs_ids or router.keeps_state:
       yield (
-        f"moe.router={named}: a model of kind 'lstm' knows neither routers that "
-        'hash tokens nor those that keep a state, such as a balancing bias'
+        f'moe.router.kind={ROUTERS.name_of(router)!r}: a model of LSTMs knows '
+        'neither routers that hash tokens nor those that keep a state, such as '
+        'a balancing bias'
       )
     if self.moe.extra_ffn:
-      yield "moe.extra_ffn=True has no effect in a model of kind 'lstm'"
+      yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs count steps themselves; what attention alone would read is lost.
     usual = default_of(fields_of(type(self))['positions'])
     if not self.positions.added and self.positions not in (
@@ -58,8 +60,8 @@ class LstmLmOptions(TextModelOptions):
       NoPositions(),
     ):
       yield (
-        f'positions={type(self.positions).__name__} has no effect in a model '
-        'without attention'
+        f'positions.kind={POSITIONS.name_of(self.positions)!r} has no effect '
+        'in a model without attention'
       )
 
   def build(self, rules: Rules = RULES) -> 'LstmLm':

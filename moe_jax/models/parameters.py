@@ -1,4 +1,4 @@
-"""A model's parameters: drawn from a key, or as shapes, axes and roles alone."""
+"""A model's parameters: drawn from a key, or as shapes, axes and roles."""
 
 import functools
 from typing import Any, NamedTuple

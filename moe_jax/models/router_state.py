@@ -4,7 +4,6 @@
 here: how it moves, which each router says (`layers/routers`).
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax

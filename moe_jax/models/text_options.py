@@ -40,6 +40,7 @@ class LayerOptions(Options):
     'what a layer adds to the residual stream, of hidden values and of the '
     'weights of attention.',
     in_interval('[0, 1)'),
+    how=True,
   )
   ffn: FfnOptions = nested(
     FfnOptions(), 'Feed-forward layers that are not sparse.'
@@ -128,6 +129,7 @@ class StackOptions(LayerOptions):
     True,
     'Whether equal layers are a loop, so that compile time does not grow with '
     'their number. No number that is computed changes.',
+    how=True,
   )
   remat: str = option(
     'none',
@@ -135,6 +137,7 @@ class StackOptions(LayerOptions):
     "but the inputs of layers and the routers' decisions; 'dots': all but "
     'those and the products with kernels. Unrolled layers save none on a CPU.',
     one_of(*REMATS),
+    how=True,
   )
 
 
@@ -151,7 +154,9 @@ class TextModelOptions(ModelOptions, LayerOptions):
     'layer norms have one.',
   )
   numerics: Numerics = nested(
-    Numerics(), 'Types of numbers, and how parameters start.'
+    Numerics(),
+    'Types of numbers, and how parameters start.',
+    how=True,
   )
   embedding: EmbeddingOptions = nested(
     EmbeddingOptions(), 'Embeddings of tokens, and logits.'

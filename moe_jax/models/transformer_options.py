@@ -20,7 +20,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
 
   @property
   def padding(self) -> Padding:
-    """What blocks and routers see of padding; subclasses may show it to them."""
+    """What blocks and routers see of padding; a subclass may show it."""
     return Padding()
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:

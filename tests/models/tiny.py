@@ -3,6 +3,7 @@
 B=3, T=10, M=12, H=4, D=6, F=20, E=5, K=2, V=23. Not here: any test.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -10,28 +11,50 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from configs import base
 from moe_jax import models
-from moe_jax.config import merge
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import TokenChoice
 
 B, T, V = 3, 10, 23
 
 
-def config(moe=None, **model):
-  """The defaults at the sizes above, with `model` and `moe` on top."""
-  sizes = dict(
-    vocab_size=V, num_layers=2, width=12, num_heads=4, head_width=6, hidden=20
-  )
-  sparse = dict(
-    num_experts=5, num_selected=2, gates='renormalized', layers='all'
-  )
-  tiny = {'data': {'seq_len': T}, 'model': {**sizes, 'moe': sparse}}
-  changes = {'model': {**model, 'moe': moe or {}}}
-  return merge(merge(base.get_config(), tiny), changes)
+def moe_options(**moe):
+  """A sparse layer of the sizes above, with `moe` on top."""
+  sparse = dict(num_experts=5, num_selected=2, layers='all')
+  if moe.get('num_experts') != 0:  # a dense twin has no router
+    sparse['router'] = TokenChoice(gates='renormalized')
+  return MoeOptions(**{**sparse, **moe})
 
 
-def build(moe=None, **model):
-  return models.build(config(moe, **model))
+def options(moe=None, kind='decoder', **model):
+  """A model's options at the sizes above, with `moe` and `model` on top.
+
+  Options that hold others take what changes in those: `attention=dict(...)`.
+  """
+  cls = models.MODELS.get(kind)
+  base = dict(vocab_size=V)
+  if not cls.reads_features:
+    base |= dict(
+      num_layers=2,
+      width=12,
+      ffn=FfnOptions(hidden=20),
+      moe=moe_options(**(moe or {})),
+    )
+  if hasattr(cls(), 'attention'):
+    base['attention'] = AttentionOptions(num_heads=4, head_width=6)
+  usual = cls()
+  for name, value in model.items():
+    if isinstance(value, dict):
+      value = dataclasses.replace(base.get(name, getattr(usual, name)), **value)
+    base[name] = value
+  made = cls(**base)
+  return made if made.reads_features else made.filled(V, (), T)
+
+
+def build(moe=None, kind='decoder', **model):
+  return options(moe, kind, **model).build()
 
 
 def params_of(model, seed=0):
