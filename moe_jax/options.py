@@ -134,6 +134,8 @@ class Spec:
     kinds: What it chooses among; None of an option that is no choice.
     many: Whether it holds several choices, each by a name of the user's.
     infinite: Whether infinity is a value.
+    how: Whether it says only how something is computed, started or trained:
+      what the parameters compute outside of training does not depend on it.
   """
 
   sentence: str = ''
@@ -142,6 +144,7 @@ class Spec:
   kinds: 'Kinds | None' = None
   many: bool = False
   infinite: bool = False
+  how: bool = False
 
 
 def option(
@@ -150,6 +153,7 @@ def option(
   *checks: Check,
   when: When | None = None,
   infinite: bool = False,
+  how: bool = False,
 ) -> Any:
   """A field of an `Options` dataclass.
 
@@ -160,8 +164,10 @@ def option(
     when: Values of neighbours under which it has an effect. A value other than
       the default is refused elsewhere.
     infinite: Whether infinity is allowed; NaN never is.
+    how: Whether outside of training it changes nothing that is computed, but
+      for rounding; see `Spec`.
   """
-  spec = Spec(sentence, checks, when or {}, infinite=infinite)
+  spec = Spec(sentence, checks, when or {}, infinite=infinite, how=how)
   return _field(default, spec)
 
 
@@ -171,6 +177,7 @@ def choice(
   sentence: str,
   *,
   when: When | None = None,
+  how: bool = False,
 ) -> Any:
   """A field that holds the options of the chosen kind.
 
@@ -179,10 +186,11 @@ def choice(
     default: What is chosen by default: a kind's name, or its options.
     sentence: What is chosen.
     when: As in `option`.
+    how: As in `option`.
   """
   if isinstance(default, str):
     default = kinds.builtin[default]()
-  return _field(default, Spec(sentence, (), when or {}, kinds))
+  return _field(default, Spec(sentence, (), when or {}, kinds, how=how))
 
 
 def entries(
@@ -197,10 +205,14 @@ def entries(
 
 
 def nested(
-  default: 'Options', sentence: str, *, when: When | None = None
+  default: 'Options',
+  sentence: str,
+  *,
+  when: When | None = None,
+  how: bool = False,
 ) -> Any:
   """A field that holds other options: a section within a section."""
-  return _field(default, Spec(sentence, when=when or {}))
+  return _field(default, Spec(sentence, when=when or {}, how=how))
 
 
 def _field(default, spec):

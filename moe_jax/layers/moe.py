@@ -78,12 +78,14 @@ class MoeOptions(Options):
     "or 'mean'.",
     one_of('sum', 'mean'),
     when=_SPARSE,
+    how=True,
   )
   allow_future_leak: bool = option(
     False,
     'Whether a causal model may have a router whose choices for a token depend '
     'on later tokens; the start of a run says that it does.',
     when=_SPARSE,
+    how=True,
   )
   router: RouterOptions = choice(
     ROUTERS,
@@ -105,6 +107,7 @@ class MoeOptions(Options):
     'gather',
     'How tokens move to their experts and back, and who multiplies them.',
     when=_SPARSE,
+    how=True,
   )
 
   @property

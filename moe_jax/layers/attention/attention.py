@@ -58,6 +58,7 @@ class AttentionOptions(Options):
     'splash on a TPU and cudnn on a GPU where they can serve the options, else '
     'einsum.',
     one_of(*dot_product.IMPLEMENTATIONS),
+    how=True,
   )
 
   def problems(self) -> Iterator[str]:

@@ -37,6 +37,7 @@ class FeedForwardExpert(ExpertOptions):
     -1.0,
     'Rate at which hidden values are dropped in training; -1: model.dropout.',
     _RATE,
+    how=True,
   )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':

@@ -31,12 +31,14 @@ class BalanceLoss(RouterOptions):
     'fraction of choices times their mean probability (Eq. 4 of '
     'arXiv:2101.03961); 0.0 leaves it out.',
     at_least(0),
+    how=True,
   )
   balance_choices: str = option(
     'all',
     "Choices that the balance loss counts: 'all' of the K, or only the "
     "'first' (GShard, ST-MoE).",
     one_of(*BALANCE_CHOICES),
+    how=True,
   )
 
 
@@ -49,6 +51,7 @@ class ZLoss(RouterOptions):
     'Weight of the z-loss, the mean squared logsumexp of the router logits '
     '(Eq. 5 of arXiv:2202.08906); 0.0 leaves it out.',
     at_least(0),
+    how=True,
   )
 
 
@@ -62,6 +65,7 @@ class ImportanceLoss(RouterOptions):
     "the experts' summed gates (Eq. 6-7 of arXiv:1701.06538); 0.0 leaves it "
     'out.',
     at_least(0),
+    how=True,
   )
 
 
@@ -75,6 +79,7 @@ class LoadLoss(RouterOptions):
     "experts' expected loads under the router's noise (Eq. 10-11 of "
     'arXiv:1701.06538); 0.0 leaves it out.',
     at_least(0),
+    how=True,
   )
 
 

@@ -83,12 +83,14 @@ class ByLogits(Queued):
     "'threshold' with probability gate / second_threshold (ST-MoE, section "
     'C.2).',
     one_of(*SECOND_POLICIES),
+    how=True,
   )
   second_threshold: float = option(
     0.2,
     'Renormalised gate from which on a choice after the first is always sent.',
     within('(0, 1]'),
     when={'second_policy': ('threshold',)},
+    how=True,
   )
 
   def problems_with(self, sizes):

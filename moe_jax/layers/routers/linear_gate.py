@@ -31,6 +31,7 @@ class LinearGate(RouterOptions):
     'uniform in [1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section '
     '3.2); 0.0 is no noise.',
     within('[0, 1)'),
+    how=True,
   )
   use_bias: bool = option(
     False, 'Whether a bias, which starts at zero, is added to the logits.'
