@@ -1,11 +1,30 @@
-"""From a config to rows, with everything between."""
+"""From options to rows, with everything between, and what is refused."""
 
+import dataclasses
+
+import ml_collections
 import numpy as np
 import pytest
 
-from moe_jax.data import DataConfig, load, train_batches
+from moe_jax import sections
+from moe_jax.data import (
+  BytesOptions,
+  CharsOptions,
+  ClassesTask,
+  DataOptions,
+  DocstringsSource,
+  FilesSource,
+  PrefixLmTask,
+  PythonStdlibSource,
+  Seq2SeqTask,
+  TfdsSource,
+  VowelsSource,
+  load,
+  train_batches,
+)
 
-PART = 'python_stdlib:email,json'
+PART = PythonStdlibSource('email,json')
+CHARS = CharsOptions()
 
 
 @pytest.fixture
@@ -13,9 +32,9 @@ def config(tmp_path):
   """Reads tmp_path/text/*.txt, caches in tmp_path/cache."""
   (tmp_path / 'text').mkdir()
 
-  def make(tokenizer='bytes', seq_len=4, **more):
-    return DataConfig(
-      source=f'files:{tmp_path}/text/*.txt',
+  def make(tokenizer=BytesOptions(), seq_len=4, **more):
+    return DataOptions(
+      source=FilesSource(f'{tmp_path}/text/*.txt'),
       tokenizer=tokenizer,
       seq_len=seq_len,
       cache_dir=str(tmp_path / 'cache'),
@@ -28,7 +47,7 @@ def config(tmp_path):
 def test_one_file_of_characters(config, tmp_path):
   # The first 18 of 20 characters train; d is seen in validation alone.
   (tmp_path / 'text' / 'a.txt').write_text('abc' * 6 + 'dd')
-  dataset = load(config('chars'))
+  dataset = load(config(CHARS))
   assert dataset.tokenizer.vocab_size == 4
   train, validation = dataset.splits['train'], dataset.splits['validation']
   assert len(train) == 5  # 17 predictions, 4 a row
@@ -63,7 +82,7 @@ def test_tokens_are_kept_until_the_content_changes(config, tmp_path):
   written = about.stat().st_mtime_ns
   assert load(config(seq_len=7)).digest == first.digest
   assert about.stat().st_mtime_ns == written and count() == 1
-  load(config('chars'))
+  load(config(CHARS))
   assert count() == 2
   path.write_text('abcdefghiJ' * 2)
   changed = load(config())
@@ -76,8 +95,8 @@ def test_tokens_are_kept_until_the_content_changes(config, tmp_path):
 
 
 def test_the_embedded_corpus_feeds_training():
-  dataset = load(DataConfig(PART, 'bytes', 33))
-  assert f'{PART} of Python 3' in dataset.source
+  dataset = load(DataOptions(source=PART, seq_len=33))
+  assert 'python_stdlib:email,json of Python 3' in dataset.source
   batch = next(
     train_batches(dataset.splits['train'], batch_size=5, seed=0, start=3)
   )
@@ -94,21 +113,160 @@ def test_empty_sources_are_refused_and_not_kept(config, tmp_path):
   assert list((tmp_path / 'cache' / 'tokens').iterdir()) == []
 
 
+def section(**changes):
+  """The defaults as a section of a config, with changes by dotted key."""
+  config = sections.section(DataOptions)
+  for key, value in changes.items():
+    *parents, last = key.replace('__', '.').split('.')
+    below = config
+    for parent in parents:
+      below = below[parent]
+    below[last] = value
+  return config
+
+
+def test_a_section_is_read_and_written_again():
+  config = section(
+    source__kind='files',
+    source__files__pattern='x/*.txt',
+    tokenizer__kind='chars',
+    task__kind='prefix_lm',
+    target_len=7,
+  )
+  options = DataOptions(
+    source=FilesSource('x/*.txt'),
+    tokenizer=CharsOptions(),
+    task=PrefixLmTask(),
+    target_len=7,
+  )
+  assert sections.read(DataOptions, config) == options
+  assert sections.read(DataOptions, sections.section(options)) == options
+  assert options.encoder_decoder and not DataOptions().encoder_decoder
+
+
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'seq_len': 0}, 'seq_len=0'),
-    ({'source': 'folder:x'}, "unknown source 'folder:x'"),
-    ({'tokenizer': 'words'}, "unknown tokenizer 'words'"),
-    ({'train_split': 'test'}, 'unknown split'),
-    ({'text_feature': 'txt'}, "'txt'; did you mean 'text'"),
+    ({'seq_len': 0}, 'seq_len=0 must be at least 1'),
+    (
+      {'task__kind': 'ul2', 'target_len': -1},
+      'target_len=-1 must be at least 0',
+    ),
+    ({'source__kind': 'folder'}, "unknown source 'folder'"),
+    ({'source__kind': 'file'}, "did you mean 'files'"),
+    ({'source__kind': 'files'}, 'source.files.pattern is missing'),
+    (
+      {'source__kind': 'files', 'source__files__pattern': ''},
+      'source.files.pattern',
+    ),
+    ({'tokenizer__kind': 'byte'}, "unknown tokenizer 'byte'; did you mean 'by"),
+    ({'task__kind': 'mlm'}, "unknown task 'mlm'; .*'span_corruption'"),
+    (
+      {'task__kind': 'ul2', 'task__ul2__denoisers': (('R', 3.0, 0.15),)},
+      r'task.ul2.denoisers=.* is a tuple, not tuple\[tuple\[str, float',
+    ),
+    # What has no effect is refused by name.
+    ({'source__files__pattern': 'x'}, "pattern='x' has no effect with"),
+    ({'task__ul2__num_sentinels': 3}, 'num_sentinels=3 has no effect with'),
+    ({'task__seq2seq__input_prefix': 'a'}, "input_prefix='a' has no effect"),
+    ({'target_len': 9}, 'target_len=9 has no effect unless task'),
+    ({'pack': False}, 'pack=False has no effect unless task'),
+    (
+      {
+        'source__kind': 'tfds',
+        'source__tfds__name': 'x',
+        'source__tfds__target_feature': 'y',
+      },
+      "source.tfds.target_feature='y' has no effect where texts are read",
+    ),
+    (
+      {
+        'source__kind': 'cipher',
+        'source__cipher__text__kind': 'tfds',
+        'source__cipher__text__tfds__name': 'x',
+        'source__cipher__text__tfds__max_shift': 2,
+      },
+      'source.cipher.text.tfds.max_shift=2 has no effect where texts',
+    ),
+    # A source gives what its task reads.
+    (
+      {'source__kind': 'kv_recall'},
+      "source.kind='kv_recall' gives pairs, task.kind='lm' reads texts; "
+      ".*'cipher', 'files', 'python_stdlib', 'tfds'",
+    ),
+    ({'task__kind': 'seq2seq'}, "gives texts, task.kind='seq2seq' reads pairs"),
   ],
 )
-def test_wrong_configs(wrong, message, tmp_path):
-  right = {'source': PART, 'tokenizer': 'bytes', 'seq_len': 8}
-  cache = {'cache_dir': str(tmp_path)}
+def test_wrong_sections_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
-    load(DataConfig(**right | cache | wrong))
+    sections.read(DataOptions, section(**wrong))
+
+
+CLASSES = {'source__kind': 'vowels', 'task__kind': 'classes', 'seq_len': 1}
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [
+    ({'seq_len': 4}, 'seq_len=4 must be 1'),
+    ({'target_len': 2}, 'target_len=2 has no effect'),
+    ({'tokenizer__kind': 'chars'}, "tokenizer.kind='chars' has no effect"),
+    ({'train_split': 'all'}, "train_split='all' has no effect unless source"),
+  ],
+)
+def test_examples_with_a_class_have_no_text(wrong, message):
+  options = sections.read(DataOptions, section(**CLASSES))
+  assert options == DataOptions(
+    source=VowelsSource(), task=ClassesTask(), seq_len=1
+  )
+  with pytest.raises(ValueError, match=message):
+    sections.read(DataOptions, section(**CLASSES | wrong))
+
+
+def test_a_later_layer_may_switch_the_task():
+  before = section(
+    source__kind='tfds',
+    source__tfds__name='x',
+    task__kind='prefix_lm',
+    target_len=9,
+    pack=False,
+  )
+  after = ml_collections.ConfigDict(before.to_dict())
+  after.task.kind = 'lm'
+  config, ignored = sections.settle(DataOptions, before, after)
+  assert ignored == {'target_len': 9, 'pack': False}
+  options = sections.read(DataOptions, config)
+  assert options == DataOptions(source=TfdsSource('x'))
+
+
+@pytest.mark.parametrize(
+  ('task', 'source', 'small'),
+  [
+    (PrefixLmTask(), TfdsSource('x', text_feature='y'), PythonStdlibSource()),
+    (
+      Seq2SeqTask('sum: '),
+      TfdsSource('x', input_feature='y'),
+      DocstringsSource(),
+    ),
+  ],
+)
+def test_shrunk_options_keep_their_task(task, source, small):
+  options = DataOptions(
+    source=source, task=task, target_len=114, train_split='train[:9]'
+  )
+  expected = DataOptions(source=small, task=task, seq_len=32, target_len=24)
+  assert options.shrunk() == expected
+  vowels = DataOptions(source=VowelsSource(), task=ClassesTask(), seq_len=1)
+  assert vowels.shrunk() == vowels
+  lm = dataclasses.replace(options, task=DataOptions().task, target_len=0,
+                           source=TfdsSource('x'))  # fmt: skip
+  assert lm.shrunk().target_len == 0
+
+
+def test_a_missing_split_is_named(config, tmp_path):
+  (tmp_path / 'text' / 'a.txt').write_text('abc')
+  with pytest.raises(ValueError, match="unknown split of files 'test'"):
+    load(config(train_split='test'))
 
 
 def test_a_cut_cache_is_named(config, tmp_path):

@@ -1,10 +1,6 @@
-"""The token cache: what it writes, and that nothing half-made stays."""
+"""Token streams on disk: what is written, counted, digested and refused."""
 
 import os
-import signal
-import subprocess
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -77,79 +73,6 @@ def test_a_truncated_file_is_refused(tmp_path):
   os.truncate(tmp_path / 'train.tokens', 5)
   with pytest.raises(ValueError, match=r'train.tokens.* not of its 8 bytes'):
     store.read_tokens(tmp_path, 'train')
-
-
-def write(folder):
-  (folder / 'a').write_text('whole')
-
-
-def test_prepared_once(tmp_path):
-  folder = store.prepared(tmp_path / 'deep' / 'x', write)
-  assert (folder / 'a').read_text() == 'whole'
-  assert store.prepared(folder, lambda _: pytest.fail('again')) == folder
-  assert os.listdir(folder.parent) == ['x']
-
-
-def test_a_failed_preparation_leaves_nothing(tmp_path):
-  def fail(folder):
-    write(folder)
-    raise OSError('disk full')
-
-  with pytest.raises(OSError, match='disk full'):
-    store.prepared(tmp_path / 'x', fail)
-  assert os.listdir(tmp_path) == []
-
-
-def test_the_loser_of_a_race_takes_the_winners(tmp_path):
-  def overtaken(folder):
-    (folder / 'a').write_text('late')
-    store.prepared(tmp_path / 'x', write)
-
-  folder = store.prepared(tmp_path / 'x', overtaken)
-  assert (folder / 'a').read_text() == 'whole'
-  assert os.listdir(tmp_path) == ['x']
-
-
-def test_others_wait_for_who_prepares(tmp_path):
-  script = (
-    'import pathlib, sys, time\n'
-    'from moe_jax.data import store\n'
-    'def write(folder):\n'
-    "  print('writing', flush=True)\n"
-    '  sys.stdin.read()\n'
-    "  (folder / 'a').write_text('theirs')\n"
-    'store.prepared(pathlib.Path(sys.argv[1]), write)\n'
-  )
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
-  other = subprocess.Popen(
-    [sys.executable, '-c', script, str(tmp_path / 'x')],
-    env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  with other:
-    assert other.stdout.readline() == 'writing\n'
-    waiting = threading.Timer(0.3, other.stdin.close)
-    waiting.start()
-    folder = store.prepared(tmp_path / 'x', lambda _: pytest.fail('twice'))
-  assert (folder / 'a').read_text() == 'theirs'
-  assert os.listdir(tmp_path) == ['x']
-
-
-def test_a_killed_preparation_is_made_anew(tmp_path):
-  script = (
-    'import os, pathlib, sys\n'
-    'from moe_jax.data import store\n'
-    'def write(folder):\n'
-    "  (folder / 'a').write_text('half')\n"
-    '  os.kill(os.getpid(), 9)\n'
-    'store.prepared(pathlib.Path(sys.argv[1]), write)\n'
-  )
-  command = [sys.executable, '-c', script, str(tmp_path / 'x')]
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
-  killed = subprocess.run(command, env=environment)
-  assert killed.returncode == -signal.SIGKILL
-  assert not (tmp_path / 'x').exists()
-  folder = store.prepared(tmp_path / 'x', write)
-  assert (folder / 'a').read_text() == 'whole'
 
 
 # Pairs.

@@ -11,7 +11,7 @@ from moe_jax.data.choices.contract import (
 )
 from moe_jax.data.sources import Selection
 from moe_jax.data.sources.files import matching
-from moe_jax.options import option
+from moe_jax.options import NOT_EMPTY, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     dataclasses.MISSING,
     "Path of the files, with '*' for any name and '**' for folders of any "
     'depth.',
+    NOT_EMPTY,
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:

@@ -10,14 +10,14 @@ from moe_jax.data.choices.contract import (
   check_item,
 )
 from moe_jax.data.sources import Selection, tfds_reader
-from moe_jax.options import option
+from moe_jax.options import NOT_EMPTY, option
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceTfdsSource(ChoiceSourceOptions):
   """Features of a TFDS dataset, which stands where `TfdsSource` says."""
 
-  name: str = option(dataclasses.MISSING, 'Name of the dataset.')
+  name: str = option(dataclasses.MISSING, 'Name of the dataset.', NOT_EMPTY)
   prompt_feature: str = option('prompt', 'Feature with the prompt.')
   answers_feature: str = option(
     'answers',

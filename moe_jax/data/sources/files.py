@@ -13,7 +13,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.store import Digest
-from moe_jax.options import option
+from moe_jax.options import NOT_EMPTY, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class FilesSource(SourceOptions):
     dataclasses.MISSING,
     "Path of the files, with '*' for any name and '**' for folders of any "
     'depth.',
+    NOT_EMPTY,
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:

@@ -12,7 +12,7 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
-from moe_jax.options import option, unknown
+from moe_jax.options import NOT_EMPTY, option, unknown
 from moe_jax.shapes import Shaped
 
 
@@ -26,7 +26,7 @@ class NpzSource(SourceOptions):
 
   names_splits = False
 
-  path: str = option(dataclasses.MISSING, 'Path of the .npz file.')
+  path: str = option(dataclasses.MISSING, 'Path of the .npz file.', NOT_EMPTY)
 
   def classes(self, selection: Selection = Selection()) -> 'Arrays':
     """The examples of the file.

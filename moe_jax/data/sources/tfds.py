@@ -15,7 +15,7 @@ from moe_jax.data.sources.contract import (
   SourceOptions,
   Texts,
 )
-from moe_jax.options import at_least, option
+from moe_jax.options import NOT_EMPTY, at_least, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TfdsSource(SourceOptions):
     dataclasses.MISSING,
     'Name of the dataset, with its configuration and version if need be: '
     "'wmt14_translate/de-en'.",
+    NOT_EMPTY,
   )
   text_feature: str = option(
     'text', 'Feature with the text, where a task reads texts.'

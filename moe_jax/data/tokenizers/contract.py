@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Tokenizer(abc.ABC):
 
   @classmethod
   @abc.abstractmethod
-  def from_state(cls, state: Mapping[str, Any]) -> Self:
+  def from_state(cls, state: Mapping[str, Any]) -> 'Tokenizer':
     """The tokenizer whose `state` is `state`."""
 
   def to_json(self) -> dict[str, Any]:

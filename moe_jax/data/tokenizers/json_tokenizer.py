@@ -28,7 +28,7 @@ from moe_jax.data.tokenizers.special_tokens import (
   SpecialTokens,
   from_folder,
 )
-from moe_jax.options import option, unknown
+from moe_jax.options import NOT_EMPTY, option, unknown
 
 # The end-of-document tokens of the well-known vocabularies, in the order tried.
 EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
@@ -218,6 +218,7 @@ class JsonOptions(TokenizerOptions):
     dataclasses.MISSING,
     'Path of a tokenizer.json file, or of the folder of a model, whose special '
     'tokens and chat template are then read, too.',
+    NOT_EMPTY,
   )
 
   def identity(self) -> str:

@@ -4,12 +4,18 @@ import collections
 
 import pytest
 
-from moe_jax.data import DataConfig, eval_batches, load
+from moe_jax.data import (
+  CipherSource,
+  DataOptions,
+  PythonStdlibSource,
+  VowelsSource,
+  eval_batches,
+  load,
+)
 from moe_jax.data.sources import cipher
-from moe_jax.data.sources.cipher import ALPHABET, MARKS, PIECE, Cipher
-from moe_jax.data.sources.texts import open_source
+from moe_jax.data.sources.cipher import ALPHABET, MARKS, PIECE
 
-PART = 'python_stdlib:email,json'
+PART = PythonStdlibSource('email,json')
 
 
 def texts(source, split):
@@ -26,14 +32,14 @@ def decipher(text, domain):
 def test_a_text_in_two_alphabets():
   # Three pieces, the second of nothing: two domains take turns.
   plain = ['aba\n', '', 'aba\n', 'cba\n']
-  first, second, third = cipher.documents(plain, Cipher(2, True, ''))
+  first, second, third = cipher.documents(plain, 2, marked=True)
   assert first == '0bPb\n'
   assert second == '16$6\n'
   assert third == '0,Pb\n'
   for piece, text in ((first, 'aba\n'), (second, 'aba\n'), (third, 'cba\n')):
     assert decipher(piece[1:], MARKS.index(piece[0])) == text
   # Unmarked, the same without the marks.
-  unmarked = list(cipher.documents(plain, Cipher(2, False, '')))
+  unmarked = list(cipher.documents(plain, 2, marked=False))
   assert unmarked == [first[1:], second[1:], third[1:]]
 
 
@@ -62,14 +68,14 @@ def test_alphabets_are_the_same_on_every_machine():
 
 @pytest.fixture(scope='module')
 def source():
-  return open_source(f'cipher:5:{PART}')
+  return CipherSource(5, text=PART).texts()
 
 
 def test_the_whole_text_is_there_in_its_own_split(source):
-  plain = open_source(PART)
+  plain = PART.texts()
   found = {}
   for split in ('train', 'validation'):
-    made = texts(open_source(f'cipher:5,marked:{PART}'), split)
+    made = texts(CipherSource(5, True, PART).texts(), split)
     found[split] = [decipher(p[1:], MARKS.index(p[0])) for p in made]
     kept = ''.join(c for t in texts(plain, split) for c in t)
     kept = ''.join(c for c in kept if c in f'{ALPHABET}\n')
@@ -81,9 +87,10 @@ def test_the_whole_text_is_there_in_its_own_split(source):
 
 
 def test_identity_and_name(source):
-  specs = [f'cipher:5:{PART}', f'cipher:6:{PART}', f'cipher:5,marked:{PART}']
-  specs += ['cipher:5:python_stdlib:email', 'cipher:5:python_stdlib:json,email']
-  sources = [open_source(spec) for spec in specs]
+  chosen = [(5, False, PART), (6, False, PART), (5, True, PART)]
+  for modules in ('email', 'json,email'):
+    chosen.append((5, False, PythonStdlibSource(modules)))
+  sources = [CipherSource(*options).texts() for options in chosen]
   # The last names the first's modules in another order.
   assert len({s.identity for s in sources}) == 4
   assert sources[0].identity == sources[4].identity == source.identity
@@ -92,7 +99,7 @@ def test_identity_and_name(source):
 
 
 def test_most_rows_are_of_one_domain_and_even_neighbours_of_all():
-  dataset = load(DataConfig(f'cipher:5,marked:{PART}', 'bytes', 64))
+  dataset = load(DataOptions(source=CipherSource(5, True, PART), seq_len=64))
   assert 'data: synthetic: 5 ciphers, marked, of python' in dataset.describe()
   assert dataset.vocab_size == 257
   batches = eval_batches(dataset.splits['validation'], batch_size=32)
@@ -104,19 +111,13 @@ def test_most_rows_are_of_one_domain_and_even_neighbours_of_all():
   assert set(marks) == set(MARKS[:5])
 
 
-@pytest.mark.parametrize('spec', ['0', '-1', '95', '0,marked'])
-def test_the_number_of_domains_has_bounds(spec):
-  number = spec.partition(',')[0]
-  with pytest.raises(ValueError, match=rf'K={number} .*not in \[1, 94\]'):
-    open_source(f'cipher:{spec}')
+@pytest.mark.parametrize('number', [0, -1, 95])
+def test_the_number_of_ciphers_has_bounds(number):
+  message = rf'num_ciphers={number} not in \[1, 94\]'
+  with pytest.raises(ValueError, match=message):
+    CipherSource(number)
 
 
-@pytest.mark.parametrize('spec', ['x', '8,', '8,mark', '8:', '8.5', ',marked'])
-def test_a_cipher_of_no_such_form(spec):
-  with pytest.raises(ValueError, match=rf"'cipher:{spec}' .*'cipher:<K>,mar"):
-    open_source(f'cipher:{spec}')
-
-
-def test_the_text_of_a_cipher_has_to_exist():
-  with pytest.raises(ValueError, match=r"source 'x'; .*have \['cipher:<K>'"):
-    open_source('cipher:8:x')
+def test_the_plain_texts_have_to_be_texts():
+  with pytest.raises(ValueError, match='gives classes'):
+    CipherSource(8, text=VowelsSource())

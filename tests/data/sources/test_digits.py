@@ -7,13 +7,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from moe_jax.data import ClassRows, open_classes
+from moe_jax.data import ClassRows, DigitsSource, Selection, TfdsSource
 from moe_jax.data.sources import digits
+
+# MNIST's held-out split is called 'test', too.
+SPLITS = Selection(('train', 'test'))
 
 
 @pytest.fixture(scope='module')
 def jittered():
-  return open_classes('jittered_digits')
+  return DigitsSource(canvas=14).classes()
 
 
 def test_an_image_is_put_where_it_is_told():
@@ -34,7 +37,7 @@ def test_every_fifth_of_a_class_is_held_out():
 
 
 def test_the_splits_are_apart_stratified_and_fixed():
-  source = open_classes('digits')
+  source = DigitsSource().classes()
   splits = [source.examples(split) for split in ('train', 'validation')]
   counts = np.array([np.bincount(e.labels, minlength=10) for e in splits])
   whole = counts.sum(0)
@@ -47,7 +50,7 @@ def test_the_splits_are_apart_stratified_and_fixed():
   assert splits[0].features.shape[1:] == (8, 8)
   assert splits[0].features.min() == 0 and splits[0].features.max() == 1
   assert source.classes == tuple('0123456789')
-  again = open_classes('digits').examples('validation')
+  again = DigitsSource().classes().examples('validation')
   np.testing.assert_array_equal(again.features, splits[1].features)
   with pytest.raises(ValueError, match=r"'test'; have \['train'"):
     source.examples('test')
@@ -87,10 +90,15 @@ def test_training_sees_new_places_and_evaluation_the_same(jittered):
   np.testing.assert_array_equal(*again)
 
 
+def test_a_canvas_has_room():
+  with pytest.raises(ValueError, match='canvas=7 must be at least 8'):
+    DigitsSource(canvas=7)
+
+
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sklearn', None)
   with pytest.raises(ValueError, match=r'pip install .moe_jax\[experiments\]'):
-    open_classes('digits')
+    DigitsSource().classes()
 
 
 class Spots(tfds.core.GeneratorBasedBuilder):
@@ -137,7 +145,7 @@ def prepared(tmp_path, monkeypatch):
 
 
 def test_images_of_tfds_move_by_four_pixels(prepared):
-  source = open_classes('tfds:spots')
+  source = TfdsSource('spots').classes(SPLITS)
   assert source.classes == ('odd', 'even')
   train, validation = map(source.examples, ('train', 'validation'))
   assert (len(train.labels), len(validation.labels)) == (8, 4)
@@ -148,6 +156,10 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
   rng = np.random.default_rng(0)
   moved = source.jittered(np.repeat(train.features[:1], 500, axis=0), rng)
   assert moved.shape == (500, 11, 12)
+  still = TfdsSource('spots', max_shift=0).classes(SPLITS)
+  np.testing.assert_array_equal(
+    still.jittered(train.features, rng), train.features
+  )
   # From 4 pixels up to 4 down, and from 4 left to 4 right.
   row, column = np.divmod(train.features[0].argmax(), 4)
   rows, columns = np.divmod(moved.reshape(500, -1).argmax(1), 12)
@@ -157,6 +169,6 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
 
 def test_what_tfds_lacks_is_said(prepared):
   with pytest.raises(ValueError, match=r'are \(3, 4, 3\).* to be grey'):
-    open_classes('tfds:coloured')
+    TfdsSource('coloured').classes(SPLITS)
   with pytest.raises(ValueError, match=r"(?s)'spotz' .*'spots'.*TFDS_DATA_DIR"):
-    open_classes('tfds:spotz')
+    TfdsSource('spotz').classes(SPLITS)

@@ -5,9 +5,15 @@ import collections
 import numpy as np
 import pytest
 
-from moe_jax.data import DataConfig, batch_dataset, load
+from moe_jax.data import (
+  DataOptions,
+  KvRecallSource,
+  Selection,
+  Seq2SeqTask,
+  batch_dataset,
+  load,
+)
 from moe_jax.data.sources import kv_recall
-from moe_jax.data.sources.pairs import PairSelection, open_pairs
 
 EOS = 256
 
@@ -36,13 +42,13 @@ def test_pairs_are_the_same_on_every_machine():
 
 
 def test_both_splits_have_the_same_pairs_in_another_order():
-  source = open_pairs('kv_recall:200')
+  source = KvRecallSource(200).pairs()
   train, validation = pairs(source, 'train'), pairs(source, 'validation')
   assert train != validation
   assert sorted(train) == sorted(validation)
-  assert train == pairs(open_pairs('kv_recall:200'), 'train')
-  assert set(train) < set(pairs(open_pairs('kv_recall:300'), 'train'))
-  swapped = open_pairs('kv_recall:200', PairSelection(('validation', 'train')))
+  assert train == pairs(KvRecallSource(200).pairs(), 'train')
+  assert set(train) < set(pairs(KvRecallSource(300).pairs(), 'train'))
+  swapped = KvRecallSource(200).pairs(Selection(('validation', 'train')))
   assert pairs(swapped, 'train') == validation
 
 
@@ -53,12 +59,12 @@ def test_a_key_that_is_drawn_twice_keeps_its_first_value():
 
 
 def test_identity_and_name():
-  source = open_pairs('kv_recall:200')
+  source = KvRecallSource(200).pairs()
   assert source.name.startswith('synthetic: 200 random keys and values')
   others = [
-    open_pairs('kv_recall:201'),
-    open_pairs('kv_recall:200', PairSelection(input_prefix='say ')),
-    open_pairs('kv_recall:200'),
+    KvRecallSource(201).pairs(),
+    source.with_prefix('say '),
+    KvRecallSource(200).pairs(),
   ]
   identities = [source.identity, *(s.identity for s in others)]
   assert len(set(identities)) == 3 and identities[0] == identities[3]
@@ -66,11 +72,13 @@ def test_identity_and_name():
 
 
 def test_five_pairs_share_a_row_and_an_epoch_has_every_pair_once():
-  dataset = load(DataConfig('kv_recall:60', 'bytes', 64, task='seq2seq'))
+  dataset = load(
+    DataOptions(source=KvRecallSource(60), seq_len=64, task=Seq2SeqTask())
+  )
   assert 'data: synthetic: 60 random keys' in dataset.describe()
   rows = dataset.splits['train']
   assert len(rows) == 12 and rows.truncated == 0
-  source = open_pairs('kv_recall:60')
+  source = KvRecallSource(60).pairs()
   row = rows[0]
   for i, (key, value) in enumerate(pairs(source, 'train')[:5]):
     # The key and its end, then the value, whose end is a target alone.
@@ -90,22 +98,12 @@ def test_five_pairs_share_a_row_and_an_epoch_has_every_pair_once():
   assert len(set(seen[0])) == 12
 
 
-@pytest.mark.parametrize('count', ['0', '-3', '1048577'])
+@pytest.mark.parametrize('count', [0, -3, 1048577])
 def test_the_number_of_pairs_has_bounds(count):
-  message = rf'N={count} pairs of kv_recall not in \[1, 1048576\]'
-  with pytest.raises(ValueError, match=message):
-    open_pairs(f'kv_recall:{count}')
+  with pytest.raises(ValueError, match=rf'num_pairs={count} not in \[1, 104'):
+    KvRecallSource(count)
 
 
-def test_what_is_no_number_and_what_has_no_such_split():
-  with pytest.raises(ValueError, match="'kv_recall:4k' is not 'kv_recall:<N>'"):
-    open_pairs('kv_recall:4k')
+def test_a_split_of_another_name_is_refused():
   with pytest.raises(ValueError, match=r"kv_recall 'test'.*'validation'"):
-    open_pairs('kv_recall:4', PairSelection(('train', 'test')))
-  with pytest.raises(ValueError, match=r'source of pairs .*kv_recall:<N>'):
-    open_pairs('kv_recall:')
-
-
-def test_texts_are_not_read_from_pairs():
-  with pytest.raises(ValueError, match="'kv_recall:4' has pairs"):
-    load(DataConfig('kv_recall:4', 'bytes', 64))
+    KvRecallSource(4).pairs(Selection(('train', 'test')))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax.data.sources.pairs import PairSelection, open_pairs
+from moe_jax.data import DocstringsSource, GettextSource, Selection, TfdsSource
 
-PART = 'python_stdlib_docstrings:asyncio,email,json'
+PART = DocstringsSource('asyncio,email,json')
 
 
 def pairs(source, split):
@@ -16,7 +16,7 @@ def pairs(source, split):
 
 
 def test_a_part_of_the_standard_librarys_docstrings():
-  source = open_pairs(PART)
+  source = PART.pairs()
   train, validation = pairs(source, 'train'), pairs(source, 'validation')
   assert len(train) > 100 and len(validation) > 5
   assert pairs(source, 'train') == train
@@ -25,15 +25,13 @@ def test_a_part_of_the_standard_librarys_docstrings():
   assert found[loads].startswith('Deserialize ``s``')
   assert 'Deserialize' not in loads and 'return cls(**kw)' in loads
   assert 'asyncio,email,json of Python 3' in source.name
-  assert open_pairs('python_stdlib_docstrings:json').identity != source.identity
+  assert DocstringsSource('json').pairs().identity != source.identity
   assert 'tensorflow' not in sys.modules
 
 
 def test_translations_and_a_prefix():
-  plain = open_pairs('django_gettext:de,fr')
-  source = open_pairs(
-    'django_gettext:de,fr', PairSelection(input_prefix='translate to ')
-  )
+  plain = GettextSource('de,fr').pairs()
+  source = plain.with_prefix('translate to ')
   train = dict(pairs(source, 'train'))
   assert train['translate to fr: Password'] == 'Mot de passe'
   assert train['translate to de: Password'] == 'Passwort'
@@ -41,14 +39,13 @@ def test_translations_and_a_prefix():
   assert list(train.items()) == expected
   assert plain.identity != source.identity
   assert '(2 languages)' in source.name
-  swapped = PairSelection(('validation', 'train'))
-  swapped = open_pairs('django_gettext:de,fr', swapped)
+  swapped = GettextSource('de,fr').pairs(Selection(('validation', 'train')))
   assert pairs(swapped, 'train') == pairs(plain, 'validation')
 
 
 def test_translations_have_two_splits():
   with pytest.raises(ValueError, match="'test'; have"):
-    open_pairs('django_gettext', PairSelection(('train', 'test')))
+    GettextSource().pairs(Selection(('train', 'test')))
 
 
 class Phrases(tfds.core.GeneratorBasedBuilder):
@@ -109,17 +106,15 @@ def folder(tmp_path_factory):
 def open_tfds(folder, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
 
-  def make(inputs, targets, name='phrases', **more):
-    splits = 'train[:75%]', 'train[75%:]'
-    return open_pairs(
-      f'tfds:{name}', PairSelection(splits, inputs, targets, **more)
-    )
+  def make(inputs, targets, name='phrases'):
+    source = TfdsSource(name, input_feature=inputs, target_feature=targets)
+    return source.pairs(Selection(('train[:75%]', 'train[75%:]')))
 
   return make
 
 
 def test_features_of_a_tfds_dataset(open_tfds):
-  source = open_tfds('document', 'summary', input_prefix='summarize: ')
+  source = open_tfds('document', 'summary').with_prefix('summarize: ')
   train, validation = pairs(source, 'train'), pairs(source, 'validation')
   assert (len(train), len(validation)) == (15, 5)
   assert sorted(train + validation) == sorted(
@@ -142,9 +137,9 @@ def test_languages_within_a_feature_and_at_the_top(open_tfds):
 
 def test_what_is_selected_changes_the_identity(open_tfds):
   identities = {
-    open_tfds(*features, **more).identity
+    open_tfds(*features).with_prefix(prefix).identity
     for features in (('document', 'summary'), ('summary', 'document'))
-    for more in ({}, {'input_prefix': 'x'})
+    for prefix in ('', 'x')
   }
   assert len(identities) == 4
 
@@ -165,17 +160,8 @@ def test_wrong_features_name_those_that_exist(
     pairs(open_tfds(inputs, targets), 'train')
 
 
-@pytest.mark.parametrize(
-  'spec',
-  ['python_stdlib', 'python_stdlib_docstrings:', 'django_gettext:', 'tfds:'],
-)
-def test_unknown_kinds_name_what_exists(spec):
-  with pytest.raises(ValueError, match=r'source of pairs .*django_gettext'):
-    open_pairs(spec)
-
-
 def test_an_unknown_language_or_module():
   with pytest.raises(ValueError, match="'pt_PT'; did you mean 'pt"):
-    open_pairs('django_gettext:de,pt_PT')
+    GettextSource('de,pt_PT').pairs()
   with pytest.raises(ValueError, match="'jsn'; did you mean 'json'"):
-    open_pairs('python_stdlib_docstrings:jsn')
+    DocstringsSource('jsn').pairs()

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from moe_jax.data import (
+  FilesSource,
+  PythonStdlibSource,
+  Selection,
+  TfdsSource,
+)
 from moe_jax.data.sources import python_stdlib
-from moe_jax.data.sources.texts import Selection, open_source
+
+TWICE = Selection(('train', 'train'))
 
 
 def texts(source, split):
@@ -84,7 +91,7 @@ def test_the_digest_follows_names_and_text(fake_stdlib):
 
 
 def test_a_part_of_the_standard_library():
-  source = open_source('python_stdlib:email,json')
+  source = PythonStdlibSource('email,json').texts()
   files = dict(python_stdlib.source_files(['json', 'email']))
   for split in ('train', 'validation'):
     expected = [
@@ -97,12 +104,12 @@ def test_a_part_of_the_standard_library():
 
 def test_too_few_modules_for_two_splits_are_refused():
   with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
-    open_source('python_stdlib:keyword')
+    PythonStdlibSource('keyword').texts()
 
 
 def test_a_module_not_listed_is_refused():
   with pytest.raises(ValueError, match="'jsn'; did you mean 'json'"):
-    open_source('python_stdlib:jsn')
+    PythonStdlibSource('jsn').texts()
 
 
 # Files.
@@ -111,14 +118,16 @@ def test_a_module_not_listed_is_refused():
 def test_one_file_is_cut_by_characters(tmp_path):
   # 15 characters of two bytes: 13 are 90 %, rounded down.
   (tmp_path / 'a.txt').write_text('é' * 13 + 'ßü', encoding='utf-8')
-  source = open_source(f'files:{tmp_path}/*.txt')
+  source = FilesSource(f'{tmp_path}/*.txt').texts()
   assert texts(source, 'train') == ['é' * 13]
   assert texts(source, 'validation') == ['ßü']
 
 
 def test_line_ends_are_kept(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'a\r\n' * 10)
-  assert texts(open_source(f'files:{tmp_path}/a.txt'), 'train') == ['a\r\n' * 9]
+  assert texts(FilesSource(f'{tmp_path}/a.txt').texts(), 'train') == [
+    'a\r\n' * 9
+  ]
 
 
 def make_files(folder, count):
@@ -129,7 +138,7 @@ def make_files(folder, count):
 
 
 def split_sets(folder):
-  source = open_source(f'files:{folder}/**/*.txt')
+  source = FilesSource(f'{folder}/**/*.txt').texts()
   return tuple(texts(source, split) for split in ('train', 'validation'))
 
 
@@ -164,7 +173,7 @@ def test_not_every_file_is_held_out(tmp_path):
   assert len(names) > 2
   for name in names:
     (tmp_path / name).write_text(name)
-  source = open_source(f'files:{tmp_path}/*.txt')
+  source = FilesSource(f'{tmp_path}/*.txt').texts()
   assert len(texts(source, 'train')) == 1
 
 
@@ -172,7 +181,7 @@ def test_files_change_the_identity(tmp_path):
   make_files(tmp_path, 4)
 
   def identity():
-    return open_source(f'files:{tmp_path}/**/*.txt').identity
+    return FilesSource(f'{tmp_path}/**/*.txt').texts().identity
 
   first = identity()
   assert identity() == first
@@ -183,18 +192,18 @@ def test_files_change_the_identity(tmp_path):
 def test_home_is_expanded(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   make_files(tmp_path, 2)
-  assert texts(open_source('files:~/d0/0.txt'), 'validation') == ['0']
+  assert texts(FilesSource('~/d0/0.txt').texts(), 'validation') == ['0']
 
 
 def test_missing_files_name_glob_and_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=rf"matches 'no/\*' in {tmp_path}"):
-    open_source('files:no/*')
+    FilesSource('no/*').texts()
 
 
 def test_a_file_not_utf8_is_named(tmp_path):
   (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
-  source = open_source(f'files:{tmp_path}/latin.txt')
+  source = FilesSource(f'{tmp_path}/latin.txt').texts()
   with pytest.raises(ValueError, match=r'latin.txt is not UTF-8'):
     texts(source, 'train')
 
@@ -202,15 +211,7 @@ def test_a_file_not_utf8_is_named(tmp_path):
 def test_files_have_two_splits(tmp_path):
   make_files(tmp_path, 2)
   with pytest.raises(ValueError, match="'test'; have"):
-    open_source(f'files:{tmp_path}/*/*', Selection(('train', 'test')))
-
-
-@pytest.mark.parametrize(
-  'spec', ['', 'stdlib', 'python_stdlib:', 'files:', 'tfds:', 'http://x']
-)
-def test_unknown_kinds_name_what_exists(spec):
-  with pytest.raises(ValueError, match=r'unknown source .*files:<glob>'):
-    open_source(spec)
+    FilesSource(f'{tmp_path}/*/*').texts(Selection(('train', 'test')))
 
 
 # TFDS datasets.
@@ -252,7 +253,8 @@ def poems(poems_folder, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(poems_folder))
 
   def open_poems(train='train[:75%]', validation='train[75%:]', text='line'):
-    return open_source('tfds:poems', Selection((train, validation), text))
+    source = TfdsSource('poems', text_feature=text)
+    return source.texts(Selection((train, validation)))
 
   return open_poems
 
@@ -295,13 +297,13 @@ def test_a_feature_that_is_no_text(poems, feature, message):
 
 def test_an_unknown_dataset_names_those_prepared(poems):
   with pytest.raises(ValueError, match=r"'poemz' .*\['poems'\]"):
-    open_source('tfds:poemz')
+    TfdsSource('poemz').texts()
 
 
 def test_a_dataset_that_needs_a_manual_download(tmp_path, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(ValueError, match=r"(?s)'samsum' could not .*TensorFlow"):
-    open_source('tfds:samsum')
+    TfdsSource('samsum').texts()
 
 
 def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
@@ -314,7 +316,7 @@ def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Poems, '_generate_examples', watched)
   monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
-  open_source('tfds:poems', Selection(('train', 'train'), 'line'))
+  TfdsSource('poems', text_feature='line').texts(TWICE)
   assert locks == [True]
 
 
@@ -330,7 +332,7 @@ def test_a_dataset_in_another_format(tmp_path, monkeypatch, poems_folder):
     (own / name).write_bytes(content)
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(ValueError, match=r"'poems'.*array_record"):
-    open_source('tfds:poems', Selection(('train', 'train'), 'line'))
+    TfdsSource('poems', text_feature='line').texts(TWICE)
 
 
 def test_modules_that_distributions_leave_out_are_only_had_by_name():

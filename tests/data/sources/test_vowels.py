@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_jax.data import open_classes
-from moe_jax.data.sources import vowels
+from moe_jax.data import VowelsSource
+from moe_jax.data.sources import SPLITS, vowels
 
 # Two tokens of a man's [i] and one of his [ah], as files have them; the vowel
 # of 'head' is not among the four.
@@ -23,11 +23,11 @@ def table(speakers=52):
 
 def written(path, lines):
   path.write_text('\n'.join(' '.join(map(str, line)) for line in lines))
-  return f'files:{path}'
+  return VowelsSource(str(path))
 
 
 def test_a_table_is_read(tmp_path):
-  source = open_classes(written(tmp_path / 'pb.data', table()))
+  source = written(tmp_path / 'pb.data', table()).classes()
   train, validation = (source.examples(s) for s in ('train', 'validation'))
   # Of 52 speakers the first 50 are to train on; three tokens each.
   assert len(train.labels) == 150 and len(validation.labels) == 6
@@ -40,11 +40,11 @@ def test_a_table_is_read(tmp_path):
 
 
 def test_forms_of_the_table_say_the_same(tmp_path):
-  plain = open_classes(written(tmp_path / 'a', table()))
+  plain = written(tmp_path / 'a', table()).classes()
   # A header of the file's own, and the sex in a column of its own.
   lines = [['#', 'Peterson', 'and', 'Barney']]
   lines += [(group, 'm', *rest) for group, *rest in table()]
-  more = open_classes(written(tmp_path / 'b', lines))
+  more = written(tmp_path / 'b', lines).classes()
   # As Praat writes it, and other programs.
   named = [('Type', 'Sex', 'Speaker', 'Vowel', 'IPA', 'F0', 'F1', 'F2', 'F3')]
   named += [(g, 'm', s, v.strip('*'), 'x', *f) for g, s, _, v, *f in table()]
@@ -52,8 +52,8 @@ def test_forms_of_the_table_say_the_same(tmp_path):
     text = '\n'.join(delimiter.join(map(str, line)) for line in named)
     path = tmp_path / 'c'
     path.write_text(text + '\n')
-    for source in (more, open_classes(f'files:{path}')):
-      for split in vowels.SPLITS:
+    for source in (more, VowelsSource(str(path)).classes()):
+      for split in SPLITS:
         for mine, theirs in zip(
           source.examples(split), plain.examples(split), strict=True
         ):
@@ -80,20 +80,20 @@ def changed(column, value):
 )
 def test_a_bad_table_is_refused(lines, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    open_classes(written(tmp_path / 'bad', lines))
+    written(tmp_path / 'bad', lines).classes()
 
 
 def test_a_missing_table_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r'files:.*: no file .*none'):
-    open_classes(f'files:{tmp_path}/none')
+  with pytest.raises(ValueError, match=r'table of vowels: no file .*none'):
+    VowelsSource(f'{tmp_path}/none').classes()
 
 
 def test_drawn_speakers_say_that_they_are():
-  source = open_classes('vowels')
+  source = VowelsSource().classes()
   assert 'drawn' in source.name
   assert len(source.examples('train').labels) == 50 * 4 * 2
   assert len(source.examples('validation').labels) == 25 * 4 * 2
-  again = open_classes('vowels').examples('train')
+  again = VowelsSource().classes().examples('train')
   np.testing.assert_array_equal(
     source.examples('train').features, again.features
   )

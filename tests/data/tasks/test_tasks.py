@@ -1,4 +1,4 @@
-"""Every task from a config to batches, and what it says of itself."""
+"""Every task from options to batches, and what it says of itself."""
 
 import dataclasses
 
@@ -6,19 +6,31 @@ import numpy as np
 import pytest
 import tokenizers
 
-from configs import base
-from moe_jax.config import to_dataclass
-from moe_jax.data import DENOISERS, DataConfig, batch_dataset, load
+from moe_jax.data import (
+  TASKS,
+  CharsOptions,
+  DataOptions,
+  GettextSource,
+  JsonOptions,
+  PythonStdlibSource,
+  SpanCorruptionTask,
+  Ul2Task,
+  batch_dataset,
+  load,
+  read_pairs,
+)
 
-PART = 'python_stdlib:email,json'
-PAIRS = 'django_gettext:de,fr'
+PART = PythonStdlibSource('email,json')
+PAIRS = GettextSource('de,fr')
 DECODER = {'tokens', 'targets', 'segment_ids', 'positions', 'loss_weights'}
 ENCODER = {'encoder_tokens', 'encoder_segment_ids', 'encoder_positions'}
 
 
 def config(task, **more):
-  source = PAIRS if task == 'seq2seq' else PART
-  return DataConfig(source, 'bytes', 60, task=task, **more)
+  """Options of a task, given as its kind or its own options."""
+  task = TASKS.get(task)() if isinstance(task, str) else task
+  source = PAIRS if 'pairs' in task.reads else PART
+  return DataOptions(source=source, seq_len=60, task=task, **more)
 
 
 def batch_of(dataset, i=3):
@@ -152,7 +164,7 @@ def test_truncated_pairs_are_those_too_long():
 
 
 def test_characters_get_an_eos():
-  dataset = load(dataclasses.replace(config('seq2seq'), tokenizer='chars'))
+  dataset = load(config('seq2seq', tokenizer=CharsOptions()))
   eos = dataset.tokenizer.eos_id
   assert eos == dataset.vocab_size - 1
   assert (batch_of(dataset)['targets'] == eos).any()
@@ -161,40 +173,56 @@ def test_characters_get_an_eos():
 @pytest.mark.parametrize(
   ('task', 'wrong', 'message'),
   [
-    ('mlm', {}, "unknown task 'mlm'; .*'span_corruption'"),
-    ('ul2', {'target_len': -1}, 'target_len=-1'),
-    ('ul2', {'num_sentinels': -1}, 'num_sentinels=-1'),
-    ('ul2', {'num_sentinels': 3}, 'num_sentinels=3 is below'),
-    ('span_corruption', {'noise_density': 1.5}, 'noise_density=1.5'),
-    ('span_corruption', {'target_len': 2}, 'T_dec=2 are too short'),
-    ('lm', {'source': PAIRS}, r"has pairs: task='seq2seq' reads them"),
-    ('seq2seq', {'source': PART}, 'unknown source of pairs'),
+    (Ul2Task, {'num_sentinels': -1}, 'num_sentinels=-1'),
+    (Ul2Task, {'num_sentinels': 3}, 'num_sentinels=3 is below'),
+    (SpanCorruptionTask, {'noise_density': 1.5}, 'noise_density=1.5'),
+    (SpanCorruptionTask, {'mean_noise_span': 0.5}, 'mean_noise_span=0.5'),
   ],
 )
-def test_wrong_configs(task, wrong, message):
+def test_wrong_options(task, wrong, message):
   with pytest.raises(ValueError, match=message):
-    load(dataclasses.replace(config(task), **wrong))
+    load(config(task(**wrong)))
 
 
-def test_the_configs_defaults_are_ours():
-  section = to_dataclass(DataConfig, base.get_config().data)
-  ours = DataConfig('python_stdlib', 'bytes', 256)
-  assert section == dataclasses.replace(
-    ours, denoisers=tuple(map(tuple, DENOISERS))
+def test_a_row_that_is_too_short():
+  with pytest.raises(ValueError, match='T_dec=2 are too short'):
+    load(config('span_corruption', target_len=2))
+
+
+@pytest.mark.parametrize(
+  ('task', 'generates', 'goes_on'),
+  [
+    ('lm', False, True),
+    ('prefix_lm', True, True),
+    ('span_corruption', False, False),
+    ('ul2', False, False),
+    ('seq2seq', True, False),
+  ],
+)
+def test_what_others_ask_a_task(task, generates, goes_on):
+  options = config(task)
+  assert options.task.generates == generates
+  assert options.task.answers_go_on == goes_on
+  # The text of a decoder's row says whether a token stands in between.
+  dataset = load(options)
+  row = dataset.splits['train'][0]
+  inside = row['segment_ids'] == 1
+  eos = dataset.tokenizer.eos_id
+  assert (eos in row['tokens'][inside]) == (not goes_on)
+
+
+def test_pairs_are_read_as_texts():
+  options = config('seq2seq')
+  pairs = list(read_pairs(options, 'validation'))
+  assert len(pairs) == load(options).counts['validation']['pairs']
+  assert all(inputs[:4] in ('de: ', 'fr: ') for inputs, _ in pairs)
+  prefixed = dataclasses.replace(
+    options, task=dataclasses.replace(options.task, input_prefix='say ')
   )
-
-
-@pytest.mark.parametrize('task', ['span_corruption', 'ul2', 'seq2seq'])
-def test_a_shrunk_config_keeps_its_task(task):
-  config = base.get_config()
-  config.data.task = task
-  config.data.source = 'tfds:wmt14_translate/de-en'
-  config.data.target_len = 114
-  config.data.input_feature = 'de'
-  small = base.finish(config, base.RUNLOCAL).data
-  assert small.task == task and 0 < small.target_len < 114
-  expected = 'python_stdlib' + '_docstrings' * (task == 'seq2seq')
-  assert small.source == expected and small.input_feature == 'inputs'
+  (inputs, target), *_ = read_pairs(prefixed, 'validation')
+  assert (inputs, target) == (f'say {pairs[0][0]}', pairs[0][1])
+  # Windows of texts are no pairs of texts.
+  assert read_pairs(config('prefix_lm'), 'validation') is None
 
 
 def test_a_tokenizers_own_sentinels_are_used(tmp_path):
@@ -213,12 +241,8 @@ def test_a_tokenizers_own_sentinels_are_used(tmp_path):
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
   tokenizer.add_special_tokens(['</s>', '<extra_id_0>', '<extra_id_1>'])
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
-  dataset = load(
-    dataclasses.replace(
-      config('span_corruption', target_len=30),
-      tokenizer=f'json:{tmp_path}/tokenizer.json',
-    )
-  )
+  tokenizer = JsonOptions(f'{tmp_path}/tokenizer.json')
+  dataset = load(config('span_corruption', target_len=30, tokenizer=tokenizer))
   assert dataset.vocab_size == 260 + 98
   row = dataset.splits['train'][0]
   marks = [t for t in row['targets'] if t > 256 and t != 259]

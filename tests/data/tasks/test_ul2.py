@@ -15,7 +15,7 @@ SENTINELS = tuple(range(100, 200))
 
 def make(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
   return ul2.mixture(
-    denoisers,
+    [ul2.Denoiser(*denoiser) for denoiser in denoisers],
     layout or EncoderDecoderLayout(120, 110, start_id=EOS),
     sentinels=SENTINELS,
     eos_id=EOS,
@@ -38,7 +38,9 @@ def test_the_papers_seven():
 
 
 def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
-  task = make([('R', 4.0, 0.1, 3.0), ('S', 0.0, 0.3, 2.0), ('X', 4.0, 0.5, 1)])
+  task = make(
+    [('R', 4.0, 0.1, 3.0), ('S', 0.0, 0.3, 2.0), ('X', 4.0, 0.5, 1.0)]
+  )
   generator = np.random.default_rng(0)
   window = np.full(task.window, 5)
   shares = collections.defaultdict(list)
@@ -86,13 +88,14 @@ def test_no_window_overflows_whatever_is_drawn(layout):
 @pytest.mark.parametrize(
   ('denoisers', 'message'),
   [
-    ([], 'none of positive weight'),
-    ([('R', 3.0, 0.15, 0.0)], 'none of positive weight'),
-    ([('T', 3.0, 0.15, 1.0)], r"'T'; have \['R', 'S', 'X'\]"),
-    ([('R', 3.0, 0.15, -1.0)], 'negative weight'),
-    ([('R', 3.0, 0.15)], "not .*'weight'"),
+    ((), 'none of positive weight'),
+    ((('R', 3.0, 0.15, 0.0),), 'none of positive weight'),
+    ((('T', 3.0, 0.15, 1.0),), r"'T'; have \['R', 'S', 'X'\]"),
+    ((('R', 3.0, 0.15, -1.0),), 'weight=-1.0 must be at least 0'),
+    ((('R', 3.0, 1.0, 1.0),), r'density=1.0 not in \(0, 1\)'),
+    ((('R', 0.0, 0.5, 1.0),), 'mean span=0.0 must be at least 1'),
   ],
 )
 def test_wrong_mixtures_are_refused(denoisers, message):
   with pytest.raises(ValueError, match=message):
-    make(denoisers)
+    ul2.Ul2Task(denoisers=denoisers)

@@ -45,6 +45,10 @@ def model():
   return made
 
 
+def opened(path):
+  return tokenizers.JsonOptions(str(path)).fit([])
+
+
 @pytest.fixture(scope='module')
 def theirs():
   return PreTrainedTokenizerFast(
@@ -70,7 +74,7 @@ def write(path, name, **values):
 
 
 def test_prompts_are_those_of_transformers(folder, theirs):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   for text in ('the cat', '', 'a</s>b <extra_id_1> é'):
     assert ours.encode_inputs(text).tolist() == theirs(text).input_ids
   # A document is not a prompt: nothing added, nothing forged.
@@ -80,7 +84,7 @@ def test_prompts_are_those_of_transformers(folder, theirs):
 
 
 def test_special_tokens_by_hand(folder):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   assert (ours.pad_id, ours.eos_id, ours.bos_id) == (0, 1, 3)
   assert (ours.start_id, ours.forced_bos_id) == (1, None)
   assert ours.eos_ids == (1,)
@@ -108,7 +112,7 @@ def test_configs_come_before_names(folder, tmp_path):
     pad_token_id=None,
     forced_bos_token_id=5,
   )
-  ours = tokenizers.fit(f'json:{tmp_path}', [])
+  ours = opened(tmp_path)
   assert (ours.eos_ids, ours.eos_id) == ((7, 1), 7)
   assert (ours.pad_id, ours.bos_id) == (2, 3)
   assert (ours.start_id, ours.forced_bos_id) == (0, 5)
@@ -119,7 +123,7 @@ def test_configs_come_before_names(folder, tmp_path):
 
 
 def test_all_comes_back_from_the_workdir(folder, tmp_path):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   ours.save(tmp_path / 'tokenizer.json')
   again = tokenizers.load(tmp_path / 'tokenizer.json')
   assert again.special == ours.special
@@ -131,11 +135,11 @@ def test_all_comes_back_from_the_workdir(folder, tmp_path):
 
 
 def test_the_file_alone_stays_what_it_was(folder):
-  alone = tokenizers.fit(f'json:{folder / "tokenizer.json"}', [])
+  alone = opened(folder / 'tokenizer.json')
   assert alone.eos_id == 1  # '</s>' is among the well-known names
   assert (alone.bos_id, alone.pad_id) == (None, None)
   assert 'special' not in alone.to_json()
-  whole = tokenizers.fit(f'json:{folder}', [])
+  whole = opened(folder)
   assert alone.identity != whole.identity  # another EOS would be other data
   with pytest.raises(ValueError, match='without a chat template'):
     alone.encode_chat(CHAT)
@@ -143,7 +147,7 @@ def test_the_file_alone_stays_what_it_was(folder):
 
 @pytest.mark.parametrize('asked', [True, False])
 def test_conversations_are_those_of_transformers(folder, theirs, asked):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   for more in ({}, {'stop': '</s>'}):
     expected = theirs.apply_chat_template(
       CHAT, add_generation_prompt=asked, return_dict=False, **more
@@ -154,7 +158,7 @@ def test_conversations_are_those_of_transformers(folder, theirs, asked):
 
 
 def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   with pytest.raises(ValueError, match='no role system'):
     ours.encode_chat([{'role': 'system', 'content': 'x'}])
   for template in (
@@ -170,7 +174,7 @@ def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
 
 
 def test_languages(folder, theirs):
-  ours = tokenizers.fit(f'json:{folder}', [])
+  ours = opened(folder)
   english = theirs('the cat').input_ids
   assert english[0] == 4
   french = ours.encode_inputs('the cat', language='fra_Latn')
@@ -208,4 +212,4 @@ def test_bad_folders(files, message, tmp_path):
   for name, text in files.items():
     (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=message):
-    tokenizers.fit(f'json:{tmp_path}', [])
+    opened(tmp_path)

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax.data.sources.choices import (
+from moe_jax.data import (
+  SHOTS_SOURCES,
+  ChoiceFilesSource,
+  ChoiceTfdsSource,
+  DocstringChoiceSource,
   Item,
-  ItemSelection,
-  open_items,
-  with_distractors,
+  Selection,
 )
+from moe_jax.data.choices.docstring_choice import with_distractors
 
-PART = 'docstring_choice:asyncio,email,json'
+PART = DocstringChoiceSource('asyncio,email,json')
 
 
 def test_wrong_answers_are_those_of_pairs_far_away():
@@ -33,7 +36,7 @@ def test_wrong_answers_are_those_of_pairs_far_away():
 
 
 def test_which_docstring_is_a_functions():
-  source = open_items(PART)
+  source = PART.items()
   train, validation = source.items('train'), source.items('validation')
   assert len(train) > 100 and len(validation) > 5
   assert source.items('train') == train
@@ -54,7 +57,7 @@ def line(**changes):
 def test_lines_of_files(tmp_path):
   (tmp_path / 'b.jsonl').write_text(line(prompt='ü') + '\n')
   (tmp_path / 'a.jsonl').write_text(line(note='z') + '\n\n' + line(label=0))
-  source = open_items(f'files:{tmp_path}/*.jsonl')
+  source = ChoiceFilesSource(f'{tmp_path}/*.jsonl').items()
   found = source.items('validation')
   assert found[0] == Item('q', ('x', 'y'), 1)
   assert [item.label for item in found] == [1, 0, 1]
@@ -77,20 +80,24 @@ def test_lines_of_files(tmp_path):
 def test_a_line_that_is_no_item(tmp_path, text, message):
   (tmp_path / 'a.jsonl').write_text(line() + '\n' + text)
   with pytest.raises(ValueError, match=message):
-    open_items(f'files:{tmp_path}/a.jsonl')
+    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items()
 
 
 def test_sources_that_do_not_exist(tmp_path):
   with pytest.raises(ValueError, match=r'no file matches .*no\.jsonl'):
-    open_items(f'files:{tmp_path}/no.jsonl')
+    ChoiceFilesSource(f'{tmp_path}/no.jsonl').items()
   (tmp_path / 'a.jsonl').write_text('\n')
   with pytest.raises(ValueError, match=r'1 files of .* are empty'):
-    open_items(f'files:{tmp_path}/a.jsonl')
-  for spec in ('docstrings', 'docstring_choice:', 'files:', 'tfds:'):
-    with pytest.raises(
-      ValueError, match=r'source of choices .*docstring_choice'
-    ):
-      open_items(spec)
+    ChoiceFilesSource(f'{tmp_path}/a.jsonl').items()
+
+
+def test_examples_are_of_the_judged_source_or_of_another():
+  files = ChoiceFilesSource('x')
+  same = SHOTS_SOURCES.get('same')()
+  assert same.instead_of(PART) is PART
+  assert files.instead_of(PART) is files
+  # All lines of files are judged: they cannot be shown before.
+  assert PART.has_train_split and not same.instead_of(files).has_train_split
 
 
 class Quiz(tfds.core.GeneratorBasedBuilder):
@@ -142,8 +149,8 @@ def test_features_of_a_tfds_dataset(folder, monkeypatch):
   splits = 'train[:6]', 'train[6:]'
 
   def items(split, answers, label):
-    selection = ItemSelection(splits, 'goal', answers, label)
-    return list(open_items('tfds:quiz', selection).items(split))
+    source = ChoiceTfdsSource('quiz', 'goal', answers, label)
+    return list(source.items(Selection(splits)).items(split))
 
   listed = items('train', 'choices', 'key') + items(
     'validation', 'choices', 'key'

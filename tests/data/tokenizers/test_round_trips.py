@@ -73,7 +73,7 @@ def test_bytes_by_hand():
 
 
 def test_chars_by_hand():
-  tokenizer = tokenizers.fit('chars', iter(['ba', 'é\n', 'ab']))
+  tokenizer = tokenizers.CharsOptions().fit(iter(['ba', 'é\n', 'ab']))
   assert (tokenizer.vocab_size, tokenizer.eos_id) == (4, None)
   assert tokenizer.encode('abé\n').tolist() == [1, 2, 3, 0]
   assert tokenizer.token_name(0) == "'\\n'"
@@ -87,13 +87,13 @@ def test_chars_name_the_unseen(unseen):
 
 def test_chars_need_a_character():
   with pytest.raises(ValueError, match='at least one character'):
-    tokenizers.fit('chars', [''])
+    tokenizers.CharsOptions().fit([''])
 
 
 def test_json_by_hand(tmp_path):
   path = tmp_path / 'bpe.json'
   bpe('</s>').save(str(path))
-  tokenizer = tokenizers.fit(f'json:{path}', [])
+  tokenizer = tokenizers.JsonOptions(str(path)).fit([])
   assert tokenizer.eos_id == 0
   assert tokenizer.token_name(0) == '<eos>'
   assert tokenizer.decode([0]) == ''
@@ -120,24 +120,20 @@ def test_identities_tell_tokenizers_apart(tmp_path):
   paths = [tmp_path / 'a.json', tmp_path / 'b.json']
   for path, eos in zip(paths, ['</s>', '<eos>']):
     bpe(eos).save(str(path))
-  specs = ['bytes', 'chars', *(f'json:{path}' for path in paths)]
-  assert len({tokenizers.spec_identity(spec) for spec in specs}) == 4
+  files = [tokenizers.JsonOptions(str(path)) for path in paths]
+  chosen = [tokenizers.BytesOptions(), tokenizers.CharsOptions(), *files]
+  assert len({options.identity() for options in chosen}) == 4
+  assert [options.known_vocab_size() for options in chosen] == [
+    257, None, 270, 270
+  ]  # fmt: skip
   assert tokenizers.Chars('ab').identity != tokenizers.Chars('ac').identity
 
 
-@pytest.mark.parametrize(
-  ('spec', 'message'),
-  [
-    ('byte', "unknown tokenizer 'byte'; did you mean 'bytes'"),
-    ('json', 'unknown tokenizer'),
-    ('json:missing.json', 'no file missing.json'),
-    ('', 'unknown tokenizer'),
-  ],
-)
-def test_bad_specs(spec, message):
-  for function in (tokenizers.spec_identity, lambda s: tokenizers.fit(s, [])):
-    with pytest.raises(ValueError, match=message):
-      function(spec)
+def test_a_missing_file_is_named():
+  options = tokenizers.JsonOptions('missing.json')
+  for function in (options.identity, lambda: options.fit([])):
+    with pytest.raises(ValueError, match=r'no file missing\.json'):
+      function()
 
 
 @pytest.mark.parametrize(

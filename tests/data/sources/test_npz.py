@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from moe_jax.data import (
+  ClassesTask,
   ClassRows,
   ClassSource,
-  DataConfig,
+  DataOptions,
   Examples,
+  NpzSource,
   load,
-  open_classes,
   tokenizers,
   train_batches,
 )
@@ -26,11 +27,15 @@ def written(path, **changes):
   }
   arrays = {k: v for k, v in (arrays | changes).items() if v is not None}
   np.savez(path, **arrays)
-  return f'npz:{path}'
+  return NpzSource(str(path))
+
+
+def dataset_of(source):
+  return load(DataOptions(source=source, task=ClassesTask(), seq_len=1))
 
 
 def test_examples_are_rows_of_one(tmp_path):
-  dataset = load(DataConfig(written(tmp_path / 'a.npz'), '', 1, task='classes'))
+  dataset = dataset_of(written(tmp_path / 'a.npz'))
   assert dataset.vocab_size == 2 and dataset.feature_shape == (2,)
   batch = dataset.splits['train'].take(np.array([2, 0, 3]))
   # The fourth of three examples is padding.
@@ -46,8 +51,7 @@ def test_examples_are_rows_of_one(tmp_path):
 
 def test_the_digest_is_of_all_that_is_learned(tmp_path):
   def digest(**changes):
-    spec = written(tmp_path / 'a.npz', **changes)
-    return load(DataConfig(spec, '', 1, task='classes')).digest
+    return dataset_of(written(tmp_path / 'a.npz', **changes)).digest
 
   first = digest()
   assert digest() == first
@@ -66,18 +70,14 @@ def test_the_digest_is_of_all_that_is_learned(tmp_path):
   ],
 )
 def test_a_bad_file_is_refused(changes, message, tmp_path):
-  spec = written(tmp_path / 'a.npz', **changes)
+  source = written(tmp_path / 'a.npz', **changes)
   with pytest.raises(ValueError, match=message):
-    open_classes(spec)
+    source.classes()
 
 
-def test_what_is_no_source_of_classes_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'no file .*none\.npz'):
-    open_classes(f'npz:{tmp_path}/none.npz')
-  with pytest.raises(ValueError, match=r"unknown source .*'npz:<path>'"):
-    open_classes('python_stdlib')
-  with pytest.raises(ValueError, match='seq_len=4 must be 1, target_len=0'):
-    load(DataConfig('npz:x', '', 4, task='classes'))
+    NpzSource(f'{tmp_path}/none.npz').classes()
 
 
 class Noisy(ClassSource):

@@ -1,0 +1,99 @@
+"""A user's own source, tokenizer and task, as a config names them."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.data import (
+  PackedRows,
+  SourceOptions,
+  Texts,
+  TextTask,
+  TokenizerOptions,
+)
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.options import at_least, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(SourceOptions):
+  """Documents that count from one: '1 2 3'."""
+
+  names_splits = False
+
+  last: int = option(
+    3, 'Largest number that a document counts to.', at_least(1)
+  )
+
+  def texts(self, selection=None):
+    """One document a number."""
+    del selection
+    documents = [
+      ' '.join(map(str, range(1, n + 1))) for n in range(1, self.last + 1)
+    ]
+    return Texts(
+      f'counting to {self.last}',
+      f'counting {self.last}',
+      lambda split: iter(documents),
+    )
+
+
+class Words(Tokenizer):
+  """Words between blanks."""
+
+  def __init__(self, words):
+    self.words = sorted(words)
+    self.vocab_size = len(self.words)
+    self.identity = f'words {self.words}'
+
+  def encode(self, text):
+    """The index of each word."""
+    ids = [self.words.index(word) for word in text.split()]
+    return np.array(ids, np.int32)
+
+  def decode(self, ids):
+    """The words, with a blank between."""
+    return ' '.join(self.words[i] for i in self._in_vocabulary(ids))
+
+  def token_name(self, token):
+    """The word."""
+    return self.decode([token])
+
+  def state(self):
+    """The words."""
+    return {'words': self.words}
+
+  @classmethod
+  def from_state(cls, state):
+    """The tokenizer of these words."""
+    return cls(state['words'])
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsOptions(TokenizerOptions):
+  """The choice of the words that the texts have."""
+
+  def identity(self):
+    """All choices of words are equal."""
+    return 'words'
+
+  def fit(self, texts):
+    """The tokenizer of all words of the texts."""
+    return Words({word for text in texts for word in text.split()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Backwards(TextTask):
+  """Language modelling from the end to the beginning."""
+
+  label = 'backwards'
+  makes_examples = False
+
+  twice: bool = option(False, 'Whether every text is there twice.')
+
+  def rows(self, stream, tokenizer, shape):
+    """Rows of the stream of tokens, reversed."""
+    del tokenizer
+    tokens, _ = stream
+    tokens = np.tile(tokens[::-1], 1 + self.twice)
+    return PackedRows(tokens, np.array([0]), shape.seq_len)

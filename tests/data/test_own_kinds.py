@@ -1,0 +1,100 @@
+"""A config names a user's own source, tokenizer and task, and they are used."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import sections
+from moe_jax.data import DataOptions, load, tokenizers
+from tests.data import own_kinds
+
+HERE = 'tests.data.own_kinds'
+
+
+def section(**kinds):
+  config = sections.section(DataOptions)
+  for name, kind in kinds.items():
+    config[name].kind = f'{HERE}:{kind}'
+  config.seq_len = 4
+  return config
+
+
+def test_a_users_own_source_tokenizer_and_task(tmp_path):
+  config = section(
+    source='Counting', tokenizer='WordsOptions', task='Backwards'
+  )
+  config.source.custom = {'last': 3}
+  config.task.custom = {'twice': True}
+  config.cache_dir = str(tmp_path)
+  options = sections.read(DataOptions, config)
+  assert options.source == own_kinds.Counting(3)
+  assert sections.read(DataOptions, sections.section(options)) == options
+  for _ in range(2):  # now, and from the cache
+    dataset = load(options)
+    # '1', '1 2' and '1 2 3', from the end: 3 2 1 2 1 1, twice.
+    row = dataset.splits['train'][0]
+    assert dataset.tokenizer.decode(row['tokens']) == '3 2 1 2'
+    assert dataset.tokenizer.decode(row['targets']) == '2 1 2 1'
+    assert len(dataset.splits['train']) == 3  # 11 predictions, 4 a row
+  said = dataset.describe()
+  assert 'data: counting to 3, 6 documents' in said
+  assert '\ntask: backwards\n' in said and 'V=3' in said
+
+
+def test_each_alone_beside_ours(tmp_path):
+  config = section(source='Counting')
+  config.cache_dir = str(tmp_path)
+  dataset = load(sections.read(DataOptions, config))
+  assert dataset.splits['train'][0]['tokens'].tolist() == [49, 256, 49, 32]
+  config = section(source='Counting', tokenizer='WordsOptions')
+  config.task.kind = 'prefix_lm'
+  config.cache_dir = str(tmp_path)
+  dataset = load(sections.read(DataOptions, config))
+  assert dataset.vocab_size == 4  # with an EOS
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'last': 0}, 'source.custom.last=0 must be at least 1'),
+    ({'lst': 2}, "'source.custom.lst'; did you mean 'source.custom.last'"),
+  ],
+)
+def test_its_options_are_checked(changes, message):
+  config = section(source='Counting')
+  config.source.custom = changes
+  with pytest.raises(ValueError, match=message):
+    sections.read(DataOptions, config)
+
+
+@pytest.mark.parametrize(
+  ('kinds', 'message'),
+  [
+    ({'source': 'Words'}, 'does not extend .*SourceOptions'),
+    ({'tokenizer': 'Words'}, 'does not extend .*TokenizerOptions'),
+    ({'task': 'Gone'}, "has no 'Gone'"),
+  ],
+)
+def test_what_is_no_such_kind_is_refused(kinds, message):
+  with pytest.raises(ValueError, match=message):
+    sections.read(DataOptions, section(**kinds))
+
+
+def test_a_file_never_imports_a_users_tokenizer(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  own_kinds.Words('ab').save(path)
+  assert json.loads(path.read_text())['kind'] == f'{HERE}:Words'
+  assert tokenizers.load(path).decode([1, 0]) == 'b a'
+  script = (
+    'import sys\n'
+    'from moe_jax.data import tokenizers\n'
+    f'tokenizers.load({str(path)!r})\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True
+  )
+  assert done.returncode and f"unknown tokenizer kind '{HERE}:Words'" in (
+    done.stderr
+  )
