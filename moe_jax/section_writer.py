@@ -5,6 +5,7 @@ config are merged (`sections.py`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from moe_jax.options import (
   Options,
   default_of,
   fields_of,
+  in_force,
   spec_of,
   types_of,
 )
@@ -51,6 +53,31 @@ def choice_section(kinds: Kinds, chosen: Options) -> ConfigDict:
 def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
   """The section of one of several named choices: its kind and its options."""
   return ConfigDict({KIND: kinds.name_of(chosen), **_section(chosen)})
+
+
+def meaning(options: Options, path: str = '') -> dict[str, Any]:
+  """What of some options decides what is computed, by dotted name.
+
+  Options are left out that say only how (see `Spec`), and those without effect
+  beside their neighbours. The chosen kind has the name 'kind' in its section.
+
+  Args:
+    options: The options.
+    path: What stands before every name, 'model.'.
+  """
+  values = {}
+  for name, field in fields_of(type(options)).items():
+    spec, value = spec_of(field), getattr(options, name)
+    used = in_force(functools.partial(getattr, options), spec.when)
+    if spec.how or not used:
+      continue
+    if isinstance(value, Options):
+      if spec.kinds is not None:
+        values[f'{path}{name}.{KIND}'] = spec.kinds.name_of(value)
+      values |= meaning(value, f'{path}{name}.')
+    else:
+      values[f'{path}{name}'] = value
+  return values
 
 
 def _section(options: type[Options] | Options) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moe_jax.section_writer import (
   choice_section,
   entry_section,
   lock,
+  meaning,
   section,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
   'flatten',
   'leaves',
   'lock',
+  'meaning',
   'merge',
   'overridden',
   'read',

@@ -6,11 +6,8 @@ Not here: how (`upcycling.py`).
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from flax import linen as nn
-
 from moe_jax import models
 from moe_jax.finetuning.upcycling import (
-  ROUTER,
   Copies,
   Path,
   Piece,
@@ -19,11 +16,23 @@ from moe_jax.finetuning.upcycling import (
   flat,
   sources_of,
 )
-from moe_jax.layers.initializers import axis_names
+from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
-from moe_jax.models.pattern import segments
+from moe_jax.models.layer_trees import LayerPlace
 
-EXPERTS, DENSE = ('moe', 'experts'), ('ffn',)
+
+class _Described(NamedTuple):
+  """A parameter before there is any.
+
+  Attributes:
+    shape: Its shape.
+    axes: The logical names of its dimensions.
+    role: What it is for.
+  """
+
+  shape: tuple[int, ...]
+  axes: Names
+  role: Role
 
 
 def plan(model: Model, source: Model, copies: Copies) -> Plan:
@@ -34,18 +43,18 @@ def plan(model: Model, source: Model, copies: Copies) -> Plan:
       layers that were sparse and would be dense, other widths, parameters that
       one of the two has not, or `copies.experts` that do not fit.
   """
-  have, wanted = _shapes(source), _shapes(model)
-  layers = _layers_of(source, have)
+  have, wanted = _described(source), _described(model)
+  layers = _Layers(source, have)
   experts = _experts(model, source, copies)
   pieces, problems, used = {}, [], set()
-  for path, (shape, axes) in wanted.items():
-    found = [Piece(path if path in have else None)]
-    if (place := _place(model, path)) is not None:
-      found = [_find(layers, n, place) for n in place.layers]
-    pieces[path] = found
-    for piece in found:
+  for path, one in wanted.items():
+    sources = [Piece(path if path in have else None)]
+    if (place := model.place_of(path)) is not None:
+      sources = [layers.find(n, place, one.role) for n in place.layers]
+    pieces[path] = sources
+    for piece in sources:
       used.add(piece.path)
-      problem = _problem(path, piece, shape, axes, have, len(experts))
+      problem = _problem(path, piece, one, have, len(experts))
       problems += [problem] if problem else []
   problems += [f'{_name(p)}: not in this model' for p in have if p not in used]
   problems = _lengths(model, source) or list(dict.fromkeys(problems))
@@ -57,61 +66,60 @@ def plan(model: Model, source: Model, copies: Copies) -> Plan:
     experts=experts,
     num_source_experts=_num_experts(source) if experts else 0,
     copies=copies,
-    upcycled=_upcycled(model, source),
+    upcycled=tuple(
+      layer
+      for layer in model.sparse_layers
+      if layer not in source.sparse_layers
+    ),
   )
 
 
-class _Place(NamedTuple):
-  """A layers' parameter: its stack, its name within a layer, its layers."""
+class _Layers:
+  """Where a model keeps the parameters of each of its layers."""
 
-  stack: Path
-  name: Path
-  layers: list[int]
-
-
-def _place(model: Model, path: Path) -> _Place | None:
-  """Of a parameter that layers have; None for the others."""
-  for stack, config in model.config.stacks:
-    first, n = 0, len(stack)
-    for segment in segments(config.sparse):
-      if path[: n + 1] == (*stack, segment.name):
-        place = int(path[n + 1].removeprefix('layer_'))
-        period = len(segment.pattern)
-        layers = range(first + place, first + segment.num_layers, period)
-        return _Place(stack, path[n + 2 :], list(layers))
-      first += segment.num_layers
-  return None
-
-
-def _layers_of(source: Model, have) -> dict[tuple, Piece]:
-  """(stack, layer, name) -> where the source keeps that parameter."""
-  found = {}
-  for path in have:
-    if (place := _place(source, path)) is not None:
+  def __init__(self, model: Model, have: Mapping[Path, _Described]):
+    # The key is (stack, layer, name of the parameter within a layer).
+    self._pieces: dict[tuple, Piece] = {}
+    # The key has only the last part of the name; feed-forwards alone.
+    self._dense: dict[tuple, list[Piece]] = {}
+    for path, one in have.items():
+      if (place := model.place_of(path)) is None:
+        continue
       for period, layer in enumerate(place.layers):
-        found[place.stack, layer, place.name] = Piece(path, period)
-  return found
+        piece = Piece(path, period)
+        self._pieces[place.stack, layer, place.name] = piece
+        if one.role.role == 'ffn':
+          key = place.stack, layer, place.name[-1]
+          self._dense.setdefault(key, []).append(piece)
+
+  def find(self, layer: int, place: LayerPlace, role: Role) -> Piece:
+    """The piece of a layer's parameter: the same, or the dense layer's.
+
+    A parameter of an expert is made of that of the dense feed-forward which has
+    the same name within its module; without a source the parameter is new.
+    """
+    same = self._pieces.get((place.stack, layer, place.name))
+    if same is not None:
+      return same
+    dense = self._dense.get((place.stack, layer, place.name[-1]), [])
+    if role.role == 'expert' and len(dense) == 1:
+      return dense[0]._replace(stacked=True)
+    return Piece(None)
 
 
-def _find(layers: Mapping[tuple, Piece], number: int, place: _Place) -> Piece:
-  """A layer's parameter: the same, the dense layer's, or a new router's."""
-  same = layers.get((place.stack, number, place.name))
-  if same is not None:
-    return same
-  kind, name = place.name[:2], place.name[2:]
-  dense = layers.get((place.stack, number, DENSE + name))
-  if kind == EXPERTS and dense is not None:
-    return dense._replace(stacked=True)
-  return Piece(None)
-
-
-def _problem(path, piece, shape, axes, have, num_experts) -> str | None:
+def _problem(
+  path: Path,
+  piece: Piece,
+  wanted: _Described,
+  have: Mapping[Path, _Described],
+  num_experts: int,
+) -> str | None:
   """What keeps a parameter from being made of its piece."""
   if piece.path is None:
-    is_new = path[-3:-1] == ROUTER
+    is_new = wanted.role.role == 'router'
     return None if is_new else f'{_name(path)}: not in the other model'
-  old = list(have[piece.path][0])
-  new = list(shape)
+  old, new = list(have[piece.path].shape), list(wanted.shape)
+  axes = wanted.axes
   if piece.period is not None:
     old, new, axes = old[1:], new[1:], axes[1:]
     axis = expert_axis(axes)
@@ -143,39 +151,32 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
 
 
 def _num_experts(model: Model) -> int:
-  return model.config.moe.router.num_experts if model.config.moe else 0
+  return 0 if model.moe is None else model.moe.num_experts
 
 
 def _lengths(model: Model, source: Model) -> list[str]:
   """What makes a comparison parameter by parameter meaningless."""
   theirs, ours = (
-    {stack: config.sparse for stack, config in m.config.stacks}
+    {path: len(stack.sparse) for path, stack in m.stacks}
     for m in (source, model)
   )
   if theirs.keys() != ours.keys():
     return ['one of the two is an encoder-decoder']
   return [
-    f'{"/".join(stack) or "layers"}: {len(theirs[stack])} layers there, '
-    f'{len(ours[stack])} here'
-    for stack in ours
-    if len(theirs[stack]) != len(ours[stack])
+    f'{"/".join(path) or "layers"}: {theirs[path]} layers there, '
+    f'{ours[path]} here'
+    for path in ours
+    if theirs[path] != ours[path]
   ]
 
 
-def _upcycled(model: Model, source: Model) -> tuple[int, ...]:
-  ours, theirs = (
-    m.config.sparse if m.config.moe else (False,) * len(m.config.sparse)
-    for m in (model, source)
-  )
-  return tuple(i for i, (a, b) in enumerate(zip(ours, theirs)) if a and not b)
-
-
-def _shapes(model: Model) -> dict[Path, tuple[tuple, tuple]]:
-  """(shape, logical axes) of every parameter, whatever a row's length."""
-  boxed = models.abstract_params(model, 1)
-  axes = flat(axis_names(boxed))
-  shapes = flat(nn.meta.unbox(boxed))
-  return {path: (leaf.shape, axes[path]) for path, leaf in shapes.items()}
+def _described(model: Model) -> dict[Path, _Described]:
+  """Every parameter by its path."""
+  shapes, axes, roles = map(flat, models.describe(model))
+  return {
+    path: _Described(leaf.shape, axes[path], roles[path])
+    for path, leaf in shapes.items()
+  }
 
 
 def _name(path: Path) -> str:

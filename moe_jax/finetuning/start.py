@@ -1,57 +1,66 @@
 """The parameters that `config.init_from` names, read and converted.
 
-Not here: which become which (`upcycling.py`).
+Not here: which become which (`matching.py`).
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from moe_jax import models
-from moe_jax.config import flatten, to_dataclass
 from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
+from moe_jax.models import Model, ModelOptions
+from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
-from moe_jax.runs import workdir as workdir_lib
+from moe_jax.options import at_least, fields_of, option
+from moe_jax.runs import trained
+from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
-
-# What changes a model's function and no parameter's shape.
-_SETTINGS = (
-  'activation', 'attention_scale', 'embedding_scale', 'logits_scale', 'norm',
-  'norm_epsilon', 'position_offset', 'positions', 'relative_max_distance',
-  'rope_theta', 'sliding_window',
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class InitFrom:
-  """The section `config.init_from`.
+class InitFrom(InitFromOptions):
+  """Another run that this one begins with, and how its experts are copied."""
 
-  Attributes:
-    workdir: Of the other run; '': none.
-    step: Of its checkpoint; -1: the newest good one.
-    experts: The source of each expert, comma-separated.
-    router_std, expert_noise, router_noise: See `Copies`.
-  """
+  experts: str = option(
+    '',
+    'Numbers of the experts there that become the experts here, separated by '
+    "commas: '0,1,0,1'; with an empty string they are taken in turn.",
+  )
+  router_std: float = option(
+    0.0,
+    'Standard deviation of routers that are new (0.02 in sparse upcycling); 0 '
+    'draws them as the model does.',
+    at_least(0),
+  )
+  expert_noise: float = option(
+    0.0,
+    'Standard deviation of the noise on each copy of an expert but the first, '
+    "as a fraction of the kernel's root mean square; 0 adds none.",
+    at_least(0),
+  )
+  router_noise: float = option(
+    0.0,
+    'The same for the columns of the router that belong to copies of an '
+    'expert, which otherwise tie.',
+    at_least(0),
+  )
 
-  workdir: str = ''
-  step: int = -1
-  experts: str = ''
-  router_std: float = 0.0
-  expert_noise: float = 0.0
-  router_noise: float = 0.0
+  def problems(self) -> Iterator[str]:
+    """The experts are numbers."""
+    yield from super().problems()
+    numbers = [part.strip() for part in self.experts.split(',')]
+    if self.experts and not all(number.isdigit() for number in numbers):
+      yield f"experts={self.experts!r} is no list of numbers, '0,1,0,1'"
 
   @property
   def copies(self) -> Copies:
-    """How experts are copied; ValueError where the text is no numbers."""
-    numbers = [part.strip() for part in self.experts.split(',') if part.strip()]
-    if not all(number.isdigit() for number in numbers):
-      raise ValueError(
-        f"init_from.experts={self.experts!r} is no list of numbers, '0,1,0,1'"
-      )
+    """How experts are copied."""
+    numbers = self.experts.split(',') if self.experts else ()
     return Copies(
       experts=tuple(map(int, numbers)),
       router_std=self.router_std,
@@ -75,69 +84,69 @@ def initial(run: Run) -> tuple[dict[str, Any], str] | None:
       do not fit: all differences are listed.
     CheckpointError: No checkpoint of it is good.
   """
-  section = to_dataclass(InitFrom, run.config.init_from)
-  if not section.workdir:
+  options: InitFrom = run.options.init_from
+  if not options.workdir:
     return None
-  folder = pathlib.Path(section.workdir).expanduser()
-  config, tokenizer = workdir_lib.read(folder)
-  theirs, ours = tokenizer.identity, run.dataset.tokenizer.identity
-  if theirs != ours:
+  folder = pathlib.Path(options.workdir).expanduser()
+  theirs = trained.read(folder)
+  old, new = theirs.tokenizer.identity, run.dataset.tokenizer.identity
+  if old != new:
     raise ValueError(
-      f'{folder} was trained on tokens of {theirs}, this run is on those of '
-      f'{ours}'
+      f'{folder} was trained on tokens of {old}, this run is on those of {new}'
     )
-  source = models.build(config)
+  source = theirs.model.build(run.options.sharding.rules)
   try:
-    found = plan(run.model, source, section.copies)
+    chosen = plan(run.model, source, options.copies)
   except ValueError as error:
     raise ValueError(f'init_from.workdir={folder}: {error}') from None
-  as_is = found.copies_all
+  as_is = chosen.copies_all
   has_state = all(abstract_router_state(m, 1) for m in (source, run.model))
-  restored = workdir_lib.restore_variables(
+  restored = trained.restore_variables(
     folder,
     run.model if as_is else source,
-    run.config if as_is else _with_sharding(config, run),
+    run.options.data.seq_len if as_is else theirs.data.seq_len,
+    run.options.sharding.rules,
     mesh=run.mesh,
-    step=None if section.step < 0 else section.step,
+    step=None if options.step < 0 else options.step,
     cast=as_is,
     router_state=as_is and has_state,
   )
   begun = restored.state
   if not as_is:
-    begun = {'params': _convert(run, found, begun['params'])}
+    begun = {'params': _convert(run, chosen, begun['params'])}
   said = (
     f'beginning with the parameters of step {restored.step} of {folder}: '
-    f'{found.describe()}; the optimizer is new'
+    f'{chosen.describe()}; the optimizer is new'
   )
-  if changes := _changes(config, run.config, found):
+  changes = list(_changes(theirs.model, run.options.model))
+  if chosen.upcycled:
+    changes += _expert_changes(source, run.model)
+  if changes:
     said += f'; WARNING: settings differ: {", ".join(changes)}'
   return begun, said
 
 
-def _convert(run: Run, found: Plan, params) -> Any:
+def _convert(run: Run, chosen: Plan, params) -> Any:
   places = jax.tree.map(
     lambda leaf: leaf.sharding, run.programs.abstract_state.params
   )
-  apply = functools.partial(found.apply, seq_len=run.config.data.seq_len)
+  apply = functools.partial(chosen.apply, seq_len=run.options.data.seq_len)
   return jax.jit(apply, out_shardings=places)(
-    params, jax.random.key(run.config.seed)
+    params, jax.random.key(run.options.seed)
   )
 
 
-def _with_sharding(config, run: Run):
-  """The source's config with the run's sharding table."""
-  config = config.copy_and_resolve_references().unlock()
-  config.sharding = run.config.sharding
-  return config.lock()
+def _changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
+  """Settings, but for experts, under which parameters compute otherwise."""
+  for name, (theirs, ours) in difference(old, new).items():
+    if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
+      yield f'model.{name} {theirs!r} -> {ours!r}'
 
 
-def _changes(theirs, ours, found: Plan) -> list[str]:
-  """Settings that make copied parameters compute something else."""
-  old, new = flatten(theirs.model), flatten(ours.model)
-  if found.upcycled and ours.model.moe.activation:
-    new['activation'] = ours.model.moe.activation
-  return [
-    f'model.{name} {old.get(name)!r} -> {new.get(name)!r}'
-    for name in _SETTINGS
-    if old.get(name) != new.get(name)
-  ]
+def _expert_changes(source: Model, model: Model) -> Iterator[str]:
+  """Settings that experts have otherwise than the layers they are copies of."""
+  dense, expert = source.stacks[-1][1].block.ffn, model.moe.expert
+  for name in fields_of(type(dense)):
+    old, new = getattr(dense, name), getattr(expert, name, None)
+    if new not in (None, old):
+      yield f'model.moe.expert.{name} {old!r} -> {new!r}'

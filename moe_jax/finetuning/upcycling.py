@@ -7,12 +7,12 @@ the router.
 
 What is kept of the function, where there is room for every token and no noise:
 
-- From dense: all of it if gates sum to one (`gates='renormalized'`, K >= 2; at
-  K = 1 too, but then no gradient reaches the router). Raw gates shrink what a
-  layer adds.
-- n times the experts: all of it if K is n times as large too. With K as it was
-  a token meets copies of fewer experts, each at 1/n of its raw gate.
-- Fewer experts: nothing is promised.
+- From a dense model: all of it if gates sum to one (`gates='renormalized'`,
+  K >= 2; at K = 1 too, but then no gradient reaches the router). Raw gates
+  shrink what a layer adds.
+- With n times the experts: all of it if K is n times as large too. With K as it
+  was a token meets copies of fewer experts, each at 1/n of its raw gate.
+- With fewer experts: nothing is promised.
 
 Not here: which parameter is made of which (`matching.py`), and reading the
 other run (`start.py`).
@@ -30,13 +30,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from moe_jax import models
-from moe_jax.layers.initializers import axis_names
+from moe_jax.layers.parameters import Role, axes_of, roles_of
 from moe_jax.models import Model
 from moe_jax.shapes import Array, PRNGKey
 
 Path = tuple[str, ...]
-ROUTER = ('moe', 'router')
-# Of the experts' kernels, and of the router's outputs.
+# The logical names of the dimensions that number experts: of the experts' own
+# parameters, and of what a router chooses among.
 EXPERT_AXES = ('expert', 'expert_choice')
 
 
@@ -47,11 +47,12 @@ class Copies:
   Attributes:
     experts: The source of each expert; () is `sources_of` their numbers.
     router_std: Standard deviation of routers that are new (0.02 in sparse
-      upcycling); 0.0: as the model draws them.
-    expert_noise: Of normal noise on each copy of an expert but the first, as a
-      fraction of the kernel's root mean square.
-    router_noise: The same for their router columns, which otherwise tie: then
-      the expert of the lower number is chosen.
+      upcycling); with 0.0 they are as the model draws them.
+    expert_noise: Standard deviation of the normal noise on each copy of an
+      expert but the first, as a fraction of the kernel's root mean square.
+    router_noise: The same for the columns of the router that belong to copies
+      of an expert. Without noise they tie, and the expert of the lower number
+      is chosen.
   """
 
   experts: tuple[int, ...] = ()
@@ -69,9 +70,9 @@ class Piece(NamedTuple):
   """Where a layer's parameter comes from.
 
   Attributes:
-    path: Of the source's array; None: it is new.
-    period: Its index there; None: the array as a whole.
-    stacked: Whether it becomes one copy an expert.
+    path: The path of the source's array; None where the parameter is new.
+    period: The index of the layer in that array; None is the array as a whole.
+    stacked: Whether it becomes one copy for each expert.
   """
 
   path: Path | None
@@ -84,12 +85,13 @@ class Plan:
   """How a model's parameters are made of another's.
 
   Attributes:
-    model: That begins.
-    pieces: Of each parameter, one a period of its layers.
+    model: The model that begins.
+    pieces: The sources of each parameter, one for each period of its layers.
     experts: The source of each expert of layers that were sparse.
-    num_source_experts: How many those had; 0: the source is dense.
-    copies: The rest of what was asked.
-    upcycled: The layers that were dense, the encoder's first.
+    num_source_experts: The number of experts in the source; 0 where it is
+      dense.
+    copies: How copies of experts come to differ.
+    upcycled: The numbers of the layers that were dense, the encoder's first.
   """
 
   model: Model
@@ -112,7 +114,7 @@ class Plan:
     """What becomes of the parameters, in a line."""
     c, said = self.copies, []
     if self.upcycled:
-      E = self.model.config.moe.router.num_experts
+      E = self.model.moe.num_experts
       drawn = f' with std {c.router_std:g}' if c.router_std else ''
       said.append(
         f'layers {list(self.upcycled)} made sparse, {E} copies of each dense '
@@ -134,32 +136,36 @@ class Plan:
     """The parameters: a pure function, to be jitted with shardings.
 
     Args:
-      params: The source's, unboxed.
-      key: As a run draws its own parameters from; new ones are the same.
-      seq_len: Of the run.
+      params: The source's parameters, unboxed.
+      key: The key that the run draws its own parameters from; new ones are the
+        same.
+      seq_len: The length of the run's rows.
     """
     boxed = models.init_params(self.model, key, seq_len)
-    axes = flat(axis_names(boxed))
+    axes, roles = flat(axes_of(boxed)), flat(roles_of(boxed))
     source, new = flat(params), flat(nn.meta.unbox(boxed))
     made = {
-      path: self._make(path, source, new[path], axes[path], key) for path in new
+      path: self._make(path, source, new[path], axes[path], roles[path], key)
+      for path in new
     }
     return traverse_util.unflatten_dict(made)
 
-  def _make(self, path, source, new, axes, key) -> Array:
+  def _make(self, path, source, new, axes, role, key) -> Array:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
     pieces = self.pieces[path]
-    if self.copies.router_std and path[-3:] == (*ROUTER, 'w'):
-      new = self.copies.router_std * jax.random.normal(key, new.shape)
+    if self.copies.router_std and role == Role('router', 'kernel'):
+      drawn = self.copies.router_std * jax.random.normal(key, new.shape)
+      # Kernels of noise start at zero, also here.
+      new = jnp.where(jnp.any(new), drawn, new)
     if pieces == [Piece(path)]:
       return source[path].astype(new.dtype)
     pieces = [
-      self._piece(piece, period, source, new, axes[1:], key)
+      self._piece(piece, period, source, new, axes[1:], role, key)
       for period, piece in enumerate(pieces)
     ]
     return jnp.stack(pieces).astype(new.dtype)
 
-  def _piece(self, piece, period, source, new, axes, key) -> Array:
+  def _piece(self, piece, period, source, new, axes, role, key) -> Array:
     if piece.path is None:
       return new[period]
     value = source[piece.path][piece.period]
@@ -172,21 +178,21 @@ class Plan:
         value = jnp.take(value, jnp.array(experts), axis)
     else:
       return value
-    is_router = axes[expert_axis(axes)] == 'expert_choice'
+    is_router = role.role == 'router'
     noise = self.copies.router_noise if is_router else self.copies.expert_noise
     key = jax.random.fold_in(key, period)
     return _noisy(value, experts, expert_axis(axes), noise, key)
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The source of each of E experts: those there are, in order, again."""
+  """The source of each of E experts: those of the source, in turn."""
   return tuple(i % source_experts for i in range(num_experts))
 
 
 def _noisy(
   value: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
 ) -> Array:
-  """Noise on every copy but the first of each expert."""
+  """The value with noise on every copy but the first of each expert."""
   first = collections.Counter()
   copy = [first.update([e]) or first[e] > 1 for e in experts]
   if not noise or not any(copy):
@@ -204,5 +210,5 @@ def expert_axis(axes: Sequence[str | None]) -> int | None:
 
 
 def flat(tree) -> dict[Path, Any]:
-  """The leaves by path."""
+  """The leaves of a tree by path."""
   return traverse_util.flatten_dict(tree)

@@ -36,6 +36,15 @@ class Queued(RouterOptions):
     one_of('token_major', 'choice_major'),
   )
 
+  def canonical(self, sizes):
+    """Nobody is served first where nobody has to wait."""
+    first_come = self.leak(sizes) is None
+    return (
+      dataclasses.replace(self, slot_priority='token_major')
+      if first_come
+      else self
+    )
+
   def leak(self, sizes):
     """Slots that are not taken in the order of the sequence leak the future.
 

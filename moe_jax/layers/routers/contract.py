@@ -195,6 +195,14 @@ class RouterOptions(Options):
     del load, rate
     return state
 
+  def canonical(self, sizes: Sizes) -> Self:
+    """The same router, options at their defaults where sizes make them moot.
+
+    Two routers with equal canonical options choose alike.
+    """
+    del sizes
+    return self
+
   def for_encoder(self) -> Self:
     """The same router for an encoder, whose layers are counted anew."""
     return self

@@ -1,0 +1,66 @@
+"""What a model's parameters compute, as options: to compare two models.
+
+Two models whose parameters have equal shapes and whose meanings are equal are
+one function outside of training, but for rounding.
+"""
+
+import dataclasses
+from typing import Any
+
+from moe_jax import sections
+from moe_jax.models.base import ModelOptions
+from moe_jax.models.text_options import StackOptions
+from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.options import fields_of
+
+_ENCODER = 'encoder.'
+
+
+def meaning(options: ModelOptions) -> dict[str, Any]:
+  """What decides what a model computes, by the dotted names of its options.
+
+  Sizes that options leave to others are filled in, and those of an encoder
+  stand below 'encoder.'. See `sections.meaning`.
+  """
+  values = sections.meaning(options)
+  if isinstance(options, TransformerOptions):
+    fields = fields_of(StackOptions)
+    values = {k: v for k, v in values.items() if k.split('.')[0] not in fields}
+    half = StackOptions(**{name: getattr(options, name) for name in fields})
+    values |= _layers(half, options.width)
+  if options.has_encoder:
+    values = {k: v for k, v in values.items() if not k.startswith(_ENCODER)}
+    encoder = _layers(options.encoder_half(), options.width)
+    values |= {f'{_ENCODER}{name}': value for name, value in encoder.items()}
+  return values
+
+
+def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
+  """The names whose values differ, as (old, new); absent is None."""
+  a, b = meaning(old), meaning(new)
+  return {
+    name: (a.get(name), b.get(name))
+    for name in sorted(a.keys() | b.keys())
+    if a.get(name) != b.get(name)
+  }
+
+
+def _layers(half: StackOptions, width: int) -> dict[str, Any]:
+  """The meaning of the layers of a half, in a model of that width."""
+  moe = half.moe.within(half.ffn, half.dropout)
+  sparse, experts = half.sparse, moe.num_experts > 0
+  if experts:
+    moe = dataclasses.replace(moe, router=moe.router.canonical(moe.sizes))
+    if not moe.capacity.binds and not moe.router.by_expert:
+      moe = dataclasses.replace(moe, group_size=0)  # nobody stands in the way
+  filled = dataclasses.replace(
+    half, attention=half.attention.within(width), moe=moe
+  )
+  values = sections.meaning(filled)
+  unused = {'moe.layers', 'num_layers'}
+  if not any(sparse):
+    unused |= {name for name in values if name.startswith('moe.')}
+  elif all(sparse) and experts and not moe.extra_ffn:
+    unused |= {name for name in values if name.startswith('ffn.')}
+  values = {k: v for k, v in values.items() if k not in unused}
+  return {**values, 'sparse': sparse}
