@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ _WHOLE_OR_REST = Check(
 )
 
 
-def _size(axis: str, default: int = 1) -> int:
+def _size(axis: str, default: int = 1) -> Any:
   return option(
     default,
     f"Devices of the mesh axis '{axis}' within a slice, whose network is fast; "
@@ -31,7 +32,7 @@ def _size(axis: str, default: int = 1) -> int:
   )
 
 
-def _slices_of(axis: str) -> int:
+def _slices_of(axis: str) -> Any:
   return option(
     1,
     f"Number of slices that the mesh axis '{axis}' spans over the slower "

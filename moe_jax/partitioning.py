@@ -39,7 +39,7 @@ __all__ = [
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def _mesh_axes(what: str, default: str) -> str:
+def _mesh_axes(what: str, default: str) -> Any:
   return option(
     default,
     f'Mesh axes, separated by commas, over which {what} is split; with an '

@@ -6,6 +6,14 @@ import numpy as np
 
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses
+from tests.training import tiny
+
+
+ENCODER_DECODER = tiny.options(
+  data={'source': {'kind': 'python_stdlib_docstrings'},
+        'task': {'kind': 'seq2seq'}, 'target_len': 3},
+  model={'kind': 'encoder_decoder'},
+)  # fmt: skip
 
 
 def batch():
@@ -26,28 +34,49 @@ def aux(z_losses):
 
 
 def test_each_stack_is_divided_by_its_own_tokens():
-  whole = losses.normalizers(batch())
-  assert (whole.weight, whole.tokens, whole.encoder_tokens) == (3, 4, 7)
-  # Two encoder layers with z-losses of 14 and 0 over all tokens, a decoder's
-  # with 8: means 2, 0 and 2.
-  weights = losses.LossWeights(z=0.5, encoder_layers=2)
-  total = losses.aux_loss(aux([14.0, 0.0, 8.0]), whole, weights)
-  np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2), rtol=1e-6)
+  model = tiny.model_of(ENCODER_DECODER)
+  whole = losses.normalizers(model, batch())
+  assert whole.weight == 3
+  assert whole.tokens.tolist() == [7, 7, 4, 4]  # the encoder's layers first
+  # Z-losses of 14 and 0 over 7 tokens, of 8 and 0 over 4: means 2 and 2.
+  weights = losses.LossWeights(z=0.5)
+  total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), whole, weights)
+  np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2 + 0), rtol=1e-6)
 
 
 def test_the_logits_z_loss_is_weighted_like_the_cross_entropy():
   first = [[1.0, 1, 2], [9, 9, 9], [3, 1, 0.5]]
   second = [[1.0, 2, 4], [1, 1, 1], [1, 1, 1]]
   logits = jnp.log(jnp.array([first, second]))
-  one = batch()
-  sums = losses.loss_sums(logits, one, aux([0.0]))
+  one, model = batch(), tiny.model_of(tiny.options())
+  sums = losses.loss_sums(model.loss(logits, one), one, aux([0.0, 0.0]))
   z = np.log([4, 4.5, 7.0])
   nats = -np.log([1 / 4, 0.5 / 4.5, 4 / 7])
   np.testing.assert_allclose(sums.logits_z, (z**2).sum(), rtol=1e-5)
-  whole = losses.normalizers(one)
+  whole = losses.normalizers(model, one)
   weights = losses.LossWeights(logits_z=0.1)
   expected = nats.mean() + 0.1 * (z**2).mean()
   total = losses.total_loss(sums, whole, weights)
   np.testing.assert_allclose(total, expected, rtol=1e-5)
   plain = losses.total_loss(sums, whole, losses.LossWeights())
   np.testing.assert_allclose(plain, nats.mean(), rtol=1e-5)
+
+
+def test_the_weights_are_those_of_the_chosen_router():
+  weights = losses.loss_weights(
+    tiny.model_of(
+      tiny.options(
+        model={
+          'moe': {
+            'router': {
+              'kind': 'noisy_top_k',
+              'noisy_top_k': {'load_weight': 0.2, 'importance_weight': 0.3},
+            }
+          }
+        }
+      )
+    ),
+    0.4,
+  )
+  assert (weights.load, weights.importance) == (0.2, 0.3)
+  assert (weights.logits_z, weights.num_averaged) == (0.4, 1)

@@ -9,12 +9,12 @@ import numpy as np
 from flax import linen as nn
 
 from configs import base
-from moe_jax import models
-from moe_jax.config import merge
-from moe_jax.training import optimizer as optimizer_lib
-from moe_jax.training import setup, step
+from moe_jax import models, run_config
+from moe_jax.run_config import RunConfig
+from moe_jax.sections import merge
+from moe_jax.training import losses, step
 
-SOURCE = 'python_stdlib:email,json,asyncio'
+MODULES = 'email,json,asyncio'  # of the standard library
 
 
 def config(**overrides) -> ml_collections.ConfigDict:
@@ -23,25 +23,41 @@ def config(**overrides) -> ml_collections.ConfigDict:
   c.total_steps = 6
   c.batch_size = 4
   c.log_every_steps = 2
-  c.data.source = SOURCE
+  c.data.source.python_stdlib.modules = MODULES
   c.data.seq_len = 24
   c.model.num_layers = 2
   c.model.width = 16
-  c.model.num_heads = 2
-  c.model.hidden = 20
+  c.model.attention.num_heads = 2
+  c.model.ffn.hidden = 20
   c.model.moe.num_experts = 4
-  c.optimizer.schedule = 'constant'
-  c.optimizer.warmup_steps = 1
+  c.optimizer.schedule.kind = 'constant'
+  c.optimizer.schedule.warmup_steps = 1
   c.checkpoint.every_steps = 2
   c.mesh.data = 1
   c.evals = {'train_capacity': base.evaluation(every_steps=3, num_batches=2)}
   c.sample.num_tokens = 8
-  return merge(c, overrides)
+  return merge(base.finish(c), overrides)
 
 
-def batch(config, *, seed: int = 0, vocab_size: int = 257) -> dict:
+def options(**overrides) -> RunConfig:
+  """The options of `config`."""
+  return run_config.read(config(**overrides))
+
+
+def router(**values) -> dict:
+  """Overrides of the options of the model's token choice."""
+  return {'moe': {'router': {'token_choice': values}}}
+
+
+def batch(options: RunConfig, *, seed: int = 0, vocab_size: int = 257) -> dict:
   """Random rows with a document boundary and padding, unequal by row."""
-  B, T = config.batch_size, config.data.seq_len
+  return rows(
+    options.batch_size, options.data.seq_len, seed=seed, vocab_size=vocab_size
+  )
+
+
+def rows(B: int, T: int, *, seed: int = 0, vocab_size: int = 257) -> dict:
+  """See `batch`."""
   rng = np.random.default_rng(seed)
   length = T - 3 * np.arange(B) % T
   place = np.arange(T)[None]
@@ -58,9 +74,9 @@ def batch(config, *, seed: int = 0, vocab_size: int = 257) -> dict:
   }
 
 
-def model_of(config, vocab_size=257):
+def model_of(options: RunConfig, vocab_size: int = 257):
   """The model, with the bytes' vocabulary or another."""
-  return models.build(setup.with_vocabulary(config, vocab_size))
+  return options.filled(vocab_size).build()
 
 
 @functools.cache
@@ -69,26 +85,23 @@ def _params(model, seq_len):
   return nn.meta.unbox(init(jax.random.key(0)))
 
 
-def params_of(config):
-  """Parameters of the config's model at seed 0, made once."""
-  return _params(model_of(config), config.data.seq_len)
+def params_of(options: RunConfig):
+  """Parameters of the model at seed 0, made once."""
+  return _params(model_of(options), options.data.seq_len)
 
 
-def grads_of(config, params, batch, key=0):
-  """((loss, sums), gradient) of one batch under the config."""
-  model = model_of(config)
-  fn = step.make_grad_fn(
-    model, setup.loss_weights(config, model), config.microbatches
-  )
-  whole = step.losses.normalizers(batch)
+def grads_of(options: RunConfig, params, batch, key=0):
+  """((loss, sums), gradient) of one batch."""
+  model = model_of(options)
+  weights = losses.loss_weights(model, options.logits_z_weight)
+  fn = step.make_grad_fn(model, weights, options.microbatches)
+  whole = losses.normalizers(model, batch)
   return jax.jit(fn)(params, batch, whole, jax.random.key(key))
 
 
-def optimizer_of(config):
-  """The config's optimizer and schedule."""
-  axes = setup.axis_names(
-    models.abstract_params(model_of(config), config.data.seq_len)
-  )
-  return optimizer_lib.make_optimizer(
-    config.optimizer, config.total_steps, axes
+def optimizer_of(options: RunConfig):
+  """The optimizer of the model's parameters."""
+  trees = models.parameters.describe(model_of(options), options.data.seq_len)
+  return options.optimizer.transformation(
+    options.total_steps, trees.axes, trees.roles
   )
