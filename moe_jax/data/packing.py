@@ -44,7 +44,7 @@ class Rows(abc.ABC):
     """The number and shape of the rows, for people."""
 
   def counts(self) -> dict[str, int]:
-    """What a task counts of its rows, by name, beside tokens and texts."""
+    """Numbers to report of these rows by name, beside tokens and texts."""
     return {}
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -120,8 +120,8 @@ class PackedRows(Rows):
 
     Args:
       indices: Row numbers, from 0.
-      offsets: [B] or one for all, in [0, T): row r reads that many tokens
-        further on. The last row then has more padding.
+      offsets: Numbers of tokens in [0, T), [B] or one for all, by which a row
+        begins later in the stream. The last row then has more padding.
     """
     N, T = len(self.tokens), self.seq_len
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]

@@ -40,15 +40,15 @@ def batch_dataset(
   again. The batch does not depend on who takes which share of it.
 
   Args:
-    rows: What to draw from.
-    batch_size: B, global.
-    seed: Any integer of at least 0.
-    share: The rows of each batch to take, from 0; None: all, R = B. No other
-      row is read.
+    rows: Rows to draw from.
+    batch_size: Global number B of rows in a batch.
+    seed: Integer of at least 0 that decides the order and the noise.
+    share: Numbers, from 0, of the rows of each batch that are taken; None takes
+      all of them, R = B. No other row is read.
 
   Raises:
-    ValueError: B is not positive, the share not in it, the seed is negative,
-      or there are no rows or more than 2^32.
+    ValueError: B is not positive, the share is not within the batch, the seed
+      is negative, or there are no rows or more than 2^32.
   """
   share = _share(batch_size, share)
   if seed < 0:
@@ -82,12 +82,12 @@ def train_batches(
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
 
-  They are assembled in the background.
+  The batches are assembled in the background.
 
   Raises:
     ValueError: As `batch_dataset`, or `start` is negative.
-    DataError: By `next`, whatever went wrong there; the iterator is then at its
-      end.
+    DataError: A batch could not be made; `next` raises it, and the iterator is
+      then at its end.
   """
   if start < 0:
     raise ValueError(f'start={start} is negative')
@@ -107,11 +107,12 @@ def eval_batches(
   """Every row once, in order; the last batch is filled up with padding.
 
   Args:
-    rows: What to evaluate on.
-    batch_size: B, global; arrays are [R, T].
-    num_batches: 0 for all; else this many, spread evenly over all and the
-      same at every call (all, where there are fewer).
-    share: As in `batch_dataset`.
+    rows: Rows to evaluate on.
+    batch_size: Global number B of rows in a batch; arrays are [R, T].
+    num_batches: Number of batches, spread evenly over all and the same at
+      every call; 0 takes all, as does a number above what there is.
+    share: Numbers of the rows of each batch that are taken; see
+      `batch_dataset`.
 
   Raises:
     ValueError: As `batch_dataset`, or `num_batches` is negative.
@@ -124,7 +125,7 @@ def eval_batches(
 
 
 def spread(total: int, count: int) -> list[int]:
-  """`count` indices below `total`, spread evenly; 0: all, as where fewer."""
+  """`count` indices below `total`, spread evenly; 0 or too many takes all."""
   taken = min(count, total) or total
   return [i * total // taken for i in range(taken)]
 

@@ -1,4 +1,4 @@
-"""Batches made ahead by a thread, whose end is never waited for in vain.
+"""Batches made ahead by a thread whose death never blocks the training.
 
 grain's own prefetching gives up its thread when an exception reaches it between
 two elements, and then waits for it for ever. Not here: batches (`pipeline.py`).
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 T = TypeVar('T')
-_LOOK_SECONDS = 1.0  # between looks at a thread that gives nothing
+# Seconds between checks whether a thread that gives nothing is still alive.
+_LOOK_SECONDS = 1.0
 
 
 class DataError(RuntimeError):
@@ -18,18 +19,18 @@ class DataError(RuntimeError):
 
 
 def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
-  """What `source` gives, up to `most` elements made before they are asked for.
+  """The elements of `source`, up to `most` of them made before they are asked.
 
   The thread begins with the first `next` and ends with the iterator.
 
   Args:
-    source: Used by the thread alone.
-    first: The number of its first element, for messages.
-    most: At least 1.
+    source: Iterator that only the thread uses.
+    first: Number of its first element, for messages.
+    most: Number of elements that wait at most; at least 1.
 
   Raises:
-    DataError: By `next`, where `source` raised anything, or the thread is gone;
-      the iterator is then at its end.
+    DataError: `source` raised anything, or the thread is gone; `next` raises
+      it, and the iterator is then at its end.
   """
   made: queue.Queue[tuple[T] | None] = queue.Queue(most)
   given_up = threading.Event()

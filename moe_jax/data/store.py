@@ -135,7 +135,7 @@ def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
-  """What was noted at writing: dtype, sha256, and counts of each split."""
+  """The dtype, sha256 and counts of each split that were noted at writing."""
   return json.loads((folder / 'about.json').read_text())
 
 

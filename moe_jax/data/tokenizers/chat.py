@@ -29,12 +29,13 @@ def render(
   becomes that token, as in the library that the template was written for.
 
   Args:
-    template: Jinja's language, with `raise_exception`, `strftime_now`,
-      `tojson`, `break` and `continue`.
-    messages: Each with 'role' and 'content'.
-    names: 'bos' -> '<s>'; the template sees `bos_token`.
+    template: Template in Jinja's language, with `raise_exception`,
+      `strftime_now`, `tojson`, `break` and `continue`.
+    messages: Mappings, each with 'role' and 'content'.
+    names: Spellings of special tokens by role, {'bos': '<s>'}; the template
+      reads them as `bos_token`.
     add_generation_prompt: Whether the text ends where the model's turn begins.
-    **variables: What else the template reads.
+    **variables: Other variables that the template reads.
 
   Raises:
     ValueError: The template is wrong, or refuses the messages.

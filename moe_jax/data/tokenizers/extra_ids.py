@@ -30,7 +30,8 @@ class Extended(Tokenizer, kind='extended'):
   be spelled in a model's inputs: `[S] def f(`, `a <extra_id_0> c`.
 
   Attributes:
-    sentinel_ids: The tokenizer's own, then those among the names.
+    sentinel_ids: Ids of the tokenizer's own sentinels, then of those among the
+      names.
   """
 
   def __init__(
@@ -39,10 +40,10 @@ class Extended(Tokenizer, kind='extended'):
     """Where `base` has no EOS, the names may have one.
 
     Args:
-      base: The tokenizer.
-      names: Of the ids after its last.
-      end_inputs: Whether the task's inputs end in an EOS; those of the
-        tokenizer may or may not.
+      base: Tokenizer that is extended.
+      names: Names of the ids after its last.
+      end_inputs: Whether the task's inputs end in an EOS, whatever the inputs
+        of the tokenizer do.
     """
     self.base, self.names, self.end_inputs = base, tuple(names), end_inputs
     self.vocab_size = base.vocab_size + len(self.names)
@@ -59,20 +60,20 @@ class Extended(Tokenizer, kind='extended'):
 
   @property
   def start_id(self) -> int | None:
-    """The tokenizer's own, else the EOS."""
+    """The start id of the tokenizer, else the EOS."""
     own = self.base.start_id
     return self.eos_id if own is None else own
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """The tokenizer's own, else the one that was added."""
+    """The EOS ids of the tokenizer, else the EOS that was added."""
     return self.base.eos_ids or super().eos_ids
 
   def token_id(self, name: str) -> int:
     """The id of one of the names, else of a token that the tokenizer names.
 
     Raises:
-      ValueError: It is none of them.
+      ValueError: There is no such name.
     """
     if name in self.names:
       return self.base.vocab_size + self.names.index(name)
@@ -86,7 +87,7 @@ class Extended(Tokenizer, kind='extended'):
     """The tokenizer's own ids of a conversation, int32 [N].
 
     Raises:
-      ValueError: It has no chat template.
+      ValueError: The tokenizer has no chat template.
     """
     if not hasattr(self.base, 'encode_chat'):
       raise ValueError(f'tokenizer {self.identity} has no chat template')
@@ -99,7 +100,7 @@ class Extended(Tokenizer, kind='extended'):
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
     """The ids of an input, int32 [N], with an EOS where the task has one.
 
-    The names that the text spells are those ids.
+    A name that the text spells becomes the id of that name.
     """
     named = '|'.join(map(re.escape, self.names))
     parts = re.split(f'({named})', text) if named else [text]
@@ -108,7 +109,7 @@ class Extended(Tokenizer, kind='extended'):
     return np.concatenate([*ids, ends]).astype(np.int32)
 
   def decode(self, ids: Ids) -> str:
-    """The text of `ids`, with the names of those after the last.
+    """The text of `ids`; ids that were added are read by their names.
 
     Raises:
       ValueError: An id is outside [0, vocab_size).
@@ -122,7 +123,7 @@ class Extended(Tokenizer, kind='extended'):
     )
 
   def token_name(self, token: Token) -> str:
-    """The tokenizer's name of it, or the one that was added."""
+    """The tokenizer's name of the token, or the name that was added."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token < self.base.vocab_size:
       return self.base.token_name(token)
@@ -156,10 +157,10 @@ def extend(
   modes: Sequence[str] = (),
   end_inputs: bool,
 ) -> Extended:
-  """The tokenizer of a task: it has an EOS, sentinels and modes.
+  """The tokenizer of a task, with an EOS, sentinels and modes.
 
   Where the tokenizer has sentinels, `<extra_id_0>` and so on, as T5's has,
-  they come first; what is missing comes after its last id.
+  they come first; those that it lacks come after its last id.
   """
   own = len(base.sentinel_ids)
   names = [] if base.eos_id is not None else [EOS]

@@ -39,15 +39,15 @@ _LANGUAGE = re.compile(r'[a-z]{3}_[A-Z][a-z]{3}')
 class Json(Tokenizer, kind='json'):
   """A Hugging Face `tokenizers` model, used as it is.
 
-  In `encode` the special tokens its post-processor would add are left out;
-  text that spells a special token is encoded as text, so that no document can
+  `encode` leaves out the special tokens that the post-processor would add, and
+  encodes text that spells a special token as text, so that no document can
   forge an EOS. Truncation and padding are off. A model with neither an unknown
   token nor all bytes in its vocabulary drops what it does not know.
 
   Args:
-    text: What a `tokenizer.json` holds.
-    special: The special tokens; None: the EOS is the first of `EOS_NAMES` in
-      the vocabulary, and there is no other.
+    text: Content of a `tokenizer.json`.
+    special: Special tokens of the model; None is for a file alone, whose EOS is
+      the first of `EOS_NAMES` in the vocabulary, without other special tokens.
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
@@ -103,7 +103,7 @@ class Json(Tokenizer, kind='json'):
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """Every id that ends generation."""
+    """The ids that end generation."""
     return self.special.eos
 
   def encode(self, text: str) -> np.ndarray:
@@ -118,11 +118,13 @@ class Json(Tokenizer, kind='json'):
     and special tokens that the text spells are those tokens.
 
     Args:
-      text: The prompt.
-      language: Stands in for the language code that the post-processor adds.
+      text: Text of the prompt.
+      language: Language code that replaces the one which the post-processor
+        adds; '' keeps that one.
 
     Raises:
-      ValueError: The language is no token, or the post-processor adds none.
+      ValueError: The language is no token, or the post-processor adds no
+        language code.
     """
     found = self._prompts.encode(text)
     ids = np.asarray(found.ids, np.int32)
@@ -178,7 +180,7 @@ class Json(Tokenizer, kind='json'):
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The token's text, quoted; the vocabulary's spelling of a part of one."""
+    """The token's text, quoted; of a part of a character, its spelling."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -206,7 +208,7 @@ class Json(Tokenizer, kind='json'):
     return self._model.id_to_token(int(token)) or ''
 
   def model_json(self) -> str:
-    """What a `tokenizer.json` holds."""
+    """The model as the content of a `tokenizer.json`."""
     return self._model.to_str(pretty=True)
 
 

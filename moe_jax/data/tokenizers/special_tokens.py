@@ -10,16 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-# Files that belong to a tokenizer; what a folder has of them is kept together.
-FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'chat_template.jinja',
-  'config.json',
-  'generation_config.json',
-)
+# Files of tokenizers that are read only after a conversion.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
 _NAMES = ('bos', 'eos', 'pad', 'unk')
 
@@ -29,15 +20,15 @@ class SpecialTokens:
   """Ids by their role; None, or empty, where there is none.
 
   Attributes:
-    bos: Begins a document.
-    eos: End generation; a document ends with the first.
-    pad: Padding.
-    start: Begins a decoder's input.
-    forced_bos: What generation emits first.
+    bos: Id that begins a document.
+    eos: Ids that end generation; a document ends with the first.
+    pad: Id of padding.
+    start: Id that begins a decoder's input.
+    forced_bos: Id that generation emits first.
     vocab_size: V of the model, which may have more rows than tokens; 0 where
-      no config says so.
-    names: Of 'bos', 'eos', 'pad' and 'unk', as chat templates spell them.
-    chat_template: A Jinja template; '' where there is none.
+      no config gives it.
+    names: Spellings of 'bos', 'eos', 'pad' and 'unk' in chat templates.
+    chat_template: Jinja template of conversations; '' where there is none.
   """
 
   bos: int | None = None
@@ -50,12 +41,12 @@ class SpecialTokens:
   chat_template: str = ''
 
   def to_json(self) -> dict[str, Any]:
-    """What `from_json` builds it from."""
+    """The fields as JSON, for `from_json`."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, saved: Mapping[str, Any]) -> 'SpecialTokens':
-    """What `to_json` made."""
+    """The special tokens whose `to_json` is `saved`."""
     return cls(**{**saved, 'eos': tuple(saved['eos'])})
 
 
@@ -68,8 +59,10 @@ def from_folder(
   before the names that the tokenizer's own files give.
 
   Args:
-    folder: Holds any of `FILES`.
-    vocabulary: Token -> id.
+    folder: Folder that may hold `tokenizer_config.json`,
+      `special_tokens_map.json`, `config.json`, `generation_config.json` and
+      `chat_template.jinja`.
+    vocabulary: Ids by token.
 
   Raises:
     ValueError: A file is no JSON object.
@@ -130,7 +123,7 @@ def _content(token: Any) -> str:
 
 
 def _chat_template(folder: pathlib.Path, given: Any) -> str:
-  """A file of its own, else what `tokenizer_config.json` holds."""
+  """The template in a file of its own, else in `tokenizer_config.json`."""
   path = folder / 'chat_template.jinja'
   if path.is_file():
     return path.read_text(encoding='utf-8')
