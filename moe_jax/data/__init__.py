@@ -8,12 +8,10 @@ from moe_jax.data.choices import (
   CHOICE_SOURCES,
   SHOTS_SOURCES,
   ChoiceFilesSource,
-  ChoiceSourceOptions,
   ChoiceTfdsSource,
   DocstringChoiceSource,
-  Item,
-  ItemSource,
 )
+from moe_jax.data.choices.contract import ChoiceSourceOptions, Item, ItemSource
 from moe_jax.data.dataset import DataOptions, load, read_pairs
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.packing import PackedRows, Rows
@@ -27,40 +25,39 @@ from moe_jax.data.prefetch import DataError
 from moe_jax.data.sources import (
   SOURCES,
   CipherSource,
-  ClassSource,
   DigitsSource,
   DocstringsSource,
-  Examples,
   FilesSource,
   GettextSource,
   KvRecallSource,
   NpzSource,
-  Pairs,
   PythonStdlibSource,
-  Selection,
-  SourceOptions,
-  Texts,
   TfdsSource,
   VowelsSource,
 )
+from moe_jax.data.sources.contract import (
+  ClassSource,
+  Examples,
+  Pairs,
+  Selection,
+  SourceOptions,
+  Texts,
+)
 from moe_jax.data.tasks import (
-  DENOISERS,
   TASKS,
   ClassesTask,
-  ClassRows,
-  Dataset,
-  DenoisedRows,
   LmTask,
-  PairRows,
-  PairTask,
-  PrefixLM,
   PrefixLmTask,
   Seq2SeqTask,
-  SpanCorruption,
   SpanCorruptionTask,
+  Ul2Task,
+)
+from moe_jax.data.tasks.classes import ClassRows
+from moe_jax.data.tasks.contract import (
+  Dataset,
+  PairTask,
   TaskOptions,
   TextTask,
-  Ul2Task,
 )
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
@@ -72,7 +69,6 @@ from moe_jax.data.tokenizers import (
 
 __all__ = [
   'CHOICE_SOURCES',
-  'DENOISERS',
   'SHOTS_SOURCES',
   'SOURCES',
   'TASKS',
@@ -89,7 +85,6 @@ __all__ = [
   'DataError',
   'DataOptions',
   'Dataset',
-  'DenoisedRows',
   'DigitsSource',
   'DocstringChoiceSource',
   'DocstringsSource',
@@ -104,17 +99,14 @@ __all__ = [
   'LmTask',
   'NpzSource',
   'PackedRows',
-  'PairRows',
   'PairTask',
   'Pairs',
-  'PrefixLM',
   'PrefixLmTask',
   'PythonStdlibSource',
   'Rows',
   'Selection',
   'Seq2SeqTask',
   'SourceOptions',
-  'SpanCorruption',
   'SpanCorruptionTask',
   'TaskOptions',
   'TextTask',

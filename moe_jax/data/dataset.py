@@ -10,12 +10,11 @@ from moe_jax.data.layouts import RowShape
 from moe_jax.data.sources import (
   SOURCES,
   DocstringsSource,
-  Pair,
   PythonStdlibSource,
-  Selection,
-  SourceOptions,
 )
-from moe_jax.data.tasks import TASKS, Dataset, TaskOptions
+from moe_jax.data.sources.contract import Pair, Selection, SourceOptions
+from moe_jax.data.tasks import TASKS
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,

@@ -6,12 +6,7 @@ Not here: how a model is asked (`moe_jax.evaluation.choice`).
 
 from moe_jax.data.choices.choice_files import ChoiceFilesSource
 from moe_jax.data.choices.choice_tfds import ChoiceTfdsSource
-from moe_jax.data.choices.contract import (
-  ChoiceSourceOptions,
-  Item,
-  ItemSource,
-  SameSource,
-)
+from moe_jax.data.choices.contract import ChoiceSourceOptions, SameSource
 from moe_jax.data.choices.docstring_choice import DocstringChoiceSource
 from moe_jax.options import Kinds
 
@@ -30,15 +25,3 @@ SHOTS_SOURCES = Kinds(
   ChoiceSourceOptions,
   {'same': SameSource, **CHOICE_SOURCES.builtin},
 )
-
-__all__ = [
-  'CHOICE_SOURCES',
-  'SHOTS_SOURCES',
-  'ChoiceFilesSource',
-  'ChoiceSourceOptions',
-  'ChoiceTfdsSource',
-  'DocstringChoiceSource',
-  'Item',
-  'ItemSource',
-  'SameSource',
-]

@@ -9,7 +9,8 @@ from moe_jax.data.choices.contract import (
   ItemSource,
   check_item,
 )
-from moe_jax.data.sources import Selection, tfds_reader
+from moe_jax.data.sources import tfds_reader
+from moe_jax.data.sources.contract import Selection
 from moe_jax.options import NOT_EMPTY, option
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from moe_jax.data.sources import Selection
+from moe_jax.data.sources.contract import Selection
 from moe_jax.options import Options
 
 

@@ -8,7 +8,8 @@ from moe_jax.data.choices.contract import (
   Item,
   ItemSource,
 )
-from moe_jax.data.sources import DocstringsSource, Selection
+from moe_jax.data.sources.contract import Selection
+from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
 from moe_jax.options import option
 
 NUM_ANSWERS = 4

@@ -4,16 +4,7 @@ To add a source, write a file with its `SourceOptions` and list them here.
 """
 
 from moe_jax.data.sources.cipher import CipherSource
-from moe_jax.data.sources.contract import (
-  SPLITS,
-  ClassSource,
-  Examples,
-  Pair,
-  Pairs,
-  Selection,
-  SourceOptions,
-  Texts,
-)
+from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.sources.digits import DigitsSource
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
@@ -41,25 +32,3 @@ SOURCES = Kinds(
     'npz': NpzSource,
   },
 )
-
-__all__ = [
-  'SOURCES',
-  'SPLITS',
-  'CipherSource',
-  'ClassSource',
-  'DigitsSource',
-  'DocstringsSource',
-  'Examples',
-  'FilesSource',
-  'GettextSource',
-  'KvRecallSource',
-  'NpzSource',
-  'Pair',
-  'Pairs',
-  'PythonStdlibSource',
-  'Selection',
-  'SourceOptions',
-  'Texts',
-  'TfdsSource',
-  'VowelsSource',
-]

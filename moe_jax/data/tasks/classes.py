@@ -8,7 +8,12 @@ import numpy as np
 
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
-from moe_jax.data.sources import SPLITS, ClassSource, Selection, SourceOptions
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  ClassSource,
+  Selection,
+  SourceOptions,
+)
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import ClassNames, TokenizerOptions
 from moe_jax.shapes import Int

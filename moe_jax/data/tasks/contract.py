@@ -13,8 +13,14 @@ from moe_jax.data import store
 from moe_jax.data.cache import cache_root, prepared
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
-from moe_jax.data.sources import SPLITS, Pair, Pairs, Selection, SourceOptions
-from moe_jax.data.sources.contract import Texts
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Pair,
+  Pairs,
+  Selection,
+  SourceOptions,
+  Texts,
+)
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
 from moe_jax.options import Options
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
-from moe_jax.data.sources import Pairs, Selection, SourceOptions
+from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import PairTask
 from moe_jax.data.tokenizers import Tokenizer

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moe_jax.data import VowelsSource
-from moe_jax.data.sources import SPLITS, vowels
+from moe_jax.data.sources import vowels
+from moe_jax.data.sources.contract import SPLITS
 
 # Two tokens of a man's [i] and one of his [ah], as files have them; the vowel
 # of 'head' is not among the four.
