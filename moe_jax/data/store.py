@@ -3,7 +3,7 @@
 A split of documents is one stream; a split of pairs is two.
 
 Not here: what the texts are (`moe_jax.data.sources`), the folders that streams
-stand in (`cache.py`), and how rows are cut (`packing.py`).
+stand in (`cache_folders.py`), and how rows are cut (`packing.py`).
 """
 
 import array

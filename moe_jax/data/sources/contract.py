@@ -38,7 +38,7 @@ class Selection:
       sources, python_stdlib and its docstrings among them, take any split
       expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
-      `moe_jax.data.cache.cache_root` names.
+      `moe_jax.data.cache_folders.cache_root` names.
   """
 
   splits: tuple[str, str] = SPLITS

@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.cache import cache_root
+from moe_jax.data.cache_folders import cache_root
 from moe_jax.data.sources import tfds_reader
 from moe_jax.data.sources.contract import (
   SPLITS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.cache import cache_root
+from moe_jax.data.cache_folders import cache_root
 from moe_jax.data.sources import python_stdlib, tfds_reader
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.options import option

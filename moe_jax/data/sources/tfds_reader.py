@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from moe_jax.data.cache import locked, prepared
+from moe_jax.data.cache_folders import locked, prepared
 from moe_jax.data.sources.contract import Examples
 from moe_jax.options import unknown
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moe_jax.data import store
-from moe_jax.data.cache import cache_root, prepared
+from moe_jax.data.cache_folders import cache_root, prepared
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
 from moe_jax.data.sources.contract import (

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from moe_jax.data import cache
+from moe_jax.data.cache_folders import prepared
 
 
 def write(folder):
@@ -16,9 +16,9 @@ def write(folder):
 
 
 def test_prepared_once(tmp_path):
-  folder = cache.prepared(tmp_path / 'deep' / 'x', write)
+  folder = prepared(tmp_path / 'deep' / 'x', write)
   assert (folder / 'a').read_text() == 'whole'
-  assert cache.prepared(folder, lambda _: pytest.fail('again')) == folder
+  assert prepared(folder, lambda _: pytest.fail('again')) == folder
   assert os.listdir(folder.parent) == ['x']
 
 
@@ -28,16 +28,16 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
     raise OSError('disk full')
 
   with pytest.raises(OSError, match='disk full'):
-    cache.prepared(tmp_path / 'x', fail)
+    prepared(tmp_path / 'x', fail)
   assert os.listdir(tmp_path) == []
 
 
 def test_the_loser_of_a_race_takes_the_winners(tmp_path):
   def overtaken(folder):
     (folder / 'a').write_text('late')
-    cache.prepared(tmp_path / 'x', write)
+    prepared(tmp_path / 'x', write)
 
-  folder = cache.prepared(tmp_path / 'x', overtaken)
+  folder = prepared(tmp_path / 'x', overtaken)
   assert (folder / 'a').read_text() == 'whole'
   assert os.listdir(tmp_path) == ['x']
 
@@ -45,12 +45,12 @@ def test_the_loser_of_a_race_takes_the_winners(tmp_path):
 def test_others_wait_for_who_prepares(tmp_path):
   script = (
     'import pathlib, sys, time\n'
-    'from moe_jax.data import cache\n'
+    'from moe_jax.data.cache_folders import prepared\n'
     'def write(folder):\n'
     "  print('writing', flush=True)\n"
     '  sys.stdin.read()\n'
     "  (folder / 'a').write_text('theirs')\n"
-    'cache.prepared(pathlib.Path(sys.argv[1]), write)\n'
+    'prepared(pathlib.Path(sys.argv[1]), write)\n'
   )
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
   other = subprocess.Popen(
@@ -61,7 +61,7 @@ def test_others_wait_for_who_prepares(tmp_path):
     assert other.stdout.readline() == 'writing\n'
     waiting = threading.Timer(0.3, other.stdin.close)
     waiting.start()
-    folder = cache.prepared(tmp_path / 'x', lambda _: pytest.fail('twice'))
+    folder = prepared(tmp_path / 'x', lambda _: pytest.fail('twice'))
   assert (folder / 'a').read_text() == 'theirs'
   assert os.listdir(tmp_path) == ['x']
 
@@ -69,16 +69,16 @@ def test_others_wait_for_who_prepares(tmp_path):
 def test_a_killed_preparation_is_made_anew(tmp_path):
   script = (
     'import os, pathlib, sys\n'
-    'from moe_jax.data import cache\n'
+    'from moe_jax.data.cache_folders import prepared\n'
     'def write(folder):\n'
     "  (folder / 'a').write_text('half')\n"
     '  os.kill(os.getpid(), 9)\n'
-    'cache.prepared(pathlib.Path(sys.argv[1]), write)\n'
+    'prepared(pathlib.Path(sys.argv[1]), write)\n'
   )
   command = [sys.executable, '-c', script, str(tmp_path / 'x')]
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
   killed = subprocess.run(command, env=environment)
   assert killed.returncode == -signal.SIGKILL
   assert not (tmp_path / 'x').exists()
-  folder = cache.prepared(tmp_path / 'x', write)
+  folder = prepared(tmp_path / 'x', write)
   assert (folder / 'a').read_text() == 'whole'
