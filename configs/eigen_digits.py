@@ -3,7 +3,8 @@
 Two gated layers of four experts each (arXiv:1312.4314) on scikit-learn's 8x8
 digits at random places of a 14x14 canvas; the balancing constraint holds for
 the first half of training, then it is lifted. With MNIST prepared by TFDS:
---config.data.source=tfds:mnist.
+--config.data.source.kind=tfds --config.data.source.tfds.name=mnist
+--config.data.validation_split=test.
 
     python -m moe_jax.main --config=configs/eigen_digits.py --workdir=runs/eigen
 """
@@ -16,8 +17,9 @@ def get_config(arg: str = ''):
   config.total_steps = 4000
   config.batch_size = 32
   config.log_every_steps = 200
-  config.data.task = 'classes'
-  config.data.source = 'jittered_digits'
+  config.data.task.kind = 'classes'
+  config.data.source.kind = 'digits'
+  config.data.source.digits.canvas = 14
   config.data.seq_len = 1
   config.model.kind = 'deep_moe'
   config.model.deep_moe.num_experts = (4, 4)

@@ -28,42 +28,45 @@ def get_config(arg: str = ''):
   config.batch_size = 2048
   config.total_steps = 250_000
   config.data.seq_len = 2048
-  config.mesh = dict(data=1, fsdp=-1, expert=32, tensor=1)
+  config.mesh.update(data=1, fsdp=-1, expert=32)
   m = config.model
   m.vocab_size = 256_384
   m.num_layers = 24
   m.width = 2048
-  m.num_heads = 24
-  m.head_width = 128
-  m.hidden = 8192
-  m.activation = 'swiglu'
-  m.positions = 'rotary'
-  m.attention_scale = 'none'
-  m.tie_embeddings = False
-  m.dtype = 'bfloat16'
+  m.attention.num_heads = 24
+  m.attention.head_width = 128
+  m.attention.scale = 'none'
+  m.ffn.hidden = 8192
+  m.ffn.activation = 'swiglu'
+  m.positions.kind = 'rotary'
+  m.embedding.tie = False
+  m.numerics.dtype = 'bfloat16'
+  m.numerics.init.scale = 0.1
+  m.numerics.init.embedding_std = 1.0
   m.remat = 'full'
-  m.init.scale = 0.1
-  m.init.embedding_std = 1.0
   m.moe.num_experts = 32
   m.moe.num_selected = 2
   m.moe.layers = 'every 6'
   m.moe.extra_ffn = True
-  m.moe.gates = 'raw'
-  m.moe.second_policy = 'all'
-  m.moe.capacity_factor = 1.25
-  m.moe.capacity_minimum = 4
-  m.moe.balance_choices = 'all'
-  m.moe.balance_weight = 0.02
-  m.moe.z_weight = 1e-4
   m.moe.layer_reduce = 'mean'
+  m.moe.router.kind = 'token_choice'
+  r = m.moe.router.token_choice
+  r.gates = 'raw'
+  r.second_policy = 'all'
+  r.balance_choices = 'all'
+  r.balance_weight = 0.02
+  r.z_weight = 1e-4
+  m.moe.capacity.kind = 'per_token'
+  m.moe.capacity.per_token.factor = 1.25
+  m.moe.capacity.per_token.minimum = 4
   config.evals.published_capacity = base.evaluation(
-    moe=dict(capacity_factor=2.0)
+    moe=dict(capacity=dict(per_token=dict(factor=2.0)))
   )
   o = config.optimizer
-  o.name = 'adafactor'
+  o.kind = 'adafactor'
   o.learning_rate = 0.01
-  o.schedule = 'inverse_sqrt'
-  o.warmup_steps = 10_000
+  o.schedule.kind = 'inverse_sqrt'
+  o.schedule.warmup_steps = 10_000
   o.b1 = 0.0
   o.weight_decay = 0.0
   return base.finish(config, arg)

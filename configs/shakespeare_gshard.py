@@ -15,10 +15,12 @@ def get_config(arg: str = ''):
   config = shakespeare_switch.get_config().unlock()
   moe = config.model.moe
   moe.num_selected = 2
-  moe.hidden = 256
-  moe.gates = 'renormalized'
-  moe.second_policy = 'sampled'
-  moe.capacity_factor = 2.0  # per token: one slot an assignment
-  moe.balance_choices = 'first'
-  config.evals.capacity_2 = base.evaluation(moe=dict(capacity_factor=4.0))
+  moe.expert.hidden = 256
+  moe.router.token_choice.gates = 'renormalized'
+  moe.router.token_choice.second_policy = 'sampled'
+  moe.router.token_choice.balance_choices = 'first'
+  moe.capacity.per_token.factor = 2.0  # a slot for each choice of a token
+  config.evals.capacity_2 = base.evaluation(
+    moe=dict(capacity=dict(per_token=dict(factor=4.0)))
+  )
   return base.finish(config, arg)

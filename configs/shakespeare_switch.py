@@ -18,10 +18,12 @@ def get_config(arg: str = ''):
   moe.num_experts = 8
   moe.num_selected = 1
   moe.layers = 'last 2'
-  moe.gates = 'raw'
   moe.group_size = 768  # the batch: small groups drop more
-  moe.capacity_factor = 1.0
-  moe.balance_weight = 0.01
+  moe.router.kind = 'token_choice'
+  moe.router.token_choice.gates = 'raw'
+  moe.router.token_choice.balance_weight = 0.01
+  moe.capacity.kind = 'per_token'
+  moe.capacity.per_token.factor = 1.0
   config.evals = base.get_config().evals
   config.checkpoint.best_eval = 'train_capacity'
   return base.finish(config, arg)

@@ -23,8 +23,11 @@ a vocabulary of bytes (theirs was sampled, of words), the batch and the text.
 """
 
 from configs import base
+from moe_jax import sections
+from moe_jax.options import unknown
 
-# Of the models with experts: (experts, branches), of 1024 hidden units each.
+# The number of experts, of 1024 hidden units each, and the number of branches
+# that they are divided into; 0 branches are one level of gates.
 EXPERTS = {
   'MoE-4': (4, 0),
   'MoE-32': (32, 0),
@@ -35,9 +38,23 @@ EXPERTS = {
   'MoE-16384-h': (16384, 128),
   'MoE-65536-h': (65536, 256),
   'MoE-131072-h': (131072, 256),
+  'MoE-34M': (1024, 16),
+  'MoE-143M': (256, 16),
 }
-# Of the others, what they change. Dropout was searched for in steps of 0.1.
-OTHERS = {
+# What a model changes in the section `model` of all published ones. The paper
+# searched for dropout rates in steps of 0.1.
+CHANGES = {
+  'MoE-1024-h': dict(dropout=0.2),
+  'MoE-4096-h': dict(dropout=0.2),
+  'MoE-34M': dict(
+    width=1024, dropout=0.3, moe=dict(expert=dict(hidden=2048))
+  ),
+  'MoE-143M': dict(
+    width=1024,
+    dropout=0.4,
+    lstm=dict(hidden=4096),
+    moe=dict(expert=dict(hidden=8192)),
+  ),
   'MoE-1-Wide': dict(moe=dict(num_experts=0)),
   'MoE-1-Deep': dict(moe=dict(num_experts=0), lstm=dict(twin_depth=4)),
   '4xLSTM-512': dict(num_layers=4, moe=dict(layers='none')),
@@ -47,25 +64,13 @@ OTHERS = {
   'LSTM-2048-512': dict(
     num_layers=1, moe=dict(layers='none'), lstm=dict(hidden=2048)
   ),
-  'MoE-34M': dict(
-    width=1024,
-    dropout=0.3,
-    moe=dict(num_experts=1024, branching=16, hidden=2048),
-  ),
-  'MoE-143M': dict(
-    width=1024,
-    dropout=0.4,
-    lstm=dict(hidden=4096),
-    moe=dict(num_experts=256, branching=16, hidden=8192),
-  ),
 }
-MODELS = (*EXPERTS, *OTHERS)
+MODELS = tuple(dict.fromkeys([*EXPERTS, *CHANGES]))
 
 
 def get_config(arg: str = ''):
   if arg not in ('', base.RUNLOCAL, *MODELS):
-    known = ['', base.RUNLOCAL, *MODELS]
-    raise ValueError(f'unknown config argument {arg!r}; have {known}')
+    raise unknown('config argument', arg, ['', base.RUNLOCAL, *MODELS])
   config = base.get_config()
   config.data.seq_len = 64
   config.batch_size = 32
@@ -73,55 +78,61 @@ def get_config(arg: str = ''):
   m = config.model
   m.kind = 'lstm'
   m.num_layers = 3
-  m.positions = 'none'
-  m.tie_embeddings = False
-  m.activation = 'relu'
+  m.positions.kind = 'none'
+  m.embedding.tie = False
+  m.ffn.activation = 'relu'
   m.width = 96
   m.dropout = 0.1
   m.moe.layers = '1'
-  m.moe.num_experts = 16
-  m.moe.branching = 4
-  m.moe.branches_selected = 2
   m.moe.num_selected = 4
-  m.moe.hidden = 192
-  m.moe.expert_dropout = 0.0
-  m.moe.router = 'noisy_top_k'
-  m.moe.gates = 'renormalized'
-  m.moe.group_size = -1
-  m.moe.capacity_rule = 'all'
-  m.moe.dispatch = 'dropless'
-  m.moe.balance_weight = 0.0
-  m.moe.z_weight = 0.0
-  m.moe.importance_weight = 0.1
-  m.moe.load_weight = 0.1
+  m.moe.expert.hidden = 192
+  m.moe.expert.dropout = 0.0
   config.optimizer.learning_rate = 3e-3
   config.optimizer.weight_decay = 0.0
   config.checkpoint.best_eval = 'valid'
   config.checkpoint.every_steps = 250
   config.evals = {'valid': base.evaluation(every_steps=250, num_batches=16)}
   config.sample.num_tokens = 200
-  if arg in MODELS:
-    _published(config, arg)
-  return base.finish(config, arg if arg == base.RUNLOCAL else '')
+  if arg not in MODELS:
+    set_experts(m.moe, 16, branching=4)
+    return base.finish(config, arg)
+  return base.finish(_published(config, arg))
 
 
-def _published(config, name: str) -> None:
+def set_experts(moe, num_experts: int, branching: int = 0) -> None:
+  """Sets experts and noisy gates in a section `model.moe`.
+
+  Args:
+    moe: The section; it says how many experts serve a token.
+    num_experts: Number of experts.
+    branching: Number of branches, of which a token chooses two; 0: one level.
+  """
+  moe.num_experts = num_experts
+  moe.group_size = -1
+  moe.router.kind = 'hierarchical' if branching else 'noisy_top_k'
+  if branching:
+    moe.router.hierarchical.update(
+      branching=branching, branches_selected=2, noisy=True
+    )
+  else:
+    moe.router.noisy_top_k.balance_weight = 0.0
+  router = moe.router[moe.router.kind]
+  router.gates = 'renormalized'
+  router.z_weight = 0.0
+  router.importance_weight = 0.1
+  router.load_weight = 0.1
+  moe.capacity.kind = 'all'
+  moe.dispatch.kind = 'dropless'
+
+
+def _published(config, name: str):
   m = config.model
   m.width = 512
-  m.moe.hidden = 1024
-  m.moe.branching = 0
-  m.moe.branches_selected = 1
+  m.moe.expert.hidden = 1024
   config.total_steps = 27_000
-  config.optimizer.schedule = 'inverse_sqrt'
-  config.optimizer.warmup_steps = 1000
+  config.optimizer.schedule.kind = 'inverse_sqrt'
+  config.optimizer.schedule.warmup_steps = 1000
   config.optimizer.learning_rate = 1e-3
   if name in EXPERTS:
-    m.moe.num_experts, m.moe.branching = EXPERTS[name]
-    m.dropout = 0.2 if name in ('MoE-1024-h', 'MoE-4096-h') else 0.1
-  for key, value in OTHERS.get(name, {}).items():
-    if isinstance(value, dict):
-      m[key].update(value)
-    else:
-      m[key] = value
-  if m.moe.branching:
-    m.moe.branches_selected = 2
+    set_experts(m.moe, *EXPERTS[name])
+  return sections.merge(config, {'model': CHANGES.get(name, {})})

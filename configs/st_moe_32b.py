@@ -16,14 +16,13 @@ from configs import base, st_moe_base
 
 def get_config(arg: str = ''):
   config = st_moe_base.get_config().unlock()
-  config.mesh = dict(data=1, fsdp=-1, expert=64, tensor=16)
+  config.mesh.update(expert=64, tensor=16)
   m = config.model
   m.num_layers = 24
-  m.num_encoder_layers = 24
   m.width = 5120
-  m.num_heads = 64
-  m.head_width = 128
-  m.hidden = 20_480
+  m.attention.num_heads = 64
+  m.attention.head_width = 128
+  m.ffn.hidden = 20_480
   m.remat = 'full'
   m.moe.num_experts = 64
   if arg == base.RUNLOCAL:

@@ -25,37 +25,40 @@ def get_config(arg: str = ''):
   if arg not in known:
     raise ValueError(f'unknown config argument {arg!r}; have {known}')
   config = t5_base.get_config().unlock()
-  config.mesh = dict(data=1, fsdp=-1, expert=16, tensor=1)
+  config.mesh.update(data=1, fsdp=-1, expert=16)
   m = config.model
-  m.hidden = 2048
-  m.activation = 'geglu'
-  m.tie_embeddings = False
-  m.logits_scale = 'none'
+  m.ffn.hidden = 2048
+  m.ffn.activation = 'geglu'
+  m.embedding.tie = False
+  m.embedding.logits_scale = 'none'
   m.dropout = 0.0
-  m.init.scale = 0.1
+  m.numerics.init.scale = 0.1
   m.moe.num_experts = 16
   m.moe.num_selected = 2
   m.moe.layers = 'every 4'
   m.moe.extra_ffn = True
-  m.moe.gates = 'renormalized'
-  m.moe.encoder_slot_priority = 'choice_major'
-  m.moe.second_policy = 'threshold'
-  m.moe.second_threshold = 0.2
   m.moe.group_size = 4096
-  m.moe.capacity_rule = 'per_token'
-  m.moe.capacity_factor = 1.25
-  m.moe.balance_choices = 'first'
-  m.moe.balance_weight = 0.01
-  m.moe.z_weight = 1e-3
+  m.moe.router.kind = 'token_choice'
+  r = m.moe.router.token_choice
+  r.gates = 'renormalized'
+  r.second_policy = 'threshold'
+  r.second_threshold = 0.2
+  r.balance_choices = 'first'
+  r.balance_weight = 0.01
+  r.z_weight = 1e-3
+  m.moe.capacity.kind = 'per_token'
+  m.moe.capacity.per_token.factor = 1.25
+  m.encoder.overrides = dict(
+    moe=dict(router=dict(token_choice=dict(slot_priority='choice_major')))
+  )
   config.evals.published_capacity = base.evaluation(
-    moe=dict(capacity_factor=2.0)
+    moe=dict(capacity=dict(per_token=dict(factor=2.0)))
   )
   if arg == LARGE:
     m.num_layers = 24
-    m.num_encoder_layers = 24
     m.width = 1024
-    m.num_heads = 16
-    m.hidden = 2816
+    m.attention.num_heads = 16
+    m.ffn.hidden = 2816
     m.moe.num_experts = 32
   if arg == base.RUNLOCAL:
     m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group

@@ -22,20 +22,22 @@ def get_config(arg: str = ''):
   if arg not in known:
     raise ValueError(f'unknown config argument {arg!r}; have {known}')
   config = t5_base.get_config().unlock()
-  config.mesh = dict(data=1, fsdp=-1, expert=8, tensor=1)
+  config.mesh.update(data=1, fsdp=-1, expert=8)
   m = config.model
   m.dropout = 0.0
-  m.init.scale = 0.1
+  m.numerics.init.scale = 0.1
   m.moe.num_experts = EXPERTS.get(arg, 128)
   m.moe.num_selected = 1
   m.moe.layers = 'every 2'
-  m.moe.gates = 'raw'
-  m.moe.jitter = 0.01
   m.moe.group_size = 8192
-  m.moe.capacity_rule = 'per_token'
-  m.moe.capacity_factor = 1.25
-  m.moe.balance_weight = 0.01
-  m.moe.z_weight = 0.0
+  m.moe.router.kind = 'token_choice'
+  r = m.moe.router.token_choice
+  r.gates = 'raw'
+  r.jitter = 0.01
+  r.balance_weight = 0.01
+  r.z_weight = 0.0
+  m.moe.capacity.kind = 'per_token'
+  m.moe.capacity.per_token.factor = 1.25
   if arg == base.RUNLOCAL:
     m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
   return base.finish(config, arg if arg == base.RUNLOCAL else '')

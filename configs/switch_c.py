@@ -15,22 +15,21 @@ from configs import base, switch_base
 
 def get_config(arg: str = ''):
   config = switch_base.get_config().unlock()
-  config.mesh = dict(data=1, fsdp=-1, expert=128, tensor=1)
+  config.mesh.expert = 128
   m = config.model
   m.num_layers = 15
-  m.num_encoder_layers = 15
   m.width = 2080
-  m.num_heads = 32
-  m.head_width = 64
-  m.hidden = 6144
-  m.tie_embeddings = False
-  m.logits_scale = 'none'
+  m.attention.num_heads = 32
+  m.attention.head_width = 64
+  m.ffn.hidden = 6144
+  m.embedding.tie = False
+  m.embedding.logits_scale = 'none'
   m.remat = 'full'
   m.moe.num_experts = 2048
   m.moe.layers = 'all'
   m.moe.group_size = 2048
-  m.moe.capacity_factor = 1.0
-  m.moe.capacity_minimum = 2
+  m.moe.capacity.per_token.factor = 1.0
+  m.moe.capacity.per_token.minimum = 2
   if arg == base.RUNLOCAL:
     m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
   return base.finish(config, arg)

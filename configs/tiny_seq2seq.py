@@ -22,26 +22,26 @@ def get_config(arg: str = ''):
   config = base.get_config()
   config.batch_size = 16
   config.total_steps = 1000
-  config.data.task = 'seq2seq'
-  config.data.source = 'python_stdlib_docstrings'
+  config.data.task.kind = 'seq2seq'
+  config.data.source.kind = 'python_stdlib_docstrings'
   config.data.seq_len = 256
   config.data.target_len = 96
   m = config.model
   m.kind = 'encoder_decoder'
   m.num_layers = 2
   m.width = 128
-  m.num_heads = 4
-  m.hidden = 512
-  m.activation = 'relu'
-  m.positions = 'relative'
-  m.attention_scale = 'none'
-  m.logits_scale = 'inverse_sqrt_width'
-  m.init.embedding_std = 1.0
+  m.attention.num_heads = 4
+  m.attention.scale = 'none'
+  m.ffn.hidden = 512
+  m.ffn.activation = 'relu'
+  m.positions.kind = 'relative'
+  m.embedding.logits_scale = 'inverse_sqrt_width'
+  m.numerics.init.embedding_std = 1.0
   m.scan_layers = False
   m.moe.num_experts = 8
   m.moe.num_selected = 1
   m.moe.layers = 'every 2'
-  m.moe.jitter = 0.01
+  m.moe.router.token_choice.jitter = 0.01
   config.optimizer.learning_rate = 3e-3
   config.checkpoint.every_steps = 250
   config.sample.prompt = PROMPT
@@ -51,6 +51,6 @@ def get_config(arg: str = ''):
     entry.every_steps = 250
     entry.num_batches = 8
   config.evals.generate = base.generate_evaluation(
-    num_examples=48, max_new_tokens=96
+    num_examples=48, num_tokens=96
   )
   return base.finish(config, arg)

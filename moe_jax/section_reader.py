@@ -210,7 +210,7 @@ class Reader:
         self.problems.append(unknown_text('config key', f'{path}{key}', names))
     for other, other_cls in kinds.builtin.items():
       if other != name:
-        why = f'with {path}{KIND}={name!r}'
+        why = idle or f'with {path}{KIND}={name!r}'
         self.options(
           other_cls, None, config.get(other, {}), f'{path}{other}.', why
         )
@@ -228,7 +228,7 @@ class Reader:
         if key not in known:
           foreign.setdefault(key, (other, field))
     for other, field in foreign.values():
-      why = f'with {path}{KIND}={name!r}'
+      why = idle or f'with {path}{KIND}={name!r}'
       self._field(other, field, default_of(field), config, path, why)
     like = default if isinstance(default, cls) else None
     below = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
