@@ -8,7 +8,7 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
@@ -64,24 +64,31 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def config_of(
-  spec: str, overrides: Sequence[str] = ()
+  base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
 ) -> ml_collections.ConfigDict:
-  """The config of 'configs/name.py', with `--config.key=value` overrides.
+  """A config with `--config.key=value` overrides.
+
+  Args:
+    base: The config, or its file, 'configs/name.py'.
+    overrides: The flags.
 
   Raises:
     ValueError: The file or a key does not exist, or a value has another type.
   """
-  argv = ['', f'--config={spec}', *overrides]
-  _check_config(argv)
   values = flags.FlagValues()
-  found = config_flags.DEFINE_config_file(
-    'config',
-    None,
-    '',
-    flag_values=values,
-    sys_argv=argv,
-    accept_new_attributes=True,
-  )
+  options = dict(flag_values=values, accept_new_attributes=True)
+  if isinstance(base, str):
+    argv = ['', f'--config={base}', *overrides]
+    _check_config(argv)
+    found = config_flags.DEFINE_config_file(
+      'config', None, '', sys_argv=argv, **options
+    )
+  else:
+    argv = ['', *overrides]
+    _check_keys(base, dict(_options(argv)))
+    found = config_flags.DEFINE_config_dict(
+      'config', base, '', sys_argv=argv, **options
+    )
   try:
     values(argv)
   except flags.Error as error:
@@ -93,9 +100,14 @@ def _check_config(argv: Sequence[str]) -> None:
   """Raises ValueError for a config file or key that does not exist."""
   options = dict(_options(argv))
   spec = options.pop('config', None)
-  if spec is None:
-    return
-  config = load_config(spec)
+  if spec is not None:
+    _check_keys(load_config(spec), options)
+
+
+def _check_keys(
+  config: ml_collections.ConfigDict, options: Mapping[str, str]
+) -> None:
+  """Raises ValueError for an option that is no key of the config."""
   known = flatten(config)
   for key in options:
     name = key.removeprefix('config.')

@@ -7,6 +7,8 @@ the files of `configs/`.
 """
 
 import dataclasses
+import json
+import pathlib
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,6 +46,16 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
     OptionError: All that is wrong with it, by name.
   """
   return sections.read(RunConfig, config)
+
+
+def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config whose values stand in a JSON file; see `sections.section`.
+
+  Raises:
+    OptionError: All that is wrong with them, by name.
+  """
+  values = json.loads(path.read_text(encoding='utf-8'))
+  return sections.section(sections.read(RunConfig, values))
 
 
 def settled(

@@ -1,13 +1,13 @@
 """Hugging Face checkpoints in and out: Switch Transformer, NLLB-MoE, Mixtral.
 
-    model, variables = interop.load('google/switch-base-8')
-    interop.save(model, variables, 'folder')
+    options, model, variables = interop.load('google/switch-base-8')
+    interop.save(options, variables, 'folder')
 
 On the command line: `python -m moe_jax.interop import | export | verify`.
 """
 
 from moe_jax.interop.checkpoint_folder import ARCHITECTURES
-from moe_jax.interop.loading import load
+from moe_jax.interop.loading import Loaded, load
 from moe_jax.interop.saving import save
 
-__all__ = ['ARCHITECTURES', 'load', 'save']
+__all__ = ['ARCHITECTURES', 'Loaded', 'load', 'save']

@@ -5,7 +5,7 @@
     python -m moe_jax.interop verify folder --expected expected.npz
 
 SOURCE is a local folder or the id of a repository on the hub. `import` takes
-what is not the model's from --config=configs/base.py or another, with
+what is not the model's from the defaults, or from --config=configs/own.py, with
 overrides: --config.mesh.expert=4.
 """
 
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from moe_jax import command_line
+from moe_jax import command_line, run_config, sections
 from moe_jax.interop import import_run, verifying
 from moe_jax.runs.checkpointer import CheckpointError
 
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add = command('import', _import, 'a checkpoint into a new run')
   add('source', metavar='SOURCE', help="a folder, or a hub repository's id")
   add('--workdir', required=True, help='the new run')
-  add('--config', default=import_run.BASE, help='all of the run but its model')
+  add('--config', default='', help="a run's config file; else the defaults")
   add('--dtype', choices=('float32', 'bfloat16'), default='')
   add('--revision', default='', help='a branch, tag or commit')
   add = command('export', _export, 'a run into a folder for transformers')
@@ -64,12 +64,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
-  config = command_line.config_of(options.config, overrides)
+  base = options.config or sections.section(run_config.RunConfig)
+  config = command_line.config_of(base, overrides)
   lines = import_run.import_run(
     options.source,
     options.workdir,
-    config=config,
-    base=options.config,
+    run_config.read(config),
     dtype=options.dtype,
     revision=options.revision,
   )

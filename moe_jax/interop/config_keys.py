@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown_text
 
 IDS = int | list | None
 _WHO = 'transformers 5.24'
@@ -21,12 +21,13 @@ class Keys:
   """The keys of one architecture.
 
   Attributes:
-    honoured: Name -> (type, transformers' default); they shape the model.
-    training: Name -> (type, default, value without loss, why another is not
-      carried over). They act in training alone. The value may be the name of a
-      key that has it; ... is any.
-    fixed: Name -> the values that are supported, the default first.
-    ignored: Name -> why it changes neither inference nor training.
+    honoured: The type and transformers' default of each key that shapes the
+      model, by name.
+    training: The type and the default of each key that acts in training alone,
+      by name; then the value that is no loss, or the name of a key that has
+      it, or ... where any is; and why another is not carried over.
+    fixed: The values of each key that are supported, the default first.
+    ignored: Why each of the other keys changes neither inference nor training.
   """
 
   honoured: Mapping[str, tuple[Any, Any]]
@@ -51,14 +52,14 @@ def read(
   """The values; all that is wrong; and what is not carried over.
 
   Args:
-    keys: The architecture's.
-    config: What `config.json` holds.
+    keys: The keys of the architecture.
+    config: The content of `config.json`.
   """
   values, problems, notes = Values(), [], []
   known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
   for name in config:
     if name not in known:
-      error = str(unknown('key', name, known))
+      error = unknown_text('key', name, known)
       problems.append(error.split('have [')[0].rstrip('; '))
   for name, (kind, default, *_) in {**keys.honoured, **keys.training}.items():
     value = config.get(name, default)
@@ -94,7 +95,7 @@ def _name(kind: Any) -> str:
 
 _GENERATION = f'generation reads it, as {_WHO} does'
 _NO_NUMBER = 'no number of the model depends on it'
-# Of every architecture.
+# Keys of every architecture.
 COMMON_FIXED = {
   'per_layer_config': (None,),
   'quantization_config': (None,),

@@ -1,10 +1,12 @@
 """Checkpoints into a run's folder, from where training goes on, and out of it.
 
 An imported folder holds a checkpoint of step 0 with parameters alone, the
-run's config (and `config.py`, by which `moe_jax.main` is told of it), the
-tokenizer, and the files that came with the weights in `huggingface/`.
+run's config, the tokenizer, and the files that came with the weights in
+`huggingface/`. `config.py`, by which `moe_jax.main` is told of the config, is
+always the same text; the values are those of `imported.json` beside it.
 """
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -13,51 +15,54 @@ import resource
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import ml_collections
-from flax import linen as nn
 
-from moe_jax import command_line, models, partitioning
-from moe_jax.config import difference, merge
-from moe_jax.data import tokenizers
+from moe_jax import sections
+from moe_jax.data import (
+  DataOptions,
+  DocstringsSource,
+  JsonOptions,
+  Seq2SeqTask,
+  SpanCorruptionTask,
+  tokenizers,
+)
+from moe_jax.generation.trained_run import IMPORTED as FILES
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
-from moe_jax.interop.model_section import overrides
 from moe_jax.interop.saving import save
 from moe_jax.interop.tensor_files import TensorFiles
-from moe_jax.layers.initializers import axis_names
+from moe_jax.models import ModelOptions
+from moe_jax.options import Options, default_of, fields_of, spec_of
+from moe_jax.partitioning import MeshOptions
+from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training.run_options import RunOptions
 
-FILES = 'huggingface'
-BASE = 'configs/base.py'
-_CONFIG_PY = '''"""{source}, imported by `python -m moe_jax.interop import`.
+CONFIG_PY, VALUES = 'config.py', 'imported.json'
+O = TypeVar('O', bound=Options)
+_CONFIG_PY = '''"""A run that began as a checkpoint of Hugging Face.
 
-    python -m moe_jax.main --config={workdir}/config.py --workdir={workdir}
+    python -m moe_jax.main --config=FOLDER/config.py --workdir=FOLDER
 """
 
-from moe_jax import command_line
+import pathlib
 
-CHANGES = {{
-{changes}
-}}
+from moe_jax import run_config
 
 
 def get_config():
-  config = command_line.load_config({base!r})
-  config.update_from_flattened_dict(CHANGES)
-  return config
+  return run_config.from_file(pathlib.Path(__file__).with_name('imported.json'))
 '''
 
 
 def import_run(
   source: str | os.PathLike[str],
   workdir: str | os.PathLike[str],
+  options: RunOptions,
   *,
-  config: ml_collections.ConfigDict,
-  base: str = BASE,
   dtype: str = '',
   revision: str = '',
   devices: Sequence[jax.Device] | None = None,
@@ -67,15 +72,15 @@ def import_run(
   Args:
     source: A folder, or the id of a hub repository.
     workdir: A folder that holds no run yet.
-    config: The run's: all but the model is taken from it.
-    base: Where `config` came from; `config.py` begins with it.
-    dtype: Of parameters and products; '': as the checkpoint's.
-    revision: Of a repository.
-    devices: Of the mesh; None is all there are.
+    options: The options of the run: all are taken from them but what the
+      checkpoint's model computes.
+    dtype: Type of parameters and products; '' is the checkpoint's own.
+    revision: A branch, tag or commit of a repository; '' is its main branch.
+    devices: The devices of the mesh; None is all there are.
 
   Raises:
-    ValueError: As `load`; the halves' embeddings differ; the folder holds a
-      run; or the tokenizer is not one of ours.
+    ValueError: As `load`; the folder holds a run; or the tokenizer is not one
+      of ours.
   """
   folder = pathlib.Path(workdir).expanduser()
   for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
@@ -83,58 +88,101 @@ def import_run(
       raise ValueError(f'{folder} holds a run already ({name}); choose another')
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
-  if checkpoint.encoder_table:
-    raise ValueError(
-      f'{source}: encoder and decoder have embeddings that differ, and a run '
-      'has one for both; interop.load reads it'
-    )
-  config = _run_config(config, checkpoint, folder, tokenizer)
-  mesh = partitioning.make_mesh(config.mesh.to_dict(), devices)
-  before = _peak_bytes()
-  params = loading.load_params(checkpoint, mesh=mesh, sharding=config.sharding)
+  model = _model(checkpoint.options, options.model)
+  checkpoint = dataclasses.replace(checkpoint, options=model)
+  options = dataclasses.replace(
+    options,
+    model=model,
+    data=_data(options.data, checkpoint, folder, tokenizer),
+  )
+  mesh, before = options.mesh.make(devices), _peak_bytes()
+  params = loading.load_params(
+    checkpoint, mesh=mesh, rules=options.sharding.rules
+  )
   facts = [_size(params, mesh), _memory(before, checkpoint)]
-  _write(folder, checkpoint, config, base, tokenizer, params)
+  _write(folder, checkpoint, options, tokenizer, params)
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
 
 
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
-  """The folder's; None where there is none at all."""
+  """The folder's tokenizer; None where there is none at all."""
   names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
   if not any((folder / name).is_file() for name in names):
     return None
   return tokenizers.Json.from_folder(folder)
 
 
-def _run_config(config, checkpoint: Checkpoint, folder, tokenizer):
-  """The run's config with the checkpoint's model, tokenizer and a task."""
-  changes: dict[str, Any] = {'model': overrides(checkpoint.section)}
-  data = {}
-  if tokenizer is not None:
-    data['tokenizer'] = f'json:{folder / FILES}'
-  pairs = checkpoint.section.kind == 'encoder_decoder'
-  if pairs and config.data.task == 'lm':
-    data |= _task(config, checkpoint, tokenizer)
-  return merge(config, {**changes, 'data': data} if data else changes)
+def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:
+  """The checkpoint's model, computed and trained as a run's options say.
 
-
-def _task(config, checkpoint: Checkpoint, tokenizer) -> dict[str, Any]:
-  """What an encoder-decoder can be trained on at once, embedded.
-
-  A T5 vocabulary has tokens for gaps, which the model learned to fill.
+  What a checkpoint says of dropout, losses and types of numbers comes before
+  what the options say.
   """
-  task = dict(target_len=max(config.data.seq_len // 4, 1))
-  gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
-  if gaps and checkpoint.architecture.model_type == 'switch_transformers':
-    sentinels = min(gaps, config.data.num_sentinels)
-    return dict(
-      task, task='span_corruption', final_sentinel=False,
-      num_sentinels=sentinels,
-    )  # fmt: skip
-  return dict(task, task='seq2seq', source='python_stdlib_docstrings')
+  model = _computed_as(theirs, ours)
+  numerics = dataclasses.replace(
+    model.numerics,
+    dtype=theirs.numerics.dtype,
+    param_dtype=theirs.numerics.param_dtype,
+  )
+  return dataclasses.replace(model, numerics=numerics)
 
 
-def _write(folder, checkpoint, config, base, tokenizer, params) -> None:
-  """The config last: what has none is no run."""
+def _computed_as(theirs: O, ours: Options, how: bool = False) -> O:
+  """`theirs`, with our values of those defaults that say how and not what.
+
+  Args:
+    theirs: Options.
+    ours: Options of which some may have the same names.
+    how: Whether all of them say only how something is computed.
+  """
+  changes = {}
+  for name, field in fields_of(type(theirs)).items():
+    old, new = getattr(theirs, name), getattr(ours, name, None)
+    only_how = how or spec_of(field).how
+    if isinstance(old, Options):
+      if type(old) is type(new):
+        changes[name] = _computed_as(old, new, only_how)
+    elif only_how and old == default_of(field) and new is not None:
+      changes[name] = new
+  return dataclasses.replace(theirs, **changes)
+
+
+def _data(
+  data: DataOptions,
+  checkpoint: Checkpoint,
+  folder: pathlib.Path,
+  tokenizer: tokenizers.Json | None,
+) -> DataOptions:
+  """The data with the checkpoint's tokenizer, and a task that fits its model.
+
+  An encoder-decoder that is asked to learn from documents is given a task that
+  it can be trained on at once: gaps to fill, where it has learned to fill some,
+  else pairs of texts that come with Python.
+  """
+  changes: dict[str, Any] = {}
+  if tokenizer is not None:
+    changes['tokenizer'] = JsonOptions(str(folder / FILES))
+  if checkpoint.options.has_encoder and not data.task.makes_examples:
+    changes['target_len'] = max(data.seq_len // 4, 1)
+    gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
+    if gaps and checkpoint.architecture.fills_gaps:
+      most = SpanCorruptionTask().num_sentinels
+      changes['task'] = SpanCorruptionTask(
+        num_sentinels=min(gaps, most), final_sentinel=False
+      )
+    else:
+      changes |= {'task': Seq2SeqTask(), 'source': DocstringsSource()}
+  return dataclasses.replace(data, **changes)
+
+
+def _write(
+  folder: pathlib.Path,
+  checkpoint: Checkpoint,
+  options: RunOptions,
+  tokenizer: tokenizers.Json | None,
+  params: Any,
+) -> None:
+  """Writes the folder, its config last: what has none is no run."""
   files = folder / FILES
   files.mkdir(parents=True)
   for path in checkpoint.folder.iterdir():
@@ -146,14 +194,10 @@ def _write(folder, checkpoint, config, base, tokenizer, params) -> None:
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
     extra = {'imported': checkpoint.architecture.model_type}
     kept.save(0, {'params': params}, extra=extra)
-  changes = difference(command_line.load_config(base), config)
-  text = _CONFIG_PY.format(
-    source=checkpoint.folder.name,
-    workdir=folder,
-    base=base,
-    changes='\n'.join(f'  {k!r}: {new!r},' for k, (_, new) in changes.items()),
-  )
-  (folder / 'config.py').write_text(text, encoding='utf-8')
+  config = sections.section(options)
+  text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+  (folder / VALUES).write_text(text + '\n', encoding='utf-8')
+  (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')
   workdir_lib.claim(folder, config)
 
 
@@ -205,54 +249,37 @@ def export_run(
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
-  path = folder / workdir_lib.CONFIG
-  if not path.is_file():
-    raise ValueError(f'{folder} holds no run: it has no {workdir_lib.CONFIG}')
-  config = ml_collections.ConfigDict(tokenizers.read_json(path))
-  if 'model' not in config or 'data' not in config:
-    raise ValueError(f'{folder} holds no run: {path.name} is not one of a run')
-  path = folder / workdir_lib.TOKENIZER
-  tokenizer = tokenizers.load(path) if path.is_file() else None
-  if not config.model.vocab_size and tokenizer is not None:
-    config.model.vocab_size = tokenizer.vocab_size
-  model = models.build(config)
-  step, params = _restore(folder, config, model)
+  run = trained.read(folder, tokenizer_needed=False)
+  rules = run.sharding.rules
+  restored = trained.restore_variables(
+    folder,
+    run.model.build(rules),
+    run.data.seq_len,
+    rules,
+    mesh=_mesh(folder),
+    router_state=False,
+  )
   files, output = folder / FILES, pathlib.Path(output).expanduser()
   known = tokenizers.read_json(files / 'config.json')
-  save(model, {'params': params}, output, config=known or _special(tokenizer))
+  config = known or _special(run.tokenizer)
+  save(run.model, restored.state, output, config=config)
   return [
-    f'checkpoint of step {step} written to {output}',
-    _export_tokenizer(files, output, tokenizer),
+    f'checkpoint of step {restored.step} written to {output}',
+    _export_tokenizer(files, output, run.tokenizer),
   ]
 
 
-def _restore(folder, config, model: nn.Module):
-  """The newest good checkpoint's parameters, on the run's mesh if it fits."""
-  boxed = models.abstract_params(model, config.data.seq_len)
-  shapes = nn.meta.unbox(boxed)
+def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
+  """The run's mesh; None where it was made for other devices."""
+  mesh = workdir_lib.kept_config(folder).get('mesh', {})
   try:
-    mesh = partitioning.make_mesh(config.mesh.to_dict())
-  except ValueError:  # made for other devices; any mesh will do
-    mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  rules = partitioning.make_rules(config.sharding)
-  places = partitioning.tree_shardings(mesh, rules, axis_names(boxed), shapes)
-  abstract = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
-    ),
-    shapes,
-    places,
-  )
-  path = workdir_lib.checkpoints_of(folder)
-  with Checkpointer(path, keep_best=False) as kept:
-    restored = kept.restore({'params': abstract}, partial=True)
-  if restored is None:
-    raise ValueError(f'{path} has no checkpoint yet')
-  return restored.step, restored.state['params']
+    return sections.read(MeshOptions, mesh, 'mesh.').make()
+  except ValueError:
+    return None
 
 
 def _special(tokenizer) -> dict[str, Any]:
-  """The ids that a run's own tokenizer has."""
+  """The keys of config.json that a run's own tokenizer decides."""
   if tokenizer is None:
     return {}
   return {

@@ -11,15 +11,13 @@ import itertools
 import logging
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh, Sharding
 
 from moe_jax import models, partitioning
-from moe_jax.config import Section
 from moe_jax.interop import hub
 from moe_jax.interop.checkpoint_folder import Checkpoint, open_checkpoint
 from moe_jax.interop.mapping import (
@@ -31,22 +29,36 @@ from moe_jax.interop.mapping import (
   with_encoder_table,
   without_prefix,
 )
-from moe_jax.interop.model_section import SHARDING
 from moe_jax.interop.tensor_files import Index, TensorFiles, listed
-from moe_jax.layers.initializers import axis_names
+from moe_jax.layers.shared import RULES
+from moe_jax.models import Model, ModelOptions
+from moe_jax.partitioning import Rules
 
 _LOG = logging.getLogger(__name__)
-_LENGTH = 8  # parameters do not depend on it
+
+
+class Loaded(NamedTuple):
+  """A checkpoint as a model of ours.
+
+  Attributes:
+    options: The options of the model, from which it is built and exported.
+    model: The model.
+    variables: Its parameters, under 'params'.
+  """
+
+  options: ModelOptions
+  model: Model
+  variables: dict[str, Any]
 
 
 def load(
   source: str | os.PathLike[str],
   *,
   mesh: Mesh | None = None,
-  sharding: Section | None = None,
+  rules: Rules = RULES,
   dtype: str = '',
   revision: str = '',
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> Loaded:
   """The model of a Hugging Face checkpoint and its variables.
 
   What the checkpoint's config says of training alone and our models do not
@@ -54,12 +66,11 @@ def load(
 
   Args:
     source: A local folder, or the id of a repository on the hub.
-    mesh: Where the parameters go; None: the first local device.
-    sharding: Logical axis -> mesh axes, as `config.sharding`; None: the table
-      of `configs/base.py`.
-    dtype: 'float32' or 'bfloat16', of parameters and products; '': as the
-      checkpoint's. Routers stay float32.
-    revision: Of a repository; '': its main branch.
+    mesh: Where the parameters are put; None is the first local device.
+    rules: The mesh axes of each logical axis, `ShardingOptions().rules`, say.
+    dtype: 'float32' or 'bfloat16', of parameters and products; '' is the
+      checkpoint's own. Routers stay float32.
+    revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
     ValueError: The architecture, a key of its config, or a tensor is not
@@ -68,52 +79,51 @@ def load(
   checkpoint = fetch(source, dtype=dtype, revision=revision)
   for note in checkpoint.notes:
     _LOG.info('%s: %s', source, note)
-  params = load_params(checkpoint, mesh=mesh, sharding=sharding)
-  return checkpoint.model, {'params': params}
+  params = load_params(checkpoint, mesh=mesh, rules=rules)
+  model = checkpoint.options.build(rules)
+  return Loaded(checkpoint.options, model, {'params': params})
 
 
 def fetch(
   source: str | os.PathLike[str], *, dtype: str = '', revision: str = ''
 ) -> Checkpoint:
-  """The checkpoint, its files here; see `load`.
+  """The checkpoint, with its files on this machine; see `load`.
 
   A config that is not supported is refused before weights are fetched.
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
-  found = open_checkpoint(hub.fetch(source, revision=revision), dtype)
-  names, files = found.architecture.names, TensorFiles(found.folder)
-  if found.section.tie_embeddings or 'encoder_embedding' not in names:
-    return found
-  own = has_encoder_table(names, files)
-  return dataclasses.replace(found, encoder_table=own)
+  checkpoint = open_checkpoint(hub.fetch(source, revision=revision), dtype)
+  options, names = checkpoint.options, checkpoint.architecture.names
+  if options.embedding.tie or not options.has_encoder:
+    return checkpoint
+  own = has_encoder_table(names, TensorFiles(checkpoint.folder))
+  options = dataclasses.replace(options, encoder_table=own)
+  return dataclasses.replace(checkpoint, options=options)
 
 
 def load_params(
-  checkpoint: Checkpoint,
-  *,
-  mesh: Mesh | None = None,
-  sharding: Section | None = None,
+  checkpoint: Checkpoint, *, mesh: Mesh | None = None, rules: Rules = RULES
 ) -> dict[str, Any]:
   """The parameter tree in its shards; see `load`."""
   files = TensorFiles(checkpoint.folder)
-  boxed = models.abstract_params(checkpoint.model, _LENGTH)
-  shapes = nn.meta.unbox(boxed)
-  found = _checked(checkpoint, shapes, files)
+  model = checkpoint.options.build(rules)
+  trees = models.describe(model)
+  leaves_by_path = _checked(checkpoint, model, trees.shapes, files)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  rules = partitioning.make_rules(SHARDING if sharding is None else sharding)
-  places = partitioning.tree_shardings(mesh, rules, axis_names(boxed), shapes)
-  by_path = {leaf.path: leaf for leaf in found}
+  places = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
 
   def one(path, shape, place):
-    leaf = by_path[partitioning.path_name(path)]
+    leaf = leaves_by_path[partitioning.path_name(path)]
     return load_leaf(leaf, files, place, shape.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, shapes, places)
+  return jax.tree_util.tree_map_with_path(one, trees.shapes, places)
 
 
-def _checked(checkpoint, shapes, files) -> list[Leaf]:
-  """Every parameter's tensors, once all of the checkpoint's are accounted for.
+def _checked(
+  checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
+) -> dict[str, Leaf]:
+  """Every parameter by path, once all of the checkpoint's are accounted for.
 
   Raises:
     ValueError: All that is missing, unknown, or of another shape.
@@ -123,11 +133,11 @@ def _checked(checkpoint, shapes, files) -> list[Leaf]:
   if prefix and not any(name.startswith(prefix) for name in files.specs):
     names = without_prefix(names, prefix)
   computed = architecture.computed
-  if checkpoint.encoder_table:
+  if model.embedding.encoder_table:
     shared = re.escape(names['embedding'][0].theirs)
     computed, names = (*computed, f'^{shared}$'), with_encoder_table(names)
-  found = leaves(names, checkpoint.model.config, shapes, list(files.specs))
-  problems = check(found, files, copies(names, found), computed)
+  every = leaves(names, model, shapes, list(files.specs))
+  problems = check(every, files, copies(names, every), computed)
   if problems:
     raise ValueError(
       listed(
@@ -136,7 +146,7 @@ def _checked(checkpoint, shapes, files) -> list[Leaf]:
         problems,
       )
     )
-  return found
+  return {leaf.path: leaf for leaf in every}
 
 
 def load_leaf(
@@ -184,7 +194,7 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """(leading indices within the shard, array) of every tensor it meets."""
+  """The leading indices within the shard, and the array, of every tensor."""
   n = leaf.num_stacked
   rest, shape = index[n:], leaf.shape[n:]
   ranges = [range(part.start, part.stop) for part in index[:n]]

@@ -8,7 +8,7 @@ tables (`mixtral.py` and its siblings), and the moving (`loading.py`).
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,27 +16,28 @@ import numpy as np
 
 from moe_jax.interop.forms import Form
 from moe_jax.interop.tensor_files import FLOATS, TensorFiles
-from moe_jax.models.pattern import segments
+from moe_jax.models import Model
 from moe_jax.partitioning import path_name
 
-_LAYER = re.compile(r'^(.*?)layers(?:_(\d+))?/layer_(\d+)/(.+)$')
 _ROWS = 1024  # of tables compared at a time
 
 
 class Name(NamedTuple):
-  """A tensor of theirs.
+  """A tensor of a checkpoint.
 
   Attributes:
-    theirs: Its name, with {layer} and {expert} where it is one of several.
-    form: See `Form`.
+    theirs: The name of the tensor, with {layer} and {expert} where it is one
+      of several.
+    form: The layout there and here; see `Form`.
   """
 
   theirs: str
   form: str
 
 
-# Our path, 'layer' in place of stack and number: 'decoder/layer/ffn/w_in'; and
-# the spellings of its tensors, the one that is written first.
+# The key is our path, with 'layer' in place of stack and number, such as
+# 'decoder/layer/ffn/w_in'; the value has the spellings of its tensors, first
+# the one that is written.
 Names = Mapping[str, tuple[Name, ...]]
 
 
@@ -45,10 +46,11 @@ class Leaf:
   """One of our parameters and the tensors it is made of.
 
   Attributes:
-    path: 'layers/layer_1/moe/experts/w_in'.
-    shape: Its own.
-    tensors: Leading indices, of repeats and experts -> the tensor of the rest.
-    form: Of each tensor.
+    path: The path of the parameter, 'layers/layer_1/moe/experts/w_in'.
+    shape: The shape of the parameter.
+    tensors: The name of each tensor, by the leading indices (of layers and
+      experts) of the part of the parameter that it is.
+    form: The layout of each tensor.
   """
 
   path: str
@@ -68,30 +70,28 @@ class Leaf:
 
 
 def leaves(
-  names: Names, config: Any, params: Any, tensors: Sequence[str] = ()
+  names: Names, model: Model, params: Any, tensors: Sequence[str] = ()
 ) -> list[Leaf]:
   """Every parameter's tensors.
 
   Args:
     names: The architecture's table.
-    config: A model's config, which has `stacks`.
+    model: The model.
     params: Its parameters, or their shapes.
-    tensors: The checkpoint's, which choose among spellings.
+    tensors: The names of the checkpoint's tensors, which choose among
+      spellings.
 
   Raises:
     ValueError: The architecture has no such parameters; they are listed.
   """
-  have, found, without = set(tensors), [], []
-  starts = dict(_starts(config))
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path = path_name(path)
+  have, every, without = set(tensors), [], []
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path = path_name(keys)
     key, layers = path, (None,)
-    if match := _LAYER.match(path):
-      stack, segment, place, rest = match.groups()
-      start, period = starts[f'{stack}{segment or ""}']
-      layers = range(start + int(place), start + period * leaf.shape[0], period)
-      layers = tuple(layers)[: leaf.shape[0]]
-      key = f'{stack}layer/{rest}'
+    place = model.place_of(tuple(path.split('/')))
+    if place is not None:
+      layers = place.layers
+      key = '/'.join((*place.stack, 'layer', *place.name))
     if key not in names:
       without.append(path)
       continue
@@ -102,23 +102,12 @@ def leaves(
       )
       for name in names[key]
     ]  # fmt: skip
-    found.append(
+    every.append(
       next((s for s in spelled if have & set(s.tensors.values())), spelled[0])
     )
   if without:
     raise ValueError(f'parameters {without} have no name there')
-  return found
-
-
-def _starts(config: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-  """'encoder/0' -> the segment's first layer and its period."""
-  for where, stack in config.stacks:
-    cut, start = segments(stack.sparse), 0
-    for segment in cut:
-      number = segment.name.removeprefix('layers').removeprefix('_')
-      prefix = ''.join(f'{part}/' for part in where)
-      yield f'{prefix}{number}', (start, len(segment.pattern))
-      start += segment.num_layers
+  return every
 
 
 def _numbered(name, shape, layers) -> dict[tuple[int, ...], str]:
@@ -153,8 +142,8 @@ def with_encoder_table(names: Names) -> Names:
 def has_encoder_table(names: Names, files: TensorFiles) -> bool:
   """Whether the embeddings of a checkpoint's halves differ.
 
-  Of untied ones; transformers then reads what the halves have, and not what
-  they would share.
+  It is asked where embeddings are not tied: transformers then reads what the
+  halves have, and not what they would share.
   """
   tables = [name.theirs for name in names['embedding']]
   first, *others = [name for name in tables if name in files.specs] or tables
@@ -162,9 +151,10 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 
 
 def copies(names: Names, found: Sequence[Leaf]) -> dict[str, str]:
-  """A tensor that repeats the embedding -> the one that is read.
+  """The tensor that is read in place of each that may repeat the embedding.
 
-  The other spellings of the embedding are; the logits' are where they are tied.
+  The other spellings of the embedding may; those of the logits' kernel may
+  where it is tied.
   """
   read = {leaf.path: leaf for leaf in found}
   spelled = list(names['embedding'])
@@ -184,9 +174,10 @@ def check(
 
   Args:
     found: Our parameters.
-    files: The checkpoint.
-    copies: A tensor that may be there -> the one that it must equal.
-    computed: Patterns of tensors that hold what is computed anyway.
+    files: The files of the checkpoint.
+    copies: The tensor that each tensor which may be there has to equal.
+    computed: Patterns of the names of tensors that hold what is computed
+      anyway.
   """
   problems, used = [], set()
   for leaf in found:

@@ -14,8 +14,8 @@ from typing import Any
 
 from moe_jax.interop.architecture import (
   Architecture,
-  Settings,
-  activation,
+  filled,
+  unsupported,
   written,
 )
 from moe_jax.interop.config_keys import (
@@ -25,7 +25,16 @@ from moe_jax.interop.config_keys import (
   Values,
 )
 from moe_jax.interop.mapping import Name
-from moe_jax.models import DecoderConfig
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.experts import Dropless
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.norms import RmsNorm
+from moe_jax.layers.positions import Rotary
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.routing.capacity import All
 
 _ACTIVATIONS = {
   'silu': 'swiglu',
@@ -78,44 +87,62 @@ KEYS = Keys(
 )
 
 
-def settings(c: Values) -> tuple[Settings, list[str]]:
-  """Our `model` section, and what is wrong."""
-  problems: list[str] = []
+def problems(c: Values) -> list[str]:
+  """What our decoders cannot express."""
+  wrong = unsupported('hidden_act', c.hidden_act, _ACTIVATIONS)
   if c.num_experts_per_tok == 1:
-    problems.append(
+    wrong.append(
       'num_experts_per_tok=1 is not supported: every gate would be 1'
     )
   if c.sliding_window is not None and c.sliding_window < 1:
-    problems.append(f'sliding_window={c.sliding_window} must be at least 1')
+    wrong.append(f'sliding_window={c.sliding_window} must be at least 1')
+  kind, _, more = _rope(c)
+  if kind != 'default' or more:
+    wrong.append(
+      f'rope type {kind!r} with {more} is not supported, only the type '
+      "'default' with a rope_theta"
+    )
+  return wrong
+
+
+def options(c: Values) -> DecoderOptions:
+  """The model."""
   heads = max(c.num_attention_heads, 1)
-  return dict(
-    kind='decoder',
+  _, theta, _ = _rope(c)
+  return DecoderOptions(
     vocab_size=c.vocab_size,
     num_layers=c.num_hidden_layers,
     width=c.hidden_size,
-    num_heads=c.num_attention_heads,
-    num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
-    head_width=c.head_dim or c.hidden_size // heads,
-    hidden=c.intermediate_size,
-    activation=activation(c.hidden_act, _ACTIVATIONS, 'hidden_act', problems),
-    norm_epsilon=float(c.rms_norm_eps),
-    positions='rotary',
-    rope_theta=_theta(c, problems),
-    sliding_window=c.sliding_window or 0,
-    tie_embeddings=c.tie_word_embeddings,
-    moe=dict(
+    attention=AttentionOptions(
+      num_heads=c.num_attention_heads,
+      num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
+      head_width=c.head_dim or c.hidden_size // heads,
+      window=c.sliding_window or 0,
+    ),
+    ffn=FfnOptions(c.intermediate_size, _ACTIVATIONS[c.hidden_act]),
+    norm=RmsNorm(float(c.rms_norm_eps)),
+    positions=Rotary(theta),
+    embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
+    moe=MoeOptions(
       num_experts=c.num_local_experts,
       num_selected=c.num_experts_per_tok,
       layers='all',
-      gates='renormalized',
-      dispatch='dropless',
-      balance_weight=float(c.router_aux_loss_coef),
+      router=TokenChoice(
+        gates='renormalized',
+        balance_weight=float(c.router_aux_loss_coef),
+        z_weight=0.0,
+      ),
+      capacity=All(),
+      dispatch=Dropless(),
     ),
-  ), problems
+  )
 
 
-def _theta(c: Values, problems: list[str]) -> float:
-  """The base of the wavelengths, in either generation's spelling."""
+def _rope(c: Values) -> tuple[str, float, dict[str, Any]]:
+  """The type of rotation, its theta, and what else is asked of it.
+
+  The base of the wavelengths is read in either generation's spelling.
+  """
   given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   kind = given.pop('rope_type', given.pop('type', 'default'))
   given.pop('type', None)
@@ -123,36 +150,32 @@ def _theta(c: Values, problems: list[str]) -> float:
   given = {key: value for key, value in given.items() if value is not None}
   if given.get('partial_rotary_factor') == 1:
     given.pop('partial_rotary_factor')
-  if kind != 'default' or given:
-    problems.append(
-      f'rope type {kind!r} with {given} is not supported, only the type '
-      "'default' with a rope_theta"
-    )
-  return _THETA if theta is None else float(theta)
+  return kind, _THETA if theta is None else float(theta), given
 
 
-def describe(c: DecoderConfig) -> dict[str, Any]:
+def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  block = c.stack.block
-  attention, moe = block.attention, block.moe
-  if moe is None:
+  if not isinstance(o, DecoderOptions):
+    raise ValueError('it has an encoder, or no blocks')
+  if not o.has_experts:
     raise ValueError('it is dense; Mixtral has experts in every layer')
+  attention, moe = filled(o, o.width)
   return dict(
-    vocab_size=c.vocab_size,
-    hidden_size=c.embedding.width,
+    vocab_size=o.vocab_size,
+    hidden_size=o.width,
     intermediate_size=moe.expert.hidden,
-    num_hidden_layers=len(c.sparse),
+    num_hidden_layers=o.num_layers,
     num_attention_heads=attention.num_heads,
     num_key_value_heads=attention.num_kv_heads,
     head_dim=attention.head_width,
     hidden_act=written(moe.expert.activation, _ACTIVATIONS),
-    rms_norm_eps=block.norm.epsilon,
-    tie_word_embeddings=c.embedding.tie_embeddings,
+    rms_norm_eps=o.norm.epsilon,
+    tie_word_embeddings=o.embedding.tie,
     sliding_window=attention.window or None,
-    num_experts_per_tok=moe.router.num_selected,
-    num_local_experts=moe.router.num_experts,
+    num_experts_per_tok=moe.num_selected,
+    num_local_experts=moe.num_experts,
     rope_parameters=dict(
-      rope_type='default', rope_theta=float(attention.rope_theta)
+      rope_type='default', rope_theta=getattr(o.positions, 'theta', _THETA)
     ),
   )
 
@@ -176,8 +199,10 @@ ARCHITECTURE = Architecture(
   model_type='mixtral',
   classes=('MixtralForCausalLM', 'MixtralModel'),
   keys=KEYS,
-  settings=settings,
+  problems=problems,
+  options=options,
   describe=describe,
+  suits=lambda o: not o.has_encoder,
   prefix='model.',
   computed=(r'rotary_emb\.inv_freq$',),
   names={

@@ -4,29 +4,29 @@ Unlike the paper, and as transformers 5.24 computes it:
 
 - The whole batch is one group (`group_size=-1`): rows compete for slots.
 - Evaluation has its own capacity, `moe_eval_capacity_token_fraction` of the
-  batch's tokens (`capacity_rule='fraction'`, and 'all' from 1.0 on); only where
-  it is not positive `expert_capacity` counts ('fixed'). Here training has
+  batch's tokens (the capacity `Fraction`, and `All` from 1.0 on); only where it
+  is not positive `expert_capacity` counts (`Fixed`). Here training has
   evaluation's.
 - Padding is routed if `router_ignore_padding_tokens` is set, the opposite of
-  its name (`route_padding`).
+  its name (`quirks.RoutedPadding`).
 - Tokens are numbered by their ids, not by the mask: one with the id of padding
-  has no sinusoid and no number (`position_offset` is that id + 1).
+  has no sinusoid and no number (the offset of `Sinusoidal` is that id + 1).
 - Where `tie_word_embeddings` is false, the halves have an embedding each, and
-  what they would share is not read (`EmbeddingConfig.encoder_table`).
+  what they would share is not read (`encoder_table`).
 - Whatever experts a token chose, its first choice is served by expert 1 and its
-  second by expert 0 (`served_by='transformers_nllb'`): the experts there are
-  handed a mask in place of indices.
+  second by expert 0 (`quirks.ServedByRank`): the experts there are handed a
+  mask in place of indices.
 """
 
 from typing import Any
 
 from moe_jax.interop.architecture import (
   Architecture,
-  Settings,
-  activation,
+  filled,
   is_sparse,
   layers,
   period,
+  unsupported,
   written,
 )
 from moe_jax.interop.config_keys import (
@@ -36,7 +36,17 @@ from moe_jax.interop.config_keys import (
   Values,
 )
 from moe_jax.interop.mapping import Name
-from moe_jax.models import EncoderDecoderConfig
+from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import Relative, Sinusoidal
+from moe_jax.models import EncoderDecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.text_options import StackOptions
+from moe_jax.routing.capacity import All, Capacity, Fixed, Fraction
 
 _ACTIVATIONS = {
   'relu': 'relu',
@@ -99,63 +109,68 @@ KEYS = Keys(
 )
 
 
-def settings(c: Values) -> tuple[Settings, list[str]]:
-  """Our `model` section, and what is wrong."""
-  problems: list[str] = []
+def problems(c: Values) -> list[str]:
+  """What our models cannot express."""
+  wrong = unsupported(
+    'activation_function', c.activation_function, _ACTIVATIONS
+  )
   if c.num_experts < 2:
-    problems.append(f'num_experts={c.num_experts} must be at least 2')
+    wrong.append(f'num_experts={c.num_experts} must be at least 2')
   for half in ('encoder', 'decoder'):
     heads = getattr(c, f'{half}_attention_heads')
     if heads < 1 or c.d_model % heads:
-      problems.append(
+      wrong.append(
         f'{half}_attention_heads={heads} does not divide d_model={c.d_model}'
       )
-  return dict(
-    kind='encoder_decoder',
+  if c.moe_eval_capacity_token_fraction <= 0 and c.expert_capacity < 1:
+    wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
+  return wrong
+
+
+def options(c: Values) -> TransformersEncoderDecoder:
+  """The model."""
+  sparse = _sparse(c.encoder_layers, c.encoder_sparse_step)
+  encoder = {
+    'attention': {'num_heads': c.encoder_attention_heads},
+    'ffn': {'hidden': c.encoder_ffn_dim},
+    'moe': {'layers': sparse},
+  }
+  before = c.normalize_router_prob_before_dropping
+  by_batch = c.batch_prioritized_routing
+  return TransformersEncoderDecoder(
     vocab_size=c.vocab_size,
     num_layers=c.decoder_layers,
-    num_encoder_layers=c.encoder_layers,
+    encoder=EncoderOptions(c.encoder_layers, encoder),
     width=c.d_model,
-    num_heads=c.decoder_attention_heads,
-    encoder_heads=c.encoder_attention_heads,
-    hidden=c.decoder_ffn_dim,
-    encoder_hidden=c.encoder_ffn_dim,
-    activation=activation(
-      c.activation_function, _ACTIVATIONS, 'activation_function', problems
-    ),
-    norm='layernorm',
-    norm_epsilon=_EPSILON,
-    positions='sinusoidal',
-    position_offset=c.pad_token_id + 1,
+    attention=AttentionOptions(num_heads=c.decoder_attention_heads),
+    ffn=FfnOptions(c.decoder_ffn_dim, _ACTIVATIONS[c.activation_function]),
+    norm=LayerNorm(_EPSILON),
+    positions=Sinusoidal(c.pad_token_id + 1),
     use_bias=True,
-    tie_embeddings=c.tie_word_embeddings,
-    embedding_scale='sqrt_width' if c.scale_embedding else 'none',
+    embedding=EmbeddingOptions(
+      tie=c.tie_word_embeddings,
+      scale='sqrt_width' if c.scale_embedding else 'none',
+    ),
     dropout=float(c.dropout),
-    moe=dict(
+    route_padding=c.router_ignore_padding_tokens,
+    moe=MoeOptions(
       num_experts=c.num_experts,
       num_selected=2,
       layers=_sparse(c.decoder_layers, c.decoder_sparse_step),
-      encoder_layers=_sparse(c.encoder_layers, c.encoder_sparse_step),
-      gates=(
-        'renormalized'
-        if c.normalize_router_prob_before_dropping
-        else 'renormalized_after_drop'
-      ),
-      slot_priority=(
-        'batch_priority' if c.batch_prioritized_routing else 'choice_major'
-      ),
-      router_bias=c.router_bias,
-      served_by='transformers_nllb',
-      output_masking=float(c.moe_token_dropout),
-      route_padding=c.router_ignore_padding_tokens,
       group_size=-1,
+      output_masking=float(c.moe_token_dropout),
       # Where slots run out, as they may in an evaluation of a run's own.
       allow_future_leak=True,
-      balance_weight=float(c.router_aux_loss_coef),
-      z_weight=float(c.router_z_loss_coef),
-      **_capacity(c, problems),
+      router=ServedByRank(
+        gates='renormalized' if before else 'renormalized_after_drop',
+        slot_priority='batch_priority' if by_batch else 'choice_major',
+        use_bias=c.router_bias,
+        balance_weight=float(c.router_aux_loss_coef),
+        z_weight=float(c.router_z_loss_coef),
+      ),
+      capacity=_capacity(c),
     ),
-  ), problems
+  )
 
 
 def _sparse(num_layers: int, step: int) -> str:
@@ -163,57 +178,67 @@ def _sparse(num_layers: int, step: int) -> str:
   return layers(sparse, num_layers)
 
 
-def _capacity(c: Values, problems: list[str]) -> Settings:
-  """Of evaluation."""
+def _capacity(c: Values) -> Capacity:
+  """The capacity of evaluation."""
   fraction = float(c.moe_eval_capacity_token_fraction)
   if fraction >= 1:
-    return dict(capacity_rule='all')
-  if fraction > 0:
-    return dict(capacity_rule='fraction', capacity_factor=fraction)
-  if c.expert_capacity < 1:
-    problems.append(f'expert_capacity={c.expert_capacity} must be at least 1')
-  return dict(capacity_rule='fixed', capacity_slots=c.expert_capacity)
+    return All()
+  return Fraction(fraction) if fraction > 0 else Fixed(c.expert_capacity)
 
 
-def describe(c: EncoderDecoderConfig) -> dict[str, Any]:
+def _written_capacity(capacity: Capacity) -> dict[str, Any]:
+  """The keys of a capacity."""
+  fraction, keys = 1.0, {}
+  if isinstance(capacity, Fraction):
+    fraction = capacity.factor
+  elif isinstance(capacity, Fixed):
+    fraction, keys = -1.0, {'expert_capacity': capacity.slots}
+  return {'moe_eval_capacity_token_fraction': fraction, **keys}
+
+
+def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  moe, block = c.moe, c.decoder.block
-  if moe is None:
+  if not o.has_encoder:
+    raise ValueError('it has no encoder')
+  encoder = o.encoder_half()
+  if not o.has_experts and not encoder.has_experts:
     raise ValueError('it is dense; NLLB-MoE has experts')
-  router, capacity = moe.router, moe.router.capacity
-  fraction = dict(all=1.0, fraction=capacity.factor).get(capacity.rule, -1.0)
+  router = o.moe.router
+  gates, priority = (
+    getattr(router, name, '') for name in ('gates', 'slot_priority')
+  )
   return dict(
-    vocab_size=c.vocab_size,
-    activation_function=written(block.ffn.activation, _ACTIVATIONS),
-    d_model=c.embedding.width,
-    scale_embedding=c.embedding.embedding_scale == 'sqrt_width',
-    router_bias=router.use_bias,
-    router_ignore_padding_tokens=moe.route_padding,
-    num_experts=router.num_experts,
-    normalize_router_prob_before_dropping=router.gates == 'renormalized',
-    batch_prioritized_routing=router.slot_priority == 'batch_priority',
-    moe_eval_capacity_token_fraction=fraction,
-    moe_token_dropout=moe.output_masking,
-    pad_token_id=max(c.embedding.position_offset - 1, 0),
-    tie_word_embeddings=c.embedding.tie_embeddings,
-    dropout=block.dropout,
+    vocab_size=o.vocab_size,
+    activation_function=written(o.ffn.activation, _ACTIVATIONS),
+    d_model=o.width,
+    scale_embedding=o.embedding.scale == 'sqrt_width',
+    router_bias=getattr(router, 'use_bias', False),
+    router_ignore_padding_tokens=getattr(o, 'route_padding', False),
+    num_experts=o.moe.num_experts,
+    normalize_router_prob_before_dropping=gates == 'renormalized',
+    batch_prioritized_routing=priority == 'batch_priority',
+    moe_token_dropout=o.moe.output_masking,
+    pad_token_id=max(getattr(o.positions, 'offset', 0) - 1, 0),
+    tie_word_embeddings=o.embedding.tie,
+    dropout=o.dropout,
     is_encoder_decoder=True,
-    **({'expert_capacity': capacity.slots} if fraction < 0 else {}),
-    **_half('encoder', c.encoder),
-    **_half('decoder', c.decoder),
+    **_written_capacity(o.moe.capacity),
+    **_half('encoder', encoder, o.width),
+    **_half('decoder', o, o.width),
   )
 
 
-def _half(name, stack) -> dict[str, Any]:
-  step = period(stack.sparse, _LAST)
+def _half(name: str, half: StackOptions, width: int) -> dict[str, Any]:
+  step = period(half.sparse, _LAST)
   if step is None:
     raise ValueError(
-      f'sparse layers {stack.sparse} of the {name} are not those of any step'
+      f'sparse layers {half.sparse} of the {name} are not those of any step'
     )
+  attention, _ = filled(half, width)
   return {
-    f'{name}_layers': len(stack.sparse),
-    f'{name}_ffn_dim': stack.block.ffn.hidden,
-    f'{name}_attention_heads': stack.block.attention.num_heads,
+    f'{name}_layers': half.num_layers,
+    f'{name}_ffn_dim': half.ffn.hidden,
+    f'{name}_attention_heads': attention.num_heads,
     f'{name}_sparse_step': step,
   }
 
@@ -261,8 +286,11 @@ ARCHITECTURE = Architecture(
   model_type='nllb-moe',
   classes=('NllbMoeForConditionalGeneration', 'NllbMoeModel'),
   keys=KEYS,
-  settings=settings,
+  problems=problems,
+  options=options,
   describe=describe,
+  suits=lambda o: o.has_encoder and not isinstance(o.positions, Relative),
+  unnumbered=lambda o: o.positions.offset - 1,
   prefix='model.',
   computed=(r'embed_positions\.weights$', r'\.version$'),
   names={

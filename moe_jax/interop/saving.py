@@ -3,6 +3,7 @@
 Not here: a run's folder and its tokenizer (`import_run.py`).
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,15 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from safetensors.numpy import save_file
 
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.checkpoint_folder import build, from_config, named
+from moe_jax.interop.checkpoint_folder import (
+  ARCHITECTURES,
+  from_config,
+  named,
+)
 from moe_jax.interop.mapping import Leaf, Names, leaves
-from moe_jax.interop.meaning import difference
+from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.interop.tensor_files import SAFETENSORS, listed
-from moe_jax.models import DecoderConfig
+from moe_jax.models import ModelOptions
+from moe_jax.models.meaning import difference
 from moe_jax.partitioning import path_name
 
 _SHARD_BYTES = 2**31
@@ -29,7 +34,7 @@ _REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling')
 
 
 def save(
-  model: nn.Module,
+  options: ModelOptions,
   variables: Mapping[str, Any],
   path: str | os.PathLike[str],
   *,
@@ -41,12 +46,13 @@ def save(
   Every parameter keeps its own dtype. The host holds one file's tensors.
 
   Args:
-    model: A `Decoder` or an `EncoderDecoder`.
+    options: The options of a decoder or an encoder-decoder.
     variables: Its parameters, as `{'params': ...}`.
     path: A folder that is new or empty.
     config: More keys of config.json: special ids, or an imported checkpoint's
       whole file. What the model decides comes before them.
-    shard_bytes: The most tensors of a file have, but for a single larger one.
+    shard_bytes: The most bytes that the tensors of a file have together, but
+      for a single larger one.
 
   Raises:
     ValueError: transformers has no such model: all that it cannot express is
@@ -55,11 +61,11 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'{folder} is there already; give a new or empty folder')
-  architecture = _choose(model, config or {})
-  written = describe(model, architecture, config or {})
+  architecture = _choose(options, config or {})
+  written = describe(options, architecture, config or {})
   params = variables['params']
-  found = leaves(architecture.names, model.config, params)
-  tensors = list(_tensors(found, architecture, params))
+  every = leaves(architecture.names, options.build(), params)
+  tensors = list(_tensors(every, architecture, params))
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
   # Last: a folder without it is read by nobody.
@@ -67,18 +73,16 @@ def save(
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
 
 
-def _choose(model: nn.Module, config: Mapping[str, Any]) -> Architecture:
+def _choose(options: ModelOptions, config: Mapping[str, Any]) -> Architecture:
   kind = config.get('model_type')
-  if kind is None:
-    relative = model.config.embedding.positions == 'relative'
-    kind = 'switch_transformers' if relative else 'nllb-moe'
-    if isinstance(model.config, DecoderConfig):
-      kind = 'mixtral'
-  return named(kind)
+  if kind is not None:
+    return named(kind)
+  suitable = (a for a in ARCHITECTURES.values() if a.suits(options))
+  return next(suitable)
 
 
 def describe(
-  model: nn.Module, architecture: Architecture, config: Mapping[str, Any]
+  options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The content of config.json.
 
@@ -86,12 +90,11 @@ def describe(
     ValueError: A model of that architecture would not compute the same.
   """
   kind = architecture.model_type
+  none = f'the model is no {kind} model of transformers'
   try:
-    decided = architecture.describe(model.config)
-  except (ValueError, AttributeError) as error:
-    raise ValueError(
-      f'the model is no {kind} model of transformers: {error}'
-    ) from error
+    decided = architecture.describe(options)
+  except ValueError as error:
+    raise ValueError(f'{none}: {error}') from error
   given = {key: v for key, v in config.items() if key not in _REPLACED}
   written = {
     **_untouched(architecture, decided),
@@ -99,17 +102,13 @@ def describe(
     **decided,
     'model_type': kind,
     'architectures': [architecture.classes[0]],
-    'dtype': model.config.embedding.param_dtype,
+    'dtype': options.numerics.param_dtype,
   }
   try:
-    own = model.config.embedding.encoder_table
-    untied = not model.config.embedding.tie_embeddings
-    theirs = build(from_config(written), own and untied).config
+    theirs = from_config(written)
   except ValueError as error:
-    raise ValueError(
-      f'the model is no {kind} model of transformers: {error}'
-    ) from error
-  if different := difference(model.config, theirs):
+    raise ValueError(f'{none}: {error}') from error
+  if different := _different(options, theirs):
     raise ValueError(
       listed(
         f'transformers cannot compute this model as {kind}; the model has',
@@ -119,7 +118,24 @@ def describe(
   return written
 
 
-def _untouched(architecture, decided) -> dict[str, Any]:
+def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
+  """A line for each option by which the two compute something else."""
+  if ours.has_encoder:
+    ours = TransformersEncoderDecoder.of(ours)
+    # The tensors that are written say which tables there are.
+    theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
+    if not ours.build().capacity_binds:
+      # Nobody waits for a slot, so padding stands in nobody's way.
+      theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
+  return [
+    f'{name}: {old!r}, not {new!r}'
+    for name, (old, new) in difference(ours, theirs).items()
+  ]
+
+
+def _untouched(
+  architecture: Architecture, decided: Mapping[str, Any]
+) -> dict[str, Any]:
   """Rates of training that our models do not have, at no effect."""
   values = {}
   for name, (_, _, neutral, _) in architecture.keys.training.items():
@@ -129,7 +145,7 @@ def _untouched(architecture, decided) -> dict[str, Any]:
 
 
 class _Tensor(NamedTuple):
-  """A tensor to write: `make` fetches it."""
+  """A tensor to be written, which `make` fetches."""
 
   name: str
   num_bytes: int
@@ -155,7 +171,7 @@ def _tensors(
 
 
 def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
-  """Embedding -> its tensors: untied, the halves there have one each.
+  """The tensors of each table: where untied, the halves there have one each.
 
   A third, which both halves share where they are tied, is then there but not
   read; it is written like the decoder's.
@@ -177,7 +193,7 @@ def _fetch(array: jax.Array, leaf: Leaf, where: tuple[int, ...]) -> np.ndarray:
 
 @jax.jit
 def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
-  """array[where], one program for all places."""
+  """The part array[where], by one program for all places."""
   for i in where:
     array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
   return array

@@ -3,12 +3,12 @@
 Unlike the paper, and as transformers 5.24 computes it:
 
 - An expert has `expert_capacity` slots in every sequence, whatever its length
-  (`capacity_rule='fixed'`), so tokens are dropped when a sequence is read whole
+  (the capacity `Fixed`), so tokens are dropped when a sequence is read whole
   and never when it is decoded token by token.
-- Padding takes slots (`route_padding`), whatever
+- Padding takes slots (`quirks.RoutedPadding`), whatever
   `router_ignore_padding_tokens` says: its router knows no mask.
 - Where `tie_word_embeddings` is false, the halves have an embedding each, and
-  what they would share is not read (`EmbeddingConfig.encoder_table`).
+  what they would share is not read (`encoder_table`).
 - With no sparse layer asked for, layer 1 is sparse nevertheless.
 
 Jitter, dropout and the losses' weights act in training alone, and do here too.
@@ -18,11 +18,11 @@ from typing import Any
 
 from moe_jax.interop.architecture import (
   Architecture,
-  Settings,
-  activation,
+  filled,
   is_sparse,
   layers,
   period,
+  unsupported,
   written,
 )
 from moe_jax.interop.config_keys import (
@@ -32,7 +32,17 @@ from moe_jax.interop.config_keys import (
   Values,
 )
 from moe_jax.interop.mapping import Name
-from moe_jax.models import EncoderDecoderConfig
+from moe_jax.interop.quirks import TransformersEncoderDecoder
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.norms import RmsNorm
+from moe_jax.layers.positions import Relative
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import EncoderDecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import Fixed
 
 _ACTIVATIONS = {
   'relu': 'relu',
@@ -89,56 +99,59 @@ KEYS = Keys(
 )
 
 
-def settings(c: Values) -> tuple[Settings, list[str]]:
-  """Our `model` section, and what is wrong."""
-  problems: list[str] = []
+def problems(c: Values) -> list[str]:
+  """What our models cannot express."""
+  wrong = unsupported('dense_act_fn', c.dense_act_fn, _ACTIVATIONS)
   if c.expert_capacity < 1:
-    problems.append(f'expert_capacity={c.expert_capacity} must be at least 1')
+    wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
   if c.feed_forward_proj not in (None, c.dense_act_fn):
-    problems.append(
+    wrong.append(
       f'feed_forward_proj={c.feed_forward_proj!r} is not dense_act_fn='
       f'{c.dense_act_fn!r}; gated feed-forwards are not supported'
     )
-  decoder = c.num_layers if c.num_decoder_layers is None else (
-    c.num_decoder_layers
-  )  # fmt: skip
-  return dict(
-    kind='encoder_decoder',
+  return wrong
+
+
+def options(c: Values) -> TransformersEncoderDecoder:
+  """The model."""
+  decoder = c.num_decoder_layers
+  decoder = c.num_layers if decoder is None else decoder
+  encoder_sparse = _sparse(
+    c.encoder_sparse_step, c.num_layers, c.num_sparse_encoder_layers
+  )
+  tied = c.tie_word_embeddings
+  return TransformersEncoderDecoder(
     vocab_size=c.vocab_size,
     num_layers=decoder,
-    num_encoder_layers=c.num_layers,
+    encoder=EncoderOptions(c.num_layers, {'moe': {'layers': encoder_sparse}}),
     width=c.d_model,
-    num_heads=c.num_heads,
-    head_width=c.d_kv,
-    hidden=c.d_ff,
-    activation=activation(
-      c.dense_act_fn, _ACTIVATIONS, 'dense_act_fn', problems
+    attention=AttentionOptions(
+      num_heads=c.num_heads, head_width=c.d_kv, scale='none'
     ),
-    norm_epsilon=float(c.layer_norm_epsilon),
-    positions='relative',
-    relative_buckets=c.relative_attention_num_buckets,
-    relative_max_distance=c.relative_attention_max_distance,
-    attention_scale='none',
-    tie_embeddings=c.tie_word_embeddings,
-    logits_scale='inverse_sqrt_width' if c.tie_word_embeddings else 'none',
+    ffn=FfnOptions(c.d_ff, _ACTIVATIONS[c.dense_act_fn]),
+    norm=RmsNorm(float(c.layer_norm_epsilon)),
+    positions=Relative(
+      c.relative_attention_num_buckets, c.relative_attention_max_distance
+    ),
+    embedding=EmbeddingOptions(
+      tie=tied, logits_scale='inverse_sqrt_width' if tied else 'none'
+    ),
     dropout=float(c.dropout_rate),
-    moe=dict(
+    route_padding=True,
+    moe=MoeOptions(
       num_experts=c.num_experts,
       layers=_sparse(
         c.decoder_sparse_step, decoder, c.num_sparse_decoder_layers
       ),
-      encoder_layers=_sparse(
-        c.encoder_sparse_step, c.num_layers, c.num_sparse_encoder_layers
+      router=TokenChoice(
+        jitter=float(c.router_jitter_noise),
+        use_bias=c.router_bias,
+        balance_weight=float(c.router_aux_loss_coef),
+        z_weight=float(c.router_z_loss_coef),
       ),
-      jitter=float(c.router_jitter_noise),
-      router_bias=c.router_bias,
-      route_padding=True,
-      capacity_rule='fixed',
-      capacity_slots=c.expert_capacity,
-      balance_weight=float(c.router_aux_loss_coef),
-      z_weight=float(c.router_z_loss_coef),
+      capacity=Fixed(c.expert_capacity),
     ),
-  ), problems
+  )
 
 
 def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
@@ -148,37 +161,40 @@ def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
   return layers(sparse, num_layers)
 
 
-def describe(c: EncoderDecoderConfig) -> dict[str, Any]:
+def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  block, moe = c.decoder.block, c.moe
-  if moe is None:
+  if not o.has_encoder:
+    raise ValueError('it has no encoder')
+  encoder = o.encoder_half()
+  if not o.has_experts and not encoder.has_experts:
     raise ValueError('it is dense; Switch has experts')
-  sparse = dict(encoder=c.encoder.sparse, decoder=c.decoder.sparse)
+  sparse = dict(encoder=encoder.sparse, decoder=o.sparse)
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():
     raise ValueError(f'sparse layers {sparse} are not those of any sparse step')
+  attention, moe = filled(o, o.width)
   return dict(
-    vocab_size=c.vocab_size,
-    d_model=c.embedding.width,
-    d_kv=block.attention.head_width,
-    d_ff=block.ffn.hidden,
-    expert_capacity=max(moe.router.capacity.slots, 1),
-    num_layers=len(c.encoder.sparse),
-    num_decoder_layers=len(c.decoder.sparse),
-    num_sparse_encoder_layers=sum(c.encoder.sparse),
-    num_sparse_decoder_layers=sum(c.decoder.sparse),
+    vocab_size=o.vocab_size,
+    d_model=o.width,
+    d_kv=attention.head_width,
+    d_ff=o.ffn.hidden,
+    expert_capacity=getattr(moe.capacity, 'slots', 1),
+    num_layers=encoder.num_layers,
+    num_decoder_layers=o.num_layers,
+    num_sparse_encoder_layers=sum(encoder.sparse),
+    num_sparse_decoder_layers=sum(o.sparse),
     encoder_sparse_step=steps['encoder'],
     decoder_sparse_step=steps['decoder'],
-    num_heads=block.attention.num_heads,
-    num_experts=moe.router.num_experts,
-    router_bias=moe.router.use_bias,
-    relative_attention_num_buckets=c.decoder.relative_buckets,
-    relative_attention_max_distance=c.decoder.relative_max_distance,
-    layer_norm_epsilon=block.norm.epsilon,
-    dense_act_fn=written(block.ffn.activation, _ACTIVATIONS),
-    tie_word_embeddings=c.embedding.tie_embeddings,
-    dropout_rate=block.dropout,
-    router_jitter_noise=moe.router.jitter,
+    num_heads=attention.num_heads,
+    num_experts=moe.num_experts,
+    router_bias=getattr(moe.router, 'use_bias', False),
+    relative_attention_num_buckets=getattr(o.positions, 'buckets', 32),
+    relative_attention_max_distance=getattr(o.positions, 'max_distance', 128),
+    layer_norm_epsilon=o.norm.epsilon,
+    dense_act_fn=written(o.ffn.activation, _ACTIVATIONS),
+    tie_word_embeddings=o.embedding.tie,
+    dropout_rate=o.dropout,
+    router_jitter_noise=getattr(moe.router, 'jitter', 0.0),
     is_encoder_decoder=True,
   )
 
@@ -230,8 +246,11 @@ ARCHITECTURE = Architecture(
     'SwitchTransformersModel',
   ),
   keys=KEYS,
-  settings=settings,
+  problems=problems,
+  options=options,
   describe=describe,
+  suits=lambda o: o.has_encoder and isinstance(o.positions, Relative),
+  fills_gaps=True,
   names={
     'embedding': (
       Name('shared.weight', 'V M'),

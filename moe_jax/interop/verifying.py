@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from moe_jax.data.tokenizers import read_json
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import listed
-from moe_jax.models import EncoderDecoder
+from moe_jax.models import Model
 
 BOUND = 1e-4  # of a float32 logit
 # What changes greedy tokens, at the value that does not.
@@ -50,8 +49,9 @@ class Verdict:
 
   Attributes:
     largest: The largest difference of a logit at a place that is no padding.
-    places: How many places were compared.
-    tokens: How many greedy tokens agree before the first that does not.
+    places: The number of places that were compared.
+    tokens: The number of greedy tokens that agree before the first that does
+      not.
     differing: The first greedy token that differs: (row, place, ours, theirs);
       None where all agree.
   """
@@ -67,7 +67,7 @@ class Verdict:
     return self.largest <= BOUND and self.differing is None
 
   def describe(self) -> str:
-    """Two lines."""
+    """Two lines on logits and on tokens."""
     tokens = f'greedy tokens: all {self.tokens} agree'
     if self.differing:
       row, place, ours, theirs = self.differing
@@ -97,7 +97,7 @@ def verify(
       `decoder_input_ids` [B, T] and, if there is padding in them,
       `decoder_attention_mask`. A decoder-only model's `greedy` continues the
       first row without its padding.
-    revision: Of a repository.
+    revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
     ValueError: Something is missing or of another shape, or the checkpoint's
@@ -108,16 +108,17 @@ def verify(
   path = checkpoint.folder / 'generation_config.json'
   generation = read_json(path) or checkpoint.config
   _check_generation(checkpoint.folder, generation)
-  model = checkpoint.model
-  halves = isinstance(model, EncoderDecoder)
-  _check_arrays(given, halves, model.config.vocab_size)
+  model = checkpoint.options.build()
+  pad = checkpoint.architecture.unnumbered(checkpoint.options)
+  halves = model.has_encoder
+  _check_arrays(given, halves, model.vocab_size)
   variables = {'params': loading.load_params(checkpoint)}
-  ours, real = _logits(model, variables, given)
-  found = np.abs(ours - given['logits'])[real]
+  ours, real = _logits(model, variables, given, pad)
+  error = np.abs(ours - given['logits'])[real]
   run = _continue_pair if halves else _continue_row
-  differing, count = run(model, variables, given, generation)
+  differing, count = run(model, variables, given, generation, pad)
   # What is no number is no agreement.
-  largest = float(found.max()) if np.isfinite(found).all() else float('inf')
+  largest = float(error.max()) if np.isfinite(error).all() else float('inf')
   return Verdict(largest, int(real.sum()), count, differing)
 
 
@@ -168,29 +169,32 @@ def _check_arrays(given, halves: bool, vocab_size: int) -> None:
     given['greedy'] = given['greedy'][None]
 
 
-def _positions(model: nn.Module, tokens: np.ndarray) -> np.ndarray:
-  """As transformers numbers tokens: sinusoids alone leave padding out.
+def _positions(tokens: np.ndarray, pad: int | None) -> np.ndarray:
+  """The numbers that transformers gives to tokens.
 
-  There padding is told by its id, and not by the mask.
+  Args:
+    tokens: Token ids.
+    pad: The id of tokens without a number of their own, whatever the mask; None
+      where there are none.
   """
-  embedding = model.config.embedding
-  if embedding.positions != 'sinusoidal':
+  if pad is None:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  pad = embedding.position_offset - 1
   return np.maximum(np.cumsum(tokens != pad, axis=1) - 1, 0)
 
 
-def _logits(model, variables, given) -> tuple[np.ndarray, np.ndarray]:
-  """Ours, and which places are no padding."""
+def _logits(
+  model: Model, variables, given, pad: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Our logits, and which places are no padding."""
 
   def inputs(prefix, tokens, mask):
     values = dict(
-      tokens=tokens, segment_ids=mask, positions=_positions(model, tokens)
+      tokens=tokens, segment_ids=mask, positions=_positions(tokens, pad)
     )
     return {prefix + name: x.astype(np.int32) for name, x in values.items()}
 
   ids, mask = given['input_ids'], given['attention_mask'].astype(bool)
-  if not isinstance(model, EncoderDecoder):
+  if not model.has_encoder:
     called = inputs('', ids, mask)
   else:
     called = inputs('encoder_', ids, mask)
@@ -201,8 +205,9 @@ def _logits(model, variables, given) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(logits), mask
 
 
-def _continue_row(model, variables, given, generation):
+def _continue_row(model, variables, given, generation, pad):
   """A decoder-only model's continuation of the first row."""
+  del pad
   prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
   greedy = given['greedy'][:1].astype(np.int32)
   if not np.array_equal(greedy[0, : len(prompt)], prompt):
@@ -217,7 +222,7 @@ def _continue_row(model, variables, given, generation):
   return _compare(ours, greedy, len(prompt))
 
 
-def _continue_pair(model, variables, given, generation):
+def _continue_pair(model, variables, given, generation, pad):
   """An encoder-decoder's answer, from the start token on."""
   greedy = given['greedy'].astype(np.int32)
   start = generation.get('decoder_start_token_id')
@@ -235,7 +240,7 @@ def _continue_pair(model, variables, given, generation):
     variables,
     ids,
     given['attention_mask'].astype(bool),
-    encoder_positions=_positions(model, ids).astype(np.int32),
+    encoder_positions=_positions(ids, pad).astype(np.int32),
   )
   ours = _greedy(
     model, variables, cache, greedy[:, :1], greedy.shape[1], generation
@@ -270,7 +275,7 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
 
 def _compare(ours, theirs, start):
-  """The first token that differs, by place and then by row."""
+  """The first token that differs, by place and then by row, and its number."""
   for place in range(start, theirs.shape[1]):
     for row in np.flatnonzero(ours[:, place] != theirs[:, place]):
       found = int(ours[row, place]), int(theirs[row, place])

@@ -40,36 +40,45 @@ class Described(NamedTuple):
     data: The options of its data.
     sharding: The table by which its arrays are split.
     batch_size: Number of rows in a batch of its training.
-    tokenizer: Its tokenizer.
+    tokenizer: Its tokenizer; None where the folder has none and none is needed.
   """
 
   model: ModelOptions
   data: DataOptions
   sharding: ShardingOptions
   batch_size: int
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None
 
 
 def read(
-  workdir: str | os.PathLike[str], allow: Iterable[str] = ()
+  workdir: str | os.PathLike[str],
+  allow: Iterable[str] = (),
+  *,
+  tokenizer_needed: bool = True,
 ) -> Described:
   """What a run was, of what others build on.
 
   Args:
     workdir: The run's folder.
     allow: Modules whose classes may be imported where the folder names them.
+    tokenizer_needed: Whether a folder without a tokenizer is refused.
 
   Raises:
     ValueError: The folder holds no run, something in it cannot be read, or it
       names a class of a module that is not allowed.
   """
   folder = pathlib.Path(workdir).expanduser()
-  for name in (CONFIG, TOKENIZER):
+  needed = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
+  for name in needed:
     if not (folder / name).exists():
       raise ValueError(f'{folder} holds no trained run: it has no {name}')
   if not (checkpoints := checkpoints_of(folder)).exists():
     raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
-  tokenizer = tokenizers.load(folder / TOKENIZER)
+  tokenizer, vocab_size, feature_shape = None, 0, ()
+  if (folder / TOKENIZER).exists():
+    tokenizer = tokenizers.load(folder / TOKENIZER)
+    vocab_size = tokenizer.vocab_size
+    feature_shape = tokenizer.feature_shape
   config = kept_config(folder)
   read_by_others = {key: config.get(key, {}) for key in ('model', 'data')}
   plugins.check_allowed(plugins.names_in(read_by_others), allow)
@@ -77,9 +86,7 @@ def read(
     data = sections.read(DataOptions, read_by_others['data'], 'data.')
     model = sections.read_choice(MODELS, read_by_others['model'], 'model.')
     return Described(
-      model=model.filled(
-        tokenizer.vocab_size, tokenizer.feature_shape, data.seq_len
-      ),
+      model=model.filled(vocab_size, feature_shape, data.seq_len),
       data=data,
       sharding=sections.read(
         ShardingOptions, config.get('sharding', {}), 'sharding.'

@@ -152,7 +152,8 @@ def test_logits_tokens_and_weights(name, tmp_path):
   assert len(np.unique(expected['greedy'])) >= 4
   assert expected['logits'].std() > 0.1
   # Back again: the same weights, and the same model of them.
-  interop.save(*interop.load(source), ours)
+  options, _, variables = interop.load(source)
+  interop.save(options, variables, ours)
   again, info = type(model).from_pretrained(ours, output_loading_info=True)
   assert not any(info.values())
   old, new = model.state_dict(), again.state_dict()

@@ -1,0 +1,139 @@
+"""What transformers does otherwise than our models, as kinds of our contracts.
+
+A config names them as 'moe_jax.interop.quirks:ServedByRank', and the config of
+an imported run does: so they stay with it in training, generation and export.
+Not here: which checkpoint has which (`mixtral.py` and its siblings).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Self
+
+import jax.numpy as jnp
+
+from moe_jax.layers.block import Context
+from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
+from moe_jax.layers.shared import RULES
+from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
+from moe_jax.models.padding import Padding
+from moe_jax.options import fields_of, option
+from moe_jax.partitioning import Rules
+from moe_jax.routing import Routing
+from moe_jax.shapes import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedByRank(TokenChoice):
+  """Token choice whose choices are served by expert 1 and expert 0.
+
+  transformers' NLLB-MoE (seen in versions 5.0 to 5.24) decides as published,
+  https://arxiv.org/abs/2207.04672, but its experts take the first choice's
+  one-hot mask for a list of experts. So every token's first choice is computed
+  by expert 1 and its second by expert 0, whichever were chosen; gates, drops,
+  losses and statistics are those of the choices.
+  """
+
+  def problems_with(self, sizes):
+    """A token has a first and a second choice."""
+    yield from super().problems_with(sizes)
+    if sizes.num_selected != 2:
+      yield (
+        f'num_selected={sizes.num_selected} of a router that serves by rank '
+        'must be 2'
+      )
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return ServedByRankRouter(self, sizes, shared, name=name)
+
+
+class ServedByRankRouter(TokenChoiceRouter):
+  """A linear layer, then token choice, then `by_rank`."""
+
+  options: ServedByRank
+
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    """Routes each group by itself; see `Router`."""
+    chosen, aux = super().__call__(x, mask, train, hash_ids, layer)
+    return by_rank(chosen), aux
+
+
+def by_rank(routing: Routing) -> Routing:
+  """The same gates and drops, first choices in expert 1, second ones in 0.
+
+  Every token has a slot in both, so nothing more is dropped.
+
+  Raises:
+    ValueError: K is not 2.
+  """
+  G, S, K = routing.expert_index.shape
+  if K != 2:
+    raise ValueError(f'serving by rank needs two choices a token, not {K}')
+  expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
+  slot = jnp.arange(S, dtype=jnp.int32)[None, :, None]
+  return dataclasses.replace(
+    routing,
+    expert_index=expert_index,
+    slot=jnp.broadcast_to(slot, (G, S, K)),
+    capacity=None if routing.capacity is None else S,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedPadding(Padding):
+  """Routers see padding, which takes slots and attends to real tokens."""
+
+  def context(self, context: Context) -> Context:
+    """Padding reads the first segment, and is read by no real token."""
+    context = context._replace(routed_mask=jnp.ones_like(context.token_mask))
+    if context.segment_ids is None:
+      return context
+    return context._replace(
+      segment_ids=jnp.maximum(context.segment_ids, 1),
+      key_segment_ids=context.segment_ids,
+    )
+
+  def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
+    """All tokens."""
+    return jnp.ones(segment_ids.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformersEncoderDecoder(EncoderDecoderOptions):
+  """An encoder-decoder as transformers computes Switch and NLLB-MoE."""
+
+  route_padding: bool = option(
+    False,
+    'Whether padding is routed: it takes slots, and counts in the losses of '
+    "routers (transformers' Switch, whose routers know no mask).",
+  )
+  encoder_table: bool = option(
+    False,
+    'Whether the encoder has an embedding table of its own (transformers 5.24 '
+    'where embeddings are not tied).',
+  )
+
+  @classmethod
+  def of(cls, options: EncoderDecoderOptions) -> Self:
+    """The same model, without quirks if it has none."""
+    names = fields_of(type(options))
+    return cls(**{name: getattr(options, name) for name in names})
+
+  @property
+  def padding(self) -> Padding:
+    """What blocks and routers see of padding."""
+    return RoutedPadding() if self.route_padding else Padding()
+
+  def problems(self) -> Iterator[str]:
+    """Tied logits have one table."""
+    yield from super().problems()
+    if self.encoder_table and self.embedding.tie:
+      yield 'encoder_table=True has no effect unless embedding.tie=False'
+
+  def build(self, rules: Rules = RULES) -> EncoderDecoder:
+    """See `ModelOptions.build`."""
+    model = super().build(rules)
+    embedding = dataclasses.replace(
+      model.embedding, encoder_table=self.encoder_table
+    )
+    return model.clone(embedding=embedding)
