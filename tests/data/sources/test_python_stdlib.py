@@ -1,0 +1,107 @@
+"""The embedded corpus as two splits of documents."""
+
+import sys
+
+import pytest
+
+from moe_jax.data import PythonStdlibSource
+from moe_jax.data.sources import python_stdlib
+
+
+def texts(source, split):
+  return list(source.documents(split))
+
+
+def test_the_default_list_gives_8_megabytes():
+  files = dict(python_stdlib.source_files())
+  total = sum(len(text.encode()) for text in files.values())
+  held_out = [n for n in files if python_stdlib.split_of(n) == 'validation']
+  assert total >= 8_000_000
+  assert 0.02 < len(held_out) / len(files) < 0.1
+  folders = {part for name in files for part in name.split('/')[:-1]}
+  assert not folders & {'test', 'tests', 'site-packages'}
+
+
+@pytest.fixture
+def fake_stdlib(tmp_path):
+  root = tmp_path / 'stdlib'
+  for name in ('json/a.py', 'json/test/b.py', 'json/c.txt', 'csv.py', 'os.py'):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'# {name} é', encoding='utf-8')
+  (root / 'json' / 'latin.py').write_bytes(b'# \xe9')
+  return root
+
+
+def test_listed_modules_alone_without_tests_and_what_is_not_utf8(fake_stdlib):
+  files = dict(python_stdlib.source_files(['json', 'csv', 'wave'], fake_stdlib))
+  assert list(files) == ['csv.py', 'json/a.py']
+  assert files['json/a.py'] == '# json/a.py é'
+
+
+def test_the_builder_splits_by_name(fake_stdlib, tmp_path):
+  for i in range(40):
+    (fake_stdlib / 'json' / f'm{i}.py').write_text(str(i))
+  builder = python_stdlib.PythonStdlib(
+    modules=['json'],
+    root=fake_stdlib,
+    data_dir=tmp_path / 'tfds',
+    file_format='array_record',
+  )
+  builder.download_and_prepare()
+  names = {
+    split: [e['name'].decode() for e in builder.as_data_source(split)]
+    for split in ('train', 'validation')
+  }
+  expected = [
+    name for name, _ in python_stdlib.source_files(['json'], fake_stdlib)
+  ]
+  assert sorted(names['train'] + names['validation']) == expected
+  assert names['validation']
+  for split, own in names.items():
+    assert {python_stdlib.split_of(name) for name in own} == {split}
+
+
+def test_the_digest_follows_names_and_text(fake_stdlib):
+  def digest():
+    files = python_stdlib.source_files(['json'], fake_stdlib)
+    return python_stdlib.content_digest(files)
+
+  seen = {digest()}
+  (fake_stdlib / 'json' / 'a.py').write_text('changed')
+  seen.add(digest())
+  (fake_stdlib / 'json' / 'a.py').rename(fake_stdlib / 'json' / 'b.py')
+  seen.add(digest())
+  assert len(seen) == 3
+  (fake_stdlib / 'os.py').write_text('another module')
+  assert digest() in seen
+
+
+def test_a_part_of_the_standard_library():
+  source = PythonStdlibSource('email,json').texts()
+  files = dict(python_stdlib.source_files(['json', 'email']))
+  for split in ('train', 'validation'):
+    expected = [
+      t for n, t in files.items() if python_stdlib.split_of(n) == split
+    ]
+    # An empty file of a package is a document too, though one without tokens.
+    assert sorted(texts(source, split)) == sorted(expected)
+  assert 'tensorflow' not in sys.modules
+
+
+def test_too_few_modules_for_two_splits_are_refused():
+  with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
+    PythonStdlibSource('keyword').texts()
+
+
+def test_a_module_not_listed_is_refused():
+  with pytest.raises(ValueError, match="'jsn'; did you mean 'json'"):
+    PythonStdlibSource('jsn').texts()
+
+
+def test_modules_that_distributions_leave_out_are_only_had_by_name():
+  assert not set(python_stdlib.MODULES) & set(python_stdlib.OPTIONAL_MODULES)
+  names = [name for name, _ in python_stdlib.source_files(['encodings'])]
+  assert 'encodings/ascii.py' in names
+  everything = [name for name, _ in python_stdlib.source_files()]
+  assert not set(names) & set(everything)
