@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax import dispatch
-from moe_jax.dispatch import gather
 from moe_jax.routing import Routing, token_choice
 from tests import reference
+from tests.dispatch.movers import MOVERS, WITH_SLOTS, group_sizes
 
 G, S, E, K, C, M = 2, 7, 5, 3, 4, 6
-every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
-# Those whose rows are [E, R, M]; the others' are sorted by expert.
-with_slots = pytest.mark.parametrize('name', ['einsum', 'gather'])
+every_dispatcher = pytest.mark.parametrize('name', MOVERS)
+with_slots = pytest.mark.parametrize('name', WITH_SLOTS)
 
 
 def arrays(seed, dtype=jnp.float32, capacity=C):
@@ -90,8 +88,8 @@ def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
   Rows are [E, R, M] to the caller, whatever they are to the dispatcher;
   `slot_of_row` says where each of the sorted ones is there.
   """
-  dispatcher = dispatch.get(name)
-  slotted = dispatcher.group_sizes(routing) is None
+  dispatcher = MOVERS[name]
+  slotted = group_sizes(name, routing) is None
 
   def send(x):
     sent = dispatcher.dispatch(x, routing)
@@ -159,7 +157,7 @@ def test_three_tokens_by_hand(name):
     capacity=2,
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
-  dispatcher = dispatch.get(name)
+  dispatcher = MOVERS[name]
   rows = dispatcher.dispatch(x, routing)
   np.testing.assert_array_equal(
     rows,
@@ -241,7 +239,7 @@ def test_there_and_back_is_k_times_the_token(name):
     S,
   )
   x = arrays(6)[0]
-  dispatcher = dispatch.get(name)
+  dispatcher = MOVERS[name]
   y = dispatcher.combine(dispatcher.dispatch(x, ones), ones)
   np.testing.assert_allclose(y, K * x, rtol=1e-6)
 
@@ -262,26 +260,21 @@ def test_a_gate_of_zero_still_sends_the_token_and_still_learns(name):
   np.testing.assert_array_equal(d_gate != 0, routing.kept)
 
 
-def test_gather_knows_the_token_in_each_slot():
+def test_a_routing_knows_the_token_in_each_slot():
   routing = by_hand(2)
   expected = np.full((E, G * C), G * S)
   for g, s, k in zip(*np.nonzero(routing.kept)):
     row = g * C + routing.slot[g, s, k]
     expected[routing.expert_index[g, s, k], row] = g * S + s
-  np.testing.assert_array_equal(gather.token_index(routing), expected)
+  np.testing.assert_array_equal(routing.slot_rows().token, expected)
 
 
 @with_slots
 def test_refuses_an_unbounded_routing(name):
   routing = routed(capacity=None)
   x, _, rows, _ = arrays(11)
-  dispatcher = dispatch.get(name)
-  with pytest.raises(ValueError, match=r"capacity=None.*capacity_rule='all'"):
+  dispatcher = MOVERS[name]
+  with pytest.raises(ValueError, match=r'capacity=None.*All'):
     dispatcher.dispatch(x, routing)
-  with pytest.raises(ValueError, match=r"capacity=None.*capacity_rule='all'"):
+  with pytest.raises(ValueError, match=r'capacity=None.*All'):
     dispatcher.combine(rows, routing)
-
-
-def test_unknown_dispatcher():
-  with pytest.raises(ValueError, match=r"dispatch 'scatter'.*'einsum'.*gather"):
-    dispatch.get('scatter')

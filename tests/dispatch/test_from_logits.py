@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import dispatch
 from moe_jax.routing import GATES, SLOT_PRIORITIES, token_choice
+from tests.dispatch.movers import MOVERS, group_sizes
 
 G, S, E, M = 2, 7, 5, 6
-every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
+every_dispatcher = pytest.mark.parametrize('name', MOVERS)
 
 
 def arrays(seed):
@@ -26,10 +26,10 @@ def arrays(seed):
 def layer(name, logits, x, **options):
   """Route, dispatch, five unequal experts, combine."""
   routing = token_choice(logits, num_selected=2, **options)
-  dispatcher = dispatch.get(name)
+  dispatcher = MOVERS[name]
   rows = dispatcher.dispatch(x, routing)
   scale = jnp.arange(1.0, E + 1)[:, None] / E
-  sizes = dispatcher.group_sizes(routing)
+  sizes = group_sizes(name, routing)
   if sizes is None:
     scale = scale[:, None]
   else:
@@ -52,7 +52,7 @@ def test_dispatchers_agree_from_logits_to_loss(gates):
   logits, x, w = arrays(8)
   expected = layer_gradients('einsum', gates, 2, logits, x, w)
   assert all(jnp.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(expected))
-  for name in dispatch.DISPATCHERS:
+  for name in MOVERS:
     got = layer_gradients(name, gates, 2, logits, x, w)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -97,7 +97,7 @@ def test_without_drops_the_order_of_tokens_does_not_matter(name, slot_priority):
   assert (jnp.abs(y).max(-1) > 0).all()
 
 
-@pytest.mark.parametrize('name', ['gather', 'dropless'])
+@pytest.mark.parametrize('name', ['gather', 'sorted_rows'])
 def test_no_gradient_is_added_by_scatter(name):
   # A float scatter-add is slow on accelerators and, on some, not
   # reproducible; none may come back with a change of the gradients.
@@ -108,7 +108,7 @@ def test_no_gradient_is_added_by_scatter(name):
 
     def loss(gate, x):
       chosen = dataclasses.replace(routing, gate=gate)
-      mover = dispatch.get(name)
+      mover = MOVERS[name]
       return (w * mover.combine(mover.dispatch(x, chosen), chosen)).sum()
 
     return jax.grad(loss, argnums=(0, 1))(routing.gate, x)

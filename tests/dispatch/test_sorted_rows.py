@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.dispatch import dropless, gather
+from moe_jax.dispatch import sorted_rows
 from moe_jax.routing import Routing, token_choice
 
 
@@ -23,15 +23,15 @@ def test_three_tokens_by_hand():
     capacity=2,
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
-  rows = dropless.dispatch(x, routing)
+  rows = sorted_rows.dispatch(x, routing)
   # Two rows of expert 0, one of expert 1, and room for the fourth slot.
   np.testing.assert_array_equal(
     rows, [[1, 2, 3], [4, 5, 6], [1, 2, 3], [0, 0, 0]]
   )
-  np.testing.assert_array_equal(dropless.group_sizes(routing), [2, 1])
+  np.testing.assert_array_equal(sorted_rows.group_sizes(routing), [2, 1])
   # Expert 0 multiplies by 10, expert 1 by 100.
   scale = jnp.array([[10.0], [10.0], [100.0], [7.0]])
-  y = dropless.combine(rows * scale, routing)
+  y = sorted_rows.combine(rows * scale, routing)
   first = np.array([1, 2, 3]) * (0.75 * 10 + 0.25 * 100)
   second = np.array([4, 5, 6]) * (0.5 * 10)
   np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
@@ -48,10 +48,10 @@ def test_an_unbounded_routing_is_one_with_room_for_all():
   x = jax.random.normal(jax.random.key(1), (2, 7, 6))
   bounded, unbounded = routed(7), routed(None)
   assert unbounded.capacity is None
-  rows = dropless.dispatch(x, unbounded)
-  np.testing.assert_array_equal(rows, dropless.dispatch(x, bounded))
+  rows = sorted_rows.dispatch(x, unbounded)
+  np.testing.assert_array_equal(rows, sorted_rows.dispatch(x, bounded))
   np.testing.assert_array_equal(
-    dropless.combine(rows, unbounded), dropless.combine(rows, bounded)
+    sorted_rows.combine(rows, unbounded), sorted_rows.combine(rows, bounded)
   )
 
 
@@ -59,15 +59,15 @@ def test_no_row_is_lost_however_skewed():
   # Every token wants experts 0, 1 and 2; at equal shares four of ten would go.
   routing = routed(None, skew=30.0)
   np.testing.assert_array_equal(
-    dropless.group_sizes(routing), [14, 14, 14, 0, 0]
+    sorted_rows.group_sizes(routing), [14, 14, 14, 0, 0]
   )
-  assert dropless.dispatch(jnp.ones((2, 7, 6)), routing).all()
+  assert sorted_rows.dispatch(jnp.ones((2, 7, 6)), routing).all()
 
 
 def test_rows_are_bounded_by_slots():
   # 42 choices, but 2 groups of 5 experts of 2 slots.
   routing = routed(2)
-  rows = dropless.dispatch(jnp.ones((2, 7, 6)), routing)
+  rows = sorted_rows.dispatch(jnp.ones((2, 7, 6)), routing)
   assert rows.shape == (20, 6)
   assert int(rows.any(-1).sum()) == int(routing.kept.sum())
 
@@ -77,18 +77,23 @@ def test_what_is_not_kept_is_not_sent():
   kept = routing.kept.at[0, 3].set(False)
   routing = dataclasses.replace(routing, kept=kept)
   x = jnp.ones((2, 7, 6)).at[0, 3].set(jnp.nan)
-  assert jnp.isfinite(dropless.dispatch(x, routing)).all()
-  assert int(dropless.group_sizes(routing).sum()) == 42 - 3
+  assert jnp.isfinite(sorted_rows.dispatch(x, routing)).all()
+  assert int(sorted_rows.group_sizes(routing).sum()) == 42 - 3
 
 
-@pytest.mark.parametrize('num_keys', [6, 2**27])
-def test_both_sorts_are_stable(num_keys):
-  low = np.random.default_rng(0).integers(0, 6, 40)
-  # The largest keys times 40 would leave the packed sort's int32.
-  key = np.where(low % 2, num_keys - 1 - low, low).astype(np.int32)
-  order = dropless._stable_argsort(jnp.asarray(key), num_keys)
-  np.testing.assert_array_equal(order, np.argsort(key, kind='stable'))
-
-
-def test_slotted_dispatchers_have_no_group_sizes():
-  assert gather.group_sizes(routed(7)) is None
+@pytest.mark.parametrize('num_experts', [5, 2**27 - 1])
+def test_rows_of_an_expert_are_in_the_order_of_the_tokens(num_experts):
+  # The largest experts times 40 would leave the int32 of the usual sort.
+  low = np.random.default_rng(0).integers(0, 5, 40)
+  expert = np.where(low % 2, num_experts - 1 - low, low).astype(np.int32)
+  expert = jnp.asarray(expert).reshape(1, 40, 1)
+  routing = Routing(
+    expert,
+    slot=jnp.zeros_like(expert),
+    gate=jnp.ones(expert.shape),
+    kept=jnp.ones(expert.shape, bool),
+    num_experts=num_experts,
+    capacity=None,
+  )
+  order = np.argsort(np.asarray(expert).reshape(-1), kind='stable')
+  np.testing.assert_array_equal(routing.sorted_rows().token, order)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
-from moe_jax import dispatch
 from moe_jax.routing import SlotRouting, expert_choice
 from tests import reference
+from tests.dispatch.movers import MOVERS, group_sizes
 
 G, S, E, C, M = 2, 7, 5, 4, 6
-every_dispatcher = pytest.mark.parametrize('name', sorted(dispatch.DISPATCHERS))
+every_dispatcher = pytest.mark.parametrize('name', MOVERS)
 
 
 def by_hand(seed):
@@ -40,8 +40,8 @@ def arrays(seed, dtype=jnp.float32):
 
 def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
   """Both directions and all gradients; rows are [E, R, M] to the caller."""
-  mover = dispatch.get(name)
-  slotted = mover.group_sizes(routing) is None
+  mover = MOVERS[name]
+  slotted = group_sizes(name, routing) is None
 
   def send(x):
     sent = mover.dispatch(x, routing)
@@ -94,10 +94,10 @@ def test_three_tokens_by_hand(name):
     group_size=3,
   )
   x = jnp.array([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-  mover = dispatch.get(name)
+  mover = MOVERS[name]
   rows = mover.dispatch(x, routing)
   # Expert 0 multiplies by 10, expert 1 by 100.
-  if (sizes := mover.group_sizes(routing)) is None:
+  if (sizes := group_sizes(name, routing)) is None:
     np.testing.assert_array_equal(rows, [[[5, 6], [1, 2]], [[0, 0], [5, 6]]])
     rows = rows * jnp.array([[[10.0]], [[100.0]]])
   else:
@@ -132,14 +132,14 @@ def test_bfloat16_stays_bfloat16(name):
   assert [a.dtype for a in got] == [jnp.bfloat16] * 4 + [jnp.float32]
 
 
-@pytest.mark.parametrize('name', ['gather', 'dropless'])
+@pytest.mark.parametrize('name', ['gather', 'sorted_rows'])
 def test_nothing_grows_with_the_experts_but_what_the_rows_do(name):
   # E * C is the same for few experts and many; so is all that is made.
   def largest(E):
     routing = SlotRouting(
       jnp.zeros((G, E, 64 // E), jnp.int32), jnp.zeros((G, E, 64 // E)), 33
     )
-    mover = dispatch.get(name)
+    mover = MOVERS[name]
 
     def loss(x, gate):
       chosen = dataclasses.replace(routing, gate=gate)
