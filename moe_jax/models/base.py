@@ -66,10 +66,12 @@ class ModelOptions(Options):
     reads_features: Whether inputs are examples of numbers with a class each,
       and no text.
     has_encoder: Whether it reads two sequences: inputs and targets.
+    has_blocks: Whether its layers are blocks of attention and feed-forward.
   """
 
   reads_features: ClassVar[bool] = False
   has_encoder: ClassVar[bool] = False
+  has_blocks: ClassVar[bool] = False
 
   vocab_size: int = option(
     0,

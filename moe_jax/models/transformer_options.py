@@ -5,6 +5,7 @@ Not here: what an encoder has otherwise (`encoder_decoder.py`).
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 from moe_jax.layers.block import BlockConfig
 from moe_jax.models.padding import Padding
@@ -17,6 +18,8 @@ from moe_jax.partitioning import Rules
 @dataclasses.dataclass(frozen=True)
 class TransformerOptions(TextModelOptions, StackOptions):
   """A model of text that is made of blocks of attention and feed-forwards."""
+
+  has_blocks: ClassVar[bool] = True
 
   @property
   def padding(self) -> Padding:

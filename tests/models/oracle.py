@@ -11,17 +11,16 @@ from tests.models.tiny import leaves
 from tests.reference import choose, relative_gates
 
 
-def decode(config, params, tokens):
+def decode(c, params, tokens):
   """One document of token ids [T] to (logits [T, V], choices by layer).
 
   Choices are {layer: expert_index [T, K]} of the sparse layers.
   """
-  c = config.model
   flat = {k: np.asarray(v, np.float64) for k, v in leaves(params).items()}
   layers = layers_of(flat)
   assert len(layers) == c.num_layers
   x = flat['embedding'][tokens]
-  if c.positions == 'learned':
+  if c.positions.table_len:
     x = x + flat['position_embedding'][: len(tokens)]
   choices = {}
   for i, layer in enumerate(layers):
@@ -38,7 +37,7 @@ def decode(config, params, tokens):
       x = x + ffn(h, layer, 'extra_ffn/', c)
   x = norm(x, flat['final_norm/scale'], c)
   return x @ (
-    flat['embedding'].T if c.tie_embeddings else flat['w_logits']
+    flat['embedding'].T if c.embedding.tie else flat['w_logits']
   ), choices
 
 
@@ -67,7 +66,7 @@ def layers_of(flat):
 
 
 def norm(x, scale, c):
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon) * scale
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm.epsilon) * scale
 
 
 def turn(x, theta):
@@ -84,8 +83,8 @@ def attention(x, layer, c):
     np.einsum('tm,mhd->thd', x, layer[f'attention/w_{name}'])
     for name in ('query', 'key', 'value')
   )
-  if c.positions == 'rotary':
-    query, key = turn(query, c.rope_theta), turn(key, c.rope_theta)
+  if hasattr(c.positions, 'theta'):
+    query, key = turn(query, c.positions.theta), turn(key, c.positions.theta)
   y = np.zeros(x.shape)
   H, D = query.shape[1:]
   for h in range(H):
@@ -100,7 +99,7 @@ def attention(x, layer, c):
 
 def ffn(x, weights, prefix, c, expert=...):
   h = x @ weights[f'{prefix}w_in'][expert]
-  if c.activation == 'swiglu':
+  if c.ffn.activation == 'swiglu':
     gate = x @ weights[f'{prefix}w_gate'][expert]
     h = h * gate / (1 + np.exp(-gate))
   else:

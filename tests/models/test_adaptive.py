@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import models
-from moe_jax.config import merge
 from moe_jax.models import adaptive
-from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
-from tests import golden
+from moe_jax.models.adaptive import AdaptiveOptions, MixtureOptions
 
 N, E, V = 3, 4, 2
 LOSSES = sorted(adaptive.LOSSES)
 each_loss = pytest.mark.parametrize('loss', LOSSES)
+
+
+def mixture(classes, shape, **options):
+  options = MixtureOptions(**options)
+  return AdaptiveOptions(classes, shape, options).build()
 
 
 def case(seed=0, far=1.5):
@@ -164,9 +166,7 @@ def softmax(x):
 
 
 def test_mixture_is_a_loop_over_its_experts():
-  config = AdaptiveConfig(
-    V, (5,), num_experts=E, expert_hidden=6, gate_hidden=3
-  )
+  model = mixture(V, (5,), num_experts=E, expert_hidden=6, gate_hidden=3)
   params = weights(
     expert_in=(E, 5, 6),
     expert_in_bias=(E, 6),
@@ -178,7 +178,7 @@ def test_mixture_is_a_loop_over_its_experts():
     gate_out_bias=(E,),
   )
   x = np.random.default_rng(4).normal(size=(N, 5)).astype(np.float32)
-  outputs, _ = AdaptiveMixture(config).apply({'params': params}, jnp.asarray(x))
+  outputs, _ = model.apply({'params': params}, jnp.asarray(x))
 
   w = {name: np.asarray(value, np.float64) for name, value in params.items()}
   for n in range(N):
@@ -202,20 +202,19 @@ def test_mixture_is_a_loop_over_its_experts():
 def test_what_a_linear_expert_says(output, expected):
   # Weights 1 and 2 on (1, 0.5), bias 1: 3, or the logistic of it; of one
   # output a softmax is always sure.
-  config = AdaptiveConfig(1, (2,), num_experts=1, expert_output=output)
+  model = mixture(1, (2,), num_experts=1, expert_output=output)
   params = {
     'expert_out': jnp.array([[[1.0], [2.0]]]),
     'expert_out_bias': jnp.array([[1.0]]),
     'gate_out': jnp.ones((2, 1)),
     'gate_out_bias': jnp.ones(1),
   }
-  model = AdaptiveMixture(config)
   outputs, _ = model.apply({'params': params}, jnp.array([[1.0, 0.5]]))
   np.testing.assert_allclose(outputs.prediction, [[expected]], atol=1e-4)
 
 
 def test_it_starts_with_equal_proportions_and_different_experts():
-  model = AdaptiveMixture(AdaptiveConfig(V, (2, 3), num_experts=E))
+  model = mixture(V, (2, 3), num_experts=E)
   x = jax.random.normal(jax.random.key(0), (N, 2, 3))
   outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
   np.testing.assert_array_equal(outputs.gate_probs, np.full((N, E), 1 / E))
@@ -225,44 +224,28 @@ def test_it_starts_with_equal_proportions_and_different_experts():
 
 @each_loss
 def test_targets_are_one_at_their_class(loss):
-  config = AdaptiveConfig(3, (2,), loss=loss, num_experts=E)
-  model = AdaptiveMixture(config)
+  model = mixture(3, (2,), loss=loss, num_experts=E)
   x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2)), jnp.float32)
   outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
-  found = model.losses(outputs, {'targets': jnp.array([[2], [0]])})
+  found = model.loss(outputs, {'targets': jnp.array([[2], [0]])})
+  assert found.logits_z is None
   targets = np.array([[0, 0, 1], [1, 0, 0]])
   expected = by_hand(
     loss, *(np.asarray(a, float) for a in outputs[:2]), targets
   )
-  np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
-
-
-def test_build_takes_its_section():
-  config = golden.config('jacobs_vowels')
-  filled = merge(config, {'model': {'vocab_size': 4, 'feature_shape': (2,)}})
-  section = dict(
-    loss='gated',
-    num_experts=7,
-    expert_hidden=3,
-    gate_hidden=5,
-    expert_output='linear',
-    init_scale=0.25,
-  )
-  model = models.build(merge(filled, {'model': {'adaptive': section}}))
-  assert model.config == AdaptiveConfig(4, (2,), **section)
-  with pytest.raises(ValueError, match=r"adaptive\.loss 'gate'.*'gated'"):
-    models.build(merge(filled, {'model': {'adaptive': {'loss': 'gate'}}}))
+  np.testing.assert_allclose(found.nats[:, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(num_experts=0), 'num_experts=0 is below 1'),
-    (dict(expert_hidden=-1), 'expert_hidden=-1 is below 0'),
+    (dict(loss='gate'), "unknown loss 'gate'; did you mean 'gated'"),
+    (dict(num_experts=0), 'num_experts=0 must be at least 1'),
+    (dict(expert_hidden=-1), 'expert_hidden=-1 must be at least 0'),
     (dict(expert_output='relu'), "expert_output 'relu'; .*'logistic'"),
-    (dict(init_scale=0.0), 'init_scale=0.0 is not positive'),
+    (dict(init_scale=0.0), 'init_scale=0.0 must be above 0'),
   ],
 )
 def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    AdaptiveConfig(4, (2,), **options)
+    mixture(4, (2,), **options)

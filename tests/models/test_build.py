@@ -1,9 +1,21 @@
-"""What `build` makes of a config, and what it refuses before any array."""
+"""What models are made of options, and what is refused before any array."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from moe_jax import models
+from moe_jax import models, sections
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.parameters import FORMS, ROLES, Role
+from moe_jax.layers.positions import Learned
+from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
+from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 
 
@@ -47,67 +59,108 @@ def test_patterns_that_mean_nothing_are_refused(layers, message):
     sparse_pattern(layers, 4)
 
 
+SIZES = {
+  'vocab_size': tiny.V,
+  'num_layers': 2,
+  'width': 12,
+  'attention': {'num_heads': 4, 'head_width': 6},
+  'ffn': {'hidden': 20},
+  'moe': {
+    'num_experts': 5,
+    'num_selected': 2,
+    'layers': 'all',
+    'router': {'token_choice': {'gates': 'renormalized'}},
+  },
+}
+
+
+def read(*layers, kind='decoder'):
+  """The options of a section: the sizes above, then each of the layers."""
+  config = sections.choice_section(models.MODELS, models.DecoderOptions())
+  sizes = SIZES if kind == 'decoder' else {'vocab_size': tiny.V}
+  for layer in (sizes, {'kind': kind}, *layers):
+    config = sections.merge(config, layer)
+  return sections.read_choice(models.MODELS, config)
+
+
 REFUSED = {
-  "unknown model.kind 'encoder'": dict(kind='encoder'),
-  "unknown model.dtype 'float16'": dict(dtype='float16'),
-  "unknown model.param_dtype 'int8'": dict(param_dtype='int8'),
-  "unknown activation 'geglo'; did you mean 'geglu'": dict(activation='geglo'),
-  "unknown norm 'batchnorm'": dict(norm='batchnorm'),
-  "unknown positions 'rotery'; did you mean 'rotary'": dict(positions='rotery'),
+  "unknown model 'encoder'": dict(kind='encoder'),
+  "unknown numerics.dtype 'float16'": {'numerics': {'dtype': 'float16'}},
+  "unknown numerics.param_dtype 'int8'": {'numerics': {'param_dtype': 'int8'}},
+  "unknown ffn.activation 'geglo'; did you mean 'geglu'": {
+    'ffn': {'activation': 'geglo'}
+  },
+  "unknown norm 'batchnorm'": {'norm': {'kind': 'batchnorm'}},
+  "unknown positions 'rotery'; did you mean 'rotary'": {
+    'positions': {'kind': 'rotery'}
+  },
   "unknown remat 'all'": dict(remat='all'),
-  "unknown init.kind 'xavier'": dict(init={'kind': 'xavier'}),
-  'vocab_size=0: 0 stands for the tokenizer': dict(vocab_size=0),
-  'vocab_size=-1': dict(vocab_size=-1),
+  "unknown initialisation 'xavier'": {'numerics': {'init': {'kind': 'xavier'}}},
+  'vocab_size=-1 must be at least 0': dict(vocab_size=-1),
   'num_layers=0 must be at least 1': dict(num_layers=0),
-  'num_heads=5 does not divide width=12': dict(num_heads=5, head_width=0),
-  'num_heads=0': dict(num_heads=0, head_width=0),
-  'num_kv_heads=3 does not divide num_heads=4': dict(num_kv_heads=3),
-  'rotary needs an even head_width=5': dict(head_width=5),
-  'width=0': dict(width=0),
-  'hidden=0 must be at least 1': dict(hidden=0),
+  'attention.num_heads=5 does not divide width=12': {
+    'attention': {'num_heads': 5, 'head_width': 0}
+  },
+  'num_heads=0 must be at least 1': {'attention': {'num_heads': 0}},
+  'num_kv_heads=3 does not divide num_heads=4': {
+    'attention': {'num_kv_heads': 3}
+  },
+  'head_width=5 must be even under rotary': {'attention': {'head_width': 5}},
+  'width=0 must be at least 1': dict(width=0),
+  'ffn.hidden=0 must be at least 1': {'ffn': {'hidden': 0}},
   r'dropout=1.5 not in \[0, 1\)': dict(dropout=1.5),
-  'max_len=-3': dict(positions='learned', max_len=-3),
+  'max_len=-3 must be at least 0': {
+    'positions': {'kind': 'learned', 'learned': {'max_len': -3}}
+  },
+  r"feature_shape=\(2,\) has no effect with kind='decoder'": dict(
+    feature_shape=(2,)
+  ),
+  "lstm.hidden=7 has no effect with kind='decoder'": {'lstm': {'hidden': 7}},
 }
 
 
 @pytest.mark.parametrize('message', REFUSED)
 def test_bad_models_are_refused(message):
   with pytest.raises(ValueError, match=message):
-    tiny.build(**REFUSED[message])
+    read(REFUSED[message])
+
+
+def test_options_of_another_kind_are_refused():
+  read({'lstm': {'hidden': 7}, 'positions': {'kind': 'none'}}, kind='lstm')
+  for other in (
+    {'attention': {'num_heads': 3}},
+    {'remat': 'full'},
+    {'norm': {'epsilon': 1e-3}},
+  ):
+    with pytest.raises(ValueError, match="has no effect with kind='lstm'"):
+      read(other, kind='lstm')
 
 
 REFUSED_MOE = {
-  r'num_selected=2 not in \[1, num_experts=-1\]': dict(num_experts=-1),
+  'num_experts=-1 must be at least 0': dict(num_experts=-1),
   r'num_selected=6 not in \[1, num_experts=5\]': dict(num_selected=6),
-  'with num_selected=1 makes every gate 1': dict(num_selected=1),
-  "unknown router 'tokens'": dict(router='tokens'),
-  "unknown gates 'row'; did you mean 'raw'": dict(gates='row'),
-  "unknown second_policy 'none'": dict(second_policy='none'),
-  "unknown slot_priority 'token_maj'": dict(slot_priority='token_maj'),
-  "unknown capacity_rule 'per'": dict(capacity_rule='per'),
-  "unknown capacity_rounding 'up'": dict(capacity_rounding='up'),
-  "capacity_rule='fixed' needs slots=0": dict(capacity_rule='fixed'),
-  'capacity_factor=0.0 must be positive': dict(capacity_factor=0.0),
-  "unknown dispatch 'scatter'": dict(dispatch='scatter'),
-  "unknown balance_choices 'last'": dict(balance_choices='last'),
+  "num_selected=1 with gates='renormalized' makes": dict(num_selected=1),
+  "unknown router 'tokens'": {'router': {'kind': 'tokens'}},
+  "unknown capacity 'per'": {'capacity': {'kind': 'per'}},
+  "unknown dispatch 'scatter'": {'dispatch': {'kind': 'scatter'}},
   'group_size=-8': dict(group_size=-8),
-  "unknown activation 'rely'; did you mean 'relu'": dict(activation='rely'),
   "none of 'all'": dict(layers='odd'),
-  r'jitter=1.0 not in \[0, 1\)': dict(jitter=1.0),
-  r'dropout=1.0 not in \[0, 1\)': dict(expert_dropout=1.0),
+  "moe.layers='every 5' with num_layers=2": dict(layers='every 5'),
 }
 
 
 @pytest.mark.parametrize('message', REFUSED_MOE)
 def test_bad_sparse_layers_are_refused(message):
   with pytest.raises(ValueError, match=message):
-    tiny.build(moe=REFUSED_MOE[message])
+    read({'moe': REFUSED_MOE[message]})
 
 
 LEAKS = [
-  dict(slot_priority='choice_major'),
-  dict(slot_priority='batch_priority'),
-  dict(slot_priority='batch_priority', num_selected=1, gates='raw'),
+  dict(router=TokenChoice(gates='renormalized', slot_priority='choice_major')),
+  dict(
+    router=TokenChoice(gates='renormalized', slot_priority='batch_priority')
+  ),
+  dict(router=TokenChoice(slot_priority='batch_priority'), num_selected=1),
 ]
 
 
@@ -116,60 +169,60 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   with pytest.raises(ValueError, match='allow_future_leak=True'):
     tiny.build(moe=moe)
   built = tiny.build(moe={**moe, 'allow_future_leak': True})
-  priority = built.config.stack.block.moe.router.slot_priority
-  assert priority == moe['slot_priority']
+  assert built.leaks_future and built.moe.router == moe['router']
   # Where every token has room nothing can be evicted; dense models have none.
-  tiny.build(moe={**moe, 'capacity_rule': 'all'})
-  tiny.build(moe={**moe, 'num_experts': 0})
+  roomy = tiny.build(moe={**moe, 'capacity': All()})
+  assert not roomy.leaks_future
+  tiny.build(moe={**moe, 'layers': 'none'})
 
 
 def test_experts_that_choose_leak_in_a_decoder_alone():
-  moe = dict(router='expert_choice', gates='raw')
+  moe = dict(router=ExpertChoice())
   with pytest.raises(ValueError, match=r'later tokens.*allow_future_leak=True'):
     tiny.build(moe=moe)
   tiny.build(moe=moe | dict(allow_future_leak=True))
-  tiny.build(moe=moe | dict(capacity_rule='all'))
-  of_an_encoder = moe | dict(layers='none', encoder_layers='1')
-  both = dict(kind='encoder_decoder', num_encoder_layers=2)
-  config = tiny.config(of_an_encoder, **both)
-  assert not models.leaks_future(config.model.moe)
-  built = models.build(config).config
-  assert built.moe.router.kind == 'expert_choice'
+  tiny.build(moe=moe | dict(capacity=All()))
+  encoder = EncoderOptions(2, {'moe': {'layers': '1'}})
+  both = dict(kind='encoder_decoder', encoder=encoder)
+  model = tiny.build(moe | dict(layers='none'), **both)
+  assert not model.leaks_future and model.moe.router == ExpertChoice()
   with pytest.raises(ValueError, match='allow_future_leak=True'):
-    tiny.build(of_an_encoder | dict(layers='1'), **both)
+    tiny.build(moe | dict(layers='1'), **both)
 
 
 def test_the_two_halves_hash_by_tables_of_their_own():
-  moe = dict(router='hash', router_seed=5, hash_of='position', num_selected=3)
-  config = tiny.build(moe=moe, kind='encoder_decoder').config
-  routers = [stack.block.moe.router for _, stack in config.stacks]
-  assert [r.seed for r in routers] == [6, 5]
-  assert {r.hash_of for r in routers} == {'position'}
+  moe = dict(router=Hash(of='position', seed=5), num_selected=3)
+  model = tiny.build(moe=moe, kind='encoder_decoder')
+  routers = [stack.experts.router for _, stack in model.stacks]
+  assert routers == [Hash(of='position', seed=6), Hash(of='position', seed=5)]
 
 
 def test_zero_means_what_the_config_says_it_means():
-  block = tiny.build(width=16, head_width=0).config.stack.block
+  model = tiny.build(width=16, attention=dict(head_width=0))
+  block = model.blocks.block
   assert block.attention.head_width == 16 // 4
   assert block.attention.num_kv_heads == 4
-  assert block.moe.expert.hidden == block.ffn.hidden == 20
-  assert tiny.build(positions='learned').config.embedding.max_len == tiny.T
-  other = tiny.build(moe=dict(hidden=7, activation='relu')).config.stack.block
-  assert (other.moe.expert.hidden, other.moe.expert.activation) == (7, 'relu')
-  assert (other.ffn.hidden, other.ffn.activation) == (20, 'gelu')
+  assert model.moe.expert.hidden == block.ffn.hidden == 20
+  learned = tiny.options(positions=Learned())
+  assert learned.positions == Learned(tiny.T)
+  with pytest.raises(ValueError, match="max_len=0 stands for the data's"):
+    dataclasses.replace(learned, positions=Learned()).build()
+  with pytest.raises(ValueError, match='vocab_size=0: 0 stands for the token'):
+    dataclasses.replace(learned, vocab_size=0).build()
+  with pytest.raises(ValueError, match="smaller than the tokenizer's 24"):
+    learned.filled(24, (), tiny.T)
+  other = tiny.build(moe=dict(expert=FeedForwardExpert(7, 'relu')))
+  expert, ffn = other.moe.expert, other.blocks.block.ffn
+  assert (expert.hidden, expert.activation) == (7, 'relu')
+  assert (ffn.hidden, ffn.activation) == (20, 'gelu')
 
 
 def test_expert_dropout_is_apart_from_dropout():
-  same = tiny.build(dropout=0.1).config.stack.block
-  assert same.moe.expert.dropout == same.ffn.dropout == same.dropout == 0.1
-  apart = tiny.build(
-    dropout=0.1, moe=dict(expert_dropout=0.4)
-  ).config.stack.block
-  assert apart.moe.expert.dropout == 0.4
-  assert apart.ffn.dropout == apart.attention.dropout == apart.dropout == 0.1
-  none = tiny.build(
-    dropout=0.1, moe=dict(expert_dropout=0.0)
-  ).config.stack.block
-  assert none.moe.expert.dropout == 0.0
+  for rate, expected in ((-1.0, 0.1), (0.4, 0.4), (0.0, 0.0)):
+    expert = FeedForwardExpert(dropout=rate)
+    model = tiny.build(dropout=0.1, moe=dict(expert=expert))
+    assert model.moe.expert.dropout == expected
+    assert model.blocks.block.dropout == 0.1
 
 
 def test_the_dense_twin_is_k_experts_wide_at_sparse_places():
@@ -177,15 +230,14 @@ def test_the_dense_twin_is_k_experts_wide_at_sparse_places():
     moe=dict(
       num_experts=0,
       layers='every 2',
-      hidden=7,
-      activation='relu',
+      expert=FeedForwardExpert(7, 'relu'),
       extra_ffn=True,
     ),
-    activation='swiglu',
+    ffn=dict(activation='swiglu'),
   )
-  shapes = tiny.leaves(models.abstract_params(twin, tiny.T))
+  shapes = tiny.leaves(models.describe(twin).shapes)
   width = {
-    name.removesuffix('/w_in/value'): leaf.shape[-1]
+    name.removesuffix('/w_in'): leaf.shape[-1]
     for name, leaf in shapes.items()
     if 'w_in' in name
   }
@@ -197,3 +249,100 @@ def test_the_dense_twin_is_k_experts_wide_at_sparse_places():
   gated = {name.split('/')[1] for name in shapes if '/ffn/w_gate' in name}
   assert gated == {'layer_0'}  # the experts' activation has no gate
   assert not any('router' in name for name in shapes)
+  assert twin.moe is None and twin.moes == (None, None)
+  assert not twin.loss_weights() and not twin.keeps_router_state
+
+
+@pytest.mark.parametrize('kind', models.MODELS.builtin)
+def test_every_parameter_has_a_role_a_form_and_its_axes(kind):
+  shape = dict(feature_shape=(3,)) if kind in ('adaptive', 'deep_moe') else {}
+  trees = models.describe(tiny.build(kind=kind, **shape))
+  roles = jax.tree.leaves(trees.roles, is_leaf=lambda x: isinstance(x, Role))
+  shapes = jax.tree.leaves(trees.shapes)
+  axes = jax.tree.leaves(trees.axes, is_leaf=lambda x: isinstance(x, tuple))
+  assert len(roles) == len(shapes) == len(axes)
+  for role, leaf, names in zip(roles, shapes, axes):
+    assert role.role in ROLES and role.form in FORMS
+    assert len(names) == leaf.ndim
+
+
+def test_the_groups_of_a_run_fit_its_batches():
+  run = models.RunShape(total_steps=9, rows=6, microbatches=2, seq_len=10)
+
+  def problems(group_size, kind='decoder', **changes):
+    moe = dict(group_size=group_size)
+    options = tiny.options(moe, kind)
+    return [*options.problems_in(run._replace(**changes))]
+
+  assert not problems(0) and not problems(20) and not problems(5)
+  (problem,) = problems(40)
+  assert 'model.moe.group_size=40 does not divide the 60 tokens' in problem
+  # The whole batch is a group, and accumulation must not change that.
+  (problem,) = problems(-1)
+  assert 'model.moe.group_size=-1 with microbatches=2' in problem
+  assert not problems(-1, microbatches=1)
+  (problem,) = problems(20, parts=2)
+  assert 'the 3 groups of 20 tokens' in problem
+  (problem,) = problems(20, 'encoder_decoder', target_len=5)
+  assert 'data.target_len=5' in problem
+  assert not problems(10, 'encoder_decoder', target_len=5)
+
+
+def test_routers_count_what_they_see():
+  model = tiny.build(kind='encoder_decoder', encoder=EncoderOptions(3))
+  batch = {
+    'segment_ids': jnp.array([[1, 1, 2, 0]]),
+    'encoder_segment_ids': jnp.array([[1, 0, 0, 0, 0]]),
+  }
+  counts = model.routed_tokens(batch)
+  np.testing.assert_array_equal(counts, [1, 1, 1, 3, 3])
+  empty = {name: jnp.zeros_like(ids) for name, ids in batch.items()}
+  np.testing.assert_array_equal(model.routed_tokens(empty), np.ones(5))
+
+
+def test_a_batch_is_what_a_model_takes():
+  pairs = tiny.build(kind='encoder_decoder')
+  shapes = pairs.batch_shapes(2, 7, 5)
+  assert shapes['encoder_tokens'].shape == (2, 7)
+  assert shapes['targets'].shape == shapes['loss_weights'].shape == (2, 5)
+  batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+  assert {*batch} - {*pairs.inputs(batch)} == {'targets', 'loss_weights'}
+  alone = tiny.build().batch_shapes(2, 7)
+  assert alone['tokens'].shape == alone['targets'].shape == (2, 7)
+
+
+def test_layers_are_taken_out_of_a_models_trees():
+  encoder = EncoderOptions(3)
+  model = tiny.build(
+    dict(layers='every 2'), 'encoder_decoder', num_layers=4, encoder=encoder
+  )
+  params = tiny.params_of(model)
+  layers = model.layer_trees(params)
+  assert len(layers) == model.num_layers == 7
+  sparse = tuple(i for i, layer in enumerate(layers) if 'moe' in layer)
+  assert sparse == model.sparse_layers == (1, 4, 6)
+  own = params['decoder']['layers']['layer_1']['ffn_norm']['scale']
+  np.testing.assert_array_equal(layers[6]['ffn_norm']['scale'], own[1])
+  place = model.place_of(('decoder', 'layers', 'layer_1', 'moe', 'router', 'w'))
+  assert place == (('decoder',), ('moe', 'router', 'w'), (1, 3))
+  assert model.place_of(('embedding',)) is None
+
+
+def test_shrunk_models_keep_their_structure():
+  big = tiny.options(
+    dict(layers='every 3', num_experts=64, group_size=256),
+    num_layers=24,
+    width=768,
+    attention=dict(num_heads=12, num_kv_heads=4, head_width=64, window=512),
+    ffn=dict(hidden=3072),
+    positions=Learned(512),
+    numerics=Numerics(dtype='bfloat16'),
+  )
+  small = big.shrunk()
+  assert (small.vocab_size, small.num_layers, small.width) == (0, 3, 32)
+  assert small.attention == dataclasses.replace(
+    big.attention, num_heads=4, num_kv_heads=2, head_width=16, window=8
+  )
+  assert small.ffn.hidden == 48 and small.positions == Learned(0)
+  assert (small.moe.num_experts, small.moe.group_size) == (4, 64)
+  assert small.numerics == Numerics()

@@ -8,25 +8,42 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  NoisyTopK,
+  Random,
+  TokenChoice,
+)
+from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import B, T, V
 
-TIGHT = dict(capacity_rule='per_token', capacity_factor=0.75)
+TIGHT = dict(capacity=PerToken(factor=0.75))
 CAUSAL = {
-  'switch': dict(num_selected=1, gates='raw'),
+  'switch': dict(num_selected=1, router=TokenChoice()),
   'token_major': dict(group_size=2 * T),
-  'after_drop': dict(num_selected=3, gates='renormalized_after_drop'),
-  'noisy': dict(router='noisy_top_k', gates='renormalized_after_drop'),
-  'threshold': dict(second_policy='threshold', jitter=0.1, group_size=5),
-  'bigram': dict(router='hash', hash_of='bigram'),
-  'random': dict(router='random', group_size=2 * T),
+  'after_drop': dict(
+    num_selected=3, router=TokenChoice(gates='renormalized_after_drop')
+  ),
+  'noisy': dict(router=NoisyTopK(gates='renormalized_after_drop')),
+  'threshold': dict(
+    router=TokenChoice(
+      gates='renormalized', second_policy='threshold', jitter=0.1
+    ),
+    group_size=5,
+  ),
+  'bigram': dict(router=Hash(of='bigram')),
+  'random': dict(router=Random(), group_size=2 * T),
 }
 LEAKING = {
-  'choice_major': dict(slot_priority='choice_major'),
-  'batch_priority': dict(
-    slot_priority='batch_priority', num_selected=1, gates='raw'
+  'choice_major': dict(
+    router=TokenChoice(gates='renormalized', slot_priority='choice_major')
   ),
-  'expert_choice': dict(router='expert_choice', gates='raw'),
+  'batch_priority': dict(
+    num_selected=1, router=TokenChoice(slot_priority='batch_priority')
+  ),
+  'expert_choice': dict(router=ExpertChoice()),
 }
 
 
@@ -71,7 +88,7 @@ def test_earlier_outputs_do_not_change(name):
 
 def test_choice_major_is_causal_where_every_token_has_room():
   model = tiny.build(
-    moe=dict(slot_priority='choice_major', capacity_rule='all')
+    moe=dict(router=TokenChoice(slot_priority='choice_major'), capacity=All())
   )
   before, after, _ = zip(*trials(model, 10))
   assert max(before) <= 1e-6

@@ -6,72 +6,82 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.layers.experts import Einsum, FeedForwardExpert
+from moe_jax.layers.norms import LayerNorm, RmsNorm
+from moe_jax.layers.positions import Learned, NoPositions, Relative
+from moe_jax.layers.routers import NoisyTopK, TokenChoice
+from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
 ORACLES = {
   'mixtral': dict(
-    activation='swiglu',
-    tie_embeddings=False,
-    num_kv_heads=2,
-    norm_epsilon=1e-2,
-    moe=dict(layers='all', capacity_rule='all'),
+    ffn=dict(activation='swiglu'),
+    embedding=dict(tie=False),
+    attention=dict(num_kv_heads=2),
+    norm=RmsNorm(epsilon=1e-2),
+    moe=dict(capacity=All()),
   ),
   'openmoe': dict(
     num_layers=4,
-    activation='relu',
-    positions='learned',
-    moe=dict(layers='every 2', capacity_rule='all', extra_ffn=True),
+    ffn=dict(activation='relu'),
+    positions=Learned(),
+    moe=dict(layers='every 2', capacity=All(), extra_ffn=True),
   ),
-  'dense': dict(num_layers=3, activation='relu', moe=dict(num_experts=0)),
+  'dense': dict(
+    num_layers=3, ffn=dict(activation='relu'), moe=dict(num_experts=0)
+  ),
 }
 
 
 @pytest.mark.parametrize('name', ORACLES)
 def test_logits_equal_numpy(name):
-  config = tiny.config(**ORACLES[name])
-  model = tiny.build(**ORACLES[name])
+  options = tiny.options(**ORACLES[name])
+  model = options.build()
   params = tiny.params_of(model)
   tokens = tiny.tokens()
   logits, _ = tiny.apply(model)(params, tokens)
-  expected = [oracle.decode(config, params, row)[0] for row in tokens]
+  expected = [oracle.decode(options, params, row)[0] for row in tokens]
   np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
   assert np.std(expected) > 0.3
 
 
 CASES = {
   'gpt2': dict(
-    positions='learned',
-    norm='layernorm',
-    activation='gelu',
+    positions=Learned(),
+    norm=LayerNorm(),
+    ffn=dict(activation='gelu'),
     use_bias=True,
-    tie_embeddings=False,
-    moe=dict(router='noisy_top_k', layers='last 1'),
+    embedding=dict(tie=False),
+    moe=dict(router=NoisyTopK(gates='renormalized'), layers='last 1'),
   ),
   'glam': dict(
-    positions='relative',
-    norm='layernorm',
-    activation='geglu',
-    num_kv_heads=2,
+    positions=Relative(),
+    norm=LayerNorm(),
+    ffn=dict(activation='geglu'),
+    attention=dict(num_kv_heads=2),
     moe=dict(
       layers='every 2',
-      activation='gelu_tanh',
-      second_policy='sampled',
-      slot_priority='choice_major',
+      expert=FeedForwardExpert(activation='gelu_tanh'),
+      router=TokenChoice(
+        gates='renormalized',
+        second_policy='sampled',
+        slot_priority='choice_major',
+      ),
       allow_future_leak=True,
-      dispatch='einsum',
+      dispatch=Einsum(),
     ),
   ),
   'openmoe': dict(
-    activation='swiglu',
+    ffn=dict(activation='swiglu'),
     use_bias=True,
-    tie_embeddings=False,
+    embedding=dict(tie=False),
     dropout=0.1,
     moe=dict(
-      gates='renormalized_after_drop',
-      second_policy='threshold',
+      router=TokenChoice(
+        gates='renormalized_after_drop', second_policy='threshold', jitter=0.1
+      ),
       extra_ffn=True,
-      jitter=0.1,
     ),
   ),
 }
@@ -149,10 +159,8 @@ def test_every_leaf_of_aux_has_a_row_a_layer_and_dense_rows_are_zero():
 
 PACKED = {
   'dense_rotary': dict(moe=dict(num_experts=0)),
-  'dense_relative': dict(positions='relative', moe=dict(num_experts=0)),
-  'sparse_learned': dict(
-    positions='learned', moe=dict(layers='all', capacity_rule='all')
-  ),
+  'dense_relative': dict(positions=Relative(), moe=dict(num_experts=0)),
+  'sparse_learned': dict(positions=Learned(), moe=dict(capacity=All())),
 }
 
 
@@ -186,8 +194,8 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
 
 
 def test_padding_changes_no_other_token_and_no_statistic():
-  moe = dict(num_selected=1, gates='raw', group_size=20)
-  model = tiny.build(moe, positions='none', activation='relu')
+  moe = dict(num_selected=1, router=TokenChoice(), group_size=20)
+  model = tiny.build(moe, positions=NoPositions(), ffn=dict(activation='relu'))
   params, run = tiny.params_of(model), tiny.apply(model)
   tokens = tiny.tokens()
   segments = np.ones((B, T), np.int32)
@@ -206,6 +214,6 @@ def test_padding_changes_no_other_token_and_no_statistic():
 
 
 def test_learned_positions_refuse_a_longer_row():
-  model = tiny.build(positions='learned', max_len=8)
+  model = tiny.build(positions=Learned(8))
   with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
     tiny.params_of(model)

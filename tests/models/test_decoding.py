@@ -8,88 +8,91 @@ import numpy as np
 import pytest
 
 from moe_jax import models
+from moe_jax.layers.experts import Dropless, few_tokens
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import (
+  Learned,
+  NoPositions,
+  Relative,
+  Sinusoidal,
+)
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  Hierarchical,
+  StrictlyBalanced,
+  TokenChoice,
+)
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All, Fixed, Fraction, PerAssignment
 from tests.models import tiny
 from tests.models.tiny import B
 
 S, T = 7, 9
-ALL = dict(capacity_rule='all', dispatch='dropless')
+ALL = dict(capacity=All(), dispatch=Dropless())
+RENORMALIZED = TokenChoice(gates='renormalized')
 CASES = {
-  'mixtral': dict(num_kv_heads=2, sliding_window=4, moe=ALL),
-  't5 decoder': dict(positions='relative', attention_scale='none', moe=ALL),
+  'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
+  't5 decoder': dict(
+    positions=Relative(), attention=dict(scale='none'), moe=ALL
+  ),
   'learned': dict(
-    positions='learned',
+    positions=Learned(),
     use_bias=True,
-    norm='layernorm',
+    norm=LayerNorm(),
     moe=ALL | dict(layers='last 1', num_experts=600),  # too many to unroll
   ),
   # A token alone, and its threshold: in inference no other has a say.
   'strictly balanced': dict(
-    moe=ALL
-    | dict(router='strictly_balanced', gates='raw', allow_future_leak=True)
+    moe=ALL | dict(router=StrictlyBalanced(), allow_future_leak=True)
   ),
   'lstm': dict(
     kind='lstm',
-    positions='none',
+    positions=NoPositions(),
     num_layers=3,
     lstm=dict(hidden=7),
     moe=ALL
     | dict(
       layers='1',
       num_experts=6,
-      branching=3,
-      branches_selected=2,
       num_selected=4,
-      router='noisy_top_k',
-      balance_weight=0.0,
+      router=Hierarchical(
+        branching=3, branches_selected=2, noisy=True, gates='renormalized'
+      ),
     ),
   ),
-  'bigram': dict(moe=dict(router='hash', hash_of='bigram', **ALL)),
+  'bigram': dict(moe=dict(router=Hash(of='bigram'), **ALL)),
   'chosen in the encoder': dict(
     kind='encoder_decoder',
-    num_encoder_layers=3,
+    encoder=EncoderOptions(3, {'moe': {'layers': '1'}}),
     moe=dict(
-      router='expert_choice',
-      gates='raw',
-      capacity_rule='per_assignment',
-      capacity_factor=0.5,
-      layers='none',
-      encoder_layers='1',
+      router=ExpertChoice(), capacity=PerAssignment(factor=0.5), layers='none'
     ),
   ),
   'hashed twice': dict(
     kind='encoder_decoder',
-    positions='relative',
-    moe=dict(router='hash', hash_of='bigram', **ALL),
+    positions=Relative(),
+    moe=dict(router=Hash(of='bigram'), **ALL),
   ),
-  'dense': dict(positions='sinusoidal', num_layers=3, moe=dict(num_experts=0)),
+  'dense': dict(positions=Sinusoidal(), num_layers=3, moe=dict(num_experts=0)),
   'switch': dict(
     kind='encoder_decoder',
-    positions='relative',
-    moe=dict(
-      num_selected=1,
-      gates='raw',
-      capacity_rule='fixed',
-      capacity_slots=2,
-      route_padding=True,
-      encoder_layers='1',
-    ),
+    positions=Relative(),
+    encoder=EncoderOptions(0, {'moe': {'layers': '1'}}),
+    moe=dict(num_selected=1, router=TokenChoice(), capacity=Fixed(2)),
   ),
   'nllb': dict(
     kind='encoder_decoder',
-    positions='sinusoidal',
+    positions=Sinusoidal(),
     use_bias=True,
     moe=dict(
-      capacity_rule='fraction',
-      capacity_factor=1.0,
+      router=RENORMALIZED,
+      capacity=Fraction(1.0),
       group_size=-1,
-      served_by='transformers_nllb',
       output_masking=0.2,
     ),
   ),
 }
-
-
-NUMBERS = ('num_experts', 'num_selected')
 
 
 @functools.cache
@@ -102,15 +105,11 @@ def whole(name, tokens, source, source_mask):
   """Logits of the sequences at once; nothing of the decoder is dropped."""
   model, params = model_and_params(name)
   if name == 'switch':  # one-token steps cannot fill an expert
-    own = model.config.decoder.block.moe
+    (_, encoder), (_, decoder) = model.stacks
+    assert decoder.experts.capacity == Fixed(2)
     moe = CASES[name]['moe'] | ALL
-    roomy = tiny.build(**(CASES[name] | dict(moe=moe)))
-    assert own.router.capacity.rule == 'fixed'
-    model = model.clone(
-      config=models.EncoderDecoderConfig(
-        model.config.embedding, model.config.encoder, roomy.config.decoder
-      )
-    )
+    _, (_, roomy) = tiny.build(**(CASES[name] | dict(moe=moe))).stacks
+    model = model.with_stacks((encoder, roomy))
   inputs = {'tokens': tokens}
   if source is not None:
     inputs |= {
@@ -128,11 +127,11 @@ def whole(name, tokens, source, source_mask):
 def test_steps_equal_the_whole_sequence(name, batch_size):
   tokens = jnp.asarray(tiny.tokens(1, (B, T)))
   source = source_mask = None
-  model, params = models.for_decoding(
-    *model_and_params(name), batch_size=batch_size
+  model, params = model_and_params(name)
+  model, variables = model.for_decoding(
+    {'params': params}, batch_size=batch_size
   )
   step = jax.jit(functools.partial(model.apply, method='decode'))
-  variables = {'params': params}
   if 'encoder' in CASES[name].get('kind', ''):
     source = jnp.asarray(tiny.tokens(2, (B, S)))
     source_mask = jnp.arange(S)[None] < jnp.array([[S], [4], [2]])
@@ -159,6 +158,13 @@ def test_steps_equal_the_whole_sequence(name, batch_size):
   )
 
 
+def prepared(name, **options):
+  """The model that decodes, and its parameters."""
+  model, params = model_and_params(name)
+  model, variables = model.for_decoding({'params': params}, **options)
+  return model, variables['params']
+
+
 def test_rows_move_between_the_caches_rows():
   model, params = model_and_params('mixtral')
   variables = {'params': params}
@@ -176,52 +182,93 @@ def test_rows_move_between_the_caches_rows():
 
 
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
-  model, params = model_and_params('mixtral')
-  few, own = models.for_decoding(model, params, platform='cpu')
-  assert few.config.moe.decoding == 'unrolled'
+  _, params = model_and_params('mixtral')
+  few, own = prepared('mixtral', platform='cpu')
+  assert isinstance(few.moe.dispatch, few_tokens.Unrolled)
   layer = own['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['expert_3']['w_in'], stacked[1, 3])
-  other, _ = models.for_decoding(model, params, platform='tpu')
-  assert not other.config.moe.decoding
-  many, _ = models.for_decoding(*model_and_params('learned'))
-  assert not many.config.moe.decoding
+  other, _ = prepared('mixtral', platform='tpu')
+  many, _ = prepared('learned', platform='cpu')
+  assert other.moe.dispatch == many.moe.dispatch == Dropless()
 
 
 def test_experts_are_batched_where_a_step_chooses_most():
   model, params = model_and_params('mixtral')
-  E, K = (getattr(model.config.moe.router, n) for n in NUMBERS)
-  for rows, decoding in ((1, 'unrolled'), (7, 'batched')):
-    assert ((1 - K / E) ** rows < 0.5) == (decoding == 'batched')
-    found, own = models.for_decoding(
-      model, params, batch_size=rows, platform='cpu'
-    )
-    assert found.config.moe.decoding == decoding
+  E, K = model.moe.num_experts, model.moe.num_selected
+  for rows, dispatch in ((1, few_tokens.Unrolled), (7, few_tokens.Batched)):
+    assert ((1 - K / E) ** rows < 0.5) == (dispatch is few_tokens.Batched)
+    found, own = prepared('mixtral', batch_size=rows, platform='cpu')
+    assert type(found.moe.dispatch) is dispatch
   layer = own['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['w_in'], stacked[1])
 
 
 def test_a_checkpoints_own_rule_stays_where_it_can_bind():
-  switch = models.for_decoding(*model_and_params('switch'))[0].config
-  assert switch.encoder.block.moe.router.capacity.rule == 'fixed'
-  assert switch.decoder.block.moe.router.capacity.rule == 'all'
-  nllb = models.for_decoding(*model_and_params('nllb'))[0].config
-  assert nllb.decoder.block.moe.router.capacity.rule == 'fraction'
+  def capacities(name):
+    stacks = prepared(name)[0].stacks
+    return [stack.experts.capacity for _, stack in stacks]
+
+  assert capacities('switch') == [Fixed(2), All()]
+  assert capacities('nllb') == [Fraction(1.0)] * 2
   trained = tiny.build(moe=dict(group_size=5))
-  config = models.for_decoding(trained, tiny.params_of(trained))[0].config
-  assert config.moe.router.capacity.rule == 'all' and not config.moe.group_size
+  model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
+  assert model.moe.capacity == All() and not model.moe.group_size
+  assert not model.capacity_binds and trained.capacity_binds
+
+
+def test_what_is_prepared_passes_through():
+  trained = tiny.build()
+  model, variables = trained.for_decoding({'params': tiny.params_of(trained)})
+  assert model.is_for_decoding and not trained.is_for_decoding
+  again, same = model.for_decoding(variables)
+  assert again is model and same is variables
+
+
+def test_a_window_is_never_wider_than_the_models_own():
+  windows = {}
+  for own in (0, 4):
+    model = tiny.build(attention=dict(window=own))
+    variables = {'params': tiny.params_of(model)}
+    windows[own] = [
+      model.for_decoding(variables, window=window)[0].blocks.block.attention
+      for window in (0, 3, 9)
+    ]
+  assert [a.window for a in windows[0]] == [0, 3, 9]
+  assert [a.window for a in windows[4]] == [4, 3, 4]
+
+
+@pytest.mark.parametrize(
+  ('positions', 'window', 'longest'),
+  [
+    (Relative(), 10, None),
+    (NoPositions(), 10, None),
+    (Learned(8), 0, 8),
+    (Sinusoidal(), 0, None),
+  ],
+)
+def test_how_far_text_may_go_is_the_positions_to_say(
+  positions, window, longest
+):
+  model = tiny.build(positions=positions)
+  assert model.window_beyond(10) == window
+  assert model.longest == longest
+  # An encoder-decoder's rows have no text before them; an LSTM looks at its
+  # state alone.
+  pairs = tiny.build(kind='encoder_decoder', positions=positions)
+  assert pairs.window_beyond(10) == 0
 
 
 def test_a_decoder_whose_experts_choose_does_not_decode():
-  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
+  moe = dict(router=ExpertChoice(), allow_future_leak=True)
   model = tiny.build(moe=moe)
   with pytest.raises(ValueError, match='does not decode token by token'):
-    models.for_decoding(model, tiny.params_of(model))
+    model.for_decoding({'params': tiny.params_of(model)})
   with pytest.raises(ValueError, match='does not decode token by token'):
     model.make_cache(B, T)
-  models.check_generates(tiny.build(moe=moe | dict(capacity_rule='all')))
-  lstm = tiny.build(kind='lstm', positions='none', moe=moe | dict(layers='1'))
+  models.check_generates(tiny.build(moe=moe | dict(capacity=All())))
+  lstm = tiny.build(moe | dict(layers='1'), kind='lstm')
   for refused in (lstm.make_cache, lambda *_: models.check_generates(lstm)):
     with pytest.raises(ValueError, match='does not decode token by token'):
       refused(B, T)

@@ -10,31 +10,27 @@ import optax
 import pytest
 from flax import linen as nn
 
-from configs import base
-from moe_jax import evaluation, models
-from moe_jax.config import merge
-from moe_jax.layers.initializers import Init
-from moe_jax.models import DeepMoe, DeepMoeConfig, router_state
-from moe_jax.models.deep_moe import STEPS, TOTALS
-from moe_jax.training import setup
+from moe_jax.layers.shared import Numerics
+from moe_jax.models import DeepMoe, DeepMoeOptions, RunShape, router_state
+from moe_jax.models.deep_moe import STEPS, TOTALS, GatedLayersOptions
 from moe_jax.training import step as step_lib
-from tests import golden
+from moe_jax.training.losses import LossWeights
 from tests.models import tiny
 from tests.reference import softmax
 
 B, V, SHAPE = 6, 4, (3, 5)
-CONFIG = DeepMoeConfig(
-  vocab_size=V,
-  feature_shape=SHAPE,
-  num_experts=(3, 2),
-  hidden=(7, 8),
-  gate_hidden=(9, 10),
-  margin=2.0,
-)
+SIZES = dict(num_experts=(3, 2), hidden=(7, 8), gate_hidden=(9, 10))
 
 
-def build(**changes) -> DeepMoe:
-  return DeepMoe(dataclasses.replace(CONFIG, **changes))
+def options(**layers) -> DeepMoeOptions:
+  if layers.get('balance_steps'):
+    layers = {'margin': 2.0, **layers}
+  layers = GatedLayersOptions(**{**SIZES, **layers})
+  return DeepMoeOptions(vocab_size=V, feature_shape=SHAPE, deep_moe=layers)
+
+
+def build(**layers) -> DeepMoe:
+  return options(**layers).build()
 
 
 def features(seed=0):
@@ -101,8 +97,8 @@ def test_one_expert_is_a_plain_network():
 
 def batch_loss(model, params, kept, x, targets):
   logits, aux = model.apply(router_state.variables(params, kept), x, train=True)
-  losses = model.losses(logits, {'targets': targets})
-  return losses.mean(), aux
+  losses = model.loss(logits, {'targets': targets})
+  return losses.nats.mean(), aux
 
 
 def targets(seed=1):
@@ -158,7 +154,7 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   for _ in range(3):
     loss, aux = step(params, kept | {'layer_0': ahead}, x, y)
     loads.append(np.asarray(aux.stats.load))
-    kept = router_state.moved(model.config, kept, aux.stats.load)
+    kept = model.move_router_state(kept, aux.stats.load)
   assert [load[0, 1] == 0 for load in loads] == [True, True, False]
   np.testing.assert_allclose(loads[0].sum(-1), B, rtol=1e-5)
   np.testing.assert_allclose(loads[2], want[1].stats.load, rtol=1e-5)
@@ -174,30 +170,15 @@ def test_totals_move_by_each_layers_load():
   # Two experts in the second layer, whose load is padded.
   load = jnp.array([[6.0, 0.0, 0.0], [1.0, 5.0, 0.0]])
   for _ in range(2):
-    kept = router_state.moved(model.config, kept, load)
+    kept = model.move_router_state(kept, load)
   assert kept[STEPS] == 2 and kept[STEPS].dtype == jnp.int32
   np.testing.assert_allclose(kept['layer_0'][TOTALS], [8, -4, -4])
   np.testing.assert_allclose(kept['layer_1'][TOTALS], [-4, 4])
   assert router_state.init_router_state(build(), 1) == {}
 
 
-def config_of(**changes):
-  """The base's, of a model like `build()`."""
-  sizes = dict(num_experts=(3, 2), hidden=(7, 8), gate_hidden=(9, 10))
-  model = dict(kind='deep_moe', vocab_size=V, feature_shape=SHAPE)
-  model['deep_moe'] = dict(**sizes, margin=2.0, **changes)
-  return merge(base.get_config(), {'model': model})
-
-
-def test_a_config_builds_it():
-  # Of how many layers matters to another initialisation than this one.
-  want = build(init=Init(num_layers=4), balance_steps=7)
-  assert models.build(config_of(balance_steps=7)) == want
-
-
 def test_a_step_moves_totals_by_the_whole_batch():
-  config = config_of(balance_steps=-1)
-  model = models.build(config)
+  model = build(balance_steps=-1)
   params = tiny.params_of(model)
   real = np.array([1, 1, 1, 0, 1, 1])[:, None]
   batch = {
@@ -213,8 +194,15 @@ def test_a_step_moves_totals_by_the_whole_batch():
   load = np.asarray(aux.stats.load)
   optimizer = optax.sgd(0.1)
   for microbatches in (1, 2):
-    changed = merge(config, {'microbatches': microbatches})
-    step = jax.jit(setup.make_step(changed, model, optimizer))
+    step = jax.jit(
+      functools.partial(
+        step_lib.train_step,
+        grad_fn=step_lib.make_grad_fn(model, LossWeights(), microbatches),
+        optimizer=optimizer,
+        schedule=optax.constant_schedule(0.1),
+        move_router_state=model.move_router_state,
+      )
+    )
     state = step_lib.state_of(
       jnp.uint32(0), params, optimizer=optimizer, router_state=kept
     )
@@ -231,10 +219,10 @@ def test_a_step_moves_totals_by_the_whole_batch():
   ('changes', 'message'),
   [
     (dict(hidden=(7,)), r'hidden=\(7,\) and num_experts=\(3, 2\)'),
-    (dict(num_experts=(3, 0)), r'num_experts=\(3, 0\) must be positive'),
-    (dict(feature_shape=()), r'feature_shape=\(\)'),
-    (dict(margin=-1.0), 'margin=-1.0 must be finite and at least 0'),
-    (dict(balance_steps=-2), r'balance_steps=-2 not in \[-1'),
+    (dict(num_experts=(3, 0)), r'num_experts=\(3, 0\).*must be at least 1'),
+    (dict(margin=-1.0, balance_steps=-1), 'margin=-1.0 must be at least 0'),
+    (dict(margin=2.0), 'margin=2.0 has no effect unless balance_steps'),
+    (dict(balance_steps=-2), 'balance_steps=-2 must be at least -1'),
   ],
 )
 def test_what_cannot_be_is_refused(changes, message):
@@ -242,9 +230,27 @@ def test_what_cannot_be_is_refused(changes, message):
     build(**changes)
 
 
-def test_a_constraint_that_outlives_the_run_is_refused(tmp_path):
-  config = golden.config('eigen_digits')
-  short = merge(config, {'total_steps': 300})
-  with pytest.raises(ValueError, match=r'balance_steps=2000 > total_steps=300'):
-    one = jax.devices()[:1]
-    setup.set_up(short, tmp_path, devices=one, kinds=evaluation.KINDS)
+def test_what_the_data_decides_is_filled_in():
+  empty = dataclasses.replace(options(), vocab_size=0, feature_shape=())
+  assert empty.filled(V, SHAPE, 1) == options()
+  with pytest.raises(ValueError, match=r'vocab_size=0: 0 stands for'):
+    empty.build()
+  with pytest.raises(ValueError, match=r'feature_shape=\(\): \(\) stands for'):
+    dataclasses.replace(options(), feature_shape=()).build()
+  with pytest.raises(ValueError, match=r'feature_shape=\(3, 5\) is not that'):
+    options().filled(V, (2,), 1)
+
+
+def test_it_has_one_type_of_numbers():
+  half = Numerics(dtype='bfloat16')
+  with pytest.raises(ValueError, match=r"numerics.dtype='bfloat16' has no"):
+    dataclasses.replace(options(), numerics=half)
+
+
+def test_a_constraint_that_outlives_the_run_is_refused():
+  (problem,) = options(balance_steps=2000).problems_in(RunShape(300, 6, 1, 1))
+  assert 'balance_steps=2000 > total_steps=300' in problem
+  for steps in (300, -1, 0):
+    assert not [
+      *options(balance_steps=steps).problems_in(RunShape(300, 6, 1, 1))
+    ]

@@ -3,6 +3,7 @@
 Against another implementation: `tests/interop`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,12 @@ import numpy as np
 import pytest
 
 from moe_jax import models
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import Relative, Sinusoidal
+from moe_jax.layers.routers import ExpertChoice, TokenChoice
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import B, V
 
@@ -18,32 +25,31 @@ S, T = 7, 9  # of the encoder and of the decoder
 
 KINDS = {
   't5': dict(
-    positions='relative',
-    attention_scale='none',
-    logits_scale='inverse_sqrt_width',
-    relative_buckets=6,
-    relative_max_distance=5,
-    moe=dict(encoder_layers='1'),
+    positions=Relative(buckets=6, max_distance=5),
+    attention=dict(scale='none'),
+    embedding=dict(logits_scale='inverse_sqrt_width'),
+    encoder={'moe': {'layers': '1'}},
+    moe={},
   ),
   'nllb': dict(
-    positions='sinusoidal',
-    position_offset=2,
-    embedding_scale='sqrt_width',
-    norm='layernorm',
+    positions=Sinusoidal(offset=2),
+    embedding=dict(scale='sqrt_width'),
+    norm=LayerNorm(),
     use_bias=True,
-    encoder_heads=2,
-    encoder_hidden=14,
-    moe=dict(output_masking=0.25, router_bias=True),
+    encoder={'attention': {'num_heads': 2}, 'ffn': {'hidden': 14}},
+    moe=dict(
+      output_masking=0.25,
+      router=TokenChoice(gates='renormalized', use_bias=True),
+    ),
   ),
 }
 
 
 def build(kind, **changes):
-  options = KINDS[kind] | changes
-  moe = dict(capacity_rule='all') | options.pop('moe') | changes.pop('moe', {})
-  return tiny.build(
-    kind='encoder_decoder', num_encoder_layers=3, moe=moe, **options
-  )
+  options = {**KINDS[kind], **changes}
+  moe = {'capacity': All(), **KINDS[kind]['moe'], **options.pop('moe')}
+  encoder = EncoderOptions(3, options.pop('encoder'))
+  return tiny.build(moe, 'encoder_decoder', encoder=encoder, **options)
 
 
 @functools.cache
@@ -135,7 +141,7 @@ def test_padding_changes_nothing_and_is_not_counted(kind):
   )
   params, run = program(kind)
   aux = run(params, one)[1]
-  sparse = build(kind).config.sparse
+  sparse = [moe is not None for moe in build(kind).moes]
   encoders = (np.asarray(one['encoder_segment_ids']) > 0).sum()
   counts = [encoders * flag for flag in sparse[:3]]
   counts += [real.sum() * flag for flag in sparse[3:]]
@@ -144,13 +150,12 @@ def test_padding_changes_nothing_and_is_not_counted(kind):
 
 def test_the_two_stacks_have_their_own_pattern_and_widths():
   model = build('t5')
-  assert model.config.sparse == (False, True, False, True, True)
-  assert [model.config.sequence_of(i) for i in (2, 3)] == ['encoder_', '']
-  wide = build('nllb').config
-  encoder, decoder = wide.encoder.block, wide.decoder.block
+  assert model.sparse_layers == (1, 3, 4) and model.num_layers == 5
+  assert [model.sequence_of(i) for i in (2, 3)] == ['encoder_', '']
+  encoder, decoder = (stack.block for _, stack in build('nllb').stacks)
   assert (encoder.attention.num_heads, encoder.ffn.hidden) == (2, 14)
   assert (decoder.attention.num_heads, decoder.ffn.hidden) == (4, 20)
-  assert decoder.cross_attention.num_heads == 4
+  assert decoder.cross and not encoder.cross
 
 
 def test_every_parameter_of_both_stacks_gets_a_gradient():
@@ -182,20 +187,21 @@ def test_one_half_without_segments_is_refused():
 
 
 def test_a_leak_in_the_encoder_alone_is_none():
-  leaks = dict(
-    capacity_rule='per_token', encoder_slot_priority='batch_priority'
-  )
-  model = build('t5', moe=leaks | KINDS['t5']['moe'])
-  assert model.config.encoder.block.moe.router.slot_priority == 'batch_priority'
-  assert model.config.decoder.block.moe.router.slot_priority == 'token_major'
+  leak = {'token_choice': {'slot_priority': 'batch_priority'}}
+  moe = dict(capacity=PerToken())
+  model = build('t5', moe=moe, encoder={'moe': {'layers': '1', 'router': leak}})
+  priorities = [stack.experts.router.slot_priority for _, stack in model.stacks]
+  assert priorities == ['batch_priority', 'token_major']
+  assert not model.leaks_future
+  moe['router'] = TokenChoice(slot_priority='batch_priority')
   with pytest.raises(ValueError, match="slot_priority='batch_priority'"):
-    build('t5', moe=leaks | {'slot_priority': 'batch_priority'})
+    build('t5', moe=moe)
 
 
 def test_parameters_are_initialised_for_unscaled_attention():
   # Scores have variance one either way: unscaled queries start D times as
   # small in variance.
-  model, scaled = build('t5'), build('t5', attention_scale='head_width')
+  model, scaled = build('t5'), build('t5', attention={})
 
   def deviation(model):
     @jax.jit  # what is not returned is not compiled
@@ -207,3 +213,59 @@ def test_parameters_are_initialised_for_unscaled_attention():
 
   ratio = deviation(scaled) / deviation(model)
   np.testing.assert_allclose(ratio, np.sqrt(6), rtol=1e-5)
+
+
+def test_fewer_kv_heads_and_a_window_are_the_decoders_alone():
+  attention = dict(num_kv_heads=2, window=4)
+  model = tiny.build(kind='encoder_decoder', attention=attention)
+  encoder, decoder = (stack.block.attention for _, stack in model.stacks)
+  assert (encoder.num_kv_heads, encoder.window) == (4, 0)
+  assert (decoder.num_kv_heads, decoder.window) == (2, 4)
+
+
+REFUSED = {
+  "unknown config key 'encoder.overrides.ffm'; did you mean 'ffn'": dict(ffm=1),
+  "unknown config key 'encoder.overrides.width'": dict(width=16),
+  r'encoder.overrides.ffn.hidden=0 must be at least 1': {'ffn': {'hidden': 0}},
+  'encoder.overrides.attention.num_heads=5 does not divide width=12': {
+    'attention': {'num_heads': 5, 'head_width': 0}
+  },
+  'encoder.overrides.attention.window=3 has no effect in an encoder': {
+    'attention': {'window': 3}
+  },
+  'encoder.overrides.moe.router.token_choice.jitter=0.1 has no effect with': {
+    'moe': {
+      'router': {'kind': 'expert_choice', 'token_choice': {'jitter': 0.1}}
+    }
+  },
+}
+
+
+@pytest.mark.parametrize('message', REFUSED)
+def test_bad_overrides_are_refused_by_name(message):
+  encoder = EncoderOptions(0, REFUSED[message])
+  with pytest.raises(ValueError, match=message):
+    tiny.options(kind='encoder_decoder', encoder=encoder)
+
+
+def test_a_half_becomes_the_overrides_that_make_it():
+  base = tiny.options(kind='encoder_decoder')
+  half = dataclasses.replace(
+    base.encoder_half(),
+    num_layers=3,
+    ffn=FfnOptions(14),
+    moe=dataclasses.replace(base.moe, router=ExpertChoice(jitter=0.1)),
+  )
+  options = base.with_encoder(half)
+  assert options.encoder_half() == half
+  assert options.encoder.num_layers == 3
+  assert options.encoder.overrides == {
+    'ffn': {'hidden': 14},
+    'moe': {
+      'router': {'kind': 'expert_choice', 'expert_choice': {'jitter': 0.1}}
+    },
+  }
+  small = options.shrunk()
+  assert small.encoder_half().num_layers == 2
+  assert small.encoder.overrides['moe'] == options.encoder.overrides['moe']
+  assert 'ffn' not in small.encoder.overrides

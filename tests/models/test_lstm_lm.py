@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import models
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.layers import FeedForward, MoE
-from moe_jax.layers.ffn import DeepFeedForward, FfnConfig
+from moe_jax.layers.ffn import DeepFeedForward, FfnOptions
 from moe_jax.layers.lstm import Lstm
+from moe_jax.layers.positions import NoPositions, Relative
+from moe_jax.layers.routers import Hash, Hierarchical, TokenChoice
+from moe_jax.layers.shared import Shared
+from moe_jax.routing.capacity import All, PerToken
 from tests.layers.test_moe import draw
 from tests.models import tiny
 
@@ -19,17 +22,18 @@ SPARSE = dict(
   layers='1',
   num_experts=6,
   num_selected=4,
-  branching=3,
-  branches_selected=2,
-  router='noisy_top_k',
-  capacity_rule='all',
+  router=Hierarchical(
+    branching=3, branches_selected=2, noisy=True, gates='renormalized'
+  ),
+  capacity=All(),
 )
+TWIN = dict(layers='1', num_experts=0, num_selected=4)
 IDS = np.array([[1] * T, [1] * 4 + [2] * 6, [1] * 7 + [0] * 3], np.int32)
 
 
-def build(moe=None, **model):
-  options = dict(kind='lstm', num_layers=3, positions='none')
-  return tiny.build(SPARSE | (moe or {}), **options | model)
+def build(moe=SPARSE, **model):
+  options = dict(kind='lstm', num_layers=3, positions=NoPositions())
+  return tiny.build(moe, **options | model)
 
 
 MODEL = build()
@@ -49,9 +53,9 @@ def test_it_is_its_layers_in_a_row():
     for i, name in enumerate(['lstm', 'moe', 'lstm']):
       own = {'params': params[f'layers_{i}'][name]}
       if name == 'lstm':
-        y = Lstm(MODEL.config.lstm).apply(own, x, jnp.asarray(IDS))[0]
+        y = Lstm(MODEL.between.lstm).apply(own, x, jnp.asarray(IDS))[0]
       else:
-        layer = MoE(MODEL.config.moe)
+        layer = MoE(MODEL.moe)
         y, found = layer.apply(own, x, jnp.asarray(IDS) > 0)
         y = jax.nn.sigmoid(y)
       x = x + y
@@ -95,8 +99,8 @@ def test_dropout_is_of_each_layer_and_of_training_alone():
 
 def test_dense_twins_are_wide_or_deep():
   wide, deep = (
-    build({'num_experts': 0}),
-    build({'num_experts': 0}, lstm=dict(twin_depth=4)),
+    build(TWIN),
+    build(TWIN, ffn=dict(activation='relu'), lstm=dict(twin_depth=4)),
   )
   shapes = [
     {
@@ -113,13 +117,13 @@ def test_dense_twins_are_wide_or_deep():
   assert shapes[1] == inner | {
     'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)
   }  # fmt: skip
-  assert deep.config.moe is None and not any(deep.config.stacks)
+  assert deep.moe is None and not deep.stacks
 
 
 def test_a_deep_feed_forward_is_its_products():
-  c = FfnConfig(11, use_bias=True)
+  c, biased = FfnOptions(11, 'relu'), Shared(use_bias=True)
   x = draw(2, 3, 6, seed=9)
-  deep = DeepFeedForward(c, 3)
+  deep = DeepFeedForward(c, 3, biased)
   shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
   leaves, tree = jax.tree.flatten(shapes)
   drawn = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
@@ -135,14 +139,14 @@ def test_a_deep_feed_forward_is_its_products():
   x = jnp.asarray(x)
   y = jax.jit(deep.apply)(params, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  one, dense = DeepFeedForward(c, 1), FeedForward(c)
+  one, dense = DeepFeedForward(c, 1, biased), FeedForward(c, biased)
   start = one.init(tiny.key(0), x)
   jax.tree.map(np.testing.assert_array_equal, start, dense.init(tiny.key(0), x))
   np.testing.assert_allclose(
     one.apply(start, x), dense.apply(start, x), rtol=1e-5, atol=1e-6
   )
   with pytest.raises(ValueError, match='without gate'):
-    DeepFeedForward(FfnConfig(3, activation='swiglu'), 2).init(tiny.key(0), x)
+    DeepFeedForward(FfnOptions(3, 'swiglu'), 2).init(tiny.key(0), x)
 
 
 def test_which_tokens_go_where_is_counted():
@@ -161,15 +165,18 @@ def test_which_tokens_go_where_is_counted():
 
 def test_what_it_does_not_do_is_refused():
   for router in (
-    dict(router='hash', branching=0),
-    dict(router='token_choice', branching=0, balance_bias_rate=0.1),
+    Hash(),
+    TokenChoice(gates='sigmoid', balance_bias_rate=0.1),
   ):
-    with pytest.raises(ValueError, match="knows neither 'hash' nor"):
-      build(router)
+    with pytest.raises(ValueError, match='knows neither routers that hash'):
+      build(SPARSE | dict(router=router))
   with pytest.raises(ValueError, match='twin_depth=0 must be at least 1'):
     build(lstm=dict(twin_depth=0))
+  leaking = TokenChoice(slot_priority='choice_major')
   with pytest.raises(ValueError, match='allow_future_leak=True'):
-    build(dict(slot_priority='choice_major', capacity_rule='per_token'))
-  assert models.build(
-    tiny.config(SPARSE | {'layers': 'none'}, kind='lstm')
-  ).config.sparse == (False, False)
+    build(SPARSE | dict(router=leaking, capacity=PerToken()))
+  with pytest.raises(ValueError, match="'relative' has no effect in a model"):
+    build(positions=Relative())
+  with pytest.raises(ValueError, match=r'moe.extra_ffn=True has no effect'):
+    build(SPARSE | dict(extra_ffn=True))
+  assert build(SPARSE | {'layers': 'none'}).moes == (None,) * 3

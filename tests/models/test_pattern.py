@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moe_jax.models import sparse_pattern
 from moe_jax.models.pattern import MAX_PERIOD, segments, shortest_period
+from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
 
 
@@ -72,13 +73,13 @@ def test_segments_put_together_are_the_layers(pattern):
 
 def test_a_model_of_segments_equals_the_oracle():
   # Nine dense layers and a sparse one.
-  moe = dict(layers='last 1', capacity_rule='all', gates='renormalized')
-  config = tiny.config(moe, num_layers=10, activation='swiglu')
-  model = tiny.build(moe, num_layers=10, activation='swiglu')
-  assert len(segments(model.config.sparse)) == 2
+  moe = dict(layers='last 1', capacity=All())
+  options = tiny.options(moe, num_layers=10, ffn=dict(activation='swiglu'))
+  model = options.build()
+  assert len(segments(options.sparse)) == 2
   params, tokens = tiny.params_of(model), tiny.tokens()
   logits, aux = tiny.apply(model)(params, tokens)
-  expected, choices = oracle.decode(config, params, tokens[0])
+  expected, choices = oracle.decode(options, params, tokens[0])
   np.testing.assert_allclose(logits[0], expected, rtol=1e-3, atol=1e-3)
   assert list(choices) == [9]
   np.testing.assert_array_equal(

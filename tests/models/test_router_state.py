@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import generation, models
+from moe_jax import generation
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import router_state
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 
-MOE = dict(balance_bias_rate=0.25, gates='sigmoid')
+MOE = dict(router=TokenChoice(gates='sigmoid', balance_bias_rate=0.25))
 
 
 def filled(model, value=0.0):
@@ -20,7 +23,8 @@ def filled(model, value=0.0):
 def test_who_keeps_nothing_has_no_collection():
   model = tiny.build()
   assert router_state.init_router_state(model, tiny.T) == {}
-  assert router_state.moved(model.config, {}, jnp.zeros((2, 5))) == {}
+  assert not model.keeps_router_state
+  assert model.move_router_state({}, jnp.zeros((2, 5))) == {}
   assert list(router_state.variables({'w': 1}, {})) == ['params']
 
 
@@ -30,26 +34,34 @@ def test_who_keeps_nothing_has_no_collection():
 def test_each_layers_load_moves_its_own_bias(layers, num_layers):
   model = tiny.build(dict(layers=layers, **MOE), num_layers=num_layers)
   state = filled(model)
-  sparse = [i for i, flag in enumerate(model.config.sparse) if flag]
   # Layer i sends everything to expert i: that one goes down, the others up.
   load = np.zeros((num_layers, 5), np.float32)
   load[range(num_layers), np.arange(num_layers)] = 10
-  moved = router_state.moved(model.config, state, jnp.asarray(load))
+  moved = model.move_router_state(state, jnp.asarray(load))
   assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
   rows = np.concatenate([np.asarray(x) for x in jax.tree.leaves(moved)])
   lowered = sorted(int(np.argmin(row)) for row in rows)
-  assert lowered == sparse
+  assert lowered == list(model.sparse_layers)
   assert set(np.unique(rows)) == {-0.25, 0.25}
 
 
+def test_another_rate_may_be_an_argument_of_the_step():
+  model = tiny.build(MOE)
+  load = jnp.asarray(np.eye(2, 5, dtype=np.float32))
+  move = jax.jit(model.move_router_state)
+  moved = move(filled(model), load, jnp.float32(0.5))
+  (bias,) = jax.tree.leaves(moved)
+  np.testing.assert_array_equal(bias, 0.5 - np.eye(2, 5))
+
+
 def test_an_encoders_layers_come_first():
-  config = tiny.config(
-    dict(layers='1', encoder_layers='0', **MOE), kind='encoder_decoder'
+  encoder = EncoderOptions(0, {'moe': {'layers': '0'}})
+  model = tiny.build(
+    dict(layers='1', **MOE), kind='encoder_decoder', encoder=encoder
   )
-  model = models.build(config)
   load = np.zeros((4, 5), np.float32)
   load[0, 4], load[3, 2] = 10, 10  # encoder's first, decoder's second
-  moved = router_state.moved(model.config, filled(model), jnp.asarray(load))
+  moved = model.move_router_state(filled(model), jnp.asarray(load))
   (encoder,), (decoder,) = (
     jax.tree.leaves(moved[half]) for half in ('encoder', 'decoder')
   )
@@ -57,7 +69,7 @@ def test_an_encoders_layers_come_first():
 
 
 def test_a_model_generates_by_its_bias():
-  model = tiny.build(dict(capacity_rule='all', **MOE))
+  model = tiny.build(dict(capacity=All(), **MOE))
   params = tiny.params_of(model)
   state = filled(model)
   tokens = jnp.asarray(tiny.tokens(shape=(1, 4)))
@@ -71,7 +83,7 @@ def test_a_model_generates_by_its_bias():
     if name == 'pushed':
       assert (load[:, 1] == 4).all() and (load[:, 3] == 0).all()
     made = generation.generate(
-      model, variables, [np.asarray(tokens[0])], max_new_tokens=1
+      model, variables, [np.asarray(tokens[0])], num_tokens=1
     )
     assert int(made.rows[0][-1]) == int(jnp.argmax(logits[0, -1]))
     outputs[name] = np.asarray(logits)

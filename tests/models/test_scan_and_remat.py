@@ -12,20 +12,31 @@ from flax import linen as nn
 from jax.extend import core
 
 from moe_jax import models
+from moe_jax.layers.experts import Dropless
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  NoisyTopK,
+  Random,
+  TokenChoice,
+)
 from moe_jax.models import stack
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 
 # Dropout, jitter and sampled second choices are all on, and capacity binds.
-MOE = dict(jitter=0.1, second_policy='sampled')
+MOE = dict(
+  router=TokenChoice(gates='renormalized', jitter=0.1, second_policy='sampled')
+)
 ROUTERS = {
   'sampled': MOE,
-  'dropless': MOE | dict(dispatch='dropless', capacity_rule='all'),
-  'noisy': dict(router='noisy_top_k', jitter=0.1),
+  'dropless': MOE | dict(dispatch=Dropless(), capacity=All()),
+  'noisy': dict(router=NoisyTopK(gates='renormalized', jitter=0.1)),
   'expert_choice': dict(
-    router='expert_choice', gates='raw', jitter=0.1, allow_future_leak=True
+    router=ExpertChoice(jitter=0.1), allow_future_leak=True
   ),
-  'hash': dict(router='hash', hash_of='bigram'),
-  'random': dict(router='random'),
+  'hash': dict(router=Hash(of='bigram')),
+  'random': dict(router=Random()),
 }
 
 
@@ -74,7 +85,7 @@ def test_loss_logits_and_gradients_equal_the_plain_loop(
   scan_layers, remat, router
 ):
   plain = build(router=router)
-  assert build(scan_layers, remat, router).config != plain.config
+  assert build(scan_layers, remat, router) != plain
   (value, grads), _ = trained(scan_layers, remat, router)
   (plain_value, plain_grads), _ = trained(True, 'none', router)
   tiny.assert_trees_close(value, plain_value, rtol=1e-5, atol=1e-5)
@@ -139,7 +150,7 @@ def test_only_the_loop_is_a_loop():
 
 def test_every_layer_draws_its_own_noise():
   # Router weights of zero: noise alone says where tokens go.
-  model = tiny.build(moe=dict(router='noisy_top_k'))
+  model = tiny.build(moe=dict(router=NoisyTopK()))
   params = tiny.params_of(model)
   router = params['layers']['layer_0']['moe']['router']
   router.update({name: 0 * w for name, w in router.items()})
@@ -151,10 +162,10 @@ def test_every_layer_draws_its_own_noise():
   assert (load[0] != load[1]).any()
 
 
-@pytest.mark.parametrize('router', ['hash', 'random'])
+@pytest.mark.parametrize('router', [Hash(), Random()])
 @pytest.mark.parametrize('scan_layers', [True, False])
 def test_every_layer_has_choices_of_its_own(router, scan_layers):
-  moe = dict(router=router, capacity_rule='all')
+  moe = dict(router=router, capacity=All())
   model = tiny.build(moe, scan_layers=scan_layers)
   _, aux = tiny.apply(model)(tiny.params_of(model), tiny.tokens())
   load = np.asarray(aux.stats.load)
