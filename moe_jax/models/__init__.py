@@ -2,12 +2,13 @@
 
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.models.adaptive import AdaptiveMixture, AdaptiveOptions
-from moe_jax.models.base import Model, ModelOptions, RunShape, check_generates
+from moe_jax.models.base import Model, check_generates
 from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.models.deep_moe import DeepMoe, DeepMoeOptions
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderOptions
 from moe_jax.models.kinds import MODELS
 from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
+from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.parameters import abstract_params, describe, init_params
 from moe_jax.models.pattern import sparse_pattern
 

@@ -20,8 +20,9 @@ from moe_jax import routing
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.layers.shared import RULES, Numerics, Shared
-from moe_jax.models.base import Batch, RunShape, TokenLosses
+from moe_jax.models.base import Batch, TokenLosses
 from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
+from moe_jax.models.model_options import RunShape
 from moe_jax.options import Check, Options, at_least, each, nested, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, running_totals

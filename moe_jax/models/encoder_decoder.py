@@ -16,9 +16,9 @@ from moe_jax import sections
 from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.shared import RULES
-from moe_jax.models.base import RunShape
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_trees import Path, periods_of
+from moe_jax.models.model_options import RunShape
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.text_options import StackOptions
 from moe_jax.models.transformer import (

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.models.base import Model, ModelOptions
+from moe_jax.models.base import Model
+from moe_jax.models.model_options import ModelOptions
 from moe_jax.options import at_least, each, option
 from moe_jax.shapes import Array, Float32, Int
 

@@ -1,11 +1,11 @@
 """The kinds of models that a config can choose."""
 
 from moe_jax.models.adaptive import AdaptiveOptions
-from moe_jax.models.base import ModelOptions
 from moe_jax.models.decoder import DecoderOptions
 from moe_jax.models.deep_moe import DeepMoeOptions
 from moe_jax.models.encoder_decoder import EncoderDecoderOptions
 from moe_jax.models.lstm_lm import LstmLmOptions
+from moe_jax.models.model_options import ModelOptions
 from moe_jax.options import Kinds
 
 MODELS = Kinds(

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax import sections
-from moe_jax.models.base import ModelOptions
+from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.text_options import StackOptions
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import fields_of

@@ -14,8 +14,8 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.shared import Numerics, Shared
-from moe_jax.models.base import ModelOptions, RunShape
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
+from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.pattern import layers_needed, sparse_pattern
 from moe_jax.models.stack import REMATS
 from moe_jax.options import Options, at_least, choice, nested, one_of, option

@@ -14,7 +14,7 @@ from moe_jax import partitioning
 from moe_jax.data import DataOptions
 from moe_jax.distributed import Timeouts
 from moe_jax.models import MODELS, Model, ModelOptions
-from moe_jax.models.base import RunShape
+from moe_jax.models.model_options import RunShape
 from moe_jax.options import (
   NOT_EMPTY,
   Kinds,
