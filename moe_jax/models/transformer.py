@@ -57,6 +57,8 @@ class Transformer(TextModel):
     rate: Leaf | None = None,
   ) -> dict[str, Any]:
     """See `Model.move_router_state`."""
+    if not router_state:
+      return router_state
     moved, first = dict(router_state), 0
     for path, stack in self.stacks:
       rows = load[first : first + len(stack.sparse)]
