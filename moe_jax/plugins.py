@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ml_collections
+
 _OURS = 'moe_jax'
 
 
@@ -63,7 +65,9 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
       )
 
 
-def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
+def names_in(
+  config: Mapping[str, Any] | ml_collections.ConfigDict,
+) -> tuple[str, ...]:
   """The users' classes that a config names, sorted.
 
   Args:
@@ -71,7 +75,7 @@ def names_in(config: Mapping[str, Any]) -> tuple[str, ...]:
   """
   names = set()
   for key, value in config.items():
-    if hasattr(value, 'items'):
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
       names.update(names_in(value))
     elif key == 'kind' and isinstance(value, str) and ':' in value:
       names.add(value)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 
+from tests import type_checker
 from tests.xla_flags import accepted
 
 _CACHE = os.environ.get(
@@ -44,7 +45,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook('moe_jax', 'beartype.beartype')
+install_import_hook('moe_jax', f'{type_checker.__name__}.checked')
 
 import pytest  # noqa: E402
 

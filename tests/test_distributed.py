@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from moe_jax import distributed, partitioning
+from moe_jax.distributed import Timeouts
+from moe_jax.options import OptionError
 
-TIMEOUTS = base.get_config().distributed
+TIMEOUTS = Timeouts()
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,8 @@ def test_one_process_connects_to_nothing(monkeypatch):
   ],
 )
 def test_timeouts_out_of_range(name, value):
-  with pytest.raises(ValueError, match=f'distributed.{name}={value}'):
-    distributed.start({**TIMEOUTS.to_dict(), name: value})
+  with pytest.raises(OptionError, match=f'^{name}={value} must be at least'):
+    Timeouts(**{name: value})
 
 
 @pytest.mark.parametrize('spec', [('data', 'expert'), ('tensor',), ()])

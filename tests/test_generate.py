@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 def said(capsys, folder, *more):
   """What the command prints, to both streams."""
-  generate.main([f'--workdir={folder}', '--max_new_tokens=9', *more])
+  generate.main([f'--workdir={folder}', '--num_tokens=9', *more])
   return capsys.readouterr()
 
 
@@ -44,7 +44,7 @@ def expected(folder, prompts, **options):
   """The same by the function."""
   loaded = generation.load(folder)
   prompts = [list(prompt.encode()) for prompt in prompts]
-  options = dict(max_new_tokens=9, stop_ids=[256]) | options
+  options = dict(num_tokens=9, stop_ids=[256]) | options
   return generation.generate(
     loaded.model, loaded.variables, prompts, **options
   ).rows
@@ -77,7 +77,7 @@ def test_beams(run, capsys):
 
 
 def test_a_stop_token_by_its_text(run, capsys):
-  flags = '--temperature=2.0', '--seed=1', '--max_new_tokens=40'
+  flags = '--temperature=2.0', '--seed=1', '--num_tokens=40'
   ascii_flags = [f'--stop={chr(i)}' for i in range(32, 127)]
   free = said(capsys, run, '--prompt=a', *flags).out
   out = said(capsys, run, '--prompt=a', *flags, *ascii_flags).out
@@ -94,7 +94,7 @@ def test_an_encoder_decoder_answers_inputs(tmp_path, capsys):
   loaded = generation.load(tmp_path)
   assert loaded.variables['params'].keys() == params.keys()
   rows = generation.generate(
-    loaded.model, loaded.variables, [97, 98], max_new_tokens=9, start_id=256,
+    loaded.model, loaded.variables, [97, 98], num_tokens=9, start_id=256,
     stop_ids=[256],
   ).rows  # fmt: skip
   out = said(capsys, tmp_path, '--prompt=ab').out
@@ -123,7 +123,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
   loaded = generation.load(tmp_path)
 
   def answer(ids, **options):
-    options = dict(max_new_tokens=9, start_id=0) | options
+    options = dict(num_tokens=9, start_id=0) | options
     made = generation.generate(loaded.model, loaded.variables, ids, **options)
     return tokenizer.decode(made.rows[0][made.rows[0] < 6]) + '\n'
 
@@ -142,11 +142,11 @@ def test_learned_positions_shorten_the_text(tmp_path, capsys):
   # 24 positions are 21 new tokens behind 4.
   folders.write(tmp_path, model=dict(positions='learned'))
   prompt = '--prompt=abcd'
-  told = said(capsys, tmp_path, prompt, '--max_new_tokens=21')
+  told = said(capsys, tmp_path, prompt, '--num_tokens=21')
   assert told.err == ''
-  told = said(capsys, tmp_path, prompt, '--max_new_tokens=50')
+  told = said(capsys, tmp_path, prompt, '--num_tokens=50')
   assert 'room for 21 new tokens of 50; 0 tokens of prompts' in told.err
-  told = said(capsys, tmp_path, '--prompt=' + 'x' * 40, '--max_new_tokens=50')
+  told = said(capsys, tmp_path, '--prompt=' + 'x' * 40, '--num_tokens=50')
   assert 'room for 13 new tokens of 50; 28 tokens of prompts' in told.err
 
 
@@ -165,7 +165,7 @@ def test_mistakes_are_a_line(run, capsys, tmp_path):
     ([where, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
     ([where, '--prompt=a', '--step=4'], 'no checkpoint 4'),
     ([where, '--prompt=a', '--beams=4'], 'unrecognized arguments: --beams=4'),
-    ([where, '--prompt=a', '--max_new_tokens=0'], 'max_new_tokens=0 leaves'),
+    ([where, '--prompt=a', '--num_tokens=0'], 'num_tokens=0 leaves'),
   ):
     error = refused(capsys, *argv)
     assert message in error, error
@@ -187,7 +187,7 @@ def test_as_a_command(run):
   done = subprocess.run(
     [
       *[sys.executable, '-m', 'moe_jax.generate', f'--workdir={run}'],
-      *['--prompt=def ', '--max_new_tokens=9'],
+      *['--prompt=def ', '--num_tokens=9'],
     ],
     cwd=ROOT,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONIOENCODING': 'utf-8'},

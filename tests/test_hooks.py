@@ -9,21 +9,26 @@ import signal
 import jax
 import pytest
 
-from moe_jax import hooks
+from moe_jax import hooks, run_config
 from moe_jax.analysis import sharded
-from moe_jax.config import merge
 from moe_jax.runs import profile
-from moe_jax.training import abstract, loop, setup
+from moe_jax.training import loop, setup
 from moe_jax.training.setup import Hook
 from tests.training import tiny
 
-CONFIG = tiny.config(
-  total_steps=4,
-  mesh={'data': 2, 'expert': 4},
-  batch_size=8,
-  evals={},
-  checkpoint={'every_steps': 0, 'keep_best': False},
-  profile={'start_step': 2, 'num_steps': 2},
+
+def options(**overrides):
+  """A run of a few steps without evaluations."""
+  config = tiny.config(
+    batch_size=8, checkpoint={'every_steps': 0, 'keep_best': False}, **overrides
+  )
+  config.evals = {}
+  return run_config.read(config)
+
+
+MESH = {'data': 2, 'expert': 4}
+OPTIONS = options(
+  total_steps=4, mesh=MESH, profile={'start_step': 2, 'num_steps': 2}
 )
 
 
@@ -49,7 +54,7 @@ def traced(tmp_path_factory):
   try:
     with jax.log_compiles():
       loop.train_and_evaluate(
-        CONFIG,
+        OPTIONS,
         tmp_path_factory.mktemp('run'),
         hooks=[watch, hooks.MeshSummary(), hooks.Profile()],
       )
@@ -84,26 +89,26 @@ def test_batches_are_as_the_step_was_compiled_for(traced):
   found = {
     name: (array.shape, array.dtype) for name, array in watch.batch.items()
   }
-  assert found == shapes(CONFIG)
+  assert found == shapes(watch.run)
 
 
-def shapes(config):
-  batch = abstract.abstract_batch(config)
+def shapes(run):
+  batch = run.options.batch_shapes(run.model)
   return {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
 
 
 def test_batches_of_an_encoder_decoder_too(tmp_path):
-  config = tiny.config(
-    data={
-      'task': 'seq2seq',
-      'source': 'python_stdlib_docstrings:json,email',
-      'target_len': 16,
-    },
+  source = {
+    'kind': 'python_stdlib_docstrings',
+    'python_stdlib_docstrings': {'modules': 'json,email'},
+  }
+  options = tiny.options(
+    data={'task': {'kind': 'seq2seq'}, 'source': source, 'target_len': 16},
     model={'kind': 'encoder_decoder'},
   )
-  run = setup.set_up(config, tmp_path, devices=jax.devices()[:1])
+  run = setup.set_up(options, tmp_path, devices=jax.devices()[:1])
   batch = next(run.batches(0))
-  assert {n: (a.shape, a.dtype) for n, a in batch.items()} == shapes(config)
+  assert {n: (a.shape, a.dtype) for n, a in batch.items()} == shapes(run)
 
 
 def test_the_trace_has_the_steps_that_were_asked_for(traced):
@@ -130,12 +135,12 @@ class Sigterm(Hook):
 
 
 def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
-  config = tiny.config(
+  options = tiny.options(
     checkpoint={'every_steps': 0},
     profile={'start_step': 1, 'num_steps': 3, 'all_processes': True},
   )
   state = loop.train_and_evaluate(
-    config,
+    options,
     tmp_path,
     hooks=[hooks.Profile(), Sigterm()],
     devices=jax.devices()[:1],
@@ -146,12 +151,13 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
 
 
 def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
-  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
-  config = merge(CONFIG, {'total_steps': 1, 'model': {'moe': moe}})
+  moe = {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
   watch = Watch()
-  loop.train_and_evaluate(config, tmp_path, hooks=[watch, hooks.Sample()])
-  assert any(
-    line.startswith("no sample: router='expert_choice' does not decode")
-    for line in watch.said
+  loop.train_and_evaluate(
+    options(total_steps=1, mesh=MESH, model={'moe': moe}),
+    tmp_path,
+    hooks=[watch, hooks.Sample()],
   )
+  (line,) = [line for line in watch.said if line.startswith('no sample: ')]
+  assert 'decode' in line
   assert not (tmp_path / 'sample.txt').exists()

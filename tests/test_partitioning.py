@@ -9,14 +9,20 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from moe_jax import models, partitioning
-from moe_jax.layers.initializers import axis_names
-from moe_jax.partitioning import make_mesh, make_rules, sharding
-from moe_jax.training.optimizer import make_optimizer
+from moe_jax.layers.parameters import axes_of, roles_of
+from moe_jax.options import OptionError
+from moe_jax.partitioning import (
+  MeshOptions,
+  ShardingOptions,
+  make_mesh,
+  make_rules,
+  sharding,
+)
+from moe_jax.training.optimizer import Adafactor
 from tests.models import tiny
 
-RULES = make_rules(base.get_config().sharding)
+RULES = ShardingOptions().rules
 T, V = 6, 26
 
 
@@ -114,13 +120,24 @@ def test_slices_that_no_size_speaks_of_are_refused():
 
 def test_rules_are_lists_of_mesh_axes():
   table = {'batch': 'data, fsdp', 'kv': '', 'mlp': 'tensor'}
-  assert make_rules(table) == {
-    'batch': ('data', 'fsdp'),
-    'kv': (),
-    'mlp': ('tensor',),
-  }
+  assert make_rules(table) == (
+    ('batch', ('data', 'fsdp')),
+    ('kv', ()),
+    ('mlp', ('tensor',)),
+  )
   with pytest.raises(ValueError, match=r"sharding\.mlp 'tensr'; did you mean"):
     make_rules({'mlp': 'tensr'})
+  with pytest.raises(OptionError, match=r"mlp='tensr': .*did you mean 'tensor'"):
+    ShardingOptions(mlp='tensr')
+
+
+def test_a_mesh_of_options_is_that_of_its_sizes():
+  mesh = MeshOptions(data=2, fsdp=-1, dcn_data=2).make()
+  assert mesh.devices.shape == (4, 2, 1, 1)
+  with pytest.raises(OptionError, match=r'data=-1 takes what is left already'):
+    MeshOptions(fsdp=-1)
+  with pytest.raises(OptionError, match='tensor=0 must be at least 1, or -1'):
+    MeshOptions(tensor=0)
 
 
 def test_a_sharding_follows_the_table_and_skips_axes_of_one():
@@ -165,7 +182,7 @@ def build(**moe):
 
 def param_shardings(mesh, boxed):
   return partitioning.tree_shardings(
-    mesh, RULES, axis_names(boxed), nn.meta.unbox(boxed)
+    mesh, RULES, axes_of(boxed), nn.meta.unbox(boxed)
   )
 
 
@@ -199,9 +216,9 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
   }
   boxed = jax.eval_shape(lambda: boxed)
   params, places = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
-  config = base.get_config().optimizer
-  config.name, config.adafactor_min_dim_size = 'adafactor', 2
-  optimizer = make_optimizer(config, 1000, axis_names(boxed))
+  optimizer = Adafactor(min_factored_size=2).transformation(
+    1000, axes_of(boxed), roles_of(boxed)
+  )
   state = jax.eval_shape(optimizer.init, params)
   found = partitioning.like_params(mesh, state, params, places)
   shapes = tiny.leaves(state)

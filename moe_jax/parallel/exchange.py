@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,7 @@ EXCHANGES = Kinds(
 )
 
 
+@runtime_checkable
 class Mover(Protocol):
   """Tokens to expert rows and back, as `moe_jax.dispatch` moves them."""
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.config import to_dataclass
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training import loop
 from moe_jax.training.setup import Hook
 from tests.training import tiny
 
-CONFIG = tiny.config(
+OPTIONS = tiny.options(
   max_nonfinite_steps=2,
   checkpoint={'every_steps': 1, 'keep_newest': 6},
   model={'dropout': 0.1},
@@ -45,11 +44,11 @@ class Poison(Hook):
     run.train_step, run.message = step_on, message
 
 
-def train(workdir, *steps, config=CONFIG):
+def train(workdir, *steps, options=OPTIONS):
   hook = Poison(*steps)
   try:
     loop.train_and_evaluate(
-      config, workdir, hooks=[hook], devices=jax.devices()[:1]
+      options, workdir, hooks=[hook], devices=jax.devices()[:1]
     )
   finally:
     hook.files = sorted((workdir / 'nonfinite').glob('*'))
@@ -75,9 +74,9 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
   assert [path.name for path in hook.files] == ['3.npz']
   kept = np.load(hook.files[0])
   batches = data.train_batches(
-    data.load(to_dataclass(data.DataConfig, CONFIG.data)).splits['train'],
-    batch_size=CONFIG.batch_size,
-    seed=CONFIG.seed,
+    data.load(OPTIONS.data).splits['train'],
+    batch_size=OPTIONS.batch_size,
+    seed=OPTIONS.seed,
     start=2,
   )
   assert_equal(dict(kept), next(batches))
@@ -93,8 +92,8 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
 @pytest.mark.slow
 def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
   whole = train(tmp_path / 'whole')
-  plain = tiny.config(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
-  other = train(tmp_path / 'plain', config=plain)
+  plain = tiny.options(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
+  other = train(tmp_path / 'plain', options=plain)
   # Two programs, whose sums may be in another order.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
@@ -120,6 +119,6 @@ def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
 
 
 def test_none_may_be_left_out_by_default(tmp_path):
-  config = tiny.config()
+  options = tiny.options()
   with pytest.raises(NonFiniteError, match=r'step 3: (.|\n)*nonfinite/3\.npz'):
-    train(tmp_path, 3, config=config)
+    train(tmp_path, 3, options=options)

@@ -1,11 +1,14 @@
 """A run's folder, and checkpoints that are kept elsewhere."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import merge
-from moe_jax.runs import workdir
+from moe_jax import run_config
+from moe_jax.runs import trained, workdir
+from moe_jax.sections import merge
 from moe_jax.training import loop
 from tests.training import tiny
 
@@ -20,17 +23,20 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   folder, elsewhere = tmp_path / 'run', tmp_path / 'bucket' / 'run'
   config = tiny.config(
     total_steps=2,
-    evals={},
     model={'moe': {'num_experts': 0}},
     checkpoint={'keep_best': False, 'directory': str(elsewhere)},
   )
-  one = jax.devices()[:1]
-  state = loop.train_and_evaluate(config, folder, devices=one)
+  config.evals = {}
+  options, one = run_config.read(config), jax.devices()[:1]
+  state = loop.train_and_evaluate(options, folder, devices=one)
   assert not (folder / workdir.CHECKPOINTS).exists()
   assert (elsewhere / '2').is_dir()
   # Who reads a run finds them by its folder alone.
-  read, _ = workdir.read(folder)
-  found = workdir.restore_variables(folder, tiny.model_of(read), read)
+  run = trained.read(folder)
+  assert run.model == options.filled(257).model
+  assert (run.data, run.batch_size) == (options.data, 4)
+  rules = run.sharding.rules
+  found = trained.restore_variables(folder, run.model.build(rules), 24, rules)
   assert found.step == 2
   for a, b in zip(
     jax.tree.leaves(found.state['params']),
@@ -45,7 +51,8 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   assert not (tmp_path / 'other').exists()
   # It goes on from there, and nowhere else.
   longer = merge(config, {'total_steps': 3})
-  state = loop.train_and_evaluate(longer, folder, devices=one, resume=True)
+  longer_run = run_config.read(longer)
+  state = loop.train_and_evaluate(longer_run, folder, devices=one, resume=True)
   assert int(state.step) == 3
   moved = merge(longer, {'checkpoint': {'directory': ''}})
   with pytest.raises(ValueError, match=r'bucket/run; checkpoint\.directory='):
@@ -57,3 +64,16 @@ def test_a_run_with_checkpoints_of_its_own_keeps_them(tmp_path):
   config = tiny.config(checkpoint={'directory': 'gs://b/run'})
   with pytest.raises(ValueError, match='has its checkpoints in'):
     workdir.check(tmp_path, config)
+
+
+def test_a_folder_of_an_earlier_version_is_refused_by_its_last_commit(tmp_path):
+  old = {'data': {'source': 'python_stdlib'}, 'optimizer': {'name': 'adamw'}}
+  (tmp_path / workdir.CONFIG).write_text(json.dumps(old))
+  (tmp_path / workdir.TOKENIZER).write_text('{}')
+  for refused in (
+    lambda: workdir.check(tmp_path, tiny.config(), resume=True),
+    lambda: trained.read(tmp_path),
+    lambda: loop.train_and_evaluate(tiny.options(), tmp_path, resume=True),
+  ):
+    with pytest.raises(ValueError, match='Commit 7875f9b is the last'):
+      refused()

@@ -127,32 +127,31 @@ def run(
     seeds: `config.seed` of each process.
   """
   from configs import base
+  from moe_jax import run_config
   from moe_jax.training.loop import train_and_evaluate
   from tests.training import tiny
 
-  config = tiny.config(**overrides).unlock()
+  config = tiny.config(**overrides)
   config.seed = [*seeds, 0, 0][jax.process_index()]
   if not evals:
     config.evals, config.checkpoint.keep_best = {}, False
   for kind, options in dict(evals).items():
     config.evals[kind] = getattr(base, f'{kind}_evaluation')(**options)
   recorded = recorder()
-  more, kinds = [recorded], {}
+  more = [recorded]
   if hooks:
-    from moe_jax import evaluation
     from moe_jax import hooks as hooks_lib
 
-    more, kinds = [*more, *hooks_lib.default_hooks()], evaluation.KINDS
+    more += hooks_lib.default_hooks()
   if befalls:
     more.append(accident(*befalls))
   if isinstance(workdir, list):
     workdir = workdir[jax.process_index()]
   folder = pathlib.Path(within) / workdir
   state = train_and_evaluate(
-    config.lock(),
+    run_config.read(config),
     folder,
     hooks=more,
-    kinds=kinds,
     resume=True,
     devices=interleaved(jax.devices()) if order else None,
   )
@@ -175,7 +174,7 @@ def main(coordinator, num_processes, process_id, path):
   if 'shared_seconds' in spec:
     distributed.SHARED_SECONDS = spec['shared_seconds']
   where = coordinator, int(num_processes), int(process_id)
-  with distributed.joined(timeouts, *where):
+  with distributed.joined(distributed.Timeouts(**timeouts), *where):
     for job in spec['jobs']:
       job['overrides'] |= {'distributed': timeouts}
       with open(f'{path}.{process_id}', 'a') as results:

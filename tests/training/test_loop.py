@@ -1,5 +1,6 @@
 """Whole runs, in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,20 +12,23 @@ import numpy as np
 import pytest
 
 from configs import base
+from moe_jax import run_config
 from moe_jax.data import DataError
+from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import NonFiniteError
-from moe_jax.training import loop
+from moe_jax.training import loop, setup
+from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Hook
 from tests.training import tiny
 
-DROPOUT = {'dropout': 0.1, 'moe': {'jitter': 0.1}}
-CONFIG = tiny.config(model=DROPOUT)
+DROPOUT = {'dropout': 0.1, **tiny.router(jitter=0.1)}
+OPTIONS = tiny.options(model=DROPOUT)
 
 
-def train_and_evaluate(config, workdir, **kwargs):
+def train_and_evaluate(options, workdir, **kwargs):
   one = jax.devices()[:1]
-  return loop.train_and_evaluate(config, workdir, devices=one, **kwargs)
+  return loop.train_and_evaluate(options, workdir, devices=one, **kwargs)
 
 
 class SigtermAt(Hook):
@@ -61,7 +65,7 @@ class Messages(Hook):
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('unbroken')
-  return workdir, train_and_evaluate(CONFIG, workdir)
+  return workdir, train_and_evaluate(OPTIONS, workdir)
 
 
 def assert_equal(a, b):
@@ -96,10 +100,10 @@ def test_rows_and_files(unbroken):
 
 def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   workdir, state = unbroken
-  stopped = train_and_evaluate(CONFIG, tmp_path, hooks=[SigtermAt(3)])
+  stopped = train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3)])
   assert int(stopped.step) == 3
   assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-  resumed = train_and_evaluate(CONFIG, tmp_path)
+  resumed = train_and_evaluate(OPTIONS, tmp_path)
   assert_equal(resumed, state)
   # The rows are those of the unbroken run too, each step's once.
   rows, expected = (
@@ -116,7 +120,7 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
 
 def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
   _, state = unbroken
-  train_and_evaluate(CONFIG, tmp_path, hooks=[SigtermAt(5)])
+  train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(5)])
   checkpoint = tmp_path / 'checkpoints' / '5'
   largest = max(
     (path for path in checkpoint.rglob('*') if path.is_file()),
@@ -126,7 +130,7 @@ def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
   content[len(content) // 2] ^= 1
   largest.write_bytes(bytes(content))
   capsys.readouterr()
-  resumed = train_and_evaluate(CONFIG, tmp_path)
+  resumed = train_and_evaluate(OPTIONS, tmp_path)
   said = capsys.readouterr().out
   assert 'passed over the checkpoint of step 5' in said
   assert 'going on from the checkpoint of step 4' in said
@@ -135,7 +139,7 @@ def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
 
 def test_another_runs_workdir(unbroken, tmp_path):
   workdir, _ = unbroken
-  other = tiny.config(total_steps=8, model=DROPOUT)
+  other = tiny.options(total_steps=8, model=DROPOUT)
   before = (workdir / 'config.json').read_text()
   with pytest.raises(
     ValueError, match=r'another run(.|\n)*total_steps: 6 -> 8'
@@ -145,9 +149,9 @@ def test_another_runs_workdir(unbroken, tmp_path):
 
 
 def test_resume_goes_on_with_another_config(tmp_path):
-  short = tiny.config(total_steps=4)
+  short = tiny.options(total_steps=4)
   train_and_evaluate(short, tmp_path)
-  longer = tiny.config(total_steps=6)
+  longer = tiny.options(total_steps=6)
   state = train_and_evaluate(longer, tmp_path, resume=True)
   assert int(state.step) == 6
   assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 6
@@ -156,18 +160,19 @@ def test_resume_goes_on_with_another_config(tmp_path):
 
 
 def test_other_data_is_refused(tmp_path):
-  train_and_evaluate(tiny.config(total_steps=2), tmp_path)
-  other = tiny.config(
-    total_steps=2, data={'source': 'python_stdlib:json,email,asyncio,http'}
+  train_and_evaluate(tiny.options(total_steps=2), tmp_path)
+  other = tiny.options(
+    total_steps=2,
+    data={'source': {'python_stdlib': {'modules': f'{tiny.MODULES},http'}}},
   )
   with pytest.raises(ValueError, match='two corpora must not mix'):
     train_and_evaluate(other, tmp_path, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  config = tiny.config(optimizer={'learning_rate': 1e30, 'clip_norm': 0.0})
+  options = tiny.options(optimizer={'learning_rate': 1e30, 'clip_norm': 0.0})
   with pytest.raises(NonFiniteError) as caught:
-    train_and_evaluate(config, tmp_path)
+    train_and_evaluate(options, tmp_path)
   text = str(caught.value)
   assert text.startswith('step ')
   assert 'layer 1: router logit RMS' in text
@@ -199,26 +204,77 @@ class BadRow(Hook):
 def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
   name = type(error).__name__
   with pytest.raises(DataError, match=f'batch 3 could not be made: {name}'):
-    train_and_evaluate(CONFIG, tmp_path, hooks=[BadRow(error)])
+    train_and_evaluate(OPTIONS, tmp_path, hooks=[BadRow(error)])
   # Three batches were made, and what two steps had done is saved.
   assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
 
 
 def test_equal_evaluations_run_once_and_agree(tmp_path):
-  evals = {
+  room = {'capacity': {'per_token': {'factor': 2.0}}}
+  dense = tiny.config(total_steps=2, model={'moe': {'num_experts': 0}})
+  dense.evals = {
     'train_capacity': base.evaluation(every_steps=0, num_batches=2),
-    'capacity_2': base.evaluation(
-      every_steps=0, num_batches=2, moe=dict(capacity_factor=2.0)
-    ),
+    'capacity_2': base.evaluation(every_steps=0, num_batches=2, moe=room),
   }
-  dense = tiny.config(total_steps=2, model={'moe': {'num_experts': 0}}).unlock()
-  dense.evals = evals
-  train_and_evaluate(dense.lock(), tmp_path)
+  said = Messages()
+  train_and_evaluate(run_config.read(dense), tmp_path, hooks=[said])
   last = {}
   for row in metrics.read_metrics(tmp_path / metrics.FILE_NAME):
     last |= row
   assert last['eval/capacity_2/loss'] == last['eval/train_capacity/loss']
   assert 'eval/capacity_2/drop_rate' not in last
+
+
+def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
+  room = {'capacity': {'per_token': {'factor': 2.0}}}
+  dense = tiny.config(model={'moe': {'num_experts': 0}})
+  dense.evals.train_capacity = base.evaluation(moe=room)
+  run = setup.set_up(
+    run_config.read(dense), tmp_path, devices=jax.devices()[:1]
+  )
+  (note,) = run.notes
+  assert 'evals.train_capacity' in note
+  assert 'model.moe.capacity.per_token.factor=2.0' in note
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnEvaluation(EvaluationOptions):
+  """A user's own kind, which returns what it is told."""
+
+  result: str = option('row', 'Kind of result.')
+
+  def measure(self, setting):
+    results = {'row': {'answer': 42}, 'list': [1, 2], 'text': {'a': 'b'}}
+    return lambda variables, step: results[self.result]
+
+
+def own(result):
+  config = tiny.config(total_steps=1)
+  config.evals = {'mine': base.entry(OwnEvaluation, result=result)}
+  config.checkpoint.keep_best = False
+  return run_config.read(config)
+
+
+def test_a_users_own_kind_of_evaluation(tmp_path):
+  train_and_evaluate(own('row'), tmp_path)
+  rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)
+  assert [r['eval/mine/answer'] for r in rows if 'eval/mine/answer' in r] == [
+    42
+  ]
+
+
+@pytest.mark.parametrize(
+  ('result', 'message'),
+  [
+    ('list', r'evals\.mine returned \[1, 2\]; it must return a row'),
+    ('text', r"evals\.mine returned .*'a': 'b' is no name with a number"),
+  ],
+)
+def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
+  result, message, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    train_and_evaluate(own(result), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,18 +284,59 @@ def test_equal_evaluations_run_once_and_agree(tmp_path):
     ({'model': {'vocab_size': 100}}, 'vocab_size=100 is smaller.*257'),
     ({'model': {'moe': {'num_selected': 5}}}, 'num_selected=5 not in'),
     ({'checkpoint': {'best_eval': 'x'}}, "best_eval='x'.*train_capacity"),
-    ({'data': {'source': 'files:none/*.txt'}}, r'none/\*\.txt'),
-    ({'model': {'moe': {'load_weight': 0.1}}}, 'load_weight=0.1.*noisy_top_k'),
+    (
+      {'data': {'source': {'kind': 'files', 'files': {'pattern': 'no/*.txt'}}}},
+      r'no/\*\.txt',
+    ),
     ({'model': {'moe': {'group_size': 72}}}, 'group_size=72 does not divide'),
     ({'seed': -1}, r'seed=-1 not in'),
-    ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 is negative'),
+    ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 must be at least 0'),
     ({'checkpoint': {'tries': 0}}, r'checkpoint\.tries=0 must be at least 1'),
+    (
+      {'optimizer': {'schedule': {'warmup_steps': 7}}},
+      r'warmup_steps=7 not in \[0, total_steps=6\]',
+    ),
+    ({'model': {'kind': 'adaptive'}}, 'reads examples with a class'),
+    ({'sample': {'prompt': ''}}, "sample.prompt='' must be given"),
   ],
 )
-def test_a_bad_config_fails_before_there_is_a_workdir(
+def test_bad_options_fail_before_there_is_a_workdir(
   overrides, message, tmp_path
 ):
   workdir = tmp_path / 'run'
   with pytest.raises(ValueError, match=message):
-    train_and_evaluate(tiny.config(**overrides), workdir)
+    train_and_evaluate(tiny.options(**overrides), workdir)
   assert not workdir.exists()
+
+
+def test_all_that_is_wrong_is_said_at_once():
+  config = tiny.config(
+    seed=-1, model={'width': 0}, optimizer={'clip_norm': -1.0}
+  )
+  config.evals.train_capacity.num_batches = -2
+  with pytest.raises(OptionError) as error:
+    run_config.read(config)
+  for name in (
+    'seed=-1', 'model.width=0', 'optimizer.clip_norm=-1.0',
+    'evals.train_capacity.num_batches=-2',
+  ):  # fmt: skip
+    assert any(text.startswith(name) for text in error.value.problems), name
+  # What several sections mean together is judged once each is right by itself.
+  config = tiny.config(batch_size=6, microbatches=4, total_steps=1)
+  config.optimizer.schedule.warmup_steps = 2
+  config.checkpoint.best_eval = 'x'
+  config.evals.train_capacity.model_overrides = {'widht': 2}
+  with pytest.raises(OptionError) as error:
+    run_config.read(config)
+  assert len(error.value.problems) == 4
+  assert "did you mean 'model.width'" in str(error.value)
+
+
+def test_overrides_that_change_parameters_are_refused(tmp_path):
+  config = tiny.config()
+  config.evals.train_capacity = base.evaluation(ffn={'hidden': 24})
+  with pytest.raises(
+    ValueError, match=r'train_capacity(.|\n)*w_in.*24'
+  ) as error:
+    setup.set_up(run_config.read(config), tmp_path, devices=jax.devices()[:1])
+  assert 'changes parameters' in str(error.value)

@@ -8,7 +8,6 @@ from moe_jax.routing import empty_aux
 from moe_jax.training import losses
 from tests.training import tiny
 
-
 ENCODER_DECODER = tiny.options(
   data={'source': {'kind': 'python_stdlib_docstrings'},
         'task': {'kind': 'seq2seq'}, 'target_len': 3},

@@ -6,19 +6,27 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base
-from moe_jax.config import merge
-from moe_jax.training import optimizer
+from moe_jax.layers.parameters import Role
+from moe_jax.options import OptionError
+from moe_jax.training.optimizer import Adafactor, AdamW
+from moe_jax.training.schedules import Constant, Cosine, InverseSqrt
+from tests.training import tiny
 
 AXES = {
   'w': ('embed', 'mlp'),
   'layers': {'experts': ('layers', 'expert', 'embed', 'mlp')},
   'scale': ('embed',),
 }
+ROLES = {
+  'w': Role('ffn', 'kernel'),
+  'layers': {'experts': Role('expert', 'kernel')},
+  'scale': Role('norm', 'scale'),
+}
+AT_ONCE = Constant(warmup_steps=0)
 
 
-def config(**overrides):
-  return merge(base.get_config().optimizer, overrides)
+def made(options):
+  return options.transformation(10, AXES, ROLES)
 
 
 @pytest.fixture(scope='module')
@@ -56,92 +64,99 @@ def run(transform, params, grads, steps=3):
 @pytest.mark.parametrize(
   ('schedule', 'step', 'expected'),
   [
-    ('cosine', 0, 0.1),  # the first of ten warm-up steps
-    ('cosine', 9, 1.0),
-    ('cosine', 55, 0.1 + 0.9 * 0.5),  # half way down to final_fraction
-    ('cosine', 100, 0.1),
-    ('constant', 99, 1.0),
-    ('inverse_sqrt', 9, 1.0),
-    ('inverse_sqrt', 40, 0.5),  # sqrt(10 / 40)
+    (Cosine, 0, 0.1),  # the first of ten warm-up steps
+    (Cosine, 9, 1.0),
+    (Cosine, 55, 0.1 + 0.9 * 0.5),  # half way down to final_fraction
+    (Cosine, 100, 0.1),
+    (Constant, 99, 1.0),
+    (InverseSqrt, 9, 1.0),
+    (InverseSqrt, 40, 0.5),  # sqrt(10 / 40)
   ],
 )
 def test_schedule_by_formula(schedule, step, expected):
-  c = config(schedule=schedule, learning_rate=1.0, warmup_steps=10)
-  rate = optimizer.make_schedule(c, 100)(step)
+  rate = schedule(warmup_steps=10).rate(1.0, 100)(step)
   np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
 def test_adamw_is_optax_adamw(params, grads):
-  c = config(
-    schedule='constant',
-    warmup_steps=0,
-    clip_norm=0.0,
-    weight_decay_rules=(('', 1.0),),
-  )
+  o = AdamW(schedule=AT_ONCE, clip_norm=0.0, decay_rules=(('', 1.0),))
   theirs = optax.adamw(
-    c.learning_rate, c.b1, c.b2, c.epsilon, weight_decay=c.weight_decay
+    o.learning_rate, o.b1, o.b2, o.epsilon, weight_decay=o.weight_decay
   )
-  ours = optimizer.make_optimizer(c, 10, AXES)
   for a, b in zip(
-    jax.tree.leaves(run(ours, params, grads)),
+    jax.tree.leaves(run(made(o), params, grads)),
     jax.tree.leaves(run(theirs, params, grads)),
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_rules_by_name(params):
-  c = config(
-    schedule='constant',
-    warmup_steps=0,
-    learning_rate=1.0,
-    weight_decay=0.5,
-    learning_rate_rules=(('experts', 0.1), ('', 1.0)),
-  )
+def decayed(params, **options):
+  """The fraction that a step without a gradient leaves of each parameter."""
   zeros = jax.tree.map(jnp.zeros_like, params)
-  moved = run(optimizer.make_optimizer(c, 10, AXES), params, zeros, steps=1)
-  # Without a gradient only decay moves: half, a tenth of half, not at all.
-  np.testing.assert_allclose(moved['w'], 0.5 * params['w'], rtol=1e-6)
-  np.testing.assert_allclose(
-    moved['layers']['experts'], 0.95 * params['layers']['experts'], rtol=1e-6
+  o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
+  moved = run(made(o), params, zeros, steps=1)
+  return jax.tree.map(
+    lambda a, b: round(float((a / b).mean()), 5), moved, params
   )
-  np.testing.assert_array_equal(moved['scale'], params['scale'])
 
 
-def test_a_parameter_without_a_rule_is_an_error(params):
-  c = config(weight_decay_rules=(('experts', 1.0),))
-  transform = optimizer.make_optimizer(c, 1000, AXES)
-  with pytest.raises(ValueError, match=r"weight_decay_rules.*'scale'|'w'"):
-    run(transform, params, params, steps=1)
+def test_kernels_decay_and_nothing_else_does(params):
+  left = decayed(params)
+  assert left == {'w': 0.5, 'layers': {'experts': 0.5}, 'scale': 1.0}
+
+
+def test_patterns_of_a_users_own_come_first(params):
+  left = decayed(params, rate_rules=(('experts', 0.1),))
+  np.testing.assert_allclose(left['layers']['experts'], 0.95, rtol=1e-5)
+  assert (left['w'], left['scale']) == (0.5, 1.0)
+  left = decayed(params, decay_rules=(('^w$', 0.0), ('scale', 2.0)))
+  np.testing.assert_allclose(left['scale'], 0.0, atol=1e-6)
+  assert (left['w'], left['layers']['experts']) == (1.0, 0.5)
+
+
+def test_no_bias_decays_that_of_a_router_among_them():
+  options = tiny.options(
+    total_steps=100,
+    model={'use_bias': True, **tiny.router(use_bias=True)},
+    optimizer={'learning_rate': 1.0, 'weight_decay': 0.5},
+  )
+  params = jax.tree.map(jnp.ones_like, tiny.params_of(options))
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  moved = run(tiny.optimizer_of(options), params, zeros, steps=1)
+  decays = {
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved)
+    if (leaf < 1).any()
+  }
+  router = 'layers/layer_1/moe/router'
+  assert f'{router}/w' in decays
+  assert f'{router}/b' not in decays
+  assert not [name for name in decays if 'bias' in name or 'scale' in name]
 
 
 def test_clipping_is_by_the_global_norm(params, grads):
-  c = config(name='adamw', clip_norm=0.5, warmup_steps=0, schedule='constant')
   scale = 0.5 / float(optax.global_norm(grads))
   clipped = jax.tree.map(lambda g: g * scale, grads)
-  free = optimizer.make_optimizer(merge(c, {'clip_norm': 0.0}), 10, AXES)
-  a = run(optimizer.make_optimizer(c, 10, AXES), params, grads)
-  b = run(free, params, clipped)
+  a = run(made(AdamW(schedule=AT_ONCE, clip_norm=0.5)), params, grads)
+  b = run(made(AdamW(schedule=AT_ONCE, clip_norm=0.0)), params, clipped)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
 
 
-ADAFACTOR = dict(
-  name='adafactor',
+ADAFACTOR = Adafactor(
   b1=0.0,
   clip_norm=0.0,
   weight_decay=0.0,
-  schedule='constant',
-  warmup_steps=0,
-  adafactor_min_dim_size=2,
+  schedule=AT_ONCE,
+  min_factored_size=2,
 )
 
 
 def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
-  c = config(**ADAFACTOR)
-  moved = run(optimizer.make_optimizer(c, 10, AXES), params, grads)
+  moved = run(made(ADAFACTOR), params, grads)
   theirs = optax.adafactor(
-    c.learning_rate,
+    ADAFACTOR.learning_rate,
     min_dim_size_to_factor=2,
     decay_rate=0.8,
     multiply_by_parameter_scale=True,
@@ -163,7 +178,7 @@ def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
 
 
 def test_adafactor_never_factors_over_experts(params):
-  transform = optimizer.make_optimizer(config(**ADAFACTOR), 10, AXES)
+  transform = made(ADAFACTOR)
   shapes = {
     leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -176,14 +191,31 @@ def test_adafactor_never_factors_over_experts(params):
 
 
 @pytest.mark.parametrize(
-  ('overrides', 'message'),
+  ('options', 'message'),
   [
-    ({'name': 'sgd'}, r"optimizer.name 'sgd'.*adafactor"),
-    ({'schedule': 'linear'}, r"schedule 'linear'.*cosine"),
-    ({'warmup_steps': 11}, r'warmup_steps=11 not in \[0, total_steps=10\]'),
-    ({'clip_norm': -1.0}, r'clip_norm=-1.0'),
+    (dict(clip_norm=-1.0), 'clip_norm=-1.0 must be at least 0'),
+    (dict(decay_rules=(('(', 1.0),)), 'decay_rules=.*are not pairs'),
+    (dict(rate_rules=(('x', -1.0),)), 'rate_rules=.*are not pairs'),
+    (dict(weight_decay=0.0, decay_rules=(('', 0.5),)), 'has no effect unless'),
   ],
 )
-def test_bad_values(overrides, message):
-  with pytest.raises(ValueError, match=message):
-    optimizer.make_optimizer(merge(config(warmup_steps=0), overrides), 10, AXES)
+def test_bad_values(options, message):
+  with pytest.raises(OptionError, match=message):
+    AdamW(**options)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'kind': 'sgd'}, r"unknown optimizer 'sgd'.*adafactor"),
+    ({'schedule': {'kind': 'linear'}}, r"unknown schedule 'linear'.*cosine"),
+    ({'decay_exponent': 0.7}, "has no effect with optimizer.kind='adamw'"),
+    (
+      {'schedule': {'final_fraction': 0.3}},
+      "has no effect with optimizer.schedule.kind='constant'",
+    ),
+  ],
+)
+def test_bad_sections(overrides, message):
+  with pytest.raises(OptionError, match=message):
+    tiny.options(optimizer=overrides)

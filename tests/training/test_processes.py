@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.config import to_dataclass
 from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
 from tests.training import process, tiny
@@ -115,7 +114,7 @@ def results(path, i):
 def one(tmp_path_factory):
   """One process of eight devices."""
   workdir = tmp_path_factory.mktemp('one')
-  loop.train_and_evaluate(tiny.config(**STEPS), workdir)
+  loop.train_and_evaluate(tiny.options(**STEPS), workdir)
   return workdir
 
 
@@ -147,17 +146,17 @@ def four(two, tmp_path_factory):
 @pytest.fixture(scope='module')
 def stream():
   """The digest of each batch, as one process reads it."""
-  config = tiny.config(**STEPS)
-  dataset = data.load(to_dataclass(data.DataConfig, config.data))
+  options = tiny.options(**STEPS)
+  dataset = data.load(options.data)
   batches = data.batch_dataset(
-    dataset.splits['train'], batch_size=config.batch_size, seed=config.seed
+    dataset.splits['train'], batch_size=options.batch_size, seed=options.seed
   )
   return [process.digest(batches[i]) for i in range(12)]
 
 
 def saved(workdir, step):
   """A checkpoint as one process reads it."""
-  run = setup.set_up(tiny.config(**STEPS), workdir, resume=True)
+  run = setup.set_up(tiny.options(**STEPS), workdir, resume=True)
   with run.checkpoints as checkpoints:
     return checkpoints.restore(run.programs.abstract_state, step=step).state
 

@@ -7,28 +7,24 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import models, partitioning
-from moe_jax.config import merge
+from moe_jax import partitioning
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.training import setup
-from moe_jax.training.losses import normalizers
+from moe_jax.training.losses import loss_weights, normalizers
+from moe_jax.training.programs import make_programs
 from moe_jax.training.step import make_grad_fn
 from tests.training import tiny
 
 E, V = 8, 264
-CONFIG = tiny.config(
-  batch_size=8,
-  model={
-    'vocab_size': V,
-    'hidden': 24,
-    'moe': {
-      'num_experts': E,
-      'num_selected': 2,
-      'gates': 'renormalized',
-      'balance_bias_rate': 0.01,
-    },
+MODEL = {
+  'vocab_size': V,
+  'ffn': {'hidden': 24},
+  'moe': {
+    'num_experts': E,
+    'num_selected': 2,
+    **tiny.router(gates='renormalized', balance_bias_rate=0.01)['moe'],
   },
-)
+}
+OPTIONS = tiny.options(batch_size=8, model=MODEL)
 SOURCE = (1, 2, 2, 2)  # data, fsdp, expert, tensor
 MESHES = [
   (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 1, 4, 1), (1, 1, 4, 2),
@@ -40,9 +36,11 @@ MESHES = [
 def programs(shape, **sharding):
   """What runs on a mesh of that shape."""
   sizes = dict(zip(partitioning.MESH_AXES, shape))
-  config = merge(CONFIG, {'mesh': sizes, 'sharding': dict(sharding)})
-  mesh = partitioning.make_mesh(sizes, jax.devices()[: np.prod(shape)])
-  return setup.make_programs(config, models.build(config), mesh)
+  options = tiny.options(
+    batch_size=8, model=MODEL, mesh=sizes, sharding=sharding
+  )
+  mesh = options.mesh.make(jax.devices()[: np.prod(shape)])
+  return make_programs(options, options.build(), mesh)
 
 
 @functools.cache
@@ -127,19 +125,19 @@ def test_experts_over_two_mesh_axes(folder):
 def gradient(state, shape):
   """The loss and gradient of the next step's batch, on the host."""
   on = programs(shape)
-  model = models.build(CONFIG)
-  grad_fn = make_grad_fn(model, setup.loss_weights(CONFIG, model))
+  model = OPTIONS.build()
+  grad_fn = make_grad_fn(model, loss_weights(model))
   places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
 
   def run(state, batch):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    whole = normalizers(batch)
+    whole = normalizers(model, batch)
     (loss, _), grads = grad_fn(
       state.params, batch, whole, key, state.router_state
     )
     return loss, jax.lax.with_sharding_constraint(grads, places)
 
-  batch = jax.tree.map(np.asarray, tiny.batch(CONFIG, vocab_size=V))
+  batch = jax.tree.map(np.asarray, tiny.batch(OPTIONS, vocab_size=V))
   return jax.device_get(jax.jit(run)(state, on.put(batch)))
 
 

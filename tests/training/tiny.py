@@ -11,14 +11,17 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models, run_config
 from moe_jax.run_config import RunConfig
-from moe_jax.sections import merge
+from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step
 
 MODULES = 'email,json,asyncio'  # of the standard library
 
 
 def config(**overrides) -> ml_collections.ConfigDict:
-  """L=2, one sparse layer of 4 experts, six steps, an evaluation of each."""
+  """L=2, one sparse layer of 4 experts, six steps, an evaluation of each.
+
+  Overrides are a later layer: what they switch off is given up.
+  """
   c = base.get_config()
   c.total_steps = 6
   c.batch_size = 4
@@ -36,7 +39,8 @@ def config(**overrides) -> ml_collections.ConfigDict:
   c.mesh.data = 1
   c.evals = {'train_capacity': base.evaluation(every_steps=3, num_batches=2)}
   c.sample.num_tokens = 8
-  return merge(base.finish(c), overrides)
+  before = base.finish(c)
+  return settle(RunConfig, before, merge(before, overrides))[0]
 
 
 def options(**overrides) -> RunConfig:
