@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy.special import erf, expit
 
-from moe_jax.layers import ACTIVATIONS, FeedForward, FfnConfig, Init
+from moe_jax.layers import (
+  ACTIVATIONS,
+  FanIn,
+  FeedForward,
+  FfnOptions,
+  Gpt2,
+  Numerics,
+  Shared,
+)
+from moe_jax.layers.ffn import DeepFeedForward
+from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 
 M, F = 6, 11
@@ -51,7 +61,7 @@ def test_feed_forward_equals_its_formula(name, use_bias):
   function, gated = FORMULAS[name]
   p = draw_params(gated, use_bias)
   x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32)
-  layer = FeedForward(FfnConfig(F, activation=name, use_bias=use_bias))
+  layer = FeedForward(FfnOptions(F, name), Shared(use_bias=use_bias))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
   assert set(shapes['params']) == set(p)
   h = x @ p['w_in'] + p.get('b_in', 0)
@@ -68,7 +78,7 @@ def test_dropout_zeroes_hidden_values_and_scales_the_rest():
     'w_in': np.ones((M, F), np.float32) / M,
     'w_out': np.eye(F, M, dtype=np.float32),
   }
-  layer = FeedForward(FfnConfig(F, dropout=0.25))
+  layer = FeedForward(FfnOptions(F, 'relu'), dropout=0.25)
   x = jnp.ones((500, M))
   rngs = {'dropout': tiny.key(0)}
   run = jax.jit(lambda p: layer.apply({'params': p}, x, train=True, rngs=rngs))
@@ -83,7 +93,7 @@ def test_dropout_zeroes_hidden_values_and_scales_the_rest():
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
-  layer = FeedForward(FfnConfig(F, dtype=dtype))
+  layer = FeedForward(FfnOptions(F), Shared(Numerics(dtype)))
   x = jnp.ones((2, M), jnp.float32)
   y, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
   assert y.dtype == dtype
@@ -94,14 +104,15 @@ def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
 @pytest.mark.parametrize(
   ('init', 'std_in', 'std_out'),
   [
-    (Init(), (1 / 50) ** 0.5, (1 / 80) ** 0.5),
-    (Init(scale=0.1), (0.1 / 50) ** 0.5, (0.1 / 80) ** 0.5),
-    (Init('gpt2', num_layers=8), 0.02, 0.02 / 4),
+    (FanIn(), (1 / 50) ** 0.5, (1 / 80) ** 0.5),
+    (FanIn(scale=0.1), (0.1 / 50) ** 0.5, (0.1 / 80) ** 0.5),
+    (Gpt2(), 0.02, 0.02 / 4),
   ],
 )
 def test_kernels_start_with_the_named_deviation(init, std_in, std_out):
   # 4000 draws a kernel: the deviation's own is about 1 %.
-  layer = FeedForward(FfnConfig(80, init=init))
+  shared = Shared(Numerics(init=init), num_layers=8)
+  layer = FeedForward(FfnOptions(80), shared)
   params = layer.init(tiny.key(0), jnp.ones((1, 50)))['params']
   w_in, w_out = (np.asarray(params[k].unbox()) for k in ('w_in', 'w_out'))
   np.testing.assert_allclose(w_in.std(), std_in, rtol=0.06)
@@ -117,9 +128,32 @@ def test_kernels_start_with_the_named_deviation(init, std_in, std_out):
 )
 def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    FfnConfig(**{'hidden': F, **options})
+    FfnOptions(**{'hidden': F, **options})
 
 
-def test_an_unknown_init_is_refused():
-  with pytest.raises(ValueError, match=r"unknown init\.kind 'gpt3'"):
-    Init('gpt3')
+def test_the_parent_gives_the_role():
+  x = jnp.ones((2, M))
+  for role in ('ffn', 'head'):
+    layer = FeedForward(FfnOptions(F), Shared(use_bias=True), role=role)
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
+    assert roles_of(boxed)['params'] == {
+      'w_in': (role, 'kernel'),
+      'b_in': (role, 'bias'),
+      'w_out': (role, 'kernel'),
+      'b_out': (role, 'bias'),
+    }
+
+
+def test_a_deep_layer_of_depth_one_is_the_layer():
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, M)), 'float32')
+  options, shared = FfnOptions(F, 'relu'), Shared(use_bias=True)
+  deep, plain = (
+    DeepFeedForward(options, 1, shared),
+    FeedForward(options, shared),
+  )
+  for a, b in zip(
+    jax.tree.leaves(deep.init_with_output(tiny.key(0), x)),
+    jax.tree.leaves(plain.init_with_output(tiny.key(0), x)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)

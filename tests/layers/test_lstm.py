@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers.lstm import Lstm, LstmConfig
+from moe_jax.layers import Lstm, LstmOptions, Numerics, Shared
 from tests import reference
 from tests.layers.test_moe import draw
 from tests.models import tiny
@@ -26,8 +26,8 @@ def params_of(hidden):
 
 
 @functools.cache
-def compiled(hidden, **options):
-  module = Lstm(LstmConfig(hidden, **options))
+def compiled(hidden, dtype='float32', **options):
+  module = Lstm(LstmOptions(hidden, **options), Shared(Numerics(dtype)))
   return jax.jit(lambda p, x, ids: module.apply({'params': p}, x, ids)[0])
 
 
@@ -80,7 +80,7 @@ def test_a_document_knows_nothing_of_the_one_before():
 
 def test_gradients_are_the_equations_slope():
   params, target = params_of(7), draw(B, T, M, seed=8)
-  module = Lstm(LstmConfig(7))
+  module = Lstm(LstmOptions(7))
 
   def loss(p):
     y, _ = module.apply({'params': p}, jnp.asarray(X), jnp.asarray(IDS))
@@ -102,7 +102,7 @@ def test_gradients_are_the_equations_slope():
 
 
 def test_it_starts_remembering_with_the_fan_in_of_its_input():
-  module = Lstm(LstmConfig(160, forget_bias=2.0))
+  module = Lstm(LstmOptions(160, forget_bias=2.0))
   boxed = module.init(tiny.key(0), jnp.ones((1, 2, 80)))['params']
   start = nn.meta.unbox(boxed)
   for name, fan_in in (('w_in', 80), ('w_state', 80), ('w_out', 160)):
@@ -126,7 +126,13 @@ def test_cells_of_bfloat16_are_float32():
   np.testing.assert_allclose(np.float32(y[0, -1]), np.tanh(4), rtol=0.01)
 
 
-@pytest.mark.parametrize('name', ['hidden', 'unroll'])
-def test_sizes_are_positive(name):
-  with pytest.raises(ValueError, match=f'lstm.{name}=0 must be at least 1'):
-    LstmConfig(**{'hidden': 3, name: 0})
+def test_cells_of_zero_are_as_many_as_the_model_is_wide():
+  x = jnp.asarray(X)
+  shapes = jax.eval_shape(Lstm(LstmOptions()).init, jax.random.key(0), x)
+  assert nn.meta.unbox(shapes)['params']['w_in'].shape == (M, 4, M)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('hidden', -1), ('unroll', 0)])
+def test_sizes_are_positive(name, value):
+  with pytest.raises(ValueError, match=f'{name}={value} must be at least'):
+    LstmOptions(**{name: value})

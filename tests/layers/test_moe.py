@@ -9,13 +9,21 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.layers import (
+  DISPATCHES,
+  EXPERTS,
+  Dropless,
+  Einsum,
   FeedForward,
-  FfnConfig,
+  FeedForwardExpert,
+  FfnOptions,
+  Gather,
   MoE,
-  MoeConfig,
-  RouterConfig,
+  MoeOptions,
+  Numerics,
+  Shared,
 )
-from moe_jax.routing import CapacityRule
+from moe_jax.layers.routers import ExpertChoice, TokenChoice
+from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests import reference
 from tests.models.tiny import assert_trees_close
 
@@ -28,21 +36,13 @@ def draw(*shape, seed=0):
 
 
 def make(
-  group_size=0,
-  dispatch='gather',
-  expert=None,
-  grouped_matmul='auto',
-  **router,
+  router=TokenChoice(), activation='relu', use_bias=True, dtype='float32', **moe
 ):
-  router = {'num_experts': E, 'num_selected': K, **router}
-  config = MoeConfig(
-    router=RouterConfig(**router),
-    expert=FfnConfig(**{'hidden': F, 'use_bias': True, **(expert or {})}),
-    group_size=group_size,
-    dispatch=dispatch,
-    grouped_matmul=grouped_matmul,
+  options = MoeOptions(
+    **{'num_experts': E, 'num_selected': K, 'router': router, **moe},
+    expert=FeedForwardExpert(F, activation),
   )
-  return MoE(config)
+  return MoE(options, Shared(Numerics(dtype), use_bias))
 
 
 def draw_params(layer, seed=0):
@@ -63,13 +63,14 @@ def run(layer, params, x, mask=None):
 
 
 def dense(params, x):
-  layer = FeedForward(FfnConfig(F, use_bias=True))
+  layer = FeedForward(FfnOptions(F, 'relu'), Shared(use_bias=True))
   return np.asarray(jax.jit(layer.apply)({'params': params}, x))
 
 
 def test_layer_equals_a_loop_over_tokens():
   # Groups of half a sequence, two slots an expert, some padding.
-  layer = make(4, capacity=CapacityRule('fixed', slots=1), gates='renormalized')
+  renormalized = TokenChoice(gates='renormalized')
+  layer = make(renormalized, group_size=4, capacity=Fixed(slots=1))
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   mask = np.ones((B, T), bool)
   mask[0, 6:] = mask[2, 2] = False
@@ -104,9 +105,9 @@ def test_layer_equals_a_loop_over_tokens():
 @pytest.mark.parametrize('num_selected', [2, 3])
 def test_identical_experts_with_room_for_all_are_the_dense_layer(num_selected):
   layer = make(
+    TokenChoice(gates='renormalized'),
     num_selected=num_selected,
-    gates='renormalized',
-    capacity=CapacityRule('all'),
+    capacity=All(),
   )
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
@@ -126,11 +127,14 @@ def test_one_expert_is_the_dense_layer():
 
 PARITY = {
   'switch': dict(num_selected=1),
-  'gshard': dict(gates='renormalized', slot_priority='choice_major'),
+  'gshard': dict(
+    router=TokenChoice(gates='renormalized', slot_priority='choice_major')
+  ),
   'vmoe': dict(
+    router=TokenChoice(
+      gates='renormalized_after_drop', slot_priority='batch_priority'
+    ),
     num_selected=3,
-    gates='renormalized_after_drop',
-    slot_priority='batch_priority',
     group_size=16,
   ),
 }
@@ -138,13 +142,13 @@ PARITY = {
 
 @pytest.mark.parametrize('name', PARITY)
 def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
-  options = PARITY[name] | {'capacity': CapacityRule('per_token', 0.75)}
+  options = PARITY[name] | {'capacity': PerToken(0.75)}
   x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
   mask = np.ones((B, T), bool)
   mask[1, 5:] = False
   params = draw_params(make(**options))
-  results = {}
-  for dispatch in ('gather', 'einsum'):
+  results = []
+  for dispatch in (Gather(), Einsum()):
     layer = make(dispatch=dispatch, **options)
 
     def loss(params, x, layer=layer):
@@ -152,9 +156,9 @@ def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
       return (y * target).sum(), (y, aux)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    results[dispatch] = gradient(params, x)
-  (grads, (y, aux)), other = results['gather'], results['einsum']
-  assert_trees_close(results['gather'], other, rtol=1e-4, atol=1e-4)
+    results.append(gradient(params, x))
+  grads, (y, aux) = results[0]
+  assert_trees_close(*results, rtol=1e-4, atol=1e-4)
   # Not vacuous: something is dropped, and what is served is not zero.
   assert aux.stats.overflowed.sum() > 0
   assert np.abs(y).max() > 1
@@ -173,12 +177,12 @@ def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
 )
 def test_dropless_equals_room_for_all_in_outputs_and_all_gradients(expert):
   x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
-  options = dict(capacity=CapacityRule('all'), expert=expert)
+  options = dict(capacity=All(), **expert)
   params = draw_params(make(**options))
   mask = np.ones((B, T), bool)
   mask[1, 5:] = False
   results = []
-  for dispatch in ('gather', 'dropless'):
+  for dispatch in (Gather(), Dropless()):
     layer = make(dispatch=dispatch, **options)
 
     def loss(params, x, layer=layer):
@@ -197,8 +201,8 @@ def test_dropless_equals_room_for_all_in_outputs_and_all_gradients(expert):
 def test_dropless_needs_no_room_for_what_it_does_not_have():
   # Eight experts with room for all would multiply E * B * T rows.
   layers = [
-    make(dispatch=dispatch, capacity=CapacityRule('all'), num_experts=8)
-    for dispatch in ('gather', 'dropless')
+    make(dispatch=dispatch, capacity=All(), num_experts=8)
+    for dispatch in (Gather(), Dropless())
   ]
   x = jnp.ones((B, 64, M))
   shapes = [
@@ -216,9 +220,8 @@ def test_dropless_needs_no_room_for_what_it_does_not_have():
   [('raw', 1), ('raw', 3), ('renormalized', 2), ('renormalized_after_drop', 2)],
 )
 def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
-  layer = make(
-    gates=gates, num_selected=num_selected, capacity=CapacityRule('all')
-  )
+  router = TokenChoice(gates=gates)
+  layer = make(router, num_selected=num_selected, capacity=All())
   params, x = draw_params(layer), draw(B, T, M, seed=10)
   params['router']['w'] *= 0.3
   direction, target = draw(M, E, seed=7), draw(B, T, M, seed=8)
@@ -241,11 +244,11 @@ def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
 
 
 def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
-  layer = make(expert={'dtype': 'bfloat16'}, capacity=CapacityRule('all'))
+  layer = make(dtype='bfloat16', capacity=All())
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, aux = run(layer, params, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  full, exact = run(make(capacity=CapacityRule('all')), params, x)
+  full, exact = run(make(capacity=All()), params, x)
   np.testing.assert_allclose(
     np.asarray(y, np.float32), full, rtol=0.1, atol=0.3
   )
@@ -257,18 +260,56 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(dispatch='gathered'), "unknown dispatch 'gathered'; did you mean"),
     (dict(group_size=-2), 'group_size=-2 must be at least -1'),
+    (dict(num_selected=9), r'num_selected=9 not in \[1, num_experts=5\]'),
+    (dict(output_masking=1.0), r'output_masking=1.0 not in \[0, 1\)'),
     (
-      dict(dispatch='dropless'),
-      "'dropless' with capacity_rule='per_token', which drops.*'gather'",
+      dict(dispatch=Dropless()),
+      "dispatch=Dropless has no slots, and capacity=PerToken drops.*'gather'",
     ),
+    # Nobody is routed in the dense twin.
+    (dict(num_experts=0, group_size=4), 'group_size=4 has no effect unless'),
     (
-      dict(grouped_matmul='block'),
-      "unknown grouped_matmul backend 'block'; did you mean 'blocks'",
+      dict(num_experts=0, router=TokenChoice(gates='sigmoid')),
+      'router=.* has no effect unless num_experts is at least 1',
     ),
   ],
 )
 def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     make(**options)
+
+
+@pytest.mark.parametrize(
+  ('kinds', 'name', 'message'),
+  [
+    (DISPATCHES, 'gathered', "unknown dispatch 'gathered'; did you mean 'gath"),
+    (EXPERTS, 'feedforward', "unknown expert 'feedforward'; did you mean 'fee"),
+  ],
+)
+def test_unknown_names_are_refused(kinds, name, message):
+  with pytest.raises(ValueError, match=message):
+    kinds.get(name)
+
+
+def test_an_unknown_backend_is_refused():
+  with pytest.raises(ValueError, match="'block'; did you mean 'blocks'"):
+    Dropless('block')
+
+
+def test_where_experts_choose_nothing_is_dropped():
+  assert (
+    make(ExpertChoice(), dispatch=Dropless()).options.capacity == PerToken()
+  )
+
+
+def test_the_dense_twin_has_the_width_of_the_experts_chosen():
+  options = MoeOptions(
+    num_experts=0, num_selected=3, expert=FeedForwardExpert(7)
+  )
+  ffn, dropout = options.within(FfnOptions(64, 'swiglu'), 0.25).twin()
+  assert ffn == FfnOptions(21, 'swiglu') and dropout == 0.25
+  own = FeedForwardExpert(0, 'relu', 0.0)
+  options = MoeOptions(num_experts=0, num_selected=3, expert=own)
+  ffn, dropout = options.within(FfnOptions(64, 'swiglu'), 0.25).twin()
+  assert ffn == FfnOptions(192, 'relu') and dropout == 0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.layers.moe import to_groups
-from moe_jax.routing import CapacityRule
+from moe_jax.layers.routers import NoisyTopK, TokenChoice
+from moe_jax.routing.capacity import Fixed, PerAssignment, PerToken
 from tests.layers.test_moe import (
   B,
   E,
@@ -51,19 +52,19 @@ def test_a_group_that_cuts_a_sequence_is_refused(group_size):
   ('rule', 'group_size', 'kept'),
   [
     # ceil(1.25 * S / 5), S = 8: 2 in each of 3 groups.
-    (CapacityRule('per_token', 1.25), 0, 3 * 2),
+    (PerToken(1.25), 0, 3 * 2),
     # S = 4: 1 in each of 6.
-    (CapacityRule('per_token', 1.25), 4, 6 * 1),
+    (PerToken(1.25), 4, 6 * 1),
     # S = 16: 4 in each of 2, the second of which is half padding.
-    (CapacityRule('per_token', 1.25), 16, 2 * 4),
+    (PerToken(1.25), 16, 2 * 4),
     # ceil(1.25 * 2 * 8 / 5) = 4.
-    (CapacityRule('per_assignment', 1.25), 0, 3 * 4),
+    (PerAssignment(1.25), 0, 3 * 4),
     # floor(1.25 * 8 / 5) = 2, up to a multiple of 3.
-    (CapacityRule('per_token', 1.25, 'floor', multiple=3), 0, 3 * 3),
+    (PerToken(1.25, 'floor', multiple=3), 0, 3 * 3),
   ],
 )
 def test_capacity_is_the_rule_at_the_size_of_the_group(rule, group_size, kept):
-  layer = make(group_size, capacity=rule)
+  layer = make(group_size=group_size, capacity=rule)
   params = draw_params(layer)
   row = draw(1, 1, M)
   _, aux = run(layer, params, np.tile(row, (B, T, 1)))
@@ -74,16 +75,16 @@ def test_capacity_is_the_rule_at_the_size_of_the_group(rule, group_size, kept):
   np.testing.assert_array_equal(aux.stats.tokens, B * T)
 
 
-TIGHT = CapacityRule('fixed', slots=3)
+TIGHT = Fixed(slots=3)
 
 
 def test_an_incomplete_group_is_as_good_as_alone():
   # 24 tokens in groups of 16: rows 0 and 1 are a group, row 2 half of one.
-  layer = make(16, capacity=TIGHT)
+  layer = make(group_size=16, capacity=TIGHT)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, aux = run(layer, params, x)
   pair, pair_aux = run(layer, params, x[:2])
-  alone = make(8, capacity=TIGHT)
+  alone = make(group_size=8, capacity=TIGHT)
   last, last_aux = run(alone, params, x[2:])
   np.testing.assert_allclose(y[:2], pair, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(y[2:], last, rtol=1e-5, atol=1e-5)
@@ -93,7 +94,7 @@ def test_an_incomplete_group_is_as_good_as_alone():
 
 
 def test_groups_are_routed_by_themselves():
-  layer = make(4, capacity=CapacityRule('fixed', slots=1))
+  layer = make(group_size=4, capacity=Fixed(slots=1))
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, _ = run(layer, params, x)
   other = x.copy()
@@ -106,15 +107,15 @@ def test_groups_are_routed_by_themselves():
 
 
 @pytest.mark.parametrize(
-  ('kind', 'slot_priority'),
+  'router',
   [
-    ('token_choice', 'token_major'),
-    ('token_choice', 'choice_major'),
-    ('noisy_top_k', 'batch_priority'),
+    TokenChoice(),
+    TokenChoice(slot_priority='choice_major'),
+    NoisyTopK(slot_priority='batch_priority'),
   ],
 )
-def test_padding_touches_no_token_no_loss_and_no_statistic(kind, slot_priority):
-  layer = make(16, kind=kind, slot_priority=slot_priority, capacity=TIGHT)
+def test_padding_touches_no_token_no_loss_and_no_statistic(router):
+  layer = make(router, group_size=16, capacity=TIGHT)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   mask = np.ones((B, T), bool)
   mask[0, :3] = mask[1, 6:] = mask[2] = False

@@ -7,26 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import FfnConfig, MoE, MoeConfig, RouterConfig
-from moe_jax.layers.experts.few_tokens import unstack
-from moe_jax.routing import CapacityRule
+from moe_jax.layers import Dropless, Einsum, Gather
+from moe_jax.layers.experts.few_tokens import Batched, Unrolled, unrolled
+from moe_jax.layers.routers import ExpertChoice, Hash, Random, TokenChoice
+from moe_jax.routing.capacity import All, PerAssignment
 from tests import reference
-from tests.layers.test_moe import B, E, F, K, M, T, draw, draw_params
+from tests.layers import test_moe
+from tests.layers.test_moe import B, E, K, M, T, draw, draw_params
 from tests.models import tiny
 from tests.models.tiny import assert_trees_close
 
 IDS = jnp.asarray(np.random.default_rng(5).integers(0, 9, (B, T)), 'uint32')
 
 
-def make(kind, capacity='per_assignment', group_size=0, **options):
-  return MoE(
-    MoeConfig(
-      router=RouterConfig(E, K, kind, CapacityRule(capacity, factor=0.5)),
-      expert=FfnConfig(F, use_bias=True),
-      group_size=group_size,
-      **options,
-    )
-  )
+TIGHT = PerAssignment(0.5)
+
+
+def make(router, capacity=TIGHT, **options):
+  return test_moe.make(router, capacity=capacity, **options)
 
 
 def a_mask():
@@ -37,7 +35,7 @@ def a_mask():
 
 def test_layer_equals_a_loop_over_experts():
   # Groups of half a sequence: a token an expert.
-  layer = make('expert_choice', group_size=4)
+  layer = make(ExpertChoice(), group_size=4)
   params, x, mask = draw_params(layer), draw(B, T, M, seed=9), a_mask()
   y, aux = jax.jit(layer.apply)({'params': params}, x, mask)
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -58,12 +56,12 @@ def test_layer_equals_a_loop_over_experts():
 
 
 @functools.cache
-def gradients(kind, dispatch, capacity):
-  layer = make(kind, capacity, dispatch=dispatch)
+def gradients(router, dispatch, capacity):
+  layer = make(router, capacity, dispatch=dispatch)
   x, target = draw(B, T, M, seed=9), draw(B, T, M, seed=8)
-  plain = make('token_choice', capacity)
+  plain = make(TokenChoice(), capacity)
   params = draw_params(plain)
-  if kind != 'expert_choice':
+  if not router.by_expert:
     del params['router']
 
   def loss(params, x):
@@ -75,45 +73,45 @@ def gradients(kind, dispatch, capacity):
 
 
 @pytest.mark.parametrize(
-  ('kind', 'dispatch', 'capacity'),
+  ('router', 'dispatch', 'capacity'),
   [
-    ('expert_choice', 'einsum', 'per_assignment'),
-    ('expert_choice', 'dropless', 'per_assignment'),
-    ('hash', 'einsum', 'per_assignment'),
-    ('random', 'dropless', 'all'),
+    (ExpertChoice(), Einsum(), TIGHT),
+    (ExpertChoice(), Dropless(), TIGHT),
+    (Hash(), Einsum(), TIGHT),
+    (Random(), Dropless(), All()),
   ],
 )
 def test_dispatchers_agree_in_outputs_and_all_gradients(
-  kind, dispatch, capacity
+  router, dispatch, capacity
 ):
-  grads, (y, aux) = one = gradients(kind, 'gather', capacity)
+  grads, (y, aux) = one = gradients(router, Gather(), capacity)
   assert_trees_close(
-    gradients(kind, dispatch, capacity), one, rtol=1e-4, atol=1e-4
+    gradients(router, dispatch, capacity), one, rtol=1e-4, atol=1e-4
   )
   assert np.abs(y).max() > 1
-  assert (aux.stats.overflowed.sum() > 0) == (capacity != 'all')
+  assert (aux.stats.overflowed.sum() > 0) == capacity.binds
   for leaf in jax.tree.leaves(grads):
     assert np.abs(leaf).max() > 1e-2
-  assert ('router' in grads[0]) == (kind == 'expert_choice')
+  assert ('router' in grads[0]) == router.by_expert
 
 
-@pytest.mark.parametrize('capacity', ['per_assignment', 'all'])
-@pytest.mark.parametrize('decoding', ['batched', 'unrolled'])
+@pytest.mark.parametrize('capacity', [TIGHT, All()])
+@pytest.mark.parametrize('dispatch', [Batched(), Unrolled()])
 def test_steps_of_few_tokens_are_the_same_where_experts_choose(
-  decoding, capacity
+  dispatch, capacity
 ):
-  plain = make('expert_choice', capacity)
+  plain = make(ExpertChoice(), capacity)
   params, x = draw_params(plain), draw(2, T, M, seed=9)
   expected, _ = jax.jit(plain.apply)({'params': params}, x)
-  if decoding == 'unrolled':
-    params = params | {'experts': unstack(params['experts'])}
-  layer = make('expert_choice', capacity, decoding=decoding)
+  if dispatch == Unrolled():
+    params = unrolled(params)
+  layer = make(ExpertChoice(), capacity, dispatch=dispatch)
   y, _ = jax.jit(layer.apply)({'params': params}, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_where_all_take_all_every_token_is_weighed_by_its_probabilities():
-  layer = make('expert_choice', 'all', dispatch='dropless')
+  layer = make(ExpertChoice(), All(), dispatch=Dropless())
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
   params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), one)
@@ -124,10 +122,10 @@ def test_where_all_take_all_every_token_is_weighed_by_its_probabilities():
 
 
 def test_outputs_are_masked_where_experts_choose():
-  layer = make('expert_choice', output_masking=0.25)
+  layer = make(ExpertChoice(), output_masking=0.25)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, _ = jax.jit(layer.apply)({'params': params}, x)
-  plain, _ = jax.jit(make('expert_choice').apply)({'params': params}, x)
+  plain, _ = jax.jit(make(ExpertChoice()).apply)({'params': params}, x)
   np.testing.assert_allclose(y, 0.75 * plain, rtol=1e-5, atol=1e-6)
   train = jax.jit(functools.partial(layer.apply, train=True))
   trained, _ = train({'params': params}, x, rngs={'router': tiny.key(0)})

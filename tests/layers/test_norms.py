@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import make_norm
-from moe_jax.layers.norms import NORMS, NormConfig
+from moe_jax.layers import NORMS, Numerics, Shared
+from moe_jax.layers.parameters import roles_of
 
 EPSILON = 0.25  # large enough to matter
 
@@ -20,12 +20,13 @@ def formula(kind, x, params):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('use_bias', [False, True])
-@pytest.mark.parametrize('kind', NORMS)
+@pytest.mark.parametrize('kind', NORMS.builtin)
 def test_norm_equals_its_formula(kind, use_bias, dtype):
   rng = np.random.default_rng(0)
   # A mean of 10 and a spread of 1: bfloat16 statistics would lose the spread.
   x = jnp.asarray(rng.normal(10, 1, (2, 3, 64)), dtype)
-  norm = make_norm(NormConfig(kind, EPSILON, use_bias), dtype, 'norm')
+  shared = Shared(Numerics(dtype), use_bias)
+  norm = NORMS.builtin[kind](EPSILON).module(shared, 'norm')
   shapes = jax.eval_shape(norm.init, jax.random.key(0), x)['params']
   # rmsnorm has no bias, whatever `use_bias` says.
   biased = use_bias and kind == 'layernorm'
@@ -42,6 +43,13 @@ def test_norm_equals_its_formula(kind, use_bias, dtype):
   )
 
 
+def test_its_parameters_are_those_of_a_norm():
+  norm = NORMS.builtin['layernorm']().module(Shared(use_bias=True), 'norm')
+  boxed = jax.eval_shape(norm.init, jax.random.key(0), jnp.ones((2, 3)))
+  roles = roles_of(boxed)['params']
+  assert roles == {'scale': ('norm', 'scale'), 'bias': ('norm', 'bias')}
+
+
 def test_an_unknown_norm_is_refused():
   with pytest.raises(ValueError, match=r"unknown norm 'rms'.*'rmsnorm'"):
-    NormConfig('rms')
+    NORMS.get('rms')

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import Attention, AttentionConfig
-from moe_jax.layers.positions import (
+from moe_jax.layers import (
+  POSITIONS,
+  Attention,
+  AttentionOptions,
+  Learned,
+  NoPositions,
+  Relative,
+  Rotary,
+  Sinusoidal,
+)
+from moe_jax.layers.positions import rotate, sinusoids
+from moe_jax.layers.relative_positions import (
   RelativePositionBias,
   distance_bucket,
-  rotate,
-  sinusoids,
 )
 
 B, T, H, D = 2, 5, 3, 4
@@ -74,7 +82,8 @@ def test_bfloat16_is_turned_in_float32():
 
 @pytest.mark.parametrize('rotary', [False, True])
 def test_attention_uses_positions_only_if_rotary(rotary):
-  layer = Attention(AttentionConfig(H, D, H, rotary=rotary))
+  positions = Rotary() if rotary else NoPositions()
+  layer = Attention(AttentionOptions(H, head_width=D), positions=positions)
   x = draw(B, T, 7)
   near = np.tile(np.arange(T, dtype=np.int32), (B, 1))
   params = jax.eval_shape(layer.init, jax.random.key(0), x, None, near)
@@ -136,3 +145,51 @@ def test_sinusoids_by_hand():
     [np.sin(near), np.sin(far), np.cos(near), np.cos(far), 0],
   ]
   np.testing.assert_allclose(waves[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_each_kind_adds_what_it_should_to_the_embedding():
+  x, tokens = draw(1, 3, 4), jnp.array([[7, 2, 0]])
+  places = jnp.array([[0, 1, 1]])
+  mask = jnp.array([[True, True, False]])
+  table = draw(5, 4, seed=1)
+
+  def added(positions):
+    return np.asarray(positions.add(x, tokens, mask, places, table) - x)[0]
+
+  for kind in POSITIONS.builtin.values():
+    assert kind().added == (kind in (Learned, Sinusoidal))
+  for kind in (NoPositions(), Rotary(), Relative()):
+    assert not added(kind).any()
+  learned = Learned(5)
+  assert learned.table_len == 5 and Learned().within(9).table_len == 9
+  np.testing.assert_allclose(
+    added(learned), np.asarray(table)[[0, 1, 1]], rtol=1e-5, atol=1e-6
+  )
+  # The first token stands at 3, where numbers begin; the second has the id
+  # before that, and the third is padding.
+  waves = np.asarray(sinusoids(jnp.array([[3]]), 4))[0, 0]
+  found = added(Sinusoidal(offset=3))
+  np.testing.assert_allclose(found[0], waves, rtol=1e-5, atol=1e-6)
+  assert not found[1:].any()
+
+
+def test_rows_longer_than_the_table_are_refused():
+  x, ids = draw(1, 3, 4), jnp.zeros((1, 3), jnp.int32)
+  with pytest.raises(ValueError, match='seq_len=3 > max_len=2 of the learned'):
+    Learned(2).add(x, ids, ids > 0, ids, draw(2, 4))
+
+
+@pytest.mark.parametrize(
+  ('buckets', 'max_distance', 'message'),
+  [(1, 128, 'buckets=1 must be at least 2'), (32, 16, 'max_distance=16 must')],
+)
+def test_buckets_that_cannot_be_are_refused(buckets, max_distance, message):
+  with pytest.raises(ValueError, match=message):
+    Relative(buckets, max_distance)
+
+
+def test_an_encoder_needs_two_buckets_a_side():
+  few = Relative(buckets=2)
+  assert not list(few.problems_with(head_width=D, causal=True))
+  (problem,) = few.problems_with(head_width=D, causal=False)
+  assert problem == 'buckets=2 must be at least 4 in an encoder'

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
+from moe_jax.kernels.cpu import add_to_each
 from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -27,11 +28,11 @@ class Keys(NamedTuple):
   """Which keys a query sees, beside the segments.
 
   Attributes:
-    causal: Whether it sees none behind its own place.
-    window: How many it sees up to itself, the last ones; 0 is all of them.
-      Causal attention alone has one.
-    scale: What the scores are multiplied by before the bias; 0.0 is D^-0.5.
-    cross: Whether they are another sequence's, of any length.
+    causal: Whether a query sees no key after its own.
+    window: How many keys a query sees up to its own, the last ones; 0: all of
+      them. Causal attention alone has a window.
+    scale: Factor of the scores before the bias is added; 0.0 is D^-0.5.
+    cross: Whether the keys are another sequence's, of any length.
   """
 
   causal: bool = True
@@ -61,16 +62,16 @@ def attend(
   Query heads are served H / N in a row by one head of keys and values.
 
   Args:
-    query: Unscaled.
-    key: Of every token.
-    value: Of every token.
-    segment_ids: A token sees its own segment alone, padding (0) included;
-      None: each row is one segment.
-    key_segment_ids: Of the keys; None: they are the queries' own.
+    query: The queries, unscaled.
+    key: The key of every token.
+    value: The value of every token.
+    segment_ids: The segment of each query. A token sees its own segment alone,
+      padding (0) included; None: each row is one segment.
+    key_segment_ids: The segment of each key; None: those of the queries.
     keys: Which of the segment's keys a token sees.
-    implementation: One of `IMPLEMENTATIONS`; see `AttentionConfig`.
-    bias: Added to the scaled scores.
-    dropout: Applied to the weights.
+    implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
+    bias: Numbers that are added to the scaled scores.
+    dropout: A function that drops some of the weights.
 
   Raises:
     ValueError: The implementation cannot serve the options or this machine.
@@ -162,7 +163,7 @@ def _cudnn_serves(options) -> bool:
 
 
 def _cuda_capability() -> float:
-  """Of this machine's NVIDIA GPU; 0.0 without one."""
+  """The compute capability of this machine's NVIDIA GPU; 0.0 without one."""
   device = jax.local_devices()[0]
   if device.platform != 'gpu' or 'NVIDIA' not in device.device_kind:
     return 0.0
@@ -210,7 +211,7 @@ def masked_softmax(
 def einsum(
   query, key, value, segment_ids, key_segment_ids, *, keys, bias, dropout=None
 ):
-  """Two products and a softmax: any option, and the fastest on a CPU."""
+  """Attention by two products and a softmax: it has every option."""
   B, T, H, D = query.shape
   S, N = key.shape[1:3]
   query = keys.scaled(query.reshape(B, T, N, H // N, D))
@@ -218,34 +219,12 @@ def einsum(
     'BTNJD,BSND->BNJTS', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
-    scores = add_bias(scores, bias.reshape(N, H // N, T, S))
+    scores = add_to_each(scores, bias.reshape(N, H // N, T, S))
   mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
   weights = masked_softmax(scores, mask).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
   return jnp.einsum('BNJTS,BSND->BTNJD', weights, value).reshape(B, T, H, D)
-
-
-@jax.custom_vjp
-def add_bias(scores, bias):
-  """scores [B, ...] + bias [...], whose gradient is a product with ones.
-
-  XLA's CPU compiler takes four times as long for a sum over the leading axis.
-  """
-  return scores + bias[None]
-
-
-def _biased_forward(scores, bias):
-  return add_bias(scores, bias), None
-
-
-def _biased_backward(_, d_scores):
-  B, *rest = d_scores.shape
-  ones = jnp.ones((1, B), d_scores.dtype)
-  return d_scores, (ones @ d_scores.reshape(B, -1)).reshape(rest)
-
-
-add_bias.defvjp(_biased_forward, _biased_backward)
 
 
 def cached(
@@ -284,7 +263,7 @@ def cached(
 def jax_nn(
   query, key, value, segment_ids, key_segment_ids, *, keys, bias, implementation
 ):
-  """JAX's own; a row of several segments needs a mask, one for all heads."""
+  """JAX's own attention; rows of several segments cost it a mask."""
   mask = None
   if segment_ids is not None:
     lengths = query.shape[1], key.shape[1]
@@ -306,7 +285,7 @@ def jax_nn(
 def splash(
   query, key, value, segment_ids, key_segment_ids, *, keys, interpret=False
 ):
-  """The TPU's blockwise kernel: neither scores nor mask leave it."""
+  """The TPU's blockwise kernel, which keeps scores and mask to itself."""
   del key_segment_ids  # the queries' own
 
   def local(query, key, value, segment_ids):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import Attention, AttentionConfig
+from moe_jax.layers import (
+  Attention,
+  AttentionOptions,
+  FanIn,
+  Gpt2,
+  Numerics,
+  Rotary,
+  Shared,
+)
+from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 
 B, T, M, H, N, D = 3, 7, 10, 4, 2, 6
@@ -59,9 +68,13 @@ def biases(heads=H, kv_heads=N):
   )
 
 
-def attend(params, *args, kv_heads=N, rngs=None, **options):
-  train = options.pop('train', False)
-  layer = Attention(AttentionConfig(H, D, kv_heads, **options))
+def make(kv_heads=N, use_bias=False, **attributes):
+  options = AttentionOptions(H, kv_heads, D)
+  return Attention(options, Shared(use_bias=use_bias), **attributes)
+
+
+def attend(params, *args, rngs=None, train=False, **options):
+  layer = make(**options)
   run = jax.jit(lambda p: layer.apply(p, *args, train=train, rngs=rngs))
   return run({'params': params})
 
@@ -130,7 +143,7 @@ def test_parameters_have_their_own_head_width_and_biases_only_on_request(
   use_bias,
 ):
   x, segment_ids, positions = inputs()
-  layer = Attention(AttentionConfig(H, D, N, use_bias=use_bias))
+  layer = make(use_bias=use_bias)
   boxed = jax.eval_shape(
     layer.init, jax.random.key(0), x, segment_ids, positions
   )
@@ -150,7 +163,8 @@ def test_bfloat16_scores_are_float32():
     'w_value': head * [0.0, 0, 0, 1],
     'w_out': head.swapaxes(0, 1),
   }
-  layer = Attention(AttentionConfig(1, 4, 1, dtype='bfloat16'))
+  shared = Shared(Numerics('bfloat16'))
+  layer = Attention(AttentionOptions(1), shared)
   positions = jnp.array([[0, 1]])
   y = jax.jit(lambda p: layer.apply({'params': p}, x, None, positions))(p)
   assert y.dtype == jnp.bfloat16
@@ -174,16 +188,64 @@ def test_dropout_is_unbiased_and_only_in_training():
   np.testing.assert_array_less(abs(drawn.mean(0) - plain[0]), 5 * error + 1e-5)
 
 
+@pytest.mark.parametrize('init', [FanIn(scale=2.0), Gpt2()])
+def test_scores_that_are_not_scaled_start_as_those_that_are(init):
+  # 2500 draws: the deviation's own is about 1.4 %.
+  def start(scale):
+    options = AttentionOptions(5, head_width=16, scale=scale)
+    layer = Attention(options, Shared(Numerics(init=init)))
+    x = jnp.ones((1, 2, 32))
+    params = layer.init(tiny.key(0), x, None, jnp.zeros((1, 2), jnp.int32))
+    return {k: np.std(w) for k, w in nn.meta.unbox(params)['params'].items()}
+
+  scaled, unscaled = start('head_width'), start('none')
+  np.testing.assert_allclose(
+    unscaled['w_query'], scaled['w_query'] / 16**0.5, rtol=0.05
+  )
+  np.testing.assert_allclose(unscaled['w_key'], scaled['w_key'], rtol=0.05)
+
+
+def test_its_parameters_are_those_of_attention():
+  x, segment_ids, positions = inputs()
+  layer = make(use_bias=True)
+  boxed = jax.eval_shape(
+    layer.init, jax.random.key(0), x, segment_ids, positions
+  )
+  roles = roles_of(boxed['params'])
+  assert roles['w_out'] == ('attention', 'kernel')
+  assert roles['b_query'] == ('attention', 'bias')
+
+
+def test_sizes_that_are_zero_are_those_of_the_model():
+  options = AttentionOptions(num_heads=4).within(24)
+  assert (options.num_kv_heads, options.head_width) == (4, 6)
+  own = AttentionOptions(num_heads=4, num_kv_heads=2, head_width=5)
+  assert own.within(24) == own
+  with pytest.raises(ValueError, match='num_heads=4 does not divide width=10'):
+    AttentionOptions(num_heads=4).within(10)
+
+
+def test_an_encoder_and_its_memory_have_no_window():
+  options = AttentionOptions(window=3)
+  assert options.keys(causal=True).window == 3
+  assert options.keys(causal=False).window == 0
+  assert options.keys(causal=False, cross=True).window == 0
+
+
 @pytest.mark.parametrize(
-  ('sizes', 'message'),
+  ('options', 'message'),
   [
-    ((4, 6, 3), 'num_kv_heads=3 does not divide num_heads=4'),
-    ((4, 6, 0), 'num_kv_heads=0 does not divide'),
-    ((0, 6, 1), 'num_heads=0'),
-    ((4, 0, 4), 'head_width=0'),
-    ((4, 5, 4), 'rotary needs an even head_width=5'),
+    (dict(num_kv_heads=3), 'num_kv_heads=3 does not divide num_heads=4'),
+    (dict(num_heads=0), 'num_heads=0 must be at least 1'),
+    (dict(head_width=-1), 'head_width=-1 must be at least 0'),
+    (dict(scale='rms'), "unknown scale 'rms'"),
   ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, message):
+def test_sizes_that_do_not_fit_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    AttentionConfig(*sizes, rotary=True)
+    AttentionOptions(**options)
+
+
+def test_rotary_positions_need_pairs():
+  (problem,) = Rotary().problems_with(head_width=5, causal=True)
+  assert 'head_width=5 must be even' in problem

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.layers import Attention, AttentionConfig
-from moe_jax.layers.attention import dot_product
+from moe_jax.layers import (
+  Attention,
+  AttentionOptions,
+  Numerics,
+  Rotary,
+  Shared,
+)
 from moe_jax.layers.attention.dot_product import (
   Keys,
   attend,
@@ -51,9 +56,10 @@ def kernels(seed=1):
   }
 
 
-def layer(implementation='einsum', **options):
-  options = dict(rotary=True, implementation=implementation) | options
-  return Attention(AttentionConfig(H, D, N, **options))
+def layer(implementation='einsum', dtype='float32', **attributes):
+  options = AttentionOptions(H, N, D, implementation=implementation)
+  shared = Shared(Numerics(dtype))
+  return Attention(options, shared, Rotary(), **attributes)
 
 
 @functools.cache
@@ -197,7 +203,6 @@ def test_auto_with_dropout_is_plain_in_training_alone():
 
 
 REFUSED = {
-  "unknown attention 'flash'": dict(implementation='flash'),
   "attention='xla': it has no dropout": dict(implementation='xla', dropout=0.1),
   "attention='splash': it has no dropout": dict(
     implementation='splash', dropout=0.1
@@ -210,9 +215,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('message', REFUSED)
-def test_a_config_that_cannot_be_served_is_refused(message):
+def test_what_cannot_be_served_is_refused_when_parameters_are_made(message):
+  module = layer(**REFUSED[message])
   with pytest.raises(ValueError, match=message):
-    AttentionConfig(H, D, N, **REFUSED[message])
+    jax.eval_shape(module.init, jax.random.key(0), *batch())
+
+
+def test_an_unknown_implementation_is_refused():
+  with pytest.raises(ValueError, match="unknown implementation 'flash'"):
+    AttentionOptions(implementation='flash')
 
 
 def test_a_length_that_cannot_be_served_is_refused_when_parameters_are_made():
@@ -303,26 +314,3 @@ def test_the_backward_pass_keeps_the_weights_and_no_mask():
   assert square
   for leaf in square:
     assert (leaf.dtype, leaf.size) == (jnp.float32, B * H * 7 * 7)
-
-
-def test_a_model_passes_on_its_choice():
-  model = tiny.build(attention='xla')
-  assert model.config.stack.block.attention.implementation == 'xla'
-  with pytest.raises(ValueError, match="attention='cudnn': dtype='float32'"):
-    tiny.build(attention='cudnn')
-
-
-def test_the_biass_gradient_is_that_of_a_sum():
-  rng = np.random.default_rng(0)
-  scores, bias, weights = (
-    jnp.asarray(rng.normal(size=shape), jnp.float32)
-    for shape in ((3, 2, 5, 7), (2, 5, 7), (3, 2, 5, 7))
-  )
-
-  def loss(add):
-    return lambda scores, bias: (jnp.tanh(add(scores, bias)) * weights).sum()
-
-  found = jax.grad(loss(dot_product.add_bias), (0, 1))(scores, bias)
-  expected = jax.grad(loss(lambda s, b: s + b[None]), (0, 1))(scores, bias)
-  for ours, theirs in zip(found, expected):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import FfnConfig
-from moe_jax.layers.experts.few_tokens import (
-  FEW_TOKENS,
-  BatchedExperts,
-  UnrolledExperts,
-  most_are_chosen,
-  unstack,
-)
-from moe_jax.layers.experts.sorted_rows_experts import DroplessExperts
+from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.layers import Dropless, FfnOptions, Shared
+from moe_jax.layers.experts.few_tokens import Batched, Unrolled, unrolled
+from moe_jax.layers.ffn import FfnLayer
 from moe_jax.routing import token_choice
 
 E, K, M, F = 5, 2, 6, 11
+
+
+def run(dispatch, layer, params, x, routing):
+  """The output of feed-forward experts that are served by a dispatch."""
+
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return dispatch.feed_forward(layer)(x, routing)[0]
+
+  variables = {'params': {'experts': params}}
+  return jax.jit(Layer().apply)(variables, x)
 
 
 @pytest.mark.parametrize('use_bias', [False, True])
@@ -35,30 +42,21 @@ def test_equals_stacked_experts(tokens, use_bias):
     mask=mask,
     gates='renormalized',
   )
-  config = FfnConfig(F, activation='swiglu', use_bias=use_bias)
-  stacked = DroplessExperts(config)
-  shapes = jax.eval_shape(stacked.init, jax.random.key(0), x, routing)
-  params = jax.tree.map(
-    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
-    nn.meta.unbox(shapes)['params'],
-  )
-  expected = jax.jit(stacked.apply)({'params': params}, x, routing)
-  own = {'params': unstack(params)}
-  found = jax.jit(UnrolledExperts(config).apply)(own, x, routing)
+  layer = FfnLayer(FfnOptions(F, 'swiglu'), Shared(use_bias=use_bias))
+  shapes = {'w_in': (M, F), 'w_gate': (M, F), 'w_out': (F, M)}
+  if use_bias:
+    shapes |= {'b_in': (F,), 'b_out': (M,)}
+  params = {
+    name: jnp.asarray(rng.normal(size=(E, *shape)), jnp.float32)
+    for name, shape in shapes.items()
+  }
+  expected = run(Dropless(), layer, params, x, routing)
+  own = unrolled({'experts': params})['experts']
+  found = run(Unrolled(), layer, own, x, routing)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
   assert np.abs(np.asarray(found)[0, -1]).max() > 0.01
-  if tokens <= FEW_TOKENS:
-    found = jax.jit(BatchedExperts(config).apply)(
-      {'params': params}, x, routing
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_most_are_chosen():
-  # Of Mixtral's 8 experts two rows leave 0.75^2 on average, three 0.75^3.
-  assert not most_are_chosen(2, 2, 8)
-  assert most_are_chosen(3, 2, 8)
-  assert not most_are_chosen(16, 1, 128)
+  found = run(Batched(), layer, params, x, routing)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_nobody_chose_are_not_read():
@@ -68,6 +66,6 @@ def test_experts_that_nobody_chose_are_not_read():
   routing = token_choice(logits, num_selected=K, capacity=None)
   kernels = {'w_in': jnp.ones((E, M, F)), 'w_out': jnp.ones((E, F, M))}
   kernels = {k: w.at[2:].set(jnp.nan) for k, w in kernels.items()}
-  own = {'params': unstack(kernels)}
-  y = jax.jit(UnrolledExperts(FfnConfig(F)).apply)(own, x, routing)
+  own = unrolled({'experts': kernels})['experts']
+  y = run(Unrolled(), FfnLayer(FfnOptions(F)), own, x, routing)
   assert np.isfinite(np.asarray(y)).all()

@@ -9,22 +9,31 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from moe_jax import sections
 from moe_jax.layers import (
   ACTIVATIONS,
-  Experts,
+  Dropless,
+  Einsum,
+  ExpertOptions,
+  FanIn,
   FeedForward,
-  FfnConfig,
-  Init,
+  FeedForwardExpert,
+  FfnOptions,
+  Gather,
+  MixtureExpert,
+  ModuleExpert,
   MoE,
-  MoeConfig,
-  RouterConfig,
+  MoeOptions,
+  Numerics,
+  Shared,
 )
-from moe_jax.layers.experts.sorted_rows_experts import (
-  DroplessExperts,
-  sorted_feed_forward,
-)
-from moe_jax.layers.routers.router import Router
-from moe_jax.routing import CapacityRule, token_choice
+from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.layers.parameters import axes_of, roles_of
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.options import at_least, option
+from moe_jax.routing import Routing
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 
 E, R, M, F = 5, 3, 6, 11
@@ -35,6 +44,38 @@ def rows_of(*shape, seed=0):
   return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
+class Experts(nn.Module):
+  """Feed-forward experts alone, expert e on rows[e], by a dispatch."""
+
+  options: FfnOptions
+  shared: Shared = Shared()
+  dropout: float = 0.0
+  dispatch: Gather | Dropless = Gather()
+
+  @nn.compact
+  def __call__(self, rows, train=False):
+    E, R, M = rows.shape
+    # A group of all rows, the next R of which go to the next expert.
+    index = jnp.arange(E * R, dtype=jnp.int32).reshape(1, E * R, 1)
+    routing = Routing(
+      expert_index=index // R,
+      slot=index % R,
+      gate=jnp.ones(index.shape),
+      kept=jnp.ones(index.shape, bool),
+      num_experts=E,
+      capacity=R,
+    )
+    layer = FfnLayer(self.options, self.shared, self.dropout, 'expert')
+    experts = self.dispatch.feed_forward(layer)
+    y, _ = experts(rows.reshape(1, E * R, M), routing, train)
+    return y.reshape(rows.shape)
+
+
+def own_of(variables):
+  """The experts' own parameters, without boxes."""
+  return nn.meta.unbox(variables)['params']['experts']
+
+
 def draw_params(layer, rows):
   """Parameters of the layer's shapes, biases drawn too."""
   shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), rows))
@@ -43,38 +84,28 @@ def draw_params(layer, rows):
   return tree.unflatten(drawn)
 
 
-def test_one_expert_is_the_feed_forward_from_its_start():
-  config = FfnConfig(F, activation='swiglu', use_bias=True)
-  rows, key = rows_of(1, R, M), tiny.key(3)
-  one = nn.meta.unbox(Experts(config).init(key, rows))
-  dense = nn.meta.unbox(FeedForward(config).init(key, rows[0]))
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), one, dense)
-  y = jax.jit(Experts(config).apply)(one, rows)
-  dense_y = jax.jit(FeedForward(config).apply)(dense, rows[0])
-  np.testing.assert_allclose(y[0], dense_y, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
   ('activation', 'use_bias'),
   [('swiglu', False), *((name, True) for name in ACTIVATIONS)],
 )
 def test_expert_e_is_a_feed_forward_with_its_parameters(activation, use_bias):
-  config = FfnConfig(F, activation=activation, use_bias=use_bias)
+  options, shared = FfnOptions(F, activation), Shared(use_bias=use_bias)
   rows = rows_of(E, R, M)
-  params = draw_params(Experts(config), rows)
-  y = np.asarray(jax.jit(Experts(config).apply)(params, rows))
-  dense = jax.jit(FeedForward(config).apply)
+  params = draw_params(Experts(options, shared), rows)
+  y = np.asarray(jax.jit(Experts(options, shared).apply)(params, rows))
+  dense = jax.jit(FeedForward(options, shared).apply)
   for e in range(E):
-    own = jax.tree.map(lambda leaf, e=e: leaf[e], params)
-    np.testing.assert_allclose(y[e], dense(own, rows[e]), rtol=1e-4, atol=1e-4)
+    own = jax.tree.map(lambda leaf, e=e: leaf[e], own_of(params))
+    expected = dense({'params': own}, rows[e])
+    np.testing.assert_allclose(y[e], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_start_apart_with_the_fan_in_of_one():
   # 4000 draws an expert: the deviation's own is about 1 %. A fan-in that
   # counted the experts too would be off by sqrt(5).
-  layer = Experts(FfnConfig(80, activation='swiglu', init=Init(scale=2.0)))
-  params = layer.init(tiny.key(0), jnp.ones((E, 1, 50)))
-  params = nn.meta.unbox(params)['params']
+  shared = Shared(Numerics(init=FanIn(scale=2.0)))
+  layer = Experts(FfnOptions(80, 'swiglu'), shared)
+  params = own_of(layer.init(tiny.key(0), jnp.ones((E, 1, 50))))
   for name, fan_in in (('w_in', 50), ('w_gate', 50), ('w_out', 80)):
     w = np.asarray(params[name]).reshape(E, -1)
     np.testing.assert_allclose(w.std(1), np.sqrt(2 / fan_in), rtol=0.06)
@@ -82,31 +113,37 @@ def test_experts_start_apart_with_the_fan_in_of_one():
     assert np.abs(between).max() < 0.1, name
 
 
-def test_experts_carry_their_axis():
-  layer = Experts(FfnConfig(F, use_bias=True))
+def test_experts_carry_their_axis_and_their_role():
+  layer = Experts(FfnOptions(F), Shared(use_bias=True))
   boxed = jax.eval_shape(layer.init, jax.random.key(0), rows_of(E, R, M))
-  names = {name: box.names for name, box in boxed['params'].items()}
-  assert names == {
+  boxed = boxed['params']['experts']
+  assert axes_of(boxed) == {
     'w_in': ('expert', 'embed', 'expert_mlp'),
     'w_out': ('expert', 'expert_mlp', 'embed'),
     'b_in': ('expert', 'expert_mlp'),
     'b_out': ('expert', 'embed'),
   }
+  assert roles_of(boxed) == {
+    'w_in': ('expert', 'kernel'),
+    'w_out': ('expert', 'kernel'),
+    'b_in': ('expert', 'bias'),
+    'b_out': ('expert', 'bias'),
+  }
 
 
 def test_dropout_falls_on_each_expert_by_itself():
-  layer = Experts(FfnConfig(F, dropout=0.5))
+  layer = Experts(FfnOptions(F, 'relu'), dropout=0.5)
   rows = jnp.ones((E, R, M))
   # Every expert and every row alike: what differs is what was dropped.
   params = {'w_in': jnp.ones((E, M, F)), 'w_out': jnp.ones((E, F, M))}
+  variables = {'params': {'experts': params}}
   rngs = {'dropout': tiny.key(0)}
-  run = jax.jit(
-    lambda p: layer.apply({'params': p}, rows, train=True, rngs=rngs)
-  )
-  kept = np.asarray(run(params))[..., 0] / (2 * M)  # of F hidden values, [E, R]
+  run = jax.jit(lambda v: layer.apply(v, rows, train=True, rngs=rngs))
+  # Of F hidden values, [E, R].
+  kept = np.asarray(run(variables))[..., 0] / (2 * M)
   np.testing.assert_allclose(kept, kept.round(), atol=1e-5)
   assert len(set(kept.round().ravel())) > 2
-  evaluated = jax.jit(layer.apply)({'params': params}, rows)
+  evaluated = jax.jit(layer.apply)(variables, rows)
   np.testing.assert_allclose(evaluated, F * M, rtol=1e-5)
 
 
@@ -120,10 +157,11 @@ class Cube(nn.Module):
     return scale[None] * x**3
 
 
-MOE = MoeConfig(
-  router=RouterConfig(num_experts=E, num_selected=2),
-  expert=FfnConfig(F, activation='gelu'),
-)
+MOE = MoeOptions(E, 2, expert=FeedForwardExpert(F, 'gelu'))
+
+
+def with_expert(expert, **changes):
+  return MoE(dataclasses.replace(MOE, expert=expert, **changes))
 
 
 def run_moe(layer, params, x):
@@ -134,10 +172,8 @@ def test_a_module_given_as_expert_equals_the_built_in_one():
   x = rows_of(2, 8, M)
   own = MoE(MOE)
   params = draw_params(own, x)['params']
-  given = MoE(MOE, expert=FeedForward(MOE.expert))
-  shapes = nn.meta.unbox(jax.eval_shape(given.init, jax.random.key(0), x))
-  (name,) = shapes['params'].keys() - {'router'}
-  moved = {'router': params['router'], name: params['experts']}
+  given = with_expert(ModuleExpert(FeedForward(FfnOptions(F, 'gelu'))))
+  moved = {**params, 'experts': {'expert': params['experts']}}
   y = run_moe(own, params, x)
   assert np.abs(y).max() > 0.1
   np.testing.assert_allclose(run_moe(given, moved, x), y, rtol=1e-5, atol=1e-5)
@@ -146,10 +182,9 @@ def test_a_module_given_as_expert_equals_the_built_in_one():
 def test_any_module_can_be_an_expert():
   # Expert e cubes its input and scales it by its own weights.
   x = rows_of(2, 8, M)
-  layer = MoE(MOE, expert=Cube())
+  layer = with_expert(ModuleExpert(Cube()))
   start = nn.meta.unbox(jax.jit(layer.init)(tiny.key(0), x))['params']
-  (name,) = start.keys() - {'router'}
-  scale = start[name]['scale']
+  scale = start['experts']['expert']['scale']
   assert scale.shape == (E, M)
   assert np.unique(scale).size == E * M
   # All tokens prefer expert 3, then 1; gates are theirs, room is for two.
@@ -163,37 +198,86 @@ def test_any_module_can_be_an_expert():
   assert not y[:, 2:].any()
 
 
-INNER = MoeConfig(
-  router=RouterConfig(
-    num_experts=3,
-    num_selected=2,
-    gates='renormalized',
-    capacity=CapacityRule('all'),
-  ),
-  expert=FfnConfig(F),
+def test_parameters_of_any_module_have_the_role_and_the_axis_of_experts():
+  layer = with_expert(ModuleExpert(nn.Dense(M)))
+  boxed = jax.eval_shape(layer.init, jax.random.key(0), rows_of(2, 8, M))
+  boxed = boxed['params']['experts']['expert']
+  assert roles_of(boxed) == {
+    'kernel': ('expert', 'kernel'), 'bias': ('expert', 'bias'),
+  }  # fmt: skip
+  assert axes_of(boxed) == {
+    'kernel': ('expert', None, None), 'bias': ('expert', None),
+  }  # fmt: skip
+
+
+class Noisy(nn.Module):
+  """A user's expert: a kernel of so many powers, with noise in training."""
+
+  power: int
+
+  @nn.compact
+  def __call__(self, rows, train):
+    y = nn.Dense(M, use_bias=False)(rows**self.power)
+    return y + train
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyExpert(ExpertOptions):
+  power: int = option(3, 'Power that rows are raised to.', at_least(1))
+
+  def module(self, shared, name):
+    return Noisy(self.power, name=name)
+
+
+def test_an_expert_of_ones_own_has_options_and_knows_of_training():
+  name = f'{__name__}:NoisyExpert'
+  config = sections.section(MoeOptions)
+  config.expert.kind = name
+  config.expert.custom.power = 2
+  options = sections.read(MoeOptions, config)
+  assert options.expert == NoisyExpert(2)
+  layer = MoE(dataclasses.replace(options, num_experts=1, capacity=All()))
+  x = rows_of(2, 8, M)
+  params = draw_params(layer, x)['params']
+  (kernel,) = jax.tree.leaves(params['experts'])
+  for train in (False, True):
+    run = jax.jit(lambda p, t=train: layer.apply({'params': p}, x, train=t)[0])
+    np.testing.assert_allclose(
+      run(params), x**2 @ kernel[0] + train, rtol=1e-4, atol=1e-4
+    )
+  with pytest.raises(ValueError, match='NoisyExpert has no dense twin'):
+    options.twin()
+
+
+INNER = MoeOptions(
+  num_experts=3,
+  num_selected=2,
+  router=TokenChoice(gates='renormalized'),
+  capacity=All(),
+  expert=FeedForwardExpert(F, 'relu'),
   group_size=-1,  # all rows of an expert: the loss is of one group
 )
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'einsum'])
+@pytest.mark.parametrize('dispatch', [Gather(), Einsum()])
 def test_a_mixture_can_be_an_expert(dispatch):
   # Each expert is a mixture of three; a token goes to two of two each.
-  c = dataclasses.replace(MOE, dispatch=dispatch)
-  layer = MoE(c, expert=MoE(dataclasses.replace(INNER, dispatch=dispatch)))
+  inner = MoE(dataclasses.replace(INNER, dispatch=dispatch))
+  layer = with_expert(MixtureExpert(inner), dispatch=dispatch)
   x = rows_of(2, 8, M)
   params = draw_params(layer, x)['params']
-  (name,) = params.keys() - {'router'}
+  mixtures = params['experts']['expert']
   y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
   # One after the other: each inner mixture on the tokens that it has.
-  route = jax.jit(Router(MOE.router).apply)
+  route = jax.jit(MOE.router.module(MOE.sizes, Shared()).apply)
   routed, own = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
   serve = jax.jit(lambda p, mask: MoE(INNER).apply({'params': p}, x, mask))
   expected, losses = np.zeros(x.shape), 0.0
   for e in range(E):
     has = np.asarray((routed.expert_index == e) & routed.kept)
     gate = np.where(has, routed.gate, 0).sum(-1, keepdims=True)
-    inner = jax.tree.map(lambda leaf, e=e: leaf[e], params[name])
-    served, found = serve(inner, has.any(-1))
+    one = jax.tree.map(lambda leaf, e=e: leaf[e], mixtures)
+    served, found = serve(one, has.any(-1))
     expected += gate * served
     losses += found.balance_loss
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -202,8 +286,7 @@ def test_a_mixture_can_be_an_expert(dispatch):
     aux.balance_loss, own.balance_loss + losses, rtol=1e-5
   )
   np.testing.assert_array_equal(aux.stats.load, own.stats.load)
-  inner = params[name]['experts']['w_in']
-  assert inner.shape == (E, 3, M, F)
+  assert mixtures['experts']['w_in'].shape == (E, 3, M, F)
 
 
 SIZES = (2, 0, 4, 1, 1)  # and two rows that are no one's
@@ -217,22 +300,24 @@ SIZES = (2, 0, 4, 1, 1)  # and two rows that are no one's
 def test_sorted_rows_meet_the_expert_of_their_group(
   activation, use_bias, backend
 ):
-  config = FfnConfig(F, activation=activation, use_bias=use_bias)
-  params = draw_params(Experts(config), rows_of(E, R, M))
+  options, shared = FfnOptions(F, activation), Shared(use_bias=use_bias)
+  layer, dense = FfnLayer(options, shared), FeedForward(options, shared)
+  params = own_of(draw_params(Experts(options, shared), rows_of(E, R, M)))
   rows, target = rows_of(sum(SIZES) + 2, M, seed=7), rows_of(10, M, seed=8)
   sizes = jnp.array(SIZES, jnp.int32)
   live = (jnp.arange(len(rows)) < sum(SIZES))[:, None]
 
   def loss(params, rows):
-    y = sorted_feed_forward(config, params['params'], rows, sizes, backend)
+    y = sorted_feed_forward(layer, params, rows, sizes, backend)
     y = jnp.where(live, y, 0)
     return (y * target).sum(), y
 
   def expected(params, rows):
-    dense, stops = FeedForward(config), list(itertools.accumulate(SIZES))
+    stops = list(itertools.accumulate(SIZES))
     y = [
       dense.apply(
-        jax.tree.map(lambda leaf, e=e: leaf[e], params), rows[stop - n : stop]
+        {'params': jax.tree.map(lambda leaf, e=e: leaf[e], params)},
+        rows[stop - n : stop],
       )
       for e, (n, stop) in enumerate(zip(SIZES, stops))
     ]
@@ -247,13 +332,13 @@ def test_sorted_rows_meet_the_expert_of_their_group(
 
 
 def test_dropout_of_sorted_rows():
-  config = FfnConfig(F, dropout=0.5)
+  layer = FfnLayer(FfnOptions(F, 'relu'), dropout=0.5)
   rows, sizes = rows_of(10, M), jnp.array(SIZES, jnp.int32)
-  params = draw_params(Experts(config), rows_of(E, R, M))['params']
+  params = own_of(draw_params(Experts(layer.options), rows_of(E, R, M)))
 
   @jax.jit
   def run(key=None):
-    return sorted_feed_forward(config, params, rows, sizes, 'auto', key)
+    return sorted_feed_forward(layer, params, rows, sizes, 'auto', key)
 
   kept = run()
   drawn = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
@@ -261,28 +346,19 @@ def test_dropout_of_sorted_rows():
   np.testing.assert_allclose(drawn, kept, atol=0.35 * np.abs(kept).max())
 
 
-def test_dropless_experts_start_as_experts_do():
-  config = FfnConfig(F, activation='swiglu', use_bias=True)
-  logits = rows_of(2, 4, E)
-  routing = token_choice(logits, num_selected=2, capacity=None)
-  x, key = rows_of(2, 4, M), tiny.key(3)
-  found = DroplessExperts(config).init(key, x, routing)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    found,
-    Experts(config).init(key, rows_of(E, R, M)),
-  )
+def test_experts_start_alike_whoever_serves_them():
+  options, shared = FfnOptions(F, 'swiglu'), Shared(use_bias=True)
+  rows, key = rows_of(E, R, M), tiny.key(3)
+  slots = Experts(options, shared).init(key, rows)
+  dropless = Experts(options, shared, dispatch=Dropless()).init(key, rows)
+  jax.tree.map(np.testing.assert_array_equal, slots, dropless)
 
 
-def test_an_expert_of_ones_own_is_refused_under_dropless():
-  config = MoeConfig(
-    router=RouterConfig(num_experts=E, capacity=CapacityRule('all')),
-    expert=FfnConfig(F),
-    dispatch='dropless',
-  )
-  layer = MoE(config, expert=nn.Dense(M))
-  with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
-    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4, M)))
-  layer = MoE(config, expert=MoE(INNER))
-  with pytest.raises(ValueError, match="'dropless' with an expert of your own"):
-    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4, M)))
+@pytest.mark.parametrize(
+  'expert', [ModuleExpert(nn.Dense(M)), MixtureExpert(MoE(INNER))]
+)
+def test_an_expert_of_ones_own_is_refused_under_dropless(expert):
+  with pytest.raises(
+    ValueError, match='dispatch=Dropless serves no experts of'
+  ):
+    MoeOptions(E, capacity=All(), expert=expert, dispatch=Dropless())

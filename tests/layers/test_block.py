@@ -1,0 +1,137 @@
+"""What a block reads of its context beside the residual stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers import (
+  AttentionOptions,
+  Block,
+  BlockConfig,
+  Context,
+  FeedForwardExpert,
+  FfnOptions,
+  MoeOptions,
+)
+from moe_jax.layers.parameters import roles_of
+from moe_jax.routing.capacity import Fixed
+from tests.layers.test_moe import draw
+
+B, T, E, M, F = 3, 4, 5, 6, 11
+IDS = np.array([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 2, 2]], np.int32)
+
+
+def make(sparse=True, **moe):
+  moe = MoeOptions(E, capacity=Fixed(slots=2), **moe)
+  config = BlockConfig(
+    AttentionOptions(num_heads=2),
+    FfnOptions(F, 'relu'),
+    moe.within(FfnOptions(F, 'relu'), 0.0),
+  )
+  return Block(config, sparse)
+
+
+def context(**changes):
+  ids = jnp.asarray(IDS)
+  positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+  return Context(ids, ids > 0, positions)._replace(**changes)
+
+
+def params_of(block, x):
+  init = block.init
+  shapes = jax.eval_shape(init, jax.random.key(0), x, context(), None, 0)
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  return tree.unflatten(
+    [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  )
+
+
+def run(block, params, x, context):
+  y, _, aux = jax.jit(
+    lambda p: block.apply({'params': p}, x, context, None, 0)
+  )(params)
+  return np.asarray(y), aux
+
+
+@pytest.mark.parametrize('routed', [False, True])
+def test_routers_see_padding_only_if_the_context_says_so(routed):
+  block, x = make(), jnp.asarray(draw(B, T, M, seed=9))
+  params = params_of(block, x)
+  mask = jnp.ones((B, T), bool) if routed else None
+  _, aux = run(block, params, x, context(routed_mask=mask))
+  assert aux.stats.tokens == B * T - (not routed)
+
+
+def test_padding_that_is_routed_takes_slots():
+  # All tokens are alike and go to one expert with two slots; the first token
+  # of the first row is padding.
+  block = make()
+  x = jnp.broadcast_to(jnp.asarray(draw(M))[None, None], (B, T, M))
+  params = params_of(block, x)
+  for name in ('w_query', 'w_key', 'w_value', 'w_out'):
+    params['attention'][name] *= 0
+  served = []
+  for mask in (None, jnp.ones((B, T), bool)):
+    y, _ = run(block, params, x, context(routed_mask=mask))
+    served.append(np.abs(y - np.asarray(x)).max(-1)[0] > 1e-3)
+  np.testing.assert_array_equal(served[0], [False, True, True, False])
+  np.testing.assert_array_equal(served[1], [True, True, False, False])
+
+
+def test_who_sees_and_who_is_seen_may_be_told_apart():
+  # Padding sees the first example of its row, and nobody sees padding.
+  block, x = make(sparse=False), jnp.asarray(draw(B, T, M, seed=9))
+  params = params_of(block, x)
+  ids = jnp.asarray(IDS[:, ::-1])  # padding is behind
+  plain = context(segment_ids=ids)
+  apart = plain._replace(segment_ids=jnp.maximum(ids, 1), key_segment_ids=ids)
+  y, _ = run(block, params, x, plain)
+  other, _ = run(block, params, x, apart)
+  differs = np.abs(y - other).max(-1) > 1e-5
+  np.testing.assert_array_equal(differs, np.asarray(ids) == 0)
+  # What padding holds is of no effect on it.
+  changed = x.at[0, 3].add(1.0)
+  moved, _ = run(block, params, changed, apart)
+  np.testing.assert_array_equal(moved[0, :3], other[0, :3])
+
+
+def test_a_dense_block_has_the_statistics_of_none():
+  x = jnp.asarray(draw(B, T, M, seed=9))
+  block = make(sparse=False)
+  _, aux = run(block, params_of(block, x), x, context())
+  assert aux.stats.tokens == 0 and aux.stats.load.shape == (E,)
+  block = Block(
+    BlockConfig(AttentionOptions(num_heads=2), FfnOptions(F)), sparse=False
+  )
+  _, aux = run(block, params_of(block, x), x, context())
+  assert aux.stats.load.shape == (1,)
+
+
+def test_parents_give_roles():
+  x = jnp.ones((B, T, M))
+  block = make(extra_ffn=True)
+  boxed = jax.eval_shape(block.init, jax.random.key(0), x, context(), None, 0)
+  roles = roles_of(boxed['params'])
+  assert roles['moe']['router']['w'] == ('router', 'kernel')
+  assert roles['moe']['experts']['w_in'] == ('expert', 'kernel')
+  assert roles['extra_ffn']['w_in'] == ('ffn', 'kernel')
+  assert roles['attention']['w_key'] == ('attention', 'kernel')
+  assert roles['ffn_norm']['scale'] == ('norm', 'scale')
+
+
+def test_the_twin_of_wide_experts_is_a_wide_layer():
+  options = MoeOptions(
+    num_experts=0, num_selected=3, expert=FeedForwardExpert(7), extra_ffn=True
+  )
+  config = BlockConfig(
+    AttentionOptions(num_heads=2),
+    FfnOptions(F, 'relu'),
+    options.within(FfnOptions(F, 'relu'), 0.0),
+  )
+  block, x = Block(config, sparse=True), jnp.ones((B, T, M))
+  params = params_of(block, x)
+  assert params['ffn']['w_in'].shape == (M, 21)
+  assert params['extra_ffn']['w_in'].shape == (M, F)
+  assert 'moe' not in params
