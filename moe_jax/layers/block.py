@@ -15,6 +15,9 @@ from moe_jax.layers.shared import Shared
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Bool, Float, Int, Leaf
 
+# The name of a block's attention to an encoder's output.
+CROSS_ATTENTION = 'cross_attention'
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
@@ -138,7 +141,7 @@ class Block(nn.Module):
     return FeedForward(ffn, self.config.shared, dropout, name=name)
 
   def _attention(self, x, context, cache, layer, cross: bool):
-    c, name = self.config, 'cross_attention' if cross else 'attention'
+    c, name = self.config, CROSS_ATTENTION if cross else 'attention'
     h = self._norm(x, f'{name}_norm')
     bias = None if cross else context.bias
     attention = Attention(

@@ -1,11 +1,24 @@
 """Models: a model's options say what it is, and build its linen module."""
 
 from moe_jax.layers.attention.cache import KVCache
-from moe_jax.models.adaptive import AdaptiveMixture, AdaptiveOptions
+from moe_jax.models.adaptive import (
+  AdaptiveMixture,
+  AdaptiveOptions,
+  MixtureOptions,
+)
 from moe_jax.models.base import Model, check_generates
 from moe_jax.models.decoder import Decoder, DecoderOptions
-from moe_jax.models.deep_moe import DeepMoe, DeepMoeOptions
-from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderOptions
+from moe_jax.models.deep_moe import (
+  DeepMoe,
+  DeepMoeOptions,
+  GatedLayersOptions,
+)
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.models.encoder_decoder import (
+  EncoderDecoder,
+  EncoderDecoderOptions,
+  EncoderOptions,
+)
 from moe_jax.models.kinds import MODELS
 from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
@@ -23,10 +36,14 @@ __all__ = [
   'DecoderOptions',
   'DeepMoe',
   'DeepMoeOptions',
+  'EmbeddingOptions',
   'EncoderDecoder',
   'EncoderDecoderOptions',
+  'EncoderOptions',
+  'GatedLayersOptions',
   'LstmLm',
   'LstmLmOptions',
+  'MixtureOptions',
   'Model',
   'ModelOptions',
   'RunShape',

@@ -15,6 +15,7 @@ from flax import linen as nn
 from moe_jax import sections
 from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
+from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.layers.shared import RULES
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_trees import Path, periods_of
@@ -287,7 +288,7 @@ class EncoderDecoder(Transformer):
     """Keys and values of the layers of periods: [layers, B, N, S, D] each."""
     shared = self.decoder_blocks.block.shared
     pairs = [
-      project_memory(shared, params['cross_attention'], memory)
+      project_memory(shared, params[CROSS_ATTENTION], memory)
       for params in layers
     ]
     return tuple(
