@@ -29,6 +29,7 @@ from moe_jax.routing.capacity import (
   PerToken,
 )
 from moe_jax.routing.expert_choice_rule import expert_choice
+from moe_jax.routing.given_choice_rule import even_choice, given_choice
 from moe_jax.routing.hash_rule import hash_choice
 from moe_jax.routing.noisy_top_k_rule import (
   NoisyLogits,
@@ -51,9 +52,7 @@ from moe_jax.routing.token_choice_rule import (
   SLOT_PRIORITIES,
   at_choices,
   choose,
-  even_choice,
   gates_before_drop,
-  given_choice,
   token_choice,
 )
 

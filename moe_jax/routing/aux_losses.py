@@ -56,9 +56,14 @@ def z_loss(
 
   Source: Eq. 5 of arXiv:2202.08906.
   """
-  square = jax.nn.logsumexp(router_logits, axis=-1) ** 2
+  square = token_z(router_logits)
   real = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
   return jnp.where(mask, square, 0.0).sum(-1) / real
+
+
+def token_z(router_logits: Float32[Array, '*G E']) -> Float32[Array, '*G']:
+  """The squared logsumexp of each token's logits."""
+  return jax.nn.logsumexp(router_logits, axis=-1) ** 2
 
 
 def importance_loss(

@@ -152,13 +152,27 @@ def _of_logits(router_logits, mask) -> dict[str, Array]:
   if router_logits is None:
     return {'entropy': zero, 'logit_square': zero}
   router_logits = jax.lax.stop_gradient(router_logits)
-  log_probs = jax.nn.log_softmax(router_logits)
-  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)  # [G, S]
-  square = jnp.mean(router_logits**2, -1)
+  entropy = token_entropy(router_logits)
+  square = token_square(router_logits)
   return {
     'entropy': jnp.where(mask, entropy, zero).sum(),
     'logit_square': jnp.where(mask, square, zero).sum(),
   }
+
+
+def token_entropy(
+  router_logits: Float32[Array, '*G E'],
+) -> Float32[Array, '*G']:
+  """The entropy of each token's probabilities, in nats."""
+  log_probs = jax.nn.log_softmax(router_logits)
+  return -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+
+def token_square(
+  router_logits: Float32[Array, '*G E'],
+) -> Float32[Array, '*G']:
+  """The mean square of each token's logits."""
+  return jnp.mean(router_logits**2, -1)
 
 
 class MoeAux(NamedTuple):

@@ -13,11 +13,16 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
+from moe_jax.routing.given_choice_rule import (
+  GIVEN_PRIORITIES,
+  check_capacity,
+  queue_slots,
+)
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
 GATES = ('raw', 'renormalized', 'renormalized_after_drop', 'sigmoid')
-SLOT_PRIORITIES = ('token_major', 'choice_major', 'batch_priority')
+SLOT_PRIORITIES = (*GIVEN_PRIORITIES, 'batch_priority')
 SECOND_POLICIES = ('all', 'sampled', 'threshold')
 
 
@@ -73,8 +78,8 @@ def token_choice(
       router's gradient away), or 'sampled' with K other than 2.
   """
   E, K = router_logits.shape[-1], num_selected
+  check_capacity(capacity)
   _check(
-    capacity,
     slot_priority,
     second_threshold,
     num_experts=E,
@@ -99,76 +104,10 @@ def token_choice(
     order = jnp.argsort(-_top_probability(router_logits))
   else:
     order = None
-  slot = decided(_slots(expert_index, queued, E, slot_priority, order))
+  slot = decided(queue_slots(expert_index, queued, E, slot_priority, order))
   kept = served if capacity is None else served & (slot < capacity)
   gate = _gates(gates, router_logits, chosen_logits, pair_gate, kept)
   return Routing(expert_index, slot, gate, kept, E, capacity)
-
-
-def even_choice(
-  expert_index: Int32[Array, 'G S K'],
-  *,
-  num_experts: int,
-  capacity: int | None,
-  mask: Bool[Array, 'G S'] | None = None,
-  slot_priority: str = 'token_major',
-) -> Routing:
-  """Serves choices that were made without logits: every gate is 1/K.
-
-  The gate of a dropped choice is lost. Arguments and errors are those of
-  `given_choice`.
-  """
-  gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
-  return given_choice(
-    expert_index,
-    gate,
-    num_experts=num_experts,
-    capacity=capacity,
-    mask=mask,
-    slot_priority=slot_priority,
-  )
-
-
-def given_choice(
-  expert_index: Int32[Array, 'G S K'],
-  gate: Float32[Array, 'G S K'],
-  *,
-  num_experts: int,
-  capacity: int | None,
-  mask: Bool[Array, 'G S'] | None = None,
-  slot_priority: str = 'token_major',
-) -> Routing:
-  """Serves choices whose gates are known; that of a dropped one is lost.
-
-  Args:
-    expert_index: K different experts for each token.
-    gate: The gate of each choice.
-    num_experts: E.
-    capacity, mask: As in `token_choice`.
-    slot_priority: 'token_major' or 'choice_major'; there are no probabilities
-      to order the tokens by.
-
-  Raises:
-    ValueError: K is not in [1, E], capacity < 1, or the priority is another.
-  """
-  _check(
-    capacity,
-    slot_priority,
-    num_experts=num_experts,
-    num_selected=expert_index.shape[-1],
-  )
-  if slot_priority == 'batch_priority':
-    raise ValueError(
-      "slot_priority='batch_priority' without probabilities to sort by; use "
-      "'token_major' or 'choice_major'"
-    )
-  if mask is None:
-    mask = jnp.ones(expert_index.shape[:2], bool)
-  queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
-  slot = decided(_slots(expert_index, queued, num_experts, slot_priority, None))
-  kept = queued if capacity is None else queued & (slot < capacity)
-  gate = jnp.where(kept, gate, 0.0)
-  return Routing(expert_index, slot, gate, kept, num_experts, capacity)
 
 
 def choose(
@@ -218,24 +157,19 @@ def choice_problems(
 
 
 def _check(
-  capacity: int | None,
-  slot_priority: str = 'token_major',
-  second_threshold: float = 1.0,
-  **sizes,
+  slot_priority: str, second_threshold: float, **sizes: int | str
 ) -> None:
   """Raises ValueError where an argument of `token_choice` is wrong."""
-  options = {'gates': 'raw', 'second_policy': 'all', **sizes}
-  for name, value, have in (
-    ('gates', options['gates'], GATES),
-    ('slot_priority', slot_priority, SLOT_PRIORITIES),
-    ('second_policy', options['second_policy'], SECOND_POLICIES),
+  values = {'slot_priority': slot_priority, **sizes}
+  for name, have in (
+    ('gates', GATES),
+    ('slot_priority', SLOT_PRIORITIES),
+    ('second_policy', SECOND_POLICIES),
   ):
-    if value not in have:
-      raise unknown(name, value, have)
+    if values[name] not in have:
+      raise unknown(name, values[name], have)
   problems = list(choice_problems(**sizes))
-  if capacity is not None and capacity < 1:
-    problems.append(f'capacity={capacity} must be at least 1, or None')
-  if options['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
+  if values['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
     problems.append(f'second_threshold={second_threshold} not in (0, 1]')
   if problems:
     raise ValueError('; '.join(problems))
@@ -254,36 +188,6 @@ def _top_probability(router_logits):
   router_logits = jax.lax.stop_gradient(router_logits)
   normalizer = jax.nn.logsumexp(router_logits, axis=-1)
   return router_logits.max(-1) - normalizer  # [G, S]
-
-
-def _slots(
-  expert_index: Int32[Array, 'G S K'],
-  queued: Bool[Array, 'G S K'],
-  E: int,
-  slot_priority: str,
-  order: Int32[Array, 'G S'] | None,
-) -> Int32[Array, 'G S K']:
-  """The choices before each one in its expert's queue; 0 if it is in none."""
-  G, S, K = expert_index.shape
-  if order is not None:
-    expert_index = jnp.take_along_axis(expert_index, order[..., None], axis=1)
-    queued = jnp.take_along_axis(queued, order[..., None], axis=1)
-  if slot_priority != 'token_major':
-    expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
-    queued = queued.swapaxes(1, 2)
-  expert_line = expert_index.reshape(G, S * K)
-  queued_line = queued.reshape(G, S * K)
-  choice = jax.nn.one_hot(expert_line, E, dtype=jnp.int32)
-  choice = jnp.where(queued_line[..., None], choice, 0)  # [G, S*K, E]
-  place = (jnp.cumsum(choice, axis=1) * choice).sum(-1) - 1  # [G, S*K]
-  slot = jnp.maximum(place, 0)
-  if slot_priority == 'token_major':
-    return slot.reshape(G, S, K)
-  slot = slot.reshape(G, K, S).swapaxes(1, 2)  # [G, S, K]
-  if order is not None:
-    inverse = jnp.argsort(order, axis=1)
-    slot = jnp.take_along_axis(slot, inverse[..., None], axis=1)
-  return slot
 
 
 def gates_before_drop(

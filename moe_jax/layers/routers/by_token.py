@@ -15,6 +15,7 @@ from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.options import one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES
 from moe_jax.routing.token_choice_rule import (
   GATES,
   SECOND_POLICIES,
@@ -33,7 +34,7 @@ class Queued(RouterOptions):
     "Who is served first: 'token_major' is earlier tokens, each with all its "
     "choices; 'choice_major' all first choices, then all second ones "
     '(GShard), which lets later tokens change earlier outputs.',
-    one_of('token_major', 'choice_major'),
+    one_of(*GIVEN_PRIORITIES),
   )
 
   def canonical(self, sizes):
@@ -61,6 +62,13 @@ class Queued(RouterOptions):
       'tokens change earlier outputs wherever capacity binds; use '
       "slot_priority='token_major'"
     )
+
+  def meaning(self, sizes):
+    """Where nobody waits for a slot, nobody is served before another."""
+    single = sizes.num_selected == 1 and self.slot_priority == 'choice_major'
+    if sizes.capacity.binds and not single:
+      return self
+    return dataclasses.replace(self, slot_priority='token_major')
 
 
 @dataclasses.dataclass(frozen=True)

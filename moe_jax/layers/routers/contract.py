@@ -140,6 +140,19 @@ class RouterOptions(Options):
     """Whether a choice can be dropped because its expert is full."""
     return sizes.capacity.binds
 
+  def meaning(self, sizes: Sizes) -> Self:
+    """The same router, with defaults where an option has no effect on choices.
+
+    Two routers of the same sizes choose alike if these are equal, but for
+    options that are only about training.
+    """
+    del sizes
+    return self
+
+  def training_slots(self, sizes: Sizes, group_size: int) -> int:
+    """Slots per expert in a group of so many tokens, in training."""
+    return sizes.slots(group_size)
+
   def multiply_adds(self, sizes: Sizes, width: int) -> int:
     """Multiplications of the router's products with one token of M values."""
     raise NotImplementedError
@@ -206,3 +219,23 @@ class RouterOptions(Options):
   def for_encoder(self) -> Self:
     """The same router for an encoder, whose layers are counted anew."""
     return self
+
+
+def sown_choices(layer: Any) -> Any:
+  """What the router of a layer kept of its choices, for analysis.
+
+  Args:
+    layer: What one layer has in the collection 'intermediates'.
+
+  Returns:
+    int32 [G, S, K], the experts that tokens chose before drops; where experts
+    choose, the `SlotRouting`.
+
+  Raises:
+    ValueError: The layer kept nothing.
+  """
+  if isinstance(layer, tuple):  # flax keeps what is sown in tuples
+    return layer[0]
+  for below in layer.values():
+    return sown_choices(below)
+  raise ValueError('the layer has a router that kept no choices')

@@ -1,12 +1,12 @@
 """The router of two levels: a gate over branches, and one in each branch.
 
 Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). A branch's
-gate multiplies the tokens that chose it and no others, so that the work per
-token grows with a + b, not with their product. The rule is
-`moe_jax.routing.hierarchical_rule`; the experts are those of any layer.
+gate multiplies only the tokens that chose it, so that the work per token grows
+with a + b, not with their product. The rule is `routing.hierarchical_rule`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ from moe_jax.layers.routers.linear_gate import ROLE, product
 from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import hierarchical_rule
-from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.aux_losses import over_groups, token_z
+from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
@@ -61,6 +62,7 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     'leaves it out.',
     at_least(0),
     when={'noisy': (True,)},
+    how=True,
   )
 
   def problems_with(self, sizes):
@@ -86,6 +88,11 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     branches = primary.num_selected * secondary.num_experts
     return (1 + self.noisy) * width * (primary.num_experts + branches)
 
+  def shrunk(self):
+    """As few branches as a token chooses; see `Options.shrunk`."""
+    branching = min(self.branching, self.branches_selected)
+    return dataclasses.replace(self, branching=branching)
+
   def levels(self, sizes: Sizes) -> tuple['LevelSizes', 'LevelSizes']:
     """The sizes of the gate over branches, and of the gate in each branch."""
     a, K1 = self.branching, self.branches_selected
@@ -101,9 +108,9 @@ class LevelSizes(NamedTuple):
   """One level's choices.
 
   Attributes:
-    num_experts: How many branches, or experts of a branch, there are.
-    num_selected: How many of them are chosen.
-    gates: What their weights are.
+    num_experts: The number of branches, or of experts in a branch.
+    num_selected: The number that is chosen.
+    gates: The option of that name.
   """
 
   num_experts: int
@@ -266,37 +273,30 @@ def _aux(
       branch.index,
       mask,
     )
-  entropy, square = (
-    jax.lax.stop_gradient(_both(f, branch, expert, mask))
-    for f in (_entropy, _square)
-  )
+  entropy = _both(token_entropy, branch, expert, mask)
+  square = _both(token_square, branch, expert, mask)
   stats = routing.routing_stats(chosen, None, mask)
   return routing.MoeAux(
     balance_loss=jnp.zeros((), jnp.float32),
-    z_loss=_both(_z, branch, expert, mask),
+    z_loss=_both(token_z, branch, expert, mask),
     importance_loss=over_groups(importance, mask),
     load_loss=over_groups(load, mask),
-    stats=stats._replace(entropy=entropy, logit_square=square),
+    stats=stats._replace(
+      entropy=jax.lax.stop_gradient(entropy),
+      logit_square=jax.lax.stop_gradient(square),
+    ),
   )
 
 
-def _both(f, branch: _Level, expert: _Level, mask) -> Float32[Array, '']:
+def _both(
+  f: Callable[[Array], Array],
+  branch: _Level,
+  expert: _Level,
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, '']:
   """The sum over real tokens of f of both levels' logits; see the class."""
   inner = f(expert.clean).reshape(branch.gate.shape)
   # The z-loss is not to move tokens to branches of small logits.
   gate = jax.lax.stop_gradient(branch.gate)
   per_token = f(branch.clean) + (gate * inner).sum(-1)  # [G, S]
   return jnp.where(mask, per_token, 0.0).sum()
-
-
-def _z(logits):
-  return jax.nn.logsumexp(logits, axis=-1) ** 2
-
-
-def _entropy(logits):
-  log_probs = jax.nn.log_softmax(logits)
-  return -(jnp.exp(log_probs) * log_probs).sum(-1)
-
-
-def _square(logits):
-  return jnp.mean(logits**2, -1)

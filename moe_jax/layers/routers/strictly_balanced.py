@@ -37,6 +37,7 @@ class StrictlyBalanced(LoadLoss, ByExpert):
     'Weight of the loss that teaches the thresholds to agree with the choices '
     'of training (Eq. 20 of arXiv:1701.06538); 0.0 leaves it out.',
     at_least(0),
+    how=True,
   )
 
   def module(self, sizes, shared, name=None):
@@ -46,6 +47,10 @@ class StrictlyBalanced(LoadLoss, ByExpert):
   def leak(self, sizes):
     """In training an expert chooses among all tokens of the group."""
     return LEAK
+
+  def training_slots(self, sizes, group_size):
+    """In training every expert has its share of all choices."""
+    return -(-sizes.num_selected * group_size // sizes.num_experts)
 
 
 class StrictlyBalancedRouter(Router):

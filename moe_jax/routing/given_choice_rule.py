@@ -1,0 +1,122 @@
+"""Given choices: experts serve choices that others made, in queues.
+
+Hash layers, random routing and routers of two levels choose by themselves; here
+is who is served. Not here: choices by logits (`token_choice_rule.py`), which
+queue likewise.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.options import unknown
+from moe_jax.routing.assignments import Routing
+from moe_jax.routing.rows import decided
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+GIVEN_PRIORITIES = ('token_major', 'choice_major')
+
+
+def even_choice(
+  expert_index: Int32[Array, 'G S K'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+  mask: Bool[Array, 'G S'] | None = None,
+  slot_priority: str = 'token_major',
+) -> Routing:
+  """Serves choices that were made without logits: every gate is 1/K.
+
+  The gate of a dropped choice is lost. Arguments and errors are those of
+  `given_choice`.
+  """
+  gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
+  return given_choice(
+    expert_index,
+    gate,
+    num_experts=num_experts,
+    capacity=capacity,
+    mask=mask,
+    slot_priority=slot_priority,
+  )
+
+
+def given_choice(
+  expert_index: Int32[Array, 'G S K'],
+  gate: Float32[Array, 'G S K'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+  mask: Bool[Array, 'G S'] | None = None,
+  slot_priority: str = 'token_major',
+) -> Routing:
+  """Serves choices whose gates are known; that of a dropped one is lost.
+
+  Args:
+    expert_index: K different experts for each token.
+    gate: The gate of each choice.
+    num_experts: E.
+    capacity, mask: As in `token_choice`.
+    slot_priority: 'token_major' or 'choice_major'; there are no probabilities
+      to order the tokens by, as 'batch_priority' would.
+
+  Raises:
+    ValueError: K is not in [1, E], capacity < 1, or the priority is another.
+  """
+  E, K = num_experts, expert_index.shape[-1]
+  if not 1 <= K <= E:
+    raise ValueError(f'num_selected={K} not in [1, num_experts={E}]')
+  check_capacity(capacity)
+  if slot_priority not in GIVEN_PRIORITIES:
+    raise unknown('slot_priority', slot_priority, GIVEN_PRIORITIES)
+  if mask is None:
+    mask = jnp.ones(expert_index.shape[:2], bool)
+  queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
+  slot = decided(queue_slots(expert_index, queued, E, slot_priority))
+  kept = queued if capacity is None else queued & (slot < capacity)
+  gate = jnp.where(kept, gate, 0.0)
+  return Routing(expert_index, slot, gate, kept, E, capacity)
+
+
+def check_capacity(capacity: int | None) -> None:
+  """Raises ValueError where a capacity is neither None nor at least 1."""
+  if capacity is not None and capacity < 1:
+    raise ValueError(f'capacity={capacity} must be at least 1, or None')
+
+
+def queue_slots(
+  expert_index: Int32[Array, 'G S K'],
+  queued: Bool[Array, 'G S K'],
+  E: int,
+  slot_priority: str,
+  order: Int32[Array, 'G S'] | None = None,
+) -> Int32[Array, 'G S K']:
+  """The choices before each one in its expert's queue; 0 if it is in none.
+
+  Args:
+    expert_index: The chosen experts.
+    queued: Which choices queue.
+    E: The number of experts.
+    slot_priority: 'token_major', or another for choice-major queues.
+    order: The order in which the tokens of each group queue, where it is not
+      that of the sequence.
+  """
+  G, S, K = expert_index.shape
+  if order is not None:
+    expert_index = jnp.take_along_axis(expert_index, order[..., None], axis=1)
+    queued = jnp.take_along_axis(queued, order[..., None], axis=1)
+  if slot_priority != 'token_major':
+    expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
+    queued = queued.swapaxes(1, 2)
+  expert_line = expert_index.reshape(G, S * K)
+  queued_line = queued.reshape(G, S * K)
+  choice = jax.nn.one_hot(expert_line, E, dtype=jnp.int32)
+  choice = jnp.where(queued_line[..., None], choice, 0)  # [G, S*K, E]
+  before = (jnp.cumsum(choice, axis=1) * choice).sum(-1) - 1  # [G, S*K]
+  slot = jnp.maximum(before, 0)
+  if slot_priority == 'token_major':
+    return slot.reshape(G, S, K)
+  slot = slot.reshape(G, K, S).swapaxes(1, 2)  # [G, S, K]
+  if order is not None:
+    inverse = jnp.argsort(order, axis=1)
+    slot = jnp.take_along_axis(slot, inverse[..., None], axis=1)
+  return slot
