@@ -30,12 +30,12 @@ from moe_jax.shapes import Array, Float32
 
 
 class AdaptiveOutputs(NamedTuple):
-  """What a mixture says of N cases.
+  """The outputs of a mixture for N cases.
 
   Attributes:
     expert_outputs: float32 [N, E, V], every expert's own o_i.
-    gate_logits: float32 [N, E].
-    gate_probs: float32 [N, E], the p_i.
+    gate_logits: float32 [N, E], the logits of the gate.
+    gate_probs: float32 [N, E], the mixing proportions p_i.
     prediction: float32 [N, V], the blend sum_i p_i o_i.
   """
 
@@ -49,8 +49,8 @@ class Gradients(NamedTuple):
   """The gradients of every case's error, as the formulas have them.
 
   Attributes:
-    expert_outputs: float32 [N, E, V].
-    gate_logits: float32 [N, E].
+    expert_outputs: float32 [N, E, V], by each expert's output.
+    gate_logits: float32 [N, E], by the logits of the gate.
   """
 
   expert_outputs: Array
@@ -115,7 +115,7 @@ def posterior(
 def cooperative_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 1.1: every expert gets the error of the blend.
+  """The gradients of equation 1.1: every expert gets the error of the blend.
 
   -2 p_i (d - y) for o_i and -2 p_i (d - y).(o_i - y) for the gate, y the
   blend; implied by the paper, not printed.
@@ -130,7 +130,7 @@ def cooperative_gradients(
 def gated_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 1.2. Equation 1.4, -2 p_i (d - o_i), is that of the experts.
+  """The gradients of equation 1.2; the experts' is 1.4, -2 p_i (d - o_i).
 
   The gate's is p_i (||d - o_i||^2 - E): an expert that does better than the
   weighted average gets more of the case.
@@ -145,7 +145,7 @@ def gated_gradients(
 def competitive_gradients(
   outputs: Outputs, gate_logits: Logits, targets: Targets
 ) -> Gradients:
-  """Of equation 1.3. Equation 1.5, -h_i (d - o_i), is that of the experts.
+  """The gradients of equation 1.3; the experts' is 1.5, -h_i (d - o_i).
 
   The gate's is p_i - h_i. Where all p_i are equal and all distances above 1,
   this moves the best-fitting expert fastest, equation 1.4 slowest.
@@ -229,7 +229,7 @@ class AdaptiveMixture(FeatureModel):
   def __call__(
     self, features: Float32[Array, 'N *shape'], train: bool = False
   ) -> tuple[AdaptiveOutputs, MoeAux]:
-    """What experts, gate and blend say; `train` changes nothing."""
+    """The outputs of experts, gate and blend; `train` changes nothing."""
     del train
     c = self.options.adaptive
     x = features.reshape(features.shape[0], math.prod(features.shape[1:]))

@@ -1,4 +1,4 @@
-"""What a model is: the contract that all models keep.
+"""The contract of models: the questions that every model answers.
 
 A model's module answers what training, generation, analysis and imports ask of
 it. Nobody compares a model's kind or class. Not here: its options, which build
@@ -21,7 +21,7 @@ Batch = Mapping[str, Array]
 
 
 class TokenLosses(NamedTuple):
-  """What a model's outputs cost, for each token or example.
+  """The loss of a model's outputs, for each token or example.
 
   Attributes:
     nats: float32 [B, T], the loss; the cross-entropy in nats, in a model that
@@ -42,8 +42,8 @@ class Model(nn.Module):
   `make_cache` or `encode` belong to models that generate.
 
   Attributes:
-    reads_features: As in `ModelOptions`.
-    has_encoder: Likewise.
+    reads_features: The same as in `ModelOptions`.
+    has_encoder: The same as in `ModelOptions`.
     generates: Whether the kind of model can continue text at all.
   """
 
@@ -81,7 +81,7 @@ class Model(nn.Module):
 
   @nn.nowrap
   def loss(self, outputs: Any, batch: Batch) -> TokenLosses:
-    """What the outputs of each token or example of a batch cost."""
+    """The loss of the outputs, for each token or example of a batch."""
     raise NotImplementedError
 
   # Layers.
@@ -199,7 +199,7 @@ class Model(nn.Module):
 
   @nn.nowrap
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What each layer has in a collection of variables; {} where nothing."""
+    """The variables of each layer in a collection; {} where it has none."""
     raise NotImplementedError
 
   @nn.nowrap
@@ -233,6 +233,7 @@ class Model(nn.Module):
     Raises:
       ValueError: The model does not generate.
     """
+    check_generates(self)
     raise NotImplementedError
 
   @property

@@ -126,10 +126,10 @@ class GatedLayerConfig:
   """One gated layer.
 
   Attributes:
-    num_experts: E.
+    num_experts: E, the number of experts.
     hidden: F, the units of each expert, which is the layer's width.
     gate_hidden: The units of the gating network's hidden layer.
-    margin: See `GatedLayersOptions`.
+    margin: The same as in `GatedLayersOptions`.
     largest: The model's largest E, to which loads are padded.
     shared: What the layers of the model share.
   """
@@ -281,7 +281,7 @@ class DeepMoe(FeatureModel):
     Args:
       router_state: The collection before the step.
       load: The gates of the whole batch, summed, of every layer.
-      rate: Without a meaning here.
+      rate: It has no meaning here.
     """
     del rate
     if not router_state:

@@ -45,13 +45,13 @@ class EmbeddingConfig:
   Attributes:
     options: How tokens become vectors, and vectors logits.
     shared: What all layers of the model share.
-    vocab_size: V.
-    width: M.
+    vocab_size: V, the number of tokens.
+    width: M, the width of the residual stream.
     positions: What is added to the embedded tokens for their positions.
     encoder_table: Whether an encoder has an embedding table of its own, as in
       transformers 5.24 where embeddings are not tied. No config has it:
       imports alone set it.
-    dropout: Rate on the embedded tokens, in training.
+    dropout: The rate at which embedded tokens are dropped in training.
   """
 
   options: EmbeddingOptions

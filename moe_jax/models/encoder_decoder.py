@@ -44,7 +44,7 @@ from moe_jax.shapes import Array, Bool, Float32, Int
 
 @dataclasses.dataclass(frozen=True)
 class EncoderOptions(Options):
-  """What differs in the encoder."""
+  """Options in which the encoder differs from the decoder."""
 
   num_layers: int = option(
     0, 'Number of layers of the encoder; 0: model.num_layers.', at_least(0)
@@ -64,7 +64,7 @@ class EncoderDecoderOptions(TransformerOptions):
   has_encoder: ClassVar[bool] = True
 
   encoder: EncoderOptions = nested(
-    EncoderOptions(), 'What differs in the encoder.'
+    EncoderOptions(), 'Options in which the encoder differs from the decoder.'
   )
 
   def decoder_half(self) -> StackOptions:

@@ -1,4 +1,4 @@
-"""What models before language have in common: examples of numbers, classes out.
+"""Models of examples that are no text: what those of 1991 and 2013 share.
 
 The shape of an example and the number of classes are the data's. Not here: the
 models (`adaptive.py`, `deep_moe.py`).

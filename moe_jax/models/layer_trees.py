@@ -32,7 +32,7 @@ class LayerPlace(NamedTuple):
 
 
 def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
-  """What each layer has in a stack's tree; {} where it has nothing."""
+  """The variables of each layer in a stack's tree; {} where it has none."""
   layers = []
   for segment in segments(c.sparse):
     for i in range(segment.repeats):

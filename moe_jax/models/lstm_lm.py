@@ -41,7 +41,7 @@ class LstmLmOptions(TextModelOptions):
   lstm: LstmOptions = nested(LstmOptions(), 'Layers that are LSTMs.')
 
   def problems(self) -> Iterator[str]:
-    """What other models have and this one does not."""
+    """Options of other models of text that this one does not have."""
     yield from super().problems()
     yield from self.leak()
     router = self.moe.router
@@ -106,7 +106,7 @@ class LstmLayersConfig:
 
 
 class LstmCache(flax.struct.PyTreeNode):
-  """What an LSTM language model keeps between steps.
+  """The states that an LSTM language model keeps between steps.
 
   Attributes:
     states: A layer's `LstmState` of rows [B, ...]; None of a feed-forward.
@@ -201,7 +201,7 @@ class LstmLm(TextModel):
 
   @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> LstmCache:
-    """What `batch_size` rows begin with, however long they get.
+    """The states that rows begin with, however long they get.
 
     Raises:
       ValueError: Its experts choose among tokens.

@@ -1,4 +1,4 @@
-"""What a model's options are: the contract that the options of all kinds keep.
+"""The contract of a model's options, which those of all kinds keep.
 
 They say what a model is, and build it. Not here: the module (`base.py`), and
 which kinds there are (`kinds.py`).
@@ -92,7 +92,7 @@ class ModelOptions(Options):
     raise NotImplementedError
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
-    """What keeps the model from being trained in a run of these sizes."""
+    """The reasons why the model cannot be trained in a run of these sizes."""
     del run
     return iter(())
 

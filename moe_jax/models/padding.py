@@ -1,4 +1,4 @@
-"""What the blocks of a stack and their routers see of padding.
+"""Padding, as the blocks of a stack and their routers see it.
 
 The models here hide padding from everything. Another library's models may not:
 a subclass of `Padding` says what they see (`moe_jax.interop.quirks`).
@@ -15,9 +15,9 @@ class Padding:
   """Padding takes no slot, counts as no token and is attended to by none."""
 
   def context(self, context: Context) -> Context:
-    """What the blocks read, given what they would read if padding is hidden."""
+    """The context of the blocks, given the one that hides padding."""
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """Which tokens the routers count; segment 0 is padding."""
+    """The tokens that routers count, as True; segment 0 is padding."""
     return segment_ids > 0

@@ -13,7 +13,7 @@ from moe_jax.shapes import PRNGKey
 
 
 class ParameterTrees(NamedTuple):
-  """What is known of a model's parameters before there are any.
+  """The shapes, axes and roles of parameters, before there are any.
 
   Each is a tree of the parameters' form, without boxes.
 

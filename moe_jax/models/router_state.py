@@ -39,6 +39,6 @@ def init_router_state(model: Model, seq_len: int) -> dict[str, Any]:
 
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
-  """What `apply` takes: the collections that are there."""
+  """The variables that `apply` takes: the collections that are there."""
   kept = {COLLECTION: router_state} if router_state else {}
   return {'params': params, **kept}

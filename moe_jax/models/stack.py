@@ -129,7 +129,7 @@ def run_stack(
 
 
 class Carry(NamedTuple):
-  """What goes from block to block."""
+  """The values that go from block to block."""
 
   x: Array
   cache: KVCache | None

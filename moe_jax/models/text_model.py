@@ -1,4 +1,4 @@
-"""What models of text have in common: what they read, and their loss."""
+"""Models of text: the batches that they read, and their loss."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""What the options of models of text have in common: their layers.
+"""The options that all models of text have: those of layers and of tables.
 
 Not here: what one layer's options are (`moe_jax.layers`), and the module that
 they make (`transformer.py`, `lstm_lm.py`).
@@ -66,7 +66,7 @@ class LayerOptions(Options):
       yield str(error)
 
   def leak(self) -> Iterator[str]:
-    """What lets later tokens change earlier outputs without leave."""
+    """The problem of a router that leaks the future without leave."""
     moe = self.moe
     reason = moe.router.leak(moe.sizes) if self.has_experts else None
     if reason is not None and not self.moe.allow_future_leak:
@@ -179,7 +179,7 @@ class TextModelOptions(ModelOptions, LayerOptions):
     yield from self.group_problems(run, 'data.seq_len', run.seq_len)
 
   def shared(self, num_layers: int, rules: Rules) -> Shared:
-    """What all layers of a half of so many layers share."""
+    """The object that all layers of a half of so many layers share."""
     return Shared(self.numerics, self.use_bias, num_layers, rules)
 
   def embedding_config(self, rules: Rules) -> EmbeddingConfig:

@@ -1,4 +1,4 @@
-"""What the Transformers have in common: stacks of blocks, and steps of one.
+"""Models of stacks of blocks, and the decoding steps of one stack.
 
 Not here: a stack itself (`stack.py`), and which stacks a model has
 (`decoder.py`, `encoder_decoder.py`).
@@ -156,7 +156,7 @@ def make_context(
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
 ) -> Context:
-  """What a stack's blocks read, with the defaults of `Decoder.__call__`."""
+  """The context of a stack's blocks; defaults are those of `Decoder`."""
   B, T = tokens.shape
   token_mask = jnp.ones((B, T), bool)
   if segment_ids is not None:
@@ -169,7 +169,7 @@ def make_context(
 
 
 def hash_ids(c: StackConfig, tokens, previous, positions) -> Array | None:
-  """What routers hash tokens by; None where none does."""
+  """The numbers that routers hash tokens by; None where none does."""
   moe = c.experts
   return moe and moe.router.ids_of(tokens, previous, positions)
 

@@ -23,11 +23,11 @@ class TransformerOptions(TextModelOptions, StackOptions):
 
   @property
   def padding(self) -> Padding:
-    """What blocks and routers see of padding; a subclass may show it."""
+    """The view of blocks and routers on padding; a subclass may show it."""
     return Padding()
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
-    """What is wrong with the layers of a half in a model of this width."""
+    """The problems of the layers of a half in a model of this width."""
     try:
       attention = half.attention.within(self.width)
     except OptionError as error:
