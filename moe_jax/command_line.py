@@ -76,7 +76,9 @@ def config_of(
     ValueError: The file or a key does not exist, or a value has another type.
   """
   values = flags.FlagValues()
-  options = dict(flag_values=values, accept_new_attributes=True)
+  options = dict(
+    flag_values=values, accept_new_attributes=True, lock_config=False
+  )
   if isinstance(base, str):
     argv = ['', f'--config={base}', *overrides]
     _check_config(argv)

@@ -22,21 +22,22 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from moe_jax import command_line, distributed, finetuning, host, run_config
+from moe_jax import (
+  command_line,
+  config_flag,
+  distributed,
+  finetuning,
+  host,
+  run_config,
+)
 from moe_jax.data import DataError
 from moe_jax.hooks import default_hooks
 from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training.loop import train_and_evaluate
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  None,
-  'A file of configs/, with overrides: --config.seed=1.',
-  accept_new_attributes=True,  # of open sections; others are looked up before
-)
+config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints, metrics and reports go.'
 )
@@ -58,7 +59,6 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   'process_id', None, 'Which of them this is, from 0.'
 )
-flags.mark_flags_as_required(['config'])
 
 
 def main(argv: list[str]) -> None:
@@ -69,16 +69,13 @@ def main(argv: list[str]) -> None:
   host.keep_freed_memory()
   command_line.ignore_closed_loops()
   if _DESCRIBE.value:
-    command_line.say(run_config.describe(_CONFIG.value))
+    command_line.say(run_config.describe(config_flag.value()))
     return
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  spec = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    options, ignored = run_config.settled(
-      command_line.load_config(spec), _CONFIG.value
-    )
+    options, ignored = config_flag.read()
     with distributed.joined(options.distributed, *processes):
       ended = _train(options, ignored)
   except ValueError as error:  # flags that do not fit together

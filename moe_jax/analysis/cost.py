@@ -9,19 +9,17 @@ time.
 
 import dataclasses
 
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line
+from moe_jax import command_line, config_flag
 from moe_jax.analysis import devices, memory
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
-from moe_jax.analysis.halves import Half, halves, param_shapes
-from moe_jax.config import merge
-from moe_jax.data import tokenizers
-from moe_jax.models import OF_FEATURES, LstmLm, Model, build
+from moe_jax.analysis.halves import Half, counted, halves
+from moe_jax.layers.experts import DISPATCHES
+from moe_jax.models import Model
+from moe_jax.training.run_options import RunOptions
 
 __all__ = [
   'Cost',
@@ -103,26 +101,24 @@ def _over(c: Cost) -> str:
   )
 
 
-def without_vocabulary(model: LstmLm, seq_len: int) -> tuple[int, int]:
+def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
   """(multiply-adds a token, parameters), both without embedding and softmax.
 
   As Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts them.
   """
-  logits = 2 * model.config.vocab_size * model.config.embedding.width
-  shapes = param_shapes(model, seq_len)
-  # Tables stand in the model's own scope.
-  layers = sum(leaf.size for name, leaf in shapes.items() if '/' in name)
+  logits = 2 * model.vocab_size * model.embedding.width
+  layers = sum(p.size for p in counted(model, seq_len) if not p.outside_layers)
   return (count(model, seq_len).decoder.total - logits) // 2, layers
 
 
 def _attention(model: Model, c: Cost) -> str:
-  if isinstance(model, LstmLm):
+  if not model.stacks:
     return ''
   return f'; attention in full, over {_over(c)}'
 
 
 def _as_in_2017(model: Model, seq_len: int) -> str:
-  if not isinstance(model, LstmLm):
+  if model.stacks:
     return ''
   ops, params = without_vocabulary(model, seq_len)
   return (
@@ -140,7 +136,7 @@ def memory_table(model: Model, work: Workload) -> Table:
     lengths += f' and {parts[-1].length}'
   table = Table(
     title=f'a batch of {work.batch_size} x {lengths} tokens, activations in '
-    f'{parts[-1].stack.block.dtype}',
+    f'{parts[-1].stack.block.shared.dtype}',
     caption="Kept is what the forward pass leaves for the backward pass: XLA's "
     'own temporaries, gradients and the optimizer come on top.',
   )
@@ -155,19 +151,20 @@ def memory_table(model: Model, work: Workload) -> Table:
   table.add_row('logits, float32', in_bytes(kept.logits))
   for half in parts:
     if half.num_sparse:
-      for name, value in _of_experts(half, model.config.embedding.width, work):
+      for name, value in _of_experts(half, model.embedding.width, work):
         table.add_row(name, value)
   return table
 
 
 def _of_experts(half: Half, width: int, work: Workload):
   """The rows of a stack's sparse layers: (what, how much)."""
-  moe, B = half.stack.block.moe, work.batch_size
+  moe, B = half.moe, work.batch_size
   rows = memory.expert_rows(moe, B, half.length)
-  where = half.prefix.removesuffix('/')
+  where = '/'.join(half.path)
   where = f'{where}: ' if where else ''
+  dispatch = DISPATCHES.name_of(moe.dispatch)
   yield (
-    f'{where}buffers of a sparse layer ({moe.dispatch}, {rows} rows)',
+    f'{where}buffers of a sparse layer ({dispatch}, {rows} rows)',
     in_bytes(memory.dispatch_bytes(half, width, B)),
   )
   sent = memory.all_to_all_bytes(half, width, B, work.num_parts)
@@ -229,40 +226,36 @@ def in_bytes(n: int) -> str:
   return f'{n} B'
 
 
-def with_own_vocabulary(
-  config: ml_collections.ConfigDict,
-) -> ml_collections.ConfigDict:
-  """The config with the size of a vocabulary that needs no data: bytes'.
+def with_own_vocabulary(options: RunOptions) -> RunOptions:
+  """The options with the size of a vocabulary that needs no data.
 
   Raises:
     ValueError: The vocabulary's size depends on the data, and is not given; or
       the model is not one of tokens.
   """
-  if config.model.kind in OF_FEATURES:
+  model = options.model
+  if model.reads_features:
     raise ValueError(
-      f'model.kind={config.model.kind!r} has no cost a token: its inputs are '
-      'examples that are no text, and every weight meets every one'
+      f'{type(model).__name__} has no cost a token: its inputs are examples '
+      'that are no text, and every weight meets every one'
     )
-  if config.model.vocab_size:
-    return config
-  if config.data.tokenizer != 'bytes':
+  size = model.vocab_size or options.data.tokenizer.known_vocab_size()
+  if not size:
     raise ValueError(
-      f'data.tokenizer={config.data.tokenizer!r} has a vocabulary of the '
-      "data's; give its size: --config.model.vocab_size=..."
+      f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
+      'vocabulary that depends on the data; give its size: '
+      '--config.model.vocab_size=...'
     )
-  return merge(config, {'model': {'vocab_size': tokenizers.Bytes.vocab_size}})
+  return options.filled(size)
 
 
 def workload(
-  config: ml_collections.ConfigDict,
-  batch_size: int = 1,
-  num_parts: int = 0,
+  options: RunOptions, batch_size: int = 1, num_parts: int = 0
 ) -> Workload:
-  """The lengths that the config trains on; 0 parts are those of its mesh."""
-  parts = num_parts or max(config.mesh.expert, 1)
-  return Workload(
-    batch_size, config.data.seq_len, config.data.target_len, parts
-  )
+  """The lengths that a run trains on; 0 parts are those of its mesh."""
+  parts = num_parts or max(options.mesh.expert, 1)
+  lengths = options.data.seq_len, options.data.target_len
+  return Workload(batch_size, *lengths, parts)
 
 
 def main(argv: list[str]) -> None:
@@ -271,19 +264,18 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   console = Console()
   try:
-    config = with_own_vocabulary(_CONFIG.value)
-    model = build(config)
-    work = workload(config, _BATCH.value, _PARTS.value)
+    options = with_own_vocabulary(config_flag.read()[0])
+    model = options.build()
+    work = workload(options, _BATCH.value, _PARTS.value)
     tables = [compute_table, memory_table, fit_table]
-    for make in tables[:1] if isinstance(model, LstmLm) else tables:
+    for make in tables if model.stacks else tables[:1]:
       console.print(make(model, work))
   except ValueError as error:
     command_line.fail(str(error))
 
 
 if __name__ == '__main__':
-  _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
-  flags.mark_flag_as_required('config')
+  config_flag.define()
   _BATCH = flags.DEFINE_integer('batch', 1, 'Sequences at once.', lower_bound=1)
   _PARTS = flags.DEFINE_integer(
     'expert_parallel',

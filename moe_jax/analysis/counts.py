@@ -4,18 +4,18 @@ Not here: bytes (`memory.py`), or what is printed (`cost.py`).
 """
 
 import dataclasses
-import math
+from collections.abc import Iterable
 
 from moe_jax.analysis.halves import (
+  Counted,
   Half,
-  capacity,
+  counted,
   group_size,
   halves,
-  param_shapes,
+  is_dropless,
 )
-from moe_jax.layers.moe import MoeConfig
-from moe_jax.layers.routers.router_config import BY_EXPERT
-from moe_jax.models import LstmLm, LstmLmConfig, Model
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.models import Model
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
@@ -147,68 +147,44 @@ def count(
     target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
     batch_size: Examples of a batch, where that is a routing group.
   """
-  shapes = param_shapes(model, seq_len)
-  sizes = {name: math.prod(leaf.shape) for name, leaf in shapes.items()}
-  if isinstance(model, LstmLm):
-    return _of_lstms(model.config, sizes, seq_len, batch_size)
-  parts = halves(model, seq_len, target_len)
-  *_, last = parts
-  flops = [_token_flops(sizes, half) for half in parts]
-  logits = 2 * model.config.vocab_size * model.config.embedding.width
-  cross = sum(n for name, n in sizes.items() if _reads_memory(name))
-  flops[-1] = _more_products(flops[-1], logits - 2 * cross)
-  if last.memory_len:
-    flops[0] = _more_products(flops[0], 2 * cross)
-  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
-  total = sum(sizes.values())
+  parameters, width = counted(model, seq_len), model.embedding.width
+  parts = halves(model, seq_len, target_len) if model.stacks else []
+  if parts:
+    flops = [_of_half(parameters, half, width) for half in parts]
+    own_len, memory_len = parts[-1].length, parts[-1].memory_len
+  else:
+    layers = [p for p in parameters if not p.outside_layers]
+    flops = [_products(layers, model.moe, len(model.sparse_layers), width)]
+    own_len, memory_len = seq_len, 0
+  cross = sum(_memory_products(half, width) for half in parts)
+  logits = 2 * model.vocab_size * width
+  flops[-1] = _more_products(flops[-1], logits - cross)
+  if memory_len:
+    flops[0] = _more_products(flops[0], cross)
+  experts = _size(p for p in parameters if p.of_expert)
+  total = _size(parameters)
   return Cost(
     total_params=total,
-    active_params=total
-    - experts
-    + sum(_active(_own(sizes, h), h.stack.block.moe) for h in parts),
+    active_params=total - experts + _met(model, parameters, parts),
     expert_params=experts,
-    embedding_params=sum(
-      n for name, n in sizes.items() if name.endswith('embedding')
-    ),
+    embedding_params=_size(p for p in parameters if p.role.role == 'embedding'),
     decoder=flops[-1],
-    encoder=flops[0] if last.memory_len else None,
-    decoder_len=last.length,
-    encoder_len=last.memory_len,
-    capacity_slack=_slack(parts, batch_size),
+    encoder=flops[0] if memory_len else None,
+    decoder_len=own_len,
+    encoder_len=memory_len,
+    capacity_slack=_slack(model, parts, batch_size, seq_len),
   )
 
 
-def _of_lstms(
-  c: LstmLmConfig, sizes: dict[str, int], seq_len: int, batch_size: int
-) -> Cost:
-  """As `count`, of the sizes of the parameters."""
-  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
-  total, active = sum(sizes.values()), _active(sizes, c.moe)
-  layers = {n: size for n, size in sizes.items() if '/' in n}
-  logits = 2 * c.vocab_size * c.embedding.width
-  flops = _more_products(_products(layers, c.moe), logits)
-  slack = 1.0
-  if c.moe is not None:
-    slack = _rows(c.moe, batch_size, seq_len) / c.moe.router.num_selected
-  return Cost(
-    total_params=total,
-    active_params=total - experts + active,
-    expert_params=experts,
-    embedding_params=sum(
-      n for name, n in sizes.items() if name.endswith('embedding')
-    ),
-    decoder=flops,
-    encoder=None,
-    decoder_len=seq_len,
-    encoder_len=0,
-    capacity_slack=slack,
-  )
+def _size(parameters: Iterable[Counted]) -> int:
+  return sum(p.size for p in parameters)
 
 
-def _is_vector(name: str) -> bool:
-  """Norm scales, biases and relative-position tables: nothing multiplied."""
-  last = name.rsplit('/', 1)[-1]
-  return last in ('b', 'scale', 'bias', 'table') or last.startswith('b_')
+def _met(model: Model, parameters: list[Counted], parts: list[Half]) -> int:
+  """Parameters of the experts that a token meets, in all layers."""
+  if not parts:
+    return _active(parameters, model.moe)
+  return sum(_active(_own(parameters, h), h.moe) for h in parts)
 
 
 def short(n: float | int) -> str:
@@ -219,74 +195,89 @@ def short(n: float | int) -> str:
   return f'{n:.0f}'
 
 
-def _token_flops(sizes: dict[str, int], half: Half) -> TokenFlops:
-  """Of a stack's own parameters, all of them on its own tokens."""
-  own = _own(sizes, half)
-  a, layers = half.stack.block.attention, len(half.stack.sparse)
-  attention = 4 * layers * half.keys * a.num_heads * a.head_width
-  flops = _products(own, half.stack.block.moe)
-  return dataclasses.replace(flops, attention=attention)
+def _of_half(parameters: list[Counted], half: Half, width: int) -> TokenFlops:
+  """The FLOPs of a stack's own parameters, all of them on its own tokens."""
+  a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
+  flops = _products(_own(parameters, half), half.moe, half.num_sparse, width)
+  scores = 4 * layers * half.keys * a.num_heads * a.head_width
+  return dataclasses.replace(flops, attention=scores)
 
 
-def _own(sizes: dict[str, int], half: Half) -> dict[str, int]:
+def _own(parameters: list[Counted], half: Half) -> list[Counted]:
   """The parameters of a stack."""
-  return {
-    name: n
-    for name, n in sizes.items()
-    if name.startswith(half.prefix) and '/' in name
-  }
+  n = len(half.path)
+  return [
+    p for p in parameters if p.path[:n] == half.path and not p.outside_layers
+  ]
 
 
-def _products(sizes: dict[str, int], moe: MoeConfig | None) -> TokenFlops:
-  """Of these parameters; of experts and branches those that a token meets."""
-  kernels = {name: n for name, n in sizes.items() if not _is_vector(name)}
-  router = {name: n for name, n in kernels.items() if '/router/' in name}
-  experts = sum(n for name, n in kernels.items() if '/experts/' in name)
-  others = sum(kernels.values()) - sum(router.values()) - experts
-  met = 0
-  for name, n in router.items():
-    if '/w_branch' in name:
-      n = n // moe.router.branching * moe.router.branches_selected
-    met += n
+def _products(
+  parameters: list[Counted],
+  moe: MoeOptions | None,
+  num_sparse: int,
+  width: int,
+) -> TokenFlops:
+  """The FLOPs of products with these parameters, for a token.
+
+  Args:
+    parameters: Those of layers.
+    moe: The mixture of the sparse layers; None without experts.
+    num_sparse: The number of layers that have it.
+    width: M.
+  """
+  kernels = [p for p in parameters if p.role.form == 'kernel']
+  others = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
+  router = 0
+  if moe is not None:
+    router = num_sparse * moe.router.multiply_adds(moe.sizes, width)
   return TokenFlops(
-    products=2 * others, experts=2 * _active(kernels, moe), router=2 * met
+    products=2 * _size(others),
+    experts=2 * _active(kernels, moe),
+    router=2 * router,
   )
 
 
-def _active(sizes: dict[str, int], moe: MoeConfig | None) -> int:
+def _active(parameters: list[Counted], moe: MoeOptions | None) -> int:
   """Parameters of the K experts that a token meets, kernels and biases."""
   if moe is None:
     return 0
-  experts = sum(n for name, n in sizes.items() if '/experts/' in name)
-  return experts // moe.router.num_experts * moe.router.num_selected
+  experts = _size(p for p in parameters if p.of_expert)
+  return experts // moe.num_experts * moe.num_selected
 
 
 def _more_products(flops: TokenFlops, more: int) -> TokenFlops:
   return dataclasses.replace(flops, products=flops.products + more)
 
 
-def _reads_memory(name: str) -> bool:
-  """Kernels that multiply the encoder's output, once per token of it."""
-  return name.endswith(('cross_attention/w_key', 'cross_attention/w_value'))
+def _memory_products(half: Half, width: int) -> int:
+  """FLOPs of the products with the encoder's output, per token of it."""
+  if not half.stack.block.cross:
+    return 0
+  a = half.stack.block.attention.within(width)
+  keys_and_values = 2 * width * a.num_kv_heads * a.head_width
+  return 2 * len(half.stack.sparse) * keys_and_values
 
 
-def _slack(parts: list[Half], batch_size: int) -> float:
+def _slack(
+  model: Model, parts: list[Half], batch_size: int, seq_len: int
+) -> float:
   """Rows over assignments, of the layers that have experts."""
+  if model.moe is None:
+    return 1.0
+  if not parts:
+    return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
   rows = assignments = 0.0
   for half in parts:
-    moe = half.stack.block.moe
-    if not half.num_sparse:
-      continue
-    weight = half.num_sparse * half.length
-    rows += weight * _rows(moe, batch_size, half.length)
-    assignments += weight * moe.router.num_selected
-  return rows / assignments if assignments else 1.0
+    if half.moe is not None:
+      weight = half.num_sparse * half.length
+      rows += weight * _rows(half.moe, batch_size, half.length)
+      assignments += weight * half.moe.num_selected
+  return rows / assignments
 
 
-def _rows(moe: MoeConfig, batch_size: int, length: int) -> float:
+def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
   """Rows that a layer's experts multiply, per token."""
-  r = moe.router
-  if moe.dispatch == 'dropless' and r.kind not in BY_EXPERT:
-    return float(r.num_selected)
+  if is_dropless(moe):
+    return float(moe.num_selected)
   S = group_size(moe, batch_size, length)
-  return capacity(moe, S) * r.num_experts / S
+  return moe.router.training_slots(moe.sizes, S) * moe.num_experts / S

@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, host
+from moe_jax import command_line, config_flag, host
 from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.config import merge
+from moe_jax.layers.experts import DISPATCHES
+from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
 
 # Scope in an instruction's name -> row of the table, in the table's order.
@@ -176,15 +176,15 @@ def _operations(
 
 
 def explain(
-  config: ml_collections.ConfigDict,
+  options: RunOptions,
   *,
   num_steps: int = 10,
   devices: Sequence[jax.Device] | None = None,
 ) -> Explanation:
-  """Compiles, times and profiles the training step of `config`.
+  """Compiles, times and profiles the training step of a run.
 
   Args:
-    config: As the files in `configs/` return it.
+    options: The run's options.
     num_steps: Steps that are timed, and as many that are profiled.
     devices: Of the mesh; None is all there are.
 
@@ -192,10 +192,10 @@ def explain(
     ValueError: A bad config, or bad data.
   """
   with tempfile.TemporaryDirectory() as folder:
-    # Evaluations are no part of a step, and kinds of them not known here.
-    config = merge(config, {'checkpoint': {'keep_best': False}}).unlock()
-    config.evals = {}
-    run = set_up(config, pathlib.Path(folder) / 'run', devices=devices)
+    # Evaluations are no part of a step.
+    checkpoint = CheckpointOptions(keep_best=False)
+    options = dataclasses.replace(options, checkpoint=checkpoint, evals={})
+    run = set_up(options, pathlib.Path(folder) / 'run', devices=devices)
     state, batches = run.programs.init_state(), run.batches(0)
     step = run.programs.train_step.lower(state, next(batches)).compile()
     # Caches, memory and the pipeline's buffer warm up.
@@ -291,31 +291,31 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
   try:
-    explanation = explain(_CONFIG.value, num_steps=_STEPS.value)
+    options, _ = config_flag.read()
+    explanation = explain(options, num_steps=_STEPS.value)
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
-  print(_title(_CONFIG.value))
+  print(_title(options))
   Console().print(table(explanation))
 
 
-def _title(config: ml_collections.ConfigDict) -> str:
-  model, devices = config.model, jax.devices()
-  experts = 'dense'
-  if model.moe.num_experts:
+def _title(options: RunOptions) -> str:
+  model, devices = options.model, jax.devices()
+  moe, experts = getattr(model, 'moe', None), 'dense'
+  if moe is not None and moe.num_experts:
     experts = (
-      f'{model.moe.num_experts} experts in {model.moe.layers!r}, dispatch '
-      f'{model.moe.dispatch!r}'
+      f'{moe.num_experts} experts in {moe.layers!r}, dispatch '
+      f'{DISPATCHES.name_of(moe.dispatch)!r}'
     )
   return (
-    f'{model.num_layers} layers, {experts}; {config.batch_size} x '
-    f'{config.data.seq_len} tokens, on {len(devices)} x '
-    f'{devices[0].device_kind}'
+    f'{type(model).__name__.removesuffix("Options")}, {experts}; '
+    f'{options.batch_size} x {options.data.seq_len} tokens, on '
+    f'{len(devices)} x {devices[0].device_kind}'
   )
 
 
 if __name__ == '__main__':
-  _CONFIG = config_flags.DEFINE_config_file('config', None, 'A config file.')
-  flags.mark_flag_as_required('config')
+  config_flag.define()
   _STEPS = flags.DEFINE_integer(
     'steps', 10, 'Steps timed, and profiled.', lower_bound=1
   )

@@ -1,30 +1,33 @@
-"""A model's stacks with the lengths they see, and its parameters by name.
+"""A model's stacks with the lengths they see, and its parameters by role.
 
 What the counts and the bytes have in common.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
-from flax import linen as nn
 
-from moe_jax.layers.moe import MoeConfig
-from moe_jax.models import Model, abstract_params
+from moe_jax.layers.experts.serving import ROLE as EXPERT
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.parameters import Role
+from moe_jax.models import Model
+from moe_jax.models.parameters import describe
 from moe_jax.models.stack import StackConfig
-from moe_jax.partitioning import path_name
 
 
 class Half(NamedTuple):
   """One stack of a model, and how long its sequences are.
 
   Attributes:
-    prefix: Of its parameters' names.
-    stack: Its config.
-    length: Its own tokens in an example.
-    memory_len: The tokens of the encoder that it attends to; 0 without one.
+    path: The path of the stack's parameters; () in a decoder-only model.
+    stack: The stack's config.
+    length: The number of its own tokens in an example.
+    memory_len: The number of the encoder's tokens that it attends to; 0
+      without an encoder.
   """
 
-  prefix: str
+  path: tuple[str, ...]
   stack: StackConfig
   length: int
   memory_len: int
@@ -32,56 +35,82 @@ class Half(NamedTuple):
   @property
   def keys(self) -> int:
     """Tokens that each of its own attends to, all of them counted."""
-    crosses = self.stack.block.cross_attention is not None
+    crosses = self.stack.block.cross
     return self.length + (self.memory_len if crosses else 0)
+
+  @property
+  def moe(self) -> MoeOptions | None:
+    """The mixture of its sparse layers; None without experts."""
+    return self.stack.experts
 
   @property
   def num_sparse(self) -> int:
     """Layers that have experts."""
-    return sum(self.stack.sparse) if self.stack.block.moe else 0
+    return sum(self.stack.sparse) if self.moe else 0
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
   """The model's stacks at these lengths, the encoder's first.
 
   Args:
-    model: Either kind.
+    model: A model of blocks.
     seq_len: T; of an encoder-decoder T_enc.
     target_len: T_dec; 0 is `seq_len`.
   """
-  if len(model.config.stacks) == 1:
-    ((_, stack),) = model.config.stacks
-    return [Half('', stack, seq_len, 0)]
-  (_, encoder), (_, decoder) = model.config.stacks
+  if len(model.stacks) == 1:
+    ((path, stack),) = model.stacks
+    return [Half(path, stack, seq_len, 0)]
+  (first, encoder), (second, decoder) = model.stacks
   return [
-    Half('encoder/', encoder, seq_len, 0),
-    Half('decoder/', decoder, target_len or seq_len, seq_len),
+    Half(first, encoder, seq_len, 0),
+    Half(second, decoder, target_len or seq_len, seq_len),
   ]
 
 
-def param_shapes(model: Model, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Every parameter by name."""
-  shapes = nn.meta.unbox(abstract_params(model, seq_len))
-  return {
-    path_name(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-  }
+class Counted(NamedTuple):
+  """A parameter as it is counted.
+
+  Attributes:
+    path: The parameter's path in the tree, which tells its stack.
+    size: The number of its values.
+    role: What it is for, and what is done with it.
+  """
+
+  path: tuple[str, ...]
+  size: int
+  role: Role
+
+  @property
+  def of_expert(self) -> bool:
+    """Whether it belongs to the experts of a sparse layer."""
+    return self.role.role == EXPERT
+
+  @property
+  def outside_layers(self) -> bool:
+    """Whether it makes tokens into vectors, or vectors into logits."""
+    return self.role.role in ('embedding', 'head')
 
 
-def group_size(moe: MoeConfig, batch_size: int, length: int) -> int:
-  """S, of a batch of so many sequences."""
+def counted(model: Model, seq_len: int) -> list[Counted]:
+  """Every parameter, with its size and its role."""
+  trees = describe(model, seq_len)
+  roles = jax.tree.leaves(
+    trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)
+  )
+  shapes = jax.tree_util.tree_leaves_with_path(trees.shapes)
+  return [
+    Counted(tuple(key.key for key in path), math.prod(leaf.shape), role)
+    for (path, leaf), role in zip(shapes, roles, strict=True)
+  ]
+
+
+def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
+  """S, the tokens of a group, in a batch of so many sequences."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
 
 
-def capacity(moe: MoeConfig, num_tokens: int) -> int:
-  """Slots of an expert in a group of so many tokens."""
-  r = moe.router
-  if r.kind == 'strictly_balanced':  # of training
-    return -(-r.num_selected * num_tokens // r.num_experts)
-  return r.capacity(
-    group_size=num_tokens,
-    num_experts=r.num_experts,
-    num_selected=r.num_selected,
-  )
+def is_dropless(moe: MoeOptions) -> bool:
+  """Whether experts multiply as many rows as were chosen, and no empty one."""
+  return not moe.dispatch.by_slot and not moe.router.by_expert

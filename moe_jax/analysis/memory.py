@@ -10,23 +10,21 @@ import jax.numpy as jnp
 
 from moe_jax.analysis.halves import (
   Half,
-  capacity,
+  counted,
   group_size,
   halves,
-  param_shapes,
+  is_dropless,
 )
-from moe_jax.config import unknown
-from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.moe import MoeConfig
-from moe_jax.layers.routers.router_config import BY_EXPERT
+from moe_jax.layers.block import BlockConfig
+from moe_jax.layers.ffn import FfnOptions, activation
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
+from moe_jax.options import unknown
 
 # Bytes of a stored number. int8 stands for a byte a weight; the scales that go
 # with it, one a column, are not counted.
 DTYPES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
-# How many arrays as wide as F (or as an expert's rows) reverse mode keeps of
-# activation(x W_gate) * x W_in, its products among them.
-_KEPT_HIDDEN = {'relu': 1, 'gelu': 4, 'gelu_tanh': 6, 'geglu': 8, 'swiglu': 6}
 
 
 def weight_bytes(model: Model, dtype: str, seq_len: int) -> int:
@@ -40,14 +38,15 @@ def weight_bytes(model: Model, dtype: str, seq_len: int) -> int:
   if dtype not in DTYPES:
     raise unknown('dtype', dtype, DTYPES)
   return sum(
-    leaf.size * (4 if _stays_float32(name) else DTYPES[dtype])
-    for name, leaf in param_shapes(model, seq_len).items()
+    p.size * (4 if _stays_float32(p.role) else DTYPES[dtype])
+    for p in counted(model, seq_len)
   )
 
 
-def _stays_float32(name: str) -> bool:
-  last = name.rsplit('/', 1)[-1]
-  return '/router/' in name or last in ('scale', 'bias', 'table')
+def _stays_float32(role: Role) -> bool:
+  # The table of relative positions belongs to attention.
+  table = role == Role('attention', 'table')
+  return role.role in ('router', 'norm') or table
 
 
 def cache_bytes(
@@ -68,8 +67,9 @@ def cache_bytes(
     dtype: Of keys and values; '' is that of the model's activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
-  a = decoder.stack.block.attention
-  itemsize = jnp.dtype(dtype or a.dtype).itemsize
+  block = decoder.stack.block
+  a = block.attention.within(model.embedding.width)
+  itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
   slot = 2 * len(decoder.stack.sparse) * a.num_kv_heads * a.head_width
   slots = max_len + (encoder_len if decoder.memory_len else 0)
   # A flag a slot; every row's next position and last token; the cache's length.
@@ -125,35 +125,38 @@ def activations(
   layers = scores = 0
   parts = halves(model, seq_len, target_len)
   for half in parts:
-    layers += _kept_by_layers(half, model.config.embedding.width, batch_size)
+    layers += _kept_by_layers(half, model.embedding.width, batch_size)
     scores += _kept_scores(half, batch_size)
-  logits = 4 * batch_size * parts[-1].length * model.config.vocab_size
+  logits = 4 * batch_size * parts[-1].length * model.vocab_size
   return Activations(layers, scores, logits)
 
 
 def _kept_by_layers(half: Half, M: int, B: int) -> int:
   c, n, L = half.stack, B * half.length, len(half.stack.sparse)
-  block, b = c.block, jnp.dtype(c.block.dtype).itemsize
+  block, b = c.block, jnp.dtype(c.block.shared.dtype).itemsize
   every = c.remat == 'none'
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
   if c.remat == 'full':
     return total
-  a, crosses = block.attention, block.cross_attention is not None
+  a, crosses = block.attention.within(M), block.cross
   query, keys = a.num_heads * a.head_width, 2 * a.num_kv_heads * a.head_width
   total += L * n * (query + keys + M) * b
   if crosses:
     total += L * (n * (query + M) + B * half.memory_len * keys) * b
-  sparse = half.num_sparse
-  extra = sum(c.sparse) if block.extra_ffn else 0
+  moe, sparse = half.moe, half.num_sparse
+  extra = sum(c.sparse) if block.moe is not None and block.moe.extra_ffn else 0
   dense = L - sum(c.sparse) + extra
-  total += dense * n * _kept_hidden(block.ffn, every)
-  if block.twin is not None:
-    total += sum(c.sparse) * n * _kept_hidden(block.twin, every)
-  if sparse:
-    hidden = _kept_hidden(block.moe.expert, every, block.moe.dispatch)
-    rows = expert_rows(block.moe, B, half.length)
+  total += dense * n * _kept_hidden(block, block.ffn, every)
+  if block.moe is not None and moe is None:
+    twin = block.moe.twin().ffn
+    total += sum(c.sparse) * n * _kept_hidden(block, twin, every)
+  if moe is not None:
+    # The products without slots have a gradient that keeps their inputs alone.
+    expert = moe.expert.twin(1).ffn
+    hidden = _kept_hidden(block, expert, every and moe.dispatch.by_slot)
+    rows = expert_rows(moe, B, half.length)
     total += sparse * rows * (hidden + M * b)
-    total += sparse * n * 4 * block.moe.router.num_experts
+    total += sparse * n * 4 * moe.num_experts
   if every:
     # Three float32 arrays of each norm, and its output twice, once as what
     # the next product multiplies; what attention gave; an expert's input.
@@ -165,53 +168,53 @@ def _kept_by_layers(half: Half, M: int, B: int) -> int:
   return total
 
 
-def _kept_hidden(c: FfnConfig, every: bool, dispatch: str = '') -> int:
+def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
   """Bytes kept per row of a feed-forward, as wide as its hidden values."""
-  b = jnp.dtype(c.dtype).itemsize
-  # The products without capacity have a gradient that keeps its inputs alone.
-  if not every or dispatch == 'dropless':
-    return len(c.first_kernels) * c.hidden * b
-  signs = c.hidden if c.activation == 'relu' else 0
-  return _KEPT_HIDDEN[c.activation] * c.hidden * b + signs
+  b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
+  if not every:
+    return (1 + act.gated) * ffn.hidden * b
+  signs = ffn.hidden if act.cheap else 0
+  return act.kept * ffn.hidden * b + signs
 
 
 def _kept_scores(half: Half, B: int) -> int:
-  c, a = half.stack, half.stack.block.attention
-  T, H = half.length, a.num_heads
-  bias = 4 * H * T * T if c.relative_buckets else 0
+  c, block = half.stack, half.stack.block
+  T, H = half.length, block.attention.num_heads
+  has_bias = block.positions.bias(H, block.causal, 'bias') is not None
+  bias = 4 * H * T * T if has_bias else 0
   if c.remat != 'none':
     return bias
-  per_score = 4 + jnp.dtype(a.dtype).itemsize
+  per_score = 4 + jnp.dtype(block.shared.dtype).itemsize
   return bias + len(c.sparse) * B * H * T * half.keys * per_score
 
 
-def expert_rows(moe: MoeConfig, batch_size: int, length: int) -> int:
+def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
   """Rows that all experts of a layer have together, filled or not."""
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
-  slots = groups * moe.router.num_experts * capacity(moe, S)
-  if moe.dispatch == 'dropless' and moe.router.kind not in BY_EXPERT:
-    return min(groups * S * moe.router.num_selected, slots)
+  per_expert = moe.router.training_slots(moe.sizes, S)
+  slots = groups * moe.num_experts * per_expert
+  if is_dropless(moe):
+    return min(groups * S * moe.num_selected, slots)
   return slots
 
 
 def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
-  """Of a sparse layer's buffers: rows to the experts, and rows back.
+  """Bytes of a sparse layer's buffers: rows to the experts, and rows back.
 
-  Under dispatch='einsum' also of the mask [G, S, K, E, C] of one byte, which
+  A dispatch by masks also has one of them, [G, S, K, E, C] of one byte, which
   has no K where experts choose.
   """
-  moe = half.stack.block.moe
-  if not half.num_sparse:
+  moe = half.moe
+  if moe is None:
     return 0
   rows = expert_rows(moe, batch_size, half.length)
-  itemsize = jnp.dtype(moe.expert.dtype).itemsize
+  itemsize = jnp.dtype(half.stack.block.shared.dtype).itemsize
   masks = 0
-  if moe.dispatch == 'einsum':
+  if moe.dispatch.by_mask:
     # Every token of a group has a flag for each of the group's slots.
     S = group_size(moe, batch_size, half.length)
-    by_expert = moe.router.kind in BY_EXPERT
-    masks = S * (1 if by_expert else moe.router.num_selected) * rows
+    masks = S * (1 if moe.router.by_expert else moe.num_selected) * rows
   return 2 * rows * width * itemsize + masks
 
 
@@ -229,14 +232,14 @@ def all_to_all_bytes(
   Raises:
     ValueError: The experts or the rows do not divide.
   """
-  moe = half.stack.block.moe
-  if not half.num_sparse:
+  moe = half.moe
+  if moe is None:
     return 0
-  E = moe.router.num_experts
+  E = moe.num_experts
   if num_parts < 1 or E % num_parts:
     raise ValueError(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
   rows = expert_rows(moe, batch_size, half.length)
-  sent = rows * width * jnp.dtype(moe.expert.dtype).itemsize
+  sent = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
   return sent * (num_parts - 1) // num_parts**2

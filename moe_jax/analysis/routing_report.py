@@ -54,6 +54,7 @@ class LayerStats:
     layer: Its index among the model's layers.
     load: Assignments per expert before drops.
     kept: Assignments per expert after drops.
+    drop_rate: Fraction dropped of all choices; see `moe_jax.routing.drop_rate`.
     drop_rate_by_choice: Fraction dropped of the first choices, of the second
       ones, ...
     entropy: Of the router's probabilities, nats, mean over tokens.
@@ -65,6 +66,7 @@ class LayerStats:
   layer: int
   load: Num[np.ndarray, 'E']
   kept: Num[np.ndarray, 'E']
+  drop_rate: float
   drop_rate_by_choice: Num[np.ndarray, 'K']
   entropy: float
   router_logit_rms: float
@@ -151,13 +153,10 @@ def _table_row(
   num_experts, total = len(load), load.sum()
   most = math.log(num_experts)
   busiest = _largest(load, num_busiest)
-  dropped = 1 - stats.kept.sum() / total if total else math.nan
-  # Where experts choose, tokens are lost without having chosen.
-  dropped = max(dropped, np.mean(stats.drop_rate_by_choice))
   return {
     'layer': stats.layer,
     'num_experts': num_experts,
-    'drop_rate': _finite(dropped),
+    'drop_rate': _finite(stats.drop_rate),
     'drop_rate_by_choice': [
       _finite(rate) for rate in stats.drop_rate_by_choice
     ],

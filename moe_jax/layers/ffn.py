@@ -24,11 +24,14 @@ class Activation(NamedTuple):
     function: The elementwise function.
     gated: Whether the hidden values are function(x W_gate) * x W_in.
     cheap: Whether XLA computes it again rather than read its result.
+    kept: How many arrays as wide as the hidden values the forward pass keeps
+      for the backward pass, the products among them.
   """
 
   function: Callable[[Array], Array]
   gated: bool
   cheap: bool = False
+  kept: int = 4
 
   def hidden(self, *products: Array) -> Array:
     """The hidden values of x W_in, or of x W_gate and x W_in."""
@@ -39,11 +42,11 @@ class Activation(NamedTuple):
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
-  'relu': Activation(jax.nn.relu, False, cheap=True),
+  'relu': Activation(jax.nn.relu, False, cheap=True, kept=1),
   'gelu': Activation(cpu.gelu, False),
-  'gelu_tanh': Activation(_gelu_tanh, False),
-  'geglu': Activation(_gelu_tanh, True),  # arXiv:2002.05202
-  'swiglu': Activation(jax.nn.silu, True),
+  'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
+  'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
+  'swiglu': Activation(jax.nn.silu, True, kept=6),
 }
 
 

@@ -49,9 +49,11 @@ class Dispatch(Options):
 
   Attributes:
     by_slot: Whether every expert has equally many rows, filled or not.
+    by_mask: Whether tokens move by a product with a mask of all slots.
   """
 
   by_slot: ClassVar[bool] = True
+  by_mask: ClassVar[bool] = False
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """The module that serves by feed-forward layers, named `SCOPE`."""

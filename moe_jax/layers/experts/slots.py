@@ -6,6 +6,7 @@ split over those (`moe_jax.parallel.exchange`).
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,8 @@ class Gather(SlotDispatch):
 @dataclasses.dataclass(frozen=True)
 class Einsum(SlotDispatch):
   """Rows are products with one-hot masks: the readable reference."""
+
+  by_mask: ClassVar[bool] = True
 
   def dispatch(self, x, routing):
     """See `SlotDispatch.dispatch`."""
