@@ -240,20 +240,23 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
     num_batches=_REPORT_BATCHES,
   )
   counts = token_counts(run.model, state.variables, batches)
-  stats = sums.aux.stats
+  layers = list(summary.sparse_layers(sums))
+  stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
   by_rank, in_all = drop_rate(stats)
+  entropy = stats.entropy / stats.tokens
+  logit_rms = np.sqrt(stats.logit_square / stats.tokens)
   return [
     routing_report.LayerStats(
-      layer=i,
+      layer=layer,
       load=stats.load[i],
       kept=stats.kept_load[i],
       drop_rate=float(in_all[i]),
       drop_rate_by_choice=by_rank[i],
-      entropy=float(stats.entropy[i] / stats.tokens[i]),
-      router_logit_rms=float(np.sqrt(stats.logit_square[i] / stats.tokens[i])),
-      token_counts=counts[i],
+      entropy=float(entropy[i]),
+      router_logit_rms=float(logit_rms[i]),
+      token_counts=counts[layer],
     )
-    for i in summary.sparse_layers(sums)
+    for i, layer in enumerate(layers)
   ]
 
 
