@@ -132,6 +132,7 @@ def final_arrays(workdir):
   return step, ocp.tree.to_flat_dict(restored)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   whole = run(tmp_path / 'whole', *LONGER)

@@ -47,6 +47,7 @@ def layer_gradients(*args):
   return jax.value_and_grad(layer_loss, argnums=(3, 4))(*args)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize('gates', GATES)
 def test_dispatchers_agree_from_logits_to_loss(gates):
   logits, x, w = arrays(8)

@@ -66,6 +66,7 @@ def test_three_tokens_by_hand():
   np.testing.assert_array_equal(outer, dw)
 
 
+@pytest.mark.as_users_compile
 @every_backend
 @pytest.mark.parametrize(
   'group_sizes',
@@ -76,6 +77,7 @@ def test_value_and_gradients(name, group_sizes):
   check(name, x, w, group_sizes, dy)
 
 
+@pytest.mark.as_users_compile
 @every_backend
 @pytest.mark.parametrize(
   'group_sizes', [(4, 0, 11, 3, 5), (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)]
@@ -89,6 +91,7 @@ def test_rows_of_no_group_count_for_nothing(name, group_sizes):
   assert not np.any(dx[grouped:])
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize('name', BACKENDS)
 @pytest.mark.parametrize(
   ('shape', 'group_sizes'),

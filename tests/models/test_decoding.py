@@ -121,6 +121,7 @@ def whole(name, tokens, source, source_mask):
   return np.asarray(run(params))
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('name', 'batch_size'), [*((name, 1) for name in CASES), ('mixtral', 7)]
 )

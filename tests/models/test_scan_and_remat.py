@@ -66,6 +66,7 @@ def trained(scan_layers, remat, router='sampled'):
   return step(*args), step.cost_analysis()['flops']
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('scan_layers', 'remat', 'router'),
   [
@@ -137,6 +138,7 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
     assert (again['while'] > 0) == (remat == 'full')
 
 
+@pytest.mark.as_users_compile
 def test_remat_does_recompute():
   flops = {remat: trained(True, remat)[1] for remat in stack.REMATS}
   assert flops['full'] > 1.1 * flops['none']
@@ -172,6 +174,7 @@ def test_every_layer_has_choices_of_its_own(router, scan_layers):
   assert (load[0] != load[1]).any()
 
 
+@pytest.mark.as_users_compile
 def test_a_loop_starts_as_the_unrolled_layers_do():
   boxed = {
     scan: jax.jit(build(scan).init)(tiny.key(3), tiny.tokens())

@@ -201,6 +201,7 @@ FAST = {
 }
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('way', 'mesh_shape'),
   [

@@ -154,6 +154,7 @@ def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
   assert state['w'].devices() == {jax.devices()[0]}
 
 
+@pytest.mark.as_users_compile
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
   optimizer = optax.adamw(1e-2)
 

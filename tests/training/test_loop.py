@@ -98,6 +98,7 @@ def test_rows_and_files(unbroken):
   assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
 
 
+@pytest.mark.as_users_compile
 def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   workdir, state = unbroken
   stopped = train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3)])
@@ -118,6 +119,7 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   assert len({step for step, _ in rows}) == len(rows)
 
 
+@pytest.mark.as_users_compile
 def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
   _, state = unbroken
   train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(5)])

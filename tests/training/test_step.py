@@ -27,6 +27,7 @@ def whole():
   return params, batch, tiny.grads_of(OPTIONS, params, batch)
 
 
+@pytest.mark.as_users_compile
 def test_loss_is_cross_entropy_plus_weighted_losses(whole):
   params, batch, ((loss, sums), _) = whole
   logits, aux = tiny.model_of(OPTIONS).apply(
@@ -49,6 +50,7 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole):
   np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize('n', [2, 4])
 def test_accumulated_equals_the_whole_batch(whole, n):
   params, batch, ((loss, sums), grads) = whole
@@ -62,6 +64,7 @@ def test_accumulated_equals_the_whole_batch(whole, n):
   assert_close(part_grads, grads)
 
 
+@pytest.mark.as_users_compile
 def test_aux_losses_are_in_the_accumulated_gradient(whole):
   # Without them the router's gradient would be another one.
   params, batch, (_, grads) = whole
@@ -77,6 +80,7 @@ def test_aux_losses_are_in_the_accumulated_gradient(whole):
   assert np.abs(router - other).max() > 1e-3
 
 
+@pytest.mark.as_users_compile
 def test_padding_changes_nothing(whole):
   params, batch, result = whole
   padding = batch['segment_ids'] == 0
@@ -107,6 +111,7 @@ def test_layers_are_summed_or_averaged():
   np.testing.assert_allclose(total, 2 * mean, rtol=1e-6)
 
 
+@pytest.mark.as_users_compile
 def test_a_step_moves_every_parameter_and_counts():
   options = tiny.options()
   params, batch = tiny.params_of(options), tiny.batch(options)
@@ -147,6 +152,7 @@ def test_randomness_is_the_seeds_and_the_steps():
   assert losses_by_key[0] == losses_by_key[1] != losses_by_key[2]
 
 
+@pytest.mark.as_users_compile
 def test_bfloat16_model_has_float32_losses_and_gradients():
   options = tiny.options(model={'numerics': {'dtype': 'bfloat16'}})
   params, batch = tiny.params_of(options), tiny.batch(options)

@@ -27,6 +27,7 @@ def run(dispatch, layer, params, x, routing):
   return jax.jit(Layer().apply)(variables, x)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize('use_bias', [False, True])
 @pytest.mark.parametrize('tokens', [1, 7, FEW_TOKENS, 37, 300])
 def test_equals_stacked_experts(tokens, use_bias):
