@@ -18,16 +18,17 @@ short, with or without it in training. A model trained with priority leans on
 it: nearly perfect at its own capacity, and by far the worst without.
 """
 
-from experiments.study import byte_models, study
-from experiments.study.study import (
+from experiments.study import byte_models, command
+from experiments.study.parts import (
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
+  Results,
   Row,
-  Study,
 )
+from experiments.study.study import Study
 from experiments.study.tasks import PREFIX_TASKS
 
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
@@ -36,26 +37,27 @@ PLAIN, BPR = 'order of the text', 'priority'
 
 
 def config(steps: int):
-  """What both models share."""
-  made = byte_models.decoder(
-    steps,
-    num_layers=1,
-    num_experts=8,
-    encoder_layers='all',
-    layers='none',
-    capacity_rule='per_token',
-    capacity_factor=0.75,
-  )
-  made.model.kind = 'encoder_decoder'
-  made.model.positions = 'relative'
-  made.model.num_encoder_layers = 2
-  made.evals = {'no_drops': byte_models.no_drops()}
+  """The config that both models share; its encoder alone is sparse."""
+  config = byte_models.decoder(steps, num_layers=1)
+  m = config.model
+  m.kind = 'encoder_decoder'
+  m.positions.kind = 'relative'
+  m.encoder.num_layers = 2
+  m.encoder.overrides = dict(moe=dict(layers='all'))
+  m.moe.layers = 'none'
+  m.moe.num_experts = 8
+  m.moe.capacity.kind = 'per_token'
+  m.moe.capacity.per_token.factor = 0.75
+  config.evals = {'no_drops': byte_models.no_drops()}
   for order in ORDERS.values():
     for factor in FACTORS:
-      made.evals[_name(order, factor)] = byte_models.evaluation(
-        encoder_slot_priority=order, capacity_factor=factor
+      config.evals[_name(order, factor)] = byte_models.evaluation(
+        moe=dict(
+          router=dict(token_choice=dict(slot_priority=order)),
+          capacity=dict(per_token=dict(factor=factor)),
+        )
       )
-  return made
+  return config
 
 
 def _name(order: str, factor: float) -> str:
@@ -65,23 +67,23 @@ def _name(order: str, factor: float) -> str:
 def arms(preset: Preset) -> list[Arm]:
   """Without and with priority in training."""
   del preset
-  key = 'model.moe.encoder_slot_priority'
+  key = 'model.moe.router.token_choice.slot_priority'
   return [Arm(name, {key: order}) for name, order in ORDERS.items()]
 
 
 def row_name(trained: str, order: str, factor: float) -> str:
-  """Of a model, evaluated so."""
+  """Name of the row of a model that is evaluated so."""
   return f'trained in {trained}; {order}, CF {factor:g}'
 
 
-def rows(results: study.Results, times) -> list[Row]:
+def rows(results: Results, times) -> list[Row]:
   """A row for each model and way of evaluating it."""
   del times
-  made = []
+  rows = []
   for trained, runs in results.items():
     room = Column('', 'eval/no_drops/loss')
     values = {'loss': list(map(room.of, runs)), 'dropped': [0.0] * len(runs)}
-    made.append(Row(f'trained in {trained}; no drops', values))
+    rows.append(Row(f'trained in {trained}; no drops', values))
     for order, priority in ORDERS.items():
       for factor in FACTORS:
         where = f'eval/{_name(priority, factor)}'
@@ -91,16 +93,16 @@ def rows(results: study.Results, times) -> list[Row]:
         }
         line = f'trained in {trained}; {order}'
         name = row_name(trained, order, factor)
-        made.append(Row(name, values, line, factor))
-  return made
+        rows.append(Row(name, values, line, factor))
+  return rows
 
 
 def compared(row: tuple, than: tuple) -> str:
-  """That the row's loss is lower."""
+  """The comparison that says that the first row's loss is lower."""
   return f'loss: {row_name(*row)} < {row_name(*than)}'
 
 
-# Of the paper's model at 0.75 without and with priority in training.
+# The paper's models at 0.75, without and with priority in training.
 WITHOUT = 'stmoe2022/table8/top-1, CF 0.75'
 WITH = 'stmoe2022/table18/CF 0.75'
 ENCODER = 'There in encoder and decoder, here in the encoder.'
@@ -162,4 +164,4 @@ STUDY = Study(
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

@@ -20,8 +20,10 @@ The full preset has not been run yet.
 
 import numpy as np
 
-from experiments.study import byte_models, study
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, command
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
 from moe_jax import data
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.setup import Run
@@ -35,49 +37,51 @@ _BATCHES = 20
 
 
 def config(steps: int):
-  """What the rows share."""
-  made = byte_models.decoder(
-    steps,
-    num_layers=2,
-    num_experts=16,
-    num_selected=2,
-    gates='sigmoid',
-    layer_reduce='mean',
-    **byte_models.DROPLESS,
-    **byte_models.UNBALANCED,
+  """The config that the rows share."""
+  config = byte_models.decoder(steps, num_layers=2)
+  moe = config.model.moe
+  moe.num_experts = 16
+  moe.num_selected = 2
+  moe.layer_reduce = 'mean'
+  moe.expert.hidden = 128
+  moe.router.kind = 'token_choice'
+  moe.router.token_choice.update(
+    gates='sigmoid', balance_weight=0.0, z_weight=0.0
   )
-  made.model.moe.hidden = 128
-  return made
+  byte_models.drop_nothing(moe)
+  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
   """Neither, a loss of some weights, a bias of some rates."""
   del preset
-  loss, bias = 'model.moe.balance_weight', 'model.moe.balance_bias_rate'
-  made = [Arm('neither', {})]
-  made += [Arm(f'loss {w:g}', {loss: w}, 'loss', w) for w in WEIGHTS]
-  made += [Arm(f'bias {u:g}', {bias: u}, 'bias', u) for u in RATES]
-  return made
+  router = 'model.moe.router.token_choice'
+  loss, bias = f'{router}.balance_weight', f'{router}.balance_bias_rate'
+  return [
+    Arm('neither', {}),
+    *(Arm(f'loss {w:g}', {loss: w}, 'loss', w) for w in WEIGHTS),
+    *(Arm(f'bias {u:g}', {bias: u}, 'bias', u) for u in RATES),
+  ]
 
 
 def max_violation(run: Run, state: TrainState) -> dict[str, float]:
   """(largest load - mean) / mean of a batch, averaged over batches, layers."""
   step = compiled_eval_step(run.model)
-  found = []
+  violations = []
   for batch in data.eval_batches(
     run.dataset.splits['validation'],
-    batch_size=run.config.batch_size,
+    batch_size=run.options.batch_size,
     num_batches=_BATCHES,
     share=run.programs.put.rows,
   ):
     sums = step(state.variables, run.programs.put.local(batch))
     load = np.asarray(sums.aux.stats.load)  # [L, E]
-    found.append(load.max(-1) / load.mean(-1) - 1)
-  return {'max_violation_batch': float(np.mean(found))}
+    violations.append(load.max(-1) / load.mean(-1) - 1)
+  return {'max_violation_batch': float(np.mean(violations))}
 
 
 def claim(text: str, compared: str, cell: str) -> Claim:
-  """Of the paper's 1B model."""
+  """A claim about the paper's model of 1B parameters."""
   rows = [
     f'lossfree2024/table2/1B loss-{how}' for how in ('free', 'controlled')
   ]
@@ -119,11 +123,11 @@ STUDY = Study(
   figure=Figure(
     ['loss', GLOBAL, BATCH], 'weight of the loss, rate of the bias', log_x=True
   ),
-  measure=max_violation,
+  runner=TrainingRunner(max_violation),
   remarks='MaxVio is taken over 40 validation batches, or of each. The balance '
   "loss is Switch's, of the softmax of the logits, beside sigmoid gates.",
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

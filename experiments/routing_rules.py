@@ -19,54 +19,54 @@ with later tokens, and as generated it loses to top-2. A hash of the token beats
 all learned rules so early in training. The full preset has not been run yet.
 """
 
-from experiments.study import byte_models, leaks, study
+from experiments.study import byte_models, command, leaks
 from experiments.study.byte_models import top_k
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
 
 HIDDEN = 256
 HASHES = ('token', 'bigram', 'position')
 
 
 def config(steps: int):
-  """What the rows share."""
-  return byte_models.decoder(
-    steps,
-    hidden=HIDDEN,
-    num_layers=2,
-    num_experts=8,
-    group_size=0,
-    **byte_models.DROPLESS,
-  )
+  """The config that the rows share; its groups are single sequences."""
+  config = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
+  config.model.moe.num_experts = 8
+  config.model.moe.group_size = 0
+  byte_models.drop_nothing(config.model.moe)
+  return config
 
 
 def _expert_choice(factor: int) -> Arm:
-  return top_k(
-    f'expert choice, CF {factor}',
-    factor,
-    HIDDEN,
-    router='expert_choice',
-    gates='raw',
-    capacity_rule='per_token',
-    capacity_factor=float(factor),
-    dispatch='gather',
-    balance_weight=0.0,
-    allow_future_leak=True,
-  )
+  moe = {
+    'num_selected': factor,
+    'expert.hidden': HIDDEN // factor,
+    'router.kind': 'expert_choice',
+    'capacity.kind': 'per_token',
+    'capacity.per_token.factor': float(factor),
+    'dispatch.kind': 'gather',
+    'allow_future_leak': True,
+  }
+  overrides = {f'model.moe.{key}': value for key, value in moe.items()}
+  return Arm(f'expert choice, CF {factor}', overrides)
+
+
+def _hash(what: str) -> Arm:
+  router = {'router.kind': 'hash', 'router.hash.of': what}
+  return top_k(f'hash of {what}', 1, HIDDEN, router)
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """A routing rule each, equal in FLOPs."""
+  """An arm for each routing rule, all equal in FLOPs."""
   del preset
   return [
     byte_models.dense(),
     top_k('top-1', 1, HIDDEN),
     top_k('top-2', 2, HIDDEN),
     *map(_expert_choice, (1, 2)),
-    *(
-      top_k(f'hash of {what}', 1, HIDDEN, router='hash', hash_of=what)
-      for what in HASHES
-    ),
-    top_k('random', 1, HIDDEN, router='random'),
+    *map(_hash, HASHES),
+    top_k('random', 1, HIDDEN, {'router.kind': 'random'}),
   ]
 
 
@@ -138,11 +138,11 @@ STUDY = Study(
     Claim('chance is worse than a learned choice', 'loss: random > top-1'),
   ],
   figure=Figure(['loss', GENERATED, CHANGED]),
-  measure=leaks.measure,
+  runner=TrainingRunner(leaks.measure),
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

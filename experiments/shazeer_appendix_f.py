@@ -35,9 +35,12 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import shazeer_table7
-from experiments.study import byte_models, study
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, command
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
 from moe_jax.data.pipeline import spread
+from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.models import LstmLm
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -48,40 +51,34 @@ Variables = dict[str, Any]
 
 
 def config(steps: int):
-  """What the rows share."""
-  made = shazeer_table7.config(steps).unlock()
-  made.model.moe.num_experts, made.model.moe.num_selected = E, K
-  return made.lock()
+  """The config that the rows share."""
+  config = shazeer_table7.config(steps).unlock()
+  config.model.moe.num_experts, config.model.moe.num_selected = E, K
+  return config.lock()
 
 
 def arms(preset: Preset) -> list[Arm]:
   """Noisy top-4 with and without its losses; balance in a batch or a row."""
   del preset
-  importance, load, router, gates, leak, group = (
-    f'model.moe.{name}'
-    for name in (
-      'importance_weight',
-      'load_weight',
-      'router',
-      'gates',
-      'allow_future_leak',
-      'group_size',
-    )
-  )
-  strict = {
-    router: 'strictly_balanced', gates: 'raw', leak: True, importance: 0.0
-  }  # fmt: skip
+  router = 'model.moe.router'
+  noisy, strict = f'{router}.noisy_top_k', f'{router}.strictly_balanced'
+  balanced = {
+    f'{router}.kind': 'strictly_balanced',
+    f'{strict}.z_weight': 0.0,
+    f'{strict}.load_weight': 0.1,
+    'model.moe.allow_future_leak': True,
+  }
   return [
     Arm(NOISY, {}),
-    Arm(FREE, {importance: 0.0, load: 0.0}),
-    Arm(STRICT, strict),
-    Arm(ROW, strict | {group: 0}),
+    Arm(FREE, {f'{noisy}.importance_weight': 0.0, f'{noisy}.load_weight': 0.0}),
+    Arm(STRICT, balanced),
+    Arm(ROW, balanced | {'model.moe.group_size': 0}),
   ]
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
-  """`compare` on validation rows, and on rows whose ends are others'."""
-  rows, B = run.dataset.splits['validation'], run.config.batch_size
+  """Compares choices on validation rows, and on rows whose ends are others'."""
+  rows, B = run.dataset.splits['validation'], run.options.batch_size
   taken = rows.take(np.array(spread(len(rows), 2 * B)))
   batch, others = (
     {key: jnp.asarray(value[part]) for key, value in taken.items()}
@@ -100,10 +97,10 @@ def compare(
   """Choices of training and of inference, for the same rows.
 
   Args:
-    model: With one router.
-    variables: Its variables.
-    batch: Rows.
-    elsewhere: The same, but for the tokens of their second halves.
+    model: A model with one router.
+    variables: The model's variables.
+    batch: Rows of text.
+    elsewhere: The same rows, but for the tokens of their second halves.
 
   Returns:
     `agreement`: of the pairs of token and expert that are chosen in training or
@@ -132,19 +129,19 @@ def compare(
   followed = apply(variables, elsewhere, True)[0]
   half = followed.shape[1] // 2
   trained, inferred = trained[real], inferred[real]
-  found = {
+  numbers = {
     'agreement': agreement(trained, inferred),
     'experts': inferred.sum(-1).mean(),
     'none': (~inferred.any(-1)).mean(),
     'lost': _loss(as_inferred, batch) - _loss(as_trained, batch),
     'foreseen': _loss(followed, batch, half) - _loss(as_trained, batch, half),
   }
-  if model.config.moe.router.kind == 'strictly_balanced':
+  if isinstance(model.moe.router, StrictlyBalanced):
     at_start = with_thresholds(variables, 1 / E)
-    found['unlearned'] = agreement(
+    numbers['unlearned'] = agreement(
       trained, apply(at_start, batch, False)[1][real]
     )
-  return {name: float(value) for name, value in found.items()}
+  return {name: float(value) for name, value in numbers.items()}
 
 
 def with_thresholds(variables: Variables, value: float) -> Variables:
@@ -155,19 +152,20 @@ def with_thresholds(variables: Variables, value: float) -> Variables:
 
 
 def _loss(logits, batch: Batch, until: int | None = None) -> jax.Array:
-  """Nats a byte of the first so many of each row; None: of all."""
+  """The loss in nats a byte of each row's first bytes; None takes all."""
   cut = slice(None, until)
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits[:, cut], batch['targets'][:, cut]
   )
   weights = batch['loss_weights'][:, cut]
-  # The last of them says what follows, which is another's elsewhere.
+  # The last byte of a first half predicts one of the second half, which is
+  # another's elsewhere.
   weights = weights if until is None else weights.at[:, -1].set(0.0)
   return (nats * weights).sum() / weights.sum()
 
 
 def chosen(kept) -> jax.Array:
-  """Bool [N, E]: who takes which token, of the one router's intermediates."""
+  """The choices of the one router, bool [N, E], from its intermediates."""
   (router,) = (
     value['moe']['router']
     for value in kept['intermediates'].values()
@@ -241,9 +239,9 @@ STUDY = Study(
     ),
   ],
   figure=Figure(['loss', INFERRED, AGREE]),
-  measure=measure,
+  runner=TrainingRunner(measure),
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

@@ -17,45 +17,47 @@ Found: balance moves as in the paper. Quality too, but for the weights: there
 any will do, here 0.01 is best and 1 worse than none.
 """
 
-from experiments.study import byte_models, study
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import byte_models, command
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.study import Study
 from experiments.study.sweeps import zipped
 
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01)]
 WEIGHTS += [(1.0, 1.0)]
-TRAINED = 'train/layer_*'  # with noise, over the last tenth of the steps
+# Means over the last tenth of the steps, with noise.
+TRAINED = 'train/layer_*'
 EVALUATED = f'eval/{byte_models.EVAL}/layer_*'
 
 
 def config(steps: int):
-  """What the rows share."""
-  made = byte_models.decoder(
-    steps,
-    num_layers=2,
-    router='noisy_top_k',
-    num_experts=32,
-    num_selected=2,
-    gates='renormalized',
-    layer_reduce='mean',
-    **byte_models.DROPLESS,
-    **byte_models.UNBALANCED,
+  """The config that the rows share."""
+  config = byte_models.decoder(steps, num_layers=2)
+  moe = config.model.moe
+  moe.num_experts = 32
+  moe.num_selected = 2
+  moe.layer_reduce = 'mean'
+  moe.expert.hidden = 128
+  moe.router.kind = 'noisy_top_k'
+  moe.router.noisy_top_k.update(
+    gates='renormalized', balance_weight=0.0, z_weight=0.0
   )
-  made.model.moe.hidden = 128
-  return made
+  byte_models.drop_nothing(moe)
+  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """A row of the table each: (importance weight, load weight)."""
+  """An arm for each row of the table: (importance weight, load weight)."""
   del preset
-  keys = 'model.moe.importance_weight', 'model.moe.load_weight'
+  router = 'model.moe.router.noisy_top_k'
+  keys = f'{router}.importance_weight', f'{router}.load_weight'
   swept = zipped(dict(zip(keys, zip(*WEIGHTS, strict=True), strict=True)))
   return [Arm(f'{w}', o) for w, o in zip(WEIGHTS, swept, strict=True)]
 
 
 def claim(text: str, compared: str, cell: str) -> Claim:
-  """The rows are the paper's, the cell is of both."""
-  made = Claim(text, compared)
-  rows = f'shazeer2017/table6/{made.row}', f'shazeer2017/table6/{made.than}'
+  """A claim about two rows of the paper's table, by one of their cells."""
+  claim = Claim(text, compared)
+  rows = f'shazeer2017/table6/{claim.row}', f'shazeer2017/table6/{claim.than}'
   return Claim(text, compared, [f'{row}/{cell}' for row in rows])
 
 
@@ -135,4 +137,4 @@ STUDY = Study(
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

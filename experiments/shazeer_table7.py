@@ -19,52 +19,62 @@ deep. Four experts are not told from one wide one. Two levels of gates cost
 nothing here: they have 0.006 less than one.
 """
 
-from configs import shazeer_lstm
-from experiments.study import byte_models, study
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from configs import base, shazeer_lstm
+from experiments.study import byte_models, command
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.study import Study
 
 EXPERTS = (4, 16, 32)
 TWO_LEVELS = 'MoE-32-h'
 
 
 def config(steps: int):
-  """What the rows share."""
-  made = shazeer_lstm.get_config().unlock()
-  made.total_steps = steps
-  made.log_every_steps = max(steps // 10, 1)
-  m = made.model
-  m.width = 48
-  m.dropout = 0.0
-  m.lstm.unroll = 4
-  m.moe.hidden = 96
-  m.moe.branching = 0
-  m.moe.branches_selected = 1
-  made.optimizer.learning_rate = 5e-3
-  made.optimizer.warmup_steps = min(100, steps // 8)
-  made.optimizer.final_fraction = 0.05
-  made.checkpoint.every_steps = 0
-  made.checkpoint.keep_best = False
-  made.sample.num_tokens = 0
-  made.evals = {byte_models.EVAL: byte_models.evaluation()}
-  return made.lock()
+  """The config that the rows share: the paper's, narrower and shorter."""
+  config = shazeer_lstm.get_config('MoE-32').unlock()
+  config.total_steps = steps
+  config.log_every_steps = max(steps // 10, 1)
+  config.model.width = 48
+  config.model.dropout = 0.0
+  config.model.lstm.unroll = 4
+  config.model.moe.expert.hidden = 96
+  config.optimizer.learning_rate = 5e-3
+  config.optimizer.schedule.kind = 'cosine'
+  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.optimizer.schedule.final_fraction = 0.05
+  config.checkpoint = base.get_config().checkpoint
+  config.checkpoint.every_steps = 0
+  config.checkpoint.keep_best = False
+  config.sample.num_tokens = 0
+  config.evals = {byte_models.EVAL: byte_models.evaluation()}
+  return config.lock()
 
 
 def arms(preset: Preset) -> list[Arm]:
   """The paper's controls, then its mixtures."""
   del preset
-  E, branches = 'model.moe.num_experts', 'model.moe.branch'
-  made = [
+  E, router = 'model.moe.num_experts', 'model.moe.router'
+  two_levels = {
+    'branching': 4,
+    'branches_selected': 2,
+    'noisy': True,
+    'gates': 'renormalized',
+    'z_weight': 0.0,
+    'importance_weight': 0.1,
+    'load_weight': 0.1,
+  }
+  two_levels = {f'{router}.hierarchical.{k}': v for k, v in two_levels.items()}
+  two_levels[f'{router}.kind'] = 'hierarchical'
+  return [
     Arm('4xLSTM', {'model.num_layers': 4, 'model.moe.layers': 'none'}),
     Arm('MoE-1-Wide', {E: 0}),
     Arm('MoE-1-Deep', {E: 0, 'model.lstm.twin_depth': 4}),
+    *(Arm(f'MoE-{n}', {E: n}, 'one level', n) for n in EXPERTS),
+    Arm(TWO_LEVELS, two_levels, 'two levels', 32),
   ]
-  made += [Arm(f'MoE-{n}', {E: n}, 'one level', n) for n in EXPERTS]
-  two = {E: 32, f'{branches}ing': 4, f'{branches}es_selected': 2}
-  return [*made, Arm(TWO_LEVELS, two, 'two levels', 32)]
 
 
 def claim(text: str, compared: str, *rows: str, note: str = '') -> Claim:
-  """The rows of the paper; theirs have other numbers of experts."""
+  """A claim about rows of the paper, which have other numbers of experts."""
   cells = [f'shazeer2017/table7/{row}/ppl_10_epochs' for row in rows]
   return Claim(text, compared, cells, note)
 
@@ -109,4 +119,4 @@ STUDY = Study(
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

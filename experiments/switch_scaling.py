@@ -24,52 +24,55 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.study import byte_models, study
-from experiments.study.study import (
+from experiments.study import byte_models, command
+from experiments.study.parts import (
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
+  Results,
   Row,
-  Study,
 )
+from experiments.study.study import Study
 
-# Experts and chosen ones; K of them have the dense twin's width together.
+# Pairs (E, K): K of the E experts have the dense twin's width together.
 SWITCH = [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)]
 TOP_2 = [(16, 2), (64, 2)]
 QUICK_WITHOUT = [f'{model},*' for model in ('top-1 of 2', 'top-1 of 8')]
 QUICK_WITHOUT += ['top-1 of 32,*', 'top-2 of 16,*']
-LENGTHS = (0.3, 0.6, 1.0)  # of the dense twin's
+# Lengths of runs, as fractions of the dense twin's.
+LENGTHS = (0.3, 0.6, 1.0)
 HIDDEN = 128
 STEPS, SECONDS = 'steps to dense loss', 'seconds to dense loss'
 
 
 def config(steps: int):
-  """What the rows share."""
-  return byte_models.decoder(
-    steps, width=32, hidden=HIDDEN, num_layers=3, **byte_models.DROPLESS
-  )
+  """The config that the rows share."""
+  config = byte_models.decoder(steps, width=32, hidden=HIDDEN, num_layers=3)
+  byte_models.drop_nothing(config.model.moe)
+  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
   """Each model at each length; the dense twin at the whole one."""
-  made = [byte_models.dense()]
+  arms = [byte_models.dense()]
   for E, K in SWITCH + TOP_2:
     for length in LENGTHS:
-      arm = byte_models.top_k(arm_name(E, K, length), K, HIDDEN, num_experts=E)
+      name = arm_name(E, K, length)
+      arm = byte_models.top_k(name, K, HIDDEN, {'num_experts': E})
       steps = {'total_steps': round(length * preset.steps)}
-      made.append(Arm(arm.name, {**arm.overrides, **steps}))
-  return made
+      arms.append(Arm(arm.name, {**arm.overrides, **steps}))
+  return arms
 
 
 def model_name(E: int, K: int) -> str:
-  """Of a row."""
+  """Name of a model's row."""
   return f'top-{K} of {E}'
 
 
 def arm_name(E: int, K: int, length: float) -> str:
-  """Of a run."""
+  """Name of a model's arm of one length."""
   return f'{model_name(E, K)}, {length} of the steps'
 
 
@@ -90,26 +93,28 @@ def ratio_to(
   return float(np.exp(logs[i] + (target - losses[i]) / slope))
 
 
-def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
-  """A model a row."""
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """A row for each model."""
   target = STUDY.row_of(byte_models.dense(), results).values['loss']
-  made = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]
+  rows = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]
   for E, K in SWITCH + TOP_2:
     arms = [arm_name(E, K, length) for length in LENGTHS]
     if arms[-1] not in results:
       continue
-    found = [STUDY.row_of(Arm(arm, {}), results).values for arm in arms]
+    losses = [
+      STUDY.row_of(Arm(arm, {}), results).values['loss'] for arm in arms
+    ]
     step = times[arms[-1]]
     ratios = [
-      ratio_to(goal, LENGTHS, losses)
-      for goal, *losses in zip(target, *(f['loss'] for f in found), strict=True)
+      ratio_to(goal, LENGTHS, by_length)
+      for goal, *by_length in zip(target, *losses, strict=True)
     ]
     shorter, whole = (
-      [mine - twin for mine, twin in zip(f['loss'], target, strict=True)]
-      for f in (found[1], found[-1])
+      [mine - twin for mine, twin in zip(of_length, target, strict=True)]
+      for of_length in (losses[1], losses[-1])
     )
     values = {
-      'loss': found[-1]['loss'],
+      'loss': losses[-1],
       'minus dense': whole,
       SHORT: shorter,
       STEPS: ratios,
@@ -117,8 +122,8 @@ def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
       TIME: [step] * len(ratios),
     }
     line = 'Switch' if K == 1 else f'top-{K}'
-    made.append(Row(model_name(E, K), values, line, float(E)))
-  return made
+    rows.append(Row(model_name(E, K), values, line, float(E)))
+  return rows
 
 
 TIME = 'step time / dense'
@@ -187,4 +192,4 @@ STUDY = Study(
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

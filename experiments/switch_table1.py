@@ -26,20 +26,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.study import byte_models, study
-from experiments.study.study import (
+from experiments.study import byte_models, command
+from experiments.study.parts import (
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
+  Results,
   Row,
-  Study,
 )
+from experiments.study.study import Study
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
 HIDDEN = 192
-# The dense twin at other lengths, each annealed.
+# Names of the dense twin's longer runs, each annealed, by their length.
 LONGER = {1.5: 'dense, 1.5 times the steps', 2.0: 'dense, 2 times the steps'}
 TIMED = ['dense', 'Switch 1.25', 'Switch 1.0', 'wide top-2 1.25']
 TIMED += ['wide top-2 1.0']
@@ -50,50 +51,47 @@ QUICK_WITHOUT = [
 
 
 def config(steps: int):
-  """What the rows share."""
-  made = byte_models.decoder(
-    steps, width=48, hidden=HIDDEN, num_layers=3, num_experts=8
-  )
-  made.evals.capacity_2 = byte_models.evaluation(
-    capacity_rule='per_token', capacity_factor=2.0
-  )
-  made.evals.no_drops = byte_models.no_drops()
-  return made
+  """The config that the rows share."""
+  config = byte_models.decoder(steps, width=48, hidden=HIDDEN, num_layers=3)
+  config.model.moe.num_experts = 8
+  capacity = {'kind': 'per_token', 'per_token': {'factor': 2.0}}
+  config.evals.capacity_2 = byte_models.evaluation(moe={'capacity': capacity})
+  config.evals.no_drops = byte_models.no_drops()
+  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Every model; capacity is an assignment's in their configs."""
-  made = [byte_models.dense()]
+  """Every model; in their configs a factor is slots for each choice."""
+  arms = [byte_models.dense()]
   for length, name in LONGER.items():
     steps = round(length * preset.steps)
-    made.append(byte_models.dense(name, total_steps=steps))
+    arms.append(byte_models.dense(name, total_steps=steps))
   for name, K, hidden, slots in (
     ('Switch', 1, HIDDEN, 1),
     ('top-2', 2, HIDDEN, 1),
-    ('wide top-2', 2, 2 * HIDDEN, 1 / 2),  # of an assignment
+    # Slots for each choice, of which a token has two.
+    ('wide top-2', 2, 2 * HIDDEN, 1 / 2),
   ):
-    made += [
-      byte_models.top_k(
-        f'{name} {factor}', K, hidden, capacity_factor=slots * factor
-      )
+    key = 'capacity.per_assignment.factor'
+    arms += [
+      byte_models.top_k(f'{name} {factor}', K, hidden, {key: slots * factor})
       for factor in FACTORS
     ]
-  return made
+  return arms
 
 
-def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """The table: Switch, top-2 under both readings, dense in steps and time."""
 
   def row(name, arm, line='', x=None):
-    found = STUDY.row_of(Arm(arm, {}, line, x), results)
-    values = dict(found.values)
+    values = dict(STUDY.row_of(Arm(arm, {}, line, x), results).values)
     if arm in times:
       values[TIME] = [times[arm]] * len(results[arm])
     return Row(name, values, line, x)
 
-  made = [row(name, name) for name in ('dense', *LONGER.values())]
-  twins = zip(*(twin.values['loss'] for twin in made), strict=True)
-  twins = list(twins)  # of a seed, by length
+  rows = [row(name, name) for name in ('dense', *LONGER.values())]
+  # The losses of each seed, by length.
+  twins = list(zip(*(twin.values['loss'] for twin in rows), strict=True))
   for line, said in (
     ('Switch', ''),
     ('wide top-2', ' a token'),
@@ -102,17 +100,17 @@ def rows(results: study.Results, times: Mapping[str, float]) -> list[Row]:
     for factor in FACTORS:
       arm = f'{line} {factor}'
       if arm in results:  # a quick preset leaves some out
-        made.append(row(f'{line}, CF {factor}{said}', arm, line + said, factor))
+        rows.append(row(f'{line}, CF {factor}{said}', arm, line + said, factor))
   for arm in TIMED[1:]:
     at = np.log(times[arm])
     losses = [float(np.interp(at, np.log([1.0, *LONGER]), t)) for t in twins]
     values = {'loss': losses, TIME: [times[arm]] * len(losses)}
-    made.append(Row(f'dense, in the time of {arm}', values))
-  return made
+    rows.append(Row(f'dense, in the time of {arm}', values))
+  return rows
 
 
 def claim(text: str, compared: str, *models: str) -> Claim:
-  """Of the paper's rows of these names, at 100k steps."""
+  """A claim about the paper's rows of these names, after 100k steps."""
   cells = [f'switch2021/table1/{model}/nlp_100k' for model in models]
   return Claim(text, compared, cells)
 
@@ -203,4 +201,4 @@ STUDY = Study(
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)

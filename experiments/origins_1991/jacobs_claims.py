@@ -1,9 +1,9 @@
-"""What is compared in 1991's table, and what was published of it.
+"""What is compared in the table of 1991, and what was published of it.
 
 Not here: how it is run (`experiments/jacobs_table1.py`).
 """
 
-from experiments.study.study import Claim, Column
+from experiments.study.parts import Claim, Column
 
 LOSSES = ('cooperative', 'gated', 'competitive')
 SHARED = ', shared rate'
@@ -21,24 +21,24 @@ SYSTEMS = {
   },
 }
 COLUMNS = (
-  Column('learning rate', digits=2),
-  Column('epochs', digits=0),
+  Column('learning rate', 'learning rate', digits=2),
+  Column('epochs', 'epochs', digits=0),
   Column('SD of epochs', digits=0),
   Column('epochs over BP, 6 hidden', digits=2),
-  Column('reached', unit='%', digits=0),
-  Column('train', unit='%', digits=1),
-  Column('test', unit='%', digits=1),
-  Column('experts in use', digits=2),
-  Column('experts ever heard', digits=2),
-  Column('gate entropy', unit='nats', digits=3),
-  Column('I(expert; case)', unit='nats', digits=3),
-  Column('alone', unit='%', digits=1),
+  Column('reached', 'reached', '%', 0),
+  Column('train', 'train', '%', 1),
+  Column('test', 'test', '%', 1),
+  Column('experts in use', 'experts in use', digits=2),
+  Column('experts ever heard', 'experts ever heard', digits=2),
+  Column('gate entropy', 'gate entropy', 'nats', 3),
+  Column('I(expert; case)', 'I(expert; case)', 'nats', 3),
+  Column('alone', 'alone', '%', 1),
 )
 _TABLE, _SPEED = 'jacobs1991/table1', 'jacobs1991/speed'
 
 
 def _epochs(text: str, row: str, sign: str, than: str, note: str = '') -> Claim:
-  """Of two systems of the paper's, at their own best rates."""
+  """A claim about two of the paper's systems, at their own best rates."""
   cells = [
     f'{_TABLE}/{name.removesuffix(", competitive")}/mean_epochs'
     for name in (row, than)
@@ -50,7 +50,8 @@ def _ours(text: str, compared: str) -> Claim:
   return Claim(text, compared, note='The paper has no number')
 
 
-_ORDER = ((2, 1), (3, 1), (3, 2))  # of equations: more than
+# Pairs of equations of which the first should show more than the second.
+_ORDER = ((2, 1), (3, 1), (3, 2))
 _FOUR, _EIGHT = '4 experts, competitive', '8 experts, competitive'
 CLAIMS = (
   _epochs('4 experts need fewer epochs', _FOUR, '<', 'BP, 6 hidden'),

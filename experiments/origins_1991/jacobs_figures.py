@@ -1,6 +1,6 @@
 """The plane of two formants as gates and experts divide it, and epochs.
 
-    figure = boundaries(problem, {'competitive': Life(config, params, 50)})
+    figure = boundaries(problem, {'competitive': Life(model, params, 50)})
     animation(problem, lives).to_jshtml()  # in a notebook
 
 Not here: the runs that are drawn (`jacobs_runs.path`).
@@ -20,17 +20,21 @@ from matplotlib.figure import Figure
 
 from experiments.origins_1991.jacobs_problems import Cases, Problem
 from experiments.origins_1991.jacobs_runs import forward
+from experiments.study.parts import Result, Row
 from experiments.study.tables import Interval
-from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
+from moe_jax.models.adaptive import AdaptiveMixture
 
-GRID = 90  # points each way
+# Number of points of the plane's grid, each way.
+GRID = 90
 COLORS = [f'C{i}' for i in range(10)]
-BLEND = dict(colors='black', linestyles='--')  # experts' lines show below
+# The blend's line is dashed, so that experts' lines show below it.
+BLEND = dict(colors='black', linestyles='--')
 CAPTION = (
   'colour: the expert with the largest proportion, paler where it shares; '
   'lines: where an expert in use says 0.5, dashed: where the mixture does'
 )
-MARKERS = ('o', 'x')  # of classes, in turn: of pairs their targets
+# Markers of the classes in turn; of pairs, those of the two targets.
+MARKERS = ('o', 'x')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Life:
   """One run, from its start to where it stopped.
 
   Attributes:
-    config: The system.
-    params: A tree of [steps + 1, ...]: its weights after every step.
-    every: Epochs of a step.
+    model: The system.
+    params: A tree of [steps + 1, ...], its weights after every step.
+    every: Number of epochs of a step.
   """
 
-  config: AdaptiveConfig
+  model: AdaptiveMixture
   params: Any
   every: int
 
@@ -66,14 +70,14 @@ def plane(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
-  """One moment: whose region is whose, and where it is decided.
+  """Draws one moment: whose region is whose, and where it is decided.
 
   A colour is an expert: its region is where it has the largest proportion (the
   paler, the less it decides alone), its line where its own output is 0.5. The
   black, dashed line is the blend's. Experts that no training case is given to
   have no line.
   """
-  model, params = AdaptiveMixture(life.config), life.at(step)
+  model, params = life.model, life.at(step)
   xs, ys = plane(problem.train)
   grid = np.stack(np.meshgrid(xs, ys), axis=-1)  # [Y, X, 2]
   outputs = jax.tree.map(
@@ -83,7 +87,8 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
   probs = outputs.gate_probs
   E = probs.shape[-1]
   hues = np.array([colors.to_rgb(COLORS[i % len(COLORS)]) for i in range(E)])
-  share = (probs.max(-1) - 1 / E) / max(1 - 1 / E, 1e-6)  # 0: all alike
+  # 0 where all experts have the same proportion.
+  share = (probs.max(-1) - 1 / E) / max(1 - 1 / E, 1e-6)
   image = hues[probs.argmax(-1)]
   image = 1 - 0.45 * share[..., None] * (1 - image)
   extent = (xs[0], xs[-1], ys[0], ys[-1])
@@ -98,7 +103,7 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
 
 
 def _contour(ax: Axes, xs, ys, values, **options) -> None:
-  """Where the values cross 0.5, if they do."""
+  """Draws where the values cross 0.5, if they do."""
   if values.min() < 0.5 < values.max():
     ax.contour(xs, ys, values, levels=[0.5], linewidths=1.6, **options)
 
@@ -125,10 +130,10 @@ def _points(ax: Axes, problem: Problem) -> None:
 def boundaries(
   problem: Problem, lives: Mapping[str, Life], moments: Sequence[float] = ()
 ) -> Figure:
-  """A row a run, a column a moment.
+  """Draws a row for each run, and a column for each moment.
 
   Args:
-    problem: What is learned, of two features.
+    problem: What is learned, from two features.
     lives: Runs by name.
     moments: Parts of a life, from 0 to 1; () is the start and four later ones.
   """
@@ -154,7 +159,7 @@ def boundaries(
 def animation(
   problem: Problem, lives: Mapping[str, Life], milliseconds: int = 200
 ) -> mpl_animation.FuncAnimation:
-  """The runs side by side, a frame a step.
+  """The runs side by side, with a frame for each step.
 
   `.to_jshtml()` shows it in a notebook, `.save('a.gif', writer='pillow')`
   keeps it. It has to be kept alive until then.
@@ -180,21 +185,33 @@ def animation(
 
 
 def epochs(
-  summary: Mapping[str, Any], sweeps: Mapping[str, Any], path: pathlib.Path
+  rows: Mapping[str, Row],
+  sweeps: Mapping[str, Mapping[float, Sequence[Result]]],
+  title: str,
+  path: pathlib.Path,
 ) -> None:
-  """Epochs of every run and of every rate that was explored, and gates."""
+  """Draws epochs of every run and of every rate that was explored, and gates.
+
+  Args:
+    rows: The rows of the table by name, those of the systems among them.
+    sweeps: The results of each system by rate; see `jacobs_rows.sweeps`.
+    title: Title of the figure.
+    path: Where it is written.
+  """
   figure = Figure(figsize=(14, 4.2), layout='constrained')
   runs, rates, special = figure.subplots(1, 3, width_ratios=(4, 4, 3))
-  rows = {row['name']: row['values'] for row in summary['rows']}
   names = list(sweeps)
   for i, name in enumerate(names):
-    _spread(runs, i, rows[name]['epochs'])
-    _spread(special, i, rows[name]['I(expert; case)'])
-    swept = sweeps[name]
-    arrived = {float(r): v for r, v in swept.items() if v['reached'] == 1}
+    _spread(runs, i, rows[name].values['epochs'])
+    _spread(special, i, rows[name].values['I(expert; case)'])
+    arrived = {
+      rate: np.mean([run['epochs'] for run in swept])
+      for rate, swept in sweeps[name].items()
+      if all(run['reached'] for run in swept)
+    }
     rates.plot(
       list(arrived),
-      [of['epochs'] for of in arrived.values()],
+      list(arrived.values()),
       marker='o',
       label=name,
       linestyle='--' if name.startswith('BP') else '-',
@@ -208,7 +225,7 @@ def epochs(
   rates.set_xlabel('learning rate, where all explored seeds arrive')
   rates.set_ylabel('epochs')
   figure.legend(fontsize=7, loc='outside lower center', ncols=4)
-  figure.suptitle(summary['title'], fontsize=10)
+  figure.suptitle(title, fontsize=10)
   figure.savefig(path, dpi=110)
 
 

@@ -11,18 +11,21 @@ import numpy as np
 
 from experiments.origins_1991.jacobs_problems import Problem
 from experiments.origins_1991.jacobs_runs import forward
-from moe_jax.models.adaptive import AdaptiveConfig, AdaptiveMixture
+from moe_jax.models.adaptive import AdaptiveMixture
 
 
 def correct(prediction, targets):
-  """Bool [N]: one output is a yes above 0.5, of several the largest counts."""
+  """Whether cases are right, bool [N].
+
+  One output says yes above 0.5; of several outputs the largest counts.
+  """
   if targets.shape[-1] == 1:
     return ((prediction > 0.5) == (targets > 0.5))[..., 0]
   return jnp.argmax(prediction, -1) == jnp.argmax(targets, -1)
 
 
 def _entropy(probs):
-  """In nats, over the last axis; never -0."""
+  """The entropy over the last axis, in nats; it is never -0."""
   return jnp.sum(jnp.abs(jax.scipy.special.entr(probs)), axis=-1)
 
 
@@ -49,24 +52,26 @@ def _measured(model, params, train, test):
   return jax.vmap(one)(params)
 
 
-def measured(config: AdaptiveConfig, problem: Problem, params) -> dict:
-  """What runs came to, by name, one a run.
+def measured(model: AdaptiveMixture, problem: Problem, params) -> dict:
+  """What runs came to, by name, one value a run.
 
   - train, test: per cent of cases that the blend gets right.
-  - alone: the same in training of each case's likeliest expert alone.
-  - experts in use: those that are the likeliest of more than 1 % of cases.
-  - experts ever heard: those with a proportion above 1 % in any case.
-  - gate entropy: nats, the mean over cases.
-  - I(expert; case): nats, what the choice of an expert says about the
-    case: the entropy of the mean proportions less the mean entropy.
-    It is 0 of one expert that has all cases, and of proportions that are the
-    same for all; ln E at most.
+  - alone: per cent of training cases that each case's likeliest expert gets
+    right by itself.
+  - experts in use: number of experts that are the likeliest of more than 1 % of
+    cases.
+  - experts ever heard: number of experts with a proportion above 1 % in any
+    case.
+  - gate entropy: mean entropy over cases, in nats.
+  - I(expert; case): what the choice of an expert says about the case, in nats:
+    the entropy of the mean proportions less the mean entropy. It is 0 of one
+    expert that has all cases, and of proportions that are the same for all;
+    ln E at most.
 
   Args:
-    config: The system.
+    model: The system.
     problem: What it learned.
-    params: A tree of [S, ...].
+    params: The weights of the runs, a tree of [S, ...].
   """
-  model = AdaptiveMixture(config)
-  found = _measured(model, params, problem.train, problem.test)
-  return {name: np.asarray(values, float) for name, values in found.items()}
+  values = _measured(model, params, problem.train, problem.test)
+  return {name: np.asarray(v, float) for name, v in values.items()}

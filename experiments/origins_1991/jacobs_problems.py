@@ -1,4 +1,4 @@
-"""What 1991's systems learn: cases, targets, and when a run may stop.
+"""What the systems of 1991 learn: cases, targets, and when a run may stop.
 
 Not here: how they learn it (`jacobs_runs.py`).
 """
@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.data import ClassSource
-from moe_jax.models.adaptive import AdaptiveConfig
+from moe_jax.models.adaptive import (
+  AdaptiveMixture,
+  AdaptiveOptions,
+  MixtureOptions,
+)
 
 RATES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-ERROR = 0.08  # of the paper
+# The paper's criterion.
+ERROR = 0.08
 
 
 class Kind(NamedTuple):
-  """Of targets: what `Problem` has of the same names."""
+  """A kind of targets; see `Problem` for what it says."""
 
   expert_output: str
   error: float
@@ -37,7 +42,7 @@ class Cases(NamedTuple):
   Attributes:
     features: float32 [N, M].
     targets: float32 [N, V].
-    labels: int32 [N], the classes that the targets are made of.
+    labels: int32 [N], the classes that the targets are made from.
   """
 
   features: Any
@@ -50,14 +55,15 @@ class Problem:
   """What is to be learned.
 
   Attributes:
-    train: To learn from.
-    test: To be asked about at the end.
-    expert_output: See `AdaptiveConfig`.
+    train: Cases to learn from.
+    test: Cases that are asked about at the end.
+    expert_output: Function that experts' outputs pass through; see
+      `MixtureOptions`.
     error: The criterion: the mean over training cases of the squared error of
       the blend, ||d - y||^2, at which a run stops.
     rates: Learning rates to choose from, ascending.
-    classes: Their names.
-    says: What a target is, for people.
+    classes: Names of the classes.
+    says: What the targets are, in words.
   """
 
   train: Cases
@@ -68,33 +74,43 @@ class Problem:
   classes: tuple[str, ...]
   says: str
 
-  def config(self, **options) -> AdaptiveConfig:
-    """A mixture for it."""
-    return AdaptiveConfig(
-      self.train.targets.shape[-1],
-      self.train.features.shape[1:],
+  def model(
+    self, num_experts: int, loss: str, expert_hidden: int = 0
+  ) -> AdaptiveMixture:
+    """A mixture that can learn it; see `MixtureOptions`."""
+    mixture = MixtureOptions(
+      loss=loss,
+      num_experts=num_experts,
+      expert_hidden=expert_hidden,
       expert_output=self.expert_output,
-      **options,
+    )
+    return AdaptiveMixture(
+      AdaptiveOptions(
+        vocab_size=self.train.targets.shape[-1],
+        feature_shape=self.train.features.shape[1:],
+        adaptive=mixture,
+      )
     )
 
 
 def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
   """The source's classes as targets of one of three kinds.
 
-  - 'pairs': one logistic output, 0 for the first and third class and 1 for
+  - 'pairs' is one logistic output, 0 for the first and third class and 1 for
     the second and fourth, until an error of 0.08.
-  - 'linear_pairs': the same of a linear output, until 0.11: all distances are
-    below 1 where outputs are logistic, and here are not.
-  - 'one_hot': a softmax over classes, until 0.16, for a softmax of two errs
+  - 'linear_pairs' is one linear output for the same, until 0.11: all distances
+    are below 1 where outputs are logistic, and here are not.
+  - 'one_hot' is a softmax over classes, until 0.16, since a softmax of two errs
     in both its outputs where a logistic output errs in one.
 
   Args:
-    source: Of cases.
-    targets: Of `TARGETS`.
-    error: The criterion; 0: as above.
+    source: Where the cases come from.
+    targets: The kind, a key of `TARGETS`.
+    error: The criterion; 0 stands for that of the kind.
 
   Raises:
-    ValueError: Another kind, or pairs of classes that are not four.
+    ValueError: There is no such kind, or pairs are wanted of another number of
+      classes than four.
   """
   if targets not in TARGETS:
     raise ValueError(f'targets={targets!r} not in {list(TARGETS)}')

@@ -1,79 +1,138 @@
 """From the runs of 1991's systems to the rows and remarks of a table.
 
-Not here: how they are run (`experiments/jacobs_table1.py`), or the columns
+Not here: how they are run (`jacobs_runner.py`), or the columns
 (`jacobs_claims.py`).
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
+import ml_collections
 import numpy as np
 
-from experiments.origins_1991.jacobs_claims import SHARED
-from experiments.origins_1991.jacobs_problems import Problem
-from experiments.origins_1991.jacobs_runs import Runs
-from experiments.study.study import Row
+from experiments.origins_1991.jacobs_claims import COLUMNS, SHARED, SYSTEMS
+from experiments.origins_1991.jacobs_problems import TARGETS
+from experiments.study.parts import Arm, Preset, Result, Results, Row
 from experiments.study.tables import ratios
 
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """What became of a system.
-
-  Attributes:
-    sweep: By rate, over the seeds of the exploration.
-    rates: Its best, and the one that all share.
-    runs: At these two, over the seeds that are reported.
-    measures: Of the runs at each rate.
-  """
-
-  sweep: Runs
-  rates: tuple[float, float]
-  runs: Runs
-  measures: Sequence[Mapping[str, np.ndarray]]
+# Seeds that rates are chosen with are none of those that are reported.
+EXPLORED = range(1000, 1005)
+RATE = 'learning rate'
+# The results of a system by learning rate, ascending.
+Sweep = Mapping[float, Sequence[Result]]
 
 
-def rows(found: Mapping[str, Found]) -> list[Row]:
-  """Every system at its best rate, then at the shared one.
+def arms(preset: Preset) -> list[Arm]:
+  """The systems, without a learning rate."""
+  del preset
+  return [Arm(name, system, line=name) for name, system in SYSTEMS.items()]
+
+
+def explored(
+  arms: Sequence[Arm], shared: ml_collections.ConfigDict
+) -> list[Arm]:
+  """Every system at every rate; a point of the system's line."""
+  patience = {'patience': len(EXPLORED)}
+  return [
+    Arm(
+      f'{arm.name}, rate {rate:g}',
+      {**arm.overrides, **patience, 'learning_rate': rate},
+      arm.name,
+      rate,
+    )
+    for arm in arms
+    for rate in TARGETS[shared.targets].rates
+  ]
+
+
+def sweeps(results: Results) -> dict[str, Sweep]:
+  """What became of every system at every explored rate."""
+  return {
+    name: {
+      runs[0][RATE]: runs
+      for arm, runs in results.items()
+      if arm.startswith(f'{name}, rate ')
+    }
+    for name in SYSTEMS
+  }
+
+
+def chosen(arms: Sequence[Arm], results: Results) -> list[Arm]:
+  """Every system at its best rate, then at the rate that is best for all."""
+  of_arms = sweeps(results)
+  shared = best_rate(list(of_arms.values()))
+  own = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
+  return [
+    Arm(
+      arm.name + suffix,
+      {**arm.overrides, 'learning_rate': shared if suffix else own[arm.name]},
+      arm.name,
+    )
+    for suffix in ('', SHARED)
+    for arm in arms
+  ]
+
+
+def best_rate(sweeps: Sequence[Sweep]) -> float:
+  """The rate with most runs that reach the criterion; of these the fastest."""
+
+  def merit(rate: float) -> tuple[float, float]:
+    reached = sum(sum(r['reached'] for r in sweep[rate]) for sweep in sweeps)
+    epochs = sum(
+      float(np.mean([r['epochs'] for r in sweep[rate]])) for sweep in sweeps
+    )
+    return -reached, epochs
+
+  return min(sweeps[0], key=merit)
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The row of every system at its best rate, then at the shared one.
 
   A run that never reached the criterion counts with the epochs it made, which
   is the least that it can have needed.
   """
-  made = []
-  for i, suffix in enumerate(('', SHARED)):
-    base = found['BP, 6 hidden'].runs.epochs[i].astype(float)
-    for name, of in found.items():
-      epochs = of.runs.epochs[i].astype(float)
-      same = np.ones(len(epochs))
-      values = {
-        'learning rate': of.rates[i] * same,
-        'epochs': epochs,
-        'SD of epochs': epochs.std(ddof=min(1, len(epochs) - 1)) * same,
-        'epochs over BP, 6 hidden': ratios(epochs, base),
-        'reached': 100.0 * of.runs.reached[i],
-        **of.measures[i],
+  del times
+  rows = []
+  for suffix in ('', SHARED):
+    base = _epochs(results['BP, 6 hidden' + suffix])
+    for name in SYSTEMS:
+      runs = results[name + suffix]
+      epochs = _epochs(runs)
+      deviation = epochs.std(ddof=min(1, len(epochs) - 1))
+      values = {c.name: [c.of(run) for run in runs] for c in COLUMNS if c.key}
+      values |= {
+        'SD of epochs': [deviation] * len(epochs),
+        'epochs over BP, 6 hidden': list(ratios(epochs, base)),
       }
-      made.append(Row(name + suffix, {k: list(v) for k, v in values.items()}))
-  return made
+      rows.append(Row(name + suffix, values))
+  return rows
 
 
-def remarks(task: Problem, found: Mapping[str, Found], most: int) -> str:
+def _epochs(runs: Sequence[Result]) -> np.ndarray:
+  return np.array([run['epochs'] for run in runs], float)
+
+
+def remarks(results: Results) -> str:
   """What a reader of the table has to know of runs that did not get there."""
-  never = []
-  for i, suffix in enumerate(('', SHARED)):
-    for name, of in found.items():
-      if missed := int((~of.runs.reached[i]).sum()):
-        never.append(f'{name}{suffix}: {missed} of {of.runs.reached.shape[1]}')
+  never, most = [], 0
+  for suffix in ('', SHARED):
+    for name in SYSTEMS:
+      runs = results[name + suffix]
+      missed = [run['epochs'] for run in runs if not run['reached']]
+      if missed:
+        most = int(max(missed))
+        never.append(f'{name}{suffix}: {len(missed)} of {len(runs)}')
   failed = 'All runs reached the criterion.'
   if never:
     failed = (
       f'Runs that did not reach the criterion in {most:,} epochs, and count as '
       f'if they did at the last: {"; ".join(never)}.'
     )
-  rates = ', '.join(f'{rate:g}' for rate in task.rates)
-  explored = len(next(iter(found.values())).sweep.reached[0])
-  said = (
-    f'{failed} Rates were chosen among {rates} with {explored} seeds that '
+  sweep = next(iter(sweeps(results).values()))
+  rates = ', '.join(f'{rate:g}' for rate in sweep)
+  count = len(next(iter(sweep.values())))
+  text = (
+    f'{failed} Rates were chosen among {rates} with {count} seeds that '
     'are not reported. "In use" is the likeliest expert of more than 1 % of '
     'training cases, "ever heard" one with a proportion above 1 % in any, '
     '"alone" what the likeliest expert of each gets right without the others. '
@@ -81,9 +140,9 @@ def remarks(task: Problem, found: Mapping[str, Found], most: int) -> str:
     'entropy of the mean proportions less the mean entropy of the gate: ln 2 = '
     '0.693 where two experts have half of the cases each and gates decide.'
   )
-  if task.expert_output == 'logistic':
-    said += (
+  if next(iter(results.values()))[0]['expert output'] == 'logistic':
+    text += (
       ' With one logistic output all distances are below 1, so that equation '
       '1.3 is nearly half of equation 1.2.'
     )
-  return said
+  return text

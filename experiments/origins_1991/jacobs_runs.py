@@ -4,8 +4,8 @@ All seeds of a system are one compiled program, and so are its learning rates,
 one after the other: a rate at which every seed is done costs no more epochs.
 A run stops where its training error reaches the criterion, and keeps the
 weights that it has there. Not here: which systems there are and what their
-epochs mean (`experiments/jacobs_table1.py`), or what else is measured
-(`jacobs_measures.py`).
+epochs mean (`experiments/jacobs_table1.py`), which runs are one program
+(`jacobs_runner.py`), or what else is measured (`jacobs_measures.py`).
 """
 
 import functools
@@ -20,12 +20,12 @@ from flax import linen as nn
 from experiments.origins_1991.jacobs_problems import Problem
 from moe_jax.models.adaptive import (
   LOSSES,
-  AdaptiveConfig,
   AdaptiveMixture,
   AdaptiveOutputs,
 )
 
-CHUNK = 50  # epochs between two looks at who is still running
+# Number of epochs between two looks at which runs go on.
+CHUNK = 50
 
 
 class Runs(NamedTuple):
@@ -34,8 +34,8 @@ class Runs(NamedTuple):
   Attributes:
     epochs: int [R, S], updates until the criterion; where it was not reached,
       the most that a run may make.
-    reached: bool [R, S].
-    params: A tree of [R, S, ...]: the weights where the run stopped.
+    reached: bool [R, S], whether the criterion was reached.
+    params: A tree of [R, S, ...], the weights where the run stopped.
   """
 
   epochs: Any
@@ -49,7 +49,7 @@ class Runs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='model')
 def start(model: AdaptiveMixture, features, seeds):
-  """Weights to start from: a tree of [S, ...]."""
+  """The weights that runs start from, a tree of [S, ...]."""
 
   def one(seed):
     key = jax.random.fold_in(jax.random.key(1991), seed)
@@ -59,12 +59,12 @@ def start(model: AdaptiveMixture, features, seeds):
 
 
 def forward(model: AdaptiveMixture, params, features) -> AdaptiveOutputs:
-  """What one run's weights say of cases."""
+  """The outputs of one run's weights for cases."""
   return model.apply({'params': params}, jnp.asarray(features))[0]
 
 
 def squared_error(outputs: AdaptiveOutputs, targets):
-  """What the criterion is of."""
+  """The error that the criterion bounds."""
   return jnp.mean(jnp.sum((targets - outputs.prediction) ** 2, axis=-1))
 
 
@@ -74,10 +74,10 @@ def _epoch(model, cases, error, rate, state):
 
   def loss(params):
     outputs = forward(model, params, cases.features)
-    found = LOSSES[model.config.loss](
+    errors = LOSSES[model.options.adaptive.loss](
       outputs.expert_outputs, outputs.gate_logits, cases.targets
     )
-    return jnp.mean(found), squared_error(outputs, cases.targets)
+    return jnp.mean(errors), squared_error(outputs, cases.targets)
 
   gradients, squared = jax.grad(loss, has_aux=True)(params)
   reached = reached | (squared <= error)
@@ -114,7 +114,7 @@ def _train(model, params, cases, error, rates, most, patience):
 
 
 def train(
-  config: AdaptiveConfig,
+  model: AdaptiveMixture,
   problem: Problem,
   rates: Sequence[float],
   seeds: Sequence[int],
@@ -123,20 +123,20 @@ def train(
 ) -> Runs:
   """All runs of a system; a seed starts alike at every rate.
 
-  With patience the best rate of `best_rate` is found sooner, and is the same if
-  it is not below the number of seeds: a rate that is given up then has a mean
-  of epochs above that of the rate which all seeds are done with.
+  With patience the best rate (`jacobs_rows.best_rate`) is found sooner, and is
+  the same if it is not below the number of seeds: a rate that is given up then
+  has a mean of epochs above that of the rate which all seeds are done with.
 
   Args:
-    config: The system.
+    model: The system.
     problem: What it learns.
-    rates: Learning rates, of the mean loss over cases.
-    seeds: Of the weights at the start.
-    max_epochs: At which a run is given up; rounded up to whole `CHUNK`s.
-    patience: Times the epochs of the slowest seed at an earlier rate, where all
-      are done, after which a rate is given up; 0: none is.
+    rates: Learning rates, for the mean loss over cases.
+    seeds: Seeds of the weights at the start.
+    max_epochs: Number of epochs after which a run is given up, rounded up to
+      whole `CHUNK`s.
+    patience: How many times the epochs of the slowest seed at an earlier rate,
+      where all are done, a rate may take before it is given up; 0: no rate is.
   """
-  model = AdaptiveMixture(config)
   params, epochs, reached = _train(
     model,
     start(model, problem.train.features, jnp.array(seeds)),
@@ -149,13 +149,6 @@ def train(
   most = -(-max_epochs // CHUNK) * CHUNK
   epochs, reached = np.asarray(epochs), np.asarray(reached)
   return Runs(np.where(reached, epochs, most), reached, params)
-
-
-def best_rate(rates: Sequence[float], sweeps: Sequence[Runs]) -> float:
-  """The rate with most runs that reach the criterion; of these the fastest."""
-  reached = sum(sweep.reached.sum(axis=1) for sweep in sweeps)
-  epochs = sum(sweep.epochs.mean(axis=1) for sweep in sweeps)
-  return rates[int(np.lexsort((epochs, -reached))[0])]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'every', 'count'))
@@ -176,7 +169,7 @@ def _path(model, params, cases, rate, every, count):
 
 
 def path(
-  config: AdaptiveConfig,
+  model: AdaptiveMixture,
   problem: Problem,
   rate: float,
   seed: int,
@@ -189,7 +182,6 @@ def path(
   Returns:
     A tree of [count + 1, ...].
   """
-  model = AdaptiveMixture(config)
   first = jax.tree.map(
     lambda a: a[0], start(model, problem.train.features, jnp.array([seed]))
   )

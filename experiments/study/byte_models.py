@@ -1,38 +1,38 @@
 """The small byte-level models that studies train on two cores."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from configs import base
-from experiments.study.study import Arm, Column
+from experiments.study.parts import Arm, Column
 
-EVAL = 'main'  # the validation loss, at the training's capacity
+# Name of the evaluation that is the validation loss at training's capacity.
+EVAL = 'main'
 LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte')
-_BATCHES = 40  # of validation
-
-# Of `model.moe`.
-DROPLESS = dict(capacity_rule='all', dispatch='dropless')
-UNBALANCED = dict(balance_weight=0.0, z_weight=0.0)
+# Number of batches of the validation split that an evaluation takes.
+_BATCHES = 40
+# What `base.evaluation` is given for room for every token.
+ROOM_FOR_ALL = {
+  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
+}
 
 
 def decoder(
-  steps: int,
-  *,
-  width: int = 64,
-  hidden: int = 256,
-  num_layers: int = 4,
-  **moe: Any,
+  steps: int, *, width: int = 64, hidden: int = 256, num_layers: int = 4
 ) -> ml_collections.ConfigDict:
   """A causal model of the embedded corpus, every feed-forward sparse.
 
+  Its experts have one slot for each choice that is theirs on average, times
+  the capacity factor.
+
   Args:
-    steps: Of the run; the learning rate falls to a twentieth over them.
+    steps: Length of the run; the learning rate falls to a twentieth over it.
     width: M.
     hidden: F of a dense feed-forward; a sparse layer's experts have as much
-      where `moe.hidden` says nothing else.
+      where `moe.expert.hidden` says nothing else.
     num_layers: L.
-    **moe: Of `model.moe`.
   """
   config = base.get_config()
   config.total_steps = steps
@@ -42,35 +42,49 @@ def decoder(
   m = config.model
   m.num_layers = num_layers
   m.width = width
-  m.num_heads = 4
-  m.hidden = hidden
+  m.attention.num_heads = 4
+  m.ffn.hidden = hidden
   m.scan_layers = False  # a CPU slices scanned kernels
   m.moe.layers = 'all'
-  m.moe.group_size = -1  # the batch: as capacity and balance are most even
-  m.moe.capacity_rule = 'per_assignment'
-  m.moe.update(moe)
+  # The group is the batch: capacity and balance are then most even.
+  m.moe.group_size = -1
+  m.moe.capacity.kind = 'per_assignment'
   config.optimizer.learning_rate = 3e-3
-  config.optimizer.warmup_steps = min(100, steps // 8)
-  config.optimizer.final_fraction = 0.05
+  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.optimizer.schedule.final_fraction = 0.05
   config.checkpoint.every_steps = 0
   config.checkpoint.keep_best = False
   config.evals = {EVAL: evaluation()}
   return config
 
 
-def evaluation(**moe: Any) -> ml_collections.ConfigDict:
-  """At the end of a run; `moe` is changed for it."""
-  overrides = {'moe': moe} if moe else {}
-  return base.evaluation(every_steps=0, num_batches=_BATCHES, **overrides)
+def drop_nothing(moe: ml_collections.ConfigDict) -> None:
+  """Gives every expert of a section `model.moe` room for all tokens."""
+  moe.capacity.kind = 'all'
+  moe.dispatch.kind = 'dropless'
+
+
+def evaluation(**model: Any) -> ml_collections.ConfigDict:
+  """An evaluation at the end of a run.
+
+  Args:
+    **model: Keys of `config.model`, nested, that differ in it.
+  """
+  return base.evaluation(every_steps=0, num_batches=_BATCHES, **model)
 
 
 def no_drops() -> ml_collections.ConfigDict:
   """An evaluation with room for every token."""
-  return evaluation(**DROPLESS)
+  return evaluation(**ROOM_FOR_ALL)
 
 
 def dense(name: str = 'dense', **overrides: Any) -> Arm:
-  """The model without experts."""
+  """The arm without experts.
+
+  Args:
+    name: Name of the arm.
+    **overrides: What else it changes, by dotted name.
+  """
   return Arm(name, {'model.moe.num_experts': 0, **overrides})
 
 
@@ -78,21 +92,27 @@ def top_k(
   name: str,
   K: int,
   hidden: int,
+  overrides: Mapping[str, Any] | None = None,
+  *,
   line: str = '',
   x: float | None = None,
-  **moe: Any,
 ) -> Arm:
-  """A model that sends a token to K experts.
+  """An arm in which a token chooses K experts.
+
+  Their gates are the softmax of one choice, and sum to one over several.
 
   Args:
-    name: Of the arm.
-    K: Experts of a token.
+    name: Name of the arm.
+    K: Number of experts of a token.
     hidden: K times an expert's F; for equal FLOPs, the dense model's F.
+    overrides: What else it changes in `model.moe`, by dotted name.
     line: See `Arm`.
     x: See `Arm`.
-    **moe: Of `model.moe`.
   """
-  gates = 'raw' if K == 1 else 'renormalized'
-  moe = dict(num_selected=K, hidden=hidden // K, gates=gates) | moe
-  overrides = {f'model.moe.{key}': value for key, value in moe.items()}
-  return Arm(name, overrides, line, x)
+  moe = {
+    'num_selected': K,
+    'expert.hidden': hidden // K,
+    'router.token_choice.gates': 'raw' if K == 1 else 'renormalized',
+    **(overrides or {}),
+  }
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)

@@ -25,7 +25,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 
 CLAIMS = pathlib.Path(__file__).with_name('claims.json')
 MARKS = ('checked', 'secondary', 'unverified')
@@ -41,9 +41,11 @@ class Published:
 
   Attributes:
     paper: The paper's title.
-    table: As the paper calls it, or where else: 'text', 'abstract'.
-    relation: '' for exactly `value`, or '~', '<', '<=', '>', '>='.
-    unit: As in '%', 'nats/token', 'x' (a ratio), 'B parameters'.
+    table: The paper's name of the table, or where else the number stands:
+      'text', 'abstract'.
+    relation: '' where the number is exactly `value`, or '~', '<', '<=', '>' or
+      '>='.
+    unit: Unit of the number: '%', 'nats/token', 'x' (a ratio), 'B parameters'.
     note: A warning that goes with the number, or ''.
 
   Raises:
@@ -75,7 +77,7 @@ class Published:
       raise unknown(f'direction of {self.address}:', self.better, BETTER)
 
   def cite(self) -> str:
-    """What a report may print, notes too; an unverified value is not in it."""
+    """The text that a report prints; an unverified value is not in it."""
     if self.mark == 'unverified':
       return HIDDEN
     source = ', secondary source' if self.mark == 'secondary' else ''
@@ -124,7 +126,7 @@ def find(address: str) -> Published:
 
 
 def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
-  """One table's cells; what a cell says goes before what its column says."""
+  """The cells of one table; a cell's own fields win over its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
   table = _object(table, where, needs, optional=('note',))
   columns = _object(table['columns'], where)
@@ -147,7 +149,7 @@ def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
 
 
 def _cell(value: Any, address: str) -> dict[str, Any]:
-  """The fields that a cell gives itself."""
+  """The fields that a cell has of its own."""
   own = {'value': value}
   if isinstance(value, tuple):
     own = _object(
@@ -161,7 +163,7 @@ def _cell(value: Any, address: str) -> dict[str, Any]:
 
 
 def _object(pairs: Any, where: str, needs=(), optional=()) -> dict[str, Any]:
-  """A JSON object as a dict; given `needs`, of no keys but these."""
+  """A JSON object as a dict; with `needs`, one that has no other keys."""
   if not isinstance(pairs, tuple):
     raise ValueError(f'{where}: {pairs!r} is no object')
   found = {}

@@ -1,24 +1,25 @@
-"""A study's figure, from its summary. Not here: its tables."""
+"""The figure of a study, drawn from its summary. Not here: its tables."""
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 
+from experiments.study.parts import Figure
 from experiments.study.tables import Interval
 
 
-def draw(spec: Any, summary: Mapping[str, Any], path: pathlib.Path) -> None:
-  """The figure: a panel a column; rows along x where they have one."""
+def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws a panel for each column, with rows along x where they have one."""
   panels = [c for c in summary['columns'] if c['name'] in spec.columns]
   rows = summary['rows']
   names = _names(rows)
   height = 3.6 + 0.2 * len(names) / len(panels)
   if not spec.x_label:
     height = 1.2 + 0.3 * len(rows)
-  figure = Figure(figsize=(4.8 * len(panels), height), layout='constrained')
+  figure = Canvas(figsize=(4.8 * len(panels), height), layout='constrained')
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for ax, column in zip(axes, panels, strict=True):
     label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
@@ -52,7 +53,7 @@ def _bar(interval: Interval) -> float:
 
 
 def _names(rows) -> list[str]:
-  """What a figure tells apart by colour: lines, then levels."""
+  """The names that have a colour of their own: lines, then levels."""
   lines = [row['line'] for row in rows if row['x'] is not None]
   levels = [row['name'] for row in rows if row['x'] is None]
   return list(dict.fromkeys(lines + levels))
@@ -89,7 +90,7 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
         interval.mean,
         i,
         xerr=_bar(interval),
-        color=f'C{i}',  # the row's, whichever others a panel lacks
+        color=f'C{i}',  # a row has one colour in all panels
         marker='o',
         capsize=3,
       )

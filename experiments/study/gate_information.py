@@ -17,16 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+# Number of shuffles whose mean is the estimate's bias.
 SHUFFLES = 20
-USED = 0.01  # of all gates, above which an expert counts as in use
+# Share of all gates above which an expert counts as in use.
+USED = 0.01
 
 
 class Information(NamedTuple):
-  """Of gates about a label, in nats.
+  """What gates say about a label, in nats.
 
   Attributes:
     measured: The estimate.
-    by_chance: The same of shuffled labels, on average; its bias.
+    by_chance: The mean estimate for shuffled labels, which is its bias.
   """
 
   measured: float
@@ -39,14 +41,14 @@ class Information(NamedTuple):
 
 
 def entropy(p: Float[np.ndarray, '... E']) -> np.ndarray:
-  """In nats, over the last axis; 0 log 0 is 0."""
+  """The entropy over the last axis, in nats; 0 log 0 is 0."""
   return -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
 
 
 def mutual_information(
   given: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
 ) -> float:
-  """I(e; c) of p(e | c) and p(c)."""
+  """The mutual information I(e; c), from p(e | c) and p(c)."""
   mean = weight @ given
   return float(entropy(mean) - weight @ entropy(given))
 
@@ -54,7 +56,7 @@ def mutual_information(
 def by_class(
   gates: Float[np.ndarray, 'N P E'], labels: Int[np.ndarray, ' N']
 ) -> np.ndarray:
-  """p(e | class) of classes in order, [classes, E], over all places."""
+  """The mean gates p(e | class) over all places; [classes, E]."""
   mean = gates.mean(1)
   return np.stack([mean[labels == c].mean(0) for c in np.unique(labels)])
 
@@ -64,7 +66,7 @@ def about_class(
   labels: Int[np.ndarray, ' N'],
   seed: int = 0,
 ) -> Information:
-  """Of the gates of N images at P places about the image's class."""
+  """What the gates of N images at P places say about the image's class."""
   _, counts = np.unique(labels, return_counts=True)
   weight, rng = counts / len(labels), np.random.default_rng(seed)
 
@@ -78,7 +80,7 @@ def about_class(
 def about_place(
   gates: Float[np.ndarray, 'N P E'], seed: int = 0
 ) -> Information:
-  """Of the gates of N images, each at all of P places, about the place."""
+  """What the gates of N images, each at all of P places, say of the place."""
   N, P, _ = gates.shape
   weight, rng = np.full(P, 1 / P), np.random.default_rng(seed)
   chance = []

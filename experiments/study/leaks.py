@@ -2,7 +2,7 @@
 
 Groups are of one row here: in larger ones the prefixes of a row, which are
 evaluated together, would compete for experts. Not here: which settings leak by
-their rules (`moe_jax.models.leaks_future`).
+their rules (`moe_jax.layers.routers.contract`).
 """
 
 import jax
@@ -14,8 +14,10 @@ from moe_jax.data.pipeline import spread
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-_ROWS = 32  # of the validation split, spread over it
-_EQUAL = 1e-4  # logits that differ by less are rounded otherwise
+# Number of rows, spread over the validation split.
+_ROWS = 32
+# Logits that differ by less are rounded otherwise.
+_EQUAL = 1e-4
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -30,7 +32,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     for another batch.
 
   Raises:
-    ValueError: The model is no decoder, or its groups are of several rows.
+    ValueError: The model does not continue a text, or its groups are of
+      several rows.
   """
   _check(run)
   rows = run.dataset.splits['validation']
@@ -48,10 +51,13 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def _check(run: Run) -> None:
-  kind, moe = run.config.model.kind, run.model.config.moe
-  if kind != 'decoder':
-    raise ValueError(f"model.kind={kind!r}; leaks are those of a 'decoder'")
-  most = run.config.data.seq_len
+  model, moe = run.model, run.model.moe
+  if model.reads_features or model.has_encoder:
+    raise ValueError(
+      f'{type(model).__name__} does not continue a text; leaks are those of a '
+      'model that does'
+    )
+  most = run.options.data.seq_len
   if moe is not None and not 0 <= moe.group_size <= most:
     raise ValueError(
       f'moe.group_size={moe.group_size} has several rows in a group; leaks are '
@@ -74,7 +80,7 @@ def _changed(apply, batch, logits) -> float:
 def generated_logits(apply, batch) -> jax.Array:
   """Each output from the prefix that ends there; [rows, T, V]."""
   _, T = batch['tokens'].shape
-  until = jnp.tri(T, dtype=bool)  # prefix t is what it sees of a row
+  until = jnp.tri(T, dtype=bool)  # row t is True where prefix t has tokens
 
   def of_row(i):
     row = jax.tree.map(lambda x: x[i], batch)

@@ -1,8 +1,7 @@
-"""What becomes of a study's numbers: verdicts, table, figure, files.
+"""What becomes of a study's numbers: a summary, tables, a figure, files.
 
-A direction counts as reproduced only where the paired 95 % interval of the
-difference excludes zero on the paper's side. Not here: all studies on one page
-(`experiments/report.py`).
+Not here: when a direction counts as reproduced (`verdicts.py`), and all studies
+on one page (`experiments/report.py`).
 """
 
 import csv
@@ -17,109 +16,81 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.study import claims, figures
+from experiments.study.parts import Figure, Preset, Results, Row
+from experiments.study.study import Study
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.tasks import Task
-from moe_jax.config import unknown
+from experiments.study.verdicts import Verdict, verdict
 from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
-REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
-SHOWN, REFUTED = 'shown', 'refuted'  # of what no paper printed
-UNRESOLVED = 'not resolved'
-WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-  """What the seeds say of a claim.
-
-  Attributes:
-    claim: A `study.Claim`.
-    difference: Row minus the other, paired by seed.
-    word: `REPRODUCED` or `OPPOSITE`, `SHOWN` or `REFUTED` where nothing was
-      published that is verified; or `UNRESOLVED`.
-  """
-
-  claim: Any
-  difference: Interval
-  word: str
-
-  @property
-  def resolvable(self) -> float:
-    """The smallest difference that these seeds could have told from zero."""
-    return self.difference.half_width
-
-
-def verdict(claim: Any, rows: Sequence[Any]) -> Verdict:
-  """Of one claim.
-
-  Raises:
-    ValueError: It names a row or column that does not exist.
-  """
-  mine = _values(claim.row, claim.column, rows)
-  if isinstance(claim.than, str):
-    others = _values(claim.than, claim.column, rows)
-  else:
-    others = [claim.than] * len(mine)
-  difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
-  wanted = 1 if claim.direction == 'higher' else -1
-  marks = {claims.find(address).mark for address in claim.published}
-  known = bool(marks) and 'unverified' not in marks
-  yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
-  word = {wanted: yes, -wanted: no, 0: UNRESOLVED}
-  return Verdict(claim, difference, word[difference.sign()])
-
-
-def _values(name: str, column: str, rows: Sequence[Any]) -> Sequence[float]:
-  found = [row for row in rows if row.name == name]
-  if not found:
-    raise unknown('row', name, [row.name for row in rows])
-  if column not in found[0].values:
-    raise unknown('column', column, found[0].values)
-  return found[0].values[column]
-
-
-def found(
-  study: Any,
-  preset: Any,
+def summary_of(
+  study: Study,
+  preset: Preset,
   task: Task,
-  rows: Sequence[Any],
-  results: Mapping[str, Sequence[Mapping[str, Any]]],
+  rows: Sequence[Row],
+  results: Results,
   times: Mapping[str, timing.Spread],
+  arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """All that the study came to, as JSON can hold it; `report` reads it."""
+  """All that the study came to, as JSON can hold it; `report` reads it.
+
+  Args:
+    study: The study.
+    preset: The length that it was run at.
+    task: What it was run on. The published numbers are not named where the
+      task is none that they can be held against.
+    rows: The rows of the table.
+    results: What the runs came to.
+    times: The times of steps, as ratios, by arm.
+    arguments: What stands behind the command.
+  """
   runs = [run for arm in results.values() for run in arm]
-  made = [run['made'] for run in runs]
-  verdicts = [verdict(claim, rows) for claim in study.claims]
+  claimed = study.claims
+  if not task.comparable:
+    claimed = [dataclasses.replace(claim, published=()) for claim in claimed]
+  remarks = study.remarks
   return {
     'name': study.name,
     'title': study.title,
     'source': study.source,
     'task': task.label,
     'steps': preset.steps,
+    'length': study.length(preset),
     'seeds': list(range(preset.seeds)),
     'overrides': dict(preset.overrides),
+    'arguments': list(arguments),
     'digests': sorted({run['data_digest'] for run in runs}),
-    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
-    'date': _all({m['date'][:10] for m in made}),
-    'jax': _all({m['jax'] for m in made}),
-    'minutes': round(sum(m['minutes'] for m in made), 1),
+    **_facts([run['made'] for run in runs]),
     'times': {name: f'{spread:.2f}' for name, spread in times.items()},
     'columns': [
       {'name': c.name, 'unit': c.unit, 'digits': c.digits}
       for c in study.columns
     ],
-    'rows': [
-      {
-        'name': row.name,
-        'line': row.line,
-        'x': row.x,
-        'values': {k: _plain(v) for k, v in row.values.items()},
-      }
-      for row in rows
-    ],
-    'claims': [_described(v) for v in verdicts],
-    'remarks': study.remarks,
+    'rows': [_row(row) for row in rows],
+    'claims': [_described(verdict(claim, rows)) for claim in claimed],
+    'remarks': remarks if isinstance(remarks, str) else remarks(results),
+  }
+
+
+def _facts(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Where and when the runs were made, and how long they took together."""
+  return {
+    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
+    'date': _all({m['date'][:10] for m in made}),
+    'jax': _all({m['jax'] for m in made}),
+    'minutes': round(sum(m['minutes'] for m in made), 1),
+  }
+
+
+def _row(row: Row) -> dict[str, Any]:
+  return {
+    'name': row.name,
+    'line': row.line,
+    'x': row.x,
+    'values': {k: _plain(v) for k, v in row.values.items()},
   }
 
 
@@ -128,12 +99,12 @@ def _all(names: Collection[str]) -> str:
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
-  """As JSON has them: it knows no NaN."""
+  """The values as JSON has them, which knows no NaN."""
   return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def _described(found: Verdict) -> dict[str, Any]:
-  claim = found.claim
+def _described(decided: Verdict) -> dict[str, Any]:
+  claim = decided.claim
   return {
     'text': claim.text,
     'column': claim.column,
@@ -141,15 +112,20 @@ def _described(found: Verdict) -> dict[str, Any]:
     'than': claim.than,
     'direction': claim.direction,
     'published': [claims.find(a).cite() for a in claim.published],
-    'difference': _plain([found.difference.mean])[0],
-    'half_width': _plain([found.difference.half_width])[0],
-    'verdict': found.word,
+    'difference': _plain([decided.difference.mean])[0],
+    'half_width': _plain([decided.difference.half_width])[0],
+    'verdict': decided.word,
     'note': claim.note,
   }
 
 
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
-  """The study's part of a page, in Markdown."""
+  """The study's part of a page, in Markdown.
+
+  Args:
+    summary: What the study came to.
+    picture: Path of the figure from the page.
+  """
   seeds = summary['seeds']
   length = summary.get('length', f'{summary["steps"]:,} steps')
   lines = [
@@ -168,8 +144,8 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     claims_table(summary),
   ]
   if summary['times']:
-    found = [f'{name} {spread}' for name, spread in summary['times'].items()]
-    lines += ['', f'Step times, medians and quartiles: {"; ".join(found)}.']
+    times = [f'{name} {spread}' for name, spread in summary['times'].items()]
+    lines += ['', f'Step times, medians and quartiles: {"; ".join(times)}.']
   if summary['remarks']:
     lines += ['', summary['remarks']]
   lines += ['', f'![{summary["title"]}]({picture})', '']
@@ -177,7 +153,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
 
 
 def _command(summary: Mapping[str, Any]) -> str:
-  """What makes it again."""
+  """The command that makes the study again."""
   arguments = summary.get('arguments', [])
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
 
@@ -188,7 +164,7 @@ def _overrides(summary: Mapping[str, Any]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-  """A row a row, a column a column."""
+  """The table of the numbers, in Markdown."""
   lines = []
   for row in summary['rows']:
     line = {'': row['name']}
@@ -209,7 +185,7 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def claims_table(summary: Mapping[str, Any]) -> str:
-  """What was published, what is found here, and the verdict."""
+  """The table of the claims: what was published, what is here, the verdict."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
@@ -245,11 +221,21 @@ def _width(half_width: float, spec: str) -> str:
 
 def write(
   folder: pathlib.Path,
-  study: Any,
+  figure: Figure,
   summary: Mapping[str, Any],
   configs: Mapping[str, ml_collections.ConfigDict],
 ) -> str:
-  """Writes table, rows, figure, summary and configs; the table's text."""
+  """Writes table, rows, figure, summary and configs.
+
+  Args:
+    folder: Where they are written.
+    figure: What is drawn.
+    summary: What the study came to.
+    configs: The config of each arm, by its name.
+
+  Returns:
+    The text of the table.
+  """
   (folder / 'configs').mkdir(parents=True, exist_ok=True)
   text = text_of(summary)
   (folder / TABLE).write_text(text, encoding='utf-8')
@@ -257,7 +243,16 @@ def write(
     path = folder / 'configs' / f'{i:02d}.json'
     about = {'arm': name, 'config': config.to_dict()}
     path.write_text(json.dumps(about, indent=2, default=list) + '\n')
-  with (folder / 'rows.csv').open('w', newline='', encoding='utf-8') as file:
+  _write_csv(folder / 'rows.csv', summary)
+  figures.draw(figure, summary, folder / PICTURE)
+  # Last and whole: `report` takes the figure of every summary that it finds.
+  write_text(folder / SUMMARY, json.dumps(summary, indent=1) + '\n')
+  return text
+
+
+def _write_csv(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
+  """Writes a line for every number of every seed."""
+  with path.open('w', newline='', encoding='utf-8') as file:
     writer = csv.writer(file)
     writer.writerow(['row', 'column', 'unit', 'seed', 'value'])
     for row in summary['rows']:
@@ -267,7 +262,12 @@ def write(
           writer.writerow(
             [row['name'], column['name'], column['unit'], seed, value]
           )
-  figures.draw(study.figure, summary, folder / PICTURE)
-  # Last and whole: `report` takes the figure of every summary that it finds.
-  write_text(folder / SUMMARY, json.dumps(summary, indent=1) + '\n')
-  return text
+
+
+def read_configs(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """The config of each arm, as `write` left them in a study's folder."""
+  configs = {}
+  for path in sorted((folder / 'configs').glob('*.json')):
+    about = json.loads(path.read_text(encoding='utf-8'))
+    configs[about['arm']] = about['config']
+  return configs

@@ -1,198 +1,85 @@
-"""A study's runs: one process a core, kept by the hash of their config.
+"""Makes the runs of a study that are missing, and reads all of them.
 
-A run that is finished is read, one that was killed begins anew (what SIGTERM
-stopped goes on), and runs that differ in loss weights and seeds alone share a
-compiled step. Not here: what a study asks (`study.py`).
+A run that is finished is read, one that was killed begins anew, and one that
+SIGTERM stopped goes on. Not here: what a run does (`runner.py`), and how many
+run at a time (`scheduler.py`).
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import pathlib
-import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import jax
-import ml_collections
+import numpy as np
 
-from experiments.benchmarks import timing
-from experiments.study import workers as pool
-from experiments.study.shared_steps import SharedStep
-from experiments.study.sweeps import nested
-from moe_jax import command_line, data, evaluation
-from moe_jax.config import merge, to_dataclass
-from moe_jax.hooks import Facts
-from moe_jax.runs import metrics
-from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Hook, Run
-from moe_jax.training.step import TrainState
+from experiments.study import scheduler, workers
+from experiments.study.jobs import Job
+from experiments.study.parts import Column, Results
+from experiments.study.runner import Runner
+from experiments.study.scheduler import FAILED, STOPPED, WAITING
+from moe_jax import command_line
 
-RESULT = 'result.json'
+LOG = 'log.txt'
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One run.
-
-  Attributes:
-    arm: Whose; a `study.Arm`.
-    seed: Of parameters, of the order of the data and of all noise.
-    config: The whole of it.
-    workdir: Named after the arm, the seed and the config's hash.
-  """
-
-  arm: Any
-  seed: int
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-
-  @property
-  def name(self) -> str:
-    """For people."""
-    return f'{self.arm.name}, seed {self.seed}'
-
-
-def jobs(
-  shared: ml_collections.ConfigDict,
-  arms: Sequence[Any],
-  seeds: Sequence[int],
-  output: pathlib.Path,
-) -> list[Job]:
-  """Every arm on every seed; seeds are the outer loop.
-
-  Raises:
-    ValueError: Two arms have one name, or a key does not exist.
-  """
-  names = [arm.name for arm in arms]
-  for name in names:
-    if names.count(name) > 1:
-      raise ValueError(f'two arms are named {name!r}')
-  made = []
-  for seed in seeds:
-    for arm in arms:
-      config = merge(shared, {'seed': seed, **nested(arm.overrides)})
-      short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
-      folder = f'seed{seed}-{config_hash(config)}'
-      made.append(Job(arm, seed, config, output / 'runs' / short / folder))
-  return made
-
-
-def config_hash(config: ml_collections.ConfigDict) -> str:
-  """Equal for equal configs, whatever their keys' order."""
-  text = json.dumps(config.to_dict(), sort_keys=True, default=list)
-  return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-class _Ending(Hook):
-  """Remembers what a run was trained on, and measures what it came to."""
-
-  def __init__(self, measure):
-    self._measure = measure
-    self.found: dict[str, Any] = {}
-
-  def start(self, run: Run) -> None:
-    self.found['data_digest'] = run.dataset.digest
-
-  def end(self, run: Run, state: TrainState) -> None:
-    if self._measure is not None:
-      self.found |= self._measure(run, state)
-
-
-def run_one(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  measure=None,
-  devices: Sequence[jax.Device] | None = None,
-) -> dict[str, Any]:
-  """One run's result: its last row of each key, and what `measure` adds.
-
-  Raises:
-    SystemExit: It was stopped by SIGTERM; the same call goes on.
-  """
-  workdir_lib.check(workdir, config)
-  path, start = workdir / RESULT, time.perf_counter()
-  if not path.exists():
-    ending = _Ending(measure)
-    state = train_and_evaluate(
-      config,
-      workdir,
-      hooks=[Facts(), SharedStep(), ending],
-      devices=devices,
-      kinds=evaluation.KINDS,
-    )
-    if int(state.step) < config.total_steps:
-      raise SystemExit(command_line.STOPPED)
-    last = {}
-    for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
-      last |= row
-    made = {**timing.facts(), 'minutes': (time.perf_counter() - start) / 60}
-    text = json.dumps({**last, **ending.found, 'made': made}, indent=2)
-    workdir_lib.write_text(path, text + '\n')
-    # A sweep's checkpoints would fill a disk.
-    shutil.rmtree(workdir / workdir_lib.CHECKPOINTS, ignore_errors=True)
-  return json.loads(path.read_text(encoding='utf-8'))
-
-
-def read_all(jobs: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
-  """The results of finished runs by arm, one a seed.
-
-  Raises:
-    ValueError: Two runs of one source saw different data.
-  """
-  results: dict[str, list[dict[str, Any]]] = {}
-  digests: dict[str, set[str]] = {}
-  for job in jobs:
-    result = json.loads((job.workdir / RESULT).read_text(encoding='utf-8'))
-    results.setdefault(job.arm.name, []).append(result)
-    source = json.dumps(job.config.data.to_dict(), default=list)
-    digests.setdefault(source, set()).add(result['data_digest'])
-  for found in digests.values():
-    if len(found) > 1:
-      raise ValueError(f'runs saw different data: sha256 {sorted(found)}')
-  return results
-
-
-def run_all(study: Any, jobs: Sequence[Job], workers: int = 0) -> None:
+def run_all(
+  runner: Runner, jobs: Sequence[Job], column: Column, num_workers: int = 0
+) -> None:
   """Makes the runs that are missing.
 
   Args:
-    study: Its `measure` is taken of every run, its first column printed.
-    jobs: All of them.
-    workers: Runs at a time; 0: one a core of a CPU, one on accelerators.
-      1: in this process.
+    runner: What makes them.
+    jobs: All runs of the study.
+    column: The number that is printed of a run that has ended.
+    num_workers: Number of runs at a time; 0: one a core of a CPU, one on
+      accelerators. With 1 they are made in this process.
+
+  Raises:
+    SystemExit: SIGTERM or Ctrl-C stopped them; the same call goes on.
+    ValueError: Some failed, or another process runs in the folder.
   """
-  left = [job for job in jobs if not (job.workdir / RESULT).exists()]
+  left = [job for job in jobs if not job.is_finished]
   print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
   if not left:
     return
-  workers = min(workers or pool.usual(), len(left))
-  output = jobs[0].workdir.parents[2]
-  with _alone(output):
-    for section in {job.config.data.to_json_best_effort() for job in left}:
-      options = ml_collections.ConfigDict(json.loads(section))
-      data.load(to_dataclass(data.DataConfig, options))
-    progress = _Progress(study, left, workers)
-    run = functools.partial(_logged, measure=study.measure)
-    with contextlib.closing(pool.over(run, left, workers)) as ended:
-      for job, result in ended:
-        progress.ended(job, result)
+  calls: dict[str, list[Job]] = {}
+  for job in left:
+    calls.setdefault(runner.together(job), []).append(job)
+  count = min(num_workers or workers.usual(), len(calls))
+  with _alone(jobs[0].workdir.parents[2]):
+    runner.prepare(left)
+    progress = _Progress(calls, column, count)
+    with workers.places(count) as places:
+      tasks = {
+        name: functools.partial(_begin, runner, call)
+        for name, call in calls.items()
+      }
+      outcomes = scheduler.run_all(tasks, places, ends=progress.ends)
+  failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
+  if failed:
+    logs = [str(calls[name][0].workdir / LOG) for name in failed]
+    raise ValueError(f'{len(failed)} runs failed; see {", ".join(logs)}')
+  if {STOPPED, WAITING} & set(outcomes.values()):
+    raise SystemExit(command_line.STOPPED)
 
 
-def _logged(job: Job, measure) -> dict[str, Any]:
-  job.workdir.mkdir(parents=True, exist_ok=True)
+def _begin(runner: Runner, jobs: list[Job], place) -> workers.Call:
+  return place.call(_logged, runner, jobs)
+
+
+def _logged(runner: Runner, jobs: list[Job]) -> None:
+  """Makes the runs of one call; what it prints is in the first one's log."""
+  workdir = jobs[0].workdir
+  workdir.mkdir(parents=True, exist_ok=True)
   with (
-    (job.workdir / 'log.txt').open('a', encoding='utf-8') as log,
+    (workdir / LOG).open('a', encoding='utf-8') as log,
     contextlib.redirect_stdout(log),
     contextlib.redirect_stderr(log),
   ):
-    return run_one(job.config, job.workdir, measure)
+    runner(jobs)
 
 
 @contextlib.contextmanager
@@ -212,25 +99,56 @@ def _alone(output: pathlib.Path) -> Iterator[None]:
 
 
 class _Progress:
-  """A line a run, with the time that is left by the steps that are."""
+  """Prints a line for each call that ends, and how long the others take."""
 
-  def __init__(self, study, left: Sequence[Job], workers: int):
-    self._column = study.columns[0]
-    self._steps = sum(job.config.total_steps for job in left)
-    self._total = len(left)
+  def __init__(
+    self, calls: dict[str, list[Job]], column: Column, num_workers: int
+  ):
+    self._calls, self._column = calls, column
+    self._steps = sum(_steps(jobs) for jobs in calls.values())
     self._ended = self._done = 0
     self._start = time.perf_counter()
-    print(f'{workers} at a time, {self._steps:,} steps', flush=True)
+    print(f'{num_workers} at a time, {self._steps:,} steps', flush=True)
 
-  def ended(self, job: Job, result: Mapping[str, Any]) -> None:
-    """Says so."""
+  def ends(self, name: str, outcome: str, call: workers.Call) -> None:
+    """Says what the call came to; see `scheduler.run_all`."""
+    jobs = self._calls[name]
     self._ended += 1
-    self._done += job.config.total_steps
+    self._done += _steps(jobs)
+    if outcome == FAILED:
+      print(f'{name}: {outcome}\n{call.error}', flush=True)
+      return
+    if not all(job.is_finished for job in jobs):
+      print(f'{name}: {outcome}', flush=True)
+      return
     gone = time.perf_counter() - self._start
     left = gone * (self._steps - self._done) / self._done
-    value = f'{self._column.name} {self._column.of(result):.4f}'
+    value = np.mean([self._column.of(job.result()) for job in jobs])
     print(
-      f'[{self._ended}/{self._total}] {job.name}: {value}; '
-      f'{gone / 60:.1f} minutes gone, {left / 60:.1f} left',
+      f'[{self._ended}/{len(self._calls)}] {name}: {self._column.name} '
+      f'{value:.4f}; {gone / 60:.1f} minutes gone, {left / 60:.1f} left',
       flush=True,
     )
+
+
+def _steps(jobs: Sequence[Job]) -> int:
+  return sum(job.config.total_steps for job in jobs)
+
+
+def read_all(jobs: Sequence[Job]) -> Results:
+  """The results of finished runs by arm, one a seed.
+
+  Raises:
+    ValueError: Two runs of one source saw different data.
+  """
+  results: dict[str, list] = {}
+  digests: dict[str, set[str]] = {}
+  for job in jobs:
+    result = job.result()
+    results.setdefault(job.arm.name, []).append(result)
+    source = json.dumps(job.config.data.to_dict(), default=list)
+    digests.setdefault(source, set()).add(result['data_digest'])
+  for seen in digests.values():
+    if len(seen) > 1:
+      raise ValueError(f'runs saw different data: sha256 {sorted(seen)}')
+  return results

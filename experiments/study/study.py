@@ -2,203 +2,84 @@
 
 A study is one file named after its paper and table. It says which config keys
 its arms change, which numbers make a column, and which published differences
-they are held against; `main` does the rest:
+they are held against; `command.main` does the rest:
 
     python -m experiments.shazeer_table6 --preset=quick
 
-Not here: how runs are made (`scheduled_runs.py`), what becomes of their numbers
+Not here: how runs are made (`runner.py`), what becomes of their numbers
 (`results.py`), and what has been published (`claims.py`).
 """
 
-import argparse
-import contextlib
 import dataclasses
-import fnmatch
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import ml_collections
-import numpy as np
 
-from experiments.launch import Item
-from experiments.study import claims, scheduled_runs
-from experiments.study import results as study_results
-from experiments.study import times as study_times
-from experiments.study.sweeps import nested
+from experiments.study.jobs import Item, Job, jobs_of, layered
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import Runner, TrainingRunner
 from experiments.study.tasks import TASKS, Task
-from moe_jax import command_line, host
-from moe_jax.config import merge, unknown
-from moe_jax.training.setup import Run
-from moe_jax.training.step import TrainState
-
-Result = dict[str, Any]  # the last row of each key of a run
-Results = dict[str, list[Result]]  # by arm, one a seed
+from moe_jax.options import unknown
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-  """One kind of run.
+class Exploration:
+  """Runs before those that are reported, which choose something for the arms.
 
   Attributes:
-    name: Of its row.
-    overrides: What it changes in the study's config, by dotted name.
-    line: Which line of the figure it is a point of.
-    x: Where on that line; None: a level across the figure.
+    arms: Makes the arms that are explored, of the study's own and the config
+      that they share.
+    chosen: Makes the arms that are reported, of the study's own and the
+      results of the explored ones.
+    seeds: Seeds of the explored runs, none of which is reported.
   """
 
-  name: str
-  overrides: Mapping[str, Any]
-  line: str = ''
-  x: float | None = None
+  arms: Callable[[Sequence[Arm], ml_collections.ConfigDict], Sequence[Arm]]
+  chosen: Callable[[Sequence[Arm], Results], Sequence[Arm]]
+  seeds: Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
-  """How long a study is.
-
-  Attributes:
-    steps: Optimizer steps of a run.
-    seeds: How many, from 0.
-    overrides: Of all arms, by dotted name.
-    without: Arms that it leaves out, by name; `*` for any text.
-  """
-
-  steps: int
-  seeds: int
-  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  without: Sequence[str] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-  """A number of every row.
-
-  Attributes:
-    name: Its heading.
-    key: Of a run's metrics, `*` for any text: the mean over those that match;
-      '' for what `Study.rows` fills.
-    unit: For example 'nats/byte'; '' for a plain number.
-    digits: After the point.
-    each: What is made of each of them before the mean.
-  """
-
-  name: str
-  key: str = ''
-  unit: str = ''
-  digits: int = 4
-  each: Callable[[float], float] = float
-
-  def of(self, result: Result) -> float:
-    """Its value in one run; NaN where the run has none, as a dense twin."""
-    found = [
-      self.each(value)
-      for key, value in result.items()
-      if fnmatch.fnmatchcase(key, self.key)
-    ]
-    return float(np.mean(found)) if found else float('nan')
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """What a table and a claim compare.
-
-  Attributes:
-    name: Of the arm, or of whatever the study makes of several.
-    values: By column, one a seed; a column that it lacks has none.
-    line: See `Arm`.
-    x: See `Arm`.
-  """
-
-  name: str
-  values: Mapping[str, Sequence[float]]
-  line: str = ''
-  x: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-  """A published direction, and the two rows here that should show it.
-
-  Attributes:
-    text: What the paper says.
-    compared: 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the column, the row
-      and the other row or number.
-    published: Addresses in `claims.json`, of the row and of the other.
-    note: Why the comparison differs from the paper's; '' where it does not.
-    column: The three of `compared`,
-    row: and
-    than: a number where it is one.
-    direction: 'lower' or 'higher'.
-
-  Raises:
-    ValueError: `compared` is not of that form, or an address is unknown.
-  """
-
-  text: str
-  compared: str
-  published: Sequence[str] = ()
-  note: str = ''
-  column: str = dataclasses.field(init=False)
-  row: str = dataclasses.field(init=False)
-  than: str | float = dataclasses.field(init=False)
-  direction: str = dataclasses.field(init=False)
-
-  def __post_init__(self):
-    found = re.fullmatch('([^:]+): (.+) ([<>]) (.+)', self.compared)
-    if not found:
-      raise ValueError(
-        f"{self.compared!r} is not 'column: row < row or number'"
-      )
-    column, row, sign, than = found.groups()
-    with contextlib.suppress(ValueError):
-      than = float(than)
-    direction = 'lower' if sign == '<' else 'higher'
-    values = dict(column=column, row=row, than=than, direction=direction)
-    for name, value in values.items():
-      object.__setattr__(self, name, value)
-    for address in self.published:
-      claims.find(address)
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-  """What is drawn: a panel a column, its rows' means and intervals.
-
-  Attributes:
-    columns: The panels.
-    x_label: What the rows' `x` is; '' where they have none.
-    log_x: Whether it has a logarithmic axis.
-  """
-
-  columns: Sequence[str]
-  x_label: str = ''
-  log_x: bool = False
+def in_steps(preset: Preset) -> str:
+  """The length of a preset's runs, in words."""
+  return f'{preset.steps:,} steps'
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """See the module.
+  """A question with its runs, its table and its claims.
 
   Attributes:
-    name: Of its file.
-    title: The question.
-    source: Paper and table.
-    config: What all arms share, of so many steps.
-    arms: Of a preset; see `arms_of`.
-    presets: 'quick' (ten minutes on two cores) and 'full' (45 at most).
-    columns: Of the table.
-    claims: Of the paper.
-    figure: What to draw.
-    rows: From the results to the table's rows, where those are not the arms;
-      the second argument is every timed arm's time a step over the first's.
-    measure: Taken from every trained run beside its metrics.
-    pictures: Writes more of them into the folder of the table.
+    name: Name of the study's file.
+    title: The question, in a few words.
+    source: Paper and table that the study is about.
+    config: Makes the config that all arms share, for a number of steps.
+    arms: Makes the arms of a preset; see `arms_of`.
+    presets: The presets by name; the first is the default. 'full' is the one
+      that `experiments/report.py` takes.
+    columns: Columns of the table.
+    claims: What the paper claims.
+    figure: What is drawn.
+    rows: Makes the rows of the table, where they are not the arms, of the
+      results and of every timed arm's time of a step over the first's.
+    runner: What makes the runs.
+    exploration: Runs that choose something for the arms; None: there are none.
+    pictures: Writes more pictures into the folder of the table.
     timed: Names of arms whose steps are timed, interleaved, after the runs, if
-      the preset has them; the others' are ratios to the first's.
-    remarks: Said below the table.
-    tasks: What it can be run on; the first, unless another is asked for.
+      the preset has them; their times are ratios to the first's.
+    remarks: Makes the text below the table, or is the text.
+    length: Makes the text that says how long a preset's runs are.
+    progress: Name of the column whose number is printed as runs end; '' is the
+      first.
+    tasks: What the study can be run on, by name; the first is the default.
   """
 
   name: str
@@ -211,57 +92,83 @@ class Study:
   claims: Sequence[Claim]
   figure: Figure
   rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
-  measure: Callable[[Run, TrainState], Mapping[str, Any]] | None = None
+  runner: Runner = TrainingRunner()
+  exploration: Exploration | None = None
   pictures: Callable[[Results, pathlib.Path], None] | None = None
   timed: Sequence[str] = ()
-  remarks: str = ''
+  remarks: str | Callable[[Results], str] = ''
+  length: Callable[[Preset], str] = in_steps
+  progress: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
 
   @property
   def task(self) -> str:
-    """What it is run on where nothing else is asked for."""
+    """Name of the task that the study is run on by default."""
     return next(iter(self.tasks))
+
+  @property
+  def preset(self) -> str:
+    """Name of the preset that the study is run with by default."""
+    return next(iter(self.presets))
+
+  @property
+  def progress_column(self) -> Column:
+    """The column whose number is printed as runs end."""
+    return next(c for c in self.columns if self.progress in ('', c.name))
 
   def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
     """The config that arms change.
 
     Args:
       preset: Steps and overrides.
-      task: Of `tasks`; '': `self.task`.
+      task: Name of a task; '' is the default.
 
     Raises:
-      ValueError: It has no such task; or see `config.merge`.
+      ValueError: There is no such task, or the overrides do not fit.
     """
     task = task or self.task
     if task not in self.tasks:
       raise unknown(f'task of {self.name}', task, self.tasks)
     config = self.config(preset.steps)
     for overrides in (self.tasks[task].overrides, preset.overrides):
-      config = merge(config, nested(overrides))
+      config = layered(self.runner.options, config, overrides)
     return config
 
   def arms_of(self, preset: Preset) -> list[Arm]:
-    """Those that the preset runs."""
+    """The arms that the preset runs."""
+    return [arm for arm in self.arms(preset) if preset.keeps(arm)]
 
-    def left_out(arm: Arm) -> bool:
-      return any(fnmatch.fnmatchcase(arm.name, p) for p in preset.without)
+  def jobs(
+    self,
+    shared: ml_collections.ConfigDict,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    output: pathlib.Path,
+  ) -> list[Job]:
+    """The runs of arms on seeds; see `jobs_of`."""
+    return jobs_of(self.runner.options, shared, arms, seeds, output)
 
-    return [arm for arm in self.arms(preset) if not left_out(arm)]
+  def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
+    """The config that arms share, as `experiments/<name>.py:<preset>` gives it.
 
-  def get_config(self, arg: str = 'quick') -> ml_collections.ConfigDict:
-    """As a config file's: `experiments/<name>.py:<preset>`."""
+    Raises:
+      ValueError: There is no such preset.
+    """
+    arg = arg or self.preset
     if arg not in self.presets:
       raise unknown('preset', arg, self.presets)
     return self.shared(self.presets[arg])
 
-  def get_items(self, preset: str = 'quick') -> list[Item]:
-    """Its runs for `experiments.launch`, in the folders where it looks."""
+  def get_items(self, preset: str = '') -> list[Item]:
+    """The runs for `experiments.launch`, in the folders where `main` looks."""
+    preset = preset or self.preset
     chosen = self.presets[preset]
-    arms = self.arms_of(chosen)
-    shared = self.shared(chosen)
     output = pathlib.Path('results') / self.name
     items = []
-    for job in scheduled_runs.jobs(shared, arms, range(chosen.seeds), output):
+    jobs = self.jobs(
+      self.shared(chosen), self.arms_of(chosen), range(chosen.seeds), output
+    )
+    for job in jobs:
       overrides = {'seed': job.seed, **job.arm.overrides}
       spec = f'experiments/{self.name}.py:{preset}'
       items.append(Item(spec, overrides, str(job.workdir)))
@@ -270,76 +177,15 @@ class Study:
   def make_rows(
     self, arms: Sequence[Arm], results: Results, times: Mapping[str, float]
   ) -> list[Row]:
-    """The table's rows."""
+    """The rows of the table."""
     if self.rows is not None:
       return list(self.rows(results, times))
     return [self.row_of(arm, results) for arm in arms]
 
   def row_of(self, arm: Arm, results: Results) -> Row:
-    """An arm's."""
+    """The row of one arm."""
     values = {
       column.name: [column.of(result) for result in results[arm.name]]
       for column in self.columns
     }
     return Row(arm.name, values, arm.line, arm.x)
-
-
-def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
-  parser = argparse.ArgumentParser(
-    prog=f'python -m experiments.{study.name}', description=study.title
-  )
-  add = parser.add_argument
-  add('--preset', default='quick', choices=list(study.presets), help='length')
-  add('--seeds', type=int, default=0, help="how many; 0: the preset's")
-  add('--steps', type=int, default=0, help="of a run; 0: the preset's")
-  add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
-  add('--task', default=study.task, choices=list(study.tasks), help='data')
-  add('--output', default='results', help='where results and runs go')
-  options = parser.parse_args(argv)
-  for name in ('seeds', 'steps', 'workers'):
-    if getattr(options, name) < 0:
-      parser.error(f'--{name}={getattr(options, name)} is negative')
-  return options
-
-
-def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
-  """Runs what is missing, writes table, figure and verdicts; their folder."""
-  options = parse(study, argv)
-  host.keep_freed_memory()
-  preset = study.presets[options.preset]
-  preset = dataclasses.replace(
-    preset,
-    steps=options.steps or preset.steps,
-    seeds=options.seeds or preset.seeds,
-  )
-  changed = [
-    f'--{name}={value}'
-    for name in ('seeds', 'steps', 'task')
-    if (value := getattr(options, name)) not in (0, study.task)
-  ]
-  label = options.preset + ''.join(option[1:] for option in changed)
-  output = pathlib.Path(options.output) / study.name
-  try:
-    shared, arms = study.shared(preset, options.task), study.arms_of(preset)
-    jobs = scheduled_runs.jobs(shared, arms, range(preset.seeds), output)
-  except ValueError as error:
-    command_line.fail(str(error))
-  try:
-    scheduled_runs.run_all(study, jobs, options.workers)
-    results = scheduled_runs.read_all(jobs)
-  except ValueError as error:
-    command_line.fail(str(error))
-  times = study_times.step_times(study, jobs, output)
-  medians = {name: spread.median for name, spread in times.items()}
-  rows = study.make_rows(arms, results, medians)
-  task = study.tasks[options.task]
-  found = study_results.found(study, preset, task, rows, results, times)
-  found['arguments'] = [f'--preset={options.preset}', *changed]
-  configs = {job.arm.name: job.config for job in jobs if not job.seed}
-  folder = output / label
-  text = study_results.write(folder, study, found, configs)
-  if study.pictures is not None:
-    study.pictures(results, folder)
-  print(f'\n{text}\nwritten: {folder}')
-  return folder

@@ -48,12 +48,12 @@ def zipped(sweep: Mapping[str, Sequence[Any]]) -> list[Overrides]:
 
 
 def chain(*sweeps: Sequence[Mapping[str, Any]]) -> list[Overrides]:
-  """One sweep after the other."""
+  """All overrides of one sweep, then all of the next."""
   return [dict(overrides) for sweep in sweeps for overrides in sweep]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """`{'model.width': 64}` as `{'model': {'width': 64}}`, for `config.merge`.
+  """`{'model.width': 64}` as `{'model': {'width': 64}}`, for `sections.merge`.
 
   Raises:
     ValueError: A key is a section of another.

@@ -19,7 +19,7 @@ class Interval:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Interval':
-    """Of one value a seed."""
+    """The interval of one value a seed."""
     n = len(values)
     if n < 2:
       return cls(float(np.mean(values)), float('inf'))
@@ -41,17 +41,17 @@ class Interval:
 
 
 def ratios(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-  """One a seed; their mean is that of `values` over that of `base`.
+  """One ratio a seed; their mean is the mean of `values` over that of `base`.
 
-  They scatter as both do (to first order), so that the interval of their mean
-  is that of the ratio.
+  The ratios scatter as both do, to first order, so that the interval of their
+  mean is that of the ratio of means.
   """
   ratio = values.mean() / base.mean()
   return ratio + (values - ratio * base) / base.mean()
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-  """GitHub's Markdown, the first row's keys as headings."""
+  """The rows as a table in GitHub's Markdown; headings are the first's keys."""
   headings = list(rows[0])
   lines = [headings, ['---'] * len(headings)]
   lines += [[row[h] for h in headings] for row in rows]

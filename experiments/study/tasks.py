@@ -27,61 +27,51 @@ class Task:
   """What is learned.
 
   Attributes:
-    overrides: Of a config, by dotted keys.
-    label: In tables.
+    overrides: Values that the task changes in the study's config, by dotted
+      name; they are a later layer of it.
+    label: What the task is called in tables.
+    comparable: Whether published numbers can be held against the study's on
+      this task.
   """
 
   overrides: Mapping[str, Any]
   label: str
+  comparable: bool = True
 
 
-TASKS = {  # of causal models; the first is what a study is of
+_KV_RECALL = {
+  'data.source.kind': 'kv_recall',
+  'data.source.kv_recall.num_pairs': 2048,
+  'data.task.kind': 'seq2seq',
+}
+# Tasks of causal models; a study is run on the first unless it is told another.
+TASKS = {
   'text': Task(
-    {
-      'data.source': 'python_stdlib',
-      'data.tokenizer': 'bytes',
-      'data.task': 'lm',
-    },
-    'Python standard library, bytes',
+    {'data.source.kind': 'python_stdlib'}, 'Python standard library, bytes'
   ),
   'cipher': Task(
-    {
-      'data.source': 'cipher:8',
-      'data.tokenizer': 'bytes',
-      'data.task': 'lm',
-    },
+    {'data.source.kind': 'cipher', 'data.source.cipher.num_ciphers': 8},
     'synthetic: CIPHER-8, one text in 8 substitution ciphers',
   ),
   'kv_recall': Task(
-    {
-      'data.source': 'kv_recall:2048',
-      'data.tokenizer': 'bytes',
-      'data.task': 'seq2seq',
-      'data.target_len': 0,
-    },
-    'synthetic: KV-RECALL, 2048 random keys and values by heart',
+    _KV_RECALL, 'synthetic: KV-RECALL, 2048 random keys and values by heart'
   ),
 }
-PREFIX_TASKS = {  # of encoder-decoders
+# Tasks of encoder-decoders.
+PREFIX_TASKS = {
   'kv_recall': Task(
-    {
-      'data.source': 'kv_recall:2048',
-      'data.tokenizer': 'bytes',
-      'data.task': 'seq2seq',
-      'data.seq_len': 64,
-      'data.target_len': 48,
-    },
+    {**_KV_RECALL, 'data.seq_len': 64, 'data.target_len': 48},
     'synthetic: KV-RECALL, an encoder reads 2048 keys, a decoder knows their '
     'values by heart',
   ),
   'text': Task(
     {
-      'data.source': 'python_stdlib',
-      'data.tokenizer': 'bytes',
-      'data.task': 'prefix_lm',
+      'data.source.kind': 'python_stdlib',
+      'data.task.kind': 'prefix_lm',
       'data.seq_len': 64,
       'data.target_len': 8,
-      'model.positions': 'learned',  # where a prefix ends is soon found
+      # A model soon learns where a prefix ends.
+      'model.positions.kind': 'learned',
     },
     'Python standard library, a few bytes after a prefix',
   ),

@@ -8,14 +8,14 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
 
 from experiments.benchmarks import timing
-from experiments.study.scheduled_runs import Job, config_hash
-from moe_jax import evaluation
+from experiments.study.jobs import Job, config_hash
+from experiments.study.study import Study
+from moe_jax import run_config
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import set_up
 
@@ -24,12 +24,13 @@ _SECONDS = 30.0
 
 
 def step_times(
-  study: Any, jobs: Sequence[Job], output: pathlib.Path
+  study: Study, jobs: Sequence[Job], output: pathlib.Path
 ) -> dict[str, timing.Spread]:
   """The time of each timed arm's step over that of the first of `study.timed`.
 
-  Steps are interleaved in one process that has all cores; quartiles of the
-  ratios within a round. What this device was measured at once is read.
+  Steps are interleaved in one process that has all cores; the quartiles are
+  those of the ratios within a round. What was measured on this device before
+  is read.
   """
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   timed = {name: configs[name] for name in study.timed if name in configs}
@@ -42,14 +43,14 @@ def step_times(
   if not path.exists():
     print(f'timing the steps of {len(timed)} arms', flush=True)
     cases = {name: _Stepping(config) for name, config in timed.items()}
-    found = timing.interleave(cases, seconds=_SECONDS)
-    first = found[study.timed[0]]
-    spreads = {name: timing.ratio(s, first) for name, s in found.items()}
+    seconds = timing.interleave(cases, seconds=_SECONDS)
+    first = seconds[study.timed[0]]
+    spreads = {name: timing.ratio(s, first) for name, s in seconds.items()}
     written = {n: [s.low, s.median, s.high] for n, s in spreads.items()}
     output.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_text(path, json.dumps(written, indent=2) + '\n')
-  found = json.loads(path.read_text(encoding='utf-8'))
-  return {name: timing.Spread(*values) for name, values in found.items()}
+  quartiles = json.loads(path.read_text(encoding='utf-8'))
+  return {name: timing.Spread(*values) for name, values in quartiles.items()}
 
 
 class _Stepping:
@@ -57,7 +58,7 @@ class _Stepping:
 
   def __init__(self, config: ml_collections.ConfigDict):
     with tempfile.TemporaryDirectory() as folder:
-      self._run = set_up(config, folder, kinds=evaluation.KINDS)
+      self._run = set_up(run_config.read(config), folder)
     self._state = self._run.programs.init_state()
     self._batches = self._run.batches(0)
 

@@ -1,22 +1,25 @@
-"""A function of many items, one process a core, in which all may be stopped.
+"""Places in which Python functions are called: one process for each core.
 
-SIGTERM reaches every process, whose runs save; none outlives its parent. Not
-here: what is run (`scheduled_runs.py`).
+A worker lives through many calls, so that what one compiles serves the next.
+None outlives its parent. Not here: when what is called (`scheduler.py`).
 """
 
-import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments.study.scheduler import DONE, FAILED, STOPPED
 from moe_jax import command_line, host
 
 _CACHE = (
@@ -24,106 +27,140 @@ _CACHE = (
   'jax_persistent_cache_min_compile_time_secs',
 )
 _WATCH_SECONDS = 0.5
-_STOPPED = 'stopped by SIGTERM; the same command goes on'
-_stopping = None  # of a worker: an event, set once no other item is to begin
+_SPAWN = multiprocessing.get_context('spawn')
 
 
 def usual() -> int:
-  """Items at a time: one a core of a CPU, one on accelerators."""
+  """Usual number of workers: one a core of a CPU, one on accelerators."""
   return len(_cores()) if jax.default_backend() == 'cpu' else 1
 
 
-def over(
-  function: Callable[[Any], Any], items: Sequence[Any], workers: int
-) -> Iterator[tuple[Any, Any]]:
-  """Each item with the function's result, as they end; close it at the end.
-
-  What the function compiles is shared.
-
-  Args:
-    function: Of a module; it may raise SystemExit where it was stopped.
-    items: What it is called with; picklable, as the function.
-    workers: How many at a time; 1: in this process.
-
-  Raises:
-    SystemExit: SIGTERM came.
-  """
+@contextlib.contextmanager
+def places(workers: int) -> Iterator[Sequence['Worker | Here']]:
+  """So many workers, which share what they compile; one is this process."""
   with tempfile.TemporaryDirectory() as cache:
     if workers == 1:
-      yield from _here(function, items, cache)
-    else:
-      yield from _in_processes(function, items, workers, cache)
-
-
-def _here(function, items, cache: str):
-  before = {name: getattr(jax.config, name) for name in _CACHE}
-  _share_compiled(cache)
-  try:
-    for item in items:
-      yield item, function(item)
-  except SystemExit:
-    print(_STOPPED, flush=True)
-    raise
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def _in_processes(function, items, workers: int, cache: str):
-  context = multiprocessing.get_context('spawn')
-  number, stopping = context.Value('i', 0), context.Event()
-  start = number, stopping, os.getpid(), cache, _cores()
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, context, _begin, start
-  ) as pool:
-    futures = {pool.submit(_unless, function, item): item for item in items}
-    before = signal.signal(signal.SIGTERM, _stop)
+      with _sharing_compiled(cache):
+        yield [Here()]
+      return
+    cores = _cores()
+    pool = [Worker(cache, cores[i % len(cores)]) for i in range(workers)]
     try:
-      for future in concurrent.futures.as_completed(futures):
-        yield futures[future], future.result()
-    except BaseException:
-      # Those that run save; of the rest some may be queued in a worker.
-      stopping.set()
-      for process in multiprocessing.active_children():
-        process.terminate()
-      pool.shutdown(cancel_futures=True)
-      raise
+      yield pool
     finally:
-      signal.signal(signal.SIGTERM, before)
+      for worker in pool:
+        worker.close()
 
 
-def _cores() -> list[int]:
-  """Those that this process may use; macOS does not say which."""
-  if hasattr(os, 'sched_getaffinity'):
-    return sorted(os.sched_getaffinity(0))
-  return list(range(os.cpu_count() or 1))
+class Call:
+  """A call that has begun.
+
+  Attributes:
+    error: The traceback of a call that failed, once its outcome was asked for.
+  """
+
+  error = ''
+
+  def ended(self) -> bool:
+    """See `scheduler.Running`."""
+    raise NotImplementedError
+
+  def outcome(self) -> str:
+    """See `scheduler.Running`."""
+    raise NotImplementedError
+
+  def signal(self, number: int) -> None:
+    """See `scheduler.Running`."""
 
 
-def _stop(number, frame) -> None:
-  """Of SIGTERM: as main, it ends with a status that says to start again."""
-  del number, frame
-  print(_STOPPED, flush=True)
-  raise SystemExit(command_line.STOPPED)
+class Here:
+  """This process as a place: a call has ended when it returns."""
+
+  def call(self, function: Callable[..., Any], *args: Any) -> Call:
+    """Calls the function."""
+    outcome, error = _outcome(function, args)
+    if outcome == STOPPED:
+      # Whoever was called had the signal; the scheduler has to know of it.
+      signal.raise_signal(signal.SIGTERM)
+    return _Returned(outcome, error)
 
 
-def _unless(function, item) -> Any:
-  if _stopping.is_set():
-    raise SystemExit('all were stopped')
-  return function(item)
+class _Returned(Call):
+  def __init__(self, outcome: str, error: str):
+    self._outcome, self.error = outcome, error
+
+  def ended(self) -> bool:
+    return True
+
+  def outcome(self) -> str:
+    return self._outcome
 
 
-def _begin(
-  number, stopping, parent: int, cache: str, cores: Sequence[int]
-) -> None:
-  """A worker's start: a core of its own, and no life beyond its parent's."""
-  global _stopping
-  _stopping = stopping
-  with number.get_lock():
-    own = cores[number.value % len(cores)]
-    number.value += 1
+class Worker:
+  """A process that calls functions of modules, one after the other."""
+
+  def __init__(self, cache: str, core: int):
+    self._args = cache, core, os.getpid()
+    self._process: Any = None
+
+  def call(self, function: Callable[..., Any], *args: Any) -> Call:
+    """Has the process call the function; the arguments can be pickled."""
+    if self._process is None or not self._process.is_alive():
+      self._connection, theirs = _SPAWN.Pipe()
+      self._process = _SPAWN.Process(target=_serve, args=(theirs, *self._args))
+      self._process.start()
+      theirs.close()
+    self._connection.send((function, args))
+    return _Called(self._process, self._connection)
+
+  def close(self) -> None:
+    """Ends the process, once its call has ended."""
+    if self._process is None:
+      return
+    with contextlib.suppress(OSError):
+      self._connection.send(None)
+    self._process.join()
+
+
+class _Called(Call):
+  def __init__(self, process: Any, connection: Connection):
+    self._process, self._connection = process, connection
+
+  def ended(self) -> bool:
+    return self._connection.poll() or not self._process.is_alive()
+
+  def outcome(self) -> str:
+    with contextlib.suppress(EOFError, OSError):
+      if self._connection.poll():
+        outcome, self.error = self._connection.recv()
+        return outcome
+    self._process.join()
+    self.error = f'the process ended with status {self._process.exitcode}'
+    return FAILED
+
+  def signal(self, number: int) -> None:
+    if self._process.is_alive():
+      os.kill(self._process.pid, number)
+
+
+def _outcome(function, args) -> tuple[str, str]:
+  """Calls the function; its outcome, and the traceback where it failed."""
+  try:
+    function(*args)
+  except SystemExit as error:
+    if error.code == command_line.STOPPED:
+      return STOPPED, ''
+    return FAILED, traceback.format_exc()
+  except Exception:
+    return FAILED, traceback.format_exc()
+  return DONE, ''
+
+
+def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
+  """What a worker does: it has a core of its own, and ends with its parent."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks it to stop
   if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, {own})
+    os.sched_setaffinity(0, {core})
   host.keep_freed_memory()
   _share_compiled(cache)
 
@@ -133,9 +170,33 @@ def _begin(
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
+  with contextlib.suppress(EOFError):
+    while (task := connection.recv()) is not None:
+      connection.send(_outcome(*task))
+  # Threads of libraries can abort an interpreter that ends as usual.
+  os._exit(0)
+
+
+def _cores() -> list[int]:
+  """The cores that this process may use; macOS does not say which."""
+  if hasattr(os, 'sched_getaffinity'):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def _sharing_compiled(cache: str) -> Iterator[None]:
+  before = {name: getattr(jax.config, name) for name in _CACHE}
+  _share_compiled(cache)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def _share_compiled(cache: str) -> None:
   for name, value in zip(_CACHE, (cache, 0.2), strict=True):
     jax.config.update(name, value)
-  compilation_cache.reset_cache()  # one that is open stays where it was
+  compilation_cache.reset_cache()  # a cache that is open stays where it was

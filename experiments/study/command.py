@@ -1,0 +1,135 @@
+"""The command that a study is: its runs, then table, figure and verdicts.
+
+Not here: what the study asks (`study.py`).
+"""
+
+import argparse
+import copy
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+
+from experiments.study import results, scheduled_runs, times
+from experiments.study.jobs import Job
+from experiments.study.parts import Arm, Preset, Results
+from experiments.study.study import Study
+from moe_jax import command_line, host, sections
+
+
+def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line; `flags` are what it changes in the shared config."""
+  parser = argparse.ArgumentParser(
+    prog=f'python -m experiments.{study.name}',
+    description=study.title,
+    epilog='and keys of the config that all arms share: --config.batch_size=8',
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  names = list(study.presets)
+  add('--preset', default=study.preset, choices=names, help='length')
+  add('--seeds', type=int, default=0, help="number of seeds; 0: the preset's")
+  add('--steps', type=int, default=0, help="steps of a run; 0: the preset's")
+  add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
+  add('--task', default=study.task, choices=list(study.tasks), help='data')
+  add('--output', default='results', help='where results and runs go')
+  options, options.flags = parser.parse_known_args(argv)
+  for flag in options.flags:
+    if not re.match(r'--config\.[\w.]+=', flag):
+      parser.error(f'unknown argument {flag!r}; keys are --config.KEY=VALUE')
+  for name in ('seeds', 'steps', 'workers'):
+    if getattr(options, name) < 0:
+      parser.error(f'--{name}={getattr(options, name)} is negative')
+  return options
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
+  """Runs what is missing, writes table, figure and verdicts; their folder."""
+  options = parse(study, argv)
+  host.keep_freed_memory()
+  preset = study.presets[options.preset]
+  preset = dataclasses.replace(
+    preset,
+    steps=options.steps or preset.steps,
+    seeds=options.seeds or preset.seeds,
+  )
+  try:
+    runs = _run(study, preset, options)
+  except ValueError as error:
+    command_line.fail(str(error))
+  output = pathlib.Path(options.output) / study.name
+  spreads = times.step_times(study, runs.jobs, output)
+  medians = {name: spread.median for name, spread in spreads.items()}
+  rows = study.make_rows(runs.arms, runs.results, medians)
+  changed = _changed(study, options)
+  summary = results.summary_of(
+    study,
+    preset,
+    study.tasks[options.task],
+    rows,
+    runs.results,
+    spreads,
+    arguments=_arguments(study, options, changed),
+  )
+  configs = {job.arm.name: job.config for job in runs.jobs if not job.seed}
+  words = [word[1:].replace('/', '_') for word in changed]
+  folder = output / ''.join([options.preset, *words])
+  text = results.write(folder, study.figure, summary, configs)
+  if study.pictures is not None:
+    study.pictures(runs.results, folder)
+  print(f'\n{text}\nwritten: {folder}')
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+  """The arms that are reported, their runs, and all results."""
+
+  arms: Sequence[Arm]
+  jobs: Sequence[Job]
+  results: Results
+
+
+def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
+  """Makes the runs that are missing.
+
+  Raises:
+    ValueError: A config is wrong, or a run failed.
+  """
+  output = pathlib.Path(options.output) / study.name
+  shared = study.shared(preset, options.task)
+  flagged = command_line.config_of(copy.deepcopy(shared), options.flags)
+  shared, _ = sections.settle(study.runner.options, shared, flagged)
+  arms = study.arms_of(preset)
+
+  def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    jobs = study.jobs(shared, arms, seeds, output)
+    column = study.progress_column
+    scheduled_runs.run_all(study.runner, jobs, column, options.workers)
+    return jobs
+
+  explored: Results = {}
+  if study.exploration is not None:
+    tried = study.exploration.arms(arms, shared)
+    explored = scheduled_runs.read_all(run(tried, study.exploration.seeds))
+    arms = study.exploration.chosen(arms, explored)
+  jobs = run(arms, range(preset.seeds))
+  return _Runs(arms, jobs, {**explored, **scheduled_runs.read_all(jobs)})
+
+
+def _changed(study: Study, options: argparse.Namespace) -> list[str]:
+  """The options beside the preset that are not the defaults, as typed."""
+  named = [
+    f'--{name}={value}'
+    for name in ('seeds', 'steps', 'task')
+    if (value := getattr(options, name)) not in (0, study.task)
+  ]
+  return [*named, *options.flags]
+
+
+def _arguments(
+  study: Study, options: argparse.Namespace, changed: Sequence[str]
+) -> list[str]:
+  """The arguments that make the table again."""
+  named = [f'--preset={options.preset}'] * (len(study.presets) > 1)
+  return [*named, *changed]

@@ -1,0 +1,141 @@
+"""The runs of a study: a config and a folder for every arm and seed.
+
+Not here: what a run does (`runner.py`), or when (`scheduler.py`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from experiments.study.parts import Arm, Result
+from experiments.study.sweeps import nested
+from moe_jax import sections
+from moe_jax.options import Options
+from moe_jax.runs.workdir import write_text
+
+RESULT = 'result.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One run of `python -m moe_jax.main`, as `experiments.launch` starts it.
+
+  Attributes:
+    config: 'configs/name.py', or with an argument, 'configs/name.py:runlocal'.
+    overrides: Values of config keys by dotted name,
+      `{'model.moe.num_experts': 4}`.
+    workdir: Folder of this run alone.
+  """
+
+  config: str
+  overrides: Mapping[str, Any]
+  workdir: str
+
+  def flags(self) -> list[str]:
+    """The overrides as `moe_jax.main` takes them."""
+    return [f'--config.{key}={value}' for key, value in self.overrides.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run of a study.
+
+  Attributes:
+    arm: The arm that the run belongs to.
+    seed: Seed of the parameters, of the order of the data and of all noise.
+    config: The whole config of the run.
+    workdir: Folder of the run, named after the arm, the seed and the config's
+      hash.
+  """
+
+  arm: Arm
+  seed: int
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+
+  @property
+  def name(self) -> str:
+    """Name of the run in lines that people read."""
+    return f'{self.arm.name}, seed {self.seed}'
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether the run has a result."""
+    return (self.workdir / RESULT).exists()
+
+  def result(self) -> Result:
+    """What the run came to, once it is finished."""
+    return json.loads((self.workdir / RESULT).read_text(encoding='utf-8'))
+
+  def write_result(self, result: Result) -> None:
+    """Keeps what the run came to; the run is finished from then on."""
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    write_text(self.workdir / RESULT, json.dumps(result, indent=2) + '\n')
+
+
+def layered(
+  cls: type[Options],
+  config: ml_collections.ConfigDict,
+  overrides: Mapping[str, Any],
+) -> ml_collections.ConfigDict:
+  """A locked copy of a config with one more layer of overrides.
+
+  Args:
+    cls: The class of the options that the config is of.
+    config: The config.
+    overrides: Values by dotted name. They may choose other kinds; what the
+      config had set for the kinds before has its default again.
+
+  Raises:
+    ValueError: A key does not exist, or a value has another type.
+  """
+  changed = sections.merge(config, nested(overrides))
+  return sections.settle(cls, config, changed)[0]
+
+
+def jobs_of(
+  cls: type[Options],
+  shared: ml_collections.ConfigDict,
+  arms: Sequence[Arm],
+  seeds: Sequence[int],
+  output: pathlib.Path,
+) -> list[Job]:
+  """A job for every arm on every seed; the seeds are the outer loop.
+
+  Args:
+    cls: The class of the options that configs are of.
+    shared: The config that the arms change.
+    arms: The arms.
+    seeds: The seeds.
+    output: Folder of the study.
+
+  Raises:
+    ValueError: Two arms have one name, or an arm's overrides do not fit.
+  """
+  names = [arm.name for arm in arms]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f'two arms are named {name!r}')
+  jobs = []
+  configs = {arm.name: layered(cls, shared, arm.overrides) for arm in arms}
+  for config in configs.values():
+    sections.read(cls, config)
+  for seed in seeds:
+    for arm in arms:
+      config = sections.merge(configs[arm.name], {'seed': seed})
+      short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
+      folder = f'seed{seed}-{config_hash(config)}'
+      jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))
+  return jobs
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """A short text that is equal for equal configs, in any order of keys."""
+  text = json.dumps(config.to_dict(), sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -1,0 +1,169 @@
+"""What a study is made of: arms, presets, columns, rows, claims, a figure.
+
+Not here: the study that holds them (`study.py`).
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.study import claims
+
+# What one run came to: the last value of each of its metrics, by name.
+Result = Mapping[str, Any]
+# The results of every arm, by the arm's name, in the order of the seeds.
+Results = Mapping[str, Sequence[Result]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One kind of run.
+
+  Attributes:
+    name: Name of the arm's row.
+    overrides: Values that the arm changes in the study's config, by dotted
+      name. They are a later layer of it: they may choose other kinds.
+    line: Name of the line of the figure that the arm is a point of.
+    x: Place of the point on that line; None draws a level across the figure.
+  """
+
+  name: str
+  overrides: Mapping[str, Any]
+  line: str = ''
+  x: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """How long a study is.
+
+  Attributes:
+    steps: Number of optimizer steps of a run.
+    seeds: Number of seeds, which are counted from 0.
+    overrides: Values that all arms change in the study's config, by dotted
+      name.
+    without: Names of the arms that are left out; `*` stands for any text.
+  """
+
+  steps: int
+  seeds: int
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  without: Sequence[str] = ()
+
+  def keeps(self, arm: Arm) -> bool:
+    """Whether the arm is not left out."""
+    return not any(fnmatch.fnmatchcase(arm.name, p) for p in self.without)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A number that every row of the table has.
+
+  Attributes:
+    name: Heading of the column.
+    key: Name of the metric of a run that is shown; with `*`, which stands for
+      any text, the mean over the metrics that match; '' where the rows of the
+      study bring the number themselves.
+    unit: Unit of the number, such as 'nats/byte'; '' for a plain number.
+    digits: Number of digits printed after the decimal point.
+    each: Function that is applied to each metric before the mean.
+  """
+
+  name: str
+  key: str = ''
+  unit: str = ''
+  digits: int = 4
+  each: Callable[[float], float] = float
+
+  def of(self, result: Result) -> float:
+    """The number of one run; NaN where the run has no such metric."""
+    values = [
+      self.each(value)
+      for key, value in result.items()
+      if fnmatch.fnmatchcase(key, self.key)
+    ]
+    return float(np.mean(values)) if values else float('nan')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of the table, which claims compare.
+
+  Attributes:
+    name: Name of the arm, or of what the study makes of several arms.
+    values: Numbers by the name of their column, one for each seed; a column
+      that is missing stays empty.
+    line: Line of the figure, as an arm's.
+    x: Place on that line, as an arm's.
+  """
+
+  name: str
+  values: Mapping[str, Sequence[float]]
+  line: str = ''
+  x: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A published direction, and the two rows here that should show it.
+
+  Attributes:
+    text: What the paper says.
+    compared: The comparison, 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the
+      column, the row, and the other row or a number.
+    published: Addresses in `claims.json` of the two published numbers.
+    note: Why the comparison differs from the paper's; '' where it does not.
+    column: Name of the column that is compared.
+    row: Name of the row that is compared.
+    than: Name of the other row, or the number.
+    direction: 'lower' or 'higher', where the row should be.
+
+  Raises:
+    ValueError: `compared` is not of that form, or an address is unknown.
+  """
+
+  text: str
+  compared: str
+  published: Sequence[str] = ()
+  note: str = ''
+  column: str = dataclasses.field(init=False)
+  row: str = dataclasses.field(init=False)
+  than: str | float = dataclasses.field(init=False)
+  direction: str = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    match = re.fullmatch('([^:]+): (.+) ([<>]) (.+)', self.compared)
+    if not match:
+      raise ValueError(
+        f"{self.compared!r} is not 'column: row < row or number'"
+      )
+    column, row, sign, than = match.groups()
+    with contextlib.suppress(ValueError):
+      than = float(than)
+    direction = 'lower' if sign == '<' else 'higher'
+    values = dict(column=column, row=row, than=than, direction=direction)
+    for name, value in values.items():
+      object.__setattr__(self, name, value)
+    for address in self.published:
+      claims.find(address)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """What is drawn: a panel for each column, of the rows' means and intervals.
+
+  Attributes:
+    columns: Names of the columns that have a panel.
+    x_label: Label of the axis on which the rows' `x` stand; '' where the rows
+      have none.
+    log_x: Whether that axis is logarithmic.
+  """
+
+  columns: Sequence[str]
+  x_label: str = ''
+  log_x: bool = False

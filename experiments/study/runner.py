@@ -1,0 +1,150 @@
+"""How the runs of a study are made: by training, unless it says otherwise.
+
+Not here: which runs there are (`jobs.py`), and when each begins
+(`scheduled_runs.py`).
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from experiments.benchmarks import timing
+from experiments.study.jobs import Job
+from experiments.study.parts import Result
+from experiments.study.shared_steps import SharedStep
+from moe_jax import command_line, data, run_config, sections
+from moe_jax.hooks import Facts
+from moe_jax.options import Options
+from moe_jax.run_config import RunConfig
+from moe_jax.runs import metrics
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.setup import Hook, Run
+from moe_jax.training.step import TrainState
+
+Measure = Callable[[Run, TrainState], Mapping[str, Any]]
+
+
+class Runner:
+  """The contract of what makes the runs of a study.
+
+  A runner can be pickled: workers are given it.
+
+  Attributes:
+    options: The class of the options that the configs of the runs are of. They
+      have the keys `seed`, `total_steps` and `data`.
+  """
+
+  options: ClassVar[type[Options]]
+
+  def prepare(self, jobs: Sequence[Job]) -> None:
+    """Makes once, in the parent process, what all of the runs read."""
+
+  def together(self, job: Job) -> str:
+    """A text that is equal for jobs which are one call, run together."""
+    return job.name
+
+  def __call__(self, jobs: Sequence[Job]) -> None:
+    """Makes the runs of one call and writes their results.
+
+    Raises:
+      SystemExit: SIGTERM came; the same call goes on another time.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRunner(Runner):
+  """Trains each run by itself; runs that are alike share a compiled step.
+
+  Attributes:
+    measure: Function of every trained run, whose numbers stand beside the
+      run's metrics; None adds no numbers.
+  """
+
+  options: ClassVar[type[Options]] = RunConfig
+
+  measure: Measure | None = None
+
+  def prepare(self, jobs: Sequence[Job]) -> None:
+    """Prepares the data, which workers then read from the cache."""
+    for options in {_data_of(job) for job in jobs}:
+      data.load(options)
+
+  def __call__(self, jobs: Sequence[Job]) -> None:
+    """Trains the runs."""
+    for job in jobs:
+      train(job, self.measure)
+
+
+def _data_of(job: Job) -> data.DataOptions:
+  return sections.read(data.DataOptions, job.config.data, 'data.')
+
+
+class _Ending(Hook):
+  """Remembers what a run was trained on, and measures what it came to."""
+
+  def __init__(self, measure: Measure | None):
+    self._measure = measure
+    self.numbers: dict[str, Any] = {}
+
+  def start(self, run: Run) -> None:
+    self.numbers['data_digest'] = run.dataset.digest
+
+  def end(self, run: Run, state: TrainState) -> None:
+    if self._measure is not None:
+      self.numbers |= self._measure(run, state)
+
+
+def train(
+  job: Job,
+  measure: Measure | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Result:
+  """Trains a run that has no result yet; the last value of each metric.
+
+  Args:
+    job: The run.
+    measure: As in `TrainingRunner`.
+    devices: The devices of the mesh; None stands for all.
+
+  Raises:
+    SystemExit: SIGTERM stopped it; the same call goes on.
+  """
+  if job.is_finished:
+    return job.result()
+  start, ending = time.perf_counter(), _Ending(measure)
+  state = train_and_evaluate(
+    run_config.read(job.config),
+    job.workdir,
+    hooks=[Facts(), SharedStep(), ending],
+    devices=devices,
+  )
+  if int(state.step) < job.config.total_steps:
+    raise SystemExit(command_line.STOPPED)
+  last = {}
+  for row in metrics.read_metrics(job.workdir / metrics.FILE_NAME):
+    last |= row
+  job.write_result({**last, **ending.numbers, 'made': made_in(start)})
+  _remove_checkpoints(job.workdir)
+  return job.result()
+
+
+def made_in(start: float) -> dict[str, Any]:
+  """Where and when a run was made, and in how many minutes.
+
+  Args:
+    start: When it began, by `time.perf_counter`.
+  """
+  minutes = (time.perf_counter() - start) / 60
+  return {**timing.facts(), 'minutes': minutes}
+
+
+def _remove_checkpoints(workdir: pathlib.Path) -> None:
+  """Those of all runs of a study would fill a disk."""
+  shutil.rmtree(workdir / workdir_lib.CHECKPOINTS, ignore_errors=True)

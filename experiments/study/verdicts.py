@@ -1,0 +1,70 @@
+"""What paired seeds say of a claim.
+
+A direction counts as reproduced only where the 95 % interval of the paired
+difference excludes zero on the paper's side. Not here: the claims (`parts.py`)
+and the published numbers (`claims.py`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from experiments.study import claims
+from experiments.study.parts import Claim, Row
+from experiments.study.tables import Interval
+from moe_jax.options import unknown
+
+REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
+# Verdicts on claims that no paper has a verified number for.
+SHOWN, REFUTED = 'shown', 'refuted'
+UNRESOLVED = 'not resolved'
+WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What the seeds say of a claim.
+
+  Attributes:
+    claim: The claim.
+    difference: The row minus the other, paired by seed.
+    word: `REPRODUCED` or `OPPOSITE`; `SHOWN` or `REFUTED` where no verified
+      number was published; or `UNRESOLVED`.
+  """
+
+  claim: Claim
+  difference: Interval
+  word: str
+
+  @property
+  def resolvable(self) -> float:
+    """The smallest difference that these seeds could have told from zero."""
+    return self.difference.half_width
+
+
+def verdict(claim: Claim, rows: Sequence[Row]) -> Verdict:
+  """The verdict on one claim.
+
+  Raises:
+    ValueError: The claim names a row or column that does not exist.
+  """
+  mine = _values(claim.row, claim.column, rows)
+  if isinstance(claim.than, str):
+    others = _values(claim.than, claim.column, rows)
+  else:
+    others = [claim.than] * len(mine)
+  difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
+  wanted = 1 if claim.direction == 'higher' else -1
+  marks = {claims.find(address).mark for address in claim.published}
+  known = bool(marks) and 'unverified' not in marks
+  yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
+  word = {wanted: yes, -wanted: no, 0: UNRESOLVED}
+  return Verdict(claim, difference, word[difference.sign()])
+
+
+def _values(name: str, column: str, rows: Sequence[Row]) -> Sequence[float]:
+  named = [row for row in rows if row.name == name]
+  if not named:
+    raise unknown('row', name, [row.name for row in rows])
+  if column not in named[0].values:
+    raise unknown('column', column, named[0].values)
+  return named[0].values[column]
