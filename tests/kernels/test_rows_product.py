@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.layers.rows_product import rows_matmul
+from moe_jax.kernels.rows_product import rows_matmul
 
 R, M, F = 3, 6, 11
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize('experts', [(), (5,)])
 def test_value_and_gradients_are_those_of_the_product(experts):
   rng = np.random.default_rng(0)

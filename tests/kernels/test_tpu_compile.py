@@ -18,10 +18,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from moe_jax import models
 from moe_jax.kernels import grouped_matmul
 from moe_jax.partitioning import make_mesh
-from moe_jax.training import setup
+from moe_jax.training.programs import make_programs
 from tests.training import tiny
 
 pytest.importorskip('libtpu')
@@ -64,16 +63,20 @@ def compile_product(topology, backend, dtype, N, E, M, F):
 
 def compile_train_step(topology, dispatch, mesh):
   """A step of a scanned bfloat16 decoder, two of its four layers sparse."""
-  rule = {'gather': 'per_token', 'dropless': 'all'}[dispatch]
-  moe = {'num_selected': 2, 'dispatch': dispatch, 'capacity_rule': rule}
-  config = tiny.config(
-    model={'num_layers': 4, 'dtype': 'bfloat16', 'width': 64, 'moe': moe}
-  )
-  config = setup.with_vocabulary(config, 257)
+  capacity = {'gather': 'per_token', 'dropless': 'all'}[dispatch]
+  moe = {
+    'num_selected': 2,
+    'dispatch': {'kind': dispatch},
+    'capacity': {'kind': capacity},
+  }
+  numerics = {'dtype': 'bfloat16'}
+  options = tiny.options(
+    model={'num_layers': 4, 'numerics': numerics, 'width': 64, 'moe': moe}
+  ).filled(257)
   devices = described(topology)[: math.prod(mesh.values())]
   mesh = make_mesh(mesh, devices)
-  programs = setup.make_programs(config, models.build(config), mesh)
-  batch = jax.eval_shape(lambda: tiny.batch(config))
+  programs = make_programs(options, options.build(), mesh)
+  batch = jax.eval_shape(lambda: tiny.batch(options))
   return programs.train_step.lower(programs.abstract_state, batch).compile()
 
 

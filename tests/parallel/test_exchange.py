@@ -6,17 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.layers.ffn import FfnConfig
-from moe_jax.layers.moe import MoE, MoeConfig
-from moe_jax.layers.routers.router_config import RouterConfig
+from moe_jax.layers import (
+  Dropless,
+  FeedForwardExpert,
+  Gather,
+  ModuleExpert,
+  MoE,
+  MoeOptions,
+)
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.layers.shared import RULES
 from moe_jax.parallel import exchange
-from moe_jax.parallel.exchange import ExchangeConfig
+from moe_jax.parallel.exchange import AllToAll, Constraint
 from moe_jax.partitioning import make_mesh
-from moe_jax.routing import CapacityRule
+from moe_jax.routing.capacity import All
 
 E, M = 4, 3
+EVERY = [Constraint, AllToAll]
 
 
 def mesh_of(**sizes):
@@ -29,22 +38,21 @@ def on(mesh, x, *axes):
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-@pytest.mark.parametrize('kind', exchange.EXCHANGES)
+@pytest.mark.parametrize('kind', EVERY)
 def test_told_rows_go_to_their_experts_and_come_back(kind):
   # Two devices, one group and one row an expert on each. Row 10 * e + g is
   # expert e's of group g. Experts 0 and 1 live on device 0, 2 and 3 on 1.
   mesh = mesh_of(expert=2)
   rows = np.array([[10 * e + g for g in range(2)] for e in range(E)], float)
   rows = jnp.asarray(rows[..., None] * np.ones(M), jnp.float32)
-  config = ExchangeConfig(kind)
-  seen = []
+  travel, seen = kind(), []
 
   @jax.jit
   def there_and_back(x, rows):
-    place = exchange.layout(config, x, num_experts=E, hidden=5)
+    place = exchange.layout(RULES, x, num_experts=E)
     assert place.exchanged == ('expert',) and place.kept == ()
-    at_experts = exchange.to_experts(config, place, rows)
-    return at_experts, exchange.to_groups(config, place, at_experts)
+    at_experts = travel.to_experts(place, rows)
+    return at_experts, travel.to_groups(place, at_experts)
 
   x = on(mesh, jnp.zeros((2, 6, M)), 'expert')
   there, back = there_and_back(x, on(mesh, rows, None, 'expert'))
@@ -61,7 +69,7 @@ def test_a_layout_leaves_whole_what_does_not_divide():
   def layout(groups, num_experts, hidden):
     def run(x):
       found['place'] = exchange.layout(
-        ExchangeConfig(), x, num_experts=num_experts, hidden=hidden
+        RULES, x, num_experts=num_experts, hidden=hidden
       )
       return x
 
@@ -80,7 +88,7 @@ def test_a_layout_leaves_whole_what_does_not_divide():
 
 def test_one_device_has_no_layout():
   x = jnp.zeros((2, 5, M))
-  assert exchange.layout(ExchangeConfig(), x, num_experts=E, hidden=4) is None
+  assert exchange.layout(RULES, x, num_experts=E) is None
 
 
 LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')
@@ -108,14 +116,15 @@ def ancestors(found, name):
   return seen
 
 
-@pytest.mark.parametrize('kind', exchange.EXCHANGES)
+@pytest.mark.parametrize('kind', EVERY)
 def test_no_piece_travels_after_anothers_product(kind):
   chunks = 3
   layer = MoE(
-    MoeConfig(
-      router=RouterConfig(num_experts=8, num_selected=2, gates='renormalized'),
-      expert=FfnConfig(hidden=24),
-      exchange=ExchangeConfig(kind, chunks=chunks),
+    MoeOptions(
+      num_selected=2,
+      router=TokenChoice(gates='renormalized'),
+      expert=FeedForwardExpert(24),
+      dispatch=Gather(kind(chunks)),
     )
   )
   mesh = mesh_of(expert=8)
@@ -132,7 +141,7 @@ def test_no_piece_travels_after_anothers_product(kind):
   products = {
     name
     for name, (_, _, line) in found.items()
-    if re.search(r'op_name="[^"]*experts/dot_general', line)
+    if re.search(r'op_name="[^"]*experts(?:/[\w.]+)?/dot_general', line)
   }
   assert len(travels) == 2 * chunks and products
   before = {name: ancestors(found, name) for name in travels}
@@ -144,15 +153,14 @@ def test_no_piece_travels_after_anothers_product(kind):
 
 @pytest.mark.slow
 def test_a_custom_expert_travels_too():
-  from flax import linen as nn
-
   layer = MoE(
-    MoeConfig(
-      router=RouterConfig(4, 2, gates='renormalized'),
-      expert=FfnConfig(hidden=24),
-      exchange=ExchangeConfig('all_to_all', chunks=2),
-    ),
-    expert=nn.Dense(12),
+    MoeOptions(
+      4,
+      2,
+      router=TokenChoice(gates='renormalized'),
+      expert=ModuleExpert(nn.Dense(12)),
+      dispatch=Gather(AllToAll(chunks=2)),
+    )
   )
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')
   params = layer.init(jax.random.key(0), x)
@@ -165,13 +173,38 @@ def test_a_custom_expert_travels_too():
 
 @pytest.mark.slow
 def test_capacity_for_all_is_dropless_across_devices():
-  one = RouterConfig(4, 2, gates='renormalized', capacity=CapacityRule('all'))
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')
   outputs = []
-  for dispatch in ('gather', 'dropless'):
-    layer = MoE(MoeConfig(one, FfnConfig(hidden=24), dispatch=dispatch))
+  for dispatch in (Gather(), Dropless()):
+    layer = MoE(
+      MoeOptions(
+        4,
+        2,
+        router=TokenChoice(gates='renormalized'),
+        capacity=All(),
+        expert=FeedForwardExpert(24),
+        dispatch=dispatch,
+      )
+    )
     params = layer.init(jax.random.key(0), x)
     mesh = mesh_of(expert=4)
     run = jax.jit(lambda params, x, layer=layer: layer.apply(params, x)[0])
     outputs.append(run(on(mesh, params), on(mesh, x, 'expert')))
   np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(chunks=0), 'chunks=0 must be at least 1'),
+    (dict(dtype='float16'), "unknown dtype 'float16'"),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    AllToAll(**options)
+
+
+def test_an_unknown_exchange_is_refused():
+  with pytest.raises(ValueError, match="'alltoall'; did you mean 'all_to_all'"):
+    exchange.EXCHANGES.get('alltoall')

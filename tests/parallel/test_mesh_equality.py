@@ -1,6 +1,7 @@
 """On any mesh a step is the one device's, and rows travel as they should."""
 
 import collections
+import dataclasses
 import functools
 import re
 import time
@@ -11,49 +12,66 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from moe_jax import models, partitioning
-from moe_jax.config import merge
-from moe_jax.layers.initializers import axis_names
+from moe_jax.layers import Dropless, Einsum, Gather
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  Hierarchical,
+  Random,
+  StrictlyBalanced,
+  TokenChoice,
+)
 from moe_jax.models import router_state
-from moe_jax.training.losses import LossWeights
+from moe_jax.parallel.exchange import AllToAll, Constraint
+from moe_jax.partitioning import ShardingOptions
+from moe_jax.routing.capacity import All, PerToken
+from moe_jax.training.losses import LossWeights, normalizers
 from moe_jax.training.step import TrainState, make_grad_fn, train_step
 from tests.models import tiny
 
 B, T, V, E, K = 8, 6, 28, 8, 2
 CLIP = 0.01  # far below the gradient's norm
-GATHER = {'capacity_factor': 1.0}
-EINSUM = {**GATHER, 'dispatch': 'einsum'}
-WRITTEN_OUT = {**GATHER, 'exchange': 'all_to_all'}
-DROPLESS = {'dispatch': 'dropless', 'capacity_rule': 'all'}
-NO_BIAS = {**GATHER, 'balance_bias_rate': 0.0, 'gates': 'raw'}
-BY_EXPERT = {**NO_BIAS, 'router': 'expert_choice', 'allow_future_leak': True}
+BIASED = TokenChoice(
+  gates='renormalized',
+  jitter=0.01,
+  balance_bias_rate=0.01,
+  balance_bias_scores='softmax',
+)
+TIGHT = PerToken(1.0)
+GATHER = {'router': BIASED, 'capacity': TIGHT}
+WRITTEN_OUT = {'dispatch': Gather(AllToAll())}
+DROPLESS = {'dispatch': Dropless()}
+BY_EXPERT = {
+  'router': ExpertChoice(jitter=0.01),
+  'capacity': TIGHT,
+  'allow_future_leak': True,
+}
 # Those by tables draw nothing else: what jitter moves is the router's input.
-WITHOUT_LOGITS = {**NO_BIAS, 'jitter': 0.0}
 TWO_LEVELS = {
-  **WITHOUT_LOGITS,
-  'router': 'noisy_top_k',
-  'branching': 4,
-  'branches_selected': 2,
-  'balance_weight': 0.0,
+  'router': Hierarchical(branching=4, branches_selected=2, noisy=True),
+  'capacity': TIGHT,
 }
 LSTMS = {'kind': 'lstm', 'num_layers': 3, 'lstm': {'hidden': 24}}
 WAYS = dict(
   gather=GATHER,
-  einsum=EINSUM,
-  written_out=WRITTEN_OUT,
-  dropless=DROPLESS,
+  einsum={**GATHER, 'dispatch': Einsum()},
+  written_out={**GATHER, **WRITTEN_OUT},
+  dropless={'router': BIASED, 'capacity': All(), **DROPLESS},
   by_expert=BY_EXPERT,
   by_expert_written_out={**BY_EXPERT, **WRITTEN_OUT},
-  by_expert_dropless={**BY_EXPERT, 'dispatch': 'dropless'},
-  hashed={**WITHOUT_LOGITS, 'router': 'hash', 'hash_of': 'bigram'},
-  random={**WITHOUT_LOGITS, 'router': 'random'},
+  by_expert_dropless={**BY_EXPERT, **DROPLESS},
+  hashed={'router': Hash(of='bigram'), 'capacity': TIGHT},
+  random={'router': Random(), 'capacity': TIGHT},
   two_levels=TWO_LEVELS,
-  balanced={**BY_EXPERT, 'router': 'strictly_balanced', 'num_selected': 1},
-  lstms={**TWO_LEVELS, 'model': LSTMS},
+  balanced={
+    **BY_EXPERT,
+    'router': StrictlyBalanced(jitter=0.01),
+    'num_selected': 1,
+  },
+  lstms=TWO_LEVELS,
 )
 PLAIN = dict.fromkeys(('written_out',), 'gather') | dict.fromkeys(
   ('by_expert_written_out', 'by_expert_dropless'), 'by_expert'
@@ -72,17 +90,12 @@ class Result(NamedTuple):
   text: str
 
 
-def config_of(moe, sharding=None):
-  sparse = dict(
-    layers='every 2',
-    num_experts=E,
-    num_selected=K,
-    jitter=0.01,
-    balance_bias_rate=0.01,
-  )
-  sizes = dict(vocab_size=V, width=16, hidden=24) | moe.pop('model', {})
-  config = tiny.config({**sparse, **moe}, **sizes)
-  return merge(config, {'data': {'seq_len': T}, 'sharding': sharding or {}})
+def model_of(way, rules, **moe):
+  sparse = dict(layers='every 2', num_experts=E, num_selected=K)
+  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
+  if way == 'lstms':
+    sizes |= LSTMS
+  return tiny.options({**sparse, **WAYS[way], **moe}, **sizes).build(rules)
 
 
 def make_batch():
@@ -127,27 +140,19 @@ def first_state(model):
 
 
 @functools.cache
-def boxed_shapes(model):
-  return models.abstract_params(model, T)
-
-
-@functools.cache
 def step_of(
   way, mesh_shape='', sharding=(), microbatches=1, salt=0.0, **moe
 ) -> Result:
   """A step on a mesh, or, without its shape, on one device."""
-  config = config_of({**WAYS[way], **moe}, dict(sharding))
-  model = models.build(config)
+  rules = ShardingOptions(**dict(sharding)).rules
+  model = model_of(way, rules, **moe)
   state, batch = first_state(model), make_batch()
   places = None
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
     mesh = partitioning.make_mesh(sizes)
-    rules = partitioning.make_rules(config.sharding.to_dict())
-    boxed = boxed_shapes(model)
-    params = partitioning.tree_shardings(
-      mesh, rules, axis_names(boxed), nn.meta.unbox(boxed)
-    )
+    trees = models.parameters.describe(model, T)
+    params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
     whole = NamedSharding(mesh, PartitionSpec())
     places = jax.tree.map(lambda _: whole, state)
     places = places.replace(
@@ -162,7 +167,8 @@ def step_of(
     optimizer=OPTIMIZER,
     # Of no effect here; another program to the compilation cache.
     schedule=optax.constant_schedule(salt),
-    move_router_state=functools.partial(router_state.moved, model.config),
+    normalize=functools.partial(normalizers, model),
+    move_router_state=model.move_router_state,
   )
   run = jax.jit(run, out_shardings=(places, None)).lower(state, batch)
   compiled = run.compile()
@@ -253,25 +259,26 @@ def test_experts_are_split_over_two_axes(way, mesh_shape):
 def test_more_experts_than_devices_and_fewer(way):
   one = step_of(way)
   assert_equal(step_of(way, '4x1x2x1'), one)  # four a device
-  few = dict(num_experts=2, num_selected=1, gates='raw')
+  raw = dataclasses.replace(BIASED, gates='raw')
+  few = dict(num_experts=2, num_selected=1, router=raw)
   assert_equal(step_of(way, '4x1x2x1', **few), step_of(way, **few))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['gather', 'dropless'])
 def test_microbatches_change_nothing_on_a_mesh(way):
-  quiet = dict(jitter=0.0)  # noise is drawn anew for each
+  # Noise is drawn anew for each.
+  quiet = dict(router=dataclasses.replace(BIASED, jitter=0.0))
   one = step_of(way, **quiet)
   assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
 
 
 @pytest.mark.parametrize('chunks', [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_chunks_change_nothing_and_each_has_its_own_all_to_alls(chunks):
-  one = step_of('gather', capacity_factor=3.0)  # three slots of an expert
-  ways = dict(
-    capacity_factor=3.0, exchange='all_to_all', exchange_chunks=chunks
-  )
-  found = step_of('gather', '1x1x4x2', **ways)
+  room = dict(capacity=PerToken(3.0))  # three slots of an expert
+  one = step_of('gather', **room)
+  written_out = Gather(AllToAll(chunks=chunks))
+  found = step_of('gather', '1x1x4x2', dispatch=written_out, **room)
   assert_equal(found, one)
   # There and back, forward and backward, of the one sparse layer.
   assert collectives(found.text)['all-to-all'] == 4 * chunks
@@ -279,7 +286,9 @@ def test_chunks_change_nothing_and_each_has_its_own_all_to_alls(chunks):
 
 def test_rows_travel_in_bfloat16():
   one = step_of('gather')
-  found = step_of('gather', '1x1x8x1', exchange_dtype='bfloat16')
+  found = step_of(
+    'gather', '1x1x8x1', dispatch=Gather(Constraint(dtype='bfloat16'))
+  )
   np.testing.assert_allclose(found.loss, one.loss, rtol=1e-3)
   difference = abs(found.loss - one.loss)
   assert difference > 1e-7
@@ -330,14 +339,3 @@ def test_nothing_is_rematerialized_with_fsdp_and_tensors(capfd):
   capfd.readouterr()
   step_of('gather', '1x2x2x2', salt=time.time() % 1000)
   assert 'rematerialization' not in capfd.readouterr().err
-
-
-def test_keys_are_checked_in_the_config():
-  for key, value, message in (
-    ('exchange', 'alltoall', "unknown exchange 'alltoall'; did you mean"),
-    ('exchange_dtype', 'float16', "unknown exchange_dtype 'float16'"),
-    ('exchange_chunks', 0, 'exchange_chunks=0 must be at least 1'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      models.build(config_of({key: value}))
-  assert base.get_config().model.moe.exchange == 'constraint'

@@ -26,7 +26,7 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import choice
 from moe_jax.parallel.exchange import EXCHANGES, Exchange, layout, serve
 from moe_jax.routing import MoeAux, Routing, SlotRouting
-from moe_jax.shapes import Array, Float, Shaped
+from moe_jax.shapes import Array, Float, Leaf, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +248,10 @@ class MixtureSlots(SlotExperts):
 
 
 def copied(
-  call: Callable[..., Array],
+  call: Callable[..., Leaf],
   expert: nn.Module,
   *arguments: Shaped[Array, 'E ...'],
-) -> Array:
+) -> Leaf:
   """call(copy e, *arguments[e]) of each expert e, stacked."""
   apply = nn.vmap(
     call,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 T = 256
 
 # Two layers' training gradient; prints what the compiled programs contain.
@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax import models
+from moe_jax.layers.shared import Numerics
 from moe_jax.partitioning import make_mesh
 from tests.models import tiny
 
@@ -31,7 +32,9 @@ described = topologies.get_topology_desc(
 def contents(attention, sizes, devices):
   mesh = make_mesh(sizes, devices)
   model = tiny.build(
-    dict(num_experts=0), attention=attention, dtype='bfloat16', num_kv_heads=2
+    dict(num_experts=0),
+    attention=dict(implementation=attention, num_kv_heads=2),
+    numerics=Numerics('bfloat16'),
   )
 
   def place(leaf, *axes):
