@@ -205,7 +205,7 @@ def _replaced(old: Any, value: Any, where: str) -> Any:
   if isinstance(old, ConfigDict):
     if not isinstance(value, Mapping | ConfigDict):
       raise OptionError(
-        [f'{where}={value!r} replaces a section; give its keys']
+        [f'{where}={value!r} replaces a section; give its keys: {[*old]}']
       )
     return merge(old, value, f'{where}.')
   if isinstance(old, float) and type(value) is int:

@@ -14,8 +14,12 @@ from tests.generation import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 HALVES = dict(
-  data=dict(task='seq2seq', target_len=8),
-  model=dict(kind='encoder_decoder', positions='relative'),
+  data=dict(
+    task=dict(kind='seq2seq'),
+    source=dict(kind='python_stdlib_docstrings'),
+    target_len=8,
+  ),
+  model=dict(kind='encoder_decoder', positions=dict(kind='relative')),
 )
 
 
@@ -140,7 +144,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
 @pytest.mark.slow
 def test_learned_positions_shorten_the_text(tmp_path, capsys):
   # 24 positions are 21 new tokens behind 4.
-  folders.write(tmp_path, model=dict(positions='learned'))
+  folders.write(tmp_path, model=dict(positions=dict(kind='learned')))
   prompt = '--prompt=abcd'
   told = said(capsys, tmp_path, prompt, '--num_tokens=21')
   assert told.err == ''

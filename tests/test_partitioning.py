@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
 from moe_jax.layers.parameters import axes_of, roles_of
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.options import OptionError
 from moe_jax.partitioning import (
   MeshOptions,
@@ -169,15 +170,11 @@ def test_shardings_that_do_not_fit_are_refused(axes, shape, message):
     sharding(mesh, RULES, axes, shape, 'w')
 
 
-def build(**moe):
-  return models.build(
-    tiny.config(
-      dict(layers='every 2', num_experts=8, num_selected=2, jitter=0.01, **moe),
-      vocab_size=V,
-      width=16,
-      hidden=24,
-    )
-  )
+def build():
+  router = TokenChoice(jitter=0.01)
+  moe = dict(layers='every 2', num_experts=8, num_selected=2, router=router)
+  ffn, attention = {'hidden': 24}, {'head_width': 0}
+  return tiny.build(moe, vocab_size=V, width=16, ffn=ffn, attention=attention)
 
 
 def param_shardings(mesh, boxed):

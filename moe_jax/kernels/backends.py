@@ -15,7 +15,7 @@ from types import ModuleType
 
 import jax
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 from moe_jax.kernels import blocks, megablox, pallas_gpu, ragged_dot
 from moe_jax.shapes import Array, Float, Float32, Int32
 

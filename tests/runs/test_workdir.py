@@ -73,7 +73,9 @@ def test_a_folder_of_an_earlier_version_is_refused_by_its_last_commit(tmp_path):
   for refused in (
     lambda: workdir.check(tmp_path, tiny.config(), resume=True),
     lambda: trained.read(tmp_path),
-    lambda: loop.train_and_evaluate(tiny.options(), tmp_path, resume=True),
+    lambda: loop.train_and_evaluate(
+      tiny.options(), tmp_path, resume=True, devices=jax.devices()[:1]
+    ),
   ):
     with pytest.raises(ValueError, match='Commit 7875f9b is the last'):
       refused()

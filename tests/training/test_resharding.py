@@ -21,7 +21,11 @@ MODEL = {
   'moe': {
     'num_experts': E,
     'num_selected': 2,
-    **tiny.router(gates='renormalized', balance_bias_rate=0.01)['moe'],
+    **tiny.router(
+      gates='renormalized',
+      balance_bias_rate=0.01,
+      balance_bias_scores='softmax',
+    )['moe'],
   },
 }
 OPTIONS = tiny.options(batch_size=8, model=MODEL)
