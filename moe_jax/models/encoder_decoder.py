@@ -84,38 +84,43 @@ class EncoderDecoderOptions(TransformerOptions):
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
-    base = self._plain_encoder()
-    config = sections.section(base)
-    changed = sections.merge(config, self.encoder.overrides)
+    config = sections.section(self._plain_encoder())
+    # At once: what layers are sparse may fit this number of them alone.
+    L = self.encoder.num_layers or self.num_layers
+    changed = sections.merge(
+      config, {'num_layers': L, **self.encoder.overrides}
+    )
     changed, _ = sections.settle(StackOptions, config, changed)
     return sections.read(StackOptions, changed)
 
   def _plain_encoder(self) -> StackOptions:
+    """The encoder's layers without overrides, as many as the decoder's."""
     half = self.decoder_half()
     moe = half.moe
     return dataclasses.replace(
       half,
-      num_layers=self.encoder.num_layers or self.num_layers,
       attention=dataclasses.replace(half.attention, num_kv_heads=0, window=0),
       moe=dataclasses.replace(moe, router=moe.router.for_encoder()),
     )
 
   def with_encoder(self, half: StackOptions) -> Self:
     """These options with the overrides that make the encoder that half."""
-    layers = half.num_layers
-    own = EncoderOptions(0 if layers == self.num_layers else layers)
-    options = dataclasses.replace(self, encoder=own)
-    base = sections.section(options._plain_encoder())
+    L = half.num_layers
+    base, changed = (
+      sections.leaves(StackOptions, sections.section(layers))
+      for layers in (self._plain_encoder(), half)
+    )
+    known = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
     overrides: dict[str, Any] = {}
-    for path, (_, value) in sections.difference(
-      base, sections.section(half)
-    ).items():
-      *parents, key = path.split('.')
+    for leaf in changed:
+      if leaf.idle is not None or known.get(leaf.path) == leaf.value:
+        continue
+      *parents, key = leaf.path.split('.')
       below = overrides
       for name in parents:
         below = below.setdefault(name, {})
-      below[key] = value
-    encoder = EncoderOptions(own.num_layers, overrides)
+      below[key] = leaf.value
+    encoder = EncoderOptions(0 if L == self.num_layers else L, overrides)
     return dataclasses.replace(self, encoder=encoder)
 
   def problems(self) -> Iterator[str]:
@@ -125,13 +130,13 @@ class EncoderDecoderOptions(TransformerOptions):
     try:
       half = self.encoder_half()
     except OptionError as error:
-      yield from error.below('encoder.overrides.').problems
+      yield from error.below('encoder.overrides: ').problems
       return
     for problem in self.half_problems(half, causal=False):
-      yield f'encoder.overrides.{problem}'
+      yield f'encoder.overrides: {problem}'
     if half.attention.window:
       yield (
-        f'encoder.overrides.attention.window={half.attention.window} has no '
+        f'encoder.overrides: attention.window={half.attention.window} has no '
         'effect in an encoder, whose tokens see their whole segment'
       )
 

@@ -14,7 +14,7 @@ from moe_jax.layers.shared import Numerics
 from moe_jax.models import DeepMoe, DeepMoeOptions, RunShape, router_state
 from moe_jax.models.deep_moe import STEPS, TOTALS, GatedLayersOptions
 from moe_jax.training import step as step_lib
-from moe_jax.training.losses import LossWeights
+from moe_jax.training.losses import LossWeights, normalizers
 from tests.models import tiny
 from tests.reference import softmax
 
@@ -200,6 +200,7 @@ def test_a_step_moves_totals_by_the_whole_batch():
         grad_fn=step_lib.make_grad_fn(model, LossWeights(), microbatches),
         optimizer=optimizer,
         schedule=optax.constant_schedule(0.1),
+        normalize=functools.partial(normalizers, model),
         move_router_state=model.move_router_state,
       )
     )

@@ -224,16 +224,18 @@ def test_fewer_kv_heads_and_a_window_are_the_decoders_alone():
 
 
 REFUSED = {
-  "unknown config key 'encoder.overrides.ffm'; did you mean 'ffn'": dict(ffm=1),
-  "unknown config key 'encoder.overrides.width'": dict(width=16),
-  r'encoder.overrides.ffn.hidden=0 must be at least 1': {'ffn': {'hidden': 0}},
-  'encoder.overrides.attention.num_heads=5 does not divide width=12': {
+  "encoder.overrides: unknown config key 'ffm'; did you mean 'ffn'": dict(
+    ffm=1
+  ),
+  "encoder.overrides: unknown config key 'width'": dict(width=16),
+  r'encoder.overrides: ffn.hidden=0 must be at least 1': {'ffn': {'hidden': 0}},
+  'encoder.overrides: attention.num_heads=5 does not divide width=12': {
     'attention': {'num_heads': 5, 'head_width': 0}
   },
-  'encoder.overrides.attention.window=3 has no effect in an encoder': {
+  'encoder.overrides: attention.window=3 has no effect in an encoder': {
     'attention': {'window': 3}
   },
-  'encoder.overrides.moe.router.token_choice.jitter=0.1 has no effect with': {
+  'encoder.overrides: moe.router.token_choice.jitter=0.1 has no effect with': {
     'moe': {
       'router': {'kind': 'expert_choice', 'token_choice': {'jitter': 0.1}}
     }
