@@ -65,11 +65,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
   base = options.config or sections.section(run_config.RunConfig)
-  config = command_line.config_of(base, overrides)
+  config, _ = run_config.settled(
+    command_line.config_of(base), command_line.config_of(base, overrides)
+  )
   lines = import_run.import_run(
     options.source,
     options.workdir,
-    run_config.read(config),
+    config,
     dtype=options.dtype,
     revision=options.revision,
   )

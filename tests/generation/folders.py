@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax import run_config
 from moe_jax.data import tokenizers
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
@@ -16,7 +17,8 @@ def write(folder, steps=(3,), tokenizer=None, **overrides):
   workdir_lib.claim(folder, config)
   tokenizer = tokenizer or tokenizers.Bytes()
   tokenizer.save(folder / workdir_lib.TOKENIZER)
-  model = tiny_runs.model_of(config, tokenizer.vocab_size)
+  options = run_config.read(config)
+  model = tiny_runs.model_of(options, tokenizer.vocab_size)
   params = {step: tiny.params_of(model, step) for step in steps}
   checkpoints = Checkpointer(
     folder / workdir_lib.CHECKPOINTS, keep_newest=3, keep_best=False

@@ -3,6 +3,7 @@
 Parity with transformers is in `test_transformers.py`.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 
 from moe_jax import generation
 from moe_jax.generation import beams
+from moe_jax.layers.positions import Relative
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 
 PROMPTS = [[3, 1], [2], [0, 4, 4]]
@@ -74,12 +77,15 @@ def test_a_search_ends_when_no_beam_can_reach_the_results():
   np.testing.assert_array_equal(later.ended.tokens, search.ended.tokens)
 
 
+def of_five_tokens(moe, **model):
+  options = tiny.options(moe, **model)
+  return dataclasses.replace(options, vocab_size=5).build()
+
+
 @pytest.fixture(scope='module')
 def small():
   """V=5, so that all sequences can be listed."""
-  model = tiny.build(
-    dict(capacity_rule='all'), vocab_size=5, tie_embeddings=False
-  )
+  model = of_five_tokens(dict(capacity=All()), embedding=dict(tie=False))
   params = jax.tree.map(lambda x: 2 * x, tiny.params_of(model, 2))
   return model, params
 
@@ -112,7 +118,7 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
     PROMPTS,
     num_beams=width,
     num_return=6,
-    max_new_tokens=N,
+    num_tokens=N,
     length_penalty=penalty,
     stop_ids=stops,
   )
@@ -128,8 +134,8 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
 
 
 def test_beams_of_an_lstm_move_with_their_states():
-  moe = dict(layers='1', capacity_rule='all')
-  model = tiny.build(moe, kind='lstm', positions='none', vocab_size=5)
+  moe = dict(layers='1', capacity=All())
+  model = of_five_tokens(moe, kind='lstm')
   params = jax.tree.map(lambda x: 2.0 * x, tiny.params_of(model))
   N, prompts = 3, [[0, 4, 1]]
   found = generation.beam_search(
@@ -138,7 +144,7 @@ def test_beams_of_an_lstm_move_with_their_states():
     prompts,
     num_beams=5**N,
     num_return=4,
-    max_new_tokens=N,
+    num_tokens=N,
     length_penalty=0.0,
   )
   best = every_sequence(model, params, prompts[0], N, [], 0.0)[:4]
@@ -150,9 +156,9 @@ def test_beams_of_an_lstm_move_with_their_states():
 
 
 def test_one_beam_is_greedy():
-  model = tiny.build(dict(capacity_rule='all'), tie_embeddings=False)
+  model = tiny.build(dict(capacity=All()), embedding=dict(tie=False))
   variables = {'params': tiny.params_of(model)}
-  options = dict(max_new_tokens=7, stop_ids=[8])
+  options = dict(num_tokens=7, stop_ids=[8])
   greedy = generation.generate(model, variables, PROMPTS, **options)
   beam = generation.beam_search(
     model, variables, PROMPTS, num_beams=1, pad_id=0, **options
@@ -162,11 +168,11 @@ def test_one_beam_is_greedy():
 
 
 def test_a_row_alone_is_the_row_in_a_batch():
-  model = tiny.build(kind='encoder_decoder', positions='relative')
+  model = tiny.build(kind='encoder_decoder', positions=Relative())
   variables = {'params': tiny.params_of(model)}
   model, variables = generation.prepare(model, variables)
   options = dict(
-    num_beams=3, num_return=2, max_new_tokens=6, start_id=2, stop_ids=[4, 9]
+    num_beams=3, num_return=2, num_tokens=6, start_id=2, stop_ids=[4, 9]
   )
   together = generation.beam_search(model, variables, PROMPTS, **options)
   for b, prompt in enumerate(PROMPTS):
@@ -179,11 +185,11 @@ def test_forced_tokens_count_as_length_and_cost_nothing(small):
   model, params = small
   options = dict(num_beams=3, length_penalty=1.0)
   forced = generation.beam_search(
-    model, {'params': params}, [[3, 1]], forced_ids=[2], max_new_tokens=4,
+    model, {'params': params}, [[3, 1]], forced_ids=[2], num_tokens=4,
     **options,
   )  # fmt: skip
   given = generation.beam_search(
-    model, {'params': params}, [[3, 1, 2]], max_new_tokens=3, **options
+    model, {'params': params}, [[3, 1, 2]], num_tokens=3, **options
   )
   assert forced.tokens[0, 0].tolist() == [2, *given.tokens[0, 0].tolist()]
   np.testing.assert_allclose(forced.scores * 4, given.scores * 3, rtol=1e-5)

@@ -12,49 +12,55 @@ import numpy as np
 import pytest
 
 from moe_jax import generation, partitioning
-from moe_jax.models import EncoderDecoder
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import (
+  Learned,
+  NoPositions,
+  Relative,
+  Rotary,
+  Sinusoidal,
+)
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import oracle, tiny
 from tests.models.tiny import T, V
 
 PROMPTS = [[3, 17, 5, 8], [11], [20, 6], [1, 14, 9], [8, 0], [19]]
 NEW, START = 6, 2
 # What would drop in training; generation has room for everyone.
-TIGHT = dict(capacity_rule='per_token', capacity_factor=0.3)
-ROOM = dict(capacity_rule='all', dispatch='gather')
+TIGHT = dict(capacity=PerToken(0.3))
+ROOM = dict(capacity=All())
 KINDS = {
-  'rotary': dict(num_kv_heads=2, activation='swiglu'),
-  'rotary, window': dict(sliding_window=3),
-  'learned': dict(positions='learned', use_bias=True, norm='layernorm'),
-  'relative': dict(positions='relative', relative_buckets=6),
-  'sinusoidal': dict(positions='sinusoidal', embedding_scale='sqrt_width'),
+  'rotary': dict(attention=dict(num_kv_heads=2), ffn=dict(activation='swiglu')),
+  'rotary, window': dict(attention=dict(window=3)),
+  'learned': dict(positions=Learned(), use_bias=True, norm=LayerNorm()),
+  'relative': dict(positions=Relative(6)),
+  'sinusoidal': dict(
+    positions=Sinusoidal(), embedding=dict(scale='sqrt_width')
+  ),
   'none, dense first': dict(
-    positions='none', num_layers=3, moe=dict(layers='last 1')
+    positions=NoPositions(), num_layers=3, moe=dict(layers='last 1')
   ),
   'dense': dict(moe=dict(num_experts=0)),
-  'lstm': dict(
-    kind='lstm',
-    positions='none',
-    num_layers=3,
-    moe=dict(layers='1', slot_priority='token_major'),
-  ),
+  'lstm': dict(kind='lstm', num_layers=3, moe=dict(layers='1')),
   't5': dict(
     kind='encoder_decoder',
-    positions='relative',
-    attention_scale='none',
-    num_encoder_layers=3,
+    positions=Relative(),
+    attention=dict(scale='none'),
+    encoder=EncoderOptions(3),
   ),
   'nllb': dict(
     kind='encoder_decoder',
-    positions='sinusoidal',
-    norm='layernorm',
+    positions=Sinusoidal(),
+    norm=LayerNorm(),
     use_bias=True,
-    encoder_heads=2,
+    encoder=EncoderOptions(0, {'attention': {'num_heads': 2}}),
   ),
-  'learned halves': dict(kind='encoder_decoder', positions='learned'),
+  'learned halves': dict(kind='encoder_decoder', positions=Learned()),
   'dense halves': dict(
     kind='encoder_decoder',
-    positions='rotary',
-    activation='swiglu',
+    positions=Rotary(),
+    ffn=dict(activation='swiglu'),
     use_bias=True,
     moe=dict(num_experts=0),
   ),
@@ -63,21 +69,24 @@ KINDS = {
 
 def built(name, moe):
   # Tied embeddings make a random model repeat itself.
-  options = dict(tie_embeddings=False) | KINDS[name]
+  options = dict(KINDS[name])
+  options['embedding'] = {'tie': False, **options.get('embedding', {})}
   moe = {**moe, **options.pop('moe', {})}
+  if moe.get('num_experts') == 0:  # a dense twin has no capacity
+    moe.pop('capacity')
   model = tiny.build(moe, **options)
   # Large, so that every token and place tells.
   return model, jax.tree.map(lambda x: 2.5 * x, tiny.params_of(model, 1))
 
 
 def starts(model):
-  if isinstance(model, EncoderDecoder):
+  if model.has_encoder:
     return {'start_id': START}
   return {}
 
 
 def generate(model, params, prompts=PROMPTS, **options):
-  options = dict(max_new_tokens=NEW) | starts(model) | options
+  options = dict(num_tokens=NEW) | starts(model) | options
   return generation.generate(model, {'params': params}, prompts, **options)
 
 
@@ -85,7 +94,7 @@ def likeliest(name, params, new):
   """The token after each prefix of the answers, by one pass over them."""
   model, _ = built(name, ROOM)
   answers = [row.tolist() for row in new]
-  if isinstance(model, EncoderDecoder):
+  if model.has_encoder:
     rows = [[START, *answer[:-1]] for answer in answers]
     halves = zip(rows_of(PROMPTS), rows_of(rows))
     inputs = [array for pair in halves for array in pair]
@@ -140,7 +149,7 @@ def prepared():
 
 
 def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
-  draw = dict(max_new_tokens=NEW, temperature=4.0)
+  draw = dict(num_tokens=NEW, temperature=4.0)
   first, again, other = (
     generation.generate(*prepared, PROMPTS, seed=seed, **draw).tokens
     for seed in (3, 3, 4)
@@ -152,17 +161,19 @@ def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
 
 
 def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
-  moe = dict(capacity_rule='all')
-  options = dict(activation='relu', tie_embeddings=False)
-  model = tiny.build(moe, **options)
+  options = tiny.options(
+    dict(capacity=All()),
+    ffn=dict(activation='relu'),
+    embedding=dict(tie=False),
+  )
+  model = options.build()
   params = tiny.params_of(model)
   prompt, N, temperature = [3, 17, 5], 600, 0.7
   made = generate(
-    model, params, [prompt] * N, max_new_tokens=1, temperature=temperature
+    model, params, [prompt] * N, num_tokens=1, temperature=temperature
   )
   count = np.bincount(made.tokens[:, 0], minlength=V)
-  config = tiny.config(moe, **options)
-  logits = oracle.decode(config, params, np.array(prompt))[0][-1]
+  logits = oracle.decode(options, params, np.array(prompt))[0][-1]
 
   def distance(t):
     p = np.exp(logits / t - (logits / t).max())
@@ -175,9 +186,9 @@ def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
 @pytest.mark.parametrize('name', ['rotary', 't5'])
 def test_rows_end_with_their_stop_tokens(name):
   model, params = built(name, TIGHT)
-  endless = generate(model, params, max_new_tokens=9).tokens.tolist()
+  endless = generate(model, params, num_tokens=9).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
-  made = generate(model, params, max_new_tokens=9, stop_ids=stops, pad_id=22)
+  made = generate(model, params, num_tokens=9, stop_ids=stops, pad_id=22)
   for row, length, free in zip(made.tokens, made.lengths, endless):
     ends = [i for i, token in enumerate(free) if token in stops]
     assert length == (ends[0] + 1 if ends else 9)
@@ -187,7 +198,7 @@ def test_rows_end_with_their_stop_tokens(name):
 
 
 def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
-  options = dict(max_new_tokens=8, temperature=1.0, seed=2, stop_ids=range(9))
+  options = dict(num_tokens=8, temperature=1.0, seed=2, stop_ids=range(9))
   said = []
   made = generation.generate(
     *prepared,
@@ -207,10 +218,10 @@ def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
 
 def test_a_true_answer_ends_the_stream(prepared):
   made = generation.generate(
-    *prepared, PROMPTS, max_new_tokens=8, on_token=lambda n, _: n == 2
+    *prepared, PROMPTS, num_tokens=8, on_token=lambda n, _: n == 2
   )
   np.testing.assert_array_equal(made.lengths, [3] * 6)
-  whole = generation.generate(*prepared, PROMPTS, max_new_tokens=8).tokens
+  whole = generation.generate(*prepared, PROMPTS, num_tokens=8).tokens
   np.testing.assert_array_equal(made.tokens[:, :3], whole[:, :3])
 
 
@@ -234,22 +245,21 @@ def test_forced_tokens_come_first(name):
 def test_a_window_bounds_how_far_back_a_token_looks():
   model, params = built('rotary', TIGHT)
   ours = generation.prepare(model, {'params': params}, window=3)
-  made = generation.generate(*ours, PROMPTS, max_new_tokens=9).tokens
-  stack = model.config.stack
-  attention = dataclasses.replace(stack.block.attention, window=3)
-  block = dataclasses.replace(stack.block, attention=attention)
-  stack = dataclasses.replace(stack, block=block)
-  narrow = model.clone(config=dataclasses.replace(model.config, stack=stack))
-  expected = generate(narrow, params, max_new_tokens=9).tokens
+  made = generation.generate(*ours, PROMPTS, num_tokens=9).tokens
+  blocks = model.blocks
+  attention = dataclasses.replace(blocks.block.attention, window=3)
+  block = dataclasses.replace(blocks.block, attention=attention)
+  narrow = model.clone(blocks=dataclasses.replace(blocks, block=block))
+  expected = generate(narrow, params, num_tokens=9).tokens
   np.testing.assert_array_equal(made, expected)
-  assert (made != generate(model, params, max_new_tokens=9).tokens).any()
+  assert (made != generate(model, params, num_tokens=9).tokens).any()
 
 
 def test_a_checkpoints_own_capacity_binds_in_its_encoder():
   # One slot an expert and row: what does not fit in the encoder is dropped, as
   # in the forward pass; a decoder's step of one token always fits.
-  options = dict(kind='encoder_decoder', positions='relative')
-  own = dict(capacity_rule='fixed', capacity_slots=1)
+  options = dict(kind='encoder_decoder', positions=Relative())
+  own = dict(capacity=Fixed(1))
   model = tiny.build(own, **options)
   params = tiny.params_of(model, seed=5)
   prompts = [[3, 17, 5, 8, 3, 9], [11, 4, 4]]
@@ -265,10 +275,10 @@ def test_a_checkpoints_own_capacity_binds_in_its_encoder():
 def test_boxed_and_prepared_parameters_do(prepared):
   model, params = built('rotary', TIGHT)
   expected = generate(model, params).tokens
-  found = generation.generate(*prepared, PROMPTS, max_new_tokens=NEW).tokens
+  found = generation.generate(*prepared, PROMPTS, num_tokens=NEW).tokens
   np.testing.assert_array_equal(found, expected)
   boxed = jax.jit(model.init)(tiny.key(0), jnp.zeros((1, T), jnp.int32))
-  made = generation.generate(model, boxed, PROMPTS, max_new_tokens=2)
+  made = generation.generate(model, boxed, PROMPTS, num_tokens=2)
   assert made.tokens.shape == (6, 2)
   assert generation.prepare(*prepared)[0] is prepared[0]
 
@@ -282,7 +292,7 @@ def test_sharded_parameters_generate_the_same():
 
 
 def test_beams_are_an_option_of_generate(prepared):
-  options = dict(max_new_tokens=NEW, stop_ids=[5], length_penalty=0.5)
+  options = dict(num_tokens=NEW, stop_ids=[5], length_penalty=0.5)
   made = generation.generate(*prepared, PROMPTS, num_beams=3, **options)
   beams = generation.beam_search(*prepared, PROMPTS, num_beams=3, **options)
   np.testing.assert_array_equal(made.tokens, beams.tokens[:, 0])

@@ -5,6 +5,8 @@ import pytest
 
 from moe_jax.generation import prepare
 from moe_jax.generation.prefix import make_prefix, round_up
+from moe_jax.layers.positions import Learned, Relative
+from moe_jax.routing.capacity import Fraction
 from tests.models import tiny
 from tests.models.tiny import V
 
@@ -21,11 +23,11 @@ def decoder():
 
 @pytest.fixture(scope='module')
 def halves():
-  return prepared(kind='encoder_decoder', positions='relative')
+  return prepared(kind='encoder_decoder', positions=Relative())
 
 
 def make(model, prompt, **changes):
-  options = dict(start_id=None, forced_ids=(), max_new_tokens=5)
+  options = dict(start_id=None, forced_ids=(), num_tokens=5)
   return make_prefix(model, prompt, **{**options, **changes})
 
 
@@ -68,25 +70,25 @@ def test_lengths_are_few_and_not_much_longer():
 
 def test_lengths_stay_where_capacity_depends_on_them():
   model = prepared(
-    dict(capacity_rule='fraction', capacity_factor=0.5, group_size=-1),
+    dict(capacity=Fraction(0.5), group_size=-1),
     kind='encoder_decoder',
-    positions='relative',
+    positions=Relative(),
   )
   assert make(model, [[1, 2, 3]], start_id=0).encoder_tokens.shape == (1, 3)
 
 
 def test_learned_positions_bound_lengths():
   # T=10 positions: 4 + 6 new tokens, the last of which is never read, are 9.
-  model = prepared(positions='learned')
-  assert make(model, [range(4)], max_new_tokens=7).tokens.shape == (1, 9)
+  model = prepared(positions=Learned())
+  assert make(model, [range(4)], num_tokens=7).tokens.shape == (1, 9)
   with pytest.raises(ValueError, match=r'11 positions .* > max_len=10'):
-    make(model, [range(4)], max_new_tokens=8)
-  assert make(model, [range(10)], max_new_tokens=1).tokens.shape == (1, 11)
-  model = prepared(positions='learned', kind='encoder_decoder')
+    make(model, [range(4)], num_tokens=8)
+  assert make(model, [range(10)], num_tokens=1).tokens.shape == (1, 11)
+  model = prepared(positions=Learned(), kind='encoder_decoder')
   with pytest.raises(ValueError, match='prompt of 11 positions'):
     make(model, [range(11)], start_id=0)
   with pytest.raises(ValueError, match='output of 11 positions'):
-    make(model, [[1]], start_id=0, max_new_tokens=11)
+    make(model, [[1]], start_id=0, num_tokens=11)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,8 @@ def test_learned_positions_bound_lengths():
     ([[1, -1]], {}, 'token -1 not in'),
     ([[1]], dict(forced_ids=[V]), f'token {V} not in'),
     ([[1]], dict(start_id=2), 'start_id=2 for a decoder-only model'),
-    ([[1]], dict(max_new_tokens=0), 'max_new_tokens=0 leaves none'),
-    ([[1]], dict(forced_ids=[1] * 5), 'max_new_tokens=5 leaves none'),
+    ([[1]], dict(num_tokens=0), 'num_tokens=0 leaves none'),
+    ([[1]], dict(forced_ids=[1] * 5), 'num_tokens=5 leaves none'),
   ],
 )
 def test_bad_prompts_are_refused(decoder, prompt, changes, message):

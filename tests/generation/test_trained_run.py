@@ -7,11 +7,11 @@ import pytest
 import tensorstore
 
 from moe_jax import partitioning
-from moe_jax.config import merge
-from moe_jax.data import tokenizers
+from moe_jax.data import LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.generation import trained_run
-from moe_jax.interop import import_run as interop_runs
+from moe_jax.interop import import_run
+from moe_jax.layers.positions import Learned, Relative
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from tests.generation import folders
 from tests.models import tiny
@@ -22,13 +22,13 @@ def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
   params = folders.write(tmp_path, steps=(2, 5))
   loaded = trained_run.load(tmp_path)
   assert (loaded.step, loaded.skipped, loaded.imported) == (5, [], False)
-  assert loaded.model == tiny_runs.model_of(tiny_runs.config())
+  assert loaded.model == tiny_runs.model_of(tiny_runs.options())
   assert loaded.variables.keys() == {'params'}
   jax.tree.map(
     np.testing.assert_array_equal, loaded.variables['params'], params[5]
   )
   assert loaded.tokenizer.identity == 'bytes'
-  assert loaded.config.model.vocab_size == 257
+  assert loaded.options.vocab_size == 257
   old = trained_run.load(tmp_path, step=2).variables['params']
   jax.tree.map(np.testing.assert_array_equal, old, params[2])
   folders.damage(tmp_path, 5)
@@ -43,7 +43,8 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   )
   loaded = trained_run.load(tmp_path, dtype='bfloat16', mesh=mesh)
   types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
-  assert loaded.model == tiny_runs.model_of(tiny_runs.config(model=types))
+  same = tiny_runs.options(model={'numerics': types})
+  assert loaded.model == tiny_runs.model_of(same)
   found, saved = (tiny.leaves(p) for p in (loaded.variables['params'], params))
   for name, array in found.items():
     # What the model keeps in float32 whatever its type is not rounded.
@@ -85,7 +86,7 @@ def bytes_read():
 
 
 def test_imported_runs_are_known_by_their_folder():
-  assert interop_runs.FILES == trained_run.IMPORTED
+  assert import_run.FILES == trained_run.IMPORTED
 
 
 def test_what_is_no_run_is_said(tmp_path):
@@ -96,7 +97,7 @@ def test_what_is_no_run_is_said(tmp_path):
   with pytest.raises(ValueError, match='no finished checkpoint'):
     trained_run.load(tmp_path)
   (tmp_path / 'config.json').write_text('{"model": {"width": 3}}')
-  with pytest.raises(ValueError, match=r'config\.json is no config of a run'):
+  with pytest.raises(ValueError, match=r'config\.json cannot be read: '):
     trained_run.load(tmp_path)
 
 
@@ -114,11 +115,10 @@ def test_prompts_are_documents_or_inputs():
   tokenizer = extend(
     tokenizers.Bytes(), num_sentinels=0, modes=(), end_inputs=True
   )
-  config = tiny_runs.config()
-  assert trained_run.encode(config, tokenizer, 'ab').tolist() == [97, 98]
-  for options, task in ((dict(imported=True), 'lm'), ({}, 'seq2seq')):
-    config = merge(config, {'data': {'task': task}})
-    ids = trained_run.encode(config, tokenizer, 'ab', **options)
+  ids = trained_run.encode(LmTask(), tokenizer, 'ab')
+  assert ids.tolist() == [97, 98]
+  for task, imported in ((LmTask(), True), (Seq2SeqTask(), False)):
+    ids = trained_run.encode(task, tokenizer, 'ab', imported=imported)
     assert ids.tolist() == [97, 98, 256]
 
 
@@ -129,23 +129,24 @@ def test_ids_that_the_tokenizer_lacks_have_no_text():
 @pytest.mark.parametrize(
   ('model', 'expected'),
   [
-    (dict(positions='rotary'), 24),
-    (dict(positions='relative'), 24),
-    (dict(positions='sinusoidal'), 0),
-    (dict(positions='learned'), 0),
-    (dict(kind='encoder_decoder', positions='relative'), 0),
+    (dict(positions=dict(kind='rotary')), 24),
+    (dict(positions=dict(kind='relative')), 24),
+    (dict(positions=dict(kind='sinusoidal')), 0),
+    (dict(positions=dict(kind='learned')), 0),
   ],
 )
 def test_the_window_is_a_row_where_positions_are_distances(model, expected):
-  config = tiny_runs.config(model=model)
-  built = tiny_runs.model_of(config)
-  assert trained_run.window(config, built) == expected
-  assert trained_run.window(config, built, imported=True) == 0
+  options = tiny_runs.options(model=model)
+  built = tiny_runs.model_of(options)
+  assert trained_run.window(options.data, built) == expected
+  assert trained_run.window(options.data, built, imported=True) == 0
+  halves = tiny.build(kind='encoder_decoder', positions=Relative())
+  assert trained_run.window(options.data, halves) == 0
 
 
 def test_what_fits_learned_positions():
   # T=10 positions; the last new token is never read.
-  model = tiny.build(positions='learned')
+  model = tiny.build(positions=Learned())
   for length, wanted, kept, num_tokens in (
     (3, 5, 3, 5), (4, 7, 4, 7), (4, 8, 4, 7), (9, 40, 5, 6), (30, 1, 10, 1),
   ):  # fmt: skip
@@ -156,7 +157,7 @@ def test_what_fits_learned_positions():
     assert len(found) + n - 1 <= 10
   found, n = trained_run.fit(tiny.build(), np.arange(30), 50)
   assert (len(found), n) == (30, 50)
-  halves = tiny.build(positions='learned', kind='encoder_decoder')
+  halves = tiny.build(positions=Learned(), kind='encoder_decoder')
   found, n = trained_run.fit(halves, np.arange(30), 50)
   np.testing.assert_array_equal(found, np.arange(10))
   assert n == 10
@@ -164,7 +165,7 @@ def test_what_fits_learned_positions():
 
 def test_special_ids_are_the_tokenizers():
   decoder = tiny.build()
-  halves = tiny.build(kind='encoder_decoder', positions='relative')
+  halves = tiny.build(kind='encoder_decoder', positions=Relative())
   tokenizer = tokenizers.Bytes()
   assert trained_run.special_ids(decoder, tokenizer) == {'stop_ids': (256,)}
   assert trained_run.special_ids(halves, tokenizer) == {

@@ -93,7 +93,7 @@ def pair(request, tmp_path_factory):
         weights.normal_(0, 0.05 if small else 0.5)
   folder = tmp_path_factory.mktemp(request.param)
   theirs.save_pretrained(folder)
-  model, variables = generation.prepare(*interop.load(folder))
+  model, variables = generation.prepare(*interop.load(folder)[1:])
   options = {'start_id': START} if theirs.config.is_encoder_decoder else {}
   endless = their_tokens(theirs, *padded(theirs))
   assert len(set().union(*endless)) > 5  # no model of one answer
@@ -142,7 +142,7 @@ def test_greedy_tokens_are_theirs(pair):
     pair.model,
     pair.variables,
     PROMPTS,
-    max_new_tokens=NEW,
+    num_tokens=NEW,
     stop_ids=pair.stop_ids,
     **pair.options,
   )
@@ -173,7 +173,7 @@ def test_beams_are_theirs(pair, length_penalty):
     PROMPTS,
     num_beams=4,
     num_return=3,
-    max_new_tokens=NEW,
+    num_tokens=NEW,
     length_penalty=length_penalty,
     stop_ids=pair.stop_ids,
     **pair.options,

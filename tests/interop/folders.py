@@ -24,13 +24,13 @@ def get_config():
   c.total_steps = 2
   c.batch_size = 2
   c.log_every_steps = 1
-  c.data.source = 'python_stdlib:email,json'
+  c.data.source.python_stdlib.modules = 'email,json'
   c.data.seq_len = 48
   c.mesh.data = 1
   c.checkpoint.every_steps = 0
   c.checkpoint.best_eval = 'all'
   c.evals = {'all': base.evaluation(num_batches=1)}
-  c.optimizer.warmup_steps = 1
+  c.optimizer.schedule.warmup_steps = 1
   c.sample.num_tokens = 0
   return base.finish(c)
 """

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from moe_jax.config import flatten
 from moe_jax.interop import checkpoint_folder, config_keys
-from moe_jax.interop.model_section import FREE, SHARDING, overrides, section
+from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
+from moe_jax.models import DecoderOptions
+from moe_jax.routing.capacity import All, Fixed
 from tests.interop import oracle
 
 KINDS = sorted(oracle.CLASSES)
@@ -39,19 +40,6 @@ def test_defaults_are_those_of_transformers(kind):
   for name, supported in keys.fixed.items():
     if name in config:
       assert config[name] in supported, name
-
-
-def test_the_section_is_that_of_the_base_config():
-  from configs import base
-
-  ours, theirs = flatten(section({})), flatten(base.get_config().model)
-  assert ours.keys() == theirs.keys()
-  assert {k: type(v) for k, v in ours.items()} == {
-    k: type(v) for k, v in theirs.items()
-  }
-  assert base.get_config().sharding.to_dict() == SHARDING
-  free = {n for n in ours if n in FREE or n.split('.')[0] in FREE}
-  assert flatten(overrides(section({}))).keys() == ours.keys() - free
 
 
 # As older releases wrote them, with what has no meaning any more.
@@ -144,28 +132,37 @@ OLD_NLLB = dict(
 
 
 def test_a_switch_of_2022(tmp_path):
-  m = open_config(tmp_path, **OLD_SWITCH).section
-  assert (m.num_layers, m.num_encoder_layers, m.width) == (12, 12, 768)
-  assert m.moe.layers == m.moe.encoder_layers == '1,3,5,7,9,11'
-  assert (m.moe.capacity_rule, m.moe.capacity_slots) == ('fixed', 64)
-  assert (m.attention_scale, m.logits_scale) == ('none', 'inverse_sqrt_width')
-  assert (m.moe.balance_weight, m.moe.jitter, m.dropout) == (0.001, 0.01, 0.1)
+  m = open_config(tmp_path, **OLD_SWITCH).options
+  assert type(m) is TransformersEncoderDecoder and m.route_padding
+  assert (m.num_layers, m.encoder.num_layers, m.width) == (12, 12, 768)
+  assert m.moe.layers == m.encoder_half().moe.layers == '1,3,5,7,9,11'
+  assert m.moe.capacity == Fixed(64)
+  assert m.attention.scale == 'none'
+  assert m.embedding.logits_scale == 'inverse_sqrt_width'
+  router = m.moe.router
+  assert (router.balance_weight, router.jitter, m.dropout) == (0.001, 0.01, 0.1)
 
 
 def test_a_mixtral_of_2023(tmp_path):
   found = open_config(tmp_path, **OLD_MIXTRAL)
-  m = found.section
-  assert (m.rope_theta, m.head_width, m.num_kv_heads) == (1e6, 128, 8)
-  assert (m.dtype, m.param_dtype) == ('bfloat16', 'bfloat16')
-  assert m.moe.balance_weight == 0.02
+  m = found.options
+  assert type(m) is DecoderOptions
+  attention = m.attention
+  assert (attention.head_width, attention.num_kv_heads) == (128, 8)
+  assert m.positions.theta == 1e6
+  assert (m.numerics.dtype, m.numerics.param_dtype) == ('bfloat16', 'bfloat16')
+  router = m.moe.router
+  assert (router.balance_weight, router.z_weight) == (0.02, 0.0)
   assert found.notes == ()
 
 
 def test_an_nllb_of_2023(tmp_path):
   found = open_config(tmp_path, **OLD_NLLB)
-  m = found.section
+  m = found.options
+  assert not m.route_padding
   assert m.moe.layers == '3,7,11,15,19,23'
-  assert (m.moe.capacity_rule, m.moe.gates) == ('all', 'renormalized')
+  assert type(m.moe.router) is ServedByRank and m.moe.capacity == All()
+  assert m.moe.router.gates == 'renormalized'
   # What training there does and we do not is said, and nothing else.
   assert [note.split('=')[0] for note in found.notes] == [
     'activation_dropout',
@@ -284,12 +281,11 @@ def test_no_config(tmp_path):
 def test_half_precision_is_read_into_single(tmp_path):
   config = {**oracle.BASE['mixtral'], 'model_type': 'mixtral'}
   found = open_config(tmp_path, **config, dtype='float16')
-  assert found.section.param_dtype == 'float32'
-  found = checkpoint_folder.open_checkpoint(tmp_path, 'bfloat16')
-  assert (found.section.dtype, found.section.param_dtype) == (
-    'bfloat16',
-    'bfloat16',
-  )
+  assert found.options.numerics.param_dtype == 'float32'
+  numerics = checkpoint_folder.open_checkpoint(
+    tmp_path, 'bfloat16'
+  ).options.numerics
+  assert (numerics.dtype, numerics.param_dtype) == ('bfloat16', 'bfloat16')
 
 
 def test_no_key_is_sorted_twice():
@@ -315,4 +311,4 @@ def test_no_key_is_sorted_twice():
 def test_which_layers_of_switch_are_sparse(options, layers, tmp_path):
   config = {**oracle.BASE['switch_transformers'], **options}
   found = open_config(tmp_path, **config, model_type='switch_transformers')
-  assert found.section.moe.encoder_layers == layers
+  assert found.options.encoder_half().moe.layers == layers

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import command_line, generate, interop
-from moe_jax.config import merge
+from moe_jax import command_line, generate, interop, run_config
 from moe_jax.data import tokenizers
 from moe_jax.interop import import_run as import_run_lib
+from moe_jax.run_config import RunConfig
+from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
 from tests.generation import folders as own_runs
@@ -23,35 +24,30 @@ PROMPT = 'def f(x):'
 NEW = 6
 # What makes a decoder that began here a Mixtral.
 MIXTRAL = dict(
-  activation='swiglu',
-  norm_epsilon=1e-5,
-  tie_embeddings=False,
+  ffn=dict(activation='swiglu'),
+  norm=dict(epsilon=1e-5),
+  embedding=dict(tie=False),
   moe=dict(
     layers='all',
     num_selected=2,
-    gates='renormalized',
-    capacity_rule='all',
-    dispatch='dropless',
+    router=dict(token_choice=dict(gates='renormalized')),
+    capacity=dict(kind='all'),
+    dispatch=dict(kind='dropless'),
   ),
 )
 
 
 def import_run(source, workdir, **more):
   path = str(folders.write_config(workdir.parent))
-  config = command_line.load_config(path)
+  options = run_config.read(command_line.load_config(path))
   return import_run_lib.import_run(
-    source,
-    workdir,
-    config=config,
-    base=path,
-    devices=jax.devices()[:1],
-    **more,
+    source, workdir, options, devices=jax.devices()[:1], **more
   )
 
 
 def train(config, workdir, **more):
   return loop.train_and_evaluate(
-    config, workdir, devices=jax.devices()[:1], **more
+    run_config.read(config), workdir, devices=jax.devices()[:1], **more
   )
 
 
@@ -107,7 +103,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   # Training begins with what was imported, and an optimizer of its own.
   watch = Watch()
   state = train(config_of(workdir), workdir, hooks=[watch])
-  _, imported = interop.load(source)
+  imported = interop.load(source).variables
   assert_equal(watch.params[0], imported['params'])
   assert (len(watch.params), int(state.step)) == (2, 2)
   assert not np.array_equal(
@@ -115,7 +111,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   )
   capsys.readouterr()
   # The tokenizer and its roles came along, and generation uses them.
-  options = ['--workdir', str(workdir), '--max_new_tokens', str(NEW)]
+  options = ['--workdir', str(workdir), '--num_tokens', str(NEW)]
   generate.main([*options, '--prompt', PROMPT])
   said = capsys.readouterr().out.removesuffix('\n')
   generate.main([*options, '--prompt', 'f', '--chat'])
@@ -130,7 +126,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   )
   assert not any(info.values())
   assert says_the_same(model.eval(), output, said)
-  _, out = interop.load(output)
+  out = interop.load(output).variables
   assert_equal(out['params'], state.params)
 
 
@@ -145,7 +141,7 @@ def test_going_on_with_other_settings(tmp_path):
   watch = Watch()
   state = train(config, workdir, hooks=[watch], resume=True)
   assert (int(state.step), int(state.seed)) == (1, 5)
-  _, imported = interop.load(tmp_path / 'hf')
+  imported = interop.load(tmp_path / 'hf').variables
   assert_equal(watch.params[0], imported['params'])
   # A damaged checkpoint is passed over, down to what was imported.
   own_runs.damage(workdir, 1)
@@ -153,7 +149,8 @@ def test_going_on_with_other_settings(tmp_path):
   train(config, workdir, hooks=[watch], resume=True)
   assert_equal(watch.params[0], imported['params'])
   # Another model's parameters are no beginning.
-  other = merge(config, dict(model=dict(hidden=21), total_steps=2))
+  hidden = dict(ffn=dict(hidden=21))
+  other = merge(config, dict(model=hidden, total_steps=2))
   with pytest.raises(ValueError, match='holds another state'):
     train(other, workdir, resume=True)
 
@@ -162,17 +159,19 @@ def test_going_on_with_other_settings(tmp_path):
   'kind', ['mixtral', pytest.param('nllb-moe', marks=pytest.mark.slow)]
 )
 def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
-  monkeypatch.chdir(ROOT)
+  monkeypatch.chdir(tmp_path)  # no folder of configs is there
   folders.write(tmp_path / 'hf', kind)
-  config = command_line.config_of(import_run_lib.BASE)
   one = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
-    tmp_path / 'hf', tmp_path / 'run', config=config, **one
+    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one
   )
   config = config_of(tmp_path / 'run')
   if kind == 'mixtral':  # else it is a small source already
-    config = merge(config, dict(data=dict(source='python_stdlib:email')))
-  run = setup.set_up(config, tmp_path / 'run', resume=True, **one)
+    source = dict(python_stdlib=dict(modules='email'))
+    config = merge(config, dict(data=dict(source=source)))
+  run = setup.set_up(
+    run_config.read(config), tmp_path / 'run', resume=True, **one
+  )
   assert int(begin.begin(run).step) == 0
   assert len(run.evaluations) == 3
 
@@ -181,7 +180,7 @@ def test_half_precision_is_trained_and_kept(tmp_path):
   folders.write(tmp_path / 'hf', 'switch_transformers')
   workdir = tmp_path / 'run'
   import_run(tmp_path / 'hf', workdir, dtype='bfloat16')
-  assert config_of(workdir).model.param_dtype == 'bfloat16'
+  assert config_of(workdir).model.numerics.param_dtype == 'bfloat16'
   import_run_lib.export_run(workdir, tmp_path / 'out')
   model = oracle.CLASSES['switch_transformers'].from_pretrained(
     tmp_path / 'out'
@@ -202,7 +201,7 @@ def test_what_is_refused(tmp_path):
   assert 'the checkpoint came without a tokenizer' in lines[-2]
   with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
     import_run(source, tmp_path / 'run')
-  with pytest.raises(ValueError, match='holds no run'):
+  with pytest.raises(ValueError, match='holds no trained run'):
     import_run_lib.export_run(source, tmp_path / 'out')
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'mine').touch()
@@ -210,10 +209,15 @@ def test_what_is_refused(tmp_path):
     import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
 
 
-def test_a_run_has_one_embedding(tmp_path):
-  folders.write(tmp_path, 'switch_transformers', tie_word_embeddings=False)
-  with pytest.raises(ValueError, match='have embeddings that differ'):
-    import_run(tmp_path, tmp_path / 'run')
+def test_an_embedding_for_each_half_goes_in_and_out(tmp_path):
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, 'switch_transformers', tie_word_embeddings=False)
+  import_run(source, workdir)
+  imported = interop.load(source).variables
+  assert 'encoder_embedding' in imported['params']
+  import_run_lib.export_run(workdir, tmp_path / 'out')
+  out = interop.load(tmp_path / 'out').variables
+  assert_equal(out['params'], imported['params'])
 
 
 def test_weights_of_other_libraries_stay_behind(tmp_path):
@@ -234,12 +238,12 @@ def test_out_of_a_run_that_began_here(tmp_path):
   tokenizer = tokenizers.Json.from_folder(tmp_path)
   params = own_runs.write(tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL)
   import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
-  model, out = interop.load(tmp_path / 'out')
+  _, model, out = interop.load(tmp_path / 'out')
   assert_equal(out['params'], params[3])
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
   assert (theirs.bos_token, theirs.eos_token) == ('<s>', '</s>')
   assert theirs(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
-  assert model.config.vocab_size == tokenizer.vocab_size
+  assert model.vocab_size == tokenizer.vocab_size
 
 
 def test_what_transformers_has_no_model_of(tmp_path):
@@ -248,14 +252,19 @@ def test_what_transformers_has_no_model_of(tmp_path):
     import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
   for words in ('num_experts_per_tok=1 is', "hidden_act='gelu' is not"):
     assert words in str(caught.value)
-  drops = dict(capacity_rule='per_token', gates='raw', dispatch='gather')
-  model = dict(MIXTRAL, norm='layernorm', moe=dict(MIXTRAL['moe'], **drops))
+  drops = dict(
+    capacity=dict(kind='per_token'),
+    router=dict(token_choice=dict(gates='raw')),
+    dispatch=dict(kind='gather'),
+  )
+  norm = dict(kind='layernorm', epsilon=1e-5)
+  model = dict(MIXTRAL, norm=norm, moe=dict(MIXTRAL['moe'], **drops))
   own_runs.write(tmp_path / 'drops', model=model)
   with pytest.raises(ValueError, match='as mixtral; the model has') as caught:
     import_run_lib.export_run(tmp_path / 'drops', tmp_path / 'out')
   for words in (
     "norm.kind: 'layernorm', not 'rmsnorm'",
-    "capacity.rule: 'per_token', not 'all'",
+    "capacity.kind: 'per_token', not 'all'",
     "gates: 'raw', not 'renormalized'",
   ):
     assert words in str(caught.value)

@@ -80,11 +80,11 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
     assert len(shards) == 8, name
     assert all(8 * shard.data.nbytes == value.nbytes for shard in shards), name
   # Every shard holds what one device would have there.
-  _, whole = interop.load(sharded)
+  whole = interop.load(sharded).variables['params']
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
     params,
-    whole['params'],
+    whole,
   )
 
 
@@ -145,7 +145,7 @@ def test_spellings_of_other_releases(kind, tmp_path):
   old.mkdir()
   pickled(model, old)
   model.save_pretrained(new)
-  a, b = interop.load(old)[1], interop.load(new)[1]
+  a, b = interop.load(old).variables, interop.load(new).variables
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -153,9 +153,9 @@ def test_a_model_without_its_head(tmp_path):
   model = oracle.make('mixtral', tie_word_embeddings=True)
   model.model.save_pretrained(tmp_path / 'bare')
   model.save_pretrained(tmp_path / 'whole')
-  a = interop.load(tmp_path / 'bare')[1]
+  a = interop.load(tmp_path / 'bare').variables
   jax.tree.map(
-    np.testing.assert_array_equal, a, interop.load(tmp_path / 'whole')[1]
+    np.testing.assert_array_equal, a, interop.load(tmp_path / 'whole').variables
   )
 
 
@@ -182,11 +182,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 def test_numbers_of_another_width(tmp_path):
   model = oracle.make('mixtral').half()
   model.save_pretrained(tmp_path)
-  params = interop.load(tmp_path)[1]['params']
+  params = interop.load(tmp_path).variables['params']
   assert params['embedding'].dtype == np.float32
   expected = model.model.embed_tokens.weight.float().detach().numpy()
   np.testing.assert_array_equal(params['embedding'], expected)
-  params = interop.load(tmp_path, dtype='bfloat16')[1]['params']
+  params = interop.load(tmp_path, dtype='bfloat16').variables['params']
   moe = params['layers']['layer_0']['moe']
   assert (moe['experts']['w_in'].dtype, moe['router']['w'].dtype) == (
     jax.numpy.bfloat16,
