@@ -1,9 +1,12 @@
 """The flag --config of every command: a config file, with overrides.
 
-config_flag.define()
-options, ignored = config_flag.read()  # once the flags are parsed
+    config_flag.define()
+    options, ignored = config_flag.read()  # once the flags are parsed
+
+Not here: the flags of one command alone.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -16,12 +19,13 @@ _NAME = 'config'
 
 
 def define() -> None:
-  """Defines the flag, which the command then needs."""
+  """Defines the flag; a command line without it is refused."""
   config_flags.DEFINE_config_file(
     _NAME,
     None,
-    'A file of configs/, with overrides: --config.seed=1.',
-    # Keys of open sections are new; all others are looked up before.
+    'Config file, such as configs/tiny_switch.py; --config.seed=1 overrides a '
+    'value.',
+    # New keys belong to open sections; `command_line.parse` refuses all others.
     accept_new_attributes=True,
     lock_config=False,
   )
@@ -33,11 +37,21 @@ def value() -> ml_collections.ConfigDict:
   return flags.FLAGS[_NAME].value
 
 
+def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each value that `read` says is ignored."""
+  for name, value in ignored.items():
+    yield f'{name}={value!r} has no effect with these flags; ignored'
+
+
 def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
-  """The options, and the values that overrides made meaningless, by name.
+  """The options of the command line, checked as a whole.
+
+  Returns:
+    The options, and by name the values of the file that flags made meaningless,
+    as they chose another kind; those are ignored.
 
   Raises:
-    ValueError: All that is wrong, by name.
+    ValueError: The message gives everything that is wrong, by name.
   """
   spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
   return run_config.settled(command_line.load_config(spec), value())

@@ -89,8 +89,7 @@ def main(argv: list[str]) -> None:
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   """Whether no step is left."""
   if distributed.is_first():
-    for name, value in ignored.items():
-      print(f'{name}={value!r} has no effect with these flags; ignored')
+    command_line.say(config_flag.ignored_lines(ignored))
   try:
     state = train_and_evaluate(
       options,

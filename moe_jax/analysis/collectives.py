@@ -1,7 +1,8 @@
 """What devices send each other in a step, read from the compiled program.
 
-A loop's body counts as often as the loop runs, which the compiler notes beside
-every loop whose length it knows. Not here: how long that takes.
+The collectives in the body of a loop count as often as the loop runs, which the
+compiler notes beside each loop whose length it knows. Not here: how long
+collectives take.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-# What TPUs call an all-reduce of which each device keeps its slice alone.
+# The computation of TPUs in which each device keeps its slice of an all-reduce.
 _FUSED_SCATTER = 'all-reduce-scatter'
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _PARTITIONS = re.compile(r'^HloModule .*num_partitions=(\d+)', re.MULTILINE)
-# {{0,1},{2,3}}, or [2,4]<=[8] (2 groups of 4), or axes of a mesh,
-# mesh['x'=2,'y'=4] {'y'}, perhaps a part of one: {'y':(1)2}.
+# Groups of devices are written {{0,1},{2,3}}, or [2,4]<=[8] (2 groups of 4), or
+# as axes of a mesh, mesh['x'=2,'y'=4] {'y'}, or a part of an axis, {'y':(1)2}.
 _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
 _AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
@@ -36,12 +37,13 @@ _OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class Traffic(NamedTuple):
-  """One kind of collective, over a step.
+  """The collectives of one kind in a step.
 
   Attributes:
-    count: How many a device takes part in.
-    num_bytes: What a device sends in them, going round a ring. Of a
-      ragged-all-to-all it is an upper bound: the load decides.
+    count: Number of collectives that a device takes part in.
+    num_bytes: Bytes that a device sends in them where devices form a ring. For
+      a ragged-all-to-all they are an upper bound, since the load of the experts
+      decides.
   """
 
   count: int = 0
@@ -50,12 +52,12 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-  """All of a program.
+  """The collectives of a program.
 
   Attributes:
-    by_kind: Those of `KINDS` that there are.
-    unknown_loops: Loops whose length depends on the data; what is in them
-      counts once.
+    by_kind: The traffic of each kind, of those of `KINDS` that occur.
+    unknown_loops: Number of loops whose length depends on the data; the
+      collectives in them count once.
   """
 
   by_kind: Mapping[str, Traffic]
@@ -63,37 +65,40 @@ class Collectives:
 
 
 def read(text: str) -> Collectives:
-  """Counts those of `compiled.as_text()`.
+  """Counts the collectives of a compiled program.
 
   All branches of a conditional count, as if each were taken.
+
+  Args:
+    text: The program, as `compiled.as_text()` writes it.
   """
   program = parse(text)
   runs = executions(program)
-  everyone = _PARTITIONS.search(text)
-  devices = int(everyone[1]) if everyone else 1
-  found: dict[str, Traffic] = defaultdict(Traffic)
-  unknown = 0
+  partitions = _PARTITIONS.search(text)
+  devices = int(partitions[1]) if partitions else 1
+  by_kind: dict[str, Traffic] = defaultdict(Traffic)
+  unknown_loops = 0
   for instruction in program.values():
     code = opcode(instruction)
-    unknown += code == 'while' and trips(program, instruction) is None
+    unknown_loops += code == 'while' and trips(program, instruction) is None
     kind = code.removesuffix('-start')
     if kind not in KINDS:
       continue
     if instruction.computation.startswith(_FUSED_SCATTER):
       kind = 'reduce-scatter'
     sent = _sent_bytes(program, instruction, kind, devices)
-    n, before = runs[instruction.computation], found[kind]
-    found[kind] = Traffic(before.count + n, before.num_bytes + n * sent)
-  return Collectives(dict(found), unknown)
+    n, before = runs[instruction.computation], by_kind[kind]
+    by_kind[kind] = Traffic(before.count + n, before.num_bytes + n * sent)
+  return Collectives(dict(by_kind), unknown_loops)
 
 
 def executions(program: Program) -> dict[str, int]:
-  """How often each computation runs in a step; see `Collectives`."""
+  """How often each computation of a program runs in a step."""
   callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
   for instruction in program.values():
     code = opcode(instruction)
     if code.endswith(('-done', '-update')):
-      continue  # names what its start has run
+      continue  # it names a computation that its start has run
     times = 1
     if code == 'while' and (known := trips(program, instruction)) is not None:
       times = known
@@ -115,10 +120,10 @@ def executions(program: Program) -> dict[str, int]:
 
 
 def trips(program: Program, loop: Instruction) -> int | None:
-  """How often a loop runs, None where the compiler does not know.
+  """How often a loop runs; None where the compiler does not know.
 
-  Compilers that note nothing (TPU's) leave the loop's end in its condition,
-  `i < 32`; i is taken to rise by one, as in every loop that jax writes.
+  The compiler for TPUs does not note it. There the condition of the loop,
+  `i < 32`, is read; `i` is taken to rise by one, as in every loop of jax.
   """
   if known := _TRIPS.search(loop.text):
     return int(known[1])
@@ -141,27 +146,31 @@ def trips(program: Program, loop: Instruction) -> int | None:
 
 
 def _constant(program: Program, instruction: Instruction) -> int | None:
+  """The value of a constant, or of a copy of one; None for all others."""
   while opcode(instruction) in ('copy', 'copy-start', 'copy-done'):
     (instruction,) = _arguments(program, instruction)
-  found = re.search(r' constant\((-?\d+)\)', instruction.text)
-  return int(found[1]) if found else None
+  constant = re.search(r' constant\((-?\d+)\)', instruction.text)
+  return int(constant[1]) if constant else None
 
 
 def _arguments(program: Program, instruction: Instruction) -> list[Instruction]:
-  """What it reads, in order."""
+  """The instructions that an instruction reads, in order."""
   _, rest = _split(instruction.text)
   inside = _split(rest[rest.find('(') :])[0]
   return [program[name] for name in _OPERAND.findall(inside) if name in program]
 
 
 def opcode(instruction: Instruction) -> str:
-  """'all-gather' of '(f32[4], f32[8]) all-gather(%x, %y), ...'."""
+  """The opcode: 'all-gather' in '(f32[4], f32[8]) all-gather(%x, %y), ...'."""
   _, rest = _split(instruction.text)
   return rest.partition('(')[0]
 
 
 def _split(text: str) -> tuple[str, str]:
-  """The type in front, a tuple in parentheses perhaps, and what follows."""
+  """The type that an instruction's text begins with, and the rest of it.
+
+  The type may be a tuple in parentheses.
+  """
   if not text.startswith('('):
     front, _, rest = text.partition(' ')
     return front, rest
@@ -176,6 +185,7 @@ def _split(text: str) -> tuple[str, str]:
 def _sent_bytes(
   program: Program, instruction: Instruction, kind: str, devices: int
 ) -> int:
+  """Bytes that a device sends in one collective."""
   held = sum(
     _type_bytes(_split(operand.text)[0])
     for operand in _arguments(program, instruction)
@@ -189,19 +199,26 @@ def _sent_bytes(
   return passes * held * (size - 1) // size
 
 
-def _group_size(rest: str, devices: int) -> int:
-  if axes := _AXES.search(rest):
+def _group_size(text: str, devices: int) -> int:
+  """The number of devices that a collective is among.
+
+  Args:
+    text: Text of the collective's instruction.
+    devices: Number of all devices, which it is among where it names no groups.
+  """
+  if axes := _AXES.search(text):
     mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
     return math.prod(
       int(part or mesh[name]) for name, part in _AXIS.findall(axes[2])
     )
-  found = _GROUPS.search(rest)
-  if not found:
+  groups = _GROUPS.search(text)
+  if not groups:
     return devices
-  return int(found[2]) if found[2] else found[1].count(',') + 1
+  return int(groups[2]) if groups[2] else groups[1].count(',') + 1
 
 
 def _type_bytes(text: str) -> int:
+  """Bytes of all arrays in the text of a type."""
   return sum(
     math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
     * _bits(dtype)
@@ -211,7 +228,7 @@ def _type_bytes(text: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-  """Of 'f32', 'bf16', 'f8e4m3fn', 's4'."""
+  """Bits of a number of a type: 'f32', 'bf16', 'f8e4m3fn' or 's4'."""
   if dtype in ('pred', 'token'):
     return 8 if dtype == 'pred' else 0
   return int(re.match(r'[a-z]+(\d+)', dtype)[1])

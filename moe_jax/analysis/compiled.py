@@ -1,11 +1,12 @@
-"""What a compiled program says of itself: its counts, and its instructions.
+"""The counts and the instructions of a compiled program.
 
-Not here: time (`roofline`, `explain_cost`), or counts from a config (`cost`).
+Not here: time (`roofline.py`, `explain_cost.py`), and what is counted from the
+options of a model (`counts.py`).
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jax.stages import Compiled
 
@@ -23,15 +24,17 @@ _CALL_LISTS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What XLA counts in a program; the body of a loop counts once.
+  """The numbers that XLA counts in a program; the body of a loop counts once.
 
   Attributes:
-    flops: Two a multiply-add, and one an elementwise operation. With a loop of
-      dynamic trip count this is not the program's work.
-    bytes_accessed: Read and written by its instructions, caches unknown.
-    argument_bytes: Of the arguments.
-    output_bytes: Of the results, gradients included.
-    temp_bytes: Allocated while it runs, besides arguments and results.
+    flops: FLOPs, two for a multiply-add and one for an elementwise operation.
+      A program with a loop takes more of them than these.
+    bytes_accessed: Bytes that instructions read and write, as if there were no
+      caches.
+    argument_bytes: Bytes of the arguments.
+    output_bytes: Bytes of the results, gradients included.
+    temp_bytes: Bytes that are allocated while the program runs, besides
+      arguments and results.
   """
 
   flops: float
@@ -42,7 +45,7 @@ class Counts:
 
 
 def counts(compiled: Compiled) -> Counts:
-  """The program's own numbers; NaN where the platform gives none."""
+  """The counts of a program; NaN where the platform gives none."""
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
   return Counts(
@@ -59,12 +62,14 @@ class Instruction:
   """One instruction of a compiled program.
 
   Attributes:
-    name: Unique in the program; profiles name it.
-    computation: The computation it stands in.
-    op_name: The scopes and the primitive it was traced from, '' if none.
-    operands: Names of the instructions it reads.
-    calls: Names of the computations it runs: a loop's, a fusion's.
-    text: What stands behind its name: type, opcode, operands, attributes.
+    name: Name of the instruction, unique in the program, by which profiles
+      name it too.
+    computation: Name of the computation that it stands in.
+    op_name: The scopes and the primitive that it was traced from; '' for
+      instructions that the compiler made.
+    operands: Names of the instructions that it reads.
+    calls: Names of the computations that it runs, such as the body of a loop.
+    text: Its text behind its name: type, opcode, operands, attributes.
   """
 
   name: str
@@ -79,41 +84,44 @@ Program = Mapping[str, Instruction]
 
 
 def parse(text: str) -> Program:
-  """The instructions of `compiled.as_text()`, by name."""
+  """The instructions of a program, by name.
+
+  Args:
+    text: The program, as `compiled.as_text()` writes it.
+  """
   program, computation = {}, ''
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       computation = header[1]
-    elif found := _INSTRUCTION.match(line):
-      program[found[1]] = _instruction(
-        found[1], computation, line[found.end() :]
-      )
+    elif start := _INSTRUCTION.match(line):
+      name = start[1]
+      program[name] = _instruction(name, computation, line[start.end() :])
   return program
 
 
-def _instruction(name: str, computation: str, rest: str) -> Instruction:
-  op_name = _OP_NAME.search(rest)
-  calls = _CALLS.findall(rest)
-  for names in _CALL_LISTS.findall(rest):
+def _instruction(name: str, computation: str, text: str) -> Instruction:
+  op_name = _OP_NAME.search(text)
+  calls = _CALLS.findall(text)
+  for names in _CALL_LISTS.findall(text):
     calls += re.findall(r'[\w.\-]+', names)
-  # Computations are also written with a percent sign.
-  read = set(re.findall(r'%([\w.\-]+)', rest)) - set(calls)
+  # Computations are written with a percent sign, too.
+  operands = set(re.findall(r'%([\w.\-]+)', text)) - set(calls)
   return Instruction(
     name=name,
     computation=computation,
     op_name=op_name[1] if op_name else '',
-    operands=tuple(sorted(read)),
+    operands=tuple(sorted(operands)),
     calls=tuple(dict.fromkeys(calls)),
-    text=rest,
+    text=text,
   )
 
 
 def op_name_of(program: Program) -> dict[str, str]:
-  """A scope for every instruction, also for those the compiler made.
+  """The `op_name` of each instruction, those included that the compiler made.
 
-  One without a scope has that of the computations it calls, else that of an
-  instruction that reads it, else of one that it reads, over any number of
-  steps, else that of the loop or call it is in; '' where there is none.
+  An instruction without one gets that of the computations that it calls; else
+  that of an instruction that reads it, or of one that it reads, over any number
+  of steps; else that of the loop or call that it is in; else ''.
   """
   known = {name: i.op_name for name, i in program.items()}
   bodies = _by_computation(program)
@@ -138,19 +146,26 @@ def op_name_of(program: Program) -> dict[str, str]:
     {name: i.operands for name, i in program.items()},
     {name: callers[i.computation] for name, i in program.items()},
   ):
-    _spread(known, neighbours)
+    _take_from(neighbours, known)
   return known
 
 
-def _spread(known: dict[str, str], neighbours) -> None:
-  """Gives unnamed instructions a neighbour's name, until nothing changes."""
+def _take_from(
+  neighbours: Mapping[str, Sequence[str]], known: dict[str, str]
+) -> None:
+  """Fills in `known` from neighbours until no instruction changes any more.
+
+  Args:
+    neighbours: Names of the neighbours of each instruction.
+    known: The `op_name` of each instruction, '' where it is not known yet.
+  """
   unnamed = [name for name, op_name in known.items() if not op_name]
   while unnamed:
-    found = {
+    taken = {
       name: _commonest([known.get(other, '') for other in neighbours[name]])
       for name in unnamed
     }
-    known.update({name: value for name, value in found.items() if value})
+    known.update({name: value for name, value in taken.items() if value})
     left = [name for name in unnamed if not known[name]]
     if len(left) == len(unnamed):
       return
@@ -158,10 +173,15 @@ def _spread(known: dict[str, str], neighbours) -> None:
 
 
 def leaves(program: Program, executed: set[str]) -> set[str]:
-  """Those of `executed` that ran no other of them: what may be summed.
+  """The executed instructions whose times may be summed.
 
-  A loop, a call or a conditional lasts as long as what it runs, which the
-  profile lists too; where it does not, the caller is all there is.
+  They are those that ran no other executed instruction. A loop, a call or a
+  conditional lasts as long as the instructions that it runs, so it counts only
+  where a profile does not list those.
+
+  Args:
+    program: The program.
+    executed: Names of the instructions that a profile lists.
   """
   busy = {program[name].computation for name in executed if name in program}
   bodies = _by_computation(program)
@@ -169,7 +189,7 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
 
   def runs_executed(computation: str) -> bool:
     if computation not in memo:
-      memo[computation] = False  # computations do not recurse
+      memo[computation] = False  # no computation calls itself
       memo[computation] = computation in busy or any(
         runs_executed(called)
         for name in bodies.get(computation, [])
@@ -186,6 +206,7 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
 
 
 def _by_computation(program: Program) -> dict[str, list[str]]:
+  """The names of the instructions that stand in each computation."""
   bodies: dict[str, list[str]] = {}
   for name, instruction in program.items():
     bodies.setdefault(instruction.computation, []).append(name)
@@ -193,5 +214,6 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 
 def _commonest(names: list[str]) -> str:
+  """The name that is there most often, but for ''; '' where there is none."""
   named = [name for name in names if name]
   return max(named, key=named.count) if named else ''

@@ -1,18 +1,19 @@
-"""Parameters and FLOPs, counted from a model's config and parameters' shapes.
+"""Parameters and FLOPs of a model, counted from its shapes and options.
 
-Not here: bytes (`memory.py`), or what is printed (`cost.py`).
+Nothing is measured, and nothing is read from a compiled program. Not here:
+bytes (`memory.py`), and what is printed of the counts (`cost.py`).
 """
 
 import dataclasses
 from collections.abc import Iterable
 
-from moe_jax.analysis.halves import (
-  Counted,
+from moe_jax.analysis.model_parts import (
   Half,
-  counted,
+  SizedParameter,
   group_size,
   halves,
   is_dropless,
+  sized_parameters,
 )
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models import Model
@@ -22,14 +23,17 @@ _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-  """FLOPs of the forward pass per token, two a multiply-add.
+  """FLOPs of the forward pass for one token; a multiply-add is two FLOPs.
 
   Attributes:
-    products: With all kernels that the next two do not have.
-    experts: Of the K experts that a token meets, slots left empty not counted.
-    router: The routers' products.
-    attention: Scores and weighted sums over the whole sequence, not halved
-      where it is causal, nor cut to a window.
+    products: FLOPs of the products with all kernels but the experts' and the
+      routers'.
+    experts: FLOPs of the products with the kernels of the K experts that the
+      token chooses. Slots that stay empty are not counted.
+    router: FLOPs of the products with the routers' kernels.
+    attention: FLOPs of attention's scores and weighted sums over the whole
+      sequence. They are not halved where attention is causal, nor cut to a
+      window.
   """
 
   products: int = 0
@@ -39,29 +43,31 @@ class TokenFlops:
 
   @property
   def total(self) -> int:
-    """All of them."""
+    """The sum of all four."""
     return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Counts of one model.
+  """The parameters and the FLOPs of one model.
 
   Attributes:
-    total_params: All parameters.
-    active_params: All but those of the E - K experts that a token does not
-      meet.
-    expert_params: Of all experts together.
-    embedding_params: Tables that are looked up, not multiplied.
-    decoder: Per token of the decoder.
-    encoder: Per token that an encoder reads; the decoder's keys and values of
-      it, which cross-attention makes once, are counted here. None in a
-      decoder-only model.
-    decoder_len: Tokens of the decoder in an example.
-    encoder_len: Tokens that the encoder reads; 0 without one.
-    capacity_slack: Rows that experts multiply per assignment: slots over
-      K * tokens, in full groups. Below 1.0 some are dropped for certain; 1.0
-      if dense or dropless.
+    total_params: Number of all parameters.
+    active_params: Number of the parameters that one token meets: all but those
+      of the E - K experts in each layer that it does not choose.
+    expert_params: Number of the parameters of all experts together.
+    embedding_params: Number of the parameters of the tables that are indexed
+      by token or position.
+    decoder: FLOPs for a token of the decoder, or of a model without encoder.
+    encoder: FLOPs for a token that an encoder reads; None in a model without
+      encoder. The decoder's cross-attention makes keys and values of each such
+      token once, which is counted here.
+    decoder_len: Number of tokens of the decoder in an example.
+    encoder_len: Number of tokens that the encoder reads in an example; 0 in a
+      model without encoder.
+    capacity_slack: Number of rows that experts multiply for each choice of an
+      expert, in full groups: E * slots / (K * tokens). Below 1.0 some choices
+      are dropped for certain. It is 1.0 in dense and dropless models.
   """
 
   total_params: int
@@ -76,12 +82,12 @@ class Cost:
 
   @property
   def example_flops(self) -> int:
-    """Of the forward pass over an example, both halves."""
+    """FLOPs of the forward pass for an example, an encoder's included."""
     return self._of_example('total')
 
   @property
   def forward_flops(self) -> int:
-    """Per token of either half: an example's over its tokens."""
+    """FLOPs of the forward pass for a token, averaged over an example."""
     return self.example_flops // (self.encoder_len + self.decoder_len)
 
   @property
@@ -91,42 +97,42 @@ class Cost:
 
   @property
   def training_flops(self) -> int:
-    """Per token, forward and backward: three times forward."""
+    """FLOPs of both passes for a token: three times those of the forward."""
     return 3 * self.forward_flops
 
   @property
   def prefill_flops(self) -> int:
-    """Per token that is read before the first one is generated."""
+    """FLOPs for each token that is read before the first one is generated."""
     return (self.encoder or self.decoder).total
 
   @property
   def decode_flops(self) -> int:
-    """Per generated token, over a cache of an example's length."""
+    """FLOPs for a generated token, with a cache as long as an example."""
     return self.decoder.total
 
   @property
   def computed_flops(self) -> int:
-    """Of the forward pass over an example as it is run: all slots multiply."""
+    """FLOPs of the forward pass for an example, those of empty slots too."""
     empty = (self.capacity_slack - 1) * self._of_example('experts')
     return self.example_flops + round(empty)
 
   def describe(self) -> str:
-    """A few lines for a person."""
+    """The counts in two or three lines for a person."""
     lines = [
-      f'parameters: {short(self.total_params)} total, '
+      f'parameters: {short(self.total_params)} in all, '
       f'{short(self.active_params)} active per token, '
       f'{short(self.expert_params)} in experts',
       f'FLOPs per token: {short(self.forward_flops)} forward, '
-      f'{short(self.training_flops)} training '
-      f'(router {self.router_flops / self.forward_flops:.1%}; experts '
-      f'multiply {self.capacity_slack:.2f} rows per assignment)',
+      f'{short(self.training_flops)} in training '
+      f'(routers have {self.router_flops / self.forward_flops:.1%} of them; '
+      f'experts multiply {self.capacity_slack:.2f} rows for each choice)',
     ]
     if self.encoder:
       lines.append(
-        f'forward: {short(self.encoder.total)} a token of the encoder, '
-        f'{short(self.decoder.total)} one of the decoder, '
-        f'{short(self.example_flops)} an example of {self.encoder_len} and '
-        f'{self.decoder_len}'
+        f'FLOPs forward: {short(self.encoder.total)} for a token of the '
+        f'encoder, {short(self.decoder.total)} for one of the decoder, '
+        f'{short(self.example_flops)} for an example of {self.encoder_len} and '
+        f'{self.decoder_len} tokens'
       )
     return '\n'.join(lines)
 
@@ -139,71 +145,78 @@ class Cost:
 def count(
   model: Model, seq_len: int, target_len: int = 0, batch_size: int = 1
 ) -> Cost:
-  """Counts `model`.
+  """Counts the parameters and the FLOPs of a model of tokens.
 
   Args:
-    model: Of tokens.
-    seq_len: T; of an encoder-decoder T_enc.
-    target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
-    batch_size: Examples of a batch, where that is a routing group.
+    model: The model.
+    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+      row.
+    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
+      stands for `seq_len`.
+    batch_size: Number of rows in a batch, which matters where a whole batch is
+      one routing group.
   """
-  parameters, width = counted(model, seq_len), model.embedding.width
-  parts = halves(model, seq_len, target_len) if model.stacks else []
-  if parts:
-    flops = [_of_half(parameters, half, width) for half in parts]
-    own_len, memory_len = parts[-1].length, parts[-1].memory_len
+  parameters, width = sized_parameters(model), model.embedding.width
+  stacks = halves(model, seq_len, target_len) if model.stacks else []
+  if stacks:
+    flops = [_flops_of_half(parameters, half, width) for half in stacks]
+    own_len, memory_len = stacks[-1].length, stacks[-1].memory_len
   else:
     layers = [p for p in parameters if not p.outside_layers]
     flops = [_products(layers, model.moe, len(model.sparse_layers), width)]
     own_len, memory_len = seq_len, 0
-  cross = sum(_memory_products(half, width) for half in parts)
+  cross = sum(_memory_flops(half, width) for half in stacks)
   logits = 2 * model.vocab_size * width
-  flops[-1] = _more_products(flops[-1], logits - cross)
+  flops[-1] = _with_products(flops[-1], logits - cross)
   if memory_len:
-    flops[0] = _more_products(flops[0], cross)
+    flops[0] = _with_products(flops[0], cross)
   experts = _size(p for p in parameters if p.of_expert)
   total = _size(parameters)
   return Cost(
     total_params=total,
-    active_params=total - experts + _met(model, parameters, parts),
+    active_params=total - experts + _active(model, parameters, stacks),
     expert_params=experts,
     embedding_params=_size(p for p in parameters if p.role.role == 'embedding'),
     decoder=flops[-1],
     encoder=flops[0] if memory_len else None,
     decoder_len=own_len,
     encoder_len=memory_len,
-    capacity_slack=_slack(model, parts, batch_size, seq_len),
+    capacity_slack=_slack(model, stacks, batch_size, seq_len),
   )
 
 
-def _size(parameters: Iterable[Counted]) -> int:
-  return sum(p.size for p in parameters)
-
-
-def _met(model: Model, parameters: list[Counted], parts: list[Half]) -> int:
-  """Parameters of the experts that a token meets, in all layers."""
-  if not parts:
-    return _active(parameters, model.moe)
-  return sum(_active(_own(parameters, h), h.moe) for h in parts)
-
-
 def short(n: float | int) -> str:
-  """46702792704 -> '46.7B'."""
+  """A number with three digits and a letter: 46702792704 is '46.7B'."""
   for unit, size in _UNITS:
     if n >= size:
       return f'{n / size:.3g}{unit}'
   return f'{n:.0f}'
 
 
-def _of_half(parameters: list[Counted], half: Half, width: int) -> TokenFlops:
-  """The FLOPs of a stack's own parameters, all of them on its own tokens."""
+def _size(parameters: Iterable[SizedParameter]) -> int:
+  return sum(p.size for p in parameters)
+
+
+def _active(
+  model: Model, parameters: list[SizedParameter], stacks: list[Half]
+) -> int:
+  """The parameters of the experts that a token chooses, in all layers."""
+  if not stacks:
+    return _chosen(parameters, model.moe)
+  return sum(_chosen(_own(parameters, half), half.moe) for half in stacks)
+
+
+def _flops_of_half(
+  parameters: list[SizedParameter], half: Half, width: int
+) -> TokenFlops:
+  """FLOPs of a stack's own parameters, all of them for its own tokens."""
   a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
   flops = _products(_own(parameters, half), half.moe, half.num_sparse, width)
   scores = 4 * layers * half.keys * a.num_heads * a.head_width
   return dataclasses.replace(flops, attention=scores)
 
 
-def _own(parameters: list[Counted], half: Half) -> list[Counted]:
+def _own(parameters: list[SizedParameter], half: Half) -> list[SizedParameter]:
   """The parameters of a stack."""
   n = len(half.path)
   return [
@@ -212,18 +225,18 @@ def _own(parameters: list[Counted], half: Half) -> list[Counted]:
 
 
 def _products(
-  parameters: list[Counted],
+  parameters: list[SizedParameter],
   moe: MoeOptions | None,
   num_sparse: int,
   width: int,
 ) -> TokenFlops:
-  """The FLOPs of products with these parameters, for a token.
+  """FLOPs of the products with the kernels of layers, for one token.
 
   Args:
-    parameters: Those of layers.
-    moe: The mixture of the sparse layers; None without experts.
-    num_sparse: The number of layers that have it.
-    width: M.
+    parameters: The parameters of the layers.
+    moe: The options of the sparse layers; None where no layer has experts.
+    num_sparse: Number of layers that have experts.
+    width: M, the width of the residual stream.
   """
   kernels = [p for p in parameters if p.role.form == 'kernel']
   others = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
@@ -232,25 +245,25 @@ def _products(
     router = num_sparse * moe.router.multiply_adds(moe.sizes, width)
   return TokenFlops(
     products=2 * _size(others),
-    experts=2 * _active(kernels, moe),
+    experts=2 * _chosen(kernels, moe),
     router=2 * router,
   )
 
 
-def _active(parameters: list[Counted], moe: MoeOptions | None) -> int:
-  """Parameters of the K experts that a token meets, kernels and biases."""
+def _chosen(parameters: list[SizedParameter], moe: MoeOptions | None) -> int:
+  """How many of these parameters belong to the K experts of one token."""
   if moe is None:
     return 0
   experts = _size(p for p in parameters if p.of_expert)
   return experts // moe.num_experts * moe.num_selected
 
 
-def _more_products(flops: TokenFlops, more: int) -> TokenFlops:
+def _with_products(flops: TokenFlops, more: int) -> TokenFlops:
   return dataclasses.replace(flops, products=flops.products + more)
 
 
-def _memory_products(half: Half, width: int) -> int:
-  """FLOPs of the products with the encoder's output, per token of it."""
+def _memory_flops(half: Half, width: int) -> int:
+  """FLOPs of cross-attention's keys and values, for a token of the encoder."""
   if not half.stack.block.cross:
     return 0
   a = half.stack.block.attention.within(width)
@@ -259,24 +272,24 @@ def _memory_products(half: Half, width: int) -> int:
 
 
 def _slack(
-  model: Model, parts: list[Half], batch_size: int, seq_len: int
+  model: Model, stacks: list[Half], batch_size: int, seq_len: int
 ) -> float:
-  """Rows over assignments, of the layers that have experts."""
+  """Rows that experts multiply over choices, in the layers with experts."""
   if model.moe is None:
     return 1.0
-  if not parts:
+  if not stacks:
     return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
-  rows = assignments = 0.0
-  for half in parts:
+  rows = choices = 0.0
+  for half in stacks:
     if half.moe is not None:
       weight = half.num_sparse * half.length
       rows += weight * _rows(half.moe, batch_size, half.length)
-      assignments += weight * half.moe.num_selected
-  return rows / assignments
+      choices += weight * half.moe.num_selected
+  return rows / choices
 
 
 def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
-  """Rows that a layer's experts multiply, per token."""
+  """Rows that the experts of a layer multiply, for each token."""
   if is_dropless(moe):
     return float(moe.num_selected)
   S = group_size(moe, batch_size, length)

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 
 HERE = 'here'
 _LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
@@ -14,25 +14,25 @@ _LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """A device.
+  """A kind of device that a model might run on.
 
   Attributes:
-    name: For people.
-    num_bytes: Its memory, all of it: what a runtime keeps to itself is the
-      reader's to leave. 0 where the runtime does not say.
+    name: Name of the device, as a table prints it.
+    num_bytes: Bytes of all its memory, those included that a runtime keeps to
+      itself; 0 where nobody says how many there are.
   """
 
   name: str
   num_bytes: int
 
 
-# Capacities as their vendors print them, in powers of ten.
+# Memory as vendors print it, in powers of ten.
 _KNOWN = {
   # NVIDIA H100 Tensor Core GPU data sheet, SXM and PCIe.
   'h100': Device('H100-80GB', 80 * 10**9),
   # NVIDIA H200 Tensor Core GPU data sheet.
   'h200': Device('H200-141GB', 141 * 10**9),
-  # https://cloud.google.com/tpu/docs/v5e and so on, per chip.
+  # https://cloud.google.com/tpu/docs/v5e and its neighbours, for one chip.
   'v4': Device('TPU v4', 32 * 10**9),
   'v5e': Device('TPU v5e', 16 * 10**9),
   'v5p': Device('TPU v5p', 95 * 10**9),
@@ -42,7 +42,7 @@ NAMES = (*_KNOWN, HERE)
 
 
 def get(name: str) -> Device:
-  """The device of that name; 'here' is the first of this machine's.
+  """The device of that name; 'here' is the first device of this machine.
 
   Raises:
     ValueError: The name is none of `NAMES`.
@@ -59,10 +59,13 @@ def get(name: str) -> Device:
 
 
 def host_bytes(limit_file: pathlib.Path = _LIMIT) -> int:
-  """The memory that this process may have: the machine's, or its group's.
+  """Bytes of memory that this process may have.
+
+  They are those of the machine, or fewer where Linux limits the control group
+  of the process.
 
   Args:
-    limit_file: Linux's limit of a control group: a number, or 'max'.
+    limit_file: File with the limit of the control group: a number, or 'max'.
   """
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:

@@ -1,20 +1,19 @@
-"""Where a training step's time goes, measured: router, experts, attention, ...
+"""Measures where the time of a training step goes: router, experts, attention.
 
     python -m moe_jax.analysis.explain_cost --config=configs/tiny_switch.py
 
-The config's own step is compiled, run and profiled here; each executed
-instruction belongs to the innermost part of the model that its scopes name.
-Not here: counts without a run (`cost`), or comparisons (`experiments`).
+The training step of the config is compiled, timed and profiled on this machine.
+Each executed instruction belongs to the innermost part of the model that its
+scopes name. Not here: costs that are counted without a run (`cost.py`), and
+comparisons of layers or models (`experiments`).
 """
 
 import dataclasses
-import glob
 import pathlib
 import re
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,155 +23,34 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax import command_line, config_flag, host
-from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.analysis import compiled, instruction_times, step_parts
 from moe_jax.layers.experts import DISPATCHES
-from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
 
-# Scope in an instruction's name -> row of the table, in the table's order.
-# A scope is a module's name, or one that the code gives with `named_scope`.
-PARTS = {
-  'router': 'router',
-  'index': 'index building',
-  'dispatch': 'dispatch',
-  'experts': 'experts',
-  'combine': 'combine',
-  'moe': 'moe, the rest',
-  'attention': 'attention',
-  'relative_positions': 'attention',
-  'ffn': 'dense feed-forward',
-  'extra_ffn': 'dense feed-forward',
-  'attention_norm': 'norms',
-  'ffn_norm': 'norms',
-  'extra_ffn_norm': 'norms',
-  'final_norm': 'norms',
-  'optimizer': 'optimizer',
-}
-# What is differentiated and in none of them.
-AROUND = 'embedding, residual, loops, loss'
-OTHER = 'other'
-INPUT = 'input'
-ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))
-# 'transpose(jvp(experts))' is the scope 'experts', transformed.
-_WRAPPED = re.compile(r'(?:[\w.]+\()*([\w.]*)\)*')
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """One row: seconds a step, forward and backward."""
-
-  part: str
-  forward: float
-  backward: float
-
-  @property
-  def seconds(self) -> float:
-    """Both passes."""
-    return self.forward + self.backward
+_WARM_UP = 3  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """A step's time and its parts, which sum to it.
+  """The time of a step, and of its parts, which sum to it.
 
   Attributes:
-    step_seconds: Median time from asking for a batch to the step's end.
-    step_spread: Quartiles of it.
-    input_seconds: Median time to produce a batch and put it on the devices,
-      alone; in a run it is done in the background.
-    busy_seconds: Of all executed instructions of a step, summed over the
-      threads that ran them at once; the parts' shares are shares of it.
-    shares: The parts, `ROWS` in order without those that took nothing.
+    step_seconds: Median seconds of a step, from asking for a batch to the end.
+    step_spread: The lower and the upper quartile of the seconds of a step.
+    input_seconds: Mean seconds in which one batch is made and put on the
+      devices; a run does it in the background.
+    busy_seconds: Seconds of all executed instructions of a step, summed over
+      the threads that run them at once. The step is split in the same shares.
+    shares: The parts of the step, without those that take no time.
   """
 
   step_seconds: float
   step_spread: tuple[float, float]
   input_seconds: float
   busy_seconds: float
-  shares: tuple[Share, ...]
-
-
-def part_of(op_name: str) -> str:
-  """The row of an instruction, from its `op_name`: innermost known scope.
-
-  The last component is the primitive, not a scope.
-  """
-  scopes = op_name.split(';')[0].split('/')[:-1]
-  for scope in reversed(scopes):
-    found = _WRAPPED.fullmatch(scope)
-    if found and found[1] in PARTS:
-      return PARTS[found[1]]
-  return AROUND if 'jvp(' in op_name else OTHER
-
-
-def is_backward(op_name: str) -> bool:
-  """Whether an instruction is of the backward pass, recomputation included."""
-  return 'transpose(' in op_name
-
-
-def attribute(
-  program: compiled_lib.Program, seconds: Mapping[str, float]
-) -> tuple[dict[tuple[str, bool], float], float]:
-  """Sums executed time by (part, backward); also the sum of all.
-
-  Args:
-    program: The compiled program.
-    seconds: By instruction, as profiled; a loop's holds that of its body. What
-      the program does not have counts as `OTHER`.
-  """
-  op_names = compiled_lib.op_name_of(program)
-  counted = compiled_lib.leaves(program, set(seconds))
-  counted |= {name for name in seconds if name not in program}
-  total: Counter[tuple[str, bool]] = Counter()
-  for name in counted:
-    op_name = op_names.get(name, '')
-    total[part_of(op_name), is_backward(op_name)] += seconds[name]
-  return dict(total), sum(total.values())
-
-
-def profile(run: Callable[[], None], module: str) -> dict[str, float]:
-  """Seconds of each instruction of XLA module `module` while `run()` runs.
-
-  On accelerators also what their own lines list without an instruction, under
-  its kernel's name.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    # This loads every installed plugin: a libtpu of another version than jax
-    # asks for crashes here, where JAX_PLATFORMS=cpu does not.
-    with jax.profiler.trace(folder, profiler_options=options):
-      run()
-    (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
-    data = jax.profiler.ProfileData.from_file(path)
-  planes = list(data.planes)
-  # Not every plane of a device is an accelerator's: libtpu adds one of its own.
-  accelerators = ('/device:TPU', '/device:GPU')
-  devices = [plane for plane in planes if plane.name.startswith(accelerators)]
-  total: Counter[str] = Counter()
-  for plane in devices or planes:
-    for event in _operations(plane, module, bool(devices)):
-      total[event[0]] += event[1]
-  return dict(total)
-
-
-def _operations(
-  plane: Any, module: str, device: bool
-) -> Iterator[tuple[str, float]]:
-  """(instruction, seconds) of a plane's events that are an operation's."""
-  for line in plane.lines:
-    # A TPU repeats the same time by step, module and scope on other lines.
-    if device and not line.name.startswith(('XLA Ops', 'Stream')):
-      continue
-    for event in line.events:
-      stats = dict(event.stats)
-      name = stats.get('hlo_op')
-      if name is None and device:
-        name = event.name.removeprefix('%').split(' ')[0]
-      elif name is None or stats.get('hlo_module', module) != module:
-        continue
-      yield str(name), event.duration_ns / 1e9
+  shares: tuple[step_parts.Share, ...]
 
 
 def explain(
@@ -184,42 +62,43 @@ def explain(
   """Compiles, times and profiles the training step of a run.
 
   Args:
-    options: The run's options.
-    num_steps: Steps that are timed, and as many that are profiled.
-    devices: Of the mesh; None is all there are.
+    options: Options of the run. Its evaluations are left out.
+    num_steps: Number of steps that are timed; as many again are profiled.
+    devices: Devices of the mesh; None takes all of this machine.
 
   Raises:
-    ValueError: A bad config, or bad data.
+    ValueError: The options or the data are bad.
   """
+  # Evaluations are no part of a step, and the best checkpoint needs one.
+  checkpoint = type(options.checkpoint)(keep_best=False)
+  options = dataclasses.replace(options, checkpoint=checkpoint, evals={})
   with tempfile.TemporaryDirectory() as folder:
-    # Evaluations are no part of a step.
-    checkpoint = CheckpointOptions(keep_best=False)
-    options = dataclasses.replace(options, checkpoint=checkpoint, evals={})
     run = set_up(options, pathlib.Path(folder) / 'run', devices=devices)
     state, batches = run.programs.init_state(), run.batches(0)
     step = run.programs.train_step.lower(state, next(batches)).compile()
-    # Caches, memory and the pipeline's buffer warm up.
-    state, _, _ = _take_steps(step, state, batches, 3)
+    state, _, _ = _take_steps(step, state, batches, _WARM_UP)
     state, waits, times = _take_steps(step, state, batches, num_steps)
     text = step.as_text()
-    seconds = profile(
+    seconds = instruction_times.measure(
       lambda: _take_steps(step, state, batches, num_steps),
       module=re.match(r'HloModule ([\w.\-]+)', text)[1],
     )
-    produced = _seconds_per_batch(batches)
-  parts, busy = attribute(compiled_lib.parse(text), seconds)
-  step_seconds = float(np.median(times))
+    input_seconds = _seconds_per_batch(batches)
+  parts, busy = step_parts.by_part(compiled.parse(text), seconds)
+  step_seconds, wait = float(np.median(times)), float(np.median(waits))
   return Explanation(
     step_seconds=step_seconds,
     step_spread=tuple(float(q) for q in np.quantile(times, (0.25, 0.75))),
-    input_seconds=produced,
+    input_seconds=input_seconds,
     busy_seconds=busy / num_steps,
-    shares=shares_of_step(parts, busy, step_seconds, float(np.median(waits))),
+    shares=step_parts.shares_of_step(parts, busy, step_seconds, wait),
   )
 
 
-def _take_steps(step, state, batches, num_steps):
-  """The new state, seconds of waiting for each batch, and of each step."""
+def _take_steps(
+  step: Callable[..., Any], state: Any, batches: Iterator[Any], num_steps: int
+) -> tuple[Any, list[float], list[float]]:
+  """The new state, the seconds of waiting for each batch, and of each step."""
   waits, times = [], []
   for _ in range(num_steps):
     start = time.perf_counter()
@@ -232,7 +111,7 @@ def _take_steps(step, state, batches, num_steps):
 
 
 def _seconds_per_batch(batches: Iterator[Any], num: int = 20) -> float:
-  """Of a drained pipeline: what a batch costs, not what a full buffer hides."""
+  """Mean seconds of a batch once those that were made ahead are used up."""
   times = []
   for _ in range(num):
     start = time.perf_counter()
@@ -241,38 +120,23 @@ def _seconds_per_batch(batches: Iterator[Any], num: int = 20) -> float:
   return float(np.mean(times[num // 2 :]))
 
 
-def shares_of_step(parts, busy, step_seconds, wait) -> tuple[Share, ...]:
-  """Busy time scaled to the step's, in the table's order."""
-  scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
-  rows = [
-    Share(
-      row,
-      scale * parts.get((row, False), 0.0),
-      scale * parts.get((row, True), 0.0),
-    )
-    for row in ROWS
-    if row != INPUT
-  ]
-  rows = [row for row in rows if row.seconds or row.part == OTHER]
-  return (*rows, Share(INPUT, wait, 0.0))
-
-
 def table(explanation: Explanation) -> Table:
-  """A row a part, in milliseconds and percent of the step."""
+  """A row for each part of the step, in milliseconds and percent."""
   e = explanation
   low, high = (f'{1e3 * seconds:.1f}' for seconds in e.step_spread)
   result = Table(
-    title=f'a training step: {1e3 * e.step_seconds:.1f} ms ({low} to {high})',
+    title=f'A training step takes {1e3 * e.step_seconds:.1f} ms (quartiles '
+    f'{low} and {high} ms)',
     caption=(
-      'Median and quartiles of the step. Its instructions, some of them at '
-      f'once on several threads, took {1e3 * e.busy_seconds:.1f} ms in all; '
-      'the rows split the step as they split that. Input is the wait for a '
-      f'batch; making one takes {1e3 * e.input_seconds:.2f} ms in the '
+      'The time of a step is a median. The instructions of a step take '
+      f'{1e3 * e.busy_seconds:.1f} ms in all, some of them at once on several '
+      'threads; the step is split over its parts in the shares that they have '
+      f'in that. Making a batch takes {1e3 * e.input_seconds:.2f} ms in the '
       'background.'
     ),
   )
-  result.add_column('part')
-  for heading in ('forward ms', 'backward ms', 'ms', 'share'):
+  result.add_column('part of the step')
+  for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
     result.add_column(heading, justify='right')
   for row in e.shares:
     result.add_row(
@@ -286,12 +150,14 @@ def table(explanation: Explanation) -> Table:
 
 
 def main(argv: list[str]) -> None:
-  """Prints where the time of the flag's config goes."""
-  del argv
+  """Prints where the time of a step of the command line's config goes."""
+  if len(argv) > 1:
+    command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
   try:
-    options, _ = config_flag.read()
+    options, ignored = config_flag.read()
+    command_line.say(config_flag.ignored_lines(ignored))
     explanation = explain(options, num_steps=_STEPS.value)
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
@@ -300,16 +166,17 @@ def main(argv: list[str]) -> None:
 
 
 def _title(options: RunOptions) -> str:
+  """The line that says what is measured, on which devices."""
   model, devices = options.model, jax.devices()
-  moe, experts = getattr(model, 'moe', None), 'dense'
+  moe, experts = getattr(model, 'moe', None), 'no experts'
   if moe is not None and moe.num_experts:
     experts = (
-      f'{moe.num_experts} experts in {moe.layers!r}, dispatch '
+      f'{moe.num_experts} experts in layers {moe.layers!r}, dispatch '
       f'{DISPATCHES.name_of(moe.dispatch)!r}'
     )
   return (
-    f'{type(model).__name__.removesuffix("Options")}, {experts}; '
-    f'{options.batch_size} x {options.data.seq_len} tokens, on '
+    f'Model {MODELS.name_of(model)!r}, {experts}; batches of '
+    f'{options.batch_size} x {options.data.seq_len} tokens on '
     f'{len(devices)} x {devices[0].device_kind}'
   )
 
@@ -317,6 +184,9 @@ def _title(options: RunOptions) -> str:
 if __name__ == '__main__':
   config_flag.define()
   _STEPS = flags.DEFINE_integer(
-    'steps', 10, 'Steps timed, and profiled.', lower_bound=1
+    'steps',
+    10,
+    'Number of steps that are timed, and again of steps that are profiled.',
+    lower_bound=1,
   )
   app.run(main, flags_parser=command_line.parse)

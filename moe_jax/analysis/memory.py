@@ -1,19 +1,19 @@
-"""Bytes that a model needs, by formula: weights, caches, activations, buffers.
+"""Bytes that a model needs, by formula: weights, caches, activations, rows.
 
-Arrays of a program's own that live for a moment are not counted, nor gradients
-and an optimizer's state. Not here: how much a device has (`devices.py`).
+Gradients, the state of an optimizer and arrays that live for a moment are not
+counted. Not here: how many bytes a device has (`devices.py`).
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.analysis.halves import (
+from moe_jax.analysis.model_parts import (
   Half,
-  counted,
   group_size,
   halves,
   is_dropless,
+  sized_parameters,
 )
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnOptions, activation
@@ -22,15 +22,16 @@ from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
 from moe_jax.options import unknown
 
-# Bytes of a stored number. int8 stands for a byte a weight; the scales that go
-# with it, one a column, are not counted.
+# Bytes of a stored number, by type. The scales that go with int8, one for each
+# column of a kernel, are not counted.
 DTYPES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
-def weight_bytes(model: Model, dtype: str, seq_len: int) -> int:
-  """Of all parameters, with kernels and tables of embeddings in `dtype`.
+def weight_bytes(model: Model, dtype: str) -> int:
+  """Bytes of all parameters, with kernels and embedding tables in `dtype`.
 
-  Routers, norms and relative positions stay float32, as they are stored.
+  Parameters of routers, norms and relative positions stay float32, as they are
+  stored.
 
   Raises:
     ValueError: The dtype is none of `DTYPES`.
@@ -39,14 +40,14 @@ def weight_bytes(model: Model, dtype: str, seq_len: int) -> int:
     raise unknown('dtype', dtype, DTYPES)
   return sum(
     p.size * (4 if _stays_float32(p.role) else DTYPES[dtype])
-    for p in counted(model, seq_len)
+    for p in sized_parameters(model)
   )
 
 
 def _stays_float32(role: Role) -> bool:
-  # The table of relative positions belongs to attention.
-  table = role == Role('attention', 'table')
-  return role.role in ('router', 'norm') or table
+  # Attention's only table is that of relative positions.
+  relative_positions = role == Role('attention', 'table')
+  return role.role in ('router', 'norm') or relative_positions
 
 
 def cache_bytes(
@@ -56,15 +57,15 @@ def cache_bytes(
   encoder_len: int = 0,
   dtype: str = '',
 ) -> int:
-  """Of the keys and values of every decoder layer, and what goes with them.
+  """Bytes of the decoder's cache: keys, values, and where each row stands.
 
   Args:
-    model: Either kind.
-    batch_size: Rows that are generated at once.
-    max_len: Tokens of a row, its prompt included.
-    encoder_len: Tokens that the encoder reads, whose keys and values
+    model: A model of blocks.
+    batch_size: Number of rows that are generated at once.
+    max_len: Number of tokens of a row, its prompt included.
+    encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
-    dtype: Of keys and values; '' is that of the model's activations.
+    dtype: Type of keys and values; '' stands for that of the activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
   block = decoder.stack.block
@@ -72,7 +73,8 @@ def cache_bytes(
   itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
   slot = 2 * len(decoder.stack.sparse) * a.num_kv_heads * a.head_width
   slots = max_len + (encoder_len if decoder.memory_len else 0)
-  # A flag a slot; every row's next position and last token; the cache's length.
+  # A flag for each slot; the next position and the last token of each row; the
+  # length of the cache.
   return batch_size * slots * (slot * itemsize + 1) + 8 * batch_size + 4
 
 
@@ -83,34 +85,38 @@ def serving_bytes(
   seq_len: int,
   target_len: int = 0,
 ) -> int:
-  """Weights in `dtype` and a full cache; int8 weights have a bfloat16 cache.
+  """Bytes of the weights in `dtype` and of a full cache.
+
+  The cache is float32 beside float32 weights, and bfloat16 beside all others.
 
   Args:
-    model: Either kind.
+    model: A model of blocks.
     dtype: One of `DTYPES`.
-    batch_size: Rows that are generated at once.
-    seq_len: Tokens of a row; of an encoder-decoder T_enc.
-    target_len: T_dec of an encoder-decoder; 0 is `seq_len`.
+    batch_size: Number of rows that are generated at once.
+    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+      row.
+    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
+      stands for `seq_len`.
   """
   *_, last = halves(model, seq_len, target_len)
-  kept = 'float32' if dtype == 'float32' else 'bfloat16'
-  weights = weight_bytes(model, dtype, seq_len)
-  return weights + cache_bytes(
-    model, batch_size, last.length, last.memory_len, kept
+  cache_dtype = 'float32' if dtype == 'float32' else 'bfloat16'
+  return weight_bytes(model, dtype) + cache_bytes(
+    model, batch_size, last.length, last.memory_len, cache_dtype
   )
 
 
 class Activations(NamedTuple):
-  """What the forward pass leaves for the backward pass, in bytes.
+  """Bytes that the forward pass leaves for the backward pass.
 
-  XLA may keep less, and compute elementwise functions again.
+  The compiler may keep fewer, and compute elementwise functions again.
 
   Attributes:
-    layers: Of all layers, without scores, as `model.remat` has it. Masks of
-      dropout are not counted.
-    scores: Attention's, float32 and in the model's dtype, and the bias of
-      relative positions: where no fused kernel does without them.
-    logits: Float32, of the decoder.
+    layers: Bytes kept by all layers, without attention scores, under the
+      model's `remat`. Masks of dropout are not counted.
+    scores: Bytes of attention's scores, in float32 and in the type of the
+      activations, and of the bias of relative positions. A fused kernel of
+      attention keeps none of them.
+    logits: Bytes of the decoder's output logits, in float32.
   """
 
   layers: int
@@ -121,7 +127,7 @@ class Activations(NamedTuple):
 def activations(
   model: Model, batch_size: int, seq_len: int, target_len: int = 0
 ) -> Activations:
-  """Of a training step of one batch (a microbatch, where there are any)."""
+  """Bytes of activations in a training step on one batch or microbatch."""
   layers = scores = 0
   parts = halves(model, seq_len, target_len)
   for half in parts:
@@ -132,9 +138,9 @@ def activations(
 
 
 def _kept_by_layers(half: Half, M: int, B: int) -> int:
+  """Bytes kept by the layers of a stack, without attention scores."""
   c, n, L = half.stack, B * half.length, len(half.stack.sparse)
   block, b = c.block, jnp.dtype(c.block.shared.dtype).itemsize
-  every = c.remat == 'none'
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
   if c.remat == 'full':
     return total
@@ -143,33 +149,58 @@ def _kept_by_layers(half: Half, M: int, B: int) -> int:
   total += L * n * (query + keys + M) * b
   if crosses:
     total += L * (n * (query + M) + B * half.memory_len * keys) * b
-  moe, sparse = half.moe, half.num_sparse
-  extra = sum(c.sparse) if block.moe is not None and block.moe.extra_ffn else 0
-  dense = L - sum(c.sparse) + extra
-  total += dense * n * _kept_hidden(block, block.ffn, every)
-  if block.moe is not None and moe is None:
-    twin = block.moe.twin().ffn
-    total += sum(c.sparse) * n * _kept_hidden(block, twin, every)
-  if moe is not None:
-    # The products without slots have a gradient that keeps their inputs alone.
-    expert = moe.expert.twin(1).ffn
-    hidden = _kept_hidden(block, expert, every and moe.dispatch.by_slot)
-    rows = expert_rows(moe, B, half.length)
-    total += sparse * rows * (hidden + M * b)
-    total += sparse * n * 4 * moe.num_experts
-  if every:
+  total += _kept_by_dense_layers(half, n) + _kept_by_sparse_layers(half, M, B)
+  if c.remat == 'none':
     # Three float32 arrays of each norm, and its output twice, once as what
-    # the next product multiplies; what attention gave; an expert's input.
-    norms = L * (2 + crosses) + extra
+    # the next product multiplies; the output of attention; an expert's input.
+    norms = L * (2 + crosses) + _extra_ffns(half)
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
     total += L * n * query * b * (1 + crosses)
-    if sparse:
-      total += sparse * rows * M * b
+    if half.num_sparse:
+      total += half.num_sparse * expert_rows(half.moe, B, half.length) * M * b
   return total
 
 
+def _extra_ffns(half: Half) -> int:
+  """The number of dense feed-forwards that follow sparse ones."""
+  moe = half.stack.block.moe
+  return sum(half.stack.sparse) if moe is not None and moe.extra_ffn else 0
+
+
+def _kept_by_dense_layers(half: Half, num_tokens: int) -> int:
+  """Bytes kept by feed-forwards without experts, a dense twin's included."""
+  c, block = half.stack, half.stack.block
+  every = c.remat == 'none'
+  dense = len(c.sparse) - sum(c.sparse) + _extra_ffns(half)
+  total = dense * num_tokens * _kept_hidden(block, block.ffn, every)
+  if block.moe is not None and half.moe is None:
+    twin = block.moe.twin().ffn
+    total += sum(c.sparse) * num_tokens * _kept_hidden(block, twin, every)
+  return total
+
+
+def _kept_by_sparse_layers(half: Half, M: int, B: int) -> int:
+  """Bytes kept by experts and routers."""
+  c, moe = half.stack, half.moe
+  if moe is None:
+    return 0
+  b = jnp.dtype(c.block.shared.dtype).itemsize
+  # The products without slots have a gradient that keeps their inputs alone.
+  every = c.remat == 'none' and moe.dispatch.by_slot
+  hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, every)
+  rows = expert_rows(moe, B, half.length)
+  total = half.num_sparse * rows * (hidden + M * b)
+  return total + half.num_sparse * B * half.length * 4 * moe.num_experts
+
+
 def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
-  """Bytes kept per row of a feed-forward, as wide as its hidden values."""
+  """Bytes of the hidden values kept of each row of a feed-forward.
+
+  Args:
+    block: The blocks that it belongs to.
+    ffn: Its width and activation.
+    every: Whether arrays between products are kept too.
+  """
   b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
   if not every:
     return (1 + act.gated) * ffn.hidden * b
@@ -178,6 +209,7 @@ def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
 
 
 def _kept_scores(half: Half, B: int) -> int:
+  """Bytes kept of attention's scores in a stack."""
   c, block = half.stack, half.stack.block
   T, H = half.length, block.attention.num_heads
   has_bias = block.positions.bias(H, block.causal, 'bias') is not None
@@ -189,7 +221,13 @@ def _kept_scores(half: Half, B: int) -> int:
 
 
 def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """Rows that all experts of a layer have together, filled or not."""
+  """Rows of all experts of a layer together, filled or not.
+
+  Args:
+    moe: The options of the layer.
+    batch_size: Number of rows in the batch.
+    length: Number of tokens of a row.
+  """
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
   per_expert = moe.router.training_slots(moe.sizes, S)
@@ -200,10 +238,11 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
-  """Bytes of a sparse layer's buffers: rows to the experts, and rows back.
+  """Bytes of the rows to the experts of a sparse layer, and of those back.
 
-  A dispatch by masks also has one of them, [G, S, K, E, C] of one byte, which
-  has no K where experts choose.
+  A dispatch by masks also has a mask of one byte for each of the group's
+  tokens, choices and slots, [G, S, K, E, C]. Where experts choose tokens, the
+  mask has no dimension K.
   """
   moe = half.moe
   if moe is None:
@@ -212,7 +251,6 @@ def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
   itemsize = jnp.dtype(half.stack.block.shared.dtype).itemsize
   masks = 0
   if moe.dispatch.by_mask:
-    # Every token of a group has a flag for each of the group's slots.
     S = group_size(moe, batch_size, half.length)
     masks = S * (1 if moe.router.by_expert else moe.num_selected) * rows
   return 2 * rows * width * itemsize + masks
@@ -221,16 +259,15 @@ def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
 def all_to_all_bytes(
   half: Half, width: int, batch_size: int, num_parts: int
 ) -> int:
-  """Sent by one device in one exchange of one sparse layer.
+  """Bytes that one device sends in one exchange of one sparse layer.
 
-  The batch and the experts are each split over `num_parts` devices; of the
-  rows that a device has, all but its own experts' go to others. A layer
-  exchanges twice, to the experts and back, and again in the backward pass.
-  Layers without capacity have no exchange here, they gather the kernels; this
-  is what one would send.
+  The batch and the experts are each split over `num_parts` devices; a device
+  sends all its rows but those of its own experts. A layer has two exchanges,
+  to the experts and back, and two more in the backward pass. Dropless layers
+  gather kernels in place of an exchange; for them it is what one would send.
 
   Raises:
-    ValueError: The experts or the rows do not divide.
+    ValueError: The number of experts does not divide by the devices.
   """
   moe = half.moe
   if moe is None:
@@ -243,3 +280,11 @@ def all_to_all_bytes(
   rows = expert_rows(moe, batch_size, half.length)
   sent = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
   return sent * (num_parts - 1) // num_parts**2
+
+
+def in_bytes(n: int) -> str:
+  """A number of bytes with a unit, a power of ten: 93405585408 is '93.4 GB'."""
+  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if n >= size:
+      return f'{n / size:.3g} {unit}'
+  return f'{n} B'

@@ -1,43 +1,46 @@
-"""FLOPs of a looped training step, from unrolled ones of one and two periods.
+"""FLOPs of a looped training step, from unrolled steps of one and two periods.
 
-A compiler counts a loop's body once, whatever its length. Layers of one period
-cost the same, so the whole is one of each period and as many more as there are;
-microbatches likewise, from a batch of one and of two of them.
-Not here: loops whose length depends on the data, which count once still.
+A compiler counts the body of a loop once, however often it runs. All periods
+of a loop over layers cost the same. So the FLOPs of a step are those of a step
+with one period of each loop, and for each further period the difference that a
+second one makes. Microbatches are a loop too, whose body is counted in batches
+of one and of two microbatches. Not here: loops whose length depends on the
+data, which still count once.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-from moe_jax.models import ModelOptions
+from moe_jax.models import MODELS, ModelOptions
 from moe_jax.models.pattern import Segment, segments
 from moe_jax.models.text_options import LayerOptions
 from moe_jax.training.run_options import RunOptions
 
 _ENCODER, _DECODER = 'encoder', 'decoder'
-# The loops of an encoder (none in a decoder-only model) and a decoder.
-Halves = dict[str, list[Segment]]
+# The loops over layers of each half of a model, by 'encoder' and 'decoder'.
+Loops = dict[str, list[Segment]]
 
 
 def extrapolate(
   options: RunOptions, flops: Callable[[RunOptions], float]
 ) -> float:
-  """What `flops` would say of a run if it counted loops in full.
+  """The FLOPs of a run's step that `flops` would count without any loop.
 
   Args:
-    options: A run of any number of layers and microbatches.
-    flops: Counts a run's step, of unrolled layers and one microbatch. It is
-      called once, and once more for every loop of the model; all that twice if
-      there are microbatches.
+    options: Options of a run with any number of layers and microbatches.
+    flops: Counts the FLOPs of a run whose layers are unrolled and whose batch
+      is not cut into microbatches. It is called once, and once more for each
+      loop over layers; with microbatches, twice as often.
 
   Raises:
-    ValueError: The model is no Transformer: an LSTM's loop over a row cannot be
-      unrolled here.
+    ValueError: The model has no blocks, so that it has loops over tokens, which
+      cannot be unrolled here.
   """
   if not options.model.has_blocks:
     raise ValueError(
-      f'{type(options.model).__name__} has loops that are counted once; FLOPs '
-      'are read from programs of models of blocks alone'
+      f'model.kind={MODELS.name_of(options.model)!r} has loops over tokens, '
+      'whose bodies a compiler counts once; FLOPs are read from compiled steps '
+      'of models of blocks alone'
     )
   n = options.microbatches
   if n > 1:
@@ -48,19 +51,19 @@ def extrapolate(
       for rows in (options.batch_size // n, 2 * options.batch_size // n)
     )
     return one + (n - 1) * (two - one)
-  loops = halves(options.model)
+  loops = loops_of(options.model)
   base = flops(_short(options, loops))
   total = base
-  for half, cut in loops.items():
-    for i, segment in enumerate(cut):
+  for half, segments_of_half in loops.items():
+    for i, segment in enumerate(segments_of_half):
       if segment.repeats > 1:
         longer = flops(_short(options, loops, half, i))
         total += (segment.repeats - 1) * (longer - base)
   return total
 
 
-def halves(model: ModelOptions) -> Halves:
-  """The loops of each half of a model of blocks."""
+def loops_of(model: ModelOptions) -> Loops:
+  """The loops over layers of each half of a model of blocks."""
   loops = {_DECODER: segments(model.sparse)}
   if model.has_encoder:
     loops[_ENCODER] = segments(model.encoder_half().sparse)
@@ -68,9 +71,12 @@ def halves(model: ModelOptions) -> Halves:
 
 
 def _short(
-  options: RunOptions, loops: Halves, half: str = '', index: int = -1
+  options: RunOptions, loops: Loops, half: str = '', index: int = -1
 ) -> RunOptions:
-  """One period of every loop, but two of loop `index` of `half`."""
+  """A run whose loops have one period each, but two in loop `index` of `half`.
+
+  Its layers are unrolled.
+  """
   model = options.model
   encoder = model.encoder_half() if model.has_encoder else None
   model = dataclasses.replace(
@@ -86,12 +92,12 @@ def _short(
 
 
 def _of_periods(
-  layers: LayerOptions, cut: list[Segment], index: int
+  layers: LayerOptions, loops: list[Segment], index: int
 ) -> LayerOptions:
-  """The same layers with one period of each loop, two of loop `index`."""
+  """Layers with one period of each loop, but two of loop `index`."""
   sparse = [
     flag
-    for i, segment in enumerate(cut)
+    for i, segment in enumerate(loops)
     for flag in segment.pattern * (1 + (i == index))
   ]
   named = ','.join(str(i) for i, flag in enumerate(sparse) if flag)

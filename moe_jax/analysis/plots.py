@@ -1,9 +1,8 @@
 """Figures of a run, drawn from its rows of metrics.
 
-Not here: the rows (`runs.metrics`), and tables (`analysis.routing_report`).
-
-Figures are matplotlib's objects, never pyplot's: a hook may draw in any thread,
-without a display, beside whatever a notebook has open.
+Figures are objects of matplotlib, never of pyplot, so that a hook may draw in
+any thread, without a display, beside the figures that a notebook has open. Not
+here: the rows (`moe_jax.runs.metrics`), and tables (`routing_report.py`).
 """
 
 import os
@@ -15,35 +14,40 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
 _TRAIN = '#0072B2'
 _EVALS = ('#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-# More columns than this and a heat map's cells are narrower than a pixel.
+# With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
 _DPI = 150
-_SCALE = (0.25, 4)  # of a share, in uniform shares
+_SCALE = (0.25, 4)  # ends of the colour scale, in shares of 1/E
 
 
 def plot_curves(
   rows: Rows, path: str | os.PathLike[str], loss_unit: str = 'nats/token'
 ) -> None:
-  """Saves `curves_figure`; the suffix gives the format."""
+  """Saves `curves_figure`; the suffix of the path gives the format."""
   curves_figure(rows, loss_unit).savefig(path, dpi=_DPI)
 
 
 def plot_load(rows: Rows, path: str | os.PathLike[str]) -> None:
-  """Saves `load_figure(rows)`; the suffix gives the format."""
+  """Saves `load_figure`; the suffix of the path gives the format."""
   load_figure(rows).savefig(path, dpi=_DPI)
 
 
 def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
-  """Losses over steps, and below them drop rate and learning rate, if logged.
+  """Losses over steps, above drop rate and learning rate where those exist.
+
+  Args:
+    rows: Rows of metrics, each with its `step`.
+    loss_unit: Unit of the losses.
 
   Raises:
     ValueError: No row has a loss.
@@ -57,8 +61,8 @@ def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
   below = [
     (key, title, unit, scale)
     for key, title, unit, scale in [
-      ('train/drop_rate', 'Dropped assignments', 'percent', 100),
-      ('train/learning_rate', 'Schedule', 'learning rate', 1),
+      ('train/drop_rate', 'Dropped choices of experts', 'percent', 100),
+      ('train/learning_rate', 'Learning rate schedule', 'learning rate', 1),
     ]
     if any(key in row for row in rows)
   ]
@@ -68,22 +72,26 @@ def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
     layout.append([key for key, *_ in below])
   axes = figure.subplot_mosaic(layout, height_ratios=[2.2, 1][: len(layout)])
   _draw_losses(axes['loss'], rows, evals)
-  _dress(axes['loss'], 'Loss', loss_unit)
+  _label_axes(axes['loss'], 'Loss', loss_unit)
   for key, title, unit, scale in below:
     steps, values = _series(rows, key)
     axes[key].plot(steps, scale * values, **_thin(steps))
     highest = scale * max(values[np.isfinite(values)], default=0)
     axes[key].set_ylim(0, 1.08 * highest or 1)
-    _dress(axes[key], title, unit)
+    _label_axes(axes[key], title, unit)
   return figure
 
 
 def load_figure(rows: Rows) -> Figure:
-  """Each sparse layer's load over steps, one panel a layer, first at the top.
+  """The load of each expert over steps, in a panel for each sparse layer.
 
-  A cell is an expert's share of the assignments before drops, divided by the
-  uniform share 1/E: white is even, red is overloaded, blue is underused, and
-  black is nothing at all. The scale is logarithmic, from 1/4 to 4.
+  The colour of a cell is the expert's share of all choices before any is
+  dropped, divided by the uniform share 1/E. White is the uniform share, red is
+  more, blue is less, and black is nothing at all. The scale is logarithmic,
+  from 1/4 to 4.
+
+  Args:
+    rows: Rows of metrics, each with its `step`.
 
   Raises:
     ValueError: No row has the load of a layer.
@@ -104,11 +112,12 @@ def load_figure(rows: Rows) -> Figure:
     _count_steps(axes, 5 if columns == 1 else 3)
   for axes in panels.flat[len(layers) :]:
     axes.remove()
-    # The panel above the gap is the last one of its column.
+    # The panel above the gap is now the last one of its column.
     panels[-2, -1].tick_params(labelbottom=True)
   figure.supxlabel('step', fontsize='medium')
   figure.suptitle(
-    'Load: share of assignments per expert, before drops', fontsize='large'
+    'Load: share of all choices that each expert gets, before drops',
+    fontsize='large',
   )
   bar = figure.colorbar(mesh, ax=figure.axes, extend='both', aspect=12 * lines)
   bar.set_label('share / uniform share')
@@ -118,9 +127,14 @@ def load_figure(rows: Rows) -> Figure:
 
 
 def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
-  """Centred running mean over `window` values, an odd number; skips NaNs.
+  """The running mean of values, in windows centred on each of them.
 
-  At both ends the mean is over the part of the window that exists.
+  Values that are not finite are left out. At both ends the mean is over the
+  part of the window that exists.
+
+  Args:
+    values: The values.
+    window: Number of values in a window, which is odd.
   """
   half = window // 2
   result = np.empty(len(values))
@@ -132,13 +146,14 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
 
 
 def _draw_losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
+  """Draws the losses of training, raw and smoothed, and of evaluations."""
   steps, losses = _series(rows, 'train/loss')
-  seen = []
+  in_view = []
   if losses.size:
     smoothed = smooth(losses, 2 * (len(losses) // 50) + 1)
     axes.plot(steps, losses, **_thin(steps), alpha=0.25)
     axes.plot(steps, smoothed, color=_TRAIN, label=_label('train', smoothed))
-    seen.append(smoothed[len(losses) // 20 :])
+    in_view.append(smoothed[len(losses) // 20 :])
   for i, name in enumerate(evals):
     steps, losses = _series(rows, f'eval/{name}/loss')
     axes.plot(
@@ -149,26 +164,27 @@ def _draw_losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
       markersize=3.5,
       label=_label(name, losses),
     )
-    seen.append(losses[len(losses) // 20 :])
-  # The first steps' fall would press all that matters into a flat line.
-  seen = np.concatenate(seen)
-  seen = seen[np.isfinite(seen)]
-  if seen.size and seen.min() < seen.max():
-    margin = 0.08 * (seen.max() - seen.min())
-    axes.set_ylim(seen.min() - margin, seen.max() + margin)
+    in_view.append(losses[len(losses) // 20 :])
+  # The losses of the first steps would press all others into a flat line.
+  values = np.concatenate(in_view)
+  values = values[np.isfinite(values)]
+  if values.size and values.min() < values.max():
+    margin = 0.08 * (values.max() - values.min())
+    axes.set_ylim(values.min() - margin, values.max() + margin)
   axes.legend(frameon=False, loc='upper right')
 
 
 def _draw_load(
   axes: Axes, steps: Float[np.ndarray, 'n'], load: Float[np.ndarray, 'n E']
-):
+) -> QuadMesh:
+  """Draws the panel of one layer, and returns what a colour bar is made of."""
   num_experts = load.shape[1]
   parts = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
   middle = np.array([steps[part].mean() for part in parts])
   relative = np.array([num_experts * load[part].mean(axis=0) for part in parts])
-  axes.set_facecolor('0.8')  # where nothing was measured
-  # Black is below the scale's end: a logarithm has no place for 0, and what
-  # is merely rare stays dark blue.
+  axes.set_facecolor('0.8')  # seen where nothing was measured
+  # Black stands below the end of the scale, as the logarithm of 0 does not
+  # exist; an expert that is merely rare stays dark blue.
   floor = np.where(relative > 0, _SCALE[0], _SCALE[0] / 2)
   mesh = axes.pcolormesh(
     _edges(middle),
@@ -185,7 +201,7 @@ def _draw_load(
 
 
 def _edges(middle: Float[np.ndarray, 'n']) -> np.ndarray:
-  """The `n + 1` borders of cells around ascending `middle`s."""
+  """The `n + 1` borders of cells with these ascending middles."""
   if len(middle) == 1:
     return np.array([middle[0] - 0.5, middle[0] + 0.5])
   inner = (middle[1:] + middle[:-1]) / 2
@@ -194,13 +210,14 @@ def _edges(middle: Float[np.ndarray, 'n']) -> np.ndarray:
 
 
 def _names(rows: Rows, pattern: str) -> list[str]:
-  """What `pattern`'s group matches among the keys, in order of appearance."""
+  """The group of `pattern` in each key that it matches, in order of rows."""
   keys = dict.fromkeys(key for row in rows for key in row)
-  found = (re.fullmatch(pattern, key) for key in keys)
-  return [match[1] for match in found if match]
+  matches = (re.fullmatch(pattern, key) for key in keys)
+  return [match[1] for match in matches if match]
 
 
 def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+  """The steps of the rows that have a key, and its values."""
   pairs = [(row['step'], row[key]) for row in rows if key in row]
   steps = np.array([step for step, _ in pairs], np.float64)
   return steps, np.array([value for _, value in pairs], np.float64)
@@ -211,12 +228,12 @@ def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
-  """How to draw a dense line; a lone point would not show as one."""
+  """The style of a line of many points; a few points are marked each."""
   marker = '.' if len(steps) < 30 else ''
   return {'color': _TRAIN, 'linewidth': 0.9, 'marker': marker}
 
 
-def _dress(axes: Axes, title: str, unit: str) -> None:
+def _label_axes(axes: Axes, title: str, unit: str) -> None:
   axes.set_title(title, loc='left')
   axes.set_xlabel('step')
   axes.set_ylabel(unit)

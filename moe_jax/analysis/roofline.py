@@ -1,8 +1,9 @@
-"""The least time work can take on this machine, from its measured peaks.
+"""The least time that work takes on this machine, from its measured peaks.
 
-A program can be no faster than its FLOPs at the speed of the fastest large
-matmul, nor than the bytes it must move at the speed of a copy. Not here: what
-a program does beyond what it must (`compiled`), or timing it (experiments).
+A program takes at least the time that its FLOPs take at the speed of the
+fastest large matmul, and that its bytes take at the speed of a copy. Not here:
+what a program does beyond its work (`compiled.py`), and timing it
+(`experiments`).
 """
 
 import dataclasses
@@ -14,22 +15,23 @@ import jax
 import jax.numpy as jnp
 
 _SQUARES = tuple(1 << n for n in range(9, 15))
-_LONG_ENOUGH = 0.05  # seconds of one product
+_LONG_ENOUGH = 0.05  # seconds of a product, after which no larger one is tried
 _COPY_BYTES = 1 << 28
 _REPEATS = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-  """What the machine reaches on the simplest programs.
+  """The speeds that the machine reaches on the simplest programs.
 
   Attributes:
-    flops_per_second: Of a large square matmul, two a multiply-add.
-    bytes_per_second: Of `x + 1` on an array beyond any cache, reads and writes
-      counted.
-    dtype: Of the matmul's operands.
-    matmul_size: Its rows and columns.
-    copy_bytes: Read and written by the copy.
+    flops_per_second: FLOPs per second of a large square matmul, two for a
+      multiply-add.
+    bytes_per_second: Bytes per second that `x + 1` reads and writes, on an
+      array larger than any cache.
+    dtype: Type of the operands of the matmul.
+    matmul_size: Number of rows, and of columns, of those operands.
+    copy_bytes: Bytes that the copy reads and writes.
   """
 
   flops_per_second: float
@@ -39,7 +41,7 @@ class Peaks:
   copy_bytes: int
 
   def describe(self) -> str:
-    """One line for a person."""
+    """The peaks in one line for a person."""
     return (
       f'measured peaks: {self.flops_per_second / 1e9:,.0f} GFLOP/s '
       f'({self.dtype} matmul), {self.bytes_per_second / 1e9:,.1f} GB/s (copy)'
@@ -48,18 +50,22 @@ class Peaks:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a program must do, whatever its form.
+  """The work that a program cannot avoid, however it is written.
 
   Attributes:
-    flops: Of its products.
-    min_bytes: That memory must be read or written if caches hold all else.
+    flops: FLOPs of its products.
+    min_bytes: Bytes that it must read and write in memory if caches hold all
+      other arrays.
   """
 
   flops: int
   min_bytes: int
 
   def seconds(self, peaks: Peaks) -> float:
-    """The roofline: the larger of both times, as if they overlapped fully."""
+    """The roofline: the longer of the times of products and of memory.
+
+    The two are taken to overlap fully.
+    """
     return max(
       self.flops / peaks.flops_per_second,
       self.min_bytes / peaks.bytes_per_second,
@@ -78,22 +84,25 @@ def ffn_work(
   backward: bool = False,
   itemsize: int = 4,
 ) -> Work:
-  """A feed-forward layer, dense or sparse, with K rows a token.
+  """The work of a feed-forward layer, dense or sparse.
 
-  Forward reads every kernel and the tokens, and writes the output: W + 2 N M.
-  Backward reads the kernels, the tokens and the output's gradient, and writes
-  the gradients of kernels and tokens: 2 W + 3 N M more. Rows and hidden values
-  move in caches, and nothing is recomputed.
+  With N tokens of M values and W values in all kernels, the forward pass reads
+  kernels and tokens and writes the output, W + 2 N M values. The backward pass
+  reads kernels, tokens and the gradient of the output, and writes the gradients
+  of kernels and tokens, 2 W + 3 N M values. Rows of experts and hidden values
+  are taken to stay in caches, and nothing is computed twice.
 
   Args:
-    num_tokens: N.
-    width: M.
-    hidden: F of one expert.
-    num_experts: E, each with its own kernels; 1 is a dense layer.
-    num_selected: Choices of a token that are served: K, or fewer on average.
-    num_kernels: 2, or 3 of a gated activation.
-    router: Whether the router's kernel and products count.
-    backward: Whether the gradient of kernels and tokens is computed too.
+    num_tokens: N, the number of tokens.
+    width: M, the width of the residual stream.
+    hidden: F, the width of the hidden layer of one expert.
+    num_experts: E, the number of experts, each with kernels of its own; 1 for a
+      dense layer.
+    num_selected: Number of choices of a token that are served: K, or fewer on
+      average.
+    num_kernels: Number of kernels: 2, or 3 with a gated activation.
+    router: Whether the kernel and the products of a router count.
+    backward: Whether the gradients of kernels and tokens are computed, too.
     itemsize: Bytes of a value.
   """
   N, M, F, E = num_tokens, width, hidden, num_experts
@@ -108,11 +117,11 @@ def ffn_work(
 
 
 def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:
-  """Runs matmuls of growing size and a copy; the best of several of each.
+  """Times matmuls of growing size and a copy, the best of several runs each.
 
   Args:
-    dtype: Of the matmul's operands.
-    quick: Small arrays: for tests, since caches then serve the copy.
+    dtype: Type of the operands of the matmul.
+    quick: Whether arrays are small, so that caches serve the copy; for tests.
   """
   rate, best = 0.0, 0
   for n in _SQUARES[:1] if quick else _SQUARES:
@@ -129,7 +138,11 @@ MATMUL, COPY = 'peak matmul', 'peak copy'
 
 
 def probes(peaks: Peaks) -> dict[str, Callable[[], jax.Array]]:
-  """The peaks' own programs, to be timed among others: a machine drifts."""
+  """The programs of the peaks, to be timed among others.
+
+  The speed of a machine drifts, so what is timed is compared with peaks of the
+  same minutes.
+  """
   return {
     MATMUL: _matmul(peaks.matmul_size, peaks.dtype),
     COPY: _copy(peaks.copy_bytes // 2),
@@ -139,7 +152,12 @@ def probes(peaks: Peaks) -> dict[str, Callable[[], jax.Array]]:
 def by_round(
   peaks: Peaks, seconds: Mapping[Any, Sequence[float]]
 ) -> list[Peaks]:
-  """What the machine reached in each round in which `probes` were timed."""
+  """The peaks of each round of timings that `probes` were a part of.
+
+  Args:
+    peaks: The peaks whose probes were timed.
+    seconds: Times of each program by its name, one for each round.
+  """
   return [
     dataclasses.replace(
       peaks,
@@ -151,8 +169,8 @@ def by_round(
 
 
 def _matmul(n: int, dtype: str) -> Callable[[], jax.Array]:
-  # Normal numbers: the power that a chip draws, and so its clock, depends on
-  # how many bits flip.
+  # The operands are drawn, since the power that a chip takes, and so its clock,
+  # depends on how many bits flip.
   x, y = (
     jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype)
     for i in range(2)
@@ -168,7 +186,7 @@ def _copy(size: int) -> Callable[[], jax.Array]:
 
 
 def _best(run: Callable[[], jax.Array]) -> float:
-  """Seconds of the fastest of several runs, after one that warms up."""
+  """Seconds of the fastest of several runs; one more run warms up first."""
   jax.block_until_ready(run())
   times = []
   for _ in range(_REPEATS):

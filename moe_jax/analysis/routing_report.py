@@ -1,6 +1,7 @@
-"""What the routers did over an evaluation, a row per sparse layer.
+"""The routing report: what the router of each sparse layer did.
 
-Not here: the evaluation that counts, and loads over training time (`plots`).
+Its numbers are sums over the batches of an evaluation. Not here: the evaluation
+(`moe_jax.hooks`), and loads over the steps of training (`plots.py`).
 """
 
 import dataclasses
@@ -21,46 +22,41 @@ from rich.text import Text
 
 from moe_jax.routing.load_summary import load_summary
 
+Row = dict[str, Any]
+
 _LAYERS_TITLE = 'What the router of each sparse layer did'
 _LAYERS_NOTE = """\
-Load is assignments (a token's choices of an expert) per expert, before drops.
-Entropy is that of the router's probabilities over experts, mean over tokens;
-`ln E` is undecided."""
-_LAYERS_HEADINGS = [
-  'layer',
-  'dropped',
-  'by choice',
-  'load max / mean',
-  'load CV',
-  'entropy (nats)',
-  'entropy / ln E',
-  'logit RMS',
-  'unused experts',
-]
+An assignment is a token's choice of an expert. The load of an expert is its
+number of assignments before any is dropped. The entropy is that of the router's
+probabilities over experts, averaged over tokens; a router that is undecided
+among all experts has the entropy `ln E`."""
 
-_TOKENS_TITLE = 'What the busiest experts take most'
+_TOKENS_TITLE = 'Which tokens the busiest experts take'
 _TOKENS_NOTE = """\
-Before drops. An expert's share is of all assignments; the share behind a token
-is how much of that token's assignments go to this expert."""
-_TEXT = ['tokens, most frequent first']  # aligned left
+Assignments are counted before any is dropped. The share of an expert is its
+part of all assignments. The percentage behind a token is the part of that
+token's assignments that go to this expert."""
+_TEXT = ['tokens, most frequent first']  # columns that are aligned left
 _TOKENS_HEADINGS = ['layer', 'expert', 'share', *_TEXT]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerStats:
-  """One sparse layer's router over an evaluation.
+  """What the router of one sparse layer did in an evaluation.
 
   Attributes:
-    layer: Its index among the model's layers.
-    load: Assignments per expert before drops.
-    kept: Assignments per expert after drops.
-    drop_rate: Fraction dropped of all choices; see `moe_jax.routing.drop_rate`.
-    drop_rate_by_choice: Fraction dropped of the first choices, of the second
-      ones, ...
-    entropy: Of the router's probabilities, nats, mean over tokens.
+    layer: Number of the layer among all layers of the model, from 0.
+    load: Number of assignments of each expert before any is dropped.
+    kept: Number of assignments of each expert that are served.
+    drop_rate: Dropped choices over all choices; see
+      `moe_jax.routing.drop_rate`.
+    drop_rate_by_choice: The same for the first choices of tokens, for the
+      second ones, and so on.
+    entropy: Entropy in nats of the router's probabilities, averaged over
+      tokens.
     router_logit_rms: Root mean square of the router's logits.
-    token_counts: How often each token id was assigned to each expert before
-      drops; None where nobody counted.
+    token_counts: Number of times that each token id was assigned to each expert
+      before any was dropped; None where nobody counted.
   """
 
   layer: int
@@ -92,49 +88,55 @@ def routing_table(
   *,
   num_busiest: int = 3,
   num_tokens: int = 6,
-) -> list[dict[str, Any]]:
-  """The report's numbers, ready for JSON; undefined ones are None.
+) -> list[Row]:
+  """The numbers of the report, a row for each layer, ready for JSON.
 
-  Rows have the keys `layer`, `num_experts`, `drop_rate`,
-  `drop_rate_by_choice`, `load_max_over_mean`, `load_cv`, `entropy` (nats),
+  A row has the keys `layer`, `num_experts`, `drop_rate`,
+  `drop_rate_by_choice`, `load_max_over_mean`, `load_cv`, `entropy` (in nats),
   `entropy_fraction` (of ln E), `router_logit_rms`, `unused_experts` and
-  `busiest`: up to `num_busiest` experts that took anything, with `expert`,
-  `share` of all assignments, and `tokens`: up to `num_tokens`, most frequent
-  first, with `id`, `name`, `count` and `share` of the token's own assignments.
-  Ties go to the lower id.
+  `busiest`. The last one lists the busiest experts, each with `expert`, its
+  `share` of all assignments, and `tokens`: the most frequent ones, each with
+  `id`, `name`, `count` and the `share` of its own assignments that this expert
+  gets. Ties go to the lower number. Numbers that are undefined are None.
+
+  Args:
+    layers: What the routers did.
+    token_name: The name that a token id is shown by.
+    num_busiest: Number of experts that are listed at most.
+    num_tokens: Number of tokens that are listed at most for each of them.
   """
   return [
     _table_row(stats, token_name, num_busiest, num_tokens) for stats in layers
   ]
 
 
-def to_markdown(table: Sequence[dict[str, Any]]) -> str:
-  """GitHub's Markdown: a table by layer, then one of the busiest experts.
+def to_markdown(table: Sequence[Row]) -> str:
+  """The report as Markdown: a table of layers, then one of their busy experts.
 
-  A row may have a `warning` beside `routing_table`'s keys; each is printed.
+  Args:
+    table: Rows of `routing_table`. A row may have a `warning`, too, which is
+      printed above the first table.
   """
   lines = ['# Routing report', '', f'## {_LAYERS_TITLE}', '', _LAYERS_NOTE, '']
   for warning in sorted({row['warning'] for row in table if 'warning' in row}):
     lines += [f'**Warning:** {warning}.', '']
-  lines += _markdown(_LAYERS_HEADINGS, map(_layer_cells, table))
+  lines += _markdown(list(_COLUMNS), map(_layer_cells, table))
   lines += ['', f'## {_TOKENS_TITLE}', '', _TOKENS_NOTE, '']
   lines += _markdown(_TOKENS_HEADINGS, _expert_cells(table, _markdown_name))
   return '\n'.join(lines) + '\n'
 
 
-def print_report(console: Console, table: Sequence[dict[str, Any]]) -> None:
-  """The two tables of `to_markdown` on a terminal."""
-  layers = _terminal(_LAYERS_TITLE, _LAYERS_HEADINGS, map(_layer_cells, table))
+def print_report(console: Console, table: Sequence[Row]) -> None:
+  """Prints the two tables of `to_markdown` on a terminal."""
+  layers = _terminal(_LAYERS_TITLE, list(_COLUMNS), map(_layer_cells, table))
   experts = _terminal(
     _TOKENS_TITLE, _TOKENS_HEADINGS, _expert_cells(table, _visible)
   )
   console.print(layers, experts)
 
 
-def write_report(
-  workdir: str | os.PathLike[str], table: Sequence[dict[str, Any]]
-) -> None:
-  """Writes `routing_report.md` and `routing_report.json` into the workdir."""
+def write_report(workdir: str | os.PathLike[str], table: Sequence[Row]) -> None:
+  """Writes `routing_report.md` and `routing_report.json` into a folder."""
   folder = pathlib.Path(workdir)
   text = json.dumps(list(table), indent=2, allow_nan=False, ensure_ascii=False)
   (folder / 'routing_report.json').write_text(text + '\n', encoding='utf-8')
@@ -148,11 +150,10 @@ def _table_row(
   token_name: Callable[[int], str],
   num_busiest: int,
   num_tokens: int,
-) -> dict[str, Any]:
+) -> Row:
   load = np.asarray(stats.load, np.float64)
   num_experts, total = len(load), load.sum()
   most = math.log(num_experts)
-  busiest = _largest(load, num_busiest)
   return {
     'layer': stats.layer,
     'num_experts': num_experts,
@@ -170,7 +171,7 @@ def _table_row(
         'share': float(load[expert] / total),
         'tokens': _tokens(stats.token_counts, expert, token_name, num_tokens),
       }
-      for expert in busiest
+      for expert in _largest(load, num_busiest)
     ],
   }
 
@@ -180,7 +181,8 @@ def _tokens(
   expert: int,
   token_name: Callable[[int], str],
   at_most: int,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
+  """The tokens that an expert takes most often."""
   if counts is None:
     return []
   return [
@@ -195,34 +197,53 @@ def _tokens(
 
 
 def _largest(values: Num[np.ndarray, 'n'], at_most: int) -> list[int]:
-  """Indices of the largest values above 0, ties by index."""
+  """Indices of the largest values above 0; ties go to the lower index."""
   order = np.argsort(-values.astype(np.float64), kind='stable')[:at_most]
   return [int(index) for index in order if values[index] > 0]
 
 
-def _finite(value: Any) -> Any:
-  """As Python's number; JSON has no NaN, so what is undefined is None."""
+def _finite(value: Any) -> int | float | None:
+  """A number as Python's; None for NaN and infinity, which JSON lacks."""
   value = value if isinstance(value, int) else float(value)
   return value if math.isfinite(value) else None
 
 
-def _layer_cells(row: dict[str, Any]) -> list[str]:
-  return [
-    str(row['layer']),
-    _percent(row['drop_rate'], 1),
-    ' / '.join(_percent(rate, 1) for rate in row['drop_rate_by_choice']),
-    _number(row['load_max_over_mean'], 2),
-    _number(row['load_cv'], 3),
-    _number(row['entropy'], 3),
-    _number(row['entropy_fraction'], 3),
-    _number(row['router_logit_rms'], 2),
-    f'{row["unused_experts"]} of {row["num_experts"]}',
-  ]
+def _number(value: float | None, digits: int) -> str:
+  return '-' if value is None else f'{value:.{digits}f}'
+
+
+def _percent(value: float | None, digits: int = 0) -> str:
+  return '-' if value is None else f'{100 * value:.{digits}f}%'
+
+
+def _by_choice(row: Row) -> str:
+  return ' / '.join(_percent(rate, 1) for rate in row['drop_rate_by_choice'])
+
+
+# The columns of the table of layers: each heading, and the text of its cell.
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+  'layer': lambda row: str(row['layer']),
+  'dropped': lambda row: _percent(row['drop_rate'], 1),
+  'dropped by choice': _by_choice,
+  'load max / mean': lambda row: _number(row['load_max_over_mean'], 2),
+  'load CV': lambda row: _number(row['load_cv'], 3),
+  'entropy (nats)': lambda row: _number(row['entropy'], 3),
+  'entropy / ln E': lambda row: _number(row['entropy_fraction'], 3),
+  'logit RMS': lambda row: _number(row['router_logit_rms'], 2),
+  'unused experts': lambda row: (
+    f'{row["unused_experts"]} of {row["num_experts"]}'
+  ),
+}
+
+
+def _layer_cells(row: Row) -> list[str]:
+  return [cell(row) for cell in _COLUMNS.values()]
 
 
 def _expert_cells(
-  table: Sequence[dict[str, Any]], show_name: Callable[[str], str]
+  table: Sequence[Row], show_name: Callable[[str], str]
 ) -> Iterator[list[str]]:
+  """The cells of each busy expert of each layer."""
   for row in table:
     for busy in row['busiest']:
       tokens = (
@@ -254,21 +275,13 @@ def _terminal(
     justify = 'left' if heading in _TEXT else 'right'
     table.add_column(heading, justify=justify)
   for cells in rows:
-    # Text, not str: a token may look like rich's markup.
+    # Cells are Text, since rich would read markup in a token's name.
     table.add_row(*map(Text, cells))
   return table
 
 
-def _number(value: float | None, digits: int) -> str:
-  return '-' if value is None else f'{value:.{digits}f}'
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-  return '-' if value is None else f'{100 * value:.{digits}f}%'
-
-
 def _visible(name: str) -> str:
-  r"""A name without blanks: `␣` is a space, `\n` a line's end, `''` empty."""
+  r"""A name whose blanks show: `␣` for a space, `\n` for a line's end."""
   if not name:
     return "''"
   return ''.join(
@@ -282,9 +295,9 @@ def _visible(name: str) -> str:
 
 
 def _markdown_name(name: str) -> str:
-  """A code span, in which a table's cell needs only its bar escaped."""
+  """A name as a code span, in which only bars of a table are escaped."""
   text = _visible(name).replace('|', r'\|')
-  # A span's fence is longer than any run of backticks within.
+  # The fence of a span is longer than any run of backticks within.
   runs = [len(run) for run in re.findall('`+', text)]
   fence = '`' * (1 + max(runs, default=0))
   return f'{fence} {text} {fence}' if runs else f'{fence}{text}{fence}'

@@ -1,6 +1,6 @@
-"""What a training step compiled for a mesh holds and sends, a device.
+"""What one device of a mesh holds and sends in a compiled training step.
 
-Not here: whether that is fast.
+Not here: how long the step takes.
 """
 
 import dataclasses
@@ -13,24 +13,24 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from moe_jax.analysis import collectives as collectives_lib
-from moe_jax.analysis.cost import in_bytes
+from moe_jax.analysis.memory import in_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-  """All bytes are of one device.
+  """The bytes of one device, and the collectives of a step.
 
   Attributes:
-    mesh: The size of every axis.
-    param_bytes: Of the parameters.
-    optimizer_bytes: Of the optimizer's state.
-    argument_bytes: Of state and batch.
-    output_bytes: Of the new state and the metrics.
-    alias_bytes: Of what is returned in the place of an argument.
-    temp_bytes: Allocated while a step runs: activations, gradients, gathered
-      parameters, buffers of exchanges.
-    code_bytes: Of the program; 0 where it is not the device's.
-    collectives: Over a step.
+    mesh: Size of each axis of the mesh.
+    param_bytes: Bytes of the parameters.
+    optimizer_bytes: Bytes of the state of the optimizer.
+    argument_bytes: Bytes of the arguments: train state and batch.
+    output_bytes: Bytes of the results: new train state and metrics.
+    alias_bytes: Bytes of the results that take the place of an argument.
+    temp_bytes: Bytes that are allocated while a step runs: activations,
+      gradients, gathered parameters, rows that are exchanged.
+    code_bytes: Bytes of the program; 0 where it is not in the device's memory.
+    collectives: What the device sends to others in a step.
   """
 
   mesh: Mapping[str, int]
@@ -45,38 +45,39 @@ class Sharded:
 
   @property
   def needed_bytes(self) -> int:
-    """What a device must have free for a step."""
+    """Bytes that a device must have free for a step."""
     held = self.argument_bytes + self.output_bytes - self.alias_bytes
     return held + self.temp_bytes + self.code_bytes
 
   def describe(self) -> str:
-    """The lines that a run on several devices begins with."""
+    """The two lines that a run on several devices prints at its start."""
     return '\n'.join(
       [
-        f'a device holds {in_bytes(self.param_bytes)} of parameters and '
+        f'each device holds {in_bytes(self.param_bytes)} of parameters and '
         f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
-        f'{in_bytes(self.temp_bytes)} more (activations, gradients, buffers)',
-        f'a step sends, by device: {describe_traffic(self.collectives)}',
+        f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
+        'that are exchanged',
+        f'each device sends in a step: {describe_traffic(self.collectives)}',
       ]
     )
 
 
-def describe_traffic(found: collectives_lib.Collectives) -> str:
-  """'12 all-gather (1.50 GB), 4 all-to-all (20 MB)', or 'nothing'."""
+def describe_traffic(collectives: collectives_lib.Collectives) -> str:
+  """The collectives as text: '12 all-gather (1.5 GB)', or 'nothing'."""
   parts = [
     f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
-    for kind, traffic in sorted(found.by_kind.items())
+    for kind, traffic in sorted(collectives.by_kind.items())
   ]
   return ', '.join(parts) or 'nothing'
 
 
 def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
-  """Of a compiled training step.
+  """Reads a compiled training step.
 
   Args:
     compiled: The step.
-    state: Its train state, arrays or shapes with shardings.
-    mesh: Its devices.
+    state: The train state that it takes, as arrays or as shapes with shardings.
+    mesh: The devices that it was compiled for.
   """
   memory = compiled.memory_analysis()
   return Sharded(
@@ -93,7 +94,11 @@ def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
 
 
 def device_bytes(tree: Any) -> int:
-  """What one device holds of a tree of arrays or shapes with shardings."""
+  """Bytes that one device holds of a tree of arrays.
+
+  Args:
+    tree: Arrays, or shapes with shardings.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)

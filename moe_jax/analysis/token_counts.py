@@ -1,11 +1,11 @@
-"""Which tokens each expert takes, counted over batches.
+"""Which experts tokens choose: every choice, and counts of them by token.
 
-Not here: the other router statistics, which every step returns.
+Not here: the sums that every step returns (`moe_jax.routing.stats`).
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,57 +14,97 @@ from jaxtyping import Int
 from moe_jax.distributed import fetch
 from moe_jax.layers.routers.contract import sown_choices
 from moe_jax.models import Model
+from moe_jax.models.base import Batch
 from moe_jax.routing import SlotRouting
 
 
-def token_counts(
-  model: Model, variables: dict[str, Any], batches: Iterable[dict]
-) -> dict[int, Int[np.ndarray, 'V E']]:
-  """How often each token id chose each expert before drops, by layer.
+class Choices(NamedTuple):
+  """The choices in one sparse layer and one batch, before any is dropped.
 
-  Where experts choose: how often each took the token.
+  Padding has none. Where experts choose tokens, they are the experts' choices.
+
+  Attributes:
+    position: int [N], the place of each choice's token in the batch, counted
+      over all rows.
+    token: int [N], the id of the token.
+    expert: int [N], the number of the expert.
+  """
+
+  position: np.ndarray
+  token: np.ndarray
+  expert: np.ndarray
+
+
+def choices(
+  model: Model, variables: dict[str, Any], batches: Iterable[Batch]
+) -> Iterator[dict[int, Choices]]:
+  """The choices in each batch, by the number of the sparse layer.
 
   Args:
-    model: Only its sparse layers are in the answer.
-    variables: Its parameters, under 'params'.
-    batches: What the model is trained on.
+    model: A model; layers without experts have no choices.
+    variables: Its parameters, under 'params', and its router state if it has
+      any.
+    batches: Batches as the model is trained on.
+  """
+  layers = model.sparse_layers
+  choose = jax.jit(functools.partial(_sown, model))
+  for batch in batches:
+    sown = fetch(choose(variables, batch)) if layers else []
+    yield {
+      layer: _choices(model, layer, chosen, batch)
+      for layer, chosen in zip(layers, sown, strict=True)
+    }
+
+
+def token_counts(
+  model: Model, variables: dict[str, Any], batches: Iterable[Batch]
+) -> dict[int, Int[np.ndarray, 'V E']]:
+  """How often each token id chose each expert, by the number of the layer.
+
+  Where experts choose tokens, it is how often each expert took the token. The
+  arguments are those of `choices`.
   """
   if model.moe is None:
-    return {}
-  layers = model.sparse_layers
+    return {}  # and no batch is read
   shape = (model.vocab_size, model.moe.num_experts)
-  counts = {i: np.zeros(shape, np.int64) for i in layers}
-  choose = jax.jit(functools.partial(_choices, model))
-  for batch in batches:
-    for i, chosen in zip(layers, fetch(choose(variables, batch)), strict=True):
-      of = model.sequence_of(i)
-      tokens = np.asarray(batch[f'{of}tokens']).reshape(-1)
-      real = np.asarray(batch[f'{of}segment_ids']).reshape(-1) > 0
-      place, expert = _pairs(chosen, model.moes[i].router.by_expert)
-      # Without the groups' padding, then without the rows'.
-      inside = place < len(tokens)
-      place, expert = place[inside], expert[inside]
-      place, expert = place[real[place]], expert[real[place]]
-      np.add.at(counts[i], (tokens[place], expert), 1)
+  counts = {layer: np.zeros(shape, np.int64) for layer in model.sparse_layers}
+  for chosen in choices(model, variables, batches):
+    for layer, (_, token, expert) in chosen.items():
+      np.add.at(counts[layer], (token, expert), 1)
   return counts
 
 
-def _pairs(
-  chosen: np.ndarray | SlotRouting, by_expert: bool
-) -> tuple[np.ndarray, np.ndarray]:
-  """(token, expert) of each choice, tokens counted over all groups."""
-  if not by_expert:  # expert_index [G, S, K]
-    tokens = np.arange(chosen[..., 0].size)
-    return np.repeat(tokens, chosen.shape[-1]), chosen.reshape(-1)
-  S = chosen.group_size
-  group, expert, slot = np.nonzero(chosen.token_index < S)
-  return group * S + chosen.token_index[group, expert, slot], expert
-
-
-def _choices(model, variables, batch) -> list[jax.Array | SlotRouting]:
+def _sown(
+  model: Model, variables: dict[str, Any], batch: Batch
+) -> list[jax.Array | SlotRouting]:
   """What the router of each sparse layer chose, in the order of the layers."""
   _, kept = model.apply(
     variables, **model.inputs(batch), mutable=['intermediates']
   )
   layers = model.layer_trees(kept['intermediates'])
   return [sown_choices(layers[i]) for i in model.sparse_layers]
+
+
+def _choices(
+  model: Model, layer: int, chosen: np.ndarray | SlotRouting, batch: Batch
+) -> Choices:
+  prefix = model.sequence_of(layer)
+  tokens = np.asarray(batch[f'{prefix}tokens']).reshape(-1)
+  real = np.asarray(batch[f'{prefix}segment_ids']).reshape(-1) > 0
+  position, expert = _pairs(chosen, model.moes[layer].router.by_expert)
+  inside = position < len(tokens)  # the last group may be filled up
+  position, expert = position[inside], expert[inside]
+  position, expert = position[real[position]], expert[real[position]]
+  return Choices(position, tokens[position], expert)
+
+
+def _pairs(
+  chosen: np.ndarray | SlotRouting, by_expert: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """The position and the expert of each choice, over all groups."""
+  if not by_expert:  # expert_index [G, S, K]
+    positions = np.arange(chosen[..., 0].size)
+    return np.repeat(positions, chosen.shape[-1]), chosen.reshape(-1)
+  S = chosen.group_size
+  group, expert, slot = np.nonzero(chosen.token_index < S)
+  return group * S + chosen.token_index[group, expert, slot], expert

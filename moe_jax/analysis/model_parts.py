@@ -1,6 +1,7 @@
-"""A model's stacks with the lengths they see, and its parameters by role.
+"""The parts of a model that costs are counted of: stacks, parameters, groups.
 
-What the counts and the bytes have in common.
+Parameters are told apart by their roles, never by their names. Not here: what
+is counted (`counts.py`, `memory.py`).
 """
 
 import math
@@ -17,14 +18,16 @@ from moe_jax.models.stack import StackConfig
 
 
 class Half(NamedTuple):
-  """One stack of a model, and how long its sequences are.
+  """The encoder or the decoder of a model, with the lengths of its sequences.
 
   Attributes:
-    path: The path of the stack's parameters; () in a decoder-only model.
-    stack: The stack's config.
-    length: The number of its own tokens in an example.
-    memory_len: The number of the encoder's tokens that it attends to; 0
-      without an encoder.
+    path: Path of the stack's parameters in the tree of all parameters; it is
+      empty in a model without an encoder.
+    stack: Configuration of the stack of blocks.
+    length: Number of tokens of the stack's own sequence in an example.
+    memory_len: Number of tokens that the encoder reads in an example, which
+      the decoder attends to; 0 in the encoder itself and in a model without
+      an encoder.
   """
 
   path: tuple[str, ...]
@@ -34,28 +37,30 @@ class Half(NamedTuple):
 
   @property
   def keys(self) -> int:
-    """Tokens that each of its own attends to, all of them counted."""
+    """Number of tokens that each token attends to, masked ones counted."""
     crosses = self.stack.block.cross
     return self.length + (self.memory_len if crosses else 0)
 
   @property
   def moe(self) -> MoeOptions | None:
-    """The mixture of its sparse layers; None without experts."""
+    """The options of the sparse layers; None where no layer has experts."""
     return self.stack.experts
 
   @property
   def num_sparse(self) -> int:
-    """Layers that have experts."""
+    """The number of layers that have experts."""
     return sum(self.stack.sparse) if self.moe else 0
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
-  """The model's stacks at these lengths, the encoder's first.
+  """The stacks of a model at these lengths, an encoder's first.
 
   Args:
     model: A model of blocks.
-    seq_len: T; of an encoder-decoder T_enc.
-    target_len: T_dec; 0 is `seq_len`.
+    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+      row.
+    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
+      stands for `seq_len`.
   """
   if len(model.stacks) == 1:
     ((path, stack),) = model.stacks
@@ -67,13 +72,14 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
   ]
 
 
-class Counted(NamedTuple):
+class SizedParameter(NamedTuple):
   """A parameter as it is counted.
 
   Attributes:
-    path: The parameter's path in the tree, which tells its stack.
-    size: The number of its values.
-    role: What it is for, and what is done with it.
+    path: Path of the parameter in the tree of all parameters, which tells the
+      stack that it belongs to.
+    size: Number of its values.
+    role: Part of the model that it belongs to, and what is done with it.
   """
 
   path: tuple[str, ...]
@@ -82,30 +88,30 @@ class Counted(NamedTuple):
 
   @property
   def of_expert(self) -> bool:
-    """Whether it belongs to the experts of a sparse layer."""
+    """Whether the parameter belongs to the experts of a sparse layer."""
     return self.role.role == EXPERT
 
   @property
   def outside_layers(self) -> bool:
-    """Whether it makes tokens into vectors, or vectors into logits."""
+    """Whether it belongs to the embedding or to the output projection."""
     return self.role.role in ('embedding', 'head')
 
 
-def counted(model: Model, seq_len: int) -> list[Counted]:
-  """Every parameter, with its size and its role."""
-  trees = describe(model, seq_len)
+def sized_parameters(model: Model) -> list[SizedParameter]:
+  """Every parameter of a model, with its size and its role."""
+  trees = describe(model)
   roles = jax.tree.leaves(
     trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)
   )
   shapes = jax.tree_util.tree_leaves_with_path(trees.shapes)
   return [
-    Counted(tuple(key.key for key in path), math.prod(leaf.shape), role)
+    SizedParameter(tuple(key.key for key in path), math.prod(leaf.shape), role)
     for (path, leaf), role in zip(shapes, roles, strict=True)
   ]
 
 
 def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
-  """S, the tokens of a group, in a batch of so many sequences."""
+  """The number of tokens of a routing group in a batch of such sequences."""
   if moe.group_size == -1:
     return batch_size * length
   return moe.group_size or length
