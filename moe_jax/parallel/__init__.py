@@ -1,4 +1,5 @@
 """How expert rows travel between devices.
 
-`exchange.py` moves rows in slots, `ragged.py` those without.
+`layout.py` says where groups and experts are, `exchange.py` moves rows in
+slots, `ragged.py` those without.
 """

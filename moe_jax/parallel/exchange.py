@@ -3,8 +3,8 @@
 GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
 some mesh axes and experts over others; a row is made where its group is, and
 multiplied where its expert is. Rows here are `[E, R, M]`, R for each expert.
-Not here: rows without slots (`ragged.py`), and how rows come to be
-(`moe_jax.dispatch`).
+Not here: where groups and experts are (`layout.py`), rows without slots
+(`ragged.py`), and how rows come to be (`moe_jax.dispatch`).
 """
 
 import dataclasses
@@ -15,95 +15,17 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.options import Kinds, Options, at_least, one_of, option
-from moe_jax.partitioning import Rules, spread
+from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing import Routing, SlotRouting
-from moe_jax.shapes import Array, Float, Shaped
+from moe_jax.shapes import Array, Float
 
 DTYPES = ('', 'bfloat16', 'float32')
 DTYPE_SENTENCE = (
   "Type of the rows on their way between devices; '': that of the products."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Where groups and experts are on the mesh at hand.
-
-  Attributes:
-    mesh: The mesh that the types of arrays carry.
-    sizes: The size of every mesh axis of more than one device.
-    groups: The axes of more than one device that split the groups evenly.
-    experts: Those that split the experts.
-    hidden: Those that split the hidden width of each expert.
-  """
-
-  mesh: AbstractMesh
-  sizes: dict[str, int]
-  groups: tuple[str, ...]
-  experts: tuple[str, ...]
-  hidden: tuple[str, ...]
-
-  @property
-  def exchanged(self) -> tuple[str, ...]:
-    """The axes that rows cross: their groups and their experts are split."""
-    return tuple(name for name in self.experts if name in self.groups)
-
-  @property
-  def kept(self) -> tuple[str, ...]:
-    """The axes that still split the rows of an expert."""
-    return tuple(name for name in self.groups if name not in self.experts)
-
-  def devices(self, axes: tuple[str, ...]) -> int:
-    """How many devices the axes have."""
-    return math.prod(self.sizes[name] for name in axes)
-
-  def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """Dimensions split over these axes."""
-    return PartitionSpec(*(names or None for names in axes))
-
-
-def layout(
-  rules: Rules,
-  x: Float[Array, 'G S M'],
-  *,
-  num_experts: int,
-  hidden: int = 1,
-) -> Layout | None:
-  """The layout of groups x on their mesh; None on one device.
-
-  What does not divide is not split: an odd number of groups, as evaluation
-  may have, is then routed and moved on every device.
-
-  Args:
-    rules: The sharding table: 'batch' splits the groups.
-    x: The groups.
-    num_experts: E.
-    hidden: F, where the layout is to split it.
-  """
-  axes = spread(x)
-  if not axes:
-    return None
-  table = dict(rules)
-
-  def dividing(names, size):
-    names = tuple(name for name in names if name in axes)
-    whole = size % math.prod(axes[name] for name in names)
-    return () if whole else names
-
-  experts = dividing(table['expert'], num_experts)
-  groups = dividing(table['batch'], x.shape[0])
-  taken = {*experts, *groups}
-  splits = tuple(name for name in table['expert_mlp'] if name not in taken)
-  return Layout(
-    mesh=jax.typeof(x).sharding.mesh,
-    sizes=axes,
-    groups=groups,
-    experts=experts,
-    hidden=dividing(splits, hidden),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,23 +247,6 @@ def _send_back(place, rows):
   if place.exchanged:
     rows = jax.lax.all_to_all(rows, place.exchanged, 0, 0)
   return _all_blocks(place, rows)
-
-
-def own_blocks(place: Layout, x: Shaped[Array, 'E ...']):
-  """Under `shard_map`: what is for the experts of each device rows go to.
-
-  `[E, ...]` -> `[X, J, ...]`: J experts on each of X devices. Of the experts'
-  axes that rows do not cross, this device's part.
-  """
-  sizes = [place.sizes[name] for name in place.experts]
-  rest = x.shape[1:]
-  x = x.reshape(*sizes, -1, *rest)
-  J = x.shape[len(sizes)]
-  for i, name in reversed(list(enumerate(place.experts))):
-    if name not in place.exchanged:
-      index = jax.lax.axis_index(name)
-      x = jax.lax.dynamic_index_in_dim(x, index, i, keepdims=False)
-  return x.reshape(place.devices(place.exchanged), J, *rest)
 
 
 def _all_blocks(place, rows):

@@ -21,6 +21,7 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.shared import RULES
 from moe_jax.parallel import exchange
 from moe_jax.parallel.exchange import AllToAll, Constraint
+from moe_jax.parallel.layout import layout
 from moe_jax.partitioning import make_mesh
 from moe_jax.routing.capacity import All
 
@@ -49,7 +50,7 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
 
   @jax.jit
   def there_and_back(x, rows):
-    place = exchange.layout(RULES, x, num_experts=E)
+    place = layout(RULES, x, num_experts=E)
     assert place.exchanged == ('expert',) and place.kept == ()
     at_experts = travel.to_experts(place, rows)
     return at_experts, travel.to_groups(place, at_experts)
@@ -66,29 +67,27 @@ def test_a_layout_leaves_whole_what_does_not_divide():
   mesh = mesh_of(data=2, expert=2, tensor=2)
   found = {}
 
-  def layout(groups, num_experts, hidden):
+  def found_for(groups, num_experts, hidden):
     def run(x):
-      found['place'] = exchange.layout(
-        RULES, x, num_experts=num_experts, hidden=hidden
-      )
+      found['place'] = layout(RULES, x, num_experts=num_experts, hidden=hidden)
       return x
 
     x = on(mesh, jnp.zeros((groups, 5, M)))
     jax.jit(run).lower(x)
     return found['place']
 
-  place = layout(4, 6, 10)
+  place = found_for(4, 6, 10)
   assert place.groups == ('data', 'expert') and place.experts == ('expert',)
   assert place.hidden == ('tensor',)
-  assert layout(3, 6, 10).groups == ()
-  assert layout(3, 6, 10).exchanged == ()
-  assert layout(4, 5, 10).experts == ()
-  assert layout(4, 6, 9).hidden == ()
+  assert found_for(3, 6, 10).groups == ()
+  assert found_for(3, 6, 10).exchanged == ()
+  assert found_for(4, 5, 10).experts == ()
+  assert found_for(4, 6, 9).hidden == ()
 
 
 def test_one_device_has_no_layout():
   x = jnp.zeros((2, 5, M))
-  assert exchange.layout(RULES, x, num_experts=E) is None
+  assert layout(RULES, x, num_experts=E) is None
 
 
 LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')

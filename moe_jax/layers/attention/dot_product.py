@@ -1,48 +1,22 @@
 """Scaled dot-product attention within segments, fused where platforms can.
 
-Not here: projections and positions (`attention.py`, `layers/positions.py`).
+Not here: projections and positions (`attention.py`, `layers/positions.py`), who
+sees whom (`keys.py`), the TPU's kernel (`splash.py`).
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
 
 from moe_jax.kernels.cpu import add_to_each
-from moe_jax.partitioning import MESH_AXES, spread
-from moe_jax.shapes import Array, Bool, Float, Float32, Int
+from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
+from moe_jax.layers.attention.splash import LEAST_BLOCK, splash
+from moe_jax.shapes import Array, Float, Float32, Int
 
 IMPLEMENTATIONS = ('auto', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
-# The least side of a splash kernel's block, then what is tried first: larger
-# blocks make fewer steps.
-_LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
-
-
-class Keys(NamedTuple):
-  """Which keys a query sees, beside the segments.
-
-  Attributes:
-    causal: Whether a query sees no key after its own.
-    window: How many keys a query sees up to its own, the last ones; 0: all of
-      them. Causal attention alone has a window.
-    scale: Factor of the scores before the bias is added; 0.0 is D^-0.5.
-    cross: Whether the keys are another sequence's, of any length.
-  """
-
-  causal: bool = True
-  window: int = 0
-  scale: float = 0.0
-  cross: bool = False
-
-  def scaled(self, query: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    """The query times the scale."""
-    return query * (self.scale or query.shape[-1] ** -0.5)
 
 
 def attend(
@@ -137,7 +111,7 @@ def misfit(
       no_dropout,
     ),
     'splash': (
-      (T % _LEAST_BLOCK, f'seq_len={T} is no multiple of {_LEAST_BLOCK}'),
+      (T % LEAST_BLOCK, f'seq_len={T} is no multiple of {LEAST_BLOCK}'),
       (cross, 'it has no keys of another sequence'),
       no_bias,
       no_dropout,
@@ -172,40 +146,6 @@ def _cuda_capability() -> float:
 
 def _by_platform(tpu, default):
   return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=default)
-
-
-def visible(
-  segment_ids: Int[Array, 'B T'] | None,
-  key_segment_ids: Int[Array, 'B S'] | None,
-  lengths: tuple[int, int],
-  keys: Keys,
-  start: int | Int[Array, ''] = 0,
-) -> Bool[Array, 'b T S']:
-  """Whether the token at place start + t sees the key at place s.
-
-  To be made where it is read, which it fuses into: never kept.
-  """
-  T, S = lengths
-  place = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
-  key_place = jnp.arange(S, dtype=jnp.int32)[None, None, :]
-  seen = jnp.ones((1, T, S), bool)
-  if keys.causal:
-    seen = seen & (place >= key_place)
-  if keys.window:
-    seen = seen & (place - key_place < keys.window)
-  if segment_ids is not None:
-    seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
-  return seen
-
-
-def masked_softmax(
-  scores: Float32[Array, '*B T S'], mask: Bool[Array, '*b T S']
-) -> Float32[Array, '*B T S']:
-  """Softmax over the keys that `mask` shows; every row shows one."""
-  # Added, not selected: a selection keeps the mask, as large as the scores,
-  # for a gradient that is zero there anyway.
-  hidden = jnp.where(mask, 0, jnp.finfo(scores.dtype).min)
-  return jax.nn.softmax(scores + hidden.astype(scores.dtype))
 
 
 def einsum(
@@ -280,71 +220,3 @@ def jax_nn(
     local_window_size=(keys.window - 1, 0) if keys.window else None,
     implementation=implementation,
   )
-
-
-def splash(
-  query, key, value, segment_ids, key_segment_ids, *, keys, interpret=False
-):
-  """The TPU's blockwise kernel, which keeps scores and mask to itself."""
-  del key_segment_ids  # the queries' own
-
-  def local(query, key, value, segment_ids):
-    T, H = query.shape[1:3]
-    kernel = _splash_kernel(T, H, keys, interpret)
-
-    def row(query, key, value, ids):
-      ids = None if ids is None else splash_attention.SegmentIds(ids, ids)
-      return kernel(query, key, value, segment_ids=ids)
-
-    heads_first = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
-    return jax.vmap(row)(*heads_first, segment_ids).swapaxes(1, 2)
-
-  return _on_each_device(local, query, key, value, segment_ids)
-
-
-def _splash_kernel(T, H, keys, interpret):
-  one = splash_attention.FullMask((T, T))
-  if keys.window:
-    window = (keys.window - 1, 0)
-    one = splash_attention.LocalMask((T, T), window, offset=0)
-  elif keys.causal:
-    one = splash_attention.CausalMask((T, T))
-  side = next(block for block in _BLOCKS if T % block == 0)
-  return splash_attention.make_splash_mha(
-    mask=splash_attention.MultiHeadMask([one] * H),
-    head_shards=1,
-    q_seq_shards=1,
-    block_sizes=splash_attention.BlockSizes(
-      block_q=side,
-      block_kv=side,
-      block_q_dkv=side,
-      block_kv_dkv=side,
-      block_q_dq=side,
-      block_kv_dq=side,
-    ),
-    interpret=interpret,
-  )
-
-
-def _on_each_device(f, query, key, value, segment_ids):
-  """f on every device's own rows and heads: no compiler can split a kernel.
-
-  What does not divide by its mesh axes is computed whole on each.
-  """
-  size = spread(query)
-  if not size:
-    return f(query, key, value, segment_ids)
-  *rows, heads = MESH_AXES
-  rows = tuple(name for name in rows if name in size)
-  if query.shape[0] % math.prod(size[name] for name in rows):
-    rows = ()
-  if heads not in size or key.shape[2] % size[heads]:
-    heads = None
-  heads_spec = PartitionSpec(rows or None, None, heads, None)
-  return jax.shard_map(
-    f,
-    mesh=jax.typeof(query).sharding.mesh,
-    in_specs=(*[heads_spec] * 3, PartitionSpec(rows or None, None)),
-    out_specs=heads_spec,
-    check_vma=False,
-  )(query, key, value, segment_ids)

@@ -24,7 +24,8 @@ from moe_jax.layers.experts.serving import (
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.shared import Shared
 from moe_jax.options import choice
-from moe_jax.parallel.exchange import EXCHANGES, Exchange, layout, serve
+from moe_jax.parallel.exchange import EXCHANGES, Exchange, serve
+from moe_jax.parallel.layout import layout
 from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 

@@ -20,7 +20,8 @@ from moe_jax.kernels.backends import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.options import one_of, option
-from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES, Layout, layout
+from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES
+from moe_jax.parallel.layout import Layout, layout
 from moe_jax.parallel.ragged import plan
 from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32, PRNGKey

@@ -15,12 +15,8 @@ from moe_jax.layers import (
   Rotary,
   Shared,
 )
-from moe_jax.layers.attention.dot_product import (
-  Keys,
-  attend,
-  masked_softmax,
-  visible,
-)
+from moe_jax.layers.attention.dot_product import attend
+from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import make_mesh
 from tests.models import tiny
 

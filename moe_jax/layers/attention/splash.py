@@ -1,0 +1,90 @@
+"""Attention by JAX's blockwise kernel for the TPU."""
+
+import math
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
+
+from moe_jax.layers.attention.keys import Keys
+from moe_jax.partitioning import MESH_AXES, spread
+from moe_jax.shapes import Array, Float, Int
+
+# The least side of a block, then the sides that are tried in turn: larger
+# blocks make fewer steps.
+LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
+
+
+def splash(
+  query: Float[Array, 'B T H D'],
+  key: Float[Array, 'B T N D'],
+  value: Float[Array, 'B T N D'],
+  segment_ids: Int[Array, 'B T'] | None,
+  key_segment_ids: Int[Array, 'B T'] | None,
+  *,
+  keys: Keys,
+  interpret: bool = False,
+) -> Float[Array, 'B T H D']:
+  """The TPU's blockwise kernel, which keeps scores and mask to itself."""
+  del key_segment_ids  # the queries' own
+
+  def local(query, key, value, segment_ids):
+    T, H = query.shape[1:3]
+    kernel = _splash_kernel(T, H, keys, interpret)
+
+    def row(query, key, value, ids):
+      ids = None if ids is None else splash_attention.SegmentIds(ids, ids)
+      return kernel(query, key, value, segment_ids=ids)
+
+    heads_first = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
+    return jax.vmap(row)(*heads_first, segment_ids).swapaxes(1, 2)
+
+  return _on_each_device(local, query, key, value, segment_ids)
+
+
+def _splash_kernel(T, H, keys, interpret):
+  one = splash_attention.FullMask((T, T))
+  if keys.window:
+    window = (keys.window - 1, 0)
+    one = splash_attention.LocalMask((T, T), window, offset=0)
+  elif keys.causal:
+    one = splash_attention.CausalMask((T, T))
+  side = next(block for block in _BLOCKS if T % block == 0)
+  return splash_attention.make_splash_mha(
+    mask=splash_attention.MultiHeadMask([one] * H),
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=splash_attention.BlockSizes(
+      block_q=side,
+      block_kv=side,
+      block_q_dkv=side,
+      block_kv_dkv=side,
+      block_q_dq=side,
+      block_kv_dq=side,
+    ),
+    interpret=interpret,
+  )
+
+
+def _on_each_device(f, query, key, value, segment_ids):
+  """f on every device's own rows and heads: no compiler can split a kernel.
+
+  What does not divide by its mesh axes is computed whole on each.
+  """
+  size = spread(query)
+  if not size:
+    return f(query, key, value, segment_ids)
+  *rows, heads = MESH_AXES
+  rows = tuple(name for name in rows if name in size)
+  if query.shape[0] % math.prod(size[name] for name in rows):
+    rows = ()
+  if heads not in size or key.shape[2] % size[heads]:
+    heads = None
+  heads_spec = PartitionSpec(rows or None, None, heads, None)
+  return jax.shard_map(
+    f,
+    mesh=jax.typeof(query).sharding.mesh,
+    in_specs=(*[heads_spec] * 3, PartitionSpec(rows or None, None)),
+    out_specs=heads_spec,
+    check_vma=False,
+  )(query, key, value, segment_ids)
