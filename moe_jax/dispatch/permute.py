@@ -27,9 +27,11 @@ def take_tokens(
   """The token behind the choice in each row; zero in an empty row.
 
   Args:
-    x: Tokens.
-    choice_index: The choice in each row, counted over N * K; N * K if empty.
-    row_index: The row of each choice, counted over R; R if it has none.
+    x: The tokens.
+    choice_index: The choice in each row, counted over the N * K choices of all
+      tokens; N * K in an empty row.
+    row_index: The row of each choice, counted over all R rows; R for a choice
+      that has none.
   """
   return take_or_zero(x, choice_index // row_index.shape[-1])
 

@@ -46,8 +46,8 @@ def sum_rows(
   Args:
     rows: The outputs of the experts.
     gate: The gate of each row.
-    token: The token in each row; N where there is none.
-    num_tokens: N.
+    token: The token in each row; N in an empty one.
+    num_tokens: The number N of tokens.
   """
   weighted = gate[..., None].astype(rows.dtype) * rows
   return _sum(weighted, token, num_tokens)

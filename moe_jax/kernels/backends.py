@@ -15,20 +15,20 @@ from types import ModuleType
 
 import jax
 
-from moe_jax.options import unknown
 from moe_jax.kernels import blocks, megablox, pallas_gpu, ragged_dot
+from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float, Float32, Int32
 
 BACKENDS: dict[str, ModuleType] = {
-  'blocks': blocks,  # any platform; the CPU's
+  'blocks': blocks,  # for any platform; the CPU's
   'ragged_dot': ragged_dot,  # any platform; XLA's own
   'megablox': megablox,  # the TPU's
   'pallas_gpu': pallas_gpu,  # the NVIDIA GPU's
 }
 AUTO = 'auto'
-# What 'auto' is, by platform; other platforms get the compiler's own.
-# A TPU's is not `ragged_dot`: jax 0.10.2 compiles its outer product to E times
-# the FLOPs, for v4, v5e, v5p and v6e.
+# The backend that 'auto' stands for on each platform; other platforms get the
+# compiler's own. A TPU's is not `ragged_dot`: jax 0.10.2 compiles its outer
+# product to E times the FLOPs, for v4, v5e, v5p and v6e.
 BY_PLATFORM = {'cpu': 'blocks', 'tpu': 'megablox', 'cuda': 'pallas_gpu'}
 DEFAULT = 'ragged_dot'
 
@@ -74,7 +74,7 @@ def outer(
 
 
 def choose(run: Callable[[str], Callable], backend: str, *args):
-  """run(the backend's name)(*args); 'auto' is settled when it is compiled."""
+  """run(name of the backend)(*args); 'auto' is settled by the compiler."""
   if backend != AUTO:
     return run(backend)(*args)
   return jax.lax.platform_dependent(

@@ -25,14 +25,14 @@ _STEPS_IN_SHARE, _LEAST_STEP, _MOST_STEP = 8, 8, 64
 
 
 class Block(NamedTuple):
-  """A few rows of one expert, as the loop meets them.
+  """A few rows of one expert: what one round of the loop multiplies.
 
   Attributes:
-    expert: int32 [], e.
-    start: int32 [], the first row that it multiplies.
+    expert: int32 [], the number of the expert.
+    start: int32 [], the first row that the block multiplies.
     first_own: int32 [], the first row that is the expert's.
-    stop: int32 [], the row behind the last that is.
-    size: Rows it multiplies.
+    stop: int32 [], the row after the last that is the expert's.
+    size: How many rows the block multiplies.
     first: Whether it is its expert's first block, the only one with rows
       that are not the expert's.
   """
@@ -75,7 +75,7 @@ class Block(NamedTuple):
 
 
 def full_block_rows(num_rows: int, num_experts: int) -> int:
-  """Rows of a full block; the last of `block_sizes`."""
+  """How many rows a full block has: the last of `block_sizes`."""
   return block_sizes(num_rows, num_experts)[-1]
 
 

@@ -4,9 +4,12 @@ Other platforms compile the plain form at least as well; none of this changes a
 number by more than rounding. The rest of it, which cannot stand here:
 
 - the backend 'blocks' of grouped products (`blocks.py`, `blocks_ffn.py`);
-- experts that serve few tokens (`layers/experts/few_tokens.py`), and the
-  layers with arrays of their own in which a model decodes
-  (`models/decoding.py`): the compiler copies what it slices out of a stack;
+- experts that serve few tokens (`layers/experts/few_tokens.py`), layers with
+  arrays of their own in which a model decodes (`models/decoding.py`) and their
+  caches (`layers/attention/cache.py`): the compiler copies what it slices out
+  of a stack;
+- `prevent_cse` where layers are no loop (`models/stack.py`): straight code is
+  otherwise merged with its recomputation;
 - rows of `[B * T, M]` in place of `[B, T, M]` before products with kernels: a
   kernel's gradient then contracts one dimension, which the compiler turns into
   a plain product; with two it copies.

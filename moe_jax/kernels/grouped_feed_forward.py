@@ -30,12 +30,13 @@ def grouped_ffn(
   Rows, groups, types and backends are as in `grouped_matmul`.
 
   Args:
-    x: Rows, sorted by expert.
+    x: The rows, sorted by expert.
     w_ins: The first kernels: one, or two where one product gates the other.
     w_out: The last kernel.
-    group_sizes: Rows of each expert, in all at most N.
-    hidden: The first products to the hidden values; elementwise.
-    backend: As in `grouped_matmul`.
+    group_sizes: How many rows each expert has, in all at most N.
+    hidden: The elementwise function from the first products to the hidden
+      values.
+    backend: The name of the backend, as in `grouped_matmul`.
 
   Raises:
     ValueError: Shapes do not fit, or the backend is unknown.

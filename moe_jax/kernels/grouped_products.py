@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.kernels import backends
 from moe_jax.shapes import Array, Float, Int32
 
-# What a remat policy calls the results.
+# The name of the results in a remat policy.
 PRODUCT = 'grouped_matmul'
 
 
@@ -34,11 +34,11 @@ def grouped_matmul(
   `shard_map` with check_vma=False (`partitioning.on_each_device`).
 
   Args:
-    x: Rows, sorted by expert.
-    w: A kernel an expert.
-    group_sizes: Rows of each expert, none negative, in all at most N; not
-      checked, as they are known only as it runs.
-    backend: One of `backends.BACKENDS`, or 'auto': the platform's.
+    x: The rows, sorted by expert.
+    w: The kernel of each expert.
+    group_sizes: How many rows each expert has, never fewer than none, in all
+      at most N. This is not checked: the numbers are known only at run time.
+    backend: One of `backends.BACKENDS`, or 'auto', the platform's.
 
   Raises:
     ValueError: Shapes do not fit, or the backend is unknown.

@@ -17,8 +17,9 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # A TPU's lanes, of which a tile's width is a multiple.
 _LANES = 128
 _LEAST_ROWS, _MOST_ROWS = 128, 512
-# The widest tile, in bytes of a row: all tiles that a kernel holds, fetched
-# ahead in pairs, and its float32 sums stay below 16 MiB, what XLA allows it.
+# The widest tile, in bytes of a row. With it all tiles that a kernel holds,
+# fetched ahead in pairs, and its float32 sums stay below 16 MiB, which is what
+# XLA allows it.
 # The outer product sums over rows, so its sums are as wide as both its tiles.
 _MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
 
@@ -35,10 +36,10 @@ def tiling(
   kernel copies all kernels.
 
   Args:
-    num_rows: N.
-    num_experts: E.
-    widths: M and F, in the order of the result.
-    most: A width's bound.
+    num_rows: The number N of rows.
+    num_experts: The number E of experts.
+    widths: The widths M and F, in the order of the result.
+    most: The largest width that a tile may have.
   """
   share = max(num_rows // num_experts, 1)
   rows = min(max(1 << (share.bit_length() - 1), _LEAST_ROWS), _MOST_ROWS)
@@ -106,9 +107,10 @@ def _padded(x: Array, tile: tuple[int, ...]) -> Array:
 
 
 def _by_platform(kernel, *args) -> Array:
-  """Interpreted on a CPU.
+  """The kernel's result; on a CPU it is interpreted.
 
-  Chosen as it is lowered: a program for a TPU may be compiled without one.
+  This is decided when the program is lowered: one for a TPU may be compiled
+  without a TPU.
   """
   return jax.lax.platform_dependent(
     *args,

@@ -23,12 +23,18 @@ from jax.experimental.pallas import triton as plgpu
 
 from moe_jax.shapes import Array, Float, Float32, Int32
 
-# Tiles side by side that share the operand they are read across.
+# How many tiles side by side share the operand that they are read across.
 _BAND = 8
 
 
 class Tiles(NamedTuple):
-  """What one program computes: [rows, cols], summed `contract` at a time."""
+  """The size of the tile that one program computes.
+
+  Attributes:
+    rows: Rows of the result.
+    contract: How many products are summed at a time.
+    cols: Columns of the result.
+  """
 
   rows: int
   contract: int

@@ -55,8 +55,8 @@ class Context(NamedTuple):
     segment_ids: int32 [B, T], the segment that each token sees of itself and of
       a memory; None: each row is one segment.
     token_mask: bool [B, T], False at padding.
-    positions: int32 [B, T].
-    bias: float32 [H, T, S] of relative positions, or None.
+    positions: int32 [B, T], the place of each token in its document.
+    bias: float32 [H, T, S], what relative positions add to scores, or None.
     memory: float [B, S, M], the encoder's output, or None.
     memory_segment_ids: int32 [B, S], or None as in `segment_ids`.
     hash_ids: uint32 [B, T], what a router hashes tokens by, or None.

@@ -119,7 +119,10 @@ class FfnLayer:
     return {name: p[1] for name, p in self._parts(stack, width).items()}
 
   def _parts(self, stack, width):
-    """The shape, the axes and the form of each parameter, in their order."""
+    """The shape, axes and form of each parameter, in the order of their draws.
+
+    The form 'residual' is a kernel whose product is added to the residual.
+    """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
     parts = {'w_in': ((M, F), ('embed', mlp), 'kernel')}
@@ -226,9 +229,9 @@ class DeepFeedForward(nn.Module):
   Attributes:
     options: Width of the hidden layers, and activation, which does not gate.
     depth: How many hidden layers there are.
-    shared: As in `FeedForward`.
-    dropout: As in `FeedForward`.
-    role: As in `FeedForward`.
+    shared: What the layers of the model share.
+    dropout: The rate at which hidden values are dropped in training.
+    role: The role of its parameters, which the parent gives.
   """
 
   options: FfnOptions

@@ -141,9 +141,9 @@ def serve(
   Args:
     exchange: How rows travel.
     place: Where groups and experts are.
-    mover: How rows are made.
-    experts: From rows [E, R, M] to rows.
-    x: The groups.
+    mover: How tokens become rows and rows tokens.
+    experts: The function from rows [E, R, M] to rows.
+    x: The groups of tokens.
     routing: The routing of all groups.
   """
   with jax.named_scope('dispatch'):

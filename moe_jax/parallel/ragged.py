@@ -1,7 +1,7 @@
 """Rows without slots between devices: as many to each as there are.
 
 Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
-over devices. Called under `shard_map`. Where the platform has
+over devices. It is called under `shard_map`. Where the platform has
 `ragged_all_to_all` (TPU, GPU), only rows that are needed travel; elsewhere a
 reference gathers all of them and takes its own. Buffers have room for the case
 that all rows go to one device.
@@ -25,12 +25,12 @@ class Trip(NamedTuple):
   """The way of one device's rows to their experts, and back.
 
   Attributes:
-    traffic: Between devices; None where rows stay.
+    traffic: How many rows go between devices; None where rows stay.
     axes: The mesh axes between which rows travel.
-    num_rows: N, the rows that the device has before and after.
-    local_sizes: int32 [J], rows of each expert that this device has.
-    source: int32 [R], the received row behind each row sorted by expert.
-    target: int32 [R], the sorted row of each received one.
+    num_rows: N, the number of rows that the device has before and after.
+    local_sizes: int32 [J], the number of rows of each expert of this device.
+    source: int32 [R], the received row that each row sorted by expert is.
+    target: int32 [R], the sorted row that each received one becomes.
   """
 
   traffic: 'Traffic | None'
@@ -41,7 +41,7 @@ class Trip(NamedTuple):
   target: Array
 
   def there(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """All rows of this device's experts, sorted by expert; then zeros."""
+    """All rows of the experts of this device, sorted by expert; then zeros."""
     if self.traffic is not None:
       rows = send(rows, self.traffic, len(self.source), self.axes)
     return take_tokens(rows, self.source, self.target[:, None])
@@ -84,8 +84,8 @@ class Traffic(NamedTuple):
   """Who sends how many rows to whom, over P devices; on each the same.
 
   Attributes:
-    sizes: int32 [P, P], rows from device i to device j.
-    starts: int32 [P, P], where on device i the rows for j begin.
+    sizes: int32 [P, P], the number of rows from device i to device j.
+    starts: int32 [P, P], the row of device i at which those for j begin.
   """
 
   sizes: Array
@@ -106,9 +106,9 @@ def send(
   """Every device's rows for this one, one device after the other.
 
   Args:
-    rows: Of which blocks go to each device.
-    plan: Which.
-    bound: R, at least the rows that arrive; the rest is zero.
+    rows: The rows of this device, of which a block goes to each device.
+    plan: The blocks.
+    bound: R, at least as many rows as arrive; the rest is zero.
     axes: The mesh axes that the devices are on.
   """
   return _move(rows, plan, True, (len(rows), bound), axes)
@@ -120,10 +120,11 @@ def send_back(
   """Received rows to where they came from; the transpose of `send`.
 
   Args:
-    rows: In the order in which `send` returned them.
-    plan: As given to `send`.
-    num_rows: N, the rows that each device had; those not sent are zero.
-    axes: As given to `send`.
+    rows: The rows in the order in which `send` returned them.
+    plan: The blocks that `send` was given.
+    num_rows: N, the number of rows that each device had; those that were not
+      sent are zero.
+    axes: The axes that `send` was given.
   """
   return _move(rows, plan, False, (num_rows, len(rows)), axes)
 

@@ -1,9 +1,9 @@
-"""What a decoder keeps between steps: keys and values of every layer.
+"""The cache of a decoder: keys and values of every layer, between steps.
 
 All rows append at the same slot, so that a step writes one slice in place;
 rows of different length are padded in front. Where layers are a loop, they
-share an array; else each has its own, which XLA's CPU compiler does not copy to
-read. Not here: who fills it (`attention.py`), or what is generated
+share an array; else each has its own, which XLA's CPU compiler reads without a
+copy. Not here: who fills it (`attention.py`), or what is generated
 (`moe_jax.generation`).
 """
 
@@ -18,8 +18,9 @@ class Memory(flax.struct.PyTreeNode):
   """What a decoder's cross-attention reads, the same at every step.
 
   Attributes:
-    key: [L, B, N, S, D], or L of [B, N, S, D]: the encoder's output, projected.
-    value: Likewise.
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]: projections of the
+      encoder's output.
+    value: The values, of the same form.
     filled: bool [B, S], False at the encoder's padding.
   """
 
@@ -32,13 +33,14 @@ class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: [L, B, N, S, D], or L of [B, N, S, D].
-    value: Likewise.
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D].
+    value: The values, of the same form.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
-    memory: Of an encoder-decoder; None in a decoder-only model.
+    memory: What an encoder-decoder attends to beside; None in a decoder-only
+      model.
   """
 
   key: Leaf
@@ -80,7 +82,7 @@ class KVCache(flax.struct.PyTreeNode):
 
   @property
   def max_len(self) -> int:
-    """How many tokens a row may have."""
+    """The number of tokens that a row may have."""
     return self.filled.shape[1]
 
   def begin(
@@ -140,7 +142,7 @@ class KVCache(flax.struct.PyTreeNode):
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
     """The cache whose row r is row `rows[r]` of this one.
 
-    For beams, which move between rows and are many to a prompt.
+    Beam search moves beams between rows, and has several for one prompt.
     """
 
     def by_axis(axis, leaves):
