@@ -207,7 +207,6 @@ FAST = {
 }
 
 
-@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('way', 'mesh_shape'),
   [
@@ -264,6 +263,7 @@ def test_more_experts_than_devices_and_fewer(way):
   assert_equal(step_of(way, '4x1x2x1', **few), step_of(way, **few))
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['gather', 'dropless'])
 def test_microbatches_change_nothing_on_a_mesh(way):
