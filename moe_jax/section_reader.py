@@ -167,6 +167,9 @@ class Reader:
     chosen = {}
     for name, entry in config.items():
       where = f'{path}{name}.'
+      if not isinstance(entry, Mapping | ConfigDict):
+        self.problems.append(f'{path}{name}={entry!r} is no section')
+        continue
       if KIND not in entry:
         self.problems.append(f'{path}{name} has no {KIND!r}')
         continue
@@ -197,6 +200,9 @@ class Reader:
     """The options of the chosen kind; None where something is wrong."""
     usual = kinds.name_of(default) if default is not None else None
     name = config.get(KIND, usual)
+    if name is None:
+      self.problems.append(f'{path}{KIND} is missing: it has no default')
+      return None
     self.leaves.append(Leaf(f'{path}{KIND}', name, usual, spec, idle))
     cls = self._class(kinds, name, path)
     if cls is None:
