@@ -1,0 +1,21 @@
+"""What the README of the room prints is true."""
+
+import pathlib
+import re
+
+from moe_jax import parallel
+
+README = pathlib.Path(parallel.__file__).parent / 'README.md'
+TEXT = README.read_text(encoding='utf-8')
+
+
+def test_the_example_splits_a_kernel(capsys):
+  (code,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+  exec(compile(code, str(README), 'exec'), {})
+  told = capsys.readouterr().out
+  assert "'expert'" in told and told.count('None') == 2
+
+
+def test_every_file_is_named():
+  files = {path.name for path in README.parent.glob('*.py')}
+  assert [n for n in files - {'__init__.py'} if n not in TEXT] == []
