@@ -1,92 +1,156 @@
-"""What the README shows is true: its code runs, its paths and keys exist."""
+"""What the READMEs show is true: their code runs, paths and keys exist."""
 
 import pathlib
 import re
+import sys
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import mixtral_8x7b
-from moe_jax import interop, models
-from moe_jax.config import flatten
+from configs import base, mixtral_8x7b
+from moe_jax import interop, models, run_config, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
-TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+READMES = sorted(
+  path.relative_to(ROOT)
+  for path in (ROOT / 'README.md', *ROOT.glob('[a-z]*/README.md'))
+) + sorted(path.relative_to(ROOT) for path in ROOT.glob('moe_jax/*/README.md'))
+ROOMS = (
+  'configs', 'experiments', 'colab',
+  *(f'moe_jax/{room}' for room in (
+    'routing', 'layers', 'models', 'data', 'interop', 'generation',
+    'analysis', 'training', 'parallel',
+  )),
+)  # fmt: skip
+# Their own tests run what these print.
+APART = ('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis')
+each_readme = pytest.mark.parametrize('readme', READMES, ids=str)
 
 
-def blocks(language):
-  return re.findall(rf'```{language}\n(.*?)```', TEXT, flags=re.DOTALL)
+def text_of(readme):
+  return (ROOT / readme).read_text(encoding='utf-8')
+
+
+def blocks(readme, language='python'):
+  pattern = rf'```{language}\n(.*?)```'
+  return re.findall(pattern, text_of(readme), flags=re.DOTALL)
 
 
 def checkpoint(folder):
   """A small Mixtral as transformers would have written it."""
-  config = mixtral_8x7b.get_config('runlocal').unlock()
-  config.model.vocab_size = 11
-  model = models.build(config)
-  params = nn.meta.unbox(models.init_params(model, jax.random.key(0), 8))
-  interop.save(model, {'params': params}, folder)
+  options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(11)
+  key = jax.random.key(0)
+  params = nn.meta.unbox(models.init_params(options.build(), key, 8))
+  interop.save(options.model, {'params': params}, folder)
   return folder
 
 
-@pytest.mark.slow
-def test_the_python_runs_and_has_the_shapes_it_says(tmp_path):
-  scope = {'source': checkpoint(tmp_path / 'in'), 'folder': tmp_path / 'out'}
-  first = {}
-  for block in blocks('python'):
-    exec(compile(block, 'README.md', 'exec'), scope)
-    first = {**scope, **first}  # names come again
-  assert first['variables']['params']['experts']['w_in'].value.shape == (
-    8,
-    64,
-    256,
-  )
-  aux, rows, y = scope['aux'], scope['rows'], scope['y']
+def run(readme, **given):
+  """Every Python block of a README, in one scope, as a module of its own."""
+  name = 'readme_' + re.sub(r'\W', '_', str(readme))
+  module = sys.modules[name] = types.ModuleType(name)
+  vars(module).update(given)
+  for block in blocks(readme):
+    exec(compile(block, str(readme), 'exec'), vars(module))
+  return vars(module)
+
+
+def test_every_room_has_a_readme_that_says_how_to_add_to_it():
+  assert {str(path.parent) for path in READMES} >= {*ROOMS, '.'}
+  for room in ROOMS:
+    text = text_of(f'{room}/README.md')
+    assert re.search(r'^## Add', text, re.MULTILINE) or '- **' in text, room
+    assert blocks(f'{room}/README.md'), room
+  assert len(text_of('README.md').splitlines()) <= 250
+
+
+def test_the_layer_of_the_readme_has_the_shapes_it_says():
+  scope = run('README.md')
+  kernel = scope['variables']['params']['experts']['w_in'].value
+  assert kernel.shape == (8, 64, 256)
+  aux = scope['aux']
   assert aux.stats.load.shape == (8,)
   np.testing.assert_allclose(aux.stats.load.sum(), 2 * aux.stats.tokens)
-  assert rows.shape == (4, 2 * 5, 64)
-  # Gates of a random choice are raw probabilities; what is dropped is zero.
-  assert y.shape == (2, 16, 64)
-  assert jnp.isfinite(y).all()
-  config = scope['get_config']()
-  assert config.model.moe.num_experts == 32
-  assert config.evals.wide.model_overrides.moe.capacity_factor == 4.0
-  assert scope['made'].tokens.shape == (2, 16)
-  assert interop.load(tmp_path / 'out')[0] == scope['model']
-  assert scope['config'].evals.chosen.kind == 'choice'
+  options = run_config.read(scope['get_config']())
+  assert options.model.moe.num_experts == 32
+  assert type(options.model.moe.capacity).__name__ == 'PerAssignment'
 
 
-def runs_as_package(name):
-  return (ROOT / name / '__main__.py').exists()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'readme',
+  [
+    path
+    for path in READMES
+    if str(path.parent) not in (*APART, '.') and blocks(path)
+  ],
+  ids=str,
+)
+def test_the_python_of_a_room_runs(readme, tmp_path):
+  given = {}
+  if 'source' in text_of(readme) and readme.parent.name == 'interop':
+    given = dict(source=checkpoint(tmp_path / 'in'), folder=tmp_path / 'out')
+  scope = run(readme, **given)
+  if 'get_config' in scope:
+    run_config.read(scope['get_config']())
+  if 'layer' in scope:
+    layer, x = scope['layer'], jax.numpy.ones((2, 8, 16))
+    y, _ = layer.apply(layer.init(jax.random.key(0), x), x)
+    assert y.shape == x.shape
+  if 'output' in scope:
+    assert scope['output'].tokens.shape[0] == 2
+  if 'y' in scope:
+    assert np.isfinite(scope['y']).all()
 
 
-def test_paths_exist():
-  named = re.findall(r'`((?:configs|experiments|colab|tests)/[\w./]+)`', TEXT)
-  named += [f'configs/{name}' for name in re.findall(r'`(\w+\.py)`', TEXT)]
-  named += re.findall(r'--config=(configs/\w+\.py)', TEXT)
-  named += [
-    name.replace('.', '/') + '.py'
-    for name in re.findall(r'python -m ((?:moe_jax|experiments)[\w.]+)', TEXT)
-  ]
-  assert len(named) > 8
-  commands = {name.removesuffix('.py') for name in named}
-  packages = {f'{name}.py' for name in commands if runs_as_package(name)}
-  missing = [
-    name
-    for name in named
-    if name not in packages and not (ROOT / name).exists()
-  ]
-  assert not missing
+@each_readme
+def test_links_and_paths_exist(readme):
+  text, folder = text_of(readme), (ROOT / readme).parent
+  links = re.findall(r'\]\((?!https?:)([^)#]+)', text)
+  assert not [link for link in links if not (folder / link).exists()]
+  named = re.findall(r'`((?:configs|experiments|colab|tests)/[\w./]+)`', text)
+  named += re.findall(r'--config=(configs/\w+\.py)', text)
+  assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_config_keys_exist():
-  from configs import base
+@each_readme
+def test_commands_exist(readme):
+  modules = re.findall(
+    r'python -m ((?:moe_jax|experiments)[\w.]+)', text_of(readme)
+  )
+  for module in modules:
+    path = ROOT / module.replace('.', '/')
+    assert (
+      path.with_suffix('.py').exists() or (path / '__main__.py').exists()
+    ), module
 
-  known = flatten(base.get_config())
-  known = {*known, *base.get_config()}
-  named = re.findall(r'--config\.([\w.]+)=', TEXT)
-  named += re.findall(r'`config\.([\w.]+)`', TEXT)
-  assert named
+
+@each_readme
+def test_files_of_the_room_exist(readme):
+  """A room's map names files that are there."""
+  folder = (ROOT / readme).parent
+  if folder == ROOT:
+    return
+  for block in blocks(readme, ''):
+    for name in re.findall(r'(?<![\w/])(\w+\.py)\b', block):
+      found = [*folder.rglob(name), *folder.parent.glob(f'*/{name}')]
+      assert found, f'{readme} names {name}'
+
+
+@each_readme
+def test_config_keys_exist(readme):
+  config = base.get_config()
+  known = {*sections.flatten(config), *_sections_of(config)}
+  named = re.findall(r'--config\.([\w.]+)=', text_of(readme))
+  named += re.findall(r'`config\.([\w.]+)`', text_of(readme))
   assert not [key for key in named if key not in known]
+
+
+def _sections_of(config, prefix=''):
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      yield f'{prefix}{key}'
+      yield from _sections_of(value, f'{prefix}{key}.')
