@@ -5,17 +5,21 @@ import jax.numpy as jnp
 import pytest
 
 from configs import glam_64b64e, mixtral_8x7b, openmoe_8b
-from moe_jax import models
+from moe_jax import models, run_config
 from moe_jax.analysis import compiled, cost
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.positions import Learned, NoPositions, Relative
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.routing.capacity import PerToken
 from tests import golden
 from tests.models import tiny
 from tests.models.tiny import T
 
 
 def counted(config):
-  return cost.count(
-    models.build(config), config.data.seq_len, config.data.target_len
-  )
+  options = run_config.read(config)
+  data = options.data
+  return cost.count(options.build(), data.seq_len, data.target_len)
 
 
 def test_mixtral_has_the_published_counts():
@@ -67,42 +71,42 @@ def test_openmoe_is_the_sum_of_its_parts():
 
 def test_counts_of_a_tiny_model_by_hand():
   model = tiny.build(
-    num_kv_heads=2,
-    activation='swiglu',
-    tie_embeddings=False,
-    moe=dict(layers='every 2', extra_ffn=True),
+    dict(layers='every 2', extra_ffn=True),
+    attention=dict(num_kv_heads=2),
+    ffn=dict(activation='swiglu'),
+    embedding=dict(tie=False),
   )
-  found = cost.count(model, T)
+  tiny_cost = cost.count(model, T)
   attention = 12 * 24 + 2 * 12 * 12 + 24 * 12  # queries, keys and values, out
   ffn = 3 * 12 * 20
   router, logits = 12 * 5, 12 * 23
   norms = (2 + 3 + 1) * 12
-  assert found.expert_params == 5 * ffn
-  assert found.embedding_params == logits
-  assert found.total_params == (
+  assert tiny_cost.expert_params == 5 * ffn
+  assert tiny_cost.embedding_params == logits
+  assert tiny_cost.total_params == (
     2 * attention + 7 * ffn + router + 2 * logits + norms
   )
-  assert found.active_params == found.total_params - 3 * ffn
+  assert tiny_cost.active_params == tiny_cost.total_params - 3 * ffn
   # A dense layer, two experts and the extra one; scores and their sums.
   products = 2 * attention + 4 * ffn + router + logits
-  assert found.forward_flops == 2 * products + 2 * 2 * 2 * T * 24
-  assert found.training_flops == 3 * found.forward_flops
-  assert found.router_flops == 2 * router
+  assert tiny_cost.forward_flops == 2 * products + 2 * 2 * 2 * T * 24
+  assert tiny_cost.training_flops == 3 * tiny_cost.forward_flops
+  assert tiny_cost.router_flops == 2 * router
   # ceil(1.25 * 10 / 5) = 3 slots in 5 experts, for 10 tokens of two choices.
-  assert found.capacity_slack == 15 / 20
+  assert tiny_cost.capacity_slack == 15 / 20
 
 
-@pytest.mark.parametrize('positions', ['learned', 'relative'])
+@pytest.mark.parametrize('positions', [Learned(), Relative()])
 def test_what_is_looked_up_or_added_is_not_multiplied(positions):
-  plain = cost.count(tiny.build(positions='none'), T)
-  found = cost.count(tiny.build(positions=positions, use_bias=True), T)
-  assert found.total_params > plain.total_params
-  assert found.forward_flops == plain.forward_flops
+  plain = cost.count(tiny.build(positions=NoPositions()), T)
+  more = cost.count(tiny.build(positions=positions, use_bias=True), T)
+  assert more.total_params > plain.total_params
+  assert more.forward_flops == plain.forward_flops
 
 
 @pytest.mark.parametrize('num_layers', [2, 3])
 def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
-  model = tiny.build(positions='learned', use_bias=True, num_layers=num_layers)
+  model = tiny.build(positions=Learned(), use_bias=True, num_layers=num_layers)
   params = tiny.params_of(model)
   logits, _ = jax.eval_shape(tiny.apply(model), params, tiny.tokens())
   assert logits.shape == (tiny.B, T, tiny.V)
@@ -112,21 +116,32 @@ def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
 
 @pytest.mark.parametrize(
   'options',
-  [dict(tie_embeddings=True), dict(tie_embeddings=False, use_bias=True)],
+  [
+    dict(embedding=dict(tie=True)),
+    dict(embedding=dict(tie=False), use_bias=True),
+  ],
 )
 @pytest.mark.parametrize(
   'moe',
   [
-    dict(num_selected=1, gates='raw', layers='all'),
-    dict(num_selected=2, layers='every 2', hidden=7),
-    dict(num_selected=3, layers='last 1', extra_ffn=True, activation='geglu'),
+    dict(num_selected=1, layers='all'),
+    dict(num_selected=2, layers='every 2', expert=FeedForwardExpert(hidden=7)),
+    dict(
+      num_selected=3,
+      layers='last 1',
+      extra_ffn=True,
+      expert=FeedForwardExpert(activation='geglu'),
+    ),
   ],
 )
 def test_the_dense_twin_costs_what_the_sparse_model_does_but_its_router(
   moe, options
 ):
   options = dict(num_layers=4, **options)
-  sparse = cost.count(tiny.build(moe, **options), T)
+  router = TokenChoice(
+    gates='raw' if moe['num_selected'] == 1 else 'renormalized'
+  )
+  sparse = cost.count(tiny.build({**moe, 'router': router}, **options), T)
   twin = cost.count(tiny.build({**moe, 'num_experts': 0}, **options), T)
   assert sparse.router_flops > 0
   assert twin.router_flops == twin.expert_params == 0
@@ -153,10 +168,10 @@ def test_short(n, expected):
 def test_describe_names_totals_and_the_routers_share():
   flops = cost.TokenFlops(products=1000, experts=700, router=250, attention=50)
   text = cost.Cost(4000, 1000, 3500, 100, flops, None, 10, 0, 1.25).describe()
-  for part in ('4k total', '1k active', '3.5k in experts', '6k training'):
+  for part in ('4k in all', '1k active', '3.5k in experts', '6k in training'):
     assert part in text
-  assert 'router 12.5%' in text
-  assert '1.25 rows per assignment' in text
+  assert 'routers have 12.5%' in text
+  assert '1.25 rows for each choice' in text
   assert 'encoder' not in text
 
 
@@ -164,27 +179,27 @@ def test_an_encoder_decoders_tokens_are_counted_by_half():
   # 3 tokens read at 100 each and 2 written at 300: 180 on average.
   encoder = cost.TokenFlops(products=90, router=10)
   decoder = cost.TokenFlops(products=280, router=20)
-  found = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
-  assert found.example_flops == 900
-  assert found.forward_flops == 180
-  assert found.training_flops == 540
-  assert found.router_flops == 14
-  assert (found.prefill_flops, found.decode_flops) == (100, 300)
-  assert 'forward: 100 a token of the encoder, 300 one of' in found.describe()
+  both = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
+  assert both.example_flops == 900
+  assert both.forward_flops == 180
+  assert both.training_flops == 540
+  assert both.router_flops == 14
+  assert (both.prefill_flops, both.decode_flops) == (100, 300)
+  assert '100 for a token of the encoder, 300 for one of' in both.describe()
 
 
 def test_counts_of_a_tiny_encoder_decoder_by_hand():
   model = tiny.build(
+    dict(layers='all'),
     kind='encoder_decoder',
-    num_encoder_layers=3,
-    moe=dict(layers='all', encoder_layers='none'),
+    encoder=dict(num_layers=3, overrides={'moe': {'layers': 'none'}}),
   )
-  found = cost.count(model, seq_len=T, target_len=7)
+  both = cost.count(model, seq_len=T, target_len=7)
   # Queries, keys, values, out; a feed-forward; a router; the logits.
   attention, ffn, router, logits = 4 * 12 * 24, 2 * 12 * 20, 12 * 5, 12 * 23
   # The decoder's two layers make keys and values of what the encoder gives.
   cross_keys = 2 * 2 * 12 * 24
-  encoder, decoder = found.encoder, found.decoder
+  encoder, decoder = both.encoder, both.decoder
   assert encoder.products == 2 * (3 * (attention + ffn) + cross_keys)
   assert encoder.attention == 3 * 4 * T * 24
   assert (encoder.experts, encoder.router) == (0, 0)
@@ -194,15 +209,18 @@ def test_counts_of_a_tiny_encoder_decoder_by_hand():
   assert decoder.attention == 2 * 4 * (7 + T) * 24
   norms = (3 * 2 + 2 * 3 + 2) * 12
   assert (
-    found.active_params
+    both.active_params
     == (3 * (attention + ffn) + 2 * (2 * attention + 2 * ffn + router))
     + norms
     + logits
   )
-  assert found.total_params == found.active_params + 2 * 3 * ffn
+  assert both.total_params == both.active_params + 2 * 3 * ffn
 
 
-LARGER = dict(width=64, hidden=192, head_width=16, scan_layers=False)
+LARGER = dict(
+  width=64, ffn=dict(hidden=192), attention=dict(head_width=16),
+  scan_layers=False,
+)  # fmt: skip
 LONG, SHORT = 24, 16
 
 
@@ -221,21 +239,22 @@ def ints(*shape):
 
 @pytest.mark.parametrize('layers', ['none', 'every 2'])
 def test_the_forward_pass_is_what_xla_counts(layers):
-  model = tiny.build(dict(layers=layers), activation='swiglu', **LARGER)
-  found = cost.count(model, LONG)
-  assert (found.capacity_slack != 1) == (layers != 'none')
+  ffn = dict(hidden=192, activation='swiglu')
+  model = tiny.build(dict(layers=layers), **{**LARGER, 'ffn': ffn})
+  ours = cost.count(model, LONG)
+  assert (ours.capacity_slack != 1) == (layers != 'none')
   xla = flops_of(model.apply, abstract(model), ints(3, LONG))
   # Softmaxes and norms are XLA's alone.
-  assert found.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+  assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
 
 
 @pytest.mark.parametrize('layers', ['none', 'every 2'])
 def test_an_encoder_decoder_is_what_xla_counts(layers):
-  moe = dict(layers=layers, capacity_factor=2.0)
+  moe = dict(layers=layers, capacity=PerToken(factor=2.0))
   model = tiny.build(moe, kind='encoder_decoder', **LARGER)
-  found = cost.count(model, LONG, SHORT)
+  ours = cost.count(model, LONG, SHORT)
   xla = flops_of(model.apply, abstract(model), ints(3, LONG), ints(3, SHORT))
-  assert found.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+  assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
 
 
 def test_a_decoding_step_is_what_xla_counts():
@@ -247,8 +266,8 @@ def test_a_decoding_step_is_what_xla_counts():
     return model.apply(variables, tokens, mask, cache, method='decode')
 
   xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
-  found = cost.count(model, LONG)
-  assert found.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+  ours = cost.count(model, LONG)
+  assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
 
 
 def test_encoding_is_what_xla_counts():
@@ -259,5 +278,5 @@ def test_encoding_is_what_xla_counts():
     return model.apply(variables, tokens, mask, SHORT, method='encode')
 
   xla = flops_of(encode, abstract(model), ints(3, LONG), mask)
-  found = cost.count(model, LONG, SHORT)
-  assert found.prefill_flops * 3 * LONG == pytest.approx(xla, rel=0.04)
+  ours = cost.count(model, LONG, SHORT)
+  assert ours.prefill_flops * 3 * LONG == pytest.approx(xla, rel=0.04)

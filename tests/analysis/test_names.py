@@ -1,0 +1,137 @@
+"""No figure depends on the name of a parameter or of a module."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from moe_jax.analysis import cost, memory, model_parts
+from moe_jax.layers import parameters
+from moe_jax.layers.experts import ExpertOptions, FeedForwardExpert
+from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.positions import Learned, Relative
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.layers.routers.contract import Router
+from moe_jax.models.parameters import describe
+from moe_jax.routing import empty_aux, token_choice
+from tests.models import tiny
+from tests.models.tiny import B, T
+
+WORK = cost.Workload(B, T, num_parts=5)
+
+
+def figures(model):
+  """All that is counted of a model."""
+  target_len = 7 if model.has_encoder else 0
+  return (
+    cost.count(model, T, target_len, B),
+    [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES],
+    cost.without_vocabulary(model, T),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherNames(TokenChoice):
+  """Token choice whose kernel and bias have other names."""
+
+  def module(self, sizes, shared, name=None):
+    return OtherNamesRouter(self, sizes, shared, name=name)
+
+
+class OtherNamesRouter(Router):
+  @nn.compact
+  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+    E, K = self.sizes.num_experts, self.sizes.num_selected
+    kernel = parameters.kernel(self.shared, ('embed', None), role='router')
+    bias = parameters.bias((None,), role='router')
+    w = self.param('switchboard', kernel, (x.shape[-1], E), jnp.float32)
+    logits = x.astype(jnp.float32) @ w
+    if self.options.use_bias:
+      logits += self.param('offsets', bias, (E,), jnp.float32)[None, None]
+    chosen = token_choice(
+      logits,
+      num_selected=K,
+      capacity=self.sizes.slots(x.shape[1]),
+      mask=mask,
+      gates=self.options.gates,
+    )
+    return chosen, empty_aux(E, K)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherExpert(ExpertOptions):
+  """The feed-forward layer of width 20, in a user's own words."""
+
+  def module(self, shared, name):
+    return TwoLayers(name=name)
+
+  def twin(self, num_selected):
+    return Twin(FfnOptions(20 * num_selected), 0.0)
+
+
+class TwoLayers(nn.Module):
+  @nn.compact
+  def __call__(self, rows, train):
+    del train
+    up = self.param('up', nn.initializers.ones, (rows.shape[-1], 20))
+    down = self.param('down', nn.initializers.ones, (20, rows.shape[-1]))
+    return jax.nn.gelu(rows @ up) @ down
+
+
+def test_a_router_and_an_expert_with_other_names_cost_the_same():
+  options = dict(gates='renormalized', use_bias=True)
+  ours = tiny.build(
+    dict(router=TokenChoice(**options), expert=FeedForwardExpert(hidden=20))
+  )
+  theirs = tiny.build(dict(router=OtherNames(**options), expert=OtherExpert()))
+  ours_names, theirs_names = (
+    set(tiny.leaves(describe(model).shapes)) for model in (ours, theirs)
+  )
+  assert any('switchboard' in name for name in theirs_names - ours_names)
+  assert any('down' in name for name in theirs_names - ours_names)
+  assert figures(ours) == figures(theirs)
+
+
+@pytest.mark.parametrize(
+  'model',
+  [
+    tiny.build(
+      dict(layers='every 2', extra_ffn=True),
+      positions=Learned(),
+      use_bias=True,
+      embedding=dict(tie=False),
+    ),
+    tiny.build(kind='encoder_decoder', positions=Relative()),
+    tiny.build(dict(layers='1'), kind='lstm', num_layers=3),
+  ],
+  ids=['decoder', 'encoder_decoder', 'lstm'],
+)
+def test_names_may_be_scrambled(model, monkeypatch):
+  paths = {path for path, _ in model.stacks}
+  before = figures(model)
+  renamed = {}
+
+  def scramble(tree, path=()):
+    """The same tree with other names, but for the scopes of the stacks."""
+    if not isinstance(tree, dict):
+      return tree
+    below = {}
+    for name, value in tree.items():
+      other = name
+      if (*path, name) not in paths:
+        other = renamed.setdefault(name, f'name_{len(renamed)}')
+      below[other] = scramble(value, (*path, name))
+    return below
+
+  def scrambled(model):
+    return describe(model)._replace(
+      shapes=scramble(describe(model).shapes),
+      roles=scramble(describe(model).roles),
+    )
+
+  monkeypatch.setattr(model_parts, 'describe', scrambled)
+  assert figures(model) == before
+  assert len(renamed) > 10
