@@ -13,7 +13,7 @@ from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
-from moe_jax.models.parameters import describe
+from moe_jax.models.parameter_trees import describe
 from moe_jax.models.stack import StackConfig
 
 

@@ -22,7 +22,11 @@ from moe_jax.models.encoder_decoder import (
 from moe_jax.models.kinds import MODELS
 from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
-from moe_jax.models.parameters import abstract_params, describe, init_params
+from moe_jax.models.parameter_trees import (
+  abstract_params,
+  describe,
+  init_params,
+)
 from moe_jax.models.pattern import sparse_pattern
 
 Cache = KVCache | LstmCache  # what a model that generates keeps between steps

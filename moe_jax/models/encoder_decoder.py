@@ -120,7 +120,7 @@ class EncoderDecoderOptions(TransformerOptions):
       for name in parents:
         below = below.setdefault(name, {})
       below[key] = leaf.value
-    encoder = EncoderOptions(0 if L == self.num_layers else L, overrides)
+    encoder = EncoderOptions(0 if self.num_layers == L else L, overrides)
     return dataclasses.replace(self, encoder=encoder)
 
   def problems(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ from moe_jax import partitioning, plugins, sections
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.models import MODELS, Model, ModelOptions
-from moe_jax.models.parameters import describe
+from moe_jax.models.parameter_trees import describe
 from moe_jax.models.router_state import (
   abstract_router_state,
   init_router_state,

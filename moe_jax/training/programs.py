@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import models, partitioning
 from moe_jax.distributed import Placing
 from moe_jax.models import Model
-from moe_jax.models.parameters import ParameterTrees
+from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.router_state import init_router_state
 from moe_jax.partitioning import Rules
 from moe_jax.shapes import Leaf
@@ -62,7 +62,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     mesh: The devices.
   """
   rules, seq_len = options.sharding.rules, options.data.seq_len
-  trees = models.parameters.describe(model, seq_len)
+  trees = models.describe(model, seq_len)
   optimizer = options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
-from moe_jax.models.parameters import init_params
+from moe_jax.models.parameter_trees import init_params
 from moe_jax.shapes import Array, Leaf, UInt32
 from moe_jax.training import losses
 from moe_jax.training_types import Batch, LossSums, StepMetrics

@@ -15,7 +15,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.contract import Router
-from moe_jax.models.parameters import describe
+from moe_jax.models.parameter_trees import describe
 from moe_jax.routing import empty_aux, token_choice
 from tests.models import tiny
 from tests.models.tiny import B, T

@@ -15,6 +15,7 @@ from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.padding import Padding
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
@@ -346,3 +347,28 @@ def test_shrunk_models_keep_their_structure():
   assert small.ffn.hidden == 48 and small.positions == Learned(0)
   assert (small.moe.num_experts, small.moe.group_size) == (4, 64)
   assert small.numerics == Numerics()
+
+
+class Routed(Padding):
+  """Routers see padding, as those of another library may."""
+
+  def context(self, context):
+    mask = jnp.ones_like(context.token_mask)
+    return context._replace(routed_mask=mask)
+
+  def routed(self, segment_ids):
+    return jnp.ones_like(segment_ids, bool)
+
+
+@pytest.mark.parametrize('padding', [Padding(), Routed()])
+def test_the_normaliser_of_router_losses_is_what_routers_counted(padding):
+  model = tiny.build()
+  model = model.with_stacks(
+    (dataclasses.replace(model.blocks, padding=padding),)
+  )
+  tokens, segments = tiny.tokens(), np.ones((tiny.B, tiny.T), np.int32)
+  segments[0, 4:] = segments[2] = 0
+  _, aux = tiny.apply(model)(tiny.params_of(model), tokens, segments)
+  counted = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
+  np.testing.assert_array_equal(counted, aux.stats.tokens)
+  assert counted[0] == (tiny.B * tiny.T if isinstance(padding, Routed) else 14)

@@ -151,7 +151,7 @@ def step_of(
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
     mesh = partitioning.make_mesh(sizes)
-    trees = models.parameters.describe(model, T)
+    trees = models.describe(model, T)
     params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
     whole = NamedSharding(mesh, PartitionSpec())
     places = jax.tree.map(lambda _: whole, state)

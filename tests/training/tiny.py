@@ -105,7 +105,7 @@ def grads_of(options: RunConfig, params, batch, key=0):
 
 def optimizer_of(options: RunConfig):
   """The optimizer of the model's parameters."""
-  trees = models.parameters.describe(model_of(options), options.data.seq_len)
+  trees = models.describe(model_of(options), options.data.seq_len)
   return options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )
