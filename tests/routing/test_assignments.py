@@ -1,107 +1,35 @@
-"""Capacity rules in exact arithmetic, and which settings leak the future."""
-
-import itertools
+"""The two views of a routing: what they carry, and that they agree."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.dispatch import gather
-from moe_jax.routing import (
-  CAPACITY_RULES,
-  GATES,
-  SLOT_PRIORITIES,
-  CapacityRule,
-  Routing,
-  is_causal,
-  token_choice,
-)
-from tests import reference
+from moe_jax.routing import Routing, SlotRouting, token_choice
+
+G, S, E, K, C = 2, 7, 5, 3, 4
 
 
-def slots(S, E, K, **rule):
-  return CapacityRule(**rule)(group_size=S, num_experts=E, num_selected=K)
+def by_token(capacity=C):
+  """Token choice with drops and padding."""
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(G, S, E)), jnp.float32)
+  mask = jnp.asarray(rng.random((G, S)) < 0.8)
+  return token_choice(logits, num_selected=K, capacity=capacity, mask=mask)
 
 
-def test_what_the_papers_mean_by_a_capacity_factor():
-  # 64 tokens, 8 experts, top-2: an even split is 8 tokens or 16 choices each.
-  switch = slots(64, 8, 2, rule='per_token', factor=1.25)
-  assert switch == 10  # 1.25 * 64 / 8: 0.625 slots per choice
-  vmoe = slots(64, 8, 2, rule='per_assignment', factor=1.25)
-  assert vmoe == 20
-  gshard = slots(64, 8, 2, rule='per_token', factor=2.0)
-  assert gshard == slots(64, 8, 2, rule='per_assignment', factor=1.0) == 16
-
-
-def test_rounding_then_minimum_then_multiple_then_the_group():
-  # 1.1 * 10 / 4 = 2.75.
-  assert slots(10, 4, 1, factor=1.1, rounding='floor') == 2
-  assert slots(10, 4, 1, factor=1.1, rounding='ceil') == 3
-  # Half goes to even: 2.5 down, 3.5 up.
-  assert slots(10, 4, 1, factor=1.0, rounding='round') == 2
-  assert slots(14, 4, 1, factor=1.0, rounding='round') == 4
-  assert slots(10, 4, 1, factor=1.1, minimum=5, multiple=4) == 8
-  # Nobody needs more slots than there are tokens, whatever the multiple.
-  assert slots(10, 4, 1, factor=1.1, minimum=5, multiple=16) == 10
-  assert slots(10, 4, 1, rule='fixed', slots=3) == 3
-  assert slots(10, 4, 1, rule='fixed', slots=30) == 10
-  assert slots(10, 4, 3, rule='all') == 10
-
-
-def test_the_quotient_is_exact():
-  # In floating point 1.1 * 100 / 10 is a little over 11: one slot too many.
-  assert slots(100, 10, 1, factor=1.1) == 11
-  # And 1.15 * 100 / 5 is a little under 23: one slot too few.
-  assert slots(100, 5, 1, factor=1.15, rounding='floor') == 23
-
-
-@pytest.mark.parametrize('rounding', ['ceil', 'floor', 'round'])
-@pytest.mark.parametrize('rule', CAPACITY_RULES)
-def test_capacity_follows_the_definition(rule, rounding):
-  cases = itertools.product(
-    ((1, 1), (5, 4), (2, 1), (1, 10), (29, 100)),  # factors, as fractions
-    ((1, 1), (4, 1), (1, 4), (4, 6)),  # multiple, minimum
-    ((1, 1, 1), (7, 5, 3), (100, 3, 2), (24, 16, 2), (4096, 64, 1)),  # S, E, K
-  )
-  for factor, (multiple, minimum), (S, E, K) in cases:
-    got = slots(
-      S,
-      E,
-      K,
-      rule=rule,
-      factor=factor[0] / factor[1],
-      rounding=rounding,
-      multiple=multiple,
-      minimum=minimum,
-      slots=9,
-    )
-    assert isinstance(got, int) and 1 <= got <= S
-    assert got == reference.capacity(
-      rule, factor, rounding, multiple, minimum, 9, S=S, E=E, K=K
-    ), (factor, multiple, minimum, S, E, K)
-
-
-@pytest.mark.parametrize(
-  ('wrong', 'words'),
-  [
-    ({'rule': 'per_tokens'}, r"capacity_rule 'per_tokens'.*'per_token'"),
-    ({'rounding': 'up'}, r"capacity_rounding 'up'.*'ceil'"),
-    ({'rule': 'fixed'}, 'slots=0 >= 1'),
-    ({'factor': 0.0}, 'capacity_factor=0.0 must be positive'),
-    ({'factor': float('nan')}, 'capacity_factor=nan'),
-    ({'factor': float('inf')}, 'capacity_factor=inf'),
-    ({'multiple': 0}, 'capacity_multiple=0 must be >= 1'),
-    ({'minimum': 0}, 'capacity_minimum=0 must be >= 1'),
-  ],
-)
-def test_capacity_rule_refuses(wrong, words):
-  with pytest.raises(ValueError, match=words):
-    CapacityRule(**wrong)
+def by_slot(routing):
+  """The same routing seen from the slots, made in loops."""
+  token = np.full((G, E, C), S)
+  gate = np.zeros((G, E, C), np.float32)
+  for g, s, k in np.argwhere(np.asarray(routing.kept)):
+    e, c = int(routing.expert_index[g, s, k]), int(routing.slot[g, s, k])
+    token[g, e, c], gate[g, e, c] = s, routing.gate[g, s, k]
+  return SlotRouting(jnp.asarray(token, jnp.int32), jnp.asarray(gate), S)
 
 
 def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
-  routing = token_choice(jnp.zeros((2, 7, 5)), num_selected=3, capacity=4)
+  routing = by_token()
   assert len(jax.tree.leaves(routing)) == 4
   seen = []
 
@@ -112,98 +40,55 @@ def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
 
   out = double_gates(routing)
   assert isinstance(out, Routing)
-  assert seen == [(5, 4)]
-  assert (out.num_experts, out.capacity) == (5, 4)
+  assert seen == [(E, C)]
+  assert (out.num_experts, out.capacity, out.group_size) == (E, C, S)
   np.testing.assert_array_equal(out.gate, 2 * routing.gate)
 
 
-# All but 'all' leave 1 or 2 slots for 7 tokens and 5 experts: they bind.
-_RULES = {
-  'per_token': CapacityRule('per_token', factor=1.0),
-  'per_assignment': CapacityRule('per_assignment', factor=0.4),
-  'fraction': CapacityRule('fraction', factor=0.2),
-  'fixed': CapacityRule('fixed', slots=2),
-  'all': CapacityRule('all'),
-}
-_SETTINGS = [
-  {'slot_priority': priority, 'num_selected': K, 'capacity_rule': rule}
-  for priority in SLOT_PRIORITIES
-  for K in (1, 2, 3)
-  for rule in CAPACITY_RULES
-]
-_CAUSAL = [setting for setting in _SETTINGS if is_causal(**setting)]
-_LEAKING = [setting for setting in _SETTINGS if not is_causal(**setting)]
-
-
-def _name(setting):
-  return '-'.join(str(value) for value in setting.values())
-
-
-def before_and_after(setting, *, trials=60, **options):
-  """What tokens up to t got in `trials` groups, before and after t+1.. changed.
-
-  Returns two dicts of arrays [trials, S, ...], zero after t.
-  """
-  S, E = 7, 5
-  K = setting['num_selected']
-  C = _RULES[setting['capacity_rule']](
-    group_size=S, num_experts=E, num_selected=K
-  )
-  keys = jax.random.split(jax.random.key(0), 4)
-  old = jax.random.normal(keys[0], (trials, S, E))
-  new = jax.random.normal(keys[1], (trials, S, E))
-  x = jax.random.normal(keys[2], (2, trials, S, 3))
-  t = np.random.default_rng(0).integers(0, S - 1, (trials, 1))
-  past = (np.arange(S)[None] <= t)[..., None]  # [trials, S, 1]
-
-  def run(logits, x):
-    routing = token_choice(
-      logits,
-      num_selected=K,
-      capacity=C,
-      slot_priority=setting['slot_priority'],
-      key=keys[3],
-      **options,
+def test_both_views_answer_alike():
+  routing = by_token()
+  assert routing.kept.any() and not routing.kept.all()
+  slots = by_slot(routing)
+  for name in ('num_experts', 'capacity', 'group_size'):
+    assert getattr(routing, name) == getattr(slots, name)
+  for name in ('slot_mask', 'slot_weights', 'token_gates', 'rows_per_expert'):
+    np.testing.assert_array_equal(
+      getattr(routing, name)(), getattr(slots, name)(), err_msg=name
     )
-    rows = gather.dispatch(x, routing)
-    rows = rows * jnp.arange(1.0, E + 1)[:, None, None]
-    seen = {
-      'kept': routing.kept,
-      'slot': routing.slot,
-      'gate': routing.gate,
-      'y': gather.combine(rows, routing),
-    }
-    return {name: np.where(past, value, 0) for name, value in seen.items()}
-
-  return run(old, x[0]), run(
-    jnp.where(past, old, new), jnp.where(past, x[0], x[1])
-  )
-
-
-@pytest.mark.parametrize('setting', _CAUSAL, ids=_name)
-def test_a_causal_setting_does_not_see_later_tokens(setting):
-  K = setting['num_selected']
-  policies = ['all', 'threshold'] + ['sampled'] * (K == 2)
-  for gates in GATES if K > 1 else ['raw']:
-    for policy in policies:
-      old, new = before_and_after(setting, gates=gates, second_policy=policy)
-      if setting['capacity_rule'] == 'all':
-        # With room for all, a later token may move an earlier one to another
-        # slot of the same expert; nothing is computed differently.
-        del old['slot']
-      for name in old:
-        np.testing.assert_array_equal(old[name], new[name], err_msg=name)
+  for name in ('slot_rows', 'sorted_rows'):
+    one, other = getattr(routing, name)(), getattr(slots, name)()
+    assert (one.by_token, other.by_token) == (True, False)
+    assert one.num_tokens == other.num_tokens == G * S
+    served = int(routing.kept.sum())
+    rows, others = np.asarray(one.token), np.asarray(other.token)
+    if name == 'slot_rows':
+      assert rows.shape == others.shape == (E, G * C)
+      np.testing.assert_array_equal(rows, others)
+    else:  # Rows without anybody are last, and of different numbers.
+      assert rows.shape == (min(G * S * K, E * G * C),)
+      np.testing.assert_array_equal(np.sort(rows[:served] < G * S), True)
+      assert (rows[served:] == G * S).all() and (others[served:] == G * S).all()
+      begin = 0
+      for count in np.asarray(routing.rows_per_expert()):
+        own = slice(begin, begin + count)
+        assert sorted(rows[own]) == sorted(others[own])
+        begin += count
 
 
-@pytest.mark.parametrize('setting', _LEAKING, ids=_name)
-def test_a_leaking_setting_does_see_later_tokens(setting):
-  old, new = before_and_after(setting)
-  assert (old['kept'] != new['kept']).any()
-  assert (old['gate'] != new['gate']).any()
-  assert (old['y'] != new['y']).any()
+def test_rows_and_choices_point_at_each_other():
+  routing = by_token()
+  for rows in (routing.slot_rows(), routing.sorted_rows()):
+    token = np.asarray(rows.token).reshape(-1)
+    choice = np.asarray(rows.choice).reshape(-1)
+    row = np.asarray(rows.row).reshape(-1)
+    for i, c in enumerate(choice):
+      if c < len(row):
+        assert row[c] == i and token[i] == c // K
+    assert (row < len(token)).sum() == routing.kept.sum()
+    np.testing.assert_array_equal(rows.gate, routing.gate.reshape(-1, K))
 
 
-def test_three_ways_to_be_causal():
-  # Token-major; a single choice in order; room for every token.
-  assert len(_CAUSAL) == 15 + 4 + (3 + 3)
-  assert len(_LEAKING) == 2 * 4 + 3 * 4
+@pytest.mark.parametrize('name', ['slot_mask', 'slot_weights', 'slot_rows'])
+def test_unbounded_experts_have_no_slots(name):
+  with pytest.raises(ValueError, match=r'capacity=None.*All\(\)'):
+    getattr(by_token(capacity=None), name)()

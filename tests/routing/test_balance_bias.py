@@ -13,7 +13,8 @@ LOGITS = jnp.log(jnp.array([[[0.5, 0.3, 0.2]]], jnp.float32))
 
 def choice(bias, gates):
   bias = jnp.array(bias, jnp.float32)
-  scores = balance_bias.biased_scores(LOGITS, bias, gates)
+  scores = 'sigmoid' if gates == 'sigmoid' else 'softmax'
+  scores = balance_bias.biased_scores(LOGITS, bias, scores)
   return routing.token_choice(
     LOGITS,
     num_selected=1,
@@ -46,16 +47,16 @@ def test_a_bias_moves_against_the_load():
   np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize('gates', ['raw', 'sigmoid', 'renormalized'])
-def test_steps_of_it_balance_skewed_tokens(gates):
+@pytest.mark.parametrize('scores', balance_bias.SCORES)
+def test_steps_of_it_balance_skewed_tokens(scores):
   rng = np.random.default_rng(0)
   skew = np.array([2.0, 1.0, 0.0, -1.0, -2.0])
   logits = jnp.asarray(rng.normal(skew, 1.0, (2, 200, 5)), jnp.float32)
 
   @jax.jit
   def step(bias, _):
-    scores = balance_bias.biased_scores(logits, bias, gates)
-    index = routing.choose(scores, 2)
+    biased = balance_bias.biased_scores(logits, bias, scores)
+    index = routing.choose(biased, 2)
     load = jax.nn.one_hot(index, 5).sum((0, 1, 2))
     return balance_bias.moved(bias, load, 0.002), load
 
@@ -79,3 +80,8 @@ def test_the_bias_has_no_gradient():
   d_bias, d_logits = jax.grad(total, (0, 1))(jnp.zeros(3), LOGITS)
   assert not d_bias.any()
   assert (d_logits != 0).sum() == 2
+
+
+def test_scores_are_named():
+  with pytest.raises(ValueError, match="unknown scores 'raw'"):
+    balance_bias.biased_scores(LOGITS, jnp.zeros(3), 'raw')

@@ -73,7 +73,7 @@ def test_even_choices_are_served_as_equal_logits_would_be(slot_priority):
 
 
 def test_no_token_is_surer_of_a_random_choice_than_another():
-  with pytest.raises(ValueError, match='without probabilities to sort by'):
+  with pytest.raises(ValueError, match="unknown slot_priority 'batch_prio"):
     even_choice(
       jnp.asarray(choice(0)),
       num_experts=E,

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import routing_stats, token_choice
+from moe_jax.routing import (
+  drop_rate,
+  empty_aux,
+  expert_choice,
+  routing_stats,
+  slot_stats,
+  token_choice,
+)
 from tests import reference
 
 G, S, E = 2, 7, 5
@@ -88,6 +95,42 @@ def test_every_choice_of_a_real_token_has_one_fate():
   gone = stats.overflowed.sum() + stats.unsent.sum()
   assert stats.overflowed.sum() > 0 and stats.unsent.sum() > 0
   assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + gone
+
+
+def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
+  routing, by_loops, logits, mask = example(1)
+  stats = measure(routing, logits, mask)
+  fate, real = by_loops.fate, np.asarray(mask)
+  full = np.array([(fate[..., k] == 'full')[real].mean() for k in range(3)])
+  by_rank, in_all = drop_rate(stats)
+  np.testing.assert_allclose(by_rank, full, rtol=1e-6)
+  np.testing.assert_allclose(in_all, full.mean(), rtol=1e-6)
+  # A choice that was not sent is not dropped: with room for all the rate is 0.
+  routing, _, logits, mask = example(1, capacity=None)
+  stats = measure(routing, logits, mask)
+  assert stats.unsent.sum() > 0 and stats.kept_load.sum() < stats.load.sum()
+  assert drop_rate(stats)[1] == 0
+
+
+def test_the_drop_rate_where_experts_choose_is_of_tokens_that_none_took():
+  # Expert 0 takes token 0, expert 1 token 1; of four tokens two have nobody.
+  logits = jnp.zeros((1, 4, 2)).at[0, 0, 0].set(1.0).at[0, 1, 1].set(1.0)
+  mask = jnp.ones((1, 4), bool)
+  stats = slot_stats(expert_choice(logits, capacity=1), logits, mask, 3)
+  by_rank, in_all = drop_rate(stats)
+  np.testing.assert_array_equal(by_rank, [0.5] * 3)
+  assert in_all == 0.5
+
+
+def test_the_drop_rate_of_stacked_layers_on_the_host():
+  routing, _, logits, mask = example(1)
+  one = jax.tree.map(np.asarray, measure(routing, logits, mask))
+  none = jax.tree.map(np.asarray, empty_aux(E, 3).stats)
+  both = jax.tree.map(lambda a, b: np.stack([a, b]), one, none)
+  with np.errstate(invalid='ignore'):
+    by_rank, in_all = drop_rate(both)
+  np.testing.assert_allclose(by_rank[0], drop_rate(one)[0])
+  assert by_rank.shape == (2, 3) and np.isnan(in_all[1])
 
 
 def test_rms_of_the_logits():

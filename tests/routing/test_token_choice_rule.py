@@ -2,11 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
-from moe_jax.routing import SECOND_POLICIES, SLOT_PRIORITIES, token_choice
+from moe_jax.routing import (
+  GATES,
+  SECOND_POLICIES,
+  SLOT_PRIORITIES,
+  token_choice,
+)
 
 KEY = jax.random.key(11)
 route = jax.jit(
@@ -101,6 +105,25 @@ def test_batch_priority_serves_the_confident_token_first():
     expert=[[0], [0], [0], [0]],
     slot=[[2], [0], [1], [3]],
     kept=[[0], [1], [1], [0]],
+  )
+
+
+def test_batch_priority_goes_by_the_largest_probability_not_the_chosen_ones():
+  # A balancing bias sends both tokens to expert 1. Token 1 is the surest, of
+  # another expert; the paper ranks by that, so it is served.
+  routing = route(
+    logits_of([0.4, 0.35, 0.25], [0.9, 0.06, 0.04]),
+    num_selected=1,
+    capacity=1,
+    slot_priority='batch_priority',
+    expert_index=jnp.array([[[1], [1]]], jnp.int32),
+  )
+  check(
+    routing,
+    expert=[[1], [1]],
+    slot=[[1], [0]],
+    kept=[[0], [1]],
+    gate=[[0], [0.06]],
   )
 
 
@@ -247,11 +270,28 @@ def test_why_router_logits_are_float32():
   check(exact, expert=[[10]], slot=[[0]], kept=[[1]])
   np.testing.assert_allclose(exact.gate, 0.142, atol=5e-4)
   rounded = logits.astype(jnp.bfloat16)
-  coarse = route(rounded.astype(jnp.float32), num_selected=1, capacity=1)
+  coarse = route(rounded, num_selected=1, capacity=1)
   check(coarse, expert=[[0]], slot=[[0]], kept=[[1]])
   np.testing.assert_allclose(coarse.gate, 0.091, atol=5e-4)
-  with pytest.raises(jaxtyping.TypeCheckError):
-    route(rounded, num_selected=1, capacity=1)
+
+
+@pytest.mark.parametrize('gates', GATES)
+def test_gates_are_float32_whatever_the_logits_are(gates):
+  half = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 5)))
+  half = half.astype(jnp.bfloat16)
+  options = dict(num_selected=3, capacity=4, gates=gates)
+  found, exact = (
+    route(logits, **options) for logits in (half, half.astype(jnp.float32))
+  )
+  assert found.gate.dtype == jnp.float32
+  np.testing.assert_array_equal(found.gate, exact.gate)
+
+
+def test_zeros_of_both_signs_tie():
+  # Equal numbers: the lower expert wins, whichever of them is -0.
+  for row in ([-0.0, 0.0], [0.0, -0.0]):
+    routing = route(jnp.array([[row]]), num_selected=1, capacity=1)
+    check(routing, expert=[[0]], slot=[[0]], kept=[[1]])
 
 
 @pytest.mark.parametrize(
@@ -268,8 +308,8 @@ def test_why_router_logits_are_float32():
       {'num_selected': 1, 'gates': 'renormalized_after_drop'},
       "num_selected=1.*use gates='raw'",
     ),
-    ({'num_selected': 3, 'second_policy': 'sampled'}, 'num_selected=2, not 3'),
-    ({'num_selected': 1, 'second_policy': 'sampled'}, 'num_selected=2, not 1'),
+    ({'num_selected': 3, 'second_policy': 'sampled'}, 'num_selected=3, but'),
+    ({'num_selected': 1, 'second_policy': 'sampled'}, 'num_selected=1, but'),
     (
       {'second_policy': 'threshold', 'second_threshold': 0.0},
       r'second_threshold=0.0 not in \(0, 1\]',

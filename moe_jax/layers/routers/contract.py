@@ -62,6 +62,7 @@ class Router(nn.Module):
   sizes: Sizes
   shared: Shared = Shared()
 
+  @nn.compact
   def __call__(
     self,
     x: Float[Array, 'G S M'],
@@ -84,6 +85,20 @@ class Router(nn.Module):
     Returns:
       The routing, and the losses and statistics, which are sums over real
       tokens.
+    """
+    return self.route(x, mask, train, hash_ids, layer)
+
+  def route(
+    self,
+    x: Array,
+    mask: Array,
+    train: bool,
+    hash_ids: Array | None,
+    layer: int | Array,
+  ) -> tuple[Routing | SlotRouting, MoeAux]:
+    """What a router does; arguments and results are those of `__call__`.
+
+    It runs in a compact method, so that it makes parameters where it uses them.
     """
     raise NotImplementedError
 

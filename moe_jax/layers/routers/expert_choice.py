@@ -7,8 +7,6 @@ takes; with room for all, every expert takes every token. The rule is
 
 import dataclasses
 
-from flax import linen as nn
-
 from moe_jax import routing
 from moe_jax.layers.routers.by_expert import LEAK, ByExpert, slot_aux
 from moe_jax.layers.routers.contract import Router
@@ -48,8 +46,7 @@ class ExpertChoiceRouter(Router):
 
   options: ExpertChoice
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del hash_ids, layer
     logits = linear_logits(self, jittered(self, x, train))

@@ -54,7 +54,7 @@ class HashRouter(Router):
 
   options: Hash
 
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del x, train
     if hash_ids is None:

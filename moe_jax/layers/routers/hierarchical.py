@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from moe_jax import routing
@@ -65,6 +64,12 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     how=True,
   )
 
+  def problems(self):
+    """A token chooses among the branches that there are."""
+    a, K1 = self.branching, self.branches_selected
+    if a < K1:
+      yield f'branches_selected={K1} not in [1, branching={a}]'
+
   def problems_with(self, sizes):
     """Experts and choices are divided among branches."""
     a, K1 = self.branching, self.branches_selected
@@ -75,8 +80,10 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
       yield f'num_selected={K} does not divide by branches_selected={K1}'
     if E % a or K % K1:
       return
-    for level in self.levels(sizes):
-      yield from choice_problems(**level._asdict())
+    both = zip(self.levels(sizes), ('among branches', 'in each branch'))
+    for level, where in both:
+      for text in choice_problems(**level._asdict()):
+        yield f'{text} ({where})'
 
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
@@ -130,8 +137,7 @@ class HierarchicalRouter(Router):
 
   options: Hierarchical
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del hash_ids, layer
     x = x.astype(jnp.float32)

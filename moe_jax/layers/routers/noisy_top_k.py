@@ -6,8 +6,6 @@ start at zero. The rule is `moe_jax.routing.noisy_top_k_rule`.
 
 import dataclasses
 
-from flax import linen as nn
-
 from moe_jax import routing
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import (
@@ -49,8 +47,7 @@ class NoisyTopKRouter(Router):
 
   options: NoisyTopK
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del hash_ids, layer
     x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)

@@ -8,7 +8,6 @@ time in training, and are the same each time in evaluation. The rule is
 import dataclasses
 
 import jax
-from flax import linen as nn
 
 from moe_jax import routing
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
@@ -48,8 +47,7 @@ class RandomRouter(Router):
 
   options: Random
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del x, hash_ids
     if train:

@@ -58,8 +58,7 @@ class StrictlyBalancedRouter(Router):
 
   options: StrictlyBalanced
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del hash_ids, layer
     logits = linear_logits(self, jittered(self, x, train))

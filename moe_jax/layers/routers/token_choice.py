@@ -7,8 +7,6 @@ Balancing are settings of its options. The rule is
 
 import dataclasses
 
-from flax import linen as nn
-
 from moe_jax.layers.routers.balancing import (
   BalanceBias,
   BalanceLoss,
@@ -64,8 +62,7 @@ class TokenChoiceRouter(Router):
 
   options: TokenChoice
 
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
     del hash_ids, layer
     logits, scores = linear_logits(self, jittered(self, x, train)), None

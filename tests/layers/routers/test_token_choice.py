@@ -1,6 +1,4 @@
-"""The router module: float32, noise in training alone, losses by the book."""
-
-import functools
+"""Routers that choose by logits: float32, noise in training, losses."""
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +6,20 @@ import numpy as np
 import pytest
 from flax.errors import InvalidRngError
 
-from moe_jax.layers import Init, Router, RouterConfig
-from moe_jax.routing import CapacityRule
+from moe_jax import All, Fixed, NoisyTopK, TokenChoice, sections
+from moe_jax.layers.routers import ROUTERS, Sizes
 from tests import reference
-from tests.models import tiny
-
-G, S, E, K, M = 3, 8, 5, 2, 6
-EVERYONE = CapacityRule('all')
-
-
-def draw(*shape, seed=0, dtype='float32'):
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=shape).astype(jnp.dtype(dtype))
-
-
-def some_mask():
-  """A full group, one with three real tokens and one of padding alone."""
-  mask = np.ones((G, S), bool)
-  mask[1, 3:] = mask[2] = False
-  return mask
-
-
-@functools.cache
-def compiled(config, train):
-  """One compilation for each pair, shared by the tests."""
-
-  @jax.jit
-  def run(params, x, mask, key):
-    rngs = None if key is None else {'router': key}
-    return Router(config).apply({'params': params}, x, mask, train, rngs=rngs)
-
-  return run
-
-
-def route(params, x, mask=None, train=False, key=None, **options):
-  config = RouterConfig(**{'num_experts': E, **options})
-  mask = np.ones(x.shape[:2], bool) if mask is None else mask
-  key = None if key is None else tiny.key(key)
-  return compiled(config, train)(params, x, mask, key)
+from tests.layers.routers.run import (
+  E,
+  G,
+  K,
+  M,
+  S,
+  draw,
+  route,
+  some_mask,
+  start,
+)
 
 
 @pytest.mark.parametrize('balance_choices', ['all', 'first'])
@@ -54,17 +28,13 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
 ):
   x, w, w_noise = draw(G, S, M), draw(M, E, seed=1), draw(M, E, seed=2)
   mask = some_mask()
-  params = {'w': w, 'w_noise': w_noise}
-  capacity = CapacityRule('fixed', slots=2)
   _, aux = route(
-    params,
+    NoisyTopK(gates='renormalized', balance_choices=balance_choices),
+    {'w': w, 'w_noise': w_noise},
     x,
     mask,
-    kind='noisy_top_k',
     num_selected=K,
-    gates='renormalized',
-    capacity=capacity,
-    balance_choices=balance_choices,
+    capacity=Fixed(slots=2),
   )
   x, w, w_noise = (np.asarray(a, np.float64) for a in (x, w, w_noise))
   logits, std = x @ w, np.log1p(np.exp(x @ w_noise))
@@ -97,14 +67,14 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
 
 
 def test_token_choice_has_importance_and_no_load_to_estimate():
-  _, aux = route({'w': draw(M, E)}, draw(G, S, M, seed=1))
+  _, aux = route(params={'w': draw(M, E)}, x=draw(G, S, M, seed=1))
   assert aux.importance_loss > 0
   assert aux.load_loss == 0
 
 
 def test_bfloat16_input_is_routed_in_float32():
   x, w = draw(G, S, 64, dtype='bfloat16'), draw(64, E, seed=1) * 2
-  chosen, aux = route({'w': w}, x, capacity=EVERYONE)
+  chosen, aux = route(params={'w': w}, x=x)
   logits = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
   index = logits.argmax(-1)
   np.testing.assert_array_equal(chosen.expert_index[..., 0], index)
@@ -120,10 +90,12 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
   # Two experts, w = (3, 0) and x = 1: the logits' difference is 3 * jitter.
   params = {'w': np.array([[3.0, 0.0]], np.float32)}
   x = np.ones((G, 100, 1), np.float32)
-  options = dict(num_experts=2, jitter=0.2, capacity=EVERYONE)
 
   def factor(**more):
-    gate = np.asarray(route(params, x, **options, **more)[0].gate, np.float64)
+    chosen, _ = route(
+      TokenChoice(jitter=0.2), params, x, num_experts=2, ids=None, **more
+    )
+    gate = np.asarray(chosen.gate, np.float64)
     return np.log(gate / (1 - gate)).ravel() / 3
 
   np.testing.assert_allclose(factor(), 1, rtol=1e-5)
@@ -139,24 +111,25 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
 
 
 NOISES = {
-  'noisy_top_k': dict(kind='noisy_top_k', num_selected=K),
-  'sampled': dict(second_policy='sampled', num_selected=K),
-  'threshold': dict(second_policy='threshold', num_selected=3),
+  'noisy_top_k': (NoisyTopK(), K),
+  'sampled': (TokenChoice(second_policy='sampled'), K),
+  'threshold': (TokenChoice(second_policy='threshold'), 3),
 }
 
 
 @pytest.mark.parametrize('name', NOISES)
 def test_noise_is_drawn_from_its_stream_in_training_alone(name):
-  options = NOISES[name] | {'capacity': EVERYONE}
+  options, num_selected = NOISES[name]
   x = draw(G, S, M)
   params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}
   if name != 'noisy_top_k':
     del params['w_noise']
+  sizes = dict(num_selected=num_selected)
   with pytest.raises(InvalidRngError, match='router'):
-    route(params, x, train=True, **options)
+    route(options, params, x, train=True, **sizes)
 
   def outcome(**more):
-    chosen, _ = route(params, x, **options, **more)
+    chosen, _ = route(options, params, x, **sizes, **more)
     return np.asarray(chosen.gate), np.asarray(chosen.kept)
 
   gate, kept = outcome()
@@ -169,57 +142,122 @@ def test_noise_is_drawn_from_its_stream_in_training_alone(name):
 
 def test_training_without_noise_needs_no_stream():
   params, x = {'w': draw(M, E)}, draw(G, S, M, seed=1)
-  for options in ({}, {'second_policy': 'threshold'}):  # K=1 has no second
-    trained, _ = route(params, x, train=True, **options)
-    evaluated, _ = route(params, x, **options)
+  # A single choice has no second.
+  for options in (TokenChoice(), TokenChoice(second_policy='threshold')):
+    trained, _ = route(options, params, x, train=True)
+    evaluated, _ = route(options, params, x)
     np.testing.assert_array_equal(trained.gate, evaluated.gate)
 
 
 def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
-  layer = Router(
-    RouterConfig(E, K, kind='noisy_top_k', capacity=EVERYONE, init=Init())
-  )
-  x, mask = draw(G, 100, M), np.ones((G, 100), bool)
-  start = jax.jit(layer.init)(tiny.key(0), x, mask)['params']
-  params = {name: np.asarray(box.unbox()) for name, box in start.items()}
+  x = draw(G, 100, M)
+  params = start(NoisyTopK(), Sizes(E, K, All()), x)['params']
   assert {name: w.shape for name, w in params.items()} == {
     'w': (M, E),
     'w_noise': (M, E),
   }
   assert not params['w'].any()
   assert not params['w_noise'].any()
-  options = dict(kind='noisy_top_k', num_selected=K, capacity=EVERYONE)
-  _, still = route(params, x, **options)
+  options = dict(num_selected=K, ids=None)
+  _, still = route(NoisyTopK(), params, x, **options)
   # Equal logits: ties go to the lower experts.
   np.testing.assert_array_equal(still.stats.load, [300, 300, 0, 0, 0])
-  _, noisy = route(params, x, train=True, key=0, **options)
+  _, noisy = route(NoisyTopK(), params, x, train=True, key=0, **options)
   # 600 choices at K/E = 0.4: 120 an expert, deviation sqrt(300 * .24) = 8.5.
   np.testing.assert_allclose(noisy.stats.load, 120, atol=45)
   # The entropy and the z-loss are those of the clean logits, all zero.
   np.testing.assert_allclose(noisy.z_loss / 300, np.log(E) ** 2, rtol=1e-5)
 
 
+def test_a_balancing_bias_moves_choices_and_leaves_gates_and_losses_to_logits():
+  w, bias = draw(M, E), np.array([0.0, 0.0, 0.0, 0.0, 9.0], np.float32)
+  options = TokenChoice(gates='sigmoid', balance_bias_rate=0.1)
+  state = {'balance_bias': jnp.asarray(bias)}
+  chosen, aux = route(options, {'w': w}, state=state)
+  assert (np.asarray(chosen.expert_index) == 4).all()
+  logits = draw(G, S, M).astype(np.float64) @ w
+  gate = 1 / (1 + np.exp(-logits[..., 4:]))
+  np.testing.assert_allclose(chosen.gate, gate, rtol=1e-4)
+  z = reference.z_loss(logits, np.ones((G, S), bool)).sum() * S
+  np.testing.assert_allclose(aux.z_loss, z, rtol=1e-4)
+
+
+def test_batch_priority_under_a_bias_serves_the_surest_token_first():
+  # Both tokens are pushed to expert 1, which has one slot; the second is surer
+  # of expert 0, and more so than the first is of anything.
+  options = TokenChoice(
+    slot_priority='batch_priority',
+    balance_bias_rate=0.1,
+    balance_bias_scores='softmax',
+  )
+  x = np.log(np.array([[[0.5, 0.4, 0.1], [0.9, 0.06, 0.04]]], np.float32))
+  chosen, _ = route(
+    options,
+    {'w': np.eye(3, dtype=np.float32)},
+    x,
+    num_experts=3,
+    capacity=Fixed(slots=1),
+    ids=None,
+    state={'balance_bias': jnp.array([0.0, 5.0, 0.0])},
+  )
+  np.testing.assert_array_equal(chosen.expert_index, [[[1], [1]]])
+  np.testing.assert_array_equal(chosen.kept, [[[False], [True]]])
+
+
+@pytest.mark.parametrize('gates', ['raw', 'renormalized', 'sigmoid'])
+def test_the_scores_of_a_biased_choice_are_named_where_no_paper_names_them(
+  gates,
+):
+  def options(scores):
+    return TokenChoice(
+      gates=gates, balance_bias_rate=0.1, balance_bias_scores=scores
+    )
+
+  right, wrong = 'softmax', 'sigmoid'
+  if gates == 'sigmoid':
+    right, wrong = wrong, right
+  assert options(right).keeps_state
+  with pytest.raises(ValueError, match=f"'{wrong}' does not belong to gates"):
+    options(wrong)
+
+
+SIZES = [
+  (TokenChoice(), 6, r'num_selected=6 not in \[1, num_experts=5\]'),
+  (TokenChoice(), 0, r'num_selected=0 not in \[1, num_experts=5\]'),
+  (TokenChoice(gates='renormalized'), 1, 'num_selected=1 .* every gate 1'),
+  (NoisyTopK(gates='renormalized_after_drop'), 1, 'num_selected=1 with'),
+  (TokenChoice(second_policy='sampled'), 1, "num_selected=1.*'sampled' is def"),
+]
+
+
+@pytest.mark.parametrize(('options', 'num_selected', 'message'), SIZES)
+def test_sizes_that_do_not_fit_are_said(options, num_selected, message):
+  (problem,) = options.problems_with(Sizes(E, num_selected))
+  with pytest.raises(ValueError, match=message):
+    raise ValueError(problem)
+  assert not list(TokenChoice().problems_with(Sizes(E, K)))
+
+
 @pytest.mark.parametrize(
-  ('options', 'message'),
+  ('section', 'message'),
   [
-    (dict(num_selected=6), r'num_selected=6 not in \[1, num_experts=5\]'),
-    (dict(num_selected=0), r'num_selected=0 not in \[1, num_experts=5\]'),
-    (dict(gates='renormalized'), 'with num_selected=1 makes every gate 1'),
-    (dict(gates='renormalized_after_drop'), 'with num_selected=1'),
-    (dict(gates='raw_'), "unknown gates 'raw_'; did you mean 'raw'"),
-    (dict(kind='token_chose'), "did you mean 'token_choice'"),
-    (dict(slot_priority='token'), "unknown slot_priority 'token'"),
-    (dict(second_policy='random'), "unknown second_policy 'random'"),
-    (dict(balance_choices='second'), "unknown balance_choices 'second'"),
-    (dict(second_policy='sampled'), 'is defined for num_selected=2, not 1'),
+    (dict(gates='raw_'), "unknown .*gates 'raw_'; did you mean 'raw'"),
+    (dict(slot_priority='token'), "slot_priority 'token'"),
+    (dict(second_policy='random'), "second_policy 'random'"),
+    (dict(balance_choices='second'), "balance_choices 'second'"),
     (
       dict(second_policy='threshold', second_threshold=0.0),
-      'second_threshold=0.0',
+      r'second_threshold=0.0 not in \(0, 1\]',
     ),
+    (dict(second_threshold=0.5), 'second_threshold=0.5 has no effect'),
+    (dict(balance_bias_scores='softmax'), 'balance_bias_scores=.* no effect'),
     (dict(jitter=1.0), r'jitter=1.0 not in \[0, 1\)'),
     (dict(jitter=-0.1), r'jitter=-0.1 not in'),
+    (dict(balance_bias_rate=1.0), r'balance_bias_rate=1.0 not in \[0, 1\)'),
+    (dict(of='token'), 'unknown config key .*token_choice.of'),
   ],
 )
-def test_bad_options_are_refused(options, message):
+def test_bad_options_are_refused(section, message):
+  section = {'kind': 'token_choice', 'token_choice': section}
   with pytest.raises(ValueError, match=message):
-    RouterConfig(**{'num_experts': E, **options})
+    sections.read_choice(ROUTERS, section, 'router.')

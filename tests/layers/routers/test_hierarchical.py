@@ -8,39 +8,58 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import FfnConfig, MoE, MoeConfig, RouterConfig
-from moe_jax.layers.routers.router import Router
-from moe_jax.layers.routers.two_levels import HierarchicalRouter
-from moe_jax.routing import CapacityRule
+from moe_jax import (
+  All,
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Fixed,
+  Gather,
+  Hierarchical,
+  MoE,
+  MoeOptions,
+  NoisyTopK,
+  Shared,
+  TokenChoice,
+)
+from moe_jax.layers.routers import Sizes
 from tests import reference
-from tests.layers.test_moe import draw
+from tests.layers.routers.run import draw
 from tests.models import tiny
 from tests.models.tiny import assert_trees_close
 
 B, T, M, F = 2, 9, 6, 11
-ALL = CapacityRule('all')
 
 
-def router(a, b, K1=2, K2=2, **options):
-  """Of a branches of b experts; without branches where a is 0."""
-  return RouterConfig(
-    **dict(
-      num_experts=(a or 1) * b,
-      num_selected=K1 * K2,
-      kind='noisy_top_k',
-      gates='renormalized',
-      capacity=ALL,
-      branching=a,
-      branches_selected=K1 if a else 1,
-    )
-    | options
-  )
+def two_levels(a, b, K1=2, K2=2, *, capacity=All(), **options):
+  """The router of a branches of b experts, and its sizes."""
+  options = {'noisy': True, 'gates': 'renormalized', **options}
+  router = Hierarchical(branching=a, branches_selected=K1, **options)
+  return router, Sizes(a * b, K1 * K2, capacity)
 
 
-def layer(config, dispatch='gather', **options):
+def flat(E, K, kind=NoisyTopK, gates='renormalized'):
+  """A router of one level, and its sizes."""
+  return kind(gates=gates), Sizes(E, K, All())
+
+
+def layer(router_and_sizes, dispatch=Gather()):
+  router, sizes = router_and_sizes
   return MoE(
-    MoeConfig(router=config, expert=FfnConfig(F), dispatch=dispatch, **options)
+    MoeOptions(
+      num_experts=sizes.num_experts,
+      num_selected=sizes.num_selected,
+      capacity=sizes.capacity,
+      router=router,
+      expert=FeedForwardExpert(hidden=F, activation='relu'),
+      dispatch=dispatch,
+    )
   )
+
+
+def alone(router_and_sizes):
+  router, sizes = router_and_sizes
+  return router.module(sizes, Shared())
 
 
 def params_of(module, x):
@@ -67,8 +86,8 @@ def x_and_mask():
 
 def test_one_branch_is_the_flat_layer():
   x, mask = x_and_mask()
-  two, flat = layer(router(1, 5, K1=1, K2=3)), layer(router(0, 5, 1, 3))
-  params = params_of(flat, x)
+  two, one = layer(two_levels(1, 5, K1=1, K2=3)), layer(flat(5, 3))
+  params = params_of(one, x)
   own = params['router']
   branch = {'w': draw(M, 1), 'w_noise': draw(M, 1, seed=1)}
   branch |= {
@@ -76,7 +95,7 @@ def test_one_branch_is_the_flat_layer():
     'w_branch_noise': own['w_noise'][None],
   }
   y, aux = compiled(two)({**params, 'router': branch}, x, mask)
-  expected, flat_aux = compiled(flat)(params, x, mask)
+  expected, flat_aux = compiled(one)(params, x, mask)
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   assert np.abs(y).max() > 0.5
   for name in ('importance_loss', 'load_loss'):
@@ -94,8 +113,8 @@ def test_branches_that_are_copies_are_the_flat_layer_of_one():
   # Gates of branches sum to one, and every branch gives the same.
   a, b = 3, 4
   x, mask = x_and_mask()
-  two, flat = layer(router(a, b)), layer(router(0, b, 1, 2))
-  params = params_of(flat, x)
+  two, one = layer(two_levels(a, b)), layer(flat(b, 2))
+  params = params_of(one, x)
   copies = {k: np.concatenate([v] * a) for k, v in params['experts'].items()}
   own = params['router']
   branch = {'w': draw(M, a), 'w_noise': draw(M, a, seed=1)}
@@ -104,7 +123,7 @@ def test_branches_that_are_copies_are_the_flat_layer_of_one():
     'w_branch_noise': np.stack([own['w_noise']] * a),
   }
   y, aux = compiled(two)({'router': branch, 'experts': copies}, x, mask)
-  expected, _ = compiled(flat)(params, x, mask)
+  expected, _ = compiled(one)(params, x, mask)
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   assert (np.asarray(aux.stats.load).reshape(a, b).sum(1) > 0).all()
 
@@ -114,15 +133,14 @@ def test_all_choices_with_gates_that_are_copies_are_the_flat_product(gates):
   # A gate of the product is one of summed logits, as all are chosen.
   a, b = 3, 2
   x, mask = x_and_mask()
-  options = dict(kind='token_choice', gates=gates)
-  two = layer(router(a, b, K1=a, K2=b, **options))
-  flat = layer(router(0, a * b, 1, a * b, **options))
-  params = params_of(flat, x)
+  two = layer(two_levels(a, b, K1=a, K2=b, noisy=False, gates=gates))
+  one = layer(flat(a * b, a * b, TokenChoice, gates))
+  params = params_of(one, x)
   w, inner = draw(M, a), draw(M, b, seed=1)
   params['router'] = {'w': (w[..., None] + inner[:, None]).reshape(M, a * b)}
   branch = {'w': w, 'w_branch': np.stack([inner] * a)}
   y, aux = compiled(two)({**params, 'router': branch}, x, mask)
-  expected, flat_aux = compiled(flat)(params, x, mask)
+  expected, flat_aux = compiled(one)(params, x, mask)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(
     aux.importance_loss, flat_aux.importance_loss, rtol=1e-4
@@ -145,9 +163,8 @@ def in_numpy(params, x):
 
 def test_choices_gates_and_losses_are_those_of_the_book():
   a, b, K1, K2 = 3, 5, 2, 3
-  config = router(a, b, K1, K2)
   x, mask = x_and_mask()
-  module = HierarchicalRouter(config)
+  module = alone(two_levels(a, b, K1, K2))
   params = params_of_router(module)
   chosen, aux = compiled(module)(params, x, mask)
   clean, std = in_numpy(params, x)
@@ -175,8 +192,7 @@ def params_of_router(module):
 
 
 def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
-  config = router(3, 5)
-  moe = layer(config)
+  moe = layer(two_levels(3, 5))
   x, mask = x_and_mask()
   params = params_of(moe, x)
 
@@ -192,12 +208,12 @@ def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
     assert (largest > 1e-3).all(), (name, largest)
 
 
-@pytest.mark.parametrize('dispatch', ['einsum', 'dropless'])
+@pytest.mark.parametrize('dispatch', [Einsum(), Dropless()], ids=type)
 def test_every_dispatcher_serves_two_levels(dispatch):
   x, mask = x_and_mask()
   results = []
-  for name in ('gather', dispatch):
-    moe = layer(router(3, 5), dispatch=name)
+  for other in (Gather(), dispatch):
+    moe = layer(two_levels(3, 5), other)
     params = params_of(moe, x)
 
     def loss(params, x, moe=moe):
@@ -211,23 +227,20 @@ def test_every_dispatcher_serves_two_levels(dispatch):
 
 def test_gates_start_with_the_fan_in_of_one_branch():
   x, mask = jnp.ones((1, 3, 50)), jnp.ones((1, 3), bool)
-  for options in (dict(kind='token_choice', gates='raw'), {}):
-    module = HierarchicalRouter(router(8, 40, **options))
+  for noisy in (False, True):
+    module = alone(two_levels(8, 40, noisy=noisy))
     init = jax.jit(lambda key, module=module: module.init(key, x, mask))
     start = nn.meta.unbox(init(tiny.key(0)))['params']
-    wanted = 50**-0.5 if options else 0  # of noisy gates all are zero
+    wanted = 0 if noisy else 50**-0.5
     for name in ('w', 'w_branch'):
       np.testing.assert_allclose(start[name].std(), wanted, rtol=0.1)
 
 
 def test_full_experts_drop_later_choices():
-  config = router(2, 3, capacity=CapacityRule('fixed', slots=2))
-  module = HierarchicalRouter(config)
+  module = alone(two_levels(2, 3, capacity=Fixed(slots=2)))
   x, mask = x_and_mask()
   chosen, aux = compiled(module)(params_of_router(module), x, mask)
-  free, _ = compiled(HierarchicalRouter(router(2, 3)))(
-    params_of_router(module), x, mask
-  )
+  free, _ = compiled(alone(two_levels(2, 3)))(params_of_router(module), x, mask)
   counts = np.zeros((B, 6), int)
   for g, s in zip(*np.nonzero(mask)):
     for k, e in enumerate(chosen.expert_index[g, s]):
@@ -240,26 +253,25 @@ def test_full_experts_drop_later_choices():
 
 def test_work_does_not_grow_with_the_branches():
   # A gate over all 512 experts would multiply each token by 512 columns.
-  config = router(32, 16)
   x, mask = jnp.ones((B, T, M)), jnp.ones((B, T), bool)
-  module = HierarchicalRouter(config)
+  module = alone(two_levels(32, 16))
   text = str(
     jax.make_jaxpr(
       lambda x: module.init_with_output(jax.random.key(0), x, mask)[0][0].gate
     )(x)
   )
   assert f'{B},{T},512]' not in text
-  flat = Router(router(0, 512, 1, 4))
+  one = alone(flat(512, 4))
   text = str(
     jax.make_jaxpr(
-      lambda x: flat.init_with_output(jax.random.key(0), x, mask)[0][0].gate
+      lambda x: one.init_with_output(jax.random.key(0), x, mask)[0][0].gate
     )(x)
   )
   assert f'{B},{T},512]' in text
 
 
 def test_noise_is_drawn_at_both_levels_in_training_alone():
-  module = HierarchicalRouter(router(3, 5))
+  module = alone(two_levels(3, 5))
   x, mask = x_and_mask()
   params = params_of_router(module)
   still, _ = compiled(module)(params, x, mask)
@@ -271,18 +283,29 @@ def test_noise_is_drawn_at_both_levels_in_training_alone():
 
 
 @pytest.mark.parametrize(
-  ('options', 'message'),
+  ('sizes', 'message'),
   [
-    (dict(a=3, b=4, num_experts=13), 'num_experts=13 .*branching=3'),
-    (dict(a=3, b=4, num_selected=3), 'num_selected=3 .*branches_selected=2'),
-    (dict(a=3, b=4, K1=4), r'num_selected=4 not in \[1, num_experts=3\]'),
-    (dict(a=3, b=4, K2=5), r'num_selected=5 not in \[1, num_experts=4\]'),
-    (dict(a=3, b=4, K1=1), 'takes the router.s gradient away'),
-    (dict(a=3, b=4, kind='hash', gates='raw'), 'kind of two levels'),
-    (dict(a=3, b=4, gates='sigmoid'), 'gates of two levels'),
-    (dict(a=3, b=4, jitter=0.1), 'jitter of two levels'),
+    (Sizes(13, 4), 'num_experts=13 .*branching=3'),
+    (Sizes(12, 3), 'num_selected=3 .*branches_selected=2'),
+    (Sizes(12, 10), r'num_selected=5 not in \[1, num_experts=4\] \(in each'),
+    (Sizes(12, 2), 'num_selected=1 .*takes the router.s gradient away'),
   ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_sizes_that_do_not_fit_are_said(sizes, message):
+  router, fits = two_levels(3, 4)
+  assert not list(router.problems_with(fits))
   with pytest.raises(ValueError, match=message):
-    router(**options)
+    raise ValueError('; '.join(router.problems_with(sizes)))
+
+
+def test_more_branches_than_there_are_cannot_be_chosen():
+  with pytest.raises(ValueError, match=r'branches_selected=4 not in \[1, bra'):
+    two_levels(3, 4, K1=4)
+  with pytest.raises(ValueError, match="gates 'sigmoid'"):
+    two_levels(3, 4, gates='sigmoid')
+
+
+def test_one_branch_has_a_gate_of_one():
+  # Renormalised gates of a single branch take nothing away.
+  router, sizes = two_levels(1, 4, K1=1, K2=2)
+  assert not list(router.problems_with(sizes))

@@ -1,51 +1,39 @@
-"""Routers without logits, and the one whose experts choose: the module."""
+"""Routers without logits, and those whose experts choose."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import InvalidRngError
 
-from moe_jax.layers import RouterConfig
-from moe_jax.layers.routers.router import Router
-from moe_jax.routing import CapacityRule
+from moe_jax import (
+  All,
+  ExpertChoice,
+  Fixed,
+  Hash,
+  PerAssignment,
+  Random,
+  StrictlyBalanced,
+  sections,
+)
+from moe_jax.layers.routers import ROUTERS, Sizes
 from tests import reference
-from tests.layers.routers.test_router import E, G, K, M, S, draw, some_mask
-from tests.models import tiny
+from tests.layers.routers import run
+from tests.layers.routers.run import IDS, E, G, K, M, S, draw, some_mask
 
-TIGHT = CapacityRule('fixed', slots=2)
-IDS = jnp.asarray(np.random.default_rng(3).integers(0, 9, (G, S)), 'uint32')
-X = jnp.asarray(draw(G, S, M))
-
-
-def config(kind, **options):
-  return RouterConfig(
-    **{'num_experts': E, 'num_selected': K, 'capacity': TIGHT, **options},
-    kind=kind,
-  )
+TIGHT = Fixed(slots=2)
+X = draw(G, S, M)
 
 
-def route(config, params=None, key=None, layer=0, ids=IDS, mask=None):
+def route(options, params=None, key=None, **more):
   """(routing, aux) of one input; training where there is a key."""
-  mask = some_mask() if mask is None else mask
-
-  @jax.jit
-  def run(params, x, mask, layer):
-    rngs = None if key is None else {'router': tiny.key(key)}
-    variables = {'params': params} if params else {}
-    return Router(config).apply(
-      variables, x, mask, key is not None, ids, layer, rngs=rngs
-    )
-
-  return run(params, X, mask, jnp.int32(layer))
+  more = {'mask': some_mask(), 'num_selected': K, 'capacity': TIGHT, **more}
+  return run.route(options, params, X, key=key, train=key is not None, **more)
 
 
-@pytest.mark.parametrize('kind', ['hash', 'random'])
-def test_without_logits_there_is_nothing_to_learn_or_to_balance(kind):
-  c = config(kind, gates='renormalized')
-  start = Router(c).init(tiny.key(0), X, jnp.asarray(some_mask()), hash_ids=IDS)
-  assert not jax.tree.leaves(start.get('params', {}))
-  chosen, aux = route(c)
+@pytest.mark.parametrize('options', [Hash(), Random()], ids=['hash', 'random'])
+def test_without_logits_there_is_nothing_to_learn_or_to_balance(options):
+  assert not run.start(options, Sizes(E, K, TIGHT))
+  assert not options.loss_weights()
+  chosen, aux = route(options)
   assert set(np.unique(chosen.gate)) == {0, np.float32(1 / K)}
   np.testing.assert_array_equal(chosen.gate > 0, chosen.kept)
   losses = (aux.balance_loss, aux.z_loss, aux.importance_loss, aux.load_loss)
@@ -61,15 +49,14 @@ def test_without_logits_there_is_nothing_to_learn_or_to_balance(kind):
   for name in ('tokens', 'load', 'kept_load', 'overflowed'):
     np.testing.assert_array_equal(getattr(aux.stats, name), stats[name])
   assert aux.stats.entropy == aux.stats.logit_square == 0
-  one = config(kind, num_selected=1, gates='renormalized')
-  assert set(np.unique(route(one)[0].gate)) == {0, 1}
+  one, _ = route(options, num_selected=1)
+  assert set(np.unique(one.gate)) == {0, 1}
 
 
 def test_hash_follows_the_ids_alone():
-  c = config('hash', seed=4, capacity=CapacityRule('all'))
   for layer in (0, 3):
-    chosen, _ = route(c, layer=layer)
-    trained, _ = route(c, layer=layer, key=0)
+    chosen, _ = route(Hash(seed=4), layer=layer, capacity=All())
+    trained, _ = route(Hash(seed=4), layer=layer, capacity=All(), key=0)
     np.testing.assert_array_equal(chosen.expert_index, trained.expert_index)
     expected = [
       [
@@ -79,28 +66,26 @@ def test_hash_follows_the_ids_alone():
       for row in IDS
     ]
     np.testing.assert_array_equal(chosen.expert_index, expected)
-  with pytest.raises(ValueError, match="router='hash' needs hash_ids"):
-    route(c, ids=None)
+  with pytest.raises(ValueError, match='hash router needs hash_ids'):
+    route(Hash(), ids=None)
 
 
 def test_random_is_drawn_anew_in_training_alone():
-  c = config('random')
-
-  def index(c=c, **more):
-    return np.asarray(route(c, **more)[0].expert_index)
+  def index(options=Random(), **more):
+    return np.asarray(route(options, **more)[0].expert_index)
 
   others = [index(key=0), index(key=1), index(layer=1)]
-  others.append(index(config('random', seed=1)))
+  others.append(index(Random(seed=1)))
   for other in others:
     assert (other != index()).mean() > 0.5
   assert (others[0] != others[1]).mean() > 0.5
   with pytest.raises(InvalidRngError, match='router'):
-    Router(c).apply({}, X, jnp.asarray(some_mask()), True)
+    run.route(Random(), x=X, train=True)
 
 
 def test_expert_choice_losses_and_statistics_are_those_of_the_book():
   w, mask = draw(M, E, seed=1), some_mask()
-  chosen, aux = route(config('expert_choice'), {'w': w})
+  chosen, aux = route(ExpertChoice(), {'w': w})
   logits = np.asarray(X, np.float64) @ np.asarray(w, np.float64)
   index, gate = reference.expert_choice(logits, 2, mask)
   np.testing.assert_array_equal(chosen.token_index, index)
@@ -123,13 +108,13 @@ def test_expert_choice_losses_and_statistics_are_those_of_the_book():
 
 
 def test_strict_balance_is_of_training_and_thresholds_of_inference():
-  c = config('strictly_balanced', capacity=CapacityRule('all'))
+  options = StrictlyBalanced()
   w, mask = draw(M, E, seed=1), some_mask()
   thresholds = np.full(E, 0.15, np.float32)
   params = {'w': w, 'b_threshold': thresholds}
   logits = np.asarray(X, np.float64) @ np.asarray(w, np.float64)
-  trained, aux = route(c, params, key=0)
-  found, same = route(c, params)
+  trained, aux = route(options, params, key=0, capacity=All())
+  found, same = route(options, params, capacity=All())
   loss = 0.0
   for g in range(G):
     real, full = mask[g].sum(), -(-K * S // E)
@@ -144,38 +129,56 @@ def test_strict_balance_is_of_training_and_thresholds_of_inference():
   np.testing.assert_allclose(aux.load_loss, loss, rtol=1e-3)
   np.testing.assert_allclose(same.load_loss, loss, rtol=1e-3)
   assert (aux.stats.load == aux.stats.load[0]).all()
-  start = Router(c).init(tiny.key(0), X, jnp.asarray(mask))['params']
-  np.testing.assert_allclose(start['b_threshold'].value, 1 / E)
+  start = run.start(options, Sizes(E, K, All()))['params']
+  np.testing.assert_allclose(start['b_threshold'], 1 / E)
 
 
 def test_factor_one_for_each_of_two_choices_is_the_papers_two():
-  rule = CapacityRule('per_assignment', factor=1.0)
   chosen, _ = route(
-    config('expert_choice', capacity=rule, num_experts=4),
+    ExpertChoice(),
     {'w': draw(M, 4)},
     mask=np.ones((G, S), bool),
+    num_experts=4,
+    capacity=PerAssignment(factor=1.0),
   )
   assert chosen.capacity == 2 * S // 4
   assert chosen.filled.sum() == 2 * G * S
 
 
+def test_an_encoder_has_tables_of_its_own():
+  for kind in (Hash, Random):
+    assert kind(seed=4).for_encoder() == kind(seed=5)
+  assert ExpertChoice().for_encoder() == ExpertChoice()
+
+
 @pytest.mark.parametrize(
-  ('kind', 'options', 'message'),
+  ('kind', 'section', 'message'),
   [
-    ('expert_choice', dict(gates='renormalized'), 'gates=.*leave it .raw.'),
-    ('expert_choice', dict(slot_priority='choice_major'), 'slot_priority='),
-    ('expert_choice', dict(balance_bias_rate=0.1), 'balance_bias_rate=0.1'),
-    ('strictly_balanced', dict(gates='sigmoid'), "gates='sigmoid' has no"),
-    ('noisy_top_k', dict(balance_bias_rate=0.1), 'no meaning.*noisy_top_k'),
-    ('hash', dict(balance_bias_rate=0.1), 'balance_bias_rate=0.1'),
-    ('hash', dict(hash_of='word'), "unknown hash_of 'word'"),
-    ('hash', dict(jitter=0.1), "jitter=0.1 has no meaning with router='hash'"),
-    ('random', dict(use_bias=True), 'use_bias=True has no meaning'),
-    ('random', dict(second_policy='sampled'), "second_policy='sampled' has no"),
-    ('random', dict(slot_priority='batch_priority'), 'no probabilities'),
-    ('random', dict(num_selected=6), 'num_selected=6 not in'),
+    ('expert_choice', dict(gates='renormalized'), 'expert_choice.gates'),
+    ('expert_choice', dict(slot_priority='choice_major'), 'slot_priority'),
+    ('expert_choice', dict(balance_bias_rate=0.1), 'balance_bias_rate'),
+    ('expert_choice', dict(balance_choices='first'), 'balance_choices'),
+    ('strictly_balanced', dict(gates='sigmoid'), 'strictly_balanced.gates'),
+    ('noisy_top_k', dict(balance_bias_rate=0.1), 'noisy_top_k.balance_bias'),
+    ('hash', dict(balance_bias_rate=0.1), 'hash.balance_bias_rate'),
+    ('hash', dict(gates='sigmoid'), 'hash.gates'),
+    ('hash', dict(of='word'), "of 'word'"),
+    ('hash', dict(jitter=0.1), 'hash.jitter'),
+    ('random', dict(use_bias=True), 'random.use_bias'),
+    ('random', dict(second_policy='sampled'), 'random.second_policy'),
+    ('random', dict(slot_priority='batch_priority'), "priority 'batch_prio"),
+    ('hierarchical', dict(jitter=0.1), 'hierarchical.jitter'),
+    ('hierarchical', dict(load_weight=0.1), 'load_weight=0.1 has no effect'),
   ],
 )
-def test_options_that_would_do_nothing_are_refused(kind, options, message):
+def test_options_that_a_router_knows_nothing_of_cannot_be_written(
+  kind, section, message
+):
   with pytest.raises(ValueError, match=message):
-    config(kind, **options)
+    sections.read_choice(ROUTERS, {'kind': kind, kind: section}, 'router.')
+
+
+def test_options_of_a_router_that_is_not_chosen_are_refused():
+  section = {'kind': 'token_choice', 'hash': {'of': 'bigram'}}
+  with pytest.raises(ValueError, match=r"hash\.of='bigram' has no effect with"):
+    sections.read_choice(ROUTERS, section, 'router.')

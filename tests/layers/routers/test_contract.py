@@ -1,0 +1,273 @@
+"""What every router of the list answers, held against what it does.
+
+A new router is covered as soon as it stands in `ROUTERS`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import All, PerToken, Shared, TokenChoice
+from moe_jax.dispatch import gather
+from moe_jax.layers.parameters import Role, roles_of
+from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
+from moe_jax.options import OptionError, fields_of, in_force, spec_of
+from moe_jax.routing import MoeAux
+from tests.models import tiny
+
+G, S, E, K, M = 40, 7, 6, 2, 5
+TIGHT = Sizes(E, K, PerToken(factor=0.8))
+ROOMY = Sizes(E, K, All())
+KINDS = sorted(ROUTERS.builtin)
+# A setting of each router that can keep something in `router_state`.
+STATEFUL = {'token_choice': TokenChoice(gates='sigmoid', balance_bias_rate=0.1)}
+LOSSES = [name for name in MoeAux._fields if name.endswith('_loss')]
+
+
+def alternatives(options):
+  """The options with one of their named values changed, all that there are."""
+  for name, field in fields_of(type(options)).items():
+    for check in spec_of(field).checks:
+      for value in check.names:
+        try:
+          yield dataclasses.replace(options, **{name: value})
+        except OptionError:
+          continue  # without effect here, or a part of several
+
+
+def settings():
+  """(options, sizes) whose answers about the future differ."""
+  for kind in KINDS:
+    options = ROUTERS.builtin[kind]()
+    yield options, ROOMY
+    yield options, TIGHT
+    for other in alternatives(options):
+      if other.is_causal(TIGHT) != options.is_causal(TIGHT):
+        yield other, TIGHT
+
+
+def name(value):
+  if isinstance(value, Sizes):
+    return type(value.capacity).__name__
+  return type(value).__name__
+
+
+def inputs(seed=0, groups=G):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(groups, S, M)).astype(np.float32)
+  return jnp.asarray(x), jnp.asarray(rng.integers(0, 9, (groups, S)), 'uint32')
+
+
+@functools.cache
+def fresh(options, sizes):
+  """The module, and its variables in their boxes."""
+  module = options.module(sizes, Shared(), 'router')
+  x, ids = inputs()
+  start = jax.jit(
+    lambda key: module.init(key, x, jnp.ones((G, S), bool), hash_ids=ids)
+  )(tiny.key(0))
+  start = {k: v for k, v in start.items() if k != 'intermediates'}
+  return module, start
+
+
+def variables(options, sizes):
+  """The module, and variables; kernels are drawn, as some start at zero."""
+  module, start = fresh(options, sizes)
+  rng = np.random.default_rng(1)
+
+  def drawn(leaf, role):
+    noise = rng.normal(size=leaf.shape) if role.form == 'kernel' else 0.0
+    return leaf + jnp.float32(noise)
+
+  return module, jax.tree.map(drawn, nn.meta.unbox(start), roles_of(start))
+
+
+@functools.cache
+def compiled(options, sizes, train):
+  """A function of x, hash ids and mask: the routing, its aux, and an output."""
+  module, params = variables(options, sizes)
+
+  @jax.jit
+  def run(x, ids, mask):
+    rngs = {'router': tiny.key(2)} if train else None
+    routing, aux = module.apply(params, x, mask, train, ids, 0, rngs=rngs)
+    rows = gather.dispatch(x, routing)
+    rows = rows * jnp.arange(1.0, E + 1)[:, None, None]
+    return routing, aux, gather.combine(rows, routing)
+
+  return run
+
+
+@pytest.mark.parametrize(('options', 'sizes'), settings(), ids=name)
+def test_causal_is_what_later_tokens_do_not_change(options, sizes):
+  (old, old_ids), (new, new_ids) = inputs(0), inputs(1)
+  t = np.random.default_rng(0).integers(0, S - 1, (G, 1))
+  past = np.arange(S)[None] <= t  # [G, S]
+  real = np.random.default_rng(5).random((G, S)) < 0.5
+  changed = False
+  for train in (False, True):
+    run = compiled(options, sizes, train)
+    before = run(old, old_ids, jnp.ones((G, S), bool))[-1]
+    # Other tokens later, and fewer of them.
+    after = run(
+      jnp.where(past[..., None], old, new),
+      jnp.where(past, old_ids, new_ids),
+      jnp.asarray(past | real),
+    )[-1]
+    difference = np.abs(np.asarray(before - after))[past]
+    changed |= bool((difference > 1e-5).any())
+  assert options.is_causal(sizes) != changed
+  leak = options.leak(sizes)
+  assert leak is None or 'later tokens change earlier outputs' in leak
+
+
+# All but one that draws by the shape of what it sees.
+@pytest.mark.parametrize('sizes', [TIGHT, ROOMY], ids=name)
+@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'random'])
+def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
+  options = ROUTERS.builtin[kind]()
+  serving = options.serving_all(sizes) or sizes
+  x, ids = inputs()
+  run = compiled(options, serving, False)
+  whole = run(x, ids, jnp.ones((G, S), bool))[-1]
+  steps = run(
+    x.reshape(G * S, 1, M),
+    ids.reshape(G * S, 1),
+    jnp.ones((G * S, 1), bool),
+  )[-1].reshape(whole.shape)
+  alike = np.allclose(whole, steps, rtol=1e-4, atol=1e-4)
+  assert (options.decodes(sizes) is None) == alike
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_losses_that_a_router_names_are_those_it_has(kind):
+  options = ROUTERS.builtin[kind]()
+  weights = options.loss_weights()
+  assert set(weights) <= set(LOSSES)
+  x, ids = inputs()
+  _, aux, _ = compiled(options, TIGHT, True)(x, ids, jnp.ones((G, S), bool))
+  for name in LOSSES:
+    field = fields_of(type(options)).get(name.replace('_loss', '_weight'))
+    assert (name in weights) == (field is not None)
+    has = field is not None and in_force(
+      functools.partial(getattr, options), spec_of(field).when
+    )
+    assert (getattr(aux, name) > 0) == has, name
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_padding_takes_no_slot_and_changes_nothing(kind, train):
+  run = compiled(ROUTERS.builtin[kind](), TIGHT, train)
+  mask = np.random.default_rng(4).random((G, S)) < 0.7
+  (x, ids), (other, other_ids) = inputs(0), inputs(1)
+  results = [run(x, ids, mask)]
+  results.append(
+    run(
+      jnp.where(mask[..., None], x, other),
+      jnp.where(mask, ids, other_ids),
+      mask,
+    )
+  )
+  for routing, aux, y in results:
+    slots = np.asarray(routing.slot_mask())
+    assert not slots[~mask].any() and slots[mask].any()
+    # One token a slot.
+    assert slots.sum(1).max() == 1
+    assert not np.asarray(y)[~mask].any()
+    assert aux.stats.tokens == mask.sum()
+    np.testing.assert_allclose(aux.stats.kept_load.sum(), slots.sum())
+  (_, aux, y), (_, same_aux, same_y) = results
+  np.testing.assert_array_equal(y, same_y)
+  jax.tree.map(np.testing.assert_array_equal, aux, same_aux)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_parameters_are_a_routers_and_cost_what_is_said(kind):
+  options = ROUTERS.builtin[kind]()
+  _, start = fresh(options, TIGHT)
+  roles = jax.tree.leaves(
+    roles_of(start.get('params', {})), is_leaf=lambda x: isinstance(x, Role)
+  )
+  assert {role.role for role in roles} <= {'router'}
+  kernels = [
+    leaf
+    for leaf, role in zip(jax.tree.leaves(nn.meta.unbox(start)), roles)
+    if role.form == 'kernel'
+  ]
+  total = sum(kernel.size for kernel in kernels)
+  cost = options.multiply_adds(TIGHT, M)
+  # Of a stack of kernels a token meets some.
+  assert (cost == total) or any(kernel.ndim > 2 for kernel in kernels)
+  assert cost <= total and (cost > 0) == (total > 0)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_state_is_kept_where_it_is_said_and_moves(kind):
+  options = ROUTERS.builtin[kind]()
+  _, start = fresh(options, TIGHT)
+  assert not options.keeps_state and 'router_state' not in start
+  overrides = type(options).keeps_state is not RouterOptions.keeps_state
+  assert overrides == (kind in STATEFUL)
+  if not overrides:
+    return
+  options = STATEFUL[kind]
+  _, start = fresh(options, TIGHT)
+  assert options.keeps_state
+  state = start['router_state']
+  load = jnp.arange(float(E))
+  moved = options.move_state(state, load)
+  assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
+  for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(moved)):
+    assert (before != after).any()
+  # Of a stack of layers, each by its own load; at a rate of 0 none.
+  stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+  loads = jnp.stack([load, load[::-1]])
+  both = options.move_state(stack, loads)
+  for i in range(2):
+    one = options.move_state(state, loads[i])
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], both)
+    jax.tree.map(np.testing.assert_array_equal, layer, one)
+  still = options.move_state(state, load, 0.0)
+  jax.tree.map(np.testing.assert_array_equal, still, state)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_a_router_needs_of_a_batch_it_says(kind):
+  options = ROUTERS.builtin[kind]()
+  tokens = jnp.arange(6).reshape(2, 3)
+  ids = options.ids_of(tokens, tokens, tokens)
+  assert (ids is not None) == options.needs_ids
+  module, params = variables(options, TIGHT)
+  x, mask = inputs()[0], jnp.ones((G, S), bool)
+  apply = functools.partial(jax.eval_shape, module.apply, params, x, mask)
+  if options.needs_ids:
+    with pytest.raises(ValueError, match='hash_ids'):
+      apply()
+  else:
+    apply()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_sizes_and_other_forms_of_the_options(kind):
+  options = ROUTERS.builtin[kind]()
+  assert not list(options.problems_with(TIGHT))
+  for num_selected in (0, E + 2):
+    (problem, *_) = options.problems_with(Sizes(E, num_selected))
+    assert problem.startswith('num_selected=')
+  for other in (options.for_encoder(), options.shrunk()):
+    assert type(other) is type(options)
+  if 'slot_priority' in fields_of(type(options)):
+    # With room for all it does not matter who is served first.
+    other = dataclasses.replace(options, slot_priority='choice_major')
+    assert other.meaning(ROOMY) == options.meaning(ROOMY) == options
+    assert other.meaning(TIGHT) == other != options.meaning(TIGHT)
+  served = options.serving_all(TIGHT)
+  assert served is None or not served.capacity.binds
+  assert not (options.by_expert and options.drops(TIGHT))
+  assert not options.drops(ROOMY)
