@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import All, PerToken, Shared, TokenChoice
+from moe_jax import All, PerToken, Shared
 from moe_jax.dispatch import gather
 from moe_jax.layers.parameters import Role, roles_of
 from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
-from moe_jax.options import OptionError, fields_of, in_force, spec_of
+from moe_jax.options import (
+  OptionError,
+  fields_of,
+  in_force,
+  spec_of,
+  types_of,
+)
 from moe_jax.routing import MoeAux
 from tests.models import tiny
 
@@ -24,8 +30,6 @@ G, S, E, K, M = 40, 7, 6, 2, 5
 TIGHT = Sizes(E, K, PerToken(factor=0.8))
 ROOMY = Sizes(E, K, All())
 KINDS = sorted(ROUTERS.builtin)
-# A setting of each router that can keep something in `router_state`.
-STATEFUL = {'token_choice': TokenChoice(gates='sigmoid', balance_bias_rate=0.1)}
 LOSSES = [name for name in MoeAux._fields if name.endswith('_loss')]
 
 
@@ -38,6 +42,20 @@ def alternatives(options):
           yield dataclasses.replace(options, **{name: value})
         except OptionError:
           continue  # without effect here, or a part of several
+
+
+def stateful(options):
+  """A setting of the router that keeps something; None if there is none."""
+  for other in (options, *alternatives(options)):
+    for name, hint in types_of(type(other)).items():
+      if hint is float:
+        try:
+          changed = dataclasses.replace(other, **{name: 0.1})
+        except OptionError:
+          continue
+        if changed.keeps_state:
+          return changed
+  return None
 
 
 def settings():
@@ -212,11 +230,11 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   options = ROUTERS.builtin[kind]()
   _, start = fresh(options, TIGHT)
   assert not options.keeps_state and 'router_state' not in start
-  overrides = type(options).keeps_state is not RouterOptions.keeps_state
-  assert overrides == (kind in STATEFUL)
-  if not overrides:
+  can = type(options).keeps_state is not RouterOptions.keeps_state
+  options = stateful(options)
+  assert (options is not None) == can
+  if not can:
     return
-  options = STATEFUL[kind]
   _, start = fresh(options, TIGHT)
   assert options.keeps_state
   state = start['router_state']
