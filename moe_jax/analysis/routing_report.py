@@ -26,16 +26,17 @@ Row = dict[str, Any]
 
 _LAYERS_TITLE = 'What the router of each sparse layer did'
 _LAYERS_NOTE = """\
-An assignment is a token's choice of an expert. The load of an expert is its
-number of assignments before any is dropped. The entropy is that of the router's
-probabilities over experts, averaged over tokens; a router that is undecided
-among all experts has the entropy `ln E`."""
+Every token chooses one or more experts; a choice is dropped if its expert is
+full. The load of an expert is the number of choices that fall on it, before any
+is dropped. The entropy is that of the router's probabilities over experts,
+averaged over tokens; a router that is undecided among all experts has the
+entropy `ln E`."""
 
 _TOKENS_TITLE = 'Which tokens the busiest experts take'
 _TOKENS_NOTE = """\
-Assignments are counted before any is dropped. The share of an expert is its
-part of all assignments. The percentage behind a token is the part of that
-token's assignments that go to this expert."""
+Choices are counted before any is dropped. The share of an expert is its part of
+all choices. The percentage behind a token is the part of that token's own
+choices that fall on this expert."""
 _TEXT = ['tokens, most frequent first']  # columns that are aligned left
 _TOKENS_HEADINGS = ['layer', 'expert', 'share', *_TEXT]
 
@@ -46,8 +47,8 @@ class LayerStats:
 
   Attributes:
     layer: Number of the layer among all layers of the model, from 0.
-    load: Number of assignments of each expert before any is dropped.
-    kept: Number of assignments of each expert that are served.
+    load: Number of choices of each expert before any is dropped.
+    kept: Number of choices of each expert that are served.
     drop_rate: Dropped choices over all choices; see
       `moe_jax.routing.drop_rate`.
     drop_rate_by_choice: The same for the first choices of tokens, for the
@@ -55,8 +56,8 @@ class LayerStats:
     entropy: Entropy in nats of the router's probabilities, averaged over
       tokens.
     router_logit_rms: Root mean square of the router's logits.
-    token_counts: Number of times that each token id was assigned to each expert
-      before any was dropped; None where nobody counted.
+    token_counts: Number of times that each token id chose each expert, before
+      any choice is dropped; None where nobody counted.
   """
 
   layer: int
@@ -95,9 +96,9 @@ def routing_table(
   `drop_rate_by_choice`, `load_max_over_mean`, `load_cv`, `entropy` (in nats),
   `entropy_fraction` (of ln E), `router_logit_rms`, `unused_experts` and
   `busiest`. The last one lists the busiest experts, each with `expert`, its
-  `share` of all assignments, and `tokens`: the most frequent ones, each with
-  `id`, `name`, `count` and the `share` of its own assignments that this expert
-  gets. Ties go to the lower number. Numbers that are undefined are None.
+  `share` of all choices, and `tokens`: the most frequent ones, each with `id`,
+  `name`, `count` and the `share` of its own choices that fall on this expert.
+  Ties go to the lower number. Numbers that are undefined are None.
 
   Args:
     layers: What the routers did.

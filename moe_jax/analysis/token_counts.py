@@ -4,7 +4,7 @@ Not here: the sums that every step returns (`moe_jax.routing.stats`).
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,10 @@ from jaxtyping import Int
 from moe_jax.distributed import fetch
 from moe_jax.layers.routers.contract import sown_choices
 from moe_jax.models import Model
-from moe_jax.models.base import Batch
 from moe_jax.routing import SlotRouting
+from moe_jax.shapes import Leaf
+
+Batch = Mapping[str, Leaf]
 
 
 class Choices(NamedTuple):

@@ -1,6 +1,7 @@
 """What the command prints: tables that a person reads off."""
 
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,12 +9,14 @@ import sys
 import pytest
 from rich.console import Console
 
-from configs import mixtral_8x7b
-from moe_jax import models
+from configs import eigen_digits, mixtral_8x7b
+from moe_jax import run_config
 from moe_jax.analysis import cost
-from moe_jax.config import merge
 from tests.models import tiny
 from tests.models.tiny import T
+from tests.training import tiny as tiny_run
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def text_of(*tables):
@@ -24,8 +27,8 @@ def text_of(*tables):
 
 
 def test_mixtral_is_47b_in_memory_and_13b_in_compute():
-  config = mixtral_8x7b.get_config()
-  model, work = models.build(config), cost.workload(config)
+  options = run_config.read(mixtral_8x7b.get_config())
+  model, work = options.build(), cost.workload(options)
   text = text_of(
     cost.compute_table(model, work),
     cost.memory_table(model, work),
@@ -41,19 +44,17 @@ def test_mixtral_is_47b_in_memory_and_13b_in_compute():
   # 2 * 32 layers * 8 heads of 128, 32768 times.
   assert rows['cache'] == ['8.59 GB', '4.3 GB', '4.3 GB']
   assert rows['H100-80GB, 80 GB'] == [
-    'no: 3 of them',
-    'no: 2 of them',
+    'needs 3',
+    'needs 2',
     'fits (64%)',
   ]
-  assert rows['TPU v5e, 16 GB'][2] == 'no: 4 of them'
-  assert 'all-to-all that each of 8 devices sends' in rows
+  assert rows['TPU v5e, 16 GB'][2] == 'needs 4'
+  assert 'one all-to-all, as each of 8 devices sends it' in rows
 
 
 def test_tables_of_an_encoder_decoder_name_both_halves():
-  config = tiny.config(kind='encoder_decoder')
-  config = merge(config, {'data': {'target_len': 6}})
-  work = cost.workload(config, batch_size=3, num_parts=5)
-  model = models.build(config)
+  model = tiny.build(kind='encoder_decoder')
+  work = cost.Workload(3, T, target_len=6, num_parts=5)
   text = text_of(
     cost.compute_table(model, work),
     cost.memory_table(model, work),
@@ -63,19 +64,19 @@ def test_tables_of_an_encoder_decoder_name_both_halves():
   for part in (
     'over 10 tokens read and 6 written',
     'a batch of 3 x 10 and 6 tokens',
-    'encoder: buffers of a sparse layer (gather, 45 rows)',
-    'decoder: 8 of them, a training step',
-    'to generate: 3 x 6 tokens',
-    'fits (0%)',
+    'encoder: rows to and from the experts of a sparse layer (gather, 45 rows)',
+    'decoder: the 8 all-to-alls of a training step',
+    'Memory to generate 3 x 6 tokens',
+    'fits (<1%)',
   ):
     assert part in text
 
 
-def test_a_dense_model_has_no_buffers():
+def test_a_dense_model_has_no_rows_of_experts():
   model = tiny.build(dict(layers='none'))
   text = text_of(cost.memory_table(model, cost.Workload(2, T)))
-  assert 'kept by layers' in text
-  assert 'buffers' not in text
+  assert 'kept by all layers' in text
+  assert 'experts' not in text
 
 
 def test_a_workload_is_positive():
@@ -91,36 +92,70 @@ def test_in_bytes(n, expected):
   assert cost.in_bytes(n) == expected
 
 
-def test_the_command_prints_the_tables():
+def command(*flags, module='cost'):
+  """What a command of the room prints: its status, output and errors."""
   result = subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'moe_jax.analysis.cost',
-      '--config=configs/switch_c.py',
-      '--batch=4',
-      '--expert_parallel=512',
-    ],
+    [sys.executable, '-m', f'moe_jax.analysis.{module}', *flags],
     capture_output=True,
     text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-    timeout=120,
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '120'},
+    timeout=600,
+    check=False,
   )
-  assert result.returncode == 0, result.stderr
-  assert '1.57T parameters in memory, 1.8B in compute' in result.stdout
-  assert 'a batch of 4 x 512 and 128 tokens' in result.stdout
-  assert 'each of 512 devices' in result.stdout
-  assert '3.14 TB' in result.stdout
+  return result.returncode, result.stdout, result.stderr
 
 
-def test_bytes_need_no_vocabulary_and_others_are_asked_for():
-  config = tiny.config(vocab_size=0)
-  assert cost.with_own_vocabulary(config).model.vocab_size == 257
-  given = tiny.config()
-  assert cost.with_own_vocabulary(given) is given
-  chars = merge(config, {'data': {'tokenizer': 'chars'}})
-  with pytest.raises(ValueError, match=r"'chars'.*--config.model.vocab_size"):
+def test_the_command_prints_the_tables_of_overrides():
+  status, out, errors = command(
+    '--config=configs/switch_c.py',
+    '--batch=4',
+    '--expert_parallel=512',
+    '--config.data.target_len=128',
+    '--config.model.num_layers=30',
+    '--config.model.moe.layers=every 2',
+    '--config.model.moe.router.kind=hash',
+  )
+  assert status == 0, errors
+  # 15 + 15 routers of 2080 x 2048 fewer are 0.1B of the 1.8B.
+  assert '1.57T parameters in memory, 1.67B in compute' in out
+  assert 'a batch of 4 x 512 and 128 tokens' in out
+  assert 'each of 512 devices' in out
+  assert '3.14 TB' in out
+  # The file sets options of its own router, which another one lacks.
+  assert 'has no effect with these flags; ignored' in out
+
+
+@pytest.mark.parametrize(
+  ('module', 'flag', 'nearest'),
+  [
+    ('explain_cost', '--config.model.widht=64', 'model.width'),
+    ('cost', '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
+  ],
+)
+def test_an_unknown_key_is_refused_in_one_line(module, flag, nearest):
+  status, out, errors = command(
+    '--config=configs/tiny_switch.py', flag, module=module
+  )
+  assert status == 1
+  assert out == ''
+  (line,) = errors.strip().splitlines()
+  assert 'unknown config key' in line
+  assert f"{nearest}'" in line.split('; have')[0]
+
+
+def test_a_vocabulary_that_depends_on_the_data_is_asked_for():
+  config = tiny_run.config()
+  options = run_config.read(config)
+  assert cost.with_own_vocabulary(options).model.vocab_size == 257
+  given = tiny_run.options(model={'vocab_size': 300})
+  assert cost.with_own_vocabulary(given).model.vocab_size == 300
+  chars = tiny_run.options(data={'tokenizer': {'kind': 'chars'}})
+  with pytest.raises(ValueError, match=r'Chars.*--config.model.vocab_size'):
     cost.with_own_vocabulary(chars)
-  examples = merge(config, {'model': {'kind': 'deep_moe'}})
-  with pytest.raises(ValueError, match="'deep_moe' has no cost a token"):
-    cost.with_own_vocabulary(examples)
+
+
+def test_a_model_of_features_has_no_cost_per_token():
+  options = run_config.read(eigen_digits.get_config())
+  with pytest.raises(ValueError, match=r"'deep_moe'.* no cost per token"):
+    cost.with_own_vocabulary(options)

@@ -1,4 +1,4 @@
-"""Where a step's time goes: scopes told by name, and every share once."""
+"""The time of a step: scopes told by name, and every share counted once."""
 
 import os
 import pathlib
@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from moe_jax.analysis import explain_cost
+from moe_jax.analysis import step_parts
 from tests.analysis.test_compiled import PROGRAM
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYER = 'closed_call/layers/layer_1'
-SOURCE = 'python_stdlib:email,json,asyncio'
+MODULES = 'email,json,asyncio'
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ SOURCE = 'python_stdlib:email,json,asyncio'
     # The innermost known scope counts.
     (
       f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/dispatch/index/sort',
-      'index building',
+      'slots and indices',
     ),
     (
       f'jit(train_step)/transpose(jvp(Decoder))/{LAYER}/moe/combine/gather',
@@ -34,7 +34,10 @@ SOURCE = 'python_stdlib:email,json,asyncio'
       'branch_0_fun/dot_general',
       'experts',
     ),
-    (f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/reshape', 'moe, the rest'),
+    (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/reshape',
+      'rest of sparse layers',
+    ),
     (
       f'jit(train_step)/jvp(Decoder)/{LAYER}/attention/attention._project/'
       'dot_general',
@@ -50,23 +53,23 @@ SOURCE = 'python_stdlib:email,json,asyncio'
     ),
     # A transformation may wrap the scope itself.
     ('jit(f)/transpose(jvp(experts))/mul', 'experts'),
-    ('jit(train_step)/jvp(Decoder)/dot_general', explain_cost.AROUND),
-    ('jit(train_step)/transpose(jvp())/exp', explain_cost.AROUND),
+    ('jit(train_step)/jvp(Decoder)/dot_general', step_parts.AROUND),
+    ('jit(train_step)/transpose(jvp())/exp', step_parts.AROUND),
     ('jit(train_step)/optimizer/mul', 'optimizer'),
     # A primitive is no scope, whatever its name.
-    ('jit(train_step)/dispatch', explain_cost.OTHER),
-    ('jit(train_step)/add', explain_cost.OTHER),
-    ('', explain_cost.OTHER),
+    ('jit(train_step)/dispatch', step_parts.OTHER),
+    ('jit(train_step)/add', step_parts.OTHER),
+    ('', step_parts.OTHER),
   ],
 )
 def test_part_of(op_name, part):
-  assert explain_cost.part_of(op_name) == part
-  assert part in explain_cost.ROWS
+  assert step_parts.part_of(op_name) == part
+  assert part in step_parts.ROWS
 
 
 def test_backward_is_what_is_transposed():
-  assert explain_cost.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
-  assert not explain_cost.is_backward('jit(f)/jvp(Decoder)/mul')
+  assert step_parts.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
+  assert not step_parts.is_backward('jit(f)/jvp(Decoder)/mul')
 
 
 def test_a_loop_is_not_counted_beside_its_body():
@@ -77,15 +80,15 @@ def test_a_loop_is_not_counted_beside_its_body():
     'dot.1': 2.0,
     'not of this program': 1.0,
   }
-  parts, busy = explain_cost.attribute(PROGRAM, seconds)
+  parts, busy = step_parts.by_part(PROGRAM, seconds)
   assert busy == 12
-  assert parts == {('experts', False): 9.0, (explain_cost.OTHER, False): 3.0}
+  assert parts == {('experts', False): 9.0, (step_parts.OTHER, False): 3.0}
 
 
 def test_a_call_that_shows_no_inside_is_counted():
-  parts, busy = explain_cost.attribute(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
+  parts, busy = step_parts.by_part(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
   assert busy == 4
-  assert parts == {('router', False): 3.0, (explain_cost.OTHER, False): 1.0}
+  assert parts == {('router', False): 3.0, (step_parts.OTHER, False): 1.0}
 
 
 def test_shares_scale_to_the_step():
@@ -95,12 +98,12 @@ def test_shares_scale_to_the_step():
     ('experts', False): 5.0,
   }
   # 8 s of work in 3 s of a step, besides 1 s of waiting for input.
-  shares = explain_cost.shares_of_step(parts, 8.0, step_seconds=4.0, wait=1.0)
+  shares = step_parts.shares_of_step(parts, 8.0, step_seconds=4.0, wait=1.0)
   assert [s.part for s in shares] == [
     'router',
     'experts',
-    explain_cost.OTHER,
-    explain_cost.INPUT,
+    step_parts.OTHER,
+    step_parts.INPUT,
   ]
   assert sum(s.seconds for s in shares) == 4.0
   assert (shares[0].forward, shares[0].backward) == (3 / 8, 6 / 8)
@@ -115,7 +118,7 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
       '-m',
       'moe_jax.analysis.explain_cost',
       '--config=configs/tiny_switch.py:runlocal',
-      f'--config.data.source={SOURCE}',
+      f'--config.data.source.python_stdlib.modules={MODULES}',
       '--steps=3',
     ],
     cwd=ROOT,
@@ -131,12 +134,11 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  step = float(re.search(r'a training step: ([\d.]+) ms', done.stdout)[1])
+  step = float(re.search(r'A training step takes ([\d.]+) ms', done.stdout)[1])
   rows = re.findall(r'│ (\D+?) +│.* ([\d.]+) │ +([\d.]+)% │', done.stdout)
   parts = {name: float(ms) for name, ms, _ in rows}
-  assert {'router', 'experts', 'attention', 'norms', 'other', 'input'} <= set(
-    parts
-  )
+  named = {'router', 'experts', 'attention', 'norms'}
+  assert named | {step_parts.OTHER, step_parts.INPUT} <= set(parts)
   assert parts['router'] > 0 and parts['experts'] > 0
   # Each is rounded to 0.01 ms, the step to 0.1 ms.
   assert sum(parts.values()) == pytest.approx(

@@ -10,16 +10,23 @@ from flax import linen as nn
 from jax.extend.core import Literal
 
 from configs import switch_c
-from moe_jax import models
+from moe_jax import models, run_config
 from moe_jax.analysis import memory
-from moe_jax.analysis.halves import halves
-from moe_jax.dispatch import dropless, einsum, gather
+from moe_jax.analysis.model_parts import halves
+from moe_jax.dispatch import einsum, gather, sorted_rows
+from moe_jax.layers.experts import Dropless, Einsum, Gather
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import Relative
+from moe_jax.layers.routers import ExpertChoice
 from moe_jax.routing import expert_choice, token_choice
+from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import T
 
 B, S = 3, 7  # S tokens of an encoder
-ENCODER_DECODER = dict(kind='encoder_decoder', positions='relative')
+ENCODER_DECODER = dict(kind='encoder_decoder', positions=Relative())
+# The functions that move tokens, and the dispatch that uses them.
+MOVERS = {gather: Gather(), einsum: Einsum(), sorted_rows: Dropless()}
 
 
 def num_bytes(tree):
@@ -32,33 +39,35 @@ def num_bytes(tree):
 @pytest.mark.parametrize('options', [dict(use_bias=True), ENCODER_DECODER])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_weights_are_as_large_as_the_parameters(options, dtype):
-  stored = tiny.build(param_dtype=dtype, norm='layernorm', **options)
+  stored = tiny.build(
+    numerics=dict(param_dtype=dtype), norm=LayerNorm(), **options
+  )
   params = nn.meta.unbox(models.abstract_params(stored, T))
-  model = tiny.build(norm='layernorm', **options)
-  assert memory.weight_bytes(model, dtype, T) == num_bytes(params)
+  model = tiny.build(norm=LayerNorm(), **options)
+  assert memory.weight_bytes(model, dtype) == num_bytes(params)
 
 
 def test_int8_is_a_byte_a_weight_but_for_routers_and_norms():
-  model = tiny.build(num_kv_heads=2)
+  model = tiny.build(attention=dict(num_kv_heads=2))
   attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
   kernels = 2 * (attention + 5 * 2 * 12 * 20) + 12 * 23
   routers_and_norms = 2 * 12 * 5 + 5 * 12
-  assert memory.weight_bytes(model, 'int8', T) == (
-    kernels + 4 * routers_and_norms
-  )
+  assert memory.weight_bytes(model, 'int8') == (kernels + 4 * routers_and_norms)
   with pytest.raises(ValueError, match=r"'int4'.*'int8'"):
-    memory.weight_bytes(model, 'int4', T)
+    memory.weight_bytes(model, 'int4')
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_cache_is_as_large_as_the_models(dtype):
-  model = tiny.build(num_kv_heads=2, dtype=dtype)
+  model = tiny.build(attention=dict(num_kv_heads=2), numerics=dict(dtype=dtype))
   cache = jax.eval_shape(lambda: model.make_cache(B, T))
   assert memory.cache_bytes(model, B, T) == num_bytes(cache)
 
 
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
-  model = tiny.build(**ENCODER_DECODER, num_layers=3, num_encoder_layers=2)
+  model = tiny.build(
+    **ENCODER_DECODER, num_layers=3, encoder=dict(num_layers=2)
+  )
   params = models.abstract_params(model, T)
   cache = jax.eval_shape(
     lambda params, tokens: model.apply(
@@ -69,13 +78,12 @@ def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
   )
   assert memory.cache_bytes(model, B, T, S) == num_bytes(cache)
   assert memory.serving_bytes(model, 'float32', B, S, T) == (
-    memory.weight_bytes(model, 'float32', T) + num_bytes(cache)
+    memory.weight_bytes(model, 'float32') + num_bytes(cache)
   )
 
 
 def routing_of(moe, groups, tokens):
-  r = moe.router
-  capacity = r.capacity(group_size=tokens, num_experts=5, num_selected=2)
+  capacity = moe.sizes.slots(tokens)
   route = functools.partial(
     token_choice, num_selected=2, capacity=capacity, gates='renormalized'
   )
@@ -89,32 +97,32 @@ def routing_of(moe, groups, tokens):
     (dict(), B, T),
     (dict(group_size=5), 6, 5),
     (dict(group_size=20), 2, 20),  # the second group is half padding
-    (dict(group_size=-1, capacity_factor=3.0), 1, B * T),
+    (dict(group_size=-1, capacity=PerToken(factor=3.0)), 1, B * T),
   ],
 )
-@pytest.mark.parametrize('mover', [gather, einsum, dropless])
-def test_buffers_are_those_of_the_dispatcher(options, groups, tokens, mover):
-  name = mover.__name__.rsplit('.', 1)[-1]
-  if mover is dropless:
-    options = {**options, 'capacity_rule': 'all'}
-  model = tiny.build(dict(dispatch=name, **options), dtype='bfloat16')
+@pytest.mark.parametrize('mover', MOVERS)
+def test_rows_are_those_of_the_dispatch(options, groups, tokens, mover):
+  if mover is sorted_rows:
+    options = {**options, 'capacity': All()}
+  model = tiny.build(
+    dict(dispatch=MOVERS[mover], **options), numerics=dict(dtype='bfloat16')
+  )
   (half,) = halves(model, T)
   routing = routing_of(half.stack.block.moe, groups, tokens)
   x = jax.ShapeDtypeStruct((groups, tokens, 12), jnp.bfloat16)
   rows = jax.eval_shape(mover.dispatch, x, routing)
   expected = 2 * num_bytes(rows)
   if mover is einsum:
-    expected += num_bytes(jax.eval_shape(einsum.dispatch_mask, routing))
+    expected += mask_bytes(routing, choices=2)
   assert memory.dispatch_bytes(half, 12, B) == expected
 
 
-@pytest.mark.parametrize('mover', [gather, einsum, dropless])
-def test_buffers_where_experts_choose(mover):
-  name = mover.__name__.rsplit('.', 1)[-1]
-  moe = dict(router='expert_choice', gates='raw', allow_future_leak=True)
-  model = tiny.build(moe | dict(dispatch=name))
+@pytest.mark.parametrize('mover', MOVERS)
+def test_rows_where_experts_choose(mover):
+  moe = dict(router=ExpertChoice(), allow_future_leak=True)
+  model = tiny.build(moe | dict(dispatch=MOVERS[mover]))
   (half,) = halves(model, T)
-  capacity = memory.capacity(half.stack.block.moe, T)
+  capacity = half.moe.sizes.slots(T)
   routing = jax.eval_shape(
     lambda logits: expert_choice(logits, capacity=capacity),
     jax.ShapeDtypeStruct((B, T, 5), jnp.float32),
@@ -122,8 +130,14 @@ def test_buffers_where_experts_choose(mover):
   x = jax.ShapeDtypeStruct((B, T, 12), jnp.float32)
   expected = 2 * num_bytes(jax.eval_shape(mover.dispatch, x, routing))
   if mover is einsum:
-    expected += num_bytes(jax.eval_shape(einsum.slot_mask, routing))
+    expected += mask_bytes(routing, choices=1)
   assert memory.dispatch_bytes(half, 12, B) == expected
+
+
+def mask_bytes(routing, choices):
+  """A byte for each token, choice and slot of the mask that einsum makes."""
+  mask = jax.eval_shape(lambda routing: routing.slot_mask(), routing)
+  return choices * math.prod(mask.shape)
 
 
 def test_what_a_device_sends_to_the_experts_of_others():
@@ -162,17 +176,20 @@ def kept_between_passes(model, lengths):
   return num_bytes([a for a in kept.values() if a.shape not in kernels])
 
 
-WIDE = dict(width=32, hidden=200, num_layers=4, tie_embeddings=False)
+WIDE = dict(width=32, num_layers=4, embedding=dict(tie=False))
 SPARSE = dict(layers='every 2', num_experts=4)
 LENGTHS = 48, 40
 
 
 DENSE = dict(moe=dict(layers='none'))
-GATED = dict(moe=SPARSE, activation='geglu')
-EXTRA = dict(moe=dict(**SPARSE, extra_ffn=True), activation='gelu_tanh')
+GATED = dict(moe=SPARSE, ffn=dict(hidden=200, activation='geglu'))
+EXTRA = dict(
+  moe=dict(**SPARSE, extra_ffn=True),
+  ffn=dict(hidden=200, activation='gelu_tanh'),
+)
 DROPLESS = dict(
-  moe=dict(**SPARSE, dispatch='dropless', capacity_rule='all'),
-  activation='swiglu',
+  moe=dict(**SPARSE, dispatch=Dropless(), capacity=All()),
+  ffn=dict(hidden=200, activation='swiglu'),
 )
 BOTH = dict(**GATED, **ENCODER_DECODER)
 
@@ -180,8 +197,16 @@ BOTH = dict(**GATED, **ENCODER_DECODER)
 @pytest.mark.parametrize(
   ('options', 'dtype', 'remat'),
   [
-    (dict(**DENSE, activation='relu'), 'float32', 'none'),
-    (dict(**DENSE, activation='gelu'), 'bfloat16', 'none'),
+    (
+      dict(**DENSE, ffn=dict(hidden=200, activation='relu')),
+      'float32',
+      'none',
+    ),
+    (
+      dict(**DENSE, ffn=dict(hidden=200, activation='gelu')),
+      'bfloat16',
+      'none',
+    ),
     (GATED, 'float32', 'none'),
     (GATED, 'bfloat16', 'dots'),
     (EXTRA, 'bfloat16', 'none'),
@@ -191,18 +216,26 @@ BOTH = dict(**GATED, **ENCODER_DECODER)
     (DROPLESS, 'float32', 'full'),
     (BOTH, 'bfloat16', 'none'),
     (BOTH, 'float32', 'dots'),
-    ({**BOTH, 'hidden': 8}, 'float32', 'dots'),
+    (
+      {**BOTH, 'ffn': dict(hidden=8, activation='geglu')},
+      'float32',
+      'dots',
+    ),
     (BOTH, 'bfloat16', 'full'),
   ],
 )
 def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
-  options = {**WIDE, **options, 'dtype': dtype, 'remat': remat}
-  model = tiny.build(**options, attention='einsum')
-  lengths = LENGTHS[: len(model.config.stacks)]
-  found = memory.activations(model, B, *lengths)
+  model = tiny.build(
+    **{**WIDE, **options},
+    remat=remat,
+    numerics=dict(dtype=dtype),
+    attention=dict(implementation='einsum'),
+  )
+  lengths = LENGTHS[: len(model.stacks)]
+  kept = memory.activations(model, B, *lengths)
   expected = kept_between_passes(model, lengths)
-  assert found.layers + found.scores == pytest.approx(expected, rel=0.11)
-  assert found.logits == 4 * B * lengths[-1] * tiny.V
+  assert kept.layers + kept.scores == pytest.approx(expected, rel=0.11)
+  assert kept.logits == 4 * B * lengths[-1] * tiny.V
 
 
 def test_less_is_kept_the_more_is_computed_again():
@@ -215,9 +248,8 @@ def test_less_is_kept_the_more_is_computed_again():
 
 
 def test_switch_c_needs_three_terabytes():
-  config = switch_c.get_config()
-  model = models.build(config)
-  weights = memory.weight_bytes(model, 'bfloat16', 64)
+  model = run_config.read(switch_c.get_config()).build()
+  weights = memory.weight_bytes(model, 'bfloat16')
   experts = 30 * 2048 * 2 * 2080 * 6144
   assert 2 * experts < weights < 2 * experts * 1.001
   # Each of 15 + 15 layers has 2 slots for each of 2048 experts in a group of

@@ -1,4 +1,4 @@
-"""What stands on the figures' axes."""
+"""The axes of the figures, and what is drawn on them."""
 
 import matplotlib.pyplot
 import numpy as np
@@ -70,10 +70,10 @@ def test_curves_show_losses_drops_and_schedule():
     'held/out (last 2.625)',
   ]
   assert loss.get_ylabel() == 'nats/token'
-  drops = axes_titled(figure, 'Dropped assignments')
+  drops = axes_titled(figure, 'Dropped choices of experts')
   assert drawn(drops) == [[[10, 50.0], [30, 25.0]]]
   assert drops.get_ylabel() == 'percent'
-  schedule = axes_titled(figure, 'Schedule')
+  schedule = axes_titled(figure, 'Learning rate schedule')
   assert drawn(schedule) == [[[10, 0.1], [30, 0.05]]]
   assert schedule.get_ylabel() == 'learning rate'
   assert {axes.get_xlabel() for axes in figure.axes} == {'step'}

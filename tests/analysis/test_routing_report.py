@@ -35,6 +35,7 @@ def stats(**changes):
     'layer': 3,
     'load': COUNTS.sum(axis=0),  # [13, 7, 0]
     'kept': np.array([9, 7, 0]),
+    'drop_rate': 0.2,
     'drop_rate_by_choice': np.array([0.1, 0.3]),
     'entropy': math.log(3) / 2,
     'router_logit_rms': 1.25,
@@ -85,7 +86,7 @@ def test_table_by_hand():
   assert row == {
     'layer': 3,
     'num_experts': 3,
-    'drop_rate': pytest.approx(4 / 20),
+    'drop_rate': 0.2,
     'drop_rate_by_choice': [0.1, 0.3],
     'entropy': pytest.approx(math.log(3) / 2),
     'entropy_fraction': pytest.approx(0.5),
@@ -118,11 +119,11 @@ def test_table_by_hand():
   ]
 
 
-def test_tokens_are_lost_without_an_assignment_where_experts_choose():
-  # Every slot is served, and a quarter of the tokens is in none.
-  lost = np.array([0.25, 0.25])
-  (row,) = table(kept=stats().load, drop_rate_by_choice=lost)
-  assert row['drop_rate'] == 0.25
+def test_choices_that_were_not_sent_are_not_dropped():
+  # A fifth of the choices is not served, since nobody sent them.
+  (row,) = table(drop_rate=0.0, drop_rate_by_choice=np.zeros(2))
+  assert row['drop_rate'] == 0.0
+  assert '| 3 | 0.0% | 0.0% / 0.0% |' in to_markdown([row])
 
 
 def test_table_can_be_cut():
@@ -138,6 +139,7 @@ def test_undefined_numbers_are_none():
   (row,) = table(
     load=np.zeros(1),
     kept=np.zeros(1),
+    drop_rate=math.nan,
     drop_rate_by_choice=np.array([math.nan]),
     entropy=0.0,
     token_counts=None,

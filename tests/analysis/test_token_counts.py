@@ -1,9 +1,11 @@
-"""Token counts against a slow loop over a numpy model's choices."""
+"""Token counts against a slow loop over the choices of a model in numpy."""
 
 import numpy as np
 import pytest
 
-from moe_jax.analysis.token_counts import token_counts
+from moe_jax.analysis.token_counts import choices, token_counts
+from moe_jax.layers.routers import ExpertChoice
+from moe_jax.routing.capacity import All, Fixed
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
@@ -34,9 +36,11 @@ def make_batch(seed):
 def test_counts_equal_a_slow_loop(layers):
   num_layers, sparse, options = CASES[layers]
   # Groups span rows, and the last of them is incomplete.
-  moe = dict(layers=layers, capacity_rule='all', group_size=2 * T)
-  options = dict(num_layers=num_layers, activation='relu', **options)
-  config, model = tiny.config(moe, **options), tiny.build(moe, **options)
+  moe = dict(layers=layers, capacity=All(), group_size=2 * T)
+  options = tiny.options(
+    moe, num_layers=num_layers, ffn=dict(activation='relu'), **options
+  )
+  model = options.build()
   params = tiny.params_of(model)
   batches = [make_batch(0), make_batch(1)]
   expected = {i: np.zeros((V, 5), int) for i in sparse}
@@ -44,9 +48,9 @@ def test_counts_equal_a_slow_loop(layers):
     for row, documents in enumerate(DOCUMENTS):
       for start, stop in documents:
         tokens = batch['tokens'][row, start:stop]
-        _, choices = oracle.decode(config, params, tokens)
+        _, chosen = oracle.decode(options, params, tokens)
         for i in sparse:
-          for token, experts in zip(tokens, choices[i]):
+          for token, experts in zip(tokens, chosen[i]):
             for e in experts:
               expected[i][token, e] += 1
   counts = token_counts(model, {'params': params}, batches)
@@ -58,10 +62,9 @@ def test_counts_equal_a_slow_loop(layers):
 
 def test_where_experts_choose_it_counts_whom_they_took():
   moe = dict(
-    router='expert_choice',
-    gates='raw',
+    router=ExpertChoice(),
     allow_future_leak=True,
-    capacity_rule='all',  # every expert takes every real token
+    capacity=All(),  # every expert takes every real token
     group_size=2 * T,
   )
   model = tiny.build(moe)
@@ -71,7 +74,7 @@ def test_where_experts_choose_it_counts_whom_they_took():
   real = np.bincount(batch['tokens'][batch['segment_ids'] > 0], minlength=V)
   for i in (0, 1):
     np.testing.assert_array_equal(counts[i], np.tile(real[:, None], (1, 5)))
-  few = tiny.build(moe | dict(capacity_rule='fixed', capacity_slots=3))
+  few = tiny.build(moe | dict(capacity=Fixed(slots=3)))
   counts = token_counts(few, variables, [batch])
   # Of 13 of 20 real tokens two, of 10 of 20 (half of the group is its own) two.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
@@ -81,3 +84,22 @@ def test_where_experts_choose_it_counts_whom_they_took():
 def test_a_dense_model_has_none():
   model = tiny.build(moe=dict(num_experts=0))
   assert token_counts(model, {'params': {}}, [make_batch(0)]) == {}
+
+
+def test_choices_say_where_each_token_stands():
+  model, batch = tiny.build(dict(group_size=2 * T)), make_batch(0)
+  variables = {'params': tiny.params_of(model)}
+  (chosen,) = choices(model, variables, [batch])
+  real = np.flatnonzero(batch['segment_ids'])
+  for layer in (0, 1):
+    position, token, expert = chosen[layer]
+    # Every real token chooses two experts, and padding none.
+    np.testing.assert_array_equal(np.sort(position), np.repeat(real, 2))
+    np.testing.assert_array_equal(token, batch['tokens'].reshape(-1)[position])
+    assert len(set(zip(position, expert))) == 2 * len(real)
+
+
+def test_a_dense_model_has_batches_without_choices():
+  model = tiny.build(moe=dict(num_experts=0))
+  variables = {'params': tiny.params_of(model)}
+  assert list(choices(model, variables, [make_batch(0)] * 2)) == [{}, {}]

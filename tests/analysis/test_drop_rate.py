@@ -1,0 +1,88 @@
+"""One drop rate: the report, metrics of training and evaluations agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import data, hooks
+from moe_jax.analysis.routing_report import routing_table
+from moe_jax.runs import summary
+from moe_jax.training import setup
+from moe_jax.training.evaluate import Losses
+from moe_jax.training_types import add
+from tests.training import tiny
+
+BATCHES = 8  # as many as the report reads
+
+
+def options(threshold, capacity):
+  """A run of two choices, of which the second is sent by its gate."""
+  router = {
+    'gates': 'renormalized',
+    'second_policy': 'threshold',
+    'second_threshold': threshold,
+  }
+  moe = {
+    'num_selected': 2,
+    'layers': 'all',
+    'router': {'token_choice': router},
+    'capacity': capacity,
+  }
+  return tiny.options(
+    model={'moe': moe}, checkpoint={'keep_best': False}, evals={}
+  )
+
+
+def rates(options, folder):
+  """The drop rates of each layer by the report, evaluation and training.
+
+  All three see the same parameters and the same rows. Beside them: the rate of
+  second choices that training did not send.
+  """
+  run = setup.set_up(options, folder, devices=jax.devices()[:1])
+  state, rows = run.programs.init_state(), run.dataset.splits['validation']
+  report = routing_table(hooks.layer_stats(run, state), str)
+  evaluated = Losses(
+    model=run.model,
+    num_batches=BATCHES,
+    batch_size=options.batch_size,
+    rows=rows,
+    put=run.programs.put,
+  )(state.variables, 0)
+  total = None
+  for batch in data.eval_batches(
+    rows, batch_size=options.batch_size, num_batches=BATCHES
+  ):
+    (_, sums), _ = tiny.grads_of(
+      options, state.params, jax.tree.map(jnp.asarray, batch)
+    )
+    sums = summary.host(sums)
+    total = sums if total is None else add(total, sums)
+  trained = summary.summarize(total)
+  keys = [
+    'drop_rate', 'drop_rate_choice_1', 'drop_rate_choice_2'
+  ]  # fmt: skip
+  reported = [[row['drop_rate'], *row['drop_rate_by_choice']] for row in report]
+  others = [
+    [[metrics[f'layer_{i}/{key}'] for key in keys] for i in range(2)]
+    for metrics in (evaluated, trained)
+  ]
+  unsent = [trained[f'layer_{i}/unsent_rate_choice_2'] for i in range(2)]
+  return np.array([reported, *others]), np.array(unsent)
+
+
+def test_choices_that_are_not_sent_are_not_dropped(tmp_path):
+  found, unsent = rates(options(1.0, {'kind': 'all'}), tmp_path)
+  assert (unsent > 0.2).all()
+  np.testing.assert_array_equal(found, 0.0)
+
+
+def test_choices_of_full_experts_are_dropped_alike(tmp_path):
+  # The threshold is so low that all second choices are sent.
+  capacity = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
+  found, unsent = rates(options(1e-6, capacity), tmp_path)
+  assert (unsent == 0).all()
+  # Of two choices for each token there is room for one.
+  assert (found[0, :, 0] >= 0.5).all()
+  np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+  np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
