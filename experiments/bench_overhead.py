@@ -1,7 +1,7 @@
 """What do checkpoints and metrics add to a training step?
 
     python -m experiments.bench_overhead
-    python -m experiments.bench_overhead --source='files:shakespeare.txt'
+    python -m experiments.bench_overhead --files=shakespeare.txt
 
 Times bursts of the config's training loop, interleaved: the bare loop (batches
 and steps), the loop with metrics, and with metrics and a checkpoint, whose
@@ -25,9 +25,9 @@ import ml_collections
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
-from moe_jax import host
+from moe_jax import host, run_config, sections
 from moe_jax.command_line import load_config
-from moe_jax.config import merge
+from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import Run, set_up
@@ -38,16 +38,27 @@ AIM = 1.05  # of a step with both, over the bare one
 
 
 def prepared(
-  config: ml_collections.ConfigDict, source: str
-) -> ml_collections.ConfigDict:
-  """The config on one device and other text; no burst is its last one."""
-  tokenizer = 'chars' if source.startswith('files:') else 'bytes'
+  config: ml_collections.ConfigDict, files: str = '', modules: str = ''
+) -> RunConfig:
+  """The options on one device and other text; no burst is its last one.
+
+  Args:
+    config: The config.
+    files: Pattern of text files, read as characters; '' takes the standard
+      library's text, as bytes.
+    modules: Modules of the standard library; '' takes all of the corpus.
+  """
+  source = {'kind': 'python_stdlib', 'python_stdlib': {'modules': modules}}
+  tokenizer = 'bytes'
+  if files:
+    source = {'kind': 'files', 'files': {'pattern': files}}
+    tokenizer = 'chars'
   changes = {
     'total_steps': 10**6,
-    'data': {'source': source, 'tokenizer': tokenizer},
+    'data': {'source': source, 'tokenizer': {'kind': tokenizer}},
     'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
   }
-  return merge(config, changes)
+  return run_config.settled(config, sections.merge(config, changes))[0]
 
 
 class Loop:
@@ -116,17 +127,17 @@ class Counted:
 
 
 def measure(
-  config: ml_collections.ConfigDict, *, burst: int, **options: Any
+  run_options: RunConfig, *, burst: int, **options: Any
 ) -> list[dict[str, Any]]:
   """A row a case, interleaved.
 
   Args:
-    config: A `prepared` one.
+    run_options: Options that are `prepared`.
     burst: Steps of a burst.
     **options: Of `timing.interleave`.
   """
   with tempfile.TemporaryDirectory() as folder:
-    run = set_up(config, folder, devices=jax.devices()[:1])
+    run = set_up(run_options, folder, devices=jax.devices()[:1])
     # The progress display is part of the metrics; it need not be seen here.
     with contextlib.redirect_stdout(io.StringIO()), Loop(run, burst) as loop:
       cases = {
@@ -200,7 +211,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--config', default='configs/shakespeare_switch.py')
-  add('--source', default='python_stdlib', help="or 'files:<glob>'")
+  add('--files', default='', help='pattern of text files to train on')
+  add('--modules', default='', help='modules of the standard library instead')
   add('--burst', type=timing.positive_int, default=100, help='steps')
   add('--seconds', type=float, default=180.0, help='timed in all')
   add('--output', default='results', help='where results go')
@@ -211,10 +223,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Measures, and writes the table."""
   options = parse(argv)
   host.keep_freed_memory()
-  config = prepared(load_config(options.config), options.source)
-  rows = measure(config, burst=options.burst, seconds=options.seconds)
+  run_options = prepared(
+    load_config(options.config), options.files, options.modules
+  )
+  rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows)
-  more = {'config': config.to_dict()}
+  more = {'config': sections.section(run_options).to_dict()}
   folder = timing.write(options.output, NAME, text, rows, more)
   print(f'{text}\nwritten: {folder}')
 

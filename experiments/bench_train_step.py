@@ -25,14 +25,14 @@ import numpy as np
 
 from experiments.benchmarks import peer_steps, timing
 from experiments.benchmarks import train_step_tables as tables
-from moe_jax import host, models, partitioning
+from moe_jax import host, run_config, sections
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost
 from moe_jax.analysis.roofline import Peaks, Work, measure_peaks
 from moe_jax.command_line import load_config
-from moe_jax.config import merge
 from moe_jax.models.stack import REMATS
-from moe_jax.training import setup
+from moe_jax.run_config import RunConfig
+from moe_jax.training.programs import Programs, make_programs
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
@@ -57,7 +57,7 @@ PRESETS = {'quick': Preset(40.0), 'full': Preset(300.0)}
 
 def variants() -> dict[str, dict[str, Any]]:
   """What each case changes in the config's `model`; the twin comes first."""
-  dropless = {'dispatch': 'dropless', 'capacity_rule': 'all'}
+  dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
   found = {
     TWIN: {'moe': {'num_experts': 0}},
     SPARSE: {},
@@ -71,36 +71,33 @@ def variants() -> dict[str, dict[str, Any]]:
 
 def prepared(
   config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
-) -> ml_collections.ConfigDict:
-  """The config on one device, with a vocabulary, a case's changes on top."""
-  changes = {'mesh': dict(data=1, fsdp=1, expert=1, tensor=1)}
-  config = merge(merge(config, changes), {'model': overrides})
-  if config.model.vocab_size:
-    return config
-  return setup.with_vocabulary(config, BYTES_VOCABULARY)
+) -> RunConfig:
+  """The options on one device, with a vocabulary.
+
+  Args:
+    config: The config.
+    overrides: What a case changes of its model.
+  """
+  mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  changed = sections.merge(config, {'mesh': mesh, 'model': overrides})
+  options, _ = run_config.settled(config, changed)
+  return options.filled(options.model.vocab_size or BYTES_VOCABULARY)
 
 
-def random_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
   """Full rows of random tokens: what a step costs does not depend on text."""
   rng = np.random.default_rng(0)
-  c = config.data
-
-  def row(prefix, length):
-    shape = config.batch_size, length
-    place = np.arange(length, dtype=np.int32)
-    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
-    return {
-      f'{prefix}tokens': tokens,
-      f'{prefix}segment_ids': np.ones(shape, np.int32),
-      f'{prefix}positions': np.broadcast_to(place, shape).copy(),
-    }
-
-  found = row('', c.seq_len)
-  if config.model.kind == 'encoder_decoder':
-    found = row('encoder_', c.seq_len) | row('', c.target_len)
-  shape = found['tokens'].shape
-  found['targets'] = rng.integers(0, config.model.vocab_size, shape, np.int32)
-  return found | {'loss_weights': np.ones(shape, np.float32)}
+  batch = {}
+  for name, leaf in options.batch_shapes(options.build()).items():
+    if name.endswith('positions'):
+      places = np.arange(leaf.shape[1], dtype=leaf.dtype)
+      batch[name] = np.broadcast_to(places, leaf.shape).copy()
+    elif name.endswith('tokens') or name == 'targets':
+      high = options.model.vocab_size
+      batch[name] = rng.integers(0, high, leaf.shape, leaf.dtype)
+    else:  # one segment a row, and every token counts
+      batch[name] = np.ones(leaf.shape, leaf.dtype)
+  return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +117,11 @@ class Step:
   work: Work
 
 
-def compile_step(config: ml_collections.ConfigDict) -> Step:
-  """The training step of a `prepared` config; the state is donated to it."""
-  model = models.build(config)
-  mesh = partitioning.make_mesh(config.mesh.to_dict(), jax.devices()[:1])
-  programs = setup.make_programs(config, model, mesh)
-  batch = programs.put(random_batch(config))
+def compile_step(options: RunConfig) -> Step:
+  """The training step of `prepared` options; the state is donated to it."""
+  model, mesh = options.build(), options.mesh.make(jax.devices()[:1])
+  programs = make_programs(options, model, mesh)
+  batch = programs.put(random_batch(options))
   start = time.perf_counter()
   step = programs.train_step.lower(programs.abstract_state, batch).compile()
   seconds = time.perf_counter() - start
@@ -138,13 +134,11 @@ def compile_step(config: ml_collections.ConfigDict) -> Step:
     jax.block_until_ready((state, metrics))
 
   return Step(
-    run, seconds, compiled_lib.counts(step), step_work(config, programs)
+    run, seconds, compiled_lib.counts(step), step_work(options, programs)
   )
 
 
-def step_work(
-  config: ml_collections.ConfigDict, programs: setup.Programs
-) -> Work:
+def step_work(options: RunConfig, programs: Programs) -> Work:
   """Products' FLOPs, forward and backward, and the bytes of state.
 
   Parameters are read forward and backward, gradients written and read, and
@@ -157,8 +151,8 @@ def step_work(
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
   state = programs.abstract_state
-  price = cost.count(models.build(config), config.data.seq_len)
-  tokens = config.batch_size * config.data.seq_len
+  price = cost.count(options.build(), options.data.seq_len)
+  tokens = options.batch_size * options.data.seq_len
   return Work(
     flops=price.training_flops * tokens,
     min_bytes=4 * size(state.params) + 2 * size(state),
@@ -203,13 +197,14 @@ def measure_steps(
 
 def measure_peer(seconds: float) -> list[dict[str, Any]]:
   """A row for each of our steps and for transformers', all interleaved."""
-  config = prepared(peer_steps.config(), {})
+  config = peer_steps.config()
   runs = {
     name: compile_step(prepared(config, overrides)).run
     for name, overrides in peer_steps.cases().items()
   }
   peer = peer_steps.NAME
-  runs[peer] = peer_steps.transformers_step(config, random_batch(config))
+  options = prepared(config, {})
+  runs[peer] = peer_steps.transformers_step(options, random_batch(options))
   times = timing.interleave(runs, seconds=seconds)
   rows = []
   for name, found in times.items():
@@ -288,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   config = load_config(options.config)
   if not config.model.moe.num_experts:
     raise SystemExit(f'{options.config} is dense: there is no twin to compare')
-  peaks = measure_peaks(config.model.dtype, quick=options.rough_peaks)
+  peaks = measure_peaks(config.model.numerics.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_steps(config, seconds, peaks)
   depths = measure_compilation(config, options.depths or preset.depths)

@@ -3,7 +3,7 @@
     python -m experiments.compile_ahead --config=configs/mixtral_8x7b.py \
       --topology=v5p:4x4x4 --config.mesh.expert=4 --config.microbatches=8
     python -m experiments.compile_ahead --config=configs/switch_c.py \
-      --topology=cpu:64 --config.mesh.expert=64
+      --topology=v5p:4x8x16 --config.mesh.tensor=4
 
 Compiles a config's step for devices that need not exist: as many CPUs as asked
 for, or TPUs by their topology through PyPI's libtpu (the `experiments` extra).
@@ -23,17 +23,17 @@ import time
 from collections.abc import Sequence
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, models, partitioning
+from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, devices, periods, sharded
-from moe_jax.training import checks, setup
-from moe_jax.training.abstract import abstract_batch
+from moe_jax.run_config import RunConfig
+from moe_jax.training.programs import Programs, make_programs
+from moe_jax.training.run_options import RunOptions
 
 
 class DoesNotFit(Exception):
@@ -91,31 +91,30 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(f'--topology={topology}: {e}') from None
 
 
-def mesh_of(config: ml_collections.ConfigDict, found: list[jax.Device]) -> Mesh:
-  """The config's mesh, its batch checked.
+def mesh_of(options: RunOptions, found: list[jax.Device]) -> Mesh:
+  """The mesh of a run, on which its batch is checked.
 
   Raises:
-    ValueError: It does not fit the devices, or the batch does not split.
+    ValueError: The mesh does not fit the devices, or the batch does not split.
   """
   try:
-    mesh = partitioning.make_mesh(config.mesh.to_dict(), found)
+    mesh = options.mesh.make(found)
   except NotImplementedError as error:  # a torus that does not split so
-    raise ValueError(f'mesh={config.mesh.to_dict()}: {error}') from None
-  checks.check_numbers(config, mesh)
+    raise ValueError(f'mesh={options.mesh}: {error}') from None
+  options.check_mesh(mesh)
   return mesh
 
 
-def compile_step(
-  config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[Compiled, setup.Programs]:
-  """The config's training step for that mesh.
+def compile_step(options: RunOptions, mesh: Mesh) -> tuple[Compiled, Programs]:
+  """The training step of a run, compiled for a mesh.
 
   Raises:
     DoesNotFit: The compiler says so.
   """
-  programs = setup.make_programs(config, models.build(config), mesh)
+  model = options.build()
+  programs = make_programs(options, model, mesh)
   lowered = programs.train_step.lower(
-    programs.abstract_state, abstract_batch(config)
+    programs.abstract_state, options.batch_shapes(model)
   )
   try:
     return lowered.compile(), programs
@@ -130,35 +129,35 @@ def _first_sentences(text: str) -> str:
   return re.sub(r'\s+', ' ', line)
 
 
-def report(config: ml_collections.ConfigDict, mesh: Mesh) -> Report:
+def report(options: RunOptions, mesh: Mesh) -> Report:
   """Compiles the step, and reads it."""
   start = time.perf_counter()
-  step, programs = compile_step(config, mesh)
+  step, programs = compile_step(options, mesh)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   found = sharded.read(step, programs.abstract_state, mesh)
   return Report(found, seconds, peak)
 
 
-def counted_flops(config: ml_collections.ConfigDict, mesh: Mesh) -> str:
+def counted_flops(options: RunOptions, mesh: Mesh) -> str:
   """Of a step on one device as XLA counts them, recomputation included."""
 
-  def count(short: ml_collections.ConfigDict) -> float:
+  def count(short: RunOptions) -> float:
     return compiled_lib.counts(compile_step(short, mesh)[0]).flops
 
   try:
-    return f'{periods.extrapolate(config, count):.3g}'
+    return f'{periods.extrapolate(options, count):.3g}'
   except DoesNotFit:  # a short model has unrolled layers
     return 'a short model does not fit'
 
 
-def formula_flops(config: ml_collections.ConfigDict, num_devices: int) -> float:
-  """Of a step on one device by formula, nothing computed twice."""
-  c = config.data
+def formula_flops(options: RunOptions, num_devices: int) -> float:
+  """FLOPs of a step on one device by formula, nothing computed twice."""
+  work = cost.workload(options, options.batch_size)
   price = cost.count(
-    models.build(config), c.seq_len, c.target_len, config.batch_size
+    options.build(), work.seq_len, work.target_len, work.batch_size
   )
-  return 3 * price.example_flops * config.batch_size / num_devices
+  return 3 * price.example_flops * options.batch_size / num_devices
 
 
 def table(found: Report, formula: float) -> Table:
@@ -223,21 +222,21 @@ def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
 
 
 def run(
-  config: ml_collections.ConfigDict,
+  options: RunConfig,
   topology: str,
   slices: int = 1,
   device: str = '',
   flops: bool = True,
 ) -> bool:
   """Compiles and prints; whether it fits a device that was asked for."""
-  config = cost.with_own_vocabulary(config)
+  options = cost.with_own_vocabulary(options)
   found = described_devices(topology, slices)
-  mesh = mesh_of(config, found)
+  mesh = mesh_of(options, found)
   sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
   print(f'{mesh.size} x {found[0].device_kind}: {sizes}', flush=True)
-  formula = formula_flops(config, mesh.size)
+  formula = formula_flops(options, mesh.size)
   try:
-    compiled = report(config, mesh)
+    compiled = report(options, mesh)
   except DoesNotFit as error:
     print(f'DOES NOT FIT: {error}')
     return False
@@ -245,7 +244,7 @@ def run(
   lines = verdicts(topology, device, compiled.step.needed_bytes)
   print('\n'.join(lines), flush=True)
   if flops:
-    print(f'FLOPs as XLA counts: {counted_flops(config, mesh)}')
+    print(f'FLOPs as XLA counts: {counted_flops(options, mesh)}')
   return any(lines.values())
 
 
@@ -288,9 +287,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
   try:
-    config = command_line.config_of(options.config, overrides)
+    read, _ = config_flag.options_of(options.config, overrides)
     fits = run(
-      config, options.topology, options.slices, options.device, options.flops
+      read, options.topology, options.slices, options.device, options.flops
     )
   except (OSError, ValueError) as error:
     command_line.fail(str(error))

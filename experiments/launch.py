@@ -5,20 +5,20 @@
     python -m experiments.launch --items=my_study.py \
       --accelerator=gpu --devices=8
     python -m experiments.launch --config=configs/tiny_switch.py \
-      --processes=2 --devices_per_process=4 --output=runs/two
+      --processes=2 --devices_per_process=4 --output=runs/two \
+      --config.model.moe.num_experts=16
 
 Every item is `python -m moe_jax.main` in a process, with its own workdir and
 `launch.log`. The same command again skips what is finished and goes on with
 what is not; an item that fails does not stop the others. `--sweep`s multiply.
-`--items` is a Python file with `get_items() -> list[experiments.launch.Item]`.
-The exit status is 0 if all are done, 1 if one failed, 130 if it was stopped.
+Overrides of all items are given as to `moe_jax.main`. `--items` is a Python
+file with `get_items() -> list[experiments.study.jobs.Item]`. The exit status
+is 0 if all are done, 1 if one failed, 130 if it was stopped.
 Not here: what a study concludes (`study/study.py`).
 """
 
 import argparse
-import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -26,10 +26,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.study import local_runs
-from experiments.study.local_runs import Job
-from experiments.study.sweeps import product
-from moe_jax import command_line
+from experiments.study import processes as processes_lib
+from experiments.study import scheduler
+from experiments.study.items import read_items, swept
+from experiments.study.jobs import Item
+from experiments.study.processes import Command
+from moe_jax import command_line, config_flag
+from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
 from moe_jax.runs import workdir as workdir_lib
 
@@ -37,73 +40,6 @@ FINISHED = 'launched.json'
 LOG = 'launch.log'
 _OURS = 'moe_jax: '
 _LONGEST = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """One run.
-
-  Attributes:
-    config: 'configs/name.py', or with an argument, 'configs/name.py:runlocal'.
-    overrides: By dotted name, `{'model.moe.num_experts': 4}`.
-    workdir: Of its own.
-  """
-
-  config: str
-  overrides: Mapping[str, Any]
-  workdir: str
-
-  def flags(self) -> list[str]:
-    """As `moe_jax.main` takes them."""
-    return [f'--config.{key}={value}' for key, value in self.overrides.items()]
-
-
-def swept(
-  config: str,
-  overrides: Mapping[str, Any],
-  sweeps: Mapping[str, Sequence[Any]],
-  output: str,
-) -> list[Item]:
-  """An item for every combination of the swept values, the last key fastest."""
-  items = []
-  for chosen in product(sweeps):
-    # 'seed=0,num_experts=4': the names' last parts do, where they differ.
-    short = {key: key.rpartition('.')[2] for key in chosen}
-    if len(set(short.values())) < len(short):
-      short = {key: key for key in chosen}
-    name = ','.join(f'{short[key]}={value}' for key, value in chosen.items())
-    folder = pathlib.Path(output) / (name.replace('/', '_') or 'run')
-    items.append(Item(config, {**overrides, **chosen}, str(folder)))
-  return items
-
-
-def read_items(path: str) -> list[Item]:
-  """What `get_items()` of a Python file returns.
-
-  Raises:
-    ValueError: There is no such file or function, or an item is none.
-  """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    raise ValueError(f'--items={path} does not exist')
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_items'):
-    raise ValueError(f'{path} defines no get_items()')
-  return [_item(item, path) for item in module.get_items()]
-
-
-def _item(item: Any, path: str) -> Item:
-  match item:
-    case Item():
-      return item
-    case (str(), Mapping(), str() | pathlib.Path()):
-      return Item(*item)
-  raise ValueError(
-    f'{path}: get_items() has {item!r}, which is no (config, overrides, '
-    'workdir): text, a dict and a path'
-  )
 
 
 def check(items: Sequence[Item]) -> None:
@@ -115,11 +51,19 @@ def check(items: Sequence[Item]) -> None:
   """
   folders = [pathlib.Path(item.workdir) for item in items]
   _check_own('workdir', folders)
-  configs = [command_line.config_of(i.config, i.flags()) for i in items]
-  pairs = zip(folders, configs, strict=True)
   _check_own(
     'checkpoint.directory',
-    [workdir_lib.checkpoints_of(*pair) for pair in pairs],
+    [_checkpoints(item, _options(item)) for item in items],
+  )
+
+
+def _options(item: Item) -> RunConfig:
+  return config_flag.options_of(item.config, item.flags())[0]
+
+
+def _checkpoints(item: Item, options: RunConfig) -> os.PathLike[str]:
+  return workdir_lib.checkpoints_of(
+    pathlib.Path(item.workdir), options.checkpoint.directory
   )
 
 
@@ -142,12 +86,10 @@ def is_finished(item: Item) -> bool:
 
 def note_finished(item: Item) -> bool:
   """`is_finished` after a process has ended well: notes it, if it is so."""
-  folder = pathlib.Path(item.workdir)
-  config = command_line.config_of(item.config, item.flags())
+  folder, options = pathlib.Path(item.workdir), _options(item)
   # No `Checkpointer`: it would open the devices, which are the items'.
-  where = workdir_lib.checkpoints_of(folder, config)
-  kept = retention.Directory(where, 1, False, '')
-  if config.total_steps not in kept.steps():
+  kept = retention.Directory(_checkpoints(item, options), 1, False, '')
+  if options.total_steps not in kept.steps():
     return False
   text = json.dumps(_described(item), indent=2)
   workdir_lib.write_text(folder / FINISHED, text + '\n')
@@ -160,9 +102,9 @@ def _described(item: Item) -> dict[str, Any]:
   )
 
 
-def make_job(
+def make_command(
   item: Item, processes: int = 1, devices_per_process: int = 0
-) -> Job:
+) -> Command:
   """The item's processes.
 
   Args:
@@ -184,7 +126,7 @@ def make_job(
   def commands():
     if processes == 1:
       return [command]
-    address = f'127.0.0.1:{local_runs.free_port()}'
+    address = f'127.0.0.1:{processes_lib.free_port()}'
     together = [f'--coordinator={address}', f'--num_processes={processes}']
     return [
       [*command, *together, f'--process_id={i}'] for i in range(processes)
@@ -196,23 +138,22 @@ def make_job(
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices_per_process),
     }
-  return Job(
+  return Command(
     name=str(folder),
     commands=commands,
     logs=[folder / (f'launch.{i}.log' if i else LOG) for i in range(processes)],
-    finished=functools.partial(is_finished, item),
     complete=functools.partial(note_finished, item),
     env=env,
   )
 
 
-def summary(jobs: Sequence[Job], outcomes: Mapping[str, str]) -> str:
-  """A line an item; of one that failed also its logs, and what they end in."""
+def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
+  """A line for each item; for one that failed also how its logs end."""
   lines = []
-  for job in jobs:
-    lines.append(f'{outcomes[job.name]:12}{job.name}')
-    if outcomes[job.name] == local_runs.FAILED:
-      ends = {log: _end_of(log) for log in job.logs}
+  for command in commands:
+    lines.append(f'{outcomes[command.name]:12}{command.name}')
+    if outcomes[command.name] == scheduler.FAILED:
+      ends = {log: _end_of(log) for log in command.logs}
       said = [log for log, end in ends.items() if end.startswith(_OURS)]
       # A process that is lost takes the others with it, and they say so.
       for log in said or ends:
@@ -235,91 +176,130 @@ def _pair(text: str) -> tuple[str, str]:
   return key.removeprefix('config.'), value
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+  """The command line, and the overrides of all items."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.launch', description=__doc__.split('\n')[0]
+    prog='python -m experiments.launch',
+    description=__doc__.split('\n')[0],
+    epilog='and overrides of all items: --config.seed=1',
+    allow_abbrev=False,
   )
   add = parser.add_argument
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument('--config', help='configs/name.py, of every item')
-  what.add_argument('--items', help='a Python file with get_items()')
-  add(
-    '--set',
-    type=_pair,
-    action='append',
-    default=[],
-    metavar='KEY=VALUE',
-    help='a key of all items',
-  )
+  what.add_argument('--config', help='config of every item: configs/name.py')
+  what.add_argument('--items', help='Python file with get_items()')
   add(
     '--sweep',
     type=_pair,
     action='append',
     default=[],
     metavar='KEY=V1,V2',
-    help='values of a key, an item each',
+    help='values of a key, an item for each',
   )
-  add('--output', default='runs/launch', help='of the workdirs of --config')
+  add('--output', default='runs/launch', help='folder of the workdirs')
   add('--workers', type=int, default=1, help='items at a time')
   add('--accelerator', choices=['gpu', 'tpu'], default='', help='one an item')
-  add('--devices', type=int, default=0, help='how many accelerators')
-  add('--processes', type=int, default=1, help='of each item, together')
+  add('--devices', type=int, default=0, help='number of accelerators')
+  add('--processes', type=int, default=1, help='processes of each item')
   add('--devices_per_process', type=int, default=0, help='fake CPUs of each')
-  add('--grace_seconds', type=float, default=120.0, help='to save, if stopped')
-  options = parser.parse_args(argv)
+  add('--grace_seconds', type=float, default=120.0, help='time to save in')
+  options, overrides = parser.parse_known_args(argv)
   if bool(options.accelerator) != (options.devices > 0):
     parser.error('--accelerator and --devices go together')
   if options.accelerator and (options.processes > 1 or options.workers > 1):
     parser.error('--accelerator runs one item a device, in one process each')
-  if options.items and (options.sweep or options.set):
+  if options.items and (options.sweep or overrides):
     parser.error('--items has its own overrides')
   if min(options.workers, options.processes) < 1:
     parser.error('--workers and --processes are at least 1')
-  return options
+  return options, overrides
 
 
-def items_of(options: argparse.Namespace) -> list[Item]:
-  """Those of the file, or of the sweeps.
+def _pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
+  """(key, value) of '--config.key=value' and of '--config.key value'.
 
   Raises:
-    ValueError: See `read_items`; or a key is swept twice.
+    ValueError: A word is no override.
+  """
+  pairs, words = [], list(overrides)
+  while words:
+    name, equals, value = words.pop(0).partition('=')
+    if not name.startswith('--config.'):
+      raise ValueError(
+        f'unexpected argument {name!r}; overrides are --config.key=value'
+      )
+    if not equals:
+      if not words:
+        raise ValueError(f'{name} has no value')
+      value = words.pop(0)
+    pairs.append((name.removeprefix('--config.'), value))
+  return pairs
+
+
+def items_of(
+  options: argparse.Namespace, overrides: Sequence[str] = ()
+) -> list[Item]:
+  """The items of the file, or of the sweeps.
+
+  Raises:
+    ValueError: See `read_items`; or a key is given twice, or is no override.
   """
   if options.items:
     return read_items(options.items)
-  keys = [key for key, _ in [*options.set, *options.sweep]]
+  shared = _pairs_of(overrides)
+  keys = [key for key, _ in [*shared, *options.sweep]]
   for key in keys:
     if keys.count(key) > 1:
       raise ValueError(f'{key} is given twice')
   sweeps = {key: values.split(',') for key, values in options.sweep}
-  return swept(options.config, dict(options.set), sweeps, options.output)
+  return swept(options.config, dict(shared), sweeps, options.output)
+
+
+def run(
+  items: Sequence[Item],
+  commands: Sequence[Command],
+  places: Sequence[processes_lib.Environment],
+  grace_seconds: float,
+) -> dict[str, str]:
+  """Runs the items that are not finished; the outcome of each, by name."""
+  say = functools.partial(print, flush=True)
+  outcomes, tasks = {}, {}
+  for item, command in zip(items, commands, strict=True):
+    if is_finished(item):
+      say(f'{command.name}: finished before')
+      outcomes[command.name] = scheduler.DONE
+    else:
+      tasks[command.name] = command.begin
+  return outcomes | scheduler.run_all(
+    tasks,
+    places,
+    grace_seconds=grace_seconds,
+    message=say,
+    begins=lambda name: say(f'{name}: starts'),
+    ends=lambda name, outcome, _: say(f'{name}: {outcome}'),
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs all items; the exit status."""
-  options = parse(argv)
+  options, overrides = parse(argv)
   try:
-    items = items_of(options)
+    items = items_of(options, overrides)
     check(items)
-    places = local_runs.places(
+    places = processes_lib.places(
       options.workers, options.accelerator, options.devices
     )
   except (OSError, ValueError) as error:
     command_line.fail(str(error))
-  jobs = [
-    make_job(item, options.processes, options.devices_per_process)
+  commands = [
+    make_command(item, options.processes, options.devices_per_process)
     for item in items
   ]
-  outcomes = local_runs.run_all(
-    jobs,
-    places,
-    grace_seconds=options.grace_seconds,
-    message=functools.partial(print, flush=True),
-  )
-  print(summary(jobs, outcomes))
-  if local_runs.FAILED in outcomes.values():
+  outcomes = run(items, commands, places, options.grace_seconds)
+  print(summary(commands, outcomes))
+  if scheduler.FAILED in outcomes.values():
     return 1
-  return 0 if set(outcomes.values()) <= {local_runs.DONE} else 130
+  return 0 if set(outcomes.values()) <= {scheduler.DONE} else 130
 
 
 if __name__ == '__main__':

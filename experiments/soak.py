@@ -127,10 +127,10 @@ def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
 
 def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
   """What the newest good checkpoint holds, and the step that follows it."""
-  config = soak_run.make_config(
+  options = soak_run.make_options(
     spec['seed'], spec['total_steps'], dict(data=1, fsdp=1, expert=1, tensor=1)
   )
-  run = set_up(config, workdir, resume=True, devices=jax.devices()[:1])
+  run = set_up(options, workdir, resume=True, devices=jax.devices()[:1])
   run.message = lambda text: None
   with run.checkpoints:
     state = begin(run)

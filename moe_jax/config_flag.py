@@ -7,6 +7,7 @@ Not here: the flags of one command alone.
 """
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -55,3 +56,15 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
   """
   spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
   return run_config.settled(command_line.load_config(spec), value())
+
+
+def options_of(
+  spec: str, overrides: Sequence[str] = ()
+) -> tuple[run_config.RunConfig, dict[str, Any]]:
+  """As `read`, of a config file and overrides '--config.key=value'.
+
+  Raises:
+    ValueError: All that is wrong, by name.
+  """
+  config = command_line.config_of(spec, overrides)
+  return run_config.settled(command_line.load_config(spec), config)

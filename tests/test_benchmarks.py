@@ -21,6 +21,7 @@ from experiments.benchmarks import moe_layer_rows as rows_lib
 from experiments.benchmarks import peer_steps, timing
 from moe_jax import models
 from moe_jax.command_line import load_config
+from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny
 
@@ -237,8 +238,8 @@ def test_variants_differ_from_the_config_in_what_they_say():
     for name, overrides in bench_train_step.variants().items()
   }
   assert found['dense twin'].moe.num_experts == 0
-  assert found['sparse'].moe.dispatch == 'gather'
-  assert found['sparse, dropless'].moe.dispatch == 'dropless'
+  assert found['sparse'].moe.dispatch == Gather()
+  assert found['sparse, dropless'].moe.dispatch == Dropless()
   assert found['sparse, remat full'].remat == 'full'
   assert found['sparse, remat dots'].remat == 'dots'
   assert found['sparse'].remat == 'none'
@@ -289,7 +290,7 @@ def test_the_overhead_benchmark_saves_once_a_burst(tmp_path, monkeypatch):
   bench_overhead.main(
     [
       '--config=configs/tiny_switch.py:runlocal',
-      f'--source={tiny.SOURCE}',
+      f'--modules={tiny.MODULES}',
       *['--burst=3', '--seconds=0'],
       f'--output={tmp_path}',
     ]
@@ -328,17 +329,19 @@ def test_capacity_serves_what_fits():
 @pytest.mark.slow
 def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   pytest.importorskip('transformers')
-  small = {'vocab_size': 40, 'width': 24, 'num_heads': 2, 'head_width': 8}
+  heads = {'num_heads': 2, 'head_width': 8}
+  small = {'vocab_size': 40, 'width': 24, 'attention': heads}
   sizes = {
     **peer_steps.SIZES,
     'batch_size': 2,
     'data': {'seq_len': 12, 'target_len': 6},
-    'model': {**peer_steps.SIZES['model'], **small, 'hidden': 20},
+    'model': {**peer_steps.SIZES['model'], **small, 'ffn': {'hidden': 20}},
   }
   monkeypatch.setattr(peer_steps, 'SIZES', sizes)
-  peer = peer_steps.transformers_model(peer_steps.config())
+  options = bench_train_step.prepared(peer_steps.config(), {})
+  peer = peer_steps.transformers_model(options)
   theirs = sum(p.numel() for p in peer.parameters())
-  shapes = models.abstract_params(models.build(peer_steps.config()), 6)
+  shapes = models.abstract_params(options.build(), 6)
   assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
   output = ['--peer', '--seconds', '0', f'--output={tmp_path}']
   bench_train_step.main(output)

@@ -11,22 +11,19 @@ from rich.console import Console
 
 from experiments import compile_ahead
 from moe_jax.analysis import devices
-from moe_jax.config import merge
-from moe_jax.training import setup
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def config_of(**mesh):
-  config = tiny.config(mesh=mesh, batch_size=8)
-  return setup.with_vocabulary(config, 257)
+def options_of(batch_size=8, **mesh):
+  return tiny.options(mesh=mesh, batch_size=batch_size).filled(257)
 
 
 def report(num_devices, **mesh):
-  config = config_of(**mesh)
-  mesh = compile_ahead.mesh_of(config, jax.devices()[:num_devices])
-  return compile_ahead.report(config, mesh)
+  options = options_of(**mesh)
+  mesh = compile_ahead.mesh_of(options, jax.devices()[:num_devices])
+  return compile_ahead.report(options, mesh)
 
 
 @pytest.fixture(scope='module')
@@ -72,23 +69,23 @@ def test_a_verdict_names_the_device_and_both_numbers():
 
 
 def test_flops_by_formula_are_split_over_devices():
-  config = config_of(data=2, expert=2)
-  one, four = (compile_ahead.formula_flops(config, n) for n in (1, 4))
+  options = options_of(data=2, expert=2)
+  one, four = (compile_ahead.formula_flops(options, n) for n in (1, 4))
   assert one == 4 * four
-  twice = merge(config, {'batch_size': 16})
+  twice = options_of(batch_size=16, data=2, expert=2)
   assert compile_ahead.formula_flops(twice, 4) == 2 * four
 
 
 @pytest.mark.parametrize(
-  ('config', 'message'),
+  ('options', 'message'),
   [
-    (config_of(data=3), 'mesh=.*does not fit 4 devices'),
-    (merge(config_of(data=4), {'batch_size': 6}), 'batch_size=6'),
+    (dict(data=3), 'mesh=.*does not fit 4 devices'),
+    (dict(data=4, batch_size=6), 'batch_size=6'),
   ],
 )
-def test_a_bad_mesh_fails_before_compiling(config, message):
+def test_a_bad_mesh_fails_before_compiling(options, message):
   with pytest.raises(ValueError, match=message):
-    compile_ahead.mesh_of(config, jax.devices()[:4])
+    compile_ahead.mesh_of(options_of(**options), jax.devices()[:4])
 
 
 def test_a_topology_that_is_none():

@@ -13,55 +13,59 @@ import time
 import pytest
 
 from experiments import launch
-from experiments.study import local_runs
-from experiments.study.local_runs import DONE, FAILED, STOPPED, WAITING, Job
+from experiments.study import items as items_lib
+from experiments.study import processes, scheduler
+from experiments.study.jobs import Item
+from experiments.study.processes import Command
+from experiments.study.scheduler import DONE, FAILED, STOPPED, WAITING
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = 'configs/tiny_switch.py:runlocal'
 
 
-def job(folder, name, *scripts, finished=False, complete=True, env=None):
+def command(folder, name, *scripts, complete=True, env=None):
   """Processes that run Python scripts; they need no jax."""
-  return Job(
+  return Command(
     name=name,
     commands=lambda: [[sys.executable, '-c', script] for script in scripts],
     logs=[folder / f'{name}.{i}.log' for i in range(len(scripts))],
-    finished=lambda: finished,
     complete=lambda: complete,
     env=env or {},
   )
 
 
-def quiet(text):
-  del text
+def run_all(commands, places, **options):
+  return scheduler.run_all(
+    {each.name: each.begin for each in commands},
+    places,
+    message=lambda text: None,
+    **options,
+  )
 
 
 SLOWER = 'import time; time.sleep(1); print("saved"); raise SystemExit(75)'
 
 
-def test_a_failure_stops_no_other_and_what_is_finished_is_not_run(tmp_path):
-  jobs = [
-    job(tmp_path, 'before', 'open("ran", "w")', finished=True),
-    job(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
-    job(tmp_path, 'good', 'print("fine")'),
-    job(tmp_path, 'half', 'pass', complete=False),
+def test_a_failure_stops_no_other(tmp_path):
+  commands = [
+    command(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
+    command(tmp_path, 'good', 'print("fine")'),
+    command(tmp_path, 'half', 'pass', complete=False),
     # By itself: nobody asked the second to stop.
-    job(tmp_path, 'preempted', 'raise SystemExit(75)', SLOWER),
+    command(tmp_path, 'preempted', 'raise SystemExit(75)', SLOWER),
   ]
-  outcomes = local_runs.run_all(jobs, [{}], message=quiet)
+  outcomes = run_all(commands, [{}])
   assert outcomes == {
-    'before': DONE,
     'bad': FAILED,
     'good': DONE,
     'half': STOPPED,
     'preempted': STOPPED,
   }
-  assert jobs[-1].logs[1].read_text() == 'saved\n'
-  assert not (tmp_path / 'before.0.log').exists()
+  assert commands[-1].logs[1].read_text() == 'saved\n'
   assert (tmp_path / 'good.0.log').read_text() == 'fine\n'
-  lines = launch.summary(jobs, outcomes).splitlines()
-  assert lines[1].split() == ['failed', 'bad']
-  assert lines[2].strip() == f'{tmp_path}/bad.0.log: moe_jax: no'
+  lines = launch.summary(commands, outcomes).splitlines()
+  assert lines[0].split() == ['failed', 'bad']
+  assert lines[1].strip() == f'{tmp_path}/bad.0.log: moe_jax: no'
 
 
 def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
@@ -71,10 +75,10 @@ def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
     'import os, time; t = time.time(); time.sleep(0.3);'
     'print(os.environ["CUDA_VISIBLE_DEVICES"], t, time.time())'
   )
-  jobs = [job(tmp_path, f'item{i}', script) for i in range(5)]
-  local_runs.run_all(jobs, local_runs.places(1, 'gpu', 2), message=quiet)
+  commands = [command(tmp_path, f'item{i}', script) for i in range(5)]
+  run_all(commands, processes.places(1, 'gpu', 2))
   spans = {'0': [], '1': []}
-  for one in jobs:
+  for one in commands:
     place, begin, end = one.logs[0].read_text().split()
     spans[place].append((float(begin), float(end)))
   for times in spans.values():
@@ -86,20 +90,20 @@ def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
 
 def test_places_are_among_the_devices_that_the_caller_has(monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-ab,7')
-  places = local_runs.places(1, 'gpu', 2)
+  places = processes.places(1, 'gpu', 2)
   assert [p['CUDA_VISIBLE_DEVICES'] for p in places] == ['4', 'GPU-ab']
   with pytest.raises(ValueError, match=r'4,GPU-ab,7 has 3 .*--devices=4'):
-    local_runs.places(1, 'gpu', 4)
+    processes.places(1, 'gpu', 4)
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
   with pytest.raises(ValueError, match='has 0 devices'):
-    local_runs.places(1, 'gpu', 1)
+    processes.places(1, 'gpu', 1)
 
 
 def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
   lasting = 'import time; time.sleep(60)'
-  one = job(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', lasting)
+  one = command(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', lasting)
   began = time.monotonic()
-  assert local_runs.run_all([one], [{}], message=quiet) == {'pair': FAILED}
+  assert run_all([one], [{}]) == {'pair': FAILED}
   assert time.monotonic() - began < 30
   summary = launch.summary([one], {'pair': FAILED}).splitlines()
   # The one that was only ended with it is not blamed.
@@ -120,16 +124,16 @@ STUCK = (
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
-  jobs = [
-    job(tmp_path, 'saves', SAVES, complete=False),
-    job(tmp_path, 'stuck', STUCK),
-    job(tmp_path, 'later', 'print("never")'),
+  commands = [
+    command(tmp_path, 'saves', SAVES, complete=False),
+    command(tmp_path, 'stuck', STUCK),
+    command(tmp_path, 'later', 'print("never")'),
   ]
 
   def send():
     while not all(
       log.exists() and 'ready' in log.read_text()
-      for log in (jobs[0].logs[0], jobs[1].logs[0])
+      for log in (commands[0].logs[0], commands[1].logs[0])
     ):
       time.sleep(0.05)
     os.kill(os.getpid(), number)
@@ -137,18 +141,16 @@ def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
   before = signal.getsignal(number)
   thread = threading.Thread(target=send)
   thread.start()
-  outcomes = local_runs.run_all(
-    jobs, [{}, {}], grace_seconds=0.5, message=quiet
-  )
+  outcomes = run_all(commands, [{}, {}], grace_seconds=0.5)
   thread.join()
   assert signal.getsignal(number) is before
   assert outcomes == {'saves': STOPPED, 'stuck': STOPPED, 'later': WAITING}
-  assert jobs[0].logs[0].read_text() == 'ready\nsaved\n'
-  assert not jobs[2].logs[0].exists()
+  assert commands[0].logs[0].read_text() == 'ready\nsaved\n'
+  assert not commands[2].logs[0].exists()
 
 
 def test_sweeps_multiply():
-  items = launch.swept(
+  items = items_lib.swept(
     'configs/x.py',
     {'batch_size': 4},
     {'seed': ['0', '1'], 'model.width': ['8', '16']},
@@ -166,7 +168,7 @@ def test_sweeps_multiply():
     '--config.model.width=8',
   ]
   twins = {'data.seq_len': ['8'], 'other.seq_len': ['9']}
-  (one,) = launch.swept('configs/x.py', {}, twins, 'out')
+  (one,) = items_lib.swept('configs/x.py', {}, twins, 'out')
   assert one.workdir == 'out/data.seq_len=8,other.seq_len=9'
 
 
@@ -184,7 +186,7 @@ def test_sweeps_multiply():
   ],
 )
 def test_bad_items_fail_before_any_starts(overrides, folders, message):
-  items = [launch.Item(SHRUNK, overrides, folder) for folder in folders]
+  items = [Item(SHRUNK, overrides, folder) for folder in folders]
   with pytest.raises(ValueError, match=message):
     launch.check(items)
 
@@ -195,22 +197,22 @@ def test_items_come_from_a_python_file(tmp_path):
     'def get_items():\n'
     f"  return [({SHRUNK!r}, {{'seed': s}}, f'out/{{s}}') for s in (3, 5)]\n"
   )
-  items = launch.read_items(str(path))
-  assert items[1] == launch.Item(SHRUNK, {'seed': 5}, 'out/5')
+  items = items_lib.read_items(str(path))
+  assert items[1] == Item(SHRUNK, {'seed': 5}, 'out/5')
   for bad in (('x.py', {}), ('x.py', 'out', {}), 'abc'):
     path.write_text(f'def get_items():\n  return [{bad!r}]\n')
     with pytest.raises(ValueError) as error:
-      launch.read_items(str(path))
+      items_lib.read_items(str(path))
     for part in (repr(bad), '(config, overrides, workdir)'):
       assert part in str(error.value)
   path.write_text('')
   with pytest.raises(ValueError, match='defines no get_items'):
-    launch.read_items(str(path))
+    items_lib.read_items(str(path))
 
 
 def test_processes_of_one_run_know_each_other(tmp_path):
-  item = launch.Item(SHRUNK, {}, str(tmp_path))
-  one = launch.make_job(item, processes=2, devices_per_process=3)
+  item = Item(SHRUNK, {}, str(tmp_path))
+  one = launch.make_command(item, processes=2, devices_per_process=3)
   first, second = one.commands()
   assert first[:-1] == second[:-1]
   assert [c[-1] for c in (first, second)] == [
@@ -223,12 +225,34 @@ def test_processes_of_one_run_know_each_other(tmp_path):
   assert one.commands()[0] != first
 
 
+def test_overrides_of_all_items_are_those_of_main():
+  options, overrides = launch.parse(
+    [
+      f'--config={SHRUNK}',
+      '--sweep',
+      'seed=0,1',
+      '--config.batch_size=8',
+      '--config.model.moe.num_experts',
+      '2',
+    ]
+  )
+  items = launch.items_of(options, overrides)
+  assert [dict(item.overrides) for item in items] == [
+    {'batch_size': '8', 'model.moe.num_experts': '2', 'seed': seed}
+    for seed in '01'
+  ]
+  with pytest.raises(ValueError, match=r'--batch_size.*--config.key=value'):
+    launch.items_of(options, ['--batch_size=8'])
+  with pytest.raises(ValueError, match='seed is given twice'):
+    launch.items_of(options, ['--config.seed=1'])
+
+
 @pytest.mark.slow
 def test_runs_train_once_and_another_config_is_refused(tmp_path):
   output = tmp_path / 'runs'
   command = [
     *(sys.executable, '-m', 'experiments.launch', f'--config={SHRUNK}'),
-    *('--sweep', 'seed=0,1', '--set', 'sample.num_tokens=0'),
+    *('--sweep', 'seed=0,1', '--config.sample.num_tokens=0'),
     *(f'--output={output}', '--workers=2'),
   ]
 
@@ -244,6 +268,6 @@ def test_runs_train_once_and_another_config_is_refused(tmp_path):
   again = run()
   assert again.returncode == 0
   assert again.stdout.count('finished before') == 2
-  other = run('--set', 'batch_size=8')
+  other = run('--config.batch_size=8')
   assert other.returncode == 1
   assert 'log: moe_jax:' in other.stdout

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import base
-from moe_jax.config import flatten
+from moe_jax.sections import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.benchmarks import moe_layer_programs as programs
 from experiments.benchmarks.timing import Compilation, Program, compile_ahead
-from moe_jax.config import unknown
+from moe_jax.options import unknown
 from moe_jax.shapes import Array
 
 ROUTINGS = ('uniform', 'zipf')
@@ -153,7 +153,7 @@ def compile_cases(
   x = Inputs.draw(layer, 'uniform', K)
   found = {
     name: compile_ahead(
-      programs.layer_function(programs.moe_config(s, E, K, name), backward),
+      programs.layer_function(programs.moe_layer(s, E, K, name), backward),
       layer.params,
       x.x,
       x.dy,

@@ -13,16 +13,21 @@ import jax.numpy as jnp
 
 from moe_jax import kernels
 from moe_jax.analysis import roofline
+from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import (
   ACTIVATIONS,
+  Dropless,
   FeedForward,
-  FfnConfig,
+  FeedForwardExpert,
+  FfnOptions,
+  Gather,
   MoE,
-  MoeConfig,
-  RouterConfig,
+  MoeOptions,
+  Numerics,
+  Shared,
 )
-from moe_jax.layers.rows_product import rows_matmul
-from moe_jax.routing import CapacityRule
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.routing.capacity import All, PerAssignment
 from moe_jax.shapes import Array
 
 LAYERS = ('gather', 'dropless')
@@ -52,14 +57,9 @@ class Sizes:
     return ('w_gate', 'w_in') if gated else ('w_in',)
 
   @property
-  def expert(self) -> FfnConfig:
-    """One expert, and the dense layer."""
-    return FfnConfig(
-      hidden=self.hidden,
-      activation=self.activation,
-      dtype=self.dtype,
-      param_dtype=self.dtype,
-    )
+  def shared(self) -> Shared:
+    """The types of all layers."""
+    return Shared(Numerics(dtype=self.dtype, param_dtype=self.dtype))
 
   def kernel_bytes(self, E: int) -> int:
     """Of E experts' kernels, and so of their gradients."""
@@ -87,26 +87,22 @@ class Sizes:
     )
 
 
-def moe_config(sizes: Sizes, E: int, K: int, dispatch: str) -> MoeConfig:
-  """All tokens one group; capacity factor 1, or room for all."""
-  capacity = CapacityRule('all')
-  if dispatch == 'gather':
-    capacity = CapacityRule('per_assignment', factor=1.0)
-  return MoeConfig(
-    router=RouterConfig(
-      num_experts=E,
-      num_selected=K,
-      capacity=capacity,
-      gates='raw' if K == 1 else 'renormalized',
-    ),
-    expert=sizes.expert,
-    dispatch=dispatch,
+def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
+  """A layer of one group of tokens; capacity factor 1, or room for all."""
+  slots = dispatch == LAYERS[0]
+  options = MoeOptions(
+    num_experts=E,
+    num_selected=K,
+    router=TokenChoice(gates='raw' if K == 1 else 'renormalized'),
+    capacity=PerAssignment(factor=1.0) if slots else All(),
+    expert=FeedForwardExpert(sizes.hidden, sizes.activation, 0.0),
+    dispatch=Gather() if slots else Dropless(),
   )
+  return MoE(options, sizes.shared)
 
 
-def layer_function(config: MoeConfig, backward: bool) -> Callable[..., Any]:
+def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
   """(params, x, dy) -> (y, aux), and the gradient of params and x."""
-  module = MoE(config)
 
   def forward(params, x):
     y, aux = module.apply({'params': params}, x)
@@ -136,7 +132,8 @@ def with_gradient(function: Callable[..., Array], backward: bool):
 
 def dense_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
   """(params, x) -> y: the dense layer, and what one would write plainly."""
-  module = FeedForward(sizes.expert)
+  ffn = FfnOptions(sizes.hidden, sizes.activation)
+  module = FeedForward(ffn, sizes.shared)
 
   def plain(params, x):
     h = ACTIVATIONS[sizes.activation].hidden(

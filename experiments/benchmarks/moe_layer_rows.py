@@ -174,6 +174,6 @@ def _layer_programs(
   inputs = cases_lib.Inputs.draw(layer, 'uniform', 1)
   arrays = layer.params, inputs.x, inputs.dy
   for name in LAYERS:
-    config = programs_lib.moe_config(sizes, E, 1, name)
-    function = programs_lib.layer_function(config, backward=True)
+    module = programs_lib.moe_layer(sizes, E, 1, name)
+    function = programs_lib.layer_function(module, backward=True)
     yield name, timing.compile_ahead(function, *arrays).on(*arrays)

@@ -10,8 +10,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from moe_jax import sections
 from moe_jax.command_line import load_config
-from moe_jax.config import merge
+from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
 NAME = 'transformers'
@@ -21,30 +22,27 @@ SIZES = {
   'microbatches': 1,
   'data': {'seq_len': 256, 'target_len': 64},
   'optimizer': {
-    'name': 'adamw',
-    'schedule': 'constant',
+    'kind': 'adamw',
+    'schedule': {'kind': 'constant'},
     'b1': 0.9,
     'clip_norm': 1.0,
   },
   'model': {
     'vocab_size': 1024,
     'num_layers': 4,
-    'num_encoder_layers': 4,
     'width': 256,
-    'num_heads': 4,
-    'head_width': 64,
-    'hidden': 1024,
+    'attention': {'num_heads': 4, 'head_width': 64},
+    'ffn': {'hidden': 1024},
     'dropout': 0.0,
-    'dtype': 'float32',
+    'numerics': {'dtype': 'float32'},
     'remat': 'none',
     'scan_layers': False,
     'moe': {
       'num_experts': 8,
       'layers': '1,3',
-      'encoder_layers': '1,3',
-      'jitter': 0.0,
-      'expert_dropout': 0.0,
       'group_size': 0,
+      'router': {'token_choice': {'jitter': 0.0}},
+      'expert': {'dropout': 0.0},
     },
   },
 }
@@ -52,21 +50,25 @@ SIZES = {
 
 def config() -> ml_collections.ConfigDict:
   """The step's config; its model is Switch-Base's at `SIZES`."""
-  return merge(load_config(CONFIG), SIZES)
+  base = load_config(CONFIG)
+  return sections.settle(RunConfig, base, sections.merge(base, SIZES))[0]
 
 
 def cases() -> dict[str, Mapping[str, Any]]:
   """What each of our cases changes in the config's `model`."""
+  dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
   return {
     'gather, capacity factor 1.25': {},
     # What is dropped is not multiplied; transformers drops nothing here.
-    'gather, capacity factor 1.0': {'moe': {'capacity_factor': 1.0}},
-    'dropless': {'moe': {'dispatch': 'dropless', 'capacity_rule': 'all'}},
+    'gather, capacity factor 1.0': {
+      'moe': {'capacity': {'per_token': {'factor': 1.0}}}
+    },
+    'dropless': {'moe': dropless},
   }
 
 
-def transformers_model(c: ml_collections.ConfigDict) -> Any:
-  """transformers' SwitchTransformers of the config's sizes, as it starts.
+def transformers_model(options: RunConfig) -> Any:
+  """transformers' SwitchTransformers of our model's sizes, as it starts.
 
   Raises:
     SystemExit: transformers or torch is not installed.
@@ -78,21 +80,22 @@ def transformers_model(c: ml_collections.ConfigDict) -> Any:
     raise SystemExit(
       f"--peer needs the 'experiments' extra: {error}"
     ) from error
-  m = c.model
+  m = options.model
+  heads = m.attention
   torch.manual_seed(0)
   return transformers.SwitchTransformersForConditionalGeneration(
     transformers.SwitchTransformersConfig(
       vocab_size=m.vocab_size,
       d_model=m.width,
-      d_kv=m.head_width,
-      d_ff=m.hidden,
-      num_layers=m.num_encoder_layers,
+      d_kv=heads.head_width,
+      d_ff=m.ffn.hidden,
+      num_layers=m.encoder_half().num_layers,
       num_decoder_layers=m.num_layers,
       num_sparse_encoder_layers=2,
       num_sparse_decoder_layers=2,
-      num_heads=m.num_heads,
+      num_heads=heads.num_heads,
       num_experts=m.moe.num_experts,
-      expert_capacity=c.data.seq_len,  # room for all, and at no cost there
+      expert_capacity=options.data.seq_len,  # room for all, at no cost
       router_jitter_noise=0.0,
       dropout_rate=0.0,
       dense_act_fn='relu',
@@ -102,15 +105,15 @@ def transformers_model(c: ml_collections.ConfigDict) -> Any:
 
 
 def transformers_step(
-  c: ml_collections.ConfigDict, batch: Mapping[str, np.ndarray]
+  options: RunConfig, batch: Mapping[str, np.ndarray]
 ) -> Callable[[], None]:
   """One step of that model on the batch, when called."""
-  model = transformers_model(c)
+  model = transformers_model(options)
   import torch
 
   model.train()
   optimizer = torch.optim.AdamW(
-    model.parameters(), lr=c.optimizer.learning_rate, fused=True
+    model.parameters(), lr=options.optimizer.learning_rate, fused=True
   )
   names = ('encoder_tokens', 'tokens', 'targets')
   source, given, targets = (
@@ -126,7 +129,9 @@ def transformers_step(
       output_router_logits=True,
     ).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), c.optimizer.clip_norm)
+    torch.nn.utils.clip_grad_norm_(
+      model.parameters(), options.optimizer.clip_norm
+    )
     optimizer.step()
 
   return run

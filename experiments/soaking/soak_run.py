@@ -17,16 +17,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from configs import base
-from moe_jax import distributed
-from moe_jax.config import merge
+from moe_jax import distributed, run_config, sections
+from moe_jax.run_config import RunConfig
 from moe_jax.runs.manifest import name as path_name
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.losses import normalizers
-from moe_jax.training.setup import Hook, Run, loss_weights
+from moe_jax.training.losses import loss_weights, normalizers
+from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import make_grad_fn
 
 WITNESS = 'witness_*.jsonl'
@@ -34,9 +33,9 @@ EVAL = 'train_capacity'
 SAVE_EVERY = 25
 
 
-def make_config(
+def make_options(
   seed: int, total_steps: int, mesh: Mapping[str, int]
-) -> ml_collections.ConfigDict:
+) -> RunConfig:
   """A sparse model small enough that a step takes milliseconds."""
   config = base.get_config()
   config.evals = {EVAL: base.evaluation(every_steps=0)}
@@ -47,20 +46,24 @@ def make_config(
   # Who waits for one that was killed at its start waits so long.
   config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
+  corpus = {'modules': 'email,json,asyncio,unittest'}
+  router = dict(gates='renormalized', jitter=0.01, balance_bias_rate=1e-3)
+  moe = dict(num_experts=4, num_selected=2)
+  moe['router'] = {'token_choice': {**router, 'balance_bias_scores': 'softmax'}}
+  heads = dict(num_heads=2, num_kv_heads=2)
+  model = dict(num_layers=2, width=32, attention=heads, ffn=dict(hidden=64))
   changes = dict(
     seed=seed,
     total_steps=total_steps,
     batch_size=8,
     log_every_steps=SAVE_EVERY,
-    data=dict(seq_len=32, source='python_stdlib:email,json,asyncio,unittest'),
-    model=dict(num_layers=2, width=32, num_heads=2, num_kv_heads=2, hidden=64),
-    optimizer=dict(learning_rate=3e-3, warmup_steps=10),
+    data=dict(seq_len=32, source=dict(python_stdlib=corpus)),
+    model=model | dict(moe=moe),
+    optimizer=dict(learning_rate=3e-3, schedule=dict(warmup_steps=10)),
     mesh=dict(mesh),
     sample=dict(num_tokens=0),
   )
-  moe = dict(num_experts=4, num_selected=2, gates='renormalized', jitter=0.01)
-  changes['model']['moe'] = {**moe, 'balance_bias_rate': 1e-3}
-  return merge(config, changes)
+  return run_config.read(sections.merge(base.finish(config), changes))
 
 
 class Witness(Hook):
@@ -113,7 +116,7 @@ class Witness(Hook):
 
 def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   """Loss and gradient of a step, on the run's mesh."""
-  grad_fn = make_grad_fn(run.model, loss_weights(run.config, run.model))
+  grad_fn = make_grad_fn(run.model, loss_weights(run.model))
 
   @functools.partial(
     jax.jit,
@@ -124,7 +127,7 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   )
   def compute(state, batch):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    whole = normalizers(batch)
+    whole = normalizers(run.model, batch)
     (loss, _), grads = grad_fn(
       state.params, batch, whole, key, state.router_state
     )
@@ -166,13 +169,13 @@ def main(workdir: str, given: str, *where: str) -> None:
   """Trains to the end, or until something happens."""
   spec = json.loads(given)
   witness = Witness(spec.pop('attempt'), spec.pop('gradients'))
-  config = make_config(**spec)
+  options = make_options(**spec)
   cache = pathlib.Path(workdir).parent / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   processes = (where[0], int(where[1]), int(where[2])) if where else ()
-  with distributed.joined(config.distributed, *processes):
-    train_and_evaluate(config, workdir, hooks=[witness], resume=True)
+  with distributed.joined(options.distributed, *processes):
+    train_and_evaluate(options, workdir, hooks=[witness], resume=True)
 
 
 if __name__ == '__main__':
