@@ -152,9 +152,9 @@ def test_a_deep_feed_forward_is_its_products():
 def test_which_tokens_go_where_is_counted():
   params, tokens = tiny.params_of(MODEL), tiny.tokens()
   batch = {
-    'tokens': tokens,
-    'segment_ids': IDS,
-    'positions': np.zeros_like(IDS),
+    'tokens': jnp.asarray(tokens),
+    'segment_ids': jnp.asarray(IDS),
+    'positions': jnp.zeros_like(IDS),
   }
   counts = token_counts(MODEL, {'params': params}, [batch])
   _, aux = run(MODEL, params, tokens)
