@@ -46,8 +46,8 @@ class Copies:
 
   Attributes:
     experts: The source of each expert; () is `sources_of` their numbers.
-    router_std: Standard deviation of routers that are new (0.02 in sparse
-      upcycling); with 0.0 they are as the model draws them.
+    router_std: Standard deviation of the kernels of routers that are new (0.02
+      in sparse upcycling); with 0.0 they are as the model draws them.
     expert_noise: Standard deviation of the normal noise on each copy of an
       expert but the first, as a fraction of the kernel's root mean square.
     router_noise: The same for the columns of the router that belong to copies
@@ -154,9 +154,7 @@ class Plan:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
     pieces = self.pieces[path]
     if self.copies.router_std and role == Role('router', 'kernel'):
-      drawn = self.copies.router_std * jax.random.normal(key, new.shape)
-      # Kernels of noise start at zero, also here.
-      new = jnp.where(jnp.any(new), drawn, new)
+      new = self.copies.router_std * jax.random.normal(key, new.shape)
     if pieces == [Piece(path)]:
       return source[path].astype(new.dtype)
     pieces = [

@@ -1,18 +1,16 @@
 """Runs that begin with another run's parameters: from config to step."""
 
-import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from configs import base
-from moe_jax import finetuning
-from moe_jax.config import merge
+from moe_jax import finetuning, run_config
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from tests import golden
 from tests.training import tiny
@@ -22,17 +20,19 @@ SPARSE = {
   'moe': {
     'num_experts': 4,
     'num_selected': 2,
-    'gates': 'renormalized',
-    'capacity_rule': 'all',
+    'router': {'token_choice': {'gates': 'renormalized'}},
+    'capacity': {'kind': 'all'},
   }
 }
 SHORT = {'total_steps': 2, 'sample': {'num_tokens': 0}}
-OTHER_DATA = {'source': 'python_stdlib:json,email,asyncio,http'}
+OTHER_DATA = {
+  'source': {'python_stdlib': {'modules': 'json,email,asyncio,http'}}
+}
 
 
 def train(config, workdir, devices=1):
   return loop.train_and_evaluate(
-    config,
+    run_config.read(config),
     workdir,
     devices=jax.devices()[:devices],
     initial=finetuning.initial,
@@ -105,7 +105,8 @@ def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
 
 def begun(config, workdir, devices):
   """The state that a run of the config begins with, without a step."""
-  run = setup.set_up(config, workdir, devices=jax.devices()[:devices])
+  options = run_config.read(config)
+  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
     return begin.begin(run, finetuning.initial)
 
@@ -133,7 +134,10 @@ def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
 def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   dense, tmp_path, capsys
 ):
-  biased = {'moe': {**SPARSE['moe'], 'balance_bias_rate': 0.01}}
+  router = {
+    'gates': 'sigmoid', 'balance_bias_rate': 0.01, 'balance_weight': 0.0,
+  }  # fmt: skip
+  biased = {'moe': {**SPARSE['moe'], 'router': {'token_choice': router}}}
   four = train(config_from(dense, biased), tmp_path / 'four')
   # The same model again: what its routers keep is part of it.
   same = begun(config_from(tmp_path / 'four', biased), tmp_path / 'same', 1)
@@ -168,7 +172,7 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     'holds no trained run': config_from(tmp_path / 'nothing'),
     r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
     'trained on tokens of bytes': config_from(
-      dense, data={'tokenizer': 'chars'}
+      dense, data={'tokenizer': {'kind': 'chars'}}
     ),
     'is no list of numbers': merge(
       config_from(dense), {'init_from': {'experts': '0,a'}}
@@ -181,21 +185,22 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     assert not (tmp_path / 'run').exists()
   with pytest.raises(ValueError, match='nobody to read it'):
     loop.train_and_evaluate(
-      config_from(dense), tmp_path / 'run', devices=jax.devices()[:1]
+      run_config.read(config_from(dense)),
+      tmp_path / 'run',
+      devices=jax.devices()[:1],
     )
 
 
 def test_settings_that_differ_are_said_and_data_may(dense, tmp_path, capsys):
-  relu = {**SPARSE, 'activation': 'relu'}
+  relu = {**SPARSE, 'ffn': {'activation': 'relu'}}
   config = config_from(dense, relu, data=OTHER_DATA)
   begun(config, tmp_path, 1)
   said = capsys.readouterr().out
-  assert "settings differ: model.activation 'gelu' -> 'relu'" in said
+  for name in ('ffn', 'moe.expert'):
+    assert f"model.{name}.activation 'gelu' -> 'relu'" in said
 
 
-def test_the_config_has_the_section_of_the_dataclass():
-  section = base.get_config().init_from
-  assert json.loads(section.to_json()).keys() == {
-    *finetuning.InitFrom.__dataclass_fields__
-  }
-  assert finetuning.InitFrom(**section) == finetuning.InitFrom()
+def test_options_without_a_source_are_refused():
+  for name, value in (('step', 3), ('experts', '0'), ('router_std', 0.1)):
+    with pytest.raises(ValueError, match=f'{name}=.* has no effect with work'):
+      finetuning.InitFrom(**{name: value})

@@ -1,5 +1,6 @@
 """Parameters of one model as another's: which, and what it then computes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,30 +11,58 @@ from flax import linen as nn
 
 from moe_jax import models
 from moe_jax.finetuning import Copies, plan, sources_of
-from tests.test_configs import batch_of
+from moe_jax.layers.experts import Dropless
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.positions import Relative
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.routing.capacity import All, PerToken
 from tests.training import tiny
 
-ROOM = {'capacity_rule': 'all', 'gates': 'renormalized', 'num_selected': 2}
-TOP2 = {**ROOM, 'num_experts': 4, 'layers': 'every 2'}
+V, T = 257, 16
+TOP2 = {
+  'num_experts': 4,
+  'num_selected': 2,
+  'layers': 'every 2',
+  'router': TokenChoice(gates='renormalized'),
+  'capacity': All(),
+}
+RAW = {'router': TokenChoice(gates='raw')}
 DENSE = {'layers': 'none'}
 HALVES = {
   'kind': 'encoder_decoder',
   'num_layers': 2,
-  'num_encoder_layers': 4,
-  'positions': 'relative',
-  'tie_embeddings': False,
+  'encoder': EncoderOptions(4),
+  'positions': Relative(),
+  'embedding': EmbeddingOptions(tie=False),
 }
 KEY = jax.random.key(3)
 
 
-def config_of(moe, model):
-  model = {'num_layers': 4, **model, 'moe': moe}
-  data = {'target_len': 16 if 'kind' in model else 0}
-  return tiny.config(model=model, data=data)
-
-
 def build(moe, model=None):
-  return tiny.model_of(config_of(moe, model or {}))
+  """A model of 16 numbers a token and four layers."""
+  moe = dict(moe)
+  layers = moe.pop('encoder_layers', None)
+  options = {'vocab_size': V, 'num_layers': 4, 'width': 16, **(model or {})}
+  options = {'ffn': FfnOptions(20), **options, 'moe': MoeOptions(**moe)}
+  if layers is not None:
+    overrides = {'moe': {'layers': layers}}
+    options['encoder'] = dataclasses.replace(
+      options['encoder'], overrides=overrides
+    )
+  kind = options.pop('kind', 'decoder')
+  return models.MODELS.get(kind)(**options).build()
+
+
+def batch_of(model):
+  """Random rows, of both halves where there are two."""
+  return {
+    f'{prefix}{name}': values
+    for seed, prefix in enumerate(model.sequences)
+    for name, values in tiny.rows(4, T, seed=seed).items()
+  }
 
 
 @functools.cache
@@ -49,8 +78,8 @@ def params_of(model):
   return jax.tree.map(draw, shapes)
 
 
-def logits_of(model, params, model_overrides):
-  batch = batch_of(config_of({}, model_overrides))
+def logits_of(model, params):
+  batch = batch_of(model)
 
   def apply(params):
     return model.apply({'params': params}, **model.inputs(batch))[0]
@@ -68,8 +97,8 @@ def convert(model, source, **copies):
 def change(moe, source_moe, model=None, **copies):
   """By how much the conversion changes any logit, over the largest."""
   ours, theirs = build(moe, model), build(source_moe, model)
-  old = logits_of(theirs, params_of(theirs), model or {})
-  new = logits_of(ours, convert(ours, theirs, **copies), model or {})
+  old = logits_of(theirs, params_of(theirs))
+  new = logits_of(ours, convert(ours, theirs, **copies))
   return float(jnp.abs(new - old).max() / jnp.abs(old).max())
 
 
@@ -79,8 +108,14 @@ def change(moe, source_moe, model=None, **copies):
     ({}, {}),
     # Ten layers with the last one sparse are two loops, of nine and of one.
     ({'layers': 'last 1', 'num_selected': 3}, {'num_layers': 10}),
-    ({'layers': '0,3', 'dispatch': 'dropless'}, {'activation': 'swiglu'}),
-    ({'encoder_layers': '0,1', 'layers': 'all'}, {**HALVES, 'use_bias': True}),
+    (
+      {'layers': '0,3', 'dispatch': Dropless()},
+      {'ffn': FfnOptions(20, 'swiglu')},
+    ),
+    (
+      {'layers': 'all', 'encoder_layers': '0,1'},
+      {**HALVES, 'use_bias': True},
+    ),
   ],
 )
 def test_upcycled_models_begin_as_the_dense_one(moe, model):
@@ -88,9 +123,8 @@ def test_upcycled_models_begin_as_the_dense_one(moe, model):
 
 
 def test_raw_gates_and_little_room_are_not_the_dense_model():
-  raw = {'gates': 'raw'}
-  tight = {'capacity_rule': 'per_token', 'capacity_factor': 0.5}
-  for moe in (raw, tight):
+  tight = {'capacity': PerToken(0.5)}
+  for moe in (RAW, tight):
     assert change({**TOP2, **moe}, DENSE) > 1e-3
   assert change(TOP2, DENSE, expert_noise=0.1) > 1e-3
 
@@ -126,7 +160,7 @@ def test_some_layers_sparse_already():
 
 @pytest.mark.parametrize('gates', ['raw', 'renormalized'])
 def test_twice_the_experts_and_choices_are_the_same_model(gates):
-  moe = {**TOP2, 'gates': gates}
+  moe = {**TOP2, 'router': TokenChoice(gates=gates)}
   twice = {**moe, 'num_experts': 8, 'num_selected': 4}
   assert change(twice, moe) < 1e-6
   assert change({**twice, 'num_selected': 2}, moe) > 1e-3
@@ -165,7 +199,7 @@ def test_fewer_experts_are_the_first_or_those_named():
 
 def test_the_same_model_is_copied_whatever_its_experts_are_called():
   sparse = build(TOP2)
-  same = plan(build({**TOP2, 'gates': 'raw'}), sparse, Copies())
+  same = plan(build({**TOP2, **RAW}), sparse, Copies())
   assert same.copies_all and same.describe() == 'all copied'
   assert not plan(sparse, sparse, Copies(experts=(1, 0, 2, 3))).copies_all
   assert not plan(sparse, build(DENSE), Copies()).copies_all
@@ -173,7 +207,8 @@ def test_the_same_model_is_copied_whatever_its_experts_are_called():
 
 def test_all_that_does_not_fit_is_listed():
   with pytest.raises(ValueError) as caught:
-    plan(build(TOP2, {'width': 24}), build(DENSE, {'hidden': 36}), Copies())
+    wide = {'ffn': FfnOptions(36)}
+    plan(build(TOP2, {'width': 24}), build(DENSE, wide), Copies())
   lines = str(caught.value).splitlines()
   assert 'embedding: [257, 16] there, [257, 24] here' in lines
   assert 'layers/layer_0/ffn/w_in: [16, 36] there, [24, 20] here' in lines
@@ -197,7 +232,7 @@ def test_all_that_does_not_fit_is_listed():
     (
       TOP2,
       {},
-      {**TOP2, 'num_experts': 0},
+      {'num_experts': 0, 'num_selected': 2},
       {},
       {},
       r'\[16, 40\] there, \[16, 20',
