@@ -161,7 +161,10 @@ PRIVATE = ('jax.core', 'jax.interpreters', 'jax.lib', 'jaxlib')
 # The parser of Triton programs, for a jaxlib that lowers to them by itself.
 EXCEPTIONS = {'tests/kernels/test_pallas_gpu.py': 'jaxlib.triton.dialect'}
 
-PRIVATE_NAME = re.compile(r'_[a-z]', re.IGNORECASE).match
+# Not the names that every NamedTuple has, which are public.
+PRIVATE_NAME = re.compile(
+  r'_(?!(fields|replace|asdict|make)$)[a-z]', re.IGNORECASE
+).match
 
 
 def private_names(text: str) -> set[str]:
@@ -240,6 +243,7 @@ def test_a_private_name_of_the_project_is_seen():
   assert private_to_the_project('from moe_jax import a as d\nd._b') == {'d._b'}
   assert not private_to_the_project('from moe_jax import a\nx._b, a.b')
   assert not private_to_the_project('from moe_jax.a import __main__')
+  assert not private_to_the_project('from moe_jax.a import A\nA._fields')
 
 
 def test_a_forbidden_import_is_seen():
