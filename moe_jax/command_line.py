@@ -119,14 +119,13 @@ def _check_keys(
 
 
 def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
-  """Whether `name` may be a new key: it stands in a section that is open."""
-  for part in name.split('.'):
-    if part not in config:
-      return not config.is_locked
-    config = config[part]
+  """Whether `name` may be a new key: its section is there, and open."""
+  *parents, key = name.split('.')
+  for part in parents:
+    config = config.get(part)
     if not isinstance(config, ml_collections.ConfigDict):
       return False
-  return False  # a whole section is no flag
+  return key not in config and not config.is_locked
 
 
 def _options(argv: Sequence[str]):

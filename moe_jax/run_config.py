@@ -32,7 +32,9 @@ class RunConfig(RunOptions):
   """All that a run is, with every kind of evaluation and of beginning."""
 
   evals: Mapping[str, EvaluationOptions] = entries(
-    EVALUATIONS, DEFAULT_EVALS, 'Evaluations, by names of the user.'
+    EVALUATIONS,
+    DEFAULT_EVALS,
+    'Evaluations, each by a name that the user chooses.',
   )
   init_from: InitFrom = nested(
     InitFrom(), 'Another run that this one begins with.'
@@ -86,6 +88,7 @@ def describe(config: ml_collections.ConfigDict) -> Iterator[str]:
   """
   leaves = sections.leaves(RunConfig, config)
   rows = [_row(leaf) for leaf in leaves]
+  yield "'*' marks what is not the default, '-' what has no effect here."
   widths = [max(map(len, column)) for column in zip(*rows, _HEAD)]
   for row, sentence in zip(
     [_HEAD, *rows], ['', *(leaf.spec.sentence for leaf in leaves)]

@@ -1,5 +1,6 @@
 """The command line: what it makes, and what it says of a mistake."""
 
+import dataclasses
 import os
 import pathlib
 import random
@@ -10,12 +11,15 @@ import time
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import command_line
+from moe_jax import command_line, run_config, sections
+from moe_jax.options import above, option
+from moe_jax.training.optimizer import Optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -71,6 +75,8 @@ def test_the_first_command_small(tmp_path):
       "'model.moe.num_expertz'; did you mean 'model.moe.num_experts'",
     ),
     ('--config.evals.foo.kind=loss', "have ['evals.all_tokens', 'evals."),
+    ('--config.model.moe=3', "unknown config key 'model.moe'"),
+    ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
     ('--config.seed=x', '--config.seed=x: invalid literal for int()'),
     ('--confg=x', "Unknown command line flag 'confg'"),
   ],
@@ -100,6 +106,105 @@ def test_an_error_is_a_line_or_on_request_a_trace(
       moe_jax.main.main(argv[:1])
   said = f'{ended.value}{capsys.readouterr().err}'
   assert 'multiply to 1, which does not fit 8 devices' in said
+
+
+def called(argv, monkeypatch, capsys):
+  """What the program prints, to both streams, and its status."""
+  argv = ['main.py', *argv]
+  monkeypatch.setattr(sys, 'argv', argv)
+  status = 0
+  with flagsaver.flagsaver():
+    command_line.parse(argv)
+    try:
+      moe_jax.main.main(argv[:1])
+    except SystemExit as ended:
+      status = ended.code
+  return status, capsys.readouterr()
+
+
+def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
+  config = '--config=configs/tiny_switch.py'
+  status, said = called([config, '--describe'], monkeypatch, capsys)
+  lines = said.out.splitlines()
+  assert (status, said.err) == (0, '')
+  (at,) = [i for i, line in enumerate(lines) if ' batch_size ' in line]
+  assert lines[at].split() == ['*', 'batch_size', '16', '32']
+  assert lines[at + 1].strip().startswith('Number of rows in the batch')
+  (key,) = [line for line in lines if ' model.moe.router.hash.seed ' in line]
+  assert key.startswith('-')
+  for path in sections.flatten(command_line.load_config(config[9:])):
+    path = path.partition('overrides.')[0].removesuffix('_')
+    assert any(f' {path}' in line for line in lines), path
+
+
+@pytest.mark.slow
+def test_a_description_goes_through_a_pipe_that_closes():
+  done = subprocess.run(
+    f'{sys.executable} -m moe_jax.main --config=configs/base.py --describe '
+    '| head -1',
+    shell=True,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_a_flag_may_switch_off_what_the_file_sets(
+  tmp_path, monkeypatch, capsys
+):
+  # The file has a group size and jitter, which a dense twin has no use for.
+  argv = [
+    '--config=configs/tiny_switch.py:runlocal',
+    f'--workdir={tmp_path}',
+    '--config.model.moe.num_experts=0',
+  ]
+  options, ignored = settled(argv)
+  assert options.model.moe.num_experts == 0
+  assert ignored['model.moe.group_size'] == 64
+  assert ignored['model.moe.router.token_choice.jitter'] == 0.01
+  # What a flag itself sets in vain is refused.
+  status, said = called(
+    [*argv, '--config.model.moe.group_size=32'], monkeypatch, capsys
+  )
+  assert status == 1
+  assert 'model.moe.group_size=32 has no effect unless' in said.err
+
+
+def settled(argv):
+  spec = argv[0].removeprefix('--config=')
+  flags = [flag for flag in argv if flag.startswith('--config.')]
+  return run_config.settled(
+    command_line.load_config(spec), command_line.config_of(spec, flags)
+  )
+
+
+def test_flags_may_add_what_open_sections_hold():
+  config = '--config=configs/tiny_switch.py'
+  options, _ = settled(
+    [
+      config,
+      f'--config.optimizer.kind={__name__}:Own',
+      '--config.optimizer.custom.gain=2.0',
+    ]
+  )
+  assert options.optimizer.gain == 2.0
+  with pytest.raises(
+    ValueError, match=r"mean 'evals\.all_tokens\.num_batches'"
+  ):
+    settled([config, '--config.evals.all_tokens.num_batch=3'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Optimizer):
+  """A user's own optimizer."""
+
+  gain: float = option(1.0, 'Factor of the gradient.', above(0))
+
+  def preconditioner(self, axes):
+    return optax.scale(self.gain)
 
 
 def test_a_config_that_does_not_exist(tmp_path, monkeypatch):

@@ -146,25 +146,37 @@ class RunOptions(Options):
     'their batches kept in the workdir; the next one stops the run.',
     at_least(0),
   )
-  data: DataOptions = nested(DataOptions(), 'What is learned, from what.')
-  model: ModelOptions = choice(MODELS, 'decoder', 'The model.')
-  optimizer: Optimizer = choice(OPTIMIZERS, 'adamw', 'The optimizer.')
-  checkpoint: CheckpointOptions = nested(CheckpointOptions(), 'Checkpoints.')
+  data: DataOptions = nested(
+    DataOptions(), 'What the model learns, and from which source.'
+  )
+  model: ModelOptions = choice(MODELS, 'decoder', 'The model that is trained.')
+  optimizer: Optimizer = choice(
+    OPTIMIZERS, 'adamw', 'The optimizer that trains it.'
+  )
+  checkpoint: CheckpointOptions = nested(
+    CheckpointOptions(), 'Where, when and how long checkpoints are kept.'
+  )
   init_from: InitFromOptions = nested(
     InitFromOptions(), 'Another run that this one begins with.'
   )
   evals: Mapping[str, EvaluationOptions] = entries(
-    _EVALUATIONS, DEFAULT_EVALS, 'Evaluations, by names of the user.'
+    _EVALUATIONS,
+    DEFAULT_EVALS,
+    'Evaluations, each by a name that the user chooses.',
   )
-  mesh: MeshOptions = nested(MeshOptions(), 'The mesh of devices.')
+  mesh: MeshOptions = nested(
+    MeshOptions(), 'The mesh of devices, axis by axis.'
+  )
   sharding: ShardingOptions = nested(
     ShardingOptions(), 'How arrays are split over the mesh.'
   )
   distributed: Timeouts = nested(
     Timeouts(), 'How long several processes wait for each other.'
   )
-  profile: ProfileOptions = nested(ProfileOptions(), 'Steps that are traced.')
-  sample: SampleOptions = nested(SampleOptions(), 'The text at the end.')
+  profile: ProfileOptions = nested(
+    ProfileOptions(), 'The optimizer steps that are traced.'
+  )
+  sample: SampleOptions = nested(SampleOptions(), 'The text sample at the end.')
 
   def problems(self) -> Iterator[str]:
     """What no section knows by itself."""

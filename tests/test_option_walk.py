@@ -1,0 +1,166 @@
+"""Every option of a config: a sentence, a rule, and no value in vain."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from moe_jax import sections
+from moe_jax.options import (
+  Check,
+  Options,
+  default_of,
+  fields_of,
+  spec_of,
+  types_of,
+)
+from moe_jax.run_config import RunConfig
+
+CONFIG = sections.section(RunConfig)
+LEAVES = {leaf.path: leaf for leaf in sections.leaves(RunConfig, CONFIG)}
+
+
+def classes_of(cls: type[Options], seen=None) -> Iterator[type[Options]]:
+  """Every class of options that a config can hold."""
+  seen = set() if seen is None else seen
+  if cls in seen:
+    return
+  seen.add(cls)
+  yield cls
+  for field in fields_of(cls).values():
+    spec, default = spec_of(field), default_of(field)
+    below = []
+    if spec.kinds is not None:
+      below = spec.kinds.builtin.values()
+    elif isinstance(default, Options):
+      below = [type(default)]
+    for other in below:
+      yield from classes_of(other, seen)
+
+
+CLASSES = list(classes_of(RunConfig))
+each_class = pytest.mark.parametrize(
+  'cls', CLASSES, ids=[cls.__name__ for cls in CLASSES]
+)
+
+
+@each_class
+def test_every_option_has_a_whole_sentence(cls):
+  for name, field in fields_of(cls).items():
+    sentence = spec_of(field).sentence
+    assert sentence, f'{cls.__name__}.{name} has no sentence'
+    first, last = sentence[0], sentence[-1]
+    assert first.isupper() or not first.isalpha(), f'{name}: {sentence}'
+    assert last == '.', f'{cls.__name__}.{name}: {sentence}'
+    assert len(sentence.split()) > 1, f'{cls.__name__}.{name}: {sentence}'
+
+
+@each_class
+def test_every_number_has_a_rule_or_says_why_not(cls):
+  for name, hint in types_of(cls).items():
+    field = fields_of(cls).get(name)
+    if field is not None and hint in (int, float):
+      assert spec_of(field).checks, f'{cls.__name__}.{name} has no check'
+
+
+def others(value, checks: tuple[Check, ...]):
+  """Values of the same type that are allowed, without the given one."""
+  if isinstance(value, bool):
+    found = [not value]
+  elif isinstance(value, int | float):
+    step = [1, 2, 3, 0, -1, 0.5, 0.25, 1.5]
+    found = [type(value)(number) for number in step]
+  elif isinstance(value, str):
+    names = [name for check in checks for name in check.names]
+    found = names or ['other', 'data', 'tensor', 'every 3', 'bleu']
+  elif isinstance(value, tuple):
+    found = [value[:1], value + value[-1:]] if value else [(2,), (('x', 1.0),)]
+  else:
+    found = []
+  return [
+    other
+    for other in found
+    if other != value
+    and not (isinstance(other, float) and not math.isfinite(other))
+    and all(keeps(check, other) for check in checks)
+  ]
+
+
+def keeps(check: Check, value) -> bool:
+  """Whether a value keeps a rule; what a rule cannot read does not."""
+  try:
+    return check.problem('x', value) is None
+  except (TypeError, ValueError):
+    return False
+
+
+def test_every_option_that_cannot_matter_is_refused_by_name():
+  # The defaults leave most kinds unchosen and many conditions unmet.
+  idle = {path: leaf for path, leaf in LEAVES.items() if leaf.idle is not None}
+  assert len(idle) > 80
+  tried = 0
+  for path, leaf in idle.items():
+    if leaf.spec.kinds is not None:
+      values = [kind for kind in leaf.spec.kinds.builtin if kind != leaf.value]
+    elif leaf.default is dataclasses.MISSING:
+      values = ['other']
+    else:
+      values = others(leaf.value, leaf.spec.checks)
+    if not values:
+      continue
+    tried += 1
+    assert refusals(path, values[0]) == [f'{path}={values[0]!r}'], path
+  assert tried > 0.9 * len(idle)
+
+
+def refusals(path: str, value) -> list[str]:
+  """The options that are refused, with their values, once one is set."""
+  *parents, key = path.split('.')
+  overrides = {key: value}
+  for parent in reversed(parents):
+    overrides = {parent: overrides}
+  config = sections.merge(CONFIG, overrides)
+  with pytest.raises(ValueError, match='has no effect') as error:
+    sections.read(RunConfig, config)
+  return [text.partition(' has no ')[0] for text in error.value.problems]
+
+
+@each_class
+def test_what_neighbours_switch_off_is_refused_in_python_too(cls):
+  for name, field in fields_of(cls).items():
+    spec = spec_of(field)
+    if not spec.when or spec.kinds is not None:
+      continue
+    values = others(default_of(field), spec.checks)
+    if not values or idle_beside(cls, name) is None:
+      continue
+    neighbours = idle_beside(cls, name)
+    with pytest.raises(ValueError, match=f'{name}=.*has no effect unless'):
+      cls(**neighbours, **{name: values[0]})
+
+
+def idle_beside(cls, name):
+  """Values of the neighbours under which an option has no effect, if any."""
+  neighbours = {}
+  for other, allowed in spec_of(fields_of(cls)[name]).when.items():
+    field = fields_of(cls)[other]
+    spec, value = spec_of(field), default_of(field)
+    if spec.kinds is not None or isinstance(value, Options):
+      return None
+    for candidate in [value, *others(value, spec.checks)]:
+      holds = (
+        allowed.holds(candidate)
+        if isinstance(allowed, Check)
+        else candidate in allowed
+      )
+      if not holds:
+        neighbours[other] = candidate
+        break
+    else:
+      return None
+  try:
+    cls(**neighbours)
+  except (TypeError, ValueError):  # these values mean more than one thing
+    return None
+  return neighbours
