@@ -38,7 +38,7 @@ from experiments.soaking.soak_evidence import (
   of_attempt,
   outcome,
 )
-from experiments.study.local_runs import free_port
+from experiments.study.processes import free_port
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
