@@ -111,15 +111,13 @@ def test_the_command_prints_the_tables_of_overrides():
     '--config=configs/switch_c.py',
     '--batch=4',
     '--expert_parallel=512',
-    '--config.data.target_len=128',
-    '--config.model.num_layers=30',
-    '--config.model.moe.layers=every 2',
+    '--config.data.target_len=96',
     '--config.model.moe.router.kind=hash',
   )
   assert status == 0, errors
   # 15 + 15 routers of 2080 x 2048 fewer are 0.1B of the 1.8B.
   assert '1.57T parameters in memory, 1.67B in compute' in out
-  assert 'a batch of 4 x 512 and 128 tokens' in out
+  assert 'a batch of 4 x 512 and 96 tokens' in out
   assert 'each of 512 devices' in out
   assert '3.14 TB' in out
   # The file sets options of its own router, which another one lacks.
