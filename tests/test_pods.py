@@ -44,7 +44,7 @@ def test_keys_and_files_exist():
   known = flatten(base.get_config())
   keys = re.findall(r'--config\.([\w.]+)=', TEXT)
   keys += re.findall(r'`config\.(?!json)([\w.]+)', TEXT)
-  keys += [f'model.{key}' for key in re.findall(r'`(moe\.\w+)`', TEXT)]
+  keys += [f'model.{key}' for key in re.findall(r'`(moe\.[\w.]+)`', TEXT)]
   assert len(keys) > 10
   sections = {'mesh', 'sharding'}
   assert not [key for key in keys if key not in {*known, *sections}]
