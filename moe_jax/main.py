@@ -18,6 +18,7 @@ A run that SIGTERM stopped before its last step ends with status 75.
 Kept short: everything here can be called from a notebook.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -49,6 +50,12 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 _DESCRIBE = flags.DEFINE_bool(
   'describe', False, 'Print every key of the config, and train nothing.'
+)
+_ALLOW_MODULE = flags.DEFINE_multi_string(
+  'allow_module',
+  [],
+  'A module or package whose classes the folder of --config.init_from.workdir '
+  'may name; repeatable. Those that the config names need no leave.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'Of several processes: host:port of process 0.'
@@ -95,7 +102,9 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
       options,
       _WORKDIR.value,
       hooks=default_hooks(),
-      initial=finetuning.initial,
+      initial=functools.partial(
+        finetuning.initial, allow=_ALLOW_MODULE.value
+      ),
       resume=_RESUME.value,
     )
     return int(state.step) >= options.total_steps

@@ -21,6 +21,7 @@ _KEY = 'moe_jax'
 # How the reason begins that an option has no effect beside its neighbours.
 UNLESS = 'unless'
 O = TypeVar('O', bound='Options')
+F = TypeVar('F', bound=Callable[..., Any])
 
 
 def unknown(what: str, value: Any, have: Iterable[Any]) -> ValueError:
@@ -293,6 +294,12 @@ class Kinds:
       if type(chosen) is cls:
         return name
     return f'{type(chosen).__module__}:{type(chosen).__qualname__}'
+
+
+def required(method: F) -> F:
+  """Marks a method of a contract that every class of it defines itself."""
+  method.is_required = True
+  return method
 
 
 class Options:

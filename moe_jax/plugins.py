@@ -25,7 +25,8 @@ def load(name: str, what: str, base: type) -> type:
 
   Raises:
     ValueError: The module cannot be imported, has no such class, or the class
-      does not extend `base`.
+      does not keep the contract: it does not extend `base`, is no dataclass, or
+      lacks a method that every class of the contract defines.
   """
   module_name, _, attribute = name.partition(':')
   try:
@@ -39,7 +40,28 @@ def load(name: str, what: str, base: type) -> type:
     raise ValueError(
       f'{what} {name!r} does not extend {base.__module__}.{base.__name__}'
     )
+  _check_contract(f'{what} {name!r}', chosen, base)
   return chosen
+
+
+def _check_contract(said: str, chosen: type, base: type) -> None:
+  """Raises ValueError where a class is not whole."""
+  if '__dataclass_fields__' not in vars(chosen):
+    raise ValueError(
+      f'{said} is no dataclass, so that its options are unknown; put '
+      '@dataclasses.dataclass(frozen=True) above it'
+    )
+  missing = [
+    name
+    for name in dir(base)
+    if getattr(getattr(base, name), 'is_required', False)
+    and getattr(chosen, name) is getattr(base, name)
+  ]
+  if missing:
+    raise ValueError(
+      f'{said} does not define {", ".join(missing)}, which '
+      f'{base.__module__}.{base.__name__} asks of it'
+    )
 
 
 def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:

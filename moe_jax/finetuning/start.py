@@ -6,7 +6,7 @@ Not here: which become which (`matching.py`).
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -69,11 +69,17 @@ class InitFrom(InitFromOptions):
     )
 
 
-def initial(run: Run) -> tuple[dict[str, Any], str] | None:
+def initial(
+  run: Run, allow: Iterable[str] = ()
+) -> tuple[dict[str, Any], str] | None:
   """What a run begins with that `config.init_from` gives a source.
 
   The source is read in its shards, and converted where it is; where nothing
   changes, it is read into its place.
+
+  Args:
+    run: The run.
+    allow: Modules whose classes, named in the source's folder, may be imported.
 
   Returns:
     The variables and what to say of them; None without a source. What routers
@@ -88,7 +94,7 @@ def initial(run: Run) -> tuple[dict[str, Any], str] | None:
   if not options.workdir:
     return None
   folder = pathlib.Path(options.workdir).expanduser()
-  theirs = trained.read(folder)
+  theirs = trained.read(folder, allow)
   old, new = theirs.tokenizer.identity, run.dataset.tokenizer.identity
   if old != new:
     raise ValueError(

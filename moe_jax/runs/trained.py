@@ -74,28 +74,23 @@ def read(
       raise ValueError(f'{folder} holds no trained run: it has no {name}')
   if not (checkpoints := checkpoints_of(folder)).exists():
     raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
+  config = kept_config(folder)
+  parts = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
+  plugins.check_allowed(plugins.names_in(parts), allow)
+  try:
+    data = sections.read(DataOptions, parts['data'], 'data.')
+    model = sections.read_choice(MODELS, parts['model'], 'model.')
+    sharding = sections.read(ShardingOptions, parts['sharding'], 'sharding.')
+    batch_size = config['batch_size']
+  except (ValueError, KeyError) as error:
+    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+  # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size, feature_shape = None, 0, ()
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
-    vocab_size = tokenizer.vocab_size
-    feature_shape = tokenizer.feature_shape
-  config = kept_config(folder)
-  read_by_others = {key: config.get(key, {}) for key in ('model', 'data')}
-  plugins.check_allowed(plugins.names_in(read_by_others), allow)
-  try:
-    data = sections.read(DataOptions, read_by_others['data'], 'data.')
-    model = sections.read_choice(MODELS, read_by_others['model'], 'model.')
-    return Described(
-      model=model.filled(vocab_size, feature_shape, data.seq_len),
-      data=data,
-      sharding=sections.read(
-        ShardingOptions, config.get('sharding', {}), 'sharding.'
-      ),
-      batch_size=config['batch_size'],
-      tokenizer=tokenizer,
-    )
-  except (ValueError, KeyError) as error:
-    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+    vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
+  model = model.filled(vocab_size, feature_shape, data.seq_len)
+  return Described(model, data, sharding, batch_size, tokenizer)
 
 
 def restore_variables(

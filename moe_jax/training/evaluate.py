@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.data import DataOptions, Dataset, Rows, eval_batches
 from moe_jax.distributed import Placing
 from moe_jax.models import Model
-from moe_jax.options import Options, at_least, option
+from moe_jax.options import Options, at_least, option, required
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row
 from moe_jax.training.step import eval_step
@@ -69,6 +69,7 @@ class EvaluationOptions(Options):
     'this evaluation. They may change no parameter.',
   )
 
+  @required
   def measure(self, setting: Setting) -> Measure:
     """Returns what measures, as a function of variables and step.
 

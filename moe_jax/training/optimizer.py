@@ -17,6 +17,7 @@ from moe_jax.options import (
   at_least,
   choice,
   option,
+  required,
   within,
 )
 from moe_jax.training import parameter_rules
@@ -69,6 +70,7 @@ class Optimizer(Options):
     PATTERNS,
   )
 
+  @required
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
     """Returns what turns clipped gradients into directions.
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import optax
 
-from moe_jax.options import Kinds, Options, at_least, option, within
+from moe_jax.options import Kinds, Options, at_least, option, required, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Schedule(Options):
     at_least(0),
   )
 
+  @required
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of steps since the warm-up.
 
