@@ -123,9 +123,9 @@ class MoeOptions(Options):
     yield from self.expert.problems_with(self.dispatch)
     if not self.dispatch.by_slot and self.router.drops(self.sizes):
       yield (
-        f'dispatch={type(self.dispatch).__name__} has no slots, and '
-        f'capacity={type(self.capacity).__name__} drops tokens; use the '
-        "capacity 'all', or the dispatch 'gather'"
+        f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
+        f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
+        "tokens; use the capacity 'all', or the dispatch 'gather'"
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
@@ -191,6 +191,11 @@ class MoE(nn.Module):
       layer: The layer's number, by which routers without parameters differ.
     """
     o = self.options.within(FfnOptions(), 0.0)
+    if not o.num_experts:
+      raise ValueError(
+        'num_experts=0 is the dense twin, a FeedForward of `options.twin()`; '
+        'a mixture has at least 1'
+      )
     B, T, M = x.shape
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)

@@ -265,7 +265,7 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
     (dict(output_masking=1.0), r'output_masking=1.0 not in \[0, 1\)'),
     (
       dict(dispatch=Dropless()),
-      "dispatch=Dropless has no slots, and capacity=PerToken drops.*'gather'",
+      "'dropless' has no slots, and capacity.kind='per_token' drops.*'gather'",
     ),
     # Nobody is routed in the dense twin.
     (dict(num_experts=0, group_size=4), 'group_size=4 has no effect unless'),
@@ -301,6 +301,11 @@ def test_where_experts_choose_nothing_is_dropped():
   assert (
     make(ExpertChoice(), dispatch=Dropless()).options.capacity == PerToken()
   )
+
+
+def test_the_dense_twin_is_no_mixture():
+  with pytest.raises(ValueError, match='num_experts=0 is the dense twin'):
+    MoE(MoeOptions(num_experts=0)).init(jax.random.key(0), jnp.ones((B, T, M)))
 
 
 def test_the_dense_twin_has_the_width_of_the_experts_chosen():
