@@ -48,7 +48,15 @@ ALLOWED = {
   'interop': UP_TO_LAYERS | {'models', 'data', 'runs', 'command_line'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'analysis': UP_TO_LAYERS
-  | {'models', 'data', 'runs', 'training', 'command_line', 'host'},
+  | {
+    'models',
+    'data',
+    'runs',
+    'training',
+    'config_flag',
+    'command_line',
+    'host',
+  },
   'evaluation': BASE
   | {
     'data',
@@ -70,8 +78,10 @@ ALLOWED = {
     'runs',
   },
   'run_config': OPTIONS | {'evaluation', 'finetuning', 'training'},
+  'config_flag': {'command_line', 'run_config'},
   'main': {
     'command_line',
+    'config_flag',
     'data',
     'distributed',
     'finetuning',
@@ -98,7 +108,11 @@ NARROW = {
   'analysis': {
     'data': TOKENIZERS,
     'runs': CHECKPOINTS[:1],
-    'training': ('moe_jax.training.programs', 'moe_jax.training.setup'),
+    'training': (
+      'moe_jax.training.programs',
+      'moe_jax.training.run_options',
+      'moe_jax.training.setup',
+    ),
   },
   'evaluation': {
     'runs': ('moe_jax.runs.metrics', 'moe_jax.runs.workdir'),
