@@ -16,10 +16,12 @@ from moe_jax.finetuning.upcycling import Copies, Plan
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
-from moe_jax.options import at_least, fields_of, option
+from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.runs import trained
 from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
+
+_GIVEN = {'workdir': NOT_EMPTY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +32,28 @@ class InitFrom(InitFromOptions):
     '',
     'Numbers of the experts there that become the experts here, separated by '
     "commas: '0,1,0,1'; with an empty string they are taken in turn.",
+    when=_GIVEN,
   )
   router_std: float = option(
     0.0,
-    'Standard deviation of routers that are new (0.02 in sparse upcycling); 0 '
-    'draws them as the model does.',
+    'Standard deviation of the kernels of routers that are new (0.02 in sparse '
+    'upcycling); 0 draws them as the model does.',
     at_least(0),
+    when=_GIVEN,
   )
   expert_noise: float = option(
     0.0,
     'Standard deviation of the noise on each copy of an expert but the first, '
     "as a fraction of the kernel's root mean square; 0 adds none.",
     at_least(0),
+    when=_GIVEN,
   )
   router_noise: float = option(
     0.0,
     'The same for the columns of the router that belong to copies of an '
     'expert, which otherwise tie.',
     at_least(0),
+    when=_GIVEN,
   )
 
   def problems(self) -> Iterator[str]:

@@ -52,9 +52,9 @@ class ServedByRankRouter(TokenChoiceRouter):
 
   options: ServedByRank
 
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     """Routes each group by itself; see `Router`."""
-    chosen, aux = super().__call__(x, mask, train, hash_ids, layer)
+    chosen, aux = super().route(x, mask, train, hash_ids, layer)
     return by_rank(chosen), aux
 
 

@@ -202,5 +202,5 @@ def test_settings_that_differ_are_said_and_data_may(dense, tmp_path, capsys):
 
 def test_options_without_a_source_are_refused():
   for name, value in (('step', 3), ('experts', '0'), ('router_std', 0.1)):
-    with pytest.raises(ValueError, match=f'{name}=.* has no effect with work'):
+    with pytest.raises(ValueError, match=f'{name}=.* has no effect unless wor'):
       finetuning.InitFrom(**{name: value})
