@@ -14,8 +14,8 @@ from moe_jax.models.deep_moe import (
   GatedLayersOptions,
 )
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder import (
-  EncoderDecoder,
+from moe_jax.models.encoder_decoder import EncoderDecoder
+from moe_jax.models.encoder_decoder_options import (
   EncoderDecoderOptions,
   EncoderOptions,
 )

@@ -17,7 +17,7 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
 from tests.training import tiny
 

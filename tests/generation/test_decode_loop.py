@@ -20,7 +20,7 @@ from moe_jax.layers.positions import (
   Rotary,
   Sinusoidal,
 )
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import oracle, tiny
 from tests.models.tiny import T, V

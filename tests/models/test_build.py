@@ -14,7 +14,7 @@ from moe_jax.layers.positions import Learned
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.padding import Padding
 from moe_jax.routing.capacity import All
 from tests.models import tiny

@@ -23,7 +23,7 @@ from moe_jax.layers.routers import (
   StrictlyBalanced,
   TokenChoice,
 )
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All, Fixed, Fraction, PerAssignment
 from tests.models import tiny
 from tests.models.tiny import B

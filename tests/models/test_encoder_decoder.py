@@ -16,7 +16,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative, Sinusoidal
 from moe_jax.layers.routers import ExpertChoice, TokenChoice
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import B, V

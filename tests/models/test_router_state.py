@@ -8,7 +8,7 @@ import pytest
 from moe_jax import generation
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import router_state
-from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 

@@ -1,0 +1,144 @@
+"""The options of encoder-decoders: a decoder's, and where the encoder differs.
+
+Not here: the module that they build (`encoder_decoder.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+from moe_jax import sections
+from moe_jax.layers.shared import RULES
+from moe_jax.models.encoder_decoder import EncoderDecoder
+from moe_jax.models.model_options import RunShape
+from moe_jax.models.text_options import StackOptions
+from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.options import (
+  OptionError,
+  Options,
+  at_least,
+  fields_of,
+  nested,
+  option,
+)
+from moe_jax.partitioning import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderOptions(Options):
+  """Options in which the encoder differs from the decoder."""
+
+  num_layers: int = option(
+    0, 'Number of layers of the encoder; 0: model.num_layers.', at_least(0)
+  )
+  overrides: Mapping[str, Any] = option(
+    {},
+    'Options of the model that are others in the encoder, nested as in the '
+    "section of the model: {'ffn': {'hidden': 64}}. They are options of layers "
+    'alone: dropout, ffn, moe, attention, norm, scan_layers and remat.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderOptions(TransformerOptions):
+  """A sequence-to-sequence model."""
+
+  has_encoder: ClassVar[bool] = True
+
+  encoder: EncoderOptions = nested(
+    EncoderOptions(), 'Options in which the encoder differs from the decoder.'
+  )
+
+  def decoder_half(self) -> StackOptions:
+    """The options of the decoder's layers."""
+    return StackOptions(
+      **{name: getattr(self, name) for name in fields_of(StackOptions)}
+    )
+
+  def encoder_half(self) -> StackOptions:
+    """The options of the encoder's layers.
+
+    They are the decoder's with `encoder.overrides`. Without those, the encoder
+    has as many heads of keys and values as of queries, as fewer ones are for
+    the decoder's cache; no window; and tables of its own where its router
+    draws or hashes, as its layers are counted anew.
+
+    Raises:
+      OptionError: An override is unknown, bad or without effect.
+    """
+    config = sections.section(self._plain_encoder())
+    # At once: what layers are sparse may fit this number of them alone.
+    L = self.encoder.num_layers or self.num_layers
+    changed = sections.merge(
+      config, {'num_layers': L, **self.encoder.overrides}
+    )
+    changed, _ = sections.settle(StackOptions, config, changed)
+    return sections.read(StackOptions, changed)
+
+  def _plain_encoder(self) -> StackOptions:
+    """The encoder's layers without overrides, as many as the decoder's."""
+    half = self.decoder_half()
+    moe = half.moe
+    return dataclasses.replace(
+      half,
+      attention=dataclasses.replace(half.attention, num_kv_heads=0, window=0),
+      moe=dataclasses.replace(moe, router=moe.router.for_encoder()),
+    )
+
+  def with_encoder(self, half: StackOptions) -> Self:
+    """These options with the overrides that make the encoder that half."""
+    L = half.num_layers
+    base, changed = (
+      sections.leaves(StackOptions, sections.section(layers))
+      for layers in (self._plain_encoder(), half)
+    )
+    known = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
+    overrides: dict[str, Any] = {}
+    for leaf in changed:
+      if leaf.idle is not None or known.get(leaf.path) == leaf.value:
+        continue
+      *parents, key = leaf.path.split('.')
+      below = overrides
+      for name in parents:
+        below = below.setdefault(name, {})
+      below[key] = leaf.value
+    encoder = EncoderOptions(0 if self.num_layers == L else L, overrides)
+    return dataclasses.replace(self, encoder=encoder)
+
+  def problems(self) -> Iterator[str]:
+    """The decoder's routers are causal; the encoder's half is one."""
+    yield from super().problems()
+    yield from self.leak()
+    try:
+      half = self.encoder_half()
+    except OptionError as error:
+      yield from error.below('encoder.overrides: ').problems
+      return
+    for problem in self.half_problems(half, causal=False):
+      yield f'encoder.overrides: {problem}'
+    if half.attention.window:
+      yield (
+        f'encoder.overrides: attention.window={half.attention.window} has no '
+        'effect in an encoder, whose tokens see their whole segment'
+      )
+
+  def problems_in(self, run: RunShape) -> Iterator[str]:
+    """See `ModelOptions.problems_in`."""
+    half = self.encoder_half()
+    yield from half.group_problems(run, 'data.seq_len', run.seq_len)
+    yield from self.group_problems(run, 'data.target_len', run.target_len)
+
+  def build(self, rules: Rules = RULES) -> EncoderDecoder:
+    """See `ModelOptions.build`."""
+    self.check_filled()
+    return EncoderDecoder(
+      self.embedding_config(rules),
+      self.stack_config(self.encoder_half(), rules, causal=False),
+      self.stack_config(self, rules, causal=True, cross=True),
+    )
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    alone = dataclasses.replace(self, encoder=EncoderOptions())
+    small = super(EncoderDecoderOptions, alone).shrunk()
+    return small.with_encoder(self.encoder_half().shrunk())
