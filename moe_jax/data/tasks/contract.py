@@ -22,7 +22,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
-from moe_jax.options import Options
+from moe_jax.options import Options, required
 
 
 class TaskOptions(Options):
@@ -56,6 +56,7 @@ class TaskOptions(Options):
     del shape
     return iter(())
 
+  @required
   def load(
     self,
     source: SourceOptions,

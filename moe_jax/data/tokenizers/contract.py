@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moe_jax.options import Options, unknown
+from moe_jax.options import Options, required, unknown
 
 Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]
@@ -123,6 +123,7 @@ class Tokenizer(abc.ABC):
 class TokenizerOptions(Options):
   """Contract of a choice of tokenizer."""
 
+  @required
   def identity(self) -> str:
     """Text that is equal for two choices exactly when `fit` gives equals.
 
@@ -131,6 +132,7 @@ class TokenizerOptions(Options):
     """
     raise NotImplementedError
 
+  @required
   def fit(self, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer.
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from flax import linen as nn
 
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, fields_of
+from moe_jax.options import Options, fields_of, required
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.capacity import All, Capacity, PerToken
 from moe_jax.routing.stats import MoeAux
@@ -116,21 +116,26 @@ class RouterOptions(Options):
   needs_ids: ClassVar[bool] = False
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
-    """What is wrong with the sizes for this router, each text a problem."""
+    """What is wrong with the sizes for this router, each text a problem.
+
+    A text begins with the size, as an option of the layer: 'num_selected=3'.
+    """
     E, K = sizes.num_experts, sizes.num_selected
     if not 1 <= K <= E:
       yield f'num_selected={K} not in [1, num_experts={E}]'
 
+  @required
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
   ) -> Router:
     """The router's linen module."""
     raise NotImplementedError
 
+  @required
   def leak(self, sizes: Sizes) -> str | None:
     """What lets later tokens change earlier outputs; None if nothing does.
 
-    The text begins with the option that is the reason.
+    The text is a clause that names the reason and what to use in its place.
     """
     raise NotImplementedError
 
@@ -155,19 +160,11 @@ class RouterOptions(Options):
     """Whether a choice can be dropped because its expert is full."""
     return sizes.capacity.binds
 
-  def meaning(self, sizes: Sizes) -> Self:
-    """The same router, with defaults where an option has no effect on choices.
-
-    Two routers of the same sizes choose alike if these are equal, but for
-    options that are only about training.
-    """
-    del sizes
-    return self
-
   def training_slots(self, sizes: Sizes, group_size: int) -> int:
     """Slots per expert in a group of so many tokens, in training."""
     return sizes.slots(group_size)
 
+  @required
   def multiply_adds(self, sizes: Sizes, width: int) -> int:
     """Multiplications of the router's products with one token of M values."""
     raise NotImplementedError
@@ -195,7 +192,7 @@ class RouterOptions(Options):
       tokens: Token ids.
       previous: The id before each token in its segment; -1 where it is the
         first.
-      positions: The place of each token in its segment.
+      positions: The position of each token in its segment.
     """
     del tokens, previous, positions
     return None

@@ -1,0 +1,157 @@
+"""A user's module: one class for each choice that a config has."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from moe_jax.data.packing import PackedRows
+from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
+from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tokenizers import Bytes, TokenizerOptions
+from moe_jax.layers.experts import ExpertOptions
+from moe_jax.layers.routers.by_token import Queued, serve_evenly
+from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.options import above, at_least, option
+from moe_jax.training.evaluate import EvaluationOptions
+from moe_jax.training.optimizer import Optimizer
+from moe_jax.training.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurn(Queued):
+  """A router that gives tokens to experts in turn."""
+
+  first: int = option(0, 'Number of the first expert.', at_least(0))
+
+  def module(self, sizes, shared, name=None):
+    return InTurnRouter(self, sizes, shared, name=name)
+
+  def multiply_adds(self, sizes, width):
+    return 0
+
+
+class InTurnRouter(Router):
+  """See `InTurn`."""
+
+  options: InTurn
+
+  def route(self, x, mask, train, hash_ids, layer):
+    turn = jnp.arange(mask.shape[1]) + self.options.first
+    index = jnp.broadcast_to(turn % self.sizes.num_experts, mask.shape)
+    return serve_evenly(self, index[..., None].astype(jnp.int32), mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(ExpertOptions):
+  """An expert that is one product."""
+
+  std: float = option(0.1, 'Standard deviation of the kernel.', above(0))
+
+  def module(self, shared, name):
+    return LinearExpert(self.std, name=name)
+
+
+class LinearExpert(nn.Module):
+  """See `Linear`."""
+
+  std: float
+
+  @nn.compact
+  def __call__(self, rows, train):
+    init = nn.initializers.normal(self.std)
+    return nn.Dense(rows.shape[-1], kernel_init=init)(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(SourceOptions):
+  """A source of numbers in words of digits."""
+
+  count: int = option(300, 'Number of documents.', at_least(2))
+
+  def texts(self, selection=Selection()):
+    def documents(split):
+      own = range(0, self.count, 2) if split == 'train' else range(9)
+      return (f'{n} and {n + 1} ' * 9 for n in own)
+
+    return Texts('counting', f'counting {self.count}', documents)
+
+
+class Shouted(Bytes, kind='tests.own_kinds:Shouted'):
+  """Bytes of upper-case text."""
+
+  identity = 'shouted'
+
+  def encode(self, text):
+    return super().encode(text.upper())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shout(TokenizerOptions):
+  """The choice of `Shouted`."""
+
+  def identity(self):
+    return Shouted.identity
+
+  def fit(self, texts):
+    return Shouted()
+
+
+@dataclasses.dataclass(frozen=True)
+class Backwards(TextTask):
+  """Language modelling from the last token to the first."""
+
+  label = 'backwards'
+  makes_examples = False
+
+  def rows(self, stream, tokenizer, shape):
+    tokens, ends = stream
+    return PackedRows(np.asarray(tokens)[::-1], ends, shape.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm(EvaluationOptions):
+  """An evaluation that measures the size of the parameters."""
+
+  power: int = option(2, 'Power of the norm.', at_least(1))
+
+  def measure(self, setting):
+    def row(variables, step):
+      norm = optax.tree.norm(variables['params'])
+      return {'norm': float(norm) ** self.power, 'step': step}
+
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class SignSgd(Optimizer):
+  """Steps of the gradient's sign."""
+
+  def preconditioner(self, axes):
+    return optax.scale_by_sign()
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps(Schedule):
+  """A rate that halves every few steps."""
+
+  every: int = option(2, 'Number of steps at one rate.', at_least(1))
+
+  def after_warmup(self, peak, steps):
+    return optax.exponential_decay(peak, self.every, 0.5, staircase=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished(RouterOptions):
+  """A router that lacks a method of its contract."""
+
+  def leak(self, sizes):
+    return None
+
+
+class Undecorated(InTurn):
+  """A router that is no dataclass of its own."""
+
+  other: int = option(1, 'Another number.', at_least(0))

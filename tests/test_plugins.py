@@ -1,0 +1,169 @@
+"""Classes of a user's own in every choice of a config, and who imports them."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from configs import base
+from moe_jax import plugins, run_config, sections
+from moe_jax.data.tokenizers import TokenizerOptions
+from moe_jax.layers.routers import RouterOptions
+from moe_jax.options import OptionError
+from moe_jax.runs import metrics, trained, workdir
+from moe_jax.training import loop, setup
+from tests import own_kinds
+from tests.training import tiny
+
+NAME = 'tests.own_kinds'
+ONE = jax.devices()[:1]
+
+
+def kind(name, **custom):
+  return {'kind': f'{NAME}:{name}', 'custom': custom}
+
+
+def config(**more):
+  config = tiny.config(
+    total_steps=2,
+    model={
+      'moe': {
+        'router': kind('InTurn', first=3),
+        'expert': kind('Linear', std=0.2),
+      }
+    },
+    data={
+      'source': kind('Counting', count=100),
+      'tokenizer': kind('Shout'),
+      'task': kind('Backwards'),
+    },
+    optimizer={
+      'kind': f'{NAME}:SignSgd',
+      'schedule': kind('Steps', every=1),
+      'learning_rate': 0.1,
+    },
+    **more,
+  )
+  config.evals.mine = base.entry(own_kinds.Norm, every_steps=1, power=3)
+  return config
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  options = run_config.read(config())
+  loop.train_and_evaluate(options, folder, devices=ONE)
+  return folder
+
+
+def test_a_config_names_a_users_class_wherever_it_names_ours():
+  options = run_config.read(config())
+  assert options.model.moe.router == own_kinds.InTurn(first=3)
+  assert options.model.moe.expert == own_kinds.Linear(std=0.2)
+  assert options.data.source == own_kinds.Counting(count=100)
+  assert options.data.tokenizer == own_kinds.Shout()
+  assert options.data.task == own_kinds.Backwards()
+  assert options.optimizer.schedule == own_kinds.Steps(1, every=1)
+  assert isinstance(options.optimizer, own_kinds.SignSgd)
+  assert options.evals['mine'] == own_kinds.Norm(1, power=3)
+  # They stand in the config again, with their options.
+  assert run_config.read(sections.section(options)) == options
+
+
+def test_they_train(run):
+  rows = metrics.read_metrics(run / metrics.FILE_NAME)
+  assert [r['eval/mine/norm'] for r in rows if 'eval/mine/norm' in r]
+  (row,) = [r for r in rows if 'train/learning_rate' in r]
+  assert row['train/learning_rate'] == pytest.approx(0.1)
+  assert row['train/layer_1/load'] == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_their_file_is_recorded_and_a_change_is_reported(
+  run, tmp_path, monkeypatch
+):
+  recorded = json.loads((run / workdir.PLUGINS).read_text())
+  assert recorded.keys() == set(plugins.names_in(config()))
+  assert len(recorded) == 8
+  (tmp_path / 'changing.py').write_text(
+    'import dataclasses\n'
+    'from tests.own_kinds import Norm\n'
+    '@dataclasses.dataclass(frozen=True)\n'
+    'class Mine(Norm):\n  pass\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  own = tiny.config(total_steps=1)
+  own.evals.mine = {'kind': 'changing:Mine', 'every_steps': 1}
+  options = run_config.read(own)
+  loop.train_and_evaluate(options, tmp_path / 'run', devices=ONE)
+  assert not setup.set_up(options, tmp_path / 'run', devices=ONE).notes
+  with (tmp_path / 'changing.py').open('a') as file:
+    file.write('# changed\n')
+  (note,) = setup.set_up(options, tmp_path / 'run', devices=ONE).notes
+  assert note.startswith("WARNING: the file of 'changing:Mine' has changed")
+
+
+def test_a_name_in_a_folder_is_imported_only_by_leave(run):
+  with pytest.raises(ValueError, match=r'--allow_module=tests\.own_kinds'):
+    trained.read(run)
+  for allow in (['tests.own_kinds'], ['tests']):
+    found = trained.read(run, allow)
+    assert found.model.moe.router == own_kinds.InTurn(first=3)
+    assert isinstance(found.tokenizer, own_kinds.Shouted)
+
+
+def test_a_folder_that_is_not_allowed_imports_nothing(
+  run, tmp_path, monkeypatch
+):
+  (tmp_path / 'never.py').write_text('raise RuntimeError("imported")\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in (workdir.CONFIG, workdir.TOKENIZER):
+    text = (run / name).read_text().replace(NAME, 'never')
+    (tmp_path / name).write_text(text)
+  (tmp_path / workdir.CHECKPOINTS).mkdir()
+  with pytest.raises(ValueError, match='--allow_module=never'):
+    trained.read(tmp_path)
+  assert 'never' not in sys.modules
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('tests.none:X', "'tests.none:X' cannot be imported"),
+    (f'{NAME}:None_', f"{NAME} has no 'None_'"),
+    (f'{NAME}:Shout', r'does not extend moe_jax\..*RouterOptions'),
+    (f'{NAME}:Unfinished', 'does not define module, multiply_adds, which'),
+    (f'{NAME}:Undecorated', 'is no dataclass'),
+    ('none', "unknown router 'none'.*'module:name'"),
+  ],
+)
+def test_a_class_is_checked_before_it_is_called(name, message):
+  router = {'kind': name, 'custom': {}}
+  with pytest.raises(
+    OptionError, match=rf'model\.moe\.router\.kind.*{message}'
+  ):
+    tiny.options(model={'moe': {'router': router}})
+
+
+def test_a_users_options_are_checked_by_name():
+  for custom, message in (
+    ({'first': -1}, r'model\.moe\.router\.custom\.first=-1 must be at least 0'),
+    ({'frist': 1}, r"did you mean 'model\.moe\.router\.custom\.first'"),
+  ):
+    with pytest.raises(OptionError, match=message):
+      tiny.options(model={'moe': {'router': kind('InTurn', **custom)}})
+
+
+def test_a_config_of_a_users_kinds_shrinks():
+  small = run_config.read(base.finish(config(), 'runlocal'))
+  assert small.total_steps == 2
+  assert small.evals['mine'] == own_kinds.Norm(2, power=3)
+  assert small.model.moe.router == own_kinds.InTurn(first=3)
+
+
+def test_ours_are_always_allowed_and_need_no_record():
+  names = ['moe_jax.interop.quirks:X']
+  plugins.check_allowed(names, ())
+  assert plugins.digests(names) == {}
+  assert plugins.load(f'{NAME}:InTurn', 'router', RouterOptions)
+  assert plugins.load(f'{NAME}:Shout', 'tokenizer', TokenizerOptions)
