@@ -88,7 +88,7 @@ class ChoiceEvaluation(EvaluationOptions):
   def problems(self) -> Iterator[str]:
     """Examples need a split of their own."""
     shots = self.shots_source.instead_of(self.source)
-    if self.num_shots and shots == self.source and not shots.has_train_split:
+    if self.num_shots and shots is self.source and not shots.has_train_split:
       yield (
         f'num_shots={self.num_shots} of a source that has no train split; '
         'choose another in shots_source'
@@ -129,7 +129,7 @@ class ChoiceEvaluation(EvaluationOptions):
     if not K:
       return items, [[] for _ in items]
     shots = self.shots_source.instead_of(self.source)
-    if shots != self.source:
+    if shots is not self.source:
       source = shots.items(selection)
     pool = source.items('train')
     P = len(pool)

@@ -79,8 +79,8 @@ class GenerateEvaluation(EvaluationOptions):
   )
   bleu_tokenizer: str = option(
     '13a',
-    "Way in which BLEU splits words, by sacrebleu's names: 13a, intl, zh, char, "
-    'none.',
+    'Way in which BLEU splits words, by the names of sacrebleu: 13a, intl, zh, '
+    'char, none.',
     when={'metrics': _WITH_BLEU},
   )
 

@@ -6,17 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from moe_jax import data, models
-from moe_jax.config import merge, to_dataclass
+from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
 from moe_jax.distributed import Placing
-from moe_jax.evaluation import choice
-from moe_jax.training.evaluate import make_evaluations
+from moe_jax.evaluation import ChoiceEvaluation, choice
+from moe_jax.layers.positions import Relative
+from moe_jax.routing.capacity import All, PerToken
+from moe_jax.training.evaluation_entries import (
+  changed_models,
+  make_evaluations,
+)
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
 
-ALL = dict(capacity_rule='all')
+ALL = dict(capacity=All())
 START = 3
 
 
@@ -78,7 +81,7 @@ def test_log_likelihoods_of_a_decoder():
 
 
 def test_log_likelihoods_of_an_encoder_decoder():
-  model = tiny.build(ALL, kind='encoder_decoder', positions='relative')
+  model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
   params, given = tiny.params_of(model), examples()
   layout = EncoderDecoderLayout(8, 6, START)
   found = choice.log_likelihoods(
@@ -108,8 +111,7 @@ class Bench:
   """Questions in a file, put to a decoder of bytes whose weights are drawn."""
 
   def __init__(self, folder):
-    self.config = tiny_runs.config(data={'seq_len': 15})
-    self.folder = folder
+    self.folder, self.model = folder, {}
 
   def write(self, name, *items):
     lines = [
@@ -117,18 +119,19 @@ class Bench:
       for item in items
     ]
     (self.folder / name).write_text('\n'.join(lines))
-    return f'files:{self.folder / name}'
+    return data.ChoiceFilesSource(str(self.folder / name))
 
   def choice(self, **options):
-    config = merge(self.config, {'model': {'vocab_size': 257}}).unlock()
-    config.evals = {'quiz': base.choice_evaluation(**options)}
+    run = tiny_runs.options(data={'seq_len': 15}, model=self.model).filled(257)
+    entries, rules = {'quiz': ChoiceEvaluation(**options)}, run.sharding.rules
     (evaluation,) = make_evaluations(
-      config.lock(),
-      models.build(config),
-      dataset=data.load(to_dataclass(data.DataConfig, config.data)),
+      entries,
+      changed_models(run.model, run.build(), entries, rules, 15),
+      dataset=data.load(run.data),
+      data=run.data,
+      batch_size=run.batch_size,
       workdir=self.folder,
-      put=put(config.batch_size),
-      kinds={'choice': choice.make},
+      put=put(run.batch_size),
     )
     return evaluation.measure
 
@@ -179,32 +182,30 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
 
 def test_without_overrides_nothing_is_dropped(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
-  bench.config = merge(
-    bench.config, {'model': {'moe': {'capacity_factor': 0.3}}}
-  )
-  capacity = bench.choice(
-    source=source
-  ).setting.model.config.moe.router.capacity
-  assert capacity.rule == 'all'
-  changed = bench.choice(source=source, moe=dict(capacity_factor=0.7))
-  capacity = changed.setting.model.config.moe.router.capacity
-  assert (capacity.rule, capacity.factor) == ('per_token', 0.7)
+  bench.model = {'moe': {'capacity': {'per_token': {'factor': 0.3}}}}
+  assert bench.choice(source=source).setting.model.moe.capacity == All()
+  own = {'moe': {'capacity': {'per_token': {'factor': 0.7}}}}
+  changed = bench.choice(source=source, model_overrides=own)
+  assert changed.setting.model.moe.capacity == PerToken(0.7)
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'normalize': 'token'}, "quiz: unknown normalize 'token'; did you mean"),
-    ({'num_items': -1}, 'evals.quiz: num_items=-1 must not be negative'),
-    ({'num_shots': 1}, 'num_shots=1 of .*no train split; name other files'),
-    ({'num_shots': 9, 'shots_source': 'own'}, 'num_shots=9 of 1 train items'),
-    ({'source': 'quiz'}, "unknown source of choices 'quiz'"),
+    ({'normalize': 'token'}, "unknown normalize 'token'; did you mean"),
+    ({'num_items': -1}, 'num_items=-1 must be at least 0'),
+    ({'num_shots': 1}, 'num_shots=1 of .*no train split; choose another'),
+    (
+      {'num_shots': 9, 'shots_source': 'own'},
+      'evals.quiz: num_shots=9 of 1 train items',
+    ),
+    ({'shots_source': 'own'}, 'has no effect unless num_shots is at least 1'),
   ],
 )
 def test_a_bad_entry(bench, options, message):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   options = {'source': source} | options
   if 'shots_source' in options:
-    options['shots_source'] = source
+    options['shots_source'] = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   with pytest.raises(ValueError, match=message):
     bench.choice(**options)

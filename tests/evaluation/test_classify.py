@@ -1,17 +1,19 @@
 """Right answers counted, of rows that do not fill their batches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
-from moe_jax import evaluation, generate
-from moe_jax.config import merge
-from moe_jax.data import ClassRows, open_classes
+from moe_jax import evaluation, generate, run_config
+from moe_jax.data import ClassRows, NpzSource
 from moe_jax.distributed import Placing
-from moe_jax.evaluation import classify
-from moe_jax.models import AdaptiveConfig, AdaptiveMixture
+from moe_jax.evaluation import ClassifyEvaluation, LossEvaluation, classify
+from moe_jax.models import AdaptiveOptions
+from moe_jax.sections import merge
 from moe_jax.training import loop
 from tests import golden
 from tests.training import tiny
@@ -32,10 +34,13 @@ def test_told(tmp_path):
     for kind, array in (('features', features), ('labels', labels))
   }
   np.savez(tmp_path / 'a.npz', **arrays)
-  rows = ClassRows(open_classes(f'npz:{tmp_path}/a.npz'), 'validation')
-  model = AdaptiveMixture(
-    AdaptiveConfig(2, (1,), num_experts=1, expert_output='linear')
-  )
+  source = NpzSource(path=f'{tmp_path}/a.npz').classes()
+  rows = ClassRows(source, 'validation')
+  mixture = AdaptiveOptions().adaptive
+  mixture = dataclasses.replace(mixture, num_experts=1, expert_output='linear')
+  model = AdaptiveOptions(
+    vocab_size=2, feature_shape=(1,), adaptive=mixture
+  ).build()
   params = {
     'expert_out': jnp.array([[[0.0, 1.0]]]),
     'expert_out_bias': jnp.zeros((1, 2)),
@@ -56,13 +61,13 @@ def test_told(tmp_path):
 def test_a_finished_run_is_asked_again(tmp_path, capsys):
   config = merge(golden.config('jacobs_vowels'), {'total_steps': 2})
   loop.train_and_evaluate(
-    config, tmp_path, devices=jax.devices()[:1], kinds=evaluation.KINDS
+    run_config.read(config), tmp_path, devices=jax.devices()[:1]
   )
   said = capsys.readouterr().out
-  found = evaluation.evaluate(tmp_path, base.classify_evaluation())
+  found = evaluation.evaluate(tmp_path, ClassifyEvaluation())
   assert f'evaluation classes: accuracy {found["accuracy"]:.4g}, ' in said
   assert found['items'] == 200 and found['chance'] == 25
-  loss = evaluation.evaluate(tmp_path, base.evaluation())
+  loss = evaluation.evaluate(tmp_path, LossEvaluation())
   assert np.isfinite(loss['loss'])
   with pytest.raises(SystemExit):
     generate.main([f'--workdir={tmp_path}', '--prompt=i'])
@@ -73,10 +78,9 @@ def test_a_language_model_says_no_classes(tmp_path):
   config = tiny.config().unlock()
   config.evals = {'c': base.classify_evaluation()}
   config.checkpoint.keep_best = False
-  with pytest.raises(ValueError, match=r"evals\.c: .*'decoder', which says"):
+  with pytest.raises(ValueError, match=r'evals\.c: Decoder tells tokens apart'):
     loop.train_and_evaluate(
-      config.lock(),
+      run_config.read(config.lock()),
       tmp_path / 'run',
       devices=jax.devices()[:1],
-      kinds=evaluation.KINDS,
     )

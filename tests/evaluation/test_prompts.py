@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from moe_jax.data import Item, tokenizers
+from moe_jax.data import Item, LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.evaluation.prompts import Asker, few_shot_prompt, without_end
-from tests.training import tiny
 
 EOS = 256
 SUM = Item('1+1', ('1', '2', '33'), 1)
@@ -18,17 +17,15 @@ SHOTS = [Item('2+2', ('4', '5'), 0), Item('3+3', ('5', '6'), 1)]
 
 
 def asker(seq_len, **options):
-  config = tiny.config()
   return Asker(
-    config, tokenizers.Bytes(), DecoderLayout(seq_len), '=', **options
+    LmTask(), tokenizers.Bytes(), DecoderLayout(seq_len), '=', **options
   )
 
 
 def pairs_asker(layout, tokenizer=None):
   """Of a run on pairs."""
   tokenizer = extend(tokenizer or tokenizers.Bytes(), end_inputs=True)
-  config = tiny.config(data={'task': 'seq2seq'})
-  return Asker(config, tokenizer, layout, '=')
+  return Asker(Seq2SeqTask(), tokenizer, layout, '=')
 
 
 def texts(asked):
@@ -91,7 +88,7 @@ def test_words_that_begin_with_a_space_are_the_answers():
   words = hf.Tokenizer(model)
   words.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer = tokenizers.Json(json.dumps(json.loads(words.to_str())))
-  ask = Asker(tiny.config(), tokenizer, DecoderLayout(9), ' ')
+  ask = Asker(LmTask(), tokenizer, DecoderLayout(9), ' ')
   asked = ask(Item('q', ('y', 'n'), 0), [])
   # The space before an answer is a part of its token, not of the prompt.
   assert [e.inputs.tolist() for e in asked.examples] == [[0], [0]]
@@ -99,6 +96,6 @@ def test_words_that_begin_with_a_space_are_the_answers():
 
 
 def test_a_prompt_without_tokens():
-  ask = Asker(tiny.config(), tokenizers.Bytes(), DecoderLayout(9), '')
+  ask = Asker(LmTask(), tokenizers.Bytes(), DecoderLayout(9), '')
   with pytest.raises(ValueError, match="no tokens in prompt ''"):
     ask(Item('', ('x', 'y'), 0), [])
