@@ -37,6 +37,7 @@ from moe_jax.layers.routers import (
   StrictlyBalanced,
   TokenChoice,
 )
+from moe_jax.layers.routers.contract import Sizes
 from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.routing.capacity import (
   All,
@@ -60,8 +61,8 @@ __all__ = [
   'Hash',
   'Hierarchical',
   'MixtureExpert',
-  'ModuleExpert',
   'MoE',
+  'ModuleExpert',
   'MoeAux',
   'MoeOptions',
   'NoisyTopK',
@@ -70,6 +71,7 @@ __all__ = [
   'Random',
   'Routing',
   'Shared',
+  'Sizes',
   'SlotRouting',
   'StrictlyBalanced',
   'TokenChoice',
