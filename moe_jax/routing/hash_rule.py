@@ -54,7 +54,7 @@ def hash_ids(
     hash_of: 'token', 'bigram' (its id and the one before), or 'position'.
     tokens: Token ids.
     previous: The id before each in its segment; -1 where it is the first.
-    positions: The place of each token in its segment.
+    positions: The position of each token in its segment.
 
   Raises:
     ValueError: `hash_of` is unknown.

@@ -7,6 +7,8 @@ products; any dispatcher serves it. Not here: where logits come from
 (`moe_jax.layers.routers.hierarchical`).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -86,3 +88,29 @@ def hierarchical_load_loss(
       branch_probability, expert_probability, branch_index, mask
     )
   )
+
+
+def over_levels(
+  per_token: Callable[[Array], Array],
+  branch_logits: Float32[Array, 'G S A'],
+  branch_gate: Float32[Array, 'G S K1'],
+  expert_logits: Float32[Array, 'G P B'],
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, '']:
+  """The sum over real tokens of a measure of the logits of both levels.
+
+  It is the measure of the primary gate's logits plus those of the chosen
+  branches' logits, weighted by the primary gate, which gets no gradient: the
+  z-loss is not to move tokens to branches of small logits.
+
+  Args:
+    per_token: The measure, from logits to a number for each token.
+    branch_logits: The primary gate's logits.
+    branch_gate: The weights of the chosen branches.
+    expert_logits: The logits in each chosen branch, P = S * K1.
+    mask: False for padding.
+  """
+  inner = per_token(expert_logits).reshape(branch_gate.shape)
+  gate = jax.lax.stop_gradient(branch_gate)
+  both = per_token(branch_logits) + (gate * inner).sum(-1)  # [G, S]
+  return jnp.where(mask, both, 0.0).sum()

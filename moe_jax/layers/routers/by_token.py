@@ -38,13 +38,13 @@ class Queued(RouterOptions):
   )
 
   def canonical(self, sizes):
-    """Nobody is served first where nobody has to wait."""
-    first_come = self.leak(sizes) is None
-    return (
-      dataclasses.replace(self, slot_priority='token_major')
-      if first_come
-      else self
-    )
+    """Where slots are taken in the order of the tokens, however it is called.
+
+    With room for all nobody waits, and a single choice has no second.
+    """
+    if self.leak(sizes) is not None:
+      return self
+    return dataclasses.replace(self, slot_priority='token_major')
 
   def leak(self, sizes):
     """Slots that are not taken in the order of the sequence leak the future.
@@ -62,13 +62,6 @@ class Queued(RouterOptions):
       'tokens change earlier outputs wherever capacity binds; use '
       "slot_priority='token_major'"
     )
-
-  def meaning(self, sizes):
-    """Where nobody waits for a slot, nobody is served before another."""
-    single = sizes.num_selected == 1 and self.slot_priority == 'choice_major'
-    if sizes.capacity.binds and not single:
-      return self
-    return dataclasses.replace(self, slot_priority='token_major')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ with a + b, not with their product. The rule is `routing.hierarchical_rule`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -279,30 +278,20 @@ def _aux(
       branch.index,
       mask,
     )
-  entropy = _both(token_entropy, branch, expert, mask)
-  square = _both(token_square, branch, expert, mask)
+
+  def summed(per_token):
+    return hierarchical_rule.over_levels(
+      per_token, branch.clean, branch.gate, expert.clean, mask
+    )
+
   stats = routing.routing_stats(chosen, None, mask)
   return routing.MoeAux(
     balance_loss=jnp.zeros((), jnp.float32),
-    z_loss=_both(token_z, branch, expert, mask),
+    z_loss=summed(token_z),
     importance_loss=over_groups(importance, mask),
     load_loss=over_groups(load, mask),
     stats=stats._replace(
-      entropy=jax.lax.stop_gradient(entropy),
-      logit_square=jax.lax.stop_gradient(square),
+      entropy=jax.lax.stop_gradient(summed(token_entropy)),
+      logit_square=jax.lax.stop_gradient(summed(token_square)),
     ),
   )
-
-
-def _both(
-  f: Callable[[Array], Array],
-  branch: _Level,
-  expert: _Level,
-  mask: Bool[Array, 'G S'],
-) -> Float32[Array, '']:
-  """The sum over real tokens of f of both levels' logits; see the class."""
-  inner = f(expert.clean).reshape(branch.gate.shape)
-  # The z-loss is not to move tokens to branches of small logits.
-  gate = jax.lax.stop_gradient(branch.gate)
-  per_token = f(branch.clean) + (gate * inner).sum(-1)  # [G, S]
-  return jnp.where(mask, per_token, 0.0).sum()

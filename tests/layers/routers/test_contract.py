@@ -283,8 +283,8 @@ def test_sizes_and_other_forms_of_the_options(kind):
   if 'slot_priority' in fields_of(type(options)):
     # With room for all it does not matter who is served first.
     other = dataclasses.replace(options, slot_priority='choice_major')
-    assert other.meaning(ROOMY) == options.meaning(ROOMY) == options
-    assert other.meaning(TIGHT) == other != options.meaning(TIGHT)
+    assert other.canonical(ROOMY) == options.canonical(ROOMY) == options
+    assert other.canonical(TIGHT) == other != options.canonical(TIGHT)
   served = options.serving_all(TIGHT)
   assert served is None or not served.capacity.binds
   assert not (options.by_expert and options.drops(TIGHT))
