@@ -6,8 +6,7 @@
 Not here: the flags of one command alone.
 """
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -61,10 +60,17 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
 def options_of(
   spec: str, overrides: Sequence[str] = ()
 ) -> tuple[run_config.RunConfig, dict[str, Any]]:
-  """As `read`, of a config file and overrides '--config.key=value'.
+  """The options of a config file with overrides, checked as `read` does.
+
+  Args:
+    spec: The config file, 'configs/name.py' or 'configs/name.py:argument'.
+    overrides: Flags such as '--config.seed=1'.
+
+  Returns:
+    The options, and the ignored values by name; see `read`.
 
   Raises:
-    ValueError: All that is wrong, by name.
+    ValueError: The message gives everything that is wrong, by name.
   """
   config = command_line.config_of(spec, overrides)
   return run_config.settled(command_line.load_config(spec), config)
