@@ -42,8 +42,7 @@ class OtherNames(TokenChoice):
 
 
 class OtherNamesRouter(Router):
-  @nn.compact
-  def __call__(self, x, mask, train=False, hash_ids=None, layer=0):
+  def route(self, x, mask, train, hash_ids, layer):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     kernel = parameters.kernel(self.shared, ('embed', None), role='router')
     bias = parameters.bias((None,), role='router')
