@@ -45,7 +45,7 @@ ALLOWED = {
   'training': UP_TO_RUNS | {'parallel'},
   'finetuning': UP_TO_TRAINING,
   'generation': UP_TO_LAYERS | {'models', 'data', 'runs'},
-  'interop': UP_TO_LAYERS | {'models', 'data', 'runs', 'command_line'},
+  'interop': UP_TO_TRAINING | {'command_line', 'run_config'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'analysis': UP_TO_LAYERS
   | {
@@ -77,7 +77,7 @@ ALLOWED = {
     'models',
     'runs',
   },
-  'run_config': OPTIONS | {'evaluation', 'finetuning', 'training'},
+  'run_config': OPTIONS | {'evaluation', 'finetuning', 'models', 'training'},
   'config_flag': {'command_line', 'run_config'},
   'main': {
     'command_line',
@@ -96,14 +96,24 @@ ALLOWED = {
 # What these see of the rooms that hold more than is theirs: tokenizers, the
 # checkpoints and the folders of runs. Who explains a step's cost has to build
 # the step; evaluations are called by the training loop, and do not reach into
-# it.
+# it; an imported checkpoint gets the options of a run.
 TOKENIZERS = ('moe_jax.data.tokenizers',)
 CHECKPOINTS = (
   'moe_jax.runs.checkpointer', 'moe_jax.runs.trained', 'moe_jax.runs.workdir'
 )  # fmt: skip
 NARROW = {
-  'generation': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
-  'interop': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
+  'generation': {
+    'data': (
+      *TOKENIZERS,
+      'moe_jax.data.DataOptions',
+      'moe_jax.data.TaskOptions',
+    ),
+    'runs': CHECKPOINTS,
+  },
+  'interop': {
+    'runs': CHECKPOINTS,
+    'training': ('moe_jax.training.run_options',),
+  },
   'compression': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
   'analysis': {
     'data': TOKENIZERS,

@@ -17,9 +17,8 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.models import Model, ModelOptions
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.runs import trained
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Int
-
-IMPORTED = 'huggingface'  # the folder of an imported run's original files
 
 
 class Loaded(NamedTuple):
@@ -110,7 +109,7 @@ def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:
   """Whether a run's model began as a checkpoint of Hugging Face."""
-  return (pathlib.Path(workdir).expanduser() / IMPORTED).is_dir()
+  return (pathlib.Path(workdir).expanduser() / workdir_lib.IMPORTED).is_dir()
 
 
 def encode(

@@ -28,7 +28,6 @@ from moe_jax.data import (
   SpanCorruptionTask,
   tokenizers,
 )
-from moe_jax.generation.trained_run import IMPORTED as FILES
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.interop.saving import save
@@ -41,6 +40,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.training.run_options import RunOptions
 
+FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'imported.json'
 O = TypeVar('O', bound=Options)
 _CONFIG_PY = '''"""A run that began as a checkpoint of Hugging Face.

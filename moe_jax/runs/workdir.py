@@ -18,6 +18,7 @@ from moe_jax.section_reader import Section
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = 'tokenizer.json'
+IMPORTED = 'huggingface'  # the files of the checkpoint that a run began as
 PLUGINS = 'plugins.json'  # the sha256 of each file of a user's classes
 # The last commit that reads and writes folders whose config has the keys that
 # it had before options were dataclasses.

@@ -10,7 +10,6 @@ from moe_jax import partitioning
 from moe_jax.data import LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.generation import trained_run
-from moe_jax.interop import import_run
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from tests.generation import folders
@@ -83,10 +82,6 @@ def bytes_read():
     '/tensorstore/kvstore/file/bytes_read', include_zero_metrics=True
   )
   return metric['values'][0]['value']
-
-
-def test_imported_runs_are_known_by_their_folder():
-  assert import_run.FILES == trained_run.IMPORTED
 
 
 def test_what_is_no_run_is_said(tmp_path):
