@@ -1,0 +1,160 @@
+"""What only transformers does: told examples, and its way through a config."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import plugins, sections
+from moe_jax.interop.quirks import (
+  RoutedPadding,
+  ServedByRank,
+  TransformersEncoderDecoder,
+  by_rank,
+)
+from moe_jax.layers import FeedForwardExpert, MoE, MoeOptions
+from moe_jax.layers.block import Context
+from moe_jax.layers.positions import Relative
+from moe_jax.models import MODELS
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.routing import token_choice
+from moe_jax.routing.capacity import All, Fixed
+from tests.models import tiny
+from tests.training import tiny as tiny_runs
+
+B, T, E, M, F = 3, 4, 5, 6, 11
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def make(capacity=All(), **options):
+  expert = FeedForwardExpert(F, 'relu')
+  return MoE(MoeOptions(E, capacity=capacity, expert=expert, **options))
+
+
+@functools.cache
+def params_of(layer):
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  return tree.unflatten(
+    [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  )
+
+
+def run(layer, x, mask=None):
+  call = jax.jit(lambda p, x: layer.apply({'params': p}, x, mask))
+  return call(params_of(layer), x)
+
+
+def test_choices_are_served_by_their_rank():
+  # Token 0 chooses experts 4, 2; token 1 chooses 2, 4; one slot each, and
+  # token 1's first choice comes before token 0's second.
+  logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
+  chosen = token_choice(
+    logits,
+    num_selected=2,
+    capacity=1,
+    gates='renormalized',
+    slot_priority='choice_major',
+  )
+  np.testing.assert_array_equal(chosen.kept, [[[1, 0], [1, 0]]])
+  ranked = by_rank(chosen)
+  np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
+  np.testing.assert_array_equal(ranked.slot, [[[0, 0], [1, 1]]])
+  np.testing.assert_array_equal(ranked.gate, chosen.gate)
+  np.testing.assert_array_equal(ranked.kept, chosen.kept)
+  assert ranked.capacity == 2
+
+
+def test_first_choices_go_through_expert_1():
+  layer = make(num_selected=2, router=ServedByRank(gates='renormalized'))
+  params, x = params_of(layer), draw(B, T, M)
+  probs = jax.nn.softmax(x @ params['router']['w'])
+  first, second = -np.sort(-np.asarray(probs), -1)[..., :2].transpose(2, 0, 1)
+  w = params['experts']
+  out = [jax.nn.relu(x @ w['w_in'][e]) @ w['w_out'][e] for e in (0, 1)]
+  total = first + second
+  expected = (first / total)[..., None] * out[1]
+  expected = expected + (second / total)[..., None] * out[0]
+  y, aux = run(layer, x)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  assert aux.stats.load[2:].sum() > 0  # what was chosen is what is counted
+
+
+@pytest.mark.parametrize('num_selected', [1, 3])
+def test_ranks_are_two(num_selected):
+  with pytest.raises(ValueError, match=f'num_selected={num_selected} of a rou'):
+    make(num_selected=num_selected, router=ServedByRank())
+
+
+@pytest.mark.parametrize('takes', [False, True])
+def test_padding_takes_slots_only_if_it_is_routed(takes):
+  # All tokens are alike and go to one expert with two slots; the first token
+  # of each row is padding.
+  layer = make(Fixed(2))
+  x = jnp.broadcast_to(draw(M)[None, None], (B, T, M))
+  ids = jnp.broadcast_to((jnp.arange(T) > 0).astype(jnp.int32), (B, T))
+  context = Context(ids, ids > 0, jnp.zeros((B, T), jnp.int32))
+  if takes:
+    context = RoutedPadding().context(context)
+    # It reads the row's text, and no text reads it.
+    np.testing.assert_array_equal(context.segment_ids, np.ones((B, T)))
+    np.testing.assert_array_equal(context.key_segment_ids, ids)
+  y, aux = run(layer, x, context.routed)
+  served = np.abs(np.asarray(y)).max(-1) > 0
+  np.testing.assert_array_equal(served[0], [takes, True, not takes, False])
+  assert aux.stats.tokens == B * (T if takes else T - 1)
+
+
+def model_options(**quirks):
+  plain = tiny.options(
+    dict(router=ServedByRank(), capacity=Fixed(3), allow_future_leak=True),
+    kind='encoder_decoder',
+    positions=Relative(),
+    embedding=EmbeddingOptions(tie=False),
+  )
+  fields = {**vars(TransformersEncoderDecoder.of(plain)), **quirks}
+  return TransformersEncoderDecoder(**fields)
+
+
+@pytest.mark.parametrize('route_padding', [False, True])
+def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
+  model = model_options(route_padding=route_padding).build()
+  halves = (tiny_runs.rows(3, 10, seed=i, vocab_size=tiny.V) for i in (0, 1))
+  batch = {
+    f'{prefix}{name}': values
+    for prefix, rows in zip(model.sequences, halves, strict=True)
+    for name, values in rows.items()
+  }
+  params = tiny.params_of(model)
+  _, aux = jax.jit(model.apply)({'params': params}, **model.inputs(batch))
+  counted = model.routed_tokens(batch)
+  np.testing.assert_array_equal(counted, aux.stats.tokens)
+  assert (counted == 30).all() == route_padding
+
+
+def test_quirks_are_kinds_that_a_config_keeps():
+  options = model_options(route_padding=True, encoder_table=True)
+  config = sections.choice_section(MODELS, options)
+  assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
+  assert config.custom.to_dict() == {
+    'route_padding': True,
+    'encoder_table': True,
+  }
+  kept = json.loads(json.dumps(config.to_dict()))
+  # What stands in a folder is read, without leave, since the class is ours.
+  plugins.check_allowed(plugins.names_in(kept), ())
+  assert sections.read_choice(MODELS, kept) == options
+
+
+def test_a_table_of_the_encoders_own_needs_logits_of_their_own():
+  tied = EmbeddingOptions(tie=True)
+  with pytest.raises(ValueError, match='encoder_table=True has no effect'):
+    model_options(encoder_table=True, embedding=tied)
