@@ -86,7 +86,7 @@ class ChoiceEvaluation(EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """Examples need a split of their own."""
+    """Examples must come from a split of their own."""
     shots = self.shots_source.instead_of(self.source)
     if self.num_shots and shots is self.source and not shots.has_train_split:
       yield (

@@ -85,7 +85,7 @@ class GenerateEvaluation(EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The scores exist."""
+    """The names must be those of scores."""
     for name in names_of(self.metrics):
       if name not in METRICS:
         problem = unknown_text('metric', name, METRICS)

@@ -25,9 +25,9 @@ class _Described(NamedTuple):
   """A parameter before there is any.
 
   Attributes:
-    shape: Its shape.
+    shape: The shape of the array.
     axes: The logical names of its dimensions.
-    role: What it is for.
+    role: The part of the model that it belongs to, and its form.
   """
 
   shape: tuple[int, ...]

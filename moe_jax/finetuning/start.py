@@ -57,7 +57,7 @@ class InitFrom(InitFromOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The experts are numbers."""
+    """The experts must be numbers."""
     yield from super().problems()
     numbers = [part.strip() for part in self.experts.split(',')]
     if self.experts and not all(number.isdigit() for number in numbers):

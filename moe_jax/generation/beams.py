@@ -153,7 +153,10 @@ class Search(NamedTuple):
 
 
 def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
-  """Before the first step all beams are one sequence: one of them counts."""
+  """The search before its first step: all beams are one sequence.
+
+  Only the first of them counts.
+  """
   B, W, n = len(last), width, len(forced_ids)
   tokens = np.zeros((B, W, num_tokens), np.int32)
   tokens[..., :n] = forced_ids

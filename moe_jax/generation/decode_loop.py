@@ -172,7 +172,7 @@ class State(NamedTuple):
 
   @property
   def end(self) -> int:
-    """N."""
+    """N, the number of new tokens at which rows end."""
     return self.tokens.shape[1]
 
 

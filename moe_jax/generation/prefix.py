@@ -90,7 +90,7 @@ def make_prefix(
 
 
 def num_rows(prompt: Sequence[Ids] | Ids) -> int:
-  """How many rows a prompt has.
+  """The number of rows of a prompt.
 
   Raises:
     ValueError: It has none.
@@ -131,7 +131,7 @@ def _check_length(model: Model, what: str, needed: int) -> None:
 
 
 def _length(model: Model, needed: int) -> int:
-  """`needed`, rounded up where nothing but time depends on it."""
+  """A length that is rounded up where nothing but time depends on it."""
   if model.capacity_binds:
     return needed
   most = model.longest

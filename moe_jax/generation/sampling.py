@@ -95,7 +95,7 @@ class Sampler(flax.struct.PyTreeNode):
 
 
 def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
-  """A key a row, which the other rows have no part in.
+  """A random key for each row, in which the other rows have no part.
 
   Args:
     seed: One seed, of which row r has key r; or one for each row, which has

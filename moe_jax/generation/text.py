@@ -31,7 +31,7 @@ class TextStream:
     self._said = len(self._text())
 
   def add(self, token: Token) -> str:
-    """The text that is complete with this token; often '' at first."""
+    """Returns the text that this token completes; often '' at first."""
     if not self._known(int(token)):
       return ''
     self._ids.append(int(token))
@@ -43,7 +43,7 @@ class TextStream:
     return new
 
   def end(self) -> str:
-    """The rest, bytes that never became a character among it."""
+    """Returns the rest, with bytes that never became a character."""
     text = self._text()
     new, self._said = text[self._said :], len(text)
     return new

@@ -22,14 +22,14 @@ from moe_jax.runs.checkpointer import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says in one line what is wrong."""
+  """A parser of arguments that says in one line what is wrong."""
 
   def error(self, message: str) -> NoReturn:
     command_line.fail(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  """The command line, and apart from it the config's overrides."""
+  """Reads the command line; the overrides of the config are apart."""
   parser = _Parser(
     prog='python -m moe_jax.interop',
     description=__doc__.split('\n')[0],

@@ -43,13 +43,13 @@ class Keys:
 
 
 class Values(types.SimpleNamespace):
-  """The honoured and training keys' values by name, defaults filled in."""
+  """The values of honoured and training keys by name, defaults filled in."""
 
 
 def read(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[Values, list[str], list[str]]:
-  """The values; all that is wrong; and what is not carried over.
+  """The values, all that is wrong with them, and what is not carried over.
 
   Args:
     keys: The keys of the architecture.

@@ -19,11 +19,12 @@ _GROUP = re.compile(r'\(([^)]*)\)|(\S+)')
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """A tensor's layout, theirs and ours.
+  """The layout of a tensor, in a checkpoint and here.
 
   Attributes:
-    theirs: A dimension's parts, outermost first; 'k/n' is block k of n.
-    ours: The letters in our order.
+    theirs: The parts of each dimension of their tensor, outermost first; 'k/n'
+      is block k of n.
+    ours: The letters of our dimensions, in order.
   """
 
   theirs: tuple[tuple[str, ...], ...]
@@ -53,12 +54,12 @@ class Form:
   def read(
     self, get: Callable[[Index], np.ndarray], shape: Sequence[int], index: Index
   ) -> np.ndarray:
-    """Our tensor's slice, from no more of theirs than it needs.
+    """A slice of our tensor, from no more of theirs than it needs.
 
     Args:
-      get: A slice of their tensor, which is a copy.
-      shape: Of our whole tensor.
-      index: Slices of it, with plain bounds.
+      get: Returns a slice of their tensor, which is a copy.
+      shape: The shape of our whole tensor.
+      index: The slices of our tensor, with plain bounds.
     """
     sizes = self._sizes(shape)
     wanted = {
@@ -82,7 +83,7 @@ class Form:
     return part.squeeze(axis=fixed).transpose(order)
 
   def write(self, array: np.ndarray) -> np.ndarray:
-    """Their tensor, contiguous, from the whole of ours; blocks have no way."""
+    """Their tensor, contiguous, from the whole of ours; not of one in blocks."""
     letters = [letter for group in self.theirs for letter in group]
     order = [self.ours.index(letter) for letter in letters]
     shape = self.their_shape(array.shape)

@@ -23,8 +23,8 @@ def fetch(
 
   Args:
     source: A folder, or the id of a repository: 'google/switch-base-8'.
-    weights: False fetches configs and the tokenizer alone.
-    revision: A branch, tag or commit; '': the main branch.
+    weights: Whether weights are fetched, beside configs and tokenizer.
+    revision: A branch, tag or commit; '' is the main branch.
 
   Raises:
     ValueError: There is no such folder, and no such repository either.

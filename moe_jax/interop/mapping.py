@@ -60,19 +60,19 @@ class Leaf:
 
   @property
   def tensor_shape(self) -> tuple[int, ...]:
-    """What each tensor's shape must be."""
+    """The shape that each tensor must have."""
     return self.form.their_shape(self.shape[self.num_stacked :])
 
   @property
   def num_stacked(self) -> int:
-    """Leading dimensions along which tensors are stacked."""
+    """The number of leading dimensions along which tensors are stacked."""
     return len(next(iter(self.tensors)))
 
 
 def leaves(
   names: Names, model: Model, params: Any, tensors: Sequence[str] = ()
 ) -> list[Leaf]:
-  """Every parameter's tensors.
+  """The tensors of every parameter.
 
   Args:
     names: The architecture's table.

@@ -106,7 +106,7 @@ def problems(c: Values) -> list[str]:
 
 
 def options(c: Values) -> DecoderOptions:
-  """The model."""
+  """The options of the model."""
   heads = max(c.num_attention_heads, 1)
   _, theta, _ = _rope(c)
   return DecoderOptions(
@@ -186,7 +186,7 @@ def _layer(path: str, theirs: str, form: str, *others: Name) -> dict:
 
 
 def _expert(path: str, number: str, form: str, fused: str, fused_form: str):
-  """A tensor an expert, or all experts' in one as transformers computes."""
+  """A tensor for each expert, or one of all as transformers computes."""
   bare = Name(f'model.layers.{{layer}}.mlp.experts.{fused}', fused_form)
   renamed = Name(
     f'model.layers.{{layer}}.mlp.experts.{{expert}}.{number}.weight', form

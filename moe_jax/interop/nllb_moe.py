@@ -128,7 +128,7 @@ def problems(c: Values) -> list[str]:
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
-  """The model."""
+  """The options of the model."""
   sparse = _sparse(c.encoder_layers, c.encoder_sparse_step)
   encoder = {
     'attention': {'num_heads': c.encoder_attention_heads},
@@ -179,7 +179,7 @@ def _sparse(num_layers: int, step: int) -> str:
 
 
 def _capacity(c: Values) -> Capacity:
-  """The capacity of evaluation."""
+  """The capacity that transformers has in evaluation."""
   fraction = float(c.moe_eval_capacity_token_fraction)
   if fraction >= 1:
     return All()
@@ -187,7 +187,7 @@ def _capacity(c: Values) -> Capacity:
 
 
 def _written_capacity(capacity: Capacity) -> dict[str, Any]:
-  """The keys of a capacity."""
+  """The keys of config.json that a capacity decides."""
   fraction, keys = 1.0, {}
   if isinstance(capacity, Fraction):
     fraction = capacity.factor

@@ -34,7 +34,7 @@ class ServedByRank(TokenChoice):
   """
 
   def problems_with(self, sizes):
-    """A token has a first and a second choice."""
+    """A token must have a first and a second choice."""
     yield from super().problems_with(sizes)
     if sizes.num_selected != 2:
       yield (
@@ -94,7 +94,7 @@ class RoutedPadding(Padding):
     )
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """All tokens."""
+    """All tokens are counted."""
     return jnp.ones(segment_ids.shape, bool)
 
 
@@ -125,7 +125,7 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """Tied logits have one table."""
+    """Where logits are tied, there is one table."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'

@@ -202,7 +202,7 @@ def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
 def _write(
   folder: pathlib.Path, tensors: Sequence[_Tensor], shard_bytes: int
 ) -> None:
-  """One file, or several and an index."""
+  """Writes one file of tensors, or several and an index."""
   shards: list[list[_Tensor]] = [[]]
   size = 0
   for tensor in sorted(tensors, key=lambda tensor: tensor.name):

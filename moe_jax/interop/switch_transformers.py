@@ -113,7 +113,7 @@ def problems(c: Values) -> list[str]:
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
-  """The model."""
+  """The options of the model."""
   decoder = c.num_decoder_layers
   decoder = c.num_layers if decoder is None else decoder
   encoder_sparse = _sparse(

@@ -31,7 +31,7 @@ class TensorSpec(NamedTuple):
 
   @property
   def num_bytes(self) -> int:
-    """Its size in memory; 0 for a type that is no float of ours."""
+    """The bytes in memory; 0 for a type that is no float of ours."""
     if self.dtype not in FLOATS:
       return 0
     width = 4 if self.dtype == 'float32' else 2
@@ -42,10 +42,10 @@ class TensorFiles:
   """All tensors of a folder, whose files stay open, unread.
 
   Attributes:
-    folder: Where the files are.
-    specs: Name -> shape and dtype, of every tensor.
-    num_bytes: Of all tensors together.
-    largest: Bytes of the largest one.
+    folder: The folder of the files.
+    specs: The shape and type of every tensor, by its name.
+    num_bytes: The bytes of all tensors together.
+    largest: The bytes of the largest tensor.
 
   Raises:
     ValueError: There are no weights, a file named by the index is missing or
@@ -81,7 +81,7 @@ class TensorFiles:
     self.largest = max(spec.num_bytes for spec in self.specs.values())
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """A copy of a tensor's slice, in its stored dtype; None: all of it."""
+    """A copy of a slice of a tensor, as it is stored; None is all of it."""
     if index is None:
       index = tuple(slice(0, size) for size in self.specs[name].shape)
     return self._reader(self._file_of[name]).read(name, index)
@@ -118,7 +118,7 @@ class _SafeTensors:
       self.specs[name] = TensorSpec(shape, _DTYPES.get(dtype, dtype))
 
   def read(self, name: str, index: Index) -> np.ndarray:
-    """A copy of a slice."""
+    """A copy of a slice of a tensor."""
     if not index:
       return self._file.get_tensor(name)
     return self._file.get_slice(name)[index]
@@ -153,7 +153,7 @@ class _Torch:
     }
 
   def read(self, name: str, index: Index) -> np.ndarray:
-    """A copy of a slice."""
+    """A copy of a slice of a tensor."""
     part = self._tensors[name].detach()[index]
     if part.dtype != self._bfloat16:
       return part.numpy().copy()
@@ -162,7 +162,7 @@ class _Torch:
 
 
 def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
-  """The files that hold the weights, and tensor -> file where an index is."""
+  """The files of the weights, and the file of each tensor of an index."""
   for name in (SAFETENSORS, TORCH):
     if (folder / name).is_file():
       return [name], {}
@@ -190,5 +190,5 @@ def _index(path: pathlib.Path) -> dict[str, str]:
 
 
 def listed(what: str, problems: list[str]) -> str:
-  """All that is wrong, a line each."""
+  """A text of all that is wrong, a line for each problem."""
   return '\n'.join([f'{what}:', *(f'  {problem}' for problem in problems)])
