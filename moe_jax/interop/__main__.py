@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import logging
 
 from moe_jax import command_line, run_config, sections
-from moe_jax.interop import import_run, verifying
+from moe_jax.interop import export_run, import_run, verifying
 from moe_jax.runs.checkpointer import CheckpointError
 
 
@@ -80,7 +80,7 @@ def _import(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:
-  print('\n'.join(import_run.export_run(options.workdir, options.output)))
+  print('\n'.join(export_run.export_run(options.workdir, options.output)))
   return 0
 
 

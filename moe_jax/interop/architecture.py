@@ -14,6 +14,14 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.models import ModelOptions
 from moe_jax.models.text_options import StackOptions
 
+# Our names of the activations of feed-forwards that have no gate.
+ACTIVATIONS = {
+  'relu': 'relu',
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+}
+
 
 def _numbered(options: ModelOptions) -> None:
   """Every token has a number, whatever its id."""

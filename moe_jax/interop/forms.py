@@ -83,7 +83,7 @@ class Form:
     return part.squeeze(axis=fixed).transpose(order)
 
   def write(self, array: np.ndarray) -> np.ndarray:
-    """Their tensor, contiguous, from the whole of ours; not of one in blocks."""
+    """Their contiguous tensor from the whole of ours; blocks are read only."""
     letters = [letter for group in self.theirs for letter in group]
     order = [self.ours.index(letter) for letter in letters]
     shape = self.their_shape(array.shape)

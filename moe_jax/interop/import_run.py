@@ -1,9 +1,10 @@
-"""Checkpoints into a run's folder, from where training goes on, and out of it.
+"""Checkpoints into a run's folder, from where training goes on.
 
 An imported folder holds a checkpoint of step 0 with parameters alone, the
 run's config, the tokenizer, and the files that came with the weights in
 `huggingface/`. `config.py`, by which `moe_jax.main` is told of the config, is
-always the same text; the values are those of `imported.json` beside it.
+always the same text; the values are those of `imported.json` beside it. Not
+here: the way out (`export_run.py`).
 """
 
 import dataclasses
@@ -30,12 +31,9 @@ from moe_jax.data import (
 )
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
-from moe_jax.interop.saving import save
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.models import ModelOptions
 from moe_jax.options import Options, default_of, fields_of, spec_of
-from moe_jax.partitioning import MeshOptions
-from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.training.run_options import RunOptions
@@ -234,79 +232,3 @@ def _next(folder, tokenizer) -> list[str]:
     f'go on: python -m moe_jax.main --config={folder}/config.py '
     f'--workdir={folder}; with other settings, add --resume',
   ]
-
-
-def export_run(
-  workdir: str | os.PathLike[str], output: str | os.PathLike[str]
-) -> list[str]:
-  """Writes a run's newest good checkpoint for transformers to read.
-
-  Returns:
-    What there is to say.
-
-  Raises:
-    ValueError: The folder holds no run or no checkpoint, or as `save`.
-    CheckpointError: No checkpoint is good.
-  """
-  folder = pathlib.Path(workdir).expanduser()
-  run = trained.read(folder, tokenizer_needed=False)
-  rules = run.sharding.rules
-  restored = trained.restore_variables(
-    folder,
-    run.model.build(rules),
-    run.data.seq_len,
-    rules,
-    mesh=_mesh(folder),
-    router_state=False,
-  )
-  files, output = folder / FILES, pathlib.Path(output).expanduser()
-  known = tokenizers.read_json(files / 'config.json')
-  config = known or _special(run.tokenizer)
-  save(run.model, restored.state, output, config=config)
-  return [
-    f'checkpoint of step {restored.step} written to {output}',
-    _export_tokenizer(files, output, run.tokenizer),
-  ]
-
-
-def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
-  """The run's mesh; None where it was made for other devices."""
-  mesh = workdir_lib.kept_config(folder).get('mesh', {})
-  try:
-    return sections.read(MeshOptions, mesh, 'mesh.').make()
-  except ValueError:
-    return None
-
-
-def _special(tokenizer) -> dict[str, Any]:
-  """The keys of config.json that a run's own tokenizer decides."""
-  if tokenizer is None:
-    return {}
-  return {
-    'bos_token_id': tokenizer.bos_id,
-    'eos_token_id': tokenizer.eos_id,
-    'pad_token_id': tokenizer.pad_id,
-    'decoder_start_token_id': tokenizer.start_id,
-  }
-
-
-def _export_tokenizer(files, output, tokenizer) -> str:
-  """Copies what was imported, else writes what a JSON tokenizer holds."""
-  if files.is_dir():
-    for path in files.iterdir():
-      if path.name != 'config.json':
-        shutil.copyfile(path, output / path.name)
-    return f"the imported checkpoint's other files are there too, from {files}"
-  if isinstance(tokenizer, tokenizers.Extended):
-    tokenizer = tokenizer.base
-  if not isinstance(tokenizer, tokenizers.Json):
-    return 'transformers has no such tokenizer; the folder has none'
-  (output / 'tokenizer.json').write_text(tokenizer.model_json())
-  names = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-  for role in ('bos', 'eos', 'pad'):
-    token = getattr(tokenizer, f'{role}_id')
-    if token is not None:
-      names[f'{role}_token'] = tokenizer.vocabulary_name(token)
-  text = json.dumps(names, indent=2)
-  (output / 'tokenizer_config.json').write_text(text + '\n')
-  return 'the tokenizer is there too'

@@ -21,6 +21,7 @@ Unlike the paper, and as transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop.architecture import (
+  ACTIVATIONS,
   Architecture,
   filled,
   is_sparse,
@@ -48,12 +49,6 @@ from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.text_options import StackOptions
 from moe_jax.routing.capacity import All, Capacity, Fixed, Fraction
 
-_ACTIVATIONS = {
-  'relu': 'relu',
-  'gelu': 'gelu',
-  'gelu_new': 'gelu_tanh',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-}
 _LAST = 0  # the sparse layer of a period is its last
 _EPSILON = 1e-5  # of PyTorch's LayerNorm; no key says it
 _ONE_RATE = 'our rates of dropout are one, model.dropout'
@@ -111,9 +106,7 @@ KEYS = Keys(
 
 def problems(c: Values) -> list[str]:
   """What our models cannot express."""
-  wrong = unsupported(
-    'activation_function', c.activation_function, _ACTIVATIONS
-  )
+  wrong = unsupported('activation_function', c.activation_function, ACTIVATIONS)
   if c.num_experts < 2:
     wrong.append(f'num_experts={c.num_experts} must be at least 2')
   for half in ('encoder', 'decoder'):
@@ -143,7 +136,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
     encoder=EncoderOptions(c.encoder_layers, encoder),
     width=c.d_model,
     attention=AttentionOptions(num_heads=c.decoder_attention_heads),
-    ffn=FfnOptions(c.decoder_ffn_dim, _ACTIVATIONS[c.activation_function]),
+    ffn=FfnOptions(c.decoder_ffn_dim, ACTIVATIONS[c.activation_function]),
     norm=LayerNorm(_EPSILON),
     positions=Sinusoidal(c.pad_token_id + 1),
     use_bias=True,
@@ -209,7 +202,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   )
   return dict(
     vocab_size=o.vocab_size,
-    activation_function=written(o.ffn.activation, _ACTIVATIONS),
+    activation_function=written(o.ffn.activation, ACTIVATIONS),
     d_model=o.width,
     scale_embedding=o.embedding.scale == 'sqrt_width',
     router_bias=getattr(router, 'use_bias', False),

@@ -17,6 +17,7 @@ Jitter, dropout and the losses' weights act in training alone, and do here too.
 from typing import Any
 
 from moe_jax.interop.architecture import (
+  ACTIVATIONS,
   Architecture,
   filled,
   is_sparse,
@@ -44,12 +45,6 @@ from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import Fixed
 
-_ACTIVATIONS = {
-  'relu': 'relu',
-  'gelu': 'gelu',
-  'gelu_new': 'gelu_tanh',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-}
 _PAPER = 1  # the sparse layer of a period is the second
 KEYS = Keys(
   honoured={
@@ -101,7 +96,7 @@ KEYS = Keys(
 
 def problems(c: Values) -> list[str]:
   """What our models cannot express."""
-  wrong = unsupported('dense_act_fn', c.dense_act_fn, _ACTIVATIONS)
+  wrong = unsupported('dense_act_fn', c.dense_act_fn, ACTIVATIONS)
   if c.expert_capacity < 1:
     wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
   if c.feed_forward_proj not in (None, c.dense_act_fn):
@@ -128,7 +123,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
     attention=AttentionOptions(
       num_heads=c.num_heads, head_width=c.d_kv, scale='none'
     ),
-    ffn=FfnOptions(c.d_ff, _ACTIVATIONS[c.dense_act_fn]),
+    ffn=FfnOptions(c.d_ff, ACTIVATIONS[c.dense_act_fn]),
     norm=RmsNorm(float(c.layer_norm_epsilon)),
     positions=Relative(
       c.relative_attention_num_buckets, c.relative_attention_max_distance
@@ -191,7 +186,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
     relative_attention_num_buckets=getattr(o.positions, 'buckets', 32),
     relative_attention_max_distance=getattr(o.positions, 'max_distance', 128),
     layer_norm_epsilon=o.norm.epsilon,
-    dense_act_fn=written(o.ffn.activation, _ACTIVATIONS),
+    dense_act_fn=written(o.ffn.activation, ACTIVATIONS),
     tie_word_embeddings=o.embedding.tie,
     dropout_rate=o.dropout,
     router_jitter_noise=getattr(moe.router, 'jitter', 0.0),

@@ -9,6 +9,7 @@ import pytest
 from moe_jax import command_line, generate, interop, run_config
 from moe_jax.data import tokenizers
 from moe_jax.interop import import_run as import_run_lib
+from moe_jax.interop.export_run import export_run
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
@@ -120,7 +121,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   assert chat.tolist() == [2, *tokenizer.encode('f').tolist(), 1]
   # Out: the same weights, the same words.
   output = tmp_path / 'out'
-  assert 'step 2' in import_run_lib.export_run(workdir, output)[0]
+  assert 'step 2' in export_run(workdir, output)[0]
   model, info = oracle.CLASSES[kind].from_pretrained(
     output, output_loading_info=True
   )
@@ -181,7 +182,7 @@ def test_half_precision_is_trained_and_kept(tmp_path):
   workdir = tmp_path / 'run'
   import_run(tmp_path / 'hf', workdir, dtype='bfloat16')
   assert config_of(workdir).model.numerics.param_dtype == 'bfloat16'
-  import_run_lib.export_run(workdir, tmp_path / 'out')
+  export_run(workdir, tmp_path / 'out')
   model = oracle.CLASSES['switch_transformers'].from_pretrained(
     tmp_path / 'out'
   )
@@ -202,11 +203,11 @@ def test_what_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
     import_run(source, tmp_path / 'run')
   with pytest.raises(ValueError, match='holds no trained run'):
-    import_run_lib.export_run(source, tmp_path / 'out')
+    export_run(source, tmp_path / 'out')
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'mine').touch()
   with pytest.raises(ValueError, match='give a new or empty folder'):
-    import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+    export_run(tmp_path / 'run', tmp_path / 'out')
 
 
 def test_an_embedding_for_each_half_goes_in_and_out(tmp_path):
@@ -215,7 +216,7 @@ def test_an_embedding_for_each_half_goes_in_and_out(tmp_path):
   import_run(source, workdir)
   imported = interop.load(source).variables
   assert 'encoder_embedding' in imported['params']
-  import_run_lib.export_run(workdir, tmp_path / 'out')
+  export_run(workdir, tmp_path / 'out')
   out = interop.load(tmp_path / 'out').variables
   assert_equal(out['params'], imported['params'])
 
@@ -237,7 +238,7 @@ def test_out_of_a_run_that_began_here(tmp_path):
   folders.write_tokenizer(tmp_path, 'mixtral')
   tokenizer = tokenizers.Json.from_folder(tmp_path)
   params = own_runs.write(tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL)
-  import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+  export_run(tmp_path / 'run', tmp_path / 'out')
   _, model, out = interop.load(tmp_path / 'out')
   assert_equal(out['params'], params[3])
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
@@ -249,7 +250,7 @@ def test_out_of_a_run_that_began_here(tmp_path):
 def test_what_transformers_has_no_model_of(tmp_path):
   own_runs.write(tmp_path / 'run')
   with pytest.raises(ValueError, match='no mixtral model of tra') as caught:
-    import_run_lib.export_run(tmp_path / 'run', tmp_path / 'out')
+    export_run(tmp_path / 'run', tmp_path / 'out')
   for words in ('num_experts_per_tok=1 is', "hidden_act='gelu' is not"):
     assert words in str(caught.value)
   drops = dict(
@@ -261,7 +262,7 @@ def test_what_transformers_has_no_model_of(tmp_path):
   model = dict(MIXTRAL, norm=norm, moe=dict(MIXTRAL['moe'], **drops))
   own_runs.write(tmp_path / 'drops', model=model)
   with pytest.raises(ValueError, match='as mixtral; the model has') as caught:
-    import_run_lib.export_run(tmp_path / 'drops', tmp_path / 'out')
+    export_run(tmp_path / 'drops', tmp_path / 'out')
   for words in (
     "norm.kind: 'layernorm', not 'rmsnorm'",
     "capacity.kind: 'per_token', not 'all'",
