@@ -45,7 +45,6 @@ def config(steps: int):
   m.encoder.num_layers = 2
   m.encoder.overrides = dict(moe=dict(layers='all'))
   m.moe.layers = 'none'
-  m.moe.num_experts = 8
   m.moe.capacity.kind = 'per_token'
   m.moe.capacity.per_token.factor = 0.75
   config.evals = {'no_drops': byte_models.no_drops()}

@@ -38,10 +38,10 @@ _BATCHES = 20
 
 def config(steps: int):
   """The config that the rows share."""
-  config = byte_models.decoder(steps, num_layers=2)
+  config = byte_models.decoder(
+    steps, num_layers=2, num_experts=16, num_selected=2
+  )
   moe = config.model.moe
-  moe.num_experts = 16
-  moe.num_selected = 2
   moe.layer_reduce = 'mean'
   moe.expert.hidden = 128
   moe.router.kind = 'token_choice'

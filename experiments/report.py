@@ -5,8 +5,8 @@
 Takes `results/<study>/full/summary.json` of every study that has one, keeps it
 with its figure in `experiments/results`, and writes the page from what is kept
 there; a study that was not run here keeps what it had. The page refuses to mix
-corpora: studies of one task must have seen the same bytes. Not here: what a
-study's part says (`study/results.py`).
+corpora: studies of one task must have seen the same bytes. Not here: what the
+part of one study says (`study/results.py`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.study import results as study_results
+from experiments.study import verdicts
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
 
@@ -35,20 +36,21 @@ compared, never values. A direction counts as reproduced only where the paired
 have told beside it. Questions of our own, which no paper has a number for, are
 "shown" or "refuted". Intervals are of single comparisons: of twenty true nulls
 one would be resolved by chance. Values marked as of a secondary source were not
-read in the paper, and unverified ones are not shown.
+read in the paper, and unverified ones are not shown. Each study stands with the
+command that made it, and with its device and date: the code has changed since.
 """
 
 
-def made(results: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The full presets' summaries by study."""
-  found = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
-  return {path.parts[-3]: path for path in found}
+def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The paths of the full presets' summaries, by study."""
+  paths = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
+  return {path.parts[-3]: path for path in paths}
 
 
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
   """Copies the full presets' summaries and figures to where they are kept."""
   kept.mkdir(parents=True, exist_ok=True)
-  for name, path in made(results).items():
+  for name, path in summaries_of(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
     shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
 
@@ -62,31 +64,31 @@ def read(
     ValueError: There is none, or two of one task are of different bytes.
   """
   paths = {path.stem: path for path in kept.glob('*.json')}
-  paths |= made(results) if results else {}
-  found = [
+  paths |= summaries_of(results) if results else {}
+  summaries = [
     json.loads(path.read_text(encoding='utf-8'))
     for _, path in sorted(paths.items())
   ]
-  if not found:
+  if not summaries:
     raise ValueError(f'{kept} has no results; run a study with --preset=full')
   digests: dict[str, dict[str, list[str]]] = {}
-  for summary in found:
+  for summary in summaries:
     of_task = digests.setdefault(summary['task'], {})
     for digest in summary['digests']:
       of_task.setdefault(digest, []).append(summary['name'])
   for task, names in digests.items():
     if len(names) > 1:
       raise ValueError(f'studies of {task!r} saw different data: {names}')
-  return found
+  return summaries
 
 
 def page(summaries: Sequence[dict[str, Any]]) -> str:
-  """The page's Markdown."""
+  """The page, in Markdown."""
   overview = []
   for summary in summaries:
     words = [claim['verdict'] for claim in summary['claims']]
     row = {'study': f'[{summary["name"]}](#{_anchor(summary["title"])})'}
-    for word in study_results.WORDS:
+    for word in verdicts.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
   parts = [_ABOUT, markdown_table(overview)]
@@ -97,17 +99,19 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _anchor(title: str) -> str:
-  """As GitHub makes it of a heading."""
+  """The anchor that GitHub makes of a heading."""
   kept = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
   return kept.replace(' ', '-')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Collects and writes."""
+  """Collects the summaries and writes the page."""
   parser = argparse.ArgumentParser(
     prog='python -m experiments.report', description=__doc__.split('\n')[0]
   )
-  parser.add_argument('--results', default='results', help='of the studies')
+  parser.add_argument(
+    '--results', default='results', help='where studies wrote theirs'
+  )
   parser.add_argument('--output', default=str(HERE), help='where the page goes')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)

@@ -32,7 +32,6 @@ HASHES = ('token', 'bigram', 'position')
 def config(steps: int):
   """The config that the rows share; its groups are single sequences."""
   config = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
-  config.model.moe.num_experts = 8
   config.model.moe.group_size = 0
   byte_models.drop_nothing(config.model.moe)
   return config

@@ -31,10 +31,10 @@ EVALUATED = f'eval/{byte_models.EVAL}/layer_*'
 
 def config(steps: int):
   """The config that the rows share."""
-  config = byte_models.decoder(steps, num_layers=2)
+  config = byte_models.decoder(
+    steps, num_layers=2, num_experts=32, num_selected=2
+  )
   moe = config.model.moe
-  moe.num_experts = 32
-  moe.num_selected = 2
   moe.layer_reduce = 'mean'
   moe.expert.hidden = 128
   moe.router.kind = 'noisy_top_k'

@@ -53,7 +53,6 @@ QUICK_WITHOUT = [
 def config(steps: int):
   """The config that the rows share."""
   config = byte_models.decoder(steps, width=48, hidden=HIDDEN, num_layers=3)
-  config.model.moe.num_experts = 8
   capacity = {'kind': 'per_token', 'per_token': {'factor': 2.0}}
   config.evals.capacity_2 = byte_models.evaluation(moe={'capacity': capacity})
   config.evals.no_drops = byte_models.no_drops()

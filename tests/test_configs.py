@@ -1,6 +1,7 @@
 """Every config: its dump, its size, and two steps of it shrunk."""
 
 import functools
+import json
 import math
 
 import jax
@@ -10,40 +11,45 @@ import optax
 import pytest
 from flax import linen as nn
 
-from configs import base
-from moe_jax import evaluation, models
-from moe_jax.config import merge
-from moe_jax.training import setup, step
-from moe_jax.training.abstract import abstract_batch
-from moe_jax.training.evaluate import changed_models, check_entries
+from moe_jax import models, run_config, sections
+from moe_jax.models.pattern import sparse_pattern
+from moe_jax.sections import merge
+from moe_jax.training import losses, step
+from moe_jax.training.evaluation_entries import changed_models
 from tests import golden
 from tests.training import tiny
 
 
-def filled(config, vocab_size):
-  """The config with a vocabulary, and the shape of examples, if of any."""
-  of_features = config.model.kind in models.OF_FEATURES
-  return setup.with_vocabulary(config, vocab_size, (7,) if of_features else ())
+def read(config):
+  """The options of a config."""
+  return run_config.read(config)
 
 
-def batch_of(config):
-  """Random rows of the config's lengths, for both halves if there are two."""
-  if config.model.kind in models.OF_FEATURES:
+def filled(options, vocab_size):
+  """The options with a vocabulary, and a shape of examples if they have one."""
+  of_features = options.model.reads_features
+  return options.filled(vocab_size, (7,) if of_features else ())
+
+
+def batch_of(options, model):
+  """Random rows of the run's lengths, for every sequence that is read."""
+  if options.model.reads_features:
     ones = {
-      k: np.ones(v.shape, v.dtype) for k, v in abstract_batch(config).items()
+      k: np.ones(v.shape, v.dtype)
+      for k, v in options.batch_shapes(model).items()
     }
     rng = np.random.default_rng(0)
     features = rng.normal(size=ones['features'].shape).astype(np.float32)
     return ones | {'features': features}
-  batch = tiny.batch(config)
-  if config.model.kind != 'encoder_decoder':
-    return batch
-  decoder = merge(config, {'data': {'seq_len': config.data.target_len}})
+  rows = tiny.batch(options)
+  if not options.model.has_encoder:
+    return rows
   encoder = {
-    f'encoder_{name}': batch[name]
+    f'encoder_{name}': rows[name]
     for name in ('tokens', 'segment_ids', 'positions')
   }
-  return tiny.batch(decoder, seed=1) | encoder
+  target = tiny.rows(options.batch_size, options.data.target_len, seed=1)
+  return target | encoder
 
 
 @pytest.mark.parametrize('name', golden.NAMES)
@@ -52,6 +58,16 @@ def test_dump(name):
   assert golden.dump(name) == expected, (
     'the config changed; if that is meant: python -m tests.golden'
   )
+
+
+def test_a_dump_holds_what_differs_and_nothing_else():
+  changed = json.loads(golden.dump('shakespeare_gshard'))
+  assert changed['model.moe.num_selected'] == 2
+  assert 'model.moe.router.kind' not in changed  # the default's
+  assert changed['evals.capacity_2.model_overrides'] == {
+    'moe': {'capacity': {'per_token': {'factor': 4.0}}}
+  }
+  assert json.loads(golden.dump('eigen_digits'))['evals.all_tokens'] is None
 
 
 # Shrunk they differ from `mixtral_8x7b` and `tiny_seq2seq` in what
@@ -78,58 +94,78 @@ each_config = pytest.mark.parametrize(
 
 @each_config
 def test_initialises_as_shapes_at_full_size(name):
-  config = filled(golden.config(name), 65)
-  model = models.build(config)
-  shapes = nn.meta.unbox(
-    models.abstract_params(model, min(config.data.seq_len, 64))
-  )
+  options = filled(read(golden.config(name)), 65)
+  model = options.build()
+  seq_len = min(options.data.seq_len, 64)
+  shapes = nn.meta.unbox(models.abstract_params(model, seq_len))
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-  assert total > (100 if config.model.kind in models.OF_FEATURES else 500_000)
-  check_entries(config, evaluation.KINDS)
-  assert set(changed_models(config, model)) == set(config.evals)
+  assert total > (100 if model.reads_features else 500_000)
+  changed = changed_models(
+    options.model, model, options.evals, options.sharding.rules, seq_len
+  )
+  assert set(changed) == set(options.evals)
 
 
 @each_config
 def test_two_steps_shrunk(name):
-  config = filled(golden.config(name, 'runlocal'), 257)
-  model = models.build(config)
-  batch = batch_of(config)
-  axes = setup.axis_names(models.abstract_params(model, config.data.seq_len))
-  optimizer = setup.make_optimizer(config.optimizer, config.total_steps, axes)
+  options = filled(read(golden.config(name, 'runlocal')), 257)
+  model = options.build()
+  batch = batch_of(options, model)
+  trees = models.describe(model, options.data.seq_len)
+  optimizer = options.optimizer.transformation(
+    options.total_steps, trees.axes, trees.roles
+  )
   init = functools.partial(
     step.init_state,
     model=model,
     optimizer=optimizer,
-    seq_len=config.data.seq_len,
+    seq_len=options.data.seq_len,
   )
-  state = jax.jit(init)(jnp.asarray(config.seed, jnp.uint32))
+  state = jax.jit(init)(jnp.asarray(options.seed, jnp.uint32))
+  weights = losses.loss_weights(model, options.logits_z_weight)
   run = jax.jit(
     functools.partial(
       step.train_step,
-      grad_fn=step.make_grad_fn(
-        model, setup.loss_weights(config, model), config.microbatches
-      ),
+      grad_fn=step.make_grad_fn(model, weights, options.microbatches),
+      normalize=functools.partial(losses.normalizers, model),
       optimizer=optimizer,
       schedule=optax.constant_schedule(0.0),
+      move_router_state=model.move_router_state,
     )
   )
-  losses = []
+  values = []
   for _ in range(2):
     state, metrics = run(state, batch)
-    losses.append(float(metrics.loss))
+    values.append(float(metrics.loss))
   assert int(state.step) == 2
-  assert np.isfinite(losses).all()
-  assert losses[0] != losses[1]
+  assert np.isfinite(values).all()
+  assert values[0] != values[1]
 
 
 def test_shrinking_keeps_what_is_sparse():
-  small = golden.config('openmoe_8b', 'runlocal')
-  assert models.sparse_pattern(small.model.moe.layers, small.model.num_layers)[
-    -1
-  ]
-  assert small.model.moe.num_experts == 4
+  model = read(golden.config('openmoe_8b', 'runlocal')).model
+  assert sparse_pattern(model.moe.layers, model.num_layers)[-1]
+  assert model.moe.num_experts == 4
   with pytest.raises(ValueError, match="unknown config argument 'laptop'"):
     golden.config('tiny_switch', 'laptop')
+
+
+@pytest.mark.parametrize('name', golden.NAMES)
+def test_a_shrunk_config_is_small_and_of_the_same_kinds(name):
+  whole, small = (
+    read(golden.config(name)),
+    read(golden.config(name, 'runlocal')),
+  )
+  assert type(small.model) is type(whole.model)
+  assert small.evals.keys() == whole.evals.keys()
+  assert type(small.data.task) is type(whole.data.task)
+  assert small.total_steps == 2 and small.batch_size == 4
+  if whole.data.task.has_tokens:
+    assert small.model.width == 32 and small.data.seq_len == 32
+    assert type(small.model.moe.router) is type(whole.model.moe.router)
+    assert small.model.vocab_size == 0
+  # It is a config again: what it holds is read as it is.
+  assert read(sections.section(small)) == small
 
 
 def test_arguments_name_published_sizes():
@@ -138,8 +174,14 @@ def test_arguments_name_published_sizes():
   assert golden.config('switch_base', 'e256').model.moe.num_experts == 256
   large = golden.config('st_moe_base', 'large').model
   assert (large.num_layers, large.moe.num_experts) == (24, 32)
-  for name, known in (('switch_base', 'e64'), ('st_moe_base', 'large')):
-    with pytest.raises(ValueError, match=f"'e7'; have .*'{known}'"):
+  two_levels = golden.config('shazeer_lstm', 'MoE-256-h').model.moe
+  assert two_levels.router.hierarchical.branching == 16
+  for name, known in (
+    ('switch_base', 'e64'),
+    ('st_moe_base', 'large'),
+    ('shazeer_lstm', 'MoE-34M'),
+  ):
+    with pytest.raises(ValueError, match=f"'e7'.* have .*'{known}'"):
       golden.config(name, 'e7')
 
 
@@ -147,7 +189,7 @@ def test_only_glam_leaks_the_future():
   leaking = [
     name
     for name in golden.NAMES
-    if models.leaks_future(golden.config(name).model.moe)
+    if filled(read(golden.config(name)), 65).build().leaks_future
   ]
   assert leaking == ['glam_64b64e']
 
@@ -161,23 +203,23 @@ def test_a_config_comes_back_locked():
 
 
 def test_the_dense_twin_is_one_override():
-  config = setup.with_vocabulary(golden.config('shakespeare_gshard'), 65)
-  twin = merge(config, {'model': {'moe': {'num_experts': 0}}})
-  assert models.build(twin).config.stack.block.twin.hidden == 2 * 256
-  dense = setup.with_vocabulary(golden.config('shakespeare_dense'), 65)
-  shapes = [
-    nn.meta.unbox(models.abstract_params(models.build(c), 64))
-    for c in (twin, dense)
+  config = golden.config('shakespeare_gshard')
+  twin, ignored = run_config.settled(
+    config, merge(config, {'model': {'moe': {'num_experts': 0}}})
+  )
+  # Said, and not refused: they are of no use to a model without experts.
+  assert 'model.moe.router.token_choice.gates' in ignored
+  model = twin.model
+  moe = model.moe.within(model.ffn, model.dropout)
+  assert moe.twin().ffn.hidden == 2 * 256
+  dense = read(golden.config('shakespeare_dense'))
+  counts = [
+    sum(
+      math.prod(leaf.shape)
+      for leaf in jax.tree.leaves(
+        nn.meta.unbox(models.abstract_params(filled(options, 65).build(), 64))
+      )
+    )
+    for options in (twin, dense)
   ]
-  count = [
-    sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    for tree in shapes
-  ]
-  assert count[0] == count[1]
-
-
-def test_base_has_every_default():
-  # What a user may set is in base.py, with a comment or a name that says it.
-  model = base.get_config().model
-  assert set(model.moe) >= {'capacity_rule', 'slot_priority', 'gates'}
-  assert model.is_locked
+  assert counts[0] == counts[1]

@@ -20,7 +20,13 @@ ROOM_FOR_ALL = {
 
 
 def decoder(
-  steps: int, *, width: int = 64, hidden: int = 256, num_layers: int = 4
+  steps: int,
+  *,
+  width: int = 64,
+  hidden: int = 256,
+  num_layers: int = 4,
+  num_experts: int = 8,
+  num_selected: int = 1,
 ) -> ml_collections.ConfigDict:
   """A causal model of the embedded corpus, every feed-forward sparse.
 
@@ -33,6 +39,8 @@ def decoder(
     hidden: F of a dense feed-forward; a sparse layer's experts have as much
       where `moe.expert.hidden` says nothing else.
     num_layers: L.
+    num_experts: E of every layer.
+    num_selected: K.
   """
   config = base.get_config()
   config.total_steps = steps
@@ -45,6 +53,8 @@ def decoder(
   m.attention.num_heads = 4
   m.ffn.hidden = hidden
   m.scan_layers = False  # a CPU slices scanned kernels
+  m.moe.num_experts = num_experts
+  m.moe.num_selected = num_selected
   m.moe.layers = 'all'
   # The group is the batch: capacity and balance are then most even.
   m.moe.group_size = -1

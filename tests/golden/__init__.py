@@ -1,11 +1,17 @@
 """Every config as text, so that a change of one shows as a diff in review.
 
+A file holds the keys whose values are not the defaults; null stands for an
+evaluation that the defaults have and the config has not.
+
 python -m tests.golden    # writes them anew
 """
 
 import importlib
 import json
 import pathlib
+
+from moe_jax import sections
+from moe_jax.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = pathlib.Path(__file__).parent
@@ -22,6 +28,17 @@ def config(name: str, arg: str = ''):
 
 
 def dump(name: str) -> str:
-  """The config's JSON, sorted."""
-  tree = json.loads(config(name).to_json_best_effort())
-  return json.dumps(tree, indent=1, sort_keys=True) + '\n'
+  """What the config changes, as JSON, by dotted name."""
+  found, usual = config(name), sections.section(RunConfig)
+  defaults = {leaf.path: leaf for leaf in sections.leaves(RunConfig, usual)}
+  gone = set(usual.evals) - set(found.evals)
+  changed = {f'evals.{entry}': None for entry in gone}
+  for leaf in sections.leaves(RunConfig, found):
+    before = defaults.get(leaf.path)
+    if before is None:  # an evaluation of the config's own
+      is_changed = leaf.changed or leaf.path.endswith('.kind')
+    else:
+      is_changed = before.value != leaf.value
+    if is_changed:
+      changed[leaf.path] = leaf.value
+  return json.dumps(changed, indent=1, sort_keys=True, default=list) + '\n'
