@@ -6,7 +6,9 @@ Not here: the rules that concern several sections (`training.run_options`), and
 the files of `configs/`.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import textwrap
@@ -18,6 +20,7 @@ import ml_collections
 from moe_jax import sections
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
+from moe_jax.models import MODELS
 from moe_jax.options import entries, nested
 from moe_jax.section_reader import Leaf
 from moe_jax.training.evaluate import EvaluationOptions
@@ -77,7 +80,21 @@ def settled(
     OptionError: All that is wrong, by name.
   """
   config, ignored = sections.settle(RunConfig, before, after)
-  return read(config), ignored
+  config = copy.deepcopy(config).unlock()
+  model = MODELS.get(config.model.kind)
+  overrides = model.settle_overrides(before.model, config.model)
+  ignored |= {f'model.{name}': value for name, value in overrides.items()}
+  for name, entry in config.evals.items():
+    left, given_up = sections.settle_overrides(
+      functools.partial(sections.choice_leaves, MODELS),
+      before.model,
+      config.model,
+      entry.get('model_overrides', {}),
+    )
+    entry.model_overrides = left
+    where = f'evals.{name}.model_overrides'
+    ignored |= {f'{where}.{key}': value for key, value in given_up.items()}
+  return read(sections.lock(RunConfig, config)), ignored
 
 
 def describe(config: ml_collections.ConfigDict) -> Iterator[str]:

@@ -7,7 +7,7 @@ kind's name, or inline; and one open section `custom` for a user's own class.
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -38,6 +38,7 @@ __all__ = [
   'read_choice',
   'section',
   'settle',
+  'settle_overrides',
 ]
 
 ConfigDict = ml_collections.ConfigDict
@@ -141,6 +142,44 @@ def overridden(
   }
   options = read_choice(kinds, _without(after, ignored, path), path)
   return options, {p: leaf.value for p, leaf in ignored.items()}
+
+
+def settle_overrides(
+  list_leaves: Callable[[ConfigDict], list[Leaf]],
+  before: Section,
+  after: Section,
+  overrides: Section,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Overrides without what a later layer of what they go onto switched off.
+
+  Args:
+    list_leaves: Lists the keys of the section that they go onto.
+    before: That section as the earlier layers left it.
+    after: With the later layer.
+    overrides: Of the earlier layers, nested.
+
+  Returns:
+    The overrides that are left, and those that were given up, by name.
+  """
+  settled, ignored = ConfigDict(overrides).to_dict(), {}
+  try:
+    old, new = (
+      {leaf.path: leaf for leaf in list_leaves(merge(base, settled))}
+      for base in (ConfigDict(before).lock(), ConfigDict(after).lock())
+    )
+  except OptionError:  # whoever reads them says so
+    return settled, {}
+  for path, value in flatten(settled).items():
+    if path not in new or path not in old:
+      continue
+    if new[path].idle is not None and old[path].idle is None:
+      ignored[path] = value
+      *parents, key = path.split('.')
+      below = settled
+      for parent in parents:
+        below = below[parent]
+      del below[key]
+  return settled, ignored
 
 
 def _switched_off(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:

@@ -309,3 +309,24 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
   assert step == before[0] == 2
   for key, value in before[1].items():
     np.testing.assert_array_equal(arrays[key], value)
+
+
+@pytest.mark.parametrize(
+  ('config', 'overrides'),
+  [
+    ('st_moe_base', {'model': {'moe': {'num_experts': 0}}}),
+    ('st_moe_base', {'model': {'moe': {'router': {'kind': 'random'}}}}),
+    ('openmoe_8b', {'model': {'moe': {'capacity': {'kind': 'all'}}}}),
+    ('shakespeare_gshard', {'model': {'moe': {'num_experts': 0}}}),
+    ('tiny_switch', {'optimizer': {'schedule': {'kind': 'constant'}}}),
+  ],
+)
+def test_a_later_layer_switches_off_overrides_too(config, overrides):
+  before = command_line.load_config(f'configs/{config}.py')
+  options, ignored = run_config.settled(
+    before, sections.merge(before, overrides)
+  )
+  # They are the options of that config; nothing of them is lost.
+  assert run_config.read(sections.section(options)) == options
+  for name in ignored:
+    assert name.startswith(('model.', 'evals.', 'optimizer.')), name

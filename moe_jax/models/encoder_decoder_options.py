@@ -4,6 +4,7 @@ Not here: the module that they build (`encoder_decoder.py`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -22,6 +23,7 @@ from moe_jax.options import (
   option,
 )
 from moe_jax.partitioning import Rules
+from moe_jax.sections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,21 @@ class EncoderDecoderOptions(TransformerOptions):
     )
     changed, _ = sections.settle(StackOptions, config, changed)
     return sections.read(StackOptions, changed)
+
+  @classmethod
+  def settle_overrides(
+    cls, before: ConfigDict, after: ConfigDict
+  ) -> dict[str, Any]:
+    """See `ModelOptions.settle_overrides`."""
+    layers = fields_of(StackOptions)
+    left, given_up = sections.settle_overrides(
+      functools.partial(sections.leaves, StackOptions),
+      {name: before[name] for name in layers},
+      {name: after[name] for name in layers},
+      after.encoder.overrides,
+    )
+    after.encoder.overrides = left
+    return {f'encoder.overrides.{key}': v for key, v in given_up.items()}
 
   def _plain_encoder(self) -> StackOptions:
     """The encoder's layers without overrides, as many as the decoder's."""

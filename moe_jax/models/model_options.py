@@ -6,12 +6,13 @@ which kinds there are (`kinds.py`).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.layers.shared import RULES
 from moe_jax.models.base import Model
 from moe_jax.options import Options, at_least, option
 from moe_jax.partitioning import Rules
+from moe_jax.sections import ConfigDict
 
 
 class RunShape(NamedTuple):
@@ -99,6 +100,22 @@ class ModelOptions(Options):
   def shrunk(self) -> Self:
     """The same structure at a laptop's size, on the data's own vocabulary."""
     return dataclasses.replace(super().shrunk(), vocab_size=0)
+
+  @classmethod
+  def settle_overrides(
+    cls, before: ConfigDict, after: ConfigDict
+  ) -> dict[str, Any]:
+    """Takes what a later layer switched off out of overrides in the section.
+
+    Args:
+      before: The model's section as the earlier layers of the config left it.
+      after: With the later layer; its overrides are changed in place.
+
+    Returns:
+      The overrides that were given up, by name.
+    """
+    del before, after
+    return {}
 
   def check_filled(self) -> None:
     """Raises ValueError where a size is 0 that the data decides."""
