@@ -1,0 +1,254 @@
+"""Options and config sections: a made-up family of each kind of field."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from moe_jax import sections
+from moe_jax.options import (
+  Kinds,
+  OptionError,
+  Options,
+  above,
+  at_least,
+  choice,
+  each,
+  entries,
+  nested,
+  one_of,
+  option,
+  within,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(Options):
+  pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(Rule):
+  gates: str = option('raw', 'Kind of gates.', one_of('raw', 'even'))
+  policy: str = option('all', 'Who is sent.', one_of('all', 'threshold'))
+  threshold: float = option(
+    0.2, 'Least gate.', within('(0, 1]'), when={'policy': ('threshold',)}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashed(Rule):
+  table: str = option(sentence='Path of the table; it has no default.')
+  seed: int = option(0, 'Seed of the table.', at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRule(Rule):
+  alpha: float = option(0.5, 'Share of tokens.', above(0))
+
+
+RULES = Kinds('rule', Rule, {'tokens': Tokens, 'hashed': Hashed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape(Options):
+  width: int = option(8, 'Width.', at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deep(Shape):
+  depth: int = option(2, 'Depth.', at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Broad(Shape):
+  sizes: tuple[int, ...] = option((4, 5), 'Sizes.', each(at_least(1)))
+
+
+SHAPES = Kinds('shape', Shape, {'deep': Deep, 'broad': Broad}, inline=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Options):
+  num_experts: int = option(8, 'Experts; 0: none.', at_least(0))
+  limit: float = option(1.0, 'Limit; infinity: none.', infinite=True)
+  rule: Rule = choice(
+    RULES, 'tokens', 'The rule.', when={'num_experts': at_least(1)}
+  )
+  shape: Shape = choice(SHAPES, 'deep', 'The shape.')
+  inner: Shape = nested(Shape(width=3), 'Another shape.')
+  extra: Mapping[str, Any] = option({}, 'Open keys.')
+  more: Mapping[str, Shape] = entries(SHAPES, {'a': Deep(depth=7)}, 'Shapes.')
+
+  def problems(self):
+    if self.inner.width > 100:
+      yield f'inner.width={self.inner.width} > 100'
+
+
+def changed(**values):
+  return sections.merge(sections.section(Whole), values)
+
+
+def problems(config):
+  with pytest.raises(OptionError) as error:
+    sections.read(Whole, config)
+  return error.value.problems
+
+
+def test_a_section_at_its_defaults_reads_as_the_defaults():
+  assert sections.read(Whole, sections.section(Whole)) == Whole()
+
+
+def test_a_section_holds_the_values_of_an_instance():
+  whole = Whole(
+    num_experts=3,
+    rule=Hashed(seed=4, table='x'),
+    shape=Broad(width=9, sizes=(1, 2, 3)),
+    inner=Shape(5),
+    extra={'moe': {'layers': 'all'}},
+    more={'b': Broad(width=6)},
+  )
+  section = sections.section(whole)
+  assert section.rule.hashed.seed == 4
+  assert section.shape.sizes == (1, 2, 3)
+  assert section.more.b.kind == 'broad'
+  assert sections.read(Whole, section) == whole
+
+
+def test_a_section_survives_json():
+  whole = Whole(rule=Hashed(table='x'), shape=Broad())
+  text = json.dumps(sections.section(whole).to_dict())
+  assert sections.read(Whole, json.loads(text)) == whole
+
+
+def test_all_problems_are_said_at_once_with_their_names():
+  config = changed(
+    limit=float('nan'),
+    rule={'kind': 'hashd'},
+    shape={'width': 0},
+    inner={'width': -1},
+  )
+  found = problems(config)
+  assert len(found) == 4
+  assert 'limit=nan must be finite' in found
+  assert any("did you mean 'hashed'" in text for text in found)
+  assert 'shape.width=0 must be at least 1' in found
+  assert 'inner.width=-1 must be at least 1' in found
+
+
+def test_a_rule_of_several_fields_is_said_with_their_path():
+  assert problems(changed(inner={'width': 101})) == ('inner.width=101 > 100',)
+
+
+def test_a_missing_value_is_named():
+  config = changed(rule={'kind': 'hashed'})
+  assert problems(config) == (
+    'rule.hashed.table is missing: it has no default',
+  )
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'num_expert': 1}, "did you mean 'num_experts'"),
+    ({'rule': {'tokens': {'gate': 'raw'}}}, 'rule.tokens.gates'),
+    ({'num_experts': 2.0}, 'is a float'),
+    ({'num_experts': True}, 'is a bool'),
+    ({'rule': 'hashed'}, 'replaces a section'),
+  ],
+)
+def test_merging_refuses_wrong_keys_and_types(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    changed(**overrides)
+
+
+def test_merging_fills_open_sections_and_turns_integers_into_floats():
+  config = changed(limit=2, extra={'any': {'thing': 1}}, more={})
+  whole = sections.read(Whole, config)
+  assert whole.limit == 2.0
+  assert whole.extra == {'any': {'thing': 1}}
+  assert not sections.section(Whole).extra
+
+
+def test_unknown_keys_of_a_section_are_named_with_the_nearest():
+  found = problems({'inner': {'widht': 3}, 'rule': {'token': {}}})
+  assert any("did you mean 'inner.width'" in text for text in found)
+  assert any("did you mean 'rule.tokens'" in text for text in found)
+
+
+def test_every_option_that_cannot_matter_is_refused_by_name():
+  cases = {
+    'rule.hashed.seed=1': changed(rule={'hashed': {'seed': 1}}),
+    'rule.tokens.threshold=0.5': changed(rule={'tokens': {'threshold': 0.5}}),
+    'shape.sizes=(1,)': changed(shape={'sizes': (1,)}),
+    "rule.tokens.gates='even'": changed(
+      num_experts=0, rule={'tokens': {'gates': 'even'}}
+    ),
+  }
+  for name, config in cases.items():
+    (text,) = problems(config)
+    assert text.startswith(f'{name} has no effect'), text
+
+
+def test_the_dataclass_refuses_what_cannot_matter_too():
+  with pytest.raises(OptionError, match=r'threshold=0.5 has no effect'):
+    Tokens(threshold=0.5)
+  assert Tokens(policy='threshold', threshold=0.5).threshold == 0.5
+
+
+def test_a_later_layer_switches_earlier_options_off():
+  before = changed(rule={'tokens': {'gates': 'even'}}, shape={'depth': 3})
+  after = copy.deepcopy(before)
+  after.rule.kind = 'hashed'
+  after.rule.hashed.table = 'x'
+  config, ignored = sections.settle(Whole, before, after)
+  assert ignored == {'rule.tokens.gates': 'even'}
+  assert sections.read(Whole, config).rule == Hashed(table='x')
+  after = sections.merge(before, {'num_experts': 0})
+  config, ignored = sections.settle(Whole, before, after)
+  assert ignored == {'rule.tokens.gates': 'even'}
+  assert sections.read(Whole, config).shape == Deep(depth=3)
+
+
+def test_what_a_later_layer_sets_in_vain_is_refused():
+  before = sections.section(Whole)
+  after = sections.merge(
+    before, {'num_experts': 0, 'rule': {'tokens': {'gates': 'even'}}}
+  )
+  config, ignored = sections.settle(Whole, before, after)
+  assert not ignored
+  assert len(problems(config)) == 1
+
+
+def test_a_users_kind_has_its_options_in_custom():
+  name = f'{__name__}:OwnRule'
+  config = changed(rule={'kind': name, 'custom': {'alpha': 0.25}})
+  whole = sections.read(Whole, config)
+  assert type(whole.rule).__name__ == 'OwnRule'
+  assert whole.rule.alpha == 0.25
+  assert sections.section(whole).rule.custom.alpha == 0.25
+  found = problems(
+    changed(rule={'kind': name, 'custom': {'alpha': -1.0, 'beta': 1}})
+  )
+  assert any('rule.custom.alpha=-1.0' in text for text in found) or any(
+    'rule.custom.beta' in text for text in found
+  )
+  found = problems(changed(rule={'custom': {'alpha': 0.25}}))
+  assert found == ("rule.custom.alpha has no effect with rule.kind='tokens'",)
+
+
+def test_descriptions_name_every_key_with_its_sentence():
+  config = changed(rule={'tokens': {'gates': 'even'}})
+  rows = {leaf.path: leaf for leaf in sections.leaves(Whole, config)}
+  assert rows['rule.tokens.gates'].value == 'even'
+  assert rows['rule.tokens.gates'].default == 'raw'
+  assert rows['rule.tokens.gates'].spec.sentence == 'Kind of gates.'
+  flat = {
+    key
+    for key in sections.flatten(config)
+    if not key.endswith('custom') and not key.startswith(('extra', 'more'))
+  }
+  assert flat <= rows.keys()
