@@ -105,7 +105,7 @@ def our_cases(
     model,
     variables,
     list(prompts),
-    max_new_tokens=num_tokens,
+    num_tokens=num_tokens,
   )
   return {
     OURS: lambda: run().tokens,
