@@ -125,12 +125,10 @@ def test_names_may_be_scrambled(model, monkeypatch):
       below[other] = scramble(value, (*path, name))
     return below
 
-  def scrambled(model):
-    return describe(model)._replace(
-      shapes=scramble(describe(model).shapes),
-      roles=scramble(describe(model).roles),
-    )
-
-  monkeypatch.setattr(model_parts, 'describe', scrambled)
+  trees = describe(model)
+  trees = trees._replace(
+    shapes=scramble(trees.shapes), roles=scramble(trees.roles)
+  )
+  monkeypatch.setattr(model_parts, 'describe', lambda model: trees)
   assert figures(model) == before
   assert len(renamed) > 10
