@@ -115,7 +115,7 @@ def our_cases(
 
 def measure(
   theirs: Any,
-  ours: tuple[Any, Any],
+  ours: Sequence[Any],
   *,
   batch_size: int,
   prompt_len: int,
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     theirs = transformers_model(sizes, pathlib.Path(folder))
-    ours = interop.load(folder)
+    _, *ours = interop.load(folder)
   for batch_size in options.batch_sizes:
     rows += measure(
       theirs,

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import command_line, generate, interop, run_config
+from moe_jax import command_line, generate, interop, run_config, sections
 from moe_jax.data import tokenizers
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
+from moe_jax.models import meaning
 from moe_jax.run_config import RunConfig
+from moe_jax.runs import trained
 from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
@@ -175,6 +177,33 @@ def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
   )
   assert int(begin.begin(run).step) == 0
   assert len(run.evaluations) == 3
+
+
+def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
+  folders.write(tmp_path / 'hf', 'switch_transformers')
+  changed = dict(
+    remat='full',
+    scan_layers=False,
+    dropout=0.3,
+    width=14,
+    attention=dict(implementation='einsum', num_heads=7),
+  )
+  config = merge(sections.section(RunConfig), dict(model=changed))
+  workdir = tmp_path / 'run'
+  import_run_lib.import_run(
+    tmp_path / 'hf',
+    workdir,
+    run_config.read(config),
+    devices=jax.devices()[:1],
+  )
+  run = trained.read(workdir, tokenizer_needed=False).model
+  theirs = interop.load(tmp_path / 'hf').options
+  assert (run.remat, run.scan_layers) == ('full', False)
+  assert run.attention.implementation == 'einsum'
+  # What the checkpoint itself says of training is not overruled.
+  assert run.dropout == theirs.dropout == 0.1
+  assert run.moe == theirs.moe
+  assert meaning.difference(run, theirs) == {}
 
 
 def test_half_precision_is_trained_and_kept(tmp_path):
