@@ -9,7 +9,11 @@ import optax
 import pytest
 
 from experiments import shazeer_appendix_f
+from moe_jax.layers.experts import Dropless
+from moe_jax.layers.positions import NoPositions
+from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.routing import SlotRouting
+from moe_jax.routing.capacity import All
 from tests.models import tiny
 from tests.models.tiny import B, T
 
@@ -56,14 +60,13 @@ def small():
     layers='1',
     num_experts=E,
     num_selected=K,
-    router='strictly_balanced',
-    gates='raw',
-    capacity_rule='all',
-    dispatch='dropless',
+    router=StrictlyBalanced(),
+    capacity=All(),
+    dispatch=Dropless(),
     allow_future_leak=True,
     group_size=0,
   )
-  model = tiny.build(moe, kind='lstm', positions='none', num_layers=3)
+  model = tiny.build(moe, kind='lstm', positions=NoPositions(), num_layers=3)
   tokens = tiny.tokens(3)
   batch = {
     'tokens': jnp.asarray(tokens),

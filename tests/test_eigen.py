@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from experiments import eigen_2013
-from experiments.study import gate_information, scheduled_runs
+from experiments.gates_2013 import gate_pictures
+from experiments.study import gate_information, runner
 from experiments.study import results as study_results
-from experiments.study.study import Preset
-from experiments.study.sweeps import nested
-from moe_jax.config import merge
-from moe_jax.data import open_classes
+from experiments.study.parts import Arm, Preset
+from moe_jax import data
 
 
 def entropy(*p):
@@ -103,11 +102,9 @@ def results(tmp_path_factory):
         f'model.deep_moe.{name}': sizes[: depth_of(arm)]
         for name, sizes in units.items()
       }
-      overrides = {**arm.overrides, **few, 'batch_size': 8}
-      config = merge(STUDY.shared(preset), nested(overrides))
-      result = scheduled_runs.run_one(
-        config, folder / arm.name, STUDY.measure, jax.devices()[:1]
-      )
+      arm = Arm(arm.name, {**arm.overrides, **few, 'batch_size': 8})
+      (job,) = STUDY.jobs(STUDY.shared(preset), [arm], [0], folder)
+      result = runner.train(job, STUDY.runner.measure, jax.devices()[:1])
       found[arm.name] = [result]
   return found
 
@@ -126,14 +123,15 @@ def test_a_run_has_what_the_table_shows(results):
     assert place.shape == (4, 7, 7) and classes.shape == (4, 10)
     np.testing.assert_allclose(place.sum(0), 1, atol=1e-4)
     # Means over all places and over all classes are one mean.
-    labels = open_classes('jittered_digits').examples('validation').labels
+    digits = data.DigitsSource(canvas=14).classes()
+    labels = digits.examples('validation').labels
     share = np.bincount(labels) / len(labels)
     np.testing.assert_allclose(place.mean((1, 2)), classes @ share, atol=1e-4)
 
 
 def test_its_pictures_are_of_its_gates(results, tmp_path):
   deep = results[eigen_2013.BALANCED][0]
-  figure = eigen_2013.picture(deep, 'a title')
+  figure = gate_pictures.picture(deep, 'a title')
   drawn = [
     np.asarray(image.get_array())
     for axes in figure.axes
@@ -142,7 +140,7 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
   assert len(drawn) == 2 * (4 + 1)
   np.testing.assert_array_equal(drawn[2], deep['layer_1/by_place'][2])
   np.testing.assert_array_equal(drawn[-1], deep['layer_2/by_class'])
-  eigen_2013.pictures(results, tmp_path)
+  gate_pictures.pictures(results, tmp_path)
   assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
 
 
@@ -156,7 +154,7 @@ def test_its_claims_are_about_its_rows(preset, results):
   }
   rows = STUDY.make_rows(arms, made, {})
   task = STUDY.tasks[STUDY.task]
-  summary = study_results.found(STUDY, preset, task, rows, made, {})
+  summary = study_results.summary_of(STUDY, preset, task, rows, made, {})
   assert len(summary['claims']) == len(STUDY.claims)
   json.dumps(summary)
   steps = [a.overrides['model.deep_moe.balance_steps'] for a in arms]

@@ -3,19 +3,20 @@
 import pytest
 
 from configs import base
-from experiments.study.sweeps import nested
+from experiments.study.jobs import layered
 from experiments.study.tasks import PREFIX_TASKS, TASKS
-from moe_jax.config import merge, to_dataclass
-from moe_jax.data import DataConfig, load
+from moe_jax import data, sections
+from moe_jax.run_config import RunConfig
 
 ALL = [*TASKS.items(), *PREFIX_TASKS.items()]
 
 
 @pytest.mark.parametrize('name, task', ALL)
 def test_a_task_loads_and_says_what_it_is(name, task):
-  config = merge(base.get_config(), {'data': {'seq_len': 64}})
-  config = merge(config, nested(task.overrides))
-  dataset = load(to_dataclass(DataConfig, config.data))
+  config = layered(RunConfig, base.get_config(), {'data.seq_len': 64})
+  config = layered(RunConfig, config, task.overrides)
+  options = sections.read(data.DataOptions, config.data, 'data.')
+  dataset = data.load(options)
   synthetic = name != 'text'
   assert dataset.source.startswith('synthetic: ') == synthetic
   assert task.label.startswith('synthetic: ') == synthetic

@@ -1,6 +1,8 @@
 """1991's table: epochs counted as told, runs that fail said, figures drawn."""
 
+import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from experiments.origins_1991 import (
   jacobs_figures,
   jacobs_measures,
   jacobs_problems,
+  jacobs_rows,
   jacobs_runs,
 )
 from experiments.origins_1991.jacobs_problems import (
@@ -22,11 +25,10 @@ from experiments.origins_1991.jacobs_problems import (
   Cases,
   Problem,
 )
-from experiments.study import results
-from experiments.study.study import Row
+from experiments.study import command, results, verdicts
+from experiments.study.parts import Row
 from experiments.study.tables import Interval, ratios
-from moe_jax.data import open_classes
-from moe_jax.models.adaptive import AdaptiveMixture
+from moe_jax import data
 
 
 def line(error=0.08):
@@ -39,9 +41,8 @@ def line(error=0.08):
   return Problem(cases, cases, 'logistic', error, rates, ('no', 'yes'), 'line')
 
 
-def descend(config, problem, rate, seed, most):
+def descend(model, problem, rate, seed, most):
   """The definition: one run, in a Python loop."""
-  model = AdaptiveMixture(config)
   params = jax.tree.map(
     lambda leaf: leaf[0],
     jacobs_runs.start(model, problem.train.features, jnp.array([seed])),
@@ -67,12 +68,12 @@ def descend(config, problem, rate, seed, most):
 
 def test_runs_stop_where_a_loop_does():
   problem = line()
-  config = problem.config(num_experts=3, loss='competitive')
-  runs = jacobs_runs.train(config, problem, (0.5, 6.0), (4, 5), 150)
+  model = problem.model(num_experts=3, loss='competitive')
+  runs = jacobs_runs.train(model, problem, (0.5, 6.0), (4, 5), 150)
   assert runs.reached.tolist() == [[False, False], [True, True]]
   for r, rate in enumerate((0.5, 6.0)):
     for s, seed in enumerate((4, 5)):
-      epochs, params = descend(config, problem, rate, seed, 150)
+      epochs, params = descend(model, problem, rate, seed, 150)
       assert runs.epochs[r, s] == epochs
       for name, value in params.items():
         np.testing.assert_allclose(
@@ -83,25 +84,25 @@ def test_runs_stop_where_a_loop_does():
 
 def test_a_run_is_given_up_where_another_rate_has_long_been_done():
   problem = line(error=0.15)
-  config = problem.config(num_experts=3, loss='competitive')
+  model = problem.model(num_experts=3, loss='competitive')
   rates, seeds, most = (6.0, 0.5), (4, 5), 3000
-  patient = jacobs_runs.train(config, problem, rates, seeds, most)
+  patient = jacobs_runs.train(model, problem, rates, seeds, most)
   assert patient.reached.all()
-  hasty = jacobs_runs.train(config, problem, rates, seeds, most, patience=3)
+  hasty = jacobs_runs.train(model, problem, rates, seeds, most, patience=3)
   assert hasty.reached.tolist() == [[True, True], [False, False]]
   # Who was given up counts as one that never arrived, whenever that was.
   assert patient.epochs[1].min() > 3 * patient.epochs[0].max()
   assert hasty.epochs.tolist() == [patient.epochs[0].tolist(), [most, most]]
-  choose = jacobs_runs.best_rate
-  assert choose(rates, [hasty]) == choose(rates, [patient]) == 6.0
+  choose = jacobs_rows.best_rate
+  assert choose([swept(rates, hasty)]) == choose([swept(rates, patient)]) == 6.0
 
 
 def test_a_path_is_the_run_that_was_counted():
   problem = line()
-  config = problem.config(num_experts=3, loss='competitive')
-  path = jacobs_runs.path(config, problem, 6.0, 5, every=7, count=2)
+  model = problem.model(num_experts=3, loss='competitive')
+  path = jacobs_runs.path(model, problem, 6.0, 5, every=7, count=2)
   for step in (0, 1, 2):
-    _, params = descend(config, problem, 6.0, 5, 7 * step)
+    _, params = descend(model, problem, 6.0, 5, 7 * step)
     for name, value in params.items():
       np.testing.assert_allclose(path[name][step], value, rtol=1e-4, atol=1e-5)
 
@@ -117,8 +118,8 @@ def test_what_is_measured_of_a_gate():
     'gate_out_bias': np.zeros(3),
   }
   params = {k: jnp.float32(v)[None] for k, v in params.items()}
-  config = problem.config(num_experts=3, loss='competitive')
-  found = jacobs_measures.measured(config, problem, params)
+  model = problem.model(num_experts=3, loss='competitive')
+  found = jacobs_measures.measured(model, problem, params)
   expected = {'train': 100, 'test': 100, 'alone': 100}
   expected |= {'experts in use': 2, 'experts ever heard': 2, 'gate entropy': 0}
   expected['I(expert; case)'] = np.log(2)  # each has half of the cases
@@ -126,7 +127,7 @@ def test_what_is_measured_of_a_gate():
     np.testing.assert_allclose(found[name], [value], atol=1e-4)
   # With equal proportions all are heard, one is the likeliest, no one decides.
   params['gate_out'] = jnp.zeros((1, 2, 3))
-  found = jacobs_measures.measured(config, problem, params)
+  found = jacobs_measures.measured(model, problem, params)
   np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
   assert found['experts ever heard'] == 3 and found['experts in use'] == 1
   np.testing.assert_allclose(found['I(expert; case)'], [0], atol=1e-6)
@@ -135,10 +136,10 @@ def test_what_is_measured_of_a_gate():
 def test_problems_have_the_papers_sizes():
   # A mixture and its network are roughly equal in parameters, as the paper
   # says, where there is one output.
-  problem = jacobs_problems.problem(open_classes('vowels'), 'pairs')
+  problem = jacobs_problems.problem(data.VowelsSource().classes(), 'pairs')
   sizes = {}
   for name, system in jacobs_claims.SYSTEMS.items():
-    model = AdaptiveMixture(problem.config(**system))
+    model = problem.model(**system)
     params = jacobs_runs.start(model, problem.train.features, jnp.array([0]))
     sizes[name] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
   assert sizes['4 experts, competitive'] == 24
@@ -149,7 +150,7 @@ def test_problems_have_the_papers_sizes():
 
 
 def test_targets_of_every_kind():
-  source = open_classes('vowels')
+  source = data.VowelsSource().classes()
   labels = source.examples('train').labels
   pairs = jacobs_problems.problem(source, 'pairs').train.targets
   assert set(zip(labels.tolist(), pairs[:, 0].tolist(), strict=True)) == {
@@ -167,22 +168,32 @@ def test_targets_of_every_kind():
   assert (one_hot.sum(-1) == 1).all()
 
 
+def swept(rates, runs):
+  """The results of runs by rate, as a table has them."""
+  return {
+    rate: [
+      {'epochs': epochs, 'reached': 100.0 * reached}
+      for epochs, reached in zip(*of_rate, strict=True)
+    ]
+    for rate, *of_rate in zip(rates, runs.epochs, runs.reached, strict=True)
+  }
+
+
 def sweep(epochs, reached):
-  return jacobs_runs.Runs(np.array(epochs), np.array(reached), {})
+  runs = jacobs_runs.Runs(np.array(epochs), np.array(reached), {})
+  return swept(RATES, runs)
 
 
 def test_the_best_rate_first_arrives_then_is_fast():
+  epochs = [[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]]
   yes = [[True, True]] * 6
-  slow_first = sweep([[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]], yes)
-  assert jacobs_runs.best_rate(RATES, [slow_first]) == RATES[2]
+  assert jacobs_rows.best_rate([sweep(epochs, yes)]) == RATES[2]
   # At the third rate one run does not arrive.
-  lossy = slow_first._replace(
-    reached=np.array([*yes[:2], [True, False], *yes[3:]])
-  )
-  assert jacobs_runs.best_rate(RATES, [lossy]) == RATES[1]
+  lossy = sweep(epochs, [*yes[:2], [True, False], *yes[3:]])
+  assert jacobs_rows.best_rate([lossy]) == RATES[1]
   # The shared one is of all systems: 5 + 9 epochs there, 7 + 1 here.
   other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]], yes)
-  assert jacobs_runs.best_rate(RATES, [lossy, other]) == RATES[3]
+  assert jacobs_rows.best_rate([lossy, other]) == RATES[3]
 
 
 def test_a_ratio_has_the_spread_of_both():
@@ -202,57 +213,86 @@ def test_claims_have_rows_columns_and_verdicts():
     Row(name, {column: [n + 0.1, n + 0.2, n] for column in columns})
     for n, name in enumerate(names)
   ]
-  words = {results.verdict(c, rows).word for c in jacobs_claims.CLAIMS}
-  assert words >= {results.REPRODUCED, results.OPPOSITE}
+  words = {verdicts.verdict(c, rows).word for c in jacobs_claims.CLAIMS}
+  assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
   cells = [cell for c in jacobs_claims.CLAIMS for cell in c.published]
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 
-def test_published_numbers_are_of_the_papers_task():
-  def published(*argv, targets='pairs'):
-    options = jacobs_table1.parse(argv)
-    claims = jacobs_table1.claims_of(options, targets)
-    assert len(claims) == len(jacobs_claims.CLAIMS)
-    return sum(bool(claim.published) for claim in claims)
-
-  assert published() == published('--data=files:a.txt') > 3
-  assert published('--error=0.3') == published('--data=files:a.npz') == 0
-  assert published('--data=digits', targets='one_hot') == 0
-  assert published(targets='linear_pairs') == 0
+def test_arms_are_explored_then_chosen():
+  study = jacobs_table1.STUDY
+  arms = study.arms_of(study.presets['full'])
+  shared = study.shared(study.presets['full'], 'linear_pairs')
+  tried = jacobs_rows.explored(arms, shared)
+  rates = TARGETS['linear_pairs'].rates
+  assert len(tried) == len(jacobs_claims.SYSTEMS) * len(rates)
+  # The third rate is the fastest of all but one system, which has the first.
+  found = {}
+  for arm in tried:
+    best = 0 if arm.line == 'BP, 6 hidden' else 2
+    epochs = 10 if arm.x == rates[best] else 20
+    run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
+    found[arm.name] = [run, run]
+  chosen = {arm.name: arm for arm in jacobs_rows.chosen(arms, found)}
+  assert len(chosen) == 2 * len(jacobs_claims.SYSTEMS)
+  own = chosen['BP, 6 hidden'].overrides['learning_rate']
+  shared_rate = chosen['BP, 6 hidden' + jacobs_claims.SHARED].overrides
+  assert (own, shared_rate['learning_rate']) == (rates[0], rates[2])
+  # All jobs can be made of them, and those of a system are one call.
+  jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
+  together = {study.runner.together(job) for job in jobs}
+  assert together == set(jacobs_claims.SYSTEMS)
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def folders(tmp_path_factory):
   """What the command writes, of two seeds that are given up at once."""
   output = tmp_path_factory.mktemp('results')
-  argv = ['--seeds=2', '--max-epochs=50', f'--output={output}']
+  argv = ['--seeds=2', '--steps=50', '--workers=1', f'--output={output}']
+  study, found = jacobs_table1.STUDY, {}
+  exploration = dataclasses.replace(study.exploration, seeds=range(9, 11))
+  study = dataclasses.replace(study, exploration=exploration)
   with pytest.MonkeyPatch.context() as patch:
-    kind = TARGETS['pairs']._replace(rates=(8.0,))
-    patch.setitem(TARGETS, 'pairs', kind)
-    patch.setattr(jacobs_table1, 'EXPLORED', range(9, 11))
-    return jacobs_table1.main(argv)
+    for name in ('pairs', 'linear_pairs'):
+      kind = TARGETS[name]._replace(rates=(8.0,))
+      patch.setitem(TARGETS, name, kind)
+    # One moment of a life: pictures of thirty take long.
+    patch.setattr(jacobs_table1, 'MOMENTS', 1)
+    for task in ('vowels', 'linear_pairs'):
+      found[task] = command.main(study, [*argv, f'--task={task}'])
+  return found
 
 
-def test_the_command_says_who_never_arrived(folder):
-  assert folder.name == 'full-seeds=2-max-epochs=50'
+def test_the_command_says_who_never_arrived(folders):
+  folder = folders['vowels']
+  assert folder.name == 'full-seeds=2-steps=50'
   text = (folder / 'table.md').read_text()
   assert 'drawn around the means of Peterson and Barney' in text
   assert 'at most 50 epochs' in text
-  assert 'experiments.jacobs_table1 --seeds=2 --max-epochs=50`' in text
+  assert 'experiments.jacobs_table1 --seeds=2 --steps=50`' in text
   assert 'did not reach the criterion in 50 epochs' in text
   assert '8 experts, gated: 2 of 2' in text
   assert '1124 (Table 1, secondary source) against 2209 (Table 1' in text
   summary = json.loads((folder / 'summary.json').read_text())
   assert len(summary['rows']) == 2 * len(jacobs_claims.SYSTEMS)
-  verdicts = [claim['verdict'] for claim in summary['claims']]
-  assert len(verdicts) == len(jacobs_claims.CLAIMS)
-  assert set(verdicts) <= set(results.WORDS)
+  words = [claim['verdict'] for claim in summary['claims']]
+  assert len(words) == len(jacobs_claims.CLAIMS)
+  assert set(words) <= set(verdicts.WORDS)
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
-  sweeps = json.loads((folder / 'sweep.json').read_text())
-  assert sweeps['BP, 6 hidden']['8'] == {'epochs': 50.0, 'reached': 0.0}
-  for name in ('figure.png', 'boundaries.png'):
+  for name in (results.PICTURE, 'boundaries.png'):
     assert (folder / name).read_bytes().startswith(b'\x89PNG')
+  assert (folder / 'boundaries.gif').read_bytes().startswith(b'GIF')
+
+
+def test_published_numbers_are_of_the_papers_task(folders):
+  found = {}
+  for task, folder in folders.items():
+    summary = json.loads((folder / 'summary.json').read_text())
+    found[task] = sum(bool(c['published']) for c in summary['claims'])
+  assert found['vowels'] > 3 and found['linear_pairs'] == 0
+  text = (folders['linear_pairs'] / 'table.md').read_text()
+  assert 'linear outputs' in text and '--task=linear_pairs' in text
 
 
 def test_boundaries_are_where_experts_decide():
@@ -264,9 +304,9 @@ def test_boundaries_are_where_experts_decide():
     'gate_out': np.zeros((2, 1)),
     'gate_out_bias': np.zeros(1),
   }
-  config = problem.config(num_experts=1, loss='competitive')
+  model = problem.model(num_experts=1, loss='competitive')
   params = {k: jnp.float32(v)[None].repeat(3, 0) for k, v in params.items()}
-  life = jacobs_figures.Life(config, params, 10)
+  life = jacobs_figures.Life(model, params, 10)
   ax = Figure().subplots()
   jacobs_figures.draw(ax, problem, life, 1)
   lines = [
@@ -287,9 +327,9 @@ def test_an_animation_has_a_frame_a_step(tmp_path):
   from PIL import Image
 
   problem = line()
-  config = problem.config(num_experts=2, loss='competitive')
-  path = jacobs_runs.path(config, problem, 6.0, 0, every=5, count=2)
-  life = jacobs_figures.Life(config, path, 5)
+  model = problem.model(num_experts=2, loss='competitive')
+  path = jacobs_runs.path(model, problem, 6.0, 0, every=5, count=2)
+  life = jacobs_figures.Life(model, path, 5)
   moving = jacobs_figures.animation(problem, {'two': life})
   moving.save(tmp_path / 'a.gif', writer='pillow', dpi=30)
   with Image.open(tmp_path / 'a.gif') as image:
@@ -299,14 +339,16 @@ def test_an_animation_has_a_frame_a_step(tmp_path):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['--data=nothing'], "unknown source of the task 'classes' 'nothing'"),
-    (['--seeds=0'], '--seeds=0 is below 1'),
-    (['--error=-1'], '--error=-1.0 is negative'),
+    (['--config.data.kind=nothing'], "unknown source 'nothing'"),
+    (['--config.data.kind=digits'], "'pairs' are of four classes"),
+    (['--seeds=-1'], '--seeds=-1 is negative'),
+    (['--config.error=-1'], 'error=-1.0 must be at least 0'),
+    (['--errors=1'], "unknown argument '--errors=1'"),
   ],
 )
-def test_bad_options_are_refused(argv, message, capsys):
+def test_bad_options_are_refused(argv, message, tmp_path, capsys):
   with pytest.raises(SystemExit):
-    jacobs_table1.main(argv)
+    command.main(jacobs_table1.STUDY, [*argv, f'--output={tmp_path}'])
   assert message in capsys.readouterr().err
 
 
@@ -320,7 +362,7 @@ def test_pairs_are_of_four_classes(tmp_path):
     )
   }
   np.savez(tmp_path / 'three.npz', **arrays)
-  source = open_classes(f'npz:{tmp_path}/three.npz')
+  source = data.NpzSource(path=f'{tmp_path}/three.npz').classes()
   with pytest.raises(ValueError, match=r"'pairs' are of four.*has 3.*one_hot"):
     jacobs_problems.problem(source, 'pairs')
   assert jacobs_problems.problem(source, 'one_hot').train.targets.shape == (

@@ -13,31 +13,30 @@ from moe_jax.data import PackedRows
 from tests.training import tiny
 
 T = 12
-CAUSAL = dict(router='token_choice', capacity_rule='all')
-BY_EXPERT = dict(
-  router='expert_choice',
-  capacity_rule='per_token',
-  capacity_factor=1.0,
-  balance_weight=0.0,
-  allow_future_leak=True,
-)
+MOES = {
+  'token_choice': dict(capacity=dict(kind='all')),
+  'expert_choice': dict(
+    router=dict(kind='expert_choice'),
+    capacity=dict(per_token=dict(factor=1.0)),
+    allow_future_leak=True,
+  ),
+}
 
 
 @functools.cache
 def prepared(router: str, group_size: int = 0):
   """A run and a state, as `measure` reads them, of random parameters."""
-  moe = BY_EXPERT if router == 'expert_choice' else CAUSAL
-  moe = dict(moe, layers='all', group_size=group_size)
-  config = tiny.config(data={'seq_len': T}, model={'moe': moe})
+  moe = dict(MOES[router], layers='all', group_size=group_size)
+  options = tiny.options(data={'seq_len': T}, model={'moe': moe})
   stream = np.random.default_rng(0).integers(0, 257, 10 * T)
   rows = PackedRows(stream, np.array([0, 5 * T + 5]), T)
   run = types.SimpleNamespace(
-    config=config,
-    model=tiny.model_of(config),
+    options=options,
+    model=tiny.model_of(options),
     dataset=types.SimpleNamespace(splits={'validation': rows}),
   )
   # Larger than at the start: experts must differ for the leak to be seen.
-  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(config))
+  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
   return run, types.SimpleNamespace(variables={'params': params})
 
 

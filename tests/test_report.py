@@ -6,7 +6,8 @@ import pytest
 
 from experiments import report
 from experiments.study import results as study_results
-from experiments.study.study import Claim, Column, Figure, Preset, Row, Study
+from experiments.study.parts import Claim, Column, Figure, Preset, Row
+from experiments.study.study import Study
 from experiments.study.tasks import TASKS
 
 
@@ -30,7 +31,7 @@ def summary(name: str, digest: str) -> dict:
   made_at = {'device': 'a', 'cores': '2', 'date': '2026', 'jax': '1'}
   made_at['minutes'] = 1.0
   results = {'a': [{'data_digest': digest, 'made': made_at}]}
-  return study_results.found(
+  return study_results.summary_of(
     made, Preset(1, 2), TASKS['text'], rows, results, {}
   )
 

@@ -31,19 +31,25 @@ from experiments import (
 )
 from experiments.benchmarks import timing
 from experiments.study import (
+  command,
   figures,
+  items,
+  jobs,
+  runner,
   scheduled_runs,
   shared_steps,
-  study,
   sweeps,
+  verdicts,
 )
 from experiments.study import results as study_results
-from experiments.study.study import Arm, Claim, Column, Preset, Row
+from experiments.study.jobs import RESULT, layered
+from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.tables import Interval, markdown_table
-from moe_jax import command_line, host, models
+from moe_jax import command_line, config_flag, host, run_config, sections
 from moe_jax.analysis import cost
-from moe_jax.config import difference, merge
-from moe_jax.training import loop
+from moe_jax.run_config import RunConfig
+from moe_jax.sections import difference, merge
+from moe_jax.training import loop, setup
 from tests import tiny_study
 from tests.training import tiny
 
@@ -101,15 +107,15 @@ def claimed(row, than, direction, published=PUBLISHED) -> Claim:
   ('mine', 'direction', 'word'),
   [
     # Seeds differ by more than the rows, but the rows always by as much.
-    ([1.18, 1.37, 1.265], 'lower', study_results.REPRODUCED),
-    ([1.18, 1.37, 1.265], 'higher', study_results.OPPOSITE),
-    ([1.22, 1.43, 1.325], 'higher', study_results.REPRODUCED),
-    ([1.18, 1.43, 1.29], 'lower', study_results.UNRESOLVED),
+    ([1.18, 1.37, 1.265], 'lower', verdicts.REPRODUCED),
+    ([1.18, 1.37, 1.265], 'higher', verdicts.OPPOSITE),
+    ([1.22, 1.43, 1.325], 'higher', verdicts.REPRODUCED),
+    ([1.18, 1.43, 1.29], 'lower', verdicts.UNRESOLVED),
   ],
 )
 def test_a_verdict_is_of_paired_differences(mine, direction, word):
   rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
-  found = study_results.verdict(claimed('a', 'b', direction), rows)
+  found = verdicts.verdict(claimed('a', 'b', direction), rows)
   assert found.word == word
   differences = [a - b for a, b in zip(mine, [1.2, 1.4, 1.3], strict=True)]
   assert found.difference == Interval.of(differences)
@@ -117,10 +123,10 @@ def test_a_verdict_is_of_paired_differences(mine, direction, word):
 
 def test_a_verdict_on_a_number():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
-  found = study_results.verdict(claimed('a', 0.6, 'lower'), rows)
-  assert found.word == study_results.REPRODUCED
-  found = study_results.verdict(claimed('a', 0.56, 'lower'), rows)
-  assert found.word == study_results.UNRESOLVED
+  found = verdicts.verdict(claimed('a', 0.6, 'lower'), rows)
+  assert found.word == verdicts.REPRODUCED
+  found = verdicts.verdict(claimed('a', 0.56, 'lower'), rows)
+  assert found.word == verdicts.UNRESOLVED
 
 
 def test_what_no_paper_printed_is_not_reproduced():
@@ -129,20 +135,20 @@ def test_what_no_paper_printed_is_not_reproduced():
   for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
     for published in ([], unverified, PUBLISHED + unverified):
       claim = claimed('a', 0.6, direction, published)
-      assert study_results.verdict(claim, rows).word == word
+      assert verdicts.verdict(claim, rows).word == word
 
 
 def test_one_seed_resolves_nothing():
   rows = [Row('a', {'loss': [1.0]}), Row('b', {'loss': [2.0]})]
-  found = study_results.verdict(claimed('a', 'b', 'lower'), rows)
-  assert found.word == study_results.UNRESOLVED
+  found = verdicts.verdict(claimed('a', 'b', 'lower'), rows)
+  assert found.word == verdicts.UNRESOLVED
   assert math.isinf(found.difference.half_width)
 
 
 def test_a_claim_names_what_exists():
   rows = [Row('dense', {'loss': [1.0, 2.0]})]
   with pytest.raises(ValueError, match=r"unknown row 'dens'.*'dense'"):
-    study_results.verdict(claimed('dens', 0.0, 'lower'), rows)
+    verdicts.verdict(claimed('dens', 0.0, 'lower'), rows)
   for wrong in ('loss: a = b', 'a < b', 'loss a < b', 'loss: a <b'):
     with pytest.raises(ValueError, match=f'{wrong!r} is not .column: row < '):
       Claim('', wrong)
@@ -184,39 +190,60 @@ def test_sweeps_refuse(make, message):
     make()
 
 
+def jobs_of(shared, arms, output, seeds=range(2)):
+  """The runs of training with these arms."""
+  return jobs.jobs_of(RunConfig, shared, arms, seeds, output)
+
+
 def test_runs_are_kept_by_their_config():
-  shared, arms = tiny.config(), [Arm('a b/c', {}), Arm('d', {'model.width': 8})]
-  made = scheduled_runs.jobs(shared, arms, range(2), pathlib.Path('out'))
-  assert [(job.arm.name, job.seed) for job in made] == [
+  shared = tiny.config()
+  arms = [Arm('a b/c', {}), Arm('d', {'model.width': 8})]
+  found = jobs_of(shared, arms, pathlib.Path('out'))
+  assert [(job.arm.name, job.seed) for job in found] == [
     ('a b/c', 0),
     ('d', 0),
     ('a b/c', 1),
     ('d', 1),
   ]
-  assert len({job.workdir for job in made}) == 4
-  assert made[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
-  assert made[1].config.model.width == 8 and made[3].config.seed == 1
+  assert len({job.workdir for job in found}) == 4
+  assert found[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
+  assert found[1].config.model.width == 8 and found[3].config.seed == 1
   turned = dict(reversed(list(shared.to_dict().items())))
   other = type(shared)(turned).lock()
-  assert scheduled_runs.config_hash(other) == scheduled_runs.config_hash(shared)
+  assert jobs.config_hash(other) == jobs.config_hash(shared)
   with pytest.raises(ValueError, match="two arms are named 'd'"):
-    scheduled_runs.jobs(
-      shared, [arms[1], arms[1]], range(2), pathlib.Path('out')
-    )
+    jobs_of(shared, [arms[1], arms[1]], pathlib.Path('out'))
 
 
-def written(path, digest):
-  path.mkdir(parents=True)
-  text = json.dumps({'loss': 1.0, 'data_digest': digest})
-  (path / scheduled_runs.RESULT).write_text(text)
+def test_an_arm_is_a_later_layer_and_may_choose_other_kinds():
+  moe = {'router': {'token_choice': {'gates': 'sigmoid'}}}
+  shared = tiny.config(model={'moe': moe})
+  key = 'model.moe.router.token_choice.gates'
+  arms = [
+    Arm('dense', {'model.moe.num_experts': 0}),
+    Arm('hash', {'model.moe.router.kind': 'hash'}),
+    Arm('raw', {key: 'raw'}),
+  ]
+  dense, hashed, raw = (
+    run_config.read(job.config).model.moe
+    for job in jobs_of(shared, arms, pathlib.Path('out'), [0])
+  )
+  assert dense.num_experts == 0
+  assert type(hashed.router).__name__ == 'Hash'
+  assert raw.router.gates == 'raw'
+  # What an arm sets in vain itself is refused, by name.
+  vain = Arm('vain', {'model.moe.router.kind': 'hash', key: 'raw'})
+  vain = dataclasses.replace(vain, overrides={**vain.overrides, key: 'even'})
+  with pytest.raises(ValueError, match=key):
+    jobs_of(shared, [vain], pathlib.Path('out'))
 
 
 def test_results_of_other_data_are_not_mixed(tmp_path):
-  made = scheduled_runs.jobs(tiny.config(), [Arm('a', {})], range(2), tmp_path)
-  for job, digest in zip(made, ['one', 'two'], strict=True):
-    written(job.workdir, digest)
+  found = jobs_of(tiny.config(), [Arm('a', {})], tmp_path)
+  for job, digest in zip(found, ['one', 'two'], strict=True):
+    job.write_result({'loss': 1.0, 'data_digest': digest})
   with pytest.raises(ValueError, match=r"different data: sha256 \['one', 'two"):
-    scheduled_runs.read_all(made)
+    scheduled_runs.read_all(found)
 
 
 @pytest.mark.slow
@@ -228,8 +255,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
   def runs(name):
     folder = tmp_path / name / tiny_study.STUDY.name / 'runs'
     return {
-      path: path.stat().st_mtime_ns
-      for path in folder.glob(f'*/*/{scheduled_runs.RESULT}')
+      path: path.stat().st_mtime_ns for path in folder.glob(f'*/*/{RESULT}')
     }
 
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
@@ -266,7 +292,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
 @pytest.mark.slow
 def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   argv = ['--workers=1', '--seeds=1', f'--output={tmp_path}']
-  folder = study.main(tiny_study.STUDY, argv)
+  folder = command.main(tiny_study.STUDY, argv)
   assert folder == tmp_path / 'tiny_study' / 'quick-seeds=1'
   text = (folder / study_results.TABLE).read_text()
   assert '± unknown' in text and '**not resolved**' in text
@@ -278,8 +304,8 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   def refuse(*args, **kwargs):
     raise AssertionError('a finished run was trained again')
 
-  monkeypatch.setattr(scheduled_runs, 'train_and_evaluate', refuse)
-  study.main(tiny_study.STUDY, argv)
+  monkeypatch.setattr(runner, 'train_and_evaluate', refuse)
+  command.main(tiny_study.STUDY, argv)
   assert (folder / study_results.TABLE).read_text().splitlines()[3:] == (
     text.splitlines()[3:]
   )
@@ -301,7 +327,7 @@ def test_the_report_refuses_to_mix_data(tmp_path):
     report.read(tmp_path / 'empty')
 
 
-class Losses(loop.Hook):
+class Losses(setup.Hook):
   """The loss of every step, and the step that the run was given."""
 
   def start(self, run):
@@ -317,16 +343,17 @@ class Losses(loop.Hook):
 
 
 def test_a_shared_step_is_the_runs_own(tmp_path):
-  moe = {'router': 'noisy_top_k', 'gates': 'raw', 'importance_weight': 0.3}
-  first = tiny.config(model={'moe': moe})
-  second = merge(first, {'seed': 1, 'model': {'moe': {'z_weight': 0.2}}})
+  router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
+  first = tiny.config(model={'moe': {'router': router}})
+  key = 'model.moe.router.noisy_top_k.z_weight'
+  second = layered(RunConfig, first, {'seed': 1, key: 0.2})
   compiled = []
   for i, config in enumerate([first, second]):
     losses = {}
     for shared in ([], [shared_steps.SharedStep()]):
       hooks = [*shared, kept := Losses()]
       loop.train_and_evaluate(
-        config,
+        run_config.read(config),
         tmp_path / f'{i}-{len(shared)}',
         hooks=hooks,
         devices=jax.devices()[:1],
@@ -339,7 +366,7 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
 
 
 def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
-  class Stop(loop.Hook):
+  class Stop(setup.Hook):
     def start(self, run):
       step = run.train_step
 
@@ -349,15 +376,57 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
       run.train_step = step_and_signal
 
-  config = tiny_study.STUDY.shared(Preset(2, 1))
+  shared = tiny_study.STUDY.shared(Preset(2, 1))
+  (job,) = jobs_of(shared, [Arm('one', {})], tmp_path, [0])
   with monkeypatch.context() as patched:
-    patched.setattr(scheduled_runs, 'SharedStep', Stop)
+    patched.setattr(runner, 'SharedStep', Stop)
     with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
-      scheduled_runs.run_one(config, tmp_path / 'run')
-  assert not (tmp_path / 'run' / scheduled_runs.RESULT).exists()
-  result = scheduled_runs.run_one(config, tmp_path / 'run')
+      runner.train(job)
+  assert not job.is_finished
+  result = runner.train(job)
   assert result['eval/train_capacity/loss'] > 0
-  assert not (tmp_path / 'run' / 'checkpoints').exists()
+  assert not (job.workdir / 'checkpoints').exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(runner.Runner):
+  """Makes runs as they are told: what some do is in their arm's name."""
+
+  options = RunConfig
+
+  def __call__(self, jobs):
+    for job in jobs:
+      if job.arm.name == 'bad':
+        raise RuntimeError('seven slots')
+      if job.arm.name == 'killed' and not job.seed:
+        os.kill(os.getpid(), signal.SIGKILL)
+      job.write_result({'loss': 1.0 + job.seed, 'data_digest': 'x'})
+
+
+def told(tmp_path, names, workers):
+  shared = tiny.config()
+  found = jobs_of(shared, [Arm(name, {}) for name in names], tmp_path / 'study')
+  column = Column('loss', 'loss')
+  with pytest.raises(ValueError, match=r'runs failed; see .*log\.txt') as error:
+    scheduled_runs.run_all(Told(), found, column, workers)
+  return found, str(error.value)
+
+
+def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
+  found, error = told(tmp_path, ['bad', 'good'], workers=1)
+  assert [job.is_finished for job in found] == [False, True] * 2
+  assert '2 runs failed' in error and str(found[0].workdir) in error
+  text = capsys.readouterr().out
+  assert 'bad, seed 0: failed' in text and 'seven slots' in text
+  assert '[4/4] good, seed 1: loss 2.0000' in text
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_has_a_successor(tmp_path, capsys):
+  found, error = told(tmp_path, ['killed', 'good', 'fine'], workers=2)
+  assert [job.is_finished for job in found] == [False] + [True] * 5
+  assert '1 runs failed' in error
+  assert 'ended with status -9' in capsys.readouterr().out
 
 
 def test_ratio_to_a_loss_is_told():
@@ -388,7 +457,7 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
   result |= dict.fromkeys(measured, number)
-  layers = config.model.num_layers + max(config.model.num_encoder_layers, 0)
+  layers = config.model.num_layers + config.model.encoder.num_layers
   for name in config.evals:
     result[f'eval/{name}/loss'] = number
     result[f'eval/{name}/drop_rate'] = number
@@ -405,7 +474,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   assert set(found.presets) == {'quick', 'full'}
   for preset in found.presets.values():
     arms = found.arms_of(preset)
-    made = scheduled_runs.jobs(found.shared(preset), arms, range(2), tmp_path)
+    made = jobs_of(found.shared(preset), arms, tmp_path)
     results = {}
     for i, job in enumerate(made):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
@@ -421,7 +490,7 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     assert times.keys() <= results.keys()
     medians = dict.fromkeys(times, 1.5)
     rows = found.make_rows(arms, results, medians)
-    summary = study_results.found(
+    summary = study_results.summary_of(
       found, preset, found.tasks[found.task], rows, results, times
     )
     assert len(summary['claims']) >= 4
@@ -436,11 +505,10 @@ def test_a_studys_arms_are_equal_in_flops(name):
   found = STUDIES[name]
   shared, built = found.shared(found.presets['quick']), {}
   for arm in found.arms_of(found.presets['quick']):
-    config = merge(shared, sweeps.nested(arm.overrides))
-    config = merge(config, {'model': {'vocab_size': 257}})
-    built[arm.name] = models.build(config)
-    leaks = models.leaks_future(config.model.moe)
-    assert leaks == arm.name.startswith(('expert choice', 'strict'))
+    options = run_config.read(layered(RunConfig, shared, arm.overrides))
+    built[arm.name] = model = options.filled(257).build()
+    leaks = arm.name.startswith(('expert choice', 'strict'))
+    assert model.leaks_future == leaks
   # The wide ones are equal in slots; see the next test.
   built = {k: v for k, v in built.items() if not k.startswith('wide ')}
   # Arms that differ in losses or steps alone have one model.
@@ -456,15 +524,13 @@ def test_a_studys_arms_are_equal_in_flops(name):
 def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
   found = switch_table1.STUDY
   preset = found.presets['full']
-  moe = {
-    arm.name: merge(
-      found.shared(preset), sweeps.nested(arm.overrides)
-    ).model.moe
-    for arm in found.arms(preset)
-  }
+  moe = {}
+  for arm in found.arms(preset):
+    config = layered(RunConfig, found.shared(preset), arm.overrides)
+    moe[arm.name] = run_config.read(config).model.moe
   for factor in switch_table1.FACTORS:
     products = {
-      name: m.capacity_factor * m.num_selected * m.hidden
+      name: m.capacity.factor * m.num_selected * m.expert.hidden
       for name in ('Switch', 'wide top-2', 'top-2')
       for m in [moe[f'{name} {factor}']]
     }
@@ -485,10 +551,8 @@ def test_every_study_runs(name, tmp_path):
     entry.num_batches = 1
   arms = found.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
-  for job in scheduled_runs.jobs(shared.lock(), kept, [0], tmp_path):
-    result = scheduled_runs.run_one(
-      job.config, job.workdir, found.measure, jax.devices()[:1]
-    )
+  for job in jobs_of(sections.lock(RunConfig, shared), kept, tmp_path, [0]):
+    result = runner.train(job, found.runner.measure, jax.devices()[:1])
     expected = {
       key: value
       for key, value in stand_in(job.config, 1.0).items()
@@ -500,27 +564,27 @@ def test_every_study_runs(name, tmp_path):
 def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # The study finds it in its folder, with its config, and reads its result.
   monkeypatch.chdir(ROOT)
-  items = launch.read_items('experiments/shazeer_table6.py')
-  launch.check(items)
+  listed = items.read_items('experiments/shazeer_table6.py')
+  launch.check(listed)
   found = shazeer_table6.STUDY
   quick = found.presets['quick']
   output = pathlib.Path('results') / found.name
   own = {
     str(job.workdir): job.config
-    for job in scheduled_runs.jobs(
+    for job in found.jobs(
       found.shared(quick), found.arms_of(quick), range(quick.seeds), output
     )
   }
-  assert {item.workdir for item in items} == own.keys()
-  for item in items[2:5]:
-    config = command_line.config_of(item.config, item.flags())
-    assert not difference(config, own[item.workdir])
+  assert {item.workdir for item in listed} == own.keys()
+  for item in listed[2:5]:
+    options, _ = config_flag.options_of(item.config, item.flags())
+    assert not difference(sections.section(options), own[item.workdir])
 
 
 def test_another_task_is_said_and_refused_where_it_does_not_fit():
   found = shazeer_table6.STUDY
   config = found.shared(found.presets['quick'], 'cipher')
-  assert config.data.source.startswith('cipher')
+  assert config.data.source.kind == 'cipher'
   with pytest.raises(ValueError, match=r"'cipher'.*\['kv_recall', 'text'\]"):
     eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')
 

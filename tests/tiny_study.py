@@ -1,14 +1,15 @@
 """A study of seconds: `python -m tests.tiny_study`."""
 
-from experiments.study import study
-from experiments.study.study import Arm, Claim, Column, Figure, Preset, Study
+from experiments.study import command
+from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.study import Study
 from tests.training import tiny
 
 EVAL = 'train_capacity'
 
 
 def config(steps):
-  """Of `tiny`, in few steps."""
+  """The config of `tiny`, in few steps."""
   return tiny.config(
     total_steps=steps,
     batch_size=8,
@@ -21,7 +22,7 @@ def config(steps):
 def arms(preset):
   """Two shapes; the second with two weights."""
   del preset
-  weight = 'model.moe.balance_weight'
+  weight = 'model.moe.router.token_choice.balance_weight'
   return [
     Arm('dense', {'model.moe.num_experts': 0}),
     Arm('little', {weight: 0.01}, 'sparse', 0.01),
@@ -50,4 +51,4 @@ STUDY = Study(
 )
 
 if __name__ == '__main__':
-  study.main(STUDY)
+  command.main(STUDY)
