@@ -23,8 +23,8 @@ from moe_jax.finetuning import InitFrom
 from moe_jax.models import MODELS
 from moe_jax.options import entries, nested
 from moe_jax.section_reader import Leaf
-from moe_jax.training.evaluate import EvaluationOptions
-from moe_jax.training.run_options import DEFAULT_EVALS, RunOptions
+from moe_jax.training.evaluate import DEFAULT_EVALS, EvaluationOptions
+from moe_jax.training.run_options import RunOptions
 
 _HEAD = ('', 'key', 'value', 'default')
 _CELL, _WIDTH, _INDENT = 28, 96, ' ' * 7

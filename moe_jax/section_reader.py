@@ -9,16 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import ml_collections
 
+from moe_jax.option_checks import UNLESS, in_force, needs
 from moe_jax.options import (
-  UNLESS,
   Kinds,
   OptionError,
   Options,
   Spec,
   default_of,
   fields_of,
-  in_force,
-  needs,
   no_effect,
   spec_of,
   types_of,

@@ -7,7 +7,8 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 # What each part of moe_jax may import of moe_jax, itself apart.
 OPTIONS = {
-  'options', 'plugins', 'sections', 'section_reader', 'section_writer'
+  'option_checks', 'options', 'plugins', 'sections', 'section_reader',
+  'section_writer',
 }  # fmt: skip
 BASE = {'shapes'} | OPTIONS
 UP_TO_LAYERS = BASE | {
@@ -23,6 +24,7 @@ UP_TO_RUNS = UP_TO_LAYERS | {'models', 'data', 'training_types', 'runs'}
 UP_TO_TRAINING = UP_TO_RUNS | {'training'}
 ALLOWED = {
   'shapes': set(),
+  'option_checks': set(),
   'options': OPTIONS,
   'sections': OPTIONS,
   'section_reader': OPTIONS,

@@ -27,12 +27,14 @@ from moe_jax.models import Model
 from moe_jax.options import anything, at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import EvaluationOptions, Setting, Variables
+from moe_jax.training.evaluate import (
+  ROOM_FOR_ALL,
+  EvaluationOptions,
+  Setting,
+  Variables,
+)
 
 NORMALIZES = ('none', 'tokens', 'bytes')
-_ROOM_FOR_ALL = {
-  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ChoiceEvaluation(EvaluationOptions):
   """The kind 'choice': how often the right answer is the likeliest."""
 
   model_overrides: Mapping[str, Any] = option(
-    _ROOM_FOR_ALL,
+    ROOM_FOR_ALL,
     'Keys of the section `model`, nested, with the values that they have in '
     'this evaluation; by default every expert has room for all tokens, as '
     'where text is generated. They may change no parameter.',

@@ -13,18 +13,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax.runs import array_files, retention
+from moe_jax.runs import array_files
 from moe_jax.runs import manifest as manifest_lib
+from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
-
-class CheckpointError(RuntimeError):
-  """A checkpoint could not be written or read; the others are untouched."""
+__all__ = ['CheckpointError', 'Checkpointer', 'Restored']
 
 
 class Restored(NamedTuple):
@@ -65,7 +63,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     retry: Retry = Retry(),
   ):
     self._retry = retry
-    self._directory = retention.Directory(
+    self._directory = Directory(
       directory, keep_newest, keep_best, best_metric, retry
     )
     self._needed_metric = best_metric if keep_best else None
@@ -203,7 +201,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         good; or a save pending here failed.
     """
     self.wait()
-    found, skipped = self._find(step)
+    found, skipped = self._directory.find(step)
     if found is None:
       return None
     if found == 0 and first is not None:
@@ -268,30 +266,6 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._orbax.wait_until_finished()  # else the next save gets the rest
     if jax.process_index() == 0:
       self._directory.remove_leftovers()
-
-  def _find(self, step: int | None) -> tuple[int | None, list[tuple[int, str]]]:
-    """`Directory.newest_good`, by process 0 for all; an error if none is."""
-    folders = self._directory.folders()
-    if step is not None and step not in folders:
-      raise ValueError(
-        f'no checkpoint {step} in {self._directory.path}; have {self.steps()}'
-      )
-    found, skipped = None, []
-    if jax.process_index() == 0:
-      found, skipped = self._directory.newest_good(step)
-    if jax.process_count() > 1:  # to hash everything once is enough
-      sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
-      # Others may see a folder later than process 0 does.
-      found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
-      found = None if found < 0 else found
-    if found is not None or not folders:
-      return found, skipped
-    reasons = '; '.join(f'{number}: {why}' for number, why in skipped)
-    message = f'no good checkpoint in {self._directory.path} ({reasons})'
-    if step is not None or self.steps():
-      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
-    logging.getLogger(__name__).warning(message)
-    return None, skipped
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
     args = array_files.to_restore(abstract_state, partial)

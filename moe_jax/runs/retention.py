@@ -16,7 +16,10 @@ import os
 import re
 import time
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import BadCheckpoint, Manifest
@@ -26,6 +29,10 @@ _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9]\d*')
 _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
 _TRIES = 20
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written or read; the others are untouched."""
 
 
 class Directory:
@@ -102,6 +109,39 @@ class Directory:
         return candidate, refused
       except BadCheckpoint as bad:
         refused.append((candidate, str(bad)))
+    return None, refused
+
+  def find(
+    self, step: int | None = None
+  ) -> tuple[int | None, list[tuple[int, str]]]:
+    """The step to restore, as `newest_good`; every process calls this.
+
+    Process 0 verifies for all of them, and it alone knows what is passed over.
+
+    Raises:
+      ValueError: `step` does not exist.
+      CheckpointError: `step` is not good; or some are finished and none is.
+    """
+    folders = self.folders()
+    if step is not None and step not in folders:
+      raise ValueError(
+        f'no checkpoint {step} in {self.path}; have {self.steps()}'
+      )
+    found, refused = None, []
+    if jax.process_index() == 0:
+      found, refused = self.newest_good(step)
+    if jax.process_count() > 1:  # to hash everything once is enough
+      sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
+      # Others may see a folder later than process 0 does.
+      found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
+      found = None if found < 0 else found
+    if found is not None or not folders:
+      return found, refused
+    reasons = '; '.join(f'{number}: {why}' for number, why in refused)
+    message = f'no good checkpoint in {self.path} ({reasons})'
+    if step is not None or self.steps():
+      raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
+    _LOG.warning(message)
     return None, refused
 
   def make_room(self, step: int, last: int | None) -> None:

@@ -6,11 +6,11 @@ to end. Lost is a process that died (its connection closes), that failed (it
 says so), that does not answer, or that is behind when no one gets further.
 
 JAX's own heartbeats stay on beneath this one. They notice a death later, and
-neither an error nor a loop without end.
+neither an error nor a loop without end. Not here: who counts as lost
+(`peers.py`), and the connections (`lines.py`).
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import secrets
@@ -34,6 +34,7 @@ from moe_jax.runs.lines import (
   addresses,
   reach,
 )
+from moe_jax.runs.peers import Peers
 
 # A save in flight may need this to be whole, at the end of a process.
 _SAVE_SECONDS = 10.0
@@ -73,16 +74,6 @@ def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
   watchdog.finish()
 
 
-@dataclasses.dataclass
-class _Peer:
-  """What process 0 knows of a process."""
-
-  count: int = 0
-  where: str = 'the start'
-  heard: float = dataclasses.field(default_factory=time.monotonic)
-  done: bool = False
-
-
 class Watchdog:
   """One process's part; see `watching`.
 
@@ -96,11 +87,8 @@ class Watchdog:
   def __init__(self, timeouts: Timeouts):
     self._index, self._size = jax.process_index(), jax.process_count()
     self._silence = timeouts.heartbeat_timeout_seconds
-    self._stall = timeouts.stall_timeout_seconds
-    self._peers = {i: _Peer() for i in range(self._size)}
+    self._peers = Peers(self._size, timeouts)
     self._mine = self._peers[self._index]
-    self._moved = time.monotonic()
-    self._marks = 0
     self._failure = ''  # of this process, which then ends by itself
     self._over = threading.Event()
     self._connect(float(timeouts.initialization_timeout_seconds))
@@ -186,9 +174,9 @@ class Watchdog:
         next_send = time.monotonic() + TICK_SECONDS
         for line in self._lines.values():
           line.send({})
-      if reason := self._failure or self._lost():
+      if reason := self._failure or self._peers.lost():
         self._end_all(reason)
-      elif all(peer.done for peer in self._peers.values()):
+      elif self._peers.all_done:
         self._tell_all({'over': True})
       time.sleep(_PAUSE_SECONDS)
     self._server.close()
@@ -227,32 +215,6 @@ class Watchdog:
     peer.done = message['done']
     if message['failed']:
       self._end_all(message['failed'])
-
-  def _lost(self) -> str | None:
-    """Why all have to end, if so."""
-    now = time.monotonic()
-    awake = {i: p for i, p in self._peers.items() if not p.done}
-    for index, peer in awake.items():
-      if now - peer.heard > self._silence:
-        return (
-          f'process {index} does not answer, for {now - peer.heard:.0f} s; it '
-          f'had got to {peer.where}'
-        )
-    marks = sum(peer.count for peer in self._peers.values())
-    if marks != self._marks:
-      self._marks, self._moved = marks, now
-    if not self._stall or now - self._moved <= self._stall or not awake:
-      return None
-    least = min(peer.count for peer in awake.values())
-    behind = [i for i, peer in awake.items() if peer.count == least]
-    where = awake[behind[0]].where
-    if len(behind) == self._size:
-      who = 'no process is behind: all have'
-    elif len(behind) > 1:
-      who = f'processes {", ".join(map(str, behind))} are behind: they have'
-    else:
-      who = f'process {behind[0]} is stuck: it has'
-    return f'nothing moved for {self._stall} s; {who} got to {where}'
 
   def _end_all(self, reason: str) -> None:
     if not self._over.is_set():

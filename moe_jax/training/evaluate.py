@@ -25,6 +25,17 @@ from moe_jax.training_types import LossSums, add
 
 Variables = dict[str, Any]  # 'params', and 'router_state' if there is any
 Measure = Callable[[Variables, int], Row]  # (variables, step)
+# Overrides that give every expert room for all tokens.
+ROOM_FOR_ALL = {
+  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
+}
+# Twice the room that balanced experts need.
+_ROOM_FOR_TWICE = {
+  'moe': {
+    'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 2.0}},
+    'dispatch': {'kind': 'gather'},
+  }
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +126,13 @@ class LossEvaluation(EvaluationOptions):
   def shrunk(self) -> 'LossEvaluation':
     """The same evaluation on one batch."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
+
+
+DEFAULT_EVALS = {
+  'train_capacity': LossEvaluation(),
+  'capacity_2': LossEvaluation(model_overrides=_ROOM_FOR_TWICE),
+  'all_tokens': LossEvaluation(model_overrides=ROOM_FOR_ALL),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,11 @@ from moe_jax.options import (
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.profile import ProfileOptions
-from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
+from moe_jax.training.evaluate import (
+  DEFAULT_EVALS,
+  EvaluationOptions,
+  LossEvaluation,
+)
 from moe_jax.training.evaluation_entries import override_problems
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
@@ -38,21 +42,6 @@ R = TypeVar('R', bound='RunOptions')
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
-_ROOM_FOR_ALL = {
-  'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
-}
-# Twice the room that balanced experts need.
-_ROOM_FOR_TWICE = {
-  'moe': {
-    'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 2.0}},
-    'dispatch': {'kind': 'gather'},
-  }
-}
-DEFAULT_EVALS = {
-  'train_capacity': LossEvaluation(),
-  'capacity_2': LossEvaluation(model_overrides=_ROOM_FOR_TWICE),
-  'all_tokens': LossEvaluation(model_overrides=_ROOM_FOR_ALL),
-}
 
 
 @dataclasses.dataclass(frozen=True)

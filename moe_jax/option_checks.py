@@ -1,0 +1,171 @@
+"""Rules that the values of options keep, and what is said where one does not.
+
+Not here: options themselves (`options.py`), which offer these names, too.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Union
+
+# How the reason begins that an option has no effect beside its neighbours.
+UNLESS = 'unless'
+
+
+def unknown(what: str, value: Any, have: Iterable[Any]) -> ValueError:
+  """The error for a name that does not exist; it gives the nearest and all."""
+  return ValueError(unknown_text(what, value, have))
+
+
+def unknown_text(what: str, value: Any, have: Iterable[Any]) -> str:
+  """The message of `unknown`."""
+  have = sorted(str(name) for name in have)
+  near = difflib.get_close_matches(str(value), have, n=1)
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  return f'unknown {what} {value!r}; {hint}have {have}'
+
+
+class OptionError(ValueError):
+  """What is wrong with options, all at once.
+
+  Attributes:
+    problems: One text for each; each begins with the option's dotted name.
+  """
+
+  def __init__(self, problems: Iterable[str]):
+    self.problems = tuple(problems)
+    super().__init__('\n'.join(self.problems))
+
+  def below(self, path: str) -> 'OptionError':
+    """The same problems of options that stand below `path` in a config."""
+    return OptionError(f'{path}{text}' for text in self.problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A rule that the values of an option keep.
+
+  Attributes:
+    rule: The rule in words that follow a value: 'must be at least 1'.
+    holds: Whether a value keeps it.
+    names: The names that are allowed, where the rule is a list of names.
+  """
+
+  rule: str
+  holds: Callable[[Any], bool]
+  names: tuple[str, ...] = ()
+
+  def problem(self, name: str, value: Any) -> str | None:
+    """What is wrong with a value of the right type; None if nothing is."""
+    if self.holds(value):
+      return None
+    if self.names:
+      return f'{name}={value!r}: {unknown_text(name, value, self.names)}'
+    return f'{name}={value!r} {self.rule}'
+
+
+def at_least(low: int | float) -> Check:
+  """The rule value >= low."""
+  return Check(f'must be at least {low}', lambda value: value >= low)
+
+
+def above(low: int | float) -> Check:
+  """The rule value > low."""
+  return Check(f'must be above {low}', lambda value: value > low)
+
+
+def within(interval: str) -> Check:
+  """The rule of an interval as it is written: '[0, 1)' or '(0, 1]'."""
+  low, high = (float(part) for part in interval[1:-1].split(','))
+
+  def holds(value):
+    above_low = value > low if interval[0] == '(' else value >= low
+    return above_low and (
+      value < high if interval[-1] == ')' else value <= high
+    )
+
+  return Check(f'not in {interval}', holds)
+
+
+def one_of(*names: str) -> Check:
+  """The rule of a list of names."""
+  return Check(f'not in {list(names)}', lambda value: value in names, names)
+
+
+def each(check: Check) -> Check:
+  """The rule that every item of a tuple keeps `check`."""
+  return Check(
+    f': each {check.rule}', lambda values: all(map(check.holds, values))
+  )
+
+
+def anything(reason: str) -> Check:
+  """No rule: every value of the type will do, for the reason that is given."""
+  return Check(reason, lambda value: True)
+
+
+# The rule that a text, or anything with a length, is not empty.
+NOT_EMPTY = Check('must be given', bool)
+
+# Values of other options of the same dataclass under which an option has an
+# effect: {'policy': ('threshold',)}, or {'num_experts': at_least(1)}.
+When = Mapping[str, tuple[Any, ...] | Check]
+
+
+def of_type(value: Any, hint: Any) -> bool:
+  """Whether a value is of a field's type; an integer is a float, no bool is."""
+  origin = typing.get_origin(hint)
+  if origin in (types.UnionType, Union):
+    return any(of_type(value, part) for part in typing.get_args(hint))
+  if origin is tuple:
+    return isinstance(value, tuple) and _items_fit(value, typing.get_args(hint))
+  if origin is not None:
+    return isinstance(value, origin)
+  if hint is Any:
+    return True
+  if hint in (int, float) and isinstance(value, bool):
+    return False
+  if hint is float:
+    return isinstance(value, int | float)
+  return isinstance(value, hint)
+
+
+def _items_fit(value, parts) -> bool:
+  if len(parts) == 2 and parts[1] is Ellipsis:
+    return all(of_type(item, parts[0]) for item in value)
+  return len(value) == len(parts) and all(map(of_type, value, parts))
+
+
+def type_name(hint: Any) -> str:
+  """The name of a type, for messages."""
+  return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def in_force(values: Callable[[str], Any], when: When) -> bool:
+  """Whether an option has an effect, given its neighbours' values."""
+  for name, allowed in when.items():
+    value = values(name)
+    if isinstance(allowed, Check):
+      if not allowed.holds(value):
+        return False
+    elif value not in allowed:
+      return False
+  return True
+
+
+def no_effect(name: str, value: Any, why: str) -> str:
+  """The message for an option that is set where it cannot matter."""
+  return f'{name}={value!r} has no effect {why}'
+
+
+def needs(when: When, prefix: str = '') -> str:
+  """Why an option has no effect, in words that follow 'has no effect'."""
+  parts = (
+    f'{prefix}{other} {allowed.rule.replace("must be", "is")}'
+    if isinstance(allowed, Check)
+    else f'{prefix}{other} in {list(allowed)}'
+    for other, allowed in when.items()
+  )
+  return f'{UNLESS} {" and ".join(parts)}'

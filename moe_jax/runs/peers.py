@@ -1,0 +1,75 @@
+"""What process 0 knows of each process, and which of them is lost.
+
+Not here: how it comes to know, and what it does then (`watchdog.py`).
+"""
+
+import dataclasses
+import time
+
+from moe_jax.distributed import Timeouts
+
+
+@dataclasses.dataclass
+class Peer:
+  """What process 0 knows of a process.
+
+  Attributes:
+    count: Number of times that it said where it is.
+    where: What it said last.
+    heard: When it was heard last, in seconds of the monotonic clock.
+    done: Whether it waits for the others at the end.
+  """
+
+  count: int = 0
+  where: str = 'the start'
+  heard: float = dataclasses.field(default_factory=time.monotonic)
+  done: bool = False
+
+
+class Peers:
+  """All processes of a run, by number."""
+
+  def __init__(self, size: int, timeouts: Timeouts):
+    """Knows of so many processes that they have started."""
+    self._peers = {i: Peer() for i in range(size)}
+    self._silence = timeouts.heartbeat_timeout_seconds
+    self._stall = timeouts.stall_timeout_seconds
+    self._moved = time.monotonic()
+    self._marks = 0
+
+  def __getitem__(self, index: int) -> Peer:
+    return self._peers[index]
+
+  @property
+  def all_done(self) -> bool:
+    """Whether every process is at the end."""
+    return all(peer.done for peer in self._peers.values())
+
+  def lost(self) -> str | None:
+    """Why all have to end: one is silent, or none gets further; else None."""
+    now = time.monotonic()
+    awake = {i: p for i, p in self._peers.items() if not p.done}
+    for index, peer in awake.items():
+      if now - peer.heard > self._silence:
+        return (
+          f'process {index} does not answer, for {now - peer.heard:.0f} s; it '
+          f'had got to {peer.where}'
+        )
+    marks = sum(peer.count for peer in self._peers.values())
+    if marks != self._marks:
+      self._marks, self._moved = marks, now
+    if not self._stall or now - self._moved <= self._stall or not awake:
+      return None
+    return f'nothing moved for {self._stall} s; {self._behind(awake)}'
+
+  def _behind(self, awake: dict[int, Peer]) -> str:
+    """Who said least, and where they are."""
+    least = min(peer.count for peer in awake.values())
+    behind = [i for i, peer in awake.items() if peer.count == least]
+    if len(behind) == len(self._peers):
+      who = 'no process is behind: all have'
+    elif len(behind) > 1:
+      who = f'processes {", ".join(map(str, behind))} are behind: they have'
+    else:
+      who = f'process {behind[0]} is stuck: it has'
+    return f'{who} got to {awake[behind[0]].where}'
