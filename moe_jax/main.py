@@ -102,9 +102,7 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
       options,
       _WORKDIR.value,
       hooks=default_hooks(),
-      initial=functools.partial(
-        finetuning.initial, allow=_ALLOW_MODULE.value
-      ),
+      initial=functools.partial(finetuning.initial, allow=_ALLOW_MODULE.value),
       resume=_RESUME.value,
     )
     return int(state.step) >= options.total_steps

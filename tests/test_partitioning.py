@@ -128,7 +128,9 @@ def test_rules_are_lists_of_mesh_axes():
   )
   with pytest.raises(ValueError, match=r"sharding\.mlp 'tensr'; did you mean"):
     make_rules({'mlp': 'tensr'})
-  with pytest.raises(OptionError, match=r"mlp='tensr': .*did you mean 'tensor'"):
+  with pytest.raises(
+    OptionError, match=r"mlp='tensr': .*did you mean 'tensor'"
+  ):
     ShardingOptions(mlp='tensr')
 
 
