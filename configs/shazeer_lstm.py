@@ -46,9 +46,7 @@ EXPERTS = {
 CHANGES = {
   'MoE-1024-h': dict(dropout=0.2),
   'MoE-4096-h': dict(dropout=0.2),
-  'MoE-34M': dict(
-    width=1024, dropout=0.3, moe=dict(expert=dict(hidden=2048))
-  ),
+  'MoE-34M': dict(width=1024, dropout=0.3, moe=dict(expert=dict(hidden=2048))),
   'MoE-143M': dict(
     width=1024,
     dropout=0.4,
