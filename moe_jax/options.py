@@ -15,6 +15,61 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from moe_jax import plugins
+from moe_jax.option_checks import (
+  NOT_EMPTY,
+  Check,
+  OptionError,
+  When,
+  above,
+  anything,
+  at_least,
+  each,
+  in_force,
+  needs,
+  no_effect,
+  of_type,
+  one_of,
+  type_name,
+  unknown,
+  unknown_text,
+  within,
+)
+
+__all__ = [
+  'NOT_EMPTY',
+  'Check',
+  'Kinds',
+  'OptionError',
+  'Options',
+  'Spec',
+  'When',
+  'above',
+  'anything',
+  'at_least',
+  'choice',
+  'default_of',
+  'each',
+  'entries',
+  'fields_of',
+  'has_no_effect',
+  'in_force',
+  'needs',
+  'nested',
+  'no_effect',
+  'of_type',
+  'one_of',
+  'option',
+  'required',
+  'spec_of',
+  'type_name',
+  'types_of',
+  'unknown',
+  'unknown_text',
+  'value_problem',
+  'within',
+]
+
 _KEY = 'moe_jax'
 O = TypeVar('O', bound='Options')
 F = TypeVar('F', bound=Callable[..., Any])
