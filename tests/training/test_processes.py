@@ -294,12 +294,12 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
     'overrides': {
       **STEPS,
       'total_steps': 2,
-      'data': {'task': 'prefix_lm'},
+      'data': {'task': {'kind': 'prefix_lm'}},
       'mesh': {'data': 4, 'expert': 2},
     },
     'hooks': True,
     'evals': {
-      'generate': {'num_examples': 8, 'max_new_tokens': 4},
+      'generate': {'num_examples': 8, 'num_tokens': 4},
       'choice': {'num_items': 3},
     },
   }
