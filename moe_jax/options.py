@@ -188,7 +188,8 @@ def default_of(field: dataclasses.Field) -> Any:
   return field.default
 
 
-def fields_of(cls: type) -> dict[str, dataclasses.Field]:
+@functools.cache
+def fields_of(cls: type) -> Mapping[str, dataclasses.Field]:
   """The fields that are options, by name."""
   return {field.name: field for field in dataclasses.fields(cls) if field.init}
 

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import ml_collections
 
 from moe_jax.options import Kinds, OptionError, Options, unknown_text
-from moe_jax.section_reader import Leaf, Reader, Section, plain
+from moe_jax.section_reader import (
+  Leaf,
+  Reader,
+  Section,
+  as_mapping,
+  plain,
+)
 from moe_jax.section_writer import (
   choice_section,
   entry_section,
@@ -59,7 +65,7 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
       effect.
   """
   reader = Reader()
-  options = reader.options(cls, None, config, path)
+  options = reader.options(cls, None, as_mapping(config), path)
   reader.check()
   return options
 
@@ -67,22 +73,22 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
 def read_choice(kinds: Kinds, config: Section, path: str = '') -> Options:
   """The options of the kind that a choice's section names; see `read`."""
   reader = Reader()
-  options = reader.choice(kinds, None, config, path)
+  options = reader.choice(kinds, None, as_mapping(config), path)
   reader.check()
   return options
 
 
 def leaves(cls: type[Options], config: Section) -> list[Leaf]:
   """Every key of a config, in the order of the dataclasses."""
-  reader = Reader()
-  reader.options(cls, None, config, '')
+  reader = Reader(only_keys=True)
+  reader.options(cls, None, as_mapping(config), '')
   return reader.leaves
 
 
 def choice_leaves(kinds: Kinds, config: Section, path: str = '') -> list[Leaf]:
   """Every key of a choice's section."""
-  reader = Reader()
-  reader.choice(kinds, None, config, path)
+  reader = Reader(only_keys=True)
+  reader.choice(kinds, None, as_mapping(config), path)
   return reader.leaves
 
 
@@ -132,6 +138,8 @@ def overridden(
   Raises:
     OptionError: All that is wrong with the overrides.
   """
+  if not overrides:
+    return chosen, {}
   before = choice_section(kinds, chosen)
   after = merge(before, overrides, path)
   known = {leaf.path: leaf for leaf in choice_leaves(kinds, before, path)}
