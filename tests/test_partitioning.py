@@ -104,19 +104,19 @@ def test_a_pods_own_slices_are_kept_apart():
   # Neighbours by number are in different slices.
   chips = [Chip(i, slice_index=i % 2) for i in range(8)]
   sizes = dict(data=2, expert=2, dcn_expert=2)
-  grid = make_mesh.__wrapped__(sizes, chips).devices
+  grid = make_mesh(sizes, chips).devices
   assert grid.shape == (2, 1, 4, 1)
   slices = [[chip.slice_index for chip in row] for row in grid[:, 0, :, 0]]
   assert slices == [[0, 0, 1, 1], [0, 0, 1, 1]]
   with pytest.raises(ValueError, match=r'multiply to 4, and .* in 2 slices'):
-    make_mesh.__wrapped__(dict(data=2, dcn_data=4), chips)
+    make_mesh(dict(data=2, dcn_data=4), chips)
 
 
 def test_slices_that_no_size_speaks_of_are_refused():
   chips = [Chip(i, slice_index=i % 2, platform='tpu') for i in range(8)]
   message = r"8 TPUs are in 2 slices, and mesh={'data': -1} .* set dcn_data=2"
   with pytest.raises(ValueError, match=message):
-    make_mesh.__wrapped__(dict(data=-1), chips)
+    make_mesh(dict(data=-1), chips)
 
 
 def test_rules_are_lists_of_mesh_axes():
