@@ -1,7 +1,7 @@
-"""What a command line says that does not exist, said in a line or two.
+"""Command lines: their flags are parsed, and mistakes reported in a line.
 
-absl and ml_collections parse the flags; a wrong key reaches them as a bare
-KeyError without its path, so the keys are looked up here first.
+absl and ml_collections parse the flags. For a key that does not exist they
+raise a KeyError without its path, so the keys are looked up here first.
 """
 
 import importlib.util
@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from moe_jax.options import unknown
 from moe_jax.sections import flatten
 
-# EX_TEMPFAIL: of a run that SIGTERM stopped, and that the same command ends.
+# Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
+# the same command goes on with it.
 STOPPED = 75
 
 
@@ -40,10 +41,10 @@ def say(lines: Iterable[str]) -> None:
 
 
 def ignore_closed_loops() -> None:
-  """Keeps a failed checkpoint's message short.
+  """Silences a report that each thread of a failed save would print.
 
   Threads of the storage library that still write when a save has failed each
-  report that the event loop they belong to is closed by then.
+  report that the event loop they belong to is closed.
   """
   before = sys.unraisablehook
 
@@ -66,11 +67,11 @@ def parse(argv: Sequence[str]) -> list[str]:
 def config_of(
   base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
 ) -> ml_collections.ConfigDict:
-  """A config with `--config.key=value` overrides.
+  """Returns a config with `--config.key=value` overrides applied.
 
   Args:
-    base: The config, or its file, 'configs/name.py'.
-    overrides: The flags.
+    base: A config, or the path of its file, 'configs/name.py'.
+    overrides: Flags such as '--config.seed=1'.
 
   Raises:
     ValueError: The file or a key does not exist, or a value has another type.
@@ -82,20 +83,20 @@ def config_of(
   if isinstance(base, str):
     argv = ['', f'--config={base}', *overrides]
     _check_config(argv)
-    found = config_flags.DEFINE_config_file(
+    config = config_flags.DEFINE_config_file(
       'config', None, '', sys_argv=argv, **options
     )
   else:
     argv = ['', *overrides]
     _check_keys(base, dict(_options(argv)))
-    found = config_flags.DEFINE_config_dict(
+    config = config_flags.DEFINE_config_dict(
       'config', base, '', sys_argv=argv, **options
     )
   try:
     values(argv)
   except flags.Error as error:
     raise ValueError(str(error).strip().splitlines()[0]) from None
-  return found.value
+  return config.value
 
 
 def _check_config(argv: Sequence[str]) -> None:
@@ -119,7 +120,7 @@ def _check_keys(
 
 
 def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
-  """Whether `name` may be a new key: its section is there, and open."""
+  """Whether `name` may be a new key: its section exists and is not locked."""
   *parents, key = name.split('.')
   for part in parents:
     config = config.get(part)
@@ -139,7 +140,7 @@ def _options(argv: Sequence[str]):
 
 
 def _siblings(name: str, known: dict[str, Any]) -> list[str]:
-  """What stands beside the first part of `name` that does not exist."""
+  """The existing keys beside the first part of `name` that does not exist."""
   parts = name.split('.')
   right = ''
   for part in parts:

@@ -3,7 +3,7 @@
     config_flag.define()
     options, ignored = config_flag.read()  # once the flags are parsed
 
-Not here: the flags of one command alone.
+Not here: flags that only one command has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +47,8 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
   """The options of the command line, checked as a whole.
 
   Returns:
-    The options, and by name the values of the file that flags made meaningless,
-    as they chose another kind; those are ignored.
+    The options; and, by name, values of the file that are ignored because a
+    flag chose another kind, for which they have no meaning.
 
   Raises:
     ValueError: The message gives everything that is wrong, by name.

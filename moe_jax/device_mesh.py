@@ -1,4 +1,4 @@
-"""The mesh of devices, from the sizes of its axes.
+"""The mesh of devices, built from the sizes of its axes.
 
 Not here: which dimension of which array is split over it (`partitioning.py`).
 """
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 from moe_jax.options import Check, Options, at_least, option, unknown
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
-DCN = 'dcn_'  # before an axis: how many slices it spans
+DCN = 'dcn_'  # prefix of an axis' name in the option for the slices it spans
 _WHOLE_OR_REST = Check(
   'must be at least 1, or -1', lambda size: size >= 1 or size == -1
 )
@@ -26,8 +26,8 @@ _WHOLE_OR_REST = Check(
 def _size(axis: str, default: int = 1) -> Any:
   return option(
     default,
-    f"Devices of the mesh axis '{axis}' within a slice, whose network is fast; "
-    '-1 is what the other axes leave.',
+    f"Number of devices along the mesh axis '{axis}' within a slice, whose "
+    'network is fast; -1 takes all devices that the other axes leave.',
     _WHOLE_OR_REST,
   )
 
@@ -35,15 +35,15 @@ def _size(axis: str, default: int = 1) -> Any:
 def _slices_of(axis: str) -> Any:
   return option(
     1,
-    f"Number of slices that the mesh axis '{axis}' spans over the slower "
-    'network between them.',
+    f"Number of slices that the mesh axis '{axis}' spans, over the slower "
+    'network between slices; 1 stays within a slice.',
     at_least(1),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions(Options):
-  """The mesh of devices, axis by axis."""
+  """Sizes of the axes of the mesh of devices."""
 
   data: int = _size('data', -1)
   fsdp: int = _size('fsdp')
@@ -55,7 +55,7 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """At most one axis takes what is left."""
+    """At most one axis may have the size -1."""
     rest = [name for name in MESH_AXES if getattr(self, name) == -1]
     for name in rest[1:]:
       yield f'{name}=-1, and {rest[0]}=-1 takes what is left already'
@@ -76,8 +76,8 @@ def make_mesh(
 
   `dcn_data=2` makes the axis span two slices, whose network is slower than
   that within one: the axis has 2 * `data` devices, those of a slice next to
-  each other. Slices are the devices' own (of a TPU pod, or the processes of a
-  GPU cluster); devices of one slice are cut into as many as are asked for.
+  each other. Slices are those of a TPU pod, or the processes of a GPU cluster;
+  where all devices are in one slice, they are cut into the slices asked for.
 
   Raises:
     ValueError: An axis is unknown, a size is neither positive nor -1, two
@@ -107,7 +107,7 @@ def make_mesh(
 
 
 def _filled(sizes, count: int, slices: int) -> list[int]:
-  """The sizes within a slice, -1 filled in."""
+  """The sizes of the axes within a slice, with -1 replaced by a number."""
   shape = [sizes.get(name, 1) for name in MESH_AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
@@ -139,7 +139,7 @@ def _within(shape, devices) -> np.ndarray:
 
 
 def _across(across, shape, devices) -> np.ndarray:
-  """The devices of a mesh over slices, those of each next to each other."""
+  """The devices of a mesh over slices; those of a slice are neighbours."""
   by_slice = _slices(devices)
   if len(by_slice) == 1:
     by_slice = np.split(np.asarray(devices), math.prod(across))
@@ -159,9 +159,9 @@ def _across(across, shape, devices) -> np.ndarray:
 
 
 def _slices(devices) -> list[list]:
-  """The devices by what their network is fast within."""
-  found = collections.defaultdict(list)
+  """The devices of each slice: of a TPU slice, or else of a process."""
+  slices = collections.defaultdict(list)
   for device in devices:
     own = getattr(device, 'slice_index', None)
-    found[device.process_index if own is None else own].append(device)
-  return [found[key] for key in sorted(found)]
+    slices[device.process_index if own is None else own].append(device)
+  return [slices[key] for key in sorted(slices)]

@@ -1,8 +1,8 @@
-"""Many processes as one run: start-up, whose rows are whose, host values.
+"""Several processes as one run: start-up, rows of each, values on the host.
 
-The engine is JAX's own multi-controller runtime: every process runs the same
-program. Not here: the mesh (`partitioning.py`), and what ends all processes
-when one is lost (`runs/watchdog.py`).
+Every process runs the same program, on JAX's own multi-controller runtime. Not
+here: the mesh (`device_mesh.py`), and how all processes end when one is lost
+(`runs/watchdog.py`).
 """
 
 import contextlib
@@ -27,32 +27,36 @@ from moe_jax.launcher import launcher
 from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
 
-# Of a network file system's directory listings, a few times over.
+# Seconds in which a new file must be seen by all processes: a few times as long
+# as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# JAX's own heartbeats are for when nobody watches: its beats are half of their
-# timeout apart, so it may act that much earlier, and with less to say.
-_BEHIND = 3
+# JAX's own heartbeat timeout is this many times ours, so that ours, which says
+# more, is first: JAX's beats are half of its timeout apart, and it may act that
+# much earlier.
+_JAX_TIMEOUT_FACTOR = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts(Options):
-  """The section 'distributed' of a config."""
+  """Timeouts of several processes: the section 'distributed' of a config."""
 
   initialization_timeout_seconds: int = option(
-    300, 'Seconds in which all processes must have started.', at_least(1)
+    300,
+    'Seconds within which all processes of the run must have started.',
+    at_least(1),
   )
   heartbeat_timeout_seconds: int = option(
     100,
-    'Seconds after which a process that does not answer is taken for dead, and '
-    "all the others end. JAX's own timeout is three times as long; it alone "
-    'counts until the run is being set up.',
+    'Seconds after which a process that does not answer is taken for dead and '
+    "all others end. JAX's own timeout, three times as long, is the only one "
+    'until the run is being set up.',
     at_least(1),
   )
   stall_timeout_seconds: int = option(
     900,
-    'Seconds after which all processes end if none got further; it must be '
-    'longer than the preparation of the data, a step with its compilation, an '
-    'evaluation or a save. With 0 they wait for ever.',
+    'Seconds without progress in any process after which all processes end; it '
+    'must be longer than the preparation of the data, a step with its '
+    'compilation, an evaluation or a save. With 0 they wait for ever.',
     at_least(0),
   )
 
@@ -63,20 +67,20 @@ def start(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> bool:
-  """Joins the other processes; before any device is used.
+  """Connects to the other processes; to be called before a device is used.
 
-  Without arguments it is what the environment says (`launcher`), and one
-  process where it says nothing: then nothing is connected to. If the others
-  are not there in time, this process says so and ends with status 1.
+  Without arguments the environment decides (`launcher`); where it names no
+  launcher, there is one process, and nothing to connect to. If the others have
+  not started in time, this process prints so and ends with status 1.
 
   Args:
     timeouts: How long to wait for the others.
     coordinator: 'host:port' of process 0, which listens there.
-    num_processes: How many there are.
-    process_id: Which of them this is, from 0.
+    num_processes: Number of processes of the run.
+    process_id: Number of this process, from 0.
 
   Returns:
-    Whether there are several.
+    Whether the run has several processes.
 
   Raises:
     ValueError: Some arguments are missing or out of range.
@@ -104,7 +108,9 @@ def start(
     jax.distributed.initialize(
       **given or {},
       initialization_timeout=2 * seconds,
-      heartbeat_timeout_seconds=_BEHIND * timeouts.heartbeat_timeout_seconds,
+      heartbeat_timeout_seconds=(
+        _JAX_TIMEOUT_FACTOR * timeouts.heartbeat_timeout_seconds
+      ),
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
   finally:
@@ -114,13 +120,13 @@ def start(
 
 @contextlib.contextmanager
 def joined(*args: Any) -> Iterator[None]:
-  """The body of a program that may be one of several processes.
+  """Connects to the other processes while the body runs; see `start`.
 
-  With several, an error ends this one at once: JAX would first wait for the
-  others to say goodbye, and they may be lost.
+  With several processes an error ends this one at once: JAX would first wait
+  for the others to disconnect, and they may be lost.
 
   Args:
-    *args: Of `start`.
+    *args: The arguments of `start`.
   """
   several = start(*args)
   try:
@@ -143,7 +149,7 @@ def _give_up(reason: str) -> None:
 
 
 def _checked(coordinator, num_processes, process_id) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None where none is given."""
+  """Arguments of `jax.distributed.initialize`; None where no flag is given."""
   flags = {
     '--coordinator': coordinator,
     '--num_processes': num_processes,
@@ -178,7 +184,7 @@ def _checked(coordinator, num_processes, process_id) -> dict[str, Any] | None:
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes and speaks for all."""
+  """Whether this is process 0, which alone prints and writes files."""
   return jax.process_index() == 0
 
 
@@ -186,13 +192,13 @@ def is_first() -> bool:
 class Placing:
   """Moves batches of numpy arrays to the devices of all processes.
 
-  Which rows a process must have is read from the sharding, so that any order
-  of devices will do: processes that share rows (over `tensor`, say) each have
-  them.
+  The rows that a process needs are read from the sharding, so that devices may
+  be in any order; processes may need the same rows (where the mesh axis
+  `tensor` spans them).
 
   Attributes:
-    sharding: Of an array [B, ...].
-    batch_size: B, global.
+    sharding: Sharding of an array [B, ...].
+    batch_size: Number B of rows in a global batch.
   """
 
   sharding: jax.sharding.Sharding
@@ -200,8 +206,8 @@ class Placing:
 
   @functools.cached_property
   def rows(self) -> Int[np.ndarray, ' R']:
-    """The rows of a batch that devices of this process hold, rising."""
-    # Its second dimension is whole: only rows matter.
+    """Numbers of the rows that this process' devices hold, ascending."""
+    # Only rows matter here, so any size does for the second dimension.
     places = self.sharding.addressable_devices_indices_map((self.batch_size, 1))
     held = np.zeros(self.batch_size, bool)
     for rows, *_ in places.values():
@@ -209,19 +215,19 @@ class Placing:
     return np.flatnonzero(held)
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch of which this process has all rows."""
+    """Moves a batch of which this process has all rows."""
     if len(self.rows) < self.batch_size:
       batch = {name: values[self.rows] for name, values in batch.items()}
     return self.local(batch)
 
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch of which this process has `rows` alone, in their order."""
+    """Moves a batch of which this process has only `rows`, in their order."""
     return {name: self._place(values) for name, values in batch.items()}
 
   def _place(self, values: np.ndarray) -> jax.Array:
     def part(index):
       first, last, _ = index[0].indices(self.batch_size)
-      # Rows of one device follow one another, here as in the batch.
+      # The rows of one device are consecutive, here as in the batch.
       begin = int(np.searchsorted(self.rows, first))
       return values[(slice(begin, begin + last - first), *index[1:])]
 
@@ -230,7 +236,7 @@ class Placing:
 
 
 def fetch(tree: Any) -> Any:
-  """The arrays as numpy, whole, in every process; all of them call this."""
+  """A tree of whole numpy arrays; every process has to call this."""
 
   def whole(leaf):
     if isinstance(leaf, jax.Array) and not (
@@ -243,10 +249,13 @@ def fetch(tree: Any) -> Any:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-  """Compares what every process must have alike, by name; all call this.
+  """Checks that all processes have the same texts; every one calls this.
+
+  Args:
+    facts: Texts by a name that messages give.
 
   Raises:
-    ValueError: In every process, where one has another than process 0.
+    ValueError: Some process has another text than process 0; all raise it.
   """
   if jax.process_count() == 1:
     return
@@ -264,10 +273,13 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-  """Whether all processes see one folder, which exists; all call this.
+  """Checks that all processes see the same folder; every one calls this.
+
+  Args:
+    folder: A folder that exists.
 
   Raises:
-    ValueError: Not so, in the processes that do not.
+    ValueError: This process does not see what process 0 writes there.
   """
   if jax.process_count() == 1:
     return

@@ -1,10 +1,10 @@
-"""Continues or answers prompts with what a run has learned.
+"""Continues or answers prompts with the model that a run has trained.
 
     python -m moe_jax.generate --workdir=runs/tiny --prompt='def ' \
       --temperature=0.8
 
-Text comes as it is made; without a temperature it is the likeliest token each
-time. Kept short: everything here can be called from a notebook.
+The text is printed token by token; with temperature 0 each token is the
+likeliest. Kept short: everything here can be called from a notebook.
 """
 
 import argparse
@@ -24,51 +24,58 @@ from moe_jax.runs.checkpointer import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says in one line what is wrong."""
+  """A parser that reports a wrong argument in one line."""
 
   def error(self, message: str) -> NoReturn:
     command_line.fail(message)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
+  """Parses the command line."""
   parser = _Parser(
     prog='python -m moe_jax.generate', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  add('--workdir', required=True, help='the run that generates')
-  add('--step', type=int, help='its checkpoint; else the newest good one')
+  add('--workdir', required=True, help='folder of the run')
+  add('--step', type=int, help='step of the checkpoint; else the newest good')
   prompts = parser.add_mutually_exclusive_group(required=True)
-  prompts.add_argument('--prompt', help='the text to go on from, or to answer')
-  prompts.add_argument('--prompts_file', help='a prompt a line, one batch')
-  add('--chat', action='store_true', help='a prompt is what a user says')
-  add('--source_language', default='', help='of the prompt: eng_Latn (NLLB)')
-  add('--target_language', default='', help='of the answer: fra_Latn (NLLB)')
-  add('--num_tokens', type=int, default=256, help='new ones, at most')
+  prompts.add_argument('--prompt', help='text to continue or to answer')
+  prompts.add_argument('--prompts_file', help='file with a prompt in each line')
+  add('--chat', action='store_true', help="treat prompts as a user's turns")
+  add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
+  add('--target_language', default='', help="answers': fra_Latn (NLLB)")
+  add('--num_tokens', type=int, default=256, help='most new tokens of a row')
   add('--temperature', type=float, default=0.0, help='0: the likeliest token')
-  add('--top_k', type=int, default=0, help='among so many; 0: among all')
-  add('--top_p', type=float, default=1.0, help='among those of this share')
-  add('--num_beams', type=int, default=1, help='more than 1: beam search')
-  add('--length_penalty', type=float, default=1.0, help='of beam search')
-  add('--seed', type=int, default=0)
+  add('--top_k', type=int, default=0, help='draw among the k likeliest; 0: all')
+  add(
+    '--top_p',
+    type=float,
+    default=1.0,
+    help='draw among the likeliest tokens whose probabilities sum to this',
+  )
+  add('--num_beams', type=int, default=1, help='above 1: beam search')
+  add(
+    '--length_penalty', type=float, default=1.0, help="beam search's exponent"
+  )
+  add('--seed', type=int, default=0, help='seed of the drawn tokens')
   add(
     '--stop',
     action='append',
     default=[],
-    help='text of a token that ends a row, beside the end of text; repeatable',
+    help='token that ends a row, besides the end of text; repeatable',
   )
   add(
     '--allow_module',
     action='append',
     default=[],
-    help='module or package whose classes the run may name; repeatable',
+    help='module or package that the run may import; repeatable',
   )
   add('--traceback', action='store_true', help='show where an error came from')
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Generates, and says in a few lines what went wrong."""
+  """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Loads the run and prints what it says."""
+  """Loads the run and prints the text that it generates."""
   numbered = _prompts(options)
   texts = list(numbered.values())
   loaded = generation.load(
@@ -105,20 +112,20 @@ def run(options: argparse.Namespace) -> None:
     context = () if model.has_encoder else prompts[0]
     stream = generation.TextStream(loaded.tokenizer, context)
     arguments['on_token'] = lambda _, tokens: _say(stream.add(int(tokens[0])))
-  made = generation.generate(
+  generated = generation.generate(
     model, variables, prompts, num_tokens=num_tokens, **arguments
   )
   if stream is not None:
     _say(stream.end() + '\n')
     return
-  for (number, text), ids in zip(numbered.items(), made.rows):
+  for (number, text), ids in zip(numbered.items(), generated.rows):
     if len(texts) > 1:
       _say(f'[{number}] {text}\n')
     _say(trained_run.decode(loaded.tokenizer, ids) + '\n')
 
 
 def _prompts(options: argparse.Namespace) -> dict[int, str]:
-  """By line, from 1; empty lines are none."""
+  """The prompts by line number, from 1; empty lines are left out."""
   if options.prompts_file is None:
     return {1: options.prompt}
   text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
@@ -129,7 +136,7 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
 
 
 def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
-  """The prompts' ids and how many tokens there is room for behind each."""
+  """The prompts' token ids, and the number of new tokens that all can have."""
   encoded = [_encode(loaded, text, options) for text in texts]
   for text, ids in zip(texts, encoded):
     if not len(ids):
@@ -161,7 +168,7 @@ def _encode(loaded, text: str, options) -> np.ndarray:
 
 
 def _arguments(loaded, options: argparse.Namespace) -> dict[str, Any]:
-  """What `generate` is told beside the prompts."""
+  """The keyword arguments of `generation.generate` that flags decide."""
   tokenizer = loaded.tokenizer
   ids = trained_run.special_ids(loaded.model, tokenizer)
   stops = [_token(tokenizer, text) for text in options.stop]

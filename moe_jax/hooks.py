@@ -1,6 +1,6 @@
-"""What a run shows beside its numbers: cost, a sample, plots, the report.
+"""Hooks of the training loop: facts, profile, plots, routing report, sample.
 
-Each is a `Hook` of the training loop; `moe_jax.main` and experiments choose.
+`moe_jax.main` and experiments choose which of them a run has.
 """
 
 import jax
@@ -32,10 +32,10 @@ LEAK = (
 
 
 class Facts(Hook):
-  """Says at the start what is trained, on what, at which cost."""
+  """Prints at the start of a run its data, its model's cost and its devices."""
 
   def start(self, run: Run) -> None:
-    """Prints data, model, mesh and, where it applies, the leak."""
+    """Prints a line for each, and warns of a model that is not causal."""
     run.message(run.dataset.describe())
     if run.model.reads_features:
       shapes = jax.tree.leaves(run.programs.abstract_state.params)
@@ -71,14 +71,15 @@ def _dispatch(run: Run, dispatch: Dispatch) -> str:
 
 
 class MeshSummary(Hook):
-  """Says of several devices what each holds, and what they send each other.
+  """Prints what each of several devices holds and what they communicate.
 
-  The step is compiled for that, and the run takes the compiled one: nothing is
-  compiled twice. Goes before hooks that wrap the step.
+  The step is compiled for this, and the run then uses the compiled step, so
+  nothing is compiled twice. This hook has to come before hooks that wrap the
+  step.
   """
 
   def start(self, run: Run) -> None:
-    """Prints it, in a few lines."""
+    """Prints a few lines; none for a single device."""
     if run.mesh.size == 1:
       return
     state = run.programs.abstract_state
@@ -90,18 +91,18 @@ class MeshSummary(Hook):
 
 
 class Profile(Hook):
-  """Traces the steps that the section `profile` names."""
+  """Traces the steps that the section `profile` of the config names."""
 
   def __init__(self):
     self._profiler: profile.Profiler | None = None
 
   def start(self, run: Run) -> None:
-    """Wraps the step."""
+    """Wraps the step in a profiler, unless no step is to be traced."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return
     folder = run.workdir / profile.FOLDER
-    if c.all_processes:  # those of a host would overwrite each other's
+    if c.all_processes:  # processes of one host would overwrite each other's
       folder /= f'process_{jax.process_index()}'
     self._profiler = run.train_step = profile.Profiler(
       run.train_step,
@@ -111,11 +112,11 @@ class Profile(Hook):
     )
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Writes a trace that the run's last step cut short."""
+    """Writes the trace, if the run ends before its last traced step."""
     self.close()
 
   def close(self) -> None:
-    """Writes a trace that a signal or an error cut short."""
+    """Writes the trace, if a signal or an error ends the run."""
     if self._profiler is not None:
       self._profiler.stop()
 
@@ -124,12 +125,12 @@ class Sample(Hook):
   """Ends a run with a text sample, printed and in `sample.txt`."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Continues the prompt of the section `sample`, or answers it.
+    """Continues or answers the prompt of the config's section `sample`.
 
-    An encoder-decoder answers the first validation inputs too, beside their
-    targets. In text that outgrows the rows of training, attention looks no
-    further back than they did; where positions are learned, the sample ends
-    with them.
+    An encoder-decoder also answers the first validation inputs, whose targets
+    are printed beside. Where the text is longer than a row of training,
+    attention looks no further back than the length of a row; where positions
+    are learned, the sample ends at the last of them.
     """
     c = run.options.sample
     if c.num_tokens < 1:
@@ -153,7 +154,7 @@ class Sample(Hook):
     pairs = []
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
-    made = generation.generate(
+    generated = generation.generate(
       model,
       variables,
       [prompt, *(inputs for inputs, _ in pairs)],
@@ -162,7 +163,7 @@ class Sample(Hook):
       seed=c.seed,
       **trained_run.special_ids(model, tokenizer),
     )
-    answers = [trained_run.decode(tokenizer, row) for row in made.rows]
+    answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
     if model.has_encoder:
       given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]
@@ -176,7 +177,7 @@ class Sample(Hook):
 def first_pairs(
   rows: data.Rows, count: int = _SAMPLE_PAIRS
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """The first example of each of the first rows: (inputs, targets)."""
+  """The first example, (inputs, targets), of each of the first `count` rows."""
   batch = rows.take(np.arange(min(count, len(rows))))
   encoder, decoder = (
     batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
@@ -194,7 +195,7 @@ class Plots(Hook):
   """Ends a run with `curves.png`, and `load.png` of a sparse model."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Draws what `metrics.jsonl` holds."""
+    """Draws the rows of `metrics.jsonl`."""
     if not is_first():
       return
     rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
@@ -207,7 +208,7 @@ class Plots(Hook):
 
 
 class RoutingReport(Hook):
-  """Ends a run of a sparse model with a table of what its routers did."""
+  """Ends a run of a sparse model with a table of its routers' statistics."""
 
   def end(self, run: Run, state: TrainState) -> None:
     """Prints the table and writes `routing_report.md` and `.json`."""
@@ -226,7 +227,10 @@ class RoutingReport(Hook):
 
 
 def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
-  """Each sparse layer over validation batches at the training capacity."""
+  """Routing statistics of each sparse layer, over some validation batches.
+
+  The capacity is that of training.
+  """
   sums = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
@@ -261,7 +265,7 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
 
 
 def default_hooks() -> list[Hook]:
-  """What the main program wires in."""
+  """The hooks of `moe_jax.main`."""
   return [
     Facts(),
     MeshSummary(),

@@ -9,13 +9,12 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-  """Makes glibc keep the memory it is given back, and reuse it.
+  """Makes glibc keep freed memory and reuse it; returns whether it does.
 
   XLA's CPU backend allocates a step's temporaries anew at every step. Above 32
   MiB glibc maps them from the system and unmaps them at the end, so that each
   step pays a page fault for every 4 KiB. The price is that resident memory
-  stays at its peak. Elsewhere than on glibc there is nothing to tune: returns
-  False.
+  stays at its peak. Without glibc nothing is changed.
   """
   if not sys.platform.startswith('linux'):
     return False
@@ -23,7 +22,7 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):
     return False
-  # One arena: the others, one a thread, never hold more than 64 MiB.
+  # One arena for all threads: one of a thread's own holds at most 64 MiB.
   settings = (
     (_M_MMAP_THRESHOLD, _LARGEST),
     (_M_TRIM_THRESHOLD, _LARGEST),

@@ -1,6 +1,6 @@
-"""What started the processes of a run, read from the environment.
+"""The launcher that started a run's processes, read from the environment.
 
-Not here: what each of them is, which is JAX's own to find out.
+Not here: the number of processes and of this one, which JAX itself finds.
 """
 
 import importlib.util
@@ -13,10 +13,13 @@ _METADATA = 'computeMetadata/v1/instance/attributes'
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str | None:
-  """What started several processes, by the environment; None: there is one.
+  """Name of what started several processes; None for a single process.
 
-  What the processes are is then JAX's own to find out. A machine with TPU
-  chips asks Google Cloud's metadata server; no other is asked anything.
+  On a machine with TPU chips Google Cloud's metadata server is asked; no other
+  machine sends a request.
+
+  Args:
+    environ: Environment variables; None reads those of this process.
   """
   env = os.environ if environ is None else environ
 
@@ -31,14 +34,14 @@ def launcher(environ: Mapping[str, str] | None = None) -> str | None:
     return 'SLURM'
   if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
     return 'GKE'
-  # Of an indexed Job: JAX asks Kubernetes how many there are.
+  # The variables of an indexed Job; JAX asks Kubernetes how many pods it has.
   if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
     return 'Kubernetes'
   return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
 
 
 def _in_tpu_pod(env: Mapping[str, str]) -> bool:
-  # Importing JAX sets the variable where there are no chips.
+  # Importing JAX sets TPU_SKIP_MDS_QUERY where there are no TPU chips.
   if 'TPU_SKIP_MDS_QUERY' in env or not importlib.util.find_spec('libtpu'):
     return False
   if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':

@@ -1,15 +1,15 @@
-"""Trains and evaluates what a config describes.
+"""Trains and evaluates the model that a config describes.
 
     python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
     python -m moe_jax.main --config=configs/tiny_switch.py --describe
 
-The last one trains nothing: it prints every key of the config with its value,
-its default and what it means.
+The last command trains nothing: it prints every key of the config with its
+value, its default and what it means.
 
-As one of several processes, started alike on every host: the environment tells
-which (SLURM, Open MPI, TPU pods, GKE), or flags do:
+On several hosts the same command is started on each. The environment says which
+process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
@@ -40,7 +40,7 @@ from moe_jax.training.loop import train_and_evaluate
 
 config_flag.define()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where checkpoints, metrics and reports go.'
+  'workdir', None, 'Folder for checkpoints, metrics and reports of the run.'
 )
 _RESUME = flags.DEFINE_bool(
   'resume', False, 'Go on in a workdir whose config differs.'
@@ -54,22 +54,22 @@ _DESCRIBE = flags.DEFINE_bool(
 _ALLOW_MODULE = flags.DEFINE_multi_string(
   'allow_module',
   [],
-  'A module or package whose classes the folder of --config.init_from.workdir '
-  'may name; repeatable. Those that the config names need no leave.',
+  'A module or package from which the run in --config.init_from.workdir may '
+  'import classes; repeatable. Classes that --config names are always allowed.',
 )
 _COORDINATOR = flags.DEFINE_string(
-  'coordinator', None, 'Of several processes: host:port of process 0.'
+  'coordinator', None, 'host:port of process 0, for several processes.'
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many processes train together.'
+  'num_processes', None, 'Number of processes that train together.'
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this is, from 0.'
+  'process_id', None, 'Number of this process, from 0.'
 )
 
 
 def main(argv: list[str]) -> None:
-  """Runs, and says in a few lines what went wrong."""
+  """Runs the command; errors are reported in a few lines."""
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
-  """Whether no step is left."""
+  """Trains; returns whether no step is left."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
   try:

@@ -1,6 +1,6 @@
-"""Rules that the values of options keep, and what is said where one does not.
+"""Rules for the values of options, and messages where a value breaks one.
 
-Not here: options themselves (`options.py`), which offer these names, too.
+Not here: options (`options.py`, from which these rules can be imported too).
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
-# How the reason begins that an option has no effect beside its neighbours.
+# First word of the reason that an option has no effect, where the reason is the
+# value of another option.
 UNLESS = 'unless'
 
 
 def unknown(what: str, value: Any, have: Iterable[Any]) -> ValueError:
-  """The error for a name that does not exist; it gives the nearest and all."""
+  """The error for a name that does not exist; it lists all, nearest first."""
   return ValueError(unknown_text(what, value, have))
 
 
@@ -28,10 +29,11 @@ def unknown_text(what: str, value: Any, have: Iterable[Any]) -> str:
 
 
 class OptionError(ValueError):
-  """What is wrong with options, all at once.
+  """All problems of some options, in one error.
 
   Attributes:
-    problems: One text for each; each begins with the option's dotted name.
+    problems: A text for each problem, which begins with the option's dotted
+      name.
   """
 
   def __init__(self, problems: Iterable[str]):
@@ -39,17 +41,17 @@ class OptionError(ValueError):
     super().__init__('\n'.join(self.problems))
 
   def below(self, path: str) -> 'OptionError':
-    """The same problems of options that stand below `path` in a config."""
+    """The same error with `path` put before the name of every option."""
     return OptionError(f'{path}{text}' for text in self.problems)
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """A rule that the values of an option keep.
+  """A rule for the values of an option.
 
   Attributes:
     rule: The rule in words that follow a value: 'must be at least 1'.
-    holds: Whether a value keeps it.
+    holds: Returns whether a value keeps the rule.
     names: The names that are allowed, where the rule is a list of names.
   """
 
@@ -58,7 +60,7 @@ class Check:
   names: tuple[str, ...] = ()
 
   def problem(self, name: str, value: Any) -> str | None:
-    """What is wrong with a value of the right type; None if nothing is."""
+    """The message for a value that breaks the rule; None if it keeps it."""
     if self.holds(value):
       return None
     if self.names:
@@ -77,7 +79,7 @@ def above(low: int | float) -> Check:
 
 
 def within(interval: str) -> Check:
-  """The rule of an interval as it is written: '[0, 1)' or '(0, 1]'."""
+  """The rule that a value is in an interval, such as '[0, 1)' or '(0, 1]'."""
   low, high = (float(part) for part in interval[1:-1].split(','))
 
   def holds(value):
@@ -90,7 +92,7 @@ def within(interval: str) -> Check:
 
 
 def one_of(*names: str) -> Check:
-  """The rule of a list of names."""
+  """The rule that a value is one of these names."""
   return Check(f'not in {list(names)}', lambda value: value in names, names)
 
 
@@ -102,20 +104,21 @@ def each(check: Check) -> Check:
 
 
 def anything(reason: str) -> Check:
-  """No rule: every value of the type will do, for the reason that is given."""
+  """A rule that every value keeps; `reason` says why all are allowed."""
   return Check(reason, lambda value: True)
 
 
 # The rule that a text, or anything with a length, is not empty.
 NOT_EMPTY = Check('must be given', bool)
 
-# Values of other options of the same dataclass under which an option has an
-# effect: {'policy': ('threshold',)}, or {'num_experts': at_least(1)}.
+# The condition under which an option has an effect: the values, or a rule, of
+# other options of its dataclass, such as {'policy': ('threshold',)} or
+# {'num_experts': at_least(1)}.
 When = Mapping[str, tuple[Any, ...] | Check]
 
 
 def of_type(value: Any, hint: Any) -> bool:
-  """Whether a value is of a field's type; an integer is a float, no bool is."""
+  """Whether a value has a field's type; integers, but no bools, are floats."""
   origin = typing.get_origin(hint)
   if origin in (types.UnionType, Union):
     return any(of_type(value, part) for part in typing.get_args(hint))
@@ -144,7 +147,12 @@ def type_name(hint: Any) -> str:
 
 
 def in_force(values: Callable[[str], Any], when: When) -> bool:
-  """Whether an option has an effect, given its neighbours' values."""
+  """Whether a condition holds.
+
+  Args:
+    values: Returns the value of the option of a name.
+    when: The condition; see `When`.
+  """
   for name, allowed in when.items():
     value = values(name)
     if isinstance(allowed, Check):
@@ -161,7 +169,7 @@ def no_effect(name: str, value: Any, why: str) -> str:
 
 
 def needs(when: When, prefix: str = '') -> str:
-  """Why an option has no effect, in words that follow 'has no effect'."""
+  """The reason, after 'has no effect', where the condition does not hold."""
   parts = (
     f'{prefix}{other} {allowed.rule.replace("must be", "is")}'
     if isinstance(allowed, Check)

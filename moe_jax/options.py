@@ -1,11 +1,11 @@
-"""Typed options: dataclasses whose fields carry a default, a sentence, a rule.
+"""Typed options: dataclasses whose fields carry a default, a sentence, rules.
 
     @dataclasses.dataclass(frozen=True)
     class FfnConfig(Options):
       hidden: int = option(512, 'Width of the hidden layer.', at_least(1))
 
-A field is the only place where an option is written down. Sections of a config
-are made from these classes and read into them by `moe_jax.sections`.
+An option is declared in its field alone; `moe_jax.sections` makes sections of a
+config from these classes and reads them back.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from moe_jax import plugins
-from moe_jax.option_checks import (
+from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
   NOT_EMPTY,
   Check,
   OptionError,
@@ -32,43 +32,8 @@ from moe_jax.option_checks import (
   one_of,
   type_name,
   unknown,
-  unknown_text,
   within,
 )
-
-__all__ = [
-  'NOT_EMPTY',
-  'Check',
-  'Kinds',
-  'OptionError',
-  'Options',
-  'Spec',
-  'When',
-  'above',
-  'anything',
-  'at_least',
-  'choice',
-  'default_of',
-  'each',
-  'entries',
-  'fields_of',
-  'has_no_effect',
-  'in_force',
-  'needs',
-  'nested',
-  'no_effect',
-  'of_type',
-  'one_of',
-  'option',
-  'required',
-  'spec_of',
-  'type_name',
-  'types_of',
-  'unknown',
-  'unknown_text',
-  'value_problem',
-  'within',
-]
 
 _KEY = 'moe_jax'
 O = TypeVar('O', bound='Options')
@@ -77,17 +42,18 @@ F = TypeVar('F', bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a field says of its option beside type and default.
+  """Description of an option, kept in the metadata of its dataclass field.
 
   Attributes:
-    sentence: What the option is, in a sentence.
-    checks: Rules that its values keep.
-    when: Under which values of its neighbours it has an effect; {}: always.
-    kinds: What it chooses among; None of an option that is no choice.
+    sentence: A sentence on the option, understood without its neighbours.
+    checks: Rules for its values.
+    when: Values of its neighbours under which it has an effect; with {} it
+      always has.
+    kinds: The kinds to choose from; None for an option that is no choice.
     many: Whether it holds several choices, each by a name of the user's.
     infinite: Whether infinity is a value.
-    how: Whether it says only how something is computed, started or trained:
-      what the parameters compute outside of training does not depend on it.
+    how: Whether it only says how something is computed, started or trained, so
+      that outside of training it does not change what the parameters compute.
   """
 
   sentence: str = ''
@@ -110,14 +76,14 @@ def option(
   """A field of an `Options` dataclass.
 
   Args:
-    default: Its value where none is given; required if missing.
-    sentence: What it is, with its unit and the meaning of zero.
-    *checks: Rules that its values keep.
-    when: Values of neighbours under which it has an effect. A value other than
-      the default is refused elsewhere.
+    default: The default value; without it, a value is required.
+    sentence: A sentence on it, with its unit and the meaning of zero.
+    *checks: Rules for its values.
+    when: Values of neighbours under which it has an effect; otherwise only the
+      default is allowed.
     infinite: Whether infinity is allowed; NaN never is.
-    how: Whether outside of training it changes nothing that is computed, but
-      for rounding; see `Spec`.
+    how: Whether outside of training it changes results by rounding at most;
+      see `Spec`.
   """
   spec = Spec(sentence, checks, when or {}, infinite=infinite, how=how)
   return _field(default, spec)
@@ -134,9 +100,9 @@ def choice(
   """A field that holds the options of the chosen kind.
 
   Args:
-    kinds: What there is to choose from.
-    default: What is chosen by default: a kind's name, or its options.
-    sentence: What is chosen.
+    kinds: The kinds to choose from.
+    default: The name of the default kind, or its options.
+    sentence: A sentence on what is chosen.
     when: As in `option`.
     how: As in `option`.
   """
@@ -168,7 +134,7 @@ def nested(
 
 
 def _field(default, spec):
-  # Frozen dataclasses are hashable; mappings, of open sections, are not.
+  # A default that cannot be hashed needs a factory.
   if isinstance(default, Mapping):
     return dataclasses.field(
       default_factory=lambda: dict(default), metadata={_KEY: spec}
@@ -177,12 +143,12 @@ def _field(default, spec):
 
 
 def spec_of(field: dataclasses.Field) -> Spec:
-  """What a field says of its option."""
+  """The description of the option that a field holds."""
   return field.metadata.get(_KEY, Spec())
 
 
 def default_of(field: dataclasses.Field) -> Any:
-  """A field's default; `dataclasses.MISSING` where it is required."""
+  """A field's default; `dataclasses.MISSING` where a value is required."""
   if field.default_factory is not dataclasses.MISSING:
     return field.default_factory()
   return field.default
@@ -190,27 +156,28 @@ def default_of(field: dataclasses.Field) -> Any:
 
 @functools.cache
 def fields_of(cls: type) -> Mapping[str, dataclasses.Field]:
-  """The fields that are options, by name."""
+  """The fields of a dataclass that are options, by name."""
   return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
 
 @functools.cache
 def types_of(cls: type) -> dict[str, Any]:
-  """The resolved type of each field."""
+  """The type of each field of a dataclass, forward references resolved."""
   return typing.get_type_hints(cls)
 
 
 class Kinds:
-  """What a choice has to choose from: options classes, each with a name.
+  """The kinds that a choice can have: classes of options, each with a name.
 
-  A config names one of ours, or a user's own as 'module:name'.
+  A config names a built-in class, or a user's own as 'module:name'.
 
   Attributes:
-    what: What is chosen, for messages: 'router'.
-    base: The class that all of them extend: the contract.
-    builtin: Ours, by name.
-    inline: Whether their options stand beside `kind` in the section, those of
-      one name shared, or each kind's in a section of its own name.
+    what: Noun for what is chosen, for messages: 'router'.
+    base: The class that every kind extends: the contract.
+    builtin: The built-in classes, by name.
+    inline: Whether the options of all kinds stand beside `kind` in one section,
+      where kinds share options of the same name; otherwise each kind has a
+      section of its own name.
   """
 
   def __init__(
@@ -227,10 +194,10 @@ class Kinds:
     self.inline = inline
 
   def get(self, name: str) -> type:
-    """The options class of that name.
+    """The class of options of that name.
 
     Raises:
-      ValueError: There is none, or a user's is none of this contract.
+      ValueError: It does not exist, or a user's class breaks the contract.
     """
     if name in self.builtin:
       return self.builtin[name]
@@ -239,7 +206,7 @@ class Kinds:
     raise unknown(self.what, name, [*self.builtin, 'module:name'])
 
   def name_of(self, chosen: Any) -> str:
-    """The name of an instance's class, as a config writes it."""
+    """The name that a config has for the class of the chosen options."""
     for name, cls in self.builtin.items():
       if type(chosen) is cls:
         return name
@@ -247,33 +214,31 @@ class Kinds:
 
 
 def required(method: F) -> F:
-  """Marks a method of a contract that every class of it defines itself."""
+  """Marks a method of a contract that every subclass has to define."""
   method.is_required = True
   return method
 
 
 class Options:
-  """Base of dataclasses of options: checks its fields when it is made.
+  """Base of dataclasses of options; an instance checks its fields at once.
 
   A subclass adds rules that concern several fields in `problems`.
   """
 
   def __post_init__(self):
-    """Raises OptionError with all that is wrong."""
-    found = list(self._field_problems())
-    # What several fields mean together is only defined for valid ones.
-    found = found or list(self.problems())
-    if found:
-      raise OptionError(found)
+    """Raises OptionError with all problems of the values."""
+    # Rules for several fields assume that each is valid by itself.
+    if texts := list(self._field_problems()) or list(self.problems()):
+      raise OptionError(texts)
 
   def problems(self) -> Iterator[str]:
-    """What is wrong with several fields together, each text a problem."""
+    """The problems of several fields together, a text for each."""
     return iter(())
 
   def shrunk(self: O) -> O:
-    """The same options at a laptop's size, as ':runlocal' tries a config out.
+    """The same options at a laptop's size, for a config with ':runlocal'.
 
-    A class that has sizes overrides this; the base shrinks what it holds.
+    A class with sizes overrides this; by default nested options are shrunk.
     """
     changes = {}
     for name in fields_of(type(self)):
@@ -301,34 +266,28 @@ class Options:
 
 
 def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
-  """What is wrong with one value by itself; None if nothing is."""
+  """The problem of one value by itself; None for a valid one."""
   if spec.many:
     wrong = [n for n, v in value.items() if not isinstance(v, spec.kinds.base)]
     return f'{name}.{wrong[0]} is no {spec.kinds.what}' if wrong else None
+  said = f'{name}={value!r}'
   if spec.kinds is not None:
     if isinstance(value, spec.kinds.base):
       return None
-    return (
-      f'{name}={value!r} is no {spec.kinds.base.__name__}; have '
-      f'{sorted(c.__name__ for c in spec.kinds.builtin.values())}'
-    )
+    have = sorted(cls.__name__ for cls in spec.kinds.builtin.values())
+    return f'{said} is no {spec.kinds.base.__name__}; have {have}'
   if not of_type(value, hint):
-    return (
-      f'{name}={value!r} is a {type(value).__name__}, not {type_name(hint)}'
-    )
+    return f'{said} is a {type(value).__name__}, not {type_name(hint)}'
   if isinstance(value, float) and not (
     math.isfinite(value) or (spec.infinite and not math.isnan(value))
   ):
-    return f'{name}={value!r} must be finite'
-  for check in spec.checks:
-    problem = check.problem(name, value)
-    if problem is not None:
-      return problem
-  return None
+    return f'{said} must be finite'
+  problems = (check.problem(name, value) for check in spec.checks)
+  return next(filter(None, problems), None)
 
 
 def has_no_effect(options: Options, name: str) -> bool:
-  """Whether a field is set, to another value than its default, in vain."""
+  """Whether a field has another value than its default, but no effect."""
   field = fields_of(type(options))[name]
   if getattr(options, name) == default_of(field):
     return False

@@ -1,8 +1,8 @@
-"""Where arrays live: logical axes of their dimensions, split by a table.
+"""Sharding of arrays: a table maps logical axes of dimensions to mesh axes.
 
 Data, fully sharded, expert and tensor parallelism are rows of that table.
-Not here: the mesh itself (`device_mesh.py`), and the exchange of tokens between
-the devices of experts (`parallel/exchange.py`).
+Not here: the mesh (`device_mesh.py`), and the exchange of tokens between the
+devices of experts (`parallel/exchange.py`).
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.device_mesh import MESH_AXES, MeshOptions, make_mesh
-from moe_jax.options import Options, option, unknown, unknown_text
+from moe_jax.option_checks import unknown_text
+from moe_jax.options import Options, option, unknown
 
 __all__ = [
   'MESH_AXES',
@@ -34,16 +35,16 @@ __all__ = [
   'tree_shardings',
 ]
 
-# The sharding table: each logical axis with its mesh axes. It is hashable, as
-# modules that hold it have to be.
+# The sharding table: each logical axis with its mesh axes. It is a tuple, so
+# that modules that hold it are hashable.
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def _mesh_axes(what: str, default: str) -> Any:
   return option(
     default,
-    f'Mesh axes, separated by commas, over which {what} is split; with an '
-    'empty string it stays whole.',
+    f'Mesh axes, separated by commas, over which {what} is split; an empty '
+    'string keeps it whole on every device.',
   )
 
 
@@ -68,7 +69,7 @@ class ShardingOptions(Options):
   buckets: str = _mesh_axes('the table of relative positions', '')
 
   def problems(self):
-    """Each name is that of a mesh axis."""
+    """Every name must be that of a mesh axis."""
     for logical, axes in dataclasses.asdict(self).items():
       for name in _named(axes):
         if name not in MESH_AXES:
@@ -78,15 +79,15 @@ class ShardingOptions(Options):
 
   @property
   def rules(self) -> Rules:
-    """The table that modules and shardings are made from."""
+    """The sharding table, as modules and `sharding` take it."""
     return make_rules(dataclasses.asdict(self))
 
 
 def spread(x: jax.Array) -> dict[str, int]:
-  """The axes of more than one device of the mesh that x's type carries.
+  """Sizes above 1 of the mesh axes over which x can still be split.
 
-  Inside a `jit` of arrays on a mesh every type does. Axes over which a
-  `shard_map` around has split already are not among them.
+  The mesh is that of x's type, which arrays have inside a `jit` of arrays on a
+  mesh. Axes that an enclosing `shard_map` has split already are left out.
   """
   mesh = jax.typeof(x).sharding.mesh
   return {
@@ -97,10 +98,10 @@ def spread(x: jax.Array) -> dict[str, int]:
 
 
 def stated(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
-  """x with the mesh axes of its dimensions stated to the compiler.
+  """x with a sharding constraint: the mesh axes of its leading dimensions.
 
-  Axes of one device are left out; a dimension that does not divide is whole,
-  as are those not named.
+  Mesh axes of one device are left out. A dimension that its axes do not divide
+  stays whole, as do dimensions beyond `axes`.
   """
   sizes = spread(x)
   if not sizes:
@@ -120,17 +121,17 @@ def on_each_device(
   whole: tuple[Any, ...] = (),
   whole_specs: tuple[Any, ...] = (),
 ) -> Any:
-  """f(*split, *whole) on every device's own rows of `split`.
+  """f(*split, *whole) where each device computes its own rows of `split`.
 
-  For what no compiler can split: kernels, sorts, loops over the load. The
-  result has the rows of `split`; if they do not divide, each device computes
-  all of them.
+  This is for what no compiler can split: kernels, sorts, loops over the load.
+  The result has the rows of `split`; if the devices do not divide them, each
+  device computes all rows.
 
   Args:
     f: A pure function.
     split: Trees of arrays with the batch, or its groups, in front.
     whole: Trees of arrays that every device needs.
-    whole_specs: How they are split nevertheless, inside f.
+    whole_specs: Partition specs of `whole`, for those that f takes split.
   """
   x = jax.tree.leaves(split)[0]
   axes = spread(x)
@@ -206,7 +207,14 @@ def sharding(
 
 
 def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
-  """Shardings of a parameter tree; `axes` has a tuple of names a leaf."""
+  """The shardings of a tree of parameters.
+
+  Args:
+    mesh: The mesh of devices.
+    rules: The sharding table.
+    axes: A tree like the parameters, with a tuple of logical axes for each.
+    shapes: A tree like the parameters, of anything with a `shape`.
+  """
 
   def one(path, shape, names):
     name = path_name(path)
@@ -217,12 +225,19 @@ def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
 
 
 def like_params(mesh: Mesh, abstract, params, param_shardings):
-  """Shardings for optimizer state: as the parameter it belongs to, else whole.
+  """The shardings of an optimizer's state.
 
-  A leaf belongs to the parameter whose path is in its own. Moments have its
-  shape; Adafactor's statistics some of its dimensions, which are split as they
-  are there. Where two dimensions of one size could be meant, and are split
-  differently, the leaf's is whole.
+  A leaf is split like the parameter whose path its own path contains, or is
+  whole if there is none. Moments have the parameter's shape; Adafactor's
+  statistics have some of its dimensions, which are split as in the parameter.
+  A dimension that could be either of two of equal size is whole where those
+  are split differently.
+
+  Args:
+    mesh: The mesh of devices.
+    abstract: The state, or its shapes.
+    params: The parameters, or their shapes.
+    param_shardings: A tree like `params` of their shardings.
   """
   known = {
     tuple(map(str, path)): (leaf.shape, place.spec)
@@ -246,13 +261,13 @@ def like_params(mesh: Mesh, abstract, params, param_shardings):
 
 
 def _spec_of_some(shape, whole, spec) -> PartitionSpec:
-  """The spec of an array with some of another's dimensions, in order."""
+  """The spec of an array that has some dimensions of `whole`, in order."""
   choices = [
     [spec[i] for i in dims]
     for dims in itertools.combinations(range(len(whole)), len(shape))
     if tuple(whole[i] for i in dims) == shape
   ]
-  if not choices:  # stacked ones lead
+  if not choices:  # the shapes agree in leading, stacked dimensions alone
     same = itertools.takewhile(
       lambda pair: pair[0] == pair[1], zip(shape, whole)
     )
@@ -263,5 +278,5 @@ def _spec_of_some(shape, whole, spec) -> PartitionSpec:
 
 
 def path_name(path) -> str:
-  """'layers/layer_1/moe/experts/w_in': a parameter's name from its path."""
+  """The name of a parameter's path: 'layers/layer_1/moe/experts/w_in'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')

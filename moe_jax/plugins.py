@@ -1,6 +1,6 @@
-"""Classes of a user's own, named in a config as 'module:name'.
+"""A user's own classes, which a config names as 'module:name'.
 
-Not here: what such a class has to do, which is the contract that it extends.
+Not here: the contracts that such classes extend.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def load(name: str, what: str, base: type) -> type:
 
   Args:
     name: An importable module and a class in it, 'package.module:Class'.
-    what: What it is to be, for messages: 'router'.
+    what: Noun for what the class is, for messages: 'router'.
     base: The class that it has to extend.
 
   Raises:
@@ -45,7 +45,7 @@ def load(name: str, what: str, base: type) -> type:
 
 
 def _check_contract(said: str, chosen: type, base: type) -> None:
-  """Raises ValueError where a class is not whole."""
+  """Raises ValueError for a class that does not keep the contract `base`."""
   if '__dataclass_fields__' not in vars(chosen):
     raise ValueError(
       f'{said} is no dataclass, so that its options are unknown; put '
@@ -65,10 +65,10 @@ def _check_contract(said: str, chosen: type, base: type) -> None:
 
 
 def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
-  """Raises ValueError where a name read from a folder may not be imported.
+  """Raises ValueError for a class that a folder names and the user forbids.
 
-  A name in a config file or on the command line is the user's word; one that
-  stands in a folder may be anybody's.
+  Names in a config file or on the command line are the user's own; a folder
+  may have been written by somebody else, and importing runs code.
 
   Args:
     names: Names of classes, 'module:name'.
@@ -112,7 +112,7 @@ def digests(names: Iterable[str]) -> dict[str, str]:
   Raises:
     ValueError: A module has no file.
   """
-  found = {}
+  sha256 = {}
   for name in names:
     module = name.partition(':')[0]
     if module.split('.')[0] == _OURS:
@@ -121,5 +121,5 @@ def digests(names: Iterable[str]) -> dict[str, str]:
     if spec is None or spec.origin is None:
       raise ValueError(f'{name!r}: {module} has no file')
     data = pathlib.Path(spec.origin).read_bytes()
-    found[name] = hashlib.sha256(data).hexdigest()
-  return found
+    sha256[name] = hashlib.sha256(data).hexdigest()
+  return sha256

@@ -1,8 +1,8 @@
-"""The options of a whole config, read once before anything is built.
+"""The options of a whole config, which are read before anything is built.
 
     options = run_config.read(config)
 
-Not here: the rules that concern several sections (`training.run_options`), and
+Not here: rules that concern several sections (`training/run_options.py`), and
 the files of `configs/`.
 """
 
@@ -26,21 +26,21 @@ from moe_jax.section_reader import Leaf
 from moe_jax.training.evaluate import DEFAULT_EVALS, EvaluationOptions
 from moe_jax.training.run_options import RunOptions
 
-_HEAD = ('', 'key', 'value', 'default')
 _CELL, _WIDTH, _INDENT = 28, 96, ' ' * 7
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(RunOptions):
-  """All that a run is, with every kind of evaluation and of beginning."""
+  """All options of a run, with every kind of evaluation and initialisation."""
 
   evals: Mapping[str, EvaluationOptions] = entries(
     EVALUATIONS,
     DEFAULT_EVALS,
-    'Evaluations, each by a name that the user chooses.',
+    'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
+    'name that the user chooses.',
   )
   init_from: InitFrom = nested(
-    InitFrom(), 'Another run that this one begins with.'
+    InitFrom(), 'Run whose parameters this run begins with.'
   )
 
 
@@ -48,16 +48,16 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
   """The options of a config.
 
   Raises:
-    OptionError: All that is wrong with it, by name.
+    OptionError: The message lists all problems, by name.
   """
   return sections.read(RunConfig, config)
 
 
 def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config whose values stand in a JSON file; see `sections.section`.
+  """The config with the values of a JSON file; see `sections.section`.
 
   Raises:
-    OptionError: All that is wrong with them, by name.
+    OptionError: The message lists all problems, by name.
   """
   values = json.loads(path.read_text(encoding='utf-8'))
   return sections.section(sections.read(RunConfig, values))
@@ -69,15 +69,15 @@ def settled(
   """The options of a config whose last layer may choose other kinds.
 
   Args:
-    before: The config without its last layer, such as a file's.
-    after: With it, such as the flags of a command line.
+    before: The config without its last layer, such as that of a file.
+    after: The config with it, such as the flags of a command line.
 
   Returns:
-    The options, and by name the values that the last layer made meaningless:
-    they are ignored.
+    The options, and by name the values that are ignored because the last layer
+    took their effect.
 
   Raises:
-    OptionError: All that is wrong, by name.
+    OptionError: The message lists all problems, by name.
   """
   config, ignored = sections.settle(RunConfig, before, after)
   config = copy.deepcopy(config).unlock()
@@ -98,31 +98,41 @@ def settled(
 
 
 def describe(config: ml_collections.ConfigDict) -> Iterator[str]:
-  """Lines that say of every key of a config what it is.
+  """Lines that describe every key of a config.
 
   Each key has its value, its default and its sentence. A star marks a value
-  that is not the default, a dash a key that has no effect beside the others.
+  that is not the default, a dash a key that has no effect in this config.
   """
   leaves = sections.leaves(RunConfig, config)
-  rows = [_row(leaf) for leaf in leaves]
+  width = max(len(leaf.path) for leaf in leaves)
   yield "'*' marks what is not the default, '-' what has no effect here."
-  widths = [max(map(len, column)) for column in zip(*rows, _HEAD)]
-  for row, sentence in zip(
-    [_HEAD, *rows], ['', *(leaf.spec.sentence for leaf in leaves)]
-  ):
-    cells = (cell.ljust(width) for cell, width in zip(row, widths))
-    yield '  '.join(cells).rstrip()
+  yield _line('', 'key'.ljust(width), 'value', 'default')
+  for leaf in leaves:
+    mark = '-' if leaf.idle else '*' if leaf.changed else ''
+    value, default = repr(leaf.value), repr(leaf.default)
+    if leaf.default is dataclasses.MISSING:
+      default = 'required'
+    yield _line(mark, leaf.path.ljust(width), _cell(value), _cell(default))
+    if _cell(value) != value:
+      yield f'{_INDENT}value: {value}'
+    if _cell(default) != default and leaf.changed:
+      yield f'{_INDENT}default: {default}'
     yield from textwrap.wrap(
-      sentence, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT
+      _sentence(leaf), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT
     )
 
 
-def _row(leaf: Leaf) -> tuple[str, str, str, str]:
-  mark = '-' if leaf.idle else '*' if leaf.changed else ''
-  default = leaf.default
-  if default is dataclasses.MISSING:
-    default = 'required'
-  else:
-    default = textwrap.shorten(repr(default), _CELL, placeholder='...')
-  value = textwrap.shorten(repr(leaf.value), _CELL, placeholder='...')
-  return mark, leaf.path, value, default
+def _line(mark: str, key: str, value: str, default: str) -> str:
+  return f'{mark:1}  {key}  {value:{_CELL}}  {default}'.rstrip()
+
+
+def _cell(text: str) -> str:
+  """The text itself, or a sign that it is on a line below."""
+  return text if len(text) <= _CELL else '(below)'
+
+
+def _sentence(leaf: Leaf) -> str:
+  sentence, kinds = leaf.spec.sentence, leaf.spec.kinds
+  if kinds is None:
+    return sentence
+  return f'{sentence} One of: {", ".join(kinds.builtin)}, or module:name.'

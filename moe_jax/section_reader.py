@@ -1,6 +1,7 @@
-"""From a section of a config to options: one pass that collects what is wrong.
+"""Reading of options from a section of a config; all problems are collected.
 
-Not here: how a section is made, merged or settled (`sections.py`).
+Not here: how a section is made (`section_writer.py`), merged or settled
+(`sections.py`).
 """
 
 import dataclasses
@@ -9,7 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import ml_collections
 
-from moe_jax.option_checks import UNLESS, in_force, needs
+from moe_jax.option_checks import (
+  UNLESS,
+  in_force,
+  needs,
+  no_effect,
+  unknown_text,
+)
 from moe_jax.options import (
   Kinds,
   OptionError,
@@ -17,16 +24,14 @@ from moe_jax.options import (
   Spec,
   default_of,
   fields_of,
-  no_effect,
   spec_of,
   types_of,
-  unknown_text,
   value_problem,
 )
 
 ConfigDict = ml_collections.ConfigDict
 T = TypeVar('T', bound=Options)
-# A ConfigDict is no Mapping.
+# A ConfigDict does not count as a Mapping.
 Section = Mapping[str, Any] | ConfigDict
 
 KIND, CUSTOM = 'kind', 'custom'
@@ -38,10 +43,10 @@ class Leaf(NamedTuple):
   Attributes:
     path: Its dotted name.
     value: Its value.
-    default: Its default; `dataclasses.MISSING` where it is required.
-    spec: What its field says of it.
-    idle: Why it has no effect, in words that follow 'has no effect'; None
-      where it has one.
+    default: Its default; `dataclasses.MISSING` where a value is required.
+    spec: The description of its option; of a choice, for the key 'kind'.
+    idle: The reason that it has no effect, in words that follow 'has no
+      effect'; None where it has one.
   """
 
   path: str
@@ -52,38 +57,38 @@ class Leaf(NamedTuple):
 
   @property
   def changed(self) -> bool:
-    """Whether the value is another than the default."""
+    """Whether the value differs from the default."""
     if self.default is dataclasses.MISSING:
       return self.value not in (None, dataclasses.MISSING)
     return plain(self.value) != plain(self.default)
 
   @property
   def unmet(self) -> bool:
-    """Whether a neighbour's value, not another kind, takes its effect."""
+    """Whether it has no effect because of a neighbour's value, not a kind."""
     return self.idle is not None and self.idle.startswith(UNLESS)
 
 
 def as_mapping(config: Section) -> Mapping[str, Any]:
-  """The values of a section as plain nested mappings, which are read faster."""
+  """A section as plain nested mappings, which are faster to read."""
   return config.to_dict() if isinstance(config, ConfigDict) else config
 
 
 class Reader:
-  """One pass over a section; what is wrong is collected, not raised."""
+  """Reads a section; problems are collected, and raised by `check`."""
 
   def __init__(self, *, only_keys: bool = False):
-    """Starts a pass.
+    """Prepares for reading one section.
 
     Args:
-      only_keys: Whether the pass lists keys and makes no options, so that rules
-        that concern several keys together are not checked.
+      only_keys: Whether only `leaves` are wanted: no options are made, and
+        rules for several keys together are not checked.
     """
     self.problems: list[str] = []
     self.leaves: list[Leaf] = []
     self._only_keys = only_keys
 
   def check(self) -> None:
-    """Raises OptionError with all that is wrong, idle keys among it."""
+    """Raises OptionError with all problems, keys set in vain among them."""
     idle = [
       no_effect(leaf.path, leaf.value, leaf.idle)
       for leaf in self.leaves
@@ -101,15 +106,17 @@ class Reader:
     idle: str | None = None,
     others: tuple[str, ...] = (),
   ) -> T | None:
-    """An instance; None where something is wrong.
+    """The options of a section; None where it has a problem.
 
     Args:
-      cls: Its class.
-      default: An instance whose values are the defaults; None: the class's.
+      cls: The class of the options.
+      default: An instance whose values are the defaults; None takes those of
+        the class.
       config: The section.
       path: Its dotted name, with a dot at the end.
-      idle: Why the whole section has no effect; None where it has one.
-      others: Keys of the section that are not the class's.
+      idle: The reason that the whole section has no effect; None where it has
+        one.
+      others: Keys of the section that are no options of the class.
     """
     before = len(self.problems)
     self._unknown(cls, config, path, others)
@@ -205,7 +212,18 @@ class Reader:
     idle: str | None = None,
     spec: Spec = Spec(),
   ) -> Options | None:
-    """The options of the chosen kind; None where something is wrong."""
+    """The options of the chosen kind; None where there is a problem.
+
+    Args:
+      kinds: The kinds to choose from.
+      default: The default options, which decide the default kind; None where
+        the section has to name a kind.
+      config: The section.
+      path: Its dotted name, with a dot at the end.
+      idle: The reason that the whole section has no effect; None where it has
+        one.
+      spec: The description of the choice.
+    """
     usual = kinds.name_of(default) if default is not None else None
     name = config.get(KIND, usual)
     if name is None:
@@ -222,35 +240,37 @@ class Reader:
       if key not in have:
         names = [f'{path}{n}' for n in have]
         self.problems.append(unknown_text('config key', f'{path}{key}', names))
-    for other, other_cls in kinds.builtin.items():
-      if other != name:
-        why = idle or f'with {path}{KIND}={name!r}'
-        self.options(
-          other_cls, None, config.get(other, {}), f'{path}{other}.', why
-        )
     own = CUSTOM if name not in kinds.builtin else name
     if own != CUSTOM:
       self._no_custom(config, path, name)
     like = default if type(default) is cls else None
-    return self.options(cls, like, config.get(own, {}), f'{path}{own}.', idle)
+    below = config.get(own, {})
+    chosen = self.options(cls, like, below, f'{path}{own}.', idle)
+    why = idle or f'with {path}{KIND}={name!r}'
+    for other, other_cls in kinds.builtin.items():
+      if other != name:
+        below = config.get(other, {})
+        self.options(other_cls, None, below, f'{path}{other}.', why)
+    return chosen
 
   def _inline(self, kinds, cls, name, default, config, path, idle):
-    """A kind whose options stand beside `kind`, a user's own in `custom`."""
+    """The options of a kind that stand beside `kind`, or in `custom`."""
     known, foreign = fields_of(cls), {}
     for other in kinds.builtin.values():
       for key, field in fields_of(other).items():
         if key not in known:
           foreign.setdefault(key, (other, field))
-    for other, field in foreign.values():
-      why = idle or f'with {path}{KIND}={name!r}'
-      self._field(other, field, default_of(field), config, path, why)
     like = default if isinstance(default, cls) else None
     below = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
     if name in kinds.builtin:
       self._no_custom(config, path, name)
     else:
       below |= dict(config.get(CUSTOM, {}).items())
-    return self.options(cls, like, below, path, idle, tuple(foreign))
+    chosen = self.options(cls, like, below, path, idle, tuple(foreign))
+    why = idle or f'with {path}{KIND}={name!r}'
+    for other, field in foreign.values():
+      self._field(other, field, default_of(field), config, path, why)
+    return chosen
 
   def _no_custom(self, config, path, name):
     for key in config.get(CUSTOM, {}):
@@ -260,16 +280,19 @@ class Reader:
 
 
 def _values(cls, config):
-  """The values of a section's keys, defaults where they are not there."""
+  """A function from a key of a section to its value, or to its default.
+
+  The value of a choice's section is the name of its kind.
+  """
   fields = fields_of(cls)
 
-  def value(name):
-    found = config.get(name, default_of(fields[name]))
-    if isinstance(found, Mapping) and KIND in found:
-      return found[KIND]
-    return found
+  def value_of(name):
+    value = config.get(name, default_of(fields[name]))
+    if isinstance(value, Mapping) and KIND in value:
+      return value[KIND]
+    return value
 
-  return value
+  return value_of
 
 
 def _tuples(value: Any) -> Any:
@@ -279,7 +302,7 @@ def _tuples(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-  """A value that compares equal however it is stored: lists for tuples."""
+  """A value in the form in which values are compared: lists for tuples."""
   if isinstance(value, tuple | list):
     return [plain(item) for item in value]
   if isinstance(value, ConfigDict):

@@ -1,4 +1,4 @@
-"""From options to a section of a config: one that a reader takes back.
+"""Writing of options as a section of a config, which can be read back.
 
 Not here: how a section is read (`section_reader.py`), and how layers of a
 config are merged (`sections.py`).
@@ -11,12 +11,12 @@ from typing import Any
 
 import ml_collections
 
+from moe_jax.option_checks import in_force
 from moe_jax.options import (
   Kinds,
   Options,
   default_of,
   fields_of,
-  in_force,
   spec_of,
   types_of,
 )
@@ -36,14 +36,14 @@ def section(options: type[Options] | Options) -> ConfigDict:
 
 
 def lock(cls: type[Options], config: ConfigDict) -> ConfigDict:
-  """The same section, locked but for what is open: see `section`."""
+  """The same section, locked except where it is open; see `section`."""
   config.lock()
   _unlock_open(cls, config)
   return config
 
 
 def choice_section(kinds: Kinds, chosen: Options) -> ConfigDict:
-  """The section of a choice by itself, locked as `section` locks."""
+  """The section of a choice alone, locked like that of `section`."""
   config = ConfigDict(_choice_section(kinds, chosen))
   config.lock()
   _unlock_choice(kinds, config)
@@ -56,14 +56,14 @@ def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
 
 
 def meaning(options: Options, path: str = '') -> dict[str, Any]:
-  """What of some options decides what is computed, by dotted name.
+  """The options that decide which function is computed, by dotted name.
 
-  Options are left out that say only how (see `Spec`), and those without effect
-  beside their neighbours. The chosen kind has the name 'kind' in its section.
+  Left out are options that only say how it is computed (see `Spec.how`), and
+  those without effect. The name of a chosen kind has the key 'kind'.
 
   Args:
     options: The options.
-    path: What stands before every name, 'model.'.
+    path: Prefix of every name, such as 'model.'.
   """
   values = {}
   for name, field in fields_of(type(options)).items():

@@ -1,8 +1,9 @@
-"""Options and sections of a config, each made from the other.
+"""Sections of a config from options, and options from sections.
 
-A section mirrors a dataclass of `moe_jax.options`, nested as it is. A choice
-is a section with a `kind` beside the options of each kind: in a section of the
-kind's name, or inline; and one open section `custom` for a user's own class.
+A section mirrors a dataclass of `moe_jax.options`, nested in the same way. A
+choice is a section with a `kind`, the options of each kind (in a section of
+the kind's name, or inline beside `kind`), and an open section `custom` for the
+options of a user's own class.
 """
 
 import copy
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from moe_jax.options import Kinds, OptionError, Options, unknown_text
+from moe_jax.option_checks import OptionError, unknown_text
+from moe_jax.options import Kinds, Options
 from moe_jax.section_reader import (
   Leaf,
   Reader,
@@ -57,12 +59,12 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
   Args:
     cls: The class.
     config: Its section; keys that are not there have their defaults.
-    path: Where the section stands in the whole config, for messages: 'model.'.
+    path: Prefix of names in messages: the section's own, such as 'model.'.
 
   Raises:
-    OptionError: All that is wrong: unknown keys with the nearest name, wrong
-      types, missing and bad values, options that are set where they have no
-      effect.
+    OptionError: The message lists all problems: unknown keys with the nearest
+      name, wrong types, missing and bad values, options that are set where they
+      have no effect.
   """
   reader = Reader()
   options = reader.options(cls, None, as_mapping(config), path)
@@ -95,20 +97,20 @@ def choice_leaves(kinds: Kinds, config: Section, path: str = '') -> list[Leaf]:
 def settle(
   cls: type[Options], before: Section, after: ConfigDict
 ) -> tuple[ConfigDict, dict[str, Any]]:
-  """`after` without what its later layer switched off.
+  """`after` without earlier values that its later layer leaves no effect.
 
   A later layer of a config (a flag, an evaluation's overrides, a study's arm)
-  may choose another kind. What an earlier layer had set for the kind before is
-  then of no effect; it gets its default again. What a layer sets itself in
-  vain stays, and `read` refuses it.
+  may choose another kind. Options that an earlier layer had set for the kind
+  before then have no effect, and get their defaults again. An option without
+  effect that the later layer sets itself stays, and `read` refuses it.
 
   Args:
     cls: The class of the whole config.
-    before: The config as the earlier layers left it.
-    after: With the later layer.
+    before: The config of the earlier layers.
+    after: The config with the later layer, too.
 
   Returns:
-    A locked copy of `after`, and the values that were given up, by name.
+    A locked copy of `after`, and by name the values that got their defaults.
   """
   known = {leaf.path: leaf for leaf in leaves(cls, before)}
   ignored = {
@@ -120,23 +122,22 @@ def settle(
 def overridden(
   kinds: Kinds, chosen: T, overrides: Section, path: str
 ) -> tuple[T, dict[str, Any]]:
-  """The options with nested overrides, a layer of its own.
+  """The options with nested overrides, which are a later layer (`settle`).
 
-  Overrides may choose another kind, and set what has no effect where the
-  options are without what it belongs to (the dense twin has no capacity): that
-  is left out.
+  Overrides may choose another kind. Those that belong to a part that the
+  options lack (the dense twin has no capacity) are left out.
 
   Args:
-    kinds: What `chosen` is chosen from.
+    kinds: The kinds that `chosen` is chosen from.
     chosen: The options.
-    overrides: Their section's keys, nested, with other values.
-    path: Where the section stands in the whole config, for messages: 'model.'.
+    overrides: Keys of the options' section, nested, with other values.
+    path: Prefix of names in messages: the section's own, such as 'model.'.
 
   Returns:
-    The new options, and the values that are left out, by name.
+    The new options, and by name the values that are left out.
 
   Raises:
-    OptionError: All that is wrong with the overrides.
+    OptionError: The message lists all problems of the overrides.
   """
   if not overrides:
     return chosen, {}
@@ -158,16 +159,16 @@ def settle_overrides(
   after: Section,
   overrides: Section,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Overrides without what a later layer of what they go onto switched off.
+  """Overrides without those that a later layer of the config leaves no effect.
 
   Args:
-    list_leaves: Lists the keys of the section that they go onto.
-    before: That section as the earlier layers left it.
-    after: With the later layer.
-    overrides: Of the earlier layers, nested.
+    list_leaves: Lists the keys of the section to which overrides apply.
+    before: That section of the config of the earlier layers.
+    after: The same section with the later layer, too.
+    overrides: The overrides of the earlier layers, nested.
 
   Returns:
-    The overrides that are left, and those that were given up, by name.
+    The overrides that are left, and by name those that are not.
   """
   settled, ignored = ConfigDict(overrides).to_dict(), {}
   try:
@@ -175,7 +176,7 @@ def settle_overrides(
       {leaf.path: leaf for leaf in list_leaves(merge(base, settled))}
       for base in (ConfigDict(before).lock(), ConfigDict(after).lock())
     )
-  except OptionError:  # whoever reads them says so
+  except OptionError:  # raised again where the overrides are read
     return settled, {}
   for path, value in flatten(settled).items():
     if path not in new or path not in old:
@@ -191,7 +192,7 @@ def settle_overrides(
 
 
 def _switched_off(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
-  """Whether a later layer took the effect of what an earlier one had set."""
+  """Whether an earlier layer set the key and a later took its effect."""
   old = known.get(leaf.path)
   if leaf.idle is None or not leaf.changed or old is None:
     return False
@@ -199,7 +200,7 @@ def _switched_off(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
 
 
 def _never_on(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
-  """Whether an override belongs to what the options are without."""
+  """Whether the key belongs to a part that the options lack, and is set."""
   old = known.get(leaf.path)
   return leaf.idle is not None and leaf.changed and bool(old and old.unmet)
 
@@ -207,7 +208,7 @@ def _never_on(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
 def _without(
   config: ConfigDict, given_up: Mapping[str, Leaf], path: str = ''
 ) -> ConfigDict:
-  """A locked copy with the defaults of the leaves that are given up."""
+  """A locked copy in which the keys `given_up` have their defaults."""
   config = copy.deepcopy(config)
   for name, leaf in given_up.items():
     _put(config, name.removeprefix(path), leaf.default)
@@ -237,7 +238,7 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
 
 
 def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, with those of its sections open that are open in `config`."""
+  """`merged`, locked wherever `config` is."""
   if config.is_locked:
     merged.lock()
   for key, below in config.items():
@@ -280,7 +281,7 @@ def _put(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
-  """`{'model.width': 64, ...}`: the leaves of a config by dotted name."""
+  """The values of a config by dotted name: `{'model.width': 64, ...}`."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ConfigDict) and len(value):

@@ -1,4 +1,4 @@
-"""The letters every shape is written in, and the types that carry them.
+"""The letters of all array shapes, and the types that are annotated with them.
 
 | | meaning | | meaning |
 |---|---|---|---|
@@ -9,8 +9,8 @@
 | E | experts | H, D | attention heads, head width |
 | L | layers | V | vocabulary |
 
-R is the rows an expert multiplies (G*C). A type `Float32` is a contract: the
-array is float32 whatever the model's dtype is. `Float` takes any width.
+R is the number of rows that an expert multiplies (G*C). A type `Float32`
+requires float32 whatever the model's dtype is; `Float` takes any width.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ from jaxtyping import (
 )
 
 PRNGKey = Key[Array, '']
-# A field of a registered dataclass: an array, or what a tree of the same form
-# holds in its place, such as a shape or a sharding.
+# Type of a field of a registered dataclass: an array, or, in a tree of the same
+# form, what stands for it, such as a shape or a sharding.
 Leaf = Any
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What a training step takes and reports, for all who read or write it.
+"""Types of the batch and the metrics of a training step.
 
-Not here: how the sums come to be (`training/losses.py`) and the step itself
+Not here: how the sums are computed (`training/losses.py`), and the step
 (`training/step.py`).
 """
 
@@ -15,13 +15,13 @@ Batch = dict[str, Array]
 
 
 class LossSums(NamedTuple):
-  """Sums over tokens; add two to merge them.
+  """Sums over the tokens of a batch; `add` merges those of two.
 
   Attributes:
     cross_entropy: float32 [], sum of nats times loss weights.
     weight: float32 [], sum of loss weights.
     logits_z: float32 [], sum of squared logsumexps of logits times weights.
-    aux: The layers' aux, every leaf [L, ...].
+    aux: Losses and statistics of the layers' routers, every leaf [L, ...].
   """
 
   cross_entropy: Array
@@ -31,13 +31,13 @@ class LossSums(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-  """What a step reports.
+  """Metrics of one optimizer step.
 
   Attributes:
-    loss: float32 [], what was minimised.
-    sums: Of the batch.
-    grad_norm: float32 [], before clipping.
-    learning_rate: float32 [], of this step, before rules by name.
+    loss: float32 [], the loss that was minimised.
+    sums: Sums over the batch.
+    grad_norm: float32 [], the norm of the gradient before clipping.
+    learning_rate: float32 [], the learning rate before factors by name.
   """
 
   loss: Array

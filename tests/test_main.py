@@ -132,6 +132,18 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   assert lines[at + 1].strip().startswith('Number of rows in the batch')
   (key,) = [line for line in lines if ' model.moe.router.hash.seed ' in line]
   assert key.startswith('-')
+  # The options of the chosen kind come before those of all others.
+  chosen = said.out.index(' model.moe.router.token_choice.')
+  assert chosen < said.out.index(' model.moe.router.noisy_top_k.')
+  (at,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
+  assert lines[at + 1].endswith('One of: adamw, adafactor, or module:name.')
+  # A value that is wider than its column stands whole on the next line.
+  name = ' evals.all_tokens.model_overrides '
+  (at,) = [i for i, line in enumerate(lines) if name in line]
+  kinds = {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
+  overrides = {'moe': kinds}
+  assert lines[at].split()[2:] == ['(below)', '{}']
+  assert lines[at + 1].strip() == f'value: {overrides}'
   for path in sections.flatten(command_line.load_config(config[9:])):
     path = path.partition('overrides.')[0].removesuffix('_')
     assert any(f' {path}' in line for line in lines), path

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.options import unknown_text
+from moe_jax.option_checks import unknown_text
 
 IDS = int | list | None
 _WHO = 'transformers 5.24'

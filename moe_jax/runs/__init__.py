@@ -1,1 +1,1 @@
-"""What keeps a run alive and visible: workdir, checkpoints, rows, watch."""
+"""Work folder, checkpoints, metrics and supervision of a run."""

@@ -1,6 +1,7 @@
 """The files of a checkpoint's arrays, which Orbax writes and reads.
 
-Not here: when they are written, and what seals them (`checkpointer.py`).
+Not here: when they are written (`checkpointer.py`), and the manifest that
+completes a checkpoint (`manifest.py`).
 """
 
 from typing import Any
@@ -11,10 +12,11 @@ import orbax.checkpoint as ocp
 
 
 class _AtOnce(ocp.type_handlers.ArrayHandler):
-  """Writes a state's arrays as one transaction, and nothing beside them.
+  """Writes the arrays of a state as one transaction, without further files.
 
-  Each array for itself makes many small files, and shardings and write shapes
-  others, that `Checkpointer` does not read: together a third of the time.
+  Orbax's default writes small files for each array, and files of shardings and
+  write shapes, which `Checkpointer` does not read. They take a third of a
+  save's time.
   """
 
   def __init__(self):
@@ -22,24 +24,24 @@ class _AtOnce(ocp.type_handlers.ArrayHandler):
 
   async def serialize(self, values, infos, args=None):
     for info in infos:
-      info.byte_limiter = None  # with a limit, there is no transaction
+      info.byte_limiter = None  # with a limit, Orbax makes no transaction
     return await super().serialize(values, infos, args)
 
 
 def checkpointer() -> ocp.AsyncCheckpointer:
-  """For states of `jax.Array`, and host copies of them."""
+  """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
   handlers = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, _AtOnce()),
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
   )
   return ocp.AsyncCheckpointer(
-    # Compressing takes a quarter of a save's time, which training then lacks,
-    # and spares a twentieth of the bytes: weights are mostly noise.
+    # Compression takes a quarter of a save's time from training, and saves only
+    # a twentieth of the bytes, as weights are mostly noise.
     ocp.PyTreeCheckpointHandler(
       use_compression=False, type_handler_registry=handlers
     ),
-    # A folder that its thread cannot make leaves others waiting for it, and the
-    # interpreter's exit for them, for five minutes.
+    # If Orbax's thread cannot make a folder, its other threads wait for the
+    # folder, and the interpreter's exit for those, for five minutes.
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False
     ),
@@ -47,14 +49,19 @@ def checkpointer() -> ocp.AsyncCheckpointer:
 
 
 def to_restore(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
-  """What `checkpointer` is asked for, in the types and places described."""
+  """Arguments that restore a state with the given dtypes and shardings.
+
+  Args:
+    abstract_state: A tree of shapes with dtypes; see `Checkpointer.restore`.
+    partial: Whether the checkpoint may hold more than these.
+  """
   target = jax.tree.map(_placed, abstract_state)
   how = ocp.checkpoint_utils.construct_restore_args(target)
   return ocp.args.PyTreeRestore(target, how, partial_restore=partial)
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  """`leaf` with a sharding: else Orbax takes the devices of the saving run."""
+  """`leaf` with a sharding; without it Orbax uses the saving run's devices."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

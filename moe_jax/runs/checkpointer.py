@@ -1,8 +1,8 @@
 """Checkpoints of a train state: asynchronous, verified, resumable bit for bit.
 
 Not here: how arrays are written and read (`array_files.py`), what a good
-checkpoint is (`manifest.py`), which are kept (`retention.py`), when to save and
-what to do about a failure (`training/loop.py`).
+checkpoint is (`manifest.py`), which are kept (`retention.py`), and when a run
+saves (`training/loop.py`).
 """
 
 import concurrent.futures
@@ -26,10 +26,14 @@ __all__ = ['CheckpointError', 'Checkpointer', 'Restored']
 
 
 class Restored(NamedTuple):
-  """What `Checkpointer.restore` found.
+  """A checkpoint that has been read.
 
-  `skipped` are the newer checkpoints passed over, newest first, with reasons;
-  with several processes, process 0 alone knows them.
+  Attributes:
+    state: The saved state, in the dtypes and shardings that were asked for.
+    extra: The JSON values that were saved with it.
+    step: The optimizer step after which it was saved.
+    skipped: Newer checkpoints that are not good, as (step, reason), newest
+      first; only process 0 has them.
   """
 
   state: Any
@@ -41,16 +45,18 @@ class Restored(NamedTuple):
 class Checkpointer(contextlib.AbstractContextManager):
   """The checkpoints of one run in one directory; a context manager.
 
-  Left unclosed, it loses a pending save when the interpreter exits.
+  If it is not closed, a pending save is lost when the interpreter exits.
 
   Args:
-    directory: Made at the first save. One run at a time may save to it.
-    keep_newest: How many of the newest are kept, at least 1.
+    directory: The directory, which the first save makes. One run at a time may
+      save to it.
+    keep_newest: Number of the newest checkpoints that are kept, at least 1.
     keep_best: Whether the one with the lowest `best_metric` is kept besides.
     best_metric: A key of the `metrics` given to `save`.
-    retry: For transient storage errors. With more than one try, the host keeps
-      a copy of what is being saved until it is written. Several processes
-      would have to agree on another try: they try once to write arrays.
+    retry: How often storage is tried again after a transient error. With more
+      than one try, the host keeps a copy of what is being saved until it is
+      written. Several processes try only once to write arrays, as they would
+      have to agree on another try.
   """
 
   def __init__(
@@ -67,7 +73,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       directory, keep_newest, keep_best, best_metric, retry
     )
     self._needed_metric = best_metric if keep_best else None
-    # Orbax tells a failed write in 200 lines; `CheckpointError` does in two.
+    # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
     for name in ('absl', 'asyncio'):
       logging.getLogger(name).addFilter(_not_from_orbax)
     self._orbax = array_files.checkpointer()
@@ -86,19 +92,20 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> None:
     """Starts saving `state`; its arrays are copied out before this returns.
 
-    Waits for the save before. The step last saved or restored here is there
-    already and is not saved again. What the directory holds at or after `step`,
-    or after the restored step, is set aside.
+    The save before is waited for. The step that was last saved or restored is
+    not saved again. Checkpoints in the directory at or after `step`, or after
+    the restored step, are set aside. Every process has to call this.
 
     Args:
       step: The optimizer step, not negative.
-      state: Any pytree of jax arrays. With several processes, each calls this.
-      extra: What JSON can hold (tuples come back as lists), of process 0.
+      state: Any pytree of jax arrays.
+      extra: Values that JSON can hold (tuples come back as lists); those of
+        process 0 are saved.
       metrics: Scalars; one that is not finite is never the best.
 
     Raises:
-      ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` are
-        given without the `best_metric` to keep the best by.
+      ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
+        the `best_metric`.
       CheckpointError: This save could not start, or the one before failed.
     """
     about = manifest_lib.make(step, state, extra or {}, metrics or {})
@@ -128,7 +135,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Waits until the pending save, its manifest and the pruning are done.
 
     Raises:
-      CheckpointError: The save failed, and what it had written is removed.
+      CheckpointError: The save failed; the files it had written are removed.
     """
     if self._pending is None:
       return
@@ -141,7 +148,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._pending, self._last = None, step
 
   def settle(self, seconds: float) -> None:
-    """Gives a pending save so long to end, on any thread; says nothing."""
+    """Waits at most so long for a pending save; callable on any thread.
+
+    A failure is not raised here but by `wait`.
+    """
     if (pending := self._pending) is not None:
       concurrent.futures.wait([pending[1]], seconds)
 
@@ -157,7 +167,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     self.close()
 
   def steps(self) -> list[int]:
-    """The finished steps, rising; they are not verified, so this is cheap."""
+    """Steps of finished checkpoints, ascending; none is verified."""
     return self._directory.steps()
 
   def best_step(self) -> int | None:
@@ -165,7 +175,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     return self._directory.best_step()
 
   def newest_good(self) -> int | None:
-    """The newest step whose files all verify, or None."""
+    """The newest step of which all files verify, or None."""
     return self._directory.newest_good()[0]
 
   def restore(
@@ -177,28 +187,28 @@ class Checkpointer(contextlib.AbstractContextManager):
     cast: bool = False,
     first: Any = None,
   ) -> Restored | None:
-    """The newest good checkpoint, or None where none was ever finished.
+    """Reads the newest good checkpoint; None if none was ever finished.
 
-    The run goes on from it: a later save sets newer ones aside. To look at a
-    checkpoint beside a run, use another `Checkpointer`.
+    The run goes on from it, so a later save sets newer checkpoints aside. To
+    read a checkpoint without that, use another `Checkpointer`.
 
     Args:
       abstract_state: A pytree of `jax.ShapeDtypeStruct` (or arrays). Leaves
         come back in their `sharding`, on any mesh; without one, on the first
         local device.
-      step: This one and no other.
-      partial: Whether the checkpoint may hold more than `abstract_state`, say
-        the optimizer's state, which is not loaded then.
-      cast: Whether `abstract_state` may ask for another floating-point type
-        than was saved; leaves are converted as they are read.
-      first: What a checkpoint of step 0 holds in place of `abstract_state`:
-        parameters alone, where a run begins from those of another.
+      step: The step to read instead of the newest good one.
+      partial: Whether the checkpoint may hold more than `abstract_state`, such
+        as the optimizer's state; the rest is not read.
+      cast: Whether `abstract_state` may have other floating-point types than
+        were saved; leaves are converted as they are read.
+      first: The tree to use instead of `abstract_state` for a checkpoint of
+        step 0, which holds parameters alone (those of an imported model).
 
     Raises:
       ValueError: `step` does not exist, or the trees differ in their paths,
         shapes or dtypes, which are listed.
-      CheckpointError: `step` is not good; or some are finished and none is
-        good; or a save pending here failed.
+      CheckpointError: `step` is not good; or some checkpoints are finished and
+        none is good; or a pending save failed.
     """
     self.wait()
     found, skipped = self._directory.find(step)
@@ -218,19 +228,22 @@ class Checkpointer(contextlib.AbstractContextManager):
     return Restored(state, manifest.extra, found, skipped)
 
   def _copied(self, state: Any) -> Any:
-    """What another try would write: the caller's arrays are gone by then."""
+    """A host copy for another try, when the state's arrays may be deleted.
+
+    None where there is no other try.
+    """
     if self._retry.tries == 1 or jax.process_count() > 1:
       return None
-    # On a CPU these are views; while they live, no step is given their memory.
+    # On a CPU these are views, which keep the arrays' memory from being reused.
     return jax.device_get(state)
 
   def _rewriting(self, copied: Any) -> Retry:
-    """How often arrays are written."""
+    """How often writing the arrays is tried: once without a host copy."""
     return self._retry if copied is not None else Retry()
 
   def _write(self, step: int, state: Any) -> epath.Path:
-    """Starts Orbax's writing, and returns the folder it goes to."""
-    self._saves += 1  # a failed save may yet write: never into this one
+    """Lets Orbax begin to write, and returns the folder it writes to."""
+    self._saves += 1  # a new folder, as a failed save may still be writing
     saving = self._directory.folder(step, f'.saving{self._saves}')
     try:
       self._orbax.save(saving, ocp.args.PyTreeSave(state))
@@ -240,9 +253,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     return saving
 
   def _finish(self, saving, manifest: manifest_lib.Manifest, copied) -> None:
-    """On the thread: waits for Orbax's files, then seals, names and prunes."""
+    """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
+
+    This runs on the thread of this object.
+    """
     writing: list[epath.Path] = [saving]
-    # Writing the arrays again does all of it again.
+    # With a host copy another try repeats all steps, so no step is repeated.
     retry = self._retry if copied is None else Retry()
 
     def finish():
@@ -261,9 +277,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._directory.prune()
 
   def _clear_away(self) -> None:
-    """Frees what a failed save took: it is a full disk, more often than not."""
+    """Removes a failed save's files, as the disk is probably full."""
     with contextlib.suppress(Exception):
-      self._orbax.wait_until_finished()  # else the next save gets the rest
+      self._orbax.wait_until_finished()  # else the next save raises its errors
     if jax.process_index() == 0:
       self._directory.remove_leftovers()
 
@@ -286,5 +302,5 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-  """Also not asyncio's word on its coroutines, which names their files."""
+  """Whether a log record is not about Orbax: neither from it nor naming it."""
   return 'orbax' not in record.pathname + record.getMessage()

@@ -1,6 +1,6 @@
-"""Lines of JSON between processes, over TCP.
+"""Messages between processes: lines of JSON over TCP.
 
-Not here: what is said (`watchdog.py`).
+Not here: the messages themselves (`watchdog.py`).
 """
 
 import contextlib
@@ -11,13 +11,13 @@ import time
 from typing import Any
 
 TICK_SECONDS = 0.5
-# In which a collective's failure is explained by the death that caused it, a
-# failure's word arrives, and the others end.
+# Seconds within which a process that ended is noticed, a message arrives, and a
+# process that was told to end has ended.
 MOMENT_SECONDS = 5.0
 
 
 class Line:
-  """JSON values over a socket, one a line; nothing is unpickled."""
+  """A connection for JSON objects, one a line; nothing is unpickled."""
 
   def __init__(self, connection: socket.socket):
     connection.settimeout(MOMENT_SECONDS)
@@ -25,18 +25,18 @@ class Line:
     self._unread = b''
 
   def send(self, message: dict[str, Any]) -> None:
-    """Sends it, unless too much that was sent is not yet read there.
+    """Sends a message, unless the other end has too much left to read.
 
-    Of a connection that is gone, reading tells.
+    Nothing is raised for a lost connection; `receive` reports that.
     """
-    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
       writable = select.poll()
       writable.register(self.socket, select.POLLOUT)
       if writable.poll(0):
         self.socket.sendall(json.dumps(message).encode() + b'\n')
 
   def receive(self) -> list[dict[str, Any]] | None:
-    """What came, once there is something to read; None: it is closed."""
+    """Waits for messages and returns them; None if the connection is lost."""
     try:
       data = self.socket.recv(2**16)
     except OSError:
@@ -44,7 +44,7 @@ class Line:
     *lines, self._unread = (self._unread + data).split(b'\n')
     try:
       messages = [json.loads(line) for line in lines] if data else None
-    except (ValueError, RecursionError):  # a stranger speaks something else
+    except (ValueError, RecursionError):  # some other program has connected
       return None
     if messages and not all(isinstance(m, dict) for m in messages):
       return None
@@ -52,11 +52,11 @@ class Line:
 
 
 def addresses() -> list[str]:
-  """Names of this machine, one of which the others should reach it by."""
+  """Addresses and names of this machine that other machines can try."""
   names = [socket.getfqdn(), socket.gethostname()]
   probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
   with probe, contextlib.suppress(OSError):
-    # No packet is sent: the kernel says from where one would be.
+    # No packet is sent; the kernel gives the address that one would come from.
     probe.connect(('192.0.2.1', 9))
     names.insert(0, probe.getsockname()[0])
   return list(dict.fromkeys([*names, '127.0.0.1']))
@@ -65,10 +65,16 @@ def addresses() -> list[str]:
 def reach(
   hosts: list[str], port: int, hello: dict[str, Any], seconds: float
 ) -> Line:
-  """The line to process 0, which answers with the token that both know.
+  """Connects to process 0, which has to answer with the token.
+
+  Args:
+    hosts: Addresses and names of process 0, tried in turn.
+    port: The port on which it listens.
+    hello: The first message, with the key 'token'.
+    seconds: Time after which to give up.
 
   Raises:
-    ValueError: It is reached by none of its names.
+    ValueError: Process 0 is reached at none of the addresses.
   """
   until = time.monotonic() + seconds
   while time.monotonic() < until:
@@ -80,7 +86,7 @@ def reach(
         answer = line.receive()
         if answer and answer[0].get('token') == hello['token']:
           return line
-        line.socket.close()  # of another machine by that name
+        line.socket.close()  # another machine has that name or address
     time.sleep(TICK_SECONDS)
   raise ValueError(
     f'process 0 is reached at none of {hosts}, port {port}; ports between the '

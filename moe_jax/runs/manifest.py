@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what every file and every array must be.
+"""The manifest of a checkpoint: a list of its files and arrays.
 
-It is one JSON file that carries its own digest, so a flipped bit in it is
-found as surely as one in the arrays. Not here: which checkpoints exist, which
-are kept, and the writing of arrays (`checkpointer.py`).
+It is a JSON file with the size and digest of every other file and a digest of
+its own, so that any flipped bit is noticed. Not here: which checkpoints exist
+and are kept (`retention.py`), and the writing of arrays (`array_files.py`).
 """
 
 import concurrent.futures
@@ -25,19 +25,20 @@ _FLOAT = re.compile(r'^b?float\d+')
 
 
 class BadCheckpoint(Exception):
-  """A folder that is no good checkpoint; its text is the reason."""
+  """The reason why a folder is not a good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a checkpoint says of itself.
+  """Contents of a checkpoint's manifest.
 
   Attributes:
-    step: The optimizer step it was saved after.
-    tree: `{'params/w': 'float32[3,4]'}`, every array of the state.
+    step: The optimizer step after which the checkpoint was saved.
+    tree: Every array of the state, `{'params/w': 'float32[3,4]'}`.
     extra: The caller's own JSON values.
-    metrics: Of this step, for choosing the best.
-    files: Path within the folder -> (bytes, sha256 in hex).
+    metrics: Metrics of this step, by which the best checkpoint is chosen.
+    files: Size in bytes and sha256 in hex of each file, by its path within the
+      folder.
   """
 
   step: int
@@ -50,7 +51,7 @@ class Manifest:
 def make(
   step: int, state: Any, extra: dict[str, Any], metrics: Mapping[str, Any]
 ) -> Manifest:
-  """All of a manifest but the files.
+  """The manifest of a state that is to be saved, still without `files`.
 
   Raises:
     ValueError: The step is negative, a leaf is no jax array, or `extra` is not
@@ -78,7 +79,12 @@ def make(
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
-  """Seals `folder`, whose files are final; `manifest.files` is found here."""
+  """Writes the manifest, with `files` filled in, into a folder.
+
+  Args:
+    folder: The checkpoint, whose other files are complete.
+    manifest: Its manifest, without `files`.
+  """
   paths = sorted(
     str((parent / file).relative_to(folder))
     for parent, _, files in folder.walk()
@@ -86,8 +92,8 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
     if not file.startswith(NAME)
   )
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    found = pool.map(lambda path: _size_and_digest(folder / path), paths)
-    files = dict(zip(paths, found))
+    facts = pool.map(lambda path: _size_and_digest(folder / path), paths)
+    files = dict(zip(paths, facts))
   body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
   body['format'] = _FORMAT
   text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
@@ -97,14 +103,14 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
-  """The manifest of `folder`, its own digest checked, its files not.
+  """Reads a manifest and checks its digest, but not the files it lists.
 
   Args:
     folder: A checkpoint.
-    retry: For what storage fails to read.
+    retry: How often reading is tried again after a storage error.
 
   Raises:
-    BadCheckpoint: There is none, or it is not what was written.
+    BadCheckpoint: There is no manifest, or it was changed after writing.
   """
   try:
     body = json.loads(retry((folder / NAME).read_text))
@@ -125,15 +131,15 @@ def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
 def verify(
   folder: epath.Path, manifest: Manifest, retry: Retry = Retry()
 ) -> None:
-  """Reads every file that `manifest` names; others in `folder` are ignored.
+  """Checks size and digest of every file that a manifest lists.
 
-  An extra file (a note, a network file system's `.nfs0001`) takes nothing from
-  the arrays, and refusing it would throw away a good checkpoint.
+  Other files (a note, a network file system's `.nfs0001`) do no harm and are
+  ignored.
 
   Args:
     folder: A checkpoint.
-    manifest: Its own.
-    retry: For what storage fails to read.
+    manifest: The manifest of the checkpoint.
+    retry: How often reading is tried again after a storage error.
 
   Raises:
     BadCheckpoint: A file is missing, of another size, or altered.
@@ -161,7 +167,7 @@ def verify(
 
 
 def describe(state: Any) -> dict[str, str]:
-  """`{'params/w': 'float32[3,4]'}` for each leaf with a shape and a dtype."""
+  """The dtype and shape of each leaf: `{'params/w': 'float32[3,4]'}`."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
     name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
@@ -170,18 +176,22 @@ def describe(state: Any) -> dict[str, str]:
 
 
 def name(path: tuple[Any, ...]) -> str:
-  """A key path of `jax.tree_util` as text: `params/layer/0/w`."""
+  """The name of a key path of `jax.tree_util`: `params/layer/0/w`."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def difference(
   saved: Mapping[str, str], wanted: Mapping[str, str], *, cast: bool = False
 ) -> str:
-  """How two `describe`d trees differ, a line for each kind; '' if they don't.
+  """The differences of two trees as text; '' if there is none.
 
-  The kinds are missing (wanted, not saved), unexpected (saved, not wanted) and
-  of another shape or dtype; with `cast` any floating-point type is another's
-  equal.
+  There is a line for each kind of difference: missing (wanted, not saved),
+  unexpected (saved, not wanted), and different in shape or dtype.
+
+  Args:
+    saved: The tree of a checkpoint, from `describe`.
+    wanted: The tree that is asked for, from `describe`.
+    cast: Whether all floating-point types count as equal.
   """
 
   def same(path):

@@ -1,16 +1,16 @@
-"""The numbers of a run on disk: rows of JSON, and the same for TensorBoard.
+"""Metrics of a run on disk, as lines of JSON and for TensorBoard.
 
-`workdir/metrics.jsonl` is the record: one flat object a row, its `step` and
-then names such as `train/loss`, `train/layer_1/load`, `eval/valid/loss` (losses
-in nats per token), each with a number or a list of numbers. JSON has no word
-for NaN and the infinities: they are the strings 'NaN', 'Infinity' and
-'-Infinity' (what `float` reads), so a loss that diverged is not a loss that
-was never measured; `read_metrics` gives back floats.
+Each line of `workdir/metrics.jsonl` is a JSON object with the optimizer `step`
+and metrics such as `train/loss`, `train/layer_1/load` or `eval/valid/loss`
+(losses in nats per token), each a number or a list of numbers. JSON has no NaN
+or infinity; they are written as the strings 'NaN', 'Infinity' and '-Infinity',
+which `read_metrics` turns back into floats.
 
-`workdir/tensorboard` shows the same numbers. Lists are left out of it: a chart
-for every expert of every layer buries the others; `analysis.plots` draws them.
+`workdir/tensorboard` has the same numbers, but not the lists: a chart for every
+expert of every layer would bury the others. `analysis.plots` draws the lists.
 
-Not here: what is measured, and when a row is due (the loop).
+Not here: which metrics there are (`summary.py`), and when a row is written
+(`recorder.py`).
 """
 
 import json
@@ -31,31 +31,31 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 FILE_NAME = 'metrics.jsonl'
-Row = dict[str, Any]  # numbers, or flat lists of numbers, by their names
+Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
 _NON_FINITE = {'NaN', 'Infinity', '-Infinity'}
 
 _log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-  """Appends rows to a workdir's metrics; one process of a run has one.
+  """Appends rows to the metrics of a workdir, in one process of a run.
 
-  Each row is handed to the operating system whole before `write` returns, so
-  killing the process loses none and a full disk leaves no half row: rows that
-  do not fit are kept and tried again with the next.
+  The operating system has the whole row when `write` returns, so killing the
+  process loses none. A full disk leaves no half row: rows that do not fit stay
+  in memory and are written with the next.
   """
 
   def __init__(
     self, workdir: str | os.PathLike[str], *, resume_step: int | None
   ):
-    """Opens the workdir's metrics, and makes the workdir if need be.
+    """Opens the files in the workdir, which is made if it does not exist.
 
     Args:
       workdir: A local folder.
-      resume_step: The step of the checkpoint the run goes on from. Rows after
-        it are dropped, since they come again, and so is what a killed process
-        left half written. None starts a new record; an old one is kept under
-        the first free name of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
+      resume_step: The step of the checkpoint from which the run goes on. Later
+        rows are dropped, since they are measured again, and so is a row that a
+        killed process left half written. None begins a new file; an old one is
+        renamed to the first free of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
 
     Raises:
       OSError: The folder cannot be made, read or written.
@@ -75,8 +75,7 @@ class MetricsWriter:
     first_step = 0 if resume_step is None else resume_step + 1
     self._events = _AppendOnly(_new_event_file(folder / 'tensorboard'))
     self._events.append(_record(Event(file_version='brain.Event:2')))
-    # Tells TensorBoard to forget what the files before this one say of the
-    # steps that come again.
+    # Makes TensorBoard drop the values that earlier files have for these steps.
     start = SessionLog(status=SessionLog.START)
     self._events.append(_record(Event(step=first_step, session_log=start)))
 
@@ -84,9 +83,9 @@ class MetricsWriter:
     """Appends one row; a step may have several, such as one for each eval.
 
     Args:
-      step: Optimizer steps taken.
-      values: Numbers or flat lists of numbers by name; arrays of rank 0 and 1
-        of numpy or jax will do.
+      step: Number of optimizer steps taken.
+      values: Numbers or flat lists of numbers by name, also as numpy or jax
+        arrays of rank 0 or 1.
 
     Raises:
       ValueError: A value is neither, or is named 'step'.
@@ -108,7 +107,7 @@ class MetricsWriter:
       self._events.append(_record(Event(step=step, summary=summary)))
 
   def close(self) -> None:
-    """Tries once more what did not fit on the disk, and closes the files."""
+    """Tries once more to write rows that did not fit; closes the files."""
     self._rows.close()
     self._events.close()
 
@@ -120,13 +119,13 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The rows of a `metrics.jsonl`, oldest first; safe while a run writes it.
+  """The rows of a `metrics.jsonl`, oldest first.
 
-  A half-written last row is left out.
+  A run may be writing the file; its last line is left out if it is incomplete.
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: A line before it holds no row of metrics.
+    ValueError: Another line is not a row of metrics.
   """
   rows = []
   for number, line, row in _lines(pathlib.Path(path)):
@@ -140,7 +139,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(
   path: pathlib.Path,
 ) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-  """Each line with its number and its row, None where it holds no row."""
+  """Yields (number from 1, line, row); the row is None for any other line."""
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       try:
@@ -152,7 +151,7 @@ def _lines(
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Rewrites the file, all or nothing, with its rows up to `step`."""
+  """Rewrites the file, all or nothing, with only its rows up to `step`."""
   copy = path.with_name(f'{path.name}.tmp')
   unreadable = []
   with copy.open('wb') as file:
@@ -178,11 +177,11 @@ def _set_aside(path: pathlib.Path) -> None:
 
 
 class _AppendOnly:
-  """A file that grows by whole records, whatever the disk does."""
+  """A file to which whole records are appended, even when the disk fills up."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    # Unbuffered: what `append` has written outlives the process.
+    # Unbuffered, so that a record is not lost with the process.
     self._file = path.open('ab', buffering=0)
     self._size = path.stat().st_size
     self._waiting: list[bytes] = []
@@ -195,7 +194,7 @@ class _AppendOnly:
       while data:
         data = data[self._file.write(data) :]
     except OSError as error:
-      # The part that did fit would run into the next record.
+      # A part may have been written; the next record must not follow it.
       self._file.truncate(self._size)
       if len(self._waiting) == 1:
         _log.warning('%s: rows wait in memory: %s', self._path, error)
@@ -216,18 +215,18 @@ class _AppendOnly:
 
 def _new_event_file(folder: pathlib.Path) -> pathlib.Path:
   folder.mkdir(exist_ok=True)
-  # TensorBoard reads files in the order of their names. The time has whole
-  # seconds; the number keeps a quick restart from landing in the same file.
+  # TensorBoard reads files in the order of their names. The number makes names
+  # differ where a run is restarted within the same second.
   number = sum(1 for _ in folder.iterdir())
   name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}'
   return folder / f'{name}.{number:04d}'
 
 
 def _record(event: Event) -> bytes:
-  """An event as a TFRecord: length, its checksum, data, its checksum.
+  """An event as a TFRecord: length and its checksum, data and its checksum.
 
-  tensorboardX's own writer puts a queue and a thread in between; on a full
-  disk the thread dies and the queue then blocks the training loop for good.
+  tensorboardX's own writer is not used: on a full disk its thread dies, and its
+  full queue then blocks the training loop for ever.
   """
   event.wall_time = time.time()
   data = event.SerializeToString()
@@ -243,12 +242,12 @@ def _record(event: Event) -> bytes:
 
 
 def _plain(key: str, value: Any) -> Any:
-  """A Python number, or a list of them."""
+  """A metric as a Python number or a list of them; `key` is for messages."""
   try:
     array = np.asarray(value)
   except ValueError:  # ragged
     array = np.asarray(None)
-  # bfloat16 is a kind of its own, 'V', and counts as a float here.
+  # numpy's kind of bfloat16 is 'V'.
   if array.ndim > 1 or array.dtype.kind not in 'biufV' or array.dtype.names:
     raise ValueError(
       f'{key}={value!r} is neither a number nor a flat list of numbers'

@@ -1,8 +1,8 @@
-"""Batches of steps whose loss or gradient was not finite, kept to look at.
+"""Batches of steps whose loss or gradient was not finite, kept for analysis.
 
 `workdir/nonfinite/<step>.npz` has the arrays of the global batch by name. Not
-here: what such a step does to the state (`training/step.py`), and when it ends
-the run (`recorder.py`).
+here: how such a step leaves the state as it was (`training/step.py`), and when
+it ends the run (`recorder.py`).
 """
 
 import pathlib
@@ -16,13 +16,13 @@ FOLDER = 'nonfinite'
 
 
 def steps(workdir: pathlib.Path) -> set[int]:
-  """The steps that are kept; those after a checkpoint come again."""
+  """The steps whose batches are kept, also by a run before it was resumed."""
   numbers = [path.stem for path in (workdir / FOLDER).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 
 
 def forget(workdir: pathlib.Path, step: int) -> None:
-  """Removes what is kept of a step that came again and was finite."""
+  """Removes the batch of a step that was repeated and then was finite."""
   if jax.process_index() == 0:
     (workdir / FOLDER / f'{step}.npz').unlink(missing_ok=True)
 

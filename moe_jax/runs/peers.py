@@ -1,6 +1,6 @@
-"""What process 0 knows of each process, and which of them is lost.
+"""State of each process as process 0 knows it, and which process is lost.
 
-Not here: how it comes to know, and what it does then (`watchdog.py`).
+Not here: the messages about it, and how processes end (`watchdog.py`).
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from moe_jax.distributed import Timeouts
 
 @dataclasses.dataclass
 class Peer:
-  """What process 0 knows of a process.
+  """State of a process.
 
   Attributes:
-    count: Number of times that it said where it is.
-    where: What it said last.
-    heard: When it was heard last, in seconds of the monotonic clock.
-    done: Whether it waits for the others at the end.
+    count: Number of stages that the process has begun.
+    where: Name of the last stage: 'step 3'.
+    heard: Time of its last message, in seconds of the monotonic clock.
+    done: Whether it has reached the end and waits for the others.
   """
 
   count: int = 0
@@ -27,10 +27,10 @@ class Peer:
 
 
 class Peers:
-  """All processes of a run, by number."""
+  """States of all processes of a run, by number."""
 
   def __init__(self, size: int, timeouts: Timeouts):
-    """Knows of so many processes that they have started."""
+    """Begins with `size` processes that have just started."""
     self._peers = {i: Peer() for i in range(size)}
     self._silence = timeouts.heartbeat_timeout_seconds
     self._stall = timeouts.stall_timeout_seconds
@@ -42,11 +42,14 @@ class Peers:
 
   @property
   def all_done(self) -> bool:
-    """Whether every process is at the end."""
+    """Whether every process has reached the end."""
     return all(peer.done for peer in self._peers.values())
 
   def lost(self) -> str | None:
-    """Why all have to end: one is silent, or none gets further; else None."""
+    """The reason for which all processes have to end; None if there is none.
+
+    Either a process is silent, or none has begun a new stage for too long.
+    """
     now = time.monotonic()
     awake = {i: p for i, p in self._peers.items() if not p.done}
     for index, peer in awake.items():
@@ -63,7 +66,7 @@ class Peers:
     return f'nothing moved for {self._stall} s; {self._behind(awake)}'
 
   def _behind(self, awake: dict[int, Peer]) -> str:
-    """Who said least, and where they are."""
+    """Text that names the processes with the fewest stages, and their stage."""
     least = min(peer.count for peer in awake.values())
     behind = [i for i, peer in awake.items() if peer.count == least]
     if len(behind) == len(self._peers):

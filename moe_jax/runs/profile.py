@@ -1,6 +1,6 @@
 """A trace of some training steps, for TensorBoard (XProf) or Perfetto.
 
-Not here: a step's time by part of the model (`analysis.explain_cost`).
+Not here: a step's time for each part of the model (`analysis.explain_cost`).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ STEP_NAME = 'train'
 
 @dataclasses.dataclass(frozen=True)
 class ProfileOptions(Options):
-  """The section 'profile' of a config."""
+  """Options of the trace: the section 'profile' of a config."""
 
   start_step: int = option(
     10,
@@ -28,25 +28,25 @@ class ProfileOptions(Options):
   )
   num_steps: int = option(
     0,
-    'Number of optimizer steps that are traced, into the folder `profile` of '
-    'the workdir; 0 traces none.',
+    'Number of optimizer steps that are traced for TensorBoard or Perfetto, '
+    'into the folder `profile` of the workdir; 0 traces none.',
     at_least(0),
   )
   all_processes: bool = option(
     False,
-    'Whether every process writes a trace, or process 0 alone.',
+    'Whether every process writes a trace of its steps, or only process 0.',
     when={'num_steps': at_least(1)},
   )
 
 
 class Profiler:
-  """Wraps a train step so that it traces some steps.
+  """A train step that also traces some of its calls.
 
   Args:
     train_step: (state, batch) -> (state, metrics).
-    folder: Where traces go, each in a folder by its time.
+    folder: Folder of traces, each in a subfolder named by its time.
     steps: The optimizer steps, from 1, that are traced.
-    message: Told when the trace is written.
+    message: Called with a line of text when the trace is written.
   """
 
   def __init__(
@@ -64,8 +64,8 @@ class Profiler:
     self._tracing = False
 
   def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-    """Takes one step; the last that is traced is waited for."""
-    # Read once: to read it at every step would wait for the device.
+    """Takes one step; waits for the last that is traced."""
+    # Reading `state.step` waits for the device, so it is read only once.
     self._step = (int(state.step) if self._step is None else self._step) + 1
     if self._step not in self._steps:
       return self._train_step(state, batch)
@@ -80,12 +80,12 @@ class Profiler:
 
   def _start(self) -> None:
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # a trace of every call hides the device's
+    options.python_tracer_level = 0  # Python's calls would hide the device's
     jax.profiler.start_trace(self._folder, profiler_options=options)
     self._tracing = True
 
   def stop(self) -> None:
-    """Writes what was traced; does nothing where nothing is being traced."""
+    """Writes the trace, if one has been started."""
     if not self._tracing:
       return
     self._tracing = False

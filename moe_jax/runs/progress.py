@@ -1,6 +1,6 @@
-"""How far a run is: a bar on a terminal, plain lines anywhere else.
+"""Display of a run's progress: a bar on a terminal, plain lines elsewhere.
 
-Not here: the numbers' computation, and how often to show them (the loop).
+Not here: how often it is updated, and with which numbers (`recorder.py`).
 """
 
 import collections
@@ -13,17 +13,17 @@ from collections.abc import Callable
 
 from rich import console, progress, table
 
-# Time left follows the speed of this many last updates: enough to even out a
-# pause for an evaluation, few enough to follow a machine that slows down.
+# Number of last updates whose speed predicts the time left: enough to even out
+# a pause for an evaluation, few enough to follow a machine that slows down.
 _WINDOW = 20
-_SHORT = {'token': 'tok', 'example': 'ex'}  # on a bar
+_SHORT = {'token': 'tok', 'example': 'ex'}  # units of speed on a bar
 
 
 class Progress:
-  """Shows each update, with the time left at the speed of late.
+  """Display of a run's step, loss, speed and time left.
 
-  On a terminal it is one bar, redrawn at each update and not by a thread. A
-  file, a pipe or a notebook gets a line an update, such as (without drops)
+  On a terminal it is one bar, redrawn at each update and not by a thread. In a
+  file, a pipe or a notebook each update is a line, such as (without drops)
 
     step 1,200/3,000  loss 1.3580 nats/token  10,250 tokens/s  0:02:41 left
   """
@@ -37,15 +37,15 @@ class Progress:
     counted: str = 'token',
     loss_unit: str = 'nats/token',
   ):
-    """Shows nothing yet.
+    """Prepares the display, which shows nothing before the first update.
 
     Args:
-      total_steps: Steps at the end of the run.
-      start_step: Steps taken before it, by the run this one goes on from.
-      out: Where to write; None is `sys.stdout`.
-      clock: Seconds since any fixed moment.
-      counted: What speed is of, in the singular.
-      loss_unit: What follows a loss.
+      total_steps: Number of steps at the end of the run.
+      start_step: Number of steps already taken, where a run is resumed.
+      out: Stream to write to; None is `sys.stdout`.
+      clock: Function that returns seconds since any fixed moment.
+      counted: Noun, in the singular, for what the speed counts.
+      loss_unit: Unit of a loss.
 
     Raises:
       ValueError: `start_step` is not in [0, total_steps].
@@ -77,14 +77,14 @@ class Progress:
     """Shows the state after `step` steps.
 
     Args:
-      step: Steps taken, those before `start_step` included.
-      loss: In `loss_unit`.
-      tokens_per_second: Over all devices, an example counting as one; None,
-        before it is known, is not shown.
-      drop_rate: Fraction of assignments dropped; None, where nothing could
-        be, is not shown.
+      step: Number of steps taken, those before `start_step` included.
+      loss: The loss, in the unit `loss_unit`.
+      tokens_per_second: Tokens (or examples, see `counted`) per second on all
+        devices; None, before it is known, is not shown.
+      drop_rate: Fraction of assignments that were dropped; None, for a model
+        without experts, is not shown.
     """
-    # The bar has to leave itself room on a terminal of 80 columns.
+    # Units are short on a bar, which has to fit into 80 columns with them.
     unit, counted = f' {self._loss_unit}', f'{self._counted}s'
     if self._bar:
       unit, counted = '', _SHORT.get(self._counted, self._counted)
@@ -108,13 +108,16 @@ class Progress:
     if self._bar is None:
       print(text, file=self._out, flush=True)
     else:
-      # The terminal wraps long lines better than rich: they stay copyable.
+      # Lines that the terminal wraps, and not rich, can be copied whole.
       self._bar.console.print(
         text, markup=False, highlight=False, soft_wrap=True
       )
 
   def _seconds_left(self, step: int) -> float | None:
-    """None before two updates: the first step's time is mostly compiling."""
+    """Predicted time left; None at the first update.
+
+    The time before the first update is mostly that of compiling.
+    """
     self._seen.append((step, self._clock()))
     (first_step, first_time), (_, now) = self._seen[0], self._seen[-1]
     if step <= first_step:

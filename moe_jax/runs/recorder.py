@@ -1,4 +1,4 @@
-"""From each step's metrics to rows, the progress display and the NaN check.
+"""Recording of training metrics: averages, progress, and steps not finite.
 
 Metrics of step n - 1 are read after step n was dispatched, so that reading
 them never makes the device wait.
@@ -22,23 +22,23 @@ from moe_jax.training_types import Batch, LossSums, StepMetrics, add
 
 
 class NonFiniteError(RuntimeError):
-  """The loss or the gradient is not finite, and no more may be left out."""
+  """The loss or gradient of a step is not finite, and it may not be skipped."""
 
 
 class RecordedData(Protocol):
-  """What the recorder reads of the section 'data'."""
+  """The part of the options of data that the recorder reads."""
 
   seq_len: int
 
 
 class RecordedCheckpoint(Protocol):
-  """What the recorder reads of the section 'checkpoint'."""
+  """The part of the options of checkpoints that the recorder reads."""
 
   best_eval: str
 
 
 class RecordedOptions(Protocol):
-  """What the recorder reads of a run's options."""
+  """The part of a run's options that the recorder reads."""
 
   total_steps: int
   batch_size: int
@@ -50,15 +50,15 @@ class RecordedOptions(Protocol):
 
 @runtime_checkable
 class RecordedRun(Protocol):
-  """What the recorder reads of a run, which is `moe_jax.training.setup.Run`.
+  """The part of a run (`moe_jax.training.setup.Run`) that the recorder reads.
 
   Attributes:
     options: The run's options.
     workdir: The run's folder.
-    dataset: The run's data; it says what is counted, and a loss's unit.
+    dataset: The run's data, which gives the units of speed and loss.
     model: The model that is trained.
     checkpoints: The run's checkpoints.
-    message: Prints a line; the progress display puts itself in its place.
+    message: Prints a line; the recorder replaces it by the progress display's.
   """
 
   options: RecordedOptions
@@ -70,13 +70,14 @@ class RecordedRun(Protocol):
 
 
 class Recorder:
-  """A context manager; rows are averages since the row before.
+  """Averages the metrics of steps, writes them as rows and shows progress.
 
-  Every process has one and sees the same numbers; process 0's writes them.
+  It is a context manager. Every process has one, with the same numbers, but
+  only that of process 0 writes.
   """
 
   def __init__(self, run: RecordedRun, start: int):
-    """Opens the workdir's metrics at step `start`."""
+    """Prepares for a run that begins, or goes on, after `start` steps."""
     self._run = run
     self._start = start
     self._pending: tuple[int, StepMetrics, Batch] | None = None
@@ -114,21 +115,25 @@ class Recorder:
     self._stack.close()
 
   def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
-    """Takes step's metrics, and reads those of the step before.
+    """Stores the metrics of a step, and reads those of the step before it.
 
-    A step before whose loss or gradient norm is not finite has its batch kept.
-    It was left out of the state if any may be (`options.max_nonfinite_steps`),
-    and is left out of the averages.
+    If the loss or the gradient norm of the step before is not finite, its batch
+    is kept in the workdir, and it is left out of the averages.
 
     Raises:
-      NonFiniteError: There were as many such steps as may be left out.
+      NonFiniteError: More than `options.max_nonfinite_steps` steps were not
+        finite.
     """
     self._flush()
     self._pending = step, metrics, batch
 
   @contextlib.contextmanager
   def paused(self, step: int):
-    """Reads `step`'s metrics now, and keeps what follows out of the speed."""
+    """Reads the metrics of `step`; the body's time does not count as training.
+
+    Args:
+      step: The last step that was added.
+    """
     self._flush()
     began = time.perf_counter()
     yield
@@ -136,7 +141,7 @@ class Recorder:
       self._clock += time.perf_counter() - began
 
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
-    """Writes and says what the evaluations found."""
+    """Writes and prints the rows of evaluations, given by name."""
     losses = {}
     for name, row in results.items():
       self._write(
@@ -154,13 +159,13 @@ class Recorder:
       self._run.message(f'step {step}: evaluation, {unit}: {said}')
 
   def best_metric(self, step: int) -> dict[str, float] | None:
-    """The loss the best checkpoint is chosen by, if taken at this step."""
+    """The loss that decides the best checkpoint, if measured at `step`."""
     name = self._run.options.checkpoint.best_eval
     losses = self._eval_losses.get(step, {})
     return {name: losses[name]} if name in losses else None
 
   def saved(self, step: int) -> None:
-    """Says that a checkpoint is on its way."""
+    """Prints that the checkpoint of `step` is being saved."""
     self._run.message(f'step {step}: saving a checkpoint')
 
   def _flush(self) -> None:
@@ -188,7 +193,7 @@ class Recorder:
       self._row(step, loss, grad_norm, float(metrics.learning_rate))
 
   def _skip(self, step, loss, grad_norm, sums, batch) -> None:
-    """Keeps the batch, and raises if this step is one too many."""
+    """Keeps the batch of a step that is not finite; raises if too many are."""
     path = nonfinite.keep(self._run.workdir, step, batch)
     most = self._run.options.max_nonfinite_steps
     if self._skipped >= most:
@@ -203,7 +208,7 @@ class Recorder:
     now = time.perf_counter()
     seconds = max(now - self._clock, 1e-9)
     values = summary.summarize(self._sums)
-    drops = bool(self._run.model.sparse_layers)  # or could
+    sparse = bool(self._run.model.sparse_layers)
     speed = self._tokens / seconds
     row = {
       **values,
@@ -220,7 +225,7 @@ class Recorder:
         step,
         loss=values['loss'],
         tokens_per_second=speed if self._steps else None,
-        drop_rate=values.get('drop_rate') if drops else None,
+        drop_rate=values.get('drop_rate') if sparse else None,
       )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
 

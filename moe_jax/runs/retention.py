@@ -1,13 +1,14 @@
 """A directory of checkpoints: which exist, which are good, which are kept.
 
-`<step>` is a checkpoint and holds a manifest. It is written as `<step>.saving1`
-and renamed when the manifest is in it, and renamed to `<step>.deleting` before
-it is removed: at whatever moment a process dies, what bears a bare number is
-whole or fails its manifest. A checkpoint that a run turned away from becomes
-`<step>.aside` (`.aside2`, ...) and is never deleted. Only a saving run changes
-the directory, so others may read it meanwhile.
+The folder `<step>` is a checkpoint with a manifest. It is written under the
+name `<step>.saving1` and renamed once it has a manifest, and is renamed to
+`<step>.deleting` before it is removed. So at whatever moment a process dies, a
+folder whose name is a number is complete or does not match its manifest. A
+checkpoint that a run does not go on from becomes `<step>.aside` (`.aside2`,
+...) and is never deleted. Only a saving run changes the directory, so others
+may read it meanwhile.
 
-Not here: the manifest (`manifest.py`), and arrays (`checkpointer.py`).
+Not here: the manifest (`manifest.py`), and arrays (`array_files.py`).
 """
 
 import logging
@@ -36,7 +37,7 @@ class CheckpointError(RuntimeError):
 
 
 class Directory:
-  """Checkpoints by step; `keep_newest` and the best survive `prune`."""
+  """The checkpoints of a directory, by step; see `Checkpointer`."""
 
   def __init__(
     self,
@@ -55,18 +56,18 @@ class Directory:
     self._retry = retry
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
-    """Where `step` is, or is being saved, deleted or set aside."""
+    """The folder of `step`, or with a suffix the one for saving or deleting."""
     return self.path / f'{step}{suffix}'
 
   def folders(self) -> list[int]:
-    """Every step with a folder, good or not, rising."""
+    """Every step with a folder, good or not, ascending."""
     if not self.path.exists():
       return []
     names = self._retry(lambda: [path.name for path in self.path.iterdir()])
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
   def steps(self) -> list[int]:
-    """The steps with a manifest, rising; nothing is verified."""
+    """The steps with a manifest, ascending; none is verified."""
     return [
       step
       for step in self.folders()
@@ -86,7 +87,11 @@ class Directory:
     return min(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
-    """The manifest of `step`; `BadCheckpoint` where there is no sound one."""
+    """The manifest of `step`.
+
+    Raises:
+      BadCheckpoint: There is none, or it is damaged or of another step.
+    """
     manifest = manifest_lib.read(self.folder(step), self._retry)
     if manifest.step != step:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
@@ -95,10 +100,13 @@ class Directory:
   def newest_good(
     self, step: int | None = None
   ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest step (or `step` itself) that verifies, and those that don't.
+    """Verifies checkpoints from the newest on, until one is good.
+
+    Args:
+      step: The only step to verify; None verifies all.
 
     Returns:
-      The step, None if there is none, and (step, reason) of each newer one.
+      The step of the good one, or None; and (step, reason) of each bad one.
     """
     candidates = self.folders() if step is None else [step]
     refused = []
@@ -114,13 +122,14 @@ class Directory:
   def find(
     self, step: int | None = None
   ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The step to restore, as `newest_good`; every process calls this.
+    """The step to restore, as `newest_good` gives it; every process calls this.
 
-    Process 0 verifies for all of them, and it alone knows what is passed over.
+    Process 0 verifies for all processes, and only it gets the list of bad ones.
 
     Raises:
       ValueError: `step` does not exist.
-      CheckpointError: `step` is not good; or some are finished and none is.
+      CheckpointError: `step` is not good; or some checkpoints are finished and
+        none is good.
     """
     folders = self.folders()
     if step is not None and step not in folders:
@@ -130,7 +139,7 @@ class Directory:
     found, refused = None, []
     if jax.process_index() == 0:
       found, refused = self.newest_good(step)
-    if jax.process_count() > 1:  # to hash everything once is enough
+    if jax.process_count() > 1:
       sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
       # Others may see a folder later than process 0 does.
       found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
@@ -145,10 +154,15 @@ class Directory:
     return None, refused
 
   def make_room(self, step: int, last: int | None) -> None:
-    """Readies the directory for saving `step` by a run that was at `last`.
+    """Prepares the directory for a save.
 
-    What is at or after `step`, or after `last`, is corrupt or of a future that
-    was given up, and must neither block the save nor count among the newest.
+    Checkpoints at or after `step`, or after `last`, are set aside: they are
+    corrupt, or this run did not go on from them, and must neither block the
+    save nor count among the newest.
+
+    Args:
+      step: The step that will be saved.
+      last: The step that this run last saved or restored; None for a new run.
     """
     self.path.mkdir(parents=True, exist_ok=True)
     if removed := self.remove_leftovers():
@@ -158,7 +172,7 @@ class Directory:
         self._set_aside(old)
 
   def remove_leftovers(self) -> list[str]:
-    """Removes what was half written or half deleted; returns the names.
+    """Removes half written and half deleted folders; returns their names.
 
     Threads of a save that just failed may still be writing, which makes
     removal fail: it is tried for a second, and again at the next save.
@@ -182,7 +196,7 @@ class Directory:
     return sorted(removed)
 
   def prune(self) -> None:
-    """Deletes all but the newest and the best."""
+    """Deletes all checkpoints except the newest ones and the best."""
     steps = self.steps()
     kept = set(steps[-self._keep_newest :])
     if self._keep_best:
@@ -193,7 +207,7 @@ class Directory:
       try:
         self.folder(step).rename(self.folder(step, '.deleting'))
         self.folder(step, '.deleting').rmtree()
-      except OSError as error:  # what was just saved is good all the same
+      except OSError as error:  # the checkpoint just saved is good nevertheless
         _LOG.warning('could not delete checkpoint %d: %s', step, error)
 
   def _set_aside(self, step: int) -> None:

@@ -1,6 +1,6 @@
-"""What storage reports: in one line, and whether to try again.
+"""Errors of storage: text of one line for them, and another try after some.
 
-Not here: what is tried (`checkpointer.py`, `manifest.py`).
+Not here: what is tried again (`checkpointer.py`, `manifest.py`).
 """
 
 import errno
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_CAUSE = 120
-# What a network, a server or a busy device answers for a while. A full disk, a
-# missing permission and a path that is not there stay as they are.
+# Errors of a network, a server or a busy device, which may pass. A full disk, a
+# missing permission and a missing path are not among them.
 _TRANSIENT = {
   getattr(errno, name)
   for name in (
@@ -25,24 +25,25 @@ _TRANSIENT = {
 }  # fmt: skip
 # tensorstore raises ValueErrors whose text begins with a status.
 _STATUS = re.compile(r'(ABORTED|DEADLINE_EXCEEDED|UNAVAILABLE)\b')
-# HTTP's: wait, too many requests, and what is the server's fault.
+# HTTP statuses: timeout, too many requests, and errors of the server.
 _HTTP = re.compile(r'408|429|5\d\d')
 _CODE = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 class Retry(NamedTuple):
-  """How often something is tried that a transient storage error ends.
+  """Calls a function again after a transient storage error.
 
   Attributes:
-    tries: At least 1, the first one counted.
-    wait_seconds: Before the second try; twice as long before each further one.
+    tries: Number of calls at most; at least 1.
+    wait_seconds: Seconds before the second call; each further wait is twice as
+      long.
   """
 
   tries: int = 1
   wait_seconds: float = 1.0
 
   def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, which may run several times."""
+    """Returns `function(*args)`, which may be called several times."""
     number = 1
     while True:
       try:
@@ -53,7 +54,7 @@ class Retry(NamedTuple):
       number += 1
 
   def again(self, number: int, error: BaseException) -> bool:
-    """Whether a try follows the one of this number; if so, waits for it."""
+    """Whether another call follows call `number`; if so, waits before it."""
     if number >= self.tries or not is_transient(error):
       return False
     seconds = self.wait_seconds * 2 ** (number - 1)
@@ -69,7 +70,7 @@ class Retry(NamedTuple):
 
 
 def is_transient(error: BaseException | None) -> bool:
-  """Whether an error, or one that it came from, may be gone after a while."""
+  """Whether an error, or the error that caused it, may pass."""
   while error is not None:
     if _of_connection(error):
       return True
@@ -84,7 +85,10 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def _of_connection(error: BaseException) -> bool:
-  """Of Python, requests, aiohttp or gcsfs, which need not be installed."""
+  """Whether a connection failed, in Python, requests, aiohttp or gcsfs.
+
+  Names are compared, as these packages need not be installed.
+  """
   names = (kind.__name__ for kind in type(error).__mro__)
   if any(name.endswith('ConnectionError') for name in names):
     return True
@@ -96,7 +100,7 @@ def _of_connection(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-  """One line; of a long one the end, where the operating system speaks."""
+  """One line on an error; of a long one the end, which has the cause."""
   text = str(error).split('\n', 1)[0]
   text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
   if len(text) > _LONGEST_CAUSE:

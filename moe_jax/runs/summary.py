@@ -1,4 +1,4 @@
-"""From sums over tokens to the numbers in a metrics row.
+"""The numbers in a row of metrics, from sums over tokens.
 
 Not here: where rows are written (`metrics.py`).
 """
@@ -15,24 +15,24 @@ from moe_jax.training_types import LossSums
 
 
 def host(sums: LossSums) -> LossSums:
-  """The sums as numpy float64, to be added without losing small counts.
+  """The sums as numpy float64, which can be added without losing small counts.
 
-  With several processes, all of them call it.
+  Every process has to call this.
   """
   return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetch(sums))
 
 
 def sparse_layers(sums: LossSums) -> list[int]:
-  """The indices of the layers that routed, from 0."""
+  """Indices, from 0, of the layers with a router."""
   return [int(i) for i in np.flatnonzero(sums.aux.stats.tokens)]
 
 
 def summarize(sums: LossSums) -> dict[str, Any]:
-  """A row of `loss`, `drop_rate`, and `layer_<i>/...` of each router.
+  """A row with `loss`, `drop_rate`, and `layer_<i>/...` for each router.
 
   The loss is in nats per token. The drop rate is that of
   `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  assignments each expert was chosen for, before drops.
+  assignments for which each expert was chosen, before drops.
 
   Args:
     sums: Sums as `host` gives them.
@@ -48,7 +48,7 @@ def summarize(sums: LossSums) -> dict[str, Any]:
 
 
 def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
-  """What one router did; see `summarize`."""
+  """The metrics of one layer's router; see `summarize`."""
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   stats = aux.stats
   tokens, K = stats.tokens, len(stats.overflowed)
@@ -65,7 +65,7 @@ def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
     values[name] = float(getattr(aux, name) / tokens)
-  # Six digits: a count in millions; more would double the metrics file.
+  # Six digits resolve a millionth; more would double the metrics file.
   values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
   values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()
   return values

@@ -1,4 +1,4 @@
-"""A run that is read back: its options, tokenizer and parameters.
+"""Reading of a trained run: its options, tokenizer and parameters.
 
 Not here: how text is generated with it (`moe_jax.generation`).
 """
@@ -33,14 +33,14 @@ from moe_jax.runs.workdir import (
 
 
 class Described(NamedTuple):
-  """What a run's folder says of it.
+  """Options and tokenizer of a run, from its folder.
 
   Attributes:
-    model: The options of its model, with what the data decides filled in.
-    data: The options of its data.
-    sharding: The table by which its arrays are split.
-    batch_size: Number of rows in a batch of its training.
-    tokenizer: Its tokenizer; None where the folder has none and none is needed.
+    model: The options of the model, with the sizes that the data decides.
+    data: The options of the data.
+    sharding: The options of how arrays are split over a mesh.
+    batch_size: Number of rows in a batch of training.
+    tokenizer: The tokenizer; None where the folder has none and none is needed.
   """
 
   model: ModelOptions
@@ -56,7 +56,7 @@ def read(
   *,
   tokenizer_needed: bool = True,
 ) -> Described:
-  """What a run was, of what others build on.
+  """Reads a run's options and tokenizer.
 
   Args:
     workdir: The run's folder.
@@ -104,25 +104,25 @@ def restore_variables(
   cast: bool = False,
   router_state: bool = True,
 ) -> Restored:
-  """A run's variables, as `apply` takes them, sharded as they are read.
+  """Reads the variables of a run, as a model's `apply` takes them.
 
-  These are 'params', and 'router_state' where the model keeps it. The
-  checkpoint's files are verified first; the optimizer's state is not read.
+  They are 'params', and 'router_state' where the model has it; the optimizer's
+  state is not read. The checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
-    model: The model whose parameters they are to be, in its own types.
+    model: A model with these parameters, which decides their dtypes.
     seq_len: The length of a row.
     rules: The table by which arrays are split.
-    mesh: Any mesh; a dimension that does not divide by its mesh axes is whole.
-      None: the first local device.
-    step: The checkpoint; None: the newest good one.
-    cast: Whether another floating-point type may have been saved.
-    router_state: Whether that is read too.
+    mesh: Any mesh; a dimension that its axes do not divide is whole. None is
+      the first local device.
+    step: The step of the checkpoint; None is the newest good one.
+    cast: Whether other floating-point types may have been saved.
+    router_state: Whether 'router_state' is read, too.
 
   Raises:
     ValueError: There is no checkpoint, or it is of another model.
-    CheckpointError: None is good.
+    CheckpointError: No checkpoint is good.
   """
   folder = checkpoints_of(pathlib.Path(workdir).expanduser())
   if mesh is None:
@@ -153,14 +153,14 @@ def restore_variables(
     )
   if found is None:
     raise ValueError(f'{folder} has no finished checkpoint')
-  if kept and not found.step:  # parameters alone
+  if kept and not found.step:  # a checkpoint of step 0 has parameters alone
     kept = init_router_state(model, seq_len)
     found = found._replace(state=variables(found.state['params'], kept))
   return found
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
-  """By the table, but a dimension that does not divide is whole."""
+  """The sharding by the table, with dimensions that do not divide whole."""
   table = dict(rules)
 
   def parts(axis):

@@ -1,13 +1,14 @@
 """Ends all processes of a run when one of them is lost, and says which.
 
-A process that waits for another in a collective waits for ever, so each has a
-thread that talks to process 0 over TCP: it says how far it is, and is told when
-to end. Lost is a process that died (its connection closes), that failed (it
-says so), that does not answer, or that is behind when no one gets further.
+A process that waits for another in a collective operation waits for ever. So
+each process has a thread that reports its current stage to process 0 over TCP
+and is told when to end. A process is lost if it died (its connection closes),
+failed (it reports the error), does not answer, or has not begun a new stage for
+so long that all others wait for it.
 
-JAX's own heartbeats stay on beneath this one. They notice a death later, and
-neither an error nor a loop without end. Not here: who counts as lost
-(`peers.py`), and the connections (`lines.py`).
+JAX's own heartbeats stay on. They notice a death later, and notice neither an
+error nor an endless loop. Not here: which process counts as lost (`peers.py`),
+and the connections (`lines.py`).
 """
 
 import contextlib
@@ -36,28 +37,29 @@ from moe_jax.runs.lines import (
 )
 from moe_jax.runs.peers import Peers
 
-# A save in flight may need this to be whole, at the end of a process.
+# Most seconds that an ending process waits for a pending save.
 _SAVE_SECONDS = 10.0
 _HELLO_BYTES = 1024
-# Process 0 hears of many at once, not of each by itself.
+# Seconds between two rounds of process 0, so that it reads from many processes
+# in one round.
 _PAUSE_SECONDS = 0.05
 
 
 class Alone:
-  """What `watching` gives a single process: nothing to watch."""
+  """The counterpart of `Watchdog` for a single process; it does nothing."""
 
   before_end: Callable[[float], None] | None = None
 
   def mark(self, where: str) -> None:
-    """Says that the process has got to `where`."""
+    """Does nothing; see `Watchdog.mark`."""
 
 
 @contextlib.contextmanager
 def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
-  """Watches over the processes while the body runs; all enter it together.
+  """Watches the processes while the body runs; every process enters this.
 
-  An error in one process's body ends the others with its text; without one,
-  each waits at the end until all are there.
+  An error in the body of one process ends the others with its message. Without
+  an error, each waits at the end of the body for all others.
   """
   if jax.process_count() == 1:
     yield Alone()
@@ -67,7 +69,7 @@ def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
     yield watchdog
   except BaseException as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      # More often than not another process died; the thread then ends this.
+      # Probably another process died; if so, the thread ends this one now.
       time.sleep(MOMENT_SECONDS)
     watchdog.fail(f'{type(error).__name__}: {error}')
     raise
@@ -75,11 +77,11 @@ def watching(timeouts: Timeouts) -> Iterator['Alone | Watchdog']:
 
 
 class Watchdog:
-  """One process's part; see `watching`.
+  """The watchdog of one process; see `watching`.
 
   Attributes:
-    before_end: Called with a number of seconds, in which it must be back,
-      before this process is ended on another's account.
+    before_end: Function that is called before this process is ended because of
+      another; it gets the number of seconds after which it must have returned.
   """
 
   before_end: Callable[[float], None] | None = None
@@ -89,7 +91,7 @@ class Watchdog:
     self._silence = timeouts.heartbeat_timeout_seconds
     self._peers = Peers(self._size, timeouts)
     self._mine = self._peers[self._index]
-    self._failure = ''  # of this process, which then ends by itself
+    self._failure = ''  # error of this process, which then ends by itself
     self._over = threading.Event()
     self._connect(float(timeouts.initialization_timeout_seconds))
     self._thread = threading.Thread(
@@ -98,26 +100,27 @@ class Watchdog:
     self._thread.start()
 
   def mark(self, where: str) -> None:
-    """Says that the process has got to `where`.
+    """Reports that this process begins the stage `where`.
 
-    All processes say the same in the same order: who said less is behind.
+    All processes have the same stages in the same order, so the process with
+    the fewest is behind.
     """
     self._mine.where = where
     self._mine.count += 1
 
   def fail(self, text: str) -> None:
-    """Has the other processes end, with this text as the reason."""
+    """Makes the other processes end, with this text as the reason."""
     self._failure = f'process {self._index} failed: {text}'
     self._over.wait(2 * MOMENT_SECONDS)
 
   def finish(self) -> None:
-    """Waits until all processes are at the end."""
+    """Waits until all processes have called this."""
     self.mark('the end')
     self._mine.done = True
     self._over.wait()
 
   def _connect(self, seconds: float) -> None:
-    """Everyone's connection to process 0, where the others' are kept."""
+    """Connects this process to process 0; process 0 begins to listen."""
     if self._index == 0:
       dual = socket.has_dualstack_ipv6()
       family = socket.AF_INET6 if dual else socket.AF_INET
@@ -141,7 +144,7 @@ class Watchdog:
     self._strangers: list[Line] = []
 
   def _watch(self) -> None:
-    """The thread; a run that nobody watches must not go on."""
+    """Runs on the thread; if that fails, the process ends, too."""
     try:
       if self._index == 0:
         self._lead()
@@ -161,7 +164,7 @@ class Watchdog:
         max(0.0, next_send - time.monotonic()),
       )
       if self._server in ready:
-        with contextlib.suppress(ConnectionError):  # it left again
+        with contextlib.suppress(ConnectionError):  # it was closed at once
           self._strangers.append(Line(self._server.accept()[0]))
       for line in self._strangers[:]:
         if line.socket in ready:
@@ -182,7 +185,7 @@ class Watchdog:
     self._server.close()
 
   def _greet(self, line: 'Line') -> None:
-    """Lets a connection in that knows the token; a port is open to all."""
+    """Accepts a connection if it knows the token, as anybody can connect."""
     first = line.receive()
     if first == []:
       return
@@ -224,7 +227,8 @@ class Watchdog:
   def _tell_all(self, message: dict[str, Any]) -> None:
     for line in self._lines.values():
       line.send(message)
-    # A socket closed with something unread takes back what it sent.
+    # Closing a socket with unread data may discard what was sent, so all is
+    # read until the other ends are closed.
     until = time.monotonic() + MOMENT_SECONDS
     lines = {line.socket: line for line in self._lines.values()}
     while lines and time.monotonic() < until:
@@ -233,7 +237,7 @@ class Watchdog:
           del lines[ready]
     self._over.set()
 
-  # The others.
+  # All other processes.
 
   def _follow(self) -> None:
     heard = next_send = time.monotonic()
@@ -269,9 +273,12 @@ class Watchdog:
   # Every process.
 
   def _end(self, reason: str, settle: bool = True) -> None:
-    """Ends this process, unless it ends by itself.
+    """Ends this process, unless it ends by itself with an error of its own.
 
-    Without process 0 no save gets whole: then there is nothing to settle.
+    Args:
+      reason: Text that is printed.
+      settle: Whether a pending save may be completed first, which takes
+        process 0.
     """
     self._over.set()
     if self._failure:
@@ -284,7 +291,7 @@ class Watchdog:
     if self._index:
       self._hub.socket.close()
     if settle and self.before_end is not None:
-      # The main thread waits in a collective, and nothing can wake it.
+      # The main thread cannot: it waits in a collective operation.
       with contextlib.suppress(Exception):
         self.before_end(min(_SAVE_SECONDS, self._silence / 4))
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""A run's folder: whose it is, and what is in it by name.
+"""A run's folder: names of its files, and the config to which it belongs.
 
-Not here: what the files hold (`checkpointer.py`, `metrics.py`), and a run that
-is read back (`trained.py`).
+Not here: other files' contents (`checkpointer.py`, `metrics.py`), and reading
+of a trained run (`trained.py`).
 """
 
 import json
@@ -18,10 +18,10 @@ from moe_jax.section_reader import Section
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = 'tokenizer.json'
-IMPORTED = 'huggingface'  # the files of the checkpoint that a run began as
-PLUGINS = 'plugins.json'  # the sha256 of each file of a user's classes
-# The last commit that reads and writes folders whose config has the keys that
-# it had before options were dataclasses.
+IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with
+PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
+# The last commit that reads folders whose config has the keys from before
+# options were dataclasses.
 _LAST_OF_EARLIER = '7875f9b'
 
 
@@ -31,17 +31,18 @@ def check(
   *,
   resume: bool = False,
 ) -> pathlib.Path:
-  """The folder, if `config` may have it; nothing is written.
+  """The folder, if a run with this config may use it; nothing is written.
 
   Args:
     workdir: A folder of this machine or mounted on it, which need not exist.
-    config: What the run is.
-    resume: Whether the folder of another config will do.
+    config: The config of the run.
+    resume: Whether the folder may belong to another config.
 
   Raises:
-    ValueError: It is a URL or a file, its config cannot be read, or it is
-      another run's: then the differences are listed, old before new. Or its
-      checkpoints are elsewhere than `config` has them, or that is another's.
+    ValueError: It is a URL or a file; its config cannot be read, or is another
+      one, in which case the differences are listed, old before new; its
+      checkpoints are not in the directory that `config` gives; or that
+      directory may hold another run's.
   """
   if '://' in os.fspath(workdir):
     raise ValueError(
@@ -66,7 +67,10 @@ def check(
 def _check_directory(
   folder: pathlib.Path, config: Section, resume: bool
 ) -> None:
-  """A run would begin anew, or go on from another's checkpoints, unasked."""
+  """Raises ValueError for a directory of checkpoints that does not fit.
+
+  Otherwise the run would begin anew, or go on from another run's checkpoints.
+  """
   there = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
   given = config['checkpoint']['directory']
   old, new = checkpoints_of(folder), checkpoints_of(folder, given)
@@ -88,12 +92,12 @@ def _check_directory(
 def checkpoints_of(
   folder: pathlib.Path, directory: str | None = None
 ) -> epath.Path:
-  """Where a run's checkpoints are.
+  """The directory of a run's checkpoints.
 
   Args:
     folder: The run's folder.
-    directory: The option `checkpoint.directory`; None is what the folder's own
-      config says.
+    directory: The option `checkpoint.directory`; None takes it from the config
+      in the folder.
   """
   if directory is None:
     directory = kept_config(folder).get('checkpoint', {}).get('directory', '')
@@ -101,9 +105,9 @@ def checkpoints_of(
 
 
 def claim(folder: pathlib.Path, config: Section) -> None:
-  """Makes a checked folder the config's own, making it if need be.
+  """Writes the config into a folder that `check` allowed, and makes it.
 
-  Another config that it held is kept as `config.0.json`, `config.1.json`, ...
+  Another config in it is kept as `config.0.json`, `config.1.json`, ...
 
   Raises:
     OSError: The folder cannot be made or written.
@@ -121,14 +125,14 @@ def claim(folder: pathlib.Path, config: Section) -> None:
 
 
 def record_plugins(folder: pathlib.Path, config: Section) -> None:
-  """Writes the sha256 of each file of a user's classes beside the config."""
+  """Writes the sha256 of each file with a user's own class into the folder."""
   digests = plugins.digests(plugins.names_in(config))
   if digests or (folder / PLUGINS).exists():
     write_text(folder / PLUGINS, _text(digests))
 
 
 def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
-  """A line for each file of a user's classes that is another than before."""
+  """A line for each file with a user's own class that has changed."""
   before = _json(folder / PLUGINS)
   for name, digest in plugins.digests(plugins.names_in(config)).items():
     old = before.get(name)
@@ -140,7 +144,7 @@ def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
 
 
 def _plain(config: Section) -> dict[str, Any]:
-  """Through JSON, so that tuples compare equal to what was written."""
+  """A config as JSON gives it back, to be compared with that of a file."""
   nested = config if isinstance(config, dict) else config.to_dict()
   return json.loads(json.dumps(nested))
 
@@ -150,7 +154,7 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def kept_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The config that a folder keeps; {} where it keeps none.
+  """The config in a run's folder; {} if there is none.
 
   Raises:
     ValueError: It is damaged, or of an earlier version.
@@ -175,7 +179,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file or none of it."""
+  """Writes a file so that at any moment it is the old or the new one."""
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_text(text, encoding='utf-8')
   unfinished.replace(path)

@@ -16,13 +16,8 @@ import numpy as np
 
 from moe_jax.data import store
 from moe_jax.data.tokenizers.contract import Tokenizer
-from moe_jax.options import (
-  Options,
-  default_of,
-  fields_of,
-  no_effect,
-  unknown,
-)
+from moe_jax.option_checks import no_effect
+from moe_jax.options import Options, default_of, fields_of, unknown
 from moe_jax.shapes import Float32
 
 SPLITS = ('train', 'validation')
