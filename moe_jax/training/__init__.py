@@ -1,1 +1,1 @@
-"""Training: state, losses, optimizer, the pure step, the loop around it."""
+"""Training: state, losses, optimizer, the pure step, and the loop around it."""

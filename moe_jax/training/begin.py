@@ -1,6 +1,6 @@
-"""What a run begins with: a checkpoint, given parameters, or its seed.
+"""The first state of a run: from a checkpoint, given parameters, or its seed.
 
-Not here: what a run is (`setup.py`), and what parameters are given
+Not here: the run (`setup.py`), and parameters of another run
 (`moe_jax.finetuning`).
 """
 
@@ -13,18 +13,18 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The variables (parameters, and `router_state` if it is not to begin anew) that
-# a run begins with, in place of those drawn from its seed, in their shardings,
-# and a line that says what they are; None: it draws them.
+# A function that gives the variables with which a run begins (parameters, and
+# `router_state` unless it begins anew), sharded, and a line about them; or None,
+# if the run draws its parameters from its seed.
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
 def begin(run: Run, initial: Initial | None = None) -> TrainState:
-  """The newest good checkpoint's state, said in one line, or the first.
+  """The state from which the run goes on, or the first one; prints which.
 
-  A checkpoint of step 0 holds parameters alone, an imported model's: the
-  optimizer starts anew. Only then is the workdir made the run's own: what is
-  refused changes nothing.
+  A checkpoint of step 0 holds only parameters, those of an imported model: the
+  optimizer starts anew. The config is written to the workdir only after all
+  checks, so that a run that is refused changes nothing.
 
   Args:
     run: The run, as `set_up` made it.
@@ -32,7 +32,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
 
   Raises:
     ValueError: The checkpoint was made on other data, or for another model; or
-      `initial` refuses.
+      `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
   abstract = run.programs.abstract_state

@@ -1,8 +1,8 @@
-"""Evaluations by name, each with its period and its own model overrides.
+"""The contract of kinds of evaluation, and the kind 'loss'.
 
-The contract of their kinds is here, and the kind 'loss'. Not here: kinds that
-generate or choose (`moe_jax.evaluation`), and how the entries of a config are
-made ready (`evaluation_entries.py`).
+An evaluation has a name, a period and its own overrides of the model. Not here:
+kinds that generate or choose (`moe_jax.evaluation`), and how the entries of a
+config are checked (`evaluation_entries.py`).
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from moe_jax.runs.metrics import Row
 from moe_jax.training.step import eval_step
 from moe_jax.training_types import LossSums, add
 
-Variables = dict[str, Any]  # 'params', and 'router_state' if there is any
-Measure = Callable[[Variables, int], Row]  # (variables, step)
-# Overrides that give every expert room for all tokens.
+Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
+Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
+# Overrides of the model that give every expert room for all tokens.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
 }
-# Twice the room that balanced experts need.
+# Overrides of the model that give experts twice the room of a balanced load.
 _ROOM_FOR_TWICE = {
   'moe': {
     'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 2.0}},
@@ -40,13 +40,13 @@ _ROOM_FOR_TWICE = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What an evaluation may know of the run that it belongs to.
+  """The parts of a run that an evaluation may use.
 
   Attributes:
     name: The name of the entry of `config.evals`.
     model: The training model with the entry's overrides.
     dataset: The run's data.
-    data: The options that the dataset was loaded by.
+    data: The options of the dataset.
     batch_size: Number of rows in a global batch.
     workdir: The run's folder, which need not exist yet.
     put: Moves batches of numpy arrays of `batch_size` rows to the devices.
@@ -70,21 +70,21 @@ class EvaluationOptions(Options):
 
   every_steps: int = option(
     0,
-    'Number of optimizer steps between two measurements; the evaluation also '
-    'runs at the end of the run. With 0 it runs then alone.',
+    'Number of optimizer steps between two measurements of the evaluation, '
+    'which also runs at the end of the run; with 0 it runs only then.',
     at_least(0),
   )
   model_overrides: Mapping[str, Any] = option(
     {},
     'Keys of the section `model`, nested, with the values that they have in '
-    'this evaluation. They may change no parameter.',
+    'this evaluation; they must not change the shape of a parameter.',
   )
 
   @required
   def measure(self, setting: Setting) -> Measure:
-    """Returns what measures, as a function of variables and step.
+    """Returns the function that measures a row from variables and a step.
 
-    Its row has a number, or a flat list of numbers, for each name. Where two
+    The row has a number, or a flat list of numbers, for each name. Where two
     entries return equal functions, one measurement serves both.
 
     Raises:
@@ -93,28 +93,29 @@ class EvaluationOptions(Options):
     raise NotImplementedError
 
   def shrunk(self) -> 'EvaluationOptions':
-    """The same evaluation after two steps."""
+    """The same evaluation with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossEvaluation(EvaluationOptions):
-  """The kind 'loss': the validation loss, with what routers did."""
+  """The kind 'loss': the validation loss, and statistics of the routers."""
 
   every_steps: int = option(
     500,
-    'Number of optimizer steps between two measurements; the evaluation also '
-    'runs at the end of the run. With 0 it runs then alone.',
+    'Number of optimizer steps between two measurements of the evaluation, '
+    'which also runs at the end of the run; with 0 it runs only then.',
     at_least(0),
   )
   num_batches: int = option(
     0,
-    'Number of batches, spread over the validation split; 0 takes all of it.',
+    'Number of batches that are evaluated, spread over the validation split; 0 '
+    'evaluates all of it.',
     at_least(0),
   )
 
   def measure(self, setting: Setting) -> 'Losses':
-    """Returns what measures the loss of the validation split."""
+    """Returns the function that measures the loss on the validation split."""
     return Losses(
       model=setting.model,
       num_batches=self.num_batches,
@@ -141,8 +142,8 @@ class Evaluation:
 
   Attributes:
     name: The name of the entry.
-    every_steps: Its period; with 0 it runs at the end alone.
-    measure: Makes its row of variables and a step.
+    every_steps: Its period in optimizer steps; with 0 it runs only at the end.
+    measure: Function from variables and a step to its row.
   """
 
   name: str
@@ -150,14 +151,14 @@ class Evaluation:
   measure: Measure
 
   def due(self, step: int) -> bool:
-    """Whether it runs after `step` steps, the end apart."""
+    """Whether it runs after `step` steps, if that is not the last step."""
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
 def measured(
   evaluations: Sequence[Evaluation], variables: Variables, step: int
 ) -> dict[str, Row]:
-  """The row of each evaluation, by name; what is equal is measured once.
+  """The row of each evaluation, by name; equal ones are measured once.
 
   Raises:
     ValueError: Some evaluation returns no row of numbers.
@@ -172,7 +173,7 @@ def measured(
 
 
 def _key(measure: Measure) -> Any:
-  """What equal measures have alike; their identity where they have no hash."""
+  """A key that equal functions share: the function, or its id if unhashable."""
   try:
     hash(measure)
   except TypeError:
@@ -202,14 +203,14 @@ def _is_flat(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Measures losses; equal for equal models and lengths on the same rows.
+  """Measures the loss; equal for equal models and numbers on the same rows.
 
   Attributes:
     model: The model that is evaluated.
     num_batches: Number of batches; 0 takes all rows.
     batch_size: Number of rows in a global batch.
-    rows: The split.
-    put: Moves batches to the devices.
+    rows: The rows of the split.
+    put: Moves batches of numpy arrays to the devices.
   """
 
   model: Model
@@ -233,8 +234,8 @@ class Losses:
       num_batches=self.num_batches,
       share=self.put.rows,
     ):
-      # Sums are added on the host in float64: a split has more tokens than
-      # float32 has whole numbers.
+      # Sums are added on the host in float64, as a split may have more tokens
+      # than float32 can count.
       sums = summary.host(run(variables, self.put.local(batch)))
       total = sums if total is None else add(total, sums)
     return total
@@ -242,5 +243,5 @@ class Losses:
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval_step(model: Model):
-  """`eval_step` of one model, compiled once in a process."""
+  """`eval_step` for a model; equal models share the compiled function."""
   return jax.jit(functools.partial(eval_step, model=model))

@@ -1,4 +1,4 @@
-"""The entries of `config.evals`: their models, checked, and what measures.
+"""The entries of `config.evals`: their models, checks, and functions.
 
 Not here: what an evaluation measures (`evaluate.py`).
 """
@@ -23,10 +23,10 @@ _MOST_LISTED = 10
 def overridden(
   model: ModelOptions, entry: EvaluationOptions
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The model of an entry, and its overrides that have no effect.
+  """The options of an entry's model, and its overrides without effect.
 
   Raises:
-    OptionError: All that is wrong with the overrides.
+    OptionError: The message lists all problems of the overrides.
   """
   return sections.overridden(MODELS, model, entry.model_overrides, 'model.')
 
@@ -34,7 +34,7 @@ def overridden(
 def override_problems(
   model: ModelOptions, entries: Mapping[str, EvaluationOptions]
 ) -> Iterator[str]:
-  """What is wrong with the overrides of entries, each text a problem."""
+  """The problems of the overrides of all entries, a text for each."""
   for name, entry in entries.items():
     try:
       overridden(model, entry)
@@ -53,15 +53,15 @@ def changed_models(
   """The model of each entry, by name.
 
   Args:
-    options: The options of the training model, filled in.
+    options: The options of the training model, after `filled`.
     model: The training model.
     entries: The evaluations.
     rules: The sharding table.
     seq_len: The length of a row.
 
   Raises:
-    ValueError: The parameters of some are not those of the training model; the
-      differing ones are listed.
+    OptionError: Parameters of some models differ from those of the training
+      model; they are listed.
   """
   changed, problems = {}, []
   for name, entry in entries.items():
@@ -89,16 +89,16 @@ def make_evaluations(
   """All entries, ready to run.
 
   Args:
-    entries: Their options by name.
-    changed: Their models; see `changed_models`.
-    dataset: See `Setting`, also for what follows.
+    entries: The options of each entry, by name.
+    changed: The model of each entry, by name; see `changed_models`.
+    dataset: The run's data.
     data: The options of the dataset.
     batch_size: Number of rows in a global batch.
     workdir: The run's folder.
-    put: Moves batches to the devices.
+    put: Moves batches of numpy arrays to the devices.
 
   Raises:
-    ValueError: The run lacks what some evaluation needs; all are named.
+    OptionError: The run lacks what some evaluations need; all are named.
   """
   evaluations, problems = [], []
   for name, entry in entries.items():
@@ -125,7 +125,7 @@ def make_evaluations(
 def _differing_parameters(
   model: Model, changed: Model, seq_len: int
 ) -> list[str]:
-  """A line for each parameter that two models do not have alike."""
+  """A line for each parameter whose shape differs between two models."""
   if changed == model:
     return []
   old, new = (

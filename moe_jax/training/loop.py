@@ -1,8 +1,7 @@
-"""The loop: step, metrics, evaluations, checkpoint, each when it is due.
+"""The training loop: step, metrics, evaluations, checkpoint, each when due.
 
-All that it drives is built in `setup.py`, and its first state in `begin.py`.
-Not here: samples, plots and reports, which are hooks that `moe_jax.main` and
-experiments wire in.
+Not here: the run's parts (`setup.py`) and first state (`begin.py`); samples,
+plots and reports, which are hooks that `moe_jax.main` and experiments choose.
 """
 
 import contextlib
@@ -22,8 +21,9 @@ from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
 
-# JAX stops all processes after a call whose number is above all that it got,
-# and 0 counts as one: a resumed run's steps would begin beyond that number.
+# Numbers of calls, by which JAX agrees on the step after which to stop. It stops
+# at a number above all that it has got, and 0 counts as one: the numbers of a
+# resumed run's steps would begin beyond it.
 _CALLS = itertools.count(1)
 
 
@@ -36,26 +36,28 @@ def train_and_evaluate(
   devices: Sequence[jax.Device] | None = None,
   initial: Initial | None = None,
 ) -> TrainState:
-  """Trains what the options describe, from where `workdir` stands.
+  """Trains the model that the options describe, and evaluates it.
 
-  A workdir of the same options is gone on with; SIGTERM saves and returns.
-  Several processes all call this, with the same arguments: one that gets a
-  SIGTERM has all save and return after the same step, and one that is lost
-  ends the others (`runs/watchdog.py`). Process 0 alone prints, and writes all
-  but its part of the checkpoints.
+  If `workdir` has checkpoints of the same options, the run goes on from the
+  newest; on SIGTERM it saves and returns. Several processes all call this with
+  the same arguments: if one gets a SIGTERM, all save and return after the same
+  step, and if one is lost, the others end (`runs/watchdog.py`). Only process 0
+  prints and writes, except for each process' part of the checkpoints.
 
   Args:
-    options: The run's options; `moe_jax.run_config.read` makes them of a
-      config as the files in `configs/` return it.
-    workdir: Where checkpoints, metrics and reports go.
-    hooks: Called at the start, at the end once no step is left, and on the
-      way out.
-    resume: Goes on even where the workdir's options differ.
+    options: The run's options; `moe_jax.run_config.read` makes them from a
+      config.
+    workdir: Folder for checkpoints, metrics and reports.
+    hooks: Hooks that are called before the first step, after the last, and
+      when the function returns or raises.
+    resume: Whether to go on even where the workdir's options differ.
     devices: The devices of the mesh; None is all there are.
-    initial: What the section `init_from` means; see `begin.begin`.
+    initial: Gives the parameters for the section `init_from`; see
+      `begin.begin`.
 
   Raises:
-    ValueError: Bad options, bad data, or another run's workdir.
+    ValueError: The options or the data are bad, or `workdir` belongs to another
+      run.
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss is not finite; nothing is saved after it.
   """
@@ -91,7 +93,7 @@ def _train(
   watchdog: Alone | Watchdog,
   stopped: Callable[[], bool],
 ) -> TrainState:
-  """The state after the last step, or the one after which it is stopped."""
+  """The state after the last step, or after the step at which SIGTERM stops."""
   start, total = int(state.step), run.options.total_steps
   if start == total:
     run.message(f'already at step {start}: nothing left to train')
@@ -103,7 +105,7 @@ def _train(
     state, metrics = run.train_step(state, batch)
     recorder.add(step, metrics, batch)
     stop, last = stopped(), step == total
-    if last or not stop:  # who sends SIGTERM does not wait
+    if last or not stop:  # after SIGTERM there is no time for evaluations
       watchdog.mark(f'evaluations of step {step}')
       _evaluate(run, recorder, step, state, last)
     watchdog.mark(f'the checkpoint of step {step}')
@@ -137,10 +139,11 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
 
 @contextlib.contextmanager
 def _stopped() -> Iterator[Callable[[], bool]]:
-  """Says after each step whether to stop there; of SIGTERM, nothing dies.
+  """Catches SIGTERM; gives a function that says whether to stop now.
 
-  Of several processes JAX catches the signal, and chooses a step that none has
-  begun, once it came to any of them.
+  The function is called once after each step. With several processes JAX
+  catches the signal, and all stop after the same step, which none had begun
+  when the first of them got the signal.
   """
   if jax.process_count() > 1:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))

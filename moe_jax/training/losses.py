@@ -1,7 +1,7 @@
-"""What is minimised: a model's own loss and the routers' weighted losses.
+"""The loss that is minimised: a model's own, and weighted losses of routers.
 
-Normalisers are those of the whole batch, taken before it is split into
-microbatches, so that accumulation changes nothing.
+Sums are divided by normalisers of the whole batch, taken before it is split
+into microbatches, so that accumulation changes nothing.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from moe_jax.training_types import Batch, LossSums
 
 
 class Normalizers(NamedTuple):
-  """What a whole batch's sums are divided by.
+  """Divisors of the sums over a batch, none of them zero.
 
   Attributes:
     weight: float32 [], sum of loss weights.
-    tokens: float32 [L], tokens that the routers of each layer count.
+    tokens: float32 [L], number of tokens that each layer's router routes.
   """
 
   weight: Array
@@ -31,16 +31,16 @@ class Normalizers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-  """Coefficients of the losses beside a model's own.
+  """Coefficients of the losses that are added to a model's own.
 
   Attributes:
-    balance, z, importance, load: The coefficients of the routers' losses; each
-      is a number, or a scalar array, which is an argument of the step and not
-      a constant in it.
-    logits_z: The coefficient of the mean squared logsumexp of the output
-      logits (T5's and ST-MoE's other z-loss).
-    num_averaged: The number of layers that the routers' losses are divided by:
-      1 adds them up (Switch), the number of sparse layers averages them
+    balance, z, importance, load: Coefficients of the routers' losses: numbers,
+      or scalar arrays, which are arguments of the compiled step instead of
+      constants.
+    logits_z: Coefficient of the mean squared logsumexp of the output logits
+      (T5's and ST-MoE's other z-loss).
+    num_averaged: Number by which the sum of the routers' losses over layers is
+      divided: 1 adds layers (Switch), the number of sparse layers averages them
       (flaxformer).
   """
 
@@ -53,7 +53,7 @@ class LossWeights:
 
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
-  """The coefficients that a model's routers ask for, and one beside them."""
+  """The coefficients that a model's routers have, and that of its logits."""
   weights = model.loss_weights()
   mean = model.layer_reduce == 'mean'
   return LossWeights(
@@ -67,7 +67,7 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:
-  """The normalisers of a whole batch, none of them zero."""
+  """The normalisers of a whole batch."""
   weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
   return Normalizers(weight, model.routed_tokens(batch))
 
@@ -84,7 +84,7 @@ def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
 def aux_loss(
   aux: MoeAux, whole: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The weighted routers' losses; a loss of weight 0 leaves no gradient."""
+  """The weighted sum of the routers' losses; those of weight 0 are left out."""
   terms = (
     (weights.balance, aux.balance_loss),
     (weights.z, aux.z_loss),
@@ -101,7 +101,7 @@ def aux_loss(
 def total_loss(
   sums: LossSums, whole: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
-  """The share of the whole batch's loss that a (micro)batch has."""
+  """The part of the whole batch's loss that a (micro)batch contributes."""
   total = sums.cross_entropy / whole.weight
   if weights.logits_z:
     total = total + weights.logits_z * sums.logits_z / whole.weight

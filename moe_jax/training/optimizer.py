@@ -1,6 +1,6 @@
-"""Optimizers: options and the optax transformation that they become.
+"""Optimizers: their options, which make an optax transformation.
 
-A new optimizer is one class: its options and its preconditioner. Not here:
+A new optimizer is one class with its options and its preconditioner. Not here:
 gradient accumulation (`step.py`), and schedules (`schedules.py`).
 """
 
@@ -24,7 +24,7 @@ from moe_jax.training import parameter_rules
 from moe_jax.training.parameter_rules import PATTERNS, Pattern
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
-# Axes along which matrices are stacked: no statistic is shared across them.
+# Axes along which matrices are stacked; no statistic is shared along them.
 STACKED_AXES = ('layers', 'expert')
 
 
@@ -36,43 +36,43 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3, 'Learning rate at its peak, after the warm-up.', at_least(0)
+    1e-3, 'Peak of the learning rate, after the warm-up.', at_least(0)
   )
   schedule: Schedule = choice(
-    SCHEDULES, 'cosine', 'Curve of the learning rate over the run.'
+    SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
   )
   clip_norm: float = option(
     1.0,
-    'Norm of the whole gradient above which it is scaled down to it; 0 leaves '
-    'every gradient as it is.',
+    'Largest norm of the gradient of all parameters together; a larger '
+    'gradient is scaled down to it. 0 clips no gradient.',
     at_least(0),
   )
   weight_decay: float = option(
     0.1,
-    'Fraction of a parameter that is taken from it at each step, times the '
-    'learning rate; 0 decays nothing.',
+    'Weight decay: this number times the learning rate is the fraction of a '
+    'parameter that is subtracted at each step. 0 decays nothing.',
     at_least(0),
   )
   decay_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of a regular expression and a factor of the weight decay; the first '
-    "that is found in a parameter's name, such as "
-    "'layers/layer_1/moe/experts/w_in', counts. Without one, kernels decay, "
-    'and biases, scales and tables do not.',
+    'Pairs of a regular expression and a factor of the weight decay. For a '
+    'parameter the first expression that is found in its name counts, such as '
+    "'layers/layer_1/moe/experts/w_in'; if none is, kernels decay, and biases, "
+    'scales and tables do not.',
     PATTERNS,
     when={'weight_decay': above(0)},
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
-    'Pairs of a regular expression and a factor of the learning rate; the '
-    "first that is found in a parameter's name counts. Without one, the factor "
-    'is 1.',
+    'Pairs of a regular expression and a factor of the learning rate. For a '
+    'parameter the first expression that is found in its name counts; if none '
+    'is, the factor is 1.',
     PATTERNS,
   )
 
   @required
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
-    """Returns what turns clipped gradients into directions.
+    """Returns the transformation of clipped gradients into update directions.
 
     Args:
       axes: A tree like the parameters with a tuple of logical axes for each.
@@ -80,7 +80,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def problems_in(self, total_steps: int):
-    """What is wrong in a run of so many steps, each text a problem."""
+    """The problems in a run of `total_steps` steps, a text for each."""
     if self.schedule.warmup_steps > total_steps:
       yield (
         f'optimizer.schedule.warmup_steps={self.schedule.warmup_steps} not in '
@@ -97,7 +97,7 @@ class Optimizer(Options):
     """Returns the whole optimizer.
 
     Args:
-      total_steps: The length of the run, for the schedule.
+      total_steps: Number of optimizer steps of the run, for the schedule.
       axes: A tree like the parameters with a tuple of logical axes for each.
       roles: A tree like the parameters with the `Role` of each.
     """
@@ -119,17 +119,25 @@ class AdamW(Optimizer):
   """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
   b1: float = option(
-    0.9, "Decay of the first moment's running mean.", within('[0, 1)')
+    0.9,
+    'Decay per step of the running mean of gradients, the first moment.',
+    within('[0, 1)'),
   )
   b2: float = option(
-    0.98, "Decay of the second moment's running mean.", within('[0, 1)')
+    0.98,
+    'Decay per step of the running mean of squared gradients, the second '
+    'moment.',
+    within('[0, 1)'),
   )
   epsilon: float = option(
-    1e-8, 'Number added to the root of the second moment.', at_least(0)
+    1e-8,
+    "Number that is added to the root of Adam's second moment before the "
+    'gradient is divided by it.',
+    at_least(0),
   )
 
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
-    """Returns Adam's, which is element by element."""
+    """Returns Adam's transformation, which works element by element."""
     del axes
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
 
@@ -138,29 +146,31 @@ class AdamW(Optimizer):
 class Adafactor(Optimizer):
   """Adafactor with relative steps clipped by layer (arXiv:1804.04235).
 
-  Factors, clipping and parameter scale are those of one matrix: none is shared
-  by layers or experts that are stacked.
+  Each matrix has its own factors, clipping and scale; stacked layers or experts
+  share none.
   """
 
   b1: float = option(
     0.9,
-    "Decay of the first moment's running mean; 0 keeps no first moment.",
+    'Decay per step of the running mean of updates, the first moment; 0 keeps '
+    'no first moment.',
     within('[0, 1)'),
   )
   decay_exponent: float = option(
     0.8,
-    "Exponent of the second moment's decay, which is 1 - step^-exponent.",
+    'Exponent e of the decay 1 - step^-e of the running mean of squared '
+    'gradients, the second moment.',
     within('(0, 1]'),
   )
   min_factored_size: int = option(
     128,
-    'Least size of the two largest dimensions of a matrix whose second moment '
-    'is factored.',
+    "Size that a matrix's two largest dimensions must have for its second "
+    'moment to be factored into a row and a column.',
     at_least(1),
   )
 
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
-    """Returns Adafactor's, for every matrix by itself."""
+    """Returns Adafactor's transformation, applied to each matrix by itself."""
     steps = [
       optax.scale_by_factored_rms(
         decay_rate=self.decay_exponent,
@@ -205,10 +215,10 @@ def _scaled(factors: Any) -> optax.GradientTransformation:
 def per_matrix(
   transform: optax.GradientTransformation, axes: Any
 ) -> optax.GradientTransformation:
-  """`transform` on every matrix of every stacked parameter by itself.
+  """Applies `transform` to every matrix of every stacked parameter by itself.
 
-  A parameter [L, E, M, F] is L * E matrices: what the transform factors,
-  clips or measures is never shared along `layers` and `expert`.
+  A parameter [L, E, M, F] is L * E matrices, which share none of the factors,
+  norms and scales that the transformation takes.
 
   Args:
     transform: The transformation of one array.

@@ -1,6 +1,6 @@
 """Factors of weight decay and learning rate for each parameter.
 
-A user's patterns on names come first, then what a parameter's form says.
+A user's patterns of names come first, then the default of a parameter's form.
 """
 
 import re
@@ -33,7 +33,7 @@ def decay_factors(rules: Sequence[Pattern], roles: Any) -> Any:
   """A tree of factors of the weight decay: kernels alone decay by default.
 
   Args:
-    rules: Patterns and factors; the first that is found in a name counts.
+    rules: Patterns and factors; the first found in a parameter's name counts.
     roles: A tree like the parameters with the `Role` of each.
   """
   return _factors(rules, roles, lambda role: float(role.form == 'kernel'))
@@ -43,8 +43,8 @@ def rate_factors(rules: Sequence[Pattern], roles: Any) -> Any:
   """A tree of factors of the learning rate: 1 by default.
 
   Args:
-    rules: As in `decay_factors`.
-    roles: Likewise.
+    rules: Patterns and factors; the first found in a parameter's name counts.
+    roles: A tree like the parameters with the `Role` of each.
   """
   return _factors(rules, roles, lambda role: 1.0)
 

@@ -1,6 +1,6 @@
-"""What of a run goes to the devices: its programs, with their shardings.
+"""The programs of a run that devices execute, with their shardings.
 
-Not here: what they are made for (`setup.py`), and the step itself (`step.py`).
+Not here: the run (`setup.py`), and the step itself (`step.py`).
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class Programs:
 
   Attributes:
     init_state: () -> the state before the first step, sharded.
-    state_of: (parameters) -> the state before the first step, with these,
-      which are donated.
-    abstract_state: Shapes and shardings of the state.
+    state_of: (parameters) -> the state before the first step with these
+      parameters, which are donated.
+    abstract_state: Shapes, dtypes and shardings of the state.
     train_step: (state, batch) -> (state, metrics), compiled at first use; the
       state is donated.
     put: Moves batches of numpy arrays to the devices.
@@ -54,10 +54,10 @@ class Programs:
 
 
 def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
-  """The programs of a run; nothing compiles yet.
+  """The programs of a run; none is compiled yet.
 
   Args:
-    options: The run's options, filled in.
+    options: The run's options, after `filled`.
     model: Its model.
     mesh: The devices.
   """
@@ -111,15 +111,15 @@ def make_step(
   change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
   balance_bias_rate: Leaf | None = None,
 ) -> Step:
-  """(state, batch) -> (state, metrics), pure, not yet compiled.
+  """The pure function (state, batch) -> (state, metrics), not yet compiled.
 
   Args:
     options: The run's options.
     model: Its model.
     optimizer: Its optimizer.
-    change: What becomes of the weights of the losses.
-    balance_bias_rate: The rate of the balancing bias in the place of that of
-      the options.
+    change: Function that changes the weights of the losses.
+    balance_bias_rate: The rate of the balancing bias, instead of that of the
+      options.
   """
   weights = change(losses.loss_weights(model, options.logits_z_weight))
   step = functools.partial(
@@ -144,14 +144,14 @@ def state_shardings(
   optimizer: optax.GradientTransformation,
   router_state: Any,
 ) -> TrainState:
-  """Where each array of the train state lives.
+  """The sharding of each array of the train state.
 
   Args:
     mesh: The devices.
     rules: The sharding table.
     trees: Shapes and logical axes of the parameters.
     optimizer: The optimizer, whose state is split as the parameters are.
-    router_state: What routers keep, which is whole on every device.
+    router_state: The state of routers, which is whole on every device.
   """
   whole = partitioning.sharding(mesh, rules, ())
   param_shardings = partitioning.tree_shardings(

@@ -1,6 +1,6 @@
 """The options of a run, and the rules that concern several sections.
 
-Not here: kinds of evaluation from above training (`moe_jax.run_config`).
+Not here: kinds of evaluation that generate or choose (`moe_jax.run_config`).
 """
 
 import dataclasses
@@ -46,17 +46,17 @@ _EVALUATIONS = Kinds(
 
 @dataclasses.dataclass(frozen=True)
 class InitFromOptions(Options):
-  """Another run whose parameters this one begins with."""
+  """Another run whose parameters this run begins with."""
 
   workdir: str = option(
     '',
-    'Folder of the run whose parameters this one begins with, with a new '
-    'optimizer; with an empty string parameters are drawn from the seed.',
+    'Folder of another run whose parameters this run begins with, with a new '
+    'optimizer; an empty string draws parameters from the seed.',
   )
   step: int = option(
     -1,
-    'Optimizer step of the checkpoint that is read there; -1 is the newest '
-    'good one.',
+    'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
+    'the newest good one.',
     at_least(-1),
     when={'workdir': NOT_EMPTY},
   )
@@ -64,111 +64,119 @@ class InitFromOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions(Options):
-  """The text that a run ends with."""
+  """The text sample at the end of a run."""
 
   prompt: str = option(
     '\n',
-    'Text that the sample continues, or answers.',
+    'Text that the sample at the end of the run continues or answers.',
     NOT_EMPTY,
     when={'num_tokens': at_least(1)},
   )
   num_tokens: int = option(
     300,
-    'Number of tokens of the sample that is drawn at the end of the run; 0 '
-    'draws none.',
+    'Number of tokens of the text sample at the end of the run; 0 draws no '
+    'sample.',
     at_least(0),
   )
   temperature: float = option(
     0.8,
-    'Temperature that logits are divided by before a token is drawn; 0 takes '
-    'the likeliest token.',
+    'Temperature by which logits are divided before a token of the sample is '
+    'drawn; 0 takes the likeliest token.',
     at_least(0),
     when={'num_tokens': at_least(1)},
   )
   seed: int = option(
     0,
-    'Seed of the drawn tokens.',
+    'Seed for drawing the tokens of the sample.',
     within('[0, 4294967296)'),
     when={'num_tokens': at_least(1)},
   )
 
   def shrunk(self) -> 'SampleOptions':
-    """At most a few tokens."""
+    """The same sample with at most 16 tokens."""
     return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Options):
-  """All that a run is: the root of a config."""
+  """All options of a run: the root of a config."""
 
   seed: int = option(
     0,
-    'Seed of the initial parameters, the order of the data and all noise.',
+    'Seed of the initial parameters, the order of the data and all noise in '
+    'training.',
     within('[0, 4294967296)'),
   )
   total_steps: int = option(
     1000, 'Number of optimizer steps of the whole run.', at_least(1)
   )
   batch_size: int = option(
-    32, 'Number of rows in the batch of an optimizer step.', at_least(1)
+    32,
+    'Number of rows in the batch of an optimizer step, on all devices '
+    'together.',
+    at_least(1),
   )
   microbatches: int = option(
     1,
-    'Number of parts that a batch is cut into, whose gradients are added; it '
-    'divides batch_size.',
+    'Number of equal parts of a batch that are computed one after another and '
+    'whose gradients are added; it must divide batch_size.',
     at_least(1),
   )
   log_every_steps: int = option(
     20,
-    'Number of optimizer steps whose metrics are averaged in a row.',
+    'Number of optimizer steps between two rows of metrics, which are averages '
+    'over these steps.',
     at_least(1),
   )
   logits_z_weight: float = option(
     0.0,
-    'Weight of the mean squared logsumexp of the output logits in the loss; T5 '
+    'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
     'has 1e-4, 0 leaves it out.',
     at_least(0),
   )
   max_nonfinite_steps: int = option(
     0,
-    'Number of steps whose loss or gradient is not finite that are left out, '
-    'their batches kept in the workdir; the next one stops the run.',
+    'Number of steps that may be skipped because their loss or gradient is not '
+    'finite, with their batches kept in the workdir; one more stops the run.',
     at_least(0),
   )
   data: DataOptions = nested(
-    DataOptions(), 'What the model learns, and from which source.'
+    DataOptions(), 'Source, tokenizer and task of the data, and its rows.'
   )
-  model: ModelOptions = choice(MODELS, 'decoder', 'The model that is trained.')
+  model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')
   optimizer: Optimizer = choice(
-    OPTIMIZERS, 'adamw', 'The optimizer that trains it.'
+    OPTIMIZERS, 'adamw', "Optimizer of the model's parameters."
   )
   checkpoint: CheckpointOptions = nested(
-    CheckpointOptions(), 'Where, when and how long checkpoints are kept.'
+    CheckpointOptions(), 'Folder, period and number of checkpoints.'
   )
   init_from: InitFromOptions = nested(
-    InitFromOptions(), 'Another run that this one begins with.'
+    InitFromOptions(), 'Run whose parameters this run begins with.'
   )
   evals: Mapping[str, EvaluationOptions] = entries(
     _EVALUATIONS,
     DEFAULT_EVALS,
-    'Evaluations, each by a name that the user chooses.',
+    'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
+    'name that the user chooses.',
   )
   mesh: MeshOptions = nested(
-    MeshOptions(), 'The mesh of devices, axis by axis.'
+    MeshOptions(), 'Sizes of the axes of the mesh of devices.'
   )
   sharding: ShardingOptions = nested(
-    ShardingOptions(), 'How arrays are split over the mesh.'
+    ShardingOptions(), 'Mesh axes over which dimensions of arrays are split.'
   )
   distributed: Timeouts = nested(
-    Timeouts(), 'How long several processes wait for each other.'
+    Timeouts(), 'Timeouts of a run of several processes.'
   )
   profile: ProfileOptions = nested(
-    ProfileOptions(), 'The optimizer steps that are traced.'
+    ProfileOptions(), 'Optimizer steps that are traced.'
   )
-  sample: SampleOptions = nested(SampleOptions(), 'The text sample at the end.')
+  sample: SampleOptions = nested(
+    SampleOptions(), 'Text sample at the end of the run.'
+  )
 
   def problems(self) -> Iterator[str]:
-    """What no section knows by itself."""
+    """The problems between several sections, a text for each."""
     if self.batch_size % self.microbatches:
       yield (
         f'batch_size={self.batch_size} does not divide by microbatches='
@@ -215,7 +223,7 @@ class RunOptions(Options):
       )
 
   def shape(self, parts: int = 1) -> RunShape:
-    """The sizes that a model has to fit.
+    """The sizes of the run that a model has to fit.
 
     Args:
       parts: Number of devices that the rows of a microbatch are split over.
@@ -230,10 +238,10 @@ class RunOptions(Options):
     )
 
   def check_mesh(self, mesh: Mesh) -> None:
-    """Checks the sizes against the devices that there are.
+    """Checks that the devices of a mesh divide the run's sizes.
 
     Raises:
-      OptionError: Rows or groups do not divide by them.
+      OptionError: Rows or groups do not divide by the devices.
     """
     rules = self.sharding.rules
     parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
@@ -245,17 +253,17 @@ class RunOptions(Options):
           f'mesh axes {dict(rules)["batch"]}'
         ]
       )
-    if found := list(self.model.problems_in(self.shape(parts))):
-      raise OptionError(found)
+    if problems := list(self.model.problems_in(self.shape(parts))):
+      raise OptionError(problems)
 
   def filled(
     self: R, vocab_size: int, feature_shape: tuple[int, ...] = ()
   ) -> R:
-    """The options with what the data decides of the model.
+    """The options with those sizes of the model that the data decides.
 
     Args:
-      vocab_size: The tokenizer's.
-      feature_shape: Shape of an example that is no text.
+      vocab_size: The size V of the tokenizer's vocabulary.
+      feature_shape: Shape of an example that is an array; () for tokens.
 
     Raises:
       ValueError: The model's own vocabulary is smaller, or its examples are of
@@ -267,17 +275,17 @@ class RunOptions(Options):
     return dataclasses.replace(self, model=model)
 
   def build(self) -> Model:
-    """The model, once what the data decides is filled in."""
+    """The model; the options have to be those that `filled` returns."""
     return self.model.build(self.sharding.rules)
 
   def batch_shapes(self, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of every batch that the run trains on."""
+    """Shapes and dtypes of the arrays of a training batch."""
     return model.batch_shapes(
       self.batch_size, self.data.seq_len, self.data.target_len
     )
 
   def shrunk(self: R) -> R:
-    """The same run in two steps on one device."""
+    """The same run with two steps, small sizes and one device."""
     changes: dict[str, Any] = {
       name: getattr(self, name).shrunk()
       for name in (

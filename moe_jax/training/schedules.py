@@ -1,6 +1,6 @@
-"""Schedules of the learning rate: a linear warm-up, then one of several.
+"""Schedules of the learning rate: a linear warm-up, then one of several curves.
 
-A new schedule is one class: its options and what follows the warm-up.
+A new schedule is one class with its options and the curve after the warm-up.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class Schedule(Options):
 
   warmup_steps: int = option(
     100,
-    'Number of optimizer steps in which the learning rate rises from 0 to its '
-    'peak, in a straight line.',
+    'Number of optimizer steps over which the learning rate rises linearly '
+    'from 0 to its peak; 0 begins at the peak.',
     at_least(0),
   )
 
@@ -42,7 +42,7 @@ class Schedule(Options):
     return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
 
   def shrunk(self) -> 'Schedule':
-    """A warm-up of one step."""
+    """The same schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
 
 
@@ -74,7 +74,7 @@ class InverseSqrt(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """The peak, to the end."""
+  """The peak until the end of the run."""
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
     """Returns the peak at every step."""

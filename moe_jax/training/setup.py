@@ -1,4 +1,4 @@
-"""Everything a run needs, built and checked before anything compiles."""
+"""The parts of a run, built and checked before anything is compiled."""
 
 import dataclasses
 import json
@@ -33,23 +33,23 @@ def _message() -> Callable[[str], None]:
 
 @dataclasses.dataclass
 class Run:
-  """One run, ready to go; what hooks are given.
+  """The parts of a run, which hooks are given, too.
 
   Attributes:
-    options: The options, with what the data decides of the model filled in.
-    given: The options as they were given, and as the workdir keeps them.
+    options: The options, with the sizes of the model that the data decides.
+    given: The options as they were given, which the workdir keeps.
     workdir: The run's folder.
     dataset: The run's data.
     model: The model that is trained.
-    mesh: The devices.
-    programs: What runs on them.
+    mesh: The mesh of devices.
+    programs: The programs that the devices execute.
     train_step: The step of `programs`; a hook may wrap it.
-    evaluations: All of the evaluations.
+    evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
-    notes: Lines that are said at the start: overrides that are ignored, users'
-      files that changed since the run began.
-    message: Prints a line, in process 0; the progress display puts itself in
-      its place.
+    notes: Lines to print at the start: overrides that are ignored, and users'
+      files that have changed since the run began.
+    message: Prints a line in process 0; the recorder replaces it while it
+      displays progress.
   """
 
   options: RunOptions
@@ -66,7 +66,7 @@ class Run:
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
-    """The batches from step `start` on, on the devices."""
+    """The batches after step `start`, on the devices."""
     put = self.programs.put
     return map(
       put.local,
@@ -81,16 +81,16 @@ class Run:
 
 
 class Hook:
-  """What a caller adds to a run; its methods do nothing by default."""
+  """Behaviour that a caller adds to a run; by default methods do nothing."""
 
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Called once the last step is taken, evaluated and saved."""
+    """Called after the last step has been taken, evaluated and saved."""
 
   def close(self) -> None:
-    """Called on the way out, also of a run that is stopped or fails."""
+    """Called when the run ends, also if it is stopped or fails."""
 
 
 def set_up(
@@ -100,9 +100,9 @@ def set_up(
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> Run:
-  """Builds a `Run` and changes nothing on disk but the data cache.
+  """Builds a `Run`; on disk only the data cache may change.
 
-  See `loop.train_and_evaluate` for what it raises.
+  Arguments and errors are those of `loop.train_and_evaluate`.
   """
   mesh = options.mesh.make(devices)
   options.check_mesh(mesh)
@@ -159,7 +159,7 @@ def set_up(
 
 
 def _ignored(options: RunOptions) -> Iterator[str]:
-  """Lines on overrides of evaluations that have no effect in this model."""
+  """A line for each evaluation with overrides that have no effect."""
   for name, entry in options.evals.items():
     ignored = overridden(options.model, entry)[1]
     if ignored:
@@ -168,7 +168,7 @@ def _ignored(options: RunOptions) -> Iterator[str]:
 
 
 def _check_sample(sample: SampleOptions, tokenizer: Tokenizer) -> None:
-  """Raises OptionError where the sample could not be drawn at the end."""
+  """Raises OptionError for a sample that could not be drawn at the end."""
   if sample.num_tokens and not len(tokenizer.encode(sample.prompt)):
     raise OptionError(
       [

@@ -1,7 +1,7 @@
-"""The train state and the pure functions that move it by one step.
+"""The train state, and the pure functions of a training step.
 
 `train_step(state, batch) -> (state, metrics)`. Optional behaviour wraps the
-gradient function; the step itself has no branch.
+gradient function or the step, which itself has no branch.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,16 @@ from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """All that a run is, but for its data position, which is `step`.
+  """The state of training; the next batch of data is that of number `step`.
 
   Attributes:
-    step: int32 [], optimizer steps taken.
-    seed: uint32 [], of all randomness; an array, so that runs that differ in
-      nothing else share a compiled step.
+    step: int32 [], number of optimizer steps taken.
+    seed: uint32 [], seed of all randomness; it is an array, so that runs that
+      differ only in it share a compiled step.
     params: The model's parameters, unboxed.
     opt_state: The optimizer's state.
-    router_state: What routers keep beside parameters; {} if nothing.
+    router_state: State of routers besides their parameters; {} if there is
+      none.
   """
 
   step: Leaf
@@ -41,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What the model's `apply` takes."""
+    """The variables that the model's `apply` takes."""
     return router_state_lib.variables(self.params, self.router_state)
 
 
@@ -56,7 +57,7 @@ Normalize = Callable[[Batch], losses.Normalizers]
 def make_grad_fn(
   model: Model, weights: losses.LossWeights, microbatches: int = 1
 ) -> GradFn:
-  """The value and gradient of the loss, accumulated over microbatches."""
+  """A function for the loss, its sums and gradient, over all microbatches."""
 
   def loss_fn(params, batch, whole, key, router_state=None):
     router_key, dropout_key = jax.random.split(key)
@@ -74,7 +75,7 @@ def make_grad_fn(
 
 
 def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
-  """Sums `grad_fn` over n slices of the batch, one after the other.
+  """The sum of `grad_fn` over n slices of the batch, one after another.
 
   Every slice's loss is divided by the whole batch's normalisers, so the sum
   is the whole batch's loss, auxiliary losses included.
@@ -109,7 +110,20 @@ def train_step(
   schedule: optax.Schedule,
   move_router_state: MoveRouterState = lambda router_state, load: router_state,
 ) -> tuple[TrainState, StepMetrics]:
-  """One optimizer step; its randomness is that of `state.seed` and `step`."""
+  """Takes one optimizer step.
+
+  Its random key depends on `state.seed` and `state.step` alone.
+
+  Args:
+    state: The state before the step.
+    batch: The global batch.
+    grad_fn: Function from `make_grad_fn`.
+    normalize: Function from a batch to its normalisers.
+    optimizer: The optimizer.
+    schedule: Learning rate by number of steps taken; only for the metrics.
+    move_router_state: Function from the routers' state and the load [L, E] of
+      the whole batch to the routers' next state.
+  """
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   whole = normalize(batch)
   (loss, sums), grads = grad_fn(
@@ -133,10 +147,10 @@ def train_step(
 
 
 def skipping_nonfinite(train_step):
-  """The step, without effect where its loss or gradient is not finite.
+  """Wraps a step: the state is kept if loss or gradient are not finite.
 
-  The step's number goes on, and with it data and randomness. What the
-  optimizer counts itself (the schedule's step, Adam's) does not.
+  The number of the step goes on, and with it data and randomness. Counts within
+  the optimizer's state (the schedule's and Adam's step) do not.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -151,7 +165,7 @@ def skipping_nonfinite(train_step):
 def eval_step(
   variables: dict[str, Any], batch: Batch, *, model: Model
 ) -> LossSums:
-  """The sums of one batch, without noise or dropout."""
+  """The sums over one batch, without noise or dropout."""
   outputs, aux = model.apply(variables, **model.inputs(batch))
   return losses.loss_sums(model.loss(outputs, batch), batch, aux)
 
@@ -181,6 +195,6 @@ def state_of(
   optimizer: optax.GradientTransformation,
   router_state: Any,
 ) -> TrainState:
-  """The state before the first step, from parameters that are there."""
+  """The state before the first step, with the given parameters."""
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, seed, params, optimizer.init(params), router_state)
