@@ -1,9 +1,10 @@
 """Kinds of evaluation, for the entries of `config.evals`.
 
-'loss' is the validation loss; 'generate' scores generated outputs (BLEU, chrF,
-ROUGE-L, exact match); 'choice' takes the likeliest of several answers;
-'classify' the largest output for an example that is no text. A config names a
-user's own kind as 'module:name'. A trained or imported run is evaluated by
+'loss' measures the validation loss; 'generate' scores generated outputs (BLEU,
+chrF, ROUGE-L, exact match); 'choice' takes the likeliest of several answers;
+'classify' takes the largest output for an example that is no text. A config
+names a user's own kind as 'module:name'. A trained or imported run is evaluated
+by
 
     from moe_jax import evaluation
 

@@ -1,9 +1,9 @@
-"""The kind 'choice': which of several answers does the model find likeliest?
+"""The kind 'choice': how often the likeliest of several answers is right.
 
-Each answer's log-likelihood is taken after its prompt, with examples of the
-train split before it, and divided by the answer's length in tokens or not, as
-GLaM does (https://arxiv.org/abs/2112.06905). Not here: the text of a prompt
-(`prompts.py`).
+The score of an answer is its log-likelihood after its prompt, which examples of
+the train split may precede, divided by the answer's length in tokens, as in
+GLaM (https://arxiv.org/abs/2112.06905), or in bytes, or not at all. Not here:
+the text of a prompt (`prompts.py`).
 """
 
 import dataclasses
@@ -44,51 +44,55 @@ class ChoiceEvaluation(EvaluationOptions):
   model_overrides: Mapping[str, Any] = option(
     ROOM_FOR_ALL,
     'Keys of the section `model`, nested, with the values that they have in '
-    'this evaluation; by default every expert has room for all tokens, as '
-    'where text is generated. They may change no parameter.',
+    'this evaluation; by default every expert has room for all tokens, as in '
+    'generation. They must not change the shape of a parameter.',
   )
   source: ChoiceSourceOptions = choice(
-    data.CHOICE_SOURCES, 'docstring_choice', 'Where the questions come from.'
+    data.CHOICE_SOURCES,
+    'docstring_choice',
+    'Source of the questions with several answers.',
   )
   num_items: int = option(
     128,
-    'Number of questions of the validation split, spread over it; 0 takes all.',
+    'Number of questions that are asked, spread over the validation split; 0 '
+    'asks all.',
     at_least(0),
   )
   num_shots: int = option(
     0,
-    'Number of examples with their right answers that stand before each '
-    'question, other ones each time; fewer where a row has no room.',
+    'Number of other questions with their right answers that are put before '
+    'each question as examples; fewer where a row has no room for them.',
     at_least(0),
   )
   shots_source: ChoiceSourceOptions = choice(
     data.SHOTS_SOURCES,
     'same',
-    'Where the examples before a question come from.',
+    'Source of the examples that are put before a question.',
     when={'num_shots': at_least(1)},
   )
   normalize: str = option(
     'tokens',
-    "What the log-likelihood of an answer is divided by: 'none' by nothing, "
-    "'tokens' by the answer's number of tokens (GLaM), 'bytes' by that of its "
-    'bytes.',
+    "Length by which an answer's log-likelihood is divided: 'tokens' or "
+    "'bytes' of the answer (GLaM takes tokens), or 'none', which does not "
+    'divide.',
     one_of(*NORMALIZES),
   )
   answer_prefix: str = option(
     '\n',
-    'Text between a prompt and its answer, where a model goes on from one to '
-    'the other.',
+    'Text between a prompt and its answer, for a model that continues texts.',
     anything('any text'),
   )
   train_split: str = option(
-    'train', "The source's own name of the split that examples come from."
+    'train',
+    "The source's own name of the split from which examples are taken.",
   )
   validation_split: str = option(
-    'validation', "The source's own name of the split that is judged."
+    'validation',
+    "The source's own name of the split whose questions are asked.",
   )
 
   def problems(self) -> Iterator[str]:
-    """Examples must come from a split of their own."""
+    """Examples must not come from the split whose questions are asked."""
     shots = self.shots_source.instead_of(self.source)
     if self.num_shots and shots is self.source and not shots.has_train_split:
       yield (
@@ -97,7 +101,7 @@ class ChoiceEvaluation(EvaluationOptions):
       )
 
   def measure(self, setting: Setting) -> 'Choice':
-    """Returns what measures the accuracy; all questions are encoded now.
+    """Returns the function that measures accuracy; encodes all questions now.
 
     Raises:
       ValueError: A source is missing or has too few items, or an item has
@@ -137,7 +141,7 @@ class ChoiceEvaluation(EvaluationOptions):
     P = len(pool)
     if P < K:
       raise ValueError(f'num_shots={K} of {P} train items of {source.name}')
-    # N K places spread over the pool: no two examples of a question are equal.
+    # N K indices spread over the pool, so that a question's examples differ.
     spread = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
     return items, [[pool[at] for at in own] for own in spread]
 
@@ -157,14 +161,14 @@ class ChoiceEvaluation(EvaluationOptions):
 class Choice:
   """Measures how often the right answer is the likeliest.
 
-  The model is the training model with the entry's overrides: where those let
-  capacity bind, answers that share a batch compete for slots.
+  If overrides of the model let capacity bind, answers that share a batch
+  compete for slots.
 
   Attributes:
-    setting: What is known of the run.
+    setting: The parts of the run.
     options: The options of the evaluation.
     items: The questions.
-    asked: Their token ids.
+    asked: The questions in token ids.
     layout: The layout of rows.
   """
 
@@ -177,8 +181,8 @@ class Choice:
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row of `judged`.
 
-    It also has the number of `cut_items`, which had too little room, and with
-    examples the mean number of `shots` that there was room for.
+    It also has `cut_items`, the number of questions that had to be cut to fit a
+    row, and, with examples, `shots`, the mean number of examples that fitted.
     """
     del step
     row = judged(self.scores(variables), [item.label for item in self.items])
@@ -214,7 +218,7 @@ def judged(
 
   Args:
     scores: The scores of each question's answers.
-    labels: The number of each question's right answer.
+    labels: The index of each question's right answer.
   """
   right = [int(np.argmax(s)) == label for s, label in zip(scores, labels)]
   chance = float(np.mean([1 / len(s) for s in scores]))
@@ -237,13 +241,13 @@ def log_likelihoods(
     variables: Its variables, parameters under 'params'.
     examples: The examples, each of which fits a row.
     layout: The layout of rows; short examples share one.
-    batch_size: Number of rows that are run at once.
-    put: Moves batches of `batch_size` rows to devices.
+    batch_size: Number of rows in a batch.
+    put: Moves batches of `batch_size` rows to the devices.
   """
   sides = [np.array([len(e[side]) for e in examples]) for side in (0, 1)]
   lengths = Lengths(*sides, sides[0] + sides[1])
   rows = packed(layout.sizes(lengths), layout.capacity)
-  found = np.zeros(len(examples), np.float64)
+  totals = np.zeros(len(examples), np.float64)
   for begin in range(0, len(rows), batch_size):
     taken = rows[begin : begin + batch_size]
     filled = taken + [[]] * (batch_size - len(taken))
@@ -252,8 +256,8 @@ def log_likelihoods(
     log_probs = log_probs.astype(np.float64)
     for b, row in enumerate(taken):
       for segment, i in enumerate(row, 1):
-        found[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
-  return found
+        totals[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
+  return totals
 
 
 @functools.lru_cache(maxsize=16)
@@ -262,7 +266,7 @@ def _compiled(model: Model):
 
 
 def _log_probs(variables, batch, *, model: Model) -> Float32[Array, 'B T']:
-  """The log probability of each target; 0 where nothing is asked."""
+  """The log probability of each target; 0 where its loss weight is 0."""
   logits, _ = model.apply(variables, **model.inputs(batch))
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['targets']

@@ -1,6 +1,6 @@
-"""One evaluation of a run's folder, apart from training.
+"""Evaluation of a run's folder, without training.
 
-Not here: what kinds there are (`moe_jax.evaluation`).
+Not here: the kinds of evaluation (`moe_jax.evaluation`).
 """
 
 import os
@@ -32,16 +32,14 @@ def evaluate(
   mesh: Mesh | None = None,
   allow: Iterable[str] = (),
 ) -> Row:
-  """The row that an evaluation of any kind measures of a run's folder.
-
-  Only parameters and what routers keep are read.
+  """The row that an evaluation of any kind measures for a run's folder.
 
   Args:
     workdir: The run's folder.
-    entry: The evaluation; its period counts for nothing.
+    entry: The options of the evaluation; its period is ignored.
     step: Optimizer step of the checkpoint; None is the newest good one.
-    dtype: Another type of parameters and products; see `generation.load`.
-    mesh: Where the parameters are put; None is the first local device.
+    dtype: Another dtype of parameters and products; see `generation.load`.
+    mesh: The devices of the parameters; None is the first local device.
     allow: Modules of the user's own classes; see `generation.load`.
 
   Raises:
@@ -53,7 +51,7 @@ def evaluate(
   entries, rules = {_NAME: entry}, run.sharding.rules
   evaluations = make_evaluations(
     entries,
-    changed_models(run.options, run.model, entries, rules, run.data.seq_len),
+    changed_models(run.options, run.model, entries, rules),
     dataset=data.load(run.data),
     data=run.data,
     batch_size=run.batch_size,

@@ -1,4 +1,4 @@
-"""The kind 'generate': outputs for validation inputs, scored by targets.
+"""The kind 'generate': generated outputs, compared with validation targets.
 
 Not here: the scores (`scores.py`), and how text is generated
 (`moe_jax.generation`).
@@ -27,12 +27,12 @@ _WITH_BLEU = Check("names 'bleu'", lambda names: 'bleu' in names_of(names))
 
 
 class Pair(NamedTuple):
-  """A validation example: what is given and what is wanted.
+  """A validation example of inputs and target.
 
   Attributes:
     ids: int32 [N], the inputs as the model reads them, cut as in training.
     inputs: The text of the inputs.
-    target: The whole text that is wanted.
+    target: The whole text of the target.
   """
 
   ids: Int[np.ndarray, ' N']
@@ -46,31 +46,33 @@ class GenerateEvaluation(EvaluationOptions):
 
   num_examples: int = option(
     64,
-    'Number of validation examples, spread over the split; 0 takes all.',
+    'Number of validation examples for which outputs are generated, spread '
+    'over the split; 0 takes all.',
     at_least(0),
   )
   num_tokens: int = option(
     64,
-    'Number of tokens at which an output ends; learned positions may have room '
-    'for fewer.',
+    'Number of tokens at which a generated output ends; learned positions may '
+    'have room for fewer.',
     at_least(1),
   )
   num_beams: int = option(
     1,
-    'Number of beams of the search; 1 takes the likeliest token each time.',
+    'Number of beams of the beam search that generates outputs; 1 takes the '
+    'likeliest token each time.',
     at_least(1),
   )
   length_penalty: float = option(
     1.0,
-    "Exponent of the length that a beam's log probability is divided by; 0 "
-    'divides by nothing, above 0 favours longer outputs.',
+    "Exponent of the length by which a beam's log probability is divided; 0 "
+    'does not divide, above 0 favours longer outputs.',
     anything('any number'),
     when={'num_beams': at_least(2)},
   )
   metrics: str = option(
     'bleu,chrf,rouge_l,exact_match',
-    'Names of the scores, separated by commas: bleu, chrf, rouge_l, '
-    'exact_match.',
+    'Names of the scores of generated outputs, separated by commas: bleu, '
+    'chrf, rouge_l, exact_match.',
   )
   bleu_tokenizer: str = option(
     '13a',
@@ -80,14 +82,14 @@ class GenerateEvaluation(EvaluationOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The names must be those of scores."""
+    """Every name must be that of a score."""
     for name in names_of(self.metrics):
       if name not in METRICS:
         problem = unknown_text('metric', name, METRICS)
         yield f'metrics={self.metrics!r}: {problem}'
 
   def measure(self, setting: Setting) -> 'Generate':
-    """Returns what measures the scores; all examples are read now.
+    """Returns the function that measures the scores; reads all examples now.
 
     Raises:
       ValueError: The data has no inputs and targets, there is no room for new
@@ -116,7 +118,7 @@ class GenerateEvaluation(EvaluationOptions):
     return Generate(setting, scores, pairs, arguments)
 
   def pairs(self, setting: Setting) -> list[Pair]:
-    """The examples: pairs of texts as they came, or windows split in two.
+    """The examples: pairs of texts from the source, or windows split in two.
 
     Raises:
       ValueError: The task has no inputs and targets that are text.
@@ -162,7 +164,7 @@ class GenerateEvaluation(EvaluationOptions):
 
 
 def _of_window(tokenizer, rows: data.ExampleRows, row: int) -> Pair:
-  """The first example of a row, split as it is whenever it is evaluated."""
+  """The first example of a row, split as in every evaluation."""
   generator = np.random.default_rng([0, 0, row])
   example = rows.example(rows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)
@@ -171,10 +173,10 @@ def _of_window(tokenizer, rows: data.ExampleRows, row: int) -> Pair:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generate:
-  """Measures how near outputs are to targets.
+  """Measures how similar generated outputs are to targets.
 
   Attributes:
-    setting: What is known of the run.
+    setting: The parts of the run.
     scores: The scores by name.
     pairs: The examples.
     arguments: Arguments of `generation.generate`.
@@ -186,7 +188,7 @@ class Generate:
   arguments: dict[str, Any]
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The scores in percent, and the number of `examples` behind them.
+    """The scores in percent, and the number of `examples`.
 
     Inputs, outputs and targets are written to `<name>_examples.txt`.
     """
@@ -216,12 +218,13 @@ class Generate:
     size = min(setting.batch_size, len(prompts))
     texts = []
     for begin in range(0, len(prompts), size):
-      # A batch of another size would be another program: the last is filled.
+      # The last batch is filled up, as another size would compile again.
       batch = prompts[begin : begin + size]
       filled = batch + prompts[: size - len(batch)]
-      made = generation.generate(model, variables, filled, **self.arguments)
-      taken = made.rows[: len(batch)]
-      texts += [trained_run.decode(tokenizer, row) for row in taken]
+      rows = generation.generate(
+        model, variables, filled, **self.arguments
+      ).rows[: len(batch)]
+      texts += [trained_run.decode(tokenizer, row) for row in rows]
     return texts
 
   def _write(self, step: int, row: Row, outputs: list[str]) -> None:

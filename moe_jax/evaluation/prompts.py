@@ -1,8 +1,8 @@
-"""Questions as a model is given them: earlier examples, prompt, answers.
+"""Questions as token ids: examples, the prompt, and its answers.
 
-As GLaM (https://arxiv.org/abs/2112.06905) and GPT-3 do: examples with their
-right answers stand before the prompt, two newlines between. Not here: where
-questions come from (`moe_jax.data.choices`).
+As in GLaM (https://arxiv.org/abs/2112.06905) and GPT-3, examples with their
+right answers stand before the prompt, with two newlines between. Not here:
+sources of questions (`moe_jax.data.choices`).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _BETWEEN = '\n\n'
 def few_shot_prompt(
   shots: Sequence[data.Item], prompt: str, answer_prefix: str
 ) -> str:
-  """The prompt, with examples before it, each with its right answer."""
+  """The prompt after examples, each of which has its right answer."""
   told = [s.prompt + answer_prefix + s.answers[s.label] for s in shots]
   return _BETWEEN.join([*told, prompt])
 
@@ -32,9 +32,9 @@ class Asked(NamedTuple):
   """A question in token ids.
 
   Attributes:
-    examples: An example for each answer: what is given, and the answer.
-    num_shots: Number of examples that had room before the prompt.
-    is_cut: Whether the prompt or an answer is not whole.
+    examples: For each answer, the prompt as inputs and the answer as targets.
+    num_shots: Number of examples that fitted before the prompt.
+    is_cut: Whether the prompt or an answer had to be cut.
   """
 
   examples: list[Example]
@@ -46,17 +46,16 @@ class Asked(NamedTuple):
 class Asker:
   """Puts questions into the form of a run's training examples.
 
-  A language model, and one of prefixes, goes on from the prompt and
-  `answer_prefix`; all others are given the prompt as inputs, and their answers
-  end in an EOS as targets do.
+  A language model or prefix language model continues the prompt and
+  `answer_prefix`. All other models have the prompt as inputs, and the answer
+  with an EOS as targets.
 
   Attributes:
-    task: The task that the run is trained on.
+    task: The task on which the run is trained.
     tokenizer: The run's tokenizer.
-    layout: The layout of the run's rows: what they have no room for is left
-      out.
-    answer_prefix: Text between a prompt and its answer, where one text has
-      both.
+    layout: The layout of the run's rows, to which questions are cut.
+    answer_prefix: Text between a prompt and its answer, where a model continues
+      the prompt.
     imported: Whether the model began as a checkpoint of Hugging Face.
   """
 
@@ -68,15 +67,15 @@ class Asker:
 
   @property
   def goes_on(self) -> bool:
-    """Whether an answer goes on from its prompt, in one text."""
+    """Whether the answer continues the prompt, in one text."""
     one_text = isinstance(self.layout, DecoderLayout)
     return one_text and self.task.answers_go_on
 
   def __call__(self, item: data.Item, shots: Sequence[data.Item]) -> Asked:
-    """The question with as many of the last shots as there is room for.
+    """The question with as many of the last examples as fit into a row.
 
-    A prompt that is too long on its own loses its beginning where the answer
-    goes on from it, else its end, as in training.
+    A prompt that alone is too long loses its beginning if the answer continues
+    it, or else its end, as in training.
 
     Raises:
       ValueError: The prompt or an answer has no tokens.
@@ -96,8 +95,8 @@ class Asker:
 
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
-      # Encoded as one, since tokens of words may begin with a space; what the
-      # prompt alone has in common with it is the prompt.
+      # Both are encoded together, as a token may span their border; the inputs
+      # are the tokens that they have in common with the prompt alone.
       given = self._encode(prompt + self.answer_prefix)
       both = self._encode(prompt + self.answer_prefix + answer)
       n = min(len(given), len(both))
@@ -127,7 +126,7 @@ class Asker:
 
 
 def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
-  """The layout of a dataset's rows; one example a row in a language model."""
+  """The layout of a dataset's rows; for a language model, a text in a row."""
   rows = dataset.splits['validation']
   if isinstance(rows, data.ExampleRows):
     return rows.layout
@@ -137,7 +136,7 @@ def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
 def without_end(
   ids: Int[np.ndarray, ' N'], length: int, eos_id: int | None
 ) -> Int[np.ndarray, ' n']:
-  """At most `length` ids; inputs that are cut keep their EOS."""
+  """The first `length` ids at most; an EOS at the end is kept."""
   if len(ids) <= length or ids[-1] != eos_id:
     return ids[:length]
   return np.append(ids[: length - 1], ids[-1:])

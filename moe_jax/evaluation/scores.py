@@ -1,4 +1,4 @@
-"""How near outputs are to targets: BLEU, chrF, ROUGE-L, matches, accuracy.
+"""Scores of outputs by targets: BLEU, chrF, ROUGE-L, exact match, accuracy.
 
 All are in percent, as papers print them. BLEU
 (https://aclanthology.org/P02-1040) and chrF (https://aclanthology.org/W15-3049)
@@ -25,10 +25,10 @@ class Score:
   """A score of outputs.
 
   Attributes:
-    compute: Function of outputs and as many targets, at least one, that
-      returns percent.
-    signature: Function that returns how the score was computed, as a text to
-      be printed beside it; it is called after the first `compute`.
+    compute: Function from outputs and as many targets, at least one, to
+      percent.
+    signature: Function that returns a text on how the score was computed, for
+      printing; it may be called after the first `compute`.
   """
 
   compute: Callable[[Texts, Texts], float]
@@ -64,7 +64,7 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
   Args:
     names: Some of `METRICS`, separated by commas. 'bleu' and 'chrf' are of the
       whole corpus, 'rouge_l' and 'exact_match' are means over examples.
-    bleu_tokenizer: sacrebleu's name of how BLEU splits words.
+    bleu_tokenizer: sacrebleu's name of the way in which BLEU splits words.
 
   Raises:
     ValueError: A name is unknown, or sacrebleu has no such tokenizer here.
@@ -98,7 +98,7 @@ def _of_sacrebleu(kind: str, **options: Any) -> Score:
 
 
 def exact_match(outputs: Texts, targets: Texts) -> float:
-  """The share of outputs equal to their targets, outer spaces apart, in %."""
+  """Percentage of outputs that equal their targets, apart from outer spaces."""
   pairs = zip(outputs, targets, strict=True)
   return 100 * float(np.mean([o.strip() == t.strip() for o, t in pairs]))
 
@@ -119,7 +119,7 @@ def _words(text: str) -> list[str]:
 
 
 def _f1(output: list[str], target: list[str]) -> float:
-  """2 P R / (P + R), where P and R share a numerator."""
+  """F1 = 2 P R / (P + R) of precision P and recall R by common words."""
   if not output or not target:
     return 0.0
   return 2 * _longest_common(output, target) / (len(output) + len(target))
@@ -128,7 +128,7 @@ def _f1(output: list[str], target: list[str]) -> float:
 def _longest_common(a: list[str], b: list[str]) -> int:
   """The length of the longest common subsequence."""
   ids = {word: i for i, word in enumerate(dict.fromkeys(a + b))}
-  # The longest common length of a's words so far and each beginning of b.
+  # row[j] is the longest common length of a's words so far and b[:j].
   row = np.zeros(len(b) + 1, np.int32)
   words = np.array([ids[word] for word in b])
   for word in a:

@@ -3,9 +3,9 @@
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/sparse --config.init_from.workdir=runs/dense
 
-The same model has them copied. A dense model is upcycled, and a sparse one
-takes another number of experts, by the rules of `upcycling.py`. The optimizer
-begins anew, at step 0.
+Parameters of the same model are copied. A dense model is upcycled, and a sparse
+one can get another number of experts, by the rules of `upcycling.py`. The
+optimizer begins anew, at step 0.
 """
 
 from moe_jax.finetuning.matching import plan

@@ -1,6 +1,6 @@
-"""Which parameter of a model is made of which of another's.
+"""Matching of a model's parameters with those of another model.
 
-Not here: how (`upcycling.py`).
+Not here: how the arrays are made (`upcycling.py`).
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from moe_jax.models.layer_trees import LayerPlace
 
 
 class _Described(NamedTuple):
-  """A parameter before there is any.
+  """Description of a parameter.
 
   Attributes:
     shape: The shape of the array.
     axes: The logical names of its dimensions.
-    role: The part of the model that it belongs to, and its form.
+    role: The part of the model to which it belongs, and its form.
   """
 
   shape: tuple[int, ...]
@@ -36,12 +36,13 @@ class _Described(NamedTuple):
 
 
 def plan(model: Model, source: Model, copies: Copies) -> Plan:
-  """Which parameters of `source` become which of `model`.
+  """The plan by which parameters of `source` become those of `model`.
 
   Raises:
-    ValueError: All that has no meaning, a line each: another number of layers,
-      layers that were sparse and would be dense, other widths, parameters that
-      one of the two has not, or `copies.experts` that do not fit.
+    ValueError: The models do not fit; there is a line for each difference:
+      another number of layers, layers that were sparse and would be dense,
+      other widths, parameters that only one model has, or `copies.experts` that
+      do not fit.
   """
   have, wanted = _described(source), _described(model)
   layers = _Layers(source, have)
@@ -75,12 +76,12 @@ def plan(model: Model, source: Model, copies: Copies) -> Plan:
 
 
 class _Layers:
-  """Where a model keeps the parameters of each of its layers."""
+  """The pieces of arrays that hold the parameters of a model's layers."""
 
   def __init__(self, model: Model, have: Mapping[Path, _Described]):
     # The key is (stack, layer, name of the parameter within a layer).
     self._pieces: dict[tuple, Piece] = {}
-    # The key has only the last part of the name; feed-forwards alone.
+    # Dense feed-forwards alone, by keys with only the last part of the name.
     self._dense: dict[tuple, list[Piece]] = {}
     for path, one in have.items():
       if (place := model.place_of(path)) is None:
@@ -93,10 +94,11 @@ class _Layers:
           self._dense.setdefault(key, []).append(piece)
 
   def find(self, layer: int, place: LayerPlace, role: Role) -> Piece:
-    """The piece of a layer's parameter: the same, or the dense layer's.
+    """The piece from which a layer's parameter is made.
 
-    A parameter of an expert is made of that of the dense feed-forward which has
-    the same name within its module; without a source the parameter is new.
+    It is the parameter of the same name; for an expert in a layer that was
+    dense, the dense feed-forward's parameter whose name has the same last part;
+    otherwise none, and the parameter is new.
     """
     same = self._pieces.get((place.stack, layer, place.name))
     if same is not None:
@@ -114,7 +116,7 @@ def _problem(
   have: Mapping[Path, _Described],
   num_experts: int,
 ) -> str | None:
-  """What keeps a parameter from being made of its piece."""
+  """The reason why a parameter cannot be made from its piece, or None."""
   if piece.path is None:
     is_new = wanted.role.role == 'router'
     return None if is_new else f'{_name(path)}: not in the other model'
@@ -133,7 +135,7 @@ def _problem(
 
 
 def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
-  """The source of each expert; () where the other model has none."""
+  """The number of each expert's source; () unless both models have experts."""
   theirs, ours = _num_experts(source), _num_experts(model)
   if not theirs or not ours:
     if copies.experts:
@@ -155,7 +157,7 @@ def _num_experts(model: Model) -> int:
 
 
 def _lengths(model: Model, source: Model) -> list[str]:
-  """What makes a comparison parameter by parameter meaningless."""
+  """Lines on stacks whose numbers of layers differ between two models."""
   theirs, ours = (
     {path: len(stack.sparse) for path, stack in m.stacks}
     for m in (source, model)
@@ -171,7 +173,7 @@ def _lengths(model: Model, source: Model) -> list[str]:
 
 
 def _described(model: Model) -> dict[Path, _Described]:
-  """Every parameter by its path."""
+  """The description of every parameter, by its path."""
   shapes, axes, roles = map(flat, models.describe(model))
   return {
     path: _Described(leaf.shape, axes[path], roles[path])

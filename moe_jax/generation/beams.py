@@ -24,9 +24,9 @@ class Beams(NamedTuple):
 
   Attributes:
     tokens: int32 [B, R, N], the new tokens; padding from each length on.
-    lengths: int32 [B, R], the number of new tokens, the stop token among them;
-      0 where fewer than R sequences were found.
-    scores: float32 [B, R], see `beam_search`; -inf where none was found.
+    lengths: int32 [B, R], the number of new tokens, including the stop token; 0
+      where fewer than R sequences were found.
+    scores: float32 [B, R], see `beam_search`; -inf where there is no sequence.
   """
 
   tokens: Int32[np.ndarray, 'B R N']
@@ -48,30 +48,30 @@ def beam_search(
   stop_ids: Sequence[int] = (),
   pad_id: int = 0,
 ) -> Beams:
-  """The best continuations that a search `num_beams` wide finds.
+  """The best continuations that a search with `num_beams` beams finds.
 
   A sequence's score is its log probability / length^length_penalty; forced
   tokens add to the length and not to the log probability. A sequence that ends
-  counts if it is among the `num_beams` best of its step. A row's search is over
-  at N tokens, or once it has `num_beams` sequences and the best beam, scored at
-  its present length, would not be among them; with a positive penalty a longer
-  one might yet have been.
+  counts if it is among the `num_beams` best of its step. The search of a row
+  ends at N tokens, or when it has `num_beams` sequences and the best beam,
+  scored at its present length, is worse than all of them; with a positive
+  penalty it might still have become better.
 
   Args:
-    model: The model; see `generate`, also for what follows.
+    model: The model as trained or imported, or as `prepare` returns it.
     variables: Its variables, parameters under 'params'.
-    prompt: Token ids.
-    num_beams: The number of sequences that are followed for each row, at
+    prompt: Token ids; see `generate`.
+    num_beams: The number of beams: sequences that are followed for each row, at
       least 1.
     num_tokens: N, the number of new tokens at which every sequence ends.
     num_return: R, the number of sequences returned for each row, at most
       `num_beams`.
     length_penalty: The exponent of a sequence's length; above 0 favours long
       sequences, below 0 short ones.
-    start_id: The first id that an encoder-decoder's decoder is given.
+    start_id: The first id of the input of an encoder-decoder's decoder.
     forced_ids: The ids that every row emits first.
-    stop_ids: The ids of which any ends a sequence.
-    pad_id: The id that fills what is behind a sequence's end.
+    stop_ids: The ids each of which ends a sequence.
+    pad_id: The id that fills up a sequence after its end.
 
   Raises:
     ValueError: A number is out of range, or as in `generate`.
@@ -104,16 +104,15 @@ def beam_search(
   tokens, lengths, scores = fetch(ended)
   behind = np.arange(num_tokens) >= lengths[..., None]
   tokens = np.where(behind, np.int32(pad_id), tokens)
-  found = tokens, lengths, scores
-  return Beams(*(leaf[:, :num_return] for leaf in found))
+  return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
 
 
 class Running(NamedTuple):
-  """Sequences that go on, the best first.
+  """Sequences that have not ended, the best first.
 
   Attributes:
     tokens: int32 [B, W, N], the new tokens.
-    scores: float32 [B, W], log probabilities; -inf where there is none.
+    scores: float32 [B, W], log probabilities; -inf where there is no sequence.
     last: int32 [B, W], the last token, which is not in the cache.
   """
 
@@ -128,7 +127,8 @@ class Ended(NamedTuple):
   Attributes:
     tokens: int32 [B, W, N], the new tokens.
     lengths: int32 [B, W], the number of new tokens.
-    scores: float32 [B, W], with the penalty; -inf where there is none.
+    scores: float32 [B, W], log probabilities divided by the penalty; -inf where
+      there is no sequence.
   """
 
   tokens: Int32[Array, 'B W N']
@@ -137,12 +137,12 @@ class Ended(NamedTuple):
 
 
 class Search(NamedTuple):
-  """What goes from step to step, beside the cache.
+  """The state of a search between two steps, apart from the cache.
 
   Attributes:
     step: int32 [], the number of new tokens of a running sequence.
     running: The beams.
-    ended: The results so far.
+    ended: The best ended sequences so far.
     open: bool [B], whether a row's search goes on.
   """
 
@@ -153,9 +153,13 @@ class Search(NamedTuple):
 
 
 def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
-  """The search before its first step: all beams are one sequence.
+  """The search before its first step, with only one beam that counts.
 
-  Only the first of them counts.
+  Args:
+    last: int32 [B], the last token of each row's prefix.
+    forced_ids: The ids that every row emits first.
+    width: W, the number of beams.
+    num_tokens: N, the number of new tokens at which every sequence ends.
   """
   B, W, n = len(last), width, len(forced_ids)
   tokens = np.zeros((B, W, num_tokens), np.int32)
@@ -196,7 +200,7 @@ def _search(
     )
     log_probs = jax.nn.log_softmax(logits).reshape(B, W, -1)
     search, beam = advance(search, log_probs, stop_ids, length_penalty)
-    # Beams of a prompt share what the encoder said; it need not move.
+    # Beams of a prompt share the encoder's output, which need not be moved.
     memory = cache.memory
     cache = cache.replace(memory=None).take((first_row + beam).reshape(-1))
     return search, cache.replace(memory=memory)
@@ -210,10 +214,13 @@ def advance(
   stop_ids: Int32[Array, ' n'],
   length_penalty: Float32[Array, ''],
 ) -> tuple[Search, Int32[Array, 'B W']]:
-  """One step of the search, and the beam that each new one continues.
+  """Takes one step of the search.
 
-  Candidates are so many of the best continuations that W of them do not end,
-  whatever the stop tokens.
+  There are enough candidates, the best continuations, that at least W of them
+  do not end.
+
+  Returns:
+    The next state, and the number of the beam that each new beam continues.
   """
   B, W, V = log_probs.shape
   running, N = search.running, search.running.tokens.shape[2]

@@ -29,8 +29,8 @@ class Generation(NamedTuple):
   Attributes:
     tokens: int32 [B, N], the new tokens of each row; padding from the row's
       length on.
-    lengths: int32 [B], the number of new tokens of each row, the stop token
-      that ended it among them.
+    lengths: int32 [B], the number of new tokens of each row, including the stop
+      token that ended it.
   """
 
   tokens: Int32[np.ndarray, 'B N']
@@ -38,7 +38,7 @@ class Generation(NamedTuple):
 
   @property
   def rows(self) -> list[np.ndarray]:
-    """Each row's new tokens alone."""
+    """The new tokens of each row, without padding."""
     return [row[:n] for row, n in zip(self.tokens, self.lengths)]
 
 
@@ -60,42 +60,41 @@ def generate(
   length_penalty: float = 1.0,
   on_token: OnToken | None = None,
 ) -> Generation:
-  """Continues prompts, or answers them, with an encoder-decoder.
+  """Continues prompts; an encoder-decoder answers them.
 
-  A row's tokens and draws depend on no other row, with one exception: where a
-  capacity that is part of an imported checkpoint counts the whole batch as a
-  group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots, as
-  they do in transformers (there also with the padding behind a row that has
-  ended, which takes none here). All other models drop nothing, whatever they
-  did in training.
+  A row's tokens and draws do not depend on other rows, with one exception:
+  where an imported checkpoint has a capacity that counts the whole batch as a
+  group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots, as in
+  transformers (where also padding after the end of a row takes slots). All
+  other models drop nothing, even if they did in training.
 
-  Rounding apart: products of other shapes round otherwise, so two tokens that
-  are equally likely to seven digits may change places in another batch.
+  Rounding may differ between batches of other shapes, so the order of two
+  tokens whose probabilities agree in seven digits may depend on the batch.
 
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
     variables: Its variables, parameters under 'params'.
     prompt: Token ids, one sequence for each row, of any lengths; or those of a
       single row. An encoder-decoder's encoder reads them.
-    num_tokens: N, the number of new tokens at which every row ends. Each N is
-      a program of its own.
-    start_id: The first id that an encoder-decoder's decoder is given.
-    forced_ids: The ids that every row emits first, whatever the model says,
-      such as a target language.
-    stop_ids: The ids of which any ends a row.
-    pad_id: The id that fills what is behind a row's end.
-    temperature: The number that logits are divided by before a token is drawn;
+    num_tokens: N, the number of new tokens at which every row ends. Each N
+      compiles a program of its own.
+    start_id: The first id of the input of an encoder-decoder's decoder.
+    forced_ids: The ids that every row emits first, such as that of a target
+      language, whatever their probabilities.
+    stop_ids: The ids each of which ends a row.
+    pad_id: The id that fills up a row after its end.
+    temperature: The number by which logits are divided before a token is drawn;
       0.0 takes the likeliest token.
-    top_k: The number of likeliest tokens that are drawn among; 0 is all.
-    top_p: The probability that the tokens which are drawn among, the
-      likeliest, have together.
-    seed: The seed of the draws. With several, one for each row, each row's
-      tokens are those that it has alone with its own seed.
-    num_beams: The number of beams; more than 1 is `beam_search`, whose best
-      sequence is returned.
+    top_k: The number of likeliest tokens among which is drawn; 0 is all.
+    top_p: The summed probability of the likeliest tokens among which is drawn;
+      1.0 is all.
+    seed: The seed of the draws. If it is a sequence of one for each row, each
+      row has the tokens that it has alone with its own seed.
+    num_beams: The number of beams; above 1 the best sequence of `beam_search`
+      is returned.
     length_penalty: See `beam_search`.
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
-      -1 for rows that have ended; a true answer ends the generation. Without
+      -1 for rows that have ended; a true result ends the generation. Without
       it nothing leaves the device before the end.
 
   Raises:
@@ -136,13 +135,13 @@ def generate(
 
 
 class Rules(flax.struct.PyTreeNode):
-  """The arguments of every step.
+  """The arguments that all steps share.
 
   Attributes:
     keys: [B], the random key of each row.
     stop_ids: int32 [n], the ids that end a row.
-    sampler: How a token is chosen.
-    pad_id: int32 [], the id behind a row's end.
+    sampler: The rule by which a token is chosen.
+    pad_id: int32 [], the id that fills up a row after its end.
   """
 
   keys: Leaf
@@ -152,15 +151,15 @@ class Rules(flax.struct.PyTreeNode):
 
 
 class State(NamedTuple):
-  """What goes from step to step.
+  """The state of generation between two steps.
 
   Attributes:
-    step: int32 [], the number of new tokens that every row has.
+    step: int32 [], the number of new tokens of a row that has not ended.
     token: int32 [B], the last token of each row, which is not in the cache.
     ended: bool [B], whether a row has ended.
     tokens: int32 [B, N], the new tokens.
     lengths: int32 [B], the number of new tokens of each row.
-    cache: The cache of all tokens but the last.
+    cache: The cache of all tokens except the last.
   """
 
   step: Int[Array, '']
@@ -200,7 +199,7 @@ def _advance(
   state: State,
   until: int | Array,
 ) -> State:
-  """Steps until every row has `until` tokens or has ended."""
+  """Takes steps until every row has `until` tokens or has ended."""
 
   def goes_on(state):
     return (state.step < until) & ~state.ended.all()
@@ -232,7 +231,7 @@ def _advance(
 def _stream(
   run: Callable[[State, int], State], state: State, on_token: OnToken
 ) -> State:
-  """Runs step by step and reports each token; forced tokens come first."""
+  """Takes single steps and reports each token, forced tokens first."""
   ended = np.zeros(len(state.token), bool)
   for n, forced in enumerate(fetch(state.tokens).T[: int(state.step)]):
     if on_token(n, forced):

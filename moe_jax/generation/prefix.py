@@ -1,8 +1,8 @@
-"""What decoding begins with: prompts of different length as arrays.
+"""Prompts of different lengths as arrays, with which decoding begins.
 
-A decoder's rows are padded in front, so that all of them append at the same
-slot; an encoder's behind. Lengths are rounded up to a few, so that not every
-prompt compiles a program of its own.
+Rows of a decoder are padded at the front, so that all append at the same slot;
+those of an encoder at the end. Lengths are rounded up to a few values, so that
+not every prompt compiles a program of its own.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ class Prefix(NamedTuple):
 
   Attributes:
     tokens: int32 [B, P], the tokens that the decoder reads.
-    mask: bool [B, P], False at padding, which is in front; the last is True.
-    encoder_tokens: int32 [B, S], the tokens that the encoder reads; None in a
+    mask: bool [B, P], False at padding, which is at the front; the last is
+      True.
+    encoder_tokens: int32 [B, S], the tokens that the encoder reads; None for a
       decoder-only model.
-    encoder_mask: bool [B, S], False at padding, which is behind.
+    encoder_mask: bool [B, S], False at padding, which is at the end.
   """
 
   tokens: Leaf
@@ -47,14 +48,14 @@ def make_prefix(
   Args:
     model: A prepared model.
     prompt: Token ids, one sequence for each row, or those of a single row.
-    start_id: The first id that an encoder-decoder's decoder is given.
-    forced_ids: The ids that every row emits first, whatever the model says.
-    num_tokens: N, the number of new tokens, `forced_ids` among them.
+    start_id: The first id of the input of an encoder-decoder's decoder.
+    forced_ids: The ids that every row emits first.
+    num_tokens: N, the number of new tokens, including `forced_ids`.
 
   Raises:
-    ValueError: There is no prompt, one is empty or has an id that the model
-      does not know; the start id is missing or of no use; N leaves nothing to
-      choose; or learned positions do not go that far.
+    ValueError: There is no prompt, one is empty or has an unknown id; the start
+      id is missing or has no use; N leaves nothing to choose; or there are not
+      enough learned positions.
   """
   rows = _rows(prompt)
   forced = [int(i) for i in forced_ids]
@@ -93,7 +94,7 @@ def num_rows(prompt: Sequence[Ids] | Ids) -> int:
   """The number of rows of a prompt.
 
   Raises:
-    ValueError: It has none.
+    ValueError: The prompt has no rows.
   """
   if not len(prompt):
     raise ValueError('prompt has no rows; give at least one')
@@ -131,7 +132,7 @@ def _check_length(model: Model, what: str, needed: int) -> None:
 
 
 def _length(model: Model, needed: int) -> int:
-  """A length that is rounded up where nothing but time depends on it."""
+  """The length of padded rows: rounded up, unless padding changes results."""
   if model.capacity_binds:
     return needed
   most = model.longest
@@ -140,7 +141,7 @@ def _length(model: Model, needed: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """The next of few lengths: steps of a quarter of a power of two, or 8."""
+  """Rounds up to a multiple of 8, or to 4 to 8 lengths per power of two."""
   step = max(_LEAST_LENGTH, 2 ** max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 

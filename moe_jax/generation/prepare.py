@@ -1,4 +1,4 @@
-"""A model as it generates, and its cache before the first step.
+"""Preparation of a model for generation, and of its cache.
 
 Not here: how parameters are laid out for it (`moe_jax.models.decoding`).
 """
@@ -17,21 +17,20 @@ Variables = dict[str, Any]
 def prepare(
   model: Model, variables: Variables, *, batch_size: int = 1, window: int = 0
 ) -> tuple[Model, Variables]:
-  """The model and variables to generate with; prepared ones are returned.
+  """The model and variables that generate; prepared ones are returned as is.
 
-  Generating prepares what is not prepared, which copies the parameters: who
-  generates often does it once, and lets go of the original variables.
-
-  Nothing is dropped, unless a capacity is part of an imported checkpoint.
+  `generate` prepares a model if it is not prepared, which copies the
+  parameters. To generate several times, do it once and drop the original
+  variables. The prepared model drops no tokens, unless an imported checkpoint
+  has a capacity of its own.
 
   Args:
     model: The model as trained or imported.
     variables: Its parameters, under 'params', and `router_state` if it has it.
-    batch_size: The number of rows that will be generated together, beams
-      counted: on a CPU the fastest layout depends on it, and nothing else does.
-    window: The most tokens that a decoder's token sees, itself among them: for
-      going on beyond the rows that a model was trained on, where its positions
-      are relative; 0 leaves it to the model.
+    batch_size: The number of rows, or beams, that will be generated together;
+      on a CPU the fastest layout of parameters depends on it.
+    window: The number of tokens up to its own to which a token of the decoder
+      attends, for texts longer than rows of training; 0 leaves it to the model.
 
   Raises:
     ValueError: The model does not generate.
@@ -46,7 +45,7 @@ def prepare(
 def begin(
   model: Model, variables: Variables, prefix: Prefix, num_slots: int
 ) -> Cache:
-  """The cache with all of the prefix but each row's last token.
+  """The cache of the prefix without each row's last token.
 
   Args:
     model: A prepared model.
@@ -66,8 +65,8 @@ def begin(
       num_slots,
       method='encode',
     )
-    # A start and forced tokens are steps, as if the model had chosen them:
-    # where capacity binds, who shares a step matters.
+    # A start and forced tokens are steps, as if the model had chosen them, as
+    # tokens of one step compete for slots where capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]

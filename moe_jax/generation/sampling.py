@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p.
+"""Choice of the next token from logits: greedy, temperature, top-k, top-p.
 
 Pure functions on float32 logits. Not here: the loop (`decode_loop.py`), and
 beams (`beams.py`).
@@ -16,7 +16,7 @@ from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf
 
 
 def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
-  """The k largest logits of each row, others -inf; equals of the k-th stay."""
+  """Sets all logits of a row to -inf but the k largest and equals of these."""
   k = min(k, logits.shape[-1])
   least = jax.lax.top_k(logits, k)[0][:, -1:]
   return jnp.where(logits >= least, logits, -jnp.inf)
@@ -25,11 +25,11 @@ def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
 def keep_top_p(
   logits: Float32[Array, 'B V'], p: float | Float32[Array, '']
 ) -> Float32[Array, 'B V']:
-  """The likeliest tokens that reach probability p together, others -inf.
+  """Sets all logits to -inf but those of the likeliest tokens, up to p.
 
-  A token stays if those likelier than it have less than p (nucleus sampling,
-  section 3.1 of arXiv:1904.09751); the likeliest always stays, and so do
-  equals of the last that does.
+  A token stays if the probabilities of all likelier tokens sum to less than p
+  (nucleus sampling, section 3.1 of arXiv:1904.09751). The likeliest always
+  stays, and so do tokens that are as likely as the last that stays.
   """
   falling = -jnp.sort(-logits, axis=-1)
   probs = jax.nn.softmax(falling)
@@ -40,10 +40,10 @@ def keep_top_p(
 
 
 class Sampler(flax.struct.PyTreeNode):
-  """How the next token is chosen; `make` checks the options.
+  """The rule by which the next token is chosen; `make` checks the options.
 
   Attributes:
-    temperature: The number that logits are divided by; None takes the largest.
+    temperature: The number by which logits are divided; None takes the largest.
     top_p: The p of `keep_top_p`, after the temperature and top-k; None keeps
       all tokens.
     top_k: The k of `keep_top_k`; 0 keeps all tokens.
@@ -57,7 +57,12 @@ class Sampler(flax.struct.PyTreeNode):
   def make(
     cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
   ) -> 'Sampler':
-    """Temperature 0.0 is greedy, top_k 0 and top_p 1.0 keep all tokens.
+    """The sampler of these options; top_k=0 and top_p=1.0 keep all tokens.
+
+    Args:
+      temperature: The number by which logits are divided; 0.0 is greedy.
+      top_k: The k of `keep_top_k`; 0 keeps all tokens.
+      top_p: The p of `keep_top_p`; 1.0 keeps all tokens.
 
     Raises:
       ValueError: An option is out of range, or would do nothing.
@@ -95,11 +100,11 @@ class Sampler(flax.struct.PyTreeNode):
 
 
 def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
-  """A random key for each row, in which the other rows have no part.
+  """A random key for each row, which does not depend on the other rows.
 
   Args:
-    seed: One seed, of which row r has key r; or one for each row, which has
-      key 0 of its own, as it would have alone.
+    seed: One seed, folded with the number of the row; or a seed for each row,
+      folded with 0, so that a row has the key that it has alone.
     num_rows: B, the number of rows.
 
   Raises:
@@ -119,5 +124,5 @@ def _row_keys(seed, num_rows):
 
 
 def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:
-  """The key of each row in one step."""
+  """The random key of each row in one step."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no half of a character is shown."""
+"""Text from tokens, one at a time, without parts of characters."""
 
 from collections.abc import Iterable
 
@@ -6,32 +6,33 @@ from moe_jax.data.tokenizers import Token, Tokenizer
 
 # The character that stands for bytes that are no character, or not yet one.
 _UNKNOWN = '\ufffd'
-# A UTF-8 character that lacks its last byte has at most so many bytes.
+# The most bytes of a UTF-8 character that lacks its last byte.
 _MOST_BYTES = 3
+# The number of known tokens that are decoded before the first new one.
 _CONTEXT = 16
 
 
 class TextStream:
-  """Decodes tokens one by one; all that it says together is the text.
+  """Decodes tokens one by one; its results joined are the whole text.
 
-  A tokenizer decodes a token by those before it: words begin with a space or
-  not, a character's bytes may be several tokens. So a few of them are decoded
-  again each time, and only what is new is said.
+  The text of a token depends on those before it: a word may begin with a space,
+  and a character's bytes may be several tokens. So a few tokens are decoded
+  again each time, and only new text is returned.
 
   Args:
     tokenizer: The tokenizer that decodes. Ids that it does not know have no
       text.
-    context: The tokens before the first, whose text is known already.
+    context: The tokens before the first, whose text is not returned.
   """
 
   def __init__(self, tokenizer: Tokenizer, context: Iterable[Token] = ()):
     self._tokenizer = tokenizer
     self._ids = [i for i in map(int, context) if self._known(i)][-_CONTEXT:]
-    self._settled = len(self._ids)  # ids whose text is said and complete
-    self._said = len(self._text())
+    self._settled = len(self._ids)  # ids whose text is complete and returned
+    self._said = len(self._text())  # characters that have been returned
 
   def add(self, token: Token) -> str:
-    """Returns the text that this token completes; often '' at first."""
+    """Returns the text that this token completes, which may be ''."""
     if not self._known(int(token)):
       return ''
     self._ids.append(int(token))
@@ -55,13 +56,13 @@ class TextStream:
     return self._tokenizer.decode(self._ids)
 
   def _forget(self) -> None:
-    """Drops what the next token's text cannot depend on."""
+    """Drops the tokens on which the next token's text cannot depend."""
     self._ids = self._ids[self._settled :]
     self._settled = len(self._ids)
     self._said = len(self._text())
 
 
 def _unfinished(text: str) -> int:
-  """The number of characters at the end that may yet become another one."""
+  """The number of characters at the end that more bytes may still change."""
   tail = text[-_MOST_BYTES:]
   return len(tail) - len(tail.rstrip(_UNKNOWN))

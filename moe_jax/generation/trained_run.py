@@ -1,4 +1,4 @@
-"""A run's folder as something that generates: model, parameters, tokenizer.
+"""Loading of a run for generation: model, parameters, tokenizer.
 
 Not here: the command line (`moe_jax.generate`).
 """
@@ -22,16 +22,16 @@ from moe_jax.shapes import Int
 
 
 class Loaded(NamedTuple):
-  """What a run's folder holds.
+  """Options, model, variables and tokenizer of a run.
 
   Attributes:
-    options: The options of its model, with what the data decides filled in.
-    data: The options of its data.
-    sharding: The options of how its arrays are split.
+    options: The options of the model, with the sizes that the data decides.
+    data: The options of the data.
+    sharding: The options of how arrays are split over a mesh.
     batch_size: The number of rows in a batch of the run.
     model: The model.
     variables: Its parameters, under 'params', and `router_state` if it has it.
-    tokenizer: Its tokenizer.
+    tokenizer: The tokenizer.
     imported: Whether the model began as a checkpoint of Hugging Face.
     step: The optimizer step of the checkpoint that was read.
     skipped: Newer checkpoints that were passed over, each with the reason.
@@ -57,17 +57,17 @@ def load(
   mesh: Mesh | None = None,
   allow: Iterable[str] = (),
 ) -> Loaded:
-  """The model of a run, at its newest good checkpoint.
+  """Loads a run with the variables of a checkpoint.
 
-  Parameters are read, and what routers keep; each device reads its share.
+  Parameters and the state of routers are read, each device's part by itself.
 
   Args:
     workdir: The run's folder.
     step: The optimizer step of the checkpoint; None is the newest good one.
-    dtype: 'float32' or 'bfloat16', of parameters and products; '' is the run's
-      own. Routers stay float32.
-    mesh: Where the parameters are put, by the run's own sharding table; None is
-      the first local device.
+    dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
+      the run's own. Routers stay float32.
+    mesh: The devices of the parameters, which are split by the run's own
+      sharding table; None is the first local device.
     allow: Modules whose classes, named in the run's config, may be imported.
 
   Raises:
@@ -80,7 +80,6 @@ def load(
   restored = trained.restore_variables(
     workdir,
     model,
-    run.data.seq_len,
     run.sharding.rules,
     mesh=mesh,
     step=step,
@@ -101,7 +100,7 @@ def load(
 
 
 def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
-  """The same model with parameters and products of another type."""
+  """The same model with another dtype of parameters and products."""
   numerics = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
   changed, _ = sections.overridden(models.MODELS, options, numerics, 'model.')
   return changed
@@ -120,10 +119,10 @@ def encode(
   imported: bool = False,
   **arguments: Any,
 ) -> np.ndarray:
-  """The ids of a prompt, int32 [N], as the run's model was trained on them.
+  """The ids of a prompt, int32 [N], in the form that the model was trained on.
 
-  A language model that began here was trained on documents, without the special
-  tokens that a tokenizer puts around inputs; all others on inputs.
+  A language model that was not imported was trained on documents, without the
+  special tokens that a tokenizer puts around inputs; all others on inputs.
 
   Args:
     task: The run's task.
@@ -138,15 +137,15 @@ def encode(
 
 
 def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:
-  """The text of new tokens; ids that only the model has are left out."""
+  """The text of new tokens; ids beyond the tokenizer's are left out."""
   return tokenizer.decode(ids[ids < tokenizer.vocab_size])
 
 
 def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
-  """How far back a token looks when text outgrows the rows of training.
+  """The argument `window` of `prepare` for texts longer than training rows.
 
-  See `Model.window_beyond`; 0 also where the model was trained elsewhere, on
-  rows of a length that is not known here.
+  See `Model.window_beyond`; 0 for an imported model, whose training rows have
+  an unknown length.
   """
   return 0 if imported else model.window_beyond(data.seq_len)
 
@@ -154,10 +153,11 @@ def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
 def fit(
   model: Model, prompt: np.ndarray, num_tokens: int
 ) -> tuple[np.ndarray, int]:
-  """A prompt and a number of new tokens that learned positions have room for.
+  """A prompt and a number of new tokens for which learned positions suffice.
 
-  New tokens go first; but a prompt keeps as many of its last tokens as fill
-  half of the room. In an encoder-decoder each half has all of the room.
+  New tokens have priority, but a prompt keeps as many of its last tokens as
+  fill half of the positions. In an encoder-decoder, encoder and decoder each
+  have all positions.
   """
   room = model.longest
   if room is None:
@@ -173,8 +173,8 @@ def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
   """The arguments of `generate` that a tokenizer decides.
 
   Raises:
-    ValueError: The model is an encoder-decoder and the tokenizer has no id to
-      start its decoder with.
+    ValueError: The model is an encoder-decoder, and the tokenizer has no id
+      with which a decoder starts.
   """
   ids: dict[str, Any] = {'stop_ids': tokenizer.eos_ids}
   if tokenizer.pad_id is not None:

@@ -14,8 +14,8 @@ from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 # A function that gives the variables with which a run begins (parameters, and
-# `router_state` unless it begins anew), sharded, and a line about them; or None,
-# if the run draws its parameters from its seed.
+# `router_state` unless it begins anew), sharded, and a line about them; or
+# None, if the run draws its parameters from its seed.
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 

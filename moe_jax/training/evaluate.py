@@ -8,8 +8,8 @@ config are checked (`evaluation_entries.py`).
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from moe_jax.training_types import LossSums, add
 
 Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
 Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
+M = TypeVar('M', bound='OverBatches')
 # Overrides of the model that give every expert room for all tokens.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
@@ -98,8 +99,8 @@ class EvaluationOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossEvaluation(EvaluationOptions):
-  """The kind 'loss': the validation loss, and statistics of the routers."""
+class BatchesEvaluation(EvaluationOptions):
+  """Options of an evaluation over batches of the validation split."""
 
   every_steps: int = option(
     500,
@@ -114,19 +115,18 @@ class LossEvaluation(EvaluationOptions):
     at_least(0),
   )
 
-  def measure(self, setting: Setting) -> 'Losses':
-    """Returns the function that measures the loss on the validation split."""
-    return Losses(
-      model=setting.model,
-      num_batches=self.num_batches,
-      batch_size=setting.batch_size,
-      rows=setting.dataset.splits['validation'],
-      put=setting.put,
-    )
-
-  def shrunk(self) -> 'LossEvaluation':
+  def shrunk(self) -> 'BatchesEvaluation':
     """The same evaluation on one batch."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEvaluation(BatchesEvaluation):
+  """The kind 'loss': the validation loss, and statistics of the routers."""
+
+  def measure(self, setting: Setting) -> 'Losses':
+    """Returns the function that measures the loss on the validation split."""
+    return Losses.of(setting, self.num_batches)
 
 
 DEFAULT_EVALS = {
@@ -202,8 +202,8 @@ def _is_flat(value: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Losses:
-  """Measures the loss; equal for equal models and numbers on the same rows.
+class OverBatches:
+  """A measurement over batches; equal ones give equal rows.
 
   Attributes:
     model: The model that is evaluated.
@@ -219,6 +219,28 @@ class Losses:
   rows: Rows
   put: Placing
 
+  @classmethod
+  def of(cls: type[M], setting: Setting, num_batches: int) -> M:
+    """The measurement over the validation split of a run."""
+    rows = setting.dataset.splits['validation']
+    return cls(
+      setting.model, num_batches, setting.batch_size, rows, setting.put
+    )
+
+  def batches(self) -> Iterator[dict[str, jax.Array]]:
+    """The batches, on the devices."""
+    batches = eval_batches(
+      self.rows,
+      batch_size=self.batch_size,
+      num_batches=self.num_batches,
+      share=self.put.rows,
+    )
+    return map(self.put.local, batches)
+
+
+class Losses(OverBatches):
+  """Measures the loss, and statistics of the routers."""
+
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row; see `summary.summarize`."""
     del step
@@ -228,15 +250,10 @@ class Losses:
     """The sums over all batches, as float64 numpy."""
     run = compiled_eval_step(self.model)
     total = None
-    for batch in eval_batches(
-      self.rows,
-      batch_size=self.batch_size,
-      num_batches=self.num_batches,
-      share=self.put.rows,
-    ):
+    for batch in self.batches():
       # Sums are added on the host in float64, as a split may have more tokens
       # than float32 can count.
-      sums = summary.host(run(variables, self.put.local(batch)))
+      sums = summary.host(run(variables, batch))
       total = sums if total is None else add(total, sums)
     return total
 

@@ -21,9 +21,9 @@ from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
 
-# Numbers of calls, by which JAX agrees on the step after which to stop. It stops
-# at a number above all that it has got, and 0 counts as one: the numbers of a
-# resumed run's steps would begin beyond it.
+# Numbers of calls, by which JAX agrees on the step after which to stop. It
+# stops at a number above all that it has got, and 0 counts as one: the numbers
+# of a resumed run's steps would begin beyond it.
 _CALLS = itertools.count(1)
 
 
