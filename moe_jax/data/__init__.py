@@ -1,4 +1,4 @@
-"""Text to batches: sources, tokenizers, tasks, rows, the batch stream.
+"""Batches from texts: sources, tokenizers, tasks, rows, the stream of batches.
 
 `batch(i)` is a pure function of i, so the state of a run's data is one
 integer. Not here: devices, and the models that read the batches.

@@ -1,6 +1,6 @@
-"""Folders of the cache: written whole by one process, found by the others.
+"""Folders of the cache, each written by one process for all others.
 
-Not here: what stands in a folder (`store.py`, `sources/tfds_reader.py`).
+Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
 """
 
 import contextlib
@@ -20,12 +20,12 @@ def cache_root(cache_dir: str = '') -> pathlib.Path:
 def prepared(
   folder: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
-  """`folder`, filled by `write` unless it is there already.
+  """Fills `folder` by `write` unless it exists, and returns it.
 
-  `write` fills a temporary folder beside it, which is then renamed: a folder
-  under its own name is whole. Of processes that want it at once, one writes and
-  the others wait; where the file system has no locks several write, one wins
-  and the others take the winner's.
+  `write` fills a temporary folder beside it, which is then renamed, so a folder
+  with its own name is complete. If several processes need it at once, one
+  writes and the others wait; where the file system has no locks, several write
+  and all take the folder that is renamed first.
   """
   if folder.is_dir():
     return folder
@@ -42,7 +42,7 @@ def _prepare(
   with tempfile.TemporaryDirectory(
     prefix=f'.{folder.name}-', dir=folder.parent
   ) as temporary:
-    # One level down, since the temporary folder is closed to other users.
+    # A folder within it, as other users cannot read the temporary folder.
     unfinished = pathlib.Path(temporary) / folder.name
     unfinished.mkdir()
     write(unfinished)
@@ -55,12 +55,12 @@ def _prepare(
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes out while the body runs, by a lock file beside.
+  """Holds a lock on `path` while the body runs, by a lock file beside it.
 
-  The lock saves work and is no guarantee: it keeps nobody out where the folder
-  cannot be written or has no locks, nor a process that waits for a lock file
-  which is then removed. The lock ends with the process that holds it, however
-  that process ends.
+  The lock saves work but is no guarantee: other processes are not kept out
+  where the folder cannot be written or has no locks, or if they wait for a lock
+  file that is then removed. The lock ends with the process that holds it,
+  however that process ends.
   """
   lock = path.parent / f'.{path.name}.lock'
   with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The options of a run's data, and from them to rows.
+"""The options of a run's data, and the dataset that they describe.
 
 Not here: batches (`pipeline.py`).
 """
@@ -30,19 +30,22 @@ from moe_jax.options import (
 )
 from moe_jax.section_reader import CUSTOM
 
-# The embedded source of each form, for a run at a laptop's size.
+# The source of each form that comes with Python, for small runs.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
 
 
 def _where(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
-  """The rule that a chosen kind, in a section or an instance, answers yes."""
+  """The rule that `holds` is true of the class of a chosen kind.
+
+  The value is the kind's name in a section, or an instance of its class.
+  """
 
   def check(chosen: str | Options) -> bool:
     if not isinstance(chosen, str):
       return holds(type(chosen))
     try:
       return holds(kinds.get(chosen))
-    except ValueError:  # whoever reads the choice says so
+    except ValueError:  # an unknown kind, which is reported where it is read
       return True
 
   return Check(rule, check)
@@ -61,57 +64,63 @@ _SPLITS = _where(
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(Options):
-  """What text, as which tokens, in rows of which length, to learn what."""
+  """Source, tokenizer and task of a run's data, and the shape of its rows."""
 
   source: SourceOptions = choice(
     SOURCES,
     'python_stdlib',
-    'Where texts, pairs of texts or examples with a class come from.',
+    'Source of the texts, pairs of texts or examples with a class.',
   )
   tokenizer: TokenizerOptions = choice(
     TOKENIZERS,
     'bytes',
-    'How text becomes token ids.',
+    'Tokenizer that turns text into token ids.',
     when={'task': _TOKENS},
   )
-  task: TaskOptions = choice(TASKS, 'lm', 'What is learned of the source.')
+  task: TaskOptions = choice(
+    TASKS, 'lm', 'Task that is learned from the source.'
+  )
   seq_len: int = option(
     256,
-    'Tokens in a row, T; of an encoder-decoder model in a row of the encoder.',
+    'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
+    'a row of the encoder; for a task without tokens it is 1.',
     at_least(1),
   )
   target_len: int = option(
     0,
-    'Tokens in a row of the decoder of an encoder-decoder model; 0 is for a '
-    'decoder-only model, in whose rows the inputs stand before the targets.',
+    'Number of tokens in a row of the decoder of an encoder-decoder model; 0 '
+    'is for a decoder-only model, whose rows have the inputs before the '
+    'targets.',
     at_least(0),
     when={'task': _EXAMPLES},
   )
   pack: bool = option(
-    True, 'Whether short examples share a row.', when={'task': _EXAMPLES}
+    True,
+    'Whether short examples of inputs and targets share a row.',
+    when={'task': _EXAMPLES},
   )
   train_split: str = option(
     'train',
-    "The source's own name of the split to train on. TFDS sources, "
-    'python_stdlib and its docstrings among them, take any split expression, '
-    "such as 'train[:90%]'.",
+    "The source's own name of the split for training. TFDS sources, as well "
+    'as python_stdlib and its docstrings, take any split expression, such as '
+    "'train[:90%]'.",
     when={'source': _SPLITS},
   )
   validation_split: str = option(
     'validation',
-    "The source's own name of the split to validate on.",
+    "The source's own name of the split for validation.",
     when={'source': _SPLITS},
   )
   cache_dir: str = option(
     '',
-    'Folder where token streams and the embedded corpus are kept; '
-    "'' is $MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay where TFDS "
-    'has them ($TFDS_DATA_DIR).',
+    'Folder for token streams and the corpus from Python; an empty string is '
+    '$MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay in '
+    '$TFDS_DATA_DIR.',
   )
 
   @property
   def shape(self) -> RowShape:
-    """The lengths of rows."""
+    """The lengths of rows, and whether examples share them."""
     return RowShape(self.seq_len, self.target_len, self.pack)
 
   @property
@@ -126,7 +135,7 @@ class DataOptions(Options):
     return Selection(splits, self.cache_dir)
 
   def problems(self) -> Iterator[str]:
-    """What is wrong between source, task and rows."""
+    """The problems between source, task and rows, a text for each."""
     yield from self._source_problems()
     yield from self.task.problems_with(self.shape)
 
@@ -143,9 +152,9 @@ class DataOptions(Options):
     yield from self.source.idle_options(form, f'source.{section}.')
 
   def shrunk(self) -> 'DataOptions':
-    """The same task at a laptop's size, on the embedded corpus as bytes.
+    """The same task in short rows, on the corpus from Python as bytes.
 
-    What has no tokens is small already, and stays as it is.
+    Data without tokens is small already, and stays as it is.
     """
     if self.task.reads not in _EMBEDDED:
       return self
@@ -164,9 +173,9 @@ def load(options: DataOptions) -> Dataset:
   """The dataset of `options`, tokenized now unless it is in the cache.
 
   Raises:
-    ValueError: The data is missing or bad; a text has a character the tokenizer
-      lacks; a split is empty; a row is too short for the task, or the sentinels
-      too few.
+    ValueError: The data is missing or bad; a text has a character that the
+      tokenizer lacks; a split is empty; a row is too short for the task, or
+      there are too few sentinels.
   """
   return options.task.load(
     options.source, options.tokenizer, options.selection, options.shape
@@ -174,7 +183,7 @@ def load(options: DataOptions) -> Dataset:
 
 
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
-  """The pairs of texts that the rows of a split are made of, in order.
+  """The pairs of texts from which the rows of a split are made, in order.
 
   None where the task's examples are pieces of texts.
   """

@@ -1,4 +1,4 @@
-"""Rows of examples by index, several short ones in one.
+"""Rows of whole examples by index; several short examples may share a row.
 
 Not here: how an example is made (`data/tasks/denoising.py`,
 `data/tasks/seq2seq.py`).
@@ -14,10 +14,10 @@ from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.data.packing import Rows
 from moe_jax.shapes import Int
 
-# Rows that may still take an example. With 8, docstrings fill a fifth fewer
-# rows than with 1; 64 would save another 3 %.
+# Number of rows that may still take an example. With 8, docstrings fill a fifth
+# fewer rows than with 1; 64 would save another 3 %.
 _OPEN_ROWS = 8
-# Rows that are read to say how full rows are, to about one part in a hundred.
+# Number of rows that are read to estimate the padding, to about one percent.
 _ROWS_SAMPLED = 256
 
 
@@ -25,12 +25,12 @@ class ExampleRows(Rows):
   """Random access to rows of whole examples, each in one row."""
 
   def __init__(self, lengths: Lengths, layout: Layout, *, pack: bool = True):
-    """Settles which examples each row has.
+    """Decides which examples each row has.
 
     Args:
       lengths: Lengths of all examples.
       layout: Layout of the rows, which every example fits.
-      pack: Whether examples share a row; False gives each its own.
+      pack: Whether examples share rows; if not, each has its own.
     """
     self.layout = layout
     count = len(lengths.total)
@@ -45,7 +45,7 @@ class ExampleRows(Rows):
 
   @abc.abstractmethod
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """Example `index`, whose noise, if it has any, `generator` draws."""
+    """Example `index`; its noise, if it has any, is drawn by `generator`."""
 
   def draw(
     self,
@@ -67,13 +67,8 @@ class ExampleRows(Rows):
     begin, end = self._starts[row : row + 2]
     return self._members[begin:end].tolist()
 
-  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
-    """The rows at `indices`, the same at every call."""
-    indices = np.asarray(indices)
-    return self.draw(indices, 0, np.zeros_like(indices))
-
   def describe(self) -> str:
-    """The number and shape of the rows, and how much of them is padding."""
+    """The number and shape of the rows, and their share of padding."""
     padding = ' and '.join(
       f'{share:.1%} of the {side}' for side, share in self.padding().items()
     )
@@ -81,7 +76,7 @@ class ExampleRows(Rows):
     return f'{len(self):,} rows of {shape}, padding {padding}'
 
   def padding(self) -> dict[str, float]:
-    """The share of padding on each side, 'encoder' and 'decoder'."""
+    """The share of padding on each side, 'encoder' or 'decoder'."""
     count = min(len(self), _ROWS_SAMPLED)
     batch = self.take(np.arange(count) * len(self) // max(count, 1))
     return {
@@ -99,8 +94,12 @@ def packed(
 ) -> list[list[int]]:
   """The indices of the examples of each row.
 
-  Each example in turn goes into the oldest of the last few rows in which every
-  column's sum stays within `capacity`, else it begins a new row.
+  Each example in turn goes into the oldest of the last few rows that has room
+  for it, or begins a new row.
+
+  Args:
+    sizes: The size of each of P examples in D dimensions.
+    capacity: The room of a row in each dimension.
 
   Raises:
     ValueError: An example is larger than a row.

@@ -1,4 +1,4 @@
-"""How examples, each of inputs and targets, lie in the rows of a batch.
+"""Layouts of examples, each of inputs and targets, in the rows of a batch.
 
 Not here: which examples a row holds (`examples.py`), and the rows of a
 language model (`packing.py`).
@@ -19,7 +19,7 @@ class Example(NamedTuple):
 
   Attributes:
     inputs: int32 [N], the tokens that a model is given.
-    targets: int32 [M], the tokens that it learns.
+    targets: int32 [M], the tokens that it learns to predict.
   """
 
   inputs: Int[np.ndarray, ' N']
@@ -27,12 +27,13 @@ class Example(NamedTuple):
 
 
 class Lengths(NamedTuple):
-  """The most tokens that each of P examples can have.
+  """The largest numbers of tokens that each of P examples can have.
 
   Attributes:
-    inputs: int [P], the most input tokens of each.
-    targets: int [P], the most target tokens of each.
-    total: int [P], the most of both together, which may be below their sum.
+    inputs: int [P], the largest number of input tokens.
+    targets: int [P], the largest number of target tokens.
+    total: int [P], the largest number of both together, which may be below the
+      sum of the others.
   """
 
   inputs: Int[np.ndarray, ' P']
@@ -41,14 +42,14 @@ class Lengths(NamedTuple):
 
 
 class Layout(abc.ABC):
-  """The arrays of a batch, and how much goes into a row of them.
+  """The arrays of a batch, and the room in a row of them.
 
   Attributes:
     capacity: Room of a row, in the unit of each column of `sizes`.
-    max_inputs: Number of tokens of the longest inputs of one example.
-    max_targets: Number of tokens of the longest targets of one example.
-    longest_text: Number of tokens of the longest text that can be split in two
-      anywhere.
+    max_inputs: Number of tokens of the longest inputs that an example can have.
+    max_targets: Number of tokens of the longest targets that it can have.
+    longest_text: Number of tokens of the longest text that can be split into
+      inputs and targets at several positions.
   """
 
   capacity: tuple[int, ...]
@@ -58,7 +59,7 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P D']:
-    """What each example takes of a row's `capacity`."""
+    """The part of a row's `capacity` that each example takes."""
 
   @abc.abstractmethod
   def cut(
@@ -70,12 +71,12 @@ class Layout(abc.ABC):
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The batch of these rows; a row without examples is padding.
 
-    Segment i of a row is its example i, from 1.
+    The segment ids of an example are its number in the row, from 1.
     """
 
   @abc.abstractmethod
   def describe(self) -> str:
-    """A row's shape, for people."""
+    """Text on a row's shape."""
 
   def fits(self, lengths: Lengths) -> Bool[np.ndarray, ' P']:
     """Whether each example fits a row of its own."""
@@ -84,12 +85,12 @@ class Layout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderLayout(Layout):
-  """Inputs to an encoder, targets to a decoder.
+  """Rows of inputs for an encoder, and of targets for a decoder.
 
   A batch has `encoder_tokens`, `encoder_segment_ids` and `encoder_positions`
   int32 [B, T_enc]; `tokens`, `targets`, `segment_ids`, `positions` int32 and
-  `loss_weights` float32 [B, T_dec]. `tokens` are the targets shifted right by
-  one, each segment's own, with the start id in front.
+  `loss_weights` float32 [B, T_dec]. `tokens` are the targets of each segment,
+  shifted right by one, with the start id in front.
   """
 
   encoder_len: int
@@ -113,7 +114,7 @@ class EncoderDecoderLayout(Layout):
 
   @property
   def longest_text(self) -> int:
-    """The longer side: a text that fills both could be split in one place."""
+    """The longer side; a text that fills both has only one possible split."""
     return max(self.capacity)
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
@@ -123,7 +124,7 @@ class EncoderDecoderLayout(Layout):
   def cut(
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
-    """Each side is cut to the length of its own rows."""
+    """Lengths by which each side is cut to the length of its own rows."""
     inputs = np.minimum(inputs, self.encoder_len)
     targets = np.minimum(targets, self.decoder_len)
     return Lengths(inputs, targets, inputs + targets)
@@ -155,32 +156,32 @@ class EncoderDecoderLayout(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLayout(Layout):
-  """Inputs and then targets in one sequence, for a decoder-only model.
+  """Rows of inputs followed by targets, for a decoder-only model.
 
   A batch has the arrays of `packing.PackedRows`; `loss_weights` are 1 where
-  the next token is of the targets.
+  the next token belongs to the targets.
   """
 
   seq_len: int
 
   @property
   def capacity(self) -> tuple[int]:
-    """T."""
+    """T, in one dimension."""
     return (self.seq_len,)
 
   @property
   def max_inputs(self) -> int:
-    """T: the last target is no input."""
+    """T, as only the last target is not in the row's `tokens`."""
     return self.seq_len
 
   @property
   def max_targets(self) -> int:
-    """T: one token stands before them."""
+    """T, as at least one token has to precede the targets."""
     return self.seq_len
 
   @property
   def longest_text(self) -> int:
-    """T + 1."""
+    """T + 1, as the last token is only a target."""
     return self.seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
@@ -190,7 +191,7 @@ class DecoderLayout(Layout):
   def cut(
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
-    """Inputs are cut first, but to no less than half of the row."""
+    """Lengths by which inputs are cut first, to half of the row at least."""
     room = self.seq_len + 1
     least = np.minimum(inputs, room // 2)
     targets = np.minimum(targets, room - least)
@@ -239,7 +240,7 @@ def _zeros(names, rows, layout, side) -> dict[str, np.ndarray]:
 
 
 def _place(batch, b, begin, segment, *, tokens, **more) -> int:
-  """Writes a segment into row `b` from `begin` on; gives where it ends."""
+  """Writes a segment into row `b` from `begin` on; returns where it ends."""
   end = begin + len(tokens)
   if end > batch['tokens'].shape[1]:
     raise ValueError(
@@ -259,9 +260,9 @@ class RowShape:
   """Lengths of a batch's rows, and whether short examples share a row.
 
   Attributes:
-    seq_len: T; of an encoder-decoder model T_enc.
-    target_len: T_dec; 0 of a decoder-only model, in whose rows the inputs stand
-      before the targets.
+    seq_len: T, or T_enc of an encoder-decoder model.
+    target_len: T_dec of an encoder-decoder model; 0 for a decoder-only model,
+      whose rows have the inputs before the targets.
     pack: Whether short examples share a row.
   """
 

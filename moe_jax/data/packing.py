@@ -1,8 +1,8 @@
 """Rows of fixed length over a stream of documents, by index.
 
 Documents are concatenated in order and the stream is cut every T tokens, so a
-row is found from its number alone. Not here: where the stream comes from
-(`store.py`) and in which order rows are drawn (`pipeline.py`).
+row is found by its number alone. Not here: how the stream is stored
+(`store.py`), and the order in which rows are drawn (`pipeline.py`).
 """
 
 import abc
@@ -19,13 +19,14 @@ class Rows(abc.ABC):
   @abc.abstractmethod
   def __len__(self) -> int: ...
 
-  @abc.abstractmethod
   def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
-    They are the same at every call, as an evaluation needs it. An index of
+    They are the same at every call, as an evaluation needs. An index of
     `len(self)` or more gives a row of padding.
     """
+    indices = np.asarray(indices)
+    return self.draw(indices, 0, np.zeros_like(indices))
 
   @abc.abstractmethod
   def draw(
@@ -34,17 +35,18 @@ class Rows(abc.ABC):
     seed: int,
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
-    """The rows at `indices` as training sees them in their epochs, from 0.
+    """The rows at `indices` with the noise of training in their epochs.
 
-    A row is a function of its index, its epoch and the seed alone.
+    A row depends on its index, its epoch (from 0) and the seed alone. An index
+    of `len(self)` or more gives a row of padding.
     """
 
   @abc.abstractmethod
   def describe(self) -> str:
-    """The number and shape of the rows, for people."""
+    """Text on the number and shape of the rows."""
 
   def counts(self) -> dict[str, int]:
-    """Numbers to report of these rows by name, beside tokens and texts."""
+    """Numbers about these rows to report by name, besides tokens and texts."""
     return {}
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -60,12 +62,13 @@ class PackedRows(Rows):
 
   A row is a dict of arrays [T]:
 
-  - `tokens` int32: the inputs, 0 where padding.
-  - `targets` int32: the next token of the stream, 0 where there is none.
-  - `segment_ids` int32: the documents of the row, from 1; 0 is padding.
+  - `tokens` int32: the inputs; 0 for padding.
+  - `targets` int32: the next token of the stream; 0 where there is none.
+  - `segment_ids` int32: the numbers of the row's documents, from 1; 0 for
+    padding.
   - `positions` int32: from 0 at a document's first token in the row.
-  - `loss_weights` float32: 1 where the target is of the token's own document,
-    else 0: at a document's last token, and at padding.
+  - `loss_weights` float32: 1 where the target belongs to the token's own
+    document; 0 at a document's last token and for padding.
 
   Only the last row can hold padding.
   """
@@ -75,8 +78,9 @@ class PackedRows(Rows):
 
     Args:
       tokens: Unsigned or signed integers [N], the documents one after another.
-      starts: Integers [D], where each document begins: 0, then ever larger
-        (no document is empty); only the first and last are checked.
+      starts: Integers [D], the index at which each document begins: 0, then
+        strictly rising (no document is empty); only the first and last are
+        checked.
       seq_len: Length T of a row.
 
     Raises:
@@ -108,7 +112,7 @@ class PackedRows(Rows):
     seed: int,
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
-    """The rows at `indices`, cut elsewhere in each epoch after the first."""
+    """The rows at `indices`, with other cuts in each epoch after the first."""
     return self.take(indices, self._offsets(seed, epochs))
 
   def take(
@@ -127,7 +131,7 @@ class PackedRows(Rows):
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]
     first = row * T + np.reshape(np.asarray(offsets, np.int64), (-1, 1))
     where = first + np.arange(T + 1)  # [B, T+1]
-    # The stream's last token can be the first that a row too many would read.
+    # A row beyond the last may begin at the stream's last token.
     real = (where < N) & (row < len(self))
     stream = self.tokens[np.minimum(where, N - 1)] * real
     document = np.searchsorted(self.starts, where, side='right')  # from 1
@@ -144,7 +148,7 @@ class PackedRows(Rows):
     }
 
   def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """The offset at which each epoch cuts the stream; the first one's is 0."""
+    """The offset by which each epoch moves the cuts; that of the first is 0."""
     distinct, place = np.unique(epochs, return_inverse=True)
     draws = [
       np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]

@@ -1,6 +1,7 @@
-"""The stream of batches: a pure function of the batch number.
+"""The stream of batches, each a pure function of its number.
 
-Not here: rows (`packing.py`), and putting batches on devices.
+Not here: rows (`packing.py`), and moving batches to devices
+(`moe_jax.distributed`).
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ Batch = dict[str, np.ndarray]
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
-# grain's endless repeat overflows; this many rows are as good as endless.
+# grain's endless repeat overflows; no run ever draws so many rows.
 _ENDLESS_ROWS = 2**52
 
-# One batch is assembled while the one before is trained on; the rest is slack
-# for a step that is shorter than the one before.
+# Number of batches assembled in advance. One would do if all steps took equally
+# long.
 _PREFETCHED = 4
 
 
@@ -34,17 +35,17 @@ def batch_dataset(
   """An endless dataset whose element i is batch i, arrays [R, T].
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
-  may span two epochs. A row's noise is its epoch's own. `PackedRows` have
-  none: from the second epoch on, their stream is cut elsewhere, at an offset
-  below T of the epoch's own, so that a token does not meet the same context
-  again. The batch does not depend on who takes which share of it.
+  may span two epochs. A row has other noise in each epoch. `PackedRows` have
+  no noise, but from the second epoch on their stream is cut elsewhere, at an
+  offset below T that depends on the epoch, so that a token does not meet the
+  same context again. The batch does not depend on the share.
 
   Args:
     rows: Rows to draw from.
     batch_size: Global number B of rows in a batch.
     seed: Integer of at least 0 that decides the order and the noise.
-    share: Numbers, from 0, of the rows of each batch that are taken; None takes
-      all of them, R = B. No other row is read.
+    share: Numbers, from 0, of the rows of each batch that are read; None reads
+      all, R = B.
 
   Raises:
     ValueError: B is not positive, the share is not within the batch, the seed
@@ -55,8 +56,8 @@ def batch_dataset(
     raise ValueError(f'seed={seed} is negative')
   if not 0 < len(rows) <= _MOST_ROWS:
     raise ValueError(f'{len(rows)} rows not in [1, {_MOST_ROWS}]')
-  # grain shuffles epoch e with seed + e: neighbouring seeds would see the same
-  # orders, one epoch apart.
+  # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
+  # same orders, one epoch apart.
   spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
   order = (
     grain.MapDataset.range(len(rows))
@@ -86,8 +87,8 @@ def train_batches(
 
   Raises:
     ValueError: As `batch_dataset`, or `start` is negative.
-    DataError: A batch could not be made; `next` raises it, and the iterator is
-      then at its end.
+    DataError: A batch could not be made; `next` raises it, and the iterator
+      then ends.
   """
   if start < 0:
     raise ValueError(f'start={start} is negative')
@@ -104,15 +105,14 @@ def eval_batches(
   num_batches: int = 0,
   share: Int[np.ndarray, ' R'] | None = None,
 ) -> Iterator[Batch]:
-  """Every row once, in order; the last batch is filled up with padding.
+  """Batches of every row once, in order; the last is filled with padding.
 
   Args:
     rows: Rows to evaluate on.
     batch_size: Global number B of rows in a batch; arrays are [R, T].
     num_batches: Number of batches, spread evenly over all and the same at
-      every call; 0 takes all, as does a number above what there is.
-    share: Numbers of the rows of each batch that are taken; see
-      `batch_dataset`.
+      every call; 0 or a number above that of all batches takes all.
+    share: Numbers of the rows of each batch that are read; see `batch_dataset`.
 
   Raises:
     ValueError: As `batch_dataset`, or `num_batches` is negative.

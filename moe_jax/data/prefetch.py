@@ -1,7 +1,7 @@
-"""Batches made ahead by a thread whose death never blocks the training.
+"""Elements that a thread makes in advance; its death never blocks the training.
 
-grain's own prefetching gives up its thread when an exception reaches it between
-two elements, and then waits for it for ever. Not here: batches (`pipeline.py`).
+grain's own prefetching waits for ever for its thread if an exception ends it
+between two elements. Not here: batches (`pipeline.py`).
 """
 
 import queue
@@ -10,27 +10,27 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 T = TypeVar('T')
-# Seconds between checks whether a thread that gives nothing is still alive.
+# Seconds between checks whether the thread, while it is waited for, is alive.
 _LOOK_SECONDS = 1.0
 
 
 class DataError(RuntimeError):
-  """A batch could not be made; its text says which, and why."""
+  """A batch could not be made; the text names the batch and the reason."""
 
 
 def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
-  """The elements of `source`, up to `most` of them made before they are asked.
+  """The elements of `source`, which a thread makes in advance.
 
   The thread begins with the first `next` and ends with the iterator.
 
   Args:
     source: Iterator that only the thread uses.
     first: Number of its first element, for messages.
-    most: Number of elements that wait at most; at least 1.
+    most: Largest number of elements that are made in advance; at least 1.
 
   Raises:
-    DataError: `source` raised anything, or the thread is gone; `next` raises
-      it, and the iterator is then at its end.
+    DataError: `source` raised an exception, or the thread has died; `next`
+      raises it, and the iterator then ends.
   """
   made: queue.Queue[tuple[T] | None] = queue.Queue(most)
   given_up = threading.Event()
@@ -42,7 +42,7 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
         made.put((element,))
         if given_up.is_set():
           return
-    except BaseException as error:  # SystemExit too: it is no end of the run
+    except BaseException as error:  # SystemExit, too, must not end the thread
       failures.append(error)
     finally:
       if not given_up.is_set():
@@ -62,7 +62,7 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
       ) from error
   finally:
     given_up.set()
-    while not made.empty():  # room, for a thread that waits for it
+    while not made.empty():  # the thread may be waiting for room
       made.get_nowait()
 
 

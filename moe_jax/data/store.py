@@ -1,9 +1,9 @@
-"""Token streams on disk: written once, streaming; read by memory map.
+"""Token streams on disk: written text by text, read as memory maps.
 
 A split of documents is one stream; a split of pairs is two.
 
-Not here: what the texts are (`moe_jax.data.sources`), the folders that streams
-stand in (`cache_folders.py`), and how rows are cut (`packing.py`).
+Not here: the texts (`moe_jax.data.sources`), the folders of streams
+(`cache_folders.py`), and how rows are cut (`packing.py`).
 """
 
 import array
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 class Digest:
-  """The sha256 of texts, split by split; a text's length precedes it."""
+  """The sha256 of the texts of all splits; each text's length precedes it."""
 
   def __init__(self):
     self._sha256 = hashlib.sha256()
@@ -48,8 +48,8 @@ def write_tokens(
 ) -> None:
   """Tokenizes the texts of `splits`, one at a time, into `folder`.
 
-  Documents without a token are left out; every other document ends in the EOS
-  where the tokenizer has one.
+  Documents without a token are left out. All others end in the EOS, if the
+  tokenizer has one.
 
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction.
@@ -77,8 +77,8 @@ def write_pairs(
 ) -> None:
   """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
 
-  Pairs of which one side has no token are left out. Nothing ends in an EOS,
-  so that a text may be cut before one is added.
+  Pairs with a side without tokens are left out. No EOS is added, so that a
+  text can be cut before that.
 
   Raises:
     ValueError: A split has no pair.
@@ -115,7 +115,9 @@ def read_tokens(folder: pathlib.Path, split: str) -> Stream:
 
 
 def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
-  """Inputs and targets: tokens [N] and starts int64 [P], memory-mapped.
+  """The streams of inputs and of targets, memory-mapped.
+
+  Each is tokens [N] and starts int64 [P].
 
   Raises:
     ValueError: A file has another size than was written.
@@ -135,7 +137,7 @@ def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
-  """The dtype, sha256 and counts of each split that were noted at writing."""
+  """The dtype, the sha256, and the counts of each split, as written."""
   return json.loads((folder / 'about.json').read_text())
 
 
@@ -229,5 +231,5 @@ def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
       f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
       'and it is made anew'
     )
-  # A plain array over the map: indexing a np.memmap makes memmaps again.
+  # A plain array over the map, as indexing a np.memmap gives memmaps.
   return np.asarray(np.memmap(path, dtype, mode='r', shape=(count,)))

@@ -1,4 +1,4 @@
-"""Where questions with several answers come from, one of them right.
+"""Sources of questions with several answers, of which one is right.
 
 To add a source, write a file with its `ChoiceSourceOptions` and list them here.
 Not here: how a model is asked (`moe_jax.evaluation.choice`).
@@ -19,7 +19,7 @@ CHOICE_SOURCES = Kinds(
     'tfds': ChoiceTfdsSource,
   },
 )
-# Where the examples come from that stand before a question.
+# Sources of the examples that are put before a question.
 SHOTS_SOURCES = Kinds(
   'source of examples',
   ChoiceSourceOptions,

@@ -1,4 +1,4 @@
-"""Questions in files of the user's, a JSON object a line."""
+"""Questions in a user's files, one JSON object in each line."""
 
 import dataclasses
 import json
@@ -18,21 +18,21 @@ from moe_jax.options import NOT_EMPTY, option
 class ChoiceFilesSource(ChoiceSourceOptions):
   """Lines of JSON with `prompt`, `answers` (a list) and `label` (an index).
 
-  Both splits are all lines: what is shown to a model has to be another
-  source's, else the model would be told the answers.
+  Both splits have all lines, so examples before a question have to come from
+  another source; otherwise the model would be given the answers.
   """
 
   has_train_split = False
 
   pattern: str = option(
     dataclasses.MISSING,
-    "Path of the files, with '*' for any name and '**' for folders of any "
-    'depth.',
+    "Path of the files of questions, with '*' for any name and '**' for "
+    'folders of any depth.',
     NOT_EMPTY,
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """An item a line that is not empty.
+    """An item for each line that is not empty.
 
     Raises:
       ValueError: No file matches, all are empty, or a line is no item.

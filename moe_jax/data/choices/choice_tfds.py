@@ -16,21 +16,26 @@ from moe_jax.options import NOT_EMPTY, option
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceTfdsSource(ChoiceSourceOptions):
-  """Features of a TFDS dataset, which stands where `TfdsSource` says."""
+  """Features of a TFDS dataset, in the folder that `TfdsSource` names."""
 
-  name: str = option(dataclasses.MISSING, 'Name of the dataset.', NOT_EMPTY)
-  prompt_feature: str = option('prompt', 'Feature with the prompt.')
+  name: str = option(
+    dataclasses.MISSING, 'Name of the TFDS dataset of questions.', NOT_EMPTY
+  )
+  prompt_feature: str = option(
+    'prompt', 'TFDS feature with the prompt of a question.'
+  )
   answers_feature: str = option(
     'answers',
-    'Feature with all answers, or several with one answer each, separated by '
-    "commas: 'sol1,sol2'.",
+    'TFDS feature with all answers of a question, or several features with one '
+    "answer each, separated by commas: 'sol1,sol2'.",
   )
   label_feature: str = option(
-    'label', 'Feature with the index of the right answer, or a truth value.'
+    'label',
+    'TFDS feature with the index of the right answer; true is 1, false is 0.',
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """An item an example.
+    """An item for each example of the dataset.
 
     Raises:
       ValueError: The dataset, a feature or a split is missing.
@@ -51,7 +56,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
 
 
 class _TfdsItems(Sequence):
-  """Reads an example when it is asked for."""
+  """A sequence of items, each read when it is accessed."""
 
   def __init__(self, builder, split: str, features: Sequence[str]):
     self._builder, self._features = builder, features
@@ -61,7 +66,7 @@ class _TfdsItems(Sequence):
     return len(self._examples)
 
   def __getitem__(self, index: int) -> Item:
-    if not 0 <= index < len(self):  # else a loop over it would not end
+    if not 0 <= index < len(self):  # iteration ends at an IndexError
       raise IndexError(f'item {index} of {len(self)}')
     where = f'example {index} of {self._builder.name!r}'
     prompt, label, *answers = tfds_reader.values(

@@ -1,6 +1,6 @@
-"""What a source of questions is, each with several answers and one right.
+"""The contract of sources of questions with several answers, one right.
 
-Not here: the sources, one a file.
+Not here: the sources, each in its own file.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ class Item(NamedTuple):
 
   Attributes:
     prompt: Text that the model is given; not empty.
-    answers: Answers to choose from, at least two, none empty, all different.
+    answers: Two or more answers to choose from, none empty, all different.
     label: Index of the right answer.
   """
 
@@ -30,10 +30,9 @@ class ItemSource:
   """Items of two splits.
 
   Attributes:
-    name: Description of the source for people.
-    items: Function from a split to its items: those of 'train' are shown as
-      examples, those of 'validation' are judged. Either may be read item by
-      item.
+    name: Description of the source for messages.
+    items: Function from a split to its items, which may be read one by one.
+      Those of 'train' serve as examples, those of 'validation' are asked.
   """
 
   name: str
@@ -44,8 +43,8 @@ class ChoiceSourceOptions(Options):
   """Contract of a source of questions.
 
   Attributes:
-    has_train_split: Whether the items of 'train' are others than those of
-      'validation', so that they can be shown without telling the answers.
+    has_train_split: Whether 'train' and 'validation' have different items, so
+      that examples do not give away the answers.
   """
 
   has_train_split: ClassVar[bool] = True
@@ -59,25 +58,26 @@ class ChoiceSourceOptions(Options):
     raise NotImplementedError
 
   def instead_of(self, judged: 'ChoiceSourceOptions') -> 'ChoiceSourceOptions':
-    """The source of examples, given the source of the items to be judged."""
+    """The source of examples, given the source of the items that are asked."""
     del judged
     return self
 
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
-  """The source of the items to be judged, whose train split is shown."""
+  """Examples from the train split of the source of the items that are asked."""
 
   def instead_of(self, judged: ChoiceSourceOptions) -> ChoiceSourceOptions:
-    """The source of the items to be judged."""
+    """The source of the items that are asked."""
     return judged
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
-  """The item, if these are its fields.
+  """The item of these fields.
 
   Raises:
-    ValueError: A field is missing, empty or out of range, or answers are alike.
+    ValueError: A field is missing, empty or out of range, or two answers are
+      equal.
   """
   texts = [prompt, *answers] if isinstance(answers, list | tuple) else [None]
   if not all(isinstance(text, str) and text for text in texts):

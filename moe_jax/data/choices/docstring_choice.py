@@ -1,4 +1,4 @@
-"""Questions of the standard library: which docstring is a function's?"""
+"""Questions on the standard library: which docstring belongs to a function."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ NUM_ANSWERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class DocstringChoiceSource(ChoiceSourceOptions):
-  """Which of four docstrings' first lines is a function's of the library."""
+  """A function of the library, and the first lines of four docstrings."""
 
   modules: str = option(
     '',
-    'Names of the top-level modules and packages whose functions are asked '
-    "for, separated by commas: 'json,email'; '' is all of the standard "
+    'Names of the top-level modules and packages about whose functions is '
+    "asked, separated by commas: 'json,email'; '' is all of the standard "
     'library.',
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
-    """An item a function; the wrong answers are far away in the same split.
+    """An item for each function, with wrong answers from the same split.
 
     Raises:
       ValueError: A module is not of the standard library.
@@ -45,11 +45,10 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 
 
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
-  """An item a pair; the wrong answers are those of other pairs.
+  """An item for each pair, with wrong answers from other pairs.
 
   Of P pairs, the j-th wrong answer to pair i is that of pair i + j P / 4, or of
-  the next one that says something new. The right answer moves on by one place
-  each time.
+  the next pair with another answer. The index of the right answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.

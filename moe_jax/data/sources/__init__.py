@@ -1,4 +1,4 @@
-"""Where texts, pairs of texts and examples with a class come from.
+"""Sources of texts, pairs of texts, and examples with a class.
 
 To add a source, write a file with its `SourceOptions` and list them here.
 """

@@ -1,13 +1,13 @@
 """CIPHER-K, a synthetic task: one text in K substitution ciphers.
 
-A text is cut into pieces and every piece is written in one of K alphabets. The
-domains have all structure in common and no spelling, so that what a model
-knows of one is of no use in another: a model with room for all of them, such
-as one with experts, is better at equal FLOPs. Rows of up to a piece's length
-are mostly of one domain, so that experts which divide the domains among them
-have no slots left in groups of few rows (`moe.group_size`).
+A text is cut into pieces, and every piece is written in one of K alphabets. The
+domains share all structure but no spelling, so what a model knows of one is of
+no use in another: at equal FLOPs, a model with room for all of them, such as
+one with experts, is better. Rows of up to a piece's length mostly belong to one
+domain, so experts that specialise in domains run out of slots in groups of few
+rows (`moe.group_size`).
 
-Not here: where the text comes from, which is another source.
+Not here: the text, which comes from another source.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from moe_jax.data.sources.tfds import TfdsSource
 from moe_jax.options import Kinds, choice, option, within
 from moe_jax.section_reader import CUSTOM
 
-# The printable characters of ASCII. A line's end stays one.
+# The printable characters of ASCII; line ends are not enciphered.
 ALPHABET = ''.join(chr(code) for code in range(ord(' '), ord('~') + 1))
 # MARKS[d] is the mark of domain d.
 MARKS = string.digits + string.ascii_letters + string.punctuation
 PIECE = 256  # characters; four rows of 64
-# Version of what is made from a text, a part of every source's identity.
+# Version of the enciphered form, a part of the source's identity.
 FORMAT = 1
 
 PLAIN_TEXTS = Kinds(
@@ -51,20 +51,21 @@ class CipherSource(SourceOptions):
 
   num_ciphers: int = option(
     8,
-    'Number of ciphers; a cipher has the same alphabet however many there are.',
+    'Number K of substitution ciphers; the alphabet of a cipher does not '
+    'depend on K.',
     within(f'[1, {len(MARKS)}]'),
   )
   marked: bool = option(
     False,
-    "Whether a piece begins with its cipher's mark, one character; rows of a "
-    'batch that begin within a piece do not see the mark.',
+    'Whether each enciphered piece begins with a character that marks its '
+    'cipher; rows that begin within a piece do not have the mark.',
   )
   text: SourceOptions = choice(
-    PLAIN_TEXTS, 'python_stdlib', 'Source of the plain texts.'
+    PLAIN_TEXTS, 'python_stdlib', 'Source of the texts that are enciphered.'
   )
 
   def problems(self) -> Iterator[str]:
-    """The options of the plain texts' source that have no effect."""
+    """The problems of the plain texts' source, a text for each."""
     kind = PLAIN_TEXTS.name_of(self.text)
     if 'texts' not in self.text.gives():
       yield f'text.kind={kind!r} gives {" and ".join(self.text.gives())}'
@@ -72,10 +73,10 @@ class CipherSource(SourceOptions):
     yield from self.text.idle_options('texts', f'text.{section}.')
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The pieces, a document each.
+    """The enciphered pieces, each as a document.
 
     Raises:
-      ValueError: As that of the plain texts.
+      ValueError: As the source of the plain texts.
     """
     plain = self.text.texts(selection)
     marked = ', marked,' * self.marked
@@ -92,14 +93,14 @@ class CipherSource(SourceOptions):
 def documents(
   texts: Iterable[str], num_domains: int, *, marked: bool
 ) -> Iterator[str]:
-  """Every piece of `texts` in a domain's alphabet, a document each.
+  """Every piece of `texts` in the alphabet of a domain, each as a document.
 
-  The domains take turns, so that even a batch of neighbouring pieces, as an
-  evaluation has them, is of all domains.
+  The domains take turns, so that a batch of neighbouring pieces, as in an
+  evaluation, has all domains.
   """
   turns = itertools.cycle(range(num_domains))
   for text in texts:
-    # Pieces first: `zip` then takes no turn where there is none left.
+    # Pieces come first, so that `zip` takes no turn after the last.
     for piece, domain in zip(pieces(text), turns):
       mark = MARKS[domain] if marked else ''
       yield mark + encipher(piece, domain)
@@ -115,16 +116,16 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def encipher(text: str, domain: int) -> str:
-  """The text in the domain's alphabet, length for length.
+  """The text in the domain's alphabet, of the same length.
 
-  Domain 0 is no exception: its alphabet is mixed as well.
+  The alphabet of domain 0 is mixed, too.
   """
   return text.translate(_table(domain))
 
 
 @functools.lru_cache(maxsize=len(MARKS))
 def _table(domain: int) -> dict[int, int]:
-  # Sorted by a hash: numpy may change what its generators draw.
+  # Sorted by a hash, as numpy may change what its generators draw.
   def rank(letter):
     return hashlib.sha256(f'cipher {domain} {letter}'.encode()).digest()
 

@@ -1,4 +1,4 @@
-"""What a source of data is: texts, pairs of texts, or examples with a class.
+"""The contract of sources: texts, pairs of texts, or examples with a class.
 
 A source's options open it in one or more of these forms; a task reads one.
 Each form has two splits, 'train' and 'validation', and an identity that
@@ -26,11 +26,11 @@ Pair = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-  """Which parts of a source are read, and where what it prepares is kept.
+  """The splits of a source that are read, and the folder of prepared data.
 
   Attributes:
     splits: The source's own names of our train and validation split. TFDS
-      sources, python_stdlib and its docstrings among them, take any split
+      sources, as well as python_stdlib and its docstrings, take any split
       expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
       `moe_jax.data.cache_folders.cache_root` names.
@@ -44,7 +44,7 @@ class Selection:
     return self.splits[SPLITS.index(split)]
 
   def check_splits(self, source: str) -> None:
-    """Raises ValueError unless the splits are our two, in whatever order."""
+    """Raises ValueError unless each is 'train' or 'validation'."""
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
@@ -55,11 +55,11 @@ class Texts:
   """Documents in two splits.
 
   Attributes:
-    name: Description of the source for people.
-    identity: Text that is equal only for equal documents in equal order; it is
-      known without a pass over the documents of a TFDS dataset.
-    documents: Function from 'train' or 'validation' to a stream of the texts,
-      which begins anew at each call and has the same order.
+    name: Description of the source for messages.
+    identity: Text that is equal only for equal documents in equal order; for a
+      TFDS dataset it does not take a pass over the documents.
+    documents: Function from 'train' or 'validation' to an iterator over the
+      texts, which begins anew at each call and has the same order.
   """
 
   name: str
@@ -85,10 +85,10 @@ class Pairs:
   """Pairs of inputs and targets in two splits.
 
   Attributes:
-    name: Description of the source for people.
-    identity: Text that is equal only for equal pairs in equal order; it is
-      known without a pass over the pairs of a TFDS dataset.
-    pairs: Function from 'train' or 'validation' to a stream of (inputs,
+    name: Description of the source for messages.
+    identity: Text that is equal only for equal pairs in equal order; for a TFDS
+      dataset it does not take a pass over the pairs.
+    pairs: Function from 'train' or 'validation' to an iterator over (inputs,
       targets), which begins anew at each call and has the same order.
   """
 
@@ -123,10 +123,10 @@ class Pairs:
 
 
 class Examples(NamedTuple):
-  """Arrays and the classes that they belong to.
+  """Arrays and the classes to which they belong.
 
   Attributes:
-    features: float32 [N, ...].
+    features: float32 [N, ...], the arrays.
     labels: int32 [N], indices of classes.
   """
 
@@ -138,7 +138,7 @@ class ClassSource(abc.ABC):
   """Examples with a class each, in two splits.
 
   Attributes:
-    name: Description of the source for people.
+    name: Description of the source for messages.
     classes: Names of the classes, in the order of their indices.
   """
 
@@ -147,26 +147,26 @@ class ClassSource(abc.ABC):
 
   @abc.abstractmethod
   def examples(self, split: str) -> Examples:
-    """The examples of 'train' or of 'validation', the same at every call."""
+    """The examples of 'train' or 'validation', the same at every call."""
 
   def jittered(
     self, features: Float32[np.ndarray, 'N ...'], generator: np.random.Generator
   ) -> Float32[np.ndarray, 'N ...']:
-    """The features as a batch has them; a source may move or distort them."""
+    """The features as they are in a batch; a source may move them randomly."""
     del generator
     return features
 
 
 class SourceOptions(Options):
-  """Contract of a source: its options open it in one form or several.
+  """Contract of a source, whose options open it in one or more forms.
 
-  A source overrides those of `texts`, `pairs` and `classes` that it can give.
+  A source overrides `texts`, `pairs` or `classes`, for each form that it gives.
 
   Attributes:
-    names_splits: Whether the data's own names of the splits choose what is
-      read; False where the source has two splits of its own and no others.
-    only_in: Form in which an option has an effect, by the option's name;
-      options that are not named here have one in every form.
+    names_splits: Whether the splits to read can be chosen by name; False where
+      the source has only two splits of its own.
+    only_in: For some options by name, the only form in which they have an
+      effect; all others have one in every form.
   """
 
   names_splits: ClassVar[bool] = True
@@ -176,7 +176,7 @@ class SourceOptions(Options):
     """The documents.
 
     Raises:
-      ValueError: The source has none, or its data is missing or bad.
+      ValueError: The source has no texts, or its data is missing or bad.
     """
     del selection
     raise ValueError(f'{type(self).__name__} gives no texts')
@@ -185,7 +185,7 @@ class SourceOptions(Options):
     """The pairs of inputs and targets.
 
     Raises:
-      ValueError: The source has none, or its data is missing or bad.
+      ValueError: The source has no pairs, or its data is missing or bad.
     """
     del selection
     raise ValueError(f'{type(self).__name__} gives no pairs')
@@ -194,13 +194,13 @@ class SourceOptions(Options):
     """The examples with a class each.
 
     Raises:
-      ValueError: The source has none, or its data is missing or bad.
+      ValueError: The source has no examples, or its data is missing or bad.
     """
     del selection
     raise ValueError(f'{type(self).__name__} gives no classes')
 
   def idle_options(self, form: str, path: str) -> Iterator[str]:
-    """The options that are set without effect where `form` is read.
+    """Messages on options that are set but have no effect on a form.
 
     Args:
       form: One of 'texts', 'pairs' and 'classes'.
@@ -214,7 +214,7 @@ class SourceOptions(Options):
 
   @classmethod
   def gives(cls) -> tuple[str, ...]:
-    """Those of 'texts', 'pairs' and 'classes' that the source can give."""
+    """The forms that the source gives: 'texts', 'pairs' and 'classes'."""
     return tuple(
       form
       for form in ('texts', 'pairs', 'classes')

@@ -1,10 +1,10 @@
-"""Images of digits, as they are or at random places of a larger canvas.
+"""Images of digits, as they are or at random positions on a larger canvas.
 
 scikit-learn's digits are 1,797 images of 8x8, part of the UCI's optical
 recognition of handwritten digits; they come with the package. Deep mixture of
 experts (https://arxiv.org/abs/1312.4314) moves the images of MNIST, a TFDS
 dataset, by up to 4 pixels. Not here: how rows and epochs are drawn
-(`data/tasks/classes.py`), and the images of TFDS (`tfds.py`).
+(`data/tasks/classes.py`), and reading of TFDS (`tfds.py`).
 """
 
 import dataclasses
@@ -33,31 +33,31 @@ class DigitsSource(SourceOptions):
 
   canvas: int = option(
     SIDE,
-    'Side in pixels of the square that an image is put on, at a random place '
-    f'whenever it is drawn; {SIDE} is the side of the images themselves, which '
-    'then stay as they are.',
+    'Side in pixels of the empty square on which an image is put, at a random '
+    f'position whenever it is drawn; {SIDE} is the side of the images, which '
+    'then do not move.',
     at_least(SIDE),
   )
 
   def classes(self, selection: Selection = Selection()) -> 'Digits':
-    """The images; every fifth of a digit is for validation.
+    """The images; of each digit every fifth is for validation.
 
     Raises:
       ValueError: scikit-learn is not installed.
     """
     del selection
-    found = load_digits()
-    held_out = is_held_out(found.labels)
+    digits = load_digits()
+    held_out = is_held_out(digits.labels)
     splits = {
-      split: Examples(*(array[part] for array in found))
+      split: Examples(*(array[part] for array in digits))
       for split, part in zip(SPLITS, (~held_out, held_out), strict=True)
     }
     size = f'{self.canvas}x{self.canvas}'
     label = 'digits' if self.canvas == SIDE else f'jittered digits ({size})'
     return Digits(
-      f"{label}, scikit-learn's ({len(found.labels)} images)",
+      f"{label}, scikit-learn's ({len(digits.labels)} images)",
       splits,
-      tuple(str(digit) for digit in np.unique(found.labels)),
+      tuple(str(digit) for digit in np.unique(digits.labels)),
       (self.canvas, self.canvas),
     )
 
@@ -75,15 +75,15 @@ def load_digits() -> Examples:
       "digits need scikit-learn; it is in the extra 'experiments': "
       "pip install 'moe_jax[experiments]'"
     ) from error
-  found = datasets.load_digits()
-  features = (found.images / 16).astype(np.float32)
-  return Examples(features, found.target.astype(np.int32))
+  digits = datasets.load_digits()
+  features = (digits.images / 16).astype(np.float32)
+  return Examples(features, digits.target.astype(np.int32))
 
 
 def is_held_out(labels: Int32[np.ndarray, ' N']) -> np.ndarray:
-  """Bool [N]: which examples are for validation, every fifth of each class.
+  """Whether each example is for validation, bool [N]: every fifth of a class.
 
-  Neighbours may be of one writer, who is then in both splits.
+  Neighbours may be by the same writer, who is then in both splits.
   """
   held_out = np.zeros(len(labels), bool)
   for label in np.unique(labels):
@@ -99,7 +99,7 @@ def placed(
   """Each image on an empty canvas, its upper left corner at (row, column).
 
   Raises:
-    ValueError: An image would not be whole.
+    ValueError: An image would not lie fully on the canvas.
   """
   N, h, w = images.shape
   room = np.array(canvas) - (h, w)
@@ -109,19 +109,19 @@ def placed(
       f'{offsets.min(0).tolist()}, not in [0, {room.tolist()}]: images of '
       f'{h}x{w} on a canvas of {canvas[0]}x{canvas[1]}'
     )
-  made = np.zeros((N, *canvas), np.float32)
+  canvases = np.zeros((N, *canvas), np.float32)
   rows = offsets[:, 0, None, None] + np.arange(h)[None, :, None]
   columns = offsets[:, 1, None, None] + np.arange(w)[None, None]
-  made[np.arange(N)[:, None, None], rows, columns] = images
-  return made
+  canvases[np.arange(N)[:, None, None], rows, columns] = images
+  return canvases
 
 
 class Digits(ClassSource):
   """Images of two splits.
 
   Attributes:
-    canvas: Height and width of what a model sees; those of the images where
-      they are not moved.
+    canvas: Height and width of the images in a batch; those of the images
+      themselves if they are not moved.
   """
 
   def __init__(
@@ -147,13 +147,13 @@ class Digits(ClassSource):
 
   @property
   def room(self) -> np.ndarray:
-    """Int [2]: how many rows and columns an image can move."""
+    """The numbers of rows and columns by which an image can move, int [2]."""
     return np.array(self.canvas) - self._splits['train'].features.shape[1:]
 
   def jittered(
     self, features: Float32[np.ndarray, 'N h w'], generator: np.random.Generator
   ) -> Float32[np.ndarray, 'N H W']:
-    """Each image at a place of its own, all places equally likely."""
+    """Each image at a position of its own, all positions equally likely."""
     if not self.room.any():
       return features
     offsets = generator.integers(0, self.room + 1, (len(features), 2))

@@ -1,6 +1,6 @@
 """Translations of an interface: the gettext catalogues inside PyPI's django.
 
-Not here: django itself, of which nothing is imported or run.
+No code of django is imported or run.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ class GettextSource(SourceOptions):
 
   languages: str = option(
     '',
-    "Names of the languages that are translated into, as django's catalogues "
-    "have them, separated by commas: 'de,pt_BR'; '' is all languages.",
+    'Languages of the translations, by the names of django, separated by '
+    "commas: 'de,pt_BR'; '' is all languages.",
   )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """A language and a message as the inputs, `de: Save`, and a translation.
+    """Inputs of a language and a message, `de: Save`, and their translations.
 
     A message is in the same split in every language.
 
@@ -43,18 +43,18 @@ class GettextSource(SourceOptions):
     """
     selection.check_splits('django_gettext')
     languages = self.languages.split(',') if self.languages else []
-    found = pairs(languages, locate())
+    messages = pairs(languages, locate())
     digest = Digest()
-    for pair in found:
+    for pair in messages:
       digest.text(pair.inputs.encode())
       digest.text(pair.translation.encode())
 
     def of_split(split):
       own = selection.own(split)
-      return ((p.inputs, p.translation) for p in found if p.split == own)
+      return ((p.inputs, p.translation) for p in messages if p.split == own)
 
     part = f':{self.languages}' * bool(self.languages)
-    count = len({pair.language for pair in found})
+    count = len({pair.language for pair in messages})
     return Pairs(
       f'django_gettext{part} of django {version()} ({count} languages)',
       f'gettext {digest.hexdigest()} {selection.splits}',
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
   Attributes:
     language: django's name of the language, such as 'pt_BR'.
     message: The English message.
-    translation: The translation, that of the singular where there are plurals.
+    translation: The translation; for a message with plurals, of the singular.
   """
 
   language: str
@@ -77,12 +77,12 @@ class Pair(NamedTuple):
 
   @property
   def inputs(self) -> str:
-    """`de: Save`: what a model of several languages has to know."""
+    """The inputs of a model of several languages: `de: Save`."""
     return f'{self.language}: {self.message}'
 
   @property
   def split(self) -> str:
-    """The split that a hash of the message says, the same in every language."""
+    """The split, by a hash of the message: the same in every language."""
     return split_of(self.message)
 
 
@@ -108,13 +108,13 @@ def version() -> str:
 
 
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
-  """The pairs of `languages`, or of all if there are none, in a mixed order.
+  """The pairs of some languages, in the order of a hash.
 
-  A message has one translation in each language: the one without a context,
-  else the first found.
+  A message has one translation in each language: the one without a context, or
+  else the first.
 
   Args:
-    languages: Names such as 'de', 'pt_BR'.
+    languages: Names such as 'de', 'pt_BR'; an empty list is all languages.
     root: A folder with `.../locale/<language>/LC_MESSAGES/*.mo`.
 
   Raises:
@@ -126,15 +126,15 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   for language in languages:
     if language not in catalogues:
       raise unknown('language of django_gettext', language, catalogues)
-  found = [
+  every = [
     Pair(language, message, translation)
     for language in languages or catalogues
     for message, translation in _merged(catalogues[language]).items()
     if translation.strip()
   ]
-  # A hash's order, so that neighbours in a row have nothing in common.
+  # The order of a hash, so that neighbours in a row have nothing in common.
   return sorted(
-    set(found),
+    set(every),
     key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest(),
   )
 
@@ -150,10 +150,10 @@ def _merged(paths: Sequence[pathlib.Path]) -> dict[str, str]:
 
 
 def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
-  r"""(message, translation) of every message of a compiled catalogue.
+  r"""Yields (message, translation) for every message of a compiled catalogue.
 
-  A message with a context has it in front, and `\x04` between. The entry
-  without a message, which is about the catalogue, is left out.
+  A message with a context is preceded by the context and `\x04`. The entry of
+  the empty message, which describes the catalogue, is left out.
   """
   catalogue = gettext.GNUTranslations(io.BytesIO(content))
   order = '<' if struct.unpack('<I', content[:4])[0] == _LITTLE_ENDIAN else '>'
@@ -161,7 +161,7 @@ def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
   count, table = struct.unpack(f'{order}2I', content[8:16])
   for i in range(count):
     length, at = struct.unpack_from(f'{order}2I', content, table + 8 * i)
-    # The singular ends where the plural begins.
+    # A plural may follow the singular after a zero byte.
     message = content[at : at + length].split(b'\0')[0].decode()
     if message:
       yield message, catalogue.gettext(message)

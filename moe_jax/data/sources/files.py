@@ -1,4 +1,4 @@
-"""Text files of the user's, named by a pattern."""
+"""Text files of a user, given by a pattern."""
 
 import dataclasses
 import glob
@@ -22,17 +22,17 @@ class FilesSource(SourceOptions):
 
   pattern: str = option(
     dataclasses.MISSING,
-    "Path of the files, with '*' for any name and '**' for folders of any "
+    "Path of the text files, with '*' for any name and '**' for folders of any "
     'depth.',
     NOT_EMPTY,
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The documents, in order of path; a file is read whole when it is asked.
+    """The documents, in order of path; each file is read when it is needed.
 
-    The first 90 % of the characters of a single file are for training, the rest
-    for validation; of several files, about one in ten is for validation, by a
-    hash of its name.
+    Of a single file, the first 90 % of the characters are for training, the
+    rest for validation. Of several files, about one in ten is for validation,
+    by a hash of its name.
 
     Raises:
       ValueError: No file matches, or a split is neither of our two.
@@ -66,11 +66,11 @@ def matching(pattern: str) -> list[pathlib.Path]:
   """The files that match a pattern, sorted; '~' is the home folder.
 
   Raises:
-    ValueError: There is none.
+    ValueError: No file matches.
   """
   pattern = os.path.expanduser(pattern)
-  found = sorted(glob.glob(pattern, recursive=True))
-  paths = [pathlib.Path(path) for path in found if os.path.isfile(path)]
+  names = sorted(glob.glob(pattern, recursive=True))
+  paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
   if not paths:
     raise ValueError(f'no file matches {pattern!r} in {os.getcwd()}')
   return paths
@@ -82,7 +82,8 @@ def _file_splits(
   """About one path in ten is for validation, at least one for each split."""
   if len(paths) == 1:
     return {'train': paths, 'validation': paths}
-  # Relative to what the pattern fixes, so that the split moves with the files.
+  # Names are relative to the pattern's fixed part, so that files keep their
+  # split when the folder is moved.
   fixed = pathlib.Path(pattern.split('*')[0].split('?')[0].split('[')[0])
   base = fixed if pattern.startswith(f'{fixed}{os.sep}') else fixed.parent
 
@@ -90,7 +91,8 @@ def _file_splits(
     name = os.path.relpath(path, base).replace(os.sep, '/')
     return hashlib.sha256(name.encode()).digest()
 
-  # The lowest and the highest rank keep a split from being empty.
+  # The lowest rank is always held out and the highest never, so no split is
+  # empty.
   lowest, *others = sorted(paths, key=rank)
   highest = others[-1]
   held_out = {p for p in others if p != highest and rank(p)[0] < 256 // 10}

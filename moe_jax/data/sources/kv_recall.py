@@ -1,13 +1,12 @@
-"""KV-RECALL, a synthetic task: N random pairs of a key and a value, by heart.
+"""KV-RECALL, a synthetic task: N random pairs of a key and a value to memorise.
 
-Nothing can be inferred, so a model knows as much as it has room for: the
-closed-book question answering of a small machine. Both splits hold the same
-pairs, each in an order of its own, for memory is what is measured.
+Nothing can be inferred, so a model knows as much as it has room for, as in
+closed-book question answering. Both splits have the same pairs, in different
+orders, since memory is measured.
 
 A value's letters are equally likely: the loss per letter begins at log(16) =
-2.77 nats and ends at 0. In tasks where values end in an EOS, it is a token
-like the others and soon costs nothing: per token the loss begins at 4/5 of
-that.
+2.77 nats and ends at 0. In tasks where values end in an EOS, that is one more
+token, which is soon learned, so the loss per token begins at 4/5 of that.
 """
 
 import dataclasses
@@ -26,25 +25,25 @@ from moe_jax.options import option, within
 LETTERS = 'abcdefghijklmnop'
 KEY_LETTERS = 6
 VALUE_LETTERS = 4
-# The most pairs are one in 16 of all keys, so that a key is seldom drawn twice.
+# Largest number of pairs: one in 16 of all keys, so that keys seldom repeat.
 MOST_PAIRS = len(LETTERS) ** KEY_LETTERS // 16
-# Version of the pairs that a number makes, a part of every source's identity.
+# Version of the pairs, a part of the source's identity.
 FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class KvRecallSource(SourceOptions):
-  """Random keys and their values, to be learned by heart."""
+  """Random keys and their values, which a model has to memorise."""
 
   num_pairs: int = option(
     2048,
-    'Number of pairs of a key and a value; the pairs of a smaller number are '
-    'among those of a larger one.',
+    'Number of random pairs of a key and a value; a larger number adds pairs '
+    'to those of a smaller one.',
     within(f'[1, {MOST_PAIRS}]'),
   )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """The same pairs in both splits, in another order.
+    """The same pairs in both splits, in different orders.
 
     Raises:
       ValueError: A split is neither of our two.
@@ -59,31 +58,29 @@ class KvRecallSource(SourceOptions):
 
 
 def pairs(count: int, split: str) -> list[Pair]:
-  """The same (key, value) pairs in each split's own order; keys differ.
-
-  The pairs of a smaller count are among those of a larger one.
+  """The first `count` (key, value) pairs, in the order of a split.
 
   Args:
-    count: Number of pairs.
-    split: Name that orders the pairs; any text will do.
+    count: Number of pairs; all keys differ.
+    split: Any text, which decides the order.
   """
-  found = distinct(_draws(), count)
-  return sorted(found.items(), key=lambda pair: _hash(split, *pair))
+  values = distinct(_draws(), count)
+  return sorted(values.items(), key=lambda pair: _hash(split, *pair))
 
 
 def distinct(drawn: Iterable[Pair], count: int) -> dict[str, str]:
   """The first `count` keys of `drawn`, each with its first value."""
-  found = {}
+  values = {}
   drawn = iter(drawn)
-  while len(found) < count:
+  while len(values) < count:
     key, value = next(drawn)
-    found.setdefault(key, value)
-  return found
+    values.setdefault(key, value)
+  return values
 
 
 def _draws() -> Iterator[Pair]:
   for number in itertools.count():
-    # A byte a letter: 16 letters are equally likely.
+    # One byte for each letter; 16 letters are then equally likely.
     text = ''.join(LETTERS[b % len(LETTERS)] for b in _hash(str(number)))
     yield text[:KEY_LETTERS], text[KEY_LETTERS : KEY_LETTERS + VALUE_LETTERS]
 

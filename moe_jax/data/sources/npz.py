@@ -1,4 +1,4 @@
-"""Arrays with a class each, in a file of numpy's."""
+"""Arrays with a class each, in a numpy file."""
 
 import dataclasses
 import pathlib
@@ -20,13 +20,17 @@ from moe_jax.shapes import Shaped
 class NpzSource(SourceOptions):
   """Arrays `train_features`, `train_labels`, `validation_features`, ...
 
-  Labels are integers from 0; `classes`, an array of names, may stand beside
-  them.
+  Labels are integers from 0; the file may also have `classes`, an array of
+  their names.
   """
 
   names_splits = False
 
-  path: str = option(dataclasses.MISSING, 'Path of the .npz file.', NOT_EMPTY)
+  path: str = option(
+    dataclasses.MISSING,
+    'Path of the .npz file with the features and labels of both splits.',
+    NOT_EMPTY,
+  )
 
   def classes(self, selection: Selection = Selection()) -> 'Arrays':
     """The examples of the file.
@@ -55,8 +59,8 @@ class Arrays(ClassSource):
     with np.load(file, allow_pickle=False) as arrays:
       self._arrays = dict(arrays)
     self.name = f'classes of {file.name}'
-    found = {split: self.examples(split) for split in SPLITS}
-    labels = np.concatenate([e.labels for e in found.values()])
+    splits = {split: self.examples(split) for split in SPLITS}
+    labels = np.concatenate([e.labels for e in splits.values()])
     names = self._arrays.get('classes', np.arange(labels.max() + 1))
     self.classes = tuple(map(str, names.tolist()))
     if labels.min() < 0 or labels.max() >= len(self.classes):
@@ -64,7 +68,7 @@ class Arrays(ClassSource):
         f'{file}: labels from {labels.min()} to {labels.max()} of '
         f'{len(self.classes)} classes'
       )
-    train, validation = (e.features.shape[1:] for e in found.values())
+    train, validation = (e.features.shape[1:] for e in splits.values())
     if train != validation:
       raise ValueError(f'{file}: features of {train} and of {validation}')
 

@@ -1,9 +1,10 @@
-"""The embedded corpus: the source files of the running Python's own library.
+"""The corpus from Python: source files of the running Python's own library.
 
-TFDS prepares it in the cache, once for each Python. It leaves out tests and
-whatever was installed; and, unless they are named, packages that distributions
-leave out (tkinter, idlelib, ensurepip) and code tables (encodings). Two Pythons
-give two corpora: compare results only where the digest is the same.
+TFDS prepares it in the cache, once for each Python. Tests and installed
+packages are left out; so are, unless they are named, packages that
+distributions leave out (tkinter, idlelib, ensurepip) and code tables
+(encodings). Different Pythons give different corpora: compare results only if
+the digest is the same.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import hashlib
 import pathlib
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -61,8 +62,8 @@ OPTIONAL_MODULES = tuple(
   """.split()  # noqa: SIM905
 )
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
-# A divisor and that residue of a name's hash which makes it validation: the
-# files of this one also hold 5 % of the bytes, on 3.11 to 3.13.
+# Divisor and residue by which the hash of a file's name makes it validation.
+# Files with this residue have 5 % of the bytes, too, on 3.11 to 3.13.
 _VALIDATION = 20, 6
 
 
@@ -72,12 +73,12 @@ class PythonStdlibSource(SourceOptions):
 
   modules: str = option(
     '',
-    'Names of the top-level modules and packages that are read, separated by '
-    "commas: 'json,email'; '' is all of the corpus.",
+    'Names of the top-level modules and packages of the standard library that '
+    "are read, separated by commas: 'json,email'; '' is all of the corpus.",
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The documents, one a file; about one file in 20 is for validation.
+    """A document for each file; about one file in 20 is for validation.
 
     Raises:
       ValueError: A module is not of the standard library, or the files of the
@@ -93,34 +94,20 @@ class PythonStdlibSource(SourceOptions):
         '(one file in 20 is for validation); name more modules'
       )
     digest = content_digest(files)
-    name = f'python_stdlib-{digest[:16]}'
-    folder = cache_root(selection.cache_dir) / 'tfds' / name
-
-    def make(data_dir):
-      return PythonStdlib(
-        modules=modules, data_dir=data_dir, file_format='array_record'
-      )
-
-    def documents(split):
-      builder = tfds_reader.own_builder(folder, make)
-      return (
-        text
-        for (text,) in tfds_reader.texts(
-          builder, selection.own(split), ['text']
-        )
-      )
-
+    read = reader(PythonStdlib, modules, digest, selection, ['text'])
     return Texts(
       f'{label} of Python {platform.python_version()}',
       f'{digest} texts {selection.splits}',
-      documents,
+      lambda split: (text for (text,) in read(split)),
     )
 
 
-class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-  """TFDS builder with one example a source file.
+class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
+  """Base of TFDS builders whose examples come from the library's source files.
 
-  A file's split is found by a hash of its name, the same on every machine.
+  An example is in the split of its file, which is found by a hash of the file's
+  name and is the same on every machine. A subclass defines `_info`, and
+  `_examples` of a file's name and text.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -136,6 +123,19 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     self._sources = modules, root
     super().__init__(**kwargs)
 
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    return {split: self._generate_examples(split) for split in SPLITS}
+
+  def _generate_examples(self, split):
+    for name, text in source_files(*self._sources):
+      if split == split_of(name):
+        yield from self._examples(name, text)
+
+
+class PythonStdlib(StdlibBuilder):
+  """TFDS builder with an example for each source file."""
+
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
@@ -145,28 +145,48 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
       ),
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing is downloaded
-    return {s: self._generate_examples(s) for s in ('train', 'validation')}
+  def _examples(self, name, text):
+    yield name, {'text': text, 'name': name}
 
-  def _generate_examples(self, split):
-    for name, text in source_files(*self._sources):
-      if split == split_of(name):
-        yield name, {'text': text, 'name': name}
+
+def reader(
+  builder: type[StdlibBuilder],
+  modules: Sequence[str],
+  digest: str,
+  selection: Selection,
+  features: Sequence[str],
+) -> Callable[[str], Iterator[tuple[str, ...]]]:
+  """A function from a split to the texts of its examples' features.
+
+  The builder prepares the examples in the cache when a split is first read.
+  """
+  name = f'{builder.name}-{digest[:16]}'
+  folder = cache_root(selection.cache_dir) / 'tfds' / name
+
+  def make(data_dir):
+    return builder(
+      modules=modules, data_dir=data_dir, file_format='array_record'
+    )
+
+  def read(split):
+    own = tfds_reader.own_builder(folder, make)
+    return tfds_reader.texts(own, selection.own(split), features)
+
+  return read
 
 
 def source_files(
   modules: Sequence[str] = MODULES, root: pathlib.Path | None = None
 ) -> Iterator[tuple[str, str]]:
-  """(relative name, text) of each source file, in order of name.
+  """Yields (relative name, text) for each source file, in order of name.
 
-  Names are posix paths such as `json/decoder.py`. Modules this Python lacks
-  and files that are not UTF-8 are passed over.
+  Names are posix paths such as `json/decoder.py`. Modules that this Python
+  lacks and files that are not UTF-8 are left out.
 
   Args:
-    modules: Top-level modules and packages, of `MODULES` or
+    modules: Top-level modules and packages from `MODULES` or
       `OPTIONAL_MODULES`.
-    root: The standard library's folder; None for the running Python's.
+    root: The standard library's folder; None is that of the running Python.
 
   Raises:
     ValueError: A module is in neither list.
@@ -190,7 +210,7 @@ def source_files(
 
 
 def split_of(name: str) -> str:
-  """'validation' for about one name in 20, else 'train'."""
+  """The split of a name: 'validation' for about one in 20, else 'train'."""
   divisor, residue = _VALIDATION
   number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
   return 'validation' if number % divisor == residue else 'train'

@@ -1,20 +1,17 @@
 """Functions of the running Python's standard library and their docstrings.
 
-TFDS prepares the pairs in the cache, once for each Python. Not here: which
-files there are (`python_stdlib.py`).
+TFDS prepares the pairs in the cache, once for each Python. Not here: the source
+files (`python_stdlib.py`).
 """
 
 import ast
 import dataclasses
-import pathlib
 import platform
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.cache_folders import cache_root
-from moe_jax.data.sources import python_stdlib, tfds_reader
+from moe_jax.data.sources import python_stdlib
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.options import option
 
@@ -23,7 +20,7 @@ MODULES = python_stdlib.MODULES + python_stdlib.OPTIONAL_MODULES
 
 @dataclasses.dataclass(frozen=True)
 class DocstringsSource(SourceOptions):
-  """Functions of the standard library without their docstrings, and these."""
+  """Functions of the standard library and, as targets, their docstrings."""
 
   modules: str = option(
     '',
@@ -32,53 +29,24 @@ class DocstringsSource(SourceOptions):
   )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
-    """A function's source as the inputs, its docstring as the target.
+    """Sources of functions without docstring as inputs, docstrings as targets.
 
     Raises:
       ValueError: A module is not of the standard library.
     """
     modules = self.modules.split(',') if self.modules else MODULES
     digest = python_stdlib.content_digest(python_stdlib.source_files(modules))
-    name = f'python_stdlib_docstrings-{digest[:16]}'
-    folder = cache_root(selection.cache_dir) / 'tfds' / name
-
-    def make(data_dir):
-      return PythonStdlibDocstrings(
-        modules=modules, data_dir=data_dir, file_format='array_record'
-      )
-
-    def pairs(split):
-      builder = tfds_reader.own_builder(folder, make)
-      features = ['inputs', 'targets']
-      return tfds_reader.texts(builder, selection.own(split), features)
-
+    builder, features = PythonStdlibDocstrings, ['inputs', 'targets']
     label = f'python_stdlib_docstrings{":" * bool(self.modules)}{self.modules}'
-    version = PythonStdlibDocstrings.VERSION
     return Pairs(
       f'{label} of Python {platform.python_version()}',
-      f'docstrings {version} {digest} {selection.splits}',
-      pairs,
+      f'docstrings {builder.VERSION} {digest} {selection.splits}',
+      python_stdlib.reader(builder, modules, digest, selection, features),
     )
 
 
-class PythonStdlibDocstrings(tfds.core.GeneratorBasedBuilder):
-  """TFDS builder with one example a documented function.
-
-  A function is in the split of its file, which a hash of the file's name says.
-  """
-
-  VERSION = tfds.core.Version('1.0.0')
-
-  def __init__(
-    self,
-    *,
-    modules: Sequence[str] = MODULES,
-    root: pathlib.Path | None = None,
-    **kwargs: Any,
-  ):
-    """Takes the arguments of `source_files` and of every TFDS builder."""
-    self._sources = modules, root
-    super().__init__(**kwargs)
+class PythonStdlibDocstrings(python_stdlib.StdlibBuilder):
+  """TFDS builder with an example for each documented function."""
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -90,25 +58,22 @@ class PythonStdlibDocstrings(tfds.core.GeneratorBasedBuilder):
       ),
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing is downloaded
-    return {s: self._generate_examples(s) for s in ('train', 'validation')}
-
-  def _generate_examples(self, split):
-    for name, text in python_stdlib.source_files(*self._sources):
-      if split == python_stdlib.split_of(name):
-        for line, inputs, targets in documented_functions(text):
-          place = f'{name}:{line}'
-          yield place, {'inputs': inputs, 'targets': targets, 'name': place}
+  def _examples(self, name, text):
+    for line, inputs, targets in documented_functions(text):
+      place = f'{name}:{line}'
+      yield place, {'inputs': inputs, 'targets': targets, 'name': place}
 
 
 def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
-  """(line, source without docstring, docstring) of a module's functions.
+  """Yields (line, source without docstring, docstring) for each function.
 
-  Methods and inner functions are functions too. Sources keep decorators and
-  comments and lose the indentation of their first line; docstrings lose
-  theirs as `inspect.cleandoc` says. Functions of which nothing but the
-  docstring is in the body are left out, as are files that do not parse.
+  Methods and inner functions are included. Sources keep decorators and comments
+  and lose the indentation of their first line; docstrings are cleaned as by
+  `inspect.cleandoc`. Functions whose body is only a docstring are left out, as
+  are files that do not parse.
+
+  Args:
+    text: The source of a module.
   """
   text = text.replace('\r\n', '\n').replace('\r', '\n')
   try:

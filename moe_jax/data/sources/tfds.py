@@ -22,8 +22,8 @@ from moe_jax.options import NOT_EMPTY, at_least, option
 class TfdsSource(SourceOptions):
   """A TFDS dataset in array_record format.
 
-  It stands under $TFDS_DATA_DIR or ~/tensorflow_datasets, and is prepared there
-  first where that needs no TensorFlow.
+  It is read from $TFDS_DATA_DIR or ~/tensorflow_datasets, and prepared there
+  first if that is possible without TensorFlow.
   """
 
   only_in: ClassVar[Mapping[str, str]] = {
@@ -37,31 +37,32 @@ class TfdsSource(SourceOptions):
 
   name: str = option(
     dataclasses.MISSING,
-    'Name of the dataset, with its configuration and version if need be: '
-    "'wmt14_translate/de-en'.",
+    'Name of the TFDS dataset, with its configuration and version if it has '
+    "several: 'wmt14_translate/de-en'.",
     NOT_EMPTY,
   )
   text_feature: str = option(
-    'text', 'Feature with the text, where a task reads texts.'
+    'text', 'TFDS feature with the text, for a task that reads texts.'
   )
   input_feature: str = option(
     'inputs',
-    "Feature with the inputs, where a task reads pairs; 'translation/de' is "
-    'one within another.',
+    'TFDS feature with the inputs, for a task that reads pairs; '
+    "'translation/de' is the feature 'de' within 'translation'.",
   )
   target_feature: str = option(
-    'targets', 'Feature with the targets, where a task reads pairs.'
+    'targets', 'TFDS feature with the targets, for a task that reads pairs.'
   )
   image_feature: str = option(
-    'image', 'Feature with the grey images, where a task reads classes.'
+    'image',
+    'TFDS feature with the grey images, for a task that reads classes.',
   )
   label_feature: str = option(
-    'label', 'Feature with the class, where a task reads classes.'
+    'label', 'TFDS feature with the class, for a task that reads classes.'
   )
   max_shift: int = option(
     4,
-    'Number of pixels by which an image is moved at most, each way, whenever '
-    'it is drawn; 0 leaves images where they are.',
+    'Largest number of pixels by which an image is moved in each direction '
+    'whenever it is drawn; 0 does not move images.',
     at_least(0),
   )
 
@@ -100,9 +101,9 @@ class TfdsSource(SourceOptions):
     )
 
   def classes(self, selection: Selection = Selection()) -> digits.Digits:
-    """Grey images of one size, which move by up to `max_shift` pixels.
+    """Grey images of one size, which are moved by up to `max_shift` pixels.
 
-    MNIST's 28x28 come to 36x36.
+    The 28x28 of MNIST become 36x36.
 
     Raises:
       ValueError: The dataset, a feature or a split is missing, or the images
@@ -131,7 +132,7 @@ class TfdsSource(SourceOptions):
   def _open(
     self, selection: Selection, options: Sequence[str]
   ) -> tfds_reader.Builder:
-    """The builder; splits are looked up now, though tokens may be cached."""
+    """The builder, after checks of the features and splits."""
     builder = tfds_reader.prepared_builder(self.name)
     for option_name in options:
       feature = getattr(self, option_name)

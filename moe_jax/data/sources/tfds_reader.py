@@ -1,4 +1,4 @@
-"""Texts and images of TFDS datasets, and our own builders.
+"""Reading of TFDS datasets, and preparation of our own.
 
 Not here: which features of a dataset make a source (`tfds.py`).
 """
@@ -22,7 +22,7 @@ Builder = tfds.core.DatasetBuilder
 
 
 def prepared_builder(name: str) -> Builder:
-  """The builder of a dataset under $TFDS_DATA_DIR, prepared if need be.
+  """The builder of a dataset under $TFDS_DATA_DIR, which is prepared first.
 
   Raises:
     ValueError: The dataset is unknown, or cannot be prepared here.
@@ -36,7 +36,7 @@ def prepared_builder(name: str) -> Builder:
   )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
-    if '://' not in data_dir:  # else the lock's file has no folder
+    if '://' not in data_dir:  # a lock file needs a local folder
       pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
     with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
       builder.download_and_prepare()
@@ -45,7 +45,7 @@ def prepared_builder(name: str) -> Builder:
       f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
       f'nor can it be prepared without TensorFlow; if it exists, {elsewhere}'
     ) from error
-  except Exception as error:  # builders and downloads raise what they like
+  except Exception as error:  # builders and downloads raise any exception
     raise ValueError(
       f'TFDS dataset {name!r} could not be prepared here '
       f'({type(error).__name__}: {error}); {elsewhere}'
@@ -56,11 +56,11 @@ def prepared_builder(name: str) -> Builder:
 def own_builder(
   folder: pathlib.Path, make: Callable[[pathlib.Path], Builder]
 ) -> Builder:
-  """The builder that `make` makes on `folder`, prepared there once."""
+  """The builder that `make` returns for `folder`, which is prepared once."""
 
   def write(unfinished):
-    # TFDS would announce this temporary folder as the place of the data, and
-    # fill a log with progress bars for half a second's work.
+    # TFDS would print the name of this temporary folder, and fill a log with
+    # progress bars for half a second's work.
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
       make(unfinished).download_and_prepare()
@@ -69,11 +69,11 @@ def own_builder(
 
 
 def identity(builder: Builder) -> str:
-  """Text that changes with the dataset, found without reading its examples."""
+  """Text that changes with the dataset, without reading its examples."""
   digest = hashlib.sha256(builder.info.as_json.encode())
   for split in builder.info.splits.values():
     for path in map(os.fspath, split.filepaths):
-      # A path in a bucket is told apart by its name alone.
+      # For a path in a bucket only its name counts.
       changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
       digest.update(f'{path} {changed}\n'.encode())
   return digest.hexdigest()
@@ -87,7 +87,7 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
   """
   try:
     return builder.as_data_source(split=split)
-  except NotImplementedError as error:  # not a format of random access
+  except NotImplementedError as error:  # the format has no random access
     raise ValueError(f'TFDS dataset {builder.name!r}: {error}') from error
   except ValueError as error:
     raise ValueError(
@@ -97,12 +97,12 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
 
 
 def check_feature(builder: Builder, feature: str, option: str) -> None:
-  """Raises ValueError where there is no such feature; names those there are.
+  """Raises ValueError, which lists all features, for an unknown feature.
 
   Args:
     builder: Builder of the dataset.
-    feature: Name of the feature; 'translation/de' is one within another.
-    option: Name of the option that gave it, for the message.
+    feature: Name of the feature; 'translation/de' is a feature in another.
+    option: Name of the option with the feature, for the message.
   """
   paths = _paths(builder.info.features)
   if feature not in paths:
@@ -128,22 +128,22 @@ def texts(
 def images(
   builder: Builder, split: str, image_feature: str, label_feature: str
 ) -> Examples:
-  """The grey images of a split, from 0 to 1, and their labels."""
+  """The grey images of a split, with values from 0 to 1, and their labels."""
   features = image_feature, label_feature
-  found, labels = [], []
+  pixels, labels = [], []
   for example in open_split(builder, split):
     image, label = values(builder, example, features)
-    found.append(image[..., 0])
+    pixels.append(image[..., 0])
     labels.append(label)
   return Examples(
-    np.stack(found).astype(np.float32) / 255, np.array(labels, np.int32)
+    np.stack(pixels).astype(np.float32) / 255, np.array(labels, np.int32)
   )
 
 
 def values(
   builder: Builder, example: Any, features: Sequence[str]
 ) -> tuple[Any, ...]:
-  """The named features of one example of `open_split`, as they are."""
+  """The named features of one example of `open_split`, unchanged."""
   paths = _paths(builder.info.features)
   return tuple(_at(example, paths[feature]) for feature in features)
 
@@ -175,23 +175,23 @@ def _at(example: Any, path: tuple[str, ...]) -> Any:
 
 
 def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
-  """The keys to every feature, by their names joined by slashes."""
-  found = {}
+  """The keys that lead to every feature, by these keys joined with slashes."""
+  paths = {}
   for key, feature in features.items():
     path = *outer, key
     if isinstance(feature, tfds.features.FeaturesDict):
-      found |= _paths(feature, path)
+      paths |= _paths(feature, path)
     else:
-      found['/'.join(path)] = path
-  return found
+      paths['/'.join(path)] = path
+  return paths
 
 
 def _names(data_dir: str) -> list[str]:
   """Names of the datasets in `data_dir`."""
   root = pathlib.Path(data_dir)
-  found = [
+  names = {
     path.relative_to(root).parts[0]
     for versions in ('*/*', '*/*/*')  # without and with a builder config
     for path in root.glob(f'{versions}/dataset_info.json')
-  ]
-  return sorted(set(found))
+  }
+  return sorted(names)

@@ -1,6 +1,6 @@
-"""A file of the table of vowels of Peterson and Barney, 1952.
+"""Reading of a file with the table of vowels of Peterson and Barney, 1952.
 
-Not here: what the vowels are used for (`vowels.py`).
+Not here: the source of data made from it (`vowels.py`).
 """
 
 import csv
@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 from moe_jax.options import unknown
 
-# The four vowels of 1991 as files spell them, and all ten of 1952.
+# Codes in files: the four vowels used in 1991, and all ten of 1952.
 CODES = ('iy', 'ih', 'aa', 'ah')
 ALL_CODES = (*CODES, 'eh', 'ae', 'ao', 'uh', 'uw', 'er')
 
 
 class Token(NamedTuple):
-  """One vowel, said once.
+  """One utterance of a vowel.
 
   Attributes:
     speaker: Number of the speaker.
     vowel: Index of the vowel in `CODES`.
     formants: F1 and F2 in Hz.
-    misheard: Whether the file marks it as not heard alike by all listeners.
+    misheard: Whether the file marks that not all listeners heard this vowel.
   """
 
   speaker: int
@@ -34,17 +34,17 @@ class Token(NamedTuple):
 
 
 def read(path: str) -> tuple[str, list[Token]]:
-  """A name for people, and the four vowels in a file of the table.
+  """The name of a file of the table, and its tokens of the four vowels.
 
-  The file has a token a line, and either a first line of names, Speaker, Vowel,
-  F1 and F2 among them (as Praat writes it), or on every line: group, speaker,
-  vowel's number, phoneme, F0, F1, F2, F3; more columns may stand before the
-  speaker. An asterisk before or after a phoneme ('*ih') marks a token that not
-  all listeners heard alike: it is kept, as in 1991. Lines that begin with '#'
-  are left out.
+  The file has a token in each line. Either its first line names the columns,
+  including Speaker, Vowel, F1 and F2 (as Praat writes it), or the columns are
+  group, speaker, number of the vowel, phoneme, F0, F1, F2, F3, and more columns
+  may precede the speaker. An asterisk before or after a phoneme ('*ih') marks a
+  token that not all listeners heard alike; it is kept, as in 1991. Lines that
+  begin with '#' are left out.
 
   Raises:
-    ValueError: There is no such file, or a line is not of that form.
+    ValueError: There is no such file, or a line has another form.
   """
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
@@ -56,15 +56,15 @@ def read(path: str) -> tuple[str, list[Token]]:
     if line.strip() and not line.startswith('#')
   ]
   if lines and re.search(r'\bspeaker\b', lines[0][1], re.IGNORECASE):
-    found = _with_names(file, lines)
+    every = _with_names(file, lines)
   else:
-    found = [_token(file, number, line.split()) for number, line in lines]
-  tokens = [token for token in found if token is not None]
+    every = [_token(file, number, line.split()) for number, line in lines]
+  tokens = [token for token in every if token is not None]
   return f'vowels of {file.name} (Peterson and Barney 1952)', tokens
 
 
 def _token(file, number: int, fields: Sequence[str]) -> Token | None:
-  """The token of group, ..., speaker, number, phoneme, F0, F1, F2, F3."""
+  """The token of a line of group, ..., speaker, number, phoneme, F0, F1, ..."""
   try:
     speaker, phoneme, (f1, f2) = fields[-7], fields[-5], fields[-3:-1]
     return _made(int(speaker), phoneme, f1, f2)
@@ -95,7 +95,7 @@ def _with_names(file, lines) -> list[Token | None]:
 
 
 def _made(speaker: int, phoneme: str, f1: str, f2: str) -> Token | None:
-  """The token; None where it is none of the four vowels."""
+  """The token of these fields; None if it is none of the four vowels."""
   code = phoneme.strip('*').lower()
   if code not in ALL_CODES:
     raise unknown('phoneme', phoneme, ALL_CODES)

@@ -7,8 +7,8 @@ hid, hod, hud) from F1 and F2 in kHz, from the first 50 of 75 speakers, and
 test on the others.
 
 The table is not in this package: `vowel_table.py` reads a file of it. Without
-a file, `Drawn` draws speakers from the means that the paper printed. Praat has
-the table too; with the package praat-parselmouth:
+a file, `Drawn` draws speakers around the means that the paper printed. Praat
+has the table, too; with the package praat-parselmouth:
 
     parselmouth.praat.call(
       parselmouth.praat.call('Create formant table (Peterson & Barney 1952)'),
@@ -35,20 +35,20 @@ from moe_jax.options import option, unknown
 CLASSES = ('i', 'I', 'a', 'A')
 TRAIN_SPEAKERS = 50
 
-# F1 and F2 in Hz of each vowel of CLASSES: table II of 1952, read in a
-# transcription, and within 3 % of the averages of the tokens that Praat has.
+# F1 and F2 in Hz of each vowel of CLASSES: table II of 1952, from a
+# transcription, and within 3 % of the averages of Praat's tokens.
 MEANS = {
   'men': ((270, 2290), (390, 1990), (730, 1090), (640, 1190)),
   'women': ((310, 2790), (430, 2480), (850, 1220), (760, 1400)),
   'children': ((370, 3200), (530, 2730), (1030, 1370), (850, 1590)),
 }
-# 1991 has 75 speakers of the 76, and does not say which; here it is a child
-# that is missing.
+# The paper of 1991 has 75 of the 76 speakers and does not say which; here a
+# child is left out.
 SPEAKERS = {'men': 33, 'women': 28, 'children': 14}
 # Standard deviations of the logarithms of F1 and F2. The paper printed none;
-# these are rounded from those of the men and women in Praat's table: of all
-# vowels of a speaker (where F1 and F2 correlate), of a speaker's one vowel, and
-# of the times that a vowel is said.
+# these are rounded from those of the men and women in Praat's table: between
+# speakers (where F1 and F2 correlate), between the vowels of a speaker, and
+# between utterances of a vowel.
 OF_SPEAKER = (0.07, 0.05)
 CORRELATION = 0.3
 OF_VOWEL = (0.08, 0.05)
@@ -64,8 +64,8 @@ class VowelsSource(SourceOptions):
 
   table: str = option(
     '',
-    "Path of a file of Peterson and Barney's table; '' draws speakers around "
-    'the means that they published.',
+    "Path of a file with Peterson and Barney's table of vowels; '' draws "
+    'speakers around the means that they published.',
   )
 
   def classes(self, selection: Selection = Selection()) -> 'Vowels':
@@ -83,12 +83,12 @@ class VowelsSource(SourceOptions):
 
 
 class Vowels(ClassSource):
-  """Vowels of speakers, of whom the first 50 are to train on."""
+  """Vowels of speakers, of whom the first 50 are for training."""
 
   classes = CLASSES
 
   def __init__(self, name: str, tokens: Sequence[Token]):
-    """Takes tokens, in whose order the speakers are.
+    """Takes tokens, whose order decides that of the speakers.
 
     Raises:
       ValueError: There are not enough speakers.
@@ -119,12 +119,12 @@ class Vowels(ClassSource):
 
 
 class Drawn(Vowels):
-  """Speakers who never spoke: drawn around the means of 1952.
+  """Synthetic speakers, drawn around the means of 1952.
 
   A formant is the mean of its group and vowel times three lognormal factors:
-  of the speaker (the length of a vocal tract moves all formants), of the
-  speaker's vowel, of the token. Where the factors are from, see this file's
-  constants.
+  one for the speaker (the length of a vocal tract shifts all formants), one for
+  the speaker's vowel, and one for the token. Their standard deviations are
+  constants of this file.
   """
 
   def __init__(self, seed: int = 1952):

@@ -1,4 +1,4 @@
-"""What is learned of texts, pairs and examples: the rows of each task.
+"""Tasks: rows that are learned from texts, pairs or examples with a class.
 
 To add a task, write a file with its `TaskOptions` and list them here.
 """

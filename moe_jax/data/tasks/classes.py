@@ -1,4 +1,4 @@
-"""Rows of examples that have a class each: one example a row, T = 1."""
+"""Rows of examples that have a class each; a row is one example, T = 1."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ class ClassesTask(TaskOptions):
   makes_examples = False
 
   def problems_with(self, shape: RowShape) -> Iterator[str]:
-    """An example is a row by itself, and has no length."""
+    """`seq_len` must be 1, as a row is one example without a length."""
     if shape.seq_len != 1:
       yield (
         f'seq_len={shape.seq_len} must be 1: a row is one example and no text'
@@ -60,10 +60,10 @@ class ClassesTask(TaskOptions):
 class ClassRows(Rows):
   """Random access to examples; a batch is a dict of
 
-  - `features` float32 [B, ...]: 0 where padding.
+  - `features` float32 [B, ...]: 0 for padding.
   - `targets` int32 [B, 1]: the indices of the classes.
-  - `segment_ids` int32 [B, 1]: 1, or 0 where padding.
-  - `loss_weights` float32 [B, 1]: 1, or 0 where padding.
+  - `segment_ids` int32 [B, 1]: 1, or 0 for padding.
+  - `loss_weights` float32 [B, 1]: 1, or 0 for padding.
   """
 
   def __init__(self, source: ClassSource, split: str):
@@ -72,7 +72,7 @@ class ClassRows(Rows):
 
   @property
   def feature_shape(self) -> tuple[int, ...]:
-    """The shape of one example, as it is drawn."""
+    """The shape of one example in a batch."""
     return self.take(np.array([0]))['features'].shape[1:]
 
   def __len__(self) -> int:
@@ -82,18 +82,13 @@ class ClassRows(Rows):
     """The number of examples and their shape: `7 examples of (2,)`."""
     return f'{len(self):,} examples of {self.feature_shape}'
 
-  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
-    """The rows at `indices`, the same at every call."""
-    indices = np.asarray(indices)
-    return self.draw(indices, 0, np.zeros_like(indices))
-
   def draw(
     self,
     indices: Int[np.ndarray, ' B'],
     seed: int,
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
-    """The rows at `indices`, moved about anew in each epoch."""
+    """The rows at `indices`, jittered anew in each epoch."""
     real = np.asarray(indices) < len(self)
     drawn = [
       self._source.jittered(
@@ -112,8 +107,8 @@ class ClassRows(Rows):
     }
 
   def update(self, sha256) -> None:
-    """Adds all examples, as they are before they are drawn, to a digest."""
-    about = f'{self.feature_shape} {self._source.classes}\n'  # as drawn
+    """Adds all examples, without jitter, and their classes to a digest."""
+    about = f'{self.feature_shape} {self._source.classes}\n'
     sha256.update(about.encode())
     for array in (self._features, self._labels):
       sha256.update(f'{array.shape} {array.dtype}\n'.encode())

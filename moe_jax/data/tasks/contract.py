@@ -1,6 +1,7 @@
-"""What a task is: it makes rows of batches from a source, to be learned.
+"""The contract of tasks, which make rows of batches from a source.
 
-Not here: the tasks, one a file, and batches (`moe_jax.data.pipeline`).
+Not here: the tasks, each in its own file, and batches
+(`moe_jax.data.pipeline`).
 """
 
 import dataclasses
@@ -26,22 +27,22 @@ from moe_jax.options import Options, required
 
 
 class TaskOptions(Options):
-  """Contract of a task: what it reads, and the dataset that it makes.
+  """Contract of a task.
 
-  Others ask these attributes and never for a task's name.
+  Other code depends on these attributes and never on a task's name.
 
   Attributes:
     reads: Form in which it reads a source: 'texts', 'pairs' or 'classes'.
-    label: Name of the task in what a run prints; '' is a language model's,
-      which prints none.
-    has_tokens: Whether its rows are tokens; False where they are arrays, read
-      by models of features.
-    makes_examples: Whether a row holds examples, each of inputs and targets.
-      Only then may rows have an encoder's side or share their room.
-    generates: Whether a model can generate its targets for inputs that can be
-      read, so that they can be scored.
-    answers_go_on: Whether a decoder sees targets as the text that follows the
-      inputs, without a token in between.
+    label: Name of the task that a run prints; '' (of a language model) prints
+      none.
+    has_tokens: Whether its rows are tokens; if not, they are arrays, for models
+      of features.
+    makes_examples: Whether a row has examples, each of inputs and targets. Only
+      such rows can have an encoder's side or be shared.
+    generates: Whether a model can generate text for the inputs that can be
+      compared with the targets.
+    answers_go_on: Whether targets directly continue the text of the inputs in a
+      decoder-only model, without a token in between.
   """
 
   reads: ClassVar[str]
@@ -52,7 +53,7 @@ class TaskOptions(Options):
   answers_go_on: ClassVar[bool] = False
 
   def problems_with(self, shape: RowShape) -> Iterator[str]:
-    """What is wrong with these rows for this task, each text a problem."""
+    """The problems of rows of this shape for the task, a text for each."""
     del shape
     return iter(())
 
@@ -75,9 +76,9 @@ class TaskOptions(Options):
   def pairs(
     self, source: SourceOptions, selection: Selection, split: str
   ) -> Iterator[Pair] | None:
-    """The pairs of texts that a split's examples are made of, in order.
+    """The pairs of texts from which a split's examples are made, in order.
 
-    None where the examples are no pairs of texts but pieces of them.
+    None where the examples are pieces of texts.
     """
     del source, selection, split
     return None
@@ -88,16 +89,16 @@ class Dataset:
   """A corpus as rows, and the task that is learned from it.
 
   Attributes:
-    source: Description of the source for people.
+    source: Description of the source for messages.
     tokenizer: Tokenizer as fitted when the corpus was tokenized, with the ids
       that the task adds.
     splits: Rows of 'train' and of 'validation'.
     digest: The sha256 of both splits' texts, in order; results are comparable
-      only where it is the same.
-    counts: For each split its 'documents', 'bytes' (of UTF-8) and 'tokens'; of
-      pairs 'pairs', 'bytes', 'input_tokens', 'target_tokens' (before any EOS)
-      and 'truncated', the pairs that are too long for a row; of classes
-      'examples'.
+      only if it is the same.
+    counts: Numbers by name for each split. Texts have 'documents', 'bytes' (of
+      UTF-8) and 'tokens'; pairs have 'pairs', 'bytes', 'input_tokens',
+      'target_tokens' (without EOS) and 'truncated', the number of pairs that
+      are too long for a row; classes have 'examples'.
     task: Options of the task.
   """
 
@@ -110,26 +111,26 @@ class Dataset:
 
   @property
   def vocab_size(self) -> int:
-    """V of a model of this data: ids are below it."""
+    """V, the number of ids that a model of this data needs."""
     return self.tokenizer.vocab_size
 
   @property
   def feature_shape(self) -> tuple[int, ...]:
-    """Shape of one example that is an array; () of tokens."""
+    """Shape of one example that is an array; () for tokens."""
     return self.tokenizer.feature_shape
 
   @property
   def counted(self) -> str:
-    """What losses and speed are counted by: 'token' or 'example'."""
+    """The noun for what losses and speed count: 'token' or 'example'."""
     return 'token' if self.task.has_tokens else 'example'
 
   @property
   def loss_unit(self) -> str:
-    """The unit of a loss; of examples it is the model's own, often nats."""
+    """The unit of a loss; for examples the model decides it, often nats."""
     return 'nats/token' if self.task.has_tokens else f'per {self.counted}'
 
   def describe(self) -> str:
-    """Lines to print at the start of a run: what is trained on, exactly."""
+    """Lines on the data, to be printed at the start of a run."""
     counted = [
       f'{sum(counts[key] for counts in self.counts.values()):,} {key}'
       for key in ('documents', 'pairs', 'examples', 'bytes')
@@ -149,10 +150,10 @@ class Dataset:
 
 
 class TokenTask(TaskOptions):
-  """A task on tokens: it says which ids it adds and how rows are cut.
+  """A task on tokens; a subclass adds ids to the vocabulary and cuts rows.
 
-  The cache is keyed by the source's content and the tokenizer; it holds whole
-  streams, so lengths and tasks on the same texts may change freely.
+  The cache has whole streams of tokens, by the content of the source and the
+  tokenizer, so that other lengths and tasks can use the same streams.
   """
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
@@ -160,7 +161,7 @@ class TokenTask(TaskOptions):
     raise NotImplementedError
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with the ids that the task needs; here as it is."""
+    """The tokenizer with the ids that the task adds; by default none."""
     del shape
     return base
 
@@ -168,8 +169,8 @@ class TokenTask(TaskOptions):
     """The rows of one split.
 
     Args:
-      stream: Tokens of the split, as the form's `read` gives them.
-      tokenizer: Tokenizer that `vocabulary` gave.
+      stream: Tokens of the split, from `read` of the source's form.
+      tokenizer: Tokenizer from `vocabulary`.
       shape: Lengths of the rows.
     """
     raise NotImplementedError
@@ -204,7 +205,7 @@ class TokenTask(TaskOptions):
 
 
 class TextTask(TokenTask):
-  """A task on the texts of a source; `rows` takes tokens and starts."""
+  """A task on the texts of a source, whose stream is tokens and starts."""
 
   reads = 'texts'
 
@@ -214,7 +215,7 @@ class TextTask(TokenTask):
 
 
 class PairTask(TokenTask):
-  """A task on pairs; `rows` takes tokens and starts of inputs and targets."""
+  """A task on pairs, with a stream of inputs and one of targets."""
 
   reads = 'pairs'
 
@@ -225,7 +226,7 @@ class PairTask(TokenTask):
   def pairs(
     self, source: SourceOptions, selection: Selection, split: str
   ) -> Iterator[Pair]:
-    """The pairs of texts, of which neither is empty, in order."""
+    """The pairs of texts, in order, without those that have an empty text."""
     pairs = self.open(source, selection).pairs(split)
     return ((inputs, target) for inputs, target in pairs if inputs and target)
 
@@ -233,7 +234,7 @@ class PairTask(TokenTask):
 def _tokenized(
   corpus: Texts | Pairs, tokenizer: TokenizerOptions, cache_dir: str
 ) -> pathlib.Path:
-  """The cache's folder with the tokens of both splits."""
+  """The folder of the cache with the tokens of both splits."""
   key = f'{store.FORMAT} {corpus.identity} {tokenizer.identity()}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
 

@@ -1,6 +1,7 @@
-"""Rows of denoised text: a stream of documents, cut into windows.
+"""Rows of examples from windows of documents.
 
-Not here: the denoisers (`span_corruption.py`, `prefix_lm.py`, `ul2.py`).
+Not here: how a window becomes inputs and targets (`span_corruption.py`,
+`prefix_lm.py`, `ul2.py`).
 """
 
 import abc
@@ -18,7 +19,7 @@ class WindowTask(abc.ABC):
 
   Attributes:
     layout: Layout of the rows.
-    window: Largest number of tokens of which an example always fits in a
+    window: Largest number of tokens of a window whose example always fits in a
       row.
   """
 
@@ -27,7 +28,7 @@ class WindowTask(abc.ABC):
 
   @abc.abstractmethod
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """The most tokens that examples of windows of `n` tokens can have."""
+    """The largest lengths of examples of windows of `n` tokens."""
 
   @abc.abstractmethod
   def __call__(
@@ -37,10 +38,10 @@ class WindowTask(abc.ABC):
 
 
 class DenoisedRows(ExampleRows):
-  """Random access to rows of denoised windows, every window once.
+  """Random access to rows of examples of windows, each window once.
 
-  A window never spans documents: a document is cut into as few windows as
-  its task allows, of equal length but for one token. Windows of one token
+  A window never spans documents: a document is cut into as few windows as the
+  task allows, whose lengths differ by one token at most. Windows of one token
   are left out, since one side would be empty.
   """
 
@@ -56,8 +57,8 @@ class DenoisedRows(ExampleRows):
 
     Args:
       tokens: Tokens of the documents, one after another.
-      starts: Where each document begins, as in `PackedRows`.
-      task: Function that makes an example of a window.
+      starts: Index at which each document begins, as in `PackedRows`.
+      task: Function that makes an example from a window.
       pack: Whether windows of short documents share a row.
     """
     self._tokens, self._task = tokens, task
@@ -66,7 +67,7 @@ class DenoisedRows(ExampleRows):
     super().__init__(lengths, task.layout, pack=pack)
 
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """Window `index`, with noise."""
+    """The example of window `index`."""
     begin, end = self._bounds[index]
     return self._task(self._tokens[begin:end], generator)
 
@@ -74,7 +75,13 @@ class DenoisedRows(ExampleRows):
 def windows(
   starts: Integer[np.ndarray, ' D'], total: int, longest: int
 ) -> Int[np.ndarray, 'P 2']:
-  """Where the windows of at least two tokens begin and end."""
+  """The begin and end of each window of at least two tokens.
+
+  Args:
+    starts: Index at which each document begins.
+    total: Number of tokens of all documents.
+    longest: Largest number of tokens of a window.
+  """
   length = np.diff(starts, append=total)
   count = -(-length // longest)
   document = np.repeat(np.arange(len(starts)), count)

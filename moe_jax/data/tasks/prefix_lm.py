@@ -1,8 +1,8 @@
-"""Prefix language modelling: given how a text begins, learn how it goes on.
+"""Prefix language modelling: given the begin of a text, predict the rest.
 
 T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
-S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Not here: where windows
-of text come from (`denoising.py`).
+S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Not here: how windows are
+cut from documents (`denoising.py`).
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from moe_jax.shapes import Int
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLmTask(TextTask):
-  """Windows of text, split in two: how the text goes on is learned."""
+  """Windows of text, split in two; the second part is predicted."""
 
   label = 'prefix_lm'
   generates = True
   answers_go_on = True
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
-    """The tokenizer with an EOS, which ends inputs to an encoder alone."""
+    """The tokenizer with an EOS, which ends inputs only for an encoder."""
     return extend(base, end_inputs=shape.encoder_decoder)
 
   def rows(
@@ -43,19 +43,19 @@ class PrefixLmTask(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(WindowTask):
-  """Windows of text, split in two at a place drawn anew each time.
+  """Windows of text, split in two at a position drawn anew each time.
 
-  The targets end in an EOS only where the document does: a window that is cut
-  out of the middle has no end to learn.
+  The targets end in an EOS only where the document does; a window from the
+  middle of a document has no end to predict.
 
   Attributes:
     layout: Layout of the rows.
-    density: Mean share of the window that is to be learned, as far as the
-      row's lengths allow; every length from the shortest to as far above the
-      mean is equally likely. At 0.5 every split is equally likely.
-    eos_id: Id that ends the inputs, as T5 has it in an encoder; None for
-      nothing, so that a decoder's text goes on.
-    mode_id: Id that stands before the inputs (UL2); None for nothing.
+    density: Mean share of the window that is predicted, as far as the row's
+      lengths allow. The length is uniform in a range around the mean; at 0.5
+      every split is equally likely.
+    eos_id: Id that ends the inputs, as in T5's encoder; None adds none, so that
+      a decoder's text continues.
+    mode_id: Id that is put before the inputs (UL2); None puts none.
   """
 
   layout: Layout
@@ -67,8 +67,8 @@ class PrefixLM(WindowTask):
   def window(self) -> int:
     """The largest number of tokens that can be split and fit in a row.
 
-    It leaves an encoder-decoder row some padding: a window that filled both
-    sides could be split in one place alone.
+    It leaves some padding in the row of an encoder-decoder, as a window that
+    fills both sides has only one possible split.
 
     Raises:
       ValueError: The density is out of range, or a row has no room.
@@ -97,7 +97,7 @@ class PrefixLM(WindowTask):
     )
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """The most of windows of `n` tokens, wherever they are split."""
+    """The largest lengths of examples of windows of `n` tokens."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)

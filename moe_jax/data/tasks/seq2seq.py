@@ -1,6 +1,6 @@
-"""Rows of pairs: given the inputs, learn the targets.
+"""Rows of pairs: given the inputs, predict the targets.
 
-Not here: where pairs come from (`moe_jax.data.sources`).
+Not here: sources of pairs (`moe_jax.data.sources`).
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from moe_jax.options import option
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqTask(PairTask):
-  """Pairs of texts: given the inputs, the targets are learned."""
+  """Pairs of texts; the targets are predicted from the inputs."""
 
   label = 'seq2seq'
   generates = True
 
   input_prefix: str = option(
-    '', "Text that stands before all inputs, such as 'summarize: '."
+    '', "Text that is put before all inputs, such as 'summarize: '."
   )
 
   def open(self, source: SourceOptions, selection: Selection) -> Pairs:
@@ -51,12 +51,12 @@ class Seq2SeqTask(PairTask):
 class PairRows(ExampleRows):
   """Random access to rows of pairs, every pair once.
 
-  Both sides end in the EOS. Inputs that are too long lose their end but not
-  their EOS, which tells a decoder-only model where to begin; targets that are
-  too long lose their end and its EOS, so that no false end is learned.
+  Both sides end in the EOS. Inputs that are too long lose their end but keep
+  the EOS, after which a decoder-only model begins its answer; targets that are
+  too long lose their end with the EOS, so that no false end is learned.
 
   Attributes:
-    truncated: Number of pairs that lost a token.
+    truncated: Number of pairs that were cut.
   """
 
   def __init__(
@@ -71,7 +71,7 @@ class PairRows(ExampleRows):
     """Wraps two streams without copying them.
 
     Args:
-      inputs: Stream of inputs, one text a pair, none empty, without EOS.
+      inputs: Stream of inputs, a text for each pair, none empty, without EOS.
       targets: Stream of targets in the same order.
       layout: Layout of the rows.
       eos_id: Id that ends both sides.
@@ -83,7 +83,7 @@ class PairRows(ExampleRows):
     if len(inputs[1]) != len(targets[1]):
       raise ValueError(f'{len(inputs[1])} inputs of {len(targets[1])} targets')
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
-    # The lengths that a pair would have with its EOS, if nothing were cut.
+    # The lengths that pairs with their EOS would have, if none were cut.
     wanted = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
     lengths = layout.cut(*wanted)
     self._lengths = lengths
@@ -92,11 +92,11 @@ class PairRows(ExampleRows):
     super().__init__(lengths, layout, pack=pack)
 
   def counts(self) -> dict[str, int]:
-    """How many pairs lost a token."""
+    """The number of pairs that were cut."""
     return {'truncated': self.truncated}
 
   def example(self, index: int, generator: np.random.Generator) -> Example:
-    """Pair `index`, which has no noise."""
+    """The example of pair `index`; it has no noise."""
     del generator
     n_inputs = int(self._lengths.inputs[index])
     n_targets = int(self._lengths.targets[index])
@@ -109,7 +109,7 @@ class PairRows(ExampleRows):
 
 
 def _text(stream: Stream, index: int, most: int) -> np.ndarray:
-  """The first tokens of one text, at most so many."""
+  """The first tokens of one text, at most `most`."""
   tokens, starts = stream
   begin = starts[index]
   end = starts[index + 1] if index + 1 < len(starts) else len(tokens)

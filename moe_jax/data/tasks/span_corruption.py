@@ -1,7 +1,7 @@
-"""Span corruption: learn the spans that were cut out of a text.
+"""Span corruption: predict the spans that were cut out of a text.
 
-T5 (https://arxiv.org/abs/1910.10683), sections 3.1.4 and 3.3.4. Not here:
-where windows of text come from (`denoising.py`).
+T5 (https://arxiv.org/abs/1910.10683), sections 3.1.4 and 3.3.4. Not here: how
+windows are cut from documents (`denoising.py`).
 """
 
 import dataclasses
@@ -22,26 +22,30 @@ from moe_jax.shapes import Bool, Int
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruptionTask(TextTask):
-  """Windows of text with spans cut out, which are learned."""
+  """Windows of text; spans that are cut out of them are predicted."""
 
   label = 'span_corruption'
 
   noise_density: float = option(
-    0.15, "Share of a window's tokens that is cut out.", within('(0, 1)')
+    0.15,
+    'Share of the tokens of a window of text that is cut out, in spans.',
+    within('(0, 1)'),
   )
   mean_noise_span: float = option(
-    3.0, 'Mean number of tokens of a span that is cut out.', at_least(1)
+    3.0,
+    'Mean number of tokens of a span that is cut out of a window of text.',
+    at_least(1),
   )
   num_sentinels: int = option(
     100,
-    'Number of ids that stand for cut-out spans; those that the tokenizer '
-    'lacks come after its last id.',
+    'Number of sentinels, the ids that stand for cut-out spans; those that the '
+    'tokenizer lacks are added after its last id.',
     at_least(0),
   )
   final_sentinel: bool = option(
     True,
-    "Whether the targets end in one more sentinel, as in the paper's figure 2; "
-    'the released checkpoints of T5 know the EOS alone.',
+    'Whether the targets end in one more sentinel before the EOS, as in figure '
+    '2 of T5; its released checkpoints have only the EOS.',
   )
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
@@ -66,10 +70,10 @@ class SpanCorruptionTask(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(WindowTask):
-  """Windows of text to inputs with sentinels and targets that fill them.
+  """Inputs with sentinels for spans of a window, and targets with the spans.
 
-  Window `a b c d e f` with `b` and `d e` cut out becomes inputs
-  `a <0> c <1> f <eos>` and targets `<0> b <1> d e <2> <eos>`.
+  The window `a b c d e f` with `b` and `d e` cut out becomes the inputs
+  `a <0> c <1> f <eos>` and the targets `<0> b <1> d e <2> <eos>`.
 
   Attributes:
     layout: Layout of the rows.
@@ -77,8 +81,8 @@ class SpanCorruption(WindowTask):
     eos_id: Id that ends both sides.
     density: Share of a window that is cut out.
     mean_span: Mean number of tokens of a span.
-    final_sentinel: Whether one more sentinel ends the targets.
-    mode_id: Id that stands before the inputs (UL2); None for nothing.
+    final_sentinel: Whether the targets end in one more sentinel.
+    mode_id: Id that is put before the inputs (UL2); None puts none.
   """
 
   layout: Layout
@@ -91,7 +95,7 @@ class SpanCorruption(WindowTask):
 
   @functools.cached_property
   def window(self) -> int:
-    """The largest number of tokens whose both sides fit in a row.
+    """The largest number of tokens of a window whose example fits in a row.
 
     Raises:
       ValueError: Density or mean span is out of range, a row has no room for
@@ -102,7 +106,7 @@ class SpanCorruption(WindowTask):
         f'noise_density={self.density} not in (0, 1) or '
         f'mean_noise_span={self.mean_span} below 1'
       )
-    # Every token of a window is on one of the two sides.
+    # Every token of a window is in the inputs or in the targets.
     tried = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
     window = int(self.layout.fits(self.lengths(tried)).sum())
     if window < 2:
@@ -120,7 +124,7 @@ class SpanCorruption(WindowTask):
     return window
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """The lengths of windows of `n` tokens; they never fall as `n` grows."""
+    """The lengths of examples of `n` tokens; they never fall as `n` grows."""
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
@@ -129,7 +133,7 @@ class SpanCorruption(WindowTask):
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
   ) -> Example:
-    """One example of the window, without an EOS that ends the window."""
+    """One example of the window, whose own EOS at its end is left out."""
     if window[-1] == self.eos_id and len(window) > 1:
       window = window[:-1]
     mask = noise_mask(len(window), generator, self.density, self.mean_span)
@@ -146,10 +150,10 @@ class SpanCorruption(WindowTask):
 def noise_counts(
   n: Int[np.ndarray, ' P'], density: float, mean_span: float
 ) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
-  """How many tokens of `n` are cut out, and in how many spans.
+  """The numbers of tokens and of spans that are cut out of `n` tokens.
 
-  At least one token is cut out and, where `n` > 1, at least one is kept. There
-  are no more spans than leave a token between each two.
+  At least one token is cut out and, if `n` > 1, at least one is kept. At least
+  one kept token lies between two spans.
   """
   noise = np.clip(np.round(n * density), 1, np.maximum(n - 1, 1))
   most = np.minimum(noise, n - noise + 1)
@@ -160,10 +164,11 @@ def noise_counts(
 def noise_mask(
   n: int, generator: np.random.Generator, density: float, mean_span: float
 ) -> Bool[np.ndarray, ' n']:
-  """True where a token is cut out: exactly as many as `noise_counts` says.
+  """A mask that is True for tokens that are cut out.
 
-  All masks of so many tokens in so many spans are equally likely. Unlike T5's
-  code, a window need not begin with a kept token, nor end with a span.
+  Their number and that of their spans are those of `noise_counts`; all such
+  masks are equally likely. Unlike T5's code, a window need not begin with a
+  kept token, nor end with a span.
   """
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)
@@ -181,14 +186,14 @@ def corrupt(
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:
-  """The tokens that are kept and those that are cut out, with sentinels.
+  """The kept tokens and the tokens that are cut out, with sentinels.
 
-  Among the first, a sentinel stands for each span; among the second it stands
-  before the span's tokens.
+  A sentinel replaces each span among the kept tokens, and precedes the span's
+  tokens among the others.
   """
   begins = _spans(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
-  # Two places for every token: one before it, for a mark.
+  # For every token a sentinel before it and itself, from which masks choose.
   pairs = np.stack([marks, window], axis=1)
   inputs = pairs[np.stack([begins, ~mask], axis=1)]
   targets = pairs[np.stack([begins, mask], axis=1)]
@@ -196,7 +201,7 @@ def corrupt(
 
 
 def _spans(mask: np.ndarray) -> np.ndarray:
-  """True at the first token of each span."""
+  """A mask that is True at the first token of each span."""
   return mask & ~np.append(False, mask[:-1])
 
 

@@ -30,12 +30,12 @@ class Denoiser(NamedTuple):
   """One denoiser of a mixture.
 
   Attributes:
-    mode: Mode whose token stands before the inputs: 'R' (regular) and 'X'
-      (extreme) cut out spans, 'S' (sequential) is a prefix LM.
-    mean_span: Mean number of tokens of a span; 0 of 'S', whose suffix is one
-      span.
-    density: Share of a window that is to be learned.
-    weight: How often the denoiser is drawn, relative to the others.
+    mode: Mode whose token precedes the inputs: 'R' (regular) and 'X' (extreme)
+      cut out spans, 'S' (sequential) is a prefix LM.
+    mean_span: Mean number of tokens of a span; 0 for 'S', which predicts one
+      suffix.
+    density: Share of a window that is predicted.
+    weight: Frequency with which the denoiser is drawn, relative to the others.
   """
 
   mode: str
@@ -58,29 +58,31 @@ DENOISERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Ul2Task(TextTask):
-  """Windows of text to examples of a denoiser drawn for each."""
+  """Windows of text, each with a denoiser that is drawn for it."""
 
   label = 'ul2'
 
   denoisers: tuple[tuple[str, float, float, float], ...] = option(
     tuple(map(tuple, DENOISERS)),
-    "Denoisers as (mode, mean span in tokens, density, weight): modes 'R' and "
-    "'X' cut out spans, 'S' is a prefix LM whose mean span is 0; the density "
-    'is the share of a window that is learned, the weight how often the '
-    'denoiser is drawn relative to the others, 0 being never.',
+    "Denoisers as (mode, mean span in tokens, density, weight). Modes 'R' and "
+    "'X' cut out spans, 'S' is a prefix LM with mean span 0. The density is "
+    'the share of a window that is predicted; the weight is the relative '
+    'frequency of the denoiser, 0 for never.',
   )
   num_sentinels: int = option(
     100,
-    'Number of ids that stand for cut-out spans; those that the tokenizer '
-    'lacks come after its last id.',
+    'Number of sentinels, the ids that stand for cut-out spans; those that the '
+    'tokenizer lacks are added after its last id.',
     at_least(0),
   )
   final_sentinel: bool = option(
-    True, 'Whether the targets of cut-out spans end in one more sentinel.'
+    True,
+    'Whether the targets of cut-out spans end in one more sentinel before the '
+    'EOS.',
   )
 
   def problems(self) -> Iterator[str]:
-    """What is wrong with the denoisers."""
+    """The problems of the denoisers, a text for each."""
     for mode, mean_span, density, weight in self.denoisers:
       where = f'denoisers: {(mode, mean_span, density, weight)}:'
       if mode not in MODES:
@@ -121,11 +123,11 @@ class Ul2Task(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(WindowTask):
-  """Windows of text to examples of a denoiser drawn for each.
+  """Examples of windows, each by a denoiser that is drawn for it.
 
   Attributes:
     tasks: Tasks of the denoisers.
-    weights: How often each denoiser is drawn; they need not sum to 1.
+    weights: Relative frequencies of the denoisers; they need not sum to 1.
   """
 
   tasks: tuple[WindowTask, ...]
@@ -138,22 +140,22 @@ class Mixture(WindowTask):
 
   @functools.cached_property
   def window(self) -> int:
-    """The largest number of tokens that fit in a row by every denoiser.
+    """The largest number of tokens that every denoiser can fit in a row.
 
     Raises:
-      ValueError: No window fits by one of the denoisers.
+      ValueError: A denoiser can fit no window in a row.
     """
     return min(task.window for task in self.tasks)
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
-    """The most of windows of `n` tokens, whatever the denoiser."""
+    """The largest lengths of examples of `n` tokens by any denoiser."""
     each = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*each)))
 
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
   ) -> Example:
-    """One example of the window, by a denoiser drawn for it."""
+    """One example of the window, by a denoiser that is drawn for it."""
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]
     return task(window, generator)
@@ -169,7 +171,7 @@ def mixture(
   final_sentinel: bool,
   end_prefix: bool,
 ) -> Mixture:
-  """The mixture of those of `denoisers` that have a weight above 0.
+  """The mixture of the denoisers with a weight above 0.
 
   Args:
     denoisers: Denoisers of a `Ul2Task`, at least one of positive weight.
@@ -177,7 +179,7 @@ def mixture(
     sentinels: Ids of the sentinels; see `SpanCorruption`.
     eos_id: Id that ends both sides; see `SpanCorruption`.
     mode_ids: Id of the token of each of `MODES`.
-    final_sentinel: Whether one more sentinel ends the targets.
+    final_sentinel: Whether the targets end in one more sentinel.
     end_prefix: Whether the inputs of 'S' end in the EOS; see `PrefixLM`.
   """
   chosen = [d for d in denoisers if d.weight]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and what ids mean beside text.
+"""Tokenizers: text to token ids and back, and ids with a special meaning.
 
 To add a tokenizer, write a file with a `Tokenizer` and its `TokenizerOptions`
 and list the options here.

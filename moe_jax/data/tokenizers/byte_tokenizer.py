@@ -1,4 +1,4 @@
-"""The tokenizer of UTF-8 bytes, which knows every text."""
+"""The tokenizer of UTF-8 bytes, which can encode every text."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -32,14 +32,14 @@ class Bytes(Tokenizer, kind='bytes'):
     return kept.tobytes().decode(errors='replace')
 
   def token_name(self, token: Token) -> str:
-    """The character of an ASCII byte, the hexadecimal number of another."""
+    """The character of an ASCII byte, or else the hexadecimal number."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
     return repr(chr(token)) if token < 0x80 else f'0x{token:02x}'
 
   def state(self) -> dict[str, Any]:
-    """Nothing: all tokenizers of bytes are equal."""
+    """An empty dict, as all tokenizers of bytes are equal."""
     return {}
 
   @classmethod
@@ -51,17 +51,17 @@ class Bytes(Tokenizer, kind='bytes'):
 
 @dataclasses.dataclass(frozen=True)
 class BytesOptions(TokenizerOptions):
-  """The choice of UTF-8 bytes."""
+  """Options of the tokenizer of UTF-8 bytes."""
 
   def identity(self) -> str:
     """See `TokenizerOptions.identity`."""
     return Bytes.identity
 
   def fit(self, texts: Iterable[str]) -> Bytes:
-    """The tokenizer, whatever the texts."""
+    """The tokenizer; it does not depend on the texts."""
     del texts
     return Bytes()
 
   def known_vocab_size(self) -> int:
-    """The 256 bytes and the EOS."""
+    """257, for the 256 bytes and the EOS."""
     return Bytes.vocab_size

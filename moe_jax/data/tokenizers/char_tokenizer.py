@@ -1,4 +1,4 @@
-"""The tokenizer of those characters that the texts of the data have."""
+"""The tokenizer of the characters that the texts of the data have."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -63,7 +63,7 @@ class Chars(Tokenizer, kind='chars'):
 
 @dataclasses.dataclass(frozen=True)
 class CharsOptions(TokenizerOptions):
-  """The choice of the characters that the texts have."""
+  """Options of the tokenizer of the texts' characters."""
 
   def identity(self) -> str:
     """See `TokenizerOptions.identity`."""

@@ -1,7 +1,7 @@
-"""Conversations to text, through the Jinja template a model comes with.
+"""Text of conversations, by the Jinja template that a model comes with.
 
-A template is code that came with a download: it runs in Jinja's sandbox, which
-lets it reach nothing but the values given to it.
+A template is code from a download. It runs in Jinja's sandbox, where it has
+access only to the values that are given to it.
 """
 
 import datetime
@@ -25,8 +25,8 @@ def render(
 ) -> str:
   """The text of a conversation, special tokens spelled out.
 
-  What a message says is put in as it is: a message that spells a special token
-  becomes that token, as in the library that the template was written for.
+  The content of a message is inserted unchanged, so a message that spells a
+  special token becomes that token, as in transformers.
 
   Args:
     template: Template in Jinja's language, with `raise_exception`,
@@ -34,7 +34,8 @@ def render(
     messages: Mappings, each with 'role' and 'content'.
     names: Spellings of special tokens by role, {'bos': '<s>'}; the template
       reads them as `bos_token`.
-    add_generation_prompt: Whether the text ends where the model's turn begins.
+    add_generation_prompt: Whether the text ends with the begin of the model's
+      turn.
     **variables: Other variables that the template reads.
 
   Raises:
@@ -69,5 +70,5 @@ def _now(form: str) -> str:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-  # Jinja's own filter escapes for HTML, which would show in the text.
+  # Jinja's own filter would escape the text for HTML.
   return json.dumps(value, ensure_ascii=False, indent=indent)

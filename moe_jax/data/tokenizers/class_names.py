@@ -1,7 +1,7 @@
 """The vocabulary of examples that have a class each.
 
-This vocabulary is what a tokenizer is elsewhere: it gives the model's V and is
-kept beside a run, so that whoever reads the run knows what its ids mean.
+It takes the place of a tokenizer: it gives the model's V, and is kept in the
+run's folder, so that the meaning of the ids is known when a run is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer, digest
 
 
 class ClassNames(Tokenizer, kind='classes'):
-  """The vocabulary of classes: a text is one name, its id the class.
+  """The vocabulary of classes; a text is one name, and its id is the class.
 
   Attributes:
     names: Names of the classes, in order.
-    feature_shape: Shape of an example; () where it is not known.
+    feature_shape: Shape of an example; () if it is not known.
   """
 
   def __init__(self, names: Sequence[str], feature_shape: Sequence[int] = ()):

@@ -1,7 +1,7 @@
-"""What a tokenizer is, and the options that choose one.
+"""The contract of tokenizers and of their options.
 
-A tokenizer is kept beside a run as JSON and read back by its class's name. Not
-here: the kinds, one a file.
+A tokenizer is kept in a run's folder as JSON, with the name of its class. Not
+here: the kinds, each in its own file.
 """
 
 import abc
@@ -19,8 +19,8 @@ from moe_jax.options import Options, required, unknown
 Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]
 
-# Classes by the name that their files have. A class is here once its module has
-# been imported, and nothing is ever imported because a file names it.
+# Tokenizer classes by their names in files. A class is added when its module is
+# imported; no module is imported because a file names it.
 _SAVED: dict[str, type['Tokenizer']] = {}
 
 
@@ -28,19 +28,18 @@ class Tokenizer(abc.ABC):
   """A fixed mapping between text and ids in [0, vocab_size).
 
   Attributes:
-    kind: Name of the class in files: ours are given one, a user's class has
-      'module:name'.
+    kind: Name of the class in files; that of a user's class is 'module:name'.
     vocab_size: V, one more than the largest id.
-    eos_id: Id that ends a document; None where there is none.
-    bos_id: Id that begins a document; None where there is none.
-    pad_id: Id of padding; None where there is none.
-    forced_bos_id: Id that generation emits first, whatever the model says (a
-      target language); None where there is none.
-    sentinel_ids: Ids that stand for masked spans, the first span's first;
-      empty where the vocabulary has none of its own.
-    feature_shape: Shape of an example that is no text; () of tokens.
-    identity: Text that is equal for two tokenizers exactly when they encode
-      alike.
+    eos_id: Id that ends a document; None if there is none.
+    bos_id: Id that begins a document; None if there is none.
+    pad_id: Id of padding; None if there is none.
+    forced_bos_id: Id that generation always emits first, such as a target
+      language; None if there is none.
+    sentinel_ids: Ids that stand for masked spans, in order; empty if the
+      vocabulary has none.
+    feature_shape: Shape of an example that is an array; () for tokens.
+    identity: Text that is equal for two tokenizers exactly if they encode all
+      texts equally.
   """
 
   kind: ClassVar[str]
@@ -60,12 +59,12 @@ class Tokenizer(abc.ABC):
 
   @property
   def start_id(self) -> int | None:
-    """The first id of a decoder's input; None where there is none."""
+    """The first id of a decoder's input; None if there is none."""
     return self.eos_id
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """Every id that ends generation; `eos_id` is the first."""
+    """All ids that end generation, `eos_id` first."""
     return () if self.eos_id is None else (self.eos_id,)
 
   @abc.abstractmethod
@@ -73,16 +72,16 @@ class Tokenizer(abc.ABC):
     """The ids of a document's text, int32 [N], without an EOS."""
 
   def encode_inputs(self, text: str) -> np.ndarray:
-    """The ids of a model's input, int32 [N], as the model was trained on it.
+    """The ids of a model's input, int32 [N].
 
-    Unlike a document, an input has the special tokens that the tokenizer adds,
-    and those that the text spells.
+    Unlike a document's, these include the special tokens that the tokenizer
+    adds, and those that the text spells.
     """
     return self.encode(text)
 
   @abc.abstractmethod
   def decode(self, ids: Ids) -> str:
-    """The text of `ids`; an EOS is no text.
+    """The text of `ids`; an EOS has no text.
 
     Raises:
       ValueError: An id is outside [0, vocab_size).
@@ -94,7 +93,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def state(self) -> dict[str, Any]:
-    """What `from_state` makes this tokenizer again from, as JSON."""
+    """A JSON object from which `from_state` makes an equal tokenizer."""
 
   @classmethod
   @abc.abstractmethod
@@ -102,11 +101,11 @@ class Tokenizer(abc.ABC):
     """The tokenizer whose `state` is `state`."""
 
   def to_json(self) -> dict[str, Any]:
-    """The state and the name of the class, for `from_json`."""
+    """The state with the name of the class, for `from_json`."""
     return {'kind': self.kind, **self.state()}
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes the tokenizer as JSON; `load` brings it back."""
+    """Writes the tokenizer as JSON, which `load` reads."""
     text = json.dumps(self.to_json(), indent=1)
     pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
 
@@ -121,11 +120,11 @@ class Tokenizer(abc.ABC):
 
 
 class TokenizerOptions(Options):
-  """Contract of a choice of tokenizer."""
+  """Contract of the options of a tokenizer."""
 
   @required
   def identity(self) -> str:
-    """Text that is equal for two choices exactly when `fit` gives equals.
+    """Text that is equal for two options exactly if `fit` gives equal results.
 
     Raises:
       ValueError: A file is missing or bad.
@@ -145,7 +144,7 @@ class TokenizerOptions(Options):
     raise NotImplementedError
 
   def known_vocab_size(self) -> int | None:
-    """V of the tokenizer; None where it depends on the texts."""
+    """V of the tokenizer; None if it depends on the texts."""
     return None
 
 

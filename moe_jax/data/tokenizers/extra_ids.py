@@ -1,6 +1,6 @@
-"""Ids that a task needs beside a tokenizer's own: sentinels, mode tokens.
+"""Ids that a task adds to a tokenizer's own: EOS, sentinels, mode tokens.
 
-Not here: what the ids mean to a task (`data/tasks/span_corruption.py`,
+Not here: the use of the ids in a task (`data/tasks/span_corruption.py`,
 `data/tasks/ul2.py`).
 """
 
@@ -20,30 +20,30 @@ from moe_jax.data.tokenizers.contract import (
 )
 
 EOS = '<eos>'
-_SENTINEL = '<extra_id_'  # as in T5's vocabulary
+_SENTINEL = '<extra_id_'  # begin of a sentinel's name, as in T5's vocabulary
 
 
 class Extended(Tokenizer, kind='extended'):
-  """A tokenizer, and names of ids after its last.
+  """A tokenizer with additional named ids after its last.
 
-  No document's text encodes to those. They have a name to be read by, and may
-  be spelled in a model's inputs: `[S] def f(`, `a <extra_id_0> c`.
+  The text of a document is never encoded to these ids. Names can be used in a
+  model's inputs: `[S] def f(`, `a <extra_id_0> c`.
 
   Attributes:
-    sentinel_ids: Ids of the tokenizer's own sentinels, then of those among the
-      names.
+    sentinel_ids: Ids of the tokenizer's own sentinels, then of the added ones.
   """
 
   def __init__(
     self, base: Tokenizer, names: Sequence[str], *, end_inputs: bool
   ):
-    """Where `base` has no EOS, the names may have one.
+    """Extends a tokenizer.
 
     Args:
       base: Tokenizer that is extended.
-      names: Names of the ids after its last.
-      end_inputs: Whether the task's inputs end in an EOS, whatever the inputs
-        of the tokenizer do.
+      names: Names of the ids after its last; `EOS` is used as EOS if `base` has
+        none.
+      end_inputs: Whether inputs end in an EOS; otherwise the EOS that `base`
+        adds to inputs is left out.
     """
     self.base, self.names, self.end_inputs = base, tuple(names), end_inputs
     self.vocab_size = base.vocab_size + len(self.names)
@@ -60,17 +60,17 @@ class Extended(Tokenizer, kind='extended'):
 
   @property
   def start_id(self) -> int | None:
-    """The start id of the tokenizer, else the EOS."""
+    """The start id of the tokenizer, or else the EOS."""
     own = self.base.start_id
     return self.eos_id if own is None else own
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
-    """The EOS ids of the tokenizer, else the EOS that was added."""
+    """The EOS ids of the tokenizer, or else the EOS that was added."""
     return self.base.eos_ids or super().eos_ids
 
   def token_id(self, name: str) -> int:
-    """The id of one of the names, else of a token that the tokenizer names.
+    """The id of an added name, or else of a token of the tokenizer.
 
     Raises:
       ValueError: There is no such name.
@@ -98,9 +98,9 @@ class Extended(Tokenizer, kind='extended'):
     return self.base.encode(text)
 
   def encode_inputs(self, text: str, **options: Any) -> np.ndarray:
-    """The ids of an input, int32 [N], with an EOS where the task has one.
+    """The ids of an input, int32 [N], with an EOS if inputs end in one.
 
-    A name that the text spells becomes the id of that name.
+    An added name in the text becomes its id.
     """
     named = '|'.join(map(re.escape, self.names))
     parts = re.split(f'({named})', text) if named else [text]
@@ -109,7 +109,7 @@ class Extended(Tokenizer, kind='extended'):
     return np.concatenate([*ids, ends]).astype(np.int32)
 
   def decode(self, ids: Ids) -> str:
-    """The text of `ids`; ids that were added are read by their names.
+    """The text of `ids`; the text of an added id is its name.
 
     Raises:
       ValueError: An id is outside [0, vocab_size).
@@ -130,7 +130,7 @@ class Extended(Tokenizer, kind='extended'):
     return self.names[token - self.base.vocab_size]
 
   def state(self) -> dict[str, Any]:
-    """The tokenizer as JSON, and what was added to it."""
+    """The tokenizer as JSON, and the added names."""
     return {
       'base': self.base.to_json(),
       'names': list(self.names),
@@ -157,10 +157,16 @@ def extend(
   modes: Sequence[str] = (),
   end_inputs: bool,
 ) -> Extended:
-  """The tokenizer of a task, with an EOS, sentinels and modes.
+  """The tokenizer of a task, with an EOS, sentinels and mode tokens.
 
-  Where the tokenizer has sentinels, `<extra_id_0>` and so on, as T5's has,
-  they come first; those that it lacks come after its last id.
+  Sentinels that the tokenizer has, such as T5's `<extra_id_0>`, come first;
+  those that it lacks are added after its last id.
+
+  Args:
+    base: Tokenizer that is extended.
+    num_sentinels: Number of sentinels that the task needs.
+    modes: Modes of UL2, which get a token each.
+    end_inputs: Whether inputs end in an EOS.
   """
   own = len(base.sentinel_ids)
   names = [] if base.eos_id is not None else [EOS]
@@ -169,5 +175,5 @@ def extend(
 
 
 def mode_name(mode: str) -> str:
-  """How the token of a UL2 mode is spelled: `[S]`."""
+  """The name of the token of a UL2 mode: `[S]`."""
   return f'[{mode}]'

@@ -1,7 +1,7 @@
 """A Hugging Face `tokenizers` model, with the special tokens of its folder.
 
-Not here: how special tokens are found (`special_tokens.py`), how conversations
-become text (`chat.py`), and the training of a tokenizer.
+Not here: reading of special tokens (`special_tokens.py`), the text of
+conversations (`chat.py`), and training of a tokenizer.
 """
 
 import dataclasses
@@ -30,30 +30,31 @@ from moe_jax.data.tokenizers.special_tokens import (
 )
 from moe_jax.options import NOT_EMPTY, option, unknown
 
-# The end-of-document tokens of the well-known vocabularies, in the order tried.
+# Names of the EOS in well-known vocabularies; the first that exists is taken.
 EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
 _SENTINEL = re.compile(r'<extra_id_(\d+)>')
 _LANGUAGE = re.compile(r'[a-z]{3}_[A-Z][a-z]{3}')
 
 
 class Json(Tokenizer, kind='json'):
-  """A Hugging Face `tokenizers` model, used as it is.
+  """A Hugging Face `tokenizers` model.
 
   `encode` leaves out the special tokens that the post-processor would add, and
   encodes text that spells a special token as text, so that no document can
   forge an EOS. Truncation and padding are off. A model with neither an unknown
-  token nor all bytes in its vocabulary drops what it does not know.
+  token nor all bytes in its vocabulary drops unknown text.
 
   Args:
     text: Content of a `tokenizer.json`.
-    special: Special tokens of the model; None is for a file alone, whose EOS is
-      the first of `EOS_NAMES` in the vocabulary, without other special tokens.
+    special: Special tokens of the model; with None, for a file without a
+      folder, the EOS is the first of `EOS_NAMES` in the vocabulary, and there
+      are no other special tokens.
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
     self._model = _model(text)
     self._model.encode_special_tokens = True
-    # Another copy: the flag is a setting of the model, and no argument.
+    # Another copy, as the flag above is a setting of the model.
     self._prompts = _model(text)
     self._vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(self._vocabulary.values()) + 1
@@ -78,15 +79,15 @@ class Json(Tokenizer, kind='json'):
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> 'Json':
-    """The tokenizer of a model's folder: `tokenizer.json` and what is beside.
+    """The tokenizer of a model's folder, with its special tokens.
 
     Raises:
       ValueError: There is no `tokenizer.json`, or a file is damaged.
     """
     path = folder / 'tokenizer.json'
     if not path.is_file():
-      found = [name for name in SENTENCEPIECE if (folder / name).is_file()]
-      only = f', only {found[0]}' if found else ''
+      others = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+      only = f', only {others[0]}' if others else ''
       raise ValueError(
         f'{folder} has no tokenizer.json{only}. Make one where transformers '
         'and sentencepiece are installed: AutoTokenizer.from_pretrained('
@@ -98,7 +99,7 @@ class Json(Tokenizer, kind='json'):
 
   @property
   def start_id(self) -> int | None:
-    """The decoder's start, else the EOS."""
+    """The start id of the decoder, or else the EOS."""
     return self.eos_id if self.special.start is None else self.special.start
 
   @property
@@ -112,27 +113,28 @@ class Json(Tokenizer, kind='json'):
     return np.asarray(ids, np.int32)
 
   def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
-    """The ids of a prompt, int32 [N], as `transformers` would make them.
+    """The ids of a prompt, int32 [N], as in `transformers`.
 
     The post-processor adds its tokens (T5 an EOS, NLLB a language and an EOS),
-    and special tokens that the text spells are those tokens.
+    and names of special tokens in the text become those tokens.
 
     Args:
       text: Text of the prompt.
-      language: Language code that replaces the one which the post-processor
+      language: Language code that replaces the one that the post-processor
         adds; '' keeps that one.
 
     Raises:
       ValueError: The language is no token, or the post-processor adds no
         language code.
     """
-    found = self._prompts.encode(text)
-    ids = np.asarray(found.ids, np.int32)
+    encoding = self._prompts.encode(text)
+    ids = np.asarray(encoding.ids, np.int32)
     if not language:
       return ids
+    tokens = zip(encoding.tokens, encoding.sequence_ids)
     added = [
       i
-      for i, (token, source) in enumerate(zip(found.tokens, found.sequence_ids))
+      for i, (token, source) in enumerate(tokens)
       if source is None and _LANGUAGE.fullmatch(token)
     ]
     if not added:
@@ -176,11 +178,11 @@ class Json(Tokenizer, kind='json'):
     return self._vocabulary[token]
 
   def decode(self, ids: Ids) -> str:
-    """The model's text; special tokens are left out."""
+    """The text of `ids`; special tokens are left out."""
     return self._model.decode(self._in_vocabulary(ids).tolist())
 
   def token_name(self, token: Token) -> str:
-    """The token's text, quoted; of a part of a character, its spelling."""
+    """The token's quoted text; its name if it is part of a character."""
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
@@ -204,7 +206,7 @@ class Json(Tokenizer, kind='json'):
     return cls(json.dumps(state['model']), special)
 
   def vocabulary_name(self, token: Token) -> str:
-    """How the vocabulary spells a token; '' where no token has the id."""
+    """The name of a token in the vocabulary; '' if no token has the id."""
     return self._model.id_to_token(int(token)) or ''
 
   def model_json(self) -> str:
@@ -214,12 +216,12 @@ class Json(Tokenizer, kind='json'):
 
 @dataclasses.dataclass(frozen=True)
 class JsonOptions(TokenizerOptions):
-  """The choice of a `tokenizers` model in a file or folder."""
+  """Options of a `tokenizers` model in a file or folder."""
 
   path: str = option(
     dataclasses.MISSING,
-    'Path of a tokenizer.json file, or of the folder of a model, whose special '
-    'tokens and chat template are then read, too.',
+    'Path of a tokenizer.json file, or of the folder of a Hugging Face model, '
+    'whose special tokens and chat template are then read, too.',
     NOT_EMPTY,
   )
 
@@ -228,12 +230,12 @@ class JsonOptions(TokenizerOptions):
     return self._tokenizer().identity
 
   def fit(self, texts: Iterable[str]) -> Json:
-    """The tokenizer of the file, whatever the texts."""
+    """The tokenizer of the file; it does not depend on the texts."""
     del texts
     return self._tokenizer()
 
   def known_vocab_size(self) -> int:
-    """V as the file says it."""
+    """V of the tokenizer in the file."""
     return self._tokenizer().vocab_size
 
   def _tokenizer(self) -> Json:
@@ -256,9 +258,9 @@ def _model(text: str) -> tokenizers.Tokenizer:
 
 
 def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:
-  """The ids of T5's sentinels, the first span's first."""
-  found = {}
+  """The ids of T5's sentinels, in the order of their numbers."""
+  by_number = {}
   for token, i in vocabulary.items():
     if match := _SENTINEL.fullmatch(token):
-      found[int(match[1])] = i
-  return tuple(found[n] for n in sorted(found))
+      by_number[int(match[1])] = i
+  return tuple(by_number[n] for n in sorted(by_number))

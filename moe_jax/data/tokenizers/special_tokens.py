@@ -1,4 +1,4 @@
-"""What a model's folder says of its special tokens and chat template.
+"""Special tokens and chat template of a model's folder.
 
 The files are those that Hugging Face libraries write beside `tokenizer.json`.
 Not here: the tokenizer itself (`json_tokenizer.py`).
@@ -10,25 +10,26 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-# Files of tokenizers that are read only after a conversion.
+# Files of tokenizers that have to be converted before they can be read.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
 _NAMES = ('bos', 'eos', 'pad', 'unk')
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-  """Ids by their role; None, or empty, where there is none.
+  """Ids of special tokens; None or empty if there is none.
 
   Attributes:
     bos: Id that begins a document.
     eos: Ids that end generation; a document ends with the first.
     pad: Id of padding.
     start: Id that begins a decoder's input.
-    forced_bos: Id that generation emits first.
-    vocab_size: V of the model, which may have more rows than tokens; 0 where
-      no config gives it.
-    names: Spellings of 'bos', 'eos', 'pad' and 'unk' in chat templates.
-    chat_template: Jinja template of conversations; '' where there is none.
+    forced_bos: Id that generation always emits first.
+    vocab_size: V of the model, which may be above the number of tokens; 0 if no
+      config gives it.
+    names: Names of the tokens 'bos', 'eos', 'pad' and 'unk', for chat
+      templates.
+    chat_template: Jinja template of conversations; '' if there is none.
   """
 
   bos: int | None = None
@@ -55,8 +56,8 @@ def from_folder(
 ) -> SpecialTokens:
   """The special tokens of a model's folder.
 
-  Ids of `generation_config.json` come before those of `config.json`, and both
-  before the names that the tokenizer's own files give.
+  Ids of `generation_config.json` take precedence over those of `config.json`,
+  and both over names in the tokenizer's own files.
 
   Args:
     folder: Folder that may hold `tokenizer_config.json`,
@@ -97,10 +98,10 @@ def from_folder(
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; empty where there is no file.
+  """The object in a JSON file; an empty dict if there is no file.
 
   Raises:
-    ValueError: The file is no JSON, or holds no object.
+    ValueError: The file is not JSON, or not an object.
   """
   if not path.is_file():
     return {}
@@ -118,15 +119,15 @@ def _set(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str:
-  """A token's text, given as such or as an object around it."""
+  """A token's text, which files have as a string or within an object."""
   return token.get('content', '') if isinstance(token, dict) else token or ''
 
 
 def _chat_template(folder: pathlib.Path, given: Any) -> str:
-  """The template in a file of its own, else in `tokenizer_config.json`."""
+  """The template in its own file, or else in `tokenizer_config.json`."""
   path = folder / 'chat_template.jinja'
   if path.is_file():
     return path.read_text(encoding='utf-8')
-  if isinstance(given, list):  # of several templates by name
+  if isinstance(given, list):  # several templates, each with a name
     return {t['name']: t['template'] for t in given}.get('default', '')
   return given or ''
