@@ -66,3 +66,17 @@ def pytest_collection_modifyitems(config, items):
 def _own_data_cache(tmp_path_factory, monkeypatch):
   """Prepared data goes to one folder of the test run, never to the user's."""
   monkeypatch.setenv('MOE_JAX_CACHE', str(pathlib.Path(_CACHE) / 'data'))
+
+
+# Linux allows a process 65,530 mapped regions, and each compiled program holds
+# a few; XLA aborts when there are no more.
+_MOST_REGIONS = 20_000
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _few_compiled_programs():
+  """Forgets compiled programs after a file of tests once there are many."""
+  yield
+  regions = pathlib.Path('/proc/self/maps')
+  if regions.exists() and regions.read_bytes().count(b'\n') > _MOST_REGIONS:
+    jax.clear_caches()

@@ -341,7 +341,7 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   options = bench_train_step.prepared(peer_steps.config(), {})
   peer = peer_steps.transformers_model(options)
   theirs = sum(p.numel() for p in peer.parameters())
-  shapes = models.abstract_params(options.build(), 6)
+  shapes = models.abstract_params(options.build())
   assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
   output = ['--peer', '--seconds', '0', f'--output={tmp_path}']
   bench_train_step.main(output)

@@ -96,12 +96,11 @@ each_config = pytest.mark.parametrize(
 def test_initialises_as_shapes_at_full_size(name):
   options = filled(read(golden.config(name)), 65)
   model = options.build()
-  seq_len = min(options.data.seq_len, 64)
-  shapes = nn.meta.unbox(models.abstract_params(model, seq_len))
+  shapes = nn.meta.unbox(models.abstract_params(model))
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   assert total > (100 if model.reads_features else 500_000)
   changed = changed_models(
-    options.model, model, options.evals, options.sharding.rules, seq_len
+    options.model, model, options.evals, options.sharding.rules
   )
   assert set(changed) == set(options.evals)
 
@@ -111,7 +110,7 @@ def test_two_steps_shrunk(name):
   options = filled(read(golden.config(name, 'runlocal')), 257)
   model = options.build()
   batch = batch_of(options, model)
-  trees = models.describe(model, options.data.seq_len)
+  trees = models.describe(model)
   optimizer = options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )
@@ -119,7 +118,6 @@ def test_two_steps_shrunk(name):
     step.init_state,
     model=model,
     optimizer=optimizer,
-    seq_len=options.data.seq_len,
   )
   state = jax.jit(init)(jnp.asarray(options.seed, jnp.uint32))
   weights = losses.loss_weights(model, options.logits_z_weight)
@@ -217,7 +215,7 @@ def test_the_dense_twin_is_one_override():
     sum(
       math.prod(leaf.shape)
       for leaf in jax.tree.leaves(
-        nn.meta.unbox(models.abstract_params(filled(options, 65).build(), 64))
+        nn.meta.unbox(models.abstract_params(filled(options, 65).build()))
       )
     )
     for options in (twin, dense)

@@ -187,7 +187,7 @@ def param_shardings(mesh, boxed):
 
 def test_optimizer_moments_live_where_their_parameters_do():
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
-  boxed = models.abstract_params(build(), T)
+  boxed = models.abstract_params(build())
   params, places = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -239,7 +239,7 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
 
 def test_every_parameter_has_its_place():
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
-  found = tiny.leaves(param_shardings(mesh, models.abstract_params(build(), T)))
+  found = tiny.leaves(param_shardings(mesh, models.abstract_params(build())))
   specs = {name: tuple(place.spec) for name, place in found.items()}
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   layer = 'layers/layer_1/'

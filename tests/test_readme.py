@@ -43,7 +43,7 @@ def checkpoint(folder):
   """A small Mixtral as transformers would have written it."""
   options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(11)
   key = jax.random.key(0)
-  params = nn.meta.unbox(models.init_params(options.build(), key, 8))
+  params = nn.meta.unbox(models.init_params(options.build(), key))
   interop.save(options.model, {'params': params}, folder)
   return folder
 

@@ -1,10 +1,9 @@
-"""The parameters that `config.init_from` names, read and converted.
+"""Reading and converting of the parameters that `config.init_from` names.
 
-Not here: which become which (`matching.py`).
+Not here: which parameters become which (`matching.py`).
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,32 +25,34 @@ _GIVEN = {'workdir': NOT_EMPTY}
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom(InitFromOptions):
-  """Another run that this one begins with, and how its experts are copied."""
+  """Another run whose parameters this run begins with, and how."""
 
   experts: str = option(
     '',
-    'Numbers of the experts there that become the experts here, separated by '
-    "commas: '0,1,0,1'; with an empty string they are taken in turn.",
+    "Numbers of the other run's experts that this run's experts are copies of, "
+    "separated by commas: '0,1,0,1'; an empty string takes them in turn.",
     when=_GIVEN,
   )
   router_std: float = option(
     0.0,
-    'Standard deviation of the kernels of routers that are new (0.02 in sparse '
-    'upcycling); 0 draws them as the model does.',
+    'Standard deviation of the kernels of routers that the other run does not '
+    'have (0.02 in sparse upcycling); 0 draws them as the model does.',
     at_least(0),
     when=_GIVEN,
   )
   expert_noise: float = option(
     0.0,
-    'Standard deviation of the noise on each copy of an expert but the first, '
-    "as a fraction of the kernel's root mean square; 0 adds none.",
+    'Standard deviation of the noise that is added to all copies of an expert '
+    "except the first, as a fraction of a kernel's root mean square; 0 adds "
+    'none.',
     at_least(0),
     when=_GIVEN,
   )
   router_noise: float = option(
     0.0,
-    'The same for the columns of the router that belong to copies of an '
-    'expert, which otherwise tie.',
+    "Standard deviation of the noise that is added to the router's columns for "
+    'all copies of an expert except the first, as a fraction of the '
+    "router's root mean square; with 0 the copies have equal logits.",
     at_least(0),
     when=_GIVEN,
   )
@@ -65,7 +66,7 @@ class InitFrom(InitFromOptions):
 
   @property
   def copies(self) -> Copies:
-    """How experts are copied."""
+    """The options of how experts are copied."""
     numbers = self.experts.split(',') if self.experts else ()
     return Copies(
       experts=tuple(map(int, numbers)),
@@ -78,18 +79,20 @@ class InitFrom(InitFromOptions):
 def initial(
   run: Run, allow: Iterable[str] = ()
 ) -> tuple[dict[str, Any], str] | None:
-  """What a run begins with that `config.init_from` gives a source.
+  """The variables with which a run begins that `config.init_from` gives.
 
-  The source is read in its shards, and converted where it is; where nothing
-  changes, it is read into its place.
+  Each device reads its part of the other run's arrays, and converts it unless
+  they are only copied.
 
   Args:
     run: The run.
-    allow: Modules whose classes, named in the source's folder, may be imported.
+    allow: Modules whose classes, named in the other run's folder, may be
+      imported.
 
   Returns:
-    The variables and what to say of them; None without a source. What routers
-    keep is among them where nothing changes and both models keep it.
+    The variables and a line about them; None if no folder is given. The state
+    of routers is among them if the parameters are only copied and both models
+    have it.
 
   Raises:
     ValueError: The folder holds no run, its tokenizer is another, or the models
@@ -112,11 +115,10 @@ def initial(
   except ValueError as error:
     raise ValueError(f'init_from.workdir={folder}: {error}') from None
   as_is = chosen.copies_all
-  has_state = all(abstract_router_state(m, 1) for m in (source, run.model))
+  has_state = all(abstract_router_state(m) for m in (source, run.model))
   restored = trained.restore_variables(
     folder,
     run.model if as_is else source,
-    run.options.data.seq_len if as_is else theirs.data.seq_len,
     run.options.sharding.rules,
     mesh=run.mesh,
     step=None if options.step < 0 else options.step,
@@ -142,21 +144,20 @@ def _convert(run: Run, chosen: Plan, params) -> Any:
   places = jax.tree.map(
     lambda leaf: leaf.sharding, run.programs.abstract_state.params
   )
-  apply = functools.partial(chosen.apply, seq_len=run.options.data.seq_len)
-  return jax.jit(apply, out_shardings=places)(
+  return jax.jit(chosen.apply, out_shardings=places)(
     params, jax.random.key(run.options.seed)
   )
 
 
 def _changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
-  """Settings, but for experts, under which parameters compute otherwise."""
+  """Differing settings, apart from experts, that change what is computed."""
   for name, (theirs, ours) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
       yield f'model.{name} {theirs!r} -> {ours!r}'
 
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
-  """Settings that experts have otherwise than the layers they are copies of."""
+  """Differing settings of experts and of the dense layers that they copy."""
   dense, expert = source.stacks[-1][1].block.ffn, model.moe.expert
   for name in fields_of(type(dense)):
     old, new = getattr(dense, name), getattr(expert, name, None)

@@ -1,21 +1,22 @@
-"""One model's parameters as another's: sparse from dense, or more experts.
+"""Parameters of a model from another's: sparse from dense, or more experts.
 
-Sparse upcycling (https://arxiv.org/abs/2212.05055): each expert begins as a
-copy of the dense feed-forward in its place, the router is new, all else is
+In sparse upcycling (https://arxiv.org/abs/2212.05055) each expert begins as a
+copy of the dense feed-forward of its layer; the router is new, and all else is
 copied. Experts of a sparse model are copied by number, with their columns of
 the router.
 
-What is kept of the function, where there is room for every token and no noise:
+With room for every token and without noise, the new model computes
 
-- From a dense model: all of it if gates sum to one (`gates='renormalized'`,
-  K >= 2; at K = 1 too, but then no gradient reaches the router). Raw gates
-  shrink what a layer adds.
-- With n times the experts: all of it if K is n times as large too. With K as it
-  was a token meets copies of fewer experts, each at 1/n of its raw gate.
-- With fewer experts: nothing is promised.
+- from a dense model: the same function, if gates sum to one
+  (`gates='renormalized'`, K >= 2; also at K = 1, but then no gradient reaches
+  the router). Raw gates shrink what a layer adds;
+- with n times the experts: the same function, if K is n times as large, too.
+  With the same K a token meets copies of fewer experts, each with 1/n of its
+  raw gate;
+- with fewer experts: another function.
 
-Not here: which parameter is made of which (`matching.py`), and reading the
-other run (`start.py`).
+Not here: which parameters become which (`matching.py`), and reading the other
+run (`start.py`).
 """
 
 import collections
@@ -35,24 +36,25 @@ from moe_jax.models import Model
 from moe_jax.shapes import Array, PRNGKey
 
 Path = tuple[str, ...]
-# The logical names of the dimensions that number experts: of the experts' own
-# parameters, and of what a router chooses among.
+# The logical names of dimensions that number experts: in the experts' own
+# parameters, and in those of routers.
 EXPERT_AXES = ('expert', 'expert_choice')
 
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-  """How copies of experts come to differ.
+  """Options of how experts are copied and routers begin.
 
   Attributes:
-    experts: The source of each expert; () is `sources_of` their numbers.
-    router_std: Standard deviation of the kernels of routers that are new (0.02
-      in sparse upcycling); with 0.0 they are as the model draws them.
-    expert_noise: Standard deviation of the normal noise on each copy of an
-      expert but the first, as a fraction of the kernel's root mean square.
-    router_noise: The same for the columns of the router that belong to copies
-      of an expert. Without noise they tie, and the expert of the lower number
-      is chosen.
+    experts: The number of each expert's source; () takes those of `sources_of`.
+    router_std: Standard deviation of the kernels of new routers (0.02 in sparse
+      upcycling); with 0.0 they are as the model draws them.
+    expert_noise: Standard deviation of normal noise on all copies of an expert
+      except the first, as a fraction of the kernel's root mean square.
+    router_noise: Standard deviation of normal noise on the router's columns for
+      all copies of an expert except the first, as a fraction of the kernel's
+      root mean square. Without it copies tie, and the expert of the lower
+      number is chosen.
   """
 
   experts: tuple[int, ...] = ()
@@ -67,12 +69,12 @@ class Copies:
 
 
 class Piece(NamedTuple):
-  """Where a layer's parameter comes from.
+  """The array, or its part, from which a layer's parameter is made.
 
   Attributes:
     path: The path of the source's array; None where the parameter is new.
-    period: The index of the layer in that array; None is the array as a whole.
-    stacked: Whether it becomes one copy for each expert.
+    period: The index of the layer in that array; None is the whole array.
+    stacked: Whether every expert gets a copy of it.
   """
 
   path: Path | None
@@ -82,16 +84,16 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a model's parameters are made of another's.
+  """A plan by which a model's parameters are made from another's.
 
   Attributes:
-    model: The model that begins.
+    model: The new model.
     pieces: The sources of each parameter, one for each period of its layers.
-    experts: The source of each expert of layers that were sparse.
-    num_source_experts: The number of experts in the source; 0 where it is
-      dense.
-    copies: How copies of experts come to differ.
-    upcycled: The numbers of the layers that were dense, the encoder's first.
+    experts: The number of each expert's source, in layers that were sparse.
+    num_source_experts: The number of experts in the source; 0 if it is dense.
+    copies: Options of how experts are copied and routers begin.
+    upcycled: Numbers of the layers that were dense and become sparse, those of
+      an encoder first.
   """
 
   model: Model
@@ -103,7 +105,7 @@ class Plan:
 
   @property
   def copies_all(self) -> bool:
-    """Whether every array is the source's own, but for its type."""
+    """Whether every array is the source's own, apart from its dtype."""
     return all(
       [piece.path for piece in pieces] == [path] * len(pieces)
       and [piece.period for piece in pieces] in ([None], [*range(len(pieces))])
@@ -111,7 +113,7 @@ class Plan:
     ) and self.experts == tuple(range(self.num_source_experts))
 
   def describe(self) -> str:
-    """What becomes of the parameters, in a line."""
+    """A line on how the parameters are made."""
     c, said = self.copies, []
     if self.upcycled:
       E = self.model.moe.num_experts
@@ -130,25 +132,22 @@ class Plan:
         said.append(f'{name} {getattr(c, name):g}')
     return '; '.join([*said, 'the rest copied' if said else 'all copied'])
 
-  def apply(
-    self, params: Mapping[str, Any], key: PRNGKey, seq_len: int
-  ) -> dict[str, Any]:
-    """The parameters: a pure function, to be jitted with shardings.
+  def apply(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
+    """The new model's parameters; a pure function, to be jitted.
 
     Args:
       params: The source's parameters, unboxed.
-      key: The key that the run draws its own parameters from; new ones are the
-        same.
-      seq_len: The length of the run's rows.
+      key: The key from which the run would draw its parameters; new ones are
+        drawn in the same way.
     """
-    boxed = models.init_params(self.model, key, seq_len)
+    boxed = models.init_params(self.model, key)
     axes, roles = flat(axes_of(boxed)), flat(roles_of(boxed))
     source, new = flat(params), flat(nn.meta.unbox(boxed))
-    made = {
+    arrays = {
       path: self._make(path, source, new[path], axes[path], roles[path], key)
       for path in new
     }
-    return traverse_util.unflatten_dict(made)
+    return traverse_util.unflatten_dict(arrays)
 
   def _make(self, path, source, new, axes, role, key) -> Array:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
@@ -183,14 +182,14 @@ class Plan:
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
-  """The source of each of E experts: those of the source, in turn."""
+  """The number of each expert's source: the source's experts in turn."""
   return tuple(i % source_experts for i in range(num_experts))
 
 
 def _noisy(
   value: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
 ) -> Array:
-  """The value with noise on every copy but the first of each expert."""
+  """The value with noise on all copies of an expert except the first."""
   first = collections.Counter()
   copy = [first.update([e]) or first[e] > 1 for e in experts]
   if not noise or not any(copy):
@@ -208,5 +207,5 @@ def expert_axis(axes: Sequence[str | None]) -> int | None:
 
 
 def flat(tree) -> dict[Path, Any]:
-  """The leaves of a tree by path."""
+  """The leaves of a nested dict, by path."""
   return traverse_util.flatten_dict(tree)

@@ -35,7 +35,6 @@ def export_run(
   restored = trained.restore_variables(
     folder,
     run.model.build(rules),
-    run.data.seq_len,
     rules,
     mesh=_mesh(folder),
     router_state=False,

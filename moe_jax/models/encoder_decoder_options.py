@@ -142,8 +142,10 @@ class EncoderDecoderOptions(TransformerOptions):
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """See `ModelOptions.problems_in`."""
     half = self.encoder_half()
-    yield from half.group_problems(run, 'data.seq_len', run.seq_len)
-    yield from self.group_problems(run, 'data.target_len', run.target_len)
+    for name, options in {'seq_len': half, 'target_len': self}.items():
+      length = getattr(run, name)
+      yield from self.position_problems(f'data.{name}', length)
+      yield from options.group_problems(run, f'data.{name}', length)
 
   def build(self, rules: Rules = RULES) -> EncoderDecoder:
     """See `ModelOptions.build`."""

@@ -28,19 +28,39 @@ class ParameterTrees(NamedTuple):
   roles: Any
 
 
-def init_params(model: Model, key: PRNGKey, seq_len: int) -> Any:
+def init_params(model: Model, key: PRNGKey) -> Any:
   """Parameters from a key, in the boxes that carry axes and roles."""
-  tokens = jnp.zeros((1, seq_len), jnp.int32)
-  return model.init(key, **model.example(tokens))['params']
+  return _init(model, key)['params']
 
 
-def abstract_params(model: Model, seq_len: int) -> Any:
-  """Shapes of the parameters, in their boxes; nothing is computed."""
-  init = functools.partial(init_params, model, seq_len=seq_len)
-  return jax.eval_shape(init, jax.random.key(0))
+def abstract_variables(model: Model) -> dict[str, Any]:
+  """Shapes of all collections, in their boxes; nothing is computed.
+
+  Tracing a model takes seconds, so that the last models' shapes are remembered.
+  """
+  try:
+    shapes = _remembered(model)
+  except TypeError:  # a user's model may hold what has no hash
+    shapes = _remembered.__wrapped__(model)
+  return jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own to change
 
 
-def describe(model: Model, seq_len: int = 1) -> ParameterTrees:
-  """Shapes, logical axes and roles, which no length of a row changes."""
-  boxed = abstract_params(model, seq_len)
+def abstract_params(model: Model) -> Any:
+  """Shapes of the parameters; see `abstract_variables`."""
+  return abstract_variables(model)['params']
+
+
+def describe(model: Model) -> ParameterTrees:
+  """Shapes, logical axes and roles."""
+  boxed = abstract_params(model)
   return ParameterTrees(nn.meta.unbox(boxed), axes_of(boxed), roles_of(boxed))
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(model):
+  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model, key):
+  # No length of a row changes the shapes, and one token is traced fastest.
+  return model.init(key, **model.example(jnp.zeros((1, 1), jnp.int32)))

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from moe_jax.layers.routers.contract import ROUTER_STATE as COLLECTION
 from moe_jax.models.base import Model
+from moe_jax.models.parameter_trees import abstract_variables
 
 __all__ = [
   'COLLECTION',
@@ -21,20 +22,16 @@ __all__ = [
 ]
 
 
-def abstract_router_state(model: Model, seq_len: int) -> dict[str, Any]:
+def abstract_router_state(model: Model) -> dict[str, Any]:
   """Shapes of the collection; {} where the model keeps none."""
   if not model.keeps_router_state:
     return {}
-  tokens = jnp.zeros((1, seq_len), jnp.int32)
-  shapes = jax.eval_shape(
-    lambda key: model.init(key, **model.example(tokens)), jax.random.key(0)
-  )
-  return nn.meta.unbox(shapes.get(COLLECTION, {}))
+  return nn.meta.unbox(abstract_variables(model).get(COLLECTION, {}))
 
 
-def init_router_state(model: Model, seq_len: int) -> dict[str, Any]:
+def init_router_state(model: Model) -> dict[str, Any]:
   """The collection before the first step: zeros."""
-  shapes = abstract_router_state(model, seq_len)
+  shapes = abstract_router_state(model)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

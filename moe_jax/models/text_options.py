@@ -176,7 +176,16 @@ class TextModelOptions(ModelOptions, LayerOptions):
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """See `ModelOptions.problems_in`."""
+    yield from self.position_problems('data.seq_len', run.seq_len)
     yield from self.group_problems(run, 'data.seq_len', run.seq_len)
+
+  def position_problems(self, name: str, length: int) -> Iterator[str]:
+    """Whether rows of the length that a config gives as `name` fit."""
+    if 0 < self.positions.table_len < length:
+      yield (
+        f'{name}={length} is more than the {self.positions.table_len} '
+        'positions of model.positions'
+      )
 
   def shared(self, num_layers: int, rules: Rules) -> Shared:
     """The object that all layers of a half of so many layers share."""

@@ -96,7 +96,6 @@ def read(
 def restore_variables(
   workdir: str | os.PathLike[str],
   model: Model,
-  seq_len: int,
   rules: Rules,
   *,
   mesh: Mesh | None = None,
@@ -112,7 +111,6 @@ def restore_variables(
   Args:
     workdir: The run's folder.
     model: A model with these parameters, which decides their dtypes.
-    seq_len: The length of a row.
     rules: The table by which arrays are split.
     mesh: Any mesh; a dimension that its axes do not divide is whole. None is
       the first local device.
@@ -127,7 +125,7 @@ def restore_variables(
   folder = checkpoints_of(pathlib.Path(workdir).expanduser())
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  trees = describe(model, seq_len)
+  trees = describe(model)
   abstract = jax.tree.map(
     lambda leaf, axes: jax.ShapeDtypeStruct(
       leaf.shape,
@@ -141,7 +139,7 @@ def restore_variables(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=partitioning.sharding(mesh, rules, ())
     ),
-    abstract_router_state(model, seq_len) if router_state else {},
+    abstract_router_state(model) if router_state else {},
   )
   with Checkpointer(folder, keep_best=False) as checkpoints:
     found = checkpoints.restore(
@@ -154,7 +152,7 @@ def restore_variables(
   if found is None:
     raise ValueError(f'{folder} has no finished checkpoint')
   if kept and not found.step:  # a checkpoint of step 0 has parameters alone
-    kept = init_router_state(model, seq_len)
+    kept = init_router_state(model)
     found = found._replace(state=variables(found.state['params'], kept))
   return found
 

@@ -48,7 +48,6 @@ def changed_models(
   model: Model,
   entries: Mapping[str, EvaluationOptions],
   rules: Rules,
-  seq_len: int,
 ) -> dict[str, Model]:
   """The model of each entry, by name.
 
@@ -57,7 +56,6 @@ def changed_models(
     model: The training model.
     entries: The evaluations.
     rules: The sharding table.
-    seq_len: The length of a row.
 
   Raises:
     OptionError: Parameters of some models differ from those of the training
@@ -66,7 +64,7 @@ def changed_models(
   changed, problems = {}, []
   for name, entry in entries.items():
     changed[name] = overridden(options, entry)[0].build(rules)
-    if differing := _differing_parameters(model, changed[name], seq_len):
+    if differing := _differing_parameters(model, changed[name]):
       problems.append(
         f'evals.{name}.model_overrides changes parameters:\n'
         + '\n'.join(differing[:_MOST_LISTED])
@@ -122,9 +120,7 @@ def make_evaluations(
   return evaluations
 
 
-def _differing_parameters(
-  model: Model, changed: Model, seq_len: int
-) -> list[str]:
+def _differing_parameters(model: Model, changed: Model) -> list[str]:
   """A line for each parameter whose shape differs between two models."""
   if changed == model:
     return []
@@ -132,7 +128,7 @@ def _differing_parameters(
     {
       jax.tree_util.keystr(path): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(
-        models.abstract_params(each, seq_len)
+        models.abstract_params(each)
       )
     }
     for each in (model, changed)

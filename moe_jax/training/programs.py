@@ -61,16 +61,16 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     model: Its model.
     mesh: The devices.
   """
-  rules, seq_len = options.sharding.rules, options.data.seq_len
-  trees = models.describe(model, seq_len)
+  rules = options.sharding.rules
+  trees = models.describe(model)
   optimizer = options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )
-  router_state = init_router_state(model, seq_len)
+  router_state = init_router_state(model)
   shardings = state_shardings(mesh, rules, trees, optimizer, router_state)
   batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
   init = functools.partial(
-    step_lib.init_state, model=model, optimizer=optimizer, seq_len=seq_len
+    step_lib.init_state, model=model, optimizer=optimizer
   )
   init = jax.jit(init, out_shardings=shardings)
   state_of = jax.jit(

@@ -120,11 +120,7 @@ def set_up(
   filled = options.filled(dataset.vocab_size, dataset.feature_shape)
   model = filled.build()
   changed = changed_models(
-    filled.model,
-    model,
-    filled.evals,
-    filled.sharding.rules,
-    filled.data.seq_len,
+    filled.model, model, filled.evals, filled.sharding.rules
   )
   programs = make_programs(filled, model, mesh)
   evaluations = make_evaluations(

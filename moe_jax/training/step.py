@@ -175,16 +175,15 @@ def init_state(
   *,
   model: Model,
   optimizer: optax.GradientTransformation,
-  seq_len: int,
 ) -> TrainState:
   """The state before the first step."""
   key = jax.random.key(seed)
-  params = nn.meta.unbox(init_params(model, key, seq_len))
+  params = nn.meta.unbox(init_params(model, key))
   return state_of(
     seed,
     params,
     optimizer=optimizer,
-    router_state=router_state_lib.init_router_state(model, seq_len),
+    router_state=router_state_lib.init_router_state(model),
   )
 
 

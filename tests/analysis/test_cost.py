@@ -229,7 +229,7 @@ def flops_of(f, *args):
 
 
 def abstract(model):
-  shapes = models.abstract_params(model, LONG)
+  shapes = models.abstract_params(model)
   return {'params': jax.tree.map(lambda leaf: leaf, shapes)}
 
 

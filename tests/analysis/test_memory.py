@@ -42,7 +42,7 @@ def test_weights_are_as_large_as_the_parameters(options, dtype):
   stored = tiny.build(
     numerics=dict(param_dtype=dtype), norm=LayerNorm(), **options
   )
-  params = nn.meta.unbox(models.abstract_params(stored, T))
+  params = nn.meta.unbox(models.abstract_params(stored))
   model = tiny.build(norm=LayerNorm(), **options)
   assert memory.weight_bytes(model, dtype) == num_bytes(params)
 
@@ -68,7 +68,7 @@ def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
   model = tiny.build(
     **ENCODER_DECODER, num_layers=3, encoder=dict(num_layers=2)
   )
-  params = models.abstract_params(model, T)
+  params = models.abstract_params(model)
   cache = jax.eval_shape(
     lambda params, tokens: model.apply(
       {'params': params}, tokens, tokens > 0, T, method='encode'
@@ -154,7 +154,7 @@ def test_what_a_device_sends_to_the_experts_of_others():
 
 def kept_between_passes(model, lengths):
   """Bytes of what the forward pass hands to the backward pass."""
-  params = nn.meta.unbox(models.abstract_params(model, T))
+  params = nn.meta.unbox(models.abstract_params(model))
   tokens = [jax.ShapeDtypeStruct((B, n), jnp.int32) for n in lengths]
 
   def passes(params, *tokens):

@@ -126,7 +126,7 @@ class Bench:
     entries, rules = {'quiz': ChoiceEvaluation(**options)}, run.sharding.rules
     (evaluation,) = make_evaluations(
       entries,
-      changed_models(run.model, run.build(), entries, rules, 15),
+      changed_models(run.model, run.build(), entries, rules),
       dataset=data.load(run.data),
       data=run.data,
       batch_size=run.batch_size,

@@ -68,7 +68,7 @@ def batch_of(model):
 @functools.cache
 def params_of(model):
   """As if trained: at the start norms and biases are alike in every layer."""
-  shapes = nn.meta.unbox(models.abstract_params(model, 8))
+  shapes = nn.meta.unbox(models.abstract_params(model))
   rng = np.random.default_rng(0)
 
   def draw(leaf):
@@ -90,8 +90,7 @@ def logits_of(model, params):
 
 def convert(model, source, **copies):
   found = plan(model, source, Copies(**copies))
-  apply = functools.partial(found.apply, seq_len=8)
-  return jax.jit(apply)(params_of(source), KEY)
+  return jax.jit(found.apply)(params_of(source), KEY)
 
 
 def change(moe, source_moe, model=None, **copies):
@@ -142,7 +141,7 @@ def test_what_becomes_of_each_layer():
     for e in range(4):
       equal(kernel[:, e], theirs['ffn'][name][[1, 3]])
   # The router is the one that a run of its own would have drawn.
-  init = functools.partial(models.init_params, sparse, seq_len=8)
+  init = functools.partial(models.init_params, sparse)
   drawn = nn.meta.unbox(jax.jit(init)(KEY))['layers']['layer_1']['moe']
   np.testing.assert_allclose(odd['moe']['router']['w'], drawn['router']['w'])
 

@@ -10,6 +10,7 @@ from moe_jax.layers.experts import Einsum, FeedForwardExpert
 from moe_jax.layers.norms import LayerNorm, RmsNorm
 from moe_jax.layers.positions import Learned, NoPositions, Relative
 from moe_jax.layers.routers import NoisyTopK, TokenChoice
+from moe_jax.models import RunShape
 from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
@@ -214,6 +215,14 @@ def test_padding_changes_no_other_token_and_no_statistic():
 
 
 def test_learned_positions_refuse_a_longer_row():
-  model = tiny.build(positions=Learned(8))
+  options = tiny.options(positions=Learned(8))
+  model = options.build()
+  params = tiny.params_of(model)
   with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
-    tiny.params_of(model)
+    jax.eval_shape(model.apply, {'params': params}, tiny.tokens())
+  # A run is refused before that.
+  rows = RunShape(
+    total_steps=1, rows=3, microbatches=1, seq_len=10, target_len=0, parts=1
+  )
+  [problem] = options.problems_in(rows)
+  assert 'data.seq_len=10 is more than the 8 positions' in problem

@@ -110,7 +110,7 @@ def test_gradients_are_finite_differences(balance_steps):
   model = build(balance_steps=balance_steps)
   params, kept = tiny.params_of(model), {}
   if balance_steps:
-    kept = router_state.init_router_state(model, 1)
+    kept = router_state.init_router_state(model)
     kept['layer_0'][TOTALS] = jnp.array([9.0, -4.0, -5.0])
   x, y = jnp.asarray(features()), jnp.asarray(targets())
   loss = jax.jit(lambda p: batch_loss(model, p, kept, x, y)[0])
@@ -144,7 +144,7 @@ def test_gradients_are_finite_differences(balance_steps):
 def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   model = build(balance_steps=2)
   params = tiny.params_of(model)
-  free, kept = build(), router_state.init_router_state(model, 1)
+  free, kept = build(), router_state.init_router_state(model)
   x, y = jnp.asarray(features()), jnp.asarray(targets())
   step = jax.jit(functools.partial(batch_loss, model))
   want = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
@@ -159,14 +159,14 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   np.testing.assert_allclose(loads[0].sum(-1), B, rtol=1e-5)
   np.testing.assert_allclose(loads[2], want[1].stats.load, rtol=1e-5)
   np.testing.assert_allclose(loss, want[0], rtol=1e-5)
-  start = router_state.init_router_state(model, 1) | {'layer_0': ahead}
+  start = router_state.init_router_state(model) | {'layer_0': ahead}
   _, aux = jax.jit(model.apply)(router_state.variables(params, start), x)
   np.testing.assert_allclose(aux.stats.load, want[1].stats.load, rtol=1e-5)
 
 
 def test_totals_move_by_each_layers_load():
   model = build(balance_steps=-1)
-  kept = router_state.init_router_state(model, 1)
+  kept = router_state.init_router_state(model)
   # Two experts in the second layer, whose load is padded.
   load = jnp.array([[6.0, 0.0, 0.0], [1.0, 5.0, 0.0]])
   for _ in range(2):
@@ -174,7 +174,7 @@ def test_totals_move_by_each_layers_load():
   assert kept[STEPS] == 2 and kept[STEPS].dtype == jnp.int32
   np.testing.assert_allclose(kept['layer_0'][TOTALS], [8, -4, -4])
   np.testing.assert_allclose(kept['layer_1'][TOTALS], [-4, 4])
-  assert router_state.init_router_state(build(), 1) == {}
+  assert router_state.init_router_state(build()) == {}
 
 
 def test_a_step_moves_totals_by_the_whole_batch():
@@ -187,7 +187,7 @@ def test_a_step_moves_totals_by_the_whole_batch():
     'segment_ids': jnp.asarray(real, jnp.int32),
     'loss_weights': jnp.asarray(real, jnp.float32),
   }
-  kept = router_state.init_router_state(model, 1)
+  kept = router_state.init_router_state(model)
   _, aux = jax.jit(model.apply)(
     router_state.variables(params, kept), **model.inputs(batch)
   )

@@ -206,7 +206,7 @@ def test_parameters_are_initialised_for_unscaled_attention():
   def deviation(model):
     @jax.jit  # what is not returned is not compiled
     def w_query(key):
-      params = models.init_params(model, key, 4)
+      params = models.init_params(model, key)
       return params['decoder']['layers']['layer_0']['attention']['w_query']
 
     return np.asarray(w_query(tiny.key(0)).value).std()

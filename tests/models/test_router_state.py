@@ -16,13 +16,13 @@ MOE = dict(router=TokenChoice(gates='sigmoid', balance_bias_rate=0.25))
 
 
 def filled(model, value=0.0):
-  state = router_state.init_router_state(model, tiny.T)
+  state = router_state.init_router_state(model)
   return jax.tree.map(lambda x: x + value, state)
 
 
 def test_who_keeps_nothing_has_no_collection():
   model = tiny.build()
-  assert router_state.init_router_state(model, tiny.T) == {}
+  assert router_state.init_router_state(model) == {}
   assert not model.keeps_router_state
   assert model.move_router_state({}, jnp.zeros((2, 5))) == {}
   assert list(router_state.variables({'w': 1}, {})) == ['params']

@@ -192,7 +192,7 @@ def test_a_loop_starts_as_the_unrolled_layers_do():
 
 def test_periods_are_stacked_under_their_own_axis():
   model = tiny.build(num_layers=4, moe=dict(layers='every 2'))
-  params = models.abstract_params(model, tiny.T)['layers']
+  params = models.abstract_params(model)['layers']
   w_in = params['layer_1']['moe']['experts']['w_in']
   assert w_in.names == ('layers', 'expert', 'embed', 'expert_mlp')
   assert w_in.value.shape == (2, 5, 12, 20)

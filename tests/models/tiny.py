@@ -68,7 +68,7 @@ def params_of(model, seed=0):
     values = rng.normal(0, 0.3, leaf.shape) + (path[-1].key == 'scale')
     return jnp.asarray(values, leaf.dtype)
 
-  shapes = nn.meta.unbox(models.abstract_params(model, T))
+  shapes = nn.meta.unbox(models.abstract_params(model))
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 

@@ -132,7 +132,7 @@ def first_state(model):
   rng = np.random.default_rng(1)
   bias = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype),
-    router_state.init_router_state(model, T),
+    router_state.init_router_state(model),
   )
   step = jnp.zeros((), jnp.int32)
   seed = jnp.zeros((), jnp.uint32)
@@ -151,7 +151,7 @@ def step_of(
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
     mesh = partitioning.make_mesh(sizes)
-    trees = models.describe(model, T)
+    trees = models.describe(model)
     params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
     whole = NamedSharding(mesh, PartitionSpec())
     places = jax.tree.map(lambda _: whole, state)

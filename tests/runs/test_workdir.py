@@ -36,7 +36,7 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   assert run.model == options.filled(257).model
   assert (run.data, run.batch_size) == (options.data, 4)
   rules = run.sharding.rules
-  found = trained.restore_variables(folder, run.model.build(rules), 24, rules)
+  found = trained.restore_variables(folder, run.model.build(rules), rules)
   assert found.step == 2
   for a, b in zip(
     jax.tree.leaves(found.state['params']),

@@ -54,10 +54,14 @@ def grads():
 
 
 def run(transform, params, grads, steps=3):
-  state = transform.init(params)
-  for _ in range(steps):
+  @jax.jit
+  def step(params, state):
     updates, state = transform.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.jit(transform.init)(params)
+  for _ in range(steps):
+    params, state = step(params, state)
   return params
 
 
@@ -93,7 +97,7 @@ def test_adamw_is_optax_adamw(params, grads):
 
 def decayed(params, **options):
   """The fraction that a step without a gradient leaves of each parameter."""
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  zeros = jax.tree.map(np.zeros_like, params)
   o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
   moved = run(made(o), params, zeros, steps=1)
   return jax.tree.map(
@@ -121,8 +125,8 @@ def test_no_bias_decays_that_of_a_router_among_them():
     model={'use_bias': True, **tiny.router(use_bias=True)},
     optimizer={'learning_rate': 1.0, 'weight_decay': 0.5},
   )
-  params = jax.tree.map(jnp.ones_like, tiny.params_of(options))
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  params = jax.tree.map(np.ones_like, tiny.params_of(options))
+  zeros = jax.tree.map(np.zeros_like, params)
   moved = run(tiny.optimizer_of(options), params, zeros, steps=1)
   decays = {
     jax.tree_util.keystr(path, simple=True, separator='/')

@@ -84,14 +84,14 @@ def model_of(options: RunConfig, vocab_size: int = 257):
 
 
 @functools.cache
-def _params(model, seq_len):
-  init = jax.jit(functools.partial(models.init_params, model, seq_len=seq_len))
+def _params(model):
+  init = jax.jit(functools.partial(models.init_params, model))
   return nn.meta.unbox(init(jax.random.key(0)))
 
 
 def params_of(options: RunConfig):
   """Parameters of the model at seed 0, made once."""
-  return _params(model_of(options), options.data.seq_len)
+  return _params(model_of(options))
 
 
 def grads_of(options: RunConfig, params, batch, key=0):
@@ -105,7 +105,7 @@ def grads_of(options: RunConfig, params, batch, key=0):
 
 def optimizer_of(options: RunConfig):
   """The optimizer of the model's parameters."""
-  trees = models.describe(model_of(options), options.data.seq_len)
+  trees = models.describe(model_of(options))
   return options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
   )

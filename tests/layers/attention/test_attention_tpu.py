@@ -41,7 +41,7 @@ def contents(attention, sizes, devices):
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  params = jax.tree.map(place, nn.meta.unbox(models.abstract_params(model, T)))
+  params = jax.tree.map(place, nn.meta.unbox(models.abstract_params(model)))
   ids = place(jax.ShapeDtypeStruct((B, T), jnp.int32), ('data', 'fsdp'))
 
   def loss(params, tokens, segment_ids):
