@@ -19,6 +19,7 @@ from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
 from tests.training import process, tiny
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = process.TIMEOUTS['heartbeat_timeout_seconds']
 STEPS = {
@@ -180,7 +181,6 @@ def test_two_processes_train_as_one(one, two):
   np.testing.assert_allclose(losses(folder / 'run')[:3], losses(one), rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_four_go_on_from_a_checkpoint_of_two_as_two_did(two, four):
   folder, ends, _ = four
   assert [e.status for e in ends] == [0] * 4, [e.errors[-2000:] for e in ends]
@@ -190,7 +190,6 @@ def test_four_go_on_from_a_checkpoint_of_two_as_two_did(two, four):
   assert_close(saved(folder / 'run', 3), saved(two[0] / 'run', 3))
 
 
-@pytest.mark.slow
 def test_the_stream_is_the_same_for_any_number_of_processes(two, four, stream):
   for _, ends, _ in (two, four):
     for end in ends:
@@ -210,7 +209,6 @@ def test_sigterm_to_one_saves_in_all_at_one_step(two):
   assert f'going on from the checkpoint of step {step}' in ends[0].said
 
 
-@pytest.mark.slow
 def test_sigterm_before_the_first_step_of_a_resumed_run(four):
   _, ends, _ = four
   assert len({end.results[0]['step'] for end in ends}) == 1
@@ -233,7 +231,6 @@ def test_process_0_alone_speaks_and_writes_rows(two):
   assert len(list((folder / 'run' / 'tensorboard').iterdir())) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('befalls', 'message'),
   [
@@ -257,7 +254,6 @@ def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
   assert len(other.errors.splitlines()) < 20
 
 
-@pytest.mark.slow
 def test_process_0_dies(tmp_path):
   job = {'workdir': 'run', 'overrides': LONG, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
@@ -267,7 +263,6 @@ def test_process_0_dies(tmp_path):
   assert seconds < TIMEOUT
 
 
-@pytest.mark.slow
 def test_processes_that_differ_are_named(tmp_path):
   job = {'workdir': 'run', 'overrides': LONG, 'seeds': [0, 3]}
   ends, _ = start(tmp_path, 2, [job])
@@ -276,7 +271,6 @@ def test_processes_that_differ_are_named(tmp_path):
     assert 'the config of process 1 is not that of process 0' in end.errors
 
 
-@pytest.mark.slow
 def test_a_folder_that_is_not_shared(tmp_path):
   job = {'workdir': ['a', 'b'], 'overrides': LONG}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
@@ -286,7 +280,6 @@ def test_a_folder_that_is_not_shared(tmp_path):
   )
 
 
-@pytest.mark.slow
 def test_hooks_and_evaluations_of_two_processes(tmp_path):
   """What the main program adds: nothing of it waits for what is not there."""
   job = {
