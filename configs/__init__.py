@@ -1,1 +1,1 @@
-"""What one run is: each file changes `base.py` where it differs."""
+"""Configs of runs; each file changes values of `base.py`."""

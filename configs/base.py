@@ -1,11 +1,11 @@
-"""A config at its defaults; a file here changes only what differs from them.
+"""The config with all defaults, of which other files change some values.
 
     def get_config(arg=''):
       config = base.get_config()
       config.model.width = 256
       return base.finish(config, arg)
 
-Keys, defaults and what each means are those of the options' dataclasses:
+Keys, defaults and descriptions come from the dataclasses of options:
 
     python -m moe_jax.main --config=configs/base.py --describe
 """
@@ -32,21 +32,21 @@ RUNLOCAL = 'runlocal'
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The defaults, locked against new keys but for those of open sections."""
+  """The defaults, locked against new keys except in open sections."""
   return finish(sections.section(RunConfig), arg)
 
 
 def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
-  """The last line of every config: locks it, and shrinks it if asked.
+  """Locks a config, and shrinks it for 'runlocal'; every config ends with this.
 
   Args:
     config: The config.
-    arg: What stands behind the file's name and a colon: 'runlocal' tries the
-      same structure out at a laptop's size, on the embedded corpus.
+    arg: The text after the file's name and a colon: with 'runlocal' the same
+      structure gets a laptop's size, and the embedded corpus.
 
   Raises:
-    ValueError: `arg` is neither '' nor 'runlocal', or the config that is to be
-      shrunk is wrong.
+    ValueError: `arg` is neither '' nor 'runlocal', or the config to be shrunk
+      has problems.
   """
   if arg not in ('', RUNLOCAL):
     raise ValueError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
@@ -61,10 +61,10 @@ def evaluation(
   """An entry of `evals` of kind 'loss': the loss of the validation split.
 
   Args:
-    every_steps: Number of optimizer steps between two; it also runs at the
-      end.
+    every_steps: Number of optimizer steps between two measurements; the last is
+      at the end of the run.
     num_batches: Number of batches, spread over the split; 0 takes all of it.
-    **overrides: Keys of `config.model`, nested, that differ in it.
+    **overrides: Keys of `config.model`, nested, that differ in the evaluation.
   """
   keys = dict(every_steps=every_steps, num_batches=num_batches)
   return entry(LossEvaluation, **keys, **overrides)
@@ -73,19 +73,19 @@ def evaluation(
 def classify_evaluation(
   every_steps: int = 500, num_batches: int = 0, **overrides: Any
 ) -> ConfigDict:
-  """An entry of kind 'classify': how often the right class is the largest.
+  """An entry of `evals` of kind 'classify': the accuracy of a classifier.
 
   Args:
     every_steps: As in `evaluation`.
-    num_batches: Likewise.
-    **overrides: Likewise.
+    num_batches: As in `evaluation`.
+    **overrides: As in `evaluation`.
   """
   keys = dict(every_steps=every_steps, num_batches=num_batches)
   return entry(ClassifyEvaluation, **keys, **overrides)
 
 
 def generate_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
-  """An entry of kind 'generate': outputs for validation inputs, scored.
+  """An entry of `evals` of kind 'generate': scores of generated outputs.
 
   Args:
     every_steps: As in `evaluation`.
@@ -95,7 +95,7 @@ def generate_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
 
 
 def choice_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
-  """An entry of kind 'choice': how often the right answer is the likeliest.
+  """An entry of `evals` of kind 'choice': accuracy on multiple choice.
 
   Args:
     every_steps: As in `evaluation`.
@@ -105,15 +105,15 @@ def choice_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:
 
 
 def entry(kind: type[EvaluationOptions], **keys: Any) -> ConfigDict:
-  """An entry of `evals` of any kind, a user's own among them.
+  """An entry of `evals` of any kind, including a user's own.
 
   Args:
     kind: The class of its options.
-    **keys: Options of that kind, sections as nested dicts; any others are keys
-      of `config.model` that differ in the evaluation.
+    **keys: Options of that kind, with sections as nested dicts; all other keys
+      are those of `config.model` that differ in the evaluation.
 
   Raises:
-    ValueError: All that is wrong with the options, by name.
+    ValueError: The message lists all problems of the options, by name.
   """
   own = {key: keys.pop(key) for key in list(keys) if key in fields_of(kind)}
   if keys:

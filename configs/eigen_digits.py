@@ -1,7 +1,7 @@
 """The deep mixture of experts of 2013 on jittered digits, in a minute.
 
 Two gated layers of four experts each (arXiv:1312.4314) on scikit-learn's 8x8
-digits at random places of a 14x14 canvas; the balancing constraint holds for
+digits at random positions on a 14x14 canvas; the balancing constraint holds for
 the first half of training, then it is lifted. With MNIST prepared by TFDS:
 --config.data.source.kind=tfds --config.data.source.tfds.name=mnist
 --config.data.validation_split=test.
@@ -25,7 +25,7 @@ def get_config(arg: str = ''):
   config.model.deep_moe.num_experts = (4, 4)
   config.model.deep_moe.hidden = (64, 32)
   config.model.deep_moe.gate_hidden = (16, 16)
-  config.model.deep_moe.margin = 32.0  # a batch
+  config.model.deep_moe.margin = 32.0  # the size of a batch
   config.model.deep_moe.balance_steps = 2000
   config.optimizer.learning_rate = 2e-3
   config.optimizer.weight_decay = 0.0

@@ -1,14 +1,14 @@
 """LSTM - mixture of experts - LSTM, the language models of Shazeer et al. 2017.
 
-https://arxiv.org/abs/1701.06538, Appendices C and D. Without an argument a
-small one on bytes: 16 experts in 4 branches, two of each selected, one minute
-on two cores. With `:<model>` a published one: `MoE-4`, `MoE-32`, `MoE-256`,
-`MoE-256-h` (-h: of two levels), `MoE-1024-h`, `MoE-4096-h`, `MoE-34M`,
-`MoE-143M`, and those without experts, `MoE-1-Wide`, `MoE-1-Deep`,
-`4xLSTM-512`, `LSTM-1024-512` and `LSTM-2048-512`, of Table 7;
-`MoE-16384-h`, `MoE-65536-h` and `MoE-131072-h` of Table 8. (Table 8 has the
-smaller ones of two levels with more branches: 32 of 256 and of 1024 experts, 64
-of 4096.) What they cost, embedding and softmax apart:
+https://arxiv.org/abs/1701.06538, Appendices C and D. Without an argument it is
+a small model on bytes: 16 experts in 4 branches, two of each selected, one
+minute on two cores. With `:<model>` it is a published one: `MoE-4`, `MoE-32`,
+`MoE-256`, `MoE-256-h` (-h: gates of two levels), `MoE-1024-h`, `MoE-4096-h`,
+`MoE-34M`, `MoE-143M`, and without experts `MoE-1-Wide`, `MoE-1-Deep`,
+`4xLSTM-512`, `LSTM-1024-512` and `LSTM-2048-512`, from Table 7; `MoE-16384-h`,
+`MoE-65536-h` and `MoE-131072-h` from Table 8. (In Table 8 the smaller models of
+two levels have more branches: 32 with 256 and with 1024 experts, 64 with 4096.)
+The cost of a model, without embedding and softmax, is printed by
 
     python -m moe_jax.analysis.cost --config=configs/shazeer_lstm.py:MoE-256-h
 
@@ -27,7 +27,7 @@ from moe_jax import sections
 from moe_jax.options import unknown
 
 # The number of experts, of 1024 hidden units each, and the number of branches
-# that they are divided into; 0 branches are one level of gates.
+# into which they are divided; 0 branches mean one level of gates.
 EXPERTS = {
   'MoE-4': (4, 0),
   'MoE-32': (32, 0),
@@ -41,8 +41,8 @@ EXPERTS = {
   'MoE-34M': (1024, 16),
   'MoE-143M': (256, 16),
 }
-# What a model changes in the section `model` of all published ones. The paper
-# searched for dropout rates in steps of 0.1.
+# Keys of the section `model` that a model changes from those that all published
+# ones share. The paper searched for dropout rates in steps of 0.1.
 CHANGES = {
   'MoE-1024-h': dict(dropout=0.2),
   'MoE-4096-h': dict(dropout=0.2),
@@ -101,9 +101,9 @@ def set_experts(moe, num_experts: int, branching: int = 0) -> None:
   """Sets experts and noisy gates in a section `model.moe`.
 
   Args:
-    moe: The section; it says how many experts serve a token.
+    moe: The section, whose `num_selected` is kept.
     num_experts: Number of experts.
-    branching: Number of branches, of which a token chooses two; 0: one level.
+    branching: Number of branches, of which a token chooses two; 0 is one level.
   """
   moe.num_experts = num_experts
   moe.group_size = -1

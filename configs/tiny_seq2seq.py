@@ -1,10 +1,10 @@
 """A first encoder-decoder: docstrings of Python's own standard library.
 
-It reads a function and writes what the function's docstring says, bytes in and
-bytes out: T5's layout with 8 Switch experts in the second layer of each half, a
-few minutes on two cores, nothing downloaded. At the end it documents
-`config.sample.prompt`, taking the likeliest byte each time, and 48 functions of
-the validation split, which are scored.
+It reads a function and writes its docstring, both as bytes. The model has T5's
+layout with 8 Switch experts in the second layer of encoder and decoder. It
+trains for a few minutes on two cores, and nothing is downloaded. At the end it
+documents `config.sample.prompt`, taking the likeliest byte each time, and 48
+functions of the validation split, for which scores are printed.
 
     python -m moe_jax.main --config=configs/tiny_seq2seq.py \
       --workdir=runs/tiny_seq2seq

@@ -1,7 +1,7 @@
 """The first run: a byte-level Switch model of Python's own standard library.
 
-8 experts in every other layer, about two minutes on two cores, nothing
-downloaded.
+It has 8 experts in every other layer, and trains for about two minutes on two
+cores; nothing is downloaded.
 
     python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
 """

@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints in and out of runs, and checked.
+"""Imports, exports and verifies Hugging Face checkpoints.
 
     python -m moe_jax.interop import google/switch-base-8 --workdir runs/switch
     python -m moe_jax.interop export --workdir runs/switch --output folder
     python -m moe_jax.interop verify folder --expected expected.npz
 
 SOURCE is a local folder or the id of a repository on the hub. `import` takes
-what is not the model's from the defaults, or from --config=configs/own.py, with
-overrides: --config.mesh.expert=4.
+options that the checkpoint does not decide from the defaults, or from
+--config=configs/own.py, with overrides: --config.mesh.expert=4.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from moe_jax.runs.checkpointer import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
-  """A parser of arguments that says in one line what is wrong."""
+  """A parser that reports a wrong argument in one line."""
 
   def error(self, message: str) -> NoReturn:
     command_line.fail(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  """Reads the command line; the overrides of the config are apart."""
+  """Parses the command line; returns overrides of the config separately."""
   parser = _Parser(
     prog='python -m moe_jax.interop',
     description=__doc__.split('\n')[0],
@@ -38,24 +38,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text):
-    made = commands.add_parser(name, help=text, allow_abbrev=False)
-    made.set_defaults(run=run)
-    made.add_argument('--traceback', action='store_true')
-    return made.add_argument
+    added = commands.add_parser(name, help=text, allow_abbrev=False)
+    added.set_defaults(run=run)
+    added.add_argument('--traceback', action='store_true')
+    return added.add_argument
 
-  add = command('import', _import, 'a checkpoint into a new run')
-  add('source', metavar='SOURCE', help="a folder, or a hub repository's id")
-  add('--workdir', required=True, help='the new run')
-  add('--config', default='', help="a run's config file; else the defaults")
+  source = 'folder, or id of a repository on the hub'
+  revision = 'branch, tag or commit of a repository'
+  add = command('import', _import, 'makes a new run from a checkpoint')
+  add('source', metavar='SOURCE', help=source)
+  add('--workdir', required=True, help='folder of the new run')
+  add('--config', default='', help='config file of the run; else the defaults')
   add('--dtype', choices=('float32', 'bfloat16'), default='')
-  add('--revision', default='', help='a branch, tag or commit')
-  add = command('export', _export, 'a run into a folder for transformers')
-  add('--workdir', required=True, help='the run')
-  add('--output', required=True, help='a new folder')
-  add = command('verify', _verify, 'a checkpoint against what is expected')
-  add('source', metavar='SOURCE', help="a folder, or a hub repository's id")
-  add('--expected', required=True, help='an npz of what transformers computed')
-  add('--revision', default='', help='a branch, tag or commit')
+  add('--revision', default='', help=revision)
+  add = command('export', _export, 'writes a run for transformers')
+  add('--workdir', required=True, help='folder of the run')
+  add('--output', required=True, help='new folder')
+  add = command('verify', _verify, 'compares outputs with those expected')
+  add('source', metavar='SOURCE', help=source)
+  add('--expected', required=True, help='npz file of outputs of transformers')
+  add('--revision', default='', help=revision)
   options, rest = parser.parse_known_args(argv)
   unknown = [word for word in rest if not word.startswith('--config.')]
   if unknown or (rest and options.run is not _import):
@@ -93,7 +95,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs one command; its status says whether all is well."""
+  """Runs one command and exits; status 0 is success."""
   options, overrides = parse(sys.argv[1:] if argv is None else argv)
   logging.set_verbosity(logging.WARNING)
   command_line.ignore_closed_loops()

@@ -1,6 +1,6 @@
-"""What this package knows of one architecture of transformers.
+"""The description of an architecture of transformers.
 
-Not here: the architectures themselves, a file each.
+Not here: the architectures, each in its own file.
 """
 
 import dataclasses
@@ -24,33 +24,33 @@ ACTIVATIONS = {
 
 
 def _numbered(options: ModelOptions) -> None:
-  """Every token has a number, whatever its id."""
+  """Returns None: every token has a position of its own."""
   del options
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """One `model_type`.
+  """An architecture of transformers, a `model_type`.
 
   Attributes:
     model_type: The name in config.json.
     classes: The names that `architectures` may have; the first is written.
     keys: The keys of config.json.
-    problems: Returns what our models cannot express of the values of the keys,
-      each text a problem.
-    options: Returns the options of the model that values without problems
-      describe.
+    problems: Returns a text for each value of the keys that our models cannot
+      express.
+    options: Returns the options of the model for values without problems.
     describe: Returns the keys of config.json that the options of a model
-      decide; raises ValueError where the architecture has no such model.
-    suits: Whether a model that came from nowhere is exported as this one.
+      decide; raises ValueError if the architecture has no such model.
+    suits: Returns whether a model that was not imported is exported as this
+      architecture.
     names: The tensors of our parameters; see `mapping`.
-    prefix: What the names of tensors lack in a model without its head.
-    computed: Patterns of the names of tensors that hold what is computed
-      anyway.
-    fills_gaps: Whether the checkpoints were trained to fill the gaps in text
-      that tokens of their own stand for (T5).
+    prefix: Prefix of tensor names that a model without head does not have.
+    computed: Patterns of the names of tensors that need not be read, as their
+      values are computed.
+    fills_gaps: Whether the checkpoints were trained to fill gaps in text that
+      are marked by sentinels (T5).
     unnumbered: Returns the id of the tokens that have no position of their own;
-      None where there is none.
+      None if there is none.
   """
 
   model_type: str
@@ -68,40 +68,41 @@ class Architecture:
 
 
 def unsupported(key: str, name: str, table: Mapping[str, str]) -> list[str]:
-  """The problem of an activation that our models do not have, or none."""
+  """The problem of an activation that is not in `table`, or an empty list."""
   if name in table:
     return []
   return [f'{key}={name!r} is not supported, only {sorted(table)}']
 
 
 def written(name: str, table: Mapping[str, str]) -> str:
-  """Their first name of our activation; ours where they have none."""
+  """The first name that `table` has for our activation, or our own name."""
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
 def filled(
   half: StackOptions, width: int
 ) -> tuple[AttentionOptions, MoeOptions]:
-  """Attention and experts of a half, with the sizes that were left at 0."""
+  """Attention and experts of a stack, with defaults for sizes of 0."""
   return half.attention.within(width), half.moe.within(half.ffn, half.dropout)
 
 
-def layers(sparse: list[int], num_layers: int) -> str:
-  """Our string for sparse layers by number."""
+def layers(num_layers: int, step: int, first: int) -> str:
+  """The option `moe.layers` for the layers that are sparse; see `is_sparse`."""
+  sparse = [i for i in range(num_layers) if is_sparse(i, step, first)]
   if len(sparse) in (0, num_layers):
     return 'all' if sparse else 'none'
   return ','.join(map(str, sparse))
 
 
 def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The step of a pattern that is sparse at `first(step)`, + step, ...
+  """The step under which layers are sparse; see `is_sparse`.
 
   Args:
-    sparse: A flag for each layer.
-    first: With 0 the first sparse layer is step - 1; with 1 it is layer 1.
+    sparse: Whether each layer is sparse.
+    first: 0 as NLLB counts, 1 as Switch does.
 
   Returns:
-    The step; None where no step gives the pattern.
+    The step; None if no step gives these layers.
   """
   for step in range(len(sparse) + 2):
     if tuple(is_sparse(i, step, first) for i in range(len(sparse))) == sparse:
@@ -110,12 +111,13 @@ def period(sparse: tuple[bool, ...], first: int) -> int | None:
 
 
 def is_sparse(layer: int, step: int, first: int) -> bool:
-  """Whether a layer is sparse under a step; none is under step 0.
+  """Whether a layer is sparse, where one in every `step` layers is.
 
   Args:
     layer: The number of the layer, from 0.
-    step: The number of layers of which one is sparse.
-    first: 0 as NLLB counts, 1 as Switch does.
+    step: The number of layers of which one is sparse; with 0 no layer is.
+    first: 0 if the first sparse layer is step - 1, as NLLB counts; 1 if it is
+      layer 1, as Switch counts.
   """
   if step <= 1:
     return step == 1

@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint: what it is, checked before anything is read.
+"""The config.json of a Hugging Face checkpoint, read and checked.
 
-Not here: where it comes from (`hub.py`), and its parameters (`loading.py`).
+Not here: downloads (`hub.py`), and reading of parameters (`loading.py`).
 """
 
 import dataclasses
@@ -23,14 +23,15 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What config.json says.
+  """A checkpoint whose config.json has been read.
 
   Attributes:
     folder: The folder of the checkpoint.
-    architecture: The architecture that it is of.
+    architecture: The architecture of the checkpoint.
     config: The content of config.json.
     options: The options of the model.
-    notes: What acts in training alone and is not carried over, a line each.
+    notes: A line for each value that acts only in training and is not carried
+      over.
   """
 
   folder: pathlib.Path
@@ -45,12 +46,12 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
   Args:
     folder: The folder of a checkpoint.
-    dtype: Type of parameters and products; '' is the checkpoint's own, but
-      float32 for float16, which it holds.
+    dtype: Dtype of parameters and products; '' is the checkpoint's own, or
+      float32 for float16.
 
   Raises:
-    ValueError: The architecture, a key or a value is not supported; all that
-      is wrong is listed.
+    ValueError: The architecture, a key or a value is not supported; all
+      problems are listed.
   """
   path = folder / 'config.json'
   if not path.is_file():
@@ -98,7 +99,7 @@ def named(kind: Any, where: str = '') -> Architecture:
   """The architecture of a `model_type`.
 
   Raises:
-    ValueError: It is not supported; those that are, are listed.
+    ValueError: It is not supported; all supported ones are listed.
   """
   by_name = {name.replace('-', '_'): a for name, a in ARCHITECTURES.items()}
   if (name := str(kind).replace('-', '_')) not in by_name:

@@ -1,8 +1,8 @@
-"""The keys of a checkpoint's config.json: honoured, or refused, all of them.
+"""The keys of a checkpoint's config.json, each of which is used or refused.
 
-Every architecture sorts the keys that its `config.json` may have by what
-becomes of them; a key that it does not know is an error. Not here: what the
-honoured values mean to our models (`mixtral.py` and its siblings).
+Every architecture sorts the keys that its `config.json` may have by how they
+are treated; an unknown key is an error. Not here: the options of our models for
+these values (`mixtral.py` and its siblings).
 """
 
 import dataclasses
@@ -21,13 +21,16 @@ class Keys:
   """The keys of one architecture.
 
   Attributes:
-    honoured: The type and transformers' default of each key that shapes the
-      model, by name.
-    training: The type and the default of each key that acts in training alone,
-      by name; then the value that is no loss, or the name of a key that has
-      it, or ... where any is; and why another is not carried over.
-    fixed: The values of each key that are supported, the default first.
-    ignored: Why each of the other keys changes neither inference nor training.
+    honoured: For each key that shapes the model, its type and transformers'
+      default.
+    training: For each key that acts only in training, its type, its default,
+      the neutral value (or the name of a key that has this value, or ... if
+      every value is carried over), and the reason why any other value is not
+      carried over.
+    fixed: For each key with only some supported values, these values, the
+      default first.
+    ignored: For each other key, the reason why it changes neither inference nor
+      training.
   """
 
   honoured: Mapping[str, tuple[Any, Any]]
@@ -49,11 +52,15 @@ class Values(types.SimpleNamespace):
 def read(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[Values, list[str], list[str]]:
-  """The values, all that is wrong with them, and what is not carried over.
+  """Reads the values of the keys.
 
   Args:
     keys: The keys of the architecture.
     config: The content of `config.json`.
+
+  Returns:
+    The values; a text for each problem; and a text for each value that is not
+    carried over.
   """
   values, problems, notes = Values(), [], []
   known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
@@ -95,7 +102,7 @@ def _name(kind: Any) -> str:
 
 _GENERATION = f'generation reads it, as {_WHO} does'
 _NO_NUMBER = 'no number of the model depends on it'
-# Keys of every architecture.
+# Keys that every architecture may have.
 COMMON_FIXED = {
   'per_layer_config': (None,),
   'quantization_config': (None,),

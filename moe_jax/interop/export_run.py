@@ -1,4 +1,4 @@
-"""A run's checkpoint as a folder for transformers, its tokenizer beside it."""
+"""Export of a run's checkpoint and tokenizer as a folder for transformers."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def export_run(
   """Writes a run's newest good checkpoint for transformers to read.
 
   Returns:
-    What there is to say.
+    Lines about the export, for printing.
 
   Raises:
     ValueError: The folder holds no run or no checkpoint, or as `save`.
@@ -53,7 +53,7 @@ def export_run(
 
 
 def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
-  """The run's mesh; None where it was made for other devices."""
+  """The run's mesh; None if it does not fit the devices."""
   mesh = workdir_lib.kept_config(folder).get('mesh', {})
   try:
     return sections.read(MeshOptions, mesh, 'mesh.').make()
@@ -76,7 +76,10 @@ def _special(tokenizer: Tokenizer | None) -> dict[str, Any]:
 def _export_tokenizer(
   files: pathlib.Path, output: pathlib.Path, tokenizer: Tokenizer | None
 ) -> str:
-  """Copies what was imported, else writes what a JSON tokenizer holds."""
+  """Copies files that were imported, or else writes a JSON tokenizer.
+
+  Returns a line about it, for printing.
+  """
   if files.is_dir():
     for path in files.iterdir():
       if path.name != 'config.json':

@@ -1,8 +1,9 @@
-"""How one tensor is laid out there and here, as a line of letters.
+"""Layouts of a tensor in a checkpoint and here, written in letters.
 
-`'(H D) M -> M H D'` is a linear layer of theirs, [out, in], whose output is H
-heads of D. `'E (1/2 F) M -> E M F'` is the second of two halves along its
-second dimension. Not here: which tensor is which (`mapping.py`).
+`'(H D) M -> M H D'` is a linear layer in PyTorch's layout, [out, in], whose
+output has H heads of width D, and our layout of it. `'E (1/2 F) M -> E M F'`
+takes block 1 of 2, the second half, of the second dimension. Not here: names of
+tensors (`mapping.py`).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ _GROUP = re.compile(r'\(([^)]*)\)|(\S+)')
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """The layout of a tensor, in a checkpoint and here.
+  """The layout of a tensor in a checkpoint ("theirs") and here ("ours").
 
   Attributes:
     theirs: The parts of each dimension of their tensor, outermost first; 'k/n'
@@ -33,7 +34,7 @@ class Form:
   @classmethod
   @functools.cache
   def parse(cls, text: str) -> 'Form':
-    """Reads 'theirs -> ours'; without an arrow the two are the same."""
+    """Parses 'theirs -> ours'; without an arrow both layouts are equal."""
     left, _, right = text.partition('->')
     groups = [
       tuple((inside or alone).split()) for inside, alone in _GROUP.findall(left)
@@ -45,7 +46,7 @@ class Form:
     return cls(tuple(groups), ours)
 
   def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of their tensor where ours has `shape`."""
+    """The shape of their tensor if ours has `shape`."""
     sizes = self._sizes(shape)
     return tuple(
       int(np.prod([sizes[part] for part in group])) for group in self.theirs
@@ -54,12 +55,12 @@ class Form:
   def read(
     self, get: Callable[[Index], np.ndarray], shape: Sequence[int], index: Index
   ) -> np.ndarray:
-    """A slice of our tensor, from no more of theirs than it needs.
+    """Reads a slice of our tensor, and of theirs only what it needs.
 
     Args:
-      get: Returns a slice of their tensor, which is a copy.
+      get: Returns a copy of a slice of their tensor.
       shape: The shape of our whole tensor.
-      index: The slices of our tensor, with plain bounds.
+      index: The slice of each dimension of our tensor, with plain bounds.
     """
     sizes = self._sizes(shape)
     wanted = {
@@ -83,7 +84,7 @@ class Form:
     return part.squeeze(axis=fixed).transpose(order)
 
   def write(self, array: np.ndarray) -> np.ndarray:
-    """Their contiguous tensor from the whole of ours; blocks are read only."""
+    """Their contiguous tensor from our whole one; blocks cannot be written."""
     letters = [letter for group in self.theirs for letter in group]
     order = [self.ours.index(letter) for letter in letters]
     shape = self.their_shape(array.shape)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: the user's own, or one fetched from a hub."""
+"""The folder of a checkpoint: a local one, or a download from the hub."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import huggingface_hub
 
 from moe_jax.interop.tensor_files import SAFETENSORS, TORCH
 
-# What a checkpoint has beside its weights: configs, tokenizer, chat template.
+# Files besides weights: configs, tokenizer, chat template.
 SMALL = ('*.json', '*.jinja', '*.model', '*.txt')
 _REPOSITORY = re.compile(r'[\w.-]+(/[\w.-]+)?')
 
@@ -18,16 +18,16 @@ def fetch(
 ) -> pathlib.Path:
   """The folder of `source`, downloaded to the hub's cache if it is no folder.
 
-  Where a repository has both, safetensors are fetched and PyTorch's files not.
-  Without a network, what the cache has will do.
+  If a repository has safetensors, PyTorch's files are not fetched. Without a
+  network, files are taken from the cache.
 
   Args:
     source: A folder, or the id of a repository: 'google/switch-base-8'.
-    weights: Whether weights are fetched, beside configs and tokenizer.
+    weights: Whether weights are fetched, besides configs and tokenizer.
     revision: A branch, tag or commit; '' is the main branch.
 
   Raises:
-    ValueError: There is no such folder, and no such repository either.
+    ValueError: There is neither such a folder nor such a repository.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -39,7 +39,7 @@ def fetch(
     return _download(name, revision, [])
   for file in (SAFETENSORS, TORCH):
     stem, _, ending = file.partition('.')
-    patterns = [file, f'{stem}-*.{ending}']  # whole, or in shards
+    patterns = [file, f'{stem}-*.{ending}']  # one file, or shards
     folder = _download(name, revision, patterns)
     if any(path for pattern in patterns for path in folder.glob(pattern)):
       break
@@ -51,7 +51,7 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
     folder = huggingface_hub.snapshot_download(
       name, revision=revision or None, allow_patterns=[*SMALL, *patterns]
     )
-  except Exception as error:  # the client's own, HTTP's, the network's
+  except Exception as error:  # of the client, of HTTP or of the network
     first = str(error).strip().split('\n', 1)[0]
     raise ValueError(
       f'{name} is no folder in {os.getcwd()}, and the hub does not give it: '

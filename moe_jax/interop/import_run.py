@@ -1,10 +1,9 @@
-"""Checkpoints into a run's folder, from where training goes on.
+"""Import of a checkpoint as a run's folder, which can be trained further.
 
-An imported folder holds a checkpoint of step 0 with parameters alone, the
-run's config, the tokenizer, and the files that came with the weights in
-`huggingface/`. `config.py`, by which `moe_jax.main` is told of the config, is
-always the same text; the values are those of `imported.json` beside it. Not
-here: the way out (`export_run.py`).
+An imported folder has a checkpoint of step 0 with only parameters, the run's
+config, the tokenizer, and in `huggingface/` the files that came with the
+weights. `config.py`, a config file for `moe_jax.main`, is always the same text,
+which reads the values in `imported.json`. Not here: export (`export_run.py`).
 """
 
 import dataclasses
@@ -65,20 +64,23 @@ def import_run(
   revision: str = '',
   devices: Sequence[jax.Device] | None = None,
 ) -> list[str]:
-  """Makes a run's folder of a checkpoint; returns what there is to say.
+  """Makes a run's folder from a checkpoint.
 
   Args:
     source: A folder, or the id of a hub repository.
     workdir: A folder that holds no run yet.
-    options: The options of the run: all are taken from them but what the
-      checkpoint's model computes.
-    dtype: Type of parameters and products; '' is the checkpoint's own.
+    options: The options of the run, except for the function that the model
+      computes, which the checkpoint decides.
+    dtype: Dtype of parameters and products; '' is the checkpoint's own.
     revision: A branch, tag or commit of a repository; '' is its main branch.
     devices: The devices of the mesh; None is all there are.
 
+  Returns:
+    Lines about the import, for printing.
+
   Raises:
-    ValueError: As `load`; the folder holds a run; or the tokenizer is not one
-      of ours.
+    ValueError: As `load`; the folder holds a run; or the tokenizer cannot be
+      read.
   """
   folder = pathlib.Path(workdir).expanduser()
   for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
@@ -103,7 +105,7 @@ def import_run(
 
 
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
-  """The folder's tokenizer; None where there is none at all."""
+  """The folder's tokenizer; None if it has none."""
   names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
   if not any((folder / name).is_file() for name in names):
     return None
@@ -111,10 +113,9 @@ def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
 
 
 def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:
-  """The checkpoint's model, computed and trained as a run's options say.
+  """The checkpoint's model, computed and trained by a run's options.
 
-  What a checkpoint says of dropout, losses and types of numbers comes before
-  what the options say.
+  The checkpoint's own dropout, losses and dtypes take precedence.
   """
   model = _computed_as(theirs, ours)
   numerics = dataclasses.replace(
@@ -126,12 +127,15 @@ def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:
 
 
 def _computed_as(theirs: O, ours: Options, how: bool = False) -> O:
-  """`theirs`, with our values of those defaults that say how and not what.
+  """`theirs` with our values of options that only say how it is computed.
+
+  See `Spec.how`. Options that `theirs` has at another value than the default
+  are kept.
 
   Args:
     theirs: Options.
     ours: Options of which some may have the same names.
-    how: Whether all of them say only how something is computed.
+    how: Whether all of them only say how something is computed.
   """
   changes = {}
   for name, field in fields_of(type(theirs)).items():
@@ -153,9 +157,9 @@ def _data(
 ) -> DataOptions:
   """The data with the checkpoint's tokenizer, and a task that fits its model.
 
-  An encoder-decoder that is asked to learn from documents is given a task that
-  it can be trained on at once: gaps to fill, where it has learned to fill some,
-  else pairs of texts that come with Python.
+  If the task has no inputs and targets, an encoder-decoder gets another one:
+  span corruption if it was trained on that, or else pairs of texts that come
+  with Python.
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:
@@ -180,7 +184,7 @@ def _write(
   tokenizer: tokenizers.Json | None,
   params: Any,
 ) -> None:
-  """Writes the folder, its config last: what has none is no run."""
+  """Writes the folder; the config is last, as without it there is no run."""
   files = folder / FILES
   files.mkdir(parents=True)
   for path in checkpoint.folder.iterdir():

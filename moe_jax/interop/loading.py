@@ -1,8 +1,8 @@
-"""A checkpoint's parameters, from files into sharded arrays.
+"""Reading of a checkpoint's parameters into sharded arrays.
 
-The host holds about the largest tensor of the checkpoint beside what is
-already in its place, whatever the size of the model and of its stacked
-parameters. Not here: which tensor goes where (`mapping.py`).
+Besides finished arrays, the host holds about as much as the checkpoint's
+largest tensor, whatever the size of the model and of its stacked parameters.
+Not here: which tensors belong to a parameter (`mapping.py`).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-  """A checkpoint as a model of ours.
+  """The model of a checkpoint.
 
   Attributes:
     options: The options of the model, from which it is built and exported.
@@ -61,20 +61,21 @@ def load(
 ) -> Loaded:
   """The model of a Hugging Face checkpoint and its variables.
 
-  What the checkpoint's config says of training alone and our models do not
-  have is logged.
+  Values of the checkpoint's config that act only in training and that our
+  models do not have are logged.
 
   Args:
     source: A local folder, or the id of a repository on the hub.
-    mesh: Where the parameters are put; None is the first local device.
-    rules: The mesh axes of each logical axis, `ShardingOptions().rules`, say.
-    dtype: 'float32' or 'bfloat16', of parameters and products; '' is the
-      checkpoint's own. Routers stay float32.
+    mesh: The devices of the parameters; None is the first local device.
+    rules: The sharding table, such as `ShardingOptions().rules`.
+    dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
+      the checkpoint's own. Routers stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
-    ValueError: The architecture, a key of its config, or a tensor is not
-      supported, missing, unknown or of another shape: all are listed.
+    ValueError: The architecture, a key of its config or a tensor is not
+      supported; or tensors are missing, unknown or of another shape. All
+      problems are listed.
   """
   checkpoint = fetch(source, dtype=dtype, revision=revision)
   for note in checkpoint.notes:
@@ -87,9 +88,9 @@ def load(
 def fetch(
   source: str | os.PathLike[str], *, dtype: str = '', revision: str = ''
 ) -> Checkpoint:
-  """The checkpoint, with its files on this machine; see `load`.
+  """Downloads a checkpoint, if need be, and reads its config; see `load`.
 
-  A config that is not supported is refused before weights are fetched.
+  A config that is not supported is refused before weights are downloaded.
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
   checkpoint = open_checkpoint(hub.fetch(source, revision=revision), dtype)
@@ -104,7 +105,7 @@ def fetch(
 def load_params(
   checkpoint: Checkpoint, *, mesh: Mesh | None = None, rules: Rules = RULES
 ) -> dict[str, Any]:
-  """The parameter tree in its shards; see `load`."""
+  """The tree of sharded parameters; see `load`."""
   files = TensorFiles(checkpoint.folder)
   model = checkpoint.options.build(rules)
   trees = models.describe(model)
@@ -123,10 +124,11 @@ def load_params(
 def _checked(
   checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
 ) -> dict[str, Leaf]:
-  """Every parameter by path, once all of the checkpoint's are accounted for.
+  """The tensors of every parameter, by path, checked against the files.
 
   Raises:
-    ValueError: All that is missing, unknown, or of another shape.
+    ValueError: Tensors are missing, unknown or of another shape; all are
+      listed.
   """
   architecture, names = checkpoint.architecture, checkpoint.architecture.names
   prefix = architecture.prefix
@@ -152,10 +154,10 @@ def _checked(
 def load_leaf(
   leaf: Leaf, files: TensorFiles, sharding: Sharding, dtype: Any
 ) -> jax.Array:
-  """One parameter in its shards; each device reads the slices it keeps.
+  """One sharded parameter; only the slices that devices keep are read.
 
-  A shard no larger than the checkpoint's largest tensor is put together on the
-  host; a larger one on its device, piece by piece.
+  A shard that is not larger than the checkpoint's largest tensor is assembled
+  on the host; a larger one on its device, piece by piece.
   """
   places = sharding.addressable_devices_indices_map(leaf.shape)
   by_bounds: dict[tuple, list[jax.Device]] = {}
@@ -181,12 +183,12 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
     whole = np.empty(shape, dtype)
     for place, piece in pieces:
       whole[place] = piece
-    # Copies on their way to a device would add up.
+    # Without waiting, several copies would be in host memory at once.
     return jax.block_until_ready(jax.device_put(whole, device))
   with jax.default_device(device):
     whole = jax.numpy.zeros(shape, dtype)
     for place, piece in pieces:
-      # A queue of pieces that wait for their device would be the shard again.
+      # Without waiting, all pieces of the shard would be in host memory.
       whole = jax.block_until_ready(
         _put(whole, piece[(None,) * len(place)].astype(dtype), place)
       )
@@ -194,7 +196,7 @@ def _shard(leaf, files, index, dtype, device) -> jax.Array:
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
-  """The leading indices within the shard, and the array, of every tensor."""
+  """Yields each tensor's leading indices within the shard, and its array."""
   n = leaf.num_stacked
   rest, shape = index[n:], leaf.shape[n:]
   ranges = [range(part.start, part.stop) for part in index[:n]]

@@ -1,8 +1,9 @@
-"""Which tensors of a checkpoint make which of our parameters.
+"""Mapping between the tensors of a checkpoint and our parameters.
 
-Our layers are stacked, theirs are one tensor a layer and expert; an
-architecture names theirs by a table, from our path in a layer. Not here: the
-tables (`mixtral.py` and its siblings), and the moving (`loading.py`).
+Our parameters stack all layers and experts; a checkpoint has a tensor for each.
+An architecture has a table from the path of our parameter in a layer to names
+of tensors. Not here: the tables (`mixtral.py` and its siblings), and reading of
+tensors (`loading.py`).
 """
 
 import dataclasses
@@ -19,37 +20,37 @@ from moe_jax.interop.tensor_files import FLOATS, TensorFiles
 from moe_jax.models import Model
 from moe_jax.partitioning import path_name
 
-_ROWS = 1024  # of tables compared at a time
+_ROWS = 1024  # rows of two tensors that are compared at a time
 
 
 class Name(NamedTuple):
   """A tensor of a checkpoint.
 
   Attributes:
-    theirs: The name of the tensor, with {layer} and {expert} where it is one
-      of several.
-    form: The layout there and here; see `Form`.
+    theirs: The name of the tensor, with {layer} and {expert} if there is one
+      for each.
+    form: The layout in the checkpoint and here; see `Form`.
   """
 
   theirs: str
   form: str
 
 
-# The key is our path, with 'layer' in place of stack and number, such as
-# 'decoder/layer/ffn/w_in'; the value has the spellings of its tensors, first
-# the one that is written.
+# A table of tensor names. A key is the path of our parameter, with 'layer' for
+# the layer, such as 'decoder/layer/ffn/w_in'; its value has the alternative
+# names of its tensors, of which the first is written.
 Names = Mapping[str, tuple[Name, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our parameters and the tensors it is made of.
+  """One of our parameters, and the tensors from which it is made.
 
   Attributes:
     path: The path of the parameter, 'layers/layer_1/moe/experts/w_in'.
     shape: The shape of the parameter.
     tensors: The name of each tensor, by the leading indices (of layers and
-      experts) of the part of the parameter that it is.
+      experts) of its part of the parameter.
     form: The layout of each tensor.
   """
 
@@ -78,8 +79,8 @@ def leaves(
     names: The architecture's table.
     model: The model.
     params: Its parameters, or their shapes.
-    tensors: The names of the checkpoint's tensors, which choose among
-      spellings.
+    tensors: The names of the checkpoint's tensors, which decide among
+      alternative names.
 
   Raises:
     ValueError: The architecture has no such parameters; they are listed.
@@ -123,7 +124,7 @@ def _numbered(name, shape, layers) -> dict[tuple[int, ...], str]:
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
-  """The names that a checkpoint of the bare model has."""
+  """The names of tensors in a checkpoint of the model without its head."""
   return {
     path: tuple(
       name._replace(theirs=name.theirs.removeprefix(prefix)) for name in spelled
@@ -132,18 +133,30 @@ def without_prefix(names: Names, prefix: str) -> Names:
   }
 
 
+def embedding_tables(prefix: str = '') -> dict[str, tuple[Name, ...]]:
+  """The names of the embeddings and the logits kernel of an encoder-decoder."""
+  shared = Name(f'{prefix}shared.weight', 'V M')
+  encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')
+  decoder = Name(f'{prefix}decoder.embed_tokens.weight', 'V M')
+  return {
+    'embedding': (shared, encoder, decoder),
+    'encoder_embedding': (encoder,),
+    'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
+  }
+
+
 def with_encoder_table(names: Names) -> Names:
-  """The names where the encoder has an embedding of its own."""
+  """The names of tensors if the encoder has an embedding of its own."""
   table = names['encoder_embedding'][0]
   _, *halves = names['embedding']
   return {**names, 'embedding': tuple(h for h in halves if h != table)}
 
 
 def has_encoder_table(names: Names, files: TensorFiles) -> bool:
-  """Whether the embeddings of a checkpoint's halves differ.
+  """Whether encoder and decoder of a checkpoint have different embeddings.
 
-  It is asked where embeddings are not tied: transformers then reads what the
-  halves have, and not what they would share.
+  This is for embeddings that are not tied to logits: transformers then reads
+  those of encoder and decoder, and not the shared one.
   """
   tables = [name.theirs for name in names['embedding']]
   first, *others = [name for name in tables if name in files.specs] or tables
@@ -151,10 +164,10 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
 
 
 def copies(names: Names, found: Sequence[Leaf]) -> dict[str, str]:
-  """The tensor that is read in place of each that may repeat the embedding.
+  """Tensors that may repeat the embedding, each with the one that is read.
 
-  The other spellings of the embedding may; those of the logits' kernel may
-  where it is tied.
+  They are the alternatives of the embedding and, if it is tied to logits, the
+  logits kernel.
   """
   read = {leaf.path: leaf for leaf in found}
   spelled = list(names['embedding'])
@@ -170,14 +183,15 @@ def check(
   copies: Mapping[str, str],
   computed: Sequence[str],
 ) -> list[str]:
-  """All that is wrong between our parameters and a checkpoint's tensors.
+  """The problems between our parameters and a checkpoint's tensors, as texts.
 
   Args:
     found: Our parameters.
     files: The files of the checkpoint.
-    copies: The tensor that each tensor which may be there has to equal.
-    computed: Patterns of the names of tensors that hold what is computed
-      anyway.
+    copies: For tensors that may repeat another, the tensor that they have to
+      equal; see `copies`.
+    computed: Patterns of the names of tensors that need not be read, as their
+      values are computed.
   """
   problems, used = [], set()
   for leaf in found:
@@ -204,7 +218,7 @@ def check(
 
 
 def equal(files: TensorFiles, a: str, b: str) -> bool:
-  """Whether two tensors are equal, read a few rows at a time."""
+  """Whether two tensors are equal; a few rows are read at a time."""
   if files.specs[a].shape != files.specs[b].shape:
     return False
   rows, *rest = files.specs[a].shape

@@ -1,13 +1,13 @@
-"""transformers' Mixtral (arXiv:2401.04088) as one of our decoders.
+"""transformers' Mixtral (arXiv:2401.04088) as a decoder.
 
 Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
-- Under padding, positions are places in the row; distances alone count.
-- `sliding_window` counts the token itself among those that it sees.
-- `head_dim` need not be the width's share; gates are the chosen experts'
-  probabilities, made to sum to one (`gates='renormalized'`).
-- In memory, experts are fused (`gate_up_proj`); in files each has a tensor of
-  its own. All spellings are read, and the files' are written.
+- Positions count padding, too; only their differences matter.
+- `sliding_window` includes the token itself.
+- `head_dim` may differ from the width over the number of heads; gates are the
+  chosen experts' probabilities, divided by their sum (`gates='renormalized'`).
+- In memory, experts are fused (`gate_up_proj`); in files each has its own
+  tensor. All names are read, and those of files are written.
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ KEYS = Keys(
 
 
 def problems(c: Values) -> list[str]:
-  """What our decoders cannot express."""
+  """A text for each value that our decoders cannot express."""
   wrong = unsupported('hidden_act', c.hidden_act, _ACTIVATIONS)
   if c.num_experts_per_tok == 1:
     wrong.append(
@@ -139,9 +139,9 @@ def options(c: Values) -> DecoderOptions:
 
 
 def _rope(c: Values) -> tuple[str, float, dict[str, Any]]:
-  """The type of rotation, its theta, and what else is asked of it.
+  """The type of rotary positions, their theta, and all other parameters.
 
-  The base of the wavelengths is read in either generation's spelling.
+  Keys of older and newer versions of transformers are read.
   """
   given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   kind = given.pop('rope_type', given.pop('type', 'default'))
@@ -186,7 +186,7 @@ def _layer(path: str, theirs: str, form: str, *others: Name) -> dict:
 
 
 def _expert(path: str, number: str, form: str, fused: str, fused_form: str):
-  """A tensor for each expert, or one of all as transformers computes."""
+  """Names of a tensor for each expert, or of one for all experts."""
   bare = Name(f'model.layers.{{layer}}.mlp.experts.{fused}', fused_form)
   renamed = Name(
     f'model.layers.{{layer}}.mlp.experts.{{expert}}.{number}.weight', form

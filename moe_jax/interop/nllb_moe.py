@@ -4,18 +4,19 @@ Unlike the paper, and as transformers 5.24 computes it:
 
 - The whole batch is one group (`group_size=-1`): rows compete for slots.
 - Evaluation has its own capacity, `moe_eval_capacity_token_fraction` of the
-  batch's tokens (the capacity `Fraction`, and `All` from 1.0 on); only where it
-  is not positive `expert_capacity` counts (`Fixed`). Here training has
-  evaluation's.
-- Padding is routed if `router_ignore_padding_tokens` is set, the opposite of
-  its name (`quirks.RoutedPadding`).
-- Tokens are numbered by their ids, not by the mask: one with the id of padding
-  has no sinusoid and no number (the offset of `Sinusoidal` is that id + 1).
-- Where `tie_word_embeddings` is false, the halves have an embedding each, and
-  what they would share is not read (`encoder_table`).
+  batch's tokens (the capacity `Fraction`, and `All` from 1.0 on); only if that
+  is not positive, `expert_capacity` counts (`Fixed`). Here training has the
+  capacity of evaluation.
+- Padding is routed if `router_ignore_padding_tokens` is set, contrary to its
+  name (`quirks.RoutedPadding`).
+- Positions are counted by token ids, not by the mask: a token with the id of
+  padding has no sinusoid and no number (the offset of `Sinusoidal` is that
+  id + 1).
+- If `tie_word_embeddings` is false, encoder and decoder each have an embedding,
+  and the shared one is not read (`encoder_table`).
 - Whatever experts a token chose, its first choice is served by expert 1 and its
-  second by expert 0 (`quirks.ServedByRank`): the experts there are handed a
-  mask in place of indices.
+  second by expert 0 (`quirks.ServedByRank`), as the experts there are given a
+  mask instead of indices.
 """
 
 from typing import Any
@@ -24,7 +25,6 @@ from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
   filled,
-  is_sparse,
   layers,
   period,
   unsupported,
@@ -36,7 +36,7 @@ from moe_jax.interop.config_keys import (
   Keys,
   Values,
 )
-from moe_jax.interop.mapping import Name
+from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
@@ -50,7 +50,7 @@ from moe_jax.models.text_options import StackOptions
 from moe_jax.routing.capacity import All, Capacity, Fixed, Fraction
 
 _LAST = 0  # the sparse layer of a period is its last
-_EPSILON = 1e-5  # of PyTorch's LayerNorm; no key says it
+_EPSILON = 1e-5  # default of PyTorch's LayerNorm, which no key changes
 _ONE_RATE = 'our rates of dropout are one, model.dropout'
 _WHOLE = 'whole layers are never dropped here'
 KEYS = Keys(
@@ -91,7 +91,7 @@ KEYS = Keys(
     **COMMON_FIXED,
     'is_encoder_decoder': (True,),
     'router_dtype': ('float32',),
-    # The others draw a second expert at random, in evaluation too.
+    # All other policies draw second experts at random, also in evaluation.
     'second_expert_policy': ('all',),
   },
   ignored={
@@ -105,7 +105,7 @@ KEYS = Keys(
 
 
 def problems(c: Values) -> list[str]:
-  """What our models cannot express."""
+  """A text for each value that our models cannot express."""
   wrong = unsupported('activation_function', c.activation_function, ACTIVATIONS)
   if c.num_experts < 2:
     wrong.append(f'num_experts={c.num_experts} must be at least 2')
@@ -122,7 +122,7 @@ def problems(c: Values) -> list[str]:
 
 def options(c: Values) -> TransformersEncoderDecoder:
   """The options of the model."""
-  sparse = _sparse(c.encoder_layers, c.encoder_sparse_step)
+  sparse = layers(c.encoder_layers, c.encoder_sparse_step, _LAST)
   encoder = {
     'attention': {'num_heads': c.encoder_attention_heads},
     'ffn': {'hidden': c.encoder_ffn_dim},
@@ -149,10 +149,10 @@ def options(c: Values) -> TransformersEncoderDecoder:
     moe=MoeOptions(
       num_experts=c.num_experts,
       num_selected=2,
-      layers=_sparse(c.decoder_layers, c.decoder_sparse_step),
+      layers=layers(c.decoder_layers, c.decoder_sparse_step, _LAST),
       group_size=-1,
       output_masking=float(c.moe_token_dropout),
-      # Where slots run out, as they may in an evaluation of a run's own.
+      # Slots may run out if an evaluation changes the capacity.
       allow_future_leak=True,
       router=ServedByRank(
         gates='renormalized' if before else 'renormalized_after_drop',
@@ -164,11 +164,6 @@ def options(c: Values) -> TransformersEncoderDecoder:
       capacity=_capacity(c),
     ),
   )
-
-
-def _sparse(num_layers: int, step: int) -> str:
-  sparse = [i for i in range(num_layers) if is_sparse(i, step, _LAST)]
-  return layers(sparse, num_layers)
 
 
 def _capacity(c: Values) -> Capacity:
@@ -287,13 +282,7 @@ ARCHITECTURE = Architecture(
   prefix='model.',
   computed=(r'embed_positions\.weights$', r'\.version$'),
   names={
-    'embedding': (
-      Name('model.shared.weight', 'V M'),
-      Name('model.encoder.embed_tokens.weight', 'V M'),
-      Name('model.decoder.embed_tokens.weight', 'V M'),
-    ),
-    'encoder_embedding': (Name('model.encoder.embed_tokens.weight', 'V M'),),
-    'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
+    **embedding_tables('model.'),
     **_stack('encoder'),
     **_stack('decoder'),
   },

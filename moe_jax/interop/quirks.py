@@ -1,8 +1,8 @@
-"""What transformers does otherwise than our models, as kinds of our contracts.
+"""Peculiarities of transformers' models, as kinds for a config.
 
-A config names them as 'moe_jax.interop.quirks:ServedByRank', and the config of
-an imported run does: so they stay with it in training, generation and export.
-Not here: which checkpoint has which (`mixtral.py` and its siblings).
+The config of an imported run names them, 'moe_jax.interop.quirks:ServedByRank',
+so they also apply to its training, generation and export. Not here: which
+checkpoint has which peculiarity (`mixtral.py` and its siblings).
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from moe_jax.shapes import Array, Bool, Int
 
 @dataclasses.dataclass(frozen=True)
 class ServedByRank(TokenChoice):
-  """Token choice whose choices are served by expert 1 and expert 0.
+  """Token choice whose choices are always served by expert 1 and expert 0.
 
-  transformers' NLLB-MoE (seen in versions 5.0 to 5.24) decides as published,
-  https://arxiv.org/abs/2207.04672, but its experts take the first choice's
-  one-hot mask for a list of experts. So every token's first choice is computed
-  by expert 1 and its second by expert 0, whichever were chosen; gates, drops,
-  losses and statistics are those of the choices.
+  transformers' NLLB-MoE (in versions 5.0 to 5.24) chooses experts as published,
+  https://arxiv.org/abs/2207.04672, but takes the first choice's one-hot mask
+  for a list of experts. So every token's first choice is computed by expert 1
+  and its second by expert 0, whichever were chosen; gates, drops, losses and
+  statistics are those of the choices.
   """
 
   def problems_with(self, sizes):
@@ -59,9 +59,9 @@ class ServedByRankRouter(TokenChoiceRouter):
 
 
 def by_rank(routing: Routing) -> Routing:
-  """The same gates and drops, first choices in expert 1, second ones in 0.
+  """The same gates and drops with first choices in expert 1, second in 0.
 
-  Every token has a slot in both, so nothing more is dropped.
+  Every token has a slot in both, so no further token is dropped.
 
   Raises:
     ValueError: K is not 2.
@@ -81,10 +81,10 @@ def by_rank(routing: Routing) -> Routing:
 
 @dataclasses.dataclass(frozen=True)
 class RoutedPadding(Padding):
-  """Routers see padding, which takes slots and attends to real tokens."""
+  """Padding that is routed, takes slots and attends to real tokens."""
 
   def context(self, context: Context) -> Context:
-    """Padding reads the first segment, and is read by no real token."""
+    """Lets padding attend to the first segment; no real token attends to it."""
     context = context._replace(routed_mask=jnp.ones_like(context.token_mask))
     if context.segment_ids is None:
       return context
@@ -94,7 +94,7 @@ class RoutedPadding(Padding):
     )
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
-    """All tokens are counted."""
+    """True for all tokens."""
     return jnp.ones(segment_ids.shape, bool)
 
 
@@ -104,28 +104,28 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
 
   route_padding: bool = option(
     False,
-    'Whether padding is routed: it takes slots, and counts in the losses of '
-    "routers (transformers' Switch, whose routers know no mask).",
+    'Whether padding is routed, takes slots and counts in the losses of '
+    "routers, as in transformers' Switch, whose routers have no mask.",
   )
   encoder_table: bool = option(
     False,
-    'Whether the encoder has an embedding table of its own (transformers 5.24 '
-    'where embeddings are not tied).',
+    'Whether the encoder has an embedding table of its own, as in transformers '
+    '5.24 if embeddings are not tied.',
   )
 
   @classmethod
   def of(cls, options: EncoderDecoderOptions) -> Self:
-    """The same model, without quirks if it has none."""
+    """The options of the same model as an instance of this class."""
     names = fields_of(type(options))
     return cls(**{name: getattr(options, name) for name in names})
 
   @property
   def padding(self) -> Padding:
-    """What blocks and routers see of padding."""
+    """The treatment of padding in blocks and routers."""
     return RoutedPadding() if self.route_padding else Padding()
 
   def problems(self) -> Iterator[str]:
-    """Where logits are tied, there is one table."""
+    """With tied logits there can be only one table."""
     yield from super().problems()
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'

@@ -1,6 +1,6 @@
-"""A model and its parameters as a folder that transformers reads.
+"""Writing of a model and its parameters as a folder for transformers.
 
-Not here: a run's folder and its tokenizer (`import_run.py`).
+Not here: a run's folder and its tokenizer (`export_run.py`).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from moe_jax.models.meaning import difference
 from moe_jax.partitioning import path_name
 
 _SHARD_BYTES = 2**31
-# Spellings of older versions, replaced by what is written.
+# Keys of older versions of transformers, in whose place others are written.
 _REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling')
 
 
@@ -49,14 +49,14 @@ def save(
     options: The options of a decoder or an encoder-decoder.
     variables: Its parameters, as `{'params': ...}`.
     path: A folder that is new or empty.
-    config: More keys of config.json: special ids, or an imported checkpoint's
-      whole file. What the model decides comes before them.
-    shard_bytes: The most bytes that the tensors of a file have together, but
-      for a single larger one.
+    config: Further keys of config.json, such as special ids, or an imported
+      checkpoint's whole config.json. Keys that the model decides override them.
+    shard_bytes: The most bytes of all tensors in a file, except for a single
+      larger tensor.
 
   Raises:
-    ValueError: transformers has no such model: all that it cannot express is
-      listed. Or the folder is not empty.
+    ValueError: transformers has no such model, in which case everything that it
+      cannot express is listed; or the folder is not empty.
   """
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -68,7 +68,7 @@ def save(
   tensors = list(_tensors(every, architecture, params))
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
-  # Last: a folder without it is read by nobody.
+  # Last, as without config.json a folder is not read.
   text = json.dumps(written, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
 
@@ -87,7 +87,7 @@ def describe(
   """The content of config.json.
 
   Raises:
-    ValueError: A model of that architecture would not compute the same.
+    ValueError: No model of that architecture computes the same function.
   """
   kind = architecture.model_type
   none = f'the model is no {kind} model of transformers'
@@ -119,13 +119,13 @@ def describe(
 
 
 def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
-  """A line for each option by which the two compute something else."""
+  """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(ours)
-    # The tensors that are written say which tables there are.
+    # config.json does not say which tables there are; the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().capacity_binds:
-      # Nobody waits for a slot, so padding stands in nobody's way.
+      # With slots for all tokens, those that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   return [
     f'{name}: {old!r}, not {new!r}'
@@ -136,7 +136,7 @@ def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
 def _untouched(
   architecture: Architecture, decided: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Rates of training that our models do not have, at no effect."""
+  """Keys for training that our models do not have, with neutral values."""
   values = {}
   for name, (_, _, neutral, _) in architecture.keys.training.items():
     if neutral is not ...:
@@ -145,7 +145,13 @@ def _untouched(
 
 
 class _Tensor(NamedTuple):
-  """A tensor to be written, which `make` fetches."""
+  """A tensor to be written.
+
+  Attributes:
+    name: The name of the tensor in the file.
+    num_bytes: The size of the tensor.
+    make: Returns the array.
+  """
 
   name: str
   num_bytes: int
@@ -171,10 +177,11 @@ def _tensors(
 
 
 def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
-  """The tensors of each table: where untied, the halves there have one each.
+  """Names of the tensors of each embedding that is not tied to the logits.
 
-  A third, which both halves share where they are tied, is then there but not
-  read; it is written like the decoder's.
+  transformers then has one embedding for the encoder and one for the decoder. A
+  third, the shared one, exists but is not read; it is written like the
+  decoder's.
   """
   if 'w_logits' not in arrays:
     return {}
@@ -193,7 +200,7 @@ def _fetch(array: jax.Array, leaf: Leaf, where: tuple[int, ...]) -> np.ndarray:
 
 @jax.jit
 def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
-  """The part array[where], by one program for all places."""
+  """The part array[where], by one compiled program for all indices."""
   for i in where:
     array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
   return array
@@ -202,7 +209,7 @@ def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
 def _write(
   folder: pathlib.Path, tensors: Sequence[_Tensor], shard_bytes: int
 ) -> None:
-  """Writes one file of tensors, or several and an index."""
+  """Writes one file of tensors, or several files and an index."""
   shards: list[list[_Tensor]] = [[]]
   size = 0
   for tensor in sorted(tensors, key=lambda tensor: tensor.name):
@@ -217,9 +224,9 @@ def _write(
     name = SAFETENSORS
     if len(shards) > 1:
       name = f'{stem}-{i:05}-of-{len(shards):05}.{ending}'
-    made = {tensor.name: tensor.make() for tensor in shard}
-    save_file(made, folder / name, metadata={'format': 'pt'})
-    weight_map |= dict.fromkeys(made, name)
+    arrays = {tensor.name: tensor.make() for tensor in shard}
+    save_file(arrays, folder / name, metadata={'format': 'pt'})
+    weight_map |= dict.fromkeys(arrays, name)
   if len(shards) > 1:
     index = {
       'metadata': {'total_size': sum(t.num_bytes for t in tensors)},

@@ -5,13 +5,13 @@ Unlike the paper, and as transformers 5.24 computes it:
 - An expert has `expert_capacity` slots in every sequence, whatever its length
   (the capacity `Fixed`), so tokens are dropped when a sequence is read whole
   and never when it is decoded token by token.
-- Padding takes slots (`quirks.RoutedPadding`), whatever
-  `router_ignore_padding_tokens` says: its router knows no mask.
-- Where `tie_word_embeddings` is false, the halves have an embedding each, and
-  what they would share is not read (`encoder_table`).
-- With no sparse layer asked for, layer 1 is sparse nevertheless.
+- Padding takes slots (`quirks.RoutedPadding`), whatever the value of
+  `router_ignore_padding_tokens`, as the router has no mask.
+- If `tie_word_embeddings` is false, encoder and decoder each have an embedding,
+  and the shared one is not read (`encoder_table`).
+- If the config asks for no sparse layer, layer 1 is sparse nevertheless.
 
-Jitter, dropout and the losses' weights act in training alone, and do here too.
+Jitter, dropout and weights of losses act only in training, there and here.
 """
 
 from typing import Any
@@ -20,7 +20,6 @@ from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
   filled,
-  is_sparse,
   layers,
   period,
   unsupported,
@@ -32,7 +31,7 @@ from moe_jax.interop.config_keys import (
   Keys,
   Values,
 )
-from moe_jax.interop.mapping import Name
+from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
@@ -95,7 +94,7 @@ KEYS = Keys(
 
 
 def problems(c: Values) -> list[str]:
-  """What our models cannot express."""
+  """A text for each value that our models cannot express."""
   wrong = unsupported('dense_act_fn', c.dense_act_fn, ACTIVATIONS)
   if c.expert_capacity < 1:
     wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
@@ -152,8 +151,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
 def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
   if step is None:
     step = num_layers // num_sparse if num_sparse > 0 else num_layers
-  sparse = [i for i in range(num_layers) if is_sparse(i, step, _PAPER)]
-  return layers(sparse, num_layers)
+  return layers(num_layers, step, _PAPER)
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
@@ -246,15 +244,5 @@ ARCHITECTURE = Architecture(
   describe=describe,
   suits=lambda o: o.has_encoder and isinstance(o.positions, Relative),
   fills_gaps=True,
-  names={
-    'embedding': (
-      Name('shared.weight', 'V M'),
-      Name('encoder.embed_tokens.weight', 'V M'),
-      Name('decoder.embed_tokens.weight', 'V M'),
-    ),
-    'encoder_embedding': (Name('encoder.embed_tokens.weight', 'V M'),),
-    'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
-    **_stack('encoder'),
-    **_stack('decoder'),
-  },
+  names={**embedding_tables(), **_stack('encoder'), **_stack('decoder')},
 )

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors by name, read a slice at a time.
+"""Reading of a checkpoint's tensors by name, a slice at a time.
 
-Reads safetensors, and PyTorch's older files through its weights-only loader:
-nothing is ever unpickled as code. Not here: what the tensors mean
-(`mapping.py`), and writing (`saving.py`).
+Files are safetensors, or PyTorch's older files, which are read by its
+weights-only loader, so that no code is unpickled. Not here: the parameters to
+which tensors belong (`mapping.py`), and writing (`saving.py`).
 """
 
 import json
@@ -24,14 +24,14 @@ Index = tuple[slice, ...]
 
 
 class TensorSpec(NamedTuple):
-  """What a file says of a tensor before it is read."""
+  """The shape and dtype of a tensor, known before it is read."""
 
   shape: tuple[int, ...]
   dtype: str
 
   @property
   def num_bytes(self) -> int:
-    """The bytes in memory; 0 for a type that is no float of ours."""
+    """The size in memory in bytes; 0 for a dtype that is not in `FLOATS`."""
     if self.dtype not in FLOATS:
       return 0
     width = 4 if self.dtype == 'float32' else 2
@@ -39,17 +39,17 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFiles:
-  """All tensors of a folder, whose files stay open, unread.
+  """The tensors in the files of a folder, which stay open.
 
   Attributes:
     folder: The folder of the files.
-    specs: The shape and type of every tensor, by its name.
-    num_bytes: The bytes of all tensors together.
-    largest: The bytes of the largest tensor.
+    specs: The shape and dtype of every tensor, by its name.
+    num_bytes: The size of all tensors in bytes.
+    largest: The size of the largest tensor in bytes.
 
   Raises:
-    ValueError: There are no weights, a file named by the index is missing or
-      damaged, or index and files disagree; all that is wrong is listed.
+    ValueError: There are no weights, a file in the index is missing or damaged,
+      or index and files disagree; all problems are listed.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -61,12 +61,12 @@ class TensorFiles:
     problems, unread = [], set()
     for name in names:
       try:
-        found = self._reader(name).specs
+        specs = self._reader(name).specs
       except (OSError, ValueError) as error:
         problems.append(f'{name}: {error}')
         unread.add(name)
         continue
-      for tensor, spec in found.items():
+      for tensor, spec in specs.items():
         if index and index.get(tensor) != name:
           problems.append(f'{name} holds {tensor!r}, which the index does not')
         self.specs[tensor], self._file_of[tensor] = spec, name
@@ -81,14 +81,14 @@ class TensorFiles:
     self.largest = max(spec.num_bytes for spec in self.specs.values())
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """A copy of a slice of a tensor, as it is stored; None is all of it."""
+    """A copy of a slice of a tensor in its stored dtype; None takes all."""
     if index is None:
       index = tuple(slice(0, size) for size in self.specs[name].shape)
     return self._reader(self._file_of[name]).read(name, index)
 
   def _reader(self, file: str) -> '_SafeTensors | _Torch':
     if file not in self._readers:
-      # What is in memory whole goes before the next of its kind comes.
+      # A file that is held in memory is dropped before the next is read.
       self._readers = {
         name: reader
         for name, reader in self._readers.items()
@@ -106,7 +106,7 @@ class _SafeTensors:
 
   def __init__(self, path: pathlib.Path):
     try:
-      # Mapped pages would count as this process's memory until it ends.
+      # Mapped pages would count as memory of this process until it ends.
       self._file = safe_open(path, framework='numpy', backend='pread')
     except SafetensorError as error:
       raise ValueError(f'no safetensors file: {error}') from None
@@ -135,11 +135,11 @@ class _Torch:
         'reading PyTorch files needs PyTorch: pip install torch'
       ) from None
     load = dict(map_location='cpu', weights_only=True)
-    # The format before PyTorch 1.6, which is no zip file, cannot be mapped.
+    # Files from before PyTorch 1.6 are no zip files and cannot be mapped.
     self.in_memory = not zipfile.is_zipfile(path)
     try:
       self._tensors = torch.load(path, mmap=not self.in_memory, **load)
-    except Exception as error:  # pickle's, zip's and PyTorch's own
+    except Exception as error:  # of pickle, zip or PyTorch
       first = str(error).strip().split('\n', 1)[0]
       raise ValueError(f'no file of PyTorch weights: {first}') from None
     if not isinstance(self._tensors, Mapping):
@@ -162,7 +162,7 @@ class _Torch:
 
 
 def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
-  """The files of the weights, and the file of each tensor of an index."""
+  """The names of the files of weights, and an index's file of each tensor."""
   for name in (SAFETENSORS, TORCH):
     if (folder / name).is_file():
       return [name], {}
@@ -183,12 +183,12 @@ def _index(path: pathlib.Path) -> dict[str, str]:
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} is damaged: {error!r}') from None
   for name in index.values():
-    # An index came with a download; it may not lead out of its folder.
+    # An index may be from a download, and must not lead out of its folder.
     if pathlib.PurePath(name).name != name:
       raise ValueError(f'{path} names {name!r}, which is no file beside it')
   return index
 
 
 def listed(what: str, problems: list[str]) -> str:
-  """A text of all that is wrong, a line for each problem."""
+  """A text with a line for each problem."""
   return '\n'.join([f'{what}:', *(f'  {problem}' for problem in problems)])

@@ -1,7 +1,7 @@
-"""A checkpoint against what transformers computed from it.
+"""Comparison of a checkpoint's outputs with those of transformers.
 
-The numbers to match come in a file, so that whoever makes them needs no JAX,
-and whoever checks them no PyTorch.
+Expected outputs are read from a file, so that making them needs no JAX, and
+checking them no PyTorch.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import listed
 from moe_jax.models import Model
 
-BOUND = 1e-4  # of a float32 logit
-# What changes greedy tokens, at the value that does not.
+BOUND = 1e-4  # largest difference of float32 logits that counts as equal
+# Options of generation that change greedy tokens, with their neutral values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'num_beams': (None, 1),
   'repetition_penalty': (None, 1.0),
@@ -45,15 +45,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """How far we are from transformers.
+  """Result of a comparison with transformers.
 
   Attributes:
-    largest: The largest difference of a logit at a place that is no padding.
-    places: The number of places that were compared.
-    tokens: The number of greedy tokens that agree before the first that does
-      not.
-    differing: The first greedy token that differs: (row, place, ours, theirs);
-      None where all agree.
+    largest: The largest difference of a logit at a position without padding.
+    places: The number of positions that were compared.
+    tokens: The number of greedy tokens that agree before the first that
+      differs.
+    differing: The first greedy token that differs, (row, position, ours,
+      theirs); None if all agree.
   """
 
   largest: float
@@ -88,20 +88,20 @@ def verify(
   *,
   revision: str = '',
 ) -> Verdict:
-  """Runs a checkpoint in float32 on the inputs of a file.
+  """Runs a checkpoint in float32 on the inputs in a file.
 
   Args:
     source: A folder, or the id of a hub repository.
-    expected: An npz with `input_ids`, `attention_mask` [B, S], `logits`
-      [B, T, V] and `greedy` [B, N]; of an encoder-decoder also
-      `decoder_input_ids` [B, T] and, if there is padding in them,
+    expected: An npz file with `input_ids`, `attention_mask` [B, S], `logits`
+      [B, T, V] and `greedy` [B, N]; for an encoder-decoder also
+      `decoder_input_ids` [B, T] and, if these have padding,
       `decoder_attention_mask`. A decoder-only model's `greedy` continues the
       first row without its padding.
     revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
-    ValueError: Something is missing or of another shape, or the checkpoint's
-      generation config asks for more than greedy tokens.
+    ValueError: An array is missing or of another shape, or the checkpoint's
+      generation config has options that change greedy tokens.
   """
   given = _read(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
@@ -117,7 +117,7 @@ def verify(
   error = np.abs(ours - given['logits'])[real]
   run = _continue_pair if halves else _continue_row
   differing, count = run(model, variables, given, generation, pad)
-  # What is no number is no agreement.
+  # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
   return Verdict(largest, int(real.sum()), count, differing)
 
@@ -170,12 +170,12 @@ def _check_arrays(given, halves: bool, vocab_size: int) -> None:
 
 
 def _positions(tokens: np.ndarray, pad: int | None) -> np.ndarray:
-  """The numbers that transformers gives to tokens.
+  """The positions of tokens in transformers.
 
   Args:
     tokens: Token ids.
-    pad: The id of tokens without a number of their own, whatever the mask; None
-      where there are none.
+    pad: The id of tokens that have no position of their own, whatever the mask;
+      None if there is none.
   """
   if pad is None:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
@@ -185,7 +185,7 @@ def _positions(tokens: np.ndarray, pad: int | None) -> np.ndarray:
 def _logits(
   model: Model, variables, given, pad: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Our logits, and which places are no padding."""
+  """Our logits, and a mask of the positions without padding."""
 
   def inputs(prefix, tokens, mask):
     values = dict(
@@ -206,7 +206,7 @@ def _logits(
 
 
 def _continue_row(model, variables, given, generation, pad):
-  """A decoder-only model's continuation of the first row."""
+  """Compares a decoder-only model's continuation of the first row."""
   del pad
   prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
   greedy = given['greedy'][:1].astype(np.int32)
@@ -223,7 +223,7 @@ def _continue_row(model, variables, given, generation, pad):
 
 
 def _continue_pair(model, variables, given, generation, pad):
-  """An encoder-decoder's answer, from the start token on."""
+  """Compares an encoder-decoder's answers, from the start token on."""
   greedy = given['greedy'].astype(np.int32)
   start = generation.get('decoder_start_token_id')
   start = generation.get('bos_token_id') if start is None else start
@@ -251,7 +251,7 @@ def _continue_pair(model, variables, given, generation, pad):
 def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
   """The prompt and the likeliest tokens after it, [B, length].
 
-  A row that has ended is padded and still takes part, as it does there.
+  A row that has ended is padded but still routed, as in transformers.
   """
   ends = generation.get('eos_token_id')
   ends = [] if ends is None else np.atleast_1d(ends).tolist()
@@ -275,9 +275,12 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
 
 def _compare(ours, theirs, start):
-  """The first token that differs, by place and then by row, and its number."""
+  """The first token that differs, and the number of tokens before it.
+
+  Tokens are in the order of positions, and then of rows.
+  """
   for place in range(start, theirs.shape[1]):
     for row in np.flatnonzero(ours[:, place] != theirs[:, place]):
-      found = int(ours[row, place]), int(theirs[row, place])
-      return (int(row), place, *found), (place - start) * len(theirs)
+      pair = int(ours[row, place]), int(theirs[row, place])
+      return (int(row), place, *pair), (place - start) * len(theirs)
   return None, (theirs.shape[1] - start) * len(theirs)
