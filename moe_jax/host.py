@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-# From glibc's malloc.h.
+# Numbers of options of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST = 2**31 - 1
 

@@ -118,7 +118,11 @@ def describe(config: ml_collections.ConfigDict) -> Iterator[str]:
     if _cell(default) != default and leaf.changed:
       yield f'{_INDENT}default: {default}'
     yield from textwrap.wrap(
-      _sentence(leaf), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT
+      _sentence(leaf),
+      _WIDTH,
+      initial_indent=_INDENT,
+      subsequent_indent=_INDENT,
+      break_on_hyphens=False,
     )
 
 

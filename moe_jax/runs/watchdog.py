@@ -270,7 +270,7 @@ class Watchdog:
         reason = f'process 0 does not answer, for {self._silence:.0f} s'
         self._end(reason, settle=False)
 
-  # Every process.
+  # All processes.
 
   def _end(self, reason: str, settle: bool = True) -> None:
     """Ends this process, unless it ends by itself with an error of its own.

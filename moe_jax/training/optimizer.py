@@ -131,8 +131,8 @@ class AdamW(Optimizer):
   )
   epsilon: float = option(
     1e-8,
-    "Number that is added to the root of Adam's second moment before the "
-    'gradient is divided by it.',
+    "Number that is added to the root of Adam's second moment, by which the "
+    'first moment is divided.',
     at_least(0),
   )
 

@@ -95,7 +95,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     train_step=jax.jit(
       make_step(options, model, optimizer),
       in_shardings=(shardings, batch_sharding),
-      # Every process reads the metrics.
+      # Metrics are whole everywhere, as every process reads them.
       out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
       donate_argnums=0,
     ),
