@@ -1,4 +1,4 @@
-"""How tokens move: from `[G, S, M]` to expert rows and back.
+"""Dispatchers: how tokens `[G, S, M]` move to the rows of experts and back.
 
 Every dispatcher is a module of the functions `dispatch(x, routing)` and
 `combine(rows, routing)`, equal in value and gradient on the same `Routing` or

@@ -13,7 +13,7 @@ from moe_jax.shapes import Array, Float
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
-  """Tokens to expert rows; R = G * C, empty slots are zero.
+  """Copies tokens to the rows of experts; R = G * C, empty slots are zero.
 
   Raises:
     ValueError: The routing is unbounded: a mask needs a capacity.
@@ -26,7 +26,7 @@ def dispatch(
 def combine(
   rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
-  """Expert rows back to tokens, weighted by the gates, summed over choices."""
+  """The sum of each token's expert rows, weighted by its gates."""
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   rows = rows.reshape(E, G, C, -1)

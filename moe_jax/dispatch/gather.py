@@ -1,6 +1,7 @@
 """Dispatch by index into static capacity buffers: the default, O(S K M).
 
-Every expert has C rows a group, filled or not; choices beyond are dropped.
+Every expert has C rows in each group, filled or not; further choices are
+dropped.
 Which token is in which row is `moe_jax.routing.rows`; how rows move, and their
 gradients, is `movement.py`.
 """
@@ -13,7 +14,7 @@ from moe_jax.shapes import Array, Float
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
-  """Tokens to expert rows; R = G * C, empty slots are zero.
+  """Copies tokens to the rows of experts; R = G * C, empty slots are zero.
 
   Raises:
     ValueError: The routing is unbounded: slots need a capacity.
@@ -24,5 +25,5 @@ def dispatch(
 def combine(
   rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
-  """Expert rows back to tokens, weighted by the gates, summed over choices."""
+  """The sum of each token's expert rows, weighted by its gates."""
   return movement.give_back(rows, routing.slot_rows(), routing.group_size)

@@ -1,8 +1,8 @@
 """Moving tokens to the rows of experts and back, for both kinds of routing.
 
-Where the rows of each token are known, both ways are gathers (`permute.py`).
-Where experts choose, a token has any number of rows: from tokens to rows is a
-gather, and back is a sum into tokens (`token_sums.py`).
+Where tokens choose, each has at most K rows, and both ways are gathers
+(`permute.py`). Where experts choose, a token has any number of rows: the way to
+the rows is a gather, and the way back a sum into tokens (`token_sums.py`).
 """
 
 from moe_jax.dispatch import permute, token_sums
@@ -21,7 +21,7 @@ def take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
 def give_back(
   values: Float[Array, '*R M'], rows: Rows, group_size: int
 ) -> Float[Array, 'G S M']:
-  """The rows of each token, weighted by the gates and summed."""
+  """The sum of each token's rows, weighted by its gates."""
   if rows.by_token:
     y = permute.take_rows(values, rows.gate, rows.choice, rows.row)
   else:

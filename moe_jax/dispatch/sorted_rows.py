@@ -1,10 +1,10 @@
-"""Dispatch without slots: rows sorted by expert, as many as each has.
+"""Dispatch without slots: rows sorted by expert, no more than are needed.
 
 MegaBlocks, https://arxiv.org/abs/2211.15841. No expert has a capacity of its
-own; what the routing kept is all moved, so a routing with room for everyone
-drops nothing. The rows go to the products of `moe_jax.kernels`. Which token is
-in which row is `moe_jax.routing.rows`; how rows move, and their gradients, is
-`movement.py`.
+own; all choices that the routing kept are moved, so a routing with room for
+everyone drops nothing. The rows go to the products of `moe_jax.kernels`. Which
+token is in which row is `moe_jax.routing.rows`; how rows move, and their
+gradients, is `movement.py`.
 """
 
 from moe_jax.dispatch import movement
@@ -15,7 +15,7 @@ from moe_jax.shapes import Array, Float, Int32
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'N M']:
-  """Tokens to rows: expert 0's first, in the order of the tokens, and so on.
+  """Copies tokens to rows: expert 0's first, in the order of the tokens.
 
   N is the most there can be, min(G * S * K, E * G * C); rows past the sum of
   `group_sizes` are zero. Where experts choose, N = E * G * C, and an expert's
@@ -27,10 +27,10 @@ def dispatch(
 def combine(
   rows: Float[Array, 'N M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
-  """Expert rows back to tokens, weighted by the gates, summed over choices."""
+  """The sum of each token's expert rows, weighted by its gates."""
   return movement.give_back(rows, routing.sorted_rows(), routing.group_size)
 
 
 def group_sizes(routing: Routing | SlotRouting) -> Int32[Array, ' E']:
-  """The rows of each expert: its choices that are kept, of all groups."""
+  """The number of rows of each expert: its kept choices in all groups."""
   return routing.rows_per_expert()

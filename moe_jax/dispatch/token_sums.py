@@ -1,8 +1,8 @@
 """Moving rows where experts choose: a token has any number of them.
 
-From tokens to rows is a gather. Back is a sum into tokens, a scatter-add: it
-costs what the rows do, where a list of each token's rows would be as long as
-there are experts. Sums are float32.
+The way from tokens to rows is a gather. The way back is a sum into tokens, a
+scatter-add: its cost grows with the rows, where that of a list of each token's
+rows would grow with the experts. Sums are float32.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Grouped products: rows sorted by expert, each group by its own kernel."""
+"""Grouped products: rows sorted by expert, times the kernel of their expert."""
 
 from moe_jax.kernels.backends import BACKENDS
 from moe_jax.kernels.grouped_feed_forward import grouped_ffn

@@ -1,4 +1,4 @@
-"""Who computes the grouped products: one backend a platform, chosen here.
+"""The backends of the grouped products, and the choice of one by platform.
 
 A backend is a module with two functions, equal in value on every shape:
 
@@ -20,10 +20,10 @@ from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float, Float32, Int32
 
 BACKENDS: dict[str, ModuleType] = {
-  'blocks': blocks,  # for any platform; the CPU's
+  'blocks': blocks,  # any platform; chosen on CPUs
   'ragged_dot': ragged_dot,  # any platform; XLA's own
-  'megablox': megablox,  # the TPU's
-  'pallas_gpu': pallas_gpu,  # the NVIDIA GPU's
+  'megablox': megablox,  # TPUs
+  'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
 }
 AUTO = 'auto'
 # The backend that 'auto' stands for on each platform; other platforms get the
@@ -55,7 +55,7 @@ def matmul(
   transposed: bool,
   backend: str,
 ) -> Float[Array, 'N _']:
-  """The backend's `matmul`."""
+  """The product of `matmul`, by the backend of that name."""
 
   def run(name):
     return lambda *args: BACKENDS[name].matmul(*args, transposed)
@@ -69,12 +69,12 @@ def outer(
   group_sizes: Int32[Array, ' E'],
   backend: str,
 ) -> Float32[Array, 'E M F']:
-  """The backend's `outer`."""
+  """The product of `outer`, by the backend of that name."""
   return choose(lambda name: BACKENDS[name].outer, backend, x, dy, group_sizes)
 
 
 def choose(run: Callable[[str], Callable], backend: str, *args):
-  """run(name of the backend)(*args); 'auto' is settled by the compiler."""
+  """Calls run(backend)(*args); for 'auto' the compiler picks the backend."""
   if backend != AUTO:
     return run(backend)(*args)
   return jax.lax.platform_dependent(

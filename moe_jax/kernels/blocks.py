@@ -25,14 +25,14 @@ _STEPS_IN_SHARE, _LEAST_STEP, _MOST_STEP = 8, 8, 64
 
 
 class Block(NamedTuple):
-  """A few rows of one expert: what one round of the loop multiplies.
+  """A few rows of one expert, which one round of the loop multiplies.
 
   Attributes:
     expert: int32 [], the number of the expert.
     start: int32 [], the first row that the block multiplies.
-    first_own: int32 [], the first row that is the expert's.
-    stop: int32 [], the row after the last that is the expert's.
-    size: How many rows the block multiplies.
+    first_own: int32 [], the first row that belongs to the expert.
+    stop: int32 [], the row after the last that belongs to the expert.
+    size: The number of rows that the block multiplies.
     first: Whether it is its expert's first block, the only one with rows
       that are not the expert's.
   """
@@ -45,18 +45,18 @@ class Block(NamedTuple):
   first: bool
 
   def rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """The block's rows of x, whoever they belong to."""
+    """The block's rows of x, whichever expert they belong to."""
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.size)
 
   def own_rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """The block's rows of x; those of others are zero."""
+    """The block's rows of x; those of other experts are zero."""
     rows = self.rows(x)
     return jnp.where(self._own(), rows, 0) if self.first else rows
 
   def put(
     self, x: Float[Array, 'N M'], rows: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
-    """x with the block's rows written; those of others stay."""
+    """x with the block's rows written; those of other experts stay."""
     if self.first:
       rows = jnp.where(self._own(), rows, self.rows(x))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
@@ -64,7 +64,7 @@ class Block(NamedTuple):
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
-    """total[e] plus `part`; the first block sets it."""
+    """Adds `part` to total[expert]; the first block overwrites it."""
     if not self.first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
@@ -75,12 +75,12 @@ class Block(NamedTuple):
 
 
 def full_block_rows(num_rows: int, num_experts: int) -> int:
-  """How many rows a full block has: the last of `block_sizes`."""
+  """The number of rows of a full block: the last of `block_sizes`."""
   return block_sizes(num_rows, num_experts)[-1]
 
 
 def block_sizes(num_rows: int, num_experts: int) -> list[int]:
-  """The rows that a first block can have, ascending; the last is a full one's.
+  """The sizes that a first block can have, ascending; the last is a full block.
 
   No block is larger than all the rows.
   """
@@ -102,7 +102,7 @@ def for_each_block(
 ) -> Any:
   """Folds `body(block, the expert's kernels, carry)` over all blocks, in order.
 
-  Experts without rows are never met. `carry` is updated in place.
+  Experts without rows are skipped. `carry` is updated in place.
   """
   E, N = group_sizes.shape[0], num_rows
   sizes = block_sizes(N, E)
@@ -151,7 +151,10 @@ def dot(
   contract: tuple[int, int],
   dtype=None,
 ) -> Float[Array, '_ _']:
-  """One product over those two axes, summed in float32; in the type of x."""
+  """One product over the axes `contract`, summed in float32.
+
+  Its type is `dtype`, by default that of x.
+  """
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
   return y.astype(dtype or x.dtype)
@@ -191,7 +194,7 @@ def outer(
   (N, M), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
 
   def body(block, _, dw):
-    # Both, as the rows past the last group may hold NaN, and 0 * NaN is NaN.
+    # Both are masked, as rows past the last group may hold NaN: 0 * NaN is NaN.
     product = dot_over_rows(block.own_rows(x), block.own_rows(dy))
     return block.add(dw, product)
 

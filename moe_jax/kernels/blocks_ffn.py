@@ -54,8 +54,8 @@ def backward(
     dx, dw_ins, dw_out = carry
     rows, d_rows = block.own_rows(x), block.own_rows(dy)
     h, pull = jax.vjp(hidden, *(block.rows(z) for z in firsts))
-    # Zero in the rows of others, as d_rows is; what `forward` left there in
-    # `firsts` is finite.
+    # In the rows of other experts this is zero, as d_rows is; the values that
+    # `forward` left there in `firsts` are finite.
     d_firsts = pull(blocks.dot(d_rows, out, (1, 1)))
     d_rows_in = [blocks.dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
     dw_ins = tuple(

@@ -1,7 +1,7 @@
-"""What exists for XLA's CPU compiler alone, and why.
+"""Code that exists only for XLA's CPU compiler, with the reasons.
 
 Other platforms compile the plain form at least as well; none of this changes a
-number by more than rounding. The rest of it, which cannot stand here:
+number by more than rounding. More of it stands elsewhere:
 
 - the backend 'blocks' of grouped products (`blocks.py`, `blocks_ffn.py`);
 - experts that serve few tokens (`layers/experts/few_tokens.py`), layers with
@@ -21,11 +21,11 @@ import numpy as np
 
 from moe_jax.shapes import Array, Float, Float32
 
-# Up to so many tokens, experts that serve few tokens multiply all of them: the
-# time goes into reading kernels, and nothing is sorted.
+# Up to this number of tokens, `few_tokens.py` multiplies all of them by each
+# expert: the time goes into reading kernels, and nothing is sorted.
 FEW_TOKENS = 16
-# Experts with arrays of their own that a program may have, over all layers:
-# each is a branch of it.
+# The largest number of experts, over all layers, that may have arrays of their
+# own: each of them is a branch of the program.
 MOST_UNROLLED = 512
 
 
@@ -47,7 +47,7 @@ def gelu(x: Float[Array, '*N']) -> Float[Array, '*N']:
 def add_to_each(
   x: Float32[Array, 'B *N'], bias: Float32[Array, '*N']
 ) -> Float32[Array, 'B *N']:
-  """x + bias, whose gradient of the bias is a product with ones.
+  """x + bias; the gradient of the bias is computed as a product with ones.
 
   The compiler takes four times as long for a sum over the leading axis.
   """
@@ -68,9 +68,9 @@ add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)
 
 
 def most_are_chosen(tokens: int, num_selected: int, num_experts: int) -> bool:
-  """Whether independent uniform choices of so many tokens leave few experts.
+  """Whether independent uniform choices of `tokens` tokens meet most experts.
 
   If so, a decoding step multiplies all tokens by all experts; if not, experts
-  have arrays of their own, and those that nobody chose are not read.
+  have arrays of their own, and those that no token chose are not read.
   """
   return (1 - num_selected / num_experts) ** tokens < 0.5

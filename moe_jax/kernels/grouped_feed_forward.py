@@ -33,7 +33,7 @@ def grouped_ffn(
     x: The rows, sorted by expert.
     w_ins: The first kernels: one, or two where one product gates the other.
     w_out: The last kernel.
-    group_sizes: How many rows each expert has, in all at most N.
+    group_sizes: The number of rows of each expert, in all at most N.
     hidden: The elementwise function from the first products to the hidden
       values.
     backend: The name of the backend, as in `grouped_matmul`.

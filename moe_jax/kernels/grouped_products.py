@@ -36,9 +36,9 @@ def grouped_matmul(
   Args:
     x: The rows, sorted by expert.
     w: The kernel of each expert.
-    group_sizes: How many rows each expert has, never fewer than none, in all
-      at most N. This is not checked: the numbers are known only at run time.
-    backend: One of `backends.BACKENDS`, or 'auto', the platform's.
+    group_sizes: The number of rows of each expert, at least 0 and in all at
+      most N. This is not checked: the numbers are known only at run time.
+    backend: One of `backends.BACKENDS`, or 'auto', the one of the platform.
 
   Raises:
     ValueError: Shapes do not fit, or the backend is unknown.
@@ -50,7 +50,7 @@ def grouped_matmul(
 
 
 def check_shapes(x, w, group_sizes) -> None:
-  """Raises where rows, kernels and groups do not fit."""
+  """Raises ValueError where rows, kernels and groups do not fit."""
   ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
   if ranks != (2, 3, 1):
     raise ValueError(

@@ -1,7 +1,7 @@
 """The grouped products as JAX's Pallas kernels for TPU, named megablox.
 
 The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
-they are interpreted: right, and slow. Not here: the gradient
+they are interpreted, which is correct but slow. Not here: the gradient
 (`grouped_products.py`).
 """
 
@@ -17,9 +17,9 @@ from moe_jax.shapes import Array, Float, Float32, Int32
 # A TPU's lanes, of which a tile's width is a multiple.
 _LANES = 128
 _LEAST_ROWS, _MOST_ROWS = 128, 512
-# The widest tile, in bytes of a row. With it all tiles that a kernel holds,
-# fetched ahead in pairs, and its float32 sums stay below 16 MiB, which is what
-# XLA allows it.
+# The width of the widest tile, in bytes of a row. With it all tiles that a
+# kernel holds, fetched ahead in pairs, and its float32 sums stay below 16 MiB,
+# which XLA allows a kernel.
 # The outer product sums over rows, so its sums are as wide as both its tiles.
 _MATMUL_BYTES, _OUTER_BYTES = 2048, 1024
 
@@ -69,7 +69,7 @@ def matmul(
     _padded(w, (1, *kernel_tile)),
     group_sizes,
   )
-  # The kernel leaves the rows of no group as it finds them.
+  # The kernel does not write the rows that belong to no group.
   return only_grouped(y[:N, :F], group_sizes)
 
 
@@ -94,7 +94,7 @@ def outer(
 
 
 def _width(lanes: int, most: int) -> int:
-  """The widest tile of at most `most` that divides so many times 128."""
+  """The widest tile, at most `most`, that divides a width of 128 * lanes."""
   fits = range(1, most // _LANES + 1)
   return _LANES * max(n for n in fits if lanes % n == 0)
 

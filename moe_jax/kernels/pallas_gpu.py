@@ -5,11 +5,11 @@ it reads and writes is masked by that expert's rows; blocks that skewed groups
 leave unused end at once. Both kernels walk tiles of the result in bands, so
 that programs that run at the same time share their operands in the cache.
 
-On a CPU the same kernels are interpreted, slowly: for tests.
+On a CPU the same kernels are interpreted, slowly, for tests.
 
-Not here: the gradient (`grouped_products.py`). Partitioning neither: under
-`jit` over several devices the compiler gathers the operands of a kernel; call
-it per device.
+Not here: the gradient (`grouped_products.py`), or partitioning: the compiler
+gathers a kernel's operands under `jit` over several devices, so call it on
+each.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from moe_jax.shapes import Array, Float, Float32, Int32
 
-# How many tiles side by side share the operand that they are read across.
+# The number of adjacent tiles that share an operand in the cache.
 _BAND = 8
 
 
@@ -31,9 +31,9 @@ class Tiles(NamedTuple):
   """The size of the tile that one program computes.
 
   Attributes:
-    rows: Rows of the result.
-    contract: How many products are summed at a time.
-    cols: Columns of the result.
+    rows: The number of rows of the result.
+    contract: The length of the contracted dimension that is summed at a time.
+    cols: The number of columns of the result.
   """
 
   rows: int
@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
   @property
   def params(self) -> plgpu.CompilerParams:
-    """Two groups of four warps for a full tile, else one."""
+    """The compiler's parameters: eight warps for a full tile, else four."""
     full = self.rows * self.cols >= 128 * 128
     return plgpu.CompilerParams(num_warps=8 if full else 4, num_stages=3)
 
@@ -50,9 +50,10 @@ class Tiles(NamedTuple):
 def tiles(rows: int, contract: int, cols: int, dtype) -> Tiles:
   """Tile sizes for a [rows, contract] by [contract, cols] product.
 
-  At most 128 x 128, with 128 bytes of each operand's row in the sum: three
-  stages take 96 KiB of shared memory, which every GPU since Ampere has. At
-  least 16 each way, the least that a tensor core takes. All powers of two.
+  A tile is at most 128 x 128, with 128 bytes of each operand's row in the sum:
+  three stages take 96 KiB of shared memory, which every GPU since Ampere has.
+  All sizes are powers of two and at least 16, the least that a tensor core
+  takes.
   """
 
   def fit(size, most):
@@ -77,7 +78,8 @@ def matmul(
   (N, M), E = x.shape, w.shape[0]
   F = w.shape[1 if transposed else 2]
   size = tiles(pl.cdiv(N, E), M, F, x.dtype)
-  # Static bound: each expert, and the rows of none, may end in a part block.
+  # A static bound: the last block of each expert, and that of the rows of no
+  # expert, may be filled in part.
   bands = pl.cdiv(pl.cdiv(N, size.rows) + E, _BAND)
   blocks = row_blocks(group_sizes, N, size.rows, bands * _BAND)
   return _call(
@@ -114,7 +116,7 @@ def outer(
 
 
 def _call(kernel, grid, out_shape, size, *args):
-  """The kernel, interpreted where the program is lowered for a CPU.
+  """Calls the kernel, interpreted where the program is lowered for a CPU.
 
   Programs run in the order of the grid, its first axis fastest.
   """
@@ -148,8 +150,8 @@ def row_blocks(
 ) -> tuple[Int32[Array, ' B'], Int32[Array, ' B'], Int32[Array, ' B']]:
   """Each block's expert, its first row, and the row behind its expert's last.
 
-  Rows of no expert are those of expert E. So are the blocks that nobody
-  needs: they begin at or behind its last row. Rows past N are nobody's,
+  Rows of no expert count as those of expert E, and so do blocks that are not
+  needed: they begin at or behind its last row. Rows past N are in no block,
   whatever the sizes sum to.
   """
   E = group_sizes.shape[0]
@@ -201,7 +203,7 @@ def _outer_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, size, band):
   def body(step, dw):
     first = start + step * size.contract
     rows = pl.ds(first, size.contract)
-    # On both sides: next to a NaN of a neighbour's row, zero is not enough.
+    # Both operands are masked: zero times a NaN of a neighbour's row is NaN.
     row_mask = _below(first, size.contract, stop, 0)
     x = _load(x_ref.at[rows, m], row_mask, _edge(m, M, 1))
     dy = _load(dy_ref.at[rows, f], row_mask, _edge(f, F, 1))
@@ -219,13 +221,13 @@ def _tile(index, size) -> pl.Slice:
 
 
 def _below(first, size, stop, axis):
-  """Which of `size` indices from `first` are below stop, along one axis."""
+  """The mask of those of `size` indices from `first` that are below `stop`."""
   index = first + jnp.arange(size, dtype=jnp.int32)
   return jnp.expand_dims(index < stop, 1 - axis)
 
 
 def _edge(tile, limit, axis):
-  """The mask of a tile that may reach past `limit`, None where none does."""
+  """The mask of a tile's indices below `limit`; None if no tile reaches it."""
   if limit % tile.size == 0:
     return None
   return _below(tile.start, tile.size, limit, axis)
@@ -237,7 +239,7 @@ def _all(*masks):
 
 
 def _load(ref, *masks):
-  """The tile, zero where a mask says no: memory there is never read."""
+  """Loads a tile, zero where a mask is False: memory there is never read."""
   mask = _all(*masks)
   return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 

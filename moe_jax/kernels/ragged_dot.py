@@ -1,6 +1,6 @@
 """The grouped products as XLA's own `ragged_dot`: for any platform.
 
-What it costs is the platform's: where XLA has no kernel for it, every row is
+Its cost depends on the platform: where XLA has no kernel for it, every row is
 multiplied by every expert. Not here: the gradient (`grouped_products.py`).
 """
 
@@ -18,7 +18,7 @@ def matmul(
 ) -> Float[Array, 'N _']:
   """x[n] @ w[e], or x[n] @ w[e].T, for each row n of group e."""
   y = _ragged_dot(x, w, group_sizes, (1, 2 if transposed else 1), (0,))
-  # What a platform leaves in the rows of no group is not specified.
+  # The rows that belong to no group hold unspecified values.
   return only_grouped(y.astype(x.dtype), group_sizes)
 
 
@@ -28,7 +28,8 @@ def outer(
   group_sizes: Int32[Array, ' E'],
 ) -> Float32[Array, 'E M F']:
   """The sum of x[n]^T dy[n] over the rows of each group."""
-  # A platform may multiply the rows of no group by zero: 0 * NaN is NaN.
+  # A platform may multiply rows that belong to no group by zero, and 0 * NaN is
+  # NaN.
   x, dy = only_grouped(x, group_sizes), only_grouped(dy, group_sizes)
   return _ragged_dot(x, dy, group_sizes, (0, 0), ())
 
@@ -44,9 +45,10 @@ def only_grouped(
 def _ragged_dot(
   lhs, rhs, group_sizes, contract, rhs_group
 ) -> Float32[Array, '...']:
-  """One product over those two axes; the rows of `lhs` come in groups.
+  """One product over the axes `contract`; the rows of `lhs` come in groups.
 
-  Under `vmap` one after the other: JAX has no batched form of every kind.
+  Under `vmap` the products run one after the other: JAX lacks some of the
+  batched forms.
   """
   dimensions = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),

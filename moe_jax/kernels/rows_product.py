@@ -1,4 +1,4 @@
-"""The products of rows and kernels, with a gradient that each platform likes.
+"""The products of rows and kernels, with a gradient fast on each platform.
 
 A kernel's gradient is x^T dy. On a CPU the transposed rows are an array of
 their own (`cpu.transposed`); other platforms fold the transpose into the

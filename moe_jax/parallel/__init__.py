@@ -1,5 +1,5 @@
-"""How expert rows travel between devices.
+"""The travel of expert rows between devices.
 
 `layout.py` says where groups and experts are, `exchange.py` moves rows in
-slots, `ragged.py` those without.
+slots, `ragged.py` moves rows without slots.
 """

@@ -1,10 +1,11 @@
 """The exchange of expert parallelism: rows to their experts' devices and back.
 
 GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
-some mesh axes and experts over others; a row is made where its group is, and
-multiplied where its expert is. Rows here are `[E, R, M]`, R for each expert.
+some mesh axes and experts over others; a row is filled on the device of its
+group, and multiplied on that of its expert. Rows are `[E, R, M]`, R for each
+expert.
 Not here: where groups and experts are (`layout.py`), rows without slots
-(`ragged.py`), and how rows come to be (`moe_jax.dispatch`).
+(`ragged.py`), and how tokens become rows (`moe_jax.dispatch`).
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from moe_jax.shapes import Array, Float
 
 DTYPES = ('', 'bfloat16', 'float32')
 DTYPE_SENTENCE = (
-  "Type of the rows on their way between devices; '': that of the products."
+  "Type of expert rows while they travel between devices; '' keeps the type of "
+  'the products.'
 )
 
 
@@ -32,14 +34,14 @@ DTYPE_SENTENCE = (
 class Exchange(Options):
   """The contract of exchanges of rows in slots.
 
-  All are equal in value and gradient, but for what experts' dropout draws: that
-  is by row, and rows may come in another order.
+  All are equal in value and gradient, except for experts' dropout, which is
+  drawn by row: rows may come in another order.
   """
 
   chunks: int = option(
     1,
-    'Number of pieces in which rows travel; each has an all-to-all of its own, '
-    "which no other piece's product waits for, so that the two may overlap.",
+    'Number of pieces in which expert rows travel between devices, so that one '
+    'may travel while experts multiply another; 1 sends all rows at once.',
     at_least(1),
   )
   dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
@@ -47,9 +49,9 @@ class Exchange(Options):
   def to_experts(
     self, place: Layout, rows: Float[Array, 'E R M']
   ) -> Float[Array, 'E R M']:
-    """From rows split over groups to rows split over experts.
+    """Moves rows split over groups to rows split over experts.
 
-    An expert's rows may come in another order, which `to_groups` knows.
+    An expert's rows may come in another order, which `to_groups` undoes.
     """
     packed = rows.astype(self.dtype or rows.dtype)
     return self._there(place, packed).astype(rows.dtype)
@@ -57,7 +59,7 @@ class Exchange(Options):
   def to_groups(
     self, place: Layout, rows: Float[Array, 'E R M']
   ) -> Float[Array, 'E R M']:
-    """What `to_experts` did, undone."""
+    """Undoes `to_experts`: moves rows split over experts back to groups."""
     packed = rows.astype(self.dtype or rows.dtype)
     return self._back(place, packed).astype(rows.dtype)
 
@@ -70,7 +72,7 @@ class Exchange(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Constraint(Exchange):
-  """Shardings are stated on both sides, and the compiler makes an all-to-all.
+  """An exchange by shardings, from which the compiler makes an all-to-all.
 
   Source: GShard.
   """
@@ -84,7 +86,7 @@ class Constraint(Exchange):
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll(Exchange):
-  """The all-to-all is written out under `shard_map`."""
+  """An exchange by an all-to-all that is written out under `shard_map`."""
 
   def _there(self, place, rows):
     return jax.shard_map(
@@ -115,17 +117,17 @@ EXCHANGES = Kinds(
 
 @runtime_checkable
 class Mover(Protocol):
-  """Tokens to expert rows and back, as `moe_jax.dispatch` moves them."""
+  """The contract of what moves tokens, as modules of `moe_jax.dispatch` do."""
 
   def dispatch(
     self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'E R M']:
-    """Tokens to rows."""
+    """Copies tokens to the rows of their experts."""
 
   def combine(
     self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'G S M']:
-    """Rows to tokens."""
+    """Sums each token's rows, weighted by its gates."""
 
 
 def serve(
@@ -136,12 +138,12 @@ def serve(
   x: Float[Array, 'G S M'],
   routing: Routing | SlotRouting,
 ) -> Float[Array, 'G S M']:
-  """Every device moves its own groups, and serves its own experts.
+  """Runs experts on a mesh: each device moves its groups, runs its experts.
 
   Args:
-    exchange: How rows travel.
-    place: Where groups and experts are.
-    mover: How tokens become rows and rows tokens.
+    exchange: The exchange by which rows travel.
+    place: The layout of groups and experts on the mesh.
+    mover: The dispatch between tokens and rows.
     experts: The function from rows [E, R, M] to rows.
     x: The groups of tokens.
     routing: The routing of all groups.
@@ -167,7 +169,7 @@ def _dispatch(
 ) -> list[Float[Array, 'E _ M']]:
   """`mover.dispatch` of each device's own groups: rows split over groups.
 
-  They come in `chunks` pieces if they are to be exchanged, else in one.
+  The rows come in `chunks` pieces if they are to be exchanged, else in one.
   """
 
   def local(x, routing):
@@ -209,8 +211,8 @@ def _combine(
 def _constrained(place, rows, there):
   """The same rows with their sharding stated before and after.
 
-  One dimension for each axis of the groups: that one of them moves from R to E
-  is then plain to the compiler, which otherwise gathers everything.
+  R is split into a dimension for each axis of the groups. So the compiler sees
+  that some of them move from R to E; otherwise it gathers everything.
   """
   E, R, M = rows.shape
   devices = [place.sizes[name] for name in place.groups]
@@ -250,7 +252,7 @@ def _send_back(place, rows):
 
 
 def _all_blocks(place, rows):
-  """What `own_blocks` did, undone: the other parts come from their devices."""
+  """Undoes `own_blocks`: gathers the other parts from their devices."""
   sizes = [place.sizes[name] for name in place.exchanged]
   rows = rows.reshape(*sizes, *rows.shape[1:])
   for i, name in enumerate(place.experts):

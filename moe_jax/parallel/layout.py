@@ -1,4 +1,4 @@
-"""Where groups and experts are on the mesh at hand, from the sharding table."""
+"""The layout of groups and experts on a mesh, from the sharding table."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ from moe_jax.shapes import Array, Float, Shaped
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where groups and experts are on the mesh at hand.
+  """The mesh axes that split groups, experts and hidden widths.
 
   Attributes:
     mesh: The mesh that the types of arrays carry.
     sizes: The size of every mesh axis of more than one device.
     groups: The axes of more than one device that split the groups evenly.
-    experts: Those that split the experts.
-    hidden: Those that split the hidden width of each expert.
+    experts: The axes that split the experts.
+    hidden: The axes that split the hidden width of each expert.
   """
 
   mesh: AbstractMesh
@@ -30,20 +30,20 @@ class Layout:
 
   @property
   def exchanged(self) -> tuple[str, ...]:
-    """The axes that rows cross: their groups and their experts are split."""
+    """The axes that rows travel along: they split both groups and experts."""
     return tuple(name for name in self.experts if name in self.groups)
 
   @property
   def kept(self) -> tuple[str, ...]:
-    """The axes that still split the rows of an expert."""
+    """The axes that split an expert's rows also after the exchange."""
     return tuple(name for name in self.groups if name not in self.experts)
 
   def devices(self, axes: tuple[str, ...]) -> int:
-    """How many devices the axes have."""
+    """The number of devices along these axes."""
     return math.prod(self.sizes[name] for name in axes)
 
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
-    """Dimensions split over these axes."""
+    """The spec of an array whose dimensions are split over these axes."""
     return PartitionSpec(*(names or None for names in axes))
 
 
@@ -56,14 +56,14 @@ def layout(
 ) -> Layout | None:
   """The layout of groups x on their mesh; None on one device.
 
-  What does not divide is not split: an odd number of groups, as evaluation
-  may have, is then routed and moved on every device.
+  A dimension that does not divide is not split: an odd number of groups, as
+  evaluation may have, is then routed and moved on every device.
 
   Args:
     rules: The sharding table: 'batch' splits the groups.
     x: The groups.
-    num_experts: E.
-    hidden: F, where the layout is to split it.
+    num_experts: The number E of experts.
+    hidden: The hidden width F of an expert; 1 where it is not to be split.
   """
   axes = spread(x)
   if not axes:
@@ -91,10 +91,11 @@ def layout(
 def own_blocks(
   place: Layout, x: Shaped[Array, 'E ...']
 ) -> Shaped[Array, 'X J ...']:
-  """Under `shard_map`: what is for the experts of each device rows go to.
+  """The part of x for the experts of each device that rows travel to.
 
-  `[E, ...]` -> `[X, J, ...]`: J experts on each of X devices. Of the experts'
-  axes that rows do not cross, this device's part.
+  It is called under `shard_map`. `[E, ...]` becomes `[X, J, ...]`, J experts on
+  each of X devices. Along axes of experts that rows do not cross it is this
+  device's part.
   """
   sizes = [place.sizes[name] for name in place.experts]
   rest = x.shape[1:]

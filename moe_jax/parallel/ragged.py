@@ -1,4 +1,4 @@
-"""Rows without slots between devices: as many to each as there are.
+"""The exchange of rows without slots: each device gets those of its experts.
 
 Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
 over devices. It is called under `shard_map`. Where the platform has
@@ -22,10 +22,10 @@ Axes = tuple[str, ...]
 
 
 class Trip(NamedTuple):
-  """The way of one device's rows to their experts, and back.
+  """A plan for the way of one device's rows to their experts and back.
 
   Attributes:
-    traffic: How many rows go between devices; None where rows stay.
+    traffic: The numbers of rows that go between devices; None where rows stay.
     axes: The mesh axes between which rows travel.
     num_rows: N, the number of rows that the device has before and after.
     local_sizes: int32 [J], the number of rows of each expert of this device.
@@ -47,7 +47,7 @@ class Trip(NamedTuple):
     return take_tokens(rows, self.source, self.target[:, None])
 
   def back(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
-    """What `there` did, undone; rows of other devices' experts are zero."""
+    """Undoes `there`; rows of other devices' experts are zero."""
     rows = take_tokens(rows, self.target, self.source[:, None])
     if self.traffic is None:
       return rows
@@ -55,7 +55,7 @@ class Trip(NamedTuple):
 
 
 def plan(place: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
-  """The trip of rows sorted by expert, `sizes` of each.
+  """The trip of rows sorted by expert; `sizes` is the number for each expert.
 
   Where experts are split over axes that groups are not, each device takes the
   rows of its own part of them.
@@ -81,7 +81,7 @@ def plan(place: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
 
 
 class Traffic(NamedTuple):
-  """Who sends how many rows to whom, over P devices; on each the same.
+  """How many rows each of P devices sends to each; equal on all devices.
 
   Attributes:
     sizes: int32 [P, P], the number of rows from device i to device j.
@@ -95,7 +95,13 @@ class Traffic(NamedTuple):
 def traffic(
   sizes: Int32[Array, ' P'], starts: Int32[Array, ' P'], axes: Axes
 ) -> Traffic:
-  """From what one device sends: rows for each device, and where they begin."""
+  """The traffic of all devices.
+
+  Args:
+    sizes: The number of rows that this device sends to each.
+    starts: The first row that this device sends to each.
+    axes: The mesh axes that the devices are on.
+  """
   gathered = jax.lax.all_gather((sizes, starts), axes)
   return Traffic(*(x.reshape(sizes.size, sizes.size) for x in gathered))
 
@@ -103,7 +109,7 @@ def traffic(
 def send(
   rows: Float[Array, 'N M'], plan: Traffic, bound: int, axes: Axes
 ) -> Float[Array, 'R M']:
-  """Every device's rows for this one, one device after the other.
+  """Receives every device's rows for this one, one device after the other.
 
   Args:
     rows: The rows of this device, of which a block goes to each device.
@@ -117,7 +123,7 @@ def send(
 def send_back(
   rows: Float[Array, 'R M'], plan: Traffic, num_rows: int, axes: Axes
 ) -> Float[Array, 'N M']:
-  """Received rows to where they came from; the transpose of `send`.
+  """Returns received rows to where they came from; the transpose of `send`.
 
   Args:
     rows: The rows in the order in which `send` returned them.
@@ -172,7 +178,7 @@ def all_gather_reference(
   axis_name: Axes,
 ) -> Float[Array, 'R M']:
   """`jax.lax.ragged_all_to_all` by gathering everything on every device."""
-  del recv_sizes  # the senders' word is enough
+  del recv_sizes  # the same numbers are in the senders' sizes
   P, N = send_sizes.size, len(operand)
   everything = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)
   me = jax.lax.axis_index(axis_name)

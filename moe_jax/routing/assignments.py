@@ -22,7 +22,7 @@ from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """Where each choice of each token goes, in index form.
+  """The expert and the slot of each choice of each token, in index form.
 
   Attributes:
     expert_index: int32 [G, S, K], in [0, E), also where nothing is kept.
@@ -34,8 +34,8 @@ class Routing:
     kept: bool [G, S, K], whether the choice is served. A served choice has
       slot < capacity, and no two served choices of a group share an expert
       and a slot.
-    num_experts: E.
-    capacity: C, or None where experts are unbounded.
+    num_experts: E, the number of experts.
+    capacity: C, the slots of an expert in each group; None for no bound.
   """
 
   expert_index: Leaf
@@ -55,27 +55,27 @@ class Routing:
     return self._choice_mask().any(2)
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The gate of each token in each slot of each expert; 0 where it is not."""
+    """The gate of each token in each slot; 0 where it is not in the slot."""
     return jnp.where(self._choice_mask(), self.gate[..., None, None], 0.0).sum(
       2
     )
 
   def token_gates(self) -> Float32[Array, 'G S E']:
-    """What each expert gives each token; 0 where it does not serve it."""
+    """Each expert's gate for each token; 0 for a token it does not serve."""
     chosen = jax.nn.one_hot(self.expert_index, self.num_experts)
     gate = jnp.where(self.kept, self.gate, 0.0)
     return (chosen * gate[..., None]).sum(-2)
 
   @jax.named_scope('index')
   def rows_per_expert(self) -> Int32[Array, ' E']:
-    """How many choices each expert serves in all groups."""
+    """The number of choices that each expert serves, over all groups."""
     E = self.num_experts
     expert = jnp.where(self.kept, self.expert_index, E).reshape(-1)
     count = jnp.zeros(E, jnp.int32).at[expert].add(1, mode='drop')
     return rows.decided(count)
 
   def slot_rows(self) -> rows.Rows:
-    """The rows [E, G * C] of slots; ValueError where they are unbounded."""
+    """The rows [E, G * C] of slots; raises ValueError without a capacity."""
     return rows.rows_of_choices(
       self.expert_index,
       self.slot,
@@ -118,7 +118,7 @@ class Routing:
 )
 @dataclasses.dataclass(frozen=True)
 class SlotRouting:
-  """Who sits in each slot of each expert: a routing where experts choose.
+  """The token in each slot of each expert: a routing where experts choose.
 
   A token may be in the slots of any number of experts, in one of each. The
   methods are those of `Routing`.
@@ -135,12 +135,12 @@ class SlotRouting:
 
   @property
   def num_experts(self) -> int:
-    """E."""
+    """E, the number of experts."""
     return self.gate.shape[1]
 
   @property
   def capacity(self) -> int:
-    """C."""
+    """C, the number of slots of an expert in each group."""
     return self.gate.shape[2]
 
   @property
@@ -155,16 +155,16 @@ class SlotRouting:
     return jax.nn.one_hot(self.token_index, S, dtype=jnp.bool_, axis=1)
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
-    """The gate of each token in each slot of each expert; 0 where it is not."""
+    """The gate of each token in each slot; 0 where it is not in the slot."""
     return jnp.where(self.slot_mask(), self.gate[:, None], 0.0)
 
   def token_gates(self) -> Float32[Array, 'G S E']:
-    """What each expert gives each token; 0 where it does not serve it."""
+    """Each expert's gate for each token; 0 for a token it does not serve."""
     return self.slot_weights().sum(-1)
 
   @jax.named_scope('index')
   def rows_per_expert(self) -> Int32[Array, ' E']:
-    """How many tokens each expert serves in all groups."""
+    """The number of tokens that each expert serves, over all groups."""
     return rows.decided(self.filled.sum((0, 2), dtype=jnp.int32))
 
   def slot_rows(self) -> rows.Rows:

@@ -107,7 +107,7 @@ def load_per_expert(
   counted: Bool[Array, 'G S #K'],
   num_experts: int,
 ) -> Float32[Array, 'G E']:
-  """How many counted choices fall on each expert."""
+  """The number of choices of each expert, of those that `counted` marks."""
   chosen = jax.nn.one_hot(expert_index, num_experts)
   return jnp.where(counted[..., None], chosen, 0.0).sum((1, 2))
 
@@ -115,5 +115,5 @@ def load_per_expert(
 def over_groups(
   per_group: Float32[Array, ' G'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, '']:
-  """The sum over groups of a loss times the real tokens of the group."""
+  """The sum over groups of a loss times the group's number of real tokens."""
   return (per_group * mask.sum(-1).astype(jnp.float32)).sum()

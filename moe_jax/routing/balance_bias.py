@@ -2,7 +2,7 @@
 
 Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides who is
 chosen and never what a choice weighs, so it has no gradient. Not here: where
-it is kept (the collection `router_state`), and when it moves
+the bias is kept (the collection `router_state`), and when it is updated
 (`moe_jax.training.step`).
 """
 
@@ -20,10 +20,10 @@ def biased_scores(
   bias: Float32[Array, ' E'],
   scores: str,
 ) -> Float32[Array, 'G S E']:
-  """What tokens choose by: each expert's score plus its bias.
+  """The scores by which tokens choose: each expert's score plus its bias.
 
   Args:
-    router_logits: The logits that the scores are made of.
+    router_logits: The logits that the scores are computed from.
     bias: The bias of each expert.
     scores: One of `SCORES`, the function of the logits: 'sigmoid' of each by
       itself, or 'softmax' over all experts.

@@ -36,10 +36,10 @@ class Capacity(Options):
     raise NotImplementedError
 
   def keeps_in_generation(self, single: bool) -> bool:
-    """Whether generation keeps this rule in place of room for all.
+    """Whether generation keeps this rule instead of giving room to all tokens.
 
-    A rule that says how many tokens an expert takes whatever their number is
-    part of what an imported checkpoint computes, not a bound on the buffers of
+    A rule that fixes how many tokens an expert takes is part of what an
+    imported checkpoint computes; other rules only bound the buffers of
     training.
 
     Args:
@@ -55,23 +55,26 @@ class _Share(Capacity):
 
   factor: float = option(
     1.25,
-    'Capacity factor: the slots of all experts over the tokens or choices '
-    'that they serve.',
+    'Capacity factor: slots of all experts together, divided by the tokens of '
+    "the group ('per_token') or by their choices ('per_assignment').",
     above(0),
   )
   rounding: str = option(
     'ceil',
-    "Rounding of the exact quotient: 'ceil' (V-MoE), 'floor' (Mesh "
+    "Rounding of the capacity to whole slots: 'ceil' (V-MoE), 'floor' (Mesh "
     "TensorFlow) or 'round' (flaxformer; half to even).",
     one_of(*_ROUNDINGS),
   )
   multiple: int = option(
     1,
-    'The capacity is rounded up to a multiple of this number (V-MoE has 4).',
+    'The capacity is rounded up to a multiple of this number of slots (4 in '
+    'V-MoE); 1 leaves it as it is.',
     at_least(1),
   )
   minimum: int = option(
-    1, 'The least capacity, in slots (flaxformer has 4).', at_least(1)
+    1,
+    'Least capacity, in slots per expert and group (4 in flaxformer).',
+    at_least(1),
   )
 
   def _share(self, quotient: fractions.Fraction, group_size: int) -> int:
@@ -84,7 +87,7 @@ class _Share(Capacity):
 
 @dataclasses.dataclass(frozen=True)
 class PerToken(_Share):
-  """Capacity factor * S / E (Switch, ST-MoE; GShard, whose 2.0 is 2 S / E)."""
+  """A capacity of factor * S / E (Switch, ST-MoE; GShard with factor 2)."""
 
   def per_expert(self, group_size, num_experts, num_selected):
     """The slots of an expert; see `Capacity.per_expert`."""
@@ -93,7 +96,7 @@ class PerToken(_Share):
 
 @dataclasses.dataclass(frozen=True)
 class PerAssignment(_Share):
-  """Capacity factor * K * S / E (V-MoE, MegaBlocks)."""
+  """A capacity of factor * K * S / E (V-MoE, MegaBlocks)."""
 
   def per_expert(self, group_size, num_experts, num_selected):
     """The slots of an expert; see `Capacity.per_expert`."""
@@ -103,13 +106,15 @@ class PerAssignment(_Share):
 
 @dataclasses.dataclass(frozen=True)
 class Fraction(Capacity):
-  """Capacity factor * S, whatever the number of experts (NLLB's evaluation).
+  """A capacity of factor * S for any number of experts (NLLB's evaluation).
 
   The floating-point product is rounded up, as fairseq and transformers do.
   """
 
   factor: float = option(
-    1.0, "An expert's slots as a fraction of the group's tokens.", above(0)
+    1.0,
+    'Slots of each expert as a fraction of the number of tokens in a group.',
+    above(0),
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
@@ -117,7 +122,7 @@ class Fraction(Capacity):
     return min(math.ceil(self.factor * group_size), group_size)
 
   def keeps_in_generation(self, single):
-    """True: the rule is part of the checkpoint."""
+    """True: imported checkpoints compute with this rule."""
     return True
 
 
@@ -125,7 +130,11 @@ class Fraction(Capacity):
 class Fixed(Capacity):
   """The same number of slots for groups of every size."""
 
-  slots: int = option(1, 'Slots of an expert in each group.', at_least(1))
+  slots: int = option(
+    1,
+    'Slots of each expert in each group; never more than the group has tokens.',
+    at_least(1),
+  )
 
   def per_expert(self, group_size, num_experts, num_selected):
     """The slots of an expert; see `Capacity.per_expert`."""

@@ -1,8 +1,8 @@
 """Expert choice: each expert picks the tokens it wants most.
 
 https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
-as many experts as want it, or none. Who is picked depends on all tokens of the
-group: not causal. Not here: the paper's capped variant.
+as many experts as pick it, or none. Which tokens are picked depends on all
+tokens of the group: not causal. Not here: the paper's capped variant.
 """
 
 import jax
@@ -22,10 +22,10 @@ def expert_choice(
 ) -> SlotRouting:
   """Gives each expert the C tokens of its group with the largest probability.
 
-  Probabilities are the softmax over experts, and the gates of those picked;
-  ties go to the earlier token. A group with padding has smaller experts: of n
-  real tokens each takes ceil(C * n / S), about as many as if they were a group
-  of their own.
+  Probabilities are the softmax over experts; a picked token's probability is
+  its gate. Ties go to the earlier token. In a group with padding experts take
+  fewer tokens: ceil(C * n / S) of n real ones, about as many as if these were a
+  group of their own.
 
   Args:
     router_logits: The logits, which are taken as float32.
@@ -59,7 +59,7 @@ def expert_choice(
 def shares(
   real: Int32[Array, ' G'], group_size: int, capacity: int
 ) -> Int32[Array, ' G']:
-  """How many tokens an expert takes of so many real ones: ceil(C * n / S)."""
+  """The number of tokens that an expert takes of n real ones, ceil(C n / S)."""
   # The shares come from a table, as C * n can be more than an int32 holds.
   n = np.arange(group_size + 1, dtype=np.int64)
   table = -(-capacity * n // group_size)

@@ -1,8 +1,7 @@
-"""Given choices: experts serve choices that others made, in queues.
+"""Queues of choices that are already made: which of them experts serve.
 
-Hash layers, random routing and routers of two levels choose by themselves; here
-is who is served. Not here: choices by logits (`token_choice_rule.py`), which
-queue likewise.
+Hash layers, random routing and routers of two levels make such choices. Not
+here: choices by logits (`token_choice_rule.py`), which queue likewise.
 """
 
 import jax
@@ -26,8 +25,8 @@ def even_choice(
 ) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
-  The gate of a dropped choice is lost. Arguments and errors are those of
-  `given_choice`.
+  A dropped choice has gate 0, which no other choice makes up for. Arguments
+  and errors are those of `given_choice`.
   """
   gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
   return given_choice(
@@ -49,18 +48,18 @@ def given_choice(
   mask: Bool[Array, 'G S'] | None = None,
   slot_priority: str = 'token_major',
 ) -> Routing:
-  """Serves choices whose gates are known; that of a dropped one is lost.
+  """Serves choices whose gates are given; that of a dropped choice becomes 0.
 
   Args:
     expert_index: K different experts for each token.
     gate: The gate of each choice.
-    num_experts: E.
+    num_experts: The number E of experts.
     capacity, mask: As in `token_choice`.
     slot_priority: 'token_major' or 'choice_major'; there are no probabilities
       to order the tokens by, as 'batch_priority' would.
 
   Raises:
-    ValueError: K is not in [1, E], capacity < 1, or the priority is another.
+    ValueError: K is not in [1, E], capacity < 1, or the priority is unknown.
   """
   E, K = num_experts, expert_index.shape[-1]
   if not 1 <= K <= E:
@@ -90,15 +89,15 @@ def queue_slots(
   slot_priority: str,
   order: Int32[Array, 'G S'] | None = None,
 ) -> Int32[Array, 'G S K']:
-  """The choices before each one in its expert's queue; 0 if it is in none.
+  """The number of choices before each in its expert's queue; 0 outside of it.
 
   Args:
     expert_index: The chosen experts.
-    queued: Which choices queue.
+    queued: True for choices that queue.
     E: The number of experts.
-    slot_priority: 'token_major', or another for choice-major queues.
-    order: The order in which the tokens of each group queue, where it is not
-      that of the sequence.
+    slot_priority: 'token_major'; any other value makes choice-major queues.
+    order: The order in which the tokens of each group queue; None for that of
+      the sequence.
   """
   G, S, K = expert_index.shape
   if order is not None:

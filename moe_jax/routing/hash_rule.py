@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2106.04426. Nothing is learned and nothing balanced: an
 id that is common makes its experts busy. The paper keeps random tables; here a
 hash function stands for a table of any size. Not here: its balanced and
-clustered tables, which are made of a corpus.
+clustered tables, which are computed from a corpus.
 """
 
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ def hash_choice(
   slices of one feed-forward layer.
 
   Args:
-    ids: What `hash_ids` returned.
-    num_experts: E.
+    ids: The ids to hash, from `hash_ids`.
+    num_experts: The number E of experts.
     num_selected: K, in [1, E].
-    seed: The number of the table: another seed, other experts.
+    seed: The number of the table; another seed gives other experts.
     layer: The number of the layer; every layer has a table of its own.
   """
   salt = mixed(mixed(_uint32(seed)) + _uint32(layer))
@@ -48,12 +48,13 @@ def hash_ids(
   previous: Int[Array, 'B T'],
   positions: Int[Array, 'B T'],
 ) -> UInt32[Array, 'B T']:
-  """What decides the experts of each token.
+  """The ids that decide the experts of each token.
 
   Args:
-    hash_of: 'token', 'bigram' (its id and the one before), or 'position'.
+    hash_of: What the ids are made of: 'token', 'bigram' (the token and the one
+      before), or 'position'.
     tokens: Token ids.
-    previous: The id before each in its segment; -1 where it is the first.
+    previous: The token before each in its segment; -1 for the first.
     positions: The position of each token in its segment.
 
   Raises:
@@ -71,7 +72,7 @@ def hash_ids(
 def previous_tokens(
   tokens: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None = None
 ) -> Int[Array, 'B T']:
-  """The id before each token in its segment; -1 where it is the first."""
+  """The token before each token in its segment; -1 for the first."""
   previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   if segment_ids is None:
     return previous

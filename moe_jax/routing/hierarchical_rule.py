@@ -2,8 +2,8 @@
 
 https://arxiv.org/abs/1701.06538. A primary gate chooses among a branches, and
 each branch's own gate among its b experts: expert i * b + j is expert j of
-branch i. What comes out is a `Routing` over all experts, whose gates are the
-products; any dispatcher serves it. Not here: where logits come from
+branch i. The result is a `Routing` over all experts, whose gates are products
+of both levels' gates; any dispatcher takes it. Not here: where logits come from
 (`moe_jax.layers.routers.hierarchical`).
 """
 
@@ -29,9 +29,9 @@ def flat_choices(
 
   Args:
     branch_index: The chosen branches, in [0, a).
-    branch_gate: The primary gate's weights of them.
+    branch_gate: The primary gate's weights of the chosen branches.
     expert_index: The experts chosen within each chosen branch, in [0, b).
-    expert_gate: The weights of them, of that branch's gate.
+    expert_gate: The weights of those experts, from their branch's gate.
     branch_size: b, the number of experts in a branch.
 
   Source: Eq. 12 of arXiv:1701.06538.
@@ -48,7 +48,7 @@ def hierarchical_load(
   branch_index: Int32[Array, 'G S K1'],
   mask: Bool[Array, 'G S'],
 ) -> Float32[Array, 'G E']:
-  """Load_H: of expert j of branch i, Load_p(X)_i * Load_i(X_i)_j / |X_i|.
+  """Load_H, for expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
 
   X_i are the real tokens that chose branch i; the load of a branch that nobody
   chose is 0. The first factor is where the primary gate's gradient comes from.
@@ -99,15 +99,15 @@ def over_levels(
 ) -> Float32[Array, '']:
   """The sum over real tokens of a measure of the logits of both levels.
 
-  It is the measure of the primary gate's logits plus those of the chosen
-  branches' logits, weighted by the primary gate, which gets no gradient: the
-  z-loss is not to move tokens to branches of small logits.
+  The measure of the primary gate's logits is added to those of the chosen
+  branches' logits, weighted by the primary gate. The weights have no gradient,
+  so that the z-loss does not move tokens to branches with small logits.
 
   Args:
     per_token: The measure, from logits to a number for each token.
     branch_logits: The primary gate's logits.
     branch_gate: The weights of the chosen branches.
-    expert_logits: The logits in each chosen branch, P = S * K1.
+    expert_logits: The logits within each chosen branch, P = S * K1.
     mask: False for padding.
   """
   inner = per_token(expert_logits).reshape(branch_gate.shape)

@@ -14,8 +14,8 @@ def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
   Returns:
     `load_cv`: standard deviation (population's) over mean, 0 when even,
     sqrt(E - 1) when one expert takes all. `load_max_over_mean`: 1 when even, E
-    when one takes all. `unused_experts`: how many took nothing. The first two
-    are NaN where no expert took anything.
+    when one takes all. `unused_experts`: the number of experts that took
+    nothing. The first two are NaN where no expert took anything.
 
   Raises:
     ValueError: `load` is not one row of finite numbers >= 0.

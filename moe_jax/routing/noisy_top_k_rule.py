@@ -15,13 +15,14 @@ from moe_jax.shapes import Array, Float32, Int32, PRNGKey
 
 
 class NoisyLogits(NamedTuple):
-  """Logits with tunable Gaussian noise, and what the load estimator needs.
+  """Logits with and without tunable Gaussian noise, for the load estimator.
 
   Attributes:
-    clean: float32 [G, S, E], x Wg.
+    clean: float32 [G, S, E], the logits without noise, x Wg.
     noisy: float32 [G, S, E], clean + N(0, 1) * std; equal to clean where no
       noise was drawn.
-    std: float32 [G, S, E], Softplus(x Wnoise), whether drawn or not.
+    std: float32 [G, S, E], the standard deviation of the noise,
+      Softplus(x Wnoise), also where no noise was drawn.
   """
 
   clean: Array

@@ -1,8 +1,7 @@
 """Random routing: every token has K experts drawn at random.
 
-The baseline of Hash layers (https://arxiv.org/abs/2106.04426) and of many
-others: what a router gains must be more than this. Not here: where the key
-comes from.
+A baseline, as in Hash layers (https://arxiv.org/abs/2106.04426): a learned
+router should do better. Not here: where the key comes from.
 """
 
 import jax
@@ -19,13 +18,13 @@ def random_choice(
   num_experts: int,
   num_selected: int,
 ) -> Int32[Array, 'G S K']:
-  """K different experts a token, every set of K as likely as another.
+  """Draws K different experts for each token; all sets of K are as likely.
 
   Args:
     key: The key that the experts are drawn from.
-    num_groups: G.
-    group_size: S.
-    num_experts: E.
+    num_groups: The number G of groups.
+    group_size: The number S of tokens in a group.
+    num_experts: The number E of experts.
     num_selected: K, in [1, E].
   """
   shape = (num_groups, group_size, num_selected)

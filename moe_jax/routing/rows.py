@@ -19,7 +19,7 @@ DECISION = 'routing'
 
 
 class Rows(NamedTuple):
-  """What stands in each row, and where each choice has its row.
+  """The token and the choice in each row, and the row of each choice.
 
   A choice is one of a token's K where tokens choose experts, and a slot of an
   expert where experts choose tokens.
@@ -28,12 +28,13 @@ class Rows(NamedTuple):
     token: int32 [*R], the token in each row, counted over the G * S tokens of
       all groups; G * S in an empty row.
     choice: int32 [*R], the choice in each row, counted over the choices of
-      `gate`; their number in an empty row. None: row i has choice i.
-    row: int32, of the form of `gate`, the row of each choice, counted over all
-      rows; their number where it has none. None: choice i has row i.
-    gate: float32 [N, K], the weight of each choice of each token, or [P],
-      that of each slot.
-    num_tokens: N = G * S.
+      `gate`; the number of choices in an empty row. None: row i has choice i.
+    row: int32, of the shape of `gate`, the row of each choice, counted over all
+      rows; the number of rows for a choice that has none. None: choice i has
+      row i.
+    gate: float32, the weight of each choice: [N, K] where tokens choose, [P]
+      for the P slots where experts choose.
+    num_tokens: N = G * S, the number of tokens.
   """
 
   token: Array
@@ -44,14 +45,15 @@ class Rows(NamedTuple):
 
   @property
   def by_token(self) -> bool:
-    """Whether each token's rows are known: K of them, some of them nowhere."""
+    """Whether tokens choose, so that each has K choices with a row or none."""
     return self.gate.ndim == 2
 
 
 def decided(index: Leaf) -> Leaf:
-  """Names an array of integers that a remat policy may save.
+  """Names a router's decision, an array of integers, for a remat policy.
 
-  It is small, and making it again is a top-K or a sort.
+  It is worth saving: it is small, and to compute it again takes a top-K or a
+  sort.
   """
   return checkpoint_name(index, DECISION)
 
@@ -125,7 +127,7 @@ def sorted_rows_of_slots(
   gate: Float32[Array, 'G E C'],
   group_size: int,
 ) -> Rows:
-  """The rows [N], N = E * G * C, without the empty slots; those are last."""
+  """The rows [N] sorted by expert, N = E * G * C; empty rows are last."""
   slots = rows_of_slots(token_index, gate, group_size)
   with jax.named_scope('index'):
     N, nobody = slots.token.size, slots.num_tokens
@@ -146,7 +148,7 @@ def _by_expert(x: Shaped[Array, 'G E C']) -> Shaped[Array, 'E R']:
 def _stable_argsort(
   key: Int32[Array, ' N'], num_keys: int
 ) -> Int32[Array, ' N']:
-  """The order that sorts keys in [0, num_keys), equal ones as they stand."""
+  """The order that sorts keys in [0, num_keys); equal keys keep their order."""
   N = key.shape[0]
   number = jnp.arange(N, dtype=jnp.int32)
   if num_keys * N <= np.iinfo(np.int32).max:

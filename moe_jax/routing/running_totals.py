@@ -3,7 +3,7 @@
 Deep mixture of experts, https://arxiv.org/abs/1312.4314. The form of the
 paper's equation could not be verified: this is the rule as later code and
 summaries have it. Not here: where the totals are kept (the collection
-`router_state`), and when they move (`moe_jax.training.step`).
+`router_state`), and when they are updated (`moe_jax.training.step`).
 """
 
 import jax
@@ -18,7 +18,7 @@ def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
   Args:
     totals: G_i, the gates of expert i summed over all examples so far. A
       constant added to all of them changes nothing.
-    margin: How far ahead an expert may be, in examples, at least 0.
+    margin: How far a total may exceed the mean, in examples; at least 0.
   """
   # No one is above the mean where all are equal, but for a rounded mean.
   return (totals - totals.mean() > margin) & (totals > totals.min())
@@ -29,8 +29,8 @@ def constrained_gates(
 ) -> Float32[Array, 'B E']:
   """Softmax gates: 0 for overused experts, those of the others sum to 1.
 
-  Experts that sit out get no gradient. To leave logits out and to renormalise
-  gates is the same, but for gates too small for float32 to divide by.
+  Overused experts get no gradient. To leave their logits out equals to
+  renormalise the gates, but for gates too small for float32 to divide by.
   """
   left = jnp.where(overused[None], -jnp.inf, router_logits)
   return jax.nn.softmax(left, axis=-1)
@@ -46,7 +46,7 @@ def moved(
 
   Args:
     totals: The totals before the step.
-    mass: The gates of the step's examples, summed, as the model used them.
+    mass: The gates that the model used, summed over the step's examples.
   """
   totals = totals + mass
   return totals - totals.mean(keepdims=True)

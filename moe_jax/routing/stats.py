@@ -1,4 +1,4 @@
-"""What a router did, on real tokens only, as sums that merge by adding.
+"""Statistics of a routing: sums over real tokens, which merge by adding.
 
 The rate of dropped choices is defined here, once. Not here: the losses
 (`aux_losses.py`), and how sums become a table
@@ -94,7 +94,7 @@ def slot_stats(
   mask: Bool[Array, 'G S'],
   num_selected: int,
 ) -> RoutingStats:
-  """The statistics where experts choose: nothing is dropped inside one.
+  """The statistics of a routing where experts choose, and so drop nothing.
 
   Args:
     routing: The routing, in which padding has no slot.
@@ -124,7 +124,7 @@ def mixture_stats(
   mask: Bool[Array, 'G S'],
   num_experts: int,
 ) -> RoutingStats:
-  """The statistics of a soft mixture: each token's one choice is divided.
+  """The statistics of a soft mixture, which divides a token's one choice.
 
   Args:
     gate: The weight of each expert; they sum to 1. Loads are sums of them.
@@ -176,12 +176,12 @@ def token_square(
 
 
 class MoeAux(NamedTuple):
-  """What a feed-forward layer returns beside its output.
+  """Losses and statistics that a feed-forward layer returns with its output.
 
   Losses are unweighted totals: the sum over groups of the group's loss times
   its real tokens. Divided by `stats.tokens` (of the whole batch, where it is
-  split in microbatches) they are means. A dense layer is all zeros, so that
-  totals and counts add up over layers without asking which is which.
+  split in microbatches) they are means. A dense layer's are all zeros, so that
+  totals and counts of layers of both kinds add up.
 
   Attributes:
     balance_loss: float32 [], see `aux_losses.balance_loss`.

@@ -2,10 +2,10 @@
 
 Shazeer et al. 2017, Appendix F (https://arxiv.org/abs/1701.06538). In training
 an expert takes the m = K n / E tokens of the group whose gate for it is largest
-(the batchwise mask), which looks at all of them: not causal. In inference it
-takes those whose gate is above a threshold of its own, learned meanwhile to
-agree with the mask. A token has any number of experts, or none; its gates are
-renormalised over those it has.
+(the batchwise mask), which depends on all of them: not causal. In inference it
+takes those whose gate is above a threshold of its own, which training has made
+to agree with the mask. A token has any number of experts, or none; its gates
+are renormalised over those it has.
 """
 
 import jax
@@ -25,8 +25,8 @@ def batchwise_choice(
 ) -> SlotRouting:
   """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
 
-  Each group is a batch of its own. With n real tokens they are ceil(m n / S).
-  Ties go to the earlier token.
+  Each group is a batch of its own. In a padded group of n real tokens it is
+  ceil(m n / S). Ties go to the earlier token.
 
   Source: Eq. 16 and 18 of arXiv:1701.06538.
   """
@@ -43,10 +43,10 @@ def threshold_choice(
   capacity: int,
   mask: Bool[Array, 'G S'],
 ) -> SlotRouting:
-  """The threshold mask: each expert takes the tokens whose gate is above its.
+  """The threshold mask: experts take tokens with gates above their threshold.
 
-  Where there are more of them than slots, those with the largest gates; with
-  room for all a token's experts depend on nothing but the token.
+  Where these are more than an expert has slots, it takes the largest gates;
+  with room for all, a token's experts depend on that token alone.
 
   Source: Eq. 19 of arXiv:1701.06538.
   """
@@ -75,13 +75,13 @@ def batchwise_loss(
   """sum_i (threshold mask - batchwise mask)_i * (gate_i - T_i), over experts i.
 
   Never negative, and 0 where the two masks agree. The masks have no gradient;
-  gates and thresholds have. Unlike the paper's a mean over real tokens, not
-  their sum: it does not grow with the batch.
+  gates and thresholds have. Unlike the paper's it is a mean over real tokens,
+  not a sum, so that it does not grow with the batch.
 
   Args:
     router_logits: The logits, whose softmax is the gates.
     thresholds: The threshold T of each expert.
-    chosen: What `batchwise_choice` returned.
+    chosen: The batchwise mask, from `batchwise_choice`.
     mask: False for padding.
 
   Source: Eq. 20 of arXiv:1701.06538.
@@ -104,7 +104,7 @@ def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
 
 
 def _renormalized(chosen: SlotRouting) -> SlotRouting:
-  """With gates that sum to one over a token's experts."""
+  """The same choices with gates that sum to one over each token's experts."""
   G, E, _ = chosen.token_index.shape
   group, _ = _indices(G, E)
   total = jnp.zeros((G, chosen.group_size), jnp.float32)

@@ -54,13 +54,13 @@ def token_choice(
       'renormalized' makes the K gates sum to one before any is dropped
       (GShard Algorithm 1, ST-MoE; the same number as Mixtral's softmax over
       the chosen logits). 'renormalized_after_drop' makes the kept ones sum
-      to one (praxis). 'sigmoid' is each chosen logit's own (Loss-Free
+      to one (praxis). 'sigmoid' is the sigmoid of each chosen logit (Loss-Free
       Balancing, https://arxiv.org/abs/2408.15664).
-    slot_priority: Who is served first. 'token_major': earlier tokens, each
-      with all its choices (the only causal one). 'choice_major': all first
-      choices, then all second ones (GShard). 'batch_priority': as
-      choice-major, with the tokens ordered by their largest probability
-      (V-MoE, https://arxiv.org/abs/2106.05974).
+    slot_priority: The order in which choices are served. 'token_major': token
+      by token, each with all its choices (the only causal one).
+      'choice_major': all first choices, then all second ones (GShard).
+      'batch_priority': as choice-major, with the tokens ordered by their
+      largest probability (V-MoE, https://arxiv.org/abs/2106.05974).
     second_policy: 'all' sends every choice. 'sampled' serves a second choice
       only if 2 * g2 > U(0, 1), g2 renormalised over the two; as in GShard's
       Algorithm 1 it keeps its place in the queue even so. 'threshold' sends
@@ -113,7 +113,7 @@ def token_choice(
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
-  """The K largest of each row, ties to the lower index; no gradient."""
+  """The experts with the K largest scores, ties to the lower; no gradient."""
   scores = jax.lax.stop_gradient(scores)
   # A top-K puts 0. before -0., which are equal and so tie.
   scores = jnp.where(scores == 0, 0.0, scores)
@@ -140,7 +140,7 @@ def choice_problems(
   gates: str = 'raw',
   second_policy: str = 'all',
 ) -> Iterator[str]:
-  """What is wrong with these sizes for `token_choice`, before arrays exist."""
+  """The problems that `token_choice` has with sizes, before arrays exist."""
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
@@ -176,7 +176,7 @@ def _check(
 
 
 def _sent(pair_gate, policy, threshold, key):
-  """Which choices are sent at all; the first always is. bool [G, S, K]."""
+  """Whether each choice is sent; the first always is. bool [G, S, K]."""
   scale = 2.0 if policy == 'sampled' else 1.0 / threshold
   draw = jax.random.uniform(key, pair_gate.shape)
   first = jnp.arange(pair_gate.shape[-1]) == 0
