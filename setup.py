@@ -62,7 +62,7 @@ setup(
   extras_require={
     'test': [*TEST, TORCH],
     # Tests of what is compared with torch are then skipped.
-    'test_without_torch': TEST,
+    'test-without-torch': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, TORCH, TRANSFORMERS],
   },
