@@ -30,10 +30,9 @@ from moe_jax.shapes import Int
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# JAX's own heartbeat timeout is this many times ours, so that ours, which says
-# more, is first: JAX's beats are half of its timeout apart, and it may act that
-# much earlier.
-_JAX_TIMEOUT_FACTOR = 3
+# Ratio of JAX's own heartbeat timeout to ours, so that ours, which says more,
+# is first. JAX may act half of its timeout earlier.
+_JAX_TIMEOUTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +107,8 @@ def start(
     jax.distributed.initialize(
       **given or {},
       initialization_timeout=2 * seconds,
-      heartbeat_timeout_seconds=(
-        _JAX_TIMEOUT_FACTOR * timeouts.heartbeat_timeout_seconds
-      ),
+      heartbeat_timeout_seconds=_JAX_TIMEOUTS
+      * timeouts.heartbeat_timeout_seconds,
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
   finally:
@@ -249,10 +247,7 @@ def fetch(tree: Any) -> Any:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-  """Checks that all processes have the same texts; every one calls this.
-
-  Args:
-    facts: Texts by a name that messages give.
+  """Checks that all processes have the same texts by name; all call this.
 
   Raises:
     ValueError: Some process has another text than process 0; all raise it.

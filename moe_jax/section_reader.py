@@ -45,8 +45,7 @@ class Leaf(NamedTuple):
     value: Its value.
     default: Its default; `dataclasses.MISSING` where a value is required.
     spec: The description of its option; of a choice, for the key 'kind'.
-    idle: The reason that it has no effect, in words that follow 'has no
-      effect'; None where it has one.
+    idle: The reason why it 'has no effect', in words after these, or None.
   """
 
   path: str
@@ -74,7 +73,7 @@ def as_mapping(config: Section) -> Mapping[str, Any]:
 
 
 class Reader:
-  """Reads a section; problems are collected, and raised by `check`."""
+  """Reads a section; `check` raises all problems."""
 
   def __init__(self, *, only_keys: bool = False):
     """Prepares for reading one section.
@@ -110,12 +109,10 @@ class Reader:
 
     Args:
       cls: The class of the options.
-      default: An instance whose values are the defaults; None takes those of
-        the class.
+      default: An instance with the defaults; None takes those of the class.
       config: The section.
       path: Its dotted name, with a dot at the end.
-      idle: The reason that the whole section has no effect; None where it has
-        one.
+      idle: The reason why the section has no effect; None where it has one.
       others: Keys of the section that are no options of the class.
     """
     before = len(self.problems)
@@ -214,15 +211,8 @@ class Reader:
   ) -> Options | None:
     """The options of the chosen kind; None where there is a problem.
 
-    Args:
-      kinds: The kinds to choose from.
-      default: The default options, which decide the default kind; None where
-        the section has to name a kind.
-      config: The section.
-      path: Its dotted name, with a dot at the end.
-      idle: The reason that the whole section has no effect; None where it has
-        one.
-      spec: The description of the choice.
+    The arguments are those of `options`. Without `default` the section has to
+    name a kind.
     """
     usual = kinds.name_of(default) if default is not None else None
     name = config.get(KIND, usual)

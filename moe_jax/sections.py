@@ -59,12 +59,11 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
   Args:
     cls: The class.
     config: Its section; keys that are not there have their defaults.
-    path: Prefix of names in messages: the section's own, such as 'model.'.
+    path: Prefix of names in messages, such as 'model.'.
 
   Raises:
     OptionError: The message lists all problems: unknown keys with the nearest
-      name, wrong types, missing and bad values, options that are set where they
-      have no effect.
+      name, wrong types, missing and bad values, options set without effect.
   """
   reader = Reader()
   options = reader.options(cls, None, as_mapping(config), path)
@@ -131,7 +130,7 @@ def overridden(
     kinds: The kinds that `chosen` is chosen from.
     chosen: The options.
     overrides: Keys of the options' section, nested, with other values.
-    path: Prefix of names in messages: the section's own, such as 'model.'.
+    path: Prefix of names in messages, such as 'model.'.
 
   Returns:
     The new options, and by name the values that are left out.

@@ -53,10 +53,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     keep_newest: Number of the newest checkpoints that are kept, at least 1.
     keep_best: Whether the one with the lowest `best_metric` is kept besides.
     best_metric: A key of the `metrics` given to `save`.
-    retry: How often storage is tried again after a transient error. With more
-      than one try, the host keeps a copy of what is being saved until it is
-      written. Several processes try only once to write arrays, as they would
-      have to agree on another try.
+    retry: How often storage is tried again after a transient error; see
+      `CheckpointOptions.tries`. Several processes try only once to write
+      arrays, as they would have to agree on another try.
   """
 
   def __init__(
@@ -148,10 +147,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._pending, self._last = None, step
 
   def settle(self, seconds: float) -> None:
-    """Waits at most so long for a pending save; callable on any thread.
-
-    A failure is not raised here but by `wait`.
-    """
+    """Waits at most so long for a pending save, on any thread; never raises."""
     if (pending := self._pending) is not None:
       concurrent.futures.wait([pending[1]], seconds)
 
@@ -228,10 +224,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     return Restored(state, manifest.extra, found, skipped)
 
   def _copied(self, state: Any) -> Any:
-    """A host copy for another try, when the state's arrays may be deleted.
-
-    None where there is no other try.
-    """
+    """A host copy for other tries, if there are any, else None."""
     if self._retry.tries == 1 or jax.process_count() > 1:
       return None
     # On a CPU these are views, which keep the arrays' memory from being reused.

@@ -140,9 +140,7 @@ class RunOptions(Options):
     'finite, with their batches kept in the workdir; one more stops the run.',
     at_least(0),
   )
-  data: DataOptions = nested(
-    DataOptions(), 'Source, tokenizer and task of the data, and its rows.'
-  )
+  data: DataOptions = nested(DataOptions(), 'Data that the model learns from.')
   model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')
   optimizer: Optimizer = choice(
     OPTIMIZERS, 'adamw', "Optimizer of the model's parameters."
@@ -171,9 +169,7 @@ class RunOptions(Options):
   profile: ProfileOptions = nested(
     ProfileOptions(), 'Optimizer steps that are traced.'
   )
-  sample: SampleOptions = nested(
-    SampleOptions(), 'Text sample at the end of the run.'
-  )
+  sample: SampleOptions = nested(SampleOptions(), 'Text at the end of the run.')
 
   def problems(self) -> Iterator[str]:
     """The problems between several sections, a text for each."""
