@@ -1,4 +1,4 @@
-"""A pre-norm block: attention, an encoder's memory, then a feed-forward."""
+"""A pre-norm block: attention, attention to an encoder, then a feed-forward."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,20 +21,20 @@ CROSS_ATTENTION = 'cross_attention'
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-  """What every block of a stack has in common; a model makes it.
+  """The options that all blocks of a stack share; a model makes them.
 
   Attributes:
     attention: The self-attention, and the attention to an encoder's output.
-    ffn: The feed-forward of dense blocks, and the extra one.
+    ffn: The feed-forward of dense blocks, and the extra one of sparse blocks.
     moe: The feed-forward of sparse blocks, or their dense twin; None in a
       stack without sparse blocks.
-    norm: What stands before each of them.
-    positions: How queries and keys know where they stand.
-    causal: Whether a token sees those up to itself, or its whole segment.
+    norm: The normalisation in front of each attention and feed-forward.
+    positions: The kind of positions that queries and keys carry.
+    causal: Whether a token sees the tokens up to itself, or its whole segment.
     cross: Whether the blocks attend to an encoder's output.
-    dropout: The rate at which what a layer adds to the residual, hidden values
-      and attention weights are dropped in training.
-    shared: What the layers of the model share.
+    dropout: The rate at which outputs of layers, hidden values and attention
+      weights are dropped in training.
+    shared: The settings that all layers of the model share.
   """
 
   attention: AttentionOptions
@@ -49,17 +49,18 @@ class BlockConfig:
 
 
 class Context(NamedTuple):
-  """What all blocks of a stack read beside the residual stream.
+  """The arrays that all blocks of a stack read beside the residual stream.
 
   Attributes:
-    segment_ids: int32 [B, T], the segment that each token sees of itself and of
-      a memory; None: each row is one segment.
+    segment_ids: int32 [B, T], the segment that each token attends to, in its
+      own sequence and in a memory; None: each row is one segment.
     token_mask: bool [B, T], False at padding.
-    positions: int32 [B, T], the place of each token in its document.
-    bias: float32 [H, T, S], what relative positions add to scores, or None.
+    positions: int32 [B, T], the position of each token in its document.
+    bias: float32 [H, T, S], the bias of relative positions on scores, or None.
     memory: float [B, S, M], the encoder's output, or None.
-    memory_segment_ids: int32 [B, S], or None as in `segment_ids`.
-    hash_ids: uint32 [B, T], what a router hashes tokens by, or None.
+    memory_segment_ids: int32 [B, S], the segments of the memory's tokens; None:
+      each row is one segment.
+    hash_ids: uint32 [B, T], the ids by which a router hashes tokens, or None.
     key_segment_ids: int32 [B, T], the segment by which each token is seen by
       those of its own sequence; None: `segment_ids`.
     routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
@@ -85,7 +86,7 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
   Attributes:
-    config: What it has in common with other blocks.
+    config: The options that it shares with the other blocks of its stack.
     sparse: Whether its feed-forward is a mixture of experts.
     train: Whether dropout and router noise are on.
   """
@@ -106,7 +107,7 @@ class Block(nn.Module):
 
     Args:
       x: The residual stream.
-      context: What all blocks read.
+      context: The arrays that all blocks read.
       cache: The cache of the tokens before x, when decoding; it is returned
         with those of x.
       layer: The block's number, by which it finds its part of the cache.

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, and the activations experts share with it."""
+"""The dense feed-forward layer, and the activations that experts share."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ class Activation(NamedTuple):
     function: The elementwise function.
     gated: Whether the hidden values are function(x W_gate) * x W_in.
     cheap: Whether XLA computes it again rather than read its result.
-    kept: How many arrays as wide as the hidden values the forward pass keeps
-      for the backward pass, the products among them.
+    kept: The number of arrays as wide as the hidden values that the forward
+      pass keeps for the backward pass, products included.
   """
 
   function: Callable[[Array], Array]
@@ -51,7 +51,7 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> Activation:
-  """The activation of that name; ValueError names those that exist."""
+  """The activation of that name; raises ValueError for an unknown one."""
   if name not in ACTIVATIONS:
     raise unknown('activation', name, ACTIVATIONS)
   return ACTIVATIONS[name]
@@ -61,11 +61,13 @@ def activation(name: str) -> Activation:
 class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
-  hidden: int = option(512, 'Width F of the hidden layer.', at_least(1))
+  hidden: int = option(
+    512, 'Width F of the hidden layer of a feed-forward.', at_least(1)
+  )
   activation: str = option(
     'gelu',
-    'Function between the two products; geglu and swiglu have a third kernel, '
-    'whose product gates the hidden values.',
+    'Activation between the two products of a feed-forward; geglu and swiglu '
+    'have a third kernel, whose product gates the hidden values.',
     one_of(*ACTIVATIONS),
   )
 
@@ -76,11 +78,11 @@ class FfnOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class FfnLayer:
-  """A feed-forward layer as it is computed, alone or as each of E experts.
+  """The computation of a feed-forward layer, alone or as each of E experts.
 
   Attributes:
-    options: Its width and activation.
-    shared: What the layers of the model share.
+    options: The width and activation of the layer.
+    shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
     role: The role of its parameters.
   """
@@ -98,9 +100,10 @@ class FfnLayer:
   def parameters(
     self, module: nn.Module, stack: tuple[int, ...], width: int
   ) -> dict[str, Any]:
-    """`module`'s w_in, w_gate where the activation gates, w_out; b_in, b_out.
+    """Makes the parameters of the layer in `module`, each [*stack, ...].
 
-    Each is [*stack, ...]; the biases only where there are any.
+    They are w_in, w_out, w_gate if the activation gates, and the biases b_in
+    and b_out if the model has biases.
     """
     shared = self.shared
     p = {}
@@ -145,7 +148,7 @@ class FfnLayer:
 
   @property
   def _first_kernels(self) -> tuple[str, ...]:
-    """The kernels that x meets, in the order that `Activation.hidden` takes."""
+    """Names of the kernels that multiply x, in the order of their products."""
     return ('w_gate', 'w_in') if self.activation.gated else ('w_in',)
 
   def compute(
@@ -157,14 +160,14 @@ class FfnLayer:
     add_bias: Callable[[Array, Array], Array],
     dropout: Callable[[Array], Array],
   ) -> Float[Array, '*E R M']:
-    """The layer, of whatever a product with kernels is.
+    """The output of the layer, with any function as the product with kernels.
 
     Args:
-      p: Its parameters.
+      p: The parameters of the layer.
       x: Rows, of the type of products.
-      product: product(rows, kernel, transposed_alone=...).
-      add_bias: add_bias(products, bias).
-      dropout: Drops hidden values.
+      product: The function product(rows, kernel, transposed_alone=...).
+      add_bias: The function add_bias(products, bias).
+      dropout: The function that drops hidden values.
     """
     act, dtype = self.activation, self.shared.dtype
     products = [product(x, p[name]) for name in self._first_kernels]
@@ -180,7 +183,7 @@ class FfnLayer:
     x: Float[Array, '*E R M'],
     dropout: Callable[[Array], Array] = lambda h: h,
   ) -> Float[Array, '*E R M']:
-    """One layer on rows, or E of them on E lists of rows."""
+    """The output of one layer for rows, or of E layers for E lists of rows."""
     return self.compute(
       p,
       x.astype(self.shared.dtype),
@@ -198,16 +201,19 @@ class FeedForward(nn.Module):
   """x -> activation(x W_in) W_out, or (activation(x W_gate) * x W_in) W_out.
 
   Attributes:
-    options: Width and activation.
-    shared: What the layers of the model share.
+    options: The width and activation of the layer.
+    shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
     role: The role of its parameters, which the parent gives.
+    depth: The number of hidden layers, each of the same width; more than one
+      need an activation without gate.
   """
 
   options: FfnOptions
   shared: Shared = Shared()
   dropout: float = 0.0
   role: str = 'ffn'
+  depth: int = 1
 
   @nn.compact
   def __call__(
@@ -215,62 +221,31 @@ class FeedForward(nn.Module):
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
     layer = FfnLayer(self.options, self.shared, self.dropout, self.role)
+    if self.depth > 1 and layer.activation.gated:
+      raise ValueError(
+        f'depth={self.depth} with activation={self.options.activation!r}: '
+        'several hidden layers need an activation without gate'
+      )
     rows = x.reshape(-1, x.shape[-1])  # see kernels/cpu.py
     p = layer.parameters(self, (), rows.shape[-1])
-    y = layer.compute_stacked(p, rows, layer.dropped(self, train))
-    return y.reshape(x.shape)
 
+    def after_first(h):
+      h = layer.dropped(self, train)(h)
+      for i in range(1, self.depth):
+        h = layer.activation.hidden(self._hidden_product(h, i))
+        h = layer.dropped(self, train)(h)
+      return h
 
-class DeepFeedForward(nn.Module):
-  """A feed-forward layer with `depth` hidden layers of F: M -> F ... F -> M.
+    return layer.compute_stacked(p, rows, after_first).reshape(x.shape)
 
-  At a depth of 1 it is `FeedForward`, parameters too.
-
-  Attributes:
-    options: Width of the hidden layers, and activation, which does not gate.
-    depth: How many hidden layers there are.
-    shared: What the layers of the model share.
-    dropout: The rate at which hidden values are dropped in training.
-    role: The role of its parameters, which the parent gives.
-  """
-
-  options: FfnOptions
-  depth: int
-  shared: Shared = Shared()
-  dropout: float = 0.0
-  role: str = 'ffn'
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, '... M'], train: bool = False
-  ) -> Float[Array, '... M']:
-    """Applies the layer to every token; dropout only if `train`."""
+  def _hidden_product(self, h, i):
+    """The product that hidden layer i computes from the one before it."""
     shared, F = self.shared, self.options.hidden
-    layer = FfnLayer(self.options, shared, self.dropout, self.role)
-    if layer.activation.gated or self.depth < 1:
-      raise ValueError(
-        f'depth={self.depth} with activation={self.options.activation!r}: a '
-        'deep feed-forward has a depth of at least 1 and an activation without '
-        'gate'
-      )
-    rows = x.reshape(-1, x.shape[-1]).astype(shared.dtype)
-    p = layer.parameters(self, (), rows.shape[-1])
-
-    def biased(y, bias):
-      return y + bias.astype(shared.dtype)[None] if shared.use_bias else y
-
-    def hidden(rows, w, bias):
-      h = layer.activation.hidden(biased(rows_matmul(rows, w), bias))
-      return nn.Dropout(self.dropout, deterministic=not train)(h)
-
-    h = hidden(rows, p['w_in'], p.get('b_in'))
-    for i in range(1, self.depth):
-      init = parameters.kernel(shared, ('mlp', None), role=self.role)
-      w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)
-      b = None
-      if shared.use_bias:
-        init = parameters.bias((None,), role=self.role)
-        b = self.param(f'b_hidden_{i}', init, (F,), shared.param_dtype)
-      h = hidden(h, w, b)
-    y = biased(rows_matmul(h, p['w_out']), p.get('b_out'))
-    return y.reshape(x.shape)
+    init = parameters.kernel(shared, ('mlp', None), role=self.role)
+    w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)
+    y = rows_matmul(h, w)
+    if shared.use_bias:
+      init = parameters.bias((None,), role=self.role)
+      b = self.param(f'b_hidden_{i}', init, (F,), shared.param_dtype)
+      y = y + b.astype(shared.dtype)[None]
+    return y

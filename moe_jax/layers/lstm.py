@@ -1,8 +1,8 @@
-"""A long short-term memory, with a projection of its output where asked for.
+"""A long short-term memory, optionally with a projection of its output.
 
 Cells of width H and an output of the model's width M: where the two differ, a
-kernel projects one onto the other, and the next step receives what was
-projected (Sak et al. 2014, https://arxiv.org/abs/1402.1128). Flax's cells have
+kernel projects one onto the other, and the next step receives the projected
+output (Sak et al. 2014, https://arxiv.org/abs/1402.1128). Flax's cells have
 no projection, and multiply their input step by step; here the inputs of all
 steps are one product.
 """
@@ -29,31 +29,30 @@ _ROLE = 'lstm'
 
 @dataclasses.dataclass(frozen=True)
 class LstmOptions(Options):
-  """The layers of an LSTM language model that are no mixtures, M -> M."""
+  """The LSTM layers of a language model, M -> M."""
 
   hidden: int = option(
     0,
-    'Number H of cells; where it is not the width of the model, the output is '
-    'projected onto that; 0: the width.',
+    'Number H of cells of an LSTM layer; 0: model.width. With any other number '
+    "a layer's output is projected onto the width of the model.",
     at_least(0),
   )
   forget_bias: float = option(
     1.0,
-    'Number at which the bias of the forget gate starts: above 0, cells '
-    'remember at first.',
+    "Initial bias of an LSTM's forget gate; above 0, cells remember at first.",
     anything('a bias may start anywhere'),
   )
   unroll: int = option(
     1,
-    'Steps in one round of the loop over a row: more make fewer rounds and a '
-    'larger program.',
+    'Number of steps that the loop of an LSTM over a row runs in one round; '
+    'more make a larger program with fewer rounds.',
     at_least(1),
   )
   twin_depth: int = option(
     1,
-    'Number of hidden layers of the feed-forward that stands for a mixture '
-    'where moe.num_experts is 0: one of num_selected times the width of an '
-    'expert, or several of its width.',
+    'Number of hidden layers of the dense feed-forward that replaces a mixture '
+    'where moe.num_experts is 0: one has moe.num_selected times the width of '
+    'an expert, each of several has the width of an expert.',
     at_least(1),
   )
 
@@ -67,12 +66,12 @@ class LstmOptions(Options):
 
 
 class LstmState(NamedTuple):
-  """What a step leaves to the next.
+  """The state that one step of an LSTM leaves to the next.
 
   Attributes:
     cell: float32 [B, H], the cells c.
     output: [B, M], the output h.
-    segment: int [B], the document of both; 0 where there was none.
+    segment: int [B], the document that both belong to; 0 before the first.
   """
 
   cell: Leaf
@@ -83,12 +82,12 @@ class LstmState(NamedTuple):
 class Lstm(nn.Module):
   """i, f, g, o = x W_in + h W_state + b; c = f c + i g; h = (o tanh c) W_out.
 
-  i, f, o are sigmoids and g a tanh of theirs; there is a W_out if H is not M.
+  i, f and o pass a sigmoid and g a tanh; there is a W_out if H is not M.
 
   Attributes:
-    options: Its width and how its loop runs.
-    shared: What the layers of the model share. Cells are float32 whatever its
-      types are.
+    options: The options of the layer.
+    shared: The settings that all layers of the model share. Cells are float32
+      whatever its types are.
   """
 
   options: LstmOptions
@@ -101,14 +100,14 @@ class Lstm(nn.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     state: LstmState | None = None,
   ) -> tuple[Float[Array, 'B T M'], LstmState]:
-    """h of every step, and what the last step leaves.
+    """The output h of every step, and the state after the last.
 
     Args:
       x: The inputs of all steps.
       segment_ids: The document of each step in its row, from 1. A document
-        begins with zeros. Padding (0) changes nothing of what the steps before
-        it left, and gives the h of the last of them. Default: one document.
-      state: What the steps before these left; None: there were none.
+        begins with a state of zeros. Padding (0) leaves the state as it is and
+        outputs the h of the step before. Default: one document.
+      state: The state after the steps before these; None: there were none.
     """
     B, T, M = x.shape
     if segment_ids is None:

@@ -1,7 +1,7 @@
-"""The sparse layer: group -> route -> experts.
+"""The sparse layer: it groups tokens, routes them and calls the experts.
 
-This file alone forms groups. The rules are `moe_jax.routing`; who moves the
-tokens and multiplies them is `moe_jax.layers.experts`.
+This file alone forms groups. The rules of routing are `moe_jax.routing`; moving
+tokens and multiplying them is `moe_jax.layers.experts`.
 """
 
 import dataclasses
@@ -36,46 +36,47 @@ class MoeOptions(Options):
 
   num_experts: int = option(
     8,
-    'Number E of experts in a layer; 0: the dense twin, whose feed-forward '
-    'layers have the FLOPs per token of num_selected experts.',
+    'Number E of experts in each sparse layer; 0: the dense twin, in which a '
+    'dense feed-forward has the FLOPs per token of num_selected experts.',
     at_least(0),
   )
   num_selected: int = option(
     1,
-    'Number K of experts that a token chooses. Where experts choose tokens, it '
-    'is only what the capacity makes of it.',
+    'Number K of experts that each token chooses. Where experts choose tokens, '
+    'it only enters into their capacity.',
     at_least(1),
   )
   layers: str = option(
     'every 2',
-    "The layers that are sparse: 'every N' (the last of each N), 'last N', "
-    "'all', 'none', or numbers from 0: '1,3'.",
+    "Layers that are sparse: 'every N' (the last of each N), 'last N', 'all', "
+    "'none', or the numbers of layers, counted from 0: '1,3'.",
   )
   group_size: int = option(
     0,
-    'Number S of tokens that are routed together, a divisor or a multiple of '
-    'the sequence; 0: one sequence; -1: the whole batch. Capacity and balance '
-    'are those of a group.',
+    'Number S of tokens in a group, which is routed by itself with its own '
+    'capacity and balance; a divisor or a multiple of the length of a '
+    'sequence. 0: one sequence; -1: the whole batch.',
     at_least(-1),
     when=_SPARSE,
   )
   extra_ffn: bool = option(
     False,
-    'Whether a dense feed-forward follows each sparse one, with its own norm '
-    'and residual (ST-MoE, OpenMoE).',
+    'Whether a dense feed-forward with a norm and a residual of its own '
+    'follows each sparse layer (ST-MoE, OpenMoE).',
   )
   output_masking: float = option(
     0.0,
     "Rate at which an expert's output for a token is masked in training, "
-    'without making up for it; in evaluation outputs are multiplied by 1 - '
-    "rate (NLLB's expert output masking, arXiv:2207.04672).",
+    'without scaling up the others; in evaluation outputs are multiplied by 1 '
+    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
+    'nothing.',
     within('[0, 1)'),
     when=_SPARSE,
   )
   layer_reduce: str = option(
     'sum',
-    "What is done with the router losses of the sparse layers: 'sum' (Switch) "
-    "or 'mean'.",
+    'Reduction of the router losses of all sparse layers to one number: '
+    "'sum' (Switch) or 'mean'.",
     one_of('sum', 'mean'),
     when=_SPARSE,
     how=True,
@@ -83,40 +84,40 @@ class MoeOptions(Options):
   allow_future_leak: bool = option(
     False,
     'Whether a causal model may have a router whose choices for a token depend '
-    'on later tokens; the start of a run says that it does.',
+    'on later tokens; if it has one, the run says so at its start.',
     when=_SPARSE,
     how=True,
   )
   router: RouterOptions = choice(
     ROUTERS,
     'token_choice',
-    'The rule by which tokens go to experts.',
+    'Router of the sparse layers: the rule by which tokens go to experts.',
     when=_SPARSE,
   )
   capacity: Capacity = choice(
     CAPACITIES,
     'per_token',
-    'How many slots an expert has in each group.',
+    'Rule for the capacity, the number of slots of an expert in each group.',
     when=_SPARSE,
   )
   expert: ExpertOptions = choice(
-    EXPERTS, 'feed_forward', 'What each expert is.'
+    EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
   )
   dispatch: Dispatch = choice(
     DISPATCHES,
     'gather',
-    'How tokens move to their experts and back, and who multiplies them.',
+    'Way in which tokens move to their experts and back, and are multiplied.',
     when=_SPARSE,
     how=True,
   )
 
   @property
   def sizes(self) -> Sizes:
-    """The sizes that the router and its questions are about."""
+    """The sizes that the methods of the router's options take."""
     return Sizes(self.num_experts, self.num_selected, self.capacity)
 
   def problems(self) -> Iterator[str]:
-    """Router, capacity, dispatch and experts fit each other."""
+    """The problems of router, capacity, dispatch and experts together."""
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
@@ -129,11 +130,11 @@ class MoeOptions(Options):
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
-    """These options with what experts leave to the model filled in.
+    """These options with defaults of experts filled in from the model's.
 
     Args:
       ffn: The dense feed-forward layers of the model.
-      dropout: The model's rate.
+      dropout: The model's rate of dropout.
     """
     return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
 
@@ -142,7 +143,7 @@ class MoeOptions(Options):
     return self.expert.twin(self.num_selected)
 
   def dense_aux(self) -> MoeAux:
-    """The aux of a dense layer beside the sparse ones: means skip it."""
+    """The aux of a dense layer beside sparse ones, which means leave out."""
     if not self.num_experts:
       return empty_aux(1, 1)
     return empty_aux(self.num_experts, self.num_selected)
@@ -163,9 +164,9 @@ class MoE(nn.Module):
   A token dropped everywhere gets zeros: the residual alone carries it.
 
   Attributes:
-    options: The layer. What its experts leave to the model is that of
-      `FfnOptions()` without dropout, where no model has filled it in.
-    shared: What the layers of the model share.
+    options: The options of the layer. Options that experts take from the model
+      are those of `FfnOptions()` without dropout, if no model filled them in.
+    shared: The settings that all layers of the model share.
   """
 
   options: MoeOptions
@@ -187,7 +188,7 @@ class MoE(nn.Module):
       token_mask: False for tokens that no router sees: they take no slot and
         get zeros. Default: all are seen.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
-      hash_ids: What tokens are hashed by, of routers that hash.
+      hash_ids: The ids by which a router that hashes does so.
       layer: The layer's number, by which routers without parameters differ.
     """
     o = self.options.within(FfnOptions(), 0.0)
@@ -213,7 +214,7 @@ class MoE(nn.Module):
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
 
   def _mask_outputs(self, routing, train):
-    """A masked output is one of gate zero."""
+    """Masks outputs of experts by setting their gates to zero."""
     rate = self.options.output_masking
     if not rate:
       return routing
@@ -225,7 +226,7 @@ class MoE(nn.Module):
 
 
 def _with_losses(aux: MoeAux, inner: MoeAux) -> MoeAux:
-  """An aux with the losses of others, whose leaves are [E, ...], added."""
+  """`aux` plus the losses of the experts' own `inner`, leaves [E, ...]."""
   names = (name for name in aux._fields if name.endswith('_loss'))
   return aux._replace(
     **{name: getattr(aux, name) + getattr(inner, name).sum() for name in names}
@@ -254,6 +255,6 @@ def to_groups(
 def in_groups(
   values: Shaped[Array, 'B T'], group_size: int
 ) -> Shaped[Array, 'G S']:
-  """A number of each token, cut as `to_groups` does, padded with zeros."""
+  """One number for each token, cut as in `to_groups` and padded with zeros."""
   padding = -values.size % group_size
   return jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, group_size)

@@ -1,4 +1,4 @@
-"""Normalisation; its statistics are float32 whatever the model's dtype."""
+"""Normalisation, whose statistics are float32 whatever the model's dtype."""
 
 import dataclasses
 
@@ -13,14 +13,17 @@ _AXES = ('embed',)
 
 @dataclasses.dataclass(frozen=True)
 class Norm(Options):
-  """The contract of normalisations, of the last dimension."""
+  """The contract of normalisations over the last dimension."""
 
   epsilon: float = option(
-    1e-6, 'Number added to the variance before its root is taken.', above(0)
+    1e-6,
+    'Number added to the variance (or mean square) in a norm before its root '
+    'is taken.',
+    above(0),
   )
   use_scale: bool = option(
     True,
-    'Whether there is a learned scale. ST-MoE removes this multiplicative '
+    'Whether a norm has a learned scale. ST-MoE removes this multiplicative '
     'interaction for stability (arXiv:2202.08906 section 3.1).',
   )
 
@@ -43,7 +46,7 @@ class RmsNorm(Norm):
   """Division by the root mean square (arXiv:1910.07467)."""
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """Its parameter is 'scale' where it has one."""
+    """The module; its only parameter is 'scale', if `use_scale`."""
     return nn.RMSNorm(**self._arguments(shared, name))
 
 
@@ -52,7 +55,7 @@ class LayerNorm(Norm):
   """Subtraction of the mean, then division by the standard deviation."""
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """Its parameters are 'scale' and 'bias' where it has them."""
+    """The module; its parameters are 'scale' and 'bias', if it has them."""
     return nn.LayerNorm(
       **self._arguments(shared, name),
       use_bias=shared.use_bias,

@@ -34,12 +34,11 @@ FORMS = ('bias', 'kernel', 'scale', 'table')
 
 
 class Role(NamedTuple):
-  """What a parameter is for.
+  """The part of the model that a parameter belongs to, and its use there.
 
   Attributes:
-    role: The part of the model that it belongs to, one of `ROLES`; '' where
-      no parent gave one.
-    form: What is done with it, one of `FORMS`; '' where nothing said so.
+    role: The part of the model, one of `ROLES`; '' where no parent gave one.
+    form: The use of the parameter, one of `FORMS`; '' where it is unknown.
   """
 
   role: str = ''
@@ -53,7 +52,7 @@ class Parameter(nn.LogicallyPartitioned):
 
   Attributes:
     role: The part of the model that the parameter belongs to.
-    form: What is done with it.
+    form: The use of the parameter, one of `FORMS`.
   """
 
   role: str = flax.struct.field(default='', pytree_node=False)
@@ -63,11 +62,11 @@ class Parameter(nn.LogicallyPartitioned):
 def boxed(
   init: Initializer, axes: Sequence[str | None], *, role: str, form: str
 ) -> Initializer:
-  """An initialiser whose arrays come in a box.
+  """An initialiser that puts its arrays into a box.
 
   Args:
     init: The initialiser.
-    axes: The logical name of each dimension; None: it has none.
+    axes: The logical name of each dimension; None for one without a name.
     role: One of `ROLES`.
     form: One of `FORMS`.
   """
@@ -90,16 +89,16 @@ def kernel(
   residual: bool = False,
   shrink: float = 1.0,
 ) -> Initializer:
-  """The initialiser of a kernel, as the model's initialisation has it.
+  """The initialiser of a kernel, by the model's kind of initialisation.
 
   Args:
-    shared: What the layers of the model share.
-    axes: The logical name of each dimension; None: it has none.
+    shared: The settings that all layers of the model share.
+    axes: The logical name of each dimension; None for one without a name.
     role: One of `ROLES`.
     in_axis: The contracted dimensions.
     out_axis: The dimensions that they are contracted into.
     batch_axis: The dimensions along which independent kernels are stacked.
-      Default: those named 'expert'.
+      Default: the dimensions named 'expert'.
     residual: Whether the product is added to the residual stream.
     shrink: The number that the usual variance is divided by.
   """
@@ -134,7 +133,7 @@ def scale(axes: Sequence[str | None], *, role: str) -> Initializer:
 def table(
   shared: Shared, axes: Sequence[str | None], *, role: str = 'embedding'
 ) -> Initializer:
-  """The initialiser of a table of embeddings, as the model has them."""
+  """The initialiser of a table of embeddings, by the model's kind."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
 
@@ -143,14 +142,15 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
   """The same tree with a role for each parameter that has none.
 
   Args:
-    variables: A tree of parameters, of a module that knows no roles.
-    role: The role that its parent gives it.
-    stacked: The logical names of the dimensions that stack copies of the
-      module, in front of its own.
+    variables: A tree of parameters of a module that knows no roles.
+    role: The role that the parameters get.
+    stacked: The logical names of the leading dimensions, which stack copies of
+      the module.
 
   Returns:
-    Boxes whose form goes by rank: a bias if one dimension is left, else a
-    kernel. What has a role keeps it.
+    Boxes whose form goes by rank: without the stacked dimensions, a parameter
+    of one dimension is a bias, any other a kernel. A parameter that has a role
+    keeps it.
   """
 
   def box(leaf):

@@ -1,6 +1,6 @@
-"""Where a token stands: the kinds of positions that a model can have.
+"""The kinds of positions by which a model can know the order of tokens.
 
-Positions turn queries and keys (rotary), are added to the embeddings (learned,
+Positions rotate queries and keys (rotary), are added to embeddings (learned,
 sinusoidal), or bias the scores of attention (T5's relative positions).
 """
 
@@ -18,7 +18,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 @dataclasses.dataclass(frozen=True)
 class Positions(Options):
-  """The contract of positions; each kind changes one of the three places.
+  """The contract of positions; a kind overrides `rotate`, `add` or `bias`.
 
   Attributes:
     added: Whether a vector is added to embedded tokens.
@@ -32,20 +32,20 @@ class Positions(Options):
     return self
 
   def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """What is wrong with them for attention of this kind."""
+    """The problems that these positions have with attention of this kind."""
     del head_width, causal
     return iter(())
 
   def rotate(
     self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T H D']:
-    """Queries or keys, turned by the position of each token."""
+    """Queries or keys, rotated by the position of each token."""
     del positions
     return x
 
   @property
   def table_len(self) -> int:
-    """How many rows the table has that `add` receives; 0: there is none."""
+    """The number of rows of the table that `add` receives; 0: it has none."""
     return 0
 
   def add(
@@ -56,14 +56,14 @@ class Positions(Options):
     positions: Int[Array, 'B T'],
     table: Float[Array, 'N M'] | None = None,
   ) -> Float[Array, 'B T M']:
-    """Embedded tokens with what stands for their positions added.
+    """Embedded tokens with the vectors of their positions added.
 
     Args:
       x: The embedded tokens.
-      tokens: Their ids.
+      tokens: The ids of the tokens.
       token_mask: False at padding.
       positions: The position of each token.
-      table: The learned table, where `table_len` says that there is one.
+      table: The learned table; None where `table_len` is 0.
     """
     del tokens, token_mask, positions, table
     return x
@@ -87,12 +87,13 @@ class Rotary(Positions):
 
   theta: float = option(
     10_000.0,
-    'Base of the wavelengths: pair i of D/2 has 2 pi theta^(2 i / D) tokens.',
+    'Base of the wavelengths of rotary positions: pair i of the D/2 pairs of a '
+    'head has a wavelength of 2 pi theta^(2 i / D) tokens.',
     above(0),
   )
 
   def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """Pairs of numbers are rotated, so the width of a head is even."""
+    """The problem of heads of odd width, as pairs of numbers are rotated."""
     del causal
     if head_width % 2:
       yield f'head_width={head_width} must be even under rotary positions'
@@ -112,8 +113,8 @@ class Learned(Positions):
 
   max_len: int = option(
     0,
-    'Number of positions that have a vector, the longest row that the model '
-    'can read; 0: data.seq_len.',
+    'Number of learned position vectors, and so the longest row that the model '
+    'can read, in tokens; 0: data.seq_len.',
     at_least(0),
   )
 
@@ -127,11 +128,11 @@ class Learned(Positions):
 
   @property
   def table_len(self) -> int:
-    """The length is known after `within`."""
+    """The number of positions; 0 before `within` has filled it in."""
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """Raises ValueError where a row is longer than the table."""
+    """See `Positions.add`; raises ValueError if a row exceeds the table."""
     # A decoding step is short; its cache is as long as the positions go.
     if positions.shape[1] > self.max_len:
       raise ValueError(
@@ -149,14 +150,14 @@ class Sinusoidal(Positions):
 
   offset: int = option(
     0,
-    'Number that the first position of a row has (fairseq and NLLB: the id of '
-    'padding plus 1). A token with the id before it gets no sinusoid, nor does '
-    'padding.',
+    'Position of the first token of a row (in fairseq and NLLB the id of '
+    'padding plus 1). Padding gets no sinusoid, nor does a token whose id is '
+    'offset - 1.',
     at_least(0),
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """See the function `sinusoids`."""
+    """See `Positions.add` and the function `sinusoids`."""
     added = sinusoids(positions + self.offset, x.shape[-1])
     placed = token_mask & (tokens != self.offset - 1)
     return x + jnp.where(placed[..., None], added, 0).astype(x.dtype)
@@ -168,18 +169,19 @@ class Relative(Positions):
 
   buckets: int = option(
     32,
-    'Number of ranges of distances that have a bias of their own. In a stack '
-    'that sees later tokens, half of them are for those.',
+    'Number of buckets of relative positions: ranges of distances that have a '
+    'bias of their own. In an encoder, half of them are for later tokens.',
     at_least(2),
   )
   max_distance: int = option(
     128,
-    'Distance in tokens from which on all distances share the last bucket.',
+    'Distance in tokens from which on all relative positions share the last '
+    'bucket.',
     at_least(2),
   )
 
   def problems(self) -> Iterator[str]:
-    """Exact buckets, one a distance, end before the largest distance."""
+    """The problem of more buckets for single distances than distances."""
     if self.buckets // 2 >= self.max_distance:
       yield (
         f'max_distance={self.max_distance} must be above half of '
@@ -187,7 +189,7 @@ class Relative(Positions):
       )
 
   def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """Both directions of an encoder need an exact and a coarse bucket."""
+    """The problem of too few buckets for both directions of an encoder."""
     del head_width
     if not causal and self.buckets < 4:
       yield f'buckets={self.buckets} must be at least 4 in an encoder'

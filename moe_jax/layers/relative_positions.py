@@ -1,4 +1,4 @@
-"""T5's relative positions: a learned bias on scores, by distance."""
+"""T5's relative positions: a learned bias on scores by distance."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +9,17 @@ from moe_jax.shapes import Array, Float, Float32, Int, Int32
 
 
 class RelativePositionBias(nn.Module):
-  """A learned bias a head and bucket of distance, shared by all layers.
+  """A learned bias for each head and bucket of distances, one for all layers.
 
   Source: section 2.1 of arXiv:1910.10683 (T5).
 
   Attributes:
-    num_heads: H.
-    num_buckets: Number of ranges of distances; in a bidirectional stack half
-      of them are for later keys.
-    max_distance: Distance from which on all share the last bucket.
-    bidirectional: Whether later keys are told apart; else they have the bucket
-      of distance 0, and causal attention hides them.
+    num_heads: The number H of heads.
+    num_buckets: The number of ranges of distances; in a bidirectional stack
+      half of them are for later keys.
+    max_distance: The distance from which on all share the last bucket.
+    bidirectional: Whether later keys have buckets by distance; if not, they
+      have the bucket of distance 0, and causal attention hides them.
   """
 
   num_heads: int
@@ -31,7 +31,7 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_len: int, key_len: int, start: int | Int[Array, ''] = 0
   ) -> Float32[Array, 'H T S']:
-    """The bias of query t, at place start + t, on the key at place s."""
+    """The bias [t, s] of the query at position start + t on the key at s."""
     init = parameters.boxed(
       nn.initializers.normal(0.02),
       ('heads', 'buckets'),
@@ -41,7 +41,7 @@ class RelativePositionBias(nn.Module):
     shape = (self.num_heads, self.num_buckets)
     table = self.param('table', init, shape, jnp.float32)
     T, S = query_len, key_len
-    # Every place of a key minus that of a query, from the smallest on.
+    # All differences of a key's and a query's position, in ascending order.
     ahead = jnp.arange(T + S - 1, dtype=jnp.int32) - (T - 1) - start
     bias = jnp.take(table, self._bucket(ahead), axis=1)  # [H, T + S - 1]
     return _toeplitz(bias, T, S)
@@ -63,8 +63,8 @@ def _toeplitz(
 ) -> Float[Array, 'H T S']:
   """values[:, s - t + T - 1] at [:, t, s]: no gather, in value or gradient.
 
-  Repeated rows that are one value longer than they are read move on by one
-  each time.
+  The values and one number more are repeated in a line, so that each row that
+  is cut from the line begins one value later than the one before.
   """
   T, S = query_len, key_len
   H, n = values.shape
@@ -76,10 +76,10 @@ def _toeplitz(
 def distance_bucket(
   distance: Int[np.ndarray, ' N'], num_buckets: int, max_distance: int
 ) -> Int32[np.ndarray, ' N']:
-  """Buckets of one distance each up to half, then logarithmic ones.
+  """The bucket of each distance: half of them exact, the others logarithmic.
 
-  Distances from `max_distance` on share the last bucket. In float32, as public
-  checkpoints were trained with: a bucket's edge can be a distance off.
+  Distances from `max_distance` on share the last bucket. It is computed in
+  float32, as public checkpoints were trained: an edge can be a distance off.
   """
   exact = num_buckets // 2
   share = np.log(np.maximum(distance, exact).astype(np.float32) / exact)

@@ -1,7 +1,8 @@
-"""What all layers of a model share: numerics, biases, depth, sharding.
+"""The settings that all layers of a model share.
 
-One object is passed to every module. Not here: the boxes that parameters are
-in (`parameters.py`), or the options of one layer.
+They are numerics, biases, depth and sharding; one object of them is passed to
+every module. Not here: the boxes that parameters are in (`parameters.py`), or
+the options of one layer.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ from moe_jax.options import Kinds, Options, above, choice, one_of, option
 from moe_jax.partitioning import Rules, ShardingOptions
 
 DTYPES = ('bfloat16', 'float32')
-# The sharding of a layer that is given no table.
+# The sharding table of a layer that is given none.
 RULES = ShardingOptions().rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Init(Options):
-  """The contract of initialisations: how a model's kernels and tables start."""
+  """The contract of initialisations of a model's kernels and tables."""
 
   embedding_std: float = option(
     0.02,
-    'Standard deviation of the normal distribution that token and position '
-    'embeddings are drawn from.',
+    'Standard deviation of the normal distribution from which the embeddings '
+    'of tokens and positions are drawn.',
     above(0),
   )
 
@@ -65,13 +66,15 @@ class FanIn(Init):
   """
 
   scale: float = option(
-    1.0, 'Variance of a kernel times its fan-in; Switch has 0.1.', above(0)
+    1.0,
+    "Variance of a kernel's initial values times its fan-in (0.1 in Switch).",
+    above(0),
   )
 
   def kernel(
     self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
   ) -> Initializer:
-    """The fan-in is that of one of the stacked kernels."""
+    """See `Init.kernel`; the fan-in is that of one of the stacked kernels."""
     del residual, num_layers
     return nn.initializers.variance_scaling(
       self.scale / shrink,
@@ -85,7 +88,7 @@ class FanIn(Init):
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2(Init):
-  """A normal distribution of standard deviation 0.02, whatever the fan-in.
+  """A normal distribution of standard deviation 0.02 for any fan-in.
 
   It is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
   """
@@ -93,7 +96,7 @@ class Gpt2(Init):
   def kernel(
     self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
   ) -> Initializer:
-    """The standard deviation is divided by the root of `shrink`."""
+    """See `Init.kernel`; the deviation is divided by the root of `shrink`."""
     del in_axis, out_axis, batch_axis
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
@@ -106,19 +109,23 @@ INITS = Kinds(
 
 @dataclasses.dataclass(frozen=True)
 class Numerics(Options):
-  """The types of a model's numbers, and how its parameters start."""
+  """The types of a model's numbers, and its initialisation."""
 
   dtype: str = option(
     'float32',
-    'Type of the residual stream, of products and of their results; routers, '
-    'norms, the softmax of attention and losses are float32 whatever it is.',
+    'Type of the residual stream, of products and of their results. Routers, '
+    'norms, the softmax of attention and losses are always float32.',
     one_of(*DTYPES),
   )
   param_dtype: str = option(
-    'float32', 'Type of the stored parameters.', one_of(*DTYPES)
+    'float32',
+    'Type in which parameters are stored and updated.',
+    one_of(*DTYPES),
   )
   init: Init = choice(
-    INITS, 'fan_in', 'Distribution that kernels and embeddings are drawn from.'
+    INITS,
+    'fan_in',
+    'Distribution from which kernels and embeddings are drawn.',
   )
 
   def shrunk(self) -> 'Numerics':
@@ -128,10 +135,10 @@ class Numerics(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """What every module of a model receives as `shared`.
+  """The settings that every module of a model receives as `shared`.
 
   Attributes:
-    numerics: The types of numbers, and how parameters start.
+    numerics: The types of numbers, and the initialisation of parameters.
     use_bias: Whether the products of attention and feed-forward layers add a
       bias, and layer norms have one.
     num_layers: L, the depth of the model, for initialisations that need it.

@@ -17,13 +17,13 @@ from flax import linen as nn
 
 from moe_jax.layers import lstm
 from moe_jax.layers.experts.serving import Twin
-from moe_jax.layers.ffn import DeepFeedForward
+from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
 from moe_jax.layers.moe import MoE, MoeOptions
 from moe_jax.layers.positions import POSITIONS, NoPositions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import RULES, Shared
-from moe_jax.models.base import Batch, Model, check_decodes
+from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import serving_all
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.text_model import TextModel
@@ -36,12 +36,14 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
 
 @dataclasses.dataclass(frozen=True)
 class LstmLmOptions(TextModelOptions):
-  """A language model whose layers are LSTMs, but for those of `moe.layers`."""
+  """The options of a language model of LSTMs, with mixtures as `moe.layers`."""
 
-  lstm: LstmOptions = nested(LstmOptions(), 'Layers that are LSTMs.')
+  lstm: LstmOptions = nested(
+    LstmOptions(), 'LSTM layers, which are all layers but those of moe.layers.'
+  )
 
   def problems(self) -> Iterator[str]:
-    """Options of other models of text that this one does not have."""
+    """The problems of options of other models of text, which LSTMs lack."""
     yield from super().problems()
     yield from self.leak()
     router = self.moe.router
@@ -53,7 +55,7 @@ class LstmLmOptions(TextModelOptions):
       )
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
-    # LSTMs count steps themselves; what attention alone would read is lost.
+    # LSTMs have no attention, which alone reads positions that are not added.
     usual = default_of(fields_of(type(self))['positions'])
     if not self.positions.added and self.positions not in (
       usual,
@@ -69,7 +71,7 @@ class LstmLmOptions(TextModelOptions):
     self.check_filled()
     moe = self.moe.within(self.ffn, self.dropout)
     depth = self.lstm.twin_depth
-    # Each of several hidden layers is as wide as an expert, one alone as K.
+    # A single hidden layer is as wide as K experts, each of several as one.
     twin = moe.expert.twin(moe.num_selected if depth == 1 else 1)
     return LstmLm(
       self.embedding_config(rules),
@@ -86,15 +88,15 @@ class LstmLmOptions(TextModelOptions):
 
 @dataclasses.dataclass(frozen=True)
 class LstmLayersConfig:
-  """The layers between embedding and logits.
+  """The options of the layers between embedding and logits.
 
   Attributes:
-    sparse: A flag a layer: whether it is the feed-forward, or an LSTM.
-    lstm: The LSTMs.
-    shared: What all layers share.
-    moe: The feed-forward; None in a model without experts.
-    twin: In a dense twin, the dense feed-forward in place of `moe`.
-    dropout: Rate on what a layer adds to the residual, in training.
+    sparse: A flag for each layer: True for a mixture, False for an LSTM.
+    lstm: The options of LSTMs.
+    shared: The settings that all layers of the model share.
+    moe: The options of mixtures; None in a model without experts.
+    twin: The dense feed-forward in place of `moe` in a dense twin, or None.
+    dropout: The rate at which outputs of layers are dropped in training.
   """
 
   sparse: tuple[bool, ...]
@@ -109,9 +111,9 @@ class LstmCache(flax.struct.PyTreeNode):
   """The states that an LSTM language model keeps between steps.
 
   Attributes:
-    states: A layer's `LstmState` of rows [B, ...]; None of a feed-forward.
+    states: The `LstmState` of each layer, of B rows; None for a feed-forward.
     next_position: int32 [B], the position of each row's next token.
-    memory: None, as no encoder is read.
+    memory: None, as there is no encoder.
   """
 
   states: tuple[LstmState | None, ...]
@@ -124,17 +126,17 @@ class LstmCache(flax.struct.PyTreeNode):
 
 
 class LstmLm(TextModel):
-  """Tokens to next-token logits.
+  """A model from tokens to logits of the next token.
 
   Attributes:
-    embedding: Tokens in and logits out.
-    between: The layers between.
+    embedding: The embeddings of tokens, and the logits.
+    between: The layers between them.
   """
 
   between: LstmLayersConfig
 
   def setup(self) -> None:
-    """Makes the parts; tables stand in the model's own scope."""
+    """Makes the parts; tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     c = self.between
@@ -153,8 +155,8 @@ class LstmLm(TextModel):
       tokens: Token ids.
       segment_ids: The document of each token in its row, from 1, where states
         begin anew; 0 is padding, which no router sees. Default: one document.
-      positions: The place of each token in its document, for embeddings that
-        have positions. Default: its place in the row.
+      positions: The position of each token in its document, for embeddings with
+        positions. Default: that in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
     """
     B, T = tokens.shape
@@ -183,12 +185,12 @@ class LstmLm(TextModel):
     token_mask: Bool[Array, 'B T'],
     cache: LstmCache,
   ) -> tuple[Float32[Array, 'B T V'], LstmCache]:
-    """Logits of the tokens that follow those of the cache; they join it.
+    """Logits of the tokens that follow those of the cache, which they join.
 
     Args:
       tokens: Token ids; a row's first ones may be padding.
       token_mask: False at padding.
-      cache: From `make_cache` or an earlier call.
+      cache: The cache from `make_cache` or an earlier call.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = jnp.maximum(cache.next_position[:, None] + count - 1, 0)
@@ -201,10 +203,10 @@ class LstmLm(TextModel):
 
   @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> LstmCache:
-    """The states that rows begin with, however long they get.
+    """The states with which rows begin, whatever their length.
 
     Raises:
-      ValueError: Its experts choose among tokens.
+      ValueError: Experts choose tokens, so that the model cannot decode.
     """
     del max_len
     c = self.between
@@ -235,14 +237,7 @@ class LstmLm(TextModel):
     )
 
   @nn.nowrap
-  def for_decoding(
-    self,
-    variables: dict[str, Any],
-    *,
-    batch_size: int = 1,
-    platform: str = '',
-    window: int = 0,
-  ) -> tuple[Model, dict[str, Any]]:
+  def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
     """See `Model.for_decoding`; the parameters stay as they are."""
     del batch_size, platform, window
     moe = self.between.moe
@@ -261,7 +256,7 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state):
-    """The residual stream, aux, and the state that an LSTM leaves."""
+    """Returns the residual stream, aux, and an LSTM's last state."""
     c = self.between
     aux = empty_aux(1, 1)
     if c.moe is not None:
@@ -272,8 +267,12 @@ class _Layer(nn.Module):
       y, aux = MoE(c.moe, c.shared, name='moe')(x, segment_ids > 0, train)
       y = jax.nn.sigmoid(y)
     else:
-      ffn = DeepFeedForward(
-        c.twin.ffn, c.lstm.twin_depth, c.shared, c.twin.dropout, name='ffn'
+      ffn = FeedForward(
+        c.twin.ffn,
+        c.shared,
+        c.twin.dropout,
+        depth=c.lstm.twin_depth,
+        name='ffn',
       )
       y = jax.nn.sigmoid(ffn(x, train))
     y = nn.Dropout(c.dropout, deterministic=not train)(y)

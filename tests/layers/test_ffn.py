@@ -15,7 +15,6 @@ from moe_jax.layers import (
   Numerics,
   Shared,
 )
-from moe_jax.layers.ffn import DeepFeedForward
 from moe_jax.layers.parameters import roles_of
 from tests.models import tiny
 
@@ -142,18 +141,3 @@ def test_the_parent_gives_the_role():
       'w_out': (role, 'kernel'),
       'b_out': (role, 'bias'),
     }
-
-
-def test_a_deep_layer_of_depth_one_is_the_layer():
-  x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, M)), 'float32')
-  options, shared = FfnOptions(F, 'relu'), Shared(use_bias=True)
-  deep, plain = (
-    DeepFeedForward(options, 1, shared),
-    FeedForward(options, shared),
-  )
-  for a, b in zip(
-    jax.tree.leaves(deep.init_with_output(tiny.key(0), x)),
-    jax.tree.leaves(plain.init_with_output(tiny.key(0), x)),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(a, b)

@@ -1,7 +1,7 @@
-"""Multi-head and grouped-query attention: to oneself, or to an encoder.
+"""Multi-head and grouped-query attention: self-attention and cross-attention.
 
 Not here: its options (`attention_options.py`), scores, softmax and their fused
-forms (`dot_product.py`), positions (`layers/positions.py`), and what is kept
+forms (`dot_product.py`), positions (`layers/positions.py`), and the cache
 between decoding steps (`cache.py`).
 """
 
@@ -28,14 +28,14 @@ class Attention(nn.Module):
   """Scaled dot-product attention within segments.
 
   Attributes:
-    options: Heads, window, scale and implementation.
-    shared: What the layers of the model share.
-    positions: How queries and keys know where they stand.
-    causal: Whether a token sees those up to itself, or its whole segment.
-    cross: Whether keys and values are an encoder's. The tokens of two sequences
-      have no common order: no positions rotate them.
-    dropout: The rate at which weights are dropped in training; 'einsum' alone
-      has it.
+    options: The options of attention: heads, window, scale and implementation.
+    shared: The settings that all layers of the model share.
+    positions: The kind of positions that rotate queries and keys.
+    causal: Whether a token sees the tokens up to itself, or its whole segment.
+    cross: Whether keys and values are an encoder's. Positions then rotate
+      nothing, as the tokens of two sequences have no common order.
+    dropout: The rate at which attention weights are dropped in training; only
+      the implementation 'einsum' has it.
   """
 
   options: AttentionOptions
@@ -56,21 +56,21 @@ class Attention(nn.Module):
     memory: Float[Array, 'B S M'] | None = None,
     key_segment_ids: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B T M']:
-    """Attends to tokens of the same segment, if causal up to oneself.
+    """The output of attention to tokens of the same segment.
 
-    Padding (segment 0) sees padding alone and no other token sees it.
+    If causal, a token sees the tokens up to itself. Padding (segment 0) sees
+    padding alone, and no other token sees it.
 
     Args:
       x: Token representations.
       segment_ids: The segment of each token in its row; None: each row is one
         segment.
       positions: The position of each token in its document.
-      bias: Relative positions, which are added to the scaled scores.
+      bias: The bias of relative positions, which is added to the scaled scores.
       train: Turns on dropout.
       memory: The encoder's output, which cross-attention reads.
-      key_segment_ids: The segment of each token that is read, memory's or x's
-        own. None: those of x are `segment_ids`; each row of a memory is one
-        segment.
+      key_segment_ids: The segment of each token of the memory or, without one,
+        of x. None: `segment_ids` for x; one segment for each row of a memory.
 
     Raises:
       ValueError: Heads do not divide the width, or the implementation cannot
@@ -92,13 +92,13 @@ class Attention(nn.Module):
     cache: KVCache,
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
-    """Attends to what the cache holds of a layer, and for self-attention to x.
+    """Attends to one layer's cache, to which self-attention adds x first.
 
     Args:
       x: Representations of the tokens after those of the cache.
       token_mask: False at padding, which comes in front.
       positions: The position of each token.
-      bias: What is added to the scaled scores of every slot.
+      bias: The bias that is added to the scaled scores of every slot.
       cache: The cache as `KVCache.begin` returned it.
       layer: The layer's number.
     """
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         query,
         at_layer(source.key, layer).astype(dtype),
         at_layer(source.value, layer).astype(dtype),
-        # Padded queries may see what they like: they must see something.
+        # What padded queries see does not matter, but they must see something.
         jnp.ones_like(positions)
         if self.cross
         else token_mask.astype(jnp.int32),
@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def _project_all(self, x, memory, positions, attend):
-    """The products with kernels around attend(query, key, value).
+    """Projects x to queries, keys and values, and the output of `attend` back.
 
     In cross-attention without a memory, keys and values are None.
     """
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     return self.options.keys(causal=self.causal, cross=self.cross)
 
   def _query(self, x, c):
-    # Scores that are not scaled start as those that are (T5).
+    # Unscaled scores start with the variance of scaled ones (T5).
     shrink = self._keys.scale**2 * c.head_width or 1.0
     return self._project(
       x, 'query', ('heads', c.num_heads), c.head_width, shrink
@@ -195,8 +195,8 @@ class Attention(nn.Module):
   def _attend(self, query, key, value, ids, bias, train):
     implementation = self.options.implementation
     if self.is_initializing():
-      # Its numbers go nowhere, and its arrays are on no mesh. What is wrong
-      # with the options is said here too, before anything compiles.
+      # The output is not used, and arrays are on no mesh yet. Problems of the
+      # options are raised here too, before anything compiles.
       dot_product.check(
         implementation,
         dtype=self.shared.dtype,
@@ -229,7 +229,7 @@ def project_memory(
   """Keys and values of R cross-attention layers, for a decoder's cache.
 
   Args:
-    shared: What the layers of the model share.
+    shared: The settings that all layers of the model share.
     p: The parameters of the layers, each [R, ...].
     memory: The encoder's output.
   """

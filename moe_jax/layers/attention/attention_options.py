@@ -1,4 +1,4 @@
-"""The options of attention, as a model has it in every layer."""
+"""The options of attention, which are the same in every layer of a model."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,44 +10,47 @@ from moe_jax.options import OptionError, Options, at_least, one_of, option
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions(Options):
-  """Attention of several heads, as a model has it in every layer."""
+  """The options of attention, which are the same in every layer of a model."""
 
-  num_heads: int = option(4, 'Number H of query heads.', at_least(1))
+  num_heads: int = option(4, 'Number H of attention heads.', at_least(1))
   num_kv_heads: int = option(
     0,
-    'Number of heads of keys and values, a divisor of num_heads; each serves '
-    'as many query heads in a row (arXiv:2305.13245); 0: num_heads.',
+    'Number of attention heads of keys and values, a divisor of num_heads; '
+    'consecutive query heads share one (arXiv:2305.13245); 0: num_heads.',
     at_least(0),
   )
   head_width: int = option(
-    0, 'Width D of a head; 0: width / num_heads.', at_least(0)
+    0,
+    'Width D of an attention head; 0: the width of the model / num_heads.',
+    at_least(0),
   )
   window: int = option(
     0,
-    'Number of tokens that a causal token sees, itself among them (Mistral, '
-    'arXiv:2310.06825); 0: all before it. An encoder has none.',
+    'Number of tokens that a token of a causal stack attends to, itself '
+    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
+    'no window.',
     at_least(0),
   )
   scale: str = option(
     'head_width',
-    "Factor of the scores: 'head_width' is head_width^-0.5; 'none' is 1, as in "
-    'T5, whose query kernels start smaller instead.',
+    "Factor of attention scores: 'head_width' is head_width^-0.5; 'none' is 1, "
+    'as in T5, whose query kernels start smaller instead.',
     one_of('head_width', 'none'),
   )
   implementation: str = option(
     'auto',
-    "Who computes scores and softmax: 'einsum' (any option; the scores are an "
-    "array); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the same on "
-    "NVIDIA's kernels, in half precision; packed rows cost it a [B, 1, T, T] "
-    "mask); 'splash' (a TPU kernel, emulated and slow elsewhere); or 'auto': "
-    'splash on a TPU and cudnn on a GPU where they can serve the options, else '
+    "Implementation of attention: 'einsum' (any option; keeps an array of all "
+    "scores); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the same with "
+    "NVIDIA's kernels, in half precision; packed rows need a mask [B, 1, T, "
+    "T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or 'auto': "
+    'splash on a TPU and cudnn on a GPU if they support the options, else '
     'einsum.',
     one_of(*IMPLEMENTATIONS),
     how=True,
   )
 
   def problems(self) -> Iterator[str]:
-    """Query heads are shared evenly."""
+    """The problem of query heads that key heads do not share evenly."""
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:
       yield (
         f'num_kv_heads={self.num_kv_heads} does not divide '
@@ -55,11 +58,10 @@ class AttentionOptions(Options):
       )
 
   def within(self, width: int) -> 'AttentionOptions':
-    """These options in a model of that width: no size of them is 0.
+    """These options in a model of that width, with no size left at 0.
 
     Raises:
-      OptionError: The heads do not divide the width, and have none of their
-        own.
+      OptionError: head_width is 0, and num_heads does not divide the width.
     """
     if not self.head_width and width % self.num_heads:
       raise OptionError(
@@ -87,9 +89,11 @@ class AttentionOptions(Options):
     )
 
   def keys(self, *, causal: bool, cross: bool = False) -> Keys:
-    """The keys that a token sees in a layer that is causal, or reads another.
+    """The rules for the keys that a token sees.
 
-    A window is that of causal attention.
+    Args:
+      causal: Whether the layer is causal; only then it has the window.
+      cross: Whether the keys are those of another sequence.
     """
     return Keys(
       causal=causal,

@@ -3,7 +3,7 @@
 All rows append at the same slot, so that a step writes one slice in place;
 rows of different length are padded in front. Where layers are a loop, they
 share an array; else each has its own, which XLA's CPU compiler reads without a
-copy. Not here: who fills it (`attention.py`), or what is generated
+copy. Not here: attention, which fills it (`attention.py`), or generation
 (`moe_jax.generation`).
 """
 
@@ -15,12 +15,12 @@ from moe_jax.shapes import Array, Bool, Float, Int, Int32, Leaf
 
 
 class Memory(flax.struct.PyTreeNode):
-  """What a decoder's cross-attention reads, the same at every step.
+  """Keys and values of a decoder's cross-attention, the same at every step.
 
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]: projections of the
       encoder's output.
-    value: The values, of the same form.
+    value: The values, of the same shapes.
     filled: bool [B, S], False at the encoder's padding.
   """
 
@@ -34,13 +34,12 @@ class KVCache(flax.struct.PyTreeNode):
 
   Attributes:
     key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D].
-    value: The values, of the same form.
+    value: The values, of the same shapes.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
-    memory: What an encoder-decoder attends to beside; None in a decoder-only
-      model.
+    memory: The keys and values of an encoder; None in a decoder-only model.
   """
 
   key: Leaf
@@ -88,10 +87,10 @@ class KVCache(flax.struct.PyTreeNode):
   def begin(
     self, token_mask: Bool[Array, 'B T']
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
-    """Takes the next T slots; returns the new tokens' positions too.
+    """Reserves the next T slots; also returns the positions of the new tokens.
 
-    Keys and values follow by `write`, layer by layer, and `advance` ends the
-    step. Padding has the position of the token behind it.
+    Then `write` fills them, layer by layer, and `advance` ends the step.
+    Padding gets the position of the token behind it.
     """
     count = jnp.cumsum(token_mask.astype(jnp.int32), axis=1)
     positions = self.next_position[:, None] + count - 1
@@ -106,9 +105,9 @@ class KVCache(flax.struct.PyTreeNode):
   def follow(
     self, tokens: Int[Array, 'B T'], token_mask: Bool[Array, 'B T']
   ) -> tuple['KVCache', Int32[Array, 'B T']]:
-    """Keeps the newest tokens; returns what stands before each, -1: nothing.
+    """Keeps the newest tokens; also returns the token before each, -1: none.
 
-    Padding is in front of new tokens, if anywhere.
+    Padding may stand only in front of the new tokens.
     """
     last, tokens = self.last_token[:, None], tokens.astype(jnp.int32)
     line = jnp.concatenate(
@@ -122,7 +121,7 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N D'],
   ) -> 'KVCache':
-    """Fills the slots that `begin` took in one layer."""
+    """Fills the slots that `begin` reserved, in one layer."""
 
     def put(kept, new):
       new, place = new.swapaxes(1, 2), (0, 0, self.length, 0)
@@ -142,7 +141,7 @@ class KVCache(flax.struct.PyTreeNode):
   def take(self, rows: Int[Array, ' R']) -> 'KVCache':
     """The cache whose row r is row `rows[r]` of this one.
 
-    Beam search moves beams between rows, and has several for one prompt.
+    Beam search needs it: beams move between rows, and share a prompt's.
     """
 
     def by_axis(axis, leaves):
@@ -169,7 +168,7 @@ def at_layer(
   kept: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N S D'], ...],
   layer: int | Int[Array, ''],
 ) -> Float[Array, 'B N S D']:
-  """One layer's keys or values; the number of one of several is an int."""
+  """One layer's keys or values; `layer` is an int where `kept` is a tuple."""
   if isinstance(kept, tuple):
     return kept[layer]
   return jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False)

@@ -1,7 +1,7 @@
-"""Scaled dot-product attention within segments, fused where platforms can.
+"""Scaled dot-product attention within segments, fused if the platform can.
 
-Not here: projections and positions (`attention.py`, `layers/positions.py`), who
-sees whom (`keys.py`), the TPU's kernel (`splash.py`).
+Not here: projections and positions (`attention.py`, `layers/positions.py`),
+masks (`keys.py`), the TPU's kernel (`splash.py`).
 """
 
 import functools
@@ -31,9 +31,9 @@ def attend(
   bias: Float32[Array, 'H T S'] | None = None,
   dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, 'B T H D']:
-  """Each token's mean of the values it sees; the softmax is float32.
+  """Each token's weighted mean of the values it sees; the softmax is float32.
 
-  Query heads are served H / N in a row by one head of keys and values.
+  H / N consecutive query heads share one head of keys and values.
 
   Args:
     query: The queries, unscaled.
@@ -42,9 +42,9 @@ def attend(
     segment_ids: The segment of each query. A token sees its own segment alone,
       padding (0) included; None: each row is one segment.
     key_segment_ids: The segment of each key; None: those of the queries.
-    keys: Which of the segment's keys a token sees.
+    keys: The rules for which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
-    bias: Numbers that are added to the scaled scores.
+    bias: The bias that is added to the scaled scores.
     dropout: A function that drops some of the weights.
 
   Raises:
@@ -95,9 +95,9 @@ def misfit(
   dropout: bool = False,
   cross: bool = False,
 ) -> str:
-  """Why an implementation cannot serve these options; '' where it can.
+  """The reason why an implementation cannot serve these options; '' if it can.
 
-  With seq_len=0 nothing is said of lengths.
+  With seq_len=0 lengths are not checked.
   """
   D, T = head_width, seq_len
   no_dropout = (dropout, 'it has no dropout')
@@ -128,8 +128,8 @@ def check(name: str, **options) -> None:
 
 
 def _cudnn_serves(options) -> bool:
-  # Tracing it needs NVIDIA's library, so here the machine decides, and not the
-  # platform that the program is lowered for.
+  # Tracing cuDNN's attention needs NVIDIA's library, so here the machine
+  # decides, not the platform that the program is lowered for.
   capability = _cuda_capability()
   widest = 256 if capability >= 9 else 128
   fits = capability >= 8 and options['head_width'] <= widest
@@ -151,7 +151,7 @@ def _by_platform(tpu, default):
 def einsum(
   query, key, value, segment_ids, key_segment_ids, *, keys, bias, dropout=None
 ):
-  """Attention by two products and a softmax: it has every option."""
+  """Attention by two products and a softmax, which supports every option."""
   B, T, H, D = query.shape
   S, N = key.shape[1:3]
   query = keys.scaled(query.reshape(B, T, N, H // N, D))
@@ -178,9 +178,9 @@ def cached(
   start: Int[Array, ''],
   bias: Float32[Array, 'H T S'] | None = None,
 ) -> Float[Array, 'B T H D']:
-  """`attend` to a cache, whose slots hold heads apart; queries begin at start.
+  """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
 
-  Slots behind a causal query's own are not seen, filled or not.
+  A causal query sees no slots behind its own, filled or not.
   """
   B, T, H, D = query.shape
   N, S = key.shape[1:3]
@@ -203,7 +203,7 @@ def cached(
 def jax_nn(
   query, key, value, segment_ids, key_segment_ids, *, keys, bias, implementation
 ):
-  """JAX's own attention; rows of several segments cost it a mask."""
+  """JAX's own attention; rows of several segments need a mask in memory."""
   mask = None
   if segment_ids is not None:
     lengths = query.shape[1], key.shape[1]

@@ -1,4 +1,4 @@
-"""Who sees whom: which keys a query attends to."""
+"""The rules for which keys a query attends to, and masks from them."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
 class Keys(NamedTuple):
-  """Which keys a query sees, beside the segments.
+  """The rules for which keys a query sees, beside the segments.
 
   Attributes:
     causal: Whether a query sees no key after its own.
-    window: How many keys a query sees up to its own, the last ones; 0: all of
-      them. Causal attention alone has a window.
+    window: The number of last keys up to its own that a query sees; 0: all of
+      them. Only causal attention has a window.
     scale: Factor of the scores before the bias is added; 0.0 is D^-0.5.
     cross: Whether the keys are another sequence's, of any length.
   """
@@ -36,9 +36,9 @@ def visible(
   keys: Keys,
   start: int | Int[Array, ''] = 0,
 ) -> Bool[Array, 'b T S']:
-  """Whether the token at place start + t sees the key at place s.
+  """Whether the query at position start + t sees the key at position s.
 
-  To be made where it is read, which it fuses into: never kept.
+  Call it where the mask is used, so that it is fused and never stored.
   """
   T, S = lengths
   place = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
@@ -56,8 +56,8 @@ def visible(
 def masked_softmax(
   scores: Float32[Array, '*B T S'], mask: Bool[Array, '*b T S']
 ) -> Float32[Array, '*B T S']:
-  """Softmax over the keys that `mask` shows; every row shows one."""
-  # Added, not selected: a selection keeps the mask, as large as the scores,
-  # for a gradient that is zero there anyway.
+  """Softmax over the keys that `mask` shows, at least one in each row."""
+  # The mask is added: a selection would keep it, as large as the scores, for a
+  # gradient that is zero there anyway.
   hidden = jnp.where(mask, 0, jnp.finfo(scores.dtype).min)
   return jax.nn.softmax(scores + hidden.astype(scores.dtype))

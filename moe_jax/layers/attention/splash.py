@@ -10,8 +10,8 @@ from moe_jax.layers.attention.keys import Keys
 from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Float, Int
 
-# The least side of a block, then the sides that are tried in turn: larger
-# blocks make fewer steps.
+# The smallest side of a block, and the sides that are tried in this order, as
+# larger blocks make fewer steps.
 LEAST_BLOCK, _BLOCKS = 128, (512, 256, 128)
 
 
@@ -25,8 +25,8 @@ def splash(
   keys: Keys,
   interpret: bool = False,
 ) -> Float[Array, 'B T H D']:
-  """The TPU's blockwise kernel, which keeps scores and mask to itself."""
-  del key_segment_ids  # the queries' own
+  """Attention by the TPU's blockwise kernel, which stores no scores or mask."""
+  del key_segment_ids  # they are those of the queries
 
   def local(query, key, value, segment_ids):
     T, H = query.shape[1:3]
@@ -67,9 +67,10 @@ def _splash_kernel(T, H, keys, interpret):
 
 
 def _on_each_device(f, query, key, value, segment_ids):
-  """f on every device's own rows and heads: no compiler can split a kernel.
+  """f on every device's own rows and heads, as compilers cannot split kernels.
 
-  What does not divide by its mesh axes is computed whole on each.
+  Rows or heads that do not divide by their mesh axes are computed whole on each
+  device.
   """
   size = spread(query)
   if not size:

@@ -1,6 +1,6 @@
-"""Experts: what one is, how tokens move to them, and who multiplies.
+"""Experts, and the dispatches that move tokens to them and multiply.
 
-See `serving.py` for the contracts. Everyone who serves tokens has one file:
+See `serving.py` for the contracts. Each way of serving tokens has one file:
 slots, sorted rows, few tokens.
 """
 

@@ -21,11 +21,11 @@ _RATE = Check(
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardExpert(ExpertOptions):
-  """Each expert is a feed-forward layer; any dispatch serves them."""
+  """The options of experts that are feed-forward layers, for any dispatch."""
 
   hidden: int = option(
     0,
-    'Width F of the hidden layer of one expert; 0: model.ffn.hidden.',
+    'Width F of the hidden layer of each expert; 0: model.ffn.hidden.',
     at_least(0),
   )
   activation: str = option(
@@ -35,7 +35,8 @@ class FeedForwardExpert(ExpertOptions):
   )
   dropout: float = option(
     -1.0,
-    'Rate at which hidden values are dropped in training; -1: model.dropout.',
+    "Rate at which experts' hidden values are dropped in training; -1: "
+    'model.dropout.',
     _RATE,
     how=True,
   )
@@ -49,7 +50,7 @@ class FeedForwardExpert(ExpertOptions):
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """Any dispatch serves feed-forward layers."""
+    """None: any dispatch serves feed-forward layers."""
     del dispatch
     return iter(())
 
@@ -59,7 +60,7 @@ class FeedForwardExpert(ExpertOptions):
     return dispatch.feed_forward(FfnLayer(ffn, shared, self.dropout, ROLE))
 
   def twin(self, num_selected: int) -> Twin:
-    """A layer of `num_selected` times the width."""
+    """A dense layer of `num_selected` times the width of an expert."""
     ffn = FfnOptions(self.hidden * num_selected, self.activation)
     return Twin(ffn, self.dropout)
 

@@ -1,12 +1,11 @@
-"""Experts in steps of few tokens on a CPU, where kernels must not be sliced.
+"""Experts in steps of few tokens on a CPU, without slices of kernels.
 
 This is for XLA's CPU compiler alone (`kernels/cpu.py`): it copies a kernel that
-it slices out of a stack, which takes as long as reading it, and a decoding step
-has time for neither. Either experts have arrays of their own, and those of
-experts that nobody chose are not touched (the program grows with E: for models
-with few experts); or, where tokens choose most of them, all experts multiply
-all tokens, in one batched product. No config names these dispatches: a model
-that decodes takes them.
+it slices out of a stack, which is too slow for a decoding step. Either experts
+have arrays of their own, and those of experts that no token chose are not read
+(the program grows with E, so this is for few experts); or, where tokens choose
+most experts, all experts multiply all tokens in one batched product. No config
+names these dispatches: a model that decodes chooses them.
 """
 
 import dataclasses
@@ -19,14 +18,13 @@ from flax import linen as nn
 from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels.blocks import Block
 from moe_jax.kernels.cpu import FEW_TOKENS
-from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers.experts.serving import SCOPE, Experts
 from moe_jax.layers.experts.sorted_rows_experts import (
   Dropless,
   SortedRowsExperts,
 )
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32
 
 _LEAST_BLOCK, _MOST_BLOCK = 8, 256
@@ -34,7 +32,7 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """Each expert has arrays of its own; `unrolled` gives the parameters."""
+  """The dispatch of experts with arrays of their own, as from `unrolled`."""
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
@@ -43,7 +41,7 @@ class Unrolled(Dropless):
 
 @dataclasses.dataclass(frozen=True)
 class Batched(Dropless):
-  """All experts multiply all tokens, where those are few; else as Dropless."""
+  """The dispatch of few tokens to all experts, and of many as in Dropless."""
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
@@ -51,22 +49,16 @@ class Batched(Dropless):
 
 
 class UnrolledExperts(Experts):
-  """As `SortedRowsExperts`, without dropout, each expert with its own arrays.
+  """Like `SortedRowsExperts`, with arrays for each expert and no dropout.
 
   Attributes:
-    layer: One of them.
+    layer: The computation of one expert.
   """
 
   layer: FfnLayer
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`; `train` changes nothing."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`; `train` changes nothing."""
     del train
     x = x.astype(self.layer.shared.dtype)
     experts = [
@@ -82,22 +74,16 @@ class UnrolledExperts(Experts):
 
 
 class BatchedExperts(SortedRowsExperts):
-  """Every expert on all tokens, times what it gives each, if those are few.
+  """Experts that multiply all tokens, if these are few, and weight the outputs.
 
-  Its parameters are those of `SortedRowsExperts`, as which it serves more
-  tokens. It has no dropout.
+  Its parameters are those of `SortedRowsExperts`, and it serves more tokens as
+  that does. It has no dropout.
   """
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`."""
     if x[..., 0].size > FEW_TOKENS:
-      return super().__call__(x, routing, train)
+      return super().serve(x, routing, train)
     layer, gate = self.layer, _gates(routing)  # [N, E]
     rows = x.reshape(-1, x.shape[-1])
     N, E = gate.shape
@@ -109,7 +95,7 @@ class BatchedExperts(SortedRowsExperts):
 
 
 class _Kernels(nn.Module):
-  """One expert's parameters."""
+  """A module with the parameters of one expert."""
 
   layer: FfnLayer
 
@@ -123,10 +109,11 @@ def _name(expert: int) -> str:
 
 
 def unrolled(params: dict[str, Any]) -> dict[str, Any]:
-  """The parameters of a model whose experts are `Unrolled`.
+  """The parameters of a model for the dispatch `Unrolled`.
 
   Args:
-    params: Those of the model, or of a part of it, with any other dispatch.
+    params: The parameters of the model, or of a part of it, with any other
+      dispatch.
   """
 
   def walk(tree):
@@ -149,23 +136,13 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _feed_forward(layer, p, x):
-  return layer.compute(
-    p,
-    x,
-    product=rows_matmul,
-    add_bias=lambda y, b: y + b[None],
-    dropout=lambda h: h,
-  )
-
-
 def _all_tokens(
   layer: FfnLayer,
   experts: list[dict[str, Any]],
   x: Float[Array, 'G S M'],
   routing: Routing | SlotRouting,
 ) -> Float[Array, 'G S M']:
-  """Every chosen expert on all tokens, times what each gives it."""
+  """The sum of the outputs of all chosen experts for all tokens, gated."""
   rows = x.reshape(-1, x.shape[-1])
   gate = _gates(routing)
   used = (gate != 0).any(0)
@@ -173,7 +150,7 @@ def _all_tokens(
   for e, p in enumerate(experts):
 
     def serve(y, rows, weight, p):
-      return y + _feed_forward(layer, p, rows) * weight[:, None]
+      return y + layer.compute_stacked(p, rows) * weight[:, None]
 
     def skip(y, rows, weight, p):
       del rows, weight, p
@@ -184,7 +161,7 @@ def _all_tokens(
 
 
 def _gates(routing: Routing | SlotRouting) -> Float[Array, 'N E']:
-  """What each expert gives each token; 0 where it was not chosen."""
+  """Each expert's gate for each token; 0 where the expert is not chosen."""
   return routing.token_gates().reshape(-1, routing.num_experts)
 
 
@@ -194,7 +171,7 @@ def _own_rows(
   x: Float[Array, 'N M'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float[Array, 'N M']:
-  """Each expert on its own rows, in blocks of one size."""
+  """The output of each expert for its own rows, in blocks of one size."""
   N, E = len(x), len(experts)
   share = -(-N // E // _LEAST_BLOCK) * _LEAST_BLOCK
   size = min(max(share, _LEAST_BLOCK), _MOST_BLOCK, N)
@@ -207,7 +184,7 @@ def _own_rows(
       first = begin + i * size
       start = jnp.minimum(first, N - size)
       block = Block(jnp.int32(0), start, first, stop, size, True)
-      return block.put(y, _feed_forward(layer, p, block.rows(x)))
+      return block.put(y, layer.compute_stacked(p, block.rows(x)))
 
     y = jax.lax.fori_loop(0, -(-group_sizes[e] // size), one, y)
   return y

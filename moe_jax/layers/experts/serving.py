@@ -1,8 +1,8 @@
-"""The contracts of experts: what one expert is, and who serves tokens by them.
+"""The contracts of experts and of the dispatches that serve tokens by them.
 
-A dispatch and an expert together give one module when a layer is built. It is
-called as `(groups [G, S, M], routing, train)` and returns groups, and the
-auxiliary losses of experts that have any, or None. Its scope is `SCOPE`.
+A dispatch and an expert's options together give one module when a layer is
+built. It is called as `(groups [G, S, M], routing, train)` and returns groups,
+and the auxiliary losses of experts that have any, or None. Its name is `SCOPE`.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,14 @@ ROLE = 'expert'
 class Experts(nn.Module):
   """The contract of modules that serve tokens by their experts."""
 
+  @nn.compact
   def __call__(
     self,
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
     train: bool = False,
   ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """Moves tokens to their experts, applies those, and sums their outputs.
+    """Moves tokens to their experts, applies these, and sums their outputs.
 
     Args:
       x: Groups of tokens, of the type of products.
@@ -41,11 +42,20 @@ class Experts(nn.Module):
       The gated sums, and the aux of experts that are mixtures themselves, whose
       leaves are [E, ...].
     """
+    return self.serve(x, routing, train)
+
+  def serve(
+    self, x: Array, routing: Routing | SlotRouting, train: bool
+  ) -> tuple[Array, MoeAux | None]:
+    """Serves tokens; arguments and results are those of `__call__`.
+
+    It is called in a compact method, and so may make parameters.
+    """
     raise NotImplementedError
 
 
 class Dispatch(Options):
-  """The contract of dispatches: how tokens move, and who multiplies them.
+  """The contract of dispatches: how tokens move, and how they are multiplied.
 
   Attributes:
     by_slot: Whether every expert has equally many rows, filled or not.
@@ -56,19 +66,19 @@ class Dispatch(Options):
   by_mask: ClassVar[bool] = False
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
-    """The module that serves by feed-forward layers, named `SCOPE`."""
+    """The module that runs feed-forward experts, named `SCOPE`."""
     raise NotImplementedError
 
   def modules(self, expert: 'ExpertOptions', shared: Shared) -> Experts:
-    """The module that serves by copies of any module, named `SCOPE`."""
+    """The module that runs copies of any module as experts, named `SCOPE`."""
     raise NotImplementedError
 
 
 class Twin(NamedTuple):
-  """The dense feed-forward layer that stands for some experts.
+  """The dense feed-forward layer that replaces some experts in a dense twin.
 
   Attributes:
-    ffn: Its width and activation.
+    ffn: The width and activation of the layer.
     dropout: The rate at which its hidden values are dropped in training.
   """
 
@@ -77,24 +87,24 @@ class Twin(NamedTuple):
 
 
 class ExpertOptions(Options):
-  """The contract of experts: what each of a layer's E experts is.
+  """The contract of an expert's options.
 
-  A subclass defines `module`, or, if it is served in a way of its own,
-  `experts`.
+  A subclass defines `module`, or `experts` if its experts are run in a way of
+  their own.
   """
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
-    """These options with what they leave to the model filled in.
+    """These options with defaults filled in from the model's options.
 
     Args:
       ffn: The dense feed-forward layers of the model.
-      dropout: The model's rate.
+      dropout: The model's rate of dropout.
     """
     del ffn, dropout
     return self
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
-    """What is wrong with a dispatch for these experts."""
+    """The problems that these experts have with a dispatch."""
     if not dispatch.by_slot:
       yield (
         f'dispatch={type(dispatch).__name__} serves no experts of '
@@ -102,7 +112,7 @@ class ExpertOptions(Options):
       )
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """Returns one expert: a linen module called as (rows [R, M], train)."""
+    """One expert: a linen module that is called as (rows [R, M], train)."""
     raise NotImplementedError
 
   def call(
@@ -112,14 +122,14 @@ class ExpertOptions(Options):
     return module(rows, train)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
-    """The module that serves tokens by E of these, named `SCOPE`."""
+    """The module that serves tokens by E such experts, named `SCOPE`."""
     return dispatch.modules(self, shared)
 
   def twin(self, num_selected: int) -> Twin:
-    """The dense layer with the FLOPs per token of so many experts.
+    """The dense layer with the FLOPs per token of `num_selected` experts.
 
     Raises:
-      ValueError: These experts have no dense layer of their kind.
+      ValueError: These experts have no dense equivalent.
     """
     raise ValueError(
       f'{type(self).__name__} has no dense twin: give it a method `twin`'

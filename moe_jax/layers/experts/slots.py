@@ -1,7 +1,7 @@
-"""Experts that serve slots: equally many rows for each, filled or not.
+"""Experts with slots: the same number of rows for each, filled or not.
 
-Rows are `[E, R, M]`. On a mesh they travel between devices, where experts are
-split over those (`moe_jax.parallel.exchange`).
+Rows are `[E, R, M]`. Where experts are split over the devices of a mesh, rows
+travel between these (`moe_jax.parallel.exchange`).
 """
 
 import dataclasses
@@ -26,30 +26,31 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import choice
 from moe_jax.parallel.exchange import EXCHANGES, Exchange, serve
 from moe_jax.parallel.layout import layout
-from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotDispatch(Dispatch):
-  """The contract of dispatches into slots; each has its own two functions."""
+  """The contract of dispatches into slots, which override two methods."""
 
   exchange: Exchange = choice(
     EXCHANGES,
     'constraint',
-    'How rows travel to the devices of their experts, where those are split.',
+    'Exchange by which expert rows travel between devices where experts are '
+    'split over several; it has no effect on one device.',
   )
 
   def dispatch(
     self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'E R M']:
-    """Tokens to expert rows; empty slots are zero."""
+    """Copies tokens to the rows of experts; empty slots are zero."""
     raise NotImplementedError
 
   def combine(
     self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'G S M']:
-    """Expert rows back to tokens, weighted by the gates and summed."""
+    """The sum of each token's expert rows, weighted by its gates."""
     raise NotImplementedError
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
@@ -63,7 +64,7 @@ class SlotDispatch(Dispatch):
 
 @dataclasses.dataclass(frozen=True)
 class Gather(SlotDispatch):
-  """Rows are gathered by index, O(S K M) for each group."""
+  """The dispatch that gathers rows by index, O(S K M) for each group."""
 
   def dispatch(self, x, routing):
     """See `SlotDispatch.dispatch`."""
@@ -76,7 +77,7 @@ class Gather(SlotDispatch):
 
 @dataclasses.dataclass(frozen=True)
 class Einsum(SlotDispatch):
-  """Rows are products with one-hot masks: the readable reference."""
+  """The dispatch by products with one-hot masks: the readable reference."""
 
   by_mask: ClassVar[bool] = True
 
@@ -90,23 +91,23 @@ class Einsum(SlotDispatch):
 
 
 class SlotExperts(Experts):
-  """What all experts that serve slots have in common.
+  """The base of the modules of experts that have slots.
 
   Attributes:
-    dispatch: How tokens move into slots and back.
-    shared: What the layers of the model share.
+    dispatch: The dispatch that moves tokens into slots and back.
+    shared: The settings that all layers of the model share.
   """
 
   dispatch: SlotDispatch
   shared: Shared
 
-  def _serve(
+  def _in_slots(
     self,
     experts: Callable[[Array], Array],
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
   ) -> Float[Array, 'G S M']:
-    """The gated sums of experts(rows [E, R, M])."""
+    """The gated sums of the outputs experts(rows [E, R, M])."""
     place = layout(self.shared.rules, x, num_experts=routing.num_experts)
     if place is not None and not self.is_initializing():
       return serve(
@@ -120,25 +121,19 @@ class SlotExperts(Experts):
 
 
 class FeedForwardSlots(SlotExperts):
-  """E independent feed-forward layers, expert e on rows[e].
+  """E independent feed-forward layers; expert e gets rows[e].
 
   Every expert starts from its own draw, with the fan-in of one expert. With
   E=1 it is the dense layer.
 
   Attributes:
-    layer: One of them.
+    layer: The computation of one expert.
   """
 
   layer: FfnLayer
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`."""
     layer, E = self.layer, routing.num_experts
     p = layer.parameters(self, (E,), x.shape[-1])
     dropout = layer.dropped(self, train)
@@ -146,41 +141,35 @@ class FeedForwardSlots(SlotExperts):
     def experts(rows):
       return layer.compute_stacked(p, rows, dropout)
 
-    return self._serve(experts, x, routing), None
+    return self._in_slots(experts, x, routing), None
 
 
 class ModuleSlots(SlotExperts):
-  """E copies of any module, each with its own start.
+  """E copies of any module, each initialised independently.
 
   Attributes:
-    options: What one of them is.
+    options: The options of one expert.
   """
 
   options: ExpertOptions
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`."""
     module = self.options.module(self.shared, name='expert')
 
     def call(module, rows):
       return self.options.call(module, rows, train)
 
-    y = self._serve(lambda rows: copied(call, module, rows), x, routing)
+    y = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
     give_role(self)
     return y, None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleExpert(ExpertOptions):
-  """Each expert is a copy of a linen module, called as module(rows [R, M]).
+  """Experts that are copies of a linen module, called as module(rows [R, M]).
 
-  It is for Python alone: a config names a class that extends `ExpertOptions`.
+  It is for Python; a config needs a class that extends `ExpertOptions`.
 
   Attributes:
     expert: The module that is copied.
@@ -189,24 +178,25 @@ class ModuleExpert(ExpertOptions):
   expert: nn.Module
 
   def module(self, shared: Shared, name: str) -> nn.Module:
-    """A copy of the module; what it shares with the model is its own affair."""
+    """A copy of the module, which does not receive `shared`."""
     del shared
     return self.expert.copy(name=name)
 
   def call(self, module, rows, train):
-    """The module decides by itself whether it drops."""
+    """The output of the module, which is not told `train`."""
     del train
     return module(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureExpert(ExpertOptions):
-  """Each expert is a mixture of experts itself: a copy of an `MoE`.
+  """Experts that are mixtures of experts themselves: copies of an `MoE`.
 
-  The routers of the inner layers see the rows that tokens are in: a group_size
-  of 0 is an expert's rows. Their losses are added to those of the outer layer,
-  so that a token pays for each of the inner layers that it meets. Statistics
-  are the outer layer's alone. On a mesh the compiler places what moves.
+  The routers of the inner layers see the rows that hold tokens; with a
+  group_size of 0 a group is all rows of an expert. Their losses are added to
+  those of the outer layer, so that a token adds a loss in each inner layer that
+  it reaches. Statistics are the outer layer's alone. On a mesh the compiler
+  decides how rows travel.
 
   Attributes:
     expert: The `MoE` that is copied.
@@ -220,22 +210,16 @@ class MixtureExpert(ExpertOptions):
 
 
 class MixtureSlots(SlotExperts):
-  """E copies of a mixture, each on the rows of its slots.
+  """E copies of a mixture, each with the rows of its slots.
 
   Attributes:
-    expert: One of them.
+    expert: The `MoE` that is copied.
   """
 
   expert: nn.Module
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`."""
     rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
     ones = jnp.ones_like(x[..., :1])
     filled = self.dispatch.dispatch(ones, routing)[..., 0] > 0
@@ -253,7 +237,7 @@ def copied(
   expert: nn.Module,
   *arguments: Shaped[Array, 'E ...'],
 ) -> Leaf:
-  """call(copy e, *arguments[e]) of each expert e, stacked."""
+  """The results of call(copy e of `expert`, *arguments[e]), stacked."""
   apply = nn.vmap(
     call,
     in_axes=0,
@@ -267,7 +251,7 @@ def copied(
 
 
 def give_role(experts: nn.Module) -> None:
-  """Boxes the parameters of a user's module, which has none for them."""
+  """Gives the parameters of a user's module boxes with the role of experts."""
   if not experts.is_initializing():
     return
   for name, own in experts.variables['params'].items():

@@ -1,8 +1,8 @@
-"""Experts without capacity: rows sorted by expert, as many as there are.
+"""Experts without capacity: rows sorted by expert, no more than are needed.
 
 On a mesh each device sorts its own tokens' rows. Where experts are split over
-devices the rows travel to them (`parallel/ragged.py`), are sorted again there,
-and travel back; where F is split, each device adds its part.
+devices, the rows travel to them (`parallel/ragged.py`), are sorted again there,
+and travel back; where the hidden width F is split, each device adds its part.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from moe_jax.dispatch import sorted_rows
@@ -23,23 +22,22 @@ from moe_jax.options import one_of, option
 from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES
 from moe_jax.parallel.layout import Layout, layout
 from moe_jax.parallel.ragged import plan
-from moe_jax.routing import MoeAux, Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropless(Dispatch):
-  """Rows are sorted by expert, without slots (MegaBlocks, arXiv:2211.15841).
+  """The dispatch without slots: rows sorted by expert.
 
-  It is for routers that drop nothing.
+  It is for routers that drop nothing. Source: MegaBlocks, arXiv:2211.15841.
   """
 
   by_slot: ClassVar[bool] = False
 
   backend: str = option(
     AUTO,
-    "Who multiplies sorted rows: 'auto' is the fastest backend of the "
-    'platform; see moe_jax.kernels.',
+    "Backend of the products of sorted rows with experts' kernels, from "
+    "moe_jax.kernels; 'auto' is the fastest one of the platform.",
     one_of(AUTO, *BACKENDS),
   )
   exchange_dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
@@ -50,26 +48,20 @@ class Dropless(Dispatch):
 
 
 class SortedRowsExperts(Experts):
-  """E independent feed-forward layers on the rows that each has.
+  """E independent feed-forward layers, each with its own rows.
 
   Its parameters are those of `FeedForwardSlots`.
 
   Attributes:
-    layer: One of them.
-    dispatch: Who multiplies, and how rows travel.
+    layer: The computation of one expert.
+    dispatch: The options of the backend and of the exchange between devices.
   """
 
   layer: FfnLayer
   dispatch: Dropless
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
-    train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
-    """See `Experts`."""
+  def serve(self, x, routing, train):
+    """See `Experts.serve`."""
     layer, shared = self.layer, self.layer.shared
     E, M = routing.num_experts, x.shape[-1]
     p = layer.parameters(self, (E,), M)
@@ -77,7 +69,7 @@ class SortedRowsExperts(Experts):
     x = x.astype(shared.dtype)
     place = layout(shared.rules, x, num_experts=E, hidden=layer.options.hidden)
     if place is None or self.is_initializing():
-      return self._serve(None, x, routing, p, key), None
+      return self._serve_locally(None, x, routing, p, key), None
     if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
       place = dataclasses.replace(place, hidden=())
@@ -88,7 +80,7 @@ class SortedRowsExperts(Experts):
     }
     groups = place.spec(place.groups)
     y = jax.shard_map(
-      functools.partial(self._serve, place),
+      functools.partial(self._serve_locally, place),
       mesh=place.mesh,
       in_specs=(groups, groups, specs, PartitionSpec()),
       out_specs=groups,
@@ -96,8 +88,8 @@ class SortedRowsExperts(Experts):
     )(x, routing, p, key)
     return y, None
 
-  def _serve(self, place, x, routing, p, key):
-    """One device's groups, with the experts and the part of F it has."""
+  def _serve_locally(self, place, x, routing, p, key):
+    """The output for one device's groups, by its experts and its part of F."""
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, routing)
     sizes = sorted_rows.group_sizes(routing)
@@ -114,14 +106,14 @@ class SortedRowsExperts(Experts):
       y = sorted_rows.combine(rows, routing)
     if place is None:
       return y
-    # Each has added what it has: of F, or of the experts that share its rows.
+    # Each device has only summed its part of F, or of the experts.
     apart = tuple(n for n in place.experts if n not in place.exchanged)
     parts = (*place.hidden, *apart)
     return jax.lax.psum(y, parts) if parts else y
 
 
 def _exchanged(dtype, place: Layout, rows, sizes, serve):
-  """Rows of all experts to those that have them, served, and back."""
+  """Sends rows to the devices of their experts, serves them, and sends back."""
   if not place.experts:
     return serve(rows, sizes)
   with jax.named_scope('exchange'):
@@ -135,7 +127,7 @@ def _exchanged(dtype, place: Layout, rows, sizes, serve):
 
 
 def _own_key(key, place):
-  """A key for what differs between devices: the rows, the part of F."""
+  """The key of one device, whose rows or part of F no other device has."""
   if key is None:
     return None
   for name in sorted({*place.groups, *place.experts, *place.hidden}):
@@ -151,14 +143,14 @@ def sorted_feed_forward(
   backend: str = AUTO,
   dropout_key: PRNGKey | None = None,
 ) -> Float[Array, 'N M']:
-  """E feed-forward layers on rows sorted by layer.
+  """The outputs of E feed-forward layers for rows sorted by layer.
 
   Args:
-    layer: One of them.
+    layer: The computation of one layer.
     p: The parameters, each [E, ...].
-    x: The rows. Those of no layer come out with numbers that mean nothing.
-    group_sizes: How many rows each layer has.
-    backend: Who computes the grouped products.
+    x: The rows. The output of rows that belong to no layer is undefined.
+    group_sizes: The number of rows of each layer.
+    backend: The backend of the grouped products.
     dropout_key: The key of dropout; None: nothing is dropped.
   """
   if not layer.shared.use_bias and dropout_key is None:

@@ -1,10 +1,11 @@
-"""What keeps loads even: the weights of losses, and a bias without a loss.
+"""Options that keep loads even: weights of losses, and a bias without a loss.
 
-Each is a part of the options of those routers that have it. Not here: the
+Each class is a part of the options of the routers that have it. Not here: the
 losses themselves (`moe_jax.routing.aux_losses`).
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,7 +14,7 @@ from moe_jax.layers.routers.contract import (
   Router,
   RouterOptions,
 )
-from moe_jax.options import at_least, one_of, option, within
+from moe_jax.options import When, at_least, one_of, option, within
 from moe_jax.routing import balance_bias
 from moe_jax.routing.aux_losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Float32
@@ -21,22 +22,25 @@ from moe_jax.shapes import Array, Float32
 _BIAS = 'balance_bias'
 
 
+def loss_weight(default: float, loss: str, when: When | None = None) -> Any:
+  """A field for the weight of a loss, which `loss` describes."""
+  sentence = f'Weight of the {loss}; 0.0 leaves it out.'
+  return option(default, sentence, at_least(0), when=when, how=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class BalanceLoss(RouterOptions):
   """The options of a router with the balance loss of Switch and GShard."""
 
-  balance_weight: float = option(
+  balance_weight: float = loss_weight(
     0.01,
-    'Weight of the balance loss, E times the sum over experts of their '
-    'fraction of choices times their mean probability (Eq. 4 of '
-    'arXiv:2101.03961); 0.0 leaves it out.',
-    at_least(0),
-    how=True,
+    'balance loss, E times the sum over experts of their fraction of choices '
+    'times their mean probability (Eq. 4 of arXiv:2101.03961)',
   )
   balance_choices: str = option(
     'all',
-    "Choices that the balance loss counts: 'all' of the K, or only the "
-    "'first' (GShard, ST-MoE).",
+    "Choices of a token that the balance loss counts: 'all' K of them, or only "
+    "the 'first' (GShard, ST-MoE).",
     one_of(*BALANCE_CHOICES),
     how=True,
   )
@@ -46,12 +50,10 @@ class BalanceLoss(RouterOptions):
 class ZLoss(RouterOptions):
   """The options of a router with ST-MoE's z-loss."""
 
-  z_weight: float = option(
+  z_weight: float = loss_weight(
     0.001,
-    'Weight of the z-loss, the mean squared logsumexp of the router logits '
-    '(Eq. 5 of arXiv:2202.08906); 0.0 leaves it out.',
-    at_least(0),
-    how=True,
+    'z-loss, the mean squared logsumexp of the router logits (Eq. 5 of '
+    'arXiv:2202.08906)',
   )
 
 
@@ -59,13 +61,10 @@ class ZLoss(RouterOptions):
 class ImportanceLoss(RouterOptions):
   """The options of a router with the importance loss of Shazeer et al."""
 
-  importance_weight: float = option(
+  importance_weight: float = loss_weight(
     0.0,
-    'Weight of the importance loss, the squared coefficient of variation of '
-    "the experts' summed gates (Eq. 6-7 of arXiv:1701.06538); 0.0 leaves it "
-    'out.',
-    at_least(0),
-    how=True,
+    'importance loss, the squared coefficient of variation of the summed gates '
+    'of each expert (Eq. 6-7 of arXiv:1701.06538)',
   )
 
 
@@ -73,13 +72,10 @@ class ImportanceLoss(RouterOptions):
 class LoadLoss(RouterOptions):
   """The options of a router with the load loss of Shazeer et al."""
 
-  load_weight: float = option(
+  load_weight: float = loss_weight(
     0.0,
-    'Weight of the load loss, the squared coefficient of variation of the '
-    "experts' expected loads under the router's noise (Eq. 10-11 of "
-    'arXiv:1701.06538); 0.0 leaves it out.',
-    at_least(0),
-    how=True,
+    "load loss, the squared coefficient of variation of the experts' expected "
+    "loads under the router's noise (Eq. 10-11 of arXiv:1701.06538)",
   )
 
 
@@ -89,15 +85,15 @@ class BalanceBias(RouterOptions):
 
   balance_bias_rate: float = option(
     0.0,
-    'How far each step moves the bias that balances loads without a loss '
-    '(Algorithm 1 of arXiv:2408.15664, 0.001 there; usually with '
-    'balance_weight=0.0); 0.0 is no bias.',
+    "Amount by which each step changes an expert's balancing bias, which evens "
+    'loads without a loss (Algorithm 1 of arXiv:2408.15664, 0.001 there; '
+    'usually with balance_weight=0.0); 0.0: there is no bias.',
     within('[0, 1)'),
   )
 
   @property
   def keeps_state(self):
-    """True where there is a bias."""
+    """Whether there is a bias."""
     return self.balance_bias_rate > 0
 
   def move_state(self, state, load, rate=None):

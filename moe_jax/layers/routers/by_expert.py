@@ -1,4 +1,4 @@
-"""What routers share in which experts choose tokens."""
+"""Options and losses of routers in which experts choose tokens."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,7 +23,7 @@ class ByExpert(ImportanceLoss, ZLoss, LinearGate):
   by_expert: ClassVar[bool] = True
 
   def drops(self, sizes):
-    """False: an expert is never asked for more than it takes."""
+    """False: experts choose no more tokens than they have room for."""
     return False
 
 
@@ -35,7 +35,7 @@ def slot_aux(
 ) -> routing.MoeAux:
   """The losses and statistics of `ByExpert`, sums over real tokens."""
   E, K = module.sizes.num_experts, module.sizes.num_selected
-  # For analysis alone: kept where the caller makes 'intermediates' mutable.
+  # For analysis alone, if the caller makes 'intermediates' mutable.
   module.sow('intermediates', 'slots', chosen)
   importance = cv_squared(chosen.gate.sum(-1))
   return routing.empty_aux(E, K)._replace(

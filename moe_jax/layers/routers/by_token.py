@@ -1,6 +1,6 @@
-"""What routers share in which tokens choose experts.
+"""Options, queues and losses of routers in which tokens choose experts.
 
-Not here: where their choices come from, which is each router's own file.
+Not here: how tokens choose, which is in each router's own file.
 """
 
 import dataclasses
@@ -31,25 +31,27 @@ class Queued(RouterOptions):
 
   slot_priority: str = option(
     'token_major',
-    "Who is served first: 'token_major' is earlier tokens, each with all its "
-    "choices; 'choice_major' all first choices, then all second ones "
-    '(GShard), which lets later tokens change earlier outputs.',
+    'Order in which experts serve the choices of a group: '
+    "'token_major' is token by token, each with all its choices; "
+    "'choice_major' is all first choices, then all second ones (GShard), which "
+    'lets later tokens change earlier outputs.',
     one_of(*GIVEN_PRIORITIES),
   )
 
   def canonical(self, sizes):
-    """Where slots are taken in the order of the tokens, however it is called.
+    """The router with 'token_major' for every priority of the same effect.
 
-    With room for all nobody waits, and a single choice has no second.
+    With room for all the order has no effect, and with K = 1 there is no second
+    choice.
     """
     if self.leak(sizes) is not None:
       return self
     return dataclasses.replace(self, slot_priority='token_major')
 
   def leak(self, sizes):
-    """Slots that are not taken in the order of the sequence leak the future.
+    """The reason why slots not taken in the order of tokens leak the future.
 
-    A token's fate under token-major slots is decided by the tokens before it.
+    Under token-major slots whether a token is served depends on earlier ones.
     Choice-major slots let a later token's first choice evict an earlier one's
     second, and batch priority sorts by the whole group.
     """
@@ -70,41 +72,43 @@ class ByLogits(Queued):
 
   gates: str = option(
     'raw',
-    "Weights of the chosen experts: 'raw' is the softmax over all experts "
-    "(Switch); 'renormalized' makes the K sum to one before any is dropped "
-    "(GShard, ST-MoE, Mixtral); 'renormalized_after_drop' makes those that "
-    "are served sum to one (praxis); 'sigmoid' is the sigmoid of each logit "
-    '(Loss-Free Balancing).',
+    "Gates, the weights of a token's chosen experts: 'raw' is the softmax over "
+    "all experts (Switch); 'renormalized' makes the K gates sum to one before "
+    'any choice is dropped (GShard, ST-MoE, Mixtral); '
+    "'renormalized_after_drop' makes those of served choices sum to one "
+    "(praxis); 'sigmoid' is the sigmoid of each logit (Loss-Free Balancing).",
     one_of(*GATES),
   )
   slot_priority: str = option(
     'token_major',
-    "Who is served first: 'token_major' is earlier tokens, each with all its "
-    "choices; 'choice_major' all first choices, then all second ones "
-    "(GShard); 'batch_priority' is choice-major with the tokens ordered by "
-    'their largest probability (V-MoE, arXiv:2106.05974). The last two let '
-    'later tokens change earlier outputs.',
+    'Order in which experts serve the choices of a group: '
+    "'token_major' is token by token, each with all its choices; "
+    "'choice_major' is all first choices, then all second ones (GShard); "
+    "'batch_priority' is choice-major with the tokens ordered by their largest "
+    'probability (V-MoE, arXiv:2106.05974). The last two let later tokens '
+    'change earlier outputs.',
     one_of(*SLOT_PRIORITIES),
   )
   second_policy: str = option(
     'all',
-    "Choices after the first that are sent in training: 'all'; 'sampled' with "
-    'probability 2 * gate, of two (Algorithm 1 of GShard); or '
-    "'threshold' with probability gate / second_threshold (ST-MoE, section "
-    'C.2).',
+    "Choices after a token's first that are sent to experts in training: "
+    "'all'; 'sampled', with K=2, with probability 2 * gate (Algorithm 1 of "
+    "GShard); or 'threshold', with probability gate / second_threshold "
+    '(ST-MoE, section C.2).',
     one_of(*SECOND_POLICIES),
     how=True,
   )
   second_threshold: float = option(
     0.2,
-    'Renormalised gate from which on a choice after the first is always sent.',
+    "Renormalised gate from which on second_policy='threshold' always sends a "
+    'choice after the first.',
     within('(0, 1]'),
     when={'second_policy': ('threshold',)},
     how=True,
   )
 
   def problems_with(self, sizes):
-    """What the gates and the second policy say to E and K."""
+    """The problems that gates and second policy have with E and K."""
     yield from choice_problems(
       num_experts=sizes.num_experts,
       num_selected=sizes.num_selected,
@@ -126,15 +130,16 @@ def serve(
 
   Args:
     module: The router; its options are `ByLogits`.
-    logits: The logits that gates are made of, with noise if there is any.
+    logits: The logits that gates are computed from, with noise if any.
     mask: False for padding.
     train: Whether the second policy draws.
-    scores: What tokens choose by. Default: the logits.
-    spare: How many experts beyond the K chosen ones are returned, at most E.
+    scores: The scores by which tokens choose. Default: the logits.
+    spare: The number of experts that are returned beyond the K chosen ones; in
+      all there are at most E.
   """
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
-  # On each device, as no compiler splits a top-K over groups.
+  # It runs on each device, as no compiler splits a top-K over groups.
   largest = on_each_device(
     functools.partial(routing.choose, num_selected=min(K + spare, E)),
     (logits if scores is None else scores,),
@@ -168,9 +173,9 @@ def logits_aux(
   Args:
     module: The router.
     chosen: The routing.
-    clean: The logits without noise, of which balance loss, z-loss and
-      statistics are made.
-    logits: The logits that the gates are made of.
+    clean: The logits without noise, from which balance loss, z-loss and
+      statistics are computed.
+    logits: The logits from which the gates are computed.
     mask: False for padding.
   """
   o, index, E = module.options, chosen.expert_index, chosen.num_experts
@@ -208,8 +213,5 @@ def serve_evenly(
 
 
 def sow_choices(module: nn.Module, expert_index: Int32[Array, 'G S K']) -> None:
-  """Keeps the choices where the caller makes 'intermediates' mutable.
-
-  They are for analysis alone.
-  """
+  """Keeps the choices for analysis, if 'intermediates' are mutable."""
   module.sow('intermediates', 'expert_index', expert_index)

@@ -1,4 +1,4 @@
-"""The contract of a router: what every router answers, and what it is given.
+"""The contract of a router: its options' methods, and its module's inputs.
 
 A router is one file here: its options, which extend `RouterOptions`, and its
 module, which extends `Router`. Nobody else asks which router it is. Pure rules
@@ -18,7 +18,7 @@ from moe_jax.routing.capacity import All, Capacity, PerToken
 from moe_jax.routing.stats import MoeAux
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf, UInt32
 
-# The collection of what routers keep that no gradient moves.
+# The collection of routers' variables that no gradient updates.
 ROUTER_STATE = 'router_state'
 # The rng stream from which routers draw their noise.
 NOISE = 'router'
@@ -31,8 +31,8 @@ class Sizes:
   Attributes:
     num_experts: E, the number of experts.
     num_selected: K, the number of experts that a token chooses. Where experts
-      choose tokens, it is only what the capacity makes of it.
-    capacity: The rule for how many tokens of a group an expert serves.
+      choose tokens, it only enters into their capacity.
+    capacity: The rule for the number of a group's tokens that an expert serves.
   """
 
   num_experts: int
@@ -40,7 +40,7 @@ class Sizes:
   capacity: Capacity = PerToken()
 
   def slots(self, group_size: int) -> int:
-    """Slots per expert in a group of so many tokens, a Python int."""
+    """The slots of an expert in a group of that many tokens, a Python int."""
     return self.capacity.per_expert(
       group_size, self.num_experts, self.num_selected
     )
@@ -54,8 +54,8 @@ class Router(nn.Module):
   Attributes:
     options: The router's options.
     sizes: The sizes of the layer.
-    shared: What all parts of a model share; of it, a router uses the
-      initialisation of its kernels.
+    shared: The settings that all layers of the model share; a router uses
+      their initialisation of kernels.
   """
 
   options: Any
@@ -71,14 +71,14 @@ class Router(nn.Module):
     hash_ids: UInt32[Array, 'G S'] | None = None,
     layer: int | Int[Array, ''] = 0,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
-    """Routes each group by itself; padding takes no part.
+    """Routes each group by itself, without padding.
 
     Args:
       x: Token representations.
       mask: False for padding.
       train: Whether noise is drawn, from the rng stream 'router', and only
         where an option asks for it.
-      hash_ids: What the options' `ids_of` gave for each token.
+      hash_ids: The ids that the options' `ids_of` returned for the tokens.
       layer: The number of the layer, by which routers without parameters
         differ.
 
@@ -96,15 +96,15 @@ class Router(nn.Module):
     hash_ids: Array | None,
     layer: int | Array,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
-    """What a router does; arguments and results are those of `__call__`.
+    """Routes; arguments and results are those of `__call__`.
 
-    It runs in a compact method, so that it makes parameters where it uses them.
+    It is called in a compact method, and so may make parameters.
     """
     raise NotImplementedError
 
 
 class RouterOptions(Options):
-  """Base of the routers' options: what others ask a router.
+  """Base of the routers' options, with the questions that others ask a router.
 
   Attributes:
     by_expert: Whether experts choose tokens, so that the module returns a
@@ -116,9 +116,9 @@ class RouterOptions(Options):
   needs_ids: ClassVar[bool] = False
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
-    """What is wrong with the sizes for this router, each text a problem.
+    """The problems that this router has with sizes, a text for each.
 
-    A text begins with the size, as an option of the layer: 'num_selected=3'.
+    A text begins with the option of the layer: 'num_selected=3'.
     """
     E, K = sizes.num_experts, sizes.num_selected
     if not 1 <= K <= E:
@@ -133,9 +133,9 @@ class RouterOptions(Options):
 
   @required
   def leak(self, sizes: Sizes) -> str | None:
-    """What lets later tokens change earlier outputs; None if nothing does.
+    """The reason why later tokens change earlier outputs; None if they do not.
 
-    The text is a clause that names the reason and what to use in its place.
+    The text is a clause with the reason and an alternative.
     """
     raise NotImplementedError
 
@@ -144,14 +144,14 @@ class RouterOptions(Options):
     return self.leak(sizes) is None
 
   def decodes(self, sizes: Sizes) -> str | None:
-    """Why the router cannot decode token by token; None if it can."""
+    """The reason why the router cannot decode by tokens; None if it can."""
     del sizes
     return None
 
   def serving_all(self, sizes: Sizes) -> Sizes | None:
-    """The sizes with room for all, which generation takes.
+    """The sizes with room for all tokens, which generation uses.
 
-    None where the router chooses as in training even then, so that its layer
+    None if the router chooses in generation as in training, so that its layer
     stays as it is.
     """
     return dataclasses.replace(sizes, capacity=All())
@@ -161,12 +161,12 @@ class RouterOptions(Options):
     return sizes.capacity.binds
 
   def training_slots(self, sizes: Sizes, group_size: int) -> int:
-    """Slots per expert in a group of so many tokens, in training."""
+    """The slots of an expert in training, in a group of `group_size` tokens."""
     return sizes.slots(group_size)
 
   @required
   def multiply_adds(self, sizes: Sizes, width: int) -> int:
-    """Multiplications of the router's products with one token of M values."""
+    """The number of multiplications in the router's products for one token."""
     raise NotImplementedError
 
   def loss_weights(self) -> dict[str, float]:
@@ -186,12 +186,11 @@ class RouterOptions(Options):
     previous: Int[Array, 'B T'],
     positions: Int[Array, 'B T'],
   ) -> UInt32[Array, 'B T'] | None:
-    """What the router is to hash of each token; None if it hashes nothing.
+    """The ids by which the router hashes tokens; None if it does not hash.
 
     Args:
       tokens: Token ids.
-      previous: The id before each token in its segment; -1 where it is the
-        first.
+      previous: The token before each in its segment; -1 for the first.
       positions: The position of each token in its segment.
     """
     del tokens, previous, positions
@@ -214,16 +213,16 @@ class RouterOptions(Options):
       state: The module's variables before the step; those of several layers
         may be stacked.
       load: The choices of each expert before drops, of the whole batch.
-      rate: How far a step moves them; None stands for the option's value. It
-        may be an array that the step has as an argument.
+      rate: The amount by which a step changes them; None: the option's value.
+        It may be an array that the step has as an argument.
     """
     del load, rate
     return state
 
   def canonical(self, sizes: Sizes) -> Self:
-    """The same router, options at their defaults where sizes make them moot.
+    """The same router with defaults for options that have no effect.
 
-    Two routers with equal canonical options choose alike.
+    Two routers with equal canonical options make the same choices.
     """
     del sizes
     return self
@@ -234,10 +233,10 @@ class RouterOptions(Options):
 
 
 def sown_choices(layer: Any) -> Any:
-  """What the router of a layer kept of its choices, for analysis.
+  """The choices that the router of a layer kept for analysis.
 
   Args:
-    layer: What one layer has in the collection 'intermediates'.
+    layer: The variables of one layer in the collection 'intermediates'.
 
   Returns:
     int32 [G, S, K], the experts that tokens chose before drops; where experts

@@ -1,7 +1,7 @@
 """Expert choice: each expert picks the tokens it wants most.
 
-https://arxiv.org/abs/2202.09368. The capacity is how many tokens an expert
-takes; with room for all, every expert takes every token. The rule is
+https://arxiv.org/abs/2202.09368. The capacity is the number of tokens that an
+expert takes; with room for all, every expert takes every token. The rule is
 `moe_jax.routing.expert_choice_rule`.
 """
 
@@ -23,11 +23,11 @@ class ExpertChoice(ByExpert):
     return ExpertChoiceRouter(self, sizes, shared, name=name)
 
   def leak(self, sizes):
-    """Who is picked depends on all tokens, unless every token is."""
+    """A leak, as picks depend on all tokens, unless every token is picked."""
     return LEAK if sizes.capacity.binds else None
 
   def decodes(self, sizes):
-    """Of one token there is nothing to choose: every expert would take it."""
+    """None with room for all; else experts need several tokens to choose."""
     if not sizes.capacity.binds:
       return None
     return (

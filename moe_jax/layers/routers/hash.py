@@ -1,4 +1,4 @@
-"""Hash layers: a token's experts are a fixed function of an id.
+"""Hash layers: the experts of a token are a fixed function of an id.
 
 https://arxiv.org/abs/2106.04426. The router has no parameters, and its gates
 are 1/K. The rule is `moe_jax.routing.hash_rule`.
@@ -22,13 +22,13 @@ class Hash(Queued):
 
   of: str = option(
     'token',
-    "What is hashed: the 'token' (its id), the 'bigram' of it and the token "
-    "before it, or its 'position'.",
+    "Key by which tokens are hashed to experts: the 'token' (its id), the "
+    "'bigram' of it and the token before it, or its 'position'.",
     one_of(*HASH_OF),
   )
   seed: int = option(
     0,
-    'Number of the random table from ids to experts.',
+    'Seed of the random table from ids to experts in a hash layer.',
     anything('every number is a seed'),
   )
 
@@ -37,15 +37,15 @@ class Hash(Queued):
     return HashRouter(self, sizes, shared, name=name)
 
   def multiply_adds(self, sizes, width):
-    """None: there is no product."""
+    """Zero: there is no product."""
     return 0
 
   def ids_of(self, tokens, previous, positions):
-    """What is hashed of each token."""
+    """The ids of the tokens, bigrams or positions that `of` names."""
     return hash_ids(self.of, tokens, previous, positions)
 
   def for_encoder(self):
-    """Another table, as its layers are counted anew."""
+    """The router with another seed, as an encoder's layers are counted anew."""
     return dataclasses.replace(self, seed=self.seed + 1)
 
 

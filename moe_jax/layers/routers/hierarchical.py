@@ -1,4 +1,4 @@
-"""The router of two levels: a gate over branches, and one in each branch.
+"""The hierarchical router: a gate over branches, and one in each branch.
 
 Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). A branch's
 gate multiplies only the tokens that chose it, so that the work per token grows
@@ -16,7 +16,12 @@ from moe_jax import routing
 from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layers import parameters
-from moe_jax.layers.routers.balancing import ImportanceLoss, LoadLoss, ZLoss
+from moe_jax.layers.routers.balancing import (
+  ImportanceLoss,
+  LoadLoss,
+  ZLoss,
+  loss_weight,
+)
 from moe_jax.layers.routers.by_token import Queued, sow_choices
 from moe_jax.layers.routers.contract import NOISE, Router, Sizes
 from moe_jax.layers.routers.linear_gate import ROLE, product
@@ -31,46 +36,46 @@ from moe_jax.shapes import Array, Bool, Float32, Int32
 
 @dataclasses.dataclass(frozen=True)
 class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
-  """The options of the router of two levels."""
+  """The options of the hierarchical router."""
 
   branching: int = option(
     2,
-    'Number of branches, a; each has num_experts / a of the experts.',
+    'Number a of branches of the hierarchical router; each has num_experts / a '
+    'of the experts.',
     at_least(1),
   )
   branches_selected: int = option(
     1,
-    'Number of branches that a token chooses; in each it chooses '
-    'num_selected / branches_selected experts.',
+    'Number of branches that a token chooses in the hierarchical router; in '
+    'each it chooses num_selected / branches_selected experts.',
     at_least(1),
   )
   noisy: bool = option(
     False,
-    'Whether both levels are noisy top-K gates, whose kernels start at zero.',
+    'Whether both levels of the hierarchical router are noisy top-K gates, '
+    'whose kernels start at zero.',
   )
   gates: str = option(
     'raw',
-    "Weights at each level: 'raw' is the softmax over all, 'renormalized' "
-    'makes those of the chosen sum to one.',
+    "Gates at each level of the hierarchical router: 'raw' is the softmax over "
+    "all branches or experts, 'renormalized' makes the chosen ones' sum to "
+    'one.',
     one_of('raw', 'renormalized'),
   )
-  load_weight: float = option(
+  load_weight: float = loss_weight(
     0.0,
-    'Weight of the load loss of two levels (Eq. 14 of arXiv:1701.06538); 0.0 '
-    'leaves it out.',
-    at_least(0),
+    'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
     when={'noisy': (True,)},
-    how=True,
   )
 
   def problems(self):
-    """A token chooses among the branches that there are."""
+    """The problem of choosing more branches than there are."""
     a, K1 = self.branching, self.branches_selected
     if a < K1:
       yield f'branches_selected={K1} not in [1, branching={a}]'
 
   def problems_with(self, sizes):
-    """Experts and choices are divided among branches."""
+    """The problems of dividing experts and choices among branches."""
     a, K1 = self.branching, self.branches_selected
     E, K = sizes.num_experts, sizes.num_selected
     if E % a:
@@ -95,7 +100,7 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     return (1 + self.noisy) * width * (primary.num_experts + branches)
 
   def shrunk(self):
-    """As few branches as a token chooses; see `Options.shrunk`."""
+    """See `Options.shrunk`; there are as few branches as a token chooses."""
     branching = min(self.branching, self.branches_selected)
     return dataclasses.replace(self, branching=branching)
 
@@ -111,12 +116,12 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
 
 
 class LevelSizes(NamedTuple):
-  """One level's choices.
+  """The sizes of one level.
 
   Attributes:
     num_experts: The number of branches, or of experts in a branch.
-    num_selected: The number that is chosen.
-    gates: The option of that name.
+    num_selected: The number of them that a token chooses.
+    gates: The option `gates`, or 'raw' where there is only one to choose.
   """
 
   num_experts: int
@@ -128,10 +133,10 @@ class HierarchicalRouter(Router):
   """Two levels of linear gates; see `Router`.
 
   `w` and `w_noise` are the primary gate's kernels, `w_branch` and
-  `w_branch_noise` [a, M, b] those of the branches. There is no balance loss:
-  importance and load losses are those that have two levels. Entropy, squared
-  logits and z-loss are the primary gate's plus those of the chosen branches,
-  weighted by its gates.
+  `w_branch_noise` [a, M, b] those of the branches. There is no balance loss, as
+  the paper defines only importance and load losses for two levels. Entropy,
+  squared logits and z-loss are the primary gate's plus those of the chosen
+  branches, weighted by its gates.
   """
 
   options: Hierarchical
@@ -165,7 +170,7 @@ class HierarchicalRouter(Router):
     return chosen, _aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
-    """The logits of the branches, without noise and with it."""
+    """The logits of the primary gate, without noise and with it."""
     axes, size = ('embed', None), level.num_experts
     clean = product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:
@@ -174,9 +179,9 @@ class HierarchicalRouter(Router):
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
-    """Those of each token's branches, [G, S * K1, b], likewise."""
+    """The logits [G, S * K1, b] of each token's branches, in the same way."""
     a, b = self.options.branching, level.num_experts
-    # Not named for experts: what copies those would take them for experts'.
+    # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
     # The fan-in is that of one branch.
     init = self._init(axes, shrink=1 / a)
@@ -203,13 +208,13 @@ class HierarchicalRouter(Router):
 
 
 class _Level(NamedTuple):
-  """What one level decided; N tokens, or N choices of branches.
+  """The decisions of one level, for N tokens or N choices of branches.
 
   Attributes:
     clean: float32 [G, N, E], the logits without noise.
-    index: int32 [G, N, K], what is chosen.
+    index: int32 [G, N, K], the chosen branches or experts.
     gate: float32 [G, N, K], the weights of the chosen, before drops.
-    probability: float32 [G, N, E], P of the load estimator; None without noise.
+    probability: float32 [G, N, E], P of `load_probability`; None without noise.
   """
 
   clean: Array
@@ -242,7 +247,7 @@ def _of_chosen(
   branch_index: Int32[Array, 'G S K1'],
   w: Float32[Array, 'A M N'],
 ) -> Float32[Array, 'G P N']:
-  """x times the kernel of each branch it chose; P = S * K1."""
+  """The product of each token and each branch that it chose; P = S * K1."""
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
   chosen = routing.Routing(
@@ -266,7 +271,7 @@ def _aux(
   expert: _Level,
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
-  """The losses, summed over groups times their real tokens; statistics."""
+  """The losses and statistics, as sums over real tokens."""
   importance = routing.importance_loss(
     gate, chosen.expert_index, mask, chosen.num_experts
   )

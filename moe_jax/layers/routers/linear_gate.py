@@ -1,7 +1,6 @@
 """The linear layer from tokens to logits that most routers have.
 
-Everything here is float32 whatever the model's dtype (Table 2 of
-arXiv:2101.03961).
+All of it is float32 whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.options import option, within
 from moe_jax.shapes import Array, Float, Float32
 
-# The logical axes of the kernel, and so of what tokens choose among.
+# The logical axes of the kernel; the second is that of the choices of tokens.
 AXES = ('embed', 'expert_choice')
 ROLE = 'router'
 
@@ -27,18 +26,20 @@ class LinearGate(RouterOptions):
 
   jitter: float = option(
     0.0,
-    'In training the input of the router is multiplied by random numbers, '
-    'uniform in [1 - jitter, 1 + jitter] (ST-MoE, arXiv:2202.08906 section '
-    '3.2); 0.0 is no noise.',
+    'Noise on the input of the router in training, which is multiplied by '
+    'random numbers uniform in [1 - jitter, 1 + jitter] (ST-MoE, '
+    'arXiv:2202.08906 section 3.2); 0.0: no noise.',
     within('[0, 1)'),
     how=True,
   )
   use_bias: bool = option(
-    False, 'Whether a bias, which starts at zero, is added to the logits.'
+    False,
+    'Whether a learned bias, which starts at zero, is added to the router '
+    'logits.',
   )
 
   def multiply_adds(self, sizes, width):
-    """The products of one token with the kernel [M, E]."""
+    """The multiplications of one token with the kernel [M, E]."""
     return width * sizes.num_experts
 
 

@@ -38,7 +38,7 @@ class NoisyTopK(
     return NoisyTopKRouter(self, sizes, shared, name=name)
 
   def multiply_adds(self, sizes, width):
-    """The products with two kernels, that of the logits and of the noise."""
+    """The multiplications with two kernels, of the logits and of the noise."""
     return 2 * super().multiply_adds(sizes, width)
 
 

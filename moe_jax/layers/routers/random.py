@@ -19,13 +19,13 @@ from moe_jax.options import anything, option
 class Random(Queued):
   """The options of random routing.
 
-  Draws depend on the shape of the input: step by step, generation draws other
-  experts than of whole rows.
+  Draws depend on the shape of the input, so that generation step by step draws
+  other experts than an evaluation of whole rows.
   """
 
   seed: int = option(
     0,
-    'Seed of the choices in evaluation.',
+    "Seed of a random router's choices in evaluation; training draws anew.",
     anything('every number is a seed'),
   )
 
@@ -34,11 +34,11 @@ class Random(Queued):
     return RandomRouter(self, sizes, shared, name=name)
 
   def multiply_adds(self, sizes, width):
-    """None: there is no product."""
+    """Zero: there is no product."""
     return 0
 
   def for_encoder(self):
-    """Another seed, as its layers are counted anew."""
+    """The router with another seed, as an encoder's layers are counted anew."""
     return dataclasses.replace(self, seed=self.seed + 1)
 
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from moe_jax.layers import parameters
-from moe_jax.layers.routers.balancing import LoadLoss
+from moe_jax.layers.routers.balancing import LoadLoss, loss_weight
 from moe_jax.layers.routers.by_expert import LEAK, ByExpert, slot_aux
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import (
@@ -22,7 +22,6 @@ from moe_jax.layers.routers.linear_gate import (
   jittered,
   linear_logits,
 )
-from moe_jax.options import at_least, option
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import strictly_balanced_rule as rules
 from moe_jax.routing.aux_losses import over_groups
@@ -32,12 +31,10 @@ from moe_jax.routing.aux_losses import over_groups
 class StrictlyBalanced(LoadLoss, ByExpert):
   """The options of strictly balanced gating."""
 
-  load_weight: float = option(
+  load_weight: float = loss_weight(
     0.0,
-    'Weight of the loss that teaches the thresholds to agree with the choices '
-    'of training (Eq. 20 of arXiv:1701.06538); 0.0 leaves it out.',
-    at_least(0),
-    how=True,
+    'loss that teaches the thresholds to agree with the choices of training '
+    '(Eq. 20 of arXiv:1701.06538)',
   )
 
   def module(self, sizes, shared, name=None):
@@ -45,11 +42,11 @@ class StrictlyBalanced(LoadLoss, ByExpert):
     return StrictlyBalancedRouter(self, sizes, shared, name=name)
 
   def leak(self, sizes):
-    """In training an expert chooses among all tokens of the group."""
+    """A leak: in training an expert chooses among all tokens of the group."""
     return LEAK
 
   def training_slots(self, sizes, group_size):
-    """In training every expert has its share of all choices."""
+    """An even share of all choices, which experts take in training."""
     return -(-sizes.num_selected * group_size // sizes.num_experts)
 
 
@@ -64,7 +61,7 @@ class StrictlyBalancedRouter(Router):
     logits = linear_logits(self, jittered(self, x, train))
     E, K = self.sizes.num_experts, self.sizes.num_selected
     capacity = self.sizes.slots(x.shape[1])
-    # A uniform gate is that of a router that has learned nothing.
+    # Before training the gates are uniform, and so are the thresholds.
     init = parameters.boxed(
       nn.initializers.constant(1 / E), AXES[1:], role=ROLE, form='bias'
     )

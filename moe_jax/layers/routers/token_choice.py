@@ -33,15 +33,15 @@ class TokenChoice(
 
   balance_bias_scores: str = option(
     'sigmoid',
-    "Scores that the balancing bias is added to: 'sigmoid' belongs to gates "
-    "'sigmoid' (Loss-Free Balancing); 'softmax' to all other gates, which no "
+    "Scores to which the balancing bias is added: 'sigmoid' for gates "
+    "'sigmoid' (Loss-Free Balancing), 'softmax' for all other gates, which no "
     'paper has with a balancing bias.',
     one_of(*SCORES),
     when={'balance_bias_rate': above(0)},
   )
 
   def problems(self):
-    """A biased choice is by the scores that the gates are made of."""
+    """The problem of biased scores that are not those of the gates."""
     if not self.keeps_state:
       return
     of_gates = 'sigmoid' if self.gates == 'sigmoid' else 'softmax'
