@@ -14,6 +14,7 @@ from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.models.text_options import TextModelOptions
 from moe_jax.options import above, at_least, option
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
@@ -155,3 +156,8 @@ class Undecorated(InTurn):
   """A router that is no dataclass of its own."""
 
   other: int = option(1, 'Another number.', at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbuilt(TextModelOptions):
+  """A model that lacks the method of its contract."""

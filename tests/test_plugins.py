@@ -10,6 +10,7 @@ from configs import base
 from moe_jax import plugins, run_config, sections
 from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.layers.routers import RouterOptions
+from moe_jax.models import MODELS
 from moe_jax.options import OptionError
 from moe_jax.runs import metrics, trained, workdir
 from moe_jax.training import loop, setup
@@ -143,6 +144,11 @@ def test_a_class_is_checked_before_it_is_called(name, message):
     OptionError, match=rf'model\.moe\.router\.kind.*{message}'
   ):
     tiny.options(model={'moe': {'router': router}})
+
+
+def test_a_model_is_checked_before_it_is_built():
+  with pytest.raises(ValueError, match='does not define build, which'):
+    MODELS.get(f'{NAME}:Unbuilt')
 
 
 def test_a_users_options_are_checked_by_name():

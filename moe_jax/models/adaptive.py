@@ -1,14 +1,10 @@
-"""Adaptive mixtures of local experts: where gated experts begin, in 1991.
+"""Adaptive mixtures of local experts, the first gated experts, of 1991.
 
 Jacobs, Jordan, Nowlan and Hinton, https://doi.org/10.1162/neco.1991.3.1.79.
-Small experts and a gate see the same features; three errors decide whether
-the experts share every case or compete for it. A mixture of one expert with a
-hidden layer is the paper's back-propagation network. Not here: its experiment
-(`experiments/jacobs_table1.py`).
-
-The gate has the part that a router has elsewhere. The paper's symbols: o_i is
-an expert's output, p_i its mixing proportion (a softmax of the gate's logits),
-d the target of a case.
+Small experts and a gate see the same features; the gate is what is called a
+router elsewhere. A mixture of one expert with a hidden layer is the paper's
+back-propagation network. Not here: its three errors (`adaptive_errors.py`) and
+the paper's experiment (`experiments/jacobs_table1.py`).
 """
 
 import dataclasses
@@ -21,6 +17,13 @@ from flax import linen as nn
 
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import RULES
+from moe_jax.models.adaptive_errors import (
+  LOSSES,
+  Logits,
+  Outputs,
+  Targets,
+  blend,
+)
 from moe_jax.models.base import Batch, TokenLosses
 from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
 from moe_jax.options import Options, above, at_least, nested, one_of, option
@@ -33,7 +36,7 @@ class AdaptiveOutputs(NamedTuple):
   """The outputs of a mixture for N cases.
 
   Attributes:
-    expert_outputs: float32 [N, E, V], every expert's own o_i.
+    expert_outputs: float32 [N, E, V], the output o_i of each expert.
     gate_logits: float32 [N, E], the logits of the gate.
     gate_probs: float32 [N, E], the mixing proportions p_i.
     prediction: float32 [N, V], the blend sum_i p_i o_i.
@@ -45,165 +48,51 @@ class AdaptiveOutputs(NamedTuple):
   prediction: Array
 
 
-class Gradients(NamedTuple):
-  """The gradients of every case's error, as the formulas have them.
-
-  Attributes:
-    expert_outputs: float32 [N, E, V], by each expert's output.
-    gate_logits: float32 [N, E], by the logits of the gate.
-  """
-
-  expert_outputs: Array
-  gate_logits: Array
-
-
-Outputs = Float32[Array, 'N E V']
-Logits = Float32[Array, 'N E']
-Targets = Float32[Array, 'N V']
-
-
-def blend(outputs: Outputs, gate_probs: Logits) -> Targets:
-  """The mixture's answer, sum_i p_i o_i."""
-  return jnp.einsum('NEV,NE->NV', outputs, gate_probs)
-
-
-def _distances(outputs: Outputs, targets: Targets) -> Logits:
-  """The squared distance ||d - o_i||^2 of every case and expert."""
-  return jnp.sum((targets[:, None, :] - outputs) ** 2, axis=-1)
-
-
-def cooperative_loss(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Float32[Array, 'N']:
-  """Equation 1.1, ||d - sum_i p_i o_i||^2: experts cancel others' errors."""
-  prediction = blend(outputs, jax.nn.softmax(gate_logits))
-  return jnp.sum((targets - prediction) ** 2, axis=-1)
-
-
-def gated_loss(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Float32[Array, 'N']:
-  """Equation 1.2, sum_i p_i ||d - o_i||^2: that of an expert drawn by p."""
-  probs = jax.nn.softmax(gate_logits)
-  return jnp.sum(probs * _distances(outputs, targets), axis=-1)
-
-
-def _joint(outputs, gate_logits, targets) -> Logits:
-  """The joint log density, log p_i - ||d - o_i||^2 / 2."""
-  log_probs = jax.nn.log_softmax(gate_logits)
-  return log_probs - 0.5 * _distances(outputs, targets)
-
-
-def competitive_loss(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Float32[Array, 'N']:
-  """Equation 1.3, -log sum_i p_i exp(-||d - o_i||^2 / 2), in nats.
-
-  The negative log density of the target under a mixture of Gaussians of unit
-  variance, less its constant.
-  """
-  return -jax.nn.logsumexp(_joint(outputs, gate_logits, targets), axis=-1)
-
-
-def posterior(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Logits:
-  """The h_i of equation 1.5: how probably the target came from expert i."""
-  return jax.nn.softmax(_joint(outputs, gate_logits, targets))
-
-
-def cooperative_gradients(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Gradients:
-  """The gradients of equation 1.1: every expert gets the error of the blend.
-
-  -2 p_i (d - y) for o_i and -2 p_i (d - y).(o_i - y) for the gate, y the
-  blend; implied by the paper, not printed.
-  """
-  probs = jax.nn.softmax(gate_logits)
-  prediction = blend(outputs, probs)
-  error = (targets - prediction)[:, None, :]  # [N, 1, V]
-  along = jnp.sum(error * (outputs - prediction[:, None, :]), axis=-1)
-  return Gradients(-2 * probs[..., None] * error, -2 * probs * along)
-
-
-def gated_gradients(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Gradients:
-  """The gradients of equation 1.2; the experts' is 1.4, -2 p_i (d - o_i).
-
-  The gate's is p_i (||d - o_i||^2 - E): an expert that does better than the
-  weighted average gets more of the case.
-  """
-  probs = jax.nn.softmax(gate_logits)
-  errors = targets[:, None, :] - outputs
-  distances = _distances(outputs, targets)
-  mean = jnp.sum(probs * distances, axis=-1, keepdims=True)
-  return Gradients(-2 * probs[..., None] * errors, probs * (distances - mean))
-
-
-def competitive_gradients(
-  outputs: Outputs, gate_logits: Logits, targets: Targets
-) -> Gradients:
-  """The gradients of equation 1.3; the experts' is 1.5, -h_i (d - o_i).
-
-  The gate's is p_i - h_i. Where all p_i are equal and all distances above 1,
-  this moves the best-fitting expert fastest, equation 1.4 slowest.
-  """
-  h = posterior(outputs, gate_logits, targets)
-  errors = targets[:, None, :] - outputs
-  return Gradients(-h[..., None] * errors, jax.nn.softmax(gate_logits) - h)
-
-
-LOSSES = {
-  'cooperative': cooperative_loss,
-  'gated': gated_loss,
-  'competitive': competitive_loss,
-}
-GRADIENTS = {
-  'cooperative': cooperative_gradients,
-  'gated': gated_gradients,
-  'competitive': competitive_gradients,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class MixtureOptions(Options):
   """A mixture of experts and its error."""
 
   loss: str = option(
     'competitive',
-    "Error that is minimised: 'cooperative' (equation 1.1), 'gated' (1.2) or "
-    "'competitive' (1.3).",
+    "Error that the mixture of 1991 minimises: 'cooperative' (equation 1.1 of "
+    "the paper), 'gated' (1.2) or 'competitive' (1.3).",
     one_of(*LOSSES),
   )
-  num_experts: int = option(4, 'Number E of experts.', at_least(1))
+  num_experts: int = option(
+    4, 'Number E of experts of the adaptive mixture.', at_least(1)
+  )
   expert_hidden: int = option(
-    0, 'Hidden logistic units of an expert; 0: it is linear.', at_least(0)
+    0,
+    'Number of hidden logistic units of each expert of the adaptive mixture; '
+    '0: experts are linear.',
+    at_least(0),
   )
   gate_hidden: int = option(
-    0, 'Hidden logistic units of the gate; 0: it is linear.', at_least(0)
+    0,
+    'Number of hidden logistic units of the gate of the adaptive mixture; 0: '
+    'the gate is linear.',
+    at_least(0),
   )
   expert_output: str = option(
     'softmax',
-    "Function that an expert's outputs pass through. 'logistic' (the paper's, "
-    "as far as its decision lines tell, of one output) and 'softmax' keep a "
-    "linear expert's decision surface linear.",
+    "Function on an expert's outputs. 'logistic' (the paper's, for one output, "
+    "as far as its decision lines tell) and 'softmax' keep a linear expert's "
+    'decision surface linear.',
     one_of('linear', 'logistic', 'softmax'),
   )
   init_scale: float = option(
     0.5,
-    'Weights start uniform between minus and plus this number; the paper does '
-    "not say. The gate's last layer starts at zero, so that all mixing "
-    'proportions are equal, as they are there. At 0 experts would start alike '
-    'and stay so.',
+    'Weights of the adaptive mixture are drawn uniformly between minus and '
+    'plus this number, which the paper does not state. The last layer of the '
+    'gate starts at zero, so that mixing proportions start equal, as the '
+    "paper's do.",
     above(0),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveOptions(FeatureModelOptions):
-  """The adaptive mixture of 1991, a classifier; all of it is float32."""
+  """The options of the adaptive mixture of 1991, a classifier in float32."""
 
   adaptive: MixtureOptions = nested(
     MixtureOptions(), 'Experts and gate of the mixture, and its error.'
@@ -217,10 +106,10 @@ class AdaptiveOptions(FeatureModelOptions):
 
 
 class AdaptiveMixture(FeatureModel):
-  """Experts and gate on the same features; dense, every expert runs.
+  """Experts and a gate that read the same features; every expert runs.
 
   Attributes:
-    options: What the model is.
+    options: The options of the model.
   """
 
   options: AdaptiveOptions
@@ -286,12 +175,12 @@ class AdaptiveMixture(FeatureModel):
 
   @property
   def moes(self) -> tuple[None]:
-    """One layer, whose experts are no sparse feed-forward."""
+    """One layer without sparse experts, as all of its experts run."""
     return (None,)
 
   @nn.nowrap
   def class_scores(self, outputs: AdaptiveOutputs) -> Targets:
-    """A number for each class: the larger, the likelier."""
+    """See `FeatureModel.class_scores`; they are the outputs of the blend."""
     return outputs.prediction
 
   @nn.nowrap

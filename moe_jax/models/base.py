@@ -1,8 +1,8 @@
-"""The contract of models: the questions that every model answers.
+"""The contract of models: methods that every model's module offers.
 
-A model's module answers what training, generation, analysis and imports ask of
-it. Nobody compares a model's kind or class. Not here: its options, which build
-it (`model_options.py`), and which kinds there are (`kinds.py`).
+Training, generation, analysis and imports use nothing else of a model, and
+never compare its kind or class. Not here: the options that build the module
+(`model_options.py`), and the list of kinds (`kinds.py`).
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ class TokenLosses(NamedTuple):
   """The loss of a model's outputs, for each token or example.
 
   Attributes:
-    nats: float32 [B, T], the loss; the cross-entropy in nats, in a model that
-      has no loss of its own.
+    nats: float32 [B, T], the loss; it is the cross-entropy in nats, unless the
+      model has a loss of its own.
     logits_z: float32 [B, T], the squared logsumexp of the output logits; None
-      in a model whose outputs are no logits of tokens.
+      in a model whose outputs are not logits of tokens.
   """
 
   nats: Array
@@ -44,7 +44,7 @@ class Model(nn.Module):
   Attributes:
     reads_features: The same as in `ModelOptions`.
     has_encoder: The same as in `ModelOptions`.
-    generates: Whether the kind of model can continue text at all.
+    generates: Whether models of this kind can continue text.
   """
 
   reads_features: ClassVar[bool] = False
@@ -58,12 +58,12 @@ class Model(nn.Module):
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Array]:
-    """The arguments of a call that are in a batch."""
+    """The arguments of a call of the model, taken from a batch."""
     raise NotImplementedError
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """The arguments of a call that has nothing but tokens."""
+    """The arguments of a call of the model for tokens without anything else."""
     raise NotImplementedError
 
   @nn.nowrap
@@ -73,9 +73,10 @@ class Model(nn.Module):
     """The shapes and types of a training batch.
 
     Args:
-      batch_size: B.
-      seq_len: Tokens of a row; of an encoder-decoder, of the encoder's.
-      target_len: Tokens of a decoder's row, in an encoder-decoder.
+      batch_size: The number B of rows.
+      seq_len: The length of a row in tokens; in an encoder-decoder, of an
+        encoder's row.
+      target_len: The length of a decoder's row in an encoder-decoder.
     """
     raise NotImplementedError
 
@@ -90,14 +91,14 @@ class Model(nn.Module):
   def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
     """The stacks of blocks, an encoder's first, each with its path.
 
-    The path is where the stack's parameters are. A model without blocks has
-    no stacks.
+    The path is that of the stack's parameters. A model without blocks has no
+    stacks.
     """
     return ()
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
-    """The mixture of each layer, an encoder's first; None in a dense layer.
+    """The mixture of each layer, an encoder's first; None for a dense layer.
 
     Sizes that a config leaves at 0 are filled in.
     """
@@ -161,15 +162,14 @@ class Model(nn.Module):
 
   @property
   def layer_reduce(self) -> str:
-    """How the losses of several sparse layers become one: 'sum' or 'mean'."""
+    """The reduction of the losses of sparse layers to one: 'sum' or 'mean'."""
     return 'sum' if self.moe is None else self.moe.layer_reduce
 
   @nn.nowrap
   def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
-    """How many tokens of a batch the router of each layer counts, at least 1.
+    """The number of a batch's tokens that each layer's router sees, at least 1.
 
-    The normalisers of the routers' losses: padding is among the tokens where
-    routers see it.
+    The routers' losses are divided by it. Padding counts if routers see it.
     """
     del batch
     return jnp.ones(self.num_layers, jnp.float32)
@@ -192,14 +192,15 @@ class Model(nn.Module):
       router_state: The collection before the step.
       load: The choices of each expert in each layer, before drops, of the
         whole batch.
-      rate: How far a step moves it; None: as the routers' options say.
+      rate: The amount by which a step changes it; None: that of the routers'
+        options.
     """
     del load, rate
     return router_state
 
   @nn.nowrap
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The variables of each layer in a collection; {} where it has none."""
+    """The variables of each layer in a collection; {} for a layer without."""
     raise NotImplementedError
 
   @nn.nowrap
@@ -224,11 +225,11 @@ class Model(nn.Module):
 
     Args:
       variables: Parameters and `router_state`, as trained or imported.
-      batch_size: Rows that take a step together: what is fast depends on them,
-        and nothing else does.
-      platform: Where it decodes; '' is JAX's default backend.
-      window: How many tokens a decoder's token sees at most, itself among
-        them; 0: as the model.
+      batch_size: The number of rows that take a step together, which only the
+        speed depends on.
+      platform: The platform on which it decodes; '': JAX's default backend.
+      window: The most tokens that a decoder's token sees, itself included; 0:
+        as in the model.
 
     Raises:
       ValueError: The model does not generate.
@@ -238,7 +239,7 @@ class Model(nn.Module):
 
   @property
   def is_for_decoding(self) -> bool:
-    """Whether `for_decoding` has laid the model out already."""
+    """Whether this is a model that `for_decoding` returned."""
     return False
 
   @property
@@ -248,23 +249,23 @@ class Model(nn.Module):
 
   @nn.nowrap
   def window_beyond(self, seq_len: int) -> int:
-    """How far back a token looks in text longer than the rows of training.
+    """The window for text that is longer than the rows of training.
 
-    Where positions are distances, or none at all, text may go on for ever: a
-    token then sees as many as one at the end of a row did.
+    Where positions are distances, or there are none, text may be of any length:
+    a token then sees as many tokens as the last one of a row did.
 
     Args:
       seq_len: The length of the rows of training.
 
     Returns:
-      A number of tokens; 0 where there is no bound, or none that would help.
+      A number of tokens; 0 where there is no bound, or a window is no use.
     """
     del seq_len
     return 0
 
 
 def check_generates(model: Model) -> None:
-  """Raises ValueError where a model cannot generate, token by token."""
+  """Raises ValueError where a model cannot generate token by token."""
   if not model.generates:
     raise ValueError(
       f'{type(model).__name__} does not generate: its outputs are classes of '

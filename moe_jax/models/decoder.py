@@ -1,8 +1,7 @@
 """The decoder-only Transformer: GLaM, Mixtral, OpenMoE, Switch-style LMs.
 
 https://arxiv.org/abs/2112.06905, https://arxiv.org/abs/2401.04088,
-https://arxiv.org/abs/2402.01739. Not here: what is generated
-(`moe_jax.generation`).
+https://arxiv.org/abs/2402.01739. Not here: generation (`moe_jax.generation`).
 """
 
 import dataclasses
@@ -18,22 +17,21 @@ from moe_jax.models.layer_trees import Path
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import (
   Transformer,
-  decode,
   make_cache,
   make_context,
 )
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux
-from moe_jax.shapes import Array, Bool, Float32, Int
+from moe_jax.shapes import Array, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderOptions(TransformerOptions):
-  """A decoder-only language model."""
+  """The options of a decoder-only language model."""
 
   def problems(self) -> Iterator[str]:
-    """The routers are causal, or have leave not to be."""
+    """The problems of all Transformers, and of routers that are not causal."""
     yield from super().problems()
     yield from self.leak()
 
@@ -46,21 +44,21 @@ class DecoderOptions(TransformerOptions):
 
 
 class Decoder(Transformer):
-  """Tokens to next-token logits.
+  """A model from tokens to logits of the next token.
 
   Attributes:
-    embedding: Tokens in and logits out.
-    blocks: The blocks between.
+    embedding: The embeddings of tokens, and the logits.
+    blocks: The blocks between them.
   """
 
   blocks: StackConfig
 
   def setup(self) -> None:
-    """Makes the parts; tables stand in the model's own scope."""
+    """Makes the parts, whose parameters are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
-    self.stack = Stack(self.blocks)
+    self.decoder = Stack(self.blocks)
     nn.share_scope(self, self.embeddings)
-    nn.share_scope(self, self.stack)
+    nn.share_scope(self, self.decoder)
 
   def __call__(
     self,
@@ -75,7 +73,7 @@ class Decoder(Transformer):
       tokens: Token ids.
       segment_ids: The document of each token in its row, from 1; 0 is
         padding, which no router sees. Default: one document a row.
-      positions: The place of each token in its document. Default: its place in
+      positions: The position of each token in its document. Default: that in
         the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
     """
@@ -83,24 +81,8 @@ class Decoder(Transformer):
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
-    x, aux, _ = self.stack(x, context, train)
+    x, aux, _ = self.decoder(x, context, train)
     return self.embeddings.logits(x), aux
-
-  def decode(
-    self,
-    tokens: Int[Array, 'B T'],
-    token_mask: Bool[Array, 'B T'],
-    cache: KVCache,
-  ) -> tuple[Float32[Array, 'B T V'], KVCache]:
-    """Logits of the tokens that follow those of the cache; they join it.
-
-    Args:
-      tokens: Token ids; a row's first ones may be padding.
-      token_mask: False at padding.
-      cache: From `make_cache` or an earlier call; what does not fit into it
-        is the caller's to see.
-    """
-    return decode(self.embeddings, self.stack, tokens, token_mask, cache)
 
   @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> KVCache:
@@ -119,6 +101,6 @@ class Decoder(Transformer):
     return self.clone(blocks=blocks)
 
   @nn.nowrap
-  def window_beyond(self, seq_len: int) -> int:
+  def window_beyond(self, seq_len):
     """See `Model.window_beyond`."""
     return 0 if self.embedding.positions.added else seq_len

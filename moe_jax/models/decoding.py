@@ -1,8 +1,8 @@
-"""A stack as it decodes, step by step: the same numbers, in another layout.
+"""The layout in which a stack decodes, which changes no number.
 
-Stacked parameters are for training: one loop, one slice a layer. A decoding
-step reads all of them once a token, and XLA's CPU compiler would copy each
-slice first (`kernels/cpu.py`).
+In training parameters are stacked for one loop over layers, each a slice. A
+decoding step reads all of them for each token, and XLA's CPU compiler would
+copy each slice first (`kernels/cpu.py`).
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class DecodingStack(NamedTuple):
   """A stack that decodes, and its variables.
 
   Attributes:
-    stack: Its layout.
-    params: Its parameters.
-    router_state: What its routers keep; {} where they keep nothing.
+    stack: The layout of the stack.
+    params: The parameters of the stack.
+    router_state: The state of its routers; {} where they have none.
   """
 
   stack: StackConfig
@@ -42,22 +42,22 @@ def stack_for_decoding(
 ) -> DecodingStack:
   """A stack with arrays of its own for every layer.
 
-  A router that draws by the shape of what it sees draws other experts step by
-  step than for whole rows.
+  A router whose draws depend on the shape of its input draws other experts step
+  by step than for whole rows.
 
   Args:
-    stack: As trained or imported.
+    stack: The stack as trained or imported.
     params: Its parameters, unboxed.
-    router_state: What its routers keep.
-    few_rows: Rows that take a step together, where experts are to be laid out
-      for steps of few tokens; 0: they are not.
+    router_state: The state of its routers.
+    few_rows: The number of rows that take a step together, if experts are to be
+      laid out for steps of few tokens; 0: they are not.
     window: See `Model.for_decoding`.
 
   Raises:
-    ValueError: The stack is causal, and its experts choose among tokens.
+    ValueError: The stack is causal, and its experts choose tokens.
   """
   block = stack.block
-  # Lengths are whatever the prompts have; not every implementation takes them.
+  # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
   if window and block.causal:
     window = min(window, attention.window or window)
@@ -78,14 +78,14 @@ def stack_for_decoding(
 
 
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
-  """The layer with room for all tokens.
+  """The options of a sparse layer with room for all tokens.
 
-  It stays as it is where its capacity is part of an imported checkpoint and can
-  bind, and where its experts choose.
+  They stay as they are where the capacity is part of an imported checkpoint and
+  can bind, and where experts choose tokens.
 
   Args:
-    moe: The layer.
-    causal: Whether it is run token by token.
+    moe: The options of the layer.
+    causal: Whether the layer is run token by token.
   """
   sizes = moe.router.serving_all(moe.sizes)
   single = causal and moe.group_size == 0

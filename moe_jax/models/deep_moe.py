@@ -1,15 +1,15 @@
-"""The deep mixture of experts: gated layers on top of each other.
+"""The deep mixture of experts of 2013: gated layers on top of each other.
 
 https://arxiv.org/abs/1312.4314: z = sum_i g_i(x) f_i(x) in every layer, with
 f_i(x) = ReLU(W_i x + b_i) and a network g of its own whose softmax is the
-gates, then a linear classifier. All experts are evaluated. Not here: the
-balancing constraint (`moe_jax.routing.running_totals`).
+gates, then a linear classifier. All experts are evaluated. Not here: the rule
+of the balancing constraint (`moe_jax.routing.running_totals`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -26,46 +26,50 @@ from moe_jax.models.model_options import RunShape
 from moe_jax.options import Check, Options, at_least, each, nested, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, running_totals
-from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf
+from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 TOTALS, STEPS = 'totals', 'steps'
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedLayersOptions(Options):
-  """Gated layers, with a size for each, and their balancing constraint."""
+  """The options of gated layers, with sizes for each, and their balancing."""
 
   num_experts: tuple[int, ...] = option(
-    (4, 4), 'Number E of experts in each layer.', each(at_least(1))
+    (4, 4),
+    'Number E of experts in each gated layer, one number a layer.',
+    each(at_least(1)),
   )
   hidden: tuple[int, ...] = option(
     (100, 100),
-    'Units of each expert in each layer, the width of the layer.',
+    'Number of units of each expert in a gated layer, which is the width of '
+    'the layer; one number a layer.',
     each(at_least(1)),
   )
   gate_hidden: tuple[int, ...] = option(
     (50, 50),
-    "Units of the hidden layer, of ReLUs, of each layer's gating network. That "
-    'it has one layer, and of which units, could not be verified.',
+    'Number of ReLUs in the hidden layer of a gating network, one number for '
+    "each gated layer. The paper's gating networks could not be verified.",
     each(at_least(1)),
   )
   margin: float = option(
     32.0,
-    "Number of examples by which an expert's running total may be above the "
-    "mean before it sits out. The paper's could not be verified. An expert "
-    'passes it by up to a batch, as totals move once a step.',
+    'Margin of the balancing constraint, in examples: an expert whose running '
+    'total of gates is above the mean by more gets gate 0. Totals are updated '
+    "once a step, so an expert may pass it by up to a batch. The paper's "
+    'margin could not be verified.',
     at_least(0),
     when={'balance_steps': Check('is not 0', lambda steps: steps != 0)},
   )
   balance_steps: int = option(
     0,
-    'Number of optimizer steps for which the constraint is in force; 0: never; '
-    '-1: always. It is of training alone.',
+    'Number of optimizer steps, from the first, for which the balancing '
+    'constraint is in force in training; 0: never; -1: always.',
     at_least(-1),
   )
 
   def problems(self) -> Iterator[str]:
-    """Every layer has its sizes."""
+    """The problem of layers without sizes of their own."""
     if not self.num_experts:
       yield 'num_experts=() names no layer; give each its number of experts'
     for name in ('hidden', 'gate_hidden'):
@@ -78,17 +82,17 @@ class GatedLayersOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class DeepMoeOptions(FeatureModelOptions):
-  """The deep mixture of 2013, a classifier; all of it is float32."""
+  """The options of the deep mixture of 2013, a classifier in float32."""
 
   numerics: Numerics = nested(
-    Numerics(), 'Types of numbers, and how parameters start.'
+    Numerics(), 'Types of numbers (float32 only), and initialisation.'
   )
   deep_moe: GatedLayersOptions = nested(
-    GatedLayersOptions(), 'Gated layers, and their balancing constraint.'
+    GatedLayersOptions(), 'Sizes of the gated layers, and their balancing.'
   )
 
   def problems(self) -> Iterator[str]:
-    """It has one type of numbers."""
+    """The problem of numbers that are not float32."""
     yield from super().problems()
     for name in ('dtype', 'param_dtype'):
       if (value := getattr(self.numerics, name)) != 'float32':
@@ -121,9 +125,10 @@ class DeepMoeOptions(FeatureModelOptions):
     return dataclasses.replace(small, deep_moe=layers)
 
 
-@dataclasses.dataclass(frozen=True)
-class GatedLayerConfig:
-  """One gated layer.
+class GatedLayer(nn.Module):
+  """A layer that computes z = sum_i g_i(x) f_i(x).
+
+  It sows the gates, [B, E], as `gates` among the intermediates.
 
   Attributes:
     num_experts: E, the number of experts.
@@ -131,7 +136,7 @@ class GatedLayerConfig:
     gate_hidden: The units of the gating network's hidden layer.
     margin: The same as in `GatedLayersOptions`.
     largest: The model's largest E, to which loads are padded.
-    shared: What the layers of the model share.
+    shared: The settings that all layers of the model share.
   """
 
   num_experts: int
@@ -140,15 +145,6 @@ class GatedLayerConfig:
   margin: float
   largest: int
   shared: Shared
-
-
-class GatedLayer(nn.Module):
-  """z = sum_i g_i(x) f_i(x).
-
-  Sows the gates, [B, E], as `gates` among the intermediates.
-  """
-
-  config: GatedLayerConfig
 
   @nn.compact
   def __call__(
@@ -160,50 +156,45 @@ class GatedLayer(nn.Module):
     """Applies the layer.
 
     Args:
-      x: What gates and experts see.
+      x: The input of gates and experts.
       mask: False for padding, which adds to no statistic.
-      balanced: Whether the constraint is in force; None: it never is, and the
-        layer keeps no totals.
+      balanced: Whether the balancing constraint is in force; None: it never is,
+        and the layer keeps no totals.
     """
-    c = self.config
     logits = self._gate_logits(x)
     gate = jax.nn.softmax(logits)
     if balanced is not None:
       totals = self.variable(
-        ROUTER_STATE, TOTALS, jnp.zeros, (c.num_experts,), jnp.float32
+        ROUTER_STATE, TOTALS, jnp.zeros, (self.num_experts,), jnp.float32
       )
-      out = running_totals.overused(totals.value, c.margin) & balanced
+      out = running_totals.overused(totals.value, self.margin) & balanced
       gate = running_totals.constrained_gates(logits, out)
     self.sow('intermediates', 'gates', gate)
-    shape, axes = (
-      (c.num_experts, x.shape[-1], c.hidden),
-      ('expert', 'expert_mlp'),
-    )
-    init = parameters.kernel(
-      c.shared, ('expert', 'embed', 'expert_mlp'), role='expert'
-    )
+    shape = (self.num_experts, x.shape[-1], self.hidden)
+    axes = ('expert', 'embed', 'expert_mlp')
+    init = parameters.kernel(self.shared, axes, role='expert')
     w = self.param('w_in', init, shape)
-    b = self.param('b_in', parameters.bias(axes, role='expert'), shape[::2])
+    init = parameters.bias(axes[::2], role='expert')
+    b = self.param('b_in', init, shape[::2])
     experts = nn.relu(jnp.einsum('BM,EMF->BEF', x, w) + b[None])
     stats = routing.mixture_stats(
-      gate[None], logits[None], mask[None], c.largest
+      gate[None], logits[None], mask[None], self.largest
     )
-    aux = routing.empty_aux(c.largest, 1)._replace(stats=stats)
+    aux = routing.empty_aux(self.largest, 1)._replace(stats=stats)
     return jnp.einsum('BE,BEF->BF', gate, experts), aux
 
   def _gate_logits(self, x):
-    c = self.config
-    dense = functools.partial(_dense, c.shared, 'gate')
-    hidden = dense(c.gate_hidden, ('embed', 'mlp'), 'gate_in')(x)
+    dense = functools.partial(_dense, self.shared, 'gate')
+    hidden = dense(self.gate_hidden, ('embed', 'mlp'), 'gate_in')(x)
     axes = ('mlp', 'expert_choice')
-    return dense(c.num_experts, axes, 'gate_out')(nn.relu(hidden))
+    return dense(self.num_experts, axes, 'gate_out')(nn.relu(hidden))
 
 
 class DeepMoe(FeatureModel):
-  """Features to the logits of classes.
+  """A model from features to logits of classes.
 
   Attributes:
-    options: What the model is.
+    options: The options of the model.
   """
 
   options: DeepMoeOptions
@@ -220,18 +211,20 @@ class DeepMoe(FeatureModel):
     Args:
       features: Examples of any shape.
       segment_ids: 0 for padding. Default: there is none.
-      train: Puts the balancing constraint in force, while it is.
+      train: Whether the balancing constraint applies, for its first steps.
     """
     x = features.reshape(len(features), -1).astype(jnp.float32)
     if segment_ids is None:
       segment_ids = jnp.ones((len(x), 1), jnp.int32)
     mask, balanced = segment_ids[:, 0] > 0, self._balanced(train)
-    auxes = []
-    for name, layer in self._layers().items():
-      x, aux = GatedLayer(layer, name=name)(x, mask, balanced)
+    c, shared = self.options.deep_moe, Shared(self.options.numerics)
+    sizes = zip(c.num_experts, c.hidden, c.gate_hidden, strict=True)
+    last, auxes = (c.margin, max(c.num_experts), shared), []
+    for i, own in enumerate(sizes):
+      x, aux = GatedLayer(*own, *last, name=_name(i))(x, mask, balanced)
       auxes.append(aux)
     classifier = _dense(
-      self._shared, 'head', self.vocab_size, ('embed', 'vocab'), 'classifier'
+      shared, 'head', self.vocab_size, ('embed', 'vocab'), 'classifier'
     )
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
     return classifier(x)[:, None], aux
@@ -245,52 +238,26 @@ class DeepMoe(FeatureModel):
     return ((steps.value < early) | (early < 0)) & train
 
   @property
-  def _shared(self) -> Shared:
-    return Shared(self.options.numerics)
-
-  @nn.nowrap
-  def _layers(self) -> dict[str, GatedLayerConfig]:
-    """Every layer by its name in the trees."""
-    c = self.options.deep_moe
-    sizes = zip(c.num_experts, c.hidden, c.gate_hidden, strict=True)
-    largest = max(c.num_experts)
-    return {
-      f'layer_{i}': GatedLayerConfig(*own, c.margin, largest, self._shared)
-      for i, own in enumerate(sizes)
-    }
-
-  @property
   def moes(self) -> tuple[None, ...]:
-    """Its gated layers are no sparse feed-forwards."""
+    """None for every gated layer, as all of its experts run."""
     return (None,) * len(self.options.deep_moe.num_experts)
 
   @property
   def keeps_router_state(self) -> bool:
-    """Whether there are running totals."""
+    """Whether there are running totals for the balancing constraint."""
     return self.options.deep_moe.balance_steps != 0
 
   @nn.nowrap
-  def move_router_state(
-    self,
-    router_state: dict[str, Any],
-    load: Float32[Array, 'L E'],
-    rate: Leaf | None = None,
-  ) -> dict[str, Any]:
-    """Totals and step count after a step.
-
-    Args:
-      router_state: The collection before the step.
-      load: The gates of the whole batch, summed, of every layer.
-      rate: It has no meaning here.
-    """
+  def move_router_state(self, router_state, load, rate=None):
+    """See `Model.move_router_state`; loads are sums of gates."""
     del rate
     if not router_state:
       return router_state
     moved = {STEPS: router_state[STEPS] + 1}
-    for row, (name, layer) in zip(load, self._layers().items(), strict=True):
-      totals = router_state[name][TOTALS]
-      mass = row[: layer.num_experts]
-      moved[name] = {TOTALS: running_totals.moved(totals, mass)}
+    num_experts = self.options.deep_moe.num_experts
+    for i, (row, E) in enumerate(zip(load, num_experts, strict=True)):
+      totals = router_state[_name(i)][TOTALS]
+      moved[_name(i)] = {TOTALS: running_totals.moved(totals, row[:E])}
     return moved
 
   @nn.nowrap
@@ -299,10 +266,8 @@ class DeepMoe(FeatureModel):
     return {key: batch[key] for key in ('features', 'segment_ids')}
 
   @nn.nowrap
-  def class_scores(
-    self, outputs: Float32[Array, 'B 1 V']
-  ) -> Float32[Array, 'B V']:
-    """A number for each class: the larger, the likelier."""
+  def class_scores(self, outputs):
+    """See `FeatureModel.class_scores`; they are the logits."""
     return outputs[:, 0]
 
   @nn.nowrap
@@ -311,6 +276,10 @@ class DeepMoe(FeatureModel):
     return TokenLosses(
       optax.softmax_cross_entropy_with_integer_labels(outputs, batch['targets'])
     )
+
+
+def _name(layer: int) -> str:
+  return f'layer_{layer}'
 
 
 def _dense(

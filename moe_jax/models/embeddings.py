@@ -1,7 +1,7 @@
-"""From tokens to the residual stream, and from there to logits.
+"""The embeddings of tokens, and the logits of the next token.
 
-One table serves both where embeddings are tied; an encoder-decoder shares it
-among its halves. Not here: the layers between (`stack.py`).
+Where embeddings are tied, one table serves both; the halves of an
+encoder-decoder share it. Not here: the layers between (`stack.py`).
 """
 
 import dataclasses
@@ -19,35 +19,38 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions(Options):
-  """How tokens become vectors, and vectors logits."""
+  """The options of embeddings and of logits."""
 
   tie: bool = option(
-    True, 'Whether the logits are products with the embedding table.'
+    True,
+    'Whether logits are products with the embedding table (tied), instead of '
+    'with a kernel of their own.',
   )
   scale: str = option(
     'none',
-    "Factor of the embeddings: 'sqrt_width' multiplies them by the square "
-    'root of the width (arXiv:1706.03762, NLLB).',
+    "Factor of embedded tokens: 'none', or 'sqrt_width', the square root of "
+    'the width (arXiv:1706.03762, NLLB).',
     one_of('none', 'sqrt_width'),
   )
   logits_scale: str = option(
     'none',
-    "Factor of what the logits are made of: 'inverse_sqrt_width' divides it by "
-    'the square root of the width (T5 and Switch with tied embeddings).',
+    "Factor of the last layer's output before the logits: 'none', or "
+    "'inverse_sqrt_width', which divides by the square root of the width (T5 "
+    'and Switch with tied embeddings).',
     one_of('inverse_sqrt_width', 'none'),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
-  """The tables of a model and what is done with them.
+  """The options and the sizes of the tables of a model.
 
   Attributes:
-    options: How tokens become vectors, and vectors logits.
-    shared: What all layers of the model share.
+    options: The options of embeddings and of logits.
+    shared: The settings that all layers of the model share.
     vocab_size: V, the number of tokens.
     width: M, the width of the residual stream.
-    positions: What is added to the embedded tokens for their positions.
+    positions: The kind of positions, which may add vectors to embedded tokens.
     encoder_table: Whether an encoder has an embedding table of its own, as in
       transformers 5.24 where embeddings are not tied. No config has it:
       imports alone set it.
@@ -64,7 +67,7 @@ class EmbeddingConfig:
 
 
 class Embeddings(nn.Module):
-  """The tables, as parameters of the module that shares its scope."""
+  """A module of the tables, whose parameters are in the scope of the model."""
 
   config: EmbeddingConfig
 
@@ -98,11 +101,11 @@ class Embeddings(nn.Module):
     train: bool,
     encoder: bool = False,
   ) -> Float[Array, 'B T M']:
-    """The residual stream before the first block, of either half."""
+    """The residual stream before the first block of the encoder or decoder."""
     c, shared = self.config, self.config.shared
     own = encoder and c.encoder_table
     table = self.encoder_embedding if own else self.embedding
-    # Of one row all of it: else the compiler meets rows split by what splits M.
+    # Rows stay whole along M: the axes that split M may split the batch of x.
     table = stated(table, shared.mesh_axes('vocab'))
     x = jnp.take(table, tokens, axis=0)
     x = stated(x.astype(shared.dtype), shared.mesh_axes('batch'))
@@ -114,7 +117,7 @@ class Embeddings(nn.Module):
     return self.drop(x, deterministic=not train)
 
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:
-    """Float32 logits of what the last block gave."""
+    """The float32 logits of the last block's output."""
     c = self.config
     kernel = self.embedding.T if c.options.tie else self.w_logits
     if c.options.logits_scale == 'inverse_sqrt_width':

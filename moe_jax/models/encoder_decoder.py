@@ -16,23 +16,19 @@ from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_trees import Path, periods_of
 from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.models.transformer import (
-  Transformer,
-  decode,
-  make_cache,
-  make_context,
-)
+from moe_jax.models.transformer import Transformer, make_cache, make_context
 from moe_jax.routing import MoeAux
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
 class EncoderDecoder(Transformer):
-  """Two sequences to the second one's next-token logits.
+  """A model from two sequences to logits of the second one's next token.
 
   Attributes:
-    embedding: Tokens in, of both halves, and logits out.
-    encoder_blocks: Blocks that see all of their segment.
-    decoder_blocks: Causal blocks that also attend to the encoder's output.
+    embedding: The embeddings of tokens, for both halves, and the logits.
+    encoder_blocks: The encoder's blocks, which see their whole segment.
+    decoder_blocks: The decoder's blocks, which are causal and also attend to
+      the encoder's output.
   """
 
   encoder_blocks: StackConfig
@@ -41,7 +37,7 @@ class EncoderDecoder(Transformer):
   has_encoder: ClassVar[bool] = True
 
   def setup(self) -> None:
-    """Makes the parts; tables stand in the model's own scope."""
+    """Makes the parts; tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     self.encoder = Stack(self.encoder_blocks)
@@ -65,16 +61,16 @@ class EncoderDecoder(Transformer):
       encoder_tokens: Token ids that the encoder reads.
       tokens: Token ids that the decoder is given: the targets, one later.
       encoder_segment_ids: The example of each token in its row, from 1; 0 is
-        padding. A decoder's token sees the encoder's of its own example.
+        padding. A decoder's token sees the encoder's tokens of its own example.
         Default: one example a row.
       segment_ids: The same for the decoder's tokens.
-      encoder_positions: The place of each token in its example. Default: its
-        place in the row.
+      encoder_positions: The position of each token in its example. Default:
+        that in the row.
       positions: The same for the decoder's tokens.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
 
     Raises:
-      ValueError: One of the two has segments and the other has not.
+      ValueError: Only one of the two sequences has segments.
     """
     if (encoder_segment_ids is None) != (segment_ids is None):
       raise ValueError(
@@ -104,13 +100,13 @@ class EncoderDecoder(Transformer):
     max_len: int,
     encoder_positions: Int[Array, 'B S'] | None = None,
   ) -> KVCache:
-    """A cache for `decode`, with what cross-attention reads of the encoder.
+    """A cache for `decode`, with the keys and values of cross-attention.
 
     Args:
       encoder_tokens: Token ids.
       encoder_mask: False at padding.
-      max_len: How many tokens the decoder may have.
-      encoder_positions: The place of each token. Default: its place in the row.
+      max_len: The most tokens that a decoder's row may have.
+      encoder_positions: The position of each token. Default: that in the row.
     """
     c = self.decoder_blocks
     source = make_context(
@@ -131,21 +127,6 @@ class EncoderDecoder(Transformer):
     cache = make_cache(c, len(encoder_tokens), max_len)
     return cache.replace(memory=Memory(keys, values, encoder_mask))
 
-  def decode(
-    self,
-    tokens: Int[Array, 'B T'],
-    token_mask: Bool[Array, 'B T'],
-    cache: KVCache,
-  ) -> tuple[Float32[Array, 'B T V'], KVCache]:
-    """Logits of the tokens that follow those of the cache; they join it.
-
-    Args:
-      tokens: Token ids; a row's first ones may be padding.
-      token_mask: False at padding.
-      cache: From `encode` or an earlier call.
-    """
-    return decode(self.embeddings, self.decoder, tokens, token_mask, cache)
-
   def _encode(self, tokens, context, train):
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train, encoder=True
@@ -154,7 +135,7 @@ class EncoderDecoder(Transformer):
     return memory, aux
 
   def _project(self, layers, memory):
-    """Keys and values of the layers of periods: [layers, B, N, S, D] each."""
+    """The keys and the values, [layers, B, N, S, D] each, of the layers."""
     shared = self.decoder_blocks.block.shared
     pairs = [
       project_memory(shared, params[CROSS_ATTENTION], memory)
@@ -191,7 +172,7 @@ class EncoderDecoder(Transformer):
 
 
 def _joined(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """Both stacks' aux; one with fewer experts, or none, is filled with zeros."""
+  """The aux of both stacks, with zeros for experts that one of them lacks."""
 
   def join(a, b):
     wide = [max(x) for x in zip(a.shape[1:], b.shape[1:])]

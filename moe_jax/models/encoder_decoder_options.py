@@ -1,4 +1,4 @@
-"""The options of encoder-decoders: a decoder's, and where the encoder differs.
+"""The options of encoder-decoders: those of a decoder, and encoder overrides.
 
 Not here: the module that they build (`encoder_decoder.py`).
 """
@@ -28,27 +28,27 @@ from moe_jax.sections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class EncoderOptions(Options):
-  """Options in which the encoder differs from the decoder."""
+  """The options in which an encoder differs from the decoder."""
 
   num_layers: int = option(
     0, 'Number of layers of the encoder; 0: model.num_layers.', at_least(0)
   )
   overrides: Mapping[str, Any] = option(
     {},
-    'Options of the model that are others in the encoder, nested as in the '
-    "section of the model: {'ffn': {'hidden': 64}}. They are options of layers "
-    'alone: dropout, ffn, moe, attention, norm, scan_layers and remat.',
+    'Options of layers that have other values in the encoder, nested as in the '
+    "section of the model: {'ffn': {'hidden': 64}}. They are among dropout, "
+    'ffn, moe, attention, norm, scan_layers and remat.',
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderOptions(TransformerOptions):
-  """A sequence-to-sequence model."""
+  """The options of a sequence-to-sequence model."""
 
   has_encoder: ClassVar[bool] = True
 
   encoder: EncoderOptions = nested(
-    EncoderOptions(), 'Options in which the encoder differs from the decoder.'
+    EncoderOptions(), 'Layers of the encoder, if they differ from a decoder.'
   )
 
   def decoder_half(self) -> StackOptions:
@@ -69,7 +69,7 @@ class EncoderDecoderOptions(TransformerOptions):
       OptionError: An override is unknown, bad or without effect.
     """
     config = sections.section(self._plain_encoder())
-    # At once: what layers are sparse may fit this number of them alone.
+    # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
     changed = sections.merge(
       config, {'num_layers': L, **self.encoder.overrides}
@@ -103,7 +103,7 @@ class EncoderDecoderOptions(TransformerOptions):
     )
 
   def with_encoder(self, half: StackOptions) -> Self:
-    """These options with the overrides that make the encoder that half."""
+    """These options with the overrides that make `half` their encoder."""
     L = half.num_layers
     base, changed = (
       sections.leaves(StackOptions, sections.section(layers))
@@ -123,7 +123,7 @@ class EncoderDecoderOptions(TransformerOptions):
     return dataclasses.replace(self, encoder=encoder)
 
   def problems(self) -> Iterator[str]:
-    """The decoder's routers are causal; the encoder's half is one."""
+    """The problems of the decoder's routers, and of the encoder's options."""
     yield from super().problems()
     yield from self.leak()
     try:

@@ -1,7 +1,7 @@
-"""Models of examples that are no text: what those of 1991 and 2013 share.
+"""The base of models of examples that are not text, such as those of 1991.
 
-The shape of an example and the number of classes are the data's. Not here: the
-models (`adaptive.py`, `deep_moe.py`).
+The shape of an example and the number of classes come from the data. Not here:
+the models (`adaptive.py`, `deep_moe.py`).
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from moe_jax.shapes import Array, Float32, Int
 
 @dataclasses.dataclass(frozen=True)
 class FeatureModelOptions(ModelOptions):
-  """A model of examples that are no text."""
+  """The options of a model of examples that are not text."""
 
   reads_features: ClassVar[bool] = True
 
   feature_shape: tuple[int, ...] = option(
-    (), "Shape of an example; (): the data's own shape.", each(at_least(1))
+    (),
+    "Shape of an example's array of features; (): that of the data.",
+    each(at_least(1)),
   )
 
   def filled(
@@ -61,7 +63,7 @@ class FeatureModel(Model):
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """The arguments of a call of as many examples as there are rows."""
+    """The arguments of a call for as many examples as there are rows."""
     shape = (len(tokens), *self.options.feature_shape)
     return {'features': jnp.zeros(shape, jnp.float32)}
 
@@ -89,5 +91,5 @@ class FeatureModel(Model):
 
   @nn.nowrap
   def class_scores(self, outputs: Any) -> Float32[Array, 'B V']:
-    """A number for each class: the larger, the likelier."""
+    """The score of each class; larger ones are likelier."""
     raise NotImplementedError

@@ -1,7 +1,7 @@
-"""Where a stack's layers are in a tree of variables, and how to take them out.
+"""The places of a stack's layers in trees of variables.
 
 Layers of one pattern are stacked by period, so the variables of a layer are
-slices. Trees of every collection have the same form.
+slices. Trees of all collections have the same structure.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class LayerPlace(NamedTuple):
   """The layers that a stacked parameter belongs to.
 
   Attributes:
-    stack: The path of the stack; () in a model that has one.
+    stack: The path of the stack; () in a model with a single stack.
     name: The parameter's path within a layer.
     layers: The numbers of the layers in their stack, in the order in which
       they are stacked.
@@ -32,7 +32,7 @@ class LayerPlace(NamedTuple):
 
 
 def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
-  """The variables of each layer in a stack's tree; {} where it has none."""
+  """The variables of each layer in a stack's tree; {} for a layer without."""
   layers = []
   for segment in segments(c.sparse):
     for i in range(segment.repeats):
@@ -46,9 +46,9 @@ def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
 
 
 def periods_of(c: StackConfig, params: Mapping[str, Any]) -> list[list[Any]]:
-  """The parameters of a stack's periods: lists of trees, one a layer.
+  """The parameters of a stack's periods: lists with a tree for each layer.
 
-  The leaves of each tree are [R, ...], of R periods that are stacked.
+  The leaves of each tree are [R, ...], for R periods that are stacked.
   """
   found = []
   for segment in segments(c.sparse):
@@ -66,8 +66,8 @@ def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
   """The layers of a stacked parameter; None for any other parameter.
 
   Args:
-    c: A stack.
-    stack: Its path.
+    c: The stack that may hold the parameter.
+    stack: The path of the stack.
     path: The path of the parameter in the model.
   """
   first, n = 0, len(stack)
@@ -87,13 +87,13 @@ def map_layers(
   per_layer: Any,
   f: Callable[[Any, Any], Any],
 ) -> dict[str, Any]:
-  """A stack's tree with f of each layer's variables and of that layer's rows.
+  """A stack's tree with f(variables, rows) in place of each layer's variables.
 
   Args:
     c: A stack whose periods are stacked.
     tree: A collection; layers that have nothing in it are left out.
-    per_layer: An array of one row for each layer.
-    f: f(variables, rows): leaves and rows are [R, ...], of R periods.
+    per_layer: An array with one row for each layer.
+    f: The function; its leaves and rows are [R, ...], for R periods.
   """
   mapped, first = {}, 0
   for segment in segments(c.sparse):
@@ -117,20 +117,20 @@ def unstack(
   tree: Mapping[str, Any],
   take: Callable[[Any, int], Any] = lambda tree, i: _slice(tree, i),
 ) -> tuple[StackConfig, dict[str, Any]]:
-  """The same stack with variables of its own for every period.
+  """The same stack with separate variables for every period.
 
-  A slice of stacked parameters is a copy, of all experts too; a decoding step
-  has no time for that.
+  Slices of stacked parameters are copies, which take too long for a decoding
+  step.
 
   Args:
-    c: A stack.
-    tree: Its tree in any collection.
-    take: take(tree, i): the part of period i.
+    c: The stack.
+    tree: The tree of the stack in any collection.
+    take: The function take(tree, i) that gives the part of period i.
   """
   tree = dict(tree)
   for segment in segments(c.sparse):
     stacked = tree.pop(segment.name, None)
-    if stacked is None:  # of another collection, which sparse layers alone have
+    if stacked is None:  # a collection that only sparse layers have
       continue
     for i in range(segment.repeats):
       tree[period_name(segment, i)] = take(stacked, i)

@@ -1,7 +1,9 @@
-"""What a model's parameters compute, as options: to compare two models.
+"""The options that decide what a model's parameters compute.
+
+They serve to compare two models.
 
 Two models whose parameters have equal shapes and whose meanings are equal are
-one function outside of training, but for rounding.
+the same function outside of training, except for rounding.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ _ENCODER = 'encoder.'
 
 
 def meaning(options: ModelOptions) -> dict[str, Any]:
-  """What decides what a model computes, by the dotted names of its options.
+  """The options that decide what a model computes, by their dotted names.
 
   Sizes that options leave to others are filled in, and those of an encoder
   stand below 'encoder.'. See `sections.meaning`.
@@ -36,7 +38,7 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
 
 
 def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
-  """The names whose values differ, as (old, new); absent is None."""
+  """The options whose values differ, as (old, new); None for an absent one."""
   a, b = meaning(old), meaning(new)
   return {
     name: (a.get(name), b.get(name))
@@ -46,13 +48,13 @@ def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
 
 
 def _layers(half: StackOptions, width: int) -> dict[str, Any]:
-  """The meaning of the layers of a half, in a model of that width."""
+  """The meaning of the layers of an encoder or decoder of that width."""
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0
   if experts:
     moe = dataclasses.replace(moe, router=moe.router.canonical(moe.sizes))
     if not moe.capacity.binds and not moe.router.by_expert:
-      moe = dataclasses.replace(moe, group_size=0)  # nobody stands in the way
+      moe = dataclasses.replace(moe, group_size=0)  # groups have no effect
   filled = dataclasses.replace(
     half, attention=half.attention.within(width), moe=moe
   )

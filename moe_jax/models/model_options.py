@@ -1,7 +1,6 @@
-"""The contract of a model's options, which those of all kinds keep.
+"""The contract of a model's options, which describe a model and build it.
 
-They say what a model is, and build it. Not here: the module (`base.py`), and
-which kinds there are (`kinds.py`).
+Not here: the module (`base.py`), and the list of kinds (`kinds.py`).
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.layers.shared import RULES
 from moe_jax.models.base import Model
-from moe_jax.options import Options, at_least, option
+from moe_jax.options import Options, at_least, option, required
 from moe_jax.partitioning import Rules
 from moe_jax.sections import ConfigDict
 
@@ -19,12 +18,13 @@ class RunShape(NamedTuple):
   """The sizes of a run that decide whether a model can be trained in it.
 
   Attributes:
-    total_steps: Optimizer steps of the run.
-    rows: Sequences of a microbatch.
-    microbatches: Microbatches of an optimizer step.
-    seq_len: Tokens of a row; of an encoder-decoder, of the encoder's.
-    target_len: Tokens of a decoder's row, in an encoder-decoder.
-    parts: Devices that the rows are split over; 1 where they are not known.
+    total_steps: The number of optimizer steps of the run.
+    rows: The number of sequences of a microbatch.
+    microbatches: The number of microbatches of an optimizer step.
+    seq_len: The length of a row in tokens; in an encoder-decoder, of an
+      encoder's row.
+    target_len: The length of a decoder's row in an encoder-decoder.
+    parts: The number of devices over which rows are split; 1 if not known.
   """
 
   total_steps: int
@@ -41,9 +41,9 @@ class ModelOptions(Options):
 
   Attributes:
     reads_features: Whether inputs are examples of numbers with a class each,
-      and no text.
-    has_encoder: Whether it reads two sequences: inputs and targets.
-    has_blocks: Whether its layers are blocks of attention and feed-forward.
+      not text.
+    has_encoder: Whether the model reads two sequences, inputs and targets.
+    has_blocks: Whether layers are blocks of attention and feed-forward.
   """
 
   reads_features: ClassVar[bool] = False
@@ -52,19 +52,19 @@ class ModelOptions(Options):
 
   vocab_size: int = option(
     0,
-    'Number of tokens, or of classes, that the model tells apart; 0: the '
-    "data's own number.",
+    'Number of tokens, or of classes, that the model tells apart; 0: that of '
+    'the data.',
     at_least(0),
   )
 
   def filled(
     self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
   ) -> Self:
-    """The options with what the data decides in the place of zeros.
+    """The options with sizes that the data decides in place of zeros.
 
     Args:
       vocab_size: The number of tokens or classes in the data.
-      feature_shape: The shape of an example that is no text; () for text.
+      feature_shape: The shape of an example that is not text; () for text.
       seq_len: The length of the longest rows in tokens.
 
     Raises:
@@ -80,8 +80,9 @@ class ModelOptions(Options):
     size = self.vocab_size or vocab_size
     return dataclasses.replace(self, vocab_size=size)
 
+  @required
   def build(self, rules: Rules = RULES) -> Model:
-    """The linen module.
+    """The linen module of the model.
 
     Args:
       rules: The mesh axes of each logical axis; see `partitioning.make_rules`.
@@ -105,20 +106,20 @@ class ModelOptions(Options):
   def settle_overrides(
     cls, before: ConfigDict, after: ConfigDict
   ) -> dict[str, Any]:
-    """Takes what a later layer switched off out of overrides in the section.
+    """Drops overrides in the section that a later layer leaves without effect.
 
     Args:
       before: The model's section as the earlier layers of the config left it.
-      after: With the later layer; its overrides are changed in place.
+      after: The section with the later layer; its overrides change in place.
 
     Returns:
-      The overrides that were given up, by name.
+      The overrides that were dropped, by name.
     """
     del before, after
     return {}
 
   def check_filled(self) -> None:
-    """Raises ValueError where a size is 0 that the data decides."""
+    """Raises ValueError where a size that the data decides is still 0."""
     if not self.vocab_size:
       raise ValueError(
         f"model.vocab_size={self.vocab_size}: 0 stands for the tokenizer's; "

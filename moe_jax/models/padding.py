@@ -1,7 +1,7 @@
-"""Padding, as the blocks of a stack and their routers see it.
+"""Whether the blocks of a stack and their routers see padding.
 
-The models here hide padding from everything. Another library's models may not:
-a subclass of `Padding` says what they see (`moe_jax.interop.quirks`).
+The models here hide padding from everything. For models of other libraries a
+subclass of `Padding` may show it (`moe_jax.interop.quirks`).
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from moe_jax.shapes import Array, Bool, Int
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-  """Padding takes no slot, counts as no token and is attended to by none."""
+  """Padding that takes no slot, is not counted and that no token attends to."""
 
   def context(self, context: Context) -> Context:
-    """The context of the blocks, given the one that hides padding."""
+    """The context of the blocks, from the one that hides padding."""
     return context
 
   def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:

@@ -13,14 +13,15 @@ from moe_jax.shapes import PRNGKey
 
 
 class ParameterTrees(NamedTuple):
-  """The shapes, axes and roles of parameters, before there are any.
+  """The shapes, axes and roles of parameters, known without their values.
 
-  Each is a tree of the parameters' form, without boxes.
+  Each is a tree with the structure of the parameters, without boxes.
 
   Attributes:
-    shapes: A `jax.ShapeDtypeStruct` each.
-    axes: The logical names of its dimensions each, a tuple.
-    roles: The `Role` of each: what it is for, and what is done with it.
+    shapes: The `jax.ShapeDtypeStruct` of each parameter.
+    axes: The logical names of each parameter's dimensions, a tuple.
+    roles: The `Role` of each parameter: the part of the model that it belongs
+      to, and its use there.
   """
 
   shapes: Any
@@ -29,12 +30,13 @@ class ParameterTrees(NamedTuple):
 
 
 def init_params(model: Model, key: PRNGKey) -> Any:
-  """Parameters from a key, in the boxes that carry axes and roles."""
-  return _init(model, key)['params']
+  """Initial parameters from a key, in boxes that carry axes and roles."""
+  # Compiled as a whole, since one operation after another takes many seconds.
+  return jax.jit(functools.partial(_init, model))(key)['params']
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """Shapes of all collections, in their boxes; nothing is computed.
+  """The shapes of all collections, in boxes, without computing arrays.
 
   Tracing a model takes seconds, so that the last models' shapes are remembered.
   """
@@ -46,12 +48,12 @@ def abstract_variables(model: Model) -> dict[str, Any]:
 
 
 def abstract_params(model: Model) -> Any:
-  """Shapes of the parameters; see `abstract_variables`."""
+  """The shapes of the parameters; see `abstract_variables`."""
   return abstract_variables(model)['params']
 
 
 def describe(model: Model) -> ParameterTrees:
-  """Shapes, logical axes and roles."""
+  """The shapes, logical axes and roles of a model's parameters."""
   boxed = abstract_params(model)
   return ParameterTrees(nn.meta.unbox(boxed), axes_of(boxed), roles_of(boxed))
 

@@ -1,4 +1,4 @@
-"""Which layers are sparse, and how a stack of both kinds becomes a few loops.
+"""Patterns of sparse layers, and the loops that a stack becomes by them.
 
 A loop's body is compiled once, so compile time follows the number of distinct
 layers, not L. Not here: the loops themselves (`stack.py`).
@@ -11,7 +11,7 @@ MAX_PERIOD = 8
 
 
 def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
-  """Which of L layers are sparse, from one string.
+  """A flag for each of L layers, whether it is sparse, from one string.
 
   'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0), 'last N',
   or the indices themselves: '1,3'.
@@ -45,7 +45,7 @@ def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
 
 
 def layers_needed(layers: str) -> int:
-  """How many layers a pattern needs: 6 for 'every 6', 4 for '1,3'."""
+  """The least number of layers for a pattern: 6 for 'every 6', 4 for '1,3'."""
   word, _, number = layers.strip().partition(' ')
   if word in ('every', 'last'):
     return int(number)
@@ -114,7 +114,7 @@ def shortest_period(sparse: tuple[bool, ...]) -> int:
 
 
 def _repeats(sparse, p):
-  """How often the first p layers follow each other at the front."""
+  """The number of times that the first p layers occur in a row at the front."""
   n = 0
   while sparse[n * p : (n + 1) * p] == sparse[:p] and len(sparse) >= n * p + p:
     n += 1
@@ -122,5 +122,5 @@ def _repeats(sparse, p):
 
 
 def _covered(pattern, repeats):
-  """The layers that a loop covers; of a single period, one layer counts."""
+  """The number of layers that a loop covers; 1 if it has a single period."""
   return len(pattern) * repeats if repeats > 1 else min(repeats, 1)

@@ -1,7 +1,7 @@
-"""The collection `router_state`: what routers keep that no gradient moves.
+"""The collection `router_state`: variables of routers without gradients.
 
-`apply` reads it; a train step moves it by the loads of the whole batch. Not
-here: how it moves, which each router says (`layers/routers`).
+`apply` reads it; a train step updates it by the loads of the whole batch. Not
+here: the update, which is each router's own (`layers/routers`).
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def abstract_router_state(model: Model) -> dict[str, Any]:
-  """Shapes of the collection; {} where the model keeps none."""
+  """The shapes of the collection; {} for a model without it."""
   if not model.keeps_router_state:
     return {}
   return nn.meta.unbox(abstract_variables(model).get(COLLECTION, {}))
@@ -36,6 +36,6 @@ def init_router_state(model: Model) -> dict[str, Any]:
 
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
-  """The variables that `apply` takes: the collections that are there."""
+  """The variables that `apply` takes, without an empty collection."""
   kept = {COLLECTION: router_state} if router_state else {}
   return {'params': params, **kept}

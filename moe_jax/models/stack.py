@@ -35,19 +35,19 @@ REMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-  """L blocks and a final norm.
+  """The options of L blocks and a final norm.
 
   Attributes:
-    sparse: A flag a layer: whether its feed-forward is sparse, or the dense
-      twin of one; its length is L.
-    block: What the layers have in common.
-    padding: What blocks and routers see of padding.
+    sparse: A flag for each of L layers: whether its feed-forward is sparse, or
+      the dense twin of a sparse one.
+    block: The options that all layers share.
+    padding: The rule for whether blocks and routers see padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; no number changes.
-    remat: What is recomputed in the backward pass: one of `REMATS`.
-    stacked: Whether the parameters of a segment's periods are one array each.
-      If not, each period has its own, and a step that is run very often reads
-      them where they are; see `layer_trees.unstack`.
+    remat: The policy for what the backward pass recomputes, one of `REMATS`.
+    stacked: Whether periods of a segment share stacked arrays of parameters. If
+      not, each period has its own, which decoding reads without a copy; see
+      `layer_trees.unstack`.
   """
 
   sparse: tuple[bool, ...]
@@ -65,7 +65,7 @@ class StackConfig:
 
 
 class Stack(nn.Module):
-  """`run_stack` with parameters of its own."""
+  """A module that is `run_stack` with parameters of its own."""
 
   config: StackConfig
 
@@ -88,14 +88,15 @@ def run_stack(
   train: bool,
   cache: KVCache | None = None,
 ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-  """All blocks and the final norm, as submodules of the calling module.
+  """Applies all blocks and the final norm, as submodules of the caller.
 
   Args:
-    c: The stack.
+    c: The options of the stack.
     x: Embedded tokens.
-    context: What blocks read, without a bias, which is made here.
+    context: The arrays that blocks read, without the bias, which is made here.
     train: Turns on dropout and router noise.
-    cache: That of the tokens before x, when decoding, after `KVCache.begin`.
+    cache: The cache of the tokens before x after `KVCache.begin`, when
+      decoding.
 
   Returns:
     The output; the layers' aux, every leaf [L, ...]; and the cache with x's
@@ -129,7 +130,7 @@ def run_stack(
 
 
 class Carry(NamedTuple):
-  """The values that go from block to block."""
+  """The values that each block passes to the next."""
 
   x: Array
   cache: KVCache | None
@@ -185,7 +186,7 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
 
 
 def _unrolled(c: StackConfig, segment: Segment, train: bool):
-  """The same as `_segment`, with parameters of its own for every period."""
+  """The same as `_segment`, with separate parameters for every period."""
   modules = [
     Period(c, segment.pattern, train, False, name=period_name(segment, i))
     for i in range(segment.repeats)

@@ -1,4 +1,4 @@
-"""Models of text: the batches that they read, and their loss."""
+"""The base of models of text: the batches that they read, and their loss."""
 
 from typing import ClassVar
 
@@ -15,10 +15,10 @@ _KEYS = ('tokens', 'segment_ids', 'positions')
 
 
 class TextModel(Model):
-  """Tokens to logits of the next token.
+  """The base of models from tokens to logits of the next token.
 
   Attributes:
-    embedding: Tokens in and logits out.
+    embedding: The embeddings of tokens, and the logits.
   """
 
   embedding: EmbeddingConfig
@@ -46,7 +46,7 @@ class TextModel(Model):
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """See `Model.example`; all sequences are the same."""
+    """See `Model.example`; all sequences are the same tokens."""
     return {f'{prefix}tokens': tokens for prefix in self.sequences}
 
   @nn.nowrap

@@ -1,7 +1,7 @@
 """The options that all models of text have: those of layers and of tables.
 
-Not here: what one layer's options are (`moe_jax.layers`), and the module that
-they make (`transformer.py`, `lstm_lm.py`).
+Not here: the options of one layer (`moe_jax.layers`), and the modules that they
+build (`transformer.py`, `lstm_lm.py`).
 """
 
 import dataclasses
@@ -27,25 +27,24 @@ _LEAST_LAYERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions(Options):
-  """Layers of one half of a model, or of all of it."""
+  """The options of the layers of a model, or of its encoder or decoder."""
 
   num_layers: int = option(
     4,
-    'Number of layers; of an encoder-decoder, those of the decoder.',
+    'Number of layers of the model; in an encoder-decoder, of the decoder.',
     at_least(1),
   )
   dropout: float = option(
     0.0,
-    'Rate in training at which numbers are set to zero: of embedded tokens, of '
-    'what a layer adds to the residual stream, of hidden values and of the '
-    'weights of attention.',
+    'Rate of dropout in training, on embedded tokens, outputs of layers, '
+    'hidden values and attention weights; 0.0 drops nothing.',
     in_interval('[0, 1)'),
     how=True,
   )
-  ffn: FfnOptions = nested(
-    FfnOptions(), 'Feed-forward layers that are not sparse.'
+  ffn: FfnOptions = nested(FfnOptions(), 'Dense feed-forward layers.')
+  moe: MoeOptions = nested(
+    MoeOptions(), 'Sparse layers, which are mixtures of experts.'
   )
-  moe: MoeOptions = nested(MoeOptions(), 'Sparse layers, which have experts.')
 
   @property
   def sparse(self) -> tuple[bool, ...]:
@@ -54,11 +53,11 @@ class LayerOptions(Options):
 
   @property
   def has_experts(self) -> bool:
-    """Whether some layer has experts, and no dense twin of them."""
+    """Whether some layer has experts, rather than their dense twin."""
     return any(self.sparse) and self.moe.num_experts > 0
 
   def problems(self) -> Iterator[str]:
-    """The sparse layers are among the layers."""
+    """The problem of sparse layers that are not among the layers."""
     yield from super().problems()
     try:
       self.sparse  # noqa: B018
@@ -66,7 +65,7 @@ class LayerOptions(Options):
       yield str(error)
 
   def leak(self) -> Iterator[str]:
-    """The problem of a router that leaks the future without leave."""
+    """The problem of a router that leaks the future without permission."""
     moe = self.moe
     reason = moe.router.leak(moe.sizes) if self.has_experts else None
     if reason is not None and not self.moe.allow_future_leak:
@@ -79,12 +78,12 @@ class LayerOptions(Options):
   def group_problems(
     self, run: RunShape, name: str, length: int
   ) -> Iterator[str]:
-    """Whether the groups of sparse layers fit into a run's batches.
+    """The problems of groups that do not fit into the batches of a run.
 
     Args:
       run: The sizes of the run.
-      name: The key of the section `data` that says how long rows are.
-      length: Its value.
+      name: The option for the length of rows: 'data.seq_len'.
+      length: The length of rows in tokens.
     """
     S, rows = self.moe.group_size, run.rows
     if not self.moe.num_experts:
@@ -119,23 +118,28 @@ class LayerOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class StackOptions(LayerOptions):
-  """A stack of Transformer blocks."""
+  """The options of a stack of Transformer blocks."""
 
   attention: AttentionOptions = nested(
-    AttentionOptions(), 'Attention of every block.'
+    AttentionOptions(), 'Attention in every block of a Transformer.'
   )
-  norm: Norm = choice(NORMS, 'rmsnorm', 'Normalisation before every layer.')
+  norm: Norm = choice(
+    NORMS,
+    'rmsnorm',
+    'Normalisation before every attention and feed-forward, and at the end.',
+  )
   scan_layers: bool = option(
     True,
-    'Whether equal layers are a loop, so that compile time does not grow with '
-    'their number. No number that is computed changes.',
+    'Whether equal layers are compiled as one loop, so that compile time does '
+    'not grow with their number. Results are the same.',
     how=True,
   )
   remat: str = option(
     'none',
-    "What the backward pass computes again to save memory: 'none'; 'full': all "
-    "but the inputs of layers and the routers' decisions; 'dots': all but "
-    'those and the products with kernels. Unrolled layers save none on a CPU.',
+    "Values that the backward pass recomputes to save memory: 'none'; 'full': "
+    "all but the inputs of layers and the routers' decisions; 'dots': all but "
+    'those and the products with kernels. Unrolled layers save no memory on a '
+    'CPU.',
     one_of(*REMATS),
     how=True,
   )
@@ -143,26 +147,28 @@ class StackOptions(LayerOptions):
 
 @dataclasses.dataclass(frozen=True)
 class TextModelOptions(ModelOptions, LayerOptions):
-  """A model of text: tokens in, logits of the next token out."""
+  """The options of a model of text, from tokens to logits of the next one."""
 
   width: int = option(
-    128, 'Width M of the residual stream: numbers a token.', at_least(1)
+    128,
+    'Width M of the residual stream, in numbers for each token.',
+    at_least(1),
   )
   use_bias: bool = option(
     False,
-    'Whether products of attention and of feed-forward layers add a bias, and '
+    'Whether products in attention and feed-forward layers add a bias, and '
     'layer norms have one.',
   )
   numerics: Numerics = nested(
     Numerics(),
-    'Types of numbers, and how parameters start.',
+    "Types of the model's numbers, and initialisation of its parameters.",
     how=True,
   )
   embedding: EmbeddingOptions = nested(
-    EmbeddingOptions(), 'Embeddings of tokens, and logits.'
+    EmbeddingOptions(), 'Embeddings of tokens, and the logits.'
   )
   positions: Positions = choice(
-    POSITIONS, 'rotary', 'How the model knows where a token stands.'
+    POSITIONS, 'rotary', 'Kind of positions, which tell the order of tokens.'
   )
 
   def filled(
@@ -188,11 +194,11 @@ class TextModelOptions(ModelOptions, LayerOptions):
       )
 
   def shared(self, num_layers: int, rules: Rules) -> Shared:
-    """The object that all layers of a half of so many layers share."""
+    """The settings that all layers of a stack of that depth share."""
     return Shared(self.numerics, self.use_bias, num_layers, rules)
 
   def embedding_config(self, rules: Rules) -> EmbeddingConfig:
-    """The tables of the model."""
+    """The configuration of the tables of the model."""
     return EmbeddingConfig(
       self.embedding,
       self.shared(self.num_layers, rules),

@@ -1,4 +1,4 @@
-"""Models of stacks of blocks, and the decoding steps of one stack.
+"""The base of models of stacks of blocks, and their decoding steps.
 
 Not here: a stack itself (`stack.py`), and which stacks a model has
 (`decoder.py`, `encoder_decoder.py`).
@@ -16,7 +16,6 @@ from moe_jax.layers.block import Context
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import stack_for_decoding
-from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_trees import (
   LayerPlace,
   Path,
@@ -25,14 +24,42 @@ from moe_jax.models.layer_trees import (
   place_of,
 )
 from moe_jax.models.router_state import variables as as_variables
-from moe_jax.models.stack import Stack, StackConfig
+from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_model import TextModel
 from moe_jax.routing import hash_rule
-from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Int
 
 
 class Transformer(TextModel):
-  """A model of stacks of blocks."""
+  """The base of models of stacks of blocks.
+
+  A subclass's `setup` makes `embeddings` and `decoder`, the causal stack that
+  generates.
+  """
+
+  def decode(
+    self,
+    tokens: Int[Array, 'B T'],
+    token_mask: Bool[Array, 'B T'],
+    cache: KVCache,
+  ) -> tuple[Float32[Array, 'B T V'], KVCache]:
+    """Logits of the tokens that follow those of the cache, which they join.
+
+    Args:
+      tokens: Token ids; a row's first ones may be padding.
+      token_mask: False at padding.
+      cache: The cache from `make_cache`, from `encode` or from an earlier call;
+        the caller checks that the tokens fit into it.
+    """
+    cache, positions = cache.begin(token_mask)
+    x = self.embeddings.embed(tokens, token_mask, positions, train=False)
+    cache, previous = cache.follow(tokens, token_mask)
+    ids = hash_ids(self.decoder.config, tokens, previous, positions)
+    context = Context(
+      token_mask.astype(jnp.int32), token_mask, positions, hash_ids=ids
+    )
+    x, _, cache = self.decoder(x, context, False, cache)
+    return self.embeddings.logits(x), cache.advance(tokens.shape[1])
 
   @nn.nowrap
   def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
@@ -50,12 +77,7 @@ class Transformer(TextModel):
     return jnp.concatenate(counts)
 
   @nn.nowrap
-  def move_router_state(
-    self,
-    router_state: dict[str, Any],
-    load: Float32[Array, 'L E'],
-    rate: Leaf | None = None,
-  ) -> dict[str, Any]:
+  def move_router_state(self, router_state, load, rate=None):
     """See `Model.move_router_state`."""
     if not router_state:
       return router_state
@@ -86,19 +108,12 @@ class Transformer(TextModel):
     return next((place for place in places if place is not None), None)
 
   @nn.nowrap
-  def for_decoding(
-    self,
-    variables: dict[str, Any],
-    *,
-    batch_size: int = 1,
-    platform: str = '',
-    window: int = 0,
-  ) -> tuple['Transformer', dict[str, Any]]:
+  def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
     """See `Model.for_decoding`.
 
-    Where an encoder's experts choose, they do as in training. Layers have
-    arrays of their own; on a CPU, so have a stack's experts, where they are few
-    and a step chooses few of them; see `layers/experts/few_tokens.py`.
+    An encoder's experts that choose tokens do so as in training. Each layer
+    gets arrays of its own; on a CPU, so does each expert of a stack, if there
+    are few and a step chooses few of them; see `layers/experts/few_tokens.py`.
     """
     if self.is_for_decoding:
       return self, variables
@@ -107,16 +122,16 @@ class Transformer(TextModel):
     on_cpu = (platform or jax.default_backend()) == 'cpu'
     stacks = []
     for path, stack in self.stacks:
-      made = stack_for_decoding(
+      decoding = stack_for_decoding(
         stack,
         _at(params, path),
         _at(state, path),
         few_rows=batch_size if on_cpu else 0,
         window=window,
       )
-      stacks.append(made.stack)
-      params = _put(params, path, made.params)
-      state = _put(state, path, made.router_state)
+      stacks.append(decoding.stack)
+      params = _put(params, path, decoding.params)
+      state = _put(state, path, decoding.router_state)
     return self.with_stacks(tuple(stacks)), as_variables(params, state)
 
   @property
@@ -142,7 +157,7 @@ def _moved_stack(stack, router_state, rows, rate):
   router = stack.experts.router
 
   def move(state, load):
-    """A router's own variables are those that stand beside each other."""
+    """Moves a router's state, the highest level of the tree with arrays."""
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, load, rate)
     return {name: move(own, load) for name, own in state.items()}
@@ -156,7 +171,7 @@ def make_context(
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
 ) -> Context:
-  """The context of a stack's blocks; defaults are those of `Decoder`."""
+  """The context of a stack's blocks; defaults are as in `Decoder`."""
   B, T = tokens.shape
   token_mask = jnp.ones((B, T), bool)
   if segment_ids is not None:
@@ -169,7 +184,7 @@ def make_context(
 
 
 def hash_ids(c: StackConfig, tokens, previous, positions) -> Array | None:
-  """The numbers that routers hash tokens by; None where none does."""
+  """The ids by which the routers hash tokens; None if they do not hash."""
   moe = c.experts
   return moe and moe.router.ids_of(tokens, previous, positions)
 
@@ -191,22 +206,3 @@ def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
     head_width=attention.head_width,
     dtype=c.block.shared.dtype,
   )
-
-
-def decode(
-  embeddings: Embeddings,
-  stack: Stack,
-  tokens: Int[Array, 'B T'],
-  token_mask: Bool[Array, 'B T'],
-  cache: KVCache,
-) -> tuple[Float32[Array, 'B T V'], KVCache]:
-  """One step of a causal stack; see `Decoder.decode`."""
-  cache, positions = cache.begin(token_mask)
-  x = embeddings.embed(tokens, token_mask, positions, train=False)
-  cache, previous = cache.follow(tokens, token_mask)
-  ids = hash_ids(stack.config, tokens, previous, positions)
-  context = Context(
-    token_mask.astype(jnp.int32), token_mask, positions, hash_ids=ids
-  )
-  x, _, cache = stack(x, context, False, cache)
-  return embeddings.logits(x), cache.advance(tokens.shape[1])

@@ -1,6 +1,6 @@
 """The options of Transformers, and the stacks that they make.
 
-Not here: what an encoder has otherwise (`encoder_decoder.py`).
+Not here: the options of an encoder (`encoder_decoder_options.py`).
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from moe_jax.partitioning import Rules
 
 @dataclasses.dataclass(frozen=True)
 class TransformerOptions(TextModelOptions, StackOptions):
-  """A model of text that is made of blocks of attention and feed-forwards."""
+  """The options of a model of text of blocks of attention and feed-forward."""
 
   has_blocks: ClassVar[bool] = True
 
   @property
   def padding(self) -> Padding:
-    """The view of blocks and routers on padding; a subclass may show it."""
+    """The rule that hides padding; a subclass may return one that shows it."""
     return Padding()
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
-    """The problems of the layers of a half in a model of this width."""
+    """The problems of the layers of an encoder or decoder of this width."""
     try:
       attention = half.attention.within(self.width)
     except OptionError as error:
@@ -37,7 +37,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
       yield f'positions: {problem}'
 
   def problems(self) -> Iterator[str]:
-    """Heads fit the width, and positions the heads."""
+    """The problems of heads and the width, and of positions and heads."""
     yield from super().problems()
     yield from self.half_problems(self, causal=True)
 
@@ -49,12 +49,12 @@ class TransformerOptions(TextModelOptions, StackOptions):
     causal: bool,
     cross: bool = False,
   ) -> StackConfig:
-    """A stack of the layers of a half.
+    """The configuration of the stack of an encoder or decoder.
 
     Args:
       half: The options of its layers.
       rules: The mesh axes of each logical axis.
-      causal: Whether a token sees those up to itself, or its whole segment.
+      causal: Whether a token sees tokens up to itself, or its whole segment.
       cross: Whether the blocks attend to an encoder's output.
     """
     sparse = half.sparse

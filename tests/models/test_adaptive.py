@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.models import adaptive
+from moe_jax.models import adaptive_errors as errors
 from moe_jax.models.adaptive import AdaptiveOptions, MixtureOptions
 
 N, E, V = 3, 4, 2
-LOSSES = sorted(adaptive.LOSSES)
+LOSSES = sorted(errors.LOSSES)
 each_loss = pytest.mark.parametrize('loss', LOSSES)
 
 
@@ -52,14 +52,14 @@ def test_told():
   logits, targets = jnp.zeros((1, 2)), jnp.array([[1.0]])
   told = outputs, logits, targets
   # The blend errs by 1.
-  np.testing.assert_allclose(adaptive.cooperative_loss(*told), [1.0])
+  np.testing.assert_allclose(errors.cooperative_loss(*told), [1.0])
   # Drawn by the gate, half of the time it errs by 2.
-  np.testing.assert_allclose(adaptive.gated_loss(*told), [2.0])
+  np.testing.assert_allclose(errors.gated_loss(*told), [2.0])
   # exp(0) / 2 + exp(-2) / 2.
   expected = -np.log((1 + np.exp(-2.0)) / 2)
-  np.testing.assert_allclose(adaptive.competitive_loss(*told), [expected])
+  np.testing.assert_allclose(errors.competitive_loss(*told), [expected])
   # The first said it with probability 1 / (1 + exp(-2)) = 0.881.
-  posterior = adaptive.posterior(*told)
+  posterior = errors.posterior(*told)
   np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_who_is_moved_by_whose_error():
   # has to make up for the second.
   told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
   moved = {
-    loss: adaptive.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
+    loss: errors.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
     for loss in LOSSES
   }
   assert moved['cooperative'] == [1.0, 1.0]
@@ -78,7 +78,7 @@ def test_who_is_moved_by_whose_error():
 
 @each_loss
 def test_losses_are_their_definitions(loss):
-  found = adaptive.LOSSES[loss](*arrays(case()))
+  found = errors.LOSSES[loss](*arrays(case()))
   np.testing.assert_allclose(found, by_hand(loss, *case()), rtol=1e-5)
 
 
@@ -87,10 +87,10 @@ def test_gradients_are_the_published_ones(loss):
   outputs, logits, targets = arrays(case())
 
   def total(o, x):
-    return adaptive.LOSSES[loss](o, x, targets).sum()
+    return errors.LOSSES[loss](o, x, targets).sum()
 
   by_autodiff = jax.grad(total, argnums=(0, 1))(outputs, logits)
-  published = adaptive.GRADIENTS[loss](outputs, logits, targets)
+  published = errors.GRADIENTS[loss](outputs, logits, targets)
   for mine, theirs in zip(published, by_autodiff, strict=True):
     np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
 
@@ -99,7 +99,7 @@ def test_gradients_are_the_published_ones(loss):
 @pytest.mark.parametrize('which', ['expert_outputs', 'gate_logits'])
 def test_gradients_are_finite_differences(loss, which):
   values = case(seed=1)
-  found = getattr(adaptive.GRADIENTS[loss](*arrays(values)), which)
+  found = getattr(errors.GRADIENTS[loss](*arrays(values)), which)
   at = ('expert_outputs', 'gate_logits').index(which)
   step, differences = 1e-5, np.zeros_like(values[at])
   for index in np.ndindex(*differences.shape):
@@ -117,8 +117,8 @@ def test_competition_moves_the_best_fitting_expert_fastest():
   # above 1. Equation 1.4 moves the nearest expert least, equation 1.5 most.
   outputs = jnp.array([[[1.1], [1.5], [2.0]]])
   told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
-  gated = adaptive.gated_gradients(*told).expert_outputs[0, :, 0]
-  competitive = adaptive.competitive_gradients(*told).expert_outputs[0, :, 0]
+  gated = errors.gated_gradients(*told).expert_outputs[0, :, 0]
+  competitive = errors.competitive_gradients(*told).expert_outputs[0, :, 0]
   assert gated.argmin() == 0 and gated.argmax() == 2
   assert competitive.argmax() == 0 and competitive.argmin() == 2
 
@@ -133,9 +133,9 @@ def test_posterior_is_what_competition_learns_from():
       h[n, i] = p[i] * np.exp(-((targets[n] - outputs[n, i]) ** 2).sum() / 2)
     h[n] /= h[n].sum()
   np.testing.assert_allclose(
-    adaptive.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
+    errors.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
   )
-  found = adaptive.competitive_gradients(*arrays((outputs, logits, targets)))
+  found = errors.competitive_gradients(*arrays((outputs, logits, targets)))
   expected = -h[..., None] * (targets[:, None] - outputs)
   np.testing.assert_allclose(found.expert_outputs, expected, rtol=1e-4)
 
@@ -145,9 +145,9 @@ def test_far_targets_stay_finite():
   told = jnp.array([[[0.0], [1.0]]]), jnp.zeros((1, 2)), jnp.array([[30.0]])
   expected = 29.0**2 / 2 + np.log(2)  # the nearer one's share is all
   np.testing.assert_allclose(
-    adaptive.competitive_loss(*told), [expected], rtol=1e-6
+    errors.competitive_loss(*told), [expected], rtol=1e-6
   )
-  assert jnp.isfinite(adaptive.competitive_gradients(*told).gate_logits).all()
+  assert jnp.isfinite(errors.competitive_gradients(*told).gate_logits).all()
 
 
 def weights(**shapes):
