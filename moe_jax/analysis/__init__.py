@@ -1,1 +1,1 @@
-"""Analysis: costs, traces of what routers chose, reports and figures."""
+"""Analysis: costs, traces of routers' choices, reports and figures."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the compiled program.
+"""The collectives between devices in a step, read from the compiled program.
 
 The collectives in the body of a loop count as often as the loop runs, which the
 compiler notes beside each loop whose length it knows. Not here: how long
@@ -93,7 +93,7 @@ def read(text: str) -> Collectives:
 
 
 def executions(program: Program) -> dict[str, int]:
-  """How often each computation of a program runs in a step."""
+  """The number of times that each computation of a program runs in a step."""
   callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
   for instruction in program.values():
     code = opcode(instruction)
@@ -120,7 +120,7 @@ def executions(program: Program) -> dict[str, int]:
 
 
 def trips(program: Program, loop: Instruction) -> int | None:
-  """How often a loop runs; None where the compiler does not know.
+  """The number of rounds of a loop; None where the compiler does not know it.
 
   The compiler for TPUs does not note it. There the condition of the loop,
   `i < 32`, is read; `i` is taken to rise by one, as in every loop of jax.
@@ -200,11 +200,11 @@ def _sent_bytes(
 
 
 def _group_size(text: str, devices: int) -> int:
-  """The number of devices that a collective is among.
+  """The number of devices that take part in a collective.
 
   Args:
     text: Text of the collective's instruction.
-    devices: Number of all devices, which it is among where it names no groups.
+    devices: Number of all devices, which take part where no groups are named.
   """
   if axes := _AXES.search(text):
     mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))

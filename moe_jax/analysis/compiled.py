@@ -1,7 +1,7 @@
 """The counts and the instructions of a compiled program.
 
-Not here: time (`roofline.py`, `explain_cost.py`), and what is counted from the
-options of a model (`counts.py`).
+Not here: time (`roofline.py`, `explain_cost.py`), and counts from the options
+of a model (`counts.py`).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Counts:
 
   Attributes:
     flops: FLOPs, two for a multiply-add and one for an elementwise operation.
-      A program with a loop takes more of them than these.
+      A program with a loop takes more than these.
     bytes_accessed: Bytes that instructions read and write, as if there were no
       caches.
     argument_bytes: Bytes of the arguments.
@@ -69,7 +69,8 @@ class Instruction:
       instructions that the compiler made.
     operands: Names of the instructions that it reads.
     calls: Names of the computations that it runs, such as the body of a loop.
-    text: Its text behind its name: type, opcode, operands, attributes.
+    text: Text of the instruction behind its name: type, opcode, operands,
+      attributes.
   """
 
   name: str
@@ -214,6 +215,6 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 
 def _commonest(names: list[str]) -> str:
-  """The name that is there most often, but for ''; '' where there is none."""
+  """The most frequent name other than ''; '' where there is none."""
   named = [name for name in names if name]
   return max(named, key=named.count) if named else ''

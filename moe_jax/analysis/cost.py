@@ -1,10 +1,10 @@
-"""What a model costs: parameters, FLOPs, bytes, and devices with room for it.
+"""The cost of a model: parameters, FLOPs, bytes, devices with room for it.
 
     python -m moe_jax.analysis.cost --config=configs/mixtral_8x7b.py
 
-All figures are counted from options and shapes of parameters, never measured;
-how is in `counts.py` and `memory.py`. Bytes are counted of models of blocks
-alone. Not here: time (`explain_cost.py`).
+All figures are counted from options and shapes of parameters, by `counts.py`
+and `memory.py`, never measured. Bytes are counted only for models of blocks.
+Not here: time (`explain_cost.py`).
 """
 
 from absl import app, flags, logging
@@ -79,7 +79,7 @@ def workload(
 
 
 def main(argv: list[str]) -> None:
-  """Prints what the config of the command line costs."""
+  """Prints the cost of the model of the command line's config."""
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)

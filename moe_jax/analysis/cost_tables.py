@@ -1,6 +1,6 @@
-"""Tables of what a model costs: parameters and FLOPs, bytes, devices with room.
+"""Tables of a model's cost: parameters and FLOPs, bytes, devices with room.
 
-Not here: how the figures are counted (`counts.py`, `memory.py`).
+Not here: the counting of the figures (`counts.py`, `memory.py`).
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Workload:
 
 
 def compute_table(model: Model, work: Workload) -> Table:
-  """The parameters of a model, and its FLOPs."""
+  """The table of the parameters and the FLOPs of a model."""
   c = count(model, work.seq_len, work.target_len, work.batch_size)
   table = Table(
     title=f'{short(c.total_params)} parameters in memory, '
@@ -86,7 +86,7 @@ def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
 
 
 def _attention(model: Model, c: Cost) -> str:
-  """The sentence that says over how many tokens attention is counted."""
+  """The sentence on the number of tokens over which attention is counted."""
   if not model.stacks:
     return ''
   if not c.encoder:
@@ -98,7 +98,7 @@ def _attention(model: Model, c: Cost) -> str:
 
 
 def _as_in_2017(model: Model, seq_len: int) -> str:
-  """The sentences about a model of 2017, in which attention has no part."""
+  """The sentences on a model of LSTMs (2017), which has no attention."""
   if model.stacks:
     return ''
   multiply_adds, params = without_vocabulary(model, seq_len)
@@ -110,7 +110,7 @@ def _as_in_2017(model: Model, seq_len: int) -> str:
 
 
 def memory_table(model: Model, work: Workload) -> Table:
-  """Bytes of activations, expert rows and exchanges, for one batch."""
+  """The table of bytes of activations, expert rows and exchanges of a batch."""
   lengths = f'{work.seq_len}'
   parts = halves(model, work.seq_len, work.target_len)
   if len(parts) == 2:
@@ -146,7 +146,7 @@ def memory_table(model: Model, work: Workload) -> Table:
 def _expert_cells(
   half: Half, width: int, work: Workload
 ) -> Iterator[tuple[str, str]]:
-  """What the sparse layers of a stack need: names of arrays, and bytes."""
+  """The arrays that the sparse layers of a stack need, and their bytes."""
   moe, B = half.moe, work.batch_size
   rows = memory.expert_rows(moe, B, half.length)
   stack = '/'.join(half.path)
@@ -173,7 +173,7 @@ def _expert_cells(
 def fit_table(
   model: Model, work: Workload, names: Sequence[str] = devices.NAMES
 ) -> Table:
-  """Bytes of weights and cache by dtype, and which devices have room for them.
+  """The table of bytes of weights and cache, and of devices with room for them.
 
   Args:
     model: A model of blocks.
@@ -212,7 +212,7 @@ def fit_table(
 
 
 def _fits(num_bytes: int, device: devices.Device) -> str:
-  """Whether so many bytes fit, in the words of a table's cell."""
+  """The cell that says whether so many bytes fit into a device."""
   if not device.num_bytes:
     return 'unknown'
   if num_bytes <= device.num_bytes:

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, counted from its shapes and options.
 
 Nothing is measured, and nothing is read from a compiled program. Not here:
-bytes (`memory.py`), and what is printed of the counts (`cost.py`).
+bytes (`memory.py`), and tables of the counts (`cost_tables.py`).
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class Cost:
 
   Attributes:
     total_params: Number of all parameters.
-    active_params: Number of the parameters that one token meets: all but those
-      of the E - K experts in each layer that it does not choose.
+    active_params: Number of the parameters that compute one token: all but
+      those of the E - K experts in each layer that it does not choose.
     expert_params: Number of the parameters of all experts together.
     embedding_params: Number of the parameters of the tables that are indexed
       by token or position.
@@ -251,7 +251,7 @@ def _products(
 
 
 def _chosen(parameters: list[SizedParameter], moe: MoeOptions | None) -> int:
-  """How many of these parameters belong to the K experts of one token."""
+  """The number of these parameters that belong to a token's K experts."""
   if moe is None:
     return 0
   experts = _size(p for p in parameters if p.of_expert)

@@ -1,4 +1,4 @@
-"""How much memory the devices have that a model might run on."""
+"""The memory of devices that a model might run on."""
 
 import dataclasses
 import os
@@ -18,8 +18,8 @@ class Device:
 
   Attributes:
     name: Name of the device, as a table prints it.
-    num_bytes: Bytes of all its memory, those included that a runtime keeps to
-      itself; 0 where nobody says how many there are.
+    num_bytes: Bytes of all its memory, including those that a runtime reserves;
+      0 where the number is unknown.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""Measures where the time of a training step goes: router, experts, attention.
+"""Measures the time of the parts of a training step, such as its router.
 
     python -m moe_jax.analysis.explain_cost --config=configs/tiny_switch.py
 
@@ -150,7 +150,7 @@ def table(explanation: Explanation) -> Table:
 
 
 def main(argv: list[str]) -> None:
-  """Prints where the time of a step of the command line's config goes."""
+  """Prints the time of the parts of a step of the command line's config."""
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
 
 
 def _title(options: RunOptions) -> str:
-  """The line that says what is measured, on which devices."""
+  """The line with the model that is measured, and the devices."""
   model, devices = options.model, jax.devices()
   moe, experts = getattr(model, 'moe', None), 'no experts'
   if moe is not None and moe.num_experts:

@@ -1,6 +1,6 @@
-"""How long each instruction of a compiled program takes, read from a profile.
+"""The time of each instruction of a compiled program, read from a profile.
 
-Not here: which part of a model an instruction belongs to (`step_parts.py`).
+Not here: the part of a model that an instruction belongs to (`step_parts.py`).
 """
 
 import glob

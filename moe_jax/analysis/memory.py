@@ -1,7 +1,7 @@
 """Bytes that a model needs, by formula: weights, caches, activations, rows.
 
-Gradients, the state of an optimizer and arrays that live for a moment are not
-counted. Not here: how many bytes a device has (`devices.py`).
+Gradients, the state of an optimizer and temporary arrays are not counted. Not
+here: the memory of devices (`devices.py`).
 """
 
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def cache_bytes(
   encoder_len: int = 0,
   dtype: str = '',
 ) -> int:
-  """Bytes of the decoder's cache: keys, values, and where each row stands.
+  """Bytes of the decoder's cache: keys, values, and the position of each row.
 
   Args:
     model: A model of blocks.

@@ -1,7 +1,7 @@
-"""The parts of a model that costs are counted of: stacks, parameters, groups.
+"""The parts of a model whose costs are counted: stacks, parameters, groups.
 
-Parameters are told apart by their roles, never by their names. Not here: what
-is counted (`counts.py`, `memory.py`).
+Parameters are told apart by their roles, never by their names. Not here: the
+counts (`counts.py`, `memory.py`).
 """
 
 import math
@@ -73,13 +73,13 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
 
 
 class SizedParameter(NamedTuple):
-  """A parameter as it is counted.
+  """A parameter with what is needed to count it.
 
   Attributes:
     path: Path of the parameter in the tree of all parameters, which tells the
       stack that it belongs to.
     size: Number of its values.
-    role: Part of the model that it belongs to, and what is done with it.
+    role: Part of the model that it belongs to, and its use there.
   """
 
   path: tuple[str, ...]
@@ -118,5 +118,5 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def is_dropless(moe: MoeOptions) -> bool:
-  """Whether experts multiply as many rows as were chosen, and no empty one."""
+  """Whether experts multiply exactly the rows that were chosen, none empty."""
   return not moe.dispatch.by_slot and not moe.router.by_expert

@@ -177,7 +177,7 @@ def _draw_losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
 def _draw_load(
   axes: Axes, steps: Float[np.ndarray, 'n'], load: Float[np.ndarray, 'n E']
 ) -> QuadMesh:
-  """Draws the panel of one layer, and returns what a colour bar is made of."""
+  """Draws the panel of one layer; returns the mesh that a colour bar needs."""
   num_experts = load.shape[1]
   parts = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
   middle = np.array([steps[part].mean() for part in parts])
@@ -228,7 +228,7 @@ def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
-  """The style of a line of many points; a few points are marked each."""
+  """The style of a line; its points are marked if there are only a few."""
   marker = '.' if len(steps) < 30 else ''
   return {'color': _TRAIN, 'linewidth': 0.9, 'marker': marker}
 

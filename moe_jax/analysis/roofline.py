@@ -2,7 +2,7 @@
 
 A program takes at least the time that its FLOPs take at the speed of the
 fastest large matmul, and that its bytes take at the speed of a copy. Not here:
-what a program does beyond its work (`compiled.py`), and timing it
+counts of what a compiled program really does (`compiled.py`), and timing
 (`experiments`).
 """
 
@@ -140,8 +140,8 @@ MATMUL, COPY = 'peak matmul', 'peak copy'
 def probes(peaks: Peaks) -> dict[str, Callable[[], jax.Array]]:
   """The programs of the peaks, to be timed among others.
 
-  The speed of a machine drifts, so what is timed is compared with peaks of the
-  same minutes.
+  The speed of a machine drifts, so timings are compared with peaks of the same
+  minutes.
   """
   return {
     MATMUL: _matmul(peaks.matmul_size, peaks.dtype),

@@ -1,4 +1,4 @@
-"""The routing report: what the router of each sparse layer did.
+"""The routing report: tables of the loads and choices in each sparse layer.
 
 Its numbers are sums over the batches of an evaluation. Not here: the evaluation
 (`moe_jax.hooks`), and loads over the steps of training (`plots.py`).
@@ -43,7 +43,7 @@ _TOKENS_HEADINGS = ['layer', 'expert', 'share', *_TEXT]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerStats:
-  """What the router of one sparse layer did in an evaluation.
+  """The statistics of the router of one sparse layer in an evaluation.
 
   Attributes:
     layer: Number of the layer among all layers of the model, from 0.
@@ -51,13 +51,13 @@ class LayerStats:
     kept: Number of choices of each expert that are served.
     drop_rate: Dropped choices over all choices; see
       `moe_jax.routing.drop_rate`.
-    drop_rate_by_choice: The same for the first choices of tokens, for the
-      second ones, and so on.
+    drop_rate_by_choice: Drop rate of the first choices of tokens, of the second
+      ones, and so on.
     entropy: Entropy in nats of the router's probabilities, averaged over
       tokens.
     router_logit_rms: Root mean square of the router's logits.
     token_counts: Number of times that each token id chose each expert, before
-      any choice is dropped; None where nobody counted.
+      any choice is dropped; None where it was not counted.
   """
 
   layer: int
@@ -101,10 +101,10 @@ def routing_table(
   Ties go to the lower number. Numbers that are undefined are None.
 
   Args:
-    layers: What the routers did.
-    token_name: The name that a token id is shown by.
-    num_busiest: Number of experts that are listed at most.
-    num_tokens: Number of tokens that are listed at most for each of them.
+    layers: The statistics of each sparse layer.
+    token_name: The function from a token id to the name that is shown for it.
+    num_busiest: The most experts that are listed.
+    num_tokens: The most tokens that are listed for each of them.
   """
   return [
     _table_row(stats, token_name, num_busiest, num_tokens) for stats in layers
@@ -159,9 +159,7 @@ def _table_row(
     'layer': stats.layer,
     'num_experts': num_experts,
     'drop_rate': _finite(stats.drop_rate),
-    'drop_rate_by_choice': [
-      _finite(rate) for rate in stats.drop_rate_by_choice
-    ],
+    'drop_rate_by_choice': list(map(_finite, stats.drop_rate_by_choice)),
     'entropy': _finite(stats.entropy),
     'entropy_fraction': _finite(stats.entropy / most if most else math.nan),
     'router_logit_rms': _finite(stats.router_logit_rms),
@@ -286,12 +284,8 @@ def _visible(name: str) -> str:
   if not name:
     return "''"
   return ''.join(
-    '␣'
-    if letter == ' '
-    else letter
-    if letter.isprintable()
-    else letter.encode('unicode_escape').decode()
-    for letter in name
+    c if c.isprintable() else c.encode('unicode_escape').decode()
+    for c in name.replace(' ', '␣')
   )
 
 

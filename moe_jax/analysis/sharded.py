@@ -1,6 +1,6 @@
-"""What one device of a mesh holds and sends in a compiled training step.
+"""The bytes that one device of a mesh holds and sends in a training step.
 
-Not here: how long the step takes.
+They are read from the compiled step. Not here: the time of the step.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Sharded:
     temp_bytes: Bytes that are allocated while a step runs: activations,
       gradients, gathered parameters, rows that are exchanged.
     code_bytes: Bytes of the program; 0 where it is not in the device's memory.
-    collectives: What the device sends to others in a step.
+    collectives: The collectives in which the device sends to others in a step.
   """
 
   mesh: Mapping[str, int]

@@ -1,8 +1,7 @@
-"""The parts of a training step, told by the scopes of its instructions.
+"""The parts of a training step, from the scopes of its instructions.
 
-A scope is the name of a linen module, or one that the code gives with
-`jax.named_scope`. Not here: how long an instruction takes
-(`instruction_times.py`).
+A scope is the name of a linen module, or a name from `jax.named_scope`. Not
+here: the time of an instruction (`instruction_times.py`).
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ PARTS = {
   'final_norm': 'norms',
   'optimizer': 'optimizer',
 }
-# What is differentiated and in none of these scopes.
+# Instructions that are differentiated and in none of these scopes.
 AROUND = 'embedding, residual, loops, loss'
 OTHER = 'all other instructions'
 INPUT = 'waiting for the batch'
@@ -90,8 +89,8 @@ def by_part(
 
   Args:
     program: The compiled program.
-    seconds: Time of each instruction as profiled; that of a loop holds the time
-      of its body. What the program does not have belongs to `OTHER`.
+    seconds: Time of each instruction as profiled; that of a loop includes the
+      time of its body. Instructions that the program lacks belong to `OTHER`.
   """
   op_names = compiled.op_name_of(program)
   counted = compiled.leaves(program, set(seconds))
@@ -113,7 +112,7 @@ def shares_of_step(
     busy: The sum of `times`, which is longer than the step where several
       threads work at once.
     step_seconds: Seconds of the step, from asking for the batch to the end.
-    wait: Seconds of that in which the step waits for the batch.
+    wait: Seconds of the step in which it waits for the batch.
   """
   scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
   rows = [

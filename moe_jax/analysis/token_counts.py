@@ -1,4 +1,4 @@
-"""Which experts tokens choose: every choice, and counts of them by token.
+"""The choices of experts by tokens, one by one, and counts of them by token.
 
 Not here: the sums that every step returns (`moe_jax.routing.stats`).
 """
@@ -23,10 +23,10 @@ Batch = Mapping[str, Leaf]
 class Choices(NamedTuple):
   """The choices in one sparse layer and one batch, before any is dropped.
 
-  Padding has none. Where experts choose tokens, they are the experts' choices.
+  Padding has no choices. Where experts choose tokens, they are the experts'.
 
   Attributes:
-    position: int [N], the place of each choice's token in the batch, counted
+    position: int [N], the position of each choice's token in the batch, counted
       over all rows.
     token: int [N], the id of the token.
     expert: int [N], the number of the expert.
@@ -61,10 +61,10 @@ def choices(
 def token_counts(
   model: Model, variables: dict[str, Any], batches: Iterable[Batch]
 ) -> dict[int, Int[np.ndarray, 'V E']]:
-  """How often each token id chose each expert, by the number of the layer.
+  """The number of times that each token id chose each expert, by layer number.
 
-  Where experts choose tokens, it is how often each expert took the token. The
-  arguments are those of `choices`.
+  Where experts choose tokens, it is the number of times that an expert took the
+  token. The arguments are those of `choices`.
   """
   if model.moe is None:
     return {}  # and no batch is read
@@ -79,7 +79,7 @@ def token_counts(
 def _sown(
   model: Model, variables: dict[str, Any], batch: Batch
 ) -> list[jax.Array | SlotRouting]:
-  """What the router of each sparse layer chose, in the order of the layers."""
+  """The choices of each sparse layer's router, in the order of the layers."""
   _, kept = model.apply(
     variables, **model.inputs(batch), mutable=['intermediates']
   )

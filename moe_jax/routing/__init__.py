@@ -1,7 +1,7 @@
-"""Who goes where: pure functions from router logits to a `Routing`.
+"""Rules of routing: pure functions from router logits to a `Routing`.
 
 Functions take arrays and keys and return a `Routing`; there is no flax here.
-How the tokens then move is `moe_jax.dispatch`; the routers, which have
+The movement of tokens is `moe_jax.dispatch`; the routers, which have
 parameters, are `moe_jax.layers.routers`.
 """
 

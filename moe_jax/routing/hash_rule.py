@@ -51,7 +51,7 @@ def hash_ids(
   """The ids that decide the experts of each token.
 
   Args:
-    hash_of: What the ids are made of: 'token', 'bigram' (the token and the one
+    hash_of: The source of the ids: 'token', 'bigram' (the token and the one
       before), or 'position'.
     tokens: Token ids.
     previous: The token before each in its segment; -1 for the first.

@@ -1,4 +1,4 @@
-"""How even a load is, in three numbers.
+"""Three numbers for the evenness of a load.
 
 Not here: loads inside a jitted step, which stay jax arrays; this is numpy, for
 what a person reads.

@@ -1,8 +1,7 @@
-"""Which token each row of the experts holds, for both kinds of routing.
+"""The token in each row of the experts, for both kinds of routing.
 
-Rows are where a dispatcher puts tokens for the experts: `[E, R]`, R for each
-expert, or `[N]`, sorted by expert. Not here: how the rows are moved
-(`moe_jax.dispatch`).
+A dispatcher puts tokens for the experts into rows: `[E, R]`, R for each expert,
+or `[N]`, sorted by expert. Not here: the movement of rows (`moe_jax.dispatch`).
 """
 
 from typing import NamedTuple

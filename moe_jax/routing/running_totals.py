@@ -13,7 +13,7 @@ from moe_jax.shapes import Array, Bool, Float32
 
 
 def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
-  """Which experts' totals exceed the mean by more than `margin`; never all.
+  """Whether each total exceeds the mean by more than `margin`; never all do.
 
   Args:
     totals: G_i, the gates of expert i summed over all examples so far. A
