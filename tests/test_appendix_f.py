@@ -121,6 +121,7 @@ def test_thresholds_that_all_or_none_pass(value):
   assert 0 < found['unlearned'] < 1 and found['foreseen'] == 0
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_each_choice():
   model, _, batch = small()
   found = shazeer_appendix_f.compare(

@@ -342,6 +342,7 @@ class Losses(setup.Hook):
     run.train_step = kept
 
 
+@pytest.mark.slow
 def test_a_shared_step_is_the_runs_own(tmp_path):
   router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
   first = tiny.config(model={'moe': {'router': router}})

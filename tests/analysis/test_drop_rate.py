@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax import data, hooks
 from moe_jax.analysis.routing_report import routing_table
@@ -71,6 +72,7 @@ def rates(options, folder):
   return np.array([reported, *others]), np.array(unsent)
 
 
+@pytest.mark.slow
 def test_choices_that_are_not_sent_are_not_dropped(tmp_path):
   found, unsent = rates(options(1.0, {'kind': 'all'}), tmp_path)
   assert (unsent > 0.2).all()

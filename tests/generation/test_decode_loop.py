@@ -120,7 +120,24 @@ def rows_of(rows):
   return tokens, segments.astype(np.int32)
 
 
-@pytest.mark.parametrize('name', KINDS)
+# The slow ones differ from the others in one part each.
+SLOW = (
+  'relative',
+  'sinusoidal',
+  'none, dense first',
+  'dense',
+  'learned halves',
+  'dense halves',
+)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in KINDS
+  ],
+)
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
   model, params = built(name, TIGHT)
   made = generate(model, params)
