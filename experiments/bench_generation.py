@@ -4,11 +4,11 @@
 
 Writes a random Mixtral as a Hugging Face checkpoint, loads it in transformers
 and with `moe_jax.interop`, and times greedy `generate` of both, interleaved,
-at several batch sizes: whole calls, prompts read and tokens fetched. What
-transformers offers for its experts on this device is timed, and every ratio is
-given to its default and to its fastest. Tokens must be the same. Writes
-`table.md`, `rows.csv` and `results.json` to
-`results/bench_generation/<device>`.
+at several batch sizes. A timed call includes reading the prompts and fetching
+the tokens. Every implementation of experts that transformers offers and this
+device can run is timed; the table gives ratios to the default one and to the
+fastest. The tokens must be the same. Writes `table.md`, `rows.csv` and
+`results.json` to `results/bench_generation/<device>`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from moe_jax import generation, host, interop
 NAME = 'bench_generation'
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
 THEIRS = 'transformers'
-# Of its experts, the default first.
+# Implementations of experts in transformers, the default first.
 EXPERTS = ('grouped_mm', 'batched_mm', 'eager')
 SIZES = dict(
   vocab_size=1024,
@@ -42,7 +42,9 @@ SIZES = dict(
 
 
 def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
-  """A Mixtral with random weights, written to the folder; it never stops.
+  """Returns a Mixtral with random weights, also saved to the folder.
+
+  It has no end-of-text token, so that every generation has the full length.
 
   Raises:
     SystemExit: transformers or torch is not installed.
@@ -58,7 +60,8 @@ def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
     bos_token_id=None,
     eos_token_id=None,
     pad_token_id=0,
-    initializer_range=0.1,  # tokens then vary, and are no close call
+    # Large enough that tokens vary and no two logits nearly tie.
+    initializer_range=0.1,
     tie_word_embeddings=False,
   )
   model = transformers.MixtralForCausalLM(config).eval()
@@ -69,7 +72,7 @@ def transformers_model(sizes: Mapping[str, int], folder: pathlib.Path) -> Any:
 def their_cases(
   model: Any, prompts: np.ndarray, num_tokens: int
 ) -> dict[str, Callable[[], np.ndarray]]:
-  """A case for each way to run experts that works here."""
+  """transformers' cases: one for each implementation that works here."""
   import torch
 
   ids = torch.from_numpy(prompts).long()
@@ -99,7 +102,7 @@ def their_cases(
 def our_cases(
   model: Any, variables: Any, prompts: np.ndarray, num_tokens: int
 ) -> dict[str, Callable[[], np.ndarray]]:
-  """Tokens at the end, and tokens as they come."""
+  """The cases of moe_jax: tokens at the end, and tokens one by one."""
   run = functools.partial(
     generation.generate,
     model,
@@ -122,7 +125,7 @@ def measure(
   num_tokens: int,
   seconds: float,
 ) -> list[dict[str, Any]]:
-  """A row a case, all interleaved."""
+  """Times all cases of one batch size, interleaved; one row for each."""
   rng = np.random.default_rng(batch_size)
   shape = batch_size, prompt_len
   prompts = rng.integers(1, theirs.config.vocab_size, shape, np.int32)
@@ -164,7 +167,7 @@ def report(
   prompt_len: int,
   num_tokens: int,
 ) -> str:
-  """The table and what its columns mean, in Markdown."""
+  """The table and the meaning of its columns, in Markdown."""
   f = timing.facts()
   lines = []
   for row in rows:
@@ -200,17 +203,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   number = timing.positive_int
-  add('--batch_sizes', type=number, nargs='+', default=[1, 8])
-  add('--prompt_len', type=number, default=32)
-  add('--num_tokens', type=number, default=64, help='new ones')
-  add('--num_layers', type=number, default=SIZES['num_hidden_layers'])
-  add('--seconds', type=float, default=40.0, help='timed a batch size')
-  add('--output', default='results', help='where results go')
+  add(
+    '--batch_sizes',
+    type=number,
+    nargs='+',
+    default=[1, 8],
+    help='numbers of prompts of a call',
+  )
+  add('--prompt_len', type=number, default=32, help='tokens of a prompt')
+  add('--num_tokens', type=number, default=64, help='tokens to generate')
+  add(
+    '--num_layers',
+    type=number,
+    default=SIZES['num_hidden_layers'],
+    help='layers of the model',
+  )
+  add('--seconds', type=float, default=40.0, help='time for each batch size')
+  add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, and writes a table."""
+  """Measures every batch size and writes the table."""
   options = parse(argv)
   host.keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}

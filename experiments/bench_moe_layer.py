@@ -41,16 +41,17 @@ NAME = 'bench_moe_layer'
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """Which settings are timed, and for how long.
+  """The settings that are timed, and for how long.
 
   Attributes:
-    sizes: N, M, F and types.
-    experts, selected: Values of E and K.
-    routings: Of `ROUTINGS`.
-    forward_selected: Values of K of which the forward pass is timed alone too.
-    scaling: Values of E in the second table, with `rows_per_expert` tokens
-      each; empty for none.
-    seconds: About how long a setting is timed.
+    sizes: Sizes and dtype of the layer (N, M, F).
+    experts: Numbers of experts E.
+    selected: Numbers of selected experts K, timed with the gradient.
+    routings: Names of routings, from `ROUTINGS`.
+    forward_selected: Values of K whose forward pass is timed alone too.
+    scaling: Values of E in the second table; empty for no such table.
+    rows_per_expert: Tokens for each expert in the second table.
+    seconds: Approximate time for each setting.
     most_ragged: The largest E for which `lax.ragged_dot` is timed: on a CPU
       it costs E times the dense layer.
   """
@@ -66,7 +67,7 @@ class Preset:
   most_ragged: int = 8
 
   def programs(self) -> list[tuple[int, bool]]:
-    """(K, whether with the gradient) of what is compiled for each E."""
+    """The programs compiled for each E: pairs (K, whether with gradient)."""
     return [
       *((K, True) for K in self.selected),
       *((K, False) for K in self.forward_selected),
@@ -152,20 +153,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--tokens', type=n, help='N, tokens of a batch')
   add('--width', type=n, help='M, model width')
   add('--hidden', type=n, help='F, hidden width of one expert')
-  add('--activation', choices=list(ACTIVATIONS))
-  add('--dtype', choices=['float32', 'bfloat16'])
+  add('--activation', choices=list(ACTIVATIONS), help='activation of experts')
+  add('--dtype', choices=['float32', 'bfloat16'], help='type of all arrays')
   add('--experts', type=n, nargs='+', help='values of E')
   add('--selected', type=n, nargs='+', help='values of K')
-  add('--routings', nargs='+', choices=ROUTINGS, help='who chooses whom')
-  add('--forward_selected', type=n, nargs='*', help='K, forward pass alone')
+  add('--routings', nargs='+', choices=ROUTINGS, help="tokens' distributions")
+  add(
+    '--forward_selected',
+    type=n,
+    nargs='*',
+    help='values of K whose forward pass is timed alone too',
+  )
   add('--scaling', type=n, nargs='*', help='values of E of the second table')
-  add('--rows_per_expert', type=n, help='in the second table')
-  add('--rough_peaks', action='store_true', help='small arrays, for a trial')
+  add('--rows_per_expert', type=n, help='tokens an expert, second table')
+  add(
+    '--rough_peaks',
+    action='store_true',
+    help="measure the machine's peaks on small arrays, for a trial",
+  )
   return parser.parse_args(argv)
 
 
 def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
-  """The preset with what the command line says otherwise."""
+  """The preset with the values that the command line gives in their place."""
   given = {k: v for k, v in vars(options).items() if v is not None}
   given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
   if 'tokens' in given:
@@ -181,7 +191,7 @@ def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, and writes tables and a plot."""
+  """Measures every setting; writes the tables and the plot."""
   options = parse(argv)
   preset = with_options(PRESETS[options.preset], options)
   if options.preset == 'gpu' and jax.default_backend() == 'cpu':

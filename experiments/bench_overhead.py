@@ -34,19 +34,23 @@ from moe_jax.training.setup import Run, set_up
 
 NAME = 'bench_overhead'
 BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'
-AIM = 1.05  # of a step with both, over the bare one
+# Largest ratio aimed at: a step with metrics and checkpoint over a bare one.
+AIM = 1.05
 
 
 def prepared(
   config: ml_collections.ConfigDict, files: str = '', modules: str = ''
 ) -> RunConfig:
-  """The options on one device and other text; no burst is its last one.
+  """The run's options on one device, on the chosen text.
+
+  The run is a million steps long, so that no burst reaches its end.
 
   Args:
-    config: The config.
-    files: Pattern of text files, read as characters; '' takes the standard
-      library's text, as bytes.
-    modules: Modules of the standard library; '' takes all of the corpus.
+    config: Config of the run.
+    files: Pattern of the text files to train on, read as characters; '' takes
+      the standard library's text, as bytes.
+    modules: Modules of the standard library to train on; '' takes the whole
+      embedded corpus.
   """
   source = {'kind': 'python_stdlib', 'python_stdlib': {'modules': modules}}
   tokenizer = 'bytes'
@@ -62,7 +66,7 @@ def prepared(
 
 
 class Loop:
-  """A run's training loop, a burst at a time; a context manager."""
+  """A run's training loop, executed in bursts of steps; a context manager."""
 
   def __init__(self, run: Run, burst: int):
     self._run = run
@@ -83,13 +87,17 @@ class Loop:
     self._stack.close()
 
   def bare(self) -> None:
-    """Batches and steps alone."""
+    """One burst of batches and steps, without metrics or checkpoints."""
     for _ in range(self._burst):
       self._state, _ = self._take(next(self._batches))
     jax.block_until_ready(self._state)
 
   def with_metrics(self, saves: bool = False) -> None:
-    """Every step's metrics read and their rows written; one checkpoint."""
+    """One burst that reads every step's metrics and writes their rows.
+
+    Args:
+      saves: Whether a checkpoint is begun at the burst's first step.
+    """
     run = self._run
     for i in range(self._burst):
       batch = next(self._batches)
@@ -104,7 +112,10 @@ class Loop:
     jax.block_until_ready(self._state)
 
   def with_both(self) -> None:
-    """The checkpoint is begun at the first step and done by the last."""
+    """One burst with metrics and a checkpoint.
+
+    The checkpoint is begun at the first step and complete when this returns.
+    """
     self.with_metrics(saves=True)
 
   def _take(self, batch):
@@ -113,14 +124,14 @@ class Loop:
 
 
 class Counted:
-  """A case that notes the CPU seconds of each run, of all threads."""
+  """A case that also records the CPU seconds of each run, of all threads."""
 
   def __init__(self, run: Callable[[], None]):
     self._run = run
     self.seconds: list[float] = []
 
   def __call__(self) -> None:
-    """Runs once."""
+    """Runs the case once."""
     begin = time.process_time()
     self._run()
     self.seconds.append(time.process_time() - begin)
@@ -129,16 +140,16 @@ class Counted:
 def measure(
   run_options: RunConfig, *, burst: int, **options: Any
 ) -> list[dict[str, Any]]:
-  """A row a case, interleaved.
+  """Times bursts of all cases, interleaved; one row for each case.
 
   Args:
-    run_options: Options that are `prepared`.
-    burst: Steps of a burst.
-    **options: Of `timing.interleave`.
+    run_options: Options of the run; see `prepared`.
+    burst: Number of steps of a burst.
+    **options: Arguments of `timing.interleave`.
   """
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(run_options, folder, devices=jax.devices()[:1])
-    # The progress display is part of the metrics; it need not be seen here.
+    # The progress display is part of what metrics cost, so it stays on, unseen.
     with contextlib.redirect_stdout(io.StringIO()), Loop(run, burst) as loop:
       cases = {
         BARE: Counted(loop.bare),
@@ -170,7 +181,7 @@ def measure(
 
 
 def _size(folder: pathlib.Path) -> int:
-  """Of the newest checkpoint, in bytes."""
+  """Size of the newest checkpoint in the folder, in bytes."""
   newest = max(folder.glob('[0-9]*'), key=lambda path: int(path.name))
   return sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
 
@@ -210,17 +221,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  add('--config', default='configs/shakespeare_switch.py')
+  add(
+    '--config', default='configs/shakespeare_switch.py', help='config to time'
+  )
   add('--files', default='', help='pattern of text files to train on')
   add('--modules', default='', help='modules of the standard library instead')
-  add('--burst', type=timing.positive_int, default=100, help='steps')
-  add('--seconds', type=float, default=180.0, help='timed in all')
-  add('--output', default='results', help='where results go')
+  add('--burst', type=timing.positive_int, default=100, help='steps of a burst')
+  add('--seconds', type=float, default=180.0, help='time for all cases')
+  add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, and writes the table."""
+  """Measures all cases and writes the table."""
   options = parse(argv)
   host.keep_freed_memory()
   run_options = prepared(

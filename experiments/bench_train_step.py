@@ -36,16 +36,18 @@ from moe_jax.training.programs import Programs, make_programs
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
-BYTES_VOCABULARY = 257  # where the config leaves the size to a tokenizer
+# Size of the vocabulary where the config leaves it to a tokenizer.
+BYTES_VOCABULARY = 257
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """How long, and how deep.
+  """The length of the timing, and the depths that are compiled.
 
   Attributes:
-    seconds: About how long the steps are timed.
-    depths: L of the models that are compiled alone, few and many.
+    seconds: Approximate time for all steps together.
+    depths: Numbers of layers of the models that are only compiled, few and
+      many.
   """
 
   seconds: float
@@ -56,7 +58,7 @@ PRESETS = {'quick': Preset(40.0), 'full': Preset(300.0)}
 
 
 def variants() -> dict[str, dict[str, Any]]:
-  """What each case changes in the config's `model`; the twin comes first."""
+  """Overrides of the config's `model`, by case; the dense twin comes first."""
   dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
   found = {
     TWIN: {'moe': {'num_experts': 0}},
@@ -72,11 +74,11 @@ def variants() -> dict[str, dict[str, Any]]:
 def prepared(
   config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
 ) -> RunConfig:
-  """The options on one device, with a vocabulary.
+  """The run's options on one device, with the vocabulary's size filled in.
 
   Args:
-    config: The config.
-    overrides: What a case changes of its model.
+    config: Config of the sparse run.
+    overrides: Nested values that a case changes in the config's `model`.
   """
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
   changed = sections.merge(config, {'mesh': mesh, 'model': overrides})
@@ -85,7 +87,7 @@ def prepared(
 
 
 def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
-  """Full rows of random tokens: what a step costs does not depend on text."""
+  """A batch of full rows of random tokens: a step's cost ignores the text."""
   rng = np.random.default_rng(0)
   batch = {}
   for name, leaf in options.batch_shapes(options.build()).items():
@@ -95,7 +97,7 @@ def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
     elif name.endswith('tokens') or name == 'targets':
       high = options.model.vocab_size
       batch[name] = rng.integers(0, high, leaf.shape, leaf.dtype)
-    else:  # one segment a row, and every token counts
+    else:  # segment ids and loss weights: one segment, every token counts
       batch[name] = np.ones(leaf.shape, leaf.dtype)
   return batch
 
@@ -105,10 +107,10 @@ class Step:
   """A compiled training step and its own state.
 
   Attributes:
-    run: Takes one step and waits.
-    compile_seconds: Tracing, lowering and compiling.
-    counts: What XLA counts in it.
-    work: What it must do, by formula.
+    run: Takes one step and waits for its result.
+    compile_seconds: Time of tracing, lowering and compiling.
+    counts: XLA's own counts of the program's FLOPs and bytes.
+    work: FLOPs and bytes that the step needs at least, by formula.
   """
 
   run: Callable[[], None]
@@ -139,12 +141,12 @@ def compile_step(options: RunConfig) -> Step:
 
 
 def step_work(options: RunConfig, programs: Programs) -> Work:
-  """Products' FLOPs, forward and backward, and the bytes of state.
+  """The least work of a step: its matrix products' FLOPs and its state's bytes.
 
-  Parameters are read forward and backward, gradients written and read, and
-  the state, parameters and moments, is read and written. Activations are left
-  out: what of them reaches memory depends on caches and on remat, whose
-  recomputation is no necessary work either.
+  Parameters are read forward and backward, gradients are written and read, and
+  the state (parameters and moments) is read and written. Activations are left
+  out: how many of them reach memory depends on caches and on rematerialisation,
+  whose recomputation is not counted either.
   """
 
   def size(tree):
@@ -162,7 +164,7 @@ def step_work(options: RunConfig, programs: Programs) -> Work:
 def measure_steps(
   config: ml_collections.ConfigDict, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
-  """A row a variant, all interleaved."""
+  """Times the steps of all variants, interleaved; one row for each."""
   steps = {
     name: compile_step(prepared(config, overrides))
     for name, overrides in variants().items()
@@ -196,7 +198,7 @@ def measure_steps(
 
 
 def measure_peer(seconds: float) -> list[dict[str, Any]]:
-  """A row for each of our steps and for transformers', all interleaved."""
+  """Times our steps and transformers', interleaved; one row for each."""
   config = peer_steps.config()
   runs = {
     name: compile_step(prepared(config, overrides)).run
@@ -225,7 +227,10 @@ def measure_peer(seconds: float) -> list[dict[str, Any]]:
 def measure_compilation(
   config: ml_collections.ConfigDict, depths: Sequence[int]
 ) -> list[dict[str, Any]]:
-  """A row a depth and variant of the scanned model; nothing runs."""
+  """Compiles the scanned model; one row for each variant and depth.
+
+  Nothing is executed.
+  """
   rows = []
   for name in (SPARSE, f'{SPARSE}, dropless'):
     first = None
@@ -253,23 +258,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  add('--preset', choices=list(PRESETS), default='quick')
-  add('--config', default='configs/tiny_switch.py', help='of a sparse model')
-  add('--peer', action='store_true', help="transformers' step against ours")
-  add('--output', default='results', help='where results go')
-  add('--seconds', type=float, help='timed in all')
+  add(
+    '--preset', choices=list(PRESETS), default='quick', help='length of timing'
+  )
+  add(
+    '--config',
+    default='configs/tiny_switch.py',
+    help='config of a sparse model',
+  )
+  add(
+    '--peer',
+    action='store_true',
+    help="time transformers' step against ours, and nothing else",
+  )
+  add('--output', default='results', help='folder of the results')
+  add('--seconds', type=float, help="time for all steps; default: the preset's")
   add(
     '--depths',
     type=timing.positive_int,
     nargs='+',
-    help='layers of the compiled models',
+    help='numbers of layers of the models that are only compiled',
   )
-  add('--rough_peaks', action='store_true', help='small arrays, for a trial')
+  add(
+    '--rough_peaks',
+    action='store_true',
+    help="measure the machine's peaks on small arrays, for a trial",
+  )
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, and writes tables and a plot."""
+  """Measures the steps; writes the tables and the plot."""
   options = parse(argv)
   preset = PRESETS[options.preset]
   seconds = preset.seconds if options.seconds is None else options.seconds

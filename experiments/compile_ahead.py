@@ -1,16 +1,17 @@
-"""What will a training step need, and will it fit? Without the devices.
+"""How much memory does a training step need, and does it fit the devices?
 
     python -m experiments.compile_ahead --config=configs/mixtral_8x7b.py \
       --topology=v5p:4x4x4 --config.mesh.expert=4 --config.microbatches=8
     python -m experiments.compile_ahead --config=configs/switch_c.py \
       --topology=v5p:4x8x16 --config.mesh.tensor=4
 
-Compiles a config's step for devices that need not exist: as many CPUs as asked
-for, or TPUs by their topology through PyPI's libtpu (the `experiments` extra).
-Parameters and batch are shapes alone. Prints what a device holds and sends, a
-step's FLOPs, and a verdict; the exit status is 1 where it does not fit. CPUs
-stand in for any device: their attention is not fused and their matrices are not
-padded, so temporaries are not those of an accelerator.
+Compiles a config's step for devices that need not be there: any number of CPUs,
+or TPUs by their topology through PyPI's libtpu (the `experiments` extra). No
+parameter or batch is allocated, only their shapes are known. Prints the memory
+that a device needs, the bytes that it sends, a step's FLOPs, and a verdict; the
+exit status is 1 where the step does not fit. CPUs stand in for any device:
+their attention is not fused and their matrices are not padded, so temporaries
+differ from those of an accelerator.
 """
 
 import argparse
@@ -42,12 +43,12 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What compiling told.
+  """What is known of a step once it is compiled.
 
   Attributes:
-    step: Of the compiled step.
-    seconds: Tracing, lowering and compiling.
-    host_bytes: The most that this process has held so far.
+    step: Memory and communication of the compiled step.
+    seconds: Time of tracing, lowering and compiling.
+    host_bytes: Peak host memory of this process so far.
   """
 
   step: sharded.Sharded
@@ -56,10 +57,15 @@ class Report:
 
 
 def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-  """The devices of 'cpu:64' or 'v5p:4x4x4'.
+  """The devices of a topology.
+
+  Args:
+    topology: A number of CPUs, 'cpu:64', or a TPU topology, 'v5p:4x4x4'.
+    slices: Number of TPU slices of that topology.
 
   Raises:
-    ValueError: There is no such topology, or jax has its CPUs already.
+    ValueError: There is no such topology, or jax has created its CPU devices
+      already.
   """
   kind, _, size = topology.partition(':')
   if kind == 'cpu':
@@ -70,8 +76,8 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     except RuntimeError as error:
       raise ValueError(f'--topology={topology}: {error}') from None
     return jax.devices('cpu')
-  # libtpu looks for a TPU's host otherwise, and says at length that none is
-  # there; a lock would keep others from a TPU that is not used here.
+  # Without these libtpu looks for a TPU's host and logs at length that there is
+  # none, and it locks the TPU, which is not used here, against other programs.
   quiet = {
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     'TPU_SKIP_MDS_QUERY': '1',
@@ -92,14 +98,14 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def mesh_of(options: RunOptions, found: list[jax.Device]) -> Mesh:
-  """The mesh of a run, on which its batch is checked.
+  """The mesh of a run over the devices; checks that its batch can be split.
 
   Raises:
     ValueError: The mesh does not fit the devices, or the batch does not split.
   """
   try:
     mesh = options.mesh.make(found)
-  except NotImplementedError as error:  # a torus that does not split so
+  except NotImplementedError as error:  # the TPU's torus cannot be split so
     raise ValueError(f'mesh={options.mesh}: {error}') from None
   options.check_mesh(mesh)
   return mesh
@@ -109,7 +115,7 @@ def compile_step(options: RunOptions, mesh: Mesh) -> tuple[Compiled, Programs]:
   """The training step of a run, compiled for a mesh.
 
   Raises:
-    DoesNotFit: The compiler says so.
+    DoesNotFit: The compiler reports that memory is too small.
   """
   model = options.build()
   programs = make_programs(options, model, mesh)
@@ -130,7 +136,7 @@ def _first_sentences(text: str) -> str:
 
 
 def report(options: RunOptions, mesh: Mesh) -> Report:
-  """Compiles the step, and reads it."""
+  """Compiles the step and reads its memory and communication."""
   start = time.perf_counter()
   step, programs = compile_step(options, mesh)
   seconds = time.perf_counter() - start
@@ -140,19 +146,19 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
 
 
 def counted_flops(options: RunOptions, mesh: Mesh) -> str:
-  """Of a step on one device as XLA counts them, recomputation included."""
+  """FLOPs of a step on one device, counted by XLA with recomputation."""
 
   def count(short: RunOptions) -> float:
     return compiled_lib.counts(compile_step(short, mesh)[0]).flops
 
   try:
     return f'{periods.extrapolate(options, count):.3g}'
-  except DoesNotFit:  # a short model has unrolled layers
+  except DoesNotFit:  # the short models' unrolled layers need more memory
     return 'a short model does not fit'
 
 
 def formula_flops(options: RunOptions, num_devices: int) -> float:
-  """FLOPs of a step on one device by formula, nothing computed twice."""
+  """FLOPs of a step on one device, by formula, without recomputation."""
   work = cost.workload(options, options.batch_size)
   price = cost.count(
     options.build(), work.seq_len, work.target_len, work.batch_size
@@ -161,7 +167,7 @@ def formula_flops(options: RunOptions, num_devices: int) -> float:
 
 
 def table(found: Report, formula: float) -> Table:
-  """A row a number, all of one device."""
+  """Table of the step's numbers on one device, a row for each."""
   step = found.step
   rows = [
     ('parameters', cost.in_bytes(step.param_bytes)),
@@ -200,7 +206,13 @@ def _caption(found: Report) -> str:
 
 
 def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
-  """A line for each device whose memory decides, and whether it fits.
+  """Lines that say whether the step fits, and the answer of each.
+
+  Args:
+    topology: Topology that the step was compiled for.
+    device: Name of the device whose memory is compared; '' takes the
+      topology's device, or where that is a CPU every known device.
+    needed: Bytes that the step needs on a device.
 
   Raises:
     ValueError: The device is unknown.
@@ -228,7 +240,15 @@ def run(
   device: str = '',
   flops: bool = True,
 ) -> bool:
-  """Compiles and prints; whether it fits a device that was asked for."""
+  """Compiles the step and prints the report; whether it fits any device asked.
+
+  Args:
+    options: Options of the run.
+    topology: Topology of the devices; see `described_devices`.
+    slices: Number of TPU slices.
+    device: Name of the device whose memory is compared; see `verdicts`.
+    flops: Whether XLA's count of FLOPs is printed too.
+  """
   options = cost.with_own_vocabulary(options)
   found = described_devices(topology, slices)
   mesh = mesh_of(options, found)
@@ -253,27 +273,27 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
     prog='python -m experiments.compile_ahead',
     description=__doc__.split('\n')[0],
-    epilog="and the config's keys: --config.mesh.expert=8",
+    epilog='Keys of the config can be changed: --config.mesh.expert=8',
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add('--config', required=True, help='a file of configs/')
+  add('--config', required=True, help='file of the config, in configs/')
   add(
     '--topology',
     default='cpu:64',
-    help="'cpu:64', or a TPU's: 'v5p:4x4x4', 'v5e:16x16'",
+    help="devices: CPUs, 'cpu:64', or TPUs, 'v5p:4x4x4', 'v5e:16x16'",
   )
   add('--slices', type=int, default=1, help='TPU slices of that topology')
   add(
     '--device',
     default='',
-    help="whose memory decides; '': the topology's, or all known",
+    help="device whose memory must suffice; '': the topology's, or all known",
   )
   add(
     '--flops',
     action=argparse.BooleanOptionalAction,
     default=True,
-    help='count FLOPs too: compiles two to six short models more',
+    help='count FLOPs with XLA too, which compiles two to six short models',
   )
   options, overrides = parser.parse_known_args(argv)
   if options.slices < 1:
@@ -282,7 +302,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Exits with 0 if the step fits."""
+  """Prints the report; the exit status is 0 if the step fits, else 1."""
   options, overrides = parse(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')

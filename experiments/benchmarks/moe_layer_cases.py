@@ -1,7 +1,8 @@
-"""The arrays that `bench_moe_layer`'s programs run on, and both together.
+"""The arrays of `bench_moe_layer`, and its programs bound to them.
 
-Routing is real: tokens are made so that the layer's own router sends them
-where a draw says. Not here: the programs, or the timing.
+Routing is real: expert choices are drawn first, and then tokens are made that
+the layer's own router sends to these experts. Not here: the programs, or the
+timing.
 """
 
 import dataclasses
@@ -22,7 +23,10 @@ ROUTINGS = ('uniform', 'zipf')
 def draw_choices(
   rng: np.random.Generator, routing: str, N: int, E: int, K: int
 ) -> np.ndarray:
-  """int [N, K], K different experts a token: p_e uniform, or ~ 1 / (e + 1).
+  """Draws K different experts for each token, int [N, K].
+
+  Expert e is drawn with equal probability under 'uniform' routing and in
+  proportion to 1 / (e + 1) under 'zipf'.
 
   Raises:
     ValueError: The routing is unknown.
@@ -30,7 +34,7 @@ def draw_choices(
   if routing not in ROUTINGS:
     raise unknown('routing', routing, ROUTINGS)
   p = np.ones(E) if routing == 'uniform' else 1 / np.arange(1.0, E + 1)
-  # The K largest of log p + Gumbel noise: drawn without putting back.
+  # The K largest of log p + Gumbel noise are a draw without replacement.
   noisy = np.log(p)[None] + rng.gumbel(size=(N, E))
   return np.argsort(-noisy, axis=1)[:, :K]
 
@@ -38,10 +42,10 @@ def draw_choices(
 def make_tokens(
   rng: np.random.Generator, choices: np.ndarray, centres: np.ndarray
 ) -> np.ndarray:
-  """float32 [N, M]: a router with kernel `centres.T` picks `choices`.
+  """Tokens, float32 [N, M], that a router of kernel `centres.T` sends as drawn.
 
-  A token is the sum of its experts' centres, the first choice weighing most,
-  and a little noise.
+  A token is the weighted sum of its chosen experts' centres plus a little
+  noise; the first choice has the largest weight.
   """
   N, K = choices.shape
   weights = 4.0 - np.arange(K) / K
@@ -51,10 +55,10 @@ def make_tokens(
 
 
 def make_centres(rng: np.random.Generator, E: int, M: int) -> np.ndarray:
-  """float [E, M], orthonormal.
+  """Orthonormal vectors, one for each expert, float [E, M].
 
   Raises:
-    ValueError: There are more experts than directions.
+    ValueError: There are more experts than dimensions.
   """
   if E > M:
     raise ValueError(f'num_experts={E} > width={M}: no orthogonal centres')
@@ -63,14 +67,14 @@ def make_centres(rng: np.random.Generator, E: int, M: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """The kernels that all cases of one E share.
+  """The parameters that all cases with the same E share.
 
   Attributes:
-    sizes: N, M, F.
-    num_experts: E.
-    params: Of `MoE`: the router's and the experts' kernels.
-    dense: Of `FeedForward`.
-    centres: [E, M], the router's kernel, transposed.
+    sizes: Sizes of the layer (N, M, F) and its dtype.
+    num_experts: Number of experts E.
+    params: Parameters of `MoE`: the router's and the experts' kernels.
+    dense: Parameters of the dense `FeedForward`, those of the first expert.
+    centres: Transpose of the router's kernel, [E, M].
   """
 
   sizes: programs.Sizes
@@ -81,7 +85,7 @@ class Layer:
 
   @classmethod
   def draw(cls, sizes: programs.Sizes, E: int) -> 'Layer':
-    """Random kernels; the experts' standard deviation is 1 / sqrt(M)."""
+    """Draws kernels; those of experts have a standard deviation of M^-0.5."""
     rng = np.random.default_rng(0)
     M, F = sizes.width, sizes.hidden
     shapes = {name: (E, M, F) for name in sizes.kernel_names}
@@ -105,12 +109,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """Arrays of one routing.
+  """The arrays that programs are run on, for one routing.
 
   Attributes:
-    x, dy: [1, N, M], tokens and the output's gradient.
-    load: int [E], assignments of each expert.
-    rows, d_rows: [K N, M], as many rows as there are assignments.
+    x: Tokens, [1, N, M].
+    dy: Gradient of the layer's output, [1, N, M].
+    load: Number of assignments of each expert, int [E].
+    rows: Input of the bare products, a row for each assignment, [K N, M].
+    d_rows: Gradient of the bare products' output, [K N, M].
   """
 
   x: Array
@@ -121,7 +127,7 @@ class Inputs:
 
   @classmethod
   def draw(cls, layer: Layer, routing: str, K: int) -> 'Inputs':
-    """Tokens that the layer's router sends where the routing's draw says."""
+    """Draws choices and makes tokens that the layer's router sends so."""
     s, E = layer.sizes, layer.num_experts
     rng = np.random.default_rng(1)
     choices = draw_choices(rng, routing, s.num_tokens, E, K)
@@ -142,7 +148,13 @@ class Inputs:
 def compile_cases(
   layer: Layer, K: int, backward: bool, ragged: bool
 ) -> dict[str, Compilation]:
-  """Every program of one E, K and pass; the routings share them.
+  """Compiles every program for one E, K and pass; all routings share them.
+
+  Args:
+    layer: Parameters of the layer.
+    K: Number of selected experts.
+    backward: Whether the gradient is computed too.
+    ragged: Whether `lax.ragged_dot` is compiled too.
 
   Raises:
     ValueError: E does not divide the assignments, as equal groups need.
@@ -180,7 +192,7 @@ def compile_cases(
 def bind(
   layer: Layer, compilations: dict[str, Compilation], inputs: Inputs
 ) -> Iterator[tuple[str, Program]]:
-  """(case, program) on one routing's arrays.
+  """Binds the programs to one routing's arrays; yields (case, program).
 
   Raises:
     ValueError: The layer's router does not choose as the draw did.

@@ -1,4 +1,6 @@
-"""The programs that `bench_moe_layer` times: layer, dense, bare products.
+"""The programs that `bench_moe_layer` times.
+
+They are sparse layers, dense layers and bare matrix products of equal shapes.
 
 Not here: their arrays (`moe_layer_cases`), or the timing.
 """
@@ -42,7 +44,15 @@ _BALANCE_WEIGHT = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What all settings of a table share: N tokens, M, F and the rest."""
+  """Sizes that all settings of a table share.
+
+  Attributes:
+    num_tokens: Number of tokens N.
+    width: Model width M.
+    hidden: Hidden width F of one expert.
+    activation: Activation of the experts.
+    dtype: Type of parameters and activations.
+  """
 
   num_tokens: int
   width: int
@@ -52,17 +62,17 @@ class Sizes:
 
   @property
   def kernel_names(self) -> tuple[str, ...]:
-    """Those of an expert's first products; the last one is w_out."""
+    """Names of an expert's input kernels; the output kernel is 'w_out'."""
     gated = ACTIVATIONS[self.activation].gated
     return ('w_gate', 'w_in') if gated else ('w_in',)
 
   @property
   def shared(self) -> Shared:
-    """The types of all layers."""
+    """The numeric types, which all layers share."""
     return Shared(Numerics(dtype=self.dtype, param_dtype=self.dtype))
 
   def kernel_bytes(self, E: int) -> int:
-    """Of E experts' kernels, and so of their gradients."""
+    """Bytes of the kernels of E experts, which their gradients have too."""
     kernels = len(self.kernel_names) + 1
     size = E * kernels * self.width * self.hidden
     return size * jnp.dtype(self.dtype).itemsize
@@ -70,9 +80,13 @@ class Sizes:
   def work(
     self, E: int, K: int | float, *, backward: bool, router: bool
   ) -> roofline.Work:
-    """What a layer of E experts must do, or with E=1 a dense one.
+    """The least work of a layer of E experts, or with E=1 of a dense layer.
 
-    K are the choices that are served, on average.
+    Args:
+      E: Number of experts.
+      K: Mean number of choices of a token that are served.
+      backward: Whether the gradient is counted too.
+      router: Whether the router is counted too.
     """
     return roofline.ffn_work(
       num_tokens=self.num_tokens,
@@ -88,7 +102,7 @@ class Sizes:
 
 
 def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
-  """A layer of one group of tokens; capacity factor 1, or room for all."""
+  """A sparse layer: 'gather' with capacity factor 1, or 'dropless'."""
   slots = dispatch == LAYERS[0]
   options = MoeOptions(
     num_experts=E,
@@ -102,7 +116,10 @@ def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
 
 
 def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
-  """(params, x, dy) -> (y, aux), and the gradient of params and x."""
+  """The layer as a function (params, x, dy) -> (y, aux).
+
+  With `backward` it returns the gradients of params and x too.
+  """
 
   def forward(params, x):
     y, aux = module.apply({'params': params}, x)
@@ -121,7 +138,10 @@ def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
 
 
 def with_gradient(function: Callable[..., Array], backward: bool):
-  """(params, x, dy, ...) -> y, and the gradient of params and x."""
+  """A function (params, x, dy, ...) -> y, from one that does not take dy.
+
+  With `backward` it returns the gradients of params and x too.
+  """
 
   def both(params, x, dy, *more):
     y, pull = jax.vjp(lambda p, x: function(p, x, *more), params, x)
@@ -131,7 +151,7 @@ def with_gradient(function: Callable[..., Array], backward: bool):
 
 
 def dense_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
-  """(params, x) -> y: the dense layer, and what one would write plainly."""
+  """Dense layers (params, x) -> y: `FeedForward`, and the same in plain jnp."""
   ffn = FfnOptions(sizes.hidden, sizes.activation)
   module = FeedForward(ffn, sizes.shared)
 
@@ -148,7 +168,7 @@ def dense_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
 
 
 def bare_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:
-  """(experts' kernels, rows, group sizes) -> rows: products and no routing."""
+  """Bare products (experts' kernels, rows, group sizes) -> rows, no routing."""
 
   def two(product, w, x, *more):
     firsts = (product(x, w[name], *more) for name in sizes.kernel_names)

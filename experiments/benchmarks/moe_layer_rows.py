@@ -1,6 +1,7 @@
-"""The measurements of `bench_moe_layer`: a row of numbers a case.
+"""The measurements of `bench_moe_layer`: a row of numbers for each case.
 
-Not here: what is timed (`moe_layer_programs`), tables (`moe_layer_tables`).
+Not here: the programs that are timed (`moe_layer_programs`), and the tables
+(`moe_layer_tables`).
 """
 
 import dataclasses
@@ -33,7 +34,15 @@ def measure_setting(
   peaks: Peaks,
   seconds: float,
 ) -> list[dict[str, Any]]:
-  """A row a case of one E, K, routing and pass, all interleaved."""
+  """Times all cases of one E, K, routing and pass; one row for each.
+
+  Args:
+    layer: Parameters of the layer.
+    compilations: Compiled programs by name; see `compile_cases`.
+    setting: E, K, routing and pass, by name; every row begins with them.
+    peaks: Measured peaks of the machine.
+    seconds: Approximate time for all cases, which are interleaved.
+  """
   K, routing = setting['K'], setting['routing']
   inputs = cases_lib.Inputs.draw(layer, routing, K)
   programs = dict(cases_lib.bind(layer, compilations, inputs))
@@ -63,7 +72,11 @@ def measure_setting(
 
 
 def served_share(name: str, load: np.ndarray) -> float:
-  """Of all choices: `gather` with capacity factor 1 drops what is above."""
+  """Share of all choices that are served.
+
+  `gather` has capacity factor 1 and drops what exceeds it; the others serve
+  every choice.
+  """
   if name != 'gather':
     return 1.0
   capacity = -(-load.sum() // len(load))
@@ -73,10 +86,11 @@ def served_share(name: str, load: np.ndarray) -> float:
 def fastest_limit(
   times: Mapping[str, Sequence[float]], layer: str, routing: str
 ) -> str:
-  """The bare products that a layer is held against: the fastest of its shapes.
+  """Name of the fastest bare products of a layer's shapes, its limit.
 
-  Slots are equal groups. Dropless rows are the drawn groups; where these are
-  equal but for chance, products of equal groups count too.
+  `gather` is compared to products of equal groups, which its slots are, and
+  `dropless` to products of the drawn groups; under uniform routing, where these
+  are equal but for chance, products of equal groups count for it too.
   """
   drawn = [*GROUPED, RAGGED]
   equal = [
@@ -132,7 +146,15 @@ def measure_scaling(
   peaks: Peaks,
   seconds: float,
 ) -> list[dict[str, Any]]:
-  """A row a layer and E, with tokens in proportion to E; one interleaving."""
+  """Times the layers with tokens in proportion to E; a row for each and E.
+
+  Args:
+    sizes: Sizes of the layer; its number of tokens is replaced.
+    experts: Numbers of experts E.
+    rows_per_expert: Number of tokens for each expert.
+    peaks: Measured peaks of the machine.
+    seconds: Approximate time for all rows, which are interleaved.
+  """
   programs, works = {}, {}
   for E in experts:
     grown = dataclasses.replace(sizes, num_tokens=E * rows_per_expert)
@@ -169,7 +191,7 @@ def measure_scaling(
 def _layer_programs(
   sizes: programs_lib.Sizes, E: int
 ) -> Iterator[tuple[str, timing.Program]]:
-  """The layers with K=1, uniform routing, forward and backward."""
+  """Programs of the layers with K=1 and uniform routing, with gradient."""
   layer = cases_lib.Layer.draw(sizes, E)
   inputs = cases_lib.Inputs.draw(layer, 'uniform', 1)
   arrays = layer.params, inputs.x, inputs.dy

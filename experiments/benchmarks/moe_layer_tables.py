@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 def report(
   sizes: Sizes, peaks: Peaks, rows: Sequence[Row], scaling: Sequence[Row]
 ) -> str:
-  """All tables and what their columns mean, in Markdown."""
+  """All tables and the meaning of their columns, in Markdown."""
   f = timing.facts()
   s = sizes
   parts = [
@@ -71,7 +71,7 @@ FOOTNOTE = (
 
 
 def layer_table(rows: Sequence[Row]) -> str:
-  """The layers' rows, ratios with their quartiles."""
+  """Table of the layers; ratios stand with their quartiles."""
   lines = []
   for row in rows:
     if row['case'] not in LAYERS:
@@ -99,7 +99,7 @@ def layer_table(rows: Sequence[Row]) -> str:
 
 
 def bare_table(rows: Sequence[Row]) -> str:
-  """The baselines' rows."""
+  """Table of the baselines."""
   return markdown_table(
     [
       {
@@ -118,7 +118,7 @@ def bare_table(rows: Sequence[Row]) -> str:
 
 
 def scaling_table(rows: Sequence[Row]) -> str:
-  """Growth with E at a fixed number of rows an expert."""
+  """Table of how time and memory grow with E, at fixed tokens an expert."""
   first = min(row['E'] for row in rows)
   return markdown_table(
     [
@@ -164,7 +164,10 @@ def _count_columns(row: Row) -> dict[str, str]:
 
 
 def write_plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-  """Bars: each layer over the dense layer times K; dots: its limit."""
+  """Draws each layer's time over that of the dense layer times K.
+
+  Layers are bars; black marks are the limits, the fastest bare products.
+  """
   settings = list(dict.fromkeys(_label(row) for row in rows))
   figure = Figure(
     figsize=(7.5, 1.2 + 0.5 * len(settings)), layout='constrained'

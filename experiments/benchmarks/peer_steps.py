@@ -1,7 +1,8 @@
-"""The same training step in transformers, for `bench_train_step --peer`.
+"""A training step in transformers equal to ours, for `bench_train_step --peer`.
 
-A Switch encoder-decoder of 4 + 4 layers, two sparse in each, on random tokens:
-forward, router losses, backward, AdamW, in float32. Not here: how it is timed.
+The model is a Switch encoder-decoder of 4 + 4 layers, two sparse ones in each
+half, on random tokens in float32. A step is forward pass, router losses,
+backward pass and AdamW. Not here: how it is timed.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
 NAME = 'transformers'
-# M=256, F=1024, E=8, batches of 8 with 256 tokens in and 64 out.
+# Overrides of the config, the sizes of both models: M=256, F=1024, E=8, batches
+# of 8 examples with 256 input and 64 output tokens.
 SIZES = {
   'batch_size': 8,
   'microbatches': 1,
@@ -49,17 +51,17 @@ SIZES = {
 
 
 def config() -> ml_collections.ConfigDict:
-  """The step's config; its model is Switch-Base's at `SIZES`."""
+  """Config of our step: Switch-Base, shrunk to `SIZES`."""
   base = load_config(CONFIG)
   return sections.settle(RunConfig, base, sections.merge(base, SIZES))[0]
 
 
 def cases() -> dict[str, Mapping[str, Any]]:
-  """What each of our cases changes in the config's `model`."""
+  """Overrides of the config's `model` by name of our case."""
   dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
   return {
     'gather, capacity factor 1.25': {},
-    # What is dropped is not multiplied; transformers drops nothing here.
+    # Dropped tokens save work here, and transformers drops none.
     'gather, capacity factor 1.0': {
       'moe': {'capacity': {'per_token': {'factor': 1.0}}}
     },
@@ -68,7 +70,7 @@ def cases() -> dict[str, Mapping[str, Any]]:
 
 
 def transformers_model(options: RunConfig) -> Any:
-  """transformers' SwitchTransformers of our model's sizes, as it starts.
+  """transformers' SwitchTransformers of our model's sizes, not trained.
 
   Raises:
     SystemExit: transformers or torch is not installed.
@@ -95,7 +97,7 @@ def transformers_model(options: RunConfig) -> Any:
       num_sparse_decoder_layers=2,
       num_heads=heads.num_heads,
       num_experts=m.moe.num_experts,
-      expert_capacity=options.data.seq_len,  # room for all, at no cost
+      expert_capacity=options.data.seq_len,  # drops nothing, at no cost
       router_jitter_noise=0.0,
       dropout_rate=0.0,
       dense_act_fn='relu',
@@ -107,7 +109,7 @@ def transformers_model(options: RunConfig) -> Any:
 def transformers_step(
   options: RunConfig, batch: Mapping[str, np.ndarray]
 ) -> Callable[[], None]:
-  """One step of that model on the batch, when called."""
+  """A function that takes one step of transformers' model on the batch."""
   model = transformers_model(options)
   import torch
 

@@ -1,8 +1,8 @@
-"""Interleaved timing: every case once a round, ratios within a round.
+"""Interleaved timing: every case runs once in every round.
 
-A machine's speed drifts by more than what is compared. Cases of one round meet
-the same machine, so ratios are taken round by round, and their median is what
-is reported. Not here: what is timed.
+A machine's speed drifts by more than the differences that are measured. The
+cases of one round meet the machine in the same state, so that ratios are taken
+round by round, and their median is reported. Not here: what is timed.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from moe_jax.analysis import roofline
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A function compiled for its arguments.
+  """A compiled function with its arguments.
 
   Attributes:
-    run: Runs it on them and waits.
-    compile_seconds: Tracing, lowering and compiling.
-    counts: What XLA counts in it.
+    run: Calls the function and waits for its result.
+    compile_seconds: Time of tracing, lowering and compiling.
+    counts: XLA's own counts of the program's FLOPs and bytes.
   """
 
   run: Callable[[], Any]
@@ -43,7 +43,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Quartiles of one case over rounds."""
+  """Quartiles of one case's values over rounds."""
 
   low: float
   median: float
@@ -51,11 +51,11 @@ class Spread:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Spread':
-    """Of one value a round."""
+    """The quartiles of values, one for each round."""
     return cls(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))
 
   def __format__(self, spec: str) -> str:
-    """'1.12 (1.08-1.19)', each in `spec`."""
+    """The median and the quartiles as text, '1.12 (1.08-1.19)'."""
     low, middle, high = (
       format(value, spec) for value in (self.low, self.median, self.high)
     )
@@ -63,14 +63,18 @@ class Spread:
 
 
 def positive_int(text: str) -> int:
-  """An argument's type for argparse, which says what is wrong."""
+  """Converts an argument for argparse.
+
+  Raises:
+    ArgumentTypeError: The text is no whole number from 1.
+  """
   if not text.isdigit() or int(text) < 1:
     raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
   return int(text)
 
 
 def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':
-  """`function` compiled for arguments of these shapes, donating none."""
+  """Compiles the function for arguments of these shapes; none is donated."""
   start = time.perf_counter()
   compiled = jax.jit(function).lower(*args).compile()
   return Compilation(compiled, time.perf_counter() - start)
@@ -78,13 +82,13 @@ def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-  """A compiled function, to be run on any arguments of its shapes."""
+  """A compiled function, and the seconds that compiling took."""
 
   compiled: Compiled
   seconds: float
 
   def on(self, *args: Any) -> Program:
-    """Bound to arguments."""
+    """The program that calls the function with these arguments."""
     return Program(
       run=lambda: jax.block_until_ready(self.compiled(*args)),
       compile_seconds=self.seconds,
@@ -99,15 +103,16 @@ def interleave(
   least: int = 5,
   most: int = 50,
 ) -> dict[Any, list[float]]:
-  """Seconds of each case in each round, after a round that warms up.
+  """Times all cases in rounds; the seconds of each case in each round.
 
-  The order turns by one case each round, so that none always follows another.
+  A first round warms up and is not timed. The order rotates by one case each
+  round, so that no case always follows the same other one.
 
   Args:
-    cases: What to run, each until its result is there.
-    seconds: About how long to go on, within the bounds on rounds.
-    least: Rounds, however long they take.
-    most: Rounds, however short they are.
+    cases: Functions by name; each returns once its result is ready.
+    seconds: Time after which no further round begins.
+    least: Smallest number of rounds, however long they take.
+    most: Largest number of rounds, however short they are.
   """
   names = list(cases)
   for run in cases.values():
@@ -126,14 +131,23 @@ def interleave(
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
-  """a over b, round by round."""
+  """Quartiles of the ratio of a to b, taken round by round."""
   return Spread.of([x / y for x, y in zip(a, b, strict=True)])
 
 
 def with_probes(
   cases: Mapping[Any, Callable[[], Any]], peaks: roofline.Peaks, **options: Any
 ) -> tuple[dict[Any, list[float]], list[roofline.Peaks]]:
-  """`interleave` of the cases and of the machine's peaks, round by round."""
+  """Times the cases and the machine's peaks in the same rounds.
+
+  Args:
+    cases: Functions by name.
+    peaks: Peaks measured before, whose probes run again in every round.
+    **options: Arguments of `interleave`.
+
+  Returns:
+    The seconds of each case in each round, and the peaks of each round.
+  """
 
   def waiting(run):
     return lambda: jax.block_until_ready(run())
@@ -147,7 +161,13 @@ def with_probes(
 def reached(
   times: Sequence[float], work: roofline.Work, peaks: Sequence[roofline.Peaks]
 ) -> dict[str, float]:
-  """The work, its roofline in the same rounds, and the fraction reached."""
+  """The work of a case, its roofline, and the fraction of it reached.
+
+  Args:
+    times: Seconds of the case in each round.
+    work: Least work of the case.
+    peaks: Peaks of the machine in each round.
+  """
   limits = [work.seconds(p) for p in peaks]
   return {
     'flops': work.flops,
@@ -158,7 +178,7 @@ def reached(
 
 
 def device_name() -> str:
-  """The device's own name: a CPU's model, an accelerator's kind."""
+  """Name of the device: a CPU's model, or an accelerator's kind."""
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return device.device_kind
@@ -172,12 +192,12 @@ def device_name() -> str:
 
 
 def folder_name(device: str) -> str:
-  """'AMD EPYC 9B14' -> 'amd_epyc_9b14'."""
+  """A device's name as that of a folder: 'AMD EPYC 9B14' -> 'amd_epyc_9b14'."""
   return re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')
 
 
 def facts() -> dict[str, str]:
-  """Where and when: device, date, versions."""
+  """The device, the date and the versions of a measurement."""
   return {
     'device': device_name(),
     'devices': f'{jax.device_count()} x {jax.devices()[0].platform}',
@@ -199,10 +219,10 @@ def write(
 
   Args:
     output: The results' root; the folder is `<output>/<name>/<device>`.
-    name: Of the experiment.
-    text: The Markdown.
-    rows: One a measured case; together their keys are the columns.
-    more: What else the JSON holds beside the rows and `facts`.
+    name: Name of the experiment.
+    text: Content of `table.md`.
+    rows: Numbers by column, a row for each measured case.
+    more: Entries that the JSON holds beside the rows and `facts`.
   """
   folder = pathlib.Path(output) / name / folder_name(device_name())
   folder.mkdir(parents=True, exist_ok=True)

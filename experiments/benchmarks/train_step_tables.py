@@ -22,7 +22,7 @@ def report(
   rows: Sequence[Mapping[str, Any]],
   depths: Sequence[Mapping[str, Any]],
 ) -> str:
-  """Both tables and what their columns mean, in Markdown."""
+  """Both tables and the meaning of their columns, in Markdown."""
   f = timing.facts()
   return (
     f'# A training step of {title}\n\n'
@@ -43,7 +43,7 @@ def report(
 
 
 def peer_report(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Ours against transformers' step, in Markdown."""
+  """Table of our training steps against transformers', in Markdown."""
   f = timing.facts()
   lines = [
     {
@@ -67,7 +67,7 @@ def peer_report(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A row a variant."""
+  """Table of the steps, with a row for each variant."""
   lines = []
   for row in rows:
     star = ' *' if 'dropless' in row['case'] else ''
@@ -91,7 +91,7 @@ def step_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def depth_table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A row a depth."""
+  """Table of compile times, with a row for each depth."""
   return markdown_table(
     [
       {
@@ -109,7 +109,7 @@ def depth_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_plot(
   rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
 ) -> None:
-  """Bars: each variant's step over the dense twin's, with quartiles."""
+  """Draws each variant's step time over the dense twin's, with quartiles."""
   figure = Figure(figsize=(7, 0.8 + 0.4 * len(rows)), layout='constrained')
   axes = figure.subplots()
   ratios = [row['per_twin'] for row in rows]
