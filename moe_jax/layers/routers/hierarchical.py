@@ -40,8 +40,8 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
 
   branching: int = option(
     2,
-    'Number a of branches of the hierarchical router; each has num_experts / a '
-    'of the experts.',
+    'Number a of branches of a hierarchical router, of num_experts / a '
+    'experts.',
     at_least(1),
   )
   branches_selected: int = option(
@@ -52,8 +52,7 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
   )
   noisy: bool = option(
     False,
-    'Whether both levels of the hierarchical router are noisy top-K gates, '
-    'whose kernels start at zero.',
+    'Whether a hierarchical router has noisy gates, with kernels from zero.',
   )
   gates: str = option(
     'raw',
@@ -133,10 +132,9 @@ class HierarchicalRouter(Router):
   """Two levels of linear gates; see `Router`.
 
   `w` and `w_noise` are the primary gate's kernels, `w_branch` and
-  `w_branch_noise` [a, M, b] those of the branches. There is no balance loss, as
-  the paper defines only importance and load losses for two levels. Entropy,
-  squared logits and z-loss are the primary gate's plus those of the chosen
-  branches, weighted by its gates.
+  `w_branch_noise` [a, M, b] those of the branches. The paper has no balance
+  loss for two levels. Entropy, squared logits and z-loss are the primary gate's
+  plus those of the chosen branches, weighted by its gates.
   """
 
   options: Hierarchical
@@ -183,8 +181,7 @@ class HierarchicalRouter(Router):
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
-    # The fan-in is that of one branch.
-    init = self._init(axes, shrink=1 / a)
+    init = self._init(axes, shrink=1 / a)  # the fan-in of one branch
     w = self.param('w_branch', init, shape, jnp.float32)
     if self.options.noisy:
       w_noise = self.param('w_branch_noise', init, shape, jnp.float32)
