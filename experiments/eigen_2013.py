@@ -1,27 +1,29 @@
-"""Two layers of gates: where a digit is, and which it is.
+"""Do the gates of two layers follow where a digit is, and which digit it is?
 
     python -m experiments.eigen_2013 --preset=quick
 
 Learning Factored Representations in a Deep Mixture of Experts
 (https://arxiv.org/abs/1312.4314): on MNIST's digits at random places, the first
 layer's gates follow the place and the second's the class. Without a constraint
-that balances the experts at the start of training, the gates collapse onto few.
-The Deep MoE sits between one expert a layer and a network of all of them. The
-paper's values of errors, sizes and margin could not be verified: none is here.
+that balances the experts at the start of training, the gates collapse onto a
+few experts. The errors of the Deep MoE lie between those of one expert a layer
+and of a network of all experts. The paper's values of errors, sizes and margin
+could not be verified, so that none is given here.
 
-Here: jittered digits, scikit-learn's 8x8 images on a canvas of 14x14, drawn at
-another of 49 places each time. Layers have four experts. The gates are those of
-the validation images, each at every place, so that place and class have nothing
-to do with each other (`--task=mnist`: of 400 images at 81 places, where TFDS
-has MNIST). See `study/gate_information.py` for how information is estimated.
+Here: jittered digits, scikit-learn's 8x8 images on a canvas of 14x14, each time
+at one of 49 random places. Layers have four experts. The gates are measured on
+the validation images, each at every place, so that place and class are
+independent (`--task=mnist`: 400 images at 81 places, where TFDS has MNIST). See
+`study/gate_information.py` for how information is estimated.
 
 Found, on the eight seeds of `full` (eight minutes on two cores): the first
-layer's gates know 0.25 nats of the place and 0.005 of the class, the second's
-0.43 of the class and 0.03 of the place. Without the constraint the second
-layer's experts are used unevenly (a coefficient of variation of 1.0, not 0.1)
-and one in four or more not at all; the first layer keeps all of its own. Two
-layers err in 4.2 % of cases, one layer in 5.4, one expert a layer in 6.7; that
-the constraint lowers errors was not resolved.
+layer's gates hold 0.25 nats of information about the place and 0.005 about the
+class, the second's 0.43 about the class and 0.03 about the place. Without the
+constraint the second layer uses its experts unevenly (a coefficient of
+variation of 1.0, not 0.1) and leaves one in four or more unused; the first
+layer uses all of its own. Two layers err in 4.2 % of cases, one layer in 5.4 %,
+one expert a layer in 6.7 %; whether the constraint lowers errors was not
+resolved.
 """
 
 import ml_collections
@@ -67,7 +69,10 @@ def config(steps: int) -> ml_collections.ConfigDict:
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """The constraint off, on, or lifted half-way, of one layer and of two."""
+  """An arm for each depth and constraint, and one of a single expert a layer.
+
+  The balancing constraint is off, on, or lifted half-way through training.
+  """
   steps = {'off': 0, 'on': -1, 'lifted': preset.steps // 2}
   key = 'model.deep_moe.'
   arms = []
@@ -82,24 +87,24 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def _sizes(depth: int) -> dict[str, tuple[int, ...]]:
-  """The sizes of the first layers of the config, by dotted name."""
+  """Sizes of the config's first `depth` layers, by dotted name of the key."""
   section = eigen_digits.get_config().model.deep_moe
   names = ('num_experts', 'hidden', 'gate_hidden')
   return {f'model.deep_moe.{name}': section[name][:depth] for name in names}
 
 
 def row_name(constraint: str, depth: int) -> str:
-  """Name of an arm."""
+  """Name of the arm of a constraint and a number of layers."""
   return f'{constraint}, depth {depth}'
 
 
 def information(layer: int, label: str) -> str:
-  """Name of the column of I(gate; label)."""
+  """Name of the column of I(gate; label), the gates' mutual information."""
   return f'I(gate {layer}; {label})'
 
 
 def columns() -> list[Column]:
-  """The error, then what each layer's gates go by, and how evenly."""
+  """Columns of the error, the gates' information and the experts' balance."""
   columns = [Column('test error', 'test_error', '%', 2)]
   for i in LAYERS:
     columns += [
@@ -117,7 +122,7 @@ def columns() -> list[Column]:
 
 
 def difference(layer: int) -> str:
-  """Name of the column of how much more gates say of place than of class."""
+  """Name of the column of a layer's I(gate; place) less its I(gate; class)."""
   return f'place less class, {layer}'
 
 

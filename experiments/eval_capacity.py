@@ -8,14 +8,16 @@ trained at capacity factor 0.75 gains 0.024 nats a token when it is evaluated at
 V-MoE, https://arxiv.org/abs/2106.05974) in training and evaluation. Priority
 is said to keep quality at capacities far below 1.
 
-Here: an encoder-decoder, sparse in the encoder alone, which sees all of its
-inputs: there priority leaks nothing. It reads keys and knows their values by
-heart (`--task=text`: a few bytes after a prefix). Two models, trained with and
-without priority, are evaluated at every capacity under both orders.
+Here: an encoder-decoder that is sparse in the encoder alone. An encoder sees
+all of its input at once, so that priority leaks nothing. The model reads keys
+and must have memorised their values (`--task=text`: it continues a prefix by a
+few bytes). Two models, trained with and without priority, are evaluated at
+every capacity in both orders.
 
-Found: more room at evaluation helps, and so does priority wherever slots are
-short, with or without it in training. A model trained with priority leans on
-it: nearly perfect at its own capacity, and by far the worst without.
+Found: more capacity at evaluation helps, and so does priority wherever slots
+are short, whether or not it was used in training. A model trained with priority
+depends on it: it is nearly perfect at its own capacity, and by far the worst
+without priority.
 """
 
 from experiments.study import byte_models, command
@@ -64,14 +66,14 @@ def _name(order: str, factor: float) -> str:
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Without and with priority in training."""
+  """Two arms: training without and with batch priority."""
   del preset
   key = 'model.moe.router.token_choice.slot_priority'
   return [Arm(name, {key: order}) for name, order in ORDERS.items()]
 
 
 def row_name(trained: str, order: str, factor: float) -> str:
-  """Name of the row of a model that is evaluated so."""
+  """Name of the row of a model evaluated in an order at a capacity factor."""
   return f'trained in {trained}; {order}, CF {factor:g}'
 
 
@@ -97,11 +99,17 @@ def rows(results: Results, times) -> list[Row]:
 
 
 def compared(row: tuple, than: tuple) -> str:
-  """The comparison that says that the first row's loss is lower."""
+  """A claim's comparison: the first row has a lower loss than the second.
+
+  Args:
+    row: Arguments of `row_name`, of the first row.
+    than: Arguments of `row_name`, of the second row.
+  """
   return f'loss: {row_name(*row)} < {row_name(*than)}'
 
 
-# The paper's models at 0.75, without and with priority in training.
+# Addresses of the paper's models of capacity factor 0.75, trained without and
+# with batch priority.
 WITHOUT = 'stmoe2022/table8/top-1, CF 0.75'
 WITH = 'stmoe2022/table18/CF 0.75'
 ENCODER = 'There in encoder and decoder, here in the encoder.'

@@ -18,31 +18,31 @@ in the paper, and chosen: which class of a pair is 1 (here [I] and [A]), weights
 that start uniform within 0.5, and the rates. `--task=linear_pairs` leaves out
 the logistic, `--task=one_hot` has an output a class.
 
-The paper's table has equation 1.3 alone; 1.1 and 1.2 are our own question. What
-the choice of an expert says about a case, I(expert; case) in nats, is 0 of
-gates that decide where one expert has all cases, and of gates that decide
-nothing.
+The paper's table has equation 1.3 alone; 1.1 and 1.2 are our own question. The
+information I(expert; case), what the choice of an expert says about a case, is
+in nats. It is 0 where one expert gets all cases, and where the gates are the
+same for all cases.
 
 Found, 25 seeds each, a minute on two idle cores: 4 experts need about 0.6 of
 the epochs of 6 hidden units with speakers that are drawn, and 0.72 on the table
 of 1952 itself (835 against 1,159, by `--config.data.vowels.table=PATH`; not in
-RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. Who is
-chosen says more of a case where experts compete, 0.66 nats by 1.3 and 0.65 by
-1.2, than where they cooperate, 0.43 by 1.1. Equation 1.1 needs about as many
-epochs at its own best rate, but its gates become the decision themselves where
-those of 1.2 and 1.3 leave it to the experts (`boundaries.png`). Equation 1.3 is
-hardly other than half of 1.2: with one logistic output all distances are below
-1, and the exponential is nearly straight. One run in 25 of 1.2 had one expert
-alone, none of 1.3.
+RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. The choice
+of an expert says more about a case where experts compete (0.66 nats with
+equation 1.3, 0.65 with 1.2) than where they cooperate (0.43 with 1.1). Equation
+1.1 needs about as many epochs at its own best rate, but its gates make the
+decision themselves, where those of 1.2 and 1.3 leave it to the experts
+(`boundaries.png`). Equation 1.3 is nearly half of equation 1.2: with one
+logistic output all distances are below 1, where the exponential is almost
+linear. In one run of 25 with 1.2 a single expert was in use, in none with 1.3.
 
-`--task=linear_pairs --steps=20000` parts them: 4 experts of 1.3 have 3 in use,
-of 1.2 and 1.1 two, and need 3,400 epochs, 5,450 and 1,060 (6 hidden units
-8,600, two runs in 25 never). The likeliest expert of each case is right in 87,
-89 and 64 % of cases without the others: what cooperates does not specialise.
-Who is chosen says 0.62, 0.64 and 0.27 nats of a case. `--task=digits`
-(minutes): one linear expert could have all digits, and competing experts often
-leave it so: 1.7 are in use by 1.3, 1.4 by 1.2 and 3.0 by 1.1, whose choices
-then say the most.
+`--task=linear_pairs --steps=20000` tells the equations apart: of 4 experts 3
+are in use with 1.3, and two with 1.2 and 1.1; they need 3,400, 5,450 and 1,060
+epochs (6 hidden units 8,600, and two runs in 25 never arrive). The likeliest
+expert of each case is right by itself in 87, 89 and 64 % of cases: cooperating
+experts do not specialise. The choice of an expert says 0.62, 0.64 and 0.27 nats
+about a case. `--task=digits` (minutes): one linear expert could learn all
+digits, and competing experts often leave them to one: 1.7 are in use with 1.3,
+1.4 with 1.2 and 3.0 with 1.1, whose choices then say the most.
 """
 
 import pathlib
@@ -62,7 +62,7 @@ from moe_jax import sections
 
 VOWELS = 'vowels, drawn around the means of Peterson and Barney 1952'
 PAIRS = '[i], [a] against [I], [A]'
-# Number of moments of a run's life that are drawn.
+# Number of points in time at which a run's weights are kept for drawing.
 MOMENTS = 30
 
 
@@ -79,11 +79,11 @@ def in_epochs(preset: Preset) -> str:
 
 
 def lives(folder: pathlib.Path, runs: Results) -> dict[str, Life]:
-  """Seed 0 of 4 experts with each loss, in steps to where it stopped.
+  """Weights over time of seed 0 of 4 experts, by loss.
 
   Args:
-    folder: The folder of the table, in which the configs are.
-    runs: The results.
+    folder: Folder of the table, which has the configs of the arms.
+    runs: Results of all runs, by arm.
   """
   configs, lives = results.read_configs(folder), {}
   for loss in LOSSES:
@@ -100,9 +100,10 @@ def lives(folder: pathlib.Path, runs: Results) -> dict[str, Life]:
 
 
 def pictures(runs: Results, folder: pathlib.Path) -> None:
-  """Draws the table's figure; where cases have two features, their plane too.
+  """Draws the table's figure, and the experts' regions of the feature plane.
 
-  `boundaries.gif` shows how it is divided from epoch to epoch.
+  The regions, `boundaries.png` and the animation `boundaries.gif`, are drawn
+  only where cases have two features.
   """
   rows = {row.name: row for row in jacobs_rows.rows(runs, {})}
   sweeps = jacobs_rows.sweeps(runs)

@@ -46,8 +46,8 @@ def check(items: Sequence[Item]) -> None:
   """Reads every config before anything starts.
 
   Raises:
-    ValueError: One does not exist, or two items have one workdir
-      or one folder of checkpoints.
+    ValueError: A config does not exist or is wrong, or two items share a
+      workdir or a folder of checkpoints.
   """
   folders = [pathlib.Path(item.workdir) for item in items]
   _check_own('workdir', folders)
@@ -76,7 +76,7 @@ def _check_own(what: str, folders: Sequence[os.PathLike[str]]) -> None:
 
 
 def is_finished(item: Item) -> bool:
-  """Whether the item's run, and not another, is at its last step.
+  """Whether the item's workdir has this very run, finished.
 
   A run that has trained but not yet drawn its plots is not finished.
   """
@@ -85,9 +85,15 @@ def is_finished(item: Item) -> bool:
 
 
 def note_finished(item: Item) -> bool:
-  """`is_finished` after a process has ended well: notes it, if it is so."""
+  """Records that the item's run has finished, if it is at its last step.
+
+  Call this after all of the run's processes have ended with status 0.
+
+  Returns:
+    Whether the run has finished.
+  """
   folder, options = pathlib.Path(item.workdir), _options(item)
-  # No `Checkpointer`: it would open the devices, which are the items'.
+  # A `Checkpointer` would open the devices, which the items' processes need.
   kept = retention.Directory(_checkpoints(item, options), 1, False, '')
   if options.total_steps not in kept.steps():
     return False
@@ -105,13 +111,14 @@ def _described(item: Item) -> dict[str, Any]:
 def make_command(
   item: Item, processes: int = 1, devices_per_process: int = 0
 ) -> Command:
-  """The item's processes.
+  """The commands of an item's processes, and what belongs to them.
 
   Args:
     item: The run.
-    processes: How many run it together, over a port of this machine.
-    devices_per_process: CPUs that each of them pretends to have; 0: what there
-      is.
+    processes: Number of processes that run it together, connected over a port
+      of this machine.
+    devices_per_process: Number of fake CPU devices of each process; 0 uses the
+      real devices.
   """
   folder = pathlib.Path(item.workdir)
   command = [
@@ -148,21 +155,22 @@ def make_command(
 
 
 def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
-  """A line for each item; for one that failed also how its logs end."""
+  """A line for each item's outcome, and for failed ones the ends of logs."""
   lines = []
   for command in commands:
     lines.append(f'{outcomes[command.name]:12}{command.name}')
     if outcomes[command.name] == scheduler.FAILED:
       ends = {log: _end_of(log) for log in command.logs}
       said = [log for log, end in ends.items() if end.startswith(_OURS)]
-      # A process that is lost takes the others with it, and they say so.
+      # When one process is lost, the others' logs end with errors that only
+      # say so: prefer the logs that end with a message of this package.
       for log in said or ends:
         lines.append(f'            {log}: {ends[log]}')
   return '\n'.join(lines)
 
 
 def _end_of(log: pathlib.Path) -> str:
-  """The last line, or the last that is this package's own."""
+  """Last line of a log, or its last message of this package if it has one."""
   text = log.read_text(encoding='utf-8', errors='replace')
   lines = [line for line in text.splitlines() if line.strip()] or ['(empty)']
   ours = [line for line in lines if line.startswith(_OURS)]
@@ -181,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
     prog='python -m experiments.launch',
     description=__doc__.split('\n')[0],
-    epilog='and overrides of all items: --config.seed=1',
+    epilog='Keys of all items can be changed: --config.seed=1',
     allow_abbrev=False,
   )
   add = parser.add_argument
@@ -194,15 +202,30 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     action='append',
     default=[],
     metavar='KEY=V1,V2',
-    help='values of a key, an item for each',
+    help='values of a config key; each value makes an item',
   )
   add('--output', default='runs/launch', help='folder of the workdirs')
-  add('--workers', type=int, default=1, help='items at a time')
-  add('--accelerator', choices=['gpu', 'tpu'], default='', help='one an item')
+  add('--workers', type=int, default=1, help='number of items at a time')
+  add(
+    '--accelerator',
+    choices=['gpu', 'tpu'],
+    default='',
+    help='kind of device, of which every item gets one',
+  )
   add('--devices', type=int, default=0, help='number of accelerators')
   add('--processes', type=int, default=1, help='processes of each item')
-  add('--devices_per_process', type=int, default=0, help='fake CPUs of each')
-  add('--grace_seconds', type=float, default=120.0, help='time to save in')
+  add(
+    '--devices_per_process',
+    type=int,
+    default=0,
+    help='fake CPU devices of each process; 0: the real devices',
+  )
+  add(
+    '--grace_seconds',
+    type=float,
+    default=120.0,
+    help='seconds that a stopped item may take to save',
+  )
   options, overrides = parser.parse_known_args(argv)
   if bool(options.accelerator) != (options.devices > 0):
     parser.error('--accelerator and --devices go together')
@@ -216,10 +239,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
-  """(key, value) of '--config.key=value' and of '--config.key value'.
+  """Pairs (key, value) of the words of overrides on the command line.
+
+  Args:
+    overrides: Words '--config.key=value', or '--config.key' and 'value'.
 
   Raises:
-    ValueError: A word is no override.
+    ValueError: A word is no override, or a key has no value.
   """
   pairs, words = [], list(overrides)
   while words:
@@ -239,10 +265,15 @@ def _pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
 def items_of(
   options: argparse.Namespace, overrides: Sequence[str] = ()
 ) -> list[Item]:
-  """The items of the file, or of the sweeps.
+  """The items of `--items`, or those of `--config` and its sweeps.
+
+  Args:
+    options: Parsed command line.
+    overrides: Words of the overrides of all items.
 
   Raises:
-    ValueError: See `read_items`; or a key is given twice, or is no override.
+    ValueError: The file is wrong (see `read_items`), a key is given twice, or
+      a word is no override.
   """
   if options.items:
     return read_items(options.items)
@@ -261,7 +292,17 @@ def run(
   places: Sequence[processes_lib.Environment],
   grace_seconds: float,
 ) -> dict[str, str]:
-  """Runs the items that are not finished; the outcome of each, by name."""
+  """Runs the items that are not finished.
+
+  Args:
+    items: All items.
+    commands: The command of each item.
+    places: Environment variables of each slot in which an item can run.
+    grace_seconds: Seconds from asking an item to stop to killing it.
+
+  Returns:
+    The outcome of every item, by the name of its command.
+  """
   say = functools.partial(print, flush=True)
   outcomes, tasks = {}, {}
   for item, command in zip(items, commands, strict=True):
@@ -281,7 +322,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs all items; the exit status."""
+  """Runs all items and returns the exit status."""
   options, overrides = parse(argv)
   try:
     items = items_of(options, overrides)

@@ -9,9 +9,9 @@ that moves by u = 1e-3 a step against each expert's load brings 0.04, and 0.06
 and 0.05 less perplexity (0.006 nats a token, below what is resolved here).
 
 Here: a two-layer byte-level decoder, top-2 of 16 experts, sigmoid gates, no
-capacity. A bias moves at most u times the steps, and a run here has hundreds
-where theirs have tens of thousands, so u is larger: 1e-2 stands for their
-1e-3.
+capacity. A bias changes by at most u times the number of steps. Runs here have
+hundreds of steps and the paper's tens of thousands, so that u is larger here:
+1e-2 stands for their 1e-3.
 
 Found, on the three seeds of `quick`: a bias of rate 0.01 balances as a loss of
 weight 0.01 to 0.1 does, at no cost in quality that is resolved; 0.1 fluctuates.
@@ -53,7 +53,7 @@ def config(steps: int):
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Neither, a loss of some weights, a bias of some rates."""
+  """Arms without balancing, with losses of some weights, with biases."""
   del preset
   router = 'model.moe.router.token_choice'
   loss, bias = f'{router}.balance_weight', f'{router}.balance_bias_rate'
@@ -65,7 +65,10 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def max_violation(run: Run, state: TrainState) -> dict[str, float]:
-  """(largest load - mean) / mean of a batch, averaged over batches, layers."""
+  """MaxVio of single validation batches, averaged over batches and layers.
+
+  MaxVio is (largest load - mean load) / mean load.
+  """
   step = compiled_eval_step(run.model)
   violations = []
   for batch in data.eval_batches(
@@ -81,7 +84,13 @@ def max_violation(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def claim(text: str, compared: str, cell: str) -> Claim:
-  """A claim about the paper's model of 1B parameters."""
+  """A claim about the paper's model of 1B parameters.
+
+  Args:
+    text: Text of the claim.
+    compared: Comparison of rows of our table; see `Claim`.
+    cell: Name of the column of the paper's table.
+  """
   rows = [
     f'lossfree2024/table2/1B loss-{how}' for how in ('free', 'controlled')
   ]

@@ -1,12 +1,12 @@
-"""All studies' results on one page, `experiments/RESULTS.md`.
+"""Writes all studies' results on one page, `experiments/RESULTS.md`.
 
     python -m experiments.report
 
-Takes `results/<study>/full/summary.json` of every study that has one, keeps it
-with its figure in `experiments/results`, and writes the page from what is kept
-there; a study that was not run here keeps what it had. The page refuses to mix
-corpora: studies of one task must have seen the same bytes. Not here: what the
-part of one study says (`study/results.py`).
+Copies `results/<study>/full/summary.json` of every study that has one, with its
+figure, to `experiments/results`, and writes the page from all summaries there;
+a study that was not run again keeps its earlier summary. The page refuses to
+mix corpora: studies of one task must have seen the same bytes. Not here: the
+text of one study's section (`study/results.py`).
 """
 
 import argparse
@@ -42,13 +42,13 @@ command that made it, and with its device and date: the code has changed since.
 
 
 def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The paths of the full presets' summaries, by study."""
+  """Paths of the full presets' summaries, by study."""
   paths = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
   return {path.parts[-3]: path for path in paths}
 
 
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
-  """Copies the full presets' summaries and figures to where they are kept."""
+  """Copies the full presets' summaries and figures to the folder `kept`."""
   kept.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
@@ -58,10 +58,15 @@ def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
 def read(
   kept: pathlib.Path, results: pathlib.Path | None = None
 ) -> list[dict[str, Any]]:
-  """The kept summaries, by name; those of `results` stand in their place.
+  """Reads the summaries of all studies, in the order of their names.
+
+  Args:
+    kept: Folder of the summaries that were copied before.
+    results: Folder of new results, which replace those copied before.
 
   Raises:
-    ValueError: There is none, or two of one task are of different bytes.
+    ValueError: There is no summary, or two studies of one task saw different
+      data.
   """
   paths = {path.stem: path for path in kept.glob('*.json')}
   paths |= summaries_of(results) if results else {}
@@ -83,7 +88,7 @@ def read(
 
 
 def page(summaries: Sequence[dict[str, Any]]) -> str:
-  """The page, in Markdown."""
+  """The page of all studies, in Markdown."""
   overview = []
   for summary in summaries:
     words = [claim['verdict'] for claim in summary['claims']]
@@ -110,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prog='python -m experiments.report', description=__doc__.split('\n')[0]
   )
   parser.add_argument(
-    '--results', default='results', help='where studies wrote theirs'
+    '--results', default='results', help='folder to which studies wrote'
   )
-  parser.add_argument('--output', default=str(HERE), help='where the page goes')
+  parser.add_argument('--output', default=str(HERE), help='folder of the page')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
   try:

@@ -2,17 +2,17 @@
 
     python -m experiments.routing_rules --preset=quick
 
-Expert Choice (https://arxiv.org/abs/2202.09368): at equal compute, scores of
-84.0 against top-2's 82.2 and Switch's 78.4 (100M parameters, 64 experts), and
-against 81.3 of a hash of the token. Hash Layers
-(https://arxiv.org/abs/2106.04426) compares a fixed hash with Switch, and what
-is hashed; its numbers could not be verified.
+Expert Choice (https://arxiv.org/abs/2202.09368) scores 84.0 at equal compute,
+against 82.2 of top-2, 78.4 of Switch (100M parameters, 64 experts) and 81.3 of
+a hash of the token. Hash Layers (https://arxiv.org/abs/2106.04426) compares a
+fixed hash with Switch, and hashes of different inputs; its numbers could not be
+verified.
 
-Here: causal byte-level decoders, where expert choice cheats: whether an expert
-takes a token depends on the tokens after it. The leak is measured (how many
-earlier outputs change when later tokens do), and with it the loss of the same
-rows as generation would see them, prefix by prefix. Token choice has room for
-all, groups are single sequences.
+Here: causal byte-level decoders, in which expert choice sees the future:
+whether an expert takes a token depends on the tokens after it. The leak is
+measured as the share of earlier outputs that change when later tokens do, and
+by the loss of the same rows as generation would see them, prefix by prefix.
+Token choice drops nothing; groups are single sequences.
 
 Found, on the three seeds of `quick`: nearly all outputs of expert choice change
 with later tokens, and as generated it loses to top-2. A hash of the token beats

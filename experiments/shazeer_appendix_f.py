@@ -1,18 +1,18 @@
-"""Strictly balanced gating: does inference do what was trained?
+"""Strictly balanced gating: do experts get the same tokens at inference?
 
     python -m experiments.shazeer_appendix_f --preset=quick
 
 Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Appendix F: in training
 every expert takes the same number of a batch's tokens, those whose gates for it
-are the largest. At inference there may be no batch, so each takes the tokens
-whose gates are above a threshold, which a loss of its own teaches to agree with
-the batch's choice. The paper prints no numbers of it.
+are the largest. At inference there may be no batch, so that each expert takes
+the tokens whose gates are above a threshold, which is trained by its own loss
+to agree with the batch's choice. The paper gives no numbers for this.
 
 Here: the LSTMs of `shazeer_table7.py` with 16 experts, on bytes. Both choices
-are made for the same batch of validation text: how many of the pairs of token
-and expert that either makes do both make, and what is the loss with each? What
-training's choices tell of later tokens is measured where others follow: the
-ends of rows are then those of other rows. Noisy top-4 beside it: its two
+are made for the same batch of validation text, to measure which share of the
+pairs of token and expert they have in common, and the loss with each. How much
+training's choices reveal of later tokens is measured by replacing the second
+half of every row by that of another row. Noisy top-4 is the comparison: its two
 choices differ by the noise alone.
 
 Found, on the five seeds of `full`: after 2,000 steps 93 % of the pairs of token
@@ -20,9 +20,9 @@ and expert that either choice makes are made by both (77 % if thresholds had
 stayed where they start), tokens have 4.0 experts, none has no expert, and the
 busiest expert has 1.05 times the mean load, less than with the losses of
 importance and load. It costs 0.04 nats a byte against them. Where the batch is
-a single row, inference loses 0.026 nats against training's choices, and a row's
-own end gave these 0.004 in its first half: they tell of later tokens. Of a
-batch of 2,048 tokens neither was resolved.
+a single row, inference loses 0.026 nats against training's choices. These gain
+0.004 nats in a row's first half from its own second half: they reveal later
+tokens. With a batch of 2,048 tokens neither difference was resolved.
 """
 
 import functools
@@ -58,7 +58,7 @@ def config(steps: int):
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Noisy top-4 with and without its losses; balance in a batch or a row."""
+  """Noisy top-4 with and without losses; strict balance of a batch or a row."""
   del preset
   router = 'model.moe.router'
   noisy, strict = f'{router}.noisy_top_k', f'{router}.strictly_balanced'
@@ -77,7 +77,10 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
-  """Compares choices on validation rows, and on rows whose ends are others'."""
+  """Compares choices on validation rows, and on rows with exchanged halves.
+
+  See `compare` for the numbers.
+  """
   rows, B = run.dataset.splits['validation'], run.options.batch_size
   taken = rows.take(np.array(spread(len(rows), 2 * B)))
   batch, others = (
@@ -94,21 +97,25 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 def compare(
   model: LstmLm, variables: Variables, batch: Batch, elsewhere: Batch
 ) -> dict[str, float]:
-  """Choices of training and of inference, for the same rows.
+  """Compares the choices of training and of inference, for the same rows.
 
   Args:
     model: A model with one router.
     variables: The model's variables.
     batch: Rows of text.
-    elsewhere: The same rows, but for the tokens of their second halves.
+    elsewhere: The same rows with the second halves of other rows.
 
   Returns:
-    `agreement`: of the pairs of token and expert that are chosen in training or
-    in inference, those that are chosen in both; `unlearned`, the same with
-    thresholds as they start. `experts`: a token's in inference, and `none`, the
-    share of tokens without one. In nats a byte, `lost`: the loss of inference
-    above that of training's choices; and `foreseen`: with these, the first
-    halves' loss where other tokens follow, above that where their own do.
+    Numbers by name:
+    - agreement: share of the pairs of token and expert chosen in training or
+      inference that are chosen in both.
+    - unlearned: the same with thresholds at their initial value.
+    - experts: mean number of experts of a token in inference.
+    - none: share of tokens without an expert in inference.
+    - lost: loss with inference's choices less that with training's, in nats a
+      byte.
+    - foreseen: loss of the first halves, with training's choices, where another
+      row's second half follows, less that where their own does; in nats a byte.
   """
 
   @functools.partial(jax.jit, static_argnames='train')
@@ -145,27 +152,27 @@ def compare(
 
 
 def with_thresholds(variables: Variables, value: float) -> Variables:
-  """The variables with every learned threshold of its router at `value`."""
+  """The variables with all learned thresholds of the router set to `value`."""
   flat = flatten_dict(variables)
   (name,) = (path for path in flat if path[-1] == 'b_threshold')
   return unflatten_dict(flat | {name: jnp.full_like(flat[name], value)})
 
 
 def _loss(logits, batch: Batch, until: int | None = None) -> jax.Array:
-  """The loss in nats a byte of each row's first bytes; None takes all."""
+  """Mean loss in nats a byte, of the first `until` bytes of each row or all."""
   cut = slice(None, until)
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits[:, cut], batch['targets'][:, cut]
   )
   weights = batch['loss_weights'][:, cut]
-  # The last byte of a first half predicts one of the second half, which is
-  # another's elsewhere.
+  # The last byte of a first half predicts one of the second half, which may
+  # have been replaced.
   weights = weights if until is None else weights.at[:, -1].set(0.0)
   return (nats * weights).sum() / weights.sum()
 
 
 def chosen(kept) -> jax.Array:
-  """The choices of the one router, bool [N, E], from its intermediates."""
+  """Choices of the model's only router, bool [N, E], from intermediates."""
   (router,) = (
     value['moe']['router']
     for value in kept['intermediates'].values()
@@ -184,7 +191,7 @@ def chosen(kept) -> jax.Array:
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:
-  """The share of the pairs of either that are in both."""
+  """Share of the pairs chosen in either that are chosen in both."""
   return (one & other).sum() / (one | other).sum()
 
 

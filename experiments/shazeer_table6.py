@@ -8,13 +8,13 @@ take nearly all (largest load 17.8 times the mean, perplexity 39.8); with
 either loss, at any weight, loads are even and perplexity is 35.6 or 35.7.
 
 Here: a two-layer byte-level decoder, 32 experts, noisy top-2, no capacity.
-Balance is that of training, where the noise is; the last column is what the
-same routers do in evaluation, without it. The noise weights start at zero and
-keep a short run even for a while, so that the row without losses needs some 800
-steps to fall out of balance; `quick` has fewer.
+Balance is measured in training, with the noise; the last column is that of
+evaluation, without it. The weights of the noise start at zero, and the noise
+keeps loads even at first, so that the row without losses needs some 800 steps
+to fall out of balance; `quick` has fewer.
 
-Found: balance moves as in the paper. Quality too, but for the weights: there
-any will do, here 0.01 is best and 1 worse than none.
+Found: balance changes as in the paper. So does quality, except that in the
+paper any weight will do, and here 0.01 is best and 1 is worse than no loss.
 """
 
 from experiments.study import byte_models, command
@@ -24,7 +24,8 @@ from experiments.study.sweeps import zipped
 
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01)]
 WEIGHTS += [(1.0, 1.0)]
-# Means over the last tenth of the steps, with noise.
+# Prefixes of metrics: means over the last tenth of the training steps, with
+# noise, and the evaluation, without it.
 TRAINED = 'train/layer_*'
 EVALUATED = f'eval/{byte_models.EVAL}/layer_*'
 
@@ -55,7 +56,13 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def claim(text: str, compared: str, cell: str) -> Claim:
-  """A claim about two rows of the paper's table, by one of their cells."""
+  """A claim about two rows of the paper's table.
+
+  Args:
+    text: Text of the claim.
+    compared: Comparison of the two rows of our table; see `Claim`.
+    cell: Name of the column of the paper's table.
+  """
   claim = Claim(text, compared)
   rows = f'shazeer2017/table6/{claim.row}', f'shazeer2017/table6/{claim.than}'
   return Claim(text, compared, [f'{row}/{cell}' for row in rows])

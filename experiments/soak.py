@@ -2,14 +2,15 @@
 
     python -m experiments.soak --minutes=10
 
-Three undisturbed runs of two processes, of as many seeds, are the measure. Then
-one run on the same mesh and one whose mesh and number of processes change at
-every restart are disturbed at random moments: SIGKILL or SIGTERM to one process
-or to both, and the newest checkpoint altered, cut short or left without its
-manifest. On the same mesh the parameters at the end must be the undisturbed
-run's bit for bit. After a change of mesh every array must be what the
-checkpoint holds, the batches those that follow, and the first step's loss and
-gradient those of one device. What is disturbed is `soaking/soak_run.py`.
+Three undisturbed runs of two processes, with three seeds, are the reference.
+Then two runs are disturbed at random moments, one on the same mesh and one
+whose mesh and number of processes change at every restart: one process or all
+get SIGKILL or SIGTERM, and the newest checkpoint is altered, cut short or left
+without its manifest. On the same mesh the final parameters must equal the
+undisturbed run's bit for bit. After a change of mesh every array must equal the
+checkpoint's, the batches must be the next ones, and the first step's loss and
+gradient must be those of one device. The program of the disturbed processes is
+`soaking/soak_run.py`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from moe_jax.training.setup import set_up
 
 SEEDS = (0, 1, 2)
 SAME = (2, dict(data=1, fsdp=1, expert=2, tensor=1))
-# Processes, and a mesh of as many devices or twice or four times as many.
+# Pairs (number of processes, mesh); a process has one, two or four devices.
 MESHES = (
   SAME,
   (1, dict(data=1, fsdp=1, expert=4, tensor=1)),
@@ -63,7 +64,13 @@ class Processes:
   """The processes of one run."""
 
   def __init__(self, workdir: pathlib.Path, spec: dict[str, Any], count: int):
-    """Starts them; each has its share of the mesh's devices."""
+    """Starts the processes; each has an equal share of the mesh's devices.
+
+    Args:
+      workdir: Folder of the run.
+      spec: Arguments of `soak_run.py`, written as JSON.
+      count: Number of processes.
+    """
     devices = int(np.prod(list(spec['mesh'].values()))) // count
     env = os.environ | {
       'JAX_PLATFORMS': 'cpu',
@@ -93,17 +100,21 @@ class Processes:
       self.all.append(process)
 
   def left(self) -> list[subprocess.Popen]:
-    """Those that have not ended."""
+    """The processes that have not ended."""
     return [process for process in self.all if process.poll() is None]
 
   def send(self, number: int, some: Sequence[subprocess.Popen]) -> None:
-    """Sends a signal."""
+    """Sends a signal to those of `some` that have not ended."""
     for process in some:
       if process.poll() is None:
         process.send_signal(number)
 
   def wait(self, seconds: float) -> bool:
-    """Whether all have ended in time; else they are killed."""
+    """Waits for all processes; kills those that have not ended in time.
+
+    Returns:
+      Whether all ended in time.
+    """
     deadline = time.monotonic() + seconds
     while self.left() and time.monotonic() < deadline:
       time.sleep(0.05)
@@ -115,7 +126,7 @@ class Processes:
 
 
 def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
-  """Runs to the end; its batches, last digests and last loss."""
+  """Trains to the end without disturbance; see `outcome` for the result."""
   count, mesh = SAME
   spec = dict(seed=seed, total_steps=total_steps, mesh=mesh)
   spec |= dict(gradients=False, attempt=0)
@@ -126,7 +137,12 @@ def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
 
 
 def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
-  """What the newest good checkpoint holds, and the step that follows it."""
+  """Reads the newest good checkpoint on one device.
+
+  Returns:
+    The number of the step after it, the digests of its arrays, and where the
+    spec asks for it, loss and gradient of that step.
+  """
   options = soak_run.make_options(
     spec['seed'], spec['total_steps'], dict(data=1, fsdp=1, expert=1, tensor=1)
   )
@@ -149,7 +165,15 @@ def disturbed(
   seconds: float,
   draw: random.Random,
 ) -> Tally:
-  """Runs to the end, with disturbances for so many seconds."""
+  """Trains to the end, with disturbances for a number of seconds.
+
+  Args:
+    workdir: Folder of the run.
+    spec: Arguments of `soak_run.py`, but for the mesh and the attempt.
+    meshes: Number of processes and mesh of each start.
+    seconds: Seconds after which the run is left alone.
+    draw: Source of random numbers.
+  """
   tally, deadline, attempt = (
     Tally(),
     time.monotonic() + seconds,
@@ -179,7 +203,7 @@ def disturbed(
 
 
 def disturb(processes, workdir, attempt, tally, draw) -> None:
-  """Waits for a random moment, and sends a signal."""
+  """Sends a random signal to one or all processes at a random moment."""
   starting = draw.random() < 0.15
   while processes.left() and not starting:
     if any('step' in line for line in of_attempt(workdir, attempt)):
@@ -189,7 +213,7 @@ def disturb(processes, workdir, attempt, tally, draw) -> None:
   while processes.left() and time.monotonic() < moment:
     time.sleep(0.02)
   if not processes.left():
-    return  # it was at its end
+    return  # the run finished before the moment came
   what = draw.choice(DISTURBANCES)
   tally.counts[what] += 1
   who = processes.all if what.endswith('all') else [draw.choice(processes.all)]
@@ -219,14 +243,23 @@ def corrupt(folder: pathlib.Path, tally: Tally, draw: random.Random) -> None:
 
 
 def paced(folder: pathlib.Path, minutes: float) -> int:
-  """How many steps an undisturbed run does in a twentieth of the time."""
+  """Number of steps that an undisturbed run takes in a twentieth of the time.
+
+  It is at least 100 and at most `MOST_STEPS`, and is measured by a trial.
+  """
   trial = undisturbed(folder / 'trial', SEEDS[0], 100)
   steps = int(3 * minutes / trial['step_seconds'])
   return min(max(100, steps // 25 * 25), MOST_STEPS)
 
 
 def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
-  """The whole; returns what was lost."""
+  """Makes all runs and comparisons; returns a line for everything lost.
+
+  Args:
+    folder: Folder of the runs.
+    minutes: Approximate duration.
+    seed: Seed of the disturbances.
+  """
   began = time.monotonic()
   draw = random.Random(seed)
   total_steps = paced(folder, minutes)
@@ -273,7 +306,7 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
 
 
 def order(draw: random.Random) -> Iterator[tuple[int, dict[str, int]]]:
-  """Meshes, each another than the one before."""
+  """Random meshes without end, each different from the one before."""
   last = None
   while True:
     last = draw.choice([mesh for mesh in MESHES if mesh is not last])
@@ -281,13 +314,18 @@ def order(draw: random.Random) -> Iterator[tuple[int, dict[str, int]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Exits with 1 if anything was lost."""
+  """Runs the soak; the exit status is 1 if anything was lost."""
   parser = argparse.ArgumentParser(
     prog='python -m experiments.soak', description=__doc__.split('\n')[0]
   )
-  parser.add_argument('--minutes', type=float, default=10.0)
-  parser.add_argument('--seed', type=int, default=0, help='of disturbances')
-  parser.add_argument('--folder', default='', help="kept; '': a temporary one")
+  add = parser.add_argument
+  add('--minutes', type=float, default=10.0, help='approximate duration')
+  add('--seed', type=int, default=0, help='seed of the disturbances')
+  add(
+    '--folder',
+    default='',
+    help="folder of the runs, which is kept; '': a temporary one",
+  )
   options = parser.parse_args(argv)
   if not options.minutes > 0:
     parser.error(f'--minutes={options.minutes} must be positive')

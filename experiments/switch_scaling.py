@@ -3,21 +3,21 @@
     python -m experiments.switch_scaling --preset=quick
 
 Switch Transformers (https://arxiv.org/abs/2101.03961), section 3.1: at equal
-FLOPs a token more experts are better at every step, and 64 of them reach at 60k
-steps what T5-Base has at 450k, 7.5 times as soon, in a seventh of the time.
+FLOPs a token more experts are better at every step. 64 experts reach at 60k
+steps the loss that T5-Base has at 450k, in 7.5 times fewer steps and a seventh
+of the time.
 
 Here: narrow byte-level decoders, every layer sparse and dropless. Each model is
-trained to three lengths, the learning rate annealed over each, and the length
-at which it would end at its twin's final loss is read from the lines between
-those (loss over the logarithm of steps; below the shortest, beyond its line).
-The ratio is to the twin's own steps: 0.5 is twice as soon. Seconds are that
-ratio times the measured ratio of step times, on this machine. The gap opens
-late: a ratio below 1 at a short length says little about a long one.
+trained for three lengths, the learning rate annealed over each. The length at
+which it would reach its twin's final loss is interpolated linearly between them
+(loss over the logarithm of steps), or extrapolated below the shortest. It is
+given as a ratio to the twin's steps: 0.5 means half of the steps. Seconds are
+that ratio times the ratio of step times, measured on this machine. The gap
+opens late: a ratio below 1 at a short length says little about a long one.
 
-Found: the dense loss in 0.9 of the steps with 2 experts, 0.7 with 4, 0.6 with
-16 to 64 and 0.53 with top-2 of 64; and no gain in time
-that is resolved, as a step of so narrow a model costs 1.3 to 2.1 dense ones on
-a CPU.
+Found: models reach the dense loss in 0.9 of the steps with 2 experts, 0.7 with
+4, 0.6 with 16 to 64 and 0.53 with top-2 of 64. No gain in time is resolved, as
+a step of so narrow a model costs 1.3 to 2.1 dense ones on a CPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,12 +36,12 @@ from experiments.study.parts import (
 )
 from experiments.study.study import Study
 
-# Pairs (E, K): K of the E experts have the dense twin's width together.
+# Pairs (E, K). K experts together have the hidden width of the dense twin.
 SWITCH = [(2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (64, 1)]
 TOP_2 = [(16, 2), (64, 2)]
 QUICK_WITHOUT = [f'{model},*' for model in ('top-1 of 2', 'top-1 of 8')]
 QUICK_WITHOUT += ['top-1 of 32,*', 'top-2 of 16,*']
-# Lengths of runs, as fractions of the dense twin's.
+# Lengths of runs, as fractions of the dense twin's steps.
 LENGTHS = (0.3, 0.6, 1.0)
 HIDDEN = 128
 STEPS, SECONDS = 'steps to dense loss', 'seconds to dense loss'
@@ -55,7 +55,7 @@ def config(steps: int):
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Each model at each length; the dense twin at the whole one."""
+  """An arm for each model and length; the dense twin has the full length."""
   arms = [byte_models.dense()]
   for E, K in SWITCH + TOP_2:
     for length in LENGTHS:
@@ -72,17 +72,23 @@ def model_name(E: int, K: int) -> str:
 
 
 def arm_name(E: int, K: int, length: float) -> str:
-  """Name of a model's arm of one length."""
+  """Name of the arm of a model trained for one length."""
   return f'{model_name(E, K)}, {length} of the steps'
 
 
 def ratio_to(
   target: float, lengths: Sequence[float], losses: Sequence[float]
 ) -> float:
-  """The length at which the loss would be `target`.
+  """The length of training at which the loss would be `target`.
 
-  Between the two lengths around it, or beyond the ends by the nearest two, a
-  line over the logarithm of the length. NaN where the loss does not fall there.
+  The loss is taken as linear in the logarithm of the length, between the two
+  lengths around the target or, beyond the ends, through the nearest two. NaN
+  where the loss does not fall between these two.
+
+  Args:
+    target: Loss to reach.
+    lengths: Lengths of training, ascending.
+    losses: Final loss at each length.
   """
   logs = np.log(lengths)
   above = sum(loss > target for loss in losses)
@@ -94,7 +100,7 @@ def ratio_to(
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """A row for each model."""
+  """A row for each model, with its steps and seconds to the dense loss."""
   target = STUDY.row_of(byte_models.dense(), results).values['loss']
   rows = [Row('dense', {'loss': target, TIME: [1.0] * len(target)})]
   for E, K in SWITCH + TOP_2:

@@ -4,22 +4,22 @@
 
 Switch Transformers (https://arxiv.org/abs/2101.03961), Table 1: T5-Base with
 128 experts, after 100k steps. Sparse models are better than T5-Base by 0.16 to
-0.18 nats a token; between Switch and top-2 it is 0.006 to 0.011: top-2 is
-better at capacity factor 2, Switch at 1.25 and 1. Those need more than any two
-cores resolve; that drops hurt, and that sparse beats dense, do not.
+0.18 nats a token. Switch and top-2 differ by 0.006 to 0.011: top-2 is better at
+capacity factor 2, Switch at 1.25 and 1. Two cores cannot resolve such small
+differences; they can resolve that drops hurt, and that sparse beats dense.
 
 Here: byte-level decoders of three layers, all sparse, 8 experts. A capacity
-factor means slots a token in the paper, and slots an assignment elsewhere. At
-equal factors top-2 multiplies as many rows of as many weights as Switch does if
-its experts are as wide and the factor is a token's (as the paper's speeds
-suggest of its own), or half as wide and the factor an assignment's: both are
-here. At equal time the dense twin trains for longer: its loss at the measured
-ratio of step times is read from lines between runs of 1, 1.5 and 2 times the
-steps, each annealed; the curve lies a little below them.
+factor counts slots for each token in the paper, and for each assignment
+elsewhere. There are two ways to give top-2 the cost of Switch at equal factors:
+experts as wide with factors per token (as the speeds in the paper suggest), or
+experts half as wide with factors per assignment. Both are here. At equal time
+the dense twin trains for longer: its loss at the measured ratio of step times
+is interpolated between runs of 1, 1.5 and 2 times the steps, each annealed; the
+true curve lies a little below.
 
-Found: sparse beats dense, and room helps, as in the paper; Switch beats top-2
-where slots are short, by far more than there; with slots for all of top-2's
-choices neither wins. At equal time nothing is resolved.
+Found: sparse beats dense, and more capacity helps, as in the paper. Switch
+beats top-2 where slots are short, by far more than in the paper; with slots for
+all of top-2's choices neither wins. At equal time nothing is resolved.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,8 @@ from experiments.study.study import Study
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
 HIDDEN = 192
-# Names of the dense twin's longer runs, each annealed, by their length.
+# Names of the dense twin's longer runs, each annealed, by length as a multiple
+# of the steps.
 LONGER = {1.5: 'dense, 1.5 times the steps', 2.0: 'dense, 2 times the steps'}
 TIMED = ['dense', 'Switch 1.25', 'Switch 1.0', 'wide top-2 1.25']
 TIMED += ['wide top-2 1.0']
@@ -60,7 +61,7 @@ def config(steps: int):
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """Every model; in their configs a factor is slots for each choice."""
+  """An arm for each model; configs have capacity factors per assignment."""
   arms = [byte_models.dense()]
   for length, name in LONGER.items():
     steps = round(length * preset.steps)
@@ -68,7 +69,7 @@ def arms(preset: Preset) -> list[Arm]:
   for name, K, hidden, slots in (
     ('Switch', 1, HIDDEN, 1),
     ('top-2', 2, HIDDEN, 1),
-    # Slots for each choice, of which a token has two.
+    # A token has two choices: a factor per token is twice that per assignment.
     ('wide top-2', 2, 2 * HIDDEN, 1 / 2),
   ):
     key = 'capacity.per_assignment.factor'
@@ -80,7 +81,10 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """The table: Switch, top-2 under both readings, dense in steps and time."""
+  """Rows of Switch, of top-2 with both kinds of factors, and of the dense twin.
+
+  The dense twin has rows at equal steps, at more steps and at equal time.
+  """
 
   def row(name, arm, line='', x=None):
     values = dict(STUDY.row_of(Arm(arm, {}, line, x), results).values)
@@ -89,7 +93,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     return Row(name, values, line, x)
 
   rows = [row(name, name) for name in ('dense', *LONGER.values())]
-  # The losses of each seed, by length.
+  # For each seed the dense twin's losses at the three lengths.
   twins = list(zip(*(twin.values['loss'] for twin in rows), strict=True))
   for line, said in (
     ('Switch', ''),
@@ -109,7 +113,13 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
 
 
 def claim(text: str, compared: str, *models: str) -> Claim:
-  """A claim about the paper's rows of these names, after 100k steps."""
+  """A claim with two rows of the paper's table, after 100k steps.
+
+  Args:
+    text: Text of the claim.
+    compared: Comparison of rows of our table; see `Claim`.
+    *models: Names of the paper's rows.
+  """
   cells = [f'switch2021/table1/{model}/nlp_100k' for model in models]
   return Claim(text, compared, cells)
 

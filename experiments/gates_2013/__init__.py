@@ -1,1 +1,1 @@
-"""The programme of 2013: what gates of two layers go by, and pictures."""
+"""Measures and pictures of gates for the study of 2013, `eigen_2013.py`."""

@@ -1,4 +1,4 @@
-"""What the gates of a trained deep mixture of experts go by.
+"""Measures what the gates of a trained deep mixture of experts depend on.
 
 Not here: the question (`experiments/eigen_2013.py`), how information is
 estimated (`study/gate_information.py`), and pictures (`gate_pictures.py`).
@@ -18,15 +18,16 @@ from moe_jax.routing.load_summary import load_summary
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# The most images of the validation split that are measured.
+# Largest number of images of the validation split that are measured.
 IMAGES = 400
 
 
 def measure(run: Run, state: TrainState) -> dict[str, Any]:
-  """Error and gates of validation images, each at every place.
+  """Measures the error and the gates on validation images at every place.
 
-  Besides numbers there are `layer_<i>/by_place` [E, rows, columns] and
-  `layer_<i>/by_class` [E, classes], mean gates for pictures.
+  Returns:
+    Numbers by name, and for pictures the mean gates `layer_<i>/by_place`
+    [E, rows, columns] and `layer_<i>/by_class` [E, classes].
   """
   source = run.options.data.source.classes()
   images, labels = source.examples('validation')

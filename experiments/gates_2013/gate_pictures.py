@@ -14,15 +14,17 @@ LAYERS = (1, 2)
 
 
 def pictures(results: Results, folder: pathlib.Path) -> None:
-  """Writes `gates_<arm>.png` of each arm's first seed; see `picture`."""
+  """Writes the picture of each arm's first seed to `gates_<arm>.png`."""
   for arm, runs in results.items():
     name = arm.replace(', ', '_').replace(' ', '_')
     picture(runs[0], arm).savefig(folder / f'gates_{name}.png', dpi=110)
 
 
 def picture(result: Result, title: str) -> Figure:
-  """Draws a line for each layer: every expert's mean gate by place, then all
-  experts' by class.
+  """Draws the mean gates of one run, a row of panels for each layer.
+
+  A row has a panel for each expert, its mean gate by place, and at the end one
+  of all experts, their mean gates by class.
   """
   layers = [i for i in LAYERS if f'layer_{i}/by_place' in result]
   most = max(len(result[f'layer_{i}/by_place']) for i in layers)

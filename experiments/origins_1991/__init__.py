@@ -1,1 +1,1 @@
-"""The programme of 1991: its cases, runs, measures, rows and figures."""
+"""Cases, runs, measures and figures of the study of 1991, `jacobs_table1`."""

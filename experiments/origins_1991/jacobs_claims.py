@@ -1,6 +1,6 @@
-"""What is compared in the table of 1991, and what was published of it.
+"""The systems, columns and claims of the table of 1991.
 
-Not here: how it is run (`experiments/jacobs_table1.py`).
+Not here: how the systems are run (`experiments/jacobs_table1.py`).
 """
 
 from experiments.study.parts import Claim, Column
@@ -38,7 +38,7 @@ _TABLE, _SPEED = 'jacobs1991/table1', 'jacobs1991/speed'
 
 
 def _epochs(text: str, row: str, sign: str, than: str, note: str = '') -> Claim:
-  """A claim about two of the paper's systems, at their own best rates."""
+  """A claim about epochs of two of the paper's systems, at their best rates."""
   cells = [
     f'{_TABLE}/{name.removesuffix(", competitive")}/mean_epochs'
     for name in (row, than)
@@ -47,10 +47,11 @@ def _epochs(text: str, row: str, sign: str, than: str, note: str = '') -> Claim:
 
 
 def _ours(text: str, compared: str) -> Claim:
+  """A claim of our own, which the paper has no number for."""
   return Claim(text, compared, note='The paper has no number')
 
 
-# Pairs of equations of which the first should show more than the second.
+# Pairs (a, b): equation 1.a should make experts specialise more than 1.b.
 _ORDER = ((2, 1), (3, 1), (3, 2))
 _FOUR, _EIGHT = '4 experts, competitive', '8 experts, competitive'
 CLAIMS = (

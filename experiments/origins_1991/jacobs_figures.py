@@ -1,4 +1,4 @@
-"""The plane of two formants as gates and experts divide it, and epochs.
+"""Figures of 1991's systems: the experts' regions of the plane, and epochs.
 
     figure = boundaries(problem, {'competitive': Life(model, params, 50)})
     animation(problem, lives).to_jshtml()  # in a notebook
@@ -27,23 +27,24 @@ from moe_jax.models.adaptive import AdaptiveMixture
 # Number of points of the plane's grid, each way.
 GRID = 90
 COLORS = [f'C{i}' for i in range(10)]
-# The blend's line is dashed, so that experts' lines show below it.
+# The mixture's line is dashed, so that experts' lines stay visible below it.
 BLEND = dict(colors='black', linestyles='--')
 CAPTION = (
   'colour: the expert with the largest proportion, paler where it shares; '
   'lines: where an expert in use says 0.5, dashed: where the mixture does'
 )
-# Markers of the classes in turn; of pairs, those of the two targets.
+# Markers of the classes in turn; with targets 'pairs', of the two targets.
 MARKERS = ('o', 'x')
 
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-  """One run, from its start to where it stopped.
+  """The weights of one run over time, from its start to where it stopped.
 
   Attributes:
-    model: The system.
-    params: A tree of [steps + 1, ...], its weights after every step.
+    model: The system that was trained.
+    params: Weights at the start and after every step, a tree of
+      [steps + 1, ...].
     every: Number of epochs of a step.
   """
 
@@ -55,7 +56,7 @@ class Life:
     return len(jax.tree.leaves(self.params)[0])
 
   def at(self, step: int):
-    """The weights after so many steps."""
+    """The weights after a number of steps."""
     return jax.tree.map(lambda leaf: leaf[step], self.params)
 
 
@@ -70,12 +71,12 @@ def plane(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
-  """Draws one moment: whose region is whose, and where it is decided.
+  """Draws the experts' regions and decision lines at one step of a run.
 
-  A colour is an expert: its region is where it has the largest proportion (the
-  paler, the less it decides alone), its line where its own output is 0.5. The
-  black, dashed line is the blend's. Experts that no training case is given to
-  have no line.
+  An expert's region, in its colour, is where it has the largest proportion; it
+  is paler where the proportion is smaller. Its line is where its own output is
+  0.5; experts that are the likeliest of no training case have none. The black,
+  dashed line is where the mixture's output is 0.5.
   """
   model, params = life.model, life.at(step)
   xs, ys = plane(problem.train)
@@ -87,7 +88,7 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
   probs = outputs.gate_probs
   E = probs.shape[-1]
   hues = np.array([colors.to_rgb(COLORS[i % len(COLORS)]) for i in range(E)])
-  # 0 where all experts have the same proportion.
+  # The largest proportion, scaled from [1 / E, 1] to [0, 1].
   share = (probs.max(-1) - 1 / E) / max(1 - 1 / E, 1e-6)
   image = hues[probs.argmax(-1)]
   image = 1 - 0.45 * share[..., None] * (1 - image)
@@ -103,7 +104,7 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
 
 
 def _contour(ax: Axes, xs, ys, values, **options) -> None:
-  """Draws where the values cross 0.5, if they do."""
+  """Draws the line where the values cross 0.5, if there is one."""
   if values.min() < 0.5 < values.max():
     ax.contour(xs, ys, values, levels=[0.5], linewidths=1.6, **options)
 
@@ -133,9 +134,10 @@ def boundaries(
   """Draws a row for each run, and a column for each moment.
 
   Args:
-    problem: What is learned, from two features.
-    lives: Runs by name.
-    moments: Parts of a life, from 0 to 1; () is the start and four later ones.
+    problem: The learned problem, which has two features.
+    lives: Weights of runs over time, by name.
+    moments: Points in time as fractions of a run's length, from 0 to 1; ()
+      takes the start and four later ones.
   """
   moments = moments or (0.0, 0.1, 0.25, 0.5, 1.0)
   size = (2.6 * len(moments), 2.5 * len(lives) + 0.3)
@@ -159,10 +161,10 @@ def boundaries(
 def animation(
   problem: Problem, lives: Mapping[str, Life], milliseconds: int = 200
 ) -> mpl_animation.FuncAnimation:
-  """The runs side by side, with a frame for each step.
+  """An animation of the runs side by side, with a frame for each step.
 
-  `.to_jshtml()` shows it in a notebook, `.save('a.gif', writer='pillow')`
-  keeps it. It has to be kept alive until then.
+  `.to_jshtml()` shows it in a notebook, and `.save('a.gif', writer='pillow')`
+  writes a file. Keep a reference to it until then.
   """
   figure = Figure(figsize=(3 * len(lives), 3), layout='constrained')
   axes = figure.subplots(1, len(lives), sharey=True, squeeze=False)[0]
@@ -190,13 +192,16 @@ def epochs(
   title: str,
   path: pathlib.Path,
 ) -> None:
-  """Draws epochs of every run and of every rate that was explored, and gates.
+  """Draws and writes the table's figure, of three panels.
+
+  They are the epochs of every run, the mean epochs at every explored rate, and
+  the information I(expert; case) of every run.
 
   Args:
-    rows: The rows of the table by name, those of the systems among them.
-    sweeps: The results of each system by rate; see `jacobs_rows.sweeps`.
+    rows: Rows of the table, by name; those of all systems are needed.
+    sweeps: Results of each system by learning rate; see `jacobs_rows.sweeps`.
     title: Title of the figure.
-    path: Where it is written.
+    path: Path of the file.
   """
   figure = Figure(figsize=(14, 4.2), layout='constrained')
   runs, rates, special = figure.subplots(1, 3, width_ratios=(4, 4, 3))

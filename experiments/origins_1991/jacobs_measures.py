@@ -1,4 +1,4 @@
-"""What 1991's systems came to: who is right, and how cases are shared.
+"""Measures of 1991's trained systems: accuracy, and how experts share cases.
 
 Not here: how they learn (`jacobs_runs.py`).
 """
@@ -15,9 +15,10 @@ from moe_jax.models.adaptive import AdaptiveMixture
 
 
 def correct(prediction, targets):
-  """Whether cases are right, bool [N].
+  """Whether each case is classified correctly, bool [N].
 
-  One output says yes above 0.5; of several outputs the largest counts.
+  A single output stands for class 1 above 0.5; of several outputs the largest
+  is the predicted class.
   """
   if targets.shape[-1] == 1:
     return ((prediction > 0.5) == (targets > 0.5))[..., 0]
@@ -25,7 +26,7 @@ def correct(prediction, targets):
 
 
 def _entropy(probs):
-  """The entropy over the last axis, in nats; it is never -0."""
+  """Entropy over the last axis, in nats; never -0, which tables would print."""
   return jnp.sum(jnp.abs(jax.scipy.special.entr(probs)), axis=-1)
 
 
@@ -53,25 +54,25 @@ def _measured(model, params, train, test):
 
 
 def measured(model: AdaptiveMixture, problem: Problem, params) -> dict:
-  """What runs came to, by name, one value a run.
+  """Measures of trained runs by name, each with one value for every run.
 
-  - train, test: per cent of cases that the blend gets right.
+  - train, test: per cent of cases that the mixture gets right.
   - alone: per cent of training cases that each case's likeliest expert gets
     right by itself.
   - experts in use: number of experts that are the likeliest of more than 1 % of
     cases.
   - experts ever heard: number of experts with a proportion above 1 % in any
     case.
-  - gate entropy: mean entropy over cases, in nats.
-  - I(expert; case): what the choice of an expert says about the case, in nats:
-    the entropy of the mean proportions less the mean entropy. It is 0 of one
-    expert that has all cases, and of proportions that are the same for all;
-    ln E at most.
+  - gate entropy: mean entropy of the proportions over cases, in nats.
+  - I(expert; case): information about the case in the choice of an expert, in
+    nats: the entropy of the mean proportions less the mean entropy. It is 0
+    where one expert has all cases or proportions are the same for all cases,
+    and at most ln E.
 
   Args:
     model: The system.
-    problem: What it learned.
-    params: The weights of the runs, a tree of [S, ...].
+    problem: The problem that was learned.
+    params: Weights of the runs, a tree of [S, ...].
   """
   values = _measured(model, params, problem.train, problem.test)
   return {name: np.asarray(v, float) for name, v in values.items()}

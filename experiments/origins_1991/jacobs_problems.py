@@ -1,6 +1,6 @@
-"""What the systems of 1991 learn: cases, targets, and when a run may stop.
+"""The problems that 1991's systems learn: cases, targets, stopping criterion.
 
-Not here: how they learn it (`jacobs_runs.py`).
+Not here: how they are learned (`jacobs_runs.py`).
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from moe_jax.models.adaptive import (
 )
 
 RATES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-# The paper's criterion.
+# Squared error at which a run stops, as in the paper.
 ERROR = 0.08
 
 
 class Kind(NamedTuple):
-  """A kind of targets; see `Problem` for what it says."""
+  """A kind of targets; `Problem` describes its fields."""
 
   expert_output: str
   error: float
@@ -37,12 +37,12 @@ TARGETS = {
 
 
 class Cases(NamedTuple):
-  """Cases of one split.
+  """The cases of one split.
 
   Attributes:
-    features: float32 [N, M].
-    targets: float32 [N, V].
-    labels: int32 [N], the classes that the targets are made from.
+    features: Features of the cases, float32 [N, M].
+    targets: Outputs to learn, float32 [N, V].
+    labels: Classes that the targets are computed from, int32 [N].
   """
 
   features: Any
@@ -52,18 +52,18 @@ class Cases(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What is to be learned.
+  """A learning problem: cases, targets and the criterion at which runs stop.
 
   Attributes:
-    train: Cases to learn from.
-    test: Cases that are asked about at the end.
+    train: Training cases.
+    test: Test cases.
     expert_output: Function that experts' outputs pass through; see
       `MixtureOptions`.
-    error: The criterion: the mean over training cases of the squared error of
-      the blend, ||d - y||^2, at which a run stops.
+    error: Squared error at which a run stops: the mean of ||d - y||^2 over
+      training cases, of the mixture's outputs y and the targets d.
     rates: Learning rates to choose from, ascending.
     classes: Names of the classes.
-    says: What the targets are, in words.
+    says: Description of the targets in words.
   """
 
   train: Cases
@@ -77,7 +77,7 @@ class Problem:
   def model(
     self, num_experts: int, loss: str, expert_hidden: int = 0
   ) -> AdaptiveMixture:
-    """A mixture that can learn it; see `MixtureOptions`."""
+    """A mixture of the problem's sizes; see `MixtureOptions` for arguments."""
     mixture = MixtureOptions(
       loss=loss,
       num_experts=num_experts,
@@ -94,23 +94,23 @@ class Problem:
 
 
 def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
-  """The source's classes as targets of one of three kinds.
+  """The problem of learning a source's classes, with targets of one kind.
 
   - 'pairs' is one logistic output, 0 for the first and third class and 1 for
-    the second and fourth, until an error of 0.08.
-  - 'linear_pairs' is one linear output for the same, until 0.11: all distances
-    are below 1 where outputs are logistic, and here are not.
-  - 'one_hot' is a softmax over classes, until 0.16, since a softmax of two errs
-    in both its outputs where a logistic output errs in one.
+    the second and fourth. Runs stop at an error of 0.08.
+  - 'linear_pairs' is one linear output with the same targets, so that distances
+    can exceed 1, which those of logistic outputs cannot. Runs stop at 0.11.
+  - 'one_hot' is a softmax over all classes. Runs stop at 0.16, since a softmax
+    over two classes errs in both outputs where a logistic output errs in one.
 
   Args:
-    source: Where the cases come from.
-    targets: The kind, a key of `TARGETS`.
-    error: The criterion; 0 stands for that of the kind.
+    source: Source of the cases.
+    targets: Kind of the targets, a key of `TARGETS`.
+    error: Squared error at which a run stops; 0 takes that of the kind.
 
   Raises:
-    ValueError: There is no such kind, or pairs are wanted of another number of
-      classes than four.
+    ValueError: There is no such kind, or the source has another number of
+      classes than the four that pairs need.
   """
   if targets not in TARGETS:
     raise ValueError(f'targets={targets!r} not in {list(TARGETS)}')

@@ -1,4 +1,4 @@
-"""From the runs of 1991's systems to the rows and remarks of a table.
+"""Arms, rows and remarks of the table of 1991's systems.
 
 Not here: how they are run (`jacobs_runner.py`), or the columns
 (`jacobs_claims.py`).
@@ -14,15 +14,15 @@ from experiments.origins_1991.jacobs_problems import TARGETS
 from experiments.study.parts import Arm, Preset, Result, Results, Row
 from experiments.study.tables import ratios
 
-# Seeds that rates are chosen with are none of those that are reported.
+# Seeds of the runs that choose learning rates; none of them is reported.
 EXPLORED = range(1000, 1005)
 RATE = 'learning rate'
-# The results of a system by learning rate, ascending.
+# Results of one system by learning rate, ascending.
 Sweep = Mapping[float, Sequence[Result]]
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """The systems, without a learning rate."""
+  """An arm for each system; learning rates are chosen later."""
   del preset
   return [Arm(name, system, line=name) for name, system in SYSTEMS.items()]
 
@@ -30,7 +30,7 @@ def arms(preset: Preset) -> list[Arm]:
 def explored(
   arms: Sequence[Arm], shared: ml_collections.ConfigDict
 ) -> list[Arm]:
-  """Every system at every rate; a point of the system's line."""
+  """An arm for each system and learning rate, from which rates are chosen."""
   patience = {'patience': len(EXPLORED)}
   return [
     Arm(
@@ -45,7 +45,7 @@ def explored(
 
 
 def sweeps(results: Results) -> dict[str, Sweep]:
-  """What became of every system at every explored rate."""
+  """Results of every system at every explored learning rate."""
   return {
     name: {
       runs[0][RATE]: runs
@@ -57,7 +57,7 @@ def sweeps(results: Results) -> dict[str, Sweep]:
 
 
 def chosen(arms: Sequence[Arm], results: Results) -> list[Arm]:
-  """Every system at its best rate, then at the rate that is best for all."""
+  """Arms of every system at its best rate, then at the rate best for all."""
   of_arms = sweeps(results)
   shared = best_rate(list(of_arms.values()))
   own = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
@@ -73,7 +73,13 @@ def chosen(arms: Sequence[Arm], results: Results) -> list[Arm]:
 
 
 def best_rate(sweeps: Sequence[Sweep]) -> float:
-  """The rate with most runs that reach the criterion; of these the fastest."""
+  """The learning rate at which most runs reach the criterion.
+
+  Of several such rates it is that with the fewest mean epochs.
+
+  Args:
+    sweeps: Results by rate of each system; the rate is chosen for all of them.
+  """
 
   def merit(rate: float) -> tuple[float, float]:
     reached = sum(sum(r['reached'] for r in sweep[rate]) for sweep in sweeps)
@@ -86,10 +92,10 @@ def best_rate(sweeps: Sequence[Sweep]) -> float:
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """The row of every system at its best rate, then at the shared one.
+  """Rows of every system at its best rate, then at the shared one.
 
-  A run that never reached the criterion counts with the epochs it made, which
-  is the least that it can have needed.
+  A run that never reached the criterion counts with its number of epochs, which
+  is less than it would have needed.
   """
   del times
   rows = []
@@ -113,7 +119,7 @@ def _epochs(runs: Sequence[Result]) -> np.ndarray:
 
 
 def remarks(results: Results) -> str:
-  """What a reader of the table has to know of runs that did not get there."""
+  """Text below the table: runs that failed, and what the columns mean."""
   never, most = [], 0
   for suffix in ('', SHARED):
     for name in SYSTEMS:

@@ -1,4 +1,4 @@
-"""The runs of 1991: those of one system are one program.
+"""Runs 1991's systems; all runs of one system are one compiled program.
 
 Not here: the descent itself (`jacobs_runs.py`), and which systems there are
 (`jacobs_claims.py`).
@@ -27,7 +27,7 @@ from moe_jax.options import Options, above, at_least, choice, one_of, option
 
 @dataclasses.dataclass(frozen=True)
 class Descent(Options):
-  """One run of full-batch gradient descent."""
+  """Options of one run of full-batch gradient descent."""
 
   seed: int = option(0, 'Seed of the weights at the start.', at_least(0))
   total_steps: int = option(
@@ -38,49 +38,51 @@ class Descent(Options):
   )
   patience: int = option(
     0,
-    'How many times the epochs of the slowest seed at a smaller rate the run '
-    'may take before it is given up; 0: as many as total_steps.',
+    'Number of times as many epochs as the slowest seed at a smaller learning '
+    'rate that a run may take before it is given up; 0: up to total_steps.',
     at_least(0),
   )
   num_experts: int = option(4, 'Number of experts.', at_least(1))
   expert_hidden: int = option(
-    0, 'Hidden logistic units of an expert; 0: it is linear.', at_least(0)
+    0,
+    'Number of hidden logistic units of an expert; 0: the expert is linear.',
+    at_least(0),
   )
   loss: str = option('competitive', 'Error that is minimised.', one_of(*LOSSES))
   targets: str = option(
-    'pairs', 'What is told apart; see `jacobs_problems`.', one_of(*TARGETS)
+    'pairs', 'Kind of targets; see `jacobs_problems`.', one_of(*TARGETS)
   )
   error: float = option(
     0.0,
-    "Squared error at which a run stops; 0: that of the targets' kind.",
+    'Squared error at which a run stops; 0: that of the kind of targets.',
     at_least(0),
   )
   data: SourceOptions = choice(SOURCES, 'vowels', 'Source of the cases.')
 
   def problem(self) -> Problem:
-    """What is learned."""
+    """The problem that is learned."""
     return problem(self.data.classes(), self.targets, self.error)
 
   def model(self, problem: Problem) -> AdaptiveMixture:
-    """The system, for the problem."""
+    """The system that learns the problem."""
     return problem.model(self.num_experts, self.loss, self.expert_hidden)
 
 
 class DescentRunner(Runner):
-  """Makes all runs of a system at once, over its rates and seeds."""
+  """Trains all runs of a system together, over learning rates and seeds."""
 
   options: ClassVar[type[Options]] = Descent
 
   def prepare(self, jobs: Sequence[Job]) -> None:
-    """Checks that there is such a problem before anything starts."""
+    """Checks the options of the problem before anything starts."""
     sections.read(Descent, jobs[0].config).problem()
 
   def together(self, job: Job) -> str:
-    """The name of the job's system."""
+    """Name of the job's system, whose runs are one program."""
     return job.arm.line
 
   def __call__(self, jobs: Sequence[Job]) -> None:
-    """Makes the runs and writes what each came to."""
+    """Trains the runs of one system and writes the result of each."""
     start = time.perf_counter()
     options = [sections.read(Descent, job.config) for job in jobs]
     first = options[0]

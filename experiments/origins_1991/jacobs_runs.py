@@ -1,11 +1,12 @@
 """Full-batch gradient descent on many small mixtures at once.
 
-All seeds of a system are one compiled program, and so are its learning rates,
-one after the other: a rate at which every seed is done costs no more epochs.
-A run stops where its training error reaches the criterion, and keeps the
-weights that it has there. Not here: which systems there are and what their
-epochs mean (`experiments/jacobs_table1.py`), which runs are one program
-(`jacobs_runner.py`), or what else is measured (`jacobs_measures.py`).
+All runs of a system are one compiled program, which trains the seeds in
+parallel and the learning rates one after the other: a rate ends as soon as all
+of its seeds have stopped. A run stops where its training error reaches the
+criterion, and keeps the weights that it has there. Not here: which systems
+there are and what their epochs mean (`experiments/jacobs_table1.py`), which
+runs are one program (`jacobs_runner.py`), or what else is measured
+(`jacobs_measures.py`).
 """
 
 import functools
@@ -24,18 +25,18 @@ from moe_jax.models.adaptive import (
   AdaptiveOutputs,
 )
 
-# Number of epochs between two looks at which runs go on.
+# Number of epochs between two checks of whether any run has to go on.
 CHUNK = 50
 
 
 class Runs(NamedTuple):
-  """What became of [R, S] runs: R learning rates, S seeds.
+  """The outcome of [R, S] runs, for R learning rates and S seeds.
 
   Attributes:
-    epochs: int [R, S], updates until the criterion; where it was not reached,
-      the most that a run may make.
-    reached: bool [R, S], whether the criterion was reached.
-    params: A tree of [R, S, ...], the weights where the run stopped.
+    epochs: Number of updates until the criterion was reached, int [R, S]; the
+      largest number allowed where it was not.
+    reached: Whether the criterion was reached, bool [R, S].
+    params: Weights where the run stopped, a tree of [R, S, ...].
   """
 
   epochs: Any
@@ -49,7 +50,7 @@ class Runs(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames='model')
 def start(model: AdaptiveMixture, features, seeds):
-  """The weights that runs start from, a tree of [S, ...]."""
+  """Initial weights of the runs of all seeds, a tree of [S, ...]."""
 
   def one(seed):
     key = jax.random.fold_in(jax.random.key(1991), seed)
@@ -59,17 +60,25 @@ def start(model: AdaptiveMixture, features, seeds):
 
 
 def forward(model: AdaptiveMixture, params, features) -> AdaptiveOutputs:
-  """The outputs of one run's weights for cases."""
+  """Outputs of a model with one run's weights, for all cases."""
   return model.apply({'params': params}, jnp.asarray(features))[0]
 
 
 def squared_error(outputs: AdaptiveOutputs, targets):
-  """The error that the criterion bounds."""
+  """Squared error of the mixture's outputs, which the criterion bounds."""
   return jnp.mean(jnp.sum((targets - outputs.prediction) ** 2, axis=-1))
 
 
 def _epoch(model, cases, error, rate, state):
-  """One update of a run, unless it is done."""
+  """One update of a run, unless it has reached the criterion.
+
+  Args:
+    model: The system.
+    cases: Training cases.
+    error: Squared error at which the run stops.
+    rate: Learning rate.
+    state: The weights, the number of updates, and whether the run has stopped.
+  """
   params, epochs, reached = state
 
   def loss(params):
@@ -121,21 +130,23 @@ def train(
   max_epochs: int,
   patience: int = 0,
 ) -> Runs:
-  """All runs of a system; a seed starts alike at every rate.
+  """Trains a system with every learning rate and seed.
 
-  With patience the best rate (`jacobs_rows.best_rate`) is found sooner, and is
-  the same if it is not below the number of seeds: a rate that is given up then
-  has a mean of epochs above that of the rate which all seeds are done with.
+  A seed has the same initial weights at every rate. `patience` shortens the
+  search for the best rate (`jacobs_rows.best_rate`). It does not change the
+  answer if it is at least the number of seeds: a rate that is given up then has
+  more epochs in the mean than an earlier one at which all seeds arrived.
 
   Args:
     model: The system.
-    problem: What it learns.
+    problem: The problem that is learned.
     rates: Learning rates, for the mean loss over cases.
-    seeds: Seeds of the weights at the start.
+    seeds: Seeds of the initial weights.
     max_epochs: Number of epochs after which a run is given up, rounded up to
       whole `CHUNK`s.
-    patience: How many times the epochs of the slowest seed at an earlier rate,
-      where all are done, a rate may take before it is given up; 0: no rate is.
+    patience: Bound on the epochs at a rate, as a multiple of the epochs of the
+      slowest seed at an earlier rate at which all seeds reached the criterion;
+      0 sets no such bound.
   """
   params, epochs, reached = _train(
     model,
@@ -177,10 +188,19 @@ def path(
   every: int,
   count: int,
 ):
-  """The weights of one run before its first epoch and after every so many.
+  """The weights of one run over time; it does not stop at the criterion.
+
+  Args:
+    model: The system.
+    problem: The problem that is learned.
+    rate: Learning rate.
+    seed: Seed of the initial weights.
+    every: Number of epochs between two sets of weights.
+    count: Number of sets of weights after the initial ones.
 
   Returns:
-    A tree of [count + 1, ...].
+    The initial weights and those after every `every` epochs, a tree of
+    [count + 1, ...].
   """
   first = jax.tree.map(
     lambda a: a[0], start(model, problem.train.features, jnp.array([seed]))

@@ -1,1 +1,1 @@
-"""What the soak runs, and what it concludes from what is left."""
+"""The runs that `experiments/soak.py` disturbs, and checks of their traces."""

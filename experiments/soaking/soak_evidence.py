@@ -1,8 +1,8 @@
-"""What a disturbed run left behind, and whether anything was lost.
+"""Checks from the traces of a disturbed run whether anything was lost.
 
-The witnesses' lines (`soak_run.py`) against an undisturbed run's, and against
-what one device reads from the checkpoints. Not here: who disturbs
-(`experiments/soak.py`).
+Compares the lines of its witnesses (`soak_run.py`) with those of an undisturbed
+run, and with what one device reads from the checkpoints. Not here: the
+disturbances (`experiments/soak.py`).
 """
 
 import collections
@@ -16,27 +16,38 @@ import numpy as np
 
 from experiments.soaking import soak_run
 
+# Largest difference allowed between a mesh's and one device's first step.
 TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass
 class Tally:
-  """What was done to a run, and what came of it."""
+  """Counts of the disturbances of a run, and the faults that were found.
+
+  Attributes:
+    counts: Numbers of disturbances, restarts, steps and batches, by kind.
+    faults: A line for everything that was lost.
+    worst: Largest difference of a first step's loss or gradient to that of one
+      device.
+  """
 
   counts: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
   faults: list[str] = dataclasses.field(default_factory=list)
-  worst: float = 0.0  # difference of a first step's loss or gradient
+  worst: float = 0.0
 
   def fault(self, text: str) -> None:
-    """Notes, and says, that something was lost."""
+    """Records and prints that something was lost."""
     self.faults.append(text)
     print(f'FAULT: {text}', flush=True)
 
 
 def witnessed(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The witnesses' lines; of a last one perhaps only a part was written."""
+  """The lines of all witnesses, in the order of attempts.
+
+  A line that was cut off by a kill is left out.
+  """
   lines = []
   for path in sorted(workdir.glob(soak_run.WITNESS)):
     for line in path.read_text().splitlines():
@@ -48,12 +59,12 @@ def witnessed(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def of_attempt(workdir: pathlib.Path, attempt: int) -> list[dict[str, Any]]:
-  """The witnesses' lines of one start of the run."""
+  """The lines of all witnesses of one start of the run."""
   return [x for x in witnessed(workdir) if x['attempt'] == attempt]
 
 
 def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
-  """The rows of each step, of all processes."""
+  """The row digests of each step's batch, from the lines of all processes."""
   found: dict[int, dict[str, str]] = {}
   for line in lines:
     if 'step' in line:
@@ -62,7 +73,7 @@ def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-  """Of a finished run."""
+  """Batches, final digests, last loss and seconds a step of a finished run."""
   lines = witnessed(workdir)
   rows = [
     json.loads(line)
@@ -82,10 +93,18 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def check(workdir, expected, lines, tally: Tally) -> None:
-  """Whether a restart began with what the checkpoint holds."""
+  """Records a fault where a restart did not continue from the checkpoint.
+
+  Args:
+    workdir: Folder of the run.
+    expected: The checkpoint as one device reads it; see
+      `soak.read_on_one_device`.
+    lines: Witnesses' lines of the restart.
+    tally: Counts and faults, which are added to.
+  """
   begun = [line for line in lines if 'begin' in line]
   if not begun:
-    return  # ended before its first step
+    return  # the processes ended before their first step
   line = begun[0]
   if line['begin'] != expected['begin']:
     tally.fault(f'began at {line["begin"]}, not {expected["begin"]}')
@@ -99,16 +118,21 @@ def check(workdir, expected, lines, tally: Tally) -> None:
       for name, want in expected['first'].items():
         difference = float(np.abs(found[name] - want).max())
         tally.worst = max(tally.worst, difference)
-        if not difference <= TOLERANCE:  # nor is NaN
+        if not difference <= TOLERANCE:  # NaN is a fault too
           tally.fault(
             f'first step at {line["begin"]}: {name} differs by {difference}'
           )
 
 
 def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
-  """Batches of the steps that led to the end, against the undisturbed run's.
+  """Compares the batches that led to the final state with the reference's.
 
-  A restart gives up what came after its checkpoint: those steps are repeated.
+  A restart discards the steps after its checkpoint, which are then repeated.
+
+  Args:
+    workdir: Folder of the disturbed run.
+    reference: Row digests of the undisturbed run's batches, by step.
+    tally: Counts and faults, which are added to.
   """
   timeline, taken = {}, 0
   lines = witnessed(workdir)
@@ -127,7 +151,7 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
     timeline |= steps
   lost = reference.keys() - timeline.keys()
   both = reference.keys() & timeline.keys()
-  # A row is written down before its step, so none may be missing here.
+  # The witness writes a batch's rows before its step, so none may be missing.
   other = [step for step in both if timeline[step] != reference[step]]
   tally.counts['batches lost'] += len(lost)
   tally.counts['batches of another step'] += len(other)
@@ -138,7 +162,7 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
 
 
 def describe(tally: Tally) -> str:
-  """A line of counts."""
+  """The counts in one line of text."""
   killed = tally.counts['kill one'] + tally.counts['kill all']
   stopped = tally.counts['stop one'] + tally.counts['stop all']
   kinds = ('altered', 'cut short', 'without manifest')

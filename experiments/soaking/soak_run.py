@@ -1,9 +1,9 @@
-"""What `soak.py` disturbs: one process of a small run, with a witness.
+"""One process of the small run that `soak.py` disturbs, with a witness.
 
     python -m experiments.soaking.soak_run WORKDIR JSON [HOST:PORT PROCESSES ID]
 
-The witness of process i writes what it does to `witness_i.jsonl`, a line at a
-time, so that a kill loses at most the last one. JSON holds `seed`,
+The witness of process i records the process's steps in `witness_i.jsonl`, a
+line at a time, so that a kill loses at most the last line. JSON holds `seed`,
 `total_steps`, `mesh`, `gradients` and `attempt`.
 """
 
@@ -36,14 +36,14 @@ SAVE_EVERY = 25
 def make_options(
   seed: int, total_steps: int, mesh: Mapping[str, int]
 ) -> RunConfig:
-  """A sparse model small enough that a step takes milliseconds."""
+  """Options of a run whose sparse model takes milliseconds for a step."""
   config = base.get_config()
   config.evals = {EVAL: base.evaluation(every_steps=0)}
   config.checkpoint.keep_best = False
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
-  # Who waits for one that was killed at its start waits so long.
+  # How long processes wait for one that was killed while it started.
   config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
   corpus = {'modules': 'email,json,asyncio,unittest'}
@@ -67,15 +67,20 @@ def make_options(
 
 
 class Witness(Hook):
-  """Writes down what the run begins with, and every row it takes."""
+  """Records the state that a run begins with, and the rows of every batch."""
 
   def __init__(self, attempt: int, gradients: bool):
-    """Which start of the run this is; whether a gradient is kept too."""
+    """Makes the witness of one start of the run.
+
+    Args:
+      attempt: Number of the start.
+      gradients: Whether the first step's gradient is written too.
+    """
     self._attempt = attempt
     self._gradients = gradients
 
   def start(self, run: Run) -> None:
-    """Wraps the step."""
+    """Wraps the run's step, so that batches are recorded before it."""
     step_of, self._run = run.train_step, run
     self._number = 0
 
@@ -89,7 +94,7 @@ class Witness(Hook):
     run.train_step = step
 
   def end(self, run: Run, state: Any) -> None:
-    """Writes the last state's digests."""
+    """Records the digests of the final state."""
     self._write({'end': int(state.step), 'arrays': digests(state)})
 
   def _begin(self, state, batch, number) -> None:
@@ -115,7 +120,7 @@ class Witness(Hook):
 
 
 def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
-  """Loss and gradient of a step, on the run's mesh."""
+  """Loss and gradient of one step, computed on the run's mesh."""
   grad_fn = make_grad_fn(run.model, loss_weights(run.model))
 
   @functools.partial(
@@ -138,13 +143,13 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
-  """The leaves by path."""
+  """The leaves of a tree as numpy arrays, by path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def digests(tree: Any) -> dict[str, str]:
-  """The sha256 of every array, whole; all processes call this."""
+  """The sha256 of every global array, by path; all processes must call this."""
   return {
     path: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     for path, leaf in named(distributed.fetch(tree)).items()
@@ -152,7 +157,7 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def row_digests(batch: Mapping[str, jax.Array]) -> dict[int, str]:
-  """Of the rows of a global batch that this process has, by their number."""
+  """Digests of the rows that this process holds, by row of the global batch."""
   found = {}
   for name in sorted(batch):
     for shard in batch[name].addressable_shards:
@@ -166,7 +171,14 @@ def row_digests(batch: Mapping[str, jax.Array]) -> dict[int, str]:
 
 
 def main(workdir: str, given: str, *where: str) -> None:
-  """Trains to the end, or until something happens."""
+  """Trains to the end, unless the process is stopped.
+
+  Args:
+    workdir: Folder of the run.
+    given: The run's spec as JSON; see the module.
+    *where: Coordinator's address, number of processes and this one's number;
+      none for a single process.
+  """
   spec = json.loads(given)
   witness = Witness(spec.pop('attempt'), spec.pop('gradients'))
   options = make_options(**spec)
@@ -179,6 +191,6 @@ def main(workdir: str, given: str, *where: str) -> None:
 
 
 if __name__ == '__main__':
-  # tensorboardX imports it where it is there, which takes seconds.
+  # tensorboardX would import an installed torch, which takes seconds.
   sys.modules['torch'] = None
   main(*sys.argv[1:])

@@ -8,12 +8,12 @@ import ml_collections
 from configs import base
 from experiments.study.parts import Arm, Column
 
-# Name of the evaluation that is the validation loss at training's capacity.
+# Name of the evaluation of the validation loss, with training's capacity.
 EVAL = 'main'
 LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte')
-# Number of batches of the validation split that an evaluation takes.
+# Number of batches of the validation split of an evaluation.
 _BATCHES = 40
-# What `base.evaluation` is given for room for every token.
+# Arguments of `base.evaluation` for an evaluation that drops no token.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
 }
@@ -28,19 +28,19 @@ def decoder(
   num_experts: int = 8,
   num_selected: int = 1,
 ) -> ml_collections.ConfigDict:
-  """A causal model of the embedded corpus, every feed-forward sparse.
+  """Config of a causal model of the embedded corpus, with all layers sparse.
 
-  Its experts have one slot for each choice that is theirs on average, times
-  the capacity factor.
+  An expert's capacity is its average number of choices times the capacity
+  factor.
 
   Args:
     steps: Length of the run; the learning rate falls to a twentieth over it.
-    width: M.
-    hidden: F of a dense feed-forward; a sparse layer's experts have as much
-      where `moe.expert.hidden` says nothing else.
-    num_layers: L.
-    num_experts: E of every layer.
-    num_selected: K.
+    width: Model width M.
+    hidden: Hidden width F of a dense feed-forward, and of an expert unless
+      `moe.expert.hidden` is set.
+    num_layers: Number of layers L.
+    num_experts: Number of experts E of every layer.
+    num_selected: Number of selected experts K.
   """
   config = base.get_config()
   config.total_steps = steps
@@ -52,11 +52,13 @@ def decoder(
   m.width = width
   m.attention.num_heads = 4
   m.ffn.hidden = hidden
-  m.scan_layers = False  # a CPU slices scanned kernels
+  m.scan_layers = (
+    False  # a CPU would copy each layer's slice of scanned kernels
+  )
   m.moe.num_experts = num_experts
   m.moe.num_selected = num_selected
   m.moe.layers = 'all'
-  # The group is the batch: capacity and balance are then most even.
+  # One group for the whole batch: the load of experts is then the most even.
   m.moe.group_size = -1
   m.moe.capacity.kind = 'per_assignment'
   config.optimizer.learning_rate = 3e-3
@@ -69,31 +71,31 @@ def decoder(
 
 
 def drop_nothing(moe: ml_collections.ConfigDict) -> None:
-  """Gives every expert of a section `model.moe` room for all tokens."""
+  """Changes a section `model.moe` so that no token is ever dropped."""
   moe.capacity.kind = 'all'
   moe.dispatch.kind = 'dropless'
 
 
 def evaluation(**model: Any) -> ml_collections.ConfigDict:
-  """An evaluation at the end of a run.
+  """Config of an evaluation at the end of a run.
 
   Args:
-    **model: Keys of `config.model`, nested, that differ in it.
+    **model: Nested values that the evaluation changes in `config.model`.
   """
   return base.evaluation(every_steps=0, num_batches=_BATCHES, **model)
 
 
 def no_drops() -> ml_collections.ConfigDict:
-  """An evaluation with room for every token."""
+  """Config of an evaluation that drops no token."""
   return evaluation(**ROOM_FOR_ALL)
 
 
 def dense(name: str = 'dense', **overrides: Any) -> Arm:
-  """The arm without experts.
+  """The arm of the dense twin, which has no experts.
 
   Args:
     name: Name of the arm.
-    **overrides: What else it changes, by dotted name.
+    **overrides: Other values that the arm changes, by dotted name.
   """
   return Arm(name, {'model.moe.num_experts': 0, **overrides})
 
@@ -107,15 +109,16 @@ def top_k(
   line: str = '',
   x: float | None = None,
 ) -> Arm:
-  """An arm in which a token chooses K experts.
+  """An arm in which each token chooses K experts.
 
-  Their gates are the softmax of one choice, and sum to one over several.
+  The gate of a single choice is its softmax probability; gates of several
+  choices are renormalised to sum to one.
 
   Args:
     name: Name of the arm.
     K: Number of experts of a token.
     hidden: K times an expert's F; for equal FLOPs, the dense model's F.
-    overrides: What else it changes in `model.moe`, by dotted name.
+    overrides: Other values that the arm changes in `model.moe`, by dotted name.
     line: See `Arm`.
     x: See `Arm`.
   """

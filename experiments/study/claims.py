@@ -1,6 +1,6 @@
-"""The published numbers that studies set beside their own: `claims.json`.
+"""Reads the published numbers that studies are compared to, `claims.json`.
 
-A cell's address is 'paper/table/row/column', its path in the file, as in
+A cell's address is its path in the file, 'paper/table/row/column', such as
 'shazeer2017/table6/(0.0, 0.0)/max_over_mean'. Every cell has a mark:
 
 - checked: read in the paper, or in public reference code;
@@ -8,11 +8,12 @@ A cell's address is 'paper/table/row/column', its path in the file, as in
 - unverified: not found in the paper. It tells a reader that a number is
   missing, and no text made here shows it.
 
-In the file a column is its unit and which way is better, a row a list in the
-order of the columns. A cell is a number; null, where nothing is printed;
-'~42' or '<=30', where the paper says no more; or an object of a value and
-what differs here from column and table. A paper's slips are kept, with a
-note. Not here: numbers computed from published ones.
+In the file a column is its unit and the better direction, and a row is a list
+of cells in the order of the columns. A cell is a number; null, where nothing is
+printed; text such as '~42' or '<=30', where the paper gives no exact number; or
+an object of a value and the fields that differ from those of column and table.
+Errors in a paper are kept, with a note. Not here: numbers computed from
+published ones.
 """
 
 import dataclasses
@@ -37,16 +38,23 @@ _ROUGHLY = re.compile(r'(~|[<>]=?)(-?\d+(?:\.\d+)?)')
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Published:
-  """One number of a paper; `repr` and `str` show what `cite` shows.
+  """One number of a paper; `repr` and `str` include the text of `cite`.
 
   Attributes:
-    paper: The paper's title.
-    table: The paper's name of the table, or where else the number stands:
-      'text', 'abstract'.
-    relation: '' where the number is exactly `value`, or '~', '<', '<=', '>' or
-      '>='.
+    address: Path of the number in the file, 'paper/table/row/column'.
+    paper: Title of the paper.
+    url: Address of the paper on the web.
+    table: The paper's name of the table, or another source of the number in the
+      paper: 'text', 'abstract'.
+    row: Name of the number's row.
+    column: Name of the number's column.
+    value: The number.
+    relation: Relation of the true number to `value`: '' where they are equal,
+      or '~', '<', '<=', '>' or '>='.
     unit: Unit of the number: '%', 'nats/token', 'x' (a ratio), 'B parameters'.
-    note: A warning that goes with the number, or ''.
+    better: Direction of better numbers, 'lower' or 'higher'; None for neither.
+    mark: How the number was verified, one of `MARKS`.
+    note: Warning that is printed with the number, or ''.
 
   Raises:
     ValueError: The value is not finite, there is no unit, or the mark or the
@@ -77,7 +85,10 @@ class Published:
       raise unknown(f'direction of {self.address}:', self.better, BETTER)
 
   def cite(self) -> str:
-    """The text that a report prints; an unverified value is not in it."""
+    """The number and its source as a report prints them.
+
+    The text of an unverified number does not contain it.
+    """
     if self.mark == 'unverified':
       return HIDDEN
     source = ', secondary source' if self.mark == 'secondary' else ''
@@ -93,9 +104,10 @@ def load(path: pathlib.Path = CLAIMS) -> Mapping[str, Published]:
   """Every published number by its address, in the file's order.
 
   Raises:
-    ValueError: The file breaks a rule; names the cell.
+    ValueError: The file breaks a rule of this module; the message names the
+      cell.
   """
-  # Objects stay pairs at first: a dict would swallow a name given twice.
+  # Objects are read as pairs: a dict would hide a name that is given twice.
   text = path.read_text(encoding='utf-8')
   papers = json.loads(text, object_pairs_hook=tuple)
   cells = {}
@@ -108,10 +120,11 @@ def load(path: pathlib.Path = CLAIMS) -> Mapping[str, Published]:
 
 
 def find(address: str) -> Published:
-  """The number at 'paper/table/row/column'.
+  """The published number at an address, 'paper/table/row/column'.
 
   Raises:
-    ValueError: There is none; names the nearest and what exists there.
+    ValueError: There is no such number; the message names the nearest one and
+      what exists there.
   """
   if address in load():
     return load()[address]
@@ -126,7 +139,7 @@ def find(address: str) -> Published:
 
 
 def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
-  """The cells of one table; a cell's own fields win over its column's."""
+  """The numbers of one table; a cell's own fields override its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
   table = _object(table, where, needs, optional=('note',))
   columns = _object(table['columns'], where)
@@ -149,7 +162,7 @@ def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
 
 
 def _cell(value: Any, address: str) -> dict[str, Any]:
-  """The fields that a cell has of its own."""
+  """The fields that a cell itself gives, rather than its column or table."""
   own = {'value': value}
   if isinstance(value, tuple):
     own = _object(
@@ -163,7 +176,17 @@ def _cell(value: Any, address: str) -> dict[str, Any]:
 
 
 def _object(pairs: Any, where: str, needs=(), optional=()) -> dict[str, Any]:
-  """A JSON object as a dict; with `needs`, one that has no other keys."""
+  """A JSON object, read as pairs, as a dict.
+
+  Args:
+    pairs: The object's pairs.
+    where: Place of the object in the file, for messages.
+    needs: Keys that the object must have; with none any key is accepted.
+    optional: Further keys that it may have.
+
+  Raises:
+    ValueError: It is no object, or a key is unknown, missing or given twice.
+  """
   if not isinstance(pairs, tuple):
     raise ValueError(f'{where}: {pairs!r} is no object')
   found = {}

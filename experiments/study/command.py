@@ -1,6 +1,6 @@
-"""The command that a study is: its runs, then table, figure and verdicts.
+"""The command line of a study: makes its runs, table, figure and verdicts.
 
-Not here: what the study asks (`study.py`).
+Not here: the definition of a study (`study.py`).
 """
 
 import argparse
@@ -18,21 +18,22 @@ from moe_jax import command_line, host, sections
 
 
 def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line; `flags` are what it changes in the shared config."""
+  """The parsed command line; its `flags` change the config that arms share."""
   parser = argparse.ArgumentParser(
     prog=f'python -m experiments.{study.name}',
     description=study.title,
-    epilog='and keys of the config that all arms share: --config.batch_size=8',
+    epilog='Keys of the config that all arms share can be changed: '
+    '--config.batch_size=8',
     allow_abbrev=False,
   )
   add = parser.add_argument
   names = list(study.presets)
-  add('--preset', default=study.preset, choices=names, help='length')
+  add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=int, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=int, default=0, help="steps of a run; 0: the preset's")
   add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
-  add('--task', default=study.task, choices=list(study.tasks), help='data')
-  add('--output', default='results', help='where results and runs go')
+  add('--task', default=study.task, choices=list(study.tasks), help='data set')
+  add('--output', default='results', help='folder of results and runs')
   options, options.flags = parser.parse_known_args(argv)
   for flag in options.flags:
     if not re.match(r'--config\.[\w.]+=', flag):
@@ -44,7 +45,11 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
-  """Runs what is missing, writes table, figure and verdicts; their folder."""
+  """Makes the missing runs and writes table, figure and verdicts.
+
+  Returns:
+    The folder of what was written.
+  """
   options = parse(study, argv)
   host.keep_freed_memory()
   preset = study.presets[options.preset]
@@ -83,7 +88,10 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Runs:
-  """The arms that are reported, their runs, and all results."""
+  """The reported arms and their runs, and the results of all runs.
+
+  The results include those of explored arms, which are not reported.
+  """
 
   arms: Sequence[Arm]
   jobs: Sequence[Job]
@@ -91,7 +99,7 @@ class _Runs:
 
 
 def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
-  """Makes the runs that are missing.
+  """Makes the runs that are missing, explored ones first, and reads all.
 
   Raises:
     ValueError: A config is wrong, or a run failed.
@@ -118,7 +126,7 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
 
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:
-  """The options beside the preset that are not the defaults, as typed."""
+  """Arguments, other than the preset, that differ from their defaults."""
   named = [
     f'--{name}={value}'
     for name in ('seeds', 'steps', 'task')
@@ -130,6 +138,6 @@ def _changed(study: Study, options: argparse.Namespace) -> list[str]:
 def _arguments(
   study: Study, options: argparse.Namespace, changed: Sequence[str]
 ) -> list[str]:
-  """The arguments that make the table again."""
+  """Arguments of the command that reproduces the table."""
   named = [f'--preset={options.preset}'] * (len(study.presets) > 1)
   return [*named, *changed]

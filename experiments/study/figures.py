@@ -1,4 +1,4 @@
-"""The figure of a study, drawn from its summary. Not here: its tables."""
+"""Draws the figure of a study from its summary. Not here: its tables."""
 
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +12,11 @@ from experiments.study.tables import Interval
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws a panel for each column, with rows along x where they have one."""
+  """Draws and writes a figure with a panel for each of the spec's columns.
+
+  Where the spec has an x axis, rows are points of lines along it, and rows
+  without x are horizontal lines; else every row is one point.
+  """
   panels = [c for c in summary['columns'] if c['name'] in spec.columns]
   rows = summary['rows']
   names = _names(rows)
@@ -53,7 +57,7 @@ def _bar(interval: Interval) -> float:
 
 
 def _names(rows) -> list[str]:
-  """The names that have a colour of their own: lines, then levels."""
+  """Names in the legend, which fix colours: lines, then rows without x."""
   lines = [row['line'] for row in rows if row['x'] is not None]
   levels = [row['name'] for row in rows if row['x'] is None]
   return list(dict.fromkeys(lines + levels))

@@ -1,15 +1,17 @@
-"""What gates go by: their mutual information with a label, in nats.
+"""Mutual information of gates and a label, in nats.
 
-An example draws an expert e by its gates. Of labels c with probability p(c),
+An example draws an expert e with its gates as probabilities. For labels c of
+probability p(c),
 
     p(e | c) = mean of the gates of the examples of c
     I(e; c)  = H(sum_c p(c) p(e | c)) - sum_c p(c) H(p(e | c))
 
-0 where all labels have the same mean gates, ln E at most. A mean of few
-examples is not its expectation, so that the estimate is above 0 even where
-there is nothing to find: how much so is what the same gates have with labels
-that are shuffled. Images are the samples, not image and place: one image's
-gates at its places go together.
+The information is 0 where all labels have the same mean gates, and at most
+ln E. Means over few examples deviate from their expectation, so that the
+estimate is above 0 even where gates do not depend on the label. This bias is
+estimated with the same gates and shuffled labels. The samples are images, not
+pairs of image and place, since the gates of one image at its places are
+correlated.
 """
 
 from typing import NamedTuple
@@ -17,17 +19,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-# Number of shuffles whose mean is the estimate's bias.
+# Number of shuffles of the labels over which the bias is averaged.
 SHUFFLES = 20
 # Share of all gates above which an expert counts as in use.
 USED = 0.01
 
 
 class Information(NamedTuple):
-  """What gates say about a label, in nats.
+  """Mutual information of gates and a label, in nats.
 
   Attributes:
-    measured: The estimate.
+    measured: The estimate, without correction of its bias.
     by_chance: The mean estimate for shuffled labels, which is its bias.
   """
 
@@ -36,7 +38,7 @@ class Information(NamedTuple):
 
   @property
   def excess(self) -> float:
-    """The estimate less its bias; may be below 0."""
+    """The estimate less its bias; it may be below 0."""
     return self.measured - self.by_chance
 
 
@@ -56,7 +58,7 @@ def mutual_information(
 def by_class(
   gates: Float[np.ndarray, 'N P E'], labels: Int[np.ndarray, ' N']
 ) -> np.ndarray:
-  """The mean gates p(e | class) over all places; [classes, E]."""
+  """Mean gates p(e | class), averaged over all places; [classes, E]."""
   mean = gates.mean(1)
   return np.stack([mean[labels == c].mean(0) for c in np.unique(labels)])
 
@@ -66,7 +68,7 @@ def about_class(
   labels: Int[np.ndarray, ' N'],
   seed: int = 0,
 ) -> Information:
-  """What the gates of N images at P places say about the image's class."""
+  """Information of the gates of N images at P places about the class."""
   _, counts = np.unique(labels, return_counts=True)
   weight, rng = counts / len(labels), np.random.default_rng(seed)
 
@@ -80,7 +82,7 @@ def about_class(
 def about_place(
   gates: Float[np.ndarray, 'N P E'], seed: int = 0
 ) -> Information:
-  """What the gates of N images, each at all of P places, say of the place."""
+  """Information of the gates of N images, at all P places, about the place."""
   N, P, _ = gates.shape
   weight, rng = np.full(P, 1 / P), np.random.default_rng(seed)
   chance = []

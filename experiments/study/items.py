@@ -1,4 +1,4 @@
-"""The items that `experiments.launch` runs: of sweeps, or of a Python file."""
+"""The items that `experiments.launch` runs, from sweeps or a Python file."""
 
 import importlib.util
 import pathlib
@@ -15,10 +15,18 @@ def swept(
   sweeps: Mapping[str, Sequence[Any]],
   output: str,
 ) -> list[Item]:
-  """An item for every combination of the swept values, the last key fastest."""
+  """Makes an item for every combination of swept values, last key fastest.
+
+  Args:
+    config: Config of every item, 'configs/name.py'.
+    overrides: Values that all items change, by dotted name.
+    sweeps: Lists of values by dotted name.
+    output: Folder of the items' workdirs.
+  """
   items = []
   for chosen in product(sweeps):
-    # Last parts of names are enough where they differ: 'seed=0,num_experts=4'.
+    # A workdir's name has the last parts of keys, 'seed=0,num_experts=4', or
+    # where these are not unique the whole keys.
     short = {key: key.rpartition('.')[2] for key in chosen}
     if len(set(short.values())) < len(short):
       short = {key: key for key in chosen}
@@ -32,7 +40,8 @@ def read_items(path: str) -> list[Item]:
   """The items that `get_items()` of a Python file returns.
 
   Raises:
-    ValueError: There is no such file or function, or an item is none.
+    ValueError: There is no such file or function, or the function returns
+      something that is no item.
   """
   file = pathlib.Path(path)
   if not file.is_file():

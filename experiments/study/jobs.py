@@ -1,6 +1,6 @@
 """The runs of a study: a config and a folder for every arm and seed.
 
-Not here: what a run does (`runner.py`), or when (`scheduler.py`).
+Not here: how a run is made (`runner.py`), and when it begins (`scheduler.py`).
 """
 
 import dataclasses
@@ -27,10 +27,11 @@ class Item:
   """One run of `python -m moe_jax.main`, as `experiments.launch` starts it.
 
   Attributes:
-    config: 'configs/name.py', or with an argument, 'configs/name.py:runlocal'.
+    config: Config file, with its argument if it has one: 'configs/name.py' or
+      'configs/name.py:runlocal'.
     overrides: Values of config keys by dotted name,
       `{'model.moe.num_experts': 4}`.
-    workdir: Folder of this run alone.
+    workdir: Folder of this run, shared with no other.
   """
 
   config: str
@@ -38,7 +39,7 @@ class Item:
   workdir: str
 
   def flags(self) -> list[str]:
-    """The overrides as `moe_jax.main` takes them."""
+    """The overrides as arguments of `moe_jax.main`."""
     return [f'--config.{key}={value}' for key, value in self.overrides.items()]
 
 
@@ -61,7 +62,7 @@ class Job:
 
   @property
   def name(self) -> str:
-    """Name of the run in lines that people read."""
+    """Name of the run in printed lines."""
     return f'{self.arm.name}, seed {self.seed}'
 
   @property
@@ -70,11 +71,11 @@ class Job:
     return (self.workdir / RESULT).exists()
 
   def result(self) -> Result:
-    """What the run came to, once it is finished."""
+    """The result of the run, which must be finished."""
     return json.loads((self.workdir / RESULT).read_text(encoding='utf-8'))
 
   def write_result(self, result: Result) -> None:
-    """Keeps what the run came to; the run is finished from then on."""
+    """Writes the result of the run, which is finished from then on."""
     self.workdir.mkdir(parents=True, exist_ok=True)
     write_text(self.workdir / RESULT, json.dumps(result, indent=2) + '\n')
 
@@ -87,10 +88,11 @@ def layered(
   """A locked copy of a config with one more layer of overrides.
 
   Args:
-    cls: The class of the options that the config is of.
+    cls: Class of the options that the config describes.
     config: The config.
-    overrides: Values by dotted name. They may choose other kinds; what the
-      config had set for the kinds before has its default again.
+    overrides: Values by dotted name. They may choose another kind for a
+      section; settings of the kind chosen before then return to their
+      defaults.
 
   Raises:
     ValueError: A key does not exist, or a value has another type.
@@ -106,10 +108,10 @@ def jobs_of(
   seeds: Sequence[int],
   output: pathlib.Path,
 ) -> list[Job]:
-  """A job for every arm on every seed; the seeds are the outer loop.
+  """A job for every arm and seed; the seeds are the outer loop.
 
   Args:
-    cls: The class of the options that configs are of.
+    cls: Class of the options that configs describe.
     shared: The config that the arms change.
     arms: The arms.
     seeds: The seeds.
@@ -136,6 +138,6 @@ def jobs_of(
 
 
 def config_hash(config: ml_collections.ConfigDict) -> str:
-  """A short text that is equal for equal configs, in any order of keys."""
+  """A short hash of a config, which does not depend on the order of keys."""
   text = json.dumps(config.to_dict(), sort_keys=True, default=list)
   return hashlib.sha256(text.encode()).hexdigest()[:10]

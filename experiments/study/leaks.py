@@ -1,7 +1,7 @@
-"""Whether a trained model's outputs see later tokens, and what that is worth.
+"""Measures whether a trained model's outputs depend on later tokens.
 
-Groups are of one row here: in larger ones the prefixes of a row, which are
-evaluated together, would compete for experts. Not here: which settings leak by
+Groups must have one row: the prefixes of a row, which are evaluated together,
+would compete for experts in larger groups. Not here: which settings leak by
 their rules (`moe_jax.layers.routers.contract`).
 """
 
@@ -14,26 +14,28 @@ from moe_jax.data.pipeline import spread
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# Number of rows, spread over the validation split.
+# Number of rows that are measured, evenly spaced over the validation split.
 _ROWS = 32
-# Logits that differ by less are rounded otherwise.
+# Largest difference of logits that counts as rounding.
 _EQUAL = 1e-4
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
-  """Losses and a leak on a few validation rows, in nats per token.
+  """Measures the leak of later tokens on a few validation rows.
 
   Returns:
-    `leak/changed`: the share of outputs in the first half of a row that change
-    when the tokens of its second half do. `leak/at_once`: the loss of whole
-    rows, as in training. `leak/generated`: the loss of the same rows where the
-    output at t comes of a row that ends at t, as in generation. The last two
-    agree where nothing leaks, but for random routers, which draw other experts
-    for another batch.
+    Numbers by name:
+    - leak/changed: share of outputs in the first half of a row that change when
+      the tokens of its second half do.
+    - leak/at_once: loss of whole rows, as in training, in nats a token.
+    - leak/generated: loss of the same rows where the output at t is computed
+      from a row that ends at t, as in generation, in nats a token. It equals
+      `leak/at_once` where nothing leaks, except with random routers, which draw
+      other experts for another batch.
 
   Raises:
-    ValueError: The model does not continue a text, or its groups are of
-      several rows.
+    ValueError: The model does not continue a text, or its groups have several
+      rows.
   """
   _check(run)
   rows = run.dataset.splits['validation']
@@ -78,7 +80,15 @@ def _changed(apply, batch, logits) -> float:
 
 
 def generated_logits(apply, batch) -> jax.Array:
-  """Each output from the prefix that ends there; [rows, T, V]."""
+  """Logits at every position, computed from the prefix that ends there.
+
+  Args:
+    apply: Function from a batch to its logits.
+    batch: The rows.
+
+  Returns:
+    Logits, [rows, T, V].
+  """
   _, T = batch['tokens'].shape
   until = jnp.tri(T, dtype=bool)  # row t is True where prefix t has tokens
 

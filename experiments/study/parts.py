@@ -1,4 +1,4 @@
-"""What a study is made of: arms, presets, columns, rows, claims, a figure.
+"""The parts of a study: arms, presets, columns, rows, claims, a figure.
 
 Not here: the study that holds them (`study.py`).
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.study import claims
 
-# What one run came to: the last value of each of its metrics, by name.
+# The result of one run: the last value of each of its metrics, by name.
 Result = Mapping[str, Any]
 # The results of every arm, by the arm's name, in the order of the seeds.
 Results = Mapping[str, Sequence[Result]]
@@ -22,14 +22,14 @@ Results = Mapping[str, Sequence[Result]]
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One kind of run.
+  """One of the configurations that a study compares, each run on all seeds.
 
   Attributes:
     name: Name of the arm's row.
     overrides: Values that the arm changes in the study's config, by dotted
-      name. They are a later layer of it: they may choose other kinds.
-    line: Name of the line of the figure that the arm is a point of.
-    x: Place of the point on that line; None draws a level across the figure.
+      name; they may choose another kind for a section (see `jobs.layered`).
+    line: Name of the figure's line on which the arm is a point.
+    x: Coordinate of the point along the x axis; None draws a horizontal line.
   """
 
   name: str
@@ -40,14 +40,15 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """How long a study is.
+  """The size of a study: its steps and seeds, and which arms it has.
 
   Attributes:
     steps: Number of optimizer steps of a run.
     seeds: Number of seeds, which are counted from 0.
     overrides: Values that all arms change in the study's config, by dotted
       name.
-    without: Names of the arms that are left out; `*` stands for any text.
+    without: Patterns of names of arms that are left out; `*` stands for any
+      text.
   """
 
   steps: int
@@ -56,19 +57,19 @@ class Preset:
   without: Sequence[str] = ()
 
   def keeps(self, arm: Arm) -> bool:
-    """Whether the arm is not left out."""
+    """Whether the preset has the arm."""
     return not any(fnmatch.fnmatchcase(arm.name, p) for p in self.without)
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A number that every row of the table has.
+  """A column of the table.
 
   Attributes:
     name: Heading of the column.
-    key: Name of the metric of a run that is shown; with `*`, which stands for
-      any text, the mean over the metrics that match; '' where the rows of the
-      study bring the number themselves.
+    key: Name of the metric of a run that the column shows. With `*`, which
+      stands for any text, it shows the mean of the metrics that match. '' where
+      `Study.rows` computes the number.
     unit: Unit of the number, such as 'nats/byte'; '' for a plain number.
     digits: Number of digits printed after the decimal point.
     each: Function that is applied to each metric before the mean.
@@ -92,14 +93,15 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of the table, which claims compare.
+  """A row of the table; claims compare rows.
 
   Attributes:
-    name: Name of the arm, or of what the study makes of several arms.
-    values: Numbers by the name of their column, one for each seed; a column
-      that is missing stays empty.
-    line: Line of the figure, as an arm's.
-    x: Place on that line, as an arm's.
+    name: Name of the row: that of its arm, or another where the study computes
+      rows from several arms.
+    values: Numbers by name of column, one for each seed; a missing column stays
+      empty.
+    line: Name of the figure's line, as in `Arm`.
+    x: Coordinate along the x axis, as in `Arm`.
   """
 
   name: str
@@ -113,15 +115,15 @@ class Claim:
   """A published direction, and the two rows here that should show it.
 
   Attributes:
-    text: What the paper says.
+    text: The claim in words.
     compared: The comparison, 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the
       column, the row, and the other row or a number.
     published: Addresses in `claims.json` of the two published numbers.
-    note: Why the comparison differs from the paper's; '' where it does not.
+    note: How the comparison differs from the paper's; '' where it does not.
     column: Name of the column that is compared.
     row: Name of the row that is compared.
     than: Name of the other row, or the number.
-    direction: 'lower' or 'higher', where the row should be.
+    direction: Where the claim has the row's number, 'lower' or 'higher'.
 
   Raises:
     ValueError: `compared` is not of that form, or an address is unknown.
@@ -155,12 +157,11 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """What is drawn: a panel for each column, of the rows' means and intervals.
+  """The figure of a study: panels of the rows' means with intervals.
 
   Attributes:
-    columns: Names of the columns that have a panel.
-    x_label: Label of the axis on which the rows' `x` stand; '' where the rows
-      have none.
+    columns: Names of the columns, each of which has a panel.
+    x_label: Label of the axis of the rows' `x`; '' where rows have none.
     log_x: Whether that axis is logarithmic.
   """
 

@@ -1,8 +1,8 @@
-"""Tasks that are commands: processes of their own, logged, stopped as one.
+"""Runs commands as tasks of the scheduler, with logs.
 
-A task is one run, of one process or of several that work together. Not here:
-when a task begins (`scheduler.py`), or what the commands are
-(`experiments/launch.py`).
+A task is one run, of one process or of several that work together and are
+stopped together. Not here: when a task begins (`scheduler.py`), and which
+commands are run (`experiments/launch.py`).
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from experiments.study.scheduler import DONE, FAILED, STOPPED
 from moe_jax import command_line
 
 _NO_FAILURE = (0, command_line.STOPPED)
-# Environment variables of the processes that run in one place.
+# Environment variables of processes, by name; a place of the scheduler here.
 Environment = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """Processes that start and end together.
+  """A task of one or more processes that start and end together.
 
   Attributes:
-    name: Name of the task in lines that people read.
-    commands: Makes the command of each process, when the task begins.
-    logs: File that each process's output is added to.
-    complete: Whether there is nothing left to do, asked after all processes
+    name: Name of the task in printed lines.
+    commands: Returns the command of each process; called when the task begins.
+    logs: Files to which the processes' outputs are appended, one for each.
+    complete: Returns whether the task is complete; called after all processes
       have ended with status 0.
     env: Environment variables of the processes.
   """
@@ -43,12 +43,15 @@ class Command:
   env: Environment = dataclasses.field(default_factory=dict)
 
   def begin(self, place: Environment) -> 'Processes':
-    """Starts the processes."""
+    """Starts the processes, with the place's environment variables too."""
     return Processes(self, place)
 
 
 class Processes:
-  """A command's processes, each in a group of its own: Ctrl-C is not theirs."""
+  """The running processes of a command.
+
+  Each has a process group of its own, so that Ctrl-C does not reach it.
+  """
 
   def __init__(self, command: Command, place: Environment):
     self._complete = command.complete
@@ -70,14 +73,17 @@ class Processes:
       )
 
   def ended(self) -> bool:
-    """Whether all have; where one failed, the others are asked to stop."""
+    """Whether all processes have ended.
+
+    If one has failed, this sends SIGTERM to the others.
+    """
     codes = [process.poll() for process in self._processes]
     if any(code not in (None, *_NO_FAILURE) for code in codes):
       self.signal(signal.SIGTERM)
     return None not in codes
 
   def outcome(self) -> str:
-    """`DONE`, `FAILED` or `STOPPED`, once all have ended."""
+    """`DONE`, `FAILED` or `STOPPED`; call this once all have ended."""
     for file in self._files:
       file.close()
     codes = {process.returncode for process in self._processes}
@@ -86,7 +92,7 @@ class Processes:
     return DONE if codes == {0} and self._complete() else STOPPED
 
   def signal(self, number: int) -> None:
-    """Sends it to every process that is left, and to what they started."""
+    """Sends a signal to all processes that still run, and their children."""
     for process in self._processes:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -94,7 +100,7 @@ class Processes:
 
 
 def free_port() -> int:
-  """A port on this machine that nobody listens on now."""
+  """A port of this machine that is free at present."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     return s.getsockname()[1]
@@ -103,23 +109,23 @@ def free_port() -> int:
 def places(
   workers: int, accelerator: str = '', devices: int = 0
 ) -> list[Environment]:
-  """A place for each task that runs at a time.
+  """The environment variables of each place; a place runs one task at a time.
 
   Args:
-    workers: Number of tasks that share the machine where no accelerator is
-      split.
-    accelerator: 'gpu' or 'tpu' gives each task one device; '' splits none.
+    workers: Number of places where there is no accelerator to divide.
+    accelerator: Kind of devices to divide, 'gpu' or 'tpu', so that a place has
+      one; '' divides none.
     devices: Number of those devices.
 
   Raises:
-    ValueError: CUDA_VISIBLE_DEVICES is set and names fewer.
+    ValueError: CUDA_VISIBLE_DEVICES is set and names fewer devices.
   """
   if not accelerator:
     return [{} for _ in range(workers)]
   if accelerator == 'gpu':
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     names = list(map(str, range(devices)))
-    if visible is not None:  # the caller's share of the machine
+    if visible is not None:  # use only the devices that the caller was given
       names = [name for name in visible.split(',') if name]
     if len(names) < devices:
       raise ValueError(
@@ -127,7 +133,7 @@ def places(
         f'{devices} are too many'
       )
     return [{'CUDA_VISIBLE_DEVICES': name} for name in names[:devices]]
-  # One chip a process, each a topology of its own.
+  # Each process has one chip, which is a topology of its own.
   alone = {
     'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',
     'TPU_PROCESS_BOUNDS': '1,1,1',

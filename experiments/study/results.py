@@ -1,4 +1,4 @@
-"""What becomes of a study's numbers: a summary, tables, a figure, files.
+"""Turns a study's numbers into a summary, tables, a figure and files.
 
 Not here: when a direction counts as reproduced (`verdicts.py`), and all studies
 on one page (`experiments/report.py`).
@@ -35,17 +35,17 @@ def summary_of(
   times: Mapping[str, timing.Spread],
   arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """All that the study came to, as JSON can hold it; `report` reads it.
+  """The summary of a study, as JSON can hold it; `report` reads it.
 
   Args:
     study: The study.
-    preset: The length that it was run at.
-    task: What it was run on. The published numbers are not named where the
-      task is none that they can be held against.
-    rows: The rows of the table.
-    results: What the runs came to.
-    times: The times of steps, as ratios, by arm.
-    arguments: What stands behind the command.
+    preset: The preset that was run.
+    task: The task that was run. Where it is not comparable, the claims are
+      without published numbers.
+    rows: Rows of the table.
+    results: Results of all runs, by arm.
+    times: Ratios of step times to the first timed arm's, by arm.
+    arguments: Arguments of the command that reproduces the table.
   """
   runs = [run for arm in results.values() for run in arm]
   claimed = study.claims
@@ -76,7 +76,7 @@ def summary_of(
 
 
 def _facts(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Where and when the runs were made, and how long they took together."""
+  """Device, date and jax version of the runs, and their minutes in total."""
   return {
     'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
     'date': _all({m['date'][:10] for m in made}),
@@ -99,7 +99,7 @@ def _all(names: Collection[str]) -> str:
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
-  """The values as JSON has them, which knows no NaN."""
+  """The values for JSON, which has no NaN: None stands for it."""
   return [float(v) if np.isfinite(v) else None for v in values]
 
 
@@ -120,11 +120,11 @@ def _described(decided: Verdict) -> dict[str, Any]:
 
 
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
-  """The study's part of a page, in Markdown.
+  """The study's section of a page, in Markdown.
 
   Args:
-    summary: What the study came to.
-    picture: Path of the figure from the page.
+    summary: Summary of the study.
+    picture: Path of the figure, relative to the page.
   """
   seeds = summary['seeds']
   length = summary.get('length', f'{summary["steps"]:,} steps')
@@ -153,7 +153,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
 
 
 def _command(summary: Mapping[str, Any]) -> str:
-  """The command that makes the study again."""
+  """The command that reproduces the study."""
   arguments = summary.get('arguments', [])
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
 
@@ -164,7 +164,7 @@ def _overrides(summary: Mapping[str, Any]) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-  """The table of the numbers, in Markdown."""
+  """The table of the study's numbers, in Markdown."""
   lines = []
   for row in summary['rows']:
     line = {'': row['name']}
@@ -185,7 +185,7 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def claims_table(summary: Mapping[str, Any]) -> str:
-  """The table of the claims: what was published, what is here, the verdict."""
+  """The table of claims in Markdown: published numbers, ours, verdicts."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
@@ -228,10 +228,10 @@ def write(
   """Writes table, rows, figure, summary and configs.
 
   Args:
-    folder: Where they are written.
-    figure: What is drawn.
-    summary: What the study came to.
-    configs: The config of each arm, by its name.
+    folder: Folder of the files.
+    figure: Description of the figure.
+    summary: Summary of the study.
+    configs: Configs of the arms, by name of the arm.
 
   Returns:
     The text of the table.
@@ -245,13 +245,14 @@ def write(
     path.write_text(json.dumps(about, indent=2, default=list) + '\n')
   _write_csv(folder / 'rows.csv', summary)
   figures.draw(figure, summary, folder / PICTURE)
-  # Last and whole: `report` takes the figure of every summary that it finds.
+  # The summary is written last and atomically: wherever `report` finds one, it
+  # expects the figure too.
   write_text(folder / SUMMARY, json.dumps(summary, indent=1) + '\n')
   return text
 
 
 def _write_csv(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
-  """Writes a line for every number of every seed."""
+  """Writes the table's numbers, with a line for each of every seed."""
   with path.open('w', newline='', encoding='utf-8') as file:
     writer = csv.writer(file)
     writer.writerow(['row', 'column', 'unit', 'seed', 'value'])
@@ -265,7 +266,7 @@ def _write_csv(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_configs(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """The config of each arm, as `write` left them in a study's folder."""
+  """Reads the configs that `write` wrote to a study's folder, by arm."""
   configs = {}
   for path in sorted((folder / 'configs').glob('*.json')):
     about = json.loads(path.read_text(encoding='utf-8'))

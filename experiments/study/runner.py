@@ -1,4 +1,4 @@
-"""How the runs of a study are made: by training, unless it says otherwise.
+"""Makes the runs of a study, by training unless the study has another runner.
 
 Not here: which runs there are (`jobs.py`), and when each begins
 (`scheduled_runs.py`).
@@ -31,40 +31,40 @@ Measure = Callable[[Run, TrainState], Mapping[str, Any]]
 
 
 class Runner:
-  """The contract of what makes the runs of a study.
+  """Interface of the objects that make the runs of a study.
 
-  A runner can be pickled: workers are given it.
+  A runner must be picklable, since it is sent to worker processes.
 
   Attributes:
-    options: The class of the options that the configs of the runs are of. They
-      have the keys `seed`, `total_steps` and `data`.
+    options: Class of the options that the runs' configs describe. It has the
+      fields `seed`, `total_steps` and `data`.
   """
 
   options: ClassVar[type[Options]]
 
   def prepare(self, jobs: Sequence[Job]) -> None:
-    """Makes once, in the parent process, what all of the runs read."""
+    """Prepares once, in the parent process, the data that all runs read."""
 
   def together(self, job: Job) -> str:
-    """A text that is equal for jobs which are one call, run together."""
+    """A key that is equal for jobs to be made in one call of the runner."""
     return job.name
 
   def __call__(self, jobs: Sequence[Job]) -> None:
     """Makes the runs of one call and writes their results.
 
     Raises:
-      SystemExit: SIGTERM came; the same call goes on another time.
+      SystemExit: SIGTERM stopped the runs; the same call continues them later.
     """
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRunner(Runner):
-  """Trains each run by itself; runs that are alike share a compiled step.
+  """Trains each run by itself; similar runs share a compiled step.
 
   Attributes:
-    measure: Function of every trained run, whose numbers stand beside the
-      run's metrics; None adds no numbers.
+    measure: Function of a trained run and its state whose numbers are added to
+      the run's metrics; None adds none.
   """
 
   options: ClassVar[type[Options]] = RunConfig
@@ -87,7 +87,7 @@ def _data_of(job: Job) -> data.DataOptions:
 
 
 class _Ending(Hook):
-  """Remembers what a run was trained on, and measures what it came to."""
+  """Records the digest of a run's data, and measures the run at its end."""
 
   def __init__(self, measure: Measure | None):
     self._measure = measure
@@ -106,15 +106,15 @@ def train(
   measure: Measure | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Result:
-  """Trains a run that has no result yet; the last value of each metric.
+  """Trains a run, unless it has a result already, and returns the result.
 
   Args:
     job: The run.
-    measure: As in `TrainingRunner`.
-    devices: The devices of the mesh; None stands for all.
+    measure: Function of the trained run, as in `TrainingRunner`.
+    devices: Devices of the mesh; None takes all.
 
   Raises:
-    SystemExit: SIGTERM stopped it; the same call goes on.
+    SystemExit: SIGTERM stopped the run; the same call continues it.
   """
   if job.is_finished:
     return job.result()
@@ -136,15 +136,15 @@ def train(
 
 
 def made_in(start: float) -> dict[str, Any]:
-  """Where and when a run was made, and in how many minutes.
+  """Device, date and versions of a run that ends now, and its minutes.
 
   Args:
-    start: When it began, by `time.perf_counter`.
+    start: Value of `time.perf_counter` when the run began.
   """
   minutes = (time.perf_counter() - start) / 60
   return {**timing.facts(), 'minutes': minutes}
 
 
 def _remove_checkpoints(workdir: pathlib.Path) -> None:
-  """Those of all runs of a study would fill a disk."""
+  """Removes a run's checkpoints: those of all runs would fill a disk."""
   shutil.rmtree(workdir / workdir_lib.CHECKPOINTS, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Makes the runs of a study that are missing, and reads all of them.
 
-A run that is finished is read, one that was killed begins anew, and one that
-SIGTERM stopped goes on. Not here: what a run does (`runner.py`), and how many
-run at a time (`scheduler.py`).
+A finished run is read, one that was killed starts again, and one that was
+stopped by SIGTERM continues. Not here: how a run is made (`runner.py`), and how
+tasks share the machine (`scheduler.py`).
 """
 
 import contextlib
@@ -28,18 +28,19 @@ LOG = 'log.txt'
 def run_all(
   runner: Runner, jobs: Sequence[Job], column: Column, num_workers: int = 0
 ) -> None:
-  """Makes the runs that are missing.
+  """Makes the runs that have no result yet.
 
   Args:
-    runner: What makes them.
+    runner: Object that makes the runs.
     jobs: All runs of the study.
-    column: The number that is printed of a run that has ended.
-    num_workers: Number of runs at a time; 0: one a core of a CPU, one on
-      accelerators. With 1 they are made in this process.
+    column: Column whose number is printed when a run ends.
+    num_workers: Number of runs at a time; 0 takes one for each core of a CPU,
+      or one on accelerators. With 1 runs are made in this process.
 
   Raises:
-    SystemExit: SIGTERM or Ctrl-C stopped them; the same call goes on.
-    ValueError: Some failed, or another process runs in the folder.
+    SystemExit: SIGTERM or Ctrl-C stopped the runs; the same call continues
+      them.
+    ValueError: Some runs failed, or another process runs in the folder.
   """
   left = [job for job in jobs if not job.is_finished]
   print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
@@ -71,7 +72,7 @@ def _begin(runner: Runner, jobs: list[Job], place) -> workers.Call:
 
 
 def _logged(runner: Runner, jobs: list[Job]) -> None:
-  """Makes the runs of one call; what it prints is in the first one's log."""
+  """Makes the runs of one call; output goes to the first run's log."""
   workdir = jobs[0].workdir
   workdir.mkdir(parents=True, exist_ok=True)
   with (
@@ -84,10 +85,10 @@ def _logged(runner: Runner, jobs: list[Job]) -> None:
 
 @contextlib.contextmanager
 def _alone(output: pathlib.Path) -> Iterator[None]:
-  """Holds the folder for this process.
+  """Locks the study's folder against other processes.
 
   Raises:
-    ValueError: Another process runs there.
+    ValueError: Another process has locked it.
   """
   output.mkdir(parents=True, exist_ok=True)
   with (output / 'lock').open('w') as file:
@@ -99,7 +100,7 @@ def _alone(output: pathlib.Path) -> Iterator[None]:
 
 
 class _Progress:
-  """Prints a line for each call that ends, and how long the others take."""
+  """Prints a line for each call that ends, with the estimated time left."""
 
   def __init__(
     self, calls: dict[str, list[Job]], column: Column, num_workers: int
@@ -111,7 +112,7 @@ class _Progress:
     print(f'{num_workers} at a time, {self._steps:,} steps', flush=True)
 
   def ends(self, name: str, outcome: str, call: workers.Call) -> None:
-    """Says what the call came to; see `scheduler.run_all`."""
+    """Prints the outcome of a call; see `scheduler.run_all`."""
     jobs = self._calls[name]
     self._ended += 1
     self._done += _steps(jobs)
@@ -136,10 +137,10 @@ def _steps(jobs: Sequence[Job]) -> int:
 
 
 def read_all(jobs: Sequence[Job]) -> Results:
-  """The results of finished runs by arm, one a seed.
+  """Reads the results of finished runs, by arm, one for each seed.
 
   Raises:
-    ValueError: Two runs of one source saw different data.
+    ValueError: Two runs with the same data options saw different data.
   """
   results: dict[str, list] = {}
   digests: dict[str, set[str]] = {}

@@ -1,7 +1,6 @@
-"""Runs tasks, so many at a time, one in each place; stopped cleanly.
+"""Runs tasks in places, one at a time in each, and stops them cleanly.
 
-A task begins when it is given a place, and says itself whether it has ended.
-Not here: what a place is: devices for the processes of a command
+A place is whatever a task needs to run: devices for the processes of a command
 (`processes.py`), or a worker that calls Python functions (`workers.py`).
 """
 
@@ -16,13 +15,13 @@ DONE, FAILED, STOPPED, WAITING = 'done', 'failed', 'stopped', 'not started'
 
 
 class Running(Protocol):
-  """A task that has begun."""
+  """Interface of a task that has begun."""
 
   def ended(self) -> bool:
-    """Whether nothing of it runs any more."""
+    """Whether all processes of the task have ended."""
 
   def outcome(self) -> str:
-    """`DONE`, `FAILED` or `STOPPED`, once it has ended."""
+    """`DONE`, `FAILED` or `STOPPED`; called once the task has ended."""
 
   def signal(self, number: int) -> None:
     """Sends the signal to every process of the task."""
@@ -45,20 +44,21 @@ def run_all(
   begins: Callable[[str], None] = _nothing,
   ends: Callable[[str, str, Running], None] = _nothing,
 ) -> dict[str, str]:
-  """Runs every task; the outcome of each, by name.
+  """Runs every task and returns the outcome of each, by name.
 
-  A task that fails does not stop the others. SIGTERM and Ctrl-C ask the tasks
-  that run to save and stop, and no other begins; those that take longer than
-  `grace_seconds` are killed, and so are all at a second signal.
+  A task that fails does not stop the others. At SIGTERM or Ctrl-C no further
+  task begins, and those that run are asked to save and stop; they are killed if
+  they take longer than `grace_seconds`, or at a second signal.
 
   Args:
-    tasks: Functions that begin a task in a place, by the name of the task, in
-      the order in which they begin.
-    places: One for each task that runs at a time.
+    tasks: Functions that begin a task in a place, by name of the task, in the
+      order in which they begin.
+    places: Places for tasks; as many tasks run at a time.
     grace_seconds: Seconds from asking a task to stop to killing it.
-    message: Prints a line.
-    begins: Called with the name of a task that is about to begin.
-    ends: Called with the name, the outcome and the task that has ended.
+    message: Function that prints a line.
+    begins: Function that is called with the name of a task before it begins.
+    ends: Function that is called with the name, the outcome and the task, after
+      it has ended.
   """
   outcomes = dict.fromkeys(tasks, WAITING)
   queue = list(tasks)
@@ -82,7 +82,7 @@ def run_all(
       for i in [i for i, (_, task) in running.items() if task.ended()]:
         name, task = running.pop(i)
         outcomes[name] = task.outcome()
-        # A task that is killed on request has not failed by itself.
+        # A task that was killed because the user stops has not failed.
         if received and outcomes[name] == FAILED:
           outcomes[name] = STOPPED
         ends(name, outcomes[name], task)
@@ -93,7 +93,7 @@ def run_all(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-  """A list that fills with the SIGINTs and SIGTERMs that arrive."""
+  """Catches SIGINT and SIGTERM; yields the list of those received so far."""
   received: list[int] = []
   caught = signal.SIGINT, signal.SIGTERM
   before = [

@@ -1,8 +1,8 @@
-"""One compiled step for runs that differ in numbers it can be given.
+"""Shares one compiled step among runs that differ only in some numbers.
 
-Weights of the routers' losses and the rate of a balancing bias are arguments of
-the step here, where a run by itself has them as constants. Zero is a constant
-still: what has no weight is not computed.
+The weights of the routers' losses and the rate of a balancing bias, constants
+of a run's own step, are arguments of the shared step. A zero stays a constant,
+so that a loss without weight is not computed.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from moe_jax import sections
 from moe_jax.training.programs import make_step
 from moe_jax.training.setup import Hook, Run
 
-# Options of routers, by the end of their dotted name.
+# Ends of the dotted names of the routers' options that become arguments.
 _WEIGHT, _RATE = '_weight', '.balance_bias_rate'
-# Keys on which no training step depends.
+# Beginnings of the keys on which no training step depends.
 _OTHER = ('seed', 'log_every_steps', 'evals.', 'checkpoint.', 'sample.')
 
 _steps: dict[str, Any] = {}
 
 
 class SharedStep(Hook):
-  """Takes the run's step from the runs of this process before it.
+  """Replaces a run's step by one that earlier runs of this process compiled.
 
-  A run on several devices keeps its own, and so does one whose layers differ
-  in their rates.
+  A run keeps its own step if it has several devices, if its layers differ in
+  the rate of their balancing bias, or if it tolerates non-finite steps.
   """
 
   def start(self, run: Run) -> None:
-    """Puts it in the place of `run.train_step`."""
+    """Replaces `run.train_step`, if the run can share a step."""
     options = sections.flatten(sections.section(run.options))
     rates = {v for k, v in options.items() if k.endswith(_RATE) and v}
     unequal = len(rates) > 1
@@ -51,7 +51,7 @@ class SharedStep(Hook):
 
 
 def _key(options: dict[str, Any]) -> str:
-  """A text that is equal for runs which may share a step."""
+  """A key that is equal for runs that can share a step."""
   kept = {k: v for k, v in options.items() if not k.startswith(_OTHER)}
   given = {
     k: 'given'

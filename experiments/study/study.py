@@ -1,13 +1,13 @@
-"""A study: arms on paired seeds, what is measured, what is claimed of it.
+"""The definition of a study: arms on paired seeds, columns and claims.
 
-A study is one file named after its paper and table. It says which config keys
-its arms change, which numbers make a column, and which published differences
-they are held against; `command.main` does the rest:
+A study is one file named after its paper and table. It states which config keys
+its arms change, which numbers are the columns of its table, and to which
+published differences they are compared; `command.main` does the rest:
 
     python -m experiments.shazeer_table6 --preset=quick
 
-Not here: how runs are made (`runner.py`), what becomes of their numbers
-(`results.py`), and what has been published (`claims.py`).
+Not here: how runs are made (`runner.py`), how their numbers are reported
+(`results.py`), and published numbers (`claims.py`).
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ from moe_jax.options import unknown
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
-  """Runs before those that are reported, which choose something for the arms.
+  """Preliminary runs that choose options of the arms, such as learning rates.
 
   Attributes:
-    arms: Makes the arms that are explored, of the study's own and the config
-      that they share.
-    chosen: Makes the arms that are reported, of the study's own and the
-      results of the explored ones.
+    arms: Returns the explored arms, from the study's arms and the config that
+      they share.
+    chosen: Returns the reported arms, from the study's arms and the results of
+      the explored arms.
     seeds: Seeds of the explored runs, none of which is reported.
   """
 
@@ -58,28 +58,31 @@ class Study:
   """A question with its runs, its table and its claims.
 
   Attributes:
-    name: Name of the study's file.
+    name: Name of the study's file, without '.py'.
     title: The question, in a few words.
-    source: Paper and table that the study is about.
-    config: Makes the config that all arms share, for a number of steps.
-    arms: Makes the arms of a preset; see `arms_of`.
+    source: Paper and table that the study reproduces.
+    config: Returns the config that all arms share, for a number of steps.
+    arms: Returns the arms for a preset, before it leaves any out.
     presets: The presets by name; the first is the default. 'full' is the one
       that `experiments/report.py` takes.
     columns: Columns of the table.
-    claims: What the paper claims.
-    figure: What is drawn.
-    rows: Makes the rows of the table, where they are not the arms, of the
-      results and of every timed arm's time of a step over the first's.
-    runner: What makes the runs.
-    exploration: Runs that choose something for the arms; None: there are none.
-    pictures: Writes more pictures into the folder of the table.
-    timed: Names of arms whose steps are timed, interleaved, after the runs, if
-      the preset has them; their times are ratios to the first's.
-    remarks: Makes the text below the table, or is the text.
-    length: Makes the text that says how long a preset's runs are.
-    progress: Name of the column whose number is printed as runs end; '' is the
-      first.
-    tasks: What the study can be run on, by name; the first is the default.
+    claims: Claims that are tested, the paper's and our own.
+    figure: Description of the figure.
+    rows: Returns the rows of the table, from the results of all arms and the
+      ratios of step times by timed arm; None makes a row of each arm.
+    runner: Object that makes the runs.
+    exploration: Preliminary runs that choose options of the arms; None for
+      none.
+    pictures: Writes further pictures to the folder of the table, from the
+      results of all arms; None for none.
+    timed: Names of arms whose steps are timed, interleaved, after the runs;
+      those that the preset leaves out are skipped. Times are ratios to the
+      first arm's.
+    remarks: Text below the table, or a function from results to the text.
+    length: Returns the length of a preset's runs, in words.
+    progress: Name of the column whose number is printed as runs end; '' takes
+      the first.
+    tasks: Tasks that the study supports, by name; the first is the default.
   """
 
   name: str
@@ -117,11 +120,11 @@ class Study:
     return next(c for c in self.columns if self.progress in ('', c.name))
 
   def shared(self, preset: Preset, task: str = '') -> ml_collections.ConfigDict:
-    """The config that arms change.
+    """The config that all arms share, and change.
 
     Args:
-      preset: Steps and overrides.
-      task: Name of a task; '' is the default.
+      preset: Preset, which gives steps and overrides.
+      task: Name of a task; '' takes the default.
 
     Raises:
       ValueError: There is no such task, or the overrides do not fit.
@@ -145,11 +148,15 @@ class Study:
     seeds: Sequence[int],
     output: pathlib.Path,
   ) -> list[Job]:
-    """The runs of arms on seeds; see `jobs_of`."""
+    """The runs of the arms on all seeds; see `jobs_of`."""
     return jobs_of(self.runner.options, shared, arms, seeds, output)
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
-    """The config that arms share, as `experiments/<name>.py:<preset>` gives it.
+    """The config that arms share; `moe_jax.main` calls this for a study's file.
+
+    Args:
+      arg: Name of a preset, given as `--config=experiments/<name>.py:<preset>`;
+        '' takes the default.
 
     Raises:
       ValueError: There is no such preset.
@@ -160,7 +167,10 @@ class Study:
     return self.shared(self.presets[arg])
 
   def get_items(self, preset: str = '') -> list[Item]:
-    """The runs for `experiments.launch`, in the folders where `main` looks."""
+    """The runs as items of `experiments.launch`.
+
+    Their workdirs are those of the study's own command.
+    """
     preset = preset or self.preset
     chosen = self.presets[preset]
     output = pathlib.Path('results') / self.name

@@ -5,7 +5,7 @@
       product({'model.moe.num_selected': [1, 2]}, {'seed': [0, 1]}),
     )
 
-Not here: what is done with them (`study.py`, `experiments/launch.py`).
+Not here: the runs made from them (`study.py`, `experiments/launch.py`).
 """
 
 import itertools
@@ -33,10 +33,10 @@ def product(*sweeps: Mapping[str, Sequence[Any]]) -> list[Overrides]:
 
 
 def zipped(sweep: Mapping[str, Sequence[Any]]) -> list[Overrides]:
-  """The keys' first values together, then their second ones, and so on.
+  """Combines the keys' first values, then their second ones, and so on.
 
   Raises:
-    ValueError: The keys have not as many values as each other.
+    ValueError: The keys have different numbers of values.
   """
   lengths = {key: len(values) for key, values in sweep.items()}
   if len(set(lengths.values())) > 1:
@@ -53,10 +53,12 @@ def chain(*sweeps: Sequence[Mapping[str, Any]]) -> list[Overrides]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """`{'model.width': 64}` as `{'model': {'width': 64}}`, for `sections.merge`.
+  """Turns dotted names into nested dicts, as `sections.merge` takes them.
+
+  `{'model.width': 64}` becomes `{'model': {'width': 64}}`.
 
   Raises:
-    ValueError: A key is a section of another.
+    ValueError: A key has a value and is also the section of another key.
   """
   tree: dict[str, Any] = {}
   for key, value in flat.items():

@@ -11,7 +11,7 @@ from scipy import stats
 class Interval:
   """A mean over seeds with the half width of its 95 % confidence interval.
 
-  The interval is Student's; of one seed it is infinite.
+  The interval is Student's; with a single seed it is infinite.
   """
 
   mean: float
@@ -19,7 +19,7 @@ class Interval:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> 'Interval':
-    """The interval of one value a seed."""
+    """The interval for values, one of each seed."""
     n = len(values)
     if n < 2:
       return cls(float(np.mean(values)), float('inf'))
@@ -27,13 +27,13 @@ class Interval:
     return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * error))
 
   def sign(self) -> int:
-    """-1 or 1 where the whole interval is on that side of 0, else 0."""
+    """Sign of the mean where the interval excludes 0, else 0."""
     if not abs(self.mean) > self.half_width:
       return 0
     return 1 if self.mean > 0 else -1
 
   def __format__(self, spec: str) -> str:
-    """'1.3580 ± 0.0040', both in `spec`."""
+    """Mean and half width as text, such as '1.3580 ± 0.0040'."""
     width = f'{self.half_width:{spec.lstrip("+")}}'
     if np.isinf(self.half_width):
       width = 'unknown'
@@ -41,17 +41,17 @@ class Interval:
 
 
 def ratios(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-  """One ratio a seed; their mean is the mean of `values` over that of `base`.
+  """Ratios by seed, whose mean is the mean of `values` over that of `base`.
 
-  The ratios scatter as both do, to first order, so that the interval of their
-  mean is that of the ratio of means.
+  To first order the ratios vary with both inputs, so that the interval of their
+  mean is that of the ratio of means (the delta method).
   """
   ratio = values.mean() / base.mean()
   return ratio + (values - ratio * base) / base.mean()
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-  """The rows as a table in GitHub's Markdown; headings are the first's keys."""
+  """A table in GitHub's Markdown; its headings are the first row's keys."""
   headings = list(rows[0])
   lines = [headings, ['---'] * len(headings)]
   lines += [[row[h] for h in headings] for row in rows]

@@ -1,20 +1,20 @@
-"""What studies can train on: real text, and two synthetic tasks.
+"""The tasks of studies: real text, and two synthetic tasks.
 
-The synthetic ones have statistical power: on them a sparse model and its dense
-twin differ within minutes on a CPU. Every table says which task it is of.
+The synthetic tasks have statistical power: on them a sparse model and its dense
+twin differ within minutes on a CPU. Every table names its task.
 
-Their sizes were chosen with two layers of M=64 and F=256, both sparse, 32 rows
-of 64 bytes, AdamW 3e-3, after 1,000 steps, the dense twin against Switch with
-8 experts, on two seeds: 2.32 and 2.32 against 2.21 and 2.21 nats per byte on 8
-ciphers; 1.42 and 1.57 against 0.07 and 0.17 nats per token of a value (its end
-is one) on 2,048 pairs. After 600 steps the pairs have only begun to be known,
-and of 1,024 pairs both models know nearly all after 750.
+Their sizes were chosen by training two sparse layers of M=64 and F=256 for
+1,000 steps of AdamW (rate 3e-3) on batches of 32 rows of 64 bytes, with two
+seeds. The dense twin had losses of 2.32 and 2.32 nats a byte on 8 ciphers,
+Switch with 8 experts 2.21 and 2.21. On 2,048 pairs of key and value they were
+1.42 and 1.57 against 0.07 and 0.17 nats a token of the value (its end is one
+too). After 600 steps the models have only begun to memorise the pairs, and of
+1,024 pairs both models know nearly all after 750 steps.
 
 An encoder-decoder reads the whole of its inputs at once. On real text its
-decoder hardly looks at them within minutes (eight bytes after a prefix: 0.005
-nats a byte between all of the encoder's tokens served and a tenth of them);
-keys and values leave it no choice. Not here: how the data is made
-(`moe_jax.data`).
+decoder hardly uses them within minutes: the loss of eight bytes after a prefix
+is 0.005 nats a byte higher if only a tenth of the encoder's tokens are served.
+With keys and values it has to. Not here: how the data is made (`moe_jax.data`).
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is learned.
+  """Data for a study to train on.
 
   Attributes:
     overrides: Values that the task changes in the study's config, by dotted
-      name; they are a later layer of it.
-    label: What the task is called in tables.
-    comparable: Whether published numbers can be held against the study's on
-      this task.
+      name.
+    label: Name of the task in tables.
+    comparable: Whether the study's numbers on this task can be compared to
+      published ones.
   """
 
   overrides: Mapping[str, Any]
@@ -44,7 +44,7 @@ _KV_RECALL = {
   'data.source.kv_recall.num_pairs': 2048,
   'data.task.kind': 'seq2seq',
 }
-# Tasks of causal models; a study is run on the first unless it is told another.
+# Tasks of causal models; the first is a study's default.
 TASKS = {
   'text': Task(
     {'data.source.kind': 'python_stdlib'}, 'Python standard library, bytes'
@@ -70,7 +70,7 @@ PREFIX_TASKS = {
       'data.task.kind': 'prefix_lm',
       'data.seq_len': 64,
       'data.target_len': 8,
-      # A model soon learns where a prefix ends.
+      # With learned positions a model soon learns where a prefix ends.
       'model.positions.kind': 'learned',
     },
     'Python standard library, a few bytes after a prefix',

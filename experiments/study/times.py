@@ -1,4 +1,4 @@
-"""What the steps of a study's arms take, interleaved, after its runs.
+"""Times the steps of a study's arms, interleaved, after its runs.
 
 Not here: the runs (`scheduled_runs.py`).
 """
@@ -26,11 +26,15 @@ _SECONDS = 30.0
 def step_times(
   study: Study, jobs: Sequence[Job], output: pathlib.Path
 ) -> dict[str, timing.Spread]:
-  """The time of each timed arm's step over that of the first of `study.timed`.
+  """Quartiles of each timed arm's step time over that of the first timed arm.
 
-  Steps are interleaved in one process that has all cores; the quartiles are
-  those of the ratios within a round. What was measured on this device before
-  is read.
+  Steps are interleaved in one process that has all cores, and ratios are taken
+  within rounds. They are measured once for a device and read from a file later.
+
+  Args:
+    study: The study; `study.timed` names the arms.
+    jobs: Runs of the study, which have the configs of its arms.
+    output: Folder of the study.
   """
   configs = {job.arm.name: job.config for job in jobs if not job.seed}
   timed = {name: configs[name] for name in study.timed if name in configs}
@@ -54,7 +58,7 @@ def step_times(
 
 
 class _Stepping:
-  """A few steps of a run, from where the last few ended."""
+  """A run of which each call takes a few more steps."""
 
   def __init__(self, config: ml_collections.ConfigDict):
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,7 @@ class _Stepping:
     self._batches = self._run.batches(0)
 
   def __call__(self) -> None:
-    """Takes them and waits."""
+    """Takes the steps and waits for the result."""
     for _ in range(_STEPS):
       self._state, _ = self._run.train_step(self._state, next(self._batches))
     jax.block_until_ready(self._state)

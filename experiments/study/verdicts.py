@@ -1,4 +1,4 @@
-"""What paired seeds say of a claim.
+"""Decides claims by paired seeds.
 
 A direction counts as reproduced only where the 95 % interval of the paired
 difference excludes zero on the paper's side. Not here: the claims (`parts.py`)
@@ -14,7 +14,7 @@ from experiments.study.tables import Interval
 from moe_jax.options import unknown
 
 REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
-# Verdicts on claims that no paper has a verified number for.
+# Verdicts on claims without verified published numbers.
 SHOWN, REFUTED = 'shown', 'refuted'
 UNRESOLVED = 'not resolved'
 WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
@@ -22,11 +22,12 @@ WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What the seeds say of a claim.
+  """The verdict on a claim.
 
   Attributes:
     claim: The claim.
-    difference: The row minus the other, paired by seed.
+    difference: Mean difference of the claim's row and the other, paired by
+      seed, with its interval.
     word: `REPRODUCED` or `OPPOSITE`; `SHOWN` or `REFUTED` where no verified
       number was published; or `UNRESOLVED`.
   """

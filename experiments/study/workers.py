@@ -1,7 +1,8 @@
-"""Places in which Python functions are called: one process for each core.
+"""Worker processes that call Python functions, as places of the scheduler.
 
-A worker lives through many calls, so that what one compiles serves the next.
-None outlives its parent. Not here: when what is called (`scheduler.py`).
+A worker makes many calls, so that programs compiled in one serve the next. No
+worker outlives its parent. Not here: when a function is called
+(`scheduler.py`).
 """
 
 import contextlib
@@ -31,13 +32,16 @@ _SPAWN = multiprocessing.get_context('spawn')
 
 
 def usual() -> int:
-  """Usual number of workers: one a core of a CPU, one on accelerators."""
+  """Default number of workers: one for each core of a CPU, else one."""
   return len(_cores()) if jax.default_backend() == 'cpu' else 1
 
 
 @contextlib.contextmanager
 def places(workers: int) -> Iterator[Sequence['Worker | Here']]:
-  """So many workers, which share what they compile; one is this process."""
+  """Starts a number of workers that share a cache of compiled programs.
+
+  With one worker, functions are called in this process.
+  """
   with tempfile.TemporaryDirectory() as cache:
     if workers == 1:
       with _sharing_compiled(cache):
@@ -53,10 +57,10 @@ def places(workers: int) -> Iterator[Sequence['Worker | Here']]:
 
 
 class Call:
-  """A call that has begun.
+  """A call that has begun, a task of the scheduler.
 
   Attributes:
-    error: The traceback of a call that failed, once its outcome was asked for.
+    error: Traceback of a call that failed; set by `outcome`.
   """
 
   error = ''
@@ -74,13 +78,13 @@ class Call:
 
 
 class Here:
-  """This process as a place: a call has ended when it returns."""
+  """This process as a place: functions are called at once, in it."""
 
   def call(self, function: Callable[..., Any], *args: Any) -> Call:
-    """Calls the function."""
+    """Calls the function and waits for it to return."""
     outcome, error = _outcome(function, args)
     if outcome == STOPPED:
-      # Whoever was called had the signal; the scheduler has to know of it.
+      # The function received the signal instead of the scheduler: repeat it.
       signal.raise_signal(signal.SIGTERM)
     return _Returned(outcome, error)
 
@@ -97,14 +101,17 @@ class _Returned(Call):
 
 
 class Worker:
-  """A process that calls functions of modules, one after the other."""
+  """A process as a place: it calls functions, one after the other."""
 
   def __init__(self, cache: str, core: int):
     self._args = cache, core, os.getpid()
     self._process: Any = None
 
   def call(self, function: Callable[..., Any], *args: Any) -> Call:
-    """Has the process call the function; the arguments can be pickled."""
+    """Begins a call in the process.
+
+    The function must be that of a module, and arguments must be picklable.
+    """
     if self._process is None or not self._process.is_alive():
       self._connection, theirs = _SPAWN.Pipe()
       self._process = _SPAWN.Process(target=_serve, args=(theirs, *self._args))
@@ -114,7 +121,7 @@ class Worker:
     return _Called(self._process, self._connection)
 
   def close(self) -> None:
-    """Ends the process, once its call has ended."""
+    """Ends the process after its present call."""
     if self._process is None:
       return
     with contextlib.suppress(OSError):
@@ -144,7 +151,7 @@ class _Called(Call):
 
 
 def _outcome(function, args) -> tuple[str, str]:
-  """Calls the function; its outcome, and the traceback where it failed."""
+  """Calls the function; returns the outcome and a traceback if it failed."""
   try:
     function(*args)
   except SystemExit as error:
@@ -157,7 +164,14 @@ def _outcome(function, args) -> tuple[str, str]:
 
 
 def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
-  """What a worker does: it has a core of its own, and ends with its parent."""
+  """Main function of a worker, which serves calls until its parent ends.
+
+  Args:
+    connection: Connection to the parent.
+    cache: Folder of the shared cache of compiled programs.
+    core: Core of the CPU that the worker runs on.
+    parent: Process id of the parent.
+  """
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks it to stop
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {core})
@@ -173,12 +187,12 @@ def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
   with contextlib.suppress(EOFError):
     while (task := connection.recv()) is not None:
       connection.send(_outcome(*task))
-  # Threads of libraries can abort an interpreter that ends as usual.
+  # Libraries' threads can crash an interpreter that shuts down normally.
   os._exit(0)
 
 
 def _cores() -> list[int]:
-  """The cores that this process may use; macOS does not say which."""
+  """Numbers of the cores that this process may use; on macOS all cores."""
   if hasattr(os, 'sched_getaffinity'):
     return sorted(os.sched_getaffinity(0))
   return list(range(os.cpu_count() or 1))
@@ -199,4 +213,4 @@ def _sharing_compiled(cache: str) -> Iterator[None]:
 def _share_compiled(cache: str) -> None:
   for name, value in zip(_CACHE, (cache, 0.2), strict=True):
     jax.config.update(name, value)
-  compilation_cache.reset_cache()  # a cache that is open stays where it was
+  compilation_cache.reset_cache()  # an open cache would keep its old folder
