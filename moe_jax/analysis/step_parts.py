@@ -18,6 +18,7 @@ PARTS = {
   'dispatch': 'dispatch',
   'experts': 'experts',
   'combine': 'combine',
+  'exchange': 'exchange between devices',
   'moe': 'rest of sparse layers',
   'attention': 'attention',
   'relative_positions': 'attention',

@@ -47,26 +47,26 @@ class Exchange(Options):
   dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
 
   def to_experts(
-    self, place: Layout, rows: Float[Array, 'E R M']
+    self, layout: Layout, rows: Float[Array, 'E R M']
   ) -> Float[Array, 'E R M']:
     """Moves rows split over groups to rows split over experts.
 
     An expert's rows may come in another order, which `to_groups` undoes.
     """
     packed = rows.astype(self.dtype or rows.dtype)
-    return self._there(place, packed).astype(rows.dtype)
+    return self._there(layout, packed).astype(rows.dtype)
 
   def to_groups(
-    self, place: Layout, rows: Float[Array, 'E R M']
+    self, layout: Layout, rows: Float[Array, 'E R M']
   ) -> Float[Array, 'E R M']:
     """Undoes `to_experts`: moves rows split over experts back to groups."""
     packed = rows.astype(self.dtype or rows.dtype)
-    return self._back(place, packed).astype(rows.dtype)
+    return self._back(layout, packed).astype(rows.dtype)
 
-  def _there(self, place, rows):
+  def _there(self, layout, rows):
     raise NotImplementedError
 
-  def _back(self, place, rows):
+  def _back(self, layout, rows):
     raise NotImplementedError
 
 
@@ -77,32 +77,32 @@ class Constraint(Exchange):
   Source: GShard.
   """
 
-  def _there(self, place, rows):
-    return _constrained(place, rows, there=True)
+  def _there(self, layout, rows):
+    return _constrained(layout, rows, there=True)
 
-  def _back(self, place, rows):
-    return _constrained(place, rows, there=False)
+  def _back(self, layout, rows):
+    return _constrained(layout, rows, there=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll(Exchange):
   """An exchange by an all-to-all that is written out under `shard_map`."""
 
-  def _there(self, place, rows):
+  def _there(self, layout, rows):
     return jax.shard_map(
-      functools.partial(_send, place),
-      mesh=place.mesh,
-      in_specs=place.spec((), place.groups),
-      out_specs=place.spec(place.experts, place.kept),
+      functools.partial(_send, layout),
+      mesh=layout.mesh,
+      in_specs=layout.spec((), layout.groups),
+      out_specs=layout.spec(layout.experts, layout.kept),
       check_vma=False,
     )(rows)
 
-  def _back(self, place, rows):
+  def _back(self, layout, rows):
     return jax.shard_map(
-      functools.partial(_send_back, place),
-      mesh=place.mesh,
-      in_specs=place.spec(place.experts, place.kept),
-      out_specs=place.spec((), place.groups),
+      functools.partial(_send_back, layout),
+      mesh=layout.mesh,
+      in_specs=layout.spec(layout.experts, layout.kept),
+      out_specs=layout.spec((), layout.groups),
       check_vma=False,
     )(rows)
 
@@ -132,7 +132,7 @@ class Mover(Protocol):
 
 def serve(
   exchange: Exchange,
-  place: Layout,
+  layout: Layout,
   mover: Mover,
   experts: Callable[[Array], Array],
   x: Float[Array, 'G S M'],
@@ -142,27 +142,27 @@ def serve(
 
   Args:
     exchange: The exchange by which rows travel.
-    place: The layout of groups and experts on the mesh.
+    layout: The layout of groups and experts on the mesh.
     mover: The dispatch between tokens and rows.
     experts: The function from rows [E, R, M] to rows.
     x: The groups of tokens.
     routing: The routing of all groups.
   """
   with jax.named_scope('dispatch'):
-    chunks = _dispatch(exchange.chunks, place, mover, x, routing)
+    chunks = _dispatch(exchange.chunks, layout, mover, x, routing)
   for i, rows in enumerate(chunks):
     with jax.named_scope('exchange'):
-      rows = exchange.to_experts(place, rows)
+      rows = exchange.to_experts(layout, rows)
     rows = experts(rows)
     with jax.named_scope('exchange'):
-      chunks[i] = exchange.to_groups(place, rows)
+      chunks[i] = exchange.to_groups(layout, rows)
   with jax.named_scope('combine'):
-    return _combine(place, mover, chunks, routing)
+    return _combine(layout, mover, chunks, routing)
 
 
 def _dispatch(
   chunks: int,
-  place: Layout,
+  layout: Layout,
   mover: Mover,
   x: Float[Array, 'G S M'],
   routing: Routing | SlotRouting,
@@ -174,21 +174,21 @@ def _dispatch(
 
   def local(x, routing):
     rows = mover.dispatch(x, routing)
-    pieces = min(chunks if place.exchanged else 1, rows.shape[1])
+    pieces = min(chunks if layout.exchanged else 1, rows.shape[1])
     return jnp.array_split(rows, pieces, axis=1)
 
-  groups = place.spec(place.groups)
+  groups = layout.spec(layout.groups)
   return jax.shard_map(
     local,
-    mesh=place.mesh,
+    mesh=layout.mesh,
     in_specs=(groups, groups),
-    out_specs=place.spec((), place.groups),
+    out_specs=layout.spec((), layout.groups),
     check_vma=False,
   )(x, routing)
 
 
 def _combine(
-  place: Layout,
+  layout: Layout,
   mover: Mover,
   chunks: Sequence[Float[Array, 'E _ M']],
   routing: Routing | SlotRouting,
@@ -198,64 +198,64 @@ def _combine(
   def local(chunks, routing):
     return mover.combine(jnp.concatenate(chunks, axis=1), routing)
 
-  groups = place.spec(place.groups)
+  groups = layout.spec(layout.groups)
   return jax.shard_map(
     local,
-    mesh=place.mesh,
-    in_specs=(place.spec((), place.groups), groups),
+    mesh=layout.mesh,
+    in_specs=(layout.spec((), layout.groups), groups),
     out_specs=groups,
     check_vma=False,
   )(chunks, routing)
 
 
-def _constrained(place, rows, there):
+def _constrained(layout, rows, there):
   """The same rows with their sharding stated before and after.
 
   R is split into a dimension for each axis of the groups. So the compiler sees
   that some of them move from R to E; otherwise it gathers everything.
   """
   E, R, M = rows.shape
-  devices = [place.sizes[name] for name in place.groups]
+  devices = [layout.sizes[name] for name in layout.groups]
   split = rows.reshape(E, *devices, R // math.prod(devices), M)
 
   def stated(x, experts, groups):
     spec = [names or None for names in (experts, *groups)]
     spec = PartitionSpec(*spec, None, None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
-  at_groups = (), [(name,) for name in place.groups]
+  at_groups = (), [(name,) for name in layout.groups]
   at_experts = (
-    place.experts,
-    [(name,) if name in place.kept else () for name in place.groups],
+    layout.experts,
+    [(name,) if name in layout.kept else () for name in layout.groups],
   )
   before, after = (at_groups, at_experts) if there else (at_experts, at_groups)
   split = stated(stated(split, *before), *after)
   return split.reshape(E, R, M)
 
 
-def _send(place, rows):
+def _send(layout, rows):
   """One device's rows of all experts -> all devices' rows of its experts."""
-  rows = own_blocks(place, rows)  # [X, J, R, M]
+  rows = own_blocks(layout, rows)  # [X, J, R, M]
   X, J, R, M = rows.shape
-  if place.exchanged:
-    rows = jax.lax.all_to_all(rows, place.exchanged, 0, 0)
+  if layout.exchanged:
+    rows = jax.lax.all_to_all(rows, layout.exchanged, 0, 0)
   return rows.swapaxes(0, 1).reshape(J, X * R, M)
 
 
-def _send_back(place, rows):
+def _send_back(layout, rows):
   J, XR, M = rows.shape
-  X = place.devices(place.exchanged)
+  X = layout.devices(layout.exchanged)
   rows = rows.reshape(J, X, XR // X, M).swapaxes(0, 1)  # [X, J, R, M]
-  if place.exchanged:
-    rows = jax.lax.all_to_all(rows, place.exchanged, 0, 0)
-  return _all_blocks(place, rows)
+  if layout.exchanged:
+    rows = jax.lax.all_to_all(rows, layout.exchanged, 0, 0)
+  return _all_blocks(layout, rows)
 
 
-def _all_blocks(place, rows):
+def _all_blocks(layout, rows):
   """Undoes `own_blocks`: gathers the other parts from their devices."""
-  sizes = [place.sizes[name] for name in place.exchanged]
+  sizes = [layout.sizes[name] for name in layout.exchanged]
   rows = rows.reshape(*sizes, *rows.shape[1:])
-  for i, name in enumerate(place.experts):
-    if name not in place.exchanged:
+  for i, name in enumerate(layout.experts):
+    if name not in layout.exchanged:
       rows = jax.lax.all_gather(rows, name, axis=i)
   return rows.reshape(-1, *rows.shape[-2:])

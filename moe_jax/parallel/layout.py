@@ -47,7 +47,7 @@ class Layout:
     return PartitionSpec(*(names or None for names in axes))
 
 
-def layout(
+def layout_of(
   rules: Rules,
   x: Float[Array, 'G S M'],
   *,
@@ -89,7 +89,7 @@ def layout(
 
 
 def own_blocks(
-  place: Layout, x: Shaped[Array, 'E ...']
+  layout: Layout, x: Shaped[Array, 'E ...']
 ) -> Shaped[Array, 'X J ...']:
   """The part of x for the experts of each device that rows travel to.
 
@@ -97,12 +97,12 @@ def own_blocks(
   each of X devices. Along axes of experts that rows do not cross it is this
   device's part.
   """
-  sizes = [place.sizes[name] for name in place.experts]
+  sizes = [layout.sizes[name] for name in layout.experts]
   rest = x.shape[1:]
   x = x.reshape(*sizes, -1, *rest)
   J = x.shape[len(sizes)]
-  for i, name in reversed(list(enumerate(place.experts))):
-    if name not in place.exchanged:
+  for i, name in reversed(list(enumerate(layout.experts))):
+    if name not in layout.exchanged:
       index = jax.lax.axis_index(name)
       x = jax.lax.dynamic_index_in_dim(x, index, i, keepdims=False)
-  return x.reshape(place.devices(place.exchanged), J, *rest)
+  return x.reshape(layout.devices(layout.exchanged), J, *rest)

@@ -54,16 +54,17 @@ class Trip(NamedTuple):
     return send_back(rows, self.traffic, self.num_rows, self.axes)
 
 
-def plan(place: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
+def plan(layout: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
   """The trip of rows sorted by expert; `sizes` is the number for each expert.
 
   Where experts are split over axes that groups are not, each device takes the
   rows of its own part of them.
   """
   starts = jnp.cumsum(sizes) - sizes
-  sizes, starts = own_blocks(place, sizes), own_blocks(place, starts)  # [X, J]
-  axes, between = place.exchanged, None
-  R = num_rows * place.devices(axes)
+  sizes = own_blocks(layout, sizes)  # [X, J]
+  starts = own_blocks(layout, starts)  # [X, J]
+  axes, between = layout.exchanged, None
+  R = num_rows * layout.devices(axes)
   if axes:
     between = traffic(sizes.sum(1), starts[:, 0], axes)
     sizes = jax.lax.all_to_all(sizes, axes, 0, 0)  # [from X, J]
@@ -186,10 +187,10 @@ def all_gather_reference(
   starts, sizes, offsets = (
     jax.lax.all_gather(x, axis_name).reshape(P, P)[:, me] for x in mine
   )
-  place = jnp.arange(len(output), dtype=jnp.int32)[None] - offsets[:, None]
-  inside = (place >= 0) & (place < sizes[:, None])  # [P, R]
+  column = jnp.arange(len(output), dtype=jnp.int32)[None] - offsets[:, None]
+  inside = (column >= 0) & (column < sizes[:, None])  # [P, R]
   source = jnp.argmax(inside, axis=0)
-  row = jnp.take_along_axis(place, source[None], axis=0)[0]
+  row = jnp.take_along_axis(column, source[None], axis=0)[0]
   row = row + starts[source] + source * N
   taken = jnp.take(everything, row, axis=0, mode='clip')
   return jnp.where(inside.any(0)[:, None], taken, output)

@@ -35,6 +35,10 @@ MODULES = 'email,json,asyncio'
       'experts',
     ),
     (
+      f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/exchange/all_to_all',
+      'exchange between devices',
+    ),
+    (
       f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/reshape',
       'rest of sparse layers',
     ),

@@ -21,7 +21,7 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.shared import RULES
 from moe_jax.parallel import exchange
 from moe_jax.parallel.exchange import AllToAll, Constraint
-from moe_jax.parallel.layout import layout
+from moe_jax.parallel.layout import layout_of
 from moe_jax.partitioning import make_mesh
 from moe_jax.routing.capacity import All
 
@@ -50,10 +50,10 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
 
   @jax.jit
   def there_and_back(x, rows):
-    place = layout(RULES, x, num_experts=E)
-    assert place.exchanged == ('expert',) and place.kept == ()
-    at_experts = travel.to_experts(place, rows)
-    return at_experts, travel.to_groups(place, at_experts)
+    layout = layout_of(RULES, x, num_experts=E)
+    assert layout.exchanged == ('expert',) and layout.kept == ()
+    at_experts = travel.to_experts(layout, rows)
+    return at_experts, travel.to_groups(layout, at_experts)
 
   x = on(mesh, jnp.zeros((2, 6, M)), 'expert')
   there, back = there_and_back(x, on(mesh, rows, None, 'expert'))
@@ -69,16 +69,18 @@ def test_a_layout_leaves_whole_what_does_not_divide():
 
   def found_for(groups, num_experts, hidden):
     def run(x):
-      found['place'] = layout(RULES, x, num_experts=num_experts, hidden=hidden)
+      found['layout'] = layout_of(
+        RULES, x, num_experts=num_experts, hidden=hidden
+      )
       return x
 
     x = on(mesh, jnp.zeros((groups, 5, M)))
     jax.jit(run).lower(x)
-    return found['place']
+    return found['layout']
 
-  place = found_for(4, 6, 10)
-  assert place.groups == ('data', 'expert') and place.experts == ('expert',)
-  assert place.hidden == ('tensor',)
+  layout = found_for(4, 6, 10)
+  assert layout.groups == ('data', 'expert') and layout.experts == ('expert',)
+  assert layout.hidden == ('tensor',)
   assert found_for(3, 6, 10).groups == ()
   assert found_for(3, 6, 10).exchanged == ()
   assert found_for(4, 5, 10).experts == ()
@@ -87,7 +89,7 @@ def test_a_layout_leaves_whole_what_does_not_divide():
 
 def test_one_device_has_no_layout():
   x = jnp.zeros((2, 5, M))
-  assert layout(RULES, x, num_experts=E) is None
+  assert layout_of(RULES, x, num_experts=E) is None
 
 
 LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')

@@ -25,7 +25,7 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.shared import Shared
 from moe_jax.options import choice
 from moe_jax.parallel.exchange import EXCHANGES, Exchange, serve
-from moe_jax.parallel.layout import layout
+from moe_jax.parallel.layout import layout_of
 from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -108,10 +108,10 @@ class SlotExperts(Experts):
     routing: Routing | SlotRouting,
   ) -> Float[Array, 'G S M']:
     """The gated sums of the outputs experts(rows [E, R, M])."""
-    place = layout(self.shared.rules, x, num_experts=routing.num_experts)
-    if place is not None and not self.is_initializing():
+    layout = layout_of(self.shared.rules, x, num_experts=routing.num_experts)
+    if layout is not None and not self.is_initializing():
       return serve(
-        self.dispatch.exchange, place, self.dispatch, experts, x, routing
+        self.dispatch.exchange, layout, self.dispatch, experts, x, routing
       )
     with jax.named_scope('dispatch'):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]

@@ -20,7 +20,7 @@ from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.options import one_of, option
 from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES
-from moe_jax.parallel.layout import Layout, layout
+from moe_jax.parallel.layout import Layout, layout_of
 from moe_jax.parallel.ragged import plan
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
@@ -67,28 +67,30 @@ class SortedRowsExperts(Experts):
     p = layer.parameters(self, (E,), M)
     key = self.make_rng('dropout') if train and layer.dropout else None
     x = x.astype(shared.dtype)
-    place = layout(shared.rules, x, num_experts=E, hidden=layer.options.hidden)
-    if place is None or self.is_initializing():
+    layout = layout_of(
+      shared.rules, x, num_experts=E, hidden=layer.options.hidden
+    )
+    if layout is None or self.is_initializing():
       return self._serve_locally(None, x, routing, p, key), None
     if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
-      place = dataclasses.replace(place, hidden=())
-    split = {'expert': place.experts, 'expert_mlp': place.hidden}
+      layout = dataclasses.replace(layout, hidden=())
+    split = {'expert': layout.experts, 'expert_mlp': layout.hidden}
     specs = {
-      name: place.spec(*(split.get(axis, ()) for axis in axes))
+      name: layout.spec(*(split.get(axis, ()) for axis in axes))
       for name, axes in layer.axes((E,), M).items()
     }
-    groups = place.spec(place.groups)
+    groups = layout.spec(layout.groups)
     y = jax.shard_map(
-      functools.partial(self._serve_locally, place),
-      mesh=place.mesh,
+      functools.partial(self._serve_locally, layout),
+      mesh=layout.mesh,
       in_specs=(groups, groups, specs, PartitionSpec()),
       out_specs=groups,
       check_vma=False,
     )(x, routing, p, key)
     return y, None
 
-  def _serve_locally(self, place, x, routing, p, key):
+  def _serve_locally(self, layout, x, routing, p, key):
     """The output for one device's groups, by its experts and its part of F."""
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, routing)
@@ -96,28 +98,28 @@ class SortedRowsExperts(Experts):
     serve = functools.partial(
       sorted_feed_forward, self.layer, p, backend=self.dispatch.backend
     )
-    if place is None:
+    if layout is None:
       rows = serve(rows, sizes, dropout_key=key)
     else:
-      serve = functools.partial(serve, dropout_key=_own_key(key, place))
+      serve = functools.partial(serve, dropout_key=_own_key(key, layout))
       dtype = self.dispatch.exchange_dtype
-      rows = _exchanged(dtype, place, rows, sizes, serve)
+      rows = _exchanged(dtype, layout, rows, sizes, serve)
     with jax.named_scope('combine'):
       y = sorted_rows.combine(rows, routing)
-    if place is None:
+    if layout is None:
       return y
     # Each device has only summed its part of F, or of the experts.
-    apart = tuple(n for n in place.experts if n not in place.exchanged)
-    parts = (*place.hidden, *apart)
+    apart = tuple(n for n in layout.experts if n not in layout.exchanged)
+    parts = (*layout.hidden, *apart)
     return jax.lax.psum(y, parts) if parts else y
 
 
-def _exchanged(dtype, place: Layout, rows, sizes, serve):
+def _exchanged(dtype, layout: Layout, rows, sizes, serve):
   """Sends rows to the devices of their experts, serves them, and sends back."""
-  if not place.experts:
+  if not layout.experts:
     return serve(rows, sizes)
   with jax.named_scope('exchange'):
-    trip = plan(place, len(rows), sizes)
+    trip = plan(layout, len(rows), sizes)
     packed = rows.astype(dtype or rows.dtype)
     there = trip.there(packed).astype(rows.dtype)
   served = serve(there, trip.local_sizes)
@@ -126,11 +128,11 @@ def _exchanged(dtype, place: Layout, rows, sizes, serve):
   return back.astype(rows.dtype)
 
 
-def _own_key(key, place):
+def _own_key(key, layout):
   """The key of one device, whose rows or part of F no other device has."""
   if key is None:
     return None
-  for name in sorted({*place.groups, *place.experts, *place.hidden}):
+  for name in sorted({*layout.groups, *layout.experts, *layout.hidden}):
     key = jax.random.fold_in(key, jax.lax.axis_index(name))
   return key
 
