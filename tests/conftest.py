@@ -1,4 +1,4 @@
-"""House rules of every test: fake devices, strict ranks, checked shapes."""
+"""Settings of every test: fake devices, strict ranks, checked shapes."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ _CACHE = os.environ.get(
   'MOE_JAX_TEST_CACHE',
   str(pathlib.Path(tempfile.gettempdir()) / 'moe_jax_test_cache'),
 )
-# Makes XLA's CPU compiler a third faster, where it has a choice of emitters.
+# This makes XLA's CPU compiler a third faster.
 _FASTER = '--xla_cpu_use_fusion_emitters=false'
 
 # Tiny models compile for longer than they run, so most of XLA's optimizations
@@ -22,10 +22,10 @@ _OPTIMIZED = bool(os.environ.get('MOE_JAX_TEST_OPTIMIZED'))
 os.environ |= {
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '0' if _OPTIMIZED else '1',
   'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',
-  # One for all workers and runs.
+  # All workers and runs share one cache.
   'JAX_COMPILATION_CACHE_DIR': _CACHE,
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-  # Those of torch spin while they wait for one that has no core.
+  # Threads of torch would spin while they wait for one that has no core.
   'OMP_NUM_THREADS': '1',
 }
 _flags = os.environ.get('XLA_FLAGS', '')
@@ -35,7 +35,7 @@ if (
   and accepted(_FASTER, pathlib.Path(_CACHE) / 'flags')
 ):
   os.environ['XLA_FLAGS'] = f'{_flags} {_FASTER}'.strip()
-# Tracing makes objects by the million, and hardly any garbage.
+# Tracing creates objects by the million, and hardly any garbage.
 gc.set_threshold(50_000, 10, 10)
 
 import jax  # noqa: E402
@@ -54,7 +54,7 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out `slow` tests unless `-m` or a test's own id asks for them."""
+  """Skips `slow` tests unless `-m` or a test's own id asks for them."""
   if config.getoption('-m') or any('::' in arg for arg in config.args):
     return
   slow = [item for item in items if item.get_closest_marker('slow')]
@@ -64,18 +64,18 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _own_data_cache(tmp_path_factory, monkeypatch):
-  """Prepared data goes to one folder of the test run, never to the user's."""
+  """Keeps prepared data in one folder of the test run, not the user's cache."""
   monkeypatch.setenv('MOE_JAX_CACHE', str(pathlib.Path(_CACHE) / 'data'))
 
 
-# Linux allows a process 65,530 mapped regions, and each compiled program holds
-# a few; XLA aborts when there are no more.
+# Linux allows a process 65,530 mapped regions, of which each compiled program
+# takes a few; XLA aborts when none is left.
 _MOST_REGIONS = 20_000
 
 
 @pytest.fixture(autouse=True, scope='module')
 def _few_compiled_programs():
-  """Forgets compiled programs after a file of tests once there are many."""
+  """Clears compiled programs after a test file, once there are many."""
   yield
   regions = pathlib.Path('/proc/self/maps')
   if regions.exists() and regions.read_bytes().count(b'\n') > _MOST_REGIONS:

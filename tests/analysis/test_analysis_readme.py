@@ -1,4 +1,4 @@
-"""What the README of the room prints runs, and every file is named."""
+"""The examples in the room's README run, and it names every file."""
 
 import pathlib
 import re
@@ -15,7 +15,7 @@ def test_the_example_counts_pairs_of_experts(capsys):
   (code,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
   scope = {'__name__': 'readme'}
   exec(compile(code, str(README), 'exec'), scope)
-  # 8 rows of 16 tokens with two choices each, in both sparse layers.
+  # Every sparse layer has 8 rows of 16 tokens, each with two choices.
   first, *rest = capsys.readouterr().out.splitlines()
   assert first == '{1: 256, 3: 256}'
   assert rest[0].startswith('parameters: ')

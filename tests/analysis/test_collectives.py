@@ -1,4 +1,4 @@
-"""What devices send: counted as often as it happens, in bytes of a ring."""
+"""Bytes that devices send, by formula of a ring, and loops that repeat them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_jax.analysis import collectives
 from moe_jax.analysis.collectives import Traffic
 
-# Four devices. A loop of 5 rounds that the compiler notes, with a loop of 3
-# inside whose end stands in its condition alone, as TPUs leave it.
+# A program of four devices. It has a loop of 5 rounds whose trip count the
+# compiler annotates, and in it a loop of 3 rounds whose end only its condition
+# tells, as TPUs write it.
 TEXT = """HloModule jit_step, num_partitions=4
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -70,7 +71,8 @@ ENTRY %main (u: f32[8], k: s32[]) -> f32[32] {
 
 def test_loops_count_as_often_as_they_run():
   found = collectives.read(TEXT)
-  # %free begins at an argument: its body counts once more, and is told of.
+  # The trip count of %free depends on an argument: its body is counted once,
+  # and the loop is reported.
   assert found.unknown_loops == 1
   assert {kind: t.count for kind, t in found.by_kind.items()} == {
     'all-gather': 1,
@@ -83,7 +85,8 @@ def test_loops_count_as_often_as_they_run():
 def test_bytes_are_those_of_a_ring():
   found = collectives.read(TEXT).by_kind
   assert found['all-gather'] == Traffic(1, 3 * 32)
-  assert found['all-reduce'].num_bytes == 6 * 32  # twice, a half each
+  # Two passes, each of half the bytes.
+  assert found['all-reduce'].num_bytes == 6 * 32
   assert found['collective-permute'].num_bytes == 18 * 32
   assert found['reduce-scatter'].num_bytes == 16
 
@@ -152,6 +155,6 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
     .compile()
   )
   found = collectives.read(compiled.as_text())
-  # The sum over rows of eight columns, once a round.
+  # Every round of the loop sums eight columns over the rows.
   assert found.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
   assert found.unknown_loops == 0

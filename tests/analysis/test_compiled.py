@@ -1,4 +1,4 @@
-"""Reading a compiled program: names, loops counted once, scopes passed on."""
+"""A compiled program is read: names, scopes, and each loop counted once."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import pytest
 
 from moe_jax.analysis import compiled
 
-# A loop whose body runs a fusion and a copy without a name; a small loop that
-# a call runs as a whole; a product at the top.
+# A program with a loop whose body runs a fusion and a copy without a name, a
+# small loop inside a called computation, and a product at the top level.
 TEXT = """HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
 %fused (p: f32[4]) -> f32[4] {
@@ -66,8 +66,10 @@ def test_branches_are_calls():
 
 def test_scopes_come_from_what_is_called_then_read():
   names = compiled.op_name_of(PROGRAM)
-  assert names['fusion.1'] == 'jit(step)/experts/add'  # what it is fused of
-  assert names['copy.1'] == 'jit(step)/experts/add'  # its reader
+  # The name of what the fusion calls.
+  assert names['fusion.1'] == 'jit(step)/experts/add'
+  # The name of the instruction that reads it.
+  assert names['copy.1'] == 'jit(step)/experts/add'
   assert names['arg'] == 'jit(step)/experts/add'
   assert names['tuple.2'] in ('jit(step)/moe/while', 'jit(step)/router/while')
 

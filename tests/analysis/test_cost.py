@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs: published, by hand, the twin's, XLA's."""
+"""Counts of parameters and FLOPs equal published ones, hand counts, XLA's."""
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,12 @@ def test_glam_has_the_published_counts():
   ('name', 'arg', 'billions', 'digits'),
   [
     ('t5_base', '', 0.223, 3),
-    ('switch_base', 'e16', 1.1, 1),  # Table 7 of Switch, from here
+    # From Table 7 of Switch, as are those below.
+    ('switch_base', 'e16', 1.1, 1),
     ('switch_base', 'e32', 2.0, 1),
     ('switch_base', 'e64', 3.8, 1),
     ('switch_base', 'e128', 7.4, 1),
-    ('switch_base', 'e256', 14.7, 1),  # to here
+    ('switch_base', 'e256', 14.7, 1),  # the last one from Table 7 of Switch
     ('switch_c', '', 1571, 0),
     ('st_moe_base', 'large', 4.1, 1),
     ('st_moe_32b', '', 269, 0),
@@ -77,7 +78,8 @@ def test_counts_of_a_tiny_model_by_hand():
     embedding=dict(tie=False),
   )
   tiny_cost = cost.count(model, T)
-  attention = 12 * 24 + 2 * 12 * 12 + 24 * 12  # queries, keys and values, out
+  # Queries, keys and values, output.
+  attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
   ffn = 3 * 12 * 20
   router, logits = 12 * 5, 12 * 23
   norms = (2 + 3 + 1) * 12
@@ -87,7 +89,8 @@ def test_counts_of_a_tiny_model_by_hand():
     2 * attention + 7 * ffn + router + 2 * logits + norms
   )
   assert tiny_cost.active_params == tiny_cost.total_params - 3 * ffn
-  # A dense layer, two experts and the extra one; scores and their sums.
+  # A token passes a dense layer, two experts and the extra one; attention adds
+  # scores and weighted sums.
   products = 2 * attention + 4 * ffn + router + logits
   assert tiny_cost.forward_flops == 2 * products + 2 * 2 * 2 * T * 24
   assert tiny_cost.training_flops == 3 * tiny_cost.forward_flops
@@ -176,7 +179,8 @@ def test_describe_names_totals_and_the_routers_share():
 
 
 def test_an_encoder_decoders_tokens_are_counted_by_half():
-  # 3 tokens read at 100 each and 2 written at 300: 180 on average.
+  # Of 5 tokens 3 are read at a cost of 100 and 2 written at 300: 180 on
+  # average.
   encoder = cost.TokenFlops(products=90, router=10)
   decoder = cost.TokenFlops(products=280, router=20)
   both = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
@@ -195,9 +199,11 @@ def test_counts_of_a_tiny_encoder_decoder_by_hand():
     encoder=dict(num_layers=3, overrides={'moe': {'layers': 'none'}}),
   )
   both = cost.count(model, seq_len=T, target_len=7)
-  # Queries, keys, values, out; a feed-forward; a router; the logits.
+  # The sum is of queries, keys, values and outputs, a feed-forward, a router
+  # and the logits.
   attention, ffn, router, logits = 4 * 12 * 24, 2 * 12 * 20, 12 * 5, 12 * 23
-  # The decoder's two layers make keys and values of what the encoder gives.
+  # Each of the decoder's two layers computes keys and values of the encoder's
+  # output.
   cross_keys = 2 * 2 * 12 * 24
   encoder, decoder = both.encoder, both.decoder
   assert encoder.products == 2 * (3 * (attention + ffn) + cross_keys)
@@ -244,7 +250,7 @@ def test_the_forward_pass_is_what_xla_counts(layers):
   ours = cost.count(model, LONG)
   assert (ours.capacity_slack != 1) == (layers != 'none')
   xla = flops_of(model.apply, abstract(model), ints(3, LONG))
-  # Softmaxes and norms are XLA's alone.
+  # XLA also counts softmaxes and norms.
   assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
 
 

@@ -1,4 +1,4 @@
-"""What the models of 2017 cost, against the paper's own table."""
+"""Costs of the models of 2017 equal the paper's table."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.layers.experts import Einsum
 from moe_jax.layers.routers import NoisyTopK
 from tests.models import test_lstm_lm, tiny
 
-# The name of a row of the table, where it is not ours.
+# Our names of models, where they differ from the table's.
 ROWS = {'LSTM-2048-512': 'LSTM-2048-512*'}
 PUBLISHED = [name for name in shazeer_lstm.MODELS if name[4:] not in (
   '16384-h', '65536-h', '131072-h'
@@ -31,7 +31,7 @@ def test_counts_are_those_of_table_7(name):
   for count, column in ((ops, 'ops_per_timestep'), (params, 'params')):
     published = claims.find(f'{row}/{column}')
     assert published.mark == 'checked'
-    # Tenths are printed; 2 % was asked, and 1 % is met.
+    # The table prints tenths. An error of 2 % was allowed, and 1 % is reached.
     assert abs(count / 1e6 / published.value - 1) < 0.01, (name, column)
 
 
@@ -40,9 +40,9 @@ def test_most_of_the_table_is_there():
 
 
 def test_the_count_is_what_xla_counts():
-  # One step a row, so that XLA's loop body is the whole of it. Gates of
-  # branches and dropless experts are loops of another kind: einsum, and one
-  # level.
+  # Rows have one step, so that the LSTM's loop, whose body XLA counts once,
+  # runs once. Two-level routers and dropless experts would add other loops, so
+  # that dispatch is einsum and the router has one level.
   model = test_lstm_lm.build(
     dict(
       test_lstm_lm.SPARSE,
@@ -58,7 +58,7 @@ def test_the_count_is_what_xla_counts():
   tokens = jnp.zeros((64, 1), jnp.int32)
   run = jax.jit(lambda p, t: model.apply({'params': p}, t)[0])
   counted = run.lower(params, tokens).compile().cost_analysis()['flops'] / 64
-  # Every expert is chosen, and each has one slot, which einsum multiplies in.
+  # Every expert is chosen and has one slot; einsum multiplies all of them.
   ours = cost.count(model, 1).forward_flops
   assert abs(counted / ours - 1) < 0.1
 

@@ -1,4 +1,4 @@
-"""What the command prints: tables that a person reads off."""
+"""The tables that the cost command prints."""
 
 import io
 import os

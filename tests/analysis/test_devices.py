@@ -1,4 +1,4 @@
-"""Named devices, and what this one has."""
+"""Known devices by name, and the memory of this one."""
 
 import os
 

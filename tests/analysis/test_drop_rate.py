@@ -1,4 +1,4 @@
-"""One drop rate: the report, metrics of training and evaluations agree."""
+"""The report, training's metrics and evaluations agree on the drop rate."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ BATCHES = 8  # as many as the report reads
 
 
 def options(threshold, capacity):
-  """A run of two choices, of which the second is sent by its gate."""
+  """A run of two choices; a second choice is sent depending on its gate."""
   router = {
     'gates': 'renormalized',
     'second_policy': 'threshold',
@@ -35,10 +35,10 @@ def options(threshold, capacity):
 
 
 def rates(options, folder):
-  """The drop rates of each layer by the report, evaluation and training.
+  """Drop rates of each layer by the report, by evaluation and by training.
 
-  All three see the same parameters and the same rows. Beside them: the rate of
-  second choices that training did not send.
+  All three see the same parameters and rows. The share of second choices that
+  training did not send is returned too.
   """
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
   state, rows = run.programs.init_state(), run.dataset.splits['validation']
@@ -80,11 +80,11 @@ def test_choices_that_are_not_sent_are_not_dropped(tmp_path):
 
 
 def test_choices_of_full_experts_are_dropped_alike(tmp_path):
-  # The threshold is so low that all second choices are sent.
+  # The threshold is so low that every second choice is sent.
   capacity = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
   found, unsent = rates(options(1e-6, capacity), tmp_path)
   assert (unsent == 0).all()
-  # Of two choices for each token there is room for one.
+  # Each token has two choices, and capacity is for one.
   assert (found[0, :, 0] >= 0.5).all()
   np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
   np.testing.assert_allclose(found[2], found[0], rtol=1e-6)

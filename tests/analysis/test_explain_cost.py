@@ -1,4 +1,4 @@
-"""The time of a step: scopes told by name, and every share counted once."""
+"""A step's time is divided among scopes by name; every share counts once."""
 
 import os
 import pathlib
@@ -55,12 +55,12 @@ MODULES = 'email,json,asyncio'
       f'jit(train_step)/jvp(Decoder)/{LAYER}/ffn/dot_general',
       'dense feed-forward',
     ),
-    # A transformation may wrap the scope itself.
+    # A transformation may wrap the scope's own name.
     ('jit(f)/transpose(jvp(experts))/mul', 'experts'),
     ('jit(train_step)/jvp(Decoder)/dot_general', step_parts.AROUND),
     ('jit(train_step)/transpose(jvp())/exp', step_parts.AROUND),
     ('jit(train_step)/optimizer/mul', 'optimizer'),
-    # A primitive is no scope, whatever its name.
+    # The name of a primitive is not a scope.
     ('jit(train_step)/dispatch', step_parts.OTHER),
     ('jit(train_step)/add', step_parts.OTHER),
     ('', step_parts.OTHER),
@@ -78,7 +78,7 @@ def test_backward_is_what_is_transposed():
 
 def test_a_loop_is_not_counted_beside_its_body():
   seconds = {
-    'while.1': 9.0,  # its body's 4 and 5
+    'while.1': 9.0,  # the 4 and 5 of its body
     'fusion.1': 4.0,
     'copy.1': 5.0,
     'dot.1': 2.0,
@@ -101,7 +101,7 @@ def test_shares_scale_to_the_step():
     ('router', True): 2.0,
     ('experts', False): 5.0,
   }
-  # 8 s of work in 3 s of a step, besides 1 s of waiting for input.
+  # A step of 3 s has 8 s of work, which overlaps, and 1 s of waiting for input.
   shares = step_parts.shares_of_step(parts, 8.0, step_seconds=4.0, wait=1.0)
   assert [s.part for s in shares] == [
     'router',
@@ -126,7 +126,7 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
       '--steps=3',
     ],
     cwd=ROOT,
-    # The profiler loads every plugin that is installed.
+    # The profiler would load every installed plugin.
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
@@ -144,7 +144,7 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
   named = {'router', 'experts', 'attention', 'norms'}
   assert named | {step_parts.OTHER, step_parts.INPUT} <= set(parts)
   assert parts['router'] > 0 and parts['experts'] > 0
-  # Each is rounded to 0.01 ms, the step to 0.1 ms.
+  # Parts are rounded to 0.01 ms, the step to 0.1 ms.
   assert sum(parts.values()) == pytest.approx(
     step, abs=0.05 + 0.005 * len(rows)
   )

@@ -1,4 +1,4 @@
-"""Bytes by formula against the arrays that JAX would make."""
+"""Bytes by formula equal those of the arrays that JAX would allocate."""
 
 import functools
 import math
@@ -23,9 +23,9 @@ from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import T
 
-B, S = 3, 7  # S tokens of an encoder
+B, S = 3, 7  # S: tokens of an encoder's row
 ENCODER_DECODER = dict(kind='encoder_decoder', positions=Relative())
-# The functions that move tokens, and the dispatch that uses them.
+# The modules that move tokens, with the options that select them.
 MOVERS = {gather: Gather(), einsum: Einsum(), sorted_rows: Dropless()}
 
 
@@ -135,7 +135,7 @@ def test_rows_where_experts_choose(mover):
 
 
 def mask_bytes(routing, choices):
-  """A byte for each token, choice and slot of the mask that einsum makes."""
+  """Bytes of einsum's mask, one for each token, choice and slot."""
   mask = jax.eval_shape(lambda routing: routing.slot_mask(), routing)
   return choices * math.prod(mask.shape)
 
@@ -153,7 +153,7 @@ def test_what_a_device_sends_to_the_experts_of_others():
 
 
 def kept_between_passes(model, lengths):
-  """Bytes of what the forward pass hands to the backward pass."""
+  """Bytes that the forward pass keeps for the backward pass."""
   params = nn.meta.unbox(models.abstract_params(model))
   tokens = [jax.ShapeDtypeStruct((B, n), jnp.int32) for n in lengths]
 
@@ -166,13 +166,14 @@ def kept_between_passes(model, lengths):
   made = jax.make_jaxpr(passes)(params, *tokens).jaxpr
   given = {id(v) for v in made.invars}
   kernels = {leaf.shape for leaf in jax.tree.leaves(params)}
-  kernels |= {shape[1:] for shape in kernels}  # of an unrolled layer
+  # One layer's slice, of an unrolled stack.
+  kernels |= {shape[1:] for shape in kernels}
   kept = {
     id(v): v.aval
     for v in made.outvars
     if not isinstance(v, Literal) and id(v) not in given
   }
-  # Kernels in another type are no activations.
+  # Kernels cast to another type are not activations.
   return num_bytes([a for a in kept.values() if a.shape not in kernels])
 
 

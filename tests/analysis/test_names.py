@@ -1,4 +1,4 @@
-"""No figure depends on the name of a parameter or of a module."""
+"""No number depends on the name of a parameter or of a module."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ WORK = cost.Workload(B, T, num_parts=5)
 
 
 def figures(model):
-  """All that is counted of a model."""
+  """All numbers that are counted for a model."""
   target_len = 7 if model.has_encoder else 0
   return (
     cost.count(model, T, target_len, B),
@@ -62,7 +62,7 @@ class OtherNamesRouter(Router):
 
 @dataclasses.dataclass(frozen=True)
 class OtherExpert(ExpertOptions):
-  """The feed-forward layer of width 20, in a user's own words."""
+  """The feed-forward layer of width 20, with a user's own names."""
 
   def module(self, shared, name):
     return TwoLayers(name=name)

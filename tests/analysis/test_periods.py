@@ -1,4 +1,4 @@
-"""FLOPs of loops, from one and two periods of each."""
+"""FLOPs of looped layers, extrapolated from models of one and two periods."""
 
 import jax
 import pytest
@@ -10,7 +10,7 @@ from tests.training import tiny
 
 
 def flops(options):
-  """FLOPs of the step as it is lowered, which takes no compiler."""
+  """FLOPs of the lowered step, which is not compiled."""
   mesh = make_mesh({'data': 1}, jax.devices()[:1])
   model = options.build()
   compiled = programs.make_programs(options, model, mesh)
@@ -69,11 +69,12 @@ def test_both_halves_have_their_own_loops():
       )
     )
     assert not decoder.scan_layers and not encoder.scan_layers
-    # A layer of the decoder costs 10, one of the encoder 1.
+    # The fake cost of a decoder layer is 10 and of an encoder layer 1.
     return 100.0 + 10 * decoder.num_layers + encoder.num_layers
 
   assert periods.extrapolate(options, record) == 100 + 60 + 11
-  # 'last 1' of eleven is a loop of ten dense layers, and one more.
+  # With 'last 1' eleven layers are a loop of ten dense layers and one sparse
+  # layer.
   assert seen == [
     (2, '1', 2, '1'),
     (4, '1,3', 2, '1'),

@@ -1,4 +1,4 @@
-"""The axes of the figures, and what is drawn on them."""
+"""The figures' axes and the data drawn on them."""
 
 import matplotlib.pyplot
 import numpy as np
@@ -43,7 +43,7 @@ def axes_titled(figure, title):
 
 
 def drawn(axes):
-  """Every line's points."""
+  """The points of every line."""
   return [line.get_xydata().tolist() for line in axes.lines]
 
 
@@ -59,7 +59,7 @@ def test_curves_show_losses_drops_and_schedule():
   train = [[10, 3.0], [30, 2.0]]
   assert drawn(loss) == [
     train,
-    train,  # two rows leave nothing to smooth
+    train,  # two rows are too few to smooth
     [[10, 2.75], [30, 2.5]],
     [[30, 2.625]],
   ]
@@ -90,7 +90,7 @@ def test_the_view_is_not_pressed_flat_by_the_first_steps():
   assert 1.9 < high < 2.2
   raw, smoothed = drawn(axes)
   assert raw[0] == [0, 10.0]  # drawn all the same
-  # Five neighbours: the mean of a straight line is its middle.
+  # drawn although outside the limits
   assert smoothed[50] == [50, pytest.approx(1.75)]
 
 
@@ -117,7 +117,8 @@ def test_loads_are_shares_relative_to_the_uniform_share():
     mesh.get_array()[1:], [[1.5, 1.125], [1.5, 1.5]], rtol=1e-6
   )
   colours = mesh.cmap(mesh.norm(mesh.get_array()))
-  # Took nothing: black. Took an eighth, 3/8 of even: blue.
+  # An expert without tokens is black; one with an eighth of them, 3/8 of its
+  # even share, is blue.
   assert colours[0, 0].tolist() == [0, 0, 0, 1]
   assert colours[0, 1, 2] > 2 * colours[0, 1, 0]
   assert mesh.cmap(mesh.norm(1.0))[:3] == pytest.approx([0.97] * 3, abs=0.01)

@@ -1,4 +1,4 @@
-"""The roofline by hand values; the peaks as whatever this machine has."""
+"""Rooflines by hand; peaks are whatever this machine has."""
 
 import math
 
@@ -28,7 +28,8 @@ def test_a_sparse_layer_reads_every_expert_and_serves_every_choice():
 def test_backward():
   found = work(num_experts=E, num_selected=K, backward=True)
   assert found.flops == 3 * 2 * work().flops
-  # Kernels read twice, their gradients written; x twice, y, dy and dx once.
+  # Kernels are read twice and their gradients written once; x is read twice; y,
+  # dy and dx pass once.
   assert found.min_bytes == 4 * (3 * 210 + 5 * 30)
 
 
@@ -40,7 +41,8 @@ def test_router_third_kernel_and_type():
 
 @pytest.mark.parametrize(
   ('flops', 'min_bytes', 'seconds'),
-  [(300, 10, 3.0), (100, 80, 4.0)],  # bound by products, by memory
+  # The first is limited by products, the second by memory.
+  [(300, 10, 3.0), (100, 80, 4.0)],
 )
 def test_the_slower_of_both_bounds(flops, min_bytes, seconds):
   peaks = roofline.Peaks(100.0, 20.0, 'float32', 512, 64)

@@ -1,4 +1,4 @@
-"""The routing report, by hand."""
+"""Numbers of the routing report, computed by hand."""
 
 import io
 import json
@@ -18,7 +18,8 @@ from moe_jax.analysis.routing_report import (
 )
 from moe_jax.routing.load_summary import load_summary
 
-# Four tokens, three experts; token 2 never comes, expert 2 takes nothing.
+# Counts of four tokens and three experts; token 2 does not occur, and expert 2
+# gets no token.
 COUNTS = np.array(
   [
     [6, 2, 0],
@@ -54,7 +55,8 @@ def test_load_summary_by_hand():
   assert summary['load_cv'] == pytest.approx(math.sqrt(1.5) / 2)
   assert summary['load_max_over_mean'] == 2.0
   assert summary['unused_experts'] == 0
-  # Even, in shares; then all to one of five: sqrt(E - 1) and E.
+  # The coefficient of variation is 0 for even loads; with all on one of five
+  # experts it is sqrt(E - 1) and the largest share E times even.
   assert load_summary(np.full(5, 0.2)) == {
     'load_cv': pytest.approx(0, abs=1e-12),
     'load_max_over_mean': pytest.approx(1),
@@ -96,8 +98,8 @@ def test_table_by_hand():
     'load_cv': pytest.approx(math.sqrt(762 / 27) / (20 / 3)),
     'unused_experts': 1,
   }
-  # Expert 2 took nothing and is no busy one; neither is a token not taken.
-  # Tokens 0 and 1 tie at 6: the lower id first.
+  # Expert 2 got no token and is not listed, and neither are tokens without an
+  # expert. Tokens 0 and 1 tie at 6: the lower id comes first.
   assert busiest == [
     {
       'expert': 0,
@@ -120,7 +122,7 @@ def test_table_by_hand():
 
 
 def test_choices_that_were_not_sent_are_not_dropped():
-  # A fifth of the choices is not served, since nobody sent them.
+  # A fifth of the choices is not served, as they were never sent.
   (row,) = table(drop_rate=0.0, drop_rate_by_choice=np.zeros(2))
   assert row['drop_rate'] == 0.0
   assert '| 3 | 0.0% | 0.0% / 0.0% |' in to_markdown([row])
@@ -135,7 +137,7 @@ def test_table_can_be_cut():
 
 
 def test_undefined_numbers_are_none():
-  # One expert has nothing to be undecided about; no token, no rate.
+  # A single expert has no entropy; without tokens there is no rate.
   (row,) = table(
     load=np.zeros(1),
     kept=np.zeros(1),
@@ -160,7 +162,8 @@ def test_markdown_has_a_row_per_layer_and_per_busy_expert():
   numbers = '20.0% | 10.0% / 30.0% | 1.95 | 0.797 | 0.549 | 0.500 | 1.25'
   assert f'| 3 | {numbers} | 1 of 3 |' in lines
   assert f'| 5 | {numbers} | 1 of 3 |' in lines
-  # A blank shows, a bar cannot end the cell, a backtick cannot end the span.
+  # Blanks in a token's name are shown, a bar does not end its cell and a
+  # backtick not its code span.
   assert r'| 3 | 0 | 65% | `␣` 75%, `\|` 100%, `` [b]`x `` 17% |' in lines
   assert '| 5 | 1 | 35% | `` [b]`x `` 83%, `␣` 25% |' in lines
   heads = [i for i, line in enumerate(lines) if line.startswith('| layer')]
@@ -201,7 +204,7 @@ def test_more_kept_than_assigned_is_refused():
 
 
 def test_fields_of_another_size_are_refused(monkeypatch):
-  # As outside of tests, where no hook checks the annotations.
+  # This turns off the import hook of the tests, which checks annotations.
   monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
   with pytest.raises(ValueError, match=r'kept \(2,\) but load \(3,\)'):
     stats(kept=np.array([9, 7]))

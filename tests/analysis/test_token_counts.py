@@ -1,4 +1,4 @@
-"""Token counts against a slow loop over the choices of a model in numpy."""
+"""Token counts of a model equal a slow loop over its choices in numpy."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from moe_jax.routing.capacity import All, Fixed
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
-# layers: (L, the sparse ones, other options). A period of two, one that is the
-# whole model, and one with two sparse layers of three.
+# Models by pattern: L, the sparse layers, other options. They are a period of
+# two layers, a period that is the whole model, and two sparse layers of three.
 CASES = {
   'every 2': (4, [1, 3], dict(remat='full')),
   'last 1': (3, [2], dict(scan_layers=False)),
   '1,2,4,5': (6, [1, 2, 4, 5], dict()),
 }
-DOCUMENTS = [[(0, 6), (6, 10)], [(0, 3)], [(0, 10)]]  # of each row
+DOCUMENTS = [[(0, 6), (6, 10)], [(0, 3)], [(0, 10)]]  # documents of each row
 
 
 def make_batch(seed):
