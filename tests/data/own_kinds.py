@@ -1,4 +1,4 @@
-"""A user's own source, tokenizer and task, as a config names them."""
+"""A user's own source, tokenizer and task, named in a config."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from moe_jax.options import at_least, option
 
 @dataclasses.dataclass(frozen=True)
 class Counting(SourceOptions):
-  """Documents that count from one: '1 2 3'."""
+  """Documents that count from one, such as '1 2 3'."""
 
   names_splits = False
 
@@ -26,7 +26,7 @@ class Counting(SourceOptions):
   )
 
   def texts(self, selection=None):
-    """One document a number."""
+    """Yields one document for each number."""
     del selection
     documents = [
       ' '.join(map(str, range(1, n + 1))) for n in range(1, self.last + 1)
@@ -39,7 +39,7 @@ class Counting(SourceOptions):
 
 
 class Words(Tokenizer):
-  """Words between blanks."""
+  """A tokenizer of words between blanks."""
 
   def __init__(self, words):
     self.words = sorted(words)
@@ -47,44 +47,44 @@ class Words(Tokenizer):
     self.identity = f'words {self.words}'
 
   def encode(self, text):
-    """The index of each word."""
+    """Returns the index of each word."""
     ids = [self.words.index(word) for word in text.split()]
     return np.array(ids, np.int32)
 
   def decode(self, ids):
-    """The words, with a blank between."""
+    """Joins the words with blanks."""
     return ' '.join(self.words[i] for i in self._in_vocabulary(ids))
 
   def token_name(self, token):
-    """The word."""
+    """Returns the word itself."""
     return self.decode([token])
 
   def state(self):
-    """The words."""
+    """Returns the list of words."""
     return {'words': self.words}
 
   @classmethod
   def from_state(cls, state):
-    """The tokenizer of these words."""
+    """Makes the tokenizer of the words in a state."""
     return cls(state['words'])
 
 
 @dataclasses.dataclass(frozen=True)
 class WordsOptions(TokenizerOptions):
-  """The choice of the words that the texts have."""
+  """Options of a tokenizer of the words that the texts have."""
 
   def identity(self):
-    """All choices of words are equal."""
+    """Returns one text for all options, which have no values."""
     return 'words'
 
   def fit(self, texts):
-    """The tokenizer of all words of the texts."""
+    """Makes the tokenizer of all words of the texts."""
     return Words({word for text in texts for word in text.split()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Backwards(TextTask):
-  """Language modelling from the end to the beginning."""
+  """Language modelling from the end of a text to its beginning."""
 
   label = 'backwards'
   makes_examples = False
@@ -92,7 +92,7 @@ class Backwards(TextTask):
   twice: bool = option(False, 'Whether every text is there twice.')
 
   def rows(self, stream, tokenizer, shape):
-    """Rows of the stream of tokens, reversed."""
+    """Returns rows of the reversed stream of tokens."""
     del tokenizer
     tokens, _ = stream
     tokens = np.tile(tokens[::-1], 1 + self.twice)

@@ -1,4 +1,4 @@
-"""Folders of the cache: each is whole, whoever prepares it and who dies."""
+"""Folders of the cache are complete, whichever process prepares or dies."""
 
 import os
 import signal

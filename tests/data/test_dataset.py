@@ -1,4 +1,4 @@
-"""From options to rows, with everything between, and what is refused."""
+"""From options to rows, and which options are refused."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ CHARS = CharsOptions()
 
 @pytest.fixture
 def config(tmp_path):
-  """Reads tmp_path/text/*.txt, caches in tmp_path/cache."""
+  """Options that read tmp_path/text/*.txt and cache in tmp_path/cache."""
   (tmp_path / 'text').mkdir()
 
   def make(tokenizer=BytesOptions(), seq_len=4, **more):
@@ -45,12 +45,13 @@ def config(tmp_path):
 
 
 def test_one_file_of_characters(config, tmp_path):
-  # The first 18 of 20 characters train; d is seen in validation alone.
+  # The first 18 of 20 characters are for training; 'd' occurs in validation
+  # only.
   (tmp_path / 'text' / 'a.txt').write_text('abc' * 6 + 'dd')
   dataset = load(config(CHARS))
   assert dataset.tokenizer.vocab_size == 4
   train, validation = dataset.splits['train'], dataset.splits['validation']
-  assert len(train) == 5  # 17 predictions, 4 a row
+  assert len(train) == 5  # 17 predictions, 4 in a row
   assert train[0]['tokens'].tolist() == [0, 1, 2, 0]
   assert train[0]['targets'].tolist() == [1, 2, 0, 1]
   assert sum(row['loss_weights'].sum() for row in train) == 17
@@ -102,7 +103,7 @@ def test_the_embedded_corpus_feeds_training():
   )
   assert batch['tokens'].shape == (5, 33)
   text = dataset.tokenizer.decode(batch['tokens'].reshape(-1))
-  # Python, not noise: 165 characters, mostly lower-case letters and blanks.
+  # The text is Python: 165 characters, mostly lower-case letters and blanks.
   assert sum(c.islower() or c == ' ' for c in text) > 80
 
 
@@ -114,7 +115,7 @@ def test_empty_sources_are_refused_and_not_kept(config, tmp_path):
 
 
 def section(**changes):
-  """The defaults as a section of a config, with changes by dotted key."""
+  """The default options as a config section, with changes by dotted key."""
   config = sections.section(DataOptions)
   for key, value in changes.items():
     *parents, last = key.replace('__', '.').split('.')
@@ -165,7 +166,7 @@ def test_a_section_is_read_and_written_again():
       {'task__kind': 'ul2', 'task__ul2__denoisers': (('R', 3.0, 0.15),)},
       r'task.ul2.denoisers=.* is a tuple, not tuple\[tuple\[str, float',
     ),
-    # What has no effect is refused by name.
+    # Options without effect are refused by name.
     ({'source__files__pattern': 'x'}, "pattern='x' has no effect with"),
     ({'task__ul2__num_sentinels': 3}, 'num_sentinels=3 has no effect with'),
     ({'task__seq2seq__input_prefix': 'a'}, "input_prefix='a' has no effect"),
@@ -188,7 +189,7 @@ def test_a_section_is_read_and_written_again():
       },
       'source.cipher.text.tfds.max_shift=2 has no effect where texts',
     ),
-    # A source gives what its task reads.
+    # A source must give the kind of data that its task reads.
     (
       {'source__kind': 'kv_recall'},
       "source.kind='kv_recall' gives pairs, task.kind='lm' reads texts; "

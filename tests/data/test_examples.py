@@ -1,4 +1,4 @@
-"""Which examples a row has, and what a draw depends on."""
+"""Which examples a row has, and what random draws depend on."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ from moe_jax.data.layouts import EncoderDecoderLayout, Example, Lengths
 
 
 def test_by_hand():
-  # Rows of 10 and 5. The first two fill a row's first column; the third does
-  # not fit by its second; the fourth fits the first row's second column but
-  # not its first, so goes to the second; the fifth fits only the first row.
+  # Rows have room for 10 inputs and 5 targets. The first two examples fill a
+  # row's inputs. The third does not fit by its targets. The fourth fits the
+  # first row by targets but not by inputs, so that it goes to the second row.
+  # The fifth fits only the first row.
   sizes = np.array([[6, 1], [4, 1], [2, 4], [5, 1], [0, 3]])
   assert packed(sizes, (10, 5)) == [[0, 1, 4], [2, 3]]
 
@@ -37,7 +38,7 @@ def test_too_large_an_example_is_refused():
 
 
 class Noisy(ExampleRows):
-  """Example i is i + 1 tokens i, and a target from the generator."""
+  """Examples i of i + 1 tokens i, with a random target."""
 
   def __init__(self, count=40, pack=True):
     n = np.arange(count) % 5 + 1
@@ -62,7 +63,7 @@ def test_noise_follows_seed_epoch_and_row_alone():
       for b, row in enumerate((2, 7)):
         noise[seed, epoch, row] = batch['targets'][b, 0]
   assert len(set(noise.values())) == 8
-  # Whatever else is drawn with it, and in whatever order.
+  # A row does not depend on the other rows drawn with it, or on their order.
   mixed = draw(rows, [7, 30, 2], 1, [0, 4, 1])
   assert mixed['targets'][0, 0] == noise[1, 0, 7]
   assert mixed['targets'][2, 0] == noise[1, 1, 2]
@@ -105,7 +106,7 @@ def test_unpacked_rows_have_one_example():
 
 def test_padding_is_counted():
   rows = Noisy(pack=False)
-  # 1 to 5 of 8, and 1 of 4.
+  # Examples have 1 to 5 of 8 inputs, and 1 of 4 targets.
   assert rows.padding() == {'encoder': 1 - 3 / 8, 'decoder': 3 / 4}
   assert '40 rows of T_enc=8 and T_dec=4' in rows.describe()
   assert '62.5% of the encoder and 75.0% of the decoder' in rows.describe()

@@ -1,4 +1,4 @@
-"""Rows of examples by hand, and what fits in them."""
+"""Rows of examples, by hand, and which lengths fit."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from moe_jax.data.layouts import (
   Example,
 )
 
-# Two examples, `1 2 3 -> 4 5` and `6 -> 7 8 9`; 99 starts a decoder.
+# The two examples are `1 2 3 -> 4 5` and `6 -> 7 8 9`; a decoder starts with
+# 99.
 ROW = [
   Example(np.array([1, 2, 3], np.int32), np.array([4, 5], np.int32)),
   Example(np.array([6], np.int32), np.array([7, 8, 9], np.int32)),
@@ -26,7 +27,7 @@ def test_an_encoder_decoder_row():
     'encoder_tokens': [1, 2, 3, 6, 0],
     'encoder_segment_ids': [1, 1, 1, 2, 0],
     'encoder_positions': [0, 1, 2, 0, 0],
-    # Each segment begins anew: 5 is not seen by the second.
+    # Each segment starts anew: the second example does not see 5.
     'tokens': [99, 4, 99, 7, 8, 0, 0],
     'targets': [4, 5, 7, 8, 9, 0, 0],
     'segment_ids': [1, 1, 2, 2, 2, 0, 0],
@@ -39,12 +40,13 @@ def test_an_encoder_decoder_row():
 def test_a_decoder_only_row():
   batch = DecoderLayout(9).assemble([ROW])
   assert as_lists({name: v[0] for name, v in batch.items()}) == {
-    # The last target of an example is no input.
+    # The last target of an example is never an input.
     'tokens': [1, 2, 3, 4, 6, 7, 8, 0, 0],
     'targets': [2, 3, 4, 5, 7, 8, 9, 0, 0],
     'segment_ids': [1, 1, 1, 1, 2, 2, 2, 0, 0],
     'positions': [0, 1, 2, 3, 0, 1, 2, 0, 0],
-    # Inputs are given; the first that is learned is the first target.
+    # Inputs have no loss; the first prediction with one is that of the first
+    # target.
     'loss_weights': [0, 0, 1, 1, 1, 1, 1, 0, 0],
   }
 

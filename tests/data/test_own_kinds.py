@@ -1,4 +1,4 @@
-"""A config names a user's own source, tokenizer and task, and they are used."""
+"""A user's own source, tokenizer and task are used if a config names them."""
 
 import json
 import subprocess
@@ -31,13 +31,14 @@ def test_a_users_own_source_tokenizer_and_task(tmp_path):
   options = sections.read(DataOptions, config)
   assert options.source == own_kinds.Counting(3)
   assert sections.read(DataOptions, sections.section(options)) == options
-  for _ in range(2):  # now, and from the cache
+  for _ in range(2):  # first fresh, then from the cache
     dataset = load(options)
-    # '1', '1 2' and '1 2 3', from the end: 3 2 1 2 1 1, twice.
+    # The documents '1', '1 2' and '1 2 3', twice, are read from the end: 3 2 1
+    # 2 1 1.
     row = dataset.splits['train'][0]
     assert dataset.tokenizer.decode(row['tokens']) == '3 2 1 2'
     assert dataset.tokenizer.decode(row['targets']) == '2 1 2 1'
-    assert len(dataset.splits['train']) == 3  # 11 predictions, 4 a row
+    assert len(dataset.splits['train']) == 3  # 11 predictions, 4 in a row
   said = dataset.describe()
   assert 'data: counting to 3, 6 documents' in said
   assert '\ntask: backwards\n' in said and 'V=3' in said
@@ -52,7 +53,7 @@ def test_each_alone_beside_ours(tmp_path):
   config.task.kind = 'prefix_lm'
   config.cache_dir = str(tmp_path)
   dataset = load(sections.read(DataOptions, config))
-  assert dataset.vocab_size == 4  # with an EOS
+  assert dataset.vocab_size == 4  # three words and an end of text
 
 
 @pytest.mark.parametrize(

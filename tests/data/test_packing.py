@@ -1,4 +1,4 @@
-"""Rows of packed documents, by hand and by a plain loop."""
+"""Rows of packed documents, by hand and against a plain loop."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,8 @@ def test_a_boundary_inside_a_row():
     'targets': [2, 9, 3, 4],
     'segment_ids': [1, 1, 1, 2],
     'positions': [0, 1, 2, 0],
-    # 9 ends the first document: that 3 follows is not to be learned.
+    # The 9 ends the first document: the prediction of the next document's 3 has
+    # no loss.
     'loss_weights': [1, 1, 0, 1],
   }
   assert as_lists(rows[1]) == {
@@ -47,7 +48,7 @@ def test_a_boundary_inside_a_row():
 def test_the_last_row_is_padded():
   rows = pack([*TWO, np.array([8, 9], np.uint16)], 4)
   assert len(rows) == 3
-  # The stream ends at 9, which is an input without a target.
+  # The stream ends with 9, which is an input without a target.
   assert as_lists(rows[2]) == {
     'tokens': [9, 8, 9, 0],
     'targets': [8, 9, 0, 0],
@@ -84,7 +85,7 @@ def test_rows_beyond_the_end_are_padding():
 
 
 def oracle(documents, seq_len):
-  """The definition, token by token: one dict of lists for each row."""
+  """The rows by definition, token by token: a dict of lists for each row."""
   stream = [(d, t) for d, doc in enumerate(documents) for t in doc]
   rows = []
   for begin in range(0, len(stream) - 1, seq_len):
@@ -131,7 +132,8 @@ def test_seq_len_must_be_positive():
 def test_an_offset_reads_further_on_and_pads_the_end():
   rows = PackedRows(np.arange(10, 21), np.array([0, 6]), 4)  # 11 tokens
   batch = rows.take(np.array([0, 2]), np.array([1, 3]))
-  # Row 0 from token 1 on; row 2 from token 11 on, where there is none.
+  # Row 0 begins at token 1; row 2 begins at token 11, behind the end of the
+  # stream.
   np.testing.assert_array_equal(
     batch['tokens'], [[11, 12, 13, 14], [0, 0, 0, 0]]
   )

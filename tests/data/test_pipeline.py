@@ -1,4 +1,4 @@
-"""Batches: pure in their number, the same for any number of processes."""
+"""Batches are a function of their number, for any number of processes."""
 
 import collections
 import itertools
@@ -18,7 +18,7 @@ NUM_ROWS = 23  # with T=4 and B=6 no epoch ends with a batch
 
 
 def numbered_rows(num_rows=NUM_ROWS, seq_len=4):
-  """Row r begins with the token r * seq_len; all are full."""
+  """Full rows, of which row r begins with the token r * seq_len."""
   tokens = np.arange(num_rows * seq_len + 1)
   return PackedRows(tokens, np.array([0, 7]), seq_len)
 
@@ -51,12 +51,13 @@ def test_rows_arrive_whole():
 
 def test_later_epochs_cut_the_stream_elsewhere():
   rows = numbered_rows(seq_len=16)
-  ds = batch_dataset(rows, batch_size=NUM_ROWS, seed=0)  # a batch an epoch
+  # An epoch has one batch.
+  ds = batch_dataset(rows, batch_size=NUM_ROWS, seed=0)
   cuts = [set((ds[e]['tokens'][:, 0] % 16).tolist()) for e in range(6)]
   assert cuts[0] == {0}
-  assert all(len(cut) == 1 for cut in cuts)  # one offset an epoch
-  assert len(set.union(*cuts)) > 2  # and not always the same
-  # Row r of a later epoch goes on where row r - 1 of it ends.
+  assert all(len(cut) == 1 for cut in cuts)  # one offset in each epoch
+  assert len(set.union(*cuts)) > 2  # not the same in all
+  # Row r of a later epoch begins where its row r - 1 ends.
   (offset,) = cuts[1]
   batch = ds[1]
   for tokens in batch['tokens'][batch['segment_ids'].all(1)]:
@@ -76,7 +77,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone():
 
 
 def test_neighbouring_seeds_share_no_epoch():
-  # With B = rows a batch is an epoch.
+  # A batch of all rows is an epoch.
   orders = [
     tuple(
       row_numbers(
@@ -89,7 +90,8 @@ def test_neighbouring_seeds_share_no_epoch():
   assert len(set(orders)) == 9
 
 
-# As devices may be ordered: neighbours, interleaved, rows that several have.
+# Shares of processes, whose devices can be neighbours or interleaved; two
+# processes can also have the same row.
 SHARES = [[[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [1, 3, 5]], [[0, 3], [0, 3, 5]]]
 
 
@@ -104,7 +106,7 @@ def test_a_batch_does_not_depend_on_who_takes_it(shares):
 
 
 class CountingRows(PackedRows):
-  """Rows that count how many of them were read."""
+  """Rows that count how many of them have been read."""
 
   count = 0
 
@@ -147,7 +149,7 @@ def test_fewer_rows_than_a_batch():
 
 
 class FailingRows(PackedRows):
-  """Rows whose disk breaks at the one that begins with token 0."""
+  """Rows that fail to read the one beginning with token 0."""
 
   def take(self, indices, offsets=0):
     if 0 in indices:

@@ -1,4 +1,4 @@
-"""A thread that makes batches ends in an error or an end, never in a wait."""
+"""A thread that prepares batches ends with an error or an end, never hangs."""
 
 import ctypes
 import itertools
@@ -13,7 +13,7 @@ from moe_jax.data.prefetch import DataError, ahead
 
 @pytest.fixture(autouse=True)
 def others():
-  """Threads of streams that other tests gave up, and nobody collected yet."""
+  """Threads of other tests' streams that have not been collected yet."""
   _others[:] = threading.enumerate()
 
 
@@ -45,7 +45,7 @@ def test_elements_come_in_order_and_a_few_ahead():
   assert not asked
   assert next(stream) == 0
   time.sleep(0.2)
-  # Two wait, and one is in the thread's hand.
+  # At most two elements wait in the queue, and the thread holds another.
   assert len(asked) <= 4
   assert [0, *stream] == list(range(9))
   assert ended()
@@ -55,7 +55,7 @@ def test_elements_come_in_order_and_a_few_ahead():
   ('error', 'text'),
   [
     (KeyError('row 7'), "KeyError: 'row 7'"),
-    (SystemExit(3), 'SystemExit: 3'),  # would end a thread without a word
+    (SystemExit(3), 'SystemExit: 3'),  # would end a thread silently
   ],
 )
 def test_whatever_ends_the_thread_is_an_error_that_names_it(error, text):
@@ -74,7 +74,7 @@ def test_whatever_ends_the_thread_is_an_error_that_names_it(error, text):
 
 
 def test_a_thread_that_is_struck_between_elements_is_no_hang():
-  # grain's prefetching waits for ever here.
+  # Prefetching by grain would wait for ever here.
   reached, go_on = threading.Event(), threading.Event()
 
   def source():

@@ -1,4 +1,4 @@
-"""Token streams on disk: what is written, counted, digested and refused."""
+"""Token streams on disk: written, counted, digested and refused."""
 
 import os
 
@@ -14,7 +14,7 @@ def test_documents_end_in_eos_and_empty_ones_go(tmp_path):
   tokens, starts = store.read_tokens(tmp_path, 'train')
   assert tokens.tolist() == [97, 98, 256, 99, 256]
   assert starts.tolist() == [0, 3]
-  assert tokens.dtype == np.uint16  # the smallest that holds 256
+  assert tokens.dtype == np.uint16  # the smallest type that holds 256
   about = store.read_about(tmp_path)
   assert about['splits'] == {
     'train': {'documents': 2, 'bytes': 3, 'tokens': 5},
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     store.read_tokens(tmp_path, 'train')
 
 
-# Pairs.
+# Streams of pairs follow.
 
 
 def test_pairs_have_two_streams_and_no_eos(tmp_path):

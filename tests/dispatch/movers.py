@@ -1,12 +1,12 @@
-"""The dispatchers by name. Not here: any test."""
+"""Modules of the dispatchers by name. Not here: any test."""
 
 from moe_jax.dispatch import einsum, gather, sorted_rows
 
 MOVERS = {'einsum': einsum, 'gather': gather, 'sorted_rows': sorted_rows}
-# Those whose rows are [E, R, M]; the other's are sorted by expert.
+# Dispatchers whose rows are [E, R, M]; those of the other are sorted by expert.
 WITH_SLOTS = ('einsum', 'gather')
 
 
 def group_sizes(name, routing):
-  """The rows of each expert; None where each has R."""
+  """Number of rows of each expert, or None where every expert has R."""
   return None if name in WITH_SLOTS else sorted_rows.group_sizes(routing)

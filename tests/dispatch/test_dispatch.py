@@ -1,4 +1,4 @@
-"""Every dispatcher, on the same routings, against the loops that define it."""
+"""Every dispatcher equals the loops that define it, on the same routings."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ with_slots = pytest.mark.parametrize('name', WITH_SLOTS)
 
 
 def arrays(seed, dtype=jnp.float32, capacity=C):
-  """Tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
+  """Random tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
   keys = jax.random.split(jax.random.key(seed), 4)
   tokens, rows = (G, S, M), (E, G * capacity, M)
   return [
@@ -33,8 +33,11 @@ def routed(mask=None, scale=1.0, capacity=C, **options):
 
 
 def by_hand(seed):
-  """Any legal routing, not only one a router makes: slots with holes, wild
-  numbers where nothing is kept, gates of any sign and size."""
+  """A random legal routing, more general than those of a router.
+
+  Its slots have holes, values are arbitrary where nothing is kept, and gates
+  have any sign and size.
+  """
   rng = np.random.default_rng(seed)
   expert = rng.integers(0, E, (G, S, K))
   slot = rng.integers(0, 3 * C, (G, S, K))
@@ -83,10 +86,10 @@ def test_the_scenarios_are_what_they_say():
 
 
 def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
-  """Both directions and all their gradients, by one dispatcher.
+  """Both directions of one dispatcher, with all gradients.
 
-  Rows are [E, R, M] to the caller, whatever they are to the dispatcher;
-  `slot_of_row` says where each of the sorted ones is there.
+  The caller's rows are [E, R, M] with every dispatcher; `slot_of_row` gives the
+  place among them of each row of the sorted ones.
   """
   dispatcher = MOVERS[name]
   slotted = group_sizes(name, routing) is None
@@ -146,8 +149,8 @@ def same(got, expected, **tolerance):
 
 @with_slots
 def test_three_tokens_by_hand(name):
-  # Two experts of two slots. Token 0 goes to both, token 1 only to expert 0,
-  # token 2 nowhere: its choice of expert 0 came too late.
+  # Two experts have two slots each. Token 0 goes to both, token 1 only to
+  # expert 0, and token 2 nowhere: expert 0 was full when it came.
   routing = Routing(
     expert_index=jnp.array([[[0, 1], [0, 1], [0, 1]]], jnp.int32),
     slot=jnp.array([[[0, 0], [1, 0], [2, 0]]], jnp.int32),
@@ -207,8 +210,8 @@ def test_bfloat16_stays_bfloat16(name):
   routing, case = routed(), arrays(4, jnp.bfloat16)
   got = jitted(name, routing, *case)
   dtypes = [x.dtype for x in got]
-  assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # the gates' stay wide
-  # Eight bits of mantissa, sums of up to six terms.
+  assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # gates keep float32
+  # bfloat16 has eight bits of mantissa, and sums have up to six terms.
   same(got, by_loops(routing, *case), rtol=0.02, atol=0.04)
   np.testing.assert_array_equal(got[0], reference.dispatch(case[0], routing))
 
@@ -246,8 +249,8 @@ def test_there_and_back_is_k_times_the_token(name):
 
 @every_dispatcher
 def test_a_gate_of_zero_still_sends_the_token_and_still_learns(name):
-  # Served is `kept`, not `gate > 0`: the expert sees the token, and the gate
-  # has a gradient to grow by.
+  # Whether a choice is served depends on `kept`, not on `gate > 0`: the expert
+  # gets the token, and the gate has a gradient.
   routing = by_hand(1)
   assert routing.kept.any()
   routing = jax.tree.map(

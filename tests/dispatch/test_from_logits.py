@@ -1,4 +1,4 @@
-"""Dispatchers behind a router: one small layer from logits to loss."""
+"""Dispatchers behind a router, in a small layer from logits to a loss."""
 
 import dataclasses
 import functools
@@ -17,14 +17,14 @@ every_dispatcher = pytest.mark.parametrize('name', MOVERS)
 
 
 def arrays(seed):
-  """Router logits [G, S, E]; tokens and the loss's weights [G, S, M]."""
+  """Random router logits [G, S, E]; tokens and the loss's weights [G, S, M]."""
   keys = jax.random.split(jax.random.key(seed), 3)
   shapes = ((G, S, E), (G, S, M), (G, S, M))
   return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
 def layer(name, logits, x, **options):
-  """Route, dispatch, five unequal experts, combine."""
+  """A layer that routes, dispatches to five unequal experts and combines."""
   routing = token_choice(logits, num_selected=2, **options)
   dispatcher = MOVERS[name]
   rows = dispatcher.dispatch(x, routing)
@@ -64,7 +64,7 @@ def test_dispatchers_agree_from_logits_to_loss(gates):
 
 @every_dispatcher
 def test_a_token_that_lost_every_choice_has_no_nan_in_its_gradient(name):
-  # All tokens want the same two experts, which have one slot each.
+  # All tokens choose the same two experts, which have one slot each.
   logits = jnp.tile(jnp.arange(E, dtype=jnp.float32), (G, S, 1))
   _, x, w = arrays(9)
   _, (d_logits, d_x) = layer_gradients(
@@ -76,7 +76,7 @@ def test_a_token_that_lost_every_choice_has_no_nan_in_its_gradient(name):
 
 
 def test_nor_on_the_way_to_it():
-  # Where someone hunts a NaN of their own, this one must not go off first.
+  # With `jax_debug_nans` on, no NaN may occur even in between.
   def gates(logits):
     return token_choice(
       logits, num_selected=2, capacity=1, gates='renormalized_after_drop'
@@ -100,8 +100,8 @@ def test_without_drops_the_order_of_tokens_does_not_matter(name, slot_priority):
 
 @pytest.mark.parametrize('name', ['gather', 'sorted_rows'])
 def test_no_gradient_is_added_by_scatter(name):
-  # A float scatter-add is slow on accelerators and, on some, not
-  # reproducible; none may come back with a change of the gradients.
+  # A scatter-add of floats is slow on accelerators, and not reproducible on
+  # some: no gradient may use one.
   logits, x, w = arrays(11)
 
   def gradients(logits, x, w):

@@ -1,4 +1,4 @@
-"""Rows sorted by expert; values and gradients are in test_dispatch.py."""
+"""Layout of rows sorted by expert; test_dispatch.py has the values."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from moe_jax.routing import Routing, token_choice
 
 
 def test_three_tokens_by_hand():
-  # Two experts of two slots. Token 0 goes to both, token 1 only to expert 0,
-  # token 2 nowhere: its choice of expert 0 came too late.
+  # Two experts have two slots each. Token 0 goes to both, token 1 only to
+  # expert 0, and token 2 nowhere: expert 0 was full when it came.
   routing = Routing(
     expert_index=jnp.array([[[1, 0], [0, 1], [0, 1]]], jnp.int32),
     slot=jnp.array([[[0, 0], [1, 0], [2, 0]]], jnp.int32),
@@ -24,7 +24,7 @@ def test_three_tokens_by_hand():
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
   rows = sorted_rows.dispatch(x, routing)
-  # Two rows of expert 0, one of expert 1, and room for the fourth slot.
+  # Expert 0 has two rows and expert 1 has one; the fourth slot's row is empty.
   np.testing.assert_array_equal(
     rows, [[1, 2, 3], [4, 5, 6], [1, 2, 3], [0, 0, 0]]
   )
@@ -56,7 +56,7 @@ def test_an_unbounded_routing_is_one_with_room_for_all():
 
 
 def test_no_row_is_lost_however_skewed():
-  # Every token wants experts 0, 1 and 2; at equal shares four of ten would go.
+  # Every token chooses experts 0, 1 and 2, far more than an even share.
   routing = routed(None, skew=30.0)
   np.testing.assert_array_equal(
     sorted_rows.group_sizes(routing), [14, 14, 14, 0, 0]
@@ -65,7 +65,7 @@ def test_no_row_is_lost_however_skewed():
 
 
 def test_rows_are_bounded_by_slots():
-  # 42 choices, but 2 groups of 5 experts of 2 slots.
+  # There are 42 choices, but only 20 slots: 2 groups of 5 experts of 2 slots.
   routing = routed(2)
   rows = sorted_rows.dispatch(jnp.ones((2, 7, 6)), routing)
   assert rows.shape == (20, 6)
@@ -83,7 +83,8 @@ def test_what_is_not_kept_is_not_sent():
 
 @pytest.mark.parametrize('num_experts', [5, 2**27 - 1])
 def test_rows_of_an_expert_are_in_the_order_of_the_tokens(num_experts):
-  # The largest experts times 40 would leave the int32 of the usual sort.
+  # The product of the largest expert's number and 40 tokens exceeds int32, in
+  # which the usual sort key is computed.
   low = np.random.default_rng(0).integers(0, 5, 40)
   expert = np.where(low % 2, num_experts - 1 - low, low).astype(np.int32)
   expert = jnp.asarray(expert).reshape(1, 40, 1)

@@ -1,4 +1,4 @@
-"""Where experts choose: every dispatcher against the loops that define it."""
+"""Where experts choose, every dispatcher equals the loops that define it."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ every_dispatcher = pytest.mark.parametrize('name', MOVERS)
 
 
 def by_hand(seed):
-  """Any legal routing: holes anywhere, gates of any sign, some of zero."""
+  """A random legal routing: slots have holes, gates any sign, some are zero."""
   rng = np.random.default_rng(seed)
   index = [[rng.permutation(S)[:C] for _ in range(E)] for _ in range(G)]
   index = np.where(rng.random((G, E, C)) < 0.3, S, index)
@@ -32,14 +32,14 @@ def by_hand(seed):
 
 
 def arrays(seed, dtype=jnp.float32):
-  """Tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
+  """Random tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
   keys = jax.random.split(jax.random.key(seed), 4)
   shapes = [(G, S, M)] * 2 + [(E, G * C, M)] * 2
   return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes)]
 
 
 def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
-  """Both directions and all gradients; rows are [E, R, M] to the caller."""
+  """Both directions with all gradients; the caller's rows are [E, R, M]."""
   mover = MOVERS[name]
   slotted = group_sizes(name, routing) is None
 
@@ -65,7 +65,7 @@ compiled = jax.jit(everything, static_argnums=0)
 
 
 def slot_of_row(routing):
-  """Sorted rows are the slots that are filled, [E, G, C], then nothing."""
+  """The filled slots' indices in [E, G, C], in the order of sorted rows."""
   filled = np.asarray(routing.filled).swapaxes(0, 1).reshape(-1)
   slots = np.flatnonzero(filled)
   empty = [filled.size] * (filled.size - len(slots))
@@ -76,7 +76,7 @@ def check(run, name, routing, case, **tolerance):
   got = run(name, routing, slot_of_row(routing), *case)
   case = [np.asarray(a, np.float64) for a in case]
   expected = reference.slots_gradients(routing, *case)
-  # The gradient of an empty slot's gate is nobody's.
+  # The gradient of an empty slot's gate is arbitrary.
   parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
   for part, a, b in zip(parts, got, expected, strict=True):
     a = np.asarray(a, np.float64)
@@ -86,8 +86,8 @@ def check(run, name, routing, case, **tolerance):
 
 @every_dispatcher
 def test_three_tokens_by_hand(name):
-  # Expert 0 takes tokens 2 and 0, expert 1 token 2 alone, in its second slot;
-  # nobody takes token 1.
+  # Expert 0 takes tokens 2 and 0; expert 1 takes only token 2, in its second
+  # slot; no expert takes token 1.
   routing = SlotRouting(
     token_index=jnp.array([[[2, 0], [3, 2]]], jnp.int32),
     gate=jnp.array([[[0.75, 0.5], [0.0, 0.25]]]),
@@ -134,7 +134,8 @@ def test_bfloat16_stays_bfloat16(name):
 
 @pytest.mark.parametrize('name', ['gather', 'sorted_rows'])
 def test_nothing_grows_with_the_experts_but_what_the_rows_do(name):
-  # E * C is the same for few experts and many; so is all that is made.
+  # E * C is equal for few experts and for many, and so is the size of the
+  # largest array.
   def largest(E):
     routing = SlotRouting(
       jnp.zeros((G, E, 64 // E), jnp.int32), jnp.zeros((G, E, 64 // E)), 33

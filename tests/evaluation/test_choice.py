@@ -1,4 +1,4 @@
-"""Log-likelihoods against a plain loop, and what is made of them."""
+"""Log-likelihoods of answers equal a plain loop; scores made from them."""
 
 import json
 
@@ -24,7 +24,7 @@ START = 3
 
 
 def examples():
-  """Of unlike lengths, so that some share a row and others do not."""
+  """Random examples of different lengths, so that some share a row."""
   rng = np.random.default_rng(5)
   sizes = [(3, 2), (1, 1), (6, 4), (2, 5), (4, 1)]
   return [
@@ -47,7 +47,7 @@ def padded(rows, length):
 
 
 def by_loop(logits, starts, targets):
-  """The definition: a sum over the answer's tokens, each after those before."""
+  """Log-likelihoods by definition: a sum over the answer's tokens."""
   found = []
   for row, start, answer in zip(
     np.asarray(logits, np.float64), starts, targets
@@ -74,7 +74,7 @@ def test_log_likelihoods_of_a_decoder():
   whole = [np.concatenate(example) for example in given]
   tokens, mask = padded(whole, tiny.T)
   logits, _ = tiny.apply(model)(params, tokens, mask)
-  # The token before the answer is the first that tells of it.
+  # The logits at the token before the answer predict its first token.
   starts = [len(e.inputs) - 1 for e in given]
   expected = by_loop(logits, starts, [e.targets for e in given])
   np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -98,7 +98,7 @@ def test_log_likelihoods_of_an_encoder_decoder():
 def test_how_often_the_right_answer_is_the_likeliest():
   scores = [np.log(p) for p in ([0.2, 0.5], [0.6, 0.1], [0.3, 0.3, 0.2])]
   scores.append(np.log([0.1, 0.2, 0.3, 0.4]))
-  # Right, wrong, right (the first of two equals), wrong.
+  # The four are right, wrong, right (the first of two equals) and wrong.
   found = choice.judged(scores, [1, 1, 0, 2])
   assert found['accuracy'] == 50 and found['items'] == 4
   assert found['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
@@ -108,7 +108,7 @@ def test_how_often_the_right_answer_is_the_likeliest():
 
 
 class Bench:
-  """Questions in a file, put to a decoder of bytes whose weights are drawn."""
+  """A file of questions, and a decoder of bytes with random weights."""
 
   def __init__(self, folder):
     self.folder, self.model = folder, {}
@@ -148,7 +148,7 @@ def test_scores_are_divided_as_asked(bench):
     measure = bench.choice(source=source, normalize=normalize)
     params = tiny.params_of(measure.setting.model)
     (scores[normalize],) = measure.scores({'params': params})
-  # Tokens are bytes here.
+  # Each byte is a token.
   np.testing.assert_allclose(
     scores['none'] / np.array([1, 3, 4]), scores['tokens']
   )
@@ -169,8 +169,9 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   given = [
     bytes(asked.examples[0].inputs.tolist()).decode() for asked in measure.asked
   ]
-  # 12 over 3 questions with 2 each: steps of 2. A row of 15 has room for 16,
-  # the answer among them: one too few for 's4=v' before the last question.
+  # 12 examples for 3 questions with 2 each are taken in steps of 2. A row of 15
+  # has room for 16 tokens with the answer, one too few for 's4=v' before the
+  # last question.
   assert given == [
     's0=v\n\ns6=v\n\nq0=', 's2=v\n\ns8=v\n\nq1=', 's10=v\n\nq2='
   ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Right answers counted, of rows that do not fill their batches."""
+"""Accuracy over rows that do not fill their batches."""
 
 import dataclasses
 
@@ -25,9 +25,10 @@ def put():
 
 
 def test_told(tmp_path):
-  # One expert, whose second output is the feature: it says class 1 above 0.
+  # The model has one expert, whose second output is the feature: it predicts
+  # class 1 where the feature is above 0.
   features = np.array([[1.0], [-1.0], [2.0], [-2.0], [3.0]])
-  labels = np.array([1, 0, 0, 0, 1])  # the third is not what it says
+  labels = np.array([1, 0, 0, 0, 1])  # the third is labelled wrongly
   arrays = {
     f'{split}_{kind}': array
     for split in ('train', 'validation')
@@ -47,7 +48,8 @@ def test_told(tmp_path):
     'gate_out': jnp.zeros((1, 1)),
     'gate_out_bias': jnp.zeros(1),
   }
-  # Batches of three: the second has one row of padding, which counts for none.
+  # Batches have three rows; the second batch has one row of padding, which does
+  # not count.
   measure = classify.Classify(model, 0, 3, rows, put())
   found = measure({'params': params}, 7)
   assert found == {

@@ -1,4 +1,4 @@
-"""Runs with evaluations of every kind: what they write, and their errors."""
+"""Runs with evaluations of every kind: their results, files and errors."""
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ PAIRS = dict(
 
 
 def config(**evals):
-  """A tiny encoder-decoder on pairs, with an evaluation of each kind."""
+  """Config of a tiny encoder-decoder on pairs with every kind of evaluation."""
   source = dict(docstring_choice=dict(modules=MODULES))
   c = tiny.config(total_steps=4, **without_its_corpus(PAIRS)).unlock()
   c.checkpoint.every_steps = 2
@@ -51,7 +51,7 @@ def config(**evals):
 
 
 def without_its_corpus(overrides):
-  """Overrides with the default modules of a source that is not chosen."""
+  """Overrides that reset the modules of a source that is not chosen."""
   if 'source' not in overrides.get('data', {}):
     return overrides
   source = overrides['data']['source'] | {'python_stdlib': {'modules': ''}}
@@ -72,7 +72,7 @@ def run(tmp_path_factory):
 
 
 def rows_of(workdir, name):
-  """(step, row) of each evaluation `name`, without what stands before keys."""
+  """Pairs (step, row) of the evaluation `name`; keys are without prefix."""
   found = []
   for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
     values = {
@@ -93,7 +93,8 @@ def test_every_kind_has_its_rows(run):
   row = texts[-1][1]
   assert list(row) == ['bleu', 'chrf', 'rouge_l', 'exact_match', 'examples']
   assert row['examples'] == 5 and row['exact_match'] == 0
-  ((step, row),) = rows_of(workdir, 'choice')  # its period is 0
+  # Its period is 0: only at the end.
+  ((step, row),) = rows_of(workdir, 'choice')
   assert step == 4
   assert (row['items'], row['chance']) == (3, 25.0)
   assert row['accuracy'] in (0, 100 / 3, 200 / 3, 100)
@@ -163,7 +164,8 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
   entry = GenerateEvaluation(num_examples=5, num_tokens=6)
   measure = entry.measure(setting(tmp_path, **PAIRS))
   model = measure.setting.model
-  params = tiny_models.params_of(model)  # drawn: another byte, another output
+  # Random, so that other inputs give other outputs.
+  params = tiny_models.params_of(model)
   model, variables = generation.prepare(model, {'params': params})
   expected = []
   for inputs, _ in spread_pairs():
@@ -174,7 +176,7 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
     ).rows
     text = bytes(i for i in made.tolist() if i < 256)
     expected.append(text.decode(errors='replace'))
-  # A batch of 4, and one of 1.
+  # The five examples are a batch of 4, and one of 1.
   assert measure.outputs({'params': params}) == expected
   assert len(set(expected)) > 2
 
@@ -188,7 +190,8 @@ def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
   again = entry.measure(made).pairs
   for i, (pair, other) in enumerate(zip(measure.pairs, again)):
     np.testing.assert_array_equal(pair.ids, other.ids)
-    # As `loss` sees the row: its first example, inputs and then targets.
+    # The text is that of the row that `loss` reads: the inputs and then the
+    # targets of its first example.
     row = corpus[i * len(corpus) // 4]
     first = row['segment_ids'] == 1
     text = [row['tokens'][0], *row['targets'][first]]

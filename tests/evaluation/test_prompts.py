@@ -1,4 +1,4 @@
-"""What a model is given, told by hand, in bytes and in tokens of words."""
+"""Prompts of questions, by hand, in bytes and in tokens of words."""
 
 import json
 
@@ -23,13 +23,13 @@ def asker(seq_len, **options):
 
 
 def pairs_asker(layout, tokenizer=None):
-  """Of a run on pairs."""
+  """The prompts of a run on pairs."""
   tokenizer = extend(tokenizer or tokenizers.Bytes(), end_inputs=True)
   return Asker(Seq2SeqTask(), tokenizer, layout, '=')
 
 
 def texts(asked):
-  """(given, answer) as text, the EOS as a dollar."""
+  """Pairs (prompt, answer) as text, with '$' for the end of text."""
 
   def text(ids):
     return ''.join('$' if i == EOS else chr(i) for i in ids)
@@ -57,13 +57,14 @@ def test_pairs_are_inputs_and_targets_that_end():
 
 
 def test_examples_without_room_are_left_out_the_first_ones_first():
-  # 'q=a' + 2 bytes between, twice 7 bytes, and the prompt of 4: 18; the answer
-  # '33' has 2, of which one is no input: a row of 19 is enough for all.
+  # Two examples of 7 bytes and the prompt of 4 are 18 tokens. The answer '33'
+  # has 2, of which the last is never an input: a row of 19 has room for all.
   assert asker(19)(SUM, SHOTS).num_shots == 2
   asked = asker(18)(SUM, SHOTS)
   assert asked.num_shots == 1 and not asked.is_cut
   assert texts(asked)[2] == ('3+3=6\n\n1+1=', '33')
-  # An encoder has room for the prompt and its EOS, or for 7 more.
+  # An encoder of 10 has room for the prompt and its end of text only, one of 11
+  # also for an example of 7.
   for room, num_shots in ((10, 0), (11, 1)):
     layout = EncoderDecoderLayout(room, 5, EOS)
     assert pairs_asker(layout)(SUM, SHOTS).num_shots == num_shots
@@ -72,10 +73,12 @@ def test_examples_without_room_are_left_out_the_first_ones_first():
 def test_a_prompt_that_is_too_long_keeps_what_matters():
   long = Item('abcdefgh', ('x', 'yz'), 0)
   asked = asker(6)(long, SHOTS)
-  # Its end, where the answer goes on from it: 7 tokens, less the answer's.
+  # Where the answer continues the prompt, a cut prompt keeps its end: 7 tokens
+  # less those of the answer.
   assert texts(asked) == [('defgh=', 'x'), ('efgh=', 'yz')]
   assert asked[1:] == (0, True)
-  # Its beginning and its EOS, as training's inputs; answers lose their end.
+  # An encoder's prompt keeps its beginning and gets an end of text, as in
+  # training; answers lose their end.
   asked = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long, SHOTS)
   assert texts(asked) == [('abcd$', 'x$'), ('abcd$', 'yz')]
   assert asked.is_cut
@@ -90,7 +93,7 @@ def test_words_that_begin_with_a_space_are_the_answers():
   tokenizer = tokenizers.Json(json.dumps(json.loads(words.to_str())))
   ask = Asker(LmTask(), tokenizer, DecoderLayout(9), ' ')
   asked = ask(Item('q', ('y', 'n'), 0), [])
-  # The space before an answer is a part of its token, not of the prompt.
+  # The space before an answer belongs to the token of the answer.
   assert [e.inputs.tolist() for e in asked.examples] == [[0], [0]]
   assert [e.targets.tolist() for e in asked.examples] == [[4], [5]]
 

@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand."""
+"""Scores of texts equal values computed by hand."""
 
 import math
 
@@ -12,21 +12,23 @@ def score(name, outputs, targets, **options):
 
 
 def test_rouge_l_is_about_words_in_order():
-  # Lin's own example: three of four words, in order; two where turned around.
+  # In Lin's example three of four words are in order, and two where the order
+  # is reversed.
   target = ['police killed the gunman']
   assert rouge_l(['police kill the gunman'], target) == pytest.approx(75)
   assert rouge_l(['the gunman kill police'], target) == pytest.approx(50)
-  # A word between is no break: 'the cat on the mat' of six words and five.
+  # A word in between does not break a subsequence: 'the cat on the mat' is
+  # common to texts of six and five words.
   found = rouge_l(['the cat sat on the mat'], ['the cat on the mat'])
   assert found == pytest.approx(100 * 2 * 5 / 11)
-  # A word said twice counts twice only where both say it twice.
+  # A repeated word counts twice only where both texts repeat it.
   assert rouge_l(['a a a'], ['a b']) == pytest.approx(100 * 2 / 5)
 
 
 def test_rouge_l_is_a_mean_over_pairs_without_case_and_marks():
   outputs = ['Return the_value.', '', 'x', '...']
   targets = ['return: THE value', 'nothing', 'x y z', '...']
-  # 3 of 3 words, none, 1 of 1 and 3; and two texts without a word.
+  # Two of these texts have no word.
   assert rouge_l(outputs, targets) == pytest.approx(100 * (1 + 0 + 0.5 + 0) / 4)
 
 
@@ -36,10 +38,11 @@ def test_exact_match_is_but_for_spaces_around():
 
 
 def test_bleu_is_the_corpus_bleu_with_its_brevity_penalty():
-  # Every n-gram is right, at 4 words of 5.
+  # All n-grams are right, and the output has 4 words instead of 5.
   found = score('bleu', ['a b c d'], ['a b c d e'])
   assert found == pytest.approx(100 * math.exp(1 - 5 / 4))
-  # Of the corpus: 7 of 8 words, 5 of 6 pairs, 3 of 4 triples, 1 of 2 fours.
+  # In the whole corpus 7 of 8 words, 5 of 6 pairs, 3 of 4 triples and 1 of 2
+  # four-grams are right.
   found = score('bleu', ['a b c d', 'e f g x'], ['a b c d', 'e f g h'])
   expected = (7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4)
   assert found == pytest.approx(100 * expected)
@@ -49,12 +52,14 @@ def test_bleu_splits_words_as_it_is_told():
   output, target = ['abcd'], ['abce']
   assert score('bleu', output, target, bleu_tokenizer='13a') == 0
   chars = score('bleu', output, target, bleu_tokenizer='char')
-  # 3 of 4, 2 of 3, 1 of 2, and of the one four-gram none, smoothed to a half.
+  # Right are 3 of 4 characters, 2 of 3 pairs and 1 of 2 triples; of the single
+  # four-gram none, which is smoothed to a half.
   assert chars == pytest.approx(100 * (3 / 4 * 2 / 3 / 2 / 2) ** (1 / 4))
 
 
 def test_chrf_is_about_characters():
-  # Of 3 characters 2, of 2 pairs 1, of 1 triple none, in both directions.
+  # Right are 2 of 3 characters, 1 of 2 pairs and none of the single triple, in
+  # precision and in recall.
   found = score('chrf', ['abc'], ['abd'])
   assert found == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
 

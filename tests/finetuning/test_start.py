@@ -1,4 +1,4 @@
-"""Runs that begin with another run's parameters: from config to step."""
+"""Runs that start from another run's parameters, from config to step."""
 
 import shutil
 
@@ -46,7 +46,7 @@ def config_from(workdir, model=SPARSE, **overrides):
 
 @pytest.fixture(scope='module')
 def dense(tmp_path_factory):
-  """A dense run's folder, with checkpoints at steps 1 and 2."""
+  """The folder of a dense run, with checkpoints at steps 1 and 2."""
   workdir = tmp_path_factory.mktemp('dense')
   config = tiny.config(**SHORT, model=DENSE)
   train(merge(config, {'checkpoint': {'every_steps': 1}}), workdir)
@@ -62,7 +62,7 @@ EVAL = 'eval/train_capacity/loss'
 
 
 def frozen(workdir, **more):
-  """A run of one step that changes nothing, evaluated after it."""
+  """Config of a run of one step that changes nothing, with an evaluation."""
   optimizer = {'learning_rate': 0.0}
   return config_from(workdir, total_steps=1, optimizer=optimizer, **more)
 
@@ -81,7 +81,7 @@ def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
   source = tmp_path / 'source'
   shutil.copytree(dense, source)
   train(config_from(source), tmp_path / 'run')
-  shutil.rmtree(source)  # it is not asked for again
+  shutil.rmtree(source)  # a run that continues does not read its source
   capsys.readouterr()
   state = train(config_from(source), tmp_path / 'run')
   assert int(state.step) == 2
@@ -104,7 +104,7 @@ def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
 
 
 def begun(config, workdir, devices):
-  """The state that a run of the config begins with, without a step."""
+  """The initial state of a run of the config, before any step."""
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
@@ -113,7 +113,8 @@ def begun(config, workdir, devices):
 
 @pytest.mark.parametrize('num_experts', [4, 8])
 def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
-  # Of 257 tokens no mesh axis takes a share: that array is whole.
+  # No mesh axis divides the vocabulary of 257 tokens: the embedding is whole on
+  # every device.
   moe = {'moe': {**SPARSE['moe'], 'num_experts': num_experts}}
   mesh = {'data': 1, 'fsdp': 2, 'expert': num_experts // 2, 'tensor': 1}
   config = merge(config_from(dense, moe, batch_size=8), {'mesh': mesh})
@@ -139,7 +140,7 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   }  # fmt: skip
   biased = {'moe': {**SPARSE['moe'], 'router': {'token_choice': router}}}
   four = train(config_from(dense, biased), tmp_path / 'four')
-  # The same model again: what its routers keep is part of it.
+  # The source has the same model, so that the state of its routers is kept.
   same = begun(config_from(tmp_path / 'four', biased), tmp_path / 'same', 1)
   jax.tree.map(
     np.testing.assert_array_equal, same.router_state, four.router_state
@@ -148,7 +149,8 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   capsys.readouterr()
   moe = {'moe': {**SPARSE['moe'], 'num_experts': 8}}
   config = config_from(tmp_path / 'four', moe, batch_size=8)
-  mesh = {'data': 1, 'expert': 8}  # the four do not divide by it
+  # The source's four experts are not divisible by 8.
+  mesh = {'data': 1, 'expert': 8}
   state = begun(merge(config, {'mesh': mesh}), tmp_path / 'eight', 8)
   assert '4 experts made 8, copies of [0, 1, 2, 3, 0, 1, 2, 3]' in (
     capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Runs' folders as training leaves them, made without training."""
+"""Writes folders of runs as training does, without training."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.training import tiny as tiny_runs
 
 
 def write(folder, steps=(3,), tokenizer=None, **overrides):
-  """A run with a checkpoint a step; returns each step's parameters."""
+  """Writes a run with a checkpoint at each step; returns their parameters."""
   config = tiny_runs.config(**overrides)
   workdir_lib.claim(folder, config)
   tokenizer = tokenizer or tokenizers.Bytes()
@@ -25,14 +25,14 @@ def write(folder, steps=(3,), tokenizer=None, **overrides):
   )
   with checkpoints:
     for step in steps:
-      # The optimizer's state, which generation does not read.
+      # This stands for the optimizer's state, which generation does not read.
       more = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
       checkpoints.save(step, {'params': params[step], **more})
   return params
 
 
 def damage(folder, step):
-  """Makes a checkpoint fail its manifest."""
+  """Changes a checkpoint so that it does not match its manifest."""
   files = (folder / workdir_lib.CHECKPOINTS / str(step)).rglob('*')
   largest = max(files, key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-1])

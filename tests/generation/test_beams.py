@@ -1,4 +1,4 @@
-"""Beams: a step by hand, and the whole search against every sequence.
+"""Beam search: one step by hand, and the search against all sequences.
 
 Parity with transformers is in `test_transformers.py`.
 """
@@ -25,7 +25,7 @@ def start(width, length):
 
 
 def step(search, probs, stops=(), penalty=1.0):
-  """Beams' next-token probabilities, [B, W, V]."""
+  """One step of the search, from next-token probabilities [B, W, V]."""
   log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
   return beams.advance(
     jax.tree.map(jnp.asarray, search),
@@ -36,14 +36,14 @@ def step(search, probs, stops=(), penalty=1.0):
 
 
 def test_two_steps_told():
-  # At first both beams are the prompt, and only one of them counts: its two
-  # best tokens are 2 (0.6) and 1 (0.3).
+  # At first both beams are the prompt, so that only one counts; its two best
+  # tokens are 2 (0.6) and 1 (0.3).
   search, beam = step(start(2, 3), [[[0.1, 0.3, 0.6]] * 2], stops=[0])
   np.testing.assert_array_equal(search.running.last, [[2, 1]])
   np.testing.assert_array_equal(beam, [[0, 0]])
   assert np.isneginf(search.ended.scores).all() and search.open.all()
-  # Best are then 2 0 (0.6 * 0.5), which ends, 1 2 (0.3 * 0.9) and 2 2
-  # (0.6 * 0.4): the first is a result and the others go on, from beams 1 and 0.
+  # The best are then 2 0 (0.6 * 0.5), which ends, 1 2 (0.3 * 0.9) and 2 2 (0.6
+  # * 0.4). The first is a result, and the others continue beams 1 and 0.
   probs = [[[0.5, 0.1, 0.4], [0.05, 0.05, 0.9]]]
   search, beam = step(search, probs, stops=[0])
   np.testing.assert_array_equal(
@@ -62,17 +62,19 @@ def test_two_steps_told():
 
 
 def test_what_ends_outside_of_the_best_does_not_count():
-  # The third best ends, and two are followed: it is no result.
+  # The third best candidate ends, and two others continue: it is too late to be
+  # a result.
   search, _ = step(start(2, 3), [[[0.2, 0.3, 0.5]] * 2], stops=[0])
   assert np.isneginf(search.ended.scores).all()
   np.testing.assert_array_equal(search.running.last, [[2, 1]])
 
 
 def test_a_search_ends_when_no_beam_can_reach_the_results():
-  # One beam: the stop token is the best by far, and what goes on is worse.
+  # There is one beam. The stop token is by far the best, and all continuations
+  # are worse.
   search, _ = step(start(1, 5), [[[0.9, 0.06, 0.04]]], stops=[0])
   assert not search.open.any()
-  # Results of a closed search stay.
+  # A closed search keeps its results.
   later, _ = step(search, [[[0.99, 0.005, 0.005]]], stops=[0])
   np.testing.assert_array_equal(later.ended.tokens, search.ended.tokens)
 
@@ -84,14 +86,14 @@ def of_five_tokens(moe, **model):
 
 @pytest.fixture(scope='module')
 def small():
-  """V=5, so that all sequences can be listed."""
+  """A model with V=5, so that all sequences can be listed."""
   model = of_five_tokens(dict(capacity=All()), embedding=dict(tie=False))
   params = jax.tree.map(lambda x: 2 * x, tiny.params_of(model, 2))
   return model, params
 
 
 def every_sequence(model, params, prompt, length, stops, penalty):
-  """(score, sequence) of all, by whole forward passes; the best first."""
+  """All (score, sequence), by whole forward passes, the best first."""
   rows = np.array(list(itertools.product(range(5), repeat=length)), np.int32)
   prompts = np.broadcast_to(
     np.array(prompt, np.int32), (len(rows), len(prompt))

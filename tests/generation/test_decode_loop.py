@@ -1,7 +1,7 @@
-"""Generated tokens against whole forward passes, and rows against themselves.
+"""Generated tokens equal those of whole forward passes, row by row.
 
 The forward pass is the model's own call, without a cache, one row at a time,
-with room for every token.
+and drops nothing.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tests.models.tiny import T, V
 
 PROMPTS = [[3, 17, 5, 8], [11], [20, 6], [1, 14, 9], [8, 0], [19]]
 NEW, START = 6, 2
-# What would drop in training; generation has room for everyone.
+# This capacity would drop tokens in training; generation drops none.
 TIGHT = dict(capacity=PerToken(0.3))
 ROOM = dict(capacity=All())
 KINDS = {
@@ -68,14 +68,14 @@ KINDS = {
 
 
 def built(name, moe):
-  # Tied embeddings make a random model repeat itself.
+  # With tied embeddings a random model repeats itself.
   options = dict(KINDS[name])
   options['embedding'] = {'tie': False, **options.get('embedding', {})}
   moe = {**moe, **options.pop('moe', {})}
   if moe.get('num_experts') == 0:  # a dense twin has no capacity
     moe.pop('capacity')
   model = tiny.build(moe, **options)
-  # Large, so that every token and place tells.
+  # Parameters are large, so that every token and position matters.
   return model, jax.tree.map(lambda x: 2.5 * x, tiny.params_of(model, 1))
 
 
@@ -91,7 +91,7 @@ def generate(model, params, prompts=PROMPTS, **options):
 
 
 def likeliest(name, params, new):
-  """The token after each prefix of the answers, by one pass over them."""
+  """The likeliest token after each prefix of the answers, by one pass."""
   model, _ = built(name, ROOM)
   answers = [row.tolist() for row in new]
   if model.has_encoder:
@@ -110,7 +110,7 @@ def likeliest(name, params, new):
 
 
 def rows_of(rows):
-  """Tokens and segments, padded behind."""
+  """Tokens and segment ids of rows, padded at their end."""
   length = max(map(len, rows))
   tokens = np.zeros((len(rows), length), np.int32)
   for i, row in enumerate(rows):
@@ -120,7 +120,7 @@ def rows_of(rows):
   return tokens, segments.astype(np.int32)
 
 
-# The slow ones differ from the others in one part each.
+# The slow kinds differ from others in one part each.
 SLOW = (
   'relative',
   'sinusoidal',
@@ -160,7 +160,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name, options):
 
 @pytest.fixture(scope='module')
 def prepared():
-  """A prepared decoder, for tests that need no more than one."""
+  """A prepared decoder, which tests share."""
   model, params = built('rotary', TIGHT)
   return generation.prepare(model, {'params': params})
 
@@ -273,8 +273,8 @@ def test_a_window_bounds_how_far_back_a_token_looks():
 
 
 def test_a_checkpoints_own_capacity_binds_in_its_encoder():
-  # One slot an expert and row: what does not fit in the encoder is dropped, as
-  # in the forward pass; a decoder's step of one token always fits.
+  # An expert has one slot for each row. The encoder drops tokens as in the
+  # forward pass; a decoder's step of one token always fits.
   options = dict(kind='encoder_decoder', positions=Relative())
   own = dict(capacity=Fixed(1))
   model = tiny.build(own, **options)

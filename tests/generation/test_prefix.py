@@ -1,4 +1,4 @@
-"""Prompts as arrays: where padding is, and what is refused."""
+"""Prompts as arrays: the place of padding, and refused prompts."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,8 @@ def make(model, prompt, **changes):
 
 
 def test_a_decoders_rows_end_together(decoder):
-  # The longest row is 10: all but its last token take 16 places.
+  # The longest row has 10 tokens. All but its last token are padded to 16
+  # positions.
   rows = [range(1, 11), [7], [8, 9]]
   prefix = make(decoder, rows)
   assert prefix.tokens.shape == (3, 17)
@@ -78,7 +79,8 @@ def test_lengths_stay_where_capacity_depends_on_them():
 
 
 def test_learned_positions_bound_lengths():
-  # T=10 positions: 4 + 6 new tokens, the last of which is never read, are 9.
+  # There are T=10 positions: 4 tokens and 7 new ones, of which the last is
+  # never read.
   model = prepared(positions=Learned())
   assert make(model, [range(4)], num_tokens=7).tokens.shape == (1, 9)
   with pytest.raises(ValueError, match=r'11 positions .* > max_len=10'):

@@ -1,4 +1,4 @@
-"""What is kept and what is drawn, against plain numpy."""
+"""Kept and drawn tokens equal plain numpy."""
 
 import hypothesis
 import jax
@@ -16,12 +16,12 @@ LOGITS = st.lists(
 
 
 def kept_top_k(row, k):
-  """The k-th largest and all that are not smaller."""
+  """Which tokens are at least as likely as the k-th likeliest."""
   return row >= sorted(row)[::-1][min(k, len(row)) - 1]
 
 
 def kept_top_p(row, p):
-  """Token by token: the probability of those likelier than it is below p."""
+  """Which tokens have likelier tokens of a total probability below p."""
   probs = np.exp(row - row.max())
   probs = probs / probs.sum()
   kept = [probs[row > logit].sum() < p for logit in row]
@@ -29,8 +29,8 @@ def kept_top_p(row, p):
 
 
 def test_top_k_and_top_p_told():
-  # Probabilities 0.5, 0.3, 0.15, 0.05: at 0.6 the first is not enough, and the
-  # second makes it; at 0.5 the first is exactly enough.
+  # Probabilities are 0.5, 0.3, 0.15 and 0.05: for p = 0.6 the first is not
+  # enough and the second is, and for p = 0.5 the first is exactly enough.
   logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
   kept = jnp.isfinite(sampling.keep_top_p(logits, 0.6))
   np.testing.assert_array_equal(kept, [[False, True, False, True]])
@@ -43,7 +43,7 @@ def test_top_k_and_top_p_told():
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(LOGITS, st.integers(1, V + 2), st.floats(0.01, 0.99))
 def test_kept_tokens_are_those_of_the_definition(logits, k, p):
-  # Sums in float32 and float64 fall on different sides of an exact p.
+  # No sum may equal p exactly, as sums in float32 and float64 can then differ.
   logits = np.array(logits, np.float32)
   logits += np.arange(V, dtype=np.float32) / 1000
   for f, definition, n in (
@@ -79,7 +79,7 @@ def test_draws_follow_the_softmax_of_what_is_kept(options):
   keys = sampling.row_keys(3, N)
   drawn = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
   share = np.bincount(drawn, minlength=V) / N
-  # Temperature, then top-k, then top-p: the order is part of the definition.
+  # The definition is temperature first, then top-k, then top-p.
   scaled = row / options['temperature']
   if 'top_k' in options:
     scaled = np.where(kept_top_k(scaled, options['top_k']), scaled, -np.inf)

@@ -1,4 +1,4 @@
-"""Streamed text: whole characters, and in the end all of it."""
+"""Streamed text has whole characters, and in the end all of them."""
 
 import hypothesis
 import pytest
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from moe_jax.data import tokenizers
 from moe_jax.generation import TextStream
 
-# One, two, three and four bytes.
+# The characters have one, two, three and four bytes.
 TEXT = 'a é € 😀 b'
 
 
 def said(tokenizer, ids, context=()):
-  """What is said with each token, then the rest."""
+  """The text streamed with each token, then that at the end."""
   stream = TextStream(tokenizer, context)
   return [*map(stream.add, ids), stream.end()]
 
@@ -24,8 +24,8 @@ def test_bytes_are_said_character_by_character():
 
 
 def test_bytes_that_are_no_character():
-  # A second é never comes: its first byte is said when the next one is known
-  # not to belong to it, or at the end.
+  # The first byte of a second é never gets its second one: it is streamed once
+  # the next byte shows this, or at the end.
   first = 'é'.encode()[0]
   tokenizer = tokenizers.Bytes()
   assert ''.join(said(tokenizer, [first, ord('a'), first])) == '\ufffda\ufffd'
@@ -43,7 +43,7 @@ def test_any_bytes_are_in_the_end_what_the_tokenizer_says(raw):
 
 
 def metaspace():
-  """SentencePiece's way: words begin with a mark, odd characters are bytes."""
+  """A tokenizer as SentencePiece's, with marked words and bytes."""
   vocab = {'▁a': 0, '▁b': 1, 'b': 2, '▁': 3}
   vocab |= {f'<0x{byte:02X}>': 4 + byte for byte in range(256)}
   model = hf.Tokenizer(
@@ -61,7 +61,7 @@ def metaspace():
 
 
 def byte_level():
-  """GPT-2's way: a token a byte, spelled in letters of its own."""
+  """A tokenizer as GPT-2's: each byte is a token, spelled by one letter."""
   alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
   vocab = {letter: i for i, letter in enumerate(alphabet)}
   model = hf.Tokenizer(hf.models.BPE(vocab, []))
@@ -89,7 +89,7 @@ def test_a_vocabulary_with_fallback_to_bytes():
 
 @pytest.mark.parametrize('n', [1, 30])
 def test_the_context_decides_on_the_first_space(n):
-  # Alone a word loses the space before it; behind a prompt it keeps it.
+  # A decoded word loses the space before it, unless it follows a prompt.
   tokenizer = metaspace()
   assert said(tokenizer, [1, 1]) == ['b', ' b', '']
   assert said(tokenizer, [1, 1], context=[0] * n) == [' b', ' b', '']
@@ -104,7 +104,7 @@ def test_ids_that_the_tokenizer_lacks_say_nothing():
 
 
 def test_only_a_few_tokens_are_decoded_again():
-  # Streaming a long text takes linear time.
+  # A long text takes linear time.
   tokenizer = tokenizers.Bytes()
   longest = 0
   decode = tokenizer.decode

@@ -1,4 +1,4 @@
-"""A run's folder to a model, and what a run decides about its prompts."""
+"""Loading the model of a run's folder, and how the run encodes prompts."""
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,13 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   assert loaded.model == tiny_runs.model_of(same)
   found, saved = (tiny.leaves(p) for p in (loaded.variables['params'], params))
   for name, array in found.items():
-    # What the model keeps in float32 whatever its type is not rounded.
+    # Parameters that the model always keeps in float32 are not rounded.
     kept = array.dtype == jnp.float32
     assert kept == ('router' in name or 'norm' in name), name
     np.testing.assert_array_equal(array, saved[name].astype(array.dtype))
   kernel = found['layers/layer_1/moe/experts/w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 1, 8, 20)
-  # 257 tokens do not divide: that axis is whole, the other is not.
+  # No mesh axis divides the 257 tokens: that axis is whole, the other is split.
   assert found['embedding'].addressable_shards[0].data.shape == (257, 8)
   folders.damage(tmp_path, 3)
   with pytest.raises(CheckpointError, match='no good checkpoint'):
@@ -77,7 +77,7 @@ def test_what_training_alone_needs_is_not_read(tmp_path):
 
 
 def bytes_read():
-  """By tensorstore, from files; the manifest's check is not among them."""
+  """Bytes that tensorstore has read from files; the manifest reads others."""
   (metric,) = tensorstore.experimental_collect_matching_metrics(
     '/tensorstore/kvstore/file/bytes_read', include_zero_metrics=True
   )
@@ -106,7 +106,8 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 
 def test_prompts_are_documents_or_inputs():
-  # Inputs end as the task's do; those of a language model are documents.
+  # Prompts of a task with inputs end as its inputs do; those of a language
+  # model begin a document.
   tokenizer = extend(
     tokenizers.Bytes(), num_sentinels=0, modes=(), end_inputs=True
   )
@@ -140,7 +141,7 @@ def test_the_window_is_a_row_where_positions_are_distances(model, expected):
 
 
 def test_what_fits_learned_positions():
-  # T=10 positions; the last new token is never read.
+  # There are T=10 positions; the last new token is never read.
   model = tiny.build(positions=Learned())
   for length, wanted, kept, num_tokens in (
     (3, 5, 3, 5), (4, 7, 4, 7), (4, 8, 4, 7), (9, 40, 5, 6), (30, 1, 10, 1),

@@ -1,4 +1,4 @@
-"""The same tokens as transformers, greedy and by beams, from one checkpoint."""
+"""Greedy and beam search give transformers' tokens, from one checkpoint."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
 V, PAD, START = 43, 0, 2
-# Of different lengths, none a length that we round to.
+# Prompts have different lengths, and none is one to which we pad.
 PROMPTS = [[7, 3, 19, 11, 23], [5, 29], [13, 37, 17]]
 NEW = 13
 
@@ -54,11 +54,11 @@ def nllb(**options):
 
 
 def nllb_full():
-  """Slots for 0.4 of a step's tokens: rows compete for them."""
+  """NLLB with slots for 0.4 of a step's tokens, for which rows compete."""
   return nllb(moe_eval_capacity_token_fraction=0.4)
 
 
-# With the seeds whose greedy tokens repeat themselves least.
+# Seeds of models whose greedy tokens repeat themselves least.
 MAKERS = {
   'mixtral': (mixtral, 3),
   'switch': (switch, 1),
@@ -68,7 +68,7 @@ MAKERS = {
 
 
 class Pair(NamedTuple):
-  """A random model of theirs, ours with its weights, and how both generate."""
+  """A random model of transformers and ours with its weights."""
 
   theirs: torch.nn.Module
   model: models.Model
@@ -96,15 +96,17 @@ def pair(request, tmp_path_factory):
   model, variables = generation.prepare(*interop.load(folder)[1:])
   options = {'start_id': START} if theirs.config.is_encoder_decoder else {}
   endless = their_tokens(theirs, *padded(theirs))
-  assert len(set().union(*endless)) > 5  # no model of one answer
-  # A token that one row meets halfway. Where rows compete for slots, theirs
-  # have padding compete that comes behind a row's end; so none ends.
+  # Models must not always give the same answer.
+  assert len(set().union(*endless)) > 5
+  # The stop token is one that a row reaches halfway. Where rows compete for
+  # slots, padding behind an ended row competes too in transformers; so no row
+  # ends there.
   stop = None if make is nllb_full else endless[0][NEW // 2]
   return Pair(theirs, model, variables, options, stop)
 
 
 def padded(theirs):
-  """Prompts as tensors: padded in front, or behind for an encoder."""
+  """Prompts as tensors, padded at the start, or for an encoder at the end."""
   front = not theirs.config.is_encoder_decoder
   length = max(map(len, PROMPTS))
   rows, mask = [], []
@@ -117,7 +119,7 @@ def padded(theirs):
 
 
 def their_tokens(theirs, ids, mask, stop=None):
-  """New tokens by row, without what comes behind a row's end."""
+  """New tokens of each row, without those behind its end."""
   with torch.no_grad():
     made = theirs.generate(
       ids,

@@ -1,9 +1,9 @@
 """Every config as text, so that a change of one shows as a diff in review.
 
 A file holds the keys whose values are not the defaults; null stands for an
-evaluation that the defaults have and the config has not.
+evaluation that the defaults have and the config does not have.
 
-python -m tests.golden    # writes them anew
+    python -m tests.golden    # writes all files again
 """
 
 import importlib
@@ -28,14 +28,14 @@ def config(name: str, arg: str = ''):
 
 
 def dump(name: str) -> str:
-  """What the config changes, as JSON, by dotted name."""
+  """JSON of the values that the config changes, by dotted name."""
   found, usual = config(name), sections.section(RunConfig)
   defaults = {leaf.path: leaf for leaf in sections.leaves(RunConfig, usual)}
   gone = set(usual.evals) - set(found.evals)
   changed = {f'evals.{entry}': None for entry in gone}
   for leaf in sections.leaves(RunConfig, found):
     before = defaults.get(leaf.path)
-    if before is None:  # an evaluation of the config's own
+    if before is None:  # an evaluation that the defaults lack
       is_changed = leaf.changed or leaf.path.endswith('.kind')
     else:
       is_changed = before.value != leaf.value

@@ -1,4 +1,4 @@
-"""Writes every config's dump anew."""
+"""Writes the text of every config again."""
 
 from tests import golden
 

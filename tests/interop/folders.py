@@ -1,4 +1,4 @@
-"""Checkpoints' folders with a tokenizer, and configs of short runs."""
+"""Folders of checkpoints with tokenizers, and configs of short runs."""
 
 import json
 
@@ -7,15 +7,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tests.interop import oracle
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-# Bytes, so that any text can be trained on, behind the special tokens.
+# The vocabulary is these special tokens, then all bytes, so that any text can
+# be trained on.
 _SPECIAL = ('<pad>', '</s>', '<s>', *(f'<extra_id_{i}>' for i in range(4)))
 _ROLES = {
   'mixtral': dict(bos='<s>', eos='</s>'),
   'nllb-moe': dict(bos='<s>', eos='</s>', pad='<pad>'),
   'switch_transformers': dict(eos='</s>', pad='<pad>'),
 }
-VOCAB_SIZE = 264  # one more than tokens
-# What is not the model's: a little text and two steps.
+VOCAB_SIZE = 264  # one more than there are tokens
+# The parts of a config that a checkpoint does not give: a short text and two
+# steps.
 CONFIG = """
 from configs import base
 
@@ -37,7 +39,7 @@ def get_config():
 
 
 def write_tokenizer(folder, kind):
-  """What transformers saves: an own JSON format, roles and a template."""
+  """Writes transformers' files of a tokenizer: its JSON, roles and template."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {name: i for i, name in enumerate([*_SPECIAL, *alphabet])}
   made = Tokenizer(models.BPE(vocabulary, []))
@@ -56,7 +58,7 @@ def write_tokenizer(folder, kind):
 
 
 def write(folder, kind, **options):
-  """A checkpoint with all that belongs to it; returns transformers' model."""
+  """Writes a checkpoint with its tokenizer; returns transformers' model."""
   ids = dict(eos_token_id=1, decoder_start_token_id=0, pad_token_id=0)
   if kind == 'mixtral':
     ids = dict(bos_token_id=2, eos_token_id=1)
@@ -67,7 +69,7 @@ def write(folder, kind, **options):
 
 
 def write_config(folder):
-  """A config file of a short run."""
+  """Writes the config file of a short run."""
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / 'short.py'
   path.write_text(CONFIG)

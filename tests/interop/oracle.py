@@ -1,4 +1,4 @@
-"""Small transformers models with random weights, and what they compute."""
+"""Small transformers models with random weights, and their outputs."""
 
 import pathlib
 
@@ -58,8 +58,9 @@ BASE = {
 }
 
 
-# Factors by a part of the name, the first that is found: a token must lead to
-# another than itself, though embeddings are tied, and logits must differ.
+# Factors of parameters by a part of their name; the first match counts. With
+# them a token does not lead to itself, though embeddings are tied, and logits
+# differ.
 LOUD = {
   'mixtral': {'': 8.0},
   'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
@@ -72,19 +73,19 @@ LOUD = {
   },
 }
 
-# Those whose greedy tokens repeat themselves least.
+# Seeds of models whose greedy tokens repeat themselves least.
 FIRST_SEED = {'mixtral': 0, 'nllb-moe': 1, 'switch_transformers': 0}
 
 
 def make(kind: str, seed: int = 0, **options):
-  """A model of `kind` whose greedy tokens vary."""
+  """Makes a model of a kind whose greedy tokens vary."""
   torch.manual_seed(seed + FIRST_SEED[kind])
   cls = CLASSES[kind]
   model = cls(cls.config_class(**{**BASE[kind], **options})).eval()
   with torch.no_grad():
     for name, value in model.named_parameters():
       if name.endswith('bias') or 'norm' in name:
-        value += 0.2 * torch.randn_like(value)  # else they start alike
+        value += 0.2 * torch.randn_like(value)  # else all would start equal
       else:
         loud = LOUD[kind]
         value *= next(f for part, f in loud.items() if part in name)
@@ -92,14 +93,14 @@ def make(kind: str, seed: int = 0, **options):
 
 
 def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
-  """Token ids and masks; rows differ in length, the first is whole.
+  """Token ids and masks of rows of different lengths; the first is full.
 
-  Some ids of padding are not masked: NLLB numbers tokens by their ids.
+  Some ids of padding are not masked: NLLB counts positions by ids.
   """
   rng = np.random.default_rng(seed)
   V, pad = model.config.vocab_size, model.config.pad_token_id
   pad = 0 if pad is None else pad
-  low = 3  # special ids are below
+  low = 3  # special ids are below 3
   ids = rng.integers(low, V, (B, S))
   mask = np.arange(S) < np.array([[S], [S - 4], [S - 1]])
   if left:
@@ -116,7 +117,7 @@ def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
 
 
 def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
-  """Float32 [B, T, V]."""
+  """Logits of transformers' model, float32 [B, T, V]."""
   with torch.no_grad():
     found = model(
       **{name: torch.tensor(value) for name, value in given.items()}
@@ -125,10 +126,11 @@ def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
-  """What the model says; of a decoder, to the first row without padding.
+  """Greedy tokens of transformers' model; a decoder continues the first row.
 
-  Where a token is said by an encoder-decoder's first row alone, and not at
-  once, it is made its end of text: others go on beside that row's padding.
+  Where an encoder-decoder generates a token in the first row only, and not at
+  once, it becomes the end of text: other rows then continue beside that row's
+  padding.
   """
   ids, mask = (
     torch.tensor(given[name]) for name in ('input_ids', 'attention_mask')
@@ -148,7 +150,7 @@ def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def write(model, folder: pathlib.Path, seed: int = 0, left: bool = False):
-  """The checkpoint, and beside it `expected.npz`; returns what is in that."""
+  """Writes the checkpoint and `expected.npz`; returns the latter's arrays."""
   given = inputs(model, seed, left)
   expected = {
     **given,

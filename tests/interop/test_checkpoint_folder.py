@@ -1,4 +1,4 @@
-"""config.json: every key is honoured or refused, and all at once."""
+"""Every key of config.json is honoured or refused, and all are reported."""
 
 import json
 
@@ -28,10 +28,10 @@ def test_every_key_of_transformers_is_sorted(kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_defaults_are_those_of_transformers(kind):
-  # What a config.json leaves out has there the default of its class.
+  # A key that a config.json lacks has the default of transformers' class.
   keys = checkpoint_folder.ARCHITECTURES[kind].keys
   config = oracle.CLASSES[kind].config_class().to_dict()
-  # Those that transformers computes of others, or has under a new name.
+  # transformers computes these from other keys, or has renamed them.
   derived = {'encoder_sparse_step', 'decoder_sparse_step', 'rope_parameters'}
   derived = derived if kind != 'nllb-moe' else set()
   for name, (_, default, *_) in {**keys.honoured, **keys.training}.items():
@@ -42,7 +42,7 @@ def test_defaults_are_those_of_transformers(kind):
       assert config[name] in supported, name
 
 
-# As older releases wrote them, with what has no meaning any more.
+# An older release wrote this config, with keys that have lost their meaning.
 OLD_SWITCH = dict(
   architectures=['SwitchTransformersForConditionalGeneration'],
   add_router_probs=False,
@@ -163,7 +163,8 @@ def test_an_nllb_of_2023(tmp_path):
   assert m.moe.layers == '3,7,11,15,19,23'
   assert type(m.moe.router) is ServedByRank and m.moe.capacity == All()
   assert m.moe.router.gates == 'renormalized'
-  # What training there does and we do not is said, and nothing else.
+  # Notes name the options of training that transformers has and we lack, and
+  # nothing else.
   assert [note.split('=')[0] for note in found.notes] == [
     'activation_dropout',
     'encoder_layerdrop',
@@ -293,8 +294,8 @@ def test_no_key_is_sorted_twice():
     config_keys.Keys({'a': (int, 1)}, {}, {'a': (1,)}, {})
 
 
-# Layer i is sparse iff i % step == 1, or step == 1; with none asked for, the
-# step is the number of layers, and layer 1 is sparse nevertheless.
+# Layer i is sparse if i % step == 1, or if step == 1. Where no layer is to be
+# sparse, the step is the number of layers, and layer 1 is sparse nevertheless.
 @pytest.mark.parametrize(
   ('options', 'layers'),
   [

@@ -1,4 +1,4 @@
-"""Layouts, against numpy's own reshapes."""
+"""Layouts of parameters, against numpy's own reshapes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ H, D, M, E, F = 3, 4, 5, 2, 7
 
 
 def reader(theirs, read=None):
-  """A source that says how much was read of it."""
+  """A source of a tensor that records how much of it is read."""
 
   def get(index):
     part = theirs[index].copy()

@@ -1,4 +1,4 @@
-"""Repositories of a hub, from its cache: no test asks the network."""
+"""Repositories of the hub, read from its cache: no test uses the network."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ COMMIT = 'c0ffee' + 34 * '0'
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-  """An empty cache of the client's, which stays offline."""
+  """An empty cache of the hub's client, which stays offline."""
   constants = huggingface_hub.constants
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def repository(cache, name) -> pathlib.Path:
-  """Where the files of a repository's main branch are."""
+  """The folder for the files of a repository's main branch."""
   folder = cache / f'models--{name.replace("/", "--")}'
   (folder / 'refs').mkdir(parents=True)
   (folder / 'refs' / 'main').write_text(COMMIT)

@@ -1,4 +1,4 @@
-"""From a checkpoint into a run, on with training, and out of it again."""
+"""A checkpoint is imported into a run, trained further, and exported."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ transformers = pytest.importorskip('transformers')
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = 'def f(x):'
 NEW = 6
-# What makes a decoder that began here a Mixtral.
+# Options with which a decoder that was trained here is a Mixtral.
 MIXTRAL = dict(
   ffn=dict(activation='swiglu'),
   norm=dict(epsilon=1e-5),
@@ -55,12 +55,12 @@ def train(config, workdir, **more):
 
 
 def config_of(workdir):
-  """As `moe_jax.main` reads it."""
+  """The run's config, as `moe_jax.main` reads it."""
   return command_line.config_of(str(workdir / 'config.py'))
 
 
 class Watch(Hook):
-  """Keeps the parameters that each step begins with, and what is said."""
+  """Records the parameters before each step, and the messages of the run."""
 
   def __init__(self):
     self.params, self.said = [], []
@@ -80,7 +80,7 @@ def assert_equal(a, b):
 
 
 def says_the_same(model, folder, said):
-  """Whether transformers answers the prompt with this text."""
+  """Whether transformers continues the prompt with this text."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   inputs = tokenizer(PROMPT, return_tensors='pt')
   with torch.no_grad():
@@ -103,7 +103,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   folders.write(source, kind)
   lines = import_run(source, workdir)
   assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
-  # Training begins with what was imported, and an optimizer of its own.
+  # Training starts with the imported parameters and a new optimizer state.
   watch = Watch()
   state = train(config_of(workdir), workdir, hooks=[watch])
   imported = interop.load(source).variables
@@ -113,7 +113,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
     watch.params[1]['embedding'], state.params['embedding']
   )
   capsys.readouterr()
-  # The tokenizer and its roles came along, and generation uses them.
+  # The tokenizer with its roles was imported too, and generation uses them.
   options = ['--workdir', str(workdir), '--num_tokens', str(NEW)]
   generate.main([*options, '--prompt', PROMPT])
   said = capsys.readouterr().out.removesuffix('\n')
@@ -121,7 +121,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   tokenizer = tokenizers.load(workdir / 'tokenizer.json')
   chat = tokenizer.encode_chat([{'role': 'user', 'content': 'f'}])
   assert chat.tolist() == [2, *tokenizer.encode('f').tolist(), 1]
-  # Out: the same weights, the same words.
+  # The exported checkpoint has the same weights and generates the same text.
   output = tmp_path / 'out'
   assert 'step 2' in export_run(workdir, output)[0]
   model, info = oracle.CLASSES[kind].from_pretrained(
@@ -146,12 +146,12 @@ def test_going_on_with_other_settings(tmp_path):
   assert (int(state.step), int(state.seed)) == (1, 5)
   imported = interop.load(tmp_path / 'hf').variables
   assert_equal(watch.params[0], imported['params'])
-  # A damaged checkpoint is passed over, down to what was imported.
+  # A damaged checkpoint is skipped; the one before it is the imported one.
   own_runs.damage(workdir, 1)
   watch = Watch()
   train(config, workdir, hooks=[watch], resume=True)
   assert_equal(watch.params[0], imported['params'])
-  # Another model's parameters are no beginning.
+  # The parameters of another model are refused.
   hidden = dict(ffn=dict(hidden=21))
   other = merge(config, dict(model=hidden, total_steps=2))
   with pytest.raises(ValueError, match='holds another state'):
@@ -162,14 +162,14 @@ def test_going_on_with_other_settings(tmp_path):
   'kind', ['mixtral', pytest.param('nllb-moe', marks=pytest.mark.slow)]
 )
 def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)  # no folder of configs is there
+  monkeypatch.chdir(tmp_path)  # the folder has no configs
   folders.write(tmp_path / 'hf', kind)
   one = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
     tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one
   )
   config = config_of(tmp_path / 'run')
-  if kind == 'mixtral':  # else it is a small source already
+  if kind == 'mixtral':  # the other's source is small already
     source = dict(python_stdlib=dict(modules='email'))
     config = merge(config, dict(data=dict(source=source)))
   run = setup.set_up(
@@ -200,7 +200,7 @@ def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
   theirs = interop.load(tmp_path / 'hf').options
   assert (run.remat, run.scan_layers) == ('full', False)
   assert run.attention.implementation == 'einsum'
-  # What the checkpoint itself says of training is not overruled.
+  # Training options that the checkpoint has are kept.
   assert run.dropout == theirs.dropout == 0.1
   assert run.moe == theirs.moe
   assert meaning.difference(run, theirs) == {}

@@ -1,4 +1,4 @@
-"""Tensors into shards: memory, placement, and what does not fit."""
+"""Tensors are loaded into shards: memory, placement, refused checkpoints."""
 
 import resource
 import tracemalloc
@@ -28,7 +28,7 @@ BIG = dict(
 
 @pytest.fixture(scope='module')
 def sharded(tmp_path_factory):
-  """106 MiB in files of 16."""
+  """A checkpoint of 106 MiB in files of 16 MiB."""
   folder = tmp_path_factory.mktemp('mixtral')
   model = oracle.make('mixtral', **BIG)
   model.save_pretrained(folder, max_shard_size='16MB')
@@ -38,9 +38,9 @@ def sharded(tmp_path_factory):
 
 @pytest.fixture
 def staged(monkeypatch):
-  """For each parameter, the most that its loading takes beside the others.
+  """Largest memory that loading each parameter needs beside the loaded ones.
 
-  On a CPU those may be the very arrays that were read, so they are left out.
+  On a CPU loaded arrays can be those that were read, so these are left out.
   """
   found, load_leaf = {}, loading.load_leaf
 
@@ -62,7 +62,7 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
   mesh = partitioning.make_mesh(dict(expert=4, tensor=2))
   found = checkpoint_folder.open_checkpoint(sharded)
   files = loading.TensorFiles(sharded)
-  # Twice: what is kept of compiling is not of the tensors.
+  # The second time compilation takes no memory.
   for _ in range(2):
     params = loading.load_params(found, mesh=mesh)
   peak = max(staged.values())
@@ -79,7 +79,7 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
     shards = value.addressable_shards
     assert len(shards) == 8, name
     assert all(8 * shard.data.nbytes == value.nbytes for shard in shards), name
-  # Every shard holds what one device would have there.
+  # Every shard equals that part of the array on a single device.
   whole = interop.load(sharded).variables['params']
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
@@ -89,7 +89,7 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
 
 
 def rewritten(tmp_path, kind, change):
-  """A small checkpoint whose tensors went through `change`."""
+  """A small checkpoint whose tensors were changed by `change`."""
   oracle.make(kind).save_pretrained(tmp_path)
   path = tmp_path / 'model.safetensors'
   tensors = files.load_file(path)
@@ -139,7 +139,8 @@ def pickled(model, folder):
 
 @pytest.mark.parametrize('kind', sorted(oracle.CLASSES))
 def test_spellings_of_other_releases(kind, tmp_path):
-  # PyTorch's own names: Mixtral's experts in one tensor, copies of embeddings.
+  # PyTorch names parameters otherwise: Mixtral's experts are one tensor, and
+  # copies of embeddings exist.
   model = oracle.make(kind)
   old, new = tmp_path / 'old', tmp_path / 'new'
   old.mkdir()
@@ -160,7 +161,7 @@ def test_a_model_without_its_head(tmp_path):
 
 
 class Runs:
-  """What unpickling would call."""
+  """An object whose unpickling would run code."""
 
   def __init__(self, path):
     self.path = str(path)

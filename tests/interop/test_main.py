@@ -1,4 +1,4 @@
-"""The command line: what each command does, and with what status it ends."""
+"""The command line: the effect and the exit status of each command."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(capsys, *argv):
-  """(status, what is printed, what is complained of)."""
+  """Runs a command; returns (status, printed text, errors)."""
   with pytest.raises(SystemExit) as ended:
     cli.main([str(word) for word in argv])
   said = capsys.readouterr()
@@ -24,11 +24,11 @@ def run(capsys, *argv):
 
 
 def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(ROOT)  # as commands are run
+  monkeypatch.chdir(ROOT)  # commands are run in this folder
   source, workdir, output = (tmp_path / name for name in ('hf', 'run', 'out'))
   folders.write(source, 'mixtral')
   options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
-  # A mesh of all of the tests' devices.
+  # The mesh has all of the tests' devices.
   options += ['--config.mesh.data=2', '--config.mesh.expert=1']
   options += ['--config.mesh.tensor=4', '--config.seed=3']
   status, said, _ = run(capsys, 'import', source, *options)
@@ -40,7 +40,7 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
     capsys, 'export', '--workdir', workdir, '--output', output
   )
   assert status == 0 and f'step 0 written to {output}' in said
-  # What came out is what went in, for transformers and for us.
+  # The exported checkpoint equals the imported one, in transformers and here.
   theirs = oracle.CLASSES['mixtral'].from_pretrained(output)
   expected = oracle.write(theirs.eval(), tmp_path / 'again')
   path = tmp_path / 'again' / 'expected.npz'

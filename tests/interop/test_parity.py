@@ -1,4 +1,4 @@
-"""Logits, greedy tokens and weights against transformers, both ways."""
+"""Logits, greedy tokens and weights equal transformers', both ways."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from tests.interop import oracle
 
 torch = pytest.importorskip('torch')
 
-# Every option that shapes a model, in models where it shows. Rows are padded
-# on the right, or on the left: there padding takes slots before the text.
+# Options that shape a model, each in a model where it matters. Rows are padded
+# on the right, or on the left, where padding takes slots before the text.
 CASES = {
   'mixtral': ('mixtral', 'right', dict()),
   'mixtral heads wider than their share': (
@@ -145,13 +145,13 @@ def test_logits_tokens_and_weights(name, tmp_path):
   source, ours = tmp_path / 'theirs', tmp_path / 'ours'
   expected = oracle.write(model, source, seed=len(name), left=left)
   verdict = verify(source, source / 'expected.npz')
-  assert verdict.largest < 5e-5  # half of what is allowed
+  assert verdict.largest < 5e-5  # half of the allowed difference
   assert verdict.differing is None, verdict.describe()
   assert verdict.tokens >= 8
-  # What would agree with anything proves nothing.
+  # Outputs must vary, or any model would agree.
   assert len(np.unique(expected['greedy'])) >= 4
   assert expected['logits'].std() > 0.1
-  # Back again: the same weights, and the same model of them.
+  # Exported again, the model has the same weights and options.
   options, _, variables = interop.load(source)
   interop.save(options, variables, ours)
   again, info = type(model).from_pretrained(ours, output_loading_info=True)
@@ -159,7 +159,7 @@ def test_logits_tokens_and_weights(name, tmp_path):
   old, new = model.state_dict(), again.state_dict()
   assert old.keys() == new.keys()
   if not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
-    # Read by nobody: with it zero the logits are the same, see below.
+    # This weight is not used: with zero the logits are the same, see below.
     for weights in (old, new):
       weights.pop(next(key for key in weights if 'shared' in key)).zero_()
   assert all(torch.equal(old[key], new[key]) for key in old)
@@ -170,7 +170,7 @@ def test_logits_tokens_and_weights(name, tmp_path):
 
 
 def drops(model, given) -> float:
-  """The share of tokens, padding included, that find no slot at all."""
+  """Share of tokens, padding included, that get no slot at all."""
   missed, routed = 0, 0
 
   def count(module, inputs, output):

@@ -1,4 +1,4 @@
-"""What only transformers does: told examples, and its way through a config."""
+"""Behaviour that only transformers has: by hand, and through a config."""
 
 import functools
 import json
@@ -54,8 +54,8 @@ def run(layer, x, mask=None):
 
 
 def test_choices_are_served_by_their_rank():
-  # Token 0 chooses experts 4, 2; token 1 chooses 2, 4; one slot each, and
-  # token 1's first choice comes before token 0's second.
+  # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
+  # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
   chosen = token_choice(
     logits,
@@ -85,7 +85,7 @@ def test_first_choices_go_through_expert_1():
   expected = expected + (second / total)[..., None] * out[0]
   y, aux = run(layer, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  assert aux.stats.load[2:].sum() > 0  # what was chosen is what is counted
+  assert aux.stats.load[2:].sum() > 0  # the load counts chosen experts
 
 
 @pytest.mark.parametrize('num_selected', [1, 3])
@@ -96,7 +96,7 @@ def test_ranks_are_two(num_selected):
 
 @pytest.mark.parametrize('takes', [False, True])
 def test_padding_takes_slots_only_if_it_is_routed(takes):
-  # All tokens are alike and go to one expert with two slots; the first token
+  # All tokens are alike and choose one expert with two slots; the first token
   # of each row is padding.
   layer = make(Fixed(2))
   x = jnp.broadcast_to(draw(M)[None, None], (B, T, M))
@@ -104,7 +104,7 @@ def test_padding_takes_slots_only_if_it_is_routed(takes):
   context = Context(ids, ids > 0, jnp.zeros((B, T), jnp.int32))
   if takes:
     context = RoutedPadding().context(context)
-    # It reads the row's text, and no text reads it.
+    # Padding attends to the row's text, and the text does not attend to it.
     np.testing.assert_array_equal(context.segment_ids, np.ones((B, T)))
     np.testing.assert_array_equal(context.key_segment_ids, ids)
   y, aux = run(layer, x, context.routed)
@@ -149,7 +149,8 @@ def test_quirks_are_kinds_that_a_config_keeps():
     'encoder_table': True,
   }
   kept = json.loads(json.dumps(config.to_dict()))
-  # What stands in a folder is read, without leave, since the class is ours.
+  # Configs in a folder may name this class without permission, since it is
+  # ours.
   plugins.check_allowed(plugins.names_in(kept), ())
   assert sections.read_choice(MODELS, kept) == options
 

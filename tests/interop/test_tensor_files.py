@@ -1,4 +1,4 @@
-"""Reading files that others wrote, and those that no one should."""
+"""Files of tensors that others wrote, and those that must not be read."""
 
 import builtins
 import json
@@ -73,7 +73,7 @@ def test_every_format_gives_the_same(write, tmp_path):
   assert files.largest == 48
   part = files.read('a', (slice(1, 3), slice(0, 2)))
   np.testing.assert_array_equal(part, [[4, 5], [8, 9]])
-  part[:] = 0  # a copy
+  part[:] = 0  # `part` is a copy
   np.testing.assert_array_equal(files.read('a'), np.arange(12).reshape(3, 4))
   half = files.read('b')
   assert half.dtype == ml_dtypes.bfloat16
@@ -90,7 +90,7 @@ def test_safetensors_come_first(tmp_path):
 
 
 class Runs:
-  """What unpickling would call."""
+  """An object whose unpickling would run code."""
 
   def __init__(self, path):
     self.path = str(path)

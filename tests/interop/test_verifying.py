@@ -1,4 +1,4 @@
-"""What `verify` finds, and what it needs; the rest is in `test_parity.py`."""
+"""Findings and needs of `verify`; `test_parity.py` has the rest."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_token_that_differs(pair, tmp_path):
   greedy[2, 4] = greedy[1, 6] = 52
   verdict = verify(pair, tmp_path, greedy=greedy)
   assert not verdict.good and verdict.largest <= verifying.BOUND
-  # Three places of three rows agree before the first.
+  # In the three rows three positions agree before the first difference.
   assert verdict.differing == (2, 4, ours, 52) and verdict.tokens == 9
   assert 'row 2 differs at place 4' in verdict.describe()
 

@@ -1,4 +1,4 @@
-"""Every backend of the grouped products, against the loops that define them."""
+"""Every backend of the grouped products equals the loops that define them."""
 
 import functools
 
@@ -16,7 +16,7 @@ every_backend = pytest.mark.parametrize('name', ['auto', *BACKENDS])
 
 
 def arrays(shape=(N, E, M, F), seed=0):
-  """Rows, kernels and the gradient of the products."""
+  """Random rows, kernels and the gradient of the products."""
   N, E, M, F = shape
   rng = np.random.default_rng(seed)
   sizes = (N, M), (E, M, F), (N, F)
@@ -25,7 +25,7 @@ def arrays(shape=(N, E, M, F), seed=0):
 
 @functools.cache
 def program(name):
-  """(x, w, group_sizes, dy) -> y, dx, dw by one backend."""
+  """A function (x, w, group_sizes, dy) -> y, dx, dw with one backend."""
 
   @jax.jit
   def run(x, w, group_sizes, dy):
@@ -47,7 +47,7 @@ def check(name, x, w, group_sizes, dy):
   found = program(name)(x, w, jnp.array(group_sizes, jnp.int32), dy)
   expected = by_definition(x, w, group_sizes, dy)
   for what, value, by_loops in zip(('y', 'dx', 'dw'), found, expected):
-    # Sums of float32, compared on the scale of their terms.
+    # Sums are of float32, and are compared on the scale of their terms.
     np.testing.assert_allclose(
       value, by_loops, rtol=1e-5, atol=1e-4, err_msg=what
     )
@@ -55,12 +55,14 @@ def check(name, x, w, group_sizes, dy):
 
 
 def test_three_tokens_by_hand():
-  # Expert 0 doubles its two tokens, expert 1 has none, expert 2 negates its.
+  # Expert 0 doubles its two tokens, expert 1 has none, and expert 2 negates its
+  # tokens.
   x = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
   w = np.stack([2 * np.eye(2), 7 * np.eye(2), -np.eye(2)])
   y = np.array([[2.0, 4.0], [6.0, 8.0], [-5.0, -6.0]])
   np.testing.assert_array_equal(reference.grouped_matmul(x, w, [2, 0, 1]), y)
-  # The gradient of a sum of y: the columns of a kernel's add up its tokens.
+  # The gradient of the sum of y: each column of a kernel's gradient is the sum
+  # of its tokens.
   dw = [[[4, 4], [6, 6]], [[0, 0], [0, 0]], [[5, 5], [6, 6]]]
   outer = reference.grouped_outer(x, np.ones((3, 2)), [2, 0, 1])
   np.testing.assert_array_equal(outer, dw)
@@ -99,7 +101,7 @@ def test_rows_of_no_group_count_for_nothing(name, group_sizes):
     # The second group has several full blocks and ends within a tile.
     ((1100, 3, 6, 7), (1, 1061, 33)),
     ((1100, 3, 6, 7), (300, 0, 800)),
-    # Widths of several tiles that do not divide by them.
+    # Widths have several tiles and are no multiples of a tile.
     ((140, 2, 600, 520), (131, 5)),
   ],
 )
@@ -119,8 +121,9 @@ def test_those_sizes_are_of_several_blocks():
 
 @every_backend
 def test_gradients_of_float32_kernels_are_not_rounded(name):
-  # One expert, two rows of one: the gradient is 1 + 2^-10, which bfloat16
-  # rounds to 1. The product is 2^-7 past 1, the least that bfloat16 shows.
+  # One expert has two rows of ones. The gradient is 1 + 2^-10, which bfloat16
+  # rounds to 1. The product is 2^-7 above 1, the smallest difference in
+  # bfloat16.
   x = jnp.ones((2, 1), jnp.bfloat16)
   w = jnp.full((1, 1, 1), 1 + 2.0**-7, jnp.float32)
   dy = jnp.array([[1], [2.0**-10]], jnp.bfloat16)
@@ -135,7 +138,7 @@ def test_gradients_of_float32_kernels_are_not_rounded(name):
 
 @pytest.mark.parametrize('name', BACKENDS)
 def test_sums_of_bfloat16_rows_are_float32(name):
-  # In bfloat16, 256 + 1 is 256: a sum of 300 ones would stay there.
+  # In bfloat16 256 + 1 is 256, where a sum of 300 ones would stop.
   x = jnp.ones((300, 300), jnp.bfloat16)
   w = jnp.ones((1, 300, 1), jnp.bfloat16)
   dy = jnp.ones((300, 1), jnp.bfloat16)
@@ -145,7 +148,8 @@ def test_sums_of_bfloat16_rows_are_float32(name):
 
 
 def test_a_tile_divides_its_width_in_whole_lanes():
-  # 14336 = 112 * 128 = 14 * 1024; 5461 takes 43 * 128, and 43 is a prime.
+  # 14336 is 112 * 128 and 14 * 1024; 5461 is padded to 43 * 128, and 43 is
+  # prime.
   assert megablox.tiling(65536, 8, (4096, 14336), 1024) == (512, 1024, 1024)
   assert megablox.tiling(4096, 16, (512, 5461), 512) == (256, 512, 128)
   assert megablox.tiling(0, 8, (6, 300), 1024) == (128, 128, 384)

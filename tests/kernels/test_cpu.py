@@ -1,4 +1,4 @@
-"""What is for XLA's CPU compiler alone changes no number."""
+"""Code for XLA's CPU compiler alone changes no number."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from moe_jax.kernels import cpu
 
 
 def test_most_are_chosen():
-  # Of Mixtral's 8 experts two rows leave 0.75^2 on average, three 0.75^3.
+  # Two tokens leave on average 0.75^2 of Mixtral's 8 experts unused, three
+  # leave 0.75^3.
   assert not cpu.most_are_chosen(2, 2, 8)
   assert cpu.most_are_chosen(3, 2, 8)
   assert not cpu.most_are_chosen(16, 1, 128)

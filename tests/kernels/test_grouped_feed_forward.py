@@ -1,4 +1,4 @@
-"""Feed-forward experts on sorted rows, fused or not, against plain loops."""
+"""Feed-forward experts on sorted rows, fused or not, equal plain loops."""
 
 import functools
 
@@ -25,7 +25,7 @@ HIDDEN = {'plain': gelu, 'gated': gated}
 
 
 def arrays(kind, shape=(N, E, M, F), seed=0):
-  """Rows, first kernels, last kernel and the gradient of the output."""
+  """Random rows, input kernels, output kernel and the output's gradient."""
   N, E, M, F = shape
   rng = np.random.default_rng(seed)
 
@@ -39,7 +39,7 @@ def arrays(kind, shape=(N, E, M, F), seed=0):
 
 @functools.cache
 def program(kind, backend):
-  """(x, w_ins, w_out, group_sizes, dy) -> y and the gradients, compiled."""
+  """A compiled function (x, w_ins, w_out, group_sizes, dy) -> y, gradients."""
 
   @jax.jit
   def run(x, w_ins, w_out, group_sizes, dy):
@@ -55,7 +55,7 @@ def program(kind, backend):
 
 
 def by_definition(kind, x, w_ins, w_out, group_sizes, dy):
-  """y, dx, dw_ins, dw_out in float64, the chain rule written out."""
+  """Values y, dx, dw_ins, dw_out by the chain rule, in float64."""
   product, outer = reference.grouped_matmul, reference.grouped_outer
   n = sum(group_sizes)
   x, dy = (np.where(np.arange(len(a))[:, None] < n, a, 0.0) for a in (x, dy))
@@ -83,7 +83,7 @@ def by_definition(kind, x, w_ins, w_out, group_sizes, dy):
     ((N, E, M, F), (0, 13, 0, 17, 0)),
     ((N, E, M, F), (9, 1, 4, 0, 5)),
     ((N, E, M, F), (0, 0, 0, 0, 0)),
-    # Several full blocks behind a first one that is not full.
+    # Several full blocks follow a first one that is not full.
     ((1100, 3, 6, 7), (1, 1061, 33)),
   ],
 )
@@ -104,7 +104,7 @@ def test_value_and_gradients(backend, kind, shape, group_sizes):
 
 @pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
 def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
-  # One expert of width one, whose gate is the identity on ones: the gradient
+  # One expert has width one, and its gate is the identity on ones: the gradient
   # of w_out is 1 + 2^-10, which bfloat16 rounds to 1.
   x = jnp.ones((2, 1), jnp.bfloat16)
   one = jnp.ones((1, 1, 1), jnp.float32)
@@ -123,17 +123,17 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
   np.testing.assert_array_equal(dw_in, [[[1 + 2.0**-10]]])
 
 
-# Block sizes: the loop's own arithmetic.
+# Tests of the loop's block sizes follow.
 
 
 @pytest.mark.parametrize(
   ('num_rows', 'num_experts', 'expected'),
   [
-    (4096, 8, list(range(64, 641, 64))),  # a share of 512, and a quarter more
+    (4096, 8, list(range(64, 641, 64))),  # a share is 512; up to a quarter more
     (4096, 64, [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]),
     (4096, 256, [8, 16, 24]),
-    (2**20, 8, list(range(64, 641, 64))),  # no block is larger
-    (2, 8, [2]),  # one token: never more rows than there are
+    (2**20, 8, list(range(64, 641, 64))),  # blocks are never larger
+    (2, 8, [2]),  # one token: no more rows than there are
     (30, 5, [8]),
     (30, 1, [8, 16, 24, 30]),
     (1, 1, [1]),
@@ -163,5 +163,6 @@ def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   np.testing.assert_array_equal(seen[:, 0], [1] * n + [0] * (num_rows - n))
   full = blocks.full_block_rows(num_rows, 4)
   np.testing.assert_array_equal(visits, [-(-g // full) for g in group_sizes])
-  # Under a step of 8 rows of waste for each expert that has any.
+  # Blocks grow in steps of 8 rows, so that an expert with rows wastes less than
+  # 8.
   assert int(rows) <= n + 7 * sum(g > 0 for g in group_sizes)

@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted against loops, and lowered for a GPU."""
+"""Triton kernels, interpreted against loops, and lowered for a GPU."""
 
 import functools
 import math
@@ -13,13 +13,14 @@ from jax.extend.mlir import ir
 from moe_jax.kernels import grouped_matmul, pallas_gpu
 from tests import reference
 
-# Mixtral 8x7B at 16,384 tokens, and sizes that no tile divides.
+# Shapes are those of Mixtral 8x7B at 16,384 tokens, and others of which no tile
+# is a divisor.
 MIXTRAL = 32768, 8, 4096, 14336
 RAGGED = 300, 5, 150, 200
 
 
 def gradients(backend='pallas_gpu'):
-  """(x, w, group_sizes, dy) -> y, dx, dw."""
+  """A function (x, w, group_sizes, dy) -> y, dx, dw."""
 
   def run(x, w, group_sizes, dy):
     product = functools.partial(
@@ -34,13 +35,13 @@ def gradients(backend='pallas_gpu'):
 @pytest.mark.parametrize(
   ('shape', 'group_sizes', 'tiles', 'dtype'),
   [
-    # Tiles divide no width, and only the last group fills its blocks.
+    # No tile divides the widths, and only the last group fills its blocks.
     ((300, 5, 150, 200), (70, 0, 99, 3, 128), (64, 32, 128), 'float32'),
-    # One expert has all rows there are, the last block but one row empty.
+    # One expert has all rows, and its last block lacks one.
     ((257, 3, 40, 36), (0, 257, 0), (128, 32, 64), 'float32'),
-    # More than a band of blocks of a row each; whole tiles.
+    # There are more blocks of one row than fit into a band; then whole tiles.
     ((40, 20, 64, 16), (1,) * 20, (16, 64, 16), 'bfloat16'),
-    # Five bands of two tiles of the outer product; rows of no expert.
+    # The outer product has five bands of two tiles; some rows have no expert.
     ((90, 2, 1200, 24), (33, 40), (64, 64, 32), 'bfloat16'),
     ((50, 3, 20, 24), (0, 0, 0), (32, 32, 32), 'bfloat16'),
   ],
@@ -83,17 +84,18 @@ def test_no_rows_at_all():
 
 
 def blocks(group_sizes, num_blocks):
-  """(expert, first row, row behind the expert's last) of 11 rows by fours."""
+  """Blocks (expert, first row, end of the expert's rows) of four of 11 rows."""
   sizes = jnp.array(group_sizes, jnp.int32)
   return list(zip(*np.array(pallas_gpu.row_blocks(sizes, 11, 4, num_blocks))))
 
 
 def test_blocks_of_rows_by_hand():
-  # Expert 0 has three rows, expert 1 none, expert 2 six: two blocks. The last
-  # two rows are nobody's, so expert 3's, and the last two blocks have no row.
+  # Expert 0 has three rows, expert 1 none, and expert 2 six, which are two
+  # blocks. The last two rows belong to no group and count as expert 3's, and
+  # the last two blocks have no row.
   used = [(0, 0, 3), (2, 3, 9), (2, 7, 9), (3, 9, 11)]
   assert blocks((3, 0, 6), 6) == [*used, (3, 13, 11), (3, 17, 11)]
-  # A caller's mistake must not become a write out of bounds.
+  # Wrong group sizes must not lead to a write out of bounds.
   assert blocks((3, 99, 6), 4) == [
     (0, 0, 3),
     (1, 3, 11),
@@ -111,7 +113,7 @@ def test_a_tile_fits_the_shared_memory_of_any_gpu_since_ampere():
 
 @functools.cache
 def lowered(shape, dtype, backend):
-  """Value and gradients lowered for CUDA, as text and as its kernels."""
+  """Value and gradients lowered for CUDA: the text and the kernels."""
   N, E, M, F = shape
   x, w, dy = (
     jax.ShapeDtypeStruct(size, dtype) for size in ((N, M), (E, M, F), (N, F))
@@ -120,12 +122,12 @@ def lowered(shape, dtype, backend):
   program = jax.jit(gradients(backend)).trace(x, w, group_sizes, dy)
   program = program.lower(lowering_platforms=('cuda',))
   kernels = _kernels(program.compiler_ir('stablehlo').operation)
-  # Without the kernels' bytes, which may spell anything.
+  # The text is without the kernels' bytes, which could contain any word.
   return re.sub(r'\bir = "[^"]*"', '', program.as_text()), list(kernels)
 
 
 def _kernels(op):
-  """Name and parsed Triton module of each kernel that `op` calls, in order."""
+  """Yields the name and parsed Triton module of each kernel that `op` calls."""
   for region in op.regions:
     for inner in (inner for block in region for inner in block):
       inner = inner.operation
@@ -136,10 +138,10 @@ def _kernels(op):
 
 def _parsed(attributes):
   config = ir.DictAttr(attributes['mhlo.backend_config'])
-  # A newer jaxlib than `for_cuda` lets pass may not have it.
+  # jaxlib can lack this in versions that `for_cuda` lets pass.
   from jaxlib.triton import dialect as triton
 
-  # Parsing verifies, which lowering does not.
+  # Parsing verifies the module, and lowering does not.
   with ir.Context() as context:
     triton.register_dialect(context)
     module = ir.Module.parse(ir.StringAttr(config['ir']).value_bytes)
@@ -167,7 +169,7 @@ def test_lowered_for_cuda_it_is_three_kernels_and_no_dense_product(
   assert 'dot' not in text
   values = re.findall(r'tensor<((?:\d+x)+)', text)
   sizes = {math.prod(map(int, value[:-1].split('x'))) for value in values}
-  # Nothing is larger than the operands and the results.
+  # No array is larger than the operands and the results.
   assert max(sizes) == max(N * M, N * F, E * M * F) < N * E * F
 
 
@@ -179,11 +181,12 @@ def test_the_triton_programs(dtype):
   tile = f'tensor<128x{step}x{short}> * tensor<{step}x128x{short}>'
   _, kernels = lowered(MIXTRAL, dtype, 'pallas_gpu')
   for name, module in kernels:
-    # One product in one loop, of inputs as they come and sums in float32.
+    # Each kernel has one product in one loop, with inputs in their own type and
+    # sums in float32.
     assert module.count('scf.for') == module.count('tt.dot') == 1
     assert f'{tile} -> tensor<128x128xf32>' in module
     assert module.count('tt.store') == 1
-    # The rows are masked; no tile crosses an edge, so nothing else is.
+    # Only rows are masked, since no tile crosses another edge.
     loop = module[module.index('scf.for') : module.index('scf.yield')]
     loads = re.findall(r'tt\.load ([^:]*):', loop)
     masked = [load.count(',') == 2 for load in loads]
@@ -194,8 +197,8 @@ def test_the_triton_programs(dtype):
 
 @for_cuda
 def test_rows_and_edges_are_masked_in_what_is_written():
-  # Out of its bounds a write is lost where a kernel is interpreted; on a GPU
-  # it is the next row's.
+  # The interpreter discards a write out of bounds; on a GPU it changes the next
+  # row.
   for name, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
     (mask,) = re.findall(r'tt\.store %\w+, %\w+, (%\w+) :', module)
     both = re.search(rf'{mask} = arith\.andi (%\w+), (%\w+)', module).groups()
@@ -209,7 +212,7 @@ def test_rows_and_edges_are_masked_in_what_is_written():
 
 @for_cuda
 def test_float32_products_have_the_precision_that_was_asked_for():
-  # The printer leaves out what is exact.
+  # The text names the precision only where it is not exact.
   for _, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
     assert 'inputPrecision = tf32' in module
   with jax.default_matmul_precision('highest'):
@@ -220,7 +223,7 @@ def test_float32_products_have_the_precision_that_was_asked_for():
 
 @for_cuda
 def test_offsets_past_four_gibibytes_are_64_bit():
-  # 2^18 rows of 14336: y alone has 3.8e9 values.
+  # With 2^18 rows of 14336 the output alone has 3.8e9 values.
   shape = 1 << 18, *MIXTRAL[1:]
   _, ((_, forward), *_) = lowered(shape, 'bfloat16', 'pallas_gpu')
   (stored,) = re.findall(r'tt\.store (%\w+),', forward)

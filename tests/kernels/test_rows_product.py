@@ -1,4 +1,4 @@
-"""The product of rows and kernels: value and gradient by formula."""
+"""The product of rows and kernels, with its gradient, by formula."""
 
 import jax
 import numpy as np

@@ -32,7 +32,7 @@ KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def described(topology: str) -> list[jax.Device]:
-  """The devices of a topology that need not exist."""
+  """The devices of a TPU topology, which need not exist."""
   description = topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   )
@@ -40,7 +40,7 @@ def described(topology: str) -> list[jax.Device]:
 
 
 def compile_product(topology, backend, dtype, N, E, M, F):
-  """The value and gradients of a grouped product, float32 kernels."""
+  """Compiles value and gradients of a grouped product with float32 kernels."""
   place = SingleDeviceSharding(described(topology)[0])
 
   def abstract(shape, dtype):
@@ -62,7 +62,7 @@ def compile_product(topology, backend, dtype, N, E, M, F):
 
 
 def compile_train_step(topology, dispatch, mesh):
-  """A step of a scanned bfloat16 decoder, two of its four layers sparse."""
+  """Compiles a step of a scanned bfloat16 decoder of 4 layers, two sparse."""
   capacity = {'gather': 'per_token', 'dropless': 'all'}[dispatch]
   moe = {
     'num_selected': 2,
@@ -81,7 +81,7 @@ def compile_train_step(topology, dispatch, mesh):
 
 
 def report(what, **options):
-  """What the compiler says of one program."""
+  """The compiler's report on one program."""
   programs = {'product': compile_product, 'train_step': compile_train_step}
   compiled = programs[what](**options)
   text = compiled.as_text()
@@ -93,10 +93,10 @@ def report(what, **options):
 
 
 def compiled(**request):
-  """`report` of the request, from a process of its own."""
+  """The `report` on a request, made by a process of its own."""
   foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-  # No TPU is opened, so nothing is shared that a lock would have to guard.
+  # No TPU is opened, so that no lock is needed to share it.
   env |= {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   command = [sys.executable, '-m', 'tests.kernels.test_tpu_compile']
   done = subprocess.run(
@@ -116,7 +116,7 @@ def compiled(**request):
 @pytest.mark.parametrize('topology', TOPOLOGIES)
 @pytest.mark.parametrize('backend', ['ragged_dot', 'megablox'])
 def test_product_and_gradients(topology, backend):
-  # Nothing here is a multiple of a tile.
+  # No size is a multiple of a tile.
   sizes = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
   found = compiled(
     what='product',
@@ -127,7 +127,8 @@ def test_product_and_gradients(topology, backend):
   )
   assert found['flops'] >= 3 * 2 * 1000 * 70 * 300
   if backend == 'megablox':
-    assert found['kernels'] == 3  # y, dx, dw; interpreted, there would be none
+    # For y, dx and dw; interpreted there would be none.
+    assert found['kernels'] == 3
 
 
 def test_more_experts_at_equal_rows_cost_nothing():
@@ -141,7 +142,7 @@ def test_more_experts_at_equal_rows_cost_nothing():
     )
     for E in (8, 64)
   )
-  # XLA takes a kernel's word for its FLOPs, and counts what is around it.
+  # XLA uses the FLOPs that a kernel declares, and counts the program around it.
   assert many['flops'] < 1.05 * few['flops']
   assert many['temporary_bytes'] < 1.1 * few['temporary_bytes']
 
@@ -159,7 +160,7 @@ def test_train_step_of_a_scanned_decoder(dispatch, mesh):
     what='train_step', topology=TOPOLOGIES[0], dispatch=dispatch, mesh=mesh
   )
   assert found['flops'] > 0
-  # Two products with two gradients each, in the body of the layers' scan.
+  # The body of the scan over layers has two products with two gradients each.
   assert found['kernels'] == {'gather': 0, 'dropless': 6}[dispatch]
 
 

@@ -1,4 +1,4 @@
-"""What a block reads of its context beside the residual stream."""
+"""How a block uses its context, beside the residual stream."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def test_routers_see_padding_only_if_the_context_says_so(routed):
 
 
 def test_padding_that_is_routed_takes_slots():
-  # All tokens are alike and go to one expert with two slots; the first token
+  # All tokens are alike and choose one expert with two slots; the first token
   # of the first row is padding.
   block = make()
   x = jnp.broadcast_to(jnp.asarray(draw(M))[None, None], (B, T, M))
@@ -81,17 +81,18 @@ def test_padding_that_is_routed_takes_slots():
 
 
 def test_who_sees_and_who_is_seen_may_be_told_apart():
-  # Padding sees the first example of its row, and nobody sees padding.
+  # Padding attends to the first example of its row, and no token attends to
+  # padding.
   block, x = make(sparse=False), jnp.asarray(draw(B, T, M, seed=9))
   params = params_of(block, x)
-  ids = jnp.asarray(IDS[:, ::-1])  # padding is behind
+  ids = jnp.asarray(IDS[:, ::-1])  # padding at the end
   plain = context(segment_ids=ids)
   apart = plain._replace(segment_ids=jnp.maximum(ids, 1), key_segment_ids=ids)
   y, _ = run(block, params, x, plain)
   other, _ = run(block, params, x, apart)
   differs = np.abs(y - other).max(-1) > 1e-5
   np.testing.assert_array_equal(differs, np.asarray(ids) == 0)
-  # What padding holds is of no effect on it.
+  # The values of padding do not change the other tokens.
   changed = x.at[0, 3].add(1.0)
   moved, _ = run(block, params, changed, apart)
   np.testing.assert_array_equal(moved[0, :3], other[0, :3])

@@ -1,4 +1,4 @@
-"""The dense feed-forward against plain formulas."""
+"""The dense feed-forward equals plain formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def gelu_tanh(x):
   return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-# (the function, whether a third kernel gates)
+# Pairs of the activation's function and whether a third kernel gates.
 FORMULAS = {
   'relu': (lambda x: np.maximum(x, 0), False),
   'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), False),
@@ -64,7 +64,7 @@ def test_feed_forward_equals_its_formula(name, use_bias):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
   assert set(shapes['params']) == set(p)
   h = x @ p['w_in'] + p.get('b_in', 0)
-  # The gate passes through the activation, the other product does not.
+  # The activation applies to the gate's product, not to the other one.
   h = function(x @ p['w_gate']) * h if gated else function(h)
   expected = h @ p['w_out'] + p.get('b_out', 0)
   y = jax.jit(layer.apply)({'params': p}, x)
@@ -72,7 +72,7 @@ def test_feed_forward_equals_its_formula(name, use_bias):
 
 
 def test_dropout_zeroes_hidden_values_and_scales_the_rest():
-  # One output per hidden value, so each is seen alone: 0 or 1 / (1 - 0.25).
+  # Every hidden value is an output of its own: it is 0 or 1 / (1 - 0.25).
   p = {
     'w_in': np.ones((M, F), np.float32) / M,
     'w_out': np.eye(F, M, dtype=np.float32),
@@ -109,7 +109,7 @@ def test_parameters_stay_in_param_dtype_and_products_in_dtype(dtype):
   ],
 )
 def test_kernels_start_with_the_named_deviation(init, std_in, std_out):
-  # 4000 draws a kernel: the deviation's own is about 1 %.
+  # The standard deviation of 4000 draws of a kernel is known to about 1 %.
   shared = Shared(Numerics(init=init), num_layers=8)
   layer = FeedForward(FfnOptions(80), shared)
   params = layer.init(tiny.key(0), jnp.ones((1, 50)))['params']

@@ -1,4 +1,4 @@
-"""The LSTM against its equations, flax's cell, and its documents alone."""
+"""The LSTM equals its equations and flax's cell; documents stay apart."""
 
 import functools
 
@@ -112,7 +112,7 @@ def test_it_starts_remembering_with_the_fan_in_of_its_input():
 
 
 def test_cells_of_bfloat16_are_float32():
-  # A cell that gains 2^-9 a step stands still in bfloat16 once it is 1.
+  # In bfloat16 a cell that gains 2^-9 a step would stop at 1.
   params = {
     'w_in': np.zeros((M, 4, M)), 'w_state': np.zeros((M, 4, M)),
     'b_gates': np.zeros((4, M)),

@@ -1,4 +1,4 @@
-"""The sparse layer against a loop over tokens and against the dense layer."""
+"""The sparse layer equals a loop over tokens, and the dense layer."""
 
 import functools
 
@@ -58,7 +58,7 @@ def compiled(layer):
 
 
 def run(layer, params, x, mask=None):
-  """(y, aux); equal layers share a compilation."""
+  """Runs a layer: (y, aux); equal layers are compiled once."""
   return compiled(layer)(params, x, mask)
 
 
@@ -68,7 +68,8 @@ def dense(params, x):
 
 
 def test_layer_equals_a_loop_over_tokens():
-  # Groups of half a sequence, two slots an expert, some padding.
+  # Groups are half a sequence, experts have two slots, and some tokens are
+  # padding.
   renormalized = TokenChoice(gates='renormalized')
   layer = make(renormalized, group_size=4, capacity=Fixed(slots=1))
   params, x = draw_params(layer), draw(B, T, M, seed=9)
@@ -92,7 +93,7 @@ def test_layer_equals_a_loop_over_tokens():
     served = h @ w['w_out'][e] + w['b_out'][e]
     expected[g, s] += routing.gate[g, s, k] * served
   np.testing.assert_allclose(y, expected.reshape(B, T, M), rtol=1e-4, atol=1e-4)
-  # Tokens dropped everywhere, and padding, get zeros: biases do not leak.
+  # Padding and tokens without any slot get zeros, without a bias.
   lost = ~routing.kept.any(-1).reshape(B, T)
   assert (lost & mask).any()
   assert not np.asarray(y)[lost].any()
@@ -117,7 +118,7 @@ def test_identical_experts_with_room_for_all_are_the_dense_layer(num_selected):
 
 
 def test_one_expert_is_the_dense_layer():
-  # Its raw gate is a softmax over one expert: exactly 1.
+  # The raw gate is the softmax over one expert, which is exactly 1.
   layer = make(num_experts=1, num_selected=1)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, _ = run(layer, params, x)
@@ -159,10 +160,11 @@ def test_einsum_equals_gather_in_outputs_and_all_gradients(name):
     results.append(gradient(params, x))
   grads, (y, aux) = results[0]
   assert_trees_close(*results, rtol=1e-4, atol=1e-4)
-  # Not vacuous: something is dropped, and what is served is not zero.
+  # The test is not trivial: tokens are dropped, and outputs are not zero.
   assert aux.stats.overflowed.sum() > 0
   assert np.abs(y).max() > 1
-  # The router learns from the gates alone: no auxiliary loss is in the sum.
+  # The loss has no auxiliary loss, so that the router learns from the gates
+  # alone.
   for leaf in jax.tree.leaves(grads):
     assert np.abs(leaf).max() > 1e-2
 
@@ -199,7 +201,7 @@ def test_dropless_equals_room_for_all_in_outputs_and_all_gradients(expert):
 
 
 def test_dropless_needs_no_room_for_what_it_does_not_have():
-  # Eight experts with room for all would multiply E * B * T rows.
+  # A capacity for all tokens would multiply E * B * T rows with eight experts.
   layers = [
     make(dispatch=dispatch, capacity=All(), num_experts=8)
     for dispatch in (Gather(), Dropless())
@@ -236,7 +238,7 @@ def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
   (before, load_before), _ = run_loss(-1e-3)
   (after, load_after), _ = run_loss(1e-3)
   _, gradient = run_loss(0.0)
-  # The step is so small that no token changes its experts.
+  # The difference is so small that no token changes its experts.
   np.testing.assert_array_equal(load_before, load_after)
   slope = (after - before) / 2e-3
   assert abs(gradient) > 0.1
@@ -267,7 +269,7 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
       dict(dispatch=Dropless()),
       "'dropless' has no slots, and capacity.kind='per_token' drops.*'gather'",
     ),
-    # Nobody is routed in the dense twin.
+    # The dense twin routes no token.
     (dict(num_experts=0, group_size=4), 'group_size=4 has no effect unless'),
     (
       dict(num_experts=0, router=TokenChoice(gates='sigmoid')),

@@ -1,4 +1,4 @@
-"""Options that few models have: bias, one group of all, masked outputs."""
+"""Rarely used options: bias, one group for the batch, masked outputs."""
 
 import functools
 
@@ -51,7 +51,8 @@ def test_a_bias_moves_tokens_to_its_expert():
 
 
 def test_the_whole_batch_can_be_one_group():
-  # Twelve tokens of one expert with five slots: the first five, of any row.
+  # All twelve tokens choose one expert with five slots: it serves the first
+  # five of the batch.
   layer = make(Fixed(slots=5), group_size=-1)
   x = jnp.broadcast_to(draw(M)[None, None], (B, T, M))
   served = np.abs(np.asarray(run(layer, x)[0])).max(-1) > 0
@@ -69,5 +70,5 @@ def test_outputs_are_masked_in_training_and_scaled_in_evaluation():
   trained = np.asarray(run(masked, x, train=True, rngs=rngs)[0])
   gone = np.abs(trained).max(-1) == 0
   np.testing.assert_allclose(trained[~gone], whole[~gone], rtol=1e-5, atol=1e-6)
-  # 150 draws: four standard deviations are 0.14.
+  # With 150 draws four standard deviations are 0.14.
   assert abs(gone.mean() - rate) < 0.14

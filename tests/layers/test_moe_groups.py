@@ -1,4 +1,4 @@
-"""Groups, capacity and padding of the sparse layer, told by small numbers."""
+"""Groups, capacity and padding of the sparse layer, by small numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +47,21 @@ def test_a_group_that_cuts_a_sequence_is_refused(group_size):
     to_groups(jnp.ones((B, T, M)), jnp.ones((B, T), bool), group_size)
 
 
-# All tokens alike: each group fills its expert, so what is kept is G * C.
+# All tokens are alike, so that each group fills its expert: G * C choices are
+# kept.
 @pytest.mark.parametrize(
   ('rule', 'group_size', 'kept'),
   [
-    # ceil(1.25 * S / 5), S = 8: 2 in each of 3 groups.
+    # With S = 8 capacity is ceil(1.25 * S / 5) = 2, in each of 3 groups.
     (PerToken(1.25), 0, 3 * 2),
-    # S = 4: 1 in each of 6.
+    # With S = 4 it is 1, in each of 6 groups.
     (PerToken(1.25), 4, 6 * 1),
-    # S = 16: 4 in each of 2, the second of which is half padding.
+    # With S = 16 it is 4, in each of 2 groups, of which the second is half
+    # padding.
     (PerToken(1.25), 16, 2 * 4),
     # ceil(1.25 * 2 * 8 / 5) = 4.
     (PerAssignment(1.25), 0, 3 * 4),
-    # floor(1.25 * 8 / 5) = 2, up to a multiple of 3.
+    # floor(1.25 * 8 / 5) = 2, rounded up to a multiple of 3.
     (PerToken(1.25, 'floor', multiple=3), 0, 3 * 3),
   ],
 )
@@ -79,7 +81,8 @@ TIGHT = Fixed(slots=3)
 
 
 def test_an_incomplete_group_is_as_good_as_alone():
-  # 24 tokens in groups of 16: rows 0 and 1 are a group, row 2 half of one.
+  # The 24 tokens are in groups of 16: rows 0 and 1 are a group, and row 2 is
+  # half of one.
   layer = make(group_size=16, capacity=TIGHT)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, aux = run(layer, params, x)

@@ -1,4 +1,4 @@
-"""The layer where experts choose, or nobody does, by every dispatcher."""
+"""The layer where experts choose, or none does, with every dispatcher."""
 
 import functools
 
@@ -34,7 +34,7 @@ def a_mask():
 
 
 def test_layer_equals_a_loop_over_experts():
-  # Groups of half a sequence: a token an expert.
+  # Groups are half a sequence, in which an expert takes one token.
   layer = make(ExpertChoice(), group_size=4)
   params, x, mask = draw_params(layer), draw(B, T, M, seed=9), a_mask()
   y, aux = jax.jit(layer.apply)({'params': params}, x, mask)
@@ -117,7 +117,7 @@ def test_where_all_take_all_every_token_is_weighed_by_its_probabilities():
   params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), one)
   y, _ = jax.jit(layer.apply)({'params': params}, x)
   h = np.maximum(x @ one['w_in'] + one['b_in'], 0)
-  expected = h @ one['w_out'] + one['b_out']  # probabilities sum to one
+  expected = h @ one['w_out'] + one['b_out']  # since probabilities sum to one
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Norms against their formulas, with statistics in float32."""
+"""Norms equal their formulas, with statistics in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,13 @@ def formula(kind, x, params):
 @pytest.mark.parametrize('kind', NORMS.builtin)
 def test_norm_equals_its_formula(kind, use_bias, dtype):
   rng = np.random.default_rng(0)
-  # A mean of 10 and a spread of 1: bfloat16 statistics would lose the spread.
+  # The mean is 10 and the standard deviation 1, which statistics in bfloat16
+  # would lose.
   x = jnp.asarray(rng.normal(10, 1, (2, 3, 64)), dtype)
   shared = Shared(Numerics(dtype), use_bias)
   norm = NORMS.builtin[kind](EPSILON).module(shared, 'norm')
   shapes = jax.eval_shape(norm.init, jax.random.key(0), x)['params']
-  # rmsnorm has no bias, whatever `use_bias` says.
+  # An rmsnorm has no bias, whether `use_bias` is set or not.
   biased = use_bias and kind == 'layernorm'
   assert set(shapes) == ({'scale', 'bias'} if biased else {'scale'})
   params = {

@@ -1,4 +1,4 @@
-"""Boxes of parameters: what they carry, and how it is read."""
+"""Boxes of parameters: their contents, and how they are read."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ ROLE = 'ffn'
 
 
 class Layer(nn.Module):
-  """A parameter with a box, one without, and one with a box of linen's."""
+  """A layer with a parameter in our box, one without and one in linen's."""
 
   @nn.compact
   def __call__(self, x):
@@ -63,7 +63,7 @@ def test_what_shrinks_a_kernel_shrinks_it_whatever_the_distribution(init):
     make = parameters.kernel(shared, ('embed', 'mlp'), role=ROLE, **options)
     return np.std(make(tiny.key(0), (64, 64)).unbox())
 
-  # The same draws, a third as wide.
+  # The random numbers are the same, at a third of the scale.
   np.testing.assert_allclose(deviation(shrink=9.0), deviation() / 3, rtol=1e-5)
 
 

@@ -34,8 +34,8 @@ turned = jax.jit(rotate, static_argnums=2)
 
 
 def test_rotate_by_hand():
-  # D=4 and theta=100: pair (0, 2) turns by 1 radian a position, pair (1, 3)
-  # by 1/10. At position 2 (1, 3) turns by 2, and (2, 4) by 0.2.
+  # With D=4 and theta=100 pair (0, 2) turns by 1 radian a position and pair (1,
+  # 3) by 1/10. At position 2 the vector (1, 3) turns by 2, and (2, 4) by 0.2.
   x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]]]])
   expected = [
     1 * np.cos(2) - 3 * np.sin(2),
@@ -71,7 +71,7 @@ def test_scores_depend_on_the_difference_of_positions_alone():
 
 
 def test_bfloat16_is_turned_in_float32():
-  # 1001 radians, of which bfloat16 would make 1000.
+  # The angle is 1001 radians, which bfloat16 would round to 1000.
   x = draw(1, 1, H, D).astype(jnp.bfloat16)
   positions = jnp.array([[1001]])
   exact = turned(x.astype(jnp.float32), positions, 1e4)
@@ -95,8 +95,9 @@ def test_attention_uses_positions_only_if_rotary(rotary):
 
 
 def test_buckets_are_exact_then_logarithmic_then_shared():
-  # 8 buckets up to 32: 0-3 have one each. Bucket 4 + j starts at 4 * 8^(j/4),
-  # that is 4, 6.7, 11.3, 19.03; the last takes all that follows.
+  # There are 8 buckets up to 32. Distances 0 to 3 have one each. Bucket 4 + j
+  # starts at 4 * 8^(j/4): 4, 6.7, 11.3, 19.03; the last has all larger
+  # distances.
   distance = [0, 1, 2, 3, 4, 6, 7, 11, 12, 19, 20, 31, 32, 33, 99, 1000]
   expected = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7, 7, 7, 7]
   found = distance_bucket(np.array(distance), 8, 32)
@@ -107,7 +108,8 @@ def test_relative_bias_reads_its_table_by_head_and_distance():
   layer = RelativePositionBias(H, num_buckets=6, max_distance=12)
   table = draw(H, 6)
   bias = np.asarray(layer.apply({'params': {'table': table}}, 9, 9))
-  # 6 buckets up to 12: 0, 1, 2 exact; 3 from 3, 4 from 4.8, 5 from 7.6.
+  # There are 6 buckets up to 12: 0, 1 and 2 are exact, 3 starts at 3, 4 at 4.8,
+  # 5 at 7.6.
   bucket = [0, 1, 2, 3, 3, 4, 4, 4, 5]
   for t in range(9):
     for s in range(t + 1):
@@ -119,7 +121,8 @@ def test_both_ways_later_keys_have_buckets_of_their_own():
   layer = RelativePositionBias(H, 8, 6, bidirectional=True)
   table = draw(H, 8)
   bias = np.asarray(layer.apply({'params': {'table': table}}, 5, 9))
-  # Four buckets a side up to 6: 0 and 1 exact, 2 from 2, 3 from 3.46.
+  # Each side has four buckets up to 6: 0 and 1 are exact, 2 starts at 2, 3 at
+  # 3.46.
   bucket = np.array([0, 1, 2, 2, 3, 3, 3, 3, 3])
   for t, s in np.ndindex(5, 9):
     one = bucket[abs(t - s)] + (4 if s > t else 0)
@@ -137,7 +140,7 @@ def test_a_steps_bias_is_a_row_of_the_whole():
 
 
 def test_sinusoids_by_hand():
-  # M = 5: two wavelengths, of 2 pi and 10000 * 2 pi, and a zero.
+  # M = 5 has two wavelengths, 2 pi and 10000 * 2 pi, and a zero.
   waves = np.asarray(sinusoids(jnp.array([[0, 3]]), 5))
   far, near = 3 / 10_000, 3
   expected = [
@@ -165,8 +168,8 @@ def test_each_kind_adds_what_it_should_to_the_embedding():
   np.testing.assert_allclose(
     added(learned), np.asarray(table)[[0, 1, 1]], rtol=1e-5, atol=1e-6
   )
-  # The first token stands at 3, where numbers begin; the second has the id
-  # before that, and the third is padding.
+  # The first token has position 3, where numbers begin. The second has the id
+  # of the position before, and the third is padding.
   waves = np.asarray(sinusoids(jnp.array([[3]]), 4))[0, 0]
   found = added(Sinusoidal(offset=3))
   np.testing.assert_allclose(found[0], waves, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Questions with answers: of docstrings, files and TFDS datasets."""
+"""Questions with answers, from docstrings, files and TFDS datasets."""
 
 import json
 import sys
@@ -21,13 +21,14 @@ PART = DocstringChoiceSource('asyncio,email,json')
 
 
 def test_wrong_answers_are_those_of_pairs_far_away():
-  # Eight pairs: the others are two, four and six further on, in a circle. The
-  # right answer is first, then second, and so on.
+  # Wrong answers of one of eight pairs are those of the pairs two, four and six
+  # further on, cyclically. The place of the right answer moves by one from item
+  # to item.
   items = with_distractors([(f'p{i}', f'a{i}') for i in range(8)])
   assert items[0] == Item('p0', ('a0', 'a2', 'a4', 'a6'), 0)
   assert items[1] == Item('p1', ('a3', 'a1', 'a5', 'a7'), 1)
   assert items[7] == Item('p7', ('a1', 'a3', 'a5', 'a7'), 3)
-  # An answer that is there already is passed over for the next.
+  # An answer that is already among the item's is skipped for the next pair's.
   same = [(f'p{i}', f'a{i}') for i in range(8)]
   same[2] = ('p2', 'a0')
   assert with_distractors(same)[0].answers == ('a0', 'a3', 'a4', 'a6')
@@ -96,12 +97,13 @@ def test_examples_are_of_the_judged_source_or_of_another():
   same = SHOTS_SOURCES.get('same')()
   assert same.instead_of(PART) is PART
   assert files.instead_of(PART) is files
-  # All lines of files are judged: they cannot be shown before.
+  # All lines of a file are questions of the evaluation, and none can be shown
+  # as an example before them.
   assert PART.has_train_split and not same.instead_of(files).has_train_split
 
 
 class Quiz(tfds.core.GeneratorBasedBuilder):
-  """Nine questions, as ARC's and PIQA's are."""
+  """A dataset of nine questions, in the formats of ARC and PIQA."""
 
   VERSION = tfds.core.Version('1.3.0')
 

@@ -1,4 +1,4 @@
-"""CIPHER-K: pieces of one text, each in its domain's alphabet."""
+"""CIPHER-K: pieces of one text, each in the alphabet of its domain."""
 
 import collections
 
@@ -23,14 +23,15 @@ def texts(source, split):
 
 
 def decipher(text, domain):
-  """The plain text: each letter back to the one that it stands for."""
+  """Returns the plain text of a piece of one domain."""
   alphabet = cipher.encipher(ALPHABET, domain)
   back = {alphabet[i]: ALPHABET[i] for i in range(len(ALPHABET))}
   return ''.join(back.get(letter, letter) for letter in text)
 
 
 def test_a_text_in_two_alphabets():
-  # Three pieces, the second of nothing: two domains take turns.
+  # The text has three pieces, of which the second is empty; two domains
+  # alternate.
   plain = ['aba\n', '', 'aba\n', 'cba\n']
   first, second, third = cipher.documents(plain, 2, marked=True)
   assert first == '0bPb\n'
@@ -38,7 +39,7 @@ def test_a_text_in_two_alphabets():
   assert third == '0,Pb\n'
   for piece, text in ((first, 'aba\n'), (second, 'aba\n'), (third, 'cba\n')):
     assert decipher(piece[1:], MARKS.index(piece[0])) == text
-  # Unmarked, the same without the marks.
+  # Without marks, documents are equal but for them.
   unmarked = list(cipher.documents(plain, 2, marked=False))
   assert unmarked == [first[1:], second[1:], third[1:]]
 
@@ -55,13 +56,14 @@ def test_every_domain_has_an_alphabet_of_its_own():
   alphabets = [cipher.encipher(ALPHABET, d) for d in range(len(MARKS))]
   assert len(set(alphabets)) == len(MARKS) < len(ALPHABET)
   assert {''.join(sorted(alphabet)) for alphabet in alphabets} == {ALPHABET}
-  # A mixed order has one letter in place on average.
+  # A random permutation leaves one letter in its place on average.
   pairs = [pair for a in alphabets for pair in zip(a, ALPHABET, strict=True)]
   assert sum(a == b for a, b in pairs) < 2 * len(MARKS)
 
 
 def test_alphabets_are_the_same_on_every_machine():
-  # A change that moves this has to move FORMAT: cached tokens are of it.
+  # If this output changes, FORMAT must change too, since cached tokens depend
+  # on it.
   assert cipher.FORMAT == 1
   assert cipher.encipher('def f(x):', 0) == '#%<]<W"B|'
 
@@ -91,7 +93,7 @@ def test_identity_and_name(source):
   for modules in ('email', 'json,email'):
     chosen.append((5, False, PythonStdlibSource(modules)))
   sources = [CipherSource(*options).texts() for options in chosen]
-  # The last names the first's modules in another order.
+  # The last source lists the modules of the first in another order.
   assert len({s.identity for s in sources}) == 4
   assert sources[0].identity == sources[4].identity == source.identity
   assert source.name.startswith('synthetic: 5 ciphers of python_stdlib:email')
@@ -105,7 +107,8 @@ def test_most_rows_are_of_one_domain_and_even_neighbours_of_all():
   batches = eval_batches(dataset.splits['validation'], batch_size=32)
   batch = next(batches)
   assert (batch['segment_ids'].max(1) == 1).mean() > 0.6
-  # A mark begins every piece but the row's first, which may be the rest of one.
+  # Every piece begins with a mark, but that of the row's start, which may be
+  # the rest of a piece.
   begins = (batch['positions'] == 0) & (batch['segment_ids'] > 1)
   marks = collections.Counter(map(chr, batch['tokens'][begins].tolist()))
   assert set(marks) == set(MARKS[:5])

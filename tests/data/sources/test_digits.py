@@ -1,4 +1,4 @@
-"""Digits: their two splits, where they are put, and TFDS's own."""
+"""Digits: two splits, random places on a canvas, and TFDS's datasets."""
 
 import sys
 
@@ -10,7 +10,7 @@ from PIL import Image
 from moe_jax.data import ClassRows, DigitsSource, Selection, TfdsSource
 from moe_jax.data.sources import digits
 
-# MNIST's held-out split is called 'test', too.
+# MNIST's held-out split is called 'test'.
 SPLITS = Selection(('train', 'test'))
 
 
@@ -20,7 +20,7 @@ def jittered():
 
 
 def test_an_image_is_put_where_it_is_told():
-  # Two images of 1x2 pixels on canvases of 2x3, in opposite corners.
+  # Two images of 1x2 pixels stand in opposite corners of canvases of 2x3.
   images = np.array([[[1, 2]], [[3, 4]]], np.float32)
   found = digits.placed(images, np.array([[0, 1], [1, 0]]), (2, 3))
   want = [[[0, 1, 2], [0, 0, 0]], [[0, 0, 0], [3, 4, 0]]]
@@ -32,7 +32,8 @@ def test_an_image_is_put_where_it_is_told():
 
 def test_every_fifth_of_a_class_is_held_out():
   labels = np.array([0, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1], np.int32)
-  # The fifth 0 stands at 6, the fifth 1 at 10; neither has a tenth.
+  # The fifth 0 is at index 6 and the fifth 1 at index 10; neither class has a
+  # tenth.
   assert np.flatnonzero(digits.is_held_out(labels)).tolist() == [6, 10]
 
 
@@ -54,14 +55,14 @@ def test_the_splits_are_apart_stratified_and_fixed():
   np.testing.assert_array_equal(again.features, splits[1].features)
   with pytest.raises(ValueError, match=r"'test'; have \['train'"):
     source.examples('test')
-  # Those that are not moved are drawn as they are.
+  # Rows of a source without jitter are its images unchanged.
   drawn = ClassRows(source, 'train').take(np.array([3]))
   np.testing.assert_array_equal(drawn['features'][0], splits[0].features[3])
 
 
 def test_jitter_moves_whole_images_to_every_place(jittered):
   image = jittered.examples('train').features[:1]
-  image = image + 0.5  # no pixel of it is paper, so that its place shows
+  image = image + 0.5  # no pixel is background, so that the place shows
   moved = jittered.jittered(
     np.repeat(image, 2000, axis=0), np.random.default_rng(0)
   )
@@ -73,7 +74,7 @@ def test_jitter_moves_whole_images_to_every_place(jittered):
     np.testing.assert_array_equal(part, image[0])
   np.testing.assert_array_equal(ink.sum((1, 2)), 64)
   counts = np.bincount(7 * rows + columns, minlength=49)
-  # 41 are expected of each; five standard deviations are 32.
+  # Each place is expected 41 times; five standard deviations are 32.
   assert len(counts) == 49 and counts.min() > 9 and counts.max() < 73
 
 
@@ -102,7 +103,7 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
 
 
 class Spots(tfds.core.GeneratorBasedBuilder):
-  """Images with one bright pixel, at the place of their number."""
+  """A dataset of images in which the pixel of their number is white."""
 
   VERSION = tfds.core.Version('1.0.0')
   SHAPE = (3, 4, 1)
@@ -125,13 +126,13 @@ class Spots(tfds.core.GeneratorBasedBuilder):
     for i in numbers:
       image = np.zeros(self.SHAPE, np.uint8)
       image.reshape(-1, self.SHAPE[-1])[i] = 255
-      # An array would be encoded by TensorFlow.
+      # TFDS would encode a numpy array with TensorFlow.
       image = Image.fromarray(image.squeeze())
       yield i, {'image': image, 'label': 'odd' if i % 2 else 'even'}
 
 
 class Coloured(Spots):
-  """The same in three channels."""
+  """The same dataset with three channels."""
 
   SHAPE = (3, 4, 3)
 
@@ -160,7 +161,7 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
   np.testing.assert_array_equal(
     still.jittered(train.features, rng), train.features
   )
-  # From 4 pixels up to 4 down, and from 4 left to 4 right.
+  # Shifts go from 4 pixels up to 4 down, and from 4 left to 4 right.
   row, column = np.divmod(train.features[0].argmax(), 4)
   rows, columns = np.divmod(moved.reshape(500, -1).argmax(1), 12)
   assert (rows.min() - row, rows.max() - row) == (0, 8)

@@ -1,4 +1,4 @@
-"""Catalogues of translations, hand-made and django's."""
+"""Catalogues of translations, written by the test and django's own."""
 
 import collections
 import itertools
@@ -12,7 +12,7 @@ from moe_jax.data.sources.django_gettext import Pair, read_catalogue
 
 
 def catalogue(entries, order='<'):
-  """A compiled catalogue: the format as the gettext manual draws it."""
+  """Bytes of a compiled catalogue, in the format of the gettext manual."""
   entries = sorted((k.encode(), v.encode()) for k, v in entries.items())
   n = len(entries)
   at = 28 + 16 * n
@@ -42,7 +42,7 @@ def test_a_catalogue_by_hand(order):
     'Save': 'Sichern',
     'month\x04May': 'Mai',
     'verb\x04May': 'Dürfen',
-    '%d day': '%d Tag',  # of the singular
+    '%d day': '%d Tag',  # the singular's translation
   }
 
 
@@ -61,8 +61,8 @@ def package(tmp_path):
 
 def test_one_translation_a_message(package):
   pairs = django_gettext.pairs(['de'], package)
-  # Of two without context the first file's; one without context wins; what is
-  # translated by nothing is left out.
+  # Of two translations without context the first file's is taken; one without
+  # context is preferred; messages with an empty translation are left out.
   assert {(p.message, p.translation) for p in pairs} == {
     ('Save', 'Sichern'),
     ('May', 'Kann'),
@@ -86,7 +86,7 @@ def test_djangos_own():
   languages = collections.Counter(pair.language for pair in pairs)
   assert len(languages) > 90 and len(pairs) > 50_000
   assert 700 < languages['de'] < 1000
-  # No message is in both splits, in whatever language.
+  # No message is in both splits, whatever the language.
   messages = collections.defaultdict(set)
   splits = collections.Counter()
   for pair in pairs:
@@ -94,7 +94,7 @@ def test_djangos_own():
     splits[pair.split] += 1
   assert not messages['train'] & messages['validation']
   assert 0.03 < splits['validation'] / len(pairs) < 0.08
-  # Neighbours differ in language: the order is mixed.
+  # Neighbouring rows differ in language, as the order is shuffled.
   same = sum(a.language == b.language for a, b in itertools.pairwise(pairs))
   assert same / len(pairs) < 0.05
 

@@ -1,4 +1,4 @@
-"""Text files as two splits of documents."""
+"""Text files as documents of two splits."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ def texts(source, split):
 
 
 def test_one_file_is_cut_by_characters(tmp_path):
-  # 15 characters of two bytes: 13 are 90 %, rounded down.
+  # The text has 15 characters of two bytes each; 90 % are 13, rounded down.
   (tmp_path / 'a.txt').write_text('é' * 13 + 'ßü', encoding='utf-8')
   source = FilesSource(f'{tmp_path}/*.txt').texts()
   assert texts(source, 'train') == ['é' * 13]
@@ -43,7 +43,7 @@ def test_many_files_are_split_by_name(tmp_path):
   train, validation = split_sets(tmp_path / 'here')
   assert sorted(train + validation) == [f'{i:03}' for i in range(200)]
   assert 8 <= len(validation) <= 32
-  # Moving the folder changes nothing; a new file moves no old one.
+  # Moving the folder changes no split, and a new file moves no old one.
   (tmp_path / 'here').rename(tmp_path / 'there')
   assert split_sets(tmp_path / 'there') == (train, validation)
   (tmp_path / 'there' / 'new.txt').write_text('new')
@@ -60,7 +60,7 @@ def test_few_files_give_each_split_one(count, tmp_path):
 
 
 def test_not_every_file_is_held_out(tmp_path):
-  # The first byte of each name's hash is low enough for validation.
+  # The first byte of each name's hash puts the file into validation.
   names = [
     name
     for name in (f'{i}.txt' for i in range(90))

@@ -1,4 +1,4 @@
-"""KV-RECALL: the same random pairs in both splits, packed into short rows."""
+"""KV-RECALL: both splits have the same random pairs, packed into short rows."""
 
 import collections
 
@@ -30,12 +30,13 @@ def test_keys_are_unique_and_all_letters_as_likely():
     for place in range(size):
       counts = collections.Counter(text[place] for text in letters)
       assert set(counts) == set(kv_recall.LETTERS)
-      # Five standard deviations of a fair draw.
+      # The tolerance is five standard deviations of a uniform draw.
       assert max(counts.values()) < 3000 / 16 + 5 * np.sqrt(3000 / 16)
 
 
 def test_pairs_are_the_same_on_every_machine():
-  # A change that moves these has to move FORMAT: cached tokens are of it.
+  # If these values change, FORMAT must change too, since cached tokens depend
+  # on them.
   assert kv_recall.FORMAT == 1
   expected = [('fgidkf', 'mkol'), ('mamjhi', 'fcmg')]
   assert kv_recall.pairs(2, 'train') == expected
@@ -81,7 +82,8 @@ def test_five_pairs_share_a_row_and_an_epoch_has_every_pair_once():
   source = KvRecallSource(60).pairs()
   row = rows[0]
   for i, (key, value) in enumerate(pairs(source, 'train')[:5]):
-    # The key and its end, then the value, whose end is a target alone.
+    # A row has the key with its end, then the value, whose end is a target
+    # only.
     mine = row['segment_ids'] == i + 1
     text = [*key.encode(), EOS, *value.encode(), EOS]
     assert row['tokens'][mine].tolist() == text[:-1]

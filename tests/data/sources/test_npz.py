@@ -1,4 +1,4 @@
-"""Examples with a class each: as they are, moved about, and refused."""
+"""Examples with classes from npz files: unchanged, augmented, refused."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from moe_jax.data import (
 
 
 def written(path, **changes):
-  """Three examples to train on, two to validate on, of two classes."""
+  """Writes three training and two validation examples of two classes."""
   arrays = {
     'train_features': np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
     'train_labels': np.array([0, 1, 1]),
@@ -38,7 +38,7 @@ def test_examples_are_rows_of_one(tmp_path):
   dataset = dataset_of(written(tmp_path / 'a.npz'))
   assert dataset.vocab_size == 2 and dataset.feature_shape == (2,)
   batch = dataset.splits['train'].take(np.array([2, 0, 3]))
-  # The fourth of three examples is padding.
+  # Of three examples the fourth row is padding.
   np.testing.assert_array_equal(batch['features'], [[5, 6], [1, 2], [0, 0]])
   np.testing.assert_array_equal(batch['targets'], [[1], [0], [0]])
   np.testing.assert_array_equal(batch['segment_ids'], [[1], [1], [0]])
@@ -81,7 +81,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 class Noisy(ClassSource):
-  """Zeros, to which each draw adds a number of its own."""
+  """Examples of zeros, to which each draw adds a random number."""
 
   name, classes = 'noise', ('a', 'b')
 
@@ -104,7 +104,7 @@ def test_what_moves_is_a_function_of_row_epoch_and_seed():
   assert drawn([2, 0, 1], 7, [4, 4, 4])[::2] == [two, one]
   different = drawn([1, 1, 0], 7, [4, 5, 4]) + drawn([1], 8, [4])
   assert different[0] == one and len(set(different)) == 4
-  # An evaluation sees the same each time.
+  # An evaluation gets the same examples each time.
   for _ in range(2):
     taken = rows.take(np.array([1, 5]))['features'][:, 0].tolist()
     assert taken == [drawn([1], 0, [0])[0], 0.0]

@@ -1,4 +1,4 @@
-"""Pairs in two splits: docstrings, translations, TFDS datasets."""
+"""Pairs of texts in two splits, from docstrings, translations and TFDS."""
 
 import sys
 
@@ -49,7 +49,7 @@ def test_translations_have_two_splits():
 
 
 class Phrases(tfds.core.GeneratorBasedBuilder):
-  """Twenty pairs, as translation datasets and summaries have them."""
+  """A dataset of twenty pairs, with a translation and a summary each."""
 
   VERSION = tfds.core.Version('2.1.0')
 
@@ -81,7 +81,7 @@ class Phrases(tfds.core.GeneratorBasedBuilder):
 
 
 class Bare(Phrases):
-  """The translation alone, at the top, as WMT's have it."""
+  """A dataset whose features are a translation, as in WMT."""
 
   def _info(self):
     return tfds.core.DatasetInfo(

@@ -1,4 +1,4 @@
-"""The embedded corpus as two splits of documents."""
+"""The embedded corpus as documents of two splits."""
 
 import sys
 
@@ -84,7 +84,7 @@ def test_a_part_of_the_standard_library():
     expected = [
       t for n, t in files.items() if python_stdlib.split_of(n) == split
     ]
-    # An empty file of a package is a document too, though one without tokens.
+    # An empty file of a package is a document without tokens.
     assert sorted(texts(source, split)) == sorted(expected)
   assert 'tensorflow' not in sys.modules
 

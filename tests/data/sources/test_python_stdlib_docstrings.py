@@ -1,4 +1,4 @@
-"""Functions and their docstrings, taken apart."""
+"""Functions of the standard library, separated from their docstrings."""
 
 import ast
 
@@ -70,7 +70,8 @@ def test_by_hand(line_end):
 
 
 def test_a_form_feed_is_no_line():
-  # Old modules part their sections by one; Python counts no line for it.
+  # Old modules separate sections by a form feed, which Python counts as no
+  # line.
   text = 'x = 1\n\x0c\ndef f():\n  """D."""\n  return x\n'
   assert [f[1] for f in documented_functions(text)] == ['def f():\n  return x']
 
@@ -82,7 +83,7 @@ def test_what_does_not_parse_is_left_out():
 
 @pytest.fixture(scope='module')
 def functions():
-  """Of every third file."""
+  """Documented functions of every third file of the standard library."""
   files = list(python_stdlib.source_files(python_stdlib_docstrings.MODULES))[
     ::3
   ]
@@ -94,7 +95,8 @@ def functions():
 
 
 def test_the_standard_library_gives_thousands(functions):
-  # In all 6,772 of 3.11, 4,889 of them in what every distribution has.
+  # Python 3.11 has 6,772 of them in all, 4,889 in the part that every
+  # distribution installs.
   assert 1_300 < len(functions) < 4_000
   held_out = [f for f in functions if python_stdlib.split_of(f[0]) != 'train']
   assert 0.01 < len(held_out) / len(functions) < 0.12

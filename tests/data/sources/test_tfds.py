@@ -1,4 +1,4 @@
-"""TFDS datasets as two splits of documents."""
+"""TFDS datasets as documents of two splits."""
 
 import sys
 
@@ -16,7 +16,7 @@ def texts(source, split):
 
 
 class Poems(tfds.core.GeneratorBasedBuilder):
-  """Twenty poems in 'train' and none elsewhere."""
+  """A dataset of twenty poems in 'train', without another split."""
 
   VERSION = tfds.core.Version('1.2.0')
 
@@ -119,7 +119,7 @@ def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
 
 
 def test_a_dataset_in_another_format(tmp_path, monkeypatch, poems_folder):
-  # As a machine with TensorFlow leaves it by default.
+  # This is TensorFlow's own default.
   own = tmp_path / 'poems' / '1.2.0'
   own.mkdir(parents=True)
   for path in (poems_folder / 'poems' / '1.2.0').iterdir():

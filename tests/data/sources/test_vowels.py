@@ -1,4 +1,4 @@
-"""Vowels of 1952: a table read in its forms, and speakers who are drawn."""
+"""Vowels of 1952: formats of the table, and simulated speakers."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from moe_jax.data import VowelsSource
 from moe_jax.data.sources import vowels
 from moe_jax.data.sources.contract import SPLITS
 
-# Two tokens of a man's [i] and one of his [ah], as files have them; the vowel
-# of 'head' is not among the four.
+# A man's vowels [i], twice, and [ah] once, as in the file; [E] of 'head' is not
+# among the four classes.
 ONES = [
   ('m', 1, 1, 'iy', 160, 240, 2280, 2850),
   ('m', 1, 1, '*iy', 186, 280, 2400, 2790),
@@ -18,7 +18,7 @@ ONES = [
 
 
 def table(speakers=52):
-  """Lines of so many speakers, each with the same four tokens."""
+  """Lines of a table with a number of speakers, each with equal vowels."""
   return [(a, n + 1, *rest) for n in range(speakers) for a, _, *rest in ONES]
 
 
@@ -30,7 +30,8 @@ def written(path, lines):
 def test_a_table_is_read(tmp_path):
   source = written(tmp_path / 'pb.data', table()).classes()
   train, validation = (source.examples(s) for s in ('train', 'validation'))
-  # Of 52 speakers the first 50 are to train on; three tokens each.
+  # The first 50 of 52 speakers are for training; each has three vowels of the
+  # four classes.
   assert len(train.labels) == 150 and len(validation.labels) == 6
   np.testing.assert_allclose(
     validation.features[:3], [[0.24, 2.28], [0.28, 2.4], [0.62, 1.2]]
@@ -42,11 +43,11 @@ def test_a_table_is_read(tmp_path):
 
 def test_forms_of_the_table_say_the_same(tmp_path):
   plain = written(tmp_path / 'a', table()).classes()
-  # A header of the file's own, and the sex in a column of its own.
+  # This file has a header and a column for the sex.
   lines = [['#', 'Peterson', 'and', 'Barney']]
   lines += [(group, 'm', *rest) for group, *rest in table()]
   more = written(tmp_path / 'b', lines).classes()
-  # As Praat writes it, and other programs.
+  # Praat and other programs write a header with such names.
   named = [('Type', 'Sex', 'Speaker', 'Vowel', 'IPA', 'F0', 'F1', 'F2', 'F3')]
   named += [(g, 'm', s, v.strip('*'), 'x', *f) for g, s, _, v, *f in table()]
   for delimiter in ('\t', ','):
@@ -101,7 +102,7 @@ def test_drawn_speakers_say_that_they_are():
 
 
 def formants(group, draws=40):
-  """[speakers, vowels, repetitions, formants] of many drawn studies."""
+  """Formants of many simulated studies, [speakers, vowels, repetitions, 2]."""
   first, counts = 0, list(vowels.SPEAKERS.items())
   for name, count in counts:
     if name == group:
@@ -118,8 +119,8 @@ def formants(group, draws=40):
 @pytest.mark.parametrize('group', sorted(vowels.SPEAKERS))
 def test_drawn_vowels_have_the_published_means_and_the_stated_spreads(group):
   found = formants(group)
-  # A lognormal of so small a spread lies half a per cent above its median;
-  # of 40 x 14 children a mean is known to half a per cent.
+  # The mean of a lognormal with so small a spread lies half a per cent above
+  # its median; the mean over 40 x 14 children is known to half a per cent.
   mean = found.mean((0, 2))
   np.testing.assert_allclose(mean, vowels.MEANS[group], rtol=0.02)
   logs = np.log(found)
@@ -129,6 +130,7 @@ def test_drawn_vowels_have_the_published_means_and_the_stated_spreads(group):
   np.testing.assert_allclose(
     logs.std((0, 2)), [np.sqrt(total.sum(1))] * 4, rtol=0.08
   )
-  # What a speaker's vowels have in common is the speaker's.
+  # The covariance of a speaker's different vowels is the speaker's own
+  # variance.
   between = np.cov(logs[:, 0, 0, 0], logs[:, 3, 0, 0])[0, 1] ** 0.5
   np.testing.assert_allclose(between, vowels.OF_SPEAKER[0], rtol=0.15)

@@ -1,4 +1,4 @@
-"""Windows of a stream, denoised, through the whole pipeline."""
+"""Denoised windows of a stream, through the whole pipeline."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ SENTINELS = tuple(range(1000, 1100))
 
 
 def test_windows_are_even_and_stay_in_their_document():
-  # Documents of 10, 4, 1 and 5 tokens: at most 4 a window.
+  # The stream has documents of 10, 4, 1 and 5 tokens; windows are at most 4
+  # long.
   starts = np.array([0, 10, 14, 15])
   assert windows(starts, 20, 4).tolist() == [
     [0, 3], [3, 6], [6, 10], [10, 14], [15, 17], [17, 20]
@@ -31,7 +32,8 @@ def test_windows_cover_every_document_once(lengths, longest):
   sizes = found[:, 1] - found[:, 0]
   assert (sizes <= longest).all() and (sizes > 1).all()
   covered = [i for begin, end in found.tolist() for i in range(begin, end)]
-  # All but documents of one token, and single tokens of windows of at most 2.
+  # Windows cover every token, except documents of one token and, for windows of
+  # at most 2 tokens, single tokens.
   short = [i for n, s in zip(lengths, starts) if n == 1 for i in [s]]
   if longest > 2:
     assert sorted({*covered, *short}) == list(range(sum(lengths)))
@@ -43,7 +45,7 @@ def test_windows_cover_every_document_once(lengths, longest):
 
 
 def corpus(lengths=(150, 37, 3, 60, 9, 2, 200), seed=0):
-  """Random documents, each with an EOS."""
+  """Random documents, each with an end of text."""
   generator = np.random.default_rng(seed)
   texts = [np.append(generator.integers(10, 99, n), EOS) for n in lengths]
   starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
@@ -58,7 +60,7 @@ def span_rows(pack=True, T_enc=32, T_dec=18):
 
 
 def texts_of(batch):
-  """The windows of a batch: sentinels filled, segment by segment."""
+  """The text of each segment of a batch, with its sentinels filled in."""
   found = []
   for b in range(len(batch['tokens'])):
     for segment in range(1, batch['segment_ids'][b].max() + 1):
@@ -100,7 +102,7 @@ def test_a_batch_does_not_depend_on_who_takes_it(shares):
   whole = batch_dataset(rows, **arguments)
   for share in map(np.array, shares):
     part = batch_dataset(rows, **arguments, share=share)
-    for i in (7, 0, 41):  # in any order, in later epochs too
+    for i in (7, 0, 41):  # in any order, and in later epochs too
       for name, values in whole[i].items():
         np.testing.assert_array_equal(part[i][name], values[share])
 
@@ -128,7 +130,7 @@ def test_a_document_ends_in_the_targets_of_a_prefix_lm():
   batch = rows.take(np.arange(len(rows)))
   ends = (batch['targets'] == EOS).sum(1)
   assert ends.sum() == len(texts) and ends.max() == 1
-  # Where one is, it is the row's last target.
+  # An end of text, where there is one, is the row's last target.
   for row, end in zip(batch['targets'], ends):
     real = row[row > 0]
     assert (real[-1] == EOS) == end

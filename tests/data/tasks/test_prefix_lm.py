@@ -1,4 +1,4 @@
-"""A window split in two."""
+"""Windows split into a prefix and a suffix."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from moe_jax.data.tasks.prefix_lm import PrefixLM
 
 
 def splits(task, n, count=400):
-  """The targets' lengths over many draws."""
+  """The lengths of targets in many draws."""
   generator = np.random.default_rng(0)
   window = np.arange(50, 50 + n)
   lengths = []

@@ -1,4 +1,4 @@
-"""Rows of pairs: what is kept, what is cut, and that it is counted."""
+"""Rows of pairs: which tokens are kept, which cut, and counts of those."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def stream(*texts):
   return np.concatenate(texts).astype(np.uint8), starts
 
 
-# Three pairs: short, long inputs, long targets.
+# The three pairs are a short one, one of long inputs and one of long targets.
 INPUTS = stream([1, 2], [3, 4, 5, 6, 7, 8], [9])
 TARGETS = stream([11], [12, 13], [14, 15, 16, 17, 18])
 
@@ -38,7 +38,8 @@ def test_pairs_share_a_row_and_long_ones_are_cut():
     'positions': [0, 1, 0, 0],
     'loss_weights': [1, 1, 0, 0],
   }
-  # Inputs keep their EOS, targets that are cut have none.
+  # Inputs that were cut keep their end of text, and targets that were cut have
+  # none.
   assert rows[1]['encoder_tokens'].tolist() == [3, 4, 5, 6, EOS]
   assert rows[1]['targets'].tolist() == [12, 13, EOS, 0]
   assert rows[2]['targets'].tolist() == [14, 15, 16, 17]
@@ -68,7 +69,7 @@ def test_for_a_decoder_only_model():
     'loss_weights': [0, 0, 1, 1, 0, 0],
   }
   assert rows.truncated == 2
-  # 3 targets leave room for 4 inputs.
+  # Three targets leave room for 4 inputs.
   assert rows[1]['tokens'].tolist() == [3, 4, 5, EOS, 12, 13]
   assert rows[1]['targets'].tolist() == [4, 5, EOS, 12, 13, EOS]
   assert rows[2]['tokens'].tolist() == [9, EOS, 14, 15, 16, 17]
@@ -86,7 +87,7 @@ def test_an_epoch_has_every_pair_once():
   layout = EncoderDecoderLayout(16, 20, start_id=EOS)
   rows = PairRows(*(stream(*side) for side in texts), layout, EOS)
   assert rows.truncated == 0 and len(rows) < 25
-  batch = batch_dataset(rows, batch_size=len(rows), seed=1)[3]  # an epoch
+  batch = batch_dataset(rows, batch_size=len(rows), seed=1)[3]  # one epoch
   found = {}
   for b in range(len(rows)):
     for s in range(1, batch['segment_ids'][b].max() + 1):

@@ -1,4 +1,4 @@
-"""Spans cut out: by hand, by a plain loop, and back again."""
+"""Corrupted spans: by hand, by a plain loop, and restored."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def make(layout=None, **options):
   return SpanCorruption(layout, SENTINELS, EOS, **options)
 
 
-# The text `10 11 12 13 14 15 16` loses 11 and, as one span, 14 15.
+# Of the text `10 11 12 13 14 15 16` two spans are removed: 11, and 14 15.
 WINDOW = np.arange(10, 17, dtype=np.uint16)
 MASK = np.array([0, 1, 0, 0, 1, 1, 0], bool)
 
@@ -45,7 +45,7 @@ def test_spans_at_both_ends():
 
 
 class Chosen(np.random.Generator):
-  """A generator that draws what it was told."""
+  """A random generator that returns given draws."""
 
   def __init__(self, *draws):
     super().__init__(np.random.PCG64())
@@ -67,8 +67,8 @@ def test_an_example_by_hand():
   example = make(density=0.4, mean_span=1.5)(WINDOW, Chosen(*draws))
   assert example.inputs.tolist() == [10, 100, 12, 13, 101, 16, EOS]
   assert example.targets.tolist() == [100, 11, 101, 14, 15, 102, EOS]
-  # As T5's checkpoints know it, with a mode, and with a document's end: the
-  # EOS of the window is no text.
+  # T5's checkpoints expect this form. The window here begins with a mode token
+  # and ends with an end of text, which is not corrupted.
   task = make(density=0.4, mean_span=1.5, final_sentinel=False, mode_id=77)
   example = task(np.append(WINDOW, EOS), Chosen(*draws))
   assert example.inputs.tolist() == [77, 10, 100, 12, 13, 101, 16, EOS]
@@ -76,7 +76,7 @@ def test_an_example_by_hand():
 
 
 def filled(example, sentinels=SENTINELS):
-  """The definition, backwards: each sentinel replaced by what follows it."""
+  """The original text: each sentinel replaced by the targets that follow it."""
   spans, span = {}, None
   for token in example.targets.tolist():
     if token in sentinels:
@@ -105,7 +105,7 @@ def test_filling_the_sentinels_gives_the_window_back(n, density, mean, seed):
   )
   example = task(window, np.random.default_rng(seed))
   assert filled(example, sentinels) == window.tolist()
-  # And it is exactly as long as was planned.
+  # The example has exactly the planned lengths.
   lengths = task.lengths(np.array([n]))
   assert len(example.inputs) == lengths.inputs[0]
   assert len(example.targets) == lengths.targets[0]
@@ -124,10 +124,11 @@ def test_a_mask_has_the_counted_tokens_in_the_counted_spans(
 
 
 def test_counts_are_what_was_asked():
-  # The paper's own example (section 3.3.4): 15 % of 500 in 25 spans of 3.
+  # The example in the paper (section 3.3.4): 15 % of 500 tokens in 25 spans of
+  # 3.
   noise, spans = noise_counts(np.array([500, 100, 40]), 0.15, 3.0)
   assert noise.tolist() == [75, 15, 6] and spans.tolist() == [25, 5, 2]
-  # More spans than leave a token between each two are not made.
+  # There are at most as many spans as leave a token between each two.
   noise, spans = noise_counts(np.array([10]), 0.8, 1.0)
   assert noise.tolist() == [8] and spans.tolist() == [3]
 
@@ -158,12 +159,12 @@ def test_the_window_is_the_largest_that_fits(T_enc, T_dec, density, mean, last):
     layout, tuple(range(1000)), EOS, density, mean, final_sentinel=last
   )
   fits = layout.fits(task.lengths(np.arange(1, 400)))
-  # Shorter windows fit as well: the last of a document is one.
+  # Shorter windows fit too, such as the last one of a document.
   assert fits[: task.window].all() and not fits[task.window :].any()
 
 
 def test_t5s_lengths():
-  # T5's pre-training: 512 inputs hold 568 tokens, whose targets are 114.
+  # In T5's pre-training 568 tokens become 512 inputs and 114 targets.
   layout = EncoderDecoderLayout(512, 114, start_id=0)
   task = make(layout, final_sentinel=False)
   assert task.window == 568

@@ -1,4 +1,4 @@
-"""Every task from options to batches, and what it says of itself."""
+"""Every task, from its options to batches, and its description."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ ENCODER = {'encoder_tokens', 'encoder_segment_ids', 'encoder_positions'}
 
 
 def config(task, **more):
-  """Options of a task, given as its kind or its own options."""
+  """Options with a task, given by its kind or by its own options."""
   task = TASKS.get(task)() if isinstance(task, str) else task
   source = PAIRS if 'pairs' in task.reads else PART
   return DataOptions(source=source, seq_len=60, task=task, **more)
@@ -39,7 +39,8 @@ def batch_of(dataset, i=3):
 
 @pytest.mark.parametrize(
   ('task', 'V'),
-  # Bytes and their EOS; 100 sentinels; 3 modes.
+  # The vocabulary has 256 bytes and an end of text, and for some tasks 100
+  # sentinels and 3 modes.
   [
     ('prefix_lm', 257),
     ('span_corruption', 357),
@@ -63,7 +64,8 @@ def test_batches_are_as_promised(task, V, target_len):
   for name in batch.keys() & {'tokens', 'targets', 'encoder_tokens'}:
     assert batch[name].max() < V
   if target_len:
-    # All targets are learned, and a decoder starts at each of its segments.
+    # All targets have a loss, and each of a decoder's segments begins with the
+    # start token.
     assert (batch['loss_weights'] == real).all()
     starts = real & (batch['positions'] == 0)
     assert (batch['tokens'][starts] == dataset.tokenizer.start_id).all()
@@ -94,12 +96,13 @@ def test_a_decoder_only_prefix_lm_is_the_text_itself():
   eos = dataset.tokenizer.eos_id
   rows = dataset.splits['validation']
   batch = rows.take(np.arange(len(rows)))
-  # Nothing stands between prefix and suffix: a document's EOS is no input.
+  # No token stands between prefix and suffix: a document's end of text is never
+  # an input.
   assert not (batch['tokens'] == eos).any()
   assert (batch['targets'] == eos).sum() == dataset.counts['validation'][
     'documents'
   ]
-  # And the loss goes from the split to the end of each segment.
+  # The loss covers each segment from the split to its end.
   weights = batch['loss_weights']
   real = batch['segment_ids'] > 0
   inside = real[:, 1:] & (batch['positions'][:, 1:] > 0)
@@ -129,7 +132,7 @@ def test_describe_says_what_is_learned():
 
 
 def pairs_of(dataset):
-  """Texts of all inputs, and of all targets, of the training split."""
+  """The texts of all inputs and of all targets of the training split."""
   rows = dataset.splits['train']
   batch = rows.take(np.arange(len(rows)))
   sides = []
@@ -203,7 +206,8 @@ def test_what_others_ask_a_task(task, generates, goes_on):
   options = config(task)
   assert options.task.generates == generates
   assert options.task.answers_go_on == goes_on
-  # The text of a decoder's row says whether a token stands in between.
+  # The text of a decoder's row shows whether an end of text stands between
+  # inputs and answer.
   dataset = load(options)
   row = dataset.splits['train'][0]
   inside = row['segment_ids'] == 1
@@ -221,12 +225,13 @@ def test_pairs_are_read_as_texts():
   )
   (inputs, target), *_ = read_pairs(prefixed, 'validation')
   assert (inputs, target) == (f'say {pairs[0][0]}', pairs[0][1])
-  # Windows of texts are no pairs of texts.
+  # A task that splits windows of a text has no pairs of texts.
   assert read_pairs(config('prefix_lm'), 'validation') is None
 
 
 def test_a_tokenizers_own_sentinels_are_used(tmp_path):
-  # Bytes as letters, an EOS, and two sentinels that count down, as T5's do.
+  # The vocabulary has bytes as letters, an end of text, and two sentinels that
+  # count down, as in T5.
   names = [chr(0x100 + i) for i in range(256)]
   vocabulary = {name: i for i, name in enumerate(names)}
   vocabulary |= {

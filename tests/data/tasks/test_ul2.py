@@ -1,4 +1,4 @@
-"""The mixture of denoisers."""
+"""The mixture of denoisers of UL2."""
 
 import collections
 
@@ -26,7 +26,8 @@ def make(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
 
 
 def test_the_papers_seven():
-  # Table 1: two regular, one sequential, four extreme.
+  # Table 1 of the paper has two regular, one sequential and four extreme
+  # denoisers.
   modes = collections.Counter(d.mode for d in ul2.DENOISERS)
   assert modes == {'R': 2, 'S': 1, 'X': 4}
   assert {(d.mean_span, d.density) for d in ul2.DENOISERS if d.mode == 'X'} == {
@@ -54,7 +55,8 @@ def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
   assert abs(counts[72] - 200) < 60
   for mode, density in ((70, 0.1), (71, 0.3), (72, 0.5)):
     assert abs(np.mean(shares[mode]) - density) < 0.02
-  # A suffix has no fixed length, the noise of the others does.
+  # The length of a suffix is random, the share of noise of the other denoisers
+  # is not.
   assert np.std(shares[71]) > 0.1 and np.std(shares[70]) < 1e-9
 
 
@@ -63,7 +65,8 @@ def test_s_is_a_prefix_and_its_text_in_order():
   inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
   assert inputs[0] == MODES['S'] and inputs[-1] == EOS
   assert [*inputs[1:-1], *targets] == list(range(10, 40))
-  # In a decoder-only model's row the text goes on, without an EOS between.
+  # In a row of a decoder-only model no end of text stands between prefix and
+  # suffix.
   task = make([('S', 0.0, 0.25, 1.0)], DecoderLayout(50), end_prefix=False)
   inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
   assert [*inputs[1:], *targets] == list(range(10, 40))

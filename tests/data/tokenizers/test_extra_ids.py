@@ -1,4 +1,4 @@
-"""Ids after a tokenizer's last, and those that it has already."""
+"""Ids that are added behind a tokenizer's, and those that it already has."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from moe_jax.data.tokenizers.extra_ids import Extended, extend
 
 
 def t5_like(names=('<extra_id_0>', '<extra_id_1>'), end_inputs=False):
-  """Words, with sentinels of its own that count down as T5's do."""
+  """A tokenizer of words that has sentinels, counting down as T5's do."""
   vocabulary = {'</s>': 0, 'a': 1, 'b': 2, '<unk>': 3}
   vocabulary |= {name: 10 - i for i, name in enumerate(names)}
   model = hf.models.WordLevel(vocabulary, unk_token='<unk>')
@@ -48,7 +48,8 @@ def test_an_eos_is_added_where_there_is_none():
   assert (tokenizer.eos_id, tokenizer.start_id) == (3, 3)
   assert tokenizer.eos_ids == (3,)
   assert tokenizer.sentinel_ids == (4, 5)
-  assert tokenizer.decode([0, 3, 4]) == 'a<extra_id_0>'  # an EOS is no text
+  # An end of text has no text.
+  assert tokenizer.decode([0, 3, 4]) == 'a<extra_id_0>'
 
 
 def test_own_sentinels_come_first():

@@ -1,4 +1,4 @@
-"""Special tokens, prompts and conversations; transformers is the oracle."""
+"""Special tokens, prompts and conversations equal those of transformers."""
 
 import json
 
@@ -27,7 +27,7 @@ CHAT = [
 
 
 def model():
-  """A byte-level BPE model; its post-processor is NLLB's."""
+  """A byte-level BPE model with the post-processor of NLLB."""
   made = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
   made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = hf.decoders.ByteLevel()
@@ -63,7 +63,7 @@ def theirs():
 
 @pytest.fixture(scope='module')
 def folder(theirs, tmp_path_factory):
-  """What transformers writes."""
+  """A folder as transformers writes it."""
   path = tmp_path_factory.mktemp('tokenizer')
   theirs.save_pretrained(path)
   return path
@@ -77,7 +77,8 @@ def test_prompts_are_those_of_transformers(folder, theirs):
   ours = opened(folder)
   for text in ('the cat', '', 'a</s>b <extra_id_1> é'):
     assert ours.encode_inputs(text).tolist() == theirs(text).input_ids
-  # A document is not a prompt: nothing added, nothing forged.
+  # A document is encoded unlike a prompt: no special token is added, and none
+  # is read from its text.
   document = ours.encode('a</s>b')
   assert not set(document) & set(range(len(SPECIAL)))
   assert ours.decode(document) == 'a</s>b'
@@ -116,7 +117,8 @@ def test_configs_come_before_names(folder, tmp_path):
   assert (ours.eos_ids, ours.eos_id) == ((7, 1), 7)
   assert (ours.pad_id, ours.bos_id) == (2, 3)
   assert (ours.start_id, ours.forced_bos_id) == (0, 5)
-  # A model may have rows that no token has: they are in range, and no text.
+  # A model may have more rows than the tokenizer has tokens: their ids are
+  # valid and have no text.
   assert ours.vocab_size == 321
   assert ours.decode([320, *ours.encode('cat')]) == 'cat'
   assert ours.token_name(320) == '<320>'
@@ -136,11 +138,12 @@ def test_all_comes_back_from_the_workdir(folder, tmp_path):
 
 def test_the_file_alone_stays_what_it_was(folder):
   alone = opened(folder / 'tokenizer.json')
-  assert alone.eos_id == 1  # '</s>' is among the well-known names
+  assert alone.eos_id == 1  # '</s>' is one of the well-known names
   assert (alone.bos_id, alone.pad_id) == (None, None)
   assert 'special' not in alone.to_json()
   whole = opened(folder)
-  assert alone.identity != whole.identity  # another EOS would be other data
+  # Another end of text makes other data.
+  assert alone.identity != whole.identity
   with pytest.raises(ValueError, match='without a chat template'):
     alone.encode_chat(CHAT)
 
@@ -179,7 +182,8 @@ def test_languages(folder, theirs):
   assert english[0] == 4
   french = ours.encode_inputs('the cat', language='fra_Latn')
   assert french.tolist() == [5, *english[1:]]
-  # What the text itself says is not the post-processor's.
+  # A language that the text itself names is kept; only the post-processor's is
+  # replaced.
   spelled = ours.encode_inputs('eng_Latn', language='fra_Latn').tolist()
   assert spelled == [5, 4, 1]
   with pytest.raises(ValueError, match="unknown token 'fr'"):

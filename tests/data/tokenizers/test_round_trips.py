@@ -1,4 +1,4 @@
-"""Round trips, names and refusals of each tokenizer."""
+"""Round trips, token names and refusals of each tokenizer."""
 
 import json
 
@@ -14,7 +14,7 @@ TEXT = 'Größe: 10 €, 日本\n\t👍'
 
 
 def bpe(eos='<|endoftext|>'):
-  """A small byte-level BPE model; `eos` has id 0."""
+  """A small byte-level BPE model whose end of text `eos` has id 0."""
   model = hf.Tokenizer(hf.models.BPE())
   model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = hf.decoders.ByteLevel()
@@ -66,7 +66,7 @@ def test_bytes_by_hand():
   tokenizer = tokenizers.Bytes()
   assert tokenizer.vocab_size == 257
   assert tokenizer.encode('aé').tolist() == [97, 0xC3, 0xA9]
-  # Half an é is no UTF-8; an EOS is no text.
+  # The first byte of é alone is invalid UTF-8; an end of text has no text.
   assert tokenizer.decode([97, 0xC3, 256]) == 'a\ufffd'
   names = [tokenizer.token_name(t) for t in (32, 10, 101, 0x80, 256)]
   assert names == ["' '", "'\\n'", "'e'", '0x80', '<eos>']
@@ -97,11 +97,11 @@ def test_json_by_hand(tmp_path):
   assert tokenizer.eos_id == 0
   assert tokenizer.token_name(0) == '<eos>'
   assert tokenizer.decode([0]) == ''
-  (the,) = tokenizer.encode('the')  # the commonest word is one token
+  (the,) = tokenizer.encode('the')  # the most frequent word is one token
   assert tokenizer.token_name(the) == "'the'"
   half = tokenizer.encode('é')[0]
   assert '\ufffd' not in tokenizer.token_name(half)
-  # Text cannot forge the end of a document.
+  # A document's text cannot contain the token of its end.
   forged = tokenizer.encode('a</s>b')
   assert 0 not in forged
   assert tokenizer.decode(forged) == 'a</s>b'

@@ -1,4 +1,4 @@
-"""Attention against two other implementations, and its options."""
+"""Attention equals two other implementations; its options."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ B, T, M, H, N, D = 3, 7, 10, 4, 2, 6
 
 
 def inputs(seed=0):
-  """(x, segment_ids, positions): rows of one, two and three documents."""
+  """Rows of one, two and three documents: (x, segment_ids, positions)."""
   x = np.random.default_rng(seed).normal(size=(B, T, M)).astype(np.float32)
   segment_ids = [[1] * 7, [1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 3, 0, 0]]
   positions = [[*range(7)], [0, 1, 2, 0, 1, 2, 0], [0, 0, 1, 2, 0, 0, 0]]
@@ -30,7 +30,7 @@ def inputs(seed=0):
 
 
 def told_mask(segment_ids, causal=True):
-  """[B, 1, T, T]: the definition, token by token."""
+  """The mask by definition, token by token, [B, 1, T, T]."""
   ids, mask = np.asarray(segment_ids), np.zeros((B, 1, T, T), bool)
   for b, t, s in np.ndindex(B, T, T):
     mask[b, 0, t, s] = ids[b, t] == ids[b, s] and (s <= t or not causal)
@@ -153,12 +153,12 @@ def test_parameters_have_their_own_head_width_and_biases_only_on_request(
 
 
 def test_bfloat16_scores_are_float32():
-  # Query 1 scores its keys 256 and 257. bfloat16 has no 257: it would see a
-  # difference of 0 or 2, and give key 1 a weight of 0.5 or 0.88.
+  # Query 1 has scores of 256 and 257. bfloat16 has no 257: their difference
+  # would be 0 or 2, and key 1's weight 0.5 or 0.88.
   x = jnp.array([[[16, 0, 0, 0], [16, 1, 0, 1]]], jnp.bfloat16)
   head = np.eye(4, dtype=np.float32)[:, None]
   p = {
-    'w_query': 2 * head,  # undoes the scale 1 / sqrt(4)
+    'w_query': 2 * head,  # cancels the scale 1 / sqrt(4)
     'w_key': head * [1.0, 1, 0, 0],
     'w_value': head * [0.0, 0, 0, 1],
     'w_out': head.swapaxes(0, 1),
@@ -168,7 +168,7 @@ def test_bfloat16_scores_are_float32():
   positions = jnp.array([[0, 1]])
   y = jax.jit(lambda p: layer.apply({'params': p}, x, None, positions))(p)
   assert y.dtype == jnp.bfloat16
-  expected = np.e / (1 + np.e)  # 0.73
+  expected = np.e / (1 + np.e)  # about 0.73
   np.testing.assert_allclose(
     np.asarray(y, np.float32)[0, 1, 3], expected, atol=0.01
   )
@@ -190,7 +190,7 @@ def test_dropout_is_unbiased_and_only_in_training():
 
 @pytest.mark.parametrize('init', [FanIn(scale=2.0), Gpt2()])
 def test_scores_that_are_not_scaled_start_as_those_that_are(init):
-  # 2500 draws: the deviation's own is about 1.4 %.
+  # The standard deviation of 2500 draws is known to about 1.4 %.
   def start(scale):
     options = AttentionOptions(5, head_width=16, scale=scale)
     layer = Attention(options, Shared(Numerics(init=init)))

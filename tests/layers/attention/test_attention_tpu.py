@@ -1,4 +1,4 @@
-"""What attention compiles to on a TPU that is only described."""
+"""Attention compiled for a TPU that is only described."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[3]
 T = 256
 
-# Two layers' training gradient; prints what the compiled programs contain.
+# Compiles the training gradient of two layers and prints what the programs
+# contain.
 PROGRAM = f"""
 import json, re
 import jax, jax.numpy as jnp
@@ -68,7 +69,8 @@ def test_auto_compiles_to_the_kernel_and_keeps_no_square_array():
   own = ('JAX_', 'TPU_', 'XLA_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(own)}
   env |= dict(
-    ALLOW_MULTIPLE_LIBTPU_LOAD='1',  # no device: nothing to take turns at
+    # No device is opened, so that no lock is needed.
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
     JAX_PLATFORMS='cpu',
     TPU_ACCELERATOR_TYPE='v5litepod-4',
     TPU_SKIP_MDS_QUERY='1',

@@ -1,4 +1,4 @@
-"""The cache by slot: a told example."""
+"""The cache by slot, by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,8 @@ def empty(stacked=True):
 
 @pytest.mark.parametrize('stacked', [True, False])
 def test_rows_of_unequal_length_share_their_slots(stacked):
-  # A prompt of three and one of one, padded in front; then a token each.
+  # The prompts have three tokens and one, padded at their start; then each row
+  # gets one token.
   cache, layer = empty(stacked), jnp.int32(1) if stacked else 1
   mask = jnp.array([[True, True, True], [False, False, True]])
   cache, positions = cache.begin(mask)
@@ -33,7 +34,7 @@ def test_rows_of_unequal_length_share_their_slots(stacked):
     cache.filled, [[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]]
   )
   np.testing.assert_array_equal(cache.next_position, [4, 2])
-  kept = np.asarray(at_layer(cache.key, layer))  # [B, N, S, D]
+  kept = np.asarray(at_layer(cache.key, layer))  # the cached keys, [B, N, S, D]
   np.testing.assert_array_equal(kept[:, :, :3], keys.swapaxes(1, 2))
   np.testing.assert_array_equal(kept[:, 0, 3], keys[:, 0, 0] + 100)
   assert not kept[:, :, 4].any()
@@ -57,8 +58,8 @@ def test_take_repeats_and_reorders_rows(stacked):
 
 
 def test_it_remembers_what_stands_before_each_token():
-  # As above: a prompt of three and one of one, then a token each, then a row
-  # that has ended.
+  # The rows are prompts of three tokens and of one; then each gets one token,
+  # and then one row has ended.
   cache = empty()
   mask = jnp.array([[True, True, True], [False, False, True]])
   cache, previous = cache.follow(jnp.array([[5, 6, 7], [0, 0, 8]]), mask)

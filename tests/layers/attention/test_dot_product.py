@@ -20,13 +20,13 @@ from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import make_mesh
 from tests.models import tiny
 
-B, T, M, H, N, D = 4, 128, 10, 4, 2, 6  # splash has no smaller T
+B, T, M, H, N, D = 4, 128, 10, 4, 2, 6  # splash allows no smaller T
 GPU = jax.default_backend() == 'gpu'
 TPU_KERNEL = 'tpu_custom_call'
 
 
 def batch(seq_len=T, seed=0):
-  """(x, segment_ids, positions): packed, one row alone, padding at the end."""
+  """Packed rows, a row of one document, and padding at the end."""
   x = np.random.default_rng(seed).normal(size=(B, seq_len, M))
   segment_ids = np.ones((B, seq_len), np.int32)
   segment_ids[0, seq_len // 3 :] = 2
@@ -60,7 +60,7 @@ def layer(implementation='einsum', dtype='float32', **attributes):
 
 @functools.cache
 def program(implementation, causal, seq_len):
-  """(kernels, x, segment_ids) -> ((loss, y), gradients), compiled."""
+  """A compiled function (kernels, x, segment_ids) -> ((loss, y), gradients)."""
   positions = batch(seq_len)[2]
   toward = np.random.default_rng(2).normal(size=(B, seq_len, M))
   module = layer(implementation, causal=causal)
@@ -262,7 +262,7 @@ def test_cudnn_equals_einsum(packed):
 
 
 def test_who_sees_whom():
-  # Two tokens of document 1, two of document 2, one of padding.
+  # The row has two tokens of document 1, two of document 2 and one of padding.
   both_ways = [
     [1, 1, 0, 0, 0],
     [1, 1, 0, 0, 0],
@@ -282,7 +282,7 @@ def test_who_sees_whom():
   alone = visible_to(None)
   np.testing.assert_array_equal(alone, np.tri(5, dtype=bool)[None])
   assert visible_to(None, causal=False).all()
-  # Three tokens: oneself and the two before.
+  # A window of three tokens: the query's own and the two before it.
   near = np.tri(5, dtype=bool) & ~np.tri(5, k=-3, dtype=bool)
   np.testing.assert_array_equal(visible_to(None, window=3), near[None])
 
@@ -294,7 +294,7 @@ def test_masked_softmax_gives_hidden_keys_exactly_nothing():
   weights = np.asarray(jax.jit(masked_softmax)(scores, mask))
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
   assert weights[0, 0, 2] == 0
-  scores[0, 0, 2] = 1e30  # whatever they score
+  scores[0, 0, 2] = 1e30  # a masked score must not matter
   found = np.asarray(jax.jit(masked_softmax)(scores, mask))
   np.testing.assert_array_equal(found, weights)
 

@@ -1,4 +1,4 @@
-"""Experts of decoding steps equal the stacked ones in their loop."""
+"""Experts in a decoding step equal the stacked experts."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ E, K, M, F = 5, 2, 6, 11
 
 
 def run(dispatch, layer, params, x, routing):
-  """The output of feed-forward experts that are served by a dispatch."""
+  """The output of feed-forward experts with one kind of dispatch."""
 
   class Layer(nn.Module):
     @nn.compact
@@ -33,9 +33,9 @@ def run(dispatch, layer, params, x, routing):
 def test_equals_stacked_experts(tokens, use_bias):
   rng = np.random.default_rng(tokens)
   x = jnp.asarray(rng.normal(size=(1, tokens, M)), jnp.float32)
-  # One expert is nobody's, and one has most.
+  # One expert has no token, and one has most of them.
   logits = rng.normal(size=(1, tokens, E)) + [0, 3, 0, -90, 0]
-  mask = jnp.arange(tokens)[None] != 2  # padding among them
+  mask = jnp.arange(tokens)[None] != 2  # one token is padding
   routing = token_choice(
     jnp.asarray(logits, jnp.float32),
     num_selected=K,
@@ -61,7 +61,8 @@ def test_equals_stacked_experts(tokens, use_bias):
 
 
 def test_experts_that_nobody_chose_are_not_read():
-  # Their kernels are NaN, and one product with those would show.
+  # The kernels of experts without tokens are NaN, which any product with them
+  # would show.
   x = jnp.ones((1, 3, M))
   logits = jnp.array([[[9.0, 8, 0, 0, 0]] * 3])
   routing = token_choice(logits, num_selected=K, capacity=None)

@@ -1,4 +1,4 @@
-"""Experts are E feed-forward layers: the same numbers, independent starts."""
+"""Experts are E feed-forward layers with independent initial weights."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def rows_of(*shape, seed=0):
 
 
 class Experts(nn.Module):
-  """Feed-forward experts alone, expert e on rows[e], by a dispatch."""
+  """Feed-forward experts, of which expert e gets rows[e], by a dispatch."""
 
   options: FfnOptions
   shared: Shared = Shared()
@@ -55,7 +55,8 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, rows, train=False):
     E, R, M = rows.shape
-    # A group of all rows, the next R of which go to the next expert.
+    # One group has all rows, of which the first R go to expert 0, the next R to
+    # expert 1, and so on.
     index = jnp.arange(E * R, dtype=jnp.int32).reshape(1, E * R, 1)
     routing = Routing(
       expert_index=index // R,
@@ -77,7 +78,7 @@ def own_of(variables):
 
 
 def draw_params(layer, rows):
-  """Parameters of the layer's shapes, biases drawn too."""
+  """Random parameters with the layer's shapes, biases included."""
   shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), rows))
   leaves, tree = jax.tree.flatten(shapes)
   drawn = [rows_of(*x.shape, seed=i) for i, x in enumerate(leaves)]
@@ -101,8 +102,8 @@ def test_expert_e_is_a_feed_forward_with_its_parameters(activation, use_bias):
 
 
 def test_experts_start_apart_with_the_fan_in_of_one():
-  # 4000 draws an expert: the deviation's own is about 1 %. A fan-in that
-  # counted the experts too would be off by sqrt(5).
+  # With 4000 draws for each expert the standard deviation is known to about 1
+  # %. A fan-in that counted the experts too would be wrong by sqrt(5).
   shared = Shared(Numerics(init=FanIn(scale=2.0)))
   layer = Experts(FfnOptions(80, 'swiglu'), shared)
   params = own_of(layer.init(tiny.key(0), jnp.ones((E, 1, 50))))
@@ -134,12 +135,13 @@ def test_experts_carry_their_axis_and_their_role():
 def test_dropout_falls_on_each_expert_by_itself():
   layer = Experts(FfnOptions(F, 'relu'), dropout=0.5)
   rows = jnp.ones((E, R, M))
-  # Every expert and every row alike: what differs is what was dropped.
+  # All experts and all rows are equal, so that differences show what was
+  # dropped.
   params = {'w_in': jnp.ones((E, M, F)), 'w_out': jnp.ones((E, F, M))}
   variables = {'params': {'experts': params}}
   rngs = {'dropout': tiny.key(0)}
   run = jax.jit(lambda v: layer.apply(v, rows, train=True, rngs=rngs))
-  # Of F hidden values, [E, R].
+  # Number of the F hidden values that were kept, [E, R].
   kept = np.asarray(run(variables))[..., 0] / (2 * M)
   np.testing.assert_allclose(kept, kept.round(), atol=1e-5)
   assert len(set(kept.round().ravel())) > 2
@@ -148,7 +150,7 @@ def test_dropout_falls_on_each_expert_by_itself():
 
 
 class Cube(nn.Module):
-  """An expert that no config describes."""
+  """A user's expert, which cubes its input."""
 
   @nn.compact
   def __call__(self, x):
@@ -187,7 +189,7 @@ def test_any_module_can_be_an_expert():
   scale = start['experts']['expert']['scale']
   assert scale.shape == (E, M)
   assert np.unique(scale).size == E * M
-  # All tokens prefer expert 3, then 1; gates are theirs, room is for two.
+  # All tokens choose expert 3 first and expert 1 second; each has two slots.
   w = np.zeros((M, E), np.float32)
   x = x.at[..., 0].set(1.0)
   w[0] = [0, 1, 0, 2, 0]
@@ -211,7 +213,7 @@ def test_parameters_of_any_module_have_the_role_and_the_axis_of_experts():
 
 
 class Noisy(nn.Module):
-  """A user's expert: a kernel of so many powers, with noise in training."""
+  """A user's expert: a product with a power of its input, noisy in training."""
 
   power: int
 
@@ -255,20 +257,21 @@ INNER = MoeOptions(
   router=TokenChoice(gates='renormalized'),
   capacity=All(),
   expert=FeedForwardExpert(F, 'relu'),
-  group_size=-1,  # all rows of an expert: the loss is of one group
+  group_size=-1,  # one group: balance is of all rows of an expert
 )
 
 
 @pytest.mark.parametrize('dispatch', [Gather(), Einsum()])
 def test_a_mixture_can_be_an_expert(dispatch):
-  # Each expert is a mixture of three; a token goes to two of two each.
+  # Each expert is a mixture of three experts; a token goes to two of the
+  # mixtures, and to two experts in each.
   inner = MoE(dataclasses.replace(INNER, dispatch=dispatch))
   layer = with_expert(MixtureExpert(inner), dispatch=dispatch)
   x = rows_of(2, 8, M)
   params = draw_params(layer, x)['params']
   mixtures = params['experts']['expert']
   y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
-  # One after the other: each inner mixture on the tokens that it has.
+  # The definition applies one inner mixture after the other to its own tokens.
   route = jax.jit(MOE.router.module(MOE.sizes, Shared()).apply)
   routed, own = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
   serve = jax.jit(lambda p, mask: MoE(INNER).apply({'params': p}, x, mask))
@@ -289,7 +292,7 @@ def test_a_mixture_can_be_an_expert(dispatch):
   assert mixtures['experts']['w_in'].shape == (E, 3, M, F)
 
 
-SIZES = (2, 0, 4, 1, 1)  # and two rows that are no one's
+SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 
 
 @pytest.mark.parametrize('backend', ['auto', 'blocks', 'ragged_dot'])

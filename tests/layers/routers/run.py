@@ -1,4 +1,4 @@
-"""Inputs for routers, and routers compiled once and run on them."""
+"""Inputs for routers, and compiled routers to run on them."""
 
 import functools
 
@@ -21,7 +21,7 @@ def draw(*shape, seed=0, dtype='float32'):
 
 
 def some_mask():
-  """A full group, one with three real tokens and one of padding alone."""
+  """A mask of a full group, one of three real tokens, and one of padding."""
   mask = np.ones((G, S), bool)
   mask[1, 3:] = mask[2] = False
   return mask
@@ -34,7 +34,7 @@ def module(options, sizes):
 
 @functools.cache
 def compiled(options, sizes, train):
-  """One compilation for each, shared by the tests."""
+  """A compiled router, shared by all tests."""
 
   @jax.jit
   def run(variables, x, mask, key, ids, layer):
@@ -61,7 +61,7 @@ def route(
   layer=0,
   state=None,
 ):
-  """(routing, aux) of one input."""
+  """Routes one input; returns (routing, aux)."""
   sizes = Sizes(num_experts, num_selected, capacity)
   x = draw(G, S, M) if x is None else x
   mask = np.ones(x.shape[:2], bool) if mask is None else mask
@@ -76,7 +76,7 @@ def route(
 
 
 def start(options, sizes, x=None, mask=None):
-  """The variables of a fresh router, out of their boxes."""
+  """Initial variables of a router, without boxes."""
   x = draw(G, S, M) if x is None else x
   mask = np.ones(x.shape[:2], bool) if mask is None else mask
   x, mask = jnp.asarray(x), jnp.asarray(mask)

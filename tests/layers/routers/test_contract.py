@@ -1,6 +1,6 @@
-"""What every router of the list answers, held against what it does.
+"""Every router of the list keeps the promises that its options make.
 
-A new router is covered as soon as it stands in `ROUTERS`.
+A router is covered as soon as it stands in `ROUTERS`.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ LOSSES = [name for name in MoeAux._fields if name.endswith('_loss')]
 
 
 def alternatives(options):
-  """The options with one of their named values changed, all that there are."""
+  """Yields the options with one named value changed, for every such value."""
   for name, field in fields_of(type(options)).items():
     for check in spec_of(field).checks:
       for value in check.names:
         try:
           yield dataclasses.replace(options, **{name: value})
         except OptionError:
-          continue  # without effect here, or a part of several
+          continue  # the value has no effect here, or needs other values
 
 
 def stateful(options):
-  """A setting of the router that keeps something; None if there is none."""
+  """Options with which the router keeps state, or None if it never does."""
   for other in (options, *alternatives(options)):
     for name, hint in types_of(type(other)).items():
       if hint is float:
@@ -59,7 +59,7 @@ def stateful(options):
 
 
 def settings():
-  """(options, sizes) whose answers about the future differ."""
+  """Pairs (options, sizes) that differ in whether later tokens matter."""
   for kind in KINDS:
     options = ROUTERS.builtin[kind]()
     yield options, ROOMY
@@ -83,7 +83,7 @@ def inputs(seed=0, groups=G):
 
 @functools.cache
 def fresh(options, sizes):
-  """The module, and its variables in their boxes."""
+  """The module, and its initial variables in boxes."""
   module = options.module(sizes, Shared(), 'router')
   x, ids = inputs()
   start = jax.jit(
@@ -94,7 +94,7 @@ def fresh(options, sizes):
 
 
 def variables(options, sizes):
-  """The module, and variables; kernels are drawn, as some start at zero."""
+  """The module, and random variables, as some kernels start at zero."""
   module, start = fresh(options, sizes)
   rng = np.random.default_rng(1)
 
@@ -107,7 +107,7 @@ def variables(options, sizes):
 
 @functools.cache
 def compiled(options, sizes, train):
-  """A function of x, hash ids and mask: the routing, its aux, and an output."""
+  """A compiled function of x, hash ids and mask -> (routing, aux, output)."""
   module, params = variables(options, sizes)
 
   @jax.jit
@@ -125,13 +125,13 @@ def compiled(options, sizes, train):
 def test_causal_is_what_later_tokens_do_not_change(options, sizes):
   (old, old_ids), (new, new_ids) = inputs(0), inputs(1)
   t = np.random.default_rng(0).integers(0, S - 1, (G, 1))
-  past = np.arange(S)[None] <= t  # [G, S]
+  past = np.arange(S)[None] <= t  # tokens that stay, [G, S]
   real = np.random.default_rng(5).random((G, S)) < 0.5
   changed = False
   for train in (False, True):
     run = compiled(options, sizes, train)
     before = run(old, old_ids, jnp.ones((G, S), bool))[-1]
-    # Other tokens later, and fewer of them.
+    # Later tokens are others, and some of them are padding.
     after = run(
       jnp.where(past[..., None], old, new),
       jnp.where(past, old_ids, new_ids),
@@ -144,7 +144,7 @@ def test_causal_is_what_later_tokens_do_not_change(options, sizes):
   assert leak is None or 'later tokens change earlier outputs' in leak
 
 
-# All but one that draws by the shape of what it sees.
+# The random router is left out: its draws depend on the shape of its input.
 @pytest.mark.parametrize('sizes', [TIGHT, ROOMY], ids=name)
 @pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'random'])
 def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
@@ -195,7 +195,7 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
   for routing, aux, y in results:
     slots = np.asarray(routing.slot_mask())
     assert not slots[~mask].any() and slots[mask].any()
-    # One token a slot.
+    # Each slot has at most one token.
     assert slots.sum(1).max() == 1
     assert not np.asarray(y)[~mask].any()
     assert aux.stats.tokens == mask.sum()
@@ -220,7 +220,7 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   ]
   total = sum(kernel.size for kernel in kernels)
   cost = options.multiply_adds(TIGHT, M)
-  # Of a stack of kernels a token meets some.
+  # Where kernels are stacked, a token is multiplied by some of them.
   assert (cost == total) or any(kernel.ndim > 2 for kernel in kernels)
   assert cost <= total and (cost > 0) == (total > 0)
 
@@ -243,7 +243,8 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
   for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(moved)):
     assert (before != after).any()
-  # Of a stack of layers, each by its own load; at a rate of 0 none.
+  # In a stack of layers each layer's state moves by its own load; at a rate of
+  # 0 none moves.
   stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
   loads = jnp.stack([load, load[::-1]])
   both = options.move_state(stack, loads)
@@ -281,7 +282,7 @@ def test_sizes_and_other_forms_of_the_options(kind):
   for other in (options.for_encoder(), options.shrunk()):
     assert type(other) is type(options)
   if 'slot_priority' in fields_of(type(options)):
-    # With room for all it does not matter who is served first.
+    # Where nothing is dropped, the order of service does not matter.
     other = dataclasses.replace(options, slot_priority='choice_major')
     assert other.canonical(ROOMY) == options.canonical(ROOMY) == options
     assert other.canonical(TIGHT) == other != options.canonical(TIGHT)

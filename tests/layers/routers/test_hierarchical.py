@@ -1,4 +1,4 @@
-"""Two levels of gates against the flat layer, a loop, and the definitions."""
+"""Two levels of gates equal the flat layer, a loop, and the definitions."""
 
 import functools
 
@@ -32,7 +32,7 @@ B, T, M, F = 2, 9, 6, 11
 
 
 def two_levels(a, b, K1=2, K2=2, *, capacity=All(), **options):
-  """The router of a branches of b experts, and its sizes."""
+  """A router of `a` branches of `b` experts, and its sizes."""
   options = {'noisy': True, 'gates': 'renormalized', **options}
   router = Hierarchical(branching=a, branches_selected=K1, **options)
   return router, Sizes(a * b, K1 * K2, capacity)
@@ -110,7 +110,7 @@ def test_one_branch_is_the_flat_layer():
 
 
 def test_branches_that_are_copies_are_the_flat_layer_of_one():
-  # Gates of branches sum to one, and every branch gives the same.
+  # The gates of branches sum to one, and all branches have equal outputs.
   a, b = 3, 4
   x, mask = x_and_mask()
   two, one = layer(two_levels(a, b)), layer(flat(b, 2))
@@ -130,7 +130,8 @@ def test_branches_that_are_copies_are_the_flat_layer_of_one():
 
 @pytest.mark.parametrize('gates', ['raw', 'renormalized'])
 def test_all_choices_with_gates_that_are_copies_are_the_flat_product(gates):
-  # A gate of the product is one of summed logits, as all are chosen.
+  # All experts are chosen, so that a product of gates is the softmax of summed
+  # logits.
   a, b = 3, 2
   x, mask = x_and_mask()
   two = layer(two_levels(a, b, K1=a, K2=b, noisy=False, gates=gates))
@@ -306,6 +307,7 @@ def test_more_branches_than_there_are_cannot_be_chosen():
 
 
 def test_one_branch_has_a_gate_of_one():
-  # Renormalised gates of a single branch take nothing away.
+  # With a single branch renormalised gates of branches are all one, and that is
+  # no problem.
   router, sizes = two_levels(1, 4, K1=1, K2=2)
   assert not list(router.problems_with(sizes))

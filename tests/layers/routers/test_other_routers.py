@@ -1,4 +1,4 @@
-"""Routers without logits, and those whose experts choose."""
+"""Routers without logits, and those whose experts choose tokens."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ X = draw(G, S, M)
 
 
 def route(options, params=None, key=None, **more):
-  """(routing, aux) of one input; training where there is a key."""
+  """Routes one input, in training if there is a key; returns (routing, aux)."""
   more = {'mask': some_mask(), 'num_selected': K, 'capacity': TIGHT, **more}
   return run.route(options, params, X, key=key, train=key is not None, **more)
 
@@ -100,7 +100,7 @@ def test_expert_choice_losses_and_statistics_are_those_of_the_book():
     aux.importance_loss, (importance * tokens).sum(), rtol=1e-3
   )
   assert aux.balance_loss == aux.load_loss == 0
-  # Eight real tokens of the first group, three of the second, none.
+  # The groups have eight real tokens, three, and none.
   np.testing.assert_array_equal(aux.stats.load, [2 + 1] * E)
   entropy = -(p := reference.softmax(logits)[mask]) * np.log(p)
   np.testing.assert_allclose(aux.stats.entropy, entropy.sum(), rtol=1e-4)

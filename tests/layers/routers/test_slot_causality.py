@@ -1,4 +1,4 @@
-"""Which priorities and capacities let later tokens change earlier outputs."""
+"""Priorities and capacities with which later tokens change earlier outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from moe_jax.layers.routers import Sizes
 from moe_jax.routing import GATES, SLOT_PRIORITIES, token_choice
 
 S, E = 7, 5
-# All but All() leave 1 or 2 slots for 7 tokens and 5 experts: they bind.
+# All of these but All() leave 1 or 2 slots for 7 tokens and 5 experts, so that
+# tokens are dropped.
 CAPACITIES = (
   PerToken(factor=1.0),
   PerAssignment(factor=0.4),
@@ -40,16 +41,16 @@ def name(value):
 
 
 def before_and_after(priority, sizes, *, trials=60, **options):
-  """What tokens up to t got in `trials` groups, before and after t+1.. changed.
+  """Routing of tokens up to t, before and after later tokens are changed.
 
-  Returns two dicts of arrays [trials, S, ...], zero after t.
+  Returns two dicts of arrays [trials, S, ...], which are zero after t.
   """
   keys = jax.random.split(jax.random.key(0), 4)
   old = jax.random.normal(keys[0], (trials, S, E))
   new = jax.random.normal(keys[1], (trials, S, E))
   x = jax.random.normal(keys[2], (2, trials, S, 3))
   t = np.random.default_rng(0).integers(0, S - 1, (trials, 1))
-  past = (np.arange(S)[None] <= t)[..., None]  # [trials, S, 1]
+  past = (np.arange(S)[None] <= t)[..., None]  # tokens up to t, [trials, S, 1]
 
   def run(logits, x):
     routing = token_choice(
@@ -85,8 +86,8 @@ def test_a_causal_setting_does_not_see_later_tokens(priority, sizes):
         priority, sizes, gates=gates, second_policy=policy
       )
       if not sizes.capacity.binds:
-        # With room for all, a later token may move an earlier one to another
-        # slot of the same expert; nothing is computed differently.
+        # Where nothing is dropped, a later token can move an earlier one to
+        # another slot of the same expert, which changes no output.
         del old['slot']
       for name in old:
         np.testing.assert_array_equal(old[name], new[name], err_msg=name)
@@ -101,6 +102,7 @@ def test_a_leaking_setting_does_see_later_tokens(priority, sizes):
 
 
 def test_three_ways_to_be_causal():
-  # Token-major; a single choice in order; room for every token.
+  # These do not depend on later tokens: token-major order, a single choice in
+  # the order of tokens, and slots for every token.
   assert len(CAUSAL) == 15 + 4 + (3 + 3)
   assert len(LEAKING) == 2 * 4 + 3 * 4

@@ -55,7 +55,7 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
     'load_loss': reference.load_loss(probability, mask),
   }
   for name, per_group in losses.items():
-    # The batch's loss is the groups' mean, weighted by real tokens.
+    # The batch's loss is the mean over groups, weighted by real tokens.
     mean = getattr(aux, name) / tokens.sum()
     expected = (per_group * tokens).sum() / tokens.sum()
     assert expected > 0
@@ -87,7 +87,7 @@ def test_bfloat16_input_is_routed_in_float32():
 
 
 def test_jitter_multiplies_the_router_input_in_training_alone():
-  # Two experts, w = (3, 0) and x = 1: the logits' difference is 3 * jitter.
+  # With two experts, w = (3, 0) and x = 1, the logits differ by 3 * jitter.
   params = {'w': np.array([[3.0, 0.0]], np.float32)}
   x = np.ones((G, 100, 1), np.float32)
 
@@ -104,7 +104,8 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
   drawn = factor(train=True, key=0)
   assert 0.8 - 1e-4 < drawn.min() < 0.82
   assert 1.18 < drawn.max() < 1.2 + 1e-4
-  # U[0.8, 1.2] has deviation 0.115; of a mean of 300 that is 0.0067.
+  # The standard deviation of U[0.8, 1.2] is 0.115, and that of a mean of 300
+  # draws 0.0067.
   np.testing.assert_allclose(drawn.mean(), 1, atol=0.03)
   assert len(np.unique(drawn)) > 250
   assert np.abs(factor(train=True, key=1) - drawn).max() > 0.1
@@ -142,7 +143,7 @@ def test_noise_is_drawn_from_its_stream_in_training_alone(name):
 
 def test_training_without_noise_needs_no_stream():
   params, x = {'w': draw(M, E)}, draw(G, S, M, seed=1)
-  # A single choice has no second.
+  # A single choice has no second choice.
   for options in (TokenChoice(), TokenChoice(second_policy='threshold')):
     trained, _ = route(options, params, x, train=True)
     evaluated, _ = route(options, params, x)
@@ -160,12 +161,13 @@ def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
   assert not params['w_noise'].any()
   options = dict(num_selected=K, ids=None)
   _, still = route(NoisyTopK(), params, x, **options)
-  # Equal logits: ties go to the lower experts.
+  # Logits are equal: ties go to experts of lower number.
   np.testing.assert_array_equal(still.stats.load, [300, 300, 0, 0, 0])
   _, noisy = route(NoisyTopK(), params, x, train=True, key=0, **options)
-  # 600 choices at K/E = 0.4: 120 an expert, deviation sqrt(300 * .24) = 8.5.
+  # 600 choices with K/E = 0.4 give 120 to an expert, with a standard deviation
+  # of sqrt(300 * .24) = 8.5.
   np.testing.assert_allclose(noisy.stats.load, 120, atol=45)
-  # The entropy and the z-loss are those of the clean logits, all zero.
+  # Entropy and z-loss are those of the logits without noise, which are zero.
   np.testing.assert_allclose(noisy.z_loss / 300, np.log(E) ** 2, rtol=1e-5)
 
 
@@ -183,8 +185,9 @@ def test_a_balancing_bias_moves_choices_and_leaves_gates_and_losses_to_logits():
 
 
 def test_batch_priority_under_a_bias_serves_the_surest_token_first():
-  # Both tokens are pushed to expert 1, which has one slot; the second is surer
-  # of expert 0, and more so than the first is of anything.
+  # The bias sends both tokens to expert 1, which has one slot. The second token
+  # prefers expert 0, and with a larger probability than any of the first
+  # token's.
   options = TokenChoice(
     slot_priority='batch_priority',
     balance_bias_rate=0.1,
