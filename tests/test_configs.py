@@ -70,12 +70,15 @@ def test_a_dump_holds_what_differs_and_nothing_else():
   assert json.loads(golden.dump('eigen_digits'))['evals.all_tokens'] is None
 
 
-# Shrunk they differ from `mixtral_8x7b` and `tiny_seq2seq` in what
-# `tests/models` holds to account; most of their time is compiling.
+# Shrunk they differ from `mixtral_8x7b`, `tiny_switch` and `tiny_seq2seq` in
+# what `tests/models` checks; most of their time is compiling.
 SIBLINGS = (
   'glam_64b64e',
   'nllb_moe_54b',
   'openmoe_8b',
+  'shakespeare_dense',
+  'shakespeare_gshard',
+  'shakespeare_switch',
   'shazeer_multilingual',
   'st_moe_32b',
   'st_moe_base',

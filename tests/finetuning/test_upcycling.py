@@ -1,4 +1,4 @@
-"""Parameters of one model as another's: which, and what it then computes."""
+"""Parameters of one model converted to another's, and the model's outputs."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ KEY = jax.random.key(3)
 
 
 def build(moe, model=None):
-  """A model of 16 numbers a token and four layers."""
+  """Makes a model of width 16 and four layers."""
   moe = dict(moe)
   layers = moe.pop('encoder_layers', None)
   options = {'vocab_size': V, 'num_layers': 4, 'width': 16, **(model or {})}
@@ -57,7 +57,7 @@ def build(moe, model=None):
 
 
 def batch_of(model):
-  """Random rows, of both halves where there are two."""
+  """Random rows, for the encoder too where there is one."""
   return {
     f'{prefix}{name}': values
     for seed, prefix in enumerate(model.sequences)
@@ -67,7 +67,7 @@ def batch_of(model):
 
 @functools.cache
 def params_of(model):
-  """As if trained: at the start norms and biases are alike in every layer."""
+  """Random parameters: initial norms and biases are equal in all layers."""
   shapes = nn.meta.unbox(models.abstract_params(model))
   rng = np.random.default_rng(0)
 
@@ -84,7 +84,7 @@ def logits_of(model, params):
   def apply(params):
     return model.apply({'params': params}, **model.inputs(batch))[0]
 
-  # A sparse layer adds nothing to padding, a dense one does.
+  # Padding is left out: a sparse layer adds nothing to it, a dense one does.
   return jax.jit(apply)(params)[batch['segment_ids'] > 0]
 
 
@@ -94,7 +94,7 @@ def convert(model, source, **copies):
 
 
 def change(moe, source_moe, model=None, **copies):
-  """By how much the conversion changes any logit, over the largest."""
+  """Largest change of a logit by the conversion, over the largest logit."""
   ours, theirs = build(moe, model), build(source_moe, model)
   old = logits_of(theirs, params_of(theirs))
   new = logits_of(ours, convert(ours, theirs, **copies))
@@ -105,11 +105,12 @@ def change(moe, source_moe, model=None, **copies):
   ('moe', 'model'),
   [
     ({}, {}),
-    # Ten layers with the last one sparse are two loops, of nine and of one.
+    # Ten layers of which the last is sparse are two loops, of nine and of one.
     ({'layers': 'last 1', 'num_selected': 3}, {'num_layers': 10}),
-    (
+    pytest.param(
       {'layers': '0,3', 'dispatch': Dropless()},
       {'ffn': FfnOptions(20, 'swiglu')},
+      marks=pytest.mark.slow,
     ),
     (
       {'layers': 'all', 'encoder_layers': '0,1'},
@@ -121,6 +122,7 @@ def test_upcycled_models_begin_as_the_dense_one(moe, model):
   assert change({**TOP2, **moe}, DENSE, model) < 1e-6
 
 
+@pytest.mark.slow
 def test_raw_gates_and_little_room_are_not_the_dense_model():
   tight = {'capacity': PerToken(0.5)}
   for moe in (RAW, tight):
@@ -131,7 +133,8 @@ def test_raw_gates_and_little_room_are_not_the_dense_model():
 def test_what_becomes_of_each_layer():
   dense, sparse = build(DENSE), build(TOP2)
   source, made = params_of(dense), convert(sparse, dense, router_std=0.0)
-  theirs = source['layers']['layer_0']  # one period of one layer, four times
+  # One period of one layer, repeated four times.
+  theirs = source['layers']['layer_0']
   even, odd = made['layers']['layer_0'], made['layers']['layer_1']
   equal = np.testing.assert_array_equal
   equal(made['embedding'], source['embedding'])
@@ -140,7 +143,7 @@ def test_what_becomes_of_each_layer():
   for name, kernel in odd['moe']['experts'].items():
     for e in range(4):
       equal(kernel[:, e], theirs['ffn'][name][[1, 3]])
-  # The router is the one that a run of its own would have drawn.
+  # The router has the initial weights of a run that starts from nothing.
   init = functools.partial(models.init_params, sparse)
   drawn = nn.meta.unbox(jax.jit(init)(KEY))['layers']['layer_1']['moe']
   np.testing.assert_allclose(odd['moe']['router']['w'], drawn['router']['w'])
@@ -153,7 +156,7 @@ def test_the_publications_router():
 
 
 def test_some_layers_sparse_already():
-  # 1 and 3 keep their experts and routers, 0 and 2 become sparse.
+  # Layers 1 and 3 keep their experts and routers; layers 0 and 2 become sparse.
   assert change({**TOP2, 'layers': 'all'}, TOP2) < 1e-6
 
 
@@ -227,7 +230,7 @@ def test_all_that_does_not_fit_is_listed():
     (TOP2, {}, TOP2, {}, {'experts': (0, 1)}, r'are not 4 numbers in \[0, 4\)'),
     (TOP2, {}, TOP2, {}, {'experts': (0, 1, 2, 4)}, 'are not 4 numbers'),
     (TOP2, {}, DENSE, {}, {'experts': (0,) * 4}, 'with 0 experts there and 4'),
-    # The dense twin of K=2 is twice as wide as an expert.
+    # The dense twin with K=2 is twice as wide as an expert.
     (
       TOP2,
       {},

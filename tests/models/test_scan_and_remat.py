@@ -71,10 +71,10 @@ def trained(scan_layers, remat, router='sampled'):
   ('scan_layers', 'remat', 'router'),
   [
     (False, 'none', 'sampled'),
-    (True, 'full', 'sampled'),
+    pytest.param(True, 'full', 'sampled', marks=pytest.mark.slow),
     (True, 'dots', 'sampled'),
     (True, 'dots', 'dropless'),
-    (True, 'dots', 'expert_choice'),
+    pytest.param(True, 'dots', 'expert_choice', marks=pytest.mark.slow),
     (False, 'full', 'hash'),
     pytest.param(False, 'dots', 'random', marks=pytest.mark.slow),
     pytest.param(False, 'none', 'expert_choice', marks=pytest.mark.slow),
