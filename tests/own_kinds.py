@@ -1,4 +1,4 @@
-"""A user's module: one class for each choice that a config has."""
+"""A user's module with one class for each choice that a config has."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from moe_jax.training.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class InTurn(Queued):
-  """A router that gives tokens to experts in turn."""
+  """Options of a router that gives tokens to experts in turn."""
 
   first: int = option(0, 'Number of the first expert.', at_least(0))
 
@@ -35,7 +35,7 @@ class InTurn(Queued):
 
 
 class InTurnRouter(Router):
-  """See `InTurn`."""
+  """The module of the router `InTurn`."""
 
   options: InTurn
 
@@ -47,7 +47,7 @@ class InTurnRouter(Router):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(ExpertOptions):
-  """An expert that is one product."""
+  """Options of an expert that is a single product."""
 
   std: float = option(0.1, 'Standard deviation of the kernel.', above(0))
 
@@ -56,7 +56,7 @@ class Linear(ExpertOptions):
 
 
 class LinearExpert(nn.Module):
-  """See `Linear`."""
+  """The module of the expert `Linear`."""
 
   std: float
 
@@ -68,7 +68,7 @@ class LinearExpert(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Counting(SourceOptions):
-  """A source of numbers in words of digits."""
+  """A source of documents of numbers, spelled digit by digit."""
 
   count: int = option(300, 'Number of documents.', at_least(2))
 
@@ -81,7 +81,7 @@ class Counting(SourceOptions):
 
 
 class Shouted(Bytes, kind='tests.own_kinds:Shouted'):
-  """Bytes of upper-case text."""
+  """A tokenizer of bytes, of upper-case text."""
 
   identity = 'shouted'
 
@@ -91,7 +91,7 @@ class Shouted(Bytes, kind='tests.own_kinds:Shouted'):
 
 @dataclasses.dataclass(frozen=True)
 class Shout(TokenizerOptions):
-  """The choice of `Shouted`."""
+  """Options of the tokenizer `Shouted`."""
 
   def identity(self):
     return Shouted.identity
@@ -102,7 +102,7 @@ class Shout(TokenizerOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Backwards(TextTask):
-  """Language modelling from the last token to the first."""
+  """A task of language modelling from the last token to the first."""
 
   label = 'backwards'
   makes_examples = False
@@ -114,7 +114,7 @@ class Backwards(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Norm(EvaluationOptions):
-  """An evaluation that measures the size of the parameters."""
+  """An evaluation that measures the norm of the parameters."""
 
   power: int = option(2, 'Power of the norm.', at_least(1))
 
@@ -128,7 +128,7 @@ class Norm(EvaluationOptions):
 
 @dataclasses.dataclass(frozen=True)
 class SignSgd(Optimizer):
-  """Steps of the gradient's sign."""
+  """An optimizer that steps by the sign of the gradient."""
 
   def preconditioner(self, axes):
     return optax.scale_by_sign()
@@ -136,7 +136,7 @@ class SignSgd(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Steps(Schedule):
-  """A rate that halves every few steps."""
+  """A schedule whose rate halves every few steps."""
 
   every: int = option(2, 'Number of steps at one rate.', at_least(1))
 
@@ -153,11 +153,11 @@ class Unfinished(RouterOptions):
 
 
 class Undecorated(InTurn):
-  """A router that is no dataclass of its own."""
+  """A router without the decorator `dataclass`."""
 
   other: int = option(1, 'Another number.', at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Unbuilt(TextModelOptions):
-  """A model that lacks the method of its contract."""
+  """A model that lacks the method that its contract asks for."""

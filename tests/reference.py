@@ -1,6 +1,6 @@
-"""What routing and dispatch mean: numpy and plain loops, from the papers.
+"""Definitions of routing and dispatch from papers, in numpy and plain loops.
 
-These are the definitions the code is held to, one token and one choice at a
+The code is tested against these, which handle one token and one choice at a
 time, in float64. Not here: anything fast, and anything taken from `moe_jax`.
 """
 
@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr  # the standard normal's distribution function
+from scipy.special import ndtr  # the standard normal distribution function
 
 
 class Reference(NamedTuple):
@@ -56,7 +56,7 @@ def capacity(
 
 
 def choose(logits, K):
-  """The K largest of one token's logits, ties to the lower expert."""
+  """The K largest of one token's logits; ties go to the lower expert."""
   return sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:K]
 
 
@@ -72,7 +72,7 @@ def visits(slot_priority, logits, K):
 
 
 def is_sent(second_policy, k, relative_gate, draw, threshold):
-  """Whether a choice of rank k goes out at all; the first always does."""
+  """Whether a choice of rank k is sent; the first always is."""
   if k == 0 or draw is None or second_policy == 'all':
     return True
   if second_policy == 'sampled':  # GShard, Algorithm 1
@@ -92,7 +92,7 @@ def token_choice(
   second_threshold=0.2,
   draws=None,
 ) -> Reference:
-  """Token choice, one choice after another, given the uniform draws."""
+  """Token choice, one choice after another, for given uniform draws."""
   logits = np.asarray(logits, np.float64)
   (G, S, _), K = logits.shape, num_selected
   mask = np.ones((G, S), bool) if mask is None else np.asarray(mask)
@@ -127,7 +127,7 @@ def token_choice(
 
 
 def relative_gates(logits, chosen):
-  """g_i / (g_1 + ... + g_K) of one token."""
+  """Relative gates g_i / (g_1 + ... + g_K) of one token."""
   gate = softmax(logits)[chosen]
   return gate / gate.sum()
 
@@ -150,7 +150,7 @@ def gshard_top_2(logits, capacity, draws) -> Reference:
   logits = np.asarray(logits, np.float64)
   S, E = logits.shape
   g = softmax(logits)
-  count = np.zeros(E, int)  # c_e
+  count = np.zeros(E, int)  # c_e of the paper
   index = np.array([choose(logits[s], 2) for s in range(S)])
   slot, gate = np.zeros((S, 2), int), np.zeros((S, 2))
   for k in range(2):
@@ -161,7 +161,7 @@ def gshard_top_2(logits, capacity, draws) -> Reference:
       drawn = k == 0 or 2 * share > draws[s, 1]
       if count[e] < capacity and drawn:
         gate[s, k] = share
-      count[e] += 1  # always, also where the draw did not send it
+      count[e] += 1  # counted even where the draw did not send it
   return Reference(index, slot, gate, gate > 0, None)
 
 
@@ -181,7 +181,7 @@ def load_probability(clean, noisy, std, K):
 
 
 def balance_loss(probs, expert_index, mask, choices='all'):
-  """E * sum_e f_e P_e over the real tokens of each group, [G]."""
+  """Balance loss E * sum_e f_e P_e over the real tokens of each group, [G]."""
   G, _, E = probs.shape
   ranks = expert_index.shape[-1] if choices == 'all' else 1
   loss = np.zeros(G)
@@ -195,7 +195,7 @@ def balance_loss(probs, expert_index, mask, choices='all'):
 
 
 def z_loss(logits, mask):
-  """Mean over real tokens of (log sum_j exp(x_j))^2, [G]."""
+  """Z-loss, the mean over real tokens of (log sum_j exp(x_j))^2, [G]."""
   loss = np.zeros(len(logits))
   for g in range(len(logits)):
     real = logits[g][mask[g]]
@@ -209,7 +209,7 @@ def squared_cv(values):
 
 
 def importance_loss(gate, expert_index, mask, E):
-  """CV(sum over tokens of the gates)^2, [G]."""
+  """Importance loss CV(sum over tokens of the gates)^2, [G]."""
   importance = np.zeros((len(gate), E))
   for g, s, k in np.ndindex(gate.shape):
     if mask[g, s]:
@@ -218,7 +218,7 @@ def importance_loss(gate, expert_index, mask, E):
 
 
 def load_loss(probability, mask):
-  """CV(sum over tokens of P(x, i))^2, [G]."""
+  """Load loss CV(sum over tokens of P(x, i))^2, [G]."""
   return np.array(
     [squared_cv(probability[g][mask[g]].sum(0)) for g in range(len(mask))]
   )
@@ -255,7 +255,7 @@ def two_level_losses(clean, noisy, std, K1, K2, mask):
     branch_load += load_probability(
       *(x[0][None, s, None] for x in (clean, noisy, std)), K1
     )[0, 0]
-    for i in {e // b for e in index}:  # the token is in X_i
+    for i in {e // b for e in index}:  # the branches that the token chose
       number[i] += 1
       load[i] += load_probability(
         *(x[1][None, s, None, i] for x in (clean, noisy, std)), K2
@@ -266,7 +266,7 @@ def two_level_losses(clean, noisy, std, K1, K2, mask):
 
 
 def routing_stats(routing: Reference, logits, mask):
-  """Every statistic by counting the fates of the real tokens' choices."""
+  """All statistics, by counting the fates of the real tokens' choices."""
   E, K = logits.shape[-1], routing.slot.shape[-1]
   stats = {
     'tokens': 0,
@@ -300,10 +300,10 @@ def _served(routing):
 
 
 def slot_of_row(routing) -> np.ndarray:
-  """Where the rows sorted by expert are among the slots [E * G * C].
+  """The slots [E * G * C] of the rows sorted by expert.
 
-  Sorted rows come expert by expert, in the order of groups, tokens, choices;
-  behind the last there are as many as make min(G*S*K, E*G*C), without a slot.
+  Sorted rows are ordered by expert, group, token and choice. Behind the last
+  one are rows without a slot, up to min(G*S*K, E*G*C) rows.
   """
   G, S, K = routing.kept.shape
   E, C = routing.num_experts, routing.capacity
@@ -319,7 +319,7 @@ def slot_of_row(routing) -> np.ndarray:
 
 
 def dispatch(x, routing):
-  """Each served choice copies its token to its slot: [E, G*C, M]."""
+  """Rows [E, G*C, M]: each served choice copies its token to its slot."""
   G, _, M = x.shape
   rows = np.zeros((routing.num_experts, G * routing.capacity, M))
   for g, s, _, e, r in _served(routing):
@@ -328,7 +328,7 @@ def dispatch(x, routing):
 
 
 def dispatch_gradient(d_rows, routing):
-  """Each served choice sends its row's gradient back to its token."""
+  """Gradient of `dispatch`: each served choice returns its row's gradient."""
   d_x = np.zeros((*routing.kept.shape[:2], d_rows.shape[-1]))
   for g, s, _, e, r in _served(routing):
     d_x[g, s] += d_rows[e, r]
@@ -336,7 +336,7 @@ def dispatch_gradient(d_rows, routing):
 
 
 def combine(rows, routing):
-  """The gated sum of each token's served choices: [G, S, M]."""
+  """The gated sum of the outputs of each token's served choices, [G, S, M]."""
   y = np.zeros((*routing.kept.shape[:2], rows.shape[-1]))
   for g, s, k, e, r in _served(routing):
     y[g, s] += float(routing.gate[g, s, k]) * rows[e, r]
@@ -344,7 +344,7 @@ def combine(rows, routing):
 
 
 def combine_gradient(dy, rows, routing):
-  """Gradients of `combine` by rows and by gates."""
+  """Gradients of `combine` with respect to rows and to gates."""
   d_rows, d_gate = np.zeros(rows.shape), np.zeros(routing.kept.shape)
   for g, s, k, e, r in _served(routing):
     d_rows[e, r] += float(routing.gate[g, s, k]) * dy[g, s]
@@ -353,7 +353,7 @@ def combine_gradient(dy, rows, routing):
 
 
 def grouped_matmul(x, w, group_sizes):
-  """Each row times its group's kernel: [N, F]; zero past the last group."""
+  """Each row times its group's kernel, [N, F]; zero behind the last group."""
   x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
   y = np.zeros((len(x), w.shape[2]))
   for n, e in _grouped(group_sizes):
@@ -362,7 +362,7 @@ def grouped_matmul(x, w, group_sizes):
 
 
 def grouped_outer(x, dy, group_sizes):
-  """The sum over each group's rows of x[n]^T dy[n]: [E, M, F]."""
+  """Sum of x[n]^T dy[n] over each group's rows, [E, M, F]."""
   x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
   dw = np.zeros((len(group_sizes), x.shape[1], dy.shape[1]))
   for n, e in _grouped(group_sizes):
@@ -371,16 +371,16 @@ def grouped_outer(x, dy, group_sizes):
 
 
 def _grouped(group_sizes):
-  """(row, expert) of each row that is in a group, in order."""
+  """Yields (row, expert) of each row that is in a group, in order."""
   experts = [e for e, size in enumerate(group_sizes) for _ in range(size)]
   return enumerate(experts)
 
 
 def expert_choice(logits, capacity, mask):
-  """Who is in each slot [G, E, C], S where nobody, and the slots' gates.
+  """Tokens in slots [G, E, C], S for an empty slot, and the slots' gates.
 
-  Each expert takes the likeliest of the group's real tokens, in that order;
-  of n real ones ceil(C * n / S).
+  Each expert takes the likeliest of the group's real tokens, in that order; of
+  n real ones ceil(C * n / S).
   """
   G, S, E = logits.shape
   token_index = np.full((G, E, capacity), S)
@@ -396,9 +396,10 @@ def expert_choice(logits, capacity, mask):
 
 
 def slots_gradients(routing, x, dy, rows, d_rows):
-  """Where experts choose: rows, gradient by x, y, gradients by rows and gates.
+  """Values and gradients where experts choose, with rows [E, G*C, M].
 
-  Rows are [E, G*C, M].
+  Returns rows, the gradient of x, outputs y, and the gradients of rows and of
+  gates.
   """
   G, E, C = routing.gate.shape
   sent, d_x = np.zeros(rows.shape), np.zeros(x.shape)
@@ -428,23 +429,23 @@ def scrambled(x: int) -> int:
 
 
 def hash_choice(number, *, E, K, seed, layer):
-  """The K experts of an id: draws without putting back."""
+  """The K experts of an id, by draws without replacement."""
   salt = scrambled(scrambled(seed) + layer)
   draws = [scrambled(scrambled(number) + scrambled(salt + k)) for k in range(K)]
   return drawn(draws, E)
 
 
 def drawn(draws, E):
-  """Each draw takes one of the experts that are left out of the row."""
+  """Experts by draws, each among those that the row does not have yet."""
   left = list(range(E))
   return [left.pop(draw % len(left)) for draw in draws]
 
 
 def balanced_gates(logits, margin):
-  """The gates of step after step of examples, [T, B, E], balanced by totals.
+  """Gates of successive batches [T, B, E], balanced by running totals.
 
-  An expert sits a step out where its gates, summed over all steps before, are
-  more than `margin` above the mean of those sums.
+  An expert sits out a step if its gates, summed over all steps before, are more
+  than `margin` above the mean of these sums.
   """
   T, B, E = np.shape(logits)
   totals, gates = [0.0] * E, np.zeros((T, B, E))
@@ -461,10 +462,10 @@ def balanced_gates(logits, margin):
 
 
 def lstm(x, p, segment_ids):
-  """h [T, M] of one row, by the six equations of the cell.
+  """The outputs h [T, M] of one row, by the six equations of the LSTM cell.
 
-  p: w_in and w_state [M, 4, H] and b_gates [4, H] of the gates i, f, g, o, and
-  w_out [H, M] or None.
+  p has w_in and w_state [M, 4, H] and b_gates [4, H] of the gates i, f, g, o,
+  and w_out [H, M] or None.
   """
 
   def sigmoid(v):

@@ -1,8 +1,8 @@
-"""What a decoder computes, in numpy, one document at a time, in float64.
+"""The function of a decoder in numpy, one document at a time, in float64.
 
 Covers rmsnorm, rotary or learned positions, grouped heads without bias, relu,
-swiglu, and token choice with room for everyone (gates renormalised). Not
-here: dropping, noise, losses.
+swiglu, and token choice without drops (gates renormalised). Not here: dropping,
+noise, losses.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from tests.reference import choose, relative_gates
 
 
 def decode(c, params, tokens):
-  """One document of token ids [T] to (logits [T, V], choices by layer).
+  """Maps a document of token ids [T] to (logits [T, V], choices by layer).
 
   Choices are {layer: expert_index [T, K]} of the sparse layers.
   """
@@ -44,8 +44,8 @@ def decode(c, params, tokens):
 def layers_of(flat):
   """Each layer's parameters by name, in the order of the layers.
 
-  They stand as 'layers_2/layer_1/...' [repeats, ...]: loop 2, the second layer
-  of its period. One loop alone is 'layers'.
+  They are stacked as 'layers_2/layer_1/...' [repeats, ...]: loop 2, second
+  layer of its period. A single loop is named 'layers'.
   """
   loops = sorted({k.split('/')[0] for k in flat if k.startswith('layers')})
   found = []
@@ -70,7 +70,7 @@ def norm(x, scale, c):
 
 
 def turn(x, theta):
-  """[T, H, D]: pair (d, d + D/2) as a complex number, turned by its angle."""
+  """Rotates x [T, H, D]: pair (d, d + D/2) as a complex number by its angle."""
   T, _, D = x.shape
   pairs = x[..., : D // 2] + 1j * x[..., D // 2 :]
   speed = theta ** (-2 * np.arange(D // 2) / D)
@@ -88,7 +88,7 @@ def attention(x, layer, c):
   y = np.zeros(x.shape)
   H, D = query.shape[1:]
   for h in range(H):
-    n = h * key.shape[1] // H  # the kv head that serves it
+    n = h * key.shape[1] // H  # the key-value head that serves query head h
     for t in range(len(x)):
       score = key[: t + 1, n] @ query[t, h] / np.sqrt(D)
       weight = np.exp(score - score.max())

@@ -1,4 +1,4 @@
-"""1991's three errors: told by hand, and their gradients as published."""
+"""The three errors of 1991, by hand, and their published gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def mixture(classes, shape, **options):
 
 
 def case(seed=0, far=1.5):
-  """Outputs, gate logits, targets."""
+  """Random outputs, gate logits and targets."""
   rng = np.random.default_rng(seed)
   outputs = rng.normal(0, far, (N, E, V))
   return outputs, rng.normal(0, 1, (N, E)), rng.normal(0, 1, (N, V))
@@ -30,7 +30,7 @@ def arrays(values):
 
 
 def by_hand(loss, outputs, gate_logits, targets):
-  """The definitions, a loop over cases and experts, in float64."""
+  """The errors by definition, in a loop over cases and experts, in float64."""
   found = []
   for o, x, d in zip(outputs, gate_logits, targets, strict=True):
     p = np.exp(x) / np.exp(x).sum()
@@ -46,26 +46,26 @@ def by_hand(loss, outputs, gate_logits, targets):
 
 
 def test_told():
-  # Two experts with equal proportions and one target, 1. The first says 1,
-  # the second 3: their blend is 2.
+  # Two experts have equal proportions, and the target is 1. The outputs are 1
+  # and 3, so that their weighted sum is 2.
   outputs = jnp.array([[[1.0], [3.0]]])
   logits, targets = jnp.zeros((1, 2)), jnp.array([[1.0]])
   told = outputs, logits, targets
-  # The blend errs by 1.
+  # The weighted sum is wrong by 1.
   np.testing.assert_allclose(errors.cooperative_loss(*told), [1.0])
-  # Drawn by the gate, half of the time it errs by 2.
+  # A drawn expert is wrong by 2 half of the time.
   np.testing.assert_allclose(errors.gated_loss(*told), [2.0])
-  # exp(0) / 2 + exp(-2) / 2.
+  # The likelihood is exp(0) / 2 + exp(-2) / 2.
   expected = -np.log((1 + np.exp(-2.0)) / 2)
   np.testing.assert_allclose(errors.competitive_loss(*told), [expected])
-  # The first said it with probability 1 / (1 + exp(-2)) = 0.881.
+  # The posterior of the first expert is 1 / (1 + exp(-2)) = 0.881.
   posterior = errors.posterior(*told)
   np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
 
 
 def test_who_is_moved_by_whose_error():
-  # As above. The first expert is right, and only cooperation changes it: it
-  # has to make up for the second.
+  # Outputs are as above. The first expert is right, and only the cooperative
+  # error changes it, to make up for the second.
   told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
   moved = {
     loss: errors.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
@@ -113,8 +113,9 @@ def test_gradients_are_finite_differences(loss, which):
 
 
 def test_competition_moves_the_best_fitting_expert_fastest():
-  # The paper's argument for equation 1.3: equal proportions, every distance
-  # above 1. Equation 1.4 moves the nearest expert least, equation 1.5 most.
+  # This is the paper's argument for equation 1.3: with equal proportions and
+  # all distances above 1, equation 1.4 moves the nearest expert least and
+  # equation 1.5 moves it most.
   outputs = jnp.array([[[1.1], [1.5], [2.0]]])
   told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
   gated = errors.gated_gradients(*told).expert_outputs[0, :, 0]
@@ -124,7 +125,7 @@ def test_competition_moves_the_best_fitting_expert_fastest():
 
 
 def test_posterior_is_what_competition_learns_from():
-  # -h_i (d - o_i), with h by Bayes in a loop.
+  # The gradient is -h_i (d - o_i), with the posterior h computed in a loop.
   outputs, logits, targets = case(seed=2)
   h = np.zeros((N, E))
   for n in range(N):
@@ -141,9 +142,10 @@ def test_posterior_is_what_competition_learns_from():
 
 
 def test_far_targets_stay_finite():
-  # exp(-||d - o||^2 / 2) is 0 in float32: the log of the sum is not.
+  # exp(-||d - o||^2 / 2) is 0 in float32, but the log of the sum is finite.
   told = jnp.array([[[0.0], [1.0]]]), jnp.zeros((1, 2)), jnp.array([[30.0]])
-  expected = 29.0**2 / 2 + np.log(2)  # the nearer one's share is all
+  # The nearer expert has all of the posterior.
+  expected = 29.0**2 / 2 + np.log(2)
   np.testing.assert_allclose(
     errors.competitive_loss(*told), [expected], rtol=1e-6
   )
@@ -200,8 +202,8 @@ def test_mixture_is_a_loop_over_its_experts():
   [('linear', 3.0), ('logistic', 0.9526), ('softmax', 1.0)],
 )
 def test_what_a_linear_expert_says(output, expected):
-  # Weights 1 and 2 on (1, 0.5), bias 1: 3, or the logistic of it; of one
-  # output a softmax is always sure.
+  # Weights are 1 and 2, the input is (1, 0.5) and the bias 1: the output is 3,
+  # or the logistic of 3; a softmax over one output is always 1.
   model = mixture(1, (2,), num_experts=1, expert_output=output)
   params = {
     'expert_out': jnp.array([[[1.0], [2.0]]]),

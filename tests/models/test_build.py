@@ -1,4 +1,4 @@
-"""What models are made of options, and what is refused before any array."""
+"""Models built from options, and options refused before any array exists."""
 
 import dataclasses
 
@@ -171,7 +171,8 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
     tiny.build(moe=moe)
   built = tiny.build(moe={**moe, 'allow_future_leak': True})
   assert built.leaks_future and built.moe.router == moe['router']
-  # Where every token has room nothing can be evicted; dense models have none.
+  # Where capacity is unlimited no choice can be evicted; dense models have
+  # none.
   roomy = tiny.build(moe={**moe, 'capacity': All()})
   assert not roomy.leaks_future
   tiny.build(moe={**moe, 'layers': 'none'})
@@ -278,7 +279,7 @@ def test_the_groups_of_a_run_fit_its_batches():
   assert not problems(0) and not problems(20) and not problems(5)
   (problem,) = problems(40)
   assert 'model.moe.group_size=40 does not divide the 60 tokens' in problem
-  # The whole batch is a group, and accumulation must not change that.
+  # With the whole batch as one group, accumulation would change the groups.
   (problem,) = problems(-1)
   assert 'model.moe.group_size=-1 with microbatches=2' in problem
   assert not problems(-1, microbatches=1)
@@ -350,7 +351,7 @@ def test_shrunk_models_keep_their_structure():
 
 
 class Routed(Padding):
-  """Routers see padding, as those of another library may."""
+  """Padding that routers see, as a user's own class could have it."""
 
   def context(self, context):
     mask = jnp.ones_like(context.token_mask)

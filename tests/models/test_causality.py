@@ -1,7 +1,8 @@
-"""No output at or before t changes when the row's tokens after t do.
+"""No output up to t changes when the row's tokens after t do.
 
-By perturbation, never by gradient: a drop has none. Capacity binds in every
-case here, so that later tokens have something to take.
+The tests perturb tokens instead of taking gradients, since a drop has no
+gradient. Capacity binds in every case, so that later tokens could evict earlier
+ones.
 """
 
 import jax
@@ -61,7 +62,7 @@ def compiled(model, train):
 def trials(model, num_trials, train=False):
   """Yields (largest change up to t, largest change after t, drops).
 
-  The tokens of one row after t are replaced, the other rows are fixed.
+  The tokens of one row after t are replaced; other rows stay.
   """
   run, params = compiled(model, train), tiny.params_of(model)
   rng = np.random.default_rng(0)
@@ -79,7 +80,8 @@ def trials(model, num_trials, train=False):
 @pytest.mark.parametrize('name', CAUSAL)
 def test_earlier_outputs_do_not_change(name):
   model = tiny.build(moe=TIGHT | CAUSAL[name])
-  train = name in ('noisy', 'threshold', 'random')  # with their noise
+  # These have noise in training.
+  train = name in ('noisy', 'threshold', 'random')
   before, after, dropped = zip(*trials(model, 20, train))
   assert max(before) <= 1e-6
   assert min(after) > 1e-3

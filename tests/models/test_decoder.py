@@ -1,4 +1,4 @@
-"""The whole decoder: against numpy, under every option, and on packed rows."""
+"""The whole decoder against numpy, with every option, and on packed rows."""
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +108,10 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   for where, leaf in tiny.leaves(grads).items():
     size = np.abs(np.asarray(leaf))
     assert np.isfinite(size).all(), where
-    if where.endswith('b_key') and name != 'openmoe':  # that one is rotary
-      # One number added to all of a query's scores; the softmax ignores it.
+    # Openmoe's keys are rotated.
+    if where.endswith('b_key') and name != 'openmoe':
+      # The bias adds one number to all scores of a query, which the softmax
+      # ignores.
       np.testing.assert_allclose(size, 0, atol=1e-3)
     elif where.startswith('layers/'):
       assert (size.reshape(len(size), -1).max(1) > 1e-5).all(), where
@@ -153,7 +155,7 @@ def test_every_leaf_of_aux_has_a_row_a_layer_and_dense_rows_are_zero():
   np.testing.assert_array_equal(
     aux.stats.load.sum(1), [0, 2 * B * T, 0, 2 * B * T]
   )
-  # The two sparse layers have their own parameters and their own losses.
+  # The two sparse layers have their own parameters and losses.
   z = np.asarray(aux.z_loss)
   assert z[1] != z[3]
 
@@ -170,7 +172,8 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
   model = tiny.build(**PACKED[name])
   params, run = tiny.params_of(model), tiny.apply(model)
   tokens = tiny.tokens()
-  # Row 0: documents of 4, 3 and 2 tokens, then padding, as are rows 1 and 2.
+  # Row 0 has documents of 4, 3 and 2 tokens, then padding; rows 1 and 2 are
+  # padding.
   segments, positions = np.zeros((2, B, T), np.int32)
   segments[0] = [1] * 4 + [2] * 3 + [3] * 2 + [0]
   positions[0] = [0, 1, 2, 3, 0, 1, 2, 0, 1, 0]
@@ -189,7 +192,7 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
       packed[0, start:stop], logits[row, : stop - start], rtol=1e-4, atol=1e-4
     )
   np.testing.assert_allclose(aux.stats.load, own_aux.stats.load)
-  # The documents do matter to each other where nothing keeps them apart.
+  # Documents do change each other where nothing separates them.
   joined, _ = run(params, tokens, np.minimum(segments, 1), positions)
   assert np.abs(np.asarray(joined) - packed)[0, 4:9].max() > 0.01
 
@@ -220,7 +223,7 @@ def test_learned_positions_refuse_a_longer_row():
   params = tiny.params_of(model)
   with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
     jax.eval_shape(model.apply, {'params': params}, tiny.tokens())
-  # A run is refused before that.
+  # A run with such rows is refused earlier.
   rows = RunShape(
     total_steps=1, rows=3, microbatches=1, seq_len=10, target_len=0, parts=1
   )

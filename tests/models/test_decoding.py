@@ -40,9 +40,10 @@ CASES = {
     positions=Learned(),
     use_bias=True,
     norm=LayerNorm(),
-    moe=ALL | dict(layers='last 1', num_experts=600),  # too many to unroll
+    # Too many experts to unroll.
+    moe=ALL | dict(layers='last 1', num_experts=600),
   ),
-  # A token alone, and its threshold: in inference no other has a say.
+  # In inference a token is compared to thresholds, independently of others.
   'strictly balanced': dict(
     moe=ALL | dict(router=StrictlyBalanced(), allow_future_leak=True)
   ),
@@ -102,9 +103,9 @@ def model_and_params(name):
 
 
 def whole(name, tokens, source, source_mask):
-  """Logits of the sequences at once; nothing of the decoder is dropped."""
+  """Logits of whole sequences; the decoder drops no token."""
   model, params = model_and_params(name)
-  if name == 'switch':  # one-token steps cannot fill an expert
+  if name == 'switch':  # a step of one token cannot fill an expert
     (_, encoder), (_, decoder) = model.stacks
     assert decoder.experts.capacity == Fixed(2)
     moe = CASES[name]['moe'] | ALL
@@ -154,7 +155,8 @@ def test_steps_equal_the_whole_sequence(name, batch_size):
   expected = whole(name, tokens, source, source_mask)
   assert np.std(expected) > 0.1
   found = []
-  if source is None:  # a prompt of four, the rows padded in front
+  # Prompts have four tokens, and rows are padded at their start.
+  if source is None:
     front = jnp.zeros((B, 2), jnp.int32)
     prompt = jnp.concatenate([front, tokens[:, :4]], axis=1)
     mask = jnp.arange(6)[None] >= jnp.full((B, 1), 2)
@@ -266,8 +268,8 @@ def test_how_far_text_may_go_is_the_positions_to_say(
   model = tiny.build(positions=positions)
   assert model.window_beyond(10) == window
   assert model.longest == longest
-  # An encoder-decoder's rows have no text before them; an LSTM looks at its
-  # state alone.
+  # Rows of an encoder-decoder have no text before them; an LSTM sees its state
+  # only.
   pairs = tiny.build(kind='encoder_decoder', positions=positions)
   assert pairs.window_beyond(10) == 0
 

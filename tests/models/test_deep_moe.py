@@ -1,4 +1,4 @@
-"""The deep mixture of experts: what it computes, learns from, and keeps."""
+"""The deep mixture of experts: its outputs, gradients and state."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def test_it_is_the_papers_equations():
   for i, g in enumerate((g1, g2)):
     found = kept['intermediates'][f'layer_{i}']['gates'][0]
     np.testing.assert_allclose(found, g, rtol=1e-4, atol=1e-6)
-  # Loads are sums over what is no padding, at the larger E.
+  # Loads are sums over examples that are not padding, padded to the larger E.
   loads = [mask @ g1, [*(mask @ g2), 0.0]]
   np.testing.assert_allclose(aux.stats.load, loads, rtol=1e-4)
   np.testing.assert_array_equal(aux.stats.tokens, [4, 4])
@@ -117,7 +117,8 @@ def test_gradients_are_finite_differences(balance_steps):
   gradient = jax.jit(jax.grad(loss))(params)
   rng = np.random.default_rng(0)
   for name in ('layer_0', 'layer_1', 'classifier'):
-    # Along a random direction of each layer's own parameters.
+    # The derivative is taken along a random direction of each layer's
+    # parameters.
     direction = jax.tree.map(jnp.zeros_like, params)
     direction[name] = jax.tree.map(
       lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
@@ -134,7 +135,8 @@ def test_gradients_are_finite_differences(balance_steps):
     np.testing.assert_allclose(
       sum(jax.tree.leaves(products)), slope, rtol=1e-2, atol=2e-3
     )
-  # Who sits out has no gradient, nor has the gate's column for it.
+  # An expert that sits out has no gradient, and neither has its column of the
+  # gate.
   layer = gradient['layer_0']
   sat_out = not np.abs(layer['w_in'][0]).max()
   assert sat_out == (balance_steps == -1)
@@ -149,7 +151,8 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   step = jax.jit(functools.partial(batch_loss, model))
   want = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
   loads = []
-  # Expert 1 of the first layer is ahead of the margin, before every step.
+  # Before every step expert 1 of the first layer is ahead by more than the
+  # margin.
   ahead = {TOTALS: jnp.array([-4.0, 9.0, -5.0])}
   for _ in range(3):
     loss, aux = step(params, kept | {'layer_0': ahead}, x, y)
@@ -167,7 +170,7 @@ def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
 def test_totals_move_by_each_layers_load():
   model = build(balance_steps=-1)
   kept = router_state.init_router_state(model)
-  # Two experts in the second layer, whose load is padded.
+  # The second layer has two experts, and its load is padded.
   load = jnp.array([[6.0, 0.0, 0.0], [1.0, 5.0, 0.0]])
   for _ in range(2):
     kept = model.move_router_state(kept, load)

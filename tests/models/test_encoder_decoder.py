@@ -1,4 +1,4 @@
-"""The encoder-decoder: who sees whom, packed examples, both stacks' routing.
+"""The encoder-decoder: attention, packed examples, routing of both stacks.
 
 Against another implementation: `tests/interop`.
 """
@@ -21,7 +21,7 @@ from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import B, V
 
-S, T = 7, 9  # of the encoder and of the decoder
+S, T = 7, 9  # lengths of the encoder's and the decoder's rows
 
 KINDS = {
   't5': dict(
@@ -54,14 +54,14 @@ def build(kind, **changes):
 
 @functools.cache
 def program(kind):
-  """(parameters, compiled (params, batch) -> (logits, aux))."""
+  """Parameters, and a compiled function (params, batch) -> (logits, aux)."""
   model = build(kind)
   run = jax.jit(lambda params, batch: model.apply({'params': params}, **batch))
   return tiny.params_of(model), run
 
 
 def batch(seed=0, **changes):
-  """Two examples in the first row, one in the others; padding at the end."""
+  """A batch of two examples in the first row and one in the others, padded."""
   rng = np.random.default_rng(seed)
   encoder_ids = [[1] * 4 + [2] * 3, [1] * 5 + [0] * 2, [1] * 7]
   ids = [[1] * 3 + [2] * 4 + [0] * 2, [1] * 9, [1] * 2 + [0] * 7]
@@ -121,7 +121,7 @@ def test_a_decoder_sees_no_later_token_and_all_of_its_encoder(kind):
   np.testing.assert_array_equal(after[1, :5], before[1, :5])
   assert np.abs(after[1, 5:] - before[1, 5:]).max(-1).min() > 1e-4
   source = np.array(one['encoder_tokens'])
-  source[1, 4] = (source[1, 4] + 1) % V  # its last real token
+  source[1, 4] = (source[1, 4] + 1) % V  # the last token before padding
   after = logits_of(kind, one | {'encoder_tokens': jnp.asarray(source)})
   assert np.abs(after[1] - before[1]).max(-1).min() > 1e-5
   np.testing.assert_array_equal(after[2], before[2])
@@ -172,7 +172,7 @@ def test_every_parameter_of_both_stacks_gets_a_gradient():
 
   for name, leaf in tiny.leaves(gradient(params)).items():
     if name.endswith('b_key'):
-      # Added to all keys alike, it moves a query's scores alike.
+      # Adding one vector to all keys changes all scores of a query equally.
       continue
     assert np.abs(np.asarray(leaf)).max() > 1e-9, name
 
@@ -199,12 +199,12 @@ def test_a_leak_in_the_encoder_alone_is_none():
 
 
 def test_parameters_are_initialised_for_unscaled_attention():
-  # Scores have variance one either way: unscaled queries start D times as
-  # small in variance.
+  # Scores have a variance of one in both cases: unscaled queries have an
+  # initial variance that is D times smaller.
   model, scaled = build('t5'), build('t5', attention={})
 
   def deviation(model):
-    @jax.jit  # what is not returned is not compiled
+    @jax.jit  # outputs that are not returned are not compiled
     def w_query(key):
       params = models.init_params(model, key)
       return params['decoder']['layers']['layer_0']['attention']['w_query']

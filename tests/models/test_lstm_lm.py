@@ -1,4 +1,4 @@
-"""The model of 2017: its layers, documents apart, what it refuses."""
+"""The model of 2017: its layers, separate documents, refused options."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_later_tokens_and_other_documents_change_nothing():
   params, tokens = tiny.params_of(MODEL), tiny.tokens()
   logits, _ = run(MODEL, params, tokens)
   changed = tokens.copy()
-  changed[0, 6:] = (changed[0, 6:] + 1) % V  # after position 5
+  changed[0, 6:] = (changed[0, 6:] + 1) % V  # tokens after position 5
   changed[1, :4] = (changed[1, :4] + 1) % V  # the first document of two
   changed[2, 7:] = (changed[2, 7:] + 1) % V  # padding
   other, _ = run(MODEL, params, changed)

@@ -1,4 +1,4 @@
-"""What the README of the room prints runs."""
+"""The examples in the room's README run."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Which layers share a loop."""
+"""Which layers of a model share a loop."""
 
 import numpy as np
 import pytest
@@ -26,17 +26,19 @@ def test_shortest_period(pattern, expected):
 @pytest.mark.parametrize(
   ('layers', 'num_layers', 'expected'),
   [
-    # Mixtral, Switch and GLaM, ST-MoE and NLLB-MoE, OpenMoE.
+    # These are the patterns of Mixtral, Switch and GLaM, ST-MoE and NLLB-MoE,
+    # and OpenMoE.
     ('all', 32, [('layers', 'S', 32)]),
     ('every 2', 24, [('layers', 'DS', 12)]),
     ('every 4', 24, [('layers', 'DDDS', 6)]),
     ('every 6', 24, [('layers', 'DDDDDS', 4)]),
     ('none', 24, [('layers', 'D', 24)]),
-    # V-MoE's last two, a small model's, an odd depth.
+    # These are V-MoE's last two layers, those of a small model, and an odd
+    # depth.
     ('last 2', 24, [('layers_0', 'D', 22), ('layers_1', 'S', 2)]),
     ('last 2', 4, [('layers', 'DDSS', 1)]),
     ('every 2', 25, [('layers_0', 'DS', 12), ('layers_1', 'D', 1)]),
-    # Two layers by number.
+    # Here two layers are chosen by number.
     (
       '9,11',
       24,
@@ -72,7 +74,7 @@ def test_segments_put_together_are_the_layers(pattern):
 
 
 def test_a_model_of_segments_equals_the_oracle():
-  # Nine dense layers and a sparse one.
+  # The model has nine dense layers and a sparse one.
   moe = dict(layers='last 1', capacity=All())
   options = tiny.options(moe, num_layers=10, ffn=dict(activation='swiglu'))
   model = options.build()

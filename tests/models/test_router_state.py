@@ -34,7 +34,7 @@ def test_who_keeps_nothing_has_no_collection():
 def test_each_layers_load_moves_its_own_bias(layers, num_layers):
   model = tiny.build(dict(layers=layers, **MOE), num_layers=num_layers)
   state = filled(model)
-  # Layer i sends everything to expert i: that one goes down, the others up.
+  # Layer i sends all tokens to expert i, whose bias falls; the others' rise.
   load = np.zeros((num_layers, 5), np.float32)
   load[range(num_layers), np.arange(num_layers)] = 10
   moved = model.move_router_state(state, jnp.asarray(load))
@@ -60,7 +60,8 @@ def test_an_encoders_layers_come_first():
     dict(layers='1', **MOE), kind='encoder_decoder', encoder=encoder
   )
   load = np.zeros((4, 5), np.float32)
-  load[0, 4], load[3, 2] = 10, 10  # encoder's first, decoder's second
+  # The encoder's first layer and the decoder's second.
+  load[0, 4], load[3, 2] = 10, 10
   moved = model.move_router_state(filled(model), jnp.asarray(load))
   (encoder,), (decoder,) = (
     jax.tree.leaves(moved[half]) for half in ('encoder', 'decoder')
@@ -73,7 +74,7 @@ def test_a_model_generates_by_its_bias():
   params = tiny.params_of(model)
   state = filled(model)
   tokens = jnp.asarray(tiny.tokens(shape=(1, 4)))
-  # One expert of each layer above all others, and another below.
+  # In each layer one expert's bias is above all others and one's is below.
   state = jax.tree.map(lambda x: x.at[:, 1].set(9.0).at[:, 3].set(-9.0), state)
   outputs = {}
   for name, kept in (('zero', filled(model)), ('pushed', state)):

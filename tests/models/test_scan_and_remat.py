@@ -1,4 +1,4 @@
-"""Looping over layers and recomputing them change no number."""
+"""Scanning over layers and recomputing them change no number."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ from moe_jax.models import stack
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
-# Dropout, jitter and sampled second choices are all on, and capacity binds.
+# Dropout, jitter and sampled second choices are used, and capacity binds.
 MOE = dict(
   router=TokenChoice(gates='renormalized', jitter=0.1, second_policy='sampled')
 )
@@ -47,7 +47,7 @@ def build(scan_layers=True, remat='none', router='sampled'):
 
 @functools.cache
 def trained(scan_layers, remat, router='sampled'):
-  """(((loss, logits), gradient) of a training step, FLOPs of its program)."""
+  """Computes (((loss, logits), gradient) of a training step, its FLOPs)."""
   model = build(scan_layers, remat, router)
   tokens = tiny.tokens()
 
@@ -96,7 +96,7 @@ def test_loss_logits_and_gradients_equal_the_plain_loop(
 
 
 def equations(jaxpr, counts=None):
-  """How often each primitive stands in a jaxpr and all inside it."""
+  """Counts of each primitive in a jaxpr, with all nested ones."""
   counts = collections.Counter() if counts is None else counts
   for equation in jaxpr.eqns:
     counts[equation.primitive.name] += 1
@@ -127,12 +127,13 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
   assert counts['none']['top_k'] > 0
   assert (counts['none']['cumsum'] > 0) == (dispatch != 'expert_choice')
   decisions = ['top_k', 'sort']
-  if dispatch != 'dropless':  # the products of sorted rows index blocks, too
+  # Products of sorted rows compute block indices too.
+  if dispatch != 'dropless':
     decisions += ['cumsum', 'scatter']
   for decision in decisions:
     assert not again[decision], decision
-  # It does run the layer again, noise and all. What 'dots' saves, the loops
-  # over blocks among it, it does not.
+  # The layer does run again, with its noise. What 'dots' keeps, including the
+  # loops over blocks, does not run again.
   assert again['dot_general'] > 0 and again['random_bits'] > 0
   if dispatch == 'dropless':
     assert (again['while'] > 0) == (remat == 'full')
@@ -146,12 +147,12 @@ def test_remat_does_recompute():
 
 
 def test_only_the_loop_is_a_loop():
-  # A loop's body is counted once, two layers unrolled are counted twice.
+  # XLA counts a loop's body once, and two unrolled layers twice.
   assert trained(False, 'none')[1] > 1.4 * trained(True, 'none')[1]
 
 
 def test_every_layer_draws_its_own_noise():
-  # Router weights of zero: noise alone says where tokens go.
+  # Weights of the router are zero, so that only noise decides.
   model = tiny.build(moe=dict(router=NoisyTopK()))
   params = tiny.params_of(model)
   router = params['layers']['layer_0']['moe']['router']
@@ -183,7 +184,7 @@ def test_a_loop_starts_as_the_unrolled_layers_do():
   loop, unrolled = (nn.meta.unbox(boxed[scan]) for scan in (True, False))
   tiny.assert_trees_close(loop, unrolled, rtol=1e-6, atol=1e-7)
   assert jax.tree.structure(boxed[True]) == jax.tree.structure(boxed[False])
-  # Each of the two layers has its own start.
+  # The two layers have different initial values.
   for name, leaf in tiny.leaves(loop['params']['layers']).items():
     if not name.endswith('scale'):
       leaf = np.asarray(leaf)

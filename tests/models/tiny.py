@@ -21,7 +21,7 @@ B, T, V = 3, 10, 23
 
 
 def moe_options(**moe):
-  """A sparse layer of the sizes above, with `moe` on top."""
+  """Options of a sparse layer of the sizes above, changed by `moe`."""
   sparse = dict(num_experts=5, num_selected=2, layers='all')
   if moe.get('num_experts') != 0:  # a dense twin has no router
     sparse['router'] = TokenChoice(gates='renormalized')
@@ -29,9 +29,9 @@ def moe_options(**moe):
 
 
 def options(moe=None, kind='decoder', **model):
-  """A model's options at the sizes above, with `moe` and `model` on top.
+  """Options of a model of the sizes above, changed by `moe` and `model`.
 
-  Options that hold others take what changes in those: `attention=dict(...)`.
+  Options that hold other options take changes of those: `attention=dict(...)`.
   """
   cls = models.MODELS.get(kind)
   base = dict(vocab_size=V)
@@ -58,9 +58,9 @@ def build(moe=None, kind='decoder', **model):
 
 
 def params_of(model, seed=0):
-  """Unboxed parameters, all drawn, so that none is idle.
+  """Unboxed random parameters, so that no zero hides a parameter.
 
-  Nothing is compiled: how parameters start is tested where it is defined.
+  Nothing is compiled; initial values are tested where they are defined.
   """
   rng = np.random.default_rng(seed)
 
@@ -78,13 +78,13 @@ def tokens(seed=0, shape=(B, T)):
 
 
 def key(seed):
-  """A key whose draws compile three times faster than the default ones."""
+  """A key whose random numbers compile three times faster than default ones."""
   return jax.random.key(seed, impl='unsafe_rbg')
 
 
 @functools.cache
 def apply(model):
-  """(params, tokens, segment_ids, positions) -> (logits, aux), compiled."""
+  """A compiled (params, tokens, segment_ids, positions) -> (logits, aux)."""
   return jax.jit(lambda params, *batch: model.apply({'params': params}, *batch))
 
 

@@ -1,4 +1,4 @@
-"""The exchange alone: told rows, pieces that do not wait for each other."""
+"""The exchange of rows by itself: rows by hand, and overlapping pieces."""
 
 import re
 
@@ -41,8 +41,9 @@ def on(mesh, x, *axes):
 
 @pytest.mark.parametrize('kind', EVERY)
 def test_told_rows_go_to_their_experts_and_come_back(kind):
-  # Two devices, one group and one row an expert on each. Row 10 * e + g is
-  # expert e's of group g. Experts 0 and 1 live on device 0, 2 and 3 on 1.
+  # Two devices have one group each, and an expert takes one row of a group. Row
+  # 10 * e + g is that of expert e in group g. Experts 0 and 1 are on device 0,
+  # and 2 and 3 on device 1.
   mesh = mesh_of(expert=2)
   rows = np.array([[10 * e + g for g in range(2)] for e in range(E)], float)
   rows = jnp.asarray(rows[..., None] * np.ones(M), jnp.float32)
@@ -96,7 +97,7 @@ LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')
 
 
 def instructions(text):
-  """Of the entry computation: name -> (kind, operands, line)."""
+  """The entry computation's instructions: name -> (kind, operands, line)."""
   entry = text[text.index('\nENTRY') :]
   found = {}
   for line in entry.splitlines():
@@ -147,9 +148,10 @@ def test_no_piece_travels_after_anothers_product(kind):
   assert len(travels) == 2 * chunks and products
   before = {name: ancestors(found, name) for name in travels}
   there = [name for name in travels if not before[name] & products]
-  assert len(there) == chunks  # none waits for a product
+  assert len(there) == chunks  # no piece waits for a product
   for name in set(travels) - set(there):
-    assert len(before[name] & set(there)) == 1  # each product for one piece
+    # Each product waits for one piece.
+    assert len(before[name] & set(there)) == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""On any mesh a step is the one device's, and rows travel as they should."""
+"""A step on any mesh equals one device's, and rows are exchanged as planned."""
 
 import collections
 import dataclasses
@@ -49,7 +49,7 @@ BY_EXPERT = {
   'capacity': TIGHT,
   'allow_future_leak': True,
 }
-# Those by tables draw nothing else: what jitter moves is the router's input.
+# Routers by tables have no noise of their own: jitter changes their input only.
 TWO_LEVELS = {
   'router': Hierarchical(branching=4, branches_selected=2, noisy=True),
   'capacity': TIGHT,
@@ -80,7 +80,7 @@ MESHES = ['8x1x1x1', '1x8x1x1', '1x1x8x1', '2x1x4x1', '1x2x2x2', '2x2x2x1']
 
 
 class Result(NamedTuple):
-  """One step's results, on the host, and its program."""
+  """Results of one step on the host, and the text of its program."""
 
   loss: Any
   grads: Any
@@ -112,7 +112,7 @@ def make_batch():
 
 
 def kept_gradient() -> optax.GradientTransformation:
-  """Leaves updates as they are and keeps them as its state."""
+  """An optimizer that changes nothing and keeps the gradient as its state."""
   return optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda updates, state, params=None: (updates, updates),
@@ -127,7 +127,7 @@ OPTIMIZER = optax.chain(
 
 @functools.cache
 def first_state(model):
-  """Unlike a run's, its bias has moved, so that choices depend on it."""
+  """A state whose bias is not zero, so that choices depend on it."""
   params = tiny.params_of(model)
   rng = np.random.default_rng(1)
   bias = jax.tree.map(
@@ -143,7 +143,7 @@ def first_state(model):
 def step_of(
   way, mesh_shape='', sharding=(), microbatches=1, salt=0.0, **moe
 ) -> Result:
-  """A step on a mesh, or, without its shape, on one device."""
+  """The result of a step on a mesh, or without its shape on one device."""
   rules = ShardingOptions(**dict(sharding)).rules
   model = model_of(way, rules, **moe)
   state, batch = first_state(model), make_batch()
@@ -165,7 +165,7 @@ def step_of(
     train_step,
     grad_fn=make_grad_fn(model, WEIGHTS, microbatches),
     optimizer=OPTIMIZER,
-    # Of no effect here; another program to the compilation cache.
+    # This has no effect here, but the compilation cache sees another program.
     schedule=optax.constant_schedule(salt),
     normalize=functools.partial(normalizers, model),
     move_router_state=model.move_router_state,
@@ -257,7 +257,7 @@ def test_experts_are_split_over_two_axes(way, mesh_shape):
 @pytest.mark.parametrize('way', ['dropless'])
 def test_more_experts_than_devices_and_fewer(way):
   one = step_of(way)
-  assert_equal(step_of(way, '4x1x2x1'), one)  # four a device
+  assert_equal(step_of(way, '4x1x2x1'), one)  # four experts on each device
   raw = dataclasses.replace(BIASED, gates='raw')
   few = dict(num_experts=2, num_selected=1, router=raw)
   assert_equal(step_of(way, '4x1x2x1', **few), step_of(way, **few))
@@ -267,7 +267,7 @@ def test_more_experts_than_devices_and_fewer(way):
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['gather', 'dropless'])
 def test_microbatches_change_nothing_on_a_mesh(way):
-  # Noise is drawn anew for each.
+  # Each microbatch would draw its own noise.
   quiet = dict(router=dataclasses.replace(BIASED, jitter=0.0))
   one = step_of(way, **quiet)
   assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
@@ -275,12 +275,12 @@ def test_microbatches_change_nothing_on_a_mesh(way):
 
 @pytest.mark.parametrize('chunks', [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_chunks_change_nothing_and_each_has_its_own_all_to_alls(chunks):
-  room = dict(capacity=PerToken(3.0))  # three slots of an expert
+  room = dict(capacity=PerToken(3.0))  # three slots for each expert
   one = step_of('gather', **room)
   written_out = Gather(AllToAll(chunks=chunks))
   found = step_of('gather', '1x1x4x2', dispatch=written_out, **room)
   assert_equal(found, one)
-  # There and back, forward and backward, of the one sparse layer.
+  # The one sparse layer sends rows there and back, forward and backward.
   assert collectives(found.text)['all-to-all'] == 4 * chunks
 
 
@@ -294,7 +294,7 @@ def test_rows_travel_in_bfloat16():
   assert difference > 1e-7
   tiny.assert_trees_close(found.grads, one.grads, rtol=0.1, atol=2e-3)
   moved = re.findall(r'= \((\w+)\[.{1,900}? all-to-all\(', found.text)
-  # XLA's CPU compiler may widen what it sends; what is sent was rounded.
+  # XLA's CPU compiler can widen rows in transit; they were rounded before.
   assert len(moved) == 4 and 'bf16' in found.text
 
 
@@ -330,7 +330,7 @@ def test_a_rematerialization_would_be_seen(capfd):
 def test_dropless_sends_rows_and_gathers_no_kernel():
   found = step_of('dropless', '1x1x8x1')
   gathered = re.findall(r'= (\S+) all-gather\(', found.text)
-  assert gathered  # rows: the CPU's stand-in for a ragged exchange
+  assert gathered  # rows, as the CPU has no ragged exchange
   assert not any(re.match(r'f32\[\d+,(16,24|24,16)\]', s) for s in gathered)
   assert not re.search(rf'f32\[{E},(16,24|24,16)\]', found.text)
 

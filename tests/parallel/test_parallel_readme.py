@@ -1,4 +1,4 @@
-"""What the README of the room prints is true."""
+"""The examples in the room's README hold."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Rows without slots: the stand-in told by hand, and against plain loops."""
+"""Exchange of ragged rows: the CPU's stand-in by hand and by plain loops."""
 
 import functools
 
@@ -17,7 +17,7 @@ AXES = ('expert',)
 
 
 def everywhere(f):
-  """f of each device's own part, over the leading axis."""
+  """Applies f to each device's own part, split along the leading axis."""
   spec = PartitionSpec('expert')
   return jax.jit(
     jax.shard_map(f, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False)
@@ -25,11 +25,11 @@ def everywhere(f):
 
 
 def traffic(seed):
-  """Rows of each device, how many go where, and where each block begins."""
+  """Rows of each device, the numbers sent to others, and starts of blocks."""
   rng = np.random.default_rng(seed)
   sizes = rng.integers(0, 3, (P, P)).astype(np.int32)
-  sizes[1] = [0, 0, N, 0]  # all of one device's to one
-  gaps = rng.integers(0, 2, P).astype(np.int32)  # rows that stay
+  sizes[1] = [0, 0, N, 0]  # one device sends all of its rows to one other
+  gaps = rng.integers(0, 2, P).astype(np.int32)  # rows that are not sent
   starts = np.cumsum(sizes, 1, dtype=np.int32) - sizes
   room = N - sizes.sum(1)
   starts += np.minimum(gaps, np.maximum(room, 0))[:, None].astype(np.int32)
@@ -38,7 +38,7 @@ def traffic(seed):
 
 
 def received(rows, sizes, starts, bound):
-  """A loop: on each device what the others have for it, one after another."""
+  """Rows that each device receives from the others, in order, by a loop."""
   out = np.zeros((P, bound, M), np.float32)
   for me in range(P):
     blocks = [
@@ -50,7 +50,8 @@ def received(rows, sizes, starts, bound):
 
 
 def test_told_rows():
-  # Device 0 keeps a and sends b, c to 1; device 1 sends d to 0; others none.
+  # Device 0 keeps a and sends b and c to device 1; device 1 sends d to device
+  # 0; the others send none.
   a, b, c, d = np.eye(4, M + 1, dtype=np.float32)[:, :M] + 1
   rows = np.zeros((P, 3, M), np.float32)
   rows[0], rows[1, 0] = [a, b, c], d

@@ -1,4 +1,4 @@
-"""The two views of a routing: what they carry, and that they agree."""
+"""The two views of a routing have the same contents."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def by_token(capacity=C):
 
 
 def by_slot(routing):
-  """The same routing seen from the slots, made in loops."""
+  """The same routing seen from the slots, computed in loops."""
   token = np.full((G, E, C), S)
   gate = np.zeros((G, E, C), np.float32)
   for g, s, k in np.argwhere(np.asarray(routing.kept)):
@@ -64,7 +64,7 @@ def test_both_views_answer_alike():
     if name == 'slot_rows':
       assert rows.shape == others.shape == (E, G * C)
       np.testing.assert_array_equal(rows, others)
-    else:  # Rows without anybody are last, and of different numbers.
+    else:  # Rows without any token are last, and their numbers differ.
       assert rows.shape == (min(G * S * K, E * G * C),)
       np.testing.assert_array_equal(np.sort(rows[:served] < G * S), True)
       assert (rows[served:] == G * S).all() and (others[served:] == G * S).all()

@@ -1,4 +1,4 @@
-"""Balancing losses: values at balance and collapse, masks and gradients."""
+"""Balancing losses: values at balance and at collapse, masks, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def example(seed, K=3):
 
 
 def round_robin(K):
-  """Choices [1, E, K] in which every expert is each rank exactly once."""
+  """Choices [1, E, K] in which every expert has each rank exactly once."""
   index = (np.arange(E)[:, None] + np.arange(K)) % E
   return jnp.asarray(index[None], jnp.int32)
 
@@ -50,9 +50,9 @@ def test_balance_loss_is_one_at_perfect_balance(K, choices):
 @pytest.mark.parametrize('choices', ['all', 'first'])
 @pytest.mark.parametrize('K', [1, 2, 3])
 def test_balance_loss_at_collapse(K, choices):
-  # Every token goes to the same K experts, with all probability on them,
-  # shared evenly: E / K. Counting only the first, it is E/K too, as f = 1 for
-  # the one expert and its P is 1 / K.
+  # All tokens choose the same K experts, which share all probability evenly:
+  # the loss is E / K. It is so too if only first choices count: f = 1 for one
+  # expert, whose P is 1 / K.
   index = jnp.tile(jnp.arange(K), (G, S, 1))
   probs = jnp.tile(jnp.where(jnp.arange(E) < K, 1 / K, 0.0), (G, S, 1))
   loss = balance(probs, index, ALL, choices)
@@ -118,7 +118,7 @@ def test_z_loss_of_zero_logits_is_log_of_the_experts_squared():
 
 
 def test_z_loss_punishes_size_and_does_not_overflow():
-  # A shift changes no probability, but logsumexp = 1000 + log(5).
+  # A shift changes no probability, but makes logsumexp 1000 + log(5).
   loss = z_loss(jnp.full((G, S, E), 1000.0), ALL)
   np.testing.assert_allclose(loss, [(1000 + np.log(E)) ** 2] * G, rtol=1e-6)
 
@@ -155,7 +155,7 @@ def test_the_load_is_the_routers_wish_whatever_the_capacity():
 
 @jax.jit
 def losses_of(logits, index, mask):
-  """All losses, [5, G], as functions of the logits for fixed choices."""
+  """All losses as a function of logits for fixed choices, [5, G]."""
   probs = jax.nn.softmax(logits)
   gate = jnp.take_along_axis(probs, index, axis=-1)
   return jnp.stack(

@@ -1,4 +1,4 @@
-"""Balancing without a loss: who is chosen, what it weighs, how it moves."""
+"""Balancing by a bias: chosen experts, their gates, and how the bias moves."""
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,14 @@ def choice(bias, gates):
 
 
 def test_the_bias_decides_who_is_chosen_and_not_what_it_weighs():
-  # Of three experts the first is the likeliest; pushed down by 0.25 it falls
-  # behind the second, whose gate is its own probability, without the bias.
+  # Of three experts the first is the likeliest; a bias of -0.25 puts it behind
+  # the second, whose gate is its own probability without the bias.
   assert int(choice([0, 0, 0], 'raw').expert_index.item()) == 0
   pushed = choice([-0.25, 0, 0], 'raw')
   assert int(pushed.expert_index.item()) == 1
   np.testing.assert_allclose(pushed.gate.item(), 0.3, rtol=1e-6)
-  # Sigmoids of the same logits are 1/3, 0.23 and 1/6: it takes less.
+  # Sigmoids of these logits are 1/3, 0.23 and 1/6, so that a smaller bias is
+  # enough.
   assert int(choice([-0.1, 0, 0], 'raw').expert_index.item()) == 0
   pushed = choice([-0.11, 0, 0], 'sigmoid')
   assert int(pushed.expert_index.item()) == 1
@@ -39,7 +40,8 @@ def test_the_bias_decides_who_is_chosen_and_not_what_it_weighs():
 
 
 def test_a_bias_moves_against_the_load():
-  # Mean load 4: above it down, below it up, at it not at all; layers apart.
+  # The mean load is 4: above it the bias falls, below it it rises, and at it it
+  # stays; layers are independent.
   load = jnp.array([[9, 1, 2, 4], [4, 4, 4, 4]], jnp.float32)
   bias = jnp.full((2, 4), 0.5, jnp.float32)
   found = balance_bias.moved(bias, load, 0.01)

@@ -1,4 +1,4 @@
-"""Capacity rules in exact arithmetic."""
+"""Rules of capacity in exact arithmetic."""
 
 import itertools
 
@@ -21,8 +21,8 @@ def slots(S, E, K, capacity):
 
 
 def test_what_the_papers_mean_by_a_capacity_factor():
-  # 64 tokens, 8 experts, top-2: an even split is 8 tokens or 16 choices each.
-  # Switch has 1.25 * 64 / 8 slots, 0.625 a choice.
+  # With 64 tokens, 8 experts and top-2 an even split is 8 tokens or 16 choices
+  # for each expert.
   assert slots(64, 8, 2, PerToken(factor=1.25)) == 10
   assert slots(64, 8, 2, PerAssignment(factor=1.25)) == 20  # V-MoE
   gshard = slots(64, 8, 2, PerToken(factor=2.0))
@@ -30,14 +30,15 @@ def test_what_the_papers_mean_by_a_capacity_factor():
 
 
 def test_rounding_then_minimum_then_multiple_then_the_group():
-  # 1.1 * 10 / 4 = 2.75.
+  # The unrounded capacity is 1.1 * 10 / 4 = 2.75.
   assert slots(10, 4, 1, PerToken(factor=1.1, rounding='floor')) == 2
   assert slots(10, 4, 1, PerToken(factor=1.1, rounding='ceil')) == 3
-  # Half goes to even: 2.5 down, 3.5 up.
+  # Halves are rounded to even: 2.5 down, 3.5 up.
   assert slots(10, 4, 1, PerToken(factor=1.0, rounding='round')) == 2
   assert slots(14, 4, 1, PerToken(factor=1.0, rounding='round')) == 4
   assert slots(10, 4, 1, PerToken(factor=1.1, minimum=5, multiple=4)) == 8
-  # Nobody needs more slots than there are tokens, whatever the multiple.
+  # An expert never needs more slots than there are tokens, whatever the
+  # multiple.
   assert slots(10, 4, 1, PerToken(factor=1.1, minimum=5, multiple=16)) == 10
   assert slots(10, 4, 1, Fixed(slots=3)) == 3
   assert slots(10, 4, 1, Fixed(slots=30)) == 10
@@ -106,7 +107,7 @@ def test_only_room_for_all_never_binds():
 
 
 def test_generation_keeps_the_capacities_that_a_checkpoint_computes_with():
-  # A fixed number of slots cannot bind where each group has a single token.
+  # A fixed number of slots never drops where each group has a single token.
   for single in (False, True):
     assert Fraction().keeps_in_generation(single)
     assert Fixed().keeps_in_generation(single) != single

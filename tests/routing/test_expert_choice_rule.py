@@ -1,4 +1,4 @@
-"""Expert choice against its definition; who is taken depends on the future."""
+"""Expert choice equals its definition, and depends on later tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,18 @@ def draw(seed, *shape):
 
 
 def test_four_tokens_by_hand():
-  # Expert 0 wants tokens 0 and 1 most, expert 1 tokens 2 and 3.
+  # Expert 0 prefers tokens 0 and 1, expert 1 tokens 2 and 3.
   probs = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]])
   logits, real = np.log(probs)[None].astype(np.float32), np.ones((1, 4), bool)
   routing = compiled(logits, real, 2)
   np.testing.assert_array_equal(routing.token_index, [[[0, 1], [2, 3]]])
   np.testing.assert_allclose(routing.gate, [[[0.9, 0.6], [0.8, 0.5]]], 1e-6)
-  # With one slot each, two tokens are left to the residual.
+  # With one slot each, two tokens get no expert.
   routing = compiled(logits, real, 1)
   np.testing.assert_array_equal(routing.token_index, [[[0], [2]]])
   stats = slot_stats(routing, jnp.asarray(logits), jnp.asarray(real), 3)
   np.testing.assert_array_equal(stats.load, [1, 1])
-  # Each has lost all of its K = 3 choices.
+  # All K = 3 choices of these tokens are lost.
   np.testing.assert_array_equal(stats.overflowed, [2, 2, 2])
 
 
@@ -48,7 +48,7 @@ def test_the_definition(capacity):
   for seed in range(5):
     logits = draw(seed)
     mask = np.random.default_rng(seed).random((G, S)) < 0.8
-    mask[1] &= seed > 0  # once a group of padding alone
+    mask[1] &= seed > 0  # sometimes a group of padding alone
     routing = compiled(logits, mask, capacity)
     index, gate = reference.expert_choice(
       logits.astype(np.float64), capacity, mask
@@ -67,7 +67,7 @@ def test_the_definition(capacity):
     assert stats.tokens == mask.sum() and not stats.unsent.any()
 
 
-# Small whole numbers, so that equal probabilities are common.
+# Logits are small whole numbers, so that equal probabilities are frequent.
 few = settings(max_examples=30, deadline=None, derandomize=True)
 some_logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
 
@@ -82,7 +82,8 @@ def test_contract(logits, mask, capacity):
     for e in range(E):
       index, gate = routing.token_index[g, e], routing.gate[g, e]
       taken = [int(s) for s in index if s < S]
-      # One slot a token, no padding, no hole before a filled slot.
+      # Each slot has at most one token, none has padding, and empty slots are
+      # last.
       assert len(taken) == len(set(taken)) and set(taken) <= real
       assert list(index) == taken + [S] * (capacity - len(taken))
       assert len(taken) == -(-capacity * len(real) // S)
@@ -93,7 +94,7 @@ def test_contract(logits, mask, capacity):
 
 
 def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
-  # Of 8 tokens an expert takes 4, of the 6 real ones 3.
+  # Of 8 tokens an expert takes 4, and of the 6 real ones 3.
   logits = draw(0, G, 8, E)
   mask = jnp.broadcast_to(jnp.arange(8) < 6, (G, 8))
   padded = compiled(logits, mask, 4)
@@ -112,7 +113,7 @@ def test_shares_are_exact_where_products_pass_32_bits():
 
 
 def test_a_later_token_takes_an_earlier_ones_place():
-  # And is shown to be taken for it, not merely allowed to.
+  # The rule really is not causal, and not only declared so.
   logits = np.zeros((1, S, E), np.float32)
   logits[0, 0, 2] = 1.0  # the first token wants expert 2 ...
   alone = compiled(logits, np.ones((1, S), bool), 1)
@@ -136,8 +137,8 @@ def test_where_all_take_all_an_earlier_token_sees_no_later_one():
 
 
 def test_logits_of_half_precision_are_routed_in_float32():
-  # Without the import hook, which checks types in tests alone, nobody else
-  # would notice.
+  # The import hook, which checks types in tests alone, is off here: the rule
+  # itself must convert.
   half = jnp.asarray(draw(0), jnp.bfloat16)
   routing = expert_choice(half, capacity=C)
   exact = expert_choice(half.astype(jnp.float32), capacity=C)

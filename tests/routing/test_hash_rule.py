@@ -1,4 +1,4 @@
-"""Hashed experts against a loop over ids; what is hashed, told by hand."""
+"""Hashed experts equal a loop over ids; hashed inputs by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ def test_k_different_experts_that_are_those_of_equal_ids(ids):
 
 
 def test_every_expert_of_every_choice_is_as_likely():
-  # 10,000 ids: 10,000 / 7 each, deviation 35; tables are not small shifts.
+  # 10,000 ids give 10,000 / 7 to each expert, with a standard deviation of 35;
+  # the tables of different choices are not shifted copies.
   experts = choice(np.arange(10_000))
   for k in range(K):
     load = np.bincount(experts[:, k], minlength=E)
@@ -69,7 +70,7 @@ def test_every_expert_of_every_choice_is_as_likely():
 def test_seeds_and_layers_have_tables_of_their_own(other):
   ids = np.arange(10_000)
   same = (choice(ids)[:, 0] == choice(ids, **other)[:, 0]).mean()
-  # As often as by chance: 1/7, deviation 0.0035.
+  # They agree as often as by chance, 1/7, with a standard deviation of 0.0035.
   np.testing.assert_allclose(same, 1 / E, atol=0.02)
 
 
@@ -93,14 +94,15 @@ def test_the_token_before_by_hand():
   np.testing.assert_array_equal(
     previous_tokens(tokens), [[-1, 5, 6, 7], [-1, 6, 9, 0]]
   )
-  # Two documents in the first row; padding behind the second.
+  # The first row has two documents; the second ends with padding.
   ids = jnp.array([[1, 1, 2, 2], [1, 1, 0, 0]])
   previous = previous_tokens(tokens, ids)
   np.testing.assert_array_equal(previous, [[-1, 5, -1, 7], [-1, 6, -1, 0]])
 
 
 def test_what_is_hashed():
-  # Token 8 stands after 5 twice, after 6, and first; at places 1, 3, 5, 0.
+  # Token 8 follows 5 twice, follows 6, and is first; its positions are 1, 3, 5
+  # and 0.
   tokens = jnp.array([[5, 8, 5, 8, 6, 8], [8, 5, 5, 6, 6, 5]])
   place = jnp.tile(jnp.arange(6), (2, 1))
   found = {

@@ -1,4 +1,4 @@
-"""Two levels: choices and loads by hand and by the book."""
+"""Two levels of gates: choices and loads by hand and by definition."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ G, S, A, B, K1, K2 = 2, 7, 4, 5, 2, 3
 
 
 def test_choices_are_told():
-  # The token goes to branch 2 with 0.7 and to branch 0 with 0.3; in branch 2
-  # to its expert 1 alone, in branch 0 to its expert 2. Of three experts each,
-  # these are 7 and 2.
+  # The token goes to branch 2 with 0.7 and to branch 0 with 0.3. In branch 2 it
+  # chooses expert 1 alone, in branch 0 expert 2. With three experts each these
+  # are experts 7 and 2.
   index, gate = flat_choices(
     jnp.array([[[2, 0]]]),
     jnp.array([[[0.7, 0.3]]]),
@@ -32,9 +32,10 @@ def test_choices_are_told():
 
 
 def test_load_is_told():
-  # Two tokens, two branches of two. Both are likely in branch 0 (0.9 and
-  # 0.6), which both chose; the second also had a chance of 0.4 in branch 1,
-  # where nobody went. Branch 0's experts are loaded by 1.2 and 0.8.
+  # There are two tokens and two branches of two experts. Both tokens chose
+  # branch 0, with probabilities of 0.9 and 0.6; the second could also have
+  # chosen branch 1, with 0.4, but no token did. Branch 0's experts have loads
+  # of 1.2 and 0.8.
   load = hierarchical_load(
     jnp.array([[[0.9, 0.1], [0.6, 0.4]]]),
     jnp.array([[[[0.5, 0.5]], [[0.7, 0.3]]]]),
@@ -46,7 +47,7 @@ def test_load_is_told():
 
 
 def example(seed):
-  """Logits of both levels, and the same in numpy; noise is in them."""
+  """Logits of both levels, with noise, for the code and in numpy."""
   keys = jax.random.split(jax.random.key(seed), 6)
   levels = []
   for i, shape in enumerate([(G, S, A), (G, S * A, B)]):
@@ -56,7 +57,7 @@ def example(seed):
 
 
 def losses(branch, experts, mask):
-  """The load loss, given logits of all branches."""
+  """The load loss as a function of the logits of all branches."""
   index = choose(branch.noisy, K1)
   chosen = jax.tree.map(
     lambda x: jnp.take_along_axis(
@@ -91,7 +92,8 @@ def test_load_loss_follows_the_definition_with_noise():
 
 
 def test_load_loss_has_a_gradient_to_the_primary_gate():
-  # What the paper's factor Load_p is for; without it there would be none.
+  # The paper has the factor Load_p for this gradient, which would be zero
+  # without it.
   branch, experts = example(5)
   mask = jnp.ones((G, S), bool)
 

@@ -1,4 +1,4 @@
-"""Noisy top-K: the noise, and the smooth load it makes differentiable."""
+"""Noisy top-K: the noise, and the smooth load that is differentiable."""
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ def as_float64(logits):
 
 
 def test_one_token_by_hand():
-  # Three experts, two chosen, every standard deviation 2. For the experts 0
-  # and 1, which are in, the rival is the third value, 1; for expert 2, which
-  # is out, it is the second, 4. Each is asked about with its clean logit.
+  # Of three experts two are chosen, and all standard deviations are 2. Chosen
+  # experts 0 and 1 compete with the third value, 1; expert 2, which is not
+  # chosen, competes with the second, 4. Probabilities are those of clean
+  # logits.
   logits = NoisyLogits(
     clean=jnp.array([[[5.0, 3.0, 2.0]]]),
     noisy=jnp.array([[[6.0, 4.0, 1.0]]]),
@@ -51,8 +52,8 @@ def test_load_probability_follows_the_definition(K):
 
 
 def test_ties_leave_a_rival_of_the_same_height():
-  # At initialisation, without noise, every logit is 0 and so is every rival:
-  # each expert is as likely as not, chosen or not.
+  # With initial weights and no noise every logit is 0, and so is its
+  # competitor: each expert has a probability of one half, chosen or not.
   logits = noisy_logits(jnp.zeros((G, S, E)), jnp.zeros((G, S, E)), None)
   np.testing.assert_allclose(load_probability(logits, 2), 0.5)
 
@@ -85,7 +86,7 @@ def test_noise_is_standard_normal_times_softplus():
   np.testing.assert_array_equal(logits.clean, clean)
   np.testing.assert_allclose(logits.std[0, 0], std, rtol=1e-6)
   unit = np.asarray((logits.noisy - clean) / logits.std)
-  # 2000 draws per expert; four standard errors of a mean, of a deviation.
+  # Each expert has 2000 draws; tolerances are four standard errors.
   np.testing.assert_allclose(unit.mean((0, 1)), 0, atol=4 / 2000**0.5)
   np.testing.assert_allclose(unit.std((0, 1)), 1, atol=4 / 4000**0.5)
   np.testing.assert_allclose((abs(unit) < 1).mean(), 0.683, atol=0.02)
@@ -99,8 +100,8 @@ def test_no_key_no_noise_and_the_deviation_starts_at_ln_2():
 
 
 def test_gradient_of_the_load_loss_is_the_definitions_slope():
-  # The estimator exists for this gradient: compare it with the slope of the
-  # plain definition, through the clean logits, the noise and the rival.
+  # The estimate exists for its gradient, which must equal the slope of the
+  # plain definition through clean logits, noise and competitor.
   K, step = 2, 1e-5
   clean, noisy, std = as_float64(example(4))
   draw = (noisy - clean) / std
@@ -129,5 +130,5 @@ def test_gradient_of_the_load_loss_is_the_definitions_slope():
     down = by_definition(*[x - step * d for x, d in zip(inputs, toward)])
     along = sum((np.asarray(a) * d).sum() for a, d in zip(gradients, toward))
     np.testing.assert_allclose(along, (up - down) / (2 * step), rtol=1e-3)
-  for gradient in gradients:  # every expert feels it
+  for gradient in gradients:  # every expert has a gradient
     assert (np.abs(gradient[mask]).sum(0) > 1e-3).all()

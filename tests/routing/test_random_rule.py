@@ -1,4 +1,4 @@
-"""Random experts: different, every set as likely, other keys other experts."""
+"""Random experts differ, all sets are equally likely, and keys matter."""
 
 import collections
 import itertools
@@ -31,7 +31,7 @@ def test_every_ordered_pair_is_as_likely():
   assert experts.shape == (G, S, K)
   pairs = collections.Counter(map(tuple, experts.reshape(-1, K).tolist()))
   assert set(pairs) == set(itertools.permutations(range(E), K))
-  # 3,000 in 20 pairs: 150 each, deviation 12.
+  # 3,000 draws of 20 pairs give 150 to each, with a standard deviation of 12.
   np.testing.assert_allclose(list(pairs.values()), 150, atol=5 * 12)
 
 
@@ -43,12 +43,13 @@ def test_draws_are_used_as_the_definition_says():
 
 def test_another_key_is_another_choice():
   agree = (choice(0) == choice(1)).mean()
-  np.testing.assert_allclose(agree, 1 / E, atol=0.03)  # deviation 0.005
+  # Standard deviation 0.005.
+  np.testing.assert_allclose(agree, 1 / E, atol=0.03)
 
 
 @pytest.mark.parametrize('slot_priority', ['token_major', 'choice_major'])
 def test_even_choices_are_served_as_equal_logits_would_be(slot_priority):
-  # Random experts are slots' queues like others; only the gates differ.
+  # Random experts have slots and queues as others; only their gates differ.
   index = choice(2)[:, :9]
   mask = np.ones((G, 9), bool)
   mask[1, 4:] = False

@@ -1,4 +1,4 @@
-"""Balancing by running totals: who sits out, and what the others then have."""
+"""Balancing by running totals: which experts sit out, and others' gates."""
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,18 @@ from tests import reference
 
 
 def test_one_example_by_hand():
-  # Three experts were given 9, 3 and 0 of twelve examples, 4 each on average.
-  # The first is ahead by 5, which a margin of 4 does not allow: of its gate of
-  # 0.6 nothing is left, and the others share in the ratio of theirs, 3 to 1.
+  # Three experts got 9, 3 and 0 of twelve examples, 4 each on average. The
+  # first is ahead by 5, more than the margin of 4: its gate of 0.6 becomes 0,
+  # and the others share it in the ratio of their gates, 3 to 1.
   totals = jnp.array([9.0, 3.0, 0.0])
   out = running_totals.overused(totals, 4.0)
   np.testing.assert_array_equal(out, [True, False, False])
   logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]]))
   gates = running_totals.constrained_gates(logits, out)
   np.testing.assert_allclose(gates, [[0.0, 0.75, 0.25]], rtol=1e-6)
-  # A lead of the margin itself is allowed.
+  # A lead equal to the margin is allowed.
   assert not running_totals.overused(totals, 5.0).any()
-  # The example makes it 9, 3.75 and 0.25; kept is what is above their mean.
+  # With the example totals are 9, 3.75 and 0.25.
   moved = running_totals.moved(totals, gates.sum(0))
   mean = (9 + 3.75 + 0.25) / 3
   np.testing.assert_allclose(
@@ -48,7 +48,8 @@ def test_steps_follow_the_definition(E, margin):
   _, found = jax.lax.scan(step, jnp.zeros(E), jnp.asarray(logits))
   want = reference.balanced_gates(logits, margin)
   np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
-  assert (want == 0).any() == (margin < 1000)  # they differ in what they test
+  # With a large margin no expert sits out.
+  assert (want == 0).any() == (margin < 1000)
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +68,7 @@ def test_gates_sum_to_one_and_never_all_sit_out(totals, logits, margin):
   assert (gates[:, ~out] > 0).any(-1).all()
   exact = totals.astype(np.float64)
   lead = exact - exact.mean()
-  # Of a mean in float32, in which what is below 1e-38 is 0.
+  # The mean is taken in float32, in which numbers below 1e-38 are 0.
   slack = 1e-6 * np.abs(exact).max() + 1e-37
   assert (lead[out] > margin - slack).all()
   kept = ~out & (exact > exact.min())
@@ -78,15 +79,15 @@ def test_equal_totals_whose_mean_is_rounded_let_all_in():
   rng = np.random.default_rng(0)
   number = rng.uniform(1, 2, (200, 1)).astype(np.float32)
   totals = jnp.tile(number, (1, 6))
-  # Six times the same, and yet some are all above their float32 mean.
+  # Six totals are equal, and yet all can be above their mean in float32.
   assert (totals > totals.mean(-1, keepdims=True)).all(-1).any()
   out = jax.vmap(lambda row: running_totals.overused(row, 0.0))(totals)
   assert not out.any()
 
 
 def test_totals_of_a_long_run_lose_no_gate():
-  # 40 steps of a million examples each, half an example apart: a float32 sum
-  # of more than 2^24 would not see it.
+  # In 40 steps of a million examples each, totals differ by half an example,
+  # which a float32 sum above 2^24 cannot represent.
   mass = jnp.array([2.0**20 + 0.5, 2.0**20])
   totals = jnp.zeros(2)
   for _ in range(40):
@@ -102,14 +103,15 @@ def test_who_sits_out_learns_nothing():
     return running_totals.constrained_gates(logits, out)[0, 0]
 
   gradient = np.asarray(jax.grad(first)(logits))[0]
-  g = 1 / (1 + np.exp(-0.2))  # of 0.3 against 0.1
+  g = 1 / (1 + np.exp(-0.2))  # gates of 0.3 and 0.1
   np.testing.assert_allclose(
     gradient, [g * (1 - g), 0.0, -g * (1 - g)], rtol=1e-5
   )
 
 
 def test_the_load_of_a_mixture_is_its_gates():
-  # Two tokens and one of padding; E=2 in a model whose largest E is 3.
+  # There are two tokens and one of padding, and E=2 in a model whose largest E
+  # is 3.
   gate = jnp.array([[[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]])
   mask = jnp.array([[True, True, False]])
   stats = mixture_stats(gate, jnp.log(gate + 1e-9), mask, 3)

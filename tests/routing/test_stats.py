@@ -1,4 +1,4 @@
-"""Routing statistics: counted by hand, by loops, and merged by adding."""
+"""Routing statistics by hand, by loops, and merged by adding."""
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ def example(seed, K=3, capacity=2, policy='threshold'):
 
 
 def test_four_tokens_by_hand():
-  # Tokens 0 to 2 choose expert 0, then expert 1; both have two slots, so
-  # token 2 loses both choices. Token 3 is padding and counts nowhere.
+  # Tokens 0 to 2 choose expert 0, then expert 1, which have two slots each, so
+  # that token 2 loses both choices. Token 3 is padding and does not count.
   probs = [[0.5, 0.3, 0.2], [0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.0, 0.1, 0.9]]
   logits = jnp.log(jnp.maximum(jnp.array([probs]), 1e-30))
   mask = jnp.array([[True, True, True, False]])
@@ -61,7 +61,7 @@ def test_a_router_without_opinion_has_entropy_log_e_and_no_size():
   stats = measure(routing, logits, mask)
   np.testing.assert_allclose(stats.entropy / stats.tokens, np.log(E), rtol=1e-6)
   assert stats.logit_square == 0
-  # Experts 0 to 2 are everyone's; in each group 4 of 7 tokens are served.
+  # All tokens choose experts 0 to 2; in each group 4 of 7 tokens are served.
   np.testing.assert_array_equal(stats.load, [14, 14, 14, 0, 0])
   np.testing.assert_array_equal(stats.kept_load, [8, 8, 8, 0, 0])
   np.testing.assert_array_equal(stats.overflowed, [6, 6, 6])
@@ -105,7 +105,7 @@ def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
   by_rank, in_all = drop_rate(stats)
   np.testing.assert_allclose(by_rank, full, rtol=1e-6)
   np.testing.assert_allclose(in_all, full.mean(), rtol=1e-6)
-  # A choice that was not sent is not dropped: with room for all the rate is 0.
+  # A choice that was not sent is not dropped: without a capacity the rate is 0.
   routing, _, logits, mask = example(1, capacity=None)
   stats = measure(routing, logits, mask)
   assert stats.unsent.sum() > 0 and stats.kept_load.sum() < stats.load.sum()
@@ -113,7 +113,8 @@ def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
 
 
 def test_the_drop_rate_where_experts_choose_is_of_tokens_that_none_took():
-  # Expert 0 takes token 0, expert 1 token 1; of four tokens two have nobody.
+  # Expert 0 takes token 0 and expert 1 token 1; two of four tokens get no
+  # expert.
   logits = jnp.zeros((1, 4, 2)).at[0, 0, 0].set(1.0).at[0, 1, 1].set(1.0)
   mask = jnp.ones((1, 4), bool)
   stats = slot_stats(expert_choice(logits, capacity=1), logits, mask, 3)

@@ -1,4 +1,4 @@
-"""Strictly balanced gating by hand, by the book, and as it learns."""
+"""Strictly balanced gating by hand, by definition, and in training."""
 
 import functools
 
@@ -30,7 +30,7 @@ loss_of = jax.jit(strictly_balanced_rule.batchwise_loss)
 
 
 def by_token(chosen):
-  """A routing's gates, [G, S, E]."""
+  """Gates of a routing by token, [G, S, E]."""
   gates = np.zeros((len(chosen.gate), chosen.group_size, chosen.num_experts))
   for g, e, c in np.ndindex(chosen.gate.shape):
     s = int(chosen.token_index[g, e, c])
@@ -50,17 +50,19 @@ ALL = jnp.ones((1, 3), bool)
 
 
 def test_masks_are_told():
-  # Three tokens, two experts, K = 1: each takes ceil(3 / 2) = 2. Expert 0 has
-  # the first two, expert 1 the last two: the middle one has both.
+  # With three tokens, two experts and K = 1 each expert takes ceil(3 / 2) = 2.
+  # Expert 0 has the first two and expert 1 the last two: the middle token has
+  # both.
   chosen = batchwise(log(TOLD), 1, ALL)
   np.testing.assert_allclose(
     by_token(chosen)[0], [[1, 0], [0.6, 0.4], [0, 1]], rtol=1e-6
   )
-  # Above 0.65 and 0.35: the middle one has expert 1 alone, whose gate is 1.
+  # With thresholds of 0.65 and 0.35 the middle token has expert 1 alone, with a
+  # gate of 1.
   thresholds = jnp.array([0.65, 0.35])
   found = threshold(log(TOLD), thresholds, 3, ALL)
   np.testing.assert_allclose(by_token(found)[0], [[1, 0], [0, 1], [0, 1]])
-  # The masks differ in one place, by 0.6 - 0.65.
+  # The two choices differ in one place, by 0.6 - 0.65.
   loss = loss_of(log(TOLD), thresholds, chosen, ALL)
   np.testing.assert_allclose(loss, [(0 - 1) * (0.6 - 0.65) / 3], rtol=1e-4)
   agreeing = jnp.array([0.5, 0.35])
@@ -70,7 +72,7 @@ def test_masks_are_told():
 
 def test_a_threshold_that_nobody_passes_leaves_no_expert():
   found = threshold(log(TOLD), jnp.array([0.9, 0.35]), 1, ALL)
-  # One slot: the last token, whose gate is larger than the middle one's.
+  # An expert with one slot takes the last token, whose gate is larger.
   np.testing.assert_array_equal(by_token(found)[0], [[0, 0], [0, 0], [0, 1]])
 
 
@@ -86,7 +88,7 @@ def test_gates_and_loss_are_those_of_the_book():
   loss = loss_of(*args, chosen, jnp.asarray(mask))
   for g in range(G):
     real = mask[g].sum()
-    m = K * real // E  # whole here: 6 of eight tokens, 3 of four
+    m = K * real // E  # a whole number here: 6 of eight tokens, 3 of four
     batch, above, expected = reference.strictly_balanced(
       np.float64(logits[g]), m, mask[g], thresholds
     )
@@ -98,8 +100,8 @@ def test_gates_and_loss_are_those_of_the_book():
 
 
 def test_thresholds_learn_the_mask():
-  # Of 64 tokens every expert takes 16 (K = 1, E = 4); the thresholds start
-  # where all or none do, and gradient descent brings them there.
+  # Of 64 tokens every expert takes 16 (K = 1, E = 4). Initial thresholds choose
+  # all or none, and gradient descent moves them there.
   rng = np.random.default_rng(1)
   logits = jnp.asarray(rng.normal(size=(1, 64, E)), jnp.float32)
   mask = jnp.ones((1, 64), bool)

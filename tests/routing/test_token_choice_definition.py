@@ -1,4 +1,4 @@
-"""Token choice against the definition: one choice after another, in loops."""
+"""Token choice equals its definition, one choice after another, in loops."""
 
 import itertools
 
@@ -19,14 +19,14 @@ G, S, E = 2, 7, 5
 
 
 def settings(K):
-  """Every combination of options that K allows."""
+  """Yields every combination of options that K allows."""
   gates = GATES if K > 1 else ('raw',)
   policies = [p for p in SECOND_POLICIES if p != 'sampled' or K == 2]
   return itertools.product(gates, policies)
 
 
 def example(seed):
-  """Random logits [G, S, E] and a mask with some padding, group by group."""
+  """Random logits [G, S, E], and a mask with some padding in each group."""
   rng = np.random.default_rng(seed)
   logits = rng.normal(size=(G, S, E)).astype(np.float32)
   mask = rng.random((G, S)) < (0.7 if seed else 1.0)

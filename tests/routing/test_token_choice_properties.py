@@ -1,4 +1,4 @@
-"""What holds for every routing of every setting, on inputs full of ties."""
+"""Properties of every routing with every option, on inputs full of ties."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from moe_jax.routing import (
 G, S, E, C = 2, 7, 5, 3
 few = settings(max_examples=30, deadline=None, derandomize=True)
 
-# Small whole numbers, so that equal logits are common.
+# Logits are small whole numbers, so that ties are frequent.
 logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
 masks = st_np.arrays(bool, (G, S))
 
@@ -58,9 +58,10 @@ def test_contract(logits, mask, options, capacity):
     np.testing.assert_allclose(gate.sum(-1), kept.any(-1), atol=1e-6)
   for g in range(G):
     for s in range(S):
-      assert len(set(expert[g, s])) == expert.shape[-1]  # distinct
+      # Experts of a token differ.
+      assert len(set(expert[g, s])) == expert.shape[-1]
     seats = list(zip(expert[g][kept[g]], slot[g][kept[g]]))
-    assert len(seats) == len(set(seats))  # one token per slot
+    assert len(seats) == len(set(seats))  # a slot has one token
     if capacity is not None:
       assert all(c < capacity for _, c in seats)
       served = np.bincount(expert[g][kept[g]], minlength=E)
@@ -70,7 +71,7 @@ def test_contract(logits, mask, options, capacity):
 @few
 @given(logits, masks, options())
 def test_a_choice_is_dropped_only_by_a_full_expert(logits, mask, options):
-  # Without a draw, an expert that dropped anyone serves exactly C.
+  # Without draws, an expert that drops a choice serves exactly C.
   options['key'] = None
   routing = token_choice(
     jnp.asarray(logits), mask=jnp.asarray(mask), capacity=C, **options
@@ -85,7 +86,7 @@ def test_a_choice_is_dropped_only_by_a_full_expert(logits, mask, options):
 @few
 @given(logits, options(), st.permutations(range(S)))
 def test_without_drops_a_token_is_routed_alone(logits, options, order):
-  # Shuffling the group shuffles what its tokens get and changes nothing else.
+  # Permuting a group permutes what its tokens get, and changes nothing else.
   options['key'] = None
   order = np.array(order)
   routed = token_choice(jnp.asarray(logits), capacity=S, **options)

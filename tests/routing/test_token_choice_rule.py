@@ -1,4 +1,4 @@
-"""Token choice as stories: few tokens, and arrays worked out by hand."""
+"""Token choice told by examples of few tokens, with arrays by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ route = jax.jit(
 
 
 def logits_of(*probabilities):
-  """One group's logits, [1, S, E], whose softmax is the rows given."""
+  """Logits of one group, [1, S, E], whose softmax is the given rows."""
   return jnp.log(jnp.array([probabilities], jnp.float32))
 
 
 def check(routing, *, expert, slot, kept, gate=None):
-  """Compares the only group of a routing with arrays written by hand."""
+  """Compares the only group of a routing to arrays written by hand."""
   np.testing.assert_array_equal(routing.expert_index[0], expert)
   np.testing.assert_array_equal(routing.kept[0], np.array(kept, bool))
   np.testing.assert_array_equal(routing.slot[0], slot)
@@ -40,8 +40,8 @@ def check(routing, *, expert, slot, kept, gate=None):
     np.testing.assert_allclose(routing.gate[0], gate, rtol=1e-5)
 
 
-# Two tokens want expert 1: the first one as its second choice, the second one
-# as its first. Expert 1 has one slot.
+# Both tokens choose expert 1, which has one slot: the first token as its second
+# choice, the second token as its first.
 RIVALS = logits_of([0.6, 0.3, 0.1], [0.1, 0.7, 0.2])
 
 
@@ -92,8 +92,8 @@ def test_token_major_serves_the_earlier_token_with_all_its_choices():
 
 
 def test_batch_priority_serves_the_confident_token_first():
-  # All want expert 0. Token 1 is the surest, then 2; tokens 0 and 3 are
-  # equally unsure, so the earlier goes first.
+  # All choose expert 0. Token 1 has the largest probability, then token 2;
+  # tokens 0 and 3 tie, so that the earlier goes first.
   routing = route(
     logits_of([0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.6, 0.4, 0], [0.5, 0.3, 0.2]),
     num_selected=1,
@@ -109,8 +109,9 @@ def test_batch_priority_serves_the_confident_token_first():
 
 
 def test_batch_priority_goes_by_the_largest_probability_not_the_chosen_ones():
-  # A balancing bias sends both tokens to expert 1. Token 1 is the surest, of
-  # another expert; the paper ranks by that, so it is served.
+  # A balancing bias sends both tokens to expert 1. Token 1 has the largest
+  # probability, of another expert; the paper ranks tokens by it, so that token
+  # 1 is served.
   routing = route(
     logits_of([0.4, 0.35, 0.25], [0.9, 0.06, 0.04]),
     num_selected=1,
@@ -127,8 +128,8 @@ def test_batch_priority_goes_by_the_largest_probability_not_the_chosen_ones():
   )
 
 
-# Both second choices are expert 2. Token 0 hardly wants it (2 * g2 ~ 1e-17),
-# token 1 wants it as much as its first choice (2 * g2 = 1 > any draw).
+# Both second choices are expert 2. Token 0's is hardly ever sent (2 * g2 ~
+# 1e-17), and token 1's always (2 * g2 = 1 > any draw).
 HALF_HEARTED = jnp.array([[[0.0, -80.0, -40.0], [-80.0, 0.0, 0.0]]])
 
 
@@ -139,8 +140,8 @@ def seconds(policy, key):
 
 
 def test_gshards_draw_leaves_a_hole_in_the_queue():
-  # Algorithm 1 counts the second choice it does not send: token 0's keeps
-  # place 0 of expert 2, which stays empty, and token 1 finds it full.
+  # Algorithm 1 counts a second choice that it does not send: that of token 0
+  # keeps slot 0 of expert 2, which stays empty, and token 1 finds no slot.
   check(
     seconds('sampled', KEY),
     expert=[[0, 2], [1, 2]],
@@ -150,8 +151,8 @@ def test_gshards_draw_leaves_a_hole_in_the_queue():
 
 
 def test_st_moes_threshold_leaves_no_hole():
-  # Below the threshold a choice goes out by chance, above it always; one that
-  # does not go out does not queue, and token 1 has the slot.
+  # Below the threshold a choice is sent by chance, and above it always; a
+  # choice that is not sent takes no slot, so that token 1 has it.
   check(
     seconds('threshold', KEY),
     expert=[[0, 2], [1, 2]],
@@ -171,8 +172,8 @@ def test_evaluation_sends_every_choice(policy):
 
 
 def test_the_threshold_is_where_a_choice_becomes_certain():
-  # g2 = 0.1 of the two. Threshold 0.1 sends it always, 0.4 a quarter of the
-  # time, GShard's draw a fifth of the time.
+  # g2 is 0.1 of both gates. A threshold of 0.1 sends it always, 0.4 a quarter
+  # of the time, and GShard's draw a fifth of the time.
   logits = jnp.tile(logits_of([0.9, 0.1]), (1, 4000, 1))
 
   def rate(policy, threshold=0.2):
@@ -229,7 +230,8 @@ def test_renormalising_after_dropping_gives_the_survivor_everything():
 
 @pytest.mark.parametrize('slot_priority', SLOT_PRIORITIES)
 def test_padding_takes_no_slot(slot_priority):
-  # Token 0 is padding, and surer than token 1; its place goes to token 1.
+  # Token 0 is padding, with a larger probability than token 1, which gets its
+  # slot.
   routing = route(
     logits_of([0.9, 0.1, 0], [0.6, 0.4, 0]),
     num_selected=1,
@@ -248,7 +250,7 @@ def test_padding_takes_no_slot(slot_priority):
 
 @pytest.mark.parametrize('K', [1, 2, 3])
 def test_ties_go_to_the_lower_expert(K):
-  # Without an opinion everyone goes to the first K experts, and fills them.
+  # With equal logits all tokens choose the first K experts and fill them.
   routing = route(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
   check(
     routing,
@@ -288,7 +290,7 @@ def test_gates_are_float32_whatever_the_logits_are(gates):
 
 
 def test_zeros_of_both_signs_tie():
-  # Equal numbers: the lower expert wins, whichever of them is -0.
+  # Logits are equal: the lower expert is chosen, whichever of them is -0.
   for row in ([-0.0, 0.0], [0.0, -0.0]):
     routing = route(jnp.array([[row]]), num_selected=1, capacity=1)
     check(routing, expert=[[0]], slot=[[0]], kept=[[1]])
