@@ -61,7 +61,7 @@ def choose(logits, K):
 
 
 def visits(slot_priority, logits, K):
-  """The (token, choice) pairs of one group in the order they are served."""
+  """Pairs (token, choice) of one group in the order they are served in."""
   tokens = list(range(len(logits)))
   if slot_priority == 'token_major':
     return [(s, k) for s in tokens for k in range(K)]
@@ -292,7 +292,7 @@ def routing_stats(routing: Reference, logits, mask):
 
 
 def _served(routing):
-  """(g, s, k, expert, row) of each served choice; R counts g, then slots."""
+  """Yields (g, s, k, expert, row) of served choices; R counts g, then slots."""
   kept = np.asarray(routing.kept)
   for g, s, k in zip(*np.nonzero(kept)):
     row = g * routing.capacity + int(routing.slot[g, s, k])

@@ -1,4 +1,4 @@
-"""Who takes which token, in training and in inference, as one mask."""
+"""The tokens of each expert, in training and in inference, as a mask."""
 
 import functools
 
@@ -21,7 +21,7 @@ E, K = shazeer_appendix_f.E, shazeer_appendix_f.K
 
 
 def kept(**router):
-  """What the middle layer of three sows."""
+  """Intermediates that the middle layer of three has sown."""
   return {'intermediates': {'layers_1': {'moe': {'router': router}}}}
 
 
@@ -34,7 +34,8 @@ def test_choices_of_tokens_are_a_mask():
 
 
 def test_choices_of_experts_are_a_mask():
-  # Two groups of three tokens, two slots; 3 stands for an empty one.
+  # There are two groups of three tokens, and experts have two slots; 3 marks an
+  # empty slot.
   index = np.full((2, E, 2), 3)
   index[0, 4] = [2, 0]
   index[1, 4] = [1, 3]
@@ -55,7 +56,7 @@ def test_agreement_is_of_the_pairs_that_either_makes():
 
 @functools.cache
 def small():
-  """A model whose experts are chosen by thresholds, its variables, a batch."""
+  """A model whose experts choose by thresholds, its variables and a batch."""
   moe = dict(
     layers='1',
     num_experts=E,
@@ -84,14 +85,14 @@ def with_thresholds(value):
 
 
 def foreign():
-  """The batch, but for what follows in each row."""
+  """The batch with other tokens in the second half of each row."""
   _, _, batch = small()
   tokens = batch['tokens'].at[:, T // 2 :].set(5)
   return batch | {'tokens': tokens}
 
 
 def losses(value, train, own=True):
-  """Nats of every token [B, T], by the model's own call."""
+  """Loss of each token in nats, [B, T], by the model's own call."""
   model, _, batch = small()
   inputs = model.inputs(batch if own else foreign())
   keys = {'router': jax.random.key(0)}
@@ -112,8 +113,8 @@ def test_thresholds_that_all_or_none_pass(value):
   everyone = value == 0
   assert found['experts'] == (E if everyone else 0)
   assert found['none'] == 1 - everyone
-  # In training each expert takes m = ceil(K T / E) of a row's T tokens; of the
-  # shorter row as large a share.
+  # In training each expert takes m = ceil(K T / E) of a row's T tokens, and the
+  # same share of the shorter row.
   m = -(-K * T // E)
   short = -(-m * (T - 2) // T)
   share = ((B - 1) * m + short) / (B * T - 2)
@@ -131,7 +132,8 @@ def test_losses_are_those_of_each_choice():
   lost = losses(0.1, False) - losses(0.1, True)
   expected = (lost * weights).sum() / weights.sum()
   np.testing.assert_allclose(found['lost'], expected, atol=1e-5)
-  # Of the first half, but for its last token, whose target is in the second.
+  # The last token of the first half is left out, since its target is in the
+  # second half.
   foreseen = losses(0.1, True, own=False) - losses(0.1, True)
   expected = foreseen[:, : T // 2 - 1].mean()
   np.testing.assert_allclose(found['foreseen'], expected, atol=1e-5)

@@ -1,11 +1,11 @@
-"""Imports point down: the layout's rule, read from the code."""
+"""Imports point down: the rule of the design, checked in the code."""
 
 import ast
 import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What each part of moe_jax may import of moe_jax, itself apart.
+# The parts of moe_jax that each part may import, besides itself.
 OPTIONS = {
   'option_checks', 'options', 'plugins', 'sections', 'section_reader',
   'section_writer',
@@ -95,10 +95,10 @@ ALLOWED = {
   },
   '__init__': UP_TO_LAYERS | {'models'},
 }
-# What these see of the rooms that hold more than is theirs: tokenizers, the
-# checkpoints and the folders of runs. Who explains a step's cost has to build
-# the step; evaluations are called by the training loop, and do not reach into
-# it; an imported checkpoint gets the options of a run.
+# Modules that some parts may import although the rest of their part is closed
+# to them: tokenizers, checkpoints and folders of runs. `explain_cost` has to
+# build the training step; evaluations are called by the training loop and use
+# nothing of it; an imported checkpoint gets the options of a run.
 TOKENIZERS = ('moe_jax.data.tokenizers',)
 CHECKPOINTS = (
   'moe_jax.runs.checkpointer', 'moe_jax.runs.trained', 'moe_jax.runs.workdir'
@@ -137,7 +137,7 @@ NARROW = {
 
 
 def imported(path: pathlib.Path) -> set[str]:
-  """The dotted names a file imports, wherever the import stands."""
+  """Dotted names that a file imports, anywhere in it."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
     if isinstance(node, ast.Import):
@@ -182,19 +182,19 @@ def test_configs_import_nothing_above_the_package():
     assert {name.split('.')[0] for name in imported(path)} <= allowed, path.name
 
 
-# Names of jax that are removed without notice, and those that replace them.
+# Modules of jax that are removed without notice, and their replacements.
 PRIVATE = ('jax.core', 'jax.interpreters', 'jax.lib', 'jaxlib')
-# The parser of Triton programs, for a jaxlib that lowers to them by itself.
+# The parser of Triton programs is used with a jaxlib that can lower to them.
 EXCEPTIONS = {'tests/kernels/test_pallas_gpu.py': 'jaxlib.triton.dialect'}
 
-# Not the names that every NamedTuple has, which are public.
+# Names such as `_replace`, which every NamedTuple has, are public.
 PRIVATE_NAME = re.compile(
   r'_(?!(fields|replace|asdict|make)$)[a-z]', re.IGNORECASE
 ).match
 
 
 def private_names(text: str) -> set[str]:
-  """The names of other libraries in a source that a release may remove."""
+  """Other libraries' private names in a source, which a release may remove."""
   tree = ast.parse(text)
   names = {
     ast.unparse(node)
@@ -238,7 +238,7 @@ def test_a_private_name_is_seen():
 
 
 def private_to_the_project(text: str) -> set[str]:
-  """The names of the project's modules that only these should use."""
+  """Private names of the project's modules that a source uses."""
   tree, modules, found = ast.parse(text), set(), set()
   for node in ast.walk(tree):
     if not isinstance(node, ast.ImportFrom):
@@ -273,7 +273,8 @@ def test_a_private_name_of_the_project_is_seen():
 
 
 def test_a_forbidden_import_is_seen():
-  # The rule itself: routing must not reach up, analysis not into the loop.
+  # The rule is tested too: routing must not import upwards, nor analysis the
+  # loop.
   assert broken_rules('routing', {'moe_jax.layers.moe.MoE'})
   assert broken_rules('training', {'configs.base'})
   assert broken_rules('analysis', {'moe_jax.training.loop.Run'})
@@ -301,5 +302,5 @@ def test_top_level_is_settled():
 def test_no_two_files_share_a_name():
   names = [path.name for path in (ROOT / 'moe_jax').rglob('*.py')]
   twice = {name for name in names if names.count(name) > 1}
-  # Each room has its door, and may have its contract.
+  # Each room has an `__init__.py`, and may have a contract.
   assert twice <= {'__init__.py', 'contract.py'}

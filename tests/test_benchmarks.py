@@ -1,4 +1,4 @@
-"""Benchmarks: what they time is what they say, and every row is there."""
+"""Benchmarks time the programs that they name, and print every row."""
 
 import csv
 import dataclasses
@@ -34,7 +34,8 @@ def test_every_case_runs_once_a_round_and_the_first_one_turns():
   cases = {name: lambda name=name: ran.append(name) for name in 'abc'}
   times = timing.interleave(cases, seconds=0, least=4)
   rounds = [''.join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
-  assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']  # one warms up
+  # The first round warms up.
+  assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']
   assert {name: len(found) for name, found in times.items()} == dict.fromkeys(
     'abc', 4
   )
@@ -46,8 +47,8 @@ def test_rounds_have_an_upper_bound():
 
 
 def test_ratios_are_taken_within_a_round():
-  # Twice, three times and once as slow, while the machine slowed down: neither
-  # the ratio of medians (1) nor that of sums (2.4).
+  # The ratios are 2, 3 and 1, while the machine slowed down: the median is
+  # neither the ratio of medians (1) nor that of sums (2.4).
   spread = timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
   assert spread == timing.Spread(1.5, 2.0, 2.5)
   assert f'{timing.Spread.of([1.0, 2.0, 3.0]):.1f}' == '2.0 (1.5-2.5)'
@@ -80,7 +81,7 @@ def test_an_unknown_routing_names_those_that_exist():
 
 @pytest.fixture(scope='module')
 def bound():
-  """Every case on both routings, compiled once: (layer, inputs, programs)."""
+  """All cases on both routings, compiled once: (layer, inputs, programs)."""
   layer = cases_lib.Layer.draw(SIZES, E)
   compilations = cases_lib.compile_cases(layer, K, backward=True, ragged=True)
   found = {}
@@ -117,7 +118,7 @@ def assert_same(a, b):
 
 
 def test_products_of_the_same_groups_compute_the_same(bound):
-  # A baseline that did less would make the layer look slow, or fast.
+  # A baseline with less work would make the layer look slow, or fast.
   _, _, found = bound
   _, results = found['zipf']
   ffn = programs_lib.GROUPED[0]
@@ -131,7 +132,8 @@ def test_products_of_the_same_groups_compute_the_same(bound):
 
 
 def test_the_layer_is_its_experts_on_its_choices(bound):
-  # Dropless, by a plain loop over the drawn choices and the router's gates.
+  # The dropless layer equals a plain loop over the drawn choices and the
+  # router's gates.
   layer, _, found = bound
   inputs, results = found['zipf']
   y = results['dropless'][0][0]
@@ -197,7 +199,7 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
   )
   for row in rows:
     assert row['ms'] > 0 and row['fraction'] > 0
-    # One K is in all of them.
+    # All rows have the same K.
     if row['case'] in programs_lib.LAYERS:
       products = round(2 * row['served'] * N * K * 2 * M * F)
       assert row['flops'] == 3 * (products + 2 * N * M * E)
@@ -205,7 +207,7 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
     if row['case'] == programs_lib.DENSE:
       assert row[f'per_{programs_lib.DENSE}'] == 1
   table = (folder / 'table.md').read_text(encoding='utf-8')
-  assert table.count('| gather |') == 2 + 2  # layers, growth
+  assert table.count('| gather |') == 2 + 2  # tables of layers and of growth
   with (folder / 'rows.csv').open(encoding='utf-8') as file:
     assert len(list(csv.DictReader(file))) == len(rows)
   assert (folder / 'ratios.png').stat().st_size > 1000
@@ -223,9 +225,9 @@ def test_a_step_that_is_timed_is_a_training_step():
   )
   step = bench_train_step.compile_step(twin)
   step.run()
-  step.run()  # the state it donated is not asked for again
+  step.run()  # the donated state is not used again
   params = 257 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48) + 5 * 32
-  # Adam's two moments and their two counts, the step and the seed.
+  # The state has Adam's two moments with two counts, the step and the seed.
   state = 4 * (3 * params + 4)
   assert step.work.min_bytes == 4 * 4 * params + 2 * state
   assert step.counts.argument_bytes >= state
@@ -295,7 +297,7 @@ def test_the_overhead_benchmark_saves_once_a_burst(tmp_path, monkeypatch):
       f'--output={tmp_path}',
     ]
   )
-  # A round of three bursts warms up and five are timed, in turning order.
+  # One round of three bursts warms up, and five are timed in rotating order.
   assert steps == [7, 16, 22, 28, 43, 49]
   (results,) = tmp_path.glob('*/*/results.json')
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
@@ -320,7 +322,7 @@ def test_a_dense_config_has_no_twin(tmp_path):
 
 
 def test_capacity_serves_what_fits():
-  # Six choices, room for two each: one of expert 0 goes.
+  # Of six choices each expert serves two at most, so that expert 0 drops one.
   load = np.array([3, 2, 1])
   assert rows_lib.served_share('gather', load) == 5 / 6
   assert rows_lib.served_share('dropless', load) == 1

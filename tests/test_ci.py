@@ -1,11 +1,12 @@
-"""Which newer Pythons the whole check finds, of those a machine may have."""
+"""The newer Pythons that the whole check finds on a machine."""
 
 import os
 import pathlib
 import subprocess
 
 SCRIPT = pathlib.Path(__file__).parents[1] / '.ci' / 'newer_pythons'
-# Makes environments whose interpreter answers whatever it is asked.
+# A fake interpreter that makes environments, and ends well whatever it is
+# asked.
 WORKS = """
 case "$*" in
   *' venv '*) for last; do :; done
@@ -14,7 +15,7 @@ case "$*" in
     chmod +x "$last/bin/python";;
 esac
 """
-# What pyenv puts where a version is installed and not activated.
+# The shim that pyenv has for a version that is installed and not activated.
 SHIM = """
 echo 'pyenv: python3.12: command not found' >&2
 exit 127
@@ -35,7 +36,7 @@ def add(path, body, **names):
 
 
 def found(tmp_path):
-  """The line of each minor version."""
+  """The script's line for each minor version."""
   out = subprocess.check_output(
     [SCRIPT, tmp_path / 'made', '3.91', '3.92', '3.93', '3.94'],
     env={
@@ -49,7 +50,8 @@ def found(tmp_path):
 
 def test_interpreters_count_only_if_they_make_environments(tmp_path):
   path, versions = tmp_path / 'path', tmp_path / 'pyenv' / 'versions'
-  # Not activated: the shim fails, and the newest release behind it works.
+  # The version is not activated: its shim fails, and the newest installed
+  # release is used.
   add(path / 'python3.91', SHIM)
   for release in ('3.91.2', '3.91.10'):
     add(

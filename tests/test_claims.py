@@ -1,4 +1,4 @@
-"""Published numbers: as printed, cited by their mark, the unverified hidden."""
+"""Published numbers: as printed, cited with their mark, or hidden."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from experiments.study import claims
 
-# Typed by hand, not copied from the file.
+# These numbers were typed from the papers, not copied from the file.
 PRINTED = {
   'shazeer2017/table6': {
     '(0.0, 0.0)': (39.8, 3.04, 3.01, 17.80),
@@ -50,7 +50,7 @@ def test_a_cell_has_its_place_and_its_columns_unit():
   assert (cell.value, cell.unit, cell.better) == (17.8, 'x', 'lower')
   assert (cell.row, cell.column) == ('(0.0, 0.0)', 'max_over_mean')
   assert cell.paper.startswith('Outrageously Large Neural Networks')
-  # Quality as a negative log perplexity grows, as a perplexity it falls.
+  # A better model has a higher negative log perplexity, and a lower perplexity.
   assert claims.find('switch2021/table11/argmax/nlp').better == 'higher'
   assert claims.find('lossfree2024/table2/1B loss-free/ppl').better == 'lower'
 
@@ -70,7 +70,7 @@ def test_a_cell_has_its_place_and_its_columns_unit():
       '7 (text; in words: one-seventh of the time)',
     ),
     ('hash2021/reddit/Hash/ppl', 'unverified, not shown'),
-    # One cell of a checked table.
+    # This is one cell of a table marked 'checked'.
     ('nllb2022/models/NLLB-200 MoE/F', 'unverified, not shown'),
     ('nllb2022/models/NLLB-200 MoE/E', '128 (configurations)'),
   ],
@@ -83,7 +83,7 @@ def test_slips_of_a_paper_are_kept_with_a_note():
   slip = claims.find('gshard2020/table1/2048E 36L/total_experts')
   assert slip.value == 36684 and '36864' in slip.note
   caption = claims.find('switch2021/table11/input jitter/nlp')
-  assert 'slip' in caption.note  # said once, of the whole table
+  assert 'slip' in caption.note  # the note is that of the whole table
   assert claims.find('switch2021/table1/T5-Base/nlp_100k').note == ''
 
 
@@ -110,7 +110,7 @@ def test_every_cell_has_a_paper_and_a_place_of_its_own():
   papers = json.loads(claims.CLAIMS.read_text(encoding='utf-8'))
   assert {address.split('/')[0] for address in cells} == set(papers)
   assert all(slug.endswith(str(p['year'])) for slug, p in papers.items())
-  # A title or address copied from another paper and not changed.
+  # No title or address may be copied from another paper.
   for key in ('title', 'url'):
     assert len({paper[key] for paper in papers.values()}) == len(papers)
 
@@ -144,7 +144,7 @@ def test_rows_read_in_the_order_of_the_columns(tmp_path):
   path = tmp_path / 'claims.json'
   path.write_text(GOOD)
   cells = claims.load(path)
-  # b/ppl is not printed in the paper, and so is no cell.
+  # The paper does not print b/ppl, so that there is no such cell.
   assert list(cells) == ['p2020/t/a/ppl', 'p2020/t/a/size', 'p2020/t/b/size']
   _, least, own = cells.values()
   assert (least.relation, least.value, least.unit) == ('<=', 30, 'M')

@@ -1,4 +1,4 @@
-"""A step compiled for devices that need not exist: what is said of it."""
+"""The report on a step compiled for devices that need not exist."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ def test_the_report_is_of_one_device(found):
   assert step.argument_bytes < alone.argument_bytes
   assert alone.collectives.by_kind == {}
   assert 'all-reduce' in step.collectives.by_kind
-  # The state is donated: nothing but the metrics is new.
+  # The state is donated: the only new arrays are the metrics.
   assert step.alias_bytes > 0.9 * step.argument_bytes
   needed = step.argument_bytes + step.temp_bytes
   assert step.needed_bytes == pytest.approx(needed, rel=0.1)

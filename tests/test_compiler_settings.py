@@ -1,4 +1,4 @@
-"""What tests ask of XLA: no flag that it refuses, speed only on request."""
+"""XLA's settings in tests: only accepted flags, and speed only on request."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def test_a_flag_that_xla_does_not_know_is_not_set(tmp_path):
   flag = '--xla_no_such_flag=true'
   assert not xla_flags.accepted(flag, tmp_path)
   assert xla_flags.accepted('--xla_cpu_enable_fast_math=false', tmp_path)
-  # Both answers are kept, so that another start costs nothing.
+  # Both answers are cached, so that later starts cost nothing.
   for file in tmp_path.iterdir():
     file.write_text('0')
   assert xla_flags.accepted(flag, tmp_path)

@@ -1,4 +1,4 @@
-"""Overrides onto a config, and errors that name the nearest key."""
+"""Overrides of a config, and errors that name the nearest key."""
 
 import ml_collections
 import pytest
@@ -23,7 +23,7 @@ def test_merge_changes_only_what_is_named():
   expected['model']['inner']['pair'] = (3,)
   assert merged.to_dict() == expected
   assert isinstance(merged.model.inner.pair, tuple)
-  # The original stays as it was.
+  # The original config is unchanged.
   assert config.model.depth == 2
   assert config.model.inner.pair == (1, 2)
 
@@ -102,7 +102,7 @@ def test_flatten_names_leaves_by_their_path():
 
 def test_difference_names_both_values_and_takes_lists_for_tuples():
   old = {'a': 1, 'b': {'c': (1, (2, 3)), 'd': 4}, 'gone': 5}
-  # As JSON gives it back.
+  # JSON returns lists for tuples.
   new = {'a': 2, 'b': {'c': [1, [2, 3]], 'd': 4}, 'here': {'x': 6}}
   assert difference(old, new) == {
     'a': (1, 2),

@@ -1,4 +1,4 @@
-"""Every config: its dump, its size, and two steps of it shrunk."""
+"""Every config: its text, its size, and two steps of it shrunk."""
 
 import functools
 import json
@@ -21,18 +21,18 @@ from tests.training import tiny
 
 
 def read(config):
-  """The options of a config."""
+  """Reads the options of a config."""
   return run_config.read(config)
 
 
 def filled(options, vocab_size):
-  """The options with a vocabulary, and a shape of examples if they have one."""
+  """Options with a vocabulary and, if they need one, a shape of examples."""
   of_features = options.model.reads_features
   return options.filled(vocab_size, (7,) if of_features else ())
 
 
 def batch_of(options, model):
-  """Random rows of the run's lengths, for every sequence that is read."""
+  """Random rows of the run's lengths, for every input of the model."""
   if options.model.reads_features:
     ones = {
       k: np.ones(v.shape, v.dtype)
@@ -63,7 +63,7 @@ def test_dump(name):
 def test_a_dump_holds_what_differs_and_nothing_else():
   changed = json.loads(golden.dump('shakespeare_gshard'))
   assert changed['model.moe.num_selected'] == 2
-  assert 'model.moe.router.kind' not in changed  # the default's
+  assert 'model.moe.router.kind' not in changed  # it is the default
   assert changed['evals.capacity_2.model_overrides'] == {
     'moe': {'capacity': {'per_token': {'factor': 4.0}}}
   }
@@ -165,7 +165,7 @@ def test_a_shrunk_config_is_small_and_of_the_same_kinds(name):
     assert small.model.width == 32 and small.data.seq_len == 32
     assert type(small.model.moe.router) is type(whole.model.moe.router)
     assert small.model.vocab_size == 0
-  # It is a config again: what it holds is read as it is.
+  # The result is a valid config.
   assert read(sections.section(small)) == small
 
 
@@ -208,7 +208,8 @@ def test_the_dense_twin_is_one_override():
   twin, ignored = run_config.settled(
     config, merge(config, {'model': {'moe': {'num_experts': 0}}})
   )
-  # Said, and not refused: they are of no use to a model without experts.
+  # They are reported and not refused: a model without experts has no use for
+  # them.
   assert 'model.moe.router.token_choice.gates' in ignored
   model = twin.model
   moe = model.moe.within(model.ffn, model.dropout)

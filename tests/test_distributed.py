@@ -1,4 +1,4 @@
-"""One process of several: its flags, and its share of a batch."""
+"""One process of several: its flags, and its rows of a batch."""
 
 import jax
 import numpy as np

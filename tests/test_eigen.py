@@ -1,4 +1,4 @@
-"""The study of 2013: information as defined, and a run of seconds."""
+"""The study of 2013: information by definition, and a run of seconds."""
 
 import json
 import math
@@ -20,12 +20,13 @@ def entropy(*p):
 
 
 def test_information_of_two_labels_by_hand():
-  # Of two equally likely labels one has gates 0.9 and 0.1, the other the
-  # reverse: ln 2 of the mean, less the entropy that each label leaves.
+  # Of two equally likely labels one has gates of 0.9 and 0.1, and the other 0.1
+  # and 0.9: the information is ln 2, the entropy of the mean, less the entropy
+  # for each label.
   given = np.array([[0.9, 0.1], [0.1, 0.9]])
   found = gate_information.mutual_information(given, np.array([0.5, 0.5]))
   np.testing.assert_allclose(found, math.log(2) - entropy(0.9, 0.1))
-  # The rarer a label, the less there is to know: 0.7 and 0.3 on average.
+  # A rare label carries less information; mean gates are 0.7 and 0.3.
   found = gate_information.mutual_information(given, np.array([0.75, 0.25]))
   np.testing.assert_allclose(found, entropy(0.7, 0.3) - entropy(0.9, 0.1))
   certain = np.eye(4)
@@ -38,7 +39,7 @@ def labelled(N=60, C=4):
 
 
 def test_gates_that_follow_the_place_say_nothing_of_the_class():
-  # Six places, of which each expert has two; all images alike.
+  # There are six places, of which each expert has two; all images are equal.
   place = np.eye(3)[np.arange(6) // 2]
   gates = np.tile(place, (60, 1, 1))
   found = gate_information.about_place(gates)
@@ -48,7 +49,7 @@ def test_gates_that_follow_the_place_say_nothing_of_the_class():
 
 
 def test_gates_that_follow_the_class_say_nothing_of_the_place():
-  # Expert 0 has the classes 0 and 1, expert 1 class 2, expert 2 class 3.
+  # Expert 0 has classes 0 and 1, expert 1 class 2, and expert 2 class 3.
   labels = labelled()
   of_class = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
   gates = np.repeat(of_class[:, None], 6, axis=1)
@@ -61,8 +62,8 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
 
 @pytest.mark.parametrize('images', [40, 160])
 def test_independent_gates_have_no_excess(images):
-  # Gates that are drawn anew of every image: what is measured is bias alone,
-  # (E - 1)(C - 1) / 2N in the limit of one-hot gates, gone in the excess.
+  # Gates are random for every image, so that the estimate is only bias: (E -
+  # 1)(C - 1) / 2N in the limit of one-hot gates, and none in the excess.
   rng, labels = np.random.default_rng(0), labelled(images)
   excess, measured = [], []
   for seed in range(20):
@@ -92,7 +93,7 @@ def depth_of(arm) -> int:
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-  """Runs of six steps with few units, of the constraint that is lifted."""
+  """Results of runs of six steps with few units, with the lifted constraint."""
   preset, found = Preset(6, 1), {}
   folder = tmp_path_factory.mktemp('eigen')
   for arm in STUDY.arms_of(preset):
@@ -122,7 +123,7 @@ def test_a_run_has_what_the_table_shows(results):
     classes = np.array(deep[f'layer_{i}/by_class'])
     assert place.shape == (4, 7, 7) and classes.shape == (4, 10)
     np.testing.assert_allclose(place.sum(0), 1, atol=1e-4)
-    # Means over all places and over all classes are one mean.
+    # The mean over places and the mean over classes are the same.
     digits = data.DigitsSource(canvas=14).classes()
     labels = digits.examples('validation').labels
     share = np.bincount(labels) / len(labels)
@@ -148,7 +149,7 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
 def test_its_claims_are_about_its_rows(preset, results):
   preset = STUDY.presets[preset]
   arms = STUDY.arms_of(preset)
-  made = {  # of two seeds
+  made = {  # with two seeds
     arm.name: results[eigen_2013.row_name('lifted', depth_of(arm))] * 2
     for arm in arms
   }

@@ -1,4 +1,4 @@
-"""What studies can train on: every task loads, and is labelled as it is."""
+"""Every task of studies loads, and its label is right."""
 
 import pytest
 
@@ -20,5 +20,5 @@ def test_a_task_loads_and_says_what_it_is(name, task):
   synthetic = name != 'text'
   assert dataset.source.startswith('synthetic: ') == synthetic
   assert task.label.startswith('synthetic: ') == synthetic
-  # All of an epoch is more than a short run sees, or is to be seen again.
+  # An epoch has more rows than a short run sees, so that none is repeated.
   assert len(dataset.splits['train']) > 200

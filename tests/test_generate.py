@@ -25,14 +25,14 @@ HALVES = dict(
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run of a decoder on bytes."""
+  """The folder of a run of a decoder on bytes."""
   folder = tmp_path_factory.mktemp('run')
   folders.write(folder)
   return folder
 
 
 def said(capsys, folder, *more):
-  """What the command prints, to both streams."""
+  """The text that the command prints to both streams."""
   generate.main([f'--workdir={folder}', '--num_tokens=9', *more])
   return capsys.readouterr()
 
@@ -45,7 +45,7 @@ def refused(capsys, *argv):
 
 
 def expected(folder, prompts, **options):
-  """The same by the function."""
+  """The tokens that the function `generate` returns for the same arguments."""
   loaded = generation.load(folder)
   prompts = [list(prompt.encode()) for prompt in prompts]
   options = dict(num_tokens=9, stop_ids=[256]) | options
@@ -70,7 +70,7 @@ def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   rows = expected(run, ['ab', 'c d'])
   first, second = map(tokenizers.Bytes().decode, rows)
   out = said(capsys, run, f'--prompts_file={path}').out
-  assert out == f'[1] ab\n{first}\n[3] c d\n{second}\n'  # by line
+  assert out == f'[1] ab\n{first}\n[3] c d\n{second}\n'  # prompts are lines
 
 
 def test_beams(run, capsys):
@@ -143,7 +143,8 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_learned_positions_shorten_the_text(tmp_path, capsys):
-  # 24 positions are 21 new tokens behind 4.
+  # 24 positions hold a prompt of 4 and 21 new tokens, of which the last is
+  # never read.
   folders.write(tmp_path, model=dict(positions=dict(kind='learned')))
   prompt = '--prompt=abcd'
   told = said(capsys, tmp_path, prompt, '--num_tokens=21')

@@ -1,4 +1,4 @@
-"""What a run says of its devices, and a trace of its steps."""
+"""A run's report on its devices, and the trace of its steps."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from tests.training import tiny
 
 
 def options(**overrides):
-  """A run of a few steps without evaluations."""
+  """Options of a run of a few steps without evaluations."""
   config = tiny.config(
     batch_size=8, checkpoint={'every_steps': 0, 'keep_best': False}, **overrides
   )
@@ -33,7 +33,7 @@ OPTIONS = options(
 
 
 class Watch(Hook):
-  """Keeps the run, its first batch, and what is said before the first step."""
+  """Records the run, its first batch, and messages before the first step."""
 
   def start(self, run):
     self.run = run
@@ -44,7 +44,7 @@ class Watch(Hook):
 
 @pytest.fixture(scope='module')
 def traced(tmp_path_factory):
-  """A run on eight devices with a profile, and what was compiled for it."""
+  """A profiled run on eight devices, and its compiled program."""
   watch = Watch()
   compiled = []
   handler = logging.Handler()
@@ -79,7 +79,7 @@ def test_the_summary_tells_of_each_device(traced):
   expected = rest + experts // 4
   assert sharded.device_bytes(state.params) == expected
   assert f'{expected / 1000:.3g} kB of parameters' in summary
-  # Two moments a parameter.
+  # The state has two moments for each parameter.
   assert f'{2 * expected / 1000:.3g} kB of optimizer state' in summary
   assert 'all-reduce (' in summary
 
@@ -121,14 +121,14 @@ def test_the_trace_has_the_steps_that_were_asked_for(traced):
     if event.get('name') == profile.STEP_NAME
   }
   assert steps == {'2', '3'}
-  # What the devices ran is in it too: TensorBoard's and Perfetto's rows.
+  # The trace has the devices' operations, for TensorBoard and Perfetto.
   names = {event.get('name', '') for event in events}
   assert any('dot' in name or 'fusion' in name for name in names)
   assert any(line.startswith('profile: steps up to 3') for line in watch.said)
 
 
 class Sigterm(Hook):
-  """Comes to this process before the run's first step."""
+  """Sends SIGTERM to this process before the run's first step."""
 
   def start(self, run):
     os.kill(os.getpid(), signal.SIGTERM)

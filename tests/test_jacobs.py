@@ -1,4 +1,4 @@
-"""1991's table: epochs counted as told, runs that fail said, figures drawn."""
+"""The table of 1991: counted epochs, reported failures, drawn figures."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from moe_jax import data
 
 
 def line(error=0.08):
-  """Cases that one line parts: below 0 and above."""
+  """Cases of two classes that a line separates: below 0 and above."""
   x = np.linspace(-1, 1, 8, dtype=np.float32)
   features = np.stack([x, x[::-1] ** 2], axis=-1)
   labels = (x > 0).astype(np.int32)
@@ -43,7 +43,7 @@ def line(error=0.08):
 
 
 def descend(model, problem, rate, seed, most):
-  """The definition: one run, in a Python loop."""
+  """One run by definition, in a Python loop."""
   params = jax.tree.map(
     lambda leaf: leaf[0],
     jacobs_runs.start(model, problem.train.features, jnp.array([seed])),
@@ -91,7 +91,8 @@ def test_a_run_is_given_up_where_another_rate_has_long_been_done():
   assert patient.reached.all()
   hasty = jacobs_runs.train(model, problem, rates, seeds, most, patience=3)
   assert hasty.reached.tolist() == [[True, True], [False, False]]
-  # Who was given up counts as one that never arrived, whenever that was.
+  # A run that is given up counts as one that never reached the criterion,
+  # whatever its number of epochs.
   assert patient.epochs[1].min() > 3 * patient.epochs[0].max()
   assert hasty.epochs.tolist() == [patient.epochs[0].tolist(), [most, most]]
   choose = jacobs_rows.best_rate
@@ -109,8 +110,8 @@ def test_a_path_is_the_run_that_was_counted():
 
 
 def test_what_is_measured_of_a_gate():
-  # Two experts parted at x = 0: the first always says 0, the second 1, which
-  # is right everywhere. The third is never heard.
+  # Two experts divide the cases at x = 0: the first always outputs 0 and the
+  # second 1, which is right everywhere. The third has no proportion.
   problem = line()
   params = {
     'expert_out': np.zeros((3, 2, 1)),
@@ -126,7 +127,8 @@ def test_what_is_measured_of_a_gate():
   expected['I(expert; case)'] = np.log(2)  # each has half of the cases
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], [value], atol=1e-4)
-  # With equal proportions all are heard, one is the likeliest, no one decides.
+  # With equal proportions all experts are heard, one is the likeliest, and none
+  # decides.
   params['gate_out'] = jnp.zeros((1, 2, 3))
   found = jacobs_measures.measured(model, problem, params)
   np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
@@ -135,8 +137,8 @@ def test_what_is_measured_of_a_gate():
 
 
 def test_problems_have_the_papers_sizes():
-  # A mixture and its network are roughly equal in parameters, as the paper
-  # says, where there is one output.
+  # With one output a mixture and its network have roughly equal numbers of
+  # parameters, as the paper says.
   problem = jacobs_problems.problem(data.VowelsSource().classes(), 'pairs')
   sizes = {}
   for name, system in jacobs_claims.SYSTEMS.items():
@@ -145,7 +147,7 @@ def test_problems_have_the_papers_sizes():
     sizes[name] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
   assert sizes['4 experts, competitive'] == 24
   assert sizes['8 experts, competitive'] == 48
-  gate = 3  # of a network's only expert, which is always 1
+  gate = 3  # the gate of a network's only expert, which is always 1
   assert sizes['BP, 6 hidden'] == 25 + gate
   assert sizes['BP, 12 hidden'] == 49 + gate
 
@@ -170,7 +172,7 @@ def test_targets_of_every_kind():
 
 
 def swept(rates, runs):
-  """The results of runs by rate, as a table has them."""
+  """Results of runs by learning rate, as a table has them."""
   return {
     rate: [
       {'epochs': epochs, 'reached': 100.0 * reached}
@@ -189,16 +191,17 @@ def test_the_best_rate_first_arrives_then_is_fast():
   epochs = [[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]]
   yes = [[True, True]] * 6
   assert jacobs_rows.best_rate([sweep(epochs, yes)]) == RATES[2]
-  # At the third rate one run does not arrive.
+  # At the third rate one run does not reach the criterion.
   lossy = sweep(epochs, [*yes[:2], [True, False], *yes[3:]])
   assert jacobs_rows.best_rate([lossy]) == RATES[1]
-  # The shared one is of all systems: 5 + 9 epochs there, 7 + 1 here.
+  # The shared rate is chosen for all systems: 5 + 9 epochs at one rate, 7 + 1
+  # at the other.
   other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]], yes)
   assert jacobs_rows.best_rate([lossy, other]) == RATES[3]
 
 
 def test_a_ratio_has_the_spread_of_both():
-  # 4 against 10 on average; what varies is the base alone, then both alike.
+  # The means are 4 and 10. First only the base varies, then both in proportion.
   base = np.array([8.0, 12.0])
   found = ratios(np.array([4.0, 4.0]), base)
   np.testing.assert_allclose(found, [0.48, 0.32])  # 0.4 -+ 0.4 * 2 / 10
@@ -227,7 +230,8 @@ def test_arms_are_explored_then_chosen():
   tried = jacobs_rows.explored(arms, shared)
   rates = TARGETS['linear_pairs'].rates
   assert len(tried) == len(jacobs_claims.SYSTEMS) * len(rates)
-  # The third rate is the fastest of all but one system, which has the first.
+  # The third rate is the fastest of all systems but one, whose fastest is the
+  # first.
   found = {}
   for arm in tried:
     best = 0 if arm.line == 'BP, 6 hidden' else 2
@@ -239,7 +243,7 @@ def test_arms_are_explored_then_chosen():
   own = chosen['BP, 6 hidden'].overrides['learning_rate']
   shared_rate = chosen['BP, 6 hidden' + jacobs_claims.SHARED].overrides
   assert (own, shared_rate['learning_rate']) == (rates[0], rates[2])
-  # All jobs can be made of them, and those of a system are one call.
+  # Jobs can be made of all arms, and those of one system are one call.
   jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
   together = {study.runner.together(job) for job in jobs}
   assert together == set(jacobs_claims.SYSTEMS)
@@ -247,7 +251,7 @@ def test_arms_are_explored_then_chosen():
 
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
-  """Runs the command on a task, with two seeds that give up at once."""
+  """Runs the command on a task, with two seeds that are given up at once."""
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--steps=50', '--workers=1', f'--output={output}']
   study = jacobs_table1.STUDY
@@ -260,7 +264,7 @@ def written(tmp_path_factory):
       for name in ('pairs', 'linear_pairs'):
         kind = TARGETS[name]._replace(rates=(8.0,))
         patch.setitem(TARGETS, name, kind)
-      # One moment of a life: pictures of thirty take long.
+      # Only one moment is drawn, as pictures of thirty take long.
       patch.setattr(jacobs_table1, 'MOMENTS', 1)
       return command.main(study, [*argv, f'--task={task}'])
 
@@ -301,7 +305,7 @@ def test_published_numbers_are_of_the_papers_task(written):
 
 
 def test_boundaries_are_where_experts_decide():
-  # An expert that says yes where x > 0.25: its line is there, upright.
+  # The expert's output is 1 where x > 0.25, so that its line is vertical there.
   problem = line()
   params = {
     'expert_out': np.array([[[8.0], [0.0]]]),
@@ -318,9 +322,9 @@ def test_boundaries_are_where_experts_decide():
     path.vertices
     for collection in ax.collections
     for path in collection.get_paths()
-    if len(path.vertices) > 50  # no marker has so many
+    if len(path.vertices) > 50  # markers have fewer
   ]
-  assert len(lines) == 2  # the expert's and the blend's
+  assert len(lines) == 2  # the expert's and the mixture's
   for found in lines:
     np.testing.assert_allclose(found[:, 0], 0.25, atol=1e-3)
   figure = jacobs_figures.boundaries(problem, {'one': life}, (0.0, 1.0))

@@ -1,4 +1,4 @@
-"""Many runs on one machine: skipped, gone on with, stopped, reported."""
+"""Many runs on one machine are skipped, continued, stopped and reported."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ SHRUNK = 'configs/tiny_switch.py:runlocal'
 
 
 def command(folder, name, *scripts, complete=True, env=None):
-  """Processes that run Python scripts; they need no jax."""
+  """Processes that run Python scripts, which need no jax."""
   return Command(
     name=name,
     commands=lambda: [[sys.executable, '-c', script] for script in scripts],
@@ -51,7 +51,7 @@ def test_a_failure_stops_no_other(tmp_path):
     command(tmp_path, 'bad', 'print("moe_jax: no"); raise SystemExit(3)'),
     command(tmp_path, 'good', 'print("fine")'),
     command(tmp_path, 'half', 'pass', complete=False),
-    # By itself: nobody asked the second to stop.
+    # The second process stops by itself, without a signal.
     command(tmp_path, 'preempted', 'raise SystemExit(75)', SLOWER),
   ]
   outcomes = run_all(commands, [{}])
@@ -70,7 +70,8 @@ def test_a_failure_stops_no_other(tmp_path):
 
 def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-  # Every item notes when it was where; a place's times must not overlap.
+  # Every item records its place and times; the times of a place must not
+  # overlap.
   script = (
     'import os, time; t = time.time(); time.sleep(0.3);'
     'print(os.environ["CUDA_VISIBLE_DEVICES"], t, time.time())'
@@ -106,7 +107,7 @@ def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
   assert run_all([one], [{}]) == {'pair': FAILED}
   assert time.monotonic() - began < 30
   summary = launch.summary([one], {'pair': FAILED}).splitlines()
-  # The one that was only ended with it is not blamed.
+  # The process that was stopped only because the other failed is not reported.
   assert len(summary) == 2
   assert summary[1].endswith('pair.0.log: moe_jax: lost')
 
@@ -221,7 +222,7 @@ def test_processes_of_one_run_know_each_other(tmp_path):
   ]
   assert '--num_processes=2' in first
   assert one.env['JAX_NUM_CPU_DEVICES'] == '3'
-  # A port that was free when the launcher began may be taken by now.
+  # A port that was free when the launcher started can be in use later.
   assert one.commands()[0] != first
 
 

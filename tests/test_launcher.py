@@ -1,4 +1,4 @@
-"""What the environment says of several processes, launcher by launcher."""
+"""The environment variables of several processes, launcher by launcher."""
 
 import http.server
 import threading
@@ -22,7 +22,8 @@ NO_TPU = {'TPU_SKIP_MDS_QUERY': '1'}
   [
     ({}, None),
     (SLURM, 'SLURM'),
-    # A batch script without srun: a node list of the job, none of a step.
+    # A batch script without srun has the job's list of nodes and none of a
+    # step.
     ({k: v for k, v in SLURM.items() if 'STEP' not in k}, None),
     (SLURM | {'SLURM_NTASKS': '1'}, None),
     ({'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_MCA_orte_hnp_uri': 'x'}, 'Open MPI'),
@@ -73,7 +74,7 @@ def test_machines_with_tpu_chips_ask_for_their_pod(answers, expected):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     at = f'127.0.0.1:{server.server_address[1]}'
     assert launcher({'GCE_METADATA_IP': at}) == expected
-    # Someone who runs on the CPU of such a machine is alone.
+    # A process on such a machine's CPU is alone.
     cpu = {'GCE_METADATA_IP': at, 'JAX_PLATFORMS': 'cpu'}
     assert launcher(cpu) is None
     server.shutdown()

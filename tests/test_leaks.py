@@ -1,4 +1,4 @@
-"""The leak test: who sees later tokens, and what a prefix alone would give."""
+"""The measure of leaks: changed outputs, and outputs of prefixes."""
 
 import functools
 import types
@@ -25,7 +25,7 @@ MOES = {
 
 @functools.cache
 def prepared(router: str, group_size: int = 0):
-  """A run and a state, as `measure` reads them, of random parameters."""
+  """A run and a state of random parameters, as `measure` reads them."""
   moe = dict(MOES[router], layers='all', group_size=group_size)
   options = tiny.options(data={'seq_len': T}, model={'moe': moe})
   stream = np.random.default_rng(0).integers(0, 257, 10 * T)
@@ -35,7 +35,8 @@ def prepared(router: str, group_size: int = 0):
     model=tiny.model_of(options),
     dataset=types.SimpleNamespace(splits={'validation': rows}),
   )
-  # Larger than at the start: experts must differ for the leak to be seen.
+  # Parameters are larger than initial ones: experts must differ for a leak to
+  # show.
   params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
   return run, types.SimpleNamespace(variables={'params': params})
 
@@ -64,7 +65,8 @@ def test_generated_outputs_are_of_prefixes_alone():
     return run.model.apply(state.variables, **run.model.inputs(batch))[0]
 
   made = leaks.generated_logits(apply, batch)
-  # Row 5 has two documents. Prefixes that are as long as they are, unpadded.
+  # Row 5 has two documents. The prefixes here have their own lengths, without
+  # padding.
   for end in (5, 7):
     prefix = {key: value[5:6, :end] for key, value in batch.items()}
     np.testing.assert_allclose(

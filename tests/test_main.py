@@ -1,4 +1,4 @@
-"""The command line: what it makes, and what it says of a mistake."""
+"""The command line: its files, and its messages about mistakes."""
 
 import dataclasses
 import os
@@ -83,7 +83,7 @@ def test_the_first_command_small(tmp_path):
 )
 def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   argv = command('w', flag, config='configs/tiny_switch.py')[2:]
-  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads it
+  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
   with pytest.raises(SystemExit) as ended:
     command_line.parse(argv)
   assert ended.value.code == 1
@@ -109,7 +109,7 @@ def test_an_error_is_a_line_or_on_request_a_trace(
 
 
 def called(argv, monkeypatch, capsys):
-  """What the program prints, to both streams, and its status."""
+  """The text that the program prints to both streams, and its status."""
   argv = ['main.py', *argv]
   monkeypatch.setattr(sys, 'argv', argv)
   status = 0
@@ -132,7 +132,7 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   assert lines[at + 1].strip().startswith('Number of rows in the batch')
   (key,) = [line for line in lines if ' model.moe.router.hash.seed ' in line]
   assert key.startswith('-')
-  # The options of the chosen kind come before those of all others.
+  # Options of the chosen kind come before those of other kinds.
   chosen = said.out.index(' model.moe.router.token_choice.')
   assert chosen < said.out.index(' model.moe.router.noisy_top_k.')
   (at,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
@@ -167,7 +167,7 @@ def test_a_description_goes_through_a_pipe_that_closes():
 def test_a_flag_may_switch_off_what_the_file_sets(
   tmp_path, monkeypatch, capsys
 ):
-  # The file has a group size and jitter, which a dense twin has no use for.
+  # The file sets a group size and jitter, which a dense twin does not use.
   argv = [
     '--config=configs/tiny_switch.py:runlocal',
     f'--workdir={tmp_path}',
@@ -177,7 +177,7 @@ def test_a_flag_may_switch_off_what_the_file_sets(
   assert options.model.moe.num_experts == 0
   assert ignored['model.moe.group_size'] == 64
   assert ignored['model.moe.router.token_choice.jitter'] == 0.01
-  # What a flag itself sets in vain is refused.
+  # A flag that has no effect is refused.
   status, said = called(
     [*argv, '--config.model.moe.group_size=32'], monkeypatch, capsys
   )
@@ -265,14 +265,15 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
       stderr=subprocess.DEVNULL,
       text=True,
     )
-    # A few lines after the first step's, so that every life gets somewhere.
+    # Each process is killed only after some lines, so that all make progress.
     seen = 0
     patience = rng.randint(2, 25)
     for line in process.stdout:
       seen += line.startswith('step ')
       if killed < 2 and seen > patience:
         time.sleep(rng.random() * 0.1)
-        # Of the first life, which is far from the end.
+        # The first process, which is far from the end, gets SIGTERM, and later
+        # ones SIGKILL.
         number = signal.SIGKILL if killed else signal.SIGTERM
         os.kill(process.pid, number)
         killed += 1
@@ -307,7 +308,7 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
   done = subprocess.run(
     [sys.executable, '-c', limited, *command(tmp_path, *more)[3:]],
     cwd=ROOT,
-    # The cache of compiled programs would complain of the disk too.
+    # The cache of compiled programs would report the full disk too.
     env={**os.environ, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '999'},
     capture_output=True,
     text=True,
@@ -338,7 +339,7 @@ def test_a_later_layer_switches_off_overrides_too(config, overrides):
   options, ignored = run_config.settled(
     before, sections.merge(before, overrides)
   )
-  # They are the options of that config; nothing of them is lost.
+  # The result equals the options of its config: nothing is lost.
   assert run_config.read(sections.section(options)) == options
   for name in ignored:
     assert name.startswith(('model.', 'evals.', 'optimizer.')), name

@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
 MAX_LINES = 15
-# The home of a user, a mounted disk, a temporary folder: one machine's paths.
+# Paths of one machine: the home of a user, a mounted disk, a temporary folder.
 # Colab's own /content is everyone's.
 MACHINE_PATH = re.compile(
   r'(?<![\w./:])/(?:home|Users|root|work|workspace|tmp|mnt|opt|usr|var)/\w'
@@ -42,17 +42,17 @@ def code_cells(notebook):
 
 
 def own_kernel():
-  """A manager of 'python3' as the running interpreter, whoever else has one.
+  """A manager of 'python3' as the running interpreter.
 
-  Without folders to look in, the specification is ipykernel's own; a kernel
-  of that name in the user's folder would be another interpreter.
+  It has no folders to search, so that the specification is ipykernel's own; a
+  kernel of that name in the user's folder could be another interpreter.
   """
   specs = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
   return AsyncKernelManager(kernel_name='python3', kernel_spec_manager=specs)
 
 
 def faults(notebook):
-  """What is wrong with the notebook as it is kept, one line a fault."""
+  """Faults of the notebook as it is stored, one line for each."""
   found = []
   images = 0
   for i, cell in enumerate(code_cells(notebook), 1):
@@ -78,7 +78,7 @@ def faults(notebook):
 
 
 def text_of(notebook):
-  """All that can be read: sources, printed outputs and metadata, no images."""
+  """All readable text: sources, printed outputs, metadata, without images."""
   parts = [str(notebook.metadata)]
   for cell in notebook.cells:
     parts += [cell.source, str(cell.metadata)]
@@ -100,7 +100,7 @@ def test_there_are_notebooks():
 def test_notebook_runs(path):
   kernel = own_kernel()
   assert kernel.format_kernel_cmd()[0] == sys.executable
-  # This checkout's code, not another that may be installed.
+  # The kernel must use this checkout's code, and no other that is installed.
   search = [str(ROOT), os.environ.get('PYTHONPATH', '')]
   env = os.environ | {
     'PYTHONPATH': os.pathsep.join(filter(None, search)),

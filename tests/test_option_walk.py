@@ -1,4 +1,4 @@
-"""Every option of a config: a sentence, a rule, and no value in vain."""
+"""Every option of a config has a sentence, a rule, and an effect."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def test_every_number_has_a_rule_or_says_why_not(cls):
 
 
 def others(value, checks: tuple[Check, ...]):
-  """Values of the same type that are allowed, without the given one."""
+  """Allowed values of the same type, other than the given one."""
   if isinstance(value, bool):
     found = [not value]
   elif isinstance(value, int | float):
@@ -88,7 +88,7 @@ def others(value, checks: tuple[Check, ...]):
 
 
 def keeps(check: Check, value) -> bool:
-  """Whether a value keeps a rule; what a rule cannot read does not."""
+  """Whether a value satisfies a rule; False if the rule cannot read it."""
   try:
     return check.problem('x', value) is None
   except (TypeError, ValueError):
@@ -96,7 +96,7 @@ def keeps(check: Check, value) -> bool:
 
 
 def test_every_option_that_cannot_matter_is_refused_by_name():
-  # The defaults leave most kinds unchosen and many conditions unmet.
+  # Defaults leave most kinds unchosen and many conditions unmet.
   idle = {path: leaf for path, leaf in LEAVES.items() if leaf.idle is not None}
   assert len(idle) > 80
   tried = 0
@@ -115,7 +115,7 @@ def test_every_option_that_cannot_matter_is_refused_by_name():
 
 
 def refusals(path: str, value) -> list[str]:
-  """The options that are refused, with their values, once one is set."""
+  """Pairs of option and value that are refused once one option is set."""
   *parents, key = path.split('.')
   overrides = {key: value}
   for parent in reversed(parents):
@@ -141,7 +141,7 @@ def test_what_neighbours_switch_off_is_refused_in_python_too(cls):
 
 
 def idle_beside(cls, name):
-  """Values of the neighbours under which an option has no effect, if any."""
+  """Values of other options with which an option has no effect, or None."""
   neighbours = {}
   for other, allowed in spec_of(fields_of(cls)[name]).when.items():
     field = fields_of(cls)[other]
@@ -161,6 +161,6 @@ def idle_beside(cls, name):
       return None
   try:
     cls(**neighbours)
-  except (TypeError, ValueError):  # these values mean more than one thing
+  except (TypeError, ValueError):  # these values cannot go together
     return None
   return neighbours

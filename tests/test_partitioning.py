@@ -1,4 +1,4 @@
-"""Meshes, and the table of axes."""
+"""Meshes, and the table from logical axes to mesh axes."""
 
 import dataclasses
 
@@ -77,12 +77,14 @@ def test_meshes_that_do_not_fit_are_refused(asked, message):
 
 
 def test_slices_are_next_to_each_other_on_their_axis():
-  # Two slices of four devices: data has one device a slice, expert all four.
+  # With two slices of four devices, data has one device a slice and expert has
+  # four.
   mesh = make_mesh(dict(expert=4, dcn_data=2))
   assert mesh.devices.shape == (2, 1, 4, 1)
   ids = [[d.id for d in row] for row in mesh.devices.reshape(2, 4)]
   assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
-  # Data of two devices in each of two slices: a slice's are neighbours.
+  # With data of two devices in each of two slices, those of a slice are
+  # neighbours.
   mesh = make_mesh(dict(data=-1, tensor=2, dcn_data=2))
   assert mesh.devices.shape == (4, 1, 1, 2)
   ids = [sorted(d.id for d in row) for row in mesh.devices.reshape(2, 4)]
@@ -91,7 +93,7 @@ def test_slices_are_next_to_each_other_on_their_axis():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a mesh asks of a device in a pod."""
+  """The attributes of a device in a pod that a mesh uses."""
 
   id: int
   slice_index: int
@@ -101,7 +103,7 @@ class Chip:
 
 
 def test_a_pods_own_slices_are_kept_apart():
-  # Neighbours by number are in different slices.
+  # Devices of neighbouring numbers are in different slices.
   chips = [Chip(i, slice_index=i % 2) for i in range(8)]
   sizes = dict(data=2, expert=2, dcn_expert=2)
   grid = make_mesh(sizes, chips).devices
@@ -204,8 +206,8 @@ def test_optimizer_moments_live_where_their_parameters_do():
 
 
 def test_factored_statistics_are_split_as_the_dimensions_they_keep():
-  # Experts of 4 x 6: a row statistic keeps 4, a column statistic 6. Where both
-  # are 4, nobody knows which one is meant.
+  # Of experts of 4 x 6 a row statistic keeps 4 and a column statistic 6. Of 4 x
+  # 4 it is unknown which one a statistic is.
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   axes = ('layers', 'expert', 'embed', 'expert_mlp')
   boxed = {

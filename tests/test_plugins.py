@@ -1,4 +1,4 @@
-"""Classes of a user's own in every choice of a config, and who imports them."""
+"""A user's own classes in every choice of a config, and their import."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_a_config_names_a_users_class_wherever_it_names_ours():
   assert options.optimizer.schedule == own_kinds.Steps(1, every=1)
   assert isinstance(options.optimizer, own_kinds.SignSgd)
   assert options.evals['mine'] == own_kinds.Norm(1, power=3)
-  # They stand in the config again, with their options.
+  # The config names them again, with their options.
   assert run_config.read(sections.section(options)) == options
 
 

@@ -1,4 +1,4 @@
-"""What experiments/pods.md tells to type exists: keys, files, XLA's flags."""
+"""Keys, files and XLA flags that experiments/pods.md names exist."""
 
 import os
 import pathlib
@@ -20,14 +20,14 @@ TOPOLOGY = (
 
 
 def flags(kind):
-  """The flags of the tables, '--xla_gpu_...=value'."""
+  """The flags in its tables, '--xla_gpu_...=value'."""
   found = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
   gpu = [flag for flag in found if flag.startswith('--xla_gpu_')]
   return gpu if kind == 'gpu' else [f for f in found if f not in gpu]
 
 
 def accepted(code, **env):
-  """What a process of its own says, '' if all is well."""
+  """The errors of a process with these flags, '' if there are none."""
   foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
   kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
   done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the READMEs show is true: their code runs, paths and keys exist."""
+"""Code in the READMEs runs, and the paths and keys that they name exist."""
 
 import pathlib
 import re
@@ -25,7 +25,7 @@ ROOMS = (
     'analysis', 'training', 'parallel',
   )),
 )  # fmt: skip
-# Their own tests run what these print.
+# The rooms' own tests run the code of these.
 APART = ('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis')
 each_readme = pytest.mark.parametrize('readme', READMES, ids=str)
 
@@ -40,7 +40,7 @@ def blocks(readme, language='python'):
 
 
 def checkpoint(folder):
-  """A small Mixtral as transformers would have written it."""
+  """A small Mixtral checkpoint as transformers writes it."""
   options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(11)
   key = jax.random.key(0)
   params = nn.meta.unbox(models.init_params(options.build(), key))
@@ -49,7 +49,7 @@ def checkpoint(folder):
 
 
 def run(readme, **given):
-  """Every Python block of a README, in one scope, as a module of its own."""
+  """Runs every Python block of a README, as one module."""
   name = 'readme_' + re.sub(r'\W', '_', str(readme))
   module = sys.modules[name] = types.ModuleType(name)
   vars(module).update(given)
@@ -130,7 +130,7 @@ def test_commands_exist(readme):
 
 @each_readme
 def test_files_of_the_room_exist(readme):
-  """A room's map names files that are there."""
+  """The map of a room names files that exist."""
   folder = (ROOT / readme).parent
   if folder == ROOT:
     return

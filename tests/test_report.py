@@ -1,4 +1,4 @@
-"""The page of all studies: what it takes, and what it leaves alone."""
+"""The page of all studies: the summaries it takes, and those it keeps."""
 
 import json
 
@@ -12,7 +12,7 @@ from experiments.study.tasks import TASKS
 
 
 def summary(name: str, digest: str) -> dict:
-  """What a study of two rows wrote; the step's time is measured once."""
+  """Summary of a study with two rows, whose step time is measured once."""
   made = Study(
     name=name,
     title=f'About {name}',
@@ -37,7 +37,7 @@ def summary(name: str, digest: str) -> dict:
 
 
 def place(results, name: str, digest: str):
-  """As a study's full preset leaves it."""
+  """Writes a study's folder as its full preset does."""
   folder = results / name / 'full'
   folder.mkdir(parents=True)
   text = json.dumps(summary(name, digest))

@@ -1,4 +1,4 @@
-"""Options and config sections: a made-up family of each kind of field."""
+"""Options and config sections, with an example of each kind of field."""
 
 import copy
 import dataclasses

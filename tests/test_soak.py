@@ -1,4 +1,4 @@
-"""The soak's own eyes: what it must see, and a short one of its own."""
+"""The soak's checks detect what they must, and a short soak finds nothing."""
 
 import json
 import random
@@ -16,7 +16,7 @@ REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
 
 
 def witness(folder, attempt, begin, steps, process=0, rows=None):
-  """What a process writes that begins at a step and takes those steps."""
+  """Writes the lines of a process that begins at a step and takes others."""
   folder.mkdir(exist_ok=True)
   lines = [{'begin': begin}]
   for step in steps:
@@ -35,7 +35,8 @@ def counted(folder):
 
 
 def test_steps_after_a_checkpoint_are_repeated_and_no_batch_is_lost(tmp_path):
-  # Killed in step 5, of which one process saw no more; on from step 3.
+  # Processes were killed in step 5, which one of them did not see, and
+  # restarted at step 3.
   witness(tmp_path, 1, 1, [1, 2, 3, 4, 5])
   witness(tmp_path, 1, 1, [1, 2, 3, 4], process=1)
   (tmp_path / 'witness_1.jsonl').open('a').write('{"step": 5, "ro')
@@ -107,7 +108,8 @@ def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
   ]
   draw = random.Random(0)
   monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
-  monkeypatch.setattr(draw, 'random', lambda: 0.0)  # while it starts
+  # Disturbs while the process starts.
+  monkeypatch.setattr(draw, 'random', lambda: 0.0)
   monkeypatch.setattr(soak, 'DISTURBANCES', ('stop one',))
   tally = soak_evidence.Tally()
   soak.disturb(processes, tmp_path, 1, tally, draw)

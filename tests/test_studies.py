@@ -1,4 +1,4 @@
-"""Studies: arms that are what they say, runs kept, verdicts that are honest."""
+"""Studies: arms as described, finished runs kept, sound verdicts."""
 
 import dataclasses
 import fnmatch
@@ -106,7 +106,8 @@ def claimed(row, than, direction, published=PUBLISHED) -> Claim:
 @pytest.mark.parametrize(
   ('mine', 'direction', 'word'),
   [
-    # Seeds differ by more than the rows, but the rows always by as much.
+    # Seeds differ by more than rows do, but rows always differ by the same
+    # amount.
     ([1.18, 1.37, 1.265], 'lower', verdicts.REPRODUCED),
     ([1.18, 1.37, 1.265], 'higher', verdicts.OPPOSITE),
     ([1.22, 1.43, 1.325], 'higher', verdicts.REPRODUCED),
@@ -191,7 +192,7 @@ def test_sweeps_refuse(make, message):
 
 
 def jobs_of(shared, arms, output, seeds=range(2)):
-  """The runs of training with these arms."""
+  """The runs of these arms, which are trained."""
   return jobs.jobs_of(RunConfig, shared, arms, seeds, output)
 
 
@@ -231,7 +232,7 @@ def test_an_arm_is_a_later_layer_and_may_choose_other_kinds():
   assert dense.num_experts == 0
   assert type(hashed.router).__name__ == 'Hash'
   assert raw.router.gates == 'raw'
-  # What an arm sets in vain itself is refused, by name.
+  # An option of an arm that has no effect is refused by name.
   vain = Arm('vain', {'model.moe.router.kind': 'hash', key: 'raw'})
   vain = dataclasses.replace(vain, overrides={**vain.overrides, key: 'even'})
   with pytest.raises(ValueError, match=key):
@@ -271,14 +272,14 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
       time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(timeout=120) == status
-    time.sleep(2)  # workers of a killed one notice
+    time.sleep(2)  # workers of a killed process notice
     done = runs(name)
     assert len(done) < 6
     again = subprocess.run(
       command(name), cwd=ROOT, env=env, capture_output=True, check=True
     )
     assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
-    # What was finished was not made again.
+    # Runs that were finished are not made again.
     assert {path: runs(name)[path] for path in done} == done
   undisturbed.communicate()
   tables = {
@@ -328,7 +329,7 @@ def test_the_report_refuses_to_mix_data(tmp_path):
 
 
 class Losses(setup.Hook):
-  """The loss of every step, and the step that the run was given."""
+  """Records the loss of every step, and the step that the run was given."""
 
   def start(self, run):
     self.found, self.step = [], run.train_step
@@ -391,7 +392,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Told(runner.Runner):
-  """Makes runs as they are told: what some do is in their arm's name."""
+  """Makes runs whose behaviour the name of their arm tells."""
 
   options = RunConfig
 
@@ -431,7 +432,8 @@ def test_a_worker_that_is_lost_has_a_successor(tmp_path, capsys):
 
 
 def test_ratio_to_a_loss_is_told():
-  # Half the loss between lengths 0.25 and 1 is half the way in logarithms.
+  # Half of the loss between lengths 0.25 and 1 is half of the way in
+  # logarithms.
   lengths = (0.25, 1.0)
   np.testing.assert_allclose(
     switch_scaling.ratio_to(1.5, lengths, [2.0, 1.0]), 0.5
@@ -439,14 +441,14 @@ def test_ratio_to_a_loss_is_told():
   np.testing.assert_allclose(
     switch_scaling.ratio_to(1.5, (0.1, *lengths), [2.5, 2.0, 1.0]), 0.5
   )
-  # Beyond the ends, by the nearest two.
+  # Beyond the ends the nearest two lengths are used.
   np.testing.assert_allclose(
     switch_scaling.ratio_to(0.5, lengths, [2.0, 1.0]), 2.0
   )
   np.testing.assert_allclose(
     switch_scaling.ratio_to(2.5, lengths, [2.0, 1.0]), 0.125
   )
-  # A loss that rises never gets there.
+  # A loss that rises never reaches the target.
   assert math.isnan(switch_scaling.ratio_to(0.5, lengths, [1.0, 2.0]))
 
 
@@ -510,15 +512,16 @@ def test_a_studys_arms_are_equal_in_flops(name):
     built[arm.name] = model = options.filled(257).build()
     leaks = arm.name.startswith(('expert choice', 'strict'))
     assert model.leaks_future == leaks
-  # The wide ones are equal in slots; see the next test.
+  # Wide arms have equal slots instead; see the next test.
   built = {k: v for k, v in built.items() if not k.startswith('wide ')}
-  # Arms that differ in losses or steps alone have one model.
+  # Arms that differ only in losses or steps have equal models.
   first = {model: name for name, model in reversed(built.items())}
   flops = {
     name: cost.count(model, shared.data.seq_len).training_flops
     for model, name in first.items()
   }
-  # All but the router's part, which is reported and not compensated.
+  # FLOPs are equal except for the router's, which are reported and not
+  # compensated.
   assert max(flops.values()) < 1.2 * min(flops.values()), flops
 
 
@@ -546,7 +549,7 @@ def test_every_study_runs(name, tmp_path):
     found.presets['quick'], steps=4, seeds=1, overrides={}
   )
   shared = merge(found.shared(quick), {'batch_size': 4}).unlock()
-  for entry in list(shared.evals)[2:-1]:  # of a kind with those beside them
+  for entry in list(shared.evals)[2:-1]:  # of the same kind as the others
     del shared.evals[entry]
   for entry in shared.evals.values():
     entry.num_batches = 1
@@ -563,7 +566,8 @@ def test_every_study_runs(name, tmp_path):
 
 
 def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
-  # The study finds it in its folder, with its config, and reads its result.
+  # The launched run has the study's folder and config, so that the study reads
+  # its result.
   monkeypatch.chdir(ROOT)
   listed = items.read_items('experiments/shazeer_table6.py')
   launch.check(listed)
@@ -602,13 +606,14 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
   assert host.keep_freed_memory() is bool(accepts)
-  # The numbers are glibc's: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX.
+  # The numbers are those of glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD,
+  # M_ARENA_MAX.
   assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
 
 
 def test_another_allocator_is_left_as_it_is(monkeypatch):
   monkeypatch.setattr('ctypes.CDLL', lambda name: types.SimpleNamespace())
   monkeypatch.setattr('sys.platform', 'linux')
-  assert host.keep_freed_memory() is False  # a C library that is not glibc
+  assert host.keep_freed_memory() is False  # the C library is not glibc
   monkeypatch.setattr('sys.platform', 'darwin')
   assert host.keep_freed_memory() is False

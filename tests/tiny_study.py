@@ -1,4 +1,4 @@
-"""A study of seconds: `python -m tests.tiny_study`."""
+"""A study that takes seconds: `python -m tests.tiny_study`."""
 
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
@@ -9,7 +9,7 @@ EVAL = 'train_capacity'
 
 
 def config(steps):
-  """The config of `tiny`, in few steps."""
+  """The config of `tests.training.tiny`, with few steps."""
   return tiny.config(
     total_steps=steps,
     batch_size=8,
@@ -20,7 +20,7 @@ def config(steps):
 
 
 def arms(preset):
-  """Two shapes; the second with two weights."""
+  """Two models, of which the second has two weights of its loss."""
   del preset
   weight = 'model.moe.router.token_choice.balance_weight'
   return [

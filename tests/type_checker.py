@@ -1,4 +1,4 @@
-"""The checker that tests put on functions of modules with array types."""
+"""The type checker that tests apply to functions with array types."""
 
 import importlib.util
 import pathlib
@@ -7,7 +7,8 @@ from typing import Self
 
 from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 
-# It knows what `Self` is in whole classes alone, and functions are decorated.
+# The checker knows `Self` only in whole classes, and functions are decorated
+# here.
 _WITHOUT_SELF = BeartypeConf(
   hint_overrides=BeartypeHintOverrides({Self: object})
 )
@@ -15,7 +16,7 @@ checked = beartype(conf=_WITHOUT_SELF)
 
 
 def modules_with_array_types(package: str) -> list[str]:
-  """The names of the modules of a package whose signatures give array shapes.
+  """Names of a package's modules whose signatures have array shapes.
 
   A checked call takes up to twenty times as long as one that is not: reading a
   config, which has no arrays, would take most of the time of the tests.

@@ -1,4 +1,4 @@
-"""Which of XLA's flags this jaxlib takes, found out by starting it so."""
+"""Which of XLA's flags this jaxlib accepts, found by starting it with each."""
 
 import importlib.metadata
 import os
@@ -8,10 +8,10 @@ import sys
 
 
 def accepted(flag: str, folder: pathlib.Path) -> bool:
-  """Whether XLA starts with `flag`; one it does not know ends the process.
+  """Whether XLA starts with `flag`; an unknown flag ends the process.
 
   A child process tries the flag, since the name of a flag that was removed may
-  still stand in the library. The answer is kept in `folder` for this version.
+  still be in the library. The answer is kept in `folder` for this version.
   """
   version = importlib.metadata.version('jaxlib')
   answer = folder / f'{flag.lstrip("-")}-jaxlib-{version}'

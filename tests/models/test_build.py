@@ -76,7 +76,7 @@ SIZES = {
 
 
 def read(*layers, kind='decoder'):
-  """The options of a section: the sizes above, then each of the layers."""
+  """Reads the options of a section: the sizes above and the given layers."""
   config = sections.choice_section(models.MODELS, models.DecoderOptions())
   sizes = SIZES if kind == 'decoder' else {'vocab_size': tiny.V}
   for layer in (sizes, {'kind': kind}, *layers):

@@ -49,7 +49,7 @@ LEAKING = {
 
 
 def compiled(model, train):
-  """(params, tokens) -> (logits, aux), the noise the same at every call."""
+  """Compiles (params, tokens) -> (logits, aux); every call has equal noise."""
 
   @jax.jit
   def run(params, tokens):

@@ -1,4 +1,4 @@
-"""The collection beside the parameters: kept apart, and moved by each layer."""
+"""Routers' state is kept apart from parameters, and moves layer by layer."""
 
 import jax
 import jax.numpy as jnp

@@ -89,7 +89,7 @@ def apply(model):
 
 
 def leaves(tree):
-  """Leaves by name: {'layers/layer_0/ffn/w_in': array}."""
+  """Leaves of a tree by name, such as {'layers/layer_0/ffn/w_in': array}."""
   found, _ = jax.tree_util.tree_flatten_with_path(tree)
   name = jax.tree_util.keystr
   return {name(path, simple=True, separator='/'): leaf for path, leaf in found}

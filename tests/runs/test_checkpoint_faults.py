@@ -1,4 +1,4 @@
-"""What other processes leave behind: killed at any moment, or a full disk."""
+"""Checkpoints survive processes killed at any moment, and a full disk."""
 
 import os
 import pathlib
@@ -16,11 +16,11 @@ import pytest
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SIZE = 2_000_000  # 8 MB: long enough in writing to be caught at it
+SIZE = 2_000_000  # 8 MB take long enough to write that a kill can hit it
 
 
 def make_state(step: int) -> dict:
-  """Random bits, which no compression makes short."""
+  """A state of random bits, which cannot be compressed."""
   rng = np.random.default_rng(step)
   return {
     'step': jnp.int32(step),
@@ -29,7 +29,7 @@ def make_state(step: int) -> dict:
 
 
 def restore_and_check(checkpointer: Checkpointer) -> int:
-  """The step restored, after comparing every bit of it."""
+  """Restores a checkpoint, compares every bit of it, and returns its step."""
   target = {
     'step': jax.ShapeDtypeStruct((), jnp.int32),
     'w': jax.ShapeDtypeStruct((SIZE,), jnp.float32),
@@ -51,7 +51,7 @@ def child_saves_until_killed(directory: str) -> None:
 
 
 def limit_file_size(size: int) -> None:
-  """Writes past `size` fail from here on, as on a full disk."""
+  """Makes writes beyond `size` bytes fail from here on, as on a full disk."""
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -79,7 +79,7 @@ def child_fills_the_disk(directory: str) -> None:
 
 
 def child_tries_again_and_again(directory: str) -> None:
-  """Fails at every stage of a save, most often with others still writing."""
+  """Fails at every stage of a save, mostly while other threads still write."""
   state = {f'w{i}': make_state(i)['w'][:200_000] for i in range(10)}
   causes = []
   with Checkpointer(directory) as checkpointer:
@@ -92,7 +92,7 @@ def child_tries_again_and_again(directory: str) -> None:
         causes.append(str(error).splitlines()[0])
     limit_file_size(resource.RLIM_INFINITY)
     checkpointer.save(2, state)
-    checkpointer.save(3, state)  # by now no thread writes any more
+    checkpointer.save(3, state)  # after this save no thread writes any more
   print(len(causes), [text for text in causes if 'too large' not in text])
 
 
@@ -110,7 +110,7 @@ def start(function, directory) -> subprocess.Popen:
 
 
 def kill(child: subprocess.Popen, directory, moment: str | float) -> None:
-  """Kills `child`, once it saves, when a path matches or seconds are over."""
+  """Kills `child` once it saves, when a path matches or after some seconds."""
   assert child.stdout.readline().strip().isdigit(), child.communicate()[1]
   if isinstance(moment, float):
     time.sleep(moment)
@@ -129,7 +129,7 @@ def kill_and_check(directory, moments) -> None:
     checkpointer.save(1, make_state(1))
   last = 1
   for moment in moments:
-    # Each child starts from what the one before left, wreck and all.
+    # Each child starts from the files that the one before left.
     child = start(child_saves_until_killed, directory)
     kill(child, directory, moment)
     with Checkpointer(directory) as checkpointer:
@@ -153,7 +153,8 @@ def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
     for step in range(4):
       checkpointer.save(step, make_state(step))
       deadline = time.monotonic() + 20
-      while checkpointer.steps() != [step]:  # saved, and the one before gone
+      # Until this one is saved and the one before is deleted.
+      while checkpointer.steps() != [step]:
         assert time.monotonic() < deadline
         for folder in tmp_path.iterdir():
           if folder.name.isdigit() and not (folder / 'manifest.json').exists():
@@ -176,11 +177,11 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):
   assert 'File too large' in lines[0] and len(lines[0]) < 300
   assert lines[1:] == [
     'last good step: 1',
-    'True',  # what was written is gone: the space is needed
+    'True',  # the unfinished files are deleted: their space is needed
     'checkpoint 3',
     '1',
   ]
-  assert 'orbax' not in err  # its 200 lines are silenced
+  assert 'orbax' not in err  # its 200 lines of messages are silenced
   with Checkpointer(tmp_path) as checkpointer:
     assert restore_and_check(checkpointer) == 5
 
@@ -190,5 +191,6 @@ def test_each_failed_save_tells_its_own_cause_and_hinders_none(tmp_path):
   child = start(child_tries_again_and_again, tmp_path)
   out, err = child.communicate(timeout=120)
   assert out == '60 []\n', err
-  assert 'OCDBT' not in err  # the pages of Orbax and asyncio are silenced
+  # The long messages of Orbax and asyncio are silenced.
+  assert 'OCDBT' not in err
   assert sorted(os.listdir(tmp_path)) == ['2', '3']

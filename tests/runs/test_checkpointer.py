@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh, and only the good ones."""
+"""Checkpoints return bit for bit on any mesh, and only good ones do."""
 
 import logging
 import shutil
@@ -54,7 +54,7 @@ def assert_same_bits(got, want):
 
 
 def save_all(directory, steps, **kwargs):
-  """Saves `make_state(step)` for each of `steps`, finished one by one."""
+  """Saves `make_state(step)` for each of `steps`, one after the other."""
   with Checkpointer(directory, **kwargs) as checkpointer:
     for step in steps:
       checkpointer.save(step, make_state(step), extra={'next_batch': step})
@@ -67,7 +67,7 @@ def restore(directory, **kwargs):
 
 
 def array_file(directory, step):
-  """The largest file of a checkpoint: its arrays."""
+  """The largest file of a checkpoint, which has its arrays."""
   files = (directory / str(step)).rglob('*')
   return max(
     (path for path in files if path.is_file() and path.suffix != '.json'),
@@ -107,7 +107,7 @@ def test_every_kind_of_node_comes_back_bit_for_bit(tmp_path):
 
 
 def test_donated_buffers_and_what_follows_are_not_saved(tmp_path):
-  # Were the arrays not copied out, the save would see later steps in them.
+  # If the arrays were not copied, the save would see those of later steps.
   step = jax.jit(
     lambda s: jax.tree.map(lambda x: x * 3 + 1, s), donate_argnums=0
   )
@@ -120,12 +120,13 @@ def test_donated_buffers_and_what_follows_are_not_saved(tmp_path):
     jax.block_until_ready(state)
     restored = checkpointer.restore(abstract(state))
   np.testing.assert_array_equal(restored.state['w'], saved)
-  # ... and a restored state can be donated in turn.
+  # A restored state can be donated too.
   np.testing.assert_array_equal(step(restored.state)['w'], saved * 3 + 1)
 
 
 def test_many_arrays_make_few_files(tmp_path):
-  # In one transaction, that is: each by itself takes half as long again.
+  # All arrays are written in one transaction: single ones take half as long
+  # again.
   state = {f'w{i}': jnp.full(1000, i, jnp.float32) for i in range(50)}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state)
@@ -149,7 +150,8 @@ def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
       state = checkpointer.restore(abstract(state, sharding)).state
     assert state['w'].sharding == sharding
     np.testing.assert_array_equal(state['w'], want)
-  with Checkpointer(tmp_path) as checkpointer:  # saved sharded, none asked for
+  # Saved sharded, and restored without a mesh.
+  with Checkpointer(tmp_path) as checkpointer:
     state = checkpointer.restore(abstract(state), step=2).state
   assert state['w'].devices() == {jax.devices()[0]}
 
@@ -223,7 +225,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_blocks(
     assert reason in restored.skipped[0][1]
     with pytest.raises(CheckpointError, match=reason):
       checkpointer.restore(ABSTRACT, step=3)
-    # The same step is reached again; the wreck is not one of the two newest.
+    # The run reaches the same step again; the damaged checkpoint is not counted
+    # among the two newest.
     checkpointer.save(3, make_state(3))
     checkpointer.wait()
     assert checkpointer.steps() == [2, 3]
@@ -262,7 +265,8 @@ def test_a_given_up_future_is_set_aside_not_restored(tmp_path):
 def test_a_folder_without_manifest_blocks_no_fresh_run(tmp_path):
   for _ in range(2):
     (tmp_path / '3').mkdir()
-    assert restore(tmp_path) is None  # never finished: a run begins anew
+    # Never finished: a run starts from the beginning.
+    assert restore(tmp_path) is None
     assert save_all(tmp_path, [3])[0] == '3'
     (tmp_path / '3' / 'manifest.json').unlink()
     shutil.rmtree(tmp_path / '3')
@@ -283,7 +287,7 @@ def test_leftovers_are_removed_in_one_line_by_a_save_alone(tmp_path, caplog):
   for name in [*names, '7.orbax-checkpoint-tmp', 'notes']:
     shutil.copytree(tmp_path / '1', tmp_path / name)
   assert restore(tmp_path)[2:] == (1, [])
-  assert (tmp_path / '2.saving').exists()  # it may be another process's save
+  assert (tmp_path / '2.saving').exists()  # it can be another process's save
   assert save_all(tmp_path, [8]) == ['1', '8', 'notes']
   lines = [r for r in caplog.records if r.levelno >= logging.WARNING]
   assert len(lines) == 1 and 'removed unfinished' in lines[0].getMessage()
@@ -299,7 +303,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
       checkpointer.wait()
       kept.append(checkpointer.steps())
     assert checkpointer.best_step() == 1
-    checkpointer.save(6, make_state())  # no metrics: newest, never the best
+    # Without metrics it is the newest, and never the best.
+    checkpointer.save(6, make_state())
     checkpointer.save(7, make_state())
     checkpointer.wait()
     assert checkpointer.steps() == [1, 6, 7]

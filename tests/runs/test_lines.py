@@ -1,4 +1,4 @@
-"""What processes say to each other, and who is let in."""
+"""Messages between processes, and which connections are accepted."""
 
 import json
 import socket
@@ -39,7 +39,7 @@ def test_a_closed_line_is_none_and_a_stranger_too(said, pair):
   assert other.receive() is None
   line.socket.close()
   assert other.receive() is None
-  other.send({'nobody': 'listens'})  # raises nothing
+  other.send({'nobody': 'listens'})  # raises no error
 
 
 def test_who_does_not_read_holds_nobody_up(pair):
@@ -48,7 +48,7 @@ def test_who_does_not_read_holds_nobody_up(pair):
   for number in range(5000):
     line.send({'number': number, 'text': 'x' * 1000})
     assert time.monotonic() - began < 3
-  # What was left out was left out whole.
+  # Messages that are left out are left out whole.
   first = other.receive()[0]
   assert first['number'] == 0
   line.socket.close()

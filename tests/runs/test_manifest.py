@@ -1,4 +1,4 @@
-"""What the manifest finds out about a folder, one damage at a time."""
+"""Damages of a folder that the manifest detects, one at a time."""
 
 import collections
 import json
@@ -16,7 +16,7 @@ TREE = {'w': 'float32[3]'}
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two files, one in a folder of its own, sealed."""
+  """A sealed folder of two files, one of them in a folder of its own."""
   (tmp_path / 'd').mkdir()
   (tmp_path / 'd' / 'arrays').write_bytes(bytes(range(256)) * 4)
   (tmp_path / 'meta').write_text('{"w": 3}')

@@ -41,7 +41,7 @@ def scalars(path):
 
 @pytest.fixture
 def file_limit():
-  """Sets how many bytes a file may have; lifted at the end."""
+  """Returns a function that limits the size of files until the test ends."""
   old = resource.getrlimit(resource.RLIMIT_FSIZE)
 
   def limit(size):
@@ -54,7 +54,7 @@ def file_limit():
 
 def test_rows_are_flat_json_and_read_back(tmp_path):
   with MetricsWriter(tmp_path / 'new', resume_step=None) as writer:
-    # What a loop has at hand: numpy, jax and Python numbers.
+    # A training loop has numpy, jax and Python numbers.
     writer.write(
       np.int64(10),
       {
@@ -66,7 +66,7 @@ def test_rows_are_flat_json_and_read_back(tmp_path):
       },
     )
     writer.write(10, {'eval/valid/loss': 1.25})
-    # Whole rows are there before the file is closed: a kill loses none.
+    # Whole rows are on disk before the file is closed: a kill loses none.
     assert lines(tmp_path / 'new') == [
       '{"step": 10, "train/loss": 1.5, "train/learning_rate": 0.1, '
       '"train/layer_1/load": [0.25, 0.75], '
@@ -113,7 +113,7 @@ def test_resuming_drops_the_rows_that_come_again(tmp_path):
       writer.write(step, {'eval/valid/loss': 2 / step})
   unbroken = lines(tmp_path)
 
-  # The checkpoint is step 20's; a row of that very step stays.
+  # The checkpoint is that of step 20, and a row of this step is kept.
   with MetricsWriter(tmp_path, resume_step=20) as writer:
     assert lines(tmp_path) == unbroken[:4]
     writer.write(30, {'train/loss': 1 / 30})
@@ -134,7 +134,7 @@ def test_a_kill_anywhere_in_the_last_row_is_mended(tmp_path):
   first, last = whole.splitlines(keepends=True)
   for size in range(len(first), len(whole)):
     path.write_bytes(whole[:size])
-    # Without its newline the last row is already whole.
+    # The last row is complete even without its newline.
     steps = [1, 2] if size == len(whole) - 1 else [1]
     assert [row['step'] for row in read_metrics(path)] == steps
     with MetricsWriter(tmp_path, resume_step=1) as writer:
@@ -162,7 +162,7 @@ def test_damage_elsewhere_is_told_and_does_not_stop_a_run(tmp_path, caplog):
 
 
 def test_a_run_from_the_start_keeps_the_old_record_aside(tmp_path):
-  MetricsWriter(tmp_path, resume_step=None).close()  # no row to keep
+  MetricsWriter(tmp_path, resume_step=None).close()  # there is no row to keep
   for run in range(3):
     with MetricsWriter(tmp_path, resume_step=None) as writer:
       writer.write(1, {'run': run})
@@ -185,8 +185,8 @@ def test_event_files_hold_the_scalars(tmp_path):
   assert math.isnan(seven[2])
   assert events(path)[0].file_version == 'brain.Event:2'
 
-  # Byte for byte what tensorboardX's writer makes of the same events,
-  # checksums included.
+  # Every byte, with checksums, is as tensorboardX's writer writes the same
+  # events.
   copy = tmp_path / 'copy'
   theirs = RecordWriter(str(copy))
   for event in events(path):
@@ -199,7 +199,7 @@ def test_tensorboard_is_told_to_forget_what_comes_again(tmp_path):
   for resume_step in (None, 20, 20):
     with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
       writer.write(30, {'train/loss': 1.0})
-  # Each in a file of its own, though all within a second.
+  # Each run has its own file, though all begin within a second.
   files = event_files(tmp_path)
   assert len(files) == 3
   for path, first_step in zip(files, (0, 21, 21)):

@@ -1,4 +1,4 @@
-"""Steps that are not finite: left out so many times, recorded, then the end."""
+"""Non-finite steps are skipped up to a limit, recorded, then end the run."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ OPTIONS = tiny.options(
 
 
 class Poison(Hook):
-  """Makes the loss of some steps infinite, and keeps what all steps did."""
+  """Makes the loss of given steps infinite, and keeps every step's state."""
 
   def __init__(self, *steps):
     self.steps = steps
@@ -64,7 +64,7 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
   before, after = hook.states[2], hook.states[3]
   assert after.step == 3
   assert_equal(after.replace(step=before.step), before)
-  # What comes next is the next batch and noise, on the state that was kept.
+  # The next step has the next batch and noise, and the kept state.
   assert any(
     (a != b).any()
     for a, b in zip(
@@ -83,7 +83,7 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
   (line,) = [line for line in hook.lines if 'left out' in line]
   assert line.startswith('step 3: loss=') and '1 of at most 2' in line
   assert str(hook.files[0]) in line
-  # The row of steps 3 and 4 has the loss of 4 alone.
+  # The row of steps 3 and 4 has the loss of step 4 alone.
   rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)
   (row,) = [r for r in rows if r['step'] == 4 and 'train/loss' in r]
   assert np.isfinite(row['train/loss'])
@@ -94,7 +94,7 @@ def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
   whole = train(tmp_path / 'whole')
   plain = tiny.options(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
   other = train(tmp_path / 'plain', options=plain)
-  # Two programs, whose sums may be in another order.
+  # The two programs can sum in different orders.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
     whole.states[6],
@@ -108,10 +108,11 @@ def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
   with pytest.raises(NonFiniteError, match=r'step 5: loss=(.|\n)*5\.npz') as e:
     train(tmp_path, 2, 4, 5)
   assert 'last good checkpoint: step 4' in str(e.value)
-  # Steps 2 and 4 were before the checkpoint and count, 5 comes again.
+  # Steps 2 and 4 precede the checkpoint and count; step 5 is repeated.
   with pytest.raises(NonFiniteError, match='step 6: '):
     train(tmp_path, 6)
-  # What stopped the run before has passed, and counts no more.
+  # The step that stopped the run before was finite this time, and does not
+  # count.
   kept = {path.name for path in (tmp_path / 'nonfinite').iterdir()}
   assert kept == {'2.npz', '4.npz', '6.npz'}
   hook = train(tmp_path)

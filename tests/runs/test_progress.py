@@ -1,4 +1,4 @@
-"""What is shown of a run, on a terminal and off it."""
+"""The progress of a run as displayed on a terminal and elsewhere."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from moe_jax.runs.progress import Progress
 
 
 class Clock:
-  """Seconds, set by hand."""
+  """A clock whose seconds are set by the test."""
 
   now = 0.0
 
@@ -22,12 +22,13 @@ class Clock:
 
 @contextlib.contextmanager
 def terminal():
-  """An open terminal, and a list that holds what it showed once closed."""
+  """An open terminal, and a list that gets its text once it is closed."""
   master, slave = os.openpty()
   shown = []
 
   def read():
-    # At its end a terminal raises on Linux and is empty elsewhere.
+    # Reading at a terminal's end raises an error on Linux and returns nothing
+    # elsewhere.
     with contextlib.suppress(OSError):
       while data := os.read(master, 4096):
         shown.append(data)
@@ -43,14 +44,15 @@ def terminal():
 
 def test_plain_lines_have_the_facts():
   out, clock = io.StringIO(), Clock()
-  # Resumed at 1,000. Compiling takes 60 s; then 100 steps take 10 s.
+  # The run resumes at step 1,000. Compiling takes 60 s, and then 100 steps take
+  # 10 s.
   with Progress(3000, 1000, out, clock) as progress:
     progress.message('resumed from step 1000 [b]')
     clock.now = 60.0
     progress.update(1100, loss=2.34567, tokens_per_second=12345.6)
     clock.now = 70.0
     progress.update(1200, loss=2.0, tokens_per_second=999.5, drop_rate=0.0123)
-    # Slower: 300 steps in 80 s, so 1,600 more want 426.7 s.
+    # The run is slower now: 300 steps in 80 s, so that 1,600 more take 426.7 s.
     clock.now = 140.0
     progress.update(
       1400, loss=float('nan'), tokens_per_second=5.0, drop_rate=0.0
@@ -78,7 +80,7 @@ def test_examples_are_no_tokens():
 def test_time_left_follows_the_speed_of_late():
   out, clock = io.StringIO(), Clock()
   progress = Progress(1000, 0, out, clock)
-  # 30 updates at 1 s a step, then 30 at 2 s: the first are forgotten.
+  # After 30 updates at 1 s a step and 30 at 2 s the first are forgotten.
   for step in range(1, 61):
     clock.now += 1 if step <= 30 else 2
     progress.update(step, loss=1.0, tokens_per_second=1.0)
@@ -98,7 +100,7 @@ def test_a_terminal_gets_a_bar_that_messages_do_not_break(monkeypatch):
     clock.now = 20.0
     progress.update(3000, loss=2.0, tokens_per_second=1.0)
   (shown,) = chunks
-  assert '\x1b[2K' in shown  # the bar's line is redrawn, not repeated
+  assert '\x1b[2K' in shown  # the bar is redrawn in its line
   rows = re.split(r'[\r\n]+', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown))
   assert 'saved [bold]step 300' in [row.rstrip() for row in rows]
   bars = [row for row in rows if '━' in row]

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: tried again; storage that fails: said."""
+"""Storage errors that pass are retried, and those that do not are reported."""
 
 import builtins
 import errno
@@ -28,14 +28,14 @@ def oserror(name):
 
 
 class ConnectionError_(OSError):
-  """As that of requests: Python's is no base of it, and it has no number."""
+  """An error as that of requests: no subclass of Python's, without errno."""
 
 
 ConnectionError_.__name__ = 'ConnectionError'
 
 
 class HttpError(Exception):
-  """As that of gcsfs (`code`) and of aiohttp (`status`)."""
+  """An error as that of gcsfs (`code`) and of aiohttp (`status`)."""
 
   def __init__(self, **fields):
     super().__init__('from the server')
@@ -59,7 +59,7 @@ def caused(cause):
     (ValueError('UNAVAILABLE: connection reset'), True),
     (ValueError('DEADLINE_EXCEEDED: 60 s'), True),
     (ValueError('not UNAVAILABLE'), False),
-    # The number that tensorstore gives counts for more than its status.
+    # tensorstore's error number takes precedence over its status.
     (ValueError("UNKNOWN: fsync [os_error_code='5'] [x='y']"), True),
     (ValueError("UNAVAILABLE: fsync [os_error_code='28']"), False),
     (ConnectionError('closed'), True),
@@ -93,7 +93,7 @@ def test_waits_grow_and_tries_end(monkeypatch):
 
 
 class Failing:
-  """A function of the file system that fails on paths in which a word is."""
+  """A file system function that fails for paths containing a word."""
 
   def __init__(self, function, word, name, failures):
     self.function, self.word, self.error = function, word, oserror(name)
@@ -136,7 +136,7 @@ def save(folder, step, **options):
 
 @pytest.mark.parametrize('function', ['mkdir', 'rename'])
 def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
-  # Folders are made before the arrays are written, and named after.
+  # Folders are made before arrays are written, and renamed afterwards.
   failing = Failing(getattr(os, function), '2.saving', 'ESTALE', failures=2)
   monkeypatch.setattr(os, function, failing)
   save(tmp_path, 2, retry=Retry(3, 0.01))
@@ -151,7 +151,7 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
 
 
 class OneOfSeveral(Checkpointer):
-  """Without the copy that arrays are written again from."""
+  """A process of several, which keeps no copy for writing arrays again."""
 
   def _copied(self, state):
     del state
@@ -186,13 +186,13 @@ def test_a_save_fails_in_the_end(tmp_path, monkeypatch, name, tries, calls):
 
 
 def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
-  # By then the caller has long donated its arrays to the next step.
+  # By this time the caller has donated its arrays to a later step.
   failing = Failing(os.rename, '2.saving', 'EIO', failures=1)
   monkeypatch.setattr(os, 'rename', failing)
   with Checkpointer(tmp_path, retry=Retry(2, 0.5)) as checkpoints:
     given = state(2)
     checkpoints.save(2, given)
-    for _ in range(3):  # were its memory not held, it would be used again
+    for _ in range(3):  # unless its memory is held, this reuses it
       given = jax.jit(next_state, donate_argnums=0)(given)
     jax.tree.map(lambda x: x.delete(), given)
     assert restored(checkpoints).step == 2
@@ -232,7 +232,7 @@ def child(folder: str) -> None:
 
 @pytest.fixture(scope='module')
 def library(tmp_path_factory):
-  """Calls of the C library that fail, as tensorstore makes them."""
+  """C library functions that fail, as tensorstore calls them."""
   compiler = shutil.which('cc')
   if compiler is None or sys.platform != 'linux':
     pytest.skip('needs Linux and a C compiler')
@@ -262,7 +262,7 @@ def run(library, folder, function, match, name, failures):
 
 
 def test_the_array_library_fails_for_a_while(library, tmp_path):
-  # Two threads may meet one of two failures each, in the same try.
+  # Two threads can get one of the two failures each, in the same attempt.
   last, again, _ = run(library, tmp_path, 'fsync', '.saving', 'EIO', 2)
   assert last == '[1]' and again in (1, 2)
   last, again, _ = run(library, tmp_path, 'pread', '/1/', 'ESTALE', 1)

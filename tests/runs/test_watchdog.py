@@ -1,4 +1,4 @@
-"""What the threads of several processes send each other, and how often."""
+"""Messages between the threads of several processes, and their number."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SAYS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
 
 @pytest.fixture
 def process(monkeypatch):
-  """Makes the watchdog of one of so many processes; the test is the others."""
+  """Makes the watchdog of one process; the test plays the others."""
   monkeypatch.setattr(watchdog_lib, 'TICK_SECONDS', TICK)
 
   def make(index, size, hello=None, **timeouts):
@@ -60,7 +60,7 @@ def test_process_0_answers_once_a_tick(process):
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
   answers, until = 0, time.monotonic() + SECONDS
   while time.monotonic() < until:
-    line.send(SAYS)  # at once, whatever comes
+    line.send(SAYS)  # without waiting for an answer
     answers += len(line.receive())
   assert 2 <= answers <= MOST
   line.send({**SAYS, 'done': True})
@@ -93,7 +93,7 @@ def test_others_speak_once_a_tick(process):
 
 def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
   statuses = []
-  # The thread would end the process of the tests.
+  # The watchdog would end the process of the tests.
   monkeypatch.setattr(os, '_exit', statuses.append)
   _, token, port = process(0, 2, stall_timeout_seconds=1)
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)

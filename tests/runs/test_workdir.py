@@ -1,4 +1,4 @@
-"""A run's folder, and checkpoints that are kept elsewhere."""
+"""The folder of a run, and checkpoints that are kept elsewhere."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   state = loop.train_and_evaluate(options, folder, devices=one)
   assert not (folder / workdir.CHECKPOINTS).exists()
   assert (elsewhere / '2').is_dir()
-  # Who reads a run finds them by its folder alone.
+  # Readers of a run find its checkpoints from its folder alone.
   run = trained.read(folder)
   assert run.model == options.filled(257).model
   assert (run.data, run.batch_size) == (options.data, 4)
@@ -44,12 +44,13 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
-  # Another run does not, unasked; nor is a folder made for it.
+  # Another run is refused these checkpoints unless it resumes, and no folder is
+  # made for it.
   with pytest.raises(ValueError, match=r'(?s)other is .*bucket/run.*--resume'):
     workdir.check(tmp_path / 'other', config)
   workdir.check(tmp_path / 'other', config, resume=True)
   assert not (tmp_path / 'other').exists()
-  # It goes on from there, and nowhere else.
+  # The run continues from these checkpoints.
   longer = merge(config, {'total_steps': 3})
   longer_run = run_config.read(longer)
   state = loop.train_and_evaluate(longer_run, folder, devices=one, resume=True)
@@ -60,7 +61,7 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
 
 
 def test_a_run_with_checkpoints_of_its_own_keeps_them(tmp_path):
-  (tmp_path / workdir.CHECKPOINTS).mkdir()  # as an imported model's
+  (tmp_path / workdir.CHECKPOINTS).mkdir()  # as an imported model has
   config = tiny.config(checkpoint={'directory': 'gs://b/run'})
   with pytest.raises(ValueError, match='has its checkpoints in'):
     workdir.check(tmp_path, config)

@@ -1,8 +1,8 @@
-"""One of several processes that train together; what `test_processes` starts.
+"""A program for `test_processes`: one of several processes that train.
 
-python -m tests.training.process <coordinator> <processes> <id> <jobs.json>
+    python -m tests.training.process <coordinator> <processes> <id> <jobs.json>
 
-Each job is a dict for `run`. Not a test.
+Each job is a dict of arguments of `run`. Not here: any test.
 """
 
 import gc
@@ -17,7 +17,7 @@ import time
 
 import jax
 
-# tensorboardX imports it where it is there, which takes seconds.
+# tensorboardX would import an installed torch, which takes seconds.
 if __name__ == '__main__':
   sys.modules['torch'] = None
 
@@ -25,7 +25,7 @@ TIMEOUTS = {'heartbeat_timeout_seconds': 15}
 
 
 def configure(num_devices):
-  """What `tests/conftest.py` leaves out of the environment."""
+  """Makes those settings of `tests/conftest.py` that no variable carries."""
   gc.set_threshold(50_000, 10, 10)
   jax.config.update('jax_num_cpu_devices', num_devices)
   jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -33,7 +33,7 @@ def configure(num_devices):
 
 
 def digest(batch):
-  """Of a batch of numpy arrays."""
+  """The sha256 of a batch of numpy arrays."""
   text = hashlib.sha256()
   for name in sorted(batch):
     text.update(name.encode() + batch[name].tobytes())
@@ -41,12 +41,12 @@ def digest(batch):
 
 
 def interleaved(devices):
-  """Neighbours are of different processes."""
+  """Orders devices so that neighbours belong to different processes."""
   return sorted(devices, key=lambda d: (d.id % 2048, d.process_index))
 
 
 def recorder():
-  """A hook that keeps each step's global batch, by its digest, and loss."""
+  """A hook that records the digest and the loss of each step's global batch."""
   from moe_jax.distributed import fetch
   from moe_jax.training.setup import Hook
 
@@ -67,9 +67,10 @@ def recorder():
 
 
 def accident(process, kind, at_step):
-  """A hook by which something befalls a process before a step; 0: the first.
+  """A hook that makes something happen to a process before a step.
 
-  Of step 0 it comes before anyone has asked whether to stop.
+  Step 0 is the first; what happens before it precedes every check of whether to
+  stop.
   """
   from moe_jax.training.setup import Hook
 
@@ -114,16 +115,16 @@ def run(
   evals=(),
   seeds=(0, 0),
 ):
-  """One job.
+  """Runs one job.
 
   Args:
-    within: A folder.
-    workdir: Of the run, in it; a list: one for each process.
-    overrides: Of `tiny.config`.
-    befalls: [process, what, step], see `accident`.
-    order: 'interleaved' devices, or as they come.
-    hooks: Whether those of the main program run too, and its evaluations.
-    evals: Entries of `config.evals` beside tiny's, by kind.
+    within: Folder of all jobs.
+    workdir: Name of the run's folder in it; a list has one for each process.
+    overrides: Overrides of `tiny.config`.
+    befalls: Arguments [process, kind, step] of `accident`.
+    order: 'interleaved' orders devices by `interleaved`; '' keeps their order.
+    hooks: Whether the main program's hooks and evaluations run too.
+    evals: Options of evaluations that are added to `config.evals`, by kind.
     seeds: `config.seed` of each process.
   """
   from configs import base

@@ -1,4 +1,4 @@
-"""Whole runs, in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
+"""Whole runs in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ class SigtermAt(Hook):
 
 
 class Messages(Hook):
-  """Collects what the run says from its start on."""
+  """Collects the messages of a run from its start on."""
 
   def start(self, run):
     self.lines = []
@@ -90,7 +90,7 @@ def test_rows_and_files(unbroken):
     'train/layer_1/unused_experts',
     'train/layer_1/load',
   } <= train[-1].keys()
-  # L=2 with 'every 2': layer 0 is dense and has no router to tell of.
+  # With L=2 and 'every 2' layer 0 is dense and has no metrics of a router.
   assert not any('layer_0' in key for row in rows for key in row)
   np.testing.assert_allclose(sum(train[-1]['train/layer_1/load']), 1, atol=1e-5)
   evals = [row for row in rows if 'eval/train_capacity/loss' in row]
@@ -106,7 +106,7 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
   resumed = train_and_evaluate(OPTIONS, tmp_path)
   assert_equal(resumed, state)
-  # The rows are those of the unbroken run too, each step's once.
+  # The rows equal those of the unbroken run, each step's once.
   rows, expected = (
     [
       (row['step'], row['train/total_loss'])
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert text.startswith('step ')
   assert 'layer 1: router logit RMS' in text
   assert 'last good checkpoint' in text
-  # What was saved is finite: nothing was written after the loss was lost.
+  # Checkpoints are finite: none was written after the loss became NaN.
   for path in pathlib.Path(tmp_path / 'checkpoints').glob('[0-9]*'):
     assert int(path.name) < int(text.split()[1].rstrip(':'))
 
@@ -207,7 +207,7 @@ def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
   name = type(error).__name__
   with pytest.raises(DataError, match=f'batch 3 could not be made: {name}'):
     train_and_evaluate(OPTIONS, tmp_path, hooks=[BadRow(error)])
-  # Three batches were made, and what two steps had done is saved.
+  # Three batches were made, and the state after two steps is saved.
   assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
 
 
@@ -241,7 +241,7 @@ def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class OwnEvaluation(EvaluationOptions):
-  """A user's own kind, which returns what it is told."""
+  """A user's own evaluation, which returns given values."""
 
   result: str = option('row', 'Kind of result.')
 
@@ -323,7 +323,7 @@ def test_all_that_is_wrong_is_said_at_once():
     'evals.train_capacity.num_batches=-2',
   ):  # fmt: skip
     assert any(text.startswith(name) for text in error.value.problems), name
-  # What several sections mean together is judged once each is right by itself.
+  # Rules about several sections are checked once each section is valid.
   config = tiny.config(batch_size=6, microbatches=4, total_steps=1)
   config.optimizer.schedule.warmup_steps = 2
   config.checkpoint.best_eval = 'x'

@@ -1,4 +1,4 @@
-"""The losses' normalisers and weights, by hand."""
+"""Normalisers and weights of losses, by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,9 @@ def test_each_stack_is_divided_by_its_own_tokens():
   model = tiny.model_of(ENCODER_DECODER)
   whole = losses.normalizers(model, batch())
   assert whole.weight == 3
-  assert whole.tokens.tolist() == [7, 7, 4, 4]  # the encoder's layers first
-  # Z-losses of 14 and 0 over 7 tokens, of 8 and 0 over 4: means 2 and 2.
+  # The encoder's layers come first.
+  assert whole.tokens.tolist() == [7, 7, 4, 4]
+  # Z-losses are 14 and 0 over 7 tokens, and 8 and 0 over 4: means are 2 and 2.
   weights = losses.LossWeights(z=0.5)
   total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), whole, weights)
   np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2 + 0), rtol=1e-6)

@@ -41,7 +41,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def grads():
-  # Of very different size by expert, so that sharing a statistic would show.
+  # Experts have very different sizes, so that a shared statistic would show.
   keys = jax.random.split(jax.random.key(1), 3)
   size = 10.0 ** jnp.arange(3).reshape(1, 3, 1, 1)
   return {
@@ -96,7 +96,7 @@ def test_adamw_is_optax_adamw(params, grads):
 
 
 def decayed(params, **options):
-  """The fraction that a step without a gradient leaves of each parameter."""
+  """Fraction of each parameter that is left by a step without a gradient."""
   zeros = jax.tree.map(np.zeros_like, params)
   o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
   moved = run(made(o), params, zeros, steps=1)
@@ -175,7 +175,7 @@ def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
     np.testing.assert_allclose(
       moved['layers']['experts'][layer, expert], alone, rtol=1e-4, atol=1e-6
     )
-  # On the stack as a whole, optax gives another update: the reason for it.
+  # On the whole stack optax computes another update, which is why it is split.
   whole = run(theirs, params, grads)
   difference = whole['layers']['experts'] - moved['layers']['experts']
   assert np.abs(difference).max() > 1e-4
@@ -190,7 +190,7 @@ def test_adafactor_never_factors_over_experts(params):
     )
     if 'experts' in jax.tree_util.keystr(path) and leaf.size > 6
   }
-  # Row and column statistics, each with its own [L, E] in front.
+  # Row and column statistics have their own [L, E] in front.
   assert shapes == {(2, 3, 7), (2, 3, 4)}
 
 

@@ -1,4 +1,4 @@
-"""Several processes over Gloo on this machine, each with fake devices."""
+"""Several processes over Gloo on this machine, with fake devices."""
 
 import json
 import os
@@ -33,12 +33,12 @@ LONG = {**STEPS, 'total_steps': 40}
 ACROSS = {
   **LONG,
   'mesh': {'data': 2, 'expert': 2, 'tensor': 2},
-  'sharding': {'vocab': ''},  # 257 bytes do not divide
+  'sharding': {'vocab': ''},  # 257 is not divisible
 }
 
 
 class Ended(NamedTuple):
-  """What became of a process: its status, words and results."""
+  """The end of a process: its status, output and results."""
 
   status: int
   said: str
@@ -53,12 +53,12 @@ def free_port():
 
 
 def start(folder, count, jobs, frozen=None, **spec):
-  """Runs jobs in so many processes, and ends every one of them.
+  """Runs jobs in several processes, and ends every one of them.
 
-  Nobody waits for the end of `frozen`, a process's number.
+  The end of the process with number `frozen` is not waited for.
 
   Returns:
-    Their ends, and how many seconds the last took after the first.
+    Their ends, and the seconds between the first and the last.
   """
   path = folder / 'jobs.json'
   path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
@@ -93,7 +93,7 @@ def start(folder, count, jobs, frozen=None, **spec):
 
 
 def _wait(running):
-  """Until all have ended."""
+  """Waits until all processes have ended."""
   began, first = time.monotonic(), None
   while any(p.poll() is None for p in running):
     now = time.monotonic()
@@ -113,7 +113,7 @@ def results(path, i):
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-  """One process of eight devices."""
+  """The folder of a run by one process of eight devices."""
   workdir = tmp_path_factory.mktemp('one')
   loop.train_and_evaluate(tiny.options(**STEPS), workdir)
   return workdir
@@ -121,7 +121,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-  """Two processes of four devices, which do all that they can in one life."""
+  """Two processes of four devices, which make several runs in one life."""
   folder = tmp_path_factory.mktemp('two')
   jobs = [
     {'workdir': 'run', 'overrides': ACROSS, 'befalls': [1, 'SIGTERM', 4]},
@@ -134,7 +134,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def four(two, tmp_path_factory):
-  """Four processes of two devices, which go on with what two began."""
+  """Four processes of two devices, which continue the run of two."""
   folder = tmp_path_factory.mktemp('four')
   shutil.copytree(two[0] / 'run', folder / 'run')
   for path in (folder / 'run' / 'checkpoints').iterdir():
@@ -146,7 +146,7 @@ def four(two, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def stream():
-  """The digest of each batch, as one process reads it."""
+  """Digests of batches, as a single process reads them."""
   options = tiny.options(**STEPS)
   dataset = data.load(options.data)
   batches = data.batch_dataset(
@@ -156,7 +156,7 @@ def stream():
 
 
 def saved(workdir, step):
-  """A checkpoint as one process reads it."""
+  """A checkpoint as a single process reads it."""
   run = setup.set_up(tiny.options(**STEPS), workdir, resume=True)
   with run.checkpoints as checkpoints:
     return checkpoints.restore(run.programs.abstract_state, step=step).state
@@ -174,7 +174,8 @@ def losses(workdir):
 
 def test_two_processes_train_as_one(one, two):
   folder, ends, _ = two
-  # Each process has a half of every pair over `tensor`: both need all rows.
+  # Each process has one device of every pair along `tensor`, so that both need
+  # all rows.
   for end in ends:
     assert end.results[0]['rows'] == list(range(16))
   assert_close(saved(folder / 'run', 1), saved(one, 1))
@@ -227,7 +228,7 @@ def test_process_0_alone_speaks_and_writes_rows(two):
   folder, ends, _ = two
   assert 'loss' in ends[0].said and 'loss' not in ends[1].said
   assert 8 <= len(losses(folder / 'run')) <= 10
-  # A file for each life, and none of process 1.
+  # There is a file for each life, and none of process 1.
   assert len(list((folder / 'run' / 'tensorboard').iterdir())) == 2
 
 
@@ -244,7 +245,7 @@ def test_process_0_alone_speaks_and_writes_rows(two):
 def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
   job = {'workdir': 'run', 'overrides': LONG, 'befalls': befalls}
   who, what, _ = befalls
-  # Longer than the step's compilation on a busy machine.
+  # The timeout exceeds the time for compiling the step on a busy machine.
   timeouts = {'stall_timeout_seconds': 25 if what == 'stuck' else 0}
   frozen = who if what == 'SIGSTOP' else None
   ends, _ = start(tmp_path, 2, [job], frozen, timeouts=timeouts)
@@ -257,7 +258,7 @@ def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
 def test_process_0_dies(tmp_path):
   job = {'workdir': 'run', 'overrides': LONG, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
-  # JAX's coordinator dies with it, and its message may be the faster one.
+  # JAX's coordinator ends with process 0, and its message may arrive first.
   assert ends[1].status != 0
   assert 'process 0 died' in ends[1].errors or 'coordination' in ends[1].errors
   assert seconds < TIMEOUT
@@ -281,7 +282,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
 
 
 def test_hooks_and_evaluations_of_two_processes(tmp_path):
-  """What the main program adds: nothing of it waits for what is not there."""
+  """The main program's hooks and evaluations wait for no other process."""
   job = {
     'workdir': 'run',
     'overrides': {

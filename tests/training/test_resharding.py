@@ -1,4 +1,4 @@
-"""A state saved on one mesh is the same state on another."""
+"""A state saved on one mesh is restored equal on another."""
 
 import functools
 import hashlib
@@ -38,7 +38,7 @@ MESHES = [
 
 @functools.cache
 def programs(shape, **sharding):
-  """What runs on a mesh of that shape."""
+  """The programs of a run on a mesh of that shape."""
   sizes = dict(zip(partitioning.MESH_AXES, shape))
   options = tiny.options(
     batch_size=8, model=MODEL, mesh=sizes, sharding=sharding
@@ -49,7 +49,7 @@ def programs(shape, **sharding):
 
 @functools.cache
 def trained():
-  """A state on `SOURCE` as if trained: no two of its arrays are alike."""
+  """A state on `SOURCE` as after training: all of its arrays differ."""
   rng = np.random.default_rng(0)
 
   def draw(leaf):
@@ -66,7 +66,7 @@ def checksum(array):
 
 
 def checksums(state):
-  """Of every array, and of every expert in every array that has one each."""
+  """Checksums of every array, and of each expert where an array has them."""
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     name, array = partitioning.path_name(path), np.asarray(leaf)
@@ -106,7 +106,7 @@ def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
   want = checksums(trained())
   assert any(name.startswith('router_state/') for name in want)
   experts = [name for name in want if name.endswith('expert 7')]
-  assert len(experts) == 6  # two kernels, and two moments of each
+  assert len(experts) == 6  # two kernels with two moments each
   assert len({want[name] for name in want if 'w_in, expert' in name}) == 3 * E
   for shape in MESHES:
     state = restored(folder, programs(shape))
@@ -114,7 +114,7 @@ def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
     (shard, *_) = expert_kernel(state).addressable_shards
     _, fsdp, expert, tensor = shape
     assert shard.data.shape == (1, E // expert, 16 // fsdp, 24 // tensor)
-  save(tmp_path, state)  # from one device back
+  save(tmp_path, state)  # from one device to the mesh again
   assert checksums(restored(tmp_path, programs(SOURCE))) == want
 
 
@@ -127,7 +127,7 @@ def test_experts_over_two_mesh_axes(folder):
 
 
 def gradient(state, shape):
-  """The loss and gradient of the next step's batch, on the host."""
+  """Loss and gradient of the next step's batch, on the host."""
   on = programs(shape)
   model = OPTIONS.build()
   grad_fn = make_grad_fn(model, loss_weights(model))

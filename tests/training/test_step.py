@@ -1,4 +1,4 @@
-"""The loss, its gradient, and accumulation, on one tiny sparse model."""
+"""The loss, its gradient, and accumulation, on a tiny sparse model."""
 
 import functools
 
@@ -11,7 +11,7 @@ import pytest
 from moe_jax.training import losses, step
 from tests.training import tiny
 
-# Losses that do not vanish, so that a wrong normaliser cannot hide.
+# Losses are large, so that a wrong normaliser shows.
 HEAVY = tiny.router(balance_weight=0.5, z_weight=0.3)
 OPTIONS = tiny.options(batch_size=8, model=HEAVY)
 
@@ -36,7 +36,8 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole):
     batch['segment_ids'],
     batch['positions'],
   )
-  # By hand: nats of the weighted targets, over all weights of the batch.
+  # The loss by hand is the weighted sum of nats over the sum of weights of the
+  # batch.
   log_probs = np.asarray(jax.nn.log_softmax(logits))
   nats, weight = 0.0, 0.0
   for b, t in np.ndindex(*batch['tokens'].shape):
@@ -55,7 +56,7 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole):
 def test_accumulated_equals_the_whole_batch(whole, n):
   params, batch, ((loss, sums), grads) = whole
   options = tiny.options(batch_size=8, microbatches=n, model=HEAVY)
-  # The microbatches have unequal padding: a mean of means would differ.
+  # Microbatches have different padding, so that a mean of means would differ.
   parts = batch['loss_weights'].reshape(n, -1).sum(1)
   assert len(set(np.asarray(parts).tolist())) == n
   (part_loss, part_sums), part_grads = tiny.grads_of(options, params, batch)
@@ -66,7 +67,7 @@ def test_accumulated_equals_the_whole_batch(whole, n):
 
 @pytest.mark.as_users_compile
 def test_aux_losses_are_in_the_accumulated_gradient(whole):
-  # Without them the router's gradient would be another one.
+  # Without auxiliary losses the router's gradient would differ.
   params, batch, (_, grads) = whole
   options = tiny.options(
     batch_size=8,
@@ -134,7 +135,8 @@ def test_a_step_moves_every_parameter_and_counts():
     state, metrics = run(state, batch)
     first = float(metrics.loss) if first is None else first
   assert int(state.step) == 30
-  assert float(metrics.loss) < 0.9 * first  # it learns one batch by heart
+  # Training on one batch lowers its loss.
+  assert float(metrics.loss) < 0.9 * first
   np.testing.assert_allclose(metrics.learning_rate, 0.1)
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     before = params
@@ -166,7 +168,8 @@ def test_bfloat16_model_has_float32_losses_and_gradients():
 
 
 def test_a_group_of_the_batch_under_accumulation_is_refused():
-  # A group would silently be the microbatch, and accumulation change the loss.
+  # A group would become the microbatch, so that accumulation would change the
+  # loss.
   for group_size in (-1, 96):
     with pytest.raises(ValueError, match=rf'group_size={group_size}'):
       tiny.options(microbatches=2, model={'moe': {'group_size': group_size}})

@@ -1,4 +1,4 @@
-"""The smallest runs that have everything: a sparse model on a little text."""
+"""The smallest runs with all features: a sparse model on a little text."""
 
 import functools
 
@@ -14,13 +14,13 @@ from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step
 
-MODULES = 'email,json,asyncio'  # of the standard library
+MODULES = 'email,json,asyncio'  # modules of the standard library
 
 
 def config(**overrides) -> ml_collections.ConfigDict:
-  """L=2, one sparse layer of 4 experts, six steps, an evaluation of each.
+  """A config of L=2, one sparse layer of 4 experts, six steps, evaluations.
 
-  Overrides are a later layer: what they switch off is given up.
+  Overrides are a later layer: settings of what they switch off are dropped.
   """
   c = base.get_config()
   c.total_steps = 6
@@ -54,14 +54,14 @@ def router(**values) -> dict:
 
 
 def batch(options: RunConfig, *, seed: int = 0, vocab_size: int = 257) -> dict:
-  """Random rows with a document boundary and padding, unequal by row."""
+  """Random rows with document boundaries and padding, which differ by row."""
   return rows(
     options.batch_size, options.data.seq_len, seed=seed, vocab_size=vocab_size
   )
 
 
 def rows(B: int, T: int, *, seed: int = 0, vocab_size: int = 257) -> dict:
-  """See `batch`."""
+  """Arrays of random rows; see `batch`."""
   rng = np.random.default_rng(seed)
   length = T - 3 * np.arange(B) % T
   place = np.arange(T)[None]
@@ -79,7 +79,7 @@ def rows(B: int, T: int, *, seed: int = 0, vocab_size: int = 257) -> dict:
 
 
 def model_of(options: RunConfig, vocab_size: int = 257):
-  """The model, with the bytes' vocabulary or another."""
+  """The model, with the vocabulary of bytes or another."""
   return options.filled(vocab_size).build()
 
 
@@ -90,12 +90,12 @@ def _params(model):
 
 
 def params_of(options: RunConfig):
-  """Parameters of the model at seed 0, made once."""
+  """Initial parameters of the model with seed 0, computed once."""
   return _params(model_of(options))
 
 
 def grads_of(options: RunConfig, params, batch, key=0):
-  """((loss, sums), gradient) of one batch."""
+  """Computes ((loss, sums), gradient) of one batch."""
   model = model_of(options)
   weights = losses.loss_weights(model, options.logits_z_weight)
   fn = step.make_grad_fn(model, weights, options.microbatches)
@@ -104,7 +104,7 @@ def grads_of(options: RunConfig, params, batch, key=0):
 
 
 def optimizer_of(options: RunConfig):
-  """The optimizer of the model's parameters."""
+  """The optimizer for the model's parameters."""
   trees = models.describe(model_of(options))
   return options.optimizer.transformation(
     options.total_steps, trees.axes, trees.roles
