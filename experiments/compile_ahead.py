@@ -43,7 +43,7 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What is known of a step once it is compiled.
+  """Memory, communication and cost of a compiled step.
 
   Attributes:
     step: Memory and communication of the compiled step.

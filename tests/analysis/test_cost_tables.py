@@ -93,7 +93,7 @@ def test_in_bytes(n, expected):
 
 
 def command(*flags, module='cost'):
-  """What a command of the room prints: its status, output and errors."""
+  """Runs a command of the room; returns its status, output and errors."""
   result = subprocess.run(
     [sys.executable, '-m', f'moe_jax.analysis.{module}', *flags],
     capture_output=True,

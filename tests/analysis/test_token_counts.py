@@ -76,7 +76,8 @@ def test_where_experts_choose_it_counts_whom_they_took():
     np.testing.assert_array_equal(counts[i], np.tile(real[:, None], (1, 5)))
   few = tiny.build(moe | dict(capacity=Fixed(slots=3)))
   counts = token_counts(few, variables, [batch])
-  # Of 13 of 20 real tokens two, of 10 of 20 (half of the group is its own) two.
+  # In each group of 20 tokens an expert takes ceil(3 * 13 / 20) = 2 of the 13
+  # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
   assert (counts[0] <= real[:, None]).all() and np.ptp(counts[0]) > 0
 

@@ -1,4 +1,4 @@
-"""How a block uses its context, beside the residual stream."""
+"""A block uses its context beside the residual stream."""
 
 import jax
 import jax.numpy as jnp

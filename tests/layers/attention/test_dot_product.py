@@ -145,7 +145,7 @@ def test_a_mesh_changes_nothing():
 
 
 def lowered(implementation, platform, sizes=None, seq_len=T, **options):
-  """The text of a layer's program, lowered for a platform that may be gone."""
+  """Text of a layer's program, lowered for a platform that need not exist."""
   mesh = make_mesh(sizes or {}, jax.devices()[: 4 if sizes else 1])
 
   def place(a):
