@@ -137,7 +137,7 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   assert chosen < said.out.index(' model.moe.router.noisy_top_k.')
   (at,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
   assert lines[at + 1].endswith('One of: adamw, adafactor, or module:name.')
-  # A value that is wider than its column stands whole on the next line.
+  # A value wider than its column is printed whole on the next line.
   name = ' evals.all_tokens.model_overrides '
   (at,) = [i for i, line in enumerate(lines) if name in line]
   kinds = {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}

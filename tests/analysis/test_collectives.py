@@ -139,7 +139,7 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
   split = NamedSharding(mesh, PartitionSpec('x'))
 
   def body(x, w):
-    # Rows are split, and so is what they are summed over.
+    # Both the rows and the dimension that is summed are split over devices.
     y = jax.lax.with_sharding_constraint(x @ w, split)
     return jnp.tanh(y - y.mean(0, keepdims=True)), None
 

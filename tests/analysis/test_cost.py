@@ -61,7 +61,8 @@ def test_openmoe_is_the_sum_of_its_parts():
   M, F, HD, V = 2048, 8192, 24 * 128, 256_384
   ffn = 3 * M * F
   outside = 24 * 4 * M * HD + 2 * V * M
-  # 20 dense layers, 4 sparse ones, each with an extra dense feed-forward.
+  # The model has 20 dense layers, and 4 sparse ones with a dense feed-forward
+  # beside the experts.
   outside += (20 + 4) * ffn + 4 * M * 32 + (2 * 24 + 4 + 1) * M
   openmoe = counted(openmoe_8b.get_config())
   assert openmoe.expert_params == 4 * 32 * ffn

@@ -41,7 +41,7 @@ def test_mixtral_is_47b_in_memory_and_13b_in_compute():
     if (cells := [cell.strip() for cell in line.strip('│ ').split('│')])
   }
   assert rows['weights'] == ['187 GB', '93.4 GB', '46.7 GB']
-  # 2 * 32 layers * 8 heads of 128, 32768 times.
+  # Keys and values: 2 * 32 layers * 8 heads of 128, for 32768 tokens.
   assert rows['cache'] == ['8.59 GB', '4.3 GB', '4.3 GB']
   assert rows['H100-80GB, 80 GB'] == [
     'needs 3',
@@ -115,12 +115,12 @@ def test_the_command_prints_the_tables_of_overrides():
     '--config.model.moe.router.kind=hash',
   )
   assert status == 0, errors
-  # 15 + 15 routers of 2080 x 2048 fewer are 0.1B of the 1.8B.
+  # Without the 15 + 15 routers of 2080 x 2048 it is 0.1B less than 1.8B.
   assert '1.57T parameters in memory, 1.67B in compute' in out
   assert 'a batch of 4 x 512 and 96 tokens' in out
   assert 'each of 512 devices' in out
   assert '3.14 TB' in out
-  # The file sets options of its own router, which another one lacks.
+  # The file sets options of its router that the hash router does not have.
   assert 'has no effect with these flags; ignored' in out
 
 

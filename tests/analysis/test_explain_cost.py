@@ -20,7 +20,7 @@ MODULES = 'email,json,asyncio'
   ('op_name', 'part'),
   [
     (f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/router/dot_general', 'router'),
-    # The innermost known scope counts.
+    # A path belongs to its innermost known scope.
     (
       f'jit(train_step)/jvp(Decoder)/{LAYER}/moe/dispatch/index/sort',
       'slots and indices',

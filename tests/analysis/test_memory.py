@@ -141,9 +141,9 @@ def mask_bytes(routing, choices):
 
 
 def test_what_a_device_sends_to_the_experts_of_others():
-  # Each of 4 sequences has 5 experts of ceil(1.25 * 10 / 5) = 3 slots, which are
-  # 60 rows in all. Each of 5 devices has a fifth of the rows, 12, keeps a fifth
-  # of these and sends the others, which have 12 numbers of 4 bytes.
+  # In each of 4 sequences 5 experts have ceil(1.25 * 10 / 5) = 3 slots, which
+  # are 60 rows in all. Each of 5 devices has a fifth of the rows, 12, keeps a
+  # fifth of these and sends the others, which have 12 numbers of 4 bytes.
   (half,) = halves(tiny.build(), T)
   assert memory.expert_rows(half.stack.block.moe, 4, T) == 60
   assert memory.all_to_all_bytes(half, 12, 4, 5) == 12 * 4 // 5 * 48 + 28

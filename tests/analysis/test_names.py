@@ -114,7 +114,7 @@ def test_names_may_be_scrambled(model, monkeypatch):
   renamed = {}
 
   def scramble(tree, path=()):
-    """The same tree with other names, but for the scopes of the stacks."""
+    """The tree with other names, except those of the stacks' scopes."""
     if not isinstance(tree, dict):
       return tree
     below = {}

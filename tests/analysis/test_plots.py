@@ -105,9 +105,9 @@ def test_loads_are_shares_relative_to_the_uniform_share():
   figure = load_figure(ROWS)
   first = axes_titled(figure, 'layer 1')
   (mesh,) = first.collections
-  # [E, time]: 3/4 of the assignments to one of 2 experts is 1.5 times even.
+  # Loads [E, time]: 3/4 of the assignments are 1.5 times the even share of 2.
   np.testing.assert_allclose(mesh.get_array(), [[1.5, 1.0], [0.5, 1.0]])
-  # Cells meet halfway between the steps.
+  # Cells of the picture meet halfway between logged steps.
   np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 20.0, 40.0])
   np.testing.assert_allclose(mesh.get_coordinates()[:, 0, 1], [-0.5, 0.5, 1.5])
   assert first.get_ylim() == (1.5, -0.5)

@@ -50,7 +50,7 @@ def table(**changes):
 
 
 def test_load_summary_by_hand():
-  # Mean 2, deviations 2, 0, -1, -1: variance 6/4.
+  # The mean is 2, and deviations of 2, 0, -1, -1 have a variance of 6/4.
   summary = load_summary(np.array([4, 2, 1, 1]))
   assert summary['load_cv'] == pytest.approx(math.sqrt(1.5) / 2)
   assert summary['load_max_over_mean'] == 2.0
@@ -93,7 +93,7 @@ def test_table_by_hand():
     'entropy': pytest.approx(math.log(3) / 2),
     'entropy_fraction': pytest.approx(0.5),
     'router_logit_rms': 1.25,
-    # Mean 20/3; 13 / (20/3). Deviations 19/3, 1/3, -20/3: variance 762/27.
+    # The mean is 20/3; deviations of 19/3, 1/3, -20/3 have a variance of 762/27.
     'load_max_over_mean': pytest.approx(1.95),
     'load_cv': pytest.approx(math.sqrt(762 / 27) / (20 / 3)),
     'unused_experts': 1,

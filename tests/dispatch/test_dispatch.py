@@ -169,7 +169,7 @@ def test_three_tokens_by_hand(name):
       [[1, 2, 3], [0, 0, 0]],
     ],
   )
-  # Expert 0 multiplies by 10, expert 1 by 100.
+  # Expert 0 multiplies its rows by 10, expert 1 by 100.
   y = dispatcher.combine(rows * jnp.array([[[10.0]], [[100.0]]]), routing)
   first = np.array([1, 2, 3]) * (0.75 * 10 + 0.25 * 100)
   second = np.array([4, 5, 6]) * (0.5 * 10)

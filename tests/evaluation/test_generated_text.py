@@ -169,7 +169,7 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
   model, variables = generation.prepare(model, {'params': params})
   expected = []
   for inputs, _ in spread_pairs():
-    # Cut as in training: 24 tokens with the EOS, bytes as they are.
+    # Inputs are cut as in training, to 24 tokens with the end of text.
     ids = [*inputs.encode()[:23], 256]
     (made,) = generation.generate(
       model, variables, ids, num_tokens=6, start_id=256, stop_ids=[256]

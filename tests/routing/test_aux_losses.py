@@ -66,7 +66,7 @@ def test_balance_loss_by_hand():
   index = jnp.array([[[0], [0], [1]]])
   loss = balance(probs, index, jnp.ones((1, 3), bool))
   np.testing.assert_allclose(loss, [16 / 15], rtol=1e-6)
-  # Had the last token been padding: f = (1, 0), P = (0.75, 0.25).
+  # If the last token is padding, f = (1, 0) and P = (0.75, 0.25).
   mask = jnp.array([[True, True, False]])
   np.testing.assert_allclose(balance(probs, index, mask), [1.5], rtol=1e-6)
 

@@ -87,7 +87,7 @@ def test_gshards_two_loops_as_printed(capacity):
     stacked = [np.stack(field) for field in list(zip(*groups))[:4]]
     same(routing, reference.Reference(*stacked, None))
     unsent_in_queue += (~routing.kept & (routing.slot < capacity)).sum()
-  assert unsent_in_queue > 0  # the case that tells the policies apart
+  assert unsent_in_queue > 0  # only then policies differ
 
 
 @pytest.mark.parametrize('slot_priority', SLOT_PRIORITIES)

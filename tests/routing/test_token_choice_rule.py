@@ -209,7 +209,7 @@ def test_mixtrals_gates_are_the_softmax_of_the_chosen_logits():
 
 
 def test_renormalising_after_dropping_gives_the_survivor_everything():
-  # As for GShard, but token 0's only kept choice weighs 1. A third token,
+  # As for GShard, but token 0's only kept choice has gate 1. A third token,
   # which finds experts 0 and 1 full, keeps nothing: zero, not NaN.
   logits = jnp.concatenate([RIVALS, logits_of([0.5, 0.4, 0.1])], axis=1)
   routing = route(

@@ -73,7 +73,7 @@ class Experts(nn.Module):
 
 
 def own_of(variables):
-  """The experts' own parameters, without boxes."""
+  """Parameters of the experts, without boxes."""
   return nn.meta.unbox(variables)['params']['experts']
 
 
