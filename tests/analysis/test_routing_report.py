@@ -93,7 +93,7 @@ def test_table_by_hand():
     'entropy': pytest.approx(math.log(3) / 2),
     'entropy_fraction': pytest.approx(0.5),
     'router_logit_rms': 1.25,
-    # The mean is 20/3; deviations of 19/3, 1/3, -20/3 have a variance of 762/27.
+    # The mean is 20/3; deviations 19/3, 1/3, -20/3 have a variance of 762/27.
     'load_max_over_mean': pytest.approx(1.95),
     'load_cv': pytest.approx(math.sqrt(762 / 27) / (20 / 3)),
     'unused_experts': 1,
