@@ -322,7 +322,7 @@ def test_a_dense_config_has_no_twin(tmp_path):
 
 
 def test_capacity_serves_what_fits():
-  # Of six choices each expert serves two at most, so that expert 0 drops one.
+  # Each expert serves two of six choices at most, so that expert 0 drops one.
   load = np.array([3, 2, 1])
   assert rows_lib.served_share('gather', load) == 5 / 6
   assert rows_lib.served_share('dropless', load) == 1

@@ -38,7 +38,7 @@ def test_glam_has_the_published_counts():
   ('name', 'arg', 'billions', 'digits'),
   [
     ('t5_base', '', 0.223, 3),
-    # From Table 7 of Switch, as are those below.
+    # These numbers are in Table 7 of Switch, as are those below.
     ('switch_base', 'e16', 1.1, 1),
     ('switch_base', 'e32', 2.0, 1),
     ('switch_base', 'e64', 3.8, 1),

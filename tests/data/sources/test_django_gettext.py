@@ -61,7 +61,7 @@ def package(tmp_path):
 
 def test_one_translation_a_message(package):
   pairs = django_gettext.pairs(['de'], package)
-  # Of two translations without context the first file's is taken; one without
+  # The first of two translations without context is taken; one without
   # context is preferred; messages with an empty translation are left out.
   assert {(p.message, p.translation) for p in pairs} == {
     ('Save', 'Sichern'),

@@ -38,7 +38,7 @@ def test_examples_are_rows_of_one(tmp_path):
   dataset = dataset_of(written(tmp_path / 'a.npz'))
   assert dataset.vocab_size == 2 and dataset.feature_shape == (2,)
   batch = dataset.splits['train'].take(np.array([2, 0, 3]))
-  # Of three examples the fourth row is padding.
+  # There are three examples, so that the fourth row is padding.
   np.testing.assert_array_equal(batch['features'], [[5, 6], [1, 2], [0, 0]])
   np.testing.assert_array_equal(batch['targets'], [[1], [0], [0]])
   np.testing.assert_array_equal(batch['segment_ids'], [[1], [1], [0]])

@@ -22,7 +22,7 @@ def make(layout=None, **options):
   return SpanCorruption(layout, SENTINELS, EOS, **options)
 
 
-# Of the text `10 11 12 13 14 15 16` two spans are removed: 11, and 14 15.
+# Two spans of the text `10 11 12 13 14 15 16` are removed: 11, and 14 15.
 WINDOW = np.arange(10, 17, dtype=np.uint16)
 MASK = np.array([0, 1, 0, 0, 1, 1, 0], bool)
 
