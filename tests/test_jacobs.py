@@ -54,9 +54,9 @@ def descend(model, problem, rate, seed, most):
     outputs = jacobs_runs.forward(model, params, problem.train.features)
     p, o = outputs.gate_probs, outputs.expert_outputs
     distances = ((targets[:, None] - o) ** 2).sum(-1)
-    found = -jnp.log((p * jnp.exp(-distances / 2)).sum(-1))
+    losses = -jnp.log((p * jnp.exp(-distances / 2)).sum(-1))
     blend = (p[..., None] * o).sum(1)
-    return found.mean(), ((targets - blend) ** 2).sum(-1).mean()
+    return losses.mean(), ((targets - blend) ** 2).sum(-1).mean()
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
   for epoch in range(most):
@@ -121,19 +121,19 @@ def test_what_is_measured_of_a_gate():
   }
   params = {k: jnp.float32(v)[None] for k, v in params.items()}
   model = problem.model(num_experts=3, loss='competitive')
-  found = jacobs_measures.measured(model, problem, params)
+  measures = jacobs_measures.measured(model, problem, params)
   expected = {'train': 100, 'test': 100, 'alone': 100}
   expected |= {'experts in use': 2, 'experts ever heard': 2, 'gate entropy': 0}
   expected['I(expert; case)'] = np.log(2)  # each has half of the cases
   for name, value in expected.items():
-    np.testing.assert_allclose(found[name], [value], atol=1e-4)
+    np.testing.assert_allclose(measures[name], [value], atol=1e-4)
   # With equal proportions all experts are heard, one is the likeliest, and none
   # decides.
   params['gate_out'] = jnp.zeros((1, 2, 3))
-  found = jacobs_measures.measured(model, problem, params)
-  np.testing.assert_allclose(found['gate entropy'], [np.log(3)], rtol=1e-5)
-  assert found['experts ever heard'] == 3 and found['experts in use'] == 1
-  np.testing.assert_allclose(found['I(expert; case)'], [0], atol=1e-6)
+  measures = jacobs_measures.measured(model, problem, params)
+  np.testing.assert_allclose(measures['gate entropy'], [np.log(3)], rtol=1e-5)
+  assert measures['experts ever heard'] == 3 and measures['experts in use'] == 1
+  np.testing.assert_allclose(measures['I(expert; case)'], [0], atol=1e-6)
 
 
 def test_problems_have_the_papers_sizes():
@@ -203,9 +203,9 @@ def test_the_best_rate_first_arrives_then_is_fast():
 def test_a_ratio_has_the_spread_of_both():
   # The means are 4 and 10. First only the base varies, then both in proportion.
   base = np.array([8.0, 12.0])
-  found = ratios(np.array([4.0, 4.0]), base)
-  np.testing.assert_allclose(found, [0.48, 0.32])  # 0.4 -+ 0.4 * 2 / 10
-  assert Interval.of(found).mean == pytest.approx(0.4)
+  quotients = ratios(np.array([4.0, 4.0]), base)
+  np.testing.assert_allclose(quotients, [0.48, 0.32])  # 0.4 -+ 0.4 * 2 / 10
+  assert Interval.of(quotients).mean == pytest.approx(0.4)
   np.testing.assert_allclose(ratios(0.4 * base, base), [0.4, 0.4])
 
 
@@ -232,13 +232,13 @@ def test_arms_are_explored_then_chosen():
   assert len(tried) == len(jacobs_claims.SYSTEMS) * len(rates)
   # The third rate is the fastest of all systems but one, whose fastest is the
   # first.
-  found = {}
+  explored_results = {}
   for arm in tried:
     best = 0 if arm.line == 'BP, 6 hidden' else 2
     epochs = 10 if arm.x == rates[best] else 20
     run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
-    found[arm.name] = [run, run]
-  chosen = {arm.name: arm for arm in jacobs_rows.chosen(arms, found)}
+    explored_results[arm.name] = [run, run]
+  chosen = {arm.name: arm for arm in jacobs_rows.chosen(arms, explored_results)}
   assert len(chosen) == 2 * len(jacobs_claims.SYSTEMS)
   own = chosen['BP, 6 hidden'].overrides['learning_rate']
   shared_rate = chosen['BP, 6 hidden' + jacobs_claims.SHARED].overrides
@@ -271,6 +271,7 @@ def written(tmp_path_factory):
   return run
 
 
+@pytest.mark.slow
 def test_the_command_says_who_never_arrived(written):
   folder = written('vowels')
   assert folder.name == 'full-seeds=2-steps=50'
@@ -325,8 +326,8 @@ def test_boundaries_are_where_experts_decide():
     if len(path.vertices) > 50  # markers have fewer
   ]
   assert len(lines) == 2  # the expert's and the mixture's
-  for found in lines:
-    np.testing.assert_allclose(found[:, 0], 0.25, atol=1e-3)
+  for boundary in lines:
+    np.testing.assert_allclose(boundary[:, 0], 0.25, atol=1e-3)
   figure = jacobs_figures.boundaries(problem, {'one': life}, (0.0, 1.0))
   titles = [ax.get_title() for ax in figure.axes]
   assert titles == ['one, epoch 0', 'one, epoch 20']

@@ -28,8 +28,20 @@ def run(dispatch, layer, params, x, routing):
 
 
 @pytest.mark.as_users_compile
-@pytest.mark.parametrize('use_bias', [False, True])
-@pytest.mark.parametrize('tokens', [1, 7, FEW_TOKENS, 37, 300])
+@pytest.mark.parametrize(
+  ('tokens', 'use_bias'),
+  [
+    (1, False),
+    (7, True),
+    (FEW_TOKENS, False),
+    (37, True),
+    (300, False),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in ((1, True), (FEW_TOKENS, True), (300, True))
+    ),
+  ],
+)
 def test_equals_stacked_experts(tokens, use_bias):
   rng = np.random.default_rng(tokens)
   x = jnp.asarray(rng.normal(size=(1, tokens, M)), jnp.float32)
@@ -53,11 +65,11 @@ def test_equals_stacked_experts(tokens, use_bias):
   }
   expected = run(Dropless(), layer, params, x, routing)
   own = unrolled({'experts': params})['experts']
-  found = run(Unrolled(), layer, own, x, routing)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-  assert np.abs(np.asarray(found)[0, -1]).max() > 0.01
-  found = run(Batched(), layer, params, x, routing)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  output = run(Unrolled(), layer, own, x, routing)
+  np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
+  assert np.abs(np.asarray(output)[0, -1]).max() > 0.01
+  output = run(Batched(), layer, params, x, routing)
+  np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_nobody_chose_are_not_read():
