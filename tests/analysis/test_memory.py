@@ -218,10 +218,7 @@ _SLOW_CASES = [
   ('options', 'dtype', 'remat'),
   [
     *_FAST_CASES,
-    *(
-      pytest.param(*case, marks=pytest.mark.slow)
-      for case in _SLOW_CASES
-    ),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW_CASES),
   ],
 )
 def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
