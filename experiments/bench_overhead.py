@@ -26,7 +26,7 @@ import ml_collections
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
 from moe_jax import host, run_config, sections
-from moe_jax.command_line import load_config
+from moe_jax.config_file import load_config
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
@@ -159,15 +159,15 @@ def measure(
       times = timing.interleave(cases, **options)
     saved = _size(pathlib.Path(folder) / 'checkpoints')
   rows = []
-  for case, found in times.items():
-    per_bare = timing.ratio(found, times[BARE])
+  for case, durations in times.items():
+    per_bare = timing.ratio(durations, times[BARE])
     cpu = timing.ratio(cases[case].seconds[1:], cases[BARE].seconds[1:])
     rows.append(
       {
         'case': case,
-        'rounds': len(found),
+        'rounds': len(durations),
         'steps': burst,
-        'ms': 1e3 * timing.Spread.of(found).median / burst,
+        'ms': 1e3 * timing.Spread.of(durations).median / burst,
         'per_bare': per_bare.median,
         'per_bare_low': per_bare.low,
         'per_bare_high': per_bare.high,
@@ -241,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows)
-  more = {'config': sections.section(run_options).to_dict()}
-  folder = timing.write(options.output, NAME, text, rows, more)
+  metadata = {'config': sections.section(run_options).to_dict()}
+  folder = timing.write(options.output, NAME, text, rows, metadata)
   print(f'{text}\nwritten: {folder}')
 
 

@@ -15,29 +15,25 @@ to `results/bench_train_step/<device>`, with `--peer` no plot and to
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 
 from experiments.benchmarks import peer_steps, timing
 from experiments.benchmarks import train_step_tables as tables
-from moe_jax import host, run_config, sections
-from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.analysis import cost
-from moe_jax.analysis.roofline import Peaks, Work, measure_peaks
-from moe_jax.command_line import load_config
+from experiments.benchmarks.train_step_programs import (
+  compile_step,
+  prepared,
+  random_batch,
+)
+from moe_jax import host
+from moe_jax.analysis.roofline import Peaks, measure_peaks
+from moe_jax.config_file import load_config
 from moe_jax.models.stack import REMATS
-from moe_jax.run_config import RunConfig
-from moe_jax.training.programs import Programs, make_programs
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
-# Size of the vocabulary where the config leaves it to a tokenizer.
-BYTES_VOCABULARY = 257
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,105 +56,15 @@ PRESETS = {'quick': Preset(40.0), 'full': Preset(300.0)}
 def variants() -> dict[str, dict[str, Any]]:
   """Overrides of the config's `model`, by case; the dense twin comes first."""
   dropless = {'dispatch': {'kind': 'dropless'}, 'capacity': {'kind': 'all'}}
-  found = {
+  overrides = {
     TWIN: {'moe': {'num_experts': 0}},
     SPARSE: {},
     f'{SPARSE}, dropless': {'moe': dropless},
   }
   for remat in REMATS:
     if remat != 'none':
-      found[f'{SPARSE}, remat {remat}'] = {'remat': remat}
-  return found
-
-
-def prepared(
-  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
-) -> RunConfig:
-  """The run's options on one device, with the vocabulary's size filled in.
-
-  Args:
-    config: Config of the sparse run.
-    overrides: Nested values that a case changes in the config's `model`.
-  """
-  mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
-  changed = sections.merge(config, {'mesh': mesh, 'model': overrides})
-  options, _ = run_config.settled(config, changed)
-  return options.filled(options.model.vocab_size or BYTES_VOCABULARY)
-
-
-def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
-  """A batch of full rows of random tokens: a step's cost ignores the text."""
-  rng = np.random.default_rng(0)
-  batch = {}
-  for name, leaf in options.batch_shapes(options.build()).items():
-    if name.endswith('positions'):
-      places = np.arange(leaf.shape[1], dtype=leaf.dtype)
-      batch[name] = np.broadcast_to(places, leaf.shape).copy()
-    elif name.endswith('tokens') or name == 'targets':
-      high = options.model.vocab_size
-      batch[name] = rng.integers(0, high, leaf.shape, leaf.dtype)
-    else:  # segment ids and loss weights: one segment, every token counts
-      batch[name] = np.ones(leaf.shape, leaf.dtype)
-  return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """A compiled training step and its own state.
-
-  Attributes:
-    run: Takes one step and waits for its result.
-    compile_seconds: Time of tracing, lowering and compiling.
-    counts: XLA's own counts of the program's FLOPs and bytes.
-    work: FLOPs and bytes that the step needs at least, by formula.
-  """
-
-  run: Callable[[], None]
-  compile_seconds: float
-  counts: compiled_lib.Counts
-  work: Work
-
-
-def compile_step(options: RunConfig) -> Step:
-  """The training step of `prepared` options; the state is donated to it."""
-  model, mesh = options.build(), options.mesh.make(jax.devices()[:1])
-  programs = make_programs(options, model, mesh)
-  batch = programs.put(random_batch(options))
-  start = time.perf_counter()
-  step = programs.train_step.lower(programs.abstract_state, batch).compile()
-  seconds = time.perf_counter() - start
-  states = []
-
-  def run():
-    state = states.pop() if states else programs.init_state()
-    state, metrics = step(state, batch)
-    states.append(state)
-    jax.block_until_ready((state, metrics))
-
-  return Step(
-    run, seconds, compiled_lib.counts(step), step_work(options, programs)
-  )
-
-
-def step_work(options: RunConfig, programs: Programs) -> Work:
-  """The least work of a step: its matrix products' FLOPs and its state's bytes.
-
-  Parameters are read forward and backward, gradients are written and read, and
-  the state (parameters and moments) is read and written. Activations are left
-  out: how many of them reach memory depends on caches and on rematerialisation,
-  whose recomputation is not counted either.
-  """
-
-  def size(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-  state = programs.abstract_state
-  price = cost.count(options.build(), options.data.seq_len)
-  tokens = options.batch_size * options.data.seq_len
-  return Work(
-    flops=price.training_flops * tokens,
-    min_bytes=4 * size(state.params) + 2 * size(state),
-  )
+      overrides[f'{SPARSE}, remat {remat}'] = {'remat': remat}
+  return overrides
 
 
 def measure_steps(
@@ -169,24 +75,24 @@ def measure_steps(
     name: compile_step(prepared(config, overrides))
     for name, overrides in variants().items()
   }
-  times, found = timing.with_probes(
+  times, peaks_by_round = timing.with_probes(
     {name: step.run for name, step in steps.items()}, peaks, seconds=seconds
   )
   rows = []
   for name, step in steps.items():
-    spread = timing.Spread.of(times[name])
+    step_time = timing.Spread.of(times[name])
     per_twin = timing.ratio(times[name], times[TWIN])
     rows.append(
       {
         'case': name,
         'rounds': len(times[name]),
-        'ms': 1e3 * spread.median,
-        'ms_low': 1e3 * spread.low,
-        'ms_high': 1e3 * spread.high,
+        'ms': 1e3 * step_time.median,
+        'ms_low': 1e3 * step_time.low,
+        'ms_high': 1e3 * step_time.high,
         'per_twin': per_twin.median,
         'per_twin_low': per_twin.low,
         'per_twin_high': per_twin.high,
-        **timing.reached(times[name], step.work, found),
+        **timing.reached(times[name], step.work, peaks_by_round),
         'xla_flops': step.counts.flops,
         'xla_bytes': step.counts.bytes_accessed,
         'temp_bytes': step.counts.temp_bytes,
@@ -209,13 +115,13 @@ def measure_peer(seconds: float) -> list[dict[str, Any]]:
   runs[peer] = peer_steps.transformers_step(options, random_batch(options))
   times = timing.interleave(runs, seconds=seconds)
   rows = []
-  for name, found in times.items():
-    faster = timing.ratio(times[peer], found)
+  for name, durations in times.items():
+    faster = timing.ratio(times[peer], durations)
     rows.append(
       {
         'case': name,
-        'rounds': len(found),
-        'ms': 1e3 * timing.Spread.of(found).median,
+        'rounds': len(durations),
+        'ms': 1e3 * timing.Spread.of(durations).median,
         'faster': faster.median,
         'faster_low': faster.low,
         'faster_high': faster.high,
@@ -307,12 +213,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = measure_steps(config, seconds, peaks)
   depths = measure_compilation(config, options.depths or preset.depths)
   text = tables.report(options.config, peaks, rows, depths)
-  more = {
+  metadata = {
     'config': config.to_dict(),
     'peaks': dataclasses.asdict(peaks),
     'compilation': depths,
   }
-  folder = timing.write(options.output, NAME, text, rows, more)
+  folder = timing.write(options.output, NAME, text, rows, metadata)
   tables.write_plot(rows, folder / 'steps.png')
   print(f'\n{text}\nwritten: {folder}')
 

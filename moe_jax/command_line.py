@@ -1,32 +1,85 @@
 """Command lines: their flags are parsed, and mistakes reported in a line.
 
-absl and ml_collections parse the flags. For a key that does not exist they
-raise a KeyError without its path, so the keys are looked up here first.
+Not here: config files and their overrides (`config_file.py`).
 """
 
-import importlib.util
+import argparse
+import contextlib
 import os
-import pathlib
+import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from moe_jax.options import unknown
-from moe_jax.sections import flatten
+from moe_jax import config_file
+from moe_jax.data import DataError
+from moe_jax.options import Check, Spec, value_problem
+from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.runs.recorder import NonFiniteError
 
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
 # the same command goes on with it.
 STOPPED = 75
+# Errors whose message says what to do; any other is a defect of the program.
+REPORTED = (CheckpointError, DataError, NonFiniteError, OSError, ValueError)
+# Beginnings of JAX's messages about JAX_PLATFORMS.
+_PLATFORM = ('Unable to initialize backend', 'Unknown backend')
 
 
 def fail(text: str) -> NoReturn:
   """Prints the reason and ends the program with status 1."""
   print(f'moe_jax: {text}', file=sys.stderr)
   sys.exit(1)
+
+
+@contextlib.contextmanager
+def reported(show_traceback: bool = False) -> Iterator[None]:
+  """Ends the program with a message where the body raises a user's mistake.
+
+  Ctrl-C ends it without a traceback, too, with the shell's usual status.
+
+  Args:
+    show_traceback: Whether errors are raised as they are.
+  """
+  try:
+    yield
+  except KeyboardInterrupt:
+    print('moe_jax: interrupted', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+  except (*REPORTED, RuntimeError) as error:
+    mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
+    if show_traceback or not mistake:
+      raise
+    fail(str(error))
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser that reports a wrong argument in one line, with status 1."""
+
+  def error(self, message: str) -> NoReturn:
+    """Prints the message and ends the program."""
+    fail(message)
+
+
+def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
+  """The `type` of an argument that is a finite number within a range.
+
+  Args:
+    kind: `int` or `float`.
+    *checks: Rules for its values.
+  """
+
+  def parsed(text: str) -> Any:
+    value = kind(text)
+    problem = value_problem('value', value, kind, Spec(checks=checks))
+    if problem is not None:
+      raise argparse.ArgumentTypeError(problem)
+    return value
+
+  parsed.__name__ = kind.__name__  # named where the text is no number
+  return parsed
 
 
 def say(lines: Iterable[str]) -> None:
@@ -58,123 +111,7 @@ def ignore_closed_loops() -> None:
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags for `app.run`; a wrong one ends the program in a few lines."""
   try:
-    _check_config(argv)
+    config_file.check_flags(argv)
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, OSError) as error:
     fail(str(error).strip().splitlines()[0])
-
-
-def config_of(
-  base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
-) -> ml_collections.ConfigDict:
-  """Returns a config with `--config.key=value` overrides applied.
-
-  Args:
-    base: A config, or the path of its file, 'configs/name.py'.
-    overrides: Flags such as '--config.seed=1'.
-
-  Raises:
-    ValueError: The file or a key does not exist, or a value has another type.
-  """
-  values = flags.FlagValues()
-  options = dict(
-    flag_values=values, accept_new_attributes=True, lock_config=False
-  )
-  if isinstance(base, str):
-    argv = ['', f'--config={base}', *overrides]
-    _check_config(argv)
-    config = config_flags.DEFINE_config_file(
-      'config', None, '', sys_argv=argv, **options
-    )
-  else:
-    argv = ['', *overrides]
-    _check_keys(base, dict(_options(argv)))
-    config = config_flags.DEFINE_config_dict(
-      'config', base, '', sys_argv=argv, **options
-    )
-  try:
-    values(argv)
-  except flags.Error as error:
-    raise ValueError(str(error).strip().splitlines()[0]) from None
-  return config.value
-
-
-def _check_config(argv: Sequence[str]) -> None:
-  """Raises ValueError for a config file or key that does not exist."""
-  options = dict(_options(argv))
-  spec = options.pop('config', None)
-  if spec is not None:
-    _check_keys(load_config(spec), options)
-
-
-def _check_keys(
-  config: ml_collections.ConfigDict, options: Mapping[str, str]
-) -> None:
-  """Raises ValueError for an option that is no key of the config."""
-  known = flatten(config)
-  for key in options:
-    name = key.removeprefix('config.')
-    if name == key or name in known or _is_open(config, name):
-      continue
-    raise unknown('config key', name, _siblings(name, known))
-
-
-def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
-  """Whether `name` may be a new key: its section exists and is not locked."""
-  *parents, key = name.split('.')
-  for part in parents:
-    config = config.get(part)
-    if not isinstance(config, ml_collections.ConfigDict):
-      return False
-  return key not in config and not config.is_locked
-
-
-def _options(argv: Sequence[str]):
-  """The (name, value) pairs of `--name=value` and `--name value`."""
-  for i, word in enumerate(argv[1:], start=1):
-    if word.startswith('-') and word.lstrip('-').startswith('config'):
-      name, equals, value = word.lstrip('-').partition('=')
-      if not equals:
-        value = argv[i + 1] if i + 1 < len(argv) else ''
-      yield name, value
-
-
-def _siblings(name: str, known: dict[str, Any]) -> list[str]:
-  """The existing keys beside the first part of `name` that does not exist."""
-  parts = name.split('.')
-  right = ''
-  for part in parts:
-    if not any(key.startswith(f'{right}{part}.') for key in known):
-      break
-    right += f'{part}.'
-  depth = right.count('.') + 1
-  beside = [key for key in known if key.startswith(right)]
-  return sorted({'.'.join(key.split('.')[:depth]) for key in beside})
-
-
-def load_config(spec: str) -> ml_collections.ConfigDict:
-  """The config of 'configs/name.py' or 'configs/name.py:argument'.
-
-  Raises:
-    ValueError: The file does not exist, has no `get_config`, or refuses the
-      argument.
-  """
-  file, _, argument = spec.partition(':')
-  path = pathlib.Path(file)
-  if not path.is_file():
-    raise ValueError(
-      f'config file {file!r} does not exist under {os.getcwd()}; commands run '
-      "from the repository's root, where configs/ is"
-    )
-  module_spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(module_spec)
-  try:
-    module_spec.loader.exec_module(module)
-  except ModuleNotFoundError as error:
-    raise ValueError(
-      f'{file}: {error}; commands run from the root of the repository, where '
-      'configs/ is'
-    ) from None
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'{file} defines no get_config(arg)')
-  return module.get_config(*([argument] if argument else []))

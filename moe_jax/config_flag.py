@@ -13,7 +13,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import command_line, run_config
+from moe_jax import config_file, run_config
 
 _NAME = 'config'
 
@@ -54,7 +54,7 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
     ValueError: The message gives everything that is wrong, by name.
   """
   spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
-  return run_config.settled(command_line.load_config(spec), value())
+  return run_config.settled(config_file.load_config(spec), value())
 
 
 def options_of(
@@ -72,5 +72,5 @@ def options_of(
   Raises:
     ValueError: The message gives everything that is wrong, by name.
   """
-  config = command_line.config_of(spec, overrides)
-  return run_config.settled(command_line.load_config(spec), config)
+  config = config_file.config_of(spec, overrides)
+  return run_config.settled(config_file.load_config(spec), config)

@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -20,19 +20,11 @@ from moe_jax import command_line, generation, host
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
-from moe_jax.runs.checkpointer import CheckpointError
-
-
-class _Parser(argparse.ArgumentParser):
-  """A parser that reports a wrong argument in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    command_line.fail(message)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = _Parser(
+  parser = command_line.Parser(
     prog='python -m moe_jax.generate', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
@@ -79,12 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
-  try:
+  with command_line.reported(options.traceback):
     run(options)
-  except (CheckpointError, OSError, ValueError) as error:
-    if options.traceback:
-      raise
-    command_line.fail(str(error))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -32,10 +32,7 @@ from moe_jax import (
   host,
   run_config,
 )
-from moe_jax.data import DataError
 from moe_jax.hooks import default_hooks
-from moe_jax.runs.checkpointer import CheckpointError
-from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training.loop import train_and_evaluate
 
 config_flag.define()
@@ -81,14 +78,14 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  try:
+  with command_line.reported(_TRACEBACK.value):
     options, ignored = config_flag.read()
-    with distributed.joined(options.distributed, *processes):
+    with (
+      distributed.joined(options.distributed, *processes),
+      # Once more, as a process of several ends within `joined`.
+      command_line.reported(_TRACEBACK.value),
+    ):
       ended = _train(options, ignored)
-  except ValueError as error:  # flags that do not fit together
-    if _TRACEBACK.value:
-      raise
-    command_line.fail(str(error))
   if not ended:
     sys.exit(command_line.STOPPED)
 
@@ -97,25 +94,14 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   """Trains; returns whether no step is left."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
-  try:
-    state = train_and_evaluate(
-      options,
-      _WORKDIR.value,
-      hooks=default_hooks(),
-      initial=functools.partial(finetuning.initial, allow=_ALLOW_MODULE.value),
-      resume=_RESUME.value,
-    )
-    return int(state.step) >= options.total_steps
-  except (
-    CheckpointError,
-    DataError,
-    NonFiniteError,
-    OSError,
-    ValueError,
-  ) as error:
-    if _TRACEBACK.value:
-      raise
-    command_line.fail(str(error))
+  state = train_and_evaluate(
+    options,
+    _WORKDIR.value,
+    hooks=default_hooks(),
+    initial=functools.partial(finetuning.initial, allow=_ALLOW_MODULE.value),
+    resume=_RESUME.value,
+  )
+  return int(state.step) >= options.total_steps
 
 
 if __name__ == '__main__':

@@ -5,11 +5,13 @@ Not here: options (`options.py`, from which these rules can be imported too).
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
+_LARGEST = 3.4028235e38
 # First word of the reason that an option has no effect, where the reason is the
 # value of another option.
 UNLESS = 'unless'
@@ -108,6 +110,9 @@ def anything(reason: str) -> Check:
   return Check(reason, lambda value: True)
 
 
+# The rule for seeds, which are stored as unsigned numbers of 32 bits.
+SEED = within('[0, 4294967296)')
+
 # The rule that a text, or anything with a length, is not empty.
 NOT_EMPTY = Check('must be given', bool)
 
@@ -139,6 +144,27 @@ def _items_fit(value, parts) -> bool:
   if len(parts) == 2 and parts[1] is Ellipsis:
     return all(of_type(item, parts[0]) for item in value)
   return len(value) == len(parts) and all(map(of_type, value, parts))
+
+
+def number_problem(value: Any, *, infinite: bool = False) -> str | None:
+  """The rule that a number breaks because arrays could not hold it, or None.
+
+  Args:
+    value: A number, or a tuple with numbers in it, nested or not.
+    infinite: Whether infinity is a value.
+  """
+  if isinstance(value, tuple):
+    problems = (number_problem(item, infinite=infinite) for item in value)
+    return next(filter(None, problems), None)
+  if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    return 'does not fit into 64 bits'
+  if not isinstance(value, float) or (infinite and math.isinf(value)):
+    return None
+  if not math.isfinite(value):
+    return 'must be finite'
+  if abs(value) > _LARGEST:
+    return f'is infinite in float32, whose largest number is {_LARGEST}'
+  return None
 
 
 def type_name(hint: Any) -> str:

@@ -10,7 +10,6 @@ config from these classes and reads them back.
 
 import dataclasses
 import functools
-import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from moe_jax import plugins
 from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
   NOT_EMPTY,
+  SEED,
   Check,
   OptionError,
   When,
@@ -28,6 +28,7 @@ from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
   in_force,
   needs,
   no_effect,
+  number_problem,
   of_type,
   one_of,
   type_name,
@@ -278,10 +279,8 @@ def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
     return f'{said} is no {spec.kinds.base.__name__}; have {have}'
   if not of_type(value, hint):
     return f'{said} is a {type(value).__name__}, not {type_name(hint)}'
-  if isinstance(value, float) and not (
-    math.isfinite(value) or (spec.infinite and not math.isnan(value))
-  ):
-    return f'{said} must be finite'
+  if rule := number_problem(value, infinite=spec.infinite):
+    return f'{said} {rule}'
   problems = (check.problem(name, value) for check in spec.checks)
   return next(filter(None, problems), None)
 

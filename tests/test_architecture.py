@@ -5,12 +5,12 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The parts of moe_jax that each part may import, besides itself.
+# These are the parts of moe_jax that each part may import, besides itself.
 OPTIONS = {
   'option_checks', 'options', 'plugins', 'sections', 'section_reader',
   'section_writer',
 }  # fmt: skip
-BASE = {'shapes'} | OPTIONS
+BASE = {'shapes', 'shape_checks'} | OPTIONS
 UP_TO_LAYERS = BASE | {
   'routing',
   'kernels',
@@ -24,6 +24,7 @@ UP_TO_RUNS = UP_TO_LAYERS | {'models', 'data', 'training_types', 'runs'}
 UP_TO_TRAINING = UP_TO_RUNS | {'training'}
 ALLOWED = {
   'shapes': set(),
+  'shape_checks': set(),
   'option_checks': set(),
   'options': OPTIONS,
   'sections': OPTIONS,
@@ -47,7 +48,7 @@ ALLOWED = {
   'training': UP_TO_RUNS | {'parallel'},
   'finetuning': UP_TO_TRAINING,
   'generation': UP_TO_LAYERS | {'models', 'data', 'runs'},
-  'interop': UP_TO_TRAINING | {'command_line', 'run_config'},
+  'interop': UP_TO_TRAINING | {'command_line', 'config_file', 'run_config'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'analysis': UP_TO_LAYERS
   | {
@@ -69,7 +70,8 @@ ALLOWED = {
     'runs',
     'training',
   },
-  'command_line': BASE,
+  'config_file': OPTIONS,
+  'command_line': BASE | {'config_file', 'data', 'runs'},
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'generate': {
     'command_line',
@@ -80,7 +82,7 @@ ALLOWED = {
     'runs',
   },
   'run_config': OPTIONS | {'evaluation', 'finetuning', 'models', 'training'},
-  'config_flag': {'command_line', 'run_config'},
+  'config_flag': {'config_file', 'run_config'},
   'main': {
     'command_line',
     'config_flag',
@@ -95,7 +97,7 @@ ALLOWED = {
   },
   '__init__': UP_TO_LAYERS | {'models'},
 }
-# Modules that some parts may import although the rest of their part is closed
+# Some parts may import these modules although the rest of their part is closed
 # to them: tokenizers, checkpoints and folders of runs. `explain_cost` has to
 # build the training step; evaluations are called by the training loop and use
 # nothing of it; an imported checkpoint gets the options of a run.
@@ -167,13 +169,13 @@ def broken_rules(part: str, names: set[str]) -> list[str]:
 
 
 def test_imports_point_down():
-  found = {}
+  violations = {}
   for path in sorted((ROOT / 'moe_jax').rglob('*.py')):
     part = path.relative_to(ROOT / 'moe_jax').parts[0].removesuffix('.py')
     assert part in ALLOWED, f'moe_jax/{part} has no import rule'
     if broken := broken_rules(part, imported(path)):
-      found[str(path.relative_to(ROOT))] = broken
-  assert not found
+      violations[str(path.relative_to(ROOT))] = broken
+  assert not violations
 
 
 def test_configs_import_nothing_above_the_package():
@@ -182,7 +184,7 @@ def test_configs_import_nothing_above_the_package():
     assert {name.split('.')[0] for name in imported(path)} <= allowed, path.name
 
 
-# Modules of jax that are removed without notice, and their replacements.
+# JAX removes such modules without notice; their replacements are listed too.
 PRIVATE = ('jax.core', 'jax.interpreters', 'jax.lib', 'jaxlib')
 # The parser of Triton programs is used with a jaxlib that can lower to them.
 EXCEPTIONS = {'tests/kernels/test_pallas_gpu.py': 'jaxlib.triton.dialect'}
@@ -215,14 +217,14 @@ def private_names(text: str) -> set[str]:
 
 
 def test_no_private_name_of_a_library_is_used():
-  found = {}
+  violations = {}
   for room in ('moe_jax', 'configs', 'experiments', 'tests'):
     for path in sorted((ROOT / room).rglob('*.py')):
       name = str(path.relative_to(ROOT))
       names = private_names(path.read_text(encoding='utf-8'))
       if names := names - {EXCEPTIONS.get(name)}:
-        found[name] = names
-  assert not found
+        violations[name] = names
+  assert not violations
 
 
 def test_a_private_name_is_seen():
@@ -239,27 +241,29 @@ def test_a_private_name_is_seen():
 
 def private_to_the_project(text: str) -> set[str]:
   """Private names of the project's modules that a source uses."""
-  tree, modules, found = ast.parse(text), set(), set()
+  tree, modules, private = ast.parse(text), set(), set()
   for node in ast.walk(tree):
     if not isinstance(node, ast.ImportFrom):
       continue
     if node.module.split('.')[0] in ('moe_jax', 'experiments', 'configs'):
       modules |= {alias.asname or alias.name for alias in node.names}
-      found |= {alias.name for alias in node.names if PRIVATE_NAME(alias.name)}
+      private |= {
+        alias.name for alias in node.names if PRIVATE_NAME(alias.name)
+      }
   for node in ast.walk(tree):
     if isinstance(node, ast.Attribute) and PRIVATE_NAME(node.attr):
       name = ast.unparse(node)
       if name.split('.')[0] in modules:
-        found.add(name)
-  return found
+        private.add(name)
+  return private
 
 
 def test_tests_use_public_names_alone():
-  found = {}
+  violations = {}
   for path in sorted((ROOT / 'tests').rglob('*.py')):
     if names := private_to_the_project(path.read_text(encoding='utf-8')):
-      found[str(path.relative_to(ROOT))] = names
-  assert not found
+      violations[str(path.relative_to(ROOT))] = names
+  assert not violations
 
 
 def test_a_private_name_of_the_project_is_seen():
@@ -294,9 +298,9 @@ def test_top_level_is_settled():
     'setup.py', 'moe_jax', 'experiments', 'configs', 'tests', 'colab',
     'README.md',
   }  # fmt: skip
-  made = {'runs', 'results', 'build', 'moe_jax.egg-info'}
+  outputs = {'runs', 'results', 'build', 'moe_jax.egg-info'}
   here = {p.name for p in ROOT.iterdir() if not p.name.startswith('.')}
-  assert here - made - {'__pycache__'} == settled
+  assert here - outputs - {'__pycache__'} == settled
 
 
 def test_no_two_files_share_a_name():

@@ -18,9 +18,9 @@ from experiments import (
 from experiments.benchmarks import moe_layer_cases as cases_lib
 from experiments.benchmarks import moe_layer_programs as programs_lib
 from experiments.benchmarks import moe_layer_rows as rows_lib
-from experiments.benchmarks import peer_steps, timing
+from experiments.benchmarks import peer_steps, timing, train_step_programs
 from moe_jax import models
-from moe_jax.command_line import load_config
+from moe_jax.config_file import load_config
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny
@@ -36,9 +36,9 @@ def test_every_case_runs_once_a_round_and_the_first_one_turns():
   rounds = [''.join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
   # The first round warms up.
   assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']
-  assert {name: len(found) for name, found in times.items()} == dict.fromkeys(
-    'abc', 4
-  )
+  assert {
+    name: len(durations) for name, durations in times.items()
+  } == dict.fromkeys('abc', 4)
 
 
 def test_rounds_have_an_upper_bound():
@@ -49,8 +49,8 @@ def test_rounds_have_an_upper_bound():
 def test_ratios_are_taken_within_a_round():
   # The ratios are 2, 3 and 1, while the machine slowed down: the median is
   # neither the ratio of medians (1) nor that of sums (2.4).
-  spread = timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
-  assert spread == timing.Spread(1.5, 2.0, 2.5)
+  ratio = timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+  assert ratio == timing.Spread(1.5, 2.0, 2.5)
   assert f'{timing.Spread.of([1.0, 2.0, 3.0]):.1f}' == '2.0 (1.5-2.5)'
 
 
@@ -84,28 +84,28 @@ def bound():
   """All cases on both routings, compiled once: (layer, inputs, programs)."""
   layer = cases_lib.Layer.draw(SIZES, E)
   compilations = cases_lib.compile_cases(layer, K, backward=True, ragged=True)
-  found = {}
+  by_routing = {}
   for routing in cases_lib.ROUTINGS:
     inputs = cases_lib.Inputs.draw(layer, routing, K)
     programs = dict(cases_lib.bind(layer, compilations, inputs))
-    found[routing] = inputs, {n: p.run() for n, p in programs.items()}
-  return layer, compilations, found
+    by_routing[routing] = inputs, {n: p.run() for n, p in programs.items()}
+  return layer, compilations, by_routing
 
 
 def test_the_router_sends_tokens_where_the_draw_says(bound):
-  _, _, found = bound
-  for inputs, results in found.values():
+  _, _, by_routing = bound
+  for inputs, results in by_routing.values():
     for name in programs_lib.LAYERS:
       load = results[name][1].stats.load
       np.testing.assert_array_equal(load, inputs.load)
-  loads = {routing: inputs.load for routing, (inputs, _) in found.items()}
+  loads = {routing: inputs.load for routing, (inputs, _) in by_routing.items()}
   assert loads['zipf'][0] > 1.5 * loads['zipf'][-1]
   assert loads['uniform'].sum() == loads['zipf'].sum() == K * N
 
 
 def test_a_router_that_chooses_otherwise_is_an_error(bound):
-  layer, compilations, found = bound
-  inputs, _ = found['zipf']
+  layer, compilations, by_routing = bound
+  inputs, _ = by_routing['zipf']
   other = dataclasses.replace(inputs, load=inputs.load[::-1])
   with pytest.raises(ValueError, match=r'not the .* that were drawn'):
     dict(cases_lib.bind(layer, compilations, other))
@@ -119,8 +119,8 @@ def assert_same(a, b):
 
 def test_products_of_the_same_groups_compute_the_same(bound):
   # A baseline with less work would make the layer look slow, or fast.
-  _, _, found = bound
-  _, results = found['zipf']
+  _, _, by_routing = bound
+  _, results = by_routing['zipf']
   ffn = programs_lib.GROUPED[0]
   for name in (programs_lib.GROUPED[1], programs_lib.RAGGED):
     assert_same(results[name], results[ffn])
@@ -134,8 +134,8 @@ def test_products_of_the_same_groups_compute_the_same(bound):
 def test_the_layer_is_its_experts_on_its_choices(bound):
   # The dropless layer equals a plain loop over the drawn choices and the
   # router's gates.
-  layer, _, found = bound
-  inputs, results = found['zipf']
+  layer, _, by_routing = bound
+  inputs, results = by_routing['zipf']
   y = results['dropless'][0][0]
   x = inputs.x[0]
   logits = np.asarray(x @ layer.params['router']['w'])
@@ -220,10 +220,10 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
 
 def test_a_step_that_is_timed_is_a_training_step():
   config = load_config('configs/tiny_switch.py:runlocal')
-  twin = bench_train_step.prepared(
+  twin = train_step_programs.prepared(
     config, bench_train_step.variants()[bench_train_step.TWIN]
   )
-  step = bench_train_step.compile_step(twin)
+  step = train_step_programs.compile_step(twin)
   step.run()
   step.run()  # the donated state is not used again
   params = 257 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48) + 5 * 32
@@ -235,22 +235,22 @@ def test_a_step_that_is_timed_is_a_training_step():
 
 def test_variants_differ_from_the_config_in_what_they_say():
   config = load_config('configs/tiny_switch.py:runlocal')
-  found = {
-    name: bench_train_step.prepared(config, overrides).model
+  variants = {
+    name: train_step_programs.prepared(config, overrides).model
     for name, overrides in bench_train_step.variants().items()
   }
-  assert found['dense twin'].moe.num_experts == 0
-  assert found['sparse'].moe.dispatch == Gather()
-  assert found['sparse, dropless'].moe.dispatch == Dropless()
-  assert found['sparse, remat full'].remat == 'full'
-  assert found['sparse, remat dots'].remat == 'dots'
-  assert found['sparse'].remat == 'none'
+  assert variants['dense twin'].moe.num_experts == 0
+  assert variants['sparse'].moe.dispatch == Gather()
+  assert variants['sparse, dropless'].moe.dispatch == Dropless()
+  assert variants['sparse, remat full'].remat == 'full'
+  assert variants['sparse, remat dots'].remat == 'dots'
+  assert variants['sparse'].remat == 'none'
 
 
 def test_random_rows_are_full():
   config = load_config('configs/tiny_switch.py:runlocal')
-  config = bench_train_step.prepared(config, {})
-  batch = bench_train_step.random_batch(config)
+  config = train_step_programs.prepared(config, {})
+  batch = train_step_programs.random_batch(config)
   assert {value.shape for value in batch.values()} == {(4, 32)}
   assert batch['tokens'].max() > 200 and batch['tokens'].max() < 257
   assert (batch['positions'][1] == jnp.arange(32)).all()
@@ -340,7 +340,7 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
     'model': {**peer_steps.SIZES['model'], **small, 'ffn': {'hidden': 20}},
   }
   monkeypatch.setattr(peer_steps, 'SIZES', sizes)
-  options = bench_train_step.prepared(peer_steps.config(), {})
+  options = train_step_programs.prepared(peer_steps.config(), {})
   peer = peer_steps.transformers_model(options)
   theirs = sum(p.numel() for p in peer.parameters())
   shapes = models.abstract_params(options.build())
@@ -376,15 +376,15 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
   ours = [bench_generation.OURS, bench_generation.STREAMED]
   for batch in (1, 3):
-    found = {row['case']: row for row in rows if row['batch'] == batch}
-    assert [*found][:2] == ours and len(found) > 2
-    assert all(row['same_tokens'] == 1 for row in found.values())
-    default = found[[*found][2]]
+    by_case = {row['case']: row for row in rows if row['batch'] == batch}
+    assert [*by_case][:2] == ours and len(by_case) > 2
+    assert all(row['same_tokens'] == 1 for row in by_case.values())
+    default = by_case[[*by_case][2]]
     assert default['per_default'] == 1
-    fastest = found[default['fastest_peer']]
+    fastest = by_case[default['fastest_peer']]
     assert fastest['per_fastest'] == 1
     assert fastest['tokens_per_second'] == max(
       row['tokens_per_second']
-      for name, row in found.items()
+      for name, row in by_case.items()
       if name not in ours
     )

@@ -17,7 +17,7 @@ import pytest
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import command_line, run_config, sections
+from moe_jax import command_line, config_file, run_config, sections
 from moe_jax.options import above, option
 from moe_jax.training.optimizer import Optimizer
 
@@ -144,7 +144,7 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   overrides = {'moe': kinds}
   assert lines[at].split()[2:] == ['(below)', '{}']
   assert lines[at + 1].strip() == f'value: {overrides}'
-  for path in sections.flatten(command_line.load_config(config[9:])):
+  for path in sections.flatten(config_file.load_config(config[9:])):
     path = path.partition('overrides.')[0].removesuffix('_')
     assert any(f' {path}' in line for line in lines), path
 
@@ -189,7 +189,7 @@ def settled(argv):
   spec = argv[0].removeprefix('--config=')
   flags = [flag for flag in argv if flag.startswith('--config.')]
   return run_config.settled(
-    command_line.load_config(spec), command_line.config_of(spec, flags)
+    config_file.load_config(spec), config_file.config_of(spec, flags)
   )
 
 
@@ -221,10 +221,10 @@ class Own(Optimizer):
 
 def test_a_config_that_does_not_exist(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"no\.py' does not exist"):
-    command_line.load_config('configs/no.py')
+    config_file.load_config('configs/no.py')
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match="repository's root"):
-    command_line.load_config('configs/tiny_switch.py')
+    config_file.load_config('configs/tiny_switch.py')
 
 
 LONGER = (
@@ -286,11 +286,11 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
       break
   assert (killed, stopped) == (2, 1)
   step, expected = final_arrays(tmp_path / 'whole')
-  other_step, found = final_arrays(broken)
+  other_step, arrays = final_arrays(broken)
   assert step == other_step == 60
-  assert expected.keys() == found.keys()
+  assert expected.keys() == arrays.keys()
   for key, value in expected.items():
-    np.testing.assert_array_equal(found[key], value, err_msg=str(key))
+    np.testing.assert_array_equal(arrays[key], value, err_msg=str(key))
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
   ],
 )
 def test_a_later_layer_switches_off_overrides_too(config, overrides):
-  before = command_line.load_config(f'configs/{config}.py')
+  before = config_file.load_config(f'configs/{config}.py')
   options, ignored = run_config.settled(
     before, sections.merge(before, overrides)
   )

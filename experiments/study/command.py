@@ -14,7 +14,7 @@ from experiments.study import results, scheduled_runs, times
 from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Preset, Results
 from experiments.study.study import Study
-from moe_jax import command_line, host, sections
+from moe_jax import command_line, config_file, host, sections
 
 
 def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +64,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     command_line.fail(str(error))
   output = pathlib.Path(options.output) / study.name
   spreads = times.step_times(study, runs.jobs, output)
-  medians = {name: spread.median for name, spread in spreads.items()}
+  medians = {name: step_time.median for name, step_time in spreads.items()}
   rows = study.make_rows(runs.arms, runs.results, medians)
   changed = _changed(study, options)
   summary = results.summary_of(
@@ -106,7 +106,7 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   """
   output = pathlib.Path(options.output) / study.name
   shared = study.shared(preset, options.task)
-  flagged = command_line.config_of(copy.deepcopy(shared), options.flags)
+  flagged = config_file.config_of(copy.deepcopy(shared), options.flags)
   shared, _ = sections.settle(study.runner.options, shared, flagged)
   arms = study.arms_of(preset)
 

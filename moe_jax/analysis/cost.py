@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   console = Console()
-  try:
+  with command_line.reported():
     options, ignored = config_flag.read()
     command_line.say(config_flag.ignored_lines(ignored))
     options = with_own_vocabulary(options)
@@ -93,8 +93,6 @@ def main(argv: list[str]) -> None:
     tables = [compute_table, memory_table, fit_table]
     for make in tables if model.stacks else tables[:1]:
       console.print(make(model, work))
-  except ValueError as error:
-    command_line.fail(str(error))
 
 
 if __name__ == '__main__':

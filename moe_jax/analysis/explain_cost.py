@@ -155,12 +155,10 @@ def main(argv: list[str]) -> None:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
-  try:
+  with command_line.reported():
     options, ignored = config_flag.read()
     command_line.say(config_flag.ignored_lines(ignored))
     explanation = explain(options, num_steps=_STEPS.value)
-  except (OSError, ValueError) as error:
-    command_line.fail(str(error))
   print(_title(options))
   Console().print(table(explanation))
 

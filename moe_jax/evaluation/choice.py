@@ -61,7 +61,8 @@ class ChoiceEvaluation(EvaluationOptions):
   num_shots: int = option(
     0,
     'Number of other questions with their right answers that are put before '
-    'each question as examples; fewer where a row has no room for them.',
+    'each question as examples, fewer where a row has no room for them; 0 is '
+    'zero-shot.',
     at_least(0),
   )
   shots_source: ChoiceSourceOptions = choice(

@@ -65,7 +65,8 @@ class GenerateEvaluation(EvaluationOptions):
   length_penalty: float = option(
     1.0,
     "Exponent of the length by which a beam's log probability is divided; 0 "
-    'does not divide, above 0 favours longer outputs.',
+    'does not divide, above 0 favours longer outputs, a negative exponent '
+    'shorter ones.',
     anything('any number'),
     when={'num_beams': at_least(2)},
   )

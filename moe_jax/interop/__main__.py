@@ -12,25 +12,16 @@ options that the checkpoint does not decide from the defaults, or from
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import logging
 
-from moe_jax import command_line, run_config, sections
+from moe_jax import command_line, config_file, run_config, sections
 from moe_jax.interop import export_run, import_run, verifying
-from moe_jax.runs.checkpointer import CheckpointError
-
-
-class _Parser(argparse.ArgumentParser):
-  """A parser that reports a wrong argument in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    command_line.fail(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = _Parser(
+  parser = command_line.Parser(
     prog='python -m moe_jax.interop',
     description=__doc__.split('\n')[0],
     allow_abbrev=False,
@@ -68,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
   base = options.config or sections.section(run_config.RunConfig)
   config, _ = run_config.settled(
-    command_line.config_of(base), command_line.config_of(base, overrides)
+    config_file.config_of(base), config_file.config_of(base, overrides)
   )
   lines = import_run.import_run(
     options.source,
@@ -99,13 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options, overrides = parse(sys.argv[1:] if argv is None else argv)
   logging.set_verbosity(logging.WARNING)
   command_line.ignore_closed_loops()
-  try:
-    status = options.run(options, overrides)
-  except (CheckpointError, OSError, ValueError) as error:
-    if options.traceback:
-      raise
-    command_line.fail(str(error))
-  sys.exit(status)
+  with command_line.reported(options.traceback):
+    sys.exit(options.run(options, overrides))
 
 
 if __name__ == '__main__':

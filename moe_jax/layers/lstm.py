@@ -20,6 +20,7 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, anything, at_least, option
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Int, Leaf
 
 GATES = 4  # input, forget, new, output
@@ -39,7 +40,8 @@ class LstmOptions(Options):
   )
   forget_bias: float = option(
     1.0,
-    "Initial bias of an LSTM's forget gate; above 0, cells remember at first.",
+    "Initial bias of an LSTM's forget gate; above 0, cells remember at "
+    'first, at 0 they forget half, and below 0 (a negative bias) more.',
     anything('a bias may start anywhere'),
   )
   unroll: int = option(
@@ -94,6 +96,7 @@ class Lstm(nn.Module):
   shared: Shared = Shared()
 
   @nn.compact
+  @checked
   def __call__(
     self,
     x: Float[Array, 'B T M'],

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.layers.relative_positions import RelativePositionBias
 from moe_jax.options import Kinds, Options, above, at_least, option
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
@@ -150,8 +151,8 @@ class Sinusoidal(Positions):
 
   offset: int = option(
     0,
-    'Position of the first token of a row (in fairseq and NLLB the id of '
-    'padding plus 1). Padding gets no sinusoid, nor does a token whose id is '
+    'Position of the first token of a row: 0, or in fairseq and NLLB the id of '
+    'padding plus 1. Padding gets no sinusoid, nor does a token whose id is '
     'offset - 1.',
     at_least(0),
   )
@@ -220,6 +221,7 @@ POSITIONS = Kinds(
 )
 
 
+@checked
 def rotate(
   x: Float[Array, 'B T H D'], positions: Int[Array, 'B T'], theta: float
 ) -> Float[Array, 'B T H D']:
@@ -237,6 +239,7 @@ def rotate(
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+@checked
 def sinusoids(
   positions: Int[Array, 'B T'], width: int
 ) -> Float32[Array, 'B T M']:

@@ -49,7 +49,7 @@ class CheckpointOptions(Options):
   retry_seconds: float = option(
     1.0,
     'Seconds before the second try to write or read a checkpoint; each further '
-    'wait is twice as long.',
+    'wait is twice as long, and 0 does not wait.',
     at_least(0),
     when={'tries': at_least(2)},
   )

@@ -36,7 +36,9 @@ class Optimizer(Options):
   """
 
   learning_rate: float = option(
-    1e-3, 'Peak of the learning rate, after the warm-up.', at_least(0)
+    1e-3,
+    'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
+    at_least(0),
   )
   schedule: Schedule = choice(
     SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
@@ -120,20 +122,21 @@ class AdamW(Optimizer):
 
   b1: float = option(
     0.9,
-    'Decay per step of the running mean of gradients, the first moment.',
+    'Decay per step of the running mean of gradients, the first moment; 0 '
+    'takes the gradient itself.',
     within('[0, 1)'),
   )
   b2: float = option(
     0.98,
     'Decay per step of the running mean of squared gradients, the second '
-    'moment.',
+    'moment; 0 takes the squared gradient itself.',
     within('[0, 1)'),
   )
   epsilon: float = option(
     1e-8,
     "Number that is added to the root of Adam's second moment, by which the "
     'first moment is divided.',
-    at_least(0),
+    above(0),
   )
 
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:

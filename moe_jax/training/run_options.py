@@ -17,6 +17,7 @@ from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.model_options import RunShape
 from moe_jax.options import (
   NOT_EMPTY,
+  SEED,
   Kinds,
   OptionError,
   Options,
@@ -25,7 +26,6 @@ from moe_jax.options import (
   entries,
   nested,
   option,
-  within,
 )
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpoint_options import CheckpointOptions
@@ -56,7 +56,7 @@ class InitFromOptions(Options):
   step: int = option(
     -1,
     'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
-    'the newest good one.',
+    'the newest good one, 0 that of an imported model.',
     at_least(-1),
     when={'workdir': NOT_EMPTY},
   )
@@ -88,7 +88,7 @@ class SampleOptions(Options):
   seed: int = option(
     0,
     'Seed for drawing the tokens of the sample.',
-    within('[0, 4294967296)'),
+    SEED,
     when={'num_tokens': at_least(1)},
   )
 
@@ -105,7 +105,7 @@ class RunOptions(Options):
     0,
     'Seed of the initial parameters, the order of the data and all noise in '
     'training.',
-    within('[0, 4294967296)'),
+    SEED,
   )
   total_steps: int = option(
     1000, 'Number of optimizer steps of the whole run.', at_least(1)
@@ -137,7 +137,8 @@ class RunOptions(Options):
   max_nonfinite_steps: int = option(
     0,
     'Number of steps that may be skipped because their loss or gradient is not '
-    'finite, with their batches kept in the workdir; one more stops the run.',
+    'finite, with their batches kept in the workdir; one more stops the run, '
+    'and with 0 the first does.',
     at_least(0),
   )
   data: DataOptions = nested(DataOptions(), 'Data that the model learns from.')

@@ -52,7 +52,7 @@ class Cosine(Schedule):
 
   final_fraction: float = option(
     0.1,
-    'Learning rate at the last step as a fraction of the peak.',
+    'Learning rate at the last step as a fraction of the peak; 0 ends at 0.',
     within('[0, 1]'),
   )
 

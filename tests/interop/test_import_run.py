@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import command_line, generate, interop, run_config, sections
+from moe_jax import config_file, generate, interop, run_config, sections
 from moe_jax.data import tokenizers
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
@@ -25,7 +25,7 @@ transformers = pytest.importorskip('transformers')
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = 'def f(x):'
 NEW = 6
-# Options with which a decoder that was trained here is a Mixtral.
+# With these options a decoder that was trained here is a Mixtral.
 MIXTRAL = dict(
   ffn=dict(activation='swiglu'),
   norm=dict(epsilon=1e-5),
@@ -42,7 +42,7 @@ MIXTRAL = dict(
 
 def import_run(source, workdir, **more):
   path = str(folders.write_config(workdir.parent))
-  options = run_config.read(command_line.load_config(path))
+  options = run_config.read(config_file.load_config(path))
   return import_run_lib.import_run(
     source, workdir, options, devices=jax.devices()[:1], **more
   )
@@ -56,7 +56,7 @@ def train(config, workdir, **more):
 
 def config_of(workdir):
   """The run's config, as `moe_jax.main` reads it."""
-  return command_line.config_of(str(workdir / 'config.py'))
+  return config_file.config_of(str(workdir / 'config.py'))
 
 
 class Watch(Hook):
@@ -84,10 +84,10 @@ def says_the_same(model, folder, said):
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   inputs = tokenizer(PROMPT, return_tensors='pt')
   with torch.no_grad():
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
   if not model.config.is_encoder_decoder:
-    made = made[inputs['input_ids'].shape[1] :]
-  return tokenizer.decode(made, skip_special_tokens=True) == said
+    tokens = tokens[inputs['input_ids'].shape[1] :]
+  return tokenizer.decode(tokens, skip_special_tokens=True) == said
 
 
 @pytest.mark.parametrize(

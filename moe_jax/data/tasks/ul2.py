@@ -72,7 +72,8 @@ class Ul2Task(TextTask):
   num_sentinels: int = option(
     100,
     'Number of sentinels, the ids that stand for cut-out spans; those that the '
-    'tokenizer lacks are added after its last id.',
+    'tokenizer lacks are added after its last id. With 0 there are only those '
+    'that the tokenizer has.',
     at_least(0),
   )
   final_sentinel: bool = option(

@@ -35,8 +35,8 @@ class FeedForwardExpert(ExpertOptions):
   )
   dropout: float = option(
     -1.0,
-    "Rate at which experts' hidden values are dropped in training; -1: "
-    'model.dropout.',
+    "Rate at which experts' hidden values are dropped in training; 0 drops "
+    'none, -1: model.dropout.',
     _RATE,
     how=True,
   )

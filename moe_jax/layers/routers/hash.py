@@ -10,7 +10,7 @@ from typing import ClassVar
 from moe_jax import routing
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import Router
-from moe_jax.options import anything, one_of, option
+from moe_jax.options import SEED, one_of, option
 from moe_jax.routing.hash_rule import HASH_OF, hash_ids
 
 
@@ -29,7 +29,7 @@ class Hash(Queued):
   seed: int = option(
     0,
     'Seed of the random table from ids to experts in a hash layer.',
-    anything('every number is a seed'),
+    SEED,
   )
 
   def module(self, sizes, shared, name=None):

@@ -12,7 +12,7 @@ import jax
 from moe_jax import routing
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import NOISE, Router
-from moe_jax.options import anything, option
+from moe_jax.options import SEED, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Random(Queued):
   seed: int = option(
     0,
     "Seed of a random router's choices in evaluation; training draws anew.",
-    anything('every number is a seed'),
+    SEED,
   )
 
   def module(self, sizes, shared, name=None):

@@ -1,0 +1,175 @@
+"""Config files and their overrides, `--config.key=value`.
+
+absl and ml_collections parse the flags. For a key that does not exist they
+raise a KeyError without its path, so the keys are looked up here first.
+"""
+
+import copy
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import traceback
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax.options import unknown
+from moe_jax.sections import flatten
+
+
+def config_of(
+  base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """Returns a config with `--config.key=value` overrides applied.
+
+  Args:
+    base: A config, or the path of its file, 'configs/name.py'.
+    overrides: Flags such as '--config.seed=1'.
+
+  Raises:
+    ValueError: The file or a key does not exist, or a value has another type.
+  """
+  values = flags.FlagValues()
+  options = dict(
+    flag_values=values, accept_new_attributes=True, lock_config=False
+  )
+  if isinstance(base, str):
+    argv = ['', f'--config={base}', *overrides]
+    check_flags(argv)
+    config = config_flags.DEFINE_config_file(
+      'config', None, '', sys_argv=argv, **options
+    )
+  else:
+    argv = ['', *overrides]
+    base = copy.deepcopy(base)  # overrides are set in it
+    _check_keys(base, dict(_options(argv)))
+    config = config_flags.DEFINE_config_dict(
+      'config', base, '', sys_argv=argv, **options
+    )
+  try:
+    values(argv)
+  except flags.Error as error:
+    raise ValueError(str(error).strip().splitlines()[0]) from None
+  return config.value
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+  """The config of 'configs/name.py' or 'configs/name.py:argument'.
+
+  Raises:
+    ValueError: The file does not exist, cannot be run, has no `get_config`,
+      refuses the argument, or returns something else than a config.
+  """
+  file, _, argument = spec.partition(':')
+  path = pathlib.Path(file)
+  if not path.is_file():
+    raise ValueError(
+      f'config file {file!r} does not exist under {os.getcwd()}; commands run '
+      "from the repository's root, where configs/ is"
+    )
+  module = _run(file, path)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'{file} defines no get_config(arg)')
+  try:
+    config = module.get_config(*([argument] if argument else []))
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(_in_file(file, path, error)) from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f'{file}: get_config returned a {type(config).__name__}, not a ConfigDict'
+    )
+  return config
+
+
+def _run(file: str, path: pathlib.Path) -> types.ModuleType:
+  """The module of a config file; raises ValueError that names the file."""
+  loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+  spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    loader.exec_module(module)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'{file}: {error}; commands run from the root of the repository, where '
+      'configs/ is'
+    ) from None
+  except Exception as error:
+    raise ValueError(_in_file(file, path, error)) from error
+  return module
+
+
+def _in_file(file: str, path: pathlib.Path, error: Exception) -> str:
+  """The message for an error of a config file, with the line it is in."""
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if pathlib.Path(frame.filename) == path
+  ]
+  line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
+  where = file if line is None else f'{file}, line {line}'
+  what = getattr(error, 'msg', None) or str(error)
+  return f'{where}: {type(error).__name__}: {what}'
+
+
+def check_flags(argv: Sequence[str]) -> None:
+  """Checks the config file and the keys that a command line names.
+
+  Raises:
+    ValueError: The file cannot be read, or a key does not exist.
+  """
+  options = dict(_options(argv))
+  spec = options.pop('config', None)
+  if spec is not None:
+    _check_keys(load_config(spec), options)
+
+
+def _check_keys(
+  config: ml_collections.ConfigDict, options: Mapping[str, str]
+) -> None:
+  """Raises ValueError for an option that is no key of the config."""
+  known = flatten(config)
+  for key in options:
+    name = key.removeprefix('config.')
+    if name == key or name in known or _is_open(config, name):
+      continue
+    raise unknown('config key', name, _siblings(name, known))
+
+
+def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
+  """Whether `name` may be a new key: its section exists and is not locked."""
+  *parents, key = name.split('.')
+  for part in parents:
+    config = config.get(part)
+    if not isinstance(config, ml_collections.ConfigDict):
+      return False
+  return key not in config and not config.is_locked
+
+
+def _options(argv: Sequence[str]):
+  """The (name, value) pairs of `--name=value` and `--name value`."""
+  for i, word in enumerate(argv[1:], start=1):
+    if word.startswith('-') and word.lstrip('-').startswith('config'):
+      name, equals, value = word.lstrip('-').partition('=')
+      if not equals:
+        value = argv[i + 1] if i + 1 < len(argv) else ''
+      yield name, value
+
+
+def _siblings(name: str, known: dict[str, Any]) -> list[str]:
+  """The existing keys beside the first part of `name` that does not exist."""
+  parts = name.split('.')
+  right = ''
+  for part in parts:
+    if not any(key.startswith(f'{right}{part}.') for key in known):
+      break
+    right += f'{part}.'
+  depth = right.count('.') + 1
+  beside = [key for key in known if key.startswith(right)]
+  return sorted({'.'.join(key.split('.')[:depth]) for key in beside})

@@ -1,0 +1,200 @@
+"""Every number of a config: NaN, infinity, other types, what zero means."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import pytest
+
+from moe_jax import config_file, run_config, sections
+from moe_jax.options import (
+  OptionError,
+  default_of,
+  fields_of,
+  spec_of,
+  types_of,
+)
+from moe_jax.run_config import RunConfig
+from tests.test_option_walk import CLASSES, LEAVES
+
+# These are no number of the field's type, or none that arrays can hold.
+NEVER = {
+  'NaN': math.nan,
+  'infinity': math.inf,
+  'minus infinity': -math.inf,
+  'none': None,
+  'boolean': True,
+  'text': '1',
+  'complex': 1j,
+  'list': [1],
+  'more than 64 bits': 2**63,
+  'more than float32': 1e39,
+}
+NUMBERS = {
+  (cls, name): hint
+  for cls in CLASSES
+  for name, hint in types_of(cls).items()
+  if name in fields_of(cls) and hint in (int, float)
+}
+
+
+def refusal(cls, name, value) -> str:
+  """The message for one value in Python; '' if it is accepted."""
+  # Tests check the types of arguments, which users of Python do not have.
+  options = object.__new__(cls)
+  for other, field in fields_of(cls).items():
+    given = default_of(field)
+    if given is dataclasses.MISSING:
+      given = 'x' if types_of(cls)[other] is str else 1
+    object.__setattr__(options, other, value if other == name else given)
+  try:
+    options.__post_init__()
+  except OptionError as error:
+    return '\n'.join(p for p in error.problems if p.startswith(f'{name}='))
+  return ''
+
+
+def test_there_are_many_numbers():
+  assert len(NUMBERS) > 140
+
+
+@pytest.mark.parametrize('value', NEVER.values(), ids=NEVER)
+def test_no_number_is_refused_by_name(value):
+  accepted = [
+    f'{cls.__name__}.{name}'
+    for (cls, name), hint in NUMBERS.items()
+    if not refusal(cls, name, value)
+    and not (spec_of(fields_of(cls)[name]).infinite and value == math.inf)
+    and not (hint is float and value == 2**63)
+  ]
+  assert not accepted
+
+
+@pytest.mark.parametrize('name', [True, False, 'x', 7, None, b'x'])
+def test_a_switch_takes_only_booleans(name):
+  value = name
+  for cls in CLASSES:
+    for option, hint in types_of(cls).items():
+      if option in fields_of(cls) and hint is bool:
+        fine = isinstance(value, bool)
+        message = refusal(cls, option, value)
+        assert fine == ('not bool' not in message), (cls, option)
+
+
+@pytest.mark.parametrize(
+  ('value', 'said'),
+  [(0, r'(?<![\d.])0(\.0)?(?![\d.]*\d)|zero'), (-1, r'-1|negative')],
+  ids=['zero', 'minus one'],
+)
+def test_a_sentence_says_what_an_unusual_number_means(value, said):
+  for cls, name in NUMBERS:
+    field = fields_of(cls)[name]
+    checks, sentence = spec_of(field).checks, spec_of(field).sentence
+    if sentence.startswith('Seed'):
+      continue
+    if all(check.holds(value) for check in checks):
+      assert re.search(said, sentence), f'{cls.__name__}.{name}: {sentence}'
+    else:
+      assert f'{name}={value}' in refusal(cls, name, value), (cls, name)
+
+
+BASE = sections.section(RunConfig)
+
+
+@functools.cache
+def of_command_line(text: str) -> tuple[str, ...]:
+  """The problems where every number of the defaults has one text as value."""
+  flags = [f'--config.{path}={text}' for path in numbers_of_config()]
+  config = config_file.config_of(BASE, flags)
+  with pytest.raises(OptionError) as error:
+    run_config.settled(BASE, config)
+  return error.value.problems
+
+
+def numbers_of_config() -> list[str]:
+  """The dotted keys of numbers that may have a fraction."""
+  return [p for p, leaf in LEAVES.items() if isinstance(leaf.value, float)]
+
+
+@pytest.mark.parametrize('text', ['nan', 'inf', '-inf', '1e39', '-1e39'])
+def test_flags_are_refused_by_their_dotted_names(text):
+  refused = {problem.partition('=')[0] for problem in of_command_line(text)}
+  assert set(numbers_of_config()) - refused == set()
+
+
+@pytest.mark.parametrize('path', numbers_of_config())
+def test_a_flag_says_the_rule(path):
+  (problem,) = (
+    text for text in of_command_line('nan') if text.startswith(f'{path}=')
+  )
+  assert re.search('must be finite|has no effect', problem)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'rule'),
+  [
+    ('checkpoint.every_steps=-1', 'must be at least 0'),
+    ('optimizer.b2=2.0', 'not in [0, 1)'),
+    ('optimizer.b1=-1.0', 'not in [0, 1)'),
+    ('optimizer.epsilon=-1e-8', 'must be above 0'),
+    ('optimizer.epsilon=0.0', 'must be above 0'),
+    ('optimizer.schedule.final_fraction=-1.0', 'not in [0, 1]'),
+    ('optimizer.schedule.final_fraction=2.0', 'not in [0, 1]'),
+    ('logits_z_weight=-1.0', 'must be at least 0'),
+    ('model.dropout=nan', 'must be finite'),
+    ('model.dropout=1.0', 'not in [0, 1)'),
+    ('sample.temperature=nan', 'must be finite'),
+    ('sample.temperature=-1.0', 'must be at least 0'),
+    ('total_steps=0', 'must be at least 1'),
+    ('total_steps=9223372036854775808', 'does not fit into 64 bits'),
+    ('seed=-1', 'not in [0, 4294967296)'),
+    ('seed=4294967296', 'not in [0, 4294967296)'),
+    ('batch_size=-1', 'must be at least 1'),
+    ('data.seq_len=0', 'must be at least 1'),
+    ('model.moe.capacity.per_token.factor=0.0', 'must be above 0'),
+    ('model.moe.num_selected=0', 'must be at least 1'),
+    ('mesh.data=-2', 'must be at least'),
+    ('model.moe.layers=every 0', 'every 0'),
+    ('model.moe.layers=every -1', 'every -1'),
+    ('model.moe.layers=9', '9'),
+    ('model.moe.layers=', 'layers'),
+  ],
+)
+def test_values_out_of_range(flag, rule):
+  config = config_file.config_of(BASE, [f'--config.{flag}'])
+  with pytest.raises(ValueError) as error:
+    run_config.settled(BASE, config)
+  path = flag.partition('=')[0]
+  assert any(
+    path.rpartition('.')[2] in line and rule in line
+    for line in str(error.value).splitlines()
+  ), str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('path', 'nearest'),
+  [
+    ('model.widht', 'model.width'),
+    ('optimizer.lr', None),
+    ('optimizer.learning_rat', 'optimizer.learning_rate'),
+    ('total_step', 'total_steps'),
+    ('model.moe.router.token_choice.jiter', 'jitter'),
+    ('data.seqlen', 'data.seq_len'),
+    ('evals.train_capacity.perod', None),
+    ('meshes', 'mesh'),
+  ],
+)
+def test_a_misspelled_key_of_an_unlocked_config_is_refused(path, nearest):
+  config = sections.section(RunConfig).unlock()
+  *parents, key = path.split('.')
+  section = config
+  for parent in parents:
+    section = section[parent]
+  section[key] = 3
+  with pytest.raises(OptionError, match='unknown config key') as error:
+    run_config.read(config)
+  (problem,) = error.value.problems
+  assert path in problem
+  if nearest is not None:
+    assert f"did you mean '{nearest}" in problem or nearest in problem
