@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.data.tokenizers import read_json
+from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import config_keys, mixtral, nllb_moe, switch_transformers
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.tensor_files import FLOATS, listed
@@ -54,7 +54,7 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
       problems are listed.
   """
   path = folder / 'config.json'
-  if not path.is_file():
+  if plain(folder, path.name) is None:
     raise ValueError(f'{folder} has no config.json')
   config = read_json(path)
   options, architecture, notes = _read(config, path)
@@ -111,7 +111,10 @@ def _architecture(
   config: Mapping[str, Any], path: pathlib.Path
 ) -> Architecture:
   architecture = named(config.get('model_type'), f' in {path}')
-  for name in config.get('architectures') or []:
+  given = config.get('architectures') or []
+  if not isinstance(given, list):
+    raise ValueError(f'{path}: architectures={given!r} is no list of names')
+  for name in given:
     if name not in architecture.classes:
       raise unknown(f'architecture in {path}', name, architecture.classes)
   return architecture

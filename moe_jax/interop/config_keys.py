@@ -6,13 +6,61 @@ these values (`mixtral.py` and its siblings).
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.option_checks import unknown_text
 
-IDS = int | list | None
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+  """A kind of value: a number in a range, neither NaN nor infinite.
+
+  Attributes:
+    rule: The kind in words, for messages.
+    low: The least value.
+    below: The value that is not reached.
+    whole: Whether only integers are of the kind.
+    above: Whether `low` itself is not of the kind.
+    optional: Whether null is of the kind.
+  """
+
+  rule: str
+  low: float = -math.inf
+  below: float = math.inf
+  whole: bool = False
+  above: bool = False
+  optional: bool = False
+
+  def holds(self, value: Any) -> bool:
+    """Whether a value of a JSON file is of the kind."""
+    if value is None:
+      return self.optional
+    types_ = int if self.whole else int | float
+    if isinstance(value, bool) or not isinstance(value, types_):
+      return False
+    inside = self.low < value if self.above else self.low <= value
+    # As an integer may be too large for a float, it is not converted.
+    return inside and -math.inf < value < self.below
+
+
+SIZE = Number('integer of at least 1', 1, whole=True)
+OPTIONAL_SIZE = Number(
+  'integer of at least 1, or null', 1, whole=True, optional=True
+)
+COUNT = Number('integer of at least 0', 0, whole=True)
+OPTIONAL_COUNT = Number(
+  'integer of at least 0, or null', 0, whole=True, optional=True
+)
+FINITE = Number('finite number')
+AMOUNT = Number('finite number of at least 0', 0)
+POSITIVE = Number('finite number above 0', 0, above=True)
+OPTIONAL_POSITIVE = Number(
+  'finite number above 0, or null', 0, above=True, optional=True
+)
+RATE = Number('number in [0, 1)', 0, 1)
 _WHO = 'transformers 5.24'
 
 
@@ -71,7 +119,7 @@ def read(
   for name, (kind, default, *_) in {**keys.honoured, **keys.training}.items():
     value = config.get(name, default)
     if not _is(value, kind):
-      problems.append(f'{name}={value!r} is no {_name(kind)}')
+      problems.append(f'{name}={value!r:.80} is no {_name(kind)}')
       value = default
     setattr(values, name, value)
   for name, supported in keys.fixed.items():
@@ -89,14 +137,16 @@ def read(
 
 
 def _is(value: Any, kind: Any) -> bool:
+  if isinstance(kind, Number):
+    return kind.holds(value)
   if isinstance(value, bool):
     return kind is bool
-  if kind is float:
-    return isinstance(value, int | float)
   return isinstance(value, kind)
 
 
 def _name(kind: Any) -> str:
+  if isinstance(kind, Number):
+    return kind.rule
   return getattr(kind, '__name__', str(kind))
 
 

@@ -3,14 +3,14 @@
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 
 from moe_jax import sections
-from moe_jax.data import tokenizers
+from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.interop import hub
 from moe_jax.interop.saving import save
 from moe_jax.partitioning import MeshOptions
 from moe_jax.runs import trained
@@ -43,7 +43,7 @@ def export_run(
     folder / workdir_lib.IMPORTED,
     pathlib.Path(output).expanduser(),
   )
-  known = tokenizers.read_json(files / 'config.json')
+  known = plain_files.read_json(files / 'config.json')
   config = known or _special(run.tokenizer)
   save(run.model, restored.state, output, config=config)
   return [
@@ -81,9 +81,9 @@ def _export_tokenizer(
   Returns a line about it, for printing.
   """
   if files.is_dir():
-    for path in files.iterdir():
-      if path.name != 'config.json':
-        shutil.copyfile(path, output / path.name)
+    for path in hub.small_files(files):
+      if path.name.casefold() != 'config.json':
+        plain_files.copy(path, output / path.name)
     return f"the imported checkpoint's other files are there too, from {files}"
   if isinstance(tokenizer, tokenizers.Extended):
     tokenizer = tokenizer.base

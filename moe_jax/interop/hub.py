@@ -6,6 +6,7 @@ import re
 
 import huggingface_hub
 
+from moe_jax.data import plain_files
 from moe_jax.interop.tensor_files import SAFETENSORS, TORCH
 
 # Files besides weights: configs, tokenizer, chat template.
@@ -44,6 +45,16 @@ def fetch(
     if any(path for pattern in patterns for path in folder.glob(pattern)):
       break
   return folder
+
+
+def small_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a checkpoint besides weights and their index.
+
+  Raises:
+    ValueError: One of them is a link out of the folder, or no plain file.
+  """
+  files = plain_files.matching(folder, SMALL)
+  return [path for path in files if not path.name.endswith('.index.json')]
 
 
 def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:

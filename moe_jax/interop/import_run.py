@@ -7,12 +7,11 @@ which reads the values in `imported.json`. Not here: export (`export_run.py`).
 """
 
 import dataclasses
-import fnmatch
 import json
 import os
 import pathlib
 import resource
-import shutil
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from moe_jax.data import (
   JsonOptions,
   Seq2SeqTask,
   SpanCorruptionTask,
+  plain_files,
   tokenizers,
 )
 from moe_jax.interop import hub, loading
@@ -62,6 +62,7 @@ def import_run(
   *,
   dtype: str = '',
   revision: str = '',
+  allow_nonfinite: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> list[str]:
   """Makes a run's folder from a checkpoint.
@@ -73,14 +74,16 @@ def import_run(
       computes, which the checkpoint decides.
     dtype: Dtype of parameters and products; '' is the checkpoint's own.
     revision: A branch, tag or commit of a repository; '' is its main branch.
+    allow_nonfinite: Whether weights may be infinite or no numbers.
     devices: The devices of the mesh; None is all there are.
 
   Returns:
     Lines about the import, for printing.
 
   Raises:
-    ValueError: As `load`; the folder holds a run; or the tokenizer cannot be
-      read.
+    ValueError: As `load`; the folder holds a run; the tokenizer cannot be read,
+      or has tokens for which the model has no embedding; or a small file of the
+      checkpoint is a link.
   """
   folder = pathlib.Path(workdir).expanduser()
   for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
@@ -88,6 +91,8 @@ def import_run(
       raise ValueError(f'{folder} holds a run already ({name}); choose another')
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
+  small = hub.small_files(checkpoint.folder)
+  _check_vocabulary(tokenizer, checkpoint)
   model = _model(checkpoint.options, options.model)
   checkpoint = dataclasses.replace(checkpoint, options=model)
   options = dataclasses.replace(
@@ -97,9 +102,13 @@ def import_run(
   )
   mesh, before = options.mesh.make(devices), _peak_bytes()
   params = loading.load_params(
-    checkpoint, mesh=mesh, rules=options.sharding.rules
+    checkpoint,
+    mesh=mesh,
+    rules=options.sharding.rules,
+    allow_nonfinite=allow_nonfinite,
   )
   facts = [_size(params, mesh), _memory(before, checkpoint)]
+  _copy(small, folder / FILES)
   _write(folder, checkpoint, options, tokenizer, params)
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
 
@@ -107,7 +116,7 @@ def import_run(
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
   """The folder's tokenizer; None if it has none."""
   names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
-  if not any((folder / name).is_file() for name in names):
+  if not any(plain_files.plain(folder, name) for name in names):
     return None
   return tokenizers.Json.from_folder(folder)
 
@@ -177,6 +186,25 @@ def _data(
   return dataclasses.replace(data, **changes)
 
 
+def _check_vocabulary(
+  tokenizer: tokenizers.Json | None, checkpoint: Checkpoint
+) -> None:
+  size = checkpoint.options.vocab_size
+  if tokenizer is not None and tokenizer.num_tokens > size:
+    raise ValueError(
+      f'{checkpoint.folder}: the tokenizer has ids up to '
+      f'{tokenizer.num_tokens - 1} ({tokenizer.vocabulary_name(size)!r} is the '
+      f'first of the last {tokenizer.num_tokens - size}), the model has '
+      f'embeddings for vocab_size={size} only'
+    )
+
+
+def _copy(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
+  folder.mkdir(parents=True)
+  for path in files:
+    plain_files.copy(path, folder / path.name)
+
+
 def _write(
   folder: pathlib.Path,
   checkpoint: Checkpoint,
@@ -185,12 +213,6 @@ def _write(
   params: Any,
 ) -> None:
   """Writes the folder; the config is last, as without it there is no run."""
-  files = folder / FILES
-  files.mkdir(parents=True)
-  for path in checkpoint.folder.iterdir():
-    small = any(fnmatch.fnmatch(path.name, pattern) for pattern in hub.SMALL)
-    if path.is_file() and small and not path.name.endswith('.index.json'):
-      shutil.copyfile(path, files / path.name)
   if tokenizer is not None:
     tokenizer.save(folder / workdir_lib.TOKENIZER)
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
@@ -233,6 +255,7 @@ def _next(folder, tokenizer) -> list[str]:
   )
   return [
     *([] if tokenizer is not None else [without]),
-    f'go on: python -m moe_jax.main --config={folder}/config.py '
-    f'--workdir={folder}; with other settings, add --resume',
+    'go on: python -m moe_jax.main '
+    f'--config={shlex.quote(str(folder / CONFIG_PY))} '
+    f'--workdir={shlex.quote(str(folder))}; with other settings, add --resume',
   ]

@@ -58,6 +58,7 @@ def load(
   rules: Rules = RULES,
   dtype: str = '',
   revision: str = '',
+  allow_nonfinite: bool = False,
 ) -> Loaded:
   """The model of a Hugging Face checkpoint and its variables.
 
@@ -71,16 +72,20 @@ def load(
     dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
       the checkpoint's own. Routers stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
+    allow_nonfinite: Whether weights may be infinite or no numbers. The check
+      takes about CHECK_COST per GB.
 
   Raises:
     ValueError: The architecture, a key of its config or a tensor is not
-      supported; or tensors are missing, unknown or of another shape. All
-      problems are listed.
+      supported; tensors are missing, unknown or of another shape; or they have
+      values that are not finite. All problems are listed.
   """
   checkpoint = fetch(source, dtype=dtype, revision=revision)
   for note in checkpoint.notes:
     _LOG.info('%s: %s', source, note)
-  params = load_params(checkpoint, mesh=mesh, rules=rules)
+  params = load_params(
+    checkpoint, mesh=mesh, rules=rules, allow_nonfinite=allow_nonfinite
+  )
   model = checkpoint.options.build(rules)
   return Loaded(checkpoint.options, model, {'params': params})
 
@@ -103,7 +108,11 @@ def fetch(
 
 
 def load_params(
-  checkpoint: Checkpoint, *, mesh: Mesh | None = None, rules: Rules = RULES
+  checkpoint: Checkpoint,
+  *,
+  mesh: Mesh | None = None,
+  rules: Rules = RULES,
+  allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
   """The tree of sharded parameters; see `load`."""
   files = TensorFiles(checkpoint.folder)
@@ -118,7 +127,16 @@ def load_params(
     leaf = leaves_by_path[partitioning.path_name(path)]
     return load_leaf(leaf, files, place, shape.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, trees.shapes, places)
+  params = jax.tree_util.tree_map_with_path(one, trees.shapes, places)
+  if files.nonfinite and not allow_nonfinite:
+    raise ValueError(
+      listed(
+        f'{checkpoint.folder} has weights that are not finite (they are read '
+        'with allow_nonfinite)',
+        [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
+      )
+    )
+  return params
 
 
 def _checked(
@@ -203,7 +221,9 @@ def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
   for where in itertools.product(*ranges):
     get = functools.partial(files.read, leaf.tensors[where])
     place = tuple(i - part.start for i, part in zip(where, index))
-    yield place, leaf.form.read(get, shape, rest)
+    piece = leaf.form.read(get, shape, rest)
+    files.note_nonfinite(leaf.tensors[where], piece)
+    yield place, piece
 
 
 @functools.partial(jax.jit, donate_argnums=0)

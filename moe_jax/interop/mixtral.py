@@ -19,8 +19,15 @@ from moe_jax.interop.architecture import (
   written,
 )
 from moe_jax.interop.config_keys import (
+  AMOUNT,
   COMMON_FIXED,
   COMMON_IGNORED,
+  OPTIONAL_COUNT,
+  OPTIONAL_POSITIVE,
+  OPTIONAL_SIZE,
+  POSITIVE,
+  RATE,
+  SIZE,
   Keys,
   Values,
 )
@@ -45,37 +52,37 @@ _ACTIVATIONS = {
 _THETA = 1e6
 KEYS = Keys(
   honoured={
-    'vocab_size': (int, 32000),
-    'hidden_size': (int, 4096),
-    'intermediate_size': (int, 14336),
-    'num_hidden_layers': (int, 32),
-    'num_attention_heads': (int, 32),
-    'num_key_value_heads': (int | None, 8),
-    'head_dim': (int | None, None),
+    'vocab_size': (SIZE, 32000),
+    'hidden_size': (SIZE, 4096),
+    'intermediate_size': (SIZE, 14336),
+    'num_hidden_layers': (SIZE, 32),
+    'num_attention_heads': (SIZE, 32),
+    'num_key_value_heads': (OPTIONAL_SIZE, 8),
+    'head_dim': (OPTIONAL_SIZE, None),
     'hidden_act': (str, 'silu'),
-    'rms_norm_eps': (float, 1e-5),
+    'rms_norm_eps': (POSITIVE, 1e-5),
     'tie_word_embeddings': (bool, False),
-    'sliding_window': (int | None, None),
-    'num_experts_per_tok': (int, 2),
-    'num_local_experts': (int, 8),
+    'sliding_window': (OPTIONAL_COUNT, None),
+    'num_experts_per_tok': (SIZE, 2),
+    'num_local_experts': (SIZE, 8),
     'rope_parameters': (dict | None, None),
     'rope_scaling': (dict | None, None),
-    'rope_theta': (int | float | None, None),
+    'rope_theta': (OPTIONAL_POSITIVE, None),
   },
   training={
     'attention_dropout': (
-      float,
+      RATE,
       0.0,
       0.0,
       'our dropout is on residuals and hidden values too; see model.dropout',
     ),
     'router_jitter_noise': (
-      float,
+      RATE,
       0.0,
       0.0,
       'it multiplies what the experts see too; see moe.jitter for the router',
     ),
-    'router_aux_loss_coef': (float, 0.001, ..., ''),
+    'router_aux_loss_coef': (AMOUNT, 0.001, ..., ''),
   },
   fixed={**COMMON_FIXED, 'is_encoder_decoder': (False,)},
   ignored={
@@ -96,7 +103,9 @@ def problems(c: Values) -> list[str]:
     )
   if c.sliding_window is not None and c.sliding_window < 1:
     wrong.append(f'sliding_window={c.sliding_window} must be at least 1')
-  kind, _, more = _rope(c)
+  kind, theta, more = _rope(c)
+  if not POSITIVE.holds(theta):
+    wrong.append(f'rope_theta={theta!r:.80} is no {POSITIVE.rule}')
   if kind != 'default' or more:
     wrong.append(
       f'rope type {kind!r} with {more} is not supported, only the type '
@@ -121,7 +130,7 @@ def options(c: Values) -> DecoderOptions:
     ),
     ffn=FfnOptions(c.intermediate_size, _ACTIVATIONS[c.hidden_act]),
     norm=RmsNorm(float(c.rms_norm_eps)),
-    positions=Rotary(theta),
+    positions=Rotary(float(theta)),
     embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
     moe=MoeOptions(
       num_experts=c.num_local_experts,
@@ -138,7 +147,7 @@ def options(c: Values) -> DecoderOptions:
   )
 
 
-def _rope(c: Values) -> tuple[str, float, dict[str, Any]]:
+def _rope(c: Values) -> tuple[Any, Any, dict[str, Any]]:
   """The type of rotary positions, their theta, and all other parameters.
 
   Keys of older and newer versions of transformers are read.
@@ -150,7 +159,7 @@ def _rope(c: Values) -> tuple[str, float, dict[str, Any]]:
   given = {key: value for key, value in given.items() if value is not None}
   if given.get('partial_rotary_factor') == 1:
     given.pop('partial_rotary_factor')
-  return kind, _THETA if theta is None else float(theta), given
+  return kind, _THETA if theta is None else theta, given
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:

@@ -5,7 +5,6 @@ weights-only loader, so that no code is unpickled. Not here: the parameters to
 which tensors belong (`mapping.py`), and writing (`saving.py`).
 """
 
-import json
 import pathlib
 import zipfile
 from collections.abc import Mapping
@@ -15,10 +14,19 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moe_jax.data.plain_files import is_name, plain, read_json
+
 SAFETENSORS, TORCH = 'model.safetensors', 'pytorch_model.bin'
 _DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 FLOATS = ('bfloat16', 'float16', 'float32')
+_EXPONENTS = {
+  'bfloat16': np.uint16(0x7F80),
+  'float16': np.uint16(0x7C00),
+  'float32': np.uint32(0x7F800000),
+}
+_CHUNK = 2**16  # values that stay in a processor's cache
 _SHOWN = 8
+_LISTED = 100
 
 Index = tuple[slice, ...]
 
@@ -46,6 +54,8 @@ class TensorFiles:
     specs: The shape and dtype of every tensor, by its name.
     num_bytes: The size of all tensors in bytes.
     largest: The size of the largest tensor in bytes.
+    nonfinite: The number of values that are not finite of each tensor that has
+      any, as far as they were noted.
 
   Raises:
     ValueError: There are no weights, a file in the index is missing or damaged,
@@ -57,6 +67,7 @@ class TensorFiles:
     self._readers: dict[str, _SafeTensors | _Torch] = {}
     self.specs: dict[str, TensorSpec] = {}
     self._file_of: dict[str, str] = {}
+    self.nonfinite: dict[str, int] = {}
     names, index = _files(folder)
     problems, unread = [], set()
     for name in names:
@@ -86,6 +97,11 @@ class TensorFiles:
       index = tuple(slice(0, size) for size in self.specs[name].shape)
     return self._reader(self._file_of[name]).read(name, index)
 
+  def note_nonfinite(self, name: str, part: np.ndarray) -> None:
+    """Adds a part's values that are not finite to those of its tensor."""
+    if count := count_nonfinite(part):
+      self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+
   def _reader(self, file: str) -> '_SafeTensors | _Torch':
     if file not in self._readers:
       # A file that is held in memory is dropped before the next is read.
@@ -94,8 +110,11 @@ class TensorFiles:
         for name, reader in self._readers.items()
         if not reader.in_memory
       }
+      path = plain(self.folder, file)
+      if path is None:
+        raise ValueError('there is no such file')
       kind = _SafeTensors if file.endswith('.safetensors') else _Torch
-      self._readers[file] = kind(self.folder / file)
+      self._readers[file] = kind(path)
     return self._readers[file]
 
 
@@ -140,15 +159,18 @@ class _Torch:
     try:
       self._tensors = torch.load(path, mmap=not self.in_memory, **load)
     except Exception as error:  # of pickle, zip or PyTorch
-      first = str(error).strip().split('\n', 1)[0]
-      raise ValueError(f'no file of PyTorch weights: {first}') from None
+      # The library's own text says how to unpickle it nevertheless.
+      raise ValueError(
+        'no file of PyTorch weights: it is damaged, or holds other objects than'
+        f' tensors, which are never unpickled ({type(error).__name__})'
+      ) from None
     if not isinstance(self._tensors, Mapping):
       raise ValueError(f'it holds a {type(self._tensors).__name__}, no mapping')
     self._bfloat16, self._int16 = torch.bfloat16, torch.int16
     self.specs = {
       str(name): TensorSpec(tuple(value.shape), str(value.dtype)[6:])
-      if isinstance(value, torch.Tensor)
-      else TensorSpec((), type(value).__name__)
+      if isinstance(value, torch.Tensor) and value.layout == torch.strided
+      else TensorSpec((), str(getattr(value, 'layout', type(value).__name__)))
       for name, value in self._tensors.items()
     }
 
@@ -161,14 +183,28 @@ class _Torch:
     return bits.view(ml_dtypes.bfloat16).copy()
 
 
+def count_nonfinite(array: np.ndarray) -> int:
+  """The number of values of one of `FLOATS` that are not finite.
+
+  Their exponent has all bits set, which is read off the bits, as numpy knows
+  bfloat16 only by a slow loop.
+  """
+  exponent = _EXPONENTS[array.dtype.name]
+  bits = array.view(exponent.dtype).ravel(order='K')  # often no copy
+  return sum(
+    int(np.count_nonzero((bits[i : i + _CHUNK] & exponent) == exponent))
+    for i in range(0, bits.size, _CHUNK)
+  )
+
+
 def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
   """The names of the files of weights, and an index's file of each tensor."""
   for name in (SAFETENSORS, TORCH):
-    if (folder / name).is_file():
+    if plain(folder, name) is not None:
       return [name], {}
-    path = folder / f'{name}.index.json'
-    if path.is_file():
-      index = _index(path)
+    path = plain(folder, f'{name}.index.json')
+    if path is not None:
+      index = _index(path, pathlib.PurePath(name).suffix)
       return sorted(set(index.values())), index
   there = sorted(p.name for p in folder.iterdir())[:_SHOWN]
   raise ValueError(
@@ -177,18 +213,24 @@ def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
   )
 
 
-def _index(path: pathlib.Path) -> dict[str, str]:
-  try:
-    index = dict(json.loads(path.read_text(encoding='utf-8'))['weight_map'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} is damaged: {error!r}') from None
+def _index(path: pathlib.Path, ending: str) -> dict[str, str]:
+  index = read_json(path).get('weight_map')
+  if not isinstance(index, dict) or not index:
+    raise ValueError(f"{path} is damaged: it has no object 'weight_map'")
   for name in index.values():
-    # An index may be from a download, and must not lead out of its folder.
-    if pathlib.PurePath(name).name != name:
-      raise ValueError(f'{path} names {name!r}, which is no file beside it')
+    # An index may be from a download, and must neither lead out of its folder
+    # nor from safetensors to a pickle.
+    if not is_name(name) or not name.endswith(ending):
+      raise ValueError(
+        f'{path} names {name!r:.80}, which is no file beside it with a name '
+        f'that ends in {ending}'
+      )
   return index
 
 
 def listed(what: str, problems: list[str]) -> str:
-  """A text with a line for each problem."""
-  return '\n'.join([f'{what}:', *(f'  {problem}' for problem in problems)])
+  """A text with a line for each problem; of very many, the first ones."""
+  lines = [f'{what}:', *(f'  {problem}' for problem in problems[:_LISTED])]
+  if len(problems) > _LISTED:
+    lines.append(f'  and {len(problems) - _LISTED} more')
+  return '\n'.join(lines)

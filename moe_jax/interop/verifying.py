@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.data.tokenizers import read_json
+from moe_jax.data.plain_files import read_json, read_npz
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import listed
 from moe_jax.models import Model
@@ -103,7 +103,7 @@ def verify(
     ValueError: An array is missing or of another shape, or the checkpoint's
       generation config has options that change greedy tokens.
   """
-  given = _read(pathlib.Path(expected).expanduser())
+  given = read_npz(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
   path = checkpoint.folder / 'generation_config.json'
   generation = read_json(path) or checkpoint.config
@@ -120,14 +120,6 @@ def verify(
   # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
   return Verdict(largest, int(real.sum()), count, differing)
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
-  except (OSError, ValueError, AttributeError) as error:
-    raise ValueError(f'{path} is no npz file of arrays: {error}') from None
 
 
 def _check_generation(folder, generation) -> None:

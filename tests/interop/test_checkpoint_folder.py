@@ -144,8 +144,8 @@ def test_a_switch_of_2022(tmp_path):
 
 
 def test_a_mixtral_of_2023(tmp_path):
-  found = open_config(tmp_path, **OLD_MIXTRAL)
-  m = found.options
+  checkpoint = open_config(tmp_path, **OLD_MIXTRAL)
+  m = checkpoint.options
   assert type(m) is DecoderOptions
   attention = m.attention
   assert (attention.head_width, attention.num_kv_heads) == (128, 8)
@@ -153,19 +153,19 @@ def test_a_mixtral_of_2023(tmp_path):
   assert (m.numerics.dtype, m.numerics.param_dtype) == ('bfloat16', 'bfloat16')
   router = m.moe.router
   assert (router.balance_weight, router.z_weight) == (0.02, 0.0)
-  assert found.notes == ()
+  assert checkpoint.notes == ()
 
 
 def test_an_nllb_of_2023(tmp_path):
-  found = open_config(tmp_path, **OLD_NLLB)
-  m = found.options
+  checkpoint = open_config(tmp_path, **OLD_NLLB)
+  m = checkpoint.options
   assert not m.route_padding
   assert m.moe.layers == '3,7,11,15,19,23'
   assert type(m.moe.router) is ServedByRank and m.moe.capacity == All()
   assert m.moe.router.gates == 'renormalized'
   # Notes name the options of training that transformers has and we lack, and
   # nothing else.
-  assert [note.split('=')[0] for note in found.notes] == [
+  assert [note.split('=')[0] for note in checkpoint.notes] == [
     'activation_dropout',
     'encoder_layerdrop',
     'decoder_layerdrop',
@@ -193,7 +193,7 @@ def test_an_nllb_of_2023(tmp_path):
         'num_experts_per_tok=1 is not supported',
         'sliding_window=0 must be at least 1',
         "vocab_size='many' is no int",
-        'rms_norm_eps=True is no float',
+        'rms_norm_eps=True is no finite number above 0',
         "quantization_config={'bits': 4} is not supported, only None",
         "rope type 'yarn' with {'factor': 2.0} is not supported",
       ),
@@ -281,8 +281,8 @@ def test_no_config(tmp_path):
 
 def test_half_precision_is_read_into_single(tmp_path):
   config = {**oracle.BASE['mixtral'], 'model_type': 'mixtral'}
-  found = open_config(tmp_path, **config, dtype='float16')
-  assert found.options.numerics.param_dtype == 'float32'
+  checkpoint = open_config(tmp_path, **config, dtype='float16')
+  assert checkpoint.options.numerics.param_dtype == 'float32'
   numerics = checkpoint_folder.open_checkpoint(
     tmp_path, 'bfloat16'
   ).options.numerics
@@ -311,5 +311,5 @@ def test_no_key_is_sorted_twice():
 )
 def test_which_layers_of_switch_are_sparse(options, layers, tmp_path):
   config = {**oracle.BASE['switch_transformers'], **options}
-  found = open_config(tmp_path, **config, model_type='switch_transformers')
-  assert found.options.encoder_half().moe.layers == layers
+  checkpoint = open_config(tmp_path, **config, model_type='switch_transformers')
+  assert checkpoint.options.encoder_half().moe.layers == layers

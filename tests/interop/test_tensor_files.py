@@ -1,6 +1,5 @@
 """Files of tensors that others wrote, and those that must not be read."""
 
-import builtins
 import json
 
 import ml_dtypes
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.interop.tensor_files import TensorFiles, TensorSpec
+from tests.interop import folders
 
 torch = pytest.importorskip('torch')
 save_file = pytest.importorskip('safetensors.torch').save_file
@@ -89,20 +89,10 @@ def test_safetensors_come_first(tmp_path):
   assert list(TensorFiles(tmp_path).specs) == ['a']
 
 
-class Runs:
-  """An object whose unpickling would run code."""
-
-  def __init__(self, path):
-    self.path = str(path)
-
-  def __reduce__(self):
-    return builtins.open, (self.path, 'w')
-
-
 @pytest.mark.parametrize('zipped', [True, False])
 def test_nothing_is_unpickled_as_code(zipped, tmp_path):
   torch.save(
-    {'a': torch.zeros(2), 'b': Runs(tmp_path / 'ran')},
+    {'a': torch.zeros(2), 'b': folders.Runs(tmp_path / 'ran')},
     tmp_path / 'pytorch_model.bin',
     _use_new_zipfile_serialization=zipped,
   )
@@ -157,7 +147,7 @@ def test_all_that_is_wrong_is_listed(tmp_path):
   [
     ('notes.txt', 'x', r"none of model.safetensors, .* it has \['notes.txt'\]"),
     ('model.safetensors.index.json', '{}', 'is damaged'),
-    ('model.safetensors.index.json', '[', 'is damaged'),
+    ('model.safetensors.index.json', '[', 'is no JSON'),
     (
       'model.safetensors.index.json',
       '{"weight_map": {"a": "../x.safetensors"}}',

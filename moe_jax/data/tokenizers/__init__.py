@@ -4,6 +4,7 @@ To add a tokenizer, write a file with a `Tokenizer` and its `TokenizerOptions`
 and list the options here.
 """
 
+from moe_jax.data.plain_files import read_json
 from moe_jax.data.tokenizers.byte_tokenizer import Bytes, BytesOptions
 from moe_jax.data.tokenizers.char_tokenizer import Chars, CharsOptions
 from moe_jax.data.tokenizers.class_names import ClassNames
@@ -20,7 +21,6 @@ from moe_jax.data.tokenizers.json_tokenizer import Json, JsonOptions
 from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
-  read_json,
 )
 from moe_jax.options import Kinds
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.options import Options, required, unknown
 
 Token = int | np.integer
@@ -155,17 +156,18 @@ def load(path: str | os.PathLike) -> Tokenizer:
     ValueError: The file was not written by `save`, or names a class of a
       module that has not been imported.
   """
-  text = pathlib.Path(path).read_text(encoding='utf-8')
+  saved = parse_json(read_text(pathlib.Path(path)), path)
   try:
-    return from_json(json.loads(text))
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
-    raise ValueError(f'{path} holds no saved tokenizer: {error!r}') from error
+    return from_json(saved)
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    reason = str(error) if type(error) is ValueError else f'{error!r:.200}'
+    raise ValueError(f'{path} holds no saved tokenizer: {reason}') from None
 
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer whose `to_json` is `saved`."""
   kind = saved['kind']
-  if kind not in _SAVED:
+  if not isinstance(kind, str) or kind not in _SAVED:
     raise unknown('tokenizer kind', kind, _SAVED)
   return _SAVED[kind].from_state(saved)
 

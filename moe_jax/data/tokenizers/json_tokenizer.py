@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tokenizers
 
+from moe_jax.data.plain_files import plain, read_text
 from moe_jax.data.tokenizers import chat
 from moe_jax.data.tokenizers.contract import (
   Ids,
@@ -27,6 +27,11 @@ from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
   from_folder,
+)
+from moe_jax.data.tokenizers.tokenizers_library import (
+  encoded,
+  read_model,
+  vocabulary_of,
 )
 from moe_jax.options import NOT_EMPTY, option, unknown
 
@@ -49,20 +54,31 @@ class Json(Tokenizer, kind='json'):
     special: Special tokens of the model; with None, for a file without a
       folder, the EOS is the first of `EOS_NAMES` in the vocabulary, and there
       are no other special tokens.
+
+  Attributes:
+    num_tokens: One more than the largest id that has a token; `vocab_size` is
+      that of the model, which may be larger.
+
+  Raises:
+    ValueError: The text is no such file, it has no token or an id that is too
+      large, or a special token has no possible id.
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
-    self._model = _model(text)
+    self._model = read_model(text)
     self._model.encode_special_tokens = True
     # Another copy, as the flag above is a setting of the model.
-    self._prompts = _model(text)
-    self._vocabulary = self._model.get_vocab(with_added_tokens=True)
+    self._prompts = read_model(text)
+    self._vocabulary = vocabulary_of(self._model)
     self.vocab_size = max(self._vocabulary.values()) + 1
     self._given = special
     if special is None:
       known = [self._vocabulary.get(name) for name in EOS_NAMES]
       special = SpecialTokens(eos=tuple(i for i in known if i is not None)[:1])
+    if problems := list(special.problems(self.vocab_size)):
+      raise ValueError('special tokens: ' + '; '.join(problems))
     self.special = special
+    self.num_tokens = self.vocab_size
     self.vocab_size = max(self.vocab_size, special.vocab_size)
     self.eos_id = special.eos[0] if special.eos else None
     self.bos_id = special.bos
@@ -84,18 +100,22 @@ class Json(Tokenizer, kind='json'):
     Raises:
       ValueError: There is no `tokenizer.json`, or a file is damaged.
     """
-    path = folder / 'tokenizer.json'
-    if not path.is_file():
-      others = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+    path = plain(folder, 'tokenizer.json')
+    if path is None:
+      others = [name for name in SENTENCEPIECE if plain(folder, name)]
       only = f', only {others[0]}' if others else ''
       raise ValueError(
         f'{folder} has no tokenizer.json{only}. Make one where transformers '
         'and sentencepiece are installed: AutoTokenizer.from_pretrained('
         f'{str(folder)!r}).save_pretrained({str(folder)!r})'
       )
-    text = path.read_text(encoding='utf-8')
-    vocabulary = _model(text).get_vocab(with_added_tokens=True)
-    return cls(text, from_folder(folder, vocabulary))
+    try:
+      text = read_text(path)
+      return cls(text, from_folder(folder, vocabulary_of(read_model(text))))
+    except ValueError as error:
+      if str(folder) in str(error):
+        raise
+      raise ValueError(f'{folder}: {error}') from None
 
   @property
   def start_id(self) -> int | None:
@@ -109,8 +129,8 @@ class Json(Tokenizer, kind='json'):
 
   def encode(self, text: str) -> np.ndarray:
     """The model's ids, int32 [N], without special tokens."""
-    ids = self._model.encode(text, add_special_tokens=False).ids
-    return np.asarray(ids, np.int32)
+    encoding = encoded(self._model, text, add_special_tokens=False)
+    return np.asarray(encoding.ids, np.int32)
 
   def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
     """The ids of a prompt, int32 [N], as in `transformers`.
@@ -127,7 +147,7 @@ class Json(Tokenizer, kind='json'):
       ValueError: The language is no token, or the post-processor adds no
         language code.
     """
-    encoding = self._prompts.encode(text)
+    encoding = encoded(self._prompts, text)
     ids = np.asarray(encoding.ids, np.int32)
     if not language:
       return ids
@@ -160,8 +180,8 @@ class Json(Tokenizer, kind='json'):
       names=self.special.names,
       **variables,
     )
-    ids = self._prompts.encode(text, add_special_tokens=False).ids
-    return np.asarray(ids, np.int32)
+    encoding = encoded(self._prompts, text, add_special_tokens=False)
+    return np.asarray(encoding.ids, np.int32)
 
   def token_id(self, token: str) -> int:
     """The id of a token by its name in the vocabulary: 'fra_Latn'.
@@ -244,17 +264,10 @@ class JsonOptions(TokenizerOptions):
       return Json.from_folder(path)
     if not path.is_file():
       raise ValueError(f'tokenizer json: no file {path} in {os.getcwd()}')
-    return Json(path.read_text(encoding='utf-8'))
-
-
-def _model(text: str) -> tokenizers.Tokenizer:
-  try:
-    model = tokenizers.Tokenizer.from_str(text)
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f'not a tokenizers JSON file: {error}') from error
-  model.no_truncation()
-  model.no_padding()
-  return model
+    try:
+      return Json(read_text(path))
+    except ValueError as error:
+      raise ValueError(f'tokenizer json: {path}: {error}') from None
 
 
 def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:

@@ -5,14 +5,17 @@ Not here: the tokenizer itself (`json_tokenizer.py`).
 """
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from moe_jax.data.plain_files import plain, read_json, read_text
 
 # Files of tokenizers that have to be converted before they can be read.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
 _NAMES = ('bos', 'eos', 'pad', 'unk')
+# Roles of a single id, in our fields; files have '_token_id' after them.
+_ROLES = ('bos', 'pad', 'start', 'forced_bos')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,27 @@ class SpecialTokens:
   names: Mapping[str, str] = dataclasses.field(default_factory=dict)
   chat_template: str = ''
 
+  def problems(self, num_tokens: int) -> Iterator[str]:
+    """A text for each field that has no possible value.
+
+    Args:
+      num_tokens: The number of ids of the tokenizer; a model may have more.
+    """
+    if not _is_count(self.vocab_size):
+      yield f'vocab_size={self.vocab_size!r} is no number of tokens'
+      return
+    size = max(num_tokens, self.vocab_size)
+    ids = {f'{role}_token_id': getattr(self, role) for role in _ROLES}
+    ids = {name: [i] for name, i in ids.items() if i is not None}
+    for name, values in {**ids, 'eos_token_id': self.eos}.items():
+      for i in values:
+        if not _is_count(i) or i >= size:
+          yield f'{name}={i!r} is no token id: an integer in [0, {size})'
+    for name in ('chat_template', *self.names):
+      value = self.names.get(name, self.chat_template)
+      if not isinstance(value, str):
+        yield f'{name} is {value!r:.80}, not a text'
+
   def to_json(self) -> dict[str, Any]:
     """The fields as JSON, for `from_json`."""
     return dataclasses.asdict(self)
@@ -66,7 +90,7 @@ def from_folder(
     vocabulary: Ids by token.
 
   Raises:
-    ValueError: A file is no JSON object.
+    ValueError: A file is no plain file or no JSON object.
   """
   ours = read_json(folder / 'tokenizer_config.json')
   older = read_json(folder / 'special_tokens_map.json')
@@ -81,7 +105,10 @@ def from_folder(
 
   def one(role):
     given = ids.get(f'{role}_token_id')
-    return vocabulary.get(names.get(role, '')) if given is None else given
+    if given is not None:
+      return given
+    name = names.get(role)
+    return vocabulary.get(name) if isinstance(name, str) else None
 
   eos = one('eos')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -97,37 +124,27 @@ def from_folder(
   )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; an empty dict if there is no file.
-
-  Raises:
-    ValueError: The file is not JSON, or not an object.
-  """
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from None
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
-  return value
-
-
 def _set(values: dict[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in values.items() if value is not None}
 
 
-def _content(token: Any) -> str:
+def _is_count(value: Any) -> bool:
+  return type(value) is int and value >= 0
+
+
+def _content(token: Any) -> Any:
   """A token's text, which files have as a string or within an object."""
   return token.get('content', '') if isinstance(token, dict) else token or ''
 
 
-def _chat_template(folder: pathlib.Path, given: Any) -> str:
+def _chat_template(folder: pathlib.Path, given: Any) -> Any:
   """The template in its own file, or else in `tokenizer_config.json`."""
-  path = folder / 'chat_template.jinja'
-  if path.is_file():
-    return path.read_text(encoding='utf-8')
+  path = plain(folder, 'chat_template.jinja')
+  if path is not None:
+    return read_text(path)
   if isinstance(given, list):  # several templates, each with a name
-    return {t['name']: t['template'] for t in given}.get('default', '')
+    named = [t for t in given if isinstance(t, dict)]
+    return {str(t.get('name')): t.get('template') for t in named}.get(
+      'default', ''
+    )
   return given or ''

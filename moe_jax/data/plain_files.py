@@ -1,0 +1,190 @@
+"""Reading of files that others wrote, such as those of a downloaded model.
+
+Nothing is read outside a folder, from a pipe or a device, or without a bound.
+Not here: what the files mean.
+"""
+
+import fnmatch
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+# Larger than any config, index or tokenizer in use; JSON of this size takes
+# about ten times as much memory.
+MOST_BYTES = 2**28
+_SHOWN = 200  # characters of another library's message
+_KINDS = {
+  stat.S_IFDIR: 'a folder',
+  stat.S_IFIFO: 'a pipe',
+  stat.S_IFCHR: 'a device',
+  stat.S_IFBLK: 'a device',
+  stat.S_IFSOCK: 'a socket',
+}
+
+
+def is_name(name: Any) -> bool:
+  """Whether a value can only name a file that lies directly in a folder."""
+  return (
+    isinstance(name, str)
+    and name not in ('', '.', '..')
+    and name.isprintable()
+    and not set(name) & {'/', '\\', ':'}
+  )
+
+
+def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+  """The path of a plain file in a folder; None if there is no such name.
+
+  A link is refused, as in a download it may lead to any file of this machine.
+  Only in the cache of the Hugging Face hub, `models--*/snapshots/*`, links may
+  lead to files of the same repository.
+
+  Raises:
+    ValueError: The name leads out of the folder, or it is a link, a pipe or
+      anything else that is no plain file.
+  """
+  if not is_name(name):
+    raise ValueError(f'{name!r} is no name of a file in {folder}')
+  path = folder / name
+  try:
+    mode = path.lstat().st_mode
+  except FileNotFoundError:
+    return None
+  if stat.S_ISLNK(mode):
+    _check_link(path)
+    mode = path.stat().st_mode
+  if not stat.S_ISREG(mode):
+    kind = _KINDS.get(stat.S_IFMT(mode), 'something else')
+    raise ValueError(f'{path} is {kind}, not a plain file')
+  return path
+
+
+def matching(
+  folder: pathlib.Path, patterns: Sequence[str]
+) -> Iterator[pathlib.Path]:
+  """The plain files in a folder whose names match a pattern, in order.
+
+  Raises:
+    ValueError: Something else than a plain file or a folder has such a name.
+  """
+  for path in sorted(folder.iterdir()):
+    wanted = any(fnmatch.fnmatchcase(path.name, each) for each in patterns)
+    if wanted and (path.is_symlink() or not path.is_dir()):
+      yield plain(folder, path.name)
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a plain file to a new path.
+
+  Raises:
+    FileExistsError: Something is there already.
+  """
+  with open(source, 'rb') as read, open(target, 'xb') as written:
+    while part := read.read(2**20):
+      written.write(part)
+
+
+def read_text(path: pathlib.Path) -> str:
+  """The text of a UTF-8 file.
+
+  Raises:
+    ValueError: The file is not UTF-8, or has more than `MOST_BYTES` bytes.
+  """
+  size = path.stat().st_size
+  if size > MOST_BYTES:
+    raise ValueError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
+  try:
+    return path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8: {error}') from None
+
+
+def parse_json(text: str, where: str | os.PathLike[str]) -> Any:
+  """The value of a JSON text.
+
+  Args:
+    text: The text.
+    where: What holds the text, for messages.
+
+  Raises:
+    ValueError: The text is no JSON, has NaN or infinities, or is nested too
+      deeply.
+  """
+
+  def refuse(name: str) -> NoReturn:
+    raise ValueError(f'it has the value {name}')
+
+  try:
+    return json.loads(text, parse_constant=refuse)
+  except RecursionError:
+    raise ValueError(f'{where} is no JSON: it is nested too deeply') from None
+  except ValueError as error:
+    raise ValueError(f'{where} is no JSON: {first_line(error)}') from None
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a folder's JSON file; an empty dict if there is no file.
+
+  Raises:
+    ValueError: The file is not plain (see `plain`), is not JSON, or holds no
+      object.
+  """
+  if plain(path.parent, path.name) is None:
+    return {}
+  value = parse_json(read_text(path), path)
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
+  return value
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a numpy `.npz` file; objects are never unpickled.
+
+  Raises:
+    ValueError: The file is missing, damaged or no npz file, or an array holds
+      objects.
+  """
+  if not path.is_file():
+    raise ValueError(f'{path} is no npz file of arrays: it is no file')
+  name = ''
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {}
+      for name in file.files:
+        arrays[name] = file[name]
+      return arrays
+  except Exception as error:  # of zip, zlib or numpy, whatever they raise
+    what = f'its array {name!r}' if name else 'it'
+    if 'pickle' in str(error):  # numpy's own text advises to unpickle it
+      reason = f'{what} holds objects, or no array; objects are never unpickled'
+    elif isinstance(error, AttributeError | TypeError):  # of one bare array
+      reason = 'it holds a single array; numpy.savez writes several by name'
+    else:
+      reason = f'{what} is damaged: {type(error).__name__}: {first_line(error)}'
+    raise ValueError(f'{path} is no npz file of arrays: {reason}') from None
+
+
+def first_line(error: BaseException) -> str:
+  """The begin of the first line of another library's message."""
+  return str(error).strip().split('\n', 1)[0][:_SHOWN]
+
+
+def _check_link(path: pathlib.Path) -> None:
+  folder = path.parent.resolve()
+  repository = folder.parents[1] if len(folder.parts) > 2 else folder
+  in_hub = folder.parent.name == 'snapshots'
+  in_hub &= repository.name.startswith('models--')
+  target = pathlib.Path(os.path.realpath(path))
+  if not in_hub or not target.is_relative_to(repository):
+    raise ValueError(
+      f'{path} is a link to {os.readlink(path)!r}, which is not followed: in '
+      "the folder of a model only plain files and the links of the hub's cache "
+      'are read; put the file itself there'
+    )
+  if not target.exists():
+    raise ValueError(f'{path} is a link to {os.readlink(path)!r}, now gone')

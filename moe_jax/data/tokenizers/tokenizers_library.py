@@ -1,0 +1,65 @@
+"""Calls of the `tokenizers` library, with its errors as ours.
+
+The library raises bare Exceptions, and panics of Rust, which are none.
+"""
+
+import tokenizers
+
+from moe_jax.data.plain_files import first_line
+
+_LARGEST_ID = 2**31 - 1
+
+
+def read_model(text: str) -> tokenizers.Tokenizer:
+  """The model of a `tokenizer.json`, which neither truncates nor pads.
+
+  Raises:
+    ValueError: The text is no such file.
+  """
+  try:
+    model = tokenizers.Tokenizer.from_str(text)
+    model.no_truncation()
+    model.no_padding()
+  except BaseException as error:
+    raise _of_library('not a tokenizers JSON file', error) from None
+  return model
+
+
+def vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
+  """The ids of a model's tokens, by token.
+
+  Raises:
+    ValueError: There is no token, or an id is no int32.
+  """
+  vocabulary = model.get_vocab(with_added_tokens=True)
+  if not vocabulary:
+    raise ValueError('the tokenizer has no tokens')
+  if max(vocabulary.values()) > _LARGEST_ID:
+    largest = max(vocabulary, key=vocabulary.get)
+    raise ValueError(
+      f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
+      f'largest int32, {_LARGEST_ID}'
+    )
+  return vocabulary
+
+
+def encoded(
+  model: tokenizers.Tokenizer, text: str, **how: bool
+) -> tokenizers.Encoding:
+  """The encoding of a text.
+
+  Raises:
+    ValueError: The model cannot encode it.
+  """
+  try:
+    return model.encode(text, **how)
+  except BaseException as error:
+    what = f'the tokenizer cannot encode {text!r:.80}'
+    raise _of_library(what, error) from None
+
+
+def _of_library(what: str, error: BaseException) -> BaseException:
+  """The library's bare Exceptions and panics of Rust as a ValueError."""
+  if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
+    return ValueError(f'{what}: {first_line(error)}')
+  return error  # Ctrl-C
