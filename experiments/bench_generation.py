@@ -80,13 +80,13 @@ def their_cases(
   def run(experts):
     model.set_experts_implementation(experts)
     with torch.inference_mode():
-      made = model.generate(
+      sequences = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=num_tokens,
         do_sample=False,
       )
-    return made[:, ids.shape[1] :].numpy()
+    return sequences[:, ids.shape[1] :].numpy()
 
   cases = {}
   for experts in EXPERTS:
@@ -137,17 +137,17 @@ def measure(
   times = timing.interleave(cases, seconds=seconds)
   fastest = min(peers, key=lambda name: np.median(times[name]))
   rows = []
-  for name, found in times.items():
-    spread = timing.Spread.of(found)
-    to_default = timing.ratio(times[default], found)
-    to_fastest = timing.ratio(times[fastest], found)
+  for name, durations in times.items():
+    duration = timing.Spread.of(durations)
+    to_default = timing.ratio(times[default], durations)
+    to_fastest = timing.ratio(times[fastest], durations)
     rows.append(
       {
         'case': name,
         'batch': batch_size,
-        'rounds': len(found),
-        'ms': 1e3 * spread.median,
-        'tokens_per_second': batch_size * num_tokens / spread.median,
+        'rounds': len(durations),
+        'ms': 1e3 * duration.median,
+        'tokens_per_second': batch_size * num_tokens / duration.median,
         'per_default': to_default.median,
         'per_default_low': to_default.low,
         'per_default_high': to_default.high,
@@ -184,14 +184,15 @@ def report(
       low, high = row[f'{name}_low'], row[f'{name}_high']
       line[f'speed / {title}'] = f'{row[name]:.2f} ({low:.2f}-{high:.2f})'
     lines.append(line | {'same tokens': f'{row["same_tokens"]:.1%}'})
-  told = ', '.join(f'{name}={value}' for name, value in sizes.items())
+  sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
   return (
     '# Greedy generation from one Mixtral checkpoint\n\n'
-    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. {told}; '
-    f'float32; prompts of {prompt_len} tokens, {num_tokens} new ones. Whole '
-    'calls, after compilation, interleaved: medians, and medians of ratios '
-    f'within a round (quartiles in brackets). {THEIRS} is named with what runs '
-    'its experts. Same tokens: of those that its default makes.\n\n'
+    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. '
+    f'{sizes_text}; float32; prompts of {prompt_len} tokens, {num_tokens} new '
+    'ones. Whole calls, after compilation, interleaved: medians, and medians '
+    'of ratios within a round (quartiles in brackets). '
+    f'{THEIRS} is named with what runs its experts. '
+    'Same tokens: of those that its default makes.\n\n'
     f'{markdown_table(lines)}'
   )
 

@@ -112,11 +112,11 @@ def measure_all(preset: Preset, peaks: Peaks) -> list[dict[str, Any]]:
         setting = {
           'E': E, 'K': K, 'routing': routing, 'pass': PASSES[backward],
         }  # fmt: skip
-        found = measure_setting(
+        setting_rows = measure_setting(
           layer, compilations, setting, peaks, preset.seconds
         )
-        rows += found
-        _progress(found)
+        rows += setting_rows
+        _progress(setting_rows)
   return rows
 
 
@@ -176,15 +176,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
   """The preset with the values that the command line gives in their place."""
-  given = {k: v for k, v in vars(options).items() if v is not None}
-  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-  if 'tokens' in given:
-    given['num_tokens'] = given.pop('tokens')
+  overrides = {k: v for k, v in vars(options).items() if v is not None}
+  overrides = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
+  }
+  if 'tokens' in overrides:
+    overrides['num_tokens'] = overrides.pop('tokens')
 
   def replace(old):
     names = {field.name for field in dataclasses.fields(old)}
     return dataclasses.replace(
-      old, **{k: v for k, v in given.items() if k in names}
+      old, **{k: v for k, v in overrides.items() if k in names}
     )
 
   return dataclasses.replace(replace(preset), sizes=replace(preset.sizes))

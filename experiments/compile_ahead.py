@@ -15,7 +15,6 @@ differ from those of an accelerator.
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import re
@@ -27,11 +26,11 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 from rich.console import Console
-from rich.table import Table
 
+from experiments.benchmarks.compile_ahead_tables import Report, table, verdicts
 from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.analysis import cost, devices, periods, sharded
+from moe_jax.analysis import cost, periods, sharded
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -39,21 +38,6 @@ from moe_jax.training.run_options import RunOptions
 
 class DoesNotFit(Exception):
   """The compiler found that the program needs more memory than there is."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """Memory, communication and cost of a compiled step.
-
-  Attributes:
-    step: Memory and communication of the compiled step.
-    seconds: Time of tracing, lowering and compiling.
-    host_bytes: Peak host memory of this process so far.
-  """
-
-  step: sharded.Sharded
-  seconds: float
-  host_bytes: int
 
 
 def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -88,23 +72,23 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
-  more = {'num_slices': slices} if slices > 1 else {}
+  slice_options = {'num_slices': slices} if slices > 1 else {}
   try:
     return topologies.get_topology_desc(
-      platform='tpu', topology_name=topology, **more
+      platform='tpu', topology_name=topology, **slice_options
     ).devices
   except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
     raise ValueError(f'--topology={topology}: {e}') from None
 
 
-def mesh_of(options: RunOptions, found: list[jax.Device]) -> Mesh:
+def mesh_of(options: RunOptions, devices: list[jax.Device]) -> Mesh:
   """The mesh of a run over the devices; checks that its batch can be split.
 
   Raises:
     ValueError: The mesh does not fit the devices, or the batch does not split.
   """
   try:
-    mesh = options.mesh.make(found)
+    mesh = options.mesh.make(devices)
   except NotImplementedError as error:  # the TPU's torus cannot be split so
     raise ValueError(f'mesh={options.mesh}: {error}') from None
   options.check_mesh(mesh)
@@ -141,8 +125,8 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
   step, programs = compile_step(options, mesh)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  found = sharded.read(step, programs.abstract_state, mesh)
-  return Report(found, seconds, peak)
+  step_costs = sharded.read(step, programs.abstract_state, mesh)
+  return Report(step_costs, seconds, peak)
 
 
 def counted_flops(options: RunOptions, mesh: Mesh) -> str:
@@ -166,73 +150,6 @@ def formula_flops(options: RunOptions, num_devices: int) -> float:
   return 3 * price.example_flops * options.batch_size / num_devices
 
 
-def table(found: Report, formula: float) -> Table:
-  """Table of the step's numbers on one device, a row for each."""
-  step = found.step
-  rows = [
-    ('parameters', cost.in_bytes(step.param_bytes)),
-    ('optimizer state', cost.in_bytes(step.optimizer_bytes)),
-    ('arguments (state and batch)', cost.in_bytes(step.argument_bytes)),
-    ('results', cost.in_bytes(step.output_bytes)),
-    ('of them in the place of arguments', cost.in_bytes(step.alias_bytes)),
-    ('temporaries', cost.in_bytes(step.temp_bytes)),
-    ('program', cost.in_bytes(step.code_bytes)),
-    ('needed in all', cost.in_bytes(step.needed_bytes)),
-    ('FLOPs by formula, nothing twice', f'{formula:.3g}'),
-  ]
-  for kind, traffic in sorted(step.collectives.by_kind.items()):
-    sent = f'{traffic.count}, {cost.in_bytes(traffic.num_bytes)}'
-    rows.append((f'{kind}: count, bytes sent', sent))
-  result = Table(title='a step, by device', caption=_caption(found))
-  result.add_column('what')
-  result.add_column('', justify='right')
-  for row in rows:
-    result.add_row(*row)
-  return result
-
-
-def _caption(found: Report) -> str:
-  loops = found.step.collectives.unknown_loops
-  text = (
-    f'Compiled in {found.seconds:.0f} s; at most '
-    f'{cost.in_bytes(found.host_bytes)} of host memory.'
-  )
-  if loops:
-    text += (
-      f' {loops} loops are as long as the data asks: what is in them counts '
-      'once, in collectives and in what XLA counts.'
-    )
-  return text
-
-
-def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
-  """Lines that say whether the step fits, and the answer of each.
-
-  Args:
-    topology: Topology that the step was compiled for.
-    device: Name of the device whose memory is compared; '' takes the
-      topology's device, or where that is a CPU every known device.
-    needed: Bytes that the step needs on a device.
-
-  Raises:
-    ValueError: The device is unknown.
-  """
-  kind = topology.partition(':')[0]
-  names = [device] if device else [kind] if kind in devices.NAMES else []
-  if not names:
-    names = [name for name in devices.NAMES if name != devices.HERE]
-  lines = {}
-  for name in names:
-    found = devices.get(name)
-    fits = needed <= found.num_bytes
-    lines[
-      f'{"fits" if fits else "DOES NOT FIT"} {found.name}: '
-      f'{cost.in_bytes(needed)} of {cost.in_bytes(found.num_bytes)} '
-      f'({needed / max(found.num_bytes, 1):.0%})'
-    ] = fits
-  return lines
-
-
 def run(
   options: RunConfig,
   topology: str,
@@ -250,10 +167,10 @@ def run(
     flops: Whether XLA's count of FLOPs is printed too.
   """
   options = cost.with_own_vocabulary(options)
-  found = described_devices(topology, slices)
-  mesh = mesh_of(options, found)
+  devices = described_devices(topology, slices)
+  mesh = mesh_of(options, devices)
   sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())
-  print(f'{mesh.size} x {found[0].device_kind}: {sizes}', flush=True)
+  print(f'{mesh.size} x {devices[0].device_kind}: {sizes}', flush=True)
   formula = formula_flops(options, mesh.size)
   try:
     compiled = report(options, mesh)

@@ -87,10 +87,10 @@ def rows(results: Results, times) -> list[Row]:
     rows.append(Row(f'trained in {trained}; no drops', values))
     for order, priority in ORDERS.items():
       for factor in FACTORS:
-        where = f'eval/{_name(priority, factor)}'
+        prefix = f'eval/{_name(priority, factor)}'
         values = {
-          'loss': [run[f'{where}/loss'] for run in runs],
-          'dropped': [100 * run[f'{where}/drop_rate'] for run in runs],
+          'loss': [run[f'{prefix}/loss'] for run in runs],
+          'dropped': [100 * run[f'{prefix}/drop_rate'] for run in runs],
         }
         line = f'trained in {trained}; {order}'
         name = row_name(trained, order, factor)

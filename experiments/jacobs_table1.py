@@ -112,10 +112,10 @@ def pictures(runs: Results, folder: pathlib.Path) -> None:
   problem = sections.read(Descent, config).problem()
   if problem.train.features.shape[-1] != 2:
     return
-  drawn = lives(folder, runs)
-  figure = jacobs_figures.boundaries(problem, drawn)
+  drawn_lives = lives(folder, runs)
+  figure = jacobs_figures.boundaries(problem, drawn_lives)
   figure.savefig(folder / 'boundaries.png', dpi=110)
-  moving = jacobs_figures.animation(problem, drawn)
+  moving = jacobs_figures.animation(problem, drawn_lives)
   moving.save(folder / 'boundaries.gif', writer='pillow', dpi=70)
 
 

@@ -19,139 +19,20 @@ Not here: what a study concludes (`study/study.py`).
 
 import argparse
 import functools
-import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from experiments.study import processes as processes_lib
 from experiments.study import scheduler
+from experiments.study.item_commands import check, is_finished, make_command
 from experiments.study.items import read_items, swept
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
-from moe_jax import command_line, config_flag
-from moe_jax.run_config import RunConfig
-from moe_jax.runs import retention
-from moe_jax.runs import workdir as workdir_lib
+from moe_jax import command_line
 
-FINISHED = 'launched.json'
-LOG = 'launch.log'
 _OURS = 'moe_jax: '
 _LONGEST = 200
-
-
-def check(items: Sequence[Item]) -> None:
-  """Reads every config before anything starts.
-
-  Raises:
-    ValueError: A config does not exist or is wrong, or two items share a
-      workdir or a folder of checkpoints.
-  """
-  folders = [pathlib.Path(item.workdir) for item in items]
-  _check_own('workdir', folders)
-  _check_own(
-    'checkpoint.directory',
-    [_checkpoints(item, _options(item)) for item in items],
-  )
-
-
-def _options(item: Item) -> RunConfig:
-  return config_flag.options_of(item.config, item.flags())[0]
-
-
-def _checkpoints(item: Item, options: RunConfig) -> os.PathLike[str]:
-  return workdir_lib.checkpoints_of(
-    pathlib.Path(item.workdir), options.checkpoint.directory
-  )
-
-
-def _check_own(what: str, folders: Sequence[os.PathLike[str]]) -> None:
-  names = list(map(os.fspath, folders))
-  names = [n if '://' in n else os.path.realpath(n) for n in names]
-  for name in names:
-    if names.count(name) > 1:
-      raise ValueError(f'two items have the {what} {name}')
-
-
-def is_finished(item: Item) -> bool:
-  """Whether the item's workdir has this very run, finished.
-
-  A run that has trained but not yet drawn its plots is not finished.
-  """
-  path = pathlib.Path(item.workdir) / FINISHED
-  return path.exists() and json.loads(path.read_text()) == _described(item)
-
-
-def note_finished(item: Item) -> bool:
-  """Records that the item's run has finished, if it is at its last step.
-
-  Call this after all of the run's processes have ended with status 0.
-
-  Returns:
-    Whether the run has finished.
-  """
-  folder, options = pathlib.Path(item.workdir), _options(item)
-  # A `Checkpointer` would open the devices, which the items' processes need.
-  kept = retention.Directory(_checkpoints(item, options), 1, False, '')
-  if options.total_steps not in kept.steps():
-    return False
-  text = json.dumps(_described(item), indent=2)
-  workdir_lib.write_text(folder / FINISHED, text + '\n')
-  return True
-
-
-def _described(item: Item) -> dict[str, Any]:
-  return json.loads(
-    json.dumps({'config': item.config, 'overrides': dict(item.overrides)})
-  )
-
-
-def make_command(
-  item: Item, processes: int = 1, devices_per_process: int = 0
-) -> Command:
-  """The commands of an item's processes, and what belongs to them.
-
-  Args:
-    item: The run.
-    processes: Number of processes that run it together, connected over a port
-      of this machine.
-    devices_per_process: Number of fake CPU devices of each process; 0 uses the
-      real devices.
-  """
-  folder = pathlib.Path(item.workdir)
-  command = [
-    sys.executable,
-    '-m',
-    'moe_jax.main',
-    f'--config={item.config}',
-    f'--workdir={item.workdir}',
-    *item.flags(),
-  ]
-
-  def commands():
-    if processes == 1:
-      return [command]
-    address = f'127.0.0.1:{processes_lib.free_port()}'
-    together = [f'--coordinator={address}', f'--num_processes={processes}']
-    return [
-      [*command, *together, f'--process_id={i}'] for i in range(processes)
-    ]
-
-  env = {}
-  if devices_per_process:
-    env = {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(devices_per_process),
-    }
-  return Command(
-    name=str(folder),
-    commands=commands,
-    logs=[folder / (f'launch.{i}.log' if i else LOG) for i in range(processes)],
-    complete=functools.partial(note_finished, item),
-    env=env,
-  )
 
 
 def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
@@ -161,10 +42,10 @@ def summary(commands: Sequence[Command], outcomes: Mapping[str, str]) -> str:
     lines.append(f'{outcomes[command.name]:12}{command.name}')
     if outcomes[command.name] == scheduler.FAILED:
       ends = {log: _end_of(log) for log in command.logs}
-      said = [log for log, end in ends.items() if end.startswith(_OURS)]
+      own_logs = [log for log, end in ends.items() if end.startswith(_OURS)]
       # When one process is lost, the others' logs end with errors that only
       # say so: prefer the logs that end with a message of this package.
-      for log in said or ends:
+      for log in own_logs or ends:
         lines.append(f'            {log}: {ends[log]}')
   return '\n'.join(lines)
 
@@ -193,9 +74,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument('--config', help='config of every item: configs/name.py')
-  what.add_argument('--items', help='Python file with get_items()')
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--config', help='config of every item: configs/name.py')
+  source.add_argument('--items', help='Python file with get_items()')
   add(
     '--sweep',
     type=_pair,
@@ -289,7 +170,7 @@ def items_of(
 def run(
   items: Sequence[Item],
   commands: Sequence[Command],
-  places: Sequence[processes_lib.Environment],
+  environments: Sequence[processes_lib.Environment],
   grace_seconds: float,
 ) -> dict[str, str]:
   """Runs the items that are not finished.
@@ -297,7 +178,7 @@ def run(
   Args:
     items: All items.
     commands: The command of each item.
-    places: Environment variables of each slot in which an item can run.
+    environments: Environment variables of each place in which an item can run.
     grace_seconds: Seconds from asking an item to stop to killing it.
 
   Returns:
@@ -313,7 +194,7 @@ def run(
       tasks[command.name] = command.begin
   return outcomes | scheduler.run_all(
     tasks,
-    places,
+    environments,
     grace_seconds=grace_seconds,
     message=say,
     begins=lambda name: say(f'{name}: starts'),
@@ -327,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     items = items_of(options, overrides)
     check(items)
-    places = processes_lib.places(
+    environments = processes_lib.places(
       options.workers, options.accelerator, options.devices
     )
   except (OSError, ValueError) as error:
@@ -336,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_command(item, options.processes, options.devices_per_process)
     for item in items
   ]
-  outcomes = run(items, commands, places, options.grace_seconds)
+  outcomes = run(items, commands, environments, options.grace_seconds)
   print(summary(commands, outcomes))
   if scheduler.FAILED in outcomes.values():
     return 1

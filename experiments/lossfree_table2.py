@@ -92,7 +92,8 @@ def claim(text: str, compared: str, cell: str) -> Claim:
     cell: Name of the column of the paper's table.
   """
   rows = [
-    f'lossfree2024/table2/1B loss-{how}' for how in ('free', 'controlled')
+    f'lossfree2024/table2/1B loss-{balance}'
+    for balance in ('free', 'controlled')
   ]
   note = 'u is larger here, as runs are shorter.'
   return Claim(text, compared, [f'{row}/{cell}' for row in rows], note)

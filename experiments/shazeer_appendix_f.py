@@ -82,9 +82,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   See `compare` for the numbers.
   """
   rows, B = run.dataset.splits['validation'], run.options.batch_size
-  taken = rows.take(np.array(spread(len(rows), 2 * B)))
+  examples = rows.take(np.array(spread(len(rows), 2 * B)))
   batch, others = (
-    {key: jnp.asarray(value[part]) for key, value in taken.items()}
+    {key: jnp.asarray(value[part]) for key, value in examples.items()}
     for part in (slice(None, B), slice(B, None))
   )
   half = batch['tokens'].shape[1] // 2
@@ -120,14 +120,14 @@ def compare(
 
   @functools.partial(jax.jit, static_argnames='train')
   def apply(variables, batch, train):
-    (logits, _), kept = model.apply(
+    (logits, _), collections = model.apply(
       variables,
       **model.inputs(batch),
       train=train,
       rngs={name: jax.random.key(7) for name in ('router', 'dropout')},
       mutable=['intermediates'],
     )
-    return logits, chosen(kept)
+    return logits, chosen(collections)
 
   real = (batch['segment_ids'] > 0).reshape(-1)
   (as_trained, trained), (as_inferred, inferred) = (
@@ -171,11 +171,11 @@ def _loss(logits, batch: Batch, until: int | None = None) -> jax.Array:
   return (nats * weights).sum() / weights.sum()
 
 
-def chosen(kept) -> jax.Array:
+def chosen(collections) -> jax.Array:
   """Choices of the model's only router, bool [N, E], from intermediates."""
   (router,) = (
     value['moe']['router']
-    for value in kept['intermediates'].values()
+    for value in collections['intermediates'].values()
     if 'moe' in value
   )
   if 'slots' not in router:
@@ -183,11 +183,11 @@ def chosen(kept) -> jax.Array:
     return jax.nn.one_hot(index.reshape(-1, K), E).sum(1) > 0
   (slots,) = router['slots']
   G, S = len(slots.token_index), slots.group_size
-  taken = jnp.zeros((G, S, E), bool)
+  mask = jnp.zeros((G, S, E), bool)
   groups = jnp.arange(G)[:, None, None]
   experts = jnp.arange(E)[None, :, None]
-  taken = taken.at[groups, slots.token_index, experts].set(True, mode='drop')
-  return taken.reshape(-1, E)
+  mask = mask.at[groups, slots.token_index, experts].set(True, mode='drop')
+  return mask.reshape(-1, E)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -9,19 +9,14 @@ get SIGKILL or SIGTERM, and the newest checkpoint is altered, cut short or left
 without its manifest. On the same mesh the final parameters must equal the
 undisturbed run's bit for bit. After a change of mesh every array must equal the
 checkpoint's, the batches must be the next ones, and the first step's loss and
-gradient must be those of one device. The program of the disturbed processes is
-`soaking/soak_run.py`.
+gradient must be those of one device. The program of the processes is
+`soaking/soak_run.py`, and what disturbs them is `soaking/soak_disturbances.py`.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +26,7 @@ import jax
 import numpy as np
 
 from experiments.soaking import soak_run
+from experiments.soaking.soak_disturbances import Processes, corrupt, disturb
 from experiments.soaking.soak_evidence import (
   Tally,
   check,
@@ -39,7 +35,6 @@ from experiments.soaking.soak_evidence import (
   of_attempt,
   outcome,
 )
-from experiments.study.processes import free_port
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
@@ -55,74 +50,7 @@ MESHES = (
   (2, dict(data=2, fsdp=1, expert=1, tensor=1)),
   (4, dict(data=2, fsdp=1, expert=2, tensor=1)),
 )
-DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
-HANG_SECONDS = 90.0
 MOST_STEPS = 2000
-
-
-class Processes:
-  """The processes of one run."""
-
-  def __init__(self, workdir: pathlib.Path, spec: dict[str, Any], count: int):
-    """Starts the processes; each has an equal share of the mesh's devices.
-
-    Args:
-      workdir: Folder of the run.
-      spec: Arguments of `soak_run.py`, written as JSON.
-      count: Number of processes.
-    """
-    devices = int(np.prod(list(spec['mesh'].values()))) // count
-    env = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(devices),
-    }
-    where = [f'127.0.0.1:{free_port()}', str(count)]
-    workdir.mkdir(parents=True, exist_ok=True)
-    command = [
-      sys.executable,
-      '-m',
-      'experiments.soaking.soak_run',
-      str(workdir),
-    ]
-    self.all = []
-    for i in range(count):
-      with (workdir / f'log_{i}.txt').open('ab') as log:
-        process = subprocess.Popen(
-          [
-            *command,
-            json.dumps(spec),
-            *([*where, str(i)] if count > 1 else []),
-          ],
-          env=env,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-        )
-      self.all.append(process)
-
-  def left(self) -> list[subprocess.Popen]:
-    """The processes that have not ended."""
-    return [process for process in self.all if process.poll() is None]
-
-  def send(self, number: int, some: Sequence[subprocess.Popen]) -> None:
-    """Sends a signal to those of `some` that have not ended."""
-    for process in some:
-      if process.poll() is None:
-        process.send_signal(number)
-
-  def wait(self, seconds: float) -> bool:
-    """Waits for all processes; kills those that have not ended in time.
-
-    Returns:
-      Whether all ended in time.
-    """
-    deadline = time.monotonic() + seconds
-    while self.left() and time.monotonic() < deadline:
-      time.sleep(0.05)
-    in_time = not self.left()
-    self.send(signal.SIGKILL, self.left())
-    for process in self.all:
-      process.wait()
-    return in_time
 
 
 def undisturbed(workdir: pathlib.Path, seed: int, total_steps: int) -> dict:
@@ -151,11 +79,13 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
   with run.checkpoints:
     state = begin(run)
   number = int(state.step) + 1
-  found = {'begin': number, 'arrays': soak_run.digests(state)}
+  checkpoint = {'begin': number, 'arrays': soak_run.digests(state)}
   if spec['gradients'] and number <= spec['total_steps']:
     batch = next(run.batches(number - 1))
-    found['first'] = soak_run.named(soak_run.first_gradient(run, state, batch))
-  return found
+    checkpoint['first'] = soak_run.named(
+      soak_run.first_gradient(run, state, batch)
+    )
+  return checkpoint
 
 
 def disturbed(
@@ -202,46 +132,6 @@ def disturbed(
       corrupt(workdir / CHECKPOINTS, tally, draw)
 
 
-def disturb(processes, workdir, attempt, tally, draw) -> None:
-  """Sends a random signal to one or all processes at a random moment."""
-  starting = draw.random() < 0.15
-  while processes.left() and not starting:
-    if any('step' in line for line in of_attempt(workdir, attempt)):
-      break
-    time.sleep(0.1)
-  moment = time.monotonic() + draw.uniform(0, 6)
-  while processes.left() and time.monotonic() < moment:
-    time.sleep(0.02)
-  if not processes.left():
-    return  # the run finished before the moment came
-  what = draw.choice(DISTURBANCES)
-  tally.counts[what] += 1
-  who = processes.all if what.endswith('all') else [draw.choice(processes.all)]
-  processes.send(signal.SIGKILL if 'kill' in what else signal.SIGTERM, who)
-  if not processes.wait(HANG_SECONDS):
-    tally.fault(f'{what}: others had not ended after {HANG_SECONDS:.0f} s')
-
-
-def corrupt(folder: pathlib.Path, tally: Tally, draw: random.Random) -> None:
-  """Damages the newest checkpoint, if it is not the only one."""
-  steps = sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
-  if len(steps) < 2:
-    return
-  newest = folder / str(steps[-1])
-  files = [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
-  path = draw.choice(sorted(files))
-  content = bytearray(path.read_bytes())
-  what = draw.choice(('altered', 'cut short', 'without manifest'))
-  if what == 'without manifest':
-    (newest / 'manifest.json').unlink(missing_ok=True)
-  elif what == 'cut short':
-    path.write_bytes(content[: len(content) // 2])
-  else:
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-  tally.counts[f'checkpoints {what}'] += 1
-
-
 def paced(folder: pathlib.Path, minutes: float) -> int:
   """Number of steps that an undisturbed run takes in a twentieth of the time.
 
@@ -267,27 +157,31 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
   print(f'{total_steps} steps; undisturbed, seeds {SEEDS}', flush=True)
   calm = [undisturbed(folder / f'calm_{s}', s, total_steps) for s in SEEDS]
   losses = np.array([run['loss'] for run in calm])
-  mean, spread = losses.mean(), losses.std(ddof=1)
+  mean, deviation = losses.mean(), losses.std(ddof=1)
   print(f'undisturbed: last losses {np.round(losses, 4)}', flush=True)
-  left = max(60 * minutes - (time.monotonic() - began), 0)
+  seconds_left = max(60 * minutes - (time.monotonic() - began), 0)
   faults = []
   for name, gradients in (('same mesh', False), ('changing mesh', True)):
     workdir = folder / name.replace(' ', '_')
     meshes = order(draw) if gradients else iter(lambda: SAME, None)
     tally = disturbed(
-      workdir, {**spec, 'gradients': gradients}, meshes, left * 0.45, draw
+      workdir,
+      {**spec, 'gradients': gradients},
+      meshes,
+      seconds_left * 0.45,
+      draw,
     )
     count_batches(workdir, calm[0]['batches'], tally)
     end = outcome(workdir)
     if gradients:
-      off = abs(end['loss'] - mean)
-      if off > 3 * spread:
+      distance = abs(end['loss'] - mean)
+      if distance > 3 * deviation:
         tally.fault(
-          f'last loss {end["loss"]:.4f}, mean {mean:.4f} +- {spread:.4f}'
+          f'last loss {end["loss"]:.4f}, mean {mean:.4f} +- {deviation:.4f}'
         )
       verdict = (
         f'first steps within {tally.worst:.1e} of one device; last loss '
-        f'{end["loss"]:.4f}, undisturbed {mean:.4f} (std {spread:.4f} of '
+        f'{end["loss"]:.4f}, undisturbed {mean:.4f} (std {deviation:.4f} of '
         f'{len(SEEDS)} seeds)'
       )
     else:
@@ -300,8 +194,8 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
       verdict = f'{same} of {len(end["arrays"])} arrays bit for bit'
     print(f'{name}: {describe(tally)}; {verdict}', flush=True)
     faults += [f'{name}: {fault}' for fault in tally.faults]
-  took = (time.monotonic() - began) / 60
-  print(f'{took:.1f} minutes, {len(faults)} faults', flush=True)
+  minutes_taken = (time.monotonic() - began) / 60
+  print(f'{minutes_taken:.1f} minutes, {len(faults)} faults', flush=True)
   return faults
 
 

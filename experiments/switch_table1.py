@@ -95,7 +95,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   rows = [row(name, name) for name in ('dense', *LONGER.values())]
   # For each seed the dense twin's losses at the three lengths.
   twins = list(zip(*(twin.values['loss'] for twin in rows), strict=True))
-  for line, said in (
+  for line, unit in (
     ('Switch', ''),
     ('wide top-2', ' a token'),
     ('top-2', ' an assignment'),
@@ -103,10 +103,12 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     for factor in FACTORS:
       arm = f'{line} {factor}'
       if arm in results:  # a quick preset leaves some out
-        rows.append(row(f'{line}, CF {factor}{said}', arm, line + said, factor))
+        rows.append(row(f'{line}, CF {factor}{unit}', arm, line + unit, factor))
   for arm in TIMED[1:]:
-    at = np.log(times[arm])
-    losses = [float(np.interp(at, np.log([1.0, *LONGER]), t)) for t in twins]
+    log_seconds = np.log(times[arm])
+    losses = [
+      float(np.interp(log_seconds, np.log([1.0, *LONGER]), t)) for t in twins
+    ]
     values = {'loss': losses, TIME: [times[arm]] * len(losses)}
     rows.append(Row(f'dense, in the time of {arm}', values))
   return rows

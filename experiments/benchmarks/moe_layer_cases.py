@@ -163,7 +163,7 @@ def compile_cases(
   if K * s.num_tokens % E:
     raise ValueError(f'num_experts={E} does not divide {K} * {s.num_tokens}')
   x = Inputs.draw(layer, 'uniform', K)
-  found = {
+  compiled_cases = {
     name: compile_ahead(
       programs.layer_function(programs.moe_layer(s, E, K, name), backward),
       layer.params,
@@ -173,20 +173,20 @@ def compile_cases(
     for name in programs.LAYERS
   }
   for name, function in programs.dense_functions(s).items():
-    found[name] = compile_ahead(
+    compiled_cases[name] = compile_ahead(
       programs.with_gradient(function, backward), layer.dense, x.x[0], x.dy[0]
     )
   group_sizes = jnp.zeros(E, jnp.int32)
   for name, function in programs.bare_functions(s).items():
     if name != programs.RAGGED or ragged:
-      found[name] = compile_ahead(
+      compiled_cases[name] = compile_ahead(
         programs.with_gradient(function, backward),
         layer.params['experts'],
         x.rows,
         x.d_rows,
         group_sizes,
       )
-  return found
+  return compiled_cases
 
 
 def bind(
@@ -215,10 +215,10 @@ def bind(
       yield name, compilation.on(*arrays, sizes)
 
 
-def _check_load(found: Array, drawn: np.ndarray) -> None:
-  found = np.asarray(found)
-  if not np.array_equal(found, drawn):
+def _check_load(load: Array, drawn: np.ndarray) -> None:
+  load = np.asarray(load)
+  if not np.array_equal(load, drawn):
     raise ValueError(
-      f'the router gave experts {found.tolist()} assignments, not the '
+      f'the router gave experts {load.tolist()} assignments, not the '
       f'{drawn.tolist()} that were drawn'
     )

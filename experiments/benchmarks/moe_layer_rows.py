@@ -46,7 +46,7 @@ def measure_setting(
   K, routing = setting['K'], setting['routing']
   inputs = cases_lib.Inputs.draw(layer, routing, K)
   programs = dict(cases_lib.bind(layer, compilations, inputs))
-  times, found = timing.with_probes(
+  times, peaks_by_round = timing.with_probes(
     {name: program.run for name, program in programs.items()},
     peaks,
     seconds=seconds,
@@ -55,19 +55,19 @@ def measure_setting(
   for name, program in programs.items():
     row = dict(setting, case=name, **_numbers(times[name], program))
     for base in (DENSE, PLAIN_DENSE):
-      spread = timing.ratio(times[name], times[base])
+      ratio = timing.ratio(times[name], times[base])
       scale = 1 if name in (DENSE, PLAIN_DENSE) else K
-      row |= _columns(f'per_{base}', spread, scale)
+      row |= _columns(f'per_{base}', ratio, scale)
     if name in LAYERS:
       limit = fastest_limit(times, name, routing)
       row['limit'] = limit
       row |= _columns('per_limit', timing.ratio(times[name], times[limit]))
       if RAGGED in times:
-        spread = timing.ratio(times[name], times[RAGGED])
-        row |= _columns('per_ragged_dot', spread)
+        ratio = timing.ratio(times[name], times[RAGGED])
+        row |= _columns('per_ragged_dot', ratio)
     row['served'] = served_share(name, inputs.load)
     work = _work(layer.sizes, setting, name, row['served'])
-    rows.append(row | timing.reached(times[name], work, found))
+    rows.append(row | timing.reached(times[name], work, peaks_by_round))
   return rows
 
 
@@ -92,14 +92,14 @@ def fastest_limit(
   `dropless` to products of the drawn groups; under uniform routing, where these
   are equal but for chance, products of equal groups count for it too.
   """
-  drawn = [*GROUPED, RAGGED]
+  drawn_groups = [*GROUPED, RAGGED]
   equal = [
     *BATCHED,
     *(name + EQUAL for name in GROUPED),
   ]
-  names = equal if layer == 'gather' else drawn
+  names = equal if layer == 'gather' else drawn_groups
   if layer == 'dropless' and routing == 'uniform':
-    names = drawn + equal
+    names = drawn_groups + equal
   medians = {
     name: timing.Spread.of(times[name]).median
     for name in names
@@ -122,12 +122,12 @@ def _numbers(times: Sequence[float], program: timing.Program) -> dict[str, Any]:
 
 
 def _columns(
-  name: str, spread: timing.Spread, scale: float = 1
+  name: str, ratio: timing.Spread, scale: float = 1
 ) -> dict[str, float]:
   return {
-    name: spread.median / scale,
-    f'{name}_low': spread.low / scale,
-    f'{name}_high': spread.high / scale,
+    name: ratio.median / scale,
+    f'{name}_low': ratio.low / scale,
+    f'{name}_high': ratio.high / scale,
   }
 
 
@@ -161,7 +161,7 @@ def measure_scaling(
     for name, program in _layer_programs(grown, E):
       programs[E, name] = program
       works[E, name] = grown.work(E, 1, backward=True, router=True)
-  times, found = timing.with_probes(
+  times, peaks_by_round = timing.with_probes(
     {key: program.run for key, program in programs.items()},
     peaks,
     seconds=seconds,
@@ -169,7 +169,8 @@ def measure_scaling(
   )
   over = {
     key: [
-      t / works[key].seconds(p) for t, p in zip(times[key], found, strict=True)
+      t / works[key].seconds(p)
+      for t, p in zip(times[key], peaks_by_round, strict=True)
     ]
     for key in programs
   }
@@ -179,7 +180,7 @@ def measure_scaling(
       'case': name,
       'tokens': E * rows_per_expert,
       **_numbers(times[E, name], program),
-      **timing.reached(times[E, name], works[E, name], found),
+      **timing.reached(times[E, name], works[E, name], peaks_by_round),
       **_columns('over_roofline', timing.Spread.of(over[E, name])),
       **_columns('growth', timing.ratio(over[E, name], over[experts[0], name])),
       'gradient_bytes': sizes.kernel_bytes(E),

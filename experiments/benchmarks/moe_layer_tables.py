@@ -175,14 +175,16 @@ def write_plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
   axes = figure.subplots()
   height = 0.8 / len(LAYERS)
   for i, name in enumerate(LAYERS):
-    found = [row for row in rows if row['case'] == name]
-    places = [settings.index(_label(row)) + (i - 0.5) * height for row in found]
-    ratios = [row[f'per_{DENSE}'] for row in found]
-    limits = [row[f'per_{DENSE}'] / row['per_limit'] for row in found]
-    axes.barh(places, ratios, 0.9 * height, label=name)
+    case_rows = [row for row in rows if row['case'] == name]
+    positions = [
+      settings.index(_label(row)) + (i - 0.5) * height for row in case_rows
+    ]
+    ratios = [row[f'per_{DENSE}'] for row in case_rows]
+    limits = [row[f'per_{DENSE}'] / row['per_limit'] for row in case_rows]
+    axes.barh(positions, ratios, 0.9 * height, label=name)
     axes.plot(
       limits,
-      places,
+      positions,
       'k|',
       markersize=12,
       markeredgewidth=2,

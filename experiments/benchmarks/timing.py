@@ -154,8 +154,8 @@ def with_probes(
 
   probes = {name: waiting(run) for name, run in roofline.probes(peaks).items()}
   times = interleave({**cases, **probes}, **options)
-  found = roofline.by_round(peaks, times)
-  return {name: times[name] for name in cases}, found
+  peaks_by_round = roofline.by_round(peaks, times)
+  return {name: times[name] for name in cases}, peaks_by_round
 
 
 def reached(
@@ -184,10 +184,12 @@ def device_name() -> str:
     return device.device_kind
   try:
     with open('/proc/cpuinfo', encoding='utf-8') as file:
-      found = re.search(r'^model name\s*: (.+)$', file.read(), re.MULTILINE)
+      model_line = re.search(
+        r'^model name\s*: (.+)$', file.read(), re.MULTILINE
+      )
   except OSError:
-    found = None
-  name = found[1].strip() if found else ''
+    model_line = None
+  name = model_line[1].strip() if model_line else ''
   return name or platform.processor() or platform.machine()
 
 
@@ -213,7 +215,7 @@ def write(
   name: str,
   text: str,
   rows: Sequence[Mapping[str, Any]],
-  more: Mapping[str, Any],
+  metadata: Mapping[str, Any],
 ) -> pathlib.Path:
   """Writes `table.md`, `rows.csv` and `results.json`; returns their folder.
 
@@ -222,7 +224,7 @@ def write(
     name: Name of the experiment.
     text: Content of `table.md`.
     rows: Numbers by column, a row for each measured case.
-    more: Entries that the JSON holds beside the rows and `facts`.
+    metadata: Entries that the JSON holds beside the rows and `facts`.
   """
   folder = pathlib.Path(output) / name / folder_name(device_name())
   folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,7 @@ def write(
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(rows)
-  results = {'facts': facts(), **more, 'rows': list(rows)}
+  results = {'facts': facts(), **metadata, 'rows': list(rows)}
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'
   )

@@ -31,8 +31,8 @@ def measure(run: Run, state: TrainState) -> dict[str, Any]:
   """
   source = run.options.data.source.classes()
   images, labels = source.examples('validation')
-  taken = np.arange(0, len(labels), -(-len(labels) // IMAGES))
-  images, labels = images[taken], labels[taken]
+  indices = np.arange(0, len(labels), -(-len(labels) // IMAGES))
+  images, labels = images[indices], labels[indices]
   rows, columns = source.room + 1
   places = np.stack(np.mgrid[:rows, :columns], -1).reshape(-1, 2)
   examples = placed(
@@ -59,10 +59,10 @@ def measure(run: Run, state: TrainState) -> dict[str, Any]:
 def _compiled(model: Model):
   @jax.jit
   def apply(variables, features):
-    (logits, _), kept = model.apply(
+    (logits, _), collections = model.apply(
       variables, features, mutable=['intermediates']
     )
-    layers = kept['intermediates']
+    layers = collections['intermediates']
     gates = [layers[f'layer_{i}']['gates'][0] for i in range(model.num_layers)]
     return logits[:, 0], gates
 
@@ -72,14 +72,14 @@ def _compiled(model: Model):
 def _of_layer(
   gates: Float[np.ndarray, 'N P E'], labels: Int[np.ndarray, ' N']
 ) -> dict[str, Any]:
-  place = gate_information.about_place(gates)
+  about_place = gate_information.about_place(gates)
   digit = gate_information.about_class(gates, labels)
   importance = gates.mean((0, 1))
   return {
-    'place': place.excess,
+    'place': about_place.excess,
     'class': digit.excess,
-    'place_less_class': place.excess - digit.excess,
-    'place_by_chance': place.by_chance,
+    'place_less_class': about_place.excess - digit.excess,
+    'place_by_chance': about_place.by_chance,
     'class_by_chance': digit.by_chance,
     'importance_cv': load_summary(importance)['load_cv'],
     'in_use': int((importance > gate_information.USED).sum()),

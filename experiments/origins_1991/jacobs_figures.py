@@ -94,8 +94,8 @@ def draw(ax: Axes, problem: Problem, life: Life, step: int) -> None:
   image = 1 - 0.45 * share[..., None] * (1 - image)
   extent = (xs[0], xs[-1], ys[0], ys[-1])
   ax.imshow(image, origin='lower', extent=extent, aspect='auto')
-  there = forward(model, params, problem.train.features)
-  used = np.unique(np.asarray(there.gate_probs).argmax(-1))
+  forward_pass = forward(model, params, problem.train.features)
+  used = np.unique(np.asarray(forward_pass.gate_probs).argmax(-1))
   for i in used if outputs.prediction.shape[-1] == 1 else ():
     line = outputs.expert_outputs[:, :, i, 0]
     _contour(ax, xs, ys, line, colors=[COLORS[i % len(COLORS)]])

@@ -124,10 +124,10 @@ def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
 
   def cases(split: str) -> Cases:
     features, labels = source.examples(split)
-    wanted = np.eye(len(source.classes), dtype=np.float32)[labels]
+    targets = np.eye(len(source.classes), dtype=np.float32)[labels]
     if not one_hot:
-      wanted = (labels % 2).astype(np.float32)[:, None]
-    return Cases(features.reshape(len(labels), -1), wanted, labels)
+      targets = (labels % 2).astype(np.float32)[:, None]
+    return Cases(features.reshape(len(labels), -1), targets, labels)
 
   names = source.classes
   says = f'{len(names)} classes'

@@ -101,16 +101,16 @@ def _train(model, params, cases, error, rates, most, patience):
     many = jax.vmap(functools.partial(_epoch, model, cases, error, rate))
 
     def chunk(carry):
-      made, state = carry
+      epochs, state = carry
       state, _ = jax.lax.scan(
         lambda state, _: (many(state), None), state, length=CHUNK
       )
-      return made + CHUNK, state
+      return epochs + CHUNK, state
 
     def goes_on(carry):
-      made, (_, _, reached) = carry
-      patient = made < patience * least if patience else True
-      return patient & (made < most) & ~jnp.all(reached)
+      epochs, (_, _, reached) = carry
+      patient = epochs < patience * least if patience else True
+      return patient & (epochs < most) & ~jnp.all(reached)
 
     S = jax.tree.leaves(params)[0].shape[0]
     state = params, jnp.zeros(S, jnp.int32), jnp.zeros(S, bool)

@@ -1,1 +1,1 @@
-"""The runs that `experiments/soak.py` disturbs, and checks of their traces."""
+"""The runs that `experiments/soak.py` makes, disturbances, checks of traces."""

@@ -2,7 +2,7 @@
 
 Compares the lines of its witnesses (`soak_run.py`) with those of an undisturbed
 run, and with what one device reads from the checkpoints. Not here: the
-disturbances (`experiments/soak.py`).
+disturbances (`soak_disturbances.py`).
 """
 
 import collections
@@ -65,11 +65,11 @@ def of_attempt(workdir: pathlib.Path, attempt: int) -> list[dict[str, Any]]:
 
 def batches_of(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, str]]:
   """The row digests of each step's batch, from the lines of all processes."""
-  found: dict[int, dict[str, str]] = {}
+  batches: dict[int, dict[str, str]] = {}
   for line in lines:
     if 'step' in line:
-      found.setdefault(line['step'], {}).update(line['rows'])
-  return found
+      batches.setdefault(line['step'], {}).update(line['rows'])
+  return batches
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
@@ -102,21 +102,21 @@ def check(workdir, expected, lines, tally: Tally) -> None:
     lines: Witnesses' lines of the restart.
     tally: Counts and faults, which are added to.
   """
-  begun = [line for line in lines if 'begin' in line]
-  if not begun:
+  starts = [line for line in lines if 'begin' in line]
+  if not starts:
     return  # the processes ended before their first step
-  line = begun[0]
+  line = starts[0]
   if line['begin'] != expected['begin']:
     tally.fault(f'began at {line["begin"]}, not {expected["begin"]}')
     return
-  for name, found in line['arrays'].items():
-    if found != expected['arrays'][name]:
+  for name, digest in line['arrays'].items():
+    if digest != expected['arrays'][name]:
       tally.fault(f'step {line["begin"]}: {name} is not as it was saved')
   path = workdir / f'gradient_{line["begin"]}.npz'
   if 'first' in expected and path.exists():
-    with np.load(path) as found:
-      for name, want in expected['first'].items():
-        difference = float(np.abs(found[name] - want).max())
+    with np.load(path) as first_step:
+      for name, expected_value in expected['first'].items():
+        difference = float(np.abs(first_step[name] - expected_value).max())
         tally.worst = max(tally.worst, difference)
         if not difference <= TOLERANCE:  # NaN is a fault too
           tally.fault(
@@ -134,7 +134,7 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
     reference: Row digests of the undisturbed run's batches, by step.
     tally: Counts and faults, which are added to.
   """
-  timeline, taken = {}, 0
+  timeline, num_steps = {}, 0
   lines = witnessed(workdir)
   for attempt in sorted({line['attempt'] for line in lines}):
     own = [line for line in lines if line['attempt'] == attempt]
@@ -145,17 +145,17 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
     if begin > 1 and begin - 1 not in timeline:
       tally.fault(f'step {begin - 1} is nowhere')
     steps = batches_of(own)
-    taken += len(steps)
+    num_steps += len(steps)
     doubled = len(timeline.keys() & steps.keys())
     tally.counts['batches doubled'] += doubled
     timeline |= steps
   lost = reference.keys() - timeline.keys()
-  both = reference.keys() & timeline.keys()
+  common = reference.keys() & timeline.keys()
   # The witness writes a batch's rows before its step, so none may be missing.
-  other = [step for step in both if timeline[step] != reference[step]]
+  differing = [step for step in common if timeline[step] != reference[step]]
   tally.counts['batches lost'] += len(lost)
-  tally.counts['batches of another step'] += len(other)
-  tally.counts['steps repeated'] += taken - len(timeline)
+  tally.counts['batches of another step'] += len(differing)
+  tally.counts['steps repeated'] += num_steps - len(timeline)
   for name in ('batches doubled', 'batches lost', 'batches of another step'):
     if tally.counts[name]:
       tally.fault(f'{tally.counts[name]} {name}')

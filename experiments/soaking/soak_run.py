@@ -106,9 +106,9 @@ class Witness(Hook):
       'arrays': digests(state),
     }
     if self._gradients:
-      found = distributed.fetch(first_gradient(run, state, batch))
+      gradient = distributed.fetch(first_gradient(run, state, batch))
       if distributed.is_first():
-        np.savez(run.workdir / f'gradient_{number}.npz', **named(found))
+        np.savez(run.workdir / f'gradient_{number}.npz', **named(gradient))
     self._write(line)
 
   def _write(self, line: dict[str, Any]) -> None:
@@ -158,34 +158,37 @@ def digests(tree: Any) -> dict[str, str]:
 
 def row_digests(batch: Mapping[str, jax.Array]) -> dict[int, str]:
   """Digests of the rows that this process holds, by row of the global batch."""
-  found = {}
+  row_bytes = {}
   for name in sorted(batch):
     for shard in batch[name].addressable_shards:
       first = shard.index[0].indices(len(batch[name]))[0]
       for i, row in enumerate(np.asarray(shard.data), first):
-        found.setdefault(i, {})[name] = row.tobytes()
+        row_bytes.setdefault(i, {})[name] = row.tobytes()
   return {
     i: hashlib.sha256(b''.join(row.values())).hexdigest()[:16]
-    for i, row in sorted(found.items())
+    for i, row in sorted(row_bytes.items())
   }
 
 
-def main(workdir: str, given: str, *where: str) -> None:
+def main(workdir: str, spec_json: str, *coordination: str) -> None:
   """Trains to the end, unless the process is stopped.
 
   Args:
     workdir: Folder of the run.
-    given: The run's spec as JSON; see the module.
-    *where: Coordinator's address, number of processes and this one's number;
-      none for a single process.
+    spec_json: The run's spec as JSON; see the module.
+    *coordination: Coordinator's address, number of processes and this one's
+      number; none for a single process.
   """
-  spec = json.loads(given)
+  spec = json.loads(spec_json)
   witness = Witness(spec.pop('attempt'), spec.pop('gradients'))
   options = make_options(**spec)
   cache = pathlib.Path(workdir).parent / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-  processes = (where[0], int(where[1]), int(where[2])) if where else ()
+  processes = ()
+  if coordination:
+    address, count, index = coordination
+    processes = address, int(count), int(index)
   with distributed.joined(options.distributed, *processes):
     train_and_evaluate(options, workdir, hooks=[witness], resume=True)
 

@@ -138,18 +138,22 @@ def find(address: str) -> Published:
   raise ValueError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
 
 
-def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
+def _cells(
+  table_address: str, table: Any, paper: Mapping
+) -> Iterator[Published]:
   """The numbers of one table; a cell's own fields override its column's."""
   needs = ('table', 'mark', 'about', 'columns', 'rows')
-  table = _object(table, where, needs, optional=('note',))
-  columns = _object(table['columns'], where)
-  for row, values in _object(table['rows'], where).items():
+  table = _object(table, table_address, needs, optional=('note',))
+  columns = _object(table['columns'], table_address)
+  for row, values in _object(table['rows'], table_address).items():
     if not isinstance(values, list) or len(values) != len(columns):
-      raise ValueError(f'{where}/{row}: {values} for columns {[*columns]}')
+      raise ValueError(
+        f'{table_address}/{row}: {values} for columns {[*columns]}'
+      )
     for column, value in zip(columns, values, strict=True):
       if value is None:
         continue
-      address = f'{where}/{row}/{column}'
+      address = f'{table_address}/{row}/{column}'
       fields = {
         **{'address': address, 'row': row, 'column': column},
         **{'paper': paper['title'], 'url': paper['url']},
@@ -163,24 +167,26 @@ def _cells(where: str, table: Any, paper: Mapping) -> Iterator[Published]:
 
 def _cell(value: Any, address: str) -> dict[str, Any]:
   """The fields that a cell itself gives, rather than its column or table."""
-  own = {'value': value}
+  fields = {'value': value}
   if isinstance(value, tuple):
-    own = _object(
+    fields = _object(
       value, address, ('value',), ('unit', 'better', 'mark', 'note')
     )
-  if isinstance(own['value'], str):
-    if not (match := _ROUGHLY.fullmatch(own['value'])):
-      raise ValueError(f"{address}: {own['value']!r} is not like '~42', '<=3'")
-    own |= {'relation': match[1], 'value': json.loads(match[2])}
-  return own
+  if isinstance(fields['value'], str):
+    if not (match := _ROUGHLY.fullmatch(fields['value'])):
+      raise ValueError(
+        f"{address}: {fields['value']!r} is not like '~42', '<=3'"
+      )
+    fields |= {'relation': match[1], 'value': json.loads(match[2])}
+  return fields
 
 
-def _object(pairs: Any, where: str, needs=(), optional=()) -> dict[str, Any]:
+def _object(pairs: Any, address: str, needs=(), optional=()) -> dict[str, Any]:
   """A JSON object, read as pairs, as a dict.
 
   Args:
     pairs: The object's pairs.
-    where: Place of the object in the file, for messages.
+    address: Address of the object in the file, for messages.
     needs: Keys that the object must have; with none any key is accepted.
     optional: Further keys that it may have.
 
@@ -188,16 +194,16 @@ def _object(pairs: Any, where: str, needs=(), optional=()) -> dict[str, Any]:
     ValueError: It is no object, or a key is unknown, missing or given twice.
   """
   if not isinstance(pairs, tuple):
-    raise ValueError(f'{where}: {pairs!r} is no object')
-  found = {}
+    raise ValueError(f'{address}: {pairs!r} is no object')
+  members = {}
   for key, value in pairs:
-    if key in found:
-      raise ValueError(f'{where}/{key} stands twice')
+    if key in members:
+      raise ValueError(f'{address}/{key} stands twice')
     if '/' in key:
-      raise ValueError(f"{where}: {key!r} has a '/', which parts an address")
+      raise ValueError(f"{address}: {key!r} has a '/', which parts an address")
     if needs and key not in (*needs, *optional):
-      raise unknown(f'key of {where}:', key, (*needs, *optional))
-    found[key] = value
-  if missing := [key for key in needs if key not in found]:
-    raise ValueError(f'{where} needs {missing}')
-  return found
+      raise unknown(f'key of {address}:', key, (*needs, *optional))
+    members[key] = value
+  if missing := [key for key in needs if key not in members]:
+    raise ValueError(f'{address} needs {missing}')
+  return members

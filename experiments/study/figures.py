@@ -34,12 +34,16 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
       _points(ax, rows, column['name'], labels=ax is axes[0])
       ax.set_xlabel(label)
   if spec.x_label:
-    drawn = {}
+    handle_of = {}
     for ax in axes:
       handles, labels = ax.get_legend_handles_labels()
-      drawn |= dict(zip(labels, handles, strict=True))
+      handle_of |= dict(zip(labels, handles, strict=True))
     figure.legend(
-      drawn.values(), drawn, loc='outside lower center', fontsize=8, ncols=3
+      handle_of.values(),
+      handle_of,
+      loc='outside lower center',
+      fontsize=8,
+      ncols=3,
     )
   figure.suptitle(summary['title'], fontsize=10)
   figure.savefig(path, dpi=110)
@@ -67,12 +71,12 @@ def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
   shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
-    at = sorted(
+    points = sorted(
       (row['x'], interval.mean, _bar(interval))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
-    xs, means, bars = zip(*at, strict=True)
+    xs, means, bars = zip(*points, strict=True)
     color = f'C{names.index(line)}'
     ax.errorbar(xs, means, bars, color=color, marker='o', capsize=3, label=line)
   for row, interval in shown:

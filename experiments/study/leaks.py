@@ -39,8 +39,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   _check(run)
   rows = run.dataset.splits['validation']
-  taken = rows.take(np.array(spread(len(rows), _ROWS)))
-  batch = {key: jnp.asarray(value) for key, value in taken.items()}
+  examples = rows.take(np.array(spread(len(rows), _ROWS)))
+  batch = {key: jnp.asarray(value) for key, value in examples.items()}
   apply = jax.jit(
     lambda batch: run.model.apply(state.variables, **run.model.inputs(batch))[0]
   )

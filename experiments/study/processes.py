@@ -2,7 +2,7 @@
 
 A task is one run, of one process or of several that work together and are
 stopped together. Not here: when a task begins (`scheduler.py`), and which
-commands are run (`experiments/launch.py`).
+commands are run (`item_commands.py`).
 """
 
 import contextlib
@@ -42,9 +42,9 @@ class Command:
   complete: Callable[[], bool]
   env: Environment = dataclasses.field(default_factory=dict)
 
-  def begin(self, place: Environment) -> 'Processes':
-    """Starts the processes, with the place's environment variables too."""
-    return Processes(self, place)
+  def begin(self, environment: Environment) -> 'Processes':
+    """Starts the processes, in a place with these environment variables."""
+    return Processes(self, environment)
 
 
 class Processes:
@@ -53,7 +53,7 @@ class Processes:
   Each has a process group of its own, so that Ctrl-C does not reach it.
   """
 
-  def __init__(self, command: Command, place: Environment):
+  def __init__(self, command: Command, environment: Environment):
     self._complete = command.complete
     self._files: list[IO[bytes]] = []
     self._processes: list[subprocess.Popen] = []
@@ -67,7 +67,7 @@ class Processes:
           stdout=file,
           stderr=subprocess.STDOUT,
           stdin=subprocess.DEVNULL,
-          env={**os.environ, **place, **command.env},
+          env={**os.environ, **environment, **command.env},
           start_new_session=True,
         )
       )

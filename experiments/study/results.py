@@ -64,7 +64,7 @@ def summary_of(
     'arguments': list(arguments),
     'digests': sorted({run['data_digest'] for run in runs}),
     **_facts([run['made'] for run in runs]),
-    'times': {name: f'{spread:.2f}' for name, spread in times.items()},
+    'times': {name: f'{step_time:.2f}' for name, step_time in times.items()},
     'columns': [
       {'name': c.name, 'unit': c.unit, 'digits': c.digits}
       for c in study.columns
@@ -75,13 +75,13 @@ def summary_of(
   }
 
 
-def _facts(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _facts(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Device, date and jax version of the runs, and their minutes in total."""
   return {
-    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in made}),
-    'date': _all({m['date'][:10] for m in made}),
-    'jax': _all({m['jax'] for m in made}),
-    'minutes': round(sum(m['minutes'] for m in made), 1),
+    'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in provenances}),
+    'date': _all({m['date'][:10] for m in provenances}),
+    'jax': _all({m['jax'] for m in provenances}),
+    'minutes': round(sum(m['minutes'] for m in provenances), 1),
   }
 
 
@@ -144,7 +144,9 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     claims_table(summary),
   ]
   if summary['times']:
-    times = [f'{name} {spread}' for name, spread in summary['times'].items()]
+    times = [
+      f'{name} {step_time}' for name, step_time in summary['times'].items()
+    ]
     lines += ['', f'Step times, medians and quartiles: {"; ".join(times)}.']
   if summary['remarks']:
     lines += ['', summary['remarks']]

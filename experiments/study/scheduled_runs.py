@@ -67,8 +67,8 @@ def run_all(
     raise SystemExit(command_line.STOPPED)
 
 
-def _begin(runner: Runner, jobs: list[Job], place) -> workers.Call:
-  return place.call(_logged, runner, jobs)
+def _begin(runner: Runner, jobs: list[Job], worker) -> workers.Call:
+  return worker.call(_logged, runner, jobs)
 
 
 def _logged(runner: Runner, jobs: list[Job]) -> None:
@@ -122,12 +122,13 @@ class _Progress:
     if not all(job.is_finished for job in jobs):
       print(f'{name}: {outcome}', flush=True)
       return
-    gone = time.perf_counter() - self._start
-    left = gone * (self._steps - self._done) / self._done
+    seconds_gone = time.perf_counter() - self._start
+    seconds_left = seconds_gone * (self._steps - self._done) / self._done
     value = np.mean([self._column.of(job.result()) for job in jobs])
     print(
       f'[{self._ended}/{len(self._calls)}] {name}: {self._column.name} '
-      f'{value:.4f}; {gone / 60:.1f} minutes gone, {left / 60:.1f} left',
+      f'{value:.4f}; {seconds_gone / 60:.1f} minutes gone, '
+      f'{seconds_left / 60:.1f} left',
       flush=True,
     )
 
@@ -149,7 +150,9 @@ def read_all(jobs: Sequence[Job]) -> Results:
     results.setdefault(job.arm.name, []).append(result)
     source = json.dumps(job.config.data.to_dict(), default=list)
     digests.setdefault(source, set()).add(result['data_digest'])
-  for seen in digests.values():
-    if len(seen) > 1:
-      raise ValueError(f'runs saw different data: sha256 {sorted(seen)}')
+  for data_digests in digests.values():
+    if len(data_digests) > 1:
+      raise ValueError(
+        f'runs saw different data: sha256 {sorted(data_digests)}'
+      )
   return results

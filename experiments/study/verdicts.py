@@ -54,11 +54,11 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> Verdict:
   else:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
-  wanted = 1 if claim.direction == 'higher' else -1
+  sign = 1 if claim.direction == 'higher' else -1
   marks = {claims.find(address).mark for address in claim.published}
   known = bool(marks) and 'unverified' not in marks
   yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
-  word = {wanted: yes, -wanted: no, 0: UNRESOLVED}
+  word = {sign: yes, -sign: no, 0: UNRESOLVED}
   return Verdict(claim, difference, word[difference.sign()])
 
 

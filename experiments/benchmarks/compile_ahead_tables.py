@@ -1,0 +1,92 @@
+"""The report of `compile_ahead`: a compiled step's numbers, and the verdicts.
+
+Not here: how the step is compiled.
+"""
+
+import dataclasses
+
+from rich.table import Table
+
+from moe_jax.analysis import cost, devices, sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Memory, communication and cost of a compiled step.
+
+  Attributes:
+    step: Memory and communication of the compiled step.
+    seconds: Time of tracing, lowering and compiling.
+    host_bytes: Peak host memory of this process so far.
+  """
+
+  step: sharded.Sharded
+  seconds: float
+  host_bytes: int
+
+
+def table(report: Report, formula: float) -> Table:
+  """Table of the step's numbers on one device, a row for each."""
+  step = report.step
+  rows = [
+    ('parameters', cost.in_bytes(step.param_bytes)),
+    ('optimizer state', cost.in_bytes(step.optimizer_bytes)),
+    ('arguments (state and batch)', cost.in_bytes(step.argument_bytes)),
+    ('results', cost.in_bytes(step.output_bytes)),
+    ('of them in the place of arguments', cost.in_bytes(step.alias_bytes)),
+    ('temporaries', cost.in_bytes(step.temp_bytes)),
+    ('program', cost.in_bytes(step.code_bytes)),
+    ('needed in all', cost.in_bytes(step.needed_bytes)),
+    ('FLOPs by formula, nothing twice', f'{formula:.3g}'),
+  ]
+  for kind, traffic in sorted(step.collectives.by_kind.items()):
+    sent = f'{traffic.count}, {cost.in_bytes(traffic.num_bytes)}'
+    rows.append((f'{kind}: count, bytes sent', sent))
+  result = Table(title='a step, by device', caption=_caption(report))
+  result.add_column('what')
+  result.add_column('', justify='right')
+  for row in rows:
+    result.add_row(*row)
+  return result
+
+
+def _caption(report: Report) -> str:
+  loops = report.step.collectives.unknown_loops
+  text = (
+    f'Compiled in {report.seconds:.0f} s; at most '
+    f'{cost.in_bytes(report.host_bytes)} of host memory.'
+  )
+  if loops:
+    text += (
+      f' {loops} loops are as long as the data asks: what is in them counts '
+      'once, in collectives and in what XLA counts.'
+    )
+  return text
+
+
+def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
+  """Lines that say whether the step fits, and the answer of each.
+
+  Args:
+    topology: Topology that the step was compiled for.
+    device: Name of the device whose memory is compared; '' takes the
+      topology's device, or where that is a CPU every known device.
+    needed: Bytes that the step needs on a device.
+
+  Raises:
+    ValueError: The device is unknown.
+  """
+  kind = topology.partition(':')[0]
+  names = [device] if device else [kind] if kind in devices.NAMES else []
+  if not names:
+    names = [name for name in devices.NAMES if name != devices.HERE]
+  lines = {}
+  for name in names:
+    candidate = devices.get(name)
+    fits = needed <= candidate.num_bytes
+    lines[
+      f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
+      f'{cost.in_bytes(needed)} of {cost.in_bytes(candidate.num_bytes)} '
+      f'({needed / max(candidate.num_bytes, 1):.0%})'
+    ] = fits
+  return lines

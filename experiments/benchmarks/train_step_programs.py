@@ -1,0 +1,113 @@
+"""Compiles training steps for `bench_train_step`, on random tokens.
+
+Not here: their timing, and the steps of others (`peer_steps.py`).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from moe_jax import run_config, sections
+from moe_jax.analysis import compiled as compiled_lib
+from moe_jax.analysis import cost
+from moe_jax.analysis.roofline import Work
+from moe_jax.run_config import RunConfig
+from moe_jax.training.programs import Programs, make_programs
+
+# Size of the vocabulary where the config leaves it to a tokenizer.
+BYTES_VOCABULARY = 257
+
+
+def prepared(
+  config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
+) -> RunConfig:
+  """The run's options on one device, with the vocabulary's size filled in.
+
+  Args:
+    config: Config of the sparse run.
+    overrides: Nested values that a case changes in the config's `model`.
+  """
+  mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  changed = sections.merge(config, {'mesh': mesh, 'model': overrides})
+  options, _ = run_config.settled(config, changed)
+  return options.filled(options.model.vocab_size or BYTES_VOCABULARY)
+
+
+def random_batch(options: RunConfig) -> dict[str, np.ndarray]:
+  """A batch of full rows of random tokens: a step's cost ignores the text."""
+  rng = np.random.default_rng(0)
+  batch = {}
+  for name, leaf in options.batch_shapes(options.build()).items():
+    if name.endswith('positions'):
+      positions = np.arange(leaf.shape[1], dtype=leaf.dtype)
+      batch[name] = np.broadcast_to(positions, leaf.shape).copy()
+    elif name.endswith('tokens') or name == 'targets':
+      high = options.model.vocab_size
+      batch[name] = rng.integers(0, high, leaf.shape, leaf.dtype)
+    else:  # segment ids and loss weights: one segment, every token counts
+      batch[name] = np.ones(leaf.shape, leaf.dtype)
+  return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled training step and its own state.
+
+  Attributes:
+    run: Takes one step and waits for its result.
+    compile_seconds: Time of tracing, lowering and compiling.
+    counts: XLA's own counts of the program's FLOPs and bytes.
+    work: FLOPs and bytes that the step needs at least, by formula.
+  """
+
+  run: Callable[[], None]
+  compile_seconds: float
+  counts: compiled_lib.Counts
+  work: Work
+
+
+def compile_step(options: RunConfig) -> Step:
+  """The training step of `prepared` options; the state is donated to it."""
+  model, mesh = options.build(), options.mesh.make(jax.devices()[:1])
+  programs = make_programs(options, model, mesh)
+  batch = programs.put(random_batch(options))
+  start = time.perf_counter()
+  step = programs.train_step.lower(programs.abstract_state, batch).compile()
+  seconds = time.perf_counter() - start
+  states = []
+
+  def run():
+    state = states.pop() if states else programs.init_state()
+    state, metrics = step(state, batch)
+    states.append(state)
+    jax.block_until_ready((state, metrics))
+
+  return Step(
+    run, seconds, compiled_lib.counts(step), step_work(options, programs)
+  )
+
+
+def step_work(options: RunConfig, programs: Programs) -> Work:
+  """The least work of a step: its matrix products' FLOPs and its state's bytes.
+
+  Parameters are read forward and backward, gradients are written and read, and
+  the state (parameters and moments) is read and written. Activations are left
+  out: how many of them reach memory depends on caches and on rematerialisation,
+  whose recomputation is not counted either.
+  """
+
+  def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  state = programs.abstract_state
+  price = cost.count(options.build(), options.data.seq_len)
+  tokens = options.batch_size * options.data.seq_len
+  return Work(
+    flops=price.training_flops * tokens,
+    min_bytes=4 * size(state.params) + 2 * size(state),
+  )

@@ -1,0 +1,139 @@
+"""The processes of a run that `soak.py` disturbs, and the disturbances.
+
+Not here: what shows that nothing was lost (`soak_evidence.py`).
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.soaking.soak_evidence import Tally, of_attempt
+from experiments.study.processes import free_port
+
+DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
+HANG_SECONDS = 90.0
+
+
+class Processes:
+  """The processes of one run."""
+
+  def __init__(self, workdir: pathlib.Path, spec: dict[str, Any], count: int):
+    """Starts the processes; each has an equal share of the mesh's devices.
+
+    Args:
+      workdir: Folder of the run.
+      spec: Arguments of `soak_run.py`, written as JSON.
+      count: Number of processes.
+    """
+    devices = int(np.prod(list(spec['mesh'].values()))) // count
+    env = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices),
+    }
+    coordination = [f'127.0.0.1:{free_port()}', str(count)]
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.soaking.soak_run',
+      str(workdir),
+    ]
+    self.all = []
+    for i in range(count):
+      with (workdir / f'log_{i}.txt').open('ab') as log:
+        process = subprocess.Popen(
+          [
+            *command,
+            json.dumps(spec),
+            *([*coordination, str(i)] if count > 1 else []),
+          ],
+          env=env,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+        )
+      self.all.append(process)
+
+  def left(self) -> list[subprocess.Popen]:
+    """The processes that have not ended."""
+    return [process for process in self.all if process.poll() is None]
+
+  def send(self, number: int, some: Sequence[subprocess.Popen]) -> None:
+    """Sends a signal to those of `some` that have not ended."""
+    for process in some:
+      if process.poll() is None:
+        process.send_signal(number)
+
+  def wait(self, seconds: float) -> bool:
+    """Waits for all processes; kills those that have not ended in time.
+
+    Returns:
+      Whether all ended in time.
+    """
+    deadline = time.monotonic() + seconds
+    while self.left() and time.monotonic() < deadline:
+      time.sleep(0.05)
+    in_time = not self.left()
+    self.send(signal.SIGKILL, self.left())
+    for process in self.all:
+      process.wait()
+    return in_time
+
+
+def disturb(
+  processes: Processes,
+  workdir: pathlib.Path,
+  attempt: int,
+  tally: Tally,
+  draw: random.Random,
+) -> None:
+  """Sends a random signal to one or all processes at a random moment."""
+  starting = draw.random() < 0.15
+  while processes.left() and not starting:
+    if any('step' in line for line in of_attempt(workdir, attempt)):
+      break
+    time.sleep(0.1)
+  moment = time.monotonic() + draw.uniform(0, 6)
+  while processes.left() and time.monotonic() < moment:
+    time.sleep(0.02)
+  if not processes.left():
+    return  # the run finished before the moment came
+  disturbance = draw.choice(DISTURBANCES)
+  tally.counts[disturbance] += 1
+  receivers = processes.all
+  if not disturbance.endswith('all'):
+    receivers = [draw.choice(processes.all)]
+  number = signal.SIGKILL if 'kill' in disturbance else signal.SIGTERM
+  processes.send(number, receivers)
+  if not processes.wait(HANG_SECONDS):
+    tally.fault(
+      f'{disturbance}: others had not ended after {HANG_SECONDS:.0f} s'
+    )
+
+
+def corrupt(folder: pathlib.Path, tally: Tally, draw: random.Random) -> None:
+  """Damages the newest checkpoint, if it is not the only one."""
+  steps = sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
+  if len(steps) < 2:
+    return
+  newest = folder / str(steps[-1])
+  files = [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
+  path = draw.choice(sorted(files))
+  content = bytearray(path.read_bytes())
+  damage = draw.choice(('altered', 'cut short', 'without manifest'))
+  if damage == 'without manifest':
+    (newest / 'manifest.json').unlink(missing_ok=True)
+  elif damage == 'cut short':
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+  tally.counts[f'checkpoints {damage}'] += 1
