@@ -1,14 +1,29 @@
 """Folders of the cache, each written by one process for all others.
 
-Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
+A folder has a list of its files with their sizes and sha256. Whenever it is
+opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
+those of larger files take about SHA_COST per GB, and can be left out. A damaged
+folder is named and not remade: damage tells of a failing disk or of a program
+that wrote there, other processes may be reading the folder, and only its user
+knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
 """
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
+
+from moe_jax.data.plain_files import parse_json, read_text
+
+LIST = 'files.json'
+FORMAT = 2  # of folders, a part of their names; the first had no list
+SMALL = 2**20
+_ADVICE = 'delete the folder, and it is made anew'
+_Facts = dict[str, list]  # size and sha256 by path
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
@@ -18,7 +33,10 @@ def cache_root(cache_dir: str = '') -> pathlib.Path:
 
 
 def prepared(
-  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
+  folder: pathlib.Path,
+  write: Callable[[pathlib.Path], None],
+  *,
+  digests: bool = True,
 ) -> pathlib.Path:
   """Fills `folder` by `write` unless it exists, and returns it.
 
@@ -26,8 +44,17 @@ def prepared(
   with its own name is complete. If several processes need it at once, one
   writes and the others wait; where the file system has no locks, several write
   and all take the folder that is renamed first.
+
+  Args:
+    folder: The folder.
+    write: Writes the files of the folder into the folder that it is given.
+    digests: Whether the digests of large files are checked, too.
+
+  Raises:
+    ValueError: A file of the folder is damaged or missing.
   """
   if folder.is_dir():
+    _verify(folder, digests)
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
   with locked(folder):
@@ -46,6 +73,8 @@ def _prepare(
     unfinished = pathlib.Path(temporary) / folder.name
     unfinished.mkdir()
     write(unfinished)
+    text = _text(_facts(unfinished, digests=True))
+    (unfinished / LIST).write_text(text, encoding='utf-8')
     try:
       unfinished.rename(folder)
     except OSError:
@@ -69,3 +98,50 @@ def locked(path: pathlib.Path) -> Iterator[None]:
       fcntl.lockf(file, fcntl.LOCK_EX)
       stack.callback(lock.unlink, missing_ok=True)
     yield
+
+
+def _verify(folder: pathlib.Path, digests: bool) -> None:
+  """Raises ValueError, with advice, unless the files are those written."""
+  try:
+    text = read_text(folder / LIST)
+    listed = parse_json(text, LIST)
+    # Equal texts, as a changed space or key would otherwise be overlooked.
+    if text != _text(listed):
+      raise ValueError(f'{LIST} is damaged')
+    there = _facts(folder, digests=digests)
+    for path in sorted({*listed, *there}):
+      _check(path, listed.get(path), there.get(path))
+  except FileNotFoundError:
+    raise ValueError(
+      f'{folder} is damaged: {LIST} is missing; {_ADVICE}'
+    ) from None
+  except (TypeError, ValueError, AttributeError) as error:
+    raise ValueError(f'{folder} is damaged: {error}; {_ADVICE}') from None
+
+
+def _check(path: str, was: list | None, now: list | None) -> None:
+  if was is None or now is None:
+    raise ValueError(f'{path} is {"missing" if now is None else "not listed"}')
+  if was[0] != now[0]:
+    raise ValueError(f'{path} has {now[0]} bytes, not {was[0]}')
+  if now[1] and was[1] != now[1]:
+    raise ValueError(f'{path} has changed since it was written (sha256)')
+
+
+def _facts(folder: pathlib.Path, *, digests: bool) -> _Facts:
+  """Size and sha256 of each file; '' for a large one without `digests`."""
+  facts = {}
+  for path in sorted(folder.rglob('*')):
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir() or name == LIST or path.name.startswith('.nfs'):
+      continue
+    size, digest = path.stat().st_size, ''
+    if digests or size <= SMALL:
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    facts[name] = [size, digest]
+  return facts
+
+
+def _text(facts: _Facts) -> str:
+  return json.dumps(facts, indent=1, sort_keys=True) + '\n'

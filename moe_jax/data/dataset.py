@@ -117,6 +117,12 @@ class DataOptions(Options):
     '$MOE_JAX_CACHE or ~/.cache/moe_jax. TFDS datasets stay in '
     '$TFDS_DATA_DIR.',
   )
+  cache_digests: bool = option(
+    True,
+    'Whether the sha256 of the files in the cache are checked when a run '
+    'starts, which takes about SHA_COST per GB in each process; sizes, and '
+    'digests of small files, are always checked.',
+  )
 
   @property
   def shape(self) -> RowShape:
@@ -132,7 +138,7 @@ class DataOptions(Options):
   def selection(self) -> Selection:
     """The parts of the source that are read."""
     splits = self.train_split, self.validation_split
-    return Selection(splits, self.cache_dir)
+    return Selection(splits, self.cache_dir, self.cache_digests)
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""
@@ -166,6 +172,7 @@ class DataOptions(Options):
       target_len=24 if self.target_len else 0,
       pack=self.pack,
       cache_dir=self.cache_dir,
+      cache_digests=self.cache_digests,
     )
 
 

@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.tokenizers.contract import Tokenizer
-
-# Version of the files' format, a part of the key of every folder.
-FORMAT = 1
 
 
 class Digest:
@@ -58,9 +56,7 @@ def write_tokens(
   about = _about(tokenizer)
   for name, texts in splits.items():
     digest.split(name)
-    counts = _write_split(
-      folder / name, texts, tokenizer, about['dtype'], digest
-    )
+    counts = _write_split(folder / name, texts, tokenizer, digest)
     if counts['tokens'] < 2:
       raise ValueError(
         f'split {name!r} has {counts["tokens"]} tokens in '
@@ -87,9 +83,7 @@ def write_pairs(
   about = _about(tokenizer)
   for name, pairs in splits.items():
     digest.split(name)
-    counts = _write_pairs(
-      folder / name, pairs, tokenizer, about['dtype'], digest
-    )
+    counts = _write_pairs(folder / name, pairs, tokenizer, digest)
     if not counts['pairs']:
       raise ValueError(
         f'split {name!r} has no pair of which both sides have a token'
@@ -138,14 +132,16 @@ def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
   """The dtype, the sha256, and the counts of each split, as written."""
-  return json.loads((folder / 'about.json').read_text())
+  path = folder / 'about.json'
+  return parse_json(read_text(path), path)
 
 
 class _Stream:
   """Token files that grow by one text at a time."""
 
-  def __init__(self, path: pathlib.Path | str, dtype: str):
-    self._path, self._dtype = path, dtype
+  def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
+    self._path, self._dtype = path, _dtype(tokenizer)
+    self._vocab_size = tokenizer.vocab_size
     self._starts = array.array('q')
     self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
     self.tokens = 0
@@ -162,36 +158,44 @@ class _Stream:
     return len(self._starts)
 
   def add(self, ids: np.ndarray) -> None:
+    # In the file's type, other values would become ids of other tokens.
+    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
+      self._vocab_size
+    ):
+      raise ValueError(
+        f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
+        f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
+      )
     self._starts.append(self.tokens)
     self.tokens += ids.size
     self._out.write(ids.astype(self._dtype).tobytes())
 
 
-def _write_split(path, texts, tokenizer, dtype, digest) -> dict[str, int]:
+def _write_split(path, texts, tokenizer, digest) -> dict[str, int]:
   bytes_ = 0
   eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  with _Stream(path, dtype) as stream:
+  with _Stream(path, tokenizer) as stream:
     for text in texts:
-      encoded = text.encode()
+      encoded = _utf8(text)
       digest.text(encoded)
       bytes_ += len(encoded)
       ids = tokenizer.encode(text)
       if ids.size:
-        stream.add(np.append(ids, eos))
+        stream.add(np.append(ids, np.array(eos, ids.dtype)))
     return {
       'documents': len(stream), 'bytes': bytes_, 'tokens': stream.tokens
     }  # fmt: skip
 
 
-def _write_pairs(path, pairs, tokenizer, dtype, digest) -> dict[str, int]:
+def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
   bytes_ = 0
   with (
-    _Stream(f'{path}.inputs', dtype) as inputs,
-    _Stream(f'{path}.targets', dtype) as targets,
+    _Stream(f'{path}.inputs', tokenizer) as inputs,
+    _Stream(f'{path}.targets', tokenizer) as targets,
   ):
     for pair in pairs:
       for text in pair:
-        encoded = text.encode()
+        encoded = _utf8(text)
         digest.text(encoded)
         bytes_ += len(encoded)
       ids = [tokenizer.encode(text) for text in pair]
@@ -206,9 +210,22 @@ def _write_pairs(path, pairs, tokenizer, dtype, digest) -> dict[str, int]:
     }
 
 
+def _utf8(text: str) -> bytes:
+  if not isinstance(text, str):
+    raise ValueError(f'the source gave {text!r:.80}, which is no text')
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'the source gave {text!r:.80}: {error}') from None
+
+
 def _about(tokenizer: Tokenizer) -> dict[str, Any]:
-  dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
-  return {'dtype': dtype, 'splits': {}}
+  return {'dtype': _dtype(tokenizer), 'splits': {}}
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+  """The smallest type that holds all ids."""
+  return np.min_scalar_type(tokenizer.vocab_size - 1).name
 
 
 def _finish(folder, about, digest, tokenizer) -> None:

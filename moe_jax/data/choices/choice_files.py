@@ -1,7 +1,6 @@
 """Questions in a user's files, one JSON object in each line."""
 
 import dataclasses
-import json
 
 from moe_jax.data.choices.contract import (
   ChoiceSourceOptions,
@@ -9,6 +8,7 @@ from moe_jax.data.choices.contract import (
   ItemSource,
   check_item,
 )
+from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.files import matching
 from moe_jax.options import NOT_EMPTY, option
@@ -42,9 +42,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     items = [
       _of_line(line, f'{path}, line {number}')
       for path in paths
-      for number, line in enumerate(
-        path.read_text(encoding='utf-8').split('\n'), 1
-      )
+      for number, line in enumerate(read_text(path).split('\n'), 1)
       if line.strip()
     ]
     if not items:
@@ -55,10 +53,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
 
 
 def _of_line(line: str, where: str) -> Item:
-  try:
-    value = json.loads(line)
-  except ValueError as error:
-    raise ValueError(f'{where} is no JSON: {error}') from None
+  value = parse_json(line, where)
   keys = set(Item._fields)
   if not isinstance(value, dict) or not keys <= value.keys():
     raise ValueError(f'{where} is no object with {sorted(keys)}')

@@ -89,7 +89,10 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
     raise ValueError(
       f'{where}: answers={answers!r} are to be two or more, and different'
     )
-  if not isinstance(label, int) or not 0 <= label < len(answers):
+  for text in texts:
+    if any('\ud800' <= character <= '\udfff' for character in text):
+      raise ValueError(f'{where}: {text!r} has a half of a character')
+  if type(label) is not int or not 0 <= label < len(answers):
     raise ValueError(
       f'{where}: label={label!r} is no index of {len(answers)} answers'
     )

@@ -34,10 +34,13 @@ class Selection:
       expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
       `moe_jax.data.cache_folders.cache_root` names.
+    cache_digests: Whether large files of prepared data are read through before
+      use, to check their digests.
   """
 
   splits: tuple[str, str] = SPLITS
   cache_dir: str = ''
+  cache_digests: bool = True
 
   def own(self, split: str) -> str:
     """The source's own name of our split."""
@@ -132,6 +135,53 @@ class Examples(NamedTuple):
 
   features: np.ndarray
   labels: np.ndarray
+
+
+def checked_examples(
+  features: np.ndarray, labels: np.ndarray, where: str
+) -> Examples:
+  """The examples of these arrays, in the types of `Examples`.
+
+  Args:
+    features: Numbers [N, ...].
+    labels: Integers [N].
+    where: What the arrays are of, for messages.
+
+  Raises:
+    ValueError: The arrays are empty, or not of these types and shapes; or a
+      value would be another one in its new type, or is not finite.
+  """
+  features, labels = np.asarray(features), np.asarray(labels)
+  if (
+    labels.ndim != 1
+    or labels.dtype.kind not in 'iu'
+    or features.ndim < 2
+    or features.dtype.kind not in 'iuf'
+  ):
+    raise ValueError(
+      f'{where}: labels {labels.shape} of {labels.dtype} must be integers [N], '
+      f'features {features.shape} of {features.dtype} integers or floats '
+      '[N, ...]'
+    )
+  if len(features) != len(labels) or not features.size:
+    raise ValueError(
+      f'{len(features)} features and {len(labels)} labels of {where}, each '
+      f'feature of {features.shape[1:]}, must be as many, and not empty'
+    )
+  low, high = int(labels.min()), int(labels.max())
+  if low < 0 or high > np.iinfo(np.int32).max:
+    raise ValueError(
+      f'{where}: labels from {low} to {high} are no int32 from 0'
+    )
+  with np.errstate(over='ignore'):  # what becomes infinite is reported here
+    features = features.astype(np.float32)
+  wrong = np.argwhere(~np.isfinite(features))
+  if len(wrong):
+    raise ValueError(
+      f'{where}: {len(wrong)} values of the features are not finite in '
+      f'float32, the first at {wrong[0].tolist()}'
+    )
+  return Examples(features, labels.astype(np.int32))
 
 
 class ClassSource(abc.ABC):

@@ -5,15 +5,17 @@ import pathlib
 
 import numpy as np
 
+from moe_jax.data.plain_files import read_npz
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
   Examples,
   Selection,
   SourceOptions,
+  checked_examples,
 )
 from moe_jax.options import NOT_EMPTY, option, unknown
-from moe_jax.shapes import Shaped
+from moe_jax.shapes import Int32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +58,12 @@ class Arrays(ClassSource):
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
       raise ValueError(f'source npz: no file {file}')
-    with np.load(file, allow_pickle=False) as arrays:
-      self._arrays = dict(arrays)
+    self._arrays = read_npz(file)
     self.name = f'classes of {file.name}'
     splits = {split: self.examples(split) for split in SPLITS}
     labels = np.concatenate([e.labels for e in splits.values()])
-    names = self._arrays.get('classes', np.arange(labels.max() + 1))
-    self.classes = tuple(map(str, names.tolist()))
-    if labels.min() < 0 or labels.max() >= len(self.classes):
+    self.classes = self._names(labels, file)
+    if labels.max() >= len(self.classes):
       raise ValueError(
         f'{file}: labels from {labels.min()} to {labels.max()} of '
         f'{len(self.classes)} classes'
@@ -78,17 +78,26 @@ class Arrays(ClassSource):
       self._array(split, 'features'),
       self._array(split, 'labels'),
     )
-    if labels.ndim != 1 or labels.dtype.kind not in 'iu' or features.ndim < 2:
+    return checked_examples(features, labels, f'{split!r} of {self.name}')
+
+  def _names(
+    self, labels: Int32[np.ndarray, ' N'], file: pathlib.Path
+  ) -> tuple[str, ...]:
+    names = self._arrays.get('classes')
+    if names is None:
+      # A label of 10^9 would otherwise make as many names.
+      if labels.max() >= len(labels):
+        raise ValueError(
+          f'{file}: a label of {labels.max()} needs more classes than there '
+          f"are examples, {len(labels)}; if it is right, add the array 'classes' "
+          'with their names'
+        )
+      names = np.arange(labels.max() + 1)
+    if names.ndim != 1 or names.dtype.kind not in 'Uiu':
       raise ValueError(
-        f'{self.name}: {split}_labels {labels.shape} of {labels.dtype} must be '
-        f'integers [N], {split}_features {features.shape} arrays [N, ...]'
+        f'{file}: classes {names.shape} of {names.dtype} must be names [C]'
       )
-    if len(features) != len(labels) or not len(labels):
-      raise ValueError(
-        f'{self.name}: {len(features)} features and {len(labels)} labels of '
-        f'{split!r}'
-      )
-    return Examples(features.astype(np.float32), labels.astype(np.int32))
+    return tuple(map(str, names.tolist()))
 
   def _array(self, split: str, kind: str) -> Shaped[np.ndarray, 'N ...']:
     name = f'{split}_{kind}'

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.cache_folders import cache_root
+from moe_jax.data import cache_folders
 from moe_jax.data.sources import tfds_reader
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -160,8 +160,8 @@ def reader(
 
   The builder prepares the examples in the cache when a split is first read.
   """
-  name = f'{builder.name}-{digest[:16]}'
-  folder = cache_root(selection.cache_dir) / 'tfds' / name
+  name = f'{builder.name}-{cache_folders.FORMAT}-{digest[:16]}'
+  folder = cache_folders.cache_root(selection.cache_dir) / 'tfds' / name
 
   def make(data_dir):
     return builder(
@@ -169,7 +169,7 @@ def reader(
     )
 
   def read(split):
-    own = tfds_reader.own_builder(folder, make)
+    own = tfds_reader.own_builder(folder, make, digests=selection.cache_digests)
     return tfds_reader.texts(own, selection.own(split), features)
 
   return read

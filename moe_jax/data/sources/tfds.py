@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
+from tensorflow_datasets.core import features as features_lib
+
 from moe_jax.data.sources import digits, tfds_reader
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -116,6 +118,12 @@ class TfdsSource(SourceOptions):
         f'images of TFDS dataset {self.name!r} are {shape}; they are to be '
         'grey and of one size'
       )
+    label = builder.info.features[self.label_feature]
+    if not isinstance(label, features_lib.ClassLabel):
+      raise ValueError(
+        f'label_feature={self.label_feature!r} of TFDS dataset {self.name!r} '
+        f'is a {type(label).__name__}, not a ClassLabel'
+      )
     features = self.image_feature, self.label_feature
     splits = {
       split: tfds_reader.images(builder, selection.own(split), *features)
@@ -125,7 +133,7 @@ class TfdsSource(SourceOptions):
     return digits.Digits(
       f'tfds:{builder.info.full_name}, moved by up to {self.max_shift} pixels',
       splits,
-      tuple(builder.info.features[self.label_feature].names),
+      tuple(label.names),
       canvas,
     )
 

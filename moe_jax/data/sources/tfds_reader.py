@@ -4,21 +4,30 @@ Not here: which features of a dataset make a source (`tfds.py`).
 """
 
 import contextlib
+import functools
 import hashlib
 import io
+import logging
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import requests
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from moe_jax.data.cache_folders import locked, prepared
-from moe_jax.data.sources.contract import Examples
+from moe_jax.data.sources.contract import Examples, checked_examples
 from moe_jax.options import unknown
 
 Builder = tfds.core.DatasetBuilder
+_OPEN = getattr(downloader, '_open_with_requests', lambda url: None)
+_RETRIES = 3  # of a download, within about 3 s
+_TIMEOUTS = (5, 60)  # seconds for a connection, and between parts of a file
 
 
 def prepared_builder(name: str) -> Builder:
@@ -38,7 +47,8 @@ def prepared_builder(name: str) -> Builder:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     if '://' not in data_dir:  # a lock file needs a local folder
       pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
-    with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
+    lock = locked(pathlib.Path(data_dir) / name.replace('/', '.'))
+    with lock, _few_retries():
       builder.download_and_prepare()
   except tfds.core.DatasetNotFoundError as error:
     raise ValueError(
@@ -46,17 +56,53 @@ def prepared_builder(name: str) -> Builder:
       f'nor can it be prepared without TensorFlow; if it exists, {elsewhere}'
     ) from error
   except Exception as error:  # builders and downloads raise any exception
+    said = str(error).strip()
+    if isinstance(error, requests.exceptions.ConnectionError):
+      said = f'no connection to {_host(error)}'
     raise ValueError(
       f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {error}); {elsewhere}'
+      f'({type(error).__name__}: {said}); {elsewhere}'
     ) from error
   return builder
 
 
+@contextlib.contextmanager
+def _few_retries() -> Iterator[None]:
+  """Lets downloads fail after seconds, not after 10 retries in 200 s.
+
+  The names are private to TFDS; where they are gone, its own retries remain.
+  """
+  log = logging.getLogger('urllib3.connectionpool')
+  level = log.level
+  log.setLevel(logging.ERROR)  # it would warn of each retry of each file
+  try:
+    with mock.patch.multiple(
+      downloader,
+      create=True,
+      MAX_RETRIES=_RETRIES,
+      _open_with_requests=functools.partial(_OPEN, timeout=_TIMEOUTS),
+    ):
+      yield
+  finally:
+    log.setLevel(level)
+
+
+def _host(error: requests.exceptions.ConnectionError) -> str:
+  url = error.request.url if error.request is not None else ''
+  return urllib.parse.urlsplit(url).netloc or 'the server'
+
+
 def own_builder(
-  folder: pathlib.Path, make: Callable[[pathlib.Path], Builder]
+  folder: pathlib.Path,
+  make: Callable[[pathlib.Path], Builder],
+  *,
+  digests: bool = True,
 ) -> Builder:
-  """The builder that `make` returns for `folder`, which is prepared once."""
+  """The builder that `make` returns for `folder`, which is prepared once.
+
+  Raises:
+    ValueError: A file of the folder is damaged; see `cache_folders.prepared`.
+  """
 
   def write(unfinished):
     # TFDS would print the name of this temporary folder, and fill a log with
@@ -65,7 +111,7 @@ def own_builder(
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
       make(unfinished).download_and_prepare()
 
-  return make(prepared(folder, write))
+  return make(prepared(folder, write, digests=digests))
 
 
 def identity(builder: Builder) -> str:
@@ -135,8 +181,14 @@ def images(
     image, label = values(builder, example, features)
     pixels.append(image[..., 0])
     labels.append(label)
-  return Examples(
-    np.stack(pixels).astype(np.float32) / 255, np.array(labels, np.int32)
+  if not pixels:
+    raise ValueError(
+      f'split {split!r} of TFDS dataset {builder.name!r} is empty'
+    )
+  return checked_examples(
+    np.stack(pixels).astype(np.float32) / 255,
+    np.array(labels),
+    f'{split!r} of TFDS dataset {builder.name!r}',
   )
 
 

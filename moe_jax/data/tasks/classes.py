@@ -13,6 +13,7 @@ from moe_jax.data.sources.contract import (
   ClassSource,
   Selection,
   SourceOptions,
+  checked_examples,
 )
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import ClassNames, TokenizerOptions
@@ -68,7 +69,13 @@ class ClassRows(Rows):
 
   def __init__(self, source: ClassSource, split: str):
     self._source = source
-    self._features, self._labels = source.examples(split)
+    features, labels = source.examples(split)
+    where = f'{split!r} of {source.name}'
+    self._features, self._labels = checked_examples(features, labels, where)
+    if (largest := self._labels.max()) >= len(source.classes):
+      raise ValueError(
+        f'{where}: label {largest} is none of {len(source.classes)} classes'
+      )
 
   @property
   def feature_shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moe_jax.data import store
-from moe_jax.data.cache_folders import cache_root, prepared
+from moe_jax.data.cache_folders import FORMAT, cache_root, prepared
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
 from moe_jax.data.sources.contract import (
@@ -184,7 +184,7 @@ class TokenTask(TaskOptions):
   ) -> Dataset:
     """See `TaskOptions.load`; tokens are memory-mapped."""
     corpus = self.open(source, selection)
-    folder = _tokenized(corpus, tokenizer, selection.cache_dir)
+    folder = _tokenized(corpus, tokenizer, selection)
     about = store.read_about(folder)
     vocabulary = self.vocabulary(load(folder / 'tokenizer.json'), shape)
     splits = {
@@ -232,14 +232,15 @@ class PairTask(TokenTask):
 
 
 def _tokenized(
-  corpus: Texts | Pairs, tokenizer: TokenizerOptions, cache_dir: str
+  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
 ) -> pathlib.Path:
   """The folder of the cache with the tokens of both splits."""
-  key = f'{store.FORMAT} {corpus.identity} {tokenizer.identity()}'
+  key = f'{FORMAT} {corpus.identity} {tokenizer.identity()}'
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
 
   def write(folder: pathlib.Path) -> None:
     texts = (text for split in SPLITS for text in corpus.texts(split))
     corpus.write(folder, tokenizer.fit(texts))
 
-  return prepared(cache_root(cache_dir) / 'tokens' / name, write)
+  folder = cache_root(selection.cache_dir) / 'tokens' / name
+  return prepared(folder, write, digests=selection.cache_digests)

@@ -22,6 +22,8 @@ class ClassNames(Tokenizer, kind='classes'):
 
   def __init__(self, names: Sequence[str], feature_shape: Sequence[int] = ()):
     self.names = tuple(names)
+    if len(set(self.names)) < len(self.names) or not self.names:
+      raise ValueError(f'classes {list(self.names)!r:.200} must be different')
     self.feature_shape = tuple(feature_shape)
     self.vocab_size = len(self.names)
     self.identity = f'classes:{digest(repr(self.names))}'
