@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
-from moe_jax import generation, host, interop
+from moe_jax import command_line, generation, host, interop
 
 NAME = 'bench_generation'
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
@@ -199,11 +199,11 @@ def report(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  number = timing.positive_int
+  number = command_line.POSITIVE
   add(
     '--batch_sizes',
     type=number,
@@ -219,11 +219,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=SIZES['num_hidden_layers'],
     help='layers of the model',
   )
-  add('--seconds', type=float, default=40.0, help='time for each batch size')
+  add(
+    '--seconds',
+    type=command_line.SECONDS,
+    default=40.0,
+    help='time for each batch size',
+  )
   add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every batch size and writes the table."""
   options = parse(argv)

@@ -32,7 +32,7 @@ from experiments.benchmarks.moe_layer_rows import (
   measure_scaling,
   measure_setting,
 )
-from moe_jax import host
+from moe_jax import command_line, host
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers import ACTIVATIONS
 
@@ -136,11 +136,11 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  n = timing.positive_int
+  n = command_line.POSITIVE
   add(
     '--preset',
     choices=list(PRESETS),
@@ -149,7 +149,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     "gpu: Mixtral's sizes in bfloat16. The options below change one",
   )
   add('--output', default='results', help='folder of the results')
-  add('--seconds', type=float, help='how long each setting is timed')
+  add(
+    '--seconds',
+    type=command_line.SECONDS,
+    help='how long each setting is timed',
+  )
   add('--tokens', type=n, help='N, tokens of a batch')
   add('--width', type=n, help='M, model width')
   add('--hidden', type=n, help='F, hidden width of one expert')
@@ -192,6 +196,7 @@ def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
   return dataclasses.replace(replace(preset), sizes=replace(preset.sizes))
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every setting; writes the tables and the plot."""
   options = parse(argv)

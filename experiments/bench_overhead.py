@@ -25,7 +25,7 @@ import ml_collections
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
-from moe_jax import host, run_config, sections
+from moe_jax import command_line, host, run_config, sections
 from moe_jax.config_file import load_config
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
@@ -217,7 +217,7 @@ def report(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
@@ -226,12 +226,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add('--files', default='', help='pattern of text files to train on')
   add('--modules', default='', help='modules of the standard library instead')
-  add('--burst', type=timing.positive_int, default=100, help='steps of a burst')
-  add('--seconds', type=float, default=180.0, help='time for all cases')
+  add(
+    '--burst',
+    type=command_line.POSITIVE,
+    default=100,
+    help='steps of a burst',
+  )
+  add(
+    '--seconds',
+    type=command_line.SECONDS,
+    default=180.0,
+    help='time for all cases',
+  )
   add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the table."""
   options = parse(argv)

@@ -27,7 +27,7 @@ from experiments.benchmarks.train_step_programs import (
   prepared,
   random_batch,
 )
-from moe_jax import host
+from moe_jax import command_line, host
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.config_file import load_config
 from moe_jax.models.stack import REMATS
@@ -160,7 +160,7 @@ def measure_compilation(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
@@ -178,10 +178,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help="time transformers' step against ours, and nothing else",
   )
   add('--output', default='results', help='folder of the results')
-  add('--seconds', type=float, help="time for all steps; default: the preset's")
+  add(
+    '--seconds',
+    type=command_line.SECONDS,
+    help="time for all steps; default: the preset's",
+  )
   add(
     '--depths',
-    type=timing.positive_int,
+    type=command_line.POSITIVE,
     nargs='+',
     help='numbers of layers of the models that are only compiled',
   )
@@ -193,6 +197,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures the steps; writes the tables and the plot."""
   options = parse(argv)

@@ -31,9 +31,12 @@ from experiments.benchmarks.compile_ahead_tables import Report, table, verdicts
 from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, periods, sharded
+from moe_jax.analysis import devices as device_table
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
+
+_TOPOLOGY = re.compile(r'cpu:[1-9]\d{0,5}|v\w+:[1-9]\d*(x[1-9]\d*)*')
 
 
 class DoesNotFit(Exception):
@@ -51,10 +54,12 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     ValueError: There is no such topology, or jax has created its CPU devices
       already.
   """
+  if not _TOPOLOGY.fullmatch(topology):
+    raise ValueError(
+      f"--topology={topology} is neither CPUs, 'cpu:64', nor TPUs, 'v5p:4x4x4'"
+    )
   kind, _, size = topology.partition(':')
   if kind == 'cpu':
-    if not size.isdigit() or not int(size):
-      raise ValueError(f"--topology={topology}; CPUs are 'cpu:64'")
     try:
       jax.config.update('jax_num_cpu_devices', int(size))
     except RuntimeError as error:
@@ -165,7 +170,13 @@ def run(
     slices: Number of TPU slices.
     device: Name of the device whose memory is compared; see `verdicts`.
     flops: Whether XLA's count of FLOPs is printed too.
+
+  Raises:
+    ValueError: The topology or the device is unknown, or the run does not fit
+      the mesh.
   """
+  if device:
+    device_table.get(device)  # refused before anything is compiled
   options = cost.with_own_vocabulary(options)
   devices = described_devices(topology, slices)
   mesh = mesh_of(options, devices)
@@ -187,7 +198,7 @@ def run(
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """The command line, and the config's overrides."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog='python -m experiments.compile_ahead',
     description=__doc__.split('\n')[0],
     epilog='Keys of the config can be changed: --config.mesh.expert=8',
@@ -200,7 +211,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     default='cpu:64',
     help="devices: CPUs, 'cpu:64', or TPUs, 'v5p:4x4x4', 'v5e:16x16'",
   )
-  add('--slices', type=int, default=1, help='TPU slices of that topology')
+  add(
+    '--slices',
+    type=command_line.POSITIVE,
+    default=1,
+    help='TPU slices of that topology',
+  )
   add(
     '--device',
     default='',
@@ -213,23 +229,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     help='count FLOPs with XLA too, which compiles two to six short models',
   )
   options, overrides = parser.parse_known_args(argv)
-  if options.slices < 1:
-    parser.error(f'--slices={options.slices} must be at least 1')
   return options, overrides
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the report; the exit status is 0 if the step fits, else 1."""
   options, overrides = parse(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
-  try:
-    read, _ = config_flag.options_of(options.config, overrides)
-    fits = run(
-      read, options.topology, options.slices, options.device, options.flops
-    )
-  except (OSError, ValueError) as error:
-    command_line.fail(str(error))
+  read, _ = config_flag.options_of(options.config, overrides)
+  fits = run(
+    read, options.topology, options.slices, options.device, options.flops
+  )
   if not fits:
     raise SystemExit(1)
 

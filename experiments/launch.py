@@ -67,7 +67,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """The command line, and the overrides of all items."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog='python -m experiments.launch',
     description=__doc__.split('\n')[0],
     epilog='Keys of all items can be changed: --config.seed=1',
@@ -86,24 +86,39 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     help='values of a config key; each value makes an item',
   )
   add('--output', default='runs/launch', help='folder of the workdirs')
-  add('--workers', type=int, default=1, help='number of items at a time')
+  add(
+    '--workers',
+    type=command_line.POSITIVE,
+    default=1,
+    help='number of items at a time',
+  )
   add(
     '--accelerator',
     choices=['gpu', 'tpu'],
     default='',
     help='kind of device, of which every item gets one',
   )
-  add('--devices', type=int, default=0, help='number of accelerators')
-  add('--processes', type=int, default=1, help='processes of each item')
+  add(
+    '--devices',
+    type=command_line.NOT_NEGATIVE,
+    default=0,
+    help='number of accelerators',
+  )
+  add(
+    '--processes',
+    type=command_line.POSITIVE,
+    default=1,
+    help='processes of each item',
+  )
   add(
     '--devices_per_process',
-    type=int,
+    type=command_line.NOT_NEGATIVE,
     default=0,
     help='fake CPU devices of each process; 0: the real devices',
   )
   add(
     '--grace_seconds',
-    type=float,
+    type=command_line.SECONDS,
     default=120.0,
     help='seconds that a stopped item may take to save',
   )
@@ -114,8 +129,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.error('--accelerator runs one item a device, in one process each')
   if options.items and (options.sweep or overrides):
     parser.error('--items has its own overrides')
-  if min(options.workers, options.processes) < 1:
-    parser.error('--workers and --processes are at least 1')
   return options, overrides
 
 
@@ -202,17 +215,15 @@ def run(
   )
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs all items and returns the exit status."""
   options, overrides = parse(argv)
-  try:
-    items = items_of(options, overrides)
-    check(items)
-    environments = processes_lib.places(
-      options.workers, options.accelerator, options.devices
-    )
-  except (OSError, ValueError) as error:
-    command_line.fail(str(error))
+  items = items_of(options, overrides)
+  check(items)
+  environments = processes_lib.places(
+    options.workers, options.accelerator, options.devices
+  )
   commands = [
     make_command(item, options.processes, options.devices_per_process)
     for item in items

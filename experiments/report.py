@@ -9,7 +9,6 @@ mix corpora: studies of one task must have seen the same bytes. Not here: the
 text of one study's section (`study/results.py`).
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -75,7 +74,9 @@ def read(
     for _, path in sorted(paths.items())
   ]
   if not summaries:
-    raise ValueError(f'{kept} has no results; run a study with --preset=full')
+    raise ValueError(
+      f'neither {results} nor {kept} has results of a study with --preset=full'
+    )
   digests: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:
     of_task = digests.setdefault(summary['task'], {})
@@ -109,9 +110,10 @@ def _anchor(title: str) -> str:
   return kept.replace(' ', '-')
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Collects the summaries and writes the page."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog='python -m experiments.report', description=__doc__.split('\n')[0]
   )
   parser.add_argument(
@@ -120,10 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', default=str(HERE), help='folder of the page')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
-  try:
-    text = page(read(output / KEPT, results))
-  except ValueError as error:
-    command_line.fail(str(error))
+  text = page(read(output / KEPT, results))
   collect(results, output / KEPT)
   (output / PAGE).write_text(text, encoding='utf-8')
   print(f'written: {output / PAGE}')

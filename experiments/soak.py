@@ -13,7 +13,6 @@ gradient must be those of one device. The program of the processes is
 `soaking/soak_run.py`, and what disturbs them is `soaking/soak_disturbances.py`.
 """
 
-import argparse
 import pathlib
 import random
 import shutil
@@ -35,6 +34,7 @@ from experiments.soaking.soak_evidence import (
   of_attempt,
   outcome,
 )
+from moe_jax import command_line
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
@@ -207,22 +207,31 @@ def order(draw: random.Random) -> Iterator[tuple[int, dict[str, int]]]:
     yield last
 
 
+@command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the soak; the exit status is 1 if anything was lost."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog='python -m experiments.soak', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  add('--minutes', type=float, default=10.0, help='approximate duration')
-  add('--seed', type=int, default=0, help='seed of the disturbances')
+  add(
+    '--minutes',
+    type=command_line.SECONDS,
+    default=10.0,
+    help='approximate duration',
+  )
+  add(
+    '--seed',
+    type=command_line.NOT_NEGATIVE,
+    default=0,
+    help='seed of the disturbances',
+  )
   add(
     '--folder',
     default='',
     help="folder of the runs, which is kept; '': a temporary one",
   )
   options = parser.parse_args(argv)
-  if not options.minutes > 0:
-    parser.error(f'--minutes={options.minutes} must be positive')
   folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='soak-'))
   cache = folder / 'compiled'
   jax.config.update('jax_compilation_cache_dir', str(cache))

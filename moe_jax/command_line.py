@@ -15,7 +15,7 @@ from absl import flags
 
 from moe_jax import config_file
 from moe_jax.data import DataError
-from moe_jax.options import Check, Spec, value_problem
+from moe_jax.options import Check, Spec, above, at_least, value_problem
 from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.recorder import NonFiniteError
 
@@ -73,13 +73,18 @@ def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
 
   def parsed(text: str) -> Any:
     value = kind(text)
-    problem = value_problem('value', value, kind, Spec(checks=checks))
+    problem = value_problem('', value, kind, Spec(checks=checks))
     if problem is not None:
-      raise argparse.ArgumentTypeError(problem)
+      raise argparse.ArgumentTypeError(problem.removeprefix('='))
     return value
 
   parsed.__name__ = kind.__name__  # named where the text is no number
   return parsed
+
+
+POSITIVE = number(int, at_least(1))
+NOT_NEGATIVE = number(int, at_least(0))
+SECONDS = number(float, above(0))
 
 
 def say(lines: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from moe_jax import command_line, generation, host
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
+from moe_jax.options import SEED, at_least, within
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,27 +30,59 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
-  add('--step', type=int, help='step of the checkpoint; else the newest good')
+  add(
+    '--step',
+    type=command_line.NOT_NEGATIVE,
+    help='step of the checkpoint; else the newest good',
+  )
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument('--prompt', help='text to continue or to answer')
   prompts.add_argument('--prompts_file', help='file with a prompt in each line')
   add('--chat', action='store_true', help="treat prompts as a user's turns")
   add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
   add('--target_language', default='', help="answers': fra_Latn (NLLB)")
-  add('--num_tokens', type=int, default=256, help='most new tokens of a row')
-  add('--temperature', type=float, default=0.0, help='0: the likeliest token')
-  add('--top_k', type=int, default=0, help='draw among the k likeliest; 0: all')
+  add(
+    '--num_tokens',
+    type=command_line.POSITIVE,
+    default=256,
+    help='most new tokens a row',
+  )
+  add(
+    '--temperature',
+    type=command_line.number(float, at_least(0)),
+    default=0.0,
+    help='0: the likeliest token',
+  )
+  add(
+    '--top_k',
+    type=command_line.NOT_NEGATIVE,
+    default=0,
+    help='draw among the k likeliest; 0: all',
+  )
   add(
     '--top_p',
-    type=float,
+    type=command_line.number(float, within('(0, 1]')),
     default=1.0,
     help='draw among the likeliest tokens whose probabilities sum to this',
   )
-  add('--num_beams', type=int, default=1, help='above 1: beam search')
   add(
-    '--length_penalty', type=float, default=1.0, help="beam search's exponent"
+    '--num_beams',
+    type=command_line.POSITIVE,
+    default=1,
+    help='above 1: beam search',
   )
-  add('--seed', type=int, default=0, help='seed of the drawn tokens')
+  add(
+    '--length_penalty',
+    type=command_line.number(float),
+    default=1.0,
+    help="beam search's exponent",
+  )
+  add(
+    '--seed',
+    type=command_line.number(int, SEED),
+    default=0,
+    help='seed of the drawn tokens',
+  )
   add(
     '--stop',
     action='append',
@@ -116,7 +149,10 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
   """The prompts by line number, from 1; empty lines are left out."""
   if options.prompts_file is None:
     return {1: options.prompt}
-  text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
+  try:
+    text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{options.prompts_file} is no text: {error}') from None
   prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
     raise ValueError(f'{options.prompts_file} has no prompts, one a line')

@@ -80,21 +80,45 @@ def settled(
     OptionError: The message lists all problems, by name.
   """
   config, ignored = sections.settle(RunConfig, before, after)
-  config = copy.deepcopy(config).unlock()
-  model = MODELS.get(config.model.kind)
-  overrides = model.settle_overrides(before.model, config.model)
-  ignored |= {f'model.{name}': value for name, value in overrides.items()}
-  for name, entry in config.evals.items():
+  old, new = before.get('model'), config.get('model')
+  if all(
+    isinstance(x, ml_collections.ConfigDict) and 'kind' in x for x in (old, new)
+  ):
+    config = copy.deepcopy(config).unlock()
+    ignored |= _settle_overrides(old, config)
+    config = sections.lock(RunConfig, config)
+  return read(config), ignored
+
+
+def _settle_overrides(
+  before: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+  """Removes overrides of the model that a later layer leaves no effect.
+
+  Args:
+    before: The model's section of the earlier layers.
+    config: The config with the later layer, which is changed.
+
+  Returns:
+    The values that are removed, by name.
+  """
+  overrides = MODELS.get(config.model.kind).settle_overrides(
+    before, config.model
+  )
+  ignored = {f'model.{name}': value for name, value in overrides.items()}
+  for name, entry in config.get('evals', {}).items():
+    if not isinstance(entry, ml_collections.ConfigDict):
+      continue
     left, given_up = sections.settle_overrides(
       functools.partial(sections.choice_leaves, MODELS),
-      before.model,
+      before,
       config.model,
       entry.get('model_overrides', {}),
     )
     entry.model_overrides = left
     where = f'evals.{name}.model_overrides'
     ignored |= {f'{where}.{key}': value for key, value in given_up.items()}
-  return read(sections.lock(RunConfig, config)), ignored
+  return ignored
 
 
 def describe(config: ml_collections.ConfigDict) -> Iterator[str]:

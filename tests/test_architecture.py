@@ -73,7 +73,8 @@ ALLOWED = {
   'config_file': OPTIONS,
   'command_line': BASE | {'config_file', 'data', 'runs'},
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
-  'generate': {
+  'generate': OPTIONS
+  | {
     'command_line',
     'data',
     'generation',

@@ -128,8 +128,8 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
 
   def answer(ids, **options):
     options = dict(num_tokens=9, start_id=0) | options
-    made = generation.generate(loaded.model, loaded.variables, ids, **options)
-    return tokenizer.decode(made.rows[0][made.rows[0] < 6]) + '\n'
+    output = generation.generate(loaded.model, loaded.variables, ids, **options)
+    return tokenizer.decode(output.rows[0][output.rows[0] < 6]) + '\n'
 
   cases = (
     ([], answer([2, 1])),
@@ -170,7 +170,10 @@ def test_mistakes_are_a_line(run, capsys, tmp_path):
     ([where, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
     ([where, '--prompt=a', '--step=4'], 'no checkpoint 4'),
     ([where, '--prompt=a', '--beams=4'], 'unrecognized arguments: --beams=4'),
-    ([where, '--prompt=a', '--num_tokens=0'], 'num_tokens=0 leaves'),
+    (
+      [where, '--prompt=a', '--num_tokens=0'],
+      '--num_tokens: 0 must be at least 1',
+    ),
   ):
     error = refused(capsys, *argv)
     assert message in error, error

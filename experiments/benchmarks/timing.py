@@ -5,7 +5,6 @@ cases of one round meet the machine in the same state, so that ratios are taken
 round by round, and their median is reported. Not here: what is timed.
 """
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -60,17 +59,6 @@ class Spread:
       format(value, spec) for value in (self.low, self.median, self.high)
     )
     return f'{middle} ({low}-{high})'
-
-
-def positive_int(text: str) -> int:
-  """Converts an argument for argparse.
-
-  Raises:
-    ArgumentTypeError: The text is no whole number from 1.
-  """
-  if not text.isdigit() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
-  return int(text)
 
 
 def compile_ahead(function: Callable[..., Any], *args: Any) -> 'Compilation':

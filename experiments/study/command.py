@@ -4,7 +4,6 @@ Not here: the definition of a study (`study.py`).
 """
 
 import argparse
-import copy
 import dataclasses
 import pathlib
 import re
@@ -19,7 +18,7 @@ from moe_jax import command_line, config_file, host, sections
 
 def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   """The parsed command line; its `flags` change the config that arms share."""
-  parser = argparse.ArgumentParser(
+  parser = command_line.Parser(
     prog=f'python -m experiments.{study.name}',
     description=study.title,
     epilog='Keys of the config that all arms share can be changed: '
@@ -27,23 +26,21 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  names = list(study.presets)
+  names, count = list(study.presets), command_line.NOT_NEGATIVE
   add('--preset', default=study.preset, choices=names, help='size of the study')
-  add('--seeds', type=int, default=0, help="number of seeds; 0: the preset's")
-  add('--steps', type=int, default=0, help="steps of a run; 0: the preset's")
-  add('--workers', type=int, default=0, help='runs at a time; 0: one a core')
+  add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
+  add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
+  add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')
   options, options.flags = parser.parse_known_args(argv)
   for flag in options.flags:
     if not re.match(r'--config\.[\w.]+=', flag):
       parser.error(f'unknown argument {flag!r}; keys are --config.KEY=VALUE')
-  for name in ('seeds', 'steps', 'workers'):
-    if getattr(options, name) < 0:
-      parser.error(f'--{name}={getattr(options, name)} is negative')
   return options
 
 
+@command_line.reported()
 def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   """Makes the missing runs and writes table, figure and verdicts.
 
@@ -58,10 +55,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     steps=options.steps or preset.steps,
     seeds=options.seeds or preset.seeds,
   )
-  try:
-    runs = _run(study, preset, options)
-  except ValueError as error:
-    command_line.fail(str(error))
+  runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
   spreads = times.step_times(study, runs.jobs, output)
   medians = {name: step_time.median for name, step_time in spreads.items()}
@@ -106,7 +100,7 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   """
   output = pathlib.Path(options.output) / study.name
   shared = study.shared(preset, options.task)
-  flagged = config_file.config_of(copy.deepcopy(shared), options.flags)
+  flagged = config_file.config_of(shared, options.flags)
   shared, _ = sections.settle(study.runner.options, shared, flagged)
   arms = study.arms_of(preset)
 

@@ -78,21 +78,21 @@ def workload(
   return Workload(batch_size, *lengths, parts)
 
 
+@command_line.reported()
 def main(argv: list[str]) -> None:
   """Prints the cost of the model of the command line's config."""
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   console = Console()
-  with command_line.reported():
-    options, ignored = config_flag.read()
-    command_line.say(config_flag.ignored_lines(ignored))
-    options = with_own_vocabulary(options)
-    model = options.build()
-    work = workload(options, _BATCH.value, _PARTS.value)
-    tables = [compute_table, memory_table, fit_table]
-    for make in tables if model.stacks else tables[:1]:
-      console.print(make(model, work))
+  options, ignored = config_flag.read()
+  command_line.say(config_flag.ignored_lines(ignored))
+  options = with_own_vocabulary(options)
+  model = options.build()
+  work = workload(options, _BATCH.value, _PARTS.value)
+  tables = [compute_table, memory_table, fit_table]
+  for make in tables if model.stacks else tables[:1]:
+    console.print(make(model, work))
 
 
 if __name__ == '__main__':

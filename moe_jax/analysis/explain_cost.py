@@ -149,16 +149,16 @@ def table(explanation: Explanation) -> Table:
   return result
 
 
+@command_line.reported()
 def main(argv: list[str]) -> None:
   """Prints the time of the parts of a step of the command line's config."""
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
-  with command_line.reported():
-    options, ignored = config_flag.read()
-    command_line.say(config_flag.ignored_lines(ignored))
-    explanation = explain(options, num_steps=_STEPS.value)
+  options, ignored = config_flag.read()
+  command_line.say(config_flag.ignored_lines(ignored))
+  explanation = explain(options, num_steps=_STEPS.value)
   print(_title(options))
   Console().print(table(explanation))
 
