@@ -2,7 +2,7 @@
 
 A folder has a list of its files with their sizes and sha256. Whenever it is
 opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
-those of larger files take about SHA_COST per GB, and can be left out. A damaged
+those of larger files take about 0.5 s per GB, and can be left out. A damaged
 folder is named and not remade: damage tells of a failing disk or of a program
 that wrote there, other processes may be reading the folder, and only its user
 knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).

@@ -120,7 +120,7 @@ class DataOptions(Options):
   cache_digests: bool = option(
     True,
     'Whether the sha256 of the files in the cache are checked when a run '
-    'starts, which takes about SHA_COST per GB in each process; sizes, and '
+    'starts, which takes about 0.5 s per GB in each process; sizes, and '
     'digests of small files, are always checked.',
   )
 

@@ -81,6 +81,7 @@ def _read(
 ) -> tuple[ModelOptions, Architecture, list[str]]:
   architecture = _architecture(config, path)
   values, problems, notes = config_keys.read(architecture.keys, config)
+  problems += config_keys.bad_ids(config, values.vocab_size)
   problems += architecture.problems(values)
   if problems:
     raise ValueError(

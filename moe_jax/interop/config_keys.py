@@ -6,17 +6,21 @@ these values (`mixtral.py` and its siblings).
 """
 
 import dataclasses
-import math
 import types
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.option_checks import unknown_text
 
+_LARGEST = 3.4e38  # of float32
+_INTEGERS = 2**31  # int32 is below this
+# As layers are counted one by one before any tensor is known.
+_LAYERS = 2**16
+
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """A kind of value: a number in a range, neither NaN nor infinite.
+  """A kind of value: a number in a range, which NaN never is.
 
   Attributes:
     rule: The kind in words, for messages.
@@ -28,8 +32,8 @@ class Number:
   """
 
   rule: str
-  low: float = -math.inf
-  below: float = math.inf
+  low: float = -_LARGEST
+  below: float = _LARGEST
   whole: bool = False
   above: bool = False
   optional: bool = False
@@ -42,23 +46,26 @@ class Number:
     if isinstance(value, bool) or not isinstance(value, types_):
       return False
     inside = self.low < value if self.above else self.low <= value
-    # As an integer may be too large for a float, it is not converted.
-    return inside and -math.inf < value < self.below
+    return inside and value < self.below
 
 
-SIZE = Number('integer of at least 1', 1, whole=True)
-OPTIONAL_SIZE = Number(
-  'integer of at least 1, or null', 1, whole=True, optional=True
+SIZE = Number('integer of at least 1 in int32', 1, _INTEGERS, whole=True)
+OPTIONAL_SIZE = dataclasses.replace(
+  SIZE, rule=f'{SIZE.rule}, or null', optional=True
 )
-COUNT = Number('integer of at least 0', 0, whole=True)
-OPTIONAL_COUNT = Number(
-  'integer of at least 0, or null', 0, whole=True, optional=True
+LAYERS = Number(f'integer in [1, {_LAYERS})', 1, _LAYERS, whole=True)
+OPTIONAL_LAYERS = dataclasses.replace(
+  LAYERS, rule=f'{LAYERS.rule}, or null', optional=True
 )
-FINITE = Number('finite number')
+COUNT = Number('integer of at least 0 in int32', 0, _INTEGERS, whole=True)
+OPTIONAL_COUNT = dataclasses.replace(
+  COUNT, rule=f'{COUNT.rule}, or null', optional=True
+)
+FINITE = Number('finite number of float32')
 AMOUNT = Number('finite number of at least 0', 0)
 POSITIVE = Number('finite number above 0', 0, above=True)
-OPTIONAL_POSITIVE = Number(
-  'finite number above 0, or null', 0, above=True, optional=True
+OPTIONAL_POSITIVE = dataclasses.replace(
+  POSITIVE, rule=f'{POSITIVE.rule}, or null', optional=True
 )
 RATE = Number('number in [0, 1)', 0, 1)
 _WHO = 'transformers 5.24'
@@ -134,6 +141,19 @@ def read(
     if neutral is not ... and value != neutral:
       notes.append(f'{name}={value!r} is not carried over: {why}')
   return values, problems, notes
+
+
+def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
+  """A text for each special token that has no id of the vocabulary."""
+  rule = f'token id, an integer in [0, {vocab_size})'
+  kind = Number(rule, 0, vocab_size, whole=True)
+  return [
+    f'{name}={value!r:.80} is no {rule}'
+    for name, value in config.items()
+    if name.endswith('_token_id') and value is not None
+    for i in (value if isinstance(value, list) else [value])
+    if not kind.holds(i)
+  ]
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, Sharding
 from moe_jax import models, partitioning
 from moe_jax.interop import hub
 from moe_jax.interop.checkpoint_folder import Checkpoint, open_checkpoint
+from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE
 from moe_jax.interop.mapping import (
   Leaf,
   check,
@@ -34,6 +36,9 @@ from moe_jax.layers.shared import RULES
 from moe_jax.models import Model, ModelOptions
 from moe_jax.partitioning import Rules
 
+# A model that is this many times larger than the files is not compared name by
+# name with them.
+_LARGER = 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -73,7 +78,7 @@ def load(
       the checkpoint's own. Routers stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
     allow_nonfinite: Whether weights may be infinite or no numbers. The check
-      takes about CHECK_COST per GB.
+      takes about 0.06 s per GB.
 
   Raises:
     ValueError: The architecture, a key of its config or a tensor is not
@@ -116,8 +121,10 @@ def load_params(
 ) -> dict[str, Any]:
   """The tree of sharded parameters; see `load`."""
   files = TensorFiles(checkpoint.folder)
+  _check_keys(checkpoint, files)
   model = checkpoint.options.build(rules)
   trees = models.describe(model)
+  _check_count(checkpoint, files, trees.shapes)
   leaves_by_path = _checked(checkpoint, model, trees.shapes, files)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
@@ -137,6 +144,34 @@ def load_params(
       )
     )
   return params
+
+
+def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
+  """Refuses a size that the files do not have, before a model is built."""
+  most = files.num_values
+  problems = [
+    f'{name}={checkpoint.config[name]}'
+    for name, (kind, *_) in checkpoint.architecture.keys.honoured.items()
+    if kind in (SIZE, OPTIONAL_SIZE)
+    and (checkpoint.config.get(name) or 0) > most
+  ]
+  if problems:
+    raise ValueError(
+      f'{checkpoint.folder}: config.json has {", ".join(problems)}, more than '
+      f'the {most} values of all tensors'
+    )
+
+
+def _check_count(
+  checkpoint: Checkpoint, files: TensorFiles, shapes: Any
+) -> None:
+  """Refuses a much larger model, before its tensors are named one by one."""
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  if count > _LARGER * files.num_values:
+    raise ValueError(
+      f'{checkpoint.folder}: config.json describes a model of {count} '
+      f'parameters, the tensors have {files.num_values} values'
+    )
 
 
 def _checked(

@@ -5,6 +5,7 @@ weights-only loader, so that no code is unpickled. Not here: the parameters to
 which tensors belong (`mapping.py`), and writing (`saving.py`).
 """
 
+import math
 import pathlib
 import zipfile
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ class TensorSpec(NamedTuple):
     if self.dtype not in FLOATS:
       return 0
     width = 4 if self.dtype == 'float32' else 2
-    return width * int(np.prod(self.shape, dtype=np.int64))
+    return width * math.prod(self.shape)
 
 
 class TensorFiles:
@@ -53,6 +54,7 @@ class TensorFiles:
     folder: The folder of the files.
     specs: The shape and dtype of every tensor, by its name.
     num_bytes: The size of all tensors in bytes.
+    num_values: The number of all tensors' values.
     largest: The size of the largest tensor in bytes.
     nonfinite: The number of values that are not finite of each tensor that has
       any, as far as they were noted.
@@ -88,6 +90,7 @@ class TensorFiles:
     ]
     if problems:
       raise ValueError(listed(f'{folder} cannot be read', problems))
+    self.num_values = sum(math.prod(s.shape) for s in self.specs.values())
     self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
     self.largest = max(spec.num_bytes for spec in self.specs.values())
 

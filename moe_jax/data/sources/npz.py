@@ -89,8 +89,8 @@ class Arrays(ClassSource):
       if labels.max() >= len(labels):
         raise ValueError(
           f'{file}: a label of {labels.max()} needs more classes than there '
-          f"are examples, {len(labels)}; if it is right, add the array 'classes' "
-          'with their names'
+          f'are examples, {len(labels)}; if it is right, add the array '
+          "'classes' with their names"
         )
       names = np.arange(labels.max() + 1)
     if names.ndim != 1 or names.dtype.kind not in 'Uiu':
