@@ -23,7 +23,14 @@ from moe_jax.runs.recorder import NonFiniteError
 # the same command goes on with it.
 STOPPED = 75
 # Errors whose message says what to do; any other is a defect of the program.
-REPORTED = (CheckpointError, DataError, NonFiniteError, OSError, ValueError)
+REPORTED = (
+  CheckpointError,
+  DataError,
+  MemoryError,
+  NonFiniteError,
+  OSError,
+  ValueError,
+)
 # Beginnings of JAX's messages about JAX_PLATFORMS.
 _PLATFORM = ('Unable to initialize backend', 'Unknown backend')
 

@@ -110,8 +110,8 @@ def anything(reason: str) -> Check:
   return Check(reason, lambda value: True)
 
 
-# The rule for seeds, which are stored as unsigned numbers of 32 bits.
-SEED = within('[0, 4294967296)')
+# The rule for seeds.
+SEED = at_least(0)
 
 # The rule that a text, or anything with a length, is not empty.
 NOT_EMPTY = Check('must be given', bool)
@@ -146,21 +146,26 @@ def _items_fit(value, parts) -> bool:
   return len(value) == len(parts) and all(map(of_type, value, parts))
 
 
-def number_problem(value: Any, *, infinite: bool = False) -> str | None:
+def number_problem(
+  value: Any, *, whole: bool = True, infinite: bool = False
+) -> str | None:
   """The rule that a number breaks because arrays could not hold it, or None.
 
   Args:
     value: A number, or a tuple with numbers in it, nested or not.
+    whole: Whether an integer is stored as one, not as a float.
     infinite: Whether infinity is a value.
   """
   if isinstance(value, tuple):
     problems = (number_problem(item, infinite=infinite) for item in value)
     return next(filter(None, problems), None)
-  if isinstance(value, int) and not -(2**63) <= value < 2**63:
-    return 'does not fit into 64 bits'
-  if not isinstance(value, float) or (infinite and math.isinf(value)):
+  if isinstance(value, int) and whole:
+    if -(2**31) <= value < 2**31:
+      return None
+    return "does not fit into JAX's integers of 32 bits"
+  if not isinstance(value, int | float) or (infinite and value == math.inf):
     return None
-  if not math.isfinite(value):
+  if value != value or abs(value) == math.inf:
     return 'must be finite'
   if abs(value) > _LARGEST:
     return f'is infinite in float32, whose largest number is {_LARGEST}'

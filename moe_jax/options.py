@@ -279,7 +279,9 @@ def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
     return f'{said} is no {spec.kinds.base.__name__}; have {have}'
   if not of_type(value, hint):
     return f'{said} is a {type(value).__name__}, not {type_name(hint)}'
-  if rule := number_problem(value, infinite=spec.infinite):
+  if rule := number_problem(
+    value, whole=hint is not float, infinite=spec.infinite
+  ):
     return f'{said} {rule}'
   problems = (check.problem(name, value) for check in spec.checks)
   return next(filter(None, problems), None)

@@ -24,7 +24,7 @@ COUNT = [
   ('1.5', "'1.5'"),
   ('all', "'all'"),
   (HUGE, 'invalid int value'),
-  ('9223372036854775808', '64 bits'),
+  ('2147483648', '32 bits'),
   ('', "''"),
 ]
 POSITIVE = [('0', '0 must be at least 1'), ('-3', '-3 must be at least 1')]

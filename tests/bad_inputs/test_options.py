@@ -28,7 +28,7 @@ NEVER = {
   'text': '1',
   'complex': 1j,
   'list': [1],
-  'more than 64 bits': 2**63,
+  'more than 32 bits': 2**31,
   'more than float32': 1e39,
 }
 NUMBERS = {
@@ -66,7 +66,7 @@ def test_no_number_is_refused_by_name(value):
     for (cls, name), hint in NUMBERS.items()
     if not refusal(cls, name, value)
     and not (spec_of(fields_of(cls)[name]).infinite and value == math.inf)
-    and not (hint is float and value == 2**63)
+    and not (hint is float and value == 2**31)
   ]
   assert not accepted
 
@@ -147,9 +147,9 @@ def test_a_flag_says_the_rule(path):
     ('sample.temperature=nan', 'must be finite'),
     ('sample.temperature=-1.0', 'must be at least 0'),
     ('total_steps=0', 'must be at least 1'),
-    ('total_steps=9223372036854775808', 'does not fit into 64 bits'),
-    ('seed=-1', 'not in [0, 4294967296)'),
-    ('seed=4294967296', 'not in [0, 4294967296)'),
+    ('total_steps=2147483648', 'integers of 32 bits'),
+    ('seed=-1', 'must be at least 0'),
+    ('seed=2147483648', 'integers of 32 bits'),
     ('batch_size=-1', 'must be at least 1'),
     ('data.seq_len=0', 'must be at least 1'),
     ('model.moe.capacity.per_token.factor=0.0', 'must be above 0'),
