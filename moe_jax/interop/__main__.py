@@ -42,11 +42,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add('--config', default='', help='config file of the run; else the defaults')
   add('--dtype', choices=('float32', 'bfloat16'), default='')
   add('--revision', default='', help=revision)
-  add(
-    '--allow_nonfinite',
-    action='store_true',
-    help='imports weights that are infinite or no numbers, too',
-  )
   add = command('export', _export, 'writes a run for transformers')
   add('--workdir', required=True, help='folder of the run')
   add('--output', required=True, help='new folder')
@@ -72,7 +67,6 @@ def _import(options: argparse.Namespace, overrides: list[str]) -> int:
     config,
     dtype=options.dtype,
     revision=options.revision,
-    allow_nonfinite=options.allow_nonfinite,
   )
   print('\n'.join(lines))
   return 0

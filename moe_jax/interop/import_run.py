@@ -62,7 +62,6 @@ def import_run(
   *,
   dtype: str = '',
   revision: str = '',
-  allow_nonfinite: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> list[str]:
   """Makes a run's folder from a checkpoint.
@@ -74,7 +73,6 @@ def import_run(
       computes, which the checkpoint decides.
     dtype: Dtype of parameters and products; '' is the checkpoint's own.
     revision: A branch, tag or commit of a repository; '' is its main branch.
-    allow_nonfinite: Whether weights may be infinite or no numbers.
     devices: The devices of the mesh; None is all there are.
 
   Returns:
@@ -105,7 +103,6 @@ def import_run(
     checkpoint,
     mesh=mesh,
     rules=options.sharding.rules,
-    allow_nonfinite=allow_nonfinite,
   )
   facts = [_size(params, mesh), _memory(before, checkpoint)]
   _copy(small, folder / FILES)

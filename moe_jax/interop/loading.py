@@ -138,8 +138,8 @@ def load_params(
   if files.nonfinite and not allow_nonfinite:
     raise ValueError(
       listed(
-        f'{checkpoint.folder} has weights that are not finite (they are read '
-        'with allow_nonfinite)',
+        f'{checkpoint.folder} has weights that are not finite, with which no '
+        'run can begin (interop.load reads them with allow_nonfinite=True)',
         [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
       )
     )

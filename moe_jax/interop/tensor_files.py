@@ -80,6 +80,8 @@ class TensorFiles:
         unread.add(name)
         continue
       for tensor, spec in specs.items():
+        if not tensor.isprintable():
+          problems.append(f'{name} has a tensor with the name {tensor!r:.80}')
         if index and index.get(tensor) != name:
           problems.append(f'{name} holds {tensor!r}, which the index does not')
         self.specs[tensor], self._file_of[tensor] = spec, name
