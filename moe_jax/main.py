@@ -13,7 +13,8 @@ process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
-A run that SIGTERM stopped before its last step ends with status 75.
+Exit status: 0 after the last step; 75 if SIGTERM stopped the run before it; 130
+after Ctrl-C; 1 with a message of what is wrong.
 
 Kept short: everything here can be called from a notebook.
 """
