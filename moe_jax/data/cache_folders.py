@@ -22,7 +22,6 @@ from moe_jax.data.plain_files import parse_json, read_text
 LIST = 'files.json'
 FORMAT = 2  # of folders, a part of their names; the first had no list
 SMALL = 2**20
-_ADVICE = 'delete the folder, and it is made anew'
 _Facts = dict[str, list]  # size and sha256 by path
 
 
@@ -106,25 +105,28 @@ def _verify(folder: pathlib.Path, digests: bool) -> None:
     text = read_text(folder / LIST)
     listed = parse_json(text, LIST)
     # Equal texts, as a changed space or key would otherwise be overlooked.
-    if text != _text(listed):
-      raise ValueError(f'{LIST} is damaged')
+    if not isinstance(listed, dict) or text != _text(listed):
+      raise ValueError(f'{LIST} is not as it was written')
     there = _facts(folder, digests=digests)
     for path in sorted({*listed, *there}):
       _check(path, listed.get(path), there.get(path))
   except FileNotFoundError:
-    raise ValueError(
-      f'{folder} is damaged: {LIST} is missing; {_ADVICE}'
-    ) from None
-  except (TypeError, ValueError, AttributeError) as error:
-    raise ValueError(f'{folder} is damaged: {error}; {_ADVICE}') from None
+    reason = f'{LIST} is missing'
+  except ValueError as error:
+    reason = str(error)
+  else:
+    return
+  raise ValueError(
+    f'{folder} is damaged: {reason}; delete the folder, and it is made anew'
+  )
 
 
 def _check(path: str, was: list | None, now: list | None) -> None:
-  if was is None or now is None:
+  if now is None or not was or not isinstance(was, list):
     raise ValueError(f'{path} is {"missing" if now is None else "not listed"}')
   if was[0] != now[0]:
     raise ValueError(f'{path} has {now[0]} bytes, not {was[0]}')
-  if now[1] and was[1] != now[1]:
+  if now[1] and was != now:
     raise ValueError(f'{path} has changed since it was written (sha256)')
 
 

@@ -99,7 +99,7 @@ class Arrays(ClassSource):
       )
     return tuple(map(str, names.tolist()))
 
-  def _array(self, split: str, kind: str) -> Shaped[np.ndarray, 'N ...']:
+  def _array(self, split: str, kind: str) -> Shaped[np.ndarray, '...']:
     name = f'{split}_{kind}'
     if name not in self._arrays:
       raise unknown(f'array of {self.name}', name, sorted(self._arrays))

@@ -69,7 +69,7 @@ class ClassRows(Rows):
 
   def __init__(self, source: ClassSource, split: str):
     self._source = source
-    features, labels = source.examples(split)
+    features, labels = map(np.asarray, source.examples(split))
     where = f'{split!r} of {source.name}'
     self._features, self._labels = checked_examples(features, labels, where)
     if (largest := self._labels.max()) >= len(source.classes):
