@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.launcher import launcher
+from moe_jax.launcher import checked_flags, claim, launcher
 from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
 
@@ -33,6 +33,11 @@ SHARED_SECONDS = 30.0
 # Ratio of JAX's own heartbeat timeout to ours, so that ours, which says more,
 # is first. JAX may act half of its timeout earlier.
 _JAX_TIMEOUTS = 3
+# Seconds after which a process says that it waits for others to start.
+_NOTE_SECONDS = 15.0
+# Seconds that process 0 stays after an error. JAX's service ends with it, and
+# others that are still about to say their error would abort with a stack trace.
+_LAST_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +89,28 @@ def start(
   Raises:
     ValueError: Some arguments are missing or out of range.
   """
-  given = _checked(coordinator, num_processes, process_id)
+  given = checked_flags(coordinator, num_processes, process_id)
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
   if num_processes == 1 or (given is None and launcher() is None):
     return False
+  if given:
+    claim(coordinator, process_id)
   seconds = timeouts.initialization_timeout_seconds
   who = f'process {process_id} of {num_processes}' if given else launcher()
   where = coordinator or 'the coordinator that JAX found'
-  # JAX would abort, with a stack trace.
-  alarm = threading.Timer(
-    seconds,
-    _give_up,
-    [
-      f'{who}, at {where}: not all processes were there within '
-      f'distributed.initialization_timeout_seconds={seconds}'
-    ],
+  late = (
+    f'{who}, at {where}: not all processes were there within '
+    f'distributed.initialization_timeout_seconds={seconds}'
   )
-  alarm.daemon = True
-  alarm.start()
+  note = f'{who} waits for the others, at {where}, for {seconds} s at most'
+  alarms = (
+    threading.Timer(seconds, _give_up, [late]),  # JAX would abort
+    threading.Timer(_NOTE_SECONDS, _say, [note]),
+  )
+  for alarm in alarms:
+    alarm.daemon = True
+    alarm.start()
   try:
     jax.distributed.initialize(
       **given or {},
@@ -112,7 +120,13 @@ def start(
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
   finally:
-    alarm.cancel()
+    for alarm in alarms:
+      alarm.cancel()
+  if given and jax.process_count() != num_processes:
+    _give_up(
+      f'--num_processes={num_processes} of process {process_id}, and '
+      f'{jax.process_count()} of process 0: give all the same'
+    )
   return jax.process_count() > 1
 
 
@@ -136,49 +150,20 @@ def joined(*args: Any) -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+      time.sleep(_LAST_SECONDS)
     os._exit(1)
   if several:
     jax.distributed.shutdown()
 
 
+def _say(text: str) -> None:
+  print(f'moe_jax: {text}', file=sys.stderr, flush=True)
+
+
 def _give_up(reason: str) -> None:
-  print(f'moe_jax: {reason}', file=sys.stderr, flush=True)
+  _say(reason)
   os._exit(1)
-
-
-def _checked(coordinator, num_processes, process_id) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None where no flag is given."""
-  flags = {
-    '--coordinator': coordinator,
-    '--num_processes': num_processes,
-    '--process_id': process_id,
-  }
-  missing = [name for name, value in flags.items() if value is None]
-  if len(missing) == len(flags):
-    return None
-  if missing:
-    have = [f'{n}={v}' for n, v in flags.items() if v is not None]
-    raise ValueError(
-      f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '
-      'none where the environment tells them (SLURM, Open MPI, TPU pods, GKE)'
-    )
-  if num_processes < 1:
-    raise ValueError(f'--num_processes={num_processes} must be at least 1')
-  if not 0 <= process_id < num_processes:
-    raise ValueError(
-      f'--process_id={process_id} not in [0, num_processes={num_processes})'
-    )
-  host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-    raise ValueError(
-      f'--coordinator={coordinator!r} is not host:port, of process 0'
-    )
-  return dict(
-    coordinator_address=coordinator,
-    num_processes=num_processes,
-    process_id=process_id,
-    cluster_detection_method='deactivate',
-  )
 
 
 def is_first() -> bool:

@@ -1,15 +1,20 @@
-"""The launcher that started a run's processes, read from the environment.
+"""How a run's processes were started: by flags, or by a launcher.
 
-Not here: the number of processes and of this one, which JAX itself finds.
+Not here: the number of processes and of this one under a launcher, which JAX
+itself finds.
 """
 
 import importlib.util
 import os
+import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 
 _METADATA = 'computeMetadata/v1/instance/attributes'
+_claims: list[socket.socket] = []  # they are held until the process ends
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str | None:
@@ -65,3 +70,79 @@ def _metadata(key: str, env: Mapping[str, str]) -> str:
       return answer.read().decode()
   except (urllib.error.URLError, OSError):
     return ''
+
+
+def checked_flags(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize`; None where no flag is given.
+
+  Raises:
+    ValueError: Some flags are missing or out of range.
+  """
+  flags = {
+    '--coordinator': coordinator,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in flags.items() if value is None]
+  if len(missing) == len(flags):
+    return None
+  if missing:
+    have = [f'{n}={v}' for n, v in flags.items() if v is not None]
+    raise ValueError(
+      f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '
+      'none where the environment tells them (SLURM, Open MPI, TPU pods, GKE)'
+    )
+  if num_processes < 1:
+    raise ValueError(f'--num_processes={num_processes} must be at least 1')
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id={process_id} not in [0, num_processes={num_processes})'
+    )
+  host, _, port = coordinator.rpartition(':')
+  good = port.isascii() and port.isdigit() and len(port) < 6
+  if not host or not good or not 0 < int(port) < 2**16:
+    raise ValueError(
+      f'--coordinator={coordinator!r} is not host:port, of process 0'
+    )
+  return dict(
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
+    cluster_detection_method='deactivate',
+  )
+
+
+def claim(coordinator: str, process_id: int) -> None:
+  """Claims the number of this process on its machine, and process 0 its port.
+
+  JAX would crash if the port is in use, and abort all processes if two have the
+  same number. Two with the same number on two machines are not found here.
+
+  Raises:
+    ValueError: Another process has the number or the port.
+  """
+  port = int(coordinator.rpartition(':')[2])
+  flags = f'--coordinator={coordinator} --process_id={process_id}'
+  if (
+    sys.platform == 'linux'
+  ):  # the name is no file's, and ends with the process
+    claimed = socket.socket(socket.AF_UNIX)
+    try:
+      claimed.bind(f'\0moe_jax {coordinator} {process_id}')
+    except OSError:
+      raise ValueError(
+        f'{flags}: another process of this machine has the same number; each '
+        'needs its own, from 0'
+      ) from None
+    _claims.append(claimed)
+  if process_id:
+    return
+  try:
+    socket.create_server(('', port)).close()
+  except OSError as error:
+    raise ValueError(
+      f'{flags}: process 0 cannot listen at port {port}: '
+      f'{os.strerror(error.errno or 0)}; choose another'
+    ) from None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax.routing import MoeAux
-from moe_jax.shapes import Array
+from moe_jax.shapes import Array, Bool
 
 Batch = dict[str, Array]
 
@@ -38,12 +38,15 @@ class StepMetrics(NamedTuple):
     sums: Sums over the batch.
     grad_norm: float32 [], the norm of the gradient before clipping.
     learning_rate: float32 [], the learning rate before factors by name.
+    finite: bool [N], whether each floating-point leaf of the state after the
+      step is finite, in the order of `moe_jax.runs.finite.names`.
   """
 
   loss: Array
   sums: LossSums
   grad_norm: Array
   learning_rate: Array
+  finite: Bool[Array, ' N']
 
 
 def add(a: LossSums, b: LossSums) -> LossSums:

@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.distributed import fetch
+from moe_jax.generation.arguments import (
+  check_ends,
+  check_number,
+  check_whole,
+)
 from moe_jax.generation.prefix import Ids, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.models import Cache, Model
@@ -74,9 +79,14 @@ def beam_search(
     pad_id: The id that fills up a sequence after its end.
 
   Raises:
-    ValueError: A number is out of range, or as in `generate`.
+    ValueError: A number is out of range, a logit is not finite, or as in
+      `generate`.
   """
-  if num_beams < 1 or not 1 <= num_return <= num_beams:
+  check_ends(model, stop_ids, pad_id)
+  check_whole('num_beams', num_beams, 0)
+  check_whole('num_return', num_return, 0)
+  check_number('length_penalty', length_penalty)
+  if not 1 <= num_return <= num_beams:
     raise ValueError(
       f'num_beams={num_beams} and num_return={num_return}: both are at least '
       '1, and no more are returned than are followed'
@@ -93,7 +103,7 @@ def beam_search(
   P, n = prefix.tokens.shape[1], len(forced_ids)
   cache = begin(model, variables, prefix, P - 1 + num_tokens - n)
   search = first_search(prefix.tokens[:, -1], forced_ids, num_beams, num_tokens)
-  ended = _search(
+  search, finite = _search(
     model,
     variables,
     search,
@@ -101,7 +111,10 @@ def beam_search(
     stop_ids=jnp.asarray(stop_ids, jnp.int32),
     length_penalty=jnp.float32(length_penalty),
   )
-  tokens, lengths, scores = fetch(ended)
+  (tokens, lengths, scores), step, finite = fetch(
+    (search.ended, search.step, finite)
+  )
+  check_finite(finite, step)
   behind = np.arange(num_tokens) >= lengths[..., None]
   tokens = np.where(behind, np.int32(pad_id), tokens)
   return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
@@ -183,29 +196,47 @@ def _search(
   *,
   stop_ids: Int32[Array, ' n'],
   length_penalty: Float32[Array, ''],
-) -> Ended:
+) -> tuple[Search, Bool[Array, '']]:
   B, W, N = search.running.tokens.shape
   first_row = W * jnp.arange(B, dtype=jnp.int32)[:, None]  # [B, 1]
   cache = cache.take(jnp.repeat(jnp.arange(B, dtype=jnp.int32), W))
 
   def goes_on(carry):
-    search, _ = carry
-    return (search.step < N) & search.open.any()
+    search, _, finite = carry
+    return (search.step < N) & search.open.any() & finite
 
   def step(carry):
-    search, cache = carry
+    search, cache, _ = carry
     last = search.running.last.reshape(B * W, 1)
     logits, cache = model.apply(
       variables, last, jnp.ones_like(last, bool), cache, method='decode'
     )
+    good = jnp.isfinite(logits).reshape(B, -1).all(-1)
+    finite = (good | ~search.open).all()
     log_probs = jax.nn.log_softmax(logits).reshape(B, W, -1)
     search, beam = advance(search, log_probs, stop_ids, length_penalty)
     # Beams of a prompt share the encoder's output, which need not be moved.
     memory = cache.memory
     cache = cache.replace(memory=None).take((first_row + beam).reshape(-1))
-    return search, cache.replace(memory=memory)
+    return search, cache.replace(memory=memory), finite
 
-  return jax.lax.while_loop(goes_on, step, (search, cache))[0].ended
+  first = search, cache, jnp.bool_(True)
+  search, _, finite = jax.lax.while_loop(goes_on, step, first)
+  return search, finite
+
+
+def check_finite(finite: np.ndarray, number: np.ndarray | int) -> None:
+  """Raises ValueError unless the logits of a new token were finite.
+
+  Args:
+    finite: bool [], whether they were.
+    number: The number of the token, from 1.
+  """
+  if not finite:
+    raise ValueError(
+      f'logits of new token {number} are not finite, so no token can be chosen:'
+      ' look for parameters that are not finite, or too large for their dtype'
+    )
 
 
 def advance(

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.distributed import fetch
-from moe_jax.generation.beams import beam_search
+from moe_jax.generation.arguments import (
+  check_ends,
+  check_number,
+  check_whole,
+)
+from moe_jax.generation.beams import beam_search, check_finite
 from moe_jax.generation.prefix import Ids, Prefix, make_prefix, num_rows
 from moe_jax.generation.prepare import Variables, begin, prepare
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
@@ -98,9 +103,13 @@ def generate(
       it nothing leaves the device before the end.
 
   Raises:
-    ValueError: An option is out of range or contradicts another, or a prompt
-      is empty, too long for learned positions, or has an unknown id.
+    ValueError: An option is out of range or contradicts another; a prompt is
+      empty, too long for learned positions, or has an unknown id; or a logit is
+      not finite.
   """
+  check_ends(model, stop_ids, pad_id)
+  check_whole('num_beams', num_beams, 0)
+  check_number('length_penalty', length_penalty)
   sampler = Sampler.make(temperature, top_k, top_p)
   if num_beams != 1:
     if temperature or on_token is not None:
@@ -131,7 +140,11 @@ def generate(
   state = _start(model, variables, prefix, forced_ids, num_tokens, pad_id)
   run = functools.partial(_advance, model, variables, rules)
   state = _stream(run, state, on_token) if on_token else run(state, state.end)
-  return Generation(*fetch((state.tokens, state.lengths)))
+  tokens, lengths, step, finite = fetch(
+    (state.tokens, state.lengths, state.step, state.finite)
+  )
+  check_finite(finite, step)
+  return Generation(tokens, lengths)
 
 
 class Rules(flax.struct.PyTreeNode):
@@ -159,6 +172,8 @@ class State(NamedTuple):
     ended: bool [B], whether a row has ended.
     tokens: int32 [B, N], the new tokens.
     lengths: int32 [B], the number of new tokens of each row.
+    finite: bool [], whether all logits of rows that had not ended were finite;
+      if not, no further step is taken.
     cache: The cache of all tokens except the last.
   """
 
@@ -167,6 +182,7 @@ class State(NamedTuple):
   ended: Bool[Array, ' B']
   tokens: Int32[Array, 'B N']
   lengths: Int32[Array, ' B']
+  finite: Bool[Array, '']
   cache: Cache
 
   @property
@@ -187,6 +203,7 @@ def _start(
     ended=jnp.zeros(B, bool),
     tokens=jnp.asarray(tokens),
     lengths=jnp.full(B, n, jnp.int32),
+    finite=jnp.bool_(True),
     cache=begin(model, variables, prefix, P - 1 + num_tokens - n),
   )
 
@@ -202,7 +219,7 @@ def _advance(
   """Takes steps until every row has `until` tokens or has ended."""
 
   def goes_on(state):
-    return (state.step < until) & ~state.ended.all()
+    return (state.step < until) & ~state.ended.all() & state.finite
 
   def step(state):
     logits, cache = model.apply(
@@ -222,6 +239,7 @@ def _advance(
       ended=state.ended | jnp.isin(token, rules.stop_ids),
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], place),
       lengths=state.lengths + ~state.ended,
+      finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),
       cache=cache,
     )
 
@@ -238,7 +256,8 @@ def _stream(
       return state._replace(lengths=jnp.full_like(state.lengths, n + 1))
   for n in range(int(state.step), state.end):
     state = run(state, n + 1)
-    token, now_ended = fetch((state.token, state.ended))
+    token, now_ended, finite = fetch((state.token, state.ended, state.finite))
+    check_finite(finite, n + 1)
     token = np.where(ended, -1, token)
     ended = np.array(now_ended)  # the next step takes the buffer
     if on_token(n, token.astype(np.int32)) or ended.all():

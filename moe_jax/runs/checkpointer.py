@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax.runs import array_files
+from moe_jax.runs import array_files, finite
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
@@ -48,8 +48,7 @@ class Checkpointer(contextlib.AbstractContextManager):
   If it is not closed, a pending save is lost when the interpreter exits.
 
   Args:
-    directory: The directory, which the first save makes. One run at a time may
-      save to it.
+    directory: The directory, which the first save makes; for one run at a time.
     keep_newest: Number of the newest checkpoints that are kept, at least 1.
     keep_best: Whether the one with the lowest `best_metric` is kept besides.
     best_metric: A key of the `metrics` given to `save`.
@@ -105,7 +104,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     Raises:
       ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
         the `best_metric`.
-      CheckpointError: This save could not start, or the one before failed.
+      CheckpointError: A value of `state` is not finite, this save could not
+        start, or the one before failed.
     """
     about = manifest_lib.make(step, state, extra or {}, metrics or {})
     if metrics and self._needed_metric not in (None, *metrics):
@@ -116,6 +116,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     self.wait()
     if step == self._last:
       return
+    if bad := finite.not_finite(state):
+      raise self._failure(step, f'not finite: {finite.listed(bad)}')
     try:
       if jax.process_index() == 0:
         self._retry(self._directory.make_room, step, self._last)
@@ -124,7 +126,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       copied = self._copied(state)
       saving = self._rewriting(copied)(self._write, step, state)
     except Exception as error:
-      raise self._failure(step, error) from None
+      raise self._failure(step, describe(error)) from None
     self._pending = (
       step,
       self._thread.submit(self._finish, saving, about, copied),
@@ -143,7 +145,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       future.result()
     except Exception as error:
       self._pending = None
-      raise self._failure(step, error) from None
+      raise self._failure(step, describe(error)) from None
     self._pending, self._last = None, step
 
   def settle(self, seconds: float) -> None:
@@ -185,8 +187,8 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> Restored | None:
     """Reads the newest good checkpoint; None if none was ever finished.
 
-    The run goes on from it, so a later save sets newer checkpoints aside. To
-    read a checkpoint without that, use another `Checkpointer`.
+    One with a value that is not finite is not good. As the run goes on from it,
+    a later save sets newer ones aside; to only read, use another object.
 
     Args:
       abstract_state: A pytree of `jax.ShapeDtypeStruct` (or arrays). Leaves
@@ -207,21 +209,20 @@ class Checkpointer(contextlib.AbstractContextManager):
         none is good; or a pending save failed.
     """
     self.wait()
-    found, skipped = self._directory.find(step)
-    if found is None:
-      return None
-    if found == 0 and first is not None:
-      abstract_state = first
-    manifest = self._directory.manifest(found)
-    wanted, saved = manifest_lib.describe(abstract_state), manifest.tree
-    if partial:
-      saved = {path: saved[path] for path in saved if path in wanted}
-    if difference := manifest_lib.difference(saved, wanted, cast=cast):
+    skipped: list[tuple[int, str]] = []
+    while True:
+      found, skipped = self._directory.find(step, skipped)
+      if found is None:
+        return None
+      target = first if found == 0 and first is not None else abstract_state
+      manifest = self._directory.manifest(found)
       folder = self._directory.folder(found)
-      raise ValueError(f'{folder} holds another state\n{difference}')
-    state = self._load(found, abstract_state, partial)
-    self._last = found
-    return Restored(state, manifest.extra, found, skipped)
+      manifest_lib.check_tree(manifest, target, folder, partial, cast)
+      state = self._load(found, target, partial)
+      if not (bad := finite.not_finite(state)):
+        self._last = found
+        return Restored(state, manifest.extra, found, skipped)
+      skipped = [*skipped, (found, f'not finite: {finite.listed(bad)}')]
 
   def _copied(self, state: Any) -> Any:
     """A host copy for other tries, if there are any, else None."""
@@ -287,10 +288,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         f'cannot be read: {describe(error)}'
       ) from error
 
-  def _failure(self, step: int, error: Exception) -> CheckpointError:
+  def _failure(self, step: int, reason: str) -> CheckpointError:
     return CheckpointError(
-      f'checkpoint {step} not saved to {self._directory.path}: '
-      f'{describe(error)}\nlast good step: {max(self.steps(), default=None)}'
+      f'checkpoint {step} not saved to {self._directory.path}: {reason}\n'
+      f'last good step: {self.newest_good()}'
     )
 
 

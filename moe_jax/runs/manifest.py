@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from moe_jax.runs.storage_errors import Retry
 
 NAME = 'manifest.json'
 _FORMAT = 1
+_MOST_BYTES = 2**28  # a thousand times what a large model's manifest has
+_MOST_STEPS = 2**31  # steps are counted in int32
 _MOST_LISTED = 4
 _FLOAT = re.compile(r'^b?float\d+')
 
@@ -113,7 +116,10 @@ def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
     BadCheckpoint: There is no manifest, or it was changed after writing.
   """
   try:
-    body = json.loads(retry((folder / NAME).read_text))
+    path = folder / NAME
+    if (size := retry(path.stat).length) > _MOST_BYTES:
+      raise BadCheckpoint(f'manifest of {size} bytes')
+    body = json.loads(retry(path.read_text))
     seal = body.pop('sha256')
     version = body.pop('format')
     if seal != _seal({**body, 'format': version}):
@@ -121,11 +127,40 @@ def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
     if version != _FORMAT:
       raise BadCheckpoint(f'manifest format {version}, not {_FORMAT}')
     body['files'] = {path: tuple(was) for path, was in body['files'].items()}
-    return Manifest(**body)
+    return _checked(Manifest(**body))
   except FileNotFoundError:
     raise BadCheckpoint('no manifest') from None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),  # of numbers and of nested lists
+  ) as error:
     raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
+
+
+def _checked(manifest: Manifest) -> Manifest:
+  """The manifest, if everything has its type and files are in the folder.
+
+  Raises:
+    ValueError: Something is wrong with it.
+  """
+  if type(manifest.step) is not int or not 0 <= manifest.step < _MOST_STEPS:
+    raise ValueError(f'step {manifest.step!r:.20}')
+  if not isinstance(manifest.extra, dict):
+    raise ValueError(f'extra {manifest.extra!r:.20}')
+  for path, kind in manifest.tree.items():
+    if type(kind) is not str:
+      raise ValueError(f'array {path:.30}: {kind!r:.20}')
+  for key, value in manifest.metrics.items():
+    if type(value) not in (int, float):
+      raise ValueError(f'metric {key:.30}: {value!r:.20}')
+    float(value)  # too large an integer is an OverflowError
+  for path, (size, digest) in manifest.files.items():
+    parts = pathlib.PurePosixPath(path).parts
+    if not parts or '..' in parts or path[0] == '/' or '\0' in path:
+      raise ValueError(f'file {path!r:.40} is not in the folder')
+    if type(size) is not int or size < 0 or type(digest) is not str:
+      raise ValueError(f'file {path!r:.40}: {size!r:.20}, {digest!r:.20}')
+  return manifest
 
 
 def verify(
@@ -173,6 +208,28 @@ def describe(state: Any) -> dict[str, str]:
     name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
     for path, leaf in leaves
   }
+
+
+def check_tree(
+  manifest: Manifest, wanted: Any, folder: epath.Path, partial: bool, cast: bool
+) -> None:
+  """Checks that a checkpoint has the arrays that are wanted.
+
+  Args:
+    manifest: The checkpoint's manifest.
+    wanted: The tree that is wanted.
+    folder: The checkpoint's folder, for the message.
+    partial: Whether the checkpoint may hold more.
+    cast: Whether all floating-point types count as equal.
+
+  Raises:
+    ValueError: Paths, shapes or dtypes differ; they are listed.
+  """
+  described, saved = describe(wanted), manifest.tree
+  if partial:
+    saved = {path: saved[path] for path in saved if path in described}
+  if listed := difference(saved, described, cast=cast):
+    raise ValueError(f'{folder} holds another state\n{listed}')
 
 
 def name(path: tuple[Any, ...]) -> str:

@@ -144,10 +144,24 @@ def _lines(
     for number, line in enumerate(file, 1):
       try:
         row = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         row = None
-      whole = isinstance(row, dict) and isinstance(row.get('step'), int)
-      yield number, line, row if whole else None
+      yield number, line, row if _is_row(row) else None
+
+
+def _is_row(row: Any) -> bool:
+  if not isinstance(row, dict) or type(row.get('step')) is not int:
+    return False
+  values = (v for value in row.values() for v in _listed(value))
+  return all(isinstance(v, int | float) or _is_named(v) for v in values)
+
+
+def _listed(value: Any) -> list[Any]:
+  return value if isinstance(value, list) else [value]
+
+
+def _is_named(value: Any) -> bool:
+  return isinstance(value, str) and value in _NON_FINITE
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
@@ -268,4 +282,4 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
   if isinstance(value, list):
     return [_decode(item) for item in value]
-  return float(value) if value in _NON_FINITE else value
+  return float(value) if _is_named(value) else value

@@ -9,12 +9,14 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from moe_jax import data
 from moe_jax.distributed import is_first
 from moe_jax.models import Model
-from moe_jax.runs import nonfinite, summary
+from moe_jax.runs import finite, nonfinite, summary
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.metrics import MetricsWriter, Row
 from moe_jax.runs.progress import Progress
@@ -22,7 +24,10 @@ from moe_jax.training_types import Batch, LossSums, StepMetrics, add
 
 
 class NonFiniteError(RuntimeError):
-  """The loss or gradient of a step is not finite, and it may not be skipped."""
+  """Something of a step is not finite, and the step may not be skipped.
+
+  That is its loss, its gradient or the state after it.
+  """
 
 
 class RecordedData(Protocol):
@@ -48,6 +53,12 @@ class RecordedOptions(Protocol):
   checkpoint: RecordedCheckpoint
 
 
+class RecordedPrograms(Protocol):
+  """The part of a run's programs that the recorder reads."""
+
+  abstract_state: Any
+
+
 @runtime_checkable
 class RecordedRun(Protocol):
   """The part of a run (`moe_jax.training.setup.Run`) that the recorder reads.
@@ -57,7 +68,9 @@ class RecordedRun(Protocol):
     workdir: The run's folder.
     dataset: The run's data, which gives the units of speed and loss.
     model: The model that is trained.
+    programs: The run's programs, which give the names of the state's arrays.
     checkpoints: The run's checkpoints.
+    confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line; the recorder replaces it by the progress display's.
   """
 
@@ -65,7 +78,9 @@ class RecordedRun(Protocol):
   workdir: pathlib.Path
   dataset: data.Dataset
   model: Model
+  programs: RecordedPrograms
   checkpoints: Checkpointer
+  confirm: Callable[[], None]
   message: Callable[[str], None]
 
 
@@ -117,8 +132,9 @@ class Recorder:
   def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
     """Stores the metrics of a step, and reads those of the step before it.
 
-    If the loss or the gradient norm of the step before is not finite, its batch
-    is kept in the workdir, and it is left out of the averages.
+    If the loss, the gradient norm or the new state of the step before is not
+    finite, its batch is kept in the workdir, and it is left out of the
+    averages.
 
     Raises:
       NonFiniteError: More than `options.max_nonfinite_steps` steps were not
@@ -174,8 +190,13 @@ class Recorder:
     (step, metrics, batch), self._pending = self._pending, None
     sums = summary.host(metrics.sums)
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-      self._skip(step, loss, grad_norm, sums, batch)
+    state = self._run.programs.abstract_state
+    bad = finite.names(state, np.asarray(metrics.finite))
+    if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+      said = f'step {step}: loss={loss}, gradient norm={grad_norm}'
+      if bad:
+        said += f', not finite in the new state: {finite.listed(bad)}'
+      self._skip(step, said, sums, batch)
     else:
       if step in self._kept:
         nonfinite.forget(self._run.workdir, step)
@@ -192,16 +213,16 @@ class Recorder:
     if due and self._sums is not None:
       self._row(step, loss, grad_norm, float(metrics.learning_rate))
 
-  def _skip(self, step, loss, grad_norm, sums, batch) -> None:
+  def _skip(self, step: int, said: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""
     path = nonfinite.keep(self._run.workdir, step, batch)
     most = self._run.options.max_nonfinite_steps
     if self._skipped >= most:
-      raise NonFiniteError(self._describe(step, loss, grad_norm, sums, path))
+      raise NonFiniteError(self._describe(said, sums, path))
     self._skipped += 1
     self._run.message(
-      f'step {step}: loss={loss}, gradient norm={grad_norm}: left out, '
-      f'{self._skipped} of at most {most}; its batch is {path}'
+      f'{said}: left out, {self._skipped} of at most {most}; its batch is '
+      f'{path}'
     )
 
   def _row(self, step, loss, grad_norm, learning_rate) -> None:
@@ -231,10 +252,11 @@ class Recorder:
 
   def _write(self, step: int, row: Row) -> None:
     if self._writer is not None:
+      self._run.confirm()
       self._writer.write(step, row)
 
-  def _describe(self, step, loss, grad_norm, sums, path) -> str:
-    lines = [f'step {step}: loss={loss}, gradient norm={grad_norm}']
+  def _describe(self, said: str, sums: LossSums, path: pathlib.Path) -> str:
+    lines = [said]
     for i in summary.sparse_layers(sums):
       layer = summary.layer_summary(sums, i)
       lines.append(
@@ -246,9 +268,10 @@ class Recorder:
       self._run.checkpoints.wait()
     newest = self._run.checkpoints.newest_good()
     good = 'none' if newest is None else f'step {newest}'
+    then = 'begin anew' if newest is None else 'go on with --resume'
     lines.append(f'its batch is {path}')
     lines.append(
       f'last good checkpoint: {good} in {self._run.workdir}; lower '
-      'optimizer.learning_rate or raise moe.z_weight, and go on with --resume'
+      f'optimizer.learning_rate or raise moe.z_weight, and {then}'
     )
     return '\n'.join(lines)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,10 +25,11 @@ from jax.experimental import multihost_utils
 
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import BadCheckpoint, Manifest
-from moe_jax.runs.storage_errors import Retry
+from moe_jax.runs.storage_errors import Retry, storage_path
 
 _LOG = logging.getLogger(__name__)
-_STEP = re.compile(r'0|[1-9]\d*')
+# Steps are counted in int32.
+_STEP = re.compile(r'0|[1-9][0-9]{0,8}')
 _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
 _TRIES = 20
 
@@ -49,7 +51,7 @@ class Directory:
   ):
     if keep_newest < 1:
       raise ValueError(f'keep_newest={keep_newest} < 1: nothing would be kept')
-    self.path = epath.Path(path).expanduser().resolve()
+    self.path = storage_path(path)
     self._keep_newest = keep_newest
     self._keep_best = keep_best
     self._best_metric = best_metric
@@ -98,18 +100,22 @@ class Directory:
     return manifest
 
   def newest_good(
-    self, step: int | None = None
+    self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
   ) -> tuple[int | None, list[tuple[int, str]]]:
     """Verifies checkpoints from the newest on, until one is good.
 
     Args:
       step: The only step to verify; None verifies all.
+      refused: (step, reason) of bad ones that are known, newest first; only
+        older ones are verified.
 
     Returns:
       The step of the good one, or None; and (step, reason) of each bad one.
     """
     candidates = self.folders() if step is None else [step]
-    refused = []
+    refused = list(refused)
+    if refused:
+      candidates = [n for n in candidates if n < refused[-1][0]]
     for candidate in reversed(candidates):
       try:
         manifest = self.manifest(candidate)
@@ -120,7 +126,7 @@ class Directory:
     return None, refused
 
   def find(
-    self, step: int | None = None
+    self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
   ) -> tuple[int | None, list[tuple[int, str]]]:
     """The step to restore, as `newest_good` gives it; every process calls this.
 
@@ -136,9 +142,9 @@ class Directory:
       raise ValueError(
         f'no checkpoint {step} in {self.path}; have {self.steps()}'
       )
-    found, refused = None, []
+    found, refused = None, list(refused)
     if jax.process_index() == 0:
-      found, refused = self.newest_good(step)
+      found, refused = self.newest_good(step, refused)
     if jax.process_count() > 1:
       sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
       # Others may see a folder later than process 0 does.

@@ -1,14 +1,17 @@
-"""Errors of storage: text of one line for them, and another try after some.
+"""Paths and errors of storage: one line on an error, another try after some.
 
 Not here: what is tried again (`checkpointer.py`, `manifest.py`).
 """
 
 import errno
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from etils import epath
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_CAUSE = 120
@@ -97,6 +100,22 @@ def _of_connection(error: BaseException) -> bool:
     isinstance(answer, int | str) and _HTTP.fullmatch(f'{answer}')
     for answer in answers
   )
+
+
+def storage_path(path: str | os.PathLike[str]) -> epath.Path:
+  """A local path made absolute, or a URL as it is.
+
+  Raises:
+    ValueError: No file system has such URLs.
+  """
+  try:
+    given = epath.Path(path).expanduser()
+  except KeyError as error:
+    raise ValueError(
+      f'{os.fspath(path)}: no file system has URLs that begin with {error}'
+    ) from None
+  # Resolving `gs://bucket` would give a local folder of that name.
+  return given if '://' in os.fspath(given) else given.resolve()
 
 
 def describe(error: BaseException) -> str:

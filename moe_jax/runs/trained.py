@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,10 +24,12 @@ from moe_jax.models.router_state import (
 )
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import (
   CONFIG,
   TOKENIZER,
   checkpoints_of,
+  folder_of,
   kept_config,
 )
 
@@ -67,12 +69,17 @@ def read(
     ValueError: The folder holds no run, something in it cannot be read, or it
       names a class of a module that is not allowed.
   """
-  folder = pathlib.Path(workdir).expanduser()
+  folder = folder_of(workdir)
   needed = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
   for name in needed:
     if not (folder / name).exists():
       raise ValueError(f'{folder} holds no trained run: it has no {name}')
-  if not (checkpoints := checkpoints_of(folder)).exists():
+  checkpoints = checkpoints_of(folder)
+  try:
+    there = checkpoints.exists()
+  except Exception as error:  # a URL of a file system that is not installed
+    raise ValueError(f'{checkpoints}: {describe_error(error)}') from None
+  if not there:
     raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
   config = kept_config(folder)
   parts = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
@@ -81,8 +88,8 @@ def read(
     data = sections.read(DataOptions, parts['data'], 'data.')
     model = sections.read_choice(MODELS, parts['model'], 'model.')
     sharding = sections.read(ShardingOptions, parts['sharding'], 'sharding.')
-    batch_size = config['batch_size']
-  except (ValueError, KeyError) as error:
+    batch_size = _batch_size(config)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size, feature_shape = None, 0, ()
@@ -91,6 +98,13 @@ def read(
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
   model = model.filled(vocab_size, feature_shape, data.seq_len)
   return Described(model, data, sharding, batch_size, tokenizer)
+
+
+def _batch_size(config: dict[str, Any]) -> int:
+  size = config.get('batch_size')
+  if type(size) is not int or size < 1:
+    raise ValueError(f'batch_size={size!r:.60} is not a number of rows')
+  return size
 
 
 def restore_variables(

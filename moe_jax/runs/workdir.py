@@ -13,16 +13,42 @@ from typing import Any
 from etils import epath
 
 from moe_jax import plugins, sections
+from moe_jax.runs.owner import OWNED
+from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = 'tokenizer.json'
 IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with
+_SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 # The last commit that reads folders whose config has the keys from before
 # options were dataclasses.
 _LAST_OF_EARLIER = '7875f9b'
+
+
+def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """The folder of that name, which need not exist.
+
+  Raises:
+    ValueError: The name is empty, a URL, or that of a file.
+  """
+  name = os.fspath(workdir)
+  if not name:
+    raise ValueError("--workdir='' is empty: give the folder of the run")
+  if '://' in name:
+    raise ValueError(
+      f'--workdir={name}: rows are appended to metrics, which buckets do not '
+      'allow; give a folder, and the URL to checkpoint.directory'
+    )
+  try:
+    folder = pathlib.Path(workdir).expanduser()
+  except RuntimeError as error:  # no such user
+    raise ValueError(f'--workdir={name}: {error}') from None
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'--workdir={folder} is a file; it must be a folder')
+  return folder
 
 
 def check(
@@ -39,19 +65,12 @@ def check(
     resume: Whether the folder may belong to another config.
 
   Raises:
-    ValueError: It is a URL or a file; its config cannot be read, or is another
+    ValueError: It is no folder's name; its config cannot be read, or is another
       one, in which case the differences are listed, old before new; its
       checkpoints are not in the directory that `config` gives; or that
       directory may hold another run's.
   """
-  if '://' in os.fspath(workdir):
-    raise ValueError(
-      f'--workdir={workdir}: rows are appended to metrics, which buckets do '
-      'not allow; give a folder, and the URL to checkpoint.directory'
-    )
-  folder = pathlib.Path(workdir).expanduser()
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f'--workdir={folder} is a file; it must be a folder')
+  folder = folder_of(workdir)
   changes = sections.difference(kept_config(folder), _plain(config))
   if changes and (folder / CONFIG).exists() and not resume:
     listed = [f'  {key}: {a!r} -> {b!r}' for key, (a, b) in changes.items()]
@@ -81,7 +100,7 @@ def _check_directory(
     )
   if there or resume or not new.exists():
     return
-  if any(True for _ in new.iterdir()):
+  if any(not path.name.startswith(OWNED) for path in new.iterdir()):
     raise ValueError(
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
       'not empty: it may be of another run; choose another, or go on from what '
@@ -101,7 +120,7 @@ def checkpoints_of(
   """
   if directory is None:
     directory = kept_config(folder).get('checkpoint', {}).get('directory', '')
-  return epath.Path(directory or folder / CHECKPOINTS)
+  return storage_path(directory or folder / CHECKPOINTS)
 
 
 def claim(folder: pathlib.Path, config: Section) -> None:
@@ -139,7 +158,7 @@ def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
     if old not in (None, digest):
       yield (
         f'WARNING: the file of {name!r} has changed since the run wrote it '
-        f'down: sha256 {old:.12} -> {digest:.12}'
+        f'down: sha256 {old!s:.12} -> {digest:.12}'
       )
 
 
@@ -159,8 +178,20 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: It is damaged, or of an earlier version.
   """
-  config = _json(folder / CONFIG)
-  if isinstance(config.get('data', {}).get('source'), str):
+  path = folder / CONFIG
+  config = _json(path)
+  parts = {name: config.get(name, {}) for name in _SECTIONS}
+  for name, values in parts.items():
+    if not isinstance(values, dict):
+      raise ValueError(
+        f'{path} is damaged: {name}={values!r:.60} is no section'
+      )
+  directory = parts['checkpoint'].get('directory', '')
+  if not isinstance(directory, str):
+    raise ValueError(
+      f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
+    )
+  if isinstance(parts['data'].get('source'), str):
     raise ValueError(
       f'{folder} is a run of an earlier version, whose options had other '
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '
@@ -173,9 +204,12 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} is damaged: {values!r:.60} is no JSON object')
+  return values
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

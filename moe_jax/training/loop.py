@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.experimental import multihost_utils
 
+from moe_jax.distributed import is_first
+from moe_jax.runs.ownership import owned
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
+from moe_jax.runs.workdir import folder_of
 from moe_jax.training.begin import Initial, begin
 from moe_jax.training.evaluate import measured
 from moe_jax.training.run_options import RunOptions
@@ -56,14 +59,19 @@ def train_and_evaluate(
       `begin.begin`.
 
   Raises:
-    ValueError: The options or the data are bad, or `workdir` belongs to another
-      run.
+    ValueError: The options or the data are bad; `workdir` cannot be written,
+      belongs to another run, or another job uses it or has taken it.
     CheckpointError: A checkpoint could not be written or read.
-    NonFiniteError: The loss is not finite; nothing is saved after it.
+    NonFiniteError: The loss, the gradient or the new state is not finite;
+      nothing is saved after it.
   """
-  with watching(options.distributed) as watchdog:
+  with (
+    watching(options.distributed) as watchdog,
+    owned(_folders(options, workdir)) as owner,
+  ):
     watchdog.mark('the set-up')
     run = set_up(options, workdir, resume=resume, devices=devices)
+    run.confirm = owner.confirm
     for note in run.notes:
       run.message(note)
     with contextlib.ExitStack() as stack:
@@ -84,6 +92,16 @@ def train_and_evaluate(
           watchdog.mark(f'the end of {type(hook).__name__}')
           hook.end(run, state)
   return state
+
+
+def _folders(
+  options: RunOptions, workdir: str | os.PathLike[str]
+) -> Iterator[str | os.PathLike[str]]:
+  """The folders that this process owns: those of the job, in process 0."""
+  if is_first():
+    yield folder_of(workdir)
+    if options.checkpoint.directory:
+      yield options.checkpoint.directory
 
 
 def _train(
@@ -128,6 +146,7 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
   period = run.options.checkpoint.every_steps
   if must or (period and step % period == 0):
     with recorder.paused(step):
+      run.confirm()
       run.checkpoints.save(
         step,
         state,

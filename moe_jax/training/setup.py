@@ -48,6 +48,7 @@ class Run:
     checkpoints: The run's checkpoints.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
+    confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line in process 0; the recorder replaces it while it
       displays progress.
   """
@@ -63,6 +64,7 @@ class Run:
   evaluations: list[Evaluation]
   checkpoints: Checkpointer
   notes: tuple[str, ...] = ()
+  confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:

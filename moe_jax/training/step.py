@@ -16,6 +16,7 @@ from flax import linen as nn
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameter_trees import init_params
+from moe_jax.runs import finite
 from moe_jax.shapes import Array, Leaf, UInt32
 from moe_jax.training import losses
 from moe_jax.training_types import Batch, LossSums, StepMetrics
@@ -132,22 +133,23 @@ def train_step(
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+  load = sums.aux.stats.load  # [L, E], of all groups and microbatches
+  router_state = move_router_state(state.router_state, load)
+  new = TrainState(state.step + 1, state.seed, params, opt_state, router_state)
   metrics = StepMetrics(
     loss=loss,
     sums=sums,
     grad_norm=optax.global_norm(grads),
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+    finite=finite.flags(new),
   )
-  load = sums.aux.stats.load  # [L, E], of all groups and microbatches
-  router_state = move_router_state(state.router_state, load)
-  state = TrainState(
-    state.step + 1, state.seed, params, opt_state, router_state
-  )
-  return state, metrics
+  return new, metrics
 
 
 def skipping_nonfinite(train_step):
-  """Wraps a step: the state is kept if loss or gradient are not finite.
+  """Wraps a step: the state is kept if something of the step is not finite.
+
+  That is its loss, its gradient or the state after it.
 
   The number of the step goes on, and with it data and randomness. Counts within
   the optimizer's state (the schedule's and Adam's step) do not.
@@ -155,8 +157,9 @@ def skipping_nonfinite(train_step):
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     new, metrics = train_step(state, batch)
-    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    numbers = jnp.stack([metrics.loss, metrics.grad_norm])
+    good = jnp.isfinite(numbers).all() & metrics.finite.all()
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
     return kept.replace(step=new.step), metrics
 
   return step

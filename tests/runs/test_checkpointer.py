@@ -33,7 +33,7 @@ def make_state(seed: int = 0) -> State:
     step=jnp.int32(seed),
     params=params,
     opt_state=optax.adamw(1e-3).init(params),
-    router_state=[jax.random.normal(key, (8,)).at[0].set(jnp.nan)],
+    router_state=[jax.random.normal(key, (8,)).at[0].set(-0.0)],
   )
 
 
@@ -150,7 +150,7 @@ def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
       state = checkpointer.restore(abstract(state, sharding)).state
     assert state['w'].sharding == sharding
     np.testing.assert_array_equal(state['w'], want)
-  # Saved sharded, and restored without a mesh.
+  # The state was saved sharded, and is restored without a mesh.
   with Checkpointer(tmp_path) as checkpointer:
     state = checkpointer.restore(abstract(state), step=2).state
   assert state['w'].devices() == {jax.devices()[0]}
@@ -265,7 +265,7 @@ def test_a_given_up_future_is_set_aside_not_restored(tmp_path):
 def test_a_folder_without_manifest_blocks_no_fresh_run(tmp_path):
   for _ in range(2):
     (tmp_path / '3').mkdir()
-    # Never finished: a run starts from the beginning.
+    # The checkpoint was never finished: a run starts from the beginning.
     assert restore(tmp_path) is None
     assert save_all(tmp_path, [3])[0] == '3'
     (tmp_path / '3' / 'manifest.json').unlink()

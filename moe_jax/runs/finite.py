@@ -1,0 +1,65 @@
+"""Names of the arrays of a state whose values are not all finite.
+
+Integers and booleans are always finite. No optimizer or router of this project
+keeps an infinity on purpose, so no array is excepted (a test takes a step with
+each optimizer).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.distributed import fetch
+from moe_jax.shapes import Array, Bool
+
+_MOST_LISTED = 4
+
+
+def flags(tree: Any) -> Bool[Array, ' N']:
+  """Whether each floating-point leaf is finite, in the order of `names`.
+
+  In a step of `configs/tiny_switch.py` (57 leaves, 32 MB, a CPU) they take
+  0.97 to 1.02 of the time without, in medians of interleaved steps: the
+  compiler fuses them into the update.
+  """
+  leaves = _floating(tree).values()
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves] or [True])
+
+
+_compiled_flags = jax.jit(flags)
+
+
+def names(tree: Any, finite: Bool[np.ndarray, ' N']) -> list[str]:
+  """The paths of the leaves whose flag is False.
+
+  Args:
+    tree: A tree like that whose `flags` are given; shapes are enough.
+    finite: The flags on the host.
+  """
+  return [name for name, good in zip(_floating(tree), finite) if not good]
+
+
+def not_finite(tree: Any) -> list[str]:
+  """The paths of the leaves with a value that is not finite.
+
+  Every process has to call this, as arrays may be split among them.
+  """
+  return names(tree, np.asarray(fetch(_compiled_flags(tree))))
+
+
+def listed(paths: list[str]) -> str:
+  """The first paths as text, with the number of the others."""
+  more = len(paths) - _MOST_LISTED
+  rest = f' and {more} more' if more > 0 else ''
+  return ', '.join(paths[:_MOST_LISTED]) + rest
+
+
+def _floating(tree: Any) -> dict[str, Any]:
+  """The floating-point leaves, by path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  }

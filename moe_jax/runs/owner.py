@@ -1,0 +1,110 @@
+"""Who owns a folder: a process, by its machine, its number and its start.
+
+Not here: how a job takes a folder and gives it back (`ownership.py`).
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import socket
+import time
+from typing import NamedTuple
+
+from etils import epath
+
+OWNED = 'owner.'  # the begin of the names of all files about the owner
+OWNER = f'{OWNED}json'
+BEAT = f'{OWNED}beat'
+_MOST_BYTES = 10_000  # no owner's file is longer
+
+
+class Owner(NamedTuple):
+  """The content of an owner's file.
+
+  Attributes:
+    id: A random text.
+    host: The machine's name.
+    boot: Text that is the same for all processes that see the same process
+      numbers: of the machine's start, and of the namespace; '' if unknown.
+    pid: The number of the process.
+    started: The start of the process in ticks of the machine; '' if unknown.
+    since: The time at which the process took the folder, for messages.
+  """
+
+  id: str
+  host: str
+  boot: str
+  pid: int
+  started: str
+  since: str
+
+  @classmethod
+  def here(cls) -> 'Owner':
+    """This process, with a new id."""
+    return cls(
+      id=secrets.token_hex(16),
+      host=socket.gethostname(),
+      boot=_boot(),
+      pid=os.getpid(),
+      started=process_start(os.getpid()) or '',
+      since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
+    )
+
+  @property
+  def alive(self) -> bool | None:
+    """Whether the process exists; None if this machine cannot tell."""
+    here = socket.gethostname(), _boot()
+    if not self.boot or (self.host, self.boot) != here:
+      return None
+    started = process_start(self.pid)
+    return None if started is None else started == self.started
+
+  def __str__(self) -> str:
+    return f'process {self.pid} on {self.host} since {self.since}'
+
+
+def read(folder: epath.Path) -> Owner | None:
+  """The owner by the folder's file; None if there is none or it is damaged."""
+  try:
+    with (folder / OWNER).open('rb') as file:
+      owner = Owner(**json.loads(file.read(_MOST_BYTES)))
+  except (FileNotFoundError, TypeError, ValueError, RecursionError):
+    return None
+  expected = Owner.__annotations__.items()
+  good = all(type(getattr(owner, name)) is kind for name, kind in expected)
+  return owner if good and owner.pid > 0 else None
+
+
+def beat(folder: epath.Path) -> bytes:
+  """The last beat, which is only compared; b'' if there is none."""
+  with contextlib.suppress(OSError), (folder / BEAT).open('rb') as file:
+    return file.read(_MOST_BYTES)
+  return b''
+
+
+def _boot() -> str:
+  """Text of this machine's start and its namespace of processes, or ''."""
+  try:
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text()
+    return f'{boot.strip()} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return ''
+
+
+def process_start(pid: int) -> str | None:
+  """The start of a process; '' if it is gone, None if it cannot be seen."""
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text(errors='replace')
+  except OSError:
+    try:
+      os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+      return ''
+    except OSError:
+      pass
+    return None  # another user's
+  # The name before may hold anything; the state is the first field after it.
+  state, *fields = stat.rpartition(')')[2].split()
+  return '' if state in 'ZX' else fields[18]

@@ -1,0 +1,237 @@
+"""One job owns a folder: its workdir, and its directory of checkpoints.
+
+The owner writes `owner.json` once, with a random id, its machine and process,
+and a growing number into `owner.beat` every few seconds. An owner of the same
+machine is dead as soon as its process is gone, and any other once its beat has
+stood still for three periods, by the clock of the one who waits. So a restart
+after a kill is never blocked. The file is also the trial whether the folder can
+be written. Readers of a run ignore both files.
+
+Two who start at once take turns by `flock`, where the file system has it. A
+bucket has not: there the last of two writers wins, and who is not that notices.
+
+Not here: who an owner is (`owner.py`), and what a workdir holds (`workdir.py`).
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from etils import epath
+
+from moe_jax.runs.owner import BEAT, OWNER, Owner, beat, read
+from moe_jax.runs.storage_errors import describe, storage_path
+
+try:
+  import fcntl
+except ImportError:  # not on Windows
+  fcntl = None
+
+PERIOD_SECONDS = 10.0
+_MISSED_BEATS = 3
+# Seconds after which two who wrote at once, without `flock`, see who was last.
+_SETTLE_SECONDS = 1.0
+# Seconds of waiting for another's turn, which takes milliseconds.
+_TURN_SECONDS = 5.0
+
+
+class OwnedError(ValueError):
+  """Another job has the folder."""
+
+
+class Ownership:
+  """What a job owns while it runs; process 0 has it for all.
+
+  Args:
+    folders: The folders.
+    message: Prints a line, before a wait.
+    period: Seconds between two beats.
+  """
+
+  def __init__(
+    self,
+    folders: Iterable[epath.Path],
+    message: Callable[[str], None] = print,
+    *,
+    period: float = PERIOD_SECONDS,
+  ):
+    self._me = Owner.here()
+    self._message, self._period = message, period
+    self._folders: list[epath.Path] = []
+    self._made: list[epath.Path] = []
+    self._end = threading.Event()
+    self._beating = threading.Lock()
+    try:
+      for folder in folders:
+        self._take(folder)
+    except BaseException:
+      self.release()
+      raise
+    if self._folders:
+      self._beat(1)
+      threading.Thread(target=self._keep_beating, daemon=True).start()
+
+  def confirm(self) -> None:
+    """Checks that the folders are still this job's.
+
+    Raises:
+      OwnedError: Another job has taken one, or its owner's file is gone.
+    """
+    for folder in self._folders:
+      try:
+        owner = read(folder)
+      except OSError:
+        continue  # storage that fails tells nothing; a save will say so
+      if owner != self._me:
+        who = 'nobody: its owner.json is gone' if owner is None else owner
+        raise OwnedError(
+          f'{folder} now belongs to {who}; this job ({self._me}) stops and '
+          'writes nothing more'
+        )
+
+  def release(self) -> None:
+    """Gives the folders back, and removes those that are still empty."""
+    self._end.set()
+    for folder in self._folders:
+      with self._beating, contextlib.suppress(OSError):
+        if read(folder) in (self._me, None):
+          for name in (BEAT, OWNER):
+            (folder / name).unlink(missing_ok=True)
+    for folder in self._made:
+      with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+  def _take(self, folder: epath.Path) -> None:
+    """Takes a folder; waits for an owner of whom nothing is known."""
+    self._make(folder)
+    stale: tuple[Owner, bytes] | None = None
+    while True:
+      with _turn(folder) as alone:
+        found = self._found(folder)
+        free = found is None or found.alive is False
+        if free or (stale is not None and stale == (found, beat(folder))):
+          self._folders.append(folder)
+          self._write(folder)
+          break
+      if found.alive or stale is not None:
+        raise _refusal(folder, found)
+      stale = found, beat(folder)
+      self._watch(folder, found)
+    if not alone:
+      time.sleep(_SETTLE_SECONDS)
+      if (found := read(folder)) != self._me:
+        raise _refusal(folder, found)
+
+  def _watch(self, folder: epath.Path, found: Owner) -> None:
+    seconds = _MISSED_BEATS * self._period
+    self._message(
+      f'{folder} was left by {found}; it is taken over in {seconds:.0f} s '
+      'unless that process is seen to live'
+    )
+    time.sleep(seconds)
+
+  def _found(self, folder: epath.Path) -> Owner | None:
+    try:
+      return read(folder)
+    except OSError as error:
+      raise _unwritable(folder, error) from None
+
+  def _make(self, folder: epath.Path) -> None:
+    parents = [] if '://' in os.fspath(folder) else [folder, *folder.parents]
+    try:
+      missing = [parent for parent in parents if not parent.exists()]
+      folder.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # file systems of buckets have their own
+      raise _unwritable(folder, error) from None
+    self._made += missing
+
+  def _write(self, folder: epath.Path) -> None:
+    text = json.dumps(self._me._asdict(), indent=1)
+    partial = folder / f'{OWNER}.{self._me.id}'
+    try:
+      partial.write_text(text)
+      partial.replace(folder / OWNER)
+    except Exception as error:
+      with contextlib.suppress(Exception):
+        partial.unlink(missing_ok=True)
+      raise _unwritable(folder, error) from None
+
+  def _keep_beating(self) -> None:
+    number = 1
+    while not self._end.wait(self._period):
+      number += 1
+      self._beat(number)
+
+  def _beat(self, number: int) -> None:
+    for folder in self._folders:
+      with self._beating, contextlib.suppress(OSError):
+        if not self._end.is_set() and read(folder) == self._me:
+          (folder / BEAT).write_text(f'{self._me.id} {number}')
+
+
+@contextlib.contextmanager
+def owned(
+  folders: Iterable[str | os.PathLike[str]],
+  message: Callable[[str], None] = print,
+) -> Iterator[Ownership]:
+  """Owns folders while the body runs, and gives them back after it.
+
+  Args:
+    folders: Local folders or URLs; missing ones are made, and removed again if
+      nothing was written to them.
+    message: Prints a line, before a wait.
+
+  Raises:
+    OwnedError: Another job has one.
+    ValueError: One cannot be made or written.
+  """
+  paths = {storage_path(folder): None for folder in folders}
+  ownership = Ownership(paths, message)
+  try:
+    yield ownership
+  finally:
+    ownership.release()
+
+
+@contextlib.contextmanager
+def _turn(folder: epath.Path) -> Iterator[bool]:
+  """Waits for this process' turn; gives False where there are no turns."""
+  if fcntl is None or '://' in os.fspath(folder):
+    yield False
+    return
+  try:
+    handle = os.open(folder, os.O_RDONLY)
+  except OSError:
+    yield False
+    return
+  try:
+    yield _locked(handle)
+  finally:
+    os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+  until = time.monotonic() + _TURN_SECONDS
+  while time.monotonic() < until:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+    except BlockingIOError:
+      time.sleep(0.01)
+    except OSError:
+      break  # network file systems may have no locks
+  return False
+
+
+def _refusal(folder: epath.Path, owner: Owner | None) -> OwnedError:
+  return OwnedError(
+    f'{folder} is in use by {owner}; wait for its end, or choose another folder'
+  )
+
+
+def _unwritable(folder: epath.Path, error: Exception) -> ValueError:
+  said = getattr(error, 'strerror', None) or describe(error)
+  return ValueError(f'{os.fspath(folder)} cannot be made or written: {said}')

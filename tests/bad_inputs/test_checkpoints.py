@@ -1,0 +1,283 @@
+"""Checkpoints that are damaged or not finite are passed over, never good."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.runs import manifest
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.manifest import BadCheckpoint
+from tests.bad_inputs.cases import Case, check
+
+GOOD = {
+  'step': 7,
+  'tree': {'w': 'float32[3]'},
+  'extra': {},
+  'metrics': {'loss': 0.5},
+  'files': {'d/arrays': [4, 'aa'], 'meta': [0, 'bb']},
+  'format': 1,
+}
+DIGEST = hashlib.sha256(b'').hexdigest()
+
+
+def sealed(body) -> str:
+  """The text of a manifest with its own digest, which anyone can compute."""
+  text = json.dumps(body, sort_keys=True)
+  seal = hashlib.sha256(text.encode()).hexdigest()
+  return json.dumps({**body, 'sha256': seal}, indent=1)
+
+
+def reads(content):
+  """A call that reads a manifest of this content."""
+
+  def call(folder):
+    data = content if isinstance(content, bytes) else content.encode()
+    path = folder / manifest.NAME
+    path.write_bytes(data)
+    try:
+      manifest.read(epath.Path(folder))
+    finally:
+      path.unlink()
+
+  return call
+
+
+UNREADABLE = {
+  'empty': '',
+  'cut': sealed(GOOD)[:-9],
+  'binary': b'\x00\xff\x80' * 50,
+  'utf16': sealed(GOOD).encode('utf-16'),
+  'nested': '[' * 100_000,
+  'nested_objects': '{"a":' * 100_000,
+  'nested_and_closed': '[' * 100_000 + ']' * 100_000,
+  'a_list': '[]',
+  'null': 'null',
+  'a_number': '1e999',
+  'a_huge_number': '9' * 9999,
+  'no_digest': json.dumps(GOOD),
+  'a_digest_that_is_a_list': json.dumps({**GOOD, 'sha256': []}),
+}
+WRONG = {
+  'step': [None, -1, 1.5, '7', True, [], 2**31, 10**40, float('nan')],
+  'format': [None, 0, 2, '1', [], float('inf')],
+  'tree': [None, 3, [], {'w': 3}, {'w': None}, {'w': ['float32[3]']}],
+  'extra': [None, 3, [], 'x', float('nan')],
+  'metrics': [None, [], {'loss': None}, {'loss': 'x'}, {'loss': [1]}]
+  + [{'loss': {}}, {'loss': True}, {'loss': 10**400}],
+  'files': [None, 3, [], {'a': 3}, {'a': []}, {'a': [1]}, {'a': [1, 'b', 2]}]
+  + [{'a': [-1, 'b']}, {'a': ['1', 'b']}, {'a': [1.5, 'b']}, {'a': [1, 2]}]
+  + [{'a': [True, 'b']}, {'a': [float('inf'), 'b']}, {'a': [1, None]}],
+}
+OUTSIDE = [
+  '../x', '/etc/passwd', 'd/../../x', '..', '', 'a\0b', '/', '//x', 'd/..',
+]  # fmt: skip
+BAD = (BadCheckpoint,)
+
+
+def cases_of_manifests():
+  for name, content in UNREADABLE.items():
+    yield Case(f'manifest_{name}', reads(content), ('manifest',), BAD)
+  for key, values in WRONG.items():
+    for value in values:
+      yield Case(
+        f'manifest_{key}_{value!r:.20}',
+        reads(sealed({**GOOD, key: value})),
+        ('manifest',),
+        BAD,
+      )
+    rest = {name: value for name, value in GOOD.items() if name != key}
+    yield Case(
+      f'manifest_without_{key}', reads(sealed(rest)), ('manifest',), BAD
+    )
+  yield Case(
+    'manifest_unknown_key', reads(sealed({**GOOD, 'x': 1})), ('manifest',), BAD
+  )
+  for path in OUTSIDE:
+    yield Case(
+      f'manifest_file_{path!r}',
+      reads(sealed({**GOOD, 'files': {path: [0, DIGEST]}})),
+      ('manifest', 'not in the folder'),
+      BAD,
+    )
+
+
+CASES = list(cases_of_manifests())
+
+
+@pytest.mark.parametrize('case', CASES, ids=Case.id)
+def test_refused(case, tmp_path):
+  check(case, tmp_path)
+
+
+def test_the_one_that_the_cases_are_made_from_is_read(tmp_path):
+  (tmp_path / manifest.NAME).write_text(sealed(GOOD))
+  assert manifest.read(epath.Path(tmp_path)).step == 7
+
+
+def test_a_huge_manifest_is_not_read(tmp_path):
+  with (tmp_path / manifest.NAME).open('wb') as file:
+    file.truncate(2**40)  # takes no room on the disk
+  with pytest.raises(BadCheckpoint, match='1099511627776 bytes'):
+    manifest.read(epath.Path(tmp_path))
+
+
+def state(step, value=1.0):
+  return {
+    'params': {'w': jnp.full(3, value), 'b': jnp.full(2, step, jnp.bfloat16)},
+    'router_state': {'bias': jnp.zeros(2)},
+    'count': jnp.int32(step),
+  }
+
+
+ABSTRACT = jax.eval_shape(functools.partial(state, 0))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('saved')
+  with Checkpointer(folder, keep_newest=9) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, state(step))
+  return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / 'c')
+  return tmp_path / 'c'
+
+
+@pytest.mark.parametrize('name', [*UNREADABLE, 'negative', 'outside'])
+def test_a_damaged_newest_is_passed_over(folder, name):
+  made = {
+    'negative': sealed({**GOOD, 'step': -2}),
+    'outside': sealed({**GOOD, 'step': 2, 'files': {'../1/x': [0, DIGEST]}}),
+  }
+  content = (UNREADABLE | made)[name]
+  data = content if isinstance(content, bytes) else content.encode()
+  (folder / '2' / manifest.NAME).write_bytes(data)
+  with Checkpointer(folder) as checkpoints:
+    assert checkpoints.newest_good() == 1
+    assert checkpoints.best_step() is None
+
+
+@pytest.mark.parametrize(
+  'name', ['9' * 200, '4294967296', '٣', '3 ', '+3', '03', '3.0', 'x']
+)
+def test_names_that_are_no_steps_are_ignored(folder, name):
+  (folder / name).mkdir()
+  with Checkpointer(folder) as checkpoints:
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.newest_good() == 2
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+  ('path', 'name'),
+  [
+    (('params', 'w'), 'params/w'),
+    (('params', 'b'), 'params/b'),
+    (('router_state', 'bias'), 'router_state/bias'),
+  ],
+)
+def test_a_state_that_is_not_finite_is_not_saved(folder, path, name, value):
+  bad = state(3)
+  leaf = bad[path[0]][path[1]]
+  bad[path[0]][path[1]] = leaf.at[-1].set(value)
+  with Checkpointer(folder) as checkpoints:
+    with pytest.raises(CheckpointError) as error:
+      checkpoints.save(3, bad)
+    assert f'not saved to {folder}: not finite: {name}\n' in str(error.value)
+    assert 'last good step: 2' in str(error.value)
+    assert checkpoints.steps() == [1, 2]
+
+
+def unchecked_save(folder, step, bad, monkeypatch):
+  """Saves as versions did that did not look at the values."""
+  with (
+    monkeypatch.context() as patched,
+    Checkpointer(folder, keep_newest=9) as checkpoints,
+  ):
+    patched.setattr('moe_jax.runs.finite.not_finite', lambda state: [])
+    checkpoints.save(step, bad)
+
+
+def test_one_that_is_not_finite_is_passed_over(folder, monkeypatch):
+  for step in (3, 4):
+    unchecked_save(folder, step, state(step, np.nan), monkeypatch)
+  with Checkpointer(folder) as checkpoints:
+    restored = checkpoints.restore(ABSTRACT)
+    assert restored.step == 2
+    assert restored.skipped == [
+      (step, 'not finite: params/w') for step in (4, 3)
+    ]
+    with pytest.raises(CheckpointError, match='4: not finite: params/w'):
+      checkpoints.restore(ABSTRACT, step=4)
+    # Those who read a part are not stopped by the rest.
+    part = {'router_state': ABSTRACT['router_state']}
+    assert checkpoints.restore(part, step=4, partial=True).step == 4
+
+
+def test_all_not_finite_is_an_error_and_no_fresh_start(tmp_path, monkeypatch):
+  unchecked_save(tmp_path, 3, state(3, np.inf), monkeypatch)
+  with (
+    Checkpointer(tmp_path) as checkpoints,
+    pytest.raises(CheckpointError) as error,
+  ):
+    checkpoints.restore(ABSTRACT)
+  said = str(error.value)
+  assert f'no good checkpoint in {tmp_path}' in said
+  assert '3: not finite: params/w' in said
+
+
+@pytest.mark.slow
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(st.data())
+def test_any_change_of_a_manifest_is_found(tmp_path_factory, data):
+  """Either the whole content is as it was, or it is refused."""
+  folder = epath.Path(tmp_path_factory.mktemp('manifest'))
+  text = sealed(GOOD).encode()
+  at = data.draw(st.integers(0, len(text)))
+  new = data.draw(st.binary(max_size=6))
+  cut = data.draw(st.integers(0, 6))
+  changed = text[:at] + new + text[at + cut :]
+  (folder / manifest.NAME).write_bytes(changed)
+  try:
+    found = manifest.read(folder)
+  except BadCheckpoint:
+    return
+  assert (found.step, found.tree) == (7, GOOD['tree']), os.fspath(folder)
+
+
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3),
+  max_leaves=5,
+)
+
+
+@pytest.mark.slow
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(GOOD)), VALUES, st.booleans())
+def test_sealed_manifests_of_any_values_are_read_or_refused(
+  tmp_path_factory, key, value, deeper
+):
+  folder = epath.Path(tmp_path_factory.mktemp('manifest'))
+  if deeper and isinstance(GOOD[key], dict):
+    value = {**GOOD[key], 'x': value}
+  (folder / manifest.NAME).write_text(sealed({**GOOD, key: value}))
+  try:
+    found = manifest.read(folder)
+    manifest.verify(folder, found)
+  except BadCheckpoint:
+    pass

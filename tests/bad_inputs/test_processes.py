@@ -1,0 +1,184 @@
+"""Processes that cannot work together: one message, in seconds, no stack."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_jax import launcher
+from tests.bad_inputs.cases import Case, assert_message, check
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def flags(*values):
+  return lambda folder: launcher.checked_flags(*values)
+
+
+def claimed_twice(folder):
+  where = f'127.0.0.1:{free_port()}'
+  launcher.claim(where, 3)
+  launcher.claim(where, 3)
+
+
+def port_in_use(folder):
+  with socket.socket() as other:
+    other.bind(('', 0))
+    other.listen()
+    launcher.claim(f'127.0.0.1:{other.getsockname()[1]}', 0)
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+COORDINATORS = [
+  '', 'h', ':1', 'h:', 'h:0', 'h:-1', 'h:65536', 'h:x', 'h:1.5', 'h: 1', 'h:٣',
+  'h:' + '9' * 9999, 'h:1e3', 'http://h', 'h:+1', 'h:0x10', 'h:\0',
+]  # fmt: skip
+CASES = [
+  *(
+    Case(
+      f'coordinator_{name[:12]!a}',
+      flags(name, 2, 0),
+      ('--coordinator=', 'is not host:port, of process 0'),
+    )
+    for name in COORDINATORS
+  ),
+  *(
+    Case(f'num_{n}', flags('h:1', n, 0), (f'--num_processes={n}', 'at least 1'))
+    for n in (0, -1, -(10**30))
+  ),
+  *(
+    Case(
+      f'id_{i}_of_{n}',
+      flags('h:1', n, i),
+      (f'--process_id={i} not in [0, num_processes={n})',),
+    )
+    for i, n in ((-1, 2), (2, 2), (1, 1), (10**30, 2), (-(10**30), 2))
+  ),
+  *(
+    Case(
+      f'only_{"_".join(has)}',
+      flags(has.get('coordinator'), has.get('num_processes'), has.get('id')),
+      ('without', 'give all three'),
+    )
+    for has in (
+      {'coordinator': 'h:1'},
+      {'num_processes': 2},
+      {'id': 0},
+      {'coordinator': 'h:1', 'num_processes': 2},
+      {'coordinator': 'h:1', 'id': 0},
+      {'num_processes': 2, 'id': 0},
+    )
+  ),
+  Case(
+    'port_in_use', port_in_use, ('--process_id=0', 'Address already in use')
+  ),
+]
+if sys.platform == 'linux':
+  CASES.append(
+    Case(
+      'twins',
+      claimed_twice,
+      ('--process_id=3', 'another process', 'same number'),
+    )
+  )
+
+
+@pytest.mark.parametrize('case', CASES, ids=Case.id)
+def test_refused(case, tmp_path):
+  check(case, tmp_path)
+
+
+def run(
+  folder, *processes, seconds=20, config='configs/tiny_switch.py:runlocal'
+):
+  """Trains in processes with these flags; the (status, errors) of each."""
+  children = [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'moe_jax.main', f'--config={config}'),
+        f'--workdir={folder / "run"}',
+        f'--config.distributed.initialization_timeout_seconds={seconds}',
+        *more,
+      ],
+      cwd=ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for more in processes
+  ]
+  try:
+    ends = [child.communicate(timeout=200)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  return [(c.returncode, said) for c, said in zip(children, ends)]
+
+
+def of_several(port, process, count=2):
+  return (
+    f'--coordinator=127.0.0.1:{port}',
+    f'--num_processes={count}',
+    f'--process_id={process}',
+    f'--config.mesh.data={count}',
+  )
+
+
+@pytest.mark.slow
+def test_a_port_in_use(tmp_path):
+  with socket.socket() as other:
+    other.bind(('', 0))
+    other.listen()
+    port = other.getsockname()[1]
+    ((status, said),) = run(tmp_path, of_several(port, 0))
+  assert status == 1
+  assert_message(said, ('Address already in use', str(port)), 4)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_does_not_answer(tmp_path):
+  began = time.monotonic()
+  ((status, said),) = run(tmp_path, of_several(free_port(), 1), seconds=5)
+  assert status == 1 and time.monotonic() - began < 100
+  assert_message(said, ('not all processes were there',), 4)
+
+
+@pytest.mark.slow
+def test_a_second_process_of_the_same_number_does_not_disturb(tmp_path):
+  port = free_port()
+  twins = [of_several(port, 1), of_several(port, 1)]
+  ends = run(tmp_path, of_several(port, 0), *twins, seconds=100)
+  assert sorted(status for status, _ in ends) == [0, 0, 1], ends
+  (said,) = [said for status, said in ends if status]
+  assert_message(said, ('--process_id=1', 'same number'), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flag', 'says'),
+  [
+    ('--config.batch_size=3', 'tokens of a microbatch (3 rows'),
+    ('--config.data.source.python_stdlib.modules=no_such_module', 'no_such'),
+  ],
+)
+def test_an_error_in_all_processes_is_said_without_a_stack(
+  tmp_path, flag, says
+):
+  port = free_port()
+  both = [(*of_several(port, i), flag) for i in (0, 1)]
+  ends = run(tmp_path, *both, seconds=100)
+  for status, said in ends:
+    assert status == 1
+    assert_message(said, (), 6)
+  assert any(says in said for _, said in ends), ends
+  assert not (tmp_path / 'run').exists()

@@ -1,0 +1,329 @@
+"""Folders of runs that are no folders, are damaged, or belong to others."""
+
+import functools
+import json
+import os
+import pathlib
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from moe_jax import sections
+from moe_jax.runs import metrics, trained, workdir
+from moe_jax.runs.owner import OWNER, Owner
+from moe_jax.runs.ownership import owned
+from moe_jax.runs.storage_errors import storage_path
+from tests.bad_inputs.cases import REPORTED, Case, check, frozen
+from tests.training import tiny
+
+DAMAGES = {
+  'empty': '',
+  'cut': '{"model": {"wid',
+  'binary': b'\x00\xff\xfe\x80' * 9,
+  'nested': '[' * 100_000,
+  'nested_objects': '{"a":' * 100_000,
+  'a_list': '[1, 2]',
+  'a_number': '3',
+  'null': 'null',
+  'a_text': '"model"',
+  'a_huge_number': '9' * 10_000,
+  'two_values': '{} {}',
+  'utf16': '{}'.encode('utf-16'),
+}
+WRONG_SECTIONS = {
+  'model': (None, [], 'decoder', 3),
+  'data': (None, [], 'python', 3),
+  'checkpoint': (None, [], 'gs://b', 3, {'directory': 3}, {'directory': []}),
+}
+
+
+@functools.cache
+def config():
+  return sections.section(tiny.options())
+
+
+@functools.cache
+def plain() -> str:
+  return json.dumps(config().to_dict())
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  data = content if isinstance(content, bytes) else content.encode()
+  path.write_bytes(data)
+
+
+def damaged(content: str | bytes, read):
+  """A call that reads a run with this `config.json`."""
+
+  def call(folder):
+    write(folder / workdir.CONFIG, content)
+    write(folder / workdir.TOKENIZER, '{}')
+    (folder / workdir.CHECKPOINTS).mkdir()
+    read(frozen(folder))
+
+  return call
+
+
+def start(folder):
+  workdir.check(folder, config())
+
+
+def edited(**changes) -> str:
+  return json.dumps(json.loads(plain()) | changes)
+
+
+def cases_of_configs():
+  for name, content in DAMAGES.items():
+    for read in (start, trained.read):
+      yield Case(
+        f'config_{name}_{read.__name__}',
+        damaged(content, read),
+        ('config.json', 'damaged'),
+      )
+  for section, values in WRONG_SECTIONS.items():
+    for value in values:
+      for read in (start, trained.read):
+        yield Case(
+          f'config_{section}_{value}_{read.__name__}',
+          damaged(edited(**{section: value}), read),
+          ('config.json', 'damaged', section),
+        )
+  for value in (None, 0, -1, 1.5, 'x', [], {}, True):
+    yield Case(
+      f'config_batch_size_{value}',
+      damaged(edited(batch_size=value), trained.read),
+      ('config.json', f'batch_size={value!r}'),
+    )
+  yield Case(
+    'config_of_another_run',
+    damaged(edited(seed=7), start),
+    ('another run', 'seed: 7 -> 0', '--resume'),
+  )
+  yield Case(
+    'config_of_an_earlier_version',
+    damaged(edited(data={'source': 'files'}), start),
+    ('earlier version',),
+  )
+
+
+def own(name):
+  """A call that owns a folder, or a URL, of this name."""
+
+  def call(folder):
+    write(folder / 'file', '')
+    frozen(folder)
+    with owned([name.format(folder)]):
+      pass
+
+  return call
+
+
+def cases_of_names():
+  for name, says in {
+    '': ("--workdir=''", 'empty'),
+    'gs://bucket/run': ('--workdir=gs://bucket/run', 'checkpoint.directory'),
+    'none://x': ('--workdir=none://x',),
+    '~nobody_has_this_name/run': ('--workdir=~nobody_has', 'home directory'),
+  }.items():
+    for use in (workdir.folder_of, start, trained.read):
+      yield Case(
+        f'workdir_{name}_{use.__name__}',
+        lambda folder, use=use, name=name: use(name),
+        says,
+      )
+  for use in (workdir.folder_of, start, trained.read):
+
+    def of_a_file(folder, use=use):
+      write(folder / 'run', 'a file')
+      use(frozen(folder) / 'run')
+
+    yield Case(f'a_file_{use.__name__}', of_a_file, ('run is a file',))
+  for name, says in {
+    '{}/file': ('/file cannot be made or written', 'File exists'),
+    '{}/file/run': ('/file/run cannot be made', 'Not a directory'),
+    '/proc/no/run': ('/proc/no/run cannot be made', 'No such file'),
+    '/dev/null/run': ('/dev/null/run cannot be made', 'Not a directory'),
+    '{}/' + 300 * 'x': (300 * 'x', 'too long'),
+    '{}/zero\0zero': ('cannot be made', 'null byte'),
+    'gs://bucket/run': ('gs://bucket/run cannot be made', 'gcsfs'),
+    's3://bucket/run': ('s3://bucket/run cannot be made', 's3fs'),
+    'none://bucket/run': ('none://bucket/run', 'no file system'),
+  }.items():
+    yield Case(f'owned_{name[:40]!a}', own(name), says)
+
+
+def owned_by(folder, **fields):
+  """Writes the file of an owner that lives, as it is this process."""
+  values = Owner.here()._asdict() | fields
+  write(folder / OWNER, json.dumps(values))
+
+
+def cases_of_owners():
+  def twice(folder):
+    owned_by(folder)
+    with owned([frozen(folder)]):
+      pass
+
+  def checkpoints_too(folder):
+    owned_by(folder / 'bucket')
+    frozen(folder)
+    with owned([folder / 'run', folder / 'bucket']):
+      pass
+
+  def replaced(folder):
+    with owned([folder]) as mine:
+      owned_by(folder, host='elsewhere', pid=7)
+      frozen(folder)
+      mine.confirm()
+
+  def removed(folder):
+    with owned([folder]) as mine:
+      (folder / OWNER).unlink()
+      mine.confirm()
+
+  def damaged_owner(folder):
+    with owned([folder]) as mine:
+      write(folder / OWNER, '[' * 9999)
+      mine.confirm()
+
+  here = f'process {os.getpid()} on {os.uname().nodename} since '
+  yield Case('in_use', twice, ('is in use by', here))
+  yield Case('checkpoints_in_use', checkpoints_too, ('bucket is in use', here))
+  yield Case('replaced', replaced, ('now belongs to process 7 on elsewhere',))
+  yield Case('removed', removed, ('nobody: its owner.json is gone',))
+  yield Case('damaged_owner', damaged_owner, ('owner.json is gone',))
+
+
+def read_metrics_of(content):
+  def call(folder):
+    write(folder / metrics.FILE_NAME, content)
+    metrics.read_metrics(frozen(folder) / metrics.FILE_NAME)
+
+  return call
+
+
+def cases_of_metrics():
+  for name, line in {
+    'text': 'hello',
+    'empty_line': '',
+    'a_list': '[1]',
+    'no_step': '{"loss": 1}',
+    'a_step_of_text': '{"step": "1"}',
+    'a_step_of_bool': '{"step": true}',
+    'a_step_of_half': '{"step": 1.5}',
+    'nested': '{"step": 1, "a": ' + '[' * 99_999,
+    'an_object': '{"step": 1, "a": {}}',
+    'a_text': '{"step": 1, "a": "b"}',
+    'null': '{"step": 1, "a": null}',
+    'lists_of_lists': '{"step": 1, "a": [[1]]}',
+    'binary': b'\xff\x00\x80',
+    'huge': '{"step": ' + '9' * 9999 + '}',
+  }.items():
+    data = line if isinstance(line, bytes) else line.encode()
+    yield Case(
+      f'metrics_{name}',
+      read_metrics_of(b'{"step": 1, "a": 0.5}\n' + data + b'\n{"step": 2}\n'),
+      ('metrics.jsonl', 'line 2 is not a row of metrics'),
+    )
+
+
+CASES = [
+  *cases_of_configs(),
+  *cases_of_names(),
+  *cases_of_owners(),
+  *cases_of_metrics(),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=Case.id)
+def test_refused(case, tmp_path):
+  check(case, tmp_path)
+
+
+def test_owners_that_are_dead_do_not_make_a_directory_anothers(tmp_path):
+  directory = tmp_path / 'elsewhere'
+  write(directory / OWNER, '')
+  options = tiny.options(checkpoint={'directory': os.fspath(directory)})
+  workdir.check(tmp_path / 'run', sections.section(options))
+
+
+def test_metrics_cut_anywhere_are_read_up_to_there(tmp_path):
+  lines = ['{"step": 1, "a": [1, "NaN"]}', '{"step": 2, "b": -0.5}']
+  whole = '\n'.join(lines).encode() + b'\n'
+  path = tmp_path / metrics.FILE_NAME
+  for size in range(len(whole) + 1):
+    path.write_bytes(whole[:size])
+    steps = [row['step'] for row in metrics.read_metrics(path)]
+    ends = [len(lines[0]), len(whole) - 1]
+    assert steps == [i + 1 for i, end in enumerate(ends) if size >= end]
+
+
+def test_a_url_stays_a_url():
+  # A bucket's directory must not become a local folder named 'gs:'.
+  assert os.fspath(storage_path('gs://bucket/run')) == 'gs://bucket/run'
+  assert storage_path('a/../b').is_absolute()
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda values: (
+    st.lists(values, max_size=3)
+    | st.dictionaries(st.text(max_size=5), values, max_size=3)
+  ),
+  max_leaves=5,
+)
+
+
+def paths_in(values, at=()):
+  """The path of every value in nested objects."""
+  for key, value in values.items():
+    yield (*at, key)
+    if isinstance(value, dict):
+      yield from paths_in(value, (*at, key))
+
+
+@pytest.mark.slow
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.data())
+def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
+  folder = tmp_path_factory.mktemp('run')
+  values = json.loads(plain())
+  path = data.draw(st.sampled_from(list(paths_in(values))))
+  at = values
+  for key in path[:-1]:
+    at = at[key]
+  at[path[-1]] = data.draw(JSON)
+  for read in (start, trained.read):
+    try:
+      damaged(json.dumps(values), read)(folder)
+    except REPORTED as error:
+      assert os.fspath(folder) in str(error), error
+    (folder / workdir.CHECKPOINTS).rmdir()
+
+
+@pytest.mark.slow
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.integers(0), st.binary(max_size=3))
+@example(0, b'')
+def test_any_cut_or_flip_of_files_is_read_or_refused(
+  tmp_path_factory, place, new
+):
+  folder = tmp_path_factory.mktemp('run')
+  rows = b'{"step": 1, "a": [1, 2]}\n{"step": 2, "a": "NaN"}\n'
+  for content in (plain().encode(), rows):
+    i = place % len(content)
+    changed = (
+      content[:i] + new + content[i + len(new) :] if new else content[:i]
+    )
+    for read, name in ((start, workdir.CONFIG), (_rows, metrics.FILE_NAME)):
+      write(folder / name, changed)
+      try:
+        read(folder)
+      except REPORTED as error:
+        assert os.fspath(folder) in str(error), error
+
+
+def _rows(folder):
+  metrics.read_metrics(folder / metrics.FILE_NAME)

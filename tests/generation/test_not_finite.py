@@ -1,0 +1,78 @@
+"""What is not finite generates nothing: neither token 0 nor any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import generate as command
+from moe_jax import generation
+from moe_jax.routing.capacity import All
+from moe_jax.runs import finite
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.workdir import CHECKPOINTS
+from tests.generation import folders
+from tests.models import tiny
+
+PROMPTS = [[3, 17, 5, 8], [11]]
+
+
+@pytest.fixture(scope='module')
+def model():
+  return tiny.build(dict(capacity=All()), embedding=dict(tie=False))
+
+
+def generate(model, params, **options):
+  return generation.generate(
+    model, {'params': params}, PROMPTS, num_tokens=4, **options
+  )
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize(
+  'options', [{}, {'temperature': 0.9, 'top_k': 3}, {'num_beams': 2}]
+)
+def test_logits_that_are_not_finite_are_an_error(model, options, value):
+  params = jax.tree.map(
+    lambda x: x.at[(0,) * x.ndim].set(value), tiny.params_of(model)
+  )
+  with pytest.raises(ValueError, match='logits of new token 1 are not finite'):
+    generate(model, params, **options)
+
+
+def test_a_stream_ends_before_such_a_token(model):
+  """The model reads the first new token, whose embedding is not finite."""
+  params = tiny.params_of(model)
+  good = generation.generate(model, {'params': params}, [11], num_tokens=1)
+  table = params['embedding'].at[good.tokens[0, 0]].set(jnp.nan)
+  said = []
+  with pytest.raises(ValueError, match='logits of new token 2 are not finite'):
+    generation.generate(
+      model,
+      {'params': {**params, 'embedding': table}},
+      [11],
+      num_tokens=4,
+      on_token=lambda n, tokens: said.append((n, *tokens)),
+    )
+  assert said == [(0, good.tokens[0, 0])]
+
+
+def test_a_run_that_is_not_finite_is_refused_by_name(
+  tmp_path, monkeypatch, capsys
+):
+  folders.write(tmp_path)
+  loaded = generation.load(tmp_path)
+  params = loaded.variables['params']
+  bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+  with monkeypatch.context() as patched:
+    patched.setattr(finite, 'not_finite', lambda tree: [])
+    with Checkpointer(tmp_path / CHECKPOINTS, keep_best=False) as checkpoints:
+      checkpoints.save(99, {'params': bad})
+  with pytest.raises(CheckpointError, match='99: not finite: params/'):
+    generation.load(tmp_path, 99)
+  assert generation.load(tmp_path).skipped[0][0] == 99
+  with pytest.raises(SystemExit) as ended:
+    command.main([f'--workdir={tmp_path}', '--step=99', '--prompt=a'])
+  told = capsys.readouterr()
+  assert ended.value.code == 1 and told.out == ''
+  assert '99: not finite: params/' in told.err
