@@ -5,12 +5,14 @@
 Three undisturbed runs of two processes, with three seeds, are the reference.
 Then two runs are disturbed at random moments, one on the same mesh and one
 whose mesh and number of processes change at every restart: one process or all
-get SIGKILL or SIGTERM, and the newest checkpoint is altered, cut short or left
-without its manifest. On the same mesh the final parameters must equal the
-undisturbed run's bit for bit. After a change of mesh every array must equal the
-checkpoint's, the batches must be the next ones, and the first step's loss and
-gradient must be those of one device. The program of the processes is
-`soaking/soak_run.py`, and what disturbs them is `soaking/soak_disturbances.py`.
+get SIGKILL or SIGTERM while they start, train or evaluate, the newest
+checkpoint is altered, cut short or left without its manifest, two jobs start at
+once in the same folder, and storage fails at random. On the same mesh the final
+parameters must equal the undisturbed run's bit for bit. After a change of mesh
+every array must equal the checkpoint's, the batches must be the next ones, and
+the first step's loss and gradient must be those of one device. The program of
+the processes is `soaking/soak_run.py`, and what disturbs them is
+`soaking/soak_disturbances.py`.
 """
 
 import pathlib
@@ -25,7 +27,13 @@ import jax
 import numpy as np
 
 from experiments.soaking import soak_run
-from experiments.soaking.soak_disturbances import Processes, corrupt, disturb
+from experiments.soaking.soak_disturbances import (
+  Processes,
+  contest,
+  corrupt,
+  disturb,
+  failing_storage,
+)
 from experiments.soaking.soak_evidence import (
   Tally,
   check,
@@ -115,9 +123,15 @@ def disturbed(
     if expected['begin'] > spec['total_steps']:
       return tally
     attempt, alone = attempt + 1, time.monotonic() > deadline
-    processes = Processes(
-      workdir, {**spec, 'mesh': mesh, 'attempt': attempt}, count
-    )
+    own = {**spec, 'mesh': mesh, 'attempt': attempt}
+    variables = {}
+    if not alone and draw.random() < 0.25:
+      variables = failing_storage(workdir.parent, draw)
+      tally.counts['failing storages'] += bool(variables)
+    processes = Processes(workdir, own, count, variables)
+    if not alone and not variables and draw.random() < 0.25:
+      second = Processes(workdir, own, count, variables)
+      processes = contest(processes, second, tally)
     if alone:
       processes.wait(3600)
     else:

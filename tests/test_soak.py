@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import soak
-from experiments.soaking import soak_evidence
+from experiments.soaking import soak_disturbances, soak_evidence
 
 REFERENCE = {s: {'0': f'a{s}', '1': f'b{s}'} for s in range(1, 7)}
 
@@ -100,21 +99,56 @@ def test_a_gradient_that_differs_or_is_no_number_is_seen(tmp_path):
 
 
 def test_processes_that_hang_are_a_fault(tmp_path, monkeypatch):
-  monkeypatch.setattr(soak, 'HANG_SECONDS', 0.3)
-  processes = object.__new__(soak.Processes)
+  monkeypatch.setattr(soak_disturbances, 'HANG_SECONDS', 0.3)
+  processes = object.__new__(soak_disturbances.Processes)
   code = 'import signal, time; signal.signal(15, lambda *a: 0); time.sleep(60)'
   processes.all = [
     subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)
   ]
   draw = random.Random(0)
   monkeypatch.setattr(draw, 'uniform', lambda a, b: 0.5)
-  # Disturbs while the process starts.
-  monkeypatch.setattr(draw, 'random', lambda: 0.0)
-  monkeypatch.setattr(soak, 'DISTURBANCES', ('stop one',))
+  monkeypatch.setattr(soak_disturbances, 'MOMENTS', ('start',))
+  monkeypatch.setattr(soak_disturbances, 'DISTURBANCES', ('stop one',))
   tally = soak_evidence.Tally()
-  soak.disturb(processes, tmp_path, 1, tally, draw)
+  soak_disturbances.disturb(processes, tmp_path, 1, tally, draw)
   assert len(tally.faults) == 1 and 'had not ended' in tally.faults[0]
   assert all(p.returncode == -signal.SIGKILL for p in processes.all)
+
+
+def programs(*codes):
+  processes = object.__new__(soak_disturbances.Processes)
+  processes.all = [
+    subprocess.Popen([sys.executable, '-c', code]) for code in codes
+  ]
+  return processes
+
+
+@pytest.mark.parametrize(
+  ('first', 'second', 'refused', 'faults'),
+  [('', 'exit(1)', 1, 0), ('', '', 0, 0), ('exit(1)', 'exit(1)', 2, 1)],
+)
+def test_of_two_who_start_at_once_one_must_go_on(
+  first, second, refused, faults
+):
+  tally = soak_evidence.Tally()
+  pair = [programs(code) for code in (first, second)]
+  for each in pair:
+    each.wait(30)
+  left = soak_disturbances.contest(*pair, tally)
+  assert tally.counts['starters refused'] == refused
+  assert len(tally.faults) == faults
+  assert left is pair[0] or not refused or faults
+  long = 'import time; time.sleep(60)'
+  pair = [programs(long), programs('exit(1)')]
+  assert soak_disturbances.contest(*pair, tally) is pair[0]
+  pair[0].wait(0)
+
+
+def test_storage_that_fails_at_random_is_compiled(tmp_path):
+  variables = soak_disturbances.failing_storage(tmp_path, random.Random(0))
+  if variables:
+    assert (tmp_path / 'failing_storage.so').exists()
+    assert variables['LD_PRELOAD'].startswith(str(tmp_path))
 
 
 def test_the_only_checkpoint_is_left_alone_and_the_newest_is_damaged(tmp_path):
@@ -124,7 +158,7 @@ def test_the_only_checkpoint_is_left_alone_and_the_newest_is_damaged(tmp_path):
     (tmp_path / str(step) / 'array').write_bytes(bytes(range(64)))
     before = files(tmp_path)
     tally = soak_evidence.Tally()
-    soak.corrupt(tmp_path, tally, random.Random(1))
+    soak_disturbances.corrupt(tmp_path, tally, random.Random(1))
     changed = {k for k in before if files(tmp_path).get(k) != before[k]}
     assert sum(tally.counts.values()) == len(changed) == (step == 50)
     assert all(name.startswith('50/') for name in changed)

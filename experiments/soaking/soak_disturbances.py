@@ -3,15 +3,17 @@
 Not here: what shows that nothing was lost (`soak_evidence.py`).
 """
 
+import errno
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ import numpy as np
 from experiments.soaking.soak_evidence import Tally, of_attempt
 from experiments.study.processes import free_port
 
+# Moments at which a run is disturbed: while Python and the run start, at any
+# time after the first step, or in an evaluation.
+MOMENTS = ('start', 'training', 'training', 'training', 'evaluation')
 DISTURBANCES = ('kill one', 'kill all', 'stop one', 'stop all')
 HANG_SECONDS = 90.0
 
@@ -26,18 +31,26 @@ HANG_SECONDS = 90.0
 class Processes:
   """The processes of one run."""
 
-  def __init__(self, workdir: pathlib.Path, spec: dict[str, Any], count: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    spec: dict[str, Any],
+    count: int,
+    variables: Mapping[str, str] | None = None,
+  ):
     """Starts the processes; each has an equal share of the mesh's devices.
 
     Args:
       workdir: Folder of the run.
       spec: Arguments of `soak_run.py`, written as JSON.
       count: Number of processes.
+      variables: Further variables of their environment.
     """
     devices = int(np.prod(list(spec['mesh'].values()))) // count
     env = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
+      **(variables or {}),
     }
     coordination = [f'127.0.0.1:{free_port()}', str(count)]
     workdir.mkdir(parents=True, exist_ok=True)
@@ -96,18 +109,21 @@ def disturb(
   draw: random.Random,
 ) -> None:
   """Sends a random signal to one or all processes at a random moment."""
-  starting = draw.random() < 0.15
-  while processes.left() and not starting:
-    if any('step' in line for line in of_attempt(workdir, attempt)):
+  when = draw.choice(MOMENTS)
+  sign = {'training': 'step', 'evaluation': 'evaluating'}.get(when)
+  while processes.left() and sign:
+    if any(sign in line for line in of_attempt(workdir, attempt)):
       break
-    time.sleep(0.1)
-  moment = time.monotonic() + draw.uniform(0, 6)
+    time.sleep(0.02)
+  last = 0.1 if when == 'evaluation' else 6
+  moment = time.monotonic() + draw.uniform(0, last)
   while processes.left() and time.monotonic() < moment:
     time.sleep(0.02)
   if not processes.left():
     return  # the run finished before the moment came
   disturbance = draw.choice(DISTURBANCES)
   tally.counts[disturbance] += 1
+  tally.counts[f'at {when}'] += 1
   receivers = processes.all
   if not disturbance.endswith('all'):
     receivers = [draw.choice(processes.all)]
@@ -117,6 +133,53 @@ def disturb(
     tally.fault(
       f'{disturbance}: others had not ended after {HANG_SECONDS:.0f} s'
     )
+
+
+def contest(first: Processes, second: Processes, tally: Tally) -> Processes:
+  """Waits until one of two who started at once is refused; gives the other."""
+  deadline = time.monotonic() + HANG_SECONDS
+  both = (first, second)
+  while all(each.left() for each in both) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  over = [each for each in both if not each.left()]
+  refused = [each for each in over if any(p.returncode for p in each.all)]
+  if not over or len(refused) == 2:
+    tally.fault(f'of two who started at once {len(refused)} were refused')
+  tally.counts['starters refused'] += len(refused)
+  loser = (refused or over or [second])[0]
+  loser.wait(0)
+  return first if loser is second else second
+
+
+def failing_storage(
+  folder: pathlib.Path, draw: random.Random
+) -> dict[str, str]:
+  """Variables that let a process' storage fail at random.
+
+  They are empty where no C compiler is installed.
+
+  Args:
+    folder: A folder for the compiled library.
+    draw: Source of random numbers.
+  """
+  source = pathlib.Path(__file__).with_name('failing_storage.c')
+  library, compiler = folder / 'failing_storage.so', shutil.which('cc')
+  if compiler is None or sys.platform != 'linux':
+    return {}
+  if not library.exists():
+    command = [compiler, '-shared', '-fPIC', '-o', library, source, '-ldl']
+    subprocess.run(command, check=True)
+  function, match = draw.choice(
+    [('fsync', '.saving'), ('pread', '/checkpoints')]
+  )
+  return {
+    'LD_PRELOAD': str(library),
+    'FUNCTION': function,
+    'MATCH': match,
+    'ERROR': str(draw.choice([errno.EIO, errno.ESTALE, errno.ENOSPC])),
+    'CHANCE': '6',
+    'FAILURES': '99',
+  }
 
 
 def corrupt(folder: pathlib.Path, tally: Tally, draw: random.Random) -> None:

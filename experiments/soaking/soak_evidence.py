@@ -171,6 +171,11 @@ def describe(tally: Tally) -> str:
   return (
     f'{killed} SIGKILLs ({tally.counts["kill one"]} to one process), {stopped} '
     f'SIGTERMs ({tally.counts["stop one"]} to one), {spoilt} corruptions, '
+    f'moments: {tally.counts["at start"]} start, '
+    f'{tally.counts["at training"]} training, '
+    f'{tally.counts["at evaluation"]} evaluation; '
+    f'{tally.counts["starters refused"]} second starters refused, '
+    f'{tally.counts["failing storages"]} starts with failing storage, '
     f'{tally.counts["restarts"]} starts, '
     f'{tally.counts["steps repeated"]} steps '
     f'repeated, {lost} batches lost, {doubled} doubled'

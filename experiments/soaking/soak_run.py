@@ -7,6 +7,7 @@ line at a time, so that a kill loses at most the last line. JSON holds `seed`,
 `total_steps`, `mesh`, `gradients` and `attempt`.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from configs import base
 from moe_jax import distributed, run_config, sections
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.manifest import name as path_name
+from moe_jax.training.evaluate import Measure
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.losses import loss_weights, normalizers
 from moe_jax.training.setup import Hook, Run
@@ -38,7 +40,7 @@ def make_options(
 ) -> RunConfig:
   """Options of a run whose sparse model takes milliseconds for a step."""
   config = base.get_config()
-  config.evals = {EVAL: base.evaluation(every_steps=0)}
+  config.evals = {EVAL: base.evaluation(every_steps=2 * SAVE_EVERY)}
   config.checkpoint.keep_best = False
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
@@ -92,6 +94,17 @@ class Witness(Hook):
       return step_of(state, batch)
 
     run.train_step = step
+    run.evaluations = [
+      dataclasses.replace(each, measure=self._witnessed(each.measure))
+      for each in run.evaluations
+    ]
+
+  def _witnessed(self, measure: Measure) -> Measure:
+    def witnessed(variables, step):
+      self._write({'evaluating': step})
+      return measure(variables, step)
+
+    return witnessed
 
   def end(self, run: Run, state: Any) -> None:
     """Records the digests of the final state."""

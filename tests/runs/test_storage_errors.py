@@ -19,7 +19,7 @@ from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.storage_errors import Retry, is_transient
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCE = pathlib.Path(__file__).with_name('failing_storage.c')
+SOURCE = ROOT / 'experiments' / 'soaking' / 'failing_storage.c'
 
 
 def oserror(name):
@@ -124,9 +124,11 @@ def next_state(given):
 
 
 def restored(checkpoints):
-  found = checkpoints.restore(ABSTRACT)
-  jax.tree.map(np.testing.assert_array_equal, found.state, state(found.step))
-  return found
+  checkpoint = checkpoints.restore(ABSTRACT)
+  jax.tree.map(
+    np.testing.assert_array_equal, checkpoint.state, state(checkpoint.step)
+  )
+  return checkpoint
 
 
 def save(folder, step, **options):
@@ -211,10 +213,10 @@ def test_a_checkpoint_is_read_again_before_it_is_passed_over(
   monkeypatch.setattr('io.open', failing)
   monkeypatch.setattr(builtins, 'open', failing)
   with Checkpointer(tmp_path, retry=Retry(2, 0.01)) as checkpoints:
-    found = restored(checkpoints)
+    checkpoint = restored(checkpoints)
   assert failing.left == max(failures - 2, 0)
-  assert found.step == step
-  assert [number for number, _ in found.skipped] == [2] * (step == 1)
+  assert checkpoint.step == step
+  assert [number for number, _ in checkpoint.skipped] == [2] * (step == 1)
 
 
 def child(folder: str) -> None:

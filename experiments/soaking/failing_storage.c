@@ -1,5 +1,6 @@
 /* Makes the first FAILURES calls of FUNCTION on files whose path has MATCH in it
-   fail with the error number ERROR, for a process that preloads this. */
+   fail with the error number ERROR, for a process that preloads this. With
+   CHANCE it is not the first calls but one of that many, at random. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 static atomic_int failed;
@@ -21,6 +23,14 @@ static int fails(const char *function, int file) {
   if (length < 0) return 0;
   path[length] = 0;
   if (!strstr(path, match)) return 0;
+  const char *chance = getenv("CHANCE");
+  if (chance) {
+    static _Thread_local unsigned seed;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    seed ^= now.tv_nsec;
+    if (rand_r(&seed) % atoi(chance)) return 0;
+  }
   if (atomic_fetch_add(&failed, 1) >= atoi(getenv("FAILURES"))) return 0;
   errno = atoi(getenv("ERROR"));
   return 1;
