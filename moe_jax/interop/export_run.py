@@ -45,11 +45,23 @@ def export_run(
   )
   known = plain_files.read_json(files / 'config.json')
   config = known or _special(run.tokenizer)
+  imported = _imported(files)
   save(run.model, restored.state, output, config=config)
   return [
     f'checkpoint of step {restored.step} written to {output}',
-    _export_tokenizer(files, output, run.tokenizer),
+    _export_tokenizer(imported, output, run.tokenizer),
   ]
+
+
+def _imported(files: pathlib.Path) -> list[pathlib.Path]:
+  """The files that came with an imported checkpoint, besides its config."""
+  if files.is_symlink():
+    raise ValueError(f'{files} is a link, which is not followed')
+  if not files.is_dir():
+    return []
+  small = hub.small_files(files)
+  # Some file systems do not tell upper from lower case.
+  return [path for path in small if path.name.casefold() != 'config.json']
 
 
 def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
@@ -74,17 +86,19 @@ def _special(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _export_tokenizer(
-  files: pathlib.Path, output: pathlib.Path, tokenizer: Tokenizer | None
+  imported: list[pathlib.Path],
+  output: pathlib.Path,
+  tokenizer: Tokenizer | None,
 ) -> str:
   """Copies files that were imported, or else writes a JSON tokenizer.
 
   Returns a line about it, for printing.
   """
-  if files.is_dir():
-    for path in hub.small_files(files):
-      if path.name.casefold() != 'config.json':
-        plain_files.copy(path, output / path.name)
-    return f"the imported checkpoint's other files are there too, from {files}"
+  for path in imported:
+    plain_files.copy(path, output / path.name)
+  if imported:
+    names = ', '.join(path.name for path in imported)
+    return f"the imported checkpoint's other files are there too: {names}"
   if isinstance(tokenizer, tokenizers.Extended):
     tokenizer = tokenizer.base
   if not isinstance(tokenizer, tokenizers.Json):
