@@ -157,6 +157,7 @@ class Watchdog:
 
   def _lead(self) -> None:
     next_send = time.monotonic()
+    all_here = next_send + MOMENT_SECONDS  # one who connects is told, too
     while not self._over.is_set():
       lines = [*self._lines.values(), *self._strangers]
       ready = wait(
@@ -177,7 +178,8 @@ class Watchdog:
         next_send = time.monotonic() + TICK_SECONDS
         for line in self._lines.values():
           line.send({})
-      if reason := self._failure or self._peers.lost():
+      here = len(self._lines) + 1 == self._size or time.monotonic() > all_here
+      if here and (reason := self._failure or self._peers.lost()):
         self._end_all(reason)
       elif self._peers.all_done:
         self._tell_all({'over': True})

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from moe_jax import launcher
+from moe_jax.runs.ownership import owned
 from tests.bad_inputs.cases import Case, assert_message, check
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -161,6 +162,17 @@ def test_a_second_process_of_the_same_number_does_not_disturb(tmp_path):
   assert sorted(status for status, _ in ends) == [0, 0, 1], ends
   (said,) = [said for status, said in ends if status]
   assert_message(said, ('--process_id=1', 'same number'), 4)
+
+
+@pytest.mark.slow
+def test_a_workdir_in_use_is_said_by_all_processes(tmp_path):
+  """Also by one that is told of it before it has connected."""
+  port = free_port()
+  with owned([tmp_path / 'run']):
+    ends = run(tmp_path, of_several(port, 0), of_several(port, 1), seconds=100)
+  for status, said in ends:
+    assert status == 1
+    assert_message(said, ('run is in use by', str(os.getpid())), 6)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import pathlib
+import resource
+import signal
 
 import pytest
 from hypothesis import example, given, settings
@@ -140,6 +142,11 @@ def cases_of_names():
       use(frozen(folder) / 'run')
 
     yield Case(f'a_file_{use.__name__}', of_a_file, ('run is a file',))
+  yield Case(
+    'full_disk',
+    on_a_full_disk,
+    ('new/run cannot be made or written', 'File too large'),
+  )
   for name, says in {
     '{}/file': ('/file cannot be made or written', 'File exists'),
     '{}/file/run': ('/file/run cannot be made', 'Not a directory'),
@@ -152,6 +159,19 @@ def cases_of_names():
     'none://bucket/run': ('none://bucket/run', 'no file system'),
   }.items():
     yield Case(f'owned_{name[:40]!a}', own(name), says)
+
+
+def on_a_full_disk(folder):
+  """A limit on the size of files stands for a disk without room."""
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+  try:
+    with owned([folder / 'new' / 'run']):
+      pass
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
 
 
 def owned_by(folder, **fields):
