@@ -148,6 +148,12 @@ SAVED = [
       ["unknown tokenizer kind 'x'"],
     ),
     ({'kind': 'extended', 'base': {'kind': 'bytes'}}, ['no saved tokenizer']),
+    (
+      '{"kind": "extended", "names": [], "end_inputs": true, "base": ' * 700
+      + '{"kind": "bytes"}'
+      + '}' * 700,
+      ['no saved tokenizer', 'recursion'],
+    ),
   ]
 ]
 

@@ -20,6 +20,8 @@ from moe_jax.options import Options, required, unknown
 Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]
 
+# What a state that `save` did not write may raise in `from_state`.
+_DAMAGED = AttributeError, LookupError, RecursionError, TypeError, ValueError
 # Tokenizer classes by their names in files. A class is added when its module is
 # imported; no module is imported because a file names it.
 _SAVED: dict[str, type['Tokenizer']] = {}
@@ -159,7 +161,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   saved = parse_json(read_text(pathlib.Path(path)), path)
   try:
     return from_json(saved)
-  except (AttributeError, LookupError, TypeError, ValueError) as error:
+  except _DAMAGED as error:
     reason = str(error) if type(error) is ValueError else f'{error!r:.200}'
     raise ValueError(f'{path} holds no saved tokenizer: {reason}') from None
 
