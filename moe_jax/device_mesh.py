@@ -6,6 +6,7 @@ Not here: which dimension of which array is split over it (`partitioning.py`).
 import collections
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,11 @@ def make_mesh(
   for name in sizes:
     if name not in known:
       raise unknown('mesh axis', name, known)
+  for name, size in sizes.items():
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+      raise ValueError(f'mesh axis {name}={size!r} must be an integer')
+  if not devices:
+    raise ValueError(f'mesh={dict(sizes)} of no devices; give at least one')
   across = [sizes.get(DCN + name, 1) for name in MESH_AXES]
   if min(across) < 1:
     raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')

@@ -76,6 +76,8 @@ class ShardingOptions(Options):
           yield f'{logical}={axes!r}: ' + unknown_text(
             'mesh axis', name, MESH_AXES
           )
+      for name in _twice(_named(axes)):
+        yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
 
   @property
   def rules(self) -> Rules:
@@ -157,10 +159,24 @@ def make_rules(table: Mapping[str, str]) -> Rules:
     for name in names:
       if name not in MESH_AXES:
         raise unknown(f'mesh axis in sharding.{logical}', name, MESH_AXES)
+    for name in _twice(names):
+      raise ValueError(
+        f'sharding.{logical}={table[logical]!r} has the mesh axis {name!r} '
+        'twice'
+      )
   return tuple(rules.items())
 
 
+def _twice(names: tuple[str, ...]) -> list[str]:
+  """The names that come more than once, which splits nothing further."""
+  return sorted({name for name in names if names.count(name) > 1})
+
+
 def _named(axes: str) -> tuple[str, ...]:
+  if not isinstance(axes, str):
+    raise ValueError(
+      f"mesh axes {axes!r} must be one text, with commas: 'data,fsdp'"
+    )
   return tuple(name.strip() for name in axes.split(',') if name.strip())
 
 
@@ -182,6 +198,11 @@ def sharding(
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or
       a dimension does not divide by its mesh axes.
   """
+  if shape is not None and len(shape) != len(axes):
+    raise ValueError(
+      f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
+      f'{tuple(axes)}'
+    )
   spec, used, table = [], {}, dict(rules)
   for i, axis in enumerate(axes):
     if axis is not None and axis not in table:

@@ -10,7 +10,8 @@
 | L | layers | V | vocabulary |
 
 R is the number of rows that an expert multiplies (G*C). A type `Float32`
-requires float32 whatever the model's dtype is; `Float` takes any width.
+requires float32 whatever the model's dtype is; `Float` takes any width. Not
+here: checks of arguments against these types (`shape_checks.py`).
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ OPTIONS = {
   'option_checks', 'options', 'plugins', 'sections', 'section_reader',
   'section_writer',
 }  # fmt: skip
-BASE = {'shapes', 'shape_checks'} | OPTIONS
+BASE = {'shapes', 'shape_checks', 'memory_room'} | OPTIONS
 UP_TO_LAYERS = BASE | {
   'routing',
   'kernels',
@@ -25,6 +25,7 @@ UP_TO_TRAINING = UP_TO_RUNS | {'training'}
 ALLOWED = {
   'shapes': set(),
   'shape_checks': set(),
+  'memory_room': set(),
   'option_checks': set(),
   'options': OPTIONS,
   'sections': OPTIONS,

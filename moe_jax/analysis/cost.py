@@ -19,7 +19,7 @@ from moe_jax.analysis.cost_tables import (
   without_vocabulary,
 )
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
-from moe_jax.analysis.memory import in_bytes
+from moe_jax.memory_room import in_bytes
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from moe_jax.analysis import devices, memory
 from moe_jax.analysis.counts import Cost, count, short
-from moe_jax.analysis.memory import in_bytes
 from moe_jax.analysis.model_parts import Half, halves, sized_parameters
 from moe_jax.layers.experts import DISPATCHES
+from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 
 

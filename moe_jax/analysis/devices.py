@@ -1,15 +1,13 @@
 """The memory of devices that a model might run on."""
 
 import dataclasses
-import os
-import pathlib
 
 import jax
 
+from moe_jax.memory_room import host_bytes
 from moe_jax.options import unknown
 
 HERE = 'here'
-_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +54,3 @@ def get(name: str) -> Device:
     return Device('this machine', host_bytes())
   num_bytes = (device.memory_stats() or {}).get('bytes_limit', 0)
   return Device(f'this {device.device_kind}', num_bytes)
-
-
-def host_bytes(limit_file: pathlib.Path = _LIMIT) -> int:
-  """Bytes of memory that this process may have.
-
-  They are those of the machine, or fewer where Linux limits the control group
-  of the process.
-
-  Args:
-    limit_file: File with the limit of the control group: a number, or 'max'.
-  """
-  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  try:
-    limit = limit_file.read_text().strip()
-  except OSError:
-    return physical
-  return min(physical, int(limit)) if limit.isdigit() else physical

@@ -280,11 +280,3 @@ def all_to_all_bytes(
   rows = expert_rows(moe, batch_size, half.length)
   sent = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
   return sent * (num_parts - 1) // num_parts**2
-
-
-def in_bytes(n: int) -> str:
-  """A number of bytes with a unit, a power of ten: 93405585408 is '93.4 GB'."""
-  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
-    if n >= size:
-      return f'{n / size:.3g} {unit}'
-  return f'{n} B'

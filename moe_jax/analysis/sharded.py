@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from moe_jax.analysis import collectives as collectives_lib
-from moe_jax.analysis.memory import in_bytes
+from moe_jax.memory_room import in_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,12 @@ which grows with the square of the group size; use it to check the others.
 import jax.numpy as jnp
 
 from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
 
+@checked
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
@@ -19,15 +22,22 @@ def dispatch(
     ValueError: The routing is unbounded: a mask needs a capacity.
   """
   send = routing.slot_mask()
+  # A product would spread a NaN of a token that no expert serves: 0 * NaN.
+  x = without_nan(send.any((2, 3)), x)
   rows = jnp.einsum('GSEC,GSM->EGCM', send.astype(x.dtype), x)
   return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
+@checked
 def combine(
   rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:
   """The sum of each token's expert rows, weighted by its gates."""
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
+  if rows.shape[1] != G * C:
+    raise ValueError(
+      f'rows has shape {rows.shape}; the routing has {(E, G * C)} of them'
+    )
   rows = rows.reshape(E, G, C, -1)
   return jnp.einsum('GSEC,EGCM->GSM', weight.astype(rows.dtype), rows)

@@ -8,9 +8,11 @@ gradients, is `movement.py`.
 
 from moe_jax.dispatch import movement
 from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
 
+@checked
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'E R M']:
@@ -22,6 +24,7 @@ def dispatch(
   return movement.take(x, routing.slot_rows())
 
 
+@checked
 def combine(
   rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:

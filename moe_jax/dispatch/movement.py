@@ -21,7 +21,16 @@ def take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
 def give_back(
   values: Float[Array, '*R M'], rows: Rows, group_size: int
 ) -> Float[Array, 'G S M']:
-  """The sum of each token's rows, weighted by its gates."""
+  """The sum of each token's rows, weighted by its gates.
+
+  Raises:
+    ValueError: The values are of another number of rows.
+  """
+  if values.shape[:-1] != rows.token.shape:
+    raise ValueError(
+      f'rows has shape {values.shape}; the routing has {rows.token.shape} of '
+      'them'
+    )
   if rows.by_token:
     y = permute.take_rows(values, rows.gate, rows.choice, rows.row)
   else:

@@ -9,9 +9,11 @@ gradients, is `movement.py`.
 
 from moe_jax.dispatch import movement
 from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Int32
 
 
+@checked
 def dispatch(
   x: Float[Array, 'G S M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'N M']:
@@ -24,6 +26,7 @@ def dispatch(
   return movement.take(x, routing.sorted_rows())
 
 
+@checked
 def combine(
   rows: Float[Array, 'N M'], routing: Routing | SlotRouting
 ) -> Float[Array, 'G S M']:

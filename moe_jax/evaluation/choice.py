@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -272,4 +273,5 @@ def _log_probs(variables, batch, *, model: Model) -> Float32[Array, 'B T']:
   nats = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch['targets']
   )
-  return -nats * batch['loss_weights']
+  weights = batch['loss_weights']
+  return jnp.where(weights != 0, -nats * weights, 0.0)

@@ -8,13 +8,15 @@ not every prompt compiles a program of its own.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from moe_jax.generation.arguments import Ids, as_ids, check_whole, is_list
+from moe_jax.memory_room import check_room
 from moe_jax.models import Model
 from moe_jax.shapes import Bool, Int32, Leaf
 
 _LEAST_LENGTH = 8
-Ids = Sequence[int] | np.ndarray
 
 
 class Prefix(NamedTuple):
@@ -57,15 +59,17 @@ def make_prefix(
       id is missing or has no use; N leaves nothing to choose; or there are not
       enough learned positions.
   """
-  rows = _rows(prompt)
-  forced = [int(i) for i in forced_ids]
+  V = model.vocab_size
+  rows = _rows(prompt, V)
+  check_whole('num_tokens', num_tokens, 0)
+  forced = as_ids('forced_ids', forced_ids, V)
+  if start_id is not None:
+    check_whole('start_id', start_id, 0, V - 1)
   if num_tokens <= len(forced):
     raise ValueError(
       f'num_tokens={num_tokens} leaves none to choose after '
       f'{len(forced)} forced_ids'
     )
-  given = [*rows, np.array([*forced, start_id or 0])]
-  _check_ids(given, model.vocab_size)
   grows = num_tokens - len(forced)
   if not model.has_encoder:
     if start_id is not None:
@@ -77,6 +81,7 @@ def make_prefix(
     _check_length(model, 'prompt', max(map(len, rows)) + grows - 1)
     # The last token is a step of its own.
     length = _length(model, max(map(len, rows)) - 1) + 1
+    _check_room(model, len(rows), length + grows, num_tokens)
     return Prefix(*_padded(rows, length, front=True))
   if start_id is None:
     raise ValueError('an encoder-decoder needs a start_id')
@@ -84,6 +89,7 @@ def make_prefix(
   _check_length(model, 'output', 1 + len(forced) + grows - 1)
   begin = [np.array([start_id, *forced])] * len(rows)
   length = _length(model, max(map(len, rows)))
+  _check_room(model, len(rows), num_tokens, num_tokens)
   return Prefix(
     *_padded(begin, 1 + len(forced), front=True),
     *_padded(rows, length, front=False),
@@ -96,30 +102,39 @@ def num_rows(prompt: Sequence[Ids] | Ids) -> int:
   Raises:
     ValueError: The prompt has no rows.
   """
+  if not is_list(prompt):
+    raise ValueError(
+      f'prompt={prompt!r:.60} must be token ids; a tokenizer makes them of text'
+    )
   if not len(prompt):
     raise ValueError('prompt has no rows; give at least one')
-  return len(prompt) if np.ndim(prompt[0]) else 1
+  return len(prompt) if is_list(prompt[0]) else 1
 
 
-def _rows(prompt) -> list[np.ndarray]:
+def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
   num_rows(prompt)
-  if np.ndim(prompt[0]) == 0:
+  if not is_list(prompt[0]):
     prompt = [prompt]
-  rows = [np.asarray(row, np.int64) for row in prompt]
-  for i, row in enumerate(rows):
-    if row.ndim != 1 or not len(row):
+  rows = []
+  for i, given in enumerate(prompt):
+    row = as_ids(f'prompt {i} of {len(prompt)}', given, vocab_size)
+    if not len(row):
       raise ValueError(
-        f'prompt {i} of {len(rows)} has shape {row.shape}; each needs at least '
-        'one token, in one dimension'
+        f'prompt {i} of {len(prompt)} has shape (0,); each needs at least one '
+        'token, in one dimension'
       )
+    rows.append(row)
   return rows
 
 
-def _check_ids(rows: Sequence[np.ndarray], vocab_size: int) -> None:
-  for row in rows:
-    wrong = row[(row < 0) | (row >= vocab_size)]
-    if wrong.size:
-      raise ValueError(f'token {wrong[0]} not in [0, vocab_size={vocab_size})')
+def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:
+  """Raises ValueError where tokens or cache are larger than the memory."""
+  needs = [(f'num_tokens={num_tokens} of {rows} rows', 4 * rows * num_tokens)]
+  if not model.has_encoder:
+    cache = jax.eval_shape(lambda: model.make_cache(rows, slots))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    needs.append((f'the cache of {rows} rows of {slots} tokens', size))
+  check_room(needs)
 
 
 def _check_length(model: Model, what: str, needed: int) -> None:

@@ -8,6 +8,11 @@ from typing import Any
 
 import jax
 
+from moe_jax.generation.arguments import (
+  check_model,
+  check_variables,
+  check_whole,
+)
 from moe_jax.generation.prefix import Prefix
 from moe_jax.models import Cache, Model, check_generates
 
@@ -33,8 +38,12 @@ def prepare(
       attends, for texts longer than rows of training; 0 leaves it to the model.
 
   Raises:
-    ValueError: The model does not generate.
+    ValueError: An argument is of another kind, or the model does not generate.
   """
+  check_model(model)
+  check_variables(variables)
+  check_whole('batch_size', batch_size, 1)
+  check_whole('window', window, 0)
   check_generates(model)
   if model.is_for_decoding:
     return model, variables

@@ -12,16 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.generation.arguments import (
+  check_number,
+  check_seed,
+  check_whole,
+)
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf
 
 
+@checked
 def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
   """Sets all logits of a row to -inf but the k largest and equals of these."""
+  check_whole('top_k', k, 1)
   k = min(k, logits.shape[-1])
   least = jax.lax.top_k(logits, k)[0][:, -1:]
   return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+@checked
 def keep_top_p(
   logits: Float32[Array, 'B V'], p: float | Float32[Array, '']
 ) -> Float32[Array, 'B V']:
@@ -67,10 +76,13 @@ class Sampler(flax.struct.PyTreeNode):
     Raises:
       ValueError: An option is out of range, or would do nothing.
     """
+    check_number('temperature', temperature)
     if temperature < 0:
       raise ValueError(f'temperature={temperature} is negative')
+    check_whole('top_k', top_k)
     if top_k < 0:
       raise ValueError(f'top_k={top_k} is negative; 0 keeps all tokens')
+    check_number('top_p', top_p)
     if not 0 < top_p <= 1:
       raise ValueError(f'top_p={top_p} not in (0, 1]')
     if not temperature and (top_k or top_p < 1):
@@ -108,8 +120,11 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     num_rows: B, the number of rows.
 
   Raises:
-    ValueError: There are not as many seeds as rows.
+    ValueError: There are not as many seeds as rows, or a seed is not in
+      [0, 2^32).
   """
+  for own in [seed] if np.ndim(seed) == 0 else seed:
+    check_seed(own)
   if np.ndim(seed) == 0:
     return _row_keys(seed, num_rows)
   if len(seed) != num_rows:

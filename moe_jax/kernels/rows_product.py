@@ -15,12 +15,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels import cpu
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
 # The name of the results in a remat policy.
 PRODUCT = 'rows_matmul'
 
 
+@checked
 def rows_matmul(
   x: Float[Array, '*E R M'],
   w: Float[Array | np.ndarray, '*E M F'],

@@ -14,6 +14,7 @@ from moe_jax.layers import parameters
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, at_least, one_of, option, unknown
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
 
@@ -70,6 +71,10 @@ class FfnOptions(Options):
     'have a third kernel, whose product gates the hidden values.',
     one_of(*ACTIVATIONS),
   )
+
+  def kernel_values(self, width: int) -> int:
+    """The number of values of the kernels in a model of that width M."""
+    return (2 + activation(self.activation).gated) * width * self.hidden
 
   def shrunk(self) -> 'FfnOptions':
     """See `Options.shrunk`."""
@@ -216,6 +221,7 @@ class FeedForward(nn.Module):
   depth: int = 1
 
   @nn.compact
+  @checked
   def __call__(
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:

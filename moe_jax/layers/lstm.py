@@ -20,6 +20,7 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, anything, at_least, option
+from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Int, Leaf
 
@@ -115,6 +116,8 @@ class Lstm(nn.Module):
     B, T, M = x.shape
     if segment_ids is None:
       segment_ids = jnp.ones((B, T), jnp.int32)
+    else:
+      x = without_nan(segment_ids > 0, x)
     w_in, w_state, bias, w_out = self._parameters(M)
     rows = x.astype(self.shared.dtype).reshape(B * T, M)
     inputs = (rows_matmul(rows, w_in) + bias[None]).reshape(B, T, -1)

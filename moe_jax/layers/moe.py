@@ -25,6 +25,8 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, at_least, choice, one_of, option, within
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
 
 _SPARSE = {'num_experts': at_least(1)}
@@ -173,6 +175,7 @@ class MoE(nn.Module):
   shared: Shared = Shared()
 
   @nn.compact
+  @checked
   def __call__(
     self,
     x: Float[Array, 'B T M'],
@@ -186,7 +189,8 @@ class MoE(nn.Module):
     Args:
       x: Token representations, of any float type.
       token_mask: False for tokens that no router sees: they take no slot and
-        get zeros. Default: all are seen.
+        get zeros, and what they hold, were it NaN, reaches no other token and
+        no gradient. Default: all are seen.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
       hash_ids: The ids by which a router that hashes does so.
       layer: The layer's number, by which routers without parameters differ.
@@ -200,6 +204,8 @@ class MoE(nn.Module):
     B, T, M = x.shape
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
+    else:
+      x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
     if hash_ids is not None:
       hash_ids = in_groups(hash_ids, groups.shape[1])

@@ -29,6 +29,7 @@ from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
 from moe_jax.options import Options, above, at_least, nested, one_of, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32
 
 
@@ -98,6 +99,13 @@ class AdaptiveOptions(FeatureModelOptions):
     MixtureOptions(), 'Experts and gate of the mixture, and its error.'
   )
 
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`."""
+    c, M, V = self.adaptive, self.num_features, self.vocab_size
+    F, gate = c.expert_hidden, c.gate_hidden
+    each = F * (M + V) if F else M * V
+    return c.num_experts * (each + (gate or M)) + gate * M
+
   def build(self, rules: Rules = RULES) -> 'AdaptiveMixture':
     """See `ModelOptions.build`."""
     del rules
@@ -115,6 +123,7 @@ class AdaptiveMixture(FeatureModel):
   options: AdaptiveOptions
 
   @nn.compact
+  @checked
   def __call__(
     self, features: Float32[Array, 'N *shape'], train: bool = False
   ) -> tuple[AdaptiveOutputs, MoeAux]:
@@ -194,4 +203,7 @@ class AdaptiveMixture(FeatureModel):
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Array]:
     """See `Model.inputs`."""
-    return {'features': batch['features']}
+    features = batch['features']
+    real = batch['segment_ids'] > 0  # [B, 1]
+    real = real.reshape(-1, *(1,) * (features.ndim - 1))
+    return {'features': jnp.where(real, features, 0)}

@@ -264,6 +264,17 @@ class Model(nn.Module):
     return 0
 
 
+def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
+  """Outputs with zeros where the loss weight is 0, whatever was there.
+
+  A NaN there would be 0 * NaN in the loss and in the gradient.
+  """
+  weights = batch.get('loss_weights')
+  if weights is None:
+    return outputs
+  return jnp.where((weights != 0)[..., None], outputs, 0)
+
+
 def check_generates(model: Model) -> None:
   """Raises ValueError where a model cannot generate token by token."""
   if not model.generates:

@@ -23,6 +23,7 @@ from moe_jax.models.transformer import (
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Int
 
 
@@ -60,6 +61,7 @@ class Decoder(Transformer):
     nn.share_scope(self, self.embeddings)
     nn.share_scope(self, self.decoder)
 
+  @checked
   def __call__(
     self,
     tokens: Int[Array, 'B T'],

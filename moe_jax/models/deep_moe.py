@@ -20,12 +20,14 @@ from moe_jax import routing
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.layers.shared import RULES, Numerics, Shared
-from moe_jax.models.base import Batch, TokenLosses
+from moe_jax.models.base import Batch, TokenLosses, counted
 from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
 from moe_jax.models.model_options import RunShape
 from moe_jax.options import Check, Options, at_least, each, nested, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, running_totals
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 TOTALS, STEPS = 'totals', 'steps'
@@ -110,6 +112,13 @@ class DeepMoeOptions(FeatureModelOptions):
         f'{run.total_steps}: the constraint would never be lifted; lower it, '
         'or say so with -1'
       )
+
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`."""
+    c, M, total = self.deep_moe, self.num_features, 0
+    for E, F, gate in zip(c.num_experts, c.hidden, c.gate_hidden):
+      total, M = total + E * M * F + gate * (M + E), F
+    return total + M * self.vocab_size
 
   def build(self, rules: Rules = RULES) -> 'DeepMoe':
     """See `ModelOptions.build`."""
@@ -200,6 +209,7 @@ class DeepMoe(FeatureModel):
   options: DeepMoeOptions
 
   @nn.compact
+  @checked
   def __call__(
     self,
     features: Float[Array, 'B ...'],
@@ -214,14 +224,15 @@ class DeepMoe(FeatureModel):
       train: Whether the balancing constraint applies, for its first steps.
     """
     x = features.reshape(len(features), -1).astype(jnp.float32)
-    if segment_ids is None:
-      segment_ids = jnp.ones((len(x), 1), jnp.int32)
-    mask, balanced = segment_ids[:, 0] > 0, self._balanced(train)
+    mask, balanced = jnp.ones(len(x), bool), self._balanced(train)
+    if segment_ids is not None:
+      mask = segment_ids[:, 0] > 0
+      x = without_nan(mask, x)
     c, shared = self.options.deep_moe, Shared(self.options.numerics)
     sizes = zip(c.num_experts, c.hidden, c.gate_hidden, strict=True)
     last, auxes = (c.margin, max(c.num_experts), shared), []
     for i, own in enumerate(sizes):
-      x, aux = GatedLayer(*own, *last, name=_name(i))(x, mask, balanced)
+      x, aux = GatedLayer(*own, *last, name=f'layer_{i}')(x, mask, balanced)
       auxes.append(aux)
     classifier = _dense(
       shared, 'head', self.vocab_size, ('embed', 'vocab'), 'classifier'
@@ -256,8 +267,8 @@ class DeepMoe(FeatureModel):
     moved = {STEPS: router_state[STEPS] + 1}
     num_experts = self.options.deep_moe.num_experts
     for i, (row, E) in enumerate(zip(load, num_experts, strict=True)):
-      totals = router_state[_name(i)][TOTALS]
-      moved[_name(i)] = {TOTALS: running_totals.moved(totals, row[:E])}
+      totals = router_state[f'layer_{i}'][TOTALS]
+      moved[f'layer_{i}'] = {TOTALS: running_totals.moved(totals, row[:E])}
     return moved
 
   @nn.nowrap
@@ -273,13 +284,8 @@ class DeepMoe(FeatureModel):
   @nn.nowrap
   def loss(self, outputs: Float32[Array, 'B 1 V'], batch: Batch) -> TokenLosses:
     """The cross-entropy of each example's class, in nats."""
-    return TokenLosses(
-      optax.softmax_cross_entropy_with_integer_labels(outputs, batch['targets'])
-    )
-
-
-def _name(layer: int) -> str:
-  return f'layer_{layer}'
+    nats = optax.softmax_cross_entropy_with_integer_labels
+    return TokenLosses(nats(counted(outputs, batch), batch['targets']))
 
 
 def _dense(

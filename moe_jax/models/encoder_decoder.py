@@ -18,6 +18,7 @@ from moe_jax.models.layer_trees import Path, periods_of
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import Transformer, make_cache, make_context
 from moe_jax.routing import MoeAux
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
@@ -43,6 +44,7 @@ class EncoderDecoder(Transformer):
     self.encoder = Stack(self.encoder_blocks)
     self.decoder = Stack(self.decoder_blocks)
 
+  @checked
   def __call__(
     self,
     encoder_tokens: Int[Array, 'B S'],
@@ -93,6 +95,7 @@ class EncoderDecoder(Transformer):
     x, aux, _ = self.decoder(x, context, train)
     return self.embeddings.logits(x), _joined(encoder_aux, aux)
 
+  @checked
   def encode(
     self,
     encoder_tokens: Int[Array, 'B S'],

@@ -147,6 +147,11 @@ class EncoderDecoderOptions(TransformerOptions):
       yield from self.position_problems(f'data.{name}', length)
       yield from options.group_problems(run, f'data.{name}', length)
 
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`."""
+    half = self.encoder_half()
+    return super().least_parameters() + self.half_parameters(half)
+
   def build(self, rules: Rules = RULES) -> EncoderDecoder:
     """See `ModelOptions.build`."""
     self.check_filled()

@@ -5,6 +5,7 @@ the models (`adaptive.py`, `deep_moe.py`).
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Self
 
 import jax
@@ -40,6 +41,11 @@ class FeatureModelOptions(ModelOptions):
         f'model.feature_shape={own} is not that of the data, {shape}'
       )
     return dataclasses.replace(options, feature_shape=shape)
+
+  @property
+  def num_features(self) -> int:
+    """The number of values of an example; 1 where only the data knows."""
+    return math.prod(self.feature_shape)
 
   def check_filled(self) -> None:
     """See `ModelOptions.check_filled`."""

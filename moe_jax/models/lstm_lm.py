@@ -31,6 +31,8 @@ from moe_jax.models.text_options import TextModelOptions
 from moe_jax.options import default_of, fields_of, nested
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
 
 
@@ -65,6 +67,13 @@ class LstmLmOptions(TextModelOptions):
         f'positions.kind={POSITIONS.name_of(self.positions)!r} has no effect '
         'in a model without attention'
       )
+
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`."""
+    lstms = self.num_layers - self.num_sparse
+    values = lstms * 2 * self.width * lstm.GATES * self.lstm.cells(self.width)
+    values += self.feed_forward_parameters(self.width, dense=0)
+    return super().least_parameters() + values
 
   def build(self, rules: Rules = RULES) -> 'LstmLm':
     """See `ModelOptions.build`."""
@@ -142,6 +151,7 @@ class LstmLm(TextModel):
     c = self.between
     self.layers = [_Layer(c, sparse) for sparse in c.sparse]
 
+  @checked
   def __call__(
     self,
     tokens: Int[Array, 'B T'],
@@ -171,6 +181,7 @@ class LstmLm(TextModel):
   def _run(self, tokens, segment_ids, positions, train, states):
     """Logits, aux and the layers' states after the last step."""
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
+    x = without_nan(segment_ids > 0, x)
     auxes, left = [], []
     for layer, state in zip(self.layers, states, strict=True):
       x, aux, state = layer(x, segment_ids, train, state)
@@ -179,6 +190,7 @@ class LstmLm(TextModel):
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
     return self.embeddings.logits(x), aux, tuple(left)
 
+  @checked
   def decode(
     self,
     tokens: Int[Array, 'B T'],

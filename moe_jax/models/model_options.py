@@ -80,6 +80,18 @@ class ModelOptions(Options):
     size = self.vocab_size or vocab_size
     return dataclasses.replace(self, vocab_size=size)
 
+  @property
+  def param_dtype(self) -> str:
+    """The type in which parameters are stored."""
+    return 'float32'
+
+  def least_parameters(self) -> int:
+    """The least number of parameters' values, by arithmetic on the options.
+
+    It takes no time however many there are. A kind counts what may be large.
+    """
+    return 0
+
   @required
   def build(self, rules: Rules = RULES) -> Model:
     """The linen module of the model.

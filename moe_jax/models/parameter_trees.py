@@ -1,6 +1,7 @@
 """A model's parameters: drawn from a key, or as shapes, axes and roles."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.parameters import axes_of, roles_of
+from moe_jax.memory_room import check_room
 from moe_jax.models.base import Model
 from moe_jax.shapes import PRNGKey
 
@@ -30,9 +32,20 @@ class ParameterTrees(NamedTuple):
 
 
 def init_params(model: Model, key: PRNGKey) -> Any:
-  """Initial parameters from a key, in boxes that carry axes and roles."""
+  """Initial parameters from a key, in boxes that carry axes and roles.
+
+  Raises:
+    ValueError: They are larger than the memory of all devices.
+  """
   # Compiled as a whole, since one operation after another takes many seconds.
-  return jax.jit(functools.partial(_init, model))(key)['params']
+  init = jax.jit(functools.partial(_init, model))
+  if isinstance(key, jax.core.Tracer):
+    return init(key)['params']
+  traced = init.trace(key)
+  leaves = jax.tree.leaves(traced.out_info)
+  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+  check_room([(f'the variables of {type(model).__name__}', size)])
+  return traced.lower().compile()(key)['params']
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A loop's body is compiled once, so compile time follows the number of distinct
 layers, not L. Not here: the loops themselves (`stack.py`).
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 # The longest period that a loop's body may have; OpenMoE's is 6.
@@ -19,19 +20,30 @@ def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
   Raises:
     ValueError: The string is none of these, or names a layer not in [0, L).
   """
-  L = num_layers
+  L, numbers = num_layers, set(_sparse_numbers(layers, num_layers))
+  return tuple(i in numbers for i in range(L))
+
+
+def count_sparse(layers: str, num_layers: int) -> int:
+  """The number of sparse layers, by arithmetic for any number of layers.
+
+  Arguments and errors are those of `sparse_pattern`.
+  """
+  return len(_sparse_numbers(layers, num_layers))
+
+
+def _sparse_numbers(layers: str, L: int) -> Collection[int]:
+  """The numbers of the sparse layers, in a range or a set."""
   if L < 1:
     raise ValueError(f'num_layers={L} must be at least 1')
   word, _, number = layers.strip().partition(' ')
   if layers in ('all', 'none'):
-    return (layers == 'all',) * L
+    return range(L if layers == 'all' else 0)
   if word in ('every', 'last') and number.isdigit() and int(number) > 0:
     n = int(number)
     if n > L:
       raise ValueError(f'moe.layers={layers!r} with num_layers={L}')
-    if word == 'every':
-      return tuple((i + 1) % n == 0 for i in range(L))
-    return tuple(i >= L - n for i in range(L))
+    return range(n - 1, L, n) if word == 'every' else range(L - n, L)
   parts = [part.strip() for part in layers.split(',')]
   if not all(part.isdigit() for part in parts):
     raise ValueError(
@@ -41,7 +53,7 @@ def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
   indices = {int(part) for part in parts}
   if max(indices) >= L:
     raise ValueError(f'moe.layers={layers!r} not in [0, num_layers={L})')
-  return tuple(i in indices for i in range(L))
+  return indices
 
 
 def layers_needed(layers: str) -> int:

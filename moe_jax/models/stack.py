@@ -21,7 +21,7 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.padding import Padding
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
-from moe_jax.routing.rows import DECISION
+from moe_jax.routing.rows import DECISION, without_nan
 from moe_jax.shapes import Array, Float, Int32
 
 REMATS = {
@@ -110,6 +110,7 @@ def run_stack(
     places = (T, T) if cache is None else (T, cache.max_len, cache.length)
     context = context._replace(bias=bias(*places))
   context = c.padding.context(context)
+  x = without_nan(context.routed, x)
   auxes, first = [], 0
   for segment in segments(c.sparse):
     numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)

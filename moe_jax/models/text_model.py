@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from moe_jax.models.base import Batch, Model, TokenLosses
+from moe_jax.models.base import Batch, Model, TokenLosses, counted
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.shapes import Array, Float32, Int
 
@@ -69,7 +69,11 @@ class TextModel(Model):
 
   @nn.nowrap
   def loss(self, outputs: Float32[Array, 'B T V'], batch: Batch) -> TokenLosses:
-    """The cross-entropy of the targets, and the squared logsumexp of logits."""
+    """The cross-entropy of the targets, and the squared logsumexp of logits.
+
+    Logits of tokens of loss weight 0 count as zeros, whatever they are.
+    """
+    outputs = counted(outputs, batch)
     return TokenLosses(
       optax.softmax_cross_entropy_with_integer_labels(
         outputs, batch['targets']

@@ -16,7 +16,7 @@ from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
-from moe_jax.models.pattern import layers_needed, sparse_pattern
+from moe_jax.models.pattern import count_sparse, layers_needed, sparse_pattern
 from moe_jax.models.stack import REMATS
 from moe_jax.options import Options, at_least, choice, nested, one_of, option
 from moe_jax.options import within as in_interval
@@ -52,15 +52,40 @@ class LayerOptions(Options):
     return sparse_pattern(self.moe.layers, self.num_layers)
 
   @property
+  def num_sparse(self) -> int:
+    """The number of sparse layers, which no list of them is made for."""
+    return count_sparse(self.moe.layers, self.num_layers)
+
+  def feed_forward_parameters(
+    self, width: int, dense: int | None = None
+  ) -> int:
+    """The number of values of the kernels of feed-forwards, or fewer.
+
+    Args:
+      width: The width M of the model.
+      dense: The number of layers with a dense feed-forward; None: all that are
+        not sparse.
+    """
+    moe, sparse = self.moe.within(self.ffn, self.dropout), self.num_sparse
+    dense = self.num_layers - sparse if dense is None else dense
+    try:
+      each, copies = moe.expert.twin(1).ffn, moe.num_experts
+      each = each if copies else moe.twin().ffn
+    except ValueError:  # experts without a known width
+      each, copies = FfnOptions(1), moe.num_experts
+    total = dense * self.ffn.kernel_values(width)
+    return total + sparse * max(copies, 1) * each.kernel_values(width)
+
+  @property
   def has_experts(self) -> bool:
     """Whether some layer has experts, rather than their dense twin."""
-    return any(self.sparse) and self.moe.num_experts > 0
+    return self.num_sparse > 0 and self.moe.num_experts > 0
 
   def problems(self) -> Iterator[str]:
     """The problem of sparse layers that are not among the layers."""
     yield from super().problems()
     try:
-      self.sparse  # noqa: B018
+      self.num_sparse  # noqa: B018
     except ValueError as error:
       yield str(error)
 
@@ -207,6 +232,17 @@ class TextModelOptions(ModelOptions, LayerOptions):
       positions=self.positions,
       dropout=self.dropout,
     )
+
+  @property
+  def param_dtype(self) -> str:
+    """See `ModelOptions.param_dtype`."""
+    return self.numerics.param_dtype
+
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`; here, the tables' alone."""
+    tables = 1 if self.embedding.tie else 2
+    rows = tables * self.vocab_size + self.positions.table_len
+    return rows * self.width
 
   def check_filled(self) -> None:
     """See `ModelOptions.check_filled`."""

@@ -27,6 +27,7 @@ from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_model import TextModel
 from moe_jax.routing import hash_rule
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int
 
 
@@ -37,6 +38,7 @@ class Transformer(TextModel):
   generates.
   """
 
+  @checked
   def decode(
     self,
     tokens: Int[Array, 'B T'],

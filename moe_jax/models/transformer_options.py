@@ -41,6 +41,23 @@ class TransformerOptions(TextModelOptions, StackOptions):
     yield from super().problems()
     yield from self.half_problems(self, causal=True)
 
+  def half_parameters(self, half: StackOptions, attentions: int = 1) -> int:
+    """The least number of values of the layers of an encoder or decoder.
+
+    Args:
+      half: The options of its layers.
+      attentions: The number of attentions in each layer.
+    """
+    attention = attentions * half.attention.kernel_values(self.width)
+    layers = half.num_layers * attention
+    return layers + half.feed_forward_parameters(self.width)
+
+  def least_parameters(self) -> int:
+    """See `ModelOptions.least_parameters`."""
+    return super().least_parameters() + self.half_parameters(
+      self, 1 + self.has_encoder
+    )
+
   def stack_config(
     self,
     half: StackOptions,

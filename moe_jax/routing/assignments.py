@@ -7,12 +7,14 @@ has. Not here: any router, or how tokens move (`moe_jax.dispatch`).
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.routing import rows
-from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
+from moe_jax.routing.size_checks import check_capacity
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 
 
 @functools.partial(
@@ -44,6 +46,20 @@ class Routing:
   kept: Leaf
   num_experts: int
   capacity: int | None
+
+  def shape_hints(self) -> dict[str, Any]:
+    """The array type of each field; see `shape_checks.HasShapes`."""
+    return {
+      'expert_index': Int[Array, 'G S K'],
+      'slot': Int[Array, 'G S K'],
+      'gate': Float[Array, 'G S K'],
+      'kept': Bool[Array, 'G S K'],
+    }
+
+  def static_sizes(self) -> dict[str, int]:
+    """E, which no array tells; raises ValueError for a bad capacity."""
+    check_capacity(self.capacity)
+    return {'E': self.num_experts}
 
   @property
   def group_size(self) -> int:
@@ -132,6 +148,17 @@ class SlotRouting:
   token_index: Leaf
   gate: Leaf
   group_size: int
+
+  def shape_hints(self) -> dict[str, Any]:
+    """The array type of each field; see `shape_checks.HasShapes`."""
+    return {
+      'token_index': Int[Array, 'G E C'],
+      'gate': Float[Array, 'G E C'],
+    }
+
+  def static_sizes(self) -> dict[str, int]:
+    """S, which no array tells; see `shape_checks.HasShapes`."""
+    return {'S': self.group_size}
 
   @property
   def num_experts(self) -> int:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.options import unknown
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 BALANCE_CHOICES = ('all', 'first')
 
 
+@checked
 def balance_loss(
   router_probs: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],
@@ -49,6 +51,7 @@ def balance_loss(
   return E * (share * mean_prob).sum(-1)
 
 
+@checked
 def z_loss(
   router_logits: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:
@@ -66,6 +69,7 @@ def token_z(router_logits: Float32[Array, '*G E']) -> Float32[Array, '*G']:
   return jax.nn.logsumexp(router_logits, axis=-1) ** 2
 
 
+@checked
 def importance_loss(
   gate: Float32[Array, 'G S K'],
   expert_index: Int32[Array, 'G S K'],
@@ -85,6 +89,7 @@ def importance_loss(
   return cv_squared((gate[..., None] * chosen).sum((1, 2)))
 
 
+@checked
 def load_loss(
   probability: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']
 ) -> Float32[Array, ' G']:

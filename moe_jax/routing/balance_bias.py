@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.options import unknown
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Leaf
 
 SCORES = ('sigmoid', 'softmax')
 
 
+@checked
 def biased_scores(
   router_logits: Float32[Array, 'G S E'],
   bias: Float32[Array, ' E'],
@@ -37,6 +39,7 @@ def biased_scores(
   return score + bias[None, None]
 
 
+@checked
 def moved(
   bias: Float32[Array, '*L E'], load: Float32[Array, '*L E'], rate: Leaf
 ) -> Float32[Array, '*L E']:

@@ -11,9 +11,12 @@ import numpy as np
 
 from moe_jax.routing.assignments import SlotRouting
 from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_slots
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Int32
 
 
+@checked
 def expert_choice(
   router_logits: Float[Array, 'G S E'],
   *,
@@ -38,8 +41,7 @@ def expert_choice(
   Source: Section 3.2 of arXiv:2202.09368.
   """
   S, C = router_logits.shape[1], capacity
-  if not 1 <= C <= S:
-    raise ValueError(f'capacity={C} not in [1, group_size={S}]')
+  check_slots(C, S)
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
   logits = router_logits.astype(jnp.float32)

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_capacity, check_selected
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 GIVEN_PRIORITIES = ('token_major', 'choice_major')
 
 
+@checked
 def even_choice(
   expert_index: Int32[Array, 'G S K'],
   *,
@@ -39,6 +42,7 @@ def even_choice(
   )
 
 
+@checked
 def given_choice(
   expert_index: Int32[Array, 'G S K'],
   gate: Float32[Array, 'G S K'],
@@ -62,8 +66,7 @@ def given_choice(
     ValueError: K is not in [1, E], capacity < 1, or the priority is unknown.
   """
   E, K = num_experts, expert_index.shape[-1]
-  if not 1 <= K <= E:
-    raise ValueError(f'num_selected={K} not in [1, num_experts={E}]')
+  check_selected(K, E)
   check_capacity(capacity)
   if slot_priority not in GIVEN_PRIORITIES:
     raise unknown('slot_priority', slot_priority, GIVEN_PRIORITIES)
@@ -74,12 +77,6 @@ def given_choice(
   kept = queued if capacity is None else queued & (slot < capacity)
   gate = jnp.where(kept, gate, 0.0)
   return Routing(expert_index, slot, gate, kept, E, capacity)
-
-
-def check_capacity(capacity: int | None) -> None:
-  """Raises ValueError where a capacity is neither None nor at least 1."""
-  if capacity is not None and capacity < 1:
-    raise ValueError(f'capacity={capacity} must be at least 1, or None')
 
 
 def queue_slots(

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_selected
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Int, Int32, UInt32
 
 HASH_OF = ('token', 'bigram', 'position')
 
 
+@checked
 def hash_choice(
   ids: UInt32[Array, 'G S'],
   *,
@@ -34,7 +37,11 @@ def hash_choice(
     num_selected: K, in [1, E].
     seed: The number of the table; another seed gives other experts.
     layer: The number of the layer; every layer has a table of its own.
+
+  Raises:
+    ValueError: K is not in [1, E].
   """
+  check_selected(num_selected, num_experts)
   salt = mixed(mixed(_uint32(seed)) + _uint32(layer))
   rank = jnp.arange(num_selected, dtype=jnp.uint32)
   salts = mixed(salt + rank)[None, None]  # [1, 1, K]
@@ -42,6 +49,7 @@ def hash_choice(
   return distinct(draws, num_experts)
 
 
+@checked
 def hash_ids(
   hash_of: str,
   tokens: Int[Array, 'B T'],
@@ -69,6 +77,7 @@ def hash_ids(
   return mixed(previous.astype(jnp.uint32)) + tokens.astype(jnp.uint32)
 
 
+@checked
 def previous_tokens(
   tokens: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None = None
 ) -> Int[Array, 'B T']:

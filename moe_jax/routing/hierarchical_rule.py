@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.routing.aux_losses import cv_squared
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 
+@checked
 def flat_choices(
   branch_index: Int32[Array, 'G S K1'],
   branch_gate: Float32[Array, 'G S K1'],
@@ -42,6 +44,7 @@ def flat_choices(
   return index.reshape(G, S, K1 * K2), gate.reshape(G, S, K1 * K2)
 
 
+@checked
 def hierarchical_load(
   branch_probability: Float32[Array, 'G S A'],
   expert_probability: Float32[Array, 'G S K1 B'],
@@ -69,7 +72,7 @@ def hierarchical_load(
   expert_load = jnp.einsum(
     'GSKA,GSKB->GAB',
     chosen,
-    expert_probability,
+    jnp.where(real[..., None], expert_probability, 0.0),
     precision=jax.lax.Precision.HIGHEST,
   )
   share = branch_load / jnp.maximum(number, 1.0)
@@ -90,6 +93,7 @@ def hierarchical_load_loss(
   )
 
 
+@checked
 def over_levels(
   per_token: Callable[[Array], Array],
   branch_logits: Float32[Array, 'G S A'],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.routing.token_choice_rule import at_choices, choose
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Int32, PRNGKey
 
 
@@ -30,6 +31,7 @@ class NoisyLogits(NamedTuple):
   std: Array
 
 
+@checked
 def noisy_logits(
   clean: Float32[Array, 'G S E'],
   noise: Float32[Array, 'G S E'],
@@ -47,6 +49,7 @@ def noisy_logits(
   return NoisyLogits(clean, clean + draw * std, std)
 
 
+@checked
 def load_probability(
   logits: NoisyLogits,
   num_selected: int,

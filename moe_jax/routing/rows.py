@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, Shaped
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf, Shaped
 
 # The name under which a remat policy finds the routers' decisions.
 DECISION = 'routing'
@@ -55,6 +55,18 @@ def decided(index: Leaf) -> Leaf:
   sort.
   """
   return checkpoint_name(index, DECISION)
+
+
+def without_nan(
+  mask: Bool[Array, '*G'], x: Float[Array, '*G M']
+) -> Float[Array, '*G M']:
+  """x, with zeros for what is not finite where the mask is False.
+
+  It stands before products, not behind them: a NaN or an infinity of a token
+  that is padding would reach the gradients of kernels as 0 * NaN. What is
+  finite stays, so that outputs at padding are what they are without a mask.
+  """
+  return jnp.where(mask[..., None] | jnp.isfinite(x), x, 0)
 
 
 @jax.named_scope('index')

@@ -9,9 +9,11 @@ summaries have it. Not here: where the totals are kept (the collection
 import jax
 import jax.numpy as jnp
 
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32
 
 
+@checked
 def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
   """Whether each total exceeds the mean by more than `margin`; never all do.
 
@@ -24,6 +26,7 @@ def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
   return (totals - totals.mean() > margin) & (totals > totals.min())
 
 
+@checked
 def constrained_gates(
   router_logits: Float32[Array, 'B E'], overused: Bool[Array, ' E']
 ) -> Float32[Array, 'B E']:
@@ -36,6 +39,7 @@ def constrained_gates(
   return jax.nn.softmax(left, axis=-1)
 
 
+@checked
 def moved(
   totals: Float32[Array, ' E'], mass: Float32[Array, ' E']
 ) -> Float32[Array, ' E']:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import load_per_expert
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Leaf
 
 
@@ -64,6 +65,7 @@ def drop_rate(stats: RoutingStats) -> tuple[Leaf, Leaf]:
   return by_rank, stats.overflowed.sum(-1) / (tokens * K)
 
 
+@checked
 def routing_stats(
   routing: Routing,
   router_logits: Float32[Array, 'G S E'] | None,
@@ -88,6 +90,7 @@ def routing_stats(
   )
 
 
+@checked
 def slot_stats(
   routing: SlotRouting,
   router_logits: Float32[Array, 'G S E'],
@@ -118,6 +121,7 @@ def slot_stats(
   )
 
 
+@checked
 def mixture_stats(
   gate: Float32[Array, 'G S E'],
   router_logits: Float32[Array, 'G S E'],

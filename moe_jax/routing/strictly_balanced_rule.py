@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from moe_jax.routing.assignments import SlotRouting
 from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_selected, check_slots
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
 
+@checked
 def batchwise_choice(
   router_logits: Float32[Array, 'G S E'],
   *,
@@ -31,11 +34,13 @@ def batchwise_choice(
   Source: Eq. 16 and 18 of arXiv:1701.06538.
   """
   S, E = router_logits.shape[1:]
+  check_selected(num_selected, E)
   capacity = -(-num_selected * S // E)
   chosen = expert_choice(router_logits, capacity=capacity, mask=mask)
   return _renormalized(chosen)
 
 
+@checked
 def threshold_choice(
   router_logits: Float32[Array, 'G S E'],
   thresholds: Float32[Array, ' E'],
@@ -51,6 +56,7 @@ def threshold_choice(
   Source: Eq. 19 of arXiv:1701.06538.
   """
   S = router_logits.shape[1]
+  check_slots(capacity, S)
   probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
   above = (probs > thresholds[None, :, None]) & mask[:, None]
   wanted = jnp.where(above, jax.lax.stop_gradient(probs), -1.0)
@@ -66,6 +72,7 @@ def threshold_choice(
   )
 
 
+@checked
 def batchwise_loss(
   router_logits: Float32[Array, 'G S E'],
   thresholds: Float32[Array, ' E'],

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
-from moe_jax.routing.given_choice_rule import (
-  GIVEN_PRIORITIES,
-  check_capacity,
-  queue_slots,
-)
+from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES, queue_slots
 from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_capacity, check_selected
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
 GATES = ('raw', 'renormalized', 'renormalized_after_drop', 'sigmoid')
@@ -26,6 +24,7 @@ SLOT_PRIORITIES = (*GIVEN_PRIORITIES, 'batch_priority')
 SECOND_POLICIES = ('all', 'sampled', 'threshold')
 
 
+@checked
 def token_choice(
   router_logits: Float[Array, 'G S E'],
   *,
@@ -110,16 +109,19 @@ def token_choice(
   return Routing(expert_index, slot, gate, kept, E, capacity)
 
 
+@checked
 def choose(
   scores: Float32[Array, '*G E'], num_selected: int
 ) -> Int32[Array, '*G K']:
   """The experts with the K largest scores, ties to the lower; no gradient."""
+  check_selected(num_selected, scores.shape[-1])
   scores = jax.lax.stop_gradient(scores)
   # A top-K puts 0. before -0., which are equal and so tie.
   scores = jnp.where(scores == 0, 0.0, scores)
   return decided(jax.lax.top_k(scores, num_selected)[1])
 
 
+@checked
 def at_choices(
   values: Float32[Array, '*G E'], expert_index: Int32[Array, '*G K']
 ) -> Float32[Array, '*G K']:
@@ -190,6 +192,7 @@ def _top_probability(router_logits):
   return router_logits.max(-1) - normalizer  # [G, S]
 
 
+@checked
 def gates_before_drop(
   router_logits: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],

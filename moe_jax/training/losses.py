@@ -75,10 +75,14 @@ def normalizers(model: Model, batch: Batch) -> Normalizers:
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
   """The sums of one batch, or of one microbatch."""
   weights = batch['loss_weights']
+
+  def weighted(nats):
+    return jnp.where(weights != 0, nats * weights, 0.0).sum()
+
   logits_z = jnp.zeros((), jnp.float32)
   if losses.logits_z is not None:
-    logits_z = (losses.logits_z * weights).sum()
-  return LossSums((losses.nats * weights).sum(), weights.sum(), logits_z, aux)
+    logits_z = weighted(losses.logits_z)
+  return LossSums(weighted(losses.nats), weights.sum(), logits_z, aux)
 
 
 def aux_loss(

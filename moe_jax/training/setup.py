@@ -22,6 +22,7 @@ from moe_jax.training.evaluation_entries import (
   make_evaluations,
   overridden,
 )
+from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions, SampleOptions
 from moe_jax.training.step import TrainState
@@ -120,6 +121,7 @@ def set_up(
   )
   _check_sample(options.sample, dataset.tokenizer)
   filled = options.filled(dataset.vocab_size, dataset.feature_shape)
+  check_fits(filled, mesh)
   model = filled.build()
   changed = changed_models(
     filled.model, model, filled.evals, filled.sharding.rules

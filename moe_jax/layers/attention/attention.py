@@ -19,6 +19,8 @@ from moe_jax.layers.attention.cache import KVCache, at_layer
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 _ROLE = 'attention'
@@ -45,6 +47,7 @@ class Attention(nn.Module):
   cross: bool = False
   dropout: float = 0.0
 
+  @checked
   def __call__(
     self,
     x: Float[Array, 'B T M'],
@@ -81,8 +84,15 @@ class Attention(nn.Module):
       ids = segment_ids, key_segment_ids
       return self._attend(query, key, value, ids, bias, train)
 
-    return self._project_all(x, memory, positions, attend)
+    source = memory if self.cross else x
+    if key_segment_ids is None and not self.cross:
+      source = x = _only_real(x, segment_ids)
+    else:
+      x = _only_real(x, segment_ids)
+      source = _only_real(source, key_segment_ids)
+    return self._project_all(x, source, positions, attend)
 
+  @checked
   def decode(
     self,
     x: Float[Array, 'B T M'],
@@ -122,21 +132,22 @@ class Attention(nn.Module):
         bias=bias,
       )
 
-    y = self._project_all(x, None, positions, attend)
+    x = without_nan(token_mask, x)
+    source = None if self.cross else x
+    y = self._project_all(x, source, positions, attend)
     return y, kept[0]
 
   @nn.compact
-  def _project_all(self, x, memory, positions, attend):
-    """Projects x to queries, keys and values, and the output of `attend` back.
+  def _project_all(self, x, source, positions, attend):
+    """Projects x to queries, and the output of `attend` back.
 
-    In cross-attention without a memory, keys and values are None.
+    The source is projected to keys and values; without one they are None.
     """
     B, T, M = x.shape
     c, dtype = self.options.within(M), self.shared.dtype
     H, D = c.num_heads, c.head_width
     x = x.astype(dtype)
     query, key, value = self._query(x, c), None, None
-    source = memory if self.cross else x
     if source is not None:
       source = source.astype(dtype)
       key = self._key_or_value(source, 'key', c)  # [B, S, N, D]
@@ -221,6 +232,13 @@ class Attention(nn.Module):
       bias=bias,
       dropout=dropout,
     )
+
+
+def _only_real(x: Array | None, segment_ids: Array | None) -> Array | None:
+  """x with zeros at padding, which scores and sums would multiply by 0."""
+  if x is None or segment_ids is None:
+    return x
+  return without_nan(segment_ids > 0, x)
 
 
 def project_memory(

@@ -76,6 +76,11 @@ class AttentionOptions(Options):
       head_width=self.head_width or width // self.num_heads,
     )
 
+  def kernel_values(self, width: int) -> int:
+    """The number of values of the kernels in a model of that width M."""
+    c = self.within(width)
+    return 2 * width * c.head_width * (c.num_heads + c.num_kv_heads)
+
   def shrunk(self) -> 'AttentionOptions':
     """See `Options.shrunk`."""
     grouped = 0 < self.num_kv_heads < self.num_heads

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from moe_jax.kernels.cpu import add_to_each
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.layers.attention.splash import LEAST_BLOCK, splash
+from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Float32, Int
 
 IMPLEMENTATIONS = ('auto', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
 
 
+@checked
 def attend(
   query: Float[Array, 'B T H D'],
   key: Float[Array, 'B S N D'],

@@ -14,6 +14,7 @@ from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
 from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.shape_checks import checked, told
 from moe_jax.shapes import Array, Float
 
 # The name of the experts' module in a sparse layer.
@@ -25,6 +26,7 @@ class Experts(nn.Module):
   """The contract of modules that serve tokens by their experts."""
 
   @nn.compact
+  @checked
   def __call__(
     self,
     x: Float[Array, 'G S M'],
@@ -42,7 +44,14 @@ class Experts(nn.Module):
       The gated sums, and the aux of experts that are mixtures themselves, whose
       leaves are [E, ...].
     """
-    return self.serve(x, routing, train)
+    result = self.serve(x, routing, train)
+    y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+    if getattr(y, 'shape', None) != x.shape:
+      raise ValueError(
+        f'{type(self).__name__}.serve returned {told(result)}; Experts return '
+        f'(groups of shape {x.shape}, MoeAux or None)'
+      )
+    return result
 
   def serve(
     self, x: Array, routing: Routing | SlotRouting, train: bool

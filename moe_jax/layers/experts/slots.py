@@ -6,7 +6,7 @@ travel between these (`moe_jax.parallel.exchange`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from moe_jax.options import choice
 from moe_jax.parallel.exchange import EXCHANGES, Exchange, serve
 from moe_jax.parallel.layout import layout_of
 from moe_jax.routing import Routing, SlotRouting
+from moe_jax.shape_checks import told
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
 
@@ -158,7 +159,9 @@ class ModuleSlots(SlotExperts):
     module = self.options.module(self.shared, name='expert')
 
     def call(module, rows):
-      return self.options.call(module, rows, train)
+      y = self.options.call(module, rows, train)
+      check_output(type(module).__name__, y, rows)
+      return y
 
     y = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
     give_role(self)
@@ -225,8 +228,14 @@ class MixtureSlots(SlotExperts):
     filled = self.dispatch.dispatch(ones, routing)[..., 0] > 0
 
     def call(moe, rows, filled):
-      y, aux = moe(rows[None], filled[None], train)
-      return y[0], aux
+      result = moe(rows[None], filled[None], train)
+      if type(result) is not tuple or len(result) != 2:
+        raise ValueError(
+          f'expert {type(moe).__name__} returned {told(result)}; a '
+          'MixtureExpert is an MoE, which returns (rows, MoeAux)'
+        )
+      check_output(type(moe).__name__, result[0], rows[None])
+      return result[0][0], result[1]
 
     rows, aux = copied(call, self.expert, rows, filled)
     return self.dispatch.combine(rows, routing), aux
@@ -248,6 +257,15 @@ def copied(
     metadata_params={nn.PARTITION_NAME: 'expert'},
   )
   return apply(expert, *arguments)
+
+
+def check_output(name: str, y: Any, rows: Array) -> None:
+  """Raises ValueError unless an expert's output is as its rows are."""
+  if told(y) != told(rows):
+    raise ValueError(
+      f'expert {name} returned {told(y)} for rows {told(rows)}; an expert '
+      'returns rows [R, M] of the same shape and type'
+    )
 
 
 def give_role(experts: nn.Module) -> None:

@@ -15,7 +15,15 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, fields_of, required
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.capacity import All, Capacity, PerToken
+from moe_jax.routing.rows import without_nan
 from moe_jax.routing.stats import MoeAux
+from moe_jax.shape_checks import (
+  array_of,
+  check_shapes,
+  checked,
+  shapes_in,
+  told,
+)
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf, UInt32
 
 # The collection of routers' variables that no gradient updates.
@@ -63,6 +71,7 @@ class Router(nn.Module):
   shared: Shared = Shared()
 
   @nn.compact
+  @checked
   def __call__(
     self,
     x: Float[Array, 'G S M'],
@@ -85,8 +94,14 @@ class Router(nn.Module):
     Returns:
       The routing, and the losses and statistics, which are sums over real
       tokens.
+
+    Raises:
+      ValueError: Shapes do not fit, or `route` breaks this contract.
     """
-    return self.route(x, mask, train, hash_ids, layer)
+    x = without_nan(mask, x)
+    result = self.route(x, mask, train, hash_ids, layer)
+    _check_result(self, result, mask)
+    return result
 
   def route(
     self,
@@ -101,6 +116,34 @@ class Router(nn.Module):
     It is called in a compact method, and so may make parameters.
     """
     raise NotImplementedError
+
+
+def _check_result(router: Router, result: Any, mask: Array) -> None:
+  """Raises ValueError where a router's result is not what `Router` says."""
+  name, E = type(router).__name__, router.sizes.num_experts
+  if not (
+    isinstance(result, tuple)
+    and len(result) == 2
+    and isinstance(result[0], Routing | SlotRouting)
+    and isinstance(result[1], MoeAux)
+  ):
+    raise ValueError(
+      f'{name}.route returned {told(result)}; a Router returns (Routing or '
+      'SlotRouting, MoeAux)'
+    )
+  chosen, aux = result
+  if chosen.num_experts != E:
+    raise ValueError(
+      f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
+      f'the layer has {E}'
+    )
+  check_shapes(
+    [
+      array_of('mask', mask, Bool[Array, 'G S']),
+      *shapes_in(f'the routing of {name}', chosen),
+      array_of(f'stats.load of {name}', aux.stats.load, Float32[Array, f'{E}']),
+    ]
+  )
 
 
 class RouterOptions(Options):

@@ -1,0 +1,233 @@
+"""Checks of arguments against the shapes that a signature states.
+
+    @checked
+    def z_loss(logits: Float32[Array, 'G S E'], mask: Bool[Array, 'G S']): ...
+
+A call with other ranks, sizes or types gets a `ValueError` that names both
+sides. Only static shapes are read, so that compiled programs cost nothing more.
+Not here: the types themselves (`shapes.py`).
+"""
+
+import functools
+import inspect
+import numbers
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jaxtyping
+import numpy as np
+
+F = TypeVar('F', bound=Callable[..., Any])
+
+
+@runtime_checkable
+class HasShapes(Protocol):
+  """An object of arrays whose shapes are checked with those of arguments."""
+
+  def shape_hints(self) -> dict[str, Any]:
+    """The array type of each field, in the letters of the design."""
+
+  def static_sizes(self) -> dict[str, int]:
+    """The sizes that letters have, where no array tells them."""
+
+
+class Shape(NamedTuple):
+  """An argument with the dimensions that it must have.
+
+  Attributes:
+    name: Name of the argument.
+    value: The argument.
+    hints: The array types that it may have, one of which must fit.
+  """
+
+  name: str
+  value: Any
+  hints: tuple[Any, ...]
+
+  @property
+  def dims(self) -> str:
+    """The dimensions in letters: '[G, S, E]'."""
+    return f'[{", ".join(self.hints[0].dim_str.split())}]'
+
+  @property
+  def letters(self) -> set[str]:
+    """The letters of the dimensions."""
+    return set(re.findall(r'[A-Za-z]\w*', self.hints[0].dim_str))
+
+  @property
+  def told(self) -> str:
+    """The argument with its shape, as a part of a message."""
+    return f'{self.name} has shape {np.shape(self.value)} as {self.dims}'
+
+
+def checked(f: F) -> F:
+  """Checks the arguments of each call of `f` against its annotations.
+
+  Arrays must have the type and the dimensions of their annotation, the same
+  letter being the same size in all arguments. No size may be 0, except in an
+  array of any number of dimensions ('...', '*E R M'). Integers must be integers
+  and no booleans. Other annotations are not read.
+  """
+  signature = inspect.signature(f)
+  readers = {
+    name: _Reader.of(parameter.annotation)
+    for name, parameter in signature.parameters.items()
+  }
+
+  @functools.wraps(f)
+  def call(*args, **kwargs):
+    try:
+      given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+      return f(*args, **kwargs)  # Python's own error names the argument
+    check_shapes(
+      shape
+      for name, value in given.items()
+      for shape in readers[name].shapes(name, value)
+    )
+    return f(*args, **kwargs)
+
+  return call
+
+
+def check_shapes(shapes: Iterable[Shape]) -> None:
+  """Raises ValueError where shapes are wrong or do not fit each other."""
+  before: list[Shape] = []
+  with jaxtyping.jaxtyped('context'):
+    for shape in shapes:
+      array = _as_struct(shape)
+      if not any(isinstance(array, hint) for hint in shape.hints):
+        raise ValueError(_problem(shape, array, before))
+      before.append(shape)
+
+
+def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
+  """The shapes of the arrays in an object, and of its static sizes."""
+  for field, hint in value.shape_hints().items():
+    yield Shape(f'{name}.{field}', getattr(value, field), (_any_array(hint),))
+  for letter, size in value.static_sizes().items():
+    struct = jax.ShapeDtypeStruct((size,), np.int32)
+    hint = jaxtyping.Shaped[Any, letter]
+    yield Shape(f'{letter}={size} of {name}', struct, (hint,))
+
+
+def array_of(name: str, value: Any, hint: Any) -> Shape:
+  """The shape of one array, for `check_shapes`."""
+  return Shape(name, value, (_any_array(hint),))
+
+
+def told(result: Any) -> str:
+  """What a user's function returned, for messages: 'float32[8, 16]'."""
+  if type(result) is tuple:
+    return f'({", ".join(map(told, result))})'
+  if hasattr(result, 'shape') and hasattr(result, 'dtype'):
+    return f'{result.dtype}{list(result.shape)}'
+  return type(result).__name__
+
+
+class _Reader(NamedTuple):
+  """What is read of an annotation.
+
+  Attributes:
+    hints: The array types in it.
+    whole: Whether a whole number is allowed.
+    anything: Whether values of types that are not read are allowed.
+    optional: Whether None is allowed.
+  """
+
+  hints: tuple[Any, ...]
+  whole: bool
+  anything: bool
+  optional: bool
+
+  @classmethod
+  def of(cls, annotation: Any) -> '_Reader':
+    """The reader of an annotation."""
+    parts = typing.get_args(annotation) if _is_union(annotation) else ()
+    parts = parts or (annotation,)
+    others = [p for p in parts if not _is_array(p) and p not in (int, _NONE)]
+    hints = tuple(_any_array(part) for part in parts if _is_array(part))
+    return cls(hints, int in parts, bool(others), _NONE in parts)
+
+  def shapes(self, name: str, value: Any) -> Iterator[Shape]:
+    """The shapes to check of an argument, after a check of its type."""
+    if isinstance(value, HasShapes):
+      yield from shapes_in(name, value)
+    elif self.hints and hasattr(value, 'shape'):
+      yield Shape(name, value, self.hints)
+    elif not (
+      self.anything
+      or (self.optional and value is None)
+      or (self.whole and is_whole(value))
+    ):
+      raise ValueError(f'{name}={_short(value)} must be {self._needed()}')
+
+  def _needed(self) -> str:
+    if not self.hints:
+      return 'an integer or None' if self.optional else 'an integer'
+    return f'an array {Shape("", None, self.hints).dims}'
+
+
+_NONE = type(None)
+
+
+def is_whole(value: Any) -> bool:
+  """Whether a value is an integer, Python's or numpy's, and no boolean."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def _is_union(annotation: Any) -> bool:
+  return not _is_array(annotation) and len(typing.get_args(annotation)) > 1
+
+
+def _is_array(hint: Any) -> bool:
+  # Keys are left to jax.random, which takes two kinds of them.
+  named = isinstance(hint, type) and hasattr(hint, 'dim_str')
+  return named and hint.dtype is not jaxtyping.Key
+
+
+def _any_array(hint: Any) -> Any:
+  """The same type for arrays of any library."""
+  return hint.dtype[Any, hint.dim_str]
+
+
+def _as_struct(shape: Shape) -> Any:
+  value = shape.value
+  if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
+    raise ValueError(
+      f'{shape.name}={_short(value)} must be an array {shape.dims}'
+    )
+  open_ended = '*' in shape.dims or '...' in shape.dims
+  if 0 in np.shape(value) and not open_ended:
+    raise ValueError(f'{shape.told} is empty; each size must be at least 1')
+  # As JAX would take it: numpy's float64 is float32 by default.
+  dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
+  return jax.ShapeDtypeStruct(np.shape(value), dtype)
+
+
+def _problem(shape: Shape, array: Any, before: list[Shape]) -> str:
+  """The message for a shape that fits none of its types."""
+  hint = shape.hints[0]
+  any_type = hint.dtype is jaxtyping.Shaped
+  if not any_type and str(array.dtype) not in hint.dtypes:
+    return (
+      f'{shape.name} has type {array.dtype}; it must be '
+      f'{hint.dtype.__name__.lower()}'
+    )
+  said = f'{shape.name} has shape {array.shape}, and {shape.dims} is needed'
+  if '=' in shape.name:
+    said = shape.name
+  untold, others = set(shape.letters), []
+  for other in before:
+    if other.letters & untold:
+      untold -= other.letters
+      others.append(other.name if '=' in other.name else other.told)
+  return f'{said}; {", ".join(others)}' if others else said

@@ -1,0 +1,54 @@
+"""The least memory that a run needs, by arithmetic on its options.
+
+It is counted before a model is built, since with ten million layers even that
+takes minutes. Not here: the memory that there is (`moe_jax.memory_room`), and
+the exact bytes of a run (`moe_jax.analysis.memory`).
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.memory_room import check_room
+from moe_jax.training.run_options import RunOptions
+
+_ITEM = 4  # bytes of a number of a batch, of a loss and of logits
+
+
+def check_fits(options: RunOptions, mesh: Mesh) -> None:
+  """Checks that a run can fit into the memory of the devices of its mesh.
+
+  Args:
+    options: The options of the run, after `filled`.
+    mesh: The devices.
+
+  Raises:
+    ValueError: One of its parts alone needs more than all devices have.
+  """
+  check_room(_needs(options), list(mesh.devices.flat))
+
+
+def _needs(options: RunOptions) -> Iterator[tuple[str, int]]:
+  """The parts of a run that may be large, each with its least bytes."""
+  model, rows = options.model, options.batch_size
+  stored = jnp.dtype(model.param_dtype).itemsize
+  yield (
+    f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
+    stored * model.least_parameters(),
+  )
+  if model.reads_features:
+    size = math.prod(model.feature_shape)
+    yield f'batch_size={rows} of {size} features', _ITEM * rows * size
+    return
+  lengths = options.data.seq_len, options.data.target_len
+  tokens = rows * sum(lengths)
+  # Tokens, segments and positions; targets and weights of the last sequence.
+  yield f'batch_size={rows} of {sum(lengths)} tokens', 3 * _ITEM * tokens
+  last = rows // options.microbatches * (lengths[1] or lengths[0])
+  V = model.vocab_size
+  yield (
+    f'the logits of {last} tokens of a microbatch, with vocab_size={V}',
+    _ITEM * last * V,
+  )

@@ -1,0 +1,259 @@
+"""Layers refuse shapes, masks, experts and routers that break a contract."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import moe_jax
+from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
+from moe_jax.layers.experts.serving import Dispatch, Experts
+from moe_jax.layers.routers.token_choice import TokenChoiceRouter
+from moe_jax.routing import empty_aux
+from tests.bad_inputs.cases import Case, check
+
+B, T, M, E = 2, 6, 8, 4
+X = jnp.ones((B, T, M))
+MASK = jnp.ones((B, T), bool)
+IDS = jnp.ones((B, T), jnp.int32)
+HASH = jnp.ones((B, T), jnp.uint32)
+OPTIONS = moe_jax.MoeOptions(
+  num_experts=E, expert=moe_jax.FeedForwardExpert(hidden=5)
+)
+MOE = moe_jax.MoE(OPTIONS)
+
+
+def case(name, module, *arguments, says, **keywords):
+  """A case of a layer's initialisation, which is traced and not computed."""
+
+  def call(folder):
+    jax.eval_shape(
+      lambda: module.init(jax.random.key(0), *arguments, **keywords)
+    )
+
+  return Case(name, call, says)
+
+
+def moe(**changes):
+  return moe_jax.MoE(dataclasses.replace(OPTIONS, **changes))
+
+
+def hashed():
+  return moe(router=moe_jax.Hash())
+
+
+ATTENTION = Attention(AttentionOptions(num_heads=2))
+FFN = moe_jax.FeedForward(moe_jax.FfnOptions(hidden=5))
+LSTM = Lstm(LstmOptions(hidden=5))
+CASES = [
+  case('moe-rank 1', MOE, X[0, 0], says=('(8,)', '[B, T, M]')),
+  case('moe-rank 2', MOE, X[0], says=('(6, 8)', '[B, T, M]')),
+  case('moe-rank 4', MOE, X[None], says=('(1, 2, 6, 8)', '[B, T, M]')),
+  case('moe-no rows', MOE, X[:0], says=('(0, 6, 8)', 'at least 1')),
+  case('moe-no tokens', MOE, X[:, :0], says=('(2, 0, 8)', 'at least 1')),
+  case('moe-no width', MOE, X[..., :0], says=('(2, 6, 0)', 'at least 1')),
+  case('moe-integers', MOE, IDS[..., None], says=('int32', 'float')),
+  case('moe-a list', MOE, [[[1.0]]], says=('[[[1.0]]]', '[B, T, M]')),
+  case('moe-none', MOE, None, says=('None', '[B, T, M]')),
+  case('moe-mask of rows', MOE, X, MASK[:1], says=('(1, 6)', '(2, 6, 8)')),
+  case('moe-mask of tokens', MOE, X, MASK[:, 1:], says=('(2, 5)', '(2, 6, 8)')),
+  case('moe-mask of rank 3', MOE, X, MASK[..., None], says=('(2, 6, 1)',)),
+  case('moe-mask of ids', MOE, X, IDS, says=('token_mask', 'int32', 'bool')),
+  case('moe-flat mask', MOE, X, MASK.reshape(-1), says=('(12,)', '[B, T]')),
+  case(
+    'moe-hash ids', hashed(), X, hash_ids=HASH[:, 1:], says=('(2, 5)', '(2, 6')
+  ),
+  case('moe-signed ids', hashed(), X, hash_ids=IDS, says=('int32', 'uint32')),
+  case('moe-no ids', hashed(), X, says=('hash_ids',)),
+  case('moe-layer', MOE, X, layer=1.5, says=('layer=1.5',)),
+  case(
+    'moe-group size',
+    moe(group_size=4),
+    X,
+    says=('group_size=4', 'seq_len=6'),
+  ),
+  case('moe-dense twin', moe(num_experts=0), X, says=('num_experts=0',)),
+  case('ffn-scalar', FFN, jnp.float32(1), says=('()', 'M')),
+  case('ffn-integers', FFN, IDS, says=('int32', 'float')),
+  case('lstm-rank', LSTM, X[0], says=('(6, 8)', '[B, T, M]')),
+  case('lstm-ids', LSTM, X, IDS[:, 1:], says=('(2, 5)', '(2, 6, 8)')),
+  case('lstm-empty', LSTM, X[:, :0], says=('(2, 0, 8)', 'at least 1')),
+  case('attention-rank', ATTENTION, X[0], None, IDS, says=('(6, 8)',)),
+  case(
+    'attention-segments',
+    ATTENTION,
+    *(X, IDS[:1], IDS),
+    says=('segment_ids', '(1, 6)', '(2, 6, 8)'),
+  ),
+  case(
+    'attention-positions',
+    ATTENTION,
+    *(X, None, IDS[:, 1:]),
+    says=('positions', '(2, 5)', '(2, 6, 8)'),
+  ),
+  case(
+    'attention-mask for ids',
+    ATTENTION,
+    *(X, MASK, IDS),
+    says=('segment_ids', 'bool', 'int'),
+  ),
+]
+
+
+class Returns(nn.Module):
+  """A user's expert that returns what a test gives it."""
+
+  output: object
+
+  @nn.compact
+  def __call__(self, rows):
+    return self.output(rows) if callable(self.output) else self.output
+
+
+CASES += [
+  case(
+    f'expert-{name}',
+    moe(expert=moe_jax.ModuleExpert(Returns(output))),
+    X,
+    says=('expert Returns', says, 'rows [R, M]'),
+  )
+  for name, output, says in (
+    ('wider', lambda rows: jnp.concatenate([rows, rows], -1), '[4, 16]'),
+    ('narrower', lambda rows: rows[:, 1:], '[4, 7]'),
+    ('one row', lambda rows: rows[:1], '[1, 8]'),
+    ('more rows', lambda rows: jnp.concatenate([rows, rows]), '[8, 8]'),
+    ('rank 1', lambda rows: rows.sum(-1), '[4]'),
+    ('rank 3', lambda rows: rows[None], '[1, 4, 8]'),
+    ('half', lambda rows: rows.astype(jnp.bfloat16), 'bfloat16[4, 8]'),
+    ('integers', lambda rows: rows.astype(int), 'int32[4, 8]'),
+    ('a pair', lambda rows: (rows, rows), '(float32[4, 8], float32[4, 8])'),
+    ('none', lambda rows: None, 'NoneType'),
+    ('a number', lambda rows: 1.0, 'float'),
+  )
+]
+CASES += [
+  case(
+    'expert-dense',
+    moe(expert=moe_jax.ModuleExpert(nn.Dense(3))),
+    X,
+    says=('expert Dense', '[4, 3]', '[4, 8]'),
+  ),
+  case(
+    'mixture-dense',
+    moe(expert=moe_jax.ModuleExpert(moe_jax.MoE(OPTIONS))),
+    X,
+    says=('[B, T, M]',),
+  ),
+]
+
+
+class UsersRouter(TokenChoiceRouter):
+  """A user's router, whose result a test changes."""
+
+  def route(self, x, mask, train, hash_ids, layer):
+    result = super().route(x, mask, train, hash_ids, layer)
+    return self.options.change(*result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Users(moe_jax.TokenChoice):
+  """The options of `UsersRouter`."""
+
+  change: object = None
+
+  def module(self, sizes, shared, name=None):
+    return UsersRouter(self, sizes, shared, name=name)
+
+
+def users(change):
+  """A layer whose router's result is changed; options are not checked."""
+  router = object.__new__(Users)
+  for field in dataclasses.fields(moe_jax.TokenChoice):
+    value = getattr(moe_jax.TokenChoice(), field.name)
+    object.__setattr__(router, field.name, value)
+  object.__setattr__(router, 'change', change)
+  options = object.__new__(moe_jax.MoeOptions)
+  for field in dataclasses.fields(moe_jax.MoeOptions):
+    object.__setattr__(options, field.name, getattr(OPTIONS, field.name))
+  object.__setattr__(options, 'router', router)
+  return moe_jax.MoE(options)
+
+
+def replaced(**changes):
+  """A change of a routing that the tests' hook does not refuse."""
+
+  def change(chosen, aux):
+    for name, value in changes.items():
+      if callable(value):
+        value = value(getattr(chosen, name))
+      object.__setattr__(chosen, name, value)
+    return chosen, aux
+
+  return change
+
+
+CASES += [
+  case(f'router-{name}', users(change), X, says=('UsersRouter', *says))
+  for name, change, says in (
+    ('nothing', lambda chosen, aux: None, ('NoneType', 'a Router returns')),
+    ('no aux', lambda chosen, aux: chosen, ('Routing', 'a Router returns')),
+    ('swapped', lambda chosen, aux: (aux, chosen), ('(MoeAux, Routing)',)),
+    ('a dict', lambda chosen, aux: (chosen, {}), ('(Routing, dict)',)),
+    ('indices', lambda chosen, aux: (chosen.gate, aux), ('float32[2, 6, 1]',)),
+    ('experts', replaced(num_experts=3), ('num_experts=3', 'has 4')),
+    ('groups', replaced(gate=lambda g: g[:1]), ('gate', '(1, 6, 1)')),
+    ('tokens', replaced(slot=lambda s: s[:, 1:]), ('slot', '(2, 5, 1)')),
+    ('choices', replaced(kept=lambda k: k[..., 0]), ('kept', '(2, 6)')),
+    ('floats', replaced(expert_index=lambda i: i * 1.0), ('float32', 'int')),
+    ('half', lambda chosen, aux: (chosen, empty_aux(3, 1)), ('load', '(3,)')),
+  )
+]
+CASES += [
+  case(
+    'router-capacity', users(replaced(capacity=2.5)), X, says=('capacity=2.5',)
+  )
+]
+
+
+class UsersExperts(Experts):
+  """A user's experts that return groups of another width."""
+
+  result: object
+
+  def serve(self, x, routing, train):
+    return self.result(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class UsersDispatch(Dispatch):
+  """A user's dispatch; tests set its result."""
+
+  def feed_forward(self, layer):
+    return UsersExperts(RESULTS[0], name='experts')
+
+
+RESULTS = [None]
+
+
+def served(name, result, says):
+  layer = moe(dispatch=UsersDispatch())
+
+  def call(folder):
+    RESULTS[0] = result
+    jax.eval_shape(lambda: layer.init(jax.random.key(0), X))
+
+  return Case(name, call, ('UsersExperts', 'Experts return', says))
+
+
+CASES += [
+  served('experts-width', lambda x: (x[..., 1:], None), 'float32[2, 6, 7]'),
+  served('experts-no aux', lambda x: x, 'float32[2, 6, 8]'),
+  served('experts-nothing', lambda x: None, 'NoneType'),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=Case.id)
+def test_refused(case, tmp_path):
+  check(case, tmp_path)

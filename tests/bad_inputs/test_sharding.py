@@ -1,0 +1,92 @@
+"""Meshes and sharding tables refuse axes and sizes that do not fit."""
+
+import jax
+import pytest
+
+from moe_jax.partitioning import (
+  MeshOptions,
+  ShardingOptions,
+  make_mesh,
+  make_rules,
+  sharding,
+)
+from tests.bad_inputs.cases import Case, check
+
+
+def case(name, f, *says):
+  return Case(name, lambda folder: f(), says)
+
+
+def mesh(count=4, **sizes):
+  return make_mesh(sizes, jax.devices()[:count])
+
+
+def placed(axes, shape=None, **table):
+  rules = make_rules({'batch': 'data', 'embed': 'fsdp', **table})
+  return sharding(mesh(data=2, fsdp=2), rules, axes, shape, 'w')
+
+
+CASES = [
+  case(f'mesh-{sizes}', lambda sizes=sizes: mesh(**sizes), *says)
+  for sizes, says in (
+    ({'data': 0}, ("'data': 0", 'positive')),
+    ({'data': -2}, ("'data': -2", 'positive')),
+    ({'fsdp': 3}, ('multiply to 3', '4 devices')),
+    ({'data': 3, 'fsdp': -1}, ('multiply to 3', '4 devices')),
+    ({'data': 8}, ('multiply to 8', '4 devices')),
+    ({'data': -1, 'tensor': -1}, ('at most one -1',)),
+    ({'data': 1.5}, ('data=1.5', 'integer')),
+    ({'data': True}, ('data=True', 'integer')),
+    ({'data': '2'}, ("data='2'", 'integer')),
+    ({'data': None}, ('data=None', 'integer')),
+    ({'dta': 2}, ("'dta'", "'data'")),
+    ({'dcn_data': 0}, ("'dcn_data': 0", 'positive')),
+    ({'dcn_data': -1}, ("'dcn_data': -1", 'positive')),
+    ({'dcn_data': 3, 'data': -1}, ('4 devices',)),
+    ({'count': 0}, ('no devices',)),
+  )
+]
+CASES += [
+  case(f'options-{sizes}', lambda sizes=sizes: MeshOptions(**sizes), *says)
+  for sizes, says in (
+    ({'data': 0}, ('data=0', 'at least 1')),
+    ({'expert': -3}, ('expert=-3', '-1')),
+    ({'data': -1, 'fsdp': -1}, ('fsdp=-1', 'data=-1')),
+    ({'tensor': 1.5}, ('tensor=1.5', 'int')),
+    ({'tensor': True}, ('tensor=True', 'int')),
+    ({'dcn_fsdp': 0}, ('dcn_fsdp=0', 'at least 1')),
+  )
+]
+CASES += [
+  case(f'table-{axes!r}', lambda axes=axes: ShardingOptions(mlp=axes), *says)
+  for axes, says in (
+    ('tensor,tensor', ("mlp='tensor,tensor'", "'tensor' twice")),
+    ('fsdp, data ,fsdp', ("'fsdp' twice",)),
+    ('tensr', ("mlp='tensr'", "'tensor'")),
+    ('data;fsdp', ("'data;fsdp'", "'data'")),
+    (None, ('mlp=None', 'str')),
+    (3, ('mlp=3', 'str')),
+  )
+]
+CASES += [
+  case(f'rules-{axes!r}', lambda axes=axes: make_rules({'mlp': axes}), *says)
+  for axes, says in (
+    ('data,data', ('sharding.mlp', "'data' twice")),
+    ('model', ('sharding.mlp', "'model'", "'tensor'")),
+    (('data',), ("('data',)", 'one text')),
+    (None, ('None', 'one text')),
+  )
+]
+CASES += [
+  case(
+    'two dimensions', lambda: placed(('batch', 'batch')), "'batch'", "'data'"
+  ),
+  case('no rule', lambda: placed(('heads',)), "'heads'", "'batch'", 'w'),
+  case('odd', lambda: placed(('batch',), (3,)), 'batch=3', '2 devices', 'w'),
+  case('rank', lambda: placed(('batch',), (4, 4)), '(4, 4)', "('batch',)"),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=Case.id)
+def test_refused(case, tmp_path):
+  check(case, tmp_path)

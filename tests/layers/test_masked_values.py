@@ -1,0 +1,196 @@
+"""What padding holds, NaN or infinity, reaches no output, loss or gradient.
+
+Each function is called twice, with zeros at padding and with something worse.
+All that it returns for real tokens has to be the same, bit for bit, and so
+have all gradients.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import routing
+from moe_jax.dispatch import einsum, gather, sorted_rows
+from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.routing import hierarchical_rule
+
+B, T, M, E, K = 2, 6, 8, 4, 2
+# The last two tokens of the first row are padding, and one in the second.
+MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]], bool)
+WORSE = (np.nan, np.inf, -np.inf)
+
+
+def tokens(at_padding, width=M):
+  x = np.random.default_rng(0).normal(size=(B, T, width)).astype(np.float32)
+  return jnp.asarray(np.where(MASK[..., None], x, np.float32(at_padding)))
+
+
+def real(y):
+  """The outputs of real tokens; a NaN of padding would stay in its place."""
+  return jnp.where(MASK[..., None], y, 0)
+
+
+def same(f, *, worse=np.nan):
+  """Checks that f(x) is finite and the same for zeros and worse at padding."""
+  usual, other = f(tokens(0.0)), f(tokens(worse))
+  for a, b in zip(jax.tree.leaves(usual), jax.tree.leaves(other), strict=True):
+    assert np.isfinite(b).all()
+    np.testing.assert_array_equal(a, b)
+  return usual
+
+
+def values_and_gradients(layer, call):
+  """Function of x: what `call` returns, and gradients of params and real x."""
+  params = layer.init(jax.random.key(0), tokens(0.0), **call)
+
+  def loss(params, x):
+    result = layer.apply(params, x, **call)
+    y, rest = result if isinstance(result, tuple) else (result, ())
+    aux = sum(leaf.sum() for leaf in jax.tree.leaves(rest))
+    return (real(y) ** 2).sum() + aux, (real(y), rest)
+
+  @jax.jit
+  def run(x):
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (d_params, dx), values = grad(params, x)
+    return d_params, real(dx), values
+
+  return run
+
+
+def moe(router, dispatch, **options):
+  return moe_jax.MoE(
+    moe_jax.MoeOptions(
+      num_experts=E,
+      num_selected=K,
+      router=router,
+      capacity=moe_jax.All(),
+      dispatch=dispatch,
+      expert=moe_jax.FeedForwardExpert(hidden=5),
+      **options,
+    )
+  )
+
+
+def routers():
+  made = {name: kind() for name, kind in ROUTERS.builtin.items()}
+  made['hierarchical'] = dataclasses.replace(
+    made['hierarchical'], noisy=True, branches_selected=2
+  )
+  return made
+
+
+def told(router):
+  """The ids that a router that hashes needs."""
+  ids = np.arange(B * T, dtype=np.uint32).reshape(B, T)
+  return {'hash_ids': jnp.asarray(ids)} if router.needs_ids else {}
+
+
+@pytest.mark.parametrize('name', ROUTERS.builtin)
+def test_every_router(name):
+  router = routers()[name]
+  layer = moe(router, moe_jax.Gather())
+  same(
+    values_and_gradients(
+      layer, {'token_mask': jnp.asarray(MASK), **told(router)}
+    )
+  )
+
+
+@pytest.mark.parametrize('worse', WORSE)
+@pytest.mark.parametrize(
+  'dispatch', [moe_jax.Einsum(), moe_jax.Gather(), moe_jax.Dropless()]
+)
+def test_every_dispatch(dispatch, worse):
+  layer = moe(moe_jax.TokenChoice(), dispatch)
+  same(
+    values_and_gradients(layer, {'token_mask': jnp.asarray(MASK)}), worse=worse
+  )
+
+
+@pytest.mark.parametrize('name', ROUTERS.builtin)
+def test_a_router_alone(name):
+  router = routers()[name]
+  sizes = moe_jax.Sizes(E, K, moe_jax.All())
+  module = router.module(sizes, moe_jax.Shared())
+  call = {'mask': jnp.asarray(MASK), **told(router)}
+  params = module.init(jax.random.key(0), tokens(0.0), **call)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, x):
+    chosen, aux = module.apply(params, x, **call)
+    losses = [v for k, v in aux._asdict().items() if k.endswith('_loss')]
+    return (chosen.gate**2).sum() + sum(losses)
+
+  same(lambda x: gradient(params, x))
+
+
+@pytest.mark.parametrize('mover', [einsum, gather, sorted_rows])
+def test_moving_tokens(mover):
+  logits = tokens(0.0, E)
+
+  def move(x):
+    chosen = routing.token_choice(
+      logits, num_selected=K, capacity=3, mask=jnp.asarray(MASK)
+    )
+
+    def there_and_back(x):
+      rows = mover.dispatch(x, chosen)
+      return (rows**2).sum(), (rows, mover.combine(rows, chosen))
+
+    dx, values = jax.grad(there_and_back, has_aux=True)(x)
+    return real(dx), values
+
+  same(jax.jit(move))
+
+
+@pytest.mark.parametrize('worse', WORSE)
+def test_self_attention(worse):
+  layer = Attention(AttentionOptions(num_heads=2), causal=False)
+  call = {
+    'segment_ids': jnp.asarray(MASK, jnp.int32),
+    'positions': jnp.tile(jnp.arange(T), (B, 1)),
+  }
+  same(values_and_gradients(layer, call), worse=worse)
+
+
+def test_attention_to_a_memory():
+  layer = Attention(AttentionOptions(num_heads=2), cross=True, causal=False)
+  x = tokens(0.0)[:, :3]
+  call = {
+    'segment_ids': None,
+    'positions': jnp.tile(jnp.arange(3), (B, 1)),
+    'key_segment_ids': jnp.asarray(MASK, jnp.int32),
+  }
+  params = layer.init(jax.random.key(0), x, memory=tokens(0.0), **call)
+
+  def loss(params, memory):
+    y = layer.apply(params, x, memory=memory, **call)
+    return (y**2).sum(), y
+
+  same(lambda m: jax.grad(loss, has_aux=True)(params, m))
+
+
+def test_an_lstm():
+  layer = Lstm(LstmOptions(hidden=5))
+  call = {'segment_ids': jnp.asarray(MASK, jnp.int32)}
+  same(values_and_gradients(layer, call))
+
+
+def test_load_of_two_levels():
+  index = jnp.zeros((B, T, 1), jnp.int32)
+  probability = jax.nn.softmax(tokens(0.0, 2))
+
+  def load(x):
+    inner = jax.nn.softmax(x)[:, :, None]
+    return hierarchical_rule.hierarchical_load(
+      probability, inner, index, jnp.asarray(MASK)
+    )
+
+  same(load)
