@@ -162,7 +162,7 @@ def template(text, *says, limits=None):
   def call(folder):
     del folder
     values = {'messages': CHAT, 'bos_token': '<s>'}
-    renderer = chat._RENDERER
+    renderer = chat.RENDERER
     renderer.render(text, values, limits or chat.Limits())
 
   return Case(f'template:{text[:50]}', call, ('chat template: ', *says))
@@ -250,9 +250,9 @@ def test_an_unknown_word_is_a_value_error(tmp_path):
 
 def test_a_template_sees_neither_environment_nor_limits_of_others(monkeypatch):
   monkeypatch.setenv('SECRET_OF_USER', 'x')
-  chat._RENDERER.stop()
+  chat.RENDERER.stop()
   assert render('{{ bos_token }}{{ messages[0].content }}') == '<s>hi'
-  pid = chat._RENDERER._process.pid
+  pid = chat.RENDERER.pid
   environment = pathlib.Path(f'/proc/{pid}/environ').read_bytes()
   assert b'SECRET' not in environment
 
@@ -267,30 +267,30 @@ def test_threads_take_turns():
 
 def test_a_process_that_was_killed_is_started_again():
   render('x')
-  first = chat._RENDERER._process.pid
+  first = chat.RENDERER.pid
   render('x')
-  assert chat._RENDERER._process.pid == first  # it is reused
+  assert chat.RENDERER.pid == first  # it is reused
   os.kill(first, signal.SIGKILL)
-  chat._RENDERER._process.wait()
-  assert render('x') == 'x' and chat._RENDERER._process.pid != first
+  os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+  assert render('x') == 'x' and chat.RENDERER.pid != first
 
 
 @pytest.mark.slow
 def test_a_fork_has_a_process_of_its_own():
   render('x')
-  first = chat._RENDERER._process.pid
+  first = chat.RENDERER.pid
   reader, writer = os.pipe()
   child = os.fork()
   if not child:
     try:
       os.write(writer, render('{{ 1 }}').encode())
-      chat._RENDERER.stop()
+      chat.RENDERER.stop()
     finally:
       os._exit(0)
   os.waitpid(child, 0)
   assert os.read(reader, 9) == b'1'
   os.close(reader), os.close(writer)
-  assert render('x') == 'x' and chat._RENDERER._process.pid == first
+  assert render('x') == 'x' and chat.RENDERER.pid == first
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):
     'import os, sys\n'
     'from moe_jax.data.tokenizers import chat\n'
     "chat.render('x', [], names={})\n"
-    'print(chat._RENDERER._process.pid, flush=True)\n'
+    'print(chat.RENDERER.pid, flush=True)\n'
     f'{end}\n'
   )
   done = subprocess.run(
@@ -324,7 +324,7 @@ def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):
 @pytest.mark.slow
 def test_the_program_imports_no_library_but_jinja():
   done = subprocess.run(
-    [sys.executable, '-X', 'importtime', chat._PROGRAM, '0'],
+    [sys.executable, '-X', 'importtime', chat.PROGRAM, '0'],
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,

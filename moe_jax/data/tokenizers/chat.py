@@ -27,7 +27,7 @@ from typing import Any
 from moe_jax.data.tokenizers.chat_child import LENGTH
 
 Message = Mapping[str, Any]
-_PROGRAM = pathlib.Path(__file__).with_name('chat_child.py')
+PROGRAM = pathlib.Path(__file__).with_name('chat_child.py')
 # Modules that the program needs besides the standard library.
 _NEEDS = ('jinja2', 'markupsafe')
 # No other variable of the environment is seen by a template's process.
@@ -86,7 +86,7 @@ def render(
     **tokens,
     **variables,
   }
-  return _RENDERER.render(template, given, Limits())
+  return RENDERER.render(template, given, Limits())
 
 
 class Renderer:
@@ -100,6 +100,11 @@ class Renderer:
     self._lock = threading.Lock()
     self._process: subprocess.Popen[bytes] | None = None
     self._socket: socket.socket | None = None
+
+  @property
+  def pid(self) -> int | None:
+    """The number of the process; None if there is none."""
+    return None if self._process is None else self._process.pid
 
   def render(
     self, template: str, variables: Mapping[str, Any], limits: Limits
@@ -163,7 +168,7 @@ class Renderer:
     folders = [str(pathlib.Path(spec.origin).parents[1]) for spec in specs]
     with theirs:
       self._process = subprocess.Popen(
-        [sys.executable, '-I', str(_PROGRAM), str(theirs.fileno()), *folders],
+        [sys.executable, '-I', str(PROGRAM), str(theirs.fileno()), *folders],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -196,6 +201,6 @@ class Renderer:
       process.wait()
 
 
-_RENDERER = Renderer()
-atexit.register(_RENDERER.stop)
-os.register_at_fork(after_in_child=_RENDERER.forget)
+RENDERER = Renderer()
+atexit.register(RENDERER.stop)
+os.register_at_fork(after_in_child=RENDERER.forget)
