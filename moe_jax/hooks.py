@@ -47,9 +47,24 @@ class Facts(Hook):
       run.message(_experts(run, run.model.moe))
       if run.model.leaks_future:
         run.message(f'WARNING: {LEAK}')
+    if run.options.trainable != 'all':
+      run.message(_trained(run))
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
     run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
+
+
+def _trained(run: Run) -> str:
+  """A line on the parameters that train, if not all do."""
+  params = run.programs.abstract_state.params
+  count, whole = (
+    sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for tree in (run.programs.trained.part(params), params)
+  )
+  return (
+    f'trainable={run.options.trainable!r}: {count:,} of {whole:,} parameters '
+    f'train ({count / whole:.1%}); the others keep their values'
+  )
 
 
 def _experts(run: Run, moe: MoeOptions) -> str:

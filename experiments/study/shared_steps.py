@@ -70,6 +70,7 @@ def _compiled(run: Run):
       options,
       model,
       optimizer,
+      run.programs.trained,
       change=lambda losses: dataclasses.replace(losses, **weights),
       balance_bias_rate=rate,
     )

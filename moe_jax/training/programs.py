@@ -15,16 +15,18 @@ from jax.sharding import Mesh
 
 from moe_jax import models, partitioning
 from moe_jax.distributed import Placing
+from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
 from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.router_state import init_router_state
 from moe_jax.partitioning import Rules
 from moe_jax.shapes import Leaf
-from moe_jax.training import losses
+from moe_jax.training import losses, trainable
 from moe_jax.training import step as step_lib
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
+from moe_jax.training.trainable import Trained
 from moe_jax.training_types import Batch, StepMetrics
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -43,6 +45,7 @@ class Programs:
       state is donated.
     put: Moves batches of numpy arrays to the devices.
     optimizer: The optimizer of the step.
+    trained: The parameters that train.
   """
 
   init_state: Callable[[], TrainState]
@@ -51,6 +54,7 @@ class Programs:
   train_step: Step
   put: Placing
   optimizer: optax.GradientTransformation
+  trained: Trained
 
 
 def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
@@ -63,9 +67,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   """
   rules = options.sharding.rules
   trees = models.describe(model)
-  optimizer = options.optimizer.transformation(
-    options.total_steps, trees.axes, trees.roles
-  )
+  trained, optimizer = make_optimizer(options, trees)
   router_state = init_router_state(model)
   shardings = state_shardings(mesh, rules, trees, optimizer, router_state)
   batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
@@ -83,6 +85,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   seed = jnp.asarray(options.seed, jnp.uint32)
   return Programs(
     optimizer=optimizer,
+    trained=trained,
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
@@ -93,7 +96,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
       shardings,
     ),
     train_step=jax.jit(
-      make_step(options, model, optimizer),
+      make_step(options, model, optimizer, trained),
       in_shardings=(shardings, batch_sharding),
       # Metrics are whole everywhere, as every process reads them.
       out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
@@ -103,10 +106,33 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   )
 
 
+def make_optimizer(
+  options: RunOptions, trees: ParameterTrees
+) -> tuple[Trained, optax.GradientTransformation]:
+  """The parameters that train, and their optimizer.
+
+  Args:
+    options: The run's options.
+    trees: The axes and roles of all parameters.
+
+  Raises:
+    ValueError: The option `trainable` names a part that the model lacks, or
+      selects nothing.
+  """
+  trained = trainable.select(options.trainable, trees.roles)
+  inner = options.optimizer.transformation(
+    options.total_steps,
+    trained.part(trees.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
+    trained.part(trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)),
+  )
+  return trained, trained.optimizer(inner)
+
+
 def make_step(
   options: RunOptions,
   model: Model,
   optimizer: optax.GradientTransformation,
+  trained: Trained,
   *,
   change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
   balance_bias_rate: Leaf | None = None,
@@ -117,6 +143,7 @@ def make_step(
     options: The run's options.
     model: Its model.
     optimizer: Its optimizer.
+    trained: The parameters that train.
     change: Function that changes the weights of the losses.
     balance_bias_rate: The rate of the balancing bias, instead of that of the
       options.
@@ -124,7 +151,9 @@ def make_step(
   weights = change(losses.loss_weights(model, options.logits_z_weight))
   step = functools.partial(
     step_lib.train_step,
-    grad_fn=step_lib.make_grad_fn(model, weights, options.microbatches),
+    grad_fn=step_lib.make_grad_fn(
+      model, weights, options.microbatches, trained.part
+    ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,
     schedule=options.optimizer.rate(options.total_steps),

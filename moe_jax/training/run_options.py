@@ -37,6 +37,7 @@ from moe_jax.training.evaluate import (
 )
 from moe_jax.training.evaluation_entries import override_problems
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
+from moe_jax.training.trainable import EXPRESSION
 
 R = TypeVar('R', bound='RunOptions')
 _EVALUATIONS = Kinds(
@@ -140,6 +141,16 @@ class RunOptions(Options):
     'finite, with their batches kept in the workdir; one more stops the run, '
     'and with 0 the first does.',
     at_least(0),
+  )
+  trainable: str = option(
+    'all',
+    'Parameters that train, by the parts of the model that they belong to: '
+    "'all', 'experts', 'non_experts', 'router', 'attention', 'ffn', "
+    "'embeddings', 'norms' and others, sums of them such as 'experts + router' "
+    "or 'all - embeddings', or 're:' and a regular expression of names. All "
+    'other parameters keep their values and take no memory in the optimizer.',
+    EXPRESSION,
+    how=True,
   )
   data: DataOptions = nested(DataOptions(), 'Data that the model learns from.')
   model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')

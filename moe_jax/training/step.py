@@ -18,7 +18,7 @@ from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameter_trees import init_params
 from moe_jax.runs import finite
 from moe_jax.shapes import Array, Leaf, UInt32
-from moe_jax.training import losses
+from moe_jax.training import losses, trainable
 from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 
@@ -53,14 +53,28 @@ MoveRouterState = Callable[[Any, Array], Any]
 # ((loss, sums), gradient)
 GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
 Normalize = Callable[[Batch], losses.Normalizers]
+# A tree of parameters -> the same with None for what does not train.
+Part = Callable[[Any], Any]
 
 
 def make_grad_fn(
-  model: Model, weights: losses.LossWeights, microbatches: int = 1
+  model: Model,
+  weights: losses.LossWeights,
+  microbatches: int = 1,
+  part: Part = lambda params: params,
 ) -> GradFn:
-  """A function for the loss, its sums and gradient, over all microbatches."""
+  """A function for the loss, its sums and gradient, over all microbatches.
 
-  def loss_fn(params, batch, whole, key, router_state=None):
+  Args:
+    model: The model.
+    weights: The weights of the losses.
+    microbatches: The number of slices of the batch.
+    part: Returns the parameters that train; the gradient is None for others,
+      and nothing of it is computed.
+  """
+
+  def loss_fn(part, params, batch, whole, key, router_state):
+    params = trainable.whole(part, params)
     router_key, dropout_key = jax.random.split(key)
     outputs, aux = model.apply(
       router_state_lib.variables(params, router_state),
@@ -71,7 +85,11 @@ def make_grad_fn(
     sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
     return losses.total_loss(sums, whole, weights), sums
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  def grad_fn(params, batch, whole, key, router_state=None):
+    return jax.value_and_grad(loss_fn, has_aux=True)(
+      part(params), params, batch, whole, key, router_state
+    )
+
   return grad_fn if microbatches == 1 else _accumulated(grad_fn, microbatches)
 
 
@@ -132,7 +150,7 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = trainable.updated(state.params, updates)
   load = sums.aux.stats.load  # [L, E], of all groups and microbatches
   router_state = move_router_state(state.router_state, load)
   new = TrainState(state.step + 1, state.seed, params, opt_state, router_state)

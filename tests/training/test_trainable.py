@@ -1,0 +1,177 @@
+"""Which parameters train: expressions, and what a step leaves as it was."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import models, partitioning
+from moe_jax.options import OptionError
+from moe_jax.training import trainable
+from moe_jax.training.programs import make_programs
+from tests.training import tiny
+
+V = 264
+EVERY_SECOND = dict(num_experts=4, num_selected=2)
+PARTS = {
+  'experts': {'expert'},
+  'router': {'router'},
+  'attention': {'attention'},
+  'experts + router': {'expert', 'router'},
+  'non_experts - embeddings': {'attention', 'ffn', 'norm', 'router'},
+  '-experts - attention': {'embedding', 'ffn', 'norm', 'router'},
+}
+
+
+@functools.cache
+def programs(expression, devices=1, optimizer='adamw', microbatches=1):
+  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
+  options = tiny.options(
+    batch_size=8,
+    microbatches=microbatches,
+    trainable=expression,
+    model=dict(vocab_size=V, moe=EVERY_SECOND),
+    optimizer=dict(kind=optimizer, clip_norm=1e3, weight_decay=0.1),
+    **(dict(mesh=sizes) if devices == 8 else {}),
+  )
+  mesh = options.mesh.make(jax.devices()[:devices])
+  return options, make_programs(options, options.build(), mesh)
+
+
+@functools.cache
+def roles():
+  options, _ = programs('all')
+  return models.describe(options.build()).roles
+
+
+def batch_of(options):
+  rows = tiny.batch(options, vocab_size=V)
+  return jax.tree.map(np.asarray, rows)
+
+
+def names_of(tree):
+  """The values of the leaves by name; frozen leaves of None are left out."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {partitioning.path_name(path): np.asarray(x) for path, x in leaves}
+
+
+def role_names(chosen):
+  leaves = jax.tree_util.tree_leaves_with_path(
+    roles(), is_leaf=lambda leaf: hasattr(leaf, 'role')
+  )
+  return {
+    partitioning.path_name(path) for path, role in leaves if role.role in chosen
+  }
+
+
+@functools.cache
+def stepped(expression, **kwargs):
+  """The parameters before and after two steps, and the state after them."""
+  options, made = programs(expression, **kwargs)
+  state = made.init_state()
+  before = names_of(state.params)
+  batch = made.put(batch_of(options))
+  for _ in range(2):
+    state, metrics = made.train_step(state, batch)
+  return before, names_of(state.params), state, metrics
+
+
+@pytest.mark.parametrize('expression', PARTS)
+def test_an_expression_selects_by_role(expression):
+  trained = trainable.select(expression, roles())
+  assert trained.names == role_names(PARTS[expression])
+
+
+def test_a_pattern_selects_by_name():
+  trained = trainable.select(r're:experts/w_in + router', roles())
+  assert {name.rpartition('/')[2] for name in trained.names} == {'w_in', 'w'}
+
+
+@pytest.mark.parametrize(
+  ('expression', 'says'),
+  [
+    ('', 'is no sum of parts'),
+    ('expert', "did you mean 'experts'"),
+    ('experts router', 'is no sum of parts'),
+    ('+ experts', 'is no sum of parts'),
+    ('experts +', 'is no sum of parts'),
+    ('experts * 2', 'is no sum of parts'),
+    ('re:(', 'unterminated'),
+    ('re:', "unknown part of a model 're'"),
+  ],
+)
+def test_what_is_no_expression_is_refused_with_the_options(expression, says):
+  with pytest.raises(OptionError, match=f'trainable=.*{says}'):
+    tiny.options(trainable=expression)
+
+
+@pytest.mark.parametrize(
+  ('expression', 'says'),
+  [
+    ('lstm', "no parameter of 'lstm'; have .*'attention'"),
+    ('re:w_none', "no parameter of 're:w_none'"),
+    ('experts - experts', 'selects no parameter'),
+    ('-all', 'selects no parameter'),
+  ],
+)
+def test_what_the_model_lacks_is_refused_by_name(expression, says):
+  with pytest.raises(ValueError, match=says):
+    trainable.select(expression, roles())
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'adafactor'])
+def test_what_does_not_train_keeps_its_bits_and_has_no_state(optimizer):
+  before, after, state, _ = stepped('experts', optimizer=optimizer)
+  trained = role_names({'expert'})
+  for name, value in after.items():
+    assert (value == before[name]).all() == (name not in trained), name
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  whole = jax.tree.leaves(stepped('all', optimizer=optimizer)[2].opt_state)
+  assert 0 < sum(x.size for x in moments) < sum(x.size for x in whole)
+  if optimizer == 'adamw':
+    size = sum(before[name].size for name in trained)
+    assert sum(leaf.size for leaf in moments) == 2 * size
+
+
+def test_the_gradient_is_that_of_all_parameters():
+  norms = {}
+  for expression in ('all', 'experts', 'non_experts'):
+    norms[expression] = float(stepped(expression)[3].grad_norm)
+  # The second step's, after the first has moved other parameters.
+  assert norms['experts'] < norms['all']
+  first = {}
+  for expression in norms:
+    options, made = programs(expression)
+    batch = made.put(batch_of(options))
+    metrics = made.train_step(made.init_state(), batch)[1]
+    first[expression] = float(metrics.grad_norm)
+  parts = math.hypot(first['experts'], first['non_experts'])
+  np.testing.assert_allclose(parts, first['all'], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'kwargs', [dict(devices=8), dict(microbatches=2)], ids=str
+)
+def test_a_mesh_and_accumulation_change_nothing(kwargs):
+  _, expected, *_ = stepped('experts + router')
+  before, after, *_ = stepped('experts + router', **kwargs)
+  trained = role_names({'expert', 'router'})
+  for name, value in after.items():
+    if name in trained:
+      np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=1e-6)
+    else:
+      np.testing.assert_array_equal(value, before[name])
+
+
+def test_the_backward_pass_is_pruned():
+  flops = {}
+  for expression in ('all', 'router', 'embeddings'):
+    options, made = programs(expression)
+    batch = made.put(batch_of(options))
+    lowered = made.train_step.lower(made.abstract_state, batch)
+    flops[expression] = lowered.cost_analysis()['flops']
+  # The router's gradient needs those of later layers' inputs, but of no
+  # weights; that of embeddings needs those of all layers' inputs.
+  assert flops['router'] < flops['embeddings'] < flops['all']
