@@ -27,10 +27,10 @@ def kept(**router):
 
 def test_choices_of_tokens_are_a_mask():
   index = np.array([[[3, 0, 5, 15]], [[2, 1, 0, 7]]])  # [G, S, K]
-  found = shazeer_appendix_f.chosen(kept(expert_index=(jnp.array(index),)))
+  mask = shazeer_appendix_f.chosen(kept(expert_index=(jnp.array(index),)))
   expected = np.zeros((2, E), bool)
   expected[0, [3, 0, 5, 15]] = expected[1, [2, 1, 0, 7]] = True
-  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(mask, expected)
 
 
 def test_choices_of_experts_are_a_mask():
@@ -41,9 +41,9 @@ def test_choices_of_experts_are_a_mask():
   index[1, 4] = [1, 3]
   index[1, 9] = [1, 2]
   slots = SlotRouting(jnp.array(index, jnp.int32), jnp.ones((2, E, 2)), 3)
-  found = np.asarray(shazeer_appendix_f.chosen(kept(slots=(slots,))))
-  assert found.shape == (6, E)
-  rows, experts = np.nonzero(found)
+  mask = np.asarray(shazeer_appendix_f.chosen(kept(slots=(slots,))))
+  assert mask.shape == (6, E)
+  rows, experts = np.nonzero(mask)
   taken = sorted(zip(rows.tolist(), experts.tolist(), strict=True))
   assert taken == [(0, 4), (2, 4), (4, 4), (4, 9), (5, 9)]
 
@@ -107,34 +107,34 @@ def losses(value, train, own=True):
 @pytest.mark.parametrize('value', [0.0, 2.0])
 def test_thresholds_that_all_or_none_pass(value):
   model, _, batch = small()
-  found = shazeer_appendix_f.compare(
+  metrics = shazeer_appendix_f.compare(
     model, with_thresholds(value), batch, batch
   )
   everyone = value == 0
-  assert found['experts'] == (E if everyone else 0)
-  assert found['none'] == 1 - everyone
+  assert metrics['experts'] == (E if everyone else 0)
+  assert metrics['none'] == 1 - everyone
   # In training each expert takes m = ceil(K T / E) of a row's T tokens, and the
   # same share of the shorter row.
   m = -(-K * T // E)
   short = -(-m * (T - 2) // T)
   share = ((B - 1) * m + short) / (B * T - 2)
-  np.testing.assert_allclose(found['agreement'], share * everyone, rtol=1e-6)
-  assert 0 < found['unlearned'] < 1 and found['foreseen'] == 0
+  np.testing.assert_allclose(metrics['agreement'], share * everyone, rtol=1e-6)
+  assert 0 < metrics['unlearned'] < 1 and metrics['foreseen'] == 0
 
 
 @pytest.mark.slow
 def test_losses_are_those_of_each_choice():
   model, _, batch = small()
-  found = shazeer_appendix_f.compare(
+  metrics = shazeer_appendix_f.compare(
     model, with_thresholds(0.1), batch, foreign()
   )
   weights = np.asarray(batch['loss_weights'])
   lost = losses(0.1, False) - losses(0.1, True)
   expected = (lost * weights).sum() / weights.sum()
-  np.testing.assert_allclose(found['lost'], expected, atol=1e-5)
+  np.testing.assert_allclose(metrics['lost'], expected, atol=1e-5)
   # The last token of the first half is left out, since its target is in the
   # second half.
   foreseen = losses(0.1, True, own=False) - losses(0.1, True)
   expected = foreseen[:, : T // 2 - 1].mean()
-  np.testing.assert_allclose(found['foreseen'], expected, atol=1e-5)
-  assert min(abs(found['lost']), abs(found['foreseen'])) > 1e-4
+  np.testing.assert_allclose(metrics['foreseen'], expected, atol=1e-5)
+  assert min(abs(metrics['lost']), abs(metrics['foreseen'])) > 1e-4

@@ -5,8 +5,7 @@ import pathlib
 import subprocess
 
 SCRIPT = pathlib.Path(__file__).parents[1] / '.ci' / 'newer_pythons'
-# A fake interpreter that makes environments, and ends well whatever it is
-# asked.
+# This fake interpreter makes environments, and ends well whatever it is asked.
 WORKS = """
 case "$*" in
   *' venv '*) for last; do :; done
@@ -15,7 +14,7 @@ case "$*" in
     chmod +x "$last/bin/python";;
 esac
 """
-# The shim that pyenv has for a version that is installed and not activated.
+# pyenv has this shim for a version that is installed and not activated.
 SHIM = """
 echo 'pyenv: python3.12: command not found' >&2
 exit 127
@@ -35,7 +34,7 @@ def add(path, body, **names):
   path.chmod(0o755)
 
 
-def found(tmp_path):
+def interpreters(tmp_path):
   """The script's line for each minor version."""
   out = subprocess.check_output(
     [SCRIPT, tmp_path / 'made', '3.91', '3.92', '3.93', '3.94'],
@@ -62,7 +61,7 @@ def test_interpreters_count_only_if_they_make_environments(tmp_path):
     )
   add(path / 'python3.92', SHIM)
   add(path / 'python3.93', WITHOUT_VENV)
-  assert found(tmp_path) == {
+  assert interpreters(tmp_path) == {
     '3.91': '3.91.10 of pyenv',
     '3.92': 'not found',
     '3.93': (

@@ -36,13 +36,13 @@ PRINTED = {
 
 
 def test_numbers_are_as_printed():
-  found = {}
+  printed_values = {}
   for address, cell in claims.load().items():
     where, row, _ = address.rsplit('/', 2)
-    found.setdefault(where, {}).setdefault(row, []).append(cell.value)
+    printed_values.setdefault(where, {}).setdefault(row, []).append(cell.value)
   for where, rows in PRINTED.items():
     for row, values in rows.items():
-      assert tuple(found[where][row]) == values, f'{where}/{row}'
+      assert tuple(printed_values[where][row]) == values, f'{where}/{row}'
 
 
 def test_a_cell_has_its_place_and_its_columns_unit():

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from experiments import compile_ahead
+from experiments.benchmarks import compile_ahead_tables as tables
 from moe_jax.analysis import devices
 from tests.training import tiny
 
@@ -27,12 +28,12 @@ def report(num_devices, **mesh):
 
 
 @pytest.fixture(scope='module')
-def found():
+def four_devices():
   return report(4, data=2, expert=2)
 
 
-def test_the_report_is_of_one_device(found):
-  step, alone = found.step, report(1).step
+def test_the_report_is_of_one_device(four_devices):
+  step, alone = four_devices.step, report(1).step
   assert step.temp_bytes < 0.6 * alone.temp_bytes
   assert step.argument_bytes < alone.argument_bytes
   assert alone.collectives.by_kind == {}
@@ -43,9 +44,9 @@ def test_the_report_is_of_one_device(found):
   assert step.needed_bytes == pytest.approx(needed, rel=0.1)
 
 
-def test_the_table_has_every_number(found):
+def test_the_table_has_every_number(four_devices):
   console = Console(record=True, width=100)
-  console.print(compile_ahead.table(found, 1.5e9))
+  console.print(tables.table(four_devices, 1.5e9))
   text = console.export_text()
   for words in (
     'optimizer state',
@@ -59,13 +60,13 @@ def test_the_table_has_every_number(found):
 
 
 def test_a_verdict_names_the_device_and_both_numbers():
-  (line,) = compile_ahead.verdicts('v5p:2x2x1', '', 10**10)
+  (line,) = tables.verdicts('v5p:2x2x1', '', 10**10)
   assert line == 'fits TPU v5p: 10 GB of 95 GB (11%)'
-  lines = compile_ahead.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
+  lines = tables.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
   assert lines == {'DOES NOT FIT TPU v5e: 20 GB of 16 GB (125%)': False}
   # CPUs stand in for any device.
   known = set(devices.NAMES) - {devices.HERE}
-  assert len(compile_ahead.verdicts('cpu:64', '', 10**10)) == len(known)
+  assert len(tables.verdicts('cpu:64', '', 10**10)) == len(known)
 
 
 def test_flops_by_formula_are_split_over_devices():

@@ -102,6 +102,8 @@ def test_initialises_as_shapes_at_full_size(name):
   shapes = nn.meta.unbox(models.abstract_params(model))
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   assert total > (100 if model.reads_features else 500_000)
+  # Memory is refused by this count, which takes no time.
+  assert 0.85 * total < options.model.least_parameters() <= total
   changed = changed_models(
     options.model, model, options.evals, options.sharding.rules
   )

@@ -20,18 +20,20 @@ def entropy(*p):
 
 
 def test_information_of_two_labels_by_hand():
-  # Of two equally likely labels one has gates of 0.9 and 0.1, and the other 0.1
-  # and 0.9: the information is ln 2, the entropy of the mean, less the entropy
-  # for each label.
+  # Two labels are equally likely. One has gates of 0.9 and 0.1, and the other
+  # 0.1 and 0.9: the information is ln 2, the entropy of the mean, less the
+  # entropy for each label.
   given = np.array([[0.9, 0.1], [0.1, 0.9]])
-  found = gate_information.mutual_information(given, np.array([0.5, 0.5]))
-  np.testing.assert_allclose(found, math.log(2) - entropy(0.9, 0.1))
+  information = gate_information.mutual_information(given, np.array([0.5, 0.5]))
+  np.testing.assert_allclose(information, math.log(2) - entropy(0.9, 0.1))
   # A rare label carries less information; mean gates are 0.7 and 0.3.
-  found = gate_information.mutual_information(given, np.array([0.75, 0.25]))
-  np.testing.assert_allclose(found, entropy(0.7, 0.3) - entropy(0.9, 0.1))
+  information = gate_information.mutual_information(
+    given, np.array([0.75, 0.25])
+  )
+  np.testing.assert_allclose(information, entropy(0.7, 0.3) - entropy(0.9, 0.1))
   certain = np.eye(4)
-  found = gate_information.mutual_information(certain, np.full(4, 0.25))
-  np.testing.assert_allclose(found, math.log(4))
+  information = gate_information.mutual_information(certain, np.full(4, 0.25))
+  np.testing.assert_allclose(information, math.log(4))
 
 
 def labelled(N=60, C=4):
@@ -40,11 +42,11 @@ def labelled(N=60, C=4):
 
 def test_gates_that_follow_the_place_say_nothing_of_the_class():
   # There are six places, of which each expert has two; all images are equal.
-  place = np.eye(3)[np.arange(6) // 2]
-  gates = np.tile(place, (60, 1, 1))
-  found = gate_information.about_place(gates)
-  np.testing.assert_allclose(found.measured, math.log(3))
-  assert 0 < found.by_chance < 0.1
+  place_gates = np.eye(3)[np.arange(6) // 2]
+  gates = np.tile(place_gates, (60, 1, 1))
+  information = gate_information.about_place(gates)
+  np.testing.assert_allclose(information.measured, math.log(3))
+  assert 0 < information.by_chance < 0.1
   assert gate_information.about_class(gates, labelled()) == (0.0, 0.0)
 
 
@@ -53,11 +55,11 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
   labels = labelled()
   of_class = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
   gates = np.repeat(of_class[:, None], 6, axis=1)
-  found = gate_information.about_class(gates, labels)
-  np.testing.assert_allclose(found.measured, entropy(0.5, 0.25, 0.25))
-  assert 0 < found.by_chance < 0.1
-  place = gate_information.about_place(gates)
-  np.testing.assert_allclose(place, 0, atol=1e-12)
+  information = gate_information.about_class(gates, labels)
+  np.testing.assert_allclose(information.measured, entropy(0.5, 0.25, 0.25))
+  assert 0 < information.by_chance < 0.1
+  about_place = gate_information.about_place(gates)
+  np.testing.assert_allclose(about_place, 0, atol=1e-12)
 
 
 @pytest.mark.parametrize('images', [40, 160])
@@ -69,9 +71,9 @@ def test_independent_gates_have_no_excess(images):
   for seed in range(20):
     one_hot = np.eye(3)[rng.integers(0, 3, images)]
     gates = np.repeat(one_hot[:, None], 2, axis=1)
-    found = gate_information.about_class(gates, labels, seed)
-    measured.append(found.measured)
-    excess.append(found.excess)
+    information = gate_information.about_class(gates, labels, seed)
+    measured.append(information.measured)
+    excess.append(information.excess)
   bias = 2 * 3 / (2 * images)
   np.testing.assert_allclose(np.mean(measured), bias, rtol=0.35)
   error = np.std(excess, ddof=1) / math.sqrt(20)
@@ -80,8 +82,8 @@ def test_independent_gates_have_no_excess(images):
 
 def test_by_class_is_over_images_and_places():
   gates = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
-  found = gate_information.by_class(gates, np.array([3, 7]))
-  np.testing.assert_array_equal(found, [[0.75, 0.25], [0.0, 1.0]])
+  mean_gates = gate_information.by_class(gates, np.array([3, 7]))
+  np.testing.assert_array_equal(mean_gates, [[0.75, 0.25], [0.0, 1.0]])
 
 
 STUDY = eigen_2013.STUDY
@@ -94,7 +96,7 @@ def depth_of(arm) -> int:
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
   """Results of runs of six steps with few units, with the lifted constraint."""
-  preset, found = Preset(6, 1), {}
+  preset, by_arm = Preset(6, 1), {}
   folder = tmp_path_factory.mktemp('eigen')
   for arm in STUDY.arms_of(preset):
     if arm.name.startswith('lifted'):
@@ -106,8 +108,8 @@ def results(tmp_path_factory):
       arm = Arm(arm.name, {**arm.overrides, **few, 'batch_size': 8})
       (job,) = STUDY.jobs(STUDY.shared(preset), [arm], [0], folder)
       result = runner.train(job, STUDY.runner.measure, jax.devices()[:1])
-      found[arm.name] = [result]
-  return found
+      by_arm[arm.name] = [result]
+  return by_arm
 
 
 def test_a_run_has_what_the_table_shows(results):
@@ -119,15 +121,17 @@ def test_a_run_has_what_the_table_shows(results):
   single = results[eigen_2013.row_name('lifted', 1)][0]
   assert 'layer_1/place' in single and 'layer_2/place' not in single
   for i in (1, 2):
-    place = np.array(deep[f'layer_{i}/by_place'])
-    classes = np.array(deep[f'layer_{i}/by_class'])
-    assert place.shape == (4, 7, 7) and classes.shape == (4, 10)
-    np.testing.assert_allclose(place.sum(0), 1, atol=1e-4)
+    by_place = np.array(deep[f'layer_{i}/by_place'])
+    by_class = np.array(deep[f'layer_{i}/by_class'])
+    assert by_place.shape == (4, 7, 7) and by_class.shape == (4, 10)
+    np.testing.assert_allclose(by_place.sum(0), 1, atol=1e-4)
     # The mean over places and the mean over classes are the same.
     digits = data.DigitsSource(canvas=14).classes()
     labels = digits.examples('validation').labels
     share = np.bincount(labels) / len(labels)
-    np.testing.assert_allclose(place.mean((1, 2)), classes @ share, atol=1e-4)
+    np.testing.assert_allclose(
+      by_place.mean((1, 2)), by_class @ share, atol=1e-4
+    )
 
 
 def test_its_pictures_are_of_its_gates(results, tmp_path):
@@ -149,13 +153,13 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
 def test_its_claims_are_about_its_rows(preset, results):
   preset = STUDY.presets[preset]
   arms = STUDY.arms_of(preset)
-  made = {  # with two seeds
+  by_arm = {  # with two seeds
     arm.name: results[eigen_2013.row_name('lifted', depth_of(arm))] * 2
     for arm in arms
   }
-  rows = STUDY.make_rows(arms, made, {})
+  rows = STUDY.make_rows(arms, by_arm, {})
   task = STUDY.tasks[STUDY.task]
-  summary = study_results.summary_of(STUDY, preset, task, rows, made, {})
+  summary = study_results.summary_of(STUDY, preset, task, rows, by_arm, {})
   assert len(summary['claims']) == len(STUDY.claims)
   json.dumps(summary)
   steps = [a.overrides['model.deep_moe.balance_steps'] for a in arms]

@@ -86,10 +86,10 @@ def test_the_summary_tells_of_each_device(traced):
 
 def test_batches_are_as_the_step_was_compiled_for(traced):
   watch, _ = traced
-  found = {
+  batch_shapes = {
     name: (array.shape, array.dtype) for name, array in watch.batch.items()
   }
-  assert found == shapes(watch.run)
+  assert batch_shapes == shapes(watch.run)
 
 
 def shapes(run):

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from experiments import launch
+from experiments.study import item_commands, processes, scheduler
 from experiments.study import items as items_lib
-from experiments.study import processes, scheduler
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
 from experiments.study.scheduler import DONE, FAILED, STOPPED, WAITING
@@ -80,8 +80,8 @@ def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
   run_all(commands, processes.places(1, 'gpu', 2))
   spans = {'0': [], '1': []}
   for one in commands:
-    place, begin, end = one.logs[0].read_text().split()
-    spans[place].append((float(begin), float(end)))
+    device, begin, end = one.logs[0].read_text().split()
+    spans[device].append((float(begin), float(end)))
   for times in spans.values():
     assert len(times) >= 2
     times.sort()
@@ -189,7 +189,7 @@ def test_sweeps_multiply():
 def test_bad_items_fail_before_any_starts(overrides, folders, message):
   items = [Item(SHRUNK, overrides, folder) for folder in folders]
   with pytest.raises(ValueError, match=message):
-    launch.check(items)
+    item_commands.check(items)
 
 
 def test_items_come_from_a_python_file(tmp_path):
@@ -213,7 +213,7 @@ def test_items_come_from_a_python_file(tmp_path):
 
 def test_processes_of_one_run_know_each_other(tmp_path):
   item = Item(SHRUNK, {}, str(tmp_path))
-  one = launch.make_command(item, processes=2, devices_per_process=3)
+  one = item_commands.make_command(item, processes=2, devices_per_process=3)
   first, second = one.commands()
   assert first[:-1] == second[:-1]
   assert [c[-1] for c in (first, second)] == [
@@ -264,7 +264,7 @@ def test_runs_train_once_and_another_config_is_refused(tmp_path):
 
   done = run()
   assert done.returncode == 0, done.stdout + done.stderr
-  noted = json.loads((output / 'seed=1' / launch.FINISHED).read_text())
+  noted = json.loads((output / 'seed=1' / item_commands.FINISHED).read_text())
   assert noted['overrides'] == {'sample.num_tokens': '0', 'seed': '1'}
   again = run()
   assert again.returncode == 0

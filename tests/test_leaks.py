@@ -42,17 +42,17 @@ def prepared(router: str, group_size: int = 0):
 
 
 def test_a_causal_model_has_one_loss():
-  found = leaks.measure(*prepared('token_choice'))
-  assert found['leak/changed'] == 0
+  metrics = leaks.measure(*prepared('token_choice'))
+  assert metrics['leak/changed'] == 0
   np.testing.assert_allclose(
-    found['leak/generated'], found['leak/at_once'], rtol=1e-5
+    metrics['leak/generated'], metrics['leak/at_once'], rtol=1e-5
   )
 
 
 def test_expert_choice_leaks():
-  found = leaks.measure(*prepared('expert_choice'))
-  assert found['leak/changed'] > 0.1
-  assert abs(found['leak/generated'] - found['leak/at_once']) > 1e-3
+  metrics = leaks.measure(*prepared('expert_choice'))
+  assert metrics['leak/changed'] > 0.1
+  assert abs(metrics['leak/generated'] - metrics['leak/at_once']) > 1e-3
 
 
 def test_generated_outputs_are_of_prefixes_alone():
@@ -64,13 +64,13 @@ def test_generated_outputs_are_of_prefixes_alone():
   def apply(batch):
     return run.model.apply(state.variables, **run.model.inputs(batch))[0]
 
-  made = leaks.generated_logits(apply, batch)
+  logits = leaks.generated_logits(apply, batch)
   # Row 5 has two documents. The prefixes here have their own lengths, without
   # padding.
   for end in (5, 7):
     prefix = {key: value[5:6, :end] for key, value in batch.items()}
     np.testing.assert_allclose(
-      made[5, end - 1], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
+      logits[5, end - 1], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
     )
 
 

@@ -19,8 +19,8 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
 MAX_LINES = 15
-# Paths of one machine: the home of a user, a mounted disk, a temporary folder.
-# Colab's own /content is everyone's.
+# Such paths exist on one machine only: the home of a user, a mounted disk, a
+# temporary folder. Colab's own /content is everyone's.
 MACHINE_PATH = re.compile(
   r'(?<![\w./:])/(?:home|Users|root|work|workspace|tmp|mnt|opt|usr|var)/\w'
   r'|\b[A-Z]:\\+Users\b|file://|site-packages|/ipykernel_\d'
@@ -53,28 +53,30 @@ def own_kernel():
 
 def faults(notebook):
   """Faults of the notebook as it is stored, one line for each."""
-  found = []
+  problems = []
   images = 0
   for i, cell in enumerate(code_cells(notebook), 1):
     lines = sum(bool(line.strip()) for line in cell.source.splitlines())
     if lines > MAX_LINES:
-      found.append(f'code cell {i} has {lines} lines > {MAX_LINES}')
+      problems.append(f'code cell {i} has {lines} lines > {MAX_LINES}')
     if cell.execution_count != i:
-      found.append(f'code cell {i} was run as number {cell.execution_count}')
+      problems.append(f'code cell {i} was run as number {cell.execution_count}')
     for output in cell.outputs:
       if output.output_type == 'error':
-        found.append(f'code cell {i} keeps an error: {output.ename}')
+        problems.append(f'code cell {i} keeps an error: {output.ename}')
       if output.get('name') == 'stderr':
-        found.append(f'code cell {i} keeps warnings: {output.text[:80]}')
+        problems.append(f'code cell {i} keeps warnings: {output.text[:80]}')
       images += 'image/png' in output.get('data', {})
   if not images:
-    found.append('no picture is kept')
+    problems.append('no picture is kept')
   kernel = notebook.metadata.get('kernelspec', {}).get('name')
   if kernel != 'python3':
-    found.append(f"kernelspec {kernel!r} is not 'python3'; Colab has no other")
+    problems.append(
+      f"kernelspec {kernel!r} is not 'python3'; Colab has no other"
+    )
   if match := MACHINE_PATH.search(text_of(notebook)):
-    found.append(f"a machine's path: {match[0]!r}")
-  return found
+    problems.append(f"a machine's path: {match[0]!r}")
+  return problems
 
 
 def text_of(notebook):
@@ -146,7 +148,7 @@ def test_faults_are_seen():
       ],
     ),
   ]
-  found = '\n'.join(faults(v4.new_notebook(cells=cells)))
+  problems = '\n'.join(faults(v4.new_notebook(cells=cells)))
   for part in (
     'cell 1 has 16 lines',
     'cell 2 was run as number 3',
@@ -156,8 +158,8 @@ def test_faults_are_seen():
     "kernelspec None is not 'python3'",
     "a machine's path: '/home/a'",
   ):
-    assert part in found
-  assert 'cell 2 has' not in found
+    assert part in problems
+  assert 'cell 2 has' not in problems
 
 
 def test_paths_everyone_has_are_allowed():

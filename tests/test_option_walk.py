@@ -67,20 +67,22 @@ def test_every_number_has_a_rule_or_says_why_not(cls):
 def others(value, checks: tuple[Check, ...]):
   """Allowed values of the same type, other than the given one."""
   if isinstance(value, bool):
-    found = [not value]
+    candidates = [not value]
   elif isinstance(value, int | float):
     step = [1, 2, 3, 0, -1, 0.5, 0.25, 1.5]
-    found = [type(value)(number) for number in step]
+    candidates = [type(value)(number) for number in step]
   elif isinstance(value, str):
     names = [name for check in checks for name in check.names]
-    found = names or ['other', 'data', 'tensor', 'every 3', 'bleu']
+    candidates = names or ['other', 'data', 'tensor', 'every 3', 'bleu']
   elif isinstance(value, tuple):
-    found = [value[:1], value + value[-1:]] if value else [(2,), (('x', 1.0),)]
+    candidates = (
+      [value[:1], value + value[-1:]] if value else [(2,), (('x', 1.0),)]
+    )
   else:
-    found = []
+    candidates = []
   return [
     other
-    for other in found
+    for other in candidates
     if other != value
     and not (isinstance(other, float) and not math.isfinite(other))
     and all(keeps(check, other) for check in checks)

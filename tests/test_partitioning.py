@@ -196,18 +196,18 @@ def test_optimizer_moments_live_where_their_parameters_do():
     optax.adamw(optax.constant_schedule(0.1)),
   )
   state = jax.eval_shape(optimizer.init, params)
-  found = partitioning.like_params(mesh, state, params, places)
-  adam = found[1][0]
+  shardings = partitioning.like_params(mesh, state, params, places)
+  adam = shardings[1][0]
   assert adam.mu == adam.nu == places
   whole = NamedSharding(mesh, PartitionSpec())
   assert adam.count == whole
-  used = {place.spec for place in jax.tree.leaves(places)}
+  used = {leaf_sharding.spec for leaf_sharding in jax.tree.leaves(places)}
   assert len(used) > 5
 
 
 def test_factored_statistics_are_split_as_the_dimensions_they_keep():
-  # Of experts of 4 x 6 a row statistic keeps 4 and a column statistic 6. Of 4 x
-  # 4 it is unknown which one a statistic is.
+  # The row statistic of an expert of 4 x 6 keeps 4 and its column statistic 6.
+  # Where experts are 4 x 4 it is unknown which one a statistic is.
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   axes = ('layers', 'expert', 'embed', 'expert_mlp')
   boxed = {
@@ -221,7 +221,7 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
     1000, axes_of(boxed), roles_of(boxed)
   )
   state = jax.eval_shape(optimizer.init, params)
-  found = partitioning.like_params(mesh, state, params, places)
+  shardings = partitioning.like_params(mesh, state, params, places)
   shapes = tiny.leaves(state)
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   want = {
@@ -230,19 +230,23 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
     'scale': {(3, 4): (None, fsdp)},
   }
   seen = set()
-  for name, place in tiny.leaves(found).items():
+  for name, leaf_sharding in tiny.leaves(shardings).items():
     (owner,) = [key for key in want if f'/{key}/' in f'/{name}/'] or [None]
     spec = want.get(owner, {}).get(shapes[name].shape)
     if spec is not None:
       seen.add((owner, shapes[name].shape))
-      assert tuple(place.spec) == spec, name
+      assert tuple(leaf_sharding.spec) == spec, name
   assert seen == {(key, shape) for key in want for shape in want[key]}
 
 
 def test_every_parameter_has_its_place():
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
-  found = tiny.leaves(param_shardings(mesh, models.abstract_params(build())))
-  specs = {name: tuple(place.spec) for name, place in found.items()}
+  shardings = tiny.leaves(
+    param_shardings(mesh, models.abstract_params(build()))
+  )
+  specs = {
+    name: tuple(leaf_sharding.spec) for name, leaf_sharding in shardings.items()
+  }
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   layer = 'layers/layer_1/'
   assert specs['embedding'] == (tensor, fsdp)

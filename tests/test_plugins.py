@@ -108,9 +108,9 @@ def test_a_name_in_a_folder_is_imported_only_by_leave(run):
   with pytest.raises(ValueError, match=r'--allow_module=tests\.own_kinds'):
     trained.read(run)
   for allow in (['tests.own_kinds'], ['tests']):
-    found = trained.read(run, allow)
-    assert found.model.moe.router == own_kinds.InTurn(first=3)
-    assert isinstance(found.tokenizer, own_kinds.Shouted)
+    loaded_run = trained.read(run, allow)
+    assert loaded_run.model.moe.router == own_kinds.InTurn(first=3)
+    assert isinstance(loaded_run.tokenizer, own_kinds.Shouted)
 
 
 def test_a_folder_that_is_not_allowed_imports_nothing(

@@ -21,9 +21,9 @@ TOPOLOGY = (
 
 def flags(kind):
   """The flags in its tables, '--xla_gpu_...=value'."""
-  found = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
-  gpu = [flag for flag in found if flag.startswith('--xla_gpu_')]
-  return gpu if kind == 'gpu' else [f for f in found if f not in gpu]
+  all_flags = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
+  gpu = [flag for flag in all_flags if flag.startswith('--xla_gpu_')]
+  return gpu if kind == 'gpu' else [f for f in all_flags if f not in gpu]
 
 
 def accepted(code, **env):
@@ -55,19 +55,19 @@ def test_keys_and_files_exist():
 
 
 def test_flags_for_gpus_exist():
-  found = flags('gpu')
-  assert len(found) >= 5
+  gpu_flags = flags('gpu')
+  assert len(gpu_flags) >= 5
   code = 'import jax; jax.devices()'
-  assert not accepted(code, XLA_FLAGS=' '.join(found))
+  assert not accepted(code, XLA_FLAGS=' '.join(gpu_flags))
   assert 'xla_gpu_none' in accepted(code, XLA_FLAGS='--xla_gpu_none=true')
 
 
 @pytest.mark.slow
 def test_flags_for_tpus_exist():
   pytest.importorskip('libtpu')
-  found = [f for f in flags('tpu') if 'xla_dump_to' not in f]
-  assert len(found) >= 5
+  tpu_flags = [f for f in flags('tpu') if 'xla_dump_to' not in f]
+  assert len(tpu_flags) >= 5
   env = {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}
-  assert not accepted(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(found), **env)
+  assert not accepted(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(tpu_flags), **env)
   wrong = accepted(TOPOLOGY, LIBTPU_INIT_ARGS='--xla_tpu_none=true', **env)
   assert 'xla_tpu_none' in wrong

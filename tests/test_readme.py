@@ -136,8 +136,8 @@ def test_files_of_the_room_exist(readme):
     return
   for block in blocks(readme, ''):
     for name in re.findall(r'(?<![\w/])(\w+\.py)\b', block):
-      found = [*folder.rglob(name), *folder.parent.glob(f'*/{name}')]
-      assert found, f'{readme} names {name}'
+      matches = [*folder.rglob(name), *folder.parent.glob(f'*/{name}')]
+      assert matches, f'{readme} names {name}'
 
 
 @each_readme

@@ -13,7 +13,7 @@ from experiments.study.tasks import TASKS
 
 def summary(name: str, digest: str) -> dict:
   """Summary of a study with two rows, whose step time is measured once."""
-  made = Study(
+  study = Study(
     name=name,
     title=f'About {name}',
     source='No paper',
@@ -32,11 +32,11 @@ def summary(name: str, digest: str) -> dict:
   made_at['minutes'] = 1.0
   results = {'a': [{'data_digest': digest, 'made': made_at}]}
   return study_results.summary_of(
-    made, Preset(1, 2), TASKS['text'], rows, results, {}
+    study, Preset(1, 2), TASKS['text'], rows, results, {}
   )
 
 
-def place(results, name: str, digest: str):
+def write_summary(results, name: str, digest: str):
   """Writes a study's folder as its full preset does."""
   folder = results / name / 'full'
   folder.mkdir(parents=True)
@@ -48,11 +48,11 @@ def place(results, name: str, digest: str):
 def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
   results, output = tmp_path / 'results', tmp_path / 'page'
   argv = [f'--results={results}', f'--output={output}']
-  place(results, 'first', 'one')
+  write_summary(results, 'first', 'one')
   report.main(argv)
   page = (output / report.PAGE).read_text()
   assert '## About first' in page
-  place(results, 'second', 'two')
+  write_summary(results, 'second', 'two')
   with pytest.raises(SystemExit):
     report.main(argv)
   assert 'saw different data' in capsys.readouterr().err
@@ -62,12 +62,12 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
 
 
 def test_what_is_measured_once_has_no_interval():
-  found = summary('first', 'one')
-  table = study_results.results_table(found)
+  numbers = summary('first', 'one')
+  table = study_results.results_table(numbers)
   assert '| a | 1.0500 ± 0.6353 | 1.25 |' in table
   assert '| b | 1.0500 ± 0.6353 |  |' in table
 
 
 def test_a_study_may_claim_nothing():
-  found = {**summary('first', 'one'), 'claims': []}
-  assert study_results.text_of(found).startswith('## About first')
+  numbers = {**summary('first', 'one'), 'claims': []}
+  assert study_results.text_of(numbers).startswith('## About first')

@@ -131,12 +131,12 @@ def test_all_problems_are_said_at_once_with_their_names():
     shape={'width': 0},
     inner={'width': -1},
   )
-  found = problems(config)
-  assert len(found) == 4
-  assert 'limit=nan must be finite' in found
-  assert any("did you mean 'hashed'" in text for text in found)
-  assert 'shape.width=0 must be at least 1' in found
-  assert 'inner.width=-1 must be at least 1' in found
+  messages = problems(config)
+  assert len(messages) == 4
+  assert 'limit=nan must be finite' in messages
+  assert any("did you mean 'hashed'" in text for text in messages)
+  assert 'shape.width=0 must be at least 1' in messages
+  assert 'inner.width=-1 must be at least 1' in messages
 
 
 def test_a_rule_of_several_fields_is_said_with_their_path():
@@ -174,9 +174,9 @@ def test_merging_fills_open_sections_and_turns_integers_into_floats():
 
 
 def test_unknown_keys_of_a_section_are_named_with_the_nearest():
-  found = problems({'inner': {'widht': 3}, 'rule': {'token': {}}})
-  assert any("did you mean 'inner.width'" in text for text in found)
-  assert any("did you mean 'rule.tokens'" in text for text in found)
+  messages = problems({'inner': {'widht': 3}, 'rule': {'token': {}}})
+  assert any("did you mean 'inner.width'" in text for text in messages)
+  assert any("did you mean 'rule.tokens'" in text for text in messages)
 
 
 def test_every_option_that_cannot_matter_is_refused_by_name():
@@ -230,14 +230,16 @@ def test_a_users_kind_has_its_options_in_custom():
   assert type(whole.rule).__name__ == 'OwnRule'
   assert whole.rule.alpha == 0.25
   assert sections.section(whole).rule.custom.alpha == 0.25
-  found = problems(
+  messages = problems(
     changed(rule={'kind': name, 'custom': {'alpha': -1.0, 'beta': 1}})
   )
-  assert any('rule.custom.alpha=-1.0' in text for text in found) or any(
-    'rule.custom.beta' in text for text in found
+  assert any('rule.custom.alpha=-1.0' in text for text in messages) or any(
+    'rule.custom.beta' in text for text in messages
   )
-  found = problems(changed(rule={'custom': {'alpha': 0.25}}))
-  assert found == ("rule.custom.alpha has no effect with rule.kind='tokens'",)
+  messages = problems(changed(rule={'custom': {'alpha': 0.25}}))
+  assert messages == (
+    "rule.custom.alpha has no effect with rule.kind='tokens'",
+  )
 
 
 def test_descriptions_name_every_key_with_its_sentence():

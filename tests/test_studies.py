@@ -19,7 +19,6 @@ from scipy import stats
 
 from experiments import (
   eval_capacity,
-  launch,
   lossfree_table2,
   report,
   routing_rules,
@@ -33,6 +32,7 @@ from experiments.benchmarks import timing
 from experiments.study import (
   command,
   figures,
+  item_commands,
   items,
   jobs,
   runner,
@@ -71,13 +71,13 @@ STUDIES = {
 
 def test_interval_is_students():
   values = [1.30, 1.34, 1.29, 1.33]
-  found = Interval.of(values)
+  interval = Interval.of(values)
   low, high = stats.t.interval(
     0.95, 3, loc=np.mean(values), scale=stats.sem(values)
   )
-  np.testing.assert_allclose(found.mean - found.half_width, low)
-  np.testing.assert_allclose(found.mean + found.half_width, high)
-  assert f'{found:.3f}' == '1.315 ± 0.038'
+  np.testing.assert_allclose(interval.mean - interval.half_width, low)
+  np.testing.assert_allclose(interval.mean + interval.half_width, high)
+  assert f'{interval:.3f}' == '1.315 ± 0.038'
 
 
 def test_one_seed_has_no_width():
@@ -116,18 +116,18 @@ def claimed(row, than, direction, published=PUBLISHED) -> Claim:
 )
 def test_a_verdict_is_of_paired_differences(mine, direction, word):
   rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
-  found = verdicts.verdict(claimed('a', 'b', direction), rows)
-  assert found.word == word
+  verdict = verdicts.verdict(claimed('a', 'b', direction), rows)
+  assert verdict.word == word
   differences = [a - b for a, b in zip(mine, [1.2, 1.4, 1.3], strict=True)]
-  assert found.difference == Interval.of(differences)
+  assert verdict.difference == Interval.of(differences)
 
 
 def test_a_verdict_on_a_number():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
-  found = verdicts.verdict(claimed('a', 0.6, 'lower'), rows)
-  assert found.word == verdicts.REPRODUCED
-  found = verdicts.verdict(claimed('a', 0.56, 'lower'), rows)
-  assert found.word == verdicts.UNRESOLVED
+  verdict = verdicts.verdict(claimed('a', 0.6, 'lower'), rows)
+  assert verdict.word == verdicts.REPRODUCED
+  verdict = verdicts.verdict(claimed('a', 0.56, 'lower'), rows)
+  assert verdict.word == verdicts.UNRESOLVED
 
 
 def test_what_no_paper_printed_is_not_reproduced():
@@ -141,9 +141,9 @@ def test_what_no_paper_printed_is_not_reproduced():
 
 def test_one_seed_resolves_nothing():
   rows = [Row('a', {'loss': [1.0]}), Row('b', {'loss': [2.0]})]
-  found = verdicts.verdict(claimed('a', 'b', 'lower'), rows)
-  assert found.word == verdicts.UNRESOLVED
-  assert math.isinf(found.difference.half_width)
+  verdict = verdicts.verdict(claimed('a', 'b', 'lower'), rows)
+  assert verdict.word == verdicts.UNRESOLVED
+  assert math.isinf(verdict.difference.half_width)
 
 
 def test_a_claim_names_what_exists():
@@ -199,16 +199,16 @@ def jobs_of(shared, arms, output, seeds=range(2)):
 def test_runs_are_kept_by_their_config():
   shared = tiny.config()
   arms = [Arm('a b/c', {}), Arm('d', {'model.width': 8})]
-  found = jobs_of(shared, arms, pathlib.Path('out'))
-  assert [(job.arm.name, job.seed) for job in found] == [
+  all_jobs = jobs_of(shared, arms, pathlib.Path('out'))
+  assert [(job.arm.name, job.seed) for job in all_jobs] == [
     ('a b/c', 0),
     ('d', 0),
     ('a b/c', 1),
     ('d', 1),
   ]
-  assert len({job.workdir for job in found}) == 4
-  assert found[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
-  assert found[1].config.model.width == 8 and found[3].config.seed == 1
+  assert len({job.workdir for job in all_jobs}) == 4
+  assert all_jobs[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
+  assert all_jobs[1].config.model.width == 8 and all_jobs[3].config.seed == 1
   turned = dict(reversed(list(shared.to_dict().items())))
   other = type(shared)(turned).lock()
   assert jobs.config_hash(other) == jobs.config_hash(shared)
@@ -240,11 +240,11 @@ def test_an_arm_is_a_later_layer_and_may_choose_other_kinds():
 
 
 def test_results_of_other_data_are_not_mixed(tmp_path):
-  found = jobs_of(tiny.config(), [Arm('a', {})], tmp_path)
-  for job, digest in zip(found, ['one', 'two'], strict=True):
+  all_jobs = jobs_of(tiny.config(), [Arm('a', {})], tmp_path)
+  for job, digest in zip(all_jobs, ['one', 'two'], strict=True):
     job.write_result({'loss': 1.0, 'data_digest': digest})
   with pytest.raises(ValueError, match=r"different data: sha256 \['one', 'two"):
-    scheduled_runs.read_all(found)
+    scheduled_runs.read_all(all_jobs)
 
 
 @pytest.mark.slow
@@ -407,17 +407,19 @@ class Told(runner.Runner):
 
 def told(tmp_path, names, workers):
   shared = tiny.config()
-  found = jobs_of(shared, [Arm(name, {}) for name in names], tmp_path / 'study')
+  all_jobs = jobs_of(
+    shared, [Arm(name, {}) for name in names], tmp_path / 'study'
+  )
   column = Column('loss', 'loss')
   with pytest.raises(ValueError, match=r'runs failed; see .*log\.txt') as error:
-    scheduled_runs.run_all(Told(), found, column, workers)
-  return found, str(error.value)
+    scheduled_runs.run_all(Told(), all_jobs, column, workers)
+  return all_jobs, str(error.value)
 
 
 def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
-  found, error = told(tmp_path, ['bad', 'good'], workers=1)
-  assert [job.is_finished for job in found] == [False, True] * 2
-  assert '2 runs failed' in error and str(found[0].workdir) in error
+  all_jobs, error = told(tmp_path, ['bad', 'good'], workers=1)
+  assert [job.is_finished for job in all_jobs] == [False, True] * 2
+  assert '2 runs failed' in error and str(all_jobs[0].workdir) in error
   text = capsys.readouterr().out
   assert 'bad, seed 0: failed' in text and 'seven slots' in text
   assert '[4/4] good, seed 1: loss 2.0000' in text
@@ -425,8 +427,8 @@ def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_worker_that_is_lost_has_a_successor(tmp_path, capsys):
-  found, error = told(tmp_path, ['killed', 'good', 'fine'], workers=2)
-  assert [job.is_finished for job in found] == [False] + [True] * 5
+  all_jobs, error = told(tmp_path, ['killed', 'good', 'fine'], workers=2)
+  assert [job.is_finished for job in all_jobs] == [False] + [True] * 5
   assert '1 runs failed' in error
   assert 'ended with status -9' in capsys.readouterr().out
 
@@ -454,9 +456,14 @@ def test_ratio_to_a_loss_is_told():
 
 def stand_in(config, number: float) -> dict[str, float]:
   """A result with every key that a run of this config has."""
-  made = {'device': 'a machine', 'cores': '2', 'date': '2026-01-02', 'jax': '1'}
+  provenance = {
+    'device': 'a machine',
+    'cores': '2',
+    'date': '2026-01-02',
+    'jax': '1',
+  }
   result = {'max_violation_batch': number, 'data_digest': 'x'}
-  result['made'] = {**made, 'minutes': 1.5}
+  result['made'] = {**provenance, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
   result |= dict.fromkeys(measured, number)
@@ -473,41 +480,41 @@ def stand_in(config, number: float) -> dict[str, float]:
 
 @pytest.mark.parametrize('name', STUDIES)
 def test_a_studys_claims_are_about_its_rows(name, tmp_path):
-  found = STUDIES[name]
-  assert set(found.presets) == {'quick', 'full'}
-  for preset in found.presets.values():
-    arms = found.arms_of(preset)
-    made = jobs_of(found.shared(preset), arms, tmp_path)
+  study = STUDIES[name]
+  assert set(study.presets) == {'quick', 'full'}
+  for preset in study.presets.values():
+    arms = study.arms_of(preset)
+    all_jobs = jobs_of(study.shared(preset), arms, tmp_path)
     results = {}
-    for i, job in enumerate(made):
+    for i, job in enumerate(all_jobs):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
       results.setdefault(job.arm.name, []).append(result)
     for pattern in preset.without:
-      assert fnmatch.filter([arm.name for arm in found.arms(preset)], pattern)
+      assert fnmatch.filter([arm.name for arm in study.arms(preset)], pattern)
       assert not fnmatch.filter(results, pattern)
     times = {
       arm: timing.Spread(1.2, 1.5, 1.7)
-      for arm in found.timed
+      for arm in study.timed
       if arm in results or not preset.without
     }
     assert times.keys() <= results.keys()
     medians = dict.fromkeys(times, 1.5)
-    rows = found.make_rows(arms, results, medians)
+    rows = study.make_rows(arms, results, medians)
     summary = study_results.summary_of(
-      found, preset, found.tasks[found.task], rows, results, times
+      study, preset, study.tasks[study.task], rows, results, times
     )
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
-    assert 'nan' not in text and found.title in text
-    figures.draw(found.figure, summary, tmp_path / 'figure.png')
-    assert set(found.figure.columns) <= {c.name for c in found.columns}
+    assert 'nan' not in text and study.title in text
+    figures.draw(study.figure, summary, tmp_path / 'figure.png')
+    assert set(study.figure.columns) <= {c.name for c in study.columns}
 
 
 @pytest.mark.parametrize('name', STUDIES)
 def test_a_studys_arms_are_equal_in_flops(name):
-  found = STUDIES[name]
-  shared, built = found.shared(found.presets['quick']), {}
-  for arm in found.arms_of(found.presets['quick']):
+  study = STUDIES[name]
+  shared, built = study.shared(study.presets['quick']), {}
+  for arm in study.arms_of(study.presets['quick']):
     options = run_config.read(layered(RunConfig, shared, arm.overrides))
     built[arm.name] = model = options.filled(257).build()
     leaks = arm.name.startswith(('expert choice', 'strict'))
@@ -526,11 +533,11 @@ def test_a_studys_arms_are_equal_in_flops(name):
 
 
 def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
-  found = switch_table1.STUDY
-  preset = found.presets['full']
+  study = switch_table1.STUDY
+  preset = study.presets['full']
   moe = {}
-  for arm in found.arms(preset):
-    config = layered(RunConfig, found.shared(preset), arm.overrides)
+  for arm in study.arms(preset):
+    config = layered(RunConfig, study.shared(preset), arm.overrides)
     moe[arm.name] = run_config.read(config).model.moe
   for factor in switch_table1.FACTORS:
     products = {
@@ -544,19 +551,19 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', STUDIES)
 def test_every_study_runs(name, tmp_path):
-  found = STUDIES[name]
+  study = STUDIES[name]
   quick = dataclasses.replace(
-    found.presets['quick'], steps=4, seeds=1, overrides={}
+    study.presets['quick'], steps=4, seeds=1, overrides={}
   )
-  shared = merge(found.shared(quick), {'batch_size': 4}).unlock()
+  shared = merge(study.shared(quick), {'batch_size': 4}).unlock()
   for entry in list(shared.evals)[2:-1]:  # of the same kind as the others
     del shared.evals[entry]
   for entry in shared.evals.values():
     entry.num_batches = 1
-  arms = found.arms_of(quick)
+  arms = study.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
   for job in jobs_of(sections.lock(RunConfig, shared), kept, tmp_path, [0]):
-    result = runner.train(job, found.runner.measure, jax.devices()[:1])
+    result = runner.train(job, study.runner.measure, jax.devices()[:1])
     expected = {
       key: value
       for key, value in stand_in(job.config, 1.0).items()
@@ -570,14 +577,14 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # its result.
   monkeypatch.chdir(ROOT)
   listed = items.read_items('experiments/shazeer_table6.py')
-  launch.check(listed)
-  found = shazeer_table6.STUDY
-  quick = found.presets['quick']
-  output = pathlib.Path('results') / found.name
+  item_commands.check(listed)
+  study = shazeer_table6.STUDY
+  quick = study.presets['quick']
+  output = pathlib.Path('results') / study.name
   own = {
     str(job.workdir): job.config
-    for job in found.jobs(
-      found.shared(quick), found.arms_of(quick), range(quick.seeds), output
+    for job in study.jobs(
+      study.shared(quick), study.arms_of(quick), range(quick.seeds), output
     )
   }
   assert {item.workdir for item in listed} == own.keys()
@@ -587,8 +594,8 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
 
 
 def test_another_task_is_said_and_refused_where_it_does_not_fit():
-  found = shazeer_table6.STUDY
-  config = found.shared(found.presets['quick'], 'cipher')
+  study = shazeer_table6.STUDY
+  config = study.shared(study.presets['quick'], 'cipher')
   assert config.data.source.kind == 'cipher'
   with pytest.raises(ValueError, match=r"'cipher'.*\['kv_recall', 'text'\]"):
     eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')

@@ -1,4 +1,4 @@
-"""Which of XLA's flags this jaxlib accepts, found by starting it with each."""
+"""Finds by starting XLA which of its flags this jaxlib accepts."""
 
 import importlib.metadata
 import os

@@ -70,11 +70,11 @@ ENTRY %main (u: f32[8], k: s32[]) -> f32[32] {
 
 
 def test_loops_count_as_often_as_they_run():
-  found = collectives.read(TEXT)
+  traffic = collectives.read(TEXT)
   # The trip count of %free depends on an argument: its body is counted once,
   # and the loop is reported.
-  assert found.unknown_loops == 1
-  assert {kind: t.count for kind, t in found.by_kind.items()} == {
+  assert traffic.unknown_loops == 1
+  assert {kind: t.count for kind, t in traffic.by_kind.items()} == {
     'all-gather': 1,
     'all-reduce': 5 + 1,
     'collective-permute': (5 + 1) * 3,
@@ -83,12 +83,12 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_bytes_are_those_of_a_ring():
-  found = collectives.read(TEXT).by_kind
-  assert found['all-gather'] == Traffic(1, 3 * 32)
-  # Two passes, each of half the bytes.
-  assert found['all-reduce'].num_bytes == 6 * 32
-  assert found['collective-permute'].num_bytes == 18 * 32
-  assert found['reduce-scatter'].num_bytes == 16
+  by_kind = collectives.read(TEXT).by_kind
+  assert by_kind['all-gather'] == Traffic(1, 3 * 32)
+  # An all-reduce makes two passes, each of half the bytes.
+  assert by_kind['all-reduce'].num_bytes == 6 * 32
+  assert by_kind['collective-permute'].num_bytes == 18 * 32
+  assert by_kind['reduce-scatter'].num_bytes == 16
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_bytes_of_a_type(type_, num_bytes):
     f'ENTRY %main () -> f32[] {{\n  %p = {type_} parameter(0)\n'
     '  %c = f32[] collective-permute(%p), source_target_pairs={{0,1}}\n}'
   )
-  found = collectives.read(text).by_kind['collective-permute']
-  assert found.num_bytes == num_bytes
+  permute_traffic = collectives.read(text).by_kind['collective-permute']
+  assert permute_traffic.num_bytes == num_bytes
 
 
 @pytest.mark.parametrize('unroll', [1, 3])
@@ -154,7 +154,7 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
     .lower(x, w)
     .compile()
   )
-  found = collectives.read(compiled.as_text())
+  traffic = collectives.read(compiled.as_text())
   # Every round of the loop sums eight columns over the rows.
-  assert found.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
-  assert found.unknown_loops == 0
+  assert traffic.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
+  assert traffic.unknown_loops == 0

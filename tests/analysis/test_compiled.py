@@ -66,9 +66,9 @@ def test_branches_are_calls():
 
 def test_scopes_come_from_what_is_called_then_read():
   names = compiled.op_name_of(PROGRAM)
-  # The name of what the fusion calls.
+  # A fusion has the name of what it calls.
   assert names['fusion.1'] == 'jit(step)/experts/add'
-  # The name of the instruction that reads it.
+  # A copy has the name of the instruction that reads it.
   assert names['copy.1'] == 'jit(step)/experts/add'
   assert names['arg'] == 'jit(step)/experts/add'
   assert names['tuple.2'] in ('jit(step)/moe/while', 'jit(step)/router/while')
@@ -120,7 +120,7 @@ def test_a_real_program_is_read_whole(looped):
 
 def test_counts_of_a_product():
   x, w = jnp.ones((6, 5)), jnp.ones((5, 7))
-  found = compiled.counts(jax.jit(jnp.matmul).lower(x, w).compile())
-  assert found.flops == pytest.approx(2 * 6 * 5 * 7, rel=0.05)
-  assert found.argument_bytes == 4 * (6 * 5 + 5 * 7)
-  assert found.output_bytes == 4 * 6 * 7
+  counts = compiled.counts(jax.jit(jnp.matmul).lower(x, w).compile())
+  assert counts.flops == pytest.approx(2 * 6 * 5 * 7, rel=0.05)
+  assert counts.argument_bytes == 4 * (6 * 5 + 5 * 7)
+  assert counts.output_bytes == 4 * 6 * 7

@@ -79,7 +79,7 @@ def test_counts_of_a_tiny_model_by_hand():
     embedding=dict(tie=False),
   )
   tiny_cost = cost.count(model, T)
-  # Queries, keys and values, output.
+  # The terms are the kernels of queries, of keys and values, and of the output.
   attention = 12 * 24 + 2 * 12 * 12 + 24 * 12
   ffn = 3 * 12 * 20
   router, logits = 12 * 5, 12 * 23
@@ -96,7 +96,8 @@ def test_counts_of_a_tiny_model_by_hand():
   assert tiny_cost.forward_flops == 2 * products + 2 * 2 * 2 * T * 24
   assert tiny_cost.training_flops == 3 * tiny_cost.forward_flops
   assert tiny_cost.router_flops == 2 * router
-  # ceil(1.25 * 10 / 5) = 3 slots in 5 experts, for 10 tokens of two choices.
+  # There are ceil(1.25 * 10 / 5) = 3 slots in each of 5 experts, for 10 tokens
+  # of two choices.
   assert tiny_cost.capacity_slack == 15 / 20
 
 
@@ -180,8 +181,8 @@ def test_describe_names_totals_and_the_routers_share():
 
 
 def test_an_encoder_decoders_tokens_are_counted_by_half():
-  # Of 5 tokens 3 are read at a cost of 100 and 2 written at 300: 180 on
-  # average.
+  # The encoder reads 3 of 5 tokens at a cost of 100 and the decoder writes 2 at
+  # 300: a token costs 180 on average.
   encoder = cost.TokenFlops(products=90, router=10)
   decoder = cost.TokenFlops(products=280, router=20)
   both = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)

@@ -12,7 +12,7 @@ from moe_jax.layers.experts import Einsum
 from moe_jax.layers.routers import NoisyTopK
 from tests.models import test_lstm_lm, tiny
 
-# Our names of models, where they differ from the table's.
+# These models have other names here than in the table.
 ROWS = {'LSTM-2048-512': 'LSTM-2048-512*'}
 PUBLISHED = [name for name in shazeer_lstm.MODELS if name[4:] not in (
   '16384-h', '65536-h', '131072-h'

@@ -41,7 +41,7 @@ def test_mixtral_is_47b_in_memory_and_13b_in_compute():
     if (cells := [cell.strip() for cell in line.strip('│ ').split('│')])
   }
   assert rows['weights'] == ['187 GB', '93.4 GB', '46.7 GB']
-  # Keys and values: 2 * 32 layers * 8 heads of 128, for 32768 tokens.
+  # The cache has 2 * 32 layers * 8 heads of 128, for 32768 tokens.
   assert rows['cache'] == ['8.59 GB', '4.3 GB', '4.3 GB']
   assert rows['H100-80GB, 80 GB'] == [
     'needs 3',

@@ -74,17 +74,17 @@ def rates(options, folder):
 
 @pytest.mark.slow
 def test_choices_that_are_not_sent_are_not_dropped(tmp_path):
-  found, unsent = rates(options(1.0, {'kind': 'all'}), tmp_path)
+  drop_rates, unsent = rates(options(1.0, {'kind': 'all'}), tmp_path)
   assert (unsent > 0.2).all()
-  np.testing.assert_array_equal(found, 0.0)
+  np.testing.assert_array_equal(drop_rates, 0.0)
 
 
 def test_choices_of_full_experts_are_dropped_alike(tmp_path):
   # The threshold is so low that every second choice is sent.
   capacity = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
-  found, unsent = rates(options(1e-6, capacity), tmp_path)
+  drop_rates, unsent = rates(options(1e-6, capacity), tmp_path)
   assert (unsent == 0).all()
   # Each token has two choices, and capacity is for one.
-  assert (found[0, :, 0] >= 0.5).all()
-  np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
-  np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
+  assert (drop_rates[0, :, 0] >= 0.5).all()
+  np.testing.assert_allclose(drop_rates[1], drop_rates[0], rtol=1e-6)
+  np.testing.assert_allclose(drop_rates[2], drop_rates[0], rtol=1e-6)

@@ -90,7 +90,7 @@ def test_the_view_is_not_pressed_flat_by_the_first_steps():
   assert 1.9 < high < 2.2
   raw, smoothed = drawn(axes)
   assert raw[0] == [0, 10.0]  # drawn all the same
-  # drawn although outside the limits
+  # The smoothed value is drawn although it is outside the limits.
   assert smoothed[50] == [50, pytest.approx(1.75)]
 
 

@@ -1,4 +1,4 @@
-"""Which examples a row has, and what random draws depend on."""
+"""Rows have the examples that fit, and draws depend on the row alone."""
 
 import numpy as np
 import pytest

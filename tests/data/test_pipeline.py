@@ -90,8 +90,8 @@ def test_neighbouring_seeds_share_no_epoch():
   assert len(set(orders)) == 9
 
 
-# Shares of processes, whose devices can be neighbours or interleaved; two
-# processes can also have the same row.
+# These are the shares of processes, whose devices can be neighbours or
+# interleaved; two processes can also have the same row.
 SHARES = [[[0, 1, 2], [3, 4, 5]], [[0, 2, 4], [1, 3, 5]], [[0, 3], [0, 3, 5]]]
 
 

@@ -21,8 +21,8 @@ _others = []
 
 
 def threads():
-  found = [t for t in threading.enumerate() if t not in _others]
-  return [t for t in found if t.name == 'batches']
+  new_threads = [t for t in threading.enumerate() if t not in _others]
+  return [t for t in new_threads if t.name == 'batches']
 
 
 def ended():

@@ -3,7 +3,7 @@
 from moe_jax.dispatch import einsum, gather, sorted_rows
 
 MOVERS = {'einsum': einsum, 'gather': gather, 'sorted_rows': sorted_rows}
-# Dispatchers whose rows are [E, R, M]; those of the other are sorted by expert.
+# Rows of these dispatchers are [E, R, M]; the other sorts its rows by expert.
 WITH_SLOTS = ('einsum', 'gather')
 
 

@@ -74,14 +74,16 @@ SCENARIOS = {
 
 
 def test_the_scenarios_are_what_they_say():
-  made = {name: make() for name, make in SCENARIOS.items()}
-  real = {name: jnp.ones((G, S, 1), bool) for name in made}
+  routings = {name: make() for name, make in SCENARIOS.items()}
+  real = {name: jnp.ones((G, S, 1), bool) for name in routings}
   real['padding'] = HALF[..., None]
-  lost = {name: int((real[name] & ~made[name].kept).sum()) for name in made}
+  lost = {
+    name: int((real[name] & ~routings[name].kept).sum()) for name in routings
+  }
   assert lost.pop('room for all') == 0
   assert lost.pop('nothing but padding') == G * S * K
   assert all(lost.values()), lost
-  holes = made['holes in the queue']
+  holes = routings['holes in the queue']
   assert (~holes.kept & (holes.slot < C)).any()
 
 

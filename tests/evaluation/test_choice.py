@@ -48,7 +48,7 @@ def padded(rows, length):
 
 def by_loop(logits, starts, targets):
   """Log-likelihoods by definition: a sum over the answer's tokens."""
-  found = []
+  log_likelihoods = []
   for row, start, answer in zip(
     np.asarray(logits, np.float64), starts, targets
   ):
@@ -56,14 +56,14 @@ def by_loop(logits, starts, targets):
     for i, token in enumerate(answer):
       z = row[start + i]
       total += z[token] - np.log(np.exp(z - z.max()).sum()) - z.max()
-    found.append(total)
-  return found
+    log_likelihoods.append(total)
+  return log_likelihoods
 
 
 def test_log_likelihoods_of_a_decoder():
   model = tiny.build(ALL)
   params, given = tiny.params_of(model), examples()
-  found = choice.log_likelihoods(
+  log_likelihoods = choice.log_likelihoods(
     model,
     {'params': params},
     given,
@@ -77,14 +77,14 @@ def test_log_likelihoods_of_a_decoder():
   # The logits at the token before the answer predict its first token.
   starts = [len(e.inputs) - 1 for e in given]
   expected = by_loop(logits, starts, [e.targets for e in given])
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
 def test_log_likelihoods_of_an_encoder_decoder():
   model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
   params, given = tiny.params_of(model), examples()
   layout = EncoderDecoderLayout(8, 6, START)
-  found = choice.log_likelihoods(
+  log_likelihoods = choice.log_likelihoods(
     model, {'params': params}, given, layout, batch_size=2, put=put(2)
   )
   inputs, inputs_mask = padded([e.inputs for e in given], 8)
@@ -92,17 +92,17 @@ def test_log_likelihoods_of_an_encoder_decoder():
   tokens, mask = padded(shifted, 6)
   logits, _ = tiny.apply(model)(params, inputs, tokens, inputs_mask, mask)
   expected = by_loop(logits, [0] * len(given), [e.targets for e in given])
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
 def test_how_often_the_right_answer_is_the_likeliest():
   scores = [np.log(p) for p in ([0.2, 0.5], [0.6, 0.1], [0.3, 0.3, 0.2])]
   scores.append(np.log([0.1, 0.2, 0.3, 0.4]))
   # The four are right, wrong, right (the first of two equals) and wrong.
-  found = choice.judged(scores, [1, 1, 0, 2])
-  assert found['accuracy'] == 50 and found['items'] == 4
-  assert found['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
-  assert found['chance'] == pytest.approx(
+  metrics = choice.judged(scores, [1, 1, 0, 2])
+  assert metrics['accuracy'] == 50 and metrics['items'] == 4
+  assert metrics['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
+  assert metrics['chance'] == pytest.approx(
     100 * (1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4
   )
 

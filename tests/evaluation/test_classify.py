@@ -51,8 +51,8 @@ def test_told(tmp_path):
   # Batches have three rows; the second batch has one row of padding, which does
   # not count.
   measure = classify.Classify(model, 0, 3, rows, put())
-  found = measure({'params': params}, 7)
-  assert found == {
+  metrics = measure({'params': params}, 7)
+  assert metrics == {
     'accuracy': pytest.approx(80.0),
     'standard_error': pytest.approx(100 * np.sqrt(0.8 * 0.2 / 5)),
     'chance': 50.0,
@@ -66,9 +66,9 @@ def test_a_finished_run_is_asked_again(tmp_path, capsys):
     run_config.read(config), tmp_path, devices=jax.devices()[:1]
   )
   said = capsys.readouterr().out
-  found = evaluation.evaluate(tmp_path, ClassifyEvaluation())
-  assert f'evaluation classes: accuracy {found["accuracy"]:.4g}, ' in said
-  assert found['items'] == 200 and found['chance'] == 25
+  metrics = evaluation.evaluate(tmp_path, ClassifyEvaluation())
+  assert f'evaluation classes: accuracy {metrics["accuracy"]:.4g}, ' in said
+  assert metrics['items'] == 200 and metrics['chance'] == 25
   loss = evaluation.evaluate(tmp_path, LossEvaluation())
   assert np.isfinite(loss['loss'])
   with pytest.raises(SystemExit):

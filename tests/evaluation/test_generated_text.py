@@ -73,7 +73,7 @@ def run(tmp_path_factory):
 
 def rows_of(workdir, name):
   """Pairs (step, row) of the evaluation `name`; keys are without prefix."""
-  found = []
+  rows = []
   for row in metrics.read_metrics(workdir / metrics.FILE_NAME):
     values = {
       key.split('/', 2)[2]: value
@@ -81,8 +81,8 @@ def rows_of(workdir, name):
       if key.startswith(f'eval/{name}/')
     }
     if values:
-      found.append((row['step'], values))
-  return found
+      rows.append((row['step'], values))
+  return rows
 
 
 def test_every_kind_has_its_rows(run):
@@ -93,7 +93,7 @@ def test_every_kind_has_its_rows(run):
   row = texts[-1][1]
   assert list(row) == ['bleu', 'chrf', 'rouge_l', 'exact_match', 'examples']
   assert row['examples'] == 5 and row['exact_match'] == 0
-  # Its period is 0: only at the end.
+  # The choices have a period of 0 and are evaluated at the end only.
   ((step, row),) = rows_of(workdir, 'choice')
   assert step == 4
   assert (row['items'], row['chance']) == (3, 25.0)
@@ -107,10 +107,10 @@ def test_examples_are_left_to_be_read(run):
   assert 'tok:13a' in text.split('\n\n')[0]
   rest = text
   for inputs, target in spread_pairs():
-    _, found, rest = rest.partition(f'\n\ninputs: {inputs}\noutputs: ')
-    assert found
-    _, found, rest = rest.partition(f'\ntargets: {target}')
-    assert found
+    _, separator, rest = rest.partition(f'\n\ninputs: {inputs}\noutputs: ')
+    assert separator
+    _, separator, rest = rest.partition(f'\ntargets: {target}')
+    assert separator
   assert rest == '\n'
 
 
@@ -125,10 +125,10 @@ def test_a_run_is_evaluated_from_its_folder(run):
   workdir, _ = run
   entries = run_config.read(config()).evals
   for name in ('train_capacity', 'texts', 'choice'):
-    found = evaluation.evaluate(workdir, entries[name])
+    scores = evaluation.evaluate(workdir, entries[name])
     _, expected = rows_of(workdir, name)[-1]
     for key, value in expected.items():
-      np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+      np.testing.assert_allclose(scores[key], value, rtol=1e-5, err_msg=key)
   before = (workdir / 'texts_examples.txt').read_text()
   assert (workdir / 'evaluate_examples.txt').read_text() == before
   older = evaluation.evaluate(workdir, entries['texts'], step=2)
@@ -164,17 +164,17 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
   entry = GenerateEvaluation(num_examples=5, num_tokens=6)
   measure = entry.measure(setting(tmp_path, **PAIRS))
   model = measure.setting.model
-  # Random, so that other inputs give other outputs.
+  # Parameters are random, so that other inputs give other outputs.
   params = tiny_models.params_of(model)
   model, variables = generation.prepare(model, {'params': params})
   expected = []
   for inputs, _ in spread_pairs():
     # Inputs are cut as in training, to 24 tokens with the end of text.
     ids = [*inputs.encode()[:23], 256]
-    (made,) = generation.generate(
+    (tokens,) = generation.generate(
       model, variables, ids, num_tokens=6, start_id=256, stop_ids=[256]
     ).rows
-    text = bytes(i for i in made.tolist() if i < 256)
+    text = bytes(i for i in tokens.tolist() if i < 256)
     expected.append(text.decode(errors='replace'))
   # The five examples are a batch of 4, and one of 1.
   assert measure.outputs({'params': params}) == expected
@@ -183,11 +183,11 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
 
 def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
   entry = GenerateEvaluation(num_examples=4)
-  made = setting(tmp_path, data={'task': {'kind': 'prefix_lm'}})
-  measure = entry.measure(made)
-  corpus = made.dataset.splits['validation']
+  prefix_run = setting(tmp_path, data={'task': {'kind': 'prefix_lm'}})
+  measure = entry.measure(prefix_run)
+  corpus = prefix_run.dataset.splits['validation']
   assert len(measure.pairs) == 4
-  again = entry.measure(made).pairs
+  again = entry.measure(prefix_run).pairs
   for i, (pair, other) in enumerate(zip(measure.pairs, again)):
     np.testing.assert_array_equal(pair.ids, other.ids)
     # The text is that of the row that `loss` reads: the inputs and then the

@@ -19,8 +19,8 @@ def test_rouge_l_is_about_words_in_order():
   assert rouge_l(['the gunman kill police'], target) == pytest.approx(50)
   # A word in between does not break a subsequence: 'the cat on the mat' is
   # common to texts of six and five words.
-  found = rouge_l(['the cat sat on the mat'], ['the cat on the mat'])
-  assert found == pytest.approx(100 * 2 * 5 / 11)
+  percent = rouge_l(['the cat sat on the mat'], ['the cat on the mat'])
+  assert percent == pytest.approx(100 * 2 * 5 / 11)
   # A repeated word counts twice only where both texts repeat it.
   assert rouge_l(['a a a'], ['a b']) == pytest.approx(100 * 2 / 5)
 
@@ -39,13 +39,13 @@ def test_exact_match_is_but_for_spaces_around():
 
 def test_bleu_is_the_corpus_bleu_with_its_brevity_penalty():
   # All n-grams are right, and the output has 4 words instead of 5.
-  found = score('bleu', ['a b c d'], ['a b c d e'])
-  assert found == pytest.approx(100 * math.exp(1 - 5 / 4))
+  bleu = score('bleu', ['a b c d'], ['a b c d e'])
+  assert bleu == pytest.approx(100 * math.exp(1 - 5 / 4))
   # In the whole corpus 7 of 8 words, 5 of 6 pairs, 3 of 4 triples and 1 of 2
   # four-grams are right.
-  found = score('bleu', ['a b c d', 'e f g x'], ['a b c d', 'e f g h'])
+  bleu = score('bleu', ['a b c d', 'e f g x'], ['a b c d', 'e f g h'])
   expected = (7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4)
-  assert found == pytest.approx(100 * expected)
+  assert bleu == pytest.approx(100 * expected)
 
 
 def test_bleu_splits_words_as_it_is_told():
@@ -60,15 +60,15 @@ def test_bleu_splits_words_as_it_is_told():
 def test_chrf_is_about_characters():
   # Right are 2 of 3 characters, 1 of 2 pairs and none of the single triple, in
   # precision and in recall.
-  found = score('chrf', ['abc'], ['abd'])
-  assert found == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+  chrf = score('chrf', ['abc'], ['abd'])
+  assert chrf == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
 
 
 def test_scores_come_in_order_with_how_they_were_computed():
-  made = make_scores('exact_match,bleu', 'intl')
-  assert list(made) == ['exact_match', 'bleu']
-  made['bleu'].compute(['a'], ['a'])
-  assert 'tok:intl' in made['bleu'].signature()
+  scores = make_scores('exact_match,bleu', 'intl')
+  assert list(scores) == ['exact_match', 'bleu']
+  scores['bleu'].compute(['a'], ['a'])
+  assert 'tok:intl' in scores['bleu'].signature()
 
 
 def test_names_that_do_not_exist():

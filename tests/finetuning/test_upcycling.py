@@ -89,8 +89,8 @@ def logits_of(model, params):
 
 
 def convert(model, source, **copies):
-  found = plan(model, source, Copies(**copies))
-  return jax.jit(found.apply)(params_of(source), KEY)
+  conversion = plan(model, source, Copies(**copies))
+  return jax.jit(conversion.apply)(params_of(source), KEY)
 
 
 def change(moe, source_moe, model=None, **copies):
@@ -132,12 +132,18 @@ def test_raw_gates_and_little_room_are_not_the_dense_model():
 
 def test_what_becomes_of_each_layer():
   dense, sparse = build(DENSE), build(TOP2)
-  source, made = params_of(dense), convert(sparse, dense, router_std=0.0)
-  # One period of one layer, repeated four times.
+  source, upcycled_params = (
+    params_of(dense),
+    convert(sparse, dense, router_std=0.0),
+  )
+  # The dense model is one period of one layer, repeated four times.
   theirs = source['layers']['layer_0']
-  even, odd = made['layers']['layer_0'], made['layers']['layer_1']
+  even, odd = (
+    upcycled_params['layers']['layer_0'],
+    upcycled_params['layers']['layer_1'],
+  )
   equal = np.testing.assert_array_equal
-  equal(made['embedding'], source['embedding'])
+  equal(upcycled_params['embedding'], source['embedding'])
   equal(even['ffn']['w_in'], theirs['ffn']['w_in'][[0, 2]])
   equal(odd['ffn_norm']['scale'], theirs['ffn_norm']['scale'][[1, 3]])
   for name, kernel in odd['moe']['experts'].items():
@@ -170,12 +176,14 @@ def test_twice_the_experts_and_choices_are_the_same_model(gates):
 
 def test_noise_tells_copies_apart_and_leaves_the_first():
   few, many = build(TOP2), build({**TOP2, 'num_experts': 6})
-  made = convert(many, few, expert_noise=0.1, router_noise=0.2)
-  made, old = (p['layers']['layer_1']['moe'] for p in (made, params_of(few)))
-  w, v = made['experts']['w_in'], old['experts']['w_in']
+  upcycled_params = convert(many, few, expert_noise=0.1, router_noise=0.2)
+  upcycled_params, old = (
+    p['layers']['layer_1']['moe'] for p in (upcycled_params, params_of(few))
+  )
+  w, v = upcycled_params['experts']['w_in'], old['experts']['w_in']
   np.testing.assert_array_equal(w[:, :4], v)
   for axis, (new, was, noise) in enumerate(
-    [(made['router']['w'], old['router']['w'], 0.2), (w, v, 0.1)]
+    [(upcycled_params['router']['w'], old['router']['w'], 0.2), (w, v, 0.1)]
   ):
     new, was = (np.moveaxis(x, -1 if axis == 0 else 1, 0) for x in (new, was))
     np.testing.assert_array_equal(new[:4], was)

@@ -101,20 +101,20 @@ def every_sequence(model, params, prompt, length, stops, penalty):
   tokens = np.concatenate([prompts, rows[:, :-1]], axis=1)
   logits, _ = tiny.apply(model)(params, tokens)
   log_probs = np.asarray(jax.nn.log_softmax(logits[:, len(prompt) - 1 :]))
-  found = {}
+  scores = {}
   for row, table in zip(rows, log_probs):
     ends = [i for i, token in enumerate(row) if token in stops]
     n = ends[0] + 1 if ends else length
     score = sum(table[i, row[i]] for i in range(n)) / n**penalty
-    found[tuple(row[:n].tolist())] = score
-  return sorted(((s, row) for row, s in found.items()), reverse=True)
+    scores[tuple(row[:n].tolist())] = score
+  return sorted(((s, row) for row, s in scores.items()), reverse=True)
 
 
 @pytest.mark.parametrize('penalty', [0.0, 1.0, 2.5])
 def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   model, params = small
   N, width, stops = 4, 5**4, [3]
-  found = generation.beam_search(
+  results = generation.beam_search(
     model,
     {'params': params},
     PROMPTS,
@@ -128,9 +128,9 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   for b, prompt in enumerate(PROMPTS):
     expected = every_sequence(model, params, prompt, N, stops, penalty)[:6]
     for r, (score, row) in enumerate(expected):
-      n = found.lengths[b, r]
-      assert tuple(found.tokens[b, r, :n].tolist()) == row
-      np.testing.assert_allclose(found.scores[b, r], score, rtol=1e-4)
+      n = results.lengths[b, r]
+      assert tuple(results.tokens[b, r, :n].tolist()) == row
+      np.testing.assert_allclose(results.scores[b, r], score, rtol=1e-4)
       lengths.add(int(n))
   assert len(lengths) > 1
 
@@ -140,7 +140,7 @@ def test_beams_of_an_lstm_move_with_their_states():
   model = of_five_tokens(moe, kind='lstm')
   params = jax.tree.map(lambda x: 2.0 * x, tiny.params_of(model))
   N, prompts = 3, [[0, 4, 1]]
-  found = generation.beam_search(
+  results = generation.beam_search(
     model,
     {'params': params},
     prompts,
@@ -150,11 +150,11 @@ def test_beams_of_an_lstm_move_with_their_states():
     length_penalty=0.0,
   )
   best = every_sequence(model, params, prompts[0], N, [], 0.0)[:4]
-  assert [tuple(row) for row in found.tokens[0].tolist()] == [
+  assert [tuple(row) for row in results.tokens[0].tolist()] == [
     r for _, r in best
   ]
   scores = [score for score, _ in best]
-  np.testing.assert_allclose(found.scores[0], scores, rtol=1e-4)
+  np.testing.assert_allclose(results.scores[0], scores, rtol=1e-4)
 
 
 def test_one_beam_is_greedy():

@@ -140,11 +140,11 @@ SLOW = (
 )
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
   model, params = built(name, TIGHT)
-  made = generate(model, params)
-  np.testing.assert_array_equal(made.lengths, [NEW] * 6)
-  expected = likeliest(name, params, made.rows)
-  np.testing.assert_array_equal(made.tokens, expected)
-  assert len(np.unique(made.tokens)) > 3
+  output = generate(model, params)
+  np.testing.assert_array_equal(output.lengths, [NEW] * 6)
+  expected = likeliest(name, params, output.rows)
+  np.testing.assert_array_equal(output.tokens, expected)
+  assert len(np.unique(output.tokens)) > 3
 
 
 @pytest.mark.parametrize('name', ['rotary', 't5', 'lstm'])
@@ -186,10 +186,10 @@ def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
   model = options.build()
   params = tiny.params_of(model)
   prompt, N, temperature = [3, 17, 5], 600, 0.7
-  made = generate(
+  output = generate(
     model, params, [prompt] * N, num_tokens=1, temperature=temperature
   )
-  count = np.bincount(made.tokens[:, 0], minlength=V)
+  count = np.bincount(output.tokens[:, 0], minlength=V)
   logits = oracle.decode(options, params, np.array(prompt))[0][-1]
 
   def distance(t):
@@ -205,71 +205,71 @@ def test_rows_end_with_their_stop_tokens(name):
   model, params = built(name, TIGHT)
   endless = generate(model, params, num_tokens=9).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
-  made = generate(model, params, num_tokens=9, stop_ids=stops, pad_id=22)
-  for row, length, free in zip(made.tokens, made.lengths, endless):
+  output = generate(model, params, num_tokens=9, stop_ids=stops, pad_id=22)
+  for row, length, free in zip(output.tokens, output.lengths, endless):
     ends = [i for i, token in enumerate(free) if token in stops]
     assert length == (ends[0] + 1 if ends else 9)
     np.testing.assert_array_equal(row[:length], free[:length])
     assert (row[length:] == 22).all()
-  assert len(set(made.lengths.tolist())) > 1
+  assert len(set(output.lengths.tolist())) > 1
 
 
 def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
   options = dict(num_tokens=8, temperature=1.0, seed=2, stop_ids=range(9))
   said = []
-  made = generation.generate(
+  output = generation.generate(
     *prepared,
     PROMPTS,
     on_token=lambda n, tokens: said.append((n, tokens)),
     **options,
   )
   quiet = generation.generate(*prepared, PROMPTS, **options)
-  np.testing.assert_array_equal(made.tokens, quiet.tokens)
-  np.testing.assert_array_equal(made.lengths, quiet.lengths)
-  assert [n for n, _ in said] == list(range(made.lengths.max()))
+  np.testing.assert_array_equal(output.tokens, quiet.tokens)
+  np.testing.assert_array_equal(output.lengths, quiet.lengths)
+  assert [n for n, _ in said] == list(range(output.lengths.max()))
   for n, tokens in said:
-    here = np.where(n < made.lengths, made.tokens[:, n], -1)
+    here = np.where(n < output.lengths, output.tokens[:, n], -1)
     np.testing.assert_array_equal(tokens, here)
-  assert made.lengths.min() < made.lengths.max()
+  assert output.lengths.min() < output.lengths.max()
 
 
 def test_a_true_answer_ends_the_stream(prepared):
-  made = generation.generate(
+  output = generation.generate(
     *prepared, PROMPTS, num_tokens=8, on_token=lambda n, _: n == 2
   )
-  np.testing.assert_array_equal(made.lengths, [3] * 6)
+  np.testing.assert_array_equal(output.lengths, [3] * 6)
   whole = generation.generate(*prepared, PROMPTS, num_tokens=8).tokens
-  np.testing.assert_array_equal(made.tokens[:, :3], whole[:, :3])
+  np.testing.assert_array_equal(output.tokens[:, :3], whole[:, :3])
 
 
 @pytest.mark.parametrize('name', ['rotary', 't5'])
 def test_forced_tokens_come_first(name):
   model, params = built(name, TIGHT)
   said = []
-  made = generate(
+  output = generate(
     model,
     params,
     forced_ids=[14, 9],
     on_token=lambda n, tokens: said.append(tokens.tolist()),
   )
-  np.testing.assert_array_equal(made.tokens[:, :2], [[14, 9]] * 6)
-  np.testing.assert_array_equal(np.array(said).T, made.tokens)
-  expected = np.array(likeliest(name, params, made.rows))
-  np.testing.assert_array_equal(made.tokens[:, 2:], expected[:, 2:])
-  assert (made.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
+  np.testing.assert_array_equal(output.tokens[:, :2], [[14, 9]] * 6)
+  np.testing.assert_array_equal(np.array(said).T, output.tokens)
+  expected = np.array(likeliest(name, params, output.rows))
+  np.testing.assert_array_equal(output.tokens[:, 2:], expected[:, 2:])
+  assert (output.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
 
 
 def test_a_window_bounds_how_far_back_a_token_looks():
   model, params = built('rotary', TIGHT)
   ours = generation.prepare(model, {'params': params}, window=3)
-  made = generation.generate(*ours, PROMPTS, num_tokens=9).tokens
+  tokens = generation.generate(*ours, PROMPTS, num_tokens=9).tokens
   blocks = model.blocks
   attention = dataclasses.replace(blocks.block.attention, window=3)
   block = dataclasses.replace(blocks.block, attention=attention)
   narrow = model.clone(blocks=dataclasses.replace(blocks, block=block))
   expected = generate(narrow, params, num_tokens=9).tokens
-  np.testing.assert_array_equal(made, expected)
-  assert (made != generate(model, params, num_tokens=9).tokens).any()
+  np.testing.assert_array_equal(tokens, expected)
+  assert (tokens != generate(model, params, num_tokens=9).tokens).any()
 
 
 def test_a_checkpoints_own_capacity_binds_in_its_encoder():
@@ -280,23 +280,23 @@ def test_a_checkpoints_own_capacity_binds_in_its_encoder():
   model = tiny.build(own, **options)
   params = tiny.params_of(model, seed=5)
   prompts = [[3, 17, 5, 8, 3, 9], [11, 4, 4]]
-  made = generate(model, params, prompts)
+  output = generate(model, params, prompts)
   room = tiny.build(ROOM, **options)
   halves = [rows_of(rows) for rows in (prompts, [[START]] * 2)]
   inputs = [array for pair in zip(*halves) for array in pair]
   first = tiny.apply(model)(params, *inputs)[0][:, 0].argmax(-1)
-  np.testing.assert_array_equal(made.tokens[:, 0], first)
-  assert (generate(room, params, prompts).tokens != made.tokens).any()
+  np.testing.assert_array_equal(output.tokens[:, 0], first)
+  assert (generate(room, params, prompts).tokens != output.tokens).any()
 
 
 def test_boxed_and_prepared_parameters_do(prepared):
   model, params = built('rotary', TIGHT)
   expected = generate(model, params).tokens
-  found = generation.generate(*prepared, PROMPTS, num_tokens=NEW).tokens
-  np.testing.assert_array_equal(found, expected)
+  tokens = generation.generate(*prepared, PROMPTS, num_tokens=NEW).tokens
+  np.testing.assert_array_equal(tokens, expected)
   boxed = jax.jit(model.init)(tiny.key(0), jnp.zeros((1, T), jnp.int32))
-  made = generation.generate(model, boxed, PROMPTS, num_tokens=2)
-  assert made.tokens.shape == (6, 2)
+  output = generation.generate(model, boxed, PROMPTS, num_tokens=2)
+  assert output.tokens.shape == (6, 2)
   assert generation.prepare(*prepared)[0] is prepared[0]
 
 
@@ -304,16 +304,16 @@ def test_sharded_parameters_generate_the_same():
   model, params = built('rotary', TIGHT)
   mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  made = generate(model, jax.device_put(params, whole)).tokens
-  np.testing.assert_array_equal(made, generate(model, params).tokens)
+  tokens = generate(model, jax.device_put(params, whole)).tokens
+  np.testing.assert_array_equal(tokens, generate(model, params).tokens)
 
 
 def test_beams_are_an_option_of_generate(prepared):
   options = dict(num_tokens=NEW, stop_ids=[5], length_penalty=0.5)
-  made = generation.generate(*prepared, PROMPTS, num_beams=3, **options)
+  output = generation.generate(*prepared, PROMPTS, num_beams=3, **options)
   beams = generation.beam_search(*prepared, PROMPTS, num_beams=3, **options)
-  np.testing.assert_array_equal(made.tokens, beams.tokens[:, 0])
-  np.testing.assert_array_equal(made.lengths, beams.lengths[:, 0])
+  np.testing.assert_array_equal(output.tokens, beams.tokens[:, 0])
+  np.testing.assert_array_equal(output.lengths, beams.lengths[:, 0])
   with pytest.raises(ValueError, match='num_beams=3 with a temperature'):
     generation.generate(*prepared, PROMPTS, num_beams=3, temperature=1.0)
   with pytest.raises(ValueError, match='num_beams=0 and num_return=1'):

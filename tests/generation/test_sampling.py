@@ -16,12 +16,12 @@ LOGITS = st.lists(
 
 
 def kept_top_k(row, k):
-  """Which tokens are at least as likely as the k-th likeliest."""
+  """Marks the tokens that are at least as likely as the k-th likeliest."""
   return row >= sorted(row)[::-1][min(k, len(row)) - 1]
 
 
 def kept_top_p(row, p):
-  """Which tokens have likelier tokens of a total probability below p."""
+  """Marks tokens whose likelier tokens have a probability below p in total."""
   probs = np.exp(row - row.max())
   probs = probs / probs.sum()
   kept = [probs[row > logit].sum() < p for logit in row]
@@ -50,10 +50,10 @@ def test_kept_tokens_are_those_of_the_definition(logits, k, p):
     (sampling.keep_top_k, kept_top_k, k),
     (sampling.keep_top_p, kept_top_p, p),
   ):
-    found = np.asarray(f(jnp.asarray(logits), n))
+    masked_logits = np.asarray(f(jnp.asarray(logits), n))
     expected = np.array([definition(row, n) for row in logits])
-    np.testing.assert_array_equal(np.isfinite(found), expected)
-    np.testing.assert_array_equal(found[expected], logits[expected])
+    np.testing.assert_array_equal(np.isfinite(masked_logits), expected)
+    np.testing.assert_array_equal(masked_logits[expected], logits[expected])
 
 
 def test_equals_of_the_last_that_stays_stay_too():

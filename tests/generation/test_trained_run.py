@@ -44,16 +44,18 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
   same = tiny_runs.options(model={'numerics': types})
   assert loaded.model == tiny_runs.model_of(same)
-  found, saved = (tiny.leaves(p) for p in (loaded.variables['params'], params))
-  for name, array in found.items():
+  loaded_params, saved = (
+    tiny.leaves(p) for p in (loaded.variables['params'], params)
+  )
+  for name, array in loaded_params.items():
     # Parameters that the model always keeps in float32 are not rounded.
     kept = array.dtype == jnp.float32
     assert kept == ('router' in name or 'norm' in name), name
     np.testing.assert_array_equal(array, saved[name].astype(array.dtype))
-  kernel = found['layers/layer_1/moe/experts/w_in']
+  kernel = loaded_params['layers/layer_1/moe/experts/w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 1, 8, 20)
   # No mesh axis divides the 257 tokens: that axis is whole, the other is split.
-  assert found['embedding'].addressable_shards[0].data.shape == (257, 8)
+  assert loaded_params['embedding'].addressable_shards[0].data.shape == (257, 8)
   folders.damage(tmp_path, 3)
   with pytest.raises(CheckpointError, match='no good checkpoint'):
     trained_run.load(tmp_path, dtype='bfloat16')
@@ -147,15 +149,15 @@ def test_what_fits_learned_positions():
     (3, 5, 3, 5), (4, 7, 4, 7), (4, 8, 4, 7), (9, 40, 5, 6), (30, 1, 10, 1),
   ):  # fmt: skip
     prompt = np.arange(length)
-    found, n = trained_run.fit(model, prompt, wanted)
-    np.testing.assert_array_equal(found, prompt[length - kept :])
+    fitting_prompt, n = trained_run.fit(model, prompt, wanted)
+    np.testing.assert_array_equal(fitting_prompt, prompt[length - kept :])
     assert n == num_tokens
-    assert len(found) + n - 1 <= 10
-  found, n = trained_run.fit(tiny.build(), np.arange(30), 50)
-  assert (len(found), n) == (30, 50)
+    assert len(fitting_prompt) + n - 1 <= 10
+  fitting_prompt, n = trained_run.fit(tiny.build(), np.arange(30), 50)
+  assert (len(fitting_prompt), n) == (30, 50)
   halves = tiny.build(positions=Learned(), kind='encoder_decoder')
-  found, n = trained_run.fit(halves, np.arange(30), 50)
-  np.testing.assert_array_equal(found, np.arange(10))
+  fitting_prompt, n = trained_run.fit(halves, np.arange(30), 50)
+  np.testing.assert_array_equal(fitting_prompt, np.arange(10))
   assert n == 10
 
 

@@ -58,7 +58,7 @@ def nllb_full():
   return nllb(moe_eval_capacity_token_fraction=0.4)
 
 
-# Seeds of models whose greedy tokens repeat themselves least.
+# With these seeds the greedy tokens of models repeat themselves least.
 MAKERS = {
   'mixtral': (mixtral, 3),
   'switch': (switch, 1),
@@ -121,7 +121,7 @@ def padded(theirs):
 def their_tokens(theirs, ids, mask, stop=None):
   """New tokens of each row, without those behind its end."""
   with torch.no_grad():
-    made = theirs.generate(
+    sequences = theirs.generate(
       ids,
       attention_mask=mask,
       max_new_tokens=NEW,
@@ -129,7 +129,7 @@ def their_tokens(theirs, ids, mask, stop=None):
       eos_token_id=stop,
     )
   given = 1 if theirs.config.is_encoder_decoder else ids.shape[1]
-  return [until(stop, row[given:].tolist()) for row in made]
+  return [until(stop, row[given:].tolist()) for row in sequences]
 
 
 def until(stop, row):
@@ -140,7 +140,7 @@ def test_greedy_tokens_are_theirs(pair):
   expected = their_tokens(pair.theirs, *padded(pair.theirs), pair.stop)
   lengths = list(map(len, expected))
   assert (min(lengths) < max(lengths)) == bool(pair.stop_ids)
-  made = generation.generate(
+  output = generation.generate(
     pair.model,
     pair.variables,
     PROMPTS,
@@ -148,14 +148,14 @@ def test_greedy_tokens_are_theirs(pair):
     stop_ids=pair.stop_ids,
     **pair.options,
   )
-  assert [row.tolist() for row in made.rows] == expected
+  assert [row.tolist() for row in output.rows] == expected
 
 
 @pytest.mark.parametrize('length_penalty', [1.0, -0.7])
 def test_beams_are_theirs(pair, length_penalty):
   ids, mask = padded(pair.theirs)
   with torch.no_grad():
-    made = pair.theirs.generate(
+    their_beams = pair.theirs.generate(
       ids,
       attention_mask=mask,
       max_new_tokens=NEW,
@@ -168,8 +168,10 @@ def test_beams_are_theirs(pair, length_penalty):
       output_scores=True,
     )
   given = 1 if pair.theirs.config.is_encoder_decoder else ids.shape[1]
-  expected = [until(pair.stop, row[given:].tolist()) for row in made.sequences]
-  found = generation.beam_search(
+  expected = [
+    until(pair.stop, row[given:].tolist()) for row in their_beams.sequences
+  ]
+  beams = generation.beam_search(
     pair.model,
     pair.variables,
     PROMPTS,
@@ -182,10 +184,10 @@ def test_beams_are_theirs(pair, length_penalty):
   )
   ours = [
     row[:n].tolist()
-    for rows, lengths in zip(found.tokens, found.lengths)
+    for rows, lengths in zip(beams.tokens, beams.lengths)
     for row, n in zip(rows, lengths)
   ]
   assert ours == expected
   np.testing.assert_allclose(
-    found.scores.reshape(-1), made.sequences_scores, rtol=2e-4
+    beams.scores.reshape(-1), their_beams.sequences_scores, rtol=2e-4
   )

@@ -29,11 +29,11 @@ def config(name: str, arg: str = ''):
 
 def dump(name: str) -> str:
   """JSON of the values that the config changes, by dotted name."""
-  found, usual = config(name), sections.section(RunConfig)
+  named_config, usual = config(name), sections.section(RunConfig)
   defaults = {leaf.path: leaf for leaf in sections.leaves(RunConfig, usual)}
-  gone = set(usual.evals) - set(found.evals)
+  gone = set(usual.evals) - set(named_config.evals)
   changed = {f'evals.{entry}': None for entry in gone}
-  for leaf in sections.leaves(RunConfig, found):
+  for leaf in sections.leaves(RunConfig, named_config):
     before = defaults.get(leaf.path)
     if before is None:  # an evaluation that the defaults lack
       is_changed = leaf.changed or leaf.path.endswith('.kind')

@@ -1,4 +1,4 @@
-"""Folders of checkpoints with tokenizers, and configs of short runs."""
+"""Folders of checkpoints with tokenizers, configs of runs, and bad pickles."""
 
 import json
 
@@ -16,8 +16,7 @@ _ROLES = {
   'switch_transformers': dict(eos='</s>', pad='<pad>'),
 }
 VOCAB_SIZE = 264  # one more than there are tokens
-# The parts of a config that a checkpoint does not give: a short text and two
-# steps.
+# This config has what a checkpoint does not give: a short text and two steps.
 CONFIG = """
 from configs import base
 
@@ -42,15 +41,15 @@ def write_tokenizer(folder, kind):
   """Writes transformers' files of a tokenizer: its JSON, roles and template."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {name: i for i, name in enumerate([*_SPECIAL, *alphabet])}
-  made = Tokenizer(models.BPE(vocabulary, []))
-  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = decoders.ByteLevel()
-  made.add_special_tokens(list(_SPECIAL))
+  tokenizer = Tokenizer(models.BPE(vocabulary, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(list(_SPECIAL))
   if kind != 'mixtral':
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
       single='$A </s>', special_tokens=[('</s>', vocabulary['</s>'])]
     )
-  made.save(str(folder / 'tokenizer.json'))
+  tokenizer.save(str(folder / 'tokenizer.json'))
   roles = {f'{role}_token': name for role, name in _ROLES[kind].items()}
   config = {'tokenizer_class': 'PreTrainedTokenizerFast', **roles}
   (folder / 'tokenizer_config.json').write_text(json.dumps(config))
@@ -74,3 +73,14 @@ def write_config(folder):
   path = folder / 'short.py'
   path.write_text(CONFIG)
   return path
+
+
+class Runs:
+  """An object whose unpickling would run code that creates a file."""
+
+  def __init__(self, path):
+    """Takes the path of the file that the code would create."""
+    self.path = str(path)
+
+  def __reduce__(self):
+    return open, (self.path, 'w')

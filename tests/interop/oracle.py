@@ -58,9 +58,9 @@ BASE = {
 }
 
 
-# Factors of parameters by a part of their name; the first match counts. With
-# them a token does not lead to itself, though embeddings are tied, and logits
-# differ.
+# Parameters are multiplied by these factors, by a part of their name; the first
+# match counts. With them a token does not lead to itself, though embeddings are
+# tied, and logits differ.
 LOUD = {
   'mixtral': {'': 8.0},
   'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
@@ -73,7 +73,7 @@ LOUD = {
   },
 }
 
-# Seeds of models whose greedy tokens repeat themselves least.
+# With these seeds the greedy tokens of models repeat themselves least.
 FIRST_SEED = {'mixtral': 0, 'nllb-moe': 1, 'switch_transformers': 0}
 
 
@@ -119,10 +119,10 @@ def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
 def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
   """Logits of transformers' model, float32 [B, T, V]."""
   with torch.no_grad():
-    found = model(
+    output = model(
       **{name: torch.tensor(value) for name, value in given.items()}
     )
-  return found.logits.numpy()
+  return output.logits.numpy()
 
 
 def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:

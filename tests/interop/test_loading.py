@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import interop, partitioning
 from moe_jax.interop import checkpoint_folder, loading
-from tests.interop import oracle
+from tests.interop import folders, oracle
 
 torch = pytest.importorskip('torch')
 files = pytest.importorskip('safetensors.torch')
@@ -42,29 +42,29 @@ def staged(monkeypatch):
 
   On a CPU loaded arrays can be those that were read, so these are left out.
   """
-  found, load_leaf = {}, loading.load_leaf
+  staged_bytes, load_leaf = {}, loading.load_leaf
 
   def traced(leaf, *args):
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
     loaded = load_leaf(leaf, *args)
-    found[leaf.path] = tracemalloc.get_traced_memory()[1] - before
+    staged_bytes[leaf.path] = tracemalloc.get_traced_memory()[1] - before
     return loaded
 
   monkeypatch.setattr(loading, 'load_leaf', traced)
   tracemalloc.start()
-  yield found
+  yield staged_bytes
   tracemalloc.stop()
 
 
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices(sharded, staged, capsys):
   mesh = partitioning.make_mesh(dict(expert=4, tensor=2))
-  found = checkpoint_folder.open_checkpoint(sharded)
+  checkpoint = checkpoint_folder.open_checkpoint(sharded)
   files = loading.TensorFiles(sharded)
   # The second time compilation takes no memory.
   for _ in range(2):
-    params = loading.load_params(found, mesh=mesh)
+    params = loading.load_params(checkpoint, mesh=mesh)
   peak = max(staged.values())
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   with capsys.disabled():
@@ -160,20 +160,10 @@ def test_a_model_without_its_head(tmp_path):
   )
 
 
-class Runs:
-  """An object whose unpickling would run code."""
-
-  def __init__(self, path):
-    self.path = str(path)
-
-  def __reduce__(self):
-    return open, (self.path, 'w')
-
-
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
   model = oracle.make('mixtral')
   pickled(model, tmp_path)
-  held = {**model.state_dict(), 'x': Runs(tmp_path / 'ran')}
+  held = {**model.state_dict(), 'x': folders.Runs(tmp_path / 'ran')}
   torch.save(held, tmp_path / 'pytorch_model.bin')
   with pytest.raises(ValueError, match='no file of PyTorch weights'):
     interop.load(tmp_path)

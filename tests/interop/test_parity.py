@@ -9,8 +9,9 @@ from tests.interop import oracle
 
 torch = pytest.importorskip('torch')
 
-# Options that shape a model, each in a model where it matters. Rows are padded
-# on the right, or on the left, where padding takes slots before the text.
+# Each option that shapes a model is set in a model where it matters. Rows are
+# padded on the right, or on the left, where padding takes slots before the
+# text.
 CASES = {
   'mixtral': ('mixtral', 'right', dict()),
   'mixtral heads wider than their share': (
@@ -118,7 +119,7 @@ CASES = {
 }
 
 
-def made(name):
+def model_and_side(name):
   kind, side, options = CASES[name]
   return oracle.make(kind, seed=len(name), **options), side == 'left'
 
@@ -141,7 +142,7 @@ FAST = (
   ],
 )
 def test_logits_tokens_and_weights(name, tmp_path):
-  model, left = made(name)
+  model, left = model_and_side(name)
   source, ours = tmp_path / 'theirs', tmp_path / 'ours'
   expected = oracle.write(model, source, seed=len(name), left=left)
   verdict = verify(source, source / 'expected.npz')
@@ -200,6 +201,6 @@ def drops(model, given) -> float:
   ],
 )
 def test_where_slots_run_out_tokens_are_dropped(name, least):
-  model, left = made(name)
+  model, left = model_and_side(name)
   given = oracle.inputs(model, seed=len(name), left=left)
   assert drops(model, given) > least

@@ -44,14 +44,14 @@ def by_definition(x, w, group_sizes, dy):
 
 
 def check(name, x, w, group_sizes, dy):
-  found = program(name)(x, w, jnp.array(group_sizes, jnp.int32), dy)
+  results = program(name)(x, w, jnp.array(group_sizes, jnp.int32), dy)
   expected = by_definition(x, w, group_sizes, dy)
-  for what, value, by_loops in zip(('y', 'dx', 'dw'), found, expected):
+  for what, value, by_loops in zip(('y', 'dx', 'dw'), results, expected):
     # Sums are of float32, and are compared on the scale of their terms.
     np.testing.assert_allclose(
       value, by_loops, rtol=1e-5, atol=1e-4, err_msg=what
     )
-  return found
+  return results
 
 
 def test_three_tokens_by_hand():
@@ -188,10 +188,10 @@ def test_a_batch_of_products_is_one_after_the_other(name):
   sizes = jnp.array([[7, 3, 11, 4, 5], [0, 0, 30, 0, 0]], jnp.int32)
   cases = [arrays(seed=seed) for seed in range(2)]
   x, w, dy = (np.stack(each) for each in zip(*cases))
-  found = jax.vmap(program(name))(x, w, sizes, dy)
+  results = jax.vmap(program(name))(x, w, sizes, dy)
   for i, case in enumerate(cases):
     x, w, dy = case
-    for value, by_loops in zip(found, by_definition(x, w, sizes[i], dy)):
+    for value, by_loops in zip(results, by_definition(x, w, sizes[i], dy)):
       np.testing.assert_allclose(value[i], by_loops, rtol=1e-5, atol=1e-4)
 
 

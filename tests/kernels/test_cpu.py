@@ -34,7 +34,7 @@ def test_the_gradient_of_what_is_added_to_each_is_that_of_a_sum():
   def loss(add):
     return lambda scores, bias: (jnp.tanh(add(scores, bias)) * weights).sum()
 
-  found = jax.grad(loss(cpu.add_to_each), (0, 1))(scores, bias)
+  gradients = jax.grad(loss(cpu.add_to_each), (0, 1))(scores, bias)
   expected = jax.grad(loss(lambda s, b: s + b[None]), (0, 1))(scores, bias)
-  for ours, theirs in zip(found, expected):
+  for ours, theirs in zip(gradients, expected):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -92,14 +92,14 @@ def test_value_and_gradients(backend, kind, shape, group_sizes):
   n = sum(group_sizes)
   x[n:], dy[n:] = np.nan, np.nan
   sizes = jnp.array(group_sizes, jnp.int32)
-  found = program(kind, backend)(x, w_ins, w_out, sizes, dy)
+  results = program(kind, backend)(x, w_ins, w_out, sizes, dy)
   expected = by_definition(kind, x, w_ins, w_out, group_sizes, dy)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    found,
+    results,
     expected,
   )
-  assert not np.any(found[0][n:]) and not np.any(found[1][n:])
+  assert not np.any(results[0][n:]) and not np.any(results[1][n:])
 
 
 @pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])

@@ -202,12 +202,12 @@ def test_rows_and_edges_are_masked_in_what_is_written():
   for name, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
     (mask,) = re.findall(r'tt\.store %\w+, %\w+, (%\w+) :', module)
     both = re.search(rf'{mask} = arith\.andi (%\w+), (%\w+)', module).groups()
-    spread = [
+    mask_shapes = [
       re.search(rf'{part} = tt\.broadcast .*: tensor<(\w+)xi1>', module)[1]
       for part in both
     ]
     rows = {'_matmul_kernel': '64x1', '_outer_kernel': '128x1'}[name]
-    assert spread == [rows, '1x128']
+    assert mask_shapes == [rows, '1x128']
 
 
 @for_cuda

@@ -28,5 +28,5 @@ def test_value_and_gradients_are_those_of_the_product(experts):
     np.einsum('...rf,...mf->...rm', dy, w),
     np.einsum('...rm,...rf->...mf', x, dy),
   )
-  for found, formula in zip(run(x, w), expected):
-    np.testing.assert_allclose(found, formula, rtol=1e-5, atol=1e-5)
+  for value, formula in zip(run(x, w), expected):
+    np.testing.assert_allclose(value, formula, rtol=1e-5, atol=1e-5)

@@ -41,10 +41,10 @@ def described(topology: str) -> list[jax.Device]:
 
 def compile_product(topology, backend, dtype, N, E, M, F):
   """Compiles value and gradients of a grouped product with float32 kernels."""
-  place = SingleDeviceSharding(described(topology)[0])
+  sharding = SingleDeviceSharding(described(topology)[0])
 
   def abstract(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
   def loss(x, w, group_sizes):
     y = grouped_matmul(x, w, group_sizes, backend)
@@ -118,17 +118,17 @@ def compiled(**request):
 def test_product_and_gradients(topology, backend):
   # No size is a multiple of a tile.
   sizes = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
-  found = compiled(
+  counts = compiled(
     what='product',
     topology=topology,
     backend=backend,
     dtype='bfloat16',
     **sizes,
   )
-  assert found['flops'] >= 3 * 2 * 1000 * 70 * 300
+  assert counts['flops'] >= 3 * 2 * 1000 * 70 * 300
   if backend == 'megablox':
-    # For y, dx and dw; interpreted there would be none.
-    assert found['kernels'] == 3
+    # y, dx and dw have a kernel each; an interpreted program would have none.
+    assert counts['kernels'] == 3
 
 
 def test_more_experts_at_equal_rows_cost_nothing():
@@ -156,12 +156,12 @@ def test_more_experts_at_equal_rows_cost_nothing():
   ],
 )
 def test_train_step_of_a_scanned_decoder(dispatch, mesh):
-  found = compiled(
+  counts = compiled(
     what='train_step', topology=TOPOLOGIES[0], dispatch=dispatch, mesh=mesh
   )
-  assert found['flops'] > 0
+  assert counts['flops'] > 0
   # The body of the scan over layers has two products with two gradients each.
-  assert found['kernels'] == {'gather': 0, 'dropless': 6}[dispatch]
+  assert counts['kernels'] == {'gather': 0, 'dropless': 6}[dispatch]
 
 
 if __name__ == '__main__':

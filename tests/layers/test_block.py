@@ -94,8 +94,8 @@ def test_who_sees_and_who_is_seen_may_be_told_apart():
   np.testing.assert_array_equal(differs, np.asarray(ids) == 0)
   # The values of padding do not change the other tokens.
   changed = x.at[0, 3].add(1.0)
-  moved, _ = run(block, params, changed, apart)
-  np.testing.assert_array_equal(moved[0, :3], other[0, :3])
+  changed_output, _ = run(block, params, changed, apart)
+  np.testing.assert_array_equal(changed_output[0, :3], other[0, :3])
 
 
 def test_a_dense_block_has_the_statistics_of_none():

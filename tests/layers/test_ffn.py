@@ -25,7 +25,7 @@ def gelu_tanh(x):
   return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-# Pairs of the activation's function and whether a third kernel gates.
+# Each pair is the activation's function and whether a third kernel gates.
 FORMULAS = {
   'relu': (lambda x: np.maximum(x, 0), False),
   'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), False),

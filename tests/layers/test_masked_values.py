@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import moe_jax
-from moe_jax import routing
+from moe_jax import models, routing
 from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
 from moe_jax.layers.routers import ROUTERS
@@ -194,3 +195,39 @@ def test_load_of_two_levels():
     )
 
   same(load)
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    models.DecoderOptions,
+    pytest.param(models.LstmLmOptions, marks=pytest.mark.slow),
+    pytest.param(models.EncoderDecoderOptions, marks=pytest.mark.slow),
+  ],
+)
+def test_a_model_whose_padding_embeds_to_nan(kind):
+  # A tied table would multiply every output by the NaN of padding's row.
+  apart = models.EmbeddingOptions(tie=False)
+  model = kind(vocab_size=7, width=M, num_layers=2, embedding=apart).build()
+  params = nn.meta.unbox(models.init_params(model, jax.random.key(0)))
+  ids = jnp.asarray(np.where(MASK, np.arange(B * T).reshape(B, T) % 6 + 1, 0))
+  segments = jnp.asarray(MASK, jnp.int32)
+  inputs = {}
+  for prefix in model.sequences:
+    inputs |= {f'{prefix}tokens': ids, f'{prefix}segment_ids': segments}
+  batch = {'targets': ids, 'loss_weights': segments.astype(jnp.float32)}
+
+  def loss(params, at_padding):
+    table = params['embedding'].at[0].set(at_padding)
+    outputs, aux = model.apply(
+      {'params': {**params, 'embedding': table}}, **inputs
+    )
+    nats = model.loss(outputs, batch).nats * batch['loss_weights']
+    return nats.sum() + aux.z_loss.sum()
+
+  run = jax.jit(jax.value_and_grad(loss))
+  for a, b in zip(
+    jax.tree.leaves(run(params, 0.0)), jax.tree.leaves(run(params, jnp.nan))
+  ):
+    assert np.isfinite(b).all()
+    np.testing.assert_array_equal(a, b)

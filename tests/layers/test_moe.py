@@ -229,8 +229,8 @@ def test_router_gradient_is_the_slope_of_the_output(gates, num_selected):
   direction, target = draw(M, E, seed=7), draw(B, T, M, seed=8)
 
   def loss(step):
-    moved = params['router']['w'] + step * direction
-    p = {**params, 'router': {'w': moved}}
+    router_w = params['router']['w'] + step * direction
+    p = {**params, 'router': {'w': router_w}}
     y, aux = layer.apply({'params': p}, jnp.asarray(x))
     return (y * target).sum(), aux.stats.load
 

@@ -148,6 +148,6 @@ def test_padding_carries_no_gradient():
     y, aux = compiled(layer)(params, x, mask)
     return (y**2).sum() + aux.z_loss + aux.balance_loss
 
-  found = np.asarray(gradient(x))
-  assert not found[~mask].any()
-  assert (np.abs(found).max(-1) > 0)[mask].all()
+  dx = np.asarray(gradient(x))
+  assert not dx[~mask].any()
+  assert (np.abs(dx).max(-1) > 0)[mask].all()

@@ -59,9 +59,11 @@ def test_scores_depend_on_the_difference_of_positions_alone():
 
   @jax.jit
   def scores(shift):
-    place = positions + shift
+    shifted_positions = positions + shift
     return jnp.einsum(
-      'bthd,bshd->bhts', rotate(query, place, 50.0), rotate(key, place, 50.0)
+      'bthd,bshd->bhts',
+      rotate(query, shifted_positions, 50.0),
+      rotate(key, shifted_positions, 50.0),
     )
 
   np.testing.assert_allclose(scores(0), scores(37), rtol=1e-4, atol=1e-4)
@@ -100,8 +102,8 @@ def test_buckets_are_exact_then_logarithmic_then_shared():
   # distances.
   distance = [0, 1, 2, 3, 4, 6, 7, 11, 12, 19, 20, 31, 32, 33, 99, 1000]
   expected = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7, 7, 7, 7]
-  found = distance_bucket(np.array(distance), 8, 32)
-  np.testing.assert_array_equal(found, expected)
+  buckets = distance_bucket(np.array(distance), 8, 32)
+  np.testing.assert_array_equal(buckets, expected)
 
 
 def test_relative_bias_reads_its_table_by_head_and_distance():
@@ -171,9 +173,9 @@ def test_each_kind_adds_what_it_should_to_the_embedding():
   # The first token has position 3, where numbers begin. The second has the id
   # of the position before, and the third is padding.
   waves = np.asarray(sinusoids(jnp.array([[3]]), 4))[0, 0]
-  found = added(Sinusoidal(offset=3))
-  np.testing.assert_allclose(found[0], waves, rtol=1e-5, atol=1e-6)
-  assert not found[1:].any()
+  embedding = added(Sinusoidal(offset=3))
+  np.testing.assert_allclose(embedding[0], waves, rtol=1e-5, atol=1e-6)
+  assert not embedding[1:].any()
 
 
 def test_rows_longer_than_the_table_are_refused():

@@ -48,21 +48,21 @@ def layers_of(flat):
   layer of its period. A single loop is named 'layers'.
   """
   loops = sorted({k.split('/')[0] for k in flat if k.startswith('layers')})
-  found = []
+  layers = []
   for loop in loops:
     own = {k: v for k, v in flat.items() if k.startswith(loop + '/')}
     repeats = len(next(iter(own.values())))
     period = len({k.split('/')[1] for k in own})
     for i in range(repeats * period):
       start = f'{loop}/layer_{i % period}/'
-      found.append(
+      layers.append(
         {
           k.removeprefix(start): v[i // period]
           for k, v in own.items()
           if k.startswith(start)
         }
       )
-  return found
+  return layers
 
 
 def norm(x, scale, c):

@@ -31,18 +31,18 @@ def arrays(values):
 
 def by_hand(loss, outputs, gate_logits, targets):
   """The errors by definition, in a loop over cases and experts, in float64."""
-  found = []
+  losses = []
   for o, x, d in zip(outputs, gate_logits, targets, strict=True):
     p = np.exp(x) / np.exp(x).sum()
     if loss == 'cooperative':
       blended = sum(p[i] * o[i] for i in range(len(p)))
-      found.append(((d - blended) ** 2).sum())
+      losses.append(((d - blended) ** 2).sum())
     elif loss == 'gated':
-      found.append(sum(p[i] * ((d - o[i]) ** 2).sum() for i in range(len(p))))
+      losses.append(sum(p[i] * ((d - o[i]) ** 2).sum() for i in range(len(p))))
     else:
       terms = [p[i] * np.exp(-((d - o[i]) ** 2).sum() / 2) for i in range(E)]
-      found.append(-np.log(sum(terms)))
-  return np.array(found)
+      losses.append(-np.log(sum(terms)))
+  return np.array(losses)
 
 
 def test_told():
@@ -67,19 +67,21 @@ def test_who_is_moved_by_whose_error():
   # Outputs are as above. The first expert is right, and only the cooperative
   # error changes it, to make up for the second.
   told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
-  moved = {
+  gradients = {
     loss: errors.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
     for loss in LOSSES
   }
-  assert moved['cooperative'] == [1.0, 1.0]
-  assert moved['gated'] == [0.0, 2.0]
-  np.testing.assert_allclose(moved['competitive'], [0, 2 * 0.1192], atol=1e-4)
+  assert gradients['cooperative'] == [1.0, 1.0]
+  assert gradients['gated'] == [0.0, 2.0]
+  np.testing.assert_allclose(
+    gradients['competitive'], [0, 2 * 0.1192], atol=1e-4
+  )
 
 
 @each_loss
 def test_losses_are_their_definitions(loss):
-  found = errors.LOSSES[loss](*arrays(case()))
-  np.testing.assert_allclose(found, by_hand(loss, *case()), rtol=1e-5)
+  losses = errors.LOSSES[loss](*arrays(case()))
+  np.testing.assert_allclose(losses, by_hand(loss, *case()), rtol=1e-5)
 
 
 @each_loss
@@ -99,17 +101,17 @@ def test_gradients_are_the_published_ones(loss):
 @pytest.mark.parametrize('which', ['expert_outputs', 'gate_logits'])
 def test_gradients_are_finite_differences(loss, which):
   values = case(seed=1)
-  found = getattr(errors.GRADIENTS[loss](*arrays(values)), which)
+  gradient = getattr(errors.GRADIENTS[loss](*arrays(values)), which)
   at = ('expert_outputs', 'gate_logits').index(which)
   step, differences = 1e-5, np.zeros_like(values[at])
   for index in np.ndindex(*differences.shape):
     sums = []
     for sign in (1, -1):
-      moved = [value.copy() for value in values]
-      moved[at][index] += sign * step
-      sums.append(by_hand(loss, *moved).sum())
+      shifted_values = [value.copy() for value in values]
+      shifted_values[at][index] += sign * step
+      sums.append(by_hand(loss, *shifted_values).sum())
     differences[index] = (sums[0] - sums[1]) / (2 * step)
-  np.testing.assert_allclose(found, differences, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(gradient, differences, rtol=1e-4, atol=1e-5)
 
 
 def test_competition_moves_the_best_fitting_expert_fastest():
@@ -136,9 +138,9 @@ def test_posterior_is_what_competition_learns_from():
   np.testing.assert_allclose(
     errors.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
   )
-  found = errors.competitive_gradients(*arrays((outputs, logits, targets)))
+  gradients = errors.competitive_gradients(*arrays((outputs, logits, targets)))
   expected = -h[..., None] * (targets[:, None] - outputs)
-  np.testing.assert_allclose(found.expert_outputs, expected, rtol=1e-4)
+  np.testing.assert_allclose(gradients.expert_outputs, expected, rtol=1e-4)
 
 
 def test_far_targets_stay_finite():
@@ -229,13 +231,13 @@ def test_targets_are_one_at_their_class(loss):
   model = mixture(3, (2,), loss=loss, num_experts=E)
   x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2)), jnp.float32)
   outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
-  found = model.loss(outputs, {'targets': jnp.array([[2], [0]])})
-  assert found.logits_z is None
+  model_loss = model.loss(outputs, {'targets': jnp.array([[2], [0]])})
+  assert model_loss.logits_z is None
   targets = np.array([[0, 0, 1], [1, 0, 0]])
   expected = by_hand(
     loss, *(np.asarray(a, float) for a in outputs[:2]), targets
   )
-  np.testing.assert_allclose(found.nats[:, 0], expected, rtol=1e-5)
+  np.testing.assert_allclose(model_loss.nats[:, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -325,8 +325,10 @@ def test_layers_are_taken_out_of_a_models_trees():
   assert sparse == model.sparse_layers == (1, 4, 6)
   own = params['decoder']['layers']['layer_1']['ffn_norm']['scale']
   np.testing.assert_array_equal(layers[6]['ffn_norm']['scale'], own[1])
-  place = model.place_of(('decoder', 'layers', 'layer_1', 'moe', 'router', 'w'))
-  assert place == (('decoder',), ('moe', 'router', 'w'), (1, 3))
+  location = model.place_of(
+    ('decoder', 'layers', 'layer_1', 'moe', 'router', 'w')
+  )
+  assert location == (('decoder',), ('moe', 'router', 'w'), (1, 3))
   assert model.place_of(('embedding',)) is None
 
 

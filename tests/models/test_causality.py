@@ -80,7 +80,7 @@ def trials(model, num_trials, train=False):
 @pytest.mark.parametrize('name', CAUSAL)
 def test_earlier_outputs_do_not_change(name):
   model = tiny.build(moe=TIGHT | CAUSAL[name])
-  # These have noise in training.
+  # These routers have noise in training.
   train = name in ('noisy', 'threshold', 'random')
   before, after, dropped = zip(*trials(model, 20, train))
   assert max(before) <= 1e-6

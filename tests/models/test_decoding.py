@@ -40,7 +40,7 @@ CASES = {
     positions=Learned(),
     use_bias=True,
     norm=LayerNorm(),
-    # Too many experts to unroll.
+    # These are too many experts to unroll.
     moe=ALL | dict(layers='last 1', num_experts=600),
   ),
   # In inference a token is compared to thresholds, independently of others.
@@ -154,21 +154,21 @@ def test_steps_equal_the_whole_sequence(name, batch_size):
     cache = model.make_cache(B, T + 2)
   expected = whole(name, tokens, source, source_mask)
   assert np.std(expected) > 0.1
-  found = []
+  step_logits = []
   # Prompts have four tokens, and rows are padded at their start.
   if source is None:
     front = jnp.zeros((B, 2), jnp.int32)
     prompt = jnp.concatenate([front, tokens[:, :4]], axis=1)
     mask = jnp.arange(6)[None] >= jnp.full((B, 1), 2)
     logits, cache = step(variables, prompt, mask, cache)
-    found.append(logits[:, 2:])
+    step_logits.append(logits[:, 2:])
   at = 0 if source is not None else 4
   real = jnp.ones((B, 1), bool)
   for t in range(at, T):
     logits, cache = step(variables, tokens[:, t : t + 1], real, cache)
-    found.append(logits)
+    step_logits.append(logits)
   np.testing.assert_allclose(
-    np.concatenate(found, axis=1), expected, rtol=2e-4, atol=2e-4
+    np.concatenate(step_logits, axis=1), expected, rtol=2e-4, atol=2e-4
   )
 
 
@@ -188,11 +188,15 @@ def test_rows_move_between_the_caches_rows():
   _, cache = step(variables, tokens, real, model.make_cache(B, 8))
   rows = jnp.array([2, 0, 0])
   following = jnp.full((B, 1), 5)
-  moved, _ = step(variables, following, real[:, :1], cache.take(rows))
+  reordered_logits, _ = step(
+    variables, following, real[:, :1], cache.take(rows)
+  )
   _, other = step(variables, tokens[rows], real, model.make_cache(B, 8))
   expected, _ = step(variables, following, real[:, :1], other)
-  np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-5)
-  assert np.abs(np.asarray(moved[0] - moved[1])).max() > 1e-3
+  np.testing.assert_allclose(reordered_logits, expected, rtol=1e-5, atol=1e-5)
+  assert (
+    np.abs(np.asarray(reordered_logits[0] - reordered_logits[1])).max() > 1e-3
+  )
 
 
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
@@ -212,8 +216,8 @@ def test_experts_are_batched_where_a_step_chooses_most():
   E, K = model.moe.num_experts, model.moe.num_selected
   for rows, dispatch in ((1, few_tokens.Unrolled), (7, few_tokens.Batched)):
     assert ((1 - K / E) ** rows < 0.5) == (dispatch is few_tokens.Batched)
-    found, own = prepared('mixtral', batch_size=rows, platform='cpu')
-    assert type(found.moe.dispatch) is dispatch
+    served_model, own = prepared('mixtral', batch_size=rows, platform='cpu')
+    assert type(served_model.moe.dispatch) is dispatch
   layer = own['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['w_in'], stacked[1])

@@ -63,8 +63,8 @@ def test_it_is_the_papers_equations():
   (logits, aux), kept = apply({'params': params}, x, mask[:, None])
   np.testing.assert_allclose(logits[:, 0], want, rtol=1e-4, atol=1e-5)
   for i, g in enumerate((g1, g2)):
-    found = kept['intermediates'][f'layer_{i}']['gates'][0]
-    np.testing.assert_allclose(found, g, rtol=1e-4, atol=1e-6)
+    gates = kept['intermediates'][f'layer_{i}']['gates'][0]
+    np.testing.assert_allclose(gates, g, rtol=1e-4, atol=1e-6)
   # Loads are sums over examples that are not padding, padded to the larger E.
   loads = [mask @ g1, [*(mask @ g2), 0.0]]
   np.testing.assert_allclose(aux.stats.load, loads, rtol=1e-4)
@@ -127,8 +127,8 @@ def test_gradients_are_finite_differences(balance_steps):
     step = 4e-4
 
     def at(t, direction=direction):
-      moved = jax.tree.map(lambda p, d: p + t * d, params, direction)
-      return float(loss(moved))
+      shifted_params = jax.tree.map(lambda p, d: p + t * d, params, direction)
+      return float(loss(shifted_params))
 
     slope = (at(step) - at(-step)) / (2 * step)
     products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
@@ -212,11 +212,11 @@ def test_a_step_moves_totals_by_the_whole_batch():
     )
     state, metrics = step(state, batch)
     np.testing.assert_allclose(metrics.sums.aux.stats.tokens, [5, 5])
-    moved = state.router_state
-    assert moved[STEPS] == 1
+    new_state = state.router_state
+    assert new_state[STEPS] == 1
     for row, name, E in zip(load, ('layer_0', 'layer_1'), (3, 2), strict=True):
       want = row[:E] - row[:E].mean()
-      np.testing.assert_allclose(moved[name][TOTALS], want, atol=1e-5)
+      np.testing.assert_allclose(new_state[name][TOTALS], want, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def batch(seed=0, **changes):
   def places(rows):
     return [[row[:i].count(x) for i, x in enumerate(row)] for row in rows]
 
-  made = {
+  arrays = {
     'encoder_tokens': rng.integers(0, V, (B, S)),
     'tokens': rng.integers(0, V, (B, T)),
     'encoder_segment_ids': encoder_ids,
@@ -77,8 +77,8 @@ def batch(seed=0, **changes):
     'encoder_positions': places(encoder_ids),
     'positions': places(ids),
   }
-  made |= changes
-  return {key: jnp.asarray(value, jnp.int32) for key, value in made.items()}
+  arrays |= changes
+  return {key: jnp.asarray(value, jnp.int32) for key, value in arrays.items()}
 
 
 def logits_of(kind, one):
@@ -105,9 +105,9 @@ def test_packed_examples_are_apart(kind):
     single |= {
       name: alone(name, S, at) for name in (f'encoder_{n}' for n in names)
     }
-    found = logits_of(kind, batch(**single))[0]
+    logits = logits_of(kind, batch(**single))[0]
     np.testing.assert_allclose(
-      found[: to[1] - to[0]], packed[slice(*to)], rtol=2e-4, atol=2e-4
+      logits[: to[1] - to[0]], packed[slice(*to)], rtol=2e-4, atol=2e-4
     )
 
 

@@ -56,14 +56,14 @@ def test_it_is_its_layers_in_a_row():
         y = Lstm(MODEL.between.lstm).apply(own, x, jnp.asarray(IDS))[0]
       else:
         layer = MoE(MODEL.moe)
-        y, found = layer.apply(own, x, jnp.asarray(IDS) > 0)
+        y, moe_aux = layer.apply(own, x, jnp.asarray(IDS) > 0)
         y = jax.nn.sigmoid(y)
       x = x + y
-    return x @ params['embedding'].T, found
+    return x @ params['embedding'].T, moe_aux
 
-  wanted, found = expected(params, tokens)
+  wanted, moe_aux = expected(params, tokens)
   np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
-  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(found)):
+  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(moe_aux)):
     np.testing.assert_allclose(a[1], b, rtol=1e-4)
     assert a.shape[0] == 3 and not np.any(a[::2])
   assert aux.stats.load.shape == (3, 6) and aux.load_loss[1] > 0

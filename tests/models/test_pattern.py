@@ -1,12 +1,17 @@
-"""Which layers of a model share a loop."""
+"""A pattern of layers tells which layers of a model share a loop."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.models import sparse_pattern
-from moe_jax.models.pattern import MAX_PERIOD, segments, shortest_period
+from moe_jax.models.pattern import (
+  MAX_PERIOD,
+  count_sparse,
+  segments,
+  shortest_period,
+  sparse_pattern,
+)
 from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
 
@@ -51,8 +56,8 @@ def test_shortest_period(pattern, expected):
   ],
 )
 def test_segments_of_published_patterns(layers, num_layers, expected):
-  found = segments(sparse_pattern(layers, num_layers))
-  assert found == [(name, flags(p), n) for name, p, n in expected]
+  loops = segments(sparse_pattern(layers, num_layers))
+  assert loops == [(name, flags(p), n) for name, p, n in expected]
 
 
 def test_a_dense_first_layer_is_a_segment_of_its_own():
@@ -87,3 +92,12 @@ def test_a_model_of_segments_equals_the_oracle():
   np.testing.assert_array_equal(
     np.asarray(aux.stats.tokens) > 0, [False] * 9 + [True]
   )
+
+
+@pytest.mark.parametrize('layers', ['all', 'none', 'every 3', 'last 2', '1,3'])
+def test_sparse_layers_are_counted_without_a_list(layers):
+  assert count_sparse(layers, 7) == sum(sparse_pattern(layers, 7))
+
+
+def test_a_list_is_not_made_to_count():
+  assert count_sparse('every 2', 10**15) == 5 * 10**14

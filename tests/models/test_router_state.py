@@ -37,9 +37,9 @@ def test_each_layers_load_moves_its_own_bias(layers, num_layers):
   # Layer i sends all tokens to expert i, whose bias falls; the others' rise.
   load = np.zeros((num_layers, 5), np.float32)
   load[range(num_layers), np.arange(num_layers)] = 10
-  moved = model.move_router_state(state, jnp.asarray(load))
-  assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
-  rows = np.concatenate([np.asarray(x) for x in jax.tree.leaves(moved)])
+  new_state = model.move_router_state(state, jnp.asarray(load))
+  assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
+  rows = np.concatenate([np.asarray(x) for x in jax.tree.leaves(new_state)])
   lowered = sorted(int(np.argmin(row)) for row in rows)
   assert lowered == list(model.sparse_layers)
   assert set(np.unique(rows)) == {-0.25, 0.25}
@@ -49,8 +49,8 @@ def test_another_rate_may_be_an_argument_of_the_step():
   model = tiny.build(MOE)
   load = jnp.asarray(np.eye(2, 5, dtype=np.float32))
   move = jax.jit(model.move_router_state)
-  moved = move(filled(model), load, jnp.float32(0.5))
-  (bias,) = jax.tree.leaves(moved)
+  new_state = move(filled(model), load, jnp.float32(0.5))
+  (bias,) = jax.tree.leaves(new_state)
   np.testing.assert_array_equal(bias, 0.5 - np.eye(2, 5))
 
 
@@ -60,11 +60,11 @@ def test_an_encoders_layers_come_first():
     dict(layers='1', **MOE), kind='encoder_decoder', encoder=encoder
   )
   load = np.zeros((4, 5), np.float32)
-  # The encoder's first layer and the decoder's second.
+  # Loads are those of the encoder's first layer and the decoder's second.
   load[0, 4], load[3, 2] = 10, 10
-  moved = model.move_router_state(filled(model), jnp.asarray(load))
+  new_state = model.move_router_state(filled(model), jnp.asarray(load))
   (encoder,), (decoder,) = (
-    jax.tree.leaves(moved[half]) for half in ('encoder', 'decoder')
+    jax.tree.leaves(new_state[half]) for half in ('encoder', 'decoder')
   )
   assert np.argmin(encoder) == 4 and np.argmin(decoder) == 2
 
@@ -83,10 +83,10 @@ def test_a_model_generates_by_its_bias():
     load = np.asarray(aux.stats.load)
     if name == 'pushed':
       assert (load[:, 1] == 4).all() and (load[:, 3] == 0).all()
-    made = generation.generate(
+    output = generation.generate(
       model, variables, [np.asarray(tokens[0])], num_tokens=1
     )
-    assert int(made.rows[0][-1]) == int(jnp.argmax(logits[0, -1]))
+    assert int(output.rows[0][-1]) == int(jnp.argmax(logits[0, -1]))
     outputs[name] = np.asarray(logits)
   assert np.abs(outputs['zero'] - outputs['pushed']).max() > 1e-3
 

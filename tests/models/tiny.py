@@ -49,8 +49,12 @@ def options(moe=None, kind='decoder', **model):
     if isinstance(value, dict):
       value = dataclasses.replace(base.get(name, getattr(usual, name)), **value)
     base[name] = value
-  made = cls(**base)
-  return made if made.reads_features else made.filled(V, (), T)
+  model_options = cls(**base)
+  return (
+    model_options
+    if model_options.reads_features
+    else model_options.filled(V, (), T)
+  )
 
 
 def build(moe=None, kind='decoder', **model):
@@ -90,9 +94,12 @@ def apply(model):
 
 def leaves(tree):
   """Leaves of a tree by name, such as {'layers/layer_0/ffn/w_in': array}."""
-  found, _ = jax.tree_util.tree_flatten_with_path(tree)
+  paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   name = jax.tree_util.keystr
-  return {name(path, simple=True, separator='/'): leaf for path, leaf in found}
+  return {
+    name(path, simple=True, separator='/'): leaf
+    for path, leaf in paths_and_leaves
+  }
 
 
 def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):

@@ -66,26 +66,26 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
 
 def test_a_layout_leaves_whole_what_does_not_divide():
   mesh = mesh_of(data=2, expert=2, tensor=2)
-  found = {}
+  layouts = {}
 
-  def found_for(groups, num_experts, hidden):
+  def layout_for(groups, num_experts, hidden):
     def run(x):
-      found['layout'] = layout_of(
+      layouts['layout'] = layout_of(
         RULES, x, num_experts=num_experts, hidden=hidden
       )
       return x
 
     x = on(mesh, jnp.zeros((groups, 5, M)))
     jax.jit(run).lower(x)
-    return found['layout']
+    return layouts['layout']
 
-  layout = found_for(4, 6, 10)
+  layout = layout_for(4, 6, 10)
   assert layout.groups == ('data', 'expert') and layout.experts == ('expert',)
   assert layout.hidden == ('tensor',)
-  assert found_for(3, 6, 10).groups == ()
-  assert found_for(3, 6, 10).exchanged == ()
-  assert found_for(4, 5, 10).experts == ()
-  assert found_for(4, 6, 9).hidden == ()
+  assert layout_for(3, 6, 10).groups == ()
+  assert layout_for(3, 6, 10).exchanged == ()
+  assert layout_for(4, 5, 10).experts == ()
+  assert layout_for(4, 6, 9).hidden == ()
 
 
 def test_one_device_has_no_layout():
@@ -99,20 +99,20 @@ LINE = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = .*? ([\w\-]+)\((.*)$')
 def instructions(text):
   """The entry computation's instructions: name -> (kind, operands, line)."""
   entry = text[text.index('\nENTRY') :]
-  found = {}
+  program = {}
   for line in entry.splitlines():
     if match := LINE.match(line):
       name, kind, rest = match.groups()
       operands = re.findall(r'%([\w.\-]+)', rest.split(', metadata')[0])
-      found[name] = kind, operands, line
-  return found
+      program[name] = kind, operands, line
+  return program
 
 
-def ancestors(found, name):
+def ancestors(program, name):
   seen, left = set(), [name]
   while left:
-    for operand in found[left.pop()][1]:
-      if operand in found and operand not in seen:
+    for operand in program[left.pop()][1]:
+      if operand in program and operand not in seen:
         seen.add(operand)
         left.append(operand)
   return seen
@@ -138,15 +138,15 @@ def test_no_piece_travels_after_anothers_product(kind):
   np.testing.assert_allclose(
     compiled(on(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
   )
-  found = instructions(compiled.as_text())
-  travels = [name for name, line in found.items() if line[0] == 'all-to-all']
+  program = instructions(compiled.as_text())
+  travels = [name for name, line in program.items() if line[0] == 'all-to-all']
   products = {
     name
-    for name, (_, _, line) in found.items()
+    for name, (_, _, line) in program.items()
     if re.search(r'op_name="[^"]*experts(?:/[\w.]+)*/dot_general', line)
   }
   assert len(travels) == 2 * chunks and products
-  before = {name: ancestors(found, name) for name in travels}
+  before = {name: ancestors(program, name) for name in travels}
   there = [name for name in travels if not before[name] & products]
   assert len(there) == chunks  # no piece waits for a product
   for name in set(travels) - set(there):

@@ -183,20 +183,20 @@ def step_of(
   )
 
 
-def assert_equal(found: Result, one: Result):
-  np.testing.assert_allclose(found.loss, one.loss, rtol=1e-5)
-  tiny.assert_trees_close(found.sums, one.sums, rtol=1e-4, atol=1e-4)
-  tiny.assert_trees_close(found.grads, one.grads, rtol=1e-3, atol=1e-5)
-  tiny.assert_trees_close(found.update, one.update, rtol=1e-3, atol=1e-6)
+def assert_equal(result: Result, one: Result):
+  np.testing.assert_allclose(result.loss, one.loss, rtol=1e-5)
+  tiny.assert_trees_close(result.sums, one.sums, rtol=1e-4, atol=1e-4)
+  tiny.assert_trees_close(result.grads, one.grads, rtol=1e-3, atol=1e-5)
+  tiny.assert_trees_close(result.update, one.update, rtol=1e-3, atol=1e-6)
   tiny.assert_trees_close(
-    found.balance_bias, one.balance_bias, rtol=0, atol=1e-7
+    result.balance_bias, one.balance_bias, rtol=0, atol=1e-7
   )
 
 
 def collectives(text) -> dict[str, int]:
   kinds = 'all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute'
-  found = re.findall(rf'= .{{1,900}}? ({kinds})(?:-start)?\(', text)
-  return dict(collections.Counter(found))
+  operations = re.findall(rf'= .{{1,900}}? ({kinds})(?:-start)?\(', text)
+  return dict(collections.Counter(operations))
 
 
 FAST = {
@@ -278,24 +278,24 @@ def test_chunks_change_nothing_and_each_has_its_own_all_to_alls(chunks):
   room = dict(capacity=PerToken(3.0))  # three slots for each expert
   one = step_of('gather', **room)
   written_out = Gather(AllToAll(chunks=chunks))
-  found = step_of('gather', '1x1x4x2', dispatch=written_out, **room)
-  assert_equal(found, one)
+  result = step_of('gather', '1x1x4x2', dispatch=written_out, **room)
+  assert_equal(result, one)
   # The one sparse layer sends rows there and back, forward and backward.
-  assert collectives(found.text)['all-to-all'] == 4 * chunks
+  assert collectives(result.text)['all-to-all'] == 4 * chunks
 
 
 def test_rows_travel_in_bfloat16():
   one = step_of('gather')
-  found = step_of(
+  result = step_of(
     'gather', '1x1x8x1', dispatch=Gather(Constraint(dtype='bfloat16'))
   )
-  np.testing.assert_allclose(found.loss, one.loss, rtol=1e-3)
-  difference = abs(found.loss - one.loss)
+  np.testing.assert_allclose(result.loss, one.loss, rtol=1e-3)
+  difference = abs(result.loss - one.loss)
   assert difference > 1e-7
-  tiny.assert_trees_close(found.grads, one.grads, rtol=0.1, atol=2e-3)
-  moved = re.findall(r'= \((\w+)\[.{1,900}? all-to-all\(', found.text)
+  tiny.assert_trees_close(result.grads, one.grads, rtol=0.1, atol=2e-3)
+  exchanges = re.findall(r'= \((\w+)\[.{1,900}? all-to-all\(', result.text)
   # XLA's CPU compiler can widen rows in transit; they were rounded before.
-  assert len(moved) == 4 and 'bf16' in found.text
+  assert len(exchanges) == 4 and 'bf16' in result.text
 
 
 @pytest.mark.parametrize('way', ['gather', 'written_out'])
@@ -303,15 +303,15 @@ def test_the_program_has_the_stated_all_to_alls_and_gathers_no_kernel(
   way, capfd
 ):
   capfd.readouterr()
-  found = step_of(way, '1x1x8x1', salt=time.time() % 1000)
+  result = step_of(way, '1x1x8x1', salt=time.time() % 1000)
   told = capfd.readouterr().err
   assert 'rematerialization' not in told, told
-  counts = collectives(found.text)
+  counts = collectives(result.text)
   assert counts['all-to-all'] == 4
   assert 'all-gather' not in counts and 'collective-permute' not in counts
   whole = re.escape(f'f32[{E},16,24]'), re.escape(f'f32[{E},24,16]')
   for kernel in whole:
-    assert not re.search(kernel, found.text)
+    assert not re.search(kernel, result.text)
 
 
 def test_a_rematerialization_would_be_seen(capfd):
@@ -328,11 +328,11 @@ def test_a_rematerialization_would_be_seen(capfd):
 
 
 def test_dropless_sends_rows_and_gathers_no_kernel():
-  found = step_of('dropless', '1x1x8x1')
-  gathered = re.findall(r'= (\S+) all-gather\(', found.text)
+  result = step_of('dropless', '1x1x8x1')
+  gathered = re.findall(r'= (\S+) all-gather\(', result.text)
   assert gathered  # rows, as the CPU has no ragged exchange
   assert not any(re.match(r'f32\[\d+,(16,24|24,16)\]', s) for s in gathered)
-  assert not re.search(rf'f32\[{E},(16,24|24,16)\]', found.text)
+  assert not re.search(rf'f32\[{E},(16,24|24,16)\]', result.text)
 
 
 def test_nothing_is_rematerialized_with_fsdp_and_tensors(capfd):

@@ -63,10 +63,10 @@ def test_told_rows():
     plan = ragged.traffic(sizes[0], starts[0], AXES)
     return ragged.send(rows[0], plan, 5, AXES)[None]
 
-  found = everywhere(send)(rows, sizes, starts)
-  np.testing.assert_array_equal(found[0, :3], [a, d, 0 * a])
-  np.testing.assert_array_equal(found[1, :3], [b, c, 0 * a])
-  assert not found[2:].any()
+  received_rows = everywhere(send)(rows, sizes, starts)
+  np.testing.assert_array_equal(received_rows[0, :3], [a, d, 0 * a])
+  np.testing.assert_array_equal(received_rows[1, :3], [b, c, 0 * a])
+  assert not received_rows[2:].any()
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -91,13 +91,13 @@ def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
   np.testing.assert_array_equal(there, want)
   expected = np.zeros_like(rows)
   d_expected = np.zeros_like(rows)
-  place = np.zeros(P, int)
+  offsets = np.zeros(P, int)
   for i in range(P):
     for j in range(P):
       block = slice(starts[i, j], starts[i, j] + sizes[i, j])
       expected[i, block] = rows[i, block]
-      d_expected[i, block] = weight[j, place[j] : place[j] + sizes[i, j]]
-      place[j] += sizes[i, j]
+      d_expected[i, block] = weight[j, offsets[j] : offsets[j] + sizes[i, j]]
+      offsets[j] += sizes[i, j]
   np.testing.assert_array_equal(back, expected)
   np.testing.assert_array_equal(d_rows, d_expected)
 
@@ -132,6 +132,6 @@ def test_the_stand_in_leaves_the_rest_of_its_output_alone():
       axis_name=AXES,
     )[None]
 
-  found = np.asarray(everywhere(run)(rows, sizes, starts))
+  output = np.asarray(everywhere(run)(rows, sizes, starts))
   for me in range(P):
-    assert (found[me, sizes[:, me].sum() :] == 7).all()
+    assert (output[me, sizes[:, me].sum() :] == 7).all()

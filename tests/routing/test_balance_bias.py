@@ -25,7 +25,7 @@ def choice(bias, gates):
 
 
 def test_the_bias_decides_who_is_chosen_and_not_what_it_weighs():
-  # Of three experts the first is the likeliest; a bias of -0.25 puts it behind
+  # The first of three experts is the likeliest; a bias of -0.25 puts it behind
   # the second, whose gate is its own probability without the bias.
   assert int(choice([0, 0, 0], 'raw').expert_index.item()) == 0
   pushed = choice([-0.25, 0, 0], 'raw')
@@ -44,9 +44,9 @@ def test_a_bias_moves_against_the_load():
   # stays; layers are independent.
   load = jnp.array([[9, 1, 2, 4], [4, 4, 4, 4]], jnp.float32)
   bias = jnp.full((2, 4), 0.5, jnp.float32)
-  found = balance_bias.moved(bias, load, 0.01)
+  new_bias = balance_bias.moved(bias, load, 0.01)
   want = [[0.49, 0.51, 0.51, 0.5], [0.5] * 4]
-  np.testing.assert_allclose(found, want, rtol=1e-6)
+  np.testing.assert_allclose(new_bias, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize('scores', balance_bias.SCORES)

@@ -48,7 +48,7 @@ def test_rounding_then_minimum_then_multiple_then_the_group():
 def test_the_quotient_is_exact():
   # In floating point 1.1 * 100 / 10 is a little over 11: one slot too many.
   assert slots(100, 10, 1, PerToken(factor=1.1)) == 11
-  # And 1.15 * 100 / 5 is a little under 23: one slot too few.
+  # There 1.15 * 100 / 5 is a little under 23: one slot too few.
   assert slots(100, 5, 1, PerToken(factor=1.15, rounding='floor')) == 23
 
 

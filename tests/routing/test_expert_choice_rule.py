@@ -94,7 +94,7 @@ def test_contract(logits, mask, capacity):
 
 
 def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
-  # Of 8 tokens an expert takes 4, and of the 6 real ones 3.
+  # An expert takes 4 of 8 tokens, and 3 of the 6 real ones.
   logits = draw(0, G, 8, E)
   mask = jnp.broadcast_to(jnp.arange(8) < 6, (G, 8))
   padded = compiled(logits, mask, 4)
@@ -108,8 +108,8 @@ def test_shares_are_exact_where_products_pass_32_bits():
   S, C = 131_072, 131_071
   real = np.array([0, 1, 70_001, S])
   expected = -(-C * real.astype(object) // S)
-  found = shares(jnp.asarray(real, jnp.int32), S, C)
-  np.testing.assert_array_equal(found, expected.astype(int))
+  counts = shares(jnp.asarray(real, jnp.int32), S, C)
+  np.testing.assert_array_equal(counts, expected.astype(int))
 
 
 def test_a_later_token_takes_an_earlier_ones_place():

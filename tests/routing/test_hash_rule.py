@@ -82,10 +82,10 @@ def test_all_experts_may_be_selected():
 
 def test_the_scrambling_loses_nothing():
   x = np.arange(2**16, dtype=np.uint32) * np.uint32(65_537)
-  found = np.asarray(jax.jit(mixed)(x))
-  assert len(np.unique(found)) == len(x)
+  hashes = np.asarray(jax.jit(mixed)(x))
+  assert len(np.unique(hashes)) == len(x)
   np.testing.assert_array_equal(
-    found[:50], [reference.scrambled(int(i)) for i in x[:50]]
+    hashes[:50], [reference.scrambled(int(i)) for i in x[:50]]
   )
 
 
@@ -104,16 +104,18 @@ def test_what_is_hashed():
   # Token 8 follows 5 twice, follows 6, and is first; its positions are 1, 3, 5
   # and 0.
   tokens = jnp.array([[5, 8, 5, 8, 6, 8], [8, 5, 5, 6, 6, 5]])
-  place = jnp.tile(jnp.arange(6), (2, 1))
-  found = {
-    of: np.asarray(hash_ids(of, tokens, previous_tokens(tokens), place))
+  positions = jnp.tile(jnp.arange(6), (2, 1))
+  hashed_ids = {
+    of: np.asarray(hash_ids(of, tokens, previous_tokens(tokens), positions))
     for of in HASH_OF
   }
-  eights = {of: [*ids[0, 1::2], ids[1, 0]] for of, ids in found.items()}
+  eights = {of: [*ids[0, 1::2], ids[1, 0]] for of, ids in hashed_ids.items()}
   assert len(set(eights['token'])) == 1
   assert eights['bigram'][0] == eights['bigram'][1]
   assert len(set(eights['bigram'])) == 3
   assert len(set(eights['position'])) == 4
-  np.testing.assert_array_equal(found['position'][0], found['position'][1])
+  np.testing.assert_array_equal(
+    hashed_ids['position'][0], hashed_ids['position'][1]
+  )
   with pytest.raises(ValueError, match="unknown hash_of 'trigram'"):
-    hash_ids('trigram', tokens, tokens, place)
+    hash_ids('trigram', tokens, tokens, positions)

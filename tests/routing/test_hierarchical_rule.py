@@ -98,8 +98,8 @@ def test_load_loss_has_a_gradient_to_the_primary_gate():
   mask = jnp.ones((G, S), bool)
 
   def loss(clean):
-    moved = branch._replace(clean=clean, noisy=branch.noisy)
-    return losses(moved, experts, mask).sum()
+    shifted_branch = branch._replace(clean=clean, noisy=branch.noisy)
+    return losses(shifted_branch, experts, mask).sum()
 
   gradient = jax.jit(jax.grad(loss))(branch.clean)
   assert np.abs(gradient).max() > 1e-4

@@ -25,9 +25,9 @@ def as_float64(logits):
 
 
 def test_one_token_by_hand():
-  # Of three experts two are chosen, and all standard deviations are 2. Chosen
-  # experts 0 and 1 compete with the third value, 1; expert 2, which is not
-  # chosen, competes with the second, 4. Probabilities are those of clean
+  # The token chooses two of three experts, and all standard deviations are 2.
+  # Chosen experts 0 and 1 compete with the third value, 1; expert 2, which is
+  # not chosen, competes with the second, 4. Probabilities are those of clean
   # logits.
   logits = NoisyLogits(
     clean=jnp.array([[[5.0, 3.0, 2.0]]]),

@@ -43,7 +43,7 @@ def test_draws_are_used_as_the_definition_says():
 
 def test_another_key_is_another_choice():
   agree = (choice(0) == choice(1)).mean()
-  # Standard deviation 0.005.
+  # The share of equal choices has a standard deviation of 0.005.
   np.testing.assert_allclose(agree, 1 / E, atol=0.03)
 
 

@@ -25,10 +25,10 @@ def test_one_example_by_hand():
   # A lead equal to the margin is allowed.
   assert not running_totals.overused(totals, 5.0).any()
   # With the example totals are 9, 3.75 and 0.25.
-  moved = running_totals.moved(totals, gates.sum(0))
+  new_totals = running_totals.moved(totals, gates.sum(0))
   mean = (9 + 3.75 + 0.25) / 3
   np.testing.assert_allclose(
-    moved, [9 - mean, 3.75 - mean, 0.25 - mean], rtol=1e-5
+    new_totals, [9 - mean, 3.75 - mean, 0.25 - mean], rtol=1e-5
   )
 
 
@@ -45,9 +45,9 @@ def test_steps_follow_the_definition(E, margin):
     gates = running_totals.constrained_gates(logits, out)
     return running_totals.moved(totals, gates.sum(0)), gates
 
-  _, found = jax.lax.scan(step, jnp.zeros(E), jnp.asarray(logits))
+  _, balanced_gates = jax.lax.scan(step, jnp.zeros(E), jnp.asarray(logits))
   want = reference.balanced_gates(logits, margin)
-  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(balanced_gates, want, rtol=1e-4, atol=1e-6)
   # With a large margin no expert sits out.
   assert (want == 0).any() == (margin < 1000)
 

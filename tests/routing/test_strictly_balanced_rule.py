@@ -60,8 +60,10 @@ def test_masks_are_told():
   # With thresholds of 0.65 and 0.35 the middle token has expert 1 alone, with a
   # gate of 1.
   thresholds = jnp.array([0.65, 0.35])
-  found = threshold(log(TOLD), thresholds, 3, ALL)
-  np.testing.assert_allclose(by_token(found)[0], [[1, 0], [0, 1], [0, 1]])
+  threshold_routing = threshold(log(TOLD), thresholds, 3, ALL)
+  np.testing.assert_allclose(
+    by_token(threshold_routing)[0], [[1, 0], [0, 1], [0, 1]]
+  )
   # The two choices differ in one place, by 0.6 - 0.65.
   loss = loss_of(log(TOLD), thresholds, chosen, ALL)
   np.testing.assert_allclose(loss, [(0 - 1) * (0.6 - 0.65) / 3], rtol=1e-4)
@@ -71,9 +73,11 @@ def test_masks_are_told():
 
 
 def test_a_threshold_that_nobody_passes_leaves_no_expert():
-  found = threshold(log(TOLD), jnp.array([0.9, 0.35]), 1, ALL)
+  threshold_routing = threshold(log(TOLD), jnp.array([0.9, 0.35]), 1, ALL)
   # An expert with one slot takes the last token, whose gate is larger.
-  np.testing.assert_array_equal(by_token(found)[0], [[0, 0], [0, 0], [0, 1]])
+  np.testing.assert_array_equal(
+    by_token(threshold_routing)[0], [[0, 0], [0, 0], [0, 1]]
+  )
 
 
 def test_gates_and_loss_are_those_of_the_book():
@@ -84,7 +88,7 @@ def test_gates_and_loss_are_those_of_the_book():
   mask[1, 4:] = False
   args = jnp.asarray(logits), jnp.asarray(thresholds)
   chosen = batchwise(args[0], K, jnp.asarray(mask))
-  found = threshold(*args, S, jnp.asarray(mask))
+  threshold_routing = threshold(*args, S, jnp.asarray(mask))
   loss = loss_of(*args, chosen, jnp.asarray(mask))
   for g in range(G):
     real = mask[g].sum()
@@ -93,14 +97,14 @@ def test_gates_and_loss_are_those_of_the_book():
       np.float64(logits[g]), m, mask[g], thresholds
     )
     np.testing.assert_allclose(by_token(chosen)[g], batch, rtol=1e-5)
-    np.testing.assert_allclose(by_token(found)[g], above, rtol=1e-5)
+    np.testing.assert_allclose(by_token(threshold_routing)[g], above, rtol=1e-5)
     np.testing.assert_allclose(loss[g], expected / real, rtol=1e-4)
     assert (chosen.filled[g].sum(-1) == m).all()
     assert expected > 0
 
 
 def test_thresholds_learn_the_mask():
-  # Of 64 tokens every expert takes 16 (K = 1, E = 4). Initial thresholds choose
+  # Every expert takes 16 of 64 tokens (K = 1, E = 4). Initial thresholds choose
   # all or none, and gradient descent moves them there.
   rng = np.random.default_rng(1)
   logits = jnp.asarray(rng.normal(size=(1, 64, E)), jnp.float32)
@@ -121,8 +125,8 @@ def test_thresholds_learn_the_mask():
     thresholds, loss = step(thresholds)
     losses.append(float(loss))
   assert losses[0] > 0.1 and losses[-1] < 1e-3 and min(losses) >= 0
-  found = threshold(logits, thresholds, 64, mask)
-  np.testing.assert_allclose(found.filled[0].sum(-1), 16, atol=1)
+  threshold_routing = threshold(logits, thresholds, 64, mask)
+  np.testing.assert_allclose(threshold_routing.filled[0].sum(-1), 16, atol=1)
 
 
 def test_gradients_reach_the_gates_through_the_renormalisation():

@@ -209,8 +209,9 @@ def test_mixtrals_gates_are_the_softmax_of_the_chosen_logits():
 
 
 def test_renormalising_after_dropping_gives_the_survivor_everything():
-  # As for GShard, but token 0's only kept choice has gate 1. A third token,
-  # which finds experts 0 and 1 full, keeps nothing: zero, not NaN.
+  # Choices are those of GShard's test, but token 0's only kept choice has gate
+  # 1. A third token, which finds experts 0 and 1 full, keeps nothing: its gates
+  # are zero, not NaN.
   logits = jnp.concatenate([RIVALS, logits_of([0.5, 0.4, 0.1])], axis=1)
   routing = route(
     logits,
@@ -282,11 +283,11 @@ def test_gates_are_float32_whatever_the_logits_are(gates):
   half = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 5)))
   half = half.astype(jnp.bfloat16)
   options = dict(num_selected=3, capacity=4, gates=gates)
-  found, exact = (
+  from_half, exact = (
     route(logits, **options) for logits in (half, half.astype(jnp.float32))
   )
-  assert found.gate.dtype == jnp.float32
-  np.testing.assert_array_equal(found.gate, exact.gate)
+  assert from_half.gate.dtype == jnp.float32
+  np.testing.assert_array_equal(from_half.gate, exact.gate)
 
 
 def test_zeros_of_both_signs_tie():

@@ -153,7 +153,7 @@ def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
     for step in range(4):
       checkpointer.save(step, make_state(step))
       deadline = time.monotonic() + 20
-      # Until this one is saved and the one before is deleted.
+      # The loop ends once this one is saved and the one before is deleted.
       while checkpointer.steps() != [step]:
         assert time.monotonic() < deadline
         for folder in tmp_path.iterdir():

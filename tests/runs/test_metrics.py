@@ -23,12 +23,12 @@ def event_files(workdir):
 
 
 def events(path):
-  data, found = path.read_bytes(), []
+  data, records = path.read_bytes(), []
   while data:
     (length,) = struct.unpack('<Q', data[:8])
-    found.append(Event.FromString(data[12 : 12 + length]))
+    records.append(Event.FromString(data[12 : 12 + length]))
     data = data[12 + length + 4 :]
-  return found
+  return records
 
 
 def scalars(path):

@@ -33,9 +33,9 @@ class Poison(Hook):
       if int(state.step) + 1 in self.steps:
         weights = batch['loss_weights'].at[0, 0].set(jnp.inf)
         batch = batch | {'loss_weights': weights}
-      state, found = train_step(state, batch)
+      state, step_metrics = train_step(state, batch)
       self.states[int(state.step)] = jax.device_get(state)
-      return state, found
+      return state, step_metrics
 
     def message(text):
       self.lines.append(text)

@@ -36,10 +36,10 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   assert run.model == options.filled(257).model
   assert (run.data, run.batch_size) == (options.data, 4)
   rules = run.sharding.rules
-  found = trained.restore_variables(folder, run.model.build(rules), rules)
-  assert found.step == 2
+  checkpoint = trained.restore_variables(folder, run.model.build(rules), rules)
+  assert checkpoint.step == 2
   for a, b in zip(
-    jax.tree.leaves(found.state['params']),
+    jax.tree.leaves(checkpoint.state['params']),
     jax.tree.leaves(state.params),
     strict=True,
   ):
@@ -55,9 +55,9 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   longer_run = run_config.read(longer)
   state = loop.train_and_evaluate(longer_run, folder, devices=one, resume=True)
   assert int(state.step) == 3
-  moved = merge(longer, {'checkpoint': {'directory': ''}})
+  relocated_config = merge(longer, {'checkpoint': {'directory': ''}})
   with pytest.raises(ValueError, match=r'bucket/run; checkpoint\.directory='):
-    workdir.check(folder, moved, resume=True)
+    workdir.check(folder, relocated_config, resume=True)
 
 
 def test_a_run_with_checkpoints_of_its_own_keeps_them(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.models.base import TokenLosses
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses
 from tests.training import tiny
@@ -80,3 +81,17 @@ def test_the_weights_are_those_of_the_chosen_router():
   )
   assert (weights.load, weights.importance) == (0.2, 0.3)
   assert (weights.logits_z, weights.num_averaged) == (0.4, 1)
+
+
+def test_what_has_no_weight_may_be_nan():
+  weights = jnp.array([[1.0, 0.0, 2.0]])
+  batch = {'loss_weights': weights}
+  aux = empty_aux(1, 1)
+  nats = jnp.array([[3.0, jnp.nan, 5.0]])
+
+  def total(nats):
+    sums = losses.loss_sums(TokenLosses(nats, nats), batch, aux)
+    return sums.cross_entropy + sums.logits_z
+
+  assert total(nats) == 2 * (3.0 + 2 * 5.0)
+  assert jax.grad(total)(nats).tolist() == [[2.0, 0.0, 4.0]]

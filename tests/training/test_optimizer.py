@@ -25,7 +25,7 @@ ROLES = {
 AT_ONCE = Constant(warmup_steps=0)
 
 
-def made(options):
+def transformation(options):
   return options.transformation(10, AXES, ROLES)
 
 
@@ -88,7 +88,7 @@ def test_adamw_is_optax_adamw(params, grads):
     o.learning_rate, o.b1, o.b2, o.epsilon, weight_decay=o.weight_decay
   )
   for a, b in zip(
-    jax.tree.leaves(run(made(o), params, grads)),
+    jax.tree.leaves(run(transformation(o), params, grads)),
     jax.tree.leaves(run(theirs, params, grads)),
     strict=True,
   ):
@@ -99,9 +99,9 @@ def decayed(params, **options):
   """Fraction of each parameter that is left by a step without a gradient."""
   zeros = jax.tree.map(np.zeros_like, params)
   o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
-  moved = run(made(o), params, zeros, steps=1)
+  new_params = run(transformation(o), params, zeros, steps=1)
   return jax.tree.map(
-    lambda a, b: round(float((a / b).mean()), 5), moved, params
+    lambda a, b: round(float((a / b).mean()), 5), new_params, params
   )
 
 
@@ -127,10 +127,10 @@ def test_no_bias_decays_that_of_a_router_among_them():
   )
   params = jax.tree.map(np.ones_like, tiny.params_of(options))
   zeros = jax.tree.map(np.zeros_like, params)
-  moved = run(tiny.optimizer_of(options), params, zeros, steps=1)
+  new_params = run(tiny.optimizer_of(options), params, zeros, steps=1)
   decays = {
     jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, leaf in jax.tree_util.tree_leaves_with_path(moved)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new_params)
     if (leaf < 1).any()
   }
   router = 'layers/layer_1/moe/router'
@@ -142,8 +142,10 @@ def test_no_bias_decays_that_of_a_router_among_them():
 def test_clipping_is_by_the_global_norm(params, grads):
   scale = 0.5 / float(optax.global_norm(grads))
   clipped = jax.tree.map(lambda g: g * scale, grads)
-  a = run(made(AdamW(schedule=AT_ONCE, clip_norm=0.5)), params, grads)
-  b = run(made(AdamW(schedule=AT_ONCE, clip_norm=0.0)), params, clipped)
+  a = run(transformation(AdamW(schedule=AT_ONCE, clip_norm=0.5)), params, grads)
+  b = run(
+    transformation(AdamW(schedule=AT_ONCE, clip_norm=0.0)), params, clipped
+  )
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
 
@@ -158,7 +160,7 @@ ADAFACTOR = Adafactor(
 
 
 def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
-  moved = run(made(ADAFACTOR), params, grads)
+  new_params = run(transformation(ADAFACTOR), params, grads)
   theirs = optax.adafactor(
     ADAFACTOR.learning_rate,
     min_dim_size_to_factor=2,
@@ -173,16 +175,19 @@ def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
       grads['layers']['experts'][layer, expert],
     )
     np.testing.assert_allclose(
-      moved['layers']['experts'][layer, expert], alone, rtol=1e-4, atol=1e-6
+      new_params['layers']['experts'][layer, expert],
+      alone,
+      rtol=1e-4,
+      atol=1e-6,
     )
   # On the whole stack optax computes another update, which is why it is split.
   whole = run(theirs, params, grads)
-  difference = whole['layers']['experts'] - moved['layers']['experts']
+  difference = whole['layers']['experts'] - new_params['layers']['experts']
   assert np.abs(difference).max() > 1e-4
 
 
 def test_adafactor_never_factors_over_experts(params):
-  transform = made(ADAFACTOR)
+  transform = transformation(ADAFACTOR)
   shapes = {
     leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(

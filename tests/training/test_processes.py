@@ -311,5 +311,5 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
     'tokenizer.json',
   }
   rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
-  found = {key for row in rows for key in row}
-  assert {'eval/generate/chrf', 'eval/choice/accuracy'} <= found
+  keys = {key for row in rows for key in row}
+  assert {'eval/generate/chrf', 'eval/choice/accuracy'} <= keys

@@ -67,15 +67,15 @@ def checksum(array):
 
 def checksums(state):
   """Checksums of every array, and of each expert where an array has them."""
-  found = {}
+  sums = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     name, array = partitioning.path_name(path), np.asarray(leaf)
-    found[name] = checksum(array)
+    sums[name] = checksum(array)
     if '/experts/' in name:
       assert array.shape[1] == E, name
       for e in range(E):
-        found[f'{name}, expert {e}'] = checksum(array[:, e])
-  return found
+        sums[f'{name}, expert {e}'] = checksum(array[:, e])
+  return sums
 
 
 def restored(folder, on):
@@ -154,12 +154,12 @@ def gradient(state, shape):
 )
 def test_the_next_steps_loss_and_gradient(folder, shape):
   loss, grads = gradient(trained(), SOURCE)
-  other, found = gradient(restored(folder, programs(shape)), shape)
+  other, other_grads = gradient(restored(folder, programs(shape)), shape)
   np.testing.assert_allclose(other, loss, rtol=1e-5)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     name = partitioning.path_name(path)
     norm = np.linalg.norm(grad)
-    off = np.linalg.norm(functools.reduce(getitem, path, found) - grad)
+    off = np.linalg.norm(functools.reduce(getitem, path, other_grads) - grad)
     assert norm > 0 and off <= 1e-5 * norm, (name, off / norm)
 
 

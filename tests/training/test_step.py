@@ -98,7 +98,7 @@ def test_padding_changes_nothing(whole):
 
 
 def test_layers_are_summed_or_averaged():
-  found = []
+  aux_losses = []
   for reduce in ('sum', 'mean'):
     options = tiny.options(
       model={'moe': {**HEAVY['moe'], 'layers': 'all', 'layer_reduce': reduce}}
@@ -107,8 +107,10 @@ def test_layers_are_summed_or_averaged():
     model = tiny.model_of(options)
     (_, sums), _ = tiny.grads_of(options, params, batch)
     whole = losses.normalizers(model, batch)
-    found.append(losses.aux_loss(sums.aux, whole, losses.loss_weights(model)))
-  total, mean = found
+    aux_losses.append(
+      losses.aux_loss(sums.aux, whole, losses.loss_weights(model))
+    )
+  total, mean = aux_losses
   np.testing.assert_allclose(total, 2 * mean, rtol=1e-6)
 
 

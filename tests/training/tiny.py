@@ -64,15 +64,17 @@ def rows(B: int, T: int, *, seed: int = 0, vocab_size: int = 257) -> dict:
   """Arrays of random rows; see `batch`."""
   rng = np.random.default_rng(seed)
   length = T - 3 * np.arange(B) % T
-  place = np.arange(T)[None]
-  real = place < length[:, None]
-  segment_ids = np.where(real, 1 + (place > 7), 0)
-  weights = real & (place != 7) & (place + 1 < length[:, None])
+  position = np.arange(T)[None]
+  real = position < length[:, None]
+  segment_ids = np.where(real, 1 + (position > 7), 0)
+  weights = real & (position != 7) & (position + 1 < length[:, None])
   return {
     'tokens': jnp.asarray(rng.integers(0, vocab_size, (B, T)), jnp.int32),
     'targets': jnp.asarray(rng.integers(0, vocab_size, (B, T)), jnp.int32),
     'segment_ids': jnp.asarray(segment_ids, jnp.int32),
-    'positions': jnp.asarray(np.where(place > 7, place - 8, place), jnp.int32)
+    'positions': jnp.asarray(
+      np.where(position > 7, position - 8, position), jnp.int32
+    )
     * jnp.ones((B, 1), jnp.int32),
     'loss_weights': jnp.asarray(weights, jnp.float32),
   }

@@ -59,10 +59,10 @@ def test_lines_of_files(tmp_path):
   (tmp_path / 'b.jsonl').write_text(line(prompt='ü') + '\n')
   (tmp_path / 'a.jsonl').write_text(line(note='z') + '\n\n' + line(label=0))
   source = ChoiceFilesSource(f'{tmp_path}/*.jsonl').items()
-  found = source.items('validation')
-  assert found[0] == Item('q', ('x', 'y'), 1)
-  assert [item.label for item in found] == [1, 0, 1]
-  assert found[2].prompt == 'ü' and '3 items' in source.name
+  items = source.items('validation')
+  assert items[0] == Item('q', ('x', 'y'), 1)
+  assert [item.label for item in items] == [1, 0, 1]
+  assert items[2].prompt == 'ü' and '3 items' in source.name
 
 
 @pytest.mark.parametrize(

@@ -75,16 +75,18 @@ def source():
 
 def test_the_whole_text_is_there_in_its_own_split(source):
   plain = PART.texts()
-  found = {}
+  plain_texts = {}
   for split in ('train', 'validation'):
-    made = texts(CipherSource(5, True, PART).texts(), split)
-    found[split] = [decipher(p[1:], MARKS.index(p[0])) for p in made]
+    pieces = texts(CipherSource(5, True, PART).texts(), split)
+    plain_texts[split] = [decipher(p[1:], MARKS.index(p[0])) for p in pieces]
     kept = ''.join(c for t in texts(plain, split) for c in t)
     kept = ''.join(c for c in kept if c in f'{ALPHABET}\n')
-    assert ''.join(found[split]) == kept
-    assert texts(source, split) == [piece[1:] for piece in made]
-    assert max(map(len, found[split])) == PIECE
-  long = {s: {p for p in found[s] if len(p) == PIECE} for s in found}
+    assert ''.join(plain_texts[split]) == kept
+    assert texts(source, split) == [piece[1:] for piece in pieces]
+    assert max(map(len, plain_texts[split])) == PIECE
+  long = {
+    s: {p for p in plain_texts[s] if len(p) == PIECE} for s in plain_texts
+  }
   assert long['validation'] and not long['validation'] & long['train']
 
 

@@ -22,9 +22,9 @@ def jittered():
 def test_an_image_is_put_where_it_is_told():
   # Two images of 1x2 pixels stand in opposite corners of canvases of 2x3.
   images = np.array([[[1, 2]], [[3, 4]]], np.float32)
-  found = digits.placed(images, np.array([[0, 1], [1, 0]]), (2, 3))
+  canvases = digits.placed(images, np.array([[0, 1], [1, 0]]), (2, 3))
   want = [[[0, 1, 2], [0, 0, 0]], [[0, 0, 0], [3, 4, 0]]]
-  np.testing.assert_array_equal(found, want)
+  np.testing.assert_array_equal(canvases, want)
   for offset in ([0, 2], [-1, 0]):
     with pytest.raises(ValueError, match=r'not in \[0, \[1, 1\]\].* of 2x3'):
       digits.placed(images, np.array([offset, offset]), (2, 3))
@@ -63,14 +63,14 @@ def test_the_splits_are_apart_stratified_and_fixed():
 def test_jitter_moves_whole_images_to_every_place(jittered):
   image = jittered.examples('train').features[:1]
   image = image + 0.5  # no pixel is background, so that the place shows
-  moved = jittered.jittered(
+  shifted_images = jittered.jittered(
     np.repeat(image, 2000, axis=0), np.random.default_rng(0)
   )
-  assert moved.shape == (2000, 14, 14)
-  ink = moved > 0
+  assert shifted_images.shape == (2000, 14, 14)
+  ink = shifted_images > 0
   rows, columns = ink.any(2).argmax(1), ink.any(1).argmax(1)
   for i in range(20):
-    part = moved[i, rows[i] : rows[i] + 8, columns[i] : columns[i] + 8]
+    part = shifted_images[i, rows[i] : rows[i] + 8, columns[i] : columns[i] + 8]
     np.testing.assert_array_equal(part, image[0])
   np.testing.assert_array_equal(ink.sum((1, 2)), 64)
   counts = np.bincount(7 * rows + columns, minlength=49)
@@ -140,8 +140,8 @@ class Coloured(Spots):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
   for builder in (Spots, Coloured):
-    made = builder(data_dir=tmp_path, file_format='array_record')
-    made.download_and_prepare()
+    dataset = builder(data_dir=tmp_path, file_format='array_record')
+    dataset.download_and_prepare()
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
 
 
@@ -155,15 +155,17 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
     spot = features.reshape(len(labels), -1).argmax(1)
     np.testing.assert_array_equal(labels, (spot + 1) % 2)
   rng = np.random.default_rng(0)
-  moved = source.jittered(np.repeat(train.features[:1], 500, axis=0), rng)
-  assert moved.shape == (500, 11, 12)
+  shifted_images = source.jittered(
+    np.repeat(train.features[:1], 500, axis=0), rng
+  )
+  assert shifted_images.shape == (500, 11, 12)
   still = TfdsSource('spots', max_shift=0).classes(SPLITS)
   np.testing.assert_array_equal(
     still.jittered(train.features, rng), train.features
   )
   # Shifts go from 4 pixels up to 4 down, and from 4 left to 4 right.
   row, column = np.divmod(train.features[0].argmax(), 4)
-  rows, columns = np.divmod(moved.reshape(500, -1).argmax(1), 12)
+  rows, columns = np.divmod(shifted_images.reshape(500, -1).argmax(1), 12)
   assert (rows.min() - row, rows.max() - row) == (0, 8)
   assert (columns.min() - column, columns.max() - column) == (0, 8)
 

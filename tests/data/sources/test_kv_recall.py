@@ -23,12 +23,15 @@ def pairs(source, split):
 
 
 def test_keys_are_unique_and_all_letters_as_likely():
-  found = kv_recall.pairs(3000, 'train')
-  assert len(dict(found)) == 3000
-  for letters, size in (([k for k, _ in found], 6), ([v for _, v in found], 4)):
+  keys_and_values = kv_recall.pairs(3000, 'train')
+  assert len(dict(keys_and_values)) == 3000
+  for letters, size in (
+    ([k for k, _ in keys_and_values], 6),
+    ([v for _, v in keys_and_values], 4),
+  ):
     assert {len(text) for text in letters} == {size}
-    for place in range(size):
-      counts = collections.Counter(text[place] for text in letters)
+    for position in range(size):
+      counts = collections.Counter(text[position] for text in letters)
       assert set(counts) == set(kv_recall.LETTERS)
       # The tolerance is five standard deviations of a uniform draw.
       assert max(counts.values()) < 3000 / 16 + 5 * np.sqrt(3000 / 16)
@@ -55,8 +58,8 @@ def test_both_splits_have_the_same_pairs_in_another_order():
 
 def test_a_key_that_is_drawn_twice_keeps_its_first_value():
   drawn = [('aa', 'x'), ('bb', 'y'), ('aa', 'z'), ('cc', 'x'), ('dd', 'y')]
-  found = kv_recall.distinct(drawn, 3)
-  assert found == {'aa': 'x', 'bb': 'y', 'cc': 'x'}
+  value_of = kv_recall.distinct(drawn, 3)
+  assert value_of == {'aa': 'x', 'bb': 'y', 'cc': 'x'}
 
 
 def test_identity_and_name():

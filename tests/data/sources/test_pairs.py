@@ -20,9 +20,9 @@ def test_a_part_of_the_standard_librarys_docstrings():
   train, validation = pairs(source, 'train'), pairs(source, 'validation')
   assert len(train) > 100 and len(validation) > 5
   assert pairs(source, 'train') == train
-  found = dict(train + validation)
-  (loads,) = (i for i in found if i.startswith('def loads('))
-  assert found[loads].startswith('Deserialize ``s``')
+  docstrings = dict(train + validation)
+  (loads,) = (i for i in docstrings if i.startswith('def loads('))
+  assert docstrings[loads].startswith('Deserialize ``s``')
   assert 'Deserialize' not in loads and 'return cls(**kw)' in loads
   assert 'asyncio,email,json of Python 3' in source.name
   assert DocstringsSource('json').pairs().identity != source.identity
@@ -126,13 +126,13 @@ def test_features_of_a_tfds_dataset(open_tfds):
 
 def test_languages_within_a_feature_and_at_the_top(open_tfds):
   source = open_tfds('translation/de', 'translation/en')
-  found = pairs(source, 'train') + pairs(source, 'validation')
-  assert sorted(found) == sorted(
+  all_pairs = pairs(source, 'train') + pairs(source, 'validation')
+  assert sorted(all_pairs) == sorted(
     (f'Satz {i} ü', f'sentence {i}') for i in range(20)
   )
   source = open_tfds('en', 'de', name='bare')
-  found = pairs(source, 'train') + pairs(source, 'validation')
-  assert sorted(found) == [(f'sentence {i}', f'Satz {i}') for i in range(7)]
+  all_pairs = pairs(source, 'train') + pairs(source, 'validation')
+  assert sorted(all_pairs) == [(f'sentence {i}', f'Satz {i}') for i in range(7)]
 
 
 def test_what_is_selected_changes_the_identity(open_tfds):

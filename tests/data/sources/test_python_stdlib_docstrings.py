@@ -62,10 +62,12 @@ EXPECTED = {
 
 @pytest.mark.parametrize('line_end', ['\n', '\r\n'])
 def test_by_hand(line_end):
-  found = list(documented_functions(MODULE.replace('\n', line_end)))
-  assert {docstring: source for _, source, docstring in found} == EXPECTED
+  documented_parts = list(documented_functions(MODULE.replace('\n', line_end)))
+  assert {
+    docstring: source for _, source, docstring in documented_parts
+  } == EXPECTED
   lines = MODULE.split('\n')
-  for line, source, _ in found:
+  for line, source, _ in documented_parts:
     assert source.partition('def ')[2].split('(')[0] in lines[line - 1]
 
 
@@ -124,7 +126,7 @@ def test_the_builder_keeps_a_file_in_one_split(tmp_path):
     file_format='array_record',
   )
   builder.download_and_prepare()
-  found = {}
+  split_of = {}
   for split in ('train', 'validation'):
     for example in builder.as_data_source(split):
       name, _, line = example['name'].decode().partition(':')
@@ -133,5 +135,5 @@ def test_the_builder_keeps_a_file_in_one_split(tmp_path):
       which = {'1': ('f', 'D'), '4': ('g', 'E')}[line]
       assert example['inputs'].decode() == f'def {which[0]}():\n  return {i}'
       assert example['targets'].decode() == f'{which[1]}{i}.'
-      found[name, line] = split
-  assert len(found) == 80 and len(set(found.values())) == 2
+      split_of[name, line] = split
+  assert len(split_of) == 80 and len(set(split_of.values())) == 2

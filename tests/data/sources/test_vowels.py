@@ -108,22 +108,22 @@ def formants(group, draws=40):
     if name == group:
       break
     first += count
-  found = []
+  samples = []
   for seed in range(draws):
     tokens = vowels.Drawn(seed).tokens
     values = np.array([t.formants for t in tokens]).reshape(75, 4, 2, 2)
-    found.append(values[first : first + count])
-  return np.concatenate(found)
+    samples.append(values[first : first + count])
+  return np.concatenate(samples)
 
 
 @pytest.mark.parametrize('group', sorted(vowels.SPEAKERS))
 def test_drawn_vowels_have_the_published_means_and_the_stated_spreads(group):
-  found = formants(group)
+  samples = formants(group)
   # The mean of a lognormal with so small a spread lies half a per cent above
   # its median; the mean over 40 x 14 children is known to half a per cent.
-  mean = found.mean((0, 2))
+  mean = samples.mean((0, 2))
   np.testing.assert_allclose(mean, vowels.MEANS[group], rtol=0.02)
-  logs = np.log(found)
+  logs = np.log(samples)
   token = (logs[:, :, 0] - logs[:, :, 1]).std((0, 1)) / 2**0.5
   np.testing.assert_allclose(token, vowels.OF_TOKEN, rtol=0.06)
   total = np.square([*zip(vowels.OF_SPEAKER, vowels.OF_VOWEL, vowels.OF_TOKEN)])

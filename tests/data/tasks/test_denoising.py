@@ -28,19 +28,19 @@ def test_windows_are_even_and_stay_in_their_document():
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(2, 13))
 def test_windows_cover_every_document_once(lengths, longest):
   starts = np.cumsum([0, *lengths[:-1]])
-  found = windows(starts, sum(lengths), longest)
-  sizes = found[:, 1] - found[:, 0]
+  bounds = windows(starts, sum(lengths), longest)
+  sizes = bounds[:, 1] - bounds[:, 0]
   assert (sizes <= longest).all() and (sizes > 1).all()
-  covered = [i for begin, end in found.tolist() for i in range(begin, end)]
+  covered = [i for begin, end in bounds.tolist() for i in range(begin, end)]
   # Windows cover every token, except documents of one token and, for windows of
   # at most 2 tokens, single tokens.
   short = [i for n, s in zip(lengths, starts) if n == 1 for i in [s]]
   if longest > 2:
     assert sorted({*covered, *short}) == list(range(sum(lengths)))
   assert len(covered) == len(set(covered))
-  inside = np.searchsorted(starts, found[:, 0], side='right')
+  inside = np.searchsorted(starts, bounds[:, 0], side='right')
   assert (
-    inside == np.searchsorted(starts, found[:, 1] - 1, side='right')
+    inside == np.searchsorted(starts, bounds[:, 1] - 1, side='right')
   ).all()
 
 
@@ -61,7 +61,7 @@ def span_rows(pack=True, T_enc=32, T_dec=18):
 
 def texts_of(batch):
   """The text of each segment of a batch, with its sentinels filled in."""
-  found = []
+  texts = []
   for b in range(len(batch['tokens'])):
     for segment in range(1, batch['segment_ids'][b].max() + 1):
       here = batch['segment_ids'][b] == segment
@@ -74,14 +74,14 @@ def texts_of(batch):
           span.append(token)
       *inputs, eos = batch['encoder_tokens'][b][there].tolist()
       assert eos == EOS
-      found.append([u for t in inputs for u in spans.get(t, [t])])
-  return found
+      texts.append([u for t in inputs for u in spans.get(t, [t])])
+  return texts
 
 
 def test_an_epoch_has_the_whole_corpus():
   rows = span_rows()
-  found = texts_of(rows.take(np.arange(len(rows))))
-  tokens = sorted(t for text in found for t in text)
+  texts = texts_of(rows.take(np.arange(len(rows))))
+  tokens = sorted(t for text in texts for t in text)
   assert tokens == sorted(t for t in corpus()[0].tolist() if t != EOS)
   assert len(rows) < len(span_rows(pack=False))
 
@@ -110,8 +110,8 @@ def test_a_batch_does_not_depend_on_who_takes_it(shares):
 def test_an_evaluation_sees_every_row_once():
   rows = span_rows()
   batches = list(eval_batches(rows, batch_size=5))
-  found = [text for batch in batches for text in texts_of(batch)]
-  assert found == texts_of(rows.take(np.arange(len(rows))))
+  texts = [text for batch in batches for text in texts_of(batch)]
+  assert texts == texts_of(rows.take(np.arange(len(rows))))
   assert len({batch['tokens'].shape for batch in batches}) == 1
 
 

@@ -88,17 +88,17 @@ def test_an_epoch_has_every_pair_once():
   rows = PairRows(*(stream(*side) for side in texts), layout, EOS)
   assert rows.truncated == 0 and len(rows) < 25
   batch = batch_dataset(rows, batch_size=len(rows), seed=1)[3]  # one epoch
-  found = {}
+  pairs = {}
   for b in range(len(rows)):
     for s in range(1, batch['segment_ids'][b].max() + 1):
       here = batch['segment_ids'][b] == s
       there = batch['encoder_segment_ids'][b] == s
       *inputs, end = batch['encoder_tokens'][b][there].tolist()
       *targets, stop = batch['targets'][b][here].tolist()
-      assert end == stop == EOS and inputs[0] not in found
-      found[inputs[0]] = inputs, targets
-  assert [found[i + 1][0] for i in range(50)] == texts[0]
-  assert [found[i + 1][1] for i in range(50)] == texts[1]
+      assert end == stop == EOS and inputs[0] not in pairs
+      pairs[inputs[0]] = inputs, targets
+  assert [pairs[i + 1][0] for i in range(50)] == texts[0]
+  assert [pairs[i + 1][1] for i in range(50)] == texts[1]
 
 
 def test_sides_must_match():

@@ -58,9 +58,9 @@ class Chosen(np.random.Generator):
 
 
 def test_an_example_by_hand():
-  # 3 of 7 tokens in 2 spans: cut after the first, so of 1 and 2 tokens. The 4
-  # kept ones lie around them in 3 stretches, of which the outer two may be
-  # empty: 6 = 2 + 2 + 2 is 1, 2 and 1.
+  # Two spans have 3 of 7 tokens; the cut after the first makes them 1 and 2
+  # tokens long. The 4 kept ones lie around them in 3 stretches, of which the
+  # outer two may be empty: 6 = 2 + 2 + 2 is 1, 2 and 1.
   counts = noise_counts(np.array([7]), 0.4, 1.5)
   assert [c.tolist() for c in counts] == [[3], [2]]
   draws = [0], [3, 1]
@@ -124,8 +124,8 @@ def test_a_mask_has_the_counted_tokens_in_the_counted_spans(
 
 
 def test_counts_are_what_was_asked():
-  # The example in the paper (section 3.3.4): 15 % of 500 tokens in 25 spans of
-  # 3.
+  # The paper's example (section 3.3.4) removes 15 % of 500 tokens, in 25 spans
+  # of 3.
   noise, spans = noise_counts(np.array([500, 100, 40]), 0.15, 3.0)
   assert noise.tolist() == [75, 15, 6] and spans.tolist() == [25, 5, 2]
   # There are at most as many spans as leave a token between each two.
@@ -134,7 +134,7 @@ def test_counts_are_what_was_asked():
 
 
 def test_every_mask_is_equally_likely():
-  # 2 spans of 3 tokens in all among 6: 2 ways to cut the noise, and C(4, 2)
+  # Two spans have 3 of 6 tokens. There are 2 ways to cut the noise, and C(4, 2)
   # ways to cut 3 kept tokens into 3 stretches of which the outer may be empty.
   generator = np.random.default_rng(0)
   seen = {}

@@ -142,9 +142,9 @@ def pairs_of(dataset):
   ):
     sides.append(
       [
-        dataset.tokenizer.decode(ids[place == s])
-        for ids, place in zip(batch[tokens], batch[segments])
-        for s in range(1, place.max() + 1)
+        dataset.tokenizer.decode(ids[segment_ids == s])
+        for ids, segment_ids in zip(batch[tokens], batch[segments])
+        for s in range(1, segment_ids.max() + 1)
       ]
     )
   return sides

@@ -28,21 +28,21 @@ CHAT = [
 
 def model():
   """A byte-level BPE model with the post-processor of NLLB."""
-  made = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
-  made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = hf.decoders.ByteLevel()
+  tokenizer = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = hf.decoders.ByteLevel()
   trainer = hf.trainers.BpeTrainer(
     vocab_size=300,
     special_tokens=SPECIAL + SENTINELS,
     initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  made.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
-  ids = {name: made.token_to_id(name) for name in ('eng_Latn', '</s>')}
-  made.post_processor = hf.processors.TemplateProcessing(
+  tokenizer.train_from_iterator(['the cat and the hat, the end'] * 3, trainer)
+  ids = {name: tokenizer.token_to_id(name) for name in ('eng_Latn', '</s>')}
+  tokenizer.post_processor = hf.processors.TemplateProcessing(
     single='eng_Latn $A </s>', special_tokens=list(ids.items())
   )
-  return made
+  return tokenizer
 
 
 def opened(path):
@@ -155,9 +155,9 @@ def test_conversations_are_those_of_transformers(folder, theirs, asked):
     expected = theirs.apply_chat_template(
       CHAT, add_generation_prompt=asked, return_dict=False, **more
     )
-    found = ours.encode_chat(CHAT, add_generation_prompt=asked, **more)
-    assert found.dtype == np.int32
-    assert found.tolist() == expected
+    token_ids = ours.encode_chat(CHAT, add_generation_prompt=asked, **more)
+    assert token_ids.dtype == np.int32
+    assert token_ids.tolist() == expected
 
 
 def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):

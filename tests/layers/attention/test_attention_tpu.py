@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[3]
 T = 256
 
-# Compiles the training gradient of two layers and prints what the programs
-# contain.
+# This program compiles the training gradient of two layers and prints what the
+# compiled programs contain.
 PROGRAM = f"""
 import json, re
 import jax, jax.numpy as jnp
@@ -85,8 +85,8 @@ def test_auto_compiles_to_the_kernel_and_keeps_no_square_array():
     timeout=300,
   )
   assert run.returncode == 0, run.stderr
-  found = json.loads(run.stdout.splitlines()[-1])
-  assert found['auto'] == [['dkv', 'dq', 'fwd'], []]
-  assert found['mesh'] == [['dkv', 'dq', 'fwd'], []]
-  kernels, squares = found['einsum']
+  contents = json.loads(run.stdout.splitlines()[-1])
+  assert contents['auto'] == [['dkv', 'dq', 'fwd'], []]
+  assert contents['mesh'] == [['dkv', 'dq', 'fwd'], []]
+  kernels, squares = contents['einsum']
   assert not kernels and squares

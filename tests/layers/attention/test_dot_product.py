@@ -88,11 +88,11 @@ def test_equals_einsum_in_value_and_gradient(
 ):
   x, segment_ids, _ = batch(seq_len)
   args = (kernels(), x, segment_ids if packed else None)
-  found = program(implementation, causal, seq_len)(*args)
+  results = program(implementation, causal, seq_len)(*args)
   expected = program('einsum', causal, seq_len)(*args)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    found,
+    results,
     expected,
   )
   for name, leaf in tiny.leaves(expected[1]).items():
@@ -140,15 +140,15 @@ def test_a_mesh_changes_nothing():
   rows = NamedSharding(mesh, PartitionSpec(('data', 'expert')))
   whole = NamedSharding(mesh, PartitionSpec())
   args = jax.device_put(args, (whole, rows, rows))
-  found = program('splash', True, T)(*args)
-  tiny.assert_trees_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+  results = program('splash', True, T)(*args)
+  tiny.assert_trees_close(results[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
 def lowered(implementation, platform, sizes=None, seq_len=T, **options):
   """Text of a layer's program, lowered for a platform that need not exist."""
   mesh = make_mesh(sizes or {}, jax.devices()[: 4 if sizes else 1])
 
-  def place(a):
+  def abstract(a):
     sharding = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
@@ -156,7 +156,7 @@ def lowered(implementation, platform, sizes=None, seq_len=T, **options):
   run = jax.jit(
     lambda x, *rest: module.apply({'params': kernels()}, x, *rest, train=True)
   )
-  args = jax.tree.map(place, batch(seq_len))
+  args = jax.tree.map(abstract, batch(seq_len))
   return run.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -282,7 +282,7 @@ def test_who_sees_whom():
   alone = visible_to(None)
   np.testing.assert_array_equal(alone, np.tri(5, dtype=bool)[None])
   assert visible_to(None, causal=False).all()
-  # A window of three tokens: the query's own and the two before it.
+  # A window of three tokens has the query's own and the two before it.
   near = np.tri(5, dtype=bool) & ~np.tri(5, k=-3, dtype=bool)
   np.testing.assert_array_equal(visible_to(None, window=3), near[None])
 
@@ -295,8 +295,8 @@ def test_masked_softmax_gives_hidden_keys_exactly_nothing():
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
   assert weights[0, 0, 2] == 0
   scores[0, 0, 2] = 1e30  # a masked score must not matter
-  found = np.asarray(jax.jit(masked_softmax)(scores, mask))
-  np.testing.assert_array_equal(found, weights)
+  probs = np.asarray(jax.jit(masked_softmax)(scores, mask))
+  np.testing.assert_array_equal(probs, weights)
 
 
 def test_the_backward_pass_keeps_the_weights_and_no_mask():

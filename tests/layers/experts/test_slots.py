@@ -141,7 +141,7 @@ def test_dropout_falls_on_each_expert_by_itself():
   variables = {'params': {'experts': params}}
   rngs = {'dropout': tiny.key(0)}
   run = jax.jit(lambda v: layer.apply(v, rows, train=True, rngs=rngs))
-  # Number of the F hidden values that were kept, [E, R].
+  # `kept` is the number of the F hidden values that were kept, [E, R].
   kept = np.asarray(run(variables))[..., 0] / (2 * M)
   np.testing.assert_allclose(kept, kept.round(), atol=1e-5)
   assert len(set(kept.round().ravel())) > 2
@@ -175,10 +175,12 @@ def test_a_module_given_as_expert_equals_the_built_in_one():
   own = MoE(MOE)
   params = draw_params(own, x)['params']
   given = with_expert(ModuleExpert(FeedForward(FfnOptions(F, 'gelu'))))
-  moved = {**params, 'experts': {'expert': params['experts']}}
+  nested_params = {**params, 'experts': {'expert': params['experts']}}
   y = run_moe(own, params, x)
   assert np.abs(y).max() > 0.1
-  np.testing.assert_allclose(run_moe(given, moved, x), y, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    run_moe(given, nested_params, x), y, rtol=1e-5, atol=1e-5
+  )
 
 
 def test_any_module_can_be_an_expert():
@@ -280,9 +282,9 @@ def test_a_mixture_can_be_an_expert(dispatch):
     has = np.asarray((routed.expert_index == e) & routed.kept)
     gate = np.where(has, routed.gate, 0).sum(-1, keepdims=True)
     one = jax.tree.map(lambda leaf, e=e: leaf[e], mixtures)
-    served, found = serve(one, has.any(-1))
+    served, inner_aux = serve(one, has.any(-1))
     expected += gate * served
-    losses += found.balance_loss
+    losses += inner_aux.balance_loss
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   assert losses > 1
   np.testing.assert_allclose(

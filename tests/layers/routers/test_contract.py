@@ -239,9 +239,9 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   assert options.keeps_state
   state = start['router_state']
   load = jnp.arange(float(E))
-  moved = options.move_state(state, load)
-  assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, state)
-  for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(moved)):
+  new_state = options.move_state(state, load)
+  assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
+  for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new_state)):
     assert (before != after).any()
   # In a stack of layers each layer's state moves by its own load; at a rate of
   # 0 none moves.

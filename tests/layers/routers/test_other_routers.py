@@ -114,14 +114,14 @@ def test_strict_balance_is_of_training_and_thresholds_of_inference():
   params = {'w': w, 'b_threshold': thresholds}
   logits = np.asarray(X, np.float64) @ np.asarray(w, np.float64)
   trained, aux = route(options, params, key=0, capacity=All())
-  found, same = route(options, params, capacity=All())
+  inference_routing, same = route(options, params, capacity=All())
   loss = 0.0
   for g in range(G):
     real, full = mask[g].sum(), -(-K * S // E)
     m = -(-full * real // S)
     *gates, own = reference.strictly_balanced(logits[g], m, mask[g], thresholds)
     loss += own
-    for chosen, gate in zip((trained, found), gates):
+    for chosen, gate in zip((trained, inference_routing), gates):
       for e in range(E):
         who = np.asarray(chosen.token_index[g, e])
         who = who[who < S]
