@@ -200,10 +200,11 @@ class Kinds:
     Raises:
       ValueError: It does not exist, or a user's class breaks the contract.
     """
-    if name in self.builtin:
-      return self.builtin[name]
-    if isinstance(name, str) and ':' in name:
-      return plugins.load(name, self.what, self.base)
+    if isinstance(name, str):
+      if name in self.builtin:
+        return self.builtin[name]
+      if ':' in name:
+        return plugins.load(name, self.what, self.base)
     raise unknown(self.what, name, [*self.builtin, 'module:name'])
 
   def name_of(self, chosen: Any) -> str:
