@@ -39,7 +39,7 @@ def init_params(model: Model, key: PRNGKey) -> Any:
   """
   # Compiled as a whole, since one operation after another takes many seconds.
   init = jax.jit(functools.partial(_init, model))
-  if isinstance(key, jax.core.Tracer):
+  if not _has_value(key):
     return init(key)['params']
   traced = init.trace(key)
   leaves = jax.tree.leaves(traced.out_info)
@@ -69,6 +69,15 @@ def describe(model: Model) -> ParameterTrees:
   """The shapes, logical axes and roles of a model's parameters."""
   boxed = abstract_params(model)
   return ParameterTrees(nn.meta.unbox(boxed), axes_of(boxed), roles_of(boxed))
+
+
+def _has_value(key: PRNGKey) -> bool:
+  """Whether arrays are made now, and not in a program that is traced."""
+  try:
+    key.devices()
+  except jax.errors.ConcretizationTypeError:
+    return False
+  return True
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,22 @@ from moe_jax.routing import hierarchical_rule
 B, T, M, E, K = 2, 6, 8, 4, 2
 # The last two tokens of the first row are padding, and one in the second.
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]], bool)
-WORSE = (np.nan, np.inf, -np.inf)
+WORSE = pytest.mark.parametrize(
+  'worse',
+  [
+    np.nan,
+    pytest.param(np.inf, marks=pytest.mark.slow),
+    pytest.param(-np.inf, marks=pytest.mark.slow),
+  ],
+)
+FAST = ('token_choice', 'expert_choice', 'hierarchical')
+EVERY_ROUTER = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in ROUTERS.builtin
+  ],
+)
 
 
 def tokens(at_padding, width=M):
@@ -92,7 +107,7 @@ def told(router):
   return {'hash_ids': jnp.asarray(ids)} if router.needs_ids else {}
 
 
-@pytest.mark.parametrize('name', ROUTERS.builtin)
+@EVERY_ROUTER
 def test_every_router(name):
   router = routers()[name]
   layer = moe(router, moe_jax.Gather())
@@ -103,7 +118,7 @@ def test_every_router(name):
   )
 
 
-@pytest.mark.parametrize('worse', WORSE)
+@WORSE
 @pytest.mark.parametrize(
   'dispatch', [moe_jax.Einsum(), moe_jax.Gather(), moe_jax.Dropless()]
 )
@@ -114,7 +129,7 @@ def test_every_dispatch(dispatch, worse):
   )
 
 
-@pytest.mark.parametrize('name', ROUTERS.builtin)
+@EVERY_ROUTER
 def test_a_router_alone(name):
   router = routers()[name]
   sizes = moe_jax.Sizes(E, K, moe_jax.All())
@@ -151,7 +166,7 @@ def test_moving_tokens(mover):
   same(jax.jit(move))
 
 
-@pytest.mark.parametrize('worse', WORSE)
+@WORSE
 def test_self_attention(worse):
   layer = Attention(AttentionOptions(num_heads=2), causal=False)
   call = {

@@ -1,0 +1,41 @@
+"""Parameters counted by arithmetic are no more than there are, and nearly all.
+
+The least memory of a run is refused by this count before a model is traced.
+"""
+
+import dataclasses
+
+import pytest
+
+from moe_jax import models
+from moe_jax.analysis.model_parts import sized_parameters
+from moe_jax.layers.positions import Learned
+from moe_jax.models.embeddings import EmbeddingOptions
+
+TEXT = {'vocab_size': 31, 'width': 24, 'num_layers': 5}
+MOE = dataclasses.replace(models.DecoderOptions(**TEXT).moe, num_experts=3)
+
+
+def share(options):
+  """The counted part of all parameters."""
+  there = sum(p.size for p in sized_parameters(options.build()))
+  return options.least_parameters() / there
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    models.DecoderOptions(**TEXT),
+    models.DecoderOptions(
+      **TEXT, embedding=EmbeddingOptions(tie=False), positions=Learned(17)
+    ),
+    models.DecoderOptions(**TEXT, moe=dataclasses.replace(MOE, num_experts=0)),
+    models.EncoderDecoderOptions(**TEXT, moe=MOE),
+    models.LstmLmOptions(**TEXT, moe=MOE),
+    models.AdaptiveOptions(vocab_size=7, feature_shape=(5, 3)),
+    models.DeepMoeOptions(vocab_size=7, feature_shape=(5, 3)),
+  ],
+  ids=lambda options: type(options).__name__,
+)
+def test_the_count_of_small_models(options):
+  assert 0.85 <= share(options) <= 1
