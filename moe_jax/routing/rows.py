@@ -66,7 +66,19 @@ def without_nan(
   that is padding would reach the gradients of kernels as 0 * NaN. What is
   finite stays, so that outputs at padding are what they are without a mask.
   """
+  return _without_nan(mask, x)
+
+
+@jax.custom_jvp
+def _without_nan(mask, x):
   return jnp.where(mask[..., None] | jnp.isfinite(x), x, 0)
+
+
+@_without_nan.defjvp
+def _without_nan_jvp(primals, tangents):
+  # The gradient at padding is zero anyway, and a selection would keep a mask as
+  # large as x for the backward pass.
+  return _without_nan(*primals), tangents[1]
 
 
 @jax.named_scope('index')
