@@ -66,7 +66,10 @@ def test_the_digest_is_of_all_that_is_learned(tmp_path):
     (dict(train_labels=np.array([0, 2, 1])), 'labels from 0 to 2 of 2 classes'),
     (dict(validation_features=np.zeros((2, 3))), r'of \(2,\) and of \(3,\)'),
     (dict(train_features=None), "unknown array.*'train_features'.*'classes'"),
-    (dict(train_labels=np.array([{}, 1, 1], object)), "'train_labels' holds objects"),
+    (
+      dict(train_labels=np.array([{}, 1, 1], object)),
+      "'train_labels' holds objects",
+    ),
   ],
 )
 def test_a_bad_file_is_refused(changes, message, tmp_path):
