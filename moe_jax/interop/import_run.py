@@ -12,6 +12,7 @@ import os
 import pathlib
 import resource
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from moe_jax.data import (
   plain_files,
   tokenizers,
 )
+from moe_jax.data.cache_folders import locked
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
@@ -68,7 +70,7 @@ def import_run(
 
   Args:
     source: A folder, or the id of a hub repository.
-    workdir: A folder that holds no run yet.
+    workdir: A folder that is new or empty.
     options: The options of the run, except for the function that the model
       computes, which the checkpoint decides.
     dtype: Dtype of parameters and products; '' is the checkpoint's own.
@@ -79,14 +81,12 @@ def import_run(
     Lines about the import, for printing.
 
   Raises:
-    ValueError: As `load`; the folder holds a run; the tokenizer cannot be read,
-      or has tokens for which the model has no embedding; or a small file of the
-      checkpoint is a link.
+    ValueError: As `load`; the folder is not empty; the tokenizer cannot be
+      read, or has tokens for which the model has no embedding; or a small file
+      of the checkpoint is a link.
   """
   folder = pathlib.Path(workdir).expanduser()
-  for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
-    if (folder / name).exists():
-      raise ValueError(f'{folder} holds a run already ({name}); choose another')
+  _check_free(folder)
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   small = hub.small_files(checkpoint.folder)
@@ -105,9 +105,26 @@ def import_run(
     rules=options.sharding.rules,
   )
   facts = [_size(params, mesh), _memory(before, checkpoint)]
-  _copy(small, folder / FILES)
-  _write(folder, checkpoint, options, tokenizer, params)
+  # The folder appears when it is complete, so an import that was killed is
+  # simply started again.
+  unfinished = folder.with_name(f'.{folder.name}.importing')
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with locked(unfinished):
+    shutil.rmtree(unfinished, ignore_errors=True)
+    _copy(small, unfinished / FILES)
+    _write(unfinished, checkpoint, options, tokenizer, params)
+    _check_free(folder)
+    unfinished.rename(folder)
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
+
+
+def _check_free(folder: pathlib.Path) -> None:
+  """Raises ValueError for a folder that is not new or empty."""
+  for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
+    if (folder / name).exists():
+      raise ValueError(f'{folder} holds a run already ({name}); choose another')
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f'{folder} is there already; give a new or empty folder')
 
 
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
@@ -209,7 +226,7 @@ def _write(
   tokenizer: tokenizers.Json | None,
   params: Any,
 ) -> None:
-  """Writes the folder; the config is last, as without it there is no run."""
+  """Writes a run's folder, of which the files of the checkpoint are there."""
   if tokenizer is not None:
     tokenizer.save(folder / workdir_lib.TOKENIZER)
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:

@@ -4,10 +4,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 
+from moe_jax import generation, interop
 from moe_jax.interop import __main__ as cli
 from moe_jax.interop.checkpoint_folder import ARCHITECTURES
 from tests.interop import folders, oracle
@@ -51,6 +54,29 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
   np.savez(path, **expected)
   status, said, _ = run(capsys, 'verify', output, '--expected', path)
   assert status == 1 and ' > 1e-04' in said and 'differs at place 19' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seen', ['huggingface', 'checkpoints/0', 'config.py'])
+def test_an_import_that_is_killed_is_started_again(seen, tmp_path):
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, 'mixtral')
+  options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
+  command = [sys.executable, '-m', 'moe_jax.interop', 'import', source]
+  command = [str(word) for word in (*command, *options)]
+  unfinished = tmp_path / '.run.importing'
+  with subprocess.Popen(command, cwd=ROOT) as process:
+    while not (unfinished / seen).exists() and process.poll() is None:
+      time.sleep(0.0005)
+    process.kill()
+  if process.returncode != 0:
+    assert not workdir.exists()
+    subprocess.run(command, cwd=ROOT, check=True)
+  assert not unfinished.exists()
+  loaded, expected = generation.load(workdir), interop.load(source)
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables, expected.variables
+  )
 
 
 @pytest.mark.parametrize(
