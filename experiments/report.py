@@ -74,8 +74,9 @@ def read(
     for _, path in sorted(paths.items())
   ]
   if not summaries:
+    folders = [str(folder) for folder in (results, kept) if folder is not None]
     raise ValueError(
-      f'neither {results} nor {kept} has results of a study with --preset=full'
+      f'no results of a study with --preset=full in {" or ".join(folders)}'
     )
   digests: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:

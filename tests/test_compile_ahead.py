@@ -90,7 +90,7 @@ def test_a_bad_mesh_fails_before_compiling(options, message):
 
 
 def test_a_topology_that_is_none():
-  with pytest.raises(ValueError, match="CPUs are 'cpu:64'"):
+  with pytest.raises(ValueError, match="neither CPUs, 'cpu:64'"):
     compile_ahead.described_devices('cpu:many')
 
 

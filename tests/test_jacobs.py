@@ -351,7 +351,7 @@ def test_an_animation_has_a_frame_a_step(tmp_path):
   [
     (['--config.data.kind=nothing'], "unknown source 'nothing'"),
     (['--config.data.kind=digits'], "'pairs' are of four classes"),
-    (['--seeds=-1'], '--seeds=-1 is negative'),
+    (['--seeds=-1'], '--seeds: -1 must be at least 0'),
     (['--config.error=-1'], 'error=-1.0 must be at least 0'),
     (['--errors=1'], "unknown argument '--errors=1'"),
   ],
