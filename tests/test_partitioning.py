@@ -21,6 +21,7 @@ from moe_jax.partitioning import (
   sharding,
 )
 from moe_jax.training.optimizer import Adafactor
+from moe_jax.training.optimizer_shardings import like_params
 from tests.models import tiny
 
 RULES = ShardingOptions().rules
@@ -196,7 +197,7 @@ def test_optimizer_moments_live_where_their_parameters_do():
     optax.adamw(optax.constant_schedule(0.1)),
   )
   state = jax.eval_shape(optimizer.init, params)
-  shardings = partitioning.like_params(mesh, state, params, places)
+  shardings = like_params(mesh, state, params, places)
   adam = shardings[1][0]
   assert adam.mu == adam.nu == places
   whole = NamedSharding(mesh, PartitionSpec())
@@ -221,7 +222,7 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
     1000, axes_of(boxed), roles_of(boxed)
   )
   state = jax.eval_shape(optimizer.init, params)
-  shardings = partitioning.like_params(mesh, state, params, places)
+  shardings = like_params(mesh, state, params, places)
   shapes = tiny.leaves(state)
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   want = {

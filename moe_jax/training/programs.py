@@ -24,6 +24,7 @@ from moe_jax.shapes import Leaf
 from moe_jax.training import losses, trainable
 from moe_jax.training import step as step_lib
 from moe_jax.training.losses import LossWeights
+from moe_jax.training.optimizer_shardings import like_params
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
 from moe_jax.training.trainable import Trained
@@ -191,8 +192,6 @@ def state_shardings(
     step=whole,
     seed=whole,
     params=param_shardings,
-    opt_state=partitioning.like_params(
-      mesh, opt_state, trees.shapes, param_shardings
-    ),
+    opt_state=like_params(mesh, opt_state, trees.shapes, param_shardings),
     router_state=jax.tree.map(lambda _: whole, router_state),
   )

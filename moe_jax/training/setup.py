@@ -24,7 +24,8 @@ from moe_jax.training.evaluation_entries import (
 )
 from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.programs import Programs, Step, make_programs
-from moe_jax.training.run_options import RunOptions, SampleOptions
+from moe_jax.training.run_options import RunOptions
+from moe_jax.training.sample_options import SampleOptions
 from moe_jax.training.step import TrainState
 
 
