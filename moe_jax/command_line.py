@@ -48,8 +48,10 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
   Ctrl-C ends it without a traceback, too, with the shell's usual status.
 
   Args:
-    show_traceback: Whether errors are raised as they are.
+    show_traceback: Whether errors are raised as they are; they also are where
+      the environment has MOE_JAX_TRACEBACK.
   """
+  show_traceback = show_traceback or 'MOE_JAX_TRACEBACK' in os.environ
   try:
     yield
   except KeyboardInterrupt:

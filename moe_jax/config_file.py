@@ -77,8 +77,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise ValueError(f'{file} defines no get_config(arg)')
   try:
     config = module.get_config(*([argument] if argument else []))
-  except ValueError:
-    raise
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
   except Exception as error:
     raise ValueError(_in_file(file, path, error)) from error
   if not isinstance(config, ml_collections.ConfigDict):

@@ -152,7 +152,8 @@ def joined(*args: Any) -> Iterator[None]:
     sys.stderr.flush()
     if is_first():
       time.sleep(_LAST_SECONDS)
-    os._exit(1)
+    status = getattr(error, 'code', 1)
+    os._exit(status if isinstance(status, int) else 1)
   if several:
     jax.distributed.shutdown()
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _METADATA = 'computeMetadata/v1/instance/attributes'
-_claims: list[socket.socket] = []  # they are held until the process ends
+_claims: dict[str, socket.socket] = {}  # held until the process ends
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str | None:
@@ -125,18 +125,18 @@ def claim(coordinator: str, process_id: int) -> None:
   """
   port = int(coordinator.rpartition(':')[2])
   flags = f'--coordinator={coordinator} --process_id={process_id}'
-  if (
-    sys.platform == 'linux'
-  ):  # the name is no file's, and ends with the process
+  name = f'\0moe_jax {coordinator} {process_id}'
+  # On Linux the name is no file's, and ends with the process.
+  if sys.platform == 'linux' and name not in _claims:
     claimed = socket.socket(socket.AF_UNIX)
     try:
-      claimed.bind(f'\0moe_jax {coordinator} {process_id}')
+      claimed.bind(name)
     except OSError:
       raise ValueError(
         f'{flags}: another process of this machine has the same number; each '
         'needs its own, from 0'
       ) from None
-    _claims.append(claimed)
+    _claims[name] = claimed
   if process_id:
     return
   try:

@@ -110,8 +110,8 @@ def anything(reason: str) -> Check:
   return Check(reason, lambda value: True)
 
 
-# The rule for seeds.
-SEED = at_least(0)
+# The rule for seeds, which are stored as unsigned numbers of 32 bits.
+SEED = within('[0, 4294967296)')
 
 # The rule that a text, or anything with a length, is not empty.
 NOT_EMPTY = Check('must be given', bool)
@@ -147,20 +147,25 @@ def _items_fit(value, parts) -> bool:
 
 
 def number_problem(
-  value: Any, *, whole: bool = True, infinite: bool = False
+  value: Any,
+  *,
+  whole: bool = True,
+  unsigned: bool = False,
+  infinite: bool = False,
 ) -> str | None:
   """The rule that a number breaks because arrays could not hold it, or None.
 
   Args:
     value: A number, or a tuple with numbers in it, nested or not.
     whole: Whether an integer is stored as one, not as a float.
+    unsigned: Whether it is stored without a sign, so that it may be larger.
     infinite: Whether infinity is a value.
   """
   if isinstance(value, tuple):
     problems = (number_problem(item, infinite=infinite) for item in value)
     return next(filter(None, problems), None)
   if isinstance(value, int) and whole:
-    if -(2**31) <= value < 2**31:
+    if -(2**31) <= value < 2 ** (32 if unsigned else 31):
       return None
     return "does not fit into JAX's integers of 32 bits"
   if not isinstance(value, int | float) or (infinite and value == math.inf):

@@ -281,7 +281,10 @@ def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
   if not of_type(value, hint):
     return f'{said} is a {type(value).__name__}, not {type_name(hint)}'
   if rule := number_problem(
-    value, whole=hint is not float, infinite=spec.infinite
+    value,
+    whole=hint is not float,
+    unsigned=SEED in spec.checks,
+    infinite=spec.infinite,
   ):
     return f'{said} {rule}'
   problems = (check.problem(name, value) for check in spec.checks)

@@ -195,8 +195,10 @@ def _is_array(hint: Any) -> bool:
 
 
 def _any_array(hint: Any) -> Any:
-  """The same type for arrays of any library."""
-  return hint.dtype[Any, hint.dim_str]
+  """The same type for arrays of any library, integers without sign too."""
+  signed = hint.dtype is jaxtyping.Int
+  dtype = jaxtyping.Integer if signed else hint.dtype
+  return dtype[Any, hint.dim_str]
 
 
 def _as_struct(shape: Shape) -> Any:

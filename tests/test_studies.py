@@ -324,7 +324,7 @@ def test_the_report_refuses_to_mix_data(tmp_path):
     (tmp_path / f'{name}.json').write_text(json.dumps(summary))
   with pytest.raises(ValueError, match="'one': \\['a'\\], 'two': \\['b'\\]"):
     report.read(tmp_path)
-  with pytest.raises(ValueError, match='no results of a study.*empty'):
+  with pytest.raises(ValueError, match=r'no results of a study.*empty'):
     report.read(tmp_path / 'empty')
 
 

@@ -158,6 +158,8 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       for name in file.files:
         arrays[name] = file[name]
       return arrays
+  except (MemoryError, PermissionError):
+    raise
   except Exception as error:  # of zip, zlib or numpy, whatever they raise
     what = f'its array {name!r}' if name else 'it'
     if 'pickle' in str(error):  # numpy's own text advises to unpickle it
@@ -170,7 +172,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def first_line(error: BaseException) -> str:
-  """The begin of the first line of another library's message."""
+  """The beginning of the first line of another library's message."""
   return str(error).strip().split('\n', 1)[0][:_SHOWN]
 
 

@@ -108,7 +108,7 @@ def generate(
       not finite.
   """
   check_ends(model, stop_ids, pad_id)
-  check_whole('num_beams', num_beams, 0)
+  check_whole('num_beams', num_beams, 1)
   check_number('length_penalty', length_penalty)
   sampler = Sampler.make(temperature, top_k, top_p)
   if num_beams != 1:

@@ -1,25 +1,20 @@
 """Import of a checkpoint as a run's folder, which can be trained further.
 
-An imported folder has a checkpoint of step 0 with only parameters, the run's
-config, the tokenizer, and in `huggingface/` the files that came with the
-weights. `config.py`, a config file for `moe_jax.main`, is always the same text,
-which reads the values in `imported.json`. Not here: export (`export_run.py`).
+Not here: the files in that folder (`import_folder.py`), and export
+(`export_run.py`).
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import resource
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 
-from moe_jax import sections
 from moe_jax.data import (
   DataOptions,
   DocstringsSource,
@@ -29,32 +24,14 @@ from moe_jax.data import (
   plain_files,
   tokenizers,
 )
-from moe_jax.data.cache_folders import locked
-from moe_jax.interop import hub, loading
+from moe_jax.interop import hub, import_folder, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.models import ModelOptions
 from moe_jax.options import Options, default_of, fields_of, spec_of
-from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.training.run_options import RunOptions
 
-FILES = workdir_lib.IMPORTED
-CONFIG_PY, VALUES = 'config.py', 'imported.json'
 O = TypeVar('O', bound=Options)
-_CONFIG_PY = '''"""A run that began as a checkpoint of Hugging Face.
-
-    python -m moe_jax.main --config=FOLDER/config.py --workdir=FOLDER
-"""
-
-import pathlib
-
-from moe_jax import run_config
-
-
-def get_config():
-  return run_config.from_file(pathlib.Path(__file__).with_name('imported.json'))
-'''
 
 
 def import_run(
@@ -85,8 +62,8 @@ def import_run(
       read, or has tokens for which the model has no embedding; or a small file
       of the checkpoint is a link.
   """
-  folder = pathlib.Path(workdir).expanduser()
-  _check_free(folder)
+  folder = pathlib.Path(workdir).expanduser().resolve()
+  import_folder.check_free(folder)
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   small = hub.small_files(checkpoint.folder)
@@ -99,32 +76,14 @@ def import_run(
     data=_data(options.data, checkpoint, folder, tokenizer),
   )
   mesh, before = options.mesh.make(devices), _peak_bytes()
-  params = loading.load_params(
-    checkpoint,
-    mesh=mesh,
-    rules=options.sharding.rules,
-  )
-  facts = [_size(params, mesh), _memory(before, checkpoint)]
-  # The folder appears when it is complete, so an import that was killed is
-  # simply started again.
-  unfinished = folder.with_name(f'.{folder.name}.importing')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with locked(unfinished):
-    shutil.rmtree(unfinished, ignore_errors=True)
-    _copy(small, unfinished / FILES)
-    _write(unfinished, checkpoint, options, tokenizer, params)
-    _check_free(folder)
-    unfinished.rename(folder)
+  with import_folder.building(folder) as unfinished:
+    params = loading.load_params(
+      checkpoint, mesh=mesh, rules=options.sharding.rules
+    )
+    facts = [_size(params, mesh), _memory(before, checkpoint)]
+    import_folder.copy_files(small, unfinished / import_folder.FILES)
+    import_folder.write(unfinished, checkpoint, options, tokenizer, params)
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
-
-
-def _check_free(folder: pathlib.Path) -> None:
-  """Raises ValueError for a folder that is not new or empty."""
-  for name in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS):
-    if (folder / name).exists():
-      raise ValueError(f'{folder} holds a run already ({name}); choose another')
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f'{folder} is there already; give a new or empty folder')
 
 
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
@@ -186,7 +145,7 @@ def _data(
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:
-    changes['tokenizer'] = JsonOptions(str(folder / FILES))
+    changes['tokenizer'] = JsonOptions(str(folder / import_folder.FILES))
   if checkpoint.options.has_encoder and not data.task.makes_examples:
     changes['target_len'] = max(data.seq_len // 4, 1)
     gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
@@ -211,32 +170,6 @@ def _check_vocabulary(
       f'first of the last {tokenizer.num_tokens - size}), the model has '
       f'embeddings for vocab_size={size} only'
     )
-
-
-def _copy(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
-  folder.mkdir(parents=True)
-  for path in files:
-    plain_files.copy(path, folder / path.name)
-
-
-def _write(
-  folder: pathlib.Path,
-  checkpoint: Checkpoint,
-  options: RunOptions,
-  tokenizer: tokenizers.Json | None,
-  params: Any,
-) -> None:
-  """Writes a run's folder, of which the files of the checkpoint are there."""
-  if tokenizer is not None:
-    tokenizer.save(folder / workdir_lib.TOKENIZER)
-  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
-    extra = {'imported': checkpoint.architecture.model_type}
-    kept.save(0, {'params': params}, extra=extra)
-  config = sections.section(options)
-  text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-  (folder / VALUES).write_text(text + '\n', encoding='utf-8')
-  (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')
-  workdir_lib.claim(folder, config)
 
 
 def _size(params, mesh) -> str:
@@ -270,6 +203,6 @@ def _next(folder, tokenizer) -> list[str]:
   return [
     *([] if tokenizer is not None else [without]),
     'go on: python -m moe_jax.main '
-    f'--config={shlex.quote(str(folder / CONFIG_PY))} '
+    f'--config={shlex.quote(str(folder / import_folder.CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}; with other settings, add --resume',
   ]

@@ -35,7 +35,8 @@ def init_params(model: Model, key: PRNGKey) -> Any:
   """Initial parameters from a key, in boxes that carry axes and roles.
 
   Raises:
-    ValueError: They are larger than the memory of all devices.
+    ValueError: They are larger than the memory of all devices of the kind that
+      holds the key.
   """
   # Compiled as a whole, since one operation after another takes many seconds.
   init = jax.jit(functools.partial(_init, model))
@@ -44,7 +45,9 @@ def init_params(model: Model, key: PRNGKey) -> Any:
   traced = init.trace(key)
   leaves = jax.tree.leaves(traced.out_info)
   size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-  check_room([(f'the variables of {type(model).__name__}', size)])
+  (device, *_) = key.devices()
+  need = (f'the variables of {type(model).__name__}', size)
+  check_room([need], jax.devices(device.platform))
   return traced.lower().compile()(key)['params']
 
 

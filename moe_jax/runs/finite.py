@@ -46,7 +46,15 @@ def not_finite(tree: Any) -> list[str]:
 
   Every process has to call this, as arrays may be split among them.
   """
-  return names(tree, np.asarray(fetch(_compiled_flags(tree))))
+  # A program takes arrays of one set of devices.
+  parts: dict[frozenset[jax.Device], dict[str, Any]] = {}
+  for name, leaf in _floating(tree).items():
+    parts.setdefault(frozenset(leaf.sharding.device_set), {})[name] = leaf
+  return [
+    name
+    for part in parts.values()
+    for name in names(part, np.asarray(fetch(_compiled_flags(part))))
+  ]
 
 
 def listed(paths: list[str]) -> str:

@@ -22,7 +22,7 @@ from moe_jax.runs.storage_errors import Retry
 NAME = 'manifest.json'
 _FORMAT = 1
 _MOST_BYTES = 2**28  # a thousand times what a large model's manifest has
-_MOST_STEPS = 2**31  # steps are counted in int32
+MOST_STEPS = 2**31  # steps are counted in int32
 _MOST_LISTED = 4
 _FLOAT = re.compile(r'^b?float\d+')
 
@@ -143,7 +143,7 @@ def _checked(manifest: Manifest) -> Manifest:
   Raises:
     ValueError: Something is wrong with it.
   """
-  if type(manifest.step) is not int or not 0 <= manifest.step < _MOST_STEPS:
+  if type(manifest.step) is not int or not 0 <= manifest.step < MOST_STEPS:
     raise ValueError(f'step {manifest.step!r:.20}')
   if not isinstance(manifest.extra, dict):
     raise ValueError(f'extra {manifest.extra!r:.20}')

@@ -79,7 +79,8 @@ def read(folder: epath.Path) -> Owner | None:
 
 def beat(folder: epath.Path) -> bytes:
   """The last beat, which is only compared; b'' if there is none."""
-  with contextlib.suppress(OSError), (folder / BEAT).open('rb') as file:
+  # File systems of buckets have errors of their own.
+  with contextlib.suppress(Exception), (folder / BEAT).open('rb') as file:
     return file.read(_MOST_BYTES)
   return b''
 
@@ -104,7 +105,7 @@ def process_start(pid: int) -> str | None:
       return ''
     except OSError:
       pass
-    return None  # another user's
+    return None  # it is another user's process
   # The name before may hold anything; the state is the first field after it.
   state, *fields = stat.rpartition(')')[2].split()
   return '' if state in 'ZX' else fields[18]

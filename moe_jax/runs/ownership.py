@@ -14,6 +14,7 @@ Not here: who an owner is (`owner.py`), and what a workdir holds (`workdir.py`).
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -24,11 +25,6 @@ from etils import epath
 
 from moe_jax.runs.owner import BEAT, OWNER, Owner, beat, read
 from moe_jax.runs.storage_errors import describe, storage_path
-
-try:
-  import fcntl
-except ImportError:  # not on Windows
-  fcntl = None
 
 PERIOD_SECONDS = 10.0
 _MISSED_BEATS = 3
@@ -83,7 +79,7 @@ class Ownership:
     for folder in self._folders:
       try:
         owner = read(folder)
-      except OSError:
+      except Exception:  # file systems of buckets have their own errors
         continue  # storage that fails tells nothing; a save will say so
       if owner != self._me:
         who = 'nobody: its owner.json is gone' if owner is None else owner
@@ -96,7 +92,7 @@ class Ownership:
     """Gives the folders back, and removes those that are still empty."""
     self._end.set()
     for folder in self._folders:
-      with self._beating, contextlib.suppress(OSError):
+      with self._beating, contextlib.suppress(Exception):
         if read(folder) in (self._me, None):
           for name in (BEAT, OWNER):
             (folder / name).unlink(missing_ok=True)
@@ -128,15 +124,15 @@ class Ownership:
   def _watch(self, folder: epath.Path, found: Owner) -> None:
     seconds = _MISSED_BEATS * self._period
     self._message(
-      f'{folder} was left by {found}; it is taken over in {seconds:.0f} s '
-      'unless that process is seen to live'
+      f'{folder} belongs to {found}, of which nothing is known here; it is '
+      f'taken over in {seconds:.0f} s unless that process is seen to live'
     )
     time.sleep(seconds)
 
   def _found(self, folder: epath.Path) -> Owner | None:
     try:
       return read(folder)
-    except OSError as error:
+    except Exception as error:
       raise _unwritable(folder, error) from None
 
   def _make(self, folder: epath.Path) -> None:
@@ -167,7 +163,7 @@ class Ownership:
 
   def _beat(self, number: int) -> None:
     for folder in self._folders:
-      with self._beating, contextlib.suppress(OSError):
+      with self._beating, contextlib.suppress(Exception):
         if not self._end.is_set() and read(folder) == self._me:
           (folder / BEAT).write_text(f'{self._me.id} {number}')
 
@@ -199,7 +195,7 @@ def owned(
 @contextlib.contextmanager
 def _turn(folder: epath.Path) -> Iterator[bool]:
   """Waits for this process' turn; gives False where there are no turns."""
-  if fcntl is None or '://' in os.fspath(folder):
+  if '://' in os.fspath(folder):
     yield False
     return
   try:

@@ -191,7 +191,8 @@ class Recorder:
     sums = summary.host(metrics.sums)
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     state = self._run.programs.abstract_state
-    bad = finite.names(state, np.asarray(metrics.finite))
+    flags = np.asarray(metrics.finite)
+    bad = [] if flags.all() else finite.names(state, flags)
     if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
       said = f'step {step}: loss={loss}, gradient norm={grad_norm}'
       if bad:

@@ -24,12 +24,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.runs import manifest as manifest_lib
-from moe_jax.runs.manifest import BadCheckpoint, Manifest
+from moe_jax.runs.manifest import MOST_STEPS, BadCheckpoint, Manifest
 from moe_jax.runs.storage_errors import Retry, storage_path
 
 _LOG = logging.getLogger(__name__)
-# Steps are counted in int32.
-_STEP = re.compile(r'0|[1-9][0-9]{0,8}')
+_STEP = re.compile(r'0|[1-9][0-9]{0,9}')
 _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
 _TRIES = 20
 
@@ -66,7 +65,8 @@ class Directory:
     if not self.path.exists():
       return []
     names = self._retry(lambda: [path.name for path in self.path.iterdir()])
-    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+    steps = (int(name) for name in names if _STEP.fullmatch(name))
+    return sorted(step for step in steps if step < MOST_STEPS)
 
   def steps(self) -> list[int]:
     """The steps with a manifest, ascending; none is verified."""

@@ -283,8 +283,8 @@ GENERATING = {
       ('num_beams', '99999999999999999999', '32 bits'),
       ('length_penalty', 'nan', 'must be finite'),
       ('length_penalty', '-inf', 'must be finite'),
-      ('seed', '-1', 'must be at least 0'),
-      ('seed', '2147483648', '32 bits'),
+      ('seed', '-1', 'not in [0, 4294967296)'),
+      ('seed', '4294967296', '32 bits'),
       ('step', '-1', 'must be at least 0'),
       ('step', 'last', "'last'"),
     ]

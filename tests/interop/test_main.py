@@ -64,13 +64,13 @@ def test_an_import_that_is_killed_is_started_again(seen, tmp_path):
   options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
   command = [sys.executable, '-m', 'moe_jax.interop', 'import', source]
   command = [str(word) for word in (*command, *options)]
-  unfinished = tmp_path / '.run.importing'
+  unfinished = workdir / '.importing'
   with subprocess.Popen(command, cwd=ROOT) as process:
     while not (unfinished / seen).exists() and process.poll() is None:
       time.sleep(0.0005)
     process.kill()
   if process.returncode != 0:
-    assert not workdir.exists()
+    assert not (workdir / 'config.json').exists()
     subprocess.run(command, cwd=ROOT, check=True)
   assert not unfinished.exists()
   loaded, expected = generation.load(workdir), interop.load(source)

@@ -291,7 +291,7 @@ def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
       r'no/\*\.txt',
     ),
     ({'model': {'moe': {'group_size': 72}}}, 'group_size=72 does not divide'),
-    ({'seed': -1}, r'seed=-1 must be at least 0'),
+    ({'seed': -1}, r'seed=-1 not in'),
     ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 must be at least 0'),
     ({'checkpoint': {'tries': 0}}, r'checkpoint\.tries=0 must be at least 1'),
     (

@@ -1,6 +1,8 @@
 """Questions in a user's files, one JSON object in each line."""
 
 import dataclasses
+import pathlib
+from collections.abc import Iterator
 
 from moe_jax.data.choices.contract import (
   ChoiceSourceOptions,
@@ -8,7 +10,7 @@ from moe_jax.data.choices.contract import (
   ItemSource,
   check_item,
 )
-from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.plain_files import parse_json
 from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.files import matching
 from moe_jax.options import NOT_EMPTY, option
@@ -42,7 +44,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     items = [
       _of_line(line, f'{path}, line {number}')
       for path in paths
-      for number, line in enumerate(read_text(path).split('\n'), 1)
+      for number, line in _lines(path)
       if line.strip()
     ]
     if not items:
@@ -50,6 +52,15 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     return ItemSource(
       f'files:{self.pattern} ({len(items)} items)', lambda split: items
     )
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """The lines of a file with their numbers, from 1."""
+  try:
+    with path.open(encoding='utf-8') as file:
+      yield from enumerate(file, 1)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8: {error}') from None
 
 
 def _of_line(line: str, where: str) -> Item:

@@ -131,7 +131,11 @@ class Renderer:
     """Sends a request and receives the answer; the lock is held."""
     try:
       if self._process is None or self._process.poll() is not None:
-        self._start()
+        try:
+          self._start()
+        except OSError as error:
+          self.stop()
+          return {'error': f'{sys.executable!r} cannot be started: {error}'}
       end = time.monotonic() + limits.wall_seconds
       self._socket.settimeout(limits.wall_seconds)
       self._socket.sendall(LENGTH.pack(len(request)) + request)
@@ -145,9 +149,8 @@ class Renderer:
       return {'error': f'no answer in {limits.wall_seconds:g} s'}
     except (OSError, EOFError):
       return {'error': self._ended(limits)}
-    except (
-      BaseException
-    ):  # a half-read answer would be that of the next request
+    except BaseException:
+      # A half-read answer would be that of the next request.
       self.stop()
       raise
 

@@ -67,7 +67,9 @@ def _to_json(value, indent=None) -> str:
 
 def _receive(descriptor: int, parent: int) -> bytes:
   """The next request; empty if there is none any more."""
-  while not select.select([descriptor], [], [], _ORPHANED_SECONDS)[0]:
+  poll = select.poll()  # `select.select` fails above 1024 open files
+  poll.register(descriptor, select.POLLIN)
+  while not poll.poll(1000 * _ORPHANED_SECONDS):
     if os.getppid() != parent:
       return b''
   with open(descriptor, 'rb', closefd=False) as file:

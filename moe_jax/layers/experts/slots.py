@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moe_jax.dispatch import einsum, gather
@@ -160,8 +161,7 @@ class ModuleSlots(SlotExperts):
 
     def call(module, rows):
       y = self.options.call(module, rows, train)
-      check_output(type(module).__name__, y, rows)
-      return y
+      return as_rows(type(module).__name__, y, rows)
 
     y = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
     give_role(self)
@@ -234,8 +234,8 @@ class MixtureSlots(SlotExperts):
           f'expert {type(moe).__name__} returned {told(result)}; a '
           'MixtureExpert is an MoE, which returns (rows, MoeAux)'
         )
-      check_output(type(moe).__name__, result[0], rows[None])
-      return result[0][0], result[1]
+      rows = as_rows(type(moe).__name__, result[0], rows[None])
+      return rows[0], result[1]
 
     rows, aux = copied(call, self.expert, rows, filled)
     return self.dispatch.combine(rows, routing), aux
@@ -259,13 +259,21 @@ def copied(
   return apply(expert, *arguments)
 
 
-def check_output(name: str, y: Any, rows: Array) -> None:
-  """Raises ValueError unless an expert's output is as its rows are."""
-  if told(y) != told(rows):
+def as_rows(name: str, y: Any, rows: Array) -> Array:
+  """An expert's output in the type of its rows.
+
+  Raises:
+    ValueError: The output is no array of numbers with a fraction, or has
+      another shape than the rows.
+  """
+  dtype = getattr(y, 'dtype', np.int32)
+  fits = jnp.issubdtype(dtype, jnp.floating) and y.shape == rows.shape
+  if not fits:
     raise ValueError(
       f'expert {name} returned {told(y)} for rows {told(rows)}; an expert '
-      'returns rows [R, M] of the same shape and type'
+      'returns rows [R, M] of the same shape'
     )
+  return y.astype(rows.dtype)
 
 
 def give_role(experts: nn.Module) -> None:
