@@ -2,9 +2,9 @@
 
 A decoder of the size of `tiny_switch.py` learns the tasks of the suite, which
 are made from Python's own library and generators, in equal shares. Two clusters
-are held out: they are answered, and never learned from. It trains for some
-minutes on two cores, and nothing is downloaded. At the end the score of every
-task is printed, with means over tasks and over clusters.
+are held out: they are answered, and never learned from. It trains for about a
+quarter of an hour on two cores, and nothing is downloaded. At the end the score
+of every task is printed, with means over tasks and over clusters.
 
     python -m moe_jax.main --config=configs/instruct.py --workdir=runs/instruct
 
