@@ -174,3 +174,15 @@ def test_an_encoder_has_the_inputs(tmp_path):
   assert marked(row, tokenizer) == 'yo$ok$.'
   told = row['encoder_tokens'][row['encoder_segment_ids'] == 1]
   assert tokenizer.decode(told) == 'system: be brief\nuser: hi'
+
+
+def test_of_a_template_with_examples_only_the_last_answer_counts(tmp_path):
+  source = data.InstructionSource('add', num_train=3, num_shots=1)
+  rows, tokenizer = rows_of(
+    tmp_path, source, task=Seq2SeqTask(), seq_len=128, pack=False
+  )
+  for i, (inputs, answer) in enumerate(source.pairs().pairs('train')):
+    # The example has an answer of its own before the question's.
+    assert inputs.split('\n\n')[0].split('\n')[-1].isdigit()
+    assert marked(rows[i], tokenizer).strip('.') == f'{answer}$'
+    assert marked(rows[i], tokenizer).index(answer) == len(inputs)
