@@ -217,17 +217,21 @@ def load(
       parts[name] = task.load(source, tokenizer, selection, shape)
     except ValueError as error:
       raise ValueError(f'mixture.sources.{name}: {error}') from error
+  _check_one_vocabulary(parts)
+  learned = mixture.learned()
+  sizes = {name: len(parts[name].splits['train']) for name in learned}
+  shares = mixture.shares(sizes)
+  counts = whole_counts([shares[name] for name in learned], mixture.period)
+  return _mixed(mixture, task, parts, dict(zip(learned, counts.tolist())))
+
+
+def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
   first, *others = (part.tokenizer.identity for part in parts.values())
   if any(other != first for other in others):
     raise ValueError(
       f'the sources {[*parts]} of a mixture differ in their classes or tokens: '
       f'{sorted({first, *others})}'
     )
-  learned = mixture.learned()
-  sizes = {name: len(parts[name].splits['train']) for name in learned}
-  shares = mixture.shares(sizes)
-  counts = whole_counts([shares[name] for name in learned], mixture.period)
-  return _mixed(mixture, task, parts, dict(zip(learned, counts.tolist())))
 
 
 def _mixed(mixture, task, parts, per_period) -> MixedDataset:
