@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax import run_config, sections
+from moe_jax.data import SOURCES, SourceOptions
 from moe_jax.evaluation import (
   EVALUATIONS,
   ChoiceEvaluation,
@@ -53,6 +54,11 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
   if arg == RUNLOCAL:
     config = sections.section(run_config.read(config).shrunk())
   return sections.lock(RunConfig, config)
+
+
+def source(options: SourceOptions) -> ConfigDict:
+  """An entry of `data.mixture.sources`: a source and its options."""
+  return sections.entry_section(SOURCES, options)
 
 
 def evaluation(

@@ -14,6 +14,8 @@ from moe_jax.data.choices import (
 from moe_jax.data.choices.contract import ChoiceSourceOptions, Item, ItemSource
 from moe_jax.data.dataset import DataOptions, load, read_pairs
 from moe_jax.data.examples import ExampleRows
+from moe_jax.data.mixing import MixedRows, Schedule
+from moe_jax.data.mixtures import MixedDataset, MixtureOptions
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pipeline import (
   batch_dataset,
@@ -29,16 +31,20 @@ from moe_jax.data.sources import (
   DocstringsSource,
   FilesSource,
   GettextSource,
+  InstructionSource,
+  JsonlSource,
   KvRecallSource,
   NpzSource,
   PythonStdlibSource,
   TfdsSource,
   VowelsSource,
+  instructions,
 )
 from moe_jax.data.sources.contract import (
   ClassSource,
   Examples,
   Pairs,
+  Question,
   Selection,
   SourceOptions,
   Texts,
@@ -92,18 +98,25 @@ __all__ = [
   'Examples',
   'FilesSource',
   'GettextSource',
+  'InstructionSource',
   'Item',
   'ItemSource',
   'JsonOptions',
+  'JsonlSource',
   'KvRecallSource',
   'LmTask',
+  'MixedDataset',
+  'MixedRows',
+  'MixtureOptions',
   'NpzSource',
   'PackedRows',
   'PairTask',
   'Pairs',
   'PrefixLmTask',
   'PythonStdlibSource',
+  'Question',
   'Rows',
+  'Schedule',
   'Selection',
   'Seq2SeqTask',
   'SourceOptions',
@@ -117,6 +130,7 @@ __all__ = [
   'VowelsSource',
   'batch_dataset',
   'eval_batches',
+  'instructions',
   'load',
   'read_pairs',
   'spread',

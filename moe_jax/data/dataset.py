@@ -4,9 +4,12 @@ Not here: batches (`pipeline.py`).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
+from moe_jax.data import mixtures
 from moe_jax.data.layouts import RowShape
+from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.sources import (
   SOURCES,
   DocstringsSource,
@@ -26,6 +29,10 @@ from moe_jax.options import (
   Options,
   at_least,
   choice,
+  default_of,
+  fields_of,
+  nested,
+  no_effect,
   option,
 )
 from moe_jax.section_reader import CUSTOM
@@ -70,6 +77,9 @@ class DataOptions(Options):
     SOURCES,
     'python_stdlib',
     'Source of the texts, pairs of texts or examples with a class.',
+  )
+  mixture: MixtureOptions = nested(
+    MixtureOptions(), 'Sources that are learned from together.'
   )
   tokenizer: TokenizerOptions = choice(
     TOKENIZERS,
@@ -146,16 +156,32 @@ class DataOptions(Options):
     yield from self.task.problems_with(self.shape)
 
   def _source_problems(self) -> Iterator[str]:
-    form, kind = self.task.reads, SOURCES.name_of(self.source)
-    if form not in self.source.gives():
+    if not self.mixture.sources:
+      yield from self._problems_of(self.source, 'source.', nested=True)
+      return
+    usual = default_of(fields_of(DataOptions)['source'])
+    if self.source != usual:
+      kind = SOURCES.name_of(self.source)
+      yield no_effect('source.kind', kind, 'with sources in data.mixture')
+    for name, source in self.mixture.sources.items():
+      where = f'mixture.sources.{name}.'
+      yield from self._problems_of(source, where, nested=False)
+
+  def _problems_of(
+    self, source: SourceOptions, where: str, *, nested: bool
+  ) -> Iterator[str]:
+    form, kind = self.task.reads, SOURCES.name_of(source)
+    if form not in source.gives():
       have = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
       yield (
-        f'source.kind={kind!r} gives {" and ".join(self.source.gives())}, '
+        f'{where}kind={kind!r} gives {" and ".join(source.gives())}, '
         f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
         f'give {form}: {have}'
       )
     section = kind if kind in SOURCES.builtin else CUSTOM
-    yield from self.source.idle_options(form, f'source.{section}.')
+    yield from source.idle_options(
+      form, f'{where}{section}.' if nested else where
+    )
 
   def shrunk(self) -> 'DataOptions':
     """The same task in short rows, on the corpus from Python as bytes.
@@ -164,8 +190,11 @@ class DataOptions(Options):
     """
     if self.task.reads not in _EMBEDDED:
       return self
+    embedded = _EMBEDDED[self.task.reads]
+    mixed = bool(self.mixture.sources)
     return DataOptions(
-      source=_EMBEDDED[self.task.reads],
+      source=PythonStdlibSource() if mixed else embedded,
+      mixture=self.mixture.shrunk_with(embedded),
       tokenizer=BytesOptions(),
       task=self.task,
       seq_len=32,
@@ -184,6 +213,14 @@ def load(options: DataOptions) -> Dataset:
       tokenizer lacks; a split is empty; a row is too short for the task, or
       there are too few sentinels.
   """
+  if options.mixture.sources:
+    return mixtures.load(
+      options.mixture,
+      options.task,
+      options.tokenizer,
+      options.selection,
+      options.shape,
+    )
   return options.task.load(
     options.source, options.tokenizer, options.selection, options.shape
   )
@@ -192,6 +229,13 @@ def load(options: DataOptions) -> Dataset:
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
+  Those of a mixture are the pairs of every source that is learned from in turn.
   None where the task's examples are pieces of texts.
   """
-  return options.task.pairs(options.source, options.selection, split)
+  mixture = options.mixture
+  sources = [mixture.sources[name] for name in mixture.learned()]
+  pairs = [
+    options.task.pairs(source, options.selection, split)
+    for source in sources or [options.source]
+  ]
+  return None if None in pairs else itertools.chain.from_iterable(pairs)

@@ -7,14 +7,41 @@ row is found by its number alone. Not here: how the stream is stored
 
 import abc
 import operator
+from collections.abc import Mapping
 
 import numpy as np
 
+from moe_jax.data.layouts import Layout
 from moe_jax.shapes import Int
 
 
 class Rows(abc.ABC):
-  """Random access to rows; a row is a dict of arrays, a batch stacks them."""
+  """Random access to rows; a row is a dict of arrays, a batch stacks them.
+
+  Attributes:
+    layout: Layout of the examples; None for rows that hold no examples.
+  """
+
+  layout: Layout | None = None
+
+  @property
+  def parts(self) -> Mapping[str, 'Rows']:
+    """The rows of each source by name, each shuffled by itself in training."""
+    return {'': self}
+
+  def locate(
+    self, places: Int[np.ndarray, ' R']
+  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+    """The number of the source of rows of the training stream, and its own row.
+
+    Args:
+      places: Numbers of rows of the stream, from 0.
+    """
+    return np.zeros_like(places), places
+
+  def within(self, index: int) -> tuple['Rows', int]:
+    """The rows of the one source that has row `index`, and its number there."""
+    return self, index
 
   @abc.abstractmethod
   def __len__(self) -> int: ...

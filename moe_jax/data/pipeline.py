@@ -4,12 +4,14 @@ Not here: rows (`packing.py`), and moving batches to devices
 (`moe_jax.distributed`).
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
 from moe_jax.data import prefetch
+from moe_jax.data.mixing import joined
 from moe_jax.data.packing import Rows
 from moe_jax.shapes import Int
 
@@ -38,7 +40,8 @@ def batch_dataset(
   may span two epochs. A row has other noise in each epoch. `PackedRows` have
   no noise, but from the second epoch on their stream is cut elsewhere, at an
   offset below T that depends on the epoch, so that a token does not meet the
-  same context again. The batch does not depend on the share.
+  same context again. The batch does not depend on the share. In a mixture,
+  each source is shuffled by itself, and has epochs of its own.
 
   Args:
     rows: Rows to draw from.
@@ -54,23 +57,40 @@ def batch_dataset(
   share = _share(batch_size, share)
   if seed < 0:
     raise ValueError(f'seed={seed} is negative')
-  if not 0 < len(rows) <= _MOST_ROWS:
-    raise ValueError(f'{len(rows)} rows not in [1, {_MOST_ROWS}]')
-  # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
-  # same orders, one epoch apart.
-  spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  order = (
-    grain.MapDataset.range(len(rows))
-    .shuffle(spread)
-    .repeat(_ENDLESS_ROWS // len(rows))
-  )
+  streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
-    places = i * batch_size + share
-    indices = np.array([order[place] for place in places.tolist()], np.int64)
-    return rows.draw(indices, spread, places // len(rows))
+    part, places = rows.locate(i * batch_size + share)
+    return joined(part, lambda p, chosen: streams[p](places[chosen]))
 
-  return grain.MapDataset.range(len(order) // batch_size).map(draw)
+  return grain.MapDataset.range(_ENDLESS_ROWS // batch_size).map(draw)
+
+
+class _Stream:
+  """The endless stream of one source's rows, shuffled anew each epoch."""
+
+  def __init__(self, rows: Rows, seed: int, name: str):
+    if not 0 < len(rows) <= _MOST_ROWS:
+      of_source = f' of source {name!r}' * bool(name)
+      raise ValueError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
+    # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
+    # same orders, one epoch apart. The order of a source in a mixture depends
+    # on its own name alone, not on the other sources.
+    own = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
+    sequence = np.random.SeedSequence([seed, *own] if name else seed)
+    spread = int(sequence.generate_state(1)[0])
+    self._rows, self._seed = rows, spread
+    self._order = (
+      grain.MapDataset.range(len(rows))
+      .shuffle(spread)
+      .repeat(_ENDLESS_ROWS // len(rows))
+    )
+
+  def __call__(self, places: Int[np.ndarray, ' R']) -> Batch:
+    """The rows at these places of the stream."""
+    order = self._order
+    indices = np.array([order[place] for place in places.tolist()], np.int64)
+    return self._rows.draw(indices, self._seed, places // len(self._rows))
 
 
 def train_batches(

@@ -2,7 +2,8 @@
 
 'loss' measures the validation loss; 'generate' scores generated outputs (BLEU,
 chrF, ROUGE-L, exact match); 'choice' takes the likeliest of several answers;
-'classify' takes the largest output for an example that is no text. A config
+'classify' takes the largest output for an example that is no text;
+'source_losses' and 'source_scores' measure every source of a mixture. A config
 names a user's own kind as 'module:name'. A trained or imported run is evaluated
 by
 
@@ -13,6 +14,7 @@ by
 Not here: the contract of a kind, and the loss (`moe_jax.training.evaluate`).
 """
 
+from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
 from moe_jax.evaluation.classify import ClassifyEvaluation
 from moe_jax.evaluation.evaluate_run import evaluate
@@ -27,6 +29,8 @@ __all__ = [
   'EvaluationOptions',
   'GenerateEvaluation',
   'LossEvaluation',
+  'SourceLosses',
+  'SourceScores',
   'evaluate',
 ]
 
@@ -38,6 +42,8 @@ EVALUATIONS = Kinds(
     'classify': ClassifyEvaluation,
     'generate': GenerateEvaluation,
     'choice': ChoiceEvaluation,
+    'source_losses': SourceLosses,
+    'source_scores': SourceScores,
   },
   inline=True,
 )

@@ -5,14 +5,14 @@ Not here: the scores (`scores.py`), and how text is generated
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax import data, generation
 from moe_jax.distributed import is_first
-from moe_jax.evaluation.prompts import without_end
+from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
@@ -96,27 +96,14 @@ class GenerateEvaluation(EvaluationOptions):
       ValueError: The data has no inputs and targets, there is no room for new
         tokens, or the model does not generate.
     """
-    scores = make_scores(self.metrics, self.bleu_tokenizer)
-    model, tokenizer = setting.model, setting.dataset.tokenizer
-    check_generates(model)
-    arguments = trained_run.special_ids(model, tokenizer)
-    forced = arguments.get('forced_ids', ())
-    if self.num_tokens <= len(forced):
-      raise ValueError(
-        f'num_tokens={self.num_tokens} leaves none to choose after '
-        f'{len(forced)} that the tokenizer forces'
-      )
-    pairs, fitted = [], []
-    for pair in self.pairs(setting):
-      ids, num_tokens = trained_run.fit(model, pair.ids, self.num_tokens)
-      pairs.append(pair._replace(ids=ids))
-      fitted.append(num_tokens)
-    arguments |= dict(
-      num_tokens=min(fitted),
+    return generator(
+      setting,
+      make_scores(self.metrics, self.bleu_tokenizer),
+      lambda: self.pairs(setting),
+      self.num_tokens,
       num_beams=self.num_beams,
       length_penalty=self.length_penalty,
     )
-    return Generate(setting, scores, pairs, arguments)
 
   def pairs(self, setting: Setting) -> list[Pair]:
     """The examples: pairs of texts from the source, or windows split in two.
@@ -153,7 +140,7 @@ class GenerateEvaluation(EvaluationOptions):
         )
         lengths = np.array([len(ids)]), np.array([self.num_tokens])
         most = int(layout.cut(*lengths).inputs[0])
-        ids = without_end(ids, most, tokenizer.eos_id)
+        ids = cut_as_trained(setting.data.task, ids, most, tokenizer.eos_id)
         pairs.append(Pair(ids, inputs, target))
     return pairs
 
@@ -164,8 +151,47 @@ class GenerateEvaluation(EvaluationOptions):
     )
 
 
-def _of_window(tokenizer, rows: data.ExampleRows, row: int) -> Pair:
+def generator(
+  setting: Setting,
+  scores: Mapping[str, Score],
+  read_pairs: Callable[[], list[Pair]],
+  num_tokens: int,
+  **arguments: Any,
+) -> 'Generate':
+  """The measurement of outputs for some pairs, which are cut to their room.
+
+  Args:
+    setting: The parts of the run.
+    scores: The scores by name.
+    read_pairs: Function that returns the pairs; called once all else is right.
+    num_tokens: Number of tokens at which an output ends.
+    **arguments: Other arguments of `generation.generate`.
+
+  Raises:
+    ValueError: There is no room for new tokens, or the model does not generate.
+  """
+  model, tokenizer = setting.model, setting.dataset.tokenizer
+  check_generates(model)
+  arguments |= trained_run.special_ids(model, tokenizer)
+  forced = arguments.get('forced_ids', ())
+  if num_tokens <= len(forced):
+    raise ValueError(
+      f'num_tokens={num_tokens} leaves none to choose after {len(forced)} that '
+      'the tokenizer forces'
+    )
+  pairs, fitted = [], []
+  for pair in read_pairs():
+    ids, room = trained_run.fit(model, pair.ids, num_tokens)
+    pairs.append(pair._replace(ids=ids))
+    fitted.append(room)
+  return Generate(
+    setting, scores, pairs, arguments | {'num_tokens': min(fitted)}
+  )
+
+
+def _of_window(tokenizer, rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split as in every evaluation."""
+  rows, row = rows.within(row)
   generator = np.random.default_rng([0, 0, row])
   example = rows.example(rows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, Example, Layout
+from moe_jax.data.tasks.seq2seq import cut_inputs
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
 from moe_jax.shapes import Int
@@ -93,6 +94,14 @@ class Asker:
     is_cut = any(sum(map(len, a)) > sum(map(len, b)) for a, b in pairs)
     return Asked(cut, n, is_cut)
 
+  def inputs(self, prompt: str, num_tokens: int) -> Int[np.ndarray, ' N']:
+    """The ids of a prompt, cut so that `num_tokens` of an answer fit a row."""
+    ids = self._encode(prompt)
+    lengths = self.layout.cut(np.array([len(ids)]), np.array([num_tokens]))
+    return cut_as_trained(
+      self.task, ids, int(lengths.inputs[0]), self.tokenizer.eos_id
+    )
+
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
       # Both are encoded together, as a token may span their border; the inputs
@@ -121,22 +130,30 @@ class Asker:
     if self.goes_on:
       inputs = inputs[len(inputs) - n :]
     else:
-      inputs = without_end(inputs, n, self.tokenizer.eos_id)
+      inputs = cut_as_trained(self.task, inputs, n, self.tokenizer.eos_id)
     return Example(inputs, example.targets[:m])
 
 
 def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
   """The layout of a dataset's rows; for a language model, a text in a row."""
-  rows = dataset.splits['validation']
-  if isinstance(rows, data.ExampleRows):
-    return rows.layout
-  return DecoderLayout(seq_len)
+  layout = dataset.splits['validation'].layout
+  return DecoderLayout(seq_len) if layout is None else layout
 
 
-def without_end(
-  ids: Int[np.ndarray, ' N'], length: int, eos_id: int | None
+def cut_as_trained(
+  task: data.TaskOptions,
+  ids: Int[np.ndarray, ' N'],
+  length: int,
+  eos_id: int | None,
 ) -> Int[np.ndarray, ' n']:
-  """The first `length` ids at most; an EOS at the end is kept."""
-  if len(ids) <= length or ids[-1] != eos_id:
-    return ids[:length]
-  return np.append(ids[: length - 1], ids[-1:])
+  """At most `length` ids of inputs, cut as the task cuts them.
+
+  An EOS at the end is kept.
+  """
+  if len(ids) <= length:
+    return ids
+  ends = int(len(ids) and ids[-1] == eos_id)
+  body = cut_inputs(
+    ids[: len(ids) - ends], length - ends, keep_end=task.keep_end
+  )
+  return np.append(body, ids[len(ids) - ends :])

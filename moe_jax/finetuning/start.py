@@ -104,7 +104,7 @@ def initial(
     return None
   folder = pathlib.Path(options.workdir).expanduser()
   theirs = trained.read(folder, allow)
-  old, new = theirs.tokenizer.identity, run.dataset.tokenizer.identity
+  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
   if old != new:
     raise ValueError(
       f'{folder} was trained on tokens of {old}, this run is on those of {new}'

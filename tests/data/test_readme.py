@@ -4,13 +4,15 @@ import pathlib
 import re
 import types
 
+import numpy as np
+
 from moe_jax import data, sections
 
 README = pathlib.Path(data.__file__).parent / 'README.md'
 
 
 def test_the_printed_code_runs(tmp_path, monkeypatch):
-  in_config, in_python, own = re.findall(
+  in_config, in_python, mixed, asked, own = re.findall(
     r'```python\n(.*?)```', README.read_text(), re.DOTALL
   )
   (tmp_path / 'books').mkdir()
@@ -21,13 +23,20 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
   exec(in_python, names)
   assert next(names['batches'])['tokens'].shape == (8, 128)
   options = {}
-  for code in (in_config, own):
+  exec(asked, {})
+  for code in (in_config, mixed, own):
     config = types.SimpleNamespace(data=sections.section(data.DataOptions))
     exec(code, {'config': config})
     options[code] = sections.read(data.DataOptions, config.data)
   dataset = data.load(options[in_config])
   assert dataset.digest == names['dataset'].digest
   assert data.load(options[own]).source == 'counting to 3'
+  # The printed order of sources is that of the mixture; sorted, 0 is reverse.
+  mixture = data.load(options[mixed])
+  part, number = mixture.splits['train'].locate(np.arange(8))
+  assert part.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
+  assert number.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
+  assert mixture.per_period == {'reverse': 1, 'sums': 3}
 
 
 def test_every_kind_is_listed():

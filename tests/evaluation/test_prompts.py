@@ -9,7 +9,7 @@ import tokenizers as hf
 from moe_jax.data import Item, LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tokenizers.extra_ids import extend
-from moe_jax.evaluation.prompts import Asker, few_shot_prompt, without_end
+from moe_jax.evaluation.prompts import Asker, cut_as_trained, few_shot_prompt
 
 EOS = 256
 SUM = Item('1+1', ('1', '2', '33'), 1)
@@ -82,7 +82,15 @@ def test_a_prompt_that_is_too_long_keeps_what_matters():
   asked = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long, SHOTS)
   assert texts(asked) == [('abcd$', 'x$'), ('abcd$', 'yz')]
   assert asked.is_cut
-  assert without_end(np.array([1, 2, 3]), 2, EOS).tolist() == [1, 2]
+
+
+def test_inputs_are_cut_as_in_training():
+  ids = np.array([1, 2, 3, EOS])
+  for keep_end, kept in ((False, [1, 2, EOS]), (True, [2, 3, EOS])):
+    task = Seq2SeqTask(keep_end=keep_end)
+    assert cut_as_trained(task, ids, 3, EOS).tolist() == kept
+    assert cut_as_trained(task, ids, 4, EOS).tolist() == ids.tolist()
+  assert cut_as_trained(LmTask(), ids[:3], 2, EOS).tolist() == [1, 2]
 
 
 def test_words_that_begin_with_a_space_are_the_answers():

@@ -193,6 +193,19 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     )
 
 
+def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):
+  # The ids of both tasks are bytes; only the inputs of pairs end in a token.
+  config = config_from(
+    dense,
+    DENSE,
+    data={'task': {'kind': 'seq2seq'}, 'source': {'kind': 'instructions'}},
+  )
+  run = setup.set_up(
+    run_config.read(config), tmp_path, devices=jax.devices()[:1]
+  )
+  assert 'all copied' in finetuning.initial(run)[1]
+
+
 def test_settings_that_differ_are_said_and_data_may(dense, tmp_path, capsys):
   relu = {**SPARSE, 'ffn': {'activation': 'relu'}}
   config = config_from(dense, relu, data=OTHER_DATA)

@@ -8,6 +8,8 @@ from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.sources.digits import DigitsSource
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
+from moe_jax.data.sources.instruction_suite import InstructionSource
+from moe_jax.data.sources.jsonl import JsonlSource
 from moe_jax.data.sources.kv_recall import KvRecallSource
 from moe_jax.data.sources.npz import NpzSource
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
@@ -27,6 +29,8 @@ SOURCES = Kinds(
     'python_stdlib_docstrings': DocstringsSource,
     'django_gettext': GettextSource,
     'kv_recall': KvRecallSource,
+    'instructions': InstructionSource,
+    'jsonl': JsonlSource,
     'vowels': VowelsSource,
     'digits': DigitsSource,
     'npz': NpzSource,

@@ -125,6 +125,22 @@ class Pairs:
     )
 
 
+class Question(NamedTuple):
+  """A validation example, and how an answer to it is judged.
+
+  Attributes:
+    inputs: Text that a model is given.
+    target: The right answer.
+    choices: All answers to choose from; empty where an answer is any text.
+    metric: Name of the score of `moe_jax.evaluation.scores` for any text.
+  """
+
+  inputs: str
+  target: str
+  choices: tuple[str, ...] = ()
+  metric: str = 'exact_match'
+
+
 class Examples(NamedTuple):
   """Arrays and the classes to which they belong.
 
@@ -217,9 +233,11 @@ class SourceOptions(Options):
       the source has only two splits of its own.
     only_in: For some options by name, the only form in which they have an
       effect; all others have one in every form.
+    is_embedded: Whether it needs no file; ':runlocal' keeps it in a mixture.
   """
 
   names_splits: ClassVar[bool] = True
+  is_embedded: ClassVar[bool] = False
   only_in: ClassVar[Mapping[str, str]] = {}
 
   def texts(self, selection: Selection = Selection()) -> Texts:
@@ -248,6 +266,16 @@ class SourceOptions(Options):
     """
     del selection
     raise ValueError(f'{type(self).__name__} gives no classes')
+
+  @property
+  def cluster(self) -> str:
+    """Name of the cluster of similar sources; '' for a source of its own."""
+    return ''
+
+  def questions(self, selection: Selection = Selection()) -> list[Question]:
+    """The validation pairs as questions; raises ValueError as `pairs` does."""
+    pairs = self.pairs(selection).pairs('validation')
+    return [Question(*pair) for pair in pairs if all(pair)]
 
   def idle_options(self, form: str, path: str) -> Iterator[str]:
     """Messages on options that are set but have no effect on a form.

@@ -7,7 +7,7 @@ Not here: the tasks, each in its own file, and batches
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from moe_jax.data import store
@@ -43,6 +43,9 @@ class TaskOptions(Options):
       compared with the targets.
     answers_go_on: Whether targets directly continue the text of the inputs in a
       decoder-only model, without a token in between.
+    input_prefix: Text that the task puts before all inputs.
+    keep_end: Whether inputs that are too long lose their beginning, not their
+      end.
   """
 
   reads: ClassVar[str]
@@ -51,6 +54,8 @@ class TaskOptions(Options):
   makes_examples: ClassVar[bool] = True
   generates: ClassVar[bool] = False
   answers_go_on: ClassVar[bool] = False
+  input_prefix: ClassVar[str] = ''
+  keep_end: ClassVar[bool] = False
 
   def problems_with(self, shape: RowShape) -> Iterator[str]:
     """The problems of rows of this shape for the task, a text for each."""
@@ -100,6 +105,8 @@ class Dataset:
       'target_tokens' (without EOS) and 'truncated', the number of pairs that
       are too long for a row; classes have 'examples'.
     task: Options of the task.
+    parts: The dataset of each source of a mixture by name, those that are only
+      evaluated too; empty for a single source.
   """
 
   source: str
@@ -108,6 +115,7 @@ class Dataset:
   digest: str
   counts: dict[str, dict[str, int]]
   task: TaskOptions
+  parts: Mapping[str, 'Dataset'] = dataclasses.field(default_factory=dict)
 
   @property
   def vocab_size(self) -> int:

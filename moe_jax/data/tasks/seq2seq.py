@@ -6,6 +6,7 @@ Not here: sources of pairs (`moe_jax.data.sources`).
 import dataclasses
 
 import numpy as np
+from jaxtyping import Integer
 
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
@@ -27,6 +28,11 @@ class Seq2SeqTask(PairTask):
   input_prefix: str = option(
     '', "Text that is put before all inputs, such as 'summarize: '."
   )
+  keep_end: bool = option(
+    False,
+    'Whether inputs that are too long for a row lose their beginning instead '
+    'of their end, as a conversation needs, whose end is what is asked.',
+  )
 
   def open(self, source: SourceOptions, selection: Selection) -> Pairs:
     """The pairs, with the prefix before their inputs."""
@@ -45,15 +51,22 @@ class Seq2SeqTask(PairTask):
   ) -> 'PairRows':
     """See `TokenTask.rows`."""
     layout = shape.layout(tokenizer.start_id)
-    return PairRows(*stream, layout, tokenizer.eos_id, pack=shape.pack)
+    return PairRows(
+      *stream,
+      layout,
+      tokenizer.eos_id,
+      pack=shape.pack,
+      keep_end=self.keep_end,
+    )
 
 
 class PairRows(ExampleRows):
   """Random access to rows of pairs, every pair once.
 
-  Both sides end in the EOS. Inputs that are too long lose their end but keep
-  the EOS, after which a decoder-only model begins its answer; targets that are
-  too long lose their end with the EOS, so that no false end is learned.
+  Both sides end in the EOS. Inputs that are too long lose their end (or with
+  `keep_end` their beginning) but keep the EOS, after which a decoder-only model
+  begins its answer; targets that are too long lose their end with the EOS, so
+  that no false end is learned.
 
   Attributes:
     truncated: Number of pairs that were cut.
@@ -67,6 +80,7 @@ class PairRows(ExampleRows):
     eos_id: int,
     *,
     pack: bool = True,
+    keep_end: bool = False,
   ):
     """Wraps two streams without copying them.
 
@@ -76,6 +90,7 @@ class PairRows(ExampleRows):
       layout: Layout of the rows.
       eos_id: Id that ends both sides.
       pack: Whether short pairs share a row.
+      keep_end: Whether inputs that are too long lose their beginning.
 
     Raises:
       ValueError: There are not as many inputs as targets.
@@ -83,6 +98,7 @@ class PairRows(ExampleRows):
     if len(inputs[1]) != len(targets[1]):
       raise ValueError(f'{len(inputs[1])} inputs of {len(targets[1])} targets')
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
+    self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.
     wanted = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
     lengths = layout.cut(*wanted)
@@ -100,17 +116,25 @@ class PairRows(ExampleRows):
     del generator
     n_inputs = int(self._lengths.inputs[index])
     n_targets = int(self._lengths.targets[index])
-    inputs = _text(self._inputs, index, n_inputs - 1)
-    targets = _text(self._targets, index, n_targets)
+    inputs = cut_inputs(
+      _text(self._inputs, index), n_inputs - 1, keep_end=self._keep_end
+    )
+    targets = _text(self._targets, index)[:n_targets]
     return Example(
       np.append(inputs, self._eos_id).astype(np.int32),
       np.append(targets, self._eos_id)[:n_targets].astype(np.int32),
     )
 
 
-def _text(stream: Stream, index: int, most: int) -> np.ndarray:
-  """The first tokens of one text, at most `most`."""
+def cut_inputs(
+  ids: Integer[np.ndarray, ' N'], length: int, *, keep_end: bool
+) -> Integer[np.ndarray, ' n']:
+  """At most `length` ids: the first, or with `keep_end` the last."""
+  return ids[max(len(ids) - length, 0) :] if keep_end else ids[:length]
+
+
+def _text(stream: Stream, index: int) -> np.ndarray:
+  """The tokens of one text."""
   tokens, starts = stream
-  begin = starts[index]
   end = starts[index + 1] if index + 1 < len(starts) else len(tokens)
-  return tokens[begin : min(end, begin + most)]
+  return tokens[starts[index] : end]

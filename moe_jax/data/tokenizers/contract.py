@@ -70,6 +70,14 @@ class Tokenizer(abc.ABC):
     """All ids that end generation, `eos_id` first."""
     return () if self.eos_id is None else (self.eos_id,)
 
+  @property
+  def ids_identity(self) -> str:
+    """Text that is equal for two tokenizers exactly if their ids mean the same.
+
+    They may differ in whether inputs end in an EOS, which a task decides.
+    """
+    return self.identity
+
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""

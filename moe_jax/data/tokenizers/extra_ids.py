@@ -59,6 +59,12 @@ class Extended(Tokenizer, kind='extended'):
     )
 
   @property
+  def ids_identity(self) -> str:
+    """That of the tokenizer, if no id is added."""
+    names = f' and {digest(repr(self.names))}' * bool(self.names)
+    return f'{self.base.ids_identity}{names}'
+
+  @property
   def start_id(self) -> int | None:
     """The start id of the tokenizer, or else the EOS."""
     own = self.base.start_id

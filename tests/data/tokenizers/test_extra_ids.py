@@ -89,3 +89,11 @@ def test_it_can_be_made_again(base):
   assert again.sentinel_ids == tokenizer.sentinel_ids
   other = extend(base, num_sentinels=4, modes='RSX', end_inputs=True)
   assert other.identity != tokenizer.identity
+
+
+def test_ids_that_mean_the_same_may_end_inputs_differently():
+  plain, ended = (extend(Bytes(), end_inputs=ends) for ends in (False, True))
+  assert plain.identity != ended.identity
+  assert plain.ids_identity == ended.ids_identity == Bytes().ids_identity
+  more = extend(Bytes(), num_sentinels=1, end_inputs=True)
+  assert more.ids_identity != ended.ids_identity

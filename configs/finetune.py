@@ -1,0 +1,33 @@
+"""Fine-tuning of a trained run: what trains, small batches, a high rate.
+
+It begins with the parameters of `tiny_switch.py` and learns to write docstrings
+after functions, with the experts kept as they are. Whatever the other run's
+folder is called, and whatever trains, are flags:
+
+    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
+    python -m moe_jax.main --config=configs/finetune.py \
+      --workdir=runs/finetuned --config.init_from.workdir=runs/tiny \
+      --config.trainable=experts
+
+The model has to be that of the other run, and so has the tokenizer.
+"""
+
+from configs import base, tiny_switch
+
+
+def get_config(arg: str = ''):
+  config = tiny_switch.get_config()
+  config.init_from.workdir = 'runs/tiny'
+  config.trainable = 'non_experts'
+  config.total_steps = 300
+  config.batch_size = 8
+  config.optimizer.learning_rate = 1e-3
+  config.data.task.kind = 'seq2seq'
+  config.data.source.kind = 'python_stdlib_docstrings'
+  config.data.seq_len = 256
+  config.sample.prompt = 'def double(x):\n  return 2 * x\n'
+  config.sample.num_tokens = 64
+  config.sample.temperature = 0.0
+  for entry in config.evals.values():
+    entry.every_steps = 100
+  return base.finish(config, arg)

@@ -1,0 +1,171 @@
+"""The order in which rows of several sources follow each other.
+
+A period of rows is laid out once; which source has row number p, and which of
+its rows that is, follows from p by division. Not here: the weights of sources
+(`mixtures.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.data.layouts import Layout
+from moe_jax.data.packing import Rows
+from moe_jax.shapes import Int
+
+
+def whole_counts(
+  weights: Sequence[float], period: int
+) -> Int[np.ndarray, ' P']:
+  """The number of rows of each source in a period, by largest remainders.
+
+  Args:
+    weights: Shares of the sources, which need not sum to one; 0 takes none.
+    period: Number of rows in a period.
+
+  Raises:
+    ValueError: All weights are 0, or the period is so short that a source with
+      a weight has no row in it.
+  """
+  given = np.asarray(weights, np.float64)
+  if not len(given) or given.min() < 0 or not given.sum():
+    raise ValueError(f'weights={given.tolist()} must be at least 0, one above')
+  wanted = given / given.sum() * period
+  counts = np.floor(wanted + 1e-9).astype(np.int64)
+  # Of equal remainders, the first source's counts as the largest.
+  order = np.argsort(-(wanted - counts), kind='stable')
+  counts[order[: period - counts.sum()]] += 1
+  lost = np.flatnonzero((counts == 0) & (given > 0))
+  if len(lost):
+    raise ValueError(
+      f'period={period} has no row of {len(lost)} sources with a weight, the '
+      f'first the one of number {lost[0]} with a share of '
+      f'{wanted[lost[0]] / period:.2g}; take a longer period'
+    )
+  return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """Which source has each row of an endless stream, and which of its rows.
+
+  In a period, the k-th of c rows of a source stands at (k + 1/2) / c of the
+  way, so the rows of every source are spread evenly. With counts (3, 1):
+
+      row of the stream    0    1    2    3    4    5    6    7
+      source, its row     a 0  a 1  b 0  a 2  a 3  a 4  b 1  a 5
+
+  Attributes:
+    counts: Number of rows of each source in a period.
+    part: int [period], the source of each row of a period.
+    rank: int [period], the number of rows of the same source before it.
+  """
+
+  counts: Int[np.ndarray, ' P']
+  part: Int[np.ndarray, ' N']
+  rank: Int[np.ndarray, ' N']
+
+  @classmethod
+  def of(cls, counts: Int[np.ndarray, ' P']) -> 'Schedule':
+    """The schedule with these numbers of rows in a period."""
+    part = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    # Whole numbers give the same order on every machine; of equal places, the
+    # first source's comes first.
+    keys = [
+      ((2 * k + 1) * 2**40 // (2 * int(counts[p])), p)
+      for p, k in zip(part.tolist(), rank.tolist())
+    ]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    return cls(np.asarray(counts), part[order], rank[order])
+
+  def __call__(
+    self, places: Int[np.ndarray, ' R']
+  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+    """The source of each row of the stream, and the number of its own row."""
+    period, place = np.divmod(np.asarray(places, np.int64), len(self.part))
+    part = self.part[place]
+    return part, period * self.counts[part] + self.rank[place]
+
+
+class MixedRows(Rows):
+  """The rows of several sources: one after another, or mixed in training.
+
+  As rows by index they are those of all sources in turn, each once, as an
+  evaluation needs; in training they follow the schedule.
+  """
+
+  def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
+    """Takes the rows of each source by name, all of one task and shape."""
+    if not parts or len(parts) != len(schedule.counts):
+      raise ValueError(f'{len(parts)} sources of {len(schedule.counts)} counts')
+    self._parts, self._schedule = dict(parts), schedule
+    self._ends = np.cumsum([len(rows) for rows in parts.values()])
+
+  @property
+  def layout(self) -> Layout | None:
+    """The layout of examples, which all sources share."""
+    return next(iter(self._parts.values())).layout
+
+  @property
+  def parts(self) -> Mapping[str, Rows]:
+    """The rows of each source by name."""
+    return self._parts
+
+  def locate(
+    self, places: Int[np.ndarray, ' R']
+  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+    """The source of rows of the training stream; see `Schedule`."""
+    return self._schedule(places)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def within(self, index: int) -> tuple[Rows, int]:
+    """The rows of the source that has row `index`, and its number there."""
+    part = int(np.searchsorted(self._ends, index, side='right'))
+    begin = self._ends[part - 1] if part else 0
+    return [*self._parts.values()][part], int(index - begin)
+
+  def draw(
+    self,
+    indices: Int[np.ndarray, ' B'],
+    seed: int,
+    epochs: Int[np.ndarray, ' B'],
+  ) -> dict[str, np.ndarray]:
+    """The rows at `indices` of all sources in turn."""
+    indices = np.asarray(indices, np.int64)
+    # Rows beyond the last are padding, which the last source gives.
+    part = np.searchsorted(self._ends[:-1], indices, side='right')
+    own = indices - np.append(0, self._ends)[part]
+    sources = [*self._parts.values()]
+    return joined(
+      part,
+      lambda p, chosen: sources[p].draw(own[chosen], seed, epochs[chosen]),
+    )
+
+  def describe(self) -> str:
+    """The number of rows and of sources."""
+    return f'{len(self):,} rows of {len(self._parts)} sources'
+
+
+def joined(part, draw) -> dict[str, np.ndarray]:
+  """A batch whose rows come from several sources.
+
+  Args:
+    part: int [R], the number of the source of each row.
+    draw: Function from the number of a source and the numbers of its rows in
+      the batch to the batch of these rows alone.
+
+  Returns:
+    The arrays, [R, ...] each.
+  """
+  batch: dict[str, np.ndarray] = {}
+  for p in np.unique(part).tolist():
+    chosen = np.flatnonzero(part == p)
+    for name, values in draw(p, chosen).items():
+      if name not in batch:
+        batch[name] = np.zeros((len(part), *values.shape[1:]), values.dtype)
+      batch[name][chosen] = values
+  return batch

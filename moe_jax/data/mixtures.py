@@ -1,0 +1,264 @@
+"""Mixtures of sources: their weights, and the dataset that they make.
+
+The rules are those of T5 (https://arxiv.org/abs/1910.10683, section 3.5.2).
+Not here: the order of rows (`mixing.py`).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.layouts import RowShape
+from moe_jax.data.mixing import MixedRows, Schedule, whole_counts
+from moe_jax.data.sources import SOURCES
+from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
+from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions
+from moe_jax.options import (
+  NOT_EMPTY,
+  Options,
+  at_least,
+  entries,
+  one_of,
+  option,
+  unknown,
+)
+
+_FILLED = {'sources': NOT_EMPTY}
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOptions(Options):
+  """Several sources that a run learns from, and how often it sees each."""
+
+  sources: Mapping[str, SourceOptions] = entries(
+    SOURCES,
+    {},
+    'Kind of a source of the mixture. Each entry of `sources` is a source, '
+    'with a name that the user chooses; without an entry, data.source is the '
+    'only source.',
+  )
+  rule: str = option(
+    'proportional',
+    "Rule of the weights: 'proportional' to the number of training rows up to "
+    "mixture.cap, its root by 'temperature', or 'given' by mixture.weights.",
+    one_of('proportional', 'temperature', 'given'),
+    when=_FILLED,
+  )
+  cap: int = option(
+    0,
+    'Number of rows above which a source counts as having no more, as in the '
+    'examples-proportional mixing of T5; 0 sets no limit.',
+    at_least(0),
+    when={**_FILLED, 'rule': ('proportional', 'temperature')},
+  )
+  temperature: float = option(
+    2.0,
+    'Temperature T of the weights, which are the numbers of rows to the power '
+    '1/T; 1 is proportional, a large one makes all weights equal.',
+    at_least(1),
+    when={**_FILLED, 'rule': ('temperature',)},
+  )
+  weights: Mapping[str, float] = option(
+    {},
+    'Weight of each source by name, relative to the others; a source without '
+    'one has the weight 1, and with 0 it is only evaluated.',
+    when={**_FILLED, 'rule': ('given',)},
+  )
+  held_out: str = option(
+    '',
+    'Names of sources or of clusters of sources that are evaluated but not '
+    'learned from, separated by commas; an empty text holds out none.',
+    when=_FILLED,
+  )
+  period: int = option(
+    1000,
+    'Number of rows after which every source has been seen exactly as often as '
+    'its weight says, rounded to whole rows by largest remainders.',
+    at_least(1),
+    when=_FILLED,
+  )
+
+  def problems(self) -> Iterator[str]:
+    """The problems of names and weights, a text for each."""
+    for name, weight in self.weights.items():
+      if name not in self.sources:
+        yield f'weights: {unknown("source", name, self.sources)}'
+      number = isinstance(weight, int | float) and not isinstance(weight, bool)
+      if not number or not 0 <= weight < float('inf'):
+        yield f'weights.{name}={weight!r} is no number of at least 0'
+    clusters = set(map(self.cluster, self.sources))
+    for name in self._held_out():
+      if name not in {*self.sources, *clusters}:
+        have = sorted({*self.sources, *clusters})
+        yield f'held_out: {unknown("source or cluster", name, have)}'
+    if self.sources and not self.learned():
+      yield f'held_out={self.held_out!r} leaves no source to learn from'
+
+  def cluster(self, name: str) -> str:
+    """The cluster of a source; a source without one is a cluster by itself."""
+    return self.sources[name].cluster or name
+
+  def is_held_out(self, name: str) -> bool:
+    """Whether a source is evaluated and not learned from."""
+    return bool({name, self.cluster(name)} & set(self._held_out()))
+
+  def learned(self) -> list[str]:
+    """The names of the sources that are learned from, sorted."""
+    given = self.weights if self.rule == 'given' else {}
+    return [
+      name
+      for name in sorted(self.sources)
+      if not self.is_held_out(name) and given.get(name, 1.0)
+    ]
+
+  def shares(self, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The relative weights of sources, given their numbers of training rows."""
+    if self.rule == 'given':
+      return {name: float(self.weights.get(name, 1.0)) for name in sizes}
+    power = 1 / self.temperature if self.rule == 'temperature' else 1.0
+    limit = self.cap or float('inf')
+    return {n: float(min(size, limit)) ** power for n, size in sizes.items()}
+
+  def shrunk_with(self, embedded: SourceOptions) -> 'MixtureOptions':
+    """The same mixture of small sources; `embedded` stands for large ones."""
+    sources = {
+      name: source.shrunk() if source.is_embedded else embedded
+      for name, source in self.sources.items()
+    }
+    held_out = ','.join(n for n in self.sources if self.is_held_out(n))
+    return dataclasses.replace(self, sources=sources, held_out=held_out)
+
+  def _held_out(self) -> list[str]:
+    return [name.strip() for name in self.held_out.split(',') if name.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedDataset(Dataset):
+  """The dataset of a mixture.
+
+  Attributes:
+    clusters: The cluster of each source.
+    per_period: For the sources that are learned from, the number of their rows
+      in a period.
+  """
+
+  clusters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  per_period: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def describe(self) -> str:
+    """The lines of every dataset, and one for each source."""
+    width = max(map(len, self.parts))
+    period = sum(self.per_period.values())
+    lines = [f'mixture: {period} rows are a period']
+    for name, part in self.parts.items():
+      cluster = self.clusters[name]
+      said = f'{self.per_period.get(name, 0):>5} rows'
+      if name not in self.per_period:
+        said = '  held out'
+      counted = [
+        f'{part.counts["train"][key]:,} {key}'
+        for key in ('documents', 'pairs', 'examples', 'truncated')
+        if key in part.counts['train']
+      ]
+      counted.append(part.splits['train'].describe())
+      of = f' ({cluster})' * (cluster != name)
+      lines.append(f'  {name:{width}}{said}: {", ".join(counted)}{of}')
+    return '\n'.join([super().describe(), *lines])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted(TokenizerOptions):
+  """A tokenizer that is there already, in place of its options."""
+
+  tokenizer: Any
+
+  def identity(self) -> str:
+    """The tokenizer's own identity."""
+    return f'fitted {self.tokenizer.identity}'
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer, whatever the texts are."""
+    del texts
+    return self.tokenizer
+
+
+def load(
+  mixture: MixtureOptions,
+  task: TaskOptions,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+  shape: RowShape,
+) -> MixedDataset:
+  """The dataset of a mixture, each source tokenized unless it is in the cache.
+
+  One tokenizer serves all sources: one that depends on the texts is fitted to
+  those of all.
+
+  Raises:
+    ValueError: As `TaskOptions.load` of any source, by its name; or the period
+      is too short for a weight.
+  """
+  if task.has_tokens and tokenizer.known_vocab_size() is None:
+    texts = itertools.chain.from_iterable(
+      task.open(source, selection).texts(split)
+      for _, source in sorted(mixture.sources.items())
+      for split in SPLITS
+    )
+    tokenizer = Fitted(tokenizer.fit(texts))
+  parts = {}
+  # A config keeps no order, and a run must be the same when it is read again.
+  for name, source in sorted(mixture.sources.items()):
+    try:
+      parts[name] = task.load(source, tokenizer, selection, shape)
+    except ValueError as error:
+      raise ValueError(f'mixture.sources.{name}: {error}') from error
+  _check_one_vocabulary(parts)
+  learned = mixture.learned()
+  sizes = {name: len(parts[name].splits['train']) for name in learned}
+  shares = mixture.shares(sizes)
+  counts = whole_counts([shares[name] for name in learned], mixture.period)
+  return _mixed(mixture, task, parts, dict(zip(learned, counts.tolist())))
+
+
+def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
+  first, *others = (part.tokenizer.identity for part in parts.values())
+  if any(other != first for other in others):
+    raise ValueError(
+      f'the sources {[*parts]} of a mixture differ in their classes or tokens: '
+      f'{sorted({first, *others})}'
+    )
+
+
+def _mixed(mixture, task, parts, per_period) -> MixedDataset:
+  learned = [parts[name] for name in per_period]
+  schedule = Schedule.of(np.array([*per_period.values()]))
+  sha256 = hashlib.sha256()
+  for name, part in parts.items():
+    sha256.update(f'{name} {part.digest}\n'.encode())
+  return MixedDataset(
+    source=f'mixture of {len(learned)} sources',
+    tokenizer=learned[0].tokenizer,
+    splits={
+      split: MixedRows(
+        {name: parts[name].splits[split] for name in per_period}, schedule
+      )
+      for split in SPLITS
+    },
+    digest=sha256.hexdigest(),
+    counts={
+      split: {
+        key: sum(part.counts[split][key] for part in learned)
+        for key in learned[0].counts[split]
+      }
+      for split in SPLITS
+    },
+    task=task,
+    parts=parts,
+    clusters={name: mixture.cluster(name) for name in parts},
+    per_period=per_period,
+  )

@@ -1,0 +1,109 @@
+"""The cluster 'code_reading': what a function of Python's library is like."""
+
+import ast
+import re
+from collections.abc import Sequence
+
+from moe_jax.data.sources.instructions.contract import Dice, Drawn, cluster_of
+from moe_jax.data.sources.instructions.library import (
+  Function,
+  functions,
+  shorter,
+)
+
+# What is cut from a function so that it no longer parses, and put in instead.
+_BREAKS = ((':\n', '\n'), ('(', ''), (')', ''), ('return ', 'return return '))
+_YES_NO = ('yes', 'no')
+
+
+def answers(
+  dice: Dice, right: str, others: Sequence[str], count: int
+) -> tuple[str, ...]:
+  """Different answers in random order, the right one among them.
+
+  Args:
+    dice: The dice.
+    right: The right answer.
+    others: Texts from which the wrong answers are taken.
+    count: Number of answers.
+  """
+  drawn = [right]
+  while len(drawn) < count:
+    other = dice.one(others)
+    if other not in drawn:
+      drawn.append(other)
+  return tuple(dice.some(drawn, count))
+
+
+def unnamed(function: Function) -> str:
+  """The source of a function with another name."""
+  return re.sub(rf'\b{function.name}\b', 'f', function.source)
+
+
+def _count_arguments(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  return Drawn(function.source, str(function.num_arguments))
+
+
+def _returns_value(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  answer = 'yes' if function.returns else 'no'
+  return Drawn(function.source, answer, _YES_NO)
+
+
+def _parses(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  text, (old, new) = function.source, dice.one(_BREAKS)
+  if dice.below(2):
+    text = text.replace(old, new, 1)
+  try:
+    ast.parse(text)
+    answer = 'yes'
+  except SyntaxError:
+    answer = 'no'
+  # A function is in one split, whole and broken.
+  return Drawn(text, answer, _YES_NO, key=function.source)
+
+
+def _name_function(dice: Dice) -> Drawn:
+  some = shorter(110, 16, 72)
+  function = dice.one(some)
+  choices = answers(dice, function.name, [f.name for f in some], 4)
+  return Drawn(unnamed(function), function.name, choices, key=function.source)
+
+
+TASKS = cluster_of(
+  'code_reading',
+  count_arguments=(
+    _count_arguments,
+    (
+      'Count the arguments.\n{question}',
+      '{question}\nHow many arguments are there, without self and cls?',
+      'def f(a, b) has 2 arguments. And this one?\n{question}',
+    ),
+  ),
+  returns_value=(
+    _returns_value,
+    (
+      'Does it return a value?\n{question}',
+      '{question}\nDoes this function give something back?',
+      'Say whether there is a value after a return.\n{question}',
+    ),
+  ),
+  parses=(
+    _parses,
+    (
+      'Does this parse?\n{question}',
+      '{question}\nIs this correct Python?',
+      'Say whether Python can read this.\n{question}',
+    ),
+  ),
+  name_function=(
+    _name_function,
+    (
+      'Name this function.\n{question}',
+      '{question}\nWhat is a better name than f?',
+      'In the library, f has another name. Which?\n{question}',
+    ),
+  ),
+)

@@ -1,0 +1,148 @@
+"""The contract of tasks with instructions, and how their examples are told.
+
+An example follows from the task, the split and its number alone. Not here: the
+tasks, one file for each cluster.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from moe_jax.data.sources.contract import Question
+from moe_jax.data.sources.python_stdlib import split_of
+
+T = TypeVar('T')
+# Number of draws after which a task is taken to have no example of a split; one
+# draw in 20 is for validation.
+_MOST_DRAWS = 2000
+
+
+class Dice:
+  """Draws that are the same on every machine, for one text."""
+
+  def __init__(self, text: str):
+    # Of Python's generators only `random` promises to stay as it is.
+    self._random = random.Random(text).random
+
+  def below(self, n: int) -> int:
+    """An integer in [0, n)."""
+    return int(self._random() * n)
+
+  def between(self, low: int, high: int) -> int:
+    """An integer in [low, high]."""
+    return low + self.below(high - low + 1)
+
+  def one(self, items: Sequence[T]) -> T:
+    """One of the items."""
+    return items[self.below(len(items))]
+
+  def some(self, items: Sequence[T], count: int) -> list[T]:
+    """Different items, in random order."""
+    rest = list(items)
+    return [rest.pop(self.below(len(rest))) for _ in range(count)]
+
+  def word(self, letters: str, low: int, high: int) -> str:
+    """A word of these letters, of a length in [low, high]."""
+    return ''.join(self.one(letters) for _ in range(self.between(low, high)))
+
+
+class Drawn(NamedTuple):
+  """What a task asks in one example, without words around it.
+
+  Attributes:
+    question: Text that is asked about.
+    answer: The right answer; not empty.
+    choices: Answers to choose from, the right one among them; empty where any
+      text can be the answer.
+    key: Text whose hash decides the split, so that no key is in both; '' is the
+      question.
+  """
+
+  question: str
+  answer: str
+  choices: tuple[str, ...] = ()
+  key: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionTask:
+  """A task with instructions.
+
+  Attributes:
+    name: Its name.
+    cluster: Name of the cluster of similar tasks.
+    templates: Instructions, three or more, each with `{question}` in it.
+    draw: Function that draws what is asked.
+    metric: Name of the score of an answer that is no choice.
+    needs: Python package without which the task cannot be used; '' for none.
+  """
+
+  name: str
+  cluster: str
+  templates: tuple[str, ...]
+  draw: Callable[[Dice], Drawn]
+  metric: str = 'exact_match'
+  needs: str = ''
+
+  def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
+    """What example `index` of a split asks, and the dice for its words.
+
+    Raises:
+      ValueError: The index is negative, or the task has no example of the
+        split.
+    """
+    if index < 0:
+      raise ValueError(f'example {index} of task {self.name!r} is negative')
+    for attempt in range(_MOST_DRAWS):
+      dice = Dice(f'{self.name} {split} {index} {attempt}')
+      drawn = self.draw(dice)
+      if split_of(f'{self.name} {drawn.key or drawn.question}') == split:
+        return drawn, dice
+    raise ValueError(
+      f'task {self.name!r} has no example of split {split!r}; have '
+      "'train' and 'validation'"
+    )
+
+  def __call__(self, split: str, index: int, num_shots: int = 0) -> Question:
+    """Example `index` of 'train' or 'validation'.
+
+    Args:
+      split: The split; a key that one split has is never in the other.
+      index: Number of the example, from 0; there is no last.
+      num_shots: Number of other examples, always of 'train', that stand before
+        it with their answers, in the same words.
+
+    Raises:
+      ValueError: See `drawn`.
+    """
+    drawn, dice = self.drawn(split, index)
+    template = dice.one(self.templates)
+    parts, asked = [], {drawn.question}
+    while len(parts) < num_shots:
+      shot, _ = self.drawn('train', dice.below(2**31))
+      # The question itself is no example of its answer.
+      if shot.question not in asked:
+        asked.add(shot.question)
+        parts.append(f'{_told(template, shot)}\n{shot.answer}')
+    parts.append(_told(template, drawn))
+    return Question(
+      '\n\n'.join(parts), drawn.answer, drawn.choices, self.metric
+    )
+
+
+def _told(template: str, drawn: Drawn) -> str:
+  told = template.format(question=drawn.question)
+  if drawn.choices:
+    told += ''.join(f'\n- {choice}' for choice in drawn.choices)
+  return told
+
+
+def cluster_of(
+  cluster: str, **tasks: tuple[Callable[[Dice], Drawn], Sequence[str]]
+) -> tuple[InstructionTask, ...]:
+  """The tasks of a cluster, each given by its draw and its templates."""
+  return tuple(
+    InstructionTask(name, cluster, tuple(templates), draw)
+    for name, (draw, templates) in tasks.items()
+  )

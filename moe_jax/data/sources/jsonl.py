@@ -1,0 +1,158 @@
+"""Examples with instructions in a user's files, one JSON object in each line.
+
+A line has `inputs` and `targets`, or the `messages` of a conversation: objects
+with a `role` ('system', 'user' or 'assistant') and its `content`. Not here:
+templates of imported models (`moe_jax.data.tokenizers.chat`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Pair,
+  Pairs,
+  Selection,
+  SourceOptions,
+)
+from moe_jax.data.sources.files import matching
+from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.data.store import Digest
+from moe_jax.options import NOT_EMPTY, option, unknown
+
+ROLES = ('system', 'user', 'assistant')
+_ANSWERS = ROLES[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlSource(SourceOptions):
+  """Lines of JSON with `inputs` and `targets`, or with `messages`.
+
+  Every answer of a conversation makes a pair: everything before it is the
+  inputs, so that an answer is learned once, and nothing else is. With the task
+  seq2seq, set `task.seq2seq.keep_end`, so that the end of a long conversation
+  is kept.
+  """
+
+  pattern: str = option(
+    dataclasses.MISSING,
+    "Path of the files with a JSON object in each line, with '*' for any name "
+    "and '**' for folders of any depth.",
+    NOT_EMPTY,
+  )
+
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """The pairs of all lines, in order of path and line.
+
+    About one line in 20 is for validation, by a hash of the line, so that equal
+    lines are in one split.
+
+    Raises:
+      ValueError: No file matches, a line is no example (file and line are
+        named), or a split is neither of our two.
+    """
+    selection.check_splits('jsonl')
+    paths = matching(self.pattern)
+    digest, counts = Digest(), dict.fromkeys(SPLITS, 0)
+    for path in paths:
+      digest.text(path.read_bytes())
+      for split, _ in _lines(path):
+        counts[split] += 1
+    total = sum(counts.values())
+    for split in selection.splits:
+      if not counts[split]:
+        raise ValueError(
+          f'the {total} lines of {self.pattern!r} give none for '
+          f'{split}, which has about one line in 20 by a hash; add more lines'
+        )
+
+    def of_split(split: str) -> Iterator[Pair]:
+      own = selection.own(split)
+      for path in paths:
+        for line_split, pairs in _lines(path):
+          if line_split == own:
+            yield from pairs()
+
+    return Pairs(
+      f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',
+      f'jsonl {digest.hexdigest()} {selection.splits}',
+      of_split,
+    )
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """The split of every line that is not empty, and a function to its pairs."""
+  for number, line in enumerate(read_text(path).split('\n'), 1):
+    if line.strip():
+      where = f'{path}, line {number}'
+      value = parse_json(line, where)
+      pairs_of(value, where)  # bad lines are named before anything is used
+      yield split_of(line.strip()), functools.partial(pairs_of, value, where)
+
+
+def pairs_of(value: Any, where: str) -> list[Pair]:
+  """The pairs of one line.
+
+  Args:
+    value: The value of the line.
+    where: What names the line, for messages.
+
+  Raises:
+    ValueError: The value is no example.
+  """
+  keys = set(value) if isinstance(value, dict) else set()
+  if 'messages' in keys and not keys & {'inputs', 'targets'}:
+    return conversation(value['messages'], where)
+  if not {'inputs', 'targets'} <= keys or 'messages' in keys:
+    raise ValueError(
+      f"{where} is no object with 'inputs' and 'targets', or with 'messages'; "
+      f'it has {sorted(keys) if keys else type(value).__name__}'
+    )
+  for key in ('inputs', 'targets'):
+    _check_text(value[key], f'{where}: {key}')
+  return [(value['inputs'], value['targets'])]
+
+
+def conversation(messages: Any, where: str) -> list[Pair]:
+  """A pair for every answer: all that precedes it, and the answer.
+
+  A message before an answer is told as `user: Hello`, each in a line.
+
+  Raises:
+    ValueError: The messages are no conversation with an answer.
+  """
+  if not isinstance(messages, list):
+    raise ValueError(f'{where}: messages are no list')
+  pairs, before = [], []
+  for number, message in enumerate(messages):
+    place = f'{where}: messages[{number}]'
+    if not isinstance(message, dict) or not {'role', 'content'} <= set(message):
+      raise ValueError(f"{place} is no object with 'role' and 'content'")
+    role, content = message['role'], message['content']
+    if role not in ROLES:
+      raise ValueError(f'{place}: {unknown("role", role, ROLES)}')
+    _check_text(content, f'{place}.content')
+    if role == _ANSWERS:
+      if not before:
+        raise ValueError(f'{place} is an answer, and nothing precedes it')
+      pairs.append((told(before), content))
+    before.append((role, content))
+  if not pairs:
+    raise ValueError(f'{where}: no message is of role {_ANSWERS!r}')
+  return pairs
+
+
+def told(messages: Sequence[tuple[str, str]]) -> str:
+  """The text of messages before an answer."""
+  return '\n'.join(f'{role}: {content}' for role, content in messages)
+
+
+def _check_text(text: Any, where: str) -> None:
+  if not isinstance(text, str) or not text:
+    raise ValueError(f'{where}={text!r:.80} is to be a text that is not empty')
+  if any('\ud800' <= character <= '\udfff' for character in text):
+    raise ValueError(f'{where}={text!r:.80} has a half of a character')

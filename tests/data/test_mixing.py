@@ -1,0 +1,172 @@
+"""Rows of several sources: who comes when, exactly, for everyone the same."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.data import MixedRows, PackedRows, batch_dataset, train_batches
+from moe_jax.data.mixing import Schedule, whole_counts
+
+T = 4
+# Small ones would be slow, as grain draws until a number is in range.
+SIZES = {'a': 70, 'b': 50, 'c': 30}
+COUNTS = np.array([3, 2, 1])
+
+
+def rows_of(name, size):
+  """Rows, of which row r begins with a token that names source and row."""
+  first = 1000 * (1 + 'abcd'.index(name))
+  tokens = first + np.arange(size * T + 1)
+  return PackedRows(tokens, np.array([0]), T)
+
+
+def mixed(sizes=SIZES, counts=COUNTS):
+  parts = {name: rows_of(name, size) for name, size in sizes.items()}
+  return MixedRows(parts, Schedule.of(counts))
+
+
+def told(batch):
+  """The source and the row of every row of a batch in the first epoch."""
+  first = batch['tokens'][:, 0]
+  return [('abcd'[t // 1000 - 1], t % 1000 // T) for t in first.tolist()]
+
+
+def assert_equal(one, other):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_told_schedule():
+  # Three of four rows are of source 0. Its rows stand at 1/6, 3/6 and 5/6 of a
+  # period, the one row of source 1 at 1/2, where the first source goes first.
+  schedule = Schedule.of(np.array([3, 1]))
+  part, number = schedule(np.arange(8))
+  assert part.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+  assert number.tolist() == [0, 1, 0, 2, 3, 4, 1, 5]
+  # Any row is found alone.
+  part, number = schedule(np.array([4 * 10**12 + 2]))
+  assert (part.tolist(), number.tolist()) == ([1], [10**12])
+
+
+@pytest.mark.parametrize(
+  ('weights', 'period', 'counts'),
+  [
+    ([3.0, 1.0], 4, [3, 1]),
+    ([0.5, 0.3, 0.2], 10, [5, 3, 2]),
+    # The remainders of 3.33 each are equal, and the first gets the row.
+    ([1.0, 1.0, 1.0], 10, [4, 3, 3]),
+    # 6.6, 2.2, 1.1: the largest remainder is the first's.
+    ([6.0, 2.0, 1.0], 10, [7, 2, 1]),
+    ([1.0, 0.0], 3, [3, 0]),
+  ],
+)
+def test_largest_remainders(weights, period, counts):
+  assert whole_counts(weights, period).tolist() == counts
+
+
+@pytest.mark.parametrize(
+  ('weights', 'message'),
+  [
+    ([100.0, 1.0], r'period=10 has no row of 1 sources .* number 1 .* 0.0099'),
+    ([0.0, 0.0], r'weights=\[0.0, 0.0\]'),
+    ([-1.0, 2.0], r'weights=\[-1.0, 2.0\]'),
+  ],
+)
+def test_weights_that_no_period_can_have(weights, message):
+  with pytest.raises(ValueError, match=message):
+    whole_counts(weights, 10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 50))
+def test_weights_are_met_exactly_over_every_period(counts, period):
+  schedule, length = Schedule.of(np.array(counts)), sum(counts)
+  part, number = schedule(np.arange(period * length, (period + 1) * length))
+  assert np.bincount(part, minlength=len(counts)).tolist() == counts
+  for p, count in enumerate(counts):
+    # No row of a source is left out or taken twice.
+    expected = np.arange(period * count, (period + 1) * count)
+    np.testing.assert_array_equal(number[part == p], expected)
+    # Rows are spread evenly: no prefix is more than a row from its share.
+    seen = np.cumsum(part == p)
+    share = np.arange(1, length + 1) * count / length
+    assert np.abs(seen - share).max() <= 1 + 1e-9
+
+
+def test_a_batch_has_the_rows_that_the_schedule_says():
+  batches = batch_dataset(mixed(), batch_size=6, seed=0)
+  assert [name for name, _ in told(batches[0])] == list('abacba')
+  stream = [row for i in range(25) for row in told(batches[i])]
+  # Each row of a source comes once in its first epoch, in its own order.
+  of_b = [row for name, row in stream if name == 'b']
+  assert sorted(of_b[:50]) == list(range(50))
+  of_a = [row for name, row in stream if name == 'a']
+  assert sorted(of_a[:70]) == list(range(70)) and of_a[:70] != list(range(70))
+
+
+def test_a_source_has_an_order_of_its_own():
+  def of_b(rows):
+    batches = batch_dataset(rows, batch_size=12, seed=4)
+    return [row for name, row in told(batches[0]) if name == 'b'][:3]
+
+  two = mixed({'b': 50, 'd': 90}, np.array([1, 2]))
+  assert of_b(mixed()) == of_b(two)
+  batches = batch_dataset(mixed(), batch_size=12, seed=5)
+  assert told(batches[0]) != told(
+    batch_dataset(mixed(), batch_size=12, seed=4)[0]
+  )
+
+
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_the_same_for_any_number_of_processes(processes):
+  whole = batch_dataset(mixed(), batch_size=8, seed=3)
+  shares = np.split(np.arange(8), processes)
+  parts = [
+    batch_dataset(mixed(), batch_size=8, seed=3, share=share)
+    for share in shares
+  ]
+  for i in (0, 1, 20, 10**9):
+    assert len(whole[i]['tokens']) == 8
+    joined = {
+      name: np.concatenate([part[i][name] for part in parts])
+      for name in whole[i]
+    }
+    assert_equal(joined, whole[i])
+
+
+@pytest.mark.parametrize('killed_after', [1, 5])
+def test_a_killed_run_goes_on_with_the_same_batches(killed_after):
+  unbroken = train_batches(mixed(), batch_size=5, seed=2, start=0)
+  unbroken = list(itertools.islice(unbroken, 9))
+  again = train_batches(mixed(), batch_size=5, seed=2, start=killed_after)
+  for batch in unbroken[killed_after:]:
+    assert_equal(next(again), batch)
+
+
+def test_an_evaluation_has_every_row_once():
+  rows = mixed()
+  assert len(rows) == 150
+  batch = rows.take(np.arange(151))
+  expected = [(n, r) for n, size in SIZES.items() for r in range(size)]
+  assert told({'tokens': batch['tokens'][:150]}) == expected
+  assert not batch['segment_ids'][150].any()  # beyond the last is padding
+  part, number = rows.within(71)
+  assert part is rows.parts['b'] and number == 1
+
+
+def test_as_many_counts_as_sources():
+  with pytest.raises(ValueError, match='3 sources of 2 counts'):
+    mixed(SIZES, np.array([1, 2]))
+
+
+def test_a_source_without_rows_is_named():
+  rows = MixedRows(
+    {'a': rows_of('a', 2), 'b': PackedRows(np.arange(1), np.array([0]), T)},
+    Schedule.of(np.array([1, 1])),
+  )
+  with pytest.raises(ValueError, match="0 rows of source 'b'"):
+    batch_dataset(rows, batch_size=2, seed=0)

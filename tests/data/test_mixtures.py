@@ -1,0 +1,170 @@
+"""Mixtures of sources, from options to batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax import data, sections
+from moe_jax.data import (
+  DataOptions,
+  FilesSource,
+  InstructionSource,
+  MixtureOptions,
+  train_batches,
+)
+
+
+def suite(**tasks):
+  return {
+    name: InstructionSource(task=task, num_train=30, num_validation=5)
+    for name, task in tasks.items()
+  }
+
+
+def options(tmp_path, mixture, **changes):
+  changes = {'task': data.Seq2SeqTask(), 'seq_len': 64, **changes}
+  return DataOptions(mixture=mixture, cache_dir=str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize(
+  ('rule', 'shares'),
+  [
+    ({}, [900, 100]),
+    ({'cap': 300}, [300, 100]),
+    ({'rule': 'temperature'}, [30, 10]),
+    ({'rule': 'temperature', 'temperature': 1.0, 'cap': 400}, [400, 100]),
+    ({'rule': 'given', 'weights': {'b': 2.5}}, [1, 2.5]),
+  ],
+)
+def test_the_rules_of_weights(rule, shares):
+  mixture = MixtureOptions(sources=suite(a='copy', b='add'), **rule)
+  weights = mixture.shares({'a': 900, 'b': 100})
+  assert weights == pytest.approx(dict(zip('ab', shares)))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'rule': 'given', 'weights': {'aa': 1.0}}, "'aa'; did you mean 'a'"),
+    ({'rule': 'given', 'weights': {'a': -1.0}}, 'weights.a=-1.0'),
+    ({'weights': {'a': 1.0}}, 'weights=.*has no effect unless'),
+    ({'held_out': 'ciphers'}, "held_out: .*'ciphers'.*'arithmetic'"),
+    ({'held_out': 'a, arithmetic'}, 'leaves no source to learn from'),
+  ],
+)
+def test_wrong_mixtures_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    MixtureOptions(sources=suite(a='copy', b='add'), **changes)
+
+
+def test_a_mixture_is_read_from_a_config():
+  config = sections.section(DataOptions)
+  config.task.kind = 'seq2seq'
+  config.mixture.sources.sums = {'kind': 'instructions', 'task': 'add'}
+  config.mixture.sources.rest = {'kind': 'instructions', 'task': 'subtract'}
+  config.mixture.held_out = 'rest'
+  read = sections.read(DataOptions, config)
+  assert read.mixture.learned() == ['sums']
+  assert read.mixture.cluster('rest') == 'arithmetic'
+  assert sections.read(DataOptions, sections.section(read)) == read
+  config.source.kind = 'kv_recall'
+  with pytest.raises(
+    ValueError, match=r"source.kind='kv_recall' has no effect"
+  ):
+    sections.read(DataOptions, config)
+
+
+def test_a_source_of_another_form_is_named():
+  sources = {'a': data.PythonStdlibSource()}
+  with pytest.raises(ValueError, match=r"mixture.sources.a.kind='python_std"):
+    DataOptions(
+      mixture=MixtureOptions(sources=sources), task=data.Seq2SeqTask()
+    )
+
+
+@pytest.mark.parametrize('target_len', [0, 16])
+def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
+  mixture = MixtureOptions(
+    sources=suite(a='copy', b='reverse', c='add'),
+    rule='given',
+    weights={'a': 2.0},
+    held_out='c',
+    period=3,
+  )
+  dataset = data.load(options(tmp_path, mixture, target_len=target_len))
+  said = dataset.describe()
+  assert 'mixture of 2 sources, 70 pairs' in said
+  assert '\n  a    2 rows: 30 pairs' in said and '(sequences)' in said
+  assert '\n  c  held out: 30 pairs' in said
+  rows = dataset.splits['train']
+  assert list(rows.parts) == ['a', 'b'] and list(dataset.parts) == list('abc')
+  batch = next(train_batches(rows, batch_size=6, seed=0, start=0))
+  assert ('encoder_tokens' in batch) == bool(target_len)
+  assert batch['tokens'].shape == (6, target_len or 64)
+  assert dataset.counts['train']['pairs'] == 60
+  pairs = data.read_pairs(options(tmp_path, mixture), 'validation')
+  assert len(list(pairs)) == 10
+
+
+def test_only_answers_are_learned(tmp_path):
+  # Every token that counts belongs to an answer or its end, and all answers
+  # count once in an epoch.
+  mixture = MixtureOptions(sources=suite(a='copy', b='add'), period=2)
+  dataset = data.load(options(tmp_path, mixture, seq_len=96))
+  rows, tokenizer = dataset.splits['train'], dataset.tokenizer
+  batch = rows.take(np.arange(len(rows)))
+  learned = batch['targets'][batch['loss_weights'] > 0]
+  answers = [
+    target
+    for source in mixture.sources.values()
+    for _, target in source.pairs().pairs('train')
+  ]
+  ids = np.concatenate(
+    [np.append(tokenizer.encode(a), tokenizer.eos_id) for a in answers]
+  )
+  assert sorted(learned) == sorted(ids)
+
+
+def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
+  sources = {}
+  for name, text in (('one', 'abcab ' * 40), ('two', 'xyz. ' * 40)):
+    (tmp_path / f'{name}.txt').write_text(text)
+    sources[name] = FilesSource(str(tmp_path / f'{name}.txt'))
+  mixture = MixtureOptions(
+    sources=sources, rule='given', weights={'two': 3.0}, period=4
+  )
+  given = options(
+    tmp_path / 'cache',
+    mixture,
+    task=data.LmTask(),
+    tokenizer=data.CharsOptions(),
+    seq_len=8,
+  )
+  for _ in range(2):  # first fresh, then from the cache
+    dataset = data.load(given)
+    assert dataset.vocab_size >= len(set('abc xyz.'))
+    rows = dataset.splits['train']
+    batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
+    texts = [dataset.tokenizer.decode(row) for row in batch['tokens']]
+    assert [set(text) <= set('abc ') for text in texts] == [
+      False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_a_bad_source_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_text(json.dumps({'inputs': 'x'}))
+  sources = suite(b='copy') | {'a': data.JsonlSource(str(tmp_path / 'a.jsonl'))}
+  with pytest.raises(ValueError, match=r'mixture.sources.a: .*a.jsonl, line 1'):
+    data.load(options(tmp_path, MixtureOptions(sources=sources)))
+
+
+def test_shrunk_keeps_what_is_embedded():
+  sources = {**suite(b='copy'), 'a': data.KvRecallSource()}
+  large = DataOptions(
+    mixture=MixtureOptions(sources=sources, held_out='sequences'),
+    task=data.Seq2SeqTask(),
+  )
+  small = large.shrunk().mixture
+  assert small.sources['b'].task == 'copy' and small.learned() == ['a']
+  assert small.sources['a'] == data.DocstringsSource()

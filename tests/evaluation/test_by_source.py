@@ -1,0 +1,145 @@
+"""The losses and scores of every source of a mixture."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax.data import InstructionSource, MixtureOptions
+from moe_jax.distributed import Placing
+from moe_jax.evaluation import (
+  LossEvaluation,
+  SourceLosses,
+  SourceScores,
+  by_source,
+)
+from moe_jax.training.evaluation_entries import (
+  changed_models,
+  make_evaluations,
+)
+from tests.models import tiny as tiny_models
+from tests.training import tiny
+
+TASKS = {'a': 'copy', 'b': 'larger', 'c': 'add', 'd': 'reverse', 'e': 'same'}
+
+
+def mixture(names='abcd', **changes):
+  sources = {
+    name: InstructionSource(TASKS[name], num_train=20, num_validation=4)
+    for name in names
+  }
+  return MixtureOptions(sources=sources, **changes)
+
+
+@functools.cache
+def run_of(names, held_out=''):
+  """A run on a mixture: options, model, variables."""
+  chosen = {'source': mixture(names).sources[names[0]]}
+  if len(names) > 1:
+    mixed = mixture(names, held_out=held_out)
+    chosen = {'source': data.PythonStdlibSource(), 'mixture': mixed}
+  run = tiny.options(
+    data={
+      'task': {'kind': 'seq2seq'},
+      'source': {'kind': 'instructions'},
+      'seq_len': 40,
+    }
+  ).filled(257)
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, **chosen))
+  model = run.build()
+  variables = {'params': tiny_models.params_of(model)}
+  return run, model, variables
+
+
+def measure(folder, entry, names=tuple('abcd'), **changes):
+  run, model, variables = run_of(names, **changes)
+  entries, rules = {'it': entry}, run.sharding.rules
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  (evaluation,) = make_evaluations(
+    entries,
+    changed_models(run.model, model, entries, rules),
+    dataset=data.load(run.data),
+    data=run.data,
+    batch_size=run.batch_size,
+    workdir=folder,
+    put=Placing(one, run.batch_size),
+  )
+  return evaluation.measure(variables, 0)
+
+
+def test_a_told_summary():
+  # Two sources of one cluster, one of another, and a held-out one.
+  mixed = mixture(held_out='c')
+  values = {'a': 10.0, 'b': 40.0, 'c': 70.0, 'd': 30.0}
+  row = by_source.summarized(values, mixed)
+  assert row == {
+    **values,
+    'cluster.sequences': 20.0,
+    'cluster.arithmetic': 55.0,
+    'mean': pytest.approx(80 / 3),
+    'cluster_mean': 30.0,  # of 20 and 40
+    'held_out_mean': 70.0,
+    'held_out_cluster_mean': 70.0,
+  }
+  alone = by_source.summarized({'x': 3.0}, MixtureOptions())
+  assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
+
+
+def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
+  row = measure(tmp_path, SourceLosses(), held_out='c')
+  alone = measure(tmp_path, LossEvaluation(), ('a',))
+  assert row['a'] == pytest.approx(alone['loss'], rel=1e-6)
+  assert len({row[name] for name in 'abcd'}) == 4
+  assert row['held_out_mean'] == row['c']
+  assert row['mean'] == pytest.approx(np.mean([row[n] for n in 'abd']))
+  with pytest.raises(ValueError, match="'source_losses' needs a mixture"):
+    measure(tmp_path, SourceLosses(), ('a',))
+
+
+@pytest.mark.parametrize(
+  'names',
+  [
+    'be',
+    # Generated answers take long to compile.
+    pytest.param('ab', marks=pytest.mark.slow),
+  ],
+)
+def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path, names):
+  entry = SourceScores(num_questions=3, num_tokens=4)
+  row = measure(tmp_path, entry, tuple(names))
+  for name in names:
+    alone = measure(tmp_path, entry, (name,))
+    assert row[name] == alone['source'] == alone['mean']
+    # With choices, the likelihood of the right one is measured too.
+    assert row.get(f'{name}.nats') == pytest.approx(alone.get('source.nats'))
+    assert (row.get(f'{name}.chance') == 50) == (name != 'a')
+  mean = np.mean([row[name] for name in names])
+  assert row['mean'] == pytest.approx(mean)
+
+
+def test_told_answers_are_counted_in_percent():
+  questions = [data.Question('q', target) for target in ('x', 'y', 'x', 'z')]
+  pairs = [
+    by_source.Pair(np.zeros(1, np.int32), 'q', each.target)
+    for each in questions
+  ]
+  scores = by_source.Scores(
+    types.SimpleNamespace(data=data.DataOptions()),
+    {'a': questions},
+    {'a': []},
+    {'a': pairs},
+    None,
+    lambda _: ['x', 'y', 'y', ' z '],
+  )
+  assert scores({}, 0)['a'] == 75
+
+
+def test_a_task_without_pairs():
+  run = tiny.options().filled(257)
+  setting = types.SimpleNamespace(data=run.data)
+  with pytest.raises(ValueError, match='LmTask reads texts'):
+    SourceScores().measure(setting)
