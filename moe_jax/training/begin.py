@@ -37,7 +37,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   """
   abstract = run.programs.abstract_state
   restored = run.checkpoints.restore(
-    abstract, first={'params': abstract.params}
+    abstract, first={'params': run.programs.adapters.base(abstract.params)}
   )
   if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')

@@ -139,7 +139,9 @@ def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
   if due:
     with recorder.paused(step):
-      recorder.evaluated(step, measured(due, state.variables, step))
+      recorder.evaluated(
+        step, measured(due, run.programs.variables(state), step)
+      )
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
