@@ -47,7 +47,7 @@ ALLOWED = {
   'training_types': BASE | {'routing'},
   'runs': UP_TO_RUNS - {'runs'},
   'training': UP_TO_RUNS | {'parallel'},
-  'finetuning': UP_TO_TRAINING,
+  'finetuning': UP_TO_TRAINING | {'command_line', 'config_file'},
   'generation': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'interop': UP_TO_TRAINING | {'command_line', 'config_file', 'run_config'},
   'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
