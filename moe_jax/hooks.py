@@ -19,6 +19,7 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import drop_rate
 from moe_jax.runs import metrics, profile, summary
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import chosen_experts
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
@@ -58,12 +59,13 @@ def _trained(run: Run) -> str:
   """A line on the parameters that train, if not all do."""
   params, trained = run.programs.abstract_state.params, run.programs.trained
   count = trained.count(trained.part(params))
+  file = run.options.trained_experts
   whole = sum(leaf.size for leaf in jax.tree.leaves(params))
   said, o = f'trainable={run.options.trainable!r}', run.options.lora
   if o.rank:
     said = f'adapters of rank {o.rank} on {o.parts!r}'
-  if run.options.trained_experts:
-    said += f', experts of {run.options.trained_experts}'
+  if file:
+    said += f', {chosen_experts.read(file).describe()}'
   return (
     f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
     'the others keep their values'
