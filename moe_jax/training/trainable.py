@@ -8,6 +8,7 @@ and which experts train (`chosen_experts.py`).
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,14 @@ class Trained:
       return leaf if path_name(path) in self.names else None
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
+
+  @property
+  def masks_digest(self) -> str:
+    """The sha256 of the masks; '' if there is none."""
+    sha = hashlib.sha256()
+    for name, mask in sorted(self.masks.items()):
+      sha.update(f'{name} {mask.shape}'.encode() + mask.tobytes())
+    return sha.hexdigest() if self.masks else ''
 
   def count(self, tree: Any) -> int:
     """The number of values of a tree, without experts that do not train."""

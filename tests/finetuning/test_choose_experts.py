@@ -1,5 +1,6 @@
 """Expert-specialised fine-tuning: who is chosen, and that they train alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from moe_jax import partitioning
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
-from moe_jax.training import chosen_experts
+from moe_jax.training import chosen_experts, loop
 from moe_jax.training.chosen_experts import ChosenExperts
 from moe_jax.training.programs import make_programs
 from tests.generation import folders
@@ -182,6 +183,29 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, layers, trainable, says):
     stepped(str(tmp_path / 'experts.json'), trainable=trainable)
   with pytest.raises(ValueError, match='is no file; `python -m'):
     chosen_experts.read(str(tmp_path / 'none.json'))
+
+
+@pytest.mark.slow
+def test_a_file_that_has_changed_is_said(tmp_path, capsys):
+  file = tmp_path / 'experts.json'
+  ChosenExperts(4, {1: (0,)}).write(file)
+  options = tiny.options(
+    total_steps=2, trained_experts=str(file), sample=dict(num_tokens=0)
+  )
+  whole = options
+  options = dataclasses.replace(whole, total_steps=1)
+
+  def train(options):
+    loop.train_and_evaluate(
+      options, tmp_path / 'run', devices=jax.devices()[:1], resume=True
+    )
+    return capsys.readouterr().out
+
+  train(options)
+  assert 'WARNING' not in train(whole)
+  ChosenExperts(4, {1: (0, 2)}).write(file)
+  longer = dataclasses.replace(whole, total_steps=3)
+  assert 'WARNING: other experts train than before' in train(longer)
 
 
 def test_one_command_chooses_from_data(tmp_path, capsys):
