@@ -83,11 +83,14 @@ def test_a_told_example():
   ('more', 'less'),
   [
     (dict(trainable='all'), dict(trainable='experts')),
-    (dict(trainable='all'), dict(trainable='non_experts')),
+    pytest.param(dict(), dict(trainable='non_experts'), marks=pytest.mark.slow),
     (dict(trainable='all'), dict(trainable='head')),
-    (dict(trainable='attention'), dict(trainable='head')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
-    (dict(tie=True), dict(trainable='-embeddings', tie=True)),
+    pytest.param(
+      dict(tie=True),
+      dict(trainable='-embeddings', tie=True),
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=str,
 )

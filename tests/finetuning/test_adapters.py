@@ -61,6 +61,7 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_the_run_generates_with_merged_kernels(runs, capsys):
   loaded = generation.load(runs / 'run')
   assert 'lora' not in loaded.variables['params']

@@ -177,6 +177,7 @@ def test_the_factors_gradient_follows_from_the_kernels():
       assert np.abs(found).max() > 0
 
 
+@pytest.mark.slow
 def test_a_mesh_and_accumulation_change_nothing():
   kwargs = dict(devices=8, microbatches=2)
   expected, found = stepped()[1], stepped(**kwargs)[1]
