@@ -13,6 +13,7 @@ LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 # What checkpoints are compared with, and speed; bugs of that release included.
 TORCH = 'torch>=2.6'
 TRANSFORMERS = 'transformers==5.24.*'
+PEFT = 'peft>=0.19'  # adapters that ours are compared with
 TEST = [
   'beartype>=0.18',
   DIGITS,
@@ -60,7 +61,7 @@ setup(
     *PLOTS,
   ],
   extras_require={
-    'test': [*TEST, TORCH],
+    'test': [*TEST, TORCH, PEFT],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],

@@ -19,6 +19,7 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import drop_rate
 from moe_jax.runs import metrics, profile, summary
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import chosen_experts
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
@@ -47,7 +48,7 @@ class Facts(Hook):
       run.message(_experts(run, run.model.moe))
       if run.model.leaks_future:
         run.message(f'WARNING: {LEAK}')
-    if run.options.trainable != 'all':
+    if run.programs.trained.expression != 'all' or run.programs.trained.masks:
       run.message(_trained(run))
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
     kind = run.mesh.devices.flat[0].device_kind
@@ -56,14 +57,18 @@ class Facts(Hook):
 
 def _trained(run: Run) -> str:
   """A line on the parameters that train, if not all do."""
-  params = run.programs.abstract_state.params
-  count, whole = (
-    sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for tree in (run.programs.trained.part(params), params)
-  )
+  params, trained = run.programs.abstract_state.params, run.programs.trained
+  count = trained.count(trained.part(params))
+  file = run.options.trained_experts
+  whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+  said, o = f'trainable={run.options.trainable!r}', run.options.lora
+  if o.rank:
+    said = f'adapters of rank {o.rank} on {o.parts!r}'
+  if file:
+    said += f', {chosen_experts.read(file).describe()}'
   return (
-    f'trainable={run.options.trainable!r}: {count:,} of {whole:,} parameters '
-    f'train ({count / whole:.1%}); the others keep their values'
+    f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
+    'the others keep their values'
   )
 
 
@@ -158,7 +163,7 @@ class Sample(Hook):
     imported = trained_run.is_imported(run.workdir)
     model, variables = generation.prepare(
       run.model,
-      state.variables,
+      run.programs.variables(state),
       window=trained_run.window(run.options.data, run.model, imported=imported),
     )
     tokenizer = run.dataset.tokenizer
@@ -246,19 +251,20 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
 
   The capacity is that of training.
   """
+  variables = run.programs.variables(state)
   sums = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
     batch_size=run.options.batch_size,
     rows=run.dataset.splits['validation'],
     put=run.programs.put,
-  ).sums(state.variables)
+  ).sums(variables)
   batches = data.eval_batches(
     run.dataset.splits['validation'],
     batch_size=run.options.batch_size,
     num_batches=_REPORT_BATCHES,
   )
-  counts = token_counts(run.model, state.variables, batches)
+  counts = token_counts(run.model, variables, batches)
   layers = list(summary.sparse_layers(sums))
   stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
   by_rank, in_all = drop_rate(stats)

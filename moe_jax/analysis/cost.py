@@ -16,6 +16,7 @@ from moe_jax.analysis.cost_tables import (
   compute_table,
   fit_table,
   memory_table,
+  training_table,
   without_vocabulary,
 )
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
@@ -33,6 +34,7 @@ __all__ = [
   'in_bytes',
   'memory_table',
   'short',
+  'training_table',
   'with_own_vocabulary',
   'without_vocabulary',
   'workload',
@@ -93,6 +95,8 @@ def main(argv: list[str]) -> None:
   tables = [compute_table, memory_table, fit_table]
   for make in tables if model.stacks else tables[:1]:
     console.print(make(model, work))
+  if len(model.stacks) == 1:
+    console.print(training_table(options, model))
 
 
 if __name__ == '__main__':

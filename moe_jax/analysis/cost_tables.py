@@ -11,9 +11,11 @@ from rich.table import Table
 from moe_jax.analysis import devices, memory
 from moe_jax.analysis.counts import Cost, count, short
 from moe_jax.analysis.model_parts import Half, halves, sized_parameters
+from moe_jax.analysis.training_cost import training_cost, variants
 from moe_jax.layers.experts import DISPATCHES
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
+from moe_jax.training.run_options import RunOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +170,43 @@ def _expert_cells(
       f'{stack}the {times} all-to-alls of a training step',
       in_bytes(times * sent),
     )
+
+
+def training_table(options: RunOptions, model: Model) -> Table:
+  """The table of the cost of training all of a model or parts of it.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model, of one stack of blocks.
+  """
+  forward = count(model, options.data.seq_len).forward_flops
+  table = Table(
+    title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
+    'per token',
+    caption='Adapters are added to whole kernels before a step computes, so '
+    'the gradients of these kernels are computed and held for a while; the '
+    'last column does not grow with the batch.',
+  )
+  table.add_column('Trains')
+  for heading in (
+    'parameters',
+    'state of the optimizer',
+    'gradients',
+    'backward FLOPs per token',
+    'FLOPs of factors per step',
+  ):
+    table.add_column(heading, justify='right')
+  for name, changed in variants(options, model):
+    c = training_cost(changed, model)
+    table.add_row(
+      name,
+      short(c.trained_params),
+      in_bytes(c.optimizer_bytes),
+      in_bytes(c.gradient_bytes),
+      short(c.backward_flops),
+      short(c.step_flops),
+    )
+  return table
 
 
 def fit_table(

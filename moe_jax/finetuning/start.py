@@ -142,7 +142,8 @@ def initial(
 
 def _convert(run: Run, chosen: Plan, params) -> Any:
   places = jax.tree.map(
-    lambda leaf: leaf.sharding, run.programs.abstract_state.params
+    lambda leaf: leaf.sharding,
+    run.programs.adapters.base(run.programs.abstract_state.params),
   )
   return jax.jit(chosen.apply, out_shardings=places)(
     params, jax.random.key(run.options.seed)

@@ -16,6 +16,7 @@ from moe_jax import partitioning, plugins, sections
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.router_state import (
   abstract_router_state,
@@ -119,8 +120,9 @@ def restore_variables(
 ) -> Restored:
   """Reads the variables of a run, as a model's `apply` takes them.
 
-  They are 'params', and 'router_state' where the model has it; the optimizer's
-  state is not read. The checkpoint's files are verified first.
+  They are 'params', with the run's adapters merged into the kernels, and
+  'router_state' where the model has it; the optimizer's state is not read. The
+  checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
@@ -136,10 +138,68 @@ def restore_variables(
     ValueError: There is no checkpoint, or it is of another model.
     CheckpointError: No checkpoint is good.
   """
+  adapters = adapters_of(workdir, model)
+  found = restore_unmerged(
+    workdir,
+    model,
+    rules,
+    adapters,
+    mesh=mesh,
+    step=step,
+    cast=cast,
+    router_state=router_state,
+  )
+  if not found.step:  # a checkpoint of step 0 is of a model without adapters
+    return found
+  params = adapters.merged_on_devices(found.state['params'])
+  return found._replace(state={**found.state, 'params': params})
+
+
+def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
+  """The adapters of a run, from the config in its folder.
+
+  Raises:
+    ValueError: The config cannot be read, or does not fit the model.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  values = kept_config(folder).get('lora', {})
+  try:
+    options = sections.read(LoraOptions, values, 'lora.')
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+  return adapt(options, describe(model))
+
+
+def restore_unmerged(
+  workdir: str | os.PathLike[str],
+  model: Model,
+  rules: Rules,
+  adapters: Adapters,
+  *,
+  mesh: Mesh | None = None,
+  step: int | None = None,
+  cast: bool = False,
+  router_state: bool = True,
+) -> Restored:
+  """Reads the variables of a run, with factors of adapters by themselves.
+
+  A checkpoint of step 0 has none. Other arguments and errors are those of
+  `restore_variables`.
+
+  Args:
+    workdir: The run's folder.
+    model: A model with these parameters, which decides their dtypes.
+    rules: The table by which arrays are split.
+    adapters: The adapters of the run.
+    mesh: Any mesh; None is the first local device.
+    step: The step of the checkpoint; None is the newest good one.
+    cast: Whether other floating-point types may have been saved.
+    router_state: Whether 'router_state' is read, too.
+  """
   folder = checkpoints_of(pathlib.Path(workdir).expanduser())
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  trees = describe(model)
+  trees = adapters.trees
   abstract = jax.tree.map(
     lambda leaf, axes: jax.ShapeDtypeStruct(
       leaf.shape,
@@ -161,7 +221,7 @@ def restore_variables(
       step=step,
       partial=True,
       cast=cast,
-      first={'params': abstract},
+      first={'params': adapters.base(abstract)},
     )
   if found is None:
     raise ValueError(f'{folder} has no finished checkpoint')

@@ -13,6 +13,8 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
+# The name under which a checkpoint has the sha256 of the choice of experts.
+EXPERTS = 'trained_experts'
 # A function that gives the variables with which a run begins (parameters, and
 # `router_state` unless it begins anew), sharded, and a line about them; or
 # None, if the run draws its parameters from its seed.
@@ -37,7 +39,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   """
   abstract = run.programs.abstract_state
   restored = run.checkpoints.restore(
-    abstract, first={'params': abstract.params}
+    abstract, first={'params': run.programs.adapters.base(abstract.params)}
   )
   if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')
@@ -70,6 +72,8 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     run.message('beginning with the parameters of the checkpoint of step 0')
     return run.programs.state_of(restored.state['params'])
   run.message(f'going on from the checkpoint of step {restored.step}')
+  if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
+    run.message('WARNING: other experts train than before that checkpoint')
   return restored.state
 
 

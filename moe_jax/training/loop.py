@@ -18,7 +18,7 @@ from moe_jax.runs.ownership import owned
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
-from moe_jax.training.begin import Initial, begin
+from moe_jax.training.begin import EXPERTS, Initial, begin
 from moe_jax.training.evaluate import measured
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
@@ -139,7 +139,9 @@ def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
   if due:
     with recorder.paused(step):
-      recorder.evaluated(step, measured(due, state.variables, step))
+      recorder.evaluated(
+        step, measured(due, run.programs.variables(state), step)
+      )
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
@@ -150,7 +152,10 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
       run.checkpoints.save(
         step,
         state,
-        extra={'data_digest': run.dataset.digest},
+        extra={
+          'data_digest': run.dataset.digest,
+          EXPERTS: run.programs.trained.masks_digest,
+        },
         metrics=recorder.best_metric(step),
       )
       recorder.saved(step)

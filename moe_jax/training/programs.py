@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from moe_jax import models, partitioning
 from moe_jax.distributed import Placing
 from moe_jax.layers.parameters import Role
-from moe_jax.models import Model
+from moe_jax.models import Model, lora
+from moe_jax.models.lora import Adapters
 from moe_jax.models.parameter_trees import ParameterTrees
-from moe_jax.models.router_state import init_router_state
+from moe_jax.models.router_state import init_router_state, variables
 from moe_jax.partitioning import Rules
 from moe_jax.shapes import Leaf
-from moe_jax.training import losses, trainable
+from moe_jax.training import chosen_experts, losses, trainable
 from moe_jax.training import step as step_lib
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer_shardings import like_params
@@ -47,6 +48,9 @@ class Programs:
     put: Moves batches of numpy arrays to the devices.
     optimizer: The optimizer of the step.
     trained: The parameters that train.
+    adapters: The adapters of the model, whose factors are among the parameters.
+    variables: (state) -> the variables that the model's `apply` takes, with
+      adapters merged into the kernels; kernels with adapters are new arrays.
   """
 
   init_state: Callable[[], TrainState]
@@ -56,6 +60,8 @@ class Programs:
   put: Placing
   optimizer: optax.GradientTransformation
   trained: Trained
+  adapters: Adapters
+  variables: Callable[[TrainState], dict[str, Any]]
 
 
 def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
@@ -67,18 +73,25 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     mesh: The devices.
   """
   rules = options.sharding.rules
-  trees = models.describe(model)
-  trained, optimizer = make_optimizer(options, trees)
+  adapters = lora.adapt(options.lora, models.describe(model))
+  trees = adapters.trees
+  trained, optimizer = make_optimizer(options, model)
   router_state = init_router_state(model)
   shardings = state_shardings(mesh, rules, trees, optimizer, router_state)
   batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
   init = functools.partial(
-    step_lib.init_state, model=model, optimizer=optimizer
+    step_lib.init_state,
+    model=model,
+    optimizer=optimizer,
+    extend=adapters.extend,
   )
   init = jax.jit(init, out_shardings=shardings)
   state_of = jax.jit(
     functools.partial(
-      step_lib.state_of, optimizer=optimizer, router_state=router_state
+      step_lib.state_of,
+      optimizer=optimizer,
+      router_state=router_state,
+      extend=adapters.extend,
     ),
     out_shardings=shardings,
     donate_argnums=1,
@@ -87,6 +100,10 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   return Programs(
     optimizer=optimizer,
     trained=trained,
+    adapters=adapters,
+    variables=lambda state: variables(
+      adapters.merged_on_devices(state.params), state.router_state
+    ),
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
@@ -108,19 +125,29 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
 
 
 def make_optimizer(
-  options: RunOptions, trees: ParameterTrees
+  options: RunOptions, model: Model
 ) -> tuple[Trained, optax.GradientTransformation]:
   """The parameters that train, and their optimizer.
 
   Args:
     options: The run's options.
-    trees: The axes and roles of all parameters.
+    model: Its model.
 
   Raises:
-    ValueError: The option `trainable` names a part that the model lacks, or
-      selects nothing.
+    ValueError: The option `trainable` or `lora.parts` names a part that the
+      model lacks, or selects nothing; or the file of `trained_experts` does not
+      fit.
   """
-  trained = trainable.select(options.trainable, trees.roles)
+  adapters = lora.adapt(options.lora, models.describe(model))
+  trees = adapters.trees
+  if adapters.kernels:
+    trained = Trained(lora.TREE, adapters.names)
+  else:
+    trained = trainable.select(options.trainable, trees.roles)
+  if options.trained_experts:
+    chosen = chosen_experts.read(options.trained_experts)
+    masks = chosen_experts.masks(chosen, model, trees, trained.names)
+    trained = dataclasses.replace(trained, masks=masks)
   inner = options.optimizer.transformation(
     options.total_steps,
     trained.part(trees.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
@@ -150,10 +177,15 @@ def make_step(
       options.
   """
   weights = change(losses.loss_weights(model, options.logits_z_weight))
+  adapters = lora.adapt(options.lora, models.describe(model))
+
+  def computed(params, key):
+    return adapters.merged(trained.held(params), key)
+
   step = functools.partial(
     step_lib.train_step,
     grad_fn=step_lib.make_grad_fn(
-      model, weights, options.microbatches, trained.part
+      model, weights, options.microbatches, trained.part, computed
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

@@ -14,7 +14,9 @@ from moe_jax import partitioning
 from moe_jax.data import DataOptions
 from moe_jax.distributed import Timeouts
 from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.lora import LoraOptions
 from moe_jax.models.model_options import RunShape
+from moe_jax.models.selection import EXPRESSION
 from moe_jax.options import (
   NOT_EMPTY,
   SEED,
@@ -38,7 +40,6 @@ from moe_jax.training.evaluate import (
 from moe_jax.training.evaluation_entries import override_problems
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 from moe_jax.training.sample_options import SampleOptions
-from moe_jax.training.trainable import EXPRESSION
 
 R = TypeVar('R', bound='RunOptions')
 _EVALUATIONS = Kinds(
@@ -118,6 +119,16 @@ class RunOptions(Options):
     EXPRESSION,
     how=True,
   )
+  trained_experts: str = option(
+    '',
+    'File of chosen experts that alone train among the experts, as `python -m '
+    'moe_jax.finetuning choose` writes it (expert-specialised fine-tuning); an '
+    'empty string trains all experts that `trainable` selects.',
+    how=True,
+  )
+  lora: LoraOptions = nested(
+    LoraOptions(), 'Low-rank adapters, which then train alone.'
+  )
   data: DataOptions = nested(DataOptions(), 'Data that the model learns from.')
   model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')
   optimizer: Optimizer = choice(
@@ -158,6 +169,11 @@ class RunOptions(Options):
       )
     else:
       yield from self.model.problems_in(self.shape())
+    if self.lora.rank and self.trainable != 'all':
+      yield (
+        f'trainable={self.trainable!r} has no effect with lora.rank='
+        f'{self.lora.rank}: adapters train alone; lora.parts says where'
+      )
     yield from self.optimizer.problems_in(self.total_steps)
     yield from self._task_problems()
     yield from self._best_problems()

@@ -128,6 +128,7 @@ def set_up(
     filled.model, model, filled.evals, filled.sharding.rules
   )
   programs = make_programs(filled, model, mesh)
+  check_same({'the experts that train': programs.trained.masks_digest})
   evaluations = make_evaluations(
     filled.evals,
     changed,

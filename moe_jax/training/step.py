@@ -17,7 +17,7 @@ from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.parameter_trees import init_params
 from moe_jax.runs import finite
-from moe_jax.shapes import Array, Leaf, UInt32
+from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
 from moe_jax.training import losses, trainable
 from moe_jax.training_types import Batch, LossSums, StepMetrics
 
@@ -29,7 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: int32 [], number of optimizer steps taken.
     seed: uint32 [], seed of all randomness; it is an array, so that runs that
       differ only in it share a compiled step.
-    params: The model's parameters, unboxed.
+    params: The parameters, unboxed: the model's, and those of adapters.
     opt_state: The optimizer's state.
     router_state: State of routers besides their parameters; {} if there is
       none.
@@ -43,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The variables that the model's `apply` takes."""
+    """The variables that the model's `apply` takes, if it has no adapters."""
     return router_state_lib.variables(self.params, self.router_state)
 
 
@@ -55,6 +55,10 @@ GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
 Normalize = Callable[[Batch], losses.Normalizers]
 # A tree of parameters -> the same with None for what does not train.
 Part = Callable[[Any], Any]
+# (params, key) -> the parameters with those of new adapters.
+Extend = Callable[[Any, PRNGKey], Any]
+# (params, key) -> the parameters that the model's `apply` takes.
+Computed = Callable[[Any, PRNGKey], Any]
 
 
 def make_grad_fn(
@@ -62,6 +66,7 @@ def make_grad_fn(
   weights: losses.LossWeights,
   microbatches: int = 1,
   part: Part = lambda params: params,
+  computed: Computed = lambda params, key: params,
 ) -> GradFn:
   """A function for the loss, its sums and gradient, over all microbatches.
 
@@ -71,13 +76,16 @@ def make_grad_fn(
     microbatches: The number of slices of the batch.
     part: Returns the parameters that train; the gradient is None for others,
       and nothing of it is computed.
+    computed: Returns the parameters that the model computes with, such as
+      kernels with their adapters, from those of the train state and a key for
+      dropout.
   """
 
   def loss_fn(part, params, batch, whole, key, router_state):
     params = trainable.whole(part, params)
     router_key, dropout_key = jax.random.split(key)
     outputs, aux = model.apply(
-      router_state_lib.variables(params, router_state),
+      router_state_lib.variables(computed(params, dropout_key), router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
@@ -196,6 +204,7 @@ def init_state(
   *,
   model: Model,
   optimizer: optax.GradientTransformation,
+  extend: Extend = lambda params, key: params,
 ) -> TrainState:
   """The state before the first step."""
   key = jax.random.key(seed)
@@ -205,6 +214,7 @@ def init_state(
     params,
     optimizer=optimizer,
     router_state=router_state_lib.init_router_state(model),
+    extend=extend,
   )
 
 
@@ -214,7 +224,17 @@ def state_of(
   *,
   optimizer: optax.GradientTransformation,
   router_state: Any,
+  extend: Extend = lambda params, key: params,
 ) -> TrainState:
-  """The state before the first step, with the given parameters."""
+  """The state before the first step, with the given parameters of the model.
+
+  Args:
+    seed: The seed of the run.
+    params: The parameters.
+    optimizer: The optimizer.
+    router_state: The state of routers.
+    extend: Returns the parameters with those of new adapters, from a key.
+  """
   step = jnp.zeros((), jnp.int32)
+  params = extend(params, jax.random.key(seed))
   return TrainState(step, seed, params, optimizer.init(params), router_state)

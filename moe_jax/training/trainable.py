@@ -1,86 +1,24 @@
-"""The parameters that train: an expression over their roles, and its effect.
+"""The parameters that train, and the effect of their choice on a step.
 
     config.trainable = 'experts + router'
 
 What does not train has no gradient computed, no state in the optimizer and no
-share in clipping or decay. Not here: the roles (`layers/parameters.py`).
+share in clipping or decay. Not here: the expressions (`models/selection.py`),
+and which experts train (`chosen_experts.py`).
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from moe_jax.layers.parameters import Role
-from moe_jax.options import Check, unknown
+from moe_jax.models.selection import names_of
 from moe_jax.partitioning import path_name
-
-# The parts of a model that an expression names, by the roles of parameters.
-_ROLE_OF = {
-  'attention': 'attention',
-  'embeddings': 'embedding',
-  'experts': 'expert',
-  'ffn': 'ffn',
-  'gate': 'gate',
-  'head': 'head',
-  'lstm': 'lstm',
-  'norms': 'norm',
-  'router': 'router',
-}
-NAMES = ('all', 'non_experts', *_ROLE_OF)
-_PATTERN = 're:'
-_TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
-
-
-def _terms(text: str) -> Iterator[tuple[bool, str]]:
-  """The terms of an expression, each with whether it is added.
-
-  Raises:
-    ValueError: The text is no expression.
-  """
-  at = 0
-  while at < len(text) or not at:
-    match = _TERM.match(text, at)
-    missing = match is None or (at and not match['sign'])
-    if missing or (not at and match['sign'] == '+'):
-      raise ValueError(
-        f"{text!r} is no sum of parts, such as 'experts + router' or "
-        f"'all - embeddings'; have {list(NAMES)}, or 're:' and a regular "
-        'expression of names'
-      )
-    term = match['term']
-    if term.startswith(_PATTERN):
-      re.compile(term.removeprefix(_PATTERN))
-    elif term not in NAMES:
-      raise unknown('part of a model', term, [*NAMES, 're:...'])
-    yield match['sign'] != '-', term
-    at = match.end()
-
-
-def _problem(text: str) -> str | None:
-  try:
-    list(_terms(text))
-  except (ValueError, re.error) as error:
-    return str(error)
-  return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Expression(Check):
-  """The rule that a text is an expression over the parts of a model."""
-
-  def problem(self, name: str, value: str) -> str | None:
-    """See `Check.problem`; it says what is wrong in the expression."""
-    problem = _problem(value)
-    return None if problem is None else f'{name}={value!r}: {problem}'
-
-
-EXPRESSION = _Expression(
-  'is no expression over the parts of a model', lambda text: not _problem(text)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +28,13 @@ class Trained:
   Attributes:
     expression: The expression that selects them.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
+    masks: Of parameters of which only some experts train, by name: the booleans
+      that say which, with sizes of 1 in dimensions that do not matter.
   """
 
   expression: str
   names: frozenset[str]
+  masks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def part(
     self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
@@ -104,6 +45,41 @@ class Trained:
       return leaf if path_name(path) in self.names else None
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
+
+  @property
+  def masks_digest(self) -> str:
+    """The sha256 of the masks; '' if there is none."""
+    sha = hashlib.sha256()
+    for name, mask in sorted(self.masks.items()):
+      sha.update(f'{name} {mask.shape}'.encode() + mask.tobytes())
+    return sha.hexdigest() if self.masks else ''
+
+  def count(self, tree: Any) -> int:
+    """The number of values of a tree, without experts that do not train."""
+
+    def one(path, leaf):
+      mask = self.masks.get(path_name(path))
+      share = 1 if mask is None else mask.mean()
+      return round(leaf.size * share)
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
+
+  def held(self, params: Any) -> Any:
+    """The parameters, without a gradient to the experts that do not train.
+
+    Their gradient is exactly zero; it is computed all the same, since experts
+    are stacked in one array.
+    """
+    return self._other_experts(params, jax.lax.stop_gradient)
+
+  def _other_experts(self, tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A tree with `change` applied to the experts that do not train."""
+
+    def one(path, leaf):
+      mask = self.masks.get(path_name(path))
+      return leaf if mask is None else jnp.where(mask, leaf, change(leaf))
+
+    return jax.tree_util.tree_map_with_path(one, tree) if self.masks else tree
 
   def optimizer(
     self, inner: optax.GradientTransformation
@@ -118,7 +94,9 @@ class Trained:
       return inner.init(self.part(params))
 
     def update(grads, state, params):
-      return inner.update(grads, state, self.part(params))
+      updates, state = inner.update(grads, state, self.part(params))
+      # To add -0.0 keeps the bits of every number, those of -0.0 included.
+      return self._other_experts(updates, lambda u: -jnp.zeros_like(u)), state
 
     return optax.GradientTransformation(init, update)
 
@@ -146,44 +124,5 @@ def updated(params: Any, updates: Any) -> Any:
 
 
 def select(expression: str, roles: Any) -> Trained:
-  """The parameters that an expression selects.
-
-  Args:
-    expression: Terms that are added or taken away from left to right; one that
-      begins with '-' takes away from all.
-    roles: A tree like the parameters with the `Role` of each.
-
-  Raises:
-    ValueError: The expression is wrong, names a part that the model lacks, or
-      selects nothing.
-  """
-  leaves = jax.tree_util.tree_leaves_with_path(
-    roles, is_leaf=lambda leaf: isinstance(leaf, Role)
-  )
-  by_name = {path_name(path): role.role for path, role in leaves}
-  terms = list(_terms(expression))
-  chosen = set(by_name) if not terms[0][0] else set()
-  for added, term in terms:
-    names = _names(term, by_name)
-    if not names:
-      have = sorted(n for n in NAMES if _names(n, by_name))
-      raise ValueError(
-        f'trainable={expression!r}: the model has no parameter of {term!r}; '
-        f'have {have}'
-      )
-    chosen = chosen | names if added else chosen - names
-  if not chosen:
-    raise ValueError(f'trainable={expression!r} selects no parameter')
-  return Trained(expression, frozenset(chosen))
-
-
-def _names(term: str, by_name: dict[str, str]) -> set[str]:
-  """The names of the parameters of a term."""
-  if term.startswith(_PATTERN):
-    pattern = re.compile(term.removeprefix(_PATTERN))
-    return {name for name in by_name if pattern.search(name)}
-  if term == 'all':
-    return set(by_name)
-  if term == 'non_experts':
-    return {name for name, role in by_name.items() if role != 'expert'}
-  return {name for name, role in by_name.items() if role == _ROLE_OF[term]}
+  """The parameters that an expression selects; see `selection.names_of`."""
+  return Trained(expression, names_of(expression, roles))

@@ -1,0 +1,116 @@
+"""Chooses experts for a task, and keeps adapters in files of their own.
+
+    python -m moe_jax.finetuning choose --workdir=runs/tiny --share=0.2 \
+      --output=experts.json
+    python -m moe_jax.finetuning save --workdir=runs/lora --output=adapter
+    python -m moe_jax.finetuning merge --adapter=adapter --workdir=runs/tiny \
+      --output=runs/merged
+
+`choose` takes the data of --config=configs/own.py instead of the run's own,
+with overrides: --config.data.seq_len=64.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from moe_jax import command_line, config_file, sections
+from moe_jax.data import DataOptions
+from moe_jax.finetuning import adapters, choose_experts
+from moe_jax.options import above
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Parses the command line; returns overrides of the config separately."""
+  parser = command_line.Parser(
+    prog='python -m moe_jax.finetuning',
+    description=__doc__.split('\n')[0],
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+  def command(name, run, text, workdir, output):
+    added = commands.add_parser(name, help=text, allow_abbrev=False)
+    added.set_defaults(run=run)
+    added.add_argument('--workdir', required=True, help=workdir)
+    added.add_argument('--output', required=True, help=output)
+    added.add_argument('--traceback', action='store_true')
+    added.add_argument('--allow_module', action='append', default=[])
+    return added.add_argument
+
+  add = command(
+    'choose',
+    _choose,
+    'writes the experts that a task uses most',
+    'folder of the run',
+    'file for config.trained_experts',
+  )
+  share = command_line.number(float, above(0))
+  add('--share', type=share, required=True, help='share p of the use, to 1')
+  add('--score', choices=[*choose_experts.SCORES], default='gate')
+  add('--batches', type=command_line.POSITIVE, default=8)
+  add('--config', default='', help="config of the data; else the run's")
+  run, new = 'folder of the run', 'new folder'
+  command('save', _save, 'writes the adapter of a run', run, new)
+  add = command(
+    'merge', _merge, 'adds an adapter to its base', 'folder of the base', new
+  )
+  add('--adapter', required=True, help='folder that `save` wrote')
+  options, rest = parser.parse_known_args(argv)
+  unknown = [word for word in rest if not word.startswith('--config.')]
+  if unknown or (rest and not getattr(options, 'config', '')):
+    parser.error(f'unknown arguments {unknown or rest}')
+  return options, rest
+
+
+def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
+  data = None
+  if options.config:
+    section = config_file.config_of(options.config, overrides).data
+    data = sections.read(DataOptions, section, 'data.')
+  output = pathlib.Path(options.output).expanduser()
+  if output.exists():
+    raise ValueError(f'{output} is there already; give a new file')
+  found = choose_experts.choose(
+    options.workdir,
+    share=options.share,
+    score=options.score,
+    num_batches=options.batches,
+    options=data,
+    allow=options.allow_module,
+  )
+  found.write(output)
+  return (
+    f'{found.describe()}; train them alone with --config.trainable=experts '
+    f'--config.trained_experts={output}'
+  )
+
+
+def _save(options: argparse.Namespace, _: list[str]) -> str:
+  allow = options.allow_module
+  return adapters.save(options.workdir, options.output, allow=allow)
+
+
+def _merge(options: argparse.Namespace, _: list[str]) -> str:
+  return adapters.merge(
+    options.adapter,
+    options.workdir,
+    options.output,
+    allow=options.allow_module,
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs one command."""
+  options, overrides = parse(sys.argv[1:] if argv is None else argv)
+  logging.set_verbosity(logging.WARNING)
+  command_line.ignore_closed_loops()
+  with command_line.reported(options.traceback):
+    print(options.run(options, overrides))
+
+
+if __name__ == '__main__':
+  main()

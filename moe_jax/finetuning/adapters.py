@@ -1,0 +1,238 @@
+"""The adapter of a run in a small folder of its own, for the same base.
+
+The folder has `adapter.safetensors`, the factors by name, and `adapter.json`,
+with the options of the adapter and the sha256 of the base that it was trained
+on. An adapter is read back onto parameters of that digest alone. Not here: what
+adapters compute (`models/lora.py`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from moe_jax import sections
+from moe_jax.data import plain_files
+from moe_jax.models import Model
+from moe_jax.models.lora import Adapters, LoraOptions, adapt
+from moe_jax.models.parameter_trees import describe
+from moe_jax.partitioning import path_name
+from moe_jax.runs import trained
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
+
+WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
+_FORMAT = 1
+
+
+class _Read(NamedTuple):
+  """A run's model with its parameters, and its adapters if it has any."""
+
+  model: Model
+  adapters: Adapters
+  params: dict[str, Any]
+  step: int
+
+
+def digest(params: Mapping[str, Any]) -> str:
+  """The sha256 of parameters: of their names, dtypes, shapes and bits.
+
+  The host holds one layer of an array at a time.
+  """
+  sha = hashlib.sha256()
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  for path, leaf in sorted(leaves, key=lambda item: path_name(item[0])):
+    sha.update(f'{path_name(path)} {leaf.dtype} {leaf.shape}\n'.encode())
+    for row in leaf if leaf.ndim else [leaf]:
+      sha.update(np.ascontiguousarray(row).tobytes())
+  return sha.hexdigest()
+
+
+def save(
+  workdir: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  allow: Iterable[str] = (),
+) -> str:
+  """Writes the adapter of a run as a folder; returns a line about it.
+
+  Args:
+    workdir: Folder of a run with `config.lora`.
+    output: A folder that is new or empty.
+    step: Step of the checkpoint; None is the newest good one.
+    allow: Modules whose classes, named in the run's folder, may be imported.
+
+  Raises:
+    ValueError: The folder holds no run with an adapter, the model has state of
+      routers, which training moves too, or `output` is not empty.
+    CheckpointError: No checkpoint is good.
+  """
+  run = _read(workdir, step, allow)
+  if not run.adapters.kernels or not run.step:
+    raise ValueError(
+      f'{workdir} holds no trained adapter: lora.rank='
+      f'{run.adapters.options.rank}, step {run.step}'
+    )
+  _check_stateless(run.model)
+  folder = _free(output)
+  flat = traverse_util.flatten_dict(run.params)
+  factors = {
+    '/'.join(path): np.asarray(leaf)
+    for path, leaf in flat.items()
+    if '/'.join(path) in run.adapters.names
+  }
+  about = {
+    'format': _FORMAT,
+    'lora': dataclasses.asdict(run.adapters.options),
+    'base': digest(run.adapters.base(run.params)),
+    'step': run.step,
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(factors, folder / WEIGHTS)
+  # Last, as without it a folder is not read.
+  text = json.dumps(about, indent=2, sort_keys=True) + '\n'
+  (folder / ABOUT).write_text(text, encoding='utf-8')
+  size = sum(factor.nbytes for factor in factors.values())
+  return (
+    f'adapter of step {run.step} written to {folder}: {len(factors)} factors, '
+    f'{size / 2**20:,.1f} MiB'
+  )
+
+
+def read(
+  folder: str | os.PathLike[str], model: Model, params: Mapping[str, Any]
+) -> tuple[Adapters, dict[str, Any]]:
+  """Reads an adapter onto the parameters that it was trained on.
+
+  Args:
+    folder: A folder that `save` wrote.
+    model: The model.
+    params: Its parameters.
+
+  Returns:
+    The adapters, and the parameters with the factors among them.
+
+  Raises:
+    ValueError: The folder holds no adapter, or one of another base.
+  """
+  path = pathlib.Path(folder).expanduser()
+  about = plain_files.read_json(path / ABOUT)
+  try:
+    version, base = about['format'], about['base']
+    options = sections.read(LoraOptions, about['lora'], 'lora.')
+    if version != _FORMAT:
+      raise ValueError(f'format {version!r} is not {_FORMAT}')
+    factors = load_file(path / WEIGHTS)
+  except (
+    ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError
+  ) as error:  # fmt: skip
+    raise ValueError(f'{path} holds no adapter: {error!r}') from None
+  if base != (own := digest(params)):
+    raise ValueError(
+      f'{path} is an adapter of the base with sha256 {base!s:.12}; these '
+      f'parameters have {own:.12}'
+    )
+  adapters = adapt(options, describe(model))
+  shapes = {
+    '/'.join(where): leaf.shape
+    for where, leaf in traverse_util.flatten_dict(adapters.trees.shapes).items()
+    if '/'.join(where) in adapters.names
+  }
+  if {name: x.shape for name, x in factors.items()} != shapes or not all(
+    x.dtype == np.float32 and np.isfinite(x).all() for x in factors.values()
+  ):
+    raise ValueError(
+      f'{path / WEIGHTS} does not hold finite float32 factors of lora.rank='
+      f'{options.rank}, lora.parts={options.parts!r} for this model'
+    )
+  tree = {tuple(name.split('/')): jnp.asarray(x) for name, x in factors.items()}
+  return adapters, {**params, **traverse_util.unflatten_dict(tree)}
+
+
+def merge(
+  folder: str | os.PathLike[str],
+  workdir: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  allow: Iterable[str] = (),
+) -> str:
+  """Makes a run's folder of a base with a saved adapter in its weights.
+
+  The new folder has a checkpoint of step 0 with parameters, like that of an
+  imported model, and is generated from, exported and trained like one.
+
+  Args:
+    folder: The adapter's folder.
+    workdir: Folder of the run that is its base.
+    output: A folder that is new or empty.
+    step: Step of the base's checkpoint; None is the newest good one.
+    allow: Modules whose classes, named in the run's folder, may be imported.
+
+  Returns:
+    A line about it.
+
+  Raises:
+    ValueError: As `read`; the folder holds no run; the base has adapters or
+      state of routers; or `output` is not empty.
+    CheckpointError: No checkpoint is good.
+  """
+  run, base = _read(workdir, step, allow), pathlib.Path(workdir).expanduser()
+  if run.step and run.adapters.kernels:
+    raise ValueError(f'{workdir} has an adapter itself; give the base')
+  _check_stateless(run.model)
+  adapters, params = read(folder, run.model, run.params)
+  new = _free(output)
+  config = workdir_lib.kept_config(base)
+  for section in ('lora', 'init_from'):
+    config.pop(section, None)
+  config.get('checkpoint', {}).pop('directory', None)
+  workdir_lib.claim(new, config)
+  if (base / workdir_lib.TOKENIZER).exists():
+    shutil.copy(base / workdir_lib.TOKENIZER, new / workdir_lib.TOKENIZER)
+  if (files := base / workdir_lib.IMPORTED).is_dir():
+    (new / workdir_lib.IMPORTED).mkdir()
+    for path in sorted(files.iterdir()):
+      plain_files.copy(path, new / workdir_lib.IMPORTED / path.name)
+  merged = adapters.merged_on_devices(params)
+  with Checkpointer(new / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
+    kept.save(0, {'params': merged})
+  return f'step {run.step} of {base} with the adapter of {folder} is in {new}'
+
+
+def _read(workdir, step, allow) -> _Read:
+  run = trained.read(workdir, allow, tokenizer_needed=False)
+  rules = run.sharding.rules
+  model = run.model.build(rules)
+  adapters = trained.adapters_of(workdir, model)
+  found = trained.restore_unmerged(
+    workdir, model, rules, adapters, step=step, router_state=False
+  )
+  return _Read(model, adapters, found.state['params'], found.step)
+
+
+def _check_stateless(model: Model) -> None:
+  if model.keeps_router_state:
+    raise ValueError(
+      'the routers of this model keep state, which training moves and an '
+      'adapter does not hold; keep the folder of the run'
+    )
+
+
+def _free(output: str | os.PathLike[str]) -> pathlib.Path:
+  folder = pathlib.Path(output).expanduser()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f'{folder} is there already; give a new or empty folder')
+  return folder

@@ -1,0 +1,181 @@
+"""The experts that a task uses most, chosen from data, layer by layer.
+
+Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906: in each layer
+the fewest experts whose shares of the use reach p. The use of an expert is its
+mean gate, or the share of choices that fall on it. Unlike in the paper, means
+are over all tokens of packed rows, not first over those of each sample, and
+shares of gates are of the sum of a layer's gates. Not here: how the chosen
+train alone (`training/chosen_experts.py`).
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float
+
+from moe_jax import data
+from moe_jax.distributed import fetch
+from moe_jax.layers.routers.contract import Router
+from moe_jax.models import Model
+from moe_jax.runs import trained
+from moe_jax.shapes import Array, Leaf
+from moe_jax.training.chosen_experts import ChosenExperts
+
+# The use of experts by one batch: {layer: float [E]}, sums over its tokens.
+Use = dict[int, np.ndarray]
+_SOWN = 'use'
+
+
+def _gates(routing, aux) -> Array:
+  """The sum of each expert's gates, [E]; dropped choices have none."""
+  del aux
+  return routing.token_gates().sum((0, 1))
+
+
+def _tokens(routing, aux) -> Array:
+  """The number of choices of each expert, [E], before any is dropped."""
+  del routing
+  return aux.stats.load
+
+
+SCORES = {'gate': _gates, 'tokens': _tokens}
+
+
+def shares(
+  model: Model,
+  variables: Mapping[str, Any],
+  batches: Iterable[Mapping[str, Leaf]],
+  score: str = 'gate',
+) -> dict[int, Float[np.ndarray, ' E']]:
+  """The share of each expert in the use of its layer, by sparse layer.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    batches: Batches of the task.
+    score: 'gate', by the mean gate, or 'tokens', by the share of choices.
+
+  Raises:
+    ValueError: The model has no sparse layer, or there are no batches.
+  """
+  if not model.sparse_layers:
+    raise ValueError('the model has no sparse layers, so no experts to choose')
+  measure = jax.jit(functools.partial(_use, model, score))
+  total = None
+  for batch in batches:
+    use = np.stack(fetch(measure(variables, batch))).astype(np.float64)
+    total = use if total is None else total + use
+  if total is None:
+    raise ValueError('no batch to choose experts from')
+  return {
+    layer: own / own.sum()
+    for layer, own in zip(model.sparse_layers, total, strict=True)
+  }
+
+
+def chosen(
+  shares_of: Mapping[int, Float[np.ndarray, ' E']], share: float
+) -> dict[int, tuple[int, ...]]:
+  """The fewest experts of each layer whose shares sum up to `share` or more.
+
+  Those of the largest shares are taken first, and the lower number of equals.
+
+  Raises:
+    ValueError: `share` is not in (0, 1].
+  """
+  if not 0 < share <= 1:
+    raise ValueError(f'share={share} not in (0, 1]')
+  layers = {}
+  for layer, own in shares_of.items():
+    order = np.argsort(-own, kind='stable')
+    # Rounding must not add an expert where a sum is the share itself.
+    reached = np.cumsum(own[order]) >= share - 1e-9
+    layers[layer] = tuple(sorted(map(int, order[: 1 + reached.argmax()])))
+  return layers
+
+
+def choose(
+  workdir: str,
+  *,
+  share: float,
+  score: str = 'gate',
+  num_batches: int = 8,
+  options: data.DataOptions | None = None,
+  allow: Iterable[str] = (),
+) -> ChosenExperts:
+  """Chooses the experts of a run that some data uses most.
+
+  Args:
+    workdir: Folder of the run.
+    share: The share p of each layer's use that the chosen experts reach.
+    score: 'gate' or 'tokens'; see `shares`.
+    num_batches: Number of batches of the training split, as a run that begins
+      with the seed 0 reads them.
+    options: The data of the task; None is that of the run.
+    allow: Modules whose classes, named in the run's folder, may be imported.
+
+  Raises:
+    ValueError: As `shares` and `chosen`, the folder holds no run, or the task's
+      tokenizer is another.
+    CheckpointError: No checkpoint is good.
+  """
+  run = trained.read(workdir, allow)
+  model = run.model.build(run.sharding.rules)
+  found = trained.restore_variables(workdir, model, run.sharding.rules)
+  dataset = data.load(options or run.data)
+  if dataset.tokenizer.identity != run.tokenizer.identity:
+    raise ValueError(
+      f'{workdir} was trained on tokens of {run.tokenizer.identity}, the data '
+      f'is of {dataset.tokenizer.identity}'
+    )
+  stream = data.train_batches(
+    dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
+  )
+  batches = [next(stream) for _ in range(num_batches)]
+  by_layer = shares(model, found.state, batches, score)
+  about = {
+    'score': score,
+    'share': share,
+    'workdir_step': found.step,
+    'data_digest': dataset.digest,
+    'num_batches': num_batches,
+    'shares': {
+      str(i): [round(float(x), 6) for x in own] for i, own in by_layer.items()
+    },
+  }
+  return ChosenExperts(model.moe.num_experts, chosen(by_layer, share), about)
+
+
+def _use(model: Model, score: str, variables, batch) -> list[Array]:
+  """The use of the experts of each sparse layer, [E], over a batch."""
+  measure = SCORES[score]
+
+  def sown(call, args, kwargs, context):
+    result = call(*args, **kwargs)
+    if isinstance(context.module, Router) and context.method_name == '__call__':
+      value = jax.lax.stop_gradient(measure(*result))
+      context.module.sow('intermediates', _SOWN, value.astype(jnp.float32))
+    return result
+
+  with nn.intercept_methods(sown):
+    _, kept = model.apply(
+      variables, **model.inputs(batch), mutable=['intermediates']
+    )
+  layers = model.layer_trees(kept['intermediates'])
+  return [_found(layers[i]) for i in model.sparse_layers]
+
+
+def _found(tree: Mapping[str, Any]) -> Array:
+  """What was sown in a layer's only router."""
+  if _SOWN in tree:
+    return tree[_SOWN][0]
+  return next(
+    found
+    for below in tree.values()
+    if isinstance(below, Mapping) and (found := _found(below)) is not None
+  )

@@ -1,0 +1,265 @@
+"""Low-rank adapters: a change of kernels that is a product of two thin factors.
+
+    kernel + (alpha / rank) A B
+
+LoRA, https://arxiv.org/abs/2106.09685. The factors are parameters of their own
+beside a model's, in the tree `lora`; a kernel that is stacked by layer or by
+expert has a pair for each. The model is computed with the sums, which are made
+before it from the factors, so no layer knows of them. The gradient of a whole
+adapted kernel is therefore computed on the way to that of its factors: adapters
+save the state of the optimizer, and the gradients of kernels without adapters,
+but not the products and the memory of adapted kernels' gradients.
+
+Not here: which parameters train (`training/programs.py`), and adapters in
+files of their own (`finetuning/adapters.py`).
+"""
+
+import dataclasses
+import string
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from moe_jax.layers.parameters import Names, Role
+from moe_jax.models.parameter_trees import ParameterTrees
+from moe_jax.models.selection import EXPRESSION, names_of
+from moe_jax.options import Options, above, at_least, option, within
+from moe_jax.shapes import Array, PRNGKey
+
+TREE = 'lora'  # the name of the tree of factors among the parameters
+_STACKED = ('layers', 'expert')
+_GIVEN = {'rank': at_least(1)}
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions(Options):
+  """Low-rank adapters of some kernels of a model."""
+
+  rank: int = option(
+    0,
+    'Rank of low-rank adapters, the width of their factors; 0 has none. With '
+    'adapters, all parameters of the model itself keep their values.',
+    at_least(0),
+  )
+  parts: str = option(
+    'attention',
+    'Parts of the model whose kernels have adapters, an expression like that '
+    "of `trainable`: 'attention', 'ffn', 'experts', 'attention + experts' or "
+    "'re:' and a regular expression of names.",
+    EXPRESSION,
+    when=_GIVEN,
+  )
+  alpha: float = option(
+    16.0,
+    "Number that, divided by the rank, multiplies the product of an adapter's "
+    'factors before it is added to the kernel.',
+    above(0),
+    when=_GIVEN,
+  )
+  dropout: float = option(
+    0.0,
+    "Rate at which each of an adapter's `rank` directions is left out of a "
+    'training step, drawn once for a microbatch, each layer and each expert, '
+    'and the others are scaled up. Unlike in the paper, all tokens lose the '
+    'same directions; 0 leaves out none.',
+    within('[0, 1)'),
+    when=_GIVEN,
+  )
+
+
+class _Kernel(NamedTuple):
+  """A kernel with an adapter: its dimensions are stacked, inputs, outputs.
+
+  Attributes:
+    shape: The shape of the kernel.
+    axes: The logical names of its dimensions.
+    role: Its role.
+    stacked: The number of leading dimensions that stack kernels.
+    inputs: The number of dimensions that are contracted with activations.
+  """
+
+  shape: tuple[int, ...]
+  axes: Names
+  role: Role
+  stacked: int
+  inputs: int
+
+  def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
+    """The part for each factor of one value for each dimension."""
+    stack, rest = values[: self.stacked], values[self.stacked :]
+    return {
+      'a': (*stack, *rest[: self.inputs], rank),
+      'b': (*stack, rank, *rest[self.inputs :]),
+    }
+
+  def product(self, a: Array, b: Array) -> Array:
+    """A B, of the shape of the kernel."""
+    dims = tuple(string.ascii_lowercase[: len(self.shape)])
+    names = self.factors(dims, 'z')
+    equation = f'{"".join(names["a"])},{"".join(names["b"])}->{"".join(dims)}'
+    return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+  """The adapters of a model; without any, its methods change nothing.
+
+  Attributes:
+    options: The options of the adapters.
+    kernels: The kernels that have adapters, by path.
+    trees: Shapes, axes and roles of all parameters, those of factors among
+      them, which are float32.
+  """
+
+  options: LoraOptions
+  kernels: Mapping[Path, _Kernel]
+  trees: ParameterTrees
+
+  @property
+  def names(self) -> frozenset[str]:
+    """The names of the factors, such as 'lora/layers/layer_0/w/a'."""
+    return frozenset(
+      '/'.join((TREE, *path, factor))
+      for path in self.kernels
+      for factor in 'ab'
+    )
+
+  def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own parameters, without the factors."""
+    return {
+      key: value
+      for key, value in params.items()
+      if not self.kernels or key != TREE
+    }
+
+  def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
+    """The parameters with new factors: A is drawn, B is zero.
+
+    The variance of A is that of a kernel, one over the size of its inputs.
+
+    Args:
+      params: The model's parameters, without factors.
+      key: A key from which each factor's own is made.
+    """
+    if not self.kernels:
+      return dict(params)
+    factors = {}
+    for path, kernel in self.kernels.items():
+      shapes = kernel.factors(kernel.shape, self.options.rank)
+      size = 1
+      for n in kernel.shape[kernel.stacked :][: kernel.inputs]:
+        size *= n
+      draw = jax.random.normal(_key_of(key, path), shapes['a'])
+      factors[*path, 'a'] = draw / size**0.5
+      factors[*path, 'b'] = jnp.zeros(shapes['b'])
+    return {**params, TREE: traverse_util.unflatten_dict(factors)}
+
+  def merged(
+    self, params: Mapping[str, Any], key: PRNGKey | None = None
+  ) -> dict[str, Any]:
+    """The parameters that the model computes with: adapters are added.
+
+    Sums are made in float32 and have the dtype of the kernel.
+
+    Args:
+      params: The parameters with factors.
+      key: A key for dropout; None drops nothing.
+    """
+    if not self.kernels:
+      return dict(params)
+    own = traverse_util.flatten_dict(self.base(params))
+    for path, kernel in self.merged_kernels(params, key).items():
+      own[path] = kernel
+    return traverse_util.unflatten_dict(own)
+
+  def merged_kernels(
+    self, params: Mapping[str, Any], key: PRNGKey | None = None
+  ) -> dict[Path, Array]:
+    """The kernels that have adapters, with these added; see `merged`."""
+    flat = traverse_util.flatten_dict(params)
+    sums = {}
+    for path, kernel in self.kernels.items():
+      a, b = (flat[TREE, *path, factor] for factor in 'ab')
+      if key is not None and self.options.dropout:
+        a = a * self._left(kernel, _key_of(key, path))
+      scale = self.options.alpha / self.options.rank
+      old = flat[path]
+      sum_of_both = old.astype(jnp.float32) + scale * kernel.product(a, b)
+      sums[path] = sum_of_both.astype(old.dtype)
+    return sums
+
+  def merged_on_devices(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`merged` of arrays on any mesh; kernels keep their shardings."""
+    if not self.kernels:
+      return dict(params)
+    own = traverse_util.flatten_dict(self.base(params))
+    places = {path: own[path].sharding for path in self.kernels}
+    own |= jax.jit(self.merged_kernels, out_shardings=places)(params)
+    return traverse_util.unflatten_dict(own)
+
+  def _left(self, kernel: _Kernel, key: PRNGKey) -> Array:
+    """Factors of the directions that are left, 0 where one is dropped."""
+    left = 1 - self.options.dropout
+    stack = kernel.shape[: kernel.stacked]
+    shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
+    return jax.random.bernoulli(key, left, shape) / left
+
+
+def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
+  """The adapters of a model.
+
+  Args:
+    options: The options of the adapters.
+    trees: Shapes, axes and roles of the model's parameters.
+
+  Raises:
+    ValueError: `options.parts` names a part that the model lacks, or one
+      without a kernel, or a kernel whose inputs cannot be told from outputs.
+  """
+  if not options.rank:
+    return Adapters(options, {}, trees)
+  shapes, axes, roles = (traverse_util.flatten_dict(tree) for tree in trees)
+  names = names_of(options.parts, trees.roles, 'lora.parts')
+  kernels = {
+    path: _kernel(path, leaf.shape, axes[path], roles[path])
+    for path, leaf in shapes.items()
+    if '/'.join(path) in names and roles[path].form == 'kernel'
+  }
+  if not kernels:
+    raise ValueError(f'lora.parts={options.parts!r} selects no kernel')
+  for path, kernel in kernels.items():
+    sizes = kernel.factors(kernel.shape, options.rank)
+    names_of_dims = kernel.factors(kernel.axes, None)
+    for factor in 'ab':
+      place = (TREE, *path, factor)
+      shapes[place] = jax.ShapeDtypeStruct(sizes[factor], jnp.float32)
+      axes[place], roles[place] = names_of_dims[factor], kernel.role
+  extended = map(traverse_util.unflatten_dict, (shapes, axes, roles))
+  return Adapters(options, kernels, ParameterTrees(*extended))
+
+
+def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
+  """The dimensions of a kernel: those of the residual stream are one side."""
+  stacked = 0
+  while axes[stacked] in _STACKED:
+    stacked += 1
+  own = axes[stacked:]
+  if len(own) == 2 or own[0] == 'embed':
+    inputs = 1
+  elif own[-1] == 'embed':
+    inputs = len(own) - 1
+  else:
+    raise ValueError(
+      f'lora.parts: {"/".join(path)} has dimensions {own}; an adapter needs '
+      "two, or 'embed' as the first or the last"
+    )
+  return _Kernel(shape, axes, role, stacked, inputs)
+
+
+def _key_of(key: PRNGKey, path: Path) -> PRNGKey:
+  return jax.random.fold_in(key, zlib.crc32('/'.join((TREE, *path)).encode()))

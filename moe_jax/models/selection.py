@@ -1,0 +1,129 @@
+"""Parts of a model by name: expressions over the roles of its parameters.
+
+    names_of('all - embeddings', roles)
+
+Not here: what is done with the parameters that an expression selects
+(`training/trainable.py`, `models/lora.py`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from moe_jax.layers.parameters import Role
+from moe_jax.options import Check, unknown
+from moe_jax.partitioning import path_name
+
+# The parts of a model that an expression names, by the roles of parameters.
+_ROLE_OF = {
+  'attention': 'attention',
+  'embeddings': 'embedding',
+  'experts': 'expert',
+  'ffn': 'ffn',
+  'gate': 'gate',
+  'head': 'head',
+  'lstm': 'lstm',
+  'norms': 'norm',
+  'router': 'router',
+}
+NAMES = ('all', 'non_experts', *_ROLE_OF)
+_PATTERN = 're:'
+_TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
+
+
+def _terms(text: str) -> Iterator[tuple[bool, str]]:
+  """The terms of an expression, each with whether it is added.
+
+  Raises:
+    ValueError: The text is no expression.
+  """
+  at = 0
+  while at < len(text) or not at:
+    match = _TERM.match(text, at)
+    missing = match is None or (at and not match['sign'])
+    if missing or (not at and match['sign'] == '+'):
+      raise ValueError(
+        f"{text!r} is no sum of parts, such as 'experts + router' or "
+        f"'all - embeddings'; have {list(NAMES)}, or 're:' and a regular "
+        'expression of names'
+      )
+    term = match['term']
+    if term.startswith(_PATTERN):
+      re.compile(term.removeprefix(_PATTERN))
+    elif term not in NAMES:
+      raise unknown('part of a model', term, [*NAMES, 're:...'])
+    yield match['sign'] != '-', term
+    at = match.end()
+
+
+def _problem(text: str) -> str | None:
+  try:
+    list(_terms(text))
+  except (ValueError, re.error) as error:
+    return str(error)
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expression(Check):
+  """The rule that a text is an expression over the parts of a model."""
+
+  def problem(self, name: str, value: str) -> str | None:
+    """See `Check.problem`; it says what is wrong in the expression."""
+    problem = _problem(value)
+    return None if problem is None else f'{name}={value!r}: {problem}'
+
+
+EXPRESSION = _Expression(
+  'is no expression over the parts of a model', lambda text: not _problem(text)
+)
+
+
+def names_of(
+  expression: str, roles: Any, option: str = 'trainable'
+) -> frozenset[str]:
+  """The names of the parameters that an expression selects.
+
+  Args:
+    expression: Terms that are added or taken away from left to right; one that
+      begins with '-' takes away from all.
+    roles: A tree like the parameters with the `Role` of each.
+    option: The name of the option that holds the expression, for messages.
+
+  Raises:
+    ValueError: The expression is wrong, names a part that the model lacks, or
+      selects nothing.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(
+    roles, is_leaf=lambda leaf: isinstance(leaf, Role)
+  )
+  by_name = {path_name(path): role.role for path, role in leaves}
+  terms = list(_terms(expression))
+  chosen = set(by_name) if not terms[0][0] else set()
+  for added, term in terms:
+    names = _names(term, by_name)
+    if not names:
+      have = sorted(n for n in NAMES if _names(n, by_name))
+      raise ValueError(
+        f'{option}={expression!r}: the model has no parameter of {term!r}; '
+        f'have {have}'
+      )
+    chosen = chosen | names if added else chosen - names
+  if not chosen:
+    raise ValueError(f'{option}={expression!r} selects no parameter')
+  return frozenset(chosen)
+
+
+def _names(term: str, by_name: dict[str, str]) -> set[str]:
+  """The names of the parameters of a term."""
+  if term.startswith(_PATTERN):
+    pattern = re.compile(term.removeprefix(_PATTERN))
+    return {name for name in by_name if pattern.search(name)}
+  if term == 'all':
+    return set(by_name)
+  if term == 'non_experts':
+    return {name for name, role in by_name.items() if role != 'expert'}
+  return {name for name, role in by_name.items() if role == _ROLE_OF[term]}

@@ -1,0 +1,145 @@
+"""The file of chosen experts, which alone train among the experts.
+
+Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
+stacked in one array, so a mask tells them apart: gradient and update of the
+others are exactly zero and their bits stay. Their gradient is computed all the
+same, and the optimizer holds state for all experts of an array. Not here: how
+experts are chosen (`finetuning/choose_experts.py`).
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.models import Model
+from moe_jax.models.lora import TREE
+from moe_jax.models.parameter_trees import ParameterTrees
+
+_EXPERT, _LAYERS = 'expert', 'layers'
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenExperts:
+  """The experts that train, by layer.
+
+  Attributes:
+    num_experts: E, the number of experts of a layer.
+    layers: The numbers of the experts of each sparse layer, by its number.
+    about: Other facts of the file: how and from what they were chosen.
+  """
+
+  num_experts: int
+  layers: Mapping[int, tuple[int, ...]]
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def write(self, path: pathlib.Path) -> None:
+    """Writes the file."""
+    values = {
+      **self.about,
+      'num_experts': self.num_experts,
+      'layers': {str(i): list(own) for i, own in self.layers.items()},
+    }
+    path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+
+  def describe(self) -> str:
+    """A line with the counts."""
+    count = sum(len(own) for own in self.layers.values())
+    E, by_layer = (
+      self.num_experts,
+      ', '.join(f'layer {i}: {len(own)}' for i, own in self.layers.items()),
+    )
+    return f'{count} of {E * len(self.layers)} experts chosen ({by_layer})'
+
+
+def read(path: str) -> ChosenExperts:
+  """Reads a file of chosen experts.
+
+  Raises:
+    ValueError: There is no such file, or it holds something else.
+  """
+  file = pathlib.Path(path).expanduser()
+  said = f'trained_experts={path!r}'
+  if not file.is_file():
+    raise ValueError(
+      f'{said} is no file; `python -m moe_jax.finetuning choose` writes one'
+    )
+  try:
+    values = json.loads(file.read_text(encoding='utf-8'))
+    E, layers = values['num_experts'], values['layers']
+    chosen = {int(i): tuple(own) for i, own in layers.items()}
+    for i, own in chosen.items():
+      if len(set(own)) < len(own) or any(
+        type(e) is not int or not 0 <= e < E for e in own
+      ):
+        raise ValueError(f'layer {i} has {list(own)}, not numbers below {E}')
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{said} is no file of chosen experts: {error}') from None
+  if not any(chosen.values()):
+    raise ValueError(f'{said} chooses no expert')
+  about = {
+    k: v for k, v in values.items() if k not in ('num_experts', 'layers')
+  }
+  return ChosenExperts(E, chosen, about)
+
+
+def masks(
+  chosen: ChosenExperts,
+  model: Model,
+  trees: ParameterTrees,
+  names: frozenset[str],
+) -> dict[str, np.ndarray]:
+  """The masks of the parameters of experts that train, by name.
+
+  Args:
+    chosen: The chosen experts.
+    model: The model.
+    trees: Shapes, axes and roles of its parameters.
+    names: The names of the parameters that train.
+
+  Raises:
+    ValueError: The model has other sparse layers or experts, or no parameter of
+      experts trains.
+  """
+  have = {i: model.moes[i].num_experts for i in model.sparse_layers}
+  given = {i: chosen.num_experts for i in chosen.layers}
+  if have != given:
+    raise ValueError(
+      f'trained_experts: the file has numbers of experts by layer {given}, the '
+      f'model has {have}'
+    )
+  found = dict(_masks(chosen, model, trees, names))
+  if not found:
+    raise ValueError(
+      'trained_experts has no effect: no parameter of experts trains'
+    )
+  return found
+
+
+def _masks(
+  chosen: ChosenExperts, model: Model, trees: ParameterTrees, names
+) -> Iterator[tuple[str, np.ndarray]]:
+  for path, axes in traverse_util.flatten_dict(trees.axes).items():
+    if '/'.join(path) not in names or _EXPERT not in axes:
+      continue
+    own = path[1:-1] if path[0] == TREE else path
+    place = model.place_of(own)
+    if place is None or axes[0] != _LAYERS:
+      raise ValueError(f'trained_experts: {"/".join(path)} is in no stack')
+    first = 0
+    for stack, config in model.stacks:
+      if stack == place.stack:
+        break
+      first += len(config.sparse)
+    shape = [1] * len(axes)
+    shape[0] = len(place.layers)
+    shape[axes.index(_EXPERT)] = chosen.num_experts
+    mask = [
+      [e in chosen.layers[first + i] for e in range(chosen.num_experts)]
+      for i in place.layers
+    ]
+    yield '/'.join(path), np.array(mask).reshape(shape)

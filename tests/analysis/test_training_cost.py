@@ -1,0 +1,129 @@
+"""What training a part costs: the formula against XLA's count."""
+
+import functools
+
+import jax
+import pytest
+
+from moe_jax.analysis import training_cost
+from moe_jax.partitioning import make_mesh
+from moe_jax.training.programs import make_programs
+from tests.training import tiny
+
+V, M, F, H, D, E, K = 300, 48, 80, 3, 16, 4, 2
+ROWS, T = 8, 96
+KERNELS = {'attention': 4 * M * H * D, 'ffn': 2 * M * F, 'experts': 2 * M * F}
+
+
+@functools.cache
+def options_of(trainable='all', lora=(), tie=False):
+  # Room for exactly the choices of tokens, so that no slot stays empty.
+  capacity = dict(kind='per_assignment', per_assignment=dict(factor=1.0))
+  return tiny.options(
+    batch_size=ROWS,
+    trainable=trainable,
+    lora=dict(lora),
+    data=dict(seq_len=T),
+    model=dict(
+      vocab_size=V,
+      width=M,
+      scan_layers=False,
+      attention=dict(num_heads=H),
+      ffn=dict(hidden=F),
+      embedding=dict(tie=tie),
+      moe=dict(num_experts=E, num_selected=K, capacity=capacity),
+    ),
+  ).filled(V)
+
+
+def counted(*args, **kwargs):
+  options = options_of(*args, **kwargs)
+  return training_cost.training_cost(options, options.build())
+
+
+@functools.cache
+def xla(*args, **kwargs):
+  """FLOPs of the lowered step, elementwise operations included."""
+  options = options_of(*args, **kwargs)
+  model = options.build()
+  mesh = make_mesh({'data': 1}, jax.devices()[:1])
+  made = make_programs(options, model, mesh)
+  lowered = made.train_step.lower(
+    made.abstract_state, options.batch_shapes(model)
+  )
+  return float(lowered.cost_analysis()['flops'])
+
+
+def test_a_told_example():
+  # Two layers, the second sparse: kernels of experts hold E pairs, and a token
+  # meets K of them, once for its own gradient and once for the kernel's.
+  experts = counted('experts')
+  assert experts.trained_params == E * KERNELS['experts']
+  assert experts.optimizer_bytes == 2 * 4 * experts.trained_params + 2 * 4
+  assert experts.gradient_bytes == 4 * experts.trained_params
+  everything, others = counted('all'), counted('non_experts')
+  own = 2 * K * KERNELS['experts']
+  outputs = 2 * (
+    2 * KERNELS['attention'] + KERNELS['ffn'] + K * KERNELS['experts']
+  )
+  outputs += 2 * M * E + 2 * V * M + 2 * (4 * 2 * T * H * D)
+  assert experts.backward_flops == outputs + own
+  assert everything.backward_flops == others.backward_flops + own
+  # Adapters of attention: a pair for each of four kernels in two layers.
+  lora = counted(lora=(('rank', 5),))
+  assert lora.trained_params == 2 * 4 * 5 * (M + H * D)
+  assert lora.backward_flops == outputs + 2 * 2 * KERNELS['attention']
+  assert lora.gradient_bytes == 4 * (
+    lora.trained_params + 2 * KERNELS['attention']
+  )
+  assert lora.step_flops == 3 * 2 * 5 * 2 * KERNELS['attention']
+
+
+@pytest.mark.parametrize(
+  ('more', 'less'),
+  [
+    (dict(trainable='all'), dict(trainable='experts')),
+    pytest.param(dict(), dict(trainable='non_experts'), marks=pytest.mark.slow),
+    (dict(trainable='all'), dict(trainable='head')),
+    (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
+    pytest.param(
+      dict(tie=True),
+      dict(trainable='-embeddings', tie=True),
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=str,
+)
+def test_the_compiler_counts_the_same_difference(more, less):
+  a, b = counted(**more), counted(**less)
+  expected = ROWS * T * (a.backward_flops - b.backward_flops)
+  expected += a.step_flops - b.step_flops
+  # The rest is elementwise: the optimizer, softmax, activations.
+  assert xla(**more) - xla(**less) == pytest.approx(expected, rel=0.06)
+
+
+def test_each_usual_choice_costs_less_than_all():
+  options = options_of()
+  model = options.build()
+  costs = {
+    name: training_cost.training_cost(changed, model)
+    for name, changed in training_cost.variants(options, model)
+  }
+  assert len(costs) == 5
+  whole = costs.pop('all')
+  for name, c in costs.items():
+    assert c.optimizer_bytes < whole.optimizer_bytes, name
+    assert c.backward_flops < whole.backward_flops, name
+
+
+def test_a_model_of_two_stacks_is_refused():
+  options = tiny.options(
+    model=dict(kind='encoder_decoder', encoder=dict(num_layers=2)),
+    data=dict(
+      task=dict(kind='seq2seq'),
+      source=dict(kind='python_stdlib_docstrings'),
+      target_len=16,
+    ),
+  ).filled(V)
+  with pytest.raises(ValueError, match='has 2 stacks of blocks'):
+    training_cost.training_cost(options, options.build())

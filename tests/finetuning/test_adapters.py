@@ -1,0 +1,150 @@
+"""A run with adapters, from config to text; its adapter in its own folder."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import evaluation, finetuning, generate, generation, run_config
+from moe_jax.finetuning import __main__ as command
+from moe_jax.finetuning import adapters
+from moe_jax.runs import metrics, trained
+from moe_jax.sections import merge
+from moe_jax.training import loop
+from moe_jax.training.evaluate import LossEvaluation
+from tests.generation import folders
+from tests.training import tiny
+
+LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """A base, and a run with adapters that begins with it: their folders."""
+  folder = tmp_path_factory.mktemp('adapters')
+  folders.write(folder / 'base')
+  train(config_of(folder / 'base'), folder / 'run')
+  return folder
+
+
+def config_of(base, **overrides):
+  config = tiny.config(
+    total_steps=2,
+    lora=LORA,
+    sample=dict(num_tokens=0),
+    optimizer=dict(learning_rate=0.1),
+    **overrides,
+  )
+  return merge(config, dict(init_from=dict(workdir=str(base))))
+
+
+def train(config, workdir):
+  return loop.train_and_evaluate(
+    run_config.read(config),
+    workdir,
+    devices=jax.devices()[:1],
+    initial=finetuning.initial,
+  )
+
+
+def params_of(workdir, **kwargs):
+  run = trained.read(workdir)
+  model = run.model.build(run.sharding.rules)
+  found = trained.restore_variables(
+    workdir, model, run.sharding.rules, **kwargs
+  )
+  return model, found.state['params']
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+def test_the_run_generates_with_merged_kernels(runs, capsys):
+  loaded = generation.load(runs / 'run')
+  assert 'lora' not in loaded.variables['params']
+  base = generation.load(runs / 'base')
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()),
+    loaded.variables['params'],
+    base.variables['params'],
+  )
+  flat = jax.tree_util.tree_leaves_with_path(moved)
+  names = {jax.tree_util.keystr(path) for path, is_moved in flat if is_moved}
+  assert names and all('attention' in n or 'experts' in n for n in names)
+  generate.main(
+    ['--workdir', str(runs / 'run'), '--num_tokens=4', '--prompt=def']
+  )
+  assert capsys.readouterr().out
+  # Evaluations of the run are those of merged kernels, too.
+  rows = metrics.read_metrics(runs / 'run' / metrics.FILE_NAME)
+  (row,) = (r for r in rows if 'eval/train_capacity/loss' in r)
+  again = evaluation.evaluate(runs / 'run', LossEvaluation(num_batches=2))
+  np.testing.assert_allclose(
+    row['eval/train_capacity/loss'], again['loss'], rtol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path):
+  longer = config_of(runs / 'base')
+  longer = merge(longer, dict(checkpoint=dict(every_steps=1)))
+  whole = train(longer, tmp_path / 'whole')
+  folders.damage(tmp_path / 'whole', 2)
+  again = train(longer, tmp_path / 'whole')
+  assert_equal(whole.params, again.params)
+
+
+def test_an_adapter_is_kept_alone_and_merged_into_its_base(
+  runs, tmp_path, capsys
+):
+  adapter, merged = tmp_path / 'adapter', tmp_path / 'merged'
+  where = f'--workdir={runs / "run"}', f'--output={adapter}'
+  command.main(['save', *where])
+  files = sum(path.stat().st_size for path in adapter.iterdir())
+  model, expected = params_of(runs / 'run')
+  size = sum(x.nbytes for x in jax.tree.leaves(expected))
+  assert files < size / 2
+  command.main(
+    [
+      'merge',
+      f'--adapter={adapter}',
+      f'--workdir={runs / "base"}',
+      f'--output={merged}',
+    ]
+  )
+  assert 'with the adapter of' in capsys.readouterr().out
+  assert_equal(params_of(merged)[1], expected)
+  # Onto the base in memory, too; never onto another.
+  _, base = params_of(runs / 'base')
+  adapted, params = adapters.read(adapter, model, base)
+  assert_equal(adapted.merged_on_devices(params), expected)
+  with pytest.raises(ValueError, match='adapter of the base with sha256'):
+    adapters.read(adapter, model, expected)
+  with pytest.raises(ValueError, match='has an adapter itself'):
+    adapters.merge(adapter, runs / 'run', tmp_path / 'other')
+  with pytest.raises(ValueError, match=r'no trained adapter: lora\.rank=0'):
+    adapters.save(runs / 'base', tmp_path / 'other')
+  with pytest.raises(ValueError, match='is there already'):
+    adapters.save(runs / 'run', adapter)
+
+
+@pytest.mark.parametrize(
+  ('change', 'says'),
+  [
+    (lambda about: about.pop('lora'), 'holds no adapter'),
+    (lambda about: about.update(format=2), 'format 2 is not 1'),
+    (lambda about: about['lora'].update(rank=3), 'does not hold finite'),
+  ],
+)
+def test_a_damaged_adapter_is_refused(runs, tmp_path, change, says):
+  adapters.save(runs / 'run', tmp_path / 'adapter')
+  path = tmp_path / 'adapter' / adapters.ABOUT
+  about = json.loads(path.read_text())
+  change(about)
+  path.write_text(json.dumps(about))
+  model, base = params_of(runs / 'base')
+  with pytest.raises(ValueError, match=says):
+    adapters.read(tmp_path / 'adapter', model, base)

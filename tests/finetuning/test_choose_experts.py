@@ -1,0 +1,223 @@
+"""Expert-specialised fine-tuning: who is chosen, and that they train alone."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import partitioning
+from moe_jax.finetuning import __main__ as command
+from moe_jax.finetuning import choose_experts
+from moe_jax.layers.routers.contract import Router
+from moe_jax.training import chosen_experts, loop
+from moe_jax.training.chosen_experts import ChosenExperts
+from moe_jax.training.programs import make_programs
+from tests.generation import folders
+from tests.training import tiny
+
+V = 264
+# Layers 1 and 3 of four are sparse; different experts of them train.
+CHOSEN = {1: (0, 2), 3: (3,)}
+MODEL = dict(vocab_size=V, num_layers=4, moe=dict(num_selected=2, layers='1,3'))
+
+
+def test_the_fewest_experts_that_reach_the_share():
+  # Two layers of four experts: in layer 1 one expert has half of the use.
+  shares = {1: np.array([0.1, 0.5, 0.1, 0.3]), 3: np.array([0.25] * 4)}
+  assert choose_experts.chosen(shares, 0.5) == {1: (1,), 3: (0, 1)}
+  assert choose_experts.chosen(shares, 0.51) == {1: (1, 3), 3: (0, 1, 2)}
+  assert choose_experts.chosen(shares, 0.8) == {1: (1, 3), 3: (0, 1, 2, 3)}
+  assert choose_experts.chosen(shares, 0.9) == {1: (0, 1, 3), 3: (0, 1, 2, 3)}
+  assert choose_experts.chosen(shares, 1.0) == {
+    1: (0, 1, 2, 3),
+    3: (0, 1, 2, 3),
+  }
+  with pytest.raises(ValueError, match=r'share=1.1 not in \(0, 1\]'):
+    choose_experts.chosen(shares, 1.1)
+
+
+def test_use_is_counted_choice_by_choice():
+  model = dict(vocab_size=V, moe=dict(num_selected=2))
+  options = tiny.options(model=model)
+  model, batch = options.build(), tiny.batch(options, vocab_size=V)
+  variables = {'params': tiny.params_of(options.filled(V))}
+
+  @jax.jit
+  def captured(variables, batch):
+    return model.apply(
+      variables,
+      **model.inputs(batch),
+      capture_intermediates=lambda module, _: isinstance(module, Router),
+      mutable=['intermediates'],
+    )
+
+  _, kept = jax.device_get(captured(variables, batch))
+  layers = model.layer_trees(kept['intermediates'])
+  found = {
+    score: choose_experts.shares(model, variables, [batch, batch], score)
+    for score in choose_experts.SCORES
+  }
+  routing, _ = layers[1]['moe']['router']['__call__'][0]
+  gates, tokens = np.zeros(4), np.zeros(4)
+  real = np.asarray(batch['segment_ids']).reshape(routing.gate.shape[:2]) > 0
+  for g, s, k in np.ndindex(*routing.gate.shape):
+    expert = routing.expert_index[g, s, k]
+    tokens[expert] += real[g, s]
+    gates[expert] += routing.kept[g, s, k] * routing.gate[g, s, k]
+  np.testing.assert_allclose(
+    found['tokens'][1], tokens / tokens.sum(), rtol=1e-6
+  )
+  np.testing.assert_allclose(found['gate'][1], gates / gates.sum(), rtol=1e-5)
+  assert np.abs(found['gate'][1] - found['tokens'][1]).max() > 1e-3
+
+
+@functools.cache
+def stepped(path, devices=1, optimizer='adamw', **more):
+  """Parameters before and after two steps, and the state after them."""
+  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
+  options = tiny.options(
+    batch_size=8,
+    trained_experts=path,
+    model=MODEL,
+    optimizer=dict(kind=optimizer, weight_decay=0.1),
+    **dict(more),
+    **(dict(mesh=sizes) if devices == 8 else {}),
+  )
+  mesh = options.mesh.make(jax.devices()[:devices])
+  made = make_programs(options, options.build(), mesh)
+  state = made.init_state()
+  before = arrays(state.params)
+  batch = made.put(jax.tree.map(np.asarray, tiny.batch(options, vocab_size=V)))
+  for _ in range(2):
+    state, _ = made.train_step(state, batch)
+  return before, arrays(state.params), state, made
+
+
+def arrays(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {partitioning.path_name(path): np.array(x) for path, x in leaves}
+
+
+@pytest.fixture(scope='module')
+def chosen_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp('chosen') / 'experts.json'
+  ChosenExperts(4, CHOSEN).write(path)
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  'kwargs',
+  [
+    dict(trainable='experts'),
+    pytest.param(
+      dict(trainable='experts + router', optimizer='adafactor'),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(dict(devices=8, trainable='experts'), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_only_chosen_experts_train(chosen_file, kwargs):
+  before, after, state, made = stepped(chosen_file, **kwargs)
+  moved = 0
+  for name, value in after.items():
+    if '/experts/' not in name:
+      changed = (value != before[name]).any()
+      is_router = '/router/' in name and 'router' in kwargs['trainable']
+      assert changed == is_router, name
+      continue
+    for i, layer in enumerate(CHOSEN):  # [R, E, ...]: a period for each
+      for e in range(4):
+        old, new = before[name][i, e], value[i, e]
+        same = old.tobytes() == new.tobytes()
+        assert same == (e not in CHOSEN[layer]), (name, layer, e)
+        moved += 0 if same else new.size
+  if kwargs['trainable'] == 'experts':
+    assert made.trained.count(made.trained.part(state.params)) == moved
+  if 'optimizer' not in kwargs:  # moments are there, and are zero
+    moments = arrays(state.opt_state)
+    (mu,) = (x for n, x in moments.items() if n.endswith('mu/' + _W_IN))
+    assert mu[0, 0].any() and not mu[0, 1].any() and not mu[1, :3].any()
+
+
+_W_IN = 'layers/layer_1/moe/experts/w_in'
+
+
+@pytest.mark.slow
+def test_adapters_of_chosen_experts_alone_train(chosen_file):
+  path = chosen_file
+  before, after, *_ = stepped(
+    path, lora=_Hashable(rank=2, parts='experts + attention')
+  )
+  b = f'lora/{_W_IN}/b'
+  assert [[bool(after[b][i, e].any()) for e in range(4)] for i in (0, 1)] == [
+    [True, False, True, False],
+    [False, False, False, True],
+  ]
+  assert (after[_W_IN] == before[_W_IN]).all()
+
+
+class _Hashable(dict):
+  """Options of a section, as arguments of a cached function."""
+
+  def __hash__(self):
+    return hash(tuple(sorted(self.items())))
+
+
+@pytest.mark.parametrize(
+  ('layers', 'trainable', 'says'),
+  [
+    ({1: (0,)}, 'experts', r'by layer \{1: 4\}, the model has \{1: 4, 3: 4\}'),
+    ({1: (), 3: ()}, 'experts', 'chooses no expert'),
+    ({1: (4,), 3: (0,)}, 'experts', r'layer 1 has \[4\], not numbers below 4'),
+    (CHOSEN, 'attention', 'trained_experts has no effect'),
+  ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, layers, trainable, says):
+  ChosenExperts(4, layers).write(tmp_path / 'experts.json')
+  with pytest.raises(ValueError, match=says):
+    stepped(str(tmp_path / 'experts.json'), trainable=trainable)
+  with pytest.raises(ValueError, match='is no file; `python -m'):
+    chosen_experts.read(str(tmp_path / 'none.json'))
+
+
+@pytest.mark.slow
+def test_a_file_that_has_changed_is_said(tmp_path, capsys):
+  file = tmp_path / 'experts.json'
+  ChosenExperts(4, {1: (0,)}).write(file)
+  options = tiny.options(
+    total_steps=2, trained_experts=str(file), sample=dict(num_tokens=0)
+  )
+  whole = options
+  options = dataclasses.replace(whole, total_steps=1)
+
+  def train(options):
+    loop.train_and_evaluate(
+      options, tmp_path / 'run', devices=jax.devices()[:1], resume=True
+    )
+    return capsys.readouterr().out
+
+  train(options)
+  assert 'WARNING' not in train(whole)
+  ChosenExperts(4, {1: (0, 2)}).write(file)
+  longer = dataclasses.replace(whole, total_steps=3)
+  assert 'WARNING: other experts train than before' in train(longer)
+
+
+def test_one_command_chooses_from_data(tmp_path, capsys):
+  model = {k: v for k, v in MODEL.items() if k != 'vocab_size'}
+  folders.write(tmp_path / 'run', model=model)
+  file = tmp_path / 'experts.json'
+  args = ['choose', f'--workdir={tmp_path / "run"}', '--share=0.6']
+  command.main([*args, f'--output={file}', '--batches=2', '--score=tokens'])
+  said = capsys.readouterr().out
+  found = chosen_experts.read(str(file))
+  assert found.describe() in said and f'--config.trained_experts={file}' in said
+  shares = {int(i): np.array(own) for i, own in found.about['shares'].items()}
+  assert found.layers == choose_experts.chosen(shares, 0.6)
+  assert set(found.layers) == {1, 3}
+  with pytest.raises(SystemExit):
+    command.main([*args, f'--output={file}'])
+  assert 'is there already' in capsys.readouterr().err

@@ -1,0 +1,242 @@
+"""Low-rank adapters: what a step changes, and what a merged model computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import models, partitioning
+from moe_jax.models import lora
+from moe_jax.models.lora import LoraOptions
+from moe_jax.options import OptionError
+from moe_jax.training import losses, step
+from moe_jax.training.programs import make_programs
+from tests.training import tiny
+
+V = 264
+PARTS = 'attention + ffn + experts'
+RANK, ALPHA = 3, 5.0
+
+
+@functools.cache
+def programs(devices=1, microbatches=1, dropout=0.0, optimizer='adamw'):
+  sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
+  options = tiny.options(
+    batch_size=8,
+    microbatches=microbatches,
+    lora=dict(rank=RANK, alpha=ALPHA, parts=PARTS, dropout=dropout),
+    model=dict(vocab_size=V, moe=dict(num_selected=2)),
+    optimizer=dict(kind=optimizer, learning_rate=0.1),
+    **(dict(mesh=sizes) if devices == 8 else {}),
+  )
+  mesh = options.mesh.make(jax.devices()[:devices])
+  return options, make_programs(options, options.build(), mesh)
+
+
+def batch_of(options, made):
+  rows = tiny.batch(options, vocab_size=V)
+  return made.put(jax.tree.map(np.asarray, rows))
+
+
+def arrays(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {partitioning.path_name(path): np.asarray(x) for path, x in leaves}
+
+
+@functools.cache
+def stepped(**kwargs):
+  """Parameters before and after three steps, the state, and the losses."""
+  options, made = programs(**kwargs)
+  state = made.init_state()
+  before, batch, said = arrays(state.params), batch_of(options, made), []
+  for _ in range(3):
+    state, metrics = made.train_step(state, batch)
+    said.append(float(metrics.loss))
+  return before, arrays(state.params), state, said
+
+
+def test_one_pair_for_each_layer_and_expert():
+  _, made = programs()
+  shapes = {name: x.shape for name, x in stepped()[0].items()}
+  (w_in,) = (
+    n for n in shapes if n.endswith('experts/w_in') and n[:4] != 'lora'
+  )
+  layers, E, M, F = shapes[w_in]
+  assert shapes[f'lora/{w_in}/a'] == (layers, E, M, RANK)
+  assert shapes[f'lora/{w_in}/b'] == (layers, E, RANK, F)
+  # An attention output contracts heads and their width: [H, D, M].
+  (w_out,) = (
+    n
+    for n in shapes
+    if n.endswith('layer_1/attention/w_out') and n[:4] != 'lora'
+  )
+  layers, H, D, M = shapes[w_out]
+  assert shapes[f'lora/{w_out}/a'] == (layers, H, D, RANK)
+  assert shapes[f'lora/{w_out}/b'] == (layers, RANK, M)
+  axes = arrays_of_axes(made.adapters.trees.axes)
+  assert axes[f'lora/{w_in}/a'] == ('layers', 'expert', 'embed', None)
+  assert axes[f'lora/{w_in}/b'] == ('layers', 'expert', None, 'expert_mlp')
+
+
+def arrays_of_axes(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda leaf: isinstance(leaf, tuple)
+  )
+  return {partitioning.path_name(path): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+  'optimizer', ['adamw', pytest.param('adafactor', marks=pytest.mark.slow)]
+)
+def test_the_base_keeps_its_bits_and_has_no_state(optimizer):
+  before, after, state, _ = stepped(optimizer=optimizer)
+  for name, value in after.items():
+    assert (value == before[name]).all() == (not name.startswith('lora/')), name
+  if optimizer == 'adamw':
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    factors = sum(x.size for n, x in after.items() if n.startswith('lora/'))
+    assert moments == 2 * factors
+
+
+def test_the_first_loss_is_the_bases_bit_for_bit():
+  options, made = programs()
+  model = options.build()
+  state = made.init_state()
+  base = made.adapters.base(state.params)
+  whole = losses.normalizers(model, batch := batch_of(options, made))
+  weights = losses.loss_weights(model, options.logits_z_weight)
+  # The key of the first step, so that routers draw the same.
+  key = jax.random.fold_in(jax.random.key(state.seed), 0)
+  (loss, _), _ = jax.jit(step.make_grad_fn(model, weights))(
+    base, batch, whole, key
+  )
+  assert float(loss) == stepped()[3][0]
+  assert len(set(stepped()[3])) == 3
+
+
+def test_merged_equals_applied_in_logits():
+  """What training computes is x W + (alpha / rank) (x A) B."""
+  options, made = programs()
+  state = stepped()[2]
+  merged = made.variables(state)['params']
+  plain, own = arrays(merged), arrays(state.params)
+  x = np.random.default_rng(0).normal(size=(7, 16)).astype(np.float32)
+  changed = [n for n, value in plain.items() if (value != own[n]).any()]
+  assert {f'lora/{name}/a' for name in changed} == {
+    name for name in own if name.startswith('lora/') and name.endswith('/a')
+  }
+  (name,) = (n for n in changed if n.endswith('experts/w_in'))
+  for expert in range(4):
+    a, b = (own[f'lora/{name}/{f}'][0, expert] for f in 'ab')
+    applied = x @ own[name][0, expert] + ALPHA / RANK * (x @ a) @ b
+    np.testing.assert_allclose(x @ plain[name][0, expert], applied, atol=1e-5)
+  # The model's logits with merged kernels are those of the training loss.
+  model, batch = options.build(), batch_of(options, made)
+
+  def logits(params):
+    return model.apply({'params': params}, **model.inputs(batch))[0]
+
+  applied = jax.jit(lambda p: logits(made.adapters.merged(p)))(state.params)
+  np.testing.assert_allclose(jax.jit(logits)(merged), applied, atol=1e-5)
+
+
+def test_the_factors_gradient_follows_from_the_kernels():
+  """dA = s dW B^T and dB = s A^T dW, summed over no layer or expert."""
+  options, made = programs()
+  model, batch = options.build(), batch_of(options, made)
+  weights = losses.loss_weights(model, options.logits_z_weight)
+  whole, key = losses.normalizers(model, batch), jax.random.key(3)
+  params = jax.tree.map(jnp.asarray, stepped()[2].params)
+  adapters = made.adapters
+  fn = step.make_grad_fn(model, weights, 1, made.trained.part, adapters.merged)
+  grads = jax.jit(fn)(params, batch, whole, key)[1]
+  assert set(arrays(grads)) == adapters.names
+  merged = adapters.merged(params)
+  full = jax.jit(step.make_grad_fn(model, weights))(merged, batch, whole, key)[
+    1
+  ]
+  full, grads, own = arrays(full), arrays(grads), arrays(params)
+  s = ALPHA / RANK
+  for name in (n for n in full if f'lora/{n}/a' in own):
+    kernel, g = adapters.kernels[tuple(name.split('/'))], full[name]
+    stack = g.shape[: kernel.stacked]
+    inputs = int(np.prod(g.shape[kernel.stacked :][: kernel.inputs]))
+    g = g.reshape(*stack, inputs, -1)
+    a = own[f'lora/{name}/a'].reshape(*stack, inputs, RANK)
+    b = own[f'lora/{name}/b'].reshape(*stack, RANK, -1)
+    for factor, expected in (
+      ('a', s * g @ b.swapaxes(-1, -2)),
+      ('b', s * a.swapaxes(-1, -2) @ g),
+    ):
+      found = grads[f'lora/{name}/{factor}']
+      np.testing.assert_allclose(
+        found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-6
+      )
+      assert np.abs(found).max() > 0
+
+
+@pytest.mark.slow
+def test_a_mesh_and_accumulation_change_nothing():
+  kwargs = dict(devices=8, microbatches=2)
+  expected, found = stepped()[1], stepped(**kwargs)[1]
+  for name, value in found.items():
+    np.testing.assert_allclose(
+      value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name
+    )
+  state, (_, made) = stepped(**kwargs)[2], programs(**kwargs)
+  merged = made.variables(state)['params']
+  for own, kernel in zip(
+    jax.tree.leaves(made.adapters.base(state.params)),
+    jax.tree.leaves(merged),
+    strict=True,
+  ):
+    assert own.sharding == kernel.sharding
+
+
+def test_dropout_leaves_out_whole_directions():
+  _, made = programs(dropout=0.5)
+  params = stepped()[2].params
+  adapters = made.adapters
+  own, drawn = (
+    arrays(params),
+    arrays(adapters.merged(params, jax.random.key(0))),
+  )
+  kinds = set()
+  (name,) = (n for n in own if n.endswith('experts/w_in') and n[:4] != 'lora')
+  a, b = (own[f'lora/{name}/{f}'][0] for f in 'ab')
+  for e in range(4):
+    delta = drawn[name][0, e] - own[name][0, e]
+    # Which sum of directions, each at twice its weight, is it?
+    fits = []
+    for bits in range(2**RANK):
+      left = np.array([bits >> i & 1 for i in range(RANK)])
+      expected = 2 * ALPHA / RANK * (a[e] * left) @ b[e]
+      if np.abs(delta - expected).max() < 1e-5:
+        fits.append(bits)
+    assert len(fits) == 1
+    kinds |= set(fits)
+  assert len(kinds) > 1  # experts draw apart
+  same = arrays(adapters.merged(params))
+  assert (
+    same[name] == arrays(programs()[1].adapters.merged(params))[name]
+  ).all()
+
+
+@pytest.mark.parametrize(
+  ('parts', 'says'),
+  [
+    ('lstm', "lora.parts='lstm': the model has no parameter of 'lstm'"),
+    ('embeddings', "lora.parts='embeddings' selects no kernel"),
+  ],
+)
+def test_parts_without_a_kernel_are_refused(parts, says):
+  trees = models.describe(programs()[0].build())
+  with pytest.raises(ValueError, match=says):
+    lora.adapt(LoraOptions(rank=2, parts=parts), trees)
+
+
+def test_what_trains_beside_adapters_is_refused():
+  with pytest.raises(OptionError, match=r"trainable='router' has no effect"):
+    tiny.options(lora=dict(rank=2), trainable='router')

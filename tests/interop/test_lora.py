@@ -1,0 +1,144 @@
+"""A Mixtral is adapted here: transformers and peft compute the same logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from moe_jax import interop, models, run_config
+from moe_jax.finetuning import adapters
+from moe_jax.interop.export_run import export_run
+from moe_jax.models.lora import LoraOptions, adapt
+from moe_jax.runs import trained
+from moe_jax.sections import merge
+from moe_jax.training import loop
+from tests.interop import folders, oracle
+from tests.interop.test_import_run import config_of, import_run
+
+torch = pytest.importorskip('torch')
+# What each of transformers' projections is called here.
+OURS = {
+  'q_proj': 'w_query',
+  'k_proj': 'w_key',
+  'v_proj': 'w_value',
+  'o_proj': 'w_out',
+}
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """A Mixtral of transformers, its folder, and inputs."""
+  model = oracle.make('mixtral')
+  folder = tmp_path_factory.mktemp('mixtral')
+  model.save_pretrained(folder)
+  return model, folder, oracle.inputs(model)
+
+
+def logits(model, params, given):
+  mask = jnp.asarray(given['attention_mask'])
+  batch = dict(
+    tokens=jnp.asarray(given['input_ids'], jnp.int32),
+    segment_ids=mask.astype(jnp.int32),
+    positions=(jnp.cumsum(mask, 1) - 1).astype(jnp.int32),
+  )
+  apply = jax.jit(lambda p: model.apply({'params': p}, **batch)[0])
+  return np.asarray(apply(params))
+
+
+def real(values, given):
+  return values[given['attention_mask'] > 0]
+
+
+def test_an_adapted_mixtral_has_the_same_logits_in_transformers(
+  source, tmp_path
+):
+  theirs, folder, given = source
+  options, model, variables = interop.load(folder)
+  lora = LoraOptions(rank=3, alpha=5.0, parts='attention + experts')
+  adapted = adapt(lora, models.describe(model))
+  assert len(adapted.kernels) == 7
+  params = adapted.extend(variables['params'], jax.random.key(0))
+  keys = iter(jax.random.split(jax.random.key(1), 14))
+  params['lora'] = jax.tree.map(
+    lambda x: 0.3 * jax.random.normal(next(keys), x.shape), params['lora']
+  )
+  merged = adapted.merged(params)
+  interop.save(options, {'params': merged}, tmp_path / 'out')
+  again = type(theirs).from_pretrained(tmp_path / 'out').eval()
+  expected = real(oracle.logits(again, given), given)
+  ours = real(logits(model, merged, given), given)
+  np.testing.assert_allclose(ours, expected, atol=5e-5)
+  before = real(oracle.logits(theirs, given), given)
+  assert np.abs(expected - before).max() > 0.1
+
+
+def test_the_same_factors_give_pefts_logits(source):
+  peft = pytest.importorskip('peft')
+  _, folder, given = source
+  base = oracle.CLASSES['mixtral'].from_pretrained(folder).eval()
+  config = peft.LoraConfig(
+    r=3, lora_alpha=5, target_modules=[*OURS], init_lora_weights=False
+  )
+  torch.manual_seed(3)
+  theirs = peft.get_peft_model(base, config).eval()
+  _, model, variables = interop.load(folder)
+  adapted = adapt(
+    LoraOptions(rank=3, alpha=5.0, parts='attention'), models.describe(model)
+  )
+  flat = traverse_util.flatten_dict(
+    adapted.extend(variables['params'], jax.random.key(0))
+  )
+  state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+  place = ('lora', 'layers', 'layer_0', 'attention')
+  for projection, name in OURS.items():
+    for factor in 'AB':
+      where = (*place, name, factor.lower())
+      rows = [
+        state[
+          f'base_model.model.model.layers.{i}.self_attn.{projection}.lora_'
+          f'{factor}.default.weight'
+        ].T
+        for i in range(3)
+      ]
+      flat[where] = jnp.asarray(np.stack(rows)).reshape(flat[where].shape)
+  merged = adapted.merged(traverse_util.unflatten_dict(flat))
+  expected = real(oracle.logits(theirs, given), given)
+  ours = real(logits(model, merged, given), given)
+  np.testing.assert_allclose(ours, expected, atol=5e-5)
+  with theirs.disable_adapter():
+    before = real(oracle.logits(theirs, given), given)
+  assert np.abs(expected - before).max() > 0.1
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_adapted_exported_and_kept_small(tmp_path):
+  folders.write(tmp_path / 'hf', 'mixtral')
+  workdir, twin = tmp_path / 'run', tmp_path / 'twin'
+  for folder in (workdir, twin):
+    import_run(tmp_path / 'hf', folder)
+  lora = dict(rank=2, parts='attention + experts')
+  config = merge(
+    config_of(workdir),
+    dict(lora=lora, optimizer=dict(learning_rate=0.05)),
+  )
+  options = run_config.read(config)
+  state = loop.train_and_evaluate(
+    options, workdir, devices=jax.devices()[:1], resume=True
+  )
+  export_run(workdir, tmp_path / 'out')
+  model = oracle.CLASSES['mixtral'].from_pretrained(tmp_path / 'out').eval()
+  run = trained.read(workdir)
+  built = run.model.build(run.sharding.rules)
+  found = trained.restore_variables(workdir, built, run.sharding.rules)
+  given = oracle.inputs(model)
+  ours = logits(built, found.state['params'], given)
+  expected = real(oracle.logits(model, given), given)
+  np.testing.assert_allclose(real(ours, given), expected, atol=5e-5)
+  # The small folder on the imported base is the same model again.
+  assert 'factors' in adapters.save(workdir, tmp_path / 'adapter')
+  adapters.merge(tmp_path / 'adapter', twin, tmp_path / 'merged')
+  export_run(tmp_path / 'merged', tmp_path / 'again')
+  for name, value in interop.load(tmp_path / 'again').variables.items():
+    jax.tree.map(np.testing.assert_array_equal, value, found.state[name])
+  assert int(state.step) == 2
