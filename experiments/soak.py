@@ -185,6 +185,10 @@ def soak(folder: pathlib.Path, minutes: float, seed: int) -> list[str]:
       seconds_left * 0.45,
       draw,
     )
+    if tally.faults:  # the run may not have ended
+      print(f'{name}: {describe(tally)}', flush=True)
+      faults += [f'{name}: {fault}' for fault in tally.faults]
+      continue
     count_batches(workdir, calm[0]['batches'], tally)
     end = outcome(workdir)
     if gradients:

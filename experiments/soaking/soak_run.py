@@ -53,7 +53,9 @@ def make_options(
   moe = dict(num_experts=4, num_selected=2)
   moe['router'] = {'token_choice': {**router, 'balance_bias_scores': 'softmax'}}
   heads = dict(num_heads=2, num_kv_heads=2)
-  model = dict(num_layers=2, width=32, attention=heads, ffn=dict(hidden=64))
+  # The ids of bytes, and as many more as two devices divide.
+  model = dict(vocab_size=264, num_layers=2, width=32)
+  model |= dict(attention=heads, ffn=dict(hidden=64))
   changes = dict(
     seed=seed,
     total_steps=total_steps,
