@@ -1,6 +1,7 @@
 """Commands of `experiments` with bad arguments: one message, nothing is run."""
 
 import importlib
+import logging
 import pathlib
 
 import pytest
@@ -16,6 +17,10 @@ SWITCH = '--config=configs/tiny_switch.py'
 @pytest.fixture(autouse=True)
 def _root(monkeypatch):
   monkeypatch.chdir(ROOT)
+  # Commands silence JAX for their own process.
+  level = logging.getLogger('jax').level
+  yield
+  logging.getLogger('jax').setLevel(level)
 
 
 # By command: arguments that it needs, and by flag bad values with the rule.

@@ -126,7 +126,6 @@ CASES += [
     ('more rows', lambda rows: jnp.concatenate([rows, rows]), '[8, 8]'),
     ('rank 1', lambda rows: rows.sum(-1), '[4]'),
     ('rank 3', lambda rows: rows[None], '[1, 4, 8]'),
-    ('half', lambda rows: rows.astype(jnp.bfloat16), 'bfloat16[4, 8]'),
     ('integers', lambda rows: rows.astype(int), 'int32[4, 8]'),
     ('a pair', lambda rows: (rows, rows), '(float32[4, 8], float32[4, 8])'),
     ('none', lambda rows: None, 'NoneType'),

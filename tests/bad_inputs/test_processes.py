@@ -22,8 +22,9 @@ def flags(*values):
 
 def claimed_twice(folder):
   where = f'127.0.0.1:{free_port()}'
-  launcher.claim(where, 3)
-  launcher.claim(where, 3)
+  with socket.socket(socket.AF_UNIX) as twin:  # as another process claims it
+    twin.bind(f'\0moe_jax {where} 3')
+    launcher.claim(where, 3)
 
 
 def port_in_use(folder):
@@ -152,6 +153,12 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
   ((status, said),) = run(tmp_path, of_several(free_port(), 1), seconds=5)
   assert status == 1 and time.monotonic() - began < 100
   assert_message(said, ('not all processes were there',), 4)
+
+
+def test_a_number_stays_this_process_own():
+  where = f'127.0.0.1:{free_port()}'
+  launcher.claim(where, 3)
+  launcher.claim(where, 3)
 
 
 @pytest.mark.slow

@@ -316,5 +316,5 @@ def test_beams_are_an_option_of_generate(prepared):
   np.testing.assert_array_equal(output.lengths, beams.lengths[:, 0])
   with pytest.raises(ValueError, match='num_beams=3 with a temperature'):
     generation.generate(*prepared, PROMPTS, num_beams=3, temperature=1.0)
-  with pytest.raises(ValueError, match='num_beams=0 and num_return=1'):
+  with pytest.raises(ValueError, match='num_beams=0 must be at least 1'):
     generation.generate(*prepared, PROMPTS, num_beams=0)
