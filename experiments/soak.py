@@ -43,6 +43,7 @@ from experiments.soaking.soak_evidence import (
   outcome,
 )
 from moe_jax import command_line
+from moe_jax.options import above
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add = parser.add_argument
   add(
     '--minutes',
-    type=command_line.SECONDS,
+    type=command_line.number(float, above(0)),
     default=10.0,
     help='approximate duration',
   )

@@ -15,7 +15,7 @@ from absl import flags
 
 from moe_jax import config_file
 from moe_jax.data import DataError
-from moe_jax.options import Check, Spec, above, at_least, value_problem
+from moe_jax.options import Check, Spec, at_least, value_problem
 from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.recorder import NonFiniteError
 
@@ -93,7 +93,7 @@ def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
 
 POSITIVE = number(int, at_least(1))
 NOT_NEGATIVE = number(int, at_least(0))
-SECONDS = number(float, above(0))
+SECONDS = number(float, at_least(0))
 
 
 def say(lines: Iterable[str]) -> None:

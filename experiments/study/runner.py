@@ -73,8 +73,11 @@ class TrainingRunner(Runner):
 
   def prepare(self, jobs: Sequence[Job]) -> None:
     """Prepares the data, which workers then read from the cache."""
-    for options in {_data_of(job) for job in jobs}:
-      data.load(options)
+    prepared: list[data.DataOptions] = []  # a mixture's options have no hash
+    for job in jobs:
+      if (options := _data_of(job)) not in prepared:
+        data.load(options)
+        prepared.append(options)
 
   def __call__(self, jobs: Sequence[Job]) -> None:
     """Trains the runs."""

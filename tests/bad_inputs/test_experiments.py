@@ -36,8 +36,7 @@ POSITIVE = [('0', '0 must be at least 1'), ('-3', '-3 must be at least 1')]
 SECONDS = [
   ('nan', 'must be finite'),
   ('inf', 'must be finite'),
-  ('0', '0.0 must be above 0'),
-  ('-1', '-1.0 must be above 0'),
+  ('-1', '-1.0 must be at least 0'),
   ('long', "'long'"),
   ('1e39', 'float32'),
 ]
@@ -49,7 +48,7 @@ NUMBERS = {
     'devices_per_process': COUNT[:2],
     'grace_seconds': SECONDS,
   },
-  'soak': {'minutes': SECONDS, 'seed': COUNT[:3]},
+  'soak': {'minutes': [('0', '0.0 must be above 0'), SECONDS[0]]},
   'bench_moe_layer': {
     'seconds': SECONDS,
     'tokens': POSITIVE,
