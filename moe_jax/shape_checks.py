@@ -120,7 +120,7 @@ def array_of(name: str, value: Any, hint: Any) -> Shape:
 
 
 def told(result: Any) -> str:
-  """What a user's function returned, for messages: 'float32[8, 16]'."""
+  """The result of a user's function, for messages: 'float32[8, 16]'."""
   if type(result) is tuple:
     return f'({", ".join(map(told, result))})'
   if hasattr(result, 'shape') and hasattr(result, 'dtype'):
@@ -129,7 +129,7 @@ def told(result: Any) -> str:
 
 
 class _Reader(NamedTuple):
-  """What is read of an annotation.
+  """The parts of an annotation that are checked.
 
   Attributes:
     hints: The array types in it.
@@ -210,7 +210,7 @@ def _as_struct(shape: Shape) -> Any:
   open_ended = '*' in shape.dims or '...' in shape.dims
   if 0 in np.shape(value) and not open_ended:
     raise ValueError(f'{shape.told} is empty; each size must be at least 1')
-  # As JAX would take it: numpy's float64 is float32 by default.
+  # JAX takes numpy's float64 as float32 by default.
   dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
   return jax.ShapeDtypeStruct(np.shape(value), dtype)
 

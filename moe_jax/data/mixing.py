@@ -33,7 +33,7 @@ def whole_counts(
     raise ValueError(f'weights={given.tolist()} must be at least 0, one above')
   wanted = given / given.sum() * period
   counts = np.floor(wanted + 1e-9).astype(np.int64)
-  # Of equal remainders, the first source's counts as the largest.
+  # If remainders are equal, the first source's counts as the largest.
   order = np.argsort(-(wanted - counts), kind='stable')
   counts[order[: period - counts.sum()]] += 1
   lost = np.flatnonzero((counts == 0) & (given > 0))
@@ -48,7 +48,7 @@ def whole_counts(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Which source has each row of an endless stream, and which of its rows.
+  """The source of each row of an endless stream, and its row there.
 
   In a period, the k-th of c rows of a source stands at (k + 1/2) / c of the
   way, so the rows of every source are spread evenly. With counts (3, 1):

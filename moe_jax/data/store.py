@@ -158,7 +158,7 @@ class _Stream:
     return len(self._starts)
 
   def add(self, ids: np.ndarray) -> None:
-    # In the file's type, other values would become ids of other tokens.
+    # Values that the file's type cannot hold would become ids of other tokens.
     if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
       self._vocab_size
     ):

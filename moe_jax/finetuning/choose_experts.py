@@ -171,7 +171,7 @@ def _use(model: Model, score: str, variables, batch) -> list[Array]:
 
 
 def _found(tree: Mapping[str, Any]) -> Array:
-  """What was sown in a layer's only router."""
+  """The value that a layer's only router has sown."""
   if _SOWN in tree:
     return tree[_SOWN][0]
   return next(

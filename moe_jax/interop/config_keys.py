@@ -14,7 +14,7 @@ from moe_jax.option_checks import unknown_text
 
 _LARGEST = 3.4e38  # of float32
 _INTEGERS = 2**31  # int32 is below this
-# As layers are counted one by one before any tensor is known.
+# Layers are counted one by one before any tensor is known.
 _LAYERS = 2**16
 
 

@@ -39,7 +39,7 @@ class OwnedError(ValueError):
 
 
 class Ownership:
-  """What a job owns while it runs; process 0 has it for all.
+  """The folders that a job owns while it runs; process 0 has them for all.
 
   Args:
     folders: The folders.

@@ -1,4 +1,4 @@
-"""What training a part costs: the formula against XLA's count."""
+"""The cost of training a part: the formula against XLA's count."""
 
 import functools
 

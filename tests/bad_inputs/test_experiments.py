@@ -23,7 +23,7 @@ def _root(monkeypatch):
   logging.getLogger('jax').setLevel(level)
 
 
-# By command: arguments that it needs, and by flag bad values with the rule.
+# Bad values of each command's flags, each with the rule that it breaks.
 COUNT = [
   ('-1', '-1 must be at least 0'),
   ('1.5', "'1.5'"),

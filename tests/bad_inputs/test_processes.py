@@ -173,7 +173,7 @@ def test_a_second_process_of_the_same_number_does_not_disturb(tmp_path):
 
 @pytest.mark.slow
 def test_a_workdir_in_use_is_said_by_all_processes(tmp_path):
-  """Also by one that is told of it before it has connected."""
+  """A process that is told before it has connected says it, too."""
   port = free_port()
   with owned([tmp_path / 'run']):
     ends = run(tmp_path, of_several(port, 0), of_several(port, 1), seconds=100)

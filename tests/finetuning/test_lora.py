@@ -117,7 +117,7 @@ def test_the_first_loss_is_the_bases_bit_for_bit():
 
 
 def test_merged_equals_applied_in_logits():
-  """What training computes is x W + (alpha / rank) (x A) B."""
+  """Training computes x W + (alpha / rank) (x A) B."""
   options, made = programs()
   state = stepped()[2]
   merged = made.variables(state)['params']

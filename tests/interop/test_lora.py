@@ -17,7 +17,7 @@ from tests.interop import folders, oracle
 from tests.interop.test_import_run import config_of, import_run
 
 torch = pytest.importorskip('torch')
-# What each of transformers' projections is called here.
+# Our name of each of transformers' projections.
 OURS = {
   'q_proj': 'w_query',
   'k_proj': 'w_key',

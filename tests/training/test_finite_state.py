@@ -50,7 +50,7 @@ def train(workdir, options, *hooks):
 
 @pytest.mark.parametrize('total', [6, 3])
 def test_it_ends_the_run_and_the_step_before_is_good(tmp_path, total):
-  """Also in the last step, after which no loss would tell."""
+  """The last step is checked, too, after which no loss would tell."""
   with pytest.raises(NonFiniteError) as error:
     train(tmp_path, bursting(total_steps=total, **STEPS))
   said = str(error.value)

@@ -20,7 +20,7 @@ from moe_jax.options import Options, required, unknown
 Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]
 
-# What a state that `save` did not write may raise in `from_state`.
+# Errors that a state which `save` did not write may raise in `from_state`.
 _DAMAGED = AttributeError, LookupError, RecursionError, TypeError, ValueError
 # Tokenizer classes by their names in files. A class is added when its module is
 # imported; no module is imported because a file names it.

@@ -60,7 +60,7 @@ class Extended(Tokenizer, kind='extended'):
 
   @property
   def ids_identity(self) -> str:
-    """That of the tokenizer, if no id is added."""
+    """The identity of the tokenizer's ids, if no id is added."""
     names = f' and {digest(repr(self.names))}' * bool(self.names)
     return f'{self.base.ids_identity}{names}'
 

@@ -11,7 +11,8 @@ from moe_jax.data.sources.instructions.library import (
   shorter,
 )
 
-# What is cut from a function so that it no longer parses, and put in instead.
+# Texts that are cut from a function so that it no longer parses, each with
+# the text that is put in instead.
 _BREAKS = ((':\n', '\n'), ('(', ''), (')', ''), ('return ', 'return return '))
 _YES_NO = ('yes', 'no')
 

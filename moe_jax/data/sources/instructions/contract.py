@@ -22,7 +22,7 @@ class Dice:
   """Draws that are the same on every machine, for one text."""
 
   def __init__(self, text: str):
-    # Of Python's generators only `random` promises to stay as it is.
+    # Python promises that `random` stays as it is, and no other method.
     self._random = random.Random(text).random
 
   def below(self, n: int) -> int:
@@ -48,7 +48,7 @@ class Dice:
 
 
 class Drawn(NamedTuple):
-  """What a task asks in one example, without words around it.
+  """The content of one example of a task, without words around it.
 
   Attributes:
     question: Text that is asked about.
@@ -86,7 +86,7 @@ class InstructionTask:
   needs: str = ''
 
   def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
-    """What example `index` of a split asks, and the dice for its words.
+    """The content of example `index` of a split, and the dice for its words.
 
     Raises:
       ValueError: The index is negative, or the task has no example of the
