@@ -50,8 +50,9 @@ def whole_counts(
 class Schedule:
   """The source of each row of an endless stream, and its row there.
 
-  In a period, the k-th of c rows of a source stands at (k + 1/2) / c of the
-  way, so the rows of every source are spread evenly. With counts (3, 1):
+  The rows of every source are spread evenly: after any number of rows, each of
+  n sources is at most 1 - 1 / (2n - 2) rows from its share (Tijdeman 1980, The
+  chairman assignment problem). With counts (3, 1):
 
       row of the stream    0    1    2    3    4    5    6    7
       source, its row     a 0  a 1  b 0  a 2  a 3  a 4  b 1  a 5
@@ -69,16 +70,20 @@ class Schedule:
   @classmethod
   def of(cls, counts: Int[np.ndarray, ' P']) -> 'Schedule':
     """The schedule with these numbers of rows in a period."""
-    part = np.repeat(np.arange(len(counts)), counts)
-    rank = np.concatenate([np.arange(count) for count in counts])
-    # Whole numbers give the same order on every machine; of equal places, the
-    # first source's comes first.
-    keys = [
-      ((2 * k + 1) * 2**40 // (2 * int(counts[p])), p)
-      for p, k in zip(part.tolist(), rank.tolist())
-    ]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-    return cls(np.asarray(counts), part[order], rank[order])
+    counts = np.asarray(counts, np.int64)
+    length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
+    part, rank = np.zeros((2, length), np.int64)
+    taken = np.zeros_like(counts)
+    # Of the sources whose share has come up, the one that must come soonest is
+    # next; of equal ones, the first. Equal ratios are equal floats, so that
+    # every machine has the same order.
+    for row in range(length):
+      due = slack * (counts * (row + 1) - length * taken) >= length
+      last = (slack * (taken + 1) - 1) / np.maximum(counts, 1)
+      p = int(np.argmin(np.where(due, last, np.inf)))
+      part[row], rank[row] = p, taken[p]
+      taken[p] += 1
+    return cls(counts, part, rank)
 
   def __call__(
     self, places: Int[np.ndarray, ' R']

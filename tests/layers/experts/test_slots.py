@@ -203,12 +203,13 @@ def test_any_module_can_be_an_expert():
 
 
 def test_an_expert_in_float32_serves_rows_of_bfloat16():
-  layer = with_expert(ModuleExpert(nn.Dense(M)))
+  exact = with_expert(ModuleExpert(nn.Dense(M)))
+  layer = MoE(exact.options, Shared(Numerics(dtype='bfloat16')))
   x = rows_of(2, 8, M)
   params = nn.meta.unbox(jax.jit(layer.init)(tiny.key(0), x))['params']
   y = run_moe(layer, params, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  expected = run_moe(layer, params, x.astype(jnp.bfloat16).astype(jnp.float32))
+  expected = run_moe(exact, params, x.astype(jnp.bfloat16).astype(jnp.float32))
   np.testing.assert_allclose(
     y.astype(jnp.float32), expected, rtol=2e-2, atol=1e-3
   )
