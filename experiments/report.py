@@ -78,14 +78,13 @@ def read(
     raise ValueError(
       f'no results of a study with --preset=full in {" or ".join(folders)}'
     )
-  digests: dict[str, dict[str, list[str]]] = {}
+  names: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:
-    of_task = digests.setdefault(summary['task'], {})
-    for digest in summary['digests']:
-      of_task.setdefault(digest, []).append(summary['name'])
-  for task, names in digests.items():
-    if len(names) > 1:
-      raise ValueError(f'studies of {task!r} saw different data: {names}')
+    same = names.setdefault(summary['task'], {})
+    same.setdefault(', '.join(summary['digests']), []).append(summary['name'])
+  for task, by_digests in names.items():
+    if len(by_digests) > 1:
+      raise ValueError(f'studies of {task!r} saw different data: {by_digests}')
   return summaries
 
 

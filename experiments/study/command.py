@@ -5,15 +5,20 @@ Not here: the definition of a study (`study.py`).
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
 
 from experiments.study import results, scheduled_runs, times
 from experiments.study.jobs import Job
-from experiments.study.parts import Arm, Preset, Results
+from experiments.study.parts import Arm, Column, Preset, Results
+from experiments.study.starts import start_jobs
 from experiments.study.study import Study
 from moe_jax import command_line, config_file, host, sections
+
+# The number that is printed when a run ends that others begin with.
+_START_COLUMN = Column('loss in training', 'train/loss')
 
 
 def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +35,9 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
+  add(
+    '--start_steps', type=count, default=0, help='steps of runs to begin with'
+  )
   add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')
@@ -54,6 +62,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     preset,
     steps=options.steps or preset.steps,
     seeds=options.seeds or preset.seeds,
+    start_steps=options.start_steps or preset.start_steps,
   )
   runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
@@ -84,7 +93,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
 class _Runs:
   """The reported arms and their runs, and the results of all runs.
 
-  The results include those of explored arms, which are not reported.
+  The results include those of explored arms, which are not reported, and of the
+  runs that arms begin with.
   """
 
   arms: Sequence[Arm]
@@ -104,10 +114,22 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   shared, _ = sections.settle(study.runner.options, shared, flagged)
   arms = study.arms_of(preset)
 
+  make = functools.partial(
+    scheduled_runs.run_all, study.runner, num_workers=options.workers
+  )
+  began: Results = {}
+
   def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    jobs = study.jobs(shared, arms, seeds, output)
-    column = study.progress_column
-    scheduled_runs.run_all(study.runner, jobs, column, options.workers)
+    started: dict[tuple[str, int], Job] = {}
+    for level in study.levels(preset, arms):
+      first = start_jobs(
+        study.runner.options, shared, level, seeds, output.parent, started
+      )
+      make(jobs=first, column=_START_COLUMN)
+      began.update(scheduled_runs.read_all(first))
+      started |= {(job.arm.name, job.seed): job for job in first}
+    jobs = study.jobs(shared, arms, seeds, output, started)
+    make(jobs=jobs, column=study.progress_column)
     return jobs
 
   explored: Results = {}
@@ -116,14 +138,15 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
     explored = scheduled_runs.read_all(run(tried, study.exploration.seeds))
     arms = study.exploration.chosen(arms, explored)
   jobs = run(arms, range(preset.seeds))
-  return _Runs(arms, jobs, {**explored, **scheduled_runs.read_all(jobs)})
+  results = {**explored, **began, **scheduled_runs.read_all(jobs)}
+  return _Runs(arms, jobs, results)
 
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:
   """Arguments, other than the preset, that differ from their defaults."""
   named = [
     f'--{name}={value}'
-    for name in ('seeds', 'steps', 'task')
+    for name in ('seeds', 'steps', 'start_steps', 'task')
     if (value := getattr(options, name)) not in (0, study.task)
   ]
   return [*named, *options.flags]

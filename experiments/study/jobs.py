@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,12 +54,14 @@ class Job:
     config: The whole config of the run.
     workdir: Folder of the run, named after the arm, the seed and the config's
       hash.
+    keeps: Whether the last checkpoint stays when the run has its result.
   """
 
   arm: Arm
   seed: int
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
+  keeps: bool = False
 
   @property
   def name(self) -> str:
@@ -107,6 +110,7 @@ def jobs_of(
   arms: Sequence[Arm],
   seeds: Sequence[int],
   output: pathlib.Path,
+  started: Mapping[tuple[str, int], Job] = types.MappingProxyType({}),
 ) -> list[Job]:
   """A job for every arm and seed; the seeds are the outer loop.
 
@@ -116,6 +120,7 @@ def jobs_of(
     arms: The arms.
     seeds: The seeds.
     output: Folder of the study.
+    started: Runs whose parameters the arms begin with, by name and seed.
 
   Raises:
     ValueError: Two arms have one name, or an arm's overrides do not fit.
@@ -130,7 +135,11 @@ def jobs_of(
     sections.read(cls, config)
   for seed in seeds:
     for arm in arms:
-      config = sections.merge(configs[arm.name], {'seed': seed})
+      changes: dict[str, Any] = {'seed': seed}
+      if arm.start:
+        workdir = str(started[arm.start, seed].workdir)
+        changes['init_from'] = {'workdir': workdir}
+      config = sections.merge(configs[arm.name], changes)
       short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
       folder = f'seed{seed}-{config_hash(config)}'
       jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))

@@ -30,12 +30,15 @@ class Arm:
       name; they may choose another kind for a section (see `jobs.layered`).
     line: Name of the figure's line on which the arm is a point.
     x: Coordinate of the point along the x axis; None draws a horizontal line.
+    start: Name of the start whose parameters the runs begin with (see
+      `starts.py`); '' draws them from the seed.
   """
 
   name: str
   overrides: Mapping[str, Any]
   line: str = ''
   x: float | None = None
+  start: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,15 @@ class Preset:
       name.
     without: Patterns of names of arms that are left out; `*` stands for any
       text.
+    start_steps: Number of optimizer steps of the runs that the arms begin with;
+      0 where they begin with none.
   """
 
   steps: int
   seeds: int
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   without: Sequence[str] = ()
+  start_steps: int = 0
 
   def keeps(self, arm: Arm) -> bool:
     """Whether the preset has the arm."""
@@ -117,13 +123,17 @@ class Claim:
   Attributes:
     text: The claim in words.
     compared: The comparison, 'loss: top-2 < dense' or 'loss: top-2 > 1.5': the
-      column, the row, and the other row or a number.
+      column, the row, and the other row or a number. A claim that two rows do
+      not differ says by how much they may: 'loss: top-2 = top-1 within 0.01'.
     published: Addresses in `claims.json` of the two published numbers.
     note: How the comparison differs from the paper's; '' where it does not.
     column: Name of the column that is compared.
     row: Name of the row that is compared.
     than: Name of the other row, or the number.
-    direction: Where the claim has the row's number, 'lower' or 'higher'.
+    direction: Where the claim has the row's number, 'lower', 'higher' or
+      'equal'.
+    within: Largest difference of numbers that count as equal; 0 in a claim of
+      another direction.
 
   Raises:
     ValueError: `compared` is not of that form, or an address is unknown.
@@ -137,18 +147,24 @@ class Claim:
   row: str = dataclasses.field(init=False)
   than: str | float = dataclasses.field(init=False)
   direction: str = dataclasses.field(init=False)
+  within: float = dataclasses.field(init=False)
 
   def __post_init__(self):
-    match = re.fullmatch('([^:]+): (.+) ([<>]) (.+)', self.compared)
+    match = re.fullmatch(
+      r'([^:]+): (.+) (?:([<>]) (.+)|= (.+) within ([\d.]+))', self.compared
+    )
     if not match:
       raise ValueError(
-        f"{self.compared!r} is not 'column: row < row or number'"
+        f"{self.compared!r} is not 'column: row < row or number', nor "
+        "'column: row = row or number within number'"
       )
-    column, row, sign, than = match.groups()
+    column, row, sign, than, same, within = match.groups()
+    than = than or same
     with contextlib.suppress(ValueError):
       than = float(than)
-    direction = 'lower' if sign == '<' else 'higher'
-    values = dict(column=column, row=row, than=than, direction=direction)
+    values = dict(column=column, row=row, than=than)
+    values['direction'] = {'<': 'lower', '>': 'higher', None: 'equal'}[sign]
+    values['within'] = float(within or 0)
     for name, value in values.items():
       object.__setattr__(self, name, value)
     for address in self.published:

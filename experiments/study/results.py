@@ -111,6 +111,7 @@ def _described(decided: Verdict) -> dict[str, Any]:
     'row': claim.row,
     'than': claim.than,
     'direction': claim.direction,
+    'within': claim.within,
     'published': [claims.find(a).cite() for a in claim.published],
     'difference': _plain([decided.difference.mean])[0],
     'half_width': _plain([decided.difference.half_width])[0],
@@ -196,12 +197,14 @@ def claims_table(summary: Mapping[str, Any]) -> str:
     than = claim['than']
     than = than if isinstance(than, str) else f'{than:g}'
     note = f'. {claim["note"]}' if claim['note'] else ''
+    within = claim.get('within', 0.0)
+    within = f'; equal if within {within:g}' if within else ''
     lines.append(
       {
         'claim': claim['text'] + note,
         'published': ' against '.join(claim['published']),
         'here': f'{claim["column"]}, {claim["row"]} minus '
-        f'{than}: {difference:+{spec}}',
+        f'{than}: {difference:+{spec}}{within}',
         'smallest that could be told': _width(difference.half_width, spec),
         'verdict': f'**{claim["verdict"]}**',
       }

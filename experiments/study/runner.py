@@ -17,7 +17,7 @@ from experiments.benchmarks import timing
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
-from moe_jax import command_line, data, run_config, sections
+from moe_jax import command_line, data, finetuning, run_config, sections
 from moe_jax.hooks import Facts
 from moe_jax.options import Options
 from moe_jax.run_config import RunConfig
@@ -127,6 +127,7 @@ def train(
     job.workdir,
     hooks=[Facts(), SharedStep(), ending],
     devices=devices,
+    initial=finetuning.initial,
   )
   if int(state.step) < job.config.total_steps:
     raise SystemExit(command_line.STOPPED)
@@ -134,7 +135,8 @@ def train(
   for row in metrics.read_metrics(job.workdir / metrics.FILE_NAME):
     last |= row
   job.write_result({**last, **ending.numbers, 'made': made_in(start)})
-  _remove_checkpoints(job.workdir)
+  if not job.keeps:
+    _remove_checkpoints(job.workdir)
   return job.result()
 
 

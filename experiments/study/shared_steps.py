@@ -19,7 +19,9 @@ from moe_jax.training.setup import Hook, Run
 # Ends of the dotted names of the routers' options that become arguments.
 _WEIGHT, _RATE = '_weight', '.balance_bias_rate'
 # Beginnings of the keys on which no training step depends.
-_OTHER = ('seed', 'log_every_steps', 'evals.', 'checkpoint.', 'sample.')
+_OTHER = (
+  'seed', 'log_every_steps', 'evals.', 'checkpoint.', 'sample.', 'init_from.'
+)  # fmt: skip
 
 _steps: dict[str, Any] = {}
 

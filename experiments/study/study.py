@@ -12,6 +12,7 @@ Not here: how runs are made (`runner.py`), how their numbers are reported
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
@@ -27,6 +28,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.runner import Runner, TrainingRunner
+from experiments.study.starts import Start, Started, in_order
 from experiments.study.tasks import TASKS, Task
 from moe_jax.options import unknown
 
@@ -50,7 +52,8 @@ class Exploration:
 
 def in_steps(preset: Preset) -> str:
   """The length of a preset's runs, in words."""
-  return f'{preset.steps:,} steps'
+  before = f'{preset.start_steps:,} steps of pre-training, then '
+  return before * bool(preset.start_steps) + f'{preset.steps:,} steps'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,9 @@ class Study:
     figure: Description of the figure.
     rows: Returns the rows of the table, from the results of all arms and the
       ratios of step times by timed arm; None makes a row of each arm.
+    starts: Returns the runs whose parameters arms begin with, for a preset;
+      None where all arms begin anew. Their results are among those of the arms,
+      by name of the start.
     runner: Object that makes the runs.
     exploration: Preliminary runs that choose options of the arms; None for
       none.
@@ -95,6 +101,7 @@ class Study:
   claims: Sequence[Claim]
   figure: Figure
   rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
+  starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
   exploration: Exploration | None = None
   pictures: Callable[[Results, pathlib.Path], None] | None = None
@@ -147,9 +154,14 @@ class Study:
     arms: Sequence[Arm],
     seeds: Sequence[int],
     output: pathlib.Path,
+    started: Started = types.MappingProxyType({}),
   ) -> list[Job]:
     """The runs of the arms on all seeds; see `jobs_of`."""
-    return jobs_of(self.runner.options, shared, arms, seeds, output)
+    return jobs_of(self.runner.options, shared, arms, seeds, output, started)
+
+  def levels(self, preset: Preset, arms: Sequence[Arm]) -> list[list[Start]]:
+    """The starts of the arms, in the order in which they are run."""
+    return in_order(self.starts(preset) if self.starts else [], arms)
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
     """The config that arms share; `moe_jax.main` calls this for a study's file.
@@ -170,7 +182,15 @@ class Study:
     """The runs as items of `experiments.launch`.
 
     Their workdirs are those of the study's own command.
+
+    Raises:
+      ValueError: Arms begin with other runs, which have to come first.
     """
+    if self.starts:
+      raise ValueError(
+        f'the runs of {self.name} begin with other runs; use its own command, '
+        f'python -m experiments.{self.name}'
+      )
     preset = preset or self.preset
     chosen = self.presets[preset]
     output = pathlib.Path('results') / self.name

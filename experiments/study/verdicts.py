@@ -1,8 +1,9 @@
 """Decides claims by paired seeds.
 
 A direction counts as reproduced only where the 95 % interval of the paired
-difference excludes zero on the paper's side. Not here: the claims (`parts.py`)
-and the published numbers (`claims.py`).
+difference excludes zero on the paper's side, and the absence of a difference
+only where the interval is within the bound that the claim names. Not here: the
+claims (`parts.py`) and the published numbers (`claims.py`).
 """
 
 import dataclasses
@@ -54,12 +55,29 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> Verdict:
   else:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
-  sign = 1 if claim.direction == 'higher' else -1
   marks = {claims.find(address).mark for address in claim.published}
   known = bool(marks) and 'unverified' not in marks
   yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
-  word = {sign: yes, -sign: no, 0: UNRESOLVED}
-  return Verdict(claim, difference, word[difference.sign()])
+  return Verdict(
+    claim, difference, {1: yes, -1: no, 0: UNRESOLVED}[_side(claim, difference)]
+  )
+
+
+def _side(claim: Claim, difference: Interval) -> int:
+  """1 where the interval is on the claim's side, -1 on the other, else 0.
+
+  Two rows are equal where the whole interval is within the claim's bound (two
+  one-sided tests), and unequal where all of it is beyond.
+  """
+  match claim.direction:
+    case 'higher':
+      return difference.sign()
+    case 'lower':
+      return -difference.sign()
+  if abs(difference.mean) + difference.half_width < claim.within:
+    return 1
+  beyond = abs(difference.mean) - difference.half_width > claim.within
+  return -1 if beyond else 0
 
 
 def _values(name: str, column: str, rows: Sequence[Row]) -> Sequence[float]:

@@ -1,0 +1,89 @@
+"""Runs whose parameters other runs of a study begin with.
+
+A start is trained once for each seed and keeps its last checkpoint in the
+folder `starts` beside the studies' own, so that studies which begin with equal
+runs share them. Not here: what is trained after them (`study.py`).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import ml_collections
+
+from experiments.study.jobs import Job, jobs_of
+from experiments.study.parts import Arm
+from moe_jax.options import Options, unknown
+
+FOLDER = 'starts'
+# The finished runs of starts, by the name of the start and the seed.
+Started = Mapping[tuple[str, int], Job]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A run whose parameters arms, or other starts, begin with.
+
+  Attributes:
+    name: Name by which an arm chooses it.
+    config: Returns the config of the run, from the config that all arms share.
+    start: Name of the start that this one begins with; '' draws parameters.
+  """
+
+  name: str
+  config: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict]
+  start: str = ''
+
+
+def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
+  """The starts that arms need; each list begins with those of earlier lists.
+
+  Raises:
+    ValueError: There is no start of a name, or starts begin with each other.
+  """
+  by_name = {start.name: start for start in starts}
+  levels: dict[str, int] = {}
+
+  def level(name: str, above: tuple[str, ...] = ()) -> int:
+    """The number of starts that come before one; notes it for all of them."""
+    if name not in by_name:
+      raise unknown('start', name, by_name)
+    if name in above:
+      raise ValueError(f'starts begin with each other: {[*above, name]}')
+    before = by_name[name].start
+    levels[name] = 1 + level(before, (*above, name)) if before else 0
+    return levels[name]
+
+  for arm in arms:
+    if arm.start:
+      level(arm.start)
+  return [
+    [by_name[name] for name, at in levels.items() if at == number]
+    for number in range(max(levels.values(), default=-1) + 1)
+  ]
+
+
+def start_jobs(
+  cls: type[Options],
+  shared: ml_collections.ConfigDict,
+  starts: Sequence[Start],
+  seeds: Sequence[int],
+  results: pathlib.Path,
+  started: Started,
+) -> list[Job]:
+  """The runs of starts on all seeds.
+
+  Args:
+    cls: Class of the options that configs describe.
+    shared: The config that all arms share.
+    starts: Starts that begin with none, or with some in `started`.
+    seeds: The seeds.
+    results: Folder of all studies' results.
+    started: Runs that are finished.
+  """
+  jobs = []
+  for start in starts:
+    arms = [Arm(start.name, {}, start=start.start)]
+    config = start.config(shared)
+    jobs += jobs_of(cls, config, arms, seeds, results / FOLDER, started)
+  return [dataclasses.replace(job, keeps=True) for job in jobs]
