@@ -185,7 +185,12 @@ def make_step(
   step = functools.partial(
     step_lib.train_step,
     grad_fn=step_lib.make_grad_fn(
-      model, weights, options.microbatches, trained.part, computed
+      model,
+      weights,
+      options.microbatches,
+      trained.part,
+      computed,
+      options.aux_losses.weights,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

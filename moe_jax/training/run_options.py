@@ -32,6 +32,7 @@ from moe_jax.options import (
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.profile import ProfileOptions
+from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.evaluate import (
   DEFAULT_EVALS,
   EvaluationOptions,
@@ -101,6 +102,13 @@ class RunOptions(Options):
     'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
     'has 1e-4, 0 leaves it out.',
     at_least(0),
+  )
+  aux_losses: AuxSchedule = choice(
+    AUX_SCHEDULES,
+    'constant',
+    'Schedule of the factor by which the weights of auxiliary losses are '
+    'multiplied.',
+    how=True,
   )
   max_nonfinite_steps: int = option(
     0,

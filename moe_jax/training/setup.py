@@ -22,6 +22,7 @@ from moe_jax.training.evaluation_entries import (
   make_evaluations,
   overridden,
 )
+from moe_jax.training.losses import loss_weights
 from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -156,12 +157,22 @@ def set_up(
       best_metric=checkpoint.best_eval,
       retry=checkpoint.retry,
     ),
-    notes=(*_ignored(filled), *workdir_lib.changed_plugins(folder, config)),
+    notes=(
+      *_ignored(filled, model),
+      *workdir_lib.changed_plugins(folder, config),
+    ),
   )
 
 
-def _ignored(options: RunOptions) -> Iterator[str]:
-  """A line for each evaluation with overrides that have no effect."""
+def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
+  """A line for each part of the options that has no effect."""
+  weights = loss_weights(model, options.logits_z_weight)
+  schedule = options.aux_losses
+  if schedule != type(options)().aux_losses and not schedule.changes(weights):
+    yield (
+      f'aux_losses: this model gives none of {list(schedule.losses)} a weight; '
+      'their schedule changes nothing'
+    )
   for name, entry in options.evals.items():
     ignored = overridden(options.model, entry)[1]
     if ignored:
