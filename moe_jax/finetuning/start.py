@@ -18,7 +18,7 @@ from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
 from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.runs import trained
-from moe_jax.training.run_options import InitFromOptions
+from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.setup import Run
 
 _GIVEN = {'workdir': NOT_EMPTY}
@@ -125,12 +125,13 @@ def initial(
     raise ValueError(f'init_from.workdir={folder}: {error}') from None
   as_is = chosen.copies_all
   has_state = all(abstract_router_state(m) for m in (source, run.model))
+  step = None if options.step < 0 else options.step
   restored = trained.restore_variables(
     folder,
     run.model if as_is else source,
     run.options.sharding.rules,
     mesh=run.mesh,
-    step=None if options.step < 0 else options.step,
+    step=trained.best_step(folder) if options.best else step,
     cast=as_is,
     router_state=as_is and has_state,
   )

@@ -73,6 +73,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     run.message('beginning with the parameters of the checkpoint of step 0')
     return run.programs.state_of(restored.state['params'])
   run.message(f'going on from the checkpoint of step {restored.step}')
+  run.early_stopping.restore(restored.extra)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   return restored.state

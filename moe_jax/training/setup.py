@@ -16,6 +16,7 @@ from moe_jax.models import Model
 from moe_jax.options import OptionError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.evaluation_entries import (
   changed_models,
@@ -49,6 +50,7 @@ class Run:
     train_step: The step of `programs`; a hook may wrap it.
     evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
+    early_stopping: The measurements that may end the run before its last step.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
     confirm: Raises ValueError if another job has taken the workdir.
@@ -66,6 +68,7 @@ class Run:
   train_step: Step
   evaluations: list[Evaluation]
   checkpoints: Checkpointer
+  early_stopping: EarlyStopping
   notes: tuple[str, ...] = ()
   confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
@@ -96,6 +99,20 @@ class Hook:
 
   def close(self) -> None:
     """Called when the run ends, also if it is stopped or fails."""
+
+
+class Ended(Hook):
+  """Notes whether a run has ended: it is at its last step, or ended early.
+
+  Attributes:
+    ended: Whether nothing of the run is left to do.
+  """
+
+  ended: bool = False
+
+  def end(self, run: Run, state: TrainState) -> None:
+    """See `Hook.end`."""
+    self.ended = True
 
 
 def set_up(
@@ -154,9 +171,11 @@ def set_up(
       workdir_lib.checkpoints_of(folder, checkpoint.directory),
       keep_newest=checkpoint.keep_newest,
       keep_best=checkpoint.keep_best,
-      best_metric=checkpoint.best_eval,
+      best_metric=checkpoint.best_name,
+      best_is_highest=checkpoint.best_is_highest,
       retry=checkpoint.retry,
     ),
+    early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
       *_ignored(filled, model),
       *workdir_lib.changed_plugins(folder, config),
