@@ -9,6 +9,11 @@ folder is called, and whatever trains, are flags:
       --workdir=runs/finetuned --config.init_from.workdir=runs/tiny \
       --config.trainable=experts
 
+More flags for a small task: `--config.early_stopping.patience=3` ends the run
+once its evaluation gets no better, `--config.init_from.keep_optimizer` goes on
+with the other run's moments, `--config.aux_losses.factor=0.0` switches the
+routers' losses off; `config.optimizer.rate_rules` has rates by part.
+
 The model has to be that of the other run, and so has the tokenizer.
 """
 

@@ -253,6 +253,15 @@ def check_same(facts: Mapping[str, str]) -> None:
       )
 
 
+def from_first(number: float) -> float:
+  """The number that process 0 has, to the last bit; every one calls this."""
+  if jax.process_count() == 1:
+    return number
+  word = np.frombuffer(np.float64(number).tobytes(), np.uint8)
+  word = multihost_utils.broadcast_one_to_all(word).tobytes()
+  return float(np.frombuffer(word, np.float64)[0])
+
+
 def check_shared(folder: pathlib.Path) -> None:
   """Checks that all processes see the same folder; every one calls this.
 

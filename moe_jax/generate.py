@@ -21,6 +21,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
 from moe_jax.options import SEED, at_least, within
+from moe_jax.runs import trained
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,10 +31,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
-  add(
+  checkpoints = parser.add_mutually_exclusive_group()
+  checkpoints.add_argument(
     '--step',
     type=command_line.NOT_NEGATIVE,
     help='step of the checkpoint; else the newest good',
+  )
+  checkpoints.add_argument(
+    '--best', action='store_true', help="the run's best checkpoint"
   )
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument('--prompt', help='text to continue or to answer')
@@ -112,9 +117,8 @@ def run(options: argparse.Namespace) -> None:
   """Loads the run and prints the text that it generates."""
   numbered = _prompts(options)
   texts = list(numbered.values())
-  loaded = generation.load(
-    options.workdir, options.step, allow=options.allow_module
-  )
+  step = trained.best_step(options.workdir) if options.best else options.step
+  loaded = generation.load(options.workdir, step, allow=options.allow_module)
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
     _note(f'passed over the checkpoint of step {step}: {reason}')

@@ -13,8 +13,8 @@ process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
-Exit status: 0 after the last step; 75 if SIGTERM stopped the run before it; 130
-after Ctrl-C; 1 with a message of what is wrong.
+Exit status: 0 after the last step or an early end; 75 if SIGTERM stopped the
+run before it; 130 after Ctrl-C; 1 with a message of what is wrong.
 
 Kept short: everything here can be called from a notebook.
 """
@@ -35,6 +35,7 @@ from moe_jax import (
 )
 from moe_jax.hooks import default_hooks
 from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.setup import Ended
 
 config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -95,14 +96,15 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   """Trains; returns whether no step is left."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
-  state = train_and_evaluate(
+  ended = Ended()
+  train_and_evaluate(
     options,
     _WORKDIR.value,
-    hooks=default_hooks(),
+    hooks=[*default_hooks(), ended],
     initial=functools.partial(finetuning.initial, allow=_ALLOW_MODULE.value),
     resume=_RESUME.value,
   )
-  return int(state.step) >= options.total_steps
+  return ended.ended
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ from moe_jax import config_flag
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import early_stopping
 
 FINISHED = 'launched.json'
 LOG = 'launch.log'
@@ -67,7 +68,7 @@ def is_finished(item: Item) -> bool:
 
 
 def note_finished(item: Item) -> bool:
-  """Records that the item's run has finished, if it is at its last step.
+  """Records that the item's run has finished: by its last step, or early.
 
   Call this after all of the run's processes have ended with status 0.
 
@@ -77,7 +78,10 @@ def note_finished(item: Item) -> bool:
   folder, options = pathlib.Path(item.workdir), _options(item)
   # A `Checkpointer` would open the devices, which the items' processes need.
   directory = retention.Directory(_checkpoints(item, options), 1, False, '')
-  if options.total_steps not in directory.steps():
+  steps = directory.steps()
+  if options.total_steps not in steps and not (
+    steps and early_stopping.has_ended(directory.manifest(steps[-1]).extra)
+  ):
     return False
   text = json.dumps(_described(item), indent=2)
   workdir_lib.write_text(folder / FINISHED, text + '\n')

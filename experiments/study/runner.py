@@ -24,7 +24,7 @@ from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Hook, Run
+from moe_jax.training.setup import Ended, Run
 from moe_jax.training.step import TrainState
 
 Measure = Callable[[Run, TrainState], Mapping[str, Any]]
@@ -89,7 +89,7 @@ def _data_of(job: Job) -> data.DataOptions:
   return sections.read(data.DataOptions, job.config.data, 'data.')
 
 
-class _Ending(Hook):
+class _Ending(Ended):
   """Records the digest of a run's data, and measures the run at its end."""
 
   def __init__(self, measure: Measure | None):
@@ -100,6 +100,7 @@ class _Ending(Hook):
     self.numbers['data_digest'] = run.dataset.digest
 
   def end(self, run: Run, state: TrainState) -> None:
+    super().end(run, state)
     if self._measure is not None:
       self.numbers |= self._measure(run, state)
 
@@ -122,14 +123,14 @@ def train(
   if job.is_finished:
     return job.result()
   start, ending = time.perf_counter(), _Ending(measure)
-  state = train_and_evaluate(
+  train_and_evaluate(
     run_config.read(job.config),
     job.workdir,
     hooks=[Facts(), SharedStep(), ending],
     devices=devices,
     initial=finetuning.initial,
   )
-  if int(state.step) < job.config.total_steps:
+  if not ending.ended:
     raise SystemExit(command_line.STOPPED)
   last = {}
   for row in metrics.read_metrics(job.workdir / metrics.FILE_NAME):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
 from moe_jax.models import Model, ModelOptions
@@ -17,7 +18,7 @@ from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
 from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.runs import trained
-from moe_jax.training.run_options import InitFromOptions
+from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.setup import Run
 
 _GIVEN = {'workdir': NOT_EMPTY}
@@ -27,6 +28,14 @@ _GIVEN = {'workdir': NOT_EMPTY}
 class InitFrom(InitFromOptions):
   """Another run whose parameters this run begins with, and how."""
 
+  keep_optimizer: bool = option(
+    False,
+    "Whether the optimizer goes on with the other run's moments and their "
+    'counts, where all parameters are copied and its optimizer is the same; '
+    'the schedule of the learning rate begins anew. Otherwise the optimizer is '
+    'new.',
+    when=_GIVEN,
+  )
   experts: str = option(
     '',
     "Numbers of the other run's experts that this run's experts are copies of, "
@@ -92,11 +101,11 @@ def initial(
   Returns:
     The variables and a line about them; None if no folder is given. The state
     of routers is among them if the parameters are only copied and both models
-    have it.
+    have it, and that of the optimizer, 'opt_state', if it is kept.
 
   Raises:
     ValueError: The folder holds no run, its tokenizer is another, or the models
-      do not fit: all differences are listed.
+      or the optimizer that is kept do not fit: all differences are listed.
     CheckpointError: No checkpoint of it is good.
   """
   options: InitFrom = run.options.init_from
@@ -116,21 +125,31 @@ def initial(
     raise ValueError(f'init_from.workdir={folder}: {error}') from None
   as_is = chosen.copies_all
   has_state = all(abstract_router_state(m) for m in (source, run.model))
+  step = None if options.step < 0 else options.step
   restored = trained.restore_variables(
     folder,
     run.model if as_is else source,
     run.options.sharding.rules,
     mesh=run.mesh,
-    step=None if options.step < 0 else options.step,
+    step=trained.best_step(folder) if options.best else step,
     cast=as_is,
     router_state=as_is and has_state,
   )
   begun = restored.state
   if not as_is:
     begun = {'params': _convert(run, chosen, begun['params'])}
+  optimizer = 'the optimizer is new'
+  if options.keep_optimizer:
+    if not as_is:
+      raise ValueError(
+        'init_from.keep_optimizer=True: the parameters are converted, '
+        f'{chosen.describe()}, and the state of the optimizer cannot be'
+      )
+    state, optimizer = optimizer_state.restore(run, folder, restored.step)
+    begun = {**begun, 'opt_state': state}
   said = (
     f'beginning with the parameters of step {restored.step} of {folder}: '
-    f'{chosen.describe()}; the optimizer is new'
+    f'{chosen.describe()}; {optimizer}'
   )
   changes = list(_changes(theirs.model, run.options.model))
   if chosen.upcycled:

@@ -4,8 +4,10 @@ Not here: how they are written (`checkpointer.py`) and deleted (`retention.py`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from moe_jax.options import Options, at_least, option
+from moe_jax.options import NOT_EMPTY, Options, at_least, option, unknown
+from moe_jax.runs.metrics import Row
 from moe_jax.runs.storage_errors import Retry
 
 
@@ -29,13 +31,26 @@ class CheckpointOptions(Options):
   )
   keep_best: bool = option(
     True,
-    'Whether the checkpoint with the lowest loss in the evaluation '
-    'checkpoint.best_eval is kept besides the newest ones.',
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
   )
   best_eval: str = option(
     'train_capacity',
-    'Name of the evaluation whose loss decides which checkpoint is the best. A '
+    'Name of the evaluation that decides which checkpoint is the best. A '
     'checkpoint of a step without that evaluation is never the best.',
+    when={'keep_best': (True,)},
+  )
+  best_metric: str = option(
+    'loss',
+    'Number of the evaluation checkpoint.best_eval that decides which '
+    "checkpoint is the best, such as 'exact_match'.",
+    NOT_EMPTY,
+    when={'keep_best': (True,)},
+  )
+  best_is_highest: bool = option(
+    False,
+    'Whether the checkpoint with the highest number is the best, as for an '
+    'accuracy; otherwise the lowest is.',
     when={'keep_best': (True,)},
   )
   tries: int = option(
@@ -53,6 +68,32 @@ class CheckpointOptions(Options):
     at_least(0),
     when={'tries': at_least(2)},
   )
+
+  @property
+  def best_name(self) -> str:
+    """The name of the number that decides which checkpoint is the best."""
+    if self.best_metric == 'loss':
+      return self.best_eval
+    return f'{self.best_eval}/{self.best_metric}'
+
+  def best_of(self, rows: Mapping[str, Row]) -> float | None:
+    """The number that decides which checkpoint is the best.
+
+    Args:
+      rows: The rows of evaluations, by name.
+
+    Returns:
+      The number; None if its evaluation is not among them.
+
+    Raises:
+      ValueError: The evaluation's row lacks the number.
+    """
+    row = rows.get(self.best_eval)
+    if row is None or self.best_metric not in row:
+      if row is not None and self.keep_best:
+        raise unknown('checkpoint.best_metric', self.best_metric, row)
+      return None
+    return float(row[self.best_metric])
 
   @property
   def retry(self) -> Retry:

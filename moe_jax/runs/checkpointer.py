@@ -50,8 +50,9 @@ class Checkpointer(contextlib.AbstractContextManager):
   Args:
     directory: The directory, which the first save makes; for one run at a time.
     keep_newest: Number of the newest checkpoints that are kept, at least 1.
-    keep_best: Whether the one with the lowest `best_metric` is kept besides.
-    best_metric: A key of the `metrics` given to `save`.
+    keep_best: Whether the one with the best `best_metric` is kept besides.
+    best_metric: A key of the `metrics` given to `save`; the lowest is the best.
+    best_is_highest: Whether the highest is.
     retry: How often storage is tried again after a transient error; see
       `CheckpointOptions.tries`. Several processes try only once to write
       arrays, as they would have to agree on another try.
@@ -64,12 +65,12 @@ class Checkpointer(contextlib.AbstractContextManager):
     keep_newest: int = 2,
     keep_best: bool = True,
     best_metric: str = 'loss',
+    best_is_highest: bool = False,
     retry: Retry = Retry(),
   ):
     self._retry = retry
-    self._directory = Directory(
-      directory, keep_newest, keep_best, best_metric, retry
-    )
+    best = (keep_best, best_metric, retry, best_is_highest)
+    self._directory = Directory(directory, keep_newest, *best)
     self._needed_metric = best_metric if keep_best else None
     # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
     for name in ('absl', 'asyncio'):
@@ -169,7 +170,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     return self._directory.steps()
 
   def best_step(self) -> int | None:
-    """The step with the lowest finite `best_metric`, the earliest of equals."""
+    """The step with the best finite `best_metric`, the earliest of equals."""
     return self._directory.best_step()
 
   def newest_good(self) -> int | None:

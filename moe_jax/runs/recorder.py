@@ -8,7 +8,7 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,7 +39,11 @@ class RecordedData(Protocol):
 class RecordedCheckpoint(Protocol):
   """The part of the options of checkpoints that the recorder reads."""
 
-  best_eval: str
+  best_name: str
+
+  def best_of(self, rows: Mapping[str, Row]) -> float | None:
+    """The number that decides which checkpoint is the best."""
+    ...
 
 
 class RecordedOptions(Protocol):
@@ -102,7 +106,9 @@ class Recorder:
     self._steps = 0
     self._tokens = 0.0
     self._clock: float | None = None  # None until the first step is compiled
-    self._eval_losses: dict[int, dict[str, float]] = {}
+    self._evaluated: dict[int, dict[str, Row]] = {}
+    # The loss, gradient norm and learning rate of the step read last.
+    self._last: tuple[float, float, float] | None = None
 
   def __enter__(self) -> 'Recorder':
     run = self._run
@@ -168,17 +174,22 @@ class Recorder:
       else:
         said = ', '.join(f'{key} {value:.4g}' for key, value in row.items())
         self._run.message(f'step {step}: evaluation {name}: {said}')
-    self._eval_losses = {step: losses}
+    self._evaluated = {step: results}
     if losses:
       said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       unit = self._run.dataset.loss_unit
       self._run.message(f'step {step}: evaluation, {unit}: {said}')
 
   def best_metric(self, step: int) -> dict[str, float] | None:
-    """The loss that decides the best checkpoint, if measured at `step`."""
-    name = self._run.options.checkpoint.best_eval
-    losses = self._eval_losses.get(step, {})
-    return {name: losses[name]} if name in losses else None
+    """The number that decides the best checkpoint, if measured at `step`."""
+    options = self._run.options.checkpoint
+    value = options.best_of(self._evaluated.get(step, {}))
+    return None if value is None else {options.best_name: value}
+
+  def ended(self, step: int) -> None:
+    """Writes the averages since the last row, after the run's last step."""
+    if self._sums is not None and self._last is not None:
+      self._row(step, *self._last)
 
   def saved(self, step: int) -> None:
     """Prints that the checkpoint of `step` is being saved."""
@@ -211,8 +222,9 @@ class Recorder:
       )
     total = self._run.options.total_steps
     due = step % self._run.options.log_every_steps == 0 or step == total
+    self._last = loss, grad_norm, float(metrics.learning_rate)
     if due and self._sums is not None:
-      self._row(step, loss, grad_norm, float(metrics.learning_rate))
+      self._row(step, *self._last)
 
   def _skip(self, step: int, said: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""

@@ -47,6 +47,7 @@ class Directory:
     keep_best: bool,
     best_metric: str,
     retry: Retry = Retry(),
+    best_is_highest: bool = False,
   ):
     if keep_newest < 1:
       raise ValueError(f'keep_newest={keep_newest} < 1: nothing would be kept')
@@ -55,6 +56,7 @@ class Directory:
     self._keep_best = keep_best
     self._best_metric = best_metric
     self._retry = retry
+    self._best_is_highest = best_is_highest
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
     """The folder of `step`, or with a suffix the one for saving or deleting."""
@@ -77,7 +79,7 @@ class Directory:
     ]
 
   def best_step(self) -> int | None:
-    """The step with the lowest finite `best_metric`, the earliest of equals."""
+    """The step with the best finite `best_metric`, the earliest of equals."""
     values = {}
     for step in self.steps():
       try:
@@ -86,7 +88,8 @@ class Directory:
         continue
       if math.isfinite(value):
         values[step] = value
-    return min(values, key=values.__getitem__, default=None)
+    best = max if self._best_is_highest else min
+    return best(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
     """The manifest of `step`.

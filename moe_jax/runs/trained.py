@@ -24,7 +24,9 @@ from moe_jax.models.router_state import (
   variables,
 )
 from moe_jax.partitioning import Rules, ShardingOptions
+from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import (
   CONFIG,
@@ -153,6 +155,34 @@ def restore_variables(
     return found
   params = adapters.merged_on_devices(found.state['params'])
   return found._replace(state={**found.state, 'params': params})
+
+
+def best_step(workdir: str | os.PathLike[str]) -> int:
+  """The step of a run's best checkpoint, by its own `checkpoint.best_eval`.
+
+  Raises:
+    ValueError: There is none, or the config cannot be read.
+  """
+  folder = folder_of(workdir)
+  values = kept_config(folder).get('checkpoint', {})
+  try:
+    options = sections.read(CheckpointOptions, values, 'checkpoint.')
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+  directory = Directory(
+    checkpoints_of(folder),
+    1,
+    True,
+    options.best_name,
+    best_is_highest=options.best_is_highest,
+  )
+  step = directory.best_step()
+  if step is None:
+    raise ValueError(
+      f'{folder} has no best checkpoint: none of the steps '
+      f'{directory.steps()} has the number {options.best_name!r}'
+    )
+  return step
 
 
 def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:

@@ -16,8 +16,8 @@ from moe_jax.training.step import TrainState
 # The name under which a checkpoint has the sha256 of the choice of experts.
 EXPERTS = 'trained_experts'
 # A function that gives the variables with which a run begins (parameters, and
-# `router_state` unless it begins anew), sharded, and a line about them; or
-# None, if the run draws its parameters from its seed.
+# `router_state` and `opt_state` unless they begin anew), sharded, and a line
+# about them; or None, if the run draws its parameters from its seed.
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
@@ -62,7 +62,8 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     run.message(what)
     state = run.programs.state_of(variables['params'])
     return state.replace(
-      router_state=variables.get('router_state', state.router_state)
+      router_state=variables.get('router_state', state.router_state),
+      opt_state=variables.get('opt_state', state.opt_state),
     )
   if restored is None:
     return run.programs.init_state()
@@ -72,6 +73,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     run.message('beginning with the parameters of the checkpoint of step 0')
     return run.programs.state_of(restored.state['params'])
   run.message(f'going on from the checkpoint of step {restored.step}')
+  run.early_stopping.restore(restored.extra)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   return restored.state

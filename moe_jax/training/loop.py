@@ -87,7 +87,8 @@ def train_and_evaluate(
         hook.start(run)
       state = _train(run, recorder, state, watchdog, stopped)
       run.checkpoints.wait()
-      if int(state.step) == run.options.total_steps:
+      if _has_ended(run, int(state.step)):
+        _name_best(run)
         for hook in hooks:
           watchdog.mark(f'the end of {type(hook).__name__}')
           hook.end(run, state)
@@ -111,10 +112,11 @@ def _train(
   watchdog: Alone | Watchdog,
   stopped: Callable[[], bool],
 ) -> TrainState:
-  """The state after the last step, or after the step at which SIGTERM stops."""
+  """The state after the last step, or the one at which SIGTERM stops."""
   start, total = int(state.step), run.options.total_steps
-  if start == total:
-    run.message(f'already at step {start}: nothing left to train')
+  if _has_ended(run, start):
+    run.message(_nothing_left(run, start))
+    return state
   batches = run.batches(start)
   for step in range(start + 1, total + 1):
     watchdog.mark(f'the data of step {step}')
@@ -126,26 +128,62 @@ def _train(
     if last or not stop:  # after SIGTERM there is no time for evaluations
       watchdog.mark(f'evaluations of step {step}')
       _evaluate(run, recorder, step, state, last)
+      last = _has_ended(run, step)
     watchdog.mark(f'the checkpoint of step {step}')
     _save(run, recorder, step, state, last or stop)
     if stop and not last:
       run.checkpoints.wait()
       run.message(f'stopped by SIGTERM at step {step}; saved, will go on here')
+    if stop or last:
       break
   return state
 
 
+def _has_ended(run: Run, step: int) -> bool:
+  """Whether the run ends after a step: its last one, or an early one."""
+  return step == run.options.total_steps or run.early_stopping.ended
+
+
+def _nothing_left(run: Run, step: int) -> str:
+  if not run.early_stopping.ended:
+    return f'already at step {step}: nothing left to train'
+  return (
+    f'ended early at step {step}: {run.early_stopping.describe()}; to go on, '
+    'give another early_stopping.patience and --resume'
+  )
+
+
+def _name_best(run: Run) -> None:
+  """Prints which checkpoint is the best, if the run may end early."""
+  if run.options.early_stopping.patience and is_first():
+    step = run.checkpoints.best_step()
+    run.message(
+      f'the best checkpoint by {run.options.checkpoint.best_name} is that of '
+      f'step {step}; moe_jax.generate --best and init_from.best read it'
+    )
+
+
 def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
-  if due:
-    with recorder.paused(step):
-      recorder.evaluated(
-        step, measured(due, run.programs.variables(state), step)
-      )
+  if not due:
+    return
+  early = run.early_stopping
+  with recorder.paused(step):
+    variables = run.programs.variables(state)
+    rows = measured(due, variables, step)
+    early.add(step, rows)
+    if early.ended:
+      others = [e for e in run.evaluations if e.name not in rows]
+      rows |= measured(others, variables, step)
+    recorder.evaluated(step, rows)
+    if early.ended:
+      recorder.ended(step)
+      run.message(f'step {step}: ending early: {early.describe()}')
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
   period = run.options.checkpoint.every_steps
+  must = must or run.early_stopping.is_best(step)
   if must or (period and step % period == 0):
     with recorder.paused(step):
       run.confirm()
@@ -155,6 +193,7 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
         extra={
           'data_digest': run.dataset.digest,
           EXPERTS: run.programs.trained.masks_digest,
+          **run.early_stopping.extra,
         },
         metrics=recorder.best_metric(step),
       )

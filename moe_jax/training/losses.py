@@ -38,7 +38,7 @@ class LossWeights:
       or scalar arrays, which are arguments of the compiled step instead of
       constants.
     logits_z: Coefficient of the mean squared logsumexp of the output logits
-      (T5's and ST-MoE's other z-loss).
+      (T5's and ST-MoE's other z-loss); a number or a scalar array, too.
     num_averaged: Number by which the sum of the routers' losses over layers is
       divided: 1 adds layers (Switch), the number of sparse layers averages them
       (flaxformer).
@@ -48,7 +48,7 @@ class LossWeights:
   z: Leaf = 0.0
   importance: Leaf = 0.0
   load: Leaf = 0.0
-  logits_z: float = 0.0
+  logits_z: Leaf = 0.0
   num_averaged: int = 1
 
 
@@ -97,9 +97,14 @@ def aux_loss(
   )
   total = jnp.zeros((), jnp.float32)
   for weight, loss in terms:
-    if isinstance(weight, jax.Array) or weight:
+    if _counts(weight):
       total = total + weight * (loss / whole.tokens).sum()
   return total / weights.num_averaged
+
+
+def _counts(weight: Leaf) -> bool:
+  """Whether a loss is computed: its weight is not the constant 0."""
+  return isinstance(weight, jax.Array) or bool(weight)
 
 
 def total_loss(
@@ -107,6 +112,6 @@ def total_loss(
 ) -> Float32[Array, '']:
   """The part of the whole batch's loss that a (micro)batch contributes."""
   total = sums.cross_entropy / whole.weight
-  if weights.logits_z:
+  if _counts(weights.logits_z):
     total = total + weights.logits_z * sums.logits_z / whole.weight
   return total + aux_loss(sums.aux, whole, weights)

@@ -5,6 +5,7 @@ gradient accumulation (`step.py`), and schedules (`schedules.py`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,16 +60,18 @@ class Optimizer(Options):
     (),
     'Pairs of a regular expression and a factor of the weight decay. For a '
     'parameter the first expression that is found in its name counts, such as '
-    "'layers/layer_1/moe/experts/w_in'; if none is, kernels decay, and biases, "
-    'scales and tables do not.',
+    "'layers/layer_1/moe/experts/w_in', or that begins with 'part:' and "
+    "selects it as `trainable` would: 'part:experts + router'; if none does, "
+    'kernels decay, and biases, scales and tables do not.',
     PATTERNS,
     when={'weight_decay': above(0)},
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
     'Pairs of a regular expression and a factor of the learning rate. For a '
-    'parameter the first expression that is found in its name counts; if none '
-    'is, the factor is 1.',
+    'parameter the first expression that is found in its name counts, or that '
+    "begins with 'part:' and selects it as `trainable` would: 'part:experts + "
+    "router'; if none does, the factor is 1, and 0 learns nothing.",
     PATTERNS,
   )
 
@@ -94,14 +97,24 @@ class Optimizer(Options):
     return self.schedule.rate(self.learning_rate, total_steps)
 
   def transformation(
-    self, total_steps: int, axes: Any, roles: Any
+    self,
+    total_steps: int,
+    axes: Any,
+    roles: Any,
+    part: Callable[[Any], Any] = lambda tree: tree,
   ) -> optax.GradientTransformation:
     """Returns the whole optimizer.
 
     Args:
       total_steps: Number of optimizer steps of the run, for the schedule.
-      axes: A tree like the parameters with a tuple of logical axes for each.
-      roles: A tree like the parameters with the `Role` of each.
+      axes: A tree like the parameters that train with a tuple of logical axes
+        for each.
+      roles: A tree like all parameters with the `Role` of each.
+      part: Returns a tree like all parameters with None for what does not
+        train.
+
+    Raises:
+      ValueError: A rule names a part that the model lacks.
     """
     steps = []
     if self.clip_norm:
@@ -109,9 +122,9 @@ class Optimizer(Options):
     steps.append(self.preconditioner(axes))
     if self.weight_decay:
       factors = parameter_rules.decay_factors(self.decay_rules, roles)
-      steps.append(_decayed(self.weight_decay, factors))
+      steps.append(_decayed(self.weight_decay, part(factors)))
     factors = parameter_rules.rate_factors(self.rate_rules, roles)
-    steps.append(_scaled(factors))
+    steps.append(_scaled(part(factors)))
     steps.append(optax.scale_by_learning_rate(self.rate(total_steps)))
     return optax.chain(*steps)
 

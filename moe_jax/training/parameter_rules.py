@@ -1,19 +1,45 @@
 """Factors of weight decay and learning rate for each parameter.
 
-A user's patterns of names come first, then the default of a parameter's form.
+A user's rules come first, then the default of a parameter's form. A rule is a
+factor with a regular expression of names, or with 'part:' and an expression
+over the parts of a model: 'part:attention - router'.
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from moe_jax.layers.parameters import Role
+from moe_jax.models.selection import EXPRESSION, names_of
 from moe_jax.options import Check
 from moe_jax.partitioning import path_name
 
-Pattern = tuple[str, float]  # a regular expression and a factor
+# A regular expression, or 'part:' and an expression over parts; and a factor.
+Pattern = tuple[str, float]
+_PART = 'part:'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules(Check):
+  """The rule that values are pairs of an expression and a factor."""
+
+  def problem(self, name: str, value: Any) -> str | None:
+    """See `Check.problem`; it says what is wrong in an expression of parts."""
+    for pair in value if self.holds(value) else ():
+      parts = _parts(pair[0])
+      if parts is not None and (problem := EXPRESSION.problem(name, parts)):
+        return problem
+    return super().problem(name, value)
+
+
+def _parts(pattern: str) -> str | None:
+  """The expression over parts of a rule; None if it is one of names."""
+  if not pattern.startswith(_PART):
+    return None
+  return pattern.removeprefix(_PART).strip()
 
 
 def _are_patterns(rules: Sequence[Pattern]) -> bool:
@@ -23,7 +49,7 @@ def _are_patterns(rules: Sequence[Pattern]) -> bool:
     return False
 
 
-PATTERNS = Check(
+PATTERNS = _Rules(
   'are not pairs of a regular expression and a factor of at least 0',
   _are_patterns,
 )
@@ -33,32 +59,54 @@ def decay_factors(rules: Sequence[Pattern], roles: Any) -> Any:
   """A tree of factors of the weight decay: kernels alone decay by default.
 
   Args:
-    rules: Patterns and factors; the first found in a parameter's name counts.
+    rules: Patterns and factors; the first that selects a parameter counts.
     roles: A tree like the parameters with the `Role` of each.
+
+  Raises:
+    ValueError: A rule names a part that the model lacks, or selects nothing.
   """
-  return _factors(rules, roles, lambda role: float(role.form == 'kernel'))
+  return _factors(
+    'optimizer.decay_rules',
+    rules,
+    roles,
+    lambda role: float(role.form == 'kernel'),
+  )
 
 
 def rate_factors(rules: Sequence[Pattern], roles: Any) -> Any:
   """A tree of factors of the learning rate: 1 by default.
 
   Args:
-    rules: Patterns and factors; the first found in a parameter's name counts.
+    rules: Patterns and factors; the first that selects a parameter counts.
     roles: A tree like the parameters with the `Role` of each.
+
+  Raises:
+    ValueError: A rule names a part that the model lacks, or selects nothing.
   """
-  return _factors(rules, roles, lambda role: 1.0)
+  return _factors('optimizer.rate_rules', rules, roles, lambda role: 1.0)
 
 
-def _factors(rules, roles, default):
-  compiled = [(re.compile(pattern), float(factor)) for pattern, factor in rules]
+def _factors(option, rules, roles, default):
+  chosen = [
+    (_selects(option, pattern, roles), float(factor))
+    for pattern, factor in rules
+  ]
 
   def one(path, role):
     name = path_name(path)
-    for pattern, factor in compiled:
-      if pattern.search(name):
+    for selects, factor in chosen:
+      if selects(name):
         return factor
     return default(role)
 
   return jax.tree_util.tree_map_with_path(
     one, roles, is_leaf=lambda leaf: isinstance(leaf, Role)
   )
+
+
+def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
+  """The function that says whether a rule selects the parameter of a name."""
+  if (parts := _parts(pattern)) is None:
+    expression = re.compile(pattern)
+    return lambda name: expression.search(name) is not None
+  return names_of(parts, roles, option).__contains__

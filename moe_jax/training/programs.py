@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from moe_jax import models, partitioning
 from moe_jax.distributed import Placing
-from moe_jax.layers.parameters import Role
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters
 from moe_jax.models.parameter_trees import ParameterTrees
@@ -134,9 +133,9 @@ def make_optimizer(
     model: Its model.
 
   Raises:
-    ValueError: The option `trainable` or `lora.parts` names a part that the
-      model lacks, or selects nothing; or the file of `trained_experts` does not
-      fit.
+    ValueError: The option `trainable`, `lora.parts` or a rule of the optimizer
+      names a part that the model lacks, or selects nothing; or the file of
+      `trained_experts` does not fit.
   """
   adapters = lora.adapt(options.lora, models.describe(model))
   trees = adapters.trees
@@ -151,7 +150,8 @@ def make_optimizer(
   inner = options.optimizer.transformation(
     options.total_steps,
     trained.part(trees.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
-    trained.part(trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)),
+    trees.roles,
+    trained.part,
   )
   return trained, trained.optimizer(inner)
 
@@ -185,7 +185,12 @@ def make_step(
   step = functools.partial(
     step_lib.train_step,
     grad_fn=step_lib.make_grad_fn(
-      model, weights, options.microbatches, trained.part, computed
+      model,
+      weights,
+      options.microbatches,
+      trained.part,
+      computed,
+      options.aux_losses.weights,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

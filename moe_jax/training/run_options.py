@@ -18,7 +18,6 @@ from moe_jax.models.lora import LoraOptions
 from moe_jax.models.model_options import RunShape
 from moe_jax.models.selection import EXPRESSION
 from moe_jax.options import (
-  NOT_EMPTY,
   SEED,
   Kinds,
   OptionError,
@@ -28,16 +27,20 @@ from moe_jax.options import (
   entries,
   nested,
   option,
+  unknown,
 )
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.profile import ProfileOptions
+from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
+from moe_jax.training.early_stopping import EarlyStoppingOptions
 from moe_jax.training.evaluate import (
   DEFAULT_EVALS,
   EvaluationOptions,
   LossEvaluation,
 )
 from moe_jax.training.evaluation_entries import override_problems
+from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 from moe_jax.training.sample_options import SampleOptions
 
@@ -45,24 +48,6 @@ R = TypeVar('R', bound='RunOptions')
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class InitFromOptions(Options):
-  """Another run whose parameters this run begins with."""
-
-  workdir: str = option(
-    '',
-    'Folder of another run whose parameters this run begins with, with a new '
-    'optimizer; an empty string draws parameters from the seed.',
-  )
-  step: int = option(
-    -1,
-    'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
-    'the newest good one, 0 that of an imported model.',
-    at_least(-1),
-    when={'workdir': NOT_EMPTY},
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +87,13 @@ class RunOptions(Options):
     'has 1e-4, 0 leaves it out.',
     at_least(0),
   )
+  aux_losses: AuxSchedule = choice(
+    AUX_SCHEDULES,
+    'constant',
+    'Schedule of the factor by which the weights of auxiliary losses are '
+    'multiplied.',
+    how=True,
+  )
   max_nonfinite_steps: int = option(
     0,
     'Number of steps that may be skipped because their loss or gradient is not '
@@ -136,6 +128,9 @@ class RunOptions(Options):
   )
   checkpoint: CheckpointOptions = nested(
     CheckpointOptions(), 'Folder, period and number of checkpoints.'
+  )
+  early_stopping: EarlyStoppingOptions = nested(
+    EarlyStoppingOptions(), 'Early end of the run by checkpoint.best_eval.'
   )
   init_from: InitFromOptions = nested(
     InitFromOptions(), 'Run whose parameters this run begins with.'
@@ -202,14 +197,29 @@ class RunOptions(Options):
       )
 
   def _best_problems(self) -> Iterator[str]:
-    best, losses = self.checkpoint.best_eval, []
+    c = self.checkpoint
+    best, losses = c.best_eval, []
     for name, entry in self.evals.items():
       if isinstance(entry, LossEvaluation):
         losses.append(name)
-    if self.checkpoint.keep_best and best not in losses:
+    if c.keep_best and c.best_metric != 'loss':
+      if best not in self.evals:
+        yield str(unknown('evaluation checkpoint.best_eval', best, self.evals))
+    elif c.keep_best and best not in losses:
       yield (
         f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
         f'{sorted(losses)}; or set checkpoint.keep_best=False'
+      )
+    patience = self.early_stopping.patience
+    if patience and not c.keep_best:
+      yield (
+        f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '
+        'whose best_eval decides'
+      )
+    elif patience and best in self.evals and not self.evals[best].every_steps:
+      yield (
+        f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
+        'the evaluation runs only at the end'
       )
 
   def shape(self, parts: int = 1) -> RunShape:

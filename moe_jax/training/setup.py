@@ -16,12 +16,14 @@ from moe_jax.models import Model
 from moe_jax.options import OptionError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.evaluation_entries import (
   changed_models,
   make_evaluations,
   overridden,
 )
+from moe_jax.training.losses import loss_weights
 from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -48,6 +50,7 @@ class Run:
     train_step: The step of `programs`; a hook may wrap it.
     evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
+    early_stopping: The measurements that may end the run before its last step.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
     confirm: Raises ValueError if another job has taken the workdir.
@@ -65,6 +68,7 @@ class Run:
   train_step: Step
   evaluations: list[Evaluation]
   checkpoints: Checkpointer
+  early_stopping: EarlyStopping
   notes: tuple[str, ...] = ()
   confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
@@ -95,6 +99,20 @@ class Hook:
 
   def close(self) -> None:
     """Called when the run ends, also if it is stopped or fails."""
+
+
+class Ended(Hook):
+  """Notes whether a run has ended: it is at its last step, or ended early.
+
+  Attributes:
+    ended: Whether nothing of the run is left to do.
+  """
+
+  ended: bool = False
+
+  def end(self, run: Run, state: TrainState) -> None:
+    """See `Hook.end`."""
+    self.ended = True
 
 
 def set_up(
@@ -153,15 +171,27 @@ def set_up(
       workdir_lib.checkpoints_of(folder, checkpoint.directory),
       keep_newest=checkpoint.keep_newest,
       keep_best=checkpoint.keep_best,
-      best_metric=checkpoint.best_eval,
+      best_metric=checkpoint.best_name,
+      best_is_highest=checkpoint.best_is_highest,
       retry=checkpoint.retry,
     ),
-    notes=(*_ignored(filled), *workdir_lib.changed_plugins(folder, config)),
+    early_stopping=EarlyStopping(options.early_stopping, checkpoint),
+    notes=(
+      *_ignored(filled, model),
+      *workdir_lib.changed_plugins(folder, config),
+    ),
   )
 
 
-def _ignored(options: RunOptions) -> Iterator[str]:
-  """A line for each evaluation with overrides that have no effect."""
+def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
+  """A line for each part of the options that has no effect."""
+  weights = loss_weights(model, options.logits_z_weight)
+  schedule = options.aux_losses
+  if schedule != type(options)().aux_losses and not schedule.changes(weights):
+    yield (
+      f'aux_losses: this model gives none of {list(schedule.losses)} a weight; '
+      'their schedule changes nothing'
+    )
   for name, entry in options.evals.items():
     ignored = overridden(options.model, entry)[1]
     if ignored:

@@ -49,7 +49,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 # (state, load [L, E]) -> state
 MoveRouterState = Callable[[Any, Array], Any]
-# (params, batch, whole batch's normalisers, key, router_state) ->
+# (params, batch, whole batch's normalisers, key, router_state, step) ->
 # ((loss, sums), gradient)
 GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
 Normalize = Callable[[Batch], losses.Normalizers]
@@ -57,6 +57,8 @@ Normalize = Callable[[Batch], losses.Normalizers]
 Part = Callable[[Any], Any]
 # (params, key) -> the parameters with those of new adapters.
 Extend = Callable[[Any, PRNGKey], Any]
+# (weights of losses, number of steps taken) -> the weights of the next step.
+Scheduled = Callable[[losses.LossWeights, Leaf], losses.LossWeights]
 # (params, key) -> the parameters that the model's `apply` takes.
 Computed = Callable[[Any, PRNGKey], Any]
 
@@ -67,6 +69,7 @@ def make_grad_fn(
   microbatches: int = 1,
   part: Part = lambda params: params,
   computed: Computed = lambda params, key: params,
+  scheduled: Scheduled = lambda weights, step: weights,
 ) -> GradFn:
   """A function for the loss, its sums and gradient, over all microbatches.
 
@@ -79,9 +82,10 @@ def make_grad_fn(
     computed: Returns the parameters that the model computes with, such as
       kernels with their adapters, from those of the train state and a key for
       dropout.
+    scheduled: Returns the weights of the losses after a number of steps.
   """
 
-  def loss_fn(part, params, batch, whole, key, router_state):
+  def loss_fn(part, params, batch, whole, key, router_state, step):
     params = trainable.whole(part, params)
     router_key, dropout_key = jax.random.split(key)
     outputs, aux = model.apply(
@@ -91,11 +95,11 @@ def make_grad_fn(
       rngs={'router': router_key, 'dropout': dropout_key},
     )
     sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
-    return losses.total_loss(sums, whole, weights), sums
+    return losses.total_loss(sums, whole, scheduled(weights, step)), sums
 
-  def grad_fn(params, batch, whole, key, router_state=None):
+  def grad_fn(params, batch, whole, key, router_state=None, step=0):
     return jax.value_and_grad(loss_fn, has_aux=True)(
-      part(params), params, batch, whole, key, router_state
+      part(params), params, batch, whole, key, router_state, step
     )
 
   return grad_fn if microbatches == 1 else _accumulated(grad_fn, microbatches)
@@ -108,7 +112,7 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
   is the whole batch's loss, auxiliary losses included.
   """
 
-  def accumulated(params, batch, whole, key, router_state=None):
+  def accumulated(params, batch, whole, key, router_state=None, step=0):
     slices = jax.tree.map(
       lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
     )
@@ -116,11 +120,13 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
     def one(total, item):
       index, part = item
       key_of_part = jax.random.fold_in(key, index)
-      result = grad_fn(params, part, whole, key_of_part, router_state)
+      result = grad_fn(params, part, whole, key_of_part, router_state, step)
       return jax.tree.map(jnp.add, total, result), None
 
     first = jax.tree.map(lambda x: x[0], slices)
-    shapes = jax.eval_shape(grad_fn, params, first, whole, key, router_state)
+    shapes = jax.eval_shape(
+      grad_fn, params, first, whole, key, router_state, step
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(one, zeros, (jnp.arange(n), slices))[0]
 
@@ -154,7 +160,7 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   whole = normalize(batch)
   (loss, sums), grads = grad_fn(
-    state.params, batch, whole, key, state.router_state
+    state.params, batch, whole, key, state.router_state, state.step
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.layers.parameters import Role
 from moe_jax.options import OptionError
+from moe_jax.training import programs
 from moe_jax.training.optimizer import Adafactor, AdamW
 from moe_jax.training.schedules import Constant, Cosine, InverseSqrt
 from tests.training import tiny
@@ -119,6 +120,54 @@ def test_patterns_of_a_users_own_come_first(params):
   assert (left['w'], left['layers']['experts']) == (1.0, 0.5)
 
 
+def test_rules_select_parts_of_the_model_too(params):
+  # 'experts' is the role here, and 'ffn' is in no name.
+  left = decayed(
+    params,
+    rate_rules=(('part:ffn + norms', 0.1), ('', 0.2)),
+    decay_rules=(('part:all - experts', 1.0),),
+  )
+  assert left == {'w': 0.95, 'layers': {'experts': 0.9}, 'scale': 0.95}
+  # The first that selects a parameter counts, whatever its form.
+  left = decayed(params, rate_rules=(('^w$', 0.0), ('part:all', 0.1)))
+  assert (left['w'], left['layers']['experts']) == (1.0, 0.95)
+  # A part that does not train may be named, as long as the model has it.
+  frozen = {'w': None, 'layers': params['layers'], 'scale': None}
+  axes = {'w': None, 'layers': AXES['layers'], 'scale': None}
+  o = AdamW(schedule=AT_ONCE, rate_rules=(('part:ffn', 0.1),))
+  part = o.transformation(
+    10, axes, ROLES, lambda tree: {**tree, 'w': None, 'scale': None}
+  )
+  assert run(part, frozen, frozen, steps=1)['w'] is None
+
+
+@pytest.mark.parametrize('name', ['rate_rules', 'decay_rules'])
+def test_a_part_that_the_model_lacks_is_refused_by_the_rule(name):
+  o = AdamW(**{name: (('part:lstm', 0.1),)})
+  with pytest.raises(ValueError, match=f"{name}='lstm'.*have .*'experts'"):
+    transformation(o)
+
+
+def test_rates_by_part_are_those_of_a_run():
+  """The router moves a tenth as far as with the full rate, others as far."""
+  moved = []
+  for rules in ((), (('part:router', 0.1),)):
+    options = tiny.options(
+      trainable='non_experts', optimizer=dict(rate_rules=rules, clip_norm=0.0)
+    )
+    model = tiny.model_of(options)
+    trained, optimizer = programs.make_optimizer(options, model)
+    params = tiny.params_of(options)
+    grads = trained.part(jax.tree.map(jnp.ones_like, params))
+    updates = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    moved.append(updates[0]['layers']['layer_1'])
+  router = [layer['moe']['router']['w'] for layer in moved]
+  np.testing.assert_allclose(router[1], 0.1 * router[0], rtol=1e-5)
+  attention = [jax.tree.leaves(layer['attention']) for layer in moved]
+  for a, b in zip(*attention, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_no_bias_decays_that_of_a_router_among_them():
   options = tiny.options(
     total_steps=100,
@@ -205,6 +254,8 @@ def test_adafactor_never_factors_over_experts(params):
     (dict(clip_norm=-1.0), 'clip_norm=-1.0 must be at least 0'),
     (dict(decay_rules=(('(', 1.0),)), 'decay_rules=.*are not pairs'),
     (dict(rate_rules=(('x', -1.0),)), 'rate_rules=.*are not pairs'),
+    (dict(rate_rules=(('part:expert', 1.0),)), "did you mean 'experts'"),
+    (dict(decay_rules=(('part:', 1.0),)), 'is no sum of parts'),
     (dict(weight_decay=0.0, decay_rules=(('', 0.5),)), 'has no effect unless'),
   ],
 )

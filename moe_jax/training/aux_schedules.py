@@ -1,0 +1,148 @@
+"""Schedules of the auxiliary losses: a factor of their weights by the step.
+
+The weights themselves are options of routers. A new schedule is one class with
+its options and its factor. Not here: the losses (`losses.py`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.options import (
+  Kinds,
+  Options,
+  at_least,
+  each,
+  one_of,
+  option,
+  required,
+)
+from moe_jax.shapes import Leaf
+from moe_jax.training.losses import LossWeights
+
+# The losses that can have a schedule: fields of `LossWeights`.
+_ROUTERS = ('balance', 'importance', 'load', 'z')
+_LOSSES = (*_ROUTERS, 'logits_z')
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxSchedule(Options):
+  """The contract of schedules of the auxiliary losses.
+
+  A subclass overrides `factor_at`.
+  """
+
+  losses: tuple[str, ...] = option(
+    _ROUTERS,
+    'Names of the auxiliary losses whose weights are multiplied by the '
+    "schedule's factor; besides those of routers there is 'logits_z', the loss "
+    'of logits_z_weight. An empty tuple changes no weight.',
+    each(one_of(*_LOSSES)),
+  )
+  factor: float = option(
+    1.0,
+    'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
+    'these losses out.',
+    at_least(0),
+  )
+
+  @required
+  def factor_at(self, step: Leaf) -> Leaf:
+    """Returns the factor of the weights.
+
+    A factor that never changes is a Python number: where it is 0, losses are
+    not computed.
+
+    Args:
+      step: int32 [], the number of optimizer steps taken.
+    """
+    raise NotImplementedError
+
+  def weights(self, weights: LossWeights, step: Leaf) -> LossWeights:
+    """Returns the weights of the losses after `step` optimizer steps."""
+    factor = self.factor_at(step)
+    return dataclasses.replace(
+      weights,
+      **{
+        name: _product(factor, getattr(weights, name)) for name in self.losses
+      },
+    )
+
+  def changes(self, weights: LossWeights) -> bool:
+    """Whether a loss of the schedule has a weight that is a number above 0."""
+    return any(getattr(weights, name) for name in self.losses)
+
+
+def _product(a: Leaf, b: Leaf) -> Leaf:
+  """The product, which is the number 0 where a factor is."""
+  if any(not isinstance(x, jax.Array) and x == 0 for x in (a, b)):
+    return 0.0
+  return a * b
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(AuxSchedule):
+  """The same factor at every step: 1 keeps the weights, 0 switches off."""
+
+  def factor_at(self, step: Leaf) -> Leaf:
+    """Returns the factor."""
+    del step
+    return self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(AuxSchedule):
+  """The factor, then a straight line to another factor, which then stays."""
+
+  final_factor: float = option(
+    0.0,
+    'Factor of the weights of the auxiliary losses at the end of the line; at '
+    '0 these losses are then without weight.',
+    at_least(0),
+  )
+  start_step: int = option(
+    0,
+    'Number of optimizer steps that are taken with the first factor before the '
+    'line begins; 0 begins at once.',
+    at_least(0),
+  )
+  line_steps: int = option(
+    1000,
+    'Number of optimizer steps over which the factor changes in a straight '
+    'line.',
+    at_least(1),
+  )
+
+  def factor_at(self, step: Leaf) -> Leaf:
+    """Returns the factor on the line."""
+    if self.factor == self.final_factor:
+      return self.factor
+    done = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)
+    return self.factor + (self.final_factor - self.factor) * done
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstSteps(AuxSchedule):
+  """The factor for a number of steps; after them the losses are off."""
+
+  num_steps: int = option(
+    1000,
+    'Number of optimizer steps that have the auxiliary losses; with 0 none '
+    'has.',
+    at_least(0),
+  )
+
+  def factor_at(self, step: Leaf) -> Leaf:
+    """Returns the factor, or 0 after the first steps."""
+    if not self.factor or not self.num_steps:
+      return 0.0
+    return jnp.where(step < self.num_steps, self.factor, 0.0)
+
+
+AUX_SCHEDULES = Kinds(
+  'schedule of auxiliary losses',
+  AuxSchedule,
+  {'constant': Constant, 'linear': Linear, 'first_steps': FirstSteps},
+  inline=True,
+)

@@ -1,0 +1,134 @@
+"""Early stopping: a run ends where an evaluation no longer gets better.
+
+Its state is kept in the manifest of each checkpoint, so that a run that goes on
+counts as if it had not been broken. Not here: which number of which evaluation
+it is (`runs/checkpoint_options.py`), and the loop (`loop.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.distributed import from_first
+from moe_jax.options import Options, at_least, option
+from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.runs.metrics import Row
+
+# The name under which a checkpoint has the state.
+EXTRA = 'early_stopping'
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStoppingOptions(Options):
+  """Options of when a run ends before its last step."""
+
+  patience: int = option(
+    0,
+    'Number of measurements of the evaluation checkpoint.best_eval, one after '
+    'another, that may be no better than the best before; then the run ends, '
+    'with all its evaluations. 0 never ends it before total_steps.',
+    at_least(0),
+  )
+  min_change: float = option(
+    0.0,
+    'Number by which a measurement has to be better than the best before, to '
+    'count as better; with 0 any improvement counts.',
+    at_least(0),
+    when={'patience': at_least(1)},
+  )
+
+
+@dataclasses.dataclass
+class _State:
+  """What is kept between measurements.
+
+  Attributes:
+    metric: The name of the number.
+    best: The best number so far; None before the first.
+    best_step: The step of the best.
+    reference: The number that the next has to be better than by `min_change`.
+    count: The measurements since the reference.
+    ended: Whether the run has ended.
+  """
+
+  metric: str
+  best: float | None = None
+  best_step: int = 0
+  reference: float | None = None
+  count: int = 0
+  ended: bool = False
+
+
+class EarlyStopping:
+  """The measurements of a run that decide whether it ends.
+
+  Every process has one, and follows the numbers of process 0.
+  """
+
+  def __init__(
+    self, options: EarlyStoppingOptions, checkpoint: CheckpointOptions
+  ):
+    self._options = options
+    self._checkpoint = checkpoint
+    self._state = _State(checkpoint.best_name)
+
+  @property
+  def ended(self) -> bool:
+    """Whether the run ends after the step that was measured last."""
+    return 0 < self._options.patience <= self._state.count
+
+  @property
+  def extra(self) -> dict[str, Any]:
+    """The state, for a checkpoint; {} if no run ends early."""
+    if not self._options.patience:
+      return {}
+    state = dataclasses.replace(self._state, ended=self.ended)
+    return {EXTRA: dataclasses.asdict(state)}
+
+  def restore(self, extra: Mapping[str, Any]) -> None:
+    """Goes on with the state of a checkpoint, if it is of the same number."""
+    kept = extra.get(EXTRA, {})
+    if kept.get('metric') == self._state.metric:
+      self._state = _State(**kept)
+
+  def add(self, step: int, rows: Mapping[str, Row]) -> None:
+    """Takes the rows of the evaluations after a step, given by name.
+
+    A number that is not finite is not better. Every process calls this.
+    """
+    value = self._checkpoint.best_of(rows)
+    if value is None or not self._options.patience:
+      return
+    value, state = from_first(value), self._state
+    if self._better(value, state.best, 0.0):
+      state.best, state.best_step = value, step
+    if self._better(value, state.reference, self._options.min_change):
+      state.reference, state.count = value, 0
+    else:
+      state.count += 1
+
+  def is_best(self, step: int) -> bool:
+    """Whether the step has the best number, so that its state is saved."""
+    return self._state.best is not None and self._state.best_step == step
+
+  def _better(self, value: float, before: float | None, change: float) -> bool:
+    if before is None or not math.isfinite(value):
+      return math.isfinite(value)
+    sign = -1 if self._checkpoint.best_is_highest else 1
+    return sign * value < sign * before - change
+
+  def describe(self) -> str:
+    """Words on why the run has ended."""
+    state = self._state
+    best = 'never finite'
+    if state.best is not None:
+      best = f'best {state.best:.6g} at step {state.best_step}'
+    return (
+      f'{state.metric} has not been better in {state.count} evaluations, {best}'
+    )
+
+
+def has_ended(extra: Mapping[str, Any]) -> bool:
+  """Whether a run ended early at a checkpoint with these extra values."""
+  return bool(extra.get(EXTRA, {}).get('ended'))

@@ -1,0 +1,103 @@
+"""Runs that go on with the state of another run's optimizer."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.sections import merge
+from tests.finetuning.test_start import (
+  DENSE,
+  SPARSE,
+  begun,
+  config_from,
+  train,
+)
+from tests.training import tiny
+
+KEPT = {'init_from': {'keep_optimizer': True}}
+
+
+def kept_from(workdir, model=DENSE, **overrides):
+  return merge(config_from(workdir, model, **overrides), KEPT)
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """The folder and the last state of a dense run of two steps."""
+  workdir = tmp_path_factory.mktemp('source')
+  config = tiny.config(
+    total_steps=2, model=DENSE, evals={}, sample={'num_tokens': 0}
+  )
+  return workdir, train(
+    merge(config, {'checkpoint': {'keep_best': False}}), workdir
+  )
+
+
+def adam_of(state):
+  """Adam's link of an optimizer: the first with arrays."""
+  return next(link for link in state.opt_state if jax.tree.leaves(link))
+
+
+def test_moments_and_their_count_are_kept_and_the_schedule_is_new(
+  source, tmp_path, capsys
+):
+  workdir, last = source
+  # Without clipping Adam is another link of the chain.
+  config = kept_from(workdir, optimizer={'clip_norm': 0.0})
+  state = begun(config, tmp_path / 'kept', 1)
+  said = capsys.readouterr().out
+  assert 'arrays of moments and their counts, and its schedule beg' in said
+  jax.tree.map(np.testing.assert_array_equal, adam_of(state), adam_of(last))
+  assert int(adam_of(state).count) == 2
+  assert int(state.opt_state[-1].count) == 0 == int(state.step)
+  assert any(leaf.any() for leaf in jax.tree.leaves(adam_of(state).mu))
+  new = begun(config_from(workdir, DENSE), tmp_path / 'new', 1)
+  assert 'the optimizer is new' in capsys.readouterr().out
+  assert not any(leaf.any() for leaf in jax.tree.leaves(adam_of(new)))
+
+
+def test_a_part_and_a_mesh_take_their_share(source, tmp_path):
+  workdir, last = source
+  mesh = {'data': 2, 'fsdp': 2}
+  config = kept_from(workdir, trainable='attention', mesh=mesh)
+  state = begun(config, tmp_path, 4)
+  ours, theirs = (
+    jax.tree.leaves(adam_of(s).mu['layers']) for s in (state, last)
+  )
+  assert 0 < len(ours) < len(theirs)
+  whole = adam_of(last).mu['layers']
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    adam_of(state).mu['layers']
+  ):
+    other = whole
+    for key in path:
+      other = other[key.key]
+    np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_run_with_the_kept_state_takes_steps(source, tmp_path):
+  kept = train(kept_from(source[0]), tmp_path / 'kept')
+  new = train(config_from(source[0], DENSE), tmp_path / 'new')
+  assert int(adam_of(kept).count) == 4 and int(adam_of(new).count) == 2
+  pairs = zip(*(jax.tree.leaves(s.params) for s in (kept, new)), strict=True)
+  assert any((a != b).any() for a, b in pairs)
+
+
+def test_what_does_not_fit_is_refused_by_its_name(source, tmp_path):
+  workdir, _ = source
+  part = tmp_path / 'part'
+  train(config_from(workdir, DENSE, trainable='attention'), part)
+  cases = {
+    r"optimizer 'adamw' there, Adafactor here(.|\n)*missing: opt_state": (
+      kept_from(workdir, optimizer={'kind': 'adafactor'})
+    ),
+    r"trainable 'attention' there, 'all' here(.|\n)*mu/embedding": (
+      kept_from(part)
+    ),
+    'factors of adapters are new': kept_from(workdir, lora={'rank': 2}),
+    'converted.*made sparse': kept_from(workdir, SPARSE),
+  }
+  for message, config in cases.items():
+    with pytest.raises(ValueError, match=message):
+      begun(config, tmp_path / 'run', 1)
+    assert not (tmp_path / 'run').exists()

@@ -1,0 +1,157 @@
+"""Schedules of auxiliary losses, by hand and in the step of a tiny model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.study import shared_steps
+from moe_jax.options import OptionError
+from moe_jax.routing import empty_aux
+from moe_jax.training import losses, programs, setup
+from moe_jax.training.aux_schedules import Constant, FirstSteps, Linear
+from tests.training import tiny
+
+# One layer with losses 2 (balance) and 8 (z) over 4 tokens: means 0.5 and 2.
+WHOLE = losses.Normalizers(jnp.float32(1), jnp.array([4.0]))
+WEIGHTS = losses.LossWeights(balance=0.1, z=0.01)
+LINE = Linear(factor=1.0, final_factor=0.2, start_step=2, line_steps=4)
+HEAVY = tiny.router(balance_weight=0.5, z_weight=0.3)
+WEIGHTLESS = tiny.router(balance_weight=0.0, z_weight=0.0)
+
+
+def total(schedule, step, weights=WEIGHTS):
+  aux = jax.tree.map(lambda leaf: leaf[None], empty_aux(4, 1))
+  aux = aux._replace(balance_loss=jnp.array([2.0]), z_loss=jnp.array([8.0]))
+  step = jnp.asarray(step, jnp.int32)
+  return losses.aux_loss(aux, WHOLE, schedule.weights(weights, step))
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'factors'),
+  [
+    (Constant(), [1, 1, 1, 1, 1, 1, 1, 1]),
+    (Constant(factor=3.0), [3, 3, 3, 3, 3, 3, 3, 3]),
+    (LINE, [1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+    # A warm-up of the losses, and one that never changes.
+    (
+      Linear(factor=0.0, final_factor=1.0, line_steps=2),
+      [0, 0.5, 1, 1, 1, 1, 1, 1],
+    ),
+    (Linear(factor=0.7, final_factor=0.7), [0.7] * 8),
+    (FirstSteps(factor=0.5, num_steps=3), [0.5] * 3 + [0] * 5),
+    (FirstSteps(num_steps=0), [0] * 8),
+  ],
+)
+def test_the_factor_of_each_step(schedule, factors):
+  by_step = [total(schedule, step) for step in range(8)]
+  expected = [factor * (0.1 * 0.5 + 0.01 * 2) for factor in factors]
+  np.testing.assert_allclose(by_step, expected, rtol=1e-6)
+
+
+def test_only_the_named_losses_change():
+  schedule = Linear(losses=('z',), line_steps=1)
+  np.testing.assert_allclose(total(schedule, 0), 0.05 + 0.02, rtol=1e-6)
+  np.testing.assert_allclose(total(schedule, 1), 0.05, rtol=1e-6)
+  off = Constant(losses=('logits_z',), factor=0.0)
+  weights = losses.LossWeights(balance=0.1, logits_z=0.4)
+  assert off.weights(weights, 0) == losses.LossWeights(balance=0.1)
+
+
+def test_a_factor_of_zero_leaves_the_losses_out():
+  for schedule in (
+    Constant(factor=0.0),
+    Linear(factor=0.0),
+    FirstSteps(num_steps=0),
+    FirstSteps(factor=0.0),
+  ):
+    assert schedule.weights(WEIGHTS, jnp.int32(5)) == losses.LossWeights()
+  # A loss without weight stays a constant 0 under a factor that changes.
+  weights = LINE.weights(WEIGHTS, jnp.int32(5))
+  assert (weights.importance, weights.load) == (0.0, 0.0)
+
+
+@functools.cache
+def stepped(microbatches=1, devices=1, weighted=True, **aux):
+  """The total losses of three steps of a tiny run."""
+  mesh = dict(data=1, fsdp=2, expert=2) if devices > 1 else {}
+  options = tiny.options(
+    batch_size=8,
+    microbatches=microbatches,
+    model=dict(vocab_size=264, **(HEAVY if weighted else WEIGHTLESS)),
+    aux_losses=aux,
+    mesh=mesh,
+  )
+  devices = jax.devices()[:devices]
+  mesh = options.mesh.make(devices)
+  made = programs.make_programs(options, options.build(), mesh)
+  state, by_step = made.init_state(), []
+  batch = made.put(jax.tree.map(np.asarray, tiny.batch(options)))
+  for _ in range(3):
+    state, metrics = made.train_step(state, batch)
+    by_step.append(float(metrics.loss))
+  return by_step
+
+
+AUX = dict(kind='linear', factor=0.0, final_factor=2.0, line_steps=2)
+
+
+@pytest.mark.as_users_compile
+def test_accumulation_and_meshes_change_nothing():
+  alone = stepped(**AUX)
+  np.testing.assert_allclose(stepped(microbatches=2, **AUX), alone, rtol=1e-5)
+  np.testing.assert_allclose(
+    stepped(microbatches=2, devices=4, **AUX), alone, rtol=1e-5
+  )
+  # The first step has no auxiliary loss, the second the given weights.
+  first = stepped(factor=0.0)[0]
+  np.testing.assert_allclose(alone[0], first, rtol=1e-6)
+  assert alone[1] > first + 0.5
+
+
+@pytest.mark.as_users_compile
+def test_zero_throughout_is_the_run_without_weights():
+  without = stepped(weighted=False)
+  assert stepped(factor=0.0) == without
+  assert stepped(kind='linear', factor=0.0, final_factor=0.0) == without
+  assert stepped() != without
+
+
+def made_run(tmp_path, **overrides):
+  options = tiny.options(**overrides)
+  return setup.set_up(options, tmp_path, devices=jax.devices()[:1])
+
+
+def test_a_shared_step_has_the_schedule(tmp_path):
+  run = made_run(tmp_path, model=HEAVY, aux_losses=AUX)
+  batch = next(run.batches(0))
+  own = run.train_step(run.programs.init_state(), batch)
+  own = run.train_step(own[0], batch)[1]
+  shared_steps.SharedStep().start(run)
+  shared = run.train_step(run.programs.init_state(), batch)
+  shared = run.train_step(shared[0], batch)[1]
+  np.testing.assert_allclose(shared.loss, own.loss, rtol=1e-6)
+
+
+def test_a_schedule_of_weights_that_the_model_lacks_is_said(tmp_path):
+  dense = {'moe': {'layers': 'none', 'num_experts': 0}}
+  (note,) = made_run(tmp_path, model=dense, aux_losses=AUX).notes
+  assert note.startswith('aux_losses: this model gives none of')
+  assert not made_run(tmp_path, model=dense).notes
+  assert not made_run(tmp_path, model=HEAVY, aux_losses=AUX).notes
+
+
+@pytest.mark.parametrize(
+  ('aux', 'message'),
+  [
+    ({'kind': 'cosine'}, "unknown schedule of auxiliary losses 'cosine'"),
+    ({'factor': -1.0}, 'aux_losses.factor=-1.0 must be at least 0'),
+    ({'num_steps': 3}, "has no effect with aux_losses.kind='constant'"),
+    ({'losses': ('balance', 'zz')}, r"aux_losses.losses=.*each not in \['bal"),
+  ],
+)
+def test_bad_options(aux, message):
+  with pytest.raises(OptionError, match=message):
+    tiny.options(aux_losses=aux)

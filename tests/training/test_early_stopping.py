@@ -1,0 +1,244 @@
+"""Runs that end early: by hand, through the loop, killed and gone on with."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from configs import base
+from experiments.study import item_commands
+from experiments.study.jobs import Item
+from moe_jax import finetuning, run_config
+from moe_jax.options import OptionError, option
+from moe_jax.runs import metrics, trained
+from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.training import loop
+from moe_jax.training.early_stopping import EarlyStopping, EarlyStoppingOptions
+from moe_jax.training.evaluate import EvaluationOptions
+from moe_jax.training.setup import Ended, Hook
+from tests.training import tiny
+
+NAN = float('nan')
+
+
+def counted(values, highest=False, **options):
+  """An `EarlyStopping` that was given values of steps 1, 2, ..."""
+  checkpoint = CheckpointOptions(
+    best_eval='e', best_metric='m', best_is_highest=highest
+  )
+  early = EarlyStopping(EarlyStoppingOptions(**options), checkpoint)
+  ended = []
+  for step, value in enumerate(values, 1):
+    early.add(step, {'e': {'m': value}, 'other': {'m': -1.0}})
+    ended.append(early.ended)
+  return early, ended
+
+
+@pytest.mark.parametrize(
+  ('values', 'options', 'ends', 'best'),
+  [
+    ([3.0, 2.0, 2.0, 2.5], dict(patience=2), 4, 2),
+    ([3.0, 2.0, 2.5, 1.0, 2.5], dict(patience=2), None, 4),
+    # An accuracy; the first of equals is the best.
+    ([0.2, 0.5, 0.5, 0.4], dict(patience=2, highest=True), 4, 2),
+    # 2.8 and 2.7 are the best so far, and not better by 0.5 than 3; 2.4 is.
+    ([3.0, 2.8, 2.7, 2.4], dict(patience=3, min_change=0.5), None, 4),
+    ([3.0, 2.8, 2.7, 2.6], dict(patience=3, min_change=0.5), 4, 4),
+    ([NAN, 3.0, NAN, NAN], dict(patience=2), 4, 2),
+    ([NAN, NAN], dict(patience=2), 2, 0),
+    ([1.0, 2.0, 3.0, 4.0], dict(patience=0), None, 0),
+  ],
+)
+def test_patience_by_hand(values, options, ends, best):
+  early, ended = counted(values, **options)
+  expected = [ends is not None and n >= ends for n in range(1, len(ended) + 1)]
+  assert ended == expected
+  assert [n for n in range(1, 9) if early.is_best(n)] == [best] * (best > 0)
+
+
+def test_the_state_goes_on_from_a_checkpoint():
+  early, _ = counted([3.0, 2.0, 2.5], patience=2)
+  other, _ = counted([], patience=2)
+  other.restore(early.extra)
+  other.add(4, {'e': {'m': 2.1}})
+  assert other.ended and other.is_best(2)
+  assert other.extra['early_stopping']['ended']
+  # Another number begins anew, and patience 0 keeps nothing.
+  anew, _ = counted([], patience=2)
+  anew.restore({'early_stopping': {'metric': 'e', 'count': 9}})
+  assert not anew.ended
+  assert counted([1.0, 2.0], patience=0)[0].extra == {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(EvaluationOptions):
+  """An evaluation with a number for each step."""
+
+  scores: tuple[float, ...] = option((), 'Score after each step.')
+
+  def measure(self, setting):
+    return lambda variables, step: {'score': self.scores[step - 1]}
+
+
+SCORES = (0.1, 0.3, 0.2, 0.3, 0.1, 0.9, 0.9, 0.9, 0.9)
+
+
+def options(patience=3, **overrides):
+  config = tiny.config(
+    total_steps=9,
+    log_every_steps=3,
+    sample={'num_tokens': 0},
+    checkpoint={'every_steps': 0, 'keep_newest': 1},
+    **overrides,
+  ).unlock()
+  config.evals = {
+    'scripted': base.entry(Scripted, every_steps=1, scores=SCORES),
+    'final': base.evaluation(every_steps=0, num_batches=1),
+  }
+  config.checkpoint.best_eval = 'scripted'
+  config.checkpoint.best_metric = 'score'
+  config.checkpoint.best_is_highest = True
+  config.early_stopping.patience = patience
+  return run_config.read(config.lock())
+
+
+class Kill(Hook):
+  """Ends the process at a step, as a kill would for what is on disk."""
+
+  def __init__(self, step):
+    self.step = step
+
+  def start(self, run):
+    train_step = run.train_step
+
+    def step(state, batch):
+      if int(state.step) + 1 == self.step:
+        raise KeyboardInterrupt
+      return train_step(state, batch)
+
+    run.train_step = step
+
+
+def train(options, workdir, *hooks, **kwargs):
+  ended = Ended()
+  state = loop.train_and_evaluate(
+    options,
+    workdir,
+    hooks=[*hooks, ended],
+    devices=jax.devices()[:1],
+    initial=finetuning.initial,
+    **kwargs,
+  )
+  return int(state.step), ended.ended
+
+
+@pytest.fixture(scope='module')
+def early(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('early')
+  return workdir, train(options(), workdir)
+
+
+def rows_of(workdir):
+  return [
+    {k: v for k, v in row.items() if 'second' not in k}
+    for row in metrics.read_metrics(workdir / metrics.FILE_NAME)
+  ]
+
+
+def test_a_run_ends_early_with_all_evaluations(early):
+  workdir, ended = early
+  assert ended == (5, True)
+  rows = rows_of(workdir)
+  scores = [
+    r['eval/scripted/score'] for r in rows if 'eval/scripted/score' in r
+  ]
+  assert scores == list(SCORES[:5])
+  # What runs only at the end has run, and the last averages are written.
+  assert [r['step'] for r in rows if 'eval/final/loss' in r] == [5]
+  assert [r['step'] for r in rows if 'train/loss' in r] == [3, 5]
+  with Checkpointer(workdir / 'checkpoints') as checkpoints:
+    assert checkpoints.steps() == [2, 5]  # the best is kept
+  assert trained.best_step(workdir) == 2
+
+
+def test_a_run_that_has_ended_early_says_so_and_may_go_on(
+  early, tmp_path, capsys
+):
+  workdir, _ = early
+  before = rows_of(workdir)
+  assert train(options(), workdir) == (5, True)
+  said = capsys.readouterr().out
+  assert 'ended early at step 5: scripted/score has not been better in 3' in (
+    said
+  )
+  assert 'the best checkpoint by scripted/score is that of step 2' in said
+  assert rows_of(workdir) == before
+
+
+def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
+  workdir, _ = early
+  with pytest.raises(KeyboardInterrupt):
+    train(options(), tmp_path, Kill(5))
+  # It goes on from the best, that of step 2; the counts are those of then.
+  with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
+    assert checkpoints.steps() == [2]
+  assert train(options(), tmp_path) == (5, True)
+  scores = [
+    [
+      (r['step'], r['eval/scripted/score'])
+      for r in rows_of(folder)
+      if 'eval/scripted/score' in r
+    ]
+    for folder in (tmp_path, workdir)
+  ]
+  assert scores[0] == scores[1]
+
+
+def test_more_patience_goes_on(tmp_path):
+  assert train(options(patience=1), tmp_path) == (3, True)
+  assert train(options(), tmp_path, resume=True) == (5, True)
+  assert train(options(patience=0), tmp_path, resume=True) == (9, True)
+
+
+def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
+  config = options(init_from={'workdir': str(early[0]), 'best': True})
+  train(config, tmp_path)
+  assert f'the parameters of step 2 of {early[0]}' in capsys.readouterr().out
+
+
+def test_studies_count_an_early_end_as_finished(early, monkeypatch):
+  workdir, _ = early
+  item = Item('x', {}, str(workdir))
+  monkeypatch.setattr(item_commands, '_options', lambda item: options())
+  assert item_commands.note_finished(item)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    (
+      {'checkpoint': {'keep_best': False}},
+      'patience=2 needs checkpoint.keep_best=True',
+    ),
+    (
+      {'checkpoint': {'best_metric': 'x', 'best_eval': 'no'}},
+      "unknown evaluation checkpoint.best_eval 'no'",
+    ),
+    ({'evals': {'train_capacity': {'every_steps': 0}}}, 'only at the end'),
+    ({'early_stopping': {'patience': 0, 'min_change': 0.1}}, 'has no effect'),
+    ({'init_from': {'workdir': 'x', 'best': True, 'step': 1}}, 'one of them'),
+  ],
+)
+def test_bad_options(overrides, message):
+  with pytest.raises(OptionError, match=message):
+    tiny.options(**{'early_stopping': {'patience': 2}, **overrides})
+
+
+def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
+  config = tiny.config(
+    early_stopping={'patience': 2}, checkpoint={'best_metric': 'lose'}
+  )
+  message = "unknown checkpoint.best_metric 'lose'; did you mean 'loss'"
+  with pytest.raises(ValueError, match=message):
+    train(run_config.read(config), tmp_path)
