@@ -1,8 +1,8 @@
 """Fine-tuning of a trained run: what trains, small batches, a high rate.
 
 It begins with the parameters of `tiny_switch.py` and learns to write docstrings
-after functions, with the experts kept as they are. Whatever the other run's
-folder is called, and whatever trains, are flags:
+after functions, with the experts kept as they are. Flags name the other run's
+folder, and what trains:
 
     python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
     python -m moe_jax.main --config=configs/finetune.py \

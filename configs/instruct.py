@@ -9,7 +9,7 @@ of every task is printed, with means over tasks and over clusters.
     python -m moe_jax.main --config=configs/instruct.py --workdir=runs/instruct
 
 To begin with a pre-trained model, add `--config.init_from.workdir=runs/tiny`.
-Translations are left out, as they need the package django; a task more is
+Translations are left out, as they need the package django; this adds one:
 
     config.data.mixture.sources.into_german = dict(
       kind='instructions', task='into_german'

@@ -1,8 +1,9 @@
 """The cost of training a part of a model, counted from shapes and options.
 
 Nothing is allocated. The backward pass multiplies, for each token, gradients of
-outputs with every kernel on the way to the lowest parameter that trains, and
-with the inputs of every kernel whose gradient is needed. Not here: the forward
+outputs with every kernel of all layers (also where only upper layers train, as
+layers are scanned), and with the inputs of every kernel whose gradient is
+needed. Not here: the forward
 pass (`counts.py`), bytes of activations (`memory.py`), the table
 (`cost_tables.py`).
 """
@@ -126,7 +127,7 @@ def _backward(
   if tables and tied:  # the table is the kernel of the logits, too
     total += logits
   if tables or any(roles[path].role not in _OUTSIDE for path in needed):
-    total += flops.total - flops.attention + 2 * flops.attention
+    total += flops.total + flops.attention
   return total
 
 

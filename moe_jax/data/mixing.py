@@ -6,7 +6,7 @@ its rows that is, follows from p by division. Not here: the weights of sources
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -15,35 +15,34 @@ from moe_jax.data.packing import Rows
 from moe_jax.shapes import Int
 
 
-def whole_counts(
-  weights: Sequence[float], period: int
-) -> Int[np.ndarray, ' P']:
+def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   """The number of rows of each source in a period, by largest remainders.
 
   Args:
-    weights: Shares of the sources, which need not sum to one; 0 takes none.
+    weights: Share of each source; they need not sum to one; 0 takes none.
     period: Number of rows in a period.
 
   Raises:
     ValueError: All weights are 0, or the period is so short that a source with
       a weight has no row in it.
   """
-  given = np.asarray(weights, np.float64)
+  given = np.array([*weights.values()], np.float64)
   if not len(given) or given.min() < 0 or not given.sum():
-    raise ValueError(f'weights={given.tolist()} must be at least 0, one above')
+    raise ValueError(f'weights={dict(weights)} must be at least 0, one above')
   wanted = given / given.sum() * period
   counts = np.floor(wanted + 1e-9).astype(np.int64)
   # If remainders are equal, the first source's counts as the largest.
   order = np.argsort(-(wanted - counts), kind='stable')
   counts[order[: period - counts.sum()]] += 1
-  lost = np.flatnonzero((counts == 0) & (given > 0))
-  if len(lost):
+  by_name = dict(zip(weights, counts.tolist()))
+  lost = [name for name in weights if weights[name] and not by_name[name]]
+  if lost:
+    share = weights[lost[0]] / given.sum()
     raise ValueError(
-      f'period={period} has no row of {len(lost)} sources with a weight, the '
-      f'first the one of number {lost[0]} with a share of '
-      f'{wanted[lost[0]] / period:.2g}; take a longer period'
+      f'period={period} has no row of {len(lost)} sources with a weight, such '
+      f'as {lost[0]!r} with a share of {share:.2g}; take a longer period'
     )
-  return counts
+  return by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +154,14 @@ class MixedRows(Rows):
     return f'{len(self):,} rows of {len(self._parts)} sources'
 
 
-def joined(part, draw) -> dict[str, np.ndarray]:
+def joined(
+  part: Int[np.ndarray, ' R'],
+  draw: Callable[[int, Int[np.ndarray, ' N']], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
   """A batch whose rows come from several sources.
 
   Args:
-    part: int [R], the number of the source of each row.
+    part: The number of the source of each row.
     draw: Function from the number of a source and the numbers of its rows in
       the batch to the batch of these rows alone.
 

@@ -220,9 +220,8 @@ def load(
   _check_one_vocabulary(parts)
   learned = mixture.learned()
   sizes = {name: len(parts[name].splits['train']) for name in learned}
-  shares = mixture.shares(sizes)
-  counts = whole_counts([shares[name] for name in learned], mixture.period)
-  return _mixed(mixture, task, parts, dict(zip(learned, counts.tolist())))
+  counts = whole_counts(mixture.shares(sizes), mixture.period)
+  return _mixed(mixture, task, parts, counts)
 
 
 def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
@@ -234,7 +233,12 @@ def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
     )
 
 
-def _mixed(mixture, task, parts, per_period) -> MixedDataset:
+def _mixed(
+  mixture: MixtureOptions,
+  task: TaskOptions,
+  parts: Mapping[str, Dataset],
+  per_period: Mapping[str, int],
+) -> MixedDataset:
   learned = [parts[name] for name in per_period]
   schedule = Schedule.of(np.array([*per_period.values()]))
   sha256 = hashlib.sha256()

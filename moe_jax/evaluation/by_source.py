@@ -8,7 +8,7 @@ the questions (`moe_jax.data.sources`).
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,19 +17,18 @@ from moe_jax.data import Question
 from moe_jax.data.layouts import Layout
 from moe_jax.evaluation.choice import log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
-from moe_jax.evaluation.prompts import Asked, Asker, layout_of
+from moe_jax.evaluation.prompts import Asked, Asker, AskingEvaluation
 from moe_jax.evaluation.scores import make_scores
-from moe_jax.generation import trained_run
 from moe_jax.options import at_least, option
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
-  ROOM_FOR_ALL,
   BatchesEvaluation,
-  EvaluationOptions,
   Losses,
   Setting,
   Variables,
 )
+
+Questions = dict[str, list[Question]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +66,9 @@ class SourceLosses(BatchesEvaluation):
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceScores(EvaluationOptions):
+class SourceScores(AskingEvaluation):
   """The kind 'source_scores': the score of each source's questions."""
 
-  model_overrides: Mapping[str, Any] = option(
-    ROOM_FOR_ALL,
-    'Keys of the section `model`, nested, with the values that they have in '
-    'this evaluation; by default every expert has room for all tokens, as in '
-    'generation. They must not change the shape of a parameter.',
-  )
   num_questions: int = option(
     32,
     'Number of questions of each source, spread over its validation split; 0 '
@@ -88,18 +81,14 @@ class SourceScores(EvaluationOptions):
     'have room for fewer.',
     at_least(1),
   )
-  answer_prefix: str = option(
-    '\n',
-    'Text between a question and its choices, for a model that continues '
-    'texts; other models end a question with a token.',
-  )
 
   def measure(self, setting: Setting) -> 'Scores':
     """Returns the function that measures the scores; encodes all now.
 
     Raises:
-      ValueError: The task has no inputs and targets that are text, or a
-        question has characters that the tokenizer lacks.
+      ValueError: The task has no inputs and targets that are text, a question
+        has characters that the tokenizer lacks, or those of one source are
+        judged by several scores.
     """
     task = setting.data.task
     if task.reads != 'pairs':
@@ -110,15 +99,7 @@ class SourceScores(EvaluationOptions):
     questions = self._questions(setting)
     if not any(questions.values()):
       raise ValueError('no source has a validation question')
-    imported = trained_run.is_imported(setting.workdir)
-    layout = layout_of(setting.dataset, setting.data.seq_len)
-    asker = Asker(
-      task,
-      setting.dataset.tokenizer,
-      layout,
-      self.answer_prefix,
-      imported=imported,
-    )
+    asker = self.asker(setting)
     chosen = _chosen(questions, asker)
     written = _written(questions, asker, self.num_tokens)
     generate = None
@@ -126,15 +107,21 @@ class SourceScores(EvaluationOptions):
       pairs = [p for of_source in written.values() for p in of_source]
       made = generator(setting, {}, lambda: pairs, self.num_tokens)
       generate = made.outputs
-    return Scores(setting, questions, chosen, written, layout, generate)
+    return Scores(setting, questions, chosen, written, asker.layout, generate)
 
-  def _questions(self, setting: Setting) -> dict[str, list[Question]]:
+  def _questions(self, setting: Setting) -> Questions:
     """The questions of every source, spread over its validation split."""
     options = setting.data
     sources = options.mixture.sources or {'source': options.source}
     prefix, some = options.task.input_prefix, {}
     for name, source in sorted(sources.items()):
       every = source.questions(options.selection)
+      judged = {'choice' if q.choices else q.metric for q in every}
+      if len(judged) > 1:
+        raise ValueError(
+          f'the questions of source {name!r} are judged by {sorted(judged)}; '
+          'make it a source for each'
+        )
       places = data.spread(len(every), self.num_questions)
       some[name] = [
         every[i]._replace(inputs=prefix + every[i].inputs) for i in places
@@ -153,7 +140,7 @@ class _Choice(NamedTuple):
   label: int
 
 
-def _chosen(questions, asker) -> dict[str, list[_Choice]]:
+def _chosen(questions: Questions, asker: Asker) -> dict[str, list[_Choice]]:
   return {
     name: [
       _Choice(
@@ -167,7 +154,9 @@ def _chosen(questions, asker) -> dict[str, list[_Choice]]:
   }
 
 
-def _written(questions, asker, num_tokens) -> dict[str, list[Pair]]:
+def _written(
+  questions: Questions, asker: Asker, num_tokens: int
+) -> dict[str, list[Pair]]:
   return {
     name: [
       Pair(asker.inputs(q.inputs, num_tokens), q.inputs, q.target)
@@ -193,7 +182,7 @@ class Scores:
   """
 
   setting: Setting
-  questions: dict[str, list[Question]]
+  questions: Questions
   chosen: dict[str, list[_Choice]]
   written: dict[str, list[Pair]]
   layout: Layout
@@ -247,7 +236,7 @@ class Scores:
     outputs, scores = iter(self.generate(variables)), {}
     for name, pairs in self.written.items():
       if pairs:
-        metric = next(q.metric for q in self.questions[name] if not q.choices)
+        metric = self.questions[name][0].metric
         (score,) = make_scores(metric).values()
         answers = [next(outputs) for _ in pairs]
         targets = [pair.target for pair in pairs]

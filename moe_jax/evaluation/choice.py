@@ -8,8 +8,7 @@ the text of a prompt (`prompts.py`).
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +20,21 @@ from moe_jax.data import ChoiceSourceOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
-from moe_jax.evaluation.prompts import Asked, Asker, layout_of
+from moe_jax.evaluation.prompts import Asked, AskingEvaluation
 from moe_jax.evaluation.scores import accuracy
-from moe_jax.generation import trained_run
 from moe_jax.models import Model
-from moe_jax.options import anything, at_least, choice, one_of, option
+from moe_jax.options import at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import (
-  ROOM_FOR_ALL,
-  EvaluationOptions,
-  Setting,
-  Variables,
-)
+from moe_jax.training.evaluate import Setting, Variables
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceEvaluation(EvaluationOptions):
+class ChoiceEvaluation(AskingEvaluation):
   """The kind 'choice': how often the right answer is the likeliest."""
 
-  model_overrides: Mapping[str, Any] = option(
-    ROOM_FOR_ALL,
-    'Keys of the section `model`, nested, with the values that they have in '
-    'this evaluation; by default every expert has room for all tokens, as in '
-    'generation. They must not change the shape of a parameter.',
-  )
   source: ChoiceSourceOptions = choice(
     data.CHOICE_SOURCES,
     'docstring_choice',
@@ -79,11 +66,6 @@ class ChoiceEvaluation(EvaluationOptions):
     'divide.',
     one_of(*NORMALIZES),
   )
-  answer_prefix: str = option(
-    '\n',
-    'Text between a prompt and its answer, for a model that continues texts.',
-    anything('any text'),
-  )
   train_split: str = option(
     'train',
     "The source's own name of the split from which examples are taken.",
@@ -110,16 +92,9 @@ class ChoiceEvaluation(EvaluationOptions):
         characters that the tokenizer lacks.
     """
     items, shots = self._items(setting.data.cache_dir)
-    layout = layout_of(setting.dataset, setting.data.seq_len)
-    asker = Asker(
-      setting.data.task,
-      setting.dataset.tokenizer,
-      layout,
-      self.answer_prefix,
-      imported=trained_run.is_imported(setting.workdir),
-    )
+    asker = self.asker(setting)
     asked = [asker(item, own) for item, own in zip(items, shots)]
-    return Choice(setting, self, items, asked, layout)
+    return Choice(setting, self, items, asked, asker.layout)
 
   def _items(
     self, cache_dir: str

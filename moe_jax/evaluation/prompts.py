@@ -6,8 +6,8 @@ sources of questions (`moe_jax.data.choices`).
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,13 @@ from moe_jax.data.layouts import DecoderLayout, Example, Layout
 from moe_jax.data.tasks.seq2seq import cut_inputs
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.generation import trained_run
+from moe_jax.options import anything, option
 from moe_jax.shapes import Int
+from moe_jax.training.evaluate import (
+  ROOM_FOR_ALL,
+  EvaluationOptions,
+  Setting,
+)
 
 _BETWEEN = '\n\n'
 
@@ -132,6 +138,34 @@ class Asker:
     else:
       inputs = cut_as_trained(self.task, inputs, n, self.tokenizer.eos_id)
     return Example(inputs, example.targets[:m])
+
+
+@dataclasses.dataclass(frozen=True)
+class AskingEvaluation(EvaluationOptions):
+  """Options of a kind that asks questions, with room for all their tokens."""
+
+  model_overrides: Mapping[str, Any] = option(
+    ROOM_FOR_ALL,
+    'Keys of the section `model`, nested, with the values that they have in '
+    'this evaluation; by default every expert has room for all tokens, as in '
+    'generation. They must not change the shape of a parameter.',
+  )
+  answer_prefix: str = option(
+    '\n',
+    'Text between a prompt and its answer, for a model that continues texts; '
+    'other models end a prompt with a token.',
+    anything('any text'),
+  )
+
+  def asker(self, setting: Setting) -> Asker:
+    """The form of questions for a run."""
+    return Asker(
+      setting.data.task,
+      setting.dataset.tokenizer,
+      layout_of(setting.dataset, setting.data.seq_len),
+      self.answer_prefix,
+      imported=trained_run.is_imported(setting.workdir),
+    )
 
 
 def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:

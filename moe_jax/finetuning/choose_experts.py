@@ -9,6 +9,7 @@ train alone (`training/chosen_experts.py`).
 """
 
 import functools
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -70,8 +71,8 @@ def shares(
   for batch in batches:
     use = np.stack(fetch(measure(variables, batch))).astype(np.float64)
     total = use if total is None else total + use
-  if total is None:
-    raise ValueError('no batch to choose experts from')
+  if total is None or not total.sum(1).all():
+    raise ValueError('no batch, or none with a token that reaches an expert')
   return {
     layer: own / own.sum()
     for layer, own in zip(model.sparse_layers, total, strict=True)
@@ -88,8 +89,7 @@ def chosen(
   Raises:
     ValueError: `share` is not in (0, 1].
   """
-  if not 0 < share <= 1:
-    raise ValueError(f'share={share} not in (0, 1]')
+  _check_share(share)
   layers = {}
   for layer, own in shares_of.items():
     order = np.argsort(-own, kind='stable')
@@ -99,8 +99,13 @@ def chosen(
   return layers
 
 
+def _check_share(share: float) -> None:
+  if not 0 < share <= 1:
+    raise ValueError(f'share={share} not in (0, 1]')
+
+
 def choose(
-  workdir: str,
+  workdir: str | os.PathLike[str],
   *,
   share: float,
   score: str = 'gate',
@@ -124,14 +129,16 @@ def choose(
       tokenizer is another.
     CheckpointError: No checkpoint is good.
   """
+  _check_share(share)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   found = trained.restore_variables(workdir, model, run.sharding.rules)
   dataset = data.load(options or run.data)
-  if dataset.tokenizer.identity != run.tokenizer.identity:
+  # As where a run begins with another's parameters: a task may add an EOS.
+  old, new = run.tokenizer.ids_identity, dataset.tokenizer.ids_identity
+  if old != new:
     raise ValueError(
-      f'{workdir} was trained on tokens of {run.tokenizer.identity}, the data '
-      f'is of {dataset.tokenizer.identity}'
+      f'{workdir} was trained on tokens of {old}, the data is of {new}'
     )
   stream = data.train_batches(
     dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0

@@ -49,11 +49,9 @@ class ChosenExperts:
   def describe(self) -> str:
     """A line with the counts."""
     count = sum(len(own) for own in self.layers.values())
-    E, by_layer = (
-      self.num_experts,
-      ', '.join(f'layer {i}: {len(own)}' for i, own in self.layers.items()),
-    )
-    return f'{count} of {E * len(self.layers)} experts chosen ({by_layer})'
+    total = self.num_experts * len(self.layers)
+    by_layer = ', '.join(f'layer {i}: {len(e)}' for i, e in self.layers.items())
+    return f'{count} of {total} experts chosen ({by_layer})'
 
 
 def read(path: str) -> ChosenExperts:

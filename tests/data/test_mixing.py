@@ -41,8 +41,8 @@ def assert_equal(one, other):
 
 
 def test_a_told_schedule():
-  # Three of four rows are of source 0. Its rows stand at 1/6, 3/6 and 5/6 of a
-  # period, the one row of source 1 at 1/2, where the first source goes first.
+  # Three of four rows are of source 0. The row of source 1 may come once half
+  # of it has come up, 1 / (2n - 2), and comes in the middle of a period.
   schedule = Schedule.of(np.array([3, 1]))
   part, number = schedule(np.arange(8))
   assert part.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
@@ -65,20 +65,21 @@ def test_a_told_schedule():
   ],
 )
 def test_largest_remainders(weights, period, counts):
-  assert whole_counts(weights, period).tolist() == counts
+  found = whole_counts(dict(zip('abc', weights)), period)
+  assert found == dict(zip('abc', counts))
 
 
 @pytest.mark.parametrize(
   ('weights', 'message'),
   [
-    ([100.0, 1.0], r'period=10 has no row of 1 sources .* number 1 .* 0.0099'),
-    ([0.0, 0.0], r'weights=\[0.0, 0.0\]'),
-    ([-1.0, 2.0], r'weights=\[-1.0, 2.0\]'),
+    ([100.0, 1.0], r"period=10 has no row of 1 sources .* 'b' .* 0.0099"),
+    ([0.0, 0.0], r"weights={'a': 0.0, 'b': 0.0}"),
+    ([-1.0, 2.0], r"weights={'a': -1.0, 'b': 2.0}"),
   ],
 )
 def test_weights_that_no_period_can_have(weights, message):
   with pytest.raises(ValueError, match=message):
-    whole_counts(weights, 10)
+    whole_counts(dict(zip('ab', weights)), 10)
 
 
 @settings(deadline=None, max_examples=100)

@@ -143,3 +143,18 @@ def test_a_task_without_pairs():
   setting = types.SimpleNamespace(data=run.data)
   with pytest.raises(ValueError, match='LmTask reads texts'):
     SourceScores().measure(setting)
+
+
+def test_a_source_that_is_judged_in_two_ways():
+  # Which of two scores would be the source's?
+  questions = [data.Question('q', 'a'), data.Question('q', 'a', ('a', 'b'))]
+  source = types.SimpleNamespace(questions=lambda selection: questions)
+  options = types.SimpleNamespace(
+    task=data.Seq2SeqTask(),
+    mixture=MixtureOptions(),
+    source=source,
+    selection=None,
+  )
+  setting = types.SimpleNamespace(data=options)
+  with pytest.raises(ValueError, match=r"judged by \['choice', 'exact_match'"):
+    SourceScores().measure(setting)

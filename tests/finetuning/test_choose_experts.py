@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import partitioning
+from moe_jax import data, partitioning
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
@@ -218,6 +218,17 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   shares = {int(i): np.array(own) for i, own in found.about['shares'].items()}
   assert found.layers == choose_experts.chosen(shares, 0.6)
   assert set(found.layers) == {1, 3}
+  # The task may read pairs, whose inputs end in an EOS; the ids are the same.
+  task = data.DataOptions(
+    source=data.InstructionSource('copy', num_train=40, num_validation=4),
+    task=data.Seq2SeqTask(),
+    seq_len=24,
+  )
+  choose_experts.choose(
+    tmp_path / 'run', share=0.6, num_batches=1, options=task
+  )
+  with pytest.raises(ValueError, match=r'share=1.5 not in \(0, 1\]'):
+    choose_experts.choose('no folder', share=1.5)
   with pytest.raises(SystemExit):
     command.main([*args, f'--output={file}'])
   assert 'is there already' in capsys.readouterr().err

@@ -23,7 +23,12 @@ _SMALL = 40  # examples of a run with ':runlocal'
 
 @dataclasses.dataclass(frozen=True)
 class InstructionSource(SourceOptions):
-  """Instructions of one task and their answers, made when they are read."""
+  """Instructions of one task and their answers, made when they are read.
+
+  With examples before an instruction, set `task.seq2seq.keep_end` for the task
+  seq2seq, so that what is too long for a row loses examples and keeps what is
+  asked.
+  """
 
   is_embedded: ClassVar[bool] = True
 

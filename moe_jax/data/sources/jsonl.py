@@ -6,12 +6,11 @@ templates of imported models (`moe_jax.data.tokenizers.chat`).
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.plain_files import parse_json
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pair,
@@ -48,8 +47,8 @@ class JsonlSource(SourceOptions):
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """The pairs of all lines, in order of path and line.
 
-    About one line in 20 is for validation, by a hash of the line, so that equal
-    lines are in one split.
+    About one line in 20 is for validation, by a hash of the inputs of its first
+    pair, so that what is asked is in one split, however it is answered.
 
     Raises:
       ValueError: No file matches, a line is no example (file and line are
@@ -59,23 +58,24 @@ class JsonlSource(SourceOptions):
     paths = matching(self.pattern)
     digest, counts = Digest(), dict.fromkeys(SPLITS, 0)
     for path in paths:
-      digest.text(path.read_bytes())
-      for split, _ in _lines(path):
-        counts[split] += 1
+      for line, pairs in _lines(path):
+        digest.text(line)
+        counts[_split(pairs)] += 1
     total = sum(counts.values())
     for split in selection.splits:
       if not counts[split]:
         raise ValueError(
           f'the {total} lines of {self.pattern!r} give none for '
-          f'{split}, which has about one line in 20 by a hash; add more lines'
+          f'{split}, which has about one line in 20 by a hash of the inputs; '
+          'add more lines'
         )
 
     def of_split(split: str) -> Iterator[Pair]:
       own = selection.own(split)
       for path in paths:
-        for line_split, pairs in _lines(path):
-          if line_split == own:
-            yield from pairs()
+        for _, pairs in _lines(path):
+          if _split(pairs) == own:
+            yield from pairs
 
     return Pairs(
       f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',
@@ -84,14 +84,22 @@ class JsonlSource(SourceOptions):
     )
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """The split of every line that is not empty, and a function to its pairs."""
-  for number, line in enumerate(read_text(path).split('\n'), 1):
-    if line.strip():
+def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, list[Pair]]]:
+  """Every line that is not empty, one at a time, and its pairs."""
+  with path.open('rb') as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
       where = f'{path}, line {number}'
-      value = parse_json(line, where)
-      pairs_of(value, where)  # bad lines are named before anything is used
-      yield split_of(line.strip()), functools.partial(pairs_of, value, where)
+      try:
+        text = line.decode()
+      except UnicodeDecodeError as error:
+        raise ValueError(f'{where} is not UTF-8: {error}') from None
+      yield line.strip(), pairs_of(parse_json(text, where), where)
+
+
+def _split(pairs: Sequence[Pair]) -> str:
+  return split_of(pairs[0][0])
 
 
 def pairs_of(value: Any, where: str) -> list[Pair]:

@@ -4,10 +4,10 @@ import ast
 import codecs
 import collections
 import itertools
+import string
 
 import pytest
 
-from moe_jax import data
 from moe_jax.data import InstructionSource
 from moe_jax.data.sources import instructions
 from moe_jax.data.sources.instructions import (
@@ -16,7 +16,12 @@ from moe_jax.data.sources.instructions import (
   library,
   task_table,
 )
-from moe_jax.data.sources.instructions.contract import Dice, InstructionTask
+from moe_jax.data.sources.instructions.contract import (
+  Dice,
+  Drawn,
+  InstructionTask,
+)
+from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.evaluation.scores import METRICS
 
 USABLE = instructions.usable()
@@ -67,17 +72,17 @@ def test_splits_have_no_question_in_common(name):
 def test_told_examples():
   # These are the same on every machine.
   assert TASKS['reverse']('validation', 0)[:2] == (
-    'What is pkvabt from its last letter to its first?',
-    'tbavkp',
+    'Reverse: tlvtm',
+    'mtvlt',
   )
   assert TASKS['larger']('validation', 0)[:3] == (
-    '1034 2693\nThe larger one is\n- 1034\n- 2693',
-    '2693',
-    ('1034', '2693'),
+    'Which of these two numbers is larger?\n4285 8132\n- 4285\n- 8132',
+    '8132',
+    ('4285', '8132'),
   )
   assert TASKS['caesar']('validation', 0)[:2] == (
-    'Move the letters of rfht by 4 in the alphabet.',
-    'vjlx',
+    'Encipher with a Caesar cipher: qkwnly by 5',
+    'vpbsqd',
   )
 
 
@@ -181,6 +186,25 @@ def test_functions_of_the_library_are_short_and_different():
   assert len({f.source for f in functions}) == len(functions)
 
 
+@pytest.mark.parametrize(
+  ('source', 'returns'),
+  [
+    ('def a(x):\n  return x', True),
+    ('def a(x):\n  if x:\n    return 1\n  raise ValueError', True),
+    ('def a(x):\n  return None', False),
+    ('def a(x):\n  return', False),
+    ('def a(x):\n  def b():\n    return x\n  x(b)', False),
+    ('def a(x):\n  call(lambda: (yield x))', False),
+  ],
+)
+def test_a_return_of_its_own_with_a_value(source, returns):
+  assert library.function_of(source, 'It works.').returns == returns
+
+
+def test_generators_are_left_out():
+  assert library.function_of('def a(x):\n  yield x', 'It works.') is None
+
+
 def test_dice_are_the_same_on_every_machine():
   dice = Dice('a')
   assert [dice.below(100) for _ in range(4)] == [27, 6, 59, 64]
@@ -191,8 +215,39 @@ def test_a_task_without_an_example_of_a_split():
   task = InstructionTask('x', 'y', ('{question}',), lambda dice: ('q', 'a'))
   with pytest.raises(ValueError, match='example -1 of'):
     task('train', -1)
-  with pytest.raises(ValueError, match="no example of split 'test'"):
+  with pytest.raises(ValueError, match="unknown split of a task 'test'"):
     TASKS['add']('test', 0)
+  one = 'train' if split_of('q') == 'train' else 'validation'
+  (other,) = {'train', 'validation'} - {one}
+  task = InstructionTask('x', 'y', ('{question}',), lambda _: Drawn('q', 'a'))
+  assert task(one, 3).inputs == 'q'
+  with pytest.raises(ValueError, match=f'no example of split {other!r} in'):
+    task(other, 0)
+
+
+def test_a_task_with_too_few_examples_to_show():
+  # Its two training examples are all that there is to learn from.
+  keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:2]
+  task = InstructionTask(
+    'x', 'y', ('{question}',), lambda dice: Drawn(dice.one(keys), 'a')
+  )
+  assert task('train', 0, num_shots=1).inputs.count('\n\n') == 1
+  with pytest.raises(ValueError, match=r'besides 2 others in .* fewer shots'):
+    task('train', 0, num_shots=2)
+
+
+def test_no_example_is_about_what_is_asked():
+  # A function that is cut at another line, or the same message in another
+  # language, would give the answer away.
+  def draw(dice):
+    key = dice.one(keys)
+    return Drawn(f'{key} in {dice.below(9)} words', key, key=key)
+
+  keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:4]
+  task = InstructionTask('x', 'y', ('{question}',), draw)
+  for i in range(20):
+    parts = task('train', i, num_shots=3).inputs.split('\n\n')
+    assert len({part[0] for part in parts}) == 4
 
 
 def test_a_source_has_the_examples_of_its_task():
@@ -217,15 +272,46 @@ def test_a_task_whose_package_is_missing(monkeypatch):
   assert 'into_german: needs django' in '\n'.join(task_table.lines())
 
 
+def subjects(names, split, count):
+  return {
+    TASKS[name].drawn(split, i)[0].subject
+    for name in names
+    for i in range(count)
+  }
+
+
+def test_what_is_read_is_of_one_split_in_all_tasks():
+  # What one task learns about a function is not asked by another.
+  on_code = [n for n, t in TASKS.items() if t.cluster.startswith('code_')]
+  assert len(on_code) == 8
+  train = subjects(on_code, 'train', 150)
+  assert not train & subjects(on_code, 'validation', 30)
+  assert train <= {f.source for f in library.functions()}
+
+
 def test_translations_are_of_one_split_in_all_directions():
   pytest.importorskip('django')
-  drawn, _ = TASKS['language'].drawn('train', 0)
-  assert drawn.answer in ('German', 'Spanish', 'French')
-  english, _ = TASKS['into_english'].drawn('train', 0)
-  assert english.key == english.answer
+  names = [n for n, t in TASKS.items() if t.cluster == 'translation']
+  assert len(names) == 5
+  train = subjects(names, 'train', 200)
+  assert not train & subjects(names, 'validation', 50)
+
+
+def test_a_text_of_several_languages_is_no_question():
+  pytest.importorskip('django')
+  languages = collections.defaultdict(set)
+  for name in ('german', 'spanish', 'french'):
+    task = TASKS[f'into_{name}']
+    for i in range(300):
+      drawn, _ = task.drawn('train', i)
+      languages[drawn.answer].add(name)
+  twice = {text for text, own in languages.items() if len(own) > 1}
+  assert twice  # such as names, which stay as they are
+  asked = {TASKS['language'].drawn('train', i)[0].question for i in range(300)}
+  assert not asked & twice
 
 
 def test_the_table_has_every_task():
   text = '\n'.join(task_table.lines())
   assert all(f'\n{name} (' in text for name in USABLE)
-  assert '  > tbavkp' in text and data.SOURCES.builtin['instructions']
+  assert '  > mtvlt' in text

@@ -19,18 +19,20 @@ CHAT = [
 
 
 def line_of(value, split):
-  """A line of a value that is in a split, by a number that changes its hash."""
-  for n in range(1000):
-    line = json.dumps({**value, 'id': n})
-    if split_of(line) == split:
-      return line
-  raise AssertionError(value)
+  """The line of a value, whose inputs are in a split."""
+  assert split_of(pairs_of(value, '')[0][0]) == split
+  return json.dumps(value)
+
+
+# Inputs that are in the validation split by their hash.
+VALIDATION = next(c for c in 'abcdefghijklmnopqrstuvwxyzABCDEFGH'
+                  if split_of(c) == 'validation')  # fmt: skip
 
 
 def write(folder, *values):
   """A file of training lines, and one line for validation."""
   lines = [line_of(value, 'train') for value in values]
-  lines.append(line_of({'inputs': 'v', 'targets': 'w'}, 'validation'))
+  lines.append(line_of({'inputs': VALIDATION, 'targets': 'w'}, 'validation'))
   (folder / 'a.jsonl').write_text('\n\n'.join(lines) + '\n')
   return JsonlSource(str(folder / '*.jsonl'))
 
@@ -46,7 +48,7 @@ def test_lines_of_both_kinds(tmp_path):
   source = write(tmp_path, {'inputs': 'a', 'targets': 'b'}, {'messages': CHAT})
   pairs = source.pairs()
   assert [target for _, target in pairs.pairs('train')] == ['b', 'yo', 'ok']
-  assert list(pairs.pairs('validation')) == [('v', 'w')]
+  assert list(pairs.pairs('validation')) == [(VALIDATION, 'w')]
   assert '1 files, 3 lines' in pairs.name
   before = pairs.identity
   write(tmp_path, {'inputs': 'a', 'targets': 'c'})
@@ -87,6 +89,26 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path, line, message):
   path.write_text(f'{good}\n{line}\n')
   with pytest.raises(ValueError, match=f'{path}, {message}'):
     JsonlSource(str(path)).pairs()
+
+
+def test_what_is_asked_is_in_one_split(tmp_path):
+  # Other answers and other keys do not move a line to the other split.
+  asked = [VALIDATION, 'abc']
+  lines = [
+    json.dumps({'inputs': text, 'targets': f't{n}', 'id': n})
+    for n in range(30)
+    for text in asked
+  ]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  pairs = JsonlSource(str(tmp_path / '*.jsonl')).pairs()
+  for split, text in (('validation', VALIDATION), ('train', 'abc')):
+    assert [inputs for inputs, _ in pairs.pairs(split)] == [text] * 30
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(b'\n"\xff"\n')
+  with pytest.raises(ValueError, match=r'a\.jsonl, line 2 is not UTF-8'):
+    JsonlSource(str(tmp_path / 'a.jsonl')).pairs()
 
 
 def test_a_split_without_a_line(tmp_path):

@@ -47,7 +47,7 @@ TASKS = cluster_of(
     _rot13,
     (
       'ROT13: {question}',
-      'Move every letter by 13 places.\n{question}',
+      'Move every letter 13 places along the alphabet.\n{question}',
       '{question}\nIn ROT13 that is',
     ),
   ),
@@ -55,8 +55,8 @@ TASKS = cluster_of(
     _caesar,
     (
       'Caesar: {question}',
-      'Move the letters of {question} in the alphabet.',
-      'Encipher as Caesar did: {question}',
+      'Shift the letters of {question} along the alphabet.',
+      'Encipher with a Caesar cipher: {question}',
     ),
   ),
   atbash=(
@@ -64,7 +64,7 @@ TASKS = cluster_of(
     (
       'Atbash: {question}',
       'Write z for a, y for b, and so on.\n{question}',
-      '{question}\nWith the alphabet turned round:',
+      '{question}\nWith the alphabet reversed:',
     ),
   ),
   to_morse=(
@@ -79,7 +79,7 @@ TASKS = cluster_of(
     _from_morse,
     (
       'Letters: {question}',
-      'Which word is this in Morse code?\n{question}',
+      'Which word does this Morse code spell?\n{question}',
       '{question}\nIn letters:',
     ),
   ),

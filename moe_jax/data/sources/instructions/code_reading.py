@@ -28,12 +28,8 @@ def answers(
     others: Texts from which the wrong answers are taken.
     count: Number of answers.
   """
-  drawn = [right]
-  while len(drawn) < count:
-    other = dice.one(others)
-    if other not in drawn:
-      drawn.append(other)
-  return tuple(dice.some(drawn, count))
+  wrong = [other for other in dict.fromkeys(others) if other != right]
+  return tuple(dice.some([right, *dice.some(wrong, count - 1)], count))
 
 
 def unnamed(function: Function) -> str:
@@ -78,25 +74,26 @@ TASKS = cluster_of(
   count_arguments=(
     _count_arguments,
     (
-      'Count the arguments.\n{question}',
-      '{question}\nHow many arguments are there, without self and cls?',
-      'def f(a, b) has 2 arguments. And this one?\n{question}',
+      'Count the arguments, without self and cls.\n{question}',
+      '{question}\nHow many arguments does it have, besides self and cls?',
+      'def f(self, a, b) has 2 arguments besides self. How many has this '
+      'function, besides self and cls?\n{question}',
     ),
   ),
   returns_value=(
     _returns_value,
     (
-      'Does it return a value?\n{question}',
-      '{question}\nDoes this function give something back?',
-      'Say whether there is a value after a return.\n{question}',
+      'Does this function return a value?\n{question}',
+      '{question}\nDoes this function ever return anything?',
+      'Say whether a return in this function has a value.\n{question}',
     ),
   ),
   parses=(
     _parses,
     (
       'Does this parse?\n{question}',
-      '{question}\nIs this correct Python?',
-      'Say whether Python can read this.\n{question}',
+      '{question}\nIs this valid Python?',
+      'Say whether Python can parse this.\n{question}',
     ),
   ),
   name_function=(
@@ -104,7 +101,7 @@ TASKS = cluster_of(
     (
       'Name this function.\n{question}',
       '{question}\nWhat is a better name than f?',
-      'In the library, f has another name. Which?\n{question}',
+      "In Python's library, f has another name. Which one?\n{question}",
     ),
   ),
 )

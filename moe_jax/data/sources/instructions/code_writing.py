@@ -20,7 +20,7 @@ def _choose_docstring(dice: Dice) -> Drawn:
 
 
 def _repair_indentation(dice: Dice) -> Drawn:
-  # A function is in the row twice.
+  # A row has the function twice, so it has to be shorter than for other tasks.
   function = dice.one(shorter(90, 40, 72))
   lines = function.source.split('\n')
   broken = [line.strip() for line in lines]
@@ -29,13 +29,13 @@ def _repair_indentation(dice: Dice) -> Drawn:
 
 def _finish_line(dice: Dice) -> Drawn:
   function = dice.one(functions())
-  lines = [line for line in function.source.split('\n') if len(line) > 12]
-  line = dice.one(lines or [function.source.split('\n')[0]])
-  before, _, _ = function.source.partition(line)
-  cut = len(line) // 2
-  return Drawn(
-    before + line[:cut], line[cut:].rstrip() or '#', key=function.source
-  )
+  lines = [line.rstrip() for line in function.source.split('\n')]
+  long = [i for i, line in enumerate(lines) if len(line.strip()) > 12]
+  at = dice.one(long or [0])
+  line, words = lines[at], lines[at].lstrip()
+  cut = len(line) - (len(words) + 1) // 2
+  question = '\n'.join([*lines[:at], line[:cut]])
+  return Drawn(question, line[cut:], key=function.source)
 
 
 _EVERY = cluster_of(
@@ -45,15 +45,15 @@ _EVERY = cluster_of(
     (
       'Write a docstring.\n{question}',
       '{question}\nWhat does this function do?',
-      'Describe this function in a line.\n{question}',
+      'Describe this function in one line.\n{question}',
     ),
   ),
   choose_docstring=(
     _choose_docstring,
     (
-      'Which docstring belongs to it?\n{question}',
-      '{question}\nWhich of these lines describes it?',
-      'Choose the description.\n{question}',
+      'Which docstring belongs to this function?\n{question}',
+      '{question}\nWhich of these lines describes this function?',
+      'Choose the description of this function.\n{question}',
     ),
   ),
   repair_indentation=(
@@ -61,15 +61,15 @@ _EVERY = cluster_of(
     (
       'Indent:\n{question}',
       '{question}\nThe same with its indentation:',
-      'The blanks at the begin of the lines are lost. Repair it.\n{question}',
+      'The indentation of these lines is lost. Restore it.\n{question}',
     ),
   ),
   finish_line=(
     _finish_line,
     (
       'Finish the last line.\n{question}',
-      'How does the last line go on?\n{question}',
-      'Complete the line of code.\n{question}',
+      'How does the last line continue?\n{question}',
+      'Complete the last line of this code.\n{question}',
     ),
   ),
 )

@@ -9,8 +9,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from moe_jax.data.sources.contract import Question
+from moe_jax.data.sources.contract import SPLITS, Question
 from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.options import unknown
 
 T = TypeVar('T')
 # Number of draws after which a task is taken to have no example of a split; one
@@ -55,14 +56,19 @@ class Drawn(NamedTuple):
     answer: The right answer; not empty.
     choices: Answers to choose from, the right one among them; empty where any
       text can be the answer.
-    key: Text whose hash decides the split, so that no key is in both; '' is the
-      question.
+    key: Text whose hash decides the split, so that no key is in both, in no
+      task; '' is the question.
   """
 
   question: str
   answer: str
   choices: tuple[str, ...] = ()
   key: str = ''
+
+  @property
+  def subject(self) -> str:
+    """The key, or else the question: what no two splits have in common."""
+    return self.key or self.question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +95,21 @@ class InstructionTask:
     """The content of example `index` of a split, and the dice for its words.
 
     Raises:
-      ValueError: The index is negative, or the task has no example of the
-        split.
+      ValueError: The index is negative, the split is neither of our two, or
+        the task has no example of it.
     """
+    if split not in SPLITS:
+      raise unknown('split of a task', split, SPLITS)
     if index < 0:
       raise ValueError(f'example {index} of task {self.name!r} is negative')
     for attempt in range(_MOST_DRAWS):
       dice = Dice(f'{self.name} {split} {index} {attempt}')
       drawn = self.draw(dice)
-      if split_of(f'{self.name} {drawn.key or drawn.question}') == split:
+      if split_of(drawn.subject) == split:
         return drawn, dice
     raise ValueError(
-      f'task {self.name!r} has no example of split {split!r}; have '
-      "'train' and 'validation'"
+      f'task {self.name!r} has no example of split {split!r} in {_MOST_DRAWS} '
+      'draws'
     )
 
   def __call__(self, split: str, index: int, num_shots: int = 0) -> Question:
@@ -111,23 +119,33 @@ class InstructionTask:
       split: The split; a key that one split has is never in the other.
       index: Number of the example, from 0; there is no last.
       num_shots: Number of other examples, always of 'train', that stand before
-        it with their answers, in the same words.
+        it with their answers, in the same words; all are of different keys.
 
     Raises:
-      ValueError: See `drawn`.
+      ValueError: As `drawn`, or the task has too few examples.
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
-    parts, asked = [], {drawn.question}
-    while len(parts) < num_shots:
-      shot, _ = self.drawn('train', dice.below(2**31))
-      # The question itself is no example of its answer.
-      if shot.question not in asked:
-        asked.add(shot.question)
-        parts.append(f'{_told(template, shot)}\n{shot.answer}')
+    # What is asked about is in no example, which might give the answer away.
+    parts, subjects = [], {drawn.subject}
+    for _ in range(num_shots):
+      shot = self._other(dice, subjects)
+      subjects.add(shot.subject)
+      parts.append(f'{_told(template, shot)}\n{shot.answer}')
     parts.append(_told(template, drawn))
     return Question(
       '\n\n'.join(parts), drawn.answer, drawn.choices, self.metric
+    )
+
+  def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
+    """A training example about anything else."""
+    for _ in range(_MOST_DRAWS):
+      shot, _ = self.drawn('train', dice.below(2**31))
+      if shot.subject not in subjects:
+        return shot
+    raise ValueError(
+      f'task {self.name!r} has no training example besides {len(subjects)} '
+      f'others in {_MOST_DRAWS} draws; take fewer shots'
     )
 
 

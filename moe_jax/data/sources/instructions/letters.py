@@ -43,7 +43,7 @@ TASKS = cluster_of(
     _count_letters,
     (
       'Count: {question}',
-      'How often is the letter {question}?',
+      'How many times is the letter {question}?',
       '{question}\nNumber of times:',
     ),
   ),
@@ -51,7 +51,7 @@ TASKS = cluster_of(
     _length,
     (
       'Length: {question}',
-      'How many letters has {question}?',
+      'How many letters does {question} have?',
       '{question}\nNumber of letters:',
     ),
   ),
@@ -76,7 +76,7 @@ TASKS = cluster_of(
     (
       'Palindrome? {question}',
       'Is {question} the same backwards?',
-      '{question}\nA palindrome?',
+      '{question}\nIs it a palindrome?',
     ),
   ),
 )

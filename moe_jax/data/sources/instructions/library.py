@@ -8,6 +8,7 @@ import functools
 import hashlib
 import platform
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.data.sources.python_stdlib import content_digest, source_files
@@ -28,6 +29,7 @@ MODULES = tuple(
 # Characters of the longest function and summary; a row of 256 bytes has room
 # for an instruction, a function and an answer.
 _LONGEST, _LONGEST_SUMMARY = 140, 72
+_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
 
 
 class Function(NamedTuple):
@@ -37,8 +39,8 @@ class Function(NamedTuple):
     source: Its source without docstring and decorators.
     name: Its name.
     num_arguments: Number of its arguments, without `self` and `cls`.
-    returns: Whether it returns a value somewhere.
-    summary: The first line of its docstring.
+    returns: Whether a return of its own has a value other than None.
+    summary: The first line of its docstring, of two words or more.
   """
 
   source: str
@@ -56,8 +58,9 @@ def functions() -> tuple[Function, ...]:
     for _, source, docstring in documented_functions(text):
       summary = docstring.strip().split('\n')[0].strip()
       fits = len(source) <= _LONGEST and len(summary) <= _LONGEST_SUMMARY
-      if fits and summary:
-        function = _function(source, summary)
+      # A symbol or a lone word, as some docstrings are, describes nothing.
+      if fits and len(summary.split()) > 1:
+        function = function_of(source, summary)
         if function is not None:
           found.setdefault(function.source, function)
   # The order of a hash, which does not depend on the modules' names.
@@ -88,8 +91,12 @@ def digest() -> str:
   return f'Python {platform.python_version()} {sources}'
 
 
-def _function(source: str, summary: str) -> Function | None:
-  """The function of a source; None if that does not parse by itself."""
+def function_of(source: str, summary: str) -> Function | None:
+  """The function of a source.
+
+  None if it does not parse by itself, or is a generator or asynchronous, of
+  which it is unclear what it returns.
+  """
   start = re.search(r'^(async )?def ', source, re.MULTILINE)
   source = source[start.start() :].rstrip() if start else source
   try:
@@ -101,10 +108,19 @@ def _function(source: str, summary: str) -> Function | None:
   every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
   named = [arg for arg in every if arg.arg not in ('self', 'cls')]
   starred = [arg for arg in (node.args.vararg, node.args.kwarg) if arg]
-  returns = any(
-    isinstance(below, ast.Return) and below.value is not None
-    for below in ast.walk(node)
-  )
+  own = list(_own_nodes(node))
+  if any(isinstance(below, ast.Yield | ast.YieldFrom) for below in own):
+    return None
+  returned = [below.value for below in own if isinstance(below, ast.Return)]
+  returns = any(v and ast.unparse(v) != 'None' for v in returned)
   return Function(
     source, node.name, len(named) + len(starred), returns, summary
   )
+
+
+def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+  """All nodes below one, without those of inner functions and classes."""
+  for below in ast.iter_child_nodes(node):
+    yield below
+    if not isinstance(below, _SCOPES):
+      yield from _own_nodes(below)

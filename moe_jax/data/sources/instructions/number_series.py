@@ -25,13 +25,11 @@ def _largest(dice: Dice) -> Drawn:
 
 
 def _direction(dice: Dice) -> Drawn:
-  numbers = sorted({dice.below(1000) for _ in range(4)})
+  numbers = sorted(dice.some(range(1000), 4))
   mixed = [*numbers[1:], numbers[0]]
   choices = 'up', 'down', 'neither'
   answer = dice.one(choices)
   row = {'up': numbers, 'down': numbers[::-1], 'neither': mixed}[answer]
-  if len(numbers) < 3:  # too few are different: two numbers turned round
-    answer, row = 'down', numbers[::-1] + [-1]
   return Drawn(_told(row), answer, choices)
 
 
@@ -41,7 +39,7 @@ TASKS = cluster_of(
     _next_number,
     (
       'Next number: {question}',
-      'These numbers go up by equal steps. Which is next?\n{question}',
+      'These numbers go up by equal steps. Which comes next?\n{question}',
       '{question} and then',
     ),
   ),
@@ -49,9 +47,9 @@ TASKS = cluster_of(
     _next_power,
     (
       'Next product: {question}',
-      'Each number is the one before times the same factor. Which is next?\n'
-      '{question}',
-      '{question}\nThe row goes on with',
+      'Each number is the one before it times the same factor. Which comes '
+      'next?\n{question}',
+      '{question}\nThe series continues with',
     ),
   ),
   largest=(
@@ -67,7 +65,7 @@ TASKS = cluster_of(
     (
       'Direction: {question}',
       'Do these numbers go up, down, or neither?\n{question}',
-      '{question}\nThe row goes',
+      '{question}\nThe series goes',
     ),
   ),
 )

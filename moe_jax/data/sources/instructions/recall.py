@@ -49,24 +49,24 @@ TASKS = cluster_of(
     _item,
     (
       'Word {question}',
-      'Which word has this place, counted from 1?\n{question}',
-      'Take word {question}.',
+      'Which word is at this position, counting from 1?\n{question}',
+      'Write word {question}.',
     ),
   ),
   missing=(
     _missing,
     (
       'Missing: {question}',
-      'Which word of the left is not on the right?\n{question}',
+      'Which word on the left is not on the right?\n{question}',
       '{question}\nThe right side lacks',
     ),
   ),
   contains=(
     _contains,
     (
-      'There? {question}',
+      'Is it there? {question}',
       'Is the first word one of the words after "in"?\n{question}',
-      '{question}\nIs it?',
+      '{question}\nIs the first word among the others?',
     ),
   ),
 )

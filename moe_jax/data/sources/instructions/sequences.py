@@ -15,27 +15,27 @@ def words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
   return drawn
 
 
-def _copy(dice):
+def _copy(dice: Dice) -> Drawn:
   text = ' '.join(words(dice))
   return Drawn(text, text)
 
 
-def _reverse(dice):
+def _reverse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 4, 8)
   return Drawn(word, word[::-1])
 
 
-def _reverse_words(dice):
+def _reverse_words(dice: Dice) -> Drawn:
   drawn = words(dice)
   return Drawn(' '.join(drawn), ' '.join(drawn[::-1]))
 
 
-def _sort_words(dice):
+def _sort_words(dice: Dice) -> Drawn:
   drawn = words(dice)
   return Drawn(' '.join(drawn), ' '.join(sorted(drawn)))
 
 
-def _same(dice):
+def _same(dice: Dice) -> Drawn:
   one = words(dice, 2, 3)
   other = dice.one([one, one[::-1], [*one[:-1], dice.word(_LETTERS, 2, 4)]])
   answer = 'yes' if one == other else 'no'
@@ -60,7 +60,7 @@ TASKS = cluster_of(
     _reverse_words,
     (
       'Last word first: {question}',
-      'Turn the order of the words round.\n{question}',
+      'Reverse the order of the words.\n{question}',
       '{question}\nThe same words, from the last to the first:',
     ),
   ),
@@ -68,8 +68,8 @@ TASKS = cluster_of(
     _sort_words,
     (
       'Sort: {question}',
-      'Put these words in the order of the alphabet.\n{question}',
-      '{question}\nAs in a dictionary:',
+      'Put these words in alphabetical order.\n{question}',
+      '{question}\nIn dictionary order:',
     ),
   ),
   same=(

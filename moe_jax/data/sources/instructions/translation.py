@@ -4,6 +4,7 @@ It reads the catalogues of PyPI's django, and can be used where that is
 installed.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -13,7 +14,6 @@ from moe_jax.data.sources.instructions.contract import Dice, Drawn, cluster_of
 NAMES = {'de': 'German', 'es': 'Spanish', 'fr': 'French'}
 # Characters of the longest message or translation.
 _LONGEST = 80
-
 
 version = django_gettext.version
 
@@ -43,8 +43,16 @@ def _into_english(dice: Dice) -> Drawn:
   return Drawn(pair.translation, pair.message, key=pair.message)
 
 
+@functools.cache
+def _of_one_language() -> tuple[django_gettext.Pair, ...]:
+  """The pairs whose translation is in one language alone, not English."""
+  count = collections.Counter(pair.translation for pair in _pairs())
+  count.update({pair.message for pair in _pairs()})
+  return tuple(pair for pair in _pairs() if count[pair.translation] == 1)
+
+
 def _language(dice: Dice) -> Drawn:
-  pair = dice.one(_pairs())
+  pair = dice.one(_of_one_language())
   return Drawn(
     pair.translation,
     NAMES[pair.language],
@@ -78,7 +86,7 @@ _EVERY = cluster_of(
     _language,
     (
       'Language: {question}',
-      'In which language is this?\n{question}',
+      'Which language is this?\n{question}',
       '{question}\nThis is',
     ),
   ),
