@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from experiments import (
   shazeer_appendix_f,
   shazeer_table6,
   shazeer_table7,
+  stmoe_freezing,
   switch_scaling,
   switch_table1,
 )
@@ -44,6 +46,7 @@ from experiments.study import (
 from experiments.study import results as study_results
 from experiments.study.jobs import RESULT, layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
+from experiments.study.starts import Start, in_order, started
 from experiments.study.tables import Interval, markdown_table
 from moe_jax import command_line, config_flag, host, run_config, sections
 from moe_jax.analysis import cost
@@ -63,6 +66,7 @@ STUDIES = {
     shazeer_appendix_f,
     shazeer_table6,
     shazeer_table7,
+    stmoe_freezing,
     switch_scaling,
     switch_table1,
   )
@@ -137,6 +141,38 @@ def test_what_no_paper_printed_is_not_reproduced():
     for published in ([], unverified, PUBLISHED + unverified):
       claim = claimed('a', 0.6, direction, published)
       assert verdicts.verdict(claim, rows).word == word
+
+
+@pytest.mark.parametrize(
+  ('mine', 'word'),
+  [
+    ([1.21, 1.40, 1.31], verdicts.SHOWN),  # all within 0.01, with its interval
+    ([1.24, 1.40, 1.34], verdicts.UNRESOLVED),
+    ([1.40, 1.61, 1.50], verdicts.REFUTED),
+  ],
+)
+def test_that_two_rows_do_not_differ_needs_a_bound(mine, word):
+  rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
+  claim = Claim('no difference', 'loss: a = b within 0.05')
+  assert verdicts.verdict(claim, rows).word == word
+
+
+def test_starts_are_run_before_those_that_begin_with_them():
+  starts = [
+    Start('tuned', None, 'plain'), Start('plain', None), Start('idle', None),
+  ]  # fmt: skip
+  arms = [
+    Arm('a', {}),
+    Arm('b', {}, start='tuned'),
+    Arm('c', {}, start='plain'),
+  ]
+  names = [[s.name for s in level] for level in in_order(starts, arms)]
+  assert names == [['plain'], ['tuned']]
+  with pytest.raises(ValueError, match=r"unknown start 'x'.*'plain'"):
+    in_order(starts, [Arm('a', {}, start='x')])
+  circle = [Start('a', None, 'b'), Start('b', None, 'a')]
+  with pytest.raises(ValueError, match=r"each other: \['a', 'b', 'a'\]"):
+    in_order(circle, [Arm('c', {}, start='a')])
 
 
 def test_one_seed_resolves_nothing():
@@ -484,7 +520,9 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   assert set(study.presets) == {'quick', 'full'}
   for preset in study.presets.values():
     arms = study.arms_of(preset)
-    all_jobs = jobs_of(study.shared(preset), arms, tmp_path)
+    shared, seeds = study.shared(preset), range(2)
+    first = study.start_jobs(preset, shared, arms, seeds, tmp_path)
+    all_jobs = study.jobs(shared, arms, seeds, tmp_path, started(first))
     results = {}
     for i, job in enumerate(all_jobs):
       result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
@@ -553,7 +591,7 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
 def test_every_study_runs(name, tmp_path):
   study = STUDIES[name]
   quick = dataclasses.replace(
-    study.presets['quick'], steps=4, seeds=1, overrides={}
+    study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
   )
   shared = merge(study.shared(quick), {'batch_size': 4}).unlock()
   for entry in list(shared.evals)[2:-1]:  # of the same kind as the others
@@ -562,7 +600,12 @@ def test_every_study_runs(name, tmp_path):
     entry.num_batches = 1
   arms = study.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
-  for job in jobs_of(sections.lock(RunConfig, shared), kept, tmp_path, [0]):
+  shared = sections.lock(RunConfig, shared)
+  first = study.start_jobs(quick, shared, kept, [0], tmp_path)
+  for job in itertools.chain(*first):
+    runner.train(job, None, jax.devices()[:1])
+    assert (job.workdir / 'checkpoints').exists()
+  for job in study.jobs(shared, kept, [0], tmp_path, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
     expected = {
       key: value

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from experiments.study import results, scheduled_runs, times
 from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Column, Preset, Results
-from experiments.study.starts import start_jobs
+from experiments.study.starts import started
 from experiments.study.study import Study
 from moe_jax import command_line, config_file, host, sections
 
@@ -120,15 +120,11 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   began: Results = {}
 
   def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    started: dict[tuple[str, int], Job] = {}
-    for level in study.levels(preset, arms):
-      first = start_jobs(
-        study.runner.options, shared, level, seeds, output.parent, started
-      )
-      make(jobs=first, column=_START_COLUMN)
-      began.update(scheduled_runs.read_all(first))
-      started |= {(job.arm.name, job.seed): job for job in first}
-    jobs = study.jobs(shared, arms, seeds, output, started)
+    first = study.start_jobs(preset, shared, arms, seeds, output.parent)
+    for level in first:
+      make(jobs=level, column=_START_COLUMN)
+      began.update(scheduled_runs.read_all(level))
+    jobs = study.jobs(shared, arms, seeds, output, started(first))
     make(jobs=jobs, column=study.progress_column)
     return jobs
 

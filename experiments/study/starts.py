@@ -16,7 +16,7 @@ from experiments.study.parts import Arm
 from moe_jax.options import Options, unknown
 
 FOLDER = 'starts'
-# The finished runs of starts, by the name of the start and the seed.
+# The runs of starts, by the name of the start and the seed.
 Started = Mapping[tuple[str, int], Job]
 
 
@@ -66,24 +66,30 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
 def start_jobs(
   cls: type[Options],
   shared: ml_collections.ConfigDict,
-  starts: Sequence[Start],
+  levels: Sequence[Sequence[Start]],
   seeds: Sequence[int],
   results: pathlib.Path,
-  started: Started,
-) -> list[Job]:
-  """The runs of starts on all seeds.
+) -> list[list[Job]]:
+  """The runs of starts on all seeds, in the lists that `in_order` returns.
 
   Args:
     cls: Class of the options that configs describe.
     shared: The config that all arms share.
-    starts: Starts that begin with none, or with some in `started`.
+    levels: The starts; those of a list begin with those of earlier lists.
     seeds: The seeds.
     results: Folder of all studies' results.
-    started: Runs that are finished.
   """
-  jobs = []
-  for start in starts:
-    arms = [Arm(start.name, {}, start=start.start)]
-    config = start.config(shared)
-    jobs += jobs_of(cls, config, arms, seeds, results / FOLDER, started)
-  return [dataclasses.replace(job, keeps=True) for job in jobs]
+  jobs: list[list[Job]] = []
+  for level in levels:
+    before, own = started(jobs), []
+    for start in level:
+      arms = [Arm(start.name, {}, start=start.start)]
+      config = start.config(shared)
+      own += jobs_of(cls, config, arms, seeds, results / FOLDER, before)
+    jobs.append([dataclasses.replace(job, keeps=True) for job in own])
+  return jobs
+
+
+def started(levels: Sequence[Sequence[Job]]) -> Started:
+  """The runs of all lists, by the name of the start and the seed."""
+  return {(job.arm.name, job.seed): job for level in levels for job in level}

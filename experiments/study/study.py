@@ -28,7 +28,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.runner import Runner, TrainingRunner
-from experiments.study.starts import Start, Started, in_order
+from experiments.study.starts import Start, Started, in_order, start_jobs
 from experiments.study.tasks import TASKS, Task
 from moe_jax.options import unknown
 
@@ -159,9 +159,17 @@ class Study:
     """The runs of the arms on all seeds; see `jobs_of`."""
     return jobs_of(self.runner.options, shared, arms, seeds, output, started)
 
-  def levels(self, preset: Preset, arms: Sequence[Arm]) -> list[list[Start]]:
-    """The starts of the arms, in the order in which they are run."""
-    return in_order(self.starts(preset) if self.starts else [], arms)
+  def start_jobs(
+    self,
+    preset: Preset,
+    shared: ml_collections.ConfigDict,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    results: pathlib.Path,
+  ) -> list[list[Job]]:
+    """The runs that arms begin with, in the order of `starts.start_jobs`."""
+    levels = in_order(self.starts(preset) if self.starts else [], arms)
+    return start_jobs(self.runner.options, shared, levels, seeds, results)
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
     """The config that arms share; `moe_jax.main` calls this for a study's file.
