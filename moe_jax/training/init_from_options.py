@@ -1,4 +1,4 @@
-"""Options of the run with whose parameters a run begins.
+"""Options that name another run, whose parameters a run begins with.
 
 Not here: how they are read and converted, with more options
 (`moe_jax.finetuning`).
@@ -16,8 +16,8 @@ class InitFromOptions(Options):
 
   workdir: str = option(
     '',
-    'Folder of another run whose parameters this run begins with, with a new '
-    'optimizer; an empty string draws parameters from the seed.',
+    'Folder of another run whose parameters this run begins with; an empty '
+    'string draws parameters from the seed.',
   )
   step: int = option(
     -1,

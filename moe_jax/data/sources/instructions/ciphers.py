@@ -38,7 +38,8 @@ def _to_morse(dice: Dice) -> Drawn:
 
 def _from_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
-  return Drawn(' '.join(map(MORSE.get, word)), word)
+  # The word decides the split, as in the other direction.
+  return Drawn(' '.join(map(MORSE.get, word)), word, key=word)
 
 
 TASKS = cluster_of(
