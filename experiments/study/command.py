@@ -17,6 +17,7 @@ from experiments.study.starts import started
 from experiments.study.study import Study
 from moe_jax import command_line, config_file, host, sections
 
+_START_HELP = "steps of the runs to begin with; 0: the preset's"
 # The number that is printed when a run ends that others begin with.
 _START_COLUMN = Column('loss in training', 'train/loss')
 
@@ -35,13 +36,13 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
-  add(
-    '--start_steps', type=count, default=0, help='steps of runs to begin with'
-  )
+  add('--start_steps', type=count, default=0, help=_START_HELP)
   add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')
   options, options.flags = parser.parse_known_args(argv)
+  if options.start_steps and study.starts is None:
+    parser.error(f'--start_steps: no run of {study.name} begins with another')
   for flag in options.flags:
     if not re.match(r'--config\.[\w.]+=', flag):
       parser.error(f'unknown argument {flag!r}; keys are --config.KEY=VALUE')
