@@ -81,14 +81,15 @@ def _pretraining(
   shared: ml_collections.ConfigDict, steps: int, **moe: int
 ) -> ml_collections.ConfigDict:
   """Config of pre-training of the model that `shared` fine-tunes."""
-  config = copy.deepcopy(shared).unlock()
-  plain = base.get_config()
-  config.data, config.evals = plain.data, {}
-  config.data.seq_len = _SEQ_LEN
+  config = base.get_config()
+  config.model = copy.deepcopy(shared.model)
   config.total_steps = steps
   config.log_every_steps = max(steps // 10, 1)
   config.batch_size = 32
+  config.data.seq_len = _SEQ_LEN
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.checkpoint.every_steps = 0
+  config.checkpoint.keep_best = False
   changes = {f'model.moe.{name}': value for name, value in moe.items()}
   return layered(RunConfig, base.finish(config), changes)

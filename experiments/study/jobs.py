@@ -21,6 +21,7 @@ from moe_jax.options import Options
 from moe_jax.runs.workdir import write_text
 
 RESULT = 'result.json'
+_BEGINS_WITH = 'init_from.workdir'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +130,27 @@ def jobs_of(
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f'two arms are named {name!r}')
-  jobs = []
-  configs = {arm.name: layered(cls, shared, arm.overrides) for arm in arms}
-  for config in configs.values():
+  # An arm may have other options of `init_from`, which need a run to begin with.
+  begins = [{_BEGINS_WITH: 'a run'} if arm.start else {} for arm in arms]
+  configs = [
+    layered(cls, shared, {**arm.overrides, **begin})
+    for arm, begin in zip(arms, begins, strict=True)
+  ]
+  for config in configs:
     sections.read(cls, config)
+  jobs = []
   for seed in seeds:
-    for arm in arms:
-      changes: dict[str, Any] = {'seed': seed}
+    for arm, config in zip(arms, configs, strict=True):
+      named, changes = {'seed': seed}, {'seed': seed}
       if arm.start:
-        workdir = str(started[arm.start, seed].workdir)
-        changes['init_from'] = {'workdir': workdir}
-      config = sections.merge(configs[arm.name], changes)
+        start = started[arm.start, seed].workdir
+        # Names, not the path, are hashed: results may be moved.
+        named[_BEGINS_WITH] = f'{start.parent.name}/{start.name}'
+        changes[_BEGINS_WITH] = str(start)
+      hashed = config_hash(sections.merge(config, nested(named)))
+      config = sections.merge(config, nested(changes))
       short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
-      folder = f'seed{seed}-{config_hash(config)}'
+      folder = f'seed{seed}-{hashed}'
       jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))
   return jobs
 

@@ -40,17 +40,20 @@ def run_all(
   Raises:
     SystemExit: SIGTERM or Ctrl-C stopped the runs; the same call continues
       them.
-    ValueError: Some runs failed, or another process runs in the folder.
+    ValueError: Some runs failed.
   """
-  left = [job for job in jobs if not job.is_finished]
-  print(f'{len(jobs)} runs, {len(jobs) - len(left)} of them there', flush=True)
-  if not left:
-    return
-  calls: dict[str, list[Job]] = {}
-  for job in left:
-    calls.setdefault(runner.together(job), []).append(job)
-  count = min(num_workers or workers.usual(), len(calls))
-  with _alone(jobs[0].workdir.parents[2]):
+  with contextlib.ExitStack() as stack:
+    if not all(job.is_finished for job in jobs):
+      stack.enter_context(_alone(jobs[0].workdir.parents[2]))
+    left = [job for job in jobs if not job.is_finished]
+    there = len(jobs) - len(left)
+    print(f'{len(jobs)} runs, {there} of them there', flush=True)
+    if not left:
+      return
+    calls: dict[str, list[Job]] = {}
+    for job in left:
+      calls.setdefault(runner.together(job), []).append(job)
+    count = min(num_workers or workers.usual(), len(calls))
     runner.prepare(left)
     progress = _Progress(calls, column, count)
     with workers.places(count) as places:
@@ -85,17 +88,14 @@ def _logged(runner: Runner, jobs: list[Job]) -> None:
 
 @contextlib.contextmanager
 def _alone(output: pathlib.Path) -> Iterator[None]:
-  """Locks the study's folder against other processes.
-
-  Raises:
-    ValueError: Another process has locked it.
-  """
+  """Locks the study's folder; waits where another process has locked it."""
   output.mkdir(parents=True, exist_ok=True)
   with (output / 'lock').open('w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      raise ValueError(f'another process runs in {output}') from None
+      print(f'waits for another process that runs in {output}', flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 

@@ -20,7 +20,8 @@ from moe_jax.training.setup import Hook, Run
 _WEIGHT, _RATE = '_weight', '.balance_bias_rate'
 # Beginnings of the keys on which no training step depends.
 _OTHER = (
-  'seed', 'log_every_steps', 'evals.', 'checkpoint.', 'sample.', 'init_from.'
+  'seed', 'log_every_steps', 'data.source.', 'data.mixture.', 'evals.',
+  'checkpoint.', 'sample.', 'init_from.'
 )  # fmt: skip
 
 _steps: dict[str, Any] = {}
@@ -46,7 +47,7 @@ class SharedStep(Hook):
       if weight
     }
     rate = rates.pop() if rates else None
-    key = _key(options)
+    key = _key(options | {'vocab_size': run.dataset.vocab_size})
     if key not in _steps:
       _steps[key] = _compiled(run)
     run.train_step = functools.partial(_steps[key], weights, rate)

@@ -41,6 +41,7 @@ from moe_jax.data.sources import (
   instructions,
 )
 from moe_jax.data.sources.contract import (
+  SPLITS,
   ClassSource,
   Examples,
   Pairs,
@@ -77,6 +78,7 @@ __all__ = [
   'CHOICE_SOURCES',
   'SHOTS_SOURCES',
   'SOURCES',
+  'SPLITS',
   'TASKS',
   'TOKENIZERS',
   'BytesOptions',

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from moe_jax.data import DataOptions, Dataset, Rows, eval_batches
+from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
 from moe_jax.distributed import Placing
 from moe_jax.models import Model
-from moe_jax.options import Options, at_least, option, required
+from moe_jax.options import Options, at_least, one_of, option, required
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row
 from moe_jax.training.step import eval_step
@@ -122,11 +122,18 @@ class BatchesEvaluation(EvaluationOptions):
 
 @dataclasses.dataclass(frozen=True)
 class LossEvaluation(BatchesEvaluation):
-  """The kind 'loss': the validation loss, and statistics of the routers."""
+  """The kind 'loss': the loss of a split, and statistics of the routers."""
+
+  split: str = option(
+    'validation',
+    "Split of the data whose loss is measured; 'train' shows, beside an entry "
+    "with 'validation', how far a model overfits.",
+    one_of(*SPLITS),
+  )
 
   def measure(self, setting: Setting) -> 'Losses':
-    """Returns the function that measures the loss on the validation split."""
-    return Losses.of(setting, self.num_batches)
+    """Returns the function that measures the loss on the split."""
+    return Losses.of(setting, self.num_batches, self.split)
 
 
 DEFAULT_EVALS = {
@@ -220,9 +227,14 @@ class OverBatches:
   put: Placing
 
   @classmethod
-  def of(cls: type[M], setting: Setting, num_batches: int) -> M:
-    """The measurement over the validation split of a run."""
-    rows = setting.dataset.splits['validation']
+  def of(
+    cls: type[M],
+    setting: Setting,
+    num_batches: int,
+    split: str = 'validation',
+  ) -> M:
+    """The measurement over a split of a run's data."""
+    rows = setting.dataset.splits[split]
     return cls(
       setting.model, num_batches, setting.batch_size, rows, setting.put
     )
