@@ -4,8 +4,10 @@ A sparse decoder and its dense twin are pre-trained on the text of Python's
 library, once for each seed. Fine-tuning goes on with short tasks that have an
 instruction and an answer; only answers count in the loss. As in ST-MoE
 (https://arxiv.org/abs/2202.08906) one layer in four is sparse, tokens choose
-two experts, the capacity factor is 1.25 in training and 2 in evaluation, and
-both auxiliary losses stay on. Unlike there, the models are decoders of bytes.
+two experts, whose gates sum to one and the second of which is left out at
+random where its gate is small, the capacity factor is 1.25 in training and 2 in
+evaluation, and both auxiliary losses stay on. Unlike there, the models are
+decoders of bytes.
 Not here: what a study changes in fine-tuning.
 """
 
@@ -54,7 +56,10 @@ def config(steps: int) -> ml_collections.ConfigDict:
   m.moe.expert.hidden = 128  # two of them are a dense layer's 256
   m.moe.capacity.kind = 'per_token'
   m.moe.capacity.per_token.factor = 1.25
-  m.moe.router.token_choice.z_weight = 1e-3
+  router = m.moe.router.token_choice
+  router.gates = 'renormalized'
+  router.second_policy = 'threshold'
+  router.z_weight = 1e-3
   config.batch_size = 16
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule.warmup_steps = steps // 10

@@ -130,7 +130,7 @@ def jobs_of(
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f'two arms are named {name!r}')
-  # An arm may have other options of `init_from`, which need a run to begin with.
+  # Other options of `init_from` that an arm has need a run to begin with.
   begins = [{_BEGINS_WITH: 'a run'} if arm.start else {} for arm in arms]
   configs = [
     layered(cls, shared, {**arm.overrides, **begin})
