@@ -12,15 +12,16 @@ Not here: what a study changes in fine-tuning.
 """
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
 from configs import base
 from experiments.study import byte_models
 from experiments.study.jobs import layered
-from experiments.study.parts import Column, Preset
+from experiments.study.parts import Column, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.tasks import Task
 from moe_jax.data import InstructionSource, instructions
@@ -28,6 +29,11 @@ from moe_jax.run_config import RunConfig
 
 # Names of the models that are pre-trained.
 SPARSE, DENSE = 'sparse, pre-trained', 'dense, pre-trained'
+# For each model, the start of its arms and what they change in the config.
+MODELS = {
+  'sparse': (SPARSE, {}),
+  'dense': (DENSE, {'model.moe.num_experts': 0}),
+}
 # Clusters of tasks that are generated, whose examples are short.
 CLUSTERS = ('sequences', 'letters', 'number_series', 'arithmetic', 'ciphers')
 TASKS = {
@@ -35,18 +41,25 @@ TASKS = {
     {},
     'generated tasks with instructions, after the Python standard library as '
     'bytes',
-    comparable=False,
   )
 }
 LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
+# The evaluation of the split that is trained on, and its columns.
+TRAINED = 'trained'
+TRAINED_LOSS = Column('training loss', f'eval/{TRAINED}/loss', 'nats/token')
+GAP = Column('gap', unit='nats/token')
 _SEQ_LEN = 96
 
 
-def config(steps: int) -> ml_collections.ConfigDict:
-  """Config of fine-tuning on all tasks of `CLUSTERS` in equal shares.
+def config(
+  steps: int, clusters: Sequence[str] = CLUSTERS, **source: int
+) -> ml_collections.ConfigDict:
+  """Config of fine-tuning on all tasks of some clusters in equal shares.
 
   Args:
     steps: Number of optimizer steps of fine-tuning.
+    clusters: Names of the clusters.
+    **source: Options of every task's examples; see `InstructionSource`.
   """
   config = byte_models.decoder(
     steps, hidden=256, num_layers=4, num_experts=32, num_selected=2
@@ -67,23 +80,58 @@ def config(steps: int) -> ml_collections.ConfigDict:
   config.data.task.kind = 'seq2seq'
   mixture = config.data.mixture
   for name, task in instructions.TASKS.items():
-    if task.cluster in CLUSTERS:
-      mixture.sources[name] = base.source(InstructionSource(task=name))
+    if task.cluster in clusters:
+      options = InstructionSource(task=name, **source)
+      mixture.sources[name] = base.source(options)
   mixture.rule = 'given'
-  room = {'capacity': {'per_token': {'factor': 2.0}}}
-  config.evals = {byte_models.EVAL: byte_models.evaluation(moe=room)}
+  config.evals = {byte_models.EVAL: evaluation()}
   return config
+
+
+def evaluation(**keys: str) -> ml_collections.ConfigDict:
+  """Config of an evaluation at the end, with a capacity factor of 2.
+
+  Args:
+    **keys: Other options of the evaluation, such as `split`.
+  """
+  room = {'capacity': {'per_token': {'factor': 2.0}}}
+  return byte_models.evaluation(moe=room, **keys)
+
+
+def with_gap(row: Row) -> Row:
+  """The row with the gap of both splits: by how much a model overfits."""
+  losses = zip(
+    row.values[LOSS.name], row.values[TRAINED_LOSS.name], strict=True
+  )
+  gaps = [validation - training for validation, training in losses]
+  return dataclasses.replace(row, values={**row.values, GAP.name: gaps})
+
+
+def minus(name: str, row: Row, other: Row) -> Row:
+  """A row of differences, paired by seed, in all columns of both rows."""
+  values = {
+    column: [a - b for a, b in zip(own, other.values[column], strict=True)]
+    for column, own in row.values.items()
+    if column in other.values
+  }
+  return Row(name, values)
 
 
 def pretrained(preset: Preset) -> Sequence[Start]:
   """The sparse model and its dense twin, before fine-tuning."""
-  train = functools.partial(_pretraining, steps=preset.start_steps)
-  twin = functools.partial(train, num_experts=0)
-  return [Start(SPARSE, train), Start(DENSE, twin)]
+  return [
+    Start(
+      start,
+      functools.partial(
+        _pretraining, steps=preset.start_steps, changes=changes
+      ),
+    )
+    for start, changes in MODELS.values()
+  ]
 
 
 def _pretraining(
-  shared: ml_collections.ConfigDict, steps: int, **moe: int
+  shared: ml_collections.ConfigDict, steps: int, changes: Mapping[str, int]
 ) -> ml_collections.ConfigDict:
   """Config of pre-training of the model that `shared` fine-tunes."""
   config = base.get_config()
@@ -96,5 +144,4 @@ def _pretraining(
   config.optimizer.schedule.warmup_steps = min(100, steps // 8)
   config.checkpoint.every_steps = 0
   config.checkpoint.keep_best = False
-  changes = {f'model.moe.{name}': value for name, value in moe.items()}
   return layered(RunConfig, base.finish(config), changes)

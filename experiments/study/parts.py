@@ -170,6 +170,10 @@ class Claim:
     for address in self.published:
       claims.find(address)
 
+  def rows(self) -> set[str]:
+    """The names of the rows that are compared."""
+    return {name for name in (self.row, self.than) if isinstance(name, str)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Figure:

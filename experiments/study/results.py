@@ -39,7 +39,8 @@ def summary_of(
 
   Args:
     study: The study.
-    preset: The preset that was run.
+    preset: The preset that was run. Where it leaves out arms, claims about
+      rows that need them are left out.
     task: The task that was run. Where it is not comparable, the claims are
       without published numbers.
     rows: Rows of the table.
@@ -51,6 +52,9 @@ def summary_of(
   claimed = study.claims
   if not task.comparable:
     claimed = [dataclasses.replace(claim, published=()) for claim in claimed]
+  if preset.without:
+    there = {row.name for row in rows}
+    claimed = [claim for claim in claimed if claim.rows() <= there]
   remarks = study.remarks
   return {
     'name': study.name,

@@ -78,8 +78,8 @@ class SourceScores(AskingEvaluation):
   num_tokens: int = option(
     32,
     'Number of tokens at which a generated answer ends; learned positions may '
-    'have room for fewer.',
-    at_least(1),
+    'have room for fewer. With 0 only questions with choices are asked.',
+    at_least(0),
   )
 
   def measure(self, setting: Setting) -> 'Scores':
@@ -97,8 +97,13 @@ class SourceScores(AskingEvaluation):
         f'{type(task).__name__} reads {task.reads}'
       )
     questions = self._questions(setting)
+    if not self.num_tokens:
+      questions = {
+        name: [question for question in of_source if question.choices]
+        for name, of_source in questions.items()
+      }
     if not any(questions.values()):
-      raise ValueError('no source has a validation question')
+      raise ValueError('no source has a validation question that is asked')
     asker = self.asker(setting)
     chosen = _chosen(questions, asker)
     written = _written(questions, asker, self.num_tokens)
@@ -130,7 +135,8 @@ class SourceScores(AskingEvaluation):
 
   def shrunk(self) -> 'SourceScores':
     """The same evaluation of two questions and short answers."""
-    return dataclasses.replace(super().shrunk(), num_questions=2, num_tokens=4)
+    return dataclasses.replace(super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)
+    )
 
 
 class _Choice(NamedTuple):

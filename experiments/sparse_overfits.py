@@ -1,0 +1,171 @@
+"""Do sparse models overfit small tasks, and what do they gain on large ones?
+
+    python -m experiments.sparse_overfits --preset=quick
+
+ST-MoE (https://arxiv.org/abs/2202.08906), Table 10: from Dense-L to ST-MoE-L
+nearly all tasks gain, closed-book questions (TriviaQA 28.1 to 33.8) and
+reasoning (ARC-Challenge 50.2 to 56.9), and only the two smallest fall: CB, of
+250 examples, from 100 to 98.2, and WSC from 95.2 to 93.3.
+
+Here: the pre-trained decoders of `stmoe_freezing` learn tasks of 250 to 100,000
+examples, each for equally many steps, so that a small task is seen more often.
+The gap is the loss of the validation split minus that of the examples that are
+learned from. Reasoning is two ciphers, a sum and a difference in equal shares.
+Knowledge is random pairs of key and value; it is asked for what was learned, as
+in closed-book questions, so that it has a loss and no gap.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import ml_collections
+
+from configs import base
+from experiments.study import command, finetuned
+from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study.study import Study
+from moe_jax.data import InstructionSource, KvRecallSource
+
+SIZES = (250, 1000, 5000, 20000, 100000)
+REASONING = ('caesar', 'atbash', 'add', 'subtract')
+KNOWLEDGE = 'kv_recall'
+# The names of the sources of each task.
+TASKS = {'reasoning': REASONING, 'knowledge': (KNOWLEDGE,)}
+MORE = 'sparse minus dense'
+
+
+def config(steps: int) -> ml_collections.ConfigDict:
+  """The config that the arms share; they choose the task and its size."""
+  config = finetuned.config(steps, clusters=())
+  sources = config.data.mixture.sources
+  for name in REASONING:
+    options = InstructionSource(task=name, num_validation=200)
+    sources[name] = base.source(options)
+  sources[KNOWLEDGE] = base.source(KvRecallSource())
+  config.evals[finetuned.TRAINED] = finetuned.evaluation(split='train')
+  return config
+
+
+def row(task: str, size: int, model: str) -> str:
+  """The name of an arm, or of the difference of the models."""
+  return f'{task}, {size:,}, {model}'
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """An arm for each task, size and model."""
+  del preset
+  some = []
+  for task, size, model in itertools.product(TASKS, SIZES, finetuned.MODELS):
+    start, overrides = finetuned.MODELS[model]
+    sources = 'data.mixture.sources'
+    if task == 'knowledge':
+      sized = {f'{sources}.{KNOWLEDGE}.num_pairs': size}
+    else:
+      each = round(size / len(REASONING))
+      sized = {f'{sources}.{name}.num_train': each for name in REASONING}
+    weights = {
+      f'data.mixture.weights.{name}': float(name in TASKS[task])
+      for name in (*REASONING, KNOWLEDGE)
+    }
+    some.append(
+      Arm(
+        row(task, size, model),
+        {**overrides, **sized, **weights},
+        line=f'{task}, {model}',
+        x=size,
+        start=start,
+      )
+    )
+  return some
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The arms that were run, and the difference of the models by size."""
+  del times
+  made = {}
+  for arm in arms(Preset(1, 1)):
+    if arm.name in results:
+      own = STUDY.row_of(arm, results)
+      is_gap = arm.name.startswith('reasoning')
+      made[arm.name] = finetuned.with_gap(own) if is_gap else own
+  for task, size in itertools.product(TASKS, SIZES):
+    if row(task, size, 'sparse') in made:
+      pair = [made[row(task, size, model)] for model in finetuned.MODELS]
+      name = row(task, size, MORE)
+      made[name] = finetuned.minus(name, *pair)
+  for task in TASKS:
+    name = f'{task}, from {SIZES[0]:,} to {SIZES[-1]:,}, {MORE}'
+    ends = [made[row(task, SIZES[i], MORE)] for i in (-1, 0)]
+    made[name] = finetuned.minus(name, *ends)
+  return list(made.values())
+
+
+def compared(column: str, task: str, size: int, sign: str) -> str:
+  """The comparison of the sparse model with the dense one on a task."""
+  sparse, dense = (row(task, size, model) for model in finetuned.MODELS)
+  return f'{column}: {sparse} {sign} {dense}'
+
+
+def cells(task: str) -> list[str]:
+  """Addresses of published scores of the sparse model and of the dense one."""
+  return [f'stmoe2022/table10/{task}/{m}' for m in ('st_moe_l', 'dense_l')]
+
+
+STUDY = Study(
+  name='sparse_overfits',
+  title='What sparse models lose on small tasks and gain on large ones',
+  source='ST-MoE, Table 10 (scores: higher is better there)',
+  config=config,
+  arms=arms,
+  rows=rows,
+  starts=finetuned.pretrained,
+  presets={
+    'quick': Preset(
+      150,
+      3,
+      start_steps=300,
+      without=('*, 1,000, *', '*, 5,000, *', '*, 20,000, *'),
+    ),
+    'full': Preset(400, 5, start_steps=600),
+  },
+  columns=[finetuned.LOSS, finetuned.TRAINED_LOSS, finetuned.GAP],
+  claims=[
+    Claim(
+      'the smallest task has a larger gap in the sparse model',
+      compared('gap', 'reasoning', 250, '>'),
+    ),
+    Claim(
+      'the gap of the sparse model shrinks more as the task grows',
+      f'gap: reasoning, from 250 to 100,000, {MORE} < 0',
+    ),
+    Claim(
+      'the smallest task is learned worse by the sparse model',
+      compared('loss', 'reasoning', 250, '>'),
+      cells('CB'),
+    ),
+    Claim(
+      'the largest task is learned better by the sparse model',
+      compared('loss', 'reasoning', 100000, '<'),
+      cells('ARC-Challenge'),
+    ),
+    Claim(
+      'the gain of the sparse model grows with the size of the task',
+      f'loss: reasoning, from 250 to 100,000, {MORE} < 0',
+    ),
+    Claim(
+      'the sparse model knows more of the smallest set of facts',
+      compared('loss', 'knowledge', 250, '<'),
+    ),
+    Claim(
+      'the sparse model knows more of the largest set of facts',
+      compared('loss', 'knowledge', 100000, '<'),
+      cells('TriviaQA'),
+    ),
+  ],
+  figure=Figure(['loss', 'gap'], 'number of examples', log_x=True),
+  tasks=finetuned.TASKS,
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)

@@ -1,0 +1,172 @@
+"""Batch size times learning rate in fine-tuning, sparse and dense.
+
+    python -m experiments.stmoe_batch_rate --preset=quick
+
+ST-MoE (https://arxiv.org/abs/2202.08906), Figure 6 and Table 20: fine-tuned
+sparse models gain from small batches and high rates, where their dense twins
+prefer low rates; at the largest batch a sparse model scores 86.9 with a rate of
+1e-3 and 84.3 with 1e-4. Keeping the optimizer's slots of pre-training is said
+to be no worse than resetting them.
+
+Here: the pre-trained decoders of `stmoe_freezing`. All runs see equally many
+rows, so that a batch of 4 takes 16 times the steps of one of 64. A row called
+"mean over" averages the runs of a seed over the other of the two settings.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from experiments.study import command, finetuned
+from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
+from experiments.study.study import Study
+
+BATCHES, RATES = (4, 16, 64), (3e-4, 1e-3, 3e-3)
+MODELS = finetuned.MODELS
+KEPT = 'sparse, slots of the optimizer kept'
+# What the difference of two settings is, sparse minus dense.
+SMALL, HIGH = 'gain of a small batch', 'gain of a high rate'
+MORE = ': sparse minus dense'
+
+
+def cell(model: str, batch: int | str = '*', rate: float | str = '*') -> str:
+  """The name of an arm, or of the mean over one of the two settings."""
+  if batch == '*':
+    return f'{model}, rate {rate:g}, mean over batches'
+  if rate == '*':
+    return f'{model}, batch {batch}, mean over rates'
+  return f'{model}, batch {batch}, rate {rate:g}'
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """An arm for each model, batch size and rate, all on equally many rows."""
+  some = []
+  for model, batch, rate in itertools.product(MODELS, BATCHES, RATES):
+    steps = preset.steps * 16 // batch
+    start, overrides = MODELS[model]
+    overrides = {
+      **overrides,
+      'batch_size': batch,
+      'optimizer.learning_rate': rate,
+      'total_steps': steps,
+      'optimizer.schedule.warmup_steps': steps // 10,
+      'log_every_steps': max(steps // 10, 1),
+    }
+    some.append(
+      Arm(
+        cell(model, batch, rate),
+        overrides,
+        line=f'{model}, batch {batch}',
+        x=rate,
+        start=start,
+      )
+    )
+  kept = {'init_from.keep_optimizer': True, 'optimizer.learning_rate': 1e-3}
+  return [*some, Arm(KEPT, kept, start=finetuned.SPARSE)]
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The cells that were run, their means, and what sparse gains over dense."""
+  del times
+  ran = [arm for arm in arms(Preset(1, 1)) if arm.name in results]
+  made = {arm.name: STUDY.row_of(arm, results) for arm in ran}
+  batches = [b for b in BATCHES if cell('dense', b, RATES[0]) in made]
+  rates = [r for r in RATES if cell('dense', batches[0], r) in made]
+  for model in MODELS:
+    for batch in batches:
+      own = [made[cell(model, batch, rate)] for rate in rates]
+      made[cell(model, batch)] = _mean(cell(model, batch), own)
+    for rate in rates:
+      own = [made[cell(model, batch, rate)] for batch in batches]
+      made[cell(model, rate=rate)] = _mean(cell(model, rate=rate), own)
+  for name, better, worse in (
+    (SMALL, {'batch': batches[-1]}, {'batch': batches[0]}),
+    (HIGH, {'rate': rates[0]}, {'rate': rates[-1]}),
+  ):
+    for model in MODELS:
+      gain = f'{name}, {model}'
+      one, other = made[cell(model, **better)], made[cell(model, **worse)]
+      made[gain] = finetuned.minus(gain, one, other)
+    sparse, dense = (made[f'{name}, {model}'] for model in MODELS)
+    made[name + MORE] = finetuned.minus(name + MORE, sparse, dense)
+  return list(made.values())
+
+
+def _mean(name: str, of: Iterable[Row]) -> Row:
+  losses = [row.values[finetuned.LOSS.name] for row in of]
+  return Row(name, {finetuned.LOSS.name: [*np.mean(losses, axis=0)]})
+
+
+def best_cells(results: Results) -> str:
+  """A sentence on each model's best cell, by the mean over seeds."""
+  said = []
+  for model in MODELS:
+    means = {
+      arm.name: np.mean([finetuned.LOSS.of(r) for r in results[arm.name]])
+      for arm in arms(Preset(1, 1))
+      if arm.name in results and arm.line.startswith(model)
+    }
+    best = min(means, key=means.__getitem__)
+    said.append(
+      f'The best cell of the {model} model is "{best}", with '
+      f'{means[best]:.4f} nats a token.'
+    )
+  return ' '.join(said)
+
+
+STUDY = Study(
+  name='stmoe_batch_rate',
+  title='Batch size times learning rate in fine-tuning',
+  source='ST-MoE, Figure 6 and Table 20 (scores: higher is better there)',
+  config=finetuned.config,
+  arms=arms,
+  rows=rows,
+  starts=finetuned.pretrained,
+  presets={
+    'quick': Preset(
+      100,
+      3,
+      start_steps=300,
+      without=('*, batch 16, *', '*, rate 0.001', KEPT),
+    ),
+    'full': Preset(300, 5, start_steps=600),
+  },
+  columns=[finetuned.LOSS],
+  claims=[
+    Claim(
+      'at the largest batch a sparse model wants the high rate',
+      f'loss: {cell("sparse", 64, 3e-3)} < {cell("sparse", 64, 3e-4)}',
+      ['stmoe2022/table20/lr 1e-3/score', 'stmoe2022/table20/lr 1e-4/score'],
+      note='The rates here are 3e-3 and 3e-4.',
+    ),
+    Claim(
+      'a sparse model gains from a small batch',
+      f'loss: {SMALL}, sparse > 0',
+    ),
+    Claim('a sparse model gains from a high rate', f'loss: {HIGH}, sparse > 0'),
+    Claim(
+      'it gains more from a small batch than its dense twin',
+      f'loss: {SMALL}{MORE} > 0',
+    ),
+    Claim(
+      'it gains more from a high rate than its dense twin',
+      f'loss: {HIGH}{MORE} > 0',
+    ),
+    Claim(
+      'the dense twin is best at the lowest rate',
+      f'loss: {HIGH}, dense < 0',
+    ),
+    Claim(
+      'resetting the slots of the optimizer is no better than keeping them',
+      f'loss: {cell("sparse", 16, 1e-3)} > {KEPT}',
+    ),
+  ],
+  remarks=best_cells,
+  figure=Figure(['loss'], 'learning rate', log_x=True),
+  tasks=finetuned.TASKS,
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)
