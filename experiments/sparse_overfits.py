@@ -26,7 +26,7 @@ from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
 from experiments.study.study import Study
 from moe_jax.data import InstructionSource, KvRecallSource
 
-SIZES = (250, 1000, 5000, 20000, 100000)
+SIZES = (250, 2000, 20000, 100000)
 REASONING = ('caesar', 'atbash', 'add', 'subtract')
 KNOWLEDGE = 'kv_recall'
 # The names of the sources of each task.
@@ -124,7 +124,7 @@ STUDY = Study(
       150,
       3,
       start_steps=300,
-      without=('*, 1,000, *', '*, 5,000, *', '*, 20,000, *'),
+      without=('*, 2,000, *', '*, 20,000, *'),
     ),
     'full': Preset(400, 5, start_steps=600),
   },

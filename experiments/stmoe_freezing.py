@@ -47,7 +47,7 @@ STUDY = Study(
   starts=finetuned.pretrained,
   presets={
     'quick': Preset(200, 3, start_steps=300),
-    'full': Preset(600, 6, start_steps=1000),
+    'full': Preset(400, 6, start_steps=600),
   },
   columns=[finetuned.LOSS],
   claims=[
