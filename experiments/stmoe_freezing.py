@@ -71,6 +71,7 @@ STUDY = Study(
       note='The paper has them slightly best.',
     ),
   ],
+  timed=[*PARTS],
   figure=Figure(['loss']),
   tasks=finetuned.TASKS,
 )
