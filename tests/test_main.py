@@ -249,17 +249,28 @@ def final_arrays(workdir):
   return step, ocp.tree.to_flat_dict(restored)
 
 
+# A period of rows that no checkpoint falls on, and no time lost on scores.
+MIXED = (
+  '--config.data.mixture.period=50',
+  '--config.evals.losses.every_steps=0',
+  '--config.evals.scores.every_steps=0',
+  '--config.evals.scores.num_tokens=0',
+)
+
+
 @pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_stopped_and_killed_ends_as_unbroken(tmp_path):
-  whole = run(tmp_path / 'whole', *LONGER)
+  # A mixture, whose order of sources has to go on where it was.
+  config = 'configs/instruct.py:runlocal'
+  whole = run(tmp_path / 'whole', *LONGER, *MIXED, config=config)
   assert whole.returncode == 0, whole.stderr
   rng = random.Random(0)
   killed = stopped = 0
   broken = tmp_path / 'broken'
   for _ in range(3):
     process = subprocess.Popen(
-      command(broken, *LONGER),
+      command(broken, *LONGER, *MIXED, config=config),
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
