@@ -22,7 +22,7 @@ any result was seen.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
@@ -35,6 +35,7 @@ from experiments.study.parts import (
   Column,
   Figure,
   Preset,
+  Result,
   Results,
   Row,
 )
@@ -86,7 +87,7 @@ OVER_CHANCE = {
 }
 
 
-def untuned(model: str) -> str:
+def not_instructed(model: str) -> str:
   """The name of the arm that is evaluated as pre-training left it."""
   return f'{model}, not instructed'
 
@@ -154,7 +155,7 @@ def arms(preset: Preset) -> list[Arm]:
   for model in MODELS:
     start, changes = finetuned.MODELS[model]
     some += [
-      Arm(untuned(model), {**changes, **as_it_is}, start=start),
+      Arm(not_instructed(model), {**changes, **as_it_is}, start=start),
       Arm(tuned(model, first=False), {**changes, **target}, start=start),
       Arm(
         tuned(model, first=True),
@@ -180,7 +181,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     made[name] = Row(name, values)
 
   for model in MODELS:
-    add(untuned(model), [ZERO_SHOT])
+    add(not_instructed(model), [ZERO_SHOT])
     add(instructed(model), [LEARNED_LOSS, ZERO_SHOT])
   for name in ABLATIONS:
     if name in results:  # a quick preset leaves some out
@@ -189,7 +190,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     for model in MODELS:
       add(tuned(model, first=first), [TUNED_LOSS])
   for name, of in (
-    (f'not instructed: {MORE}', untuned),
+    (f'not instructed: {MORE}', not_instructed),
     (f'instructed: {MORE}', instructed),
     (f'fine-tuned directly: {MORE}', functools.partial(tuned, first=False)),
     (
@@ -221,7 +222,7 @@ def _choices(results: Results, name: str) -> dict[str, list[float]]:
   return values
 
 
-def _over(task: str):
+def _over(task: str) -> Callable[[Result], float]:
   """Function from a result to the points of a task's accuracy over chance."""
   of = f'eval/choices/{task}'
   return lambda run: run[of] - run[f'{of}.chance']
@@ -233,7 +234,7 @@ def beats_chance(results: Results, task: str) -> bool:
   return Interval.of(points).sign() > 0
 
 
-def said(results: Results) -> str:
+def at_floor(results: Results) -> str:
   """A sentence on each held-out cluster that is or is not at floor."""
   lines = []
   for cluster, task in CHOICES.items():
@@ -285,7 +286,7 @@ STUDY = Study(
     *(
       Claim(
         f'instruction tuning helps a {model} model zero-shot',
-        f'zero-shot: {instructed(model)} < {untuned(model)}',
+        f'zero-shot: {instructed(model)} < {not_instructed(model)}',
       )
       for model in MODELS
     ),
@@ -313,7 +314,7 @@ STUDY = Study(
       f'instructed: {instructed("sparse")} < no auxiliary loss',
     ),
   ],
-  remarks=said,
+  remarks=at_floor,
   figure=Figure(['instructed', 'zero-shot', 'fine-tuned']),
   progress='zero-shot',
   tasks=finetuned.TASKS,
