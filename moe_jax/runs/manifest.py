@@ -97,7 +97,27 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     facts = pool.map(lambda path: _size_and_digest(folder / path), paths)
     files = dict(zip(paths, facts))
-  body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
+  _write(folder, dataclasses.replace(manifest, files=files))
+
+
+def amend(
+  folder: epath.Path, extra: Mapping[str, Any], metrics: Mapping[str, float]
+) -> None:
+  """Replaces or adds values of a checkpoint's manifest, all or nothing.
+
+  Raises:
+    BadCheckpoint: As `read`.
+  """
+  old = read(folder)
+  new = dataclasses.replace(
+    old, extra={**old.extra, **extra}, metrics={**old.metrics, **metrics}
+  )
+  if new != old:
+    _write(folder, new)
+
+
+def _write(folder: epath.Path, manifest: Manifest) -> None:
+  body = dataclasses.asdict(manifest)
   body['format'] = _FORMAT
   text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
   partial = folder / f'{NAME}.tmp'
