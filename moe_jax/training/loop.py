@@ -114,6 +114,7 @@ def _train(
 ) -> TrainState:
   """The state after the last step, or the one at which SIGTERM stops."""
   start, total = int(state.step), run.options.total_steps
+  watchdog.mark(f'evaluations of step {start}')
   _make_up(run, recorder, start, state)
   if _has_ended(run, start):
     run.message(_nothing_left(run, start))
