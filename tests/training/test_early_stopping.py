@@ -101,7 +101,6 @@ class Scripted(EvaluationOptions):
     return lambda variables, step: {'score': self.scores[step - 1]}
 
 
-SMALL = {'num_layers': 1, 'moe': {'layers': 'none', 'num_experts': 0}}
 SCORES = (0.1, 0.3, 0.2, 0.3, 0.1, 0.9, 0.9, 0.9, 0.9)
 
 
@@ -111,7 +110,7 @@ def options(patience=3, **overrides):
     log_every_steps=3,
     sample={'num_tokens': 0},
     checkpoint={'every_steps': 0, 'keep_newest': 1},
-    model=SMALL,
+    model=tiny.ONE_LAYER,
     **overrides,
   ).unlock()
   config.evals = {
@@ -295,7 +294,7 @@ def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   config = tiny.config(
     early_stopping={'patience': 2},
     checkpoint={'best_metric': 'lose'},
-    model=SMALL,
+    model=tiny.ONE_LAYER,
   )
   message = "unknown checkpoint.best_metric 'lose'; did you mean 'loss'"
   with pytest.raises(ValueError, match=message):
