@@ -230,15 +230,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
   def _amend(self, about: manifest_lib.Manifest) -> None:
     """Changes the values beside the arrays of a checkpoint."""
-    if jax.process_index() != 0:
-      return
     try:
-      self._retry(
-        manifest_lib.amend,
-        self._directory.folder(about.step),
-        about.extra,
-        about.metrics,
-      )
+      if jax.process_index() == 0:
+        self._directory.amend(about)
     except Exception as error:
       raise self._failure(about.step, describe(error)) from None
 
