@@ -43,13 +43,13 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   """
   directory = checkpoints_of(folder)
   saved = Directory(directory, 1, False, '').manifest(step).tree
-  state = run.programs.abstract_state
-  ours = state.opt_state
+  abstract = run.programs.abstract_state
+  ours = abstract.opt_state
   try:
     if run.options.lora.rank:
       raise ValueError('the factors of adapters are new, and so is their state')
-    own = {'params': state.params, 'opt_state': ours}
-    places = paired_links(manifest_lib.describe(own), saved)
+    here = {'params': abstract.params, 'opt_state': ours}
+    places = paired_links(manifest_lib.describe(here), saved)
     target = _target(ours, places, saved)
   except ValueError as error:
     raise ValueError(
@@ -149,7 +149,9 @@ def _target(
   Raises:
     ValueError: The other run lacks some of it.
   """
-  target = [optax.EmptyState() for _ in range(max(places.values()) + 1)]
+  target = [
+    optax.EmptyState() for _ in range(max(places.values(), default=-1) + 1)
+  ]
   for here, there in places.items():
     target[there] = ours[here]
   wanted = manifest_lib.describe({'opt_state': tuple(target)})
