@@ -156,9 +156,16 @@ def test_what_no_paper_printed_is_not_reproduced():
 @pytest.mark.parametrize(
   ('mine', 'word'),
   [
-    ([1.21, 1.40, 1.31], verdicts.SHOWN),  # all within 0.01, with its interval
+    # All within 0.01, with its interval, above or below.
+    ([1.21, 1.40, 1.31], verdicts.SHOWN),
+    ([1.19, 1.40, 1.29], verdicts.SHOWN),
     ([1.24, 1.40, 1.34], verdicts.UNRESOLVED),
+    # The mean is beyond the bound, and its interval is not.
+    ([1.22, 1.50, 1.39], verdicts.UNRESOLVED),
+    # The interval has the bound in it, but not zero.
+    ([1.245, 1.455, 1.35], verdicts.UNRESOLVED),
     ([1.40, 1.61, 1.50], verdicts.REFUTED),
+    ([1.00, 1.19, 1.10], verdicts.REFUTED),
   ],
 )
 def test_that_two_rows_do_not_differ_needs_a_bound(mine, word):
@@ -178,6 +185,11 @@ def test_starts_are_run_before_those_that_begin_with_them():
   ]
   names = [[s.name for s in level] for level in in_order(starts, arms)]
   assert names == [['plain'], ['tuned']]
+  last = [Start('last', None, 'tuned'), *starts]
+  arms = [arms[2], Arm('d', {}, start='last')]
+  names = [[s.name for s in level] for level in in_order(last, arms)]
+  assert names == [['plain'], ['tuned'], ['last']]
+  assert in_order(starts, [Arm('a', {})]) == []
   with pytest.raises(ValueError, match=r"unknown start 'x'.*'plain'"):
     in_order(starts, [Arm('a', {}, start='x')])
   circle = [Start('a', None, 'b'), Start('b', None, 'a')]

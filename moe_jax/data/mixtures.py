@@ -29,6 +29,8 @@ from moe_jax.options import (
 )
 
 _FILLED = {'sources': NOT_EMPTY}
+# Names that evaluations of every source give to means over sources.
+_MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +87,20 @@ class MixtureOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The problems of names and weights, a text for each."""
+    for name in self.sources:
+      if name in _MEANS:
+        yield (
+          f'sources.{name}: {list(_MEANS)} are names of means over sources in '
+          'evaluations; give the source another name'
+        )
     for name, weight in self.weights.items():
       if name not in self.sources:
         yield f'weights: {unknown("source", name, self.sources)}'
+      elif self.is_held_out(name) and weight not in (0, 1):
+        yield (
+          f'weights.{name}={weight!r} has no effect, since '
+          f'held_out={self.held_out!r} holds the source out'
+        )
       number = isinstance(weight, int | float) and not isinstance(weight, bool)
       if not number or not 0 <= weight < float('inf'):
         yield f'weights.{name}={weight!r} is no number of at least 0'

@@ -3,7 +3,10 @@
 Not here: parameters of another run (`start.py`).
 """
 
+import itertools
 import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -40,20 +43,20 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   """
   directory = checkpoints_of(folder)
   saved = Directory(directory, 1, False, '').manifest(step).tree
-  ours = run.programs.abstract_state.opt_state
-  target, places = _target(ours, saved)
-  wanted = manifest_lib.describe({'opt_state': target})
-  have = {path: saved[path] for path in wanted if path in saved}
-  differences = manifest_lib.difference(have, wanted, cast=True)
-  if run.options.lora.rank:
-    differences = 'the factors of adapters are new, and so is their state'
-  if differences or not wanted:
+  abstract = run.programs.abstract_state
+  ours = abstract.opt_state
+  try:
+    if run.options.lora.rank:
+      raise ValueError('the factors of adapters are new, and so is their state')
+    here = {'params': abstract.params, 'opt_state': ours}
+    places = paired_links(manifest_lib.describe(here), saved)
+    target = _target(ours, places, saved)
+  except ValueError as error:
     raise ValueError(
       f'init_from.keep_optimizer=True: the state of the optimizer in the '
       f'checkpoint of step {step} of {folder} does not fit this run '
-      f'{_settings(run, folder)}; set it to False for a new optimizer\n'
-      f'{differences or "it has none"}'
-    )
+      f'{_settings(run, folder)}; set it to False for a new optimizer\n{error}'
+    ) from None
   with Checkpointer(directory, keep_best=False) as checkpoints:
     found = checkpoints.restore(
       {'opt_state': target}, step=step, partial=True, cast=True
@@ -74,26 +77,88 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   return tuple(state), said
 
 
-def _target(ours: Any, saved: dict[str, str]) -> tuple[tuple, dict[int, int]]:
-  """The part of the other run's state that is read, and where it belongs.
+def paired_links(
+  ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> dict[int, int]:
+  """Pairs the links of two optimizers' chains that keep the same.
 
-  An optimizer is a chain: without clipping or weight decay it has fewer links,
-  so that links with a state have other numbers. The last is the schedule,
-  which Orbax reads with the others.
+  Without clipping or weight decay a chain has fewer links, so that the same
+  link has another number. What a link keeps are the names in its state, as
+  'count', 'mu' and 'nu' of Adam, whichever parameters train. Several links that
+  keep the same are paired in their order.
+
+  Args:
+    ours: The arrays of a run in `params` and `opt_state`, described as in a
+      checkpoint's manifest.
+    theirs: Those of another run.
 
   Returns:
-    The links of the other run, with the shapes of those that have a state; and
-    the number there of each such link of ours, by its number here.
+    The number of a link there, by its number here.
+
+  Raises:
+    ValueError: Not as many links keep the same there as here.
   """
-  theirs = sorted(
-    {int(path.split('/')[1]) for path in saved if path.startswith('opt_state/')}
+  here, there = _links(ours), _links(theirs)
+  if Counter(here.values()) != Counter(there.values()):
+    raise ValueError(
+      f'the links of its optimizer keep {_listed(there)} there and '
+      f'{_listed(here)} here (* is a parameter)'
+    )
+  orders = (
+    sorted(links, key=lambda n: (links[n], n)) for links in (here, there)
   )
-  own = [i for i, link in enumerate(ours) if jax.tree.leaves(link)]
-  places = dict(zip(own, theirs))
-  target = [optax.EmptyState() for _ in range(max(theirs, default=0) + 1)]
+  return dict(zip(*orders, strict=True))
+
+
+def _links(described: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
+  """The names in the state of each link that has one, by its number."""
+  parameters = {
+    path.removeprefix('params/')
+    for path in described
+    if path.startswith('params/')
+  }
+  links: dict[int, set[str]] = {}
+  for path in described:
+    tree, *rest = path.split('/')
+    if tree == 'opt_state':
+      links.setdefault(int(rest[0]), set()).add(_name(rest[1:], parameters))
+  return {number: tuple(sorted(names)) for number, names in links.items()}
+
+
+def _name(path: Sequence[str], parameters: Set[str]) -> str:
+  """A path with * in place of the path of a parameter within it."""
+  for start, end in itertools.combinations(range(len(path) + 1), 2):
+    if '/'.join(path[start:end]) in parameters:
+      path = [*path[:start], '*', *path[end:]]
+      break
+  return '/'.join(path)
+
+
+def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
+  said = [f'[{", ".join(names)}]' for _, names in sorted(links.items())]
+  return ' and '.join(said) or 'nothing'
+
+
+def _target(
+  ours: Any, places: Mapping[int, int], saved: Mapping[str, str]
+) -> tuple[Any, ...]:
+  """The part of the other run's state that is read, with our shapes.
+
+  The last link is the schedule, which Orbax reads with the others.
+
+  Raises:
+    ValueError: The other run lacks some of it.
+  """
+  target = [
+    optax.EmptyState() for _ in range(max(places.values(), default=-1) + 1)
+  ]
   for here, there in places.items():
     target[there] = ours[here]
-  return tuple(target), places
+  wanted = manifest_lib.describe({'opt_state': tuple(target)})
+  have = {path: saved[path] for path in wanted if path in saved}
+  if differences := manifest_lib.difference(have, wanted, cast=True):
+    raise ValueError(differences)
+  return tuple(target)
 
 
 def _settings(run: Run, folder: pathlib.Path) -> str:

@@ -18,6 +18,7 @@ from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
 from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.runs import trained
+from moe_jax.runs.checkpointer import Restored
 from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.setup import Run
 
@@ -113,38 +114,14 @@ def initial(
     return None
   folder = pathlib.Path(options.workdir).expanduser()
   theirs = trained.read(folder, allow)
-  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
-  if old != new:
-    raise ValueError(
-      f'{folder} was trained on tokens of {old}, this run is on those of {new}'
-    )
+  _check_tokens(run, theirs, folder)
   source = theirs.model.build(run.options.sharding.rules)
-  try:
-    chosen = plan(run.model, source, options.copies)
-  except ValueError as error:
-    raise ValueError(f'init_from.workdir={folder}: {error}') from None
-  as_is = chosen.copies_all
-  has_state = all(abstract_router_state(m) for m in (source, run.model))
-  step = None if options.step < 0 else options.step
-  restored = trained.restore_variables(
-    folder,
-    run.model if as_is else source,
-    run.options.sharding.rules,
-    mesh=run.mesh,
-    step=trained.best_step(folder) if options.best else step,
-    cast=as_is,
-    router_state=as_is and has_state,
-  )
-  begun = restored.state
-  if not as_is:
+  chosen = _plan(run, source, folder)
+  restored = _restore(run, source, chosen, folder)
+  begun, optimizer = restored.state, 'the optimizer is new'
+  if not chosen.copies_all:
     begun = {'params': _convert(run, chosen, begun['params'])}
-  optimizer = 'the optimizer is new'
   if options.keep_optimizer:
-    if not as_is:
-      raise ValueError(
-        'init_from.keep_optimizer=True: the parameters are converted, '
-        f'{chosen.describe()}, and the state of the optimizer cannot be'
-      )
     state, optimizer = optimizer_state.restore(run, folder, restored.step)
     begun = {**begun, 'opt_state': state}
   said = (
@@ -157,6 +134,53 @@ def initial(
   if changes:
     said += f'; WARNING: settings differ: {", ".join(changes)}'
   return begun, said
+
+
+def _check_tokens(
+  run: Run, theirs: trained.Described, folder: pathlib.Path
+) -> None:
+  """Checks that both runs' tokens mean the same."""
+  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
+  if old != new:
+    raise ValueError(
+      f'{folder} was trained on tokens of {old}, this run is on those of {new}'
+    )
+
+
+def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
+  """The plan by which the other run's parameters become those of this one."""
+  options: InitFrom = run.options.init_from
+  try:
+    chosen = plan(run.model, source, options.copies)
+  except ValueError as error:
+    raise ValueError(f'init_from.workdir={folder}: {error}') from None
+  if options.keep_optimizer and not chosen.copies_all:
+    raise ValueError(
+      'init_from.keep_optimizer=True: the parameters are converted, '
+      f'{chosen.describe()}, and the state of the optimizer cannot be'
+    )
+  return chosen
+
+
+def _restore(
+  run: Run, source: Model, chosen: Plan, folder: pathlib.Path
+) -> Restored:
+  """Reads the other run's variables from the checkpoint that is asked for.
+
+  Those that are only copied are read as this run's, in its dtypes.
+  """
+  options, as_is = run.options.init_from, chosen.copies_all
+  step = None if options.step < 0 else options.step
+  has_state = all(abstract_router_state(m) for m in (source, run.model))
+  return trained.restore_variables(
+    folder,
+    run.model if as_is else source,
+    run.options.sharding.rules,
+    mesh=run.mesh,
+    step=trained.best_step(folder) if options.best else step,
+    cast=as_is,
+    router_state=as_is and has_state,
+  )
 
 
 def _convert(run: Run, chosen: Plan, params) -> Any:

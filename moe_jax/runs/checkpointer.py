@@ -91,9 +91,11 @@ class Checkpointer(contextlib.AbstractContextManager):
   ) -> None:
     """Starts saving `state`; its arrays are copied out before this returns.
 
-    The save before is waited for. The step that was last saved or restored is
-    not saved again. Checkpoints in the directory at or after `step`, or after
-    the restored step, are set aside. Every process has to call this.
+    The save before is waited for. The arrays of the step that was last saved or
+    restored are not saved again: `extra` and `metrics` are added to its own, or
+    replace those of the same name. Checkpoints in the directory at or after
+    `step`, or after the restored step, are set aside. Every process has to call
+    this.
 
     Args:
       step: The optimizer step, not negative.
@@ -116,6 +118,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       )
     self.wait()
     if step == self._last:
+      self._amend(about)
       return
     if bad := finite.not_finite(state):
       raise self._failure(step, f'not finite: {finite.listed(bad)}')
@@ -224,6 +227,14 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._last = found
         return Restored(state, manifest.extra, found, skipped)
       skipped = [*skipped, (found, f'not finite: {finite.listed(bad)}')]
+
+  def _amend(self, about: manifest_lib.Manifest) -> None:
+    """Changes the values beside the arrays of a checkpoint."""
+    try:
+      if jax.process_index() == 0:
+        self._directory.amend(about)
+    except Exception as error:
+      raise self._failure(about.step, describe(error)) from None
 
   def _copied(self, state: Any) -> Any:
     """A host copy for other tries, if there are any, else None."""

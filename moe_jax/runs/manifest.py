@@ -82,12 +82,23 @@ def make(
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
-  """Writes the manifest, with `files` filled in, into a folder.
+  """Writes the manifest into a folder, all or nothing.
 
   Args:
     folder: The checkpoint, whose other files are complete.
-    manifest: Its manifest, without `files`.
+    manifest: Its manifest; `files` are filled in if it has none.
   """
+  files = manifest.files or _facts(folder)
+  body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
+  body['format'] = _FORMAT
+  text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
+  partial = folder / f'{NAME}.tmp'
+  partial.write_text(text)
+  partial.replace(folder / NAME)
+
+
+def _facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
+  """The size and digest of every file but the manifest, by its path."""
   paths = sorted(
     str((parent / file).relative_to(folder))
     for parent, _, files in folder.walk()
@@ -96,13 +107,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   )
   with concurrent.futures.ThreadPoolExecutor() as pool:
     facts = pool.map(lambda path: _size_and_digest(folder / path), paths)
-    files = dict(zip(paths, facts))
-  body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
-  body['format'] = _FORMAT
-  text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
-  partial = folder / f'{NAME}.tmp'
-  partial.write_text(text)
-  partial.replace(folder / NAME)
+    return dict(zip(paths, facts))
 
 
 def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:

@@ -174,7 +174,7 @@ class Recorder:
       else:
         said = ', '.join(f'{key} {value:.4g}' for key, value in row.items())
         self._run.message(f'step {step}: evaluation {name}: {said}')
-    self._evaluated = {step: results}
+    self._evaluated = {step: self._evaluated.get(step, {}) | results}
     if losses:
       said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       unit = self._run.dataset.loss_unit

@@ -11,6 +11,7 @@ may read it meanwhile.
 Not here: the manifest (`manifest.py`), and arrays (`array_files.py`).
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -101,6 +102,24 @@ class Directory:
     if manifest.step != step:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
+
+  def amend(self, about: Manifest) -> None:
+    """Adds values to the manifest of a step, or replaces those of their name.
+
+    Args:
+      about: The step, with the `extra` and the `metrics` to add.
+
+    Raises:
+      BadCheckpoint: As `manifest`.
+    """
+    old = self.manifest(about.step)
+    new = dataclasses.replace(
+      old,
+      extra={**old.extra, **about.extra},
+      metrics={**old.metrics, **about.metrics},
+    )
+    if new != old:
+      self._retry(manifest_lib.write, self.folder(about.step), new)
 
   def newest_good(
     self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()

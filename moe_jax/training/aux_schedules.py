@@ -97,8 +97,8 @@ class Linear(AuxSchedule):
 
   final_factor: float = option(
     0.0,
-    'Factor of the weights of the auxiliary losses at the end of the line; at '
-    '0 these losses are then without weight.',
+    'Factor of the weights of the auxiliary losses at the end of the line and '
+    'after it; with 0 the line switches these losses off.',
     at_least(0),
   )
   start_step: int = option(

@@ -41,18 +41,24 @@ class EarlyStoppingOptions(Options):
 
 @dataclasses.dataclass
 class _State:
-  """What is kept between measurements.
+  """The state between two measurements, which checkpoints have.
 
   Attributes:
     metric: The name of the number.
+    best_is_highest: Whether a higher number is better.
+    min_change: The number by which a better one has to differ.
+    last_step: The step of the last measurement; 0 before the first.
     best: The best number so far; None before the first.
     best_step: The step of the best.
     reference: The number that the next has to be better than by `min_change`.
     count: The measurements since the reference.
-    ended: Whether the run has ended.
+    ended: Whether the run had ended when the state was saved.
   """
 
   metric: str
+  best_is_highest: bool
+  min_change: float
+  last_step: int = 0
   best: float | None = None
   best_step: int = 0
   reference: float | None = None
@@ -71,12 +77,22 @@ class EarlyStopping:
   ):
     self._options = options
     self._checkpoint = checkpoint
-    self._state = _State(checkpoint.best_name)
+    self._state = _State(
+      checkpoint.best_name, checkpoint.best_is_highest, options.min_change
+    )
 
   @property
   def ended(self) -> bool:
     """Whether the run ends after the step that was measured last."""
     return 0 < self._options.patience <= self._state.count
+
+  @property
+  def ends_now(self) -> bool:
+    """Whether the run ends where its checkpoint says that it goes on.
+
+    So it does with less patience than it had when the checkpoint was saved.
+    """
+    return self.ended and not self._state.ended
 
   @property
   def extra(self) -> dict[str, Any]:
@@ -87,23 +103,36 @@ class EarlyStopping:
     return {EXTRA: dataclasses.asdict(state)}
 
   def restore(self, extra: Mapping[str, Any]) -> None:
-    """Goes on with the state of a checkpoint, if it is of the same number."""
+    """Goes on with the state of a checkpoint, or counts anew.
+
+    It counts anew where another number decides, or another rule of what is
+    better: the counts would be of other comparisons.
+    """
     kept = extra.get(EXTRA, {})
-    if kept.get('metric') == self._state.metric:
+    rule = ('metric', 'best_is_highest', 'min_change')
+    if all(kept.get(name) == getattr(self._state, name) for name in rule):
       self._state = _State(**kept)
+
+  def lacks(self, step: int) -> bool:
+    """Whether a run that may end early has no measurement of the step."""
+    return bool(self._options.patience) and step > self._state.last_step
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
     """Takes the rows of the evaluations after a step, given by name.
 
     A number that is not finite is not better. Every process calls this.
+
+    Raises:
+      ValueError: The row that decides lacks the number.
     """
     value = self._checkpoint.best_of(rows)
     if value is None or not self._options.patience:
       return
     value, state = from_first(value), self._state
+    state.last_step = step
     if self._better(value, state.best, 0.0):
       state.best, state.best_step = value, step
-    if self._better(value, state.reference, self._options.min_change):
+    if self._better(value, state.reference, state.min_change):
       state.reference, state.count = value, 0
     else:
       state.count += 1
@@ -115,7 +144,7 @@ class EarlyStopping:
   def _better(self, value: float, before: float | None, change: float) -> bool:
     if before is None or not math.isfinite(value):
       return math.isfinite(value)
-    sign = -1 if self._checkpoint.best_is_highest else 1
+    sign = -1 if self._state.best_is_highest else 1
     return sign * value < sign * before - change
 
   def describe(self) -> str:

@@ -114,6 +114,8 @@ def _train(
 ) -> TrainState:
   """The state after the last step, or the one at which SIGTERM stops."""
   start, total = int(state.step), run.options.total_steps
+  watchdog.mark(f'evaluations of step {start}')
+  _make_up(run, recorder, start, state)
   if _has_ended(run, start):
     run.message(_nothing_left(run, start))
     return state
@@ -149,7 +151,7 @@ def _nothing_left(run: Run, step: int) -> str:
     return f'already at step {step}: nothing left to train'
   return (
     f'ended early at step {step}: {run.early_stopping.describe()}; to go on, '
-    'give another early_stopping.patience and --resume'
+    'give more early_stopping.patience, or 0, and --resume'
   )
 
 
@@ -163,22 +165,58 @@ def _name_best(run: Run) -> None:
     )
 
 
+def _make_up(run: Run, recorder: Recorder, start, state) -> None:
+  """Does what an early end lacks at the checkpoint that a run goes on from.
+
+  An unbroken run has counted the evaluation that SIGTERM left out; and where
+  less patience ends the run at once, its last evaluations are still to come.
+  The arrays of the checkpoint stay, and its manifest is written again.
+  """
+  early, best = run.early_stopping, run.options.checkpoint.best_eval
+  due = [e.name for e in run.evaluations if e.due(start)]
+  lacks = early.lacks(start)
+  if lacks and best in due:
+    _evaluate(run, recorder, start, state, False)
+  elif early.ends_now:
+    with recorder.paused(start):
+      _end_early(run, recorder, start, state, () if lacks else due)
+  else:
+    return
+  _save(run, recorder, start, state, True)
+
+
 def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
   due = [e for e in run.evaluations if e.due(step) or last]
   if not due:
     return
-  early = run.early_stopping
   with recorder.paused(step):
-    variables = run.programs.variables(state)
-    rows = measured(due, variables, step)
-    early.add(step, rows)
-    if early.ended:
-      others = [e for e in run.evaluations if e.name not in rows]
-      rows |= measured(others, variables, step)
-    recorder.evaluated(step, rows)
-    if early.ended:
-      recorder.ended(step)
-      run.message(f'step {step}: ending early: {early.describe()}')
+    rows = _measure(run, recorder, step, state, due)
+    run.early_stopping.add(step, rows)
+    if run.early_stopping.ended:
+      _end_early(run, recorder, step, state, rows)
+
+
+def _end_early(run: Run, recorder: Recorder, step, state, recorded) -> None:
+  """Runs the evaluations that are not recorded, and says why the run ends.
+
+  Args:
+    run: The run.
+    recorder: Its recorder.
+    step: The step after which it ends.
+    state: The state after it.
+    recorded: Names of the evaluations that are recorded.
+  """
+  left = [e for e in run.evaluations if e.name not in recorded]
+  _measure(run, recorder, step, state, left)
+  recorder.ended(step)
+  run.message(f'step {step}: ending early: {run.early_stopping.describe()}')
+
+
+def _measure(run: Run, recorder: Recorder, step, state, evaluations):
+  """The rows of evaluations, which are recorded before anybody judges them."""
+  rows = measured(evaluations, run.programs.variables(state), step)
+  recorder.evaluated(step, rows)
+  return rows
 
 
 def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:

@@ -51,6 +51,10 @@ def test_the_rules_of_weights(rule, shares):
     ({'weights': {'a': 1.0}}, 'weights=.*has no effect unless'),
     ({'held_out': 'ciphers'}, "held_out: .*'ciphers'.*'arithmetic'"),
     ({'held_out': 'a, arithmetic'}, 'leaves no source to learn from'),
+    (
+      {'rule': 'given', 'weights': {'b': 2.0}, 'held_out': 'arithmetic'},
+      r"weights.b=2.0 has no effect, since held_out='arithmetic'",
+    ),
   ],
 )
 def test_wrong_mixtures_are_refused(changes, message):

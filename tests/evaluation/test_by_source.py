@@ -87,6 +87,14 @@ def test_a_told_summary():
   }
   alone = by_source.summarized({'x': 3.0}, MixtureOptions())
   assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
+  # No source may have the name of a mean.
+  means = [name for name in row if name.endswith('mean')]
+  assert len(means) == 4
+  for name in means:
+    with pytest.raises(
+      ValueError, match=f'sources.{name}: .* are names of mea'
+    ):
+      MixtureOptions(sources={name: InstructionSource('copy')})
 
 
 def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):

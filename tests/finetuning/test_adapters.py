@@ -16,6 +16,7 @@ from moe_jax.training.evaluate import LossEvaluation
 from tests.generation import folders
 from tests.training import tiny
 
+MODEL = dict(num_layers=1, moe=dict(layers='all'))
 LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
 
 
@@ -23,7 +24,7 @@ LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
 def runs(tmp_path_factory):
   """A base, and a run with adapters that begins with it: their folders."""
   folder = tmp_path_factory.mktemp('adapters')
-  folders.write(folder / 'base')
+  folders.write(folder / 'base', model=MODEL)
   train(config_of(folder / 'base'), folder / 'run')
   return folder
 
@@ -31,6 +32,7 @@ def runs(tmp_path_factory):
 def config_of(base, **overrides):
   config = tiny.config(
     total_steps=2,
+    model=MODEL,
     lora=LORA,
     sample=dict(num_tokens=0),
     optimizer=dict(learning_rate=0.1),

@@ -80,10 +80,10 @@ def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
 def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
   source = tmp_path / 'source'
   shutil.copytree(dense, source)
-  train(config_from(source), tmp_path / 'run')
+  train(config_from(source, DENSE), tmp_path / 'run')
   shutil.rmtree(source)  # a run that continues does not read its source
   capsys.readouterr()
-  state = train(config_from(source), tmp_path / 'run')
+  state = train(config_from(source, DENSE), tmp_path / 'run')
   assert int(state.step) == 2
   said = capsys.readouterr().out
   assert 'going on from the checkpoint of step 2' in said
@@ -111,7 +111,9 @@ def begun(config, workdir, devices):
     return begin.begin(run, finetuning.initial)
 
 
-@pytest.mark.parametrize('num_experts', [4, 8])
+@pytest.mark.parametrize(
+  'num_experts', [pytest.param(4, marks=pytest.mark.slow), 8]
+)
 def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
   # No mesh axis divides the vocabulary of 257 tokens: the embedding is whole on
   # every device.

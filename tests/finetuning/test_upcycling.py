@@ -166,7 +166,9 @@ def test_some_layers_sparse_already():
   assert change({**TOP2, 'layers': 'all'}, TOP2) < 1e-6
 
 
-@pytest.mark.parametrize('gates', ['raw', 'renormalized'])
+@pytest.mark.parametrize(
+  'gates', ['raw', pytest.param('renormalized', marks=pytest.mark.slow)]
+)
 def test_twice_the_experts_and_choices_are_the_same_model(gates):
   moe = {**TOP2, 'router': TokenChoice(gates=gates)}
   twice = {**moe, 'num_experts': 8, 'num_selected': 4}

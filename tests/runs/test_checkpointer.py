@@ -327,13 +327,19 @@ def test_the_best_may_be_by_another_metric(tmp_path):
 
 
 def test_the_step_saved_or_restored_last_is_not_saved_again(tmp_path):
-  save_all(tmp_path, [4, 4])
+  save_all(tmp_path, [3, 4, 4])
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.restore(ABSTRACT)
-    checkpointer.save(4, make_state(5))
+    # What stands beside the arrays is added.
+    checkpointer.save(
+      4, make_state(5), extra={'ended': True}, metrics={'loss': 2.5}
+    )
     checkpointer.wait()
-  assert [path.name for path in tmp_path.iterdir()] == ['4']
-  assert_same_bits(restore(tmp_path).state, make_state(4))
+    assert checkpointer.best_step() == 4
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['3', '4']
+  restored = restore(tmp_path)
+  assert_same_bits(restored.state, make_state(4))
+  assert restored.extra == {'next_batch': 4, 'ended': True}
 
 
 def test_what_cannot_be_saved_or_found_is_said(tmp_path):

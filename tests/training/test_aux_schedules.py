@@ -99,12 +99,18 @@ AUX = dict(kind='linear', factor=0.0, final_factor=2.0, line_steps=2)
 
 
 @pytest.mark.as_users_compile
-def test_accumulation_and_meshes_change_nothing():
+@pytest.mark.parametrize(
+  'devices', [1, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_accumulation_and_meshes_change_nothing(devices):
   alone = stepped(**AUX)
-  np.testing.assert_allclose(stepped(microbatches=2, **AUX), alone, rtol=1e-5)
-  np.testing.assert_allclose(
-    stepped(microbatches=2, devices=4, **AUX), alone, rtol=1e-5
-  )
+  split = stepped(microbatches=2, devices=devices, **AUX)
+  np.testing.assert_allclose(split, alone, rtol=1e-5)
+
+
+@pytest.mark.as_users_compile
+def test_a_step_has_the_factor_of_its_number():
+  alone = stepped(**AUX)
   # The first step has no auxiliary loss, the second the given weights.
   first = stepped(factor=0.0)[0]
   np.testing.assert_allclose(alone[0], first, rtol=1e-6)
@@ -112,11 +118,20 @@ def test_accumulation_and_meshes_change_nothing():
 
 
 @pytest.mark.as_users_compile
-def test_zero_throughout_is_the_run_without_weights():
+@pytest.mark.parametrize(
+  'zero',
+  [
+    {'factor': 0.0},
+    pytest.param(
+      {'kind': 'linear', 'factor': 0.0, 'final_factor': 0.0},
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_zero_throughout_is_the_run_without_weights(zero):
   without = stepped(weighted=False)
-  assert stepped(factor=0.0) == without
-  assert stepped(kind='linear', factor=0.0, final_factor=0.0) == without
-  assert stepped() != without
+  assert stepped(**zero) == without
+  assert stepped(**AUX) != without
 
 
 def made_run(tmp_path, **overrides):

@@ -13,24 +13,30 @@ from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, trained
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.retention import Directory
 from moe_jax.training import loop
-from moe_jax.training.early_stopping import EarlyStopping, EarlyStoppingOptions
+from moe_jax.training.early_stopping import (
+  EarlyStopping,
+  EarlyStoppingOptions,
+  has_ended,
+)
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Ended, Hook
 from tests.training import tiny
+from tests.training.test_loop import SigtermAt
 
 NAN = float('nan')
 
 
-def counted(values, highest=False, **options):
+def counted(values, highest=False, metric='m', **options):
   """An `EarlyStopping` that was given values of steps 1, 2, ..."""
   checkpoint = CheckpointOptions(
-    best_eval='e', best_metric='m', best_is_highest=highest
+    best_eval='e', best_metric=metric, best_is_highest=highest
   )
   early = EarlyStopping(EarlyStoppingOptions(**options), checkpoint)
   ended = []
   for step, value in enumerate(values, 1):
-    early.add(step, {'e': {'m': value}, 'other': {'m': -1.0}})
+    early.add(step, {'e': {metric: value}, 'other': {'m': -1.0}})
     ended.append(early.ended)
   return early, ended
 
@@ -64,11 +70,25 @@ def test_the_state_goes_on_from_a_checkpoint():
   other.add(4, {'e': {'m': 2.1}})
   assert other.ended and other.is_best(2)
   assert other.extra['early_stopping']['ended']
-  # Another number begins anew, and patience 0 keeps nothing.
-  anew, _ = counted([], patience=2)
-  anew.restore({'early_stopping': {'metric': 'e', 'count': 9}})
-  assert not anew.ended
+  # Patience 0 keeps nothing.
   assert counted([1.0, 2.0], patience=0)[0].extra == {}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'ends'),
+  [
+    ({}, True),
+    ({'patience': 1}, True),
+    ({'metric': 'n'}, False),
+    ({'highest': True}, False),
+    ({'min_change': 0.5}, False),
+  ],
+)
+def test_counts_of_another_rule_are_not_gone_on_with(changes, ends):
+  early, _ = counted([3.0, 2.0, 2.5, 2.5], patience=2)
+  other, _ = counted([], **{'patience': 2, **changes})
+  other.restore(early.extra)
+  assert other.ended == ends and other.lacks(4) != ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +110,7 @@ def options(patience=3, **overrides):
     log_every_steps=3,
     sample={'num_tokens': 0},
     checkpoint={'every_steps': 0, 'keep_newest': 1},
+    model=tiny.ONE_LAYER,
     **overrides,
   ).unlock()
   config.evals = {
@@ -133,10 +154,26 @@ def train(options, workdir, *hooks, **kwargs):
   return int(state.step), ended.ended
 
 
+def final_steps(workdir):
+  """The steps at which the evaluation ran that runs only at the end."""
+  return [r['step'] for r in rows_of(workdir) if 'eval/final/loss' in r]
+
+
+def extra_of(workdir, step):
+  """The extra values of a checkpoint's manifest."""
+  return Directory(workdir / 'checkpoints', 1, False, '').manifest(step).extra
+
+
 @pytest.fixture(scope='module')
 def early(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('early')
   return workdir, train(options(), workdir)
+
+
+def scores_of(workdir):
+  """(step, score) of each row of the evaluation that decides."""
+  name = 'eval/scripted/score'
+  return [(r['step'], r[name]) for r in rows_of(workdir) if name in r]
 
 
 def rows_of(workdir):
@@ -150,12 +187,9 @@ def test_a_run_ends_early_with_all_evaluations(early):
   workdir, ended = early
   assert ended == (5, True)
   rows = rows_of(workdir)
-  scores = [
-    r['eval/scripted/score'] for r in rows if 'eval/scripted/score' in r
-  ]
-  assert scores == list(SCORES[:5])
+  assert scores_of(workdir) == list(enumerate(SCORES[:5], 1))
   # What runs only at the end has run, and the last averages are written.
-  assert [r['step'] for r in rows if 'eval/final/loss' in r] == [5]
+  assert final_steps(workdir) == [5]
   assert [r['step'] for r in rows if 'train/loss' in r] == [3, 5]
   with Checkpointer(workdir / 'checkpoints') as checkpoints:
     assert checkpoints.steps() == [2, 5]  # the best is kept
@@ -184,21 +218,42 @@ def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
   with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
     assert checkpoints.steps() == [2]
   assert train(options(), tmp_path) == (5, True)
-  scores = [
-    [
-      (r['step'], r['eval/scripted/score'])
-      for r in rows_of(folder)
-      if 'eval/scripted/score' in r
-    ]
-    for folder in (tmp_path, workdir)
-  ]
-  assert scores[0] == scores[1]
+  assert scores_of(tmp_path) == scores_of(workdir)
+
+
+@pytest.mark.parametrize('step', [2, 5])
+def test_what_sigterm_left_out_is_measured_before_going_on(
+  early, tmp_path, step
+):
+  workdir, ended = early
+  stopped = train(options(), tmp_path, SigtermAt(step))
+  assert stopped == (step, False) and len(scores_of(tmp_path)) == step - 1
+  # Step 2 is the best, and at step 5 the patience is at an end.
+  assert train(options(), tmp_path) == ended
+  assert scores_of(tmp_path) == scores_of(workdir)
+  assert final_steps(tmp_path) == [5]
+  assert trained.best_step(tmp_path) == trained.best_step(workdir) == 2
+  assert has_ended(extra_of(tmp_path, 5))
 
 
 def test_more_patience_goes_on(tmp_path):
   assert train(options(patience=1), tmp_path) == (3, True)
   assert train(options(), tmp_path, resume=True) == (5, True)
   assert train(options(patience=0), tmp_path, resume=True) == (9, True)
+
+
+def test_less_patience_ends_a_run_as_an_early_end_does(tmp_path, capsys):
+  assert train(options(), tmp_path, SigtermAt(4)) == (4, False)
+  # After 0.3 at step 2 there are one measurement, and that of step 4.
+  with pytest.raises(KeyboardInterrupt):
+    train(options(), tmp_path, Kill(5))
+  assert not has_ended(extra_of(tmp_path, 4)) and not final_steps(tmp_path)
+  assert train(options(patience=2), tmp_path, resume=True) == (4, True)
+  assert 'step 4: ending early: scripted/score' in capsys.readouterr().out
+  assert has_ended(extra_of(tmp_path, 4)) and final_steps(tmp_path) == [4]
+  assert len(scores_of(tmp_path)) == 4  # nothing is measured twice
+  assert train(options(patience=2), tmp_path) == (4, True)
+  assert final_steps(tmp_path) == [4]
 
 
 def test_a_run_begins_with_the_best_of_another(early, tmp_path, capsys):
@@ -237,8 +292,13 @@ def test_bad_options(overrides, message):
 
 def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   config = tiny.config(
-    early_stopping={'patience': 2}, checkpoint={'best_metric': 'lose'}
+    early_stopping={'patience': 2},
+    checkpoint={'best_metric': 'lose'},
+    model=tiny.ONE_LAYER,
   )
   message = "unknown checkpoint.best_metric 'lose'; did you mean 'loss'"
   with pytest.raises(ValueError, match=message):
     train(run_config.read(config), tmp_path)
+  # The numbers that it has are written.
+  (row,) = (r for r in rows_of(tmp_path) if 'eval/train_capacity/loss' in r)
+  assert row['step'] == 3

@@ -151,9 +151,9 @@ def test_another_runs_workdir(unbroken, tmp_path):
 
 
 def test_resume_goes_on_with_another_config(tmp_path):
-  short = tiny.options(total_steps=4)
+  short = tiny.options(total_steps=4, model=tiny.ONE_LAYER)
   train_and_evaluate(short, tmp_path)
-  longer = tiny.options(total_steps=6)
+  longer = tiny.options(total_steps=6, model=tiny.ONE_LAYER)
   state = train_and_evaluate(longer, tmp_path, resume=True)
   assert int(state.step) == 6
   assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 6
@@ -162,9 +162,10 @@ def test_resume_goes_on_with_another_config(tmp_path):
 
 
 def test_other_data_is_refused(tmp_path):
-  train_and_evaluate(tiny.options(total_steps=2), tmp_path)
+  small = {'total_steps': 2, 'model': tiny.ONE_LAYER}
+  train_and_evaluate(tiny.options(**small), tmp_path)
   other = tiny.options(
-    total_steps=2,
+    **small,
     data={'source': {'python_stdlib': {'modules': f'{tiny.MODULES},http'}}},
   )
   with pytest.raises(ValueError, match='two corpora must not mix'):
@@ -206,7 +207,9 @@ class BadRow(Hook):
 def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
   name = type(error).__name__
   with pytest.raises(DataError, match=f'batch 3 could not be made: {name}'):
-    train_and_evaluate(OPTIONS, tmp_path, hooks=[BadRow(error)])
+    train_and_evaluate(
+      tiny.options(model=tiny.ONE_LAYER), tmp_path, hooks=[BadRow(error)]
+    )
   # Three batches were made, and the state after two steps is saved.
   assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
 
@@ -251,7 +254,7 @@ class OwnEvaluation(EvaluationOptions):
 
 
 def own(result):
-  config = tiny.config(total_steps=1)
+  config = tiny.config(total_steps=1, model=tiny.ONE_LAYER)
   config.evals = {'mine': base.entry(OwnEvaluation, result=result)}
   config.checkpoint.keep_best = False
   return run_config.read(config)

@@ -121,7 +121,9 @@ def test_what_the_model_lacks_is_refused_by_name(expression, says):
     trainable.select(expression, roles())
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'adafactor'])
+@pytest.mark.parametrize(
+  'optimizer', ['adamw', pytest.param('adafactor', marks=pytest.mark.slow)]
+)
 def test_what_does_not_train_keeps_its_bits_and_has_no_state(optimizer):
   before, after, state, _ = stepped('experts', optimizer=optimizer)
   trained = role_names({'expert'})
@@ -152,7 +154,9 @@ def test_the_gradient_is_that_of_all_parameters():
 
 
 @pytest.mark.parametrize(
-  'kwargs', [dict(devices=8), dict(microbatches=2)], ids=str
+  'kwargs',
+  [pytest.param(dict(devices=8), marks=pytest.mark.slow), dict(microbatches=2)],
+  ids=str,
 )
 def test_a_mesh_and_accumulation_change_nothing(kwargs):
   _, expected, *_ = stepped('experts + router')

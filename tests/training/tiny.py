@@ -14,6 +14,8 @@ from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step
 
+# Overrides of the model to one dense layer, for runs of any model.
+ONE_LAYER = {'num_layers': 1, 'moe': {'layers': 'none', 'num_experts': 0}}
 MODULES = 'email,json,asyncio'  # modules of the standard library
 
 
@@ -100,9 +102,14 @@ def grads_of(options: RunConfig, params, batch, key=0):
   """Computes ((loss, sums), gradient) of one batch."""
   model = model_of(options)
   weights = losses.loss_weights(model, options.logits_z_weight)
-  fn = step.make_grad_fn(model, weights, options.microbatches)
+  fn = _grad_fn(model, weights, options.microbatches)
   whole = losses.normalizers(model, batch)
-  return jax.jit(fn)(params, batch, whole, jax.random.key(key))
+  return fn(params, batch, whole, jax.random.key(key))
+
+
+@functools.cache
+def _grad_fn(model, weights, microbatches):
+  return jax.jit(step.make_grad_fn(model, weights, microbatches))
 
 
 def optimizer_of(options: RunConfig):

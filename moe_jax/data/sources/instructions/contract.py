@@ -56,8 +56,8 @@ class Drawn(NamedTuple):
     answer: The right answer; not empty.
     choices: Answers to choose from, the right one among them; empty where any
       text can be the answer.
-    key: Text whose hash decides the split, so that no key is in both, in no
-      task; '' is the question.
+    key: Text whose hash decides the split of the example, so that examples of
+      one key, of whatever tasks, are all in one split; '' takes the question.
   """
 
   question: str
