@@ -135,7 +135,8 @@ class SourceScores(AskingEvaluation):
 
   def shrunk(self) -> 'SourceScores':
     """The same evaluation of two questions and short answers."""
-    return dataclasses.replace(super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)
+    return dataclasses.replace(
+      super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)
     )
 
 
