@@ -254,9 +254,9 @@ def at_floor(results: Results) -> str:
 _MISSES = (
   'What is not resolved: fine-tuning on 50 examples differs more from seed to '
   'seed than sparse from dense, in models with one sparse layer of four that '
-  'were pre-trained for minutes; both models gain the same 3.4 nats a token from '
-  'instruction tuning, most of it the form of an answer. Runs are too short for '
-  'routers to need a loss.'
+  'were pre-trained for minutes. Both models gain the same 3.4 nats a token '
+  'from instruction tuning, most of it the form of an answer. Runs are too '
+  'short for routers to need a loss.'
 )
 STUDY = Study(
   name='flan_moe',
