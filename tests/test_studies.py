@@ -612,9 +612,14 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
     assert set(products.values()) == {factor * switch_table1.HIDDEN}
 
 
+@pytest.fixture(scope='module', name='results_folder')
+def make_results_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('results')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', STUDIES)
-def test_every_study_runs(name, tmp_path):
+def test_every_study_runs(name, results_folder):
   study = STUDIES[name]
   quick = dataclasses.replace(
     study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
@@ -627,11 +632,13 @@ def test_every_study_runs(name, tmp_path):
   arms = study.arms_of(quick)
   kept = [arms[0], arms[len(arms) // 2]]
   shared = sections.lock(RunConfig, shared)
-  first = study.start_jobs(quick, shared, kept, [0], tmp_path)
+  # As in one folder of results, studies share the runs that they begin with.
+  output = results_folder / name
+  first = study.start_jobs(quick, shared, kept, [0], results_folder)
   for job in itertools.chain(*first):
     runner.train(job, None, jax.devices()[:1])
     assert (job.workdir / 'checkpoints').exists()
-  for job in study.jobs(shared, kept, [0], tmp_path, started(first)):
+  for job in study.jobs(shared, kept, [0], output, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
     expected = {
       key: value
