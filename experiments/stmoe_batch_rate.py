@@ -163,8 +163,13 @@ STUDY = Study(
     ),
   ],
   remarks=best_cells,
-  figure=Figure(['loss'], 'learning rate', log_x=True),
-  tasks=finetuned.TASKS,
+  figure=Figure(
+    ['loss'],
+    'learning rate',
+    log_x=True,
+    without=['*, mean over *', 'gain of *'],
+  ),
+  tasks=finetuned.tasks('generated tasks with instructions'),
 )
 get_config = STUDY.get_config
 

@@ -121,7 +121,7 @@ STUDY = Study(
   ],
   claims=claims(),
   figure=Figure(['loss', 'dropped'], 'capacity factor in training'),
-  tasks=finetuned.TASKS,
+  tasks=finetuned.tasks('generated tasks with instructions'),
 )
 get_config = STUDY.get_config
 

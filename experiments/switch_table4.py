@@ -119,7 +119,7 @@ STUDY = Study(
     ),
   ],
   figure=Figure(['loss', 'gap']),
-  tasks=finetuned.TASKS,
+  tasks=finetuned.tasks('20 examples of each generated task'),
 )
 get_config = STUDY.get_config
 

@@ -18,7 +18,7 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   without x are horizontal lines; else every row is one point.
   """
   panels = [c for c in summary['columns'] if c['name'] in spec.columns]
-  rows = summary['rows']
+  rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
   height = 3.6 + 0.2 * len(names) / len(panels)
   if not spec.x_label:
@@ -104,4 +104,4 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
       )
   names = [row['name'] for row in rows] if labels else [''] * len(rows)
   ax.set_yticks(range(len(rows)), names)
-  ax.invert_yaxis()
+  ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -36,13 +36,6 @@ MODELS = {
 }
 # Clusters of tasks that are generated, whose examples are short.
 CLUSTERS = ('sequences', 'letters', 'number_series', 'arithmetic', 'ciphers')
-TASKS = {
-  'instructions': Task(
-    {},
-    'generated tasks with instructions, after the Python standard library as '
-    'bytes',
-  )
-}
 LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 # The evaluation of the split that is trained on, and its columns.
 TRAINED = 'trained'
@@ -115,6 +108,16 @@ def minus(name: str, row: Row, other: Row) -> Row:
     if column in other.values
   }
   return Row(name, values)
+
+
+def tasks(learned: str) -> dict[str, Task]:
+  """The one task of a study, which names what is learned after pre-training.
+
+  Args:
+    learned: What is learned; studies of equal words have equal examples.
+  """
+  label = f'{learned}, after the Python standard library as bytes'
+  return {'instructions': Task({}, label)}
 
 
 def pretrained(preset: Preset) -> Sequence[Start]:

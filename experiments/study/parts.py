@@ -183,8 +183,15 @@ class Figure:
     columns: Names of the columns, each of which has a panel.
     x_label: Label of the axis of the rows' `x`; '' where rows have none.
     log_x: Whether that axis is logarithmic.
+    without: Patterns of names of rows that are not drawn, such as differences;
+      `*` stands for any text.
   """
 
   columns: Sequence[str]
   x_label: str = ''
   log_x: bool = False
+  without: Sequence[str] = ()
+
+  def keeps(self, row: str) -> bool:
+    """Whether the row of that name is drawn."""
+    return not any(fnmatch.fnmatchcase(row, p) for p in self.without)
