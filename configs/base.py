@@ -64,13 +64,14 @@ def source(options: SourceOptions) -> ConfigDict:
 def evaluation(
   every_steps: int = 500, num_batches: int = 0, **overrides: Any
 ) -> ConfigDict:
-  """An entry of `evals` of kind 'loss': the loss of the validation split.
+  """An entry of `evals` of kind 'loss': the loss of a split of the data.
 
   Args:
     every_steps: Number of optimizer steps between two measurements; the last is
       at the end of the run.
     num_batches: Number of batches, spread over the split; 0 takes all of it.
-    **overrides: Keys of `config.model`, nested, that differ in the evaluation.
+    **overrides: Keys of `config.model`, nested, that differ in the evaluation,
+      and `split`, which is 'validation' unless it is given.
   """
   keys = dict(every_steps=every_steps, num_batches=num_batches)
   return entry(LossEvaluation, **keys, **overrides)

@@ -80,7 +80,8 @@ def evaluation(**model: Any) -> ml_collections.ConfigDict:
   """Config of an evaluation at the end of a run.
 
   Args:
-    **model: Nested values that the evaluation changes in `config.model`.
+    **model: Nested values that the evaluation changes in `config.model`, and
+      `split`, as in `base.evaluation`.
   """
   return base.evaluation(every_steps=0, num_batches=_BATCHES, **model)
 

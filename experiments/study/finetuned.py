@@ -7,7 +7,8 @@ instruction and an answer; only answers count in the loss. As in ST-MoE
 two experts, whose gates sum to one and the second of which is left out at
 random where its gate is small, the capacity factor is 1.25 in training and 2 in
 evaluation, and both auxiliary losses stay on. Unlike there, the models are
-decoders of bytes.
+decoders of bytes. Factors count slots a token, as there, so that 1.25 has slots
+for five choices of eight in training, and their tokens are served in order.
 Not here: what a study changes in fine-tuning.
 """
 
@@ -40,6 +41,13 @@ LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 # The evaluation of the split that is trained on, and its columns.
 TRAINED = 'trained'
 TRAINED_LOSS = Column('training loss', f'eval/{TRAINED}/loss', 'nats/token')
+DROPPED = Column(
+  'dropped in training',
+  'train/drop_rate',
+  '% of choices',
+  1,
+  lambda rate: 100 * rate,
+)
 GAP = Column('gap', unit='nats/token')
 _SEQ_LEN = 96
 

@@ -198,6 +198,9 @@ def claims_table(summary: Mapping[str, Any]) -> str:
   for claim in summary['claims']:
     spec = f'z.{digits[claim["column"]]}f'
     difference = _interval(claim)
+    measured = f'{difference:+{spec}}'
+    if claim['difference'] is None:
+      measured = 'not measured'
     than = claim['than']
     than = than if isinstance(than, str) else f'{than:g}'
     note = f'. {claim["note"]}' if claim['note'] else ''
@@ -208,7 +211,7 @@ def claims_table(summary: Mapping[str, Any]) -> str:
         'claim': claim['text'] + note,
         'published': ' against '.join(claim['published']),
         'here': f'{claim["column"]}, {claim["row"]} minus '
-        f'{than}: {difference:+{spec}}{within}',
+        f'{than}: {measured}{within}',
         'smallest that could be told': _width(difference.half_width, spec),
         'verdict': f'**{claim["verdict"]}**',
       }

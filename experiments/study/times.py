@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from experiments.benchmarks import timing
-from experiments.study.jobs import Job, config_hash
+from experiments.study.jobs import Job
 from experiments.study.study import Study
 from moe_jax import run_config
 from moe_jax.runs import workdir as workdir_lib
@@ -36,17 +36,18 @@ def step_times(
     jobs: Runs of the study, which have the configs of its arms.
     output: Folder of the study.
   """
-  configs = {job.arm.name: job.config for job in jobs if not job.seed}
-  timed = {name: configs[name] for name in study.timed if name in configs}
+  first = {job.arm.name: job for job in jobs if not job.seed}
+  timed = {name: first[name] for name in study.timed if name in first}
   if not timed:
     return {}
-  hashes = [config_hash(config) for config in timed.values()]
+  # Names of the runs' folders, which end in the hash of a config.
+  hashes = [job.workdir.name for job in timed.values()]
   key = ' '.join([timing.device_name(), jax.__version__, *hashes])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_times-{name}.json'
   if not path.exists():
     print(f'timing the steps of {len(timed)} arms', flush=True)
-    cases = {name: _Stepping(config) for name, config in timed.items()}
+    cases = {name: _Stepping(job.config) for name, job in timed.items()}
     seconds = timing.interleave(cases, seconds=_SECONDS)
     first = seconds[study.timed[0]]
     spreads = {name: timing.ratio(s, first) for name, s in seconds.items()}

@@ -41,7 +41,7 @@ class EarlyStoppingOptions(Options):
 
 @dataclasses.dataclass
 class _State:
-  """The state between two measurements, which checkpoints have.
+  """State between two measurements; every checkpoint keeps it.
 
   Attributes:
     metric: The name of the number.
@@ -80,6 +80,7 @@ class EarlyStopping:
     self._state = _State(
       checkpoint.best_name, checkpoint.best_is_highest, options.min_change
     )
+    self._goes_on = False  # whether the state is that of a checkpoint
 
   @property
   def ended(self) -> bool:
@@ -111,11 +112,12 @@ class EarlyStopping:
     kept = extra.get(EXTRA, {})
     rule = ('metric', 'best_is_highest', 'min_change')
     if all(kept.get(name) == getattr(self._state, name) for name in rule):
-      self._state = _State(**kept)
+      self._state, self._goes_on = _State(**kept), True
 
   def lacks(self, step: int) -> bool:
-    """Whether a run that may end early has no measurement of the step."""
-    return bool(self._options.patience) and step > self._state.last_step
+    """Whether a count that goes on has no measurement of the step."""
+    counts = self._goes_on and bool(self._options.patience)
+    return counts and step > self._state.last_step
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
     """Takes the rows of the evaluations after a step, given by name.

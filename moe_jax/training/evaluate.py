@@ -100,7 +100,7 @@ class EvaluationOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class BatchesEvaluation(EvaluationOptions):
-  """Options of an evaluation over batches of the validation split."""
+  """Options of an evaluation over batches of a split."""
 
   every_steps: int = option(
     500,
@@ -110,8 +110,8 @@ class BatchesEvaluation(EvaluationOptions):
   )
   num_batches: int = option(
     0,
-    'Number of batches that are evaluated, spread over the validation split; 0 '
-    'evaluates all of it.',
+    'Number of batches that are evaluated, spread over the split; 0 evaluates '
+    'all of it.',
     at_least(0),
   )
 

@@ -172,6 +172,8 @@ def _make_up(run: Run, recorder: Recorder, start, state) -> None:
   less patience ends the run at once, its last evaluations are still to come.
   The arrays of the checkpoint stay, and its manifest is written again.
   """
+  if start == run.options.total_steps:
+    return
   early, best = run.early_stopping, run.options.checkpoint.best_eval
   due = [e.name for e in run.evaluations if e.due(start)]
   lacks = early.lacks(start)
