@@ -43,7 +43,7 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
       handle_of,
       loc='outside lower center',
       fontsize=8,
-      ncols=3,
+      ncols=3 if len(panels) > 1 else 2,
     )
   figure.suptitle(summary['title'], fontsize=10)
   figure.savefig(path, dpi=110)
