@@ -57,7 +57,7 @@ TARGET = 'recall'  # the held-out cluster that models are fine-tuned on
 CHOICES = {'recall': 'contains', 'number_series': 'direction'}
 MODELS = tuple(finetuned.MODELS)
 SAME = 0.05
-# What is changed in instruction tuning of the sparse model, by the arm's name.
+# The changes of ablations in instruction tuning, by the arm's name.
 _TRAINABLE = {
   'gate frozen': 'all - router',
   'experts frozen': 'all - experts',

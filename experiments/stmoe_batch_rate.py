@@ -28,7 +28,7 @@ from experiments.study.study import Study
 BATCHES, RATES = (4, 16, 64), (3e-4, 1e-3, 3e-3)
 MODELS = finetuned.MODELS
 KEPT = 'sparse, slots of the optimizer kept'
-# What the difference of two settings is, sparse minus dense.
+# Names of the rows of differences between two settings.
 SMALL, HIGH = 'gain of a small batch', 'gain of a high rate'
 MORE = ': sparse minus dense'
 

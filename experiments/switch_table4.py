@@ -95,7 +95,8 @@ STUDY = Study(
     Claim(
       '0.4 inside of experts is better than 0.1 everywhere',
       'loss: Switch d=0.1, ed=0.4 < Switch d=0.1',
-      cells('superglue', 'Switch d=0.1, ed=0.4', 'Switch d=0.1'),
+      cells('glue', 'Switch d=0.1, ed=0.4', 'Switch d=0.1'),
+      note='Its scores on SuperGLUE are equal.',
     ),
     Claim(
       '0.4 inside of experts is better than 0.3 everywhere',
@@ -110,12 +111,12 @@ STUDY = Study(
     Claim(
       'Switch overfits more than its dense twin',
       f'gap: Switch d=0.1 > {DENSE}',
-      note='The paper says so without a number.',
+      note='The paper has no number of it.',
     ),
     Claim(
       'dropout inside of experts makes the gap smaller',
       'gap: Switch d=0.1, ed=0.4 < Switch d=0.1',
-      note='The paper says so without a number.',
+      note='The paper has no number of it.',
     ),
   ],
   figure=Figure(['loss', 'gap']),
