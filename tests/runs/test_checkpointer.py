@@ -330,7 +330,7 @@ def test_the_step_saved_or_restored_last_is_not_saved_again(tmp_path):
   save_all(tmp_path, [3, 4, 4])
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.restore(ABSTRACT)
-    # What stands beside the arrays is added.
+    # The values beside the arrays are added.
     checkpointer.save(
       4, make_state(5), extra={'ended': True}, metrics={'loss': 2.5}
     )
