@@ -50,7 +50,7 @@ ALLOWED = {
   'finetuning': UP_TO_TRAINING | {'command_line', 'config_file'},
   'generation': UP_TO_LAYERS | {'models', 'data', 'runs'},
   'interop': UP_TO_TRAINING | {'command_line', 'config_file', 'run_config'},
-  'compression': UP_TO_LAYERS | {'models', 'data', 'runs'},
+  'compression': UP_TO_TRAINING | {'command_line', 'config_file', 'finetuning'},
   'analysis': UP_TO_LAYERS
   | {
     'models',
@@ -107,6 +107,7 @@ TOKENIZERS = ('moe_jax.data.tokenizers',)
 CHECKPOINTS = (
   'moe_jax.runs.checkpointer', 'moe_jax.runs.trained', 'moe_jax.runs.workdir'
 )  # fmt: skip
+FOLDERS = (*CHECKPOINTS, 'moe_jax.runs.new_run')
 NARROW = {
   'generation': {
     'data': (
@@ -117,10 +118,10 @@ NARROW = {
     'runs': CHECKPOINTS,
   },
   'interop': {
-    'runs': CHECKPOINTS,
+    'runs': FOLDERS,
     'training': ('moe_jax.training.run_options',),
   },
-  'compression': {'data': TOKENIZERS, 'runs': CHECKPOINTS},
+  'compression': {'runs': FOLDERS},
   'analysis': {
     'data': TOKENIZERS,
     'runs': CHECKPOINTS[:1],

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,9 +27,7 @@ from moe_jax.models import Model
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
 from moe_jax.partitioning import path_name
-from moe_jax.runs import trained
-from moe_jax.runs import workdir as workdir_lib
-from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs import new_run, trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
 _FORMAT = 1
@@ -194,21 +191,8 @@ def merge(
     raise ValueError(f'{workdir} has an adapter itself; give the base')
   _check_stateless(run.model)
   adapters, params = read(folder, run.model, run.params)
-  new = _free(output)
-  config = workdir_lib.kept_config(base)
-  for section in ('lora', 'init_from'):
-    config.pop(section, None)
-  config.get('checkpoint', {}).pop('directory', None)
-  workdir_lib.claim(new, config)
-  if (base / workdir_lib.TOKENIZER).exists():
-    shutil.copy(base / workdir_lib.TOKENIZER, new / workdir_lib.TOKENIZER)
-  if (files := base / workdir_lib.IMPORTED).is_dir():
-    (new / workdir_lib.IMPORTED).mkdir()
-    for path in sorted(files.iterdir()):
-      plain_files.copy(path, new / workdir_lib.IMPORTED / path.name)
   merged = adapters.merged_on_devices(params)
-  with Checkpointer(new / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
-    kept.save(0, {'params': merged})
+  new = new_run.derive(base, output, merged)
   return f'step {run.step} of {base} with the adapter of {folder} is in {new}'
 
 

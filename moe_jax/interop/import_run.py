@@ -1,6 +1,6 @@
 """Import of a checkpoint as a run's folder, which can be trained further.
 
-Not here: the files in that folder (`import_folder.py`), and export
+Not here: the files in that folder (`runs/new_run.py`), and export
 (`export_run.py`).
 """
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from moe_jax import sections
 from moe_jax.data import (
   DataOptions,
   DocstringsSource,
@@ -24,11 +25,13 @@ from moe_jax.data import (
   plain_files,
   tokenizers,
 )
-from moe_jax.interop import hub, import_folder, loading
+from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.models import ModelOptions
 from moe_jax.options import Options, default_of, fields_of, spec_of
+from moe_jax.runs import new_run
+from moe_jax.runs.workdir import TOKENIZER
 from moe_jax.training.run_options import RunOptions
 
 O = TypeVar('O', bound=Options)
@@ -63,7 +66,7 @@ def import_run(
       of the checkpoint is a link.
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
-  import_folder.check_free(folder)
+  new_run.check_free(folder)
   tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   small = hub.small_files(checkpoint.folder)
@@ -76,13 +79,16 @@ def import_run(
     data=_data(options.data, checkpoint, folder, tokenizer),
   )
   mesh, before = options.mesh.make(devices), _peak_bytes()
-  with import_folder.building(folder) as unfinished:
+  with new_run.building(folder) as unfinished:
     params = loading.load_params(
       checkpoint, mesh=mesh, rules=options.sharding.rules
     )
     facts = [_size(params, mesh), _memory(before, checkpoint)]
-    import_folder.copy_files(small, unfinished / import_folder.FILES)
-    import_folder.write(unfinished, checkpoint, options, tokenizer, params)
+    new_run.copy_files(small, unfinished / new_run.FILES)
+    if tokenizer is not None:
+      tokenizer.save(unfinished / TOKENIZER)
+    extra = {'imported': checkpoint.architecture.model_type}
+    new_run.write(unfinished, sections.section(options), params, extra)
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
 
 
@@ -145,7 +151,7 @@ def _data(
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:
-    changes['tokenizer'] = JsonOptions(str(folder / import_folder.FILES))
+    changes['tokenizer'] = JsonOptions(str(folder / new_run.FILES))
   if checkpoint.options.has_encoder and not data.task.makes_examples:
     changes['target_len'] = max(data.seq_len // 4, 1)
     gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
@@ -203,6 +209,6 @@ def _next(folder, tokenizer) -> list[str]:
   return [
     *([] if tokenizer is not None else [without]),
     'go on: python -m moe_jax.main '
-    f'--config={shlex.quote(str(folder / import_folder.CONFIG_PY))} '
+    f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}; with other settings, add --resume',
   ]

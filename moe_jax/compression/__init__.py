@@ -1,0 +1,1 @@
+"""Sparse models made small: distilled, extracted, merged, pruned, quantised."""

@@ -1,0 +1,105 @@
+"""Calibration: what reaches the experts of a model for batches of some data.
+
+Not here: the measures that are made of it.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+from flax import linen as nn
+
+from moe_jax import data
+from moe_jax.compression.whole_run import WholeRun
+from moe_jax.layers.experts import Experts
+from moe_jax.models import Model
+from moe_jax.routing import Routing, SlotRouting
+from moe_jax.shapes import Array, Leaf
+
+_SOWN = 'reached'
+
+
+class Reached(flax.struct.PyTreeNode):
+  """The tokens that reach a sparse layer, and where its router sends them.
+
+  Attributes:
+    x: float [G, S, M], the inputs of the experts, of the type of products.
+    routing: The routing of these groups.
+  """
+
+  x: Array
+  routing: Routing | SlotRouting
+
+
+def batches(
+  run: WholeRun, num_batches: int, options: data.DataOptions | None = None
+) -> list[dict[str, Any]]:
+  """Batches of the training split, as a run of seed 0 reads them at its start.
+
+  No batch of another split is among them, so measures on those stay honest.
+
+  Args:
+    run: The run, whose batch size they have.
+    num_batches: The number of batches, at least 1.
+    options: The data; None is that of the run.
+
+  Raises:
+    ValueError: `num_batches` is below 1, or the tokens of the data are not
+      those that the run was trained on.
+  """
+  if num_batches < 1:
+    raise ValueError(f'num_batches={num_batches} must be at least 1')
+  dataset = data.load(options or run.options.data)
+  if run.options.tokenizer is not None:
+    old = run.options.tokenizer.ids_identity
+    if old != (new := dataset.tokenizer.ids_identity):
+      raise ValueError(
+        f'{run.folder} was trained on tokens of {old}, the data is of {new}'
+      )
+  stream = data.train_batches(
+    dataset.splits['train'],
+    batch_size=run.options.batch_size,
+    seed=0,
+    start=0,
+  )
+  return [next(stream) for _ in range(num_batches)]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def capture(
+  model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
+) -> dict[int, Reached]:
+  """What reaches each sparse layer of a model, by the layer's number.
+
+  Dropout and noise are off. Layers whose experts are mixtures themselves give
+  the outer layer's.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    batch: A batch of its data.
+  """
+
+  def sown(call, args, kwargs, context):
+    module = context.module
+    if isinstance(module, Experts) and context.method_name == '__call__':
+      reached = Reached(*args[:2])
+      module.sow('intermediates', _SOWN, reached)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(sown):
+    _, kept = model.apply(
+      variables, **model.inputs(batch), mutable=['intermediates']
+    )
+  layers = model.layer_trees(kept['intermediates'])
+  return {i: _first(layers[i]) for i in model.sparse_layers}
+
+
+def _first(tree: Mapping[str, Any]) -> Reached | None:
+  """The sown value of the outermost module of a layer that has one."""
+  if _SOWN in tree:
+    return tree[_SOWN][0]
+  below = (_first(own) for own in tree.values() if isinstance(own, Mapping))
+  return next((found for found in below if found is not None), None)

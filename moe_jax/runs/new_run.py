@@ -1,0 +1,184 @@
+"""The folder of a run that begins with given parameters.
+
+It has a checkpoint of step 0 with only parameters, the run's config, the
+tokenizer, and in `huggingface/` the files that came with weights that were
+imported. `config.py`, a config file for `moe_jax.main`, is always the same
+text, which reads the values in `first_config.json`. Imports write such folders,
+and so does every command that makes a new model from a run.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_jax.data import plain_files
+from moe_jax.data.cache_folders import locked
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.section_reader import Section, plain
+
+FILES = workdir_lib.IMPORTED
+CONFIG_PY, VALUES = 'config.py', 'first_config.json'
+_UNFINISHED = '.unfinished'
+# The parts of a new folder, in the order in which they appear there.
+_PARTS = (
+  FILES,
+  workdir_lib.TOKENIZER,
+  workdir_lib.PLUGINS,
+  workdir_lib.CHECKPOINTS,
+  VALUES,
+  CONFIG_PY,
+  workdir_lib.CONFIG,
+)
+_CONFIG_PY = '''"""A run that began with the parameters of another model.
+
+    python -m moe_jax.main --config=FOLDER/config.py --workdir=FOLDER
+"""
+
+import pathlib
+
+from moe_jax import run_config
+
+
+def get_config():
+  folder = pathlib.Path(__file__).parent
+  return run_config.from_file(folder / 'first_config.json')
+'''
+
+
+def check_free(folder: pathlib.Path) -> None:
+  """Raises ValueError for a folder that is neither new nor empty.
+
+  What a command that was killed has left there does not count.
+  """
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'{folder} is a file; it must be a folder')
+  names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+  run = [n for n in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS) if n in names]
+  if _UNFINISHED in names and workdir_lib.CONFIG not in names:
+    names -= {_UNFINISHED, *_PARTS}
+    run = []
+  if run:
+    raise ValueError(f'{folder} holds a run already ({run[0]}); choose another')
+  names = {name for name in names if not name.endswith('.lock')}
+  if names:
+    raise ValueError(
+      f'{folder} is not empty, it has {min(names)!r}; give a new or empty one'
+    )
+
+
+@contextlib.contextmanager
+def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder in which a run is built; then its parts move to `folder`.
+
+  The config moves last, so that what a killed command left is no run, and the
+  command is simply started again.
+  """
+  new = not folder.exists()
+  folder.mkdir(parents=True, exist_ok=True)
+  unfinished = folder / _UNFINISHED
+  try:
+    with locked(unfinished):
+      check_free(folder)
+      for name in (_UNFINISHED, *_PARTS):
+        _remove(folder / name)
+      unfinished.mkdir()
+      yield unfinished
+      for name in _PARTS:
+        if (unfinished / name).exists():
+          (unfinished / name).rename(folder / name)
+      unfinished.rmdir()
+  except BaseException:
+    _remove(unfinished)
+    if new:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    raise
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a file or a folder, if it is there."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def copy_files(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
+  """Copies the small files of a checkpoint into a new folder."""
+  folder.mkdir(parents=True)
+  for path in files:
+    plain_files.copy(path, folder / path.name)
+
+
+def write(
+  folder: pathlib.Path,
+  config: Section,
+  params: Any,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a run's folder, where its tokenizer and files are already.
+
+  Args:
+    folder: The folder that `building` gave.
+    config: The config of the run.
+    params: The parameters of its model.
+    extra: What the manifest of the checkpoint says beside its usual entries.
+  """
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
+    kept.save(0, {'params': params}, extra=extra)
+  text = json.dumps(plain(config), indent=2, sort_keys=True)
+  (folder / VALUES).write_text(text + '\n', encoding='utf-8')
+  (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')
+  workdir_lib.claim(folder, config)
+
+
+def derive(
+  base: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  params: Any,
+  changes: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Makes a run's folder from another run's, with parameters of its own.
+
+  Its config is that of the base, without adapters and without a run that it
+  begins with. Tokenizer and imported files are copied.
+
+  Args:
+    base: Folder of a run.
+    output: A folder that is new or empty, or that a killed command left.
+    params: The parameters of the new model.
+    changes: Sections of the config that replace those of the base, by name.
+
+  Returns:
+    The new folder, whole.
+
+  Raises:
+    ValueError: `output` is not free.
+  """
+  base = pathlib.Path(base).expanduser().resolve()
+  output = pathlib.Path(output).expanduser().resolve()
+  config = workdir_lib.kept_config(base) | dict(changes or {})
+  for section in ('lora', 'init_from'):
+    config.pop(section, None)
+  config.get('checkpoint', {}).pop('directory', None)
+  config = _moved(config, str(base / FILES), str(output / FILES))
+  with building(output) as unfinished:
+    for name in (workdir_lib.TOKENIZER, workdir_lib.PLUGINS):
+      if (base / name).exists():
+        plain_files.copy(base / name, unfinished / name)
+    if (base / FILES).is_dir():
+      copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
+    write(unfinished, config, params)
+  return output
+
+
+def _moved(values: Any, old: str, new: str) -> Any:
+  """The values of a config in which one name of a folder replaces another."""
+  if isinstance(values, Mapping):
+    return {key: _moved(value, old, new) for key, value in values.items()}
+  return new if values == old else values

@@ -1,0 +1,80 @@
+"""The run that compression reads and writes, and what reaches its experts."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import calibration, whole_run
+from moe_jax.data import tokenizers
+from moe_jax.layers.experts import Experts
+from tests.generation import folders
+from tests.training import tiny
+
+# Three sparse layers, of which two are one loop and one is in the next.
+MODEL = {'num_layers': 5, 'moe': {'layers': '1,3,4', 'num_selected': 2}}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'run'
+  folders.write(folder, model=MODEL)
+  return whole_run.read(folder)
+
+
+def test_the_inputs_of_experts_are_captured(run):
+  batch = tiny.batch(tiny.options(model=MODEL), vocab_size=run.model.vocab_size)
+  reached = calibration.capture(run.model, run.variables, batch)
+  assert list(reached) == [1, 3, 4]
+
+  @jax.jit
+  def outputs(variables, batch):
+    _, kept = run.model.apply(
+      variables,
+      **run.model.inputs(batch),
+      capture_intermediates=lambda module, _: isinstance(module, Experts),
+      mutable=['intermediates'],
+    )
+    return run.model.layer_trees(kept['intermediates'])
+
+  layers = outputs(run.variables, batch)
+  params = run.model.layer_trees(run.variables['params'])
+  for i, own in reached.items():
+    experts = params[i]['moe']['experts']
+    h = np.einsum('gsm,emf->gsef', own.x, experts['w_in'])
+    h = jax.nn.gelu(h, approximate=False)
+    y = np.einsum('gsef,efm->gsem', h, experts['w_out'])
+    y = np.einsum('gsem,gse->gsm', y, own.routing.token_gates())
+    expected = layers[i]['moe']['experts']['__call__'][0][0]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+  assert np.abs(reached[1].x - reached[3].x).max() > 0.1
+
+
+def test_batches_are_of_training_with_the_same_tokens(run):
+  first, second = calibration.batches(run, 2)
+  assert first['tokens'].shape == (run.options.batch_size, 24)
+  assert (first['tokens'] != second['tokens']).any()
+  np.testing.assert_array_equal(
+    calibration.batches(run, 1)[0]['tokens'], first['tokens']
+  )
+  with pytest.raises(ValueError, match='num_batches=0 must be at least 1'):
+    calibration.batches(run, 0)
+  other = tokenizers.Chars('abc')
+  other = run._replace(options=run.options._replace(tokenizer=other))
+  with pytest.raises(ValueError, match='was trained on tokens of'):
+    calibration.batches(other, 1)
+
+
+def test_a_run_is_written_with_other_parameters(run, tmp_path):
+  params = jax.tree.map(lambda x: 2 * x, run.variables['params'])
+  new = whole_run.read(whole_run.write(run, tmp_path / 'new', params))
+  assert (new.step, new.options.model) == (0, run.options.model)
+  jax.tree.map(np.testing.assert_array_equal, new.variables['params'], params)
+  with pytest.raises(ValueError, match='holds a run already'):
+    whole_run.write(run, new.folder, params)
+
+
+def test_commands_refuse_what_no_command_takes(capsys):
+  with pytest.raises(SystemExit, match='1'):
+    command.main(['nothing'])
+  assert "'nothing'" in capsys.readouterr().err
