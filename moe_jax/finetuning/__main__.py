@@ -41,6 +41,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     added.add_argument('--allow_module', action='append', default=[])
     return added.add_argument
 
+  def add_step(add):
+    text = 'step of the checkpoint; default: the newest good one'
+    add('--step', type=command_line.NOT_NEGATIVE, help=text)
+
   add = command(
     'choose',
     _choose,
@@ -54,10 +58,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add('--batches', type=command_line.POSITIVE, default=8)
   add('--config', default='', help="config of the data; else the run's")
   run, new = 'folder of the run', 'new folder'
-  command('save', _save, 'writes the adapter of a run', run, new)
+  add_step(command('save', _save, 'writes the adapter of a run', run, new))
   add = command(
     'merge', _merge, 'adds an adapter to its base', 'folder of the base', new
   )
+  add_step(add)
   add('--adapter', required=True, help='folder that `save` wrote')
   options, rest = parser.parse_known_args(argv)
   unknown = [word for word in rest if not word.startswith('--config.')]
@@ -90,8 +95,12 @@ def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def _save(options: argparse.Namespace, _: list[str]) -> str:
-  allow = options.allow_module
-  return adapters.save(options.workdir, options.output, allow=allow)
+  return adapters.save(
+    options.workdir,
+    options.output,
+    step=options.step,
+    allow=options.allow_module,
+  )
 
 
 def _merge(options: argparse.Namespace, _: list[str]) -> str:
@@ -99,6 +108,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> str:
     options.adapter,
     options.workdir,
     options.output,
+    step=options.step,
     allow=options.allow_module,
   )
 

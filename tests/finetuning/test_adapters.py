@@ -24,7 +24,7 @@ LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
 def runs(tmp_path_factory):
   """A base, and a run with adapters that begins with it: their folders."""
   folder = tmp_path_factory.mktemp('adapters')
-  folders.write(folder / 'base', model=MODEL)
+  folders.write(folder / 'base', steps=(1, 3), model=MODEL)
   train(config_of(folder / 'base'), folder / 'run')
   return folder
 
@@ -104,7 +104,10 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
 ):
   adapter, merged = tmp_path / 'adapter', tmp_path / 'merged'
   where = f'--workdir={runs / "run"}', f'--output={adapter}'
-  command.main(['save', *where])
+  with pytest.raises(SystemExit, match='1'):
+    command.main(['save', *where, '--step=7'])
+  assert 'no checkpoint 7 in' in capsys.readouterr().err
+  command.main(['save', *where, '--step=2'])
   files = sum(path.stat().st_size for path in adapter.iterdir())
   model, expected = params_of(runs / 'run')
   size = sum(x.nbytes for x in jax.tree.leaves(expected))
@@ -115,6 +118,7 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
       f'--adapter={adapter}',
       f'--workdir={runs / "base"}',
       f'--output={merged}',
+      '--step=3',
     ]
   )
   assert 'with the adapter of' in capsys.readouterr().out
@@ -125,6 +129,8 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
   assert_equal(adapted.merged_on_devices(params), expected)
   with pytest.raises(ValueError, match='adapter of the base with sha256'):
     adapters.read(adapter, model, expected)
+  with pytest.raises(ValueError, match='adapter of the base with sha256'):
+    adapters.merge(adapter, runs / 'base', tmp_path / 'other', step=1)
   with pytest.raises(ValueError, match='has an adapter itself'):
     adapters.merge(adapter, runs / 'run', tmp_path / 'other')
   with pytest.raises(ValueError, match=r'no trained adapter: lora\.rank=0'):
