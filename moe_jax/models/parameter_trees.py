@@ -38,28 +38,20 @@ def init_params(model: Model, key: PRNGKey) -> Any:
     ValueError: They are larger than the memory of all devices of the kind that
       holds the key.
   """
-  # Compiled as a whole, since one operation after another takes many seconds.
-  init = jax.jit(functools.partial(_init, model))
+  init = _initializer(model)
   if not _has_value(key):
     return init(key)['params']
-  traced = init.trace(key)
-  leaves = jax.tree.leaves(traced.out_info)
+  leaves = jax.tree.leaves(init.eval_shape(key))
   size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
   (device, *_) = key.devices()
   need = (f'the variables of {type(model).__name__}', size)
   check_room([need], jax.devices(device.platform))
-  return traced.lower().compile()(key)['params']
+  return init(key)['params']
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:
-  """The shapes of all collections, in boxes, without computing arrays.
-
-  Tracing a model takes seconds, so that the last models' shapes are remembered.
-  """
-  try:
-    shapes = _remembered(model)
-  except TypeError:  # a user's model may hold what has no hash
-    shapes = _remembered.__wrapped__(model)
+  """The shapes of all collections, in boxes, without computing arrays."""
+  shapes = _initializer(model).eval_shape(jax.random.key(0))
   return jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own to change
 
 
@@ -83,9 +75,20 @@ def _has_value(key: PRNGKey) -> bool:
   return True
 
 
+def _initializer(model: Model) -> Any:
+  """The compiled function from a key to a model's variables, in boxes.
+
+  Tracing a model takes seconds, so that equal models share it.
+  """
+  try:
+    return _remembered(model)
+  except TypeError:  # a user's model may hold what has no hash
+    return _remembered.__wrapped__(model)
+
+
 @functools.lru_cache(maxsize=64)
 def _remembered(model):
-  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+  return jax.jit(functools.partial(_init, model))
 
 
 def _init(model, key):

@@ -182,6 +182,8 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
     length=segment.repeats,
     unroll=1 if loops else segment.repeats,
     metadata_params={nn.PARTITION_NAME: 'layers'},
+    # The check would trace every period once more.
+    check_constancy_invariants=False,
   )
   return scanned(c, segment.pattern, train, loops, name=segment.name)
 
