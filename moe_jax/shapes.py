@@ -22,9 +22,12 @@ from jaxtyping import (
   Float,
   Float32,
   Int,
+  Int8,
   Int32,
   Key,
   Shaped,
+  UInt8,
+  UInt16,
   UInt32,
 )
 
@@ -39,10 +42,13 @@ __all__ = [
   'Float',
   'Float32',
   'Int',
+  'Int8',
   'Int32',
   'Key',
   'Leaf',
   'PRNGKey',
   'Shaped',
+  'UInt8',
+  'UInt16',
   'UInt32',
 ]

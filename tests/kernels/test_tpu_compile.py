@@ -19,6 +19,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels.ternary import Codes
+from moe_jax.kernels.ternary_product import ternary_matmul
 from moe_jax.partitioning import make_mesh
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
@@ -39,12 +41,19 @@ def described(topology: str) -> list[jax.Device]:
   return description.devices
 
 
-def compile_product(topology, backend, dtype, N, E, M, F):
-  """Compiles value and gradients of a grouped product with float32 kernels."""
+def shapes_on(topology):
+  """A function (shape, dtype) of an abstract array on a TPU of a topology."""
   sharding = SingleDeviceSharding(described(topology)[0])
 
   def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+  return abstract
+
+
+def compile_product(topology, backend, dtype, N, E, M, F):
+  """Compiles value and gradients of a grouped product with float32 kernels."""
+  abstract = shapes_on(topology)
 
   def loss(x, w, group_sizes):
     y = grouped_matmul(x, w, group_sizes, backend)
@@ -59,6 +68,18 @@ def compile_product(topology, backend, dtype, N, E, M, F):
     )
     .compile()
   )
+
+
+def compile_ternary(topology, dtype, N, E, M, F):
+  """Compiles the product of each of E experts with its coded matrix [F, M]."""
+  abstract = shapes_on(topology)
+  codes = Codes(
+    abstract((E, F * M // 20), 'uint16'), abstract((E, F + 1), 'int32')
+  )
+  values = abstract((E, F), 'bfloat16')
+  product = jax.jit(jax.vmap(ternary_matmul))
+  x = abstract((E, N, M), dtype)
+  return product.lower(x, codes, values, values).compile()
 
 
 def compile_train_step(topology, dispatch, mesh):
@@ -82,7 +103,11 @@ def compile_train_step(topology, dispatch, mesh):
 
 def report(what, **options):
   """The compiler's report on one program."""
-  programs = {'product': compile_product, 'train_step': compile_train_step}
+  programs = {
+    'product': compile_product,
+    'ternary': compile_ternary,
+    'train_step': compile_train_step,
+  }
   compiled = programs[what](**options)
   text = compiled.as_text()
   return {
@@ -129,6 +154,26 @@ def test_product_and_gradients(topology, backend):
   if backend == 'megablox':
     # y, dx and dw have a kernel each; an interpreted program would have none.
     assert counts['kernels'] == 3
+
+
+WIDEST = {'N': 300, 'E': 1, 'M': 1 << 14, 'F': 200}
+
+
+@pytest.mark.parametrize(
+  ('topology', 'dtype', 'sizes'),
+  [
+    (TOPOLOGIES[0], 'bfloat16', {'N': 4, 'E': 3, 'M': 768, 'F': 3072}),
+    (TOPOLOGIES[1], 'bfloat16', {'N': 4, 'E': 3, 'M': 768, 'F': 3072}),
+    # The widest rows that the kernel takes, of the widest type.
+    (TOPOLOGIES[0], 'float32', WIDEST),
+  ],
+)
+def test_product_with_a_coded_matrix(topology, dtype, sizes):
+  counts = compiled(what='ternary', topology=topology, dtype=dtype, **sizes)
+  assert counts['kernels'] == 1
+  # No weights are kept outside the kernel, not even in two bits each.
+  weights = sizes['E'] * sizes['M'] * sizes['F']
+  assert counts['temporary_bytes'] < weights / 4
 
 
 def test_more_experts_at_equal_rows_cost_nothing():

@@ -1,0 +1,60 @@
+"""Codes in bytes, and what they stand for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels import quantized
+from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
+
+
+def test_codes_of_two_bits_share_bytes():
+  # One output unit of five inputs: the first four are the first byte.
+  codes = jnp.array([3, 0, 1, 2, 1], jnp.uint8)[:, None]
+  packed = quantized.pack(codes, 2)
+  assert packed.tolist() == [[0b10_01_00_11], [0b01]]
+
+
+@pytest.mark.parametrize('bits', quantized.BITS)
+@pytest.mark.parametrize('inputs', [1, 7, 16])
+def test_packed_codes_come_back(bits, inputs):
+  shape = (2, inputs, 3)
+  codes = np.random.default_rng(bits).integers(0, 2**bits, shape)
+  codes = jnp.asarray(codes, jnp.uint8)
+  packed = quantized.pack(codes, bits)
+  assert packed.shape == (2, quantized.packed_rows(inputs, bits), 3)
+  unpacked = quantized.unpack(packed, bits, inputs)
+  np.testing.assert_array_equal(unpacked, codes)
+
+
+def test_bits_are_used_in_full():
+  assert [quantized.packed_rows(64, b) for b in (8, 4, 3, 2)] == [
+    64,
+    32,
+    24,
+    16,
+  ]
+
+
+def test_values_of_a_uniform_grid():
+  # Two groups of inputs of one output unit, with scales of 0.5 and 2.
+  scale = jnp.array([0.5, 2.0], jnp.bfloat16)[:, None]
+  grid = UniformGrid(scale, jnp.array([1, 0], jnp.uint8)[:, None], 2)
+  codes = jnp.array([0, 3, 1], jnp.uint8)[:, None]
+  assert grid.values(codes).ravel().tolist() == [-0.5, 1.0, 2.0]
+  w = jnp.array([-9.0, 0.3, 3.1])[:, None]
+  assert grid.codes(w).ravel().tolist() == [0, 2, 2]
+  for i in range(3):
+    own = grid.of_input(i, 3)
+    np.testing.assert_array_equal(
+      own.codes(w[i : i + 1]), grid.codes(w)[i : i + 1]
+    )
+
+
+def test_values_of_a_ternary_grid():
+  # Halves of the ends decide, and a weight in the middle becomes 0.
+  grid = TernaryGrid(*(jnp.full((1, 1), v, jnp.bfloat16) for v in (-1.0, 2.0)))
+  w = jnp.array([-0.6, -0.5, 0.9, 1.0, 1.1])[:, None]
+  codes = grid.codes(w)
+  assert codes.ravel().tolist() == [-1, 0, 0, 0, 1]
+  assert grid.values(codes).ravel().tolist() == [-1.0, 0.0, 0.0, 0.0, 2.0]
