@@ -60,7 +60,7 @@ class Context(NamedTuple):
     memory: float [B, S, M], the encoder's output, or None.
     memory_segment_ids: int32 [B, S], the segments of the memory's tokens; None:
       each row is one segment.
-    hash_ids: uint32 [B, T], the ids by which a router hashes tokens, or None.
+    router_ids: uint32 [B, T], the ids that the router needs of tokens, or None.
     key_segment_ids: int32 [B, T], the segment by which each token is seen by
       those of its own sequence; None: `segment_ids`.
     routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
@@ -72,7 +72,7 @@ class Context(NamedTuple):
   bias: Leaf = None
   memory: Leaf = None
   memory_segment_ids: Leaf = None
-  hash_ids: Leaf = None
+  router_ids: Leaf = None
   key_segment_ids: Leaf = None
   routed_mask: Leaf = None
 
@@ -131,7 +131,7 @@ class Block(nn.Module):
     c = self.config
     if self.sparse and c.moe is not None and c.moe.num_experts:
       moe = MoE(c.moe, c.shared, name='moe')
-      return moe(h, context.routed, self.train, context.hash_ids, layer)
+      return moe(h, context.routed, self.train, context.router_ids, layer)
     ffn, dropout = c.ffn, c.dropout
     if self.sparse and c.moe is not None:
       ffn, dropout = c.moe.twin()

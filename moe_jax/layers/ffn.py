@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from flax import linen as nn
 from moe_jax.kernels import cpu
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, at_least, one_of, option, unknown
@@ -90,12 +91,14 @@ class FfnLayer:
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
     role: The role of its parameters.
+    format: The format in which its kernels are stored.
   """
 
   options: FfnOptions
   shared: Shared = Shared()
   dropout: float = 0.0
   role: str = 'ffn'
+  format: KernelFormat = KernelFormat()
 
   @property
   def activation(self) -> Activation:
@@ -108,11 +111,16 @@ class FfnLayer:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
     They are w_in, w_out, w_gate if the activation gates, and the biases b_in
-    and b_out if the model has biases.
+    and b_out if the model has biases. Kernels are as they are stored.
     """
     shared = self.shared
     p = {}
     for name, (shape, axes, form) in self._parts(stack, width).items():
+      if form != 'bias' and not self.format.is_plain:
+        p[name] = parameters.stored(
+          module, name, self.format, shape, role=self.role
+        )
+        continue
       if form == 'bias':
         init = parameters.bias(axes, role=self.role)
       else:
@@ -121,6 +129,19 @@ class FfnLayer:
         )
       p[name] = module.param(name, init, shape, shared.param_dtype)
     return p
+
+  def decoded(self, p: dict[str, Any], width: int) -> dict[str, Any]:
+    """The parameters with kernels [*stack, I, O], whatever stores them."""
+    if self.format.is_plain:
+      return p
+    return {
+      name: self.format.decoded(
+        own, self.options.hidden if name == 'w_out' else width
+      )
+      if isinstance(own, Mapping)
+      else own
+      for name, own in p.items()
+    }
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
     """The logical axes of `parameters`."""
@@ -149,10 +170,10 @@ class FfnLayer:
 
   def kernels(self, p: dict[str, Any]) -> tuple[tuple[Array, ...], Array]:
     """The first kernels, in the order of `Activation.hidden`, and the last."""
-    return tuple(p[name] for name in self._first_kernels), p['w_out']
+    return tuple(p[name] for name in self.first_kernels), p['w_out']
 
   @property
-  def _first_kernels(self) -> tuple[str, ...]:
+  def first_kernels(self) -> tuple[str, ...]:
     """Names of the kernels that multiply x, in the order of their products."""
     return ('w_gate', 'w_in') if self.activation.gated else ('w_in',)
 
@@ -175,7 +196,7 @@ class FfnLayer:
       dropout: The function that drops hidden values.
     """
     act, dtype = self.activation, self.shared.dtype
-    products = [product(x, p[name]) for name in self._first_kernels]
+    products = [product(x, p[name]) for name in self.first_kernels]
     if self.shared.use_bias:
       products[-1] = add_bias(products[-1], p['b_in'].astype(dtype))
     h = dropout(act.hidden(*products))
@@ -226,14 +247,17 @@ class FeedForward(nn.Module):
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
-    layer = FfnLayer(self.options, self.shared, self.dropout, self.role)
+    layer = FfnLayer(
+      self.options, self.shared, self.dropout, self.role, self.shared.kernels
+    )
     if self.depth > 1 and layer.activation.gated:
       raise ValueError(
         f'depth={self.depth} with activation={self.options.activation!r}: '
         'several hidden layers need an activation without gate'
       )
     rows = x.reshape(-1, x.shape[-1])  # see kernels/cpu.py
-    p = layer.parameters(self, (), rows.shape[-1])
+    M = rows.shape[-1]
+    p = layer.decoded(layer.parameters(self, (), M), M)
 
     def after_first(h):
       h = layer.dropped(self, train)(h)

@@ -19,10 +19,20 @@ from moe_jax.layers.experts import (
 )
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.routers.contract import NOISE, RouterOptions, Sizes
+from moe_jax.layers.routers.contract import NOISE, RouterOptions
+from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, at_least, choice, one_of, option, within
+from moe_jax.options import (
+  Options,
+  at_least,
+  choice,
+  nested,
+  one_of,
+  option,
+  within,
+)
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 from moe_jax.routing.rows import without_nan
@@ -112,17 +122,35 @@ class MoeOptions(Options):
     when=_SPARSE,
     how=True,
   )
+  retained: Retained = nested(
+    Retained(),
+    'Experts of the sparse layers that merging or pruning left with fewer.',
+    when=_SPARSE,
+  )
 
   @property
   def sizes(self) -> Sizes:
     """The sizes that the methods of the router's options take."""
-    return Sizes(self.num_experts, self.num_selected, self.capacity)
+    tied = self.retained.tied
+    return Sizes(self.num_experts, self.num_selected, self.capacity, tied)
+
+  def in_layer(self, layer: int) -> 'MoeOptions':
+    """The options that this layer and all layers like it have by themselves.
+
+    They are these options unless the layer has lost experts.
+    """
+    if not self.retained.layers:
+      return self
+    E = self.retained.counts.get(layer, self.num_experts)
+    like = self.retained.like(layer)
+    return dataclasses.replace(self, num_experts=E, retained=like)
 
   def problems(self) -> Iterator[str]:
     """The problems of router, capacity, dispatch and experts together."""
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
+    yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     if not self.dispatch.by_slot and self.router.drops(self.sizes):
       yield (
@@ -181,7 +209,7 @@ class MoE(nn.Module):
     x: Float[Array, 'B T M'],
     token_mask: Bool[Array, 'B T'] | None = None,
     train: bool = False,
-    hash_ids: UInt32[Array, 'B T'] | None = None,
+    router_ids: UInt32[Array, 'B T'] | None = None,
     layer: int | Int[Array, ''] = 0,
   ) -> tuple[Float[Array, 'B T M'], MoeAux]:
     """Returns the output and the unweighted losses and statistics.
@@ -192,7 +220,7 @@ class MoE(nn.Module):
         get zeros, and what they hold, were it NaN, reaches no other token and
         no gradient. Default: all are seen.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
-      hash_ids: The ids by which a router that hashes does so.
+      router_ids: The ids that the router needs of tokens; see its `ids_of`.
       layer: The layer's number, by which routers without parameters differ.
     """
     o = self.options.within(FfnOptions(), 0.0)
@@ -207,10 +235,10 @@ class MoE(nn.Module):
     else:
       x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
-    if hash_ids is not None:
-      hash_ids = in_groups(hash_ids, groups.shape[1])
+    if router_ids is not None:
+      router_ids = in_groups(router_ids, groups.shape[1])
     router = o.router.module(o.sizes, self.shared, name='router')
-    routing, aux = router(groups, mask, train, hash_ids, layer)
+    routing, aux = router(groups, mask, train, router_ids, layer)
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)

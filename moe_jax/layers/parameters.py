@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
+from moe_jax.shapes import Array, Float
 
 Names = tuple[str | None, ...]
 
@@ -136,6 +140,70 @@ def table(
   """The initialiser of a table of embeddings, by the model's kind."""
   init = shared.numerics.init.embedding()
   return boxed(init, axes, role=role, form='table')
+
+
+def stored(
+  module: nn.Module,
+  name: str,
+  format: KernelFormat,
+  shape: tuple[int, ...],
+  *,
+  role: str,
+) -> dict[str, Array]:
+  """Makes the parameters that store a kernel in a format of codes.
+
+  They are the parts of one parameter of that name. On a mesh they are whole on
+  each device. They begin as zeros, since codes are not trained.
+
+  Args:
+    module: The module that has the kernel.
+    name: The name of the kernel.
+    format: The format.
+    shape: The shape [*E, I, O] of the kernel.
+    role: One of `ROLES`.
+  """
+
+  def make(key):
+    del key
+    return {
+      part: Parameter(
+        jnp.zeros(p.shape, p.dtype),
+        (None,) * len(p.shape),
+        role=role,
+        form=p.form,
+      )
+      for part, p in format.parts(shape).items()
+    }
+
+  return module.param(name, make)
+
+
+def matrix(
+  module: nn.Module,
+  name: str,
+  shared: Shared,
+  init: Initializer,
+  shape: tuple[int, ...],
+  *,
+  role: str,
+  inputs: int = 1,
+) -> Float[Array, 'I O']:
+  """Makes a kernel in the model's format, and returns it as a matrix.
+
+  Args:
+    module: The module that has the kernel.
+    name: The name of the kernel.
+    shared: The settings that all layers of the model share.
+    init: The initialiser of a kernel that is stored as it is.
+    shape: The shape of the kernel.
+    role: One of `ROLES`.
+    inputs: The number of its first dimensions that are contracted.
+  """
+  sizes = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
+  if shared.kernels.is_plain:
+    return module.param(name, init, shape, shared.param_dtype).reshape(sizes)
+  parts = stored(module, name, shared.kernels, sizes, role=role)
+  return shared.kernels.decoded(parts, sizes[0])
 
 
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:

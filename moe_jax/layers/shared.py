@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
-from moe_jax.options import Kinds, Options, above, choice, one_of, option
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.options import (
+  Kinds,
+  Options,
+  above,
+  choice,
+  nested,
+  one_of,
+  option,
+)
 from moe_jax.partitioning import Rules, ShardingOptions
 
 DTYPES = ('bfloat16', 'float32')
@@ -127,6 +136,11 @@ class Numerics(Options):
     'fan_in',
     'Distribution from which kernels and embeddings are drawn.',
   )
+  kernels: KernelFormat = nested(
+    KernelFormat(),
+    'Storage of the kernels of attention and of dense feed-forward layers in '
+    'the blocks of a Transformer.',
+  )
 
   def shrunk(self) -> 'Numerics':
     """See `Options.shrunk`."""
@@ -144,12 +158,14 @@ class Shared:
     num_layers: L, the depth of the model, for initialisations that need it.
     rules: The mesh axes of each logical axis, as pairs; it is what
       `partitioning.make_rules` returns.
+    num_tasks: The number of tasks that routers by task tell apart.
   """
 
   numerics: Numerics = Numerics()
   use_bias: bool = False
   num_layers: int = 1
   rules: Rules = RULES
+  num_tasks: int = 0
 
   @property
   def dtype(self) -> str:
@@ -160,6 +176,11 @@ class Shared:
   def param_dtype(self) -> str:
     """The type of the stored parameters."""
     return self.numerics.param_dtype
+
+  @property
+  def kernels(self) -> KernelFormat:
+    """The format of the kernels of attention and of dense feed-forwards."""
+    return self.numerics.kernels
 
   def mesh_axes(self, logical: str) -> tuple[str, ...]:
     """The mesh axes of a logical axis; none where it has no rule."""

@@ -102,11 +102,7 @@ class Model(nn.Module):
 
     Sizes that a config leaves at 0 are filled in.
     """
-    return tuple(
-      stack.experts if sparse else None
-      for _, stack in self.stacks
-      for sparse in stack.sparse
-    )
+    return tuple(moe for _, stack in self.stacks for moe in stack.moes)
 
   @property
   def num_layers(self) -> int:
@@ -128,6 +124,16 @@ class Model(nn.Module):
     """The prefixes of the batch keys of each sequence that the model reads."""
     return ('',)
 
+  @property
+  def task_sequences(self) -> tuple[str, ...]:
+    """Those of `sequences` whose layers route by the tasks of the tokens."""
+    return ()
+
+  @property
+  def num_tasks(self) -> int:
+    """The number of tasks that routers by task tell apart; 0 without any."""
+    return 0
+
   @nn.nowrap
   def sequence_of(self, layer: int) -> str:
     """The prefix of the batch keys that hold the tokens of a layer."""
@@ -136,7 +142,7 @@ class Model(nn.Module):
 
   @property
   def leaks_future(self) -> bool:
-    """Whether later tokens change earlier outputs where capacity binds."""
+    """Whether later tokens can change earlier outputs."""
     return any(
       moe is not None and not moe.router.is_causal(moe.sizes)
       for layer, moe in enumerate(self.moes)

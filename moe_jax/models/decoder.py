@@ -35,6 +35,7 @@ class DecoderOptions(TransformerOptions):
     """The problems of all Transformers, and of routers that are not causal."""
     yield from super().problems()
     yield from self.leak()
+    yield from self.task_problems()
 
   def build(self, rules: Rules = RULES) -> 'Decoder':
     """See `ModelOptions.build`."""
@@ -68,6 +69,7 @@ class Decoder(Transformer):
     segment_ids: Int[Array, 'B T'] | None = None,
     positions: Int[Array, 'B T'] | None = None,
     train: bool = False,
+    task_ids: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
     """Returns float32 logits and the layers' aux, every leaf [L, ...].
 
@@ -78,8 +80,11 @@ class Decoder(Transformer):
       positions: The position of each token in its document. Default: that in
         the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
+      task_ids: The task of each token, which a router by task needs.
     """
-    context = make_context(self.blocks, tokens, segment_ids, positions)
+    context = make_context(
+      self.blocks, tokens, segment_ids, positions, task_ids
+    )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )

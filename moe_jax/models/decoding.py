@@ -72,7 +72,8 @@ def stack_for_decoding(
   plain = dataclasses.replace(stack, block=block, remat='none')
   plain, params = unstack(plain, params)
   _, router_state = unstack(stack, router_state)
-  if few_rows and moe is not None and isinstance(moe.dispatch, Dropless):
+  few = few_rows and moe is not None and moe.expert.own_arrays
+  if few and isinstance(moe.dispatch, Dropless):
     plain, params = _for_few_tokens(plain, moe, params, few_rows)
   return DecodingStack(plain, params, router_state)
 
@@ -100,10 +101,11 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 
 def _for_few_tokens(stack, moe, params, rows):
-  E, K = moe.num_experts, moe.num_selected
-  if cpu.most_are_chosen(rows, K, E):
+  K = moe.num_selected
+  experts = [own.sizes.num_retained for own in stack.moes if own is not None]
+  if cpu.most_are_chosen(rows, K, max(experts)):
     return _with_dispatch(stack, moe, few_tokens.Batched), params
-  if sum(stack.sparse) * E > cpu.MOST_UNROLLED:
+  if sum(experts) > cpu.MOST_UNROLLED:
     return stack, params
   stack = _with_dispatch(stack, moe, few_tokens.Unrolled)
   return stack, few_tokens.unrolled(params)

@@ -23,7 +23,15 @@ from moe_jax.layers.shared import RULES, Numerics, Shared
 from moe_jax.models.base import Batch, TokenLosses, counted
 from moe_jax.models.feature_models import FeatureModel, FeatureModelOptions
 from moe_jax.models.model_options import RunShape
-from moe_jax.options import Check, Options, at_least, each, nested, option
+from moe_jax.options import (
+  Check,
+  Options,
+  at_least,
+  each,
+  nested,
+  no_effect,
+  option,
+)
 from moe_jax.partitioning import Rules
 from moe_jax.routing import MoeAux, running_totals
 from moe_jax.routing.rows import without_nan
@@ -94,8 +102,14 @@ class DeepMoeOptions(FeatureModelOptions):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of numbers that are not float32."""
+    """The problems of numbers that are not float32, and of codes."""
     yield from super().problems()
+    if not self.numerics.kernels.is_plain:
+      yield no_effect(
+        'numerics.kernels.name',
+        self.numerics.kernels.name,
+        "with kind='deep_moe'",
+      )
     for name in ('dtype', 'param_dtype'):
       if (value := getattr(self.numerics, name)) != 'float32':
         yield (

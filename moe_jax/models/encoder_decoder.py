@@ -54,6 +54,8 @@ class EncoderDecoder(Transformer):
     encoder_positions: Int[Array, 'B S'] | None = None,
     positions: Int[Array, 'B T'] | None = None,
     train: bool = False,
+    encoder_task_ids: Int[Array, 'B S'] | None = None,
+    task_ids: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
     """Returns float32 logits and all layers' aux, every leaf [L, ...].
 
@@ -70,9 +72,13 @@ class EncoderDecoder(Transformer):
         that in the row.
       positions: The same for the decoder's tokens.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
+      encoder_task_ids: The task of each of the encoder's tokens, which an
+        encoder's router by task needs.
+      task_ids: The same for the decoder's tokens and router.
 
     Raises:
-      ValueError: Only one of the two sequences has segments.
+      ValueError: Only one of the two sequences has segments, or a router lacks
+        the tasks that it needs.
     """
     if (encoder_segment_ids is None) != (segment_ids is None):
       raise ValueError(
@@ -83,9 +89,12 @@ class EncoderDecoder(Transformer):
       encoder_tokens,
       encoder_segment_ids,
       encoder_positions,
+      encoder_task_ids,
     )
     memory, encoder_aux = self._encode(encoder_tokens, source, train)
-    context = make_context(self.decoder_blocks, tokens, segment_ids, positions)
+    context = make_context(
+      self.decoder_blocks, tokens, segment_ids, positions, task_ids
+    )
     context = context._replace(
       memory=memory, memory_segment_ids=source.segment_ids
     )
@@ -102,6 +111,7 @@ class EncoderDecoder(Transformer):
     encoder_mask: Bool[Array, 'B S'],
     max_len: int,
     encoder_positions: Int[Array, 'B S'] | None = None,
+    task_ids: Int[Array, ' B'] | None = None,
   ) -> KVCache:
     """A cache for `decode`, with the keys and values of cross-attention.
 
@@ -110,13 +120,19 @@ class EncoderDecoder(Transformer):
       encoder_mask: False at padding.
       max_len: The most tokens that a decoder's row may have.
       encoder_positions: The position of each token. Default: that in the row.
+      task_ids: The task of each row, which routers by task need.
     """
-    c = self.decoder_blocks
+    c, encoder_task_ids = self.decoder_blocks, None
+    if task_ids is not None:
+      encoder_task_ids = jnp.broadcast_to(
+        task_ids[:, None], encoder_tokens.shape
+      )
     source = make_context(
       self.encoder_blocks,
       encoder_tokens,
       encoder_mask.astype(jnp.int32),
       encoder_positions,
+      encoder_task_ids,
     )
     memory, _ = self._encode(encoder_tokens, source, train=False)
     params = nn.meta.unbox(self.variables['params']['decoder'])
@@ -128,7 +144,8 @@ class EncoderDecoder(Transformer):
     if not c.stacked:
       keys, values = tuple(keys), tuple(values)
     cache = make_cache(c, len(encoder_tokens), max_len)
-    return cache.replace(memory=Memory(keys, values, encoder_mask))
+    memory = Memory(keys, values, encoder_mask)
+    return cache.replace(memory=memory, task_ids=task_ids)
 
   def _encode(self, tokens, context, train):
     x = self.embeddings.embed(
@@ -139,9 +156,10 @@ class EncoderDecoder(Transformer):
 
   def _project(self, layers, memory):
     """The keys and the values, [layers, B, N, S, D] each, of the layers."""
-    shared = self.decoder_blocks.block.shared
+    block = self.decoder_blocks.block
+    width = block.attention.head_width
     pairs = [
-      project_memory(shared, params[CROSS_ATTENTION], memory)
+      project_memory(block.shared, width, params[CROSS_ATTENTION], memory)
       for params in layers
     ]
     return tuple(

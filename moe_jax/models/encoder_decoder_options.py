@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from moe_jax import sections
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.shared import RULES
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.model_options import RunShape
@@ -62,8 +64,9 @@ class EncoderDecoderOptions(TransformerOptions):
 
     They are the decoder's with `encoder.overrides`. Without those, the encoder
     has as many heads of keys and values as of queries, as fewer ones are for
-    the decoder's cache; no window; and tables of its own where its router
-    draws or hashes, as its layers are counted anew.
+    the decoder's cache; no window; and, as its layers are counted anew, tables
+    of its own where its router draws or hashes, and no layer with fewer experts
+    than the others.
 
     Raises:
       OptionError: An override is unknown, bad or without effect.
@@ -96,10 +99,11 @@ class EncoderDecoderOptions(TransformerOptions):
     """The encoder's layers without overrides, as many as the decoder's."""
     half = self.decoder_half()
     moe = half.moe
+    router = moe.router.for_encoder()
     return dataclasses.replace(
       half,
       attention=dataclasses.replace(half.attention, num_kv_heads=0, window=0),
-      moe=dataclasses.replace(moe, router=moe.router.for_encoder()),
+      moe=dataclasses.replace(moe, router=router, retained=Retained()),
     )
 
   def with_encoder(self, half: StackOptions) -> Self:
@@ -122,6 +126,20 @@ class EncoderDecoderOptions(TransformerOptions):
     encoder = EncoderOptions(0 if self.num_layers == L else L, overrides)
     return dataclasses.replace(self, encoder=encoder)
 
+  @property
+  def halves(self) -> tuple[StackOptions, ...]:
+    """See `TransformerOptions.halves`."""
+    return self.encoder_half(), self
+
+  @property
+  def kernel_formats(self) -> dict[str, KernelFormat]:
+    """See `TextModelOptions.kernel_formats`."""
+    formats = super().kernel_formats
+    own = self.encoder_half().moe.expert.format
+    if own not in formats.values():
+      formats['encoder.overrides.moe.expert.format'] = own
+    return formats
+
   def problems(self) -> Iterator[str]:
     """The problems of the decoder's routers, and of the encoder's options."""
     yield from super().problems()
@@ -131,6 +149,8 @@ class EncoderDecoderOptions(TransformerOptions):
     except OptionError as error:
       yield from error.below('encoder.overrides: ').problems
       return
+    yield from self.task_problems()
+    yield from _two_weights(half, self)
     for problem in self.half_problems(half, causal=False):
       yield f'encoder.overrides: {problem}'
     if half.attention.window:
@@ -141,6 +161,7 @@ class EncoderDecoderOptions(TransformerOptions):
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """See `ModelOptions.problems_in`."""
+    yield from self.code_problems()
     half = self.encoder_half()
     for name, options in {'seq_len': half, 'target_len': self}.items():
       length = getattr(run, name)
@@ -166,3 +187,20 @@ class EncoderDecoderOptions(TransformerOptions):
     alone = dataclasses.replace(self, encoder=EncoderOptions())
     small = super(EncoderDecoderOptions, alone).shrunk()
     return small.with_encoder(self.encoder_half().shrunk())
+
+
+def _two_weights(encoder: StackOptions, decoder: StackOptions) -> Iterator[str]:
+  """The problem of a loss with one weight in an encoder, another in a decoder.
+
+  A model has one weight for each of the routers' losses.
+  """
+  if not (encoder.has_experts and decoder.has_experts):
+    return
+  weights = decoder.moe.router.loss_weights()
+  for loss, weight in encoder.moe.router.loss_weights().items():
+    if weights.get(loss, weight) != weight:
+      name = loss.replace('_loss', '_weight')
+      yield (
+        f'encoder.overrides: {name}={weight} of the router, and '
+        f'{weights[loss]} in the decoder; a model has one weight for the loss'
+      )

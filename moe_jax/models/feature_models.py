@@ -31,10 +31,14 @@ class FeatureModelOptions(ModelOptions):
   )
 
   def filled(
-    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+    self,
+    vocab_size: int,
+    feature_shape: tuple[int, ...],
+    seq_len: int,
+    num_tasks: int = 0,
   ) -> Self:
     """See `ModelOptions.filled`."""
-    options = super().filled(vocab_size, feature_shape, seq_len)
+    options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
     own, shape = self.feature_shape, tuple(feature_shape)
     if own and own != shape:
       raise ValueError(

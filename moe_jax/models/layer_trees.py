@@ -5,7 +5,7 @@ slices. Trees of all collections have the same structure.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ class LayerPlace(NamedTuple):
 def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
   """The variables of each layer in a stack's tree; {} for a layer without."""
   layers = []
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     for i in range(segment.repeats):
       if c.stacked:
         period = _slice(tree.get(segment.name, {}), i)
@@ -51,7 +51,7 @@ def periods_of(c: StackConfig, params: Mapping[str, Any]) -> list[list[Any]]:
   The leaves of each tree are [R, ...], for R periods that are stacked.
   """
   found = []
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     if c.stacked:
       periods = [params[segment.name]]
     else:
@@ -71,7 +71,7 @@ def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
     path: The path of the parameter in the model.
   """
   first, n = 0, len(stack)
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     if path[: n + 1] == (*stack, segment.name):
       period = len(segment.pattern)
       place = [layer_name(i) for i in range(period)].index(path[n + 1])
@@ -79,6 +79,23 @@ def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
       return LayerPlace(stack, path[n + 2 :], tuple(layers))
     first += segment.num_layers
   return None
+
+
+def numbers_of(
+  stacks: Iterable[tuple[Path, StackConfig]], place: LayerPlace
+) -> tuple[int, ...]:
+  """The numbers of a parameter's layers in the model, an encoder's first.
+
+  Args:
+    stacks: `Model.stacks`.
+    place: The place of the parameter.
+  """
+  first = 0
+  for path, stack in stacks:
+    if path == place.stack:
+      break
+    first += len(stack.sparse)
+  return tuple(first + i for i in place.layers)
 
 
 def map_layers(
@@ -96,7 +113,7 @@ def map_layers(
     f: The function; its leaves and rows are [R, ...], for R periods.
   """
   mapped, first = {}, 0
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     rows = per_layer[first : first + segment.num_layers]
     rows = rows.reshape(segment.repeats, -1, *rows.shape[1:])
     own = tree.get(segment.name, {})
@@ -128,7 +145,7 @@ def unstack(
     take: The function take(tree, i) that gives the part of period i.
   """
   tree = dict(tree)
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     stacked = tree.pop(segment.name, None)
     if stacked is None:  # a collection that only sparse layers have
       continue

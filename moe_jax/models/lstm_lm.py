@@ -55,6 +55,16 @@ class LstmLmOptions(TextModelOptions):
         'neither routers that hash tokens nor those that keep a state, such as '
         'a balancing bias'
       )
+    if self.moe.retained.layers:
+      yield (
+        f'moe.retained names layers {sorted(self.moe.retained.layers)}: the '
+        'sparse layers of a model of LSTMs have all num_experts experts'
+      )
+    if not self.numerics.kernels.is_plain:
+      yield (
+        f'numerics.kernels.name={self.numerics.kernels.name!r} has no effect '
+        'in a model of LSTMs'
+      )
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs have no attention, which alone reads positions that are not added.

@@ -58,7 +58,11 @@ class ModelOptions(Options):
   )
 
   def filled(
-    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+    self,
+    vocab_size: int,
+    feature_shape: tuple[int, ...],
+    seq_len: int,
+    num_tasks: int = 0,
   ) -> Self:
     """The options with sizes that the data decides in place of zeros.
 
@@ -66,12 +70,13 @@ class ModelOptions(Options):
       vocab_size: The number of tokens or classes in the data.
       feature_shape: The shape of an example that is not text; () for text.
       seq_len: The length of the longest rows in tokens.
+      num_tasks: The number of tasks in the data; 0 where it has none.
 
     Raises:
-      ValueError: The model tells fewer tokens apart than the data has, or its
-        examples are of another shape.
+      ValueError: The model tells fewer tokens or tasks apart than the data has,
+        or its examples are of another shape.
     """
-    del feature_shape, seq_len
+    del feature_shape, seq_len, num_tasks
     if 0 < self.vocab_size < vocab_size:
       raise ValueError(
         f'model.vocab_size={self.vocab_size} is smaller than the '
@@ -79,6 +84,11 @@ class ModelOptions(Options):
       )
     size = self.vocab_size or vocab_size
     return dataclasses.replace(self, vocab_size=size)
+
+  @property
+  def routes_by_task(self) -> bool:
+    """Whether some router needs the tasks of tokens."""
+    return False
 
   @property
   def param_dtype(self) -> str:

@@ -4,7 +4,7 @@ A loop's body is compiled once, so compile time follows the number of distinct
 layers, not L. Not here: the loops themselves (`stack.py`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import NamedTuple
 
 # The longest period that a loop's body may have; OpenMoE's is 6.
@@ -71,12 +71,12 @@ class Segment(NamedTuple):
   Attributes:
     name: The name of its parameters: 'layers', or 'layers_0', 'layers_1', ...
       if there are several segments.
-    pattern: A flag for each layer of one period: whether it is sparse.
+    pattern: The kind of each layer of one period.
     repeats: The number of periods.
   """
 
   name: str
-  pattern: tuple[bool, ...]
+  pattern: tuple[Hashable, ...]
   repeats: int
 
   @property
@@ -85,19 +85,21 @@ class Segment(NamedTuple):
     return len(self.pattern) * self.repeats
 
 
-def segments(sparse: tuple[bool, ...]) -> list[Segment]:
+def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
   """Cuts the L layers into loops, in order.
 
-  Layers with a period of up to `MAX_PERIOD` are one loop. Others ('last 2' of
-  24, a first dense layer) are cut from the front, each time where the most
-  layers repeat a pattern, the shortest one if several do.
+  The kinds of layers are anything that is equal for layers of one kind, such
+  as flags whether they are sparse. Layers with a period of up to `MAX_PERIOD`
+  are one loop. Others ('last 2' of 24, a first dense layer) are cut from the
+  front, each time where the most layers repeat a pattern, the shortest one if
+  several do.
   """
-  period = shortest_period(sparse)
+  period = shortest_period(kinds)
   if period <= MAX_PERIOD:
-    return [Segment('layers', sparse[:period], len(sparse) // period)]
+    return [Segment('layers', kinds[:period], len(kinds) // period)]
   cut, start = [], 0
-  while start < len(sparse):
-    rest = sparse[start:]
+  while start < len(kinds):
+    rest = kinds[start:]
     pattern, repeats = max(
       ((rest[:p], _repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
       key=lambda found: (_covered(*found), -len(found[0])),
@@ -117,18 +119,18 @@ def period_name(segment: Segment, period: int) -> str:
   return f'{segment.name}_period_{period}'
 
 
-def shortest_period(sparse: tuple[bool, ...]) -> int:
-  """The least p that divides L with sparse[i] == sparse[i % p]."""
-  L = len(sparse)
+def shortest_period(kinds: tuple[Hashable, ...]) -> int:
+  """The least p that divides L with kinds[i] == kinds[i % p]."""
+  L = len(kinds)
   return next(
-    p for p in range(1, L + 1) if L % p == 0 and p * _repeats(sparse, p) == L
+    p for p in range(1, L + 1) if L % p == 0 and p * _repeats(kinds, p) == L
   )
 
 
-def _repeats(sparse, p):
+def _repeats(kinds, p):
   """The number of times that the first p layers occur in a row at the front."""
   n = 0
-  while sparse[n * p : (n + 1) * p] == sparse[:p] and len(sparse) >= n * p + p:
+  while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1
   return n
 

@@ -22,6 +22,7 @@ from moe_jax.models.padding import Padding
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
 from moe_jax.routing.rows import DECISION, without_nan
+from moe_jax.routing.stats import with_room
 from moe_jax.shapes import Array, Float, Int32
 
 REMATS = {
@@ -62,6 +63,29 @@ class StackConfig:
     """The mixture of the sparse layers; None where no layer has experts."""
     moe = self.block.moe
     return moe if moe is not None and moe.num_experts else None
+
+  @property
+  def kinds(self) -> tuple[MoeOptions | None, ...]:
+    """The kind of each layer: its mixture, or that of its twin; None if dense.
+
+    Layers of one kind have parameters of the same shapes.
+    """
+    return kinds_of(self.block.moe, self.sparse)
+
+  @property
+  def moes(self) -> tuple[MoeOptions | None, ...]:
+    """The mixture of each layer; None for a layer without experts."""
+    return self.kinds if self.experts else (None,) * len(self.sparse)
+
+
+def kinds_of(
+  moe: MoeOptions | None, sparse: tuple[bool, ...]
+) -> tuple[MoeOptions | None, ...]:
+  """The options of each layer's mixture or of its twin; None if it is dense."""
+  return tuple(
+    moe.in_layer(i) if flag and moe is not None else None
+    for i, flag in enumerate(sparse)
+  )
 
 
 class Stack(nn.Module):
@@ -112,7 +136,7 @@ def run_stack(
   context = c.padding.context(context)
   x = without_nan(context.routed, x)
   auxes, first = [], 0
-  for segment in segments(c.sparse):
+  for segment in segments(c.kinds):
     numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
     numbers = numbers.reshape(segment.repeats, -1)
     layers = _segment if c.stacked else _unrolled
@@ -141,7 +165,7 @@ class Period(nn.Module):
   """One period of the layer pattern; its parameters are stacked by the scan."""
 
   config: StackConfig
-  pattern: tuple[bool, ...]
+  pattern: tuple[MoeOptions | None, ...]
   train: bool
   loops: bool
 
@@ -163,9 +187,12 @@ class Period(nn.Module):
       )
     x, cache = carry
     auxes = []
-    for i, sparse in enumerate(self.pattern):
-      layer = block(c.block, sparse, self.train, name=layer_name(i))
+    for i, moe in enumerate(self.pattern):
+      own = c.block if moe is None else dataclasses.replace(c.block, moe=moe)
+      layer = block(own, moe is not None, self.train, name=layer_name(i))
       x, cache, aux = layer(x, context, cache, numbers[i])
+      if c.experts is not None:
+        aux = with_room(aux, c.experts.num_experts)
       auxes.append(aux)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
     return Carry(x, cache), aux

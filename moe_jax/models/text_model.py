@@ -38,16 +38,21 @@ class TextModel(Model):
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Array]:
     """See `Model.inputs`."""
-    return {
+    plain = {
       f'{prefix}{key}': batch[f'{prefix}{key}']
       for prefix in self.sequences
       for key in _KEYS
     }
+    tasks = [f'{prefix}task_ids' for prefix in self.task_sequences]
+    return plain | {name: batch.get(name) for name in tasks}
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """See `Model.example`; all sequences are the same tokens."""
-    return {f'{prefix}tokens': tokens for prefix in self.sequences}
+    """See `Model.example`; all sequences are the same tokens, of task 0."""
+    return {f'{prefix}tokens': tokens for prefix in self.sequences} | {
+      f'{prefix}task_ids': jnp.zeros_like(tokens)
+      for prefix in self.task_sequences
+    }
 
   @nn.nowrap
   def batch_shapes(
@@ -60,6 +65,8 @@ class TextModel(Model):
       for prefix, length in lengths.items()
       for key in _KEYS
     }
+    for prefix in self.task_sequences:
+      shapes[f'{prefix}task_ids'] = (batch_size, lengths[prefix])
     last = (batch_size, lengths[''])
     ints = {
       name: jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -10,6 +10,7 @@ from typing import Self
 
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.positions import POSITIONS, Positions
@@ -17,7 +18,7 @@ from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.pattern import count_sparse, layers_needed, sparse_pattern
-from moe_jax.models.stack import REMATS
+from moe_jax.models.stack import REMATS, kinds_of
 from moe_jax.options import Options, at_least, choice, nested, one_of, option
 from moe_jax.options import within as in_interval
 from moe_jax.partitioning import Rules
@@ -50,6 +51,11 @@ class LayerOptions(Options):
   def sparse(self) -> tuple[bool, ...]:
     """A flag for each layer: whether it is one of the sparse ones."""
     return sparse_pattern(self.moe.layers, self.num_layers)
+
+  @property
+  def kinds(self) -> tuple[MoeOptions | None, ...]:
+    """The kind of each layer; see `stack.kinds_of`."""
+    return kinds_of(self.moe, self.sparse)
 
   @property
   def num_sparse(self) -> int:
@@ -88,6 +94,16 @@ class LayerOptions(Options):
       self.num_sparse  # noqa: B018
     except ValueError as error:
       yield str(error)
+      return
+    named = self.moe.retained.layers
+    if not named:
+      return
+    sparse = [i for i, flag in enumerate(self.sparse) if flag]
+    if other := sorted(named - set(sparse)):
+      yield (
+        f'moe.retained names layers {other}, which are not among the sparse '
+        f'layers {sparse}'
+      )
 
   def leak(self) -> Iterator[str]:
     """The problem of a router that leaks the future without permission."""
@@ -113,6 +129,12 @@ class LayerOptions(Options):
     S, rows = self.moe.group_size, run.rows
     if not self.moe.num_experts:
       return
+    if S > 0 and S % length and self.moe.router.needs_whole_rows:
+      yield (
+        f'model.moe.group_size={S} ends groups within rows of {name}={length}, '
+        'and the router needs whole sentences; use 0, -1 or a multiple of the '
+        'length'
+      )
     if S == -1 and run.microbatches > 1:
       yield (
         f'model.moe.group_size={S} with microbatches={run.microbatches}: the '
@@ -197,18 +219,41 @@ class TextModelOptions(ModelOptions, LayerOptions):
   )
 
   def filled(
-    self, vocab_size: int, feature_shape: tuple[int, ...], seq_len: int
+    self,
+    vocab_size: int,
+    feature_shape: tuple[int, ...],
+    seq_len: int,
+    num_tasks: int = 0,
   ) -> Self:
     """See `ModelOptions.filled`."""
-    options = super().filled(vocab_size, feature_shape, seq_len)
+    options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
     return dataclasses.replace(
       options, positions=options.positions.within(seq_len)
     )
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """See `ModelOptions.problems_in`."""
+    yield from self.code_problems()
     yield from self.position_problems('data.seq_len', run.seq_len)
     yield from self.group_problems(run, 'data.seq_len', run.seq_len)
+
+  @property
+  def kernel_formats(self) -> dict[str, KernelFormat]:
+    """The storage of all kernels, by the options that say so."""
+    return {
+      'numerics.kernels': self.numerics.kernels,
+      'moe.expert.format': self.moe.expert.format,
+    }
+
+  def code_problems(self) -> Iterator[str]:
+    """The problem of training kernels that are stored in codes."""
+    for name, format in self.kernel_formats.items():
+      if not format.is_plain:
+        yield (
+          f'model.{name}.name={format.name!r}: kernels in codes of few bits '
+          'are for evaluation and generation, and are not trained; train the '
+          'run that they were made of'
+        )
 
   def position_problems(self, name: str, length: int) -> Iterator[str]:
     """Whether rows of the length that a config gives as `name` fit."""

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
-from moe_jax.layers.routers.contract import ROUTER_STATE
+from moe_jax.layers.routers.contract import ROUTER_STATE, RoutedTokens
 from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import stack_for_decoding
 from moe_jax.models.layer_trees import (
@@ -51,17 +51,36 @@ class Transformer(TextModel):
       tokens: Token ids; a row's first ones may be padding.
       token_mask: False at padding.
       cache: The cache from `make_cache`, from `encode` or from an earlier call;
-        the caller checks that the tokens fit into it.
+        the caller checks that the tokens fit into it, and puts `task_ids` into
+        it if the decoder routes by task.
     """
     cache, positions = cache.begin(token_mask)
     x = self.embeddings.embed(tokens, token_mask, positions, train=False)
     cache, previous = cache.follow(tokens, token_mask)
-    ids = hash_ids(self.decoder.config, tokens, previous, positions)
-    context = Context(
-      token_mask.astype(jnp.int32), token_mask, positions, hash_ids=ids
+    segment_ids, task_ids = token_mask.astype(jnp.int32), None
+    if cache.task_ids is not None:
+      task_ids = jnp.broadcast_to(cache.task_ids[:, None], tokens.shape)
+    ids = router_ids(
+      self.decoder.config,
+      RoutedTokens(tokens, previous, positions, segment_ids, task_ids),
     )
+    context = Context(segment_ids, token_mask, positions, router_ids=ids)
     x, _, cache = self.decoder(x, context, False, cache)
     return self.embeddings.logits(x), cache.advance(tokens.shape[1])
+
+  @property
+  def task_sequences(self) -> tuple[str, ...]:
+    """See `Model.task_sequences`."""
+    return tuple(
+      prefix
+      for prefix, (_, stack) in zip(self.sequences, self.stacks, strict=True)
+      if stack.experts is not None and stack.experts.router.needs_tasks
+    )
+
+  @property
+  def num_tasks(self) -> int:
+    """See `Model.num_tasks`."""
+    return max(stack.block.shared.num_tasks for _, stack in self.stacks)
 
   @nn.nowrap
   def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
@@ -172,6 +191,7 @@ def make_context(
   tokens: Int[Array, 'B T'],
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
+  task_ids: Int[Array, 'B T'] | None = None,
 ) -> Context:
   """The context of a stack's blocks; defaults are as in `Decoder`."""
   B, T = tokens.shape
@@ -181,14 +201,31 @@ def make_context(
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   previous = hash_rule.previous_tokens(tokens, segment_ids)
-  ids = hash_ids(c, tokens, previous, positions)
-  return Context(segment_ids, token_mask, positions, hash_ids=ids)
+  segments = (
+    token_mask.astype(jnp.int32) if segment_ids is None else segment_ids
+  )
+  ids = router_ids(
+    c, RoutedTokens(tokens, previous, positions, segments, task_ids)
+  )
+  return Context(segment_ids, token_mask, positions, router_ids=ids)
 
 
-def hash_ids(c: StackConfig, tokens, previous, positions) -> Array | None:
-  """The ids by which the routers hash tokens; None if they do not hash."""
+def router_ids(c: StackConfig, tokens: RoutedTokens) -> Array | None:
+  """The ids that the routers of a stack need; None if they need none.
+
+  Raises:
+    ValueError: They need the tasks of the tokens, which are not given.
+  """
   moe = c.experts
-  return moe and moe.router.ids_of(tokens, previous, positions)
+  if moe is None:
+    return None
+  if moe.router.needs_tasks and tokens.task_ids is None:
+    raise ValueError(
+      f'{type(moe.router).__name__} routes by task, and no task_ids are given: '
+      "batches have them where the data is a mixture, generation's callers "
+      'give them'
+    )
+  return moe.router.ids_of(tokens)
 
 
 def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:

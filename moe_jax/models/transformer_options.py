@@ -11,7 +11,7 @@ from moe_jax.layers.block import BlockConfig
 from moe_jax.models.padding import Padding
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_options import StackOptions, TextModelOptions
-from moe_jax.options import OptionError
+from moe_jax.options import OptionError, at_least, no_effect, option
 from moe_jax.partitioning import Rules
 
 
@@ -21,10 +21,56 @@ class TransformerOptions(TextModelOptions, StackOptions):
 
   has_blocks: ClassVar[bool] = True
 
+  num_tasks: int = option(
+    0,
+    'Number of tasks that routers by task tell apart; 0: that of the data, '
+    'whose tasks are the sources of data.mixture.',
+    at_least(0),
+  )
+
   @property
   def padding(self) -> Padding:
     """The rule that hides padding; a subclass may return one that shows it."""
     return Padding()
+
+  @property
+  def halves(self) -> tuple[StackOptions, ...]:
+    """The options of the layers of each stack, an encoder's first."""
+    return (self,)
+
+  @property
+  def routes_by_task(self) -> bool:
+    """See `ModelOptions.routes_by_task`."""
+    return any(
+      half.has_experts and half.moe.router.needs_tasks for half in self.halves
+    )
+
+  def filled(self, vocab_size, feature_shape, seq_len, num_tasks=0):
+    """See `ModelOptions.filled`."""
+    options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
+    if not self.routes_by_task:
+      return options
+    if 0 < self.num_tasks < num_tasks:
+      raise ValueError(
+        f'model.num_tasks={self.num_tasks} is smaller than the {num_tasks} '
+        'tasks of the data'
+      )
+    size = self.num_tasks or num_tasks
+    return dataclasses.replace(options, num_tasks=size)
+
+  def check_filled(self) -> None:
+    """See `ModelOptions.check_filled`."""
+    super().check_filled()
+    if self.routes_by_task and not self.num_tasks:
+      raise ValueError(
+        'model.num_tasks=0 with a router by task: the data has no tasks, which '
+        'are the sources of data.mixture; name them there'
+      )
+
+  def shared(self, num_layers, rules):
+    """See `TextModelOptions.shared`."""
+    shared = super().shared(num_layers, rules)
+    return dataclasses.replace(shared, num_tasks=self.num_tasks)
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
     """The problems of the layers of an encoder or decoder of this width."""
@@ -40,6 +86,13 @@ class TransformerOptions(TextModelOptions, StackOptions):
     """The problems of heads and the width, and of positions and heads."""
     yield from super().problems()
     yield from self.half_problems(self, causal=True)
+
+  def task_problems(self) -> Iterator[str]:
+    """The problem of a number of tasks that no router needs."""
+    if self.num_tasks and not self.routes_by_task:
+      yield no_effect(
+        'num_tasks', self.num_tasks, 'where no router goes by task'
+      )
 
   def half_parameters(self, half: StackOptions, attentions: int = 1) -> int:
     """The least number of values of the layers of an encoder or decoder.

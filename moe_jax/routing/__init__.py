@@ -29,7 +29,11 @@ from moe_jax.routing.capacity import (
   PerToken,
 )
 from moe_jax.routing.expert_choice_rule import expert_choice
-from moe_jax.routing.given_choice_rule import even_choice, given_choice
+from moe_jax.routing.given_choice_rule import (
+  even_choice,
+  given_choice,
+  to_experts,
+)
 from moe_jax.routing.hash_rule import hash_choice
 from moe_jax.routing.noisy_top_k_rule import (
   NoisyLogits,
@@ -95,6 +99,7 @@ __all__ = [
   'running_totals',
   'slot_stats',
   'strictly_balanced_rule',
+  'to_experts',
   'token_choice',
   'z_loss',
 ]

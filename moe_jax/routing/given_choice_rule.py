@@ -79,6 +79,34 @@ def given_choice(
   return Routing(expert_index, slot, gate, kept, E, capacity)
 
 
+@checked
+def to_experts(
+  routing: Routing,
+  expert_of: Int32[Array, ' E'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+) -> Routing:
+  """A routing in which several of E columns may lead to the same expert.
+
+  Which choices are served, and their gates, stay those of the columns, each of
+  which has had a queue and a capacity of its own. A token that chose two
+  columns of an expert is in two of its slots.
+
+  Args:
+    routing: The routing to columns, as if each were an expert.
+    expert_of: The expert of each column that a token may have chosen.
+    num_experts: The number of experts.
+    capacity: The slots of an expert, which have room for all choices that its
+      columns serve; None for no bound.
+  """
+  index = expert_of[routing.expert_index]
+  slot = queue_slots(index, routing.kept, num_experts, 'token_major')
+  return Routing(
+    index, decided(slot), routing.gate, routing.kept, num_experts, capacity
+  )
+
+
 def queue_slots(
   expert_index: Int32[Array, 'G S K'],
   queued: Bool[Array, 'G S K'],

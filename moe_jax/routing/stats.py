@@ -219,3 +219,14 @@ def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
     logit_square=scalar,
   )
   return MoeAux(scalar, scalar, scalar, scalar, stats)
+
+
+def with_room(aux: MoeAux, num_experts: int) -> MoeAux:
+  """The aux of a layer of fewer experts, with loads of zero up to that many."""
+  stats = aux.stats
+  missing = num_experts - stats.load.shape[-1]
+  if not missing:
+    return aux
+  pad = [(0, 0)] * (stats.load.ndim - 1) + [(0, missing)]
+  loads = {n: jnp.pad(getattr(stats, n), pad) for n in ('load', 'kept_load')}
+  return aux._replace(stats=stats._replace(**loads))

@@ -104,7 +104,7 @@ def routers():
 def told(router):
   """The ids that a router that hashes needs."""
   ids = np.arange(B * T, dtype=np.uint32).reshape(B, T)
-  return {'hash_ids': jnp.asarray(ids)} if router.needs_ids else {}
+  return {'router_ids': jnp.asarray(ids)} if router.needs_ids else {}
 
 
 @EVERY_ROUTER

@@ -66,7 +66,7 @@ def gradients(router, dispatch, capacity):
 
   def loss(params, x):
     variables = {'params': params}
-    y, aux = layer.apply(variables, x, jnp.asarray(a_mask()), hash_ids=IDS)
+    y, aux = layer.apply(variables, x, jnp.asarray(a_mask()), router_ids=IDS)
     return (y * target).sum(), (y, aux)
 
   return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)

@@ -16,6 +16,7 @@ from moe_jax.layers.positions import (
   Relative,
   Sinusoidal,
 )
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -74,6 +75,9 @@ CASES = {
     kind='encoder_decoder',
     positions=Relative(),
     moe=dict(router=Hash(of='bigram'), **ALL),
+  ),
+  'with fewer experts': dict(
+    moe=ALL | dict(retained=Retained('0:4', '1: 0 1 - 2 1')),
   ),
   'dense': dict(positions=Sinusoidal(), num_layers=3, moe=dict(num_experts=0)),
   'switch': dict(

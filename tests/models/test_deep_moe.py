@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Numerics
 from moe_jax.models import DeepMoe, DeepMoeOptions, RunShape, router_state
 from moe_jax.models.deep_moe import STEPS, TOTALS, GatedLayersOptions
@@ -249,6 +250,9 @@ def test_it_has_one_type_of_numbers():
   half = Numerics(dtype='bfloat16')
   with pytest.raises(ValueError, match=r"numerics.dtype='bfloat16' has no"):
     dataclasses.replace(options(), numerics=half)
+  codes = Numerics(kernels=KernelFormat('int8'))
+  with pytest.raises(ValueError, match=r"numerics.kernels.name='int8' has no"):
+    dataclasses.replace(options(), numerics=codes)
 
 
 def test_a_constraint_that_outlives_the_run_is_refused():

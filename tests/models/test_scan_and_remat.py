@@ -73,7 +73,7 @@ def trained(scan_layers, remat, router='sampled'):
     (False, 'none', 'sampled'),
     pytest.param(True, 'full', 'sampled', marks=pytest.mark.slow),
     (True, 'dots', 'sampled'),
-    (True, 'dots', 'dropless'),
+    pytest.param(True, 'dots', 'dropless', marks=pytest.mark.slow),
     pytest.param(True, 'dots', 'expert_choice', marks=pytest.mark.slow),
     (False, 'full', 'hash'),
     pytest.param(False, 'dots', 'random', marks=pytest.mark.slow),

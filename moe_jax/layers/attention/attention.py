@@ -143,9 +143,8 @@ class Attention(nn.Module):
 
     The source is projected to keys and values; without one they are None.
     """
-    B, T, M = x.shape
+    M = x.shape[-1]
     c, dtype = self.options.within(M), self.shared.dtype
-    H, D = c.num_heads, c.head_width
     x = x.astype(dtype)
     query, key, value = self._query(x, c), None, None
     if source is not None:
@@ -155,17 +154,25 @@ class Attention(nn.Module):
     if not self.cross:
       query = self.positions.rotate(query, positions)
       key = self.positions.rotate(key, positions)
-    y = attend(query, key, value)
+    return self.project_back(attend(query, key, value), M)
+
+  def project_back(
+    self, y: Float[Array, 'B T H D'], width: int
+  ) -> Float[Array, 'B T M']:
+    """The output of the layer for what its heads found."""
+    (B, T, H, D), M = y.shape, width
     axes = ('heads', 'kv', 'embed')
     init = parameters.kernel(
       self.shared, axes, role=_ROLE, in_axis=(0, 1), out_axis=2, residual=True
     )
-    w_out = self.param('w_out', init, (H, D, M), self.shared.param_dtype)
-    y = rows_matmul(y.reshape(B * T, H * D), w_out.reshape(H * D, M))
+    w_out = parameters.matrix(
+      self, 'w_out', self.shared, init, (H, D, M), role=_ROLE, inputs=2
+    )
+    y = rows_matmul(y.reshape(B * T, H * D), w_out)
     if self.shared.use_bias:
       init = parameters.bias(('embed',), role=_ROLE)
       b = self.param('b_out', init, (M,), self.shared.param_dtype)
-      y = y + b.astype(dtype)[None]
+      y = y + b.astype(self.shared.dtype)[None]
     return y.reshape(B, T, M)
 
   @property
@@ -175,14 +182,30 @@ class Attention(nn.Module):
   def _query(self, x, c):
     # Unscaled scores start with the variance of scaled ones (T5).
     shrink = self._keys.scale**2 * c.head_width or 1.0
-    return self._project(
+    return self.project(
       x, 'query', ('heads', c.num_heads), c.head_width, shrink
     )
 
   def _key_or_value(self, x, name, c):
-    return self._project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
+    return self.project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
 
-  def _project(self, x, name, heads, head_width, shrink=1.0):
+  def project(
+    self,
+    x: Float[Array, 'B S M'],
+    name: str,
+    heads: tuple[str, int],
+    head_width: int,
+    shrink: float = 1.0,
+  ) -> Float[Array, 'B S N D']:
+    """Queries, keys or values.
+
+    Args:
+      x: The tokens that are projected.
+      name: The name of the projection: 'query', 'key' or 'value'.
+      heads: The logical axis of the heads, and their number.
+      head_width: The width of a head.
+      shrink: The number that the usual variance of the kernel is divided by.
+    """
     axes = ('embed', heads[0], 'kv')
     shape = (x.shape[-1], heads[1], head_width)
     init = parameters.kernel(
@@ -193,9 +216,11 @@ class Attention(nn.Module):
       out_axis=(1, 2),
       shrink=shrink,
     )
-    w = self.param(f'w_{name}', init, shape, self.shared.param_dtype)
+    w = parameters.matrix(
+      self, f'w_{name}', self.shared, init, shape, role=_ROLE
+    )
     B, T, M = x.shape
-    y = rows_matmul(x.reshape(B * T, M), w.reshape(M, -1))
+    y = rows_matmul(x.reshape(B * T, M), w)
     y = y.reshape(B, T, *shape[1:])
     if self.shared.use_bias:
       init = parameters.bias(axes[1:], role=_ROLE)
@@ -242,18 +267,26 @@ def _only_real(x: Array | None, segment_ids: Array | None) -> Array | None:
 
 
 def project_memory(
-  shared: Shared, p: Mapping[str, Any], memory: Float[Array, 'B S M']
+  shared: Shared,
+  head_width: int,
+  p: Mapping[str, Any],
+  memory: Float[Array, 'B S M'],
 ) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
   """Keys and values of R cross-attention layers, for a decoder's cache.
 
   Args:
     shared: The settings that all layers of the model share.
+    head_width: D, the width of a head.
     p: The parameters of the layers, each [R, ...].
     memory: The encoder's output.
   """
 
   def project(name):
-    w = p[f'w_{name}'].astype(shared.dtype)
+    w = p[f'w_{name}']
+    if not shared.kernels.is_plain:
+      w = shared.kernels.decoded(w, memory.shape[-1])
+      w = w.reshape(*w.shape[:2], -1, head_width)
+    w = w.astype(shared.dtype)
     y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
     if shared.use_bias:
       y = y + p[f'b_{name}'].astype(shared.dtype)[:, None, :, None]

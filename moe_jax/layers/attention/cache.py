@@ -40,6 +40,7 @@ class KVCache(flax.struct.PyTreeNode):
     next_position: int32 [B], the position of each row's next token.
     last_token: int32 [B], the id of each row's newest token; -1: none yet.
     memory: The keys and values of an encoder; None in a decoder-only model.
+    task_ids: int32 [B], the task of each row; None where nothing routes by it.
   """
 
   key: Leaf
@@ -49,6 +50,7 @@ class KVCache(flax.struct.PyTreeNode):
   next_position: Leaf
   last_token: Leaf
   memory: Memory | None = None
+  task_ids: Leaf = None
 
   @classmethod
   def make(
@@ -161,6 +163,7 @@ class KVCache(flax.struct.PyTreeNode):
       next_position=by_axis(0, self.next_position),
       last_token=by_axis(0, self.last_token),
       memory=memory,
+      task_ids=by_axis(0, self.task_ids),
     )
 
 

@@ -5,6 +5,7 @@ slots, sorted rows, few tokens.
 """
 
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
+from moe_jax.layers.experts.quantized_experts import QuantizedExpert
 from moe_jax.layers.experts.serving import (
   Dispatch,
   ExpertOptions,
@@ -20,7 +21,10 @@ from moe_jax.layers.experts.sorted_rows_experts import Dropless
 from moe_jax.options import Kinds
 
 EXPERTS = Kinds(
-  'expert', ExpertOptions, {'feed_forward': FeedForwardExpert}, inline=True
+  'expert',
+  ExpertOptions,
+  {'feed_forward': FeedForwardExpert, 'quantized': QuantizedExpert},
+  inline=True,
 )
 DISPATCHES = Kinds(
   'dispatch',
@@ -40,4 +44,5 @@ __all__ = [
   'Gather',
   'MixtureExpert',
   'ModuleExpert',
+  'QuantizedExpert',
 ]

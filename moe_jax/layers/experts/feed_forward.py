@@ -43,10 +43,11 @@ class FeedForwardExpert(ExpertOptions):
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':
     """See `ExpertOptions.within`."""
-    return FeedForwardExpert(
-      self.hidden or ffn.hidden,
-      self.activation or ffn.activation,
-      dropout if self.dropout < 0 else self.dropout,
+    return dataclasses.replace(
+      self,
+      hidden=self.hidden or ffn.hidden,
+      activation=self.activation or ffn.activation,
+      dropout=dropout if self.dropout < 0 else self.dropout,
     )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:

@@ -69,7 +69,7 @@ class UnrolledExperts(Experts):
       return _all_tokens(self.layer, experts, x, routing), None
     rows = sorted_rows.dispatch(x, routing)
     sizes = sorted_rows.group_sizes(routing)
-    rows = _own_rows(self.layer, experts, rows, sizes)
+    rows = _all_rows(self.layer, experts, rows, sizes)
     return sorted_rows.combine(rows, routing), None
 
 
@@ -84,7 +84,7 @@ class BatchedExperts(SortedRowsExperts):
     """See `Experts.serve`."""
     if x[..., 0].size > FEW_TOKENS:
       return super().serve(x, routing, train)
-    layer, gate = self.layer, _gates(routing)  # [N, E]
+    layer, gate = self.layer, gates(routing)  # [N, E]
     rows = x.reshape(-1, x.shape[-1])
     N, E = gate.shape
     rows = jnp.broadcast_to(rows, (E, N, rows.shape[1]))
@@ -144,7 +144,7 @@ def _all_tokens(
 ) -> Float[Array, 'G S M']:
   """The sum of the outputs of all chosen experts for all tokens, gated."""
   rows = x.reshape(-1, x.shape[-1])
-  gate = _gates(routing)
+  gate = gates(routing)
   used = (gate != 0).any(0)
   y = jnp.zeros(rows.shape, jnp.float32)
   for e, p in enumerate(experts):
@@ -160,31 +160,57 @@ def _all_tokens(
   return y.astype(layer.shared.dtype).reshape(x.shape)
 
 
-def _gates(routing: Routing | SlotRouting) -> Float[Array, 'N E']:
+def gates(routing: Routing | SlotRouting) -> Float[Array, 'N E']:
   """Each expert's gate for each token; 0 where the expert is not chosen."""
   return routing.token_gates().reshape(-1, routing.num_experts)
 
 
-def _own_rows(
+def _all_rows(
   layer: FfnLayer,
   experts: list[dict[str, Any]],
   x: Float[Array, 'N M'],
   group_sizes: Int32[Array, ' E'],
 ) -> Float[Array, 'N M']:
   """The output of each expert for its own rows, in blocks of one size."""
-  N, E = len(x), len(experts)
-  share = -(-N // E // _LEAST_BLOCK) * _LEAST_BLOCK
-  size = min(max(share, _LEAST_BLOCK), _MOST_BLOCK, N)
+  size = block_of(len(x), len(experts))
   stops = jnp.cumsum(group_sizes)
   y = jnp.zeros_like(x)
   for e, p in enumerate(experts):
-    begin, stop = stops[e] - group_sizes[e], stops[e]
-
-    def one(i, y, p=p, begin=begin, stop=stop):
-      first = begin + i * size
-      start = jnp.minimum(first, N - size)
-      block = Block(jnp.int32(0), start, first, stop, size, True)
-      return block.put(y, layer.compute_stacked(p, block.rows(x)))
-
-    y = jax.lax.fori_loop(0, -(-group_sizes[e] // size), one, y)
+    y = own_rows(layer, p, x, y, stops[e] - group_sizes[e], stops[e], size)
   return y
+
+
+def block_of(num_rows: int, num_experts: int) -> int:
+  """The number of rows that `own_rows` multiplies at a time."""
+  share = -(-num_rows // num_experts // _LEAST_BLOCK) * _LEAST_BLOCK
+  return min(max(share, _LEAST_BLOCK), _MOST_BLOCK, num_rows)
+
+
+def own_rows(
+  layer: FfnLayer,
+  p: dict[str, Any],
+  x: Float[Array, 'N M'],
+  y: Float[Array, 'N M'],
+  begin: Int32[Array, ''],
+  stop: Int32[Array, ''],
+  size: int,
+) -> Float[Array, 'N M']:
+  """y with one expert's outputs for its rows of x, in blocks of one size.
+
+  Args:
+    layer: The computation of the expert.
+    p: Its parameters.
+    x: The rows of all experts.
+    y: The outputs, as far as they are there.
+    begin: The number of its first row.
+    stop: The number of the row after its last one.
+    size: The number of rows of a block.
+  """
+
+  def one(i, y):
+    first = begin + i * size
+    start = jnp.minimum(first, len(x) - size)
+    block = Block(jnp.int32(0), start, first, stop, size, True)
+    return block.put(y, layer.compute_stacked(p, block.rows(x)))
+
+  return jax.lax.fori_loop(0, -(-(stop - begin) // size), one, y)

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 from flax import linen as nn
 
 from moe_jax.layers.ffn import FfnLayer, FfnOptions
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
 from moe_jax.routing import MoeAux, Routing, SlotRouting
@@ -100,7 +101,15 @@ class ExpertOptions(Options):
 
   A subclass defines `module`, or `experts` if its experts are run in a way of
   their own.
+
+  Attributes:
+    own_arrays: Whether a model that decodes may give each expert arrays of its
+      own, or multiply all experts at once (`few_tokens.py`).
+    format: The storage of their kernels; most are stored as they are.
   """
+
+  own_arrays: ClassVar[bool] = True
+  format: ClassVar[KernelFormat] = KernelFormat()
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
     """These options with defaults filled in from the model's options.

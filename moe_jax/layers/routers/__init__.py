@@ -3,13 +3,16 @@
 Not here: the pure rules, from logits to a routing (`moe_jax.routing`).
 """
 
-from moe_jax.layers.routers.contract import Router, RouterOptions, Sizes
+from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.routers.expert_choice import ExpertChoice
 from moe_jax.layers.routers.hash import Hash
 from moe_jax.layers.routers.hierarchical import Hierarchical
 from moe_jax.layers.routers.noisy_top_k import NoisyTopK
 from moe_jax.layers.routers.random import Random
+from moe_jax.layers.routers.sentence import Sentence
+from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.routers.strictly_balanced import StrictlyBalanced
+from moe_jax.layers.routers.task import Task
 from moe_jax.layers.routers.token_choice import TokenChoice
 from moe_jax.options import Kinds
 
@@ -24,6 +27,8 @@ ROUTERS = Kinds(
     'hash': Hash,
     'random': Random,
     'hierarchical': Hierarchical,
+    'sentence': Sentence,
+    'task': Task,
   },
 )
 
@@ -36,7 +41,9 @@ __all__ = [
   'Random',
   'Router',
   'RouterOptions',
+  'Sentence',
   'Sizes',
   'StrictlyBalanced',
+  'Task',
   'TokenChoice',
 ]

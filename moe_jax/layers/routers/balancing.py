@@ -100,7 +100,9 @@ class BalanceBias(RouterOptions):
     """The bias after a step; see `routing.balance_bias.moved`."""
     if rate is None:
       rate = self.balance_bias_rate
-    return {_BIAS: balance_bias.moved(state[_BIAS], load, rate)}
+    bias = state[_BIAS]
+    own = load[..., : bias.shape[-1]]
+    return {_BIAS: balance_bias.moved(bias, own, rate)}
 
 
 def bias_of(module: Router) -> Float32[Array, ' E'] | None:

@@ -5,6 +5,7 @@ Not here: how tokens choose, which is in each router's own file.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.options import one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.aux_losses import over_groups
+from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES
 from moe_jax.routing.token_choice_rule import (
   GATES,
@@ -67,8 +69,10 @@ class Queued(RouterOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ByLogits(Queued):
-  """The options of a router whose tokens choose the K largest logits."""
+class Gated(RouterOptions):
+  """The options of a router whose gates are computed from its logits."""
+
+  has_columns: ClassVar[bool] = True
 
   gates: str = option(
     'raw',
@@ -79,6 +83,43 @@ class ByLogits(Queued):
     "(praxis); 'sigmoid' is the sigmoid of each logit (Loss-Free Balancing).",
     one_of(*GATES),
   )
+
+  def problems_with(self, sizes):
+    """The problems that gates have with E and K."""
+    yield from choice_problems(
+      num_experts=sizes.num_experts,
+      num_selected=sizes.num_selected,
+      gates=self.gates,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Roomy(Gated):
+  """The options of a router by logits for layers that drop nothing.
+
+  All tokens of a sentence or a task go to the same experts, where a capacity
+  would drop most. So there is no queue to order, and every choice is sent.
+  """
+
+  slot_priority: ClassVar[str] = 'token_major'
+  second_policy: ClassVar[str] = 'all'
+  second_threshold: ClassVar[float] = 1.0
+
+  def problems_with(self, sizes):
+    """The problems of gates, and of a capacity that can bind."""
+    yield from super().problems_with(sizes)
+    if sizes.capacity.binds:
+      yield (
+        f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '
+        'tokens of a sentence or a task, which all choose the same experts; '
+        "use 'all'"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLogits(Queued, Gated):
+  """The options of a router whose tokens choose the K largest logits."""
+
   slot_priority: str = option(
     'token_major',
     'Order in which experts serve the choices of a group: '
@@ -122,6 +163,7 @@ def serve(
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
   train: bool,
+  layer: int | Int32[Array, ''] = 0,
   *,
   scores: Float32[Array, 'G S E'] | None = None,
   spare: int = 0,
@@ -129,20 +171,23 @@ def serve(
   """The routing of `ByLogits`, and the experts of the largest scores.
 
   Args:
-    module: The router; its options are `ByLogits`.
+    module: The router; its options are `ByLogits` or `Roomy`.
     logits: The logits that gates are computed from, with noise if any.
     mask: False for padding.
     train: Whether the second policy draws.
+    layer: The number of the layer, some of whose columns may be masked.
     scores: The scores by which tokens choose. Default: the logits.
     spare: The number of experts that are returned beyond the K chosen ones; in
       all there are at most E.
   """
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
+  scores = logits if scores is None else scores
+  if (chosen_from := open_columns(module, layer)) is not None:
+    scores = jnp.where(chosen_from, scores, -jnp.inf)
   # It runs on each device, as no compiler splits a top-K over groups.
   largest = on_each_device(
-    functools.partial(routing.choose, num_selected=min(K + spare, E)),
-    (logits if scores is None else scores,),
+    functools.partial(routing.choose, num_selected=min(K + spare, E)), (scores,)
   )
   draws = train and o.second_policy != 'all' and K > 1
   chosen = routing.token_choice(
@@ -161,28 +206,64 @@ def serve(
   return chosen, largest
 
 
+def open_columns(
+  module: Router, layer: int | Int32[Array, '']
+) -> Bool[Array, '1 1 E'] | None:
+  """False for the columns of a layer that are masked; None where none is."""
+  tied = module.sizes.tied
+  if tied is None or not tied.masks:
+    return None
+  return tied.at(layer)[None, None] >= 0
+
+
+def to_experts(
+  module: Router, chosen: routing.Routing, layer: int | Int32[Array, '']
+) -> routing.Routing:
+  """The routing to the experts behind the columns that tokens have chosen."""
+  sizes, tied = module.sizes, module.sizes.tied
+  if tied is None:
+    return chosen
+  return routing.to_experts(
+    chosen,
+    tied.at(layer),
+    num_experts=tied.num_experts,
+    capacity=sizes.expert_slots(chosen.capacity, chosen.group_size),
+  )
+
+
 def logits_aux(
   module: Router,
   chosen: routing.Routing,
   clean: Float32[Array, 'G S E'],
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
+  layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
-  """The losses and statistics of `ByLogits`, sums over real tokens.
+  """The losses and statistics of routers by logits, sums over real tokens.
+
+  Masked columns are no experts of the balance loss and the importance loss. The
+  z-loss counts them, as gates do.
 
   Args:
     module: The router.
-    chosen: The routing.
+    chosen: The routing to columns; see `to_experts`.
     clean: The logits without noise, from which balance loss, z-loss and
       statistics are computed.
     logits: The logits from which the gates are computed.
     mask: False for padding.
+    layer: The number of the layer, some of whose columns may be masked.
   """
   o, index, E = module.options, chosen.expert_index, chosen.num_experts
-  probs = jax.nn.softmax(clean)
+  balanced, there = clean, open_columns(module, layer)
+  if there is not None:
+    balanced = jnp.where(there, clean, -jnp.inf)
+  probs = jax.nn.softmax(balanced)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
   gate = routing.gates_before_drop(logits, index, o.gates)
   importance = routing.importance_loss(gate, index, mask, E)
+  if there is not None:
+    balance = balance * there.mean()
+    importance = of_open_columns(importance, there)
   return routing.MoeAux(
     balance_loss=over_groups(balance, mask),
     z_loss=over_groups(routing.z_loss(clean, mask), mask),
@@ -190,6 +271,19 @@ def logits_aux(
     load_loss=jnp.zeros((), jnp.float32),
     stats=routing.routing_stats(chosen, clean, mask),
   )
+
+
+def of_open_columns(
+  cv_squared: Float32[Array, ' G'], there: Bool[Array, '1 1 E']
+) -> Float32[Array, ' G']:
+  """The squared coefficient of variation over the columns that are there.
+
+  Args:
+    cv_squared: That over all E columns, which are 0 where they are masked: E
+      times the sum of squares by the square of the sum, minus 1.
+    there: False for masked columns.
+  """
+  return (cv_squared + 1.0) * there.mean() - 1.0
 
 
 def serve_evenly(

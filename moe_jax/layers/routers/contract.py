@@ -7,14 +7,15 @@ are in `moe_jax.routing`.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import linen as nn
 
+from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, fields_of, required
 from moe_jax.routing.assignments import Routing, SlotRouting
-from moe_jax.routing.capacity import All, Capacity, PerToken
+from moe_jax.routing.capacity import All
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.stats import MoeAux
 from moe_jax.shape_checks import (
@@ -24,7 +25,16 @@ from moe_jax.shape_checks import (
   shapes_in,
   told,
 )
-from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf, UInt32
+from moe_jax.shapes import (
+  Array,
+  Bool,
+  Float,
+  Float32,
+  Int,
+  Int32,
+  Leaf,
+  UInt32,
+)
 
 # The collection of routers' variables that no gradient updates.
 ROUTER_STATE = 'router_state'
@@ -32,26 +42,24 @@ ROUTER_STATE = 'router_state'
 NOISE = 'router'
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """The sizes of the layer that a router serves.
+class RoutedTokens(NamedTuple):
+  """The arrays of a batch from which a router makes the ids that it needs.
 
   Attributes:
-    num_experts: E, the number of experts.
-    num_selected: K, the number of experts that a token chooses. Where experts
-      choose tokens, it only enters into their capacity.
-    capacity: The rule for the number of a group's tokens that an expert serves.
+    tokens: int32 [B, T], token ids.
+    previous: int32 [B, T], the token before each in its segment; -1 for the
+      first.
+    positions: int32 [B, T], the position of each token in its segment.
+    segment_ids: int32 [B, T], the segment of each token in its row; 0 is
+      padding.
+    task_ids: int32 [B, T], the task of each token; None in a batch without.
   """
 
-  num_experts: int
-  num_selected: int = 1
-  capacity: Capacity = PerToken()
-
-  def slots(self, group_size: int) -> int:
-    """The slots of an expert in a group of that many tokens, a Python int."""
-    return self.capacity.per_expert(
-      group_size, self.num_experts, self.num_selected
-    )
+  tokens: Leaf
+  previous: Leaf
+  positions: Leaf
+  segment_ids: Leaf
+  task_ids: Leaf = None
 
 
 class Router(nn.Module):
@@ -77,7 +85,7 @@ class Router(nn.Module):
     x: Float[Array, 'G S M'],
     mask: Bool[Array, 'G S'],
     train: bool = False,
-    hash_ids: UInt32[Array, 'G S'] | None = None,
+    router_ids: UInt32[Array, 'G S'] | None = None,
     layer: int | Int[Array, ''] = 0,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
     """Routes each group by itself, without padding.
@@ -87,7 +95,7 @@ class Router(nn.Module):
       mask: False for padding.
       train: Whether noise is drawn, from the rng stream 'router', and only
         where an option asks for it.
-      hash_ids: The ids that the options' `ids_of` returned for the tokens.
+      router_ids: The ids that the options' `ids_of` returned for the tokens.
       layer: The number of the layer, by which routers without parameters
         differ.
 
@@ -99,7 +107,12 @@ class Router(nn.Module):
       ValueError: Shapes do not fit, or `route` breaks this contract.
     """
     x = without_nan(mask, x)
-    result = self.route(x, mask, train, hash_ids, layer)
+    if self.options.needs_ids and router_ids is None:
+      raise ValueError(
+        f'{type(self).__name__} needs router_ids, the ids that ids_of of its '
+        'options makes of a batch'
+      )
+    result = self.route(x, mask, train, router_ids, layer)
     _check_result(self, result, mask)
     return result
 
@@ -108,7 +121,7 @@ class Router(nn.Module):
     x: Array,
     mask: Array,
     train: bool,
-    hash_ids: Array | None,
+    router_ids: Array | None,
     layer: int | Array,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
     """Routes; arguments and results are those of `__call__`.
@@ -120,7 +133,7 @@ class Router(nn.Module):
 
 def _check_result(router: Router, result: Any, mask: Array) -> None:
   """Raises ValueError where a router's result is not what `Router` says."""
-  name, E = type(router).__name__, router.sizes.num_experts
+  name, sizes = type(router).__name__, router.sizes
   if not (
     isinstance(result, tuple)
     and len(result) == 2
@@ -132,11 +145,12 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
       'SlotRouting, MoeAux)'
     )
   chosen, aux = result
-  if chosen.num_experts != E:
+  if chosen.num_experts != sizes.num_retained:
     raise ValueError(
       f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
-      f'the layer has {E}'
+      f'the layer has {sizes.num_retained}'
     )
+  E = sizes.num_experts
   check_shapes(
     [
       array_of('mask', mask, Bool[Array, 'G S']),
@@ -152,11 +166,19 @@ class RouterOptions(Options):
   Attributes:
     by_expert: Whether experts choose tokens, so that the module returns a
       `SlotRouting`.
-    needs_ids: Whether the module needs `hash_ids`, which `ids_of` makes.
+    needs_ids: Whether the module needs `router_ids`, which `ids_of` makes.
+    needs_tasks: Whether `ids_of` needs the task of each token.
+    needs_whole_rows: Whether a group must not end within a row.
+    has_columns: Whether tokens choose by logits, one for each column of the
+      router's parameters along the axis 'expert_choice', and columns may be
+      tied or masked; see `Sizes.tied`.
   """
 
   by_expert: ClassVar[bool] = False
   needs_ids: ClassVar[bool] = False
+  needs_tasks: ClassVar[bool] = False
+  needs_whole_rows: ClassVar[bool] = False
+  has_columns: ClassVar[bool] = False
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
     """The problems that this router has with sizes, a text for each.
@@ -223,20 +245,24 @@ class RouterOptions(Options):
       if name.endswith('_weight')
     }
 
-  def ids_of(
-    self,
-    tokens: Int[Array, 'B T'],
-    previous: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'],
-  ) -> UInt32[Array, 'B T'] | None:
-    """The ids by which the router hashes tokens; None if it does not hash.
+  def ids_of(self, tokens: RoutedTokens) -> UInt32[Array, 'B T'] | None:
+    """The number of each token by which the router goes; None if by none."""
+    del tokens
+    return None
+
+  def of_task(
+    self, sizes: Sizes, params: dict[str, Leaf], task: int
+  ) -> tuple[Int32[Array, ' K'], Float32[Array, ' K']] | None:
+    """The experts and gates of every token of a task; None where tokens differ.
+
+    They are those of inference, without noise.
 
     Args:
-      tokens: Token ids.
-      previous: The token before each in its segment; -1 for the first.
-      positions: The position of each token in its segment.
+      sizes: The sizes of the layer.
+      params: The parameters of the module.
+      task: The number of the task.
     """
-    del tokens, previous, positions
+    del sizes, params, task
     return None
 
   @property
@@ -255,7 +281,8 @@ class RouterOptions(Options):
     Args:
       state: The module's variables before the step; those of several layers
         may be stacked.
-      load: The choices of each expert before drops, of the whole batch.
+      load: The choices of each expert before drops, of the whole batch. It may
+        be longer than the router's experts, by zeros.
       rate: The amount by which a step changes them; None: the option's value.
         It may be an array that the step has as an argument.
     """

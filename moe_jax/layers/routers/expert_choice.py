@@ -46,9 +46,9 @@ class ExpertChoiceRouter(Router):
 
   options: ExpertChoice
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del hash_ids, layer
+    del router_ids, layer
     logits = linear_logits(self, jittered(self, x, train))
     capacity = self.sizes.slots(x.shape[1])
 

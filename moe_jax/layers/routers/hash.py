@@ -40,9 +40,9 @@ class Hash(Queued):
     """Zero: there is no product."""
     return 0
 
-  def ids_of(self, tokens, previous, positions):
+  def ids_of(self, tokens):
     """The ids of the tokens, bigrams or positions that `of` names."""
-    return hash_ids(self.of, tokens, previous, positions)
+    return hash_ids(self.of, tokens.tokens, tokens.previous, tokens.positions)
 
   def for_encoder(self):
     """The router with another seed, as an encoder's layers are counted anew."""
@@ -54,16 +54,11 @@ class HashRouter(Router):
 
   options: Hash
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
     del x, train
-    if hash_ids is None:
-      raise ValueError(
-        'the hash router needs hash_ids, what the tokens are hashed by; see '
-        'moe_jax.routing.hash_rule.hash_ids'
-      )
     index = routing.hash_choice(
-      hash_ids,
+      router_ids,
       num_experts=self.sizes.num_experts,
       num_selected=self.sizes.num_selected,
       seed=self.options.seed,

@@ -139,9 +139,9 @@ class HierarchicalRouter(Router):
 
   options: Hierarchical
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del hash_ids, layer
+    del router_ids, layer
     x = x.astype(jnp.float32)
     primary, secondary = self.options.levels(self.sizes)
     logits, noise = self._primary_logits(x, primary, train)

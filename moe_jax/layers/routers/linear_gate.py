@@ -21,8 +21,8 @@ ROLE = 'router'
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearGate(RouterOptions):
-  """The options of a router whose logits are a product with its input."""
+class Jitter(RouterOptions):
+  """The options of a router with noise on what its logits are made of."""
 
   jitter: float = option(
     0.0,
@@ -32,6 +32,12 @@ class LinearGate(RouterOptions):
     within('[0, 1)'),
     how=True,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGate(Jitter):
+  """The options of a router whose logits are a product with its input."""
+
   use_bias: bool = option(
     False,
     'Whether a learned bias, which starts at zero, is added to the router '
@@ -46,7 +52,7 @@ class LinearGate(RouterOptions):
 def jittered(
   module: Router, x: Float[Array, 'G S M'], train: bool
 ) -> Float32[Array, 'G S M']:
-  """The router's input in float32, with the noise of `LinearGate.jitter`."""
+  """The router's input in float32, with the noise of `Jitter`."""
   x, jitter = x.astype(jnp.float32), module.options.jitter
   if train and jitter > 0:
     low, high = 1.0 - jitter, 1.0 + jitter

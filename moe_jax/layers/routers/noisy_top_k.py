@@ -6,6 +6,8 @@ start at zero. The rule is `moe_jax.routing.noisy_top_k_rule`.
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from moe_jax import routing
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import (
@@ -14,7 +16,14 @@ from moe_jax.layers.routers.balancing import (
   LoadLoss,
   ZLoss,
 )
-from moe_jax.layers.routers.by_token import ByLogits, logits_aux, serve
+from moe_jax.layers.routers.by_token import (
+  ByLogits,
+  logits_aux,
+  of_open_columns,
+  open_columns,
+  serve,
+  to_experts,
+)
 from moe_jax.layers.routers.contract import NOISE, Router
 from moe_jax.layers.routers.linear_gate import (
   AXES,
@@ -47,17 +56,22 @@ class NoisyTopKRouter(Router):
 
   options: NoisyTopK
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del hash_ids, layer
+    del router_ids
     x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)
     clean = linear_logits(self, x, zeros)
     std = product(self, 'w_noise', zeros, x, self.sizes.num_experts)
     key = self.make_rng(NOISE) if train else None
     logits = routing.noisy_logits(clean, std, key)
-    chosen, largest = serve(self, logits.noisy, mask, train, spare=1)
-    aux = logits_aux(self, chosen, clean, logits.noisy, mask)
+    chosen, largest = serve(self, logits.noisy, mask, train, layer, spare=1)
+    aux = logits_aux(self, chosen, clean, logits.noisy, mask, layer)
     K = self.sizes.num_selected
     probability = routing.load_probability(logits, K, largest)
-    load = routing.load_loss(probability, mask)
-    return chosen, aux._replace(load_loss=over_groups(load, mask))
+    if (there := open_columns(self, layer)) is None:
+      load = routing.load_loss(probability, mask)
+    else:
+      probability = jnp.where(there, probability, 0.0)
+      load = of_open_columns(routing.load_loss(probability, mask), there)
+    aux = aux._replace(load_loss=over_groups(load, mask))
+    return to_experts(self, chosen, layer), aux

@@ -47,9 +47,9 @@ class RandomRouter(Router):
 
   options: Random
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del x, hash_ids
+    del x, router_ids
     if train:
       key = self.make_rng(NOISE)
     else:

@@ -55,9 +55,9 @@ class StrictlyBalancedRouter(Router):
 
   options: StrictlyBalanced
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del hash_ids, layer
+    del router_ids, layer
     logits = linear_logits(self, jittered(self, x, train))
     E, K = self.sizes.num_experts, self.sizes.num_selected
     capacity = self.sizes.slots(x.shape[1])

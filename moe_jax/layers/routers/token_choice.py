@@ -14,7 +14,12 @@ from moe_jax.layers.routers.balancing import (
   ZLoss,
   bias_of,
 )
-from moe_jax.layers.routers.by_token import ByLogits, logits_aux, serve
+from moe_jax.layers.routers.by_token import (
+  ByLogits,
+  logits_aux,
+  serve,
+  to_experts,
+)
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import (
   LinearGate,
@@ -62,12 +67,13 @@ class TokenChoiceRouter(Router):
 
   options: TokenChoice
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    del hash_ids, layer
+    del router_ids
     logits, scores = linear_logits(self, jittered(self, x, train)), None
     bias = bias_of(self)
     if bias is not None:
       scores = biased_scores(logits, bias, self.options.balance_bias_scores)
-    chosen, _ = serve(self, logits, mask, train, scores=scores)
-    return chosen, logits_aux(self, chosen, logits, logits, mask)
+    chosen, _ = serve(self, logits, mask, train, layer, scores=scores)
+    aux = logits_aux(self, chosen, logits, logits, mask, layer)
+    return to_experts(self, chosen, layer), aux

@@ -29,7 +29,7 @@ def some_mask():
 
 @functools.cache
 def module(options, sizes):
-  return options.module(sizes, Shared(), 'router')
+  return options.module(sizes, Shared(num_tasks=9), 'router')
 
 
 @functools.cache
@@ -82,6 +82,6 @@ def start(options, sizes, x=None, mask=None):
   x, mask = jnp.asarray(x), jnp.asarray(mask)
   ids = jnp.zeros(mask.shape, jnp.uint32)
   fresh = jax.jit(
-    lambda key: module(options, sizes).init(key, x, mask, hash_ids=ids)
+    lambda key: module(options, sizes).init(key, x, mask, router_ids=ids)
   )(tiny.key(0))
   return nn.meta.unbox({k: v for k, v in fresh.items() if k != 'intermediates'})

@@ -66,7 +66,7 @@ def test_hash_follows_the_ids_alone():
       for row in IDS
     ]
     np.testing.assert_array_equal(chosen.expert_index, expected)
-  with pytest.raises(ValueError, match='hash router needs hash_ids'):
+  with pytest.raises(ValueError, match='HashRouter needs router_ids'):
     route(Hash(), ids=None)
 
 

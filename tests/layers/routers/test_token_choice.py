@@ -8,6 +8,7 @@ from flax.errors import InvalidRngError
 
 from moe_jax import All, Fixed, NoisyTopK, TokenChoice, sections
 from moe_jax.layers.routers import ROUTERS, Sizes
+from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import (
   E,
@@ -15,6 +16,7 @@ from tests.layers.routers.run import (
   K,
   M,
   S,
+  compiled,
   draw,
   route,
   some_mask,
@@ -264,3 +266,22 @@ def test_bad_options_are_refused(section, message):
   section = {'kind': 'token_choice', 'token_choice': section}
   with pytest.raises(ValueError, match=message):
     sections.read_choice(ROUTERS, section, 'router.')
+
+
+@pytest.mark.parametrize('router', [TokenChoice(), NoisyTopK()])
+def test_masked_columns_are_no_experts_of_the_losses(router):
+  # Two tokens choose columns 0 and 2 as evenly as can be; both would rather
+  # have column 1, which leads to no expert.
+  x = np.eye(2, dtype=np.float32)[None]  # [G, S, M]
+  tied = TiedColumns(((0, (0, -1, 1)),))
+  sizes, mask = Sizes(3, 1, All(), tied), np.ones((1, 2), bool)
+  params = {'w': jnp.array([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0]])}
+  if router == NoisyTopK():
+    params['w_noise'] = jnp.zeros((2, 3))
+  chosen, aux = compiled(router, sizes, False)(
+    {'params': params}, x, mask, None, None, 0
+  )
+  assert chosen.expert_index.tolist() == [[[0], [1]]]
+  np.testing.assert_allclose(aux.balance_loss, 2 * 1.0, rtol=1e-5)
+  np.testing.assert_allclose(aux.importance_loss, 0.0, atol=1e-5)
+  np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)

@@ -1,0 +1,139 @@
+"""Feed-forward experts that are stored in codes of few bits.
+
+An expert is decoded where it is used, one at a time, so that no layer's experts
+are ever in memory as numbers together. They are for evaluation and generation;
+`moe_jax.compression quantize` makes them of trained ones. Not here: the formats
+of codes (`layers/kernel_format.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.dispatch import sorted_rows
+from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.layers.experts import few_tokens
+from moe_jax.layers.experts.feed_forward import FeedForwardExpert
+from moe_jax.layers.experts.serving import ROLE, SCOPE, Dispatch, Experts
+from moe_jax.layers.experts.slots import SlotDispatch
+from moe_jax.layers.ffn import FfnLayer, FfnOptions
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.shared import Shared
+from moe_jax.options import nested
+from moe_jax.shapes import Array, Float, Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedExpert(FeedForwardExpert):
+  """The options of feed-forward experts in codes, for any dispatch."""
+
+  format: KernelFormat = nested(
+    KernelFormat('int8'), 'Storage of the kernels of experts.'
+  )
+
+  own_arrays: ClassVar[bool] = False
+
+  def problems(self) -> Iterator[str]:
+    """The problem of a format without codes."""
+    if self.format.is_plain:
+      yield (
+        "format.name='' stores kernels as they are: use the experts "
+        "'feed_forward'"
+      )
+
+  def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
+    """See `ExpertOptions.experts`."""
+    ffn = FfnOptions(self.hidden, self.activation)
+    layer = FfnLayer(ffn, shared, 0.0, ROLE, self.format)
+    if dispatch.by_slot:
+      return QuantizedSlots(layer, dispatch, name=SCOPE)
+    return QuantizedRows(layer, name=SCOPE)
+
+
+class QuantizedSlots(Experts):
+  """Experts in codes with slots; experts are decoded one after another.
+
+  On a mesh the compiler decides how rows travel.
+
+  Attributes:
+    layer: The computation of one expert.
+    dispatch: The dispatch that moves tokens into slots and back.
+  """
+
+  layer: FfnLayer
+  dispatch: SlotDispatch
+
+  def serve(self, x, routing, train):
+    """See `Experts.serve`; `train` changes nothing."""
+    del train
+    layer, M = self.layer, x.shape[-1]
+    p = layer.parameters(self, (routing.num_experts,), M)
+
+    def one(expert):
+      own, rows = expert
+      return layer.compute_stacked(layer.decoded(own, M), rows)
+
+    with jax.named_scope('dispatch'):
+      rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
+    rows = jax.lax.map(one, (p, rows))
+    with jax.named_scope('combine'):
+      return self.dispatch.combine(rows, routing), None
+
+
+class QuantizedRows(Experts):
+  """Experts in codes without slots; those without tokens are not decoded.
+
+  Attributes:
+    layer: The computation of one expert.
+  """
+
+  layer: FfnLayer
+
+  def serve(self, x, routing, train):
+    """See `Experts.serve`; `train` changes nothing."""
+    del train
+    layer, M = self.layer, x.shape[-1]
+    x = x.astype(layer.shared.dtype)
+    p = layer.parameters(self, (routing.num_experts,), M)
+    if x[..., 0].size <= FEW_TOKENS:
+      return self._all_tokens(p, x, few_tokens.gates(routing)), None
+    rows = sorted_rows.dispatch(x, routing)
+    sizes = sorted_rows.group_sizes(routing)
+    stops = jnp.cumsum(sizes)
+    block = few_tokens.block_of(len(rows), len(sizes))
+
+    def serve(e, y):
+      own = layer.decoded(_of_expert(p, e), M)
+      begin = stops[e] - sizes[e]
+      return few_tokens.own_rows(layer, own, rows, y, begin, stops[e], block)
+
+    y = _each(sizes > 0, serve, jnp.zeros_like(rows))
+    return sorted_rows.combine(y, routing), None
+
+  def _all_tokens(self, p, x, gate):
+    """The gated sum of chosen experts' outputs for all of a few tokens."""
+    layer, M = self.layer, x.shape[-1]
+    rows = x.reshape(-1, M)
+
+    def serve(e, y):
+      own = layer.decoded(_of_expert(p, e), M)
+      return y + layer.compute_stacked(own, rows) * gate[:, e, None]
+
+    y = _each((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))
+    return y.astype(layer.shared.dtype).reshape(x.shape)
+
+
+def _of_expert(p: dict[str, Any], e: Leaf) -> dict[str, Any]:
+  """The parameters of expert e, as they are stored."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, e, keepdims=False), p
+  )
+
+
+def _each(used, serve, y: Float[Array, 'N M']) -> Float[Array, 'N M']:
+  """serve(e, y) for each expert e that is used, in order."""
+  order = jnp.argsort(~used)  # stable: those that are used come first
+  return jax.lax.fori_loop(0, used.sum(), lambda i, y: serve(order[i], y), y)

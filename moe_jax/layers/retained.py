@@ -1,0 +1,198 @@
+"""Options of layers that have lost experts: which are left, layer by layer.
+
+    retained.experts = '1:4, 3:6'
+    retained.expert_of = '1: 0 1 1 2; 3: 0 - 1 2'
+
+Merging and pruning (`moe_jax.compression`) write them. Layers that all have the
+same number of experts, and routers with a column for each, need none of this:
+they have another `moe.num_experts`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+from moe_jax.layers.routers.contract import RouterOptions
+from moe_jax.layers.routers.sizes import MASKED, Sizes, TiedColumns
+from moe_jax.options import Options, option
+
+_MASKED_TEXT = '-'
+
+
+@dataclasses.dataclass(frozen=True)
+class Retained(Options):
+  """The experts that sparse layers have where merging or pruning left fewer."""
+
+  experts: str = option(
+    '',
+    'Numbers of experts, and of router columns, of the sparse layers that have '
+    "fewer than num_experts, each after the layer's number: '1:4, 3:6'.",
+  )
+  expert_of: str = option(
+    '',
+    'Experts that the num_experts columns of a router lead to in the sparse '
+    "layers with fewer experts than columns: '1: 0 1 1 2; 3: 0 - 1 2' is, "
+    "after each layer's number, the expert of every column, and '-' for a "
+    'column that is never chosen, masked after the softmax.',
+  )
+
+  @property
+  def counts(self) -> Mapping[int, int]:
+    """The number of experts of each layer whose router shrank with them."""
+    return _counts(self.experts)
+
+  @property
+  def rows(self) -> Mapping[int, tuple[int, ...]]:
+    """The expert of each column, or `MASKED`, of each tied layer."""
+    return _rows(self.expert_of)
+
+  @property
+  def layers(self) -> frozenset[int]:
+    """The numbers of the layers that it names."""
+    return frozenset(self.counts) | frozenset(self.rows)
+
+  @property
+  def tied(self) -> TiedColumns | None:
+    """The tied columns of all layers that have any; None where none has."""
+    return TiedColumns(tuple(self.rows.items())) if self.rows else None
+
+  def like(self, layer: int) -> 'Retained':
+    """The tied columns of the layers with as many experts as this one."""
+    if layer not in self.rows:
+      return Retained()
+    experts = max(self.rows[layer])
+    return retained(
+      rows={i: row for i, row in self.rows.items() if max(row) == experts}
+    )
+
+  def renumbered(self, old: tuple[int, ...]) -> 'Retained':
+    """The options of a stack whose layer i is layer old[i] of this one."""
+    pairs = list(enumerate(old))
+    return retained(
+      {i: self.counts[j] for i, j in pairs if j in self.counts},
+      {i: self.rows[j] for i, j in pairs if j in self.rows},
+    )
+
+  def problems(self) -> Iterator[str]:
+    """The problems of texts that cannot be read, and of rows by themselves."""
+    for name, read in (('experts', _counts), ('expert_of', _rows)):
+      try:
+        read(getattr(self, name))
+      except ValueError as error:
+        yield f'{name}={getattr(self, name)!r}: {error}'
+        return
+    for layer in sorted(self.counts.keys() & self.rows.keys()):
+      yield (
+        f'layer {layer} is in experts={self.experts!r} and in expert_of: a '
+        'router has as many columns as experts, or tied ones'
+      )
+    for layer, row in self.rows.items():
+      if missing := sorted(set(range(max(row) + 1)) - set(row)):
+        yield (
+          f'expert_of: layer {layer} has {max(row) + 1} experts, and no column '
+          f'leads to {missing}'
+        )
+
+  def problems_with(self, router: RouterOptions, sizes: Sizes) -> Iterator[str]:
+    """The problems with the router, and with layers that lost nothing."""
+    E, K = sizes.num_experts, sizes.num_selected
+    for layer, count in self.counts.items():
+      if not 1 <= count < E:
+        yield (
+          f'retained.experts: layer {layer} has {count} experts, not in [1, '
+          f'num_experts={E}); leave out a layer that has them all'
+        )
+        continue
+      for problem in router.problems_with(Sizes(count, K, sizes.capacity)):
+        yield f'retained.experts: layer {layer}: {problem}'
+    if self.rows and not router.has_columns:
+      yield (
+        f'retained.expert_of: the columns of {type(router).__name__} cannot be '
+        'tied, as its tokens do not choose by one logit for each expert; leave '
+        'the routers as many columns as experts'
+      )
+    if router.keeps_state and any(MASKED in row for row in self.rows.values()):
+      yield (
+        f'retained.expert_of: {type(router).__name__} keeps a state, such as a '
+        "balancing bias, which would count masked columns, '-', as experts; "
+        'keep none, or tie the columns'
+      )
+    for layer, row in self.rows.items():
+      chosen = len(row) - row.count(MASKED)
+      if len(row) != E:
+        yield (
+          f'retained.expert_of: layer {layer} has {len(row)} columns, not '
+          f'num_experts={E}'
+        )
+      elif chosen < K:
+        yield (
+          f'retained.expert_of: layer {layer} has {chosen} columns that are '
+          f'not masked, and a token chooses num_selected={K}'
+        )
+
+  def shrunk(self) -> 'Retained':
+    """No layer has fewer experts; see `Options.shrunk`."""
+    return Retained()
+
+
+def retained(
+  counts: Mapping[int, int] | None = None,
+  rows: Mapping[int, tuple[int, ...]] | None = None,
+) -> Retained:
+  """The options with these numbers of experts and tied columns, by layer.
+
+  Raises:
+    OptionError: They do not fit.
+  """
+  texts = {
+    layer: ' '.join(_MASKED_TEXT if e == MASKED else str(e) for e in row)
+    for layer, row in (rows or {}).items()
+  }
+  return Retained(
+    ', '.join(f'{layer}:{count}' for layer, count in (counts or {}).items()),
+    '; '.join(f'{layer}: {text}' for layer, text in texts.items()),
+  )
+
+
+@functools.cache
+def _counts(text: str) -> dict[int, int]:
+  return {
+    layer: _number(value)
+    for layer, value in _entries(text, ',', "a list such as '1:4, 3:6'")
+  }
+
+
+@functools.cache
+def _rows(text: str) -> dict[int, tuple[int, ...]]:
+  entries = _entries(text, ';', "a list such as '1: 0 1 1 2; 3: 0 - 1 2'")
+  rows = {
+    layer: tuple(
+      MASKED if part == _MASKED_TEXT else _number(part)
+      for part in value.split()
+    )
+    for layer, value in entries
+  }
+  for layer, row in rows.items():
+    if max(row, default=MASKED) == MASKED:
+      raise ValueError(f'layer {layer} has no column that leads to an expert')
+  return rows
+
+
+def _entries(text: str, between: str, form: str) -> list[tuple[int, str]]:
+  """The entries of a text, in the order of their layers."""
+  entries = []
+  for entry in text.split(between) if text.strip() else ():
+    layer, colon, value = entry.partition(':')
+    if not colon:
+      raise ValueError(f'{entry.strip()!r} is no entry of {form}')
+    entries.append((_number(layer), value.strip()))
+  layers = [layer for layer, _ in entries]
+  if twice := sorted({i for i in layers if layers.count(i) > 1}):
+    raise ValueError(f'layers {twice} come twice')
+  return sorted(entries)
+
+
+def _number(text: str) -> int:
+  if not text.strip().isdigit():
+    raise ValueError(f'{text.strip()!r} is no number')
+  return int(text)

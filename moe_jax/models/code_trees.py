@@ -1,0 +1,203 @@
+"""Models with kernels in codes of few bits, and the same models without.
+
+Not here: the formats (`layers/kernel_format.py`), and how codes are chosen
+(`moe_jax.compression`).
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.kernels import ternary_checks
+from moe_jax.kernels.ternary import Codes
+from moe_jax.layers.experts import (
+  EXPERTS,
+  ExpertOptions,
+  FeedForwardExpert,
+  QuantizedExpert,
+)
+from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.kernel_format import TERNARY, KernelFormat
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
+from moe_jax.models.model_options import ModelOptions
+from moe_jax.models.parameter_trees import describe
+from moe_jax.models.text_options import StackOptions
+from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.options import fields_of
+from moe_jax.shapes import Array
+
+_PLAIN = KernelFormat()
+Path = tuple[str, ...]
+
+
+class Coded(NamedTuple):
+  """A kernel that is stored in codes.
+
+  Attributes:
+    shape: Its shape as a parameter that is stored as it is.
+    matrix: The same as [*E, I, O], for I inputs and O output units.
+    format: The format of the codes.
+  """
+
+  shape: tuple[int, ...]
+  matrix: tuple[int, ...]
+  format: KernelFormat
+
+
+def with_formats(
+  options: ModelOptions,
+  experts: KernelFormat = _PLAIN,
+  kernels: KernelFormat = _PLAIN,
+) -> TransformerOptions:
+  """The same model with other formats of its kernels.
+
+  Args:
+    options: The options of a Transformer.
+    experts: The format of experts.
+    kernels: The format of attention and of dense feed-forward layers.
+
+  Raises:
+    ValueError: The model is no Transformer, or its experts are of a kind that
+      is not stored in codes.
+  """
+  if not isinstance(options, TransformerOptions):
+    raise ValueError(
+      f'{type(options).__name__}: models of Transformer blocks alone have '
+      'kernels in codes of few bits'
+    )
+  numerics = dataclasses.replace(options.numerics, kernels=kernels)
+  changed = dataclasses.replace(
+    _of_experts(options, experts), numerics=numerics
+  )
+  if isinstance(options, EncoderDecoderOptions):
+    half = _of_experts(options.encoder_half(), experts)
+    changed = changed.with_encoder(half)
+  return changed
+
+
+def _of_experts(options: StackOptions, format: KernelFormat):
+  moe = options.moe
+  if options.has_experts:
+    expert = _expert(moe.expert, format)
+    moe = dataclasses.replace(moe, expert=expert)
+  return dataclasses.replace(options, moe=moe)
+
+
+def _expert(expert: ExpertOptions, format: KernelFormat) -> FeedForwardExpert:
+  if type(expert) not in (FeedForwardExpert, QuantizedExpert):
+    raise ValueError(
+      f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
+      f'codes; have {[*EXPERTS.builtin]}'
+    )
+  own = {name: getattr(expert, name) for name in fields_of(FeedForwardExpert)}
+  if format.is_plain:
+    return FeedForwardExpert(**own)
+  return QuantizedExpert(**own, format=format)
+
+
+def has_codes(options: ModelOptions) -> bool:
+  """Whether some kernels of a model are stored in codes."""
+  if not isinstance(options, TransformerOptions):
+    return False
+  return not all(f.is_plain for f in options.kernel_formats.values())
+
+
+def check_plain(options: ModelOptions, name: object) -> None:
+  """Raises ValueError where some kernels of the model `name` are in codes."""
+  if has_codes(options):
+    raise ValueError(
+      f'{name} has kernels in codes of few bits, which this cannot read; give '
+      'the run that they were made of'
+    )
+
+
+def coded_kernels(options: TransformerOptions) -> dict[Path, Coded]:
+  """The kernels of a model that are stored in codes, by their paths.
+
+  Args:
+    options: The options, with the sizes that the data decides.
+  """
+  plain = describe(with_formats(options).build())
+  model = options.build()
+  of_experts = [
+    (stack, half.moe.expert.format)
+    for (stack, _), half in zip(model.stacks, options.halves, strict=True)
+  ]
+  kernels: dict[Path, Coded] = {}
+
+  def format_of(path: Path) -> KernelFormat:
+    if SCOPE not in path:
+      return options.numerics.kernels
+    return next(f for stack, f in of_experts if path[: len(stack)] == stack)
+
+  def walk(path: Path, own: Any, stored: Any) -> None:
+    if not isinstance(stored, Mapping):
+      return
+    if isinstance(own, Mapping):
+      for name, below in own.items():
+        walk((*path, name), below, stored[name])
+      return
+    # Metadata are [*E, groups, O] in every format.
+    (*stack, _, units) = stored['low' if 'low' in stored else 'scale'].shape
+    inputs = math.prod(own.shape) // math.prod([*stack, units])
+    kernels[path] = Coded(own.shape, (*stack, inputs, units), format_of(path))
+
+  walk((), plain.shapes, describe(model).shapes)
+  return kernels
+
+
+def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
+  """Checks the ternary codes of a model that was read from somewhere.
+
+  Other codes cannot be wrong. Arrays that other processes hold parts of are not
+  checked.
+
+  Args:
+    options: The options, with the sizes that the data decides.
+    params: The parameters, unboxed.
+
+  Raises:
+    ValueError: Codes do not decode to the kernel that they stand for.
+  """
+  kernels = coded_kernels(options) if has_codes(options) else {}
+  for path, kernel in kernels.items():
+    stored = functools.reduce(operator.getitem, path, params)
+    if kernel.format.name != TERNARY or not all(
+      array.is_fully_addressable for array in stored.values()
+    ):
+      continue
+    codes = Codes(stored['codes'], stored['offsets'])
+    try:
+      ternary_checks.check(codes, kernel.matrix[-2])
+    except ValueError as error:
+      raise ValueError(f'{"/".join(path)}: {error}') from None
+
+
+def decoded(
+  options: TransformerOptions, params: Mapping[str, Any]
+) -> tuple[TransformerOptions, dict[str, Any]]:
+  """The same model with kernels that are stored as they are.
+
+  Args:
+    options: The options of a model with kernels in codes.
+    params: Its parameters, unboxed.
+
+  Returns:
+    The options of the model without codes, and its parameters, of the type
+    param_dtype.
+  """
+  kernels, dtype = coded_kernels(options), options.numerics.param_dtype
+
+  def walk(path: Path, own: Any) -> Any:
+    if path in kernels:
+      kernel = kernels[path]
+      w: Array = kernel.format.decoded(own, kernel.matrix[-2])
+      return w.reshape(kernel.shape).astype(dtype)
+    if isinstance(own, Mapping):
+      return {name: walk((*path, name), below) for name, below in own.items()}
+    return own
+
+  return with_formats(options), walk((), params)

@@ -1,0 +1,241 @@
+"""The arrays of sparse layers by themselves, and models with others instead.
+
+Merging, pruning and exports read a model layer by layer and build one with
+fewer experts, or with copies. Arrays are told apart by roles and axes, never by
+names. Not here: which experts stay (`moe_jax.compression`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.parameters import Names
+from moe_jax.layers.retained import Retained
+from moe_jax.layers.routers.linear_gate import AXES
+from moe_jax.layers.shared import Shared
+from moe_jax.models.base import Model
+from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.layer_trees import Path
+from moe_jax.models.model_options import ModelOptions
+from moe_jax.models.parameter_trees import describe
+from moe_jax.models.text_options import LayerOptions
+from moe_jax.options import Options
+from moe_jax.shapes import Array
+
+EXPERT, COLUMN = 'expert', AXES[-1]
+Arrays = dict[Path, Array]
+
+
+class SparseLayer(NamedTuple):
+  """The arrays of one sparse layer, by their paths in the layer.
+
+  Attributes:
+    number: The number of the layer in the model, an encoder's counted first.
+    in_stack: Its number in the encoder or decoder.
+    moe: The options of its mixture.
+    shared: The settings that all layers of the model share.
+    experts: The parameters of experts, with the experts in front: [E, ...].
+    columns: The parameters of the router that have a column for each expert.
+    axes: The logical axes of the parameters of both.
+  """
+
+  number: int
+  in_stack: int
+  moe: MoeOptions
+  shared: Shared
+  experts: Arrays
+  columns: Arrays
+  axes: Mapping[Path, Names]
+
+  def taken(self, columns: np.ndarray) -> Arrays:
+    """The router's arrays with these columns of it, in this order."""
+    return {
+      path: jnp.take(array, columns, self.axes[path].index(COLUMN))
+      for path, array in self.columns.items()
+    }
+
+
+def sparse_layers(
+  model: Model, params: Mapping[str, Any]
+) -> dict[int, SparseLayer]:
+  """The sparse layers of a model, by number.
+
+  Args:
+    model: A model of blocks.
+    params: Its parameters, unboxed.
+
+  Raises:
+    ValueError: The model has no blocks, or no sparse layer.
+  """
+  if not model.stacks or not model.sparse_layers:
+    raise ValueError(
+      f'{type(model).__name__} has no sparse blocks: only experts of models of '
+      'blocks are merged, pruned or copied'
+    )
+  axes, roles = _by_layer_path(model)
+  trees, moes = _trees(model, params), model.moes
+  places = [
+    (i, stack.block.shared)
+    for _, stack in model.stacks
+    for i in range(len(stack.sparse))
+  ]
+  layers = {}
+  for number in model.sparse_layers:
+    flat = traverse_util.flatten_dict(trees[number])
+    own = {path: axes[path] for path in flat}
+    in_stack, shared = places[number]
+    layers[number] = SparseLayer(
+      number,
+      in_stack,
+      moes[number],
+      shared,
+      {p: x for p, x in flat.items() if roles[p] == EXPERT},
+      {p: x for p, x in flat.items() if COLUMN in own[p]},
+      own,
+    )
+  return layers
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _trees(model: Model, params: Mapping[str, Any]) -> tuple[Any, ...]:
+  """The layers' parameters, by one program instead of one for each slice."""
+  return model.layer_trees(params)
+
+
+def _by_layer_path(model: Model) -> tuple[dict[Path, Names], dict[Path, str]]:
+  """The axes and roles of the parameters of layers, by paths in a layer."""
+  trees = describe(model)
+  all_axes = traverse_util.flatten_dict(trees.axes)
+  all_roles = traverse_util.flatten_dict(trees.roles)
+  axes, roles = {}, {}
+  for path, names in all_axes.items():
+    place = model.place_of(path)
+    if place is not None:
+      axes[place.name] = names[1:]  # without that of stacked layers
+      roles[place.name] = all_roles[path].role
+  return axes, roles
+
+
+def assembled(
+  model: Model,
+  params: Mapping[str, Any],
+  new: Model,
+  changes: Mapping[int, Arrays],
+) -> dict[str, Any]:
+  """The parameters of a model that has other arrays in some layers.
+
+  Args:
+    model: The model of the parameters.
+    params: Its parameters, unboxed.
+    new: The new model, whose layers may be stacked in other loops.
+    changes: The new arrays of layers, by number and by path in the layer; all
+      others are the same bits as before.
+
+  Raises:
+    ValueError: An array has not the shape of the new model's parameter.
+  """
+  return _assembled(model, params, new, dict(changes))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'new'))
+def _assembled(
+  model: Model,
+  params: Mapping[str, Any],
+  new: Model,
+  changes: dict[int, Arrays],
+) -> dict[str, Any]:
+  old = traverse_util.flatten_dict(params)
+  layers = [traverse_util.flatten_dict(t) for t in model.layer_trees(params)]
+  first, firsts = 0, {}
+  for path, stack in model.stacks:
+    firsts[path] = first
+    first += len(stack.sparse)
+
+  def row(number: int, path: Path, shape: tuple[int, ...]) -> Array:
+    array = changes.get(number, {}).get(path, layers[number].get(path))
+    if getattr(array, 'shape', None) != shape:
+      raise ValueError(
+        f'{"/".join(path)} of layer {number} has shape '
+        f'{getattr(array, "shape", None)}, not {shape}'
+      )
+    return array
+
+  arrays = {}
+  for path, leaf in traverse_util.flatten_dict(describe(new).shapes).items():
+    place = new.place_of(path)
+    if place is None:
+      arrays[path] = old[path]
+      continue
+    numbers = [firsts[place.stack] + i for i in place.layers]
+    rows = [row(n, place.name, leaf.shape[1:]) for n in numbers]
+    arrays[path] = jnp.stack(rows).astype(leaf.dtype)
+  return traverse_util.unflatten_dict(arrays)
+
+
+def with_moes(
+  options: ModelOptions, change: Callable[[int, LayerOptions], MoeOptions]
+) -> ModelOptions:
+  """The options of a model of blocks with other mixtures.
+
+  Args:
+    options: The options.
+    change: The function change(first, half) that returns the mixture of the
+      layers of an encoder or decoder, whose first layer has that number.
+  """
+  if not options.has_encoder:
+    return _with_moe(options, change(0, options))
+  encoder = options.encoder_half()
+  moe = change(encoder.num_layers, options)
+  alone = dataclasses.replace(options, encoder=EncoderOptions(), moe=moe)
+  return alone.with_encoder(_with_moe(encoder, change(0, encoder)))
+
+
+def _with_moe(half: Options, moe: MoeOptions) -> Any:
+  return dataclasses.replace(half, moe=moe)
+
+
+def has_tied(model: Model) -> bool:
+  """Whether columns of some router lead to the same expert, or to none."""
+  return any(moe is not None and moe.retained.rows for moe in model.moes)
+
+
+def untied(
+  options: ModelOptions, params: Mapping[str, Any]
+) -> tuple[ModelOptions, dict[str, Any]]:
+  """The same model with a copy of an expert for each column that leads to it.
+
+  Args:
+    options: The options of a model, perhaps with tied columns.
+    params: Its parameters, unboxed.
+
+  Raises:
+    ValueError: A column is masked, so that it leads to no expert.
+  """
+
+  def plain(first: int, half: LayerOptions) -> MoeOptions:
+    tied = half.moe.retained.tied
+    if tied is not None and tied.masks:
+      masked = [first + i for i, row in tied.rows if min(row) < 0]
+      raise ValueError(
+        f'columns of the routers of layers {masked} are masked, and lead to no '
+        "expert; pruning with --router=shrunk makes a router's columns fewer"
+      )
+    lost = Retained(half.moe.retained.experts)
+    return dataclasses.replace(half.moe, retained=lost)
+
+  model, new = options.build(), with_moes(options, plain)
+  changes = {}
+  for number, layer in sparse_layers(model, params).items():
+    row = layer.moe.retained.rows.get(layer.in_stack)
+    if row is not None:
+      changes[number] = {
+        path: jnp.take(x, np.array(row), 0) for path, x in layer.experts.items()
+      }
+  return new, assembled(model, params, new.build(), changes)

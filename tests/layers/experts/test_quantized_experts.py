@@ -1,0 +1,157 @@
+"""Experts in codes equal experts of the numbers that the codes stand for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.compression import grids, stored
+from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.layers import (
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Gather,
+  MoE,
+  MoeOptions,
+  Shared,
+)
+from moe_jax.layers.experts import QuantizedExpert
+from moe_jax.layers.kernel_format import FORMATS, KernelFormat
+from moe_jax.options import OptionError
+from moe_jax.routing.capacity import All, PerAssignment
+
+E, K, M, F = 5, 2, 12, 20
+KERNELS = ('w_gate', 'w_in', 'w_out')
+SHARED = Shared(use_bias=True)
+
+
+@functools.partial(jax.jit, static_argnames=('options',))
+def run(options, params, x):
+  return MoE(options, SHARED).apply({'params': params}, x)[0]
+
+
+@functools.cache
+def params_of(format):
+  """Parameters in codes and as numbers, and the format with its sizes."""
+  rng = np.random.default_rng(0)
+  layer = MoE(MoeOptions(E, K, expert=FeedForwardExpert(F, 'geglu')), SHARED)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, M)))
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+    nn.meta.unbox(shapes)['params'],
+  )
+  experts = params['experts']
+  rounded = [
+    grids.nearest(experts[name], stored.grid_of(experts[name], format))
+    for name in KERNELS
+  ]
+  codes, format = stored.store(rounded, format)
+  numbers = {n: own.values for n, own in zip(KERNELS, rounded, strict=True)}
+  codes = dict(zip(KERNELS, codes, strict=True))
+  return (
+    {**params, 'experts': {**experts, **codes}},
+    {**params, 'experts': {**experts, **numbers}},
+    format,
+  )
+
+
+def options_of(format, dispatch, capacity=All()):
+  """The options of a layer with experts in codes, and as numbers."""
+  plain = MoeOptions(
+    E,
+    K,
+    expert=FeedForwardExpert(F, 'geglu'),
+    dispatch=dispatch,
+    capacity=capacity,
+  )
+  expert = QuantizedExpert(F, 'geglu', format=format)
+  return dataclasses.replace(plain, expert=expert), plain
+
+
+@pytest.mark.parametrize(
+  ('name', 'dispatch', 'capacity', 'tokens'),
+  [
+    ('int8', Gather(), PerAssignment(1.0), 23),
+    ('int2', Dropless(), All(), 70),
+    ('ternary', Dropless(), All(), FEW_TOKENS),
+    *(
+      pytest.param(name, dispatch, All(), 37, marks=pytest.mark.slow)
+      for name in FORMATS
+      for dispatch in (Gather(), Einsum(), Dropless())
+    ),
+  ],
+)
+def test_codes_equal_the_numbers_they_stand_for(
+  name, dispatch, capacity, tokens
+):
+  codes, numbers, format = params_of(KernelFormat(name))
+  options, plain = options_of(format, dispatch, capacity)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(1, tokens, M)))
+  x = x.astype(jnp.float32)
+  expected = run(plain, numbers, x)
+  np.testing.assert_allclose(run(options, codes, x), expected, atol=2e-5)
+  assert np.abs(expected).max() > 1
+
+
+@pytest.mark.slow
+def test_groups_of_inputs_and_symmetric_grids_are_read():
+  format = KernelFormat('int4', group_size=5, symmetric=True)
+  codes, numbers, format = params_of(format)
+  # 12 inputs have three groups, and 20 have four; no zero is stored.
+  own = codes['experts']
+  assert own['w_in']['scale'].shape == (E, 3, F)
+  assert own['w_out']['scale'].shape == (E, 4, M)
+  assert set(own['w_in']) == {'codes', 'scale'}
+  options, plain = options_of(format, Gather())
+  x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 7, M)), jnp.float32)
+  np.testing.assert_allclose(
+    run(options, codes, x), run(plain, numbers, x), atol=2e-5
+  )
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_parameters_have_the_shapes_of_the_format(name):
+  codes, _, format = params_of(KernelFormat(name))
+  layer = MoE(options_of(format, Gather())[0], SHARED)
+  own = nn.meta.unbox(
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, M)))
+  )['params']
+  described = [
+    jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    for tree in (own, codes)
+  ]
+  assert described[0] == described[1]
+
+
+def test_an_expert_without_tokens_is_not_decoded():
+  codes, _, format = params_of(KernelFormat('int8'))
+  router = jnp.zeros((M, E)).at[:, :K].set(1.0)
+  codes = {**codes, 'router': jax.tree.map(lambda _: router, codes['router'])}
+  bad = jax.tree.map(
+    lambda leaf: (
+      leaf.at[K:].set(jnp.nan)
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+      else leaf
+    ),
+    jax.tree.map(jnp.asarray, codes['experts']),
+  )
+  options, _ = options_of(format, Dropless())
+  for tokens in (2, 40):
+    x = jnp.ones((1, tokens, M))
+    np.testing.assert_array_equal(
+      run(options, {**codes, 'experts': bad}, x), run(options, codes, x)
+    )
+
+
+def test_formats_that_make_no_sense_are_refused():
+  with pytest.raises(OptionError, match="use the experts 'feed_forward'"):
+    QuantizedExpert(F, format=KernelFormat())
+  with pytest.raises(OptionError, match=r"name='int5'.*'int8'"):
+    KernelFormat('int5')
+  with pytest.raises(OptionError, match='group_size=3 has no effect'):
+    KernelFormat('ternary', group_size=3)

@@ -1,0 +1,230 @@
+"""Routing by task and by sentence, told by hand and against plain loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import All, PerToken
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
+from moe_jax.layers.routers.contract import RoutedTokens
+from moe_jax.layers.routers.sentence import sentence_means, spread
+from moe_jax.layers.routers.sizes import TiedColumns
+from moe_jax.models.model_options import RunShape
+from tests.layers.routers import run
+from tests.models import tiny
+
+E, K, M = 3, 2, run.M
+# Three tasks: the first likes expert 0, then 1; the others 2, then 0.
+TABLE = np.log([[6.0, 3.0, 1.0], [2.0, 1.0, 7.0], [3.0, 2.0, 5.0]])
+TABLE = np.asarray(np.pad(TABLE, ((0, 6), (0, 0))), np.float32)  # nine tasks
+TASKS = np.array([[0, 0, 1], [2, 2, 2]], np.uint32)
+X = run.draw(2, 3, M)
+
+
+def routed(options=Task(), mask=None, ids=TASKS, x=X, **more):
+  return run.route(
+    options,
+    {'tasks': jnp.asarray(TABLE)},
+    x,
+    mask,
+    num_experts=E,
+    num_selected=K,
+    ids=ids,
+    **more,
+  )
+
+
+def test_tokens_go_where_their_task_goes():
+  chosen, aux = routed()
+  assert chosen.expert_index.tolist() == [
+    [[0, 1], [0, 1], [2, 0]],
+    [[2, 0], [2, 0], [2, 0]],
+  ]
+  np.testing.assert_allclose(
+    chosen.gate,
+    [
+      [[0.6, 0.3], [0.6, 0.3], [0.7, 0.2]],
+      [[0.5, 0.3], [0.5, 0.3], [0.5, 0.3]],
+    ],
+    rtol=1e-6,
+  )
+  assert aux.stats.load.tolist() == [6.0, 2.0, 4.0]
+  other, _ = routed(x=run.draw(2, 3, M, seed=1))  # what tokens are is no matter
+  np.testing.assert_array_equal(other.gate, chosen.gate)
+  even, _ = routed(Task(gates='renormalized'))
+  np.testing.assert_allclose(even.gate[0, 0], [2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_each_task_counts_once_in_the_losses():
+  # By hand, over the table of nine tasks, six of which are like each other.
+  _, aux = routed()
+  probs = np.exp(TABLE) / np.exp(TABLE).sum(1, keepdims=True)
+  load = np.array([1 + 1 + 1 + 6, 1 + 6, 2]) / (9 * K)
+  tokens = 6
+  np.testing.assert_allclose(
+    aux.balance_loss, tokens * E * (load * probs.mean(0)).sum(), rtol=1e-5
+  )
+  z = (np.log(np.exp(TABLE).sum(1)) ** 2).mean()
+  np.testing.assert_allclose(aux.z_loss, tokens * z, rtol=1e-5)
+  # Other tasks in the batch, and padding, change no more than the weight.
+  mask = np.array([[True, True, False], [True, False, False]])
+  _, other = routed(mask=mask, ids=np.full_like(TASKS, 7))
+  np.testing.assert_allclose(
+    other.balance_loss / 3, aux.balance_loss / tokens, rtol=1e-6
+  )
+
+
+def test_a_tasks_experts_can_be_asked_for():
+  sizes = Sizes(E, K, All())
+  for task in range(3):
+    index, gate = Task().of_task(sizes, {'tasks': jnp.asarray(TABLE)}, task)
+    chosen, _ = routed(ids=np.full_like(TASKS, task))
+    np.testing.assert_array_equal(chosen.expert_index[0, 0], index)
+    np.testing.assert_array_equal(chosen.gate[0, 0], gate)
+  assert TokenChoice().of_task(sizes, {}, 0) is None
+
+
+def test_noise_is_of_the_task_not_of_its_tokens():
+  chosen, _ = routed(Task(jitter=0.5), train=True, key=0)
+  clean, _ = routed(Task(jitter=0.5), train=False, key=0)
+  gates = np.asarray(chosen.gate)
+  np.testing.assert_array_equal(gates[1, 0], gates[1, 2])
+  assert (gates != np.asarray(clean.gate)).any()
+
+
+def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
+  x = np.arange(7.0, dtype=np.float32)[None, :, None] ** 2  # 0 1 4 9 16 25 36
+  ids = np.array([[5, 5, 5, 6, 6, 5, 5]], np.uint32)
+  mask = np.array([[True, True, True, True, True, False, True]])
+  means = spread(*sentence_means(*map(jnp.asarray, (x, ids, mask))))
+  real = np.asarray(means)[0, :, 0][mask[0]]
+  third = 5 / 3
+  # The last 5 is another sentence; padding in it does not matter.
+  np.testing.assert_allclose(
+    real, [third, third, third, 12.5, 12.5, 36.0], rtol=1e-6
+  )
+  ids[0, 5] = 9
+  again = spread(*sentence_means(*map(jnp.asarray, (x, ids, mask))))
+  np.testing.assert_array_equal(np.asarray(again)[0][mask[0]][:, 0], real)
+
+
+def test_sentences_of_neighbouring_rows_are_apart():
+  segment_ids = jnp.array([[1, 1, 2], [2, 2, 3]])
+  ids = Sentence().ids_of(RoutedTokens(*[segment_ids] * 4))
+  flat = np.asarray(ids).ravel()
+  assert (flat[1:] != flat[:-1]).tolist() == [False, True, True, False, True]
+
+
+def test_a_sentence_is_routed_as_one_token_that_is_its_mean():
+  x, mask = run.draw(2, 4, M, seed=3), np.ones((2, 4), bool)
+  ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.uint32)
+  sizes = Sizes(E, K, All())
+  params = run.start(Sentence(), sizes, x, mask)['params']
+  means = np.stack(
+    [
+      [x[0, :3].mean(0)] * 3 + [x[0, 3]],
+      [x[1, :2].mean(0)] * 2 + [x[1, 2:].mean(0)] * 2,
+    ]
+  )
+  more = dict(mask=mask, num_experts=E, num_selected=K)
+  chosen, aux = run.route(Sentence(), params, x, ids=ids, **more)
+  expected, same = run.route(TokenChoice(), params, means, ids=None, **more)
+  np.testing.assert_array_equal(chosen.expert_index, expected.expert_index)
+  np.testing.assert_allclose(chosen.gate, expected.gate, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(same)):
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_noise_is_of_the_sentence_not_of_its_tokens():
+  x, ids = run.draw(1, 4, M), np.array([[1, 1, 1, 2]], np.uint32)
+  noisy, sizes = Sentence(jitter=0.5), Sizes(E, K, All())
+  params = run.start(noisy, sizes, x)['params']
+  more = dict(num_experts=E, num_selected=K, ids=ids, key=0)
+  chosen, _ = run.route(noisy, params, x, train=True, **more)
+  clean, _ = run.route(noisy, params, x, train=False, **more)
+  gates = np.asarray(chosen.gate)
+  np.testing.assert_array_equal(gates[0, 0], gates[0, 2])
+  assert (gates != np.asarray(clean.gate)).any()
+
+
+def test_sentences_go_to_the_experts_behind_tied_columns():
+  x, mask = run.draw(1, 4, M), np.ones((1, 4), bool)
+  ids = jnp.array([[1, 1, 2, 3]], jnp.uint32)
+  row = np.array([1, 0, 0])  # column 0 leads to expert 1, the others to 0
+  sizes = Sizes(E, 1, All(), TiedColumns(((0, tuple(row.tolist())),)))
+  params = run.start(Sentence(), Sizes(E, 1, All()), x)
+  plain, tied = (
+    run.compiled(Sentence(), own, False)(params, x, mask, None, ids, 0)[0]
+    for own in (Sizes(E, 1, All()), sizes)
+  )
+  np.testing.assert_array_equal(tied.expert_index, row[plain.expert_index])
+  np.testing.assert_array_equal(tied.gate, plain.gate)
+  assert tied.num_experts == 2
+
+
+@pytest.mark.parametrize('router', [Task(), Sentence()])
+def test_a_capacity_that_drops_is_refused(router):
+  with pytest.raises(
+    ValueError, match=r"capacity.kind='per_token' .*use 'all'"
+  ):
+    MoeOptions(router=router)
+  assert MoeOptions(router=router, capacity=All()).router == router
+
+
+def test_a_sentence_must_be_whole_in_its_group():
+  shape = RunShape(total_steps=1, rows=4, microbatches=1, seq_len=8)
+  moe = dict(router=Sentence(), capacity=All(), allow_future_leak=True)
+  for size, refused in ((4, True), (8, False), (16, False), (0, False)):
+    options = tiny.options(moe | dict(group_size=size))
+    problems = list(options.problems_in(shape))
+    assert bool(problems) == refused, problems
+  assert 'whole sentences' in next(
+    iter(tiny.options(moe | dict(group_size=4)).problems_in(shape))
+  )
+
+
+def test_a_decoder_by_sentence_says_that_it_leaks():
+  with pytest.raises(ValueError, match='allow_future_leak=True'):
+    tiny.options(dict(router=Sentence(), capacity=All()))
+  model = tiny.build(
+    dict(router=Sentence(), capacity=All(), allow_future_leak=True)
+  )
+  assert model.leaks_future
+  with pytest.raises(ValueError, match='needs the whole sentence'):
+    model.make_cache(1, 4)
+
+
+def test_tasks_must_be_known():
+  moe = dict(router=Task(), capacity=All())
+  with pytest.raises(ValueError, match=r'num_tasks=0 .*; name them there$'):
+    tiny.options(moe).build()
+  with pytest.raises(ValueError, match='num_tasks=3 has no effect'):
+    tiny.options(num_tasks=3)
+  options = tiny.options(moe, num_tasks=2)
+  with pytest.raises(ValueError, match='num_tasks=2 is smaller than the 3'):
+    options.filled(tiny.V, (), tiny.T, 3)
+  model = options.build()
+  with pytest.raises(ValueError, match='no task_ids are given'):
+    jax.eval_shape(
+      model.apply,
+      {'params': tiny.params_of(model)},
+      jnp.asarray(tiny.tokens()),
+    )
+
+
+def test_a_loss_has_one_weight_in_both_halves():
+  def options(weight):
+    router = {'kind': 'token_choice', 'token_choice': {'z_weight': weight}}
+    return tiny.options(
+      dict(router=Task(), capacity=All()),
+      'encoder_decoder',
+      encoder=dict(overrides={'moe': {'router': router}}),
+    )
+
+  assert options(0.001).encoder_half().moe.router.z_weight == 0.001
+  with pytest.raises(ValueError, match=r'z_weight=0.5 .* 0.001 in the decoder'):
+    options(0.5)
+  with pytest.raises(ValueError, match='capacity'):
+    MoeOptions(router=Task(), capacity=PerToken(factor=9.0))
