@@ -44,6 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   prompts.add_argument('--prompt', help='text to continue or to answer')
   prompts.add_argument('--prompts_file', help='file with a prompt in each line')
   add('--chat', action='store_true', help="treat prompts as a user's turns")
+  add('--task', default='', help='task of the prompts, if routers go by it')
   add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
   add('--target_language', default='', help="answers': fra_Latn (NLLB)")
   add(
@@ -131,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
       loaded.data, loaded.model, imported=loaded.imported
     ),
   )
-  arguments = _arguments(loaded, options)
+  arguments = _arguments(loaded, options, len(prompts))
   stream = None
   if len(texts) == 1 and options.num_beams == 1:
     context = () if model.has_encoder else prompts[0]
@@ -195,7 +196,9 @@ def _encode(loaded, text: str, options) -> np.ndarray:
   )
 
 
-def _arguments(loaded, options: argparse.Namespace) -> dict[str, Any]:
+def _arguments(
+  loaded, options: argparse.Namespace, num_prompts: int
+) -> dict[str, Any]:
   """The keyword arguments of `generation.generate` that flags decide."""
   tokenizer = loaded.tokenizer
   ids = trained_run.special_ids(loaded.model, tokenizer)
@@ -206,7 +209,11 @@ def _arguments(loaded, options: argparse.Namespace) -> dict[str, Any]:
     ids['forced_ids'] = (tokenizer.token_id(options.target_language),)
   names = ('temperature', 'top_k', 'top_p', 'seed', 'num_beams')
   chosen = {name: getattr(options, name) for name in names}
-  return {**ids, **chosen, 'length_penalty': options.length_penalty}
+  task_ids = trained_run.task_ids(
+    loaded.model, loaded.data, [options.task] * num_prompts, '--task'
+  )
+  chosen['length_penalty'] = options.length_penalty
+  return {**ids, **chosen, 'task_ids': task_ids}
 
 
 def _token(tokenizer: Tokenizer, text: str) -> int:

@@ -135,6 +135,14 @@ class DataOptions(Options):
   )
 
   @property
+  def tasks(self) -> tuple[str, ...]:
+    """Names of the tasks, the sources of a mixture, in the order of their ids.
+
+    They have those of held-out sources, too; () where there is no mixture.
+    """
+    return tuple(sorted(self.mixture.sources))
+
+  @property
   def shape(self) -> RowShape:
     """The lengths of rows, and whether examples share them."""
     return RowShape(self.seq_len, self.target_len, self.pack)

@@ -93,6 +93,52 @@ class Schedule:
     return part, period * self.counts[part] + self.rank[place]
 
 
+class TaskRows(Rows):
+  """The rows of one source of a mixture, whose number is their task.
+
+  A batch also has `task_ids` int32 [B, T], the number at every token, and
+  `encoder_task_ids` where it has an encoder's side.
+  """
+
+  def __init__(self, rows: Rows, task: int):
+    """Takes the rows of the source and its number, from 0."""
+    self._rows, self._task = rows, task
+
+  @property
+  def layout(self) -> Layout | None:
+    """The layout of examples."""
+    return self._rows.layout
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def within(self, index: int) -> tuple[Rows, int]:
+    """The rows without their task."""
+    return self._rows.within(index)
+
+  def draw(
+    self,
+    indices: Int[np.ndarray, ' B'],
+    seed: int,
+    epochs: Int[np.ndarray, ' B'],
+  ) -> dict[str, np.ndarray]:
+    """The rows at `indices`, with their task."""
+    batch = self._rows.draw(indices, seed, epochs)
+    return batch | {
+      name.replace('segment', 'task'): np.full_like(values, self._task)
+      for name, values in batch.items()
+      if name.endswith('segment_ids')
+    }
+
+  def describe(self) -> str:
+    """The number and shape of the rows."""
+    return self._rows.describe()
+
+  def counts(self) -> dict[str, int]:
+    """See `Rows.counts`."""
+    return self._rows.counts()
+
+
 class MixedRows(Rows):
   """The rows of several sources: one after another, or mixed in training.
 
@@ -130,7 +176,7 @@ class MixedRows(Rows):
     """The rows of the source that has row `index`, and its number there."""
     part = int(np.searchsorted(self._ends, index, side='right'))
     begin = self._ends[part - 1] if part else 0
-    return [*self._parts.values()][part], int(index - begin)
+    return [*self._parts.values()][part].within(int(index - begin))
 
   def draw(
     self,

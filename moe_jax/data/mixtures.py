@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.layouts import RowShape
-from moe_jax.data.mixing import MixedRows, Schedule, whole_counts
+from moe_jax.data.mixing import (
+  MixedRows,
+  Schedule,
+  TaskRows,
+  whole_counts,
+)
 from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
@@ -167,12 +172,12 @@ class MixedDataset(Dataset):
     """The lines of every dataset, and one for each source."""
     width = max(map(len, self.parts))
     period = sum(self.per_period.values())
-    lines = [f'mixture: {period} rows are a period']
+    lines = [f'mixture, by rows in each period of {period:,}:']
     for name, part in self.parts.items():
       cluster = self.clusters[name]
-      said = f'{self.per_period.get(name, 0):>5} rows'
-      if name not in self.per_period:
-        said = '  held out'
+      said = '  held out'
+      if name in self.per_period:
+        said = f'{self.per_period[name]:>10,}'
       counted = [
         f'{part.counts["train"][key]:,} {key}'
         for key in ('documents', 'pairs', 'examples', 'truncated')
@@ -182,6 +187,18 @@ class MixedDataset(Dataset):
       of = f' ({cluster})' * (cluster != name)
       lines.append(f'  {name:{width}}{said}: {", ".join(counted)}{of}')
     return '\n'.join([super().describe(), *lines])
+
+  def tell(self, row: Mapping[str, float]) -> str:
+    """See `Dataset.tell`; a line for each cluster's sources, then the means."""
+    rest, groups, tell = dict(row), {}, super().tell
+    for name in sorted(self.parts.keys() & row.keys()):
+      held_out = ' (held out)' * (name not in self.per_period)
+      own = [k for k in rest if k == name or k.startswith(f'{name}.')]
+      group = groups.setdefault(f'{self.clusters[name]}{held_out}', {})
+      group.update({key: rest.pop(key) for key in own})
+    lines = [f'{of}: {tell(own)}' for of, own in groups.items()]
+    last = [tell(rest)] if rest else []
+    return '\n  '.join(['', *sorted(lines), *last] if lines else last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +242,15 @@ def load(
     tokenizer = Fitted(tokenizer.fit(texts))
   parts = {}
   # A config keeps no order, and a run must be the same when it is read again.
-  for name, source in sorted(mixture.sources.items()):
+  for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
-      parts[name] = task.load(source, tokenizer, selection, shape)
+      part = task.load(source, tokenizer, selection, shape)
     except ValueError as error:
       raise ValueError(f'mixture.sources.{name}: {error}') from error
+    splits = {
+      split: TaskRows(rows, number) for split, rows in part.splits.items()
+    }
+    parts[name] = dataclasses.replace(part, splits=splits)
   _check_one_vocabulary(parts)
   learned = mixture.learned()
   sizes = {name: len(parts[name].splits['train']) for name in learned}

@@ -17,7 +17,7 @@ Not here: the contract of a kind, and the loss (`moe_jax.training.evaluate`).
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
 from moe_jax.evaluation.classify import ClassifyEvaluation
-from moe_jax.evaluation.evaluate_run import evaluate
+from moe_jax.evaluation.evaluate_run import evaluate, evaluate_all
 from moe_jax.evaluation.generated_text import GenerateEvaluation
 from moe_jax.options import Kinds
 from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
@@ -32,6 +32,7 @@ __all__ = [
   'SourceLosses',
   'SourceScores',
   'evaluate',
+  'evaluate_all',
 ]
 
 EVALUATIONS = Kinds(

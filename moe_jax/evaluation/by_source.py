@@ -166,7 +166,7 @@ def _written(
 ) -> dict[str, list[Pair]]:
   return {
     name: [
-      Pair(asker.inputs(q.inputs, num_tokens), q.inputs, q.target)
+      Pair(asker.inputs(q.inputs, num_tokens), q.inputs, q.target, name)
       for q in of_source
       if not q.choices
     ]
@@ -213,6 +213,14 @@ class Scores:
     examples = [e for choice in every for e in choice.asked.examples]
     if not examples:
       return {}, {}
+    numbers = {name: i for i, name in enumerate(self.setting.data.tasks)}
+    tasks = [
+      numbers[name]
+      for name, of_source in self.chosen.items()
+      if numbers
+      for choice in of_source
+      for _ in choice.asked.examples
+    ]
     found = log_likelihoods(
       self.setting.model,
       variables,
@@ -220,6 +228,7 @@ class Scores:
       self.layout,
       batch_size=self.setting.batch_size,
       put=self.setting.put,
+      task_ids=tasks,
     )
     # As in the kind 'choice', a long answer is no worse for being long.
     per_token = found / [len(example.targets) for example in examples]

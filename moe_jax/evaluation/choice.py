@@ -88,9 +88,14 @@ class ChoiceEvaluation(AskingEvaluation):
     """Returns the function that measures accuracy; encodes all questions now.
 
     Raises:
-      ValueError: A source is missing or has too few items, or an item has
-        characters that the tokenizer lacks.
+      ValueError: The model routes by task; a source is missing or has too few
+        items; or an item has characters that the tokenizer lacks.
     """
+    if setting.model.task_sequences:
+      raise ValueError(
+        f"evals.{setting.name} of kind 'choice': the model routes by task, and "
+        "its questions are of none of the data's tasks"
+      )
     items, shots = self._items(setting.data.cache_dir)
     asker = self.asker(setting)
     asked = [asker(item, own) for item, own in zip(items, shots)]
@@ -210,6 +215,7 @@ def log_likelihoods(
   *,
   batch_size: int,
   put: Placing,
+  task_ids: Sequence[int] = (),
 ) -> Float[np.ndarray, ' N']:
   """The log probability (nats) of each example's targets after its inputs.
 
@@ -220,6 +226,7 @@ def log_likelihoods(
     layout: The layout of rows; short examples share one.
     batch_size: Number of rows in a batch.
     put: Moves batches of `batch_size` rows to the devices.
+    task_ids: The task of each example, for a model that routes by task.
   """
   sides = [np.array([len(e[side]) for e in examples]) for side in (0, 1)]
   lengths = Lengths(*sides, sides[0] + sides[1])
@@ -229,12 +236,28 @@ def log_likelihoods(
     taken = rows[begin : begin + batch_size]
     filled = taken + [[]] * (batch_size - len(taken))
     batch = layout.assemble([[examples[i] for i in row] for row in filled])
+    if task_ids:
+      batch |= _tasks(batch, [[task_ids[i] for i in row] for row in filled])
     log_probs = fetch(_compiled(model)(variables, put(batch)))
     log_probs = log_probs.astype(np.float64)
     for b, row in enumerate(taken):
       for segment, i in enumerate(row, 1):
         totals[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
   return totals
+
+
+def _tasks(
+  batch: dict[str, np.ndarray], rows: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray]:
+  """The arrays of the task of each token, from those of each row's examples."""
+  of_segment = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
+  for b, row in enumerate(rows):
+    of_segment[b, 1 : 1 + len(row)] = row
+  return {
+    name.replace('segment', 'task'): np.take_along_axis(of_segment, ids, 1)
+    for name, ids in batch.items()
+    if name.endswith('segment_ids')
+  }
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,7 +5,7 @@ Not here: the kinds of evaluation (`moe_jax.evaluation`).
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -37,6 +37,35 @@ def evaluate(
   Args:
     workdir: The run's folder.
     entry: The options of the evaluation; its period is ignored.
+    step: The optimizer step of the checkpoint, as in `evaluate_all`.
+    dtype: Another dtype of parameters and products, as there.
+    mesh: The devices of the parameters, as there.
+    allow: Modules of the user's own classes, as there.
+
+  Raises:
+    ValueError: As `evaluate_all`.
+    CheckpointError: No checkpoint is good.
+  """
+  rows = evaluate_all(
+    workdir, {_NAME: entry}, step=step, dtype=dtype, mesh=mesh, allow=allow
+  )
+  return rows[_NAME]
+
+
+def evaluate_all(
+  workdir: str | os.PathLike[str],
+  entries: Mapping[str, EvaluationOptions],
+  *,
+  step: int | None = None,
+  dtype: str = '',
+  mesh: Mesh | None = None,
+  allow: Iterable[str] = (),
+) -> dict[str, Row]:
+  """The rows that several evaluations measure for a run's folder, by name.
+
+  Args:
+    workdir: The run's folder.
+    entries: The options of each evaluation, by name; periods are ignored.
     step: Optimizer step of the checkpoint; None is the newest good one.
     dtype: Another dtype of parameters and products; see `generation.load`.
     mesh: The devices of the parameters; None is the first local device.
@@ -48,7 +77,7 @@ def evaluate(
     CheckpointError: No checkpoint is good.
   """
   run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
-  entries, rules = {_NAME: entry}, run.sharding.rules
+  rules = run.sharding.rules
   evaluations = make_evaluations(
     entries,
     changed_models(run.options, run.model, entries, rules),
@@ -58,7 +87,7 @@ def evaluate(
     workdir=pathlib.Path(workdir).expanduser(),
     put=Placing(_placement(run, mesh), run.batch_size),
   )
-  return measured(evaluations, run.variables, run.step)[_NAME]
+  return measured(evaluations, run.variables, run.step)
 
 
 def _placement(run: Loaded, mesh: Mesh | None) -> jax.sharding.Sharding:

@@ -33,11 +33,13 @@ class Pair(NamedTuple):
     ids: int32 [N], the inputs as the model reads them, cut as in training.
     inputs: The text of the inputs.
     target: The whole text of the target.
+    task: The name of its task in a mixture; '' for a single source.
   """
 
   ids: Int[np.ndarray, ' N']
   inputs: str
   target: str
+  task: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ class GenerateEvaluation(EvaluationOptions):
       return self._of_texts(setting, texts)
     rows = setting.dataset.splits['validation']
     places = data.spread(len(rows), self.num_examples)
-    return [_of_window(setting.dataset.tokenizer, rows, i) for i in places]
+    return [_of_window(setting, rows, i) for i in places]
 
   def _of_texts(
     self, setting: Setting, texts: Iterator[tuple[str, str]]
@@ -131,6 +133,11 @@ class GenerateEvaluation(EvaluationOptions):
     imported = trained_run.is_imported(setting.workdir)
     layout = setting.dataset.splits['validation'].layout
     total = setting.dataset.counts['validation']['pairs']
+    tasks = [
+      name
+      for name in setting.data.mixture.learned()
+      for _ in range(setting.dataset.parts[name].counts['validation']['pairs'])
+    ]
     places = set(data.spread(total, self.num_examples))
     pairs = []
     for i, (inputs, target) in enumerate(texts):
@@ -141,7 +148,7 @@ class GenerateEvaluation(EvaluationOptions):
         lengths = np.array([len(ids)]), np.array([self.num_tokens])
         most = int(layout.cut(*lengths).inputs[0])
         ids = cut_as_trained(setting.data.task, ids, most, tokenizer.eos_id)
-        pairs.append(Pair(ids, inputs, target))
+        pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
     return pairs
 
   def shrunk(self) -> 'GenerateEvaluation':
@@ -189,13 +196,16 @@ def generator(
   )
 
 
-def _of_window(tokenizer, rows: data.Rows, row: int) -> Pair:
+def _of_window(setting: Setting, rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split as in every evaluation."""
+  tokenizer, task = setting.dataset.tokenizer, ''
+  if setting.data.tasks:
+    task = setting.data.tasks[rows[row]['task_ids'][0]]
   rows, row = rows.within(row)
   generator = np.random.default_rng([0, 0, row])
   example = rows.example(rows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)
-  return Pair(example.inputs, inputs, target)
+  return Pair(example.inputs, inputs, target, task)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,15 +251,22 @@ class Generate:
         imported=trained_run.is_imported(setting.workdir),
       ),
     )
-    prompts = [pair.ids for pair in self.pairs]
-    size = min(setting.batch_size, len(prompts))
+    size = min(setting.batch_size, len(self.pairs))
     texts = []
-    for begin in range(0, len(prompts), size):
+    for begin in range(0, len(self.pairs), size):
       # The last batch is filled up, as another size would compile again.
-      batch = prompts[begin : begin + size]
-      filled = batch + prompts[: size - len(batch)]
+      batch = self.pairs[begin : begin + size]
+      filled = batch + self.pairs[: size - len(batch)]
+      tasks = None
+      if model.task_sequences:
+        names = [pair.task for pair in filled]
+        tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
       rows = generation.generate(
-        model, variables, filled, **self.arguments
+        model,
+        variables,
+        [pair.ids for pair in filled],
+        task_ids=tasks,
+        **self.arguments,
       ).rows[: len(batch)]
       texts += [trained_run.decode(tokenizer, row) for row in rows]
     return texts

@@ -70,14 +70,20 @@ def check_variables(variables: dict) -> None:
     )
 
 
-def as_ids(name: str, ids: Ids, vocab_size: int) -> np.ndarray:
-  """Token ids as an array; they may be none.
+def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
+  """Ids as an array; they may be none.
+
+  Args:
+    name: The name of the argument, for messages.
+    ids: The ids.
+    count: The number of ids that there are, such as the size of a vocabulary.
+    noun: What has an id, 'token' or 'task'.
 
   Raises:
-    ValueError: They are not a list of integers in [0, vocab_size).
+    ValueError: They are not a list of integers in [0, count).
   """
   if isinstance(ids, str | bytes):
-    raise ValueError(f'{name}={ids[:40]!r} is text; give its token ids')
+    raise ValueError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
   try:
     row = np.asarray(ids)
   except ValueError:  # lists of several lengths
@@ -88,12 +94,11 @@ def as_ids(name: str, ids: Ids, vocab_size: int) -> np.ndarray:
     return row.astype(np.int64)
   if row.dtype.kind not in 'iu':
     raise ValueError(
-      f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; token '
-      'ids are integers'
+      f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; '
+      f'{noun} ids are integers'
     )
-  wrong = row[(row < 0) | (row >= vocab_size)]
+  sizes = 'vocab_size' if noun == 'token' else 'num_tasks'
+  wrong = row[(row < 0) | (row >= count)]
   if wrong.size:
-    raise ValueError(
-      f'{name}: token {wrong[0]} not in [0, vocab_size={vocab_size})'
-    )
+    raise ValueError(f'{name}: {noun} {wrong[0]} not in [0, {sizes}={count})')
   return row.astype(np.int64)

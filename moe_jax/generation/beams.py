@@ -52,6 +52,7 @@ def beam_search(
   forced_ids: Sequence[int] = (),
   stop_ids: Sequence[int] = (),
   pad_id: int = 0,
+  task_ids: Ids | None = None,
 ) -> Beams:
   """The best continuations that a search with `num_beams` beams finds.
 
@@ -77,6 +78,7 @@ def beam_search(
     forced_ids: The ids that every row emits first.
     stop_ids: The ids each of which ends a sequence.
     pad_id: The id that fills up a sequence after its end.
+    task_ids: The task of each row, for a model that routes by task.
 
   Raises:
     ValueError: A number is out of range, a logit is not finite, or as in
@@ -99,6 +101,7 @@ def beam_search(
     start_id=start_id,
     forced_ids=forced_ids,
     num_tokens=num_tokens,
+    task_ids=task_ids,
   )
   P, n = prefix.tokens.shape[1], len(forced_ids)
   cache = begin(model, variables, prefix, P - 1 + num_tokens - n)

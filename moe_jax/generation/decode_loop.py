@@ -64,6 +64,7 @@ def generate(
   num_beams: int = 1,
   length_penalty: float = 1.0,
   on_token: OnToken | None = None,
+  task_ids: Ids | None = None,
 ) -> Generation:
   """Continues prompts; an encoder-decoder answers them.
 
@@ -101,11 +102,12 @@ def generate(
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
       -1 for rows that have ended; a true result ends the generation. Without
       it nothing leaves the device before the end.
+    task_ids: The task of each row, for a model that routes by task.
 
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
-      empty, too long for learned positions, or has an unknown id; or a logit is
-      not finite.
+      empty, too long for learned positions, or has an unknown id; a task is
+      missing; or a logit is not finite.
   """
   check_ends(model, stop_ids, pad_id)
   check_whole('num_beams', num_beams, 1)
@@ -121,6 +123,7 @@ def generate(
       model, variables, prompt, num_beams=num_beams,
       num_tokens=num_tokens, start_id=start_id, forced_ids=forced_ids,
       stop_ids=stop_ids, pad_id=pad_id, length_penalty=length_penalty,
+      task_ids=task_ids,
     )  # fmt: skip
     return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
   model, variables = prepare(model, variables, batch_size=num_rows(prompt))
@@ -130,6 +133,7 @@ def generate(
     start_id=start_id,
     forced_ids=forced_ids,
     num_tokens=num_tokens,
+    task_ids=task_ids,
   )
   rules = Rules(
     keys=row_keys(seed, len(prefix.tokens)),

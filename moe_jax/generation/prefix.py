@@ -29,12 +29,15 @@ class Prefix(NamedTuple):
     encoder_tokens: int32 [B, S], the tokens that the encoder reads; None for a
       decoder-only model.
     encoder_mask: bool [B, S], False at padding, which is at the end.
+    task_ids: int32 [B], the task of each row; None for a model that does not
+      route by task.
   """
 
   tokens: Leaf
   mask: Leaf
   encoder_tokens: Leaf = None
   encoder_mask: Leaf = None
+  task_ids: Leaf = None
 
 
 def make_prefix(
@@ -44,6 +47,7 @@ def make_prefix(
   start_id: int | None,
   forced_ids: Sequence[int],
   num_tokens: int,
+  task_ids: Ids | None = None,
 ) -> Prefix:
   """Checks prompts and pads them.
 
@@ -53,14 +57,16 @@ def make_prefix(
     start_id: The first id of the input of an encoder-decoder's decoder.
     forced_ids: The ids that every row emits first.
     num_tokens: N, the number of new tokens, including `forced_ids`.
+    task_ids: The task of each row.
 
   Raises:
     ValueError: There is no prompt, one is empty or has an unknown id; the start
-      id is missing or has no use; N leaves nothing to choose; or there are not
-      enough learned positions.
+      id or a task is missing or has no use; N leaves nothing to choose; or
+      there are not enough learned positions.
   """
   V = model.vocab_size
   rows = _rows(prompt, V)
+  tasks = _tasks(model, task_ids, len(rows))
   check_whole('num_tokens', num_tokens, 0)
   forced = as_ids('forced_ids', forced_ids, V)
   if start_id is not None:
@@ -82,7 +88,7 @@ def make_prefix(
     # The last token is a step of its own.
     length = _length(model, max(map(len, rows)) - 1) + 1
     _check_room(model, len(rows), length + grows, num_tokens)
-    return Prefix(*_padded(rows, length, front=True))
+    return Prefix(*_padded(rows, length, front=True), task_ids=tasks)
   if start_id is None:
     raise ValueError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
@@ -93,6 +99,7 @@ def make_prefix(
   return Prefix(
     *_padded(begin, 1 + len(forced), front=True),
     *_padded(rows, length, front=False),
+    task_ids=tasks,
   )
 
 
@@ -125,6 +132,27 @@ def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
       )
     rows.append(row)
   return rows
+
+
+def _tasks(
+  model: Model, task_ids: Ids | None, count: int
+) -> Int32[np.ndarray, ' B'] | None:
+  """The task of each row, int32 [B]; None where the model needs none."""
+  if not model.task_sequences:
+    if task_ids is not None:
+      raise ValueError(
+        f'task_ids={task_ids!r:.60} for a model without a router by task'
+      )
+    return None
+  if task_ids is None:
+    raise ValueError(
+      f'the model routes by {model.num_tasks} tasks; give task_ids, the task '
+      'of each row'
+    )
+  tasks = as_ids('task_ids', task_ids, model.num_tasks, 'task')
+  if len(tasks) != count:
+    raise ValueError(f'{len(tasks)} task_ids for {count} rows of the prompt')
+  return tasks.astype(np.int32)
 
 
 def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:

@@ -65,6 +65,8 @@ def begin(
   B, P = prefix.tokens.shape
   if prefix.encoder_tokens is None:
     cache = model.make_cache(B, num_slots)
+    if prefix.task_ids is not None:
+      cache = cache.replace(task_ids=prefix.task_ids)
     pieces = [slice(0, P - 1)] if P > 1 else []
   else:
     cache = model.apply(
@@ -72,6 +74,7 @@ def begin(
       prefix.encoder_tokens,
       prefix.encoder_mask,
       num_slots,
+      task_ids=prefix.task_ids,
       method='encode',
     )
     # A start and forced tokens are steps, as if the model had chosen them, as

@@ -5,7 +5,7 @@ Not here: the command line (`moe_jax.generate`).
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from moe_jax import models, sections
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.models import Model, ModelOptions
+from moe_jax.models import Model, ModelOptions, code_trees
+from moe_jax.options import unknown
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
@@ -85,6 +86,7 @@ def load(
     step=step,
     cast=bool(dtype),
   )
+  code_trees.check_codes(options, restored.state['params'])
   return Loaded(
     options=options,
     data=run.data,
@@ -188,3 +190,38 @@ def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     if tokenizer.forced_bos_id is not None:
       ids['forced_ids'] = (tokenizer.forced_bos_id,)
   return ids
+
+
+def task_ids(
+  model: Model, data: DataOptions, names: Sequence[str], option: str
+) -> list[int] | None:
+  """The argument `task_ids` of `generate`, from names of tasks.
+
+  Args:
+    model: The model.
+    data: The options of the run's data, whose tasks they are.
+    names: The name of the task of each row; '' where none is given.
+    option: The option that gives the name, for messages.
+
+  Returns:
+    None where the model does not route by task.
+
+  Raises:
+    ValueError: The model routes by task, and a name is missing or unknown; or
+      it does not, and a name is given.
+  """
+  if not model.task_sequences:
+    if any(names):
+      raise ValueError(
+        f'{option}={max(names)!r} has no effect: no router of the model goes '
+        'by task'
+      )
+    return None
+  for name in names:
+    if not name:
+      raise ValueError(
+        f'the model routes by task: give {option}, one of {list(data.tasks)}'
+      )
+    if name not in data.tasks:
+      raise unknown(f'task {option}', name, data.tasks)
+  return [data.tasks.index(name) for name in names]

@@ -99,8 +99,17 @@ def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
   dataset = data.load(options(tmp_path, mixture, target_len=target_len))
   said = dataset.describe()
   assert 'mixture of 2 sources, 70 pairs' in said
-  assert '\n  a    2 rows: 30 pairs' in said and '(sequences)' in said
+  assert 'mixture, by rows in each period of 3:' in said
+  assert '\n  a         2: 30 pairs' in said and '(sequences)' in said
   assert '\n  c  held out: 30 pairs' in said
+  row = {'a': 1.5, 'b': 2.0, 'c': 50.0, 'c.chance': 25.0, 'mean': 1.75}
+  assert dataset.tell(row).splitlines() == [
+    '',
+    '  arithmetic (held out): c 50, c.chance 25',
+    '  sequences: a 1.5, b 2',
+    '  mean 1.75',
+  ]
+  assert dataset.tell({'bleu': 2.0, 'exact': 0.5}) == 'bleu 2, exact 0.5'
   rows = dataset.splits['train']
   assert list(rows.parts) == ['a', 'b'] and list(dataset.parts) == list('abc')
   batch = next(train_batches(rows, batch_size=6, seed=0, start=0))
@@ -109,6 +118,34 @@ def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
   assert dataset.counts['train']['pairs'] == 60
   pairs = data.read_pairs(options(tmp_path, mixture), 'validation')
   assert len(list(pairs)) == 10
+
+
+@pytest.mark.parametrize('target_len', [0, 16])
+def test_every_token_has_the_task_of_its_source(tmp_path, target_len):
+  # Ids are numbers in the sorted names of all sources, held-out ones too.
+  mixture = MixtureOptions(
+    sources=suite(c='copy', a='reverse', b='add'), held_out='b', period=4
+  )
+  given = options(tmp_path, mixture, target_len=target_len)
+  assert given.tasks == ('a', 'b', 'c')
+  dataset = data.load(given)
+  rows = dataset.splits['train']
+  batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
+  assert batch['task_ids'][:, 0].tolist() == [0, 2, 0, 2]
+  again = data.pipeline.batch_dataset(rows, batch_size=4, seed=0)[0]
+  np.testing.assert_array_equal(again['task_ids'], batch['task_ids'])
+  sides = ['', 'encoder_'] if target_len else ['']
+  assert [n for n in batch if 'task' in n] == [f'{s}task_ids' for s in sides]
+  for side in sides:
+    ids = batch[f'{side}task_ids']
+    assert ids.dtype == np.int32 and ids.shape == batch[f'{side}tokens'].shape
+    assert (ids == batch['task_ids'][:, :1]).all()
+  held_out = dataset.parts['b'].splits['validation'].take(np.array([0]))
+  assert (held_out['task_ids'] == 1).all()
+  every = dataset.splits['validation']
+  tasks = every.take(np.arange(len(every)))['task_ids'][:, 0]
+  lengths = [len(part) for part in every.parts.values()]
+  assert tasks.tolist() == [0] * lengths[0] + [2] * lengths[1]
 
 
 def test_only_answers_are_learned(tmp_path):

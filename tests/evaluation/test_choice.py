@@ -1,5 +1,6 @@
 """Log-likelihoods of answers equal a plain loop; scores made from them."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,6 +12,7 @@ from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
 from moe_jax.distributed import Placing
 from moe_jax.evaluation import ChoiceEvaluation, choice
 from moe_jax.layers.positions import Relative
+from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
 from moe_jax.training.evaluation_entries import (
   changed_models,
@@ -93,6 +95,28 @@ def test_log_likelihoods_of_an_encoder_decoder():
   logits, _ = tiny.apply(model)(params, inputs, tokens, inputs_mask, mask)
   expected = by_loop(logits, [0] * len(given), [e.targets for e in given])
   np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
+
+
+def test_log_likelihoods_of_examples_of_several_tasks():
+  # Examples that share a row keep their own tasks.
+  moe = ALL | dict(router=Task(gates='renormalized'))
+  options = dataclasses.replace(tiny.options(moe), num_tasks=2)
+  model, tasks = options.build(), [0, 1, 1, 0, 1]
+
+  def of(task_ids):
+    return choice.log_likelihoods(
+      model,
+      {'params': tiny.params_of(model)},
+      examples(),
+      DecoderLayout(tiny.T),
+      batch_size=2,
+      put=put(2),
+      task_ids=task_ids,
+    )
+
+  alone = np.stack([of([0] * 5), of([1] * 5)])
+  assert (np.abs(alone[0] - alone[1]) > 1e-2).all()
+  np.testing.assert_allclose(of(tasks), alone[tasks, range(5)], rtol=1e-5)
 
 
 def test_how_often_the_right_answer_is_the_likeliest():
@@ -210,3 +234,10 @@ def test_a_bad_entry(bench, options, message):
     options['shots_source'] = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   with pytest.raises(ValueError, match=message):
     bench.choice(**options)
+
+
+def test_a_model_that_routes_by_task_is_refused(bench):
+  setting = bench.choice().setting
+  model = tiny.options(dict(router=Task(), **ALL), num_tasks=2).build()
+  with pytest.raises(ValueError, match=r"evals.quiz of kind 'choice': the mod"):
+    ChoiceEvaluation().measure(dataclasses.replace(setting, model=model))

@@ -160,6 +160,27 @@ def setting(tmp_path, **overrides):
   )
 
 
+@pytest.mark.parametrize('task', ['seq2seq', 'prefix_lm'])
+def test_an_example_of_a_mixture_has_the_task_of_its_source(tmp_path, task):
+  kinds = {
+    'seq2seq': ('instructions', 'task', ('copy', 'add')),
+    'prefix_lm': ('python_stdlib', 'modules', ('asyncio', 'email')),
+  }
+  kind, key, names = kinds[task]
+  sources = {name: {'kind': kind, key: name} for name in names}
+  given = dict(source=dict(python_stdlib=dict(modules='')))
+  given |= dict(task=dict(kind=task), mixture=dict(sources=sources))
+  made = setting(tmp_path, data=given | dict(seq_len=64))
+  pairs = GenerateEvaluation(num_examples=6).pairs(made)
+  tasks = [pair.task for pair in pairs]
+  assert tasks == sorted(tasks) and set(tasks) == set(names)
+  if task == 'seq2seq':
+    options = made.data.mixture.sources
+    for pair in pairs:
+      own = options[pair.task].pairs().pairs('validation')
+      assert (pair.inputs, pair.target) in set(own)
+
+
 def test_outputs_are_what_the_model_says_alone(tmp_path):
   entry = GenerateEvaluation(num_examples=5, num_tokens=6)
   measure = entry.measure(setting(tmp_path, **PAIRS))

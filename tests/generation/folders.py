@@ -11,15 +11,25 @@ from tests.models import tiny
 from tests.training import tiny as tiny_runs
 
 
-def write(folder, steps=(3,), tokenizer=None, **overrides):
-  """Writes a run with a checkpoint at each step; returns their parameters."""
+def write(
+  folder, steps=(3,), tokenizer=None, change=lambda params: params, **overrides
+):
+  """Writes a run with a checkpoint at each step; returns their parameters.
+
+  Args:
+    folder: The folder.
+    steps: The steps.
+    tokenizer: The tokenizer; None is that of bytes.
+    change: A function that changes the parameters.
+    **overrides: Keys of the config.
+  """
   config = tiny_runs.config(**overrides)
   workdir_lib.claim(folder, config)
   tokenizer = tokenizer or tokenizers.Bytes()
   tokenizer.save(folder / workdir_lib.TOKENIZER)
   options = run_config.read(config)
   model = tiny_runs.model_of(options, tokenizer.vocab_size)
-  params = {step: tiny.params_of(model, step) for step in steps}
+  params = {step: change(tiny.params_of(model, step)) for step in steps}
   checkpoints = Checkpointer(
     folder / workdir_lib.CHECKPOINTS, keep_newest=3, keep_best=False
   )

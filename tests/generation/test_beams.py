@@ -110,7 +110,10 @@ def every_sequence(model, params, prompt, length, stops, penalty):
   return sorted(((s, row) for row, s in scores.items()), reverse=True)
 
 
-@pytest.mark.parametrize('penalty', [0.0, 1.0, 2.5])
+@pytest.mark.parametrize(
+  'penalty',
+  [1.0, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.0, 2.5))],
+)
 def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   model, params = small
   N, width, stops = 4, 5**4, [3]

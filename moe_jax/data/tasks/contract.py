@@ -147,7 +147,7 @@ class Dataset:
     lines = [f'data: {self.source}, {", ".join(counted)}, sha256 {self.digest}']
     if self.task.label:
       lines.append(f'task: {self.task.label}')
-    lines.append(f'tokenizer: {self.tokenizer.identity}, V={self.vocab_size}')
+    lines.append(f'tokenizer: {self.tokenizer.label}, V={self.vocab_size}')
     for split, rows in self.splits.items():
       counts = ', '.join(
         f'{count:,} {name.replace("_", " ")}'
@@ -155,6 +155,10 @@ class Dataset:
       )
       lines.append(f'{split}: {counts}, {rows.describe()}')
     return '\n'.join(lines)
+
+  def tell(self, row: Mapping[str, float]) -> str:
+    """Text of an evaluation's numbers, to be printed after its name."""
+    return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 
 class TokenTask(TaskOptions):

@@ -78,6 +78,11 @@ class Tokenizer(abc.ABC):
     """
     return self.identity
 
+  @property
+  def label(self) -> str:
+    """Text about the tokenizer for the lines at the start of a run."""
+    return self.identity
+
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
     """The ids of a document's text, int32 [N], without an EOS."""

@@ -65,6 +65,13 @@ class Extended(Tokenizer, kind='extended'):
     return f'{self.base.ids_identity}{names}'
 
   @property
+  def label(self) -> str:
+    """The label of the tokenizer that is extended, and what is added."""
+    added = f', {len(self.names):,} ids added' * bool(self.names)
+    end = ', inputs end in an EOS' * self.end_inputs
+    return f'{self.base.label}{added}{end}'
+
+  @property
   def start_id(self) -> int | None:
     """The start id of the tokenizer, or else the EOS."""
     own = self.base.start_id

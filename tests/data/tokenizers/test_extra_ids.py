@@ -91,6 +91,12 @@ def test_it_can_be_made_again(base):
   assert other.identity != tokenizer.identity
 
 
+def test_the_label_says_what_is_added():
+  assert extend(Bytes(), end_inputs=False).label == 'bytes'
+  tokenizer = extend(Bytes(), num_sentinels=3, modes='RS', end_inputs=True)
+  assert tokenizer.label == 'bytes, 5 ids added, inputs end in an EOS'
+
+
 def test_ids_that_mean_the_same_may_end_inputs_differently():
   plain, ended = (extend(Bytes(), end_inputs=ends) for ends in (False, True))
   assert plain.identity != ended.identity
