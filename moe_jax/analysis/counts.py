@@ -163,7 +163,8 @@ def count(
     own_len, memory_len = stacks[-1].length, stacks[-1].memory_len
   else:
     layers = [p for p in parameters if not p.outside_layers]
-    flops = [_products(layers, model.moe, len(model.sparse_layers), width)]
+    moes = [moe for moe in model.moes if moe is not None]
+    flops = [_products(layers, moes, width)]
     own_len, memory_len = seq_len, 0
   cross = sum(_memory_flops(half, width) for half in stacks)
   logits = 2 * model.vocab_size * width
@@ -202,8 +203,8 @@ def _active(
 ) -> int:
   """The parameters of the experts that a token chooses, in all layers."""
   if not stacks:
-    return _chosen(parameters, model.moe)
-  return sum(_chosen(_own(parameters, half), half.moe) for half in stacks)
+    return _chosen(parameters, [moe for moe in model.moes if moe is not None])
+  return sum(_chosen(_own(parameters, half), half.moes) for half in stacks)
 
 
 def _flops_of_half(
@@ -211,7 +212,7 @@ def _flops_of_half(
 ) -> TokenFlops:
   """FLOPs of a stack's own parameters, all of them for its own tokens."""
   a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
-  flops = _products(_own(parameters, half), half.moe, half.num_sparse, width)
+  flops = _products(_own(parameters, half), half.moes, width)
   scores = 4 * layers * half.keys * a.num_heads * a.head_width
   return dataclasses.replace(flops, attention=scores)
 
@@ -226,36 +227,32 @@ def _own(parameters: list[SizedParameter], half: Half) -> list[SizedParameter]:
 
 def _products(
   parameters: list[SizedParameter],
-  moe: MoeOptions | None,
-  num_sparse: int,
+  moes: list[MoeOptions],
   width: int,
 ) -> TokenFlops:
   """FLOPs of the products with the kernels of layers, for one token.
 
   Args:
     parameters: The parameters of the layers.
-    moe: The options of the sparse layers; None where no layer has experts.
-    num_sparse: Number of layers that have experts.
+    moes: The mixtures of the layers that have experts.
     width: M, the width of the residual stream.
   """
   kernels = [p for p in parameters if p.role.form == 'kernel']
   others = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
-  router = 0
-  if moe is not None:
-    router = num_sparse * moe.router.multiply_adds(moe.sizes, width)
+  router = sum(moe.router.multiply_adds(moe.sizes, width) for moe in moes)
   return TokenFlops(
     products=2 * _size(others),
-    experts=2 * _chosen(kernels, moe),
+    experts=2 * _chosen(kernels, moes),
     router=2 * router,
   )
 
 
-def _chosen(parameters: list[SizedParameter], moe: MoeOptions | None) -> int:
+def _chosen(parameters: list[SizedParameter], moes: list[MoeOptions]) -> int:
   """The number of these parameters that belong to a token's K experts."""
-  if moe is None:
+  if not moes:
     return 0
-  experts = _size(p for p in parameters if p.of_expert)
-  return experts // moe.num_experts * moe.num_selected
+  each = sum(p.size // p.num_experts for p in parameters if p.of_expert)
+  return each * moes[0].num_selected
 
 
 def _with_products(flops: TokenFlops, more: int) -> TokenFlops:
@@ -281,10 +278,9 @@ def _slack(
     return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
   rows = choices = 0.0
   for half in stacks:
-    if half.moe is not None:
-      weight = half.num_sparse * half.length
-      rows += weight * _rows(half.moe, batch_size, half.length)
-      choices += weight * half.moe.num_selected
+    for moe in half.moes:
+      rows += half.length * _rows(moe, batch_size, half.length)
+      choices += half.length * moe.num_selected
   return rows / choices
 
 
@@ -293,4 +289,6 @@ def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
   if is_dropless(moe):
     return float(moe.num_selected)
   S = group_size(moe, batch_size, length)
-  return moe.router.training_slots(moe.sizes, S) * moe.num_experts / S
+  sizes = moe.sizes
+  slots = sizes.expert_slots(moe.router.training_slots(sizes, S), S)
+  return slots * sizes.num_retained / S

@@ -156,8 +156,8 @@ def _kept_by_layers(half: Half, M: int, B: int) -> int:
     norms = L * (2 + crosses) + _extra_ffns(half)
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
     total += L * n * query * b * (1 + crosses)
-    if half.num_sparse:
-      total += half.num_sparse * expert_rows(half.moe, B, half.length) * M * b
+    rows = sum(expert_rows(moe, B, half.length) for moe in half.moes)
+    total += rows * M * b
   return total
 
 
@@ -188,9 +188,9 @@ def _kept_by_sparse_layers(half: Half, M: int, B: int) -> int:
   # The products without slots have a gradient that keeps their inputs alone.
   every = c.remat == 'none' and moe.dispatch.by_slot
   hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, every)
-  rows = expert_rows(moe, B, half.length)
-  total = half.num_sparse * rows * (hidden + M * b)
-  return total + half.num_sparse * B * half.length * 4 * moe.num_experts
+  rows = sum(expert_rows(own, B, half.length) for own in half.moes)
+  columns = sum(own.num_experts for own in half.moes)
+  return rows * (hidden + M * b) + B * half.length * 4 * columns
 
 
 def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
@@ -230,8 +230,9 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
   """
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
-  per_expert = moe.router.training_slots(moe.sizes, S)
-  slots = groups * moe.num_experts * per_expert
+  sizes = moe.sizes
+  per_expert = sizes.expert_slots(moe.router.training_slots(sizes, S), S)
+  slots = groups * sizes.num_retained * per_expert
   if is_dropless(moe):
     return min(groups * S * moe.num_selected, slots)
   return slots
@@ -272,7 +273,7 @@ def all_to_all_bytes(
   moe = half.moe
   if moe is None:
     return 0
-  E = moe.num_experts
+  E = moe.sizes.num_retained
   if num_parts < 1 or E % num_parts:
     raise ValueError(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'

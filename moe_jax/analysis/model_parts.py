@@ -43,13 +43,18 @@ class Half(NamedTuple):
 
   @property
   def moe(self) -> MoeOptions | None:
-    """The options of the sparse layers; None where no layer has experts."""
-    return self.stack.experts
+    """The mixture of the last layer that has one; None where no layer has."""
+    return self.moes[-1] if self.moes else None
+
+  @property
+  def moes(self) -> list[MoeOptions]:
+    """The mixtures of the layers that have experts."""
+    return [moe for moe in self.stack.moes if moe is not None]
 
   @property
   def num_sparse(self) -> int:
     """The number of layers that have experts."""
-    return sum(self.stack.sparse) if self.moe else 0
+    return len(self.moes)
 
 
 def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
@@ -80,11 +85,14 @@ class SizedParameter(NamedTuple):
       stack that it belongs to.
     size: Number of its values.
     role: Part of the model that it belongs to, and its use there.
+    num_experts: Number of the experts that have a part of it; 1 unless it is
+      one of stacked experts.
   """
 
   path: tuple[str, ...]
   size: int
   role: Role
+  num_experts: int = 1
 
   @property
   def of_expert(self) -> bool:
@@ -98,15 +106,34 @@ class SizedParameter(NamedTuple):
 
 
 def sized_parameters(model: Model) -> list[SizedParameter]:
-  """Every parameter of a model, with its size and its role."""
+  """Every parameter of a model, with its size and its role.
+
+  Raises:
+    ValueError: Kernels are in codes, whose number is not that of parameters.
+  """
+  for _, stack in model.stacks:
+    formats = [stack.block.shared.numerics.kernels]
+    formats += [moe.expert.format for moe in stack.moes if moe is not None]
+    for format in formats:
+      if not format.is_plain:
+        raise ValueError(
+          f'the model has kernels in codes of {format.name!r}, whose number is '
+          'not that of its parameters; count the model that they were made of'
+        )
   trees = describe(model)
   roles = jax.tree.leaves(
     trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)
   )
+  axes = jax.tree.leaves(trees.axes, is_leaf=lambda x: isinstance(x, tuple))
   shapes = jax.tree_util.tree_leaves_with_path(trees.shapes)
   return [
-    SizedParameter(tuple(key.key for key in path), math.prod(leaf.shape), role)
-    for (path, leaf), role in zip(shapes, roles, strict=True)
+    SizedParameter(
+      tuple(key.key for key in path),
+      math.prod(leaf.shape),
+      role,
+      leaf.shape[names.index('expert')] if 'expert' in names else 1,
+    )
+    for (path, leaf), role, names in zip(shapes, roles, axes, strict=True)
   ]
 
 

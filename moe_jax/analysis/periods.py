@@ -64,9 +64,9 @@ def extrapolate(
 
 def loops_of(model: ModelOptions) -> Loops:
   """The loops over layers of each half of a model of blocks."""
-  loops = {_DECODER: segments(model.sparse)}
+  loops = {_DECODER: segments(model.kinds)}
   if model.has_encoder:
-    loops[_ENCODER] = segments(model.encoder_half().sparse)
+    loops[_ENCODER] = segments(model.encoder_half().kinds)
   return loops
 
 
@@ -95,11 +95,15 @@ def _of_periods(
   layers: LayerOptions, loops: list[Segment], index: int
 ) -> LayerOptions:
   """Layers with one period of each loop, but two of loop `index`."""
-  sparse = [
-    flag
-    for i, segment in enumerate(loops)
-    for flag in segment.pattern * (1 + (i == index))
-  ]
-  named = ','.join(str(i) for i, flag in enumerate(sparse) if flag)
-  moe = dataclasses.replace(layers.moe, layers=named or 'none')
-  return dataclasses.replace(layers, num_layers=len(sparse), moe=moe)
+  numbers, first = [], 0
+  for i, segment in enumerate(loops):
+    period = range(first, first + len(segment.pattern))
+    numbers += [*period] * (1 + (i == index))
+    first += segment.num_layers
+  sparse = [i for i, old in enumerate(numbers) if layers.sparse[old]]
+  moe = dataclasses.replace(
+    layers.moe,
+    layers=','.join(map(str, sparse)) or 'none',
+    retained=layers.moe.retained.renumbered(tuple(numbers)),
+  )
+  return dataclasses.replace(layers, num_layers=len(numbers), moe=moe)

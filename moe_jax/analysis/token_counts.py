@@ -68,8 +68,11 @@ def token_counts(
   """
   if model.moe is None:
     return {}  # and no batch is read
-  shape = (model.vocab_size, model.moe.num_experts)
-  counts = {layer: np.zeros(shape, np.int64) for layer in model.sparse_layers}
+  V, moes = model.vocab_size, model.moes
+  counts = {
+    layer: np.zeros((V, moes[layer].num_experts), np.int64)
+    for layer in model.sparse_layers
+  }
   for chosen in choices(model, variables, batches):
     for layer, (_, token, expert) in chosen.items():
       np.add.at(counts[layer], (token, expert), 1)

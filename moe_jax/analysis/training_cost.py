@@ -18,7 +18,7 @@ from flax import traverse_util
 from moe_jax import models
 from moe_jax.analysis.counts import count
 from moe_jax.layers.experts.serving import ROLE as EXPERT
-from moe_jax.layers.parameters import Role
+from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters, LoraOptions
 from moe_jax.training.programs import make_optimizer
@@ -80,7 +80,11 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
     optimizer_bytes=_bytes(jax.tree.leaves(state)),
     gradient_bytes=_bytes(values),
     backward_flops=_backward(
-      options, model, needed, traverse_util.flatten_dict(adapters.trees.roles)
+      options,
+      model,
+      needed,
+      traverse_util.flatten_dict(adapters.trees.roles),
+      traverse_util.flatten_dict(adapters.trees.axes),
     ),
     step_flops=_of_factors(adapters),
   )
@@ -111,6 +115,7 @@ def _backward(
   model: Model,
   needed: dict[tuple[str, ...], Any],
   roles: dict[tuple[str, ...], Role],
+  axes: dict[tuple[str, ...], Names],
 ) -> int:
   """FLOPs for a token, where these parameters have gradients."""
   flops = count(model, options.data.seq_len).decoder
@@ -120,7 +125,7 @@ def _backward(
     if roles[path].form == 'kernel':
       share = 1.0
       if roles[path].role == EXPERT:
-        share = moe.num_selected / moe.num_experts
+        share = moe.num_selected / leaf.shape[axes[path].index(EXPERT)]
       total += round(2 * math.prod(leaf.shape) * share)
   tables = [path for path in needed if roles[path].role == 'embedding']
   tied = not any(role == Role('head', 'kernel') for role in roles.values())

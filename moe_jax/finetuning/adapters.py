@@ -126,6 +126,8 @@ def read(
   """
   path = pathlib.Path(folder).expanduser()
   about = plain_files.read_json(path / ABOUT)
+  if not about:
+    raise ValueError(f'{path} holds no adapter: it has no {ABOUT}')
   try:
     version, base = about['format'], about['base']
     options = sections.read(LoraOptions, about['lora'], 'lora.')
@@ -188,12 +190,18 @@ def merge(
   """
   run, base = _read(workdir, step, allow), pathlib.Path(workdir).expanduser()
   if run.step and run.adapters.kernels:
-    raise ValueError(f'{workdir} has an adapter itself; give the base')
+    raise ValueError(
+      f'{workdir} has an adapter itself, which all that reads it merges; give '
+      'the folder of its base, or step 0 of an imported one that still has it'
+    )
   _check_stateless(run.model)
   adapters, params = read(folder, run.model, run.params)
   merged = adapters.merged_on_devices(params)
   new = new_run.derive(base, output, merged)
-  return f'step {run.step} of {base} with the adapter of {folder} is in {new}'
+  return (
+    f'step {run.step} of {base} with the adapter of {folder} is in {new}; its '
+    'data, task and tokenizer are those of the base'
+  )
 
 
 def _read(workdir, step, allow) -> _Read:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from moe_jax import data
 from moe_jax.distributed import fetch
+from moe_jax.finetuning.matching import equal_experts
 from moe_jax.layers.routers.contract import Router
 from moe_jax.models import Model
 from moe_jax.runs import trained
@@ -66,6 +67,12 @@ def shares(
   """
   if not model.sparse_layers:
     raise ValueError('the model has no sparse layers, so no experts to choose')
+  if not equal_experts(model):
+    raise ValueError(
+      'the sparse layers have other numbers of experts than columns of their '
+      'routers, or than each other, as merging and pruning leave them; experts '
+      'are chosen in models with equally many'
+    )
   measure = jax.jit(functools.partial(_use, model, score))
   total = None
   for batch in batches:

@@ -18,7 +18,9 @@ from moe_jax.finetuning.upcycling import (
 )
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
-from moe_jax.models.layer_trees import LayerPlace
+from moe_jax.models.layer_trees import LayerPlace, numbers_of
+
+_SPARSE = ('expert', 'router')
 
 
 class _Described(NamedTuple):
@@ -35,8 +37,21 @@ class _Described(NamedTuple):
   role: Role
 
 
-def plan(model: Model, source: Model, copies: Copies) -> Plan:
+def plan(
+  model: Model,
+  source: Model,
+  copies: Copies = Copies(),
+  *,
+  experts: bool = True,
+) -> Plan:
   """The plan by which parameters of `source` become those of `model`.
+
+  Args:
+    model: The new model.
+    source: The other model.
+    copies: How experts are copied.
+    experts: Whether experts and routers are copied; otherwise the feed-forward
+      of a layer that is sparse in `source` is new, dense or sparse.
 
   Raises:
     ValueError: The models do not fit; there is a line for each difference:
@@ -45,17 +60,25 @@ def plan(model: Model, source: Model, copies: Copies) -> Plan:
       do not fit.
   """
   have, wanted = _described(source), _described(model)
+  if not experts:
+    have = {p: x for p, x in have.items() if x.role.role not in _SPARSE}
   layers = _Layers(source, have)
-  experts = _experts(model, source, copies)
+  numbers = _experts(model, source, copies) if experts else ()
+  drawn = () if experts else source.sparse_layers
   pieces, problems, used = {}, [], set()
   for path, one in wanted.items():
-    sources = [Piece(path if path in have else None)]
+    sources, numbered = [Piece(path if path in have else None)], [None]
     if (place := model.place_of(path)) is not None:
       sources = [layers.find(n, place, one.role) for n in place.layers]
+      numbered = numbers_of(model.stacks, place)
     pieces[path] = sources
-    for piece in sources:
+    for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
-      problem = _problem(path, piece, one, have, len(experts))
+      # A layer between LSTMs is in no stack and has no number.
+      new = number in (None, *drawn) and one.role.role in ('ffn', *_SPARSE)
+      if piece.path is None and new and drawn:
+        continue
+      problem = _problem(path, piece, one, have, len(numbers))
       problems += [problem] if problem else []
   problems += [f'{_name(p)}: not in this model' for p in have if p not in used]
   problems = _lengths(model, source) or list(dict.fromkeys(problems))
@@ -64,14 +87,15 @@ def plan(model: Model, source: Model, copies: Copies) -> Plan:
   return Plan(
     model=model,
     pieces=pieces,
-    experts=experts,
-    num_source_experts=_num_experts(source) if experts else 0,
+    experts=numbers,
+    num_source_experts=_num_experts(source) if numbers else 0,
     copies=copies,
     upcycled=tuple(
       layer
       for layer in model.sparse_layers
       if layer not in source.sparse_layers
     ),
+    drawn=drawn,
   )
 
 
@@ -127,7 +151,7 @@ def _problem(
     axis = expert_axis(axes)
     if piece.stacked:
       del new[axis]
-    elif axis is not None:
+    elif axis is not None and num_experts:
       old[axis] = num_experts
   if old != new:
     return f'{_name(path)}: {old} there, {new} here'
@@ -135,9 +159,21 @@ def _problem(
 
 
 def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
-  """The number of each expert's source; () unless both models have experts."""
+  """The number of each expert's source.
+
+  It is () where every expert is its own source, or there is none: unless both
+  models have experts, in equal numbers in all of a model's sparse layers.
+  """
   theirs, ours = _num_experts(source), _num_experts(model)
-  if not theirs or not ours:
+  equal = equal_experts(model) and equal_experts(source)
+  if not theirs or not ours or not equal:
+    if theirs and ours and not equal:
+      _check_columns(model, source)
+    if copies.experts and not equal:
+      raise ValueError(
+        f'init_from.experts={copies.experts}: one of the models has layers '
+        'with other numbers of experts than others, or than columns'
+      )
     if copies.experts:
       raise ValueError(
         f'init_from.experts={copies.experts} with {theirs} experts there and '
@@ -150,6 +186,26 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
       f'init_from.experts={experts} are not {ours} numbers in [0, {theirs})'
     )
   return experts
+
+
+def _check_columns(model: Model, source: Model) -> None:
+  """Raises ValueError where columns of routers lead to other experts."""
+  for (_, new), (_, old) in zip(model.stacks, source.stacks):
+    if not (new.experts and old.experts):
+      continue
+    there, here = old.experts.retained, new.experts.retained
+    if there.rows != here.rows or there.counts != here.counts:
+      raise ValueError(
+        f'moe.retained is {there} there and {here} here: give both the same, '
+        'as experts are copied by number where layers have lost some'
+      )
+
+
+def equal_experts(model: Model) -> bool:
+  """Whether all sparse layers have E experts and a router column for each."""
+  sizes = [moe.sizes for moe in model.moes if moe is not None]
+  counts = {n for own in sizes for n in (own.num_experts, own.num_retained)}
+  return len(counts) <= 1
 
 
 def _num_experts(model: Model) -> int:

@@ -5,7 +5,7 @@ Not here: which parameters become which (`matching.py`).
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ import jax
 from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
-from moe_jax.models import Model, ModelOptions
+from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
 from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.runs import trained
 from moe_jax.runs.checkpointer import Restored
+from moe_jax.shapes import PRNGKey
 from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.setup import Run
 
@@ -114,13 +115,18 @@ def initial(
     return None
   folder = pathlib.Path(options.workdir).expanduser()
   theirs = trained.read(folder, allow)
+  if code_trees.has_codes(theirs.model):
+    raise ValueError(
+      f'init_from.workdir={folder}: its kernels are in codes of few bits, '
+      'which are not trained; begin with the run that they were made of'
+    )
   _check_tokens(run, theirs, folder)
   source = theirs.model.build(run.options.sharding.rules)
   chosen = _plan(run, source, folder)
   restored = _restore(run, source, chosen, folder)
   begun, optimizer = restored.state, 'the optimizer is new'
   if not chosen.copies_all:
-    begun = {'params': _convert(run, chosen, begun['params'])}
+    begun = {'params': convert(run, chosen.apply, begun['params'])}
   if options.keep_optimizer:
     state, optimizer = optimizer_state.restore(run, folder, restored.step)
     begun = {**begun, 'opt_state': state}
@@ -128,23 +134,25 @@ def initial(
     f'beginning with the parameters of step {restored.step} of {folder}: '
     f'{chosen.describe()}; {optimizer}'
   )
-  changes = list(_changes(theirs.model, run.options.model))
+  settings = list(changes(theirs.model, run.options.model))
   if chosen.upcycled:
-    changes += _expert_changes(source, run.model)
-  if changes:
-    said += f'; WARNING: settings differ: {", ".join(changes)}'
+    settings += _expert_changes(source, run.model)
+  if settings:
+    said += f'; WARNING: settings differ: {", ".join(settings)}'
   return begun, said
 
 
 def _check_tokens(
   run: Run, theirs: trained.Described, folder: pathlib.Path
 ) -> None:
-  """Checks that both runs' tokens mean the same."""
+  """Checks that both runs' tokens and tasks mean the same."""
   old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
   if old != new:
     raise ValueError(
       f'{folder} was trained on tokens of {old}, this run is on those of {new}'
     )
+  for problem in theirs.task_problems(run.options.data):
+    raise ValueError(f'init_from.workdir={folder}: {problem}')
 
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
@@ -183,17 +191,29 @@ def _restore(
   )
 
 
-def _convert(run: Run, chosen: Plan, params) -> Any:
+def convert(
+  run: Run,
+  apply: Callable[[Mapping[str, Any], PRNGKey], dict[str, Any]],
+  params: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The run's parameters from another's, each device its own part.
+
+  Args:
+    run: The run, whose seed gives the key.
+    apply: A pure function from the other's parameters and a key; see
+      `Plan.apply`.
+    params: The parameters of the other run.
+  """
   places = jax.tree.map(
     lambda leaf: leaf.sharding,
     run.programs.adapters.base(run.programs.abstract_state.params),
   )
-  return jax.jit(chosen.apply, out_shardings=places)(
+  return jax.jit(apply, out_shardings=places)(
     params, jax.random.key(run.options.seed)
   )
 
 
-def _changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
+def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
   """Differing settings, apart from experts, that change what is computed."""
   for name, (theirs, ours) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):

@@ -94,6 +94,8 @@ class Plan:
     copies: Options of how experts are copied and routers begin.
     upcycled: Numbers of the layers that were dense and become sparse, those of
       an encoder first.
+    drawn: Numbers of the layers that were sparse and whose feed-forwards are
+      new, since no experts are copied.
   """
 
   model: Model
@@ -102,6 +104,7 @@ class Plan:
   num_source_experts: int
   copies: Copies
   upcycled: tuple[int, ...]
+  drawn: tuple[int, ...] = ()
 
   @property
   def copies_all(self) -> bool:
@@ -127,6 +130,8 @@ class Plan:
         f'{self.num_source_experts} experts made {len(self.experts)}, copies '
         f'of {list(self.experts)}'
       )
+    if self.drawn:
+      said.append(f'feed-forwards of layers {list(self.drawn)} drawn anew')
     for name in ('expert_noise', 'router_noise'):
       if getattr(c, name):
         said.append(f'{name} {getattr(c, name):g}')
@@ -171,7 +176,7 @@ class Plan:
       value = jnp.broadcast_to(value[None], new.shape[1:])
     elif (axis := expert_axis(axes)) is not None:
       experts = self.experts
-      if experts != tuple(range(value.shape[axis])):
+      if experts and experts != tuple(range(value.shape[axis])):
         value = jnp.take(value, jnp.array(experts), axis)
     else:
       return value

@@ -68,28 +68,25 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
-  """The options of the model that a config.json describes, in float32.
+  """The options of the model of a config.json to be written, in float32.
 
   Raises:
     ValueError: As `open_checkpoint`.
   """
-  return _read(config, pathlib.Path('config.json'))[0]
+  path = pathlib.Path('config.json')
+  return _read(config, path, 'what would be written there')[0]
 
 
 def _read(
-  config: Mapping[str, Any], path: pathlib.Path
+  config: Mapping[str, Any], path: pathlib.Path, subject: str = ''
 ) -> tuple[ModelOptions, Architecture, list[str]]:
   architecture = _architecture(config, path)
+  subject = subject or f'this {architecture.model_type} checkpoint'
   values, problems, notes = config_keys.read(architecture.keys, config)
   problems += config_keys.bad_ids(config, values.vocab_size)
   problems += architecture.problems(values)
   if problems:
-    raise ValueError(
-      listed(
-        f'{path}: this {architecture.model_type} checkpoint is not supported',
-        problems,
-      )
-    )
+    raise ValueError(listed(f'{path}: {subject} is not supported', problems))
   try:
     return architecture.options(values), architecture, notes
   except ValueError as error:

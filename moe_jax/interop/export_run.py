@@ -12,6 +12,8 @@ from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import hub
 from moe_jax.interop.saving import save
+from moe_jax.models import code_trees
+from moe_jax.models.expert_arrays import has_tied
 from moe_jax.partitioning import MeshOptions
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
@@ -21,6 +23,8 @@ def export_run(
   workdir: str | os.PathLike[str], output: str | os.PathLike[str]
 ) -> list[str]:
   """Writes a run's newest good checkpoint for transformers to read.
+
+  Kernels in codes of few bits are written as the numbers that these stand for.
 
   Returns:
     Lines about the export, for printing.
@@ -46,9 +50,21 @@ def export_run(
   known = plain_files.read_json(files / 'config.json')
   config = known or _special(run.tokenizer)
   imported = _imported(files)
-  save(run.model, restored.state, output, config=config)
+  model, params, lines = run.model, restored.state['params'], []
+  if code_trees.has_codes(model):
+    code_trees.check_codes(model, params)
+    model, params = code_trees.decoded(model, params)
+    lines = ['kernels in codes were written as numbers']
+  if has_tied(run.model.build(rules)):
+    lines.append(
+      'columns of routers lead to the same experts, of which transformers '
+      'needs a copy for each: the bytes are those of all columns, and do not '
+      'fall'
+    )
+  save(model, {'params': params}, output, config=config)
   return [
     f'checkpoint of step {restored.step} written to {output}',
+    *lines,
     _export_tokenizer(imported, output, run.tokenizer),
   ]
 

@@ -7,7 +7,7 @@ checkpoint has which peculiarity (`mixtral.py` and its siblings).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 
@@ -33,6 +33,9 @@ class ServedByRank(TokenChoice):
   statistics are those of the choices.
   """
 
+  # Choices by rank are experts, not columns that could lead to others.
+  has_columns: ClassVar[bool] = False
+
   def problems_with(self, sizes):
     """A token must have a first and a second choice."""
     yield from super().problems_with(sizes)
@@ -52,9 +55,9 @@ class ServedByRankRouter(TokenChoiceRouter):
 
   options: ServedByRank
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    chosen, aux = super().route(x, mask, train, hash_ids, layer)
+    chosen, aux = super().route(x, mask, train, router_ids, layer)
     return by_rank(chosen), aux
 
 

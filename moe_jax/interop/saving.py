@@ -25,12 +25,18 @@ from moe_jax.interop.mapping import Leaf, Names, leaves
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.interop.tensor_files import SAFETENSORS, listed
 from moe_jax.models import ModelOptions
+from moe_jax.models.expert_arrays import has_tied, untied
 from moe_jax.models.meaning import difference
 from moe_jax.partitioning import path_name
 
 _SHARD_BYTES = 2**31
 # Keys of older versions of transformers, in whose place others are written.
 _REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling')
+# Options that are told by what they decide.
+_SPELLED = {
+  f'{half}sparse': f'{half}moe.layers, which layers are sparse'
+  for half in ('', 'encoder.')
+}
 
 
 def save(
@@ -43,7 +49,8 @@ def save(
 ) -> None:
   """Writes config.json and safetensors that `from_pretrained` reads.
 
-  Every parameter keeps its own dtype. The host holds one file's tensors.
+  Every parameter keeps its own dtype. The host holds one file's tensors. Where
+  columns of routers lead to the same expert, it is written once for each.
 
   Args:
     options: The options of a decoder or an encoder-decoder.
@@ -61,9 +68,11 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'{folder} is there already; give a new or empty folder')
+  params = variables['params']
+  if has_tied(options.build()):
+    options, params = untied(options, params)
   architecture = _choose(options, config or {})
   written = describe(options, architecture, config or {})
-  params = variables['params']
   every = leaves(architecture.names, options.build(), params)
   tensors = list(_tensors(every, architecture, params))
   folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +100,12 @@ def describe(
   """
   kind = architecture.model_type
   none = f'the model is no {kind} model of transformers'
+  counts = [m.num_experts for m in options.build().moes if m is not None]
+  if len(set(counts)) > 1:
+    raise ValueError(
+      f'{none}: its sparse layers have {counts} experts, where transformers '
+      'has one number for all; merge or prune with one number, --experts=N'
+    )
   try:
     decided = architecture.describe(options)
   except ValueError as error:
@@ -127,9 +142,12 @@ def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
     if not ours.build().capacity_binds:
       # With slots for all tokens, those that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
+  found = difference(ours, theirs)
+  # What theirs does not have follows from another choice, which is listed.
+  causes = {name: pair for name, pair in found.items() if pair[1] is not None}
   return [
-    f'{name}: {old!r}, not {new!r}'
-    for name, (old, new) in difference(ours, theirs).items()
+    f'{_SPELLED.get(name, name)}: {old!r}, not {new!r}'
+    for name, (old, new) in (causes or found).items()
   ]
 
 

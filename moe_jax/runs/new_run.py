@@ -17,6 +17,7 @@ from typing import Any
 
 from moe_jax.data import plain_files
 from moe_jax.data.cache_folders import locked
+from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.section_reader import Section, plain
@@ -30,6 +31,7 @@ _PARTS = (
   workdir_lib.TOKENIZER,
   workdir_lib.PLUGINS,
   workdir_lib.CHECKPOINTS,
+  packed_weights.FOLDER,
   VALUES,
   CONFIG_PY,
   workdir_lib.CONFIG,
@@ -131,6 +133,11 @@ def write(
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
     kept.save(0, {'params': params}, extra=extra)
+  write_config(folder, config)
+
+
+def write_config(folder: pathlib.Path, config: Section) -> None:
+  """Writes a run's config, and the file that reads its values."""
   text = json.dumps(plain(config), indent=2, sort_keys=True)
   (folder / VALUES).write_text(text + '\n', encoding='utf-8')
   (folder / CONFIG_PY).write_text(_CONFIG_PY, encoding='utf-8')
@@ -142,17 +149,23 @@ def derive(
   output: str | os.PathLike[str],
   params: Any,
   changes: Mapping[str, Any] | None = None,
+  *,
+  packed: bool = False,
+  router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Makes a run's folder from another run's, with parameters of its own.
 
   Its config is that of the base, without adapters and without a run that it
-  begins with. Tokenizer and imported files are copied.
+  begins with or learns from. Tokenizer and imported files are copied.
 
   Args:
     base: Folder of a run.
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     changes: Sections of the config that replace those of the base, by name.
+    packed: Whether the model is one that is not trained, whose variables are
+      written without a checkpoint (`packed_weights.py`).
+    router_state: The state of its routers, if it is packed and has one.
 
   Returns:
     The new folder, whole.
@@ -163,7 +176,7 @@ def derive(
   base = pathlib.Path(base).expanduser().resolve()
   output = pathlib.Path(output).expanduser().resolve()
   config = workdir_lib.kept_config(base) | dict(changes or {})
-  for section in ('lora', 'init_from'):
+  for section in ('lora', 'init_from', 'distill'):
     config.pop(section, None)
   config.get('checkpoint', {}).pop('directory', None)
   config = _moved(config, str(base / FILES), str(output / FILES))
@@ -173,7 +186,12 @@ def derive(
         plain_files.copy(base / name, unfinished / name)
     if (base / FILES).is_dir():
       copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
-    write(unfinished, config, params)
+    if packed:
+      variables = {'params': params, 'router_state': router_state or {}}
+      packed_weights.write(unfinished, variables)
+      write_config(unfinished, config)
+    else:
+      write(unfinished, config, params)
   return output
 
 

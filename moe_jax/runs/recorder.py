@@ -172,7 +172,7 @@ class Recorder:
       if 'loss' in row:
         losses[name] = row['loss']
       else:
-        said = ', '.join(f'{key} {value:.4g}' for key, value in row.items())
+        said = self._run.dataset.tell(row)
         self._run.message(f'step {step}: evaluation {name}: {said}')
     self._evaluated = {step: self._evaluated.get(step, {}) | results}
     if losses:
@@ -241,7 +241,7 @@ class Recorder:
   def _row(self, step, loss, grad_norm, learning_rate) -> None:
     now = time.perf_counter()
     seconds = max(now - self._clock, 1e-9)
-    values = summary.summarize(self._sums)
+    values = summary.summarize(self._sums, self._run.model.moes)
     sparse = bool(self._run.model.sparse_layers)
     speed = self._tokens / seconds
     row = {
@@ -271,7 +271,7 @@ class Recorder:
   def _describe(self, said: str, sums: LossSums, path: pathlib.Path) -> str:
     lines = [said]
     for i in summary.sparse_layers(sums):
-      layer = summary.layer_summary(sums, i)
+      layer = summary.layer_summary(sums, i, self._run.model.moes)
       lines.append(
         f'  layer {i}: router logit RMS {layer["router_logit_rms"]:.3g}, '
         f'entropy {layer["entropy"]:.3g}, drop rate {layer["drop_rate"]:.1%}, '

@@ -3,14 +3,16 @@
 Not here: where rows are written (`metrics.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.distributed import fetch
+from moe_jax.layers.moe import MoeOptions
 from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import drop_rate
+from moe_jax.routing.stats import RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
 
 
@@ -27,7 +29,20 @@ def sparse_layers(sums: LossSums) -> list[int]:
   return [int(i) for i in np.flatnonzero(sums.aux.stats.tokens)]
 
 
-def summarize(sums: LossSums) -> dict[str, Any]:
+def of_layer(
+  stats: RoutingStats, layer: int, moes: Sequence[MoeOptions | None]
+) -> RoutingStats:
+  """A layer's statistics without the zeros that fill its loads up to E."""
+  moe = moes[layer] if moes else None
+  if moe is None:
+    return stats
+  E = moe.num_experts
+  return stats._replace(load=stats.load[:E], kept_load=stats.kept_load[:E])
+
+
+def summarize(
+  sums: LossSums, moes: Sequence[MoeOptions | None] = ()
+) -> dict[str, Any]:
   """A row with `loss`, `drop_rate`, and `layer_<i>/...` for each router.
 
   The loss is in nats per token. The drop rate is that of
@@ -36,9 +51,11 @@ def summarize(sums: LossSums) -> dict[str, Any]:
 
   Args:
     sums: Sums as `host` gives them.
+    moes: The mixture of each layer, as `Model.moes` gives them, whose loads end
+      with its own experts. Default: all have equally many.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
-  layers = {i: layer_summary(sums, i) for i in sparse_layers(sums)}
+  layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}
   if layers:
     drops = [layer['drop_rate'] for layer in layers.values()]
     row['drop_rate'] = float(np.mean(drops))
@@ -47,10 +64,12 @@ def summarize(sums: LossSums) -> dict[str, Any]:
   return row
 
 
-def layer_summary(sums: LossSums, layer: int) -> dict[str, Any]:
+def layer_summary(
+  sums: LossSums, layer: int, moes: Sequence[MoeOptions | None] = ()
+) -> dict[str, Any]:
   """The metrics of one layer's router; see `summarize`."""
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
-  stats = aux.stats
+  stats = of_layer(aux.stats, layer, moes)
   tokens, K = stats.tokens, len(stats.overflowed)
   by_rank, in_all = drop_rate(stats)
   values = {

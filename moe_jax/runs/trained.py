@@ -3,10 +3,11 @@
 Not here: how text is generated with it (`moe_jax.generation`).
 """
 
+import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +25,14 @@ from moe_jax.models.router_state import (
   variables,
 )
 from moe_jax.partitioning import Rules, ShardingOptions
+from moe_jax.runs import manifest, packed_weights
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.checkpointer import Checkpointer, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import (
   CONFIG,
+  IMPORTED,
   TOKENIZER,
   checkpoints_of,
   folder_of,
@@ -54,6 +57,19 @@ class Described(NamedTuple):
   batch_size: int
   tokenizer: Tokenizer | None
 
+  def task_problems(self, data: DataOptions) -> Iterator[str]:
+    """The problem of other data in which a task has another number.
+
+    Only a model that routes by task has it: task i of a batch is source i of
+    `data.mixture`, by name.
+    """
+    if self.model.routes_by_task and self.data.tasks != data.tasks:
+      yield (
+        f'it routes by the tasks {list(self.data.tasks)}, and the data has '
+        f'{list(data.tasks)}; give data.mixture the same sources, those that '
+        'are not learned from in data.mixture.held_out'
+      )
+
 
 def read(
   workdir: str | os.PathLike[str],
@@ -76,13 +92,18 @@ def read(
   needed = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
   for name in needed:
     if not (folder / name).exists():
-      raise ValueError(f'{folder} holds no trained run: it has no {name}')
+      why = f'it has no {name}'
+      if name == TOKENIZER and (folder / IMPORTED).exists():
+        why += (
+          ', as a checkpoint without one was imported; train it there first'
+        )
+      raise ValueError(f'{folder} holds no trained run: {why}')
   checkpoints = checkpoints_of(folder)
   try:
     there = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
     raise ValueError(f'{checkpoints}: {describe_error(error)}') from None
-  if not there:
+  if not there and not packed_weights.are_in(folder):
     raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
   config = kept_config(folder)
   parts = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
@@ -99,7 +120,7 @@ def read(
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
-  model = model.filled(vocab_size, feature_shape, data.seq_len)
+  model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
   return Described(model, data, sharding, batch_size, tokenizer)
 
 
@@ -185,6 +206,19 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   return step
 
 
+def checkpoint_digest(workdir: str | os.PathLike[str], step: int) -> str:
+  """The sha256, in hex, of a checkpoint's manifest, which has its files'.
+
+  Raises:
+    ValueError: There is no such checkpoint.
+  """
+  checkpoints = checkpoints_of(folder_of(workdir))
+  path = checkpoints / str(step) / manifest.NAME
+  if not path.exists():
+    raise ValueError(f'{checkpoints} has no checkpoint of step {step}')
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
   """The adapters of a run, from the config in its folder.
 
@@ -245,6 +279,9 @@ def restore_unmerged(
     ),
     abstract_router_state(model) if router_state else {},
   )
+  run = pathlib.Path(workdir).expanduser()
+  if packed_weights.are_in(run):
+    return packed_weights.read(run, variables(abstract, kept), step)
   with Checkpointer(folder, keep_best=False) as checkpoints:
     found = checkpoints.restore(
       variables(abstract, kept),

@@ -56,6 +56,7 @@ def check(
   config: Section,
   *,
   resume: bool = False,
+  usual: Section | None = None,
 ) -> pathlib.Path:
   """The folder, if a run with this config may use it; nothing is written.
 
@@ -63,6 +64,8 @@ def check(
     workdir: A folder of this machine or mounted on it, which need not exist.
     config: The config of the run.
     resume: Whether the folder may belong to another config.
+    usual: The defaults of all keys, which those have that the folder's config
+      lacks; None has none.
 
   Raises:
     ValueError: It is no folder's name; its config cannot be read, or is another
@@ -71,7 +74,15 @@ def check(
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  changes = sections.difference(kept_config(folder), _plain(config))
+  kept, defaults = (
+    sections.flatten(values)
+    for values in (kept_config(folder), _plain(usual or {}))
+  )
+  changes = {
+    key: (old, new)
+    for key, (old, new) in sections.difference(kept, _plain(config)).items()
+    if key in kept or key not in defaults or new != defaults[key]
+  }
   if changes and (folder / CONFIG).exists() and not resume:
     listed = [f'  {key}: {a!r} -> {b!r}' for key, (a, b) in changes.items()]
     raise ValueError(

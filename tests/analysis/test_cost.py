@@ -8,8 +8,10 @@ from configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax import models, run_config
 from moe_jax.analysis import compiled, cost
 from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.positions import Learned, NoPositions, Relative
 from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import code_trees
 from moe_jax.routing.capacity import PerToken
 from tests import golden
 from tests.models import tiny
@@ -288,3 +290,12 @@ def test_encoding_is_what_xla_counts():
   xla = flops_of(encode, abstract(model), ints(3, LONG), mask)
   ours = cost.count(model, LONG, SHORT)
   assert ours.prefill_flops * 3 * LONG == pytest.approx(xla, rel=0.04)
+
+
+@pytest.mark.parametrize('part', ['experts', 'kernels'])
+def test_codes_are_not_counted_as_parameters(part):
+  options = code_trees.with_formats(
+    tiny.options(), **{part: KernelFormat('int8')}
+  )
+  with pytest.raises(ValueError, match=r"kernels in codes of 'int8'"):
+    cost.count(options.build(), T)

@@ -15,7 +15,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.contract import Router
-from moe_jax.models.parameter_trees import describe
+from moe_jax.models.parameter_trees import ParameterTrees, describe
 from moe_jax.routing import empty_aux, token_choice
 from tests.models import tiny
 from tests.models.tiny import B, T
@@ -42,7 +42,7 @@ class OtherNames(TokenChoice):
 
 
 class OtherNamesRouter(Router):
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     kernel = parameters.kernel(self.shared, ('embed', None), role='router')
     bias = parameters.bias((None,), role='router')
@@ -126,9 +126,7 @@ def test_names_may_be_scrambled(model, monkeypatch):
     return below
 
   trees = describe(model)
-  trees = trees._replace(
-    shapes=scramble(trees.shapes), roles=scramble(trees.roles)
-  )
+  trees = ParameterTrees(*map(scramble, trees))
   monkeypatch.setattr(model_parts, 'describe', lambda model: trees)
   assert figures(model) == before
   assert len(renamed) > 10

@@ -121,7 +121,8 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
       '--step=3',
     ]
   )
-  assert 'with the adapter of' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'with the adapter of' in said and 'tokenizer are those of' in said
   assert_equal(params_of(merged)[1], expected)
   # Onto the base in memory, too; never onto another.
   _, base = params_of(runs / 'base')
@@ -131,7 +132,11 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
     adapters.read(adapter, model, expected)
   with pytest.raises(ValueError, match='adapter of the base with sha256'):
     adapters.merge(adapter, runs / 'base', tmp_path / 'other', step=1)
-  with pytest.raises(ValueError, match='has an adapter itself'):
+  with pytest.raises(
+    ValueError, match=r'holds no adapter: .* no adapter\.json'
+  ):
+    adapters.read(tmp_path / 'none', model, base)
+  with pytest.raises(ValueError, match=r'itself.*give the folder of its base'):
     adapters.merge(adapter, runs / 'run', tmp_path / 'other')
   with pytest.raises(ValueError, match=r'no trained adapter: lora\.rank=0'):
     adapters.save(runs / 'base', tmp_path / 'other')

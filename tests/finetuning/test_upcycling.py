@@ -15,6 +15,7 @@ from moe_jax.layers.experts import Dropless
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.positions import Relative
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder_options import EncoderOptions
@@ -262,3 +263,14 @@ def test_what_has_no_meaning_is_refused(
 def test_negative_noise_is_refused():
   with pytest.raises(ValueError, match=r'expert_noise=-0\.1 is negative'):
     Copies(expert_noise=-0.1)
+
+
+def test_columns_must_lead_to_the_same_experts():
+  # Both layers have three experts, which are those of other columns.
+  there, here = (
+    build({**TOP2, 'retained': Retained('', f'1: {row}; 3: {row}')})
+    for row in ('0 1 2 2', '0 0 1 2')
+  )
+  assert plan(there, there).copies_all
+  with pytest.raises(ValueError, match=r'1: 0 1 2 2.* there and .*1: 0 0 1 2'):
+    plan(here, there)

@@ -229,6 +229,8 @@ def test_what_is_refused(tmp_path):
   (source / 'spiece.model').unlink()
   lines = import_run(source, tmp_path / 'run')
   assert 'the checkpoint came without a tokenizer' in lines[-2]
+  with pytest.raises(ValueError, match='without one was imported; train it'):
+    trained.read(tmp_path / 'run')
   with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
     import_run(source, tmp_path / 'run')
   with pytest.raises(ValueError, match='holds no trained run'):
@@ -280,6 +282,7 @@ def test_what_transformers_has_no_model_of(tmp_path):
   own_runs.write(tmp_path / 'run')
   with pytest.raises(ValueError, match='no mixtral model of tra') as caught:
     export_run(tmp_path / 'run', tmp_path / 'out')
+  assert 'checkpoint' not in str(caught.value)
   for words in ('num_experts_per_tok=1 is', "hidden_act='gelu' is not"):
     assert words in str(caught.value)
   drops = dict(
@@ -298,4 +301,11 @@ def test_what_transformers_has_no_model_of(tmp_path):
     "gates: 'raw', not 'renormalized'",
   ):
     assert words in str(caught.value)
+  # The factor of a capacity is there as its kind is another, which is listed.
+  assert 'not None' not in str(caught.value)
+  half = dict(MIXTRAL, moe=dict(MIXTRAL['moe'], layers='last 1'))
+  own_runs.write(tmp_path / 'half', model=half)
+  says = r'moe\.layers, which layers are sparse: \(False, True\), not \(True, T'
+  with pytest.raises(ValueError, match=says):
+    export_run(tmp_path / 'half', tmp_path / 'out')
   assert not (tmp_path / 'out').exists()

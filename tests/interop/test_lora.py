@@ -50,6 +50,7 @@ def real(values, given):
   return values[given['attention_mask'] > 0]
 
 
+@pytest.mark.slow
 def test_an_adapted_mixtral_has_the_same_logits_in_transformers(
   source, tmp_path
 ):

@@ -19,6 +19,7 @@ from moe_jax.interop.quirks import (
 from moe_jax.layers import FeedForwardExpert, MoE, MoeOptions
 from moe_jax.layers.block import Context
 from moe_jax.layers.positions import Relative
+from moe_jax.layers.retained import Retained
 from moe_jax.models import MODELS
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing import token_choice
@@ -71,6 +72,13 @@ def test_choices_are_served_by_their_rank():
   np.testing.assert_array_equal(ranked.gate, chosen.gate)
   np.testing.assert_array_equal(ranked.kept, chosen.kept)
   assert ranked.capacity == 2
+
+
+def test_ranks_are_no_columns_that_can_be_tied():
+  tied = Retained('', '0: 0 1 1 0 2')
+  router = dict(router=ServedByRank(), num_selected=2, retained=tied)
+  with pytest.raises(ValueError, match='ServedByRank cannot be tied'):
+    MoeOptions(num_experts=5, **router)
 
 
 def test_first_choices_go_through_expert_1():

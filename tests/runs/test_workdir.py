@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import run_config
+from moe_jax import run_config, sections
 from moe_jax.runs import trained, workdir
 from moe_jax.sections import merge
 from moe_jax.training import loop
@@ -80,3 +80,17 @@ def test_a_folder_of_an_earlier_version_is_refused_by_its_last_commit(tmp_path):
   ):
     with pytest.raises(ValueError, match='Commit 7875f9b is the last'):
       refused()
+
+
+def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
+  config, usual = tiny.config(), sections.section(run_config.RunConfig)
+  earlier = config.to_dict()
+  del earlier['lora']  # an option that was added since
+  workdir.claim(tmp_path, earlier)
+  workdir.check(tmp_path, config, usual=usual)
+  adapted = merge(config, {'lora': {'rank': 2}})
+  with pytest.raises(ValueError, match=r'lora\.rank: None -> 2'):
+    workdir.check(tmp_path, adapted, usual=usual)
+  other = merge(config, {'seed': 1})
+  with pytest.raises(ValueError, match='seed: 0 -> 1'):
+    workdir.check(tmp_path, other, usual=usual)
