@@ -3,6 +3,8 @@
 `moe_jax.main` and experiments choose which of them a run has.
 """
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 from rich.console import Console
@@ -27,8 +29,8 @@ from moe_jax.training.step import TrainState
 _REPORT_BATCHES = 8
 _SAMPLE_PAIRS = 3
 LEAK = (
-  'moe.allow_future_leak=True: where capacity binds, later tokens change '
-  'earlier outputs; losses are not those of a causal model'
+  'moe.allow_future_leak=True: later tokens can change earlier outputs; losses '
+  'are not those of a causal model'
 )
 
 
@@ -74,10 +76,17 @@ def _trained(run: Run) -> str:
 
 def _experts(run: Run, moe: MoeOptions) -> str:
   return (
-    f'sparse layers {list(run.model.sparse_layers)}: {moe.num_experts} experts,'
+    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
     f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
     f'dispatch {_dispatch(run, moe.dispatch)}'
   )
+
+
+def _counts(run: Run) -> str:
+  """The number of experts of all sparse layers, or that of each."""
+  moes = [moe for moe in run.model.moes if moe is not None]
+  counts = [moe.sizes.num_retained for moe in moes]
+  return str(counts[0] if len(set(counts)) == 1 else counts)
 
 
 def _dispatch(run: Run, dispatch: Dispatch) -> str:
@@ -147,10 +156,11 @@ class Sample(Hook):
   def end(self, run: Run, state: TrainState) -> None:
     """Continues or answers the prompt of the config's section `sample`.
 
-    An encoder-decoder also answers the first validation inputs, whose targets
-    are printed beside. Where the text is longer than a row of training,
-    attention looks no further back than the length of a row; where positions
-    are learned, the sample ends at the last of them.
+    An answer to the inputs of a pair stands below them. An encoder-decoder also
+    answers the first validation inputs, whose targets are printed beside. Where
+    the text is longer than a row of training, attention looks no further back
+    than the length of a row; where positions are learned, the sample ends at
+    the last of them.
     """
     c = run.options.sample
     if c.num_tokens < 1:
@@ -171,39 +181,58 @@ class Sample(Hook):
       run.options.data.task, tokenizer, c.prompt, imported=imported
     )
     prompt, num_tokens = trained_run.fit(model, prompt, c.num_tokens)
-    pairs = []
+    pairs, tasks = [], run.options.data.tasks
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
+    names = [c.task or tasks[0]] if model.task_sequences else []
+    names += [tasks[pair.task] for pair in pairs] if names else []
     generated = generation.generate(
       model,
       variables,
-      [prompt, *(inputs for inputs, _ in pairs)],
+      [prompt, *(pair.inputs for pair in pairs)],
       num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
+      task_ids=trained_run.task_ids(
+        model, run.options.data, names, 'sample.task'
+      ),
       **trained_run.special_ids(model, tokenizer),
     )
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
-    if model.has_encoder:
-      given = [c.prompt, *(tokenizer.decode(inputs) for inputs, _ in pairs)]
-      wanted = ['', *(tokenizer.decode(targets) for _, targets in pairs)]
+    if model.has_encoder or run.options.data.task.reads == 'pairs':
+      given = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
+      wanted = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
       text = '\n\n'.join(map(_answered, given, answers, wanted))
     if is_first():
       workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
+class SamplePair(NamedTuple):
+  """An example in token ids, and the number of its task; 0 without tasks."""
+
+  inputs: np.ndarray
+  targets: np.ndarray
+  task: int
+
+
 def first_pairs(
   rows: data.Rows, count: int = _SAMPLE_PAIRS
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """The first example, (inputs, targets), of each of the first `count` rows."""
+) -> list[SamplePair]:
+  """The first example of each of the first `count` rows."""
   batch = rows.take(np.arange(min(count, len(rows))))
   encoder, decoder = (
     batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
   )
-  pairs = zip(batch['encoder_tokens'], encoder, batch['targets'], decoder)
-  return [(inputs[a], targets[b]) for inputs, a, targets, b in pairs]
+  tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
+  pairs = zip(
+    batch['encoder_tokens'], encoder, batch['targets'], decoder, tasks
+  )
+  return [
+    SamplePair(inputs[a], targets[b], int(task))
+    for inputs, a, targets, b, task in pairs
+  ]
 
 
 def _answered(inputs: str, answer: str, target: str) -> str:
@@ -267,14 +296,20 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   counts = token_counts(run.model, variables, batches)
   layers = list(summary.sparse_layers(sums))
   stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
+  own = [
+    summary.of_layer(
+      jax.tree.map(lambda leaf, i=i: leaf[i], stats), layer, run.model.moes
+    )
+    for i, layer in enumerate(layers)
+  ]
   by_rank, in_all = drop_rate(stats)
   entropy = stats.entropy / stats.tokens
   logit_rms = np.sqrt(stats.logit_square / stats.tokens)
   return [
     routing_report.LayerStats(
       layer=layer,
-      load=stats.load[i],
-      kept=stats.kept_load[i],
+      load=own[i].load,
+      kept=own[i].kept_load,
       drop_rate=float(in_all[i]),
       drop_rate_by_choice=by_rank[i],
       entropy=float(entropy[i]),

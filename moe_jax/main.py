@@ -19,7 +19,6 @@ run before it; 130 after Ctrl-C; 1 with a message of what is wrong.
 Kept short: everything here can be called from a notebook.
 """
 
-import functools
 import sys
 from typing import Any
 
@@ -29,10 +28,10 @@ from moe_jax import (
   command_line,
   config_flag,
   distributed,
-  finetuning,
   host,
   run_config,
 )
+from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import default_hooks
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Ended
@@ -53,8 +52,9 @@ _DESCRIBE = flags.DEFINE_bool(
 _ALLOW_MODULE = flags.DEFINE_multi_string(
   'allow_module',
   [],
-  'A module or package from which the run in --config.init_from.workdir may '
-  'import classes; repeatable. Classes that --config names are always allowed.',
+  'A module or package from which the run in --config.init_from.workdir or '
+  '--config.distill.teacher may import classes; repeatable. Classes that '
+  '--config names are always allowed.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, for several processes.'
@@ -96,12 +96,12 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   """Trains; returns whether no step is left."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
-  ended = Ended()
+  ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
   train_and_evaluate(
     options,
     _WORKDIR.value,
-    hooks=[*default_hooks(), ended],
-    initial=functools.partial(finetuning.initial, allow=_ALLOW_MODULE.value),
+    hooks=[distilling, *default_hooks(), ended],
+    initial=distilling.initial,
     resume=_RESUME.value,
   )
   return ended.ended

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax import sections
+from moe_jax.compression.distill_options import NONE, DistillOptions
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
 from moe_jax.models import MODELS
@@ -42,6 +43,30 @@ class RunConfig(RunOptions):
   init_from: InitFrom = nested(
     InitFrom(), 'Run whose parameters this run begins with.'
   )
+  distill: DistillOptions = nested(
+    DistillOptions(), 'Run whose model teaches this one.'
+  )
+
+  @property
+  def for_hooks(self) -> tuple[str, ...]:
+    """See `RunOptions.for_hooks`."""
+    return ('distill',) if self.distill.teacher else ()
+
+  def problems(self) -> Iterator[str]:
+    """The problems of all runs, and of the teacher with other sections."""
+    yield from super().problems()
+    o = self.distill
+    if o.teacher and self.model.reads_features:
+      yield (
+        f'distill.teacher={o.teacher!r} with model.kind='
+        f'{MODELS.name_of(self.model)!r}, whose outputs are no logits of tokens'
+      )
+    if o.teacher and o.start != NONE and self.init_from.workdir:
+      yield (
+        f'init_from.workdir={self.init_from.workdir!r} with distill.start='
+        f'{o.start!r}: a run begins with one of them; set '
+        f'distill.start={NONE!r}'
+      )
 
 
 def read(config: ml_collections.ConfigDict) -> RunConfig:

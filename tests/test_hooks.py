@@ -150,6 +150,21 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
   assert len(list(folder.rglob('*.trace.json.gz'))) == 1
 
 
+def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
+  source = {'kind': 'instructions', 'instructions': {'task': 'reverse'}}
+  loop.train_and_evaluate(
+    tiny.options(
+      data={'task': {'kind': 'seq2seq'}, 'source': source},
+      sample={'prompt': 'Reverse: ab', 'num_tokens': 3},
+    ),
+    tmp_path,
+    hooks=[hooks.Sample()],
+    devices=jax.devices()[:1],
+  )
+  said = (tmp_path / 'sample.txt').read_text()
+  assert said.startswith('inputs: Reverse: ab\noutputs: ')
+
+
 def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
   moe = {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
   watch = Watch()

@@ -16,10 +16,27 @@ from typing import Any
 from absl import logging
 
 from moe_jax import command_line
+from moe_jax.compression import (
+  distill_command,
+  extract,
+  keep_logits,
+  merge,
+  prune,
+  quantize_command,
+  rates,
+)
 
 # Each adds one command to the parser, with `run`, the function that is called
 # with the parsed options and the overrides of a config, and returns a text.
-COMMANDS: tuple[Callable[[Any], None], ...] = ()
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+  distill_command.add,
+  keep_logits.add,
+  extract.add,
+  merge.add,
+  prune.add,
+  quantize_command.add,
+  rates.add,
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

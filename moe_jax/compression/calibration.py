@@ -46,12 +46,15 @@ def batches(
     options: The data; None is that of the run.
 
   Raises:
-    ValueError: `num_batches` is below 1, or the tokens of the data are not
-      those that the run was trained on.
+    ValueError: `num_batches` is below 1, or the tokens or tasks of the data
+      are not those that the run was trained on.
   """
   if num_batches < 1:
     raise ValueError(f'num_batches={num_batches} must be at least 1')
-  dataset = data.load(options or run.options.data)
+  options = options or run.options.data
+  for problem in run.options.task_problems(options):
+    raise ValueError(f'{run.folder} does not fit the data: {problem}')
+  dataset = data.load(options)
   if run.options.tokenizer is not None:
     old = run.options.tokenizer.ids_identity
     if old != (new := dataset.tokenizer.ids_identity):

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from moe_jax import sections
-from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.layers.routers import RouterOptions
+from moe_jax.models import MODELS, Model, ModelOptions, code_trees
 from moe_jax.runs import new_run, trained
 
 
@@ -46,7 +47,8 @@ def read(
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: The folder holds no run, or none of its checkpoints is finished.
+    ValueError: The folder holds no run, none of its checkpoints is finished, or
+      its codes are wrong.
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
@@ -54,7 +56,22 @@ def read(
   rules = options.sharding.rules
   model = options.model.build(rules)
   found = trained.restore_variables(folder, model, rules, step=step)
+  code_trees.check_codes(options.model, found.state['params'])
   return WholeRun(folder, options, model, found.state, found.step)
+
+
+def check_stateless(layer: int, router: RouterOptions) -> None:
+  """Checks that the checkpoint of a new run holds all of a layer's router.
+
+  Raises:
+    ValueError: The router keeps a state, such as a balancing bias.
+  """
+  if router.keeps_state:
+    raise ValueError(
+      f'layer {layer}: {type(router).__name__} keeps a state beside its '
+      'parameters, which the checkpoint of a new run does not hold; its '
+      'choices would be others'
+    )
 
 
 def write(
@@ -62,6 +79,8 @@ def write(
   output: str | os.PathLike[str],
   params: Any,
   model: ModelOptions | None = None,
+  *,
+  packed: bool = False,
 ) -> pathlib.Path:
   """Makes a new run's folder of a run, with another model.
 
@@ -73,6 +92,8 @@ def write(
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     model: The options of the new model; None keeps those of the run.
+    packed: Whether the new model is one that is not trained, whose variables
+      are written as one file of weights, the state of routers among them.
 
   Returns:
     The new folder.
@@ -83,4 +104,11 @@ def write(
   changes = {}
   if model is not None:
     changes['model'] = sections.choice_section(MODELS, model).to_dict()
-  return new_run.derive(run.folder, output, params, changes)
+  return new_run.derive(
+    run.folder,
+    output,
+    params,
+    changes,
+    packed=packed,
+    router_state=run.variables.get('router_state'),
+  )

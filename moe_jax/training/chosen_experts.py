@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from moe_jax.models import Model
+from moe_jax.models.layer_trees import numbers_of
 from moe_jax.models.lora import TREE
 from moe_jax.models.parameter_trees import ParameterTrees
 
@@ -103,7 +104,8 @@ def masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  have = {i: model.moes[i].num_experts for i in model.sparse_layers}
+  moes = model.moes
+  have = {i: moes[i].sizes.num_retained for i in model.sparse_layers}
   given = {i: chosen.num_experts for i in chosen.layers}
   if have != given:
     raise ValueError(
@@ -128,16 +130,11 @@ def _masks(
     place = model.place_of(own)
     if place is None or axes[0] != _LAYERS:
       raise ValueError(f'trained_experts: {"/".join(path)} is in no stack')
-    first = 0
-    for stack, config in model.stacks:
-      if stack == place.stack:
-        break
-      first += len(config.sparse)
     shape = [1] * len(axes)
     shape[0] = len(place.layers)
     shape[axes.index(_EXPERT)] = chosen.num_experts
     mask = [
-      [e in chosen.layers[first + i] for e in range(chosen.num_experts)]
-      for i in place.layers
+      [e in chosen.layers[i] for e in range(chosen.num_experts)]
+      for i in numbers_of(model.stacks, place)
     ]
     yield '/'.join(path), np.array(mask).reshape(shape)

@@ -256,7 +256,7 @@ class Losses(OverBatches):
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row; see `summary.summarize`."""
     del step
-    return summary.summarize(self.sums(variables))
+    return summary.summarize(self.sums(variables), self.model.moes)
 
   def sums(self, variables: Variables) -> LossSums:
     """The sums over all batches, as float64 numpy."""

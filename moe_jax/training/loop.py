@@ -65,6 +65,7 @@ def train_and_evaluate(
     NonFiniteError: The loss, the gradient or the new state is not finite;
       nothing is saved after it.
   """
+  _check_served(options, hooks)
   with (
     watching(options.distributed) as watchdog,
     owned(_folders(options, workdir)) as owner,
@@ -93,6 +94,15 @@ def train_and_evaluate(
           watchdog.mark(f'the end of {type(hook).__name__}')
           hook.end(run, state)
   return state
+
+
+def _check_served(options: RunOptions, hooks: Sequence[Hook]) -> None:
+  """Raises ValueError for a section that needs a hook which is not there."""
+  if left := set(options.for_hooks) - {hook.serves for hook in hooks}:
+    raise ValueError(
+      f'the sections {sorted(left)} of the config have no effect without a '
+      'hook that serves them; give it to hooks, as `moe_jax.main` does'
+    )
 
 
 def _folders(

@@ -164,6 +164,7 @@ def make_step(
   *,
   change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
   balance_bias_rate: Leaf | None = None,
+  loss: step_lib.Loss | None = None,
 ) -> Step:
   """The pure function (state, batch) -> (state, metrics), not yet compiled.
 
@@ -175,6 +176,7 @@ def make_step(
     change: Function that changes the weights of the losses.
     balance_bias_rate: The rate of the balancing bias, instead of that of the
       options.
+    loss: The loss of the model's outputs, instead of the model's own.
   """
   weights = change(losses.loss_weights(model, options.logits_z_weight))
   adapters = lora.adapt(options.lora, models.describe(model))
@@ -191,6 +193,7 @@ def make_step(
       trained.part,
       computed,
       options.aux_losses.weights,
+      loss,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

@@ -17,6 +17,7 @@ from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.lora import LoraOptions
 from moe_jax.models.model_options import RunShape
 from moe_jax.models.selection import EXPRESSION
+from moe_jax.option_checks import unknown_text
 from moe_jax.options import (
   SEED,
   Kinds,
@@ -26,6 +27,7 @@ from moe_jax.options import (
   choice,
   entries,
   nested,
+  no_effect,
   option,
   unknown,
 )
@@ -155,6 +157,11 @@ class RunOptions(Options):
   )
   sample: SampleOptions = nested(SampleOptions(), 'Text at the end of the run.')
 
+  @property
+  def for_hooks(self) -> tuple[str, ...]:
+    """Names of the sections that have no effect but through `Hook.serves`."""
+    return ()
+
   def problems(self) -> Iterator[str]:
     """The problems between several sections, a text for each."""
     if self.batch_size % self.microbatches:
@@ -167,7 +174,8 @@ class RunOptions(Options):
     if self.lora.rank and self.trainable != 'all':
       yield (
         f'trainable={self.trainable!r} has no effect with lora.rank='
-        f'{self.lora.rank}: adapters train alone; lora.parts says where'
+        f'{self.lora.rank}: adapters train alone, and lora.parts says where; '
+        "set trainable='all'"
       )
     yield from self.optimizer.problems_in(self.total_steps)
     yield from self._task_problems()
@@ -195,6 +203,25 @@ class RunOptions(Options):
         f'sample.num_tokens={self.sample.num_tokens} with data.task {name}, '
         'which has no text; set it to 0'
       )
+
+    yield from self._routed_problems()
+
+  def _routed_problems(self) -> Iterator[str]:
+    """The problems of routers by task, and of the task of the sample."""
+    tasks, by_task = self.data.tasks, self.model.routes_by_task
+    if by_task and not tasks:
+      yield (
+        'model.moe.router goes by task, and the data has no tasks: give it '
+        'sources in data.mixture'
+      )
+    if not self.sample.task:
+      return
+    if not by_task:
+      yield no_effect(
+        'sample.task', self.sample.task, 'without a router by task'
+      )
+    elif self.sample.task not in tasks:
+      yield unknown_text('task sample.task', self.sample.task, tasks)
 
   def _best_problems(self) -> Iterator[str]:
     c = self.checkpoint
@@ -270,7 +297,10 @@ class RunOptions(Options):
         another shape.
     """
     model = self.model.filled(
-      vocab_size, tuple(feature_shape), self.data.seq_len
+      vocab_size,
+      tuple(feature_shape),
+      self.data.seq_len,
+      len(self.data.tasks),
     )
     return dataclasses.replace(self, model=model)
 
@@ -280,9 +310,13 @@ class RunOptions(Options):
 
   def batch_shapes(self, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays of a training batch."""
-    return model.batch_shapes(
+    shapes = model.batch_shapes(
       self.batch_size, self.data.seq_len, self.data.target_len
     )
+    if self.data.tasks:
+      for prefix in model.sequences:
+        shapes[f'{prefix}task_ids'] = shapes[f'{prefix}segment_ids']
+    return shapes
 
   def shrunk(self: R) -> R:
     """The same run with two steps, small sizes and one device."""

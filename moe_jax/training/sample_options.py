@@ -31,6 +31,12 @@ class SampleOptions(Options):
     at_least(0),
     when={'num_tokens': at_least(1)},
   )
+  task: str = option(
+    '',
+    'Name of the task of the prompt, a source of data.mixture, for a model '
+    'that routes by task; an empty string is the first task.',
+    when={'num_tokens': at_least(1)},
+  )
   seed: int = option(
     0,
     'Seed for drawing the tokens of the sample.',

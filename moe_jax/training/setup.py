@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -89,7 +90,14 @@ class Run:
 
 
 class Hook:
-  """Behaviour that a caller adds to a run; by default methods do nothing."""
+  """Behaviour that a caller adds to a run; by default methods do nothing.
+
+  Attributes:
+    serves: Name of the section of the config that the hook gives its effect; ''
+      for none.
+  """
+
+  serves: ClassVar[str] = ''
 
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
@@ -129,7 +137,8 @@ def set_up(
   mesh = options.mesh.make(devices)
   options.check_mesh(mesh)
   config = sections.section(options)
-  folder = workdir_lib.check(workdir, config, resume=resume)
+  usual = sections.section(type(options))
+  folder = workdir_lib.check(workdir, config, resume=resume, usual=usual)
   dataset = data.load(options.data)
   check_same(
     {

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
+from moe_jax.models.base import TokenLosses
 from moe_jax.models.parameter_trees import init_params
 from moe_jax.runs import finite
 from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
@@ -61,6 +62,8 @@ Extend = Callable[[Any, PRNGKey], Any]
 Scheduled = Callable[[losses.LossWeights, Leaf], losses.LossWeights]
 # (params, key) -> the parameters that the model's `apply` takes.
 Computed = Callable[[Any, PRNGKey], Any]
+# (outputs, batch) -> the loss of each token.
+Loss = Callable[[Any, Batch], TokenLosses]
 
 
 def make_grad_fn(
@@ -70,6 +73,7 @@ def make_grad_fn(
   part: Part = lambda params: params,
   computed: Computed = lambda params, key: params,
   scheduled: Scheduled = lambda weights, step: weights,
+  loss: Loss | None = None,
 ) -> GradFn:
   """A function for the loss, its sums and gradient, over all microbatches.
 
@@ -83,7 +87,9 @@ def make_grad_fn(
       kernels with their adapters, from those of the train state and a key for
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
+    loss: Returns the loss of the model's outputs, instead of the model's own.
   """
+  loss = loss or model.loss
 
   def loss_fn(part, params, batch, whole, key, router_state, step):
     params = trainable.whole(part, params)
@@ -94,7 +100,7 @@ def make_grad_fn(
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
-    sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
+    sums = losses.loss_sums(loss(outputs, batch), batch, aux)
     return losses.total_loss(sums, whole, scheduled(weights, step)), sums
 
   def grad_fn(params, batch, whole, key, router_state=None, step=0):

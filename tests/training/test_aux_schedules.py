@@ -139,6 +139,7 @@ def made_run(tmp_path, **overrides):
   return setup.set_up(options, tmp_path, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_shared_step_has_the_schedule(tmp_path):
   run = made_run(tmp_path, model=HEAVY, aux_losses=AUX)
   batch = next(run.batches(0))

@@ -92,7 +92,13 @@ def test_a_step_with_such_a_state_is_left_out():
     assert finite.names(state, np.asarray(metrics.finite)) == wrong
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS.builtin)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=() if n == 'adamw' else pytest.mark.slow)
+    for n in OPTIMIZERS.builtin
+  ],
+)
 def test_no_optimizer_keeps_an_infinity_on_purpose(name):
   """So that an infinite leaf is always a fault."""
   # All layers are sparse, as adafactor takes each expert by itself.

@@ -147,11 +147,9 @@ def gradient(state, shape):
 
 @pytest.mark.parametrize(
   'shape',
-  [
-    pytest.param(shape, marks=() if shape == (1, 1, 8, 1) else pytest.mark.slow)
-    for shape in MESHES
-  ],
+  MESHES,
 )
+@pytest.mark.slow
 def test_the_next_steps_loss_and_gradient(folder, shape):
   loss, grads = gradient(trained(), SOURCE)
   other, other_grads = gradient(restored(folder, programs(shape)), shape)

@@ -1,0 +1,90 @@
+"""Ternary matrices encoded as QMoE does: the greedy parse of each row.
+
+The paper is https://arxiv.org/abs/2310.16795, section 4. Not here: the
+dictionary (`kernels/ternary_dictionary.py`), decoding and multiplying
+(`kernels/ternary.py`), and checks of codes (`kernels/ternary_checks.py`).
+"""
+
+import numpy as np
+
+from moe_jax.kernels.ternary import Codes
+from moe_jax.kernels.ternary_dictionary import (
+  P0,
+  Dictionary,
+  dictionary,
+)
+
+# The number of rows that step through the dictionary together: what they need
+# of it stays in the cache.
+ROWS = 4096
+
+
+def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
+  """The codes of ternary matrices, as numpy arrays.
+
+  Each code is the longest sequence of the dictionary that the rest of its row
+  begins with.
+
+  Args:
+    ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
+    p0: The probability of a zero of which the dictionary is made.
+
+  Raises:
+    ValueError: The weights are not int8, are others than -1, 0 and 1, or are
+      no matrix, or p0 is wrong.
+  """
+  ternary = np.asarray(ternary)
+  if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:
+    raise ValueError(
+      f'{ternary.dtype}{list(ternary.shape)} must be int8 [..., rows, width], '
+      'with at least one weight'
+    )
+  least, most = ternary.min(), ternary.max()
+  if least < -1 or most > 1:
+    wrong = least if least < -1 else most
+    raise ValueError(f'weight {wrong} is not one of -1, 0, 1')
+  experts, (R, M) = ternary.shape[:-2], ternary.shape[-2:]
+  matrices = [_encode(one, p0) for one in ternary.reshape(-1, R, M)]
+  longest = max(codes.size for codes, _ in matrices)
+  padded = [np.pad(codes, (0, longest - codes.size)) for codes, _ in matrices]
+  return Codes(
+    np.stack(padded).reshape(*experts, longest),
+    np.stack([offsets for _, offsets in matrices]).reshape(*experts, R + 1),
+  )
+
+
+def _encode(ternary: np.ndarray, p0: float) -> tuple[np.ndarray, np.ndarray]:
+  """Codes uint16 [N] and offsets int32 [R + 1] of one matrix [R, M]."""
+  R = ternary.shape[0]
+  blocks = [
+    _parse(ternary[start : start + ROWS], dictionary(p0))
+    for start in range(0, R, ROWS)
+  ]
+  counts = np.concatenate([counts for _, counts in blocks])
+  offsets = np.zeros(R + 1, np.int32)
+  np.cumsum(counts, out=offsets[1:])
+  return np.concatenate([codes for codes, _ in blocks]), offsets
+
+
+def _parse(
+  ternary: np.ndarray, table: Dictionary
+) -> tuple[np.ndarray, np.ndarray]:
+  """Codes of some rows, and each row's number of them."""
+  R, M = ternary.shape
+  bits = np.zeros((R, M + M % 2), np.int8)
+  bits[:, :M] = ternary & 3
+  pairs = np.ascontiguousarray((4 * bits[:, ::2] + bits[:, 1::2]).T)
+  # The longest sequence that each row has read so far, [steps, R].
+  codes = np.empty(pairs.shape, np.uint16)
+  steps = table.steps.reshape(-1)
+  code, at = table.pairs[pairs[0]], np.empty(R, np.int64)
+  codes[0] = code
+  for step in range(1, len(pairs)):
+    np.multiply(code, table.steps.shape[1], out=at)
+    np.add(at, pairs[step], out=at)
+    steps.take(at, out=code, mode='clip')  # 'raise' would copy `out`
+    codes[step] = code
+  # A sequence of one pair begins a new code.
+  ends = np.ones(codes.shape, bool)
+  ends[:-1] = (table.lengths == 2)[codes[1:]]
+  return codes.T[ends.T], ends.sum(0)

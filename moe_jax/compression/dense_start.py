@@ -1,0 +1,220 @@
+"""Dense feed-forwards made of a sparse layer's experts, side by side.
+
+The rule of https://arxiv.org/abs/2605.28207: the N experts of the highest
+conditional probability are concatenated into one feed-forward of N times their
+width, whose output is divided by N, since a router would have weighted each by
+about 1/N. The conditional probability of an expert is its mean gate over the
+tokens that it serves. Where the gates of N experts are 1/N for all tokens, the
+dense layer computes what the sparse one did. Not here: the start of which it is
+a part (`distill.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.compression import calibration
+from moe_jax.distributed import fetch
+from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.models import Model
+from moe_jax.models.layer_trees import LayerPlace, numbers_of
+from moe_jax.routing import Routing, SlotRouting
+from moe_jax.shapes import Array, Float, Leaf, PRNGKey
+
+_OUTPUTS = ('w_out', 'b_out')  # what the output is a sum of
+_FFN = 'ffn'
+
+
+def gate_sums(
+  routing: Routing | SlotRouting,
+) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
+  """The sum of each expert's gates, and the number of tokens it serves."""
+  gates = routing.token_gates()
+  return gates.sum((0, 1)), (gates > 0).sum((0, 1)).astype(gates.dtype)
+
+
+def rank(
+  gates: Float[np.ndarray, ' E'], tokens: Float[np.ndarray, ' E']
+) -> tuple[int, ...]:
+  """The experts by falling conditional probability.
+
+  The lower number comes first among equals; experts that serve no token are
+  last.
+
+  Args:
+    gates: The sum of each expert's gates.
+    tokens: The number of tokens that it serves.
+  """
+  probability = np.divide(
+    gates, tokens, out=np.full(len(gates), -1.0), where=tokens > 0
+  )
+  return tuple(np.argsort(-probability, kind='stable').tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class Concatenated:
+  """A plan of feed-forwards that are made of a model's experts.
+
+  Attributes:
+    model: The dense model.
+    source: The sparse one.
+    experts: The experts of each layer, in the order in which they stand side by
+      side.
+  """
+
+  model: Model
+  source: Model
+  experts: Mapping[int, tuple[int, ...]]
+
+  def describe(self) -> str:
+    """A line on the experts that are concatenated."""
+    said = ', '.join(
+      f'{list(experts)} of layer {layer}'
+      for layer, experts in self.experts.items()
+    )
+    return f'then made of experts {said}, their outputs averaged'
+
+  def apply(
+    self,
+    rest: Callable[[Any, PRNGKey], dict[str, Any]],
+    params: Mapping[str, Any],
+    key: PRNGKey,
+  ) -> dict[str, Any]:
+    """The parameters of the dense model; a pure function, to be jitted.
+
+    Args:
+      rest: A function from `params` and a key to all parameters of the dense
+        model, of which those feed-forwards are replaced.
+      params: The parameters of the sparse model, unboxed.
+      key: The key of `rest`.
+    """
+    layers = self.source.layer_trees(params)
+    arrays = traverse_util.flatten_dict(rest(params, key))
+    for path, old in arrays.items():
+      place = self.model.place_of(path)
+      if place is None or place.name[0] != _FFN:
+        continue
+      arrays[path] = self._joined(place, old, layers)
+    return traverse_util.unflatten_dict(arrays)
+
+  def _joined(self, place: LayerPlace, old: Array, layers: Any) -> Array:
+    """One parameter of stacked layers, of which some are made of experts."""
+    periods = []
+    for period, layer in enumerate(numbers_of(self.model.stacks, place)):
+      value = old[period]
+      if layer in self.experts:
+        experts = layers[layer]['moe'][SCOPE]
+        value = joined(experts, place.name[-1], self.experts[layer])
+      periods.append(value.astype(old.dtype))
+    return jnp.stack(periods)
+
+
+def joined(
+  experts: Mapping[str, Float[Array, 'E ...']],
+  name: str,
+  numbers: tuple[int, ...],
+) -> Float[Array, '...']:
+  """A parameter of the feed-forward that N experts side by side are.
+
+  Args:
+    experts: The parameters of all experts, each [E, ...].
+    name: The name of the parameter: 'w_in', 'w_gate', 'w_out', 'b_in', 'b_out'.
+    numbers: The numbers of the N experts, in order.
+  """
+  chosen = [experts[name][e] for e in numbers]
+  if name == 'b_out':
+    return sum(chosen[1:], chosen[0]) / len(chosen)
+  whole = jnp.concatenate(chosen, axis=0 if name == 'w_out' else -1)
+  return whole / len(chosen) if name in _OUTPUTS else whole
+
+
+def plan(
+  model: Model,
+  source: Model,
+  variables: Mapping[str, Any],
+  batches: Iterable[Mapping[str, Leaf]],
+) -> Concatenated:
+  """The plan for a dense model, with experts ranked on batches of data.
+
+  As many experts are taken as the feed-forward is wider than one of them: the
+  K of a dense twin, or another number.
+
+  Args:
+    model: The dense model.
+    source: The sparse one.
+    variables: The variables of the sparse model.
+    batches: The batches.
+
+  Raises:
+    ValueError: The models do not fit, a feed-forward has no multiple of the
+      width of an expert, or there are no batches.
+  """
+  numbers = {
+    layer: _count(model, source, layer) for layer in source.sparse_layers
+  }
+  if not numbers:
+    raise ValueError('the teacher has no sparse layers, so no experts')
+  measure = jax.jit(
+    lambda variables, batch: {
+      layer: gate_sums(reached.routing)
+      for layer, reached in calibration.capture(
+        source, variables, batch
+      ).items()
+    }
+  )
+  total: dict[int, Any] = {}
+  for batch in batches:
+    for layer, sums in fetch(measure(variables, batch)).items():
+      sums = np.asarray(sums, np.float64)
+      total[layer] = total.get(layer, 0.0) + sums
+  if not total:
+    raise ValueError('no batches to rank experts on')
+  ranked = {layer: rank(*sums) for layer, sums in total.items()}
+  experts = {layer: ranked[layer][:n] for layer, n in numbers.items()}
+  return Concatenated(model, source, experts)
+
+
+def _count(model: Model, source: Model, layer: int) -> int:
+  """The number of experts that the feed-forward of a layer is as wide as.
+
+  Raises:
+    ValueError: There is no such number, or the layer is not dense.
+  """
+  options = source.moes[layer]
+  expert = options.expert.twin(1).ffn
+  dense = _dense(model, layer)
+  if dense is None:
+    raise ValueError(f'layer {layer} of the student is not dense')
+  if dense.activation != expert.activation:
+    raise ValueError(
+      f'layer {layer}: experts have activation={expert.activation!r}, the '
+      f"student's feed-forward has {dense.activation!r}"
+    )
+  count, rest = divmod(dense.hidden, expert.hidden)
+  if rest or not 1 <= count <= options.num_experts:
+    raise ValueError(
+      f'layer {layer}: the width {dense.hidden} of a feed-forward is not that '
+      f'of 1 to {options.num_experts} experts of width {expert.hidden}'
+    )
+  return count
+
+
+def _dense(model: Model, layer: int) -> FfnOptions | None:
+  """The feed-forward of a layer; None for a sparse one, or without blocks."""
+  if model.moes[layer] is not None and model.moes[layer].num_experts:
+    return None
+  first = 0
+  for _, stack in model.stacks:
+    if layer < (count := first + len(stack.sparse)):
+      block = stack.block
+      if stack.sparse[layer - first] and block.moe is not None:
+        return block.moe.twin().ffn
+      return block.ffn
+    first = count
+  return None

@@ -1,0 +1,277 @@
+"""Distillation: a run learns from another run's model, and begins with it.
+
+    config.distill.teacher = 'runs/tiny'
+
+Switch Transformers, section 4.2 (https://arxiv.org/abs/2101.03961). The hook
+`Distilling` wraps the step, and gives the parameters to begin with. Not here:
+the loss (`soft_labels.py`), feed-forwards made of experts (`dense_start.py`),
+and the command (`distill_command.py`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from moe_jax import finetuning, partitioning
+from moe_jax.compression import (
+  dense_start,
+  soft_labels,
+  teacher_logits,
+)
+from moe_jax.compression import teacher as teacher_lib
+from moe_jax.compression.distill_options import (
+  CONCATENATED,
+  NONE,
+  DistillOptions,
+)
+from moe_jax.compression.teacher import Teacher
+from moe_jax.finetuning import start as start_lib
+from moe_jax.training.programs import make_step
+from moe_jax.training.setup import Hook, Run
+from moe_jax.training.step import TrainState
+
+LEAK = (
+  'WARNING: the teacher is not causal: where its capacity binds, later tokens '
+  'change its soft labels for earlier ones'
+)
+
+
+class Distilling(Hook):
+  """Teaches a run whose config has `distill.teacher`; others stay as they are.
+
+  Attributes:
+    allow: Modules whose classes, named in another run's folder, may be
+      imported.
+  """
+
+  serves = 'distill'
+
+  def __init__(self, allow: Iterable[str] = ()):
+    self.allow = tuple(allow)
+    self._teacher: Teacher | None = None
+
+  def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
+    """The variables that a run begins with; see `training.begin.Initial`.
+
+    They are the teacher's, as `distill.start` says, or those of
+    `config.init_from`.
+
+    Raises:
+      ValueError: The teacher does not fit the run; or see
+        `finetuning.initial`.
+      CheckpointError: No checkpoint is good.
+    """
+    options = _options(run)
+    if not options.teacher or options.start == NONE:
+      return finetuning.initial(run, self.allow)
+    return begin_with(run, options, self._read(run))
+
+  def start(self, run: Run) -> None:
+    """Wraps the step, and notes the teacher in the run's folder.
+
+    Raises:
+      ValueError: The teacher or the folder of logits does not fit the run, or
+        the teacher is not the one that the run began with.
+    """
+    options = _options(run)
+    if not options.teacher:
+      return
+    teacher = self._read(run)
+    self._teacher = None  # what the step needs stays in the step
+    teacher_lib.keep_to(run, options, teacher)
+    run.message(_described(options, teacher))
+    if not options.soft_weight:
+      return
+    step = _kept(run, options, teacher) if options.logits else None
+    step = step or _beside(run, options, teacher)
+    run.programs = dataclasses.replace(run.programs, train_step=step)
+    run.train_step = step
+
+  def _read(self, run: Run) -> Teacher:
+    self._teacher = self._teacher or teacher_lib.read(
+      run, _options(run), self.allow
+    )
+    return self._teacher
+
+
+def _options(run: Run) -> DistillOptions:
+  """The run's section `distill`, with the step of logits that are kept."""
+  options = getattr(run.options, 'distill', DistillOptions())
+  if not options.logits or options.step >= 0:
+    return options
+  step = teacher_logits.read(options.logits).about.step
+  return dataclasses.replace(options, step=step)
+
+
+def _described(o: DistillOptions, teacher: Teacher) -> str:
+  said = f'teacher: step {teacher.step} of {teacher.folder}'
+  if not o.soft_weight:
+    return f'{said}, which gives parameters to begin with and no labels'
+  said += (
+    f'; {o.hard_weight:g} hard and {o.soft_weight:g} soft labels, temperature '
+    f'{o.temperature:g}'
+  )
+  return said + f'\n{LEAK}' * teacher.model.leaks_future
+
+
+def begin_with(
+  run: Run, options: DistillOptions, teacher: Teacher
+) -> tuple[dict[str, Any], str]:
+  """The parameters of the teacher that the run begins with.
+
+  All but experts and routers are copied; a feed-forward in a layer in which the
+  teacher is sparse is drawn from the seed, or made of experts.
+
+  Args:
+    run: The run.
+    options: Its section `distill`.
+    teacher: The teacher.
+
+  Returns:
+    The variables and a line about them.
+
+  Raises:
+    ValueError: The models do not fit: all differences are listed.
+  """
+  try:
+    plan = finetuning.plan(run.model, teacher.model, experts=False)
+    apply, said = plan.apply, plan.describe()
+    if options.start == CONCATENATED:
+      batches = _first_batches(run, options.start_batches)
+      joined = dense_start.plan(
+        run.model, teacher.model, teacher.variables, batches
+      )
+      apply = functools.partial(joined.apply, apply)
+      said = f'{said}; {joined.describe()}'
+  except ValueError as error:
+    raise ValueError(
+      f'distill.start={options.start!r} with distill.teacher='
+      f"{options.teacher}: {error}\nwith distill.start='none' the run begins "
+      'with parameters of its own'
+    ) from None
+  params = start_lib.convert(run, apply, teacher.variables['params'])
+  said = (
+    f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
+    f'{said}; the optimizer is new'
+  )
+  if changes := ', '.join(_changes(run, teacher)):
+    said += f'; WARNING: settings differ: {changes}'
+  return {'params': params}, said
+
+
+def _changes(run: Run, teacher: Teacher) -> Iterator[str]:
+  """Differing settings of what is copied, which feed-forwards may not be."""
+  for said in start_lib.changes(teacher.options.model, run.options.model):
+    if (
+      not said.removeprefix('model.')
+      .removeprefix('encoder.')
+      .startswith('ffn.')
+    ):
+      yield said
+
+
+def _first_batches(run: Run, count: int) -> list[dict[str, jax.Array]]:
+  batches = run.batches(0)
+  return [next(batches) for _ in range(count)]
+
+
+class Taught:
+  """A step (state, batch) of a compiled one that takes what a teacher gives.
+
+  Attributes:
+    stage: The function (given, state, batch), or a stage of its compilation.
+    given: Function from the state to what the teacher gives for its step.
+    shapes: The shapes of what is given, with shardings.
+  """
+
+  def __init__(self, stage: Any, given: Callable[[TrainState], Any], shapes):
+    self.stage, self.given, self.shapes = stage, given, shapes
+
+  def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
+    """The new state and the metrics; see `training.step.train_step`."""
+    return self.stage(self.given(state), state, batch)
+
+  def lower(self, state: Any, batch: Any) -> 'Taught':
+    """See `jax.stages.Wrapped.lower`."""
+    lowered = self.stage.lower(self.shapes, state, batch)
+    return Taught(lowered, self.given, self.shapes)
+
+  def compile(self) -> 'Taught':
+    """See `jax.stages.Lowered.compile`."""
+    return Taught(self.stage.compile(), self.given, self.shapes)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.stage, name)
+
+
+def _shapes(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+
+
+def _compiled(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
+  """The jitted function (given, state, batch) -> (state, metrics).
+
+  Args:
+    run: The run.
+    options: Its section `distill`.
+    soft: Function from what is given to the soft loss, and the entries that it
+      adds to the batch.
+    shapes: The shapes of what is given, with shardings.
+  """
+
+  def train_step(given, state, batch):
+    soft_loss, more = soft(given)
+    loss = soft_labels.mixed(
+      run.model, options.hard_weight, options.soft_weight, soft_loss
+    )
+    step = make_step(
+      run.options,
+      run.model,
+      run.programs.optimizer,
+      run.programs.trained,
+      loss=loss,
+    )
+    return step(state, {**batch, **more})
+
+  places = jax.tree.map(lambda x: x.sharding, run.programs.abstract_state)
+  whole = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
+  given = jax.tree.map(lambda x: x.sharding, shapes)
+  return jax.jit(
+    train_step,
+    in_shardings=(given, places, run.programs.put.sharding),
+    out_shardings=(places, whole),
+    donate_argnums=1,
+  )
+
+
+def _beside(run: Run, options: DistillOptions, teacher: Teacher) -> Taught:
+  """The step that computes the teacher's logits of each (micro)batch."""
+  variables = teacher.variables
+  model, shapes = teacher.model, _shapes(variables)
+
+  def soft(variables):
+    return soft_labels.computed_beside(
+      model, variables, options.temperature
+    ), {}
+
+  step = _compiled(run, options, soft, shapes)
+  return Taught(step, lambda state: variables, shapes)
+
+
+def _kept(run: Run, options: DistillOptions, teacher: Teacher) -> Taught:
+  """The step that reads the teacher's largest logits from a folder."""
+  kept = teacher_logits.read(options.logits)
+  kept.check(run, teacher)
+  run.message(kept.describe())
+  shapes = kept.shapes(run.programs.put.sharding)
+
+  def soft(given):
+    return soft_labels.read_from_batch(options.temperature), given
+
+  step = _compiled(run, options, soft, shapes)
+  return Taught(step, kept.reader(run), shapes)

@@ -1,0 +1,105 @@
+"""The options of distillation: the section `distill` of a config.
+
+Not here: what they do (`distill.py`), and the loss (`soft_labels.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from moe_jax.options import (
+  NOT_EMPTY,
+  Options,
+  above,
+  at_least,
+  nested,
+  one_of,
+  option,
+)
+from moe_jax.partitioning import ShardingOptions
+
+NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
+_GIVEN = {'teacher': NOT_EMPTY}
+_LEARNED = {**_GIVEN, 'soft_weight': above(0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOptions(Options):
+  """Another run whose model teaches this one."""
+
+  teacher: str = option(
+    '',
+    'Folder of the run whose model is the teacher of this one, trained or '
+    'imported; an empty string has none.',
+  )
+  step: int = option(
+    -1,
+    'Optimizer step of the checkpoint of the teacher that is read, 0 for an '
+    'imported one; -1 is the newest good one when the run begins, which it '
+    'then keeps to.',
+    at_least(-1),
+    when=_GIVEN,
+  )
+  start: str = option(
+    NON_EXPERTS,
+    "Parameters of the teacher that the run begins with: 'non_experts' are all "
+    "but experts and routers; with 'concatenated', feed-forwards are made of "
+    "the teacher's experts of the highest conditional probability, too; "
+    "'none' takes none.",
+    one_of(NONE, NON_EXPERTS, CONCATENATED),
+    when=_GIVEN,
+  )
+  start_batches: int = option(
+    8,
+    'Number of training batches on which the conditional probability of the '
+    "teacher's experts is measured.",
+    at_least(1),
+    when={**_GIVEN, 'start': (CONCATENATED,)},
+  )
+  hard_weight: float = option(
+    0.75,
+    'Weight in the loss of the cross-entropy of the targets (hard labels); 0 '
+    'leaves them out.',
+    at_least(0),
+    when=_GIVEN,
+  )
+  soft_weight: float = option(
+    0.25,
+    "Weight in the loss of the cross-entropy of the teacher's probabilities "
+    '(soft labels); with 0 the teacher only gives parameters to begin with.',
+    at_least(0),
+    when=_GIVEN,
+  )
+  temperature: float = option(
+    1.0,
+    'Number that the logits of both models are divided by in the soft loss, '
+    'which is multiplied by its square.',
+    above(0),
+    when=_LEARNED,
+  )
+  logits: str = option(
+    '',
+    "Folder of the teacher's largest logits for the batches of this run, as "
+    '`python -m moe_jax.compression keep_logits` writes it; with an empty '
+    "string the teacher is computed beside the student's step.",
+    when=_LEARNED,
+  )
+  sharding: ShardingOptions = nested(
+    ShardingOptions(),
+    "Mesh axes over which dimensions of the teacher's arrays are split.",
+    when=_GIVEN,
+  )
+
+  def problems(self) -> Iterator[str]:
+    """The problems of a run without a loss, or a teacher that gives nothing."""
+    if not self.teacher:
+      return
+    weights = (
+      f'hard_weight={self.hard_weight} with soft_weight={self.soft_weight}'
+    )
+    if not self.hard_weight and not self.soft_weight:
+      yield f'{weights}: there is nothing to learn; one has to be above 0'
+    if not self.soft_weight and self.start == NONE:
+      yield (
+        f'teacher={self.teacher!r} has no effect with soft_weight=0.0 and '
+        f'start={self.start!r}'
+      )

@@ -1,0 +1,233 @@
+"""Takes the part of a model out that one task uses, without any change to it.
+
+https://arxiv.org/abs/2110.03742. All tokens of a task have the same K experts
+and gates in a layer that routes by task, and g1 FFN1(x) + g2 FFN2(x) is one
+feed-forward of width 2F: the experts' first kernels side by side, their last
+ones times their gates on top of each other. So each such layer becomes its own
+dense twin. Layers of other routers stay as they are.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax import command_line
+from moe_jax.compression import whole_run
+from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.compression.whole_run import WholeRun
+from moe_jax.layers.experts.feed_forward import FeedForwardExpert
+from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.models import ModelOptions, code_trees
+from moe_jax.models.text_options import StackOptions
+from moe_jax.options import unknown
+from moe_jax.shapes import Array, Float32, Int32, Leaf
+
+Params = dict[str, Any]
+
+
+class Extracted(NamedTuple):
+  """The model of one task.
+
+  Attributes:
+    options: The options of the model.
+    params: Its parameters.
+    layers: Numbers of the layers that became dense, an encoder's first.
+  """
+
+  options: ModelOptions
+  params: Params
+  layers: tuple[int, ...]
+
+
+def extract(
+  options: ModelOptions, params: Mapping[str, Any], task: int
+) -> Extracted:
+  """The model whose layers by task keep what one task uses of them.
+
+  Without noise and without dropped tokens its logits are those of the whole
+  model for tokens of the task, but for rounding.
+
+  Args:
+    options: The options of the whole model, with the sizes of its data.
+    params: Its parameters.
+    task: The number of the task.
+
+  Raises:
+    ValueError: No layer routes by task, experts are no feed-forwards, a router
+      that stays keeps a state, which the new model would lose, or kernels are
+      in codes.
+  """
+  code_trees.check_plain(options, 'the model')
+  model = options.build()
+  if not options.routes_by_task:
+    have = {ROUTERS.name_of(m.router) for m in model.moes if m is not None}
+    raise ValueError(
+      'the model has no router by task, so no task has a part of its own; its '
+      f'routers: {sorted(have) or "none, as it is dense"}'
+    )
+  for number, moe in enumerate(model.moes):
+    if moe is not None and not _by_task(moe):
+      whole_run.check_stateless(number, moe.router)
+  small = dict(params)
+  for path, stack in model.stacks:
+    if not _by_task(stack.experts):
+      continue
+    own = small[path[0]] if path else small
+    own = _with_dense_layers(own, stack.experts, task)
+    small = {**small, path[0]: own} if path else own
+  layers = [i for i, moe in enumerate(model.moes) if _by_task(moe)]
+  return Extracted(_small(options), small, tuple(layers))
+
+
+def _by_task(moe: MoeOptions | None) -> bool:
+  return moe is not None and moe.router.needs_tasks
+
+
+def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
+  """A stack's parameters with a dense layer for each sparse one."""
+  if not isinstance(moe.expert, FeedForwardExpert):
+    raise ValueError(
+      f'experts of {type(moe.expert).__name__} cannot become one dense '
+      'feed-forward; only feed-forward experts can'
+    )
+
+  def dense(params: Params) -> Params:
+    choice = moe.router.of_task(moe.sizes, params['router'], task)
+    if choice is None:
+      raise ValueError(
+        f'{type(moe.router).__name__} gives no experts for a whole task: '
+        '`of_task` returned None'
+      )
+    index, gate = choice
+    return as_one(params[SCOPE], index, gate * (1.0 - moe.output_masking))
+
+  def converted(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+      return tree
+    if 'moe' not in tree:
+      return {name: converted(value) for name, value in tree.items()}
+    rest = {name: value for name, value in tree.items() if name != 'moe'}
+    # Layers of one pattern are stacked.
+    return {**rest, 'ffn': jax.vmap(dense)(tree['moe'])}
+
+  return converted(stack)
+
+
+def as_one(
+  experts: Mapping[str, Leaf],
+  index: Int32[Array, ' K'],
+  gate: Float32[Array, ' K'],
+) -> Params:
+  """The parameters of one feed-forward of width K*F that is K experts' sum.
+
+  Args:
+    experts: The parameters of E feed-forwards, [E, ...] each; see `FfnLayer`.
+    index: The numbers of the experts.
+    gate: The weight of each in the sum.
+  """
+  own = {name: value[index] for name, value in experts.items()}  # [K, ...]
+  K, M, F = own['w_in'].shape
+  dense = {}
+  for name, value in own.items():
+    if name in ('w_in', 'w_gate'):
+      dense[name] = value.swapaxes(0, 1).reshape(M, K * F)
+    elif name == 'b_in':
+      dense[name] = value.reshape(K * F)
+    else:  # what is added to the output
+      scaled = gate.reshape(-1, *[1] * (value.ndim - 1)) * value
+      scaled = scaled.sum(0) if name == 'b_out' else scaled.reshape(K * F, M)
+      dense[name] = scaled.astype(value.dtype)
+  return dense
+
+
+def _small(options: ModelOptions) -> ModelOptions:
+  """The options in which layers by task are their dense twins."""
+  *encoder, _ = options.halves
+  small = {'moe': _dense_by_task(options), 'num_tasks': 0}
+  if not encoder:
+    return dataclasses.replace(options, **small)
+  half = dataclasses.replace(encoder[0], moe=_dense_by_task(encoder[0]))
+  plain = type(options.encoder)()
+  options = dataclasses.replace(options, encoder=plain, **small)
+  return options.with_encoder(half)
+
+
+def _dense_by_task(half: StackOptions) -> MoeOptions:
+  """The options of a stack's mixtures, or of their twins if it goes by task."""
+  moe = half.moe
+  if not half.has_experts or not _by_task(moe):
+    return moe
+  return MoeOptions(
+    num_experts=0,
+    num_selected=moe.num_selected,
+    layers=moe.layers,
+    extra_ffn=moe.extra_ffn,
+    expert=moe.expert,
+  )
+
+
+def of_run(run: WholeRun, task: str) -> Extracted:
+  """The model of one task of a run, by the task's name.
+
+  Raises:
+    ValueError: The run has no such task, or as `extract`.
+  """
+  tasks = run.options.data.tasks
+  if run.options.model.routes_by_task and task not in tasks:
+    raise unknown('task', task, tasks)
+  number = tasks.index(task) if task in tasks else 0
+  return extract(run.options.model, run.variables['params'], number)
+
+
+def describe(run: WholeRun, small: Extracted) -> str:
+  """Lines on what was kept, and on the bytes of parameters before and after."""
+  lines = []
+  for layer in small.layers:
+    moe = run.model.moes[layer]
+    lines.append(
+      f'layer {layer}: {moe.num_selected} of {moe.num_experts} experts kept, a '
+      f'dense feed-forward of width {moe.twin().ffn.hidden}'
+    )
+  both = run.variables['params'], small.params
+  counts = [sum(x.size for x in jax.tree.leaves(params)) for params in both]
+  sizes = [bytes_in_memory(params) for params in both]
+  lines.append(
+    f'{counts[0]:,} parameters of {sizes[0]:,} bytes became {counts[1]:,} of '
+    f'{sizes[1]:,} ({sizes[0] / sizes[1]:.2f} times fewer bytes)'
+  )
+  return '\n'.join(lines)
+
+
+def add(commands: Any) -> None:
+  """Adds the command `extract` to the parser."""
+  command = commands.add_parser(
+    'extract',
+    help='writes the part of a model with routers by task that one task uses',
+    allow_abbrev=False,
+  )
+  command.set_defaults(run=_command)
+  command.add_argument('--run', required=True, dest='folder', help='its folder')
+  command.add_argument(
+    '--task', required=True, help='name of the task, a source of data.mixture'
+  )
+  command.add_argument('--output', required=True, help='folder of the new run')
+  command.add_argument(
+    '--step',
+    type=command_line.NOT_NEGATIVE,
+    help='step of the checkpoint; else the newest good',
+  )
+
+
+def _command(options: argparse.Namespace, overrides: list[str]) -> str:
+  del overrides
+  run = whole_run.read(
+    options.folder, step=options.step, allow=options.allow_module
+  )
+  small = of_run(run, options.task)
+  folder = whole_run.write(run, options.output, small.params, small.options)
+  return f'{describe(run, small)}\n{folder} has the model of {options.task!r}'

@@ -1,0 +1,134 @@
+"""GPTQ: rounding of kernels that minds the inputs that they multiply.
+
+GPTQ is https://arxiv.org/abs/2210.17323; damping, fallback and experts without
+tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
+[*E, I, O], for I inputs and O output units, which are the rows of the papers.
+Not here: grids (`grids.py`), and which inputs are taken (`kernel_inputs.py`).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.compression.grids import Grid, Rounded
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Bool, Float, Float32
+
+# The share of the mean of the Hessian's diagonal that is added to it, and the
+# least that is.
+DAMPING, LEAST_DAMPING = 0.1, 1e-6
+# The number of inputs whose errors are passed on to all later ones together.
+BLOCK = 128
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Factor(NamedTuple):
+  """The factor of inverse Hessians that the sweep over inputs reads.
+
+  Attributes:
+    upper: float32 [*E, I, I], the upper triangular U with inverse(H) = U^T U;
+      the identity where H has no such factor.
+    plain: bool [*E], whether it stands for the identity, so that rounding is to
+      the nearest value.
+  """
+
+  upper: Array
+  plain: Bool[Array, '*E']
+
+
+@checked
+def hessian(
+  x: Float[Array, '*E R I'], counted: Bool[Array, '*E R']
+) -> Float32[Array, '*E I I']:
+  """X^T X of the inputs of each kernel, over the rows that count."""
+  x = jnp.where(counted[..., None], x, 0).astype(jnp.float32)
+  return jnp.matmul(x.swapaxes(-1, -2), x, precision=_EXACT)
+
+
+@checked
+def factor(h: Float32[Array, '*E I I']) -> Factor:
+  """The factor of the damped inverse of each Hessian.
+
+  It stands for the identity where the Hessian is zero, as that of an expert
+  without tokens, or where its factorisation fails.
+  """
+  size = h.shape[-1]
+  identity = jnp.broadcast_to(jnp.eye(size), h.shape)
+  diagonal = jnp.diagonal(h, axis1=-2, axis2=-1).mean(-1)[..., None, None]
+  damped = h + identity * jnp.maximum(DAMPING * diagonal, LEAST_DAMPING)
+  # With rows and columns in reverse order, the lower factor of H is an upper
+  # one, and its inverse is the factor of the inverse.
+  lower = jnp.linalg.cholesky(damped[..., ::-1, ::-1])
+  upper = jax.scipy.linalg.solve_triangular(lower[..., ::-1, ::-1], identity)
+  fails = ~jnp.isfinite(upper).all((-2, -1))
+  plain = fails | (h == 0).all((-2, -1))
+  return Factor(jnp.where(plain[..., None, None], identity, upper), plain)
+
+
+@checked
+def gptq(w: Float[Array, '*E I O'], grid: Grid, factor: Factor) -> Rounded:
+  """Rounds one input after another; later weights make up for the error.
+
+  Where the factor stands for the identity, weights are rounded to the nearest
+  value, bit for bit.
+
+  Args:
+    w: The kernels.
+    grid: Their grids, which stay as they are.
+    factor: The factors of their inputs.
+  """
+  sweep = _sweep
+  for _ in range(w.ndim - 2):
+    sweep = jax.vmap(sweep)
+  return Rounded(sweep(w.astype(jnp.float32), grid, factor.upper), grid)
+
+
+def _sweep(w, grid, upper):
+  """The codes of one kernel [I, O]."""
+  inputs, units = w.shape
+  block = min(BLOCK, inputs)
+  padding = -inputs % block
+  w = jnp.pad(w, ((0, padding), (0, 0)))
+  upper = jnp.pad(upper, ((0, padding), (0, padding)))
+  # Inputs that are padding have no error to divide by zero.
+  upper = upper + jnp.diag((jnp.arange(len(w)) >= inputs).astype(jnp.float32))
+
+  def one_input(rows, i, first, own):
+    here = grid.of_input(first + i, inputs)
+    row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
+    codes = here.codes(row)
+    factors = own[i]
+    error = (row - here.values(codes)) / factors[i]
+    return rows - factors[:, None] * error, (codes[0], error[0])
+
+  def one_block(w, first):
+    rows = jax.lax.dynamic_slice_in_dim(w, first, block)
+    ahead = jax.lax.dynamic_slice_in_dim(upper, first, block)  # [block, I]
+    own = jax.lax.dynamic_slice_in_dim(ahead, first, block, 1)
+    step = functools.partial(one_input, first=first, own=own)
+    _, (codes, errors) = jax.lax.scan(step, rows, jnp.arange(block))
+    return w - jnp.matmul(ahead.T, errors, precision=_EXACT), codes
+
+  starts = jnp.arange(0, len(w), block)
+  _, codes = jax.lax.scan(one_block, w, starts)
+  return codes.reshape(-1, units)[:inputs]
+
+
+@checked
+def error(
+  w: Float[Array, '*E I O'],
+  values: Float[Array, '*E I O'],
+  h: Float32[Array, '*E I I'],
+) -> Float32[Array, '*E']:
+  """tr((W - Q) H (W - Q)^T): the squared change of the outputs of each kernel.
+
+  Args:
+    w: The kernels.
+    values: What is left of them.
+    h: The Hessians of their inputs, undamped.
+  """
+  change = w.astype(jnp.float32) - values
+  moved = jnp.matmul(h, change, precision=_EXACT)
+  return (change * moved).sum((-2, -1))

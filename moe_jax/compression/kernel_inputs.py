@@ -1,0 +1,157 @@
+"""The inputs of kernels on calibration data, of tokens that count.
+
+Special tokens do not count, as in QMoE (https://arxiv.org/abs/2310.16795):
+their inputs are large and their outputs do not matter. Not here: batches
+(`calibration.py`), and what is made of the inputs (`gptq.py`).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from moe_jax.compression.calibration import Reached
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.moe import in_groups
+from moe_jax.models import Model
+from moe_jax.shapes import Array, Leaf
+
+# The most tokens of an expert, as a multiple of the mean.
+MOST_TOKENS = 4
+# The number of rows of an expert is a multiple of this, so that few programs
+# are compiled.
+_ROWS_STEP = 64
+
+
+class Rows(NamedTuple):
+  """The inputs of the kernels of some experts.
+
+  Attributes:
+    x: float [E, R, M], the tokens of each expert; zeros after the last.
+    filled: bool [E, R], whether there is a token.
+  """
+
+  x: np.ndarray
+  filled: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'module', 'name'))
+def capture(
+  model: Model,
+  variables: Mapping[str, Any],
+  batch: Mapping[str, Leaf],
+  module: str,
+  name: str,
+) -> dict[int, Array]:
+  """The inputs of kernels of each layer that has them, by the layer's number.
+
+  Args:
+    model: A model of blocks.
+    variables: Its variables.
+    batch: A batch of its data.
+    module: The name of a module of a block: 'attention', 'cross_attention',
+      'ffn' or 'extra_ffn'.
+    name: The projection of attention, 'query', 'key', 'value' or 'out'; for
+      a feed-forward 'in'.
+
+  Returns:
+    float [B, T, ...], the inputs of each token.
+  """
+
+  def sown(call, args, kwargs, context):
+    own, method = context.module, context.method_name
+    if isinstance(own, Attention) and method == 'project':
+      own.sow('intermediates', f'{args[1]}_inputs', args[0])
+    if isinstance(own, Attention) and method == 'project_back':
+      own.sow('intermediates', 'out_inputs', args[0])
+    if isinstance(own, FeedForward) and method == '__call__':
+      own.sow('intermediates', 'in_inputs', args[0])
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(sown):
+    _, kept = model.apply(
+      variables, **model.inputs(batch), mutable=['intermediates']
+    )
+  layers = model.layer_trees(kept['intermediates'])
+  return {
+    i: layer[module][f'{name}_inputs'][0]
+    for i, layer in enumerate(layers)
+    if f'{name}_inputs' in layer.get(module, {})
+  }
+
+
+def counted(
+  batch: Mapping[str, np.ndarray], prefix: str, tokenizer: Tokenizer | None
+) -> np.ndarray:
+  """Whether each token of a sequence counts, bool [B, T].
+
+  Neither padding nor special tokens do, nor those of a decoder that a masked
+  span follows.
+
+  Args:
+    batch: A batch.
+    prefix: The prefix of the sequence's keys.
+    tokenizer: The tokenizer of the batch; None knows no special tokens.
+  """
+  real = np.asarray(batch[f'{prefix}segment_ids']) > 0
+  if tokenizer is None:
+    return real
+  t = tokenizer
+  special = {*t.eos_ids, t.bos_id, t.pad_id, t.start_id, t.forced_bos_id}
+  special = [*(special - {None}), *t.sentinel_ids]
+  real &= ~np.isin(batch[f'{prefix}tokens'], special)
+  if not prefix and 'targets' in batch:
+    real &= ~np.isin(batch['targets'], t.sentinel_ids)
+  return real
+
+
+class ExpertTokens:
+  """The tokens that reach the experts of a layer, over all batches.
+
+  Attributes:
+    without: The numbers of the experts that no token that counts reaches.
+    num_experts: E, the number of experts.
+  """
+
+  def __init__(self, reached: Sequence[Reached], masks: Sequence[np.ndarray]):
+    """Sorts tokens by expert; of each at most `MOST_TOKENS` times the mean.
+
+    Args:
+      reached: The inputs and the routing of each batch.
+      masks: Whether each token of the batches counts, bool [B, T].
+    """
+    M = reached[0].x.shape[-1]
+    self._x = np.concatenate([np.asarray(r.x).reshape(-1, M) for r in reached])
+    chosen = np.concatenate(
+      [_chosen(r, mask) for r, mask in zip(reached, masks, strict=True)]
+    )  # [N, E]
+    most = -(-MOST_TOKENS * chosen.sum() // chosen.shape[1])
+    self._tokens = [np.flatnonzero(one)[:most] for one in chosen.T]
+    self.num_experts = len(self._tokens)
+    self.without = [e for e, own in enumerate(self._tokens) if not own.size]
+    longest = max(own.size for own in self._tokens)
+    self._num_rows = max(-(-longest // _ROWS_STEP), 1) * _ROWS_STEP
+
+  def rows(self, experts: slice) -> Rows:
+    """The rows of some of the experts."""
+    tokens = self._tokens[experts]
+    shape = len(tokens), self._num_rows
+    x = np.zeros((*shape, self._x.shape[1]), self._x.dtype)
+    filled = np.zeros(shape, bool)
+    for e, own in enumerate(tokens):
+      x[e, : own.size] = self._x[own]
+      filled[e, : own.size] = True
+    return Rows(x, filled)
+
+
+def _chosen(reached: Reached, mask: np.ndarray) -> np.ndarray:
+  """Whether an expert serves a token that counts, bool [N, E]."""
+  gates = np.asarray(reached.routing.token_gates())
+  own = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
+  return ((gates != 0) & own[..., None]).reshape(-1, gates.shape[-1])

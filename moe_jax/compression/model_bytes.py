@@ -1,0 +1,31 @@
+"""The size of a model as it is served: in memory and on disk.
+
+Not here: speed, which benchmarks measure (`experiments/benchmarks/timing.py`).
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from moe_jax.runs import packed_weights
+from moe_jax.runs.workdir import CHECKPOINTS
+
+
+def bytes_in_memory(variables: Mapping[str, Any]) -> int:
+  """The bytes of all arrays of a model's variables, codes as they are kept."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+
+
+def bytes_on_disk(workdir: str | os.PathLike[str]) -> int:
+  """The bytes of the files with a run's variables.
+
+  Those of checkpoints include the optimizer's state.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  own = packed_weights.FOLDER if packed_weights.are_in(folder) else CHECKPOINTS
+  return sum(
+    path.stat().st_size for path in (folder / own).rglob('*') if path.is_file()
+  )

@@ -1,0 +1,68 @@
+"""The command that quantises a run.
+
+    python -m moe_jax.compression quantize --run=runs/tiny --output=runs/int4 \
+      --format=int4 --method=gptq --batches=16
+
+Not here: what it does (`quantize.py`).
+"""
+
+import argparse
+from typing import Any
+
+from moe_jax import command_line, config_file, sections
+from moe_jax.compression import model_bytes
+from moe_jax.compression.quantize import BATCHES, KERNELS, METHODS, quantize
+from moe_jax.data import DataOptions
+from moe_jax.layers.kernel_format import FORMATS, KernelFormat
+
+
+def add(commands: Any) -> None:
+  """Adds the command `quantize`."""
+  text = 'stores experts, or all kernels, in codes of few bits'
+  command = commands.add_parser('quantize', help=text, allow_abbrev=False)
+  command.set_defaults(run=_run)
+  add = command.add_argument
+  whole = command_line.NOT_NEGATIVE
+  add('--run', required=True, help='folder of the run', dest='workdir')
+  add('--output', required=True, help='folder of the new run')
+  add('--step', type=whole, help='checkpoint; else newest')
+  add('--format', required=True, choices=FORMATS)
+  add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
+  add('--kernels', default='experts', choices=KERNELS)
+  add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
+  add('--group_size', type=whole, default=0, help='inputs a scale; 0: all')
+  add('--symmetric', action='store_true', help='stores no zeros of scales')
+  add('--config', default='', help="config of the data; else the run's")
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> str:
+  data, num_batches = None, options.batches or BATCHES
+  if options.method == 'rtn':
+    for name in ('batches', 'config'):
+      if value := getattr(options, name):
+        raise ValueError(
+          f'--{name}={value} has no effect with --method=rtn, which reads no '
+          'data; leave it out'
+        )
+  if options.config:
+    section = config_file.config_of(options.config, overrides).data
+    data = sections.read(DataOptions, section, 'data.')
+  numbers = quantize(
+    options.workdir,
+    options.output,
+    KernelFormat(options.format, options.group_size, options.symmetric),
+    step=options.step,
+    method=options.method,
+    kernels=options.kernels,
+    num_batches=num_batches,
+    data=data,
+    allow=options.allow_module,
+  )
+  disk = model_bytes.bytes_on_disk(options.output)
+  return (
+    f'{options.output}: {numbers["bytes"]:,.0f} bytes of parameters in memory, '
+    f'of {numbers["bytes before"]:,.0f} before; {disk:,} bytes on disk\n'
+    f'quantised kernels: {numbers["code bits"]:.2f} bits a weight of codes and '
+    f'{numbers["metadata bits"]:.2f} of metadata, zeros '
+    f'{100 * numbers["zeros"]:.1f} %'
+  )

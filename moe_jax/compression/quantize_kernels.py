@@ -1,0 +1,105 @@
+"""Rounding of the kernels of one layer, with the errors of both methods.
+
+Not here: the order of layers and what is kept of a command that was killed
+(`quantize.py`).
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.compression import gptq, grids
+from moe_jax.compression.grids import Rounded
+from moe_jax.compression.kernel_inputs import Rows
+from moe_jax.compression.stored import grid_of
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.shapes import Array, Float, Float32
+
+
+class Outcome(NamedTuple):
+  """Some kernels on a grid, and what both methods lose.
+
+  Attributes:
+    rounded: The kernels, as the chosen method rounds them.
+    rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
+    gptq: float32 [E], that of GPTQ.
+    total: float32 [E], tr(W H W^T).
+    plain: bool [E], whether GPTQ took the identity for H.
+  """
+
+  rounded: Rounded
+  rtn: np.ndarray
+  gptq: np.ndarray
+  total: np.ndarray
+  plain: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames='format')
+def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
+  """Rounds to the nearest value; errors are squares of weights, as with H = I.
+
+  Both methods then do the same.
+  """
+  rounded = grids.nearest(w, grid_of(w, format))
+  w = w.astype(jnp.float32)
+  error = jnp.square(w - rounded.values).sum((-2, -1))
+  total = jnp.square(w).sum((-2, -1))
+  return Outcome(rounded, error, error, total, jnp.ones(len(w), bool))
+
+
+@functools.partial(jax.jit, static_argnames='format')
+def compensated(
+  w: Float[Array, 'E I O'],
+  hessian: Float32[Array, 'E I I'],
+  format: KernelFormat,
+) -> Outcome:
+  """Rounds by GPTQ."""
+  grid = grid_of(w, format)
+  factor = gptq.factor(hessian)
+  best = gptq.gptq(w, grid, factor)
+  near = grids.nearest(w, grid)
+  return Outcome(
+    best,
+    gptq.error(w, near.values, hessian),
+    gptq.error(w, best.values, hessian),
+    gptq.error(w, jnp.zeros_like(w), hessian),
+    factor.plain,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'format'))
+def feed_forwards(
+  layer: FfnLayer, p: dict[str, Any], rows: Rows, format: KernelFormat
+) -> dict[str, Outcome]:
+  """Rounds the kernels of feed-forward layers by GPTQ.
+
+  The last kernel's inputs are the hidden values that the rounded first kernels
+  give.
+
+  Args:
+    layer: The computation of one layer.
+    p: The parameters of the layers, each [E, ...].
+    rows: Their inputs.
+    format: The format that kernels get.
+  """
+  p, hessian = dict(p), gptq.hessian(*rows)
+  outcomes = {}
+  for name in layer.first_kernels:
+    outcomes[name] = compensated(p[name], hessian, format)
+    p[name] = outcomes[name].rounded.values
+  hidden = []
+  layer.compute_stacked(p, rows.x, lambda h: hidden.append(h) or h)
+  hessian = gptq.hessian(hidden[0], rows.filled)
+  outcomes['w_out'] = compensated(p['w_out'], hessian, format)
+  return outcomes
+
+
+def joined(outcomes: Iterable[Outcome]) -> Outcome:
+  """The outcomes of all experts from those of some at a time, on the host."""
+  parts = [jax.tree.map(np.asarray, own) for own in outcomes]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

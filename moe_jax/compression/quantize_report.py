@@ -1,0 +1,133 @@
+"""Numbers about the kernels of a layer that was quantised, and their text."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.compression import stored
+from moe_jax.compression.quantize_kernels import Outcome
+from moe_jax.compression.quantize_layers import Spot
+from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.kernel_format import KernelFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Numbers about the kernels of a layer.
+
+  Attributes:
+    rtn: The squared change of the kernels' outputs, over all their squared
+      outputs, when each weight is rounded to the nearest value.
+    gptq: The same by GPTQ.
+    weights: The number of weights.
+    zeros: The number of weights that are 0 in the result.
+    code_bits: The bits of all codes, as they are stored.
+    metadata_bits: The bits of scales, zeros and offsets. What fills up kernels
+      of fewer codes is known only when all layers are done.
+    without_tokens: The experts that no token that counts reaches, for which
+      H = I, so that their weights are rounded to the nearest value.
+    not_factored: The experts and other kernels with tokens for which H = I as
+      well, since their inputs are all zero or the factorisation failed.
+  """
+
+  rtn: float
+  gptq: float
+  weights: int
+  zeros: int
+  code_bits: int
+  metadata_bits: int
+  without_tokens: Sequence[int] = ()
+  not_factored: Sequence[str] = ()
+
+  def text(self) -> str:
+    """The numbers in one line."""
+    parts = [
+      f'error of RTN {self.rtn:.3g}, of GPTQ {self.gptq:.3g}',
+      f'zeros {100 * self.zeros / self.weights:.1f} %',
+      f'bits a weight {self.code_bits / self.weights:.2f} of codes and '
+      f'{self.metadata_bits / self.weights:.2f} of metadata',
+    ]
+    if self.without_tokens:
+      experts = list(self.without_tokens)
+      parts.append(f'H = I for experts {experts} (no tokens)')
+    if self.not_factored:
+      parts.append(f'H = I for {", ".join(self.not_factored)} (no factor)')
+    return '; '.join(parts)
+
+
+def report_of(
+  outcomes: Mapping[Spot, Outcome],
+  format: KernelFormat,
+  *,
+  by_data: bool,
+  without_tokens: Sequence[int] = (),
+) -> Report:
+  """The report of the kernels of a layer.
+
+  Args:
+    outcomes: The kernels.
+    format: Their format.
+    by_data: Whether inputs were read, so that H = I is worth a word.
+    without_tokens: The experts of the layer that no token that counts reaches.
+  """
+  each = outcomes.values()
+  total = sum(float(own.total.sum()) for own in each)
+  bits = [_bits(own, format) for own in each]
+  plain = dict.fromkeys(
+    name
+    for spot, own in outcomes.items()
+    for name in _plain(spot, own, without_tokens)
+  )
+  return Report(
+    rtn=sum(float(own.rtn.sum()) for own in each) / (total or 1.0),
+    gptq=sum(float(own.gptq.sum()) for own in each) / (total or 1.0),
+    weights=sum(own.rounded.codes.size for own in each),
+    zeros=sum(int((own.rounded.values == 0).sum()) for own in each),
+    code_bits=sum(codes for codes, _ in bits),
+    metadata_bits=sum(metadata for _, metadata in bits),
+    without_tokens=without_tokens,
+    not_factored=list(plain) if by_data else [],
+  )
+
+
+def _plain(
+  spot: Spot, outcome: Outcome, without_tokens: Sequence[int]
+) -> list[str]:
+  """The names of a layer's experts, or of another kernel, for which H = I."""
+  plain = np.flatnonzero(outcome.plain)
+  if spot.module[-1] == SCOPE:
+    return [f'expert {e}' for e in plain if e not in without_tokens]
+  return ['/'.join((*spot.module, spot.name))] * bool(plain.size)
+
+
+def _bits(outcome: Outcome, format: KernelFormat) -> tuple[int, int]:
+  """The bits of the codes of some kernels, and of their metadata."""
+  (parts,), _ = stored.store([outcome.rounded], format)
+  codes = 8 * parts['codes'].nbytes
+  if 'offsets' in parts:  # what fills up shorter experts is no code
+    codes = 16 * int(parts['offsets'][..., -1].sum())
+  rest = sum(8 * x.nbytes for name, x in parts.items() if name != 'codes')
+  return codes, rest
+
+
+def numbers_of(
+  reports: Mapping[int, Report], stored_bytes: int
+) -> dict[str, float]:
+  """Means over layers of errors, and shares over all weights.
+
+  Args:
+    reports: The reports of all layers.
+    stored_bytes: The bytes of all arrays that store their kernels. All that is
+      no code counts as metadata.
+  """
+  each = reports.values()
+  weights = sum(report.weights for report in each)
+  code_bits = sum(report.code_bits for report in each)
+  return {
+    'rtn error': sum(report.rtn for report in each) / len(reports),
+    'gptq error': sum(report.gptq for report in each) / len(reports),
+    'zeros': sum(report.zeros for report in each) / weights,
+    'code bits': code_bits / weights,
+    'metadata bits': (8 * stored_bytes - code_bits) / weights,
+  }

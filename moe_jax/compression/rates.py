@@ -1,0 +1,269 @@
+"""How many bits a ternary weight takes: measured, and predicted by counting.
+
+    python -m moe_jax.compression rates
+    python -m moe_jax.compression rates --layer=128,768,3072
+
+Weights are independent, zero with a given probability. Their codes follow the
+static table of https://arxiv.org/abs/2310.16795, whatever that probability is.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import command_line
+from moe_jax.compression import codec
+from moe_jax.kernels import ternary
+from moe_jax.kernels.ternary_dictionary import (
+  MOST_PAIRS,
+  MOST_WEIGHTS,
+  P0,
+  WORD_WEIGHTS,
+  dictionary,
+)
+from moe_jax.options import within
+from moe_jax.shapes import Int8
+
+# The paper's widest models have rows of 6144; 64 is as narrow as tests are.
+ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
+# The number of weights, at most, that a rate is measured on.
+_SAMPLE = 1 << 21
+# Bits of a row besides its codes: an int32 offset, and its two values in bf16.
+_ROW_BITS, _OFFSET_BITS, _CODE_BITS = 64, 32, 16
+
+
+class Bits(NamedTuple):
+  """Bits a weight.
+
+  Attributes:
+    codes: Those of the rows' codes.
+    metadata: Those of all else that is stored: the offset and the two values of
+      each row, the end of the last row, and what fills the codes of experts
+      with fewer.
+  """
+
+  codes: float
+  metadata: float
+
+  @property
+  def total(self) -> float:
+    """All bits that are stored."""
+    return self.codes + self.metadata
+
+
+class Layer(NamedTuple):
+  """A layer of experts in codes: two matrices each, without bias.
+
+  Attributes:
+    weights: The number of weights.
+    bits: The bits of each.
+    encode_seconds: Time to encode all, on the host.
+    decode_seconds: Time to decode all, one matrix after the other, compiled.
+  """
+
+  weights: int
+  bits: Bits
+  encode_seconds: float
+  decode_seconds: float
+
+
+def random_weights(
+  rng: np.random.Generator, zeros: float, *shape: int
+) -> Int8[np.ndarray, '...']:
+  """Independent weights, zero with probability `zeros`, else 1 or -1."""
+  draw = rng.random(shape, np.float32)
+  half = (1 - zeros) / 2
+  return (draw < half).astype(np.int8) - (draw >= 1 - half)
+
+
+def stored(counts: Sequence[int], rows: int, width: int) -> Bits:
+  """The bits a weight of some matrices of one shape that are stored together.
+
+  Args:
+    counts: The number of codes of each matrix.
+    rows: The number of rows of a matrix.
+    width: The number of weights of a row.
+  """
+  weights = len(counts) * rows * width
+  filling = max(counts) * len(counts) - sum(counts)
+  metadata = len(counts) * (rows * _ROW_BITS + _OFFSET_BITS)
+  return Bits(
+    _CODE_BITS * sum(counts) / weights,
+    (metadata + _CODE_BITS * filling) / weights,
+  )
+
+
+def measured(width: int, zeros: float, p0: float = P0, seed: int = 0) -> Bits:
+  """The bits a weight of one random matrix of about two million weights."""
+  rng = np.random.default_rng(seed)
+  rows = max(_SAMPLE // width, 1)
+  codes = codec.encode(random_weights(rng, zeros, rows, width), p0)
+  return stored([codes.codes.size], rows, width)
+
+
+def layer(
+  experts: int,
+  width: int,
+  hidden: int,
+  zeros: float,
+  p0: float = P0,
+  seed: int = 0,
+) -> Layer:
+  """Encodes and decodes the random kernels of a layer, one expert at a time.
+
+  Args:
+    experts: The number of experts.
+    width: The width M of the model.
+    hidden: The width F of an expert.
+    zeros: The probability of a zero.
+    p0: The probability of which the dictionary is made.
+    seed: Seed of the weights.
+
+  Raises:
+    ValueError: The decoded weights are not those encoded.
+  """
+  rng, seconds, bits = np.random.default_rng(seed), np.zeros(2), np.zeros(2)
+  dictionary(p0)
+  for rows, cols in ((hidden, width), (width, hidden)):
+    counts = []
+    for expert in range(experts):
+      weights = random_weights(rng, zeros, rows, cols)
+      start = time.perf_counter()
+      codes = codec.encode(weights, p0)
+      seconds[0] += time.perf_counter() - start
+      counts.append(codes.codes.size)
+      decoded, taken = _decoded(codes, cols, p0)
+      seconds[1] += taken
+      if not np.array_equal(decoded, weights):
+        raise ValueError(f'expert {expert} was decoded to other weights')
+    bits += np.array(stored(counts, rows, cols)) / 2
+  number = 2 * experts * width * hidden
+  return Layer(number, Bits(*map(float, bits)), *map(float, seconds))
+
+
+def _decoded(codes, width, p0) -> tuple[np.ndarray, float]:
+  """The weights, and the seconds that decoding took once it was compiled."""
+  # Matrices of one shape have about as many codes: with some more, of which
+  # nothing is decoded, one program does for all.
+  missing = -codes.codes.size % (1 << 13)
+  codes = codes._replace(codes=np.pad(codes.codes, (0, missing)))
+  codes = jax.device_put(codes)
+  jax.block_until_ready(ternary.decode(codes, width, p0))
+  start = time.perf_counter()
+  weights = jax.block_until_ready(ternary.decode(codes, width, p0))
+  return np.asarray(weights), time.perf_counter() - start
+
+
+def predicted(width: int, zeros: float, p0: float = P0) -> float:
+  """The expected bits a weight of the codes of one row, without sampling.
+
+  A code ends at the first pair that the dictionary cannot add, with which the
+  next code begins: where codes begin, and with which pair, is a Markov renewal
+  process. Its expected number of codes is summed over the row.
+
+  Args:
+    width: The number of weights of a row.
+    zeros: The probability of a zero; 1 and -1 share the rest.
+    p0: The probability of which the dictionary was made.
+  """
+  one = np.array([zeros, (1 - zeros) / 2, 0, (1 - zeros) / 2])  # by low bits
+  pair = np.outer(one, one).reshape(-1)
+  # In a row of odd width, the last pair ends in a zero that is not its own.
+  last = np.outer(one, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
+  ends = _ends(one, p0)
+  steps = -(-width // 2)
+  # begins[t, a]: the probability that a code begins at pair t, which is a.
+  # In front of it are as many steps as a code may have pairs.
+  begins = np.zeros((MOST_PAIRS + steps, 16))
+  for t in range(steps):
+    before = begins[t : t + MOST_PAIRS][::-1]  # by the length of the code
+    ended = before.reshape(-1) @ ends if t else 1.0
+    begins[MOST_PAIRS + t] = ended * (last if t == steps - 1 else pair)
+  return 16 * begins.sum() / width
+
+
+def _ends(one: np.ndarray, p0: float) -> np.ndarray:
+  """How codes that begin with pair a end before pair b, after d + 1 pairs.
+
+  Returns:
+    [14 * 16, 16] by d and a, and b: the probability that d pairs follow which
+    the dictionary has behind a, and that it lacks b behind them.
+  """
+  table = dictionary(p0)
+  words = table.words.astype(np.int64)
+  bits = words[0] + (words[1] << 2 * WORD_WEIGHTS)
+  after = np.arange(MOST_WEIGHTS)  # the number of weights behind each
+  follows = after < (table.lengths - 2)[:, None]
+  chance = np.where(follows, one[bits[:, None] >> 2 * after & 3], 1).prod(1)
+  first = bits >> (2 * table.lengths - 4)
+  state = (table.lengths // 2 - 1) * 16 + first
+  lacks = table.steps == table.pairs
+  ends = [
+    np.bincount(state, chance * lacks[:, b], MOST_PAIRS * 16) for b in range(16)
+  ]
+  return np.stack(ends, axis=1)
+
+
+def add(commands: Any) -> None:
+  """Adds the command `rates`."""
+  added = commands.add_parser(
+    'rates', help='prints the bits of ternary weights', allow_abbrev=False
+  )
+  share = command_line.number(float, within('[0, 1]'))
+  added.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
+  added.add_argument(
+    '--widths', type=command_line.POSITIVE, nargs='+', default=WIDTHS
+  )
+  added.add_argument(
+    '--p0',
+    type=command_line.number(float, within('(0, 1)')),
+    default=P0,
+    help='share of zeros of which the dictionary is made',
+  )
+  added.add_argument(
+    '--layer',
+    type=_sizes,
+    help='E,M,F: encodes and decodes a layer of E experts from M to F and back',
+  )
+  added.set_defaults(run=_run)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+  sizes = tuple(command_line.POSITIVE(part) for part in text.split(','))
+  if len(sizes) != 3:
+    raise argparse.ArgumentTypeError(f'{text!r} is not E,M,F: 128,768,3072')
+  return sizes
+
+
+def _run(options: argparse.Namespace, _: list[str]) -> str:
+  if options.layer:
+    made = [(z, layer(*options.layer, z, options.p0)) for z in options.zeros]
+    return '\n'.join(_told(options.layer, zeros, one) for zeros, one in made)
+  lines = [
+    f'Bits a weight, dictionary of p0={options.p0}; zeros are independent.',
+    f'{"width":>6} {"zeros":>6} {"codes":>7} {"predicted":>10} '
+    f'{"metadata":>9} {"in all":>7}',
+  ]
+  for width in options.widths:
+    for zeros in options.zeros:
+      bits = measured(width, zeros, options.p0)
+      by_formula = predicted(width, zeros, options.p0)
+      lines.append(
+        f'{width:>6} {zeros:>6g} {bits.codes:>7.3f} {by_formula:>10.3f} '
+        f'{bits.metadata:>9.3f} {bits.total:>7.3f}'
+      )
+  return '\n'.join(lines)
+
+
+def _told(sizes: tuple[int, ...], zeros: float, made: Layer) -> str:
+  E, M, F = sizes
+  return (
+    f'E={E} M={M} F={F}, zeros {zeros:g}: {made.weights:,} weights; '
+    f'{made.bits.codes:.3f} bits a weight of codes, {made.bits.metadata:.3f} '
+    f'of metadata, {made.bits.total:.3f} in all; encoded in '
+    f'{made.encode_seconds:.1f} s, decoded in {made.decode_seconds:.1f} s'
+  )

@@ -1,0 +1,74 @@
+"""Kernels on a grid as the arrays in which a model stores them.
+
+Not here: their decoding (`layers/kernel_format.py`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.compression import codec, grids
+from moe_jax.compression.grids import Grid, Rounded
+from moe_jax.kernels import quantized
+from moe_jax.kernels.ternary import Codes
+from moe_jax.layers.kernel_format import BITS, TERNARY, KernelFormat
+from moe_jax.shapes import Array, Float
+
+_pack = jax.jit(quantized.pack, static_argnames='bits')
+
+
+def grid_of(w: Float[Array, '*E I O'], format: KernelFormat) -> Grid:
+  """The grid of a kernel in a format, from its weights alone."""
+  if format.name == TERNARY:
+    return grids.ternary(w)
+  groups = quantized.num_groups(w.shape[-2], format.group_size)
+  return grids.uniform(w, BITS[format.name], groups, format.symmetric)
+
+
+def store(
+  kernels: Sequence[Rounded], format: KernelFormat
+) -> tuple[list[dict[str, np.ndarray]], KernelFormat]:
+  """The arrays that store some kernels, named as in `KernelFormat.parts`.
+
+  Args:
+    kernels: Kernels of any shapes on grids of the format.
+    format: The format.
+
+  Returns:
+    The arrays of each kernel, and the format with the number of codes that all
+    of them need, where it has one.
+  """
+  if format.name == TERNARY:
+    return _ternary(kernels, format)
+  stored = []
+  for kernel in kernels:
+    codes = _pack(kernel.codes, BITS[format.name])
+    parts = {'codes': codes, 'scale': kernel.grid.scale}
+    if not format.symmetric:
+      parts['zero'] = kernel.grid.zero
+    stored.append(jax.tree.map(np.asarray, parts))
+  return stored, format
+
+
+def _ternary(kernels, format):
+  encoded: list[Codes] = [
+    codec.encode(np.asarray(kernel.codes).swapaxes(-1, -2))
+    for kernel in kernels
+  ]
+  longest = max(codes.codes.shape[-1] for codes in encoded)
+  stored: list[dict[str, Any]] = []
+  for kernel, codes in zip(kernels, encoded, strict=True):
+    missing = longest - codes.codes.shape[-1]
+    widths = [(0, 0)] * (codes.codes.ndim - 1) + [(0, missing)]
+    stored.append(
+      {
+        'codes': np.pad(codes.codes, widths),
+        'offsets': codes.offsets,
+        'low': np.asarray(kernel.grid.low),
+        'high': np.asarray(kernel.grid.high),
+      }
+    )
+  return stored, dataclasses.replace(format, num_codes=longest)

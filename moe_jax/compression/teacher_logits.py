@@ -1,0 +1,283 @@
+"""A teacher's largest logits for the batches of a run, as a folder has them.
+
+The folder has files of a few batches each (safetensors) and a manifest. Kept
+are the logarithms of the `top` largest probabilities of each token, and their
+ids; the manifest says how much probability that leaves out. Batch i of the
+folder is batch i of a run with the same data, seed and batch size. Not here:
+how they are computed (`keep_logits.py`), and the loss (`soft_labels.py`).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moe_jax import data
+from moe_jax.compression.soft_labels import IDS, LOG_PROBS
+from moe_jax.compression.teacher import Teacher
+from moe_jax.memory_room import in_bytes
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+MANIFEST, FORMAT = 'manifest.json', 1
+TARGETS = 'targets'  # beginnings of the sha256 of each row's targets
+_DIGEST_BYTES = 8
+_COUNTS = ('batch_size', 'length', 'vocab_size', 'top', 'batches', 'each')
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+  """What the logits of a folder are, as its manifest has it.
+
+  Attributes:
+    teacher: The folder of the teacher.
+    step: The step of its checkpoint.
+    sha256: The sha256 of the manifest of that checkpoint.
+    data_digest: The sha256 of the data.
+    seed: The seed of the order of the data.
+    batch_size: The number B of rows of a batch.
+    length: The number T of tokens of a row.
+    vocab_size: The number V of tokens that the teacher tells apart.
+    top: The number of logits that are kept for each token.
+    dtype: Their type, 'float16' or 'float32'.
+    batches: The number of batches, from that of step 0 on.
+    each: The number of batches in a file; the last may have fewer.
+  """
+
+  teacher: str
+  step: int
+  sha256: str
+  data_digest: str
+  seed: int
+  batch_size: int
+  length: int
+  vocab_size: int
+  top: int
+  dtype: str
+  batches: int
+  each: int
+
+  def __post_init__(self):
+    for name in _COUNTS:
+      if type(value := getattr(self, name)) is not int or value < 1:
+        raise ValueError(f'{name}={value!r:.40} is not a number of at least 1')
+
+  @property
+  def digest(self) -> str:
+    """The sha256 of all of these."""
+    text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def parts(self) -> Iterator[tuple[str, range]]:
+    """The name of each file, and the numbers of its batches."""
+    for start in range(0, self.batches, self.each):
+      numbers = range(start, min(start + self.each, self.batches))
+      yield f'logits_{start:08d}.safetensors', numbers
+
+
+def row_digests(targets: Any) -> np.ndarray:
+  """The first bytes of the sha256 of each row, uint8 [R, 8]."""
+  rows = np.asarray(targets, np.int32)
+  digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
+  return np.array([[*d[:_DIGEST_BYTES]] for d in digests], np.uint8)
+
+
+def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+  """The sha256 of arrays and their names, in hex."""
+  sha = hashlib.sha256()
+  for name in sorted(arrays):
+    sha.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+  return sha.hexdigest()
+
+
+def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The arrays of a file and what it says of them.
+
+  Raises:
+    ValueError: The file is not there, is damaged, or was changed.
+  """
+  try:
+    with safe_open(path, 'numpy') as file:
+      names = file.keys()
+      arrays = {name: file.get_tensor(name) for name in names}
+      notes = file.metadata() or {}
+  except (OSError, SafetensorError) as error:
+    raise ValueError(f'{path} cannot be read: {error}') from None
+  if notes.get('sha256') != digest_of(arrays):
+    raise ValueError(f'{path} is damaged: its sha256 is not that of its arrays')
+  return arrays, notes
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """A folder of logits, whose files are checked as they are read.
+
+  Attributes:
+    folder: The folder.
+    about: What they are.
+    size: Bytes of all files.
+    left_out_mean: Probability that is left out at temperature 1, averaged over
+      tokens.
+    left_out_max: The most that is left out for a token, at temperature 1.
+  """
+
+  folder: pathlib.Path
+  about: About
+  size: int
+  left_out_mean: float
+  left_out_max: float
+
+  def describe(self) -> str:
+    """A line on their size and their error."""
+    a = self.about
+    whole = 4 * a.batches * a.batch_size * a.length * a.vocab_size
+    return (
+      f'{self.folder}: the {a.top} largest of {a.vocab_size} logits for '
+      f'{a.batches} batches, {in_bytes(self.size)} '
+      f'({self.size / whole:.1%} of all logits in float32); they leave out '
+      f'{self.left_out_mean:.3%} of the probability on average, '
+      f'{self.left_out_max:.1%} at most, at temperature 1'
+    )
+
+  def check(self, run: Run, teacher: Teacher) -> None:
+    """Checks that these are the logits of a run's teacher for its batches.
+
+    Raises:
+      ValueError: Something differs; all differences are listed.
+    """
+    a, o = self.about, run.options
+    wanted = {
+      'data_digest': run.dataset.digest,
+      'seed': o.seed,
+      'batch_size': o.batch_size,
+      'length': o.data.target_len or o.data.seq_len,
+      'vocab_size': run.model.vocab_size,
+      'step': teacher.step,
+      'sha256': teacher.digest,
+    }
+    differ = [
+      f'{key}: {getattr(a, key)!r} there, {value!r} here'
+      for key, value in wanted.items()
+      if getattr(a, key) != value
+    ]
+    if a.batches < o.total_steps:
+      differ.append(f'{a.batches} batches there, {o.total_steps} steps here')
+    if differ:
+      raise ValueError(
+        '\n'.join([f'distill.logits={self.folder} does not fit:', *differ])
+      )
+
+  def shapes(self, place: jax.sharding.Sharding) -> dict[str, Any]:
+    """The shapes of what a batch gets of them, sharded as batches are."""
+    a = self.about
+    shape = (a.batch_size, a.length, a.top)
+    return {
+      IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
+      LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
+    }
+
+  def batch(self, number: int) -> dict[str, np.ndarray]:
+    """The arrays of one batch: ids and log-probabilities [B, T, top], digests.
+
+    Raises:
+      ValueError: There is no such batch, or its file is damaged.
+    """
+    a = self.about
+    if not 0 <= number < a.batches:
+      raise ValueError(
+        f'{self.folder} has batches 0 to {a.batches - 1}, not {number}'
+      )
+    part, within = divmod(number, a.each)
+    arrays = _part(self.folder, a, part)
+    return {
+      IDS: arrays[IDS][within].astype(np.int32),
+      LOG_PROBS: arrays[LOG_PROBS][within].astype(np.float32),
+      TARGETS: arrays[TARGETS][within],
+    }
+
+  def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
+    """A function that is called once a step and gives its batch's logits.
+
+    The step is read from the state at the first call, which also checks that
+    the targets of the run's own batch are those that the logits are for, and is
+    then counted, since a number on a device would have to be waited for.
+    """
+    put, number = run.programs.put, None
+
+    def next_batch(state: TrainState) -> dict[str, jax.Array]:
+      nonlocal number
+      if number is None:
+        number = int(state.step)
+        self._check_targets(run, number)
+      arrays = self.batch(number)
+      number += 1
+      return put.local({n: arrays[n][put.rows] for n in (IDS, LOG_PROBS)})
+
+    return next_batch
+
+  def _check_targets(self, run: Run, number: int) -> None:
+    """Raises ValueError where batch `number` of a run has other targets."""
+    rows = run.programs.put.rows
+    dataset = run.dataset.splits['train']
+    own = data.batch_dataset(
+      dataset,
+      batch_size=self.about.batch_size,
+      seed=self.about.seed,
+      share=rows,
+    )[number]
+    digests = self.batch(number)[TARGETS][rows]
+    if not np.array_equal(row_digests(own['targets']), digests):
+      raise ValueError(
+        f'{self.folder}: batch {number} has other targets than that of this '
+        'run; the options of the data differ'
+      )
+
+
+@functools.lru_cache(maxsize=2)
+def _part(folder: pathlib.Path, about: About, part: int) -> dict[str, Any]:
+  """The arrays of a file, of which the last ones are remembered."""
+  name, numbers = [*about.parts()][part]
+  arrays, notes = load(folder / name)
+  shape = (len(numbers), about.batch_size, about.length, about.top)
+  shapes = {arrays[name].shape for name in (IDS, LOG_PROBS) if name in arrays}
+  if notes.get('about') != about.digest or shapes != {shape}:
+    raise ValueError(f'{folder / name} has other logits than the manifest says')
+  return arrays
+
+
+def read(folder: str | os.PathLike[str]) -> Kept:
+  """Reads the manifest of a folder of logits.
+
+  Raises:
+    ValueError: There is none, or it cannot be read.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  path = folder / MANIFEST
+  if not path.exists():
+    raise ValueError(
+      f'{folder} has no finished logits: no {MANIFEST}; `python -m '
+      'moe_jax.compression keep_logits` writes them, and goes on where it was '
+      'stopped'
+    )
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if values['format'] != FORMAT:
+      raise ValueError(f'format {values["format"]}, not {FORMAT}')
+    return Kept(
+      folder,
+      About(**values['about']),
+      int(values['bytes']),
+      float(values['left_out_mean']),
+      float(values['left_out_max']),
+    )
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} cannot be read: {error!r}') from None

@@ -1,0 +1,184 @@
+"""Statistics of experts on calibration data, by which they are ranked.
+
+Not here: what reaches them (`calibration.py`), and what is done with the ranks
+(`merge.py`, `prune.py`).
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from moe_jax.compression.calibration import Reached, capture
+from moe_jax.layers.experts import Gather
+from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.models import Model
+from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
+from moe_jax.routing import Routing
+from moe_jax.shapes import Array, Leaf
+
+
+class Usage(NamedTuple):
+  """Sums over the calibration tokens that reach the experts of one layer.
+
+  Attributes:
+    tokens: The number of tokens that reach some expert.
+    choices: float64 [E], the choices that each expert serves.
+    gate: float64 [E], the sum of its gates.
+    gated_norm: float64 [E], the sum of gate times norm of output, over the
+      choices that it serves.
+    output: float64 [E, M], the sum of its outputs over all of the tokens, those
+      that do not choose it included.
+  """
+
+  tokens: np.ndarray
+  choices: np.ndarray
+  gate: np.ndarray
+  gated_norm: np.ndarray
+  output: np.ndarray
+
+  @property
+  def unused(self) -> list[int]:
+    """The experts that no calibration token reaches."""
+    return np.flatnonzero(self.choices == 0).tolist()
+
+  @property
+  def mean_output(self) -> Float[np.ndarray, 'E M']:
+    """The mean output of each expert over the tokens of the layer."""
+    return self.output / max(float(self.tokens), 1.0)
+
+
+def _usage(usage: Usage) -> np.ndarray:
+  """The share of choices that falls on each expert."""
+  return usage.choices / max(float(usage.choices.sum()), 1.0)
+
+
+def _gate(usage: Usage) -> np.ndarray:
+  """The mean gate of each expert over the tokens of the layer."""
+  return usage.gate / max(float(usage.tokens), 1.0)
+
+
+def _reap(usage: Usage) -> np.ndarray:
+  """The mean of gate times norm of output, over the tokens that it serves."""
+  return usage.gated_norm / np.maximum(usage.choices, 1.0)
+
+
+# The scores by which experts are ranked, [E]; that of an unused expert is 0.
+# 'reap' is https://arxiv.org/abs/2510.13999, 'usage' that of M-SMoE.
+SCORES: Mapping[str, Callable[[Usage], np.ndarray]] = {
+  'usage': _usage,
+  'gate': _gate,
+  'reap': _reap,
+}
+
+
+def measure(
+  model: Model,
+  variables: Mapping[str, Any],
+  batches: Iterable[Mapping[str, Leaf]],
+) -> dict[int, Usage]:
+  """The statistics of the experts of each sparse layer, by its number.
+
+  Args:
+    model: A model of blocks, whose tokens choose experts.
+    variables: Its variables.
+    batches: Batches of calibration data.
+
+  Raises:
+    ValueError: Experts choose tokens, or there is no sparse layer or no batch.
+  """
+  wrong = [
+    i
+    for i, moe in enumerate(model.moes)
+    if moe is not None and moe.router.by_expert
+  ]
+  if wrong:
+    raise ValueError(
+      f'the experts of layers {wrong} choose tokens, so that all are used '
+      'equally; only experts that tokens choose are merged and pruned'
+    )
+  total = None
+  for batch in batches:
+    sums = jax.tree.map(
+      lambda x: np.asarray(x, np.float64), _measure(model, variables, batch)
+    )
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+  if total is None:
+    raise ValueError('there are no batches of calibration data')
+  return total
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _measure(
+  model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
+) -> dict[int, Usage]:
+  reached = capture(model, variables, batch)
+  layers = sparse_layers(model, variables['params'])
+  return {
+    number: _of_layer(_expert(layer), layer.experts, reached[number])
+    for number, layer in layers.items()
+  }
+
+
+def _of_layer(
+  run: Callable[[Arrays, Array], Array], experts: Arrays, reached: Reached
+) -> Usage:
+  routing = reached.routing
+  kept = routing.kept.reshape(-1, routing.kept.shape[-1])  # [N, K]
+  index = routing.expert_index.reshape(kept.shape)
+  gate = routing.token_gates().reshape(len(kept), -1)  # [N, E]
+  seen = kept.any(-1)
+
+  def one(numbered):
+    e, own = numbered
+    y = run(own, reached.x).astype(jnp.float32).reshape(len(kept), -1)
+    y = jnp.where(seen[:, None], y, 0.0)
+    return y.sum(0), (gate[:, e] * jnp.linalg.norm(y, axis=-1)).sum()
+
+  E = routing.num_experts
+  output, gated_norm = jax.lax.map(one, (jnp.arange(E), experts))
+  served = kept[..., None] & jax.nn.one_hot(index, E, dtype=bool)
+  return Usage(
+    tokens=seen.sum(),
+    choices=served.sum((0, 1)),
+    gate=gate.sum(0),
+    gated_norm=gated_norm,
+    output=output,
+  )
+
+
+def _expert(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
+  """The function from one expert's parameters and groups to its outputs."""
+  module = layer.moe.expert.experts(Gather(), layer.shared)
+
+  def run(own: Arrays, x: Float[Array, 'G S M']) -> Array:
+    G, S, _ = x.shape
+    slot = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (G, S))
+    ones = jnp.ones((G, S, 1), jnp.float32)
+    everyone = Routing(
+      expert_index=jnp.zeros((G, S, 1), jnp.int32),
+      slot=slot[..., None],
+      gate=ones,
+      kept=ones > 0,
+      num_experts=1,
+      capacity=S,
+    )
+    return module.apply({'params': _tree(own)}, x, everyone)[0]
+
+  return run
+
+
+def _tree(own: Arrays) -> dict[str, Any]:
+  """The parameters of one expert as those of a layer of one expert."""
+  tree: dict[str, Any] = {}
+  for path, array in own.items():
+    *above, name = path[path.index(SCOPE) + 1 :]
+    below = tree
+    for part in above:
+      below = below.setdefault(part, {})
+    below[name] = array[None]
+  return tree

@@ -1,0 +1,75 @@
+"""Runs in memory with sparse layers to merge and prune, and their layers."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from moe_jax import layers
+from moe_jax.compression.fewer import Calibrated, smaller
+from moe_jax.compression.usage import measure
+from moe_jax.compression.whole_run import WholeRun
+from moe_jax.data import DataOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models.expert_arrays import sparse_layers
+from moe_jax.partitioning import ShardingOptions
+from moe_jax.routing.capacity import All
+from moe_jax.runs.trained import Described
+from tests.models import tiny
+
+E, K, M, F = 5, 2, 12, 20
+X = np.random.default_rng(7).normal(size=(2, 9, M)).astype(np.float32)
+
+
+def run_of(change=lambda params: params, **moe):
+  """A run of three layers, the last two sparse and gated, with all biases."""
+  gates = moe.pop('gates', 'raw')
+  options = tiny.options(
+    {
+      'layers': '1,2',
+      'capacity': All(),
+      'router': TokenChoice(gates=gates, use_bias=True),
+      **moe,
+    },
+    num_layers=3,
+    use_bias=True,
+    ffn=FfnOptions(F, 'swiglu'),
+  )
+  model = options.build()
+  params = change(tiny.params_of(model))
+  described = Described(options, DataOptions(), ShardingOptions(), 3, None)
+  return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
+
+
+def batch(seed=0):
+  tokens = tiny.tokens(seed)
+  segment_ids = np.ones_like(tokens)
+  segment_ids[0, 7:] = 0
+  return {'tokens': tokens, 'segment_ids': segment_ids} | {
+    'positions': np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  }
+
+
+def calibrated(run):
+  found = sparse_layers(run.model, run.variables['params'])
+  batches = [batch(0), batch(1)]
+  usage = measure(run.model, run.variables, batches)
+  return Calibrated(run, found, usage, batches)
+
+
+def fewer(run, left, router):
+  """The run with the experts that are left."""
+  options, params = smaller(run, left, router)
+  described = run.options._replace(model=options)
+  return WholeRun(run.folder, described, options.build(), {'params': params}, 0)
+
+
+def outputs(run, number):
+  """The output of one sparse layer for `X`, and the choices before drops."""
+  moe, (_, stack) = run.model.moes[number], run.model.stacks[0]
+  module = layers.MoE(moe, stack.block.shared)
+  params = run.model.layer_trees(run.variables['params'])[number]['moe']
+  apply = jax.jit(lambda p, x: module.apply({'params': p}, x, layer=number))
+  y, aux = apply(params, X)
+  return np.asarray(y), np.asarray(aux.stats.load)

@@ -1,0 +1,66 @@
+"""Hidden units in another order: the same layer, and the order is found."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.compression import align
+from moe_jax.models.expert_arrays import assembled, sparse_layers
+from tests.compression.sparse_runs import E, F, outputs, run_of
+
+
+def shuffled(layer, seed=0):
+  """The experts of a layer with hidden units in orders of their own."""
+  rng = np.random.default_rng(seed)
+  axes = {path: layer.axes[path][1:] for path in layer.experts}
+  experts = {path: np.asarray(x) for path, x in layer.experts.items()}
+  every = [
+    align.permuted(align.of_expert(experts, e), rng.permutation(F), axes)
+    for e in range(E)
+  ]
+  return {path: np.stack([own[path] for own in every]) for path in experts}
+
+
+def test_permuted_experts_give_the_same_layer():
+  run = run_of()
+  params = run.variables['params']
+  layer = sparse_layers(run.model, params)[1]
+  assert {path[-1] for path in layer.experts} == {
+    'w_in',
+    'w_gate',
+    'w_out',
+    'b_in',
+    'b_out',
+  }
+  new = {path: jnp.asarray(x) for path, x in shuffled(layer).items()}
+  other = assembled(run.model, params, run.model, {1: new})
+  y, _ = outputs(run, 1)
+  same, _ = outputs(run._replace(variables={'params': other}), 1)
+  np.testing.assert_allclose(same, y, atol=1e-6)
+  # Without the gate's kernel in the same order it is another layer.
+  path = ('moe', 'experts', 'w_gate')
+  half = assembled(
+    run.model, params, run.model, {1: {**new, path: layer.experts[path]}}
+  )
+  wrong, _ = outputs(run._replace(variables={'params': half}), 1)
+  assert np.abs(wrong - y).max() > 1e-2
+
+
+def test_the_order_of_a_permuted_copy_is_found():
+  run = run_of()
+  layer = sparse_layers(run.model, run.variables['params'])[2]
+  copies = {
+    path: np.stack([np.asarray(x[0])] * E) for path, x in layer.experts.items()
+  }
+  mixed = shuffled(layer._replace(experts=copies))
+  path = ('moe', 'experts', 'w_in')
+  assert (mixed[path][1] != mixed[path][3]).any()
+  found = align.aligned(mixed, 3, layer.axes)
+  for path, x in found.items():
+    np.testing.assert_array_equal(x, np.stack([mixed[path][3]] * E))
+
+
+def test_experts_without_hidden_units_are_refused():
+  one = {('scale',): np.ones(3)}
+  with pytest.raises(ValueError, match='none of which has hidden units'):
+    align.permutation(one, one, {('scale',): ('embed',)})

@@ -1,0 +1,144 @@
+"""Feed-forwards made of experts: the rule by hand, and the models they make."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.compression import dense_start
+from moe_jax.layers.ffn import FeedForward, FfnLayer, FfnOptions
+from moe_jax.layers.shared import Shared
+from moe_jax.routing import Routing
+from tests.compression.test_distill import begun, config_of
+from tests.generation import folders
+from tests.training import tiny
+
+M, F, E = 4, 3, 5
+TEACHER = {
+  'ffn': {'activation': 'swiglu'},
+  'use_bias': True,
+  'moe': {
+    'num_experts': 4,
+    'num_selected': 2,
+    'router': {'token_choice': {'gates': 'renormalized'}},
+    'capacity': {'kind': 'all'},
+  },
+}
+
+
+def test_experts_are_ranked_by_their_mean_gate():
+  # Three tokens choose two of five experts. Expert 4 serves one token with 0.9;
+  # expert 2 serves three, with 0.5, 0.4 and 0.3, the last of which is dropped;
+  # expert 0 has 0.6 once, 1 and 3 nothing.
+  routing = Routing(
+    expert_index=jnp.array([[[2, 4], [0, 2], [2, 3]]]),
+    slot=jnp.zeros((1, 3, 2), jnp.int32),
+    gate=jnp.array([[[0.5, 0.9], [0.6, 0.4], [0.0, 0.0]]]),
+    kept=jnp.array([[[True, True], [True, True], [False, False]]]),
+    num_experts=E,
+    capacity=None,
+  )
+  gates, tokens = map(np.asarray, dense_start.gate_sums(routing))
+  np.testing.assert_allclose(gates, [0.6, 0, 0.9, 0, 0.9], rtol=1e-6)
+  np.testing.assert_array_equal(tokens, [1, 0, 2, 0, 1])
+  # By sums 2 and 4 would tie; by means it is 0.9, 0.6, 0.45.
+  assert dense_start.rank(gates, tokens) == (4, 0, 2, 1, 3)
+
+
+def test_two_experts_of_hand_made_numbers():
+  experts = {
+    'w_in': jnp.array([[[1.0, 2.0]], [[5.0, 6.0]], [[3.0, 4.0]]]),  # [E, 1, 2]
+    'b_in': jnp.array([[1.0, 2.0], [5.0, 6.0], [3.0, 4.0]]),
+    'w_out': jnp.array([[[2.0], [4.0]], [[1.0], [1.0]], [[6.0], [8.0]]]),
+    'b_out': jnp.array([[2.0], [7.0], [4.0]]),
+  }
+  joined = {n: dense_start.joined(experts, n, (2, 0)) for n in experts}
+  np.testing.assert_array_equal(joined['w_in'], [[3, 4, 1, 2]])
+  np.testing.assert_array_equal(joined['b_in'], [3, 4, 1, 2])
+  np.testing.assert_array_equal(joined['w_out'], [[3], [4], [1], [2]])
+  np.testing.assert_array_equal(joined['b_out'], [3])
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'swiglu'])
+def test_the_output_is_the_mean_of_the_experts(activation):
+  shared = Shared(use_bias=True)
+  layer = FfnLayer(FfnOptions(F, activation), shared)
+  shapes = layer.axes((E,), M)
+  sizes = {'expert': E, 'embed': M, 'expert_mlp': F}
+  rng = np.random.default_rng(0)
+  experts = {
+    name: jnp.asarray(rng.normal(size=[sizes[a] for a in axes]), jnp.float32)
+    for name, axes in shapes.items()
+  }
+  x = jnp.asarray(rng.normal(size=(7, M)), jnp.float32)
+  numbers = (3, 1, 4)
+  dense = {n: dense_start.joined(experts, n, numbers) for n in experts}
+  wide = FeedForward(FfnOptions(3 * F, activation), shared)
+  y = wide.apply({'params': dense}, x)
+  each = FeedForward(FfnOptions(F, activation), shared)
+  alone = [
+    each.apply({'params': {n: p[e] for n, p in experts.items()}}, x)
+    for e in numbers
+  ]
+  np.testing.assert_allclose(y, sum(alone) / 3, rtol=1e-5, atol=1e-5)
+
+
+# Both halves of an encoder-decoder have a sparse layer.
+PAIR = {
+  'model': {'kind': 'encoder_decoder', 'encoder': {'num_layers': 2}},
+  'data': {
+    'task': {'kind': 'seq2seq'},
+    'source': {'kind': 'python_stdlib_docstrings'},
+    'target_len': 16,
+  },
+}
+
+
+def with_even_routers(params):
+  """The parameters with zeros as the kernels of routers."""
+
+  def even(path, leaf):
+    return 0 * leaf if any(key.key == 'router' for key in path) else leaf
+
+  return jax.tree_util.tree_map_with_path(even, params)
+
+
+@pytest.mark.parametrize(
+  ('model', 'says'),
+  [
+    ({'moe': {'num_experts': 0, 'num_selected': 8}}, 'width 160 of a feed-fo'),
+    ({'ffn': {'hidden': 24, 'activation': 'swiglu'}}, 'not dense'),
+    ({'moe': {'num_experts': 0}, 'ffn': {'activation': 'relu'}}, "'relu'"),
+  ],
+)
+def test_what_cannot_be_concatenated_is_refused(model, says):
+  options = (tiny.options(model=m) for m in ({**TEACHER, **model}, TEACHER))
+  with pytest.raises(ValueError, match=says):
+    dense_start.plan(*map(tiny.model_of, options), {}, [])
+
+
+@pytest.mark.parametrize(
+  'pair', [{}, pytest.param(PAIR, marks=pytest.mark.slow)]
+)
+def test_a_twin_of_a_teacher_with_even_gates_is_the_teacher(pair, tmp_path):
+  # A router without weights sends every token to experts 0 and 1 with gates of
+  # one half, so that the concatenated twin computes what the teacher does.
+  teacher = tmp_path / 'teacher'
+  sparse = {**TEACHER, **pair.get('model', {})}
+  pair = {**pair, 'model': sparse}
+  params = folders.write(teacher, change=with_even_routers, **pair)[3]
+  dense = {**sparse, 'moe': {'num_experts': 0, 'num_selected': 2}}
+  options = {'start': 'concatenated', 'start_batches': 2}
+  run, own, said = begun(
+    config_of(teacher, **{**pair, 'model': dense}, distil=options),
+    tmp_path / 'run',
+  )
+  assert 'experts [0, 1] of layer 1' in said
+  batch = next(run.batches(0))
+  sparse = tiny.model_of(tiny.options(**pair), run.dataset.vocab_size)
+  outputs = [
+    jax.jit(lambda p, m=m: m.apply({'params': p}, **m.inputs(batch)))(p)[0]
+    for m, p in ((run.model, own), (sparse, params))
+  ]
+  real = np.asarray(batch['segment_ids']) > 0
+  np.testing.assert_allclose(outputs[0][real], outputs[1][real], atol=2e-5)

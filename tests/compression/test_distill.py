@@ -1,0 +1,336 @@
+"""Runs that learn from another run, from config to step."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config_file, run_config
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import distill
+from moe_jax.data import tokenizers
+from moe_jax.interop.import_run import import_run
+from moe_jax.options import OptionError
+from moe_jax.run_config import RunConfig
+from moe_jax.runs import metrics
+from moe_jax.sections import merge, settle
+from moe_jax.training import begin, loop, setup
+from tests.generation import folders
+from tests.interop import folders as imported
+from tests.training import tiny
+from tests.training.test_loop import SigtermAt
+
+TEACHER = {'moe': {'num_experts': 4, 'num_selected': 2}}
+STUDENT = {'moe': {'num_experts': 0, 'num_selected': 2}}
+SHORT = {'sample': {'num_tokens': 0}, 'optimizer': {'clip_norm': 0.0}}
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+  """The folder of a sparse run with a checkpoint of step 3."""
+  folder = tmp_path_factory.mktemp('teacher')
+  folders.write(folder, model=TEACHER)
+  return folder
+
+
+def config_of(teacher, *, model=STUDENT, distil=(), **overrides):
+  """Config of a run that the teacher teaches; `distil` has its options."""
+  config = tiny.config(**{**SHORT, 'model': model, **overrides})
+  options = {'teacher': str(teacher), **dict(distil)}
+  return merge(config, {'distill': options})
+
+
+def started(config, workdir, devices=1):
+  """A run with its hook started, its first state and its first batch."""
+  options = run_config.read(config)
+  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
+  hook = distill.Distilling()
+  with run.checkpoints:
+    state = begin.begin(run, hook.initial)
+  hook.start(run)
+  return run, state, next(run.batches(0))
+
+
+def begun(config, workdir):
+  """A run, and the parameters and the line with which it begins."""
+  options = run_config.read(config)
+  run = setup.set_up(options, workdir, devices=jax.devices()[:1])
+  variables, said = distill.Distilling().initial(run)
+  return run, variables['params'], said
+
+
+def first_step(config, workdir, devices=1):
+  """The state and the metrics after one step, on the host."""
+  run, state, batch = started(config, workdir, devices)
+  return jax.device_get(run.train_step(state, batch))
+
+
+def train(config, workdir, *hooks):
+  distilling = distill.Distilling()
+  return loop.train_and_evaluate(
+    run_config.read(config),
+    workdir,
+    hooks=[distilling, *hooks],
+    devices=jax.devices()[:1],
+    initial=distilling.initial,
+  )
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+MIX = {'hard_weight': 0.5, 'soft_weight': 0.5, 'temperature': 2.0}
+LARGE = {'batch_size': 16, 'distil': MIX}
+
+
+@pytest.fixture(scope='module')
+def one(teacher, tmp_path_factory):
+  """The first parameters, the batch, and the results of one step."""
+  config = config_of(teacher, **LARGE)
+  run, state, batch = started(config, tmp_path_factory.mktemp('one'))
+  params = jax.device_get(state.params)
+  return params, batch, jax.device_get(run.train_step(state, batch))
+
+
+def test_the_step_has_the_loss_of_the_definition(teacher, one, tmp_path):
+  params, batch, (_, step) = one
+  outputs = []
+  for kind, own in (
+    (STUDENT, params),
+    (TEACHER, folders.write(tmp_path, model=TEACHER)[3]),
+  ):
+    model = tiny.model_of(tiny.options(model=kind))
+    apply = jax.jit(functools.partial(model.apply, **model.inputs(batch)))
+    outputs.append(np.asarray(apply({'params': own})[0], np.float64))
+  nats = weights = 0.0
+  for b, t in np.ndindex(*batch['tokens'].shape):
+    w = float(batch['loss_weights'][b, t])
+    student, sparse = (o[b, t] for o in outputs)
+    hard = -log_softmax(student)[int(batch['targets'][b, t])]
+    soft = -(softmax(sparse / 2) * log_softmax(student / 2)).sum()
+    nats += w * (0.5 * hard + 0.5 * 2**2 * soft)
+    weights += w
+  np.testing.assert_allclose(step.loss, nats / weights, rtol=1e-5)
+
+
+def softmax(x):
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def log_softmax(x):
+  return np.log(softmax(x))
+
+
+def assert_same_step(result, one):
+  (state, step), (first, expected) = result, one[2]
+  np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-5)
+  np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-4)
+  # Its moments are those of the gradient.
+  assert_close(state.opt_state, first.opt_state, 1e-3, 1e-6)
+
+
+@pytest.mark.slow
+def test_microbatches_change_nothing(teacher, one, tmp_path):
+  config = config_of(teacher, **LARGE, microbatches=4)
+  assert_same_step(first_step(config, tmp_path), one)
+
+
+@pytest.mark.slow
+def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
+  table = {'sharding': {'expert': '', 'expert_mlp': 'expert'}}
+  config = config_of(
+    teacher,
+    batch_size=16,
+    microbatches=2,
+    distil={**MIX, **table},
+    mesh={'data': 1, 'fsdp': 2, 'expert': 4},
+  )
+  run, state, batch = started(config, tmp_path, 8)
+  assert 'teacher: step 3' in capsys.readouterr().out
+  # The teacher's table splits the width of its experts, not their number.
+  (variables,) = run.train_step.given(state).values()
+  kernel = variables['layers']['layer_1']['moe']['experts']['w_in']
+  assert kernel.addressable_shards[0].data.shape == (1, 4, 8, 5)
+  compiled = run.train_step.lower(
+    run.programs.abstract_state, run.options.batch_shapes(run.model)
+  ).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes
+  assert_same_step(jax.device_get(compiled(state, batch)), one)
+
+
+def test_hard_labels_alone_are_ordinary_training(teacher, tmp_path):
+  hard = {'hard_weight': 1.0, 'soft_weight': 0.0}
+  taught = started(config_of(teacher, distil=hard), tmp_path / 'taught')[0]
+  # No teacher is computed: the step is the run's own.
+  step = taught.programs.train_step
+  assert taught.train_step is step
+  assert not isinstance(step, distill.Taught)
+
+
+def test_all_but_experts_begin_as_the_teachers(teacher, tmp_path):
+  params = folders.write(tmp_path / 'again', model=TEACHER)[3]
+  _, own, said = begun(config_of(teacher), tmp_path / 'run')
+  assert 'beginning with the weights of step 3' in said
+  assert 'feed-forwards of layers [1] drawn anew' in said
+  sparse = params['layers'].pop('layer_1')
+  dense = own['layers'].pop('layer_1')
+  jax.tree.map(np.testing.assert_array_equal, own, params)
+  assert sparse.pop('moe').keys() == {'experts', 'router'}
+  new = dense.pop('ffn')
+  jax.tree.map(np.testing.assert_array_equal, dense, sparse)
+  # The twin's feed-forward is that of a run without a teacher.
+  own = tiny.params_of(tiny.options(model=STUDENT))['layers']['layer_1']['ffn']
+  jax.tree.map(np.testing.assert_array_equal, new, own)
+
+
+@pytest.mark.slow
+def test_a_sparse_student_begins_with_new_experts(teacher, tmp_path):
+  moe = {'moe': {'num_experts': 2, 'num_selected': 1}}
+  _, own, _ = begun(config_of(teacher, model=moe), tmp_path / 'run')
+  params = folders.write(tmp_path / 'again', model=TEACHER)[3]
+  np.testing.assert_array_equal(own['embedding'], params['embedding'])
+  kernel = own['layers']['layer_1']['moe']['experts']['w_in']
+  assert kernel.shape == (1, 2, 16, 20)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
+  source = tmp_path / 'source'
+  shutil.copytree(teacher, source)
+  config = config_of(source, model={**STUDENT, 'dropout': 0.1})
+  whole = train(config, tmp_path / 'whole')
+  assert int(train(config, tmp_path / 'run', SigtermAt(3)).step) == 3
+  # The teacher has trained on since; the run keeps to the checkpoint it had.
+  folders.write(tmp_path / 'newer', steps=(9,), model=TEACHER)
+  shutil.copytree(
+    tmp_path / 'newer' / 'checkpoints' / '9', source / 'checkpoints' / '9'
+  )
+  resumed = train(config, tmp_path / 'run')
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  rows = metrics.read_metrics(tmp_path / 'whole' / metrics.FILE_NAME)
+  assert all(np.isfinite(row['train/loss']) for row in rows if 'loss' in row)
+  shutil.rmtree(source / 'checkpoints' / '3')
+  with pytest.raises(ValueError, match='checkpoint'):
+    train(config, tmp_path / 'run')
+
+
+def test_what_does_not_fit_is_refused(teacher, tmp_path):
+  options = run_config.read(config_of(teacher))
+  run = setup.set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
+
+  def refused(message, folder=teacher, model=STUDENT, **changes):
+    own = run_config.read(config_of(folder, model=model, **changes))
+    model = own.filled(257).build()
+    changed = dataclasses.replace(run, options=own.filled(257), model=model)
+    with pytest.raises(ValueError, match=message):
+      distill.Distilling().initial(changed)
+    assert not (tmp_path / 'run').exists()
+
+  refused('holds no trained run', tmp_path / 'nothing')
+  letters = tokenizers.Chars('abc')
+  folders.write(tmp_path / 'letters', tokenizer=letters, model=TEACHER)
+  refused('was trained on tokens of', tmp_path / 'letters')
+  refused(r'embedding: \[257, 16\] there', model={**STUDENT, 'width': 32})
+  large = {**STUDENT, 'vocab_size': 300}
+  refused('logits of vocab_size=257, this model of 300', model=large)
+  pair = {'kind': 'encoder_decoder', 'moe': {'num_experts': 0}}
+  data = {
+    'task': {'kind': 'seq2seq'},
+    'source': {'kind': 'python_stdlib_docstrings'},
+    'target_len': 24,
+  }
+  refused('it is a Decoder, which does not read', model=pair, data=data)
+  folders.write(
+    tmp_path / 'whole', model={'moe': {**TEACHER['moe'], 'group_size': -1}}
+  )
+  refused('group_size=-1 with microb', tmp_path / 'whole', microbatches=2)
+
+
+def test_a_teacher_without_its_hook_is_refused(teacher, tmp_path):
+  options = run_config.read(config_of(teacher))
+  with pytest.raises(ValueError, match=r"\['distill'\] of the config have no"):
+    loop.train_and_evaluate(options, tmp_path / 'run')
+
+
+def test_options_that_contradict_are_refused(teacher):
+  def read(model=STUDENT, **distil):
+    return run_config.read(config_of(teacher, distil=distil, model=model))
+
+  with pytest.raises(OptionError, match='there is nothing to learn'):
+    read(hard_weight=0.0, soft_weight=0.0)
+  with pytest.raises(OptionError, match=r'teacher=.* has no effect with so'):
+    read(soft_weight=0.0, start='none')
+  with pytest.raises(OptionError, match=r'temperature=2\.0 has no effect'):
+    read(soft_weight=0.0, temperature=2.0)
+  begins = {'init_from': {'workdir': 'runs/other'}}
+  with pytest.raises(OptionError, match='a run begins with one of them'):
+    run_config.read(merge(config_of(teacher), begins))
+
+
+def test_another_teacher_of_the_same_step_is_noticed(teacher, tmp_path):
+  source = tmp_path / 'source'
+  shutil.copytree(teacher, source)
+  run, _, _ = started(config_of(source), tmp_path / 'run')
+  path = source / 'checkpoints' / '3' / 'manifest.json'
+  path.write_text(path.read_text() + '\n')
+  with pytest.raises(ValueError, match='is not that which taught'):
+    distill.Distilling().start(run)
+
+
+def test_the_command_becomes_that_of_training(monkeypatch):
+  became = []
+  monkeypatch.setattr('os.execv', lambda *command: became.append(command))
+  command.main(
+    [
+      'distill',
+      '--teacher=a',
+      '--config=b.py',
+      '--workdir=c',
+      '--resume',
+      '--config.seed=3',
+    ]
+  )
+  program = [sys.executable, '-m', 'moe_jax.main']
+  arguments = [
+    '--config=b.py',
+    '--workdir=c',
+    '--config.distill.teacher=a',
+    '--config.seed=3',
+    '--resume',
+  ]
+  assert became == [(sys.executable, [*program, *arguments])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'start'),
+  [('mixtral', 'concatenated'), ('switch_transformers', 'non_experts')],
+)
+def test_an_imported_model_teaches(kind, start, tmp_path, capsys):
+  pytest.importorskip('transformers')
+  imported.write(tmp_path / 'hf', kind)
+  short = config_file.load_config(str(imported.write_config(tmp_path)))
+  import_run(
+    tmp_path / 'hf',
+    tmp_path / 'teacher',
+    run_config.read(short),
+    devices=jax.devices()[:1],
+  )
+  before = config_file.config_of(str(tmp_path / 'teacher' / 'config.py'))
+  changes = {
+    'model': {'moe': {'num_experts': 0}},
+    'distill': {'teacher': str(tmp_path / 'teacher'), 'start': start},
+  }
+  config = settle(RunConfig, before, merge(before, changes))[0]
+  state = train(config, tmp_path / 'student')
+  assert int(state.step) == 2
+  said = capsys.readouterr().out
+  assert 'beginning with the weights of step 0' in said
+  assert ('their outputs averaged' in said) == (start == 'concatenated')

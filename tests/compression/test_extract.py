@@ -1,0 +1,306 @@
+"""A model of one task computes what the whole one does for that task."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import data, generate, run_config, sections
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import extract, whole_run
+from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import Sentence, Task, TokenChoice
+from moe_jax.models import MODELS
+from moe_jax.routing import All
+from moe_jax.training.loop import train_and_evaluate
+from tests.generation import folders
+from tests.models import tiny
+from tests.training import tiny as tiny_runs
+
+B, T, N = tiny.B, tiny.T, 4
+ROOM = dict(capacity=All(), dispatch=Dropless(), group_size=-1)
+BY_TASK = dict(
+  num_experts=5, num_selected=2, router=Task(gates='renormalized'), **ROOM
+)
+KINDS = {
+  'decoder': dict(moe=BY_TASK | dict(layers='every 2'), use_bias=True),
+  'encoder by token': dict(
+    kind='encoder_decoder',
+    moe=BY_TASK,
+    use_bias=True,
+    encoder=dict(
+      overrides={
+        'moe': {
+          'router': {'kind': 'token_choice'},
+          'num_experts': 3,
+          'num_selected': 1,
+        }
+      }
+    ),
+  ),
+  'both by task': dict(
+    kind='encoder_decoder',
+    moe=BY_TASK | dict(num_selected=3, router=Task(), output_masking=0.25),
+    ffn=dict(activation='swiglu'),
+    encoder=dict(num_layers=3, overrides={'moe': {'layers': '0,2'}}),
+  ),
+  'decoder by token': dict(
+    kind='encoder_decoder',
+    moe=dict(num_experts=5, **ROOM),
+    encoder=dict(overrides={'moe': {'router': {'kind': 'task'}}}),
+  ),
+}
+
+
+def options_of(moe, **changes):
+  return dataclasses.replace(tiny.options(moe, **changes), num_tasks=N)
+
+
+def inputs(model, task=None):
+  arrays = {}
+  for i, prefix in enumerate(model.sequences):
+    arrays[f'{prefix}tokens'] = jnp.asarray(tiny.tokens(i))
+    segments = np.minimum(np.arange(T) // 4 + 1, 2) * (np.arange(T) < 9)
+    arrays[f'{prefix}segment_ids'] = jnp.asarray(
+      np.broadcast_to(segments, (B, T)).astype(np.int32)
+    )
+  for prefix in () if task is None else model.task_sequences:
+    arrays[f'{prefix}task_ids'] = jnp.full((B, T), task, jnp.int32)
+  return arrays
+
+
+@functools.cache
+def applied(model):
+  return jax.jit(lambda params, given: model.apply({'params': params}, **given))
+
+
+def logits(model, params, task=None):
+  given = inputs(model, task)
+  real = given['segment_ids'] > 0  # padding meets no expert
+  return applied(model)(params, given)[0][real]
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name == 'decoder' else pytest.mark.slow)
+    for name in KINDS
+  ],
+)
+def test_logits_are_those_of_the_whole_model(name):
+  options = options_of(**KINDS[name])
+  whole = options.build()
+  params = tiny.params_of(whole)
+  every = []
+  for task in range(N):
+    small = extract.extract(options, params, task)
+    model = small.options.build()
+    assert not model.task_sequences and small.layers
+    shapes = jax.tree.map(jnp.shape, tiny.params_of(model))
+    assert jax.tree.map(jnp.shape, small.params) == shapes
+    expected = logits(whole, params, task)
+    np.testing.assert_allclose(
+      logits(model, small.params), expected, atol=1e-5, rtol=1e-5
+    )
+    every.append(expected)
+  # The tasks differ, so that the gates of another would have been seen.
+  assert min(np.abs(every[0] - other).max() for other in every[1:]) > 1e-2
+  # The options are those of a run: what a config says of them is read again.
+  section = sections.choice_section(MODELS, small.options)
+  assert sections.read_choice(MODELS, section, 'model.') == small.options
+
+
+def test_a_layer_of_two_experts_by_hand():
+  # Expert 2 doubles its token, expert 0 adds 1 to it if it is positive. The
+  # task goes to both, with gates of 3/4 and 1/4: 3/4 * 2x + 1/4 * (x + 1).
+  experts = {
+    'w_in': jnp.array([[[1.0]], [[9.0]], [[1.0]]]),  # [E, M, F]
+    'b_in': jnp.zeros((3, 1)),
+    'w_out': jnp.array([[[1.0]], [[9.0]], [[2.0]]]),
+    'b_out': jnp.array([[1.0], [9.0], [0.0]]),
+  }
+  params = {'tasks': jnp.log(jnp.array([[1.0, 1.0, 1.0], [1.0, 0.1, 3.0]]))}
+  options = MoeOptions(
+    num_experts=3,
+    num_selected=2,
+    router=Task(gates='renormalized'),
+    capacity=All(),
+  )
+  index, gate = options.router.of_task(options.sizes, params, 1)
+  assert index.tolist() == [2, 0]
+  np.testing.assert_allclose(gate, [0.75, 0.25], rtol=1e-6)
+  dense = extract.as_one(experts, index, gate)
+  np.testing.assert_allclose(dense['w_in'], [[1.0, 1.0]])
+  np.testing.assert_allclose(dense['w_out'], [[1.5], [0.25]], rtol=1e-6)
+  np.testing.assert_allclose(dense['b_out'], [0.25], rtol=1e-6)
+
+
+def test_bytes_fall_as_counted():
+  options = options_of(**KINDS['decoder'])
+  params = tiny.params_of(options.build())
+  small = extract.extract(options, params, 0)
+  before, after = (
+    sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    for tree in (params, small.params)
+  )
+  M, F, E, K = 12, 20, 5, 2
+  kernels, hidden_biases = (E - K) * 2 * M * F, (E - K) * F
+  lost = kernels + hidden_biases + (E - 1) * M + N * E
+  assert len(small.layers) == 1 and before - after == 4 * lost
+
+
+def test_other_models_are_refused():
+  routers = (
+    TokenChoice(),
+    Sentence(),
+  )
+  for router in routers:
+    options = tiny.options(
+      dict(router=router, allow_future_leak=True, capacity=All())
+    )
+    with pytest.raises(ValueError, match='no router by task'):
+      extract.extract(options, {}, 0)
+  with pytest.raises(ValueError, match='dense'):
+    extract.extract(tiny.options(dict(num_experts=0)), {}, 0)
+
+
+def test_a_balancing_bias_that_would_be_lost_is_refused():
+  biased = {'gates': 'sigmoid', 'balance_bias_rate': 0.1}
+  router = {'kind': 'token_choice', 'token_choice': biased}
+  options = options_of(
+    kind='encoder_decoder',
+    moe=BY_TASK,
+    encoder=dict(overrides={'moe': {'router': router}}),
+  )
+  assert options.build().keeps_router_state
+  with pytest.raises(ValueError, match='layer 0: TokenChoice keeps a state'):
+    extract.extract(options, {}, 0)
+
+
+def languages_of(names, source):
+  """Overrides of a run of an encoder-decoder that has a task for each name."""
+  return dict(
+    data=dict(
+      source=dict(python_stdlib=dict(modules='')),
+      task=dict(kind='seq2seq'),
+      mixture=dict(sources={name: source(name) for name in names}),
+      seq_len=32,
+      target_len=24,
+    ),
+    model=dict(
+      kind='encoder_decoder',
+      positions=dict(kind='relative'),
+      moe=dict(
+        num_selected=2,
+        router=dict(kind='task', task=dict(gates='renormalized')),
+        capacity=dict(kind='all'),
+        dispatch=dict(kind='dropless'),
+      ),
+      encoder=dict(overrides={'moe': {'router': {'kind': 'token_choice'}}}),
+    ),
+  )
+
+
+def extracted(capsys, folder, task, output):
+  """The run that the command writes, and what it says."""
+  flags = f'--run={folder}', f'--task={task}', f'--output={output}'
+  command.main(['extract', *flags])
+  return whole_run.read(output), capsys.readouterr().out
+
+
+def answer(capsys, folder, *more):
+  generate.main([f'--workdir={folder}', '--prompt=ab', '--num_tokens=5', *more])
+  return capsys.readouterr().out
+
+
+def refused(capsys, main, argv):
+  with pytest.raises(SystemExit):
+    main(argv)
+  return capsys.readouterr().err
+
+
+def test_the_commands(tmp_path, capsys):
+  overrides = languages_of(
+    ('copy', 'reverse'), lambda name: {'kind': 'instructions', 'task': name}
+  )
+  folders.write(tmp_path / 'run', **overrides)
+  run = whole_run.read(tmp_path / 'run')
+  new, said = extracted(capsys, run.folder, 'reverse', tmp_path / 'new')
+  small = extract.extract(run.options.model, run.variables['params'], 1)
+  jax.tree.map(
+    np.testing.assert_array_equal, new.variables['params'], small.params
+  )
+  assert (
+    'layer 3: 2 of 4 experts kept, a dense feed-forward of width 40' in said
+  )
+  assert 'times fewer bytes' in said
+  whole = answer(capsys, run.folder, '--task=reverse')
+  assert answer(capsys, new.folder) == whole
+  assert answer(capsys, run.folder, '--task=copy') != whole
+  prompt = [f'--workdir={run.folder}', '--prompt=ab']
+  said = refused(capsys, generate.main, prompt)
+  assert "give --task, one of ['copy', 'reverse']" in said
+  said = refused(capsys, generate.main, [*prompt, '--task=copie'])
+  assert "did you mean 'copy'?" in said
+  prompt[0] = f'--workdir={new.folder}'
+  said = refused(capsys, generate.main, [*prompt, '--task=copy'])
+  assert 'no router of the model goes by task' in said
+  flags = ['extract', f'--run={run.folder}', f'--output={tmp_path / "x"}']
+  said = refused(capsys, command.main, [*flags, '--task=recopy'])
+  assert "have ['copy', 'reverse']" in said
+  flags[1] = f'--run={new.folder}'
+  said = refused(capsys, command.main, [*flags, '--task=copy'])
+  assert 'no router by task' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('names', [('de', 'fr'), ('de', 'es', 'fr', 'ru')])
+def test_a_trained_model_gives_one_for_each_language(tmp_path, capsys, names):
+  pytest.importorskip('django')
+  overrides = languages_of(
+    names, lambda name: {'kind': 'django_gettext', 'languages': name}
+  )
+  overrides['evals'] = {'losses': {'kind': 'source_losses', 'num_batches': 2}}
+  options = tiny_runs.options(
+    total_steps=20,
+    batch_size=8,
+    optimizer=dict(learning_rate=1e-2),
+    **overrides,
+  )
+  one = dict(devices=jax.devices()[:1])
+  train_and_evaluate(options, tmp_path / 'run', **one)
+  run = whole_run.read(tmp_path / 'run')
+  dataset = data.load(run.options.data)
+  chosen = set()
+  for number, name in enumerate(names):
+    new, _ = extracted(capsys, run.folder, name, tmp_path / name)
+    rows = dataset.parts[name].splits['validation']
+    batch = jax.tree.map(jnp.asarray, rows.take(np.arange(4)))
+    real = batch['segment_ids'] > 0
+    expected, found = (
+      applied(own.model)(own.variables['params'], own.model.inputs(batch))[0]
+      for own in (run, new)
+    )
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
+    before, after = (
+      sum(leaf.nbytes for leaf in jax.tree.leaves(own.variables['params']))
+      for own in (run, new)
+    )
+    M, F, E, K, N = 16, 20, 4, 2, len(names)
+    assert before - after == 4 * (E - K) * 2 * M * F + 4 * N * E
+    layer = run.model.layer_trees(run.variables['params'])[3]
+    moe = run.model.moes[3]
+    router = layer['moe']['router']
+    chosen.add(str(moe.router.of_task(moe.sizes, router, number)))
+  assert len(chosen) == len(names)
+  # The last one trains on, with its own config.
+  config = run_config.from_file(tmp_path / name / 'first_config.json')
+  config.total_steps = 2
+  state = train_and_evaluate(
+    run_config.read(config), tmp_path / name, resume=True, **one
+  )
+  assert int(state.step) == 2

@@ -1,0 +1,260 @@
+"""Merging and pruning: what stays the same, what changes, and by how much."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.compression import merge, prune
+from moe_jax.compression.fewer import (
+  check_columns,
+  check_layer,
+  numbers,
+  numbers_by_share,
+  only,
+)
+from moe_jax.layers.retained import Retained
+from moe_jax.layers.routers import Hash, TokenChoice
+from moe_jax.models.expert_arrays import assembled, sparse_layers, untied
+from tests.compression import sparse_runs
+from tests.compression.sparse_runs import E, fewer, outputs, run_of
+from tests.compression.test_align import shuffled
+from tests.models import tiny
+
+
+@functools.cache
+def before(**moe):
+  return sparse_runs.calibrated(run_of(**moe))
+
+
+def with_layers(run, change):
+  """The run whose sparse layers' arrays are changed by change(layer)."""
+  params = run.variables['params']
+  changes = {
+    n: jax.tree.map(jnp.asarray, change(layer))
+    for n, layer in sparse_layers(run.model, params).items()
+  }
+  params = assembled(run.model, params, run.model, changes)
+  return run._replace(variables={'params': params})
+
+
+def unloved(layer, expert=1):
+  """A router whose biases keep tokens from one expert, yet not far."""
+  path = ('moe', 'router', 'b')
+  return {path: layer.columns[path].at[expert].add(-6.0)}
+
+
+@pytest.mark.parametrize('router', ['tied', 'shrunk'])
+def test_as_many_experts_as_before_are_the_same_bits(router):
+  own = before()
+  counts = {1: E, 2: E}
+  for left in (merge.merge(own, counts), prune.prune(own, counts)):
+    same = fewer(own.run, left, router)
+    assert same.options.model == own.run.options.model
+    old = tiny.leaves(own.run.variables['params'])
+    new = tiny.leaves(same.variables['params'])
+    assert old.keys() == new.keys()
+    for name in old:
+      np.testing.assert_array_equal(old[name], new[name])
+
+
+def test_merging_equal_experts_under_tied_columns_changes_nothing():
+  def doubled(layer):
+    # Experts 3 and 4 are 0 and 2 with their hidden units in another order.
+    index = np.array([0, 1, 2, 0, 2])
+    experts = {p: np.asarray(x)[index] for p, x in layer.experts.items()}
+    return shuffled(layer._replace(experts=experts), layer.number)
+
+  run = with_layers(run_of(), doubled)
+  own = sparse_runs.calibrated(run)
+  for group_by in ('outputs', 'weights'):
+    left = merge.merge(own, {1: 3, 2: 4}, group_by=group_by)
+    assert left[1].row == (0, 1, 2, 0, 2)
+  new = fewer(run, left, 'tied')
+  assert new.options.model.moe.retained.rows == {1: left[1].row, 2: left[2].row}
+  for n in (1, 2):
+    y, load = outputs(run, n)
+    same, same_load = outputs(new, n)
+    np.testing.assert_allclose(same, y, atol=1e-5)
+    np.testing.assert_array_equal(same_load, load)
+  # A shrunk router has lost columns, so that tokens choose otherwise.
+  shrunk, _ = outputs(fewer(run, left, 'shrunk'), 1)
+  assert np.abs(shrunk - y).max() > 1e-2
+
+
+def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
+  own = before()
+  layer, usage = own.layers[1], own.usage[1]
+  usage = usage._replace(choices=np.array([6.0, 0, 2, 0, 0]))
+  left = merge.merged(layer, usage, ((0, 2), (1, 3), (4,)))
+  assert left.row == (0, 1, 0, 1, 2)
+  w = ('moe', 'router', 'w')
+  old, new = np.asarray(layer.columns[w]), np.asarray(left.columns[w])
+  np.testing.assert_allclose(
+    new[:, 0], 0.75 * old[:, 0] + 0.25 * old[:, 2], rtol=1e-6
+  )
+  # Nobody used 1 and 3: their mean is even.
+  np.testing.assert_allclose(new[:, 1], (old[:, 1] + old[:, 3]) / 2, rtol=1e-6)
+  np.testing.assert_array_equal(new[:, 2], old[:, 4])
+  b = ('moe', 'experts', 'b_out')  # it has no hidden units to align
+  old, new = np.asarray(layer.experts[b]), np.asarray(left.experts[b])
+  np.testing.assert_allclose(new[0], 0.75 * old[0] + 0.25 * old[2], rtol=1e-6)
+  np.testing.assert_array_equal(new[2], old[4])
+  # An expert that no token reached has no weight beside one that is used.
+  left = merge.merged(layer, usage, ((0, 1), (2,), (3,), (4,)))
+  for path, x in left.experts.items():
+    np.testing.assert_array_equal(x[0], layer.experts[path][0])
+
+
+@pytest.mark.parametrize(
+  ('gates', 'router', 'same'),
+  [
+    ('raw', 'masked', True),
+    pytest.param('renormalized', 'masked', True, marks=pytest.mark.slow),
+    ('renormalized', 'shrunk', True),
+    pytest.param('sigmoid', 'shrunk', True, marks=pytest.mark.slow),
+    ('raw', 'shrunk', False),
+  ],
+)
+def test_pruning_what_nobody_chooses(gates, router, same):
+  run = with_layers(run_of(gates=gates), unloved)
+  y, load = outputs(run, 1)
+  assert load[1] == 0
+  stay = [0, 2, 3, 4]
+  layers = sparse_layers(run.model, run.variables['params'])
+  left = {n: only(layer, stay) for n, layer in layers.items()}
+  new = fewer(run, left, router)
+  pruned, _ = outputs(new, 1)
+  if same:
+    np.testing.assert_allclose(pruned, y, rtol=1e-5, atol=1e-5)
+    return
+  # The formula: outputs grow by 1 / (1 - p).
+  x = sparse_runs.X
+  p = np.asarray(prune.probabilities(layers[1], jnp.asarray(x)))
+  params = run.model.layer_trees(run.variables['params'])[1]['moe']['router']
+  logits = x @ np.asarray(params['w']) + np.asarray(params['b'])
+  odds = np.exp(logits)
+  np.testing.assert_allclose(
+    p, odds / odds.sum(-1, keepdims=True), rtol=1e-4, atol=1e-6
+  )
+  assert p[..., 1].max() > 1e-3
+  np.testing.assert_allclose(
+    pruned, y / (1 - p[..., 1:2]), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_the_growth_of_raw_gates_is_measured_on_calibration_data():
+  run = with_layers(run_of(), unloved)
+  own = sparse_runs.calibrated(run)
+  left = prune.prune(own, {1: 4, 2: 5}, score='usage')
+  assert left[1].row == (0, -1, 1, 2, 3)
+  found = prune.growth(own, left)
+  assert list(found) == [1]  # layer 2 keeps all of its experts
+  assert found[1].kept == 1 and 1e-4 < found[1].growth < 0.5
+  renormalized = with_layers(run_of(gates='renormalized'), unloved)
+  assert (
+    prune.growth(
+      own._replace(
+        run=renormalized,
+        layers=sparse_layers(
+          renormalized.model, renormalized.variables['params']
+        ),
+      ),
+      left,
+    )
+    == {}
+  )
+
+
+def test_layers_keep_the_experts_of_the_largest_scores():
+  own = before()
+  scores = {
+    n: usage.gated_norm / np.maximum(usage.choices, 1)
+    for n, usage in own.usage.items()
+  }
+  left = prune.prune(own, {1: 2, 2: 4})
+  for n, count in {1: 2, 2: 4}.items():
+    stay = [e for e, to in enumerate(left[n].row) if to >= 0]
+    assert set(stay) == set(np.argsort(-scores[n])[:count])
+  new = fewer(own.run, left, 'shrunk')
+  moe = new.options.model.moe
+  assert (moe.num_experts, moe.retained) == (4, Retained('1:2'))
+  assert [m and m.num_experts for m in new.model.moes] == [None, 2, 4]
+  even = prune.prune(own, {1: 3, 2: 3})
+  moe = fewer(own.run, even, 'shrunk').options.model.moe
+  assert (moe.num_experts, moe.retained) == (3, Retained())
+
+
+def test_routers_keep_columns_where_all_of_their_stack_have_as_many():
+  # Layer 1 has lost two of five experts and their columns.
+  run = run_of(retained=Retained('1:3'))
+  layers = sparse_layers(run.model, run.variables['params'])
+  left = {1: only(layers[1], [0, 1, 2]), 2: only(layers[2], [0, 1, 2, 4])}
+  check_columns(run, {1: 3, 2: 4})
+  moe = fewer(run, left, 'masked').options.model.moe
+  assert moe.retained == Retained('1:3', '2: 0 1 2 - 3')
+  for counts in ({1: 2, 2: 4}, {}):
+    with pytest.raises(ValueError, match='layer 1 has 3 columns and other lay'):
+      check_columns(run, counts)
+
+
+def test_numbers_are_one_for_all_or_one_for_each_layer():
+  layers = before().layers
+  assert numbers('3', layers) == {1: 3, 2: 3}
+  assert numbers('4, 2', layers) == {1: 4, 2: 2}
+  for text, problem in {
+    'x': "neither a number nor '4,6,4'",
+    '4,4,4': r'has 3 numbers, .* sparse layers \[1, 2\]',
+    '1': r'1 in layer 1 is not in \[num_selected=2, num_experts=5\]',
+    '4,6': '6 in layer 2 is not in',
+  }.items():
+    with pytest.raises(ValueError, match=problem):
+      numbers(text, layers)
+
+
+def test_a_share_is_one_threshold_for_all_layers():
+  layers = before().layers
+  scores = {1: np.array([8, 4, 2, 1, 0.0]), 2: np.array([1, 1, 0.9, 0.8, 0.0])}
+  # In proportion to the largest: 1, .5, .25, .125, 0 and 1, 1, .9, .8, 0.
+  assert numbers_by_share(0.6, scores, layers) == {1: 2, 2: 4}
+  assert numbers_by_share(0.7, scores, layers) == {1: 3, 2: 4}
+  # K of each layer stay whatever their score.
+  assert numbers_by_share(0.1, scores, layers) == {1: 2, 2: 2}
+  assert numbers_by_share(1, scores, layers) == {1: 5, 2: 5}
+  with pytest.raises(ValueError, match='share=0 not in'):
+    numbers_by_share(0, scores, layers)
+
+
+def test_tied_columns_become_copies():
+  own = before()
+  left = merge.merge(own, {1: 3, 2: 3})
+  tied = fewer(own.run, left, 'tied')
+  options, params = untied(tied.options.model, tied.variables['params'])
+  assert options == own.run.options.model
+  copied = own.run._replace(variables={'params': params})
+  for n in (1, 2):
+    np.testing.assert_allclose(
+      outputs(copied, n)[0], outputs(tied, n)[0], rtol=1e-5, atol=1e-6
+    )
+  masked = fewer(own.run, prune.prune(own, {1: 3, 2: 5}), 'masked')
+  with pytest.raises(ValueError, match=r'layers \[1\] are masked'):
+    untied(masked.options.model, masked.variables['params'])
+
+
+def test_routers_without_columns_or_with_a_state_are_refused():
+  for router, problem in {
+    Hash(): 'layer 0: Hash has no column for each expert',
+    TokenChoice(
+      gates='sigmoid', balance_bias_rate=0.1
+    ): 'layer 0: TokenChoice keeps a state',
+  }.items():
+    model = tiny.build({'router': router})
+    layer = sparse_layers(model, tiny.params_of(model))[0]
+    with pytest.raises(ValueError, match=problem):
+      check_layer(layer)
+  tied = fewer(before().run, merge.merge(before(), {1: 3, 2: 3}), 'tied')
+  layers = sparse_layers(tied.model, tied.variables['params'])
+  with pytest.raises(ValueError, match='layer 2 has tied columns already'):
+    check_layer(layers[2])

@@ -1,0 +1,162 @@
+"""The commands merge and prune, on trained runs and on imported checkpoints."""
+
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config_file, run_config
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import whole_run
+from moe_jax.interop.export_run import export_run
+from moe_jax.interop.import_run import import_run
+from moe_jax.layers.retained import Retained
+from tests.generation import folders as own_runs
+from tests.interop import folders, oracle
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+COMMANDS = {
+  'merged': ['merge', '--experts=3', '--router=shrunk', '--group_by=weights'],
+  'tied': ['merge', '--experts=3', '--router=tied', '--grouping=cores'],
+  'pruned': ['prune', '--experts=3', '--router=shrunk', '--score=gate'],
+}
+
+
+def run(capsys, *argv):
+  command.main(list(argv))
+  return capsys.readouterr().out
+
+
+def imported(folder, kind, **sizes):
+  source = folder / kind
+  folders.write(source, kind, **sizes)
+  path = folders.write_config(folder)
+  options = run_config.read(config_file.load_config(str(path)))
+  import_run(source, folder / 'run', options, devices=jax.devices()[:1])
+  return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def mixtral(tmp_path_factory):
+  return imported(
+    tmp_path_factory.mktemp('runs'), 'mixtral', num_hidden_layers=2
+  )
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['merged', 'tied', 'pruned'],
+)
+@pytest.mark.slow
+def test_a_smaller_mixtral_loads_in_transformers(
+  name, mixtral, tmp_path, capsys
+):
+  verb, *more = COMMANDS[name]
+  new = tmp_path / 'new'
+  said = run(
+    capsys, verb, f'--run={mixtral}', f'--output={new}', '--batches=1', *more
+  )
+  assert 'experts left: layer 0: 3 of 5, layer 1: 3 of 5' in said
+  own, old = whole_run.read(new), whole_run.read(mixtral)
+  before, after = (
+    sum(x.nbytes for x in jax.tree.leaves(r.variables)) for r in (old, own)
+  )
+  assert f'{before:,} before, {after:,} now' in said
+  expert = 4 * 3 * 24 * 20
+  assert before - after == 2 * 2 * (expert + 4 * 24 * (name != 'tied'))
+  lines = export_run(new, tmp_path / 'hf')
+  assert any('do not fall' in line for line in lines) == (name == 'tied')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+  assert theirs.config.num_local_experts == (5 if name == 'tied' else 3)
+  tokens = np.random.default_rng(0).integers(0, 264, (2, 9))
+  expected = theirs.eval()(torch.tensor(tokens)).logits.detach().numpy()
+  logits, _ = jax.jit(own.model.apply)(own.variables, tokens.astype(np.int32))
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_uneven_and_masked_models_are_runs_that_transformers_lacks(
+  mixtral, tmp_path, capsys
+):
+  args = ['prune', f'--run={mixtral}', '--batches=1']
+  uneven, masked = tmp_path / 'uneven', tmp_path / 'masked'
+  run(capsys, *args, '--experts=2,4', f'--output={uneven}')
+  moe = whole_run.read(uneven).options.model.moe
+  assert (moe.num_experts, moe.retained) == (4, Retained('0:2'))
+  with pytest.raises(ValueError, match=r'\[2, 4\] experts, where transformers'):
+    export_run(uneven, tmp_path / 'hf')
+  run(capsys, *args, '--share=0.6', '--router=masked', f'--output={masked}')
+  moe = whole_run.read(masked).options.model.moe
+  assert sum(max(row) + 1 for row in moe.retained.rows.values()) == 6
+  with pytest.raises(ValueError, match='masked, and lead to no expert'):
+    export_run(masked, tmp_path / 'hf')
+  with pytest.raises(SystemExit):
+    command.main([*args, '--experts=1', f'--output={tmp_path / "new"}'])
+  assert 'not in [num_selected=2, num_experts=5]' in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    command.main([*args, '--experts=2', f'--output={uneven}'])
+  assert 'holds a run already' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_smaller_switch_loads_in_transformers(name, tmp_path, capsys):
+  switch = imported(tmp_path, 'switch_transformers')
+  verb, *more = COMMANDS[name]
+  new = tmp_path / 'new'
+  source = [f'--run={switch}', f'--output={new}', '--batches=1']
+  said = run(capsys, verb, *source, *more)
+  assert 'layer 1: 3 of 5, layer 3: 3 of 5, layer 5: 3 of 5' in said
+  if verb == 'prune':
+    assert (
+      'layer 5: raw gates become those of a softmax over what stays' in said
+    )
+  export_run(new, tmp_path / 'hf')
+  theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'hf')
+  own, given = whole_run.read(new), oracle.inputs(theirs.eval())
+  expected = oracle.logits(theirs, given)
+  tokens = given['decoder_input_ids'].astype(np.int32)
+  logits, _ = jax.jit(own.model.apply)(
+    own.variables,
+    encoder_tokens=given['input_ids'].astype(np.int32),
+    tokens=tokens,
+    encoder_segment_ids=given['attention_mask'].astype(np.int32),
+    segment_ids=np.ones_like(tokens),
+  )
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_run_is_merged_on_other_data(tmp_path, capsys):
+  old, new = tmp_path / 'run', tmp_path / 'new'
+  own_runs.write(old, model={'moe': {'num_experts': 4}})
+  path = folders.write_config(tmp_path)
+  said = run(
+    capsys,
+    'merge',
+    f'--run={old}',
+    f'--output={new}',
+    '--share=0.5',
+    '--batches=2',
+    f'--config={path}',
+    '--config.data.seq_len=16',
+  )
+  assert 'experts left: layer 1: 2 of 4' in said
+  assert 'groups of experts: layer 1: ' in said
+  model = whole_run.read(new).options.model
+  assert model.moe.num_experts == 4 and list(model.moe.retained.rows) == [1]
+  # The last line is the command that recovers what was lost.
+  words = shlex.split(said.splitlines()[-1])
+  assert words[:3] == ['python', '-m', 'moe_jax.compression']
+  given, overrides = command.parse(words[3:])
+  assert (given.teacher, given.workdir) == (str(old), f'{new}-recovered')
+  config = config_file.config_of(
+    given.config, [*overrides, f'--config.distill.teacher={given.teacher}']
+  )
+  options = run_config.read(config)
+  assert (options.distill.start, options.init_from.workdir) == (
+    'none',
+    str(new),
+  )
+  assert options.model.moe == model.moe

@@ -1,0 +1,529 @@
+"""Runs in codes of few bits: made layer by layer, evaluated, generated from."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import evaluation, finetuning, generation, run_config
+from moe_jax.compression import (
+  __main__ as command,
+)
+from moe_jax.compression import (
+  calibration,
+  distill,
+  extract,
+  fewer,
+  gptq,
+  grids,
+  keep_logits,
+  kernel_inputs,
+  model_bytes,
+  quantize,
+  quantize_kernels,
+  quantize_work,
+  stored,
+  whole_run,
+)
+from moe_jax.compression.kernel_inputs import ExpertTokens
+from moe_jax.compression.quantize_layers import Spot
+from moe_jax.compression.quantize_report import report_of
+from moe_jax.data import tokenizers
+from moe_jax.interop.export_run import export_run
+from moe_jax.layers.experts import MixtureExpert
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.shared import RULES
+from moe_jax.models import code_trees
+from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.options import OptionError
+from moe_jax.routing import token_choice
+from moe_jax.runs import packed_weights, trained
+from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.training import setup
+from tests.compression import test_distill
+from tests.generation import folders
+from tests.models import tiny as models_tiny
+from tests.training import tiny
+
+MODEL = {'num_layers': 3, 'moe': {'layers': '1,2', 'num_selected': 2}}
+BATCHES = 2
+
+
+@pytest.fixture(scope='module', name='folder')
+def make_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'run'
+  folders.write(folder, model=MODEL)
+  return folder
+
+
+def into(folder, name, format, **more):
+  """The folder of the run in a format, and the lines about its layers."""
+  new, lines = folder.with_name(name), []
+  format = KernelFormat(format) if isinstance(format, str) else format
+  more = {'num_batches': BATCHES, **more}
+  quantize.quantize(folder, new, format, message=lines.append, **more)
+  return new, lines
+
+
+@pytest.fixture(scope='module', name='int2')
+def make_int2(folder):
+  return into(folder, 'int2', 'int2')
+
+
+@pytest.fixture(scope='module', name='ternary')
+def make_ternary(folder):
+  return into(folder, 'ternary', 'ternary', method='rtn')[0]
+
+
+@pytest.fixture(scope='module', name='all_int8')
+def make_all_int8(folder):
+  format = KernelFormat('int8', group_size=9)
+  return into(folder, 'all_int8', format, kernels='all', method='rtn')[0]
+
+
+def before_layer(layer, run, left):
+  """The parameters before a layer is rounded, from those that are left."""
+
+  def choose(path, new, old):
+    place = run.model.place_of(tuple(key.key for key in path))
+    if place is None or layer not in place.layers:
+      return new
+    return new.at[place.layers.index(layer)].set(old[place.layers.index(layer)])
+
+  old = run.variables['params']
+  return jax.tree_util.tree_map_with_path(choose, left, old)
+
+
+def test_each_layer_reads_what_rounded_layers_give(folder, int2):
+  run, new = whole_run.read(folder), whole_run.read(int2[0])
+  _, left = code_trees.decoded(new.options.model, new.variables['params'])
+  format = KernelFormat('int2')
+  params = before_layer(2, run, left)
+  batches = calibration.batches(run, BATCHES)
+  reached = [
+    calibration.capture(run.model, {'params': params}, batch)[2]
+    for batch in batches
+  ]
+  masks = [
+    kernel_inputs.counted(batch, '', run.options.tokenizer) for batch in batches
+  ]
+  rows = ExpertTokens(reached, masks).rows(slice(None))
+  old, own = (
+    run.model.layer_trees(tree)[2]['moe']['experts']
+    for tree in (run.variables['params'], left)
+  )
+  h = gptq.hessian(jnp.asarray(rows.x), jnp.asarray(rows.filled))
+  for name in ('w_in', 'w_out'):
+    grid = stored.grid_of(old[name], format)
+    factor = jax.jit(gptq.factor)(h)
+    expected = jax.jit(gptq.gptq)(old[name], grid, factor).values
+    np.testing.assert_allclose(own[name], expected, atol=1e-6)
+    hidden = jax.nn.gelu(rows.x @ own['w_in'], approximate=False)
+    h = gptq.hessian(hidden, jnp.asarray(rows.filled))
+
+
+def test_lines_tell_errors_zeros_and_bits(int2):
+  assert len(int2[1]) == 2
+  for layer, line in zip((1, 2), int2[1], strict=True):
+    assert line.startswith(f'layer {layer}: error of RTN 0.')
+    assert 'of GPTQ 0.' in line and '% ;' not in line
+    assert 'bits a weight 2.00 of codes' in line
+
+
+def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
+  # Layers and kernels have different numbers of codes, and are filled up.
+  new, format = tmp_path / 'new', KernelFormat('ternary')
+  numbers = quantize.quantize(
+    folder, new, format, method='rtn', message=lambda line: None
+  )
+  run = whole_run.read(new)
+  num_bytes = weights = 0
+  for path, kernel in code_trees.coded_kernels(run.options.model).items():
+    stored_kernel = functools.reduce(dict.get, path, run.variables['params'])
+    num_bytes += sum(array.nbytes for array in stored_kernel.values())
+    weights += np.prod(kernel.shape)
+  bits = numbers['code bits'] + numbers['metadata bits']
+  assert bits == pytest.approx(8 * num_bytes / weights, rel=1e-9)
+
+
+class Killed(Exception):
+  """The end of a command that is killed."""
+
+
+def kill(*_):
+  raise Killed
+
+
+def test_a_command_that_was_killed_goes_on(folder, int2, tmp_path):
+  new, format = tmp_path / 'new', KernelFormat('int2')
+  with pytest.raises(Killed):
+    quantize.quantize(folder, new, format, num_batches=BATCHES, message=kill)
+  work = tmp_path / 'new.unfinished'
+  assert not new.exists() and (work / 'layer_1.safetensors').exists()
+  with pytest.raises(ValueError, match=r"another command.*'rtn'"):
+    quantize.quantize(folder, new, format, method='rtn')
+  lines = []
+  quantize.quantize(
+    folder, new, format, num_batches=BATCHES, message=lines.append
+  )
+  assert [line.endswith('(done before)') for line in lines] == [True, False]
+  assert not work.exists()
+  once, twice = (whole_run.read(path).variables for path in (int2[0], new))
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
+
+
+def test_work_of_other_weights_is_not_gone_on_with(folder, tmp_path):
+  run, new = tmp_path / 'run', tmp_path / 'new'
+  shutil.copytree(folder, run)
+  make = functools.partial(
+    quantize.quantize, run, new, KernelFormat('int2'), method='rtn'
+  )
+  with pytest.raises(Killed):
+    make(message=kill)
+  # The run is trained again, and its checkpoint is of the same step.
+  shutil.rmtree(run)
+  folders.write(run, model=MODEL, change=lambda p: jax.tree.map(jnp.sin, p))
+  with pytest.raises(ValueError, match=r'another command.*\(checkpoint: '):
+    make()
+
+
+def test_a_command_that_was_killed_at_its_end_ends(
+  folder, tmp_path, monkeypatch
+):
+  new, work = tmp_path / 'new', tmp_path / 'new.unfinished'
+  make = functools.partial(
+    quantize.quantize, folder, new, KernelFormat('ternary'), method='rtn'
+  )
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(quantize_work.Work, 'remove', kill)
+    make()
+  assert work.exists() and whole_run.read(new).step == 0
+  # Another run in that folder is not taken for the one that was to be made.
+  new.rename(tmp_path / 'own')
+  shutil.copytree(folder, new)
+  with pytest.raises(ValueError, match='holds a run already'):
+    make()
+  (work / 'layer_2.safetensors').rename(tmp_path / 'layer')
+  with pytest.raises(ValueError, match='holds a run already'):
+    make(message=kill)  # before a layer is done
+  (tmp_path / 'layer').rename(work / 'layer_2.safetensors')
+  shutil.rmtree(new)
+  (tmp_path / 'own').rename(new)
+  assert make()['bytes'] > 0 and not work.exists()
+  with pytest.raises(ValueError, match='holds a run already'):
+    make()
+
+
+def test_one_command_at_a_time_has_a_folder(folder, tmp_path):
+  own, waits = tmp_path / '.new.unfinished.lock', []
+  lock = f'import fcntl; fcntl.lockf(open({str(own)!r}, "a"), 6)'  # EX and NB
+
+  def another(_):
+    process = [sys.executable, '-c', lock]
+    ended = subprocess.run(process, capture_output=True, text=True)
+    waits.append('BlockingIOError' in ended.stderr)
+
+  new, format = tmp_path / 'new', KernelFormat('int2')
+  quantize.quantize(folder, new, format, method='rtn', message=another)
+  assert waits == [True, True] and not own.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['int2', 'ternary', 'all_int8'])
+def test_it_generates_and_is_evaluated_as_the_numbers_are(
+  name, request, tmp_path
+):
+  new = request.getfixturevalue(name)
+  new = new[0] if isinstance(new, tuple) else new
+  run = generation.load(new)
+  options, params = code_trees.decoded(run.options, run.variables['params'])
+  prompts = [[7, 70, 111], [40, 41, 42]]
+  texts = [
+    generation.generate(model, variables, prompts, num_tokens=6).tokens
+    for model, variables in (
+      (run.model, run.variables),
+      (options.build(), {'params': params}),
+    )
+  ]
+  np.testing.assert_array_equal(*texts)
+  prepared = generation.prepare(run.model, run.variables)[1]
+  kept = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
+  assert kept & {'uint8', 'uint16'}
+  # Codes alone are in memory, before and after the layout for decoding.
+  assert model_bytes.bytes_in_memory(prepared) == model_bytes.bytes_in_memory(
+    run.variables
+  )
+  entry = evaluation.LossEvaluation(num_batches=1)
+  of_numbers = whole_run.write(
+    whole_run.read(new), tmp_path / 'numbers', params, options
+  )
+  losses = [evaluation.evaluate(f, entry)['loss'] for f in (new, of_numbers)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
+  run, new = (whole_run.read(path) for path in (folder, all_int8))
+  plain = run.variables['params']
+  coded = code_trees.coded_kernels(new.options.model)
+  names = {path[-2:] for path in coded}
+  assert {('attention', 'w_query'), ('ffn', 'w_out')} <= names
+  assert ('experts', 'w_in') in names and ('router', 'w') not in names
+  _, left = code_trees.decoded(new.options.model, new.variables['params'])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), left, plain
+  )
+  # Beside the arrays, there are their names and the manifest.
+  disk = model_bytes.bytes_on_disk(all_int8)
+  assert 0 < disk - model_bytes.bytes_in_memory(new.variables) < 20_000
+
+
+def test_codes_are_not_trained(int2):
+  config = json.loads((int2[0] / 'config.json').read_text())
+  with pytest.raises(OptionError, match=r'int2.*not trained; train the run'):
+    run_config.from_file(int2[0] / 'first_config.json')
+  assert config['model']['moe']['expert']['kind'] == 'quantized'
+
+
+def test_an_encoder_alone_has_experts_in_codes():
+  options = models_tiny.options(
+    {'num_experts': 0, 'layers': '1'},
+    'encoder_decoder',
+    encoder=EncoderOptions(0, {'moe': {'num_experts': 5}}),
+  )
+  assert not code_trees.has_codes(options)
+  coded = code_trees.with_formats(options, KernelFormat('int4'))
+  assert code_trees.has_codes(coded)
+  kernels = code_trees.coded_kernels(coded)
+  assert {path[0] for path in kernels} == {'encoder'}
+  assert {kernel.format.name for kernel in kernels.values()} == {'int4'}
+  (problem,) = coded.code_problems()
+  assert problem.startswith("model.encoder.overrides.moe.expert.format.name='")
+
+
+def test_experts_without_codes_of_their_own_are_none_in_codes():
+  nested = models_tiny.options({'expert': MixtureExpert(nn.Dense(3))})
+  assert not code_trees.has_codes(nested)
+
+
+@pytest.mark.parametrize(
+  ('format', 'more', 'message'),
+  [
+    ('ternary', {'kernels': 'all'}, "all kernels can be in .'int8'"),
+    ('int8', {'method': 'obq'}, "unknown method 'obq'.*'gptq'"),
+    ('int8', {'kernels': 'norms'}, "unknown kernels 'norms'"),
+    ('int8', {'num_batches': 0}, 'num_batches=0 must be at least 1'),
+  ],
+)
+def test_what_cannot_be_is_refused(folder, format, more, message):
+  with pytest.raises(ValueError, match=message):
+    into(folder, 'refused', format, **more)
+
+
+def test_runs_without_kernels_to_round_are_refused(int2, tmp_path):
+  with pytest.raises(ValueError, match='in codes already'):
+    into(int2[0], 'again', 'int8')
+  dense = tmp_path / 'dense'
+  folders.write(dense, model={'moe': {'num_experts': 0}})
+  with pytest.raises(ValueError, match="no experts; use kernels='all'"):
+    into(dense, 'new', 'int8')
+
+
+def test_a_damaged_file_is_refused(folder, tmp_path):
+  new, _ = into(folder, 'damaged', 'int4', method='rtn')
+  model, rules = trained.read(new).model.build(), RULES
+  with pytest.raises(ValueError, match='step=3 does not exist'):
+    trained.restore_variables(new, model, rules, step=3)
+  file = new / 'weights' / 'weights.safetensors'
+  data = bytearray(file.read_bytes())
+  data[-5] ^= 1
+  file.write_bytes(data)
+  with pytest.raises(CheckpointError, match=r'weights\.safetensors altered'):
+    trained.restore_variables(new, model, rules)
+
+
+def test_codes_that_decode_to_other_kernels_are_refused(ternary, tmp_path):
+  new = tmp_path / 'new'
+  shutil.copytree(ternary, new)
+  variables = whole_run.read(new).variables
+
+  def damage(path, leaf):
+    is_offsets = [key.key for key in path[-2:]] == ['w_out', 'offsets']
+    return leaf.at[0, 2, 0].set(1) if is_offsets else leaf
+
+  shutil.rmtree(new / packed_weights.FOLDER)
+  packed_weights.write(new, jax.tree_util.tree_map_with_path(damage, variables))
+  message = r'/w_out: offsets of expert \[0, 2\] begin with 1 and not with 0'
+  for read in (
+    whole_run.read,
+    generation.load,
+    lambda folder: export_run(folder, tmp_path / 'exported'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      read(new)
+
+
+def test_the_command_says_what_it_made(folder, tmp_path, capsys):
+  new = tmp_path / 'int4'
+  command.main(
+    [
+      'quantize',
+      f'--run={folder}',
+      f'--output={new}',
+      '--format=int4',
+      '--method=rtn',
+      '--symmetric',
+    ]
+  )
+  out = capsys.readouterr().out
+  assert 'layer 2: error of RTN' in out
+  assert '4.00 bits a weight of codes and ' in out
+  assert whole_run.read(new).options.model.moe.expert.format.symmetric
+
+
+def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
+  run, outputs = tmp_path / 'run', []
+  params = folders.write(run, steps=(2, 3), model=MODEL)
+  for step in (2, 3):
+    output = tmp_path / f'int8_{step}'
+    asked = [f'--step={step}'] * (step == 2)  # the newest is that of step 3
+    arguments = ['--format=int8', '--method=rtn', f'--output={output}', *asked]
+    command.main(['quantize', f'--run={run}', *arguments])
+    new = whole_run.read(output)
+    outputs.append(
+      code_trees.decoded(new.options.model, new.variables['params'])[1]
+    )
+  for output, own in zip(outputs, params.values(), strict=True):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), output, own
+    )
+
+
+@pytest.mark.parametrize('flag', ['--batches=8', '--config=configs/tiny.py'])
+def test_flags_without_effect_are_refused(folder, flag, tmp_path, capsys):
+  arguments = [f'--run={folder}', f'--output={tmp_path}/new', '--format=int4']
+  with pytest.raises(SystemExit):
+    command.main(['quantize', *arguments, '--method=rtn', flag])
+  assert f'{flag} has no effect with --method=rtn' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_special_tokens_do_not_count():
+  t = tokenizers.Extended(
+    tokenizers.Bytes(), ['<eos>', '<extra_id_0>'], end_inputs=False
+  )
+  eos, mask = t.eos_id, t.sentinel_ids[0]
+  batch = {
+    'tokens': np.array([[5, 6, mask, 7, eos, 9]]),
+    'targets': np.array([[6, mask, 7, eos, 9, 0]]),
+    'segment_ids': np.array([[1, 1, 1, 1, 1, 0]]),
+  }
+  # The token before a mask in a decoder, masks, ends and padding do not count.
+  assert kernel_inputs.counted(batch, '', t).tolist() == [
+    [True, False, False, True, False, False]
+  ]
+  encoder = {f'encoder_{name}': value for name, value in batch.items()}
+  assert kernel_inputs.counted(encoder, 'encoder_', t).tolist() == [
+    [True, True, False, True, False, False]
+  ]
+
+
+def test_an_expert_has_at_most_four_times_the_mean():
+  S, E = 40, 8
+  logits = np.zeros((1, S, E), np.float32)
+  logits[..., 0], logits[:, 30:, 1] = 1.0, 2.0
+  choose = functools.partial(token_choice, num_selected=1, capacity=None)
+  routing = jax.jit(choose)(logits)
+  x = jnp.asarray(np.arange(S, dtype=np.float32)[None, :, None])
+  reached = calibration.Reached(x, routing)
+  counted = np.arange(S)[None] >= 5
+  tokens = ExpertTokens([reached], [counted])
+  # 35 tokens count, so that the cap is 4 * 35 / 8, rounded up: 18 of 25.
+  rows = tokens.rows(slice(0, 3))
+  assert rows.filled.sum(1).tolist() == [18, 10, 0]
+  assert rows.x[0, :18, 0].tolist() == list(range(5, 23))
+  assert rows.x[1, :10, 0].tolist() == list(range(30, 40))
+  assert tokens.without == [2, 3, 4, 5, 6, 7]
+
+
+def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
+  run = tmp_path / 'run'
+
+  def without_expert_3(params):
+    """Of v, -v, 0 and 0, the two largest are always among the first three."""
+
+    def change(path, leaf):
+      if [key.key for key in path[-2:]] != ['router', 'w']:
+        return leaf
+      v = leaf[..., 0]
+      return jnp.stack([v, -v, 0 * v, 0 * v], -1)
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+  folders.write(run, model=MODEL, change=without_expert_3)
+  experts = {}
+  for method in ('rtn', 'gptq'):
+    new, lines = into(run, method, 'int2', method=method)
+    told = [
+      line.endswith('; H = I for experts [3] (no tokens)') for line in lines
+    ]
+    assert told == [method == 'gptq'] * 2
+    loaded = whole_run.read(new)
+    trees = loaded.model.layer_trees(loaded.variables['params'])
+    experts[method] = [trees[layer]['moe']['experts'] for layer in (1, 2)]
+  for rtn, gptq_ in zip(*experts.values(), strict=True):
+    for name in ('w_in', 'w_out'):
+      codes = rtn[name]['codes'], gptq_[name]['codes']
+      equal = [np.array_equal(*(x[e] for x in codes)) for e in range(4)]
+      assert equal[3] and not any(equal[:2])
+
+
+def test_kernels_without_a_factor_are_named():
+  format = KernelFormat('int8')
+  # Their products are zero, with tokens or without.
+  outcome = quantize_kernels.Outcome(
+    grids.nearest(w := jnp.ones((3, 4, 2)), stored.grid_of(w, format)),
+    *np.zeros((3, 3)),
+    plain=np.array([False, True, True]),
+  )
+  dense = jax.tree.map(lambda x: x[1:2], outcome)
+  outcomes = {
+    Spot(('a',), 0, ('attention',), 'w_out'): dense,
+    Spot(('b',), 0, ('moe', 'experts'), 'w_in'): outcome,
+    Spot(('c',), 0, ('moe', 'experts'), 'w_out'): outcome,
+  }
+  report = report_of(outcomes, format, by_data=True, without_tokens=[2])
+  assert report.text().endswith(
+    '; H = I for experts [2] (no tokens)'
+    '; H = I for attention/w_out, expert 1 (no factor)'
+  )
+  assert 'H =' not in report_of(outcomes, format, by_data=False).text()
+
+
+def test_no_run_begins_with_codes(int2, tmp_path):
+  options = tiny.options(model=MODEL, init_from={'workdir': str(int2[0])})
+  run = setup.set_up(options, tmp_path / 'new', devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match='begin with the run that they were mad'):
+    finetuning.initial(run)
+
+
+def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
+  run, here = whole_run.read(int2[0]), 'has kernels in codes of few bits'
+  with pytest.raises(ValueError, match=f'int2 {here}'):
+    fewer.calibrated(run, 1)
+  with pytest.raises(ValueError, match=f'the model {here}'):
+    extract.extract(run.options.model, run.variables['params'], 0)
+  numbers = dict(seed=0, batch_size=4, batches=1, top=1)
+  with pytest.raises(ValueError, match=f'int2 {here}'):
+    keep_logits.write(int2[0], tmp_path, run.options.data, **numbers)
+  config = test_distill.config_of(int2[0])
+  student = run_config.read(config)
+  student = setup.set_up(student, tmp_path / 'a', devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=f'distill.teacher=.*int2 {here}'):
+    distill.Distilling().initial(student)

@@ -1,0 +1,63 @@
+"""Checkpoints of transformers are quantised, generated from and exported."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config_file, evaluation, generation, interop, run_config
+from moe_jax.compression import quantize, whole_run
+from moe_jax.generation import trained_run
+from moe_jax.interop import import_run
+from moe_jax.interop.export_run import export_run
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.models import code_trees
+from tests.interop import folders
+
+pytest.importorskip('torch')
+pytest.importorskip('transformers')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'format', 'kernels'),
+  [('mixtral', 'ternary', 'experts'), ('switch_transformers', 'int3', 'all')],
+)
+def test_an_imported_checkpoint(kind, format, kernels, tmp_path):
+  hf, run, new = (tmp_path / name for name in ('hf', 'run', 'new'))
+  folders.write(hf, kind)
+  path = str(folders.write_config(tmp_path / 'configs'))
+  options = run_config.read(config_file.load_config(path))
+  import_run.import_run(hf, run, options, devices=jax.devices()[:1])
+  lines = []
+  numbers = quantize.quantize(
+    run,
+    new,
+    KernelFormat(format),
+    kernels=kernels,
+    num_batches=1,
+    message=lines.append,
+  )
+  assert numbers['bytes'] < numbers['bytes before']
+  assert 0 < numbers['gptq error'] < numbers['rtn error']
+  own = generation.load(new)
+  assert len(lines) >= len(own.model.sparse_layers)
+  options, params = code_trees.decoded(own.options, own.variables['params'])
+  variables = {'params': params}
+  ids = trained_run.special_ids(own.model, own.tokenizer)
+  texts = [
+    generation.generate(model, own_variables, [[5, 6, 7]], num_tokens=5, **ids)
+    for model, own_variables in (
+      (own.model, own.variables),
+      (options.build(), variables),
+    )
+  ]
+  np.testing.assert_array_equal(*(text.tokens for text in texts))
+  loss = evaluation.evaluate(new, evaluation.LossEvaluation(num_batches=1))
+  assert np.isfinite(loss['loss'])
+  # transformers reads the numbers that codes stand for.
+  assert 'written as numbers' in '\n'.join(export_run(new, tmp_path / 'out'))
+  loaded = interop.load(tmp_path / 'out')
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables['params'], params
+  )
+  assert whole_run.read(new).step == 0

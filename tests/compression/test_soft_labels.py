@@ -1,0 +1,107 @@
+"""The loss of soft labels, on examples by hand and against its definition."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.compression import soft_labels
+from tests.training import tiny
+
+B, T, V = 3, 5, 7
+
+
+def logits(seed):
+  return jax.random.normal(jax.random.key(seed), (B, T, V)) * 2
+
+
+def test_a_told_example():
+  # Of two words the teacher gives the first 3 to 1, the student 1 to 1: both
+  # cost the student log 2. With three hard parts of four and the first word as
+  # the target, all of the loss is log 2.
+  student = jnp.array([[[0.0, 0.0]]])
+  teacher = jnp.array([[[math.log(3.0), 0.0]]])
+  np.testing.assert_allclose(
+    soft_labels.soft_cross_entropy(student, teacher), math.log(2), rtol=1e-6
+  )
+  # The student swaps them: 3/4 of log 4, and 1/4 of log 4/3.
+  swapped = teacher[..., ::-1]
+  expected = 0.75 * math.log(4) + 0.25 * math.log(4 / 3)
+  np.testing.assert_allclose(
+    soft_labels.soft_cross_entropy(swapped, teacher), expected, rtol=1e-6
+  )
+  # At T = 2 the ratio of 3 is its root, and the loss has the factor 4.
+  ratio = math.sqrt(3)
+  p, q = ratio / (1 + ratio), 1 / (1 + ratio)
+  expected = -4 * (p * math.log(q) + q * math.log(p))
+  np.testing.assert_allclose(
+    soft_labels.soft_cross_entropy(swapped, teacher, 2.0), expected, rtol=1e-6
+  )
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient():
+  def loss(student, temperature):
+    teacher = logits(0)
+    return soft_labels.soft_cross_entropy(student, teacher, temperature).sum()
+
+  for temperature in (1.0, 3.0):
+    gradient = jax.grad(loss)(logits(0), temperature)
+    assert np.abs(gradient).max() < 1e-6
+    assert np.abs(jax.grad(loss)(logits(1), temperature)).max() > 0.1
+
+
+def test_nothing_is_differentiated_in_the_teacher():
+  def loss(teacher):
+    return soft_labels.soft_cross_entropy(logits(1), teacher).sum()
+
+  assert not np.any(jax.grad(loss)(logits(0)))
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+def test_all_kept_logits_are_the_whole_loss(temperature):
+  student, teacher = logits(0), logits(1)
+  values, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), V)
+  whole = soft_labels.soft_cross_entropy(student, teacher, temperature)
+  kept = soft_labels.kept_cross_entropy(student, ids, values, temperature)
+  np.testing.assert_allclose(kept, whole, rtol=1e-5)
+
+
+def test_a_part_of_the_logits_sums_to_one():
+  # Of the probabilities 1/2, 1/3, 1/6 the first two become 3/5 and 2/5.
+  teacher = jnp.log(jnp.array([[0.5, 1 / 3]]))
+  student = jnp.log(jnp.array([[0.2, 0.3, 0.5]]))
+  ids = jnp.array([[2, 0]])
+  expected = -(0.6 * math.log(0.5) + 0.4 * math.log(0.2))
+  np.testing.assert_allclose(
+    soft_labels.kept_cross_entropy(student, ids, teacher), expected, rtol=1e-6
+  )
+
+
+def test_both_parts_are_weighted_and_one_alone_is_left():
+  model = tiny.model_of(tiny.options())
+  batch = tiny.rows(B, T, vocab_size=V)
+  student, teacher = logits(0), logits(1)
+
+  def loss(hard, soft):
+    made = soft_labels.mixed(
+      model,
+      hard,
+      soft,
+      lambda outputs, batch: soft_labels.soft_cross_entropy(outputs, teacher),
+    )
+    return made(student, batch)
+
+  own = model.loss(student, batch)
+  np.testing.assert_array_equal(loss(1.0, 0.0).nats, own.nats)
+  real = np.asarray(batch['loss_weights']) != 0
+  assert real.any()
+  assert not real.all()
+  soft = soft_labels.soft_cross_entropy(student, teacher)
+  np.testing.assert_allclose(loss(0.0, 1.0).nats[real], soft[real], rtol=1e-6)
+  both = loss(0.75, 0.25)
+  np.testing.assert_allclose(
+    both.nats[real], (0.75 * own.nats + 0.25 * soft)[real], rtol=1e-6
+  )
+  np.testing.assert_array_equal(both.logits_z, own.logits_z)

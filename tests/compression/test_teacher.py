@@ -1,0 +1,63 @@
+"""Teachers, and other models that are read, that do not fit the data."""
+
+import jax
+import pytest
+
+from moe_jax import finetuning, run_config, sections
+from moe_jax.compression import (
+  calibration,
+  distill,
+  keep_logits,
+  whole_run,
+)
+from moe_jax.data import DataOptions
+from moe_jax.training import setup
+from tests.compression.test_distill import config_of
+from tests.finetuning.test_start import config_from
+from tests.generation import folders
+from tests.training.tiny import MODULES
+
+BY_TASK = {
+  'moe': {
+    'num_experts': 4,
+    'router': {'kind': 'task'},
+    'capacity': {'kind': 'all'},
+  }
+}
+
+
+def mixture(*names):
+  """Overrides of data with a task of each name."""
+  source = {'kind': 'python_stdlib', 'modules': MODULES}
+  return {
+    'source': {'python_stdlib': {'modules': ''}},
+    'mixture': {'sources': dict.fromkeys(names, source)},
+  }
+
+
+@pytest.fixture(scope='module')
+def by_task(tmp_path_factory):
+  """The folder of a run that routes by the tasks de and fr, in this order."""
+  folder = tmp_path_factory.mktemp('by_task')
+  folders.write(folder, model=BY_TASK, data=mixture('de', 'fr'))
+  return folder
+
+
+def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
+  # Task 0 of this data is fr, which the other run knows as task 1.
+  config = config_of(by_task, data=mixture('fr'))
+  here = r"by the tasks \['de', 'fr'\], and the data has \['fr'\]"
+  one = {'devices': jax.devices()[:1]}
+  run = setup.set_up(run_config.read(config), tmp_path / 'a', **one)
+  with pytest.raises(ValueError, match=here):
+    distill.Distilling().initial(run)
+  config = config_from(by_task, BY_TASK, data=mixture('fr'))
+  run = setup.set_up(run_config.read(config), tmp_path / 'b', **one)
+  with pytest.raises(ValueError, match=here):
+    finetuning.initial(run)
+  options = sections.read(DataOptions, config.data, 'data.')
+  with pytest.raises(ValueError, match=here):
+    calibration.batches(whole_run.read(by_task), 1, options)
+  numbers = dict(seed=0, batch_size=4, batches=1, top=1)
+  with pytest.raises(ValueError, match=here):
+    keep_logits.write(by_task, tmp_path / 'c', options, **numbers)

@@ -1,0 +1,172 @@
+"""A teacher's logits on disk: what is kept, and runs that learn from them."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import run_config, sections
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import keep_logits, soft_labels, teacher_logits
+from moe_jax.compression import teacher as teacher_lib
+from moe_jax.data import DataOptions
+from tests.compression.test_distill import (
+  MIX,
+  TEACHER,
+  assert_close,
+  config_of,
+  started,
+  train,
+)
+from tests.generation import folders
+from tests.training import tiny
+
+STEPS = 6
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('teacher')
+  folders.write(folder, model=TEACHER)
+  return folder
+
+
+def write(teacher, output, **changes):
+  config = tiny.config()
+  numbers = dict(
+    seed=0, batch_size=4, batches=STEPS, top=257, dtype='float32', each=4
+  )
+  return keep_logits.write(
+    teacher,
+    output,
+    sections.read(DataOptions, config.data, 'data.'),
+    **{**numbers, **changes},
+  )
+
+
+@pytest.fixture(scope='module')
+def whole(teacher, tmp_path_factory):
+  """All 257 logits of six batches, in two files."""
+  return write(teacher, tmp_path_factory.mktemp('kept') / 'whole')
+
+
+def kept_config(teacher, kept, **overrides):
+  options = {**MIX, 'logits': str(kept.folder)}
+  return config_of(teacher, distil=options, **overrides)
+
+
+def test_all_logits_from_disk_are_those_beside(teacher, whole, tmp_path):
+  run, state, _ = started(kept_config(teacher, whole), tmp_path / 'run')
+  params = folders.write(tmp_path / 'again', model=TEACHER)[3]
+  sparse = tiny.model_of(tiny.options(model=TEACHER))
+
+  @jax.jit
+  def beside(student, batch):
+    soft = soft_labels.computed_beside(
+      sparse, {'params': params}, MIX['temperature']
+    )
+    loss = soft_labels.mixed(
+      run.model, MIX['hard_weight'], MIX['soft_weight'], soft
+    )
+    outputs, _ = run.model.apply({'params': student}, **run.model.inputs(batch))
+    nats = loss(outputs, batch).nats * batch['loss_weights']
+    return nats.sum() / batch['loss_weights'].sum()
+
+  batches = run.batches(0)
+  for _ in range(2):  # the reader counts the steps
+    batch = next(batches)
+    expected = beside(state.params, batch)
+    state, step = run.train_step(state, batch)
+    np.testing.assert_allclose(step.loss, expected, rtol=1e-5)
+  assert whole.left_out_max < 1e-5
+
+
+def test_the_largest_are_kept_and_the_rest_is_told(teacher, tmp_path, whole):
+  some = write(teacher, tmp_path / 'some', top=3, batches=1, dtype='float16')
+  batch, part = whole.batch(0), some.batch(0)
+  np.testing.assert_array_equal(
+    part['teacher_ids'], batch['teacher_ids'][..., :3]
+  )
+  probs = np.exp(batch['teacher_log_probs'].astype(np.float64))
+  np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+  _, _, first = started(config_of(teacher), tmp_path / 'run')
+  real = np.asarray(first['loss_weights']) != 0
+  left_out = 1 - probs[..., :3].sum(-1)[real]
+  np.testing.assert_allclose(some.left_out_mean, left_out.mean(), rtol=1e-4)
+  np.testing.assert_allclose(some.left_out_max, left_out.max(), rtol=1e-4)
+  size = sum(p.stat().st_size for p in some.folder.glob('*.safetensors'))
+  assert some.size == size
+  said = some.describe()
+  assert 'the 3 largest of 257 logits for 1 batches' in said
+  assert f'{some.left_out_mean:.3%} of the probability on average' in said
+
+
+def test_what_a_killed_command_left_is_gone_on_with(teacher, whole, tmp_path):
+  folder = tmp_path / 'kept'
+  write(teacher, folder)
+  first, second = sorted(folder.glob('*.safetensors'))
+  (folder / teacher_logits.MANIFEST).unlink()
+  second.write_bytes(second.read_bytes()[:-1])
+  with pytest.raises(ValueError, match='has no finished logits'):
+    teacher_logits.read(folder)
+  before = first.stat().st_mtime_ns
+  again = write(teacher, folder)
+  assert first.stat().st_mtime_ns == before
+  for number in range(STEPS):
+    jax.tree.map(
+      np.testing.assert_array_equal, again.batch(number), whole.batch(number)
+    )
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_them_to_its_end(teacher, whole, tmp_path):
+  kept = train(kept_config(teacher, whole), tmp_path / 'kept')
+  assert int(kept.step) == STEPS
+  beside = train(config_of(teacher, distil=MIX), tmp_path / 'beside')
+  assert_close(kept.params, beside.params, 1e-2, 1e-3)
+
+
+def test_other_runs_and_damage_are_refused(teacher, whole, tmp_path):
+  cases = {
+    'seed: 0 there, 1 here': {'seed': 1},
+    'batch_size: 4 there, 8 here': {'batch_size': 8},
+    '6 batches there, 7 steps here': {'total_steps': 7},
+  }
+  kept = teacher_logits.read(whole.folder)
+  run, _, _ = started(kept_config(teacher, whole), tmp_path / 'run')
+  for message, changes in cases.items():
+    options = run_config.read(kept_config(teacher, whole, **changes))
+    run.options = options.filled(257)
+    with pytest.raises(ValueError, match=message):
+      kept.check(run, teacher_lib.read(run, options.distill))
+  with pytest.raises(ValueError, match='has batches 0 to 5, not 6'):
+    kept.batch(6)
+  with pytest.raises(ValueError, match='holds other logits: top: 257 -> 4'):
+    write(teacher, whole.folder, top=4)
+  with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
+    write(teacher, tmp_path / 'more', top=258)
+  with pytest.raises(ValueError, match='was trained on tokens of bytes'):
+    other = tiny.config(data={'tokenizer': {'kind': 'chars'}}).data
+    keep_logits.write(
+      teacher,
+      tmp_path / 'chars',
+      sections.read(DataOptions, other, 'data.'),
+      seed=0,
+      batch_size=4,
+      batches=1,
+      top=4,
+    )
+
+
+def test_the_command_writes_them(teacher, tmp_path, capsys):
+  command.main(
+    [
+      'keep_logits',
+      f'--teacher={teacher}',
+      '--config=configs/tiny_switch.py:runlocal',
+      f'--output={tmp_path / "kept"}',
+      '--batches=2',
+      '--top=4',
+      '--config.data.seq_len=24',
+    ]
+  )
+  assert 'the 4 largest of 257 logits for 2 batches' in capsys.readouterr().out
