@@ -7,6 +7,8 @@ quarter of an hour on two cores, and nothing is downloaded. At the end the score
 of every task is printed, with means over tasks and over clusters.
 
     python -m moe_jax.main --config=configs/instruct.py --workdir=runs/instruct
+    python -m moe_jax.generate --workdir=runs/instruct --temperature=0 \
+      --prompt='Reverse: abcde'
 
 To begin with a pre-trained model, add `--config.init_from.workdir=runs/tiny`.
 Translations are left out, as they need the package django; this adds one:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,10 @@ from scipy import stats
 from experiments import (
   eval_capacity,
   flan_moe,
+  kudugunta_table,
   lossfree_table2,
+  merge_or_prune,
+  qmoe_table5,
   report,
   routing_rules,
   shazeer_appendix_f,
@@ -34,9 +39,12 @@ from experiments import (
   switch_scaling,
   switch_table1,
   switch_table4,
+  switch_table6,
+  switch_table7,
 )
 from experiments.benchmarks import timing
 from experiments.study import (
+  byte_models,
   command,
   figures,
   item_commands,
@@ -67,7 +75,10 @@ STUDIES = {
   for module in (
     eval_capacity,
     flan_moe,
+    kudugunta_table,
     lossfree_table2,
+    merge_or_prune,
+    qmoe_table5,
     routing_rules,
     shazeer_appendix_f,
     shazeer_table6,
@@ -79,6 +90,8 @@ STUDIES = {
     switch_scaling,
     switch_table1,
     switch_table4,
+    switch_table6,
+    switch_table7,
   )
 }
 
@@ -189,6 +202,9 @@ def test_starts_are_run_before_those_that_begin_with_them():
   arms = [arms[2], Arm('d', {}, start='last')]
   names = [[s.name for s in level] for level in in_order(last, arms)]
   assert names == [['plain'], ['tuned'], ['last']]
+  arms = [Arm('e', {}, start='plain', teacher='tuned')]
+  names = [[s.name for s in level] for level in in_order(starts, arms)]
+  assert names == [['plain'], ['tuned']]
   assert in_order(starts, [Arm('a', {})]) == []
   with pytest.raises(ValueError, match=r"unknown start 'x'.*'plain'"):
     in_order(starts, [Arm('a', {}, start='x')])
@@ -295,6 +311,60 @@ def test_an_arm_is_a_later_layer_and_may_choose_other_kinds():
   vain = dataclasses.replace(vain, overrides={**vain.overrides, key: 'even'})
   with pytest.raises(ValueError, match=key):
     jobs_of(shared, [vain], pathlib.Path('out'))
+
+
+def copied(source, new, note=''):
+  """A change of a run that changes nothing."""
+  del note
+  shutil.copytree(source, new)
+  return {'copies': 1.0}
+
+
+@pytest.mark.slow
+def test_a_run_is_made_of_a_trained_one_and_evaluated(tmp_path):
+  noted = functools.partial(copied, note='other')
+  study = dataclasses.replace(
+    tiny_study.STUDY,
+    starts=lambda preset: [
+      Start('trained', lambda shared: shared),
+      Start('copy', lambda shared: shared, 'trained', copied),
+    ],
+  )
+  arms = [
+    Arm('copied', {}, start='trained', change=copied),
+    Arm('noted', {}, start='trained', change=noted),
+    Arm('copied twice', {}, start='copy', change=copied),
+    Arm('goes on', {'optimizer.learning_rate': 1e-9}, start='copy'),
+  ]
+  shared = study.shared(study.presets['quick'])
+  first = study.start_jobs(study.presets['quick'], shared, arms, [0], tmp_path)
+  own = study.jobs(shared, arms, [0], tmp_path / study.name, started(first))
+  for job in itertools.chain(*first, own):
+    runner.train(job, None, jax.devices()[:1])
+  results = {job.arm.name: job.result() for job in [*first[0], *own]}
+  key = f'eval/{tiny_study.EVAL}/loss'
+  losses = [result[key] for result in results.values()]
+  np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+  assert results['copied twice']['copies'] == 1.0
+  assert len({result['data_digest'] for result in results.values()}) == 1
+  # Only the start keeps parameters.
+  assert not own[0].folder.exists() and first[1][0].folder.exists()
+
+
+def test_a_change_is_part_of_a_runs_name_and_needs_a_start(tmp_path):
+  names = set()
+  study = tiny_study.STUDY
+  shared = study.shared(study.presets['quick'])
+  begun = {('a', 0): jobs.Job(Arm('a', {}), 0, shared, tmp_path / 'a')}
+  changes = [copied, *(functools.partial(copied, note=n) for n in ('b', 'c'))]
+  for change in [None, *changes]:
+    arm = Arm('same', {}, start='a', change=change)
+    (job,) = jobs.jobs_of(RunConfig, shared, [arm], [0], tmp_path, begun)
+    names.add(job.workdir)
+    assert job.begins_with == tmp_path / 'a'
+  assert len(names) == 4
+  with pytest.raises(ValueError, match="'b' changes a run, but names no start"):
+    Arm('b', {}, change=copied)
 
 
 def test_results_of_other_data_are_not_mixed(tmp_path):
@@ -425,6 +495,7 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   assert compiled[0] is compiled[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   class Stop(setup.Hook):
     def start(self, run):
@@ -525,11 +596,17 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
   result |= dict.fromkeys(measured, number)
+  result |= dict.fromkeys(('scores/chrf', 'scores/bleu'), number)
+  result['whole/bytes'] = number
+  for key in ('loss', 'bytes', 'speed'):
+    result[f'extracted/{key}'] = number
+  result['parameters'] = 1 + config.model.moe.num_experts
   layers = config.model.num_layers + config.model.encoder.num_layers
   for name in config.evals:
     result[f'eval/{name}/loss'] = number
     result[f'eval/{name}/drop_rate'] = number
-    result[f'eval/{name}/held_out_cluster_mean'] = number
+    for mean in ('mean', 'held_out_cluster_mean'):
+      result[f'eval/{name}/{mean}'] = number
     for source in config.data.mixture.sources:
       for key in ('', '.chance', '.nats'):
         result[f'eval/{name}/{source}{key}'] = number
@@ -574,14 +651,51 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     assert set(study.figure.columns) <= {c.name for c in study.columns}
 
 
+@pytest.mark.parametrize(
+  ('taught', 'kept'),
+  [
+    ([1.8, 1.9, 1.7], True),
+    ([1.99, 2.1, 1.8], False),  # the mean is above zero, its interval has it
+    ([2.1, 2.3, 2.2], False),
+  ],
+)
+def test_a_share_of_no_clear_gain_is_left_out(taught, kept):
+  key = f'eval/{byte_models.EVAL}/loss'
+  losses = {
+    switch_table6.DENSE: [2.0, 2.1, 1.9],
+    switch_table6.TEACHER: taught,
+    switch_table6.PLAIN: [1.95, 2.05, 1.84],
+  }
+  results = {n: [{key: x} for x in own] for n, own in losses.items()}
+  rows = switch_table6.rows(results, {})
+  share = rows[-1].values[switch_table6.SHARE.name]
+  assert np.isfinite(share).all() == kept
+  claim = Claim('', f'share kept: {switch_table6.PLAIN} > 0')
+  word = verdicts.SHOWN if kept else verdicts.UNRESOLVED
+  assert verdicts.verdict(claim, rows).word == word
+  assert switch_table6.UNCLEAR in switch_table6.remarks(results)
+
+
+def test_students_are_compared_with_as_many_steps_without_a_teacher():
+  for study in (switch_table6.STUDY, switch_table7.STUDY):
+    for preset in study.presets.values():
+      arms = {arm.name: arm for arm in study.arms_of(preset)}
+      long = arms[switch_table6.LONG].overrides
+      assert long['total_steps'] == preset.start_steps + preset.steps
+    compared = [c.row for c in study.claims if c.than == switch_table6.LONG]
+    assert compared and {arms[row].teacher for row in compared} != {''}
+
+
 @pytest.mark.parametrize('name', STUDIES)
 def test_a_studys_arms_are_equal_in_flops(name):
   study = STUDIES[name]
   shared, built = study.shared(study.presets['quick']), {}
   for arm in study.arms_of(study.presets['quick']):
-    options = run_config.read(layered(RunConfig, shared, arm.overrides))
+    before = dict.fromkeys(arm.runs_before, 'a run')
+    config = layered(RunConfig, shared, {**arm.overrides, **before})
+    options = run_config.read(config)
     built[arm.name] = model = options.filled(257).build()
-    leaks = arm.name.startswith(('expert choice', 'strict'))
+    leaks = arm.name.startswith(('expert choice', 'strict', 'sentence / s'))
     assert model.leaks_future == leaks
   # Wide arms have equal slots instead; see the next test.
   built = {k: v for k, v in built.items() if not k.startswith('wide ')}
@@ -638,7 +752,7 @@ def test_every_study_runs(name, results_folder):
   first = study.start_jobs(quick, shared, kept, [0], results_folder)
   for job in itertools.chain(*first):
     runner.train(job, None, jax.devices()[:1])
-    assert (job.workdir / 'checkpoints').exists()
+    assert (job.folder / 'checkpoints').exists()
   for job in study.jobs(shared, kept, [0], output, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
     losses = [n for n, e in job.config.evals.items() if e.kind == 'loss']

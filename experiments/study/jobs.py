@@ -4,6 +4,7 @@ Not here: how a run is made (`runner.py`), and when it begins (`scheduler.py`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,14 +15,14 @@ from typing import Any
 
 import ml_collections
 
-from experiments.study.parts import Arm, Result
+from experiments.study.parts import Arm, Change, Result
 from experiments.study.sweeps import nested
 from moe_jax import sections
 from moe_jax.options import Options
 from moe_jax.runs.workdir import write_text
 
 RESULT = 'result.json'
-_BEGINS_WITH = 'init_from.workdir'
+_CHANGED = 'run'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,20 @@ class Job:
   def name(self) -> str:
     """Name of the run in printed lines."""
     return f'{self.arm.name}, seed {self.seed}'
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The folder of the run as other runs begin with it.
+
+    A run that is made of another one has a folder below `workdir`, whose log
+    and result it would otherwise find there.
+    """
+    return self.workdir if self.arm.change is None else self.workdir / _CHANGED
+
+  @property
+  def begins_with(self) -> pathlib.Path:
+    """The folder of the run that this one begins with; it has a start."""
+    return pathlib.Path(self.config.init_from.workdir)
 
   @property
   def is_finished(self) -> bool:
@@ -121,7 +136,7 @@ def jobs_of(
     arms: The arms.
     seeds: The seeds.
     output: Folder of the study.
-    started: Runs whose parameters the arms begin with, by name and seed.
+    started: Runs that arms begin with or learn from, by name and seed.
 
   Raises:
     ValueError: Two arms have one name, or an arm's overrides do not fit.
@@ -130,11 +145,12 @@ def jobs_of(
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f'two arms are named {name!r}')
-  # Other options of `init_from` that an arm has need a run to begin with.
-  begins = [{_BEGINS_WITH: 'a run'} if arm.start else {} for arm in arms]
+  # Other options of these sections that an arm has need a run's folder.
   configs = [
-    layered(cls, shared, {**arm.overrides, **begin})
-    for arm, begin in zip(arms, begins, strict=True)
+    layered(
+      cls, shared, {**arm.overrides, **dict.fromkeys(arm.runs_before, 'a run')}
+    )
+    for arm in arms
   ]
   for config in configs:
     sections.read(cls, config)
@@ -142,12 +158,15 @@ def jobs_of(
   for seed in seeds:
     for arm, config in zip(arms, configs, strict=True):
       named, changes = {'seed': seed}, {'seed': seed}
-      if arm.start:
-        start = started[arm.start, seed].workdir
+      for key, name in arm.runs_before.items():
+        start = started[name, seed]
         # Names, not the path, are hashed: results may be moved.
-        named[_BEGINS_WITH] = f'{start.parent.name}/{start.name}'
-        changes[_BEGINS_WITH] = str(start)
-      hashed = config_hash(sections.merge(config, nested(named)))
+        own = start.workdir
+        named[key] = f'{own.parent.name}/{own.name}'
+        changes[key] = str(start.folder)
+      hashed = config_hash(
+        sections.merge(config, nested(named)), text_of(arm.change)
+      )
       config = sections.merge(config, nested(changes))
       short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
       folder = f'seed{seed}-{hashed}'
@@ -155,7 +174,22 @@ def jobs_of(
   return jobs
 
 
-def config_hash(config: ml_collections.ConfigDict) -> str:
-  """A short hash of a config, which does not depend on the order of keys."""
-  text = json.dumps(config.to_dict(), sort_keys=True, default=list)
+def text_of(change: Change | None) -> str:
+  """The name of a function that changes runs, with arguments; '' for None."""
+  if change is None:
+    return ''
+  if isinstance(change, functools.partial):
+    given = sorted(change.keywords.items())
+    return f'{text_of(change.func)}{change.args}{given}'
+  return f'{change.__module__}.{change.__qualname__}'
+
+
+def config_hash(config: ml_collections.ConfigDict, change: str = '') -> str:
+  """A short hash of a config, which does not depend on the order of keys.
+
+  Args:
+    config: The config.
+    change: Text of the function that makes the run from another one.
+  """
+  text = json.dumps(config.to_dict(), sort_keys=True, default=list) + change
   return hashlib.sha256(text.encode()).hexdigest()[:10]

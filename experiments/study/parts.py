@@ -6,6 +6,7 @@ Not here: the study that holds them (`study.py`).
 import contextlib
 import dataclasses
 import fnmatch
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,10 @@ from experiments.study import claims
 Result = Mapping[str, Any]
 # The results of every arm, by the arm's name, in the order of the seeds.
 Results = Mapping[str, Sequence[Result]]
+# Makes the folder of a new run from that of a trained one, change(run, new),
+# and returns numbers about it. It is a function of a module, or a `partial` of
+# one with plain arguments: other processes receive it, and its text is hashed.
+Change = Callable[[pathlib.Path, pathlib.Path], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Arm:
     x: Coordinate of the point along the x axis; None draws a horizontal line.
     start: Name of the start whose parameters the runs begin with (see
       `starts.py`); '' draws them from the seed.
+    change: Function that makes the arm's runs from those of its start, instead
+      of training (see `changed_runs.py`); None trains.
+    teacher: Name of the start that teaches the runs (`config.distill`); '' for
+      none.
   """
 
   name: str
@@ -39,6 +48,18 @@ class Arm:
   line: str = ''
   x: float | None = None
   start: str = ''
+  change: Change | None = None
+  teacher: str = ''
+
+  def __post_init__(self):
+    if self.change is not None and not self.start:
+      raise ValueError(f'arm {self.name!r} changes a run, but names no start')
+
+  @property
+  def runs_before(self) -> dict[str, str]:
+    """Names of the starts that the runs need, by the key of their folder."""
+    named = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
+    return {key: name for key, name in named.items() if name}
 
 
 @dataclasses.dataclass(frozen=True)

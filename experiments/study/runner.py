@@ -5,7 +5,6 @@ Not here: which runs there are (`jobs.py`), and when each begins
 """
 
 import dataclasses
-import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,12 @@ from typing import Any, ClassVar
 import jax
 
 from experiments.benchmarks import timing
+from experiments.study import changed_runs
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
-from moe_jax import command_line, data, finetuning, run_config, sections
+from moe_jax import command_line, data, run_config, sections
+from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import Facts
 from moe_jax.options import Options
 from moe_jax.run_config import RunConfig
@@ -110,7 +111,9 @@ def train(
   measure: Measure | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Result:
-  """Trains a run, unless it has a result already, and returns the result.
+  """Trains a run, or makes it of another, and returns its result.
+
+  A run that has a result already is not made again.
 
   Args:
     job: The run.
@@ -122,23 +125,33 @@ def train(
   """
   if job.is_finished:
     return job.result()
-  start, ending = time.perf_counter(), _Ending(measure)
+  start = time.perf_counter()
+  if job.arm.change is not None:
+    last = changed_runs.changed(job)
+  else:
+    last = _trained(job, measure, devices)
+  job.write_result({**last, 'made': made_in(start)})
+  if not job.keeps:
+    _remove_parameters(job)
+  return job.result()
+
+
+def _trained(job, measure, devices) -> dict[str, Any]:
+  """Trains a run; returns its last metrics."""
+  ending, distilling = _Ending(measure), Distilling()
   train_and_evaluate(
     run_config.read(job.config),
     job.workdir,
-    hooks=[Facts(), SharedStep(), ending],
+    hooks=[Facts(), SharedStep(), distilling, ending],
     devices=devices,
-    initial=finetuning.initial,
+    initial=distilling.initial,
   )
   if not ending.ended:
     raise SystemExit(command_line.STOPPED)
   last = {}
   for row in metrics.read_metrics(job.workdir / metrics.FILE_NAME):
     last |= row
-  job.write_result({**last, **ending.numbers, 'made': made_in(start)})
-  if not job.keeps:
-    _remove_checkpoints(job.workdir)
-  return job.result()
+  return {**last, **ending.numbers}
 
 
 def made_in(start: float) -> dict[str, Any]:
@@ -151,6 +164,8 @@ def made_in(start: float) -> dict[str, Any]:
   return {**timing.facts(), 'minutes': minutes}
 
 
-def _remove_checkpoints(workdir: pathlib.Path) -> None:
-  """Removes a run's checkpoints: those of all runs would fill a disk."""
-  shutil.rmtree(workdir / workdir_lib.CHECKPOINTS, ignore_errors=True)
+def _remove_parameters(job: Job) -> None:
+  """Removes a run's parameters: those of all runs would fill a disk."""
+  made = job.arm.change is not None
+  folder = job.folder if made else job.workdir / workdir_lib.CHECKPOINTS
+  shutil.rmtree(folder, ignore_errors=True)

@@ -134,7 +134,10 @@ class _Progress:
 
 
 def _steps(jobs: Sequence[Job]) -> int:
-  return sum(job.config.total_steps for job in jobs)
+  """The steps of training; a run that is made of another one counts as one."""
+  return sum(
+    1 if job.arm.change is not None else job.config.total_steps for job in jobs
+  )
 
 
 def read_all(jobs: Sequence[Job]) -> Results:

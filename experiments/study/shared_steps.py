@@ -18,10 +18,12 @@ from moe_jax.training.setup import Hook, Run
 
 # Ends of the dotted names of the routers' options that become arguments.
 _WEIGHT, _RATE = '_weight', '.balance_bias_rate'
-# Beginnings of the keys on which no training step depends.
+# Beginnings of the keys on which no shared step depends. `distill.` is one of
+# them, as a run that learns from soft labels has a step of its own: the hook of
+# distillation, which comes later, puts it in the place of the shared one.
 _OTHER = (
   'seed', 'log_every_steps', 'data.source.', 'data.mixture.', 'evals.',
-  'checkpoint.', 'sample.', 'init_from.'
+  'checkpoint.', 'sample.', 'init_from.', 'distill.'
 )  # fmt: skip
 
 _steps: dict[str, Any] = {}

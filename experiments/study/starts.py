@@ -1,8 +1,9 @@
-"""Runs whose parameters other runs of a study begin with.
+"""Runs whose parameters other runs of a study begin with, or learn from.
 
-A start is trained once for each seed and keeps its last checkpoint in the
-folder `starts` beside the studies' own, so that studies which begin with equal
-runs share them. Not here: what is trained after them (`study.py`).
+A start is trained once for each seed, or made of another start, and keeps its
+last checkpoint in the folder `starts` beside the studies' own, so that studies
+which begin with equal runs share them. Not here: what is trained after them
+(`study.py`).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from experiments.study.jobs import Job, jobs_of
-from experiments.study.parts import Arm
+from experiments.study.parts import Arm, Change
 from moe_jax.options import Options, unknown
 
 FOLDER = 'starts'
@@ -22,17 +23,19 @@ Started = Mapping[tuple[str, int], Job]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """A run whose parameters arms, or other starts, begin with.
+  """A run that arms begin with or learn from, or other starts begin with.
 
   Attributes:
     name: Name by which an arm chooses it.
     config: Returns the config of the run, from the config that all arms share.
     start: Name of the start that this one begins with; '' draws parameters.
+    change: Function that makes the run from that start, as in `Arm`.
   """
 
   name: str
   config: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict]
   start: str = ''
+  change: Change | None = None
 
 
 def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
@@ -55,8 +58,8 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
     return levels[name]
 
   for arm in arms:
-    if arm.start:
-      level(arm.start)
+    for name in arm.runs_before.values():
+      level(name)
   return [
     [by_name[name] for name, at in levels.items() if at == number]
     for number in range(max(levels.values(), default=-1) + 1)
@@ -83,7 +86,7 @@ def start_jobs(
   for level in levels:
     before, own = started(jobs), []
     for start in level:
-      arms = [Arm(start.name, {}, start=start.start)]
+      arms = [Arm(start.name, {}, start=start.start, change=start.change)]
       config = start.config(shared)
       own += jobs_of(cls, config, arms, seeds, results / FOLDER, before)
     jobs.append([dataclasses.replace(job, keeps=True) for job in own])

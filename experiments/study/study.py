@@ -73,8 +73,8 @@ class Study:
     figure: Description of the figure.
     rows: Returns the rows of the table, from the results of all arms and the
       ratios of step times by timed arm; None makes a row of each arm.
-    starts: Returns the runs whose parameters arms begin with, for a preset;
-      None where all arms begin anew. Their results are among those of the arms,
+    starts: Returns the runs that arms begin with or learn from, for a preset;
+      None where there are none. Their results are among those of the arms,
       by name of the start.
     runner: Object that makes the runs.
     exploration: Preliminary runs that choose options of the arms; None for

@@ -1,0 +1,204 @@
+"""Routing by token, sentence and task, and what a task's extracted model keeps.
+
+    python -m experiments.kudugunta_table --preset=quick
+
+Kudugunta et al. 2021 (https://arxiv.org/abs/2110.03742) translate between 30
+pairs of languages with 32 experts in every other layer, two a token. Routing by
+token in the encoder and by target language in the decoder is best (23.6 BLEU),
+before target languages in both (22.9), tokens in both (22.6), a dense model
+(20.0) and sentences (19.9). The part of the decoder that one target language
+uses has 142 of 533 million parameters and is as good as the whole. These
+numbers are from a secondary source.
+
+Here: an encoder-decoder of bytes translates the texts of django's interface
+from English into four languages, drawn at temperature 5; arms are named after
+the routing of encoder and decoder. A decoder that routes by the mean of its
+sentence sees tokens that it is to predict, so that it cannot generate, and its
+loss is not comparable. Extraction is measured on the trained runs: the model of
+each language by itself, on that language, against the whole model.
+
+No preset has been run yet.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from configs import base, kudugunta_multilingual
+from experiments.study import byte_models, command, extracted
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Result,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+from experiments.study.tasks import Task
+from moe_jax.evaluation import SourceLosses
+
+LANGUAGES = ('de', 'es', 'fr', 'ru')
+LANGUAGE_LOSSES = 'languages'
+
+
+def config(steps: int):
+  """The config that the arms share, without a choice of routers."""
+  config = kudugunta_multilingual.get_config().unlock()
+  config.total_steps = steps
+  config.log_every_steps = max(steps // 10, 1)
+  sources = config.data.mixture.sources
+  for language in set(sources) - set(LANGUAGES):
+    del sources[language]
+  config.data.seq_len = config.data.target_len = 64
+  m = config.model
+  m.width = 64
+  m.attention.num_heads = 4
+  m.ffn.hidden = 256
+  m.dropout = 0.0
+  m.moe.num_experts = 8
+  m.moe.expert.hidden = 128
+  m.moe.router = base.get_config().model.moe.router
+  m.encoder.overrides = {}
+  config.optimizer.schedule.warmup_steps = min(100, steps // 8)
+  config.checkpoint.every_steps = 0
+  config.checkpoint.keep_best = False
+  config.checkpoint.best_eval = base.get_config().checkpoint.best_eval
+  config.sample = base.get_config().sample
+  config.evals = {
+    byte_models.EVAL: byte_models.evaluation(),
+    LANGUAGE_LOSSES: base.entry(SourceLosses, every_steps=0),
+  }
+  return base.finish(config)
+
+
+def _router(kind: str) -> dict[str, Any]:
+  return {'kind': kind, kind: {'gates': 'renormalized'}}
+
+
+def arm(encoder: str, decoder: str) -> Arm:
+  """The arm in which two routers route the encoder and the decoder."""
+  names = {'token': 'token_choice'}
+  moe = {'router': _router(names.get(decoder, decoder))}
+  if decoder == 'sentence':
+    moe['allow_future_leak'] = True
+  overrides: dict[str, Any] = {'model.moe': moe}
+  if encoder != decoder:
+    router = _router(names.get(encoder, encoder))
+    overrides['model.encoder.overrides'] = {'moe': {'router': router}}
+  return Arm(f'{encoder} / {decoder}', overrides)
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """The dense twin, and routers of the encoder and of the decoder."""
+  del preset
+  return [
+    byte_models.dense(),
+    arm('token', 'token'),
+    arm('sentence', 'token'),
+    arm('task', 'task'),
+    arm('token', 'task'),
+    arm('sentence', 'sentence'),
+  ]
+
+
+LOSS = Column('loss', f'eval/{LANGUAGE_LOSSES}/mean', 'nats/byte')
+CHRF = Column('chrF', 'scores/chrf', digits=1)
+BLEU = Column('BLEU', 'scores/bleu', digits=1)
+BYTES = Column('decoder', 'whole/bytes', 'MB', 3, lambda size: size / 1e6)
+SPEED = Column('tokens a second', unit='x of the whole', digits=2)
+OWN = ', own model'  # the end of the name of a row of extracted models
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """A row for each arm, and one for the extracted models of its languages."""
+  del times
+  made = []
+  for name, runs in results.items():
+    made.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))
+    if not name.endswith('/ task'):
+      continue
+    own = {
+      column: dataclasses.replace(column, key=f'extracted/{key}')
+      for column, key in ((LOSS, 'loss'), (BYTES, 'bytes'), (SPEED, 'speed'))
+    }
+    made.append(Row(name + OWN, _values([*own.values()], runs)))
+  return made
+
+
+def _values(columns, runs: list[Result]) -> dict[str, list[float]]:
+  """The numbers of all runs by column, without columns that they lack."""
+  values = {c.name: [c.of(run) for run in runs] for c in columns}
+  return {k: v for k, v in values.items() if not np.isnan(v).any()}
+
+
+PAPER = 'taskmoe2021/routing'
+BEST = 'token / task'
+
+
+def better(row: str, than: str, theirs: str, their_than: str) -> Claim:
+  """A claim that a row has the lower loss where the paper's has more BLEU."""
+  return Claim(
+    f'{row} beats {than}',
+    f'loss: {row} < {than}',
+    [f'{PAPER}/{name}/bleu' for name in (theirs, their_than)],
+    'BLEU there, where higher is better; loss here.',
+  )
+
+
+STUDY = Study(
+  name='kudugunta_table',
+  title='Routing by token, sentence and task, and extracted models',
+  source='Kudugunta et al. 2021 (BLEU: higher is better there)',
+  config=config,
+  arms=arms,
+  presets={
+    'quick': Preset(250, 3, without=['sentence / sentence']),
+    'full': Preset(1000, 5),
+  },
+  columns=[LOSS, CHRF, BLEU, BYTES, SPEED],
+  claims=[
+    better(BEST, 'token / token', 'token-target', 'token-token'),
+    better(BEST, 'task / task', 'token-target', 'target-target'),
+    better('task / task', 'token / token', 'target-target', 'token-token'),
+    better('token / token', 'dense', 'token-token', 'dense'),
+    better(BEST, 'dense', 'token-target', 'dense'),
+    Claim(
+      'sentences in the encoder are worse than tokens',
+      'loss: sentence / token > token / token',
+      note='The paper has sentences in the decoder, too.',
+    ),
+    Claim(
+      "a language's own model generates faster",
+      f'{SPEED.name}: {BEST}{OWN} > 1',
+      [
+        f'taskmoe2021/extraction/{name}/throughput'
+        for name in ('extracted', 'whole')
+      ],
+      'There on 32 devices, which need no exchange for it.',
+    ),
+  ],
+  figure=Figure(['loss', 'chrF', 'decoder']),
+  rows=rows,
+  runner=TrainingRunner(extracted.measure),
+  remarks='Own models are those that are taken out of the trained run, one for '
+  'each language; their losses are means over the languages. By construction '
+  'they compute what the whole computes for their language, with a smaller '
+  'decoder, so that no claim is made of either. A decoder that '
+  'routes by sentence sees the tokens that it predicts: its loss is not that '
+  'of a causal model.',
+  tasks={
+    'translations': Task(
+      {}, 'texts of django from English into four languages, bytes'
+    )
+  },
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)

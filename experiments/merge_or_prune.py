@@ -1,0 +1,239 @@
+"""Merging against pruning of experts, and what to compare experts by.
+
+    python -m experiments.merge_or_prune --preset=quick
+
+M-SMoE (https://arxiv.org/abs/2310.01334) merges the experts whose router logits
+on data are alike, HC-SMoE (https://arxiv.org/abs/2410.08589) those whose mean
+outputs are, and finds outputs best; second-hand, weights are a little worse and
+router logits worst by far. REAP (https://arxiv.org/abs/2510.13999)
+finds that pruning, by the mean of gate times norm of output, beats merging,
+which loses the mixing by input, for models that generate. All of them are large
+language models, and scores are of their tasks.
+
+Here: a decoder of bytes with top-2 of 16 experts in each of four layers, whose
+gates sum to one. Each arm is the same trained run with half or a quarter of its
+experts, the same number in each layer, without any training afterwards, paired
+by seed. Merging keeps the routers, whose columns are tied; pruning makes them
+as small as the experts, and gates are renormalised. To merge by router is to
+compare the weights of its columns, no logits, so that it stands for neither
+paper. Statistics are from batches
+of the training split.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+from experiments.study import byte_models, command
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.starts import Start
+from experiments.study.study import Study
+from moe_jax.compression import fewer, merge, prune, whole_run
+from moe_jax.compression.model_bytes import bytes_in_memory
+
+TRAINED = 'trained'
+EXPERTS = 16
+# The number of experts that stay, by the share that is removed in per cent.
+LEFT = {50: 8, 75: 4}
+# Similarity and rule of grouping, by the name of the way of merging.
+MERGES = {
+  'merge by outputs': ('outputs', 'clusters'),
+  'merge by weights': ('weights', 'clusters'),
+  'merge by router': ('router', 'clusters'),
+  'merge by router, cores': ('router', 'cores'),
+}
+PRUNES = {
+  'prune by usage': 'usage',
+  'prune by gate': 'gate',
+  'prune by REAP': 'reap',
+}
+ADDED = Column('added loss', unit='nats/byte')
+BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
+UNUSED = Column('unused', 'unused', 'experts', 1)
+BATCHES = 16  # of the training split, on which experts are measured
+
+
+def config(steps: int):
+  """The config of training."""
+  config = byte_models.decoder(
+    steps, num_experts=EXPERTS, num_selected=2, width=64
+  )
+  moe = config.model.moe
+  moe.expert.hidden = 128
+  moe.router.token_choice.gates = 'renormalized'
+  byte_models.drop_nothing(moe)
+  return config
+
+
+def merged(
+  run: pathlib.Path,
+  new: pathlib.Path,
+  *,
+  left: int,
+  batches: int,
+  group_by: str,
+  rule: str,
+) -> Mapping[str, float]:
+  """Merges the experts of a run, as a change of an arm."""
+  before = fewer.calibrated(whole_run.read(run), batches)
+  counts = fewer.numbers(str(left), before.layers)
+  layers = merge.merge(before, counts, group_by=group_by, rule=rule)
+  return _written(before, layers, merge.TIED, new)
+
+
+def pruned(
+  run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int, score: str
+) -> Mapping[str, float]:
+  """Prunes the experts of a run, as a change of an arm."""
+  before = fewer.calibrated(whole_run.read(run), batches)
+  counts = fewer.numbers(str(left), before.layers)
+  layers = prune.prune(before, counts, score=score)
+  return _written(before, layers, fewer.SHRUNK, new)
+
+
+def _written(
+  before: fewer.Calibrated,
+  left: Mapping[int, fewer.Fewer],
+  router: str,
+  new: pathlib.Path,
+) -> Mapping[str, float]:
+  options, params = fewer.smaller(before.run, left, router)
+  whole_run.write(before.run, new, params, options)
+  old = bytes_in_memory(before.run.variables['params'])
+  return {
+    'bytes': bytes_in_memory(params) / old,
+    'unused': sum(len(usage.unused) for usage in before.usage.values()),
+  }
+
+
+def row_name(way: str, removed: int) -> str:
+  """The name of the row of a way with a share removed, in per cent."""
+  return f'{way}, {removed} %'
+
+
+def starts(preset: Preset) -> list[Start]:
+  """The trained run that all arms make smaller."""
+  del preset
+  return [Start(TRAINED, lambda shared: shared)]
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """An arm for each way and number of experts that stay."""
+  del preset
+  changes = {
+    way: functools.partial(merged, group_by=group_by, rule=rule)
+    for way, (group_by, rule) in MERGES.items()
+  } | {
+    way: functools.partial(pruned, score=score) for way, score in PRUNES.items()
+  }
+  return [
+    Arm(
+      row_name(way, removed),
+      {},
+      line=way,
+      x=removed,
+      start=TRAINED,
+      change=functools.partial(change, left=left, batches=BATCHES),
+    )
+    for way, change in changes.items()
+    for removed, left in LEFT.items()
+  ]
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The trained run, and each way of making it smaller."""
+  del times
+  loss = byte_models.LOSS
+  before = [*map(loss.of, results[TRAINED])]
+  whole = {BYTES.name: [100.0] * len(before), ADDED.name: [0.0] * len(before)}
+  table = [Row(TRAINED, {loss.name: before, **whole})]
+  for way in (*MERGES, *PRUNES):
+    for removed in LEFT:
+      name = row_name(way, removed)
+      values = {
+        column.name: [*map(column.of, results[name])]
+        for column in (loss, BYTES, UNUSED)
+      }
+      pairs = zip(values[loss.name], before, strict=True)
+      values[ADDED.name] = [after - own for after, own in pairs]
+      table.append(Row(name, values, way, removed))
+  return table
+
+
+def compared(way: str, than: str, removed: int) -> str:
+  """A claim's comparison: the first way has a lower loss than the second."""
+  return f'loss: {row_name(way, removed)} < {row_name(than, removed)}'
+
+
+def by_similarity(better: str, worse: str, removed: int) -> Claim:
+  """A claim that one similarity of experts merges better than another.
+
+  No paper has a number for columns of the router.
+  """
+  published, note = [], ''
+  if worse != 'router':
+    published = [f'hcsmoe2024/similarity/{n}/score' for n in (better, worse)]
+    note = 'There a quarter is removed, and scores are of tasks.'
+  return Claim(
+    f'experts merged by {better} rather than {worse}, {removed} % removed',
+    compared(f'merge by {better}', f'merge by {worse}', removed),
+    published,
+    note,
+  )
+
+
+def claims() -> list[Claim]:
+  """Outputs are the best similarity, and pruning beats merging."""
+  found = [
+    by_similarity(better, worse, removed)
+    for better, worse in (
+      ('outputs', 'weights'),
+      ('outputs', 'router'),
+      ('weights', 'router'),
+    )
+    for removed in LEFT
+  ]
+  found += [
+    Claim(
+      f'REAP prunes better than merging by outputs, {removed} % removed',
+      compared('prune by REAP', 'merge by outputs', removed),
+      note='The paper says so of models that generate.',
+    )
+    for removed in LEFT
+  ]
+  return found + [
+    Claim(
+      f'REAP prunes better than {score} does, {removed} % removed',
+      compared('prune by REAP', f'prune by {score}', removed),
+    )
+    for score in ('usage', 'gate')
+    for removed in LEFT
+  ]
+
+
+STUDY = Study(
+  name='merge_or_prune',
+  title='Merging against pruning of experts',
+  source='HC-SMoE, M-SMoE and REAP',
+  config=config,
+  arms=arms,
+  rows=rows,
+  starts=starts,
+  presets={'quick': Preset(400, 3), 'full': Preset(2000, 5)},
+  columns=[byte_models.LOSS, ADDED, BYTES, UNUSED],
+  claims=claims(),
+  figure=Figure(['added loss'], 'experts removed, %'),
+  length=lambda preset: f'{preset.steps:,} steps, then merged or pruned',
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)

@@ -1,0 +1,182 @@
+"""Experts in few bits: rounding to the nearest value against GPTQ.
+
+    python -m experiments.qmoe_table5 --preset=quick
+
+QMoE (https://arxiv.org/abs/2310.16795), Table 5: Switch models whose experts
+are quantised to 2 bits and to ternary values, {min, 0, max} of each output
+unit. Rounding to the nearest value (RTN) costs 0.5 to 2.8 nats a token on the
+smallest one, GPTQ 0.03 to 0.3, and most ternary weights are 0, so that codes of
+16 bits for sequences of weights take less than a bit a weight. These numbers
+are from a secondary source.
+
+Here: a decoder of bytes, whose experts are quantised after training. Each arm
+is the same trained run in another format, paired by seed. Data of GPTQ are
+batches of the training split. Whether 8 bits lose nothing is judged by a bound
+of 0.002 nats a byte, which was chosen before any result was seen. Experts are
+narrow: of the bits a weight, metadata of an output unit are far more than
+there.
+"""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+from experiments.study import byte_models, command
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.starts import Start
+from experiments.study.study import Study
+from moe_jax.compression.quantize import quantize
+from moe_jax.layers.kernel_format import KernelFormat
+
+TRAINED = 'trained'
+# The bits of a weight by format, for the figure; QMoE calls ternary 1.5 bits.
+FORMATS = {'int8': 8.0, 'int4': 4.0, 'int2': 2.0, 'ternary': 1.5}
+METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
+SAME = 0.002
+BATCHES = 16  # of the training split, which GPTQ reads
+ADDED = Column('added loss', unit='nats/byte')
+ZEROS = Column('zeros', 'zeros', '%', 1, lambda share: 100 * share)
+CODES = Column('codes', 'code bits', 'bits/weight', 2)
+METADATA = Column('metadata', 'metadata bits', 'bits/weight', 2)
+
+
+def config(steps: int):
+  """The config of training: a decoder whose layers are all sparse."""
+  return byte_models.decoder(steps, num_experts=8)
+
+
+def quantized(
+  run: pathlib.Path,
+  new: pathlib.Path,
+  *,
+  format: str,
+  method: str,
+  batches: int,
+) -> Mapping[str, float]:
+  """Quantises the experts of a run, as a change of an arm."""
+  return quantize(
+    run, new, KernelFormat(format), method=method, num_batches=batches
+  )
+
+
+def row_name(method: str, format: str) -> str:
+  """The name of the row of a method, 'RTN' or 'GPTQ', and a format."""
+  return f'{method} {format}'
+
+
+def starts(preset: Preset) -> list[Start]:
+  """The trained run that all arms quantise."""
+  del preset
+  return [Start(TRAINED, lambda shared: shared)]
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """An arm for each format and method."""
+  del preset
+  return [
+    Arm(
+      row_name(name, format),
+      {},
+      line=name,
+      x=bits,
+      start=TRAINED,
+      change=functools.partial(
+        quantized, format=format, method=method, batches=BATCHES
+      ),
+    )
+    for name, method in METHODS.items()
+    for format, bits in FORMATS.items()
+  ]
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The trained run, and each way of quantising it."""
+  del times
+  before = [*map(byte_models.LOSS.of, results[TRAINED])]
+  loss = byte_models.LOSS.name
+  table = [Row(TRAINED, {loss: before, ADDED.name: [0.0] * len(before)})]
+  for name in METHODS:
+    for format, bits in FORMATS.items():
+      arm = row_name(name, format)
+      runs = results[arm]
+      values = {
+        column.name: [*map(column.of, runs)]
+        for column in (byte_models.LOSS, ZEROS, CODES, METADATA)
+      }
+      values[ADDED.name] = [
+        after - own for after, own in zip(values[loss], before, strict=True)
+      ]
+      table.append(Row(arm, values, name, bits))
+  return table
+
+
+def published(*columns: str) -> list[str]:
+  """Addresses of the losses of the paper's smallest model."""
+  return [f'qmoe2023/c4_loss/base128/{column}' for column in columns]
+
+
+def claims() -> list[Claim]:
+  """GPTQ is better where bits are few, and most ternary weights are 0."""
+  return [
+    Claim(
+      'GPTQ is better than RTN at 2 bits',
+      'loss: GPTQ int2 < RTN int2',
+      published('qmoe_2bit', 'rtn_2bit'),
+    ),
+    Claim(
+      'GPTQ is better than RTN with ternary values',
+      'loss: GPTQ ternary < RTN ternary',
+      published('qmoe_ternary', 'rtn_ternary'),
+    ),
+    Claim(
+      'with GPTQ, ternary values are worse than 2 bits',
+      'loss: GPTQ ternary > GPTQ int2',
+      published('qmoe_ternary', 'qmoe_2bit'),
+    ),
+    Claim(
+      'with GPTQ, 2 bits are worse than the trained model',
+      f'loss: GPTQ int2 > {TRAINED}',
+      published('qmoe_2bit', 'bf16'),
+    ),
+    Claim(
+      'more ternary weights than weights of 2 bits are 0',
+      'zeros: GPTQ ternary > GPTQ int2',
+      [f'qmoe2023/size/base128/{n}' for n in ('zeros_ternary', 'zeros_2bit')],
+    ),
+    Claim('GPTQ is better than RTN at 4 bits', 'loss: GPTQ int4 < RTN int4'),
+    *(
+      Claim(
+        f'8 bits lose nothing with {name}',
+        f'loss: {row_name(name, "int8")} = {TRAINED} within {SAME}',
+      )
+      for name in METHODS
+    ),
+  ]
+
+
+STUDY = Study(
+  name='qmoe_table5',
+  title='Experts in few bits, by rounding and by GPTQ',
+  source='QMoE, Table 5',
+  config=config,
+  arms=arms,
+  rows=rows,
+  starts=starts,
+  presets={'quick': Preset(500, 3), 'full': Preset(2000, 5)},
+  columns=[byte_models.LOSS, ADDED, ZEROS, CODES, METADATA],
+  claims=claims(),
+  figure=Figure(['added loss', 'zeros'], 'bits', log_x=True),
+  length=lambda preset: f'{preset.steps:,} steps, then quantised',
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)

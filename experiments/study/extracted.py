@@ -1,0 +1,113 @@
+"""Measures translations of a trained run, and the models extracted from it.
+
+Not here: the extraction (`moe_jax.compression.extract`).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.benchmarks import timing
+from moe_jax import generation
+from moe_jax.compression import extract
+from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.evaluation import GenerateEvaluation
+from moe_jax.generation import trained_run
+from moe_jax.models import check_generates
+from moe_jax.training.evaluate import Losses, Setting
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+# Number of tokens of a generated translation, and of translations that are
+# scored; number of rows whose generation is timed, and the seconds that it may
+# take.
+_TOKENS, _SCORED, _TIMED, _SECONDS = 48, 64, 16, 5.0
+
+
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """Scores of generated translations, and what extraction changes.
+
+  Returns:
+    Numbers by name; those of a part are left out of models without it:
+    - scores/chrf, scores/bleu: of generated translations, in percent.
+    - whole/bytes: bytes of the decoder's parameters.
+    - extracted/loss, extracted/bytes: means over languages of each language's
+      extracted model.
+    - extracted/speed: tokens generated a second, as a ratio to the whole
+      model's, the median of interleaved rounds.
+  """
+  variables = run.programs.variables(state)
+  numbers = {'whole/bytes': bytes_in_memory(variables['params']['decoder'])}
+  try:
+    check_generates(run.model)
+  except ValueError:  # a decoder that routes by sentence
+    return numbers
+  setting = Setting(
+    name='scores',
+    model=run.model,
+    dataset=run.dataset,
+    data=run.options.data,
+    batch_size=run.options.batch_size,
+    workdir=run.workdir,
+    put=run.programs.put,
+  )
+  scores = GenerateEvaluation(
+    num_examples=_SCORED, num_tokens=_TOKENS, metrics='chrf,bleu'
+  ).measure(setting)
+  row = scores(variables, int(state.step))
+  numbers |= {f'scores/{name}': row[name] for name in ('chrf', 'bleu')}
+  if run.options.model.routes_by_task:
+    numbers |= _extraction(setting, run.options, variables)
+  return numbers
+
+
+def _extraction(setting: Setting, options, variables) -> dict[str, float]:
+  losses, sizes, model = [], [], None
+  for number, language in enumerate(options.data.tasks):
+    small = extract.extract(options.model, variables['params'], number)
+    model = model or small.options.build(options.sharding.rules)
+    part = dataclasses.replace(
+      setting, model=model, dataset=setting.dataset.parts[language]
+    )
+    own = {'params': small.params}
+    losses.append(float(Losses.of(part, 0)(own, 0)['loss']))
+    sizes.append(bytes_in_memory(small.params['decoder']))
+  return {
+    'extracted/loss': float(np.mean(losses)),
+    'extracted/bytes': float(np.mean(sizes)),
+    'extracted/speed': _speed(setting, variables, model, own, number),
+  }
+
+
+def _speed(setting: Setting, variables, model, own, task: int) -> float:
+  """Tokens a second of one task's own model over those of the whole one."""
+  rows = setting.dataset.splits['validation'].take(np.arange(_TIMED))
+  prompts = [
+    tokens[ids == 1]
+    for tokens, ids in zip(rows['encoder_tokens'], rows['encoder_segment_ids'])
+  ]
+  start = trained_run.special_ids(setting.model, setting.dataset.tokenizer)
+
+  def generating(model, variables, **more):
+    model, variables = generation.prepare(
+      model, variables, batch_size=len(prompts)
+    )
+    # Without stops both take the same number of steps.
+    return lambda: generation.generate(
+      model,
+      variables,
+      prompts,
+      num_tokens=_TOKENS,
+      start_id=start['start_id'],
+      **more,
+    )
+
+  tasks = [task] * len(prompts)
+  times = timing.interleave(
+    {
+      'whole': generating(setting.model, variables, task_ids=tasks),
+      'own': generating(model, own),
+    },
+    seconds=_SECONDS,
+  )
+  return timing.ratio(times['whole'], times['own']).median

@@ -1,0 +1,286 @@
+"""How much of a sparse teacher's gain does a dense student keep?
+
+    python -m experiments.switch_table6 --preset=quick
+
+Switch Transformers (https://arxiv.org/abs/2101.03961), Table 6: a dense student
+that learns from a sparse teacher's probabilities alone keeps 3 % of what the
+teacher gains over a dense model; 20 % if it also begins with the teacher's
+non-expert weights, and 29 % with 0.75 of hard and 0.25 of soft labels. To begin
+with these weights without learning from the teacher gains nothing.
+
+Here: decoders of bytes with two layers, all of them sparse and dropless in the
+teacher, which has 16 experts and is trained for as long as its students. The
+share is the mean gain of an arm over the mean gain of the teacher, both over
+the dense twin on the same seeds; its interval is that of a ratio of means. One
+row is our own: feed-forwards that begin as the expert of the highest
+conditional probability (https://arxiv.org/abs/2605.28207), instead of anew. A
+student that begins with weights of the teacher has its steps behind it, which
+is little beside the length of the paper's runs and much here: the dense twin of
+as many steps as both together is the control.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.study import byte_models, command
+from experiments.study.jobs import layered
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.starts import Start
+from experiments.study.study import Study
+from experiments.study.tables import Interval, ratios
+from experiments.study.tasks import TASKS
+from moe_jax.run_config import RunConfig
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+NUM_EXPERTS = 16
+DENSE, ALONE = 'dense', 'non-expert start alone'
+LONG = 'dense, twice the steps'
+PLAIN = 'distilled'
+STARTED = 'distilled, non-expert start'
+MIXED = 'distilled, non-expert start, mixed labels'
+JOINED = 'distilled, concatenated start, mixed labels'
+# Options of `config.distill`, by arm.
+_SOFT = {'hard_weight': 0.0, 'soft_weight': 1.0}
+_HARD = {'hard_weight': 1.0, 'soft_weight': 0.0}
+STUDENTS = {
+  PLAIN: {**_SOFT, 'start': 'none'},
+  STARTED: {**_SOFT, 'start': 'non_experts'},
+  MIXED: {'start': 'non_experts'},
+  JOINED: {'start': 'concatenated'},
+  ALONE: {**_HARD, 'start': 'non_experts'},
+}
+GAIN = Column('gain', unit='nats/byte')
+SHARE = Column('share kept', unit='% of gain', digits=1)
+PARAMETERS = 'parameters'
+_PAPER = 'switch2021/table6'
+BEHIND = (
+  "A student that begins with its teacher's weights has the teacher's steps "
+  'behind it, which the dense twin has not, and reads the batches that the '
+  'teacher has read: compare it with the row '
+  f'"{LONG}", which has as many steps without a teacher, on new batches.'
+)
+UNCLEAR = 'No share is given of a gain whose interval is not all above zero.'
+
+
+def teacher_of(num_experts: int) -> str:
+  """The name of the teacher that has so many experts."""
+  return f'teacher, {num_experts} experts'
+
+
+TEACHER = teacher_of(NUM_EXPERTS)
+
+
+def config(steps: int) -> ml_collections.ConfigDict:
+  """Config of the teacher, which its students change."""
+  config = byte_models.decoder(steps, num_layers=2, num_experts=NUM_EXPERTS)
+  byte_models.drop_nothing(config.model.moe)
+  return config
+
+
+def teacher(preset: Preset, num_experts: int) -> Start:
+  """The run of the teacher that has so many experts."""
+  steps = preset.start_steps
+  changes = {
+    'total_steps': steps,
+    'log_every_steps': max(steps // 10, 1),
+    'optimizer.schedule.warmup_steps': min(100, steps // 8),
+    'model.moe.num_experts': num_experts,
+  }
+  make = functools.partial(layered, RunConfig, overrides=changes)
+  return Start(teacher_of(num_experts), make)
+
+
+def student(name: str, num_experts: int, options: Mapping[str, Any]) -> Arm:
+  """The arm of a dense student.
+
+  Args:
+    name: The name of the arm.
+    num_experts: The number of experts of its teacher.
+    options: Options of `config.distill`.
+  """
+  overrides = {f'distill.{key}': value for key, value in options.items()}
+  return Arm(
+    name,
+    {'model.moe.num_experts': 0, **overrides},
+    teacher=teacher_of(num_experts),
+  )
+
+
+def long_twin(preset: Preset) -> Arm:
+  """The dense twin with the steps of a student and of its teacher."""
+  steps = preset.steps + preset.start_steps
+  return byte_models.dense(LONG, total_steps=steps)
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """The dense twin, and a student for each way to learn."""
+  students = (
+    student(name, NUM_EXPERTS, options) for name, options in STUDENTS.items()
+  )
+  return [byte_models.dense(DENSE), *students, long_twin(preset)]
+
+
+def parameters(run: Run, state: TrainState) -> dict[str, int]:
+  """The number of a run's parameters; see `TrainingRunner.measure`."""
+  del run
+  return {PARAMETERS: sum(x.size for x in jax.tree.leaves(state.params))}
+
+
+def losses(results: Results, name: str) -> np.ndarray:
+  """The losses of an arm or of a teacher, one for each seed."""
+  return np.array([byte_models.LOSS.of(run) for run in results[name]])
+
+
+def gain_of(results: Results, name: str) -> np.ndarray:
+  """What an arm or a teacher gains over the dense twin, one for each seed."""
+  return losses(results, DENSE) - losses(results, name)
+
+
+def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
+  """The row of a run, with its gain and the share of a teacher's.
+
+  The share is NaN, which stays empty, unless the interval of the teacher's gain
+  is all above zero: next to zero a ratio says nothing.
+
+  Args:
+    results: The results of all runs.
+    name: The name of the run.
+    teacher: The name of the teacher whose gain is the denominator.
+    **row: Other fields of the row; `values` are added to its own.
+  """
+  gain = gain_of(results, name)
+  values = {
+    byte_models.LOSS.name: losses(results, name).tolist(),
+    **row.pop('values', {}),
+  }
+  if name != DENSE:
+    values[GAIN.name] = gain.tolist()
+  if name not in (DENSE, teacher):
+    whole = gain_of(results, teacher)
+    share = np.full_like(gain, np.nan)
+    if Interval.of(whole).sign() > 0:
+      share = 100 * ratios(gain, whole)
+    values[SHARE.name] = share.tolist()
+  return Row(name, values, **row)
+
+
+def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
+  """Rows of the teacher, of the dense twin and of its students."""
+  del times
+  names = [TEACHER, DENSE, *STUDENTS, LONG]
+  # A quick preset leaves some out.
+  return [row_of(results, n, TEACHER) for n in names if n in results]
+
+
+def length(preset: Preset) -> str:
+  """The length of a preset's runs, in words."""
+  return (
+    f'{preset.start_steps:,} steps of the teacher, and {preset.steps:,} steps '
+    'of each student and of the dense twin'
+  )
+
+
+def remarks(results: Results) -> str:
+  """The denominator of the shares."""
+  gain = Interval.of(gain_of(results, TEACHER))
+  return (
+    f"Shares are of the teacher's gain over the dense twin, {gain:.4f} nats a "
+    f'byte. {UNCLEAR} {BEHIND} A share above 100 % says '
+    'that the models had much to learn still.'
+  )
+
+
+_TASKS = {'cipher': TASKS['cipher'], **TASKS}
+
+
+def _published(*rows: str) -> list[str]:
+  return [f'{_PAPER}/{row}/nlp' for row in rows]
+
+
+STUDY = Study(
+  name='switch_table6',
+  title='Distillation of a sparse teacher into a dense student',
+  source='Switch Transformers, Table 6',
+  config=config,
+  arms=arms,
+  rows=rows,
+  starts=lambda preset: [teacher(preset, NUM_EXPERTS)],
+  presets={
+    'quick': Preset(250, 5, start_steps=250, without=(JOINED,)),
+    'full': Preset(1500, 5, start_steps=1500),
+  },
+  columns=[byte_models.LOSS, GAIN, SHARE],
+  claims=[
+    Claim(
+      'the teacher is better than its dense twin',
+      f'loss: {TEACHER} < {DENSE}',
+      _published('teacher 3.8B', 'T5-Base'),
+    ),
+    Claim(
+      'soft labels help',
+      f'loss: {PLAIN} < {DENSE}',
+      _published('distillation', 'T5-Base'),
+    ),
+    Claim(
+      'to begin with non-expert weights helps a student',
+      f'loss: {STARTED} < {PLAIN}',
+      _published('+ init non-expert weights', 'distillation'),
+    ),
+    Claim(
+      'to mix in hard labels helps further',
+      f'loss: {MIXED} < {STARTED}',
+      _published('+ 0.75 hard, 0.25 soft mix', '+ init non-expert weights'),
+    ),
+    Claim(
+      'to begin with non-expert weights does not help without a teacher',
+      f'loss: {ALONE} > {DENSE}',
+      _published('init without distillation', 'T5-Base'),
+      note='The paper has 0.003 between the two.',
+    ),
+    Claim(
+      'with a teacher a start is worth more than without',
+      f'loss: {MIXED} < {ALONE}',
+      _published('+ 0.75 hard, 0.25 soft mix', 'init without distillation'),
+    ),
+    Claim(
+      'a student keeps a part of the gain',
+      f'share kept: {MIXED} > 0',
+      [f'{_PAPER}/+ 0.75 hard, 0.25 soft mix/gap_kept'],
+    ),
+    Claim(
+      'a student keeps less than all of the gain', f'share kept: {MIXED} < 100'
+    ),
+    Claim(
+      'a student gains more than as many steps without a teacher',
+      f'loss: {MIXED} < {LONG}',
+    ),
+    Claim(
+      'feed-forwards made of experts are a better start than new ones',
+      f'loss: {JOINED} < {MIXED}',
+    ),
+  ],
+  runner=TrainingRunner(parameters),
+  remarks=remarks,
+  length=length,
+  figure=Figure(['loss', 'share kept']),
+  tasks=_TASKS,
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)
