@@ -39,7 +39,7 @@ class InTurnRouter(Router):
 
   options: InTurn
 
-  def route(self, x, mask, train, hash_ids, layer):
+  def route(self, x, mask, train, router_ids, layer):
     turn = jnp.arange(mask.shape[1]) + self.options.first
     index = jnp.broadcast_to(turn % self.sizes.num_experts, mask.shape)
     return serve_evenly(self, index[..., None].astype(jnp.int32), mask)

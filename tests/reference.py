@@ -512,3 +512,32 @@ def strictly_balanced(logits, m, mask, thresholds):
     total = gate.sum(1, keepdims=True)
     gates.append(gate / np.where(total > 0, total, 1))
   return *gates, loss
+
+
+def gptq(w, h, nearest):
+  """GPTQ by elimination: each input is rounded, and taken out of inverse(H).
+
+  Args:
+    w: A kernel [I, O].
+    h: The Hessian [I, I], damped.
+    nearest: The function nearest(row, i) that rounds the weights of input i.
+
+  Returns:
+    The rounded kernel [I, O].
+  """
+  w, inverse = np.array(w, np.float64), np.linalg.inv(h)
+  rounded = np.zeros_like(w)
+  for i in range(len(w)):
+    rounded[i] = nearest(w[i], i)
+    error = (w[i] - rounded[i]) / inverse[i, i]
+    w -= np.outer(inverse[i], error)
+    inverse -= np.outer(inverse[i], inverse[i]) / inverse[i, i]
+    inverse[i] = inverse[:, i] = 0.0
+  return rounded
+
+
+def uniform_grid(weights, bits):
+  """Scale and zero of one group of weights, without rounding the scale up."""
+  low, high = min(weights.min(), 0.0), max(weights.max(), 0.0)
+  scale = (high - low) / (2**bits - 1) or 1.0
+  return scale, round(-low / scale)

@@ -83,14 +83,15 @@ ALLOWED = {
     'models',
     'runs',
   },
-  'run_config': OPTIONS | {'evaluation', 'finetuning', 'models', 'training'},
+  'run_config': OPTIONS
+  | {'compression', 'evaluation', 'finetuning', 'models', 'training'},
   'config_flag': {'config_file', 'run_config'},
   'main': {
     'command_line',
+    'compression',
     'config_flag',
     'data',
     'distributed',
-    'finetuning',
     'hooks',
     'host',
     'run_config',
@@ -121,7 +122,7 @@ NARROW = {
     'runs': FOLDERS,
     'training': ('moe_jax.training.run_options',),
   },
-  'compression': {'runs': FOLDERS},
+  'compression': {'runs': (*FOLDERS, 'moe_jax.runs.packed_weights')},
   'analysis': {
     'data': TOKENIZERS,
     'runs': CHECKPOINTS[:1],

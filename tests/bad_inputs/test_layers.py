@@ -63,10 +63,14 @@ CASES = [
   case('moe-mask of ids', MOE, X, IDS, says=('token_mask', 'int32', 'bool')),
   case('moe-flat mask', MOE, X, MASK.reshape(-1), says=('(12,)', '[B, T]')),
   case(
-    'moe-hash ids', hashed(), X, hash_ids=HASH[:, 1:], says=('(2, 5)', '(2, 6')
+    'moe-hash ids',
+    hashed(),
+    X,
+    router_ids=HASH[:, 1:],
+    says=('(2, 5)', '(2, 6'),
   ),
-  case('moe-signed ids', hashed(), X, hash_ids=IDS, says=('int32', 'uint32')),
-  case('moe-no ids', hashed(), X, says=('hash_ids',)),
+  case('moe-signed ids', hashed(), X, router_ids=IDS, says=('int32', 'uint32')),
+  case('moe-no ids', hashed(), X, says=('router_ids',)),
   case('moe-layer', MOE, X, layer=1.5, says=('layer=1.5',)),
   case(
     'moe-group size',
@@ -151,8 +155,8 @@ CASES += [
 class UsersRouter(TokenChoiceRouter):
   """A user's router, whose result a test changes."""
 
-  def route(self, x, mask, train, hash_ids, layer):
-    result = super().route(x, mask, train, hash_ids, layer)
+  def route(self, x, mask, train, router_ids, layer):
+    result = super().route(x, mask, train, router_ids, layer)
     return self.options.change(*result)
 
 

@@ -21,7 +21,9 @@ from moe_jax.layers.routers import (
   Hash,
   Hierarchical,
   Random,
+  Sentence,
   StrictlyBalanced,
+  Task,
   TokenChoice,
 )
 from moe_jax.models import router_state
@@ -72,7 +74,15 @@ WAYS = dict(
     'num_selected': 1,
   },
   lstms=TWO_LEVELS,
+  by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
+  by_sentence={
+    'router': Sentence(jitter=0.01),
+    'capacity': All(),
+    'allow_future_leak': True,
+    **DROPLESS,
+  },
 )
+ROOMY = ('dropless', 'by_task', 'by_sentence')
 PLAIN = dict.fromkeys(('written_out',), 'gather') | dict.fromkeys(
   ('by_expert_written_out', 'by_expert_dropless'), 'by_expert'
 )
@@ -95,6 +105,8 @@ def model_of(way, rules, **moe):
   sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
   if way == 'lstms':
     sizes |= LSTMS
+  if way == 'by_task':
+    sizes['num_tasks'] = 4
   return tiny.options({**sparse, **WAYS[way], **moe}, **sizes).build(rules)
 
 
@@ -102,7 +114,9 @@ def make_batch():
   rng = np.random.default_rng(0)
   segment_ids = np.ones((B, T), np.int32)
   segment_ids[0, 4:] = 0
+  segment_ids[1:, 3:] = 2
   return {
+    'task_ids': np.tile(np.arange(B, dtype=np.int32)[:, None] % 3, (1, T)),
     'tokens': rng.integers(0, V, (B, T), np.int32),
     'targets': rng.integers(0, V, (B, T), np.int32),
     'segment_ids': segment_ids,
@@ -222,7 +236,7 @@ FAST = {
 def test_a_step_equals_one_device(way, mesh_shape):
   one = step_of(PLAIN.get(way, way))
   stats = one.sums.aux.stats
-  assert (stats.overflowed.sum() > 0) == (way != 'dropless')
+  assert (stats.overflowed.sum() > 0) == (way not in ROOMY)
   norm = optax.global_norm(one.grads)
   assert norm > 2 * CLIP
   np.testing.assert_allclose(optax.global_norm(one.update), CLIP, rtol=1e-3)
@@ -265,10 +279,11 @@ def test_more_experts_than_devices_and_fewer(way):
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['gather', 'dropless'])
+@pytest.mark.parametrize('way', ['gather', 'dropless', 'by_task'])
 def test_microbatches_change_nothing_on_a_mesh(way):
   # Each microbatch would draw its own noise.
-  quiet = dict(router=dataclasses.replace(BIASED, jitter=0.0))
+  router = WAYS[way]['router']
+  quiet = dict(router=dataclasses.replace(router, jitter=0.0))
   one = step_of(way, **quiet)
   assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
 
