@@ -31,6 +31,8 @@ WORSE = pytest.mark.parametrize(
     pytest.param(-np.inf, marks=pytest.mark.slow),
   ],
 )
+# Ids of tokens are tasks, too.
+SHARED = moe_jax.Shared(num_tasks=B * T)
 FAST = ('token_choice', 'expert_choice', 'hierarchical')
 EVERY_ROUTER = pytest.mark.parametrize(
   'name',
@@ -89,7 +91,8 @@ def moe(router, dispatch, **options):
       dispatch=dispatch,
       expert=moe_jax.FeedForwardExpert(hidden=5),
       **options,
-    )
+    ),
+    SHARED,
   )
 
 
@@ -133,7 +136,7 @@ def test_every_dispatch(dispatch, worse):
 def test_a_router_alone(name):
   router = routers()[name]
   sizes = moe_jax.Sizes(E, K, moe_jax.All())
-  module = router.module(sizes, moe_jax.Shared())
+  module = router.module(sizes, SHARED)
   call = {'mask': jnp.asarray(MASK), **told(router)}
   params = module.init(jax.random.key(0), tokens(0.0), **call)
 
