@@ -147,7 +147,7 @@ def losses(results: Results, name: str) -> np.ndarray:
 
 
 def gain_of(results: Results, name: str) -> np.ndarray:
-  """What an arm or a teacher gains over the dense twin, one for each seed."""
+  """The gain of an arm or a teacher over the dense twin, for each seed."""
   return losses(results, DENSE) - losses(results, name)
 
 

@@ -31,11 +31,11 @@ def permutation(
 
   Args:
     reference: The parameters of one expert, without the dimension of experts.
-    expert: Those of the expert whose units are to be permuted.
+    expert: The parameters of the expert whose units are to be permuted.
     axes: The logical axes of each parameter; hidden units are 'expert_mlp'.
 
   Returns:
-    For each unit of the reference the unit of the expert that takes its place.
+    The unit of the expert that takes the place of each unit of the reference.
 
   Raises:
     ValueError: The parameters have no hidden units.

@@ -74,7 +74,7 @@ def batches(
 def capture(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
 ) -> dict[int, Reached]:
-  """What reaches each sparse layer of a model, by the layer's number.
+  """The tokens that reach each sparse layer of a model, by layer number.
 
   Dropout and noise are off. Layers whose experts are mixtures themselves give
   the outer layer's.

@@ -1,4 +1,4 @@
-"""What merging and pruning share: numbers of experts, and the smaller model.
+"""Parts that merging and pruning share: numbers, and the smaller model.
 
 Routers keep their E columns, each of which leads to an expert that is left or
 to none, or they shrink to a column for each. Not here: which experts are left
@@ -205,7 +205,7 @@ def smaller(
 
   Args:
     run: The run.
-    left: What is left of each sparse layer, by number.
+    left: Each sparse layer with the experts that stay, by number.
     router: 'shrunk' makes columns as few as experts; otherwise routers keep
       all of theirs.
   """

@@ -75,7 +75,7 @@ def described(
   Args:
     before: The run, measured.
     params: The parameters of the smaller model.
-    left: What is left of each sparse layer.
+    left: Each sparse layer with the experts that stay, by number.
   """
   lines, parts = [], []
   for n, fewer in left.items():

@@ -126,7 +126,7 @@ def error(
 
   Args:
     w: The kernels.
-    values: What is left of them.
+    values: The numbers that the kernels' codes stand for.
     h: The Hessians of their inputs, undamped.
   """
   change = w.astype(jnp.float32) - values

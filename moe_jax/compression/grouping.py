@@ -22,7 +22,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 class Similarity(NamedTuple):
-  """What experts are compared by.
+  """A property by which experts are compared.
 
   Attributes:
     features: The function features(layer, usage) to rows [E, N], an expert's

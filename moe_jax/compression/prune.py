@@ -97,7 +97,7 @@ def probabilities(
 
 
 class Growth(NamedTuple):
-  """How gates change where a router that shrinks has raw ones.
+  """The change of raw gates where a router shrinks.
 
   Attributes:
     kept: The share of tokens that choose no expert that is gone.

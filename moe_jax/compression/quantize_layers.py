@@ -204,7 +204,7 @@ class Layers:
     ]
 
   def _run_batches(self, layer: int, capture: Callable[..., Any]) -> list[Any]:
-    """What `capture` returns of a layer, for each batch."""
+    """The results of `capture` for a layer, one for each batch."""
     variables = {**self._run.variables, 'params': self._params}
     return [
       capture(self._run.model, variables, batch)[layer]

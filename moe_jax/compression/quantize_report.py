@@ -19,7 +19,7 @@ class Report:
   Attributes:
     rtn: The squared change of the kernels' outputs, over all their squared
       outputs, when each weight is rounded to the nearest value.
-    gptq: The same by GPTQ.
+    gptq: The same number for weights that GPTQ rounded.
     weights: The number of weights.
     zeros: The number of weights that are 0 in the result.
     code_bits: The bits of all codes, as they are stored.

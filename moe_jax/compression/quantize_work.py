@@ -36,7 +36,7 @@ class Work:
 
     Args:
       folder: The folder of the work.
-      settings: What the layers depend on, as JSON can hold it.
+      settings: The values on which the layers depend, as JSON can hold them.
 
     Raises:
       ValueError: The folder has work of other settings.
@@ -127,7 +127,7 @@ def opened(
 
   Args:
     output: The folder of the new run.
-    settings: What the layers depend on, as JSON can hold it.
+    settings: The values on which the layers depend, as JSON can hold them.
     layers: The numbers of all layers.
 
   Raises:

@@ -1,4 +1,4 @@
-"""How many bits a ternary weight takes: measured, and predicted by counting.
+"""The bits that a ternary weight takes, measured and predicted by counting.
 
     python -m moe_jax.compression rates
     python -m moe_jax.compression rates --layer=128,768,3072
@@ -37,12 +37,12 @@ _ROW_BITS, _OFFSET_BITS, _CODE_BITS = 64, 32, 16
 
 
 class Bits(NamedTuple):
-  """Bits a weight.
+  """The bits that are stored for a weight, in the mean.
 
   Attributes:
-    codes: Those of the rows' codes.
-    metadata: Those of all else that is stored: the offset and the two values of
-      each row, the end of the last row, and what fills the codes of experts
+    codes: The bits of the rows' codes.
+    metadata: The bits of all else that is stored: the offset and the two values
+      of each row, the end of the last row, and the codes that fill up experts
       with fewer.
   """
 
@@ -187,7 +187,7 @@ def predicted(width: int, zeros: float, p0: float = P0) -> float:
 
 
 def _ends(one: np.ndarray, p0: float) -> np.ndarray:
-  """How codes that begin with pair a end before pair b, after d + 1 pairs.
+  """The chance that a code that begins with pair a ends before pair b.
 
   Returns:
     [14 * 16, 16] by d and a, and b: the probability that d pairs follow which

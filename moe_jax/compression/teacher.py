@@ -33,7 +33,7 @@ class Teacher:
     folder: The other run's folder.
     options: Its options and its tokenizer.
     model: Its model, built with the sharding table `distill.sharding`.
-    rules: That table.
+    rules: The sharding table by which the model's arrays are split.
     mesh: The run's devices.
     asked: The step of the checkpoint; None is the newest good one.
   """
@@ -157,7 +157,7 @@ def _asked(options: DistillOptions) -> dict[str, Any]:
 
 
 def _kept(run: Run) -> dict[str, Any]:
-  """What `keep_to` wrote; {} where nothing is there.
+  """The values that `keep_to` wrote; {} where there is no file.
 
   Raises:
     ValueError: The file cannot be read.

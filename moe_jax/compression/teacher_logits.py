@@ -36,7 +36,7 @@ _COUNTS = ('batch_size', 'length', 'vocab_size', 'top', 'batches', 'each')
 
 @dataclasses.dataclass(frozen=True)
 class About:
-  """What the logits of a folder are, as its manifest has it.
+  """The description of a folder of logits, which its manifest holds.
 
   Attributes:
     teacher: The folder of the teacher.
@@ -123,7 +123,7 @@ class Kept:
 
   Attributes:
     folder: The folder.
-    about: What they are.
+    about: The description in the folder's manifest.
     size: Bytes of all files.
     left_out_mean: Probability that is left out at temperature 1, averaged over
       tokens.

@@ -126,7 +126,7 @@ class Model(nn.Module):
 
   @property
   def task_sequences(self) -> tuple[str, ...]:
-    """Those of `sequences` whose layers route by the tasks of the tokens."""
+    """The prefixes in `sequences` whose layers route by the tokens' tasks."""
     return ()
 
   @property

@@ -38,7 +38,7 @@ class Coded(NamedTuple):
 
   Attributes:
     shape: Its shape as a parameter that is stored as it is.
-    matrix: The same as [*E, I, O], for I inputs and O output units.
+    matrix: Its shape as matrices [*E, I, O], for I inputs and O output units.
     format: The format of the codes.
   """
 

@@ -279,8 +279,8 @@ def of_open_columns(
   """The squared coefficient of variation over the columns that are there.
 
   Args:
-    cv_squared: That over all E columns, which are 0 where they are masked: E
-      times the sum of squares by the square of the sum, minus 1.
+    cv_squared: The same over all E columns, of which masked ones are 0: E times
+      the sum of squares by the square of the sum, minus 1.
     there: False for masked columns.
   """
   return (cv_squared + 1.0) * there.mean() - 1.0
