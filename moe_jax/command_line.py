@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import flags, logging
 
 from moe_jax import config_file
 from moe_jax.data import DataError
@@ -120,6 +120,36 @@ def ignore_closed_loops() -> None:
       before(unraisable)
 
   sys.unraisablehook = hook
+
+
+def parse_command(
+  parser: Parser,
+  argv: Sequence[str] | None,
+  has_config: Callable[[argparse.Namespace], Any],
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses a command that may end in overrides of a config.
+
+  Args:
+    parser: The parser, whose commands set `run`.
+    argv: The words of the command; None takes the program's own.
+    has_config: Whether the parsed command has a config to override.
+
+  Returns:
+    The options, and the overrides, words that begin with --config.
+  """
+  options, rest = parser.parse_known_args(argv)
+  unknown = [word for word in rest if not word.startswith('--config.')]
+  if unknown or (rest and not has_config(options)):
+    parser.error(f'unknown arguments {unknown or rest}')
+  return options, rest
+
+
+def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
+  """The result of options.run(options, overrides); see `reported`."""
+  logging.set_verbosity(logging.WARNING)
+  ignore_closed_loops()
+  with reported(options.traceback):
+    return options.run(options, overrides)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -9,11 +9,8 @@ its help says, from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from absl import logging
 
 from moe_jax import command_line
 from moe_jax.compression import (
@@ -39,7 +36,9 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
     prog='python -m moe_jax.compression',
@@ -52,20 +51,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   for command in commands.choices.values():
     command.add_argument('--traceback', action='store_true')
     command.add_argument('--allow_module', action='append', default=[])
-  options, rest = parser.parse_known_args(argv)
-  unknown = [word for word in rest if not word.startswith('--config.')]
-  if unknown or (rest and not getattr(options, 'config', '')):
-    parser.error(f'unknown arguments {unknown or rest}')
-  return options, rest
+  return command_line.parse_command(
+    parser, argv, lambda options: getattr(options, 'config', '')
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
-  options, overrides = parse(sys.argv[1:] if argv is None else argv)
-  logging.set_verbosity(logging.WARNING)
-  command_line.ignore_closed_loops()
-  with command_line.reported(options.traceback):
-    print(options.run(options, overrides))
+  print(command_line.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':

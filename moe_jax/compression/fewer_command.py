@@ -19,8 +19,10 @@ from moe_jax.compression.fewer import (
   calibrated,
   check_columns,
   numbers,
+  numbers_by_share,
 )
 from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.compression.usage import SCORES
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.runs import new_run
@@ -49,8 +51,17 @@ def add_arguments(
   add('--config', default='', help="config of the data; else the run's")
 
 
-def read(options: argparse.Namespace, overrides: list[str]) -> Calibrated:
-  """The run that a command names, measured on the data that it names."""
+def read(
+  options: argparse.Namespace, overrides: list[str], score: str
+) -> tuple[Calibrated, dict[int, int]]:
+  """The run that a command names, and how many experts stay in each layer.
+
+  Args:
+    options: The options of the command; the folder `output` has to be free.
+    overrides: Overrides of the config of the data.
+    score: The score by which a share of all experts is chosen, of `SCORES`.
+  """
+  new_run.check_free(pathlib.Path(options.output).expanduser())
   data = None
   if options.config:
     section = config_file.config_of(options.config, overrides).data
@@ -64,7 +75,11 @@ def read(options: argparse.Namespace, overrides: list[str]) -> Calibrated:
     counts = numbers(options.experts, layers)
   if options.router != SHRUNK:
     check_columns(run, counts)
-  return calibrated(run, options.batches, data)
+  before = calibrated(run, options.batches, data)
+  if not counts:
+    scores = {n: SCORES[score](usage) for n, usage in before.usage.items()}
+    counts = numbers_by_share(options.share, scores, before.layers)
+  return before, counts
 
 
 def described(

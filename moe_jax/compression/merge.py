@@ -13,7 +13,6 @@ with the original run as the teacher.
 """
 
 import argparse
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +25,6 @@ from moe_jax.compression.fewer import (
   SHRUNK,
   Calibrated,
   Fewer,
-  numbers,
-  numbers_by_share,
   smaller,
 )
 from moe_jax.compression.fewer_command import (
@@ -36,9 +33,8 @@ from moe_jax.compression.fewer_command import (
   read,
   written_to,
 )
-from moe_jax.compression.usage import SCORES, Usage
+from moe_jax.compression.usage import Usage
 from moe_jax.models.expert_arrays import COLUMN, Arrays, SparseLayer
-from moe_jax.runs import new_run
 
 TIED = 'tied'
 ROUTERS = (TIED, SHRUNK)
@@ -167,13 +163,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  new_run.check_free(pathlib.Path(options.output).expanduser())
-  before = read(options, overrides)
-  if options.experts:
-    counts = numbers(options.experts, before.layers)
-  else:
-    usage = {n: SCORES['usage'](own) for n, own in before.usage.items()}
-    counts = numbers_by_share(options.share, usage, before.layers)
+  before, counts = read(options, overrides, 'usage')
   left = merge(before, counts, group_by=options.group_by, rule=options.grouping)
   model, params = smaller(before.run, left, options.router)
   folder = whole_run.write(before.run, options.output, params, model)

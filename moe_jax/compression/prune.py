@@ -21,7 +21,6 @@ tokens do that choose no expert that is gone:
 import argparse
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,8 +35,6 @@ from moe_jax.compression.fewer import (
   SHRUNK,
   Calibrated,
   Fewer,
-  numbers,
-  numbers_by_share,
   only,
   smaller,
 )
@@ -53,7 +50,6 @@ from moe_jax.models import Model
 from moe_jax.models.expert_arrays import SparseLayer, sparse_layers
 from moe_jax.options import default_of, fields_of
 from moe_jax.routing.capacity import All
-from moe_jax.runs import new_run
 from moe_jax.shapes import Array, Leaf
 
 ROUTERS = ('masked', SHRUNK)
@@ -168,13 +164,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  new_run.check_free(pathlib.Path(options.output).expanduser())
-  before = read(options, overrides)
-  if options.experts:
-    counts = numbers(options.experts, before.layers)
-  else:
-    scores = {n: SCORES[options.score](u) for n, u in before.usage.items()}
-    counts = numbers_by_share(options.share, scores, before.layers)
+  before, counts = read(options, overrides, options.score)
   left = prune(before, counts, score=options.score)
   model, params = smaller(before.run, left, options.router)
   folder = whole_run.write(before.run, options.output, params, model)

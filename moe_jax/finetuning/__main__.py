@@ -12,10 +12,7 @@ with overrides: --config.data.seq_len=64.
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
-
-from absl import logging
 
 from moe_jax import command_line, config_file, sections
 from moe_jax.data import DataOptions
@@ -23,7 +20,9 @@ from moe_jax.finetuning import adapters, choose_experts
 from moe_jax.options import above
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
     prog='python -m moe_jax.finetuning',
@@ -64,11 +63,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   )
   add_step(add)
   add('--adapter', required=True, help='folder that `save` wrote')
-  options, rest = parser.parse_known_args(argv)
-  unknown = [word for word in rest if not word.startswith('--config.')]
-  if unknown or (rest and not getattr(options, 'config', '')):
-    parser.error(f'unknown arguments {unknown or rest}')
-  return options, rest
+  return command_line.parse_command(
+    parser, argv, lambda options: getattr(options, 'config', '')
+  )
 
 
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
@@ -115,11 +112,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
-  options, overrides = parse(sys.argv[1:] if argv is None else argv)
-  logging.set_verbosity(logging.WARNING)
-  command_line.ignore_closed_loops()
-  with command_line.reported(options.traceback):
-    print(options.run(options, overrides))
+  print(command_line.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':

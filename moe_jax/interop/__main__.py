@@ -13,13 +13,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-
 from moe_jax import command_line, config_file, run_config, sections
 from moe_jax.interop import export_run, import_run, verifying
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
     prog='python -m moe_jax.interop',
@@ -49,11 +49,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add('source', metavar='SOURCE', help=source)
   add('--expected', required=True, help='npz file of outputs of transformers')
   add('--revision', default='', help=revision)
-  options, rest = parser.parse_known_args(argv)
-  unknown = [word for word in rest if not word.startswith('--config.')]
-  if unknown or (rest and options.run is not _import):
-    parser.error(f'unknown arguments {unknown or rest}')
-  return options, rest
+  return command_line.parse_command(
+    parser, argv, lambda options: options.run is _import
+  )
 
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -87,11 +85,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command and exits; status 0 is success."""
-  options, overrides = parse(sys.argv[1:] if argv is None else argv)
-  logging.set_verbosity(logging.WARNING)
-  command_line.ignore_closed_loops()
-  with command_line.reported(options.traceback):
-    sys.exit(options.run(options, overrides))
+  sys.exit(command_line.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':
