@@ -22,20 +22,15 @@ from moe_jax.compression import (
   extract,
   fewer,
   gptq,
-  grids,
   keep_logits,
   kernel_inputs,
   model_bytes,
   quantize,
-  quantize_kernels,
   quantize_work,
   stored,
   whole_run,
 )
 from moe_jax.compression.kernel_inputs import ExpertTokens
-from moe_jax.compression.quantize_layers import Spot
-from moe_jax.compression.quantize_report import report_of
-from moe_jax.data import tokenizers
 from moe_jax.interop.export_run import export_run
 from moe_jax.layers.experts import MixtureExpert
 from moe_jax.layers.kernel_format import KernelFormat
@@ -43,7 +38,6 @@ from moe_jax.layers.shared import RULES
 from moe_jax.models import code_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.options import OptionError
-from moe_jax.routing import token_choice
 from moe_jax.runs import packed_weights, trained
 from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.training import setup
@@ -414,44 +408,6 @@ def test_flags_without_effect_are_refused(folder, flag, tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
-def test_special_tokens_do_not_count():
-  t = tokenizers.Extended(
-    tokenizers.Bytes(), ['<eos>', '<extra_id_0>'], end_inputs=False
-  )
-  eos, mask = t.eos_id, t.sentinel_ids[0]
-  batch = {
-    'tokens': np.array([[5, 6, mask, 7, eos, 9]]),
-    'targets': np.array([[6, mask, 7, eos, 9, 0]]),
-    'segment_ids': np.array([[1, 1, 1, 1, 1, 0]]),
-  }
-  # The token before a mask in a decoder, masks, ends and padding do not count.
-  assert kernel_inputs.counted(batch, '', t).tolist() == [
-    [True, False, False, True, False, False]
-  ]
-  encoder = {f'encoder_{name}': value for name, value in batch.items()}
-  assert kernel_inputs.counted(encoder, 'encoder_', t).tolist() == [
-    [True, True, False, True, False, False]
-  ]
-
-
-def test_an_expert_has_at_most_four_times_the_mean():
-  S, E = 40, 8
-  logits = np.zeros((1, S, E), np.float32)
-  logits[..., 0], logits[:, 30:, 1] = 1.0, 2.0
-  choose = functools.partial(token_choice, num_selected=1, capacity=None)
-  routing = jax.jit(choose)(logits)
-  x = jnp.asarray(np.arange(S, dtype=np.float32)[None, :, None])
-  reached = calibration.Reached(x, routing)
-  counted = np.arange(S)[None] >= 5
-  tokens = ExpertTokens([reached], [counted])
-  # 35 tokens count, so that the cap is 4 * 35 / 8, rounded up: 18 of 25.
-  rows = tokens.rows(slice(0, 3))
-  assert rows.filled.sum(1).tolist() == [18, 10, 0]
-  assert rows.x[0, :18, 0].tolist() == list(range(5, 23))
-  assert rows.x[1, :10, 0].tolist() == list(range(30, 40))
-  assert tokens.without == [2, 3, 4, 5, 6, 7]
-
-
 def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
   run = tmp_path / 'run'
 
@@ -482,28 +438,6 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
       codes = rtn[name]['codes'], gptq_[name]['codes']
       equal = [np.array_equal(*(x[e] for x in codes)) for e in range(4)]
       assert equal[3] and not any(equal[:2])
-
-
-def test_kernels_without_a_factor_are_named():
-  format = KernelFormat('int8')
-  # Their products are zero, with tokens or without.
-  outcome = quantize_kernels.Outcome(
-    grids.nearest(w := jnp.ones((3, 4, 2)), stored.grid_of(w, format)),
-    *np.zeros((3, 3)),
-    plain=np.array([False, True, True]),
-  )
-  dense = jax.tree.map(lambda x: x[1:2], outcome)
-  outcomes = {
-    Spot(('a',), 0, ('attention',), 'w_out'): dense,
-    Spot(('b',), 0, ('moe', 'experts'), 'w_in'): outcome,
-    Spot(('c',), 0, ('moe', 'experts'), 'w_out'): outcome,
-  }
-  report = report_of(outcomes, format, by_data=True, without_tokens=[2])
-  assert report.text().endswith(
-    '; H = I for experts [2] (no tokens)'
-    '; H = I for attention/w_out, expert 1 (no factor)'
-  )
-  assert 'H =' not in report_of(outcomes, format, by_data=False).text()
 
 
 def test_no_run_begins_with_codes(int2, tmp_path):
