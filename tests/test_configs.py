@@ -82,6 +82,7 @@ SIBLINGS = (
   'finetune',
   'glam_64b64e',
   'instruct',
+  'kudugunta_multilingual',
   'nllb_moe_54b',
   'openmoe_8b',
   'shakespeare_dense',
