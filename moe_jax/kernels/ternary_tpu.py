@@ -100,6 +100,7 @@ def _call(kernel, grid, rows, starts, groups, tiles, low, high, x):
       pltpu.VMEM((_CODE_ROWS, _LANES), tiles.dtype),
       *[pltpu.VMEM((_CODE_ROWS, _LANES), jnp.int32)] * 3,
       pltpu.VMEM((_ROWS * M // _LANES, _LANES), jnp.float32),
+      pltpu.SemaphoreType.DMA,
     ],
   )
 
@@ -129,14 +130,18 @@ def _kernel(
   width,
 ):
   """One block of y; the weights are decoded at the first block of x."""
-  *decoded_refs, weights_ref = refs
+  *decoded_refs, weights_ref, copied = refs
   block = pl.program_id(0)
 
   @pl.when(pl.program_id(1) == 0)
   def _():
     def group(g, _):
       at = pl.multiple_of(g * _CODE_ROWS, _CODE_ROWS)
-      pltpu.sync_copy(tiles_ref.at[pl.ds(at, _CODE_ROWS)], codes_ref)
+      copy = pltpu.make_async_copy(
+        tiles_ref.at[pl.ds(at, _CODE_ROWS)], codes_ref, copied
+      )
+      copy.start()
+      copy.wait()
       _unpack(codes_ref, *decoded_refs, p0)
       first = block * (_ROWS * width)
       place = functools.partial(
