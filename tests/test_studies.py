@@ -29,6 +29,7 @@ from experiments import (
   qmoe_table5,
   report,
   routing_rules,
+  serving_table,
   shazeer_appendix_f,
   shazeer_table6,
   shazeer_table7,
@@ -80,6 +81,7 @@ STUDIES = {
     merge_or_prune,
     qmoe_table5,
     routing_rules,
+    serving_table,
     shazeer_appendix_f,
     shazeer_table6,
     shazeer_table7,
@@ -190,6 +192,7 @@ def test_that_two_rows_do_not_differ_needs_a_bound(mine, word):
 def test_starts_are_run_before_those_that_begin_with_them():
   starts = [
     Start('tuned', None, 'plain'), Start('plain', None), Start('idle', None),
+    Start('taught', None, teacher='tuned'),
   ]  # fmt: skip
   arms = [
     Arm('a', {}),
@@ -205,6 +208,9 @@ def test_starts_are_run_before_those_that_begin_with_them():
   arms = [Arm('e', {}, start='plain', teacher='tuned')]
   names = [[s.name for s in level] for level in in_order(starts, arms)]
   assert names == [['plain'], ['tuned']]
+  taught = [Arm('f', {}, start='taught')]
+  names = [[s.name for s in level] for level in in_order(starts, taught)]
+  assert names == [['plain'], ['tuned'], ['taught']]
   assert in_order(starts, [Arm('a', {})]) == []
   with pytest.raises(ValueError, match=r"unknown start 'x'.*'plain'"):
     in_order(starts, [Arm('a', {}, start='x')])

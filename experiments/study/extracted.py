@@ -8,20 +8,18 @@ import dataclasses
 import numpy as np
 
 from experiments.benchmarks import timing
-from moe_jax import generation
+from experiments.study import served
 from moe_jax.compression import extract
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.evaluation import GenerateEvaluation
-from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
 from moe_jax.training.evaluate import Losses, Setting
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# Number of tokens of a generated translation, and of translations that are
-# scored; number of rows whose generation is timed, and the seconds that it may
-# take.
-_TOKENS, _SCORED, _TIMED, _SECONDS = 48, 64, 16, 5.0
+# Number of tokens of a generated translation, of translations that are scored,
+# and of seconds in which generation may be timed.
+_TOKENS, _SCORED, _SECONDS = 48, 64, 5.0
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -81,32 +79,14 @@ def _extraction(setting: Setting, options, variables) -> dict[str, float]:
 
 def _speed(setting: Setting, variables, model, own, task: int) -> float:
   """Tokens a second of one task's own model over those of the whole one."""
-  rows = setting.dataset.splits['validation'].take(np.arange(_TIMED))
-  prompts = [
-    tokens[ids == 1]
-    for tokens, ids in zip(rows['encoder_tokens'], rows['encoder_segment_ids'])
-  ]
-  start = trained_run.special_ids(setting.model, setting.dataset.tokenizer)
-
-  def generating(model, variables, **more):
-    model, variables = generation.prepare(
-      model, variables, batch_size=len(prompts)
-    )
-    # Without stops both take the same number of steps.
-    return lambda: generation.generate(
-      model,
-      variables,
-      prompts,
-      num_tokens=_TOKENS,
-      start_id=start['start_id'],
-      **more,
-    )
-
-  tasks = [task] * len(prompts)
+  prompts = served.prompts_of(setting.dataset.splits['validation'])
+  given = setting.dataset.tokenizer, prompts
   times = timing.interleave(
     {
-      'whole': generating(setting.model, variables, task_ids=tasks),
-      'own': generating(model, own),
+      'whole': served.generating(
+        setting.model, variables, *given, [task] * len(prompts)
+      ),
+      'own': served.generating(model, own, *given),
     },
     seconds=_SECONDS,
   )

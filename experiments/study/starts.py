@@ -30,12 +30,21 @@ class Start:
     config: Returns the config of the run, from the config that all arms share.
     start: Name of the start that this one begins with; '' draws parameters.
     change: Function that makes the run from that start, as in `Arm`.
+    teacher: Name of the start that teaches the run; '' for none.
   """
 
   name: str
   config: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict]
   start: str = ''
   change: Change | None = None
+  teacher: str = ''
+
+  @property
+  def arm(self) -> Arm:
+    """The arm whose runs are those of the start."""
+    return Arm(
+      self.name, {}, start=self.start, change=self.change, teacher=self.teacher
+    )
 
 
 def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
@@ -53,8 +62,9 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
       raise unknown('start', name, by_name)
     if name in above:
       raise ValueError(f'starts begin with each other: {[*above, name]}')
-    before = by_name[name].start
-    levels[name] = 1 + level(before, (*above, name)) if before else 0
+    before = by_name[name].arm.runs_before.values()
+    numbers = [level(other, (*above, name)) for other in before]
+    levels[name] = 1 + max(numbers, default=-1)
     return levels[name]
 
   for arm in arms:
@@ -86,9 +96,9 @@ def start_jobs(
   for level in levels:
     before, own = started(jobs), []
     for start in level:
-      arms = [Arm(start.name, {}, start=start.start, change=start.change)]
       config = start.config(shared)
-      own += jobs_of(cls, config, arms, seeds, results / FOLDER, before)
+      folder = results / FOLDER
+      own += jobs_of(cls, config, [start.arm], seeds, folder, before)
     jobs.append([dataclasses.replace(job, keeps=True) for job in own])
   return jobs
 

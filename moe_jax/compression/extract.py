@@ -21,6 +21,7 @@ from moe_jax.compression.whole_run import WholeRun
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.text_options import StackOptions
@@ -58,9 +59,9 @@ def extract(
     task: The number of the task.
 
   Raises:
-    ValueError: No layer routes by task, experts are no feed-forwards, a router
-      that stays keeps a state, which the new model would lose, or kernels are
-      in codes.
+    ValueError: No layer routes by task, experts are no feed-forwards or were
+      merged or pruned unevenly, a router that stays keeps a state, which the
+      new model would lose, or kernels are in codes.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -94,6 +95,12 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
     raise ValueError(
       f'experts of {type(moe.expert).__name__} cannot become one dense '
       'feed-forward; only feed-forward experts can'
+    )
+
+  if moe.retained != Retained():
+    raise ValueError(
+      'layers by task have lost experts by merging or pruning; extract from '
+      'the run before that, as a task keeps only its own experts anyway'
     )
 
   def dense(params: Params) -> Params:

@@ -107,13 +107,15 @@ class Growth(NamedTuple):
 def growth(before: Calibrated, left: Mapping[int, Fewer]) -> dict[int, Growth]:
   """The growth of raw gates on the calibration data, by layer.
 
-  It is for layers that lose experts and whose gates are a softmax over all.
+  It is for layers that lose experts and whose gates are a softmax over all
+  logits of the token itself.
   """
   wanted = tuple(
     (n, fewer.row)
     for n, fewer in left.items()
     if fewer.num_experts < len(fewer.row)
     and before.layers[n].moe.router.gates == 'raw'
+    and not before.layers[n].moe.router.needs_ids
   )
   sums = [
     _growth(before.run.model, before.run.variables, batch, wanted)

@@ -13,6 +13,7 @@ from moe_jax.compression import __main__ as command
 from moe_jax.compression import extract, whole_run
 from moe_jax.layers.experts.sorted_rows_experts import Dropless
 from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Sentence, Task, TokenChoice
 from moe_jax.models import MODELS
 from moe_jax.routing import All
@@ -112,6 +113,17 @@ def test_logits_are_those_of_the_whole_model(name):
   # The options are those of a run: what a config says of them is read again.
   section = sections.choice_section(MODELS, small.options)
   assert sections.read_choice(MODELS, section, 'model.') == small.options
+
+
+def test_a_model_that_lost_experts_is_refused():
+  options = options_of(**KINDS['decoder'])
+  retained = Retained(experts='1:3')
+  fewer = dataclasses.replace(
+    options, moe=dataclasses.replace(options.moe, retained=retained)
+  )
+  params = tiny.params_of(fewer.build())
+  with pytest.raises(ValueError, match='extract from the run before that'):
+    extract.extract(fewer, params, 0)
 
 
 def test_a_layer_of_two_experts_by_hand():

@@ -234,11 +234,14 @@ class SourceOptions(Options):
     only_in: For some options by name, the only form in which they have an
       effect; all others have one in every form.
     is_embedded: Whether it needs no file; ':runlocal' keeps it in a mixture.
+    metric: Name of the score of `moe_jax.evaluation.scores` by which answers
+      to its pairs are judged, unless it has `questions` of its own.
   """
 
   names_splits: ClassVar[bool] = True
   is_embedded: ClassVar[bool] = False
   only_in: ClassVar[Mapping[str, str]] = {}
+  metric: ClassVar[str] = 'exact_match'
 
   def texts(self, selection: Selection = Selection()) -> Texts:
     """The documents.
@@ -275,7 +278,7 @@ class SourceOptions(Options):
   def questions(self, selection: Selection = Selection()) -> list[Question]:
     """The validation pairs as questions; raises ValueError as `pairs` does."""
     pairs = self.pairs(selection).pairs('validation')
-    return [Question(*pair) for pair in pairs if all(pair)]
+    return [Question(*pair, metric=self.metric) for pair in pairs if all(pair)]
 
   def idle_options(self, form: str, path: str) -> Iterator[str]:
     """Messages on options that are set but have no effect on a form.

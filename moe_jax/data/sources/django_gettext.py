@@ -12,7 +12,7 @@ import io
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import split_of
@@ -31,6 +31,7 @@ class GettextSource(SourceOptions):
     'Languages of the translations, by the names of django, separated by '
     "commas: 'de,pt_BR'; '' is all languages.",
   )
+  metric: ClassVar[str] = 'chrf'
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Inputs of a language and a message, `de: Save`, and their translations.

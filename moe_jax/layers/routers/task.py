@@ -17,10 +17,15 @@ from flax import linen as nn
 from moe_jax import routing
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import BalanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import Roomy, serve
+from moe_jax.layers.routers.by_token import (
+  Roomy,
+  open_columns,
+  serve,
+  to_experts,
+)
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import AXES, ROLE, Jitter, jittered
-from moe_jax.shapes import Array, Bool, Float32
+from moe_jax.shapes import Array, Bool, Float32, Int32
 
 # The parameter that holds the logits of each task, [N, E].
 TABLE = 'tasks'
@@ -37,7 +42,6 @@ class Task(ZLoss, BalanceLoss, Jitter, Roomy):
   balance loss would even out the gates of each task by itself.
   """
 
-  has_columns: ClassVar[bool] = False
   needs_ids: ClassVar[bool] = True
   needs_tasks: ClassVar[bool] = True
 
@@ -86,24 +90,35 @@ class TaskRouter(Router):
     table = self.param(TABLE, init, (N, E), jnp.float32)[None]  # [1, N, E]
     noisy = jittered(self, table, train)[0]
     chosen, _ = serve(self, noisy[router_ids], mask, train, layer)
-    aux = _each_task_once(self, table, mask)
+    aux = _each_task_once(self, table, mask, layer)
     stats = routing.routing_stats(chosen, table[0][router_ids], mask)
-    return chosen, aux._replace(stats=stats)
+    return to_experts(self, chosen, layer), aux._replace(stats=stats)
 
 
 def _each_task_once(
-  module: Router, table: Float32[Array, '1 N E'], mask: Bool[Array, 'G S']
+  module: Router,
+  table: Float32[Array, '1 N E'],
+  mask: Bool[Array, 'G S'],
+  layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
-  """The losses of a group of one token a task, for all real tokens."""
+  """The losses of a group of one token a task, for all real tokens.
+
+  As in other routers, masked columns are no experts of the balance loss.
+  """
   sizes = module.sizes
   E, K = sizes.num_experts, sizes.num_selected
   once = jnp.ones(table.shape[:2], bool)
+  balanced, there = table, open_columns(module, layer)
+  if there is not None:
+    balanced = jnp.where(there, table, -jnp.inf)
   balance = routing.balance_loss(
-    jax.nn.softmax(table),
-    routing.choose(table, K),
+    jax.nn.softmax(balanced),
+    routing.choose(balanced, K),
     once,
     module.options.balance_choices,
   )
+  if there is not None:
+    balance = balance * there.mean()
   tokens = mask.sum().astype(jnp.float32)
   return routing.empty_aux(E, K)._replace(
     balance_loss=balance[0] * tokens,

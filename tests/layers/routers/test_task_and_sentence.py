@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import All, PerToken
+from moe_jax import All, PerToken, Shared
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.layers.routers.contract import RoutedTokens
@@ -149,19 +149,38 @@ def test_noise_is_of_the_sentence_not_of_its_tokens():
   assert (gates != np.asarray(clean.gate)).any()
 
 
-def test_sentences_go_to_the_experts_behind_tied_columns():
+@pytest.mark.parametrize('router', [Task(), Sentence()])
+def test_tokens_go_to_the_experts_behind_tied_columns(router):
   x, mask = run.draw(1, 4, M), np.ones((1, 4), bool)
   ids = jnp.array([[1, 1, 2, 3]], jnp.uint32)
   row = np.array([1, 0, 0])  # column 0 leads to expert 1, the others to 0
   sizes = Sizes(E, 1, All(), TiedColumns(((0, tuple(row.tolist())),)))
-  params = run.start(Sentence(), Sizes(E, 1, All()), x)
+  params = run.start(router, Sizes(E, 1, All()), x)
   plain, tied = (
-    run.compiled(Sentence(), own, False)(params, x, mask, None, ids, 0)[0]
+    run.compiled(router, own, False)(params, x, mask, None, ids, 0)[0]
     for own in (Sizes(E, 1, All()), sizes)
   )
   np.testing.assert_array_equal(tied.expert_index, row[plain.expert_index])
   np.testing.assert_array_equal(tied.gate, plain.gate)
   assert tied.num_experts == 2
+
+
+def test_masked_columns_are_no_experts_of_tasks():
+  # Every task would rather have column 1, which leads to no expert; of the
+  # others, half of the tasks have one and half the other.
+  table = jnp.tile(jnp.array([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0]]), (4, 1))
+  sizes = Sizes(E, 1, All(), TiedColumns(((0, (0, -1, 1)),)))
+  ids, mask = jnp.array([[0, 1, 3]], jnp.uint32), jnp.ones((1, 3), bool)
+  module = Task().module(sizes, Shared(num_tasks=8))
+  chosen, aux = module.apply(
+    {'params': {'tasks': table}},
+    jnp.asarray(run.draw(1, 3, M)),
+    mask,
+    False,
+    ids,
+  )
+  assert chosen.expert_index.tolist() == [[[0], [1], [1]]]
+  np.testing.assert_allclose(aux.balance_loss, 3 * 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize('router', [Task(), Sentence()])

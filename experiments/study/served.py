@@ -1,0 +1,117 @@
+"""Measures a model as it is served: its size, its work and its speed.
+
+Not here: how it is made small (`moe_jax.compression`), and its quality, which
+evaluations measure.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.benchmarks import timing
+from moe_jax import data, generation, run_config
+from moe_jax.analysis import counts
+from moe_jax.compression.model_bytes import bytes_in_memory, bytes_on_disk
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.generation import trained_run
+from moe_jax.models import Model, code_trees
+from moe_jax.models.parameter_trees import init_params
+from moe_jax.shapes import Int
+
+# Number of prompts that are read at once, of tokens that are generated for each
+# of them, and the seconds that timing may take.
+PROMPTS, _TOKENS, _SECONDS = 16, 48, 5.0
+
+
+def measure(
+  folder: str | os.PathLike[str], twin: ml_collections.ConfigDict, task: str
+) -> dict[str, float]:
+  """Measures the model of a run of an encoder-decoder on a mixture.
+
+  Args:
+    folder: The run's folder.
+    twin: The config of the model whose speed is the unit. Its parameters are
+      drawn anew, as speed does not depend on what a dense model has learned.
+    task: The name of the task whose prompts are read while time is taken.
+
+  Returns:
+    Numbers by name: 'disk' and 'memory', the bytes of all parameters; 'flops',
+    those of the forward pass for a token, averaged over the tokens that the
+    encoder reads and those that are generated; 'tokens_per_second', of all
+    prompts together; 'speed', that as a ratio to the twin's, the median of
+    interleaved rounds.
+  """
+  run = trained_run.load(folder)
+  plain = code_trees.with_formats(run.options).build()
+  cost = counts.count(plain, run.data.seq_len, run.data.target_len)
+  options = run_config.read(twin).filled(run.tokenizer.vocab_size)
+  dense = options.build()
+  params = init_params(dense, jax.random.key(0))
+  rows = data.load(run.data).parts[task].splits['validation']
+  prompts = prompts_of(rows)
+  tasks = None
+  if run.options.routes_by_task:
+    tasks = [run.data.tasks.index(task)] * len(prompts)
+  times = timing.interleave(
+    {
+      'twin': generating(dense, {'params': params}, run.tokenizer, prompts),
+      'own': generating(
+        run.model, run.variables, run.tokenizer, prompts, tasks
+      ),
+    },
+    seconds=_SECONDS,
+  )
+  seconds = timing.Spread.of(times['own']).median
+  return {
+    'disk': bytes_on_disk(folder),
+    'memory': bytes_in_memory(run.variables),
+    'flops': cost.forward_flops,
+    'tokens_per_second': len(prompts) * _TOKENS / seconds,
+    'speed': timing.ratio(times['twin'], times['own']).median,
+  }
+
+
+def prompts_of(rows: data.Rows) -> list[Int[np.ndarray, ' N']]:
+  """The first inputs of some rows of an encoder-decoder, in token ids."""
+  taken = rows.take(np.arange(PROMPTS))
+  return [
+    tokens[ids == 1]
+    for tokens, ids in zip(
+      taken['encoder_tokens'], taken['encoder_segment_ids']
+    )
+  ]
+
+
+def generating(
+  model: Model,
+  variables: dict[str, Any],
+  tokenizer: Tokenizer,
+  prompts: Sequence[Int[np.ndarray, ' N']],
+  tasks: Sequence[int] | None = None,
+) -> Callable[[], Any]:
+  """A function that generates for prompts, as many tokens for every model.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    tokenizer: Its tokenizer.
+    prompts: The token ids of each prompt.
+    tasks: The number of each prompt's task, for a model that routes by task.
+  """
+  model, variables = generation.prepare(
+    model, variables, batch_size=len(prompts)
+  )
+  # Without stops all models take the same number of steps.
+  start = trained_run.special_ids(model, tokenizer)['start_id']
+  return lambda: generation.generate(
+    model,
+    variables,
+    prompts,
+    num_tokens=_TOKENS,
+    start_id=start,
+    task_ids=tasks,
+  )
