@@ -127,7 +127,12 @@ def test_the_command_prints_the_tables_of_overrides():
 @pytest.mark.parametrize(
   ('module', 'flag', 'nearest'),
   [
-    ('explain_cost', '--config.model.widht=64', 'model.width'),
+    pytest.param(
+      'explain_cost',
+      '--config.model.widht=64',
+      'model.width',
+      marks=pytest.mark.slow,
+    ),
     ('cost', '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
   ],
 )

@@ -235,6 +235,7 @@ def refused(capsys, main, argv):
   return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, capsys):
   overrides = languages_of(
     ('copy', 'reverse'), lambda name: {'kind': 'instructions', 'task': name}

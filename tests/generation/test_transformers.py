@@ -81,7 +81,13 @@ class Pair(NamedTuple):
     return () if self.stop is None else (self.stop,)
 
 
-@pytest.fixture(scope='module', params=MAKERS)
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(name, marks=pytest.mark.slow if name == 'nllb_full' else ())
+    for name in MAKERS
+  ],
+)
 def pair(request, tmp_path_factory):
   make, seed = MAKERS[request.param]
   theirs = make().eval()

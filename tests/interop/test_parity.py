@@ -129,7 +129,6 @@ FAST = (
   'mixtral window',
   'switch',
   'switch padded in front',
-  'nllb overflow',
   'nllb padding routed',
 )
 

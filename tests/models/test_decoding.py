@@ -126,8 +126,15 @@ def whole(name, tokens, source, source_mask):
   return np.asarray(run(params))
 
 
-# Each differs from a case that is not slow in positions or in the hash.
-SLOW = ('t5 decoder', 'learned', 'bigram', 'dense')
+# Each differs from a case that is not slow in one part alone.
+SLOW = (
+  't5 decoder',
+  'learned',
+  'bigram',
+  'dense',
+  'hashed twice',
+  'chosen in the encoder',
+)
 
 
 @pytest.mark.as_users_compile

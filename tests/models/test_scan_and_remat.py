@@ -75,7 +75,7 @@ def trained(scan_layers, remat, router='sampled'):
     (True, 'dots', 'sampled'),
     pytest.param(True, 'dots', 'dropless', marks=pytest.mark.slow),
     pytest.param(True, 'dots', 'expert_choice', marks=pytest.mark.slow),
-    (False, 'full', 'hash'),
+    pytest.param(False, 'full', 'hash', marks=pytest.mark.slow),
     pytest.param(False, 'dots', 'random', marks=pytest.mark.slow),
     pytest.param(False, 'none', 'expert_choice', marks=pytest.mark.slow),
     pytest.param(True, 'full', 'dropless', marks=pytest.mark.slow),

@@ -99,9 +99,8 @@ AUX = dict(kind='linear', factor=0.0, final_factor=2.0, line_steps=2)
 
 
 @pytest.mark.as_users_compile
-@pytest.mark.parametrize(
-  'devices', [1, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
 def test_accumulation_and_meshes_change_nothing(devices):
   alone = stepped(**AUX)
   split = stepped(microbatches=2, devices=devices, **AUX)

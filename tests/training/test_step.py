@@ -52,7 +52,7 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole):
 
 
 @pytest.mark.as_users_compile
-@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('n', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_equals_the_whole_batch(whole, n):
   params, batch, ((loss, sums), grads) = whole
   options = tiny.options(batch_size=8, microbatches=n, model=HEAVY)
