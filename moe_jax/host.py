@@ -1,7 +1,10 @@
-"""The host's memory allocator, tuned for XLA's CPU buffers."""
+"""The host's memory: its allocator, and the regions that programs take."""
 
 import ctypes
+import pathlib
 import sys
+
+import jax
 
 # Numbers of options of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -29,3 +32,18 @@ def keep_freed_memory() -> bool:
     (_M_ARENA_MAX, 1),
   )
   return all([mallopt(name, value) for name, value in settings])
+
+
+def forget_programs(most_regions: int = 20_000) -> None:
+  """Clears JAX's compiled programs if the process has many mapped regions.
+
+  Linux allows a process 65,530 regions, of which each program that XLA compiled
+  for a CPU takes a few; without one left, compiling fails with "Cannot allocate
+  memory". A process that trains many models calls this between them.
+
+  Args:
+    most_regions: The number of regions up to which nothing is cleared.
+  """
+  regions = pathlib.Path('/proc/self/maps')
+  if regions.exists() and regions.read_bytes().count(b'\n') > most_regions:
+    jax.clear_caches()

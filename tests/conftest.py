@@ -54,6 +54,8 @@ if os.environ.get('MOE_JAX_TEST_TYPES') != '0':
 
 import pytest  # noqa: E402
 
+from moe_jax import host  # noqa: E402
+
 
 def pytest_collection_modifyitems(config, items):
   """Skips `slow` tests unless `-m` or a test's own id asks for them."""
@@ -70,15 +72,16 @@ def _own_data_cache(tmp_path_factory, monkeypatch):
   monkeypatch.setenv('MOE_JAX_CACHE', str(pathlib.Path(_CACHE) / 'data'))
 
 
-# Linux allows a process 65,530 mapped regions, of which each compiled program
-# takes a few; XLA aborts when none is left.
-_MOST_REGIONS = 20_000
-
-
 @pytest.fixture(autouse=True, scope='module')
 def _few_compiled_programs():
   """Clears compiled programs after a test file, once there are many."""
   yield
-  regions = pathlib.Path('/proc/self/maps')
-  if regions.exists() and regions.read_bytes().count(b'\n') > _MOST_REGIONS:
-    jax.clear_caches()
+  host.forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _fewer_between_long_tests(request):
+  """Clears them within a file, too, where its tests compile whole runs."""
+  yield
+  if request.node.get_closest_marker('slow'):
+    host.forget_programs(30_000)
