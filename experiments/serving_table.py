@@ -342,8 +342,8 @@ STUDY = Study(
   rows=rows,
   starts=starts,
   presets={
-    'quick': Preset(300, 2, without=['extracted es', 'extracted ru', 'int4']),
-    'full': Preset(2000, 5),
+    'quick': Preset(300, 2, without=['* to a quarter', 'int4']),
+    'full': Preset(1500, 5),
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
