@@ -751,7 +751,7 @@ def test_every_study_runs(name, results_folder):
   for entry in shared.evals.values():
     entry.update({key: few[key] for key in few if key in entry})
   arms = study.arms_of(quick)
-  kept = [arms[0], arms[len(arms) // 2]]
+  kept = arms[len(arms) // 2 :][:1]
   shared = sections.lock(RunConfig, shared)
   # As in one folder of results, studies share the runs that they begin with.
   output = results_folder / name

@@ -334,3 +334,9 @@ def test_an_imported_model_teaches(kind, start, tmp_path, capsys):
   said = capsys.readouterr().out
   assert 'beginning with the weights of step 0' in said
   assert ('their outputs averaged' in said) == (start == 'concatenated')
+  # Its logits are kept by the same command as those of any run.
+  config_py = tmp_path / 'teacher' / 'config.py'
+  kept = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
+  more = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
+  command.main(['keep_logits', *kept, *more])
+  assert 'the 3 largest of' in capsys.readouterr().out

@@ -1,0 +1,58 @@
+"""A command that was killed leaves no half run, and is simply started again."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.compression import __main__ as command
+from moe_jax.compression import whole_run
+from tests.compression.test_extract import languages_of
+from tests.generation import folders
+
+# Kills the process once the checkpoint of the new run is written, before the
+# run is whole.
+KILLED = """
+import os, signal, sys
+from moe_jax.compression import __main__ as command
+from moe_jax.runs import new_run
+new_run.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+command.main(sys.argv[1:])
+"""
+COMMANDS = {
+  'extract': ['extract', '--task=copy'],
+  'merge': ['merge', '--experts=3', '--batches=1', '--group_by=weights'],
+  'prune': ['prune', '--share=0.6', '--batches=1'],
+}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('trained') / 'run'
+  tasks = languages_of(
+    ('copy', 'reverse'), lambda name: {'kind': 'instructions', 'task': name}
+  )
+  folders.write(folder, **tasks)
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', COMMANDS)
+def test_killed_at_its_end_it_is_started_again(name, run, tmp_path):
+  argv = [*COMMANDS[name], f'--run={run}']
+  killed, whole = tmp_path / 'killed', tmp_path / 'whole'
+  child = subprocess.run(
+    [sys.executable, '-c', KILLED, *argv, f'--output={killed}'], check=False
+  )
+  assert child.returncode == -signal.SIGKILL
+  assert list(killed.iterdir())
+  with pytest.raises(ValueError, match='holds no'):
+    whole_run.read(killed)
+  for folder in (killed, whole):
+    command.main([*argv, f'--output={folder}'])
+  mine, other = whole_run.read(killed), whole_run.read(whole)
+  assert mine.options.model == other.options.model
+  jax.tree.map(np.testing.assert_array_equal, mine.variables, other.variables)
