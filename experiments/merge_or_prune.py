@@ -13,11 +13,12 @@ language models, and scores are of their tasks.
 Here: a decoder of bytes with top-2 of 16 experts in each of four layers, whose
 gates sum to one. Each arm is the same trained run with half or a quarter of its
 experts, the same number in each layer, without any training afterwards, paired
-by seed. Merging keeps the routers, whose columns are tied; pruning makes them
-as small as the experts, and gates are renormalised. To merge by router is to
-compare the weights of its columns, no logits, so that it stands for neither
-paper. Statistics are from batches
-of the training split.
+by seed. Two more are trained on from a pruned run for a tenth of its steps, on
+the data alone and with the whole run as the teacher. Merging keeps the routers,
+whose columns are tied; pruning makes them as small as the experts, and gates
+are renormalised. To merge by router is to compare the weights of its columns,
+no logits, so that it stands for neither paper. Statistics are from batches of
+the training split.
 """
 
 import functools
@@ -59,6 +60,14 @@ ADDED = Column('added loss', unit='nats/byte')
 BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
 UNUSED = Column('unused', 'unused', 'experts', 1)
 BATCHES = 16  # of the training split, on which experts are measured
+PRUNED = 'pruned'  # the start of the runs that are trained on
+WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
+# Options of runs that are trained on, by the name of the row.
+RECOVERED = {
+  f'{WAY}, {REMOVED} %, trained on': {},
+  f'{WAY}, {REMOVED} %, distilled': {'distill.start': 'none'},
+}
+ALONE, TAUGHT = RECOVERED
 
 
 def config(steps: int):
@@ -120,14 +129,39 @@ def row_name(way: str, removed: int) -> str:
 
 
 def starts(preset: Preset) -> list[Start]:
-  """The trained run that all arms make smaller."""
+  """The run that all arms make smaller, and one that is trained on."""
   del preset
-  return [Start(TRAINED, lambda shared: shared)]
+  change = functools.partial(
+    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[WAY]
+  )
+  return [
+    Start(TRAINED, lambda shared: shared),
+    Start(PRUNED, lambda shared: shared, start=TRAINED, change=change),
+  ]
+
+
+def recovered(preset: Preset) -> list[Arm]:
+  """The arms that are trained on from a pruned run."""
+  steps = max(preset.steps // 10, 1)
+  shared = {
+    'model.moe.num_experts': LEFT[REMOVED],
+    'total_steps': steps,
+    'log_every_steps': steps,
+    'optimizer.schedule.warmup_steps': steps // 10,
+  }
+  return [
+    Arm(
+      name,
+      {**shared, **options},
+      start=PRUNED,
+      teacher=TRAINED if options else '',
+    )
+    for name, options in RECOVERED.items()
+  ]
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """An arm for each way and number of experts that stay."""
-  del preset
+  """An arm for each way and number of experts that stay, and two after it."""
   changes = {
     way: functools.partial(merged, group_by=group_by, rule=rule)
     for way, (group_by, rule) in MERGES.items()
@@ -145,7 +179,7 @@ def arms(preset: Preset) -> list[Arm]:
     )
     for way, change in changes.items()
     for removed, left in LEFT.items()
-  ]
+  ] + recovered(preset)
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
@@ -155,16 +189,23 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   before = [*map(loss.of, results[TRAINED])]
   whole = {BYTES.name: [100.0] * len(before), ADDED.name: [0.0] * len(before)}
   table = [Row(TRAINED, {loss.name: before, **whole})]
-  for way in (*MERGES, *PRUNES):
-    for removed in LEFT:
-      name = row_name(way, removed)
-      values = {
-        column.name: [*map(column.of, results[name])]
-        for column in (loss, BYTES, UNUSED)
-      }
-      pairs = zip(values[loss.name], before, strict=True)
-      values[ADDED.name] = [after - own for after, own in pairs]
-      table.append(Row(name, values, way, removed))
+  places = {
+    row_name(way, removed): (way, removed)
+    for way in (*MERGES, *PRUNES)
+    for removed in LEFT
+  }
+  for name in (*places, *RECOVERED):
+    values = {
+      column.name: [*map(column.of, results[name])]
+      for column in (loss, BYTES, UNUSED)
+    }
+    if name in RECOVERED:  # it has as many bytes as the run that it begins with
+      own = results[row_name(WAY, REMOVED)]
+      values[BYTES.name] = [*map(BYTES.of, own)]
+      del values[UNUSED.name]
+    pairs = zip(values[loss.name], before, strict=True)
+    values[ADDED.name] = [after - own for after, own in pairs]
+    table.append(Row(name, values, *places.get(name, ())))
   return table
 
 
@@ -209,14 +250,27 @@ def claims() -> list[Claim]:
     )
     for removed in LEFT
   ]
-  return found + [
-    Claim(
-      f'REAP prunes better than {score} does, {removed} % removed',
-      compared('prune by REAP', f'prune by {score}', removed),
-    )
-    for score in ('usage', 'gate')
-    for removed in LEFT
-  ]
+  return (
+    found
+    + [
+      Claim(
+        f'REAP prunes better than {score} does, {removed} % removed',
+        compared('prune by REAP', f'prune by {score}', removed),
+      )
+      for score in ('usage', 'gate')
+      for removed in LEFT
+    ]
+    + [
+      Claim(
+        'a pruned model that is trained on is better than before',
+        f'loss: {ALONE} < {row_name(WAY, REMOVED)}',
+      ),
+      Claim(
+        'a pruned model recovers better with the whole one as its teacher',
+        f'loss: {TAUGHT} < {ALONE}',
+      ),
+    ]
+  )
 
 
 STUDY = Study(
