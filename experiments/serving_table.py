@@ -343,7 +343,7 @@ STUDY = Study(
   starts=starts,
   presets={
     'quick': Preset(300, 2, without=['* to a quarter', 'int4']),
-    'full': Preset(1500, 5),
+    'full': Preset(800, 3),
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),

@@ -222,7 +222,7 @@ STUDY = Study(
   starts=lambda preset: [teacher(preset, NUM_EXPERTS)],
   presets={
     'quick': Preset(250, 5, start_steps=250, without=(JOINED,)),
-    'full': Preset(1000, 5, start_steps=1000),
+    'full': Preset(800, 5, start_steps=800),
   },
   columns=[byte_models.LOSS, GAIN, SHARE],
   claims=[
