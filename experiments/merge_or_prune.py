@@ -13,8 +13,9 @@ language models, and scores are of their tasks.
 Here: a decoder of bytes with top-2 of 16 experts in each of four layers, whose
 gates sum to one. Each arm is the same trained run with half or a quarter of its
 experts, the same number in each layer, without any training afterwards, paired
-by seed. Two more are trained on from a pruned run for a tenth of its steps, on
-the data alone and with the whole run as the teacher. Merging keeps the routers,
+by seed. Three more are trained on for a tenth of the steps of the whole run:
+the whole run itself, and a pruned one, on the data alone and with the whole one
+as its teacher. Merging keeps the routers,
 whose columns are tied; pruning makes them as small as the experts, and gates
 are renormalised. To merge by router is to compare the weights of its columns,
 no logits, so that it stands for neither paper. Statistics are from batches of
@@ -24,6 +25,8 @@ the training split.
 import functools
 import pathlib
 from collections.abc import Mapping
+
+import numpy as np
 
 from experiments.study import byte_models, command
 from experiments.study.parts import (
@@ -56,6 +59,15 @@ PRUNES = {
   'prune by gate': 'gate',
   'prune by REAP': 'reap',
 }
+ADDED = Column('added loss', unit='nats/byte')
+BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
+UNUSED = Column('unused', 'unused', 'experts', 1)
+BATCHES = 16  # of the training split, on which experts are measured
+PRUNED = 'pruned'  # the start of runs that are trained on
+WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
+LONGER = f'{TRAINED}, trained on'
+ALONE = f'{WAY}, {REMOVED} %, trained on'
+TAUGHT = f'{WAY}, {REMOVED} %, distilled'
 ADDED = Column('added loss', unit='nats/byte')
 BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
 UNUSED = Column('unused', 'unused', 'experts', 1)
@@ -140,28 +152,25 @@ def starts(preset: Preset) -> list[Start]:
   ]
 
 
-def recovered(preset: Preset) -> list[Arm]:
-  """The arms that are trained on from a pruned run."""
+def trained_on(preset: Preset) -> list[Arm]:
+  """The arms that go on from the whole run, and from a pruned one."""
   steps = max(preset.steps // 10, 1)
   shared = {
-    'model.moe.num_experts': LEFT[REMOVED],
     'total_steps': steps,
     'log_every_steps': steps,
     'optimizer.schedule.warmup_steps': steps // 10,
   }
+  small = shared | {'model.moe.num_experts': LEFT[REMOVED]}
+  taught = small | {'distill.start': 'none'}
   return [
-    Arm(
-      name,
-      {**shared, **options},
-      start=PRUNED,
-      teacher=TRAINED if options else '',
-    )
-    for name, options in RECOVERED.items()
+    Arm(LONGER, shared, start=TRAINED),
+    Arm(ALONE, small, start=PRUNED),
+    Arm(TAUGHT, taught, start=PRUNED, teacher=TRAINED),
   ]
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """An arm for each way and number of experts that stay, and two after it."""
+  """An arm for each way and number of experts, and arms trained on."""
   changes = {
     way: functools.partial(merged, group_by=group_by, rule=rule)
     for way, (group_by, rule) in MERGES.items()
@@ -179,34 +188,44 @@ def arms(preset: Preset) -> list[Arm]:
     )
     for way, change in changes.items()
     for removed, left in LEFT.items()
-  ] + recovered(preset)
+  ] + trained_on(preset)
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """The trained run, and each way of making it smaller."""
+  """The trained run, each way of making it smaller, and runs trained on.
+
+  What a run that is trained on adds to the loss is compared with the whole run
+  of as many steps.
+  """
   del times
   loss = byte_models.LOSS
-  before = [*map(loss.of, results[TRAINED])]
-  whole = {BYTES.name: [100.0] * len(before), ADDED.name: [0.0] * len(before)}
-  table = [Row(TRAINED, {loss.name: before, **whole})]
-  places = {
-    row_name(way, removed): (way, removed)
+  whole = [*map(loss.of, results[TRAINED])]
+  longer = [*map(loss.of, results[LONGER])]
+  small = [*map(BYTES.of, results[PRUNED])]
+  all_bytes = [100.0] * len(whole)
+
+  def row(name: str, base: list[float], sizes: list[float], *place) -> Row:
+    own = [*map(loss.of, results[name])]
+    added = [after - before for after, before in zip(own, base, strict=True)]
+    values = {loss.name: own, ADDED.name: added, BYTES.name: sizes}
+    unused = [*map(UNUSED.of, results[name])]
+    if not np.isnan(unused).any():
+      values[UNUSED.name] = unused
+    return Row(name, values, *place)
+
+  smaller = [
+    row(name, whole, [*map(BYTES.of, results[name])], way, removed)
     for way in (*MERGES, *PRUNES)
     for removed in LEFT
-  }
-  for name in (*places, *RECOVERED):
-    values = {
-      column.name: [*map(column.of, results[name])]
-      for column in (loss, BYTES, UNUSED)
-    }
-    if name in RECOVERED:  # it has as many bytes as the run that it begins with
-      own = results[row_name(WAY, REMOVED)]
-      values[BYTES.name] = [*map(BYTES.of, own)]
-      del values[UNUSED.name]
-    pairs = zip(values[loss.name], before, strict=True)
-    values[ADDED.name] = [after - own for after, own in pairs]
-    table.append(Row(name, values, *places.get(name, ())))
-  return table
+    for name in [row_name(way, removed)]
+  ]
+  return [
+    row(TRAINED, whole, all_bytes),
+    *smaller,
+    row(LONGER, longer, all_bytes),
+    row(ALONE, longer, small),
+    row(TAUGHT, longer, small),
+  ]
 
 
 def compared(way: str, than: str, removed: int) -> str:
@@ -285,7 +304,13 @@ STUDY = Study(
   columns=[byte_models.LOSS, ADDED, BYTES, UNUSED],
   claims=claims(),
   figure=Figure(['added loss'], 'experts removed, %'),
-  length=lambda preset: f'{preset.steps:,} steps, then merged or pruned',
+  length=lambda preset: (
+    f'{preset.steps:,} steps, then merged or pruned, or trained on for '
+    f'{max(preset.steps // 10, 1):,}'
+  ),
+  remarks='Runs that are trained on read the first batches of training again, '
+  'at the full learning rate; what they add is told against the whole run that '
+  'is trained on as well.',
 )
 get_config = STUDY.get_config
 

@@ -38,8 +38,9 @@ def forget_programs(most_regions: int = 20_000) -> None:
   """Clears JAX's compiled programs if the process has many mapped regions.
 
   Linux allows a process 65,530 regions, of which each program that XLA compiled
-  for a CPU takes a few; without one left, compiling fails with "Cannot allocate
-  memory". A process that trains many models calls this between them.
+  for a CPU takes a few. Without one left, XLA raises an error that says "Failed
+  to materialize symbols", or ends the process. A process that trains many
+  models calls this between them. Elsewhere than on Linux nothing is cleared.
 
   Args:
     most_regions: The number of regions up to which nothing is cleared.

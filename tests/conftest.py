@@ -81,7 +81,10 @@ def _few_compiled_programs():
 
 @pytest.fixture(autouse=True)
 def _fewer_between_long_tests(request):
-  """Clears them within a file, too, where its tests compile whole runs."""
+  """Clears compiled programs between slow tests of one file, too.
+
+  Tests of a file share programs, so that there may be more before that.
+  """
   yield
   if request.node.get_closest_marker('slow'):
     host.forget_programs(30_000)

@@ -17,9 +17,7 @@ from moe_jax.training.evaluate import Losses, Setting
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# Number of tokens of a generated translation, of translations that are scored,
-# and of seconds in which generation may be timed.
-_TOKENS, _SCORED, _SECONDS = 48, 64, 5.0
+_SCORED = 64  # number of translations that are scored
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -50,7 +48,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     put=run.programs.put,
   )
   scores = GenerateEvaluation(
-    num_examples=_SCORED, num_tokens=_TOKENS, metrics='chrf,bleu'
+    num_examples=_SCORED, num_tokens=served.TOKENS, metrics='chrf,bleu'
   ).measure(setting)
   row = scores(variables, int(state.step))
   numbers |= {f'scores/{name}': row[name] for name in ('chrf', 'bleu')}
@@ -88,6 +86,6 @@ def _speed(setting: Setting, variables, model, own, task: int) -> float:
       ),
       'own': served.generating(model, own, *given),
     },
-    seconds=_SECONDS,
+    seconds=served.SECONDS,
   )
   return timing.ratio(times['whole'], times['own']).median

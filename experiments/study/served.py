@@ -24,26 +24,31 @@ from moe_jax.shapes import Int
 
 # Number of prompts that are read at once, of tokens that are generated for each
 # of them, and the seconds that timing may take.
-PROMPTS, _TOKENS, _SECONDS = 16, 48, 5.0
+PROMPTS, TOKENS, SECONDS = 16, 48, 5.0
 
 
 def measure(
-  folder: str | os.PathLike[str], twin: ml_collections.ConfigDict, task: str
+  folder: str | os.PathLike[str], twin: ml_collections.ConfigDict
 ) -> dict[str, float]:
   """Measures the model of a run of an encoder-decoder on a mixture.
+
+  Prompts are of all its tasks in turn.
 
   Args:
     folder: The run's folder.
     twin: The config of the model whose speed is the unit. Its parameters are
       drawn anew, as speed does not depend on what a dense model has learned.
-    task: The name of the task whose prompts are read while time is taken.
 
   Returns:
-    Numbers by name: 'disk' and 'memory', the bytes of all parameters; 'flops',
+    Numbers by name: 'disk' and 'memory', the bytes of all parameters as they
+    are stored; 'flops',
     those of the forward pass for a token, averaged over the tokens that the
     encoder reads and those that are generated; 'tokens_per_second', of all
     prompts together; 'speed', that as a ratio to the twin's, the median of
     interleaved rounds.
+
+  Raises:
+    ValueError: A task has too few rows of validation for its prompts.
   """
   run = trained_run.load(folder)
   plain = code_trees.with_formats(run.options).build()
@@ -51,33 +56,49 @@ def measure(
   options = run_config.read(twin).filled(run.tokenizer.vocab_size)
   dense = options.build()
   params = init_params(dense, jax.random.key(0))
-  rows = data.load(run.data).parts[task].splits['validation']
-  prompts = prompts_of(rows)
-  tasks = None
-  if run.options.routes_by_task:
-    tasks = [run.data.tasks.index(task)] * len(prompts)
+  parts = data.load(run.data).parts
+  each = PROMPTS // len(parts)
+  prompts, tasks = [], []
+  for number, name in enumerate(run.data.tasks):
+    prompts += prompts_of(parts[name].splits['validation'], each)
+    tasks += [number] * each
   times = timing.interleave(
     {
       'twin': generating(dense, {'params': params}, run.tokenizer, prompts),
       'own': generating(
-        run.model, run.variables, run.tokenizer, prompts, tasks
+        run.model,
+        run.variables,
+        run.tokenizer,
+        prompts,
+        tasks if run.options.routes_by_task else None,
       ),
     },
-    seconds=_SECONDS,
+    seconds=SECONDS,
   )
   seconds = timing.Spread.of(times['own']).median
   return {
     'disk': bytes_on_disk(folder),
     'memory': bytes_in_memory(run.variables),
     'flops': cost.forward_flops,
-    'tokens_per_second': len(prompts) * _TOKENS / seconds,
+    'tokens_per_second': len(prompts) * TOKENS / seconds,
     'speed': timing.ratio(times['twin'], times['own']).median,
   }
 
 
-def prompts_of(rows: data.Rows) -> list[Int[np.ndarray, ' N']]:
-  """The first inputs of some rows of an encoder-decoder, in token ids."""
-  taken = rows.take(np.arange(PROMPTS))
+def prompts_of(
+  rows: data.Rows, count: int = PROMPTS
+) -> list[Int[np.ndarray, ' N']]:
+  """The first inputs of that many rows of an encoder-decoder, in token ids.
+
+  Raises:
+    ValueError: There are fewer rows.
+  """
+  if len(rows) < count:
+    raise ValueError(
+      f'{count} prompts are needed to measure speed, and validation has '
+      f'{len(rows)} rows'
+    )
+  taken = rows.take(np.arange(count))
   return [
     tokens[ids == 1]
     for tokens, ids in zip(
@@ -111,7 +132,7 @@ def generating(
     model,
     variables,
     prompts,
-    num_tokens=_TOKENS,
+    num_tokens=TOKENS,
     start_id=start,
     task_ids=tasks,
   )

@@ -48,7 +48,7 @@ class Start:
 
 
 def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
-  """The starts that arms need; each list begins with those of earlier lists.
+  """The starts that arms need; a list begins with or learns from earlier ones.
 
   Raises:
     ValueError: There is no start of a name, or starts begin with each other.
@@ -88,7 +88,8 @@ def start_jobs(
   Args:
     cls: Class of the options that configs describe.
     shared: The config that all arms share.
-    levels: The starts; those of a list begin with those of earlier lists.
+    levels: The starts; those of a list begin with or learn from those of
+      earlier lists.
     seeds: The seeds.
     results: Folder of all studies' results.
   """

@@ -59,9 +59,10 @@ def extract(
     task: The number of the task.
 
   Raises:
-    ValueError: No layer routes by task, experts are no feed-forwards or were
-      merged or pruned unevenly, a router that stays keeps a state, which the
-      new model would lose, or kernels are in codes.
+    ValueError: No layer routes by task, experts are no feed-forwards, layers by
+      task have tied or masked columns or uneven numbers of experts, a router
+      that stays keeps a state, which the new model would lose, or kernels are
+      in codes.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -99,8 +100,9 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
 
   if moe.retained != Retained():
     raise ValueError(
-      'layers by task have lost experts by merging or pruning; extract from '
-      'the run before that, as a task keeps only its own experts anyway'
+      'layers by task have tied or masked columns or uneven numbers of experts '
+      f'({moe.retained}); extract from the run before it was merged or pruned, '
+      'as a task keeps only its own experts anyway'
     )
 
   def dense(params: Params) -> Params:

@@ -108,7 +108,7 @@ def growth(before: Calibrated, left: Mapping[int, Fewer]) -> dict[int, Growth]:
   """The growth of raw gates on the calibration data, by layer.
 
   It is for layers that lose experts and whose gates are a softmax over all
-  logits of the token itself.
+  logits, of routers that read the token alone and not its sentence or task.
   """
   wanted = tuple(
     (n, fewer.row)

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
+from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -33,10 +34,16 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     initial: Gives the parameters where there is no checkpoint.
 
   Raises:
-    ValueError: The checkpoint was made on other data, or for another model; or
-      `initial` raises it.
+    ValueError: The checkpoint was made on other data, or for another model; the
+      folder holds weights that are not trained; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
+  if packed_weights.are_in(run.workdir):
+    raise ValueError(
+      f'{run.workdir} has weights without a checkpoint, which are served and '
+      f'not trained; give another --workdir and --config.init_from.workdir='
+      f'{run.workdir}'
+    )
   abstract = run.programs.abstract_state
   restored = run.checkpoints.restore(
     abstract, first={'params': run.programs.adapters.base(abstract.params)}
