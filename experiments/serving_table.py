@@ -355,7 +355,7 @@ STUDY = Study(
   starts=starts,
   presets={
     'quick': Preset(150, 2, without=['* to a quarter', 'int4']),
-    'full': Preset(400, 5),
+    'full': Preset(400, 3),
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
