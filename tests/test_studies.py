@@ -829,6 +829,20 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
   assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
 
 
+def test_compiled_programs_are_forgotten_where_regions_are_many():
+  traced = []
+
+  @jax.jit
+  def f(x):
+    traced.append(None)
+    return x + 1
+
+  for most, expected in ((10**9, 1), (10**9, 1), (0, 1), (10**9, 2)):
+    f(1.0)
+    assert len(traced) == expected
+    host.forget_programs(most)
+
+
 def test_another_allocator_is_left_as_it_is(monkeypatch):
   monkeypatch.setattr('ctypes.CDLL', lambda name: types.SimpleNamespace())
   monkeypatch.setattr('sys.platform', 'linux')

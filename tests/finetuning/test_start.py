@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax import finetuning, run_config
+from moe_jax.compression import whole_run
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
@@ -193,6 +194,19 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
       tmp_path / 'run',
       devices=jax.devices()[:1],
     )
+
+
+def test_served_weights_are_begun_with_in_another_folder_alone(dense, tmp_path):
+  run = whole_run.read(dense)
+  params = run.variables['params']
+  served = whole_run.write(run, tmp_path / 'served', params, packed=True)
+  config = run_config.from_file(served / 'first_config.json')
+  with pytest.raises(
+    ValueError, match='are served and not trained; give anoth'
+  ):
+    train(config, served)
+  state = train(config_from(served), tmp_path / 'new')
+  assert int(state.step) == config_from(served).total_steps
 
 
 def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):

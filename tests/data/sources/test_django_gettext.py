@@ -103,3 +103,8 @@ def test_without_django_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'django', None)
   with pytest.raises(ValueError, match=r'not installed: .*\[experiments\]'):
     django_gettext.locate()
+
+
+def test_translations_are_judged_by_chrf():
+  source = django_gettext.GettextSource(languages='de')
+  assert {question.metric for question in source.questions()} == {'chrf'}

@@ -1,0 +1,83 @@
+"""Merging and pruning behind routers by task, told by the model's logits."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.compression import extract
+from moe_jax.compression.fewer import SHRUNK, Fewer, only, smaller
+from moe_jax.compression.merge import TIED
+from moe_jax.compression.whole_run import WholeRun
+from moe_jax.data import DataOptions
+from moe_jax.models.expert_arrays import sparse_layers
+from moe_jax.partitioning import ShardingOptions
+from moe_jax.runs.trained import Described
+from tests.compression.test_extract import KINDS, N, logits, options_of
+from tests.models import tiny
+
+LEFT, LOST = [0, 1, 2, 4], 3
+
+
+def run_of(change):
+  """A decoder whose params are changed by change(name of the leaf, leaf)."""
+  options = options_of(**KINDS['decoder'])
+  model = options.build()
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: change(path[-1].key, leaf), tiny.params_of(model)
+  )
+  described = Described(options, DataOptions(), ShardingOptions(), 3, None)
+  return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
+
+
+def same_logits(run, options, params):
+  model = options.build()
+  for task in range(N):
+    expected = logits(run.model, run.variables['params'], task)
+    np.testing.assert_allclose(
+      logits(model, params, task), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('router', ['masked', SHRUNK])
+def test_what_no_task_chooses_is_pruned_without_a_change(router):
+  def unloved(name, leaf):
+    return leaf.at[..., LOST].add(-50.0) if name == 'tasks' else leaf
+
+  run = run_of(unloved)
+  layers = sparse_layers(run.model, run.variables['params'])
+  left = {n: only(layer, LEFT) for n, layer in layers.items()}
+  options, params = smaller(run, left, router)
+  same_logits(run, options, params)
+  if router == SHRUNK:
+    # As all layers have as many experts, the part of a task is taken out.
+    assert options.moe.num_experts == len(LEFT)
+    own = extract.extract(options, params, 2)
+    np.testing.assert_allclose(
+      logits(own.options.build(), own.params),
+      logits(run.model, run.variables['params'], 2),
+      rtol=1e-5,
+      atol=1e-5,
+    )
+  else:
+    with pytest.raises(ValueError, match='tied or masked columns'):
+      extract.extract(options, params, 2)
+
+
+def test_equal_experts_are_merged_without_a_change():
+  def twins(name, leaf):
+    of_expert = name in ('w_in', 'w_out', 'b_in', 'b_out') and leaf.ndim > 2
+    return leaf.at[:, LOST].set(leaf[:, 1]) if of_expert else leaf
+
+  run = run_of(twins)
+  layers = sparse_layers(run.model, run.variables['params'])
+  row = (0, 1, 2, 1, 3)  # column 3 leads to expert 1
+  left = {n: Fewer(*only(layer, LEFT)[:2], row) for n, layer in layers.items()}
+  same_logits(run, *smaller(run, left, TIED))
+  wrong = {
+    n: Fewer(*only(layer, LEFT)[:2], (0, 1, 2, 0, 3))
+    for n, layer in layers.items()
+  }
+  with pytest.raises(AssertionError):
+    same_logits(run, *smaller(run, wrong, TIED))
