@@ -5,17 +5,25 @@ expert go to every device, whose tokens for it stay, and its gradients go back
 to the device that has it. That pays where an expert has so many tokens that all
 wait for its device. Counts of one step decide for the same step.
 
+The seconds of a training step in which nothing is shadowed, Lat_imbl, are those
+of the products of the device with the most rows, three times, and of its four
+exchanges. With r shadowed experts, Lat_shadow (equation 8), parameters are sent
+once and gradients summed once; the exchange of the other experts' rows is left
+out, as in the paper.
+
 Not here: how long an exchange takes on a network of links (`cost_model.py`).
 Here, as in the paper's Algorithm 1, all devices have one bandwidth.
 """
 
 import dataclasses
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.cost_model import Sizes, owners
-from moe_jax.shapes import Int
+from moe_jax.shapes import Array, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,31 +95,43 @@ def leaving(
   return int(away[~np.isin(np.arange(E), shadowed)].sum())
 
 
-def imbalanced_seconds(
-  rows: Int[np.ndarray, ' W'], sizes: Sizes, speeds: Speeds
-) -> float:
-  """Lat_imbl: the seconds of a training step in which nothing is shadowed."""
-  n = float(np.max(rows))
-  comp = 3 * sizes.row_flops * n / speeds.flops
-  return comp + 4 * n * sizes.M / speeds.elements
+class _Prefixes(NamedTuple):
+  """The most popular experts, shadowed one after another.
 
-
-def shadowed_seconds(
-  number: int, rows: Int[np.ndarray, ' W'], sizes: Sizes, speeds: Speeds
-) -> float:
-  """Lat_shadow (equation 8): the seconds with that many shadowed experts.
-
-  Parameters are sent once and gradients summed once; the exchange of the other
-  experts' tokens is left out, as in the paper.
-
-  Args:
-    number: r, the number of shadowed experts.
-    rows: Number of rows of each device once they are shadowed.
-    sizes: The sizes of the experts.
-    speeds: The speeds of the devices.
+  Attributes:
+    experts: Their numbers, by number of tokens, [R].
+    rows: Number of rows of each device with none to R of them, [R + 1, W].
+    seconds: The seconds with none to R of them, [R + 1].
+    number: r, how many of them Algorithm 1 shadows: as long as each pays.
   """
-  comp = 3 * sizes.row_flops * float(np.max(rows)) / speeds.flops
-  return comp + 2 * number * 2 * sizes.M * sizes.F / speeds.elements
+
+  experts: Any
+  rows: Any
+  seconds: Any
+  number: Any
+
+
+def _prefixes(
+  counts: Any, sizes: Sizes, speeds: Speeds, most: int, xp: ModuleType
+) -> _Prefixes:
+  """The choices that Algorithm 1 compares, by numpy or by `jax.numpy`."""
+  E, W = counts.shape
+  totals, own = counts.sum(1), owners(E, W)
+  device = xp.arange(W)[None]
+  has = own[:, None] == device  # [E, W]
+  experts = xp.argsort(-totals, stable=True)[:most]
+  # Where an expert is shadowed, its device loses all of its rows, and every
+  # device keeps its own.
+  change = counts - has * totals[:, None]
+  none = (has * totals[:, None]).sum(0, keepdims=True)
+  rows = xp.concatenate([none, none + xp.cumsum(change[experts], 0)])
+  comp = 3 * sizes.row_flops / speeds.flops * rows.max(1)
+  numbers = xp.arange(len(experts) + 1)
+  comm = 2 * numbers * (2 * sizes.M * sizes.F / speeds.elements)
+  exchange = 4 * sizes.M / speeds.elements * rows[0].max()
+  seconds = comp + xp.where(numbers == 0, exchange, comm)
+  pays = xp.cumprod(seconds[1:] < seconds[:-1])
+  return _Prefixes(experts, rows, seconds, pays.sum())
 
 
 def choose(
@@ -137,17 +157,38 @@ def choose(
     ValueError: The experts cannot be divided over the devices.
   """
   counts = np.asarray(counts)
-  rows = rows_of(counts)
-  before = best = imbalanced_seconds(rows, sizes, speeds)
-  shadowed: tuple[int, ...] = ()
-  for expert in np.argsort(-counts.sum(1), kind='stable')[:most].tolist():
-    more = (*shadowed, expert)
-    moved = rows_of(counts, more)
-    seconds = shadowed_seconds(len(more), moved, sizes, speeds)
-    if seconds >= best:
-      break
-    shadowed, rows, best = more, moved, seconds
-  return Choice(shadowed, rows, best, before)
+  most = len(counts) if most is None else most
+  found = _prefixes(counts, sizes, speeds, most, np)
+  r = int(found.number)
+  return Choice(
+    tuple(found.experts[:r].tolist()),
+    found.rows[r],
+    float(found.seconds[r]),
+    float(found.seconds[0]),
+  )
+
+
+def choose_in_step(
+  counts: Int[Array, 'E W'], sizes: Sizes, speeds: Speeds, *, most: int
+) -> Int[Array, ' R']:
+  """The experts that `choose` shadows, inside a compiled step.
+
+  Args:
+    counts: The number of rows of each device that choose each expert.
+    sizes: The sizes of the experts.
+    speeds: The speeds of the devices.
+    most: R, the largest number of shadowed experts, which buffers have room
+      for.
+
+  Returns:
+    The numbers of the experts, then E for each of the R that is not used.
+    Seconds are float32 here, so that two choices whose seconds agree to seven
+    digits may be told apart otherwise than by `choose`.
+  """
+  E = counts.shape[0]
+  found = _prefixes(counts, sizes, speeds, most, jnp)
+  used = jnp.arange(len(found.experts)) < found.number
+  return jnp.where(used, found.experts, E)
 
 
 def pays(counts: Int[np.ndarray, 'E W'], number: int, sizes: Sizes) -> bool:

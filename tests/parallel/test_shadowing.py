@@ -1,7 +1,10 @@
 """Algorithm 1 of FasterMoE against plain loops and against all subsets."""
 
+import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,10 +70,12 @@ def test_it_is_the_printed_algorithm_on_a_thousand_draws():
 
 
 def cost(counts, subset):
-  rows = shadowing.rows_of(counts, subset)
+  """The seconds of any subset, by the two equations of the paper."""
+  n = shadowing.rows_of(counts, subset).max()
+  work = 12 * SIZES.M * SIZES.F * n / SPEEDS.flops
   if not subset:
-    return shadowing.imbalanced_seconds(rows, SIZES, SPEEDS)
-  return shadowing.shadowed_seconds(len(subset), rows, SIZES, SPEEDS)
+    return work + 4 * n * SIZES.M / SPEEDS.elements
+  return work + 4 * len(subset) * SIZES.M * SIZES.F / SPEEDS.elements
 
 
 def test_it_is_never_better_than_the_best_subset():
@@ -86,9 +91,10 @@ def test_it_is_never_better_than_the_best_subset():
     greedy = shadowing.choose(counts, SIZES, SPEEDS).seconds
     assert greedy >= best * (1 - 1e-12)
     gaps.append(greedy / best - 1 if best else 0.0)
-  # It is best nearly always; to stop at the first that does not pay costs
-  # something where two experts are as hot.
-  assert np.mean(np.array(gaps) < 1e-9) > 0.8
+  # It stops at the first expert that does not pay, though two more might.
+  gaps = np.array(gaps)
+  assert 0.5 < np.mean(gaps < 1e-9) < 1.0
+  assert np.mean(gaps) < 0.1
 
 
 def test_rows_and_costs_by_hand():
@@ -99,22 +105,44 @@ def test_rows_and_costs_by_hand():
   assert shadowing.rows_of(counts, (0,)).tolist() == [10, 36]
   assert shadowing.leaving(counts, (0,)) == 2
   sizes, speeds = Sizes(M=2, F=3), Speeds(flops=24.0, elements=8.0)
-  # A row has 4 * 2 * 3 = 24 FLOPs, three times in a step: 3 s and 1 s of rows.
-  before = shadowing.imbalanced_seconds(np.array([40, 6]), sizes, speeds)
-  assert before == 40 * 3 + 40 * 1
-  after = shadowing.shadowed_seconds(1, np.array([10, 36]), sizes, speeds)
-  assert after == 36 * 3 + 2 * 12 / 8
-  choice = shadowing.choose(counts, sizes, speeds)
-  assert (choice.experts, choice.seconds) == ((0,), after)
-  assert choice.seconds_before == before
-  assert shadowing.choose(counts, sizes, speeds, most=0).experts == ()
+  # A row has 4 * 2 * 3 = 24 FLOPs, three times in a step: 3 s of products, and
+  # 1 s of exchanges. An expert's 12 parameters take 3 s there and back.
+  alone = shadowing.choose(counts, sizes, speeds, most=1)
+  assert (alone.experts, alone.rows.tolist()) == ((0,), [10, 36])
+  assert alone.seconds_before == 40 * 3 + 40 * 1
+  assert alone.seconds == 36 * 3 + 3
+  # With both, devices keep the 12 and 34 rows that they have.
+  both = shadowing.choose(counts, sizes, speeds)
+  assert (both.experts, both.seconds) == ((0, 1), 34 * 3 + 6)
+  none = shadowing.choose(counts, sizes, speeds, most=0)
+  assert (none.experts, none.seconds) == ((), none.seconds_before)
   assert shadowing.pays(counts, 13, sizes)
   assert not shadowing.pays(counts, 14, sizes)
 
 
+def test_in_a_step_it_is_the_same():
+  rng = np.random.default_rng(2)
+  most, used = 3, set()
+  choose = jax.jit(
+    functools.partial(
+      shadowing.choose_in_step, sizes=SIZES, speeds=SPEEDS, most=most
+    )
+  )
+  for _ in range(100):
+    counts = draw(rng, 8, 4)
+    expected = shadowing.choose(counts, SIZES, SPEEDS, most=most).experts
+    rest = (8,) * (most - len(expected))
+    assert tuple(choose(jnp.asarray(counts)).tolist()) == expected + rest
+    used.add(len(expected))
+  assert used == {0, 1, 2, 3}
+
+
 def test_equal_totals_go_to_the_lower_number():
-  counts = np.array([[0, 50, 0, 0], [0, 0, 0, 50], [0, 0, 0, 0], [0, 0, 0, 0]])
-  assert shadowing.choose(counts, SIZES, SPEEDS, most=1).experts == (0,)
+  counts = np.zeros((4, 4), int)
+  counts[1], counts[2] = 500, 500  # of each device
+  assert shadowing.choose(counts, SIZES, SPEEDS, most=1).experts == ()
+  fast = Speeds(flops=1e9, elements=1e3)
+  assert shadowing.choose(counts, SIZES, fast, most=1).experts == (1,)
 
 
 def test_bandwidths_are_converted_in_one_place():
