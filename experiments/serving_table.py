@@ -354,8 +354,8 @@ STUDY = Study(
   rows=rows,
   starts=starts,
   presets={
-    'quick': Preset(150, 2, without=['* to a quarter', 'int4']),
-    'full': Preset(400, 3),
+    'quick': Preset(80, 2, without=['* to a quarter', 'int4']),
+    'full': Preset(200, 3),
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),

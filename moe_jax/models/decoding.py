@@ -103,7 +103,10 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 def _for_few_tokens(stack, moe, params, rows):
   K = moe.num_selected
   experts = [own.sizes.num_retained for own in stack.moes if own is not None]
-  if cpu.most_are_chosen(rows, K, max(experts)):
+  choosers = rows
+  if moe.router.needs_tasks:  # all rows of a task choose alike
+    choosers = min(rows, stack.block.shared.num_tasks)
+  if cpu.most_are_chosen(choosers, K, max(experts)):
     return _with_dispatch(stack, moe, few_tokens.Batched), params
   if sum(experts) > cpu.MOST_UNROLLED:
     return stack, params
