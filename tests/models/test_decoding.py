@@ -1,5 +1,6 @@
 """Decoding step by step equals the whole sequence at once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,6 +23,7 @@ from moe_jax.layers.routers import (
   Hash,
   Hierarchical,
   StrictlyBalanced,
+  Task,
   TokenChoice,
 )
 from moe_jax.models.encoder_decoder_options import EncoderOptions
@@ -232,6 +234,22 @@ def test_experts_are_batched_where_a_step_chooses_most():
   layer = own['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['w_in'], stacked[1])
+
+
+@pytest.mark.parametrize(
+  ('tasks', 'dispatch'), [(1, few_tokens.Unrolled), (3, few_tokens.Batched)]
+)
+def test_rows_of_a_task_choose_alike(tasks, dispatch):
+  moe = dict(
+    num_experts=5, num_selected=2, router=Task(), capacity=All(), group_size=-1
+  )
+  options = dataclasses.replace(tiny.options(moe), num_tasks=tasks)
+  model = options.build()
+  params = tiny.params_of(model)
+  model, _ = model.for_decoding(
+    {'params': params}, batch_size=30, platform='cpu'
+  )
+  assert type(model.moe.dispatch) is dispatch
 
 
 def test_a_checkpoints_own_rule_stays_where_it_can_bind():
