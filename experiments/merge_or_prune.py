@@ -5,21 +5,20 @@
 M-SMoE (https://arxiv.org/abs/2310.01334) merges the experts whose router logits
 on data are alike, HC-SMoE (https://arxiv.org/abs/2410.08589) those whose mean
 outputs are, and finds outputs best; second-hand, weights are a little worse and
-router logits worst by far. REAP (https://arxiv.org/abs/2510.13999)
-finds that pruning, by the mean of gate times norm of output, beats merging,
-which loses the mixing by input, for models that generate. All of them are large
-language models, and scores are of their tasks.
+router logits worst by far. REAP (https://arxiv.org/abs/2510.13999) finds that
+pruning, by the mean of gate times norm of output, beats merging, which loses
+the mixing by input, for models that generate. All of them are large language
+models, and scores are of their tasks.
 
 Here: a decoder of bytes with top-2 of 16 experts in each of four layers, whose
 gates sum to one. Each arm is the same trained run with half or a quarter of its
 experts, the same number in each layer, without any training afterwards, paired
 by seed. Three more are trained on for a tenth of the steps of the whole run:
 the whole run itself, and a pruned one, on the data alone and with the whole one
-as its teacher. Merging keeps the routers,
-whose columns are tied; pruning makes them as small as the experts, and gates
-are renormalised. To merge by router is to compare the weights of its columns,
-no logits, so that it stands for neither paper. Statistics are from batches of
-the training split.
+as its teacher. Merging keeps the routers, whose columns are tied; pruning makes
+them as small as the experts, and gates are renormalised. To merge by router is
+to compare the weights of its columns, no logits, so that it stands for neither
+paper. Statistics are from batches of the training split.
 """
 
 import functools
@@ -68,18 +67,6 @@ WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
 LONGER = f'{TRAINED}, trained on'
 ALONE = f'{WAY}, {REMOVED} %, trained on'
 TAUGHT = f'{WAY}, {REMOVED} %, distilled'
-ADDED = Column('added loss', unit='nats/byte')
-BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
-UNUSED = Column('unused', 'unused', 'experts', 1)
-BATCHES = 16  # of the training split, on which experts are measured
-PRUNED = 'pruned'  # the start of the runs that are trained on
-WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
-# Options of runs that are trained on, by the name of the row.
-RECOVERED = {
-  f'{WAY}, {REMOVED} %, trained on': {},
-  f'{WAY}, {REMOVED} %, distilled': {'distill.start': 'none'},
-}
-ALONE, TAUGHT = RECOVERED
 
 
 def config(steps: int):
@@ -309,8 +296,8 @@ STUDY = Study(
     f'{max(preset.steps // 10, 1):,}'
   ),
   remarks='Runs that are trained on read the first batches of training again, '
-  'at the full learning rate; what they add is told against the whole run that '
-  'is trained on as well.',
+  'at the full learning rate; what they add is compared with the whole run '
+  'that is trained on as well.',
 )
 get_config = STUDY.get_config
 

@@ -83,7 +83,7 @@ def _few_compiled_programs():
 def _fewer_between_long_tests(request):
   """Clears compiled programs between slow tests of one file, too.
 
-  Tests of a file share programs, so that there may be more before that.
+  As tests of a file share programs, there may be more of them by then.
   """
   yield
   if request.node.get_closest_marker('slow'):

@@ -32,7 +32,7 @@ def measure(
 ) -> dict[str, float]:
   """Measures the model of a run of an encoder-decoder on a mixture.
 
-  Prompts are of all its tasks in turn.
+  The prompts are as many of each of its tasks, one task after another.
 
   Args:
     folder: The run's folder.
@@ -41,14 +41,14 @@ def measure(
 
   Returns:
     Numbers by name: 'disk' and 'memory', the bytes of all parameters as they
-    are stored; 'flops',
-    those of the forward pass for a token, averaged over the tokens that the
-    encoder reads and those that are generated; 'tokens_per_second', of all
-    prompts together; 'speed', that as a ratio to the twin's, the median of
-    interleaved rounds.
+    are stored; 'flops', those of the forward pass for a token, averaged over
+    the tokens that the encoder reads and those that are generated;
+    'tokens_per_second', of all prompts together; 'speed', that as a ratio to
+    the twin's, the median of interleaved rounds.
 
   Raises:
-    ValueError: A task has too few rows of validation for its prompts.
+    ValueError: The prompts cannot be divided over the tasks, or a task has too
+      few rows of validation for its own.
   """
   run = trained_run.load(folder)
   plain = code_trees.with_formats(run.options).build()
@@ -57,7 +57,11 @@ def measure(
   dense = options.build()
   params = init_params(dense, jax.random.key(0))
   parts = data.load(run.data).parts
-  each = PROMPTS // len(parts)
+  each, left = divmod(PROMPTS, len(parts))
+  if left:
+    raise ValueError(
+      f'{PROMPTS} prompts cannot be divided over {len(parts)} tasks'
+    )
   prompts, tasks = [], []
   for number, name in enumerate(run.data.tasks):
     prompts += prompts_of(parts[name].splits['validation'], each)

@@ -67,10 +67,12 @@ def _add_to_each_backward(_, d_sum):
 add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)
 
 
-def most_are_chosen(tokens: int, num_selected: int, num_experts: int) -> bool:
-  """Whether independent uniform choices of `tokens` tokens meet most experts.
+def most_are_chosen(choosers: int, num_selected: int, num_experts: int) -> bool:
+  """Whether independent uniform choices of `choosers` meet most experts.
+
+  They are tokens, or tasks where all tokens of a task choose alike.
 
   If so, a decoding step multiplies all tokens by all experts; if not, experts
   have arrays of their own, and those that no token chose are not read.
   """
-  return (1 - num_selected / num_experts) ** tokens < 0.5
+  return (1 - num_selected / num_experts) ** choosers < 0.5

@@ -1,9 +1,10 @@
 """What a layer whose experts are on many devices costs, from a cost model.
 
-FasterMoE (He et al., PPoPP 2022) takes a layer's computation to last as long as
-that of its slowest device, and an exchange as long as its slowest link has
-bytes to carry. Nothing here is measured: the seconds are those of a described
-machine. An expert is two kernels, of M inputs and F hidden units and back.
+FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418) takes
+a layer's computation to last as long as that of its slowest device, and an
+exchange as long as its slowest link has bytes to carry. Nothing here is
+measured: the seconds are those of a described machine. An expert is two
+kernels, of M inputs and F hidden units and back.
 
 Not here: which experts are best sent to all devices (`shadowing.py`).
 """
@@ -173,8 +174,9 @@ def torus(
 ) -> Topology:
   """A torus of devices, as a slice of TPUs is.
 
-  A path goes along one dimension after another, the shorter way round; of two
-  ways of one length it takes that to the higher coordinate.
+  A path goes along one dimension after another, the shorter way round. Of two
+  ways of one length it takes that without the link from the last coordinate to
+  the first; a machine that uses both has less on its busiest link.
 
   Args:
     name: Name for reports.
@@ -189,7 +191,10 @@ def torus(
     places = [pair[0]]
     for axis, size in enumerate(shape):
       forward = (target[axis] - source[axis]) % size
-      step = 1 if 2 * forward <= size else -1
+      up = 2 * forward < size
+      if 2 * forward == size:
+        up = source[axis] < target[axis]
+      step = 1 if up else -1
       for _ in range(min(forward, size - forward)):
         source[axis] = (source[axis] + step) % size
         places.append(int(np.ravel_multi_index(tuple(source), tuple(shape))))
@@ -232,7 +237,7 @@ class Latency(NamedTuple):
 
   Attributes:
     comp: Seconds of the products of the device that has the most rows.
-    comm: Seconds of one exchange; there and back are two.
+    comm: Seconds of one exchange, the mean of the way there and the way back.
     rows: Number of rows of all devices.
   """
 
@@ -256,10 +261,10 @@ class Latency(NamedTuple):
 
   @property
   def ratio(self) -> float:
-    """R_CC, computation over communication of a training step, x in Figure 4.
+    """R_CC, computation over communication of a training step.
 
-    The totals of a step are taken, so that a synchronous step lies on the
-    semi-ideal curve.
+    It is x in Figure 4 of FasterMoE, the roofline of a layer. The totals of a
+    step are taken, so that a synchronous step lies on the semi-ideal curve.
     """
     return 3 * self.comp / (4 * self.comm) if self.comm else math.inf
 
@@ -292,13 +297,21 @@ def latency(
   """
   counts = np.asarray(counts)
   E, W = counts.shape
-  sent = np.zeros((topology.num_devices, W))
-  np.add.at(sent, owners(E, topology.num_devices), counts)
-  rows = sent.sum(1).max(initial=0)
-  traffic = topology.all_to_all(sent.T * sizes.row_bytes)
+  if topology.num_devices != W:
+    raise ValueError(
+      f'counts of {W} devices; topology {topology.name!r} has '
+      f'{topology.num_devices}'
+    )
+  received = np.zeros((W, W))  # rows of each device from each
+  np.add.at(received, owners(E, W), counts)
+  rows = received.sum(1).max(initial=0)
+  ways = [
+    topology.seconds(topology.all_to_all(sent * sizes.row_bytes))
+    for sent in (received.T, received)
+  ]
   return Latency(
     comp=float(rows * sizes.row_flops / topology.flops_per_second),
-    comm=topology.seconds(traffic),
+    comm=sum(ways) / 2,
     rows=int(counts.sum()),
   )
 
@@ -326,7 +339,9 @@ def semi_ideal(
 def achieved(
   topology: Topology, sizes: Sizes, rows: int, seconds: float
 ) -> float:
-  """The mean FLOPs per second of a device in a training step, y in Figure 4.
+  """The mean FLOPs per second of a device in a training step.
+
+  They are y in Figure 4 of FasterMoE, the roofline of a layer.
 
   Args:
     topology: The machine.

@@ -1,6 +1,7 @@
 """Dynamic shadowing: which experts are worth sending to all devices.
 
-FasterMoE (He et al., PPoPP 2022), section 4.1. The parameters of a shadowed
+FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418),
+section 4.1. The parameters of a shadowed
 expert go to every device, whose tokens for it stay, and its gradients go back
 to the device that has it. That pays where an expert has so many tokens that all
 wait for its device. Counts of one step decide for the same step.
@@ -116,6 +117,8 @@ def _prefixes(
 ) -> _Prefixes:
   """The choices that Algorithm 1 compares, by numpy or by `jax.numpy`."""
   E, W = counts.shape
+  if not 0 <= most <= E:
+    raise ValueError(f'most={most} not in [0, num_experts={E}]')
   totals, own = counts.sum(1), owners(E, W)
   device = xp.arange(W)[None]
   has = own[:, None] == device  # [E, W]
@@ -154,7 +157,8 @@ def choose(
     most: Largest number of shadowed experts; None for no bound.
 
   Raises:
-    ValueError: The experts cannot be divided over the devices.
+    ValueError: The experts cannot be divided over the devices, or `most` is not
+      in [0, E].
   """
   counts = np.asarray(counts)
   most = len(counts) if most is None else most
@@ -184,6 +188,9 @@ def choose_in_step(
     The numbers of the experts, then E for each of the R that is not used.
     Seconds are float32 here, so that two choices whose seconds agree to seven
     digits may be told apart otherwise than by `choose`.
+
+  Raises:
+    ValueError: As `choose`.
   """
   E = counts.shape[0]
   found = _prefixes(counts, sizes, speeds, most, jnp)
@@ -191,11 +198,18 @@ def choose_in_step(
   return jnp.where(used, found.experts, E)
 
 
-def pays(counts: Int[np.ndarray, 'E W'], number: int, sizes: Sizes) -> bool:
-  """Whether the most loaded device has more rows than r F.
+def takes_less_traffic(
+  counts: Int[np.ndarray, 'E W'], number: int, sizes: Sizes
+) -> bool:
+  """Whether n_max > r F, the threshold that FasterMoE prints.
 
-  That is enough for shadowing r experts to take less traffic than it saves,
-  whatever the speeds are: 4 n M elements of rows against 4 r M F of parameters
-  and gradients.
+  Then the 4 n_max M elements of rows in Lat_imbl are more than the 4 r M F of
+  parameters and gradients in Lat_shadow. Shadowing pays if also no device has
+  more rows than n_max afterwards, whatever the speeds are.
+
+  Args:
+    counts: The number of rows of each device that choose each expert.
+    number: r, the number of shadowed experts.
+    sizes: The sizes of the experts.
   """
   return int(rows_of(counts).max()) > number * sizes.F

@@ -1,7 +1,8 @@
 """The variables of a run that is not trained, in one safetensors file.
 
 A run's folder may have them in place of checkpoints: those of a model whose
-kernels are stored in codes of few bits. Sizes and digests are in a manifest
+kernels are stored in codes of few bits, or of any that is written to be served
+and not to be trained. Sizes and digests are in a manifest
 like that of a checkpoint. Nothing is unpickled. Not here: checkpoints
 (`checkpointer.py`).
 """

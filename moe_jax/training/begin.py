@@ -41,8 +41,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if packed_weights.are_in(run.workdir):
     raise ValueError(
       f'{run.workdir} has weights without a checkpoint, which are served and '
-      f'not trained; give another --workdir and --config.init_from.workdir='
-      f'{run.workdir}'
+      'not trained; begin another run with them, --config.init_from.workdir='
+      f'{run.workdir}, or, if its kernels are in codes, with the run that they '
+      'were made of'
     )
   abstract = run.programs.abstract_state
   restored = run.checkpoints.restore(

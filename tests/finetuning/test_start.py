@@ -202,7 +202,7 @@ def test_served_weights_are_begun_with_in_another_folder_alone(dense, tmp_path):
   served = whole_run.write(run, tmp_path / 'served', params, packed=True)
   config = run_config.from_file(served / 'first_config.json')
   with pytest.raises(
-    ValueError, match='are served and not trained; give anoth'
+    ValueError, match='are served and not trained; begin anot'
   ):
     train(config, served)
   state = train(config_from(served), tmp_path / 'new')

@@ -32,6 +32,7 @@ def test_an_exchange_waits_for_its_slowest_link():
 def test_paths_of_a_torus_are_the_shorter_way_round():
   assert RING.paths[0, 3] == [(0, 3)]
   assert RING.paths[0, 2] == [(0, 1), (1, 2)]
+  assert RING.paths[2, 0] == [(2, 1), (1, 0)]
   sent = np.zeros((4, 4))
   sent[0, 2], sent[1, 2], sent[3, 0] = 30, 5, 7
   assert RING.all_to_all(sent) == {(0, 1): 30, (1, 2): 35, (3, 0): 7}
@@ -67,6 +68,18 @@ def test_a_layers_latency_by_hand(topology):
   assert latency.comm == 9 * 20 / slowest
   assert latency.synchronous == 3 * latency.comp + 4 * latency.comm
   assert latency.overlapped == max(3 * latency.comp, 4 * latency.comm)
+
+
+def test_the_way_back_of_a_torus_may_be_another():
+  square = cost_model.torus('torus', (2, 2), link=1.0, flops_per_second=1.0)
+  assert square.paths[0, 3] == [(0, 2), (2, 3)]
+  assert square.paths[3, 0] == [(3, 1), (1, 0)]
+  # Expert 3 has 2 rows of device 0 and 5 of device 2. Those of device 0 pass
+  # device 2, and go back by device 1.
+  counts = np.zeros((4, 4), int)
+  counts[3, 0], counts[3, 2] = 2, 5
+  latency = cost_model.latency(square, counts, Sizes(1, 1, 1))
+  assert latency.comm == (7 + 5) / 2
 
 
 def test_experts_of_one_device_share_it():
@@ -132,5 +145,7 @@ def test_counts_of_other_devices_are_refused():
     ValueError, match='num_experts=6 is not divisible by the 4'
   ):
     cost_model.latency(RING, np.ones((6, 4), int), SIZES)
+  with pytest.raises(ValueError, match="3 devices; topology 'ring' has 4"):
+    cost_model.latency(RING, np.ones((8, 3), int), SIZES)
   with pytest.raises(ValueError, match='has 4 devices; bytes of shape'):
     RING.all_to_all(np.ones((3, 3)))

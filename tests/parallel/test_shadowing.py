@@ -78,7 +78,7 @@ def cost(counts, subset):
   return work + 4 * len(subset) * SIZES.M * SIZES.F / SPEEDS.elements
 
 
-def test_it_is_never_better_than_the_best_subset():
+def test_its_distance_to_the_best_subset():
   rng = np.random.default_rng(1)
   gaps = []
   for _ in range(100):
@@ -91,10 +91,21 @@ def test_it_is_never_better_than_the_best_subset():
     greedy = shadowing.choose(counts, SIZES, SPEEDS).seconds
     assert greedy >= best * (1 - 1e-12)
     gaps.append(greedy / best - 1 if best else 0.0)
-  # It stops at the first expert that does not pay, though two more might.
-  gaps = np.array(gaps)
-  assert 0.5 < np.mean(gaps < 1e-9) < 1.0
+  # Of these draws it is best in 64 of 100, and 4 % slower in the mean.
+  assert 0.5 < np.mean(np.array(gaps) < 1e-9) < 1.0
   assert np.mean(gaps) < 0.1
+
+
+def test_it_stops_though_two_experts_would_pay():
+  # Experts 0 and 1, of devices 0 and 1, have 25 rows of each device. To shadow
+  # one of them alone makes the other's device slower.
+  counts = np.array([[25] * 4, [25] * 4, [0] * 4, [0] * 4])
+  assert shadowing.rows_of(counts).tolist() == [100, 100, 0, 0]
+  assert shadowing.rows_of(counts, (0,)).tolist() == [25, 125, 25, 25]
+  assert shadowing.rows_of(counts, (0, 1)).tolist() == [50] * 4
+  # A row takes 1 s of products, and all of 100 rows 0.4 s of exchange.
+  choice = shadowing.choose(counts, Sizes(M=1, F=200), Speeds(2400.0, 1000.0))
+  assert (choice.experts, choice.seconds) == ((), 100 + 0.4)
 
 
 def test_rows_and_costs_by_hand():
@@ -116,8 +127,8 @@ def test_rows_and_costs_by_hand():
   assert (both.experts, both.seconds) == ((0, 1), 34 * 3 + 6)
   none = shadowing.choose(counts, sizes, speeds, most=0)
   assert (none.experts, none.seconds) == ((), none.seconds_before)
-  assert shadowing.pays(counts, 13, sizes)
-  assert not shadowing.pays(counts, 14, sizes)
+  assert shadowing.takes_less_traffic(counts, 13, sizes)
+  assert not shadowing.takes_less_traffic(counts, 14, sizes)
 
 
 def test_in_a_step_it_is_the_same():
@@ -140,6 +151,8 @@ def test_in_a_step_it_is_the_same():
 def test_equal_totals_go_to_the_lower_number():
   counts = np.zeros((4, 4), int)
   counts[1], counts[2] = 500, 500  # of each device
+  # They are beyond the threshold, yet all devices would have more rows.
+  assert shadowing.takes_less_traffic(counts, 1, SIZES)
   assert shadowing.choose(counts, SIZES, SPEEDS, most=1).experts == ()
   fast = Speeds(flops=1e9, elements=1e3)
   assert shadowing.choose(counts, SIZES, fast, most=1).experts == (1,)
