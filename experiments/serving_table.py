@@ -277,23 +277,21 @@ def _values(columns, runs) -> dict[str, list[float]]:
 
 def pictures(results: Results, folder: pathlib.Path) -> None:
   """Draws loss and score against bytes in memory, in place of the figure."""
-  canvas = Canvas(figsize=(12, 4.8), layout='constrained')
-  for ax, column in zip(canvas.subplots(1, 2), (LOSS, SCORE), strict=True):
+  canvas = Canvas(figsize=(12, 4.4), layout='constrained')
+  axes = canvas.subplots(1, 2)
+  for ax, column in zip(axes, (LOSS, SCORE), strict=True):
     for number, row in enumerate(rows(results, {})):
       size = np.mean(row.values[MEMORY.name])
       interval = Interval.of(row.values[column.name])
       bar = interval.half_width if np.isfinite(interval.half_width) else 0.0
-      style = dict(color=f'C{number % 10}', marker='osD^'[number // 10])
-      ax.errorbar(size, interval.mean, bar, capsize=3, **style)
-      above = (5, 5) if number % 2 else (5, -11)
-      place = dict(xytext=above, textcoords='offset points', fontsize=7)
-      ax.annotate(row.name, (size, interval.mean), **place)
+      style = dict(color=f'C{number % 10}', marker='osD^vP*X'[number % 8])
+      name = dict(label=row.name) if ax is axes[0] else {}
+      ax.errorbar(size, interval.mean, bar, capsize=3, ls='', **style, **name)
     ax.set_xscale('log', base=2)
     ax.xaxis.set_major_formatter('{x:g}')
-    ax.margins(x=0.25)
-    ax.set_xlim(right=2.5 * ax.get_xlim()[1])
     ax.set_xlabel(f'parameters in memory ({MEMORY.unit})')
     ax.set_ylabel(column.name + (f' ({column.unit})' if column.unit else ''))
+  canvas.legend(loc='outside right center', fontsize=8)
   canvas.suptitle(STUDY.title, fontsize=10)
   canvas.savefig(folder / PICTURE, dpi=110)
 
