@@ -16,8 +16,6 @@ the routing of encoder and decoder. A decoder that routes by the mean of its
 sentence sees tokens that it is to predict, so that it cannot generate, and its
 loss is not comparable. Extraction is measured on the trained runs: the model of
 each language by itself, on that language, against the whole model.
-
-No preset has been run yet.
 """
 
 import dataclasses
