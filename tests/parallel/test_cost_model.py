@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from moe_jax.parallel import cost_model
-from moe_jax.parallel.cost_model import Sizes, Topology
+from moe_jax.parallel import cost_model, topology
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.topology import Topology
 
 SIZES = Sizes(M=10, F=5, bytes_per_element=2)  # 20 bytes and 200 FLOPs a row
-TWO_BY_TWO = cost_model.nodes(
+TWO_BY_TWO = topology.nodes(
   'two nodes of two',
   num_nodes=2,
   per_node=2,
@@ -15,7 +16,7 @@ TWO_BY_TWO = cost_model.nodes(
   network=50.0,
   flops_per_second=1000.0,
 )
-RING = cost_model.torus('ring', (4,), link=10.0, flops_per_second=1000.0)
+RING = topology.torus('ring', (4,), link=10.0, flops_per_second=1000.0)
 
 
 def test_an_exchange_waits_for_its_slowest_link():
@@ -36,7 +37,7 @@ def test_paths_of_a_torus_are_the_shorter_way_round():
   sent = np.zeros((4, 4))
   sent[0, 2], sent[1, 2], sent[3, 0] = 30, 5, 7
   assert RING.all_to_all(sent) == {(0, 1): 30, (1, 2): 35, (3, 0): 7}
-  square = cost_model.torus('torus', (2, 3), link=1.0, flops_per_second=1.0)
+  square = topology.torus('torus', (2, 3), link=1.0, flops_per_second=1.0)
   # Device 1 is (0, 1) and device 5 is (1, 2): down first, then right.
   assert square.paths[1, 5] == [(1, 4), (4, 5)]
   assert square.num_devices == 6
@@ -52,26 +53,26 @@ def test_sums_in_a_ring_and_broadcasts():
   assert set(tree.values()) == {40.0}
   assert (1, 'node 0') in tree and ('network', 'node 1') in tree
   assert ('node 0', 1) not in tree and len(tree) == 6
-  alone = cost_model.torus('one', (1,), link=1.0, flops_per_second=1.0)
+  alone = topology.torus('one', (1,), link=1.0, flops_per_second=1.0)
   assert alone.ring_all_reduce(9.0) == alone.broadcast(9.0, 0) == {}
 
 
-@pytest.mark.parametrize('topology', [TWO_BY_TWO, RING])
-def test_a_layers_latency_by_hand(topology):
+@pytest.mark.parametrize('machine', [TWO_BY_TWO, RING])
+def test_a_layers_latency_by_hand(machine):
   # Expert 1, on device 1, has 9 rows of device 0 and 1 row of device 1.
   counts = np.zeros((4, 4), int)
   counts[1, 0], counts[1, 1], counts[3, 3] = 9, 1, 4
-  latency = cost_model.latency(topology, counts, SIZES)
+  latency = cost_model.latency(machine, counts, SIZES)
   assert latency.rows == 14
   assert latency.comp == 10 * 200 / 1000
-  slowest = 100 if topology is TWO_BY_TWO else 10
+  slowest = 100 if machine is TWO_BY_TWO else 10
   assert latency.comm == 9 * 20 / slowest
   assert latency.synchronous == 3 * latency.comp + 4 * latency.comm
   assert latency.overlapped == max(3 * latency.comp, 4 * latency.comm)
 
 
 def test_the_way_back_of_a_torus_may_be_another():
-  square = cost_model.torus('torus', (2, 2), link=1.0, flops_per_second=1.0)
+  square = topology.torus('torus', (2, 2), link=1.0, flops_per_second=1.0)
   assert square.paths[0, 3] == [(0, 2), (2, 3)]
   assert square.paths[3, 0] == [(3, 1), (1, 0)]
   # Expert 3 has 2 rows of device 0 and 5 of device 2. Those of device 0 pass
@@ -104,7 +105,7 @@ def test_synchronous_steps_of_even_rows_lie_on_the_semi_ideal_curve(rows):
 
 
 def test_a_device_alone_reaches_its_peak():
-  alone = cost_model.torus('one', (1,), link=1.0, flops_per_second=7.0)
+  alone = topology.torus('one', (1,), link=1.0, flops_per_second=7.0)
   # A single device has no path, and so one device is what the topology has.
   latency = cost_model.latency(alone, np.array([[5]]), SIZES)
   assert latency.comm == 0 and latency.ratio == np.inf
@@ -138,6 +139,16 @@ def test_a_topology_that_cannot_be_is_refused(change, message):
   Topology(**whole)
   with pytest.raises(ValueError, match=f"topology 'two': .*{message}"):
     Topology(**whole | change)
+
+
+def test_a_machine_without_devices_is_refused():
+  speeds = dict(flops_per_second=1.0)
+  with pytest.raises(ValueError, match=r"'none': sizes \(0, 2\) must be"):
+    topology.nodes(
+      'none', num_nodes=0, per_node=2, local=1.0, network=1.0, **speeds
+    )
+  with pytest.raises(ValueError, match=r"'none': sizes \(\) must be"):
+    topology.torus('none', (), link=1.0, **speeds)
 
 
 def test_counts_of_other_devices_are_refused():
