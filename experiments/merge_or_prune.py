@@ -89,22 +89,39 @@ def merged(
   batches: int,
   group_by: str,
   rule: str,
+  packed: bool = False,
 ) -> Mapping[str, float]:
-  """Merges the experts of a run, as a change of an arm."""
+  """Merges the experts of a run, as a change of an arm.
+
+  Args:
+    run: The folder of the run.
+    new: The folder of the new one.
+    left: The number of experts that stay in each layer.
+    batches: The number of batches on which experts are measured.
+    group_by: What experts are compared by.
+    rule: The rule of grouping.
+    packed: Whether the new run is written to be served, not trained.
+  """
   before = fewer.calibrated(whole_run.read(run), batches)
   counts = fewer.numbers(str(left), before.layers)
   layers = merge.merge(before, counts, group_by=group_by, rule=rule)
-  return _written(before, layers, merge.TIED, new)
+  return _written(before, layers, merge.TIED, new, packed)
 
 
 def pruned(
-  run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int, score: str
+  run: pathlib.Path,
+  new: pathlib.Path,
+  *,
+  left: int,
+  batches: int,
+  score: str,
+  packed: bool = False,
 ) -> Mapping[str, float]:
-  """Prunes the experts of a run, as a change of an arm."""
+  """Prunes the experts of a run by a score; see `merged`."""
   before = fewer.calibrated(whole_run.read(run), batches)
   counts = fewer.numbers(str(left), before.layers)
   layers = prune.prune(before, counts, score=score)
-  return _written(before, layers, fewer.SHRUNK, new)
+  return _written(before, layers, fewer.SHRUNK, new, packed)
 
 
 def _written(
@@ -112,9 +129,10 @@ def _written(
   left: Mapping[int, fewer.Fewer],
   router: str,
   new: pathlib.Path,
+  packed: bool,
 ) -> Mapping[str, float]:
   options, params = fewer.smaller(before.run, left, router)
-  whole_run.write(before.run, new, params, options)
+  whole_run.write(before.run, new, params, options, packed=packed)
   old = bytes_in_memory(before.run.variables['params'])
   return {
     'bytes': bytes_in_memory(params) / old,

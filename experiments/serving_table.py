@@ -30,8 +30,9 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from configs import base
-from experiments import kudugunta_table
+from experiments import kudugunta_table, merge_or_prune
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
+from experiments.qmoe_table5 import BATCHES, SAME
 from experiments.study import byte_models, command, served
 from experiments.study.jobs import layered
 from experiments.study.parts import (
@@ -49,7 +50,7 @@ from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
 from moe_jax import run_config
-from moe_jax.compression import extract, fewer, merge, prune, whole_run
+from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.evaluation import SourceScores
 from moe_jax.layers.kernel_format import KernelFormat
@@ -67,8 +68,6 @@ LEFT = {'a half': 8, 'a quarter': 4}
 IN_USE = 8
 FORMATS = ('int8', 'int4', 'ternary')
 SCORES = 'scores'
-BATCHES = 16  # of the training split, which merging, pruning and GPTQ read
-SAME = 0.002  # nats a byte that 8 bits may add and count as none
 
 
 def _of_each(task: str) -> tuple[Column, Column]:
@@ -174,32 +173,20 @@ def extracted(
 def merged(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
-  """Merges the experts that are alike, as a change of an arm."""
-  before = fewer.calibrated(whole_run.read(run), batches)
-  counts = fewer.numbers(str(left), before.layers)
-  layers = merge.merge(before, counts, group_by='outputs', rule='clusters')
-  return _fewer(before, layers, merge.TIED, new)
+  """Merges the experts whose outputs are alike, as a change of an arm."""
+  by = dict(group_by='outputs', rule='clusters')
+  merge_or_prune.merged(run, new, left=left, batches=batches, packed=True, **by)
+  return _measured(run, new)
 
 
 def pruned(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
-  """Prunes experts, as a change of an arm."""
-  before = fewer.calibrated(whole_run.read(run), batches)
-  counts = fewer.numbers(str(left), before.layers)
-  layers = prune.prune(before, counts, score='reap')
-  return _fewer(before, layers, fewer.SHRUNK, new)
-
-
-def _fewer(
-  before: fewer.Calibrated,
-  layers: Mapping[int, fewer.Fewer],
-  router: str,
-  new: pathlib.Path,
-) -> Mapping[str, float]:
-  options, params = fewer.smaller(before.run, layers, router)
-  whole_run.write(before.run, new, params, options, packed=True)
-  return _measured(before.run.folder, new)
+  """Prunes experts by REAP, as a change of an arm."""
+  merge_or_prune.pruned(
+    run, new, left=left, batches=batches, score='reap', packed=True
+  )
+  return _measured(run, new)
 
 
 def quantized(
