@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.kernels import cpu
@@ -15,6 +16,7 @@ from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, at_least, one_of, option, unknown
+from moe_jax.parallel.cost_model import Sizes
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
@@ -129,6 +131,12 @@ class FfnLayer:
         )
       p[name] = module.param(name, init, shape, shared.param_dtype)
     return p
+
+  def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
+    """The sizes of one layer as an expert, whose rows have that type."""
+    kernels = 2 + self.activation.gated
+    size = jnp.dtype(dtype).itemsize
+    return Sizes(width, self.options.hidden, size, kernels)
 
   def decoded(self, p: dict[str, Any], width: int) -> dict[str, Any]:
     """The parameters with kernels [*stack, I, O], whatever stores them."""

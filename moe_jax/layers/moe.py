@@ -33,7 +33,7 @@ from moe_jax.options import (
   option,
   within,
 )
-from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.routing import ExchangeStats, MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
@@ -243,7 +243,9 @@ class MoE(nn.Module):
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
     y, inner = experts(groups, routing, train)  # [G, S, M]
-    if inner is not None:
+    if isinstance(inner, ExchangeStats):
+      aux = aux._replace(exchange=inner)
+    elif inner is not None:
       aux = _with_losses(aux, inner)
     return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
 

@@ -116,7 +116,8 @@ def _for_few_tokens(stack, moe, params, rows):
 
 def _with_dispatch(stack, moe, dispatch):
   # Backend and exchange stay as they are.
-  dispatch = dispatch(moe.dispatch.backend, moe.dispatch.exchange_dtype)
+  before = moe.dispatch
+  dispatch = dispatch(before.backend, before.exchange, before.shadowing)
   moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)
   return dataclasses.replace(stack, block=block)

@@ -4,7 +4,7 @@ FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418) takes
 a layer's computation to last as long as that of its slowest device, and an
 exchange as long as its slowest link has bytes to carry. Nothing here is
 measured: the seconds are those of a described machine. An expert is two
-kernels, of M inputs and F hidden units and back.
+kernels, of M inputs and F hidden units and back, or three if it is gated.
 
 Not here: machines (`topology.py`), and which experts are best sent to all
 devices (`shadowing.py`).
@@ -26,16 +26,18 @@ class Sizes(NamedTuple):
     M: Width of the model.
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element that travels, of a row or a kernel.
+    kernels: Number of an expert's kernels, 2, or 3 with a gate.
   """
 
   M: int
   F: int
   bytes_per_element: int = 4
+  kernels: int = 2
 
   @property
   def row_flops(self) -> int:
     """FLOPs of the forward pass for a row of an expert."""
-    return 4 * self.M * self.F
+    return 2 * self.expert_elements
 
   @property
   def row_bytes(self) -> int:
@@ -44,8 +46,13 @@ class Sizes(NamedTuple):
 
   @property
   def expert_bytes(self) -> int:
-    """Bytes of an expert's two kernels."""
-    return 2 * self.M * self.F * self.bytes_per_element
+    """Bytes of an expert's kernels."""
+    return self.expert_elements * self.bytes_per_element
+
+  @property
+  def expert_elements(self) -> int:
+    """Number of values of an expert's kernels."""
+    return self.kernels * self.M * self.F
 
 
 class Latency(NamedTuple):

@@ -11,16 +11,15 @@ Not here: where groups and experts are (`layout.py`), rows without slots
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.options import Kinds, Options, at_least, one_of, option
+from moe_jax.options import Kinds, Options, at_least, one_of, option, within
 from moe_jax.parallel.layout import Layout, own_blocks
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.parallel.schedule import Ring
 from moe_jax.shapes import Array, Float
 
 DTYPES = ('', 'bfloat16', 'float32')
@@ -34,9 +33,72 @@ DTYPE_SENTENCE = (
 class Exchange(Options):
   """The contract of exchanges of rows in slots.
 
-  All are equal in value and gradient, except for experts' dropout, which is
-  drawn by row: rows may come in another order.
+  Rows travel in pieces. All exchanges are equal in value and gradient, except
+  for experts' dropout, which is drawn by row: rows may come in another order.
   """
+
+  dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
+  capacity_fraction: float = option(
+    1.0,
+    'Share of the slots that an expert has on a device, of all groups there, '
+    'for which the exchange has room; choices beyond it are dropped, and '
+    'counted as exchange_overflow. 1.0 has room for all.',
+    within('(0, 1]'),
+  )
+
+  def capacity(self, slots: int) -> int:
+    """The slots of an expert that travel from a device that has `slots`."""
+    return max(1, math.ceil(self.capacity_fraction * slots))
+
+  def cut(
+    self, layout: Layout, rows: Float[Array, 'E R M']
+  ) -> list[Float[Array, '_ _ M']]:
+    """The pieces of one device's rows, in the order in which they travel.
+
+    It is called under `shard_map`; a piece has rows along its dimension 1.
+    """
+    del layout
+    return [rows]
+
+  def joined(
+    self, layout: Layout, pieces: Sequence[Float[Array, '_ _ M']]
+  ) -> Float[Array, 'E R M']:
+    """Undoes `cut`, under `shard_map`."""
+    del layout
+    return jnp.concatenate(pieces, axis=1)
+
+  def to_experts(
+    self, layout: Layout, piece: Float[Array, '_ _ M'], number: int = 0
+  ) -> Float[Array, 'E _ M']:
+    """Moves a piece split over groups to rows split over experts.
+
+    An expert's rows may come in another order, which `to_groups` undoes.
+
+    Args:
+      layout: The layout of groups and experts.
+      piece: The piece, of whose dimension 1 each device has a part.
+      number: The number of the piece in the list that `cut` returned.
+    """
+    packed = piece.astype(self.dtype or piece.dtype)
+    return self._there(layout, packed, number).astype(piece.dtype)
+
+  def to_groups(
+    self, layout: Layout, rows: Float[Array, 'E _ M'], number: int = 0
+  ) -> Float[Array, '_ _ M']:
+    """Undoes `to_experts`: moves rows split over experts back to groups."""
+    packed = rows.astype(self.dtype or rows.dtype)
+    return self._back(layout, packed, number).astype(rows.dtype)
+
+  def _there(self, layout, piece, number):
+    raise NotImplementedError
+
+  def _back(self, layout, rows, number):
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class InChunks(Exchange):
+  """Exchanges of all devices' rows at once, or a part of each expert's."""
 
   chunks: int = option(
     1,
@@ -44,60 +106,41 @@ class Exchange(Options):
     'may travel while experts multiply another; 1 sends all rows at once.',
     at_least(1),
   )
-  dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
 
-  def to_experts(
-    self, layout: Layout, rows: Float[Array, 'E R M']
-  ) -> Float[Array, 'E R M']:
-    """Moves rows split over groups to rows split over experts.
-
-    An expert's rows may come in another order, which `to_groups` undoes.
-    """
-    packed = rows.astype(self.dtype or rows.dtype)
-    return self._there(layout, packed).astype(rows.dtype)
-
-  def to_groups(
-    self, layout: Layout, rows: Float[Array, 'E R M']
-  ) -> Float[Array, 'E R M']:
-    """Undoes `to_experts`: moves rows split over experts back to groups."""
-    packed = rows.astype(self.dtype or rows.dtype)
-    return self._back(layout, packed).astype(rows.dtype)
-
-  def _there(self, layout, rows):
-    raise NotImplementedError
-
-  def _back(self, layout, rows):
-    raise NotImplementedError
+  def cut(self, layout, rows):
+    """Equal pieces of each expert's rows, if there is anywhere to go."""
+    pieces = min(self.chunks if layout.exchanged else 1, rows.shape[1])
+    return jnp.array_split(rows, pieces, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Constraint(Exchange):
+class Constraint(InChunks):
   """An exchange by shardings, from which the compiler makes an all-to-all.
 
   Source: GShard.
   """
 
-  def _there(self, layout, rows):
-    return _constrained(layout, rows, there=True)
+  def _there(self, layout, piece, number):
+    return _constrained(layout, piece, there=True)
 
-  def _back(self, layout, rows):
+  def _back(self, layout, rows, number):
     return _constrained(layout, rows, there=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class AllToAll(Exchange):
+class AllToAll(InChunks):
   """An exchange by an all-to-all that is written out under `shard_map`."""
 
-  def _there(self, layout, rows):
+  def _there(self, layout, piece, number):
     return jax.shard_map(
       functools.partial(_send, layout),
       mesh=layout.mesh,
       in_specs=layout.spec((), layout.groups),
       out_specs=layout.spec(layout.experts, layout.kept),
       check_vma=False,
-    )(rows)
+    )(piece)
 
-  def _back(self, layout, rows):
+  def _back(self, layout, rows, number):
     return jax.shard_map(
       functools.partial(_send_back, layout),
       mesh=layout.mesh,
@@ -107,105 +150,65 @@ class AllToAll(Exchange):
     )(rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class InRing(Exchange):
+  """The smart schedule: rows travel along a ring, one group of devices a step.
+
+  Source: FasterMoE; see `schedule.py`.
+  """
+
+  ring_group: int = option(
+    1,
+    'Number of devices that are one place on the ring; a step of the schedule '
+    'has as many permutations.',
+    at_least(1),
+  )
+
+  def cut(self, layout, rows):
+    """The rows for the experts of each device, those of this one first."""
+    if not layout.exchanged:
+      return [rows]
+    blocks = own_blocks(layout, rows)  # [X, J, R, M]
+    return [blocks[hop.target] for hop in self._ring(layout).hops()]
+
+  def joined(self, layout, pieces):
+    """Undoes `cut`."""
+    if not layout.exchanged:
+      return pieces[0]
+    targets = jnp.stack([hop.target for hop in self._ring(layout).hops()])
+    rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the hops
+    return _all_blocks(layout, jnp.zeros_like(rows).at[targets].set(rows))
+
+  def _ring(self, layout):
+    return Ring(layout, self.ring_group)
+
+  def _there(self, layout, piece, number):
+    return self._moved(layout, piece, number, back=False)
+
+  def _back(self, layout, rows, number):
+    return self._moved(layout, rows, number, back=True)
+
+  def _moved(self, layout, piece, number, back):
+    specs = (
+      layout.spec((), layout.groups),
+      layout.spec(layout.experts, layout.kept),
+    )
+    source, target = reversed(specs) if back else specs
+    return jax.shard_map(
+      functools.partial(self._ring(layout).moved, number=number, back=back),
+      mesh=layout.mesh,
+      in_specs=source,
+      out_specs=target,
+      check_vma=False,
+    )(piece)
+
+
 EXCHANGES = Kinds(
   'exchange',
   Exchange,
-  {'constraint': Constraint, 'all_to_all': AllToAll},
+  {'constraint': Constraint, 'all_to_all': AllToAll, 'ring': InRing},
   inline=True,
 )
-
-
-@runtime_checkable
-class Mover(Protocol):
-  """The contract of what moves tokens, as modules of `moe_jax.dispatch` do."""
-
-  def dispatch(
-    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
-  ) -> Float[Array, 'E R M']:
-    """Copies tokens to the rows of their experts."""
-
-  def combine(
-    self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
-  ) -> Float[Array, 'G S M']:
-    """Sums each token's rows, weighted by its gates."""
-
-
-def serve(
-  exchange: Exchange,
-  layout: Layout,
-  mover: Mover,
-  experts: Callable[[Array], Array],
-  x: Float[Array, 'G S M'],
-  routing: Routing | SlotRouting,
-) -> Float[Array, 'G S M']:
-  """Runs experts on a mesh: each device moves its groups, runs its experts.
-
-  Args:
-    exchange: The exchange by which rows travel.
-    layout: The layout of groups and experts on the mesh.
-    mover: The dispatch between tokens and rows.
-    experts: The function from rows [E, R, M] to rows.
-    x: The groups of tokens.
-    routing: The routing of all groups.
-  """
-  with jax.named_scope('dispatch'):
-    chunks = _dispatch(exchange.chunks, layout, mover, x, routing)
-  for i, rows in enumerate(chunks):
-    with jax.named_scope('exchange'):
-      rows = exchange.to_experts(layout, rows)
-    rows = experts(rows)
-    with jax.named_scope('exchange'):
-      chunks[i] = exchange.to_groups(layout, rows)
-  with jax.named_scope('combine'):
-    return _combine(layout, mover, chunks, routing)
-
-
-def _dispatch(
-  chunks: int,
-  layout: Layout,
-  mover: Mover,
-  x: Float[Array, 'G S M'],
-  routing: Routing | SlotRouting,
-) -> list[Float[Array, 'E _ M']]:
-  """`mover.dispatch` of each device's own groups: rows split over groups.
-
-  The rows come in `chunks` pieces if they are to be exchanged, else in one.
-  """
-
-  def local(x, routing):
-    rows = mover.dispatch(x, routing)
-    pieces = min(chunks if layout.exchanged else 1, rows.shape[1])
-    return jnp.array_split(rows, pieces, axis=1)
-
-  groups = layout.spec(layout.groups)
-  return jax.shard_map(
-    local,
-    mesh=layout.mesh,
-    in_specs=(groups, groups),
-    out_specs=layout.spec((), layout.groups),
-    check_vma=False,
-  )(x, routing)
-
-
-def _combine(
-  layout: Layout,
-  mover: Mover,
-  chunks: Sequence[Float[Array, 'E _ M']],
-  routing: Routing | SlotRouting,
-) -> Float[Array, 'G S M']:
-  """`mover.combine` of what `_dispatch` returned, each device's own groups."""
-
-  def local(chunks, routing):
-    return mover.combine(jnp.concatenate(chunks, axis=1), routing)
-
-  groups = layout.spec(layout.groups)
-  return jax.shard_map(
-    local,
-    mesh=layout.mesh,
-    in_specs=(layout.spec((), layout.groups), groups),
-    out_specs=groups,
-    check_vma=False,
-  )(chunks, routing)
 
 
 def _constrained(layout, rows, there):

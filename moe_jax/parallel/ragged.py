@@ -31,6 +31,8 @@ class Trip(NamedTuple):
     local_sizes: int32 [J], the number of rows of each expert of this device.
     source: int32 [R], the received row that each row sorted by expert is.
     target: int32 [R], the sorted row that each received one becomes.
+    overflow: int32 [], the number of this device's rows that found no room
+      where they were to go.
   """
 
   traffic: 'Traffic | None'
@@ -39,6 +41,7 @@ class Trip(NamedTuple):
   local_sizes: Array
   source: Array
   target: Array
+  overflow: Array
 
   def there(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """All rows of the experts of this device, sorted by expert; then zeros."""
@@ -54,20 +57,42 @@ class Trip(NamedTuple):
     return send_back(rows, self.traffic, self.num_rows, self.axes)
 
 
-def plan(layout: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
-  """The trip of rows sorted by expert; `sizes` is the number for each expert.
+def plan(
+  layout: Layout,
+  num_rows: int,
+  sizes: Int32[Array, ' E'],
+  bound: int | None = None,
+) -> Trip:
+  """The trip of rows sorted by expert.
 
   Where experts are split over axes that groups are not, each device takes the
   rows of its own part of them.
+
+  Args:
+    layout: The layout of groups and experts.
+    num_rows: N, the number of rows of a device.
+    sizes: The number of rows of each expert.
+    bound: R, the number of rows for which a device has room; those past it are
+      dropped, of the last senders first, and of each the last experts' first.
+      Default: that of all devices.
   """
   starts = jnp.cumsum(sizes) - sizes
   sizes = own_blocks(layout, sizes)  # [X, J]
   starts = own_blocks(layout, starts)  # [X, J]
   axes, between = layout.exchanged, None
   R = num_rows * layout.devices(axes)
+  overflow = jnp.int32(0)
   if axes:
     between = traffic(sizes.sum(1), starts[:, 0], axes)
     sizes = jax.lax.all_to_all(sizes, axes, 0, 0)  # [from X, J]
+    if bound is not None and bound < R:
+      R, whole = bound, between.sizes
+      sizes = jnp.diff(
+        jnp.minimum(jnp.cumsum(sizes.reshape(-1)), R), prepend=0
+      ).reshape(sizes.shape)
+      ends = jnp.minimum(jnp.cumsum(whole, axis=0), R)
+      between = between._replace(sizes=jnp.diff(ends, axis=0, prepend=0))
+      overflow = (whole - between.sizes)[jax.lax.axis_index(axes)].sum()
     flat = sizes.reshape(-1)
     starts = (jnp.cumsum(flat) - flat).reshape(sizes.shape)
   # Received rows stand by device, then expert; sorted ones the other way.
@@ -78,7 +103,9 @@ def plan(layout: Layout, num_rows: int, sizes: Int32[Array, ' E']) -> Trip:
   source = starts[block] + row - begins[block]
   source = decided(jnp.where(row < blocks.sum(), source, R))
   target = jnp.full(R, R, jnp.int32).at[source].set(row, mode='drop')
-  return Trip(between, axes, num_rows, sizes.sum(0), source, decided(target))
+  return Trip(
+    between, axes, num_rows, sizes.sum(0), source, decided(target), overflow
+  )
 
 
 class Traffic(NamedTuple):

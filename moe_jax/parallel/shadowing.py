@@ -130,7 +130,7 @@ def _prefixes(
   rows = xp.concatenate([none, none + xp.cumsum(change[experts], 0)])
   comp = 3 * sizes.row_flops / speeds.flops * rows.max(1)
   numbers = xp.arange(len(experts) + 1)
-  comm = 2 * numbers * (2 * sizes.M * sizes.F / speeds.elements)
+  comm = 2 * numbers * (sizes.expert_elements / speeds.elements)
   exchange = 4 * sizes.M / speeds.elements * rows[0].max()
   seconds = comp + xp.where(numbers == 0, exchange, comm)
   pays = xp.cumprod(seconds[1:] < seconds[:-1])
@@ -204,7 +204,8 @@ def takes_less_traffic(
   """Whether n_max > r F, the threshold that FasterMoE prints.
 
   Then the 4 n_max M elements of rows in Lat_imbl are more than the 4 r M F of
-  parameters and gradients in Lat_shadow. Shadowing pays if also no device has
+  parameters and gradients in Lat_shadow. (An expert of three kernels has half
+  as many again, and F counts for 3/2.) Shadowing pays if also no device has
   more rows than n_max afterwards, whatever the speeds are.
 
   Args:
@@ -212,4 +213,8 @@ def takes_less_traffic(
     number: r, the number of shadowed experts.
     sizes: The sizes of the experts.
   """
-  return int(rows_of(counts).max()) > number * sizes.F
+  return int(rows_of(counts).max()) > number * sizes.kernels * sizes.F / 2
+
+
+# The rules by which experts are shadowed within a step, by name.
+RULES = {'published': choose_in_step}

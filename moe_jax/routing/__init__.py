@@ -32,6 +32,7 @@ from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.given_choice_rule import (
   even_choice,
   given_choice,
+  one_queue,
   to_experts,
 )
 from moe_jax.routing.hash_rule import hash_choice
@@ -42,11 +43,13 @@ from moe_jax.routing.noisy_top_k_rule import (
 )
 from moe_jax.routing.random_rule import random_choice
 from moe_jax.routing.stats import (
+  ExchangeStats,
   MoeAux,
   RoutingStats,
   drop_rate,
   empty_aux,
   mixture_stats,
+  no_exchange,
   routing_stats,
   slot_stats,
 )
@@ -67,6 +70,7 @@ __all__ = [
   'SLOT_PRIORITIES',
   'All',
   'Capacity',
+  'ExchangeStats',
   'Fixed',
   'Fraction',
   'MoeAux',
@@ -93,7 +97,9 @@ __all__ = [
   'load_loss',
   'load_probability',
   'mixture_stats',
+  'no_exchange',
   'noisy_logits',
+  'one_queue',
   'random_choice',
   'routing_stats',
   'running_totals',

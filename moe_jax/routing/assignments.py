@@ -90,6 +90,26 @@ class Routing:
     count = jnp.zeros(E, jnp.int32).at[expert].add(1, mode='drop')
     return rows.decided(count)
 
+  def of_experts(
+    self, number: Int32[Array, ' E'], num_experts: int
+  ) -> 'Routing':
+    """The choices of some experts alone, which get new numbers.
+
+    Args:
+      number: The new number of each expert; `num_experts` or more for experts
+        whose choices are left out. No two of the others have the same one.
+      num_experts: The number of experts of the result.
+    """
+    index = number[self.expert_index]
+    kept = self.kept & (index < num_experts)
+    return dataclasses.replace(
+      self,
+      expert_index=jnp.where(kept, index, 0),
+      gate=jnp.where(kept, self.gate, 0.0),
+      kept=kept,
+      num_experts=num_experts,
+    )
+
   def slot_rows(self) -> rows.Rows:
     """The rows [E, G * C] of slots; raises ValueError without a capacity."""
     return rows.rows_of_choices(
@@ -193,6 +213,23 @@ class SlotRouting:
   def rows_per_expert(self) -> Int32[Array, ' E']:
     """The number of tokens that each expert serves, over all groups."""
     return rows.decided(self.filled.sum((0, 2), dtype=jnp.int32))
+
+  def of_experts(
+    self, number: Int32[Array, ' E'], num_experts: int
+  ) -> 'SlotRouting':
+    """See `Routing.of_experts`."""
+    E = self.num_experts
+    old = jnp.full(num_experts, E, jnp.int32)
+    old = old.at[number].set(jnp.arange(E, dtype=jnp.int32), mode='drop')
+
+    def taken(x, fill):
+      return jnp.take(x, old, axis=1, mode='fill', fill_value=fill)
+
+    return dataclasses.replace(
+      self,
+      token_index=taken(self.token_index, self.group_size),
+      gate=taken(self.gate, 0.0),
+    )
 
   def slot_rows(self) -> rows.Rows:
     """The rows [E, G * C] of slots."""

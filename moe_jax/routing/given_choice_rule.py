@@ -107,6 +107,28 @@ def to_experts(
   )
 
 
+@checked
+def one_queue(routing: Routing, capacity: int) -> Routing:
+  """The choices of all groups in one group, which queue once more.
+
+  Args:
+    routing: The routing of several groups, [G, S, K].
+    capacity: The slots of an expert for all groups together.
+
+  Returns:
+    A routing of one group [1, G * S, K]. Of the choices that were served, those
+    past an expert's `capacity` first, in the order of the tokens, are dropped.
+  """
+  index, kept, gate = (
+    x.reshape(1, -1, x.shape[-1])
+    for x in (routing.expert_index, routing.kept, routing.gate)
+  )
+  E = routing.num_experts
+  slot = decided(queue_slots(index, kept, E, 'token_major'))
+  kept = kept & (slot < capacity)
+  return Routing(index, slot, jnp.where(kept, gate, 0.0), kept, E, capacity)
+
+
 def queue_slots(
   expert_index: Int32[Array, 'G S K'],
   queued: Bool[Array, 'G S K'],

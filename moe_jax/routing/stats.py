@@ -179,6 +179,36 @@ def token_square(
   return jnp.mean(router_logits**2, -1)
 
 
+class ExchangeStats(NamedTuple):
+  """Sums over the devices that have groups; add two to merge them.
+
+  All are zero on one device.
+
+  Attributes:
+    away: float32 [], rows whose expert is on another device.
+    left: float32 [], rows that were sent to another device: those of `away`
+      whose expert was not sent to all devices instead.
+    shadowed: float32 [], experts that were sent to all devices.
+    choices: float32 [], the number of times that such experts were chosen: once
+      for each set of devices that exchange rows. The mean is shadowed /
+      choices.
+    overflow: float32 [], rows for which the exchange had no room, and which
+      were dropped.
+  """
+
+  away: Array
+  left: Array
+  shadowed: Array
+  choices: Array
+  overflow: Array
+
+
+def no_exchange() -> ExchangeStats:
+  """The statistics of a layer whose rows stay on their device: zeros."""
+  zero = jnp.zeros((), jnp.float32)
+  return ExchangeStats(zero, zero, zero, zero, zero)
+
+
 class MoeAux(NamedTuple):
   """Losses and statistics that a feed-forward layer returns with its output.
 
@@ -195,6 +225,7 @@ class MoeAux(NamedTuple):
       gating, whose load needs no loss, it is the loss of the thresholds,
       `strictly_balanced_rule.batchwise_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
+    exchange: Sums over devices, which depend on the mesh.
   """
 
   balance_loss: Array
@@ -202,6 +233,7 @@ class MoeAux(NamedTuple):
   importance_loss: Array
   load_loss: Array
   stats: RoutingStats
+  exchange: ExchangeStats
 
 
 def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
@@ -218,7 +250,7 @@ def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
     entropy=scalar,
     logit_square=scalar,
   )
-  return MoeAux(scalar, scalar, scalar, scalar, stats)
+  return MoeAux(scalar, scalar, scalar, scalar, stats, no_exchange())
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.distributed import fetch
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import RoutingStats, drop_rate
+from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
 
 
@@ -82,9 +82,33 @@ def layer_summary(
     for k in range(K):
       values[f'drop_rate_choice_{k + 1}'] = float(by_rank[k])
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
+  values |= exchange_summary(aux)
   for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
     values[name] = float(getattr(aux, name) / tokens)
   # Six digits resolve a millionth; more would double the metrics file.
   values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
   values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()
   return values
+
+
+def exchange_summary(aux: MoeAux) -> dict[str, float]:
+  """What a layer's rows do between devices; nothing on one device.
+
+  Shares are of the choices that were served: `away_share` of rows whose expert
+  is on another device; `sent_share` of rows that were sent there, which are
+  fewer where experts are sent instead; `exchange_overflow` of rows for which
+  the exchange had no room. `shadowed_experts` is the mean number of experts
+  that were sent to all devices.
+
+  Args:
+    aux: The sums of one layer, as `host` gives them.
+  """
+  moved, served = aux.exchange, float(aux.stats.kept_load.sum())
+  if not moved.choices or not served:
+    return {}
+  return {
+    'away_share': float(moved.away / served),
+    'sent_share': float(moved.left / served),
+    'shadowed_experts': float(moved.shadowed / moved.choices),
+    'exchange_overflow': float(moved.overflow / served),
+  }

@@ -126,7 +126,7 @@ def test_no_piece_travels_after_anothers_product(kind):
       num_selected=2,
       router=TokenChoice(gates='renormalized'),
       expert=FeedForwardExpert(24),
-      dispatch=Gather(kind(chunks)),
+      dispatch=Gather(kind(chunks=chunks)),
     )
   )
   mesh = mesh_of(expert=8)

@@ -2,7 +2,8 @@
 
 A dispatch and an expert's options together give one module when a layer is
 built. It is called as `(groups [G, S, M], routing, train)` and returns groups,
-and the auxiliary losses of experts that have any, or None. Its name is `SCOPE`.
+and the auxiliary losses of experts that have any, or what moved between
+devices, or None. Its name is `SCOPE`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
-from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.routing import ExchangeStats, MoeAux, Routing, SlotRouting
 from moe_jax.shape_checks import checked, told
 from moe_jax.shapes import Array, Float
 
@@ -33,7 +34,7 @@ class Experts(nn.Module):
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
     train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | None]:
+  ) -> tuple[Float[Array, 'G S M'], MoeAux | ExchangeStats | None]:
     """Moves tokens to their experts, applies these, and sums their outputs.
 
     Args:
@@ -43,20 +44,20 @@ class Experts(nn.Module):
 
     Returns:
       The gated sums, and the aux of experts that are mixtures themselves, whose
-      leaves are [E, ...].
+      leaves are [E, ...], or what moved between devices, or None.
     """
     result = self.serve(x, routing, train)
     y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
     if getattr(y, 'shape', None) != x.shape:
       raise ValueError(
         f'{type(self).__name__}.serve returned {told(result)}; Experts return '
-        f'(groups of shape {x.shape}, MoeAux or None)'
+        f'(groups of shape {x.shape}, MoeAux, ExchangeStats or None)'
       )
     return result
 
   def serve(
     self, x: Array, routing: Routing | SlotRouting, train: bool
-  ) -> tuple[Array, MoeAux | None]:
+  ) -> tuple[Array, MoeAux | ExchangeStats | None]:
     """Serves tokens; arguments and results are those of `__call__`.
 
     It is called in a compact method, and so may make parameters.

@@ -5,6 +5,7 @@ travel between these (`moe_jax.parallel.exchange`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,10 +25,12 @@ from moe_jax.layers.experts.serving import (
 )
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.shared import Shared
-from moe_jax.options import choice
-from moe_jax.parallel.exchange import EXCHANGES, Exchange, serve
+from moe_jax.options import choice, nested
+from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.parallel.shadowed_experts import Shadowing
+from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
+from moe_jax.routing import ExchangeStats, Routing, SlotRouting, no_exchange
 from moe_jax.shape_checks import told
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -41,6 +44,10 @@ class SlotDispatch(Dispatch):
     'constraint',
     'Exchange by which expert rows travel between devices where experts are '
     'split over several; it has no effect on one device.',
+  )
+  shadowing: Shadowing = nested(
+    Shadowing(),
+    'Experts that are sent to all devices, while their tokens stay.',
   )
 
   def dispatch(
@@ -105,21 +112,31 @@ class SlotExperts(Experts):
 
   def _in_slots(
     self,
-    experts: Callable[[Array], Array],
+    experts: Callable[[Array], Array] | StackedExperts,
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
-  ) -> Float[Array, 'G S M']:
-    """The gated sums of the outputs experts(rows [E, R, M])."""
-    layout = layout_of(self.shared.rules, x, num_experts=routing.num_experts)
+    hidden: int = 1,
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
+    """The gated sums of the outputs experts(rows [E, R, M]).
+
+    Args:
+      experts: The function of rows.
+      x: The groups.
+      routing: Their routing.
+      hidden: The hidden width F of an expert; 1 where it is not to be split.
+    """
+    layout = layout_of(
+      self.shared.rules, x, num_experts=routing.num_experts, hidden=hidden
+    )
     if layout is not None and not self.is_initializing():
-      return serve(
-        self.dispatch.exchange, layout, self.dispatch, experts, x, routing
-      )
+      o = self.dispatch
+      trip = SlotTrip(layout, o, o.exchange, o.shadowing)
+      return trip.serve(experts, x, routing)
     with jax.named_scope('dispatch'):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
     rows = experts(rows)
     with jax.named_scope('combine'):
-      return self.dispatch.combine(rows, routing)
+      return self.dispatch.combine(rows, routing), no_exchange()
 
 
 class FeedForwardSlots(SlotExperts):
@@ -136,14 +153,16 @@ class FeedForwardSlots(SlotExperts):
 
   def serve(self, x, routing, train):
     """See `Experts.serve`."""
-    layer, E = self.layer, routing.num_experts
-    p = layer.parameters(self, (E,), x.shape[-1])
-    dropout = layer.dropped(self, train)
-
-    def experts(rows):
-      return layer.compute_stacked(p, rows, dropout)
-
-    return self._in_slots(experts, x, routing), None
+    layer, E, M = self.layer, routing.num_experts, x.shape[-1]
+    experts = StackedExperts(
+      functools.partial(
+        layer.compute_stacked, dropout=layer.dropped(self, train)
+      ),
+      layer.parameters(self, (E,), M),
+      layer.axes((E,), M),
+      layer.sizes(M, x.dtype),
+    )
+    return self._in_slots(experts, x, routing, layer.options.hidden)
 
 
 class ModuleSlots(SlotExperts):
@@ -163,9 +182,9 @@ class ModuleSlots(SlotExperts):
       y = self.options.call(module, rows, train)
       return as_rows(type(module).__name__, y, rows)
 
-    y = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
+    served = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
     give_role(self)
-    return y, None
+    return served
 
 
 @dataclasses.dataclass(frozen=True)

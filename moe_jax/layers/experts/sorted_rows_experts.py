@@ -18,10 +18,16 @@ from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.kernels.backends import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.options import one_of, option
-from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES
-from moe_jax.parallel.layout import Layout, layout_of
-from moe_jax.parallel.ragged import plan
+from moe_jax.options import choice, nested, one_of, option
+from moe_jax.parallel.layout import layout_of
+from moe_jax.parallel.ragged_exchange import RAGGED_EXCHANGES, RaggedExchange
+from moe_jax.parallel.shadowed_experts import (
+  Shadowing,
+  gathered,
+  moved_rows,
+  split,
+)
+from moe_jax.routing import no_exchange
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
@@ -40,7 +46,16 @@ class Dropless(Dispatch):
     "moe_jax.kernels; 'auto' is the fastest one of the platform.",
     one_of(AUTO, *BACKENDS),
   )
-  exchange_dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
+  exchange: RaggedExchange = choice(
+    RAGGED_EXCHANGES,
+    'all_to_all',
+    'Exchange by which rows travel between devices where experts are split '
+    'over several; it has no effect on one device.',
+  )
+  shadowing: Shadowing = nested(
+    Shadowing(),
+    'Experts that are sent to all devices, while their tokens stay.',
+  )
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
@@ -71,7 +86,7 @@ class SortedRowsExperts(Experts):
       shared.rules, x, num_experts=E, hidden=layer.options.hidden
     )
     if layout is None or self.is_initializing():
-      return self._serve_locally(None, x, routing, p, key), None
+      return self._serve_here(x, routing, p, key), no_exchange()
     if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
       layout = dataclasses.replace(layout, hidden=())
@@ -81,51 +96,62 @@ class SortedRowsExperts(Experts):
       for name, axes in layer.axes((E,), M).items()
     }
     groups = layout.spec(layout.groups)
-    y = jax.shard_map(
-      functools.partial(self._serve_locally, layout),
+    y, stats = jax.shard_map(
+      functools.partial(self._serve_on_each, layout),
       mesh=layout.mesh,
       in_specs=(groups, groups, specs, PartitionSpec()),
       out_specs=groups,
       check_vma=False,
     )(x, routing, p, key)
-    return y, None
+    return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
 
-  def _serve_locally(self, layout, x, routing, p, key):
-    """The output for one device's groups, by its experts and its part of F."""
+  def _serve_here(self, x, routing, p, key):
+    """The output for all groups of one device, which has all experts."""
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, routing)
     sizes = sorted_rows.group_sizes(routing)
-    serve = functools.partial(
-      sorted_feed_forward, self.layer, p, backend=self.dispatch.backend
-    )
-    if layout is None:
-      rows = serve(rows, sizes, dropout_key=key)
-    else:
-      serve = functools.partial(serve, dropout_key=_own_key(key, layout))
-      dtype = self.dispatch.exchange_dtype
-      rows = _exchanged(dtype, layout, rows, sizes, serve)
+    rows = self._products(p, rows, sizes, key)
     with jax.named_scope('combine'):
-      y = sorted_rows.combine(rows, routing)
-    if layout is None:
-      return y
+      return sorted_rows.combine(rows, routing)
+
+  def _serve_on_each(self, layout, x, routing, p, key):
+    """The output for one device's groups, and what left the device.
+
+    The device has its own experts, or its part of F.
+    """
+    o, key = self.dispatch, _own_key(key, layout)
+    counts = sorted_rows.group_sizes(routing)
+    sizes = self.layer.sizes(x.shape[-1], x.dtype)
+    shadowed = o.shadowing.choose(layout, counts, sizes)
+    sent, stay = split(routing, shadowed)
+    with jax.named_scope('dispatch'):
+      rows = sorted_rows.dispatch(x, sent)
+    sent_counts = sorted_rows.group_sizes(sent)
+
+    def serve(rows, sizes):
+      return self._products(p, rows, sizes, key)
+
+    overflow = jnp.int32(0)
+    if layout.experts:
+      rows, overflow = o.exchange.serve(layout, rows, sent_counts, serve)
+    else:
+      rows = serve(rows, sent_counts)
+    with jax.named_scope('combine'):
+      y = sorted_rows.combine(rows, sent)
+    if stay is not None:
+      p = gathered(layout, p, shadowed)
+      y = y + self._serve_here(x, stay, p, _in_shadow(key))
     # Each device has only summed its part of F, or of the experts.
     apart = tuple(n for n in layout.experts if n not in layout.exchanged)
     parts = (*layout.hidden, *apart)
-    return jax.lax.psum(y, parts) if parts else y
+    y = jax.lax.psum(y, parts) if parts else y
+    stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
+    return y, jax.tree.map(lambda leaf: leaf[None], stats)
 
-
-def _exchanged(dtype, layout: Layout, rows, sizes, serve):
-  """Sends rows to the devices of their experts, serves them, and sends back."""
-  if not layout.experts:
-    return serve(rows, sizes)
-  with jax.named_scope('exchange'):
-    trip = plan(layout, len(rows), sizes)
-    packed = rows.astype(dtype or rows.dtype)
-    there = trip.there(packed).astype(rows.dtype)
-  served = serve(there, trip.local_sizes)
-  with jax.named_scope('exchange'):
-    back = trip.back(served.astype(packed.dtype))
-  return back.astype(rows.dtype)
+  def _products(self, p, rows, sizes, key):
+    return sorted_feed_forward(
+      self.layer, p, rows, sizes, self.dispatch.backend, key
+    )
 
 
 def _own_key(key, layout):
@@ -135,6 +161,11 @@ def _own_key(key, layout):
   for name in sorted({*layout.groups, *layout.experts, *layout.hidden}):
     key = jax.random.fold_in(key, jax.lax.axis_index(name))
   return key
+
+
+def _in_shadow(key):
+  """The key of shadowed experts' rows."""
+  return None if key is None else jax.random.fold_in(key, 1)
 
 
 def sorted_feed_forward(

@@ -269,6 +269,7 @@ def logits_aux(
     z_loss=over_groups(routing.z_loss(clean, mask), mask),
     importance_loss=over_groups(importance, mask),
     load_loss=jnp.zeros((), jnp.float32),
+    exchange=routing.no_exchange(),
     stats=routing.routing_stats(chosen, clean, mask),
   )
 

@@ -292,6 +292,7 @@ def _aux(
     z_loss=summed(token_z),
     importance_loss=over_groups(importance, mask),
     load_loss=over_groups(load, mask),
+    exchange=routing.no_exchange(),
     stats=stats._replace(
       entropy=jax.lax.stop_gradient(summed(token_entropy)),
       logit_square=jax.lax.stop_gradient(summed(token_square)),

@@ -1,0 +1,191 @@
+"""The smart schedule of FasterMoE: an exchange in steps along a ring.
+
+He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2. The
+W devices are g groups on a ring. In step j group i does S_j: it sends rows to
+the experts of group i - j and receives from group i + j; C_j: its experts
+multiply what came; and R_j: it returns the results. Step 0 stays within groups.
+S_j, C_j, R_j depend on one another, and steps do not, so that a compiler may
+send in one step while experts multiply in another. All S_j are asked for first,
+then all C_j, then all R_j, as published.
+
+A step is as many permutations as a group has devices, one for each device of
+the other group; with groups of one device, one.
+Not here: rows in slots (`exchange.py`), and what the schedule takes on a
+described machine (`cost_model.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.shapes import Array, Float, Int32, Leaf
+
+
+class Hop(NamedTuple):
+  """One permutation of devices, as one of them sees it.
+
+  Attributes:
+    target: int32 [], the device to which this one sends rows.
+    source: int32 [], the device whose rows this one receives.
+  """
+
+  target: Leaf
+  source: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """The order in which devices exchange with each other.
+
+  Attributes:
+    layout: The layout, whose `exchanged` axes have the devices.
+    group: The number of devices in one place of the ring.
+
+  Raises:
+    ValueError: The devices are no whole number of groups.
+  """
+
+  layout: Layout
+  group: int = 1
+
+  def __post_init__(self):
+    if self.num_devices % self.group:
+      raise ValueError(
+        f'ring_group={self.group} does not divide the {self.num_devices} '
+        f'devices that rows travel between, along {self.layout.exchanged}'
+      )
+
+  @property
+  def num_devices(self) -> int:
+    """W, the number of devices that rows travel between."""
+    return self.layout.devices(self.layout.exchanged)
+
+  def target(self, device: Leaf, number: int) -> Leaf:
+    """The device to which `device` sends in permutation `number`."""
+    return self._shifted(device, number, -1)
+
+  def source(self, device: Leaf, number: int) -> Leaf:
+    """The device from which `device` receives in permutation `number`."""
+    return self._shifted(device, number, 1)
+
+  def _shifted(self, device, number, sign):
+    s, g = self.group, self.num_devices // self.group
+    j, b = divmod(number, s)
+    place, within = device // s, device % s
+    return (place + sign * j) % g * s + (within - sign * b) % s
+
+  def hops(self) -> list[Hop]:
+    """The W permutations of this device; called under `shard_map`."""
+    me = jax.lax.axis_index(self.layout.exchanged)
+    numbers = range(self.num_devices)
+    return [Hop(self.target(me, n), self.source(me, n)) for n in numbers]
+
+  def moved(
+    self, rows: Float[Array, '*R M'], number: int, back: bool = False
+  ) -> Float[Array, '*R M']:
+    """Rows of the source of a permutation, or, `back`, those of its target.
+
+    It is called under `shard_map`. Permutation 0 moves nothing.
+    """
+    pairs = [(d, self.target(d, number)) for d in range(self.num_devices)]
+    if all(source == target for source, target in pairs):
+      return rows
+    if back:
+      pairs = [(target, source) for source, target in pairs]
+    return jax.lax.ppermute(rows, self.layout.exchanged, pairs)
+
+
+def serve_sorted(
+  ring: Ring,
+  rows: Float[Array, 'N M'],
+  sizes: Int32[Array, ' E'],
+  serve: Callable[[Array, Array], Array],
+  bound: int,
+  dtype: str = '',
+) -> tuple[Float[Array, 'N M'], Int32[Array, '']]:
+  """Serves rows sorted by expert, each on the device of its expert.
+
+  It is called under `shard_map`.
+
+  Args:
+    ring: The ring.
+    rows: The rows of this device; those past the sum of `sizes` belong to none.
+    sizes: The number of rows of each expert.
+    serve: The function (rows [bound, M] sorted by expert, their numbers [J] for
+      each expert of this device) -> outputs.
+    bound: The largest number of rows that go from one device to another.
+    dtype: The type of rows that travel; '' is their own.
+
+  Returns:
+    The outputs of the rows, zero for those that found no room, and the number
+    of these.
+  """
+  blocks = own_blocks(ring.layout, sizes)  # [X, J]
+  starts = own_blocks(ring.layout, jnp.cumsum(sizes) - sizes)[:, 0]
+  sent = _clipped(blocks, bound)
+  received = jax.lax.all_to_all(sent, ring.layout.exchanged, 0, 0)
+  hops = ring.hops()
+  windows = [
+    _Window(starts[hop.target], sent[hop.target].sum(), bound) for hop in hops
+  ]
+  padded = jnp.pad(rows, ((0, bound), (0, 0)))
+  travels = dtype or rows.dtype
+  with jax.named_scope('exchange'):
+    there = [
+      ring.moved(window.of(padded).astype(travels), number)
+      for number, window in enumerate(windows)
+    ]
+  outputs = [
+    serve(piece.astype(rows.dtype), received[hop.source])
+    for piece, hop in zip(there, hops)
+  ]
+  with jax.named_scope('exchange'):
+    back = [
+      ring.moved(output.astype(travels), number, back=True)
+      for number, output in enumerate(outputs)
+    ]
+  result = jnp.zeros_like(padded)
+  for window, piece in zip(windows, back):
+    result = window.added(result, piece.astype(rows.dtype))
+  return result[: len(rows)], (blocks - sent).sum()
+
+
+class _Window(NamedTuple):
+  """Some of a device's sorted rows, in a buffer with room for more.
+
+  Attributes:
+    start: int32 [], the first of them.
+    count: int32 [], the number of them.
+    bound: The number of rows of the buffer.
+  """
+
+  start: Array
+  count: Array
+  bound: int
+
+  def of(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
+    """These rows, then zeros."""
+    at, shape = (self.start, jnp.int32(0)), (self.bound, rows.shape[1])
+    return self._real(jax.lax.dynamic_slice(rows, at, shape))
+
+  def added(
+    self, rows: Float[Array, 'N M'], piece: Float[Array, 'R M']
+  ) -> Float[Array, 'N M']:
+    """All rows, with a piece added to these."""
+    at = self.start, jnp.int32(0)
+    here = jax.lax.dynamic_slice(rows, at, piece.shape) + self._real(piece)
+    return jax.lax.dynamic_update_slice(rows, here, at)
+
+  def _real(self, piece):
+    # Outputs and gradients of rows that belong to no expert are undefined.
+    return jnp.where((jnp.arange(self.bound) < self.count)[:, None], piece, 0)
+
+
+def _clipped(sizes: Int32[Array, 'X J'], bound: int) -> Int32[Array, 'X J']:
+  """The sizes of the first `bound` rows of each block of rows."""
+  ends = jnp.minimum(jnp.cumsum(sizes, axis=1), bound)
+  return jnp.diff(ends, axis=1, prepend=0)

@@ -1,0 +1,186 @@
+"""Experts whose parameters go to all devices while their tokens stay.
+
+Dynamic shadowing within a step (FasterMoE, He et al., PPoPP 2022,
+https://doi.org/10.1145/3503221.3508418, section 4.1). The counts of a step
+choose the experts of the same step; their parameters are summed from the
+devices that have them, zeros elsewhere, so that the gradients are summed to the
+same devices, and the optimizer steps there alone. Nothing is kept between
+steps. Not here: the rule of the choice (`shadowing.py`).
+
+Devices that hold copies of the experts, along the axes `data` and `fsdp`,
+choose for themselves, by the counts of the devices that they exchange rows
+with.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.options import Options, above, at_least, one_of, option
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.shadowing import RULES, Speeds
+from moe_jax.routing import ExchangeStats, Routing, SlotRouting
+from moe_jax.shapes import Array, Int32, Leaf
+
+_ON = {'experts': at_least(1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadowing(Options):
+  """The experts that are sent to all devices instead of their tokens."""
+
+  experts: int = option(
+    0,
+    'Largest number R of experts that a layer sends to all devices in a step; '
+    'buffers have room for as many. 0 sends tokens alone.',
+    at_least(0),
+  )
+  rule: str = option(
+    'published',
+    "Rule by which they are chosen: 'published' is Algorithm 1 of FasterMoE, "
+    "'shipped' what its public code does.",
+    one_of(*RULES),
+    when=_ON,
+  )
+  teraflops: float = option(
+    11.5,
+    'Speed of a device in 10^12 FLOPs per second, by which the rule decides; '
+    'the default is that of the public code.',
+    above(0),
+    when=_ON,
+  )
+  gigabytes: float = option(
+    6.25,
+    'Bandwidth of a device in 10^9 bytes per second each way, by which the '
+    'rule decides; the default is that of the public code.',
+    above(0),
+    when=_ON,
+  )
+
+  def choose(
+    self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes
+  ) -> Int32[Array, ' R']:
+    """The experts that are shadowed, then E; called under `shard_map`.
+
+    Where rows do not travel there are none, R = 0.
+
+    Args:
+      layout: The layout of groups and experts.
+      counts: The number of this device's rows of each expert.
+      sizes: The sizes of an expert.
+
+    Raises:
+      ValueError: Experts are split over axes that groups are not split over.
+    """
+    E = len(counts)
+    if not self.experts or not layout.exchanged:
+      return jnp.zeros(0, jnp.int32)
+    if layout.exchanged != layout.experts:
+      raise ValueError(
+        f'shadowing.experts={self.experts} needs experts that are split over '
+        f'axes of groups alone; they are split over {layout.experts}, groups '
+        f'over {layout.groups}'
+      )
+    counts = jax.lax.all_gather(counts, layout.exchanged).reshape(-1, E).T
+    speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
+    most = min(self.experts, E)
+    chosen = RULES[self.rule](counts, sizes, speeds, most=most)
+    room = self.experts - most
+    return jnp.pad(chosen.astype(jnp.int32), (0, room), constant_values=E)
+
+
+class Parts(NamedTuple):
+  """The choices of a routing that travel, and those that stay.
+
+  Attributes:
+    sent: The choices whose rows go to their experts' devices, of E experts.
+    stay: The choices of the R shadowed experts, under the numbers 0 to R - 1;
+      None if nothing can be shadowed.
+  """
+
+  sent: Routing | SlotRouting
+  stay: Routing | SlotRouting | None
+
+
+def split(
+  routing: Routing | SlotRouting, shadowed: Int32[Array, ' R']
+) -> Parts:
+  """The choices of a device that travel, and those that stay.
+
+  Args:
+    routing: The routing of the device's groups.
+    shadowed: The experts that are shadowed, then E.
+  """
+  E, R = routing.num_experts, len(shadowed)
+  if not R:
+    return Parts(routing, None)
+  number = jnp.full(E, R, jnp.int32)
+  number = number.at[shadowed].set(jnp.arange(R, dtype=jnp.int32), mode='drop')
+  experts = jnp.arange(E, dtype=jnp.int32)
+  sent = routing.of_experts(jnp.where(number < R, E, experts), E)
+  return Parts(sent, routing.of_experts(number, R))
+
+
+def gathered(
+  layout: Layout, p: Mapping[str, Leaf], shadowed: Int32[Array, ' R']
+) -> dict[str, Array]:
+  """The parameters of shadowed experts, [R, ...], on every device.
+
+  It is called under `shard_map`. They are zeros where nothing is shadowed. The
+  sum is over the devices that rows travel between.
+
+  Args:
+    layout: The layout of groups and experts.
+    p: The parameters of the experts of this device, [J, ...].
+    shadowed: The experts that are shadowed, then E.
+  """
+
+  def of_all(x):
+    J = len(x)
+    first = J * jax.lax.axis_index(layout.exchanged)
+    index = shadowed - first
+    mine = (index >= 0) & (index < J)
+    own = x[jnp.where(mine, index, 0)]
+    own = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), own, 0)
+    return jax.lax.psum(own, layout.exchanged)
+
+  with jax.named_scope('shadow'):
+    return {name: of_all(x) for name, x in p.items()}
+
+
+def moved_rows(
+  layout: Layout,
+  counts: Int32[Array, ' E'],
+  sent: Int32[Array, ' E'],
+  shadowed: Int32[Array, ' R'],
+  overflow: Leaf,
+) -> ExchangeStats:
+  """What the exchange moves from one device; called under `shard_map`.
+
+  Args:
+    layout: The layout of groups and experts.
+    counts: The number of this device's rows of each expert.
+    sent: The number of those that are not of shadowed experts.
+    shadowed: The experts that are shadowed, then E.
+    overflow: The number of its rows for which the exchange had no room.
+  """
+  E = len(counts)
+  away = jnp.zeros(E, bool)
+  if layout.exchanged:
+    X = layout.devices(layout.exchanged)
+    owner = jnp.arange(E) // (E // X)
+    away = owner != jax.lax.axis_index(layout.exchanged)
+  # Every device of those that exchange rows has chosen the same experts.
+  share = 1.0 / max(1, layout.devices(layout.exchanged))
+  values = (
+    jnp.where(away, counts, 0).sum(),
+    jnp.where(away, sent, 0).sum(),
+    share * (shadowed < E).sum(),
+    share,
+    overflow,
+  )
+  return ExchangeStats(*(jnp.asarray(x, jnp.float32) for x in values))

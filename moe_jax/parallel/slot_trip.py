@@ -1,0 +1,214 @@
+"""The way of tokens over a mesh where experts have slots: to them and back.
+
+Each device moves its groups' tokens to rows, rows travel as an exchange says,
+experts multiply those that they have, and each device sums what comes back. Not
+here: how rows travel (`exchange.py`), and which experts are sent to all devices
+(`shadowed_experts.py`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.exchange import Exchange
+from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.shadowed_experts import (
+  Parts,
+  Shadowing,
+  gathered,
+  moved_rows,
+  split,
+)
+from moe_jax.routing import ExchangeStats, Routing, SlotRouting, one_queue
+from moe_jax.shapes import Array, Float
+
+
+@runtime_checkable
+class Mover(Protocol):
+  """The contract of what moves tokens, as modules of `moe_jax.dispatch` do."""
+
+  def dispatch(
+    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+  ) -> Float[Array, 'E R M']:
+    """Copies tokens to the rows of their experts."""
+
+  def combine(
+    self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
+  ) -> Float[Array, 'G S M']:
+    """Sums each token's rows, weighted by its gates."""
+
+
+class StackedExperts(NamedTuple):
+  """Experts whose parameters are arrays that have the experts first.
+
+  Attributes:
+    compute: The function (parameters [*E, ...], rows [*E, R, M]) -> rows.
+    p: The parameters, [E, ...].
+    axes: The logical axes of each parameter.
+    sizes: The sizes of an expert.
+  """
+
+  compute: Callable[[Any, Array], Array]
+  p: dict[str, Array]
+  axes: Mapping[str, tuple[str | None, ...]]
+  sizes: Sizes
+
+  def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
+    """The outputs of all experts."""
+    return self.compute(self.p, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotTrip:
+  """A trip of rows in slots.
+
+  Attributes:
+    layout: The layout of groups and experts on the mesh.
+    mover: The dispatch between tokens and rows.
+    exchange: The exchange by which rows travel.
+    shadowing: The experts that are sent to all devices; it needs
+      `StackedExperts`.
+  """
+
+  layout: Layout
+  mover: Mover
+  exchange: Exchange
+  shadowing: Shadowing = Shadowing()
+
+  def serve(
+    self,
+    experts: Callable[[Array], Array] | StackedExperts,
+    x: Float[Array, 'G S M'],
+    routing: Routing | SlotRouting,
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
+    """Serves tokens by experts on a mesh.
+
+    Args:
+      experts: The function from rows [E, R, M] to rows.
+      x: The groups of tokens.
+      routing: The routing of all groups.
+
+    Raises:
+      ValueError: The layout, the experts or the routing do not allow what the
+        options ask for.
+    """
+    layout, exchange = self.layout, self.exchange
+    sizes = experts.sizes if isinstance(experts, StackedExperts) else None
+    if self.shadowing.experts and sizes is None:
+      raise ValueError(
+        f'shadowing.experts={self.shadowing.experts} needs feed-forward '
+        'experts, whose parameters are arrays; these are modules'
+      )
+    groups = layout.spec(layout.groups)
+    rows_of_groups = layout.spec((), layout.groups)
+    copies = layout.spec(layout.kept)
+    stays = layout.spec(layout.kept, (), layout.exchanged)
+    with jax.named_scope('dispatch'):
+      pieces, own_rows, shadowed, parts, stats = self._mapped(
+        functools.partial(self._depart, sizes),
+        (groups, groups),
+        (rows_of_groups, stays, copies, groups, groups),
+      )(x, routing)
+    with jax.named_scope('exchange'):
+      there = [exchange.to_experts(layout, p, i) for i, p in enumerate(pieces)]
+    if own_rows is not None:
+      own_rows = self._in_shadow(experts, own_rows, shadowed)
+    outputs = [experts(rows) for rows in there]
+    with jax.named_scope('exchange'):
+      pieces = [
+        exchange.to_groups(layout, rows, i) for i, rows in enumerate(outputs)
+      ]
+    with jax.named_scope('combine'):
+      y = self._mapped(
+        functools.partial(self._arrive, x.shape),
+        (rows_of_groups, stays, groups),
+        groups,
+      )(pieces, own_rows, parts)
+    return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
+
+  def _mapped(self, function, in_specs, out_specs):
+    return jax.shard_map(
+      function,
+      mesh=self.layout.mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
+
+  def _depart(self, sizes, x, routing):
+    """One device's pieces, rows that stay, shadowed experts, parts, stats."""
+    counts = routing.rows_per_expert()
+    shadowed = self.shadowing.choose(self.layout, counts, sizes)
+    parts = split(routing, shadowed)
+    sent_counts = parts.sent.rows_per_expert()
+    sent = self._fitted(parts.sent)
+    overflow = (sent_counts - sent.rows_per_expert()).sum()
+    stats = moved_rows(self.layout, counts, sent_counts, shadowed, overflow)
+    rows = self._dispatched(x, sent)
+    stay = None if parts.stay is None else self._dispatched(x, parts.stay)[None]
+    return (
+      self.exchange.cut(self.layout, rows),
+      stay,
+      shadowed[None],
+      Parts(sent, parts.stay),
+      jax.tree.map(lambda leaf: leaf[None], stats),
+    )
+
+  def _arrive(self, shape, pieces, stay, parts):
+    """The sums of one device's tokens."""
+    shape = (-1, *shape[1:])
+    rows = self.exchange.joined(self.layout, pieces)
+    y = self.mover.combine(rows, parts.sent).reshape(shape)
+    if stay is not None:
+      y = y + self.mover.combine(stay[0], parts.stay).reshape(shape)
+    return y
+
+  def _dispatched(self, x, routing):
+    x = x.reshape(-1, routing.group_size, x.shape[-1])
+    return self.mover.dispatch(x, routing)
+
+  def _fitted(self, sent):
+    """The choices for which the exchange has room."""
+    if self.exchange.capacity_fraction == 1.0:
+      return sent
+    if isinstance(sent, SlotRouting):
+      raise ValueError(
+        f'exchange.capacity_fraction={self.exchange.capacity_fraction} would '
+        'always drop tokens where experts choose, as these fill all their '
+        'slots; use 1.0'
+      )
+    slots = len(sent.gate) * sent.capacity
+    return one_queue(sent, self.exchange.capacity(slots))
+
+  def _in_shadow(self, experts, rows, shadowed):
+    """The outputs of shadowed experts for the rows that stay, [D, R, N, M].
+
+    The first dimension is split over the axes that hold copies of the experts.
+    """
+    layout = self.layout
+    split_over = {'expert': layout.experts, 'expert_mlp': layout.hidden}
+
+    def spec(name, first):
+      _, *axes = experts.axes[name]
+      return layout.spec(*first, *(split_over.get(a, ()) for a in axes))
+
+    def local(p, shadowed):
+      return {
+        name: x[None] for name, x in gathered(layout, p, shadowed[0]).items()
+      }
+
+    p = self._mapped(
+      local,
+      (
+        {name: spec(name, [layout.experts]) for name in experts.p},
+        layout.spec(layout.kept),
+      ),
+      {name: spec(name, [layout.kept, ()]) for name in experts.p},
+    )(experts.p, shadowed)
+    D, R, N, M = rows.shape
+    p = {name: x.reshape(D * R, *x.shape[2:]) for name, x in p.items()}
+    return experts.compute(p, rows.reshape(D * R, N, M)).reshape(rows.shape)

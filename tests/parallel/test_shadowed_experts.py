@@ -1,0 +1,322 @@
+"""Experts sent to all devices, and the schedule along a ring, in a layer."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import routing
+from moe_jax.layers import (
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Gather,
+  ModuleExpert,
+  MoE,
+  MoeOptions,
+)
+from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.layers.shared import Shared
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.exchange import AllToAll, Constraint, InRing
+from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.ragged_exchange import RaggedAllToAll, RaggedRing
+from moe_jax.parallel.schedule import Ring
+from moe_jax.parallel.shadowed_experts import Shadowing
+from moe_jax.parallel.shadowing import Speeds, choose, leaving
+from moe_jax.partitioning import make_mesh
+from moe_jax.routing.capacity import All
+from tests.parallel.test_exchange import ancestors, instructions
+
+G, S, M, F, E = 8, 12, 5, 7, 8
+R = 3
+SIZES = Sizes(M, F)
+# The network is slow enough for several experts to pay, not for all.
+SHADOWING = Shadowing(experts=R, teraflops=2e-5, gigabytes=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class ById(RouterOptions):
+  """The expert of a token is its id."""
+
+  needs_ids: ClassVar[bool] = True
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return ByIdRouter(self, sizes, shared, name=name)
+
+  def leak(self, sizes):
+    """Nothing: tokens queue in their order."""
+    return None
+
+  def multiply_adds(self, sizes, width):
+    """Zero: there are no products."""
+    return 0
+
+
+class ByIdRouter(Router):
+  """Gates that are learned, so that a wrong sum would be seen."""
+
+  def route(self, x, mask, train, router_ids, layer):
+    """Routes each group by itself; see `Router`."""
+    index = router_ids[..., None].astype(jnp.int32)
+    gate = self.param('gate', jax.random.uniform, (self.sizes.num_experts,))
+    chosen = routing.given_choice(
+      index,
+      gate[index],
+      num_experts=self.sizes.num_experts,
+      capacity=self.sizes.slots(mask.shape[1]),
+      mask=mask,
+    )
+    aux = routing.empty_aux(self.sizes.num_experts, 1)
+    return chosen, aux._replace(stats=routing.routing_stats(chosen, None, mask))
+
+
+def ids_of(skew):
+  """The expert of each token, [G, S]."""
+  rng = np.random.default_rng(3)
+  p = {
+    'uniform': np.ones(E),
+    'zipf': 1 / np.arange(1, E + 1) ** 1.5,
+    'one': np.eye(E)[5],
+  }[skew]
+  return rng.choice(E, (G, S), p=p / p.sum()).astype(np.uint32)
+
+
+SLOTS = dict(
+  constraint=Gather(Constraint(chunks=2), SHADOWING),
+  all_to_all=Einsum(AllToAll(), SHADOWING),
+  ring=Gather(InRing(), SHADOWING),
+  ring_alone=Gather(InRing(ring_group=2)),
+)
+SORTED = dict(
+  ragged=Dropless(shadowing=SHADOWING),
+  ragged_ring=Dropless(exchange=RaggedRing(), shadowing=SHADOWING),
+  ragged_ring_alone=Dropless(exchange=RaggedRing(ring_group=2)),
+)
+WAYS = SLOTS | SORTED
+MESHES = dict(
+  four=dict(expert=4),
+  eight=dict(expert=8),
+  data=dict(data=2, expert=4),
+  tensor=dict(expert=4, tensor=2),
+)
+
+
+def layer_of(dispatch, use_bias=True):
+  return MoE(
+    MoeOptions(
+      E,
+      1,
+      router=ById(),
+      capacity=All(),
+      expert=FeedForwardExpert(F, activation='swiglu'),
+      dispatch=dispatch,
+    ),
+    Shared(use_bias=use_bias),
+  )
+
+
+def loss(layer, params, x, ids):
+  y, aux = layer.apply(params, x, router_ids=ids)
+  weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+  return (y * weight + y**2).sum(), aux
+
+
+@functools.cache
+def result_of(way, skew, mesh=None, use_bias=True):
+  """Loss, statistics and gradients of parameters and tokens, and the text."""
+  dispatch = WAYS[way] if mesh else Gather()
+  layer = layer_of(dispatch, use_bias)
+  x = np.random.default_rng(0).normal(0, 1, (G, S, M)).astype(np.float32)
+  x, ids = jnp.asarray(x), jnp.asarray(ids_of(skew))
+  params = layer.init(jax.random.key(0), x, router_ids=ids)
+  if mesh:
+    sizes = dict(data=1, fsdp=1, expert=1, tensor=1) | MESHES[mesh]
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(sizes, jax.devices()[:count])
+    batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp', 'expert')))
+    x, ids = jax.device_put((x, ids), batch)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  run = jax.jit(
+    jax.value_and_grad(functools.partial(loss, layer), (0, 1), has_aux=True)
+  )
+  compiled = run.lower(params, x, ids).compile()
+  (value, aux), grads = jax.device_get(compiled(params, x, ids))
+  return value, aux, grads, compiled.as_text()
+
+
+def told(skew, devices, copies=1, shadowed=True):
+  """What Algorithm 1 predicts for the counts of a step."""
+  away = left = number = 0
+  sizes = SIZES._replace(kernels=3)
+  speeds = Speeds.of_bytes(
+    SHADOWING.teraflops * 1e12, SHADOWING.gigabytes * 1e9, sizes
+  )
+  for ids in ids_of(skew).reshape(copies, devices, -1):
+    counts = np.stack([np.bincount(row, minlength=E) for row in ids], axis=1)
+    chosen = choose(counts, sizes, speeds, most=R).experts if shadowed else ()
+    away += leaving(counts)
+    left += leaving(counts, chosen)
+    number += len(chosen)
+  return away, left, number, copies, 0
+
+
+CASES = [
+  ('ring', 'zipf', 'four'),
+  ('ragged', 'zipf', 'data'),
+  *[
+    pytest.param(way, skew, mesh, marks=pytest.mark.slow)
+    for way in WAYS
+    for skew, mesh in (
+      ('zipf', 'four'),
+      ('uniform', 'eight'),
+      ('one', 'data'),
+      ('zipf', 'tensor'),
+    )
+    if (way, skew, mesh) != ('ring', 'zipf', 'four')
+  ],
+  pytest.param('ragged_ring', 'zipf', 'data', marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(('way', 'skew', 'mesh'), CASES)
+def test_loss_gradients_and_rows_that_leave(way, skew, mesh):
+  one = result_of('gather', skew)
+  result = result_of(way, skew, mesh)
+  np.testing.assert_allclose(result[0], one[0], rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    result[2],
+    one[2],
+  )
+  sizes = MESHES[mesh]
+  expected = told(
+    skew, sizes['expert'], sizes.get('data', 1), 'alone' not in way
+  )
+  np.testing.assert_allclose(result[1].exchange, expected, rtol=1e-6)
+  if skew == 'zipf' and 'alone' not in way:
+    assert 0 < expected[1] < expected[0] and 0 < expected[2] < R * expected[3]
+
+
+def ring_of(devices, group):
+  mesh = make_mesh(dict(data=1, fsdp=1, expert=devices, tensor=1)).abstract_mesh
+  layout = Layout(mesh, {'expert': devices}, ('expert',), ('expert',), ())
+  return Ring(layout, group)
+
+
+def test_the_ring_goes_to_all_devices_as_published():
+  # Eight devices, two at each place of a ring of four.
+  ring = ring_of(8, 2)
+  sent = [[ring.target(d, n) for n in range(8)] for d in range(8)]
+  assert all(sorted(row) == list(range(8)) for row in sent)
+  # In step j place i sends to place i - j; step 0 stays within the place.
+  assert [d // 2 for d in sent[0]] == [0, 0, 3, 3, 2, 2, 1, 1]
+  for device in range(8):
+    for n in range(8):
+      assert ring.source(ring.target(device, n), n) == device
+  with pytest.raises(ValueError, match='ring_group=3 does not divide the 8'):
+    ring_of(8, 3)
+
+
+# The exchanges whose steps are seen in a program: without shadows, so that the
+# permutations are all collectives on rows.
+ALONE = dict(slots=Gather(InRing()), sorted=Dropless(exchange=RaggedRing()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ALONE)
+def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
+  layer, devices = layer_of(ALONE[kind]), 4
+  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (G, S, M)), 'float32')
+  ids = jnp.asarray(ids_of('zipf'))
+  params = layer.init(jax.random.key(0), x, router_ids=ids)
+  mesh = make_mesh(
+    dict(data=1, fsdp=1, expert=devices, tensor=1), jax.devices()[:devices]
+  )
+  x, ids = jax.device_put(
+    (x, ids), NamedSharding(mesh, PartitionSpec('expert'))
+  )
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  run = jax.jit(lambda *a: layer.apply(*a[:2], router_ids=a[2])[0])
+  program = instructions(run.lower(params, x, ids).compile().as_text())
+  travels = [
+    name for name, line in program.items() if line[0] == 'collective-permute'
+  ]
+  # One there and one back for each other device.
+  assert len(travels) == 2 * (devices - 1)
+  before = {name: ancestors(program, name) for name in travels}
+  there = {name for name in travels if not before[name] & set(travels)}
+  assert len(there) == devices - 1  # no step waits for another one
+  for name in set(travels) - there:
+    # What comes back was multiplied after one step alone.
+    assert len(before[name] & there) == 1
+
+
+@pytest.mark.parametrize(
+  'dispatch',
+  [
+    Gather(AllToAll(capacity_fraction=0.25)),
+    pytest.param(
+      Gather(InRing(capacity_fraction=0.25)), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      Dropless(exchange=RaggedAllToAll(capacity_fraction=0.25)),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      Dropless(exchange=RaggedRing(capacity_fraction=0.25)),
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_rows_without_room_are_dropped_and_counted(dispatch):
+  # All tokens choose one expert. On four devices it has room for 6 of the 24
+  # tokens of a device; without slots a device has room for a quarter of 96
+  # rows, or for 6 rows from each device.
+  for shadowing, dropped in ((Shadowing(), G * S * 3 // 4), (SHADOWING, 0)):
+    WAYS['small'] = dataclasses.replace(dispatch, shadowing=shadowing)
+    result = result_of.__wrapped__('small', 'one', 'four')
+    assert result[1].exchange.overflow == dropped
+    # A dropped token has no output, and so no gradient.
+    assert (np.abs(result[2][1]).sum(-1) == 0).sum() == dropped
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(experts=-1), 'experts=-1 must be at least 0'),
+    (dict(experts=1, rule='greedy'), "unknown rule 'greedy'"),
+    (dict(experts=1, gigabytes=0.0), 'gigabytes=0.0 must be above 0'),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    Shadowing(**options)
+
+
+def test_modules_cannot_be_shadowed():
+  layer = MoE(
+    MoeOptions(
+      E,
+      1,
+      router=ById(),
+      capacity=All(),
+      expert=ModuleExpert(nn.Dense(M)),
+      dispatch=Gather(shadowing=SHADOWING),
+    )
+  )
+  mesh = make_mesh(dict(data=1, fsdp=1, expert=8, tensor=1))
+  split = NamedSharding(mesh, PartitionSpec('expert'))
+  x, ids = jax.device_put((jnp.zeros((G, S, M)), ids_of('zipf')), split)
+  with pytest.raises(ValueError, match='experts=3 needs feed-forward experts'):
+    params = layer.init(jax.random.key(0), x, router_ids=ids)
+    jax.eval_shape(
+      lambda *a: layer.apply(*a[:2], router_ids=a[2]), params, x, ids
+    )
