@@ -5,7 +5,7 @@ https://doi.org/10.1145/3503221.3508418, section 4.1). The counts of a step
 choose the experts of the same step; their parameters are summed from the
 devices that have them, zeros elsewhere, so that the gradients are summed to the
 same devices, and the optimizer steps there alone. Nothing is kept between
-steps. Not here: the rule of the choice (`shadowing.py`).
+steps. Not here: the rule of the choice (`shadowing_rules.py`).
 
 Devices that hold copies of the experts, along the axes `data` and `fsdp`,
 choose for themselves, by the counts of the devices that they exchange rows
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from moe_jax.options import Options, above, at_least, one_of, option
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.layout import Layout
-from moe_jax.parallel.shadowing import RULES, Speeds
+from moe_jax.parallel.shadowing import Speeds
+from moe_jax.parallel.shadowing_rules import RULES
 from moe_jax.routing import ExchangeStats, Routing, SlotRouting
 from moe_jax.shapes import Array, Int32, Leaf
 
@@ -40,9 +41,9 @@ class Shadowing(Options):
     at_least(0),
   )
   rule: str = option(
-    'published',
-    "Rule by which they are chosen: 'published' is Algorithm 1 of FasterMoE, "
-    "'shipped' what its public code does.",
+    'algorithm_1',
+    "Rule by which they are chosen: 'algorithm_1' of FasterMoE, or 'fastmoe', "
+    'which is what its public code does instead.',
     one_of(*RULES),
     when=_ON,
   )
@@ -88,7 +89,7 @@ class Shadowing(Options):
     counts = jax.lax.all_gather(counts, layout.exchanged).reshape(-1, E).T
     speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
     most = min(self.experts, E)
-    chosen = RULES[self.rule](counts, sizes, speeds, most=most)
+    chosen = RULES[self.rule].in_step(counts, sizes, speeds, most=most)
     room = self.experts - most
     return jnp.pad(chosen.astype(jnp.int32), (0, room), constant_values=E)
 

@@ -12,8 +12,9 @@ exchanges. With r shadowed experts, Lat_shadow (equation 8), parameters are sent
 once and gradients summed once; the exchange of the other experts' rows is left
 out, as in the paper.
 
-Not here: how long an exchange takes on a network of links (`cost_model.py`).
-Here, as in the paper's Algorithm 1, all devices have one bandwidth.
+Not here: how long an exchange takes on a network of links (`cost_model.py`),
+since all devices have one bandwidth in Algorithm 1; and the rule of the code
+that was published with the paper, which is another (`shadowing_rules.py`).
 """
 
 import dataclasses
@@ -112,17 +113,39 @@ class _Prefixes(NamedTuple):
   number: Any
 
 
+def by_popularity(
+  counts: Any, most: int, xp: ModuleType
+) -> tuple[Any, Any, Any]:
+  """The order in which experts are shadowed, by numpy or by `jax.numpy`.
+
+  Args:
+    counts: The number of rows of each device that choose each expert, [E, W].
+    most: R, the largest number of shadowed experts.
+    xp: The module of the arrays.
+
+  Returns:
+    The device that has each expert, [E]; its number of rows, [E]; and the
+    experts that have most of them, the lower number first of equals, [R].
+
+  Raises:
+    ValueError: The experts cannot be divided over the devices, or `most` is not
+      in [0, E].
+  """
+  E, W = counts.shape
+  if not 0 <= most <= E:
+    raise ValueError(f'most={most} not in [0, num_experts={E}]')
+  totals = counts.sum(1)
+  return owners(E, W), totals, xp.argsort(-totals, stable=True)[:most]
+
+
 def _prefixes(
   counts: Any, sizes: Sizes, speeds: Speeds, most: int, xp: ModuleType
 ) -> _Prefixes:
   """The choices that Algorithm 1 compares, by numpy or by `jax.numpy`."""
-  E, W = counts.shape
-  if not 0 <= most <= E:
-    raise ValueError(f'most={most} not in [0, num_experts={E}]')
-  totals, own = counts.sum(1), owners(E, W)
+  W = counts.shape[1]
+  own, totals, experts = by_popularity(counts, most, xp)
   device = xp.arange(W)[None]
   has = own[:, None] == device  # [E, W]
-  experts = xp.argsort(-totals, stable=True)[:most]
   # Where an expert is shadowed, its device loses all of its rows, and every
   # device keeps its own.
   change = counts - has * totals[:, None]
@@ -214,7 +237,3 @@ def takes_less_traffic(
     sizes: The sizes of the experts.
   """
   return int(rows_of(counts).max()) > number * sizes.kernels * sizes.F / 2
-
-
-# The rules by which experts are shadowed within a step, by name.
-RULES = {'published': choose_in_step}
