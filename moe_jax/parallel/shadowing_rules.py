@@ -32,7 +32,7 @@ def _fastmoe_prefixes(
   overcounts: bool,
   xp: ModuleType,
 ) -> tuple[Any, Any, Any]:
-  """The order of experts, seconds with none to R of them, and r, as shadowed."""
+  """Experts by popularity, seconds with none to R of them shadowed, and r."""
   _, totals, experts = by_popularity(counts, most, xp)
   # It never shadows the last expert, which has no next one.
   numbers = xp.arange(min(most, len(totals) - 1) + 1)
