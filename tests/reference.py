@@ -514,6 +514,53 @@ def strictly_balanced(logits, m, mask, thresholds):
   return *gates, loss
 
 
+def node_of_group(group, groups, devices, per_node):
+  """The node of a group: device after device has as many groups in order."""
+  owner = [d for d in range(devices) for _ in range(groups // devices)]
+  return owner[group] // per_node
+
+
+def limited_choice(logits, node, mask, K, Q, limit):
+  """FasterMoE's gate for K choices, of which any remote one makes one leave."""
+  G, S, E = logits.shape
+  index = np.zeros((G, S, K), int)
+  for g in range(G):
+    own = [e for e in range(E) if e // (E // Q) == node[g]]
+    score = {}  # of each token that wants to leave
+    for s in range(S):
+      index[g, s] = choose(logits[g, s], K)
+      away = [e for e in index[g, s] if e not in own]
+      if mask[g, s] and away:
+        score[s] = softmax(logits[g, s])[away].max()
+    for s in sorted(score, key=lambda s: (-score[s], s))[limit:]:
+      index[g, s] = _best_of(own, logits[g, s], K)
+  return index
+
+
+def fastmoe_choice(logits, node, mask, Q, limit):
+  """The top-2 gate of FastMoE's FasterGate, of each group by itself."""
+  G, S, E = logits.shape
+  index = np.zeros((G, S, 2), int)
+  for g in range(G):
+    own = [e for e in range(E) if e // (E // Q) == node[g]]
+    best = [choose(logits[g, s], 2) for s in range(S)]
+    going = [s for s in range(S) if mask[g, s] and best[s][0] not in own]
+    index[g] = best
+    if len(going) < limit:
+      continue
+    going.sort(key=lambda s: (-logits[g, s, best[s][0]], s))
+    for s in range(S):
+      index[g, s] = _best_of(own, logits[g, s], 2)
+      if s in going[:limit]:
+        index[g, s, 1] = best[s][0]
+  return index
+
+
+def _best_of(experts, logits, K):
+  """The K experts of largest logits among some; ties go to the lower."""
+  return sorted(experts, key=lambda e: (-logits[e], e))[:K]
+
+
 def gptq(w, h, nearest):
   """GPTQ by elimination: each input is rounded, and taken out of inverse(H).
 

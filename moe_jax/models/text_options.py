@@ -154,6 +154,8 @@ class LayerOptions(Options):
         f'tokens in a microbatch do not divide by the {run.parts} devices that '
         'rows are split over: a group never spans two'
       )
+    if problem := self.moe.router.problem_of_groups(groups):
+      yield f'model.moe.group_size={S}: {problem}'
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""

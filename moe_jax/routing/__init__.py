@@ -11,6 +11,7 @@ from moe_jax.routing import (
   hierarchical_rule,
   running_totals,
   strictly_balanced_rule,
+  topology_rule,
 )
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import (
@@ -107,5 +108,6 @@ __all__ = [
   'strictly_balanced_rule',
   'to_experts',
   'token_choice',
+  'topology_rule',
   'z_loss',
 ]

@@ -14,6 +14,7 @@ from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.routers.strictly_balanced import StrictlyBalanced
 from moe_jax.layers.routers.task import Task
 from moe_jax.layers.routers.token_choice import TokenChoice
+from moe_jax.layers.routers.topology_aware import TopologyAware
 from moe_jax.options import Kinds
 
 ROUTERS = Kinds(
@@ -29,6 +30,7 @@ ROUTERS = Kinds(
     'hierarchical': Hierarchical,
     'sentence': Sentence,
     'task': Task,
+    'topology': TopologyAware,
   },
 )
 
@@ -46,4 +48,5 @@ __all__ = [
   'StrictlyBalanced',
   'Task',
   'TokenChoice',
+  'TopologyAware',
 ]

@@ -44,9 +44,9 @@ class Queued(RouterOptions):
     """The router with 'token_major' for every priority of the same effect.
 
     With room for all the order has no effect, and with K = 1 there is no second
-    choice.
+    choice. A router may leak for other reasons as well.
     """
-    if self.leak(sizes) is not None:
+    if Queued.leak(self, sizes) is not None:
       return self
     return dataclasses.replace(self, slot_priority='token_major')
 
@@ -167,6 +167,7 @@ def serve(
   *,
   scores: Float32[Array, 'G S E'] | None = None,
   spare: int = 0,
+  expert_index: Int32[Array, 'G S K'] | None = None,
 ) -> tuple[routing.Routing, Int32[Array, 'G S N']]:
   """The routing of `ByLogits`, and the experts of the largest scores.
 
@@ -179,16 +180,18 @@ def serve(
     scores: The scores by which tokens choose. Default: the logits.
     spare: The number of experts that are returned beyond the K chosen ones; in
       all there are at most E.
+    expert_index: The choices of tokens, where they are made already; they are
+      returned instead.
   """
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
   scores = logits if scores is None else scores
   if (chosen_from := open_columns(module, layer)) is not None:
     scores = jnp.where(chosen_from, scores, -jnp.inf)
-  # It runs on each device, as no compiler splits a top-K over groups.
-  largest = on_each_device(
-    functools.partial(routing.choose, num_selected=min(K + spare, E)), (scores,)
-  )
+  if (largest := expert_index) is None:
+    # It runs on each device, as no compiler splits a top-K over groups.
+    choose = functools.partial(routing.choose, num_selected=min(K + spare, E))
+    largest = on_each_device(choose, (scores,))
   draws = train and o.second_policy != 'all' and K > 1
   chosen = routing.token_choice(
     logits,

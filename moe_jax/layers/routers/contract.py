@@ -40,6 +40,8 @@ from moe_jax.shapes import (
 ROUTER_STATE = 'router_state'
 # The rng stream from which routers draw their noise.
 NOISE = 'router'
+# The names under which routers keep their choices for analysis.
+CHOICES = ('expert_index', 'slots')
 
 
 class RoutedTokens(NamedTuple):
@@ -189,6 +191,15 @@ class RouterOptions(Options):
     if not 1 <= K <= E:
       yield f'num_selected={K} not in [1, num_experts={E}]'
 
+  def problem_of_groups(self, groups: int) -> str | None:
+    """The reason why batches of that many groups do not fit; None if they do.
+
+    Args:
+      groups: The number of groups of a microbatch.
+    """
+    del groups
+    return None
+
   @required
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
@@ -317,6 +328,7 @@ def sown_choices(layer: Any) -> Any:
   """
   if isinstance(layer, tuple):  # flax keeps what is sown in tuples
     return layer[0]
-  for below in layer.values():
-    return sown_choices(below)
+  for name, below in layer.items():
+    if name in CHOICES or not isinstance(below, tuple):
+      return sown_choices(below)
   raise ValueError('the layer has a router that kept no choices')

@@ -27,7 +27,7 @@ from moe_jax.options import (
 from moe_jax.routing import MoeAux
 from tests.models import tiny
 
-G, S, E, K, M = 40, 7, 6, 2, 5
+G, S, E, K, M = 40, 8, 6, 2, 5
 TIGHT = Sizes(E, K, PerToken(factor=0.8))
 ROOMY = Sizes(E, K, All())
 KINDS = sorted(ROUTERS.builtin)

@@ -1,0 +1,167 @@
+"""The topology-aware gate by hand, by definition, and what always holds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.routing import topology_rule
+from moe_jax.routing.token_choice_rule import choose
+from tests import reference
+
+STATIC = ('num_selected', 'num_nodes', 'limit')
+limited_choice = jax.jit(topology_rule.limited_choice, static_argnames=STATIC)
+fastmoe_choice = jax.jit(
+  topology_rule.fastmoe_choice, static_argnames=STATIC[1:]
+)
+leaving = jax.jit(topology_rule.leaving, static_argnames='num_nodes')
+
+
+def log(probs):
+  return jnp.log(jnp.asarray(probs, jnp.float32))[None]
+
+
+# Four experts are on two nodes, 0 and 1 on the first, where the group is. The
+# first three tokens like an expert of the other node best.
+TOLD = log(
+  [
+    [0.30, 0.10, 0.40, 0.20],
+    [0.05, 0.15, 0.10, 0.70],
+    [0.10, 0.20, 0.50, 0.20],
+    [0.60, 0.10, 0.25, 0.05],
+  ]
+)
+HERE = jnp.zeros(1, jnp.int32)
+REAL = jnp.ones((1, 4), bool)
+
+
+def told(K, limit, mask=REAL):
+  index = limited_choice(
+    TOLD, HERE, mask, num_selected=K, num_nodes=2, limit=limit
+  )
+  return np.asarray(index)[0].tolist()
+
+
+def test_the_published_gate_is_told():
+  # Nobody may leave: each has its best expert of 0 and 1.
+  assert told(1, 0) == [[0], [1], [1], [0]]
+  # The second token, with 0.7, may leave alone; then the third, with 0.5.
+  assert told(1, 1) == [[0], [3], [1], [0]]
+  assert told(1, 2) == [[0], [3], [2], [0]]
+  assert told(1, 3) == [[2], [3], [2], [0]]
+  # A token that is padding leaves its place to the next.
+  assert told(1, 1, REAL.at[0, 1].set(False))[2] == [2]
+  # Of two choices the last token wants a remote expert, too, with 0.25, which
+  # is the lowest score. Who stays chooses both at home.
+  assert told(2, 3) == [[2, 0], [3, 1], [2, 1], [0, 1]]
+  assert told(2, 4)[3] == [0, 2]
+
+
+def test_what_fastmoe_ships_is_told():
+  def ships(limit):
+    index = fastmoe_choice(TOLD, HERE, REAL, num_nodes=2, limit=limit)
+    return np.asarray(index)[0].tolist()
+
+  # Three first choices are remote, which is fewer than four: plain top-2, in
+  # which the last token's second choice leaves as well.
+  assert ships(4) == [[2, 0], [3, 1], [2, 1], [0, 2]]
+  # Three are not fewer than three: all stay, but have their remote first
+  # choice in the second place. The last token's second choice is gone.
+  assert ships(3) == [[0, 2], [1, 3], [1, 2], [0, 1]]
+  # By logits the second token is the first to leave.
+  assert ships(1) == [[0, 1], [1, 3], [1, 0], [0, 1]]
+  assert ships(0) == [[0, 1], [1, 0], [1, 0], [0, 1]]
+
+
+def test_who_leaves_is_counted():
+  def counted(K, limit, mask=REAL):
+    index = limited_choice(
+      TOLD, HERE, mask, num_selected=K, num_nodes=2, limit=limit
+    )
+    counts = leaving(TOLD, index, HERE, mask, num_nodes=2)
+    return [int(count[0]) for count in counts]
+
+  assert counted(1, 1) == [4, 3, 1]
+  assert counted(2, 4) == [4, 4, 4]
+  assert counted(1, 4, REAL.at[0, 1].set(False)) == [3, 2, 2]
+
+
+G, S = 11, 7
+# The nodes Q, devices of a node m, experts E and choices K.
+SIZES = [(2, 1, 6, 1), (2, 2, 8, 3), (3, 2, 12, 2), (4, 1, 8, 2), (1, 2, 4, 2)]
+
+
+@functools.cache
+def example(Q, E, seed=0):
+  """Logits, of which some tie, nodes and a mask with some padding."""
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=(G, S, E)).astype(np.float32)
+  logits[:3] = np.round(logits[:3])
+  node = rng.integers(0, Q, G).astype(np.int32)
+  mask = jnp.asarray(rng.random((G, S)) < 0.8)
+  return jnp.asarray(logits), jnp.asarray(node), mask
+
+
+@pytest.mark.parametrize('limit', [0, 2, 3, S])
+@pytest.mark.parametrize(('Q', 'm', 'E', 'K'), SIZES)
+def test_follows_the_definition_and_keeps_the_limit(Q, m, E, K, limit):
+  logits, node, mask = example(Q, E)
+  # The owner of an expert is one of m devices; its node is what counts.
+  owner = np.arange(E) // (E // (Q * m))
+  index = np.asarray(
+    limited_choice(logits, node, mask, num_selected=K, num_nodes=Q, limit=limit)
+  )
+  expected = reference.limited_choice(
+    np.float64(logits), np.asarray(node), np.asarray(mask), K, Q, limit
+  )
+  np.testing.assert_array_equal(index, expected)
+  away = owner[index] // m != np.asarray(node)[:, None, None]
+  left = (away.any(-1) & np.asarray(mask)).sum(1)
+  assert left.max() <= limit
+  counts = leaving(logits, index, node, mask, num_nodes=Q)
+  np.testing.assert_array_equal(counts.leaving, left)
+  np.testing.assert_array_equal(
+    counts.leaving, np.minimum(counts.wanting, limit)
+  )
+  assert Q == 1 or limit == S or (counts.wanting > limit).any()
+  if limit == S or Q == 1:
+    np.testing.assert_array_equal(index, choose(logits, K))
+
+
+@pytest.mark.parametrize('limit', [0, 2, S - 2, S + 1])
+@pytest.mark.parametrize(('Q', 'E'), [(2, 6), (4, 8)])
+def test_what_fastmoe_ships_follows_its_loops(Q, E, limit):
+  logits, node, mask = example(Q, E, seed=1)
+  index = np.asarray(
+    fastmoe_choice(logits, node, mask, num_nodes=Q, limit=limit)
+  )
+  expected = reference.fastmoe_choice(
+    np.asarray(logits), np.asarray(node), np.asarray(mask), Q, limit
+  )
+  np.testing.assert_array_equal(index, expected)
+  plain = np.asarray(choose(logits, 2))
+  # Groups of either kind are among the examples, where the limit allows both.
+  limited = (index != plain).any((1, 2))
+  assert limited.any() == (limit <= S) and (limit != 0 or limited.all())
+  if 0 < limit <= S:
+    second = index[limited][..., 1] // (E // Q)
+    away = second != np.asarray(node)[limited][:, None]
+    away &= np.asarray(mask)[limited]
+    assert (away.sum(1) == limit).all()
+
+
+def test_sizes_that_do_not_fit_are_refused():
+  logits, node, mask = example(2, 6)
+  sizes = dict(num_selected=1, num_nodes=2, limit=0)
+  for name, value, problem in (
+    ('num_nodes', 4, 'num_experts=6 is not divisible by num_nodes=4'),
+    ('num_selected', 4, r'num_selected=4 not in \[1, 3\], the 6 experts on 2'),
+    ('num_selected', 0, r'num_selected=0 not in \[1, 3\]'),
+    ('limit', -1, 'limit=-1 is negative'),
+  ):
+    with pytest.raises(ValueError, match=problem):
+      topology_rule.limited_choice(logits, node, mask, **{**sizes, name: value})
+  with pytest.raises(ValueError, match=r'num_selected=2 not in \[1, 1\]'):
+    topology_rule.fastmoe_choice(logits, node, mask, num_nodes=6, limit=1)
