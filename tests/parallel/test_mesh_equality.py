@@ -25,6 +25,7 @@ from moe_jax.layers.routers import (
   StrictlyBalanced,
   Task,
   TokenChoice,
+  TopologyAware,
 )
 from moe_jax.models import router_state
 from moe_jax.parallel.exchange import AllToAll, Constraint, InRing
@@ -85,6 +86,17 @@ WAYS = dict(
     'num_selected': 1,
   },
   lstms=TWO_LEVELS,
+  topology={
+    'router': TopologyAware(
+      gates='renormalized',
+      devices=4,
+      per_node=2,
+      outgoing_fraction=0.4,
+      jitter=0.01,
+    ),
+    'capacity': TIGHT,
+    'allow_future_leak': True,
+  },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={
     'router': Sentence(jitter=0.01),

@@ -40,8 +40,6 @@ from moe_jax.shapes import (
 ROUTER_STATE = 'router_state'
 # The rng stream from which routers draw their noise.
 NOISE = 'router'
-# The names under which routers keep their choices for analysis.
-CHOICES = ('expert_index', 'slots')
 
 
 class RoutedTokens(NamedTuple):
@@ -328,7 +326,6 @@ def sown_choices(layer: Any) -> Any:
   """
   if isinstance(layer, tuple):  # flax keeps what is sown in tuples
     return layer[0]
-  for name, below in layer.items():
-    if name in CHOICES or not isinstance(below, tuple):
-      return sown_choices(below)
+  for below in layer.values():
+    return sown_choices(below)
   raise ValueError('the layer has a router that kept no choices')

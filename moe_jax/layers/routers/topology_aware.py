@@ -13,9 +13,11 @@ for each device both are the same.
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import ByLogits, logits_aux, serve
@@ -29,6 +31,9 @@ from moe_jax.options import above, at_least, one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import topology_rule
 from moe_jax.shapes import Array, Int32
+
+# The name under which the router keeps counts for analysis.
+_LEAVING = 'leaving'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,9 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     when={'limit_by': ('bandwidth',)},
   )
   local_gb_per_second: float = option(
-    12.5,
-    "Bandwidth of a device's link to the others of its node, in GB/s.",
+    15.75,
+    "Bandwidth of a device's link to the others of its node, in GB/s (15.75 is "
+    'PCIe 3.0 with 16 lanes).',
     above(0),
     when={'limit_by': ('bandwidth',)},
   )
@@ -227,5 +233,20 @@ class TopologyAwareRouter(Router):
     leaving = functools.partial(topology_rule.leaving, num_nodes=o.num_nodes)
     counts = on_each_device(leaving, (logits, chosen.expert_index, node, mask))
     # For analysis alone, if the caller makes 'intermediates' mutable.
-    self.sow('intermediates', 'leaving', counts)
+    self.sow('intermediates', _LEAVING, counts)
     return chosen, logits_aux(self, chosen, logits, logits, mask, layer)
+
+
+def sown_leaving(layer: Mapping[str, Any]) -> topology_rule.Leaving:
+  """The counts of tokens that leave, which a layer's router kept for analysis.
+
+  Args:
+    layer: The variables of one layer in the collection 'intermediates'.
+
+  Raises:
+    ValueError: The layer's router is another one, and kept none.
+  """
+  for path, value in flatten_dict(layer).items():
+    if path[-1] == _LEAVING:
+      return value[0]  # flax keeps what is sown in tuples
+  raise ValueError('the layer has a router that kept no counts of who leaves')
