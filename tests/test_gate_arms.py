@@ -10,9 +10,10 @@ from experiments.study.jobs import layered
 from experiments.study.parts import Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax import run_config, sections
+from moe_jax import run_config
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge
+from tests.training import tiny
 
 STUDY = Study(
   name='gate_arms',
@@ -47,20 +48,24 @@ def test_arms_differ_in_who_may_leave():
 
 @pytest.mark.slow
 def test_arms_run_and_their_shares_are_those_of_their_limits(tmp_path):
-  shared = merge(STUDY.shared(STUDY.presets['quick']), {'batch_size': 4})
-  shared = sections.lock(RunConfig, shared.unlock())
+  small = {
+    'batch_size': 4,
+    'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
+  }
+  shared = merge(STUDY.shared(STUDY.presets['quick']), small)
+  arms = [a for a in gate_arms.arms() if a.x in (0.14, None)]
   results = {}
-  for job in STUDY.jobs(shared, gate_arms.arms(), [0], tmp_path, {}):
+  for job in STUDY.jobs(shared, arms, [0], tmp_path):
     result = runner.train(job, gate_arms.shares, jax.devices()[:1])
     results[job.arm.name] = result
     wanting = result['gate/wanting']
     kept, leaving = result['gate/kept_at_home'], result['gate/leaving']
     np.testing.assert_allclose(wanting, kept + leaving)
     assert 0.3 < wanting <= 1
-    for column in gate_arms.COLUMNS[:2]:
-      assert np.isfinite(result[column.key])
-  shares = [results[gate_arms.name_of(s)] for s in gate_arms.SHARES]
-  assert shares[0]['gate/kept_at_home'] == 0
-  # Half of 64, eight of 64 and none.
-  most = [result['gate/leaving'] for result in shares[1:]]
-  np.testing.assert_allclose(most, [0.5, 0.125, 0.0], atol=0.01)
+    for column in gate_arms.COLUMNS:
+      assert np.isfinite(column.of(result))
+  limited, shipped = results.values()
+  # Nearly all of the 64 tokens of a group want to leave, and eight may. Those
+  # of a group with fewer remote first choices leave as they like as shipped.
+  np.testing.assert_allclose(limited['gate/leaving'], 8 / 64, atol=0.01)
+  assert limited['gate/leaving'] < shipped['gate/leaving']
