@@ -40,9 +40,12 @@ _LEAVING = 'leaving'
 class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   """The options of the topology-aware gate.
 
-  Its losses count the choices that tokens make under the limit. It has the
-  parameters of token choice, which is the same without a limit: an evaluation
-  can override the router's kind.
+  Its losses count the choices that tokens make under the limit; unlike them,
+  that of FastMoE's gate counts first choices before it. A capacity is that of
+  an expert in a group, and a group whose tokens stay fills the experts of its
+  node alone: where it binds, Q times the factor drops as little as without a
+  limit. The parameters are those of token choice, which is the same without a
+  limit: an evaluation can override the router's kind.
   """
 
   # A column tied to another's expert would no longer tell its device.
