@@ -1,0 +1,207 @@
+"""Routing traces: what each sparse layer chose, batch by batch.
+
+A folder has `header.json` and chunks of records, written by `Writer`. Of a run
+that was killed and went on, each step counts once, as its last session took it.
+Training, evaluation and generation write traces (`recording.py`,
+`moe_jax.generate --trace`). Not here: the layout of the files
+(`trace_files.py`).
+"""
+
+import functools
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.analysis import trace_files
+from moe_jax.analysis.trace_files import Chunk, Writer
+from moe_jax.analysis.trace_packing import IDS, Entry, unpack
+from moe_jax.analysis.trace_records import (
+  Header,
+  LayerChoices,
+  LayerInfo,
+  Record,
+)
+
+__all__ = [
+  'Header',
+  'LayerChoices',
+  'LayerInfo',
+  'Record',
+  'Trace',
+  'Writer',
+  'read',
+  'write',
+]
+
+# Chunks that are held in memory for each process that wrote.
+_CACHED = 2
+
+
+class _Key(NamedTuple):
+  """A record's name; records are ordered by it."""
+
+  step: int
+  kind: str
+  batch: int
+  sequence: str
+
+
+class _Place(NamedTuple):
+  """The place of some rows of a record: a chunk, and the number in it."""
+
+  chunk: Chunk
+  number: int
+
+  @property
+  def entry(self) -> Entry:
+    return self.chunk.entries[self.number]
+
+
+class Trace:
+  """A trace, whose chunks are read and checked as records are asked for.
+
+  Attributes:
+    header: Its header.
+    incomplete: The number of records that are left out because a process was
+      killed before it wrote its rows.
+  """
+
+  def __init__(
+    self, header: Header, places: Mapping[_Key, list[_Place]], processes: int
+  ):
+    self.header = header
+    newest = {key: _newest(found) for key, found in places.items()}
+    self._places = {key: newest[key] for key in sorted(newest) if newest[key]}
+    self.incomplete = len(places) - len(self._places)
+    cached = functools.lru_cache(maxsize=_CACHED * max(processes, 1))
+    self._load = cached(trace_files.load)
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """The kinds of records that there are, in alphabetical order."""
+    return tuple(sorted({key.kind for key in self._places}))
+
+  @property
+  def steps(self) -> tuple[int, ...]:
+    """The numbers of steps that there are records of, ascending."""
+    return self.steps_of(None)
+
+  def steps_of(self, kind: str | None) -> tuple[int, ...]:
+    """The numbers of steps that there are records of a kind of, ascending."""
+    return tuple(dict.fromkeys(key.step for key in self._keys(kind, None)))
+
+  def __len__(self) -> int:
+    """The number of records."""
+    return len(self._places)
+
+  def records(
+    self, kind: str | None = None, steps: Container[int] | None = None
+  ) -> Iterator[Record]:
+    """The records, by step, kind, number of the batch and sequence.
+
+    Args:
+      kind: The kind of records; None: all.
+      steps: The numbers of steps, such as a range; None: all.
+
+    Raises:
+      ValueError: There is no such kind, or a file is damaged.
+    """
+    if kind is not None and kind not in self.kinds:
+      raise ValueError(f'unknown kind {kind!r}; have {[*self.kinds]}')
+    for key in self._keys(kind, steps):
+      yield self._record(self._places[key])
+
+  def _keys(
+    self, kind: str | None, steps: Container[int] | None
+  ) -> Iterator[_Key]:
+    for key in self._places:
+      if kind in (None, key.kind) and (steps is None or key.step in steps):
+        yield key
+
+  def _record(self, places: list[_Place]) -> Record:
+    parts = []
+    for place in places:
+      arrays = self._load(place.chunk.path)[place.number]
+      parts.append(unpack(arrays, place.entry, self.header))
+    rows = [place.entry.rows for place in places]
+    batch_size = places[0].entry.batch_size
+    if len(parts) == 1 and rows[0] == tuple(range(batch_size)):
+      return parts[0]
+    return _joined(parts, rows, batch_size)
+
+
+def _newest(places: list[_Place]) -> list[_Place]:
+  """The places of the newest session that has all rows; [] if none has."""
+  for session in sorted({place.chunk.session for place in places})[::-1]:
+    own = [place for place in places if place.chunk.session == session]
+    rows = set().union(*(place.entry.rows for place in own))
+    if rows == set(range(own[0].entry.batch_size)):
+      return own
+  return []
+
+
+def _joined(
+  parts: list[Record], rows: list[tuple[int, ...]], batch_size: int
+) -> Record:
+  """The record of a whole batch from the rows that processes have of it."""
+
+  def join(values: Iterable[np.ndarray | None], none=0) -> np.ndarray | None:
+    values = [*values]
+    if values[0] is None:
+      return None
+    shape = np.max([v.shape[1:] for v in values], 0)  # K' may differ
+    whole = np.full((batch_size, *shape), none, values[0].dtype)
+    for own, value in zip(rows, values, strict=True):
+      inside = tuple(slice(size) for size in value.shape[1:])
+      whole[(list(own), *inside)] = value
+    return whole
+
+  def layer(number: int) -> LayerChoices:
+    experts, *others = zip(*(part.layers[number] for part in parts))
+    return LayerChoices(join(experts, -1), *map(join, others))
+
+  ids = {name: join(getattr(p, name) for p in parts) for name in IDS}
+  return parts[0]._replace(**ids, layers={i: layer(i) for i in parts[0].layers})
+
+
+def read(folder: str | os.PathLike[str]) -> Trace:
+  """Reads the header of a trace, and what its chunks hold.
+
+  Raises:
+    ValueError: There is no trace, or a file of it is damaged, missing or of
+      another trace; what differs is listed.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  header = trace_files.read_header(folder)
+  chunks = trace_files.chunks(folder, header)
+  starts = {chunk.session: chunk.start for chunk in chunks}
+  places = defaultdict(list)
+  for chunk in chunks:
+    later = [s for number, s in starts.items() if number > chunk.session]
+    for number, entry in enumerate(chunk.entries):
+      # A later session went on from a checkpoint, and took its steps anew. What
+      # was evaluated before the checkpoint was saved may stand there alone.
+      last = entry.step - (entry.kind != 'train')
+      if last < min(later, default=np.inf):
+        key = _Key(entry.step, entry.kind, entry.batch, entry.sequence)
+        places[key].append(_Place(chunk, number))
+  return Trace(header, places, len({chunk.process for chunk in chunks}))
+
+
+def write(
+  folder: str | os.PathLike[str], header: Header, records: Iterable[Record]
+) -> None:
+  """Writes a whole trace, from one process.
+
+  Raises:
+    ValueError: The folder has a trace already, or a record does not fit.
+  """
+  if (pathlib.Path(folder).expanduser() / trace_files.HEADER).exists():
+    raise ValueError(f'{folder} has a trace already')
+  with Writer(folder, header) as writer:
+    for record in records:
+      writer.add(record)
