@@ -12,6 +12,7 @@ from rich.console import Console
 from moe_jax import data, generation, models
 from moe_jax.analysis import cost, plots, routing_report, sharded
 from moe_jax.analysis.token_counts import token_counts
+from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
 from moe_jax.generation import trained_run
 from moe_jax.kernels import backends
@@ -326,6 +327,7 @@ def default_hooks() -> list[Hook]:
     Facts(),
     MeshSummary(),
     Profile(),
+    Traces(),
     Plots(),
     RoutingReport(),
     Sample(),

@@ -50,7 +50,8 @@ class RunConfig(RunOptions):
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """See `RunOptions.for_hooks`."""
-    return ('distill',) if self.distill.teacher else ()
+    own = ('distill',) if self.distill.teacher else ()
+    return (*super().for_hooks, *own)
 
   def problems(self) -> Iterator[str]:
     """The problems of all runs, and of the teacher with other sections."""

@@ -4,7 +4,7 @@ Not here: how the sums are computed (`training/losses.py`), and the step
 (`training/step.py`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,12 +22,15 @@ class LossSums(NamedTuple):
     weight: float32 [], sum of loss weights.
     logits_z: float32 [], sum of squared logsumexps of logits times weights.
     aux: Losses and statistics of the layers' routers, every leaf [L, ...].
+    choices: The choices of the batch's tokens where the step records them, no
+      sums; see `moe_jax.models.recorded.Choices`.
   """
 
   cross_entropy: Array
   weight: Array
   logits_z: Array
   aux: MoeAux
+  choices: Any = None
 
 
 class StepMetrics(NamedTuple):

@@ -125,11 +125,17 @@ NARROW = {
   'compression': {'runs': (*FOLDERS, 'moe_jax.runs.packed_weights')},
   'analysis': {
     'data': TOKENIZERS,
-    'runs': CHECKPOINTS[:1],
+    'runs': (
+      *CHECKPOINTS[:2],
+      'moe_jax.runs.metrics',
+      'moe_jax.runs.summary',
+    ),
     'training': (
+      'moe_jax.training.evaluate',
       'moe_jax.training.programs',
       'moe_jax.training.run_options',
       'moe_jax.training.setup',
+      'moe_jax.training.trace_options',
     ),
   },
   'evaluation': {

@@ -154,10 +154,9 @@ class Writer:
     self._part, self._bytes = 0, 0
     self._entries: list[Entry] = []
     self._arrays: Arrays = {}
+    check(self._folder, header)
     path = self._folder / HEADER
-    if path.exists():
-      read_header(self._folder).check_same(header, f'the trace for {path}')
-    elif process == 0:
+    if process == 0 and not path.exists():
       _write_atomically(path, lambda to: to.write_text(header.to_json()))
 
   def add(
@@ -222,6 +221,16 @@ class Writer:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def check(folder: pathlib.Path, header: Header) -> None:
+  """Checks that a trace with this header may go on in a folder.
+
+  Raises:
+    ValueError: The folder has another trace; what differs is listed.
+  """
+  if (folder / HEADER).exists():
+    header.check_same(read_header(folder), str(folder))
 
 
 def read_header(folder: pathlib.Path) -> Header:

@@ -166,7 +166,5 @@ class Header:
     differ = [f'  {n}: {a!r} here, {b!r} there' for n, a, b in pairs if a != b]
     if differ:
       raise ValueError(
-        '\n'.join(
-          [f'{where} is of another trace than its header says:', *differ]
-        )
+        '\n'.join([f'{where} has the trace of something else:', *differ])
       )

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from moe_jax import finetuning, partitioning
+from moe_jax import finetuning
 from moe_jax.compression import (
   dense_start,
   soft_labels,
@@ -29,7 +29,7 @@ from moe_jax.compression.distill_options import (
 )
 from moe_jax.compression.teacher import Teacher
 from moe_jax.finetuning import start as start_lib
-from moe_jax.training.programs import make_step
+from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
@@ -239,12 +239,12 @@ def _compiled(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
     return step(state, {**batch, **more})
 
   places = jax.tree.map(lambda x: x.sharding, run.programs.abstract_state)
-  whole = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
+  metrics = metrics_shardings(run.mesh, run.options.sharding.rules)
   given = jax.tree.map(lambda x: x.sharding, shapes)
   return jax.jit(
     train_step,
     in_shardings=(given, places, run.programs.put.sharding),
-    out_shardings=(places, whole),
+    out_shardings=(places, metrics),
     donate_argnums=1,
   )
 

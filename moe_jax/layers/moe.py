@@ -21,7 +21,7 @@ from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.routers.contract import NOISE, RouterOptions
+from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN, RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
 from moe_jax.options import (
@@ -229,7 +229,7 @@ class MoE(nn.Module):
         'num_experts=0 is the dense twin, a FeedForward of `options.twin()`; '
         'a mixture has at least 1'
       )
-    B, T, M = x.shape
+    B, T = x.shape[:2]
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
     else:
@@ -239,6 +239,9 @@ class MoE(nn.Module):
       router_ids = in_groups(router_ids, groups.shape[1])
     router = o.router.module(o.sizes, self.shared, name='router')
     routing, aux = router(groups, mask, train, router_ids, layer)
+    if self.is_mutable_collection(SOWN):
+      chosen = routing.by_token(mask)
+      self.sow(SOWN, CHOICES, jax.tree.map(lambda x: to_rows(x, B, T), chosen))
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
@@ -247,7 +250,7 @@ class MoE(nn.Module):
       aux = aux._replace(exchange=inner)
     elif inner is not None:
       aux = _with_losses(aux, inner)
-    return y.reshape(-1, M)[: B * T].reshape(B, T, M), aux
+    return to_rows(y, B, T), aux
 
   def _mask_outputs(self, routing, train):
     """Masks outputs of experts by setting their gates to zero."""
@@ -286,6 +289,14 @@ def to_groups(
   padding = -(B * T) % S
   x = jnp.pad(x.reshape(B * T, M), ((0, padding), (0, 0)))
   return x.reshape(-1, S, M), in_groups(token_mask, S)
+
+
+def to_rows(
+  values: Shaped[Array, 'G S N'], batch_size: int, length: int
+) -> Shaped[Array, 'B T N']:
+  """The values of tokens in groups as rows again, without the padding."""
+  values = values.reshape(-1, values.shape[-1])[: batch_size * length]
+  return values.reshape(batch_size, length, -1)
 
 
 def in_groups(

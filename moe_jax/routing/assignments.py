@@ -7,7 +7,7 @@ has. Not here: any router, or how tokens move (`moe_jax.dispatch`).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,20 @@ import jax.numpy as jnp
 from moe_jax.routing import rows
 from moe_jax.routing.size_checks import check_capacity
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
+
+
+class TokenChoices(NamedTuple):
+  """The choices of each token, whoever made them.
+
+  Attributes:
+    expert: int32 [G, S, N], the number of the expert; -1 where there is none.
+    gate: float32 [G, S, N], the weight of its output; 0 where not kept.
+    kept: bool [G, S, N], whether the choice is served.
+  """
+
+  expert: Leaf
+  gate: Leaf
+  kept: Leaf
 
 
 @functools.partial(
@@ -81,6 +95,12 @@ class Routing:
     chosen = jax.nn.one_hot(self.expert_index, self.num_experts)
     gate = jnp.where(self.kept, self.gate, 0.0)
     return (chosen * gate[..., None]).sum(-2)
+
+  def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
+    """The K choices of each token that the mask has; others have none."""
+    expert = jnp.where(mask[..., None], self.expert_index, -1)
+    gate = jnp.where(self.kept, self.gate, 0.0)
+    return TokenChoices(expert, gate, self.kept)
 
   @jax.named_scope('index')
   def rows_per_expert(self) -> Int32[Array, ' E']:
@@ -208,6 +228,17 @@ class SlotRouting:
   def token_gates(self) -> Float32[Array, 'G S E']:
     """Each expert's gate for each token; 0 for a token it does not serve."""
     return self.slot_weights().sum(-1)
+
+  def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
+    """Each token with all E experts, -1 for those that did not take it."""
+    (G, E, _), S = self.token_index.shape, self.group_size
+    groups, experts = jnp.arange(G)[:, None, None], jnp.arange(E)[:, None]
+    places = (groups, self.token_index, experts)
+    gate = jnp.zeros((G, S, E)).at[places].set(self.gate, mode='drop')
+    kept = jnp.zeros((G, S, E), bool).at[places].set(True, mode='drop')
+    kept &= mask[..., None]
+    expert = jnp.where(kept, jnp.arange(E, dtype=jnp.int32), -1)
+    return TokenChoices(expert, jnp.where(kept, gate, 0.0), kept)
 
   @jax.named_scope('index')
   def rows_per_expert(self) -> Int32[Array, ' E']:

@@ -17,6 +17,7 @@ import numpy as np
 from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
 from moe_jax.distributed import Placing
 from moe_jax.models import Model
+from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.options import Options, at_least, one_of, option, required
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row
@@ -25,6 +26,8 @@ from moe_jax.training_types import LossSums, add
 
 Variables = dict[str, Any]  # 'params', and 'router_state' if the model has it
 Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
+# (number of the batch, batch, choices) -> nothing
+Record = Callable[[int, dict[str, jax.Array], Choices], None]
 M = TypeVar('M', bound='OverBatches')
 # Overrides of the model that give every expert room for all tokens.
 ROOM_FOR_ALL = {
@@ -258,19 +261,46 @@ class Losses(OverBatches):
     del step
     return summary.summarize(self.sums(variables), self.model.moes)
 
-  def sums(self, variables: Variables) -> LossSums:
-    """The sums over all batches, as float64 numpy."""
-    run = compiled_eval_step(self.model)
+  def sums(
+    self,
+    variables: Variables,
+    apply: Apply = plainly,
+    record: Record = lambda number, batch, choices: None,
+  ) -> LossSums:
+    """The sums over all batches, as float64 numpy.
+
+    Args:
+      variables: The variables of the model.
+      apply: Applies the model, and may return the choices of experts.
+      record: Called with the number, the batch and the choices of each batch.
+    """
+    run = compiled_eval_step(self.model, apply, self.put.sharding)
     total = None
-    for batch in self.batches():
+    for number, batch in enumerate(self.batches()):
+      sums = run(variables, batch)
+      record(number, batch, sums.choices)
       # Sums are added on the host in float64, as a split may have more tokens
       # than float32 can count.
-      sums = summary.host(run(variables, batch))
+      sums = summary.host(sums._replace(choices=None))
       total = sums if total is None else add(total, sums)
     return total
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_eval_step(model: Model):
-  """`eval_step` for a model; equal models share the compiled function."""
-  return jax.jit(functools.partial(eval_step, model=model))
+def compiled_eval_step(
+  model: Model,
+  apply: Apply = plainly,
+  rows: jax.sharding.Sharding | None = None,
+):
+  """`eval_step` for a model; equal models share the compiled function.
+
+  Args:
+    model: The model.
+    apply: Applies the model, and may return the choices of experts.
+    rows: The sharding of the choices; None leaves it to the compiler.
+  """
+  places = LossSums(*[None] * len(LossSums._fields))
+  return jax.jit(
+    functools.partial(eval_step, model=model, apply=apply),
+    out_shardings=places._replace(choices=rows),
+  )

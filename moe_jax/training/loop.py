@@ -72,7 +72,7 @@ def train_and_evaluate(
   ):
     watchdog.mark('the set-up')
     run = set_up(options, workdir, resume=resume, devices=devices)
-    run.confirm = owner.confirm
+    run.hooks, run.confirm = hooks, owner.confirm
     for note in run.notes:
       run.message(note)
     with contextlib.ExitStack() as stack:
@@ -237,6 +237,8 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
   if must or (period and step % period == 0):
     with recorder.paused(step):
       run.confirm()
+      for hook in run.hooks:
+        hook.saving()
       run.checkpoints.save(
         step,
         state,

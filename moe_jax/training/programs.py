@@ -28,7 +28,7 @@ from moe_jax.training.optimizer_shardings import like_params
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
 from moe_jax.training.trainable import Trained
-from moe_jax.training_types import Batch, StepMetrics
+from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -115,8 +115,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     train_step=jax.jit(
       make_step(options, model, optimizer, trained),
       in_shardings=(shardings, batch_sharding),
-      # Metrics are whole everywhere, as every process reads them.
-      out_shardings=(shardings, partitioning.sharding(mesh, rules, ())),
+      out_shardings=(shardings, metrics_shardings(mesh, rules)),
       donate_argnums=0,
     ),
     put=Placing(batch_sharding, options.batch_size),
@@ -194,6 +193,7 @@ def make_step(
       computed,
       options.aux_losses.weights,
       loss,
+      options.trace.in_training,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,
@@ -205,6 +205,19 @@ def make_step(
   if options.max_nonfinite_steps:
     step = step_lib.skipping_nonfinite(step)
   return step
+
+
+def metrics_shardings(mesh: Mesh, rules: Rules) -> StepMetrics:
+  """The shardings of a step's metrics.
+
+  Choices are split as the batch is; all else is whole everywhere, as every
+  process reads it.
+  """
+  whole = partitioning.sharding(mesh, rules, ())
+  rows = partitioning.sharding(mesh, rules, ('batch', None))
+  sums = LossSums(*[whole] * len(LossSums._fields))._replace(choices=rows)
+  metrics = StepMetrics(*[whole] * len(StepMetrics._fields))
+  return metrics._replace(sums=sums)
 
 
 def state_shardings(

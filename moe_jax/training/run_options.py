@@ -45,6 +45,7 @@ from moe_jax.training.evaluation_entries import override_problems
 from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 from moe_jax.training.sample_options import SampleOptions
+from moe_jax.training.trace_options import TraceOptions
 
 R = TypeVar('R', bound='RunOptions')
 _EVALUATIONS = Kinds(
@@ -155,12 +156,15 @@ class RunOptions(Options):
   profile: ProfileOptions = nested(
     ProfileOptions(), 'Optimizer steps that are traced.'
   )
+  trace: TraceOptions = nested(
+    TraceOptions(), 'Choices of experts that the run records.'
+  )
   sample: SampleOptions = nested(SampleOptions(), 'Text at the end of the run.')
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """Names of the sections that have no effect but through `Hook.serves`."""
-    return ()
+    return ('trace',) if self.trace.is_on else ()
 
   def problems(self) -> Iterator[str]:
     """The problems between several sections, a text for each."""
@@ -181,6 +185,7 @@ class RunOptions(Options):
     yield from self._task_problems()
     yield from self._best_problems()
     yield from override_problems(self.model, self.evals)
+    yield from self.trace.problems_in(self.loss_evals)
 
   def _task_problems(self) -> Iterator[str]:
     model, task = self.model, self.data.task
@@ -223,12 +228,18 @@ class RunOptions(Options):
     elif self.sample.task not in tasks:
       yield unknown_text('task sample.task', self.sample.task, tasks)
 
+  @property
+  def loss_evals(self) -> list[str]:
+    """The names of the evaluations of the kind 'loss'."""
+    return [
+      name
+      for name, entry in self.evals.items()
+      if isinstance(entry, LossEvaluation)
+    ]
+
   def _best_problems(self) -> Iterator[str]:
     c = self.checkpoint
-    best, losses = c.best_eval, []
-    for name, entry in self.evals.items():
-      if isinstance(entry, LossEvaluation):
-        losses.append(name)
+    best, losses = c.best_eval, self.loss_evals
     if c.keep_best and c.best_metric != 'loss':
       if best not in self.evals:
         yield str(unknown('evaluation checkpoint.best_eval', best, self.evals))

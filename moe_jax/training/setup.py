@@ -54,6 +54,7 @@ class Run:
     early_stopping: The measurements that may end the run before its last step.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
+    hooks: The hooks of the run.
     confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line in process 0; the recorder replaces it while it
       displays progress.
@@ -71,6 +72,7 @@ class Run:
   checkpoints: Checkpointer
   early_stopping: EarlyStopping
   notes: tuple[str, ...] = ()
+  hooks: Sequence['Hook'] = ()
   confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
@@ -101,6 +103,9 @@ class Hook:
 
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
+
+  def saving(self) -> None:
+    """Called before a checkpoint is saved, after whose step a run goes on."""
 
   def end(self, run: Run, state: TrainState) -> None:
     """Called after the last step has been taken, evaluated and saved."""

@@ -17,6 +17,7 @@ from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
 from moe_jax.models.parameter_trees import init_params
+from moe_jax.models.recorded import Apply, plainly
 from moe_jax.runs import finite
 from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
 from moe_jax.training import losses, trainable
@@ -74,6 +75,7 @@ def make_grad_fn(
   computed: Computed = lambda params, key: params,
   scheduled: Scheduled = lambda weights, step: weights,
   loss: Loss | None = None,
+  apply: Apply = plainly,
 ) -> GradFn:
   """A function for the loss, its sums and gradient, over all microbatches.
 
@@ -88,20 +90,23 @@ def make_grad_fn(
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
     loss: Returns the loss of the model's outputs, instead of the model's own.
+    apply: Applies the model, and may return the choices of experts.
   """
   loss = loss or model.loss
 
   def loss_fn(part, params, batch, whole, key, router_state, step):
     params = trainable.whole(part, params)
     router_key, dropout_key = jax.random.split(key)
-    outputs, aux = model.apply(
+    (outputs, aux), choices = apply(
+      model,
       router_state_lib.variables(computed(params, dropout_key), router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
     sums = losses.loss_sums(loss(outputs, batch), batch, aux)
-    return losses.total_loss(sums, whole, scheduled(weights, step)), sums
+    total = losses.total_loss(sums, whole, scheduled(weights, step))
+    return total, sums._replace(choices=choices)
 
   def grad_fn(params, batch, whole, key, router_state=None, step=0):
     return jax.value_and_grad(loss_fn, has_aux=True)(
@@ -118,6 +123,11 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
   is the whole batch's loss, auxiliary losses included.
   """
 
+  def apart(*arguments):
+    """The result of `grad_fn`, and apart the choices, which are no sums."""
+    (loss, sums), grads = grad_fn(*arguments)
+    return ((loss, sums._replace(choices=None)), grads), sums.choices
+
   def accumulated(params, batch, whole, key, router_state=None, step=0):
     slices = jax.tree.map(
       lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
@@ -126,15 +136,18 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
     def one(total, item):
       index, part = item
       key_of_part = jax.random.fold_in(key, index)
-      result = grad_fn(params, part, whole, key_of_part, router_state, step)
-      return jax.tree.map(jnp.add, total, result), None
+      result = apart(params, part, whole, key_of_part, router_state, step)
+      return jax.tree.map(jnp.add, total, result[0]), result[1]
 
     first = jax.tree.map(lambda x: x[0], slices)
-    shapes = jax.eval_shape(
-      grad_fn, params, first, whole, key, router_state, step
+    shapes, _ = jax.eval_shape(
+      apart, params, first, whole, key, router_state, step
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(one, zeros, (jnp.arange(n), slices))[0]
+    total, choices = jax.lax.scan(one, zeros, (jnp.arange(n), slices))
+    (loss, sums), grads = total
+    choices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), choices)
+    return (loss, sums._replace(choices=choices)), grads
 
   return accumulated
 
@@ -204,11 +217,16 @@ def skipping_nonfinite(train_step):
 
 
 def eval_step(
-  variables: dict[str, Any], batch: Batch, *, model: Model
+  variables: dict[str, Any],
+  batch: Batch,
+  *,
+  model: Model,
+  apply: Apply = plainly,
 ) -> LossSums:
   """The sums over one batch, without noise or dropout."""
-  outputs, aux = model.apply(variables, **model.inputs(batch))
-  return losses.loss_sums(model.loss(outputs, batch), batch, aux)
+  (outputs, aux), choices = apply(model, variables, **model.inputs(batch))
+  sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
+  return sums._replace(choices=choices)
 
 
 def init_state(

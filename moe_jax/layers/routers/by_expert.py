@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from moe_jax import routing
 from moe_jax.layers.routers.balancing import ImportanceLoss, ZLoss
-from moe_jax.layers.routers.contract import Router
+from moe_jax.layers.routers.contract import LOGITS, SOWN, Router
 from moe_jax.layers.routers.linear_gate import LinearGate
 from moe_jax.routing.aux_losses import cv_squared, over_groups
 from moe_jax.shapes import Array, Bool, Float32
@@ -36,7 +36,8 @@ def slot_aux(
   """The losses and statistics of `ByExpert`, sums over real tokens."""
   E, K = module.sizes.num_experts, module.sizes.num_selected
   # For analysis alone, if the caller makes 'intermediates' mutable.
-  module.sow('intermediates', 'slots', chosen)
+  module.sow(SOWN, 'slots', chosen)
+  module.sow(SOWN, LOGITS, logits)
   importance = cv_squared(chosen.gate.sum(-1))
   return routing.empty_aux(E, K)._replace(
     z_loss=over_groups(routing.z_loss(logits, mask), mask),

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import routing
-from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
+from moe_jax.layers.routers.contract import (
+  LOGITS,
+  NOISE,
+  SOWN,
+  Router,
+  RouterOptions,
+)
 from moe_jax.options import one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.aux_losses import over_groups
@@ -256,6 +262,7 @@ def logits_aux(
     mask: False for padding.
     layer: The number of the layer, some of whose columns may be masked.
   """
+  module.sow(SOWN, LOGITS, clean)
   o, index, E = module.options, chosen.expert_index, chosen.num_experts
   balanced, there = clean, open_columns(module, layer)
   if there is not None:
@@ -312,4 +319,4 @@ def serve_evenly(
 
 def sow_choices(module: nn.Module, expert_index: Int32[Array, 'G S K']) -> None:
   """Keeps the choices for analysis, if 'intermediates' are mutable."""
-  module.sow('intermediates', 'expert_index', expert_index)
+  module.sow(SOWN, 'expert_index', expert_index)

@@ -6,7 +6,7 @@ are in `moe_jax.routing`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import linen as nn
@@ -40,6 +40,11 @@ from moe_jax.shapes import (
 ROUTER_STATE = 'router_state'
 # The rng stream from which routers draw their noise.
 NOISE = 'router'
+# The collection of what is kept for analysis, if a caller makes it mutable.
+SOWN = 'intermediates'
+# The names there of a layer's choices, [B, T, N], and of its router's logits
+# without noise, [G, S, E].
+CHOICES, LOGITS = 'choices', 'router_logits'
 
 
 class RoutedTokens(NamedTuple):
@@ -311,21 +316,34 @@ class RouterOptions(Options):
     return self
 
 
-def sown_choices(layer: Any) -> Any:
+def sown(layer: Mapping[str, Any]) -> dict[str, Any]:
+  """All that the modules of a layer kept for analysis, by name.
+
+  Args:
+    layer: The variables of one layer in the collection 'intermediates'.
+  """
+  found = {}
+  for name, below in layer.items():
+    # Flax keeps what is sown in tuples.
+    found |= {name: below[0]} if isinstance(below, tuple) else sown(below)
+  return found
+
+
+def sown_choices(layer: Mapping[str, Any]) -> Any:
   """The choices that the router of a layer kept for analysis.
 
   Args:
     layer: The variables of one layer in the collection 'intermediates'.
 
   Returns:
-    int32 [G, S, K], the experts that tokens chose before drops; where experts
+    int32 [G, S, K], the columns that tokens chose before drops; where experts
     choose, the `SlotRouting`.
 
   Raises:
     ValueError: The layer kept nothing.
   """
-  if isinstance(layer, tuple):  # flax keeps what is sown in tuples
-    return layer[0]
-  for below in layer.values():
-    return sown_choices(below)
+  found = sown(layer)
+  for name in ('expert_index', 'slots'):
+    if name in found:
+      return found[name]
   raise ValueError('the layer has a router that kept no choices')

@@ -23,7 +23,7 @@ from moe_jax.layers.routers.by_token import (
   serve,
   to_experts,
 )
-from moe_jax.layers.routers.contract import Router
+from moe_jax.layers.routers.contract import LOGITS, SOWN, Router
 from moe_jax.layers.routers.linear_gate import AXES, ROLE, Jitter, jittered
 from moe_jax.shapes import Array, Bool, Float32, Int32
 
@@ -91,7 +91,9 @@ class TaskRouter(Router):
     noisy = jittered(self, table, train)[0]
     chosen, _ = serve(self, noisy[router_ids], mask, train, layer)
     aux = _each_task_once(self, table, mask, layer)
-    stats = routing.routing_stats(chosen, table[0][router_ids], mask)
+    clean = table[0][router_ids]
+    self.sow(SOWN, LOGITS, clean)
+    stats = routing.routing_stats(chosen, clean, mask)
     return to_experts(self, chosen, layer), aux._replace(stats=stats)
 
 

@@ -1,0 +1,272 @@
+"""Recording of choices in the background, from devices into a trace.
+
+Arrays are copied from the devices while these go on; a thread makes records of
+the rows that this process has, and writes them. Not here: which steps are
+recorded (`trace_hook.py`).
+"""
+
+import hashlib
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax import distributed
+from moe_jax.analysis import trace_files
+from moe_jax.analysis.trace_records import (
+  Header,
+  LayerChoices,
+  LayerInfo,
+  Record,
+)
+from moe_jax.analysis.traces import Writer
+from moe_jax.models import Model
+from moe_jax.models.recorded import Choices, Recorded
+from moe_jax.shapes import Leaf
+
+# Batches that may wait for the thread; the devices hold their arrays meanwhile.
+_WAITING = 8
+# The keys of a batch from which the fields of a record come.
+_KEYS = {
+  'tokens': 'tokens',
+  'positions': 'positions',
+  'documents': 'segment_ids',
+  'sources': 'task_ids',
+}
+
+
+def layer_infos(
+  model: Model, lengths: Mapping[str, int], rows: int
+) -> dict[int, LayerInfo]:
+  """The sparse layers of a model, for the header of a trace.
+
+  Args:
+    model: The model.
+    lengths: The number T of tokens of a row of each of the model's sequences.
+    rows: The number of rows of a microbatch.
+  """
+  infos = {}
+  for layer in model.sparse_layers:
+    moe, prefix = model.moes[layer], model.sequence_of(layer)
+    T = lengths[prefix]
+    S = rows * T if moe.group_size == -1 else moe.group_size or T
+    bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
+    infos[layer] = LayerInfo(
+      num_experts=moe.sizes.num_retained,
+      num_selected=moe.num_selected,
+      capacity=moe.router.training_slots(moe.sizes, S) if bounded else None,
+      group_size=S,
+      by_expert=moe.router.by_expert,
+      sequence=prefix.rstrip('_'),
+    )
+  return infos
+
+
+def digest(options: Any) -> str:
+  """The sha256 of options, by their text."""
+  return hashlib.sha256(repr(options).encode()).hexdigest()
+
+
+class _Local(NamedTuple):
+  """The rows of an array that this process writes, on their way to the host.
+
+  Attributes:
+    starts: The number of the first row of each part.
+    parts: The parts, on their devices.
+  """
+
+  starts: tuple[int, ...]
+  parts: tuple[Leaf, ...]
+
+  @classmethod
+  def of(cls, array: Leaf) -> '_Local':
+    """Begins to copy an array; of equal parts one process copies the first."""
+    if not isinstance(array, jax.Array):
+      return cls((0,), (array,))
+    shards = [s for s in array.addressable_shards if s.replica_id == 0]
+    shards.sort(key=lambda shard: shard.index[0].start or 0)
+    for shard in shards:
+      shard.data.copy_to_host_async()
+    starts = tuple(shard.index[0].start or 0 for shard in shards)
+    return cls(starts, tuple(shard.data for shard in shards))
+
+  @property
+  def rows(self) -> np.ndarray:
+    """The numbers of the rows, ascending."""
+    pairs = zip(self.starts, self.parts, strict=True)
+    rows = [np.arange(start, start + part.shape[0]) for start, part in pairs]
+    return np.concatenate([np.zeros(0, int), *rows])
+
+  def host(self) -> np.ndarray:
+    """The values of the rows; waits for the device."""
+    parts = [np.asarray(part) for part in self.parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def records_of(
+  model: Model,
+  kind: str,
+  step: int,
+  number: int,
+  batch: Mapping[str, np.ndarray],
+  choices: Mapping[int, Recorded],
+) -> Iterator[Record]:
+  """The records of a batch, one for each sequence that sparse layers see.
+
+  Args:
+    model: The model.
+    kind, step, number: See `Record`.
+    batch: The arrays of the batch, on the host.
+    choices: The choices of layers, on the host.
+  """
+  for prefix in model.sequences:
+    layers = {
+      i: _layer_choices(own)
+      for i, own in choices.items()
+      if model.sequence_of(i) == prefix
+    }
+    if layers:
+      ids = {name: batch.get(f'{prefix}{key}') for name, key in _KEYS.items()}
+      yield Record(
+        kind, step, number, **ids, layers=layers, sequence=prefix.rstrip('_')
+      )
+
+
+def _layer_choices(own: Recorded) -> LayerChoices:
+  none = np.iinfo(own.expert.dtype).max
+  expert = own.expert.astype(np.int32)
+  expert[own.expert == none] = -1
+  return LayerChoices(expert, own.gate, own.kept, own.logits)
+
+
+class Recorder:
+  """Writes the choices of batches into a folder, on a thread of its own.
+
+  If the trace cannot be written, the run goes on without it, and says so.
+
+  Args:
+    folder: The folder of the trace.
+    header: Its header.
+    model: The model.
+    message: Called with a line of text if recording ends before its time.
+
+  Raises:
+    ValueError: The folder has another trace; what differs is listed.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    header: Header,
+    model: Model,
+    message: Callable[[str], None] = print,
+  ):
+    self._folder, self._header = pathlib.Path(folder).expanduser(), header
+    self._model, self._message = model, message
+    self._queue: queue.Queue = queue.Queue(_WAITING)
+    self._thread: threading.Thread | None = None
+    self._error: Exception | None = None
+    self._said = False
+    trace_files.check(self._folder, header)
+
+  def begin(self, step: int) -> None:
+    """Begins at the first call; all processes make it at the same moment.
+
+    Args:
+      step: The number of optimizer steps taken; an older trace in the folder
+        keeps what it has of earlier ones.
+    """
+    if self._thread is not None:
+      return
+    session = trace_files.last_session(self._folder) + 1
+    writer = Writer(
+      self._folder,
+      self._header,
+      process=jax.process_index(),
+      start=step,
+      session=int(distributed.from_first(session)),
+    )
+    self._thread = threading.Thread(
+      target=self._work, args=(writer,), name='routing trace', daemon=True
+    )
+    self._thread.start()
+
+  def add(
+    self,
+    kind: str,
+    step: int,
+    number: int,
+    batch: Mapping[str, Leaf],
+    choices: Choices,
+  ) -> None:
+    """Records a batch; waits only if several batches wait to be written.
+
+    Args:
+      kind, step, number: See `Record`.
+      batch: The batch.
+      choices: The choices that were made in it.
+    """
+    self._report()
+    wanted = {
+      f'{prefix}{key}'
+      for prefix in self._model.sequences
+      for key in _KEYS.values()
+    }
+    batch = {k: _Local.of(v) for k, v in batch.items() if k in wanted}
+    local = jax.tree.map(_Local.of, choices)
+    self._queue.put((kind, step, number, batch, local))
+
+  def flush(self) -> None:
+    """Waits until all that was added is in files."""
+    if self._thread is not None:
+      done = threading.Event()
+      self._queue.put(done)
+      done.wait()
+    self._report()
+
+  def close(self) -> None:
+    """Writes what is left, and ends the thread."""
+    self.flush()
+    if self._thread is not None:
+      self._queue.put(None)
+      self._thread.join()
+      self._thread = None
+
+  def _report(self) -> None:
+    if self._error is not None and not self._said:
+      self._said = True
+      self._message(f'the trace of choices ends: {self._error!r}')
+
+  def _work(self, writer: Writer) -> None:
+    while (item := self._queue.get()) is not None:
+      try:
+        if self._error is None:
+          self._write(writer, item)
+      except Exception as error:
+        self._error = error
+      finally:
+        if isinstance(item, threading.Event):
+          item.set()
+
+  def _write(self, writer: Writer, item: Any) -> None:
+    if isinstance(item, threading.Event):
+      writer.flush()
+      return
+    *names, batch, choices = item
+    rows = {key: local.rows for key, local in batch.items()}
+    if not any(map(len, rows.values())):
+      return  # another process writes the same rows
+    batch, choices = jax.tree.map(
+      _Local.host,
+      (batch, choices),
+      is_leaf=lambda leaf: isinstance(leaf, _Local),
+    )
+    size = self._header.batch_size
+    for record in records_of(self._model, *names, batch, choices):
+      prefix = f'{record.sequence}_' if record.sequence else ''
+      writer.add(record, rows[f'{prefix}tokens'], size)
