@@ -17,9 +17,13 @@ import numpy as np
 from absl import logging
 
 from moe_jax import command_line, generation, host
+from moe_jax.analysis import traces
+from moe_jax.analysis.recording import records_of
+from moe_jax.analysis.trace_header import make_header
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.generation import trained_run
+from moe_jax.generation import read_again, trained_run
 from moe_jax.models import check_generates
+from moe_jax.models.recorded import recording
 from moe_jax.options import SEED, at_least, within
 from moe_jax.runs import trained
 
@@ -101,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=[],
     help='module or package that the run may import; repeatable',
   )
+  add('--trace', help='new folder for the choices of experts of every token')
   add('--traceback', action='store_true', help='show where an error came from')
   return parser.parse_args(argv)
 
@@ -118,6 +123,8 @@ def run(options: argparse.Namespace) -> None:
   """Loads the run and prints the text that it generates."""
   numbered = _prompts(options)
   texts = list(numbered.values())
+  if options.trace:
+    traces.check_new(options.trace)
   step = trained.best_step(options.workdir) if options.best else options.step
   loaded = generation.load(options.workdir, step, allow=options.allow_module)
   check_generates(loaded.model)
@@ -141,6 +148,17 @@ def run(options: argparse.Namespace) -> None:
   generated = generation.generate(
     model, variables, prompts, num_tokens=num_tokens, **arguments
   )
+  if options.trace:
+    task_ids, start_id = (arguments.get(k) for k in ('task_ids', 'start_id'))
+    _trace(
+      options.trace,
+      loaded,
+      model,
+      *read_again.choices(
+        model, variables, prompts, generated.rows, recording,
+        start_id=start_id, task_ids=task_ids,
+      ),
+    )  # fmt: skip
   if stream is not None:
     _say(stream.end() + '\n')
     return
@@ -214,6 +232,28 @@ def _arguments(
   )
   chosen['length_penalty'] = options.length_penalty
   return {**ids, **chosen, 'task_ids': task_ids}
+
+
+def _trace(folder: str, loaded, model, batch, choices) -> None:
+  """Writes the choices that the model made for prompts and new tokens."""
+  note = 'text that was generated, for which experts have room for all tokens'
+  if model.capacity_binds:
+    note = 'text that was generated, with the capacity of the checkpoint'
+  header = make_header(
+    model,
+    loaded.options,
+    loaded.data,
+    loaded.tokenizer,
+    batch_size=len(batch['tokens']),
+    note=note,
+  )
+  step = loaded.step
+  traces.write(
+    folder,
+    header,
+    records_of(model, 'generate', step, 0, batch, choices),
+  )
+  _note(f'choices of experts: {folder}')
 
 
 def _token(tokenizer: Tokenizer, text: str) -> int:

@@ -76,6 +76,7 @@ ALLOWED = {
   'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
   'generate': OPTIONS
   | {
+    'analysis',
     'command_line',
     'data',
     'generation',
@@ -124,7 +125,12 @@ NARROW = {
   },
   'compression': {'runs': (*FOLDERS, 'moe_jax.runs.packed_weights')},
   'analysis': {
-    'data': TOKENIZERS,
+    'data': (
+      *TOKENIZERS,
+      'moe_jax.data.DataOptions',
+      'moe_jax.data.SPLITS',
+      'moe_jax.data.load',
+    ),
     'runs': (
       *CHECKPOINTS[:2],
       'moe_jax.runs.metrics',
@@ -132,6 +138,7 @@ NARROW = {
     ),
     'training': (
       'moe_jax.training.evaluate',
+      'moe_jax.training.evaluation_entries',
       'moe_jax.training.programs',
       'moe_jax.training.run_options',
       'moe_jax.training.setup',

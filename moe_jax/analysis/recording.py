@@ -5,7 +5,6 @@ the rows that this process has, and writes them. Not here: which steps are
 recorded (`trace_hook.py`).
 """
 
-import hashlib
 import os
 import pathlib
 import queue
@@ -18,12 +17,7 @@ import numpy as np
 
 from moe_jax import distributed
 from moe_jax.analysis import trace_files
-from moe_jax.analysis.trace_records import (
-  Header,
-  LayerChoices,
-  LayerInfo,
-  Record,
-)
+from moe_jax.analysis.trace_records import Header, LayerChoices, Record
 from moe_jax.analysis.traces import Writer
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, Recorded
@@ -38,38 +32,6 @@ _KEYS = {
   'documents': 'segment_ids',
   'sources': 'task_ids',
 }
-
-
-def layer_infos(
-  model: Model, lengths: Mapping[str, int], rows: int
-) -> dict[int, LayerInfo]:
-  """The sparse layers of a model, for the header of a trace.
-
-  Args:
-    model: The model.
-    lengths: The number T of tokens of a row of each of the model's sequences.
-    rows: The number of rows of a microbatch.
-  """
-  infos = {}
-  for layer in model.sparse_layers:
-    moe, prefix = model.moes[layer], model.sequence_of(layer)
-    T = lengths[prefix]
-    S = rows * T if moe.group_size == -1 else moe.group_size or T
-    bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
-    infos[layer] = LayerInfo(
-      num_experts=moe.sizes.num_retained,
-      num_selected=moe.num_selected,
-      capacity=moe.router.training_slots(moe.sizes, S) if bounded else None,
-      group_size=S,
-      by_expert=moe.router.by_expert,
-      sequence=prefix.rstrip('_'),
-    )
-  return infos
-
-
-def digest(options: Any) -> str:
-  """The sha256 of options, by their text."""
-  return hashlib.sha256(repr(options).encode()).hexdigest()
 
 
 class _Local(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_jax import sections
-from moe_jax.analysis.recording import Recorder, digest, layer_infos
+from moe_jax.analysis.recording import Recorder
+from moe_jax.analysis.trace_header import make_header
 from moe_jax.analysis.trace_records import Header
 from moe_jax.models.recorded import Apply
 from moe_jax.runs import summary
@@ -78,21 +79,16 @@ class Traces(Hook):
 
 def header_of(run: Run) -> Header:
   """The header of a run's trace."""
-  o, model, data = run.options, run.model, run.options.data
-  lengths = dict.fromkeys(model.sequences, data.seq_len)
-  if model.has_encoder:
-    lengths[''] = data.target_len
-  tokenizer = run.dataset.tokenizer
-  return Header(
-    layers=layer_infos(model, lengths, o.batch_size // o.microbatches),
+  o = run.options
+  return make_header(
+    run.model,
+    o.model,
+    o.data,
+    run.dataset.tokenizer,
     batch_size=o.batch_size,
-    seq_len=lengths[''],
-    vocab_size=model.vocab_size,
+    microbatches=o.microbatches,
     data_digest=run.dataset.digest,
-    model_digest=digest(o.model),
     seed=o.seed,
-    sources=tuple(data.tasks),
-    tokenizer=tokenizer.identity,
     has_logits=o.trace.logits,
     dtype=o.trace.dtype,
     config=json.dumps(sections.section(run.given).to_dict(), sort_keys=True),

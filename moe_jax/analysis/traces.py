@@ -33,6 +33,7 @@ __all__ = [
   'Record',
   'Trace',
   'Writer',
+  'check_new',
   'read',
   'write',
 ]
@@ -192,6 +193,12 @@ def read(folder: str | os.PathLike[str]) -> Trace:
   return Trace(header, places, len({chunk.process for chunk in chunks}))
 
 
+def check_new(folder: str | os.PathLike[str]) -> None:
+  """Raises ValueError for a folder that has a trace."""
+  if (pathlib.Path(folder).expanduser() / trace_files.HEADER).exists():
+    raise ValueError(f'{folder} has a trace already; give a new folder')
+
+
 def write(
   folder: str | os.PathLike[str], header: Header, records: Iterable[Record]
 ) -> None:
@@ -200,8 +207,7 @@ def write(
   Raises:
     ValueError: The folder has a trace already, or a record does not fit.
   """
-  if (pathlib.Path(folder).expanduser() / trace_files.HEADER).exists():
-    raise ValueError(f'{folder} has a trace already')
+  check_new(folder)
   with Writer(folder, header) as writer:
     for record in records:
       writer.add(record)

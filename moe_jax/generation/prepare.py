@@ -15,6 +15,7 @@ from moe_jax.generation.arguments import (
 )
 from moe_jax.generation.prefix import Prefix
 from moe_jax.models import Cache, Model, check_generates
+from moe_jax.models.recorded import Apply, Choices, plainly
 
 Variables = dict[str, Any]
 
@@ -62,14 +63,32 @@ def begin(
     prefix: P tokens of each row.
     num_slots: The number of slots of the cache: P - 1, and one for each step.
   """
+  return begin_with(plainly, model, variables, prefix, num_slots)[0]
+
+
+def begin_with(
+  apply: Apply,
+  model: Model,
+  variables: Variables,
+  prefix: Prefix,
+  num_slots: int,
+) -> tuple[Cache, list[Choices]]:
+  """The cache of `begin`, and the choices of each call of the model.
+
+  Args:
+    apply: Applies the model, and may return choices.
+    model, variables, prefix, num_slots: See `begin`.
+  """
   B, P = prefix.tokens.shape
+  found = []
   if prefix.encoder_tokens is None:
     cache = model.make_cache(B, num_slots)
     if prefix.task_ids is not None:
       cache = cache.replace(task_ids=prefix.task_ids)
     pieces = [slice(0, P - 1)] if P > 1 else []
   else:
-    cache = model.apply(
+    cache, chosen = apply(
+      model,
       variables,
       prefix.encoder_tokens,
       prefix.encoder_mask,
@@ -77,10 +96,14 @@ def begin(
       task_ids=prefix.task_ids,
       method='encode',
     )
+    found.append(chosen)
     # A start and forced tokens are steps, as if the model had chosen them, as
     # tokens of one step compete for slots where capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]
-    _, cache = model.apply(variables, tokens, mask, cache, method='decode')
-  return cache
+    (_, cache), chosen = apply(
+      model, variables, tokens, mask, cache, method='decode'
+    )
+    found.append(chosen)
+  return cache, found

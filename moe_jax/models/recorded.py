@@ -36,21 +36,23 @@ class Recorded(NamedTuple):
 
 # The choices of each sparse layer, by its number; None where none are recorded.
 Choices = dict[int, Recorded] | None
-# (model, variables, **arguments) -> ((outputs, aux), choices)
-Apply = Callable[..., tuple[tuple[Any, Any], Choices]]
+# (model, variables, arguments of `apply`) -> (its result, choices)
+Apply = Callable[..., tuple[Any, Choices]]
 
 
-def plainly(model: Model, variables: dict[str, Any], **arguments: Any):
+def plainly(
+  model: Model, variables: dict[str, Any], *given: Any, **arguments: Any
+) -> tuple[Any, None]:
   """The result of `model.apply`, and no choices."""
-  return model.apply(variables, **arguments), None
+  return model.apply(variables, *given, **arguments), None
 
 
 def recording(
   model: Model,
   variables: dict[str, Any],
-  *,
-  logits: bool,
-  dtype: str,
+  *given: Any,
+  logits: bool = False,
+  dtype: str = 'float16',
   **arguments: Any,
 ) -> tuple[Any, Choices]:
   """The result of `model.apply`, and the choices of each layer that made some.
@@ -58,11 +60,12 @@ def recording(
   Args:
     model: The model.
     variables: Its variables.
+    *given: Further arguments of `model.apply`.
     logits: Whether the routers' logits are returned, too.
     dtype: The type of gates and logits.
-    **arguments: Further arguments of `model.apply`.
+    **arguments: Further arguments of `model.apply`, by name.
   """
-  result, kept = model.apply(variables, **arguments, mutable=[SOWN])
+  result, kept = model.apply(variables, *given, **arguments, mutable=[SOWN])
   if SOWN not in kept:
     return result, {}
   layers = map(sown, model.layer_trees(kept[SOWN]))

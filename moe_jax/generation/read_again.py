@@ -1,0 +1,116 @@
+"""The choices of experts for text that a model has generated.
+
+The model reads prompt and new tokens once more in the same steps, by which its
+choices are those of the generation. Not here: generation (`decode_loop.py`),
+and files of choices (`moe_jax.analysis.traces`).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.distributed import fetch
+from moe_jax.generation.prefix import Ids, Prefix, make_prefix
+from moe_jax.generation.prepare import Variables, begin_with
+from moe_jax.models import Model
+from moe_jax.models.recorded import Apply, Recorded
+from moe_jax.shapes import Array, Bool, Int32
+
+Batch = dict[str, np.ndarray]
+
+
+def choices(
+  model: Model,
+  variables: Variables,
+  prompt: Sequence[Ids],
+  rows: Sequence[np.ndarray],
+  apply: Apply,
+  *,
+  start_id: int | None = None,
+  task_ids: Ids | None = None,
+) -> tuple[Batch, Mapping[int, Recorded]]:
+  """The tokens that the model read in a generation, and what each layer chose.
+
+  The last new token of a row is not among them: no model has read it.
+
+  Args:
+    model: A prepared model.
+    variables: Its variables.
+    prompt: The prompts.
+    rows: The new tokens of each row, forced ones included.
+    apply: Applies the model and returns choices; see `models.recorded`.
+    start_id: The first id of an encoder-decoder's decoder.
+    task_ids: The task of each row.
+
+  Returns:
+    Tokens, positions and segment ids as those of a batch of training, and the
+    choices by the number of the layer.
+  """
+  N = max(map(len, rows))
+  prefix = make_prefix(
+    model,
+    prompt,
+    start_id=start_id,
+    forced_ids=(),
+    num_tokens=N,
+    task_ids=task_ids,
+  )
+  tokens = np.zeros((len(rows), N), np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)], mask[i, : len(row)] = row, True
+  read = np.concatenate([prefix.tokens, tokens[:, :-1]], 1)
+  # The step that makes a row's new token reads the token before it.
+  seen = np.concatenate([prefix.mask[:, :-1], mask], 1)
+  found = fetch(_read(model, variables, prefix, read[:, -N:], mask, apply))
+  batch = _batch('', read, seen)
+  if prefix.encoder_tokens is not None:
+    batch |= _batch('encoder_', prefix.encoder_tokens, prefix.encoder_mask)
+  return batch, found
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'apply'))
+def _read(
+  model: Model,
+  variables: Variables,
+  prefix: Prefix,
+  tokens: Int32[Array, 'B N'],
+  mask: Bool[Array, 'B N'],
+  apply: Apply,
+) -> dict[int, Recorded]:
+  """The choices for a prefix and for N tokens, its last one the first.
+
+  They are [B, P - 1 + N, K] in a decoder's layers, and [B, S, K] in those of an
+  encoder.
+  """
+  slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
+  cache, found = begin_with(apply, model, variables, prefix, slots)
+
+  def step(cache, item):
+    token, real = item
+    (_, cache), chosen = apply(
+      model, variables, token[:, None], real[:, None], cache, method='decode'
+    )
+    return cache, jax.tree.map(lambda x: x[:, 0], chosen)
+
+  steps = jax.lax.scan(step, cache, (tokens.T, mask.T))[1]
+  found.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
+  return {
+    layer: jax.tree.map(
+      lambda *parts: jnp.concatenate(parts, 1),
+      *(part[layer] for part in found if layer in part),
+    )
+    for layer in model.sparse_layers
+  }
+
+
+def _batch(key: str, tokens: np.ndarray, mask: np.ndarray) -> Batch:
+  positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+  return {
+    f'{key}tokens': np.where(mask, tokens, 0),
+    f'{key}positions': np.where(mask, positions, 0),
+    f'{key}segment_ids': mask.astype(np.int32),
+  }
