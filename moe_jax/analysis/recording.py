@@ -151,7 +151,7 @@ class Recorder:
       self._header,
       process=jax.process_index(),
       start=step,
-      session=int(distributed.from_first(session)),
+      session=int(distributed.from_first(float(session))),
     )
     self._thread = threading.Thread(
       target=self._work, args=(writer,), name='routing trace', daemon=True

@@ -1,0 +1,216 @@
+"""The choices that a run records are those that its routers made."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import generate
+from moe_jax.analysis import record_evaluation, traces
+from moe_jax.analysis.token_counts import choices
+from moe_jax.analysis.trace_hook import Traces
+from moe_jax.options import OptionError
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.setup import Hook, set_up
+from tests.training import tiny
+
+NO_SAMPLE = {'num_tokens': 0}
+EVERY_STEP = {'every_steps': 1, 'logits': True, 'dtype': 'float32'}
+
+
+def first_step(folder, devices, **overrides):
+  """The run, the variables that begin it, and the record of its first step."""
+  options = tiny.options(trace=EVERY_STEP, sample=NO_SAMPLE, **overrides)
+  run = set_up(options, folder, devices=jax.devices()[:devices])
+  run.message = lambda text: None
+  state, hook = run.programs.init_state(), Traces()
+  variables = jax.tree.map(np.asarray, state.variables)
+  hook.start(run)
+  batch = next(run.batches(0))
+  host = {name: np.asarray(values) for name, values in batch.items()}
+  _, metrics = run.train_step(state, batch)
+  assert metrics.sums.choices is None
+  hook.close()
+  (record,) = traces.read(folder / 'trace').records()
+  assert (record.kind, record.step, record.batch) == ('train', 0, 0)
+  for name, key in (('tokens', 'tokens'), ('documents', 'segment_ids')):
+    np.testing.assert_array_equal(getattr(record, name), host[key])
+  np.testing.assert_array_equal(record.positions, host['positions'])
+  return run, variables, host, record
+
+
+def served_in_order(expert, capacity):
+  """Whether each choice of a group, bool [S, K], finds a slot: a plain loop."""
+  taken, kept = {}, np.zeros(expert.shape, bool)
+  for place in np.ndindex(*expert.shape):
+    if (e := expert[place]) >= 0:
+      kept[place] = taken.get(e, 0) < capacity
+      taken[e] = taken.get(e, 0) + 1
+  return kept
+
+
+def check_tokens_choose(run, variables, batch, record):
+  """Choices, drops and gates equal those of a forward pass and of a loop."""
+  (expected,) = choices(run.model, variables, [batch])
+  header = traces.read(run.workdir / 'trace').header
+  assert list(record.layers) == list(run.model.sparse_layers)
+  for layer, own in record.layers.items():
+    K, S = header.layers[layer].num_selected, header.layers[layer].group_size
+    assert own.expert.shape == (*batch['tokens'].shape, K)
+    real = batch['segment_ids'] > 0
+    assert (own.expert[~real] == -1).all() and (own.expert[real] >= 0).all()
+    np.testing.assert_array_equal(
+      own.expert[real].reshape(-1), expected[layer].expert
+    )
+    groups = own.expert.reshape(-1, S, K)
+    kept = [served_in_order(g, header.layers[layer].capacity) for g in groups]
+    np.testing.assert_array_equal(
+      own.kept[real], np.reshape(kept, (*real.shape, K))[real]
+    )
+    shifted = np.exp(own.logits - own.logits.max(-1, keepdims=True))
+    probs = shifted / shifted.sum(-1, keepdims=True)
+    gate = np.take_along_axis(probs, np.maximum(own.expert, 0), -1)
+    np.testing.assert_allclose(
+      own.gate, np.where(own.kept, gate, 0), atol=1e-6
+    )  # fmt: skip
+
+
+# A loop over two periods, whose blocks are computed anew in the backward pass,
+# in two microbatches on four devices.
+SPLIT = dict(
+  batch_size=8,
+  microbatches=2,
+  mesh={'data': 2, 'expert': 2},
+  model={
+    'num_layers': 4,
+    'remat': 'full',
+    'scan_layers': True,
+    'moe': {'num_selected': 2, 'group_size': 12},
+  },
+)
+
+
+def test_choices_of_microbatches_in_loops_on_several_devices(tmp_path):
+  run, variables, batch, record = first_step(tmp_path, 4, **SPLIT)
+  assert len(record.layers) == 2
+  check_tokens_choose(run, variables, batch, record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(('microbatches', 'devices'), [(1, 1), (2, 1), (1, 2)])
+def test_choices_do_not_depend_on_how_a_step_is_computed(
+  tmp_path, scan, remat, microbatches, devices
+):
+  run, variables, batch, record = first_step(
+    tmp_path,
+    devices,
+    microbatches=microbatches,
+    mesh={'data': devices},
+    model={'num_layers': 4, 'remat': remat, 'scan_layers': scan},
+  )
+  check_tokens_choose(run, variables, batch, record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 2])
+def test_choices_of_experts(tmp_path, devices):
+  run, variables, batch, record = first_step(
+    tmp_path,
+    devices,
+    microbatches=devices,
+    mesh={'data': devices},
+    model={
+      'moe': {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
+    },
+  )
+  (expected,) = choices(run.model, variables, [batch])
+  for layer, own in record.layers.items():
+    real = own.expert >= 0
+    assert own.kept[real].all() and (own.gate[real] > 0).all()
+    row, place, _ = np.nonzero(real)
+    position = row * real.shape[1] + place
+    pairs = {*zip(position.tolist(), own.expert[real].tolist())}
+    wanted = zip(expected[layer].position, expected[layer].expert)
+    assert pairs == {(int(p), int(e)) for p, e in wanted}
+    assert len(pairs) == real.sum() > 0
+
+
+def test_an_unknown_evaluation_is_refused():
+  with pytest.raises(OptionError, match=r"trace.evaluations 'train_cap'; did"):
+    tiny.options(trace={'evaluations': 'train_capacity, train_cap'})
+  with pytest.raises(OptionError, match='where nothing is recorded'):
+    tiny.options(trace={'logits': True})
+
+
+class Fails(Hook):
+  """Ends a run with an error before a step, as a crash would."""
+
+  def __init__(self, step: int):
+    self.step = step
+
+  def start(self, run):
+    train_step = run.train_step
+
+    def failing(state, batch):
+      if int(state.step) + 1 == self.step:
+        raise RuntimeError('crash')
+      return train_step(state, batch)
+
+    run.train_step = failing
+
+
+@pytest.mark.slow
+def test_a_run_records_each_step_once(tmp_path):
+  trace = {'every_steps': 1, 'evaluations': 'all'}
+  options = tiny.options(trace=trace, sample=NO_SAMPLE)
+  devices = jax.devices()[:1]
+  with pytest.raises(ValueError, match=r"sections \['trace'\]"):
+    train_and_evaluate(options, tmp_path / 'run')
+  hooks = [Fails(6), Traces()]  # after the checkpoint of step 4
+  with pytest.raises(RuntimeError, match='crash'):
+    train_and_evaluate(options, tmp_path / 'run', hooks=hooks, devices=devices)
+  for folder in ('run', 'unbroken'):
+    train_and_evaluate(
+      options, tmp_path / folder, hooks=[Traces()], devices=devices
+    )
+  broken, unbroken = (
+    traces.read(tmp_path / folder / 'trace') for folder in ('run', 'unbroken')
+  )
+  assert broken.steps_of('train') == (0, 1, 2, 3, 4, 5)
+  assert broken.steps_of('train_capacity') == (3, 6)
+  assert len(broken) == len(unbroken) == 6 + 2 * 2
+  for a, b in itertools.zip_longest(broken.records(), unbroken.records()):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+      np.testing.assert_array_equal(x, y)
+  _check_finished_run(tmp_path / 'unbroken', unbroken, tmp_path)
+
+
+def _check_finished_run(workdir, trace, folder):
+  """An evaluation and text of a finished run are recorded, too."""
+  argv = ['--workdir', str(workdir), '--num_batches', '2']
+  record_evaluation.main([*argv, '--trace', str(folder / 'again')])
+  again = traces.read(folder / 'again')
+  own = trace.records('train_capacity', [6])
+  for a, b in zip(again.records('loss'), own, strict=True):
+    for x, y in zip(a.layers[1], b.layers[1], strict=True):
+      np.testing.assert_array_equal(x, y)
+  argv += ['--room_for_all', '--trace', str(folder / 'room')]
+  record_evaluation.main(argv)
+  for record in traces.read(folder / 'room').records():
+    own = record.layers[1]
+    np.testing.assert_array_equal(own.kept, own.expert >= 0)
+  generate.main(
+    f'--workdir {workdir} --prompt hello --num_tokens 6 --trace '
+    f'{folder / "text"}'.split()
+  )
+  text = traces.read(folder / 'text')
+  assert 'room for all' in text.header.note
+  (record,) = text.records('generate')
+  assert record.step == 6
+  real = record.documents > 0
+  assert bytes(record.tokens[real][:5].tolist()) == b'hello'
+  assert record.positions[real].tolist() == [*range(5 + 6 - 1)]
+  np.testing.assert_array_equal(record.layers[1].kept[..., 0], real)
