@@ -10,16 +10,14 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Num
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from moe_jax.analysis.text_tables import markdown_lines, terminal_table
 from moe_jax.routing.load_summary import load_summary
 
 Row = dict[str, Any]
@@ -121,17 +119,21 @@ def to_markdown(table: Sequence[Row]) -> str:
   lines = ['# Routing report', '', f'## {_LAYERS_TITLE}', '', _LAYERS_NOTE, '']
   for warning in sorted({row['warning'] for row in table if 'warning' in row}):
     lines += [f'**Warning:** {warning}.', '']
-  lines += _markdown(list(_COLUMNS), map(_layer_cells, table))
+  lines += markdown_lines(list(_COLUMNS), map(_layer_cells, table))
   lines += ['', f'## {_TOKENS_TITLE}', '', _TOKENS_NOTE, '']
-  lines += _markdown(_TOKENS_HEADINGS, _expert_cells(table, _markdown_name))
+  lines += markdown_lines(
+    _TOKENS_HEADINGS, _expert_cells(table, _markdown_name), _TEXT
+  )
   return '\n'.join(lines) + '\n'
 
 
 def print_report(console: Console, table: Sequence[Row]) -> None:
   """Prints the two tables of `to_markdown` on a terminal."""
-  layers = _terminal(_LAYERS_TITLE, list(_COLUMNS), map(_layer_cells, table))
-  experts = _terminal(
-    _TOKENS_TITLE, _TOKENS_HEADINGS, _expert_cells(table, _visible)
+  layers = terminal_table(
+    _LAYERS_TITLE, list(_COLUMNS), map(_layer_cells, table)
+  )
+  experts = terminal_table(
+    _TOKENS_TITLE, _TOKENS_HEADINGS, _expert_cells(table, _visible), _TEXT
   )
   console.print(layers, experts)
 
@@ -255,28 +257,6 @@ def _expert_cells(
         _percent(busy['share']),
         ', '.join(tokens),
       ]
-
-
-def _markdown(
-  headings: Sequence[str], rows: Iterable[Sequence[str]]
-) -> list[str]:
-  rules = [':---' if heading in _TEXT else '---:' for heading in headings]
-  return [f'| {" | ".join(cells)} |' for cells in [headings, rules, *rows]]
-
-
-def _terminal(
-  title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
-) -> Table:
-  table = Table(
-    title=title, title_justify='left', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-  )
-  for heading in headings:
-    justify = 'left' if heading in _TEXT else 'right'
-    table.add_column(heading, justify=justify)
-  for cells in rows:
-    # Cells are Text, since rich would read markup in a token's name.
-    table.add_row(*map(Text, cells))
-  return table
 
 
 def _visible(name: str) -> str:

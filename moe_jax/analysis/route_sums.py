@@ -1,0 +1,304 @@
+"""Sums of the choices in the records of a trace, layer by layer.
+
+Records are read one at a time, so memory does not grow with their number; it
+holds a table of token ids and experts for each layer. Where a token has several
+choices, what it is said to be about is its first one: that with the largest
+gate where experts choose tokens. Not here: counts of one batch
+(`route_counts.py`), and what the sums say (`route_measures.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moe_jax.analysis import route_counts
+from moe_jax.analysis.route_counts import Repeats, Tokens
+from moe_jax.analysis.trace_records import (
+  Header,
+  LayerChoices,
+  LayerInfo,
+  Record,
+)
+from moe_jax.routing.load_summary import load_summary
+
+NUM_PARTS = 32  # most parts that positions in a row are told apart by
+GATE_BINS = 100  # equal ones between 0 and 1
+NUM_SHUFFLES = 8
+_TIME_BINS = 200
+_BLOCK = 8192  # documents among which labels are shuffled
+
+
+class LabelledDocuments:
+  """First choices by the label of the document, and by shuffled labels.
+
+  Choices within a document are alike for many reasons. Labels are therefore
+  shuffled among documents, within blocks of some thousand of them.
+
+  Args:
+    num_labels: Number of labels.
+    num_experts: Number E of experts.
+    seed: Seed of the shuffles, equal in all layers, so that documents keep
+      their shuffled labels from layer to layer.
+    num_shuffles: Number n of shuffles.
+  """
+
+  def __init__(
+    self,
+    num_labels: int,
+    num_experts: int,
+    seed: int = 0,
+    num_shuffles: int = NUM_SHUFFLES,
+  ):
+    shape = num_labels, num_experts
+    self._table = np.zeros(shape, np.int64)
+    self._shuffled = np.zeros((num_shuffles, *shape), np.int64)
+    self._rng = np.random.default_rng(seed)
+    self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    self._count = 0
+
+  def add(
+    self,
+    label: Int[np.ndarray, 'documents'],
+    counts: Int[np.ndarray, 'documents E'],
+  ) -> None:
+    """Adds documents, each with its label and its number of choices."""
+    self._waiting.append((label, counts.astype(np.int32)))
+    self._count += len(label)
+    if self._count >= _BLOCK:
+      self._flush()
+
+  def tables(
+    self,
+  ) -> tuple[Int[np.ndarray, 'labels E'], Int[np.ndarray, 'n labels E']]:
+    """The counts by label, and those by shuffled labels."""
+    self._flush()
+    return self._table, self._shuffled
+
+  def _flush(self) -> None:
+    if not self._waiting:
+      return
+    labels, counts = map(np.concatenate, zip(*self._waiting, strict=True))
+    self._waiting, self._count = [], 0
+    np.add.at(self._table, labels, counts)
+    for table in self._shuffled:
+      np.add.at(table, self._rng.permutation(labels), counts)
+
+
+@dataclasses.dataclass(eq=False)
+class LayerSums:
+  """Sums over the choices of one sparse layer.
+
+  Attributes:
+    info: The description of the layer.
+    load: [E], choices of each expert before any is dropped.
+    kept: [E], those that are served.
+    first: [E], first choices of each expert.
+    by_rank: [E, 2], choices and drops of the first choices, the second ones ...
+    by_column: [parts, 4], counts by place in the row; sums of `fates`.
+    by_position: [parts, 4], the same by place in the document.
+    gate_sums: [E], sum of the gates of served first choices, second ones ...
+    gates: [GATE_BINS], histogram of gates of served first choices.
+    logit_entropy: Entropy of the router's softmax in nats, summed over tokens.
+    logit_tokens: Number of these tokens; 0 where there are no logits.
+    pairs: [E, E], tokens that chose both of two experts.
+    tokens: [V, E], first choices of each token id.
+    positions: [parts, E], first choices by place in the document.
+    documents: First choices by source; None where the trace has no sources.
+    previous: Number of the sparse layer before, or None for the first.
+    following: [E', E], first choices by that of the same token in `previous`.
+    repeats: Comparison of each token with the one before in its document.
+    different: The same where the two are different ids.
+    chance: Comparison with random other tokens of the batch instead.
+    over_time: [bins, E], load by part of the steps.
+    evenness: For each batch the numbers of `load_summary`.
+  """
+
+  info: LayerInfo
+  vocab_size: dataclasses.InitVar[int]
+  num_sources: dataclasses.InitVar[int]
+  num_parts: dataclasses.InitVar[int]
+  time_bins: dataclasses.InitVar[int]
+  previous: int | None = None
+  previous_experts: dataclasses.InitVar[int] = 0
+  logit_entropy: float = 0.0
+  logit_tokens: int = 0
+  repeats: Repeats = Repeats(0, 0, 0)
+  different: Repeats = Repeats(0, 0, 0)
+  chance: Repeats = Repeats(0, 0, 0)
+
+  def __post_init__(
+    self, vocab_size, num_sources, num_parts, time_bins, previous_experts
+  ):
+    E = self.info.num_experts
+    zeros = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
+    self.load, self.kept, self.first = zeros(E), zeros(E), zeros(E)
+    self.by_rank, self.gate_sums = zeros(E, 2), np.zeros(E)
+    self.gates = zeros(GATE_BINS)
+    self.by_column, self.by_position = zeros(num_parts, 4), zeros(num_parts, 4)
+    self.pairs, self.following = zeros(E, E), zeros(previous_experts, E)
+    # Pages of ids that do not occur are never touched.
+    self.tokens = np.zeros((vocab_size, E), np.int32)
+    self.positions, self.over_time = zeros(num_parts, E), zeros(time_bins, E)
+    self.documents = LabelledDocuments(num_sources, E) if num_sources else None
+    self.evenness: list[dict[str, float]] = []
+
+  def add(
+    self,
+    choices: LayerChoices,
+    tokens: Tokens,
+    parts: tuple[np.ndarray, np.ndarray],
+    time_bin: int,
+  ) -> Int[np.ndarray, 'N']:
+    """Adds the choices of a batch.
+
+    Args:
+      choices: The choices.
+      tokens: The batch's tokens.
+      parts: The part of the row and of the document that each is in.
+      time_bin: Number of the part of the steps.
+
+    Returns:
+      The first choice of each token.
+    """
+    E = self.info.num_experts
+    expert, gate, kept = (
+      x.reshape(-1, x.shape[-1])[tokens.place] for x in choices[:3]
+    )
+    if self.info.by_expert:
+      expert, gate, kept = route_counts.by_gate(expert, gate, kept)
+    load = route_counts.expert_counts(expert, E)
+    self.load += load
+    self.over_time[time_bin] += load
+    self.evenness.append(load_summary(load))
+    self.kept += route_counts.expert_counts(expert[kept], E)
+    self._add_gates(expert, gate, kept, choices.logits, tokens)
+    fates = route_counts.fates(expert, kept)
+    for sums, part in zip((self.by_column, self.by_position), parts):
+      sums += route_counts.sums_by_part(fates, part, len(sums))
+    self.pairs += route_counts.pair_counts(expert, E)
+    first = expert[:, 0]
+    self._add_first(first, tokens, parts[1])
+    self._add_repeats(expert, tokens)
+    return first
+
+  def _add_gates(self, expert, gate, kept, logits, tokens: Tokens) -> None:
+    K, served = expert.shape[1], kept & (expert >= 0)
+    self.by_rank[:K, 0] += (expert >= 0).sum(0)
+    self.by_rank[:K, 1] += ((expert >= 0) & ~kept).sum(0)
+    self.gate_sums[:K] += np.where(served, gate, 0).sum(0, dtype=np.float64)
+    bins = (gate[:, 0][served[:, 0]] * GATE_BINS).astype(np.int64)
+    bins = np.clip(bins, 0, GATE_BINS - 1)
+    self.gates += np.bincount(bins, minlength=GATE_BINS)
+    if logits is not None:
+      real = logits.reshape(-1, logits.shape[-1])[tokens.place]
+      self.logit_entropy += route_counts.logit_entropy(real)
+      self.logit_tokens += len(real)
+
+  def _add_first(self, first, tokens: Tokens, part: np.ndarray) -> None:
+    E, chose = self.info.num_experts, first >= 0
+    code = tokens.token[chose].astype(np.int64) * E + first[chose]
+    np.add.at(self.tokens.reshape(-1), code, np.int32(1))
+    self.first += route_counts.expert_counts(first, E)
+    self.positions += route_counts.joint_counts(
+      part, first, self.positions.shape
+    )
+    if self.documents is not None and tokens.source is not None:
+      shape = len(tokens.source), E
+      counts = route_counts.joint_counts(tokens.document, first, shape)
+      self.documents.add(tokens.source, counts)
+
+  def _add_repeats(self, expert, tokens: Tokens) -> None:
+    here, before = expert[tokens.after], expert[tokens.after - 1]
+    ids = tokens.token
+    other = ids[tokens.after] != ids[tokens.after - 1]
+    stranger = expert[tokens.stranger]
+    self.repeats += route_counts.repeats(here, before)
+    self.different += route_counts.repeats(here[other], before[other])
+    self.chance += route_counts.repeats(here, stranger)
+
+
+class RouteSums:
+  """Sums over the records of a trace that are added.
+
+  Attributes:
+    header: The trace's header.
+    layers: The sums of each sparse layer, by its number.
+    records: Number of records that were added.
+    tokens: Number of real tokens in them.
+    times: The mean step of each time bin.
+    length: Number of places of a row, by sequence.
+
+  Args:
+    header: The trace's header.
+    steps: The steps of the records that will be added; they are the axis of
+      the loads over time. Without them all time is one.
+    seed: Seed of the random numbers.
+  """
+
+  def __init__(self, header: Header, steps: Sequence[int] = (), seed: int = 0):
+    steps = sorted(set(steps)) or [0]
+    split = np.array_split(steps, min(len(steps), _TIME_BINS))
+    self._bins = {int(s): i for i, part in enumerate(split) for s in part}
+    self._rng = np.random.default_rng(seed)
+    self.header, self.records, self.tokens = header, 0, 0
+    self.times: Float[np.ndarray, 'bins'] = np.array([s.mean() for s in split])
+    self.length: dict[str, int] = {}
+    self.layers: dict[int, LayerSums] = {}
+    before: dict[str, int] = {}  # the last layer of each sequence
+    num_parts = min(NUM_PARTS, header.seq_len or NUM_PARTS)
+    for number, info in sorted(header.layers.items()):
+      last = before.get(info.sequence)
+      experts = header.layers[last].num_experts if last is not None else 0
+      self.layers[number] = LayerSums(
+        info,
+        header.vocab_size,
+        len(header.sources),
+        num_parts,
+        len(split),
+        previous=last,
+        previous_experts=experts,
+      )
+      before[info.sequence] = number
+
+  def add(self, record: Record) -> None:
+    """Adds the choices in a batch."""
+    batch = (record.tokens, record.positions, record.documents, record.sources)
+    tokens = route_counts.real_tokens(*batch, self._rng)
+    T = record.tokens.shape[1]
+    length = self.length.setdefault(record.sequence, T)
+    time_bin = self._bins.get(int(record.step), 0)
+    firsts: dict[int | None, np.ndarray] = {}
+    for number, choices in sorted(record.layers.items()):
+      sums = self.layers[number]
+      parts = tuple(
+        route_counts.parts_of(places, length, len(sums.by_column))
+        for places in (tokens.column, tokens.position)
+      )
+      first = firsts[number] = sums.add(choices, tokens, parts, time_bin)
+      if sums.previous in firsts:
+        sums.following += route_counts.joint_counts(
+          firsts[sums.previous], first, sums.following.shape
+        )
+    self.records += 1
+    self.tokens += len(tokens.place)
+
+
+def collect(
+  header: Header,
+  records: Iterable[Record],
+  steps: Sequence[int] = (),
+  seed: int = 0,
+) -> RouteSums:
+  """The sums over records; see `RouteSums` for the arguments.
+
+  Raises:
+    ValueError: There are no records.
+  """
+  sums = RouteSums(header, steps, seed)
+  for record in records:
+    sums.add(record)
+  if not sums.records:
+    raise ValueError('no records: the trace has none of this kind and steps')
+  return sums

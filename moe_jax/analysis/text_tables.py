@@ -1,0 +1,123 @@
+"""Tables of values, as Markdown, CSV and on a terminal.
+
+Not here: the values.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Value = str | int | float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueTable:
+  """A table whose values are printed by a format for each column.
+
+  Attributes:
+    name: The name of its file, without a suffix.
+    title: One line that says what it shows.
+    note: Sentences that say what the columns mean; may be empty.
+    columns: The format of each column by its heading, such as '.3f' or '.1%';
+      '' aligns text left, '>' aligns it right.
+    rows: The values of each row; None and NaN are printed as '-'.
+  """
+
+  name: str
+  title: str
+  note: str
+  columns: Mapping[str, str]
+  rows: Sequence[Sequence[Value]]
+
+  def __post_init__(self):
+    """Raises ValueError where a row has not one value for each column."""
+    for row in self.rows:
+      if len(row) != len(self.columns):
+        raise ValueError(
+          f'table {self.name!r}: {len(row)} values for the columns '
+          f'{list(self.columns)}'
+        )
+
+  @property
+  def left(self) -> list[str]:
+    """The headings of columns that are aligned left."""
+    return [heading for heading, form in self.columns.items() if not form]
+
+  def cells(self) -> list[list[str]]:
+    """The text of each cell, row by row."""
+    forms = self.columns.values()
+    return [
+      [_text(value, form) for value, form in zip(row, forms, strict=True)]
+      for row in self.rows
+    ]
+
+  def markdown(self) -> str:
+    """Title, note and table in GitHub's Markdown."""
+    cells = ([c.replace('|', r'\|') for c in row] for row in self.cells())
+    lines = markdown_lines(list(self.columns), cells, self.left)
+    note = [self.note, ''] if self.note else []
+    return '\n'.join([f'## {self.title}', '', *note, *lines]) + '\n'
+
+  def csv(self) -> str:
+    """The values at full precision; None and NaN are empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(self.columns)
+    for row in self.rows:
+      writer.writerow('' if _missing(value) else value for value in row)
+    return text.getvalue()
+
+  def terminal(self) -> Table:
+    """The table for a terminal."""
+    return terminal_table(
+      self.title, list(self.columns), self.cells(), self.left
+    )
+
+
+def markdown_lines(
+  headings: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  left: Sequence[str] = (),
+) -> list[str]:
+  """The lines of a table in GitHub's Markdown.
+
+  Args:
+    headings: Headings of the columns.
+    rows: Texts of the cells, in which bars are escaped.
+    left: Headings of the columns that are aligned left.
+  """
+  rules = [':---' if heading in left else '---:' for heading in headings]
+  return [f'| {" | ".join(cells)} |' for cells in [headings, rules, *rows]]
+
+
+def terminal_table(
+  title: str,
+  headings: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  left: Sequence[str] = (),
+) -> Table:
+  """A table for a terminal; the arguments are those of `markdown_lines`."""
+  table = Table(
+    title=title, title_justify='left', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+  )
+  for heading in headings:
+    justify = 'left' if heading in left else 'right'
+    table.add_column(heading, justify=justify)
+  for cells in rows:
+    # Cells are Text, since rich would read markup in a token's name.
+    table.add_row(*map(Text, cells))
+  return table
+
+
+def _missing(value: Value) -> bool:
+  return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Value, form: str) -> str:
+  return '-' if _missing(value) else format(value, form)
