@@ -5,13 +5,14 @@ nats. Not here: the counts (`route_counts.py`, `route_sums.py`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.stats import random_table
 
+NUM_SHUFFLES = 8
 _PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
 
 
@@ -89,14 +90,14 @@ class Information(NamedTuple):
 def information(
   table: Int[np.ndarray, 'labels E'],
   rng: np.random.Generator,
-  num_shuffles: int = 8,
+  num_shuffles: int = NUM_SHUFFLES,
 ) -> Information:
   """What labels say about experts; labels are shuffled over single choices.
 
   A table with the same sums of rows and columns is drawn at random, which is
   exactly the table of shuffled labels. Labels that neighbours share, such as
   the domain of a document, are better shuffled over documents; see
-  `information_of` and `LabelledDocuments` in `route_sums.py`.
+  `information_of` and `route_labels.LabelledDocuments`.
 
   Args:
     table: Number of choices of each expert with each label.
@@ -110,7 +111,7 @@ def information(
     raise ValueError(f'num_shuffles={num_shuffles} must be at least 1')
   table = table[table.sum(1) > 0]
   table = table[:, table.sum(0) > 0]
-  shuffles: Sequence[np.ndarray] = [table]
+  shuffles: Iterable[np.ndarray] = [table]
   if min(table.shape, default=0) > 1:
     rows, columns = table.sum(1), table.sum(0)
     shuffles = (
@@ -121,7 +122,7 @@ def information(
 
 
 def information_of(
-  table: Int[np.ndarray, 'labels E'], shuffles: Sequence[np.ndarray]
+  table: Int[np.ndarray, 'labels E'], shuffles: Iterable[np.ndarray]
 ) -> Information:
   """What labels say about experts, against tables of shuffled labels.
 
@@ -225,31 +226,3 @@ def load_percentiles(load: Num[np.ndarray, 'E']) -> dict[int, float]:
     return dict.fromkeys(_PERCENTILES, math.nan)
   values = np.percentile(np.asarray(load) / mean, _PERCENTILES)
   return dict(zip(_PERCENTILES, map(float, values), strict=True))
-
-
-def grouped(
-  table: Int[np.ndarray, '*n rows E'],
-  names: Sequence[str],
-  labels: Mapping[str, str],
-) -> tuple[Int[np.ndarray, '*n labels E'], list[str]]:
-  """Sums of rows that share a label, such as sources of one language.
-
-  Args:
-    table: Counts with a row for each name; dimensions before it are kept.
-    names: Names of the rows.
-    labels: The label of each name.
-
-  Returns:
-    The summed table, and the names of its rows, in order.
-
-  Raises:
-    ValueError: A name has no label, or a label is given to no name.
-  """
-  if set(labels) != set(names):
-    raise ValueError(
-      f'labels are given to {sorted(labels)}, but the sources are '
-      f'{sorted(names)}; each needs one'
-    )
-  kinds = sorted(set(labels.values()))
-  belongs = np.array([[labels[n] == kind for n in names] for kind in kinds])
-  return np.einsum('kr,...re->...ke', belongs.astype(table.dtype), table), kinds

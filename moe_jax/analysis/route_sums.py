@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.analysis import route_counts
 from moe_jax.analysis.route_counts import Repeats, Tokens
+from moe_jax.analysis.route_labels import LabelledDocuments
 from moe_jax.analysis.trace_records import (
   Header,
   LayerChoices,
@@ -25,65 +26,7 @@ from moe_jax.routing.load_summary import load_summary
 
 NUM_PARTS = 32  # most parts that positions in a row are told apart by
 GATE_BINS = 100  # equal ones between 0 and 1
-NUM_SHUFFLES = 8
 _TIME_BINS = 200
-_BLOCK = 8192  # documents among which labels are shuffled
-
-
-class LabelledDocuments:
-  """First choices by the label of the document, and by shuffled labels.
-
-  Choices within a document are alike for many reasons. Labels are therefore
-  shuffled among documents, within blocks of some thousand of them.
-
-  Args:
-    num_labels: Number of labels.
-    num_experts: Number E of experts.
-    seed: Seed of the shuffles, equal in all layers, so that documents keep
-      their shuffled labels from layer to layer.
-    num_shuffles: Number n of shuffles.
-  """
-
-  def __init__(
-    self,
-    num_labels: int,
-    num_experts: int,
-    seed: int = 0,
-    num_shuffles: int = NUM_SHUFFLES,
-  ):
-    shape = num_labels, num_experts
-    self._table = np.zeros(shape, np.int64)
-    self._shuffled = np.zeros((num_shuffles, *shape), np.int64)
-    self._rng = np.random.default_rng(seed)
-    self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    self._count = 0
-
-  def add(
-    self,
-    label: Int[np.ndarray, 'documents'],
-    counts: Int[np.ndarray, 'documents E'],
-  ) -> None:
-    """Adds documents, each with its label and its number of choices."""
-    self._waiting.append((label, counts.astype(np.int32)))
-    self._count += len(label)
-    if self._count >= _BLOCK:
-      self._flush()
-
-  def tables(
-    self,
-  ) -> tuple[Int[np.ndarray, 'labels E'], Int[np.ndarray, 'n labels E']]:
-    """The counts by label, and those by shuffled labels."""
-    self._flush()
-    return self._table, self._shuffled
-
-  def _flush(self) -> None:
-    if not self._waiting:
-      return
-    labels, counts = map(np.concatenate, zip(*self._waiting, strict=True))
-    self._waiting, self._count = [], 0
-    np.add.at(self._table, labels, counts)
-    for table in self._shuffled:
-      np.add.at(table, self._rng.permutation(labels), counts)
 
 
 @dataclasses.dataclass(eq=False)
