@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from moe_jax.analysis.route_labels import grouped
 from moe_jax.analysis.route_measures import (
   Information,
   entropy,
+  expected_pairs,
   information,
   information_of,
   uniform_repeats,
@@ -85,6 +87,41 @@ def transitions(sums: RouteSums, seed: int = 0) -> dict[int, Information]:
   }
 
 
+class Findings(NamedTuple):
+  """What takes a while to find out, once for tables and pictures.
+
+  Attributes:
+    sums: The sums over the records of a trace.
+    labels: What labels say about experts; see `specialisation`.
+    following: What layers say about the next; see `transitions`.
+    expected: The pairs of experts by chance in each layer that has pairs; see
+      `route_measures.expected_pairs`.
+  """
+
+  sums: RouteSums
+  labels: dict[str, dict[int, Information]]
+  following: dict[int, Information]
+  expected: dict[int, Float[np.ndarray, 'E E']]
+
+
+def find(
+  sums: RouteSums,
+  labels: Mapping[str, Mapping[str, str]] | None = None,
+  seed: int = 0,
+) -> Findings:
+  """The findings from sums; the arguments are those of `specialisation`."""
+  return Findings(
+    sums,
+    specialisation(sums, labels, seed),
+    transitions(sums, seed),
+    {
+      number: expected_pairs(layer.pairs)
+      for number, layer in sums.layers.items()
+      if layer.pairs.any()
+    },
+  )
+
+
 class Persistence(NamedTuple):
   """How often a token and the one before it chose the same experts.
 
@@ -147,8 +184,8 @@ def drop_rates(counts: np.ndarray, num_parts: int | None = None) -> np.ndarray:
 
 
 def unserved_rates(
-  counts: np.ndarray, num_parts: int | None = None
-) -> np.ndarray:
+  counts: Int[np.ndarray, 'parts 4'], num_parts: int | None = None
+) -> Float[np.ndarray, 'parts']:
   """Share of the tokens that no expert served, by part; see `drop_rates`."""
   tokens, _, _, unserved = _merged(counts, num_parts)
   return _shares(unserved, tokens)

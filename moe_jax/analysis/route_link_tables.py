@@ -66,7 +66,10 @@ def co_activation_table(
 def pair_table(
   sums: RouteSums, expected: Mapping[int, np.ndarray]
 ) -> ValueTable:
-  """The pairs that exceed chance by the most tokens; see `co_activation_table`."""
+  """The pairs that exceed chance by the most tokens.
+
+  The arguments are those of `co_activation_table`.
+  """
   rows = []
   for number, chance in expected.items():
     pairs = sums.layers[number].pairs
@@ -105,10 +108,10 @@ _INFORMATION = {
 _INFORMATION_NOTE = (
   'MI is the mutual information in nats; ± is the standard deviation over '
   'shuffles of the labels, and net is MI less the mean of the shuffles. It is '
-  'given as a fraction of the entropy of the experts and, adjusted, of the most '
-  'that can exceed the shuffles. The best guess is the most frequent expert of '
-  'each label, right in this share of cases; always guessing the most frequent '
-  'expert of all is right in the base rate.'
+  'given as a fraction of the entropy of the experts and, adjusted, of the '
+  'most that can exceed the shuffles. The best guess is the most frequent '
+  'expert of each label, right in this share of cases; always guessing the '
+  'most frequent expert of all is right in the base rate.'
 )
 
 
@@ -140,13 +143,12 @@ def flow_table(sums: RouteSums) -> ValueTable:
     table = layer.following
     if layer.previous is None or not table.any():
       continue
-    lift = route_measures.lift(table)
-    excess = np.where(lift > 1, table * (1 - 1 / np.fmax(lift, 1)), 0)
-    for a, b in _largest(excess):
+    chance = route_measures.independent(table)
+    for a, b in _largest(table - chance):
       count = int(table[a, b])
       share = count / table[a].sum()
-      row = [layer.previous, a, number, b, count, share, lift[a, b]]
-      rows.append(row)
+      ratio = count / chance[a, b]
+      rows.append([layer.previous, a, number, b, count, share, ratio])
   return ValueTable(
     'flows',
     'Flows between layers that exceed chance by the most tokens',
@@ -171,9 +173,9 @@ def repeat_table(sums: RouteSums) -> ValueTable:
   return ValueTable(
     'repeats',
     'Consecutive tokens with the same expert',
-    'Shares of pairs of neighbours in a document. Chance compares with a random '
-    'other token of the batch; even is what even loads and random choices give. '
-    'Different ids are the pairs of neighbours whose ids differ.',
+    'Shares of pairs of neighbours in a document. Chance compares with a '
+    'random other token of the batch; even is what even loads and random '
+    'choices give. Different ids are the pairs of neighbours whose ids differ.',
     {
       'layer': 'd',
       'pairs': ',d',

@@ -18,12 +18,12 @@ _PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
 
 def entropy(counts: Num[np.ndarray, '...']) -> float:
   """The entropy in nats of the distribution that counts have, 0 for none."""
-  counts = np.asarray(counts, np.float64).reshape(-1)
-  total = counts.sum()
-  if not total:
+  counts = np.asarray(counts)
+  counts = counts[counts > 0].astype(np.float64)
+  if not counts.size:
     return 0.0
-  shares = counts[counts > 0] / total
-  return float(-(shares * np.log(shares)).sum() + 0.0)
+  total = counts.sum()
+  return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
 
 
 def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
@@ -32,7 +32,6 @@ def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
   It is estimated from the shares of counts alone, so that it is too high by
   about (labels - 1) (E - 1) / (2 N) if the two are independent.
   """
-  table = np.asarray(table, np.float64)
   both = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
   return max(both, 0.0)  # rounding may leave less than 0
 
@@ -191,15 +190,12 @@ def relative_entropy(
   return float(max((p * np.log(p / q)).sum(), 0.0))
 
 
-def lift(table: Int[np.ndarray, 'rows E']) -> Float[np.ndarray, 'rows E']:
-  """Counts over those that independent rows and columns would have.
-
-  NaN stands where a row or a column is empty.
-  """
-  table = np.asarray(table, np.float64)
-  expected = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
-  nothing = np.full(table.shape, math.nan)
-  return np.divide(table, expected, out=nothing, where=expected > 0)
+def independent(
+  table: Num[np.ndarray, 'rows E'],
+) -> Float[np.ndarray, 'rows E']:
+  """The counts that rows and columns with these sums have if independent."""
+  total = max(float(table.sum()), 1e-300)
+  return np.outer(table.sum(1), table.sum(0)) / total
 
 
 def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:

@@ -40,11 +40,11 @@ def load_table(sums: RouteSums) -> ValueTable:
   return ValueTable(
     'load',
     'Load of experts in each layer',
-    'The load of an expert is the number of choices that fall on it, before any '
-    'is dropped, over the mean of its layer: 1 is an even share. The columns '
-    'from least to most are percentiles over experts. CV is the standard '
-    'deviation over the mean. The entropy of the load is 1 of ln E if all '
-    'experts are chosen equally often, and 0 if one takes all.',
+    'The load of an expert is the number of choices that fall on it, before '
+    'any is dropped, over the mean of its layer: 1 is an even share. The '
+    'columns from least to most are percentiles over experts. CV is the '
+    'standard deviation over the mean. The entropy of the load is 1 of ln E if '
+    'all experts are chosen equally often, and 0 if one takes all.',
     {
       'layer': 'd',
       'experts': 'd',
@@ -76,8 +76,8 @@ def batch_load_table(sums: RouteSums) -> ValueTable:
     'load_by_batch',
     'Load within single batches',
     'Percentiles over batches of the load of the busiest expert over the mean '
-    'load, and of the CV of the loads. Capacity has to hold what a batch sends, '
-    'not what the whole trace does.',
+    'load, and of the CV of the loads. Capacity has to hold what a batch '
+    'sends, not what the whole trace does.',
     {
       'layer': 'd',
       **{f'most, {column}': '.2f' for column in most},

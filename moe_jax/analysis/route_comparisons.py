@@ -1,0 +1,154 @@
+"""Parts of a report on choices that changed: between steps, between traces.
+
+Not here: how choices are compared (`route_churn.py`).
+"""
+
+from collections.abc import Container, Mapping, Sequence
+
+from moe_jax.analysis import (
+  route_churn,
+  route_lines,
+  route_sections,
+  route_tables,
+)
+from moe_jax.analysis.route_churn import Agreement, Change, Churn
+from moe_jax.analysis.route_page import Part
+from moe_jax.analysis.route_sections import Section
+from moe_jax.analysis.traces import Trace
+
+TRAIN = 'train'
+
+
+def churn_section(kind: str, found: Churn) -> Section:
+  """The section on how choices in an evaluation change over steps."""
+  last = found.from_before[-1]
+  name = f'churn_{"".join(c if c.isalnum() else "_" for c in kind)}'
+  return Section(
+    name,
+    f'Churn of {kind} between steps',
+    [
+      'The same tokens are routed at several steps. If routing settles early, '
+      'few tokens change their expert later on.',
+      f'From step {last.other} to step {last.step}, {_changed(last.layers)} of '
+      f'tokens changed their first choice; from step {found.to_last[0].step} '
+      f'on it were {_changed(found.to_last[0].layers)}.',
+    ],
+    {name: route_lines.churn_figure(found)},
+    [
+      route_tables.churn_table(
+        name, f'Choices of {kind} that changed since', found.from_before
+      ),
+      route_tables.churn_table(
+        f'{name}_to_last', f'Choices of {kind} until the end', found.to_last
+      ),
+    ],
+  )
+
+
+def _changed(layers: Mapping[int, Agreement]) -> str:
+  share = {n: 100 * one.churn for n, one in layers.items()}
+  return f'{route_sections.span(share, ".1f")} %'
+
+
+def churn_sections(trace: Trace) -> tuple[list[Section], list[str]]:
+  """Sections on changes of evaluations, and why there are none of others."""
+  sections, notes = [], []
+  for kind in trace.kinds:
+    if kind == TRAIN or len(trace.steps_of(kind)) < 2:
+      continue
+    try:
+      found = route_churn.churn(trace, kind)
+    except ValueError as error:
+      notes.append(f'The churn of {kind!r} is not known: {error}.')
+    else:
+      sections.append(churn_section(kind, found))
+  if not sections and not notes:
+    notes.append(
+      'Churn is not known: it needs an evaluation of the same tokens at two '
+      'steps at least, or a second trace of it.'
+    )
+  return sections, notes
+
+
+def compare(
+  one: Trace, other: Trace, kind: str, steps: Container[int] | None = None
+) -> Change:
+  """The changes of choices from one trace to another, for the same tokens.
+
+  Args:
+    one: A trace.
+    other: A trace with the same batches, at the same steps or at others.
+    kind: The kind of records in both.
+    steps: The numbers of steps; None takes all.
+
+  Raises:
+    ValueError: They are not of the same tokens, or not of the same layers.
+  """
+  shapes, ends = [], []
+  for trace in (one, other):
+    layers = trace.header.layers
+    shapes.append({n: info.num_experts for n, info in layers.items()})
+    own = [s for s in trace.steps_of(kind) if steps is None or s in steps]
+    ends.append(own[-1] if own else 0)
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f'their experts by layer differ: {shapes[0]} and {shapes[1]}'
+    )
+  both = (trace.records(kind, steps) for trace in (one, other))
+  return Change(*ends, route_churn.agreement(one.header, *both))
+
+
+def comparison_section(
+  number: int, names: tuple[str, str], found: Change
+) -> Section:
+  """The section on how the choices in two traces differ.
+
+  Args:
+    number: The number of the second trace, which names the table's file.
+    names: The names of both.
+    found: What `compare` returned.
+  """
+  one, other = names
+  name = f'comparison_{number}'
+  return Section(
+    name,
+    f'{one} against {other}',
+    [
+      'Both traces hold the same tokens, so that single choices can be '
+      f'compared. {_changed(found.layers)} of tokens have another first '
+      'choice. If the two models were trained apart, their experts have '
+      'different numbers, and this says nothing.',
+    ],
+    {},
+    [
+      route_tables.churn_table(
+        name, f'Choices of {one} against {other}', [found]
+      )
+    ],
+  )
+
+
+def comparison_part(
+  opened: Sequence[Trace],
+  names: Sequence[str],
+  kind: str,
+  steps: Container[int] | None = None,
+) -> Part:
+  """The part that compares each trace with the first one.
+
+  Args:
+    opened: The traces.
+    names: Their names.
+    kind: The kind of records.
+    steps: The numbers of steps; None takes all.
+  """
+  sections, notes = [], []
+  for number, trace in enumerate(opened[1:], 2):
+    pair = names[0], names[number - 1]
+    try:
+      found = compare(opened[0], trace, kind, steps)
+    except ValueError as error:
+      notes.append(f'{pair[0]} and {pair[1]} are not compared: {error}.')
+    else:
+      sections.append(comparison_section(number, pair, found))
+  return Part('', f'Traces against {names[0]}, {kind}', notes, sections)

@@ -1,0 +1,260 @@
+"""Lines of a trace over layers, places in the row, and steps.
+
+Not here: heat maps (`route_plots.py`), and the numbers (`route_findings.py`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moe_jax.analysis import route_findings
+from moe_jax.analysis.route_churn import Change, Churn
+from moe_jax.analysis.route_measures import Information, entropy
+from moe_jax.analysis.route_sums import RouteSums
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+_COLOURS = (
+  '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'
+)  # fmt: skip
+_SIZE = (10, 3.6)  # inches
+
+
+def information_figure(
+  found: Mapping[str, Mapping[int, Information]],
+) -> Figure:
+  """What labels say about experts, layer by layer, and the best guesses.
+
+  Args:
+    found: `route_findings.specialisation`.
+  """
+  figure, (shares, guesses) = _pair()
+  for i, (name, layers) in enumerate(found.items()):
+    x, style = range(len(layers)), {'color': _COLOURS[i % 7], 'marker': 'o'}
+    infos = list(layers.values())
+    share = [one.adjusted for one in infos]
+    error = [_over(one.deviation, one.entropy) for one in infos]
+    shares.errorbar(x, share, error, **style, markersize=4, label=name)
+    accuracy = [one.accuracy for one in infos]
+    guesses.plot(x, accuracy, **style, markersize=4, label=name)
+  first = next(iter(found.values()))
+  base = [one.base_rate for one in first.values()]
+  guesses.plot(
+    range(len(base)), base, color='0.5', linestyle='--', label='base rate'
+  )
+  shares.axhline(0, color='0.5', linewidth=0.8)
+  for axes, title, numbers in (
+    (
+      shares,
+      'Information about the expert, less that of shuffled labels',
+      first,
+    ),
+    (guesses, 'Best guess of the expert from the label', first),
+  ):
+    _over_layers(axes, title, numbers)
+  shares.set_ylabel('share of the most possible')
+  guesses.set_ylabel('right guesses')
+  guesses.set_ylim(bottom=0)
+  guesses.legend(frameon=False, fontsize='small')
+  return figure
+
+
+def prediction_figure(following: Mapping[int, Information]) -> Figure:
+  """How well one layer predicts the next.
+
+  Args:
+    following: `route_findings.transitions`.
+  """
+  figure, (guesses, shares) = _pair()
+  x, infos = np.arange(len(following)), list(following.values())
+  for i, (name, values) in enumerate(
+    {
+      'from the expert before': [one.accuracy for one in infos],
+      'base rate': [one.base_rate for one in infos],
+    }.items()
+  ):
+    colour = _COLOURS[0] if i == 0 else '0.7'
+    guesses.bar(x + 0.4 * i - 0.2, values, 0.4, color=colour, label=name)
+  guesses.legend(frameon=False, fontsize='small', ncols=2)
+  guesses.set_ylim(0, 1.2 * max(one.accuracy for one in infos))
+  guesses.set_ylabel('right guesses')
+  shares.bar(x, [one.fraction for one in infos], 0.6, color=_COLOURS[0])
+  shares.set_ylabel('share of the entropy of experts')
+  _over_layers(guesses, 'Best guess of the expert in this layer', following)
+  title = 'Information from the layer before, less shuffled'
+  _over_layers(shares, title, following)
+  return figure
+
+
+def repeat_figure(sums: RouteSums) -> Figure:
+  """Consecutive tokens with the same experts, against chance and even loads."""
+  figure, panels = _pair()
+  found = [route_findings.persistence(s) for s in sums.layers.values()]
+  titles = 'Same first choice', 'Any expert in common'
+  for axes, title, name in zip(panels, titles, ('first', 'any'), strict=True):
+    lines = {'consecutive tokens': (name, '-', _COLOURS[1])}
+    if name == 'first':
+      lines['consecutive, different ids'] = ('different', '-', _COLOURS[4])
+    lines['random tokens of the batch'] = (f'{name}_chance', '-', _COLOURS[0])
+    lines['even loads'] = (f'{name}_uniform', '--', '0.5')
+    for label, (key, line, colour) in lines.items():
+      values = [getattr(one, key) for one in found]
+      if not all(map(math.isnan, values)):
+        marker = 'o' if line == '-' else ''
+        axes.plot(
+          values, line, color=colour, marker=marker, markersize=4, label=label
+        )
+    _over_layers(axes, title, sums.layers)
+    axes.set_ylabel('pairs of tokens')
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize='small')
+  return figure
+
+
+def drop_figure(sums: RouteSums) -> Figure:
+  """Drops by place in the row and in the document, a line for each layer.
+
+  Where nothing is dropped, as where experts choose, it is the share of tokens
+  that no expert served.
+  """
+  layers = sums.layers
+  dropped = any(layer.by_rank[:, 1].any() for layer in layers.values())
+  rates, what = route_findings.unserved_rates, 'tokens without expert'
+  if dropped:
+    rates, what = route_findings.drop_rates, 'dropped choices'
+  figure, panels = _pair()
+  length = max(sums.length.values())
+  for axes, where in zip(panels, ('row', 'document'), strict=True):
+    for (number, layer), colour in zip(
+      layers.items(), _shades(len(layers)), strict=True
+    ):
+      counts = layer.by_column if where == 'row' else layer.by_position
+      middle = (np.arange(len(counts)) + 0.5) / len(counts) * length
+      axes.plot(middle, rates(counts), color=colour, label=f'layer {number}')
+    axes.set_title(f'By place in the {where}', loc='left')
+    axes.set_xlabel(f'place in the {where}, tokens')
+    axes.set_ylabel(what)
+    _percent(axes)
+    axes.set_ylim(bottom=0)
+  _layer_legend(figure, panels[0], len(layers))
+  return figure
+
+
+def gate_figure(sums: RouteSums) -> Figure:
+  """Gates by layer, and the entropies of loads and of routers."""
+  figure, (values, entropies) = _pair()
+  x = range(len(sums.layers))
+  found = [route_findings.gates(layer) for layer in sums.layers.values()]
+  low, high = [one.low for one in found], [one.high for one in found]
+  values.fill_between(
+    x, low, high, color='#56B4E9', alpha=0.4, label='first, 10 to 90 %'
+  )
+  values.plot(
+    x,
+    [one.median for one in found],
+    'o-',
+    color=_COLOURS[0],
+    label='first, median',
+  )
+  second = [(*one.means, math.nan, math.nan)[1] for one in found]
+  if not all(map(math.isnan, second)):
+    values.plot(x, second, 'o-', color=_COLOURS[1], label='second, mean')
+  most = [math.log(s.info.num_experts) for s in sums.layers.values()]
+  load = [entropy(s.load) for s in sums.layers.values()]
+  entropies.plot(
+    x, [*map(_over, load, most)], 'o-', color=_COLOURS[0], label='load'
+  )
+  router = [one.router_entropy for one in found]
+  if not all(map(math.isnan, router)):
+    entropies.plot(
+      x,
+      [*map(_over, router, most)],
+      'o-',
+      color=_COLOURS[2],
+      label='router, mean over tokens',
+    )
+  _over_layers(values, 'Gates of served choices', sums.layers, percent=False)
+  _over_layers(entropies, 'Entropy / ln E', sums.layers, percent=False)
+  values.set_ylabel('gate')
+  entropies.set_ylabel('entropy / ln E')
+  for axes in (values, entropies):
+    axes.set_ylim(0, 1.03)
+    axes.legend(frameon=False, fontsize='small')
+  return figure
+
+
+def churn_figure(found: Churn) -> Figure:
+  """First choices that changed, over steps, a line for each layer."""
+  figure, panels = _pair()
+  numbers = [*found.to_last[0].layers]
+  for axes, changes, title in zip(
+    panels,
+    (found.from_before, found.to_last),
+    (
+      'Changed since the step before',
+      f'Changed until step {found.to_last[0].other}',
+    ),
+    strict=True,
+  ):
+    _draw_changes(axes, changes, numbers)
+    axes.set_title(title, loc='left')
+  _layer_legend(figure, panels[0], len(numbers))
+  return figure
+
+
+def _draw_changes(axes: Axes, changes: Sequence[Change], numbers) -> None:
+  steps = [change.step for change in changes]
+  for number, colour in zip(numbers, _shades(len(numbers)), strict=True):
+    values = [change.layers[number].churn for change in changes]
+    axes.plot(
+      steps, values, 'o-', color=colour, markersize=3, label=f'layer {number}'
+    )
+  axes.set_xlabel('step')
+  axes.set_ylabel('tokens with another first choice')
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  _percent(axes)
+  axes.set_ylim(bottom=0)
+
+
+def _pair() -> tuple[Figure, Sequence[Axes]]:
+  figure = Figure(figsize=_SIZE, layout='constrained')
+  panels = figure.subplots(1, 2)
+  for axes in panels:
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+  return figure, panels
+
+
+def _over_layers(axes: Axes, title: str, layers, percent: bool = True) -> None:
+  axes.set_title(title, loc='left', fontsize='medium')
+  axes.set_xlabel('layer')
+  axes.set_xticks(range(len(layers)), labels=map(str, layers))
+  if percent:
+    _percent(axes)
+
+
+def _percent(axes: Axes) -> None:
+  axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def _layer_legend(figure: Figure, axes: Axes, count: int) -> None:
+  columns = math.ceil(count / 12)
+  figure.legend(
+    *axes.get_legend_handles_labels(),
+    loc='outside right center',
+    frameon=False,
+    fontsize='small',
+    ncols=columns,
+  )
+
+
+def _shades(count: int) -> np.ndarray:
+  return colormaps['viridis'](np.linspace(0, 0.92, count))
+
+
+def _over(value: float, most: float) -> float:
+  return value / most if most else math.nan

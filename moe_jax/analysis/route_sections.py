@@ -1,0 +1,273 @@
+"""Sections of a report on a trace: sentences, pictures and tables.
+
+Not here: sections on changes of choices (`route_comparisons.py`), and how they
+are printed and written (`route_page.py`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from moe_jax.analysis import (
+  plots,
+  route_findings,
+  route_lines,
+  route_link_tables,
+  route_plots,
+  route_tables,
+)
+from moe_jax.analysis.route_findings import Findings
+from moe_jax.analysis.text_tables import ValueTable
+from moe_jax.routing.load_summary import load_summary
+
+
+class Section(NamedTuple):
+  """One section of a report.
+
+  Attributes:
+    name: A short name, which names of files may have.
+    title: One line.
+    sentences: What the pictures mean, and what stands out in them.
+    figures: The pictures by their names.
+    tables: The tables; those whose rows are many come last.
+  """
+
+  name: str
+  title: str
+  sentences: list[str]
+  figures: dict[str, Figure]
+  tables: list[ValueTable]
+
+
+def sections(found: Findings) -> list[Section]:
+  """The sections on one trace, without those that it has nothing for."""
+  makers: list[Callable[[Findings], Section | None]] = [
+    _load,
+    _pairs,
+    _layers,
+    _neighbours,
+    _labels,
+    _drops,
+    _gates,
+  ]
+  made = (make(found) for make in makers)
+  return [section for section in made if section is not None]
+
+
+def _load(found: Findings) -> Section:
+  sums = found.sums
+  loads = {n: load_summary(layer.load) for n, layer in sums.layers.items()}
+  most = {n: one['load_max_over_mean'] for n, one in loads.items()}
+  unused = sum(one['unused_experts'] for one in loads.values())
+  experts = sum(layer.info.num_experts for layer in sums.layers.values())
+  sentences = [
+    'Each cell of the first picture is an expert: red ones are chosen more '
+    'often than the mean of their layer, blue ones less, black ones never. '
+    'Beside it, the bar holds the middle 80 % of the experts of a layer.',
+    f'The busiest expert gets {span(most, ".1f")} times the mean load of its '
+    f'layer. Of the {experts:,} experts of all layers, {unused:,} are never '
+    'chosen.',
+  ]
+  figures = {'load': route_plots.load_figure(sums)}
+  if len(sums.times) > 1:
+    sentences.append(
+      'The second picture is the load over steps; a router that settles shows '
+      'horizontal stripes.'
+    )
+    figures['load_over_time'] = plots.load_figure(_load_rows(found))
+  return Section(
+    'load',
+    'Load',
+    sentences,
+    figures,
+    [
+      route_tables.load_table(sums),
+      route_tables.batch_load_table(sums),
+      route_tables.expert_table(sums),
+    ],
+  )
+
+
+def _load_rows(found: Findings) -> list[dict[str, object]]:
+  """Shares of load as the metrics of a run have them."""
+  rows: list[dict[str, object]] = []
+  for i, step in enumerate(found.sums.times):
+    row: dict[str, object] = {'step': float(step)}
+    for number, layer in found.sums.layers.items():
+      load = layer.over_time[i]
+      share = load / load.sum() if load.any() else load * math.nan
+      row[f'train/layer_{number}/load'] = share
+    rows.append(row)
+  return rows
+
+
+def _pairs(found: Findings) -> Section | None:
+  if not found.expected:
+    return None
+  table = route_link_tables.co_activation_table(found.sums, found.expected)
+  away = {row[0]: row[-1] for row in table.rows}
+  return Section(
+    'pairs',
+    'Experts that are chosen together',
+    [
+      'A token that chooses several experts chooses pairs of them. A red cell '
+      'is a pair that is chosen more often than the loads of the two explain, '
+      'a blue one less often. Experts that always go together do the work of '
+      'one.',
+      f'Pairs are {span(away, ".3f")} nats away from what loads explain; 0 '
+      'would be no preference at all, beyond the noise of few tokens.',
+    ],
+    {
+      'co_activation': route_plots.co_activation_figure(
+        found.sums, found.expected
+      )
+    },
+    [table, route_link_tables.pair_table(found.sums, found.expected)],
+  )
+
+
+def _layers(found: Findings) -> Section | None:
+  if not found.following:
+    return None
+  sums, infos = found.sums, found.following
+  net = {n: 100 * one.fraction for n, one in infos.items()}
+  gain = {n: 100 * (one.accuracy - one.base_rate) for n, one in infos.items()}
+  sequences = {sums.layers[n].info.sequence for n in infos}
+  flows = {
+    f'flow{"_" * bool(s)}{s}': route_plots.flow_figure(sums, s)
+    for s in sorted(sequences)
+  }
+  return Section(
+    'layers',
+    'From layer to layer',
+    [
+      'The first choice of a token in one sparse layer may tell that in the '
+      'next. If it does, the experts of the next layer could be fetched '
+      'before their router has run.',
+      f'It holds {span(net, ".1f")} % of the entropy of the next one. '
+      'Guessing the expert that follows most often is right in '
+      f'{span(gain, ".1f")} points of the tokens more than always guessing '
+      'the busiest expert.',
+      'In the heat maps, rows are experts of one layer and columns those of '
+      'the next; in the picture of flows, thick lines are many tokens and dark '
+      'lines are far from chance.',
+    ],
+    {
+      'prediction': route_lines.prediction_figure(infos),
+      **flows,
+      'transitions': route_plots.transition_figure(sums),
+    },
+    [
+      route_link_tables.transition_table(sums, infos),
+      route_link_tables.flow_table(sums),
+    ],
+  )
+
+
+def _neighbours(found: Findings) -> Section | None:
+  layers = found.sums.layers
+  repeats = {n: route_findings.persistence(s) for n, s in layers.items()}
+  if not any(one.pairs for one in repeats.values()):
+    return None
+  ratio = {n: _ratio(one.first, one.first_chance) for n, one in repeats.items()}
+  any_ratio = {n: _ratio(one.any, one.any_chance) for n, one in repeats.items()}
+  return Section(
+    'neighbours',
+    'Consecutive tokens',
+    [
+      'Neighbours in a text may go to the same expert more often than chance '
+      'has it, which hot spots on devices and caches of experts feel. Chance '
+      'is a random other token of the same batch, so it has the same loads.',
+      f'Consecutive tokens share their first choice {span(ratio, ".2f")} '
+      'times as often as random tokens do, and any expert '
+      f'{span(any_ratio, ".2f")} times as often. The line for different ids '
+      'leaves out runs of one token, such as spaces.',
+    ],
+    {'repeats': route_lines.repeat_figure(found.sums)},
+    [route_link_tables.repeat_table(found.sums)],
+  )
+
+
+def _labels(found: Findings) -> Section:
+  readings = []
+  for name, layers in found.labels.items():
+    share = {n: 100 * one.adjusted for n, one in layers.items()}
+    readings.append(f'the {name} {span(share, ".1f")} %')
+  return Section(
+    'labels',
+    'What experts specialise in',
+    [
+      'If a label of a token, such as its id, tells the expert, the two have '
+      'mutual information. Few tokens of a label look as if they agreed, so '
+      'the same is measured with shuffled labels and taken away. 0 is no '
+      'specialisation; 100 % means that the label determines the expert.',
+      'Of the most that they could tell, over layers: '
+      + '; '.join(readings)
+      + '.',
+    ],
+    {'specialisation': route_lines.information_figure(found.labels)},
+    [route_link_tables.specialisation_table(found.labels)],
+  )
+
+
+def _drops(found: Findings) -> Section:
+  layers = found.sums.layers
+  dropped, unserved = (
+    {n: 100 * float(rates(s.by_column, 1)[0]) for n, s in layers.items()}
+    for rates in (route_findings.drop_rates, route_findings.unserved_rates)
+  )
+  return Section(
+    'drops',
+    'Drops by place',
+    [
+      'Choices are dropped where an expert has no room left. If tokens are '
+      'served in the order of their row, those at its end are dropped more; '
+      'the place in the document shows what that does to texts.',
+      f'{span(dropped, ".1f")} % of choices are dropped, and '
+      f'{span(unserved, ".1f")} % of tokens have no expert at all.',
+    ],
+    {'drops': route_lines.drop_figure(found.sums)},
+    [route_tables.drop_table(found.sums)],
+  )
+
+
+def _gates(found: Findings) -> Section:
+  layers = found.sums.layers
+  means = {n: route_findings.gates(s).means for n, s in layers.items()}
+  first = {n: (*mean, math.nan)[0] for n, mean in means.items()}
+  return Section(
+    'gates',
+    'Gates and entropy',
+    [
+      'A gate is the weight of the output of an expert. Gates near 1 say that '
+      'the router is sure. The entropy of the load is 1 of ln E if all experts '
+      'are chosen equally often over the whole trace; that of the router is of '
+      'single tokens, and small if each is sure of its expert.',
+      f'The mean gate of served first choices is {span(first, ".2f")}.',
+    ],
+    {'gates': route_lines.gate_figure(found.sums)},
+    [route_tables.gate_table(found.sums)],
+  )
+
+
+def span(values: Mapping[int, float], form: str) -> str:
+  """The least and the largest value: '1.2 (layer 3) to 4.5 (layer 7)'.
+
+  Args:
+    values: The values by layer; NaN are left out.
+    form: The format of a value.
+  """
+  known = {n: v for n, v in values.items() if not math.isnan(v)}
+  if not known:
+    return 'unknown'
+  low, high = min(known, key=known.get), max(known, key=known.get)
+  least, most = format(known[low], form), format(known[high], form)
+  if least == most:
+    return least
+  return f'{least} (layer {low}) to {most} (layer {high})'
+
+
+def _ratio(value: float, chance: float) -> float:
+  return value / chance if chance else math.nan
