@@ -185,7 +185,7 @@ def drop_rates(counts: np.ndarray, num_parts: int | None = None) -> np.ndarray:
 
 def unserved_rates(
   counts: Int[np.ndarray, 'parts 4'], num_parts: int | None = None
-) -> Float[np.ndarray, 'parts']:
+) -> Float[np.ndarray, 'n']:
   """Share of the tokens that no expert served, by part; see `drop_rates`."""
   tokens, _, _, unserved = _merged(counts, num_parts)
   return _shares(unserved, tokens)
