@@ -137,7 +137,7 @@ def agreement(
       new = agreement_of(choices, other.layers[number], real, by_expert)
       old = sums.get(number, (0,) * len(new))
       sums[number] = Agreement(*map(sum, zip(old, new, strict=True)))
-  return sums
+  return dict(sorted(sums.items()))
 
 
 def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:

@@ -152,7 +152,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
   return figure
 
 
-def _draw_flows(axes: Axes, table: Int[np.ndarray, 'E E'], right: int) -> None:
+def _draw_flows(axes: Axes, table: Int[np.ndarray, 'experts E'], right: int) -> None:
   """Draws the flows into the layer in column `right` that exceed chance."""
   chance = route_measures.independent(table)
   largest = np.argsort((table - chance), axis=None)[-max(table.shape) :]
