@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from moe_jax.analysis.route_counts import by_gate
-from moe_jax.analysis.trace_records import Header, LayerChoices, Record
-from moe_jax.analysis.traces import Trace
+from moe_jax.analysis.traces import Header, LayerChoices, Record, Trace
 
 _MAX_STEPS = 50
 

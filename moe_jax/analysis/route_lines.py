@@ -41,6 +41,8 @@ def information_figure(
     shares.errorbar(x, share, error, **style, markersize=4, label=name)
     accuracy = [one.accuracy for one in infos]
     guesses.plot(x, accuracy, **style, markersize=4, label=name)
+    shuffled = [one.accuracy_shuffled for one in infos]
+    guesses.plot(x, shuffled, ':', color=style['color'], linewidth=1)
   first = next(iter(found.values()))
   base = [one.base_rate for one in first.values()]
   guesses.plot(
@@ -59,6 +61,7 @@ def information_figure(
   shares.set_ylabel('share of the most possible')
   guesses.set_ylabel('right guesses')
   guesses.set_ylim(bottom=0)
+  guesses.plot([], [], ':', color='0.3', label='with shuffled labels')
   guesses.legend(frameon=False, fontsize='small')
   return figure
 
@@ -233,6 +236,7 @@ def _over_layers(axes: Axes, title: str, layers, percent: bool = True) -> None:
   axes.set_title(title, loc='left', fontsize='medium')
   axes.set_xlabel('layer')
   axes.set_xticks(range(len(layers)), labels=map(str, layers))
+  axes.set_xlim(-0.6, len(layers) - 0.4)
   if percent:
     _percent(axes)
 

@@ -98,7 +98,7 @@ def transition_figure(sums: RouteSums) -> Figure:
     for number, layer in sums.layers.items()
     if layer.previous is not None and layer.following.any()
   }
-  title = "Tokens that go from an expert to one of the next layer's / chance"
+  title = 'Tokens from an expert to an expert of the next layer / chance'
   return _panels(panels, title, 'expert in the next layer', 'expert')
 
 
@@ -152,7 +152,9 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
   return figure
 
 
-def _draw_flows(axes: Axes, table: Int[np.ndarray, 'experts E'], right: int) -> None:
+def _draw_flows(
+  axes: Axes, table: Int[np.ndarray, 'experts E'], right: int
+) -> None:
   """Draws the flows into the layer in column `right` that exceed chance."""
   chance = route_measures.independent(table)
   largest = np.argsort((table - chance), axis=None)[-max(table.shape) :]
@@ -186,7 +188,7 @@ def _panels(
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  size = max(columns * side, 5), 1 + lines * (side * 0.95)
+  size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
   figure = Figure(figsize=size, layout='constrained')
   grid = figure.subplots(lines, columns, squeeze=False)
   mesh = None

@@ -202,7 +202,8 @@ def _labels(found: Findings) -> Section:
       'If a label of a token, such as its id, tells the expert, the two have '
       'mutual information. Few tokens of a label look as if they agreed, so '
       'the same is measured with shuffled labels and taken away. 0 is no '
-      'specialisation; 100 % means that the label determines the expert.',
+      'specialisation; 100 % means that the label determines the expert. Bars '
+      'are the standard deviation of shuffles.',
       'Of the most that they could tell, over layers: '
       + '; '.join(readings)
       + '.',

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from moe_jax.analysis import route_counts
 from moe_jax.analysis.route_counts import Repeats, Tokens
 from moe_jax.analysis.route_labels import LabelledDocuments
-from moe_jax.analysis.trace_records import (
+from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
   LayerInfo,

@@ -9,10 +9,11 @@ from moe_jax import analysis
 
 README = pathlib.Path(analysis.__file__).parent / 'README.md'
 TEXT = README.read_text(encoding='utf-8')
+CODE = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
 
 
 def test_the_example_counts_pairs_of_experts(capsys):
-  (code,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+  _, code = CODE
   scope = {'__name__': 'readme'}
   exec(compile(code, str(README), 'exec'), scope)
   # Every sparse layer has 8 rows of 16 tokens, each with two choices.
@@ -23,6 +24,13 @@ def test_the_example_counts_pairs_of_experts(capsys):
     np.testing.assert_array_equal(matrix, matrix.T)
     # Each token is in one pair of different experts, counted both ways.
     assert matrix.sum() == 2 * 256
+
+
+def test_the_example_says_what_ids_tell(capsys):
+  exec(compile(CODE[0], str(README), 'exec'), {'__name__': 'readme'})
+  told, shared = capsys.readouterr().out.splitlines()
+  assert told.endswith('nats, adjusted 100%')
+  assert 0.15 < float(shared) < 0.35  # ids are random, so about 1 / 4
 
 
 def test_every_file_is_named():

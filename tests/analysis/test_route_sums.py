@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import route_churn, route_findings, route_sums
-from moe_jax.analysis.trace_records import (
+from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
   LayerInfo,

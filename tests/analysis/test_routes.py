@@ -9,7 +9,7 @@ import pytest
 from moe_jax.analysis import route_comparisons, routes, traces
 from moe_jax.analysis.route_page import PAGE, TEXT
 from moe_jax.analysis.text_tables import ValueTable
-from moe_jax.analysis.trace_records import (
+from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
   LayerInfo,
