@@ -4,7 +4,7 @@ Not here: heat maps (`route_plots.py`), and the numbers (`route_findings.py`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -33,8 +33,11 @@ def information_figure(
     found: `route_findings.specialisation`.
   """
   figure, (shares, guesses) = _pair()
+  first = next(iter(found.values()))  # ids of tokens, known in every layer
+  place = {number: i for i, number in enumerate(first)}
   for i, (name, layers) in enumerate(found.items()):
-    x, style = range(len(layers)), {'color': _COLOURS[i % 7], 'marker': 'o'}
+    x = [place[number] for number in layers]
+    style = {'color': _COLOURS[i % 7], 'marker': 'o'}
     infos = list(layers.values())
     share = [one.adjusted for one in infos]
     error = [_over(one.deviation, one.entropy) for one in infos]
@@ -43,21 +46,14 @@ def information_figure(
     guesses.plot(x, accuracy, **style, markersize=4, label=name)
     shuffled = [one.accuracy_shuffled for one in infos]
     guesses.plot(x, shuffled, ':', color=style['color'], linewidth=1)
-  first = next(iter(found.values()))
   base = [one.base_rate for one in first.values()]
   guesses.plot(
     range(len(base)), base, color='0.5', linestyle='--', label='base rate'
   )
   shares.axhline(0, color='0.5', linewidth=0.8)
-  for axes, title, numbers in (
-    (
-      shares,
-      'Information about the expert, less that of shuffled labels',
-      first,
-    ),
-    (guesses, 'Best guess of the expert from the label', first),
-  ):
-    _over_layers(axes, title, numbers)
+  title = 'Information about the expert, less that of shuffled labels'
+  _over_layers(shares, title, first)
+  _over_layers(guesses, 'Best guess of the expert from the label', first)
   shares.set_ylabel('share of the most possible')
   guesses.set_ylabel('right guesses')
   guesses.set_ylim(bottom=0)
@@ -209,7 +205,9 @@ def churn_figure(found: Churn) -> Figure:
   return figure
 
 
-def _draw_changes(axes: Axes, changes: Sequence[Change], numbers) -> None:
+def _draw_changes(
+  axes: Axes, changes: Sequence[Change], numbers: Sequence[int]
+) -> None:
   steps = [change.step for change in changes]
   for number, colour in zip(numbers, _shades(len(numbers)), strict=True):
     values = [change.layers[number].churn for change in changes]
@@ -232,7 +230,9 @@ def _pair() -> tuple[Figure, Sequence[Axes]]:
   return figure, panels
 
 
-def _over_layers(axes: Axes, title: str, layers, percent: bool = True) -> None:
+def _over_layers(
+  axes: Axes, title: str, layers: Collection[int], percent: bool = True
+) -> None:
   axes.set_title(title, loc='left', fontsize='medium')
   axes.set_xlabel('layer')
   axes.set_xticks(range(len(layers)), labels=map(str, layers))

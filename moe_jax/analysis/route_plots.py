@@ -224,7 +224,9 @@ def _heat(axes: Axes, values: Float[np.ndarray, 'rows columns']) -> QuadMesh:
   return mesh
 
 
-def _colour_bar(figure: Figure, mesh: QuadMesh, axes, aspect: int) -> None:
+def _colour_bar(
+  figure: Figure, mesh: QuadMesh, axes: Axes | list[Axes], aspect: int
+) -> None:
   bar = figure.colorbar(mesh, ax=axes, extend='both', pad=0.01, aspect=aspect)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
   bar.minorticks_off()

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.analysis import route_counts
 from moe_jax.analysis.route_counts import Repeats, Tokens
@@ -72,8 +72,13 @@ class LayerSums:
   chance: Repeats = Repeats(0, 0, 0)
 
   def __post_init__(
-    self, vocab_size, num_sources, num_parts, time_bins, previous_experts
-  ):
+    self,
+    vocab_size: int,
+    num_sources: int,
+    num_parts: int,
+    time_bins: int,
+    previous_experts: int,
+  ) -> None:
     E = self.info.num_experts
     zeros = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
     self.load, self.kept, self.first = zeros(E), zeros(E), zeros(E)
@@ -126,7 +131,14 @@ class LayerSums:
     self._add_repeats(expert, tokens)
     return first
 
-  def _add_gates(self, expert, gate, kept, logits, tokens: Tokens) -> None:
+  def _add_gates(
+    self,
+    expert: Int[np.ndarray, 'N K'],
+    gate: Float[np.ndarray, 'N K'],
+    kept: Bool[np.ndarray, 'N K'],
+    logits: Float[np.ndarray, 'B T E'] | None,
+    tokens: Tokens,
+  ) -> None:
     K, served = expert.shape[1], kept & (expert >= 0)
     self.by_rank[:K, 0] += (expert >= 0).sum(0)
     self.by_rank[:K, 1] += ((expert >= 0) & ~kept).sum(0)
@@ -139,7 +151,12 @@ class LayerSums:
       self.logit_entropy += route_counts.logit_entropy(real)
       self.logit_tokens += len(real)
 
-  def _add_first(self, first, tokens: Tokens, part: np.ndarray) -> None:
+  def _add_first(
+    self,
+    first: Int[np.ndarray, 'N'],
+    tokens: Tokens,
+    part: Int[np.ndarray, 'N'],
+  ) -> None:
     E, chose = self.info.num_experts, first >= 0
     code = tokens.token[chose].astype(np.int64) * E + first[chose]
     np.add.at(self.tokens.reshape(-1), code, np.int32(1))
@@ -152,7 +169,9 @@ class LayerSums:
       counts = route_counts.joint_counts(tokens.document, first, shape)
       self.documents.add(tokens.source, counts)
 
-  def _add_repeats(self, expert, tokens: Tokens) -> None:
+  def _add_repeats(
+    self, expert: Int[np.ndarray, 'N K'], tokens: Tokens
+  ) -> None:
     here, before = expert[tokens.after], expert[tokens.after - 1]
     ids = tokens.token
     other = ids[tokens.after] != ids[tokens.after - 1]
