@@ -26,8 +26,10 @@ class LayerChoices(NamedTuple):
     gate: float32 [B, T, K'], the weight of the expert's output, rounded to the
       header's dtype; 0 where the choice is not kept.
     kept: bool [B, T, K'], whether the choice was served.
-    logits: float32 [B, T, E], the router's logits without noise, rounded in the
-      same way; None where they were not recorded or the router has none.
+    logits: float32 [B, T, E], the logits of which the router's losses are, to
+      which no noise is added, rounded in the same way; None where they were not
+      recorded or the router has none. E counts columns, where experts share
+      them.
   """
 
   expert: np.ndarray

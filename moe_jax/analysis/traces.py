@@ -2,9 +2,9 @@
 
 A folder has `header.json` and chunks of records, written by `Writer`. Of a run
 that was killed and went on, each step counts once, as its last session took it.
-Training, evaluation and generation write traces (`recording.py`,
-`moe_jax.generate --trace`). Not here: the layout of the files
-(`trace_files.py`).
+Training, evaluation and generation write traces (`trace_hook.py`,
+`record_evaluation.py`, `moe_jax.generate --trace`). Not here: the layout of the
+files (`trace_files.py`).
 """
 
 import functools

@@ -24,7 +24,7 @@ class Recorded(NamedTuple):
       choose tokens.
     gate: float16 or float32 [B, T, N], the weight; 0 where it is not kept.
     kept: bool [B, T, N], whether the choice is served.
-    logits: float16 or float32 [B, T, E], the router's logits without noise;
+    logits: float16 or float32 [B, T, E], of which the router's losses are;
       None where they are not asked for or the router has none.
   """
 

@@ -292,13 +292,7 @@ def compiled_eval_step(
   apply: Apply = plainly,
   rows: jax.sharding.Sharding | None = None,
 ):
-  """`eval_step` for a model; equal models share the compiled function.
-
-  Args:
-    model: The model.
-    apply: Applies the model, and may return the choices of experts.
-    rows: The sharding of the choices; None leaves it to the compiler.
-  """
+  """`eval_step`; equal models share it. Choices are split as `rows` says."""
   places = LossSums(*[None] * len(LossSums._fields))
   return jax.jit(
     functools.partial(eval_step, model=model, apply=apply),

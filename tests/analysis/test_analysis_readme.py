@@ -9,11 +9,17 @@ from moe_jax import analysis
 
 README = pathlib.Path(analysis.__file__).parent / 'README.md'
 TEXT = README.read_text(encoding='utf-8')
-CODE = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+EXAMPLES = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+
+
+def example(name: str) -> str:
+  """The one example that has this name in it."""
+  (code,) = (text for text in EXAMPLES if name in text)
+  return code
 
 
 def test_the_example_counts_pairs_of_experts(capsys):
-  _, code = CODE
+  code = example('token_counts')
   scope = {'__name__': 'readme'}
   exec(compile(code, str(README), 'exec'), scope)
   # Every sparse layer has 8 rows of 16 tokens, each with two choices.
@@ -27,10 +33,19 @@ def test_the_example_counts_pairs_of_experts(capsys):
 
 
 def test_the_example_says_what_ids_tell(capsys):
-  exec(compile(CODE[0], str(README), 'exec'), {'__name__': 'readme'})
+  exec(
+    compile(example('specialisation'), str(README), 'exec'),
+    {'__name__': 'readme'},
+  )
   told, shared = capsys.readouterr().out.splitlines()
   assert told.endswith('nats, adjusted 100%')
   assert 0.15 < float(shared) < 0.35  # ids are random, so about 1 / 4
+
+
+def test_the_example_reads_a_trace(capsys):
+  exec(compile(example('traces.write'), str(README), 'exec'), {})
+  said = capsys.readouterr().out
+  assert said == 'layer 1: load [0 0 4 0], 25% dropped\n'
 
 
 def test_every_file_is_named():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moe_jax import data
+from moe_jax.analysis import traces
 from moe_jax.runs import metrics
 from moe_jax.training import loop, setup
 from tests.training import process, tiny
@@ -290,6 +291,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
       'total_steps': 2,
       'data': {'task': {'kind': 'prefix_lm'}},
       'mesh': {'data': 4, 'expert': 2},
+      'trace': {'every_steps': 1},
     },
     'hooks': True,
     'evals': {
@@ -313,3 +315,14 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
   rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
   keys = {key for row in rows for key in row}
   assert {'eval/generate/chrf', 'eval/choice/accuracy'} <= keys
+  # Both have written their rows of the trace, which make whole batches.
+  folder = tmp_path / 'run' / 'trace'
+  for process_id in (0, 1):
+    assert [*folder.glob(f'*_process_0000{process_id}_*')]
+  trace = traces.read(folder)
+  assert trace.steps == (0, 1) and not trace.incomplete
+  run = setup.set_up(tiny.options(**job['overrides']), tmp_path / 'one')
+  for record, batch in zip(trace.records(), run.batches(0)):
+    np.testing.assert_array_equal(record.tokens, batch['tokens'])
+    chosen = record.layers[1].expert[..., 0] >= 0
+    np.testing.assert_array_equal(chosen, record.documents > 0)
