@@ -110,10 +110,8 @@ def every_sequence(model, params, prompt, length, stops, penalty):
   return sorted(((s, row) for row, s in scores.items()), reverse=True)
 
 
-@pytest.mark.parametrize(
-  'penalty',
-  [1.0, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.0, 2.5))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('penalty', [1.0, 0.0, 2.5])
 def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   model, params = small
   N, width, stops = 4, 5**4, [3]
@@ -160,6 +158,7 @@ def test_beams_of_an_lstm_move_with_their_states():
   np.testing.assert_allclose(results.scores[0], scores, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy():
   model = tiny.build(dict(capacity=All()), embedding=dict(tie=False))
   variables = {'params': tiny.params_of(model)}
@@ -172,6 +171,7 @@ def test_one_beam_is_greedy():
   np.testing.assert_array_equal(beam.lengths[:, 0], greedy.lengths)
 
 
+@pytest.mark.slow
 def test_a_row_alone_is_the_row_in_a_batch():
   model = tiny.build(kind='encoder_decoder', positions=Relative())
   variables = {'params': tiny.params_of(model)}
@@ -186,6 +186,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
     np.testing.assert_allclose(alone.scores[0], together.scores[b], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_forced_tokens_count_as_length_and_cost_nothing(small):
   model, params = small
   options = dict(num_beams=3, length_penalty=1.0)

@@ -120,21 +120,14 @@ def rows_of(rows):
   return tokens, segments.astype(np.int32)
 
 
-# The slow kinds differ from others in one part each.
-SLOW = (
-  'relative',
-  'sinusoidal',
-  'none, dense first',
-  'dense',
-  'learned halves',
-  'dense halves',
-)
+# The others differ from these in one part each.
+FAST = ('rotary', 'lstm', 't5')
 
 
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in KINDS
   ],
 )
@@ -147,8 +140,21 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
   assert len(np.unique(output.tokens)) > 3
 
 
-@pytest.mark.parametrize('name', ['rotary', 't5', 'lstm'])
-@pytest.mark.parametrize('options', [{}, dict(temperature=1.5, top_p=0.9)])
+DRAWN = dict(temperature=1.5, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('rotary', DRAWN),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('rotary', {}), ('t5', {}), ('t5', DRAWN), ('lstm', {}), ('lstm', DRAWN)
+      )
+    ),
+  ],
+)  # fmt: skip
 def test_a_row_alone_is_the_row_in_a_batch(name, options):
   model, params = built(name, TIGHT)
   seeds = [4, 9, 1, 7, 2, 30]
@@ -165,6 +171,7 @@ def prepared():
   return generation.prepare(model, {'params': params})
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
   draw = dict(num_tokens=NEW, temperature=4.0)
   first, again, other = (
@@ -177,6 +184,7 @@ def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
   assert len(np.unique(same, axis=0)) == 4
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
   options = tiny.options(
     dict(capacity=All()),
@@ -200,7 +208,12 @@ def test_tokens_are_drawn_from_the_softmax_of_a_numpy_model():
   assert min(distance(temperature / 3), distance(temperature * 3)) > 0.18
 
 
-@pytest.mark.parametrize('name', ['rotary', 't5'])
+both_halves = pytest.mark.parametrize(
+  'name', ['rotary', pytest.param('t5', marks=pytest.mark.slow)]
+)
+
+
+@both_halves
 def test_rows_end_with_their_stop_tokens(name):
   model, params = built(name, TIGHT)
   endless = generate(model, params, num_tokens=9).tokens.tolist()
@@ -242,7 +255,7 @@ def test_a_true_answer_ends_the_stream(prepared):
   np.testing.assert_array_equal(output.tokens[:, :3], whole[:, :3])
 
 
-@pytest.mark.parametrize('name', ['rotary', 't5'])
+@both_halves
 def test_forced_tokens_come_first(name):
   model, params = built(name, TIGHT)
   said = []
@@ -259,6 +272,7 @@ def test_forced_tokens_come_first(name):
   assert (output.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_a_window_bounds_how_far_back_a_token_looks():
   model, params = built('rotary', TIGHT)
   ours = generation.prepare(model, {'params': params}, window=3)
@@ -272,6 +286,7 @@ def test_a_window_bounds_how_far_back_a_token_looks():
   assert (tokens != generate(model, params, num_tokens=9).tokens).any()
 
 
+@pytest.mark.slow
 def test_a_checkpoints_own_capacity_binds_in_its_encoder():
   # An expert has one slot for each row. The encoder drops tokens as in the
   # forward pass; a decoder's step of one token always fits.
@@ -289,6 +304,7 @@ def test_a_checkpoints_own_capacity_binds_in_its_encoder():
   assert (generate(room, params, prompts).tokens != output.tokens).any()
 
 
+@pytest.mark.slow
 def test_boxed_and_prepared_parameters_do(prepared):
   model, params = built('rotary', TIGHT)
   expected = generate(model, params).tokens
@@ -300,6 +316,7 @@ def test_boxed_and_prepared_parameters_do(prepared):
   assert generation.prepare(*prepared)[0] is prepared[0]
 
 
+@pytest.mark.slow
 def test_sharded_parameters_generate_the_same():
   model, params = built('rotary', TIGHT)
   mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])

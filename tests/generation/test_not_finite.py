@@ -28,7 +28,9 @@ def generate(model, params, **options):
   )
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize(
+  'value', [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   'options', [{}, {'temperature': 0.9, 'top_k': 3}, {'num_beams': 2}]
 )
@@ -40,6 +42,7 @@ def test_logits_that_are_not_finite_are_an_error(model, options, value):
     generate(model, params, **options)
 
 
+@pytest.mark.slow
 def test_a_stream_ends_before_such_a_token(model):
   """The model reads the first new token, whose embedding is not finite."""
   params = tiny.params_of(model)

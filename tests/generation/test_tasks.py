@@ -37,13 +37,8 @@ def rows(kind, model, params, prompts=PROMPTS, **more):
   return [row.tolist() for row in made.rows]
 
 
-@pytest.mark.parametrize(
-  'kind',
-  [
-    pytest.param(kind, marks=() if kind == 'decoder' else pytest.mark.slow)
-    for kind in KINDS
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_each_row_has_its_own_task(kind):
   options, model, params = built(kind)
   both = rows(kind, model, params, task_ids=[2, 0])

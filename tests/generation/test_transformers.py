@@ -84,7 +84,7 @@ class Pair(NamedTuple):
 @pytest.fixture(
   scope='module',
   params=[
-    pytest.param(name, marks=pytest.mark.slow if name == 'nllb_full' else ())
+    pytest.param(name, marks=() if name == 'mixtral' else pytest.mark.slow)
     for name in MAKERS
   ],
 )

@@ -118,6 +118,7 @@ def ancestors(program, name):
   return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', EVERY)
 def test_no_piece_travels_after_anothers_product(kind):
   chunks = 3

@@ -245,10 +245,8 @@ def collectives(text) -> dict[str, int]:
   return dict(collections.Counter(operations))
 
 
-FAST = {
-  ('gather', '1x2x2x2'),
-  ('dropless', '1x2x2x2'),
-}
+# Dropless layers on a mesh are in `test_shadowed_experts.py`, too.
+FAST = {('gather', '1x2x2x2')}
 
 
 @pytest.mark.parametrize(
@@ -341,9 +339,8 @@ def test_rows_travel_in_bfloat16():
   assert len(exchanges) == 4 and 'bf16' in result.text
 
 
-@pytest.mark.parametrize(
-  'way', ['gather', pytest.param('written_out', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['gather', 'written_out'])
 def test_the_program_has_the_stated_all_to_alls_and_gathers_no_kernel(
   way, capfd
 ):
@@ -359,6 +356,7 @@ def test_the_program_has_the_stated_all_to_alls_and_gathers_no_kernel(
     assert not re.search(kernel, result.text)
 
 
+@pytest.mark.slow
 def test_a_rematerialization_would_be_seen(capfd):
   mesh = partitioning.make_mesh(dict(data=2, expert=4))
   x = jax.device_put(
@@ -372,6 +370,7 @@ def test_a_rematerialization_would_be_seen(capfd):
   assert 'rematerialization' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_dropless_sends_rows_and_gathers_no_kernel():
   result = step_of('dropless', '1x1x8x1')
   gathered = re.findall(r'= (\S+) all-gather\(', result.text)
@@ -380,6 +379,7 @@ def test_dropless_sends_rows_and_gathers_no_kernel():
   assert not re.search(rf'f32\[{E},(16,24|24,16)\]', result.text)
 
 
+@pytest.mark.slow
 def test_nothing_is_rematerialized_with_fsdp_and_tensors(capfd):
   capfd.readouterr()
   step_of('gather', '1x2x2x2', salt=time.time() % 1000)
