@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
 from moe_jax import analysis
 
@@ -18,6 +19,7 @@ def example(name: str) -> str:
   return code
 
 
+@pytest.mark.slow
 def test_the_example_counts_pairs_of_experts(capsys):
   code = example('token_counts')
   scope = {'__name__': 'readme'}

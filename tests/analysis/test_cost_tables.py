@@ -106,6 +106,7 @@ def command(*flags, module='cost'):
   return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_tables_of_overrides():
   status, out, errors = command(
     '--config=configs/switch_c.py',
@@ -124,15 +125,12 @@ def test_the_command_prints_the_tables_of_overrides():
   assert 'has no effect with these flags; ignored' in out
 
 
+# Flags are read as in `tests/test_main.py`, which has more mistakes.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('module', 'flag', 'nearest'),
   [
-    pytest.param(
-      'explain_cost',
-      '--config.model.widht=64',
-      'model.width',
-      marks=pytest.mark.slow,
-    ),
+    ('explain_cost', '--config.model.widht=64', 'model.width'),
     ('cost', '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
   ],
 )

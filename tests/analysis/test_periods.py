@@ -24,6 +24,7 @@ def options_of(**overrides):
   return tiny.options(batch_size=4, **overrides).filled(257)
 
 
+@pytest.mark.slow
 def test_extrapolated_is_what_the_unrolled_model_has():
   model = {'num_layers': 4, 'moe': {'layers': 'all'}}
   looped = options_of(model=model)

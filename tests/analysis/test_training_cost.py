@@ -79,18 +79,15 @@ def test_a_told_example():
   assert lora.step_flops == 3 * 2 * 5 * 2 * KERNELS['attention']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('more', 'less'),
   [
     (dict(trainable='all'), dict(trainable='experts')),
-    pytest.param(dict(), dict(trainable='non_experts'), marks=pytest.mark.slow),
+    (dict(), dict(trainable='non_experts')),
     (dict(trainable='all'), dict(trainable='head')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
-    pytest.param(
-      dict(tie=True),
-      dict(trainable='-embeddings', tie=True),
-      marks=pytest.mark.slow,
-    ),
+    (dict(tie=True), dict(trainable='-embeddings', tie=True)),
   ],
   ids=str,
 )

@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from moe_jax import layers
 
@@ -12,6 +13,7 @@ README = pathlib.Path(layers.__file__).parent / 'README.md'
 TEXT = README.read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_the_examples_run_one_after_the_other():
   scope = {'__name__': 'readme'}
   use, router = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)

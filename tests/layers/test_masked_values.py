@@ -121,9 +121,15 @@ def test_every_router(name):
   )
 
 
+# How the others move tokens is in `test_moving_tokens`.
 @WORSE
 @pytest.mark.parametrize(
-  'dispatch', [moe_jax.Einsum(), moe_jax.Gather(), moe_jax.Dropless()]
+  'dispatch',
+  [
+    pytest.param(moe_jax.Einsum(), marks=pytest.mark.slow),
+    moe_jax.Gather(),
+    pytest.param(moe_jax.Dropless(), marks=pytest.mark.slow),
+  ],
 )
 def test_every_dispatch(dispatch, worse):
   layer = moe(moe_jax.TokenChoice(), dispatch)
@@ -179,6 +185,7 @@ def test_self_attention(worse):
   same(values_and_gradients(layer, call), worse=worse)
 
 
+@pytest.mark.slow
 def test_attention_to_a_memory():
   layer = Attention(AttentionOptions(num_heads=2), cross=True, causal=False)
   x = tokens(0.0)[:, :3]
@@ -196,6 +203,7 @@ def test_attention_to_a_memory():
   same(lambda m: jax.grad(loss, has_aux=True)(params, m))
 
 
+@pytest.mark.slow
 def test_an_lstm():
   layer = Lstm(LstmOptions(hidden=5))
   call = {'segment_ids': jnp.asarray(MASK, jnp.int32)}
@@ -215,13 +223,10 @@ def test_load_of_two_levels():
   same(load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'kind',
-  [
-    models.DecoderOptions,
-    pytest.param(models.LstmLmOptions, marks=pytest.mark.slow),
-    pytest.param(models.EncoderDecoderOptions, marks=pytest.mark.slow),
-  ],
+  [models.DecoderOptions, models.LstmLmOptions, models.EncoderDecoderOptions],
 )
 def test_a_model_whose_padding_embeds_to_nan(kind):
   # A tied table would multiply every output by the NaN of padding's row.

@@ -75,10 +75,10 @@ def gradients(router, dispatch, capacity):
 @pytest.mark.parametrize(
   ('router', 'dispatch', 'capacity'),
   [
-    (ExpertChoice(), Einsum(), TIGHT),
+    pytest.param(ExpertChoice(), Einsum(), TIGHT, marks=pytest.mark.slow),
     (ExpertChoice(), Dropless(), TIGHT),
     (Hash(), Einsum(), TIGHT),
-    (Random(), Dropless(), All()),
+    pytest.param(Random(), Dropless(), All(), marks=pytest.mark.slow),
   ],
 )
 def test_dispatchers_agree_in_outputs_and_all_gradients(

@@ -88,7 +88,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name == 'glam' else pytest.mark.slow)
+    for name in CASES
+  ],
+)
 def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   model = tiny.build(**CASES[name])
   params = tiny.params_of(model)

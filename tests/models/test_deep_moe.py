@@ -181,6 +181,7 @@ def test_totals_move_by_each_layers_load():
   assert router_state.init_router_state(build()) == {}
 
 
+@pytest.mark.slow
 def test_a_step_moves_totals_by_the_whole_batch():
   model = build(balance_steps=-1)
   params = tiny.params_of(model)

@@ -86,7 +86,12 @@ def logits_of(kind, one):
   return np.asarray(run(params, one)[0])
 
 
-@pytest.mark.parametrize('kind', KINDS)
+each_kind = pytest.mark.parametrize(
+  'kind', ['t5', pytest.param('nllb', marks=pytest.mark.slow)]
+)
+
+
+@each_kind
 def test_packed_examples_are_apart(kind):
   both = batch()
   packed = logits_of(kind, both)[0]
@@ -111,7 +116,7 @@ def test_packed_examples_are_apart(kind):
     )
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@each_kind
 def test_a_decoder_sees_no_later_token_and_all_of_its_encoder(kind):
   one = batch()
   before = logits_of(kind, one)
@@ -127,7 +132,7 @@ def test_a_decoder_sees_no_later_token_and_all_of_its_encoder(kind):
   np.testing.assert_array_equal(after[2], before[2])
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@each_kind
 def test_padding_changes_nothing_and_is_not_counted(kind):
   one = batch()
   tokens, source = np.array(one['tokens']), np.array(one['encoder_tokens'])
@@ -158,6 +163,7 @@ def test_the_two_stacks_have_their_own_pattern_and_widths():
   assert decoder.cross and not encoder.cross
 
 
+@pytest.mark.slow
 def test_every_parameter_of_both_stacks_gets_a_gradient():
   params, _ = program('nllb')
   model = build('nllb')

@@ -83,6 +83,7 @@ def test_later_tokens_and_other_documents_change_nothing():
   assert np.abs(other[0, 6:] - logits[0, 6:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_dropout_is_of_each_layer_and_of_training_alone():
   model = build(dropout=0.5)
   params, tokens = tiny.params_of(model), tiny.tokens()

@@ -10,7 +10,14 @@ from moe_jax import models
 from tests.models import tiny
 
 
-@pytest.mark.parametrize('kind', ['decoder', 'encoder_decoder', 'lstm'])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'decoder',
+    pytest.param('encoder_decoder', marks=pytest.mark.slow),
+    pytest.param('lstm', marks=pytest.mark.slow),
+  ],
+)
 def test_parameters_are_those_of_rows_of_any_length(kind):
   model = tiny.build(kind=kind)
   key = jax.random.key(3)

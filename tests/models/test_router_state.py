@@ -69,6 +69,7 @@ def test_an_encoders_layers_come_first():
   assert np.argmin(encoder) == 4 and np.argmin(decoder) == 2
 
 
+@pytest.mark.slow
 def test_a_model_generates_by_its_bias():
   model = tiny.build(dict(capacity=All(), **MOE))
   params = tiny.params_of(model)

@@ -105,7 +105,14 @@ def equations(jaxpr, counts=None):
   return counts
 
 
-@pytest.mark.parametrize('dispatch', ['gather', 'dropless', 'expert_choice'])
+@pytest.mark.parametrize(
+  'dispatch',
+  [
+    'gather',
+    pytest.param('dropless', marks=pytest.mark.slow),
+    pytest.param('expert_choice', marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
   moe = ROUTERS.get(dispatch, MOE)
@@ -140,6 +147,7 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_remat_does_recompute():
   flops = {remat: trained(True, remat)[1] for remat in stack.REMATS}
   assert flops['full'] > 1.1 * flops['none']
@@ -176,6 +184,7 @@ def test_every_layer_has_choices_of_its_own(router, scan_layers):
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_a_loop_starts_as_the_unrolled_layers_do():
   boxed = {
     scan: jax.jit(build(scan).init)(tiny.key(3), tiny.tokens())

@@ -77,7 +77,7 @@ def options_of(format, dispatch, capacity=All()):
   ('name', 'dispatch', 'capacity', 'tokens'),
   [
     ('int8', Gather(), PerAssignment(1.0), 23),
-    ('int2', Dropless(), All(), 70),
+    pytest.param('int2', Dropless(), All(), 70, marks=pytest.mark.slow),
     ('ternary', Dropless(), All(), FEW_TOKENS),
     *(
       pytest.param(name, dispatch, All(), 37, marks=pytest.mark.slow)
@@ -128,6 +128,7 @@ def test_parameters_have_the_shapes_of_the_format(name):
   assert described[0] == described[1]
 
 
+@pytest.mark.slow
 def test_an_expert_without_tokens_is_not_decoded():
   codes, _, format = params_of(KernelFormat('int8'))
   router = jnp.zeros((M, E)).at[:, :K].set(1.0)

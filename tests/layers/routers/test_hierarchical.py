@@ -109,6 +109,7 @@ def test_one_branch_is_the_flat_layer():
     )
 
 
+@pytest.mark.slow
 def test_branches_that_are_copies_are_the_flat_layer_of_one():
   # The gates of branches sum to one, and all branches have equal outputs.
   a, b = 3, 4
@@ -209,6 +210,7 @@ def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
     assert (largest > 1e-3).all(), (name, largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dispatch', [Einsum(), Dropless()], ids=type)
 def test_every_dispatcher_serves_two_levels(dispatch):
   x, mask = x_and_mask()
@@ -237,6 +239,7 @@ def test_gates_start_with_the_fan_in_of_one_branch():
       np.testing.assert_allclose(start[name].std(), wanted, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_full_experts_drop_later_choices():
   module = alone(two_levels(2, 3, capacity=Fixed(slots=2)))
   x, mask = x_and_mask()
