@@ -97,20 +97,22 @@ SIBLINGS = (
 )
 
 
-def each_of(names):
+def each_of(names, slow=SIBLINGS):
   return pytest.mark.parametrize(
     'name',
     [
-      pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ())
+      pytest.param(name, marks=pytest.mark.slow if name in slow else ())
       for name in names
     ],
   )
 
 
 each_config = each_of(golden.NAMES)
-# Shrunk, these two are `st_moe_32b` and `switch_c` in all but sizes.
+# Shrunk, these two are `st_moe_32b` and `switch_c` in all but sizes. The models
+# of a Mixtral and of 2017 have fast tests of their own in `tests/models`.
 each_family = each_of(
-  [n for n in golden.NAMES if n not in ('st_moe_base', 'switch_base')]
+  [n for n in golden.NAMES if n not in ('st_moe_base', 'switch_base')],
+  slow=(*SIBLINGS, 'mixtral_8x7b', 'shazeer_lstm'),
 )
 
 

@@ -134,6 +134,7 @@ class Sigterm(Hook):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
   options = tiny.options(
     checkpoint={'every_steps': 0},
@@ -165,6 +166,7 @@ def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
   assert said.startswith('inputs: Reverse: ab\noutputs: ')
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
   moe = {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
   watch = Watch()

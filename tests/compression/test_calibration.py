@@ -22,6 +22,7 @@ def run(tmp_path_factory):
   return whole_run.read(folder)
 
 
+@pytest.mark.slow
 def test_the_inputs_of_experts_are_captured(run):
   batch = tiny.batch(tiny.options(model=MODEL), vocab_size=run.model.vocab_size)
   reached = calibration.capture(run.model, run.variables, batch)

@@ -117,9 +117,8 @@ def test_what_cannot_be_concatenated_is_refused(model, says):
     dense_start.plan(*map(tiny.model_of, options), {}, [])
 
 
-@pytest.mark.parametrize(
-  'pair', [{}, pytest.param(PAIR, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('pair', [{}, PAIR])
 def test_a_twin_of_a_teacher_with_even_gates_is_the_teacher(pair, tmp_path):
   # A router without weights sends every token to experts 0 and 1 with gates of
   # one half, so that the concatenated twin computes what the teacher does.

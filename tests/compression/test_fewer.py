@@ -60,6 +60,7 @@ def test_as_many_experts_as_before_are_the_same_bits(router):
       np.testing.assert_array_equal(old[name], new[name])
 
 
+@pytest.mark.slow
 def test_merging_equal_experts_under_tied_columns_changes_nothing():
   def doubled(layer):
     # Experts 3 and 4 are 0 and 2 with their hidden units in another order.
@@ -115,7 +116,7 @@ def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
     pytest.param('renormalized', 'masked', True, marks=pytest.mark.slow),
     ('renormalized', 'shrunk', True),
     pytest.param('sigmoid', 'shrunk', True, marks=pytest.mark.slow),
-    ('raw', 'shrunk', False),
+    pytest.param('raw', 'shrunk', False, marks=pytest.mark.slow),
   ],
 )
 def test_pruning_what_nobody_chooses(gates, router, same):
@@ -227,6 +228,7 @@ def test_a_share_is_one_threshold_for_all_layers():
     numbers_by_share(0, scores, layers)
 
 
+@pytest.mark.slow
 def test_tied_columns_become_copies():
   own = before()
   left = merge.merge(own, {1: 3, 2: 3})

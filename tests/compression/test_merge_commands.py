@@ -77,6 +77,7 @@ def test_a_smaller_mixtral_loads_in_transformers(
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_uneven_and_masked_models_are_runs_that_transformers_lacks(
   mixtral, tmp_path, capsys
 ):

@@ -95,6 +95,7 @@ def before_layer(layer, run, left):
   return jax.tree_util.tree_map_with_path(choose, left, old)
 
 
+@pytest.mark.slow
 def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   run, new = whole_run.read(folder), whole_run.read(int2[0])
   _, left = code_trees.decoded(new.options.model, new.variables['params'])
@@ -363,6 +364,7 @@ def test_codes_that_decode_to_other_kernels_are_refused(ternary, tmp_path):
       read(new)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_made(folder, tmp_path, capsys):
   new = tmp_path / 'int4'
   command.main(

@@ -54,6 +54,7 @@ def kept_config(teacher, kept, **overrides):
   return config_of(teacher, distil=options, **overrides)
 
 
+@pytest.mark.slow
 def test_all_logits_from_disk_are_those_beside(teacher, whole, tmp_path):
   run, state, _ = started(kept_config(teacher, whole), tmp_path / 'run')
   params = folders.write(tmp_path / 'again', model=TEACHER)[3]
@@ -157,6 +158,7 @@ def test_other_runs_and_damage_are_refused(teacher, whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_them(teacher, tmp_path, capsys):
   command.main(
     [

@@ -42,6 +42,7 @@ def test_the_loser_of_a_race_takes_the_winners(tmp_path):
   assert os.listdir(tmp_path) == ['x']
 
 
+@pytest.mark.slow
 def test_others_wait_for_who_prepares(tmp_path):
   script = (
     'import pathlib, sys, time\n'

@@ -108,14 +108,9 @@ def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
     measure(tmp_path, SourceLosses(), ('a',))
 
 
-@pytest.mark.parametrize(
-  'names',
-  [
-    'be',
-    # Generated answers take long to compile.
-    pytest.param('ab', marks=pytest.mark.slow),
-  ],
-)
+# Generated answers take long to compile.
+@pytest.mark.slow
+@pytest.mark.parametrize('names', ['be', 'ab'])
 def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path, names):
   entry = SourceScores(num_questions=3, num_tokens=4)
   row = measure(tmp_path, entry, tuple(names))

@@ -82,6 +82,7 @@ def test_log_likelihoods_of_a_decoder():
   np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_likelihoods_of_an_encoder_decoder():
   model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
   params, given = tiny.params_of(model), examples()

@@ -100,6 +100,7 @@ def test_the_base_keeps_its_bits_and_has_no_state(optimizer):
     assert moments == 2 * factors
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_the_bases_bit_for_bit():
   options, made = programs()
   model = options.build()
@@ -142,6 +143,7 @@ def test_merged_equals_applied_in_logits():
   np.testing.assert_allclose(jax.jit(logits)(merged), applied, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_factors_gradient_follows_from_the_kernels():
   """dA = s dW B^T and dB = s A^T dW, summed over no layer or expert."""
   options, made = programs()

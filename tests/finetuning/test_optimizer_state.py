@@ -102,6 +102,7 @@ def test_a_part_and_a_mesh_take_their_share(source, tmp_path):
     np.testing.assert_array_equal(leaf, other)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_kept_state_takes_steps(source, tmp_path):
   kept = train(kept_from(source[0]), tmp_path / 'kept')
   new = train(config_from(source[0], DENSE), tmp_path / 'new')

@@ -91,6 +91,7 @@ def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
   assert 'beginning' not in said
 
 
+@pytest.mark.slow
 def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
   config = frozen(dense, model=DENSE)
   config = merge(config, {'init_from': {'step': 1}})
@@ -112,9 +113,8 @@ def begun(config, workdir, devices):
     return begin.begin(run, finetuning.initial)
 
 
-@pytest.mark.parametrize(
-  'num_experts', [pytest.param(4, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('num_experts', [4, 8])
 def test_arrays_are_converted_in_their_shards(dense, tmp_path, num_experts):
   # No mesh axis divides the vocabulary of 257 tokens: the embedding is whole on
   # every device.
@@ -162,6 +162,7 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   np.testing.assert_array_equal(w[:, :4], w[:, 4:])
 
 
+@pytest.mark.slow
 def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
   config = merge(golden.config('jacobs_vowels'), {'total_steps': 1}).unlock()
   del config.evals.classes

@@ -113,9 +113,10 @@ def change(moe, source_moe, model=None, **copies):
       {'ffn': FfnOptions(20, 'swiglu')},
       marks=pytest.mark.slow,
     ),
-    (
+    pytest.param(
       {'layers': 'all', 'encoder_layers': '0,1'},
       {**HALVES, 'use_bias': True},
+      marks=pytest.mark.slow,
     ),
   ],
 )
@@ -167,9 +168,8 @@ def test_some_layers_sparse_already():
   assert change({**TOP2, 'layers': 'all'}, TOP2) < 1e-6
 
 
-@pytest.mark.parametrize(
-  'gates', ['raw', pytest.param('renormalized', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('gates', ['raw', 'renormalized'])
 def test_twice_the_experts_and_choices_are_the_same_model(gates):
   moe = {**TOP2, 'router': TokenChoice(gates=gates)}
   twice = {**moe, 'num_experts': 8, 'num_selected': 4}

@@ -31,6 +31,7 @@ def repository(cache, name) -> pathlib.Path:
   return folder / 'snapshots' / COMMIT
 
 
+@pytest.mark.slow
 def test_a_repository_is_loaded_like_a_folder(cache, tmp_path):
   model = oracle.make('mixtral')
   model.save_pretrained(repository(cache, 'who/what'))

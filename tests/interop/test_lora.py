@@ -74,6 +74,7 @@ def test_an_adapted_mixtral_has_the_same_logits_in_transformers(
   assert np.abs(expected - before).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_same_factors_give_pefts_logits(source):
   peft = pytest.importorskip('peft')
   _, folder, given = source

@@ -26,6 +26,7 @@ def run(capsys, *argv):
   return ended.value.code, said.out, said.err
 
 
+@pytest.mark.slow
 def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)  # commands are run in this folder
   source, workdir, output = (tmp_path / name for name in ('hf', 'run', 'out'))

@@ -132,7 +132,9 @@ def model_options(**quirks):
   return TransformersEncoderDecoder(**fields)
 
 
-@pytest.mark.parametrize('route_padding', [False, True])
+@pytest.mark.parametrize(
+  'route_padding', [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
   model = model_options(route_padding=route_padding).build()
   halves = (tiny_runs.rows(3, 10, seed=i, vocab_size=tiny.V) for i in (0, 1))

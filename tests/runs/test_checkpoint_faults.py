@@ -143,6 +143,7 @@ def kill_and_check(directory, moments) -> None:
   assert str(last + 1) in names and all(name.isdigit() for name in names)
 
 
+@pytest.mark.slow
 def test_killed_while_the_arrays_or_the_manifest_are_written(tmp_path):
   arrays = '*.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
   kill_and_check(tmp_path, [arrays, '*/manifest.json.tmp'])

@@ -59,6 +59,7 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
   hook = train(tmp_path, 3)
   before, after = hook.states[2], hook.states[3]

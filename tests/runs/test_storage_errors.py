@@ -263,6 +263,7 @@ def run(library, folder, function, match, name, failures):
   return done.stdout.splitlines()[-1], done.stderr.count('trying again'), done
 
 
+@pytest.mark.slow
 def test_the_array_library_fails_for_a_while(library, tmp_path):
   # Two threads can get one of the two failures each, in the same attempt.
   last, again, _ = run(library, tmp_path, 'fsync', '.saving', 'EIO', 2)

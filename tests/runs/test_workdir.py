@@ -19,6 +19,7 @@ def test_a_bucket_is_no_workdir():
     workdir.check('gs://b/run', config)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   folder, elsewhere = tmp_path / 'run', tmp_path / 'bucket' / 'run'
   config = tiny.config(

@@ -117,14 +117,12 @@ def test_a_step_has_the_factor_of_its_number():
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'zero',
   [
     {'factor': 0.0},
-    pytest.param(
-      {'kind': 'linear', 'factor': 0.0, 'final_factor': 0.0},
-      marks=pytest.mark.slow,
-    ),
+    {'kind': 'linear', 'factor': 0.0, 'final_factor': 0.0},
   ],
 )
 def test_zero_throughout_is_the_run_without_weights(zero):

@@ -223,7 +223,7 @@ def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
   assert scores_of(tmp_path) == scores_of(workdir)
 
 
-@pytest.mark.parametrize('step', [2, 5])
+@pytest.mark.parametrize('step', [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_what_sigterm_left_out_is_measured_before_going_on(
   early, tmp_path, step
 ):
@@ -238,6 +238,7 @@ def test_what_sigterm_left_out_is_measured_before_going_on(
   assert has_ended(extra_of(tmp_path, 5))
 
 
+@pytest.mark.slow
 def test_more_patience_goes_on(tmp_path):
   assert train(options(patience=1), tmp_path) == (3, True)
   assert train(options(), tmp_path, resume=True) == (5, True)

@@ -92,13 +92,8 @@ def test_a_step_with_such_a_state_is_left_out():
     assert finite.names(state, np.asarray(metrics.finite)) == wrong
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(n, marks=() if n == 'adamw' else pytest.mark.slow)
-    for n in OPTIMIZERS.builtin
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OPTIMIZERS.builtin)
 def test_no_optimizer_keeps_an_infinity_on_purpose(name):
   """So that an infinite leaf is always a fault."""
   # All layers are sparse, as adafactor takes each expert by itself.
@@ -139,6 +134,7 @@ class Taken(Hook):
     run.train_step = step_and_lose
 
 
+@pytest.mark.slow
 def test_a_job_that_lost_its_workdir_writes_nothing_more(tmp_path):
   with pytest.raises(OwnedError, match=r'owner\.json is gone'):
     train(tmp_path, tiny.options(model=tiny.ONE_LAYER, **STEPS), Taken())

@@ -120,6 +120,7 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
   _, state = unbroken
   train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(5)])
@@ -214,6 +215,7 @@ def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
   assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
 
 
+@pytest.mark.slow
 def test_equal_evaluations_run_once_and_agree(tmp_path):
   room = {'capacity': {'per_token': {'factor': 2.0}}}
   dense = tiny.config(total_steps=2, model={'moe': {'num_experts': 0}})

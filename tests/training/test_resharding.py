@@ -102,6 +102,7 @@ def expert_kernel(state):
   return state.params['layers']['layer_1']['moe']['experts']['w_in']
 
 
+@pytest.mark.slow
 def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
   want = checksums(trained())
   assert any(name.startswith('router_state/') for name in want)

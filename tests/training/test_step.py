@@ -66,6 +66,7 @@ def test_accumulated_equals_the_whole_batch(whole, n):
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_aux_losses_are_in_the_accumulated_gradient(whole):
   # Without auxiliary losses the router's gradient would differ.
   params, batch, (_, grads) = whole
@@ -147,6 +148,7 @@ def test_a_step_moves_every_parameter_and_counts():
     assert np.abs(leaf - before).max() > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_randomness_is_the_seeds_and_the_steps():
   options = tiny.options(model={'dropout': 0.5, **tiny.router(jitter=0.1)})
   params, batch = tiny.params_of(options), tiny.batch(options)
@@ -157,6 +159,7 @@ def test_randomness_is_the_seeds_and_the_steps():
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_bfloat16_model_has_float32_losses_and_gradients():
   options = tiny.options(model={'numerics': {'dtype': 'bfloat16'}})
   params, batch = tiny.params_of(options), tiny.batch(options)

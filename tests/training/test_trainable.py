@@ -137,6 +137,7 @@ def test_what_does_not_train_keeps_its_bits_and_has_no_state(optimizer):
     assert sum(leaf.size for leaf in moments) == 2 * size
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_all_parameters():
   norms = {}
   for expression in ('all', 'experts', 'non_experts'):
@@ -170,6 +171,7 @@ def test_a_mesh_and_accumulation_change_nothing(kwargs):
       np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_the_backward_pass_is_pruned():
   flops = {}
   for expression in ('all', 'router', 'embeddings'):
