@@ -104,6 +104,7 @@ def losses(value, train, own=True):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('value', [0.0, 2.0])
 def test_thresholds_that_all_or_none_pass(value):
   model, _, batch = small()

@@ -218,6 +218,7 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
   assert 'written:' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_that_is_timed_is_a_training_step():
   config = load_config('configs/tiny_switch.py:runlocal')
   twin = train_step_programs.prepared(

@@ -32,6 +32,7 @@ def four_devices():
   return report(4, data=2, expert=2)
 
 
+@pytest.mark.slow
 def test_the_report_is_of_one_device(four_devices):
   step, alone = four_devices.step, report(1).step
   assert step.temp_bytes < 0.6 * alone.temp_bytes
@@ -44,6 +45,7 @@ def test_the_report_is_of_one_device(four_devices):
   assert step.needed_bytes == pytest.approx(needed, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_number(four_devices):
   console = Console(record=True, width=100)
   console.print(tables.table(four_devices, 1.5e9))

@@ -112,6 +112,7 @@ def results(tmp_path_factory):
   return by_arm
 
 
+@pytest.mark.slow
 def test_a_run_has_what_the_table_shows(results):
   deep = results[eigen_2013.BALANCED][0]
   for column in STUDY.columns:
@@ -134,6 +135,7 @@ def test_a_run_has_what_the_table_shows(results):
     )
 
 
+@pytest.mark.slow
 def test_its_pictures_are_of_its_gates(results, tmp_path):
   deep = results[eigen_2013.BALANCED][0]
   figure = gate_pictures.picture(deep, 'a title')
@@ -149,6 +151,7 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
   assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('preset', STUDY.presets)
 def test_its_claims_are_about_its_rows(preset, results):
   preset = STUDY.presets[preset]

@@ -11,7 +11,13 @@ from moe_jax.run_config import RunConfig
 ALL = [*TASKS.items(), *PREFIX_TASKS.items()]
 
 
-@pytest.mark.parametrize('name, task', ALL)
+@pytest.mark.parametrize(
+  ('name', 'task'),
+  [
+    pytest.param(name, task, marks=pytest.mark.slow if name == 'cipher' else ())
+    for name, task in ALL
+  ],
+)
 def test_a_task_loads_and_says_what_it_is(name, task):
   config = layered(RunConfig, base.get_config(), {'data.seq_len': 64})
   config = layered(RunConfig, config, task.overrides)

@@ -333,6 +333,7 @@ def test_boundaries_are_where_experts_decide():
   assert titles == ['one, epoch 0', 'one, epoch 20']
 
 
+@pytest.mark.slow
 def test_an_animation_has_a_frame_a_step(tmp_path):
   from PIL import Image
 

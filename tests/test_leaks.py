@@ -41,6 +41,7 @@ def prepared(router: str, group_size: int = 0):
   return run, types.SimpleNamespace(variables={'params': params})
 
 
+@pytest.mark.slow
 def test_a_causal_model_has_one_loss():
   metrics = leaks.measure(*prepared('token_choice'))
   assert metrics['leak/changed'] == 0

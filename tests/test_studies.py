@@ -627,7 +627,19 @@ def stand_in(config, number: float) -> dict[str, float]:
   return result
 
 
-@pytest.mark.parametrize('name', STUDIES)
+# A study with and one without runs that others begin with, and one of served
+# models.
+FAST = ('eval_capacity', 'switch_table6', 'serving_table')
+each_study = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in STUDIES
+  ],
+)
+
+
+@each_study
 def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   study = STUDIES[name]
   assert set(study.presets) == {'quick', 'full'}
@@ -703,7 +715,7 @@ def test_students_are_compared_with_as_many_steps_without_a_teacher():
     assert compared and {arms[row].teacher for row in compared} != {''}
 
 
-@pytest.mark.parametrize('name', STUDIES)
+@each_study
 def test_a_studys_arms_are_equal_in_flops(name):
   study = STUDIES[name]
   shared, built = study.shared(study.presets['quick']), {}
@@ -783,6 +795,7 @@ def test_every_study_runs(name, results_folder, monkeypatch):
     assert losses and all(math.isfinite(result[key]) for key in losses)
 
 
+@pytest.mark.slow
 def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # The launched run has the study's folder and config, so that the study reads
   # its result.
