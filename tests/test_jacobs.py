@@ -143,8 +143,9 @@ def test_problems_have_the_papers_sizes():
   sizes = {}
   for name, system in jacobs_claims.SYSTEMS.items():
     model = problem.model(**system)
-    params = jacobs_runs.start(model, problem.train.features, jnp.array([0]))
-    sizes[name] = sum(leaf[0].size for leaf in jax.tree.leaves(params))
+    start = functools.partial(jacobs_runs.start, model)
+    params = jax.eval_shape(start, problem.train.features, jnp.array([0]))
+    sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert sizes['4 experts, competitive'] == 24
   assert sizes['8 experts, competitive'] == 48
   gate = 3  # the gate of a network's only expert, which is always 1

@@ -238,7 +238,8 @@ def test_a_bad_entry(bench, options, message):
 
 
 def test_a_model_that_routes_by_task_is_refused(bench):
-  setting = bench.choice().setting
+  source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
+  setting = bench.choice(source=source).setting
   model = tiny.options(dict(router=Task(), **ALL), num_tasks=2).build()
   with pytest.raises(ValueError, match=r"evals.quiz of kind 'choice': the mod"):
     ChoiceEvaluation().measure(dataclasses.replace(setting, model=model))

@@ -85,6 +85,7 @@ def rows_of(workdir, name):
   return rows
 
 
+@pytest.mark.slow
 def test_every_kind_has_its_rows(run):
   workdir, _ = run
   assert [step for step, _ in rows_of(workdir, 'train_capacity')] == [2, 4]
@@ -100,6 +101,7 @@ def test_every_kind_has_its_rows(run):
   assert row['accuracy'] in (0, 100 / 3, 200 / 3, 100)
 
 
+@pytest.mark.slow
 def test_examples_are_left_to_be_read(run):
   workdir, _ = run
   text = (workdir / 'texts_examples.txt').read_text(encoding='utf-8')
@@ -200,6 +202,12 @@ def test_outputs_are_what_the_model_says_alone(tmp_path):
   # The five examples are a batch of 4, and one of 1.
   assert measure.outputs({'params': params}) == expected
   assert len(set(expected)) > 2
+  row = measure({'params': params}, 7)
+  assert list(row) == ['bleu', 'chrf', 'rouge_l', 'exact_match', 'examples']
+  assert row['examples'] == 5 and row['exact_match'] == 0
+  text = (tmp_path / 'x_examples.txt').read_text(encoding='utf-8')
+  assert text.startswith('step 7, 5 validation pairs\nbleu ')
+  assert text.count('\ninputs: ') == text.count('\noutputs: ') == 5
 
 
 def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):

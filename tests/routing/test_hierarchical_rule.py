@@ -56,6 +56,7 @@ def example(seed):
   return levels
 
 
+@jax.jit
 def losses(branch, experts, mask):
   """The load loss as a function of the logits of all branches."""
   index = choose(branch.noisy, K1)

@@ -1,4 +1,7 @@
-"""Non-finite steps are skipped up to a limit, recorded, then end the run."""
+"""Non-finite steps are skipped up to a limit, recorded, then end the run.
+
+That none is skipped by default is in `tests/training/test_loop.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +121,3 @@ def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
   assert kept == {'2.npz', '4.npz', '6.npz'}
   hook = train(tmp_path)
   assert hook.states.keys() == {6}
-
-
-def test_none_may_be_left_out_by_default(tmp_path):
-  options = tiny.options()
-  with pytest.raises(NonFiniteError, match=r'step 3: (.|\n)*nonfinite/3\.npz'):
-    train(tmp_path, 3, options=options)

@@ -181,9 +181,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert text.startswith('step ')
   assert 'layer 1: router logit RMS' in text
   assert 'last good checkpoint' in text
+  step = int(text.split()[1].rstrip(':'))
+  assert f'nonfinite/{step}.npz' in text
+  assert (tmp_path / 'nonfinite' / f'{step}.npz').exists()
   # Checkpoints are finite: none was written after the loss became NaN.
   for path in pathlib.Path(tmp_path / 'checkpoints').glob('[0-9]*'):
-    assert int(path.name) < int(text.split()[1].rstrip(':'))
+    assert int(path.name) < step
 
 
 class BadRow(Hook):
