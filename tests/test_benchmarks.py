@@ -92,6 +92,7 @@ def bound():
   return layer, compilations, by_routing
 
 
+@pytest.mark.slow
 def test_the_router_sends_tokens_where_the_draw_says(bound):
   _, _, by_routing = bound
   for inputs, results in by_routing.values():
@@ -103,6 +104,7 @@ def test_the_router_sends_tokens_where_the_draw_says(bound):
   assert loads['uniform'].sum() == loads['zipf'].sum() == K * N
 
 
+@pytest.mark.slow
 def test_a_router_that_chooses_otherwise_is_an_error(bound):
   layer, compilations, by_routing = bound
   inputs, _ = by_routing['zipf']
@@ -117,6 +119,7 @@ def assert_same(a, b):
   )
 
 
+@pytest.mark.slow
 def test_products_of_the_same_groups_compute_the_same(bound):
   # A baseline with less work would make the layer look slow, or fast.
   _, _, by_routing = bound
@@ -131,6 +134,7 @@ def test_products_of_the_same_groups_compute_the_same(bound):
   assert_same(results[programs_lib.PLAIN_DENSE], results[programs_lib.DENSE])
 
 
+@pytest.mark.slow
 def test_the_layer_is_its_experts_on_its_choices(bound):
   # The dropless layer equals a plain loop over the drawn choices and the
   # router's gates.

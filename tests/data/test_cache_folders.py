@@ -67,6 +67,7 @@ def test_others_wait_for_who_prepares(tmp_path):
   assert os.listdir(tmp_path) == ['x']
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_made_anew(tmp_path):
   script = (
     'import os, pathlib, sys\n'

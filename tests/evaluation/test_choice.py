@@ -166,6 +166,7 @@ def bench(tmp_path):
   return Bench(tmp_path)
 
 
+@pytest.mark.slow
 def test_scores_are_divided_as_asked(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'yü', 'long'], 1))
   scores = {}

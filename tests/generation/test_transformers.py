@@ -1,4 +1,7 @@
-"""Greedy and beam search give transformers' tokens, from one checkpoint."""
+"""Greedy and beam search give transformers' tokens, from one checkpoint.
+
+Fast tests of greedy tokens are in `tests/interop/test_parity.py`.
+"""
 
 from typing import NamedTuple
 
@@ -9,6 +12,7 @@ from moe_jax import generation, interop, models
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.slow
 
 V, PAD, START = 43, 0, 2
 # Prompts have different lengths, and none is one to which we pad.
@@ -81,13 +85,7 @@ class Pair(NamedTuple):
     return () if self.stop is None else (self.stop,)
 
 
-@pytest.fixture(
-  scope='module',
-  params=[
-    pytest.param(name, marks=() if name == 'mixtral' else pytest.mark.slow)
-    for name in MAKERS
-  ],
-)
+@pytest.fixture(scope='module', params=MAKERS)
 def pair(request, tmp_path_factory):
   make, seed = MAKERS[request.param]
   theirs = make().eval()

@@ -128,9 +128,8 @@ def whole(name, tokens, source, source_mask):
   return np.asarray(run(params))
 
 
-# The others differ from these in one part each, or generate in
-# `tests/generation`.
-FAST = ('mixtral', 'nllb')
+# Others generate in `tests/generation`, or differ from those in one part each.
+FAST = ('mixtral',)
 
 
 @pytest.mark.as_users_compile

@@ -106,7 +106,9 @@ def targets(seed=1):
   return np.random.default_rng(seed).integers(0, V, (B, 1)).astype(np.int32)
 
 
-@pytest.mark.parametrize('balance_steps', [0, -1])
+@pytest.mark.parametrize(
+  'balance_steps', [pytest.param(0, marks=pytest.mark.slow), -1]
+)
 def test_gradients_are_finite_differences(balance_steps):
   model = build(balance_steps=balance_steps)
   params, kept = tiny.params_of(model), {}

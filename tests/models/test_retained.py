@@ -74,6 +74,7 @@ def test_tied_columns_equal_copies_of_experts():
   assert aux.stats.load.shape == (2, 5) and aux.stats.overflowed.min() > 0
 
 
+@pytest.mark.slow
 def test_a_masked_column_that_nobody_chooses_changes_nothing():
   # With K=1 a column that is the mean of all others is never the largest.
   options = dict(router=TokenChoice(), num_selected=1, num_layers=1)

@@ -159,6 +159,7 @@ def test_only_the_loop_is_a_loop():
   assert trained(False, 'none')[1] > 1.4 * trained(True, 'none')[1]
 
 
+@pytest.mark.slow
 def test_every_layer_draws_its_own_noise():
   # Weights of the router are zero, so that only noise decides.
   model = tiny.build(moe=dict(router=NoisyTopK()))

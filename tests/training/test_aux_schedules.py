@@ -108,6 +108,7 @@ def test_accumulation_and_meshes_change_nothing(devices):
 
 
 @pytest.mark.as_users_compile
+@pytest.mark.slow
 def test_a_step_has_the_factor_of_its_number():
   alone = stepped(**AUX)
   # The first step has no auxiliary loss, the second the given weights.

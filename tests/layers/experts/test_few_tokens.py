@@ -77,6 +77,7 @@ def test_equals_stacked_experts(tokens, use_bias):
   np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_that_nobody_chose_are_not_read():
   # The kernels of experts without tokens are NaN, which any product with them
   # would show.
