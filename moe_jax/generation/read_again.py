@@ -46,8 +46,8 @@ def choices(
     task_ids: The task of each row.
 
   Returns:
-    Tokens, positions and segment ids as those of a batch of training, and the
-    choices by the number of the layer.
+    Tokens, positions, segment ids and tasks as those of a batch of training,
+    and the choices by the number of the layer.
   """
   N = max(map(len, rows))
   prefix = make_prefix(
@@ -69,6 +69,11 @@ def choices(
   batch = _batch('', read, seen)
   if prefix.encoder_tokens is not None:
     batch |= _batch('encoder_', prefix.encoder_tokens, prefix.encoder_mask)
+  if prefix.task_ids is not None:
+    for key in model.sequences:
+      shape = batch[f'{key}tokens'].shape
+      tasks = np.broadcast_to(prefix.task_ids[:, None], shape)
+      batch[f'{key}task_ids'] = tasks
   return batch, found
 
 
