@@ -13,6 +13,7 @@ from moe_jax.analysis.trace_hook import Traces
 from moe_jax.options import OptionError
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook, set_up
+from moe_jax.training.trace_options import TraceOptions
 from tests.training import tiny
 
 NO_SAMPLE = {'num_tokens': 0}
@@ -150,6 +151,13 @@ def test_an_unknown_evaluation_is_refused():
     tiny.options(trace={'evaluations': 'train_capacity, train_cap'})
   with pytest.raises(OptionError, match='where nothing is recorded'):
     tiny.options(trace={'logits': True})
+
+
+def test_steps_are_counted_from_the_first_that_is_recorded():
+  options = TraceOptions(every_steps=3, start_step=4, num_steps=7)
+  steps = filter(options.has_step, range(30))
+  assert [*steps] == [4, 7, 10]
+  assert [*filter(TraceOptions(evaluations='all').has_step, range(9))] == []
 
 
 class Fails(Hook):

@@ -75,6 +75,30 @@ def test_both_views_answer_alike():
         begin += count
 
 
+def test_choices_by_token():
+  # Token 0 chooses experts 2 and 0; expert 0 drops token 1; token 2 is padding.
+  index = jnp.asarray([[[2, 0], [0, 1], [1, 2]]], jnp.int32)
+  kept = jnp.asarray([[[True, True], [False, True], [False, False]]])
+  gate = jnp.asarray([[[0.6, 0.4], [0.7, 0.3], [0.5, 0.5]]], jnp.float32)
+  routing = Routing(index, jnp.zeros_like(index), gate, kept, 3, 1)
+  chosen = routing.by_token(jnp.asarray([[True, True, False]]))
+  assert chosen.expert[0].tolist() == [[2, 0], [0, 1], [-1, -1]]
+  np.testing.assert_array_equal(chosen.kept, kept)
+  expected = np.float32([[0.6, 0.4], [0, 0.3], [0, 0]])
+  np.testing.assert_array_equal(chosen.gate[0], expected)
+  # Expert 1 takes tokens 2 and 0, expert 0 token 0; slots of 3 are empty.
+  slots = SlotRouting(
+    jnp.asarray([[[0, 3], [2, 0]]], jnp.int32),
+    jnp.asarray([[[0.2, 0], [0.3, 0.4]]], jnp.float32),
+    3,
+  )
+  chosen = slots.by_token(jnp.ones((1, 3), bool))
+  assert chosen.expert[0].tolist() == [[0, 1], [-1, -1], [-1, 1]]
+  np.testing.assert_array_equal(chosen.kept, chosen.expert >= 0)
+  expected = np.float32([[0.2, 0.4], [0, 0], [0, 0.3]])
+  np.testing.assert_array_equal(chosen.gate[0], expected)
+
+
 def test_rows_and_choices_point_at_each_other():
   routing = by_token()
   for rows in (routing.slot_rows(), routing.sorted_rows()):
