@@ -186,7 +186,9 @@ def _size(folder: pathlib.Path) -> int:
   return sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def report(
+  title: str, rows: Sequence[Mapping[str, Any]], warning: str = ''
+) -> str:
   """The table and the verdict, in Markdown."""
   f, last = timing.facts(), rows[-1]
   lines = [
@@ -204,6 +206,7 @@ def report(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
   verdict = 'reached' if last['per_bare'] <= AIM else 'missed'
   return (
     f'# What checkpoints and metrics add to a step of {title}\n\n'
+    f'{warning}{". " * bool(warning)}'
     f'{f["device"]} ({f["cores"]} cores, one device used), {f["date"]}, jax '
     f'{f["jax"]}. Bursts of {last["steps"]} steps, interleaved: medians, and '
     'medians of ratios within a round (quartiles in brackets). The last case '
@@ -251,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_config(options.config), options.files, options.modules
   )
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
-  text = report(options.config, rows)
+  text = report(options.config, rows, run_options.model.moe.forced)
   metadata = {'config': sections.section(run_options).to_dict()}
   folder = timing.write(options.output, NAME, text, rows, metadata)
   print(f'{text}\nwritten: {folder}')

@@ -27,9 +27,10 @@ from experiments.benchmarks.train_step_programs import (
   prepared,
   random_batch,
 )
-from moe_jax import command_line, host
+from moe_jax import command_line, host, sections
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.config_file import load_config
+from moe_jax.layers.imposed import FORCED
 from moe_jax.models.stack import REMATS
 
 NAME = 'bench_train_step'
@@ -177,6 +178,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     action='store_true',
     help="time transformers' step against ours, and nothing else",
   )
+  add(
+    '--force_balance',
+    choices=FORCED,
+    help='choice of experts whatever the logits are: model.moe.force_balance',
+  )
   add('--output', default='results', help='folder of the results')
   add(
     '--seconds',
@@ -211,13 +217,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'{text}\nwritten: {folder}')
     return
   config = load_config(options.config)
+  if options.force_balance:
+    forced = {'moe': {'force_balance': options.force_balance}}
+    config = sections.merge(config, {'model': forced})
   if not config.model.moe.num_experts:
     raise SystemExit(f'{options.config} is dense: there is no twin to compare')
   peaks = measure_peaks(config.model.numerics.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_steps(config, seconds, peaks)
   depths = measure_compilation(config, options.depths or preset.depths)
-  text = tables.report(options.config, peaks, rows, depths)
+  forced = prepared(config, {}).build().forced_balance
+  text = tables.report(options.config, peaks, rows, depths, forced)
   metadata = {
     'config': config.to_dict(),
     'peaks': dataclasses.asdict(peaks),

@@ -178,6 +178,8 @@ def run(
   if device:
     device_table.get(device)  # refused before anything is compiled
   options = cost.with_own_vocabulary(options)
+  if forced := options.build().forced_balance:
+    print(f'WARNING: {forced}')
   devices = described_devices(topology, slices)
   mesh = mesh_of(options, devices)
   sizes = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items())

@@ -130,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
     _note(f'passed over the checkpoint of step {step}: {reason}')
+  if loaded.model.forced_balance:
+    _note(f'WARNING: {loaded.model.forced_balance}')
   prompts, num_tokens = _fitted(loaded, texts, options)
   model, variables = generation.prepare(
     loaded.model,

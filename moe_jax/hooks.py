@@ -11,6 +11,7 @@ from rich.console import Console
 
 from moe_jax import data, generation, models
 from moe_jax.analysis import cost, plots, routing_report, sharded
+from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
@@ -35,6 +36,12 @@ LEAK = (
 )
 
 
+def warnings(model: models.Model) -> list[str]:
+  """What every result of a model has to say of it."""
+  said = [LEAK] if model.leaks_future else []
+  return said + [model.forced_balance] * bool(model.forced_balance)
+
+
 class Facts(Hook):
   """Prints at the start of a run its data, its model's cost and its devices."""
 
@@ -49,8 +56,8 @@ class Facts(Hook):
       run.message(cost.count(run.model, run.options.data.seq_len).describe())
     if run.model.moe is not None:
       run.message(_experts(run, run.model.moe))
-      if run.model.leaks_future:
-        run.message(f'WARNING: {LEAK}')
+      for text in warnings(run.model):
+        run.message(f'WARNING: {text}')
     if run.programs.trained.expression != 'all' or run.programs.trained.masks:
       run.message(_trained(run))
     sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
@@ -205,6 +212,8 @@ class Sample(Hook):
       given = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
       wanted = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
       text = '\n\n'.join(map(_answered, given, answers, wanted))
+    if forced := run.model.forced_balance:
+      text = f'[{forced}]\n{text}'
     if is_first():
       workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
     run.message(f'sample, temperature {c.temperature}:\n{text}')
@@ -270,8 +279,8 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
-    if run.model.leaks_future:
-      table = [{**row, 'warning': LEAK} for row in table]
+    if said := '; '.join(warnings(run.model)):
+      table = [{**row, 'warning': said} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(Console(), table)
 
@@ -325,6 +334,7 @@ def default_hooks() -> list[Hook]:
   """The hooks of `moe_jax.main`."""
   return [
     Facts(),
+    Replaying(),
     MeshSummary(),
     Profile(),
     Traces(),

@@ -62,6 +62,12 @@ class RunConfig(RunOptions):
         f'distill.teacher={o.teacher!r} with model.kind='
         f'{MODELS.name_of(self.model)!r}, whose outputs are no logits of tokens'
       )
+    if o.teacher and self.model.replay:
+      yield (
+        f'distill.teacher={o.teacher!r} with model.moe.replay='
+        f'{self.model.replay!r}: the teacher reads the same batches, and would '
+        'be given the same choices'
+      )
     if o.teacher and o.start != NONE and self.init_from.workdir:
       yield (
         f'init_from.workdir={self.init_from.workdir!r} with distill.start='

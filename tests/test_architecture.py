@@ -57,6 +57,7 @@ ALLOWED = {
     'data',
     'runs',
     'training',
+    'training_types',
     'config_flag',
     'command_line',
     'host',

@@ -21,11 +21,13 @@ def report(
   peaks: Peaks,
   rows: Sequence[Mapping[str, Any]],
   depths: Sequence[Mapping[str, Any]],
+  warning: str = '',
 ) -> str:
   """Both tables and the meaning of their columns, in Markdown."""
   f = timing.facts()
   return (
     f'# A training step of {title}\n\n'
+    f'{warning}{". " * bool(warning)}'
     f'{f["device"]} ({f["cores"]} cores, one device used), {f["date"]}, jax '
     f'{f["jax"]}; {peaks.describe()}. Cases ran interleaved: '
     'medians, and medians of ratios within a round (quartiles in brackets). '

@@ -172,6 +172,8 @@ def _title(options: RunOptions) -> str:
       f'{moe.num_experts} experts in layers {moe.layers!r}, dispatch '
       f'{DISPATCHES.name_of(moe.dispatch)!r}'
     )
+    if moe.forced:
+      experts += f' ({moe.forced})'
   return (
     f'Model {MODELS.name_of(model)!r}, {experts}; batches of '
     f'{options.batch_size} x {options.data.seq_len} tokens on '

@@ -35,6 +35,8 @@ class ServedByRank(TokenChoice):
 
   # Choices by rank are experts, not columns that could lead to others.
   has_columns: ClassVar[bool] = False
+  # The experts that serve a token are not those that it chose.
+  takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes):
     """A token must have a first and a second choice."""

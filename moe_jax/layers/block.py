@@ -64,6 +64,9 @@ class Context(NamedTuple):
     key_segment_ids: int32 [B, T], the segment by which each token is seen by
       those of its own sequence; None: `segment_ids`.
     routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
+    given: `GivenChoices` of [B, T, L, K] that are imposed on the routers of the
+      L sparse layers; a block gets those of its own layer, [B, T, K]. None:
+      routers choose.
   """
 
   segment_ids: Leaf
@@ -75,6 +78,7 @@ class Context(NamedTuple):
   router_ids: Leaf = None
   key_segment_ids: Leaf = None
   routed_mask: Leaf = None
+  given: Leaf = None
 
   @property
   def routed(self) -> Bool[Array, 'B T']:
@@ -131,7 +135,8 @@ class Block(nn.Module):
     c = self.config
     if self.sparse and c.moe is not None and c.moe.num_experts:
       moe = MoE(c.moe, c.shared, name='moe')
-      return moe(h, context.routed, self.train, context.router_ids, layer)
+      ids, given = context.router_ids, context.given
+      return moe(h, context.routed, self.train, ids, layer, given)
     ffn, dropout = c.ffn, c.dropout
     if self.sparse and c.moe is not None:
       ffn, dropout = c.moe.twin()

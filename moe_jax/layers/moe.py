@@ -19,13 +19,13 @@ from moe_jax.layers.experts import (
 )
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.imposed import AT_RANDOM, ImposedOptions, forced_choices
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN, RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
 from moe_jax.options import (
-  Options,
   at_least,
   choice,
   nested,
@@ -33,7 +33,7 @@ from moe_jax.options import (
   option,
   within,
 )
-from moe_jax.routing import ExchangeStats, MoeAux, empty_aux
+from moe_jax.routing import ExchangeStats, GivenChoices, MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
@@ -43,7 +43,7 @@ _SPARSE = {'num_experts': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeOptions(Options):
+class MoeOptions(ImposedOptions):
   """The sparse layers of a model: mixtures of experts."""
 
   num_experts: int = option(
@@ -150,6 +150,7 @@ class MoeOptions(Options):
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
+    yield from self.imposed_problems(self.router, self.sizes)
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     if not self.dispatch.by_slot and self.router.drops(self.sizes):
@@ -211,6 +212,7 @@ class MoE(nn.Module):
     train: bool = False,
     router_ids: UInt32[Array, 'B T'] | None = None,
     layer: int | Int[Array, ''] = 0,
+    given: GivenChoices | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux]:
     """Returns the output and the unweighted losses and statistics.
 
@@ -222,6 +224,7 @@ class MoE(nn.Module):
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
       router_ids: The ids that the router needs of tokens; see its `ids_of`.
       layer: The layer's number, by which routers without parameters differ.
+      given: Choices that are imposed on the router, [B, T, K].
     """
     o = self.options.within(FfnOptions(), 0.0)
     if not o.num_experts:
@@ -238,7 +241,8 @@ class MoE(nn.Module):
     if router_ids is not None:
       router_ids = in_groups(router_ids, groups.shape[1])
     router = o.router.module(o.sizes, self.shared, name='router')
-    routing, aux = router(groups, mask, train, router_ids, layer)
+    given = self._imposed(given, mask, train, layer)
+    routing, aux = router(groups, mask, train, router_ids, layer, given)
     if self.is_mutable_collection(SOWN):
       chosen = routing.by_token(mask)
       self.sow(SOWN, CHOICES, jax.tree.map(lambda x: to_rows(x, B, T), chosen))
@@ -251,6 +255,16 @@ class MoE(nn.Module):
     elif inner is not None:
       aux = _with_losses(aux, inner)
     return to_rows(y, B, T), aux
+
+  def _imposed(self, given, mask, train, layer):
+    """The choices of groups that are imposed on the router, or None."""
+    kind = self.options.force_balance
+    if given is not None:
+      return jax.tree.map(lambda x: in_groups(x, mask.shape[1]), given)
+    if not kind:
+      return None
+    key = self.make_rng(NOISE) if train and kind == AT_RANDOM else None
+    return forced_choices(kind, mask, self.options.sizes, layer, key)
 
   def _mask_outputs(self, routing, train):
     """Masks outputs of experts by setting their gates to zero."""
@@ -300,8 +314,10 @@ def to_rows(
 
 
 def in_groups(
-  values: Shaped[Array, 'B T'], group_size: int
-) -> Shaped[Array, 'G S']:
-  """One number for each token, cut as in `to_groups` and padded with zeros."""
-  padding = -values.size % group_size
-  return jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, group_size)
+  values: Shaped[Array, 'B T ...'], group_size: int
+) -> Shaped[Array, 'G S ...']:
+  """The numbers of each token, cut as in `to_groups` and padded with zeros."""
+  values = values.reshape(-1, *values.shape[2:])
+  padding = [(0, 0)] * values.ndim
+  padding[0] = (0, -len(values) % group_size)
+  return jnp.pad(values, padding).reshape(-1, group_size, *values.shape[1:])

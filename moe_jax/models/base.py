@@ -155,6 +155,15 @@ class Model(nn.Module):
     """Whether some layer can drop a token because an expert is full."""
     return any(moe.capacity.binds for moe in self.moes if moe is not None)
 
+  @property
+  def forced_balance(self) -> str:
+    """What results have to say of choices that no router made; '' if none are.
+
+    See `layers.imposed.ImposedOptions.forced`.
+    """
+    said = [moe.forced for moe in self.moes if moe is not None and moe.forced]
+    return said[0] if said else ''
+
   # The routers' losses and state.
 
   @nn.nowrap

@@ -22,7 +22,7 @@ from moe_jax.models.transformer import (
 )
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.partitioning import Rules
-from moe_jax.routing import MoeAux
+from moe_jax.routing import GivenChoices, MoeAux
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Int
 
@@ -70,6 +70,7 @@ class Decoder(Transformer):
     positions: Int[Array, 'B T'] | None = None,
     train: bool = False,
     task_ids: Int[Array, 'B T'] | None = None,
+    given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
     """Returns float32 logits and the layers' aux, every leaf [L, ...].
 
@@ -81,9 +82,11 @@ class Decoder(Transformer):
         the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
       task_ids: The task of each token, which a router by task needs.
+      given: Choices that are imposed on the routers of the L sparse layers,
+        [B, T, L, K].
     """
     context = make_context(
-      self.blocks, tokens, segment_ids, positions, task_ids
+      self.blocks, tokens, segment_ids, positions, task_ids, given
     )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train

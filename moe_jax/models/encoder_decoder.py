@@ -17,7 +17,7 @@ from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.layer_trees import Path, periods_of
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import Transformer, make_cache, make_context
-from moe_jax.routing import MoeAux
+from moe_jax.routing import GivenChoices, MoeAux
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int
 
@@ -56,6 +56,8 @@ class EncoderDecoder(Transformer):
     train: bool = False,
     encoder_task_ids: Int[Array, 'B S'] | None = None,
     task_ids: Int[Array, 'B T'] | None = None,
+    encoder_given: GivenChoices | None = None,
+    given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
     """Returns float32 logits and all layers' aux, every leaf [L, ...].
 
@@ -75,6 +77,9 @@ class EncoderDecoder(Transformer):
       encoder_task_ids: The task of each of the encoder's tokens, which an
         encoder's router by task needs.
       task_ids: The same for the decoder's tokens and router.
+      encoder_given: Choices that are imposed on the routers of the encoder's L
+        sparse layers, [B, S, L, K].
+      given: The same for the decoder's, [B, T, L, K].
 
     Raises:
       ValueError: Only one of the two sequences has segments, or a router lacks
@@ -90,10 +95,11 @@ class EncoderDecoder(Transformer):
       encoder_segment_ids,
       encoder_positions,
       encoder_task_ids,
+      encoder_given,
     )
     memory, encoder_aux = self._encode(encoder_tokens, source, train)
     context = make_context(
-      self.decoder_blocks, tokens, segment_ids, positions, task_ids
+      self.decoder_blocks, tokens, segment_ids, positions, task_ids, given
     )
     context = context._replace(
       memory=memory, memory_segment_ids=source.segment_ids

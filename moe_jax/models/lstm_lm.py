@@ -18,6 +18,7 @@ from flax import linen as nn
 from moe_jax.layers import lstm
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.imposed import check_given, given_to_layer
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
 from moe_jax.layers.moe import MoE, MoeOptions
 from moe_jax.layers.positions import POSITIONS, NoPositions
@@ -30,7 +31,7 @@ from moe_jax.models.text_model import TextModel
 from moe_jax.models.text_options import TextModelOptions
 from moe_jax.options import default_of, fields_of, nested
 from moe_jax.partitioning import Rules
-from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.routing import GivenChoices, MoeAux, empty_aux
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
@@ -168,6 +169,7 @@ class LstmLm(TextModel):
     segment_ids: Int[Array, 'B T'] | None = None,
     positions: Int[Array, 'B T'] | None = None,
     train: bool = False,
+    given: GivenChoices | None = None,
   ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
     """Returns float32 logits and the layers' aux, every leaf [L, ...].
 
@@ -178,6 +180,8 @@ class LstmLm(TextModel):
       positions: The position of each token in its document, for embeddings with
         positions. Default: that in the row.
       train: Turns on dropout and router noise (rngs 'dropout', 'router').
+      given: Choices that are imposed on the routers of the L sparse layers,
+        [B, T, L, K].
     """
     B, T = tokens.shape
     if segment_ids is None:
@@ -185,16 +189,21 @@ class LstmLm(TextModel):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     nothing = (None,) * len(self.layers)
-    logits, aux, _ = self._run(tokens, segment_ids, positions, train, nothing)
+    logits, aux, _ = self._run(
+      tokens, segment_ids, positions, train, nothing, given
+    )
     return logits, aux
 
-  def _run(self, tokens, segment_ids, positions, train, states):
+  def _run(self, tokens, segment_ids, positions, train, states, given=None):
     """Logits, aux and the layers' states after the last step."""
+    sparse = self.between.sparse
+    check_given(given, sparse if self.between.moe else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
     x = without_nan(segment_ids > 0, x)
     auxes, left = [], []
-    for layer, state in zip(self.layers, states, strict=True):
-      x, aux, state = layer(x, segment_ids, train, state)
+    for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+      own = given_to_layer(given, sparse, i) if sparse[i] else None
+      x, aux, state = layer(x, segment_ids, train, state, own)
       auxes.append(aux)
       left.append(state)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
@@ -277,7 +286,7 @@ class _Layer(nn.Module):
   sparse: bool
 
   @nn.compact
-  def __call__(self, x, segment_ids, train, state):
+  def __call__(self, x, segment_ids, train, state, given):
     """Returns the residual stream, aux, and an LSTM's last state."""
     c = self.between
     aux = empty_aux(1, 1)
@@ -286,7 +295,8 @@ class _Layer(nn.Module):
     if not self.sparse:
       y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
     elif c.moe is not None:
-      y, aux = MoE(c.moe, c.shared, name='moe')(x, segment_ids > 0, train)
+      moe = MoE(c.moe, c.shared, name='moe')
+      y, aux = moe(x, segment_ids > 0, train, given=given)
       y = jax.nn.sigmoid(y)
     else:
       ffn = FeedForward(

@@ -91,6 +91,11 @@ class ModelOptions(Options):
     return False
 
   @property
+  def replay(self) -> str:
+    """Folder of the trace whose choices are replayed; '' for none."""
+    return ''
+
+  @property
   def param_dtype(self) -> str:
     """The type in which parameters are stored."""
     return 'float32'

@@ -17,6 +17,7 @@ from moe_jax.kernels.grouped_products import PRODUCT as GROUPED_PRODUCT
 from moe_jax.kernels.rows_product import PRODUCT
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
+from moe_jax.layers.imposed import given_to_layer
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models.padding import Padding
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
@@ -190,7 +191,11 @@ class Period(nn.Module):
     for i, moe in enumerate(self.pattern):
       own = c.block if moe is None else dataclasses.replace(c.block, moe=moe)
       layer = block(own, moe is not None, self.train, name=layer_name(i))
-      x, cache, aux = layer(x, context, cache, numbers[i])
+      own = None
+      if moe is not None:
+        own = given_to_layer(context.given, c.sparse, numbers[i])
+      seen = context._replace(given=own)
+      x, cache, aux = layer(x, seen, cache, numbers[i])
       if c.experts is not None:
         aux = with_room(aux, c.experts.num_experts)
       auxes.append(aux)

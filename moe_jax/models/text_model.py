@@ -9,9 +9,13 @@ from flax import linen as nn
 
 from moe_jax.models.base import Batch, Model, TokenLosses, counted
 from moe_jax.models.embeddings import EmbeddingConfig
+from moe_jax.routing import GivenChoices
 from moe_jax.shapes import Array, Float32, Int
 
 _KEYS = ('tokens', 'segment_ids', 'positions')
+# The keys of a batch that hold the choices which are imposed on its routers:
+# experts and whether they serve, [B, T, L, K] of the L sparse layers.
+REPLAYED = ('replayed_experts', 'replayed_kept')
 
 
 class TextModel(Model):
@@ -37,14 +41,22 @@ class TextModel(Model):
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Array]:
-    """See `Model.inputs`."""
+    """See `Model.inputs`; choices of experts are imposed if the batch has them.
+
+    They are under the names `REPLAYED`.
+    """
     plain = {
       f'{prefix}{key}': batch[f'{prefix}{key}']
       for prefix in self.sequences
       for key in _KEYS
     }
     tasks = [f'{prefix}task_ids' for prefix in self.task_sequences]
-    return plain | {name: batch.get(name) for name in tasks}
+    given = {
+      f'{prefix}given': GivenChoices(*(batch[f'{prefix}{k}'] for k in REPLAYED))
+      for prefix in self.sequences
+      if f'{prefix}{REPLAYED[0]}' in batch
+    }
+    return plain | given | {name: batch.get(name) for name in tasks}
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:

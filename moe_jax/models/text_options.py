@@ -281,6 +281,11 @@ class TextModelOptions(ModelOptions, LayerOptions):
     )
 
   @property
+  def replay(self) -> str:
+    """See `ModelOptions.replay`."""
+    return self.moe.replay
+
+  @property
   def param_dtype(self) -> str:
     """See `ModelOptions.param_dtype`."""
     return self.numerics.param_dtype

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
+from moe_jax.layers.imposed import check_given
 from moe_jax.layers.routers.contract import ROUTER_STATE, RoutedTokens
 from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import stack_for_decoding
@@ -26,7 +27,7 @@ from moe_jax.models.layer_trees import (
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_model import TextModel
-from moe_jax.routing import hash_rule
+from moe_jax.routing import GivenChoices, hash_rule
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int
 
@@ -192,8 +193,14 @@ def make_context(
   segment_ids: Int[Array, 'B T'] | None,
   positions: Int[Array, 'B T'] | None,
   task_ids: Int[Array, 'B T'] | None = None,
+  given: GivenChoices | None = None,
 ) -> Context:
-  """The context of a stack's blocks; defaults are as in `Decoder`."""
+  """The context of a stack's blocks; defaults are as in `Decoder`.
+
+  Raises:
+    ValueError: The router needs tasks, or the choices that are imposed are not
+      those of the stack's sparse layers.
+  """
   B, T = tokens.shape
   token_mask = jnp.ones((B, T), bool)
   if segment_ids is not None:
@@ -207,7 +214,10 @@ def make_context(
   ids = router_ids(
     c, RoutedTokens(tokens, previous, positions, segments, task_ids)
   )
-  return Context(segment_ids, token_mask, positions, router_ids=ids)
+  check_given(given, c.sparse if c.experts else ())
+  return Context(
+    segment_ids, token_mask, positions, router_ids=ids, given=given
+  )
 
 
 def router_ids(c: StackConfig, tokens: RoutedTokens) -> Array | None:

@@ -31,6 +31,7 @@ from moe_jax.routing.capacity import (
 )
 from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.given_choice_rule import (
+  GivenChoices,
   even_choice,
   given_choice,
   one_queue,
@@ -74,6 +75,7 @@ __all__ = [
   'ExchangeStats',
   'Fixed',
   'Fraction',
+  'GivenChoices',
   'MoeAux',
   'NoisyLogits',
   'PerAssignment',

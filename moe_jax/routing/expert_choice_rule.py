@@ -22,6 +22,7 @@ def expert_choice(
   *,
   capacity: int,
   mask: Bool[Array, 'G S'] | None = None,
+  taken_by: Bool[Array, 'G S E'] | None = None,
 ) -> SlotRouting:
   """Gives each expert the C tokens of its group with the largest probability.
 
@@ -34,6 +35,8 @@ def expert_choice(
     router_logits: The logits, which are taken as float32.
     capacity: C, at most S; c * S / E where tokens have c experts on average.
     mask: False for padding, which nobody picks. Default: all real.
+    taken_by: The experts that may take each token. One that has room for all
+      that it may take takes them, whatever their probabilities are.
 
   Raises:
     ValueError: The capacity is not in [1, S].
@@ -46,9 +49,14 @@ def expert_choice(
     mask = jnp.ones(router_logits.shape[:2], bool)
   logits = router_logits.astype(jnp.float32)
   probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
-  wanted = jnp.where(mask[:, None], jax.lax.stop_gradient(probs), -1.0)
-  index = decided(jax.lax.top_k(wanted, C)[1])  # [G, E, C]
   share = shares(mask.sum(-1, dtype=jnp.int32), S, C)[:, None, None]
+  wanted = mask[:, None]
+  if taken_by is not None:
+    wanted = wanted & taken_by.swapaxes(1, 2)  # [G, E, S]
+    allowed = wanted.sum(-1, keepdims=True, dtype=jnp.int32)
+    share = jnp.minimum(share, allowed)
+  order = jnp.where(wanted, jax.lax.stop_gradient(probs), -1.0)
+  index = decided(jax.lax.top_k(order, C)[1])  # [G, E, C]
   taken = jnp.arange(C, dtype=jnp.int32)[None, None] < share
   gate = jnp.take_along_axis(probs, index, axis=2, mode='clip')
   return SlotRouting(

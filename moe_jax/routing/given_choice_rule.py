@@ -1,8 +1,11 @@
 """Queues of choices that are already made: which of them experts serve.
 
-Hash layers, random routing and routers of two levels make such choices. Not
-here: choices by logits (`token_choice_rule.py`), which queue likewise.
+Hash layers, random routing and routers of two levels make such choices, and so
+does whoever imposes choices on a router: a recorded routing, or a balanced one.
+Not here: choices by logits (`token_choice_rule.py`), which queue likewise.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,31 @@ from moe_jax.routing.assignments import Routing
 from moe_jax.routing.rows import decided
 from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
 
 GIVEN_PRIORITIES = ('token_major', 'choice_major')
+# Signs in the place of an expert: there is no choice, or the router makes it.
+NO_CHOICE, OPEN = -1, -2
+
+
+class GivenChoices(NamedTuple):
+  """Choices that are imposed on a router in the place of its own.
+
+  Attributes:
+    expert: int [G, S, K], the experts of each token, different ones in the
+      order of the choices; `NO_CHOICE` where there is none, as at padding or,
+      where experts choose, for a token that has fewer than K; `OPEN` for all
+      choices of a group that its router makes, as if none were imposed.
+    kept: bool [G, S, K], whether each choice is served; None leaves that to the
+      router's queues.
+  """
+
+  expert: Leaf
+  kept: Leaf = None
+
+  def in_place_of(self, own: Int32[Array, 'G S K']) -> Int32[Array, 'G S K']:
+    """These experts, or a router's own where it has the choice."""
+    return jnp.where(self.expert >= 0, self.expert.astype(own.dtype), own)
 
 
 @checked
@@ -25,6 +50,7 @@ def even_choice(
   capacity: int | None,
   mask: Bool[Array, 'G S'] | None = None,
   slot_priority: str = 'token_major',
+  given: GivenChoices | None = None,
 ) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
@@ -39,6 +65,7 @@ def even_choice(
     capacity=capacity,
     mask=mask,
     slot_priority=slot_priority,
+    given=given,
   )
 
 
@@ -51,6 +78,7 @@ def given_choice(
   capacity: int | None,
   mask: Bool[Array, 'G S'] | None = None,
   slot_priority: str = 'token_major',
+  given: GivenChoices | None = None,
 ) -> Routing:
   """Serves choices whose gates are given; that of a dropped choice becomes 0.
 
@@ -61,6 +89,8 @@ def given_choice(
     capacity, mask: As in `token_choice`.
     slot_priority: 'token_major' or 'choice_major'; there are no probabilities
       to order the tokens by, as 'batch_priority' would.
+    given: The choices that are imposed, which may say which are served; their
+      experts are in `expert_index`.
 
   Raises:
     ValueError: K is not in [1, E], capacity < 1, or the priority is unknown.
@@ -72,9 +102,14 @@ def given_choice(
     raise unknown('slot_priority', slot_priority, GIVEN_PRIORITIES)
   if mask is None:
     mask = jnp.ones(expert_index.shape[:2], bool)
-  queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
-  slot = decided(queue_slots(expert_index, queued, E, slot_priority))
-  kept = queued if capacity is None else queued & (slot < capacity)
+  slot, kept = queue_choices(
+    expert_index,
+    mask,
+    num_experts=E,
+    capacity=capacity,
+    slot_priority=slot_priority,
+    given=given,
+  )
   gate = jnp.where(kept, gate, 0.0)
   return Routing(expert_index, slot, gate, kept, E, capacity)
 
@@ -127,6 +162,64 @@ def one_queue(routing: Routing, capacity: int) -> Routing:
   slot = decided(queue_slots(index, kept, E, 'token_major'))
   kept = kept & (slot < capacity)
   return Routing(index, slot, jnp.where(kept, gate, 0.0), kept, E, capacity)
+
+
+def queue_choices(
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  *,
+  num_experts: int,
+  capacity: int | None,
+  slot_priority: str,
+  order: Int32[Array, 'G S'] | None = None,
+  sent: Bool[Array, 'G S K'] | None = None,
+  holds_place: bool = False,
+  given: GivenChoices | None = None,
+) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
+  """The slots of choices, as in `Routing`, and whether they are served.
+
+  Served choices that are imposed have the slots that they had when they were
+  recorded, if priority and capacity were the same: whoever was dropped stood
+  behind them. An imposed choice that is not served has a slot past the
+  capacity, so that it counts as dropped; where a second policy left choices
+  unsent, that is so only if its expert is full.
+
+  Args:
+    expert_index: The chosen experts.
+    mask: False for padding.
+    num_experts: The number E of experts.
+    capacity: C, or None for no bound.
+    slot_priority, order: As in `queue_slots`.
+    sent: Whether a second policy sends each choice. Default: all are sent.
+    holds_place: Whether a choice that is not sent keeps its place in the queue.
+    given: The choices that are imposed, of which it may say which are served.
+  """
+  real = jnp.broadcast_to(mask[..., None], expert_index.shape)
+  served = real if sent is None else real & sent
+  queued, fixed = real if holds_place else served, None
+  if given is not None and given.kept is not None:
+    fixed = given.expert != OPEN
+    served = jnp.where(fixed, real & given.kept, served)
+    # Whose places were held in an order by probabilities is not known.
+    if not holds_place or order is not None:
+      queued = jnp.where(fixed, served, queued)
+  slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
+  if capacity is None:
+    return decided(slot), served
+  if fixed is not None:
+    lost = fixed & real & ~served
+    if sent is not None:
+      lost = lost & _is_full(expert_index, served, num_experts, capacity)
+    slot = jnp.where(lost, jnp.maximum(slot, capacity), slot)
+  slot = decided(slot)
+  return slot, served & (slot < capacity)
+
+
+def _is_full(expert_index, served, E, capacity):
+  """Whether the expert of each choice serves as many as it can."""
+  chosen = jax.nn.one_hot(expert_index, E, dtype=jnp.bool_)  # [G, S, K, E]
+  count = (chosen & served[..., None]).sum((1, 2))  # [G, E]
+  return (chosen & (count >= capacity)[:, None, None]).any(-1)
 
 
 def queue_slots(

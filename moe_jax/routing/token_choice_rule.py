@@ -13,7 +13,11 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
-from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES, queue_slots
+from moe_jax.routing.given_choice_rule import (
+  GIVEN_PRIORITIES,
+  GivenChoices,
+  queue_choices,
+)
 from moe_jax.routing.rows import decided
 from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
@@ -37,6 +41,7 @@ def token_choice(
   second_threshold: float = 0.2,
   key: PRNGKey | None = None,
   expert_index: Int32[Array, 'G S K'] | None = None,
+  given: GivenChoices | None = None,
 ) -> Routing:
   """Gives each token up to K slots, in experts of its own choice.
 
@@ -70,6 +75,8 @@ def token_choice(
       every choice.
     expert_index: The chosen experts, where they are not the K largest logits;
       K different ones for each token.
+    given: The choices that are imposed, whose experts are in `expert_index`. If
+      they say which are served, neither capacity nor second policy decides it.
 
   Raises:
     ValueError: K is not in [1, E], an option is unknown, capacity < 1, K=1
@@ -93,18 +100,22 @@ def token_choice(
     expert_index = choose(router_logits, K)  # [G, S, K]
   chosen_logits = at_choices(router_logits, expert_index)
   pair_gate = jax.nn.softmax(chosen_logits)  # [G, S, K]
-  queued = jnp.broadcast_to(mask[..., None], expert_index.shape)
-  served = queued
+  sent = order = None
   if key is not None and second_policy != 'all' and K > 1:
     sent = decided(_sent(pair_gate, second_policy, second_threshold, key))
-    served = queued & sent
-    queued = queued if second_policy == 'sampled' else served
   if slot_priority == 'batch_priority':
     order = jnp.argsort(-_top_probability(router_logits))
-  else:
-    order = None
-  slot = decided(queue_slots(expert_index, queued, E, slot_priority, order))
-  kept = served if capacity is None else served & (slot < capacity)
+  slot, kept = queue_choices(
+    expert_index,
+    mask,
+    num_experts=E,
+    capacity=capacity,
+    slot_priority=slot_priority,
+    order=order,
+    sent=sent,
+    holds_place=second_policy == 'sampled',
+    given=given,
+  )
   gate = _gates(gates, router_logits, chosen_logits, pair_gate, kept)
   return Routing(expert_index, slot, gate, kept, E, capacity)
 

@@ -47,7 +47,8 @@ def summarize(
 
   The loss is in nats per token. The drop rate is that of
   `moe_jax.routing.drop_rate`, averaged over layers; `load` is the fraction of
-  assignments for which each expert was chosen, before drops.
+  assignments for which each expert was chosen, before drops. With
+  `moe.force_balance` a row has `forced_balance`, which is 1.
 
   Args:
     sums: Sums as `host` gives them.
@@ -59,6 +60,8 @@ def summarize(
   if layers:
     drops = [layer['drop_rate'] for layer in layers.values()]
     row['drop_rate'] = float(np.mean(drops))
+  if any(moe is not None and moe.forced for moe in moes):
+    row['forced_balance'] = 1.0
   for i, layer in layers.items():
     row |= {f'layer_{i}/{key}': value for key, value in layer.items()}
   return row

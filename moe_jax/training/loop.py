@@ -75,6 +75,8 @@ def train_and_evaluate(
     run.hooks, run.confirm = hooks, owner.confirm
     for note in run.notes:
       run.message(note)
+    for hook in hooks:
+      hook.check(run)
     with contextlib.ExitStack() as stack:
       stack.enter_context(run.checkpoints)
       watchdog.before_end = run.checkpoints.settle

@@ -193,7 +193,10 @@ def make_step(
       computed,
       options.aux_losses.weights,
       loss,
-      options.trace.in_training,
+      # A replayed run executes the program of a recorded one.
+      options.trace.recording
+      if options.model.replay
+      else options.trace.in_training,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

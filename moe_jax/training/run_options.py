@@ -48,6 +48,8 @@ from moe_jax.training.sample_options import SampleOptions
 from moe_jax.training.trace_options import TraceOptions
 
 R = TypeVar('R', bound='RunOptions')
+# The name of the option `ModelOptions.replay` in a config.
+REPLAY = 'model.moe.replay'
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
@@ -164,7 +166,8 @@ class RunOptions(Options):
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """Names of the sections that have no effect but through `Hook.serves`."""
-    return ('trace',) if self.trace.is_on else ()
+    on = {'trace': self.trace.is_on, REPLAY: bool(self.model.replay)}
+    return tuple(name for name, is_on in on.items() if is_on)
 
   def problems(self) -> Iterator[str]:
     """The problems between several sections, a text for each."""

@@ -101,6 +101,13 @@ class Hook:
 
   serves: ClassVar[str] = ''
 
+  def check(self, run: Run) -> None:
+    """Called once a run is set up, before anything is compiled or written.
+
+    Raises:
+      ValueError: The section of the config that the hook serves does not fit.
+    """
+
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
 

@@ -50,6 +50,14 @@ def test_the_example_reads_a_trace(capsys):
   assert said == 'layer 1: load [0 0 4 0], 25% dropped\n'
 
 
+@pytest.mark.slow
+def test_the_example_replays_a_batch():
+  scope = {}
+  exec(compile(example('replay.imposed'), str(README), 'exec'), scope)
+  assert 0 < scope['error'] < 0.1
+  assert not all(own.kept.all() for own in scope['record'].layers.values())
+
+
 def test_every_file_is_named():
   files = {path.name for path in README.parent.glob('*.py')}
   assert [name for name in files - {'__init__.py'} if name not in TEXT] == []

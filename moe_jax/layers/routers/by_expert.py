@@ -3,11 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
+
 from moe_jax import routing
 from moe_jax.layers.routers.balancing import ImportanceLoss, ZLoss
 from moe_jax.layers.routers.contract import LOGITS, SOWN, Router
 from moe_jax.layers.routers.linear_gate import LinearGate
 from moe_jax.routing.aux_losses import cv_squared, over_groups
+from moe_jax.routing.given_choice_rule import OPEN, GivenChoices
 from moe_jax.shapes import Array, Bool, Float32
 
 LEAK = (
@@ -22,9 +26,29 @@ class ByExpert(ImportanceLoss, ZLoss, LinearGate):
 
   by_expert: ClassVar[bool] = True
 
+  def takes_balanced(self, sizes):
+    """The reason why there is nothing to balance."""
+    del sizes
+    return (
+      f'the experts of {type(self).__name__} choose tokens, equally many each'
+    )
+
   def drops(self, sizes):
     """False: experts choose no more tokens than they have room for."""
     return False
+
+
+def taken_by(
+  given: GivenChoices | None, num_experts: int
+) -> Bool[Array, 'G S E'] | None:
+  """Whether each expert may take each token; None where it may take all.
+
+  In the choices that are imposed, an expert takes all that it may.
+  """
+  if given is None:
+    return None
+  chosen = jax.nn.one_hot(given.expert, num_experts, dtype=jnp.bool_)
+  return chosen.any(2) | (given.expert == OPEN).all(2, keepdims=True)
 
 
 def slot_aux(

@@ -23,7 +23,7 @@ from moe_jax.options import one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.aux_losses import over_groups
 from moe_jax.routing.capacity import CAPACITIES
-from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES
+from moe_jax.routing.given_choice_rule import GIVEN_PRIORITIES, GivenChoices
 from moe_jax.routing.token_choice_rule import (
   GATES,
   SECOND_POLICIES,
@@ -174,6 +174,7 @@ def serve(
   scores: Float32[Array, 'G S E'] | None = None,
   spare: int = 0,
   expert_index: Int32[Array, 'G S K'] | None = None,
+  given: GivenChoices | None = None,
 ) -> tuple[routing.Routing, Int32[Array, 'G S N']]:
   """The routing of `ByLogits`, and the experts of the largest scores.
 
@@ -188,6 +189,7 @@ def serve(
       all there are at most E.
     expert_index: The choices of tokens, where they are made already; they are
       returned instead.
+    given: Choices that are imposed instead of those.
   """
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
@@ -198,6 +200,9 @@ def serve(
     # It runs on each device, as no compiler splits a top-K over groups.
     choose = functools.partial(routing.choose, num_selected=min(K + spare, E))
     largest = on_each_device(choose, (scores,))
+  index = largest[..., :K]
+  if given is not None:
+    index = given.in_place_of(index)
   draws = train and o.second_policy != 'all' and K > 1
   chosen = routing.token_choice(
     logits,
@@ -209,7 +214,8 @@ def serve(
     second_policy=o.second_policy,
     second_threshold=o.second_threshold,
     key=module.make_rng(NOISE) if draws else None,
-    expert_index=largest[..., :K],
+    expert_index=index,
+    given=given,
   )
   sow_choices(module, chosen.expert_index)
   return chosen, largest
@@ -301,15 +307,26 @@ def serve_evenly(
   module: Router,
   expert_index: Int32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
+  given: GivenChoices | None = None,
 ) -> tuple[routing.Routing, routing.MoeAux]:
-  """The routing of choices without logits, with gates of 1/K, and no losses."""
+  """The routing of choices without logits, with gates of 1/K, and no losses.
+
+  Args:
+    module: The router; its options are `Queued`.
+    expert_index: The choices.
+    mask: False for padding.
+    given: Choices that are imposed instead of these.
+  """
   sizes = module.sizes
+  if given is not None:
+    expert_index = given.in_place_of(expert_index)
   chosen = routing.even_choice(
     expert_index,
     num_experts=sizes.num_experts,
     capacity=sizes.slots(mask.shape[1]),
     mask=mask,
     slot_priority=module.options.slot_priority,
+    given=given,
   )
   sow_choices(module, expert_index)
   aux = routing.empty_aux(sizes.num_experts, sizes.num_selected)

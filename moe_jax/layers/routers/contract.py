@@ -16,6 +16,7 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, fields_of, required
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.capacity import All
+from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.stats import MoeAux
 from moe_jax.shape_checks import (
@@ -92,6 +93,7 @@ class Router(nn.Module):
     train: bool = False,
     router_ids: UInt32[Array, 'G S'] | None = None,
     layer: int | Int[Array, ''] = 0,
+    given: GivenChoices | None = None,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
     """Routes each group by itself, without padding.
 
@@ -103,13 +105,16 @@ class Router(nn.Module):
       router_ids: The ids that the options' `ids_of` returned for the tokens.
       layer: The number of the layer, by which routers without parameters
         differ.
+      given: Choices that are imposed on the router. Gates, losses and
+        statistics are computed from its own logits, as if it had made them.
 
     Returns:
       The routing, and the losses and statistics, which are sums over real
       tokens.
 
     Raises:
-      ValueError: Shapes do not fit, or `route` breaks this contract.
+      ValueError: Shapes do not fit, the router takes no choices, or `route`
+        breaks this contract.
     """
     x = without_nan(mask, x)
     if self.options.needs_ids and router_ids is None:
@@ -117,7 +122,11 @@ class Router(nn.Module):
         f'{type(self).__name__} needs router_ids, the ids that ids_of of its '
         'options makes of a batch'
       )
-    result = self.route(x, mask, train, router_ids, layer)
+    if given is None:
+      result = self.route(x, mask, train, router_ids, layer)
+    else:
+      _check_given(self, given, mask)
+      result = self.route(x, mask, train, router_ids, layer, given)
     _check_result(self, result, mask)
     return result
 
@@ -128,12 +137,29 @@ class Router(nn.Module):
     train: bool,
     router_ids: Array | None,
     layer: int | Array,
+    given: GivenChoices | None = None,
   ) -> tuple[Routing | SlotRouting, MoeAux]:
     """Routes; arguments and results are those of `__call__`.
 
-    It is called in a compact method, and so may make parameters.
+    It is called in a compact method, and so may make parameters. It is called
+    without `given` unless the router's options have `takes_choices`.
     """
     raise NotImplementedError
+
+
+def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
+  """Raises ValueError for choices that a router cannot be given."""
+  reason = router.options.replays(router.sizes)
+  if reason is not None:
+    raise ValueError(reason)
+  K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
+  shapes = [
+    array_of('mask', mask, Bool[Array, 'G S']),
+    array_of('given.expert', given.expert, Int[Array, f'G S {K}']),
+  ]
+  if given.kept is not None:
+    shapes.append(array_of('given.kept', given.kept, Bool[Array, f'G S {K}']))
+  check_shapes(shapes)
 
 
 def _check_result(router: Router, result: Any, mask: Array) -> None:
@@ -177,6 +203,8 @@ class RouterOptions(Options):
     has_columns: Whether tokens choose by logits, one for each column of the
       router's parameters along the axis 'expert_choice', and columns may be
       tied or masked; see `Sizes.tied`.
+    takes_choices: Whether the module's `route` takes choices that are imposed
+      on it, its argument `given`.
   """
 
   by_expert: ClassVar[bool] = False
@@ -184,6 +212,7 @@ class RouterOptions(Options):
   needs_tasks: ClassVar[bool] = False
   needs_whole_rows: ClassVar[bool] = False
   has_columns: ClassVar[bool] = False
+  takes_choices: ClassVar[bool] = False
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
     """The problems that this router has with sizes, a text for each.
@@ -226,6 +255,21 @@ class RouterOptions(Options):
     """The reason why the router cannot decode by tokens; None if it can."""
     del sizes
     return None
+
+  def replays(self, sizes: Sizes) -> str | None:
+    """The reason why no choices can be imposed on it; None if they can."""
+    if not self.takes_choices:
+      return f'{type(self).__name__} makes its own choices and takes no others'
+    if sizes.tied is not None:
+      return (
+        f'{type(self).__name__} has columns that lead to merged or pruned '
+        'experts, and a choice of an expert does not say by which column'
+      )
+    return None
+
+  def takes_balanced(self, sizes: Sizes) -> str | None:
+    """The reason why no even choices can be imposed on it; None if they can."""
+    return self.replays(sizes)
 
   def serving_all(self, sizes: Sizes) -> Sizes | None:
     """The sizes with room for all tokens, which generation uses.

@@ -6,9 +6,15 @@ expert takes; with room for all, every expert takes every token. The rule is
 """
 
 import dataclasses
+from typing import ClassVar
 
 from moe_jax import routing
-from moe_jax.layers.routers.by_expert import LEAK, ByExpert, slot_aux
+from moe_jax.layers.routers.by_expert import (
+  LEAK,
+  ByExpert,
+  slot_aux,
+  taken_by,
+)
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import jittered, linear_logits
 from moe_jax.partitioning import on_each_device
@@ -17,6 +23,8 @@ from moe_jax.partitioning import on_each_device
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice(ByExpert):
   """The options of expert choice."""
+
+  takes_choices: ClassVar[bool] = True
 
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
@@ -46,14 +54,17 @@ class ExpertChoiceRouter(Router):
 
   options: ExpertChoice
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids, layer
     logits = linear_logits(self, jittered(self, x, train))
     capacity = self.sizes.slots(x.shape[1])
 
-    def choose(logits, mask):
-      return routing.expert_choice(logits, capacity=capacity, mask=mask)
+    def choose(logits, mask, taken):
+      return routing.expert_choice(
+        logits, capacity=capacity, mask=mask, taken_by=taken
+      )
 
-    chosen = on_each_device(choose, (logits, mask))
+    taken = taken_by(given, self.sizes.num_experts)
+    chosen = on_each_device(choose, (logits, mask, taken))
     return chosen, slot_aux(self, chosen, logits, mask)

@@ -19,6 +19,7 @@ class Hash(Queued):
   """The options of a hash layer's router."""
 
   needs_ids: ClassVar[bool] = True
+  takes_choices: ClassVar[bool] = True
 
   of: str = option(
     'token',
@@ -54,7 +55,7 @@ class HashRouter(Router):
 
   options: Hash
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del x, train
     index = routing.hash_choice(
@@ -64,4 +65,4 @@ class HashRouter(Router):
       seed=self.options.seed,
       layer=layer,
     )
-    return serve_evenly(self, index, mask)
+    return serve_evenly(self, index, mask, given)

@@ -5,6 +5,7 @@ start at zero. The rule is `moe_jax.routing.noisy_top_k_rule`.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -42,6 +43,8 @@ class NoisyTopK(
 ):
   """The options of noisy top-K gating; the paper's gates are renormalised."""
 
+  takes_choices: ClassVar[bool] = True
+
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
     return NoisyTopKRouter(self, sizes, shared, name=name)
@@ -56,7 +59,7 @@ class NoisyTopKRouter(Router):
 
   options: NoisyTopK
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids
     x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)
@@ -64,7 +67,9 @@ class NoisyTopKRouter(Router):
     std = product(self, 'w_noise', zeros, x, self.sizes.num_experts)
     key = self.make_rng(NOISE) if train else None
     logits = routing.noisy_logits(clean, std, key)
-    chosen, largest = serve(self, logits.noisy, mask, train, layer, spare=1)
+    chosen, largest = serve(
+      self, logits.noisy, mask, train, layer, spare=1, given=given
+    )
     aux = logits_aux(self, chosen, clean, logits.noisy, mask, layer)
     K = self.sizes.num_selected
     probability = routing.load_probability(logits, K, largest)

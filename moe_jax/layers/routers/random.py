@@ -6,6 +6,7 @@ time in training, and are the same each time in evaluation. The rule is
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -22,6 +23,8 @@ class Random(Queued):
   Draws depend on the shape of the input, so that generation step by step draws
   other experts than an evaluation of whole rows.
   """
+
+  takes_choices: ClassVar[bool] = True
 
   seed: int = option(
     0,
@@ -47,7 +50,7 @@ class RandomRouter(Router):
 
   options: Random
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del x, router_ids
     if train:
@@ -62,4 +65,4 @@ class RandomRouter(Router):
       num_experts=self.sizes.num_experts,
       num_selected=self.sizes.num_selected,
     )
-    return serve_evenly(self, index, mask)
+    return serve_evenly(self, index, mask, given)

@@ -34,6 +34,7 @@ class Sentence(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, Roomy):
 
   needs_ids: ClassVar[bool] = True
   needs_whole_rows: ClassVar[bool] = True
+  takes_choices: ClassVar[bool] = True
 
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
@@ -69,7 +70,7 @@ class SentenceRouter(Router):
 
   options: Sentence
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     means, sentence = on_each_device(
       sentence_means, (x.astype(jnp.float32), router_ids, mask)
@@ -77,7 +78,7 @@ class SentenceRouter(Router):
     # Noise is drawn before means are spread, so that tokens share it, too.
     means = on_each_device(spread, (jittered(self, means, train), sentence))
     logits = linear_logits(self, means)
-    chosen, _ = serve(self, logits, mask, train, layer)
+    chosen, _ = serve(self, logits, mask, train, layer, given=given)
     aux = logits_aux(self, chosen, logits, logits, mask, layer)
     return to_experts(self, chosen, layer), aux
 

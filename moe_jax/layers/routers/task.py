@@ -44,6 +44,7 @@ class Task(ZLoss, BalanceLoss, Jitter, Roomy):
 
   needs_ids: ClassVar[bool] = True
   needs_tasks: ClassVar[bool] = True
+  takes_choices: ClassVar[bool] = True
 
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
@@ -75,7 +76,7 @@ class TaskRouter(Router):
 
   options: Task
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del x
     N, E = self.shared.num_tasks, self.sizes.num_experts
@@ -89,7 +90,7 @@ class TaskRouter(Router):
     )
     table = self.param(TABLE, init, (N, E), jnp.float32)[None]  # [1, N, E]
     noisy = jittered(self, table, train)[0]
-    chosen, _ = serve(self, noisy[router_ids], mask, train, layer)
+    chosen, _ = serve(self, noisy[router_ids], mask, train, layer, given=given)
     aux = _each_task_once(self, table, mask, layer)
     clean = table[0][router_ids]
     self.sow(SOWN, LOGITS, clean)

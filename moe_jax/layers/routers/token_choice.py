@@ -6,6 +6,7 @@ Balancing are settings of its options. The rule is
 """
 
 import dataclasses
+from typing import ClassVar
 
 from moe_jax.layers.routers.balancing import (
   BalanceBias,
@@ -35,6 +36,8 @@ class TokenChoice(
   BalanceBias, ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits
 ):
   """The options of token choice."""
+
+  takes_choices: ClassVar[bool] = True
 
   balance_bias_scores: str = option(
     'sigmoid',
@@ -67,13 +70,15 @@ class TokenChoiceRouter(Router):
 
   options: TokenChoice
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids
     logits, scores = linear_logits(self, jittered(self, x, train)), None
     bias = bias_of(self)
     if bias is not None:
       scores = biased_scores(logits, bias, self.options.balance_bias_scores)
-    chosen, _ = serve(self, logits, mask, train, layer, scores=scores)
+    chosen, _ = serve(
+      self, logits, mask, train, layer, scores=scores, given=given
+    )
     aux = logits_aux(self, chosen, logits, logits, mask, layer)
     return to_experts(self, chosen, layer), aux

@@ -50,6 +50,7 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
 
   # A column tied to another's expert would no longer tell its device.
   has_columns: ClassVar[bool] = False
+  takes_choices: ClassVar[bool] = True
 
   variant: str = option(
     'published',
@@ -214,7 +215,7 @@ class TopologyAwareRouter(Router):
 
   options: TopologyAware
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids
     o = self.options
@@ -232,7 +233,9 @@ class TopologyAwareRouter(Router):
       index = on_each_device(rule, (logits, node, mask))
     else:
       index = None
-    chosen, _ = serve(self, logits, mask, train, layer, expert_index=index)
+    chosen, _ = serve(
+      self, logits, mask, train, layer, expert_index=index, given=given
+    )
     leaving = functools.partial(topology_rule.leaving, num_nodes=o.num_nodes)
     counts = on_each_device(leaving, (logits, chosen.expert_index, node, mask))
     # For analysis alone, if the caller makes 'intermediates' mutable.

@@ -1,0 +1,142 @@
+"""Choices that are imposed on the routers of sparse layers, by option.
+
+A recorded routing is replayed, or experts are chosen evenly. Gates, losses and
+gradients still come from the router's own logits. Not here: how a router takes
+choices (`routers/contract.py`), and where recorded ones come from
+(`moe_jax.analysis.replay`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import routing
+from moe_jax.layers.routers.contract import RouterOptions
+from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.options import Options, at_least, one_of, option
+from moe_jax.routing import GivenChoices
+from moe_jax.routing.balanced_rule import choice_in_turn
+from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
+
+FORCED = IN_TURN, AT_RANDOM = 'round_robin', 'random'
+_SPARSE = {'num_experts': at_least(1)}
+# Seed of the random choices of evaluations and of generation.
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImposedOptions(Options):
+  """The options of sparse layers whose choices are not their router's."""
+
+  force_balance: str = option(
+    '',
+    'Choice of experts whatever the logits are, for measurements of speed: '
+    f'{IN_TURN!r} gives choices to the experts in turn, {AT_RANDOM!r} draws '
+    'them, anew at each step in training. Gates are those of the logits. An '
+    'empty string leaves the choice to the router.',
+    one_of('', *FORCED),
+    when=_SPARSE,
+  )
+  replay: str = option(
+    '',
+    'Folder of the trace of another run on the same batches, whose choices of '
+    'experts and drops each training step takes over from its record of the '
+    'step; evaluations choose by themselves. An empty string leaves the choice '
+    'to the router.',
+    when=_SPARSE,
+    how=True,
+  )
+
+  def imposed_problems(
+    self, router: RouterOptions, sizes: Sizes
+  ) -> Iterator[str]:
+    """The problems of imposing choices on a router."""
+    named = {'force_balance': self.force_balance, 'replay': self.replay}
+    if all(named.values()):
+      said = ' with '.join(f'{name}={value!r}' for name, value in named.items())
+      yield f'{said}: experts are chosen by one of them'
+      return
+    reasons = {
+      'force_balance': router.takes_balanced, 'replay': router.replays
+    }  # fmt: skip
+    for name, value in named.items():
+      if value and (reason := reasons[name](sizes)) is not None:
+        yield f'{name}={value!r}: {reason}'
+
+  @property
+  def forced(self) -> str:
+    """What a reader of results has to know of forced choices; '' if none are.
+
+    Every output of a model with them has to say it.
+    """
+    if not self.force_balance:
+      return ''
+    return (
+      f'moe.force_balance={self.force_balance!r}: experts are chosen whatever '
+      "the router's logits are; speeds are those of such loads, and losses are "
+      'not those of a model with a router'
+    )
+
+
+def forced_choices(
+  kind: str,
+  mask: Bool[Array, 'G S'],
+  sizes: Sizes,
+  layer: int | Int[Array, ''],
+  key: PRNGKey | None,
+) -> GivenChoices:
+  """The choices of `ImposedOptions.force_balance` in one layer.
+
+  Args:
+    kind: The value of the option, which is not empty.
+    mask: False for padding.
+    sizes: The sizes of the layer.
+    layer: The number of the layer, by which choices differ.
+    key: The key of random choices; None: they are the same each time.
+  """
+  E, K = sizes.num_experts, sizes.num_selected
+  if kind == IN_TURN:
+    return GivenChoices(
+      choice_in_turn(mask, num_experts=E, num_selected=K, first=layer)
+    )
+  if key is None:
+    key = jax.random.fold_in(jax.random.key(_SEED), layer)
+  G, S = mask.shape
+  expert = routing.random_choice(
+    key, num_groups=G, group_size=S, num_experts=E, num_selected=K
+  )
+  return GivenChoices(expert)
+
+
+def check_given(given: GivenChoices | None, sparse: Sequence[bool]) -> None:
+  """Raises ValueError unless choices are [B, T, L, K] of L sparse layers.
+
+  Args:
+    given: The choices that are imposed on a stack of layers, if any.
+    sparse: A flag for each layer, whether it has experts.
+  """
+  if given is None:
+    return
+  shape, L = given.expert.shape, sum(sparse)
+  if len(shape) != 4 or shape[2] != L:
+    raise ValueError(
+      f'given.expert has shape {shape}, and [B, T, L, K] is needed for the '
+      f'L={L} sparse layers'
+    )
+
+
+def given_to_layer(
+  given: GivenChoices | None,
+  sparse: Sequence[bool],
+  layer: int | Int32[Array, ''],
+) -> GivenChoices | None:
+  """The choices [B, T, K] of one sparse layer, whose number may be traced."""
+  if given is None:
+    return None
+  place = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, place, 2, keepdims=False), given
+  )

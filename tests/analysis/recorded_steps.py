@@ -1,0 +1,128 @@
+"""Training steps of tiny models whose choices of experts are recorded.
+
+Not here: any test.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moe_jax import models, partitioning
+from moe_jax.analysis import replay
+from moe_jax.analysis.recording import records_of
+from moe_jax.models import router_state
+from moe_jax.models.recorded import recording
+from moe_jax.partitioning import ShardingOptions
+from moe_jax.training.losses import LossWeights, normalizers
+from moe_jax.training.step import TrainState, make_grad_fn, train_step
+from tests.models import tiny
+
+B, T, V = 8, 6, 28
+RULES = ShardingOptions().rules
+OPTIMIZER = optax.adam(1e-2)
+WEIGHTS = LossWeights(balance=0.1, z=0.1, importance=0.1, load=0.1)
+RECORDED = functools.partial(recording, logits=False, dtype='float32')
+
+
+@functools.cache
+def batch_of(step=0):
+  """A batch with padding, two segments in a row and a task for each row."""
+  rng = np.random.default_rng(step)
+  segment_ids = np.ones((B, T), np.int32)
+  segment_ids[1:, 3:] = 2
+  segment_ids[0, 4:] = 0
+  return {
+    'task_ids': np.tile(np.arange(B, dtype=np.int32)[:, None] % 3, (1, T)),
+    'tokens': rng.integers(0, V, (B, T), np.int32),
+    'targets': rng.integers(0, V, (B, T), np.int32),
+    'segment_ids': segment_ids,
+    'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    'loss_weights': (segment_ids > 0).astype(np.float32),
+  }
+
+
+def first_state(model):
+  """A state before training whose balancing bias is not zero."""
+  params = tiny.params_of(model)
+  rng = np.random.default_rng(1)
+  state = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype),
+    router_state.init_router_state(model),
+  )
+  return TrainState(
+    jnp.int32(0), jnp.uint32(3), params, OPTIMIZER.init(params), state
+  )
+
+
+@functools.cache
+def compiled(model, microbatches=1):
+  """The compiled training step (state, batch) -> (state, metrics)."""
+  return jax.jit(
+    functools.partial(
+      train_step,
+      grad_fn=make_grad_fn(model, WEIGHTS, microbatches, apply=RECORDED),
+      optimizer=OPTIMIZER,
+      schedule=optax.constant_schedule(0.0),
+      normalize=functools.partial(normalizers, model),
+      move_router_state=model.move_router_state,
+    )
+  )
+
+
+def record(model, batch, choices, step=0):
+  """The record of the choices that a step made in a batch."""
+  (own,) = records_of(model, 'train', step, 0, batch, jax.device_get(choices))
+  return own
+
+
+@functools.cache
+def forward(model):
+  """A compiled (batch) -> (logits, choices) of the model's first state."""
+  state = first_state(model)
+
+  def apply(batch):
+    (logits, _), choices = RECORDED(
+      model, state.variables, **model.inputs(batch)
+    )
+    return logits, choices
+
+  return jax.jit(apply)
+
+
+def run(model, records=(), *, steps=3, microbatches=1, mesh=None):
+  """Takes steps; returns the state, the metrics, and the records of steps.
+
+  Args:
+    model: The model.
+    records: The record of each step, which is replayed. Default: routers
+      choose.
+    steps: The number of steps.
+    microbatches: The number of microbatches.
+    mesh: The devices; None: one.
+  """
+  state, metrics, made = first_state(model), [], []
+  place = None
+  if mesh is not None:
+    state = jax.device_put(state, _places(model, mesh, state))
+    place = partitioning.sharding(mesh, RULES, ('batch', None))
+  for step in range(steps):
+    batch = batch_of(step)
+    given = replay.imposed(model, batch, *records[step : step + 1])
+    if mesh is not None:
+      given = jax.device_put(given, place)
+    state, own = compiled(model, microbatches)(state, given)
+    made.append(record(model, batch, own.sums.choices, step))
+    sums = own.sums._replace(choices=None)
+    metrics.append(jax.device_get(own._replace(sums=sums)))
+  return jax.device_get(state), metrics, made
+
+
+def _places(model, mesh, state):
+  trees = models.describe(model)
+  params = partitioning.tree_shardings(mesh, RULES, trees.axes, trees.shapes)
+  whole = partitioning.sharding(mesh, RULES, ())
+  places = jax.tree.map(lambda _: whole, state)
+  return places.replace(params=params)

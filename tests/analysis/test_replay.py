@@ -1,0 +1,224 @@
+"""Replayed steps are the recorded ones, bit for bit, whichever router it is."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import partitioning
+from moe_jax.analysis import replay
+from moe_jax.layers import Dropless, Einsum
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  Hierarchical,
+  NoisyTopK,
+  Random,
+  Sentence,
+  Task,
+  TokenChoice,
+)
+from moe_jax.routing.capacity import All, PerToken
+from tests.analysis import recorded_steps as steps
+from tests.analysis.recorded_steps import V, batch_of
+from tests.models import tiny
+
+E, K = 4, 2
+TIGHT = {'capacity': PerToken(1.0)}
+LEAKS = {**TIGHT, 'allow_future_leak': True}
+
+
+def token_choice(**options):
+  return {'router': TokenChoice(gates='renormalized', **options)}
+
+
+WAYS = {
+  'switch': {**TIGHT, 'num_selected': 1, 'router': TokenChoice()},
+  'token_major': {
+    **TIGHT,
+    'router': TokenChoice(
+      gates='renormalized_after_drop',
+      jitter=0.1,
+      balance_bias_rate=0.01,
+      balance_bias_scores='softmax',
+    ),
+  },
+  'still': {**TIGHT, **token_choice()},
+  'choice_major': {
+    **LEAKS,
+    **token_choice(slot_priority='choice_major'),
+    'dispatch': Einsum(),
+  },
+  'batch_priority': {**LEAKS, **token_choice(slot_priority='batch_priority')},
+  'sampled': {**TIGHT, **token_choice(second_policy='sampled')},
+  'threshold': {
+    **TIGHT,
+    **token_choice(second_policy='threshold', second_threshold=0.9),
+  },
+  'noisy': {**TIGHT, 'router': NoisyTopK(gates='renormalized')},
+  'hash': {**TIGHT, 'router': Hash(of='bigram')},
+  'expert_choice': {**LEAKS, 'router': ExpertChoice(jitter=0.1)},
+  'sentence': {
+    'capacity': All(),
+    'dispatch': Dropless(),
+    'allow_future_leak': True,
+    'router': Sentence(jitter=0.1),
+  },
+}
+FAST = ('batch_priority', 'expert_choice')
+
+
+def model_of(way, layers='every 2', num_experts=E, **model):
+  moe = dict(num_experts=num_experts, num_selected=K, layers=layers)
+  sizes = dict(vocab_size=V, num_layers=4, width=12, ffn={'hidden': 16})
+  model = tiny.options({**moe, **WAYS[way]}, **{**sizes, **model})
+  return model.build(steps.RULES)
+
+
+@functools.cache
+def recorded(way, microbatches=1):
+  return steps.run(model_of(way), microbatches=microbatches)
+
+
+def assert_same(a, b):
+  a, b = tiny.leaves(a), tiny.leaves(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def without_unsent(metrics):
+  """Metrics in which what was not sent counts as dropped."""
+
+  def changed(step):
+    aux = step.sums.aux
+    lost = aux.stats.overflowed + aux.stats.unsent
+    stats = aux.stats._replace(overflowed=lost, unsent=0 * lost)
+    return step._replace(sums=step.sums._replace(aux=aux._replace(stats=stats)))
+
+  return [changed(step) for step in metrics]
+
+
+@pytest.mark.parametrize(
+  'way',
+  [
+    pytest.param(way, marks=() if way in FAST else pytest.mark.slow)
+    for way in WAYS
+  ],
+)
+def test_three_steps_are_the_recorded_ones_bit_for_bit(way):
+  state, metrics, records = recorded(way)
+  dropped = sum(step.sums.aux.stats.overflowed.sum() for step in metrics)
+  assert (dropped > 0) == (way != 'sentence')
+  again, same, _ = steps.run(model_of(way), records)
+  assert_same(state, again)
+  if way == 'threshold':  # a full expert does not say who was sent to it
+    metrics, same = without_unsent(metrics), without_unsent(same)
+  assert_same(metrics, same)
+
+
+def test_precisions_are_compared_with_the_routing_held_fixed():
+  """A model in bfloat16 makes the choices and drops of one in float32."""
+  whole = model_of('token_major')
+  half = model_of('token_major', numerics={'dtype': 'bfloat16'})
+  batch = batch_of()
+  logits, choices = steps.forward(whole)(replay.imposed(whole, batch))
+  _, own = steps.forward(half)(replay.imposed(half, batch))
+  record = steps.record(whole, batch, choices)
+  given = replay.imposed(half, batch, record)
+  rounded, again = steps.forward(half)(given)
+  kept = []
+  for i in whole.sparse_layers:
+    np.testing.assert_array_equal(choices[i].expert, again[i].expert)
+    np.testing.assert_array_equal(choices[i].kept, again[i].kept)
+    kept.append(np.asarray(choices[i].kept).all())
+  assert not all(kept)
+  assert any((choices[i].expert != own[i].expert).any() for i in own)
+  assert 0 < np.abs(np.asarray(logits - rounded)).max() < 0.5
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'microbatches'),
+  [('1x2x2x1', 1), ('2x1x2x1', 2)],
+)
+@pytest.mark.slow
+def test_meshes_and_microbatches_replay_what_one_device_chose(
+  mesh, microbatches
+):
+  """Choices come with their rows, whichever device and part these are in."""
+  _, metrics, records = recorded('still')
+  devices = None
+  if mesh:
+    sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh.split('x'))))
+    devices = partitioning.make_mesh(sizes, jax.devices()[:4])
+  _, same, _ = steps.run(
+    model_of('still'),
+    records,
+    microbatches=microbatches,
+    mesh=devices,
+  )
+  for a, b in zip(metrics, same, strict=True):
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+    for name in ('load', 'kept_load', 'overflowed'):
+      np.testing.assert_array_equal(
+        getattr(a.sums.aux.stats, name), getattr(b.sums.aux.stats, name)
+      )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layers', ['last 1', '0,3'])
+def test_layers_in_and_out_of_loops_get_their_own_choices(layers):
+  for scan in (True, False):
+    model = model_of('token_major', layers=layers, scan_layers=scan)
+    state, metrics, records = steps.run(model, steps=2)
+    again, same, _ = steps.run(model, records, steps=2)
+    assert_same((state, metrics), (again, same))
+
+
+def test_other_choices_than_a_routers_own_change_what_it_computes():
+  model = model_of('switch')
+  batch, state = batch_of(), steps.first_state(model)
+  _, usual = steps.compiled(model)(state, replay.imposed(model, batch))
+  record = steps.record(model, batch, usual.sums.choices)
+  turned = {
+    i: own._replace(expert=np.where(own.expert < 0, -1, E - 1 - own.expert))
+    for i, own in record.layers.items()
+  }
+  given = replay.imposed(model, batch, record._replace(layers=turned))
+  _, other = steps.compiled(model)(state, given)
+  assert abs(float(usual.loss - other.loss)) > 1e-3
+  stats, changed = usual.sums.aux.stats, other.sums.aux.stats
+  np.testing.assert_array_equal(stats.load[..., ::-1], changed.load)
+  assert (stats.load[..., ::-1] != stats.load).any()
+
+
+def test_a_record_of_another_batch_is_refused():
+  model = model_of('switch')
+  batch = batch_of()
+  _, choices = steps.forward(model)(replay.imposed(model, batch))
+  record = steps.record(model, batch, choices)
+  with pytest.raises(ValueError, match='of 48 are others'):
+    replay.imposed(model, batch_of(1), record)
+  with pytest.raises(ValueError, match=r'\(8, 6\) there, \(4, 6\) here'):
+    half = {name: value[:4] for name, value in batch.items()}
+    replay.imposed(model, half, record)
+  one = record._replace(layers={1: record.layers[1]})
+  with pytest.raises(ValueError, match=r'has layers \[1\]; the sparse layers'):
+    replay.imposed(model, batch, one)
+  with pytest.raises(ValueError, match='no record has the layers'):
+    replay.arrays(model, [])
+  with pytest.raises(ValueError, match='layer 1: the record has'):
+    fewer = model_of('switch', num_experts=2)
+    replay.imposed(fewer, batch, record)
+
+
+def test_a_router_says_whether_it_takes_choices():
+  sizes = model_of('switch').moe.sizes
+  for way in WAYS:
+    assert model_of(way).moe.router.replays(sizes) is None
+  for router in (Random(), Task()):
+    assert router.replays(sizes) is None
+  assert 'takes no others' in Hierarchical().replays(sizes)
+  with pytest.raises(ValueError, match="replay='x': Hierarchical makes its"):
+    tiny.moe_options(router=Hierarchical(), replay='x')

@@ -1,0 +1,221 @@
+"""A run that replays a trace ends as the recorded one; others are refused."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import run_config
+from moe_jax.analysis import traces
+from moe_jax.analysis.replaying import Replaying
+from moe_jax.analysis.trace_hook import Traces, header_of
+from moe_jax.analysis.traces import LayerChoices, Record
+from moe_jax.models.text_model import REPLAYED
+from moe_jax.options import OptionError
+from moe_jax.runs import metrics
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.setup import Hook, set_up
+from tests.training import tiny
+from tests.training.test_loop import SigtermAt
+
+TIGHT = {'kind': 'per_token', 'per_token': {'factor': 1.0}}
+# Half of the choices are dropped, and the router has noise.
+MOE = {
+  'num_selected': 2,
+  'capacity': TIGHT,
+  'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.1}},
+}
+PLAIN = {'sample': {'num_tokens': 0}, 'batch_size': 8}
+
+
+def config(trace='', moe=(), record=False, **overrides):
+  """The config of a run that replays a trace, or that is recorded."""
+  moe = {**MOE, **dict(moe), 'replay': str(trace)}
+  more = {'trace': {'every_steps': 1}} if record else {}
+  return tiny.config(**{**PLAIN, 'model': {'moe': moe}, **more, **overrides})
+
+
+def train(folder, *hooks, devices=1, **overrides):
+  return train_and_evaluate(
+    run_config.read(config(**overrides)),
+    folder,
+    hooks=[Replaying(), Traces(), *hooks],
+    devices=jax.devices()[:devices],
+  )
+
+
+def rows(folder):
+  """The metrics of a run without its times."""
+  found = metrics.read_metrics(folder / metrics.FILE_NAME)
+  times = ('train/tokens_per_second', 'train/step_seconds', 'time')
+  return [{k: v for k, v in r.items() if k not in times} for r in found]
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope='module')
+def recorded(tmp_path_factory):
+  """The folder of a recorded run, and its last state."""
+  folder = tmp_path_factory.mktemp('recorded')
+  return folder, train(folder, record=True)
+
+
+@pytest.mark.slow
+def test_a_replayed_run_is_the_recorded_one_bit_for_bit(recorded, tmp_path):
+  folder, state = recorded
+  trace = folder / 'trace'
+  assert_equal(train(tmp_path / 'whole', trace=trace), state)
+  assert rows(tmp_path / 'whole') == rows(folder)
+  # A run that is stopped goes on in the record of its step.
+  first = train(tmp_path / 'parts', SigtermAt(3), trace=trace)
+  assert int(first.step) == 3
+  assert_equal(train(tmp_path / 'parts', trace=trace), state)
+  # What a replayed run records is what it was given.
+  train(tmp_path / 'again', trace=trace, record=True)
+  both = zip(
+    traces.read(trace).records(),
+    traces.read(tmp_path / 'again' / 'trace').records(),
+    strict=True,
+  )
+  for a, b in both:
+    assert not a.layers[1].kept.all()
+    assert_equal(a.layers[1], b.layers[1])
+
+
+@pytest.mark.slow
+def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
+  folder, _ = recorded
+  train(
+    tmp_path,
+    devices=4,
+    trace=folder / 'trace',
+    mesh={'data': 2, 'expert': 2},
+    microbatches=2,
+    moe={'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}},
+  )
+  for own, there in zip(rows(tmp_path), rows(folder), strict=True):
+    for name in ('load', 'drop_rate', 'kept_load'):
+      name = f'train/layer_1/{name}'
+      assert own.get(name) == there.get(name)
+
+
+def started(folder, trace, **overrides):
+  """A run with its hook started."""
+  options = run_config.read(config(trace, **overrides))
+  run = set_up(options, folder, devices=jax.devices()[:1])
+  run.message, hook = lambda text: None, Replaying()
+  hook.check(run)
+  hook.start(run)
+  return run, hook
+
+
+def some_records(run, steps):
+  """Records of steps of a run's own batches, with arbitrary choices."""
+  rng = np.random.default_rng(0)
+  layers = header_of(run).layers
+  for step, batch in enumerate(itertools.islice(run.batches(0), steps)):
+    ids = [np.asarray(batch[k]) for k in ('tokens', 'positions', 'segment_ids')]
+    shape = ids[0].shape
+    expert = rng.integers(0, 4, (*shape, 1)) + np.arange(2)
+    expert = np.where(ids[2][..., None] > 0, expert % 4, -1).astype(np.int32)
+    kept = (rng.random(expert.shape) < 0.3) & (expert >= 0)
+    own = LayerChoices(expert, kept.astype(np.float32), kept)
+    yield Record('train', step, 0, *ids, dict.fromkeys(layers, own))
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A run that is set up, for its batches and its header."""
+  options = run_config.read(config(total_steps=3))
+  return set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
+
+
+def test_batches_get_the_records_of_their_steps(run, tmp_path):
+  records = list(some_records(run, 3))
+  traces.write(tmp_path / 'trace', header_of(run), records)
+  new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
+  seen = []
+  new.train_step.stage = lambda state, batch: (state, seen.append(batch))
+  new.train_step.source.seen = lambda metrics: metrics
+  state = new.programs.abstract_state.replace(step=1)
+  for batch in itertools.islice(new.batches(1), 2):
+    new.train_step(state, batch)
+  hook.end(new, state)
+  for batch, record in zip(seen, records[1:], strict=True):
+    for key, name in zip(REPLAYED, ('expert', 'kept'), strict=True):
+      given = np.stack([getattr(x, name) for x in record.layers.values()], 2)
+      np.testing.assert_array_equal(batch[key], given)
+
+
+@pytest.mark.parametrize('wrong', [0, 1, 2])
+def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, wrong):
+  records = list(some_records(run, 3))
+  tokens = records[wrong].tokens.copy()
+  tokens[-1, -1] ^= 1
+  records[wrong] = records[wrong]._replace(tokens=tokens)
+  traces.write(tmp_path / 'trace', header_of(run), records)
+  new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
+  taken = []
+  new.train_step.stage = lambda state, batch: (state, taken.append(batch))
+  new.train_step.source.seen = lambda metrics: metrics
+  state = new.programs.abstract_state.replace(step=0)
+  with pytest.raises(ValueError, match=f'after {wrong} steps is another one'):
+    for batch in new.batches(0):
+      if len(taken) == 3:
+        hook.end(new, state)
+      new.train_step(state, batch)
+  # The first one is found before its step, others before the next.
+  assert len(taken) == (wrong + 1 if wrong else 0)
+
+
+def test_a_foreign_trace_is_refused_with_all_that_differs(run, tmp_path):
+  header = header_of(run)
+  there = dataclasses.replace(
+    header.layers[1], num_experts=8, num_selected=1, group_size=4, capacity=99
+  )
+  header = dataclasses.replace(
+    header,
+    layers={1: there, 3: there},
+    batch_size=5,
+    seq_len=10,
+    data_digest='x',
+    seed=7,
+  )
+  traces.write(tmp_path / 'trace', header, [])
+  with pytest.raises(ValueError, match='does not fit') as error:
+    train(tmp_path / 'new', trace=tmp_path / 'trace')
+  lines = str(error.value).split('\n')
+  assert lines[0].startswith(f"model.moe.replay='{tmp_path}")
+  assert [line.split(': ')[:-1][-1] for line in lines[1:-1]] == [
+    'batch_size', 'seq_len', 'data_digest', 'seed', 'sparse layers',
+    'num_experts', 'num_selected', 'group_size', 'capacity',
+  ]  # fmt: skip
+  assert lines[1] == 'batch_size: 5 there, 8 here'
+  assert lines[-1].startswith('6 of 6 steps have no record')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_what_cannot_be_replayed_is_refused_by_name(tmp_path):
+  class Other(Hook):
+    pass
+
+  with pytest.raises(ValueError, match=r"\['model.moe.replay'\].*no effect"):
+    train_and_evaluate(
+      run_config.read(config('some/trace')), tmp_path, hooks=[Other()]
+    )
+  with pytest.raises(ValueError, match='has no trace'):
+    train(tmp_path, trace=tmp_path / 'nothing')
+  for more, message in (
+    ({'moe': {'force_balance': 'random'}}, "force_balance='random' with repla"),
+    ({'distill': {'teacher': 'x'}}, 'would be given the same choices'),
+    (
+      {'moe': {'router': {'kind': 'strictly_balanced'}}},
+      "replay='t': StrictlyBalanced makes its own choices",
+    ),
+  ):
+    with pytest.raises(OptionError, match=message):
+      run_config.read(config('t', **more))

@@ -1,0 +1,150 @@
+"""Layers whose experts are chosen evenly, whatever the logits are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.imposed import FORCED, forced_choices
+from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hash,
+  Hierarchical,
+  NoisyTopK,
+  TokenChoice,
+)
+from moe_jax.routing.capacity import PerAssignment
+from tests.models import tiny
+
+G, S, E, K, M = 4, 10, 5, 2, 6
+EVEN = MoeOptions(
+  E,
+  K,
+  router=TokenChoice(gates='renormalized'),
+  capacity=PerAssignment(factor=1.0),
+  force_balance='round_robin',
+)
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+
+
+def layer_of(options, x=None):
+  """A layer and its variables."""
+  layer = MoE(options)
+  x = draw(G, S, M) if x is None else x
+  ids = jnp.zeros(x.shape[:2], jnp.uint32)
+  init = jax.jit(lambda key: layer.init(key, x, router_ids=ids))
+  return layer, {'params': nn.meta.unbox(init(tiny.key(0))['params'])}
+
+
+@functools.cache
+def compiled(options, train):
+  layer, variables = layer_of(options)
+  ids = jnp.zeros((G, S), jnp.uint32)
+
+  @jax.jit
+  def apply(x, mask, key):
+    rngs = {'router': key} if train else None
+    return layer.apply(variables, x, mask, train, router_ids=ids, rngs=rngs)
+
+  return apply
+
+
+def run(options, mask=None, key=None):
+  mask = np.ones((G, S), bool) if mask is None else mask
+  key_array = tiny.key(key or 0)
+  apply = compiled(options, key is not None)
+  return apply(draw(G, S, M), jnp.asarray(mask), key_array)
+
+
+@pytest.mark.parametrize(
+  'router', [TokenChoice(gates='renormalized'), NoisyTopK(), Hash()]
+)
+def test_in_turn_no_expert_has_more_than_its_share(router):
+  options = dataclasses.replace(EVEN, router=router)
+  _, aux = run(options)
+  np.testing.assert_array_equal(aux.stats.load, [G * S * K // E] * E)
+  assert aux.stats.overflowed.sum() == 0 and aux.stats.unsent.sum() == 0
+  mask = np.random.default_rng(1).random((G, S)) < 0.6
+  _, aux = run(options, mask)
+  assert aux.stats.load.sum() == mask.sum() * K
+  assert aux.stats.overflowed.sum() == 0
+  # Chosen by logits, the same tokens do not fit.
+  by_logits = dataclasses.replace(options, force_balance='')
+  assert run(by_logits)[1].stats.overflowed.sum() > 0
+
+
+def test_gates_and_gradients_are_those_of_the_logits():
+  """Each token's output is told by hand from the experts whose turn it is."""
+  options = dataclasses.replace(
+    EVEN,
+    router=TokenChoice(gates='raw'),
+    expert=FeedForwardExpert(hidden=7, activation='relu'),
+  )
+  x = draw(1, 2, M)
+  layer, variables = layer_of(options, x)
+  params = variables['params']
+  probs = jax.nn.softmax((x @ params['router']['w'])[0])
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def output(params):
+    y = layer.apply({'params': params}, x)[0]
+    return y.sum(), y
+
+  (_, y), grads = output(params)
+  x, probs, kernels = jax.device_get((x, probs, params['experts']))
+  for token, experts in enumerate([(0, 1), (2, 3)]):
+    expected = sum(
+      probs[token, e]
+      * (np.maximum(x[0, token] @ kernels['w_in'][e], 0) @ kernels['w_out'][e])
+      for e in experts
+    )
+    np.testing.assert_allclose(y[0, token], expected, rtol=1e-5, atol=1e-6)
+  assert float(jnp.abs(grads['router']['w']).max()) > 1e-3
+
+
+def test_random_choices_are_new_in_training_and_fixed_in_evaluation():
+  options = dataclasses.replace(EVEN, force_balance='random')
+  first, again, other = (run(options, key=key)[0] for key in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+  np.testing.assert_array_equal(run(options)[0], run(options)[0])
+  # Layers of a stack differ.
+  mask = jnp.ones((G, S), bool)
+  choices = [
+    np.asarray(
+      forced_choices('random', mask, options.sizes, layer, None).expert
+    )
+    for layer in (0, 0, jnp.int32(1))
+  ]
+  np.testing.assert_array_equal(choices[0], choices[1])
+  assert (choices[0] != choices[2]).any()
+
+
+def test_routers_that_take_no_even_choices_are_refused():
+  for router, message in (
+    (ExpertChoice(), 'experts of ExpertChoice choose tokens, equally many'),
+    (Hierarchical(), 'Hierarchical makes its own choices'),
+  ):
+    for kind in FORCED:
+      with pytest.raises(ValueError, match=f"balance='{kind}': .*{message}"):
+        MoeOptions(E, K, router=router, force_balance=kind)
+  with pytest.raises(ValueError, match="force_balance='even'"):
+    MoeOptions(E, K, force_balance='even')
+
+
+def test_what_reads_a_model_is_told_of_forced_choices():
+  assert EVEN.forced.startswith("moe.force_balance='round_robin': ")
+  assert MoeOptions(E, K).forced == ''
+  forced = {'force_balance': 'random'}
+  assert "='random'" in tiny.build(forced).forced_balance
+  assert tiny.build().forced_balance == ''

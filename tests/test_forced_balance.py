@@ -1,0 +1,83 @@
+"""Every output of a model whose experts are chosen evenly says so."""
+
+import collections
+import json
+
+import jax
+import pytest
+
+from experiments.benchmarks import train_step_tables
+from moe_jax import generate, hooks, run_config
+from moe_jax.analysis import roofline
+from moe_jax.runs import metrics
+from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.setup import Hook
+from tests.training import tiny
+
+MOE = {
+  'force_balance': 'round_robin',
+  'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 1.0}},
+}
+SAID = "moe.force_balance='round_robin': experts are chosen whatever"
+
+
+class Listen(Hook):
+  """Keeps the messages of a run."""
+
+  def start(self, run):
+    self.said = []
+    run.message = self.said.append
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """The folder of a short run, and what it said."""
+  folder, listen = tmp_path_factory.mktemp('run'), Listen()
+  options = run_config.read(
+    tiny.config(total_steps=2, log_every_steps=1, model={'moe': MOE})
+  )
+  others = [hooks.Facts(), hooks.RoutingReport(), hooks.Sample()]
+  train_and_evaluate(
+    options, folder, hooks=[listen, *others], devices=jax.devices()[:1]
+  )
+  return folder, '\n'.join(listen.said)
+
+
+@pytest.mark.slow
+def test_a_run_says_that_its_balance_is_forced(run, capsys):
+  folder, said = run
+  assert f'WARNING: {SAID}' in said
+  rows = metrics.read_metrics(folder / metrics.FILE_NAME)
+  assert any(row.get('train/forced_balance') == 1 for row in rows)
+  assert rows[-1]['eval/train_capacity/forced_balance'] == 1
+  drops = [row['train/drop_rate'] for row in rows if 'train/drop_rate' in row]
+  assert drops and max(drops) == 0
+  assert SAID in (folder / 'routing_report.md').read_text()
+  assert SAID in json.dumps(
+    json.loads((folder / 'routing_report.json').read_text())
+  )
+  assert (folder / 'sample.txt').read_text().startswith(f'[{SAID}')
+  config = json.loads((folder / 'config.json').read_text())
+  assert config['model']['moe']['force_balance'] == 'round_robin'
+  capsys.readouterr()
+  generate.main([f'--workdir={folder}', '--prompt=a', '--num_tokens=2'])
+  assert f'WARNING: {SAID}' in capsys.readouterr().err
+
+
+def test_a_model_says_what_its_results_have_to():
+  leaks = {'router': {'token_choice': {'slot_priority': 'batch_priority'}}}
+  plain = tiny.model_of(tiny.options())
+  both = tiny.model_of(
+    tiny.options(model={'moe': {**MOE, **leaks, 'allow_future_leak': True}})
+  )
+  assert hooks.warnings(plain) == []
+  assert [text[:17] for text in hooks.warnings(both)] == [
+    'moe.allow_future_', 'moe.force_balance'
+  ]  # fmt: skip
+
+
+def test_the_table_of_a_benchmark_says_it():
+  row = collections.defaultdict(float, case='sparse')
+  peaks = roofline.Peaks(1.0, 1.0, 'float32', 1, 1)
+  text = train_step_tables.report('a.py', peaks, [row], [row], SAID)
+  assert f'# A training step of a.py\n\n{SAID}. ' in text
