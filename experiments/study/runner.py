@@ -18,6 +18,7 @@ from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
 from moe_jax import command_line, data, run_config, sections
+from moe_jax.analysis.trace_hook import Traces
 from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import Facts
 from moe_jax.options import Options
@@ -142,7 +143,7 @@ def _trained(job, measure, devices) -> dict[str, Any]:
   train_and_evaluate(
     run_config.read(job.config),
     job.workdir,
-    hooks=[Facts(), SharedStep(), distilling, ending],
+    hooks=[Facts(), SharedStep(), distilling, Traces(), ending],
     devices=devices,
     initial=distilling.initial,
   )

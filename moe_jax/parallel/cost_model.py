@@ -105,6 +105,23 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
   return np.arange(num_experts) // (num_experts // num_devices)
 
 
+def received_rows(
+  counts: Int[np.ndarray, '*N E W'],
+) -> Int[np.ndarray, '*N W W']:
+  """The number of rows that each device gets from each, those of its own too.
+
+  Args:
+    counts: The number of rows of each device that choose each expert, with any
+      leading axes.
+
+  Raises:
+    ValueError: The experts cannot be divided over the devices.
+  """
+  *N, E, W = counts.shape
+  owners(E, W)
+  return counts.reshape(*N, W, E // W, W).sum(-2)
+
+
 def latency(
   topology: Topology, counts: Int[np.ndarray, 'E W'], sizes: Sizes
 ) -> Latency:
@@ -119,17 +136,16 @@ def latency(
     ValueError: The counts are not those of the topology's devices.
   """
   counts = np.asarray(counts)
-  E, W = counts.shape
+  W = counts.shape[-1]
   if topology.num_devices != W:
     raise ValueError(
       f'counts of {W} devices; topology {topology.name!r} has '
       f'{topology.num_devices}'
     )
-  received = np.zeros((W, W))  # rows of each device from each
-  np.add.at(received, owners(E, W), counts)
+  received = received_rows(counts)
   rows = received.sum(1).max(initial=0)
   ways = [
-    topology.seconds(topology.all_to_all(sent * sizes.row_bytes))
+    topology.seconds(topology.all_to_all(sent * float(sizes.row_bytes)))
     for sent in (received.T, received)
   ]
   return Latency(

@@ -6,11 +6,13 @@ and sends (`cost_model.py`).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy import sparse
 
 from moe_jax.shapes import Float
 
@@ -58,7 +60,7 @@ class Topology:
     for pair in itertools.permutations(range(self.num_devices), 2):
       self._check_path(*pair)
 
-  @property
+  @functools.cached_property
   def num_devices(self) -> int:
     """W, the number of devices, which are numbered from 0."""
     return 1 + max((max(pair) for pair in self.paths), default=0)
@@ -120,6 +122,60 @@ class Topology:
     others = (target for target in range(self.num_devices) if target != root)
     tree = itertools.chain.from_iterable(self.paths[root, t] for t in others)
     return dict.fromkeys(tree, float(size))
+
+  def all_to_all_seconds(
+    self, sent: Float[np.ndarray, '*N W W']
+  ) -> Float[np.ndarray, '*N']:
+    """The times of many exchanges: `seconds` of `all_to_all`, one by one.
+
+    Args:
+      sent: As in `all_to_all`, with any leading axes.
+    """
+    W = self.num_devices
+    return self._slowest(
+      self._pairs, np.reshape(sent, (-1, W * W)), sent.shape[:-2]
+    )
+
+  def broadcast_seconds(
+    self, sizes: Float[np.ndarray, '*N W']
+  ) -> Float[np.ndarray, '*N']:
+    """The times in which devices send bytes of theirs to all others, at once.
+
+    Args:
+      sizes: The bytes of each device, with any leading axes.
+    """
+    flat = np.reshape(sizes, (-1, self.num_devices))
+    return self._slowest(self._trees, flat, sizes.shape[:-1])
+
+  def _slowest(self, links, sizes, shape) -> Float[np.ndarray, '*N']:
+    return (links @ sizes.T).max(0, initial=0.0).reshape(shape)
+
+  @functools.cached_property
+  def _pairs(self) -> sparse.csr_array:
+    """Seconds of each link for a byte of each pair of devices, [L, W * W]."""
+    W = self.num_devices
+    return self._per_byte(
+      {s * W + t: path for (s, t), path in self.paths.items() if s != t}, W * W
+    )
+
+  @functools.cached_property
+  def _trees(self) -> sparse.csr_array:
+    """Seconds of each link for a byte that each device broadcasts, [L, W]."""
+    W = self.num_devices
+    return self._per_byte(
+      {root: self.broadcast(1.0, root) for root in range(W)}, W
+    )
+
+  def _per_byte(
+    self, taken: Mapping[int, Iterable[Link]], size: int
+  ) -> sparse.csr_array:
+    number = {link: i for i, link in enumerate(self.links)}
+    cells = [(number[k], i) for i, links in taken.items() for k in links]
+    speeds = np.array([*self.links.values()], float)
+    rows, columns = np.array(cells, int).reshape(-1, 2).T
+    return sparse.csr_array(
+      (1 / speeds[rows], (rows, columns)), shape=(len(speeds), size)
+    )
 
 
 def _add(traffic: Traffic, path: Iterable[Link], size: float) -> None:

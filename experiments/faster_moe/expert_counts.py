@@ -1,0 +1,271 @@
+"""The rows of each device that choose each expert, recorded or drawn.
+
+A batch's tokens are laid over the W devices in blocks, in their order. All
+choices count, those that a capacity dropped as well, since FastMoE drops none.
+Not here: what they cost (`simulate.py`).
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.faster_moe.clusters import Cluster
+from moe_jax.analysis import traces
+from moe_jax.options import unknown
+from moe_jax.routing.topology_rule import limited_choice
+from moe_jax.shapes import Float, Int
+
+# Experts that are popular in draws, and the share of tokens of each: the skew
+# that the paper observed among 16 experts.
+HOT, SHARE = 4, 0.2
+DRAWN = ('skewed', 'uniform')
+
+
+class DoesNotDivide(ValueError):
+  """Experts or tokens cannot be divided over the devices of a cluster."""
+
+
+class Chosen(NamedTuple):
+  """The choices of all tokens of a batch in one layer.
+
+  Attributes:
+    step: Number of optimizer steps taken before.
+    layer: Number of the layer.
+    expert: The experts of each token, -1 for none, [N, K].
+    gate: The weight of each of them, [N, K].
+    logits: The logits of all experts, [N, E]; None if they are not recorded.
+    num_experts: E, the number of experts.
+  """
+
+  step: int
+  layer: int
+  expert: Int[np.ndarray, 'N K']
+  gate: Float[np.ndarray, 'N K']
+  logits: Float[np.ndarray, 'N E'] | None
+  num_experts: int
+
+
+class Counts(NamedTuple):
+  """The rows of a series of batches, on the devices of a cluster.
+
+  Attributes:
+    step: The number of steps before each, [R].
+    layer: The number of the layer of each, [R].
+    counts: The number of rows of each device that choose each expert, [R, E,
+      W].
+    gated: The same under the topology-aware gate; None where a cluster has no
+      nodes.
+    rows: The number of recorded rows that each counted row stands for.
+  """
+
+  step: Int[np.ndarray, ' R']
+  layer: Int[np.ndarray, ' R']
+  counts: Int[np.ndarray, 'R E W']
+  gated: Int[np.ndarray, 'R E W'] | None
+  rows: float
+
+
+def recorded(
+  folder: str | pathlib.Path, kind: str = '', most: int = 0
+) -> Iterator[Chosen]:
+  """The choices in a trace, of decoders where a model has an encoder too.
+
+  Args:
+    folder: Folder of the trace.
+    kind: Kind of records, 'train' or the name of an evaluation; '' takes
+      training if it is there, else the first kind.
+    most: Largest number of steps, evenly spaced; 0 takes all.
+
+  Raises:
+    ValueError: There is no such trace, or no such kind.
+  """
+  trace = traces.read(folder)
+  kind = kind or ('train' if 'train' in trace.kinds else trace.kinds[0])
+  steps = trace.steps_of(kind)
+  if most:
+    places = np.linspace(0, len(steps) - 1, min(most, len(steps)))
+    steps = {steps[round(place)] for place in places}
+  for record in trace.records(kind, steps):
+    if record.sequence:
+      continue
+    for layer, choices in record.layers.items():
+      logits = choices.logits
+      yield Chosen(
+        record.step,
+        layer,
+        _flat(choices.expert),
+        _flat(choices.gate),
+        None if logits is None else _flat(logits),
+        trace.header.layers[layer].num_experts,
+      )
+
+
+def about(folder: str | pathlib.Path) -> str:
+  """A sentence about the run that a trace is of.
+
+  Raises:
+    ValueError: There is no such trace.
+  """
+  header = traces.read(folder).header
+  logits = 'with' if header.has_logits else 'without'
+  return (
+    f'{folder}: recorded in a real run, {logits} logits; seed {header.seed}, '
+    f'{header.batch_size} rows of {header.seq_len} tokens a batch, model '
+    f'{header.model_digest[:12]}, data {header.data_digest[:12]} (sha256)'
+  )
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+  return values.reshape(-1, values.shape[-1])
+
+
+def drawn(
+  name: str, num_experts: int, num_tokens: int, steps: int, seed: int = 0
+) -> Iterator[Chosen]:
+  """Choices of one expert a token, drawn from fixed shares.
+
+  Args:
+    name: 'skewed', where four experts have a fifth of all tokens each, and the
+      others the rest; or 'uniform'.
+    num_experts: E, the number of experts, more than four.
+    num_tokens: N, the number of tokens of a batch.
+    steps: Number of batches.
+    seed: Seed of the draws, and of which experts are popular.
+
+  Raises:
+    ValueError: There is no such name.
+  """
+  if name not in DRAWN:
+    raise unknown('counts', name, DRAWN)
+  rng, E = np.random.default_rng(seed), num_experts
+  share = np.full(E, 1 / E)
+  if name == 'skewed':
+    share[:] = (1 - HOT * SHARE) / (E - HOT)
+    share[rng.permutation(E)[:HOT]] = SHARE
+  for step in range(steps):
+    expert = rng.choice(E, (num_tokens, 1), p=share)
+    gate = rng.random((num_tokens, 1))
+    yield Chosen(step, 0, expert, gate, None, E)
+
+
+def counts_of(
+  chosen: Iterable[Chosen],
+  cluster: Cluster,
+  *,
+  tokens_per_device: int = 0,
+  outgoing: float | None = None,
+) -> Counts:
+  """Lays the choices over the devices of a cluster.
+
+  Args:
+    chosen: The choices of each batch and layer.
+    cluster: The machine.
+    tokens_per_device: Number of tokens that a device is to have: each of those
+      that are counted stands for as many; 0 takes them as they are.
+    outgoing: Share of a device's tokens that the gate lets leave the node; None
+      takes the paper's formula.
+
+  Raises:
+    DoesNotDivide: A batch or the experts cannot be divided over the devices.
+    ValueError: There are no choices.
+  """
+  step, layer, counts, gated, rows = [], [], [], [], 1.0
+  rng = np.random.default_rng(0)
+  for one in chosen:
+    _check(one, cluster)
+    per_device = len(one.expert) // cluster.num_devices
+    rows = (tokens_per_device or per_device) / per_device
+    step.append(one.step)
+    layer.append(one.layer)
+    counts.append(_count(one.expert, one.num_experts, cluster, rows))
+    if cluster.num_nodes > 1:
+      limited = _limited(one, cluster, outgoing, rng)
+      gated.append(_count(limited, one.num_experts, cluster, rows))
+  if not counts:
+    raise ValueError('no choices to simulate')
+  return Counts(
+    np.array(step),
+    np.array(layer),
+    np.stack(counts),
+    np.stack(gated) if gated else None,
+    rows,
+  )
+
+
+def _check(chosen: Chosen, cluster: Cluster) -> None:
+  W = cluster.num_devices
+  for name, size in (
+    ('num_experts', chosen.num_experts),
+    ('tokens of a batch', len(chosen.expert)),
+  ):
+    if size % W:
+      raise DoesNotDivide(
+        f'{name}={size} is not divisible by the {W} devices of {cluster.name}'
+      )
+
+
+def _count(
+  expert: Int[np.ndarray, 'N K'], E: int, cluster: Cluster, rows: float
+) -> Int[np.ndarray, 'E W']:
+  W = cluster.num_devices
+  device = np.repeat(np.arange(W), expert.size // W)
+  flat = expert.reshape(-1)
+  counts = np.zeros((E, W), np.int64)
+  np.add.at(counts, (flat[flat >= 0], device[flat >= 0]), 1)
+  return np.rint(counts * rows).astype(np.int64)
+
+
+def _limited(
+  chosen: Chosen,
+  cluster: Cluster,
+  outgoing: float | None,
+  rng: np.random.Generator,
+) -> Int[np.ndarray, 'N K']:
+  """The choices under the topology-aware gate.
+
+  Where logits are not recorded, tokens whose remote choices are refused keep
+  their local ones and draw the others among the experts of their node.
+  """
+  N, K = chosen.expert.shape
+  W, Q = cluster.num_devices, cluster.num_nodes
+  share = cluster.outgoing if outgoing is None else outgoing
+  logits = chosen.logits
+  if logits is None:
+    logits = _stand_in(chosen, rng)
+  limited = _limit(
+    jnp.asarray(logits.reshape(W, N // W, -1), jnp.float32),
+    jnp.asarray(np.arange(W) // (W // Q), jnp.int32),
+    jnp.asarray((chosen.expert >= 0).any(-1).reshape(W, N // W)),
+    num_selected=K,
+    num_nodes=Q,
+    limit=int(share * N / W),
+  )
+  limited = np.asarray(limited).reshape(N, K)
+  return np.where((chosen.expert >= 0).any(-1, keepdims=True), limited, -1)
+
+
+_limit = functools.partial(
+  jax.jit, static_argnames=('num_selected', 'num_nodes', 'limit')
+)(limited_choice)
+
+
+def _stand_in(
+  chosen: Chosen, rng: np.random.Generator
+) -> Float[np.ndarray, 'N E']:
+  """Logits whose probabilities are the gates, and below them chance.
+
+  The other experts share what is left of the probability, in a random order.
+  """
+  (N, K), E = chosen.expert.shape, chosen.num_experts
+  gates = np.clip(np.where(chosen.expert >= 0, chosen.gate, 1.0), 1e-6, 1.0)
+  left = np.clip(1 - gates.sum(-1), 1e-9, 1) / max(E - K, 1)
+  below = np.log(np.minimum(left, gates.min(-1)))[:, None]
+  logits = below - 1e-3 * (1 + rng.random((N, E), np.float32))
+  tokens, k = np.nonzero(chosen.expert >= 0)
+  logits[tokens, chosen.expert[tokens, k]] = np.log(gates[tokens, k])
+  return logits

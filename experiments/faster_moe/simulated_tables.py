@@ -1,0 +1,175 @@
+"""Tables of simulated training steps, in Markdown and CSV.
+
+Not here: the simulation (`simulate.py`), and its figures.
+"""
+
+import csv
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.faster_moe import simulate
+from experiments.faster_moe.clusters import Cluster
+from experiments.faster_moe.expert_counts import Counts
+from experiments.faster_moe.simulate import ARMS, SYNCHRONOUS, Simulated
+from experiments.study import claims
+from experiments.study.tables import markdown_table
+from moe_jax.parallel.cost_model import Sizes
+
+# Columns of `rows.csv`.
+CSV_COLUMNS = (
+  'counts',
+  'topology',
+  'arm',
+  'step',
+  'layer',
+  'simulated_ms',
+  'simulated_speed_up',
+  'simulated_bound_ms',
+  'shadowed_experts',
+  'n_max',
+  'r_F',
+)
+
+
+class Case(NamedTuple):
+  """Some counts on a cluster, and what is simulated for them.
+
+  Attributes:
+    source: Name of the trace or of the drawn counts.
+    cluster: The machine.
+    sizes: The sizes of the simulated experts.
+    counts: The rows of each device that choose each expert.
+    arms: What was simulated, by name of the arm.
+  """
+
+  source: str
+  cluster: Cluster
+  sizes: Sizes
+  counts: Counts
+  arms: Mapping[str, Simulated]
+
+
+def published(cluster: Cluster, column: str) -> str:
+  """The paper's speed-up, with its mark; '' where it has none."""
+  if not (cluster.published and column):
+    return ''
+  cell = claims.find(f'fastermoe2022/throughput/{cluster.published}/{column}')
+  if cell.mark == 'unverified':
+    return ''
+  up_to = 'up to ' if column == 'shadowing_alone' else ''
+  return f'{up_to}{cell.value:.2f}' + ' *' * (cell.mark == 'secondary')
+
+
+def _threshold(sizes: Sizes) -> int:
+  """F of n_max > r F: with three kernels it counts for 3/2."""
+  return sizes.kernels * sizes.F // 2
+
+
+def table(case: Case) -> str:
+  """The table of all arms of a case, in Markdown."""
+  base, F = case.arms[SYNCHRONOUS], _threshold(case.sizes)
+  lines = []
+  for name, arm in case.arms.items():
+    total, best = simulate.speed_up(base, arm)
+    r = float(np.maximum(arm.shadowed, 1).mean())
+    shadows = bool(ARMS[name].rule)
+    share = 100 * arm.shadowed.mean() / arm.num_experts
+    lines.append(
+      {
+        'SIMULATED': name,
+        'ms a layer': f'{1e3 * arm.seconds.mean():.2f}',
+        'speed-up': f'{total:.2f}',
+        'best layer and step': f'{best:.2f}',
+        'paper': published(case.cluster, ARMS[name].published),
+        'overlap bound reached, %': f'{100 * simulate.bound_share(arm):.0f}',
+        'experts shadowed, %': f'{share:.1f}' if shadows else '',
+        'n_max': f'{arm.largest.mean():,.0f}',
+        'r F': f'{r:.2f} x {F:,} = {r * F:,.0f}',
+        'n_max > r F, % of cases': f'{100 * arm.pays.mean():.0f}',
+      }
+    )
+  return markdown_table(lines)
+
+
+def heading(case: Case) -> str:
+  """The size of a case in words."""
+  counts, sizes = case.counts, case.sizes
+  R, E, W = counts.counts.shape
+  rows = counts.counts.sum() / (R * W)
+  steps = len(set(counts.step.tolist()))
+  layers = len(set(counts.layer.tolist()))
+  gate = ''
+  if counts.gated is not None:
+    gate = (
+      f' The gate lets {100 * case.cluster.outgoing:.1f} % of a '
+      "device's tokens leave the node by the paper's formula."
+    )
+  return (
+    f'SIMULATED, {case.source} on {case.cluster.name}: {E} experts on {W} '
+    f'devices, {steps} steps of {layers} layers, {rows:,.0f} rows a device '
+    f'(each counted row stands for {counts.rows:g}); M={sizes.M:,}, '
+    f'F={sizes.F:,}, {sizes.kernels} kernels, {sizes.bytes_per_element} bytes '
+    f'an element.{gate}'
+  )
+
+
+ABOUT = """# FasterMoE, SIMULATED
+
+Nothing here was measured on a cluster: seconds are those of a cost model on
+described machines, of the experts of a layer in a training step, without
+attention, optimizer and the rest of a model. The paper's speed-ups are of whole
+training iterations ("*": from a secondary source). n_max is the number of rows
+of the busiest device, r the number of shadowed experts (1 where there is none),
+F the hidden width of an expert (3/2 of it with three kernels); where n_max >
+r F, parameters are less traffic than rows. The overlap bound is
+max(communication, computation) of a step.
+"""
+
+
+def page(
+  cases: Sequence[Case], command: str, remarks: Sequence[str] = ()
+) -> str:
+  """The page of all cases, in Markdown.
+
+  Args:
+    cases: The cases.
+    command: The command that made it.
+    remarks: Sentences about the whole page.
+  """
+  clusters = {case.cluster.name: case.cluster.sources for case in cases}
+  lines = [ABOUT, f'Made by `{command}`.', '']
+  lines += [f'- {text}' for text in (*clusters.values(), *remarks)]
+  for case in cases:
+    lines += ['', f'## {case.source} on {case.cluster.name}', '']
+    lines += [heading(case), '', table(case)]
+  return '\n'.join([*lines, ''])
+
+
+def write_csv(path: pathlib.Path, cases: Sequence[Case]) -> None:
+  """Writes a line for every arm, step and layer; columns say SIMULATED."""
+  with path.open('w', newline='', encoding='utf-8') as file:
+    writer = csv.writer(file)
+    writer.writerow(CSV_COLUMNS)
+    for case in cases:
+      base, counts = case.arms[SYNCHRONOUS], case.counts
+      for name, arm in case.arms.items():
+        for i, seconds in enumerate(arm.seconds):
+          r = max(int(arm.shadowed[i]), 1)
+          writer.writerow(
+            [
+              case.source,
+              case.cluster.name,
+              name,
+              counts.step[i],
+              counts.layer[i],
+              f'{1e3 * seconds:.6g}',
+              f'{base.seconds[i] / seconds:.6g}',
+              f'{1e3 * arm.bound[i]:.6g}',
+              arm.shadowed[i],
+              arm.largest[i],
+              r * _threshold(case.sizes),
+            ]
+          )

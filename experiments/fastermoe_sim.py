@@ -1,0 +1,177 @@
+"""What would FasterMoE's parts save on a cluster? All figures are SIMULATED.
+
+    python -m experiments.fastermoe_sim --counts=skewed --counts=uniform
+    python -m moe_jax.main --config=configs/tiny_switch.py \\
+      --workdir=runs/tiny_16 --config.model.moe.num_experts=16 \\
+      --config.model.moe.router.token_choice.balance_weight=0.0 \\
+      --config.total_steps=300 --config.trace.every_steps=10 \\
+      --config.trace.logits=True --config.checkpoint.every_steps=300
+    python -m experiments.fastermoe_sim --trace=runs/tiny_16/trace
+    python -m experiments.fastermoe_sim --roofline --config=configs/switch_c.py
+
+Replays which experts tokens chose, from traces of real runs or drawn, through
+the cost model of FasterMoE (He et al., PPoPP 2022) on the paper's two clusters
+and a described slice of TPUs: synchronous, with shadowed experts, with the
+smart schedule, with both, and with the topology-aware gate. Writes tables,
+figures and a line for every step and layer to `--output`, with the command that
+made them. Nothing is measured.
+
+The layer has the widths of FastMoE's defaults, M=2048 and F=4096, unless
+`--config` names a model or `--width` and `--hidden` are given. A small run has
+few tokens: each of its rows stands for as many as give a device `--tokens`
+tokens. Without recorded logits the gate lets tokens choose again by chance.
+"""
+
+import argparse
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+
+from experiments.faster_moe import (
+  clusters,
+  expert_counts,
+  simulate,
+  simulated_figures,
+  simulated_tables,
+)
+from experiments.faster_moe.clusters import Cluster
+from experiments.faster_moe.expert_counts import Chosen
+from experiments.faster_moe.simulated_tables import Case
+from moe_jax import command_line, config_file, run_config
+from moe_jax.parallel.cost_model import Sizes
+
+# Tokens of a device that are drawn.
+DRAWN = 1024
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The parsed command line, with overrides of the config in `overrides`."""
+  parser = command_line.Parser(
+    prog='python -m experiments.fastermoe_sim',
+    description=__doc__.split('\n')[0],
+    allow_abbrev=False,
+  )
+  add, count = parser.add_argument, command_line.NOT_NEGATIVE
+  add('--trace', action='append', default=[], help='folder of a trace')
+  add(
+    '--counts',
+    action='append',
+    default=[],
+    choices=list(expert_counts.DRAWN),
+    help='counts that are drawn',
+  )
+  add('--kind', default='', help="kind of a trace's records; '': training")
+  add('--topology', action='append', default=[], help='; '.join(clusters.NAMES))
+  add('--dtype', default='float32', choices=list(clusters.BYTES), help='V100s')
+  add('--config', default='', help='model whose layer is simulated')
+  add('--width', type=count, default=0, help="M; 0: the config's, or 2048")
+  add('--hidden', type=count, default=0, help="F; 0: the config's, or 4096")
+  add(
+    '--tokens',
+    type=count,
+    default=clusters.TOKENS,
+    help='of a device; 0: as counted',
+  )
+  add('--steps', type=command_line.POSITIVE, default=100, help='most steps')
+  add('--outgoing', type=float, default=-1, help='share; -1: the formula')
+  add('--roofline', action='store_true', help='draw the roofline alone')
+  add('--output', default='experiments/results/fastermoe_sim', help='folder')
+  options, overrides = command_line.parse_command(
+    parser, argv, lambda options: options.config
+  )
+  if not -1 <= options.outgoing <= 1:
+    parser.error(f'--outgoing={options.outgoing} is no share')
+  options.overrides = overrides
+  options.topology = options.topology or list(clusters.NAMES)
+  if not (options.trace or options.counts):
+    options.counts = list(expert_counts.DRAWN)
+  return options
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+  """The sizes of the simulated experts, of elements of float32.
+
+  Raises:
+    ValueError: The config's model has no experts.
+  """
+  M, F, kernels = clusters.WIDTH, clusters.HIDDEN, 2
+  if options.config:
+    config = config_file.config_of(options.config, options.overrides)
+    moe = run_config.read(config).filled(257).build().moe
+    if moe is None:
+      raise ValueError(f'{options.config} has no experts to simulate')
+    M, ffn = config.model.width, moe.expert.twin(1).ffn
+    F = ffn.hidden
+    kernels = ffn.kernel_values(M) // (M * F)
+  return Sizes(options.width or M, options.hidden or F, kernels=kernels)
+
+
+def chosen(
+  options: argparse.Namespace, source: str, cluster: Cluster
+) -> Iterator[Chosen]:
+  """The choices of a source, a kind of draws or the folder of a trace."""
+  if source in expert_counts.DRAWN:
+    W = cluster.num_devices
+    return expert_counts.drawn(source, W, W * DRAWN, options.steps)
+  return expert_counts.recorded(source, options.kind, options.steps)
+
+
+def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
+  """Simulates all sources on all machines.
+
+  Returns:
+    The cases, and remarks on traces and on what cannot be simulated.
+  """
+  layer = sizes_of(options)
+  made: list[Case] = []
+  remarks = [expert_counts.about(folder) for folder in options.trace]
+  for source in (*options.trace, *options.counts):
+    for name in options.topology:
+      cluster = clusters.get(name, options.dtype)
+      sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
+      try:
+        counts = expert_counts.counts_of(
+          chosen(options, source, cluster),
+          cluster,
+          tokens_per_device=options.tokens,
+          outgoing=None if options.outgoing < 0 else options.outgoing,
+        )
+      except expert_counts.DoesNotDivide as problem:
+        remarks.append(f'left out: {source} on {name}, as {problem}')
+        continue
+      arms = simulate.simulate(cluster, counts, sizes)
+      simulate.check_bound(arms)
+      made.append(Case(source, cluster, sizes, counts, arms))
+  return made, remarks
+
+
+def command_of(argv: Sequence[str] | None) -> str:
+  """The command that was given, to be printed with its output."""
+  words = sys.argv[1:] if argv is None else argv
+  return shlex.join(['python', '-m', 'experiments.fastermoe_sim', *words])
+
+
+@command_line.reported()
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
+  """Simulates and writes tables and figures; returns their folder."""
+  options = parse(argv)
+  folder = pathlib.Path(options.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  made, remarks = cases(options)
+  if not made:
+    raise ValueError('nothing can be simulated: ' + '; '.join(remarks))
+  simulated_figures.roofline(made, folder / 'roofline.png')
+  if not options.roofline:
+    text = simulated_tables.page(made, command_of(argv), remarks)
+    (folder / 'table.md').write_text(text, encoding='utf-8')
+    simulated_tables.write_csv(folder / 'rows.csv', made)
+    simulated_figures.speed_ups(made, folder / 'speed_ups.png')
+    simulated_figures.seconds_by_step(made, folder / 'seconds.png')
+    command_line.say([text])
+  print(f'written: {folder}')
+  return folder
+
+
+if __name__ == '__main__':
+  main()
