@@ -72,22 +72,27 @@ def compiled(model, microbatches=1):
   )
 
 
+def records(model, batch, choices, step=0):
+  """The records of the choices in a batch, one for each sequence."""
+  return list(
+    records_of(model, 'train', step, 0, batch, jax.device_get(choices))
+  )
+
+
 def record(model, batch, choices, step=0):
-  """The record of the choices that a step made in a batch."""
-  (own,) = records_of(model, 'train', step, 0, batch, jax.device_get(choices))
+  """The record of the choices that a step made in a batch of one sequence."""
+  (own,) = records(model, batch, choices, step)
   return own
 
 
 @functools.cache
 def forward(model):
-  """A compiled (batch) -> (logits, choices) of the model's first state."""
+  """A compiled (batch) -> (logits, aux, choices) of the first state."""
   state = first_state(model)
 
   def apply(batch):
-    (logits, _), choices = RECORDED(
-      model, state.variables, **model.inputs(batch)
-    )
-    return logits, choices
+    result, choices = RECORDED(model, state.variables, **model.inputs(batch))
+    return *result, choices
 
   return jax.jit(apply)
 

@@ -127,11 +127,12 @@ def some_records(run, steps):
     yield Record('train', step, 0, *ids, dict.fromkeys(layers, own))
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
   """A run that is set up, for its batches and its header."""
   options = run_config.read(config(total_steps=3))
-  return set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
+  folder = tmp_path_factory.mktemp('run')
+  return set_up(options, folder, devices=jax.devices()[:1])
 
 
 def test_batches_get_the_records_of_their_steps(run, tmp_path):
@@ -151,7 +152,9 @@ def test_batches_get_the_records_of_their_steps(run, tmp_path):
       np.testing.assert_array_equal(batch[key], given)
 
 
-@pytest.mark.parametrize('wrong', [0, 1, 2])
+@pytest.mark.parametrize(
+  'wrong', [0, pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, wrong):
   records = list(some_records(run, 3))
   tokens = records[wrong].tokens.copy()

@@ -66,7 +66,12 @@ def run(options, mask=None, key=None):
 
 
 @pytest.mark.parametrize(
-  'router', [TokenChoice(gates='renormalized'), NoisyTopK(), Hash()]
+  'router',
+  [
+    TokenChoice(gates='renormalized'),
+    pytest.param(NoisyTopK(), marks=pytest.mark.slow),
+    pytest.param(Hash(), marks=pytest.mark.slow),
+  ],
 )
 def test_in_turn_no_expert_has_more_than_its_share(router):
   options = dataclasses.replace(EVEN, router=router)
