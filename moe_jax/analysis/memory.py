@@ -264,8 +264,9 @@ def all_to_all_bytes(
 
   The batch and the experts are each split over `num_parts` devices; a device
   sends all its rows but those of its own experts. A layer has two exchanges,
-  to the experts and back, and two more in the backward pass. Dropless layers
-  gather kernels in place of an exchange; for them it is what one would send.
+  to the experts and back, and two more in the backward pass. For dropless
+  layers it is what goes to other devices if all get equally many rows; experts
+  that are shadowed and rows without room are not considered.
 
   Raises:
     ValueError: The number of experts does not divide by the devices.

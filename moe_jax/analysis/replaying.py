@@ -114,8 +114,8 @@ class Recorded:
   """The recorded choices for the batches of a run, step by step.
 
   That a batch has the tokens of its record is checked on the devices: before
-  the first step, and for each later one when the next begins, which waits for
-  nothing.
+  the first step, and for each later one when the next begins, so that nothing
+  waits for a step that runs.
   """
 
   def __init__(self, run: Run, trace: Trace):

@@ -135,8 +135,10 @@ class FfnLayer:
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
     """The sizes of one layer as an expert, whose rows have that type."""
     kernels = 2 + self.activation.gated
-    size = jnp.dtype(dtype).itemsize
-    return Sizes(width, self.options.hidden, size, kernels)
+    row, parameter = map(
+      lambda kind: jnp.dtype(kind).itemsize, (dtype, self.shared.param_dtype)
+    )
+    return Sizes(width, self.options.hidden, row, kernels, parameter)
 
   def decoded(self, p: dict[str, Any], width: int) -> dict[str, Any]:
     """The parameters with kernels [*stack, I, O], whatever stores them."""

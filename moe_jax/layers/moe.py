@@ -134,6 +134,13 @@ class MoeOptions(ImposedOptions):
     tied = self.retained.tied
     return Sizes(self.num_experts, self.num_selected, self.capacity, tied)
 
+  def leak(self) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    It is that of the router, or of the dispatch on a mesh.
+    """
+    return self.router.leak(self.sizes) or self.dispatch.leak()
+
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options that this layer and all layers like it have by themselves.
 

@@ -144,7 +144,7 @@ class Model(nn.Module):
   def leaks_future(self) -> bool:
     """Whether later tokens can change earlier outputs."""
     return any(
-      moe is not None and not moe.router.is_causal(moe.sizes)
+      moe is not None and moe.leak() is not None
       for layer, moe in enumerate(self.moes)
       # An encoder sees all of its tokens anyway.
       if not self.sequence_of(layer)

@@ -115,7 +115,6 @@ def _for_few_tokens(stack, moe, params, rows):
 
 
 def _with_dispatch(stack, moe, dispatch):
-  # Backend and exchange stay as they are.
   before = moe.dispatch
   dispatch = dispatch(before.backend, before.exchange, before.shadowing)
   moe = dataclasses.replace(moe, dispatch=dispatch)

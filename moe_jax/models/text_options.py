@@ -108,7 +108,7 @@ class LayerOptions(Options):
   def leak(self) -> Iterator[str]:
     """The problem of a router that leaks the future without permission."""
     moe = self.moe
-    reason = moe.router.leak(moe.sizes) if self.has_experts else None
+    reason = moe.leak() if self.has_experts else None
     if reason is not None and not self.moe.allow_future_leak:
       yield (
         f'moe.{reason}, which lets later tokens change earlier outputs; use '

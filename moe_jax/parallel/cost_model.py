@@ -13,6 +13,7 @@ devices (`shadowing.py`).
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.topology import Topology
@@ -25,14 +26,17 @@ class Sizes(NamedTuple):
   Attributes:
     M: Width of the model.
     F: Hidden width of an expert.
-    bytes_per_element: Bytes of an element that travels, of a row or a kernel.
+    bytes_per_element: Bytes of an element of a row that travels.
     kernels: Number of an expert's kernels, 2, or 3 with a gate.
+    bytes_per_parameter: Bytes of a parameter that travels; 0: those of an
+      element of a row.
   """
 
   M: int
   F: int
   bytes_per_element: int = 4
   kernels: int = 2
+  bytes_per_parameter: int = 0
 
   @property
   def row_flops(self) -> int:
@@ -47,7 +51,18 @@ class Sizes(NamedTuple):
   @property
   def expert_bytes(self) -> int:
     """Bytes of an expert's kernels."""
-    return self.expert_elements * self.bytes_per_element
+    size = self.bytes_per_parameter or self.bytes_per_element
+    return self.expert_elements * size
+
+  @property
+  def expert_rows(self) -> float:
+    """The number of elements of rows that have the bytes of an expert."""
+    return self.expert_bytes / self.bytes_per_element
+
+  def that_travel(self, dtype: str) -> 'Sizes':
+    """The sizes where rows travel in another type; '' keeps their own."""
+    size = np.dtype(jnp.dtype(dtype)).itemsize if dtype else None
+    return self._replace(bytes_per_element=size or self.bytes_per_element)
 
   @property
   def expert_elements(self) -> int:

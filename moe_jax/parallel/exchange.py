@@ -67,6 +67,10 @@ class Exchange(Options):
     del layout
     return jnp.concatenate(pieces, axis=1)
 
+  def pieces_spec(self, layout: Layout) -> PartitionSpec:
+    """The spec of pieces, of which `cut` makes each device's part."""
+    return layout.spec((), layout.groups)
+
   def to_experts(
     self, layout: Layout, piece: Float[Array, '_ _ M'], number: int = 0
   ) -> Float[Array, 'E _ M']:
@@ -160,24 +164,40 @@ class InRing(Exchange):
   ring_group: int = option(
     1,
     'Number of devices that are one place on the ring; a step of the schedule '
-    'has as many permutations.',
+    'has as many permutations, and experts multiply its rows together.',
     at_least(1),
   )
 
   def cut(self, layout, rows):
-    """The rows for the experts of each device, those of this one first."""
+    """A piece for each step: the rows for the experts of a place on the ring.
+
+    Those of the device's own place come first.
+    """
     if not layout.exchanged:
       return [rows]
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
-    return [blocks[hop.target] for hop in self._ring(layout).hops()]
+    ring = self._ring(layout)
+    return [
+      jnp.concatenate([blocks[hop.target] for hop in ring.hops(step)], axis=1)
+      for step in range(ring.num_steps)
+    ]
 
   def joined(self, layout, pieces):
     """Undoes `cut`."""
     if not layout.exchanged:
       return pieces[0]
-    targets = jnp.stack([hop.target for hop in self._ring(layout).hops()])
-    rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the hops
+    ring = self._ring(layout)
+    hops = [hop for step in range(ring.num_steps) for hop in ring.hops(step)]
+    targets = jnp.stack([hop.target for hop in hops])
+    rows = jnp.stack(  # [X, J, R, M], in the order of the hops
+      [part for piece in pieces for part in ring.parts(piece)]
+    )
     return _all_blocks(layout, jnp.zeros_like(rows).at[targets].set(rows))
+
+  def pieces_spec(self, layout):
+    """See `Exchange.pieces_spec`; `cut` takes a device's part of experts."""
+    apart = layout.apart if layout.exchanged else ()
+    return layout.spec(apart, layout.groups)
 
   def _ring(self, layout):
     return Ring(layout, self.ring_group)
@@ -189,13 +209,17 @@ class InRing(Exchange):
     return self._moved(layout, rows, number, back=True)
 
   def _moved(self, layout, piece, number, back):
-    specs = (
-      layout.spec((), layout.groups),
-      layout.spec(layout.experts, layout.kept),
-    )
-    source, target = reversed(specs) if back else specs
+    at_groups = self.pieces_spec(layout)
+    at_experts = layout.spec(layout.experts, layout.kept)
+    source, target = at_groups, at_experts
+    if back:
+      source, target = target, source
+    if layout.exchanged:
+      move = functools.partial(self._ring(layout).moved, step=number, back=back)
+    else:  # each device takes its own experts
+      move = functools.partial(_send_back if back else _send, layout)
     return jax.shard_map(
-      functools.partial(self._ring(layout).moved, number=number, back=back),
+      move,
       mesh=layout.mesh,
       in_specs=source,
       out_specs=target,

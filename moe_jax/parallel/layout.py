@@ -38,6 +38,11 @@ class Layout:
     """The axes that split an expert's rows also after the exchange."""
     return tuple(name for name in self.groups if name not in self.experts)
 
+  @property
+  def apart(self) -> tuple[str, ...]:
+    """The axes that split experts and not groups: rows are whole along them."""
+    return tuple(name for name in self.experts if name not in self.groups)
+
   def devices(self, axes: tuple[str, ...]) -> int:
     """The number of devices along these axes."""
     return math.prod(self.sizes[name] for name in axes)

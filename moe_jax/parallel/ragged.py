@@ -4,7 +4,7 @@ Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
 over devices. It is called under `shard_map`. Where the platform has
 `ragged_all_to_all` (TPU, GPU), only rows that are needed travel; elsewhere a
 reference gathers all of them and takes its own. Buffers have room for the case
-that all rows go to one device.
+that all rows go to one device, unless `plan` is given a bound.
 """
 
 import functools

@@ -25,9 +25,9 @@ class RaggedExchange(Options):
   dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
   capacity_fraction: float = option(
     1.0,
-    'Share of the buffers that have room for the case that all rows go to one '
-    'device; rows beyond it are dropped and counted as exchange_overflow. 1.0 '
-    'has room for all.',
+    'Room of the buffers, as a share of what they need if all rows go to one '
+    'device; rows without room are dropped, and counted as exchange_overflow. '
+    '1.0 has room for all.',
     within('(0, 1]'),
   )
 

@@ -9,9 +9,11 @@ send in one step while experts multiply in another. All S_j are asked for first,
 then all C_j, then all R_j, as published.
 
 A step is as many permutations as a group has devices, one for each device of
-the other group; with groups of one device, one.
+the other group; with groups of one device, one. Rows in slots are multiplied
+together for all devices of a group; sorted rows, which would have to be sorted
+anew, for each device by itself.
 Not here: rows in slots (`exchange.py`), and what the schedule takes on a
-described machine (`cost_model.py`).
+described machine (`schedule_model.py`).
 """
 
 import dataclasses
@@ -73,18 +75,46 @@ class Ring:
     return self._shifted(device, number, 1)
 
   def _shifted(self, device, number, sign):
-    s, g = self.group, self.num_devices // self.group
+    s, g = self.group, self.num_steps
     j, b = divmod(number, s)
     place, within = device // s, device % s
     return (place + sign * j) % g * s + (within - sign * b) % s
 
-  def hops(self) -> list[Hop]:
-    """The W permutations of this device; called under `shard_map`."""
+  @property
+  def num_steps(self) -> int:
+    """g, the number of steps, and of places on the ring."""
+    return self.num_devices // self.group
+
+  def hops(self, step: int) -> list[Hop]:
+    """This device's permutations of a step; called under `shard_map`."""
     me = jax.lax.axis_index(self.layout.exchanged)
-    numbers = range(self.num_devices)
+    numbers = range(step * self.group, (step + 1) * self.group)
     return [Hop(self.target(me, n), self.source(me, n)) for n in numbers]
 
+  def parts(self, piece: Float[Array, 'J R M']) -> list[Float[Array, 'J _ M']]:
+    """The rows of each permutation of a step."""
+    return jnp.split(piece, self.group, axis=1)
+
   def moved(
+    self, piece: Float[Array, 'J R M'], step: int, back: bool = False
+  ) -> Float[Array, 'J R M']:
+    """The rows that a step brings, or, `back`, those that it returns.
+
+    It is called under `shard_map`.
+
+    Args:
+      piece: The rows of each permutation, one after another.
+      step: The number of the step.
+      back: Whether rows return.
+    """
+    first = step * self.group
+    parts = [
+      self.permuted(part, first + i, back)
+      for i, part in enumerate(self.parts(piece))
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+  def permuted(
     self, rows: Float[Array, '*R M'], number: int, back: bool = False
   ) -> Float[Array, '*R M']:
     """Rows of the source of a permutation, or, `back`, those of its target.
@@ -128,7 +158,7 @@ def serve_sorted(
   starts = own_blocks(ring.layout, jnp.cumsum(sizes) - sizes)[:, 0]
   sent = _clipped(blocks, bound)
   received = jax.lax.all_to_all(sent, ring.layout.exchanged, 0, 0)
-  hops = ring.hops()
+  hops = [hop for step in range(ring.num_steps) for hop in ring.hops(step)]
   windows = [
     _Window(starts[hop.target], sent[hop.target].sum(), bound) for hop in hops
   ]
@@ -136,7 +166,7 @@ def serve_sorted(
   travels = dtype or rows.dtype
   with jax.named_scope('exchange'):
     there = [
-      ring.moved(window.of(padded).astype(travels), number)
+      ring.permuted(window.of(padded).astype(travels), number)
       for number, window in enumerate(windows)
     ]
   outputs = [
@@ -145,7 +175,7 @@ def serve_sorted(
   ]
   with jax.named_scope('exchange'):
     back = [
-      ring.moved(output.astype(travels), number, back=True)
+      ring.permuted(output.astype(travels), number, back=True)
       for number, output in enumerate(outputs)
     ]
   result = jnp.zeros_like(padded)

@@ -21,10 +21,16 @@ import jax.numpy as jnp
 
 from moe_jax.options import Options, above, at_least, one_of, option
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.shadowing import Speeds
 from moe_jax.parallel.shadowing_rules import RULES
-from moe_jax.routing import ExchangeStats, Routing, SlotRouting
+from moe_jax.routing import (
+  ExchangeStats,
+  Routing,
+  SlotRouting,
+  no_exchange,
+)
+from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Int32, Leaf
 
 _ON = {'experts': at_least(1)}
@@ -42,8 +48,9 @@ class Shadowing(Options):
   )
   rule: str = option(
     'algorithm_1',
-    "Rule by which they are chosen: 'algorithm_1' of FasterMoE, or 'fastmoe', "
-    'which is what its public code does instead.',
+    "Rule by which they are chosen: 'algorithm_1' of FasterMoE; 'fastmoe', "
+    "which is what its public code does instead; or 'fastmoe_prototype', which "
+    'besides takes products for several times as slow as they are.',
     one_of(*RULES),
     when=_ON,
   )
@@ -80,18 +87,21 @@ class Shadowing(Options):
     E = len(counts)
     if not self.experts or not layout.exchanged:
       return jnp.zeros(0, jnp.int32)
-    if layout.exchanged != layout.experts:
+    if layout.apart:
       raise ValueError(
         f'shadowing.experts={self.experts} needs experts that are split over '
         f'axes of groups alone; they are split over {layout.experts}, groups '
         f'over {layout.groups}'
       )
     counts = jax.lax.all_gather(counts, layout.exchanged).reshape(-1, E).T
+    # A device has a part of each expert where the hidden width is split.
+    sizes = sizes._replace(F=sizes.F // layout.devices(layout.hidden))
     speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
-    most = min(self.experts, E)
-    chosen = RULES[self.rule].in_step(counts, sizes, speeds, most=most)
-    room = self.experts - most
-    return jnp.pad(chosen.astype(jnp.int32), (0, room), constant_values=E)
+    chosen = RULES[self.rule].in_step(
+      counts, sizes, speeds, most=min(self.experts, E)
+    )
+    # Computed once, so that the backward pass cannot choose otherwise.
+    return decided(chosen.astype(jnp.int32))
 
 
 class Parts(NamedTuple):
@@ -167,21 +177,22 @@ def moved_rows(
     counts: The number of this device's rows of each expert.
     sent: The number of those that are not of shadowed experts.
     shadowed: The experts that are shadowed, then E.
-    overflow: The number of its rows for which the exchange had no room.
+    overflow: The number of its rows for which the exchange had no room; where
+      experts are split over axes of `apart`, of those for this part of them.
   """
-  E = len(counts)
-  away = jnp.zeros(E, bool)
-  if layout.exchanged:
-    X = layout.devices(layout.exchanged)
-    owner = jnp.arange(E) // (E // X)
-    away = owner != jax.lax.axis_index(layout.exchanged)
+  if not layout.exchanged:
+    return no_exchange()
+
+  def away(counts):
+    """The number of rows for other devices than this one."""
+    blocks = own_blocks(layout, counts).sum(1)  # [X]
+    return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
+
+  values = [away(counts), away(sent), overflow]
+  if layout.apart:  # each of these devices has counted its part of the experts
+    values = jax.lax.psum(values, layout.apart)
   # Every device of those that exchange rows has chosen the same experts.
-  share = 1.0 / max(1, layout.devices(layout.exchanged))
-  values = (
-    jnp.where(away, counts, 0).sum(),
-    jnp.where(away, sent, 0).sum(),
-    share * (shadowed < E).sum(),
-    share,
-    overflow,
-  )
+  share = 1.0 / layout.devices(layout.exchanged)
+  chosen = share * (shadowed < len(counts)).sum()
+  values = (*values[:2], chosen, share, values[2])
   return ExchangeStats(*(jnp.asarray(x, jnp.float32) for x in values))

@@ -153,7 +153,7 @@ def _prefixes(
   rows = xp.concatenate([none, none + xp.cumsum(change[experts], 0)])
   comp = 3 * sizes.row_flops / speeds.flops * rows.max(1)
   numbers = xp.arange(len(experts) + 1)
-  comm = 2 * numbers * (sizes.expert_elements / speeds.elements)
+  comm = 2 * numbers * (sizes.expert_rows / speeds.elements)
   exchange = 4 * sizes.M / speeds.elements * rows[0].max()
   seconds = comp + xp.where(numbers == 0, exchange, comm)
   pays = xp.cumprod(seconds[1:] < seconds[:-1])
@@ -236,4 +236,4 @@ def takes_less_traffic(
     number: r, the number of shadowed experts.
     sizes: The sizes of the experts.
   """
-  return int(rows_of(counts).max()) > number * sizes.kernels * sizes.F / 2
+  return int(rows_of(counts).max()) > number * sizes.expert_rows / (2 * sizes.M)

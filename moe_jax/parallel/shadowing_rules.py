@@ -4,6 +4,7 @@ Algorithm 1 of FasterMoE (`shadowing.py`) is one; the rule of FastMoE's code,
 which was published with the paper and decides otherwise, is the other.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from types import ModuleType
@@ -39,7 +40,7 @@ def _fastmoe_prefixes(
   largest = -xp.sort(-totals)[: len(numbers)]
   flops = sizes.row_flops * (sizes.bytes_per_element if overcounts else 1)
   row = 3 * flops / speeds.flops + 4 * sizes.M / speeds.elements
-  sent = sizes.expert_elements / speeds.elements
+  sent = sizes.expert_rows / speeds.elements
   seconds = row * largest + sent * numbers
   return experts, seconds, xp.cumprod(seconds[1:] < seconds[:-1]).sum()
 
@@ -127,5 +128,9 @@ RULES = types.MappingProxyType(
   {
     'algorithm_1': Rule(choose, choose_in_step),
     'fastmoe': Rule(choose_fastmoe, choose_fastmoe_in_step),
+    'fastmoe_prototype': Rule(
+      functools.partial(choose_fastmoe, overcounts=True),
+      functools.partial(choose_fastmoe_in_step, overcounts=True),
+    ),
   }
 )

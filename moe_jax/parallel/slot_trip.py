@@ -1,4 +1,4 @@
-"""The way of tokens over a mesh where experts have slots: to them and back.
+"""Moves tokens to experts with slots over a mesh, and sums what comes back.
 
 Each device moves its groups' tokens to rows, rows travel as an exchange says,
 experts multiply those that they have, and each device sums what comes back. Not
@@ -15,7 +15,7 @@ import jax
 
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import Exchange
-from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.shadowed_experts import (
   Parts,
   Shadowing,
@@ -88,7 +88,8 @@ class SlotTrip:
     """Serves tokens by experts on a mesh.
 
     Args:
-      experts: The function from rows [E, R, M] to rows.
+      experts: The experts: a function from rows [E, R, M] to rows, or
+        `StackedExperts`.
       x: The groups of tokens.
       routing: The routing of all groups.
 
@@ -97,27 +98,29 @@ class SlotTrip:
         options ask for.
     """
     layout, exchange = self.layout, self.exchange
-    sizes = experts.sizes if isinstance(experts, StackedExperts) else None
+    sizes = None
+    if isinstance(experts, StackedExperts):
+      sizes = experts.sizes.that_travel(exchange.dtype)
     if self.shadowing.experts and sizes is None:
       raise ValueError(
         f'shadowing.experts={self.shadowing.experts} needs feed-forward '
         'experts, whose parameters are arrays; these are modules'
       )
     groups = layout.spec(layout.groups)
-    rows_of_groups = layout.spec((), layout.groups)
+    in_pieces = exchange.pieces_spec(layout)
     copies = layout.spec(layout.kept)
     stays = layout.spec(layout.kept, (), layout.exchanged)
     with jax.named_scope('dispatch'):
       pieces, own_rows, shadowed, parts, stats = self._mapped(
         functools.partial(self._depart, sizes),
         (groups, groups),
-        (rows_of_groups, stays, copies, groups, groups),
+        (in_pieces, stays, copies, groups, groups),
       )(x, routing)
     with jax.named_scope('exchange'):
       there = [exchange.to_experts(layout, p, i) for i, p in enumerate(pieces)]
+    outputs = [experts(rows) for rows in there]
     if own_rows is not None:
       own_rows = self._in_shadow(experts, own_rows, shadowed)
-    outputs = [experts(rows) for rows in there]
     with jax.named_scope('exchange'):
       pieces = [
         exchange.to_groups(layout, rows, i) for i, rows in enumerate(outputs)
@@ -125,7 +128,7 @@ class SlotTrip:
     with jax.named_scope('combine'):
       y = self._mapped(
         functools.partial(self._arrive, x.shape),
-        (rows_of_groups, stays, groups),
+        (in_pieces, stays, groups),
         groups,
       )(pieces, own_rows, parts)
     return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
@@ -140,14 +143,16 @@ class SlotTrip:
     )
 
   def _depart(self, sizes, x, routing):
-    """One device's pieces, rows that stay, shadowed experts, parts, stats."""
+    """Splits one device's choices, fills rows of both parts, counts moves."""
     counts = routing.rows_per_expert()
     shadowed = self.shadowing.choose(self.layout, counts, sizes)
     parts = split(routing, shadowed)
     sent_counts = parts.sent.rows_per_expert()
     sent = self._fitted(parts.sent)
-    overflow = (sent_counts - sent.rows_per_expert()).sum()
-    stats = moved_rows(self.layout, counts, sent_counts, shadowed, overflow)
+    overflow = own_blocks(self.layout, sent_counts - sent.rows_per_expert())
+    stats = moved_rows(
+      self.layout, counts, sent_counts, shadowed, overflow.sum()
+    )
     rows = self._dispatched(x, sent)
     stay = None if parts.stay is None else self._dispatched(x, parts.stay)[None]
     return (
@@ -173,7 +178,7 @@ class SlotTrip:
 
   def _fitted(self, sent):
     """The choices for which the exchange has room."""
-    if self.exchange.capacity_fraction == 1.0:
+    if self.exchange.capacity_fraction == 1.0 or not self.layout.exchanged:
       return sent
     if isinstance(sent, SlotRouting):
       raise ValueError(

@@ -186,14 +186,15 @@ class ExchangeStats(NamedTuple):
 
   Attributes:
     away: float32 [], rows whose expert is on another device.
-    left: float32 [], rows that were sent to another device: those of `away`
+    left: float32 [], rows that had to go to another device: those of `away`
       whose expert was not sent to all devices instead.
     shadowed: float32 [], experts that were sent to all devices.
-    choices: float32 [], the number of times that such experts were chosen: once
-      for each set of devices that exchange rows. The mean is shadowed /
-      choices.
+    choices: float32 [], the number of sets of devices that exchange rows,
+      summed over microbatches; shadowed / choices is the mean number of
+      shadowed experts.
     overflow: float32 [], rows for which the exchange had no room, and which
-      were dropped.
+      were dropped. No router knows of them: they count as served in
+      `RoutingStats`, and as kept in traces.
   """
 
   away: Array

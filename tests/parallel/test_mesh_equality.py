@@ -73,6 +73,12 @@ WAYS = dict(
     'capacity': All(),
     'dispatch': Dropless(exchange=RaggedRing(), shadowing=SHADOWED),
   },
+  ring_alone={**GATHER, 'dispatch': Gather(InRing())},
+  dropless_ring={
+    'router': BIASED,
+    'capacity': All(),
+    'dispatch': Dropless(exchange=RaggedRing()),
+  },
   by_expert_in_ring={**BY_EXPERT, 'dispatch': Gather(InRing(), SHADOWED)},
   by_expert=BY_EXPERT,
   by_expert_written_out={**BY_EXPERT, **WRITTEN_OUT},
@@ -105,10 +111,16 @@ WAYS = dict(
     **DROPLESS,
   },
 )
-ROOMY = ('dropless', 'shadowed_dropless', 'by_task', 'by_sentence')
+ROOMY = (
+  'dropless',
+  'shadowed_dropless',
+  'dropless_ring',
+  'by_task',
+  'by_sentence',
+)
 PLAIN = (
-  dict.fromkeys(('written_out', 'ring'), 'gather')
-  | {'shadowed_dropless': 'dropless'}
+  dict.fromkeys(('written_out', 'ring', 'ring_alone'), 'gather')
+  | dict.fromkeys(('shadowed_dropless', 'dropless_ring'), 'dropless')
   | dict.fromkeys(
     ('by_expert_written_out', 'by_expert_dropless', 'by_expert_in_ring'),
     'by_expert',
@@ -128,9 +140,9 @@ class Result(NamedTuple):
   text: str
 
 
-def model_of(way, rules, **moe):
+def model_of(way, rules, remat='none', **moe):
   sparse = dict(layers='every 2', num_experts=E, num_selected=K)
-  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
+  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24}, remat=remat)
   if way == 'lstms':
     sizes |= LSTMS
   if way == 'by_task':
@@ -284,11 +296,35 @@ SPREAD = (('expert', 'expert,tensor'), ('expert_mlp', ''))
     ('dropless', '1x1x2x4'),
     ('written_out', '2x1x2x2'),
     ('dropless', '1x2x2x2'),
+    ('ring_alone', '1x1x2x4'),
+    ('dropless_ring', '2x1x2x2'),
   ],
 )
 def test_experts_are_split_over_two_axes(way, mesh_shape):
-  one = step_of(way if way != 'written_out' else 'gather')
+  one = step_of(PLAIN.get(way, way))
   assert_equal(step_of(way, mesh_shape, SPREAD), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['ring_alone', 'dropless_ring'])
+def test_experts_that_no_rows_travel_to(way):
+  split = (('expert', 'tensor'), ('expert_mlp', ''))
+  assert_equal(step_of(way, '2x1x1x4', split), step_of(PLAIN[way]))
+
+
+@pytest.mark.slow
+def test_shadowed_experts_are_chosen_once_under_remat():
+  one = step_of('gather')
+  assert_equal(step_of('ring', '2x1x4x1', remat='full'), one)
+
+
+@pytest.mark.slow
+def test_microbatches_choose_their_own_shadowed_experts():
+  quiet = dict(router=dataclasses.replace(BIASED, jitter=0.0))
+  one = step_of('dropless', **quiet)
+  assert_equal(
+    step_of('shadowed_dropless', '2x1x2x2', microbatches=2, **quiet), one
+  )
 
 
 @pytest.mark.slow

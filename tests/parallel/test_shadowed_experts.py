@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import ClassVar
 
 import jax
@@ -34,7 +35,7 @@ from moe_jax.partitioning import make_mesh
 from moe_jax.routing.capacity import All
 from tests.parallel.test_exchange import ancestors, instructions
 
-G, S, M, F, E = 8, 12, 5, 7, 8
+G, S, M, F, E = 8, 12, 5, 6, 8
 R = 3
 SIZES = Sizes(M, F)
 # The network is slow enough for several experts to pay, not for all.
@@ -152,10 +153,18 @@ def result_of(way, skew, mesh=None, use_bias=True):
   return value, aux, grads, compiled.as_text()
 
 
-def told(skew, devices, copies=1, shadowed=True):
-  """What Algorithm 1 predicts for the counts of a step."""
+def told(skew, devices, copies=1, parts=1, shadowed=True):
+  """What Algorithm 1 predicts for the counts of a step.
+
+  Args:
+    skew: The kind of routing.
+    devices: The number of devices that exchange rows.
+    copies: The number of sets of these.
+    parts: The number of devices that share an expert.
+    shadowed: Whether experts are shadowed.
+  """
   away = left = number = 0
-  sizes = SIZES._replace(kernels=3)
+  sizes = SIZES._replace(kernels=3, F=F // parts)
   speeds = Speeds.of_bytes(
     SHADOWING.teraflops * 1e12, SHADOWING.gigabytes * 1e9, sizes
   )
@@ -188,8 +197,10 @@ CASES = [
 
 @pytest.mark.parametrize(('way', 'skew', 'mesh'), CASES)
 def test_loss_gradients_and_rows_that_leave(way, skew, mesh):
-  one = result_of('gather', skew)
-  result = result_of(way, skew, mesh)
+  # Dropless experts with biases would not split their hidden width.
+  use_bias = mesh != 'tensor'
+  one = result_of('gather', skew, None, use_bias)
+  result = result_of(way, skew, mesh, use_bias)
   np.testing.assert_allclose(result[0], one[0], rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -198,7 +209,11 @@ def test_loss_gradients_and_rows_that_leave(way, skew, mesh):
   )
   sizes = MESHES[mesh]
   expected = told(
-    skew, sizes['expert'], sizes.get('data', 1), 'alone' not in way
+    skew,
+    sizes['expert'],
+    sizes.get('data', 1),
+    sizes.get('tensor', 1),
+    'alone' not in way,
   )
   np.testing.assert_allclose(result[1].exchange, expected, rtol=1e-6)
   if skew == 'zipf' and 'alone' not in way:
@@ -252,11 +267,26 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
   # One there and one back for each other device.
   assert len(travels) == 2 * (devices - 1)
   before = {name: ancestors(program, name) for name in travels}
+  products = {
+    name
+    for name, (_, _, line) in program.items()
+    if re.search(r'op_name="[^"]*experts(?:/[\w.]+)*/dot_general', line)
+  }
   there = {name for name in travels if not before[name] & set(travels)}
   assert len(there) == devices - 1  # no step waits for another one
+  assert not any(before[name] & products for name in there)
+  multiplied = []
   for name in set(travels) - there:
-    # What comes back was multiplied after one step alone.
+    # What comes back was multiplied after one step alone: its products are its
+    # own, and wait for no other exchange.
     assert len(before[name] & there) == 1
+    multiplied.append(before[name] & products)
+    for product in multiplied[-1]:
+      assert ancestors(program, product) & set(travels) <= before[name] & there
+  if kind == 'slots':  # sorted rows are multiplied in loops
+    assert all(multiplied) and len(set.union(*multiplied)) == sum(
+      map(len, multiplied)
+    )
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,13 @@ class Dispatch(Options):
   by_slot: ClassVar[bool] = True
   by_mask: ClassVar[bool] = False
 
+  def leak(self) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    The text is a clause with the reason.
+    """
+    return None
+
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """The module that runs feed-forward experts, named `SCOPE`."""
     raise NotImplementedError

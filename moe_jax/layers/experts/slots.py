@@ -30,7 +30,7 @@ from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowed_experts import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
-from moe_jax.routing import ExchangeStats, Routing, SlotRouting, no_exchange
+from moe_jax.routing import ExchangeStats, Routing, SlotRouting
 from moe_jax.shape_checks import told
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -49,6 +49,17 @@ class SlotDispatch(Dispatch):
     Shadowing(),
     'Experts that are sent to all devices, while their tokens stay.',
   )
+
+  def leak(self):
+    """Shadowed experts are chosen by all tokens and leave room for others."""
+    fraction = self.exchange.capacity_fraction
+    if fraction == 1.0 or not self.shadowing.experts:
+      return None
+    return (
+      f'dispatch: exchange.capacity_fraction={fraction} drops rows that '
+      f'shadowing.experts={self.shadowing.experts} may spare, as all tokens '
+      'decide'
+    )
 
   def dispatch(
     self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
@@ -116,7 +127,7 @@ class SlotExperts(Experts):
     x: Float[Array, 'G S M'],
     routing: Routing | SlotRouting,
     hidden: int = 1,
-  ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
     """The gated sums of the outputs experts(rows [E, R, M]).
 
     Args:
@@ -136,7 +147,7 @@ class SlotExperts(Experts):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
     rows = experts(rows)
     with jax.named_scope('combine'):
-      return self.dispatch.combine(rows, routing), no_exchange()
+      return self.dispatch.combine(rows, routing), None
 
 
 class FeedForwardSlots(SlotExperts):

@@ -7,6 +7,7 @@ and travel back; where the hidden width F is split, each device adds its part.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, ClassVar
 
 import jax
@@ -27,7 +28,6 @@ from moe_jax.parallel.shadowed_experts import (
   moved_rows,
   split,
 )
-from moe_jax.routing import no_exchange
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
@@ -56,6 +56,16 @@ class Dropless(Dispatch):
     Shadowing(),
     'Experts that are sent to all devices, while their tokens stay.',
   )
+
+  def leak(self):
+    """Buffers that are too small drop the rows of the last experts first."""
+    if self.exchange.capacity_fraction == 1.0:
+      return None
+    return (
+      'dispatch.dropless.exchange.capacity_fraction='
+      f'{self.exchange.capacity_fraction} drops the rows of the last experts '
+      'of a device first'
+    )
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
@@ -86,13 +96,13 @@ class SortedRowsExperts(Experts):
       shared.rules, x, num_experts=E, hidden=layer.options.hidden
     )
     if layout is None or self.is_initializing():
-      return self._serve_here(x, routing, p, key), no_exchange()
+      return self._serve_here(x, routing, p, key), None
     if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
       layout = dataclasses.replace(layout, hidden=())
-    split = {'expert': layout.experts, 'expert_mlp': layout.hidden}
+    split_over = {'expert': layout.experts, 'expert_mlp': layout.hidden}
     specs = {
-      name: layout.spec(*(split.get(axis, ()) for axis in axes))
+      name: layout.spec(*(split_over.get(axis, ()) for axis in axes))
       for name, axes in layer.axes((E,), M).items()
     }
     groups = layout.spec(layout.groups)
@@ -122,14 +132,17 @@ class SortedRowsExperts(Experts):
     o, key = self.dispatch, _own_key(key, layout)
     counts = sorted_rows.group_sizes(routing)
     sizes = self.layer.sizes(x.shape[-1], x.dtype)
+    sizes = sizes.that_travel(o.exchange.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
     sent, stay = split(routing, shadowed)
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, sent)
     sent_counts = sorted_rows.group_sizes(sent)
 
+    numbers = itertools.count(1)  # of the products, which drop by themselves
+
     def serve(rows, sizes):
-      return self._products(p, rows, sizes, key)
+      return self._products(p, rows, sizes, _folded(key, next(numbers)))
 
     overflow = jnp.int32(0)
     if layout.experts:
@@ -140,10 +153,9 @@ class SortedRowsExperts(Experts):
       y = sorted_rows.combine(rows, sent)
     if stay is not None:
       p = gathered(layout, p, shadowed)
-      y = y + self._serve_here(x, stay, p, _in_shadow(key))
+      y = y + self._serve_here(x, stay, p, _folded(key, 0))
     # Each device has only summed its part of F, or of the experts.
-    apart = tuple(n for n in layout.experts if n not in layout.exchanged)
-    parts = (*layout.hidden, *apart)
+    parts = (*layout.hidden, *layout.apart)
     y = jax.lax.psum(y, parts) if parts else y
     stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
     return y, jax.tree.map(lambda leaf: leaf[None], stats)
@@ -163,9 +175,9 @@ def _own_key(key, layout):
   return key
 
 
-def _in_shadow(key):
-  """The key of shadowed experts' rows."""
-  return None if key is None else jax.random.fold_in(key, 1)
+def _folded(key, number):
+  """The key of the products of that number."""
+  return None if key is None else jax.random.fold_in(key, number)
 
 
 def sorted_feed_forward(

@@ -82,7 +82,7 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   outgoing_fraction: float = option(
     0.14,
     'Share of the tokens of a group that may leave their node, rounded down to '
-    'whole tokens (0.14 in FastMoE); 1.0 lets all leave.',
+    'whole tokens (0.14 in FastMoE); 0.0 lets none leave, 1.0 all.',
     within('[0, 1]'),
     when={'limit_by': ('fraction',)},
   )
