@@ -27,6 +27,8 @@ from experiments import (
   kudugunta_table,
   lossfree_table2,
   merge_or_prune,
+  mixtral_repeats,
+  openmoe_routing,
   qmoe_table5,
   report,
   routing_rules,
@@ -38,6 +40,7 @@ from experiments import (
   stmoe_batch_rate,
   stmoe_freezing,
   stmoe_table5,
+  stmoe_table14,
   switch_scaling,
   switch_table1,
   switch_table4,
@@ -49,6 +52,7 @@ from experiments.faster_moe import simulated_runs
 from experiments.study import (
   byte_models,
   command,
+  domains,
   figures,
   item_commands,
   items,
@@ -83,6 +87,8 @@ STUDIES = {
     kudugunta_table,
     lossfree_table2,
     merge_or_prune,
+    mixtral_repeats,
+    openmoe_routing,
     qmoe_table5,
     routing_rules,
     serving_table,
@@ -93,6 +99,7 @@ STUDIES = {
     stmoe_batch_rate,
     stmoe_freezing,
     stmoe_table5,
+    stmoe_table14,
     switch_scaling,
     switch_table1,
     switch_table4,
@@ -632,6 +639,20 @@ def stand_in(config, number: float) -> dict[str, float]:
   return result
 
 
+def measured_routing(study, number: float) -> dict[str, float]:
+  """What a study measures of routing, at all places of a model."""
+  places = [f'{half}_{i}' for half in ('encoder', 'decoder') for i in (1, 2, 3)]
+  for i in range(5):
+    parts = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
+    places += [f'layer_{i}{part}' for part in parts]
+  return {
+    column.key.replace('*', place): number
+    for column in study.columns
+    if column.key.startswith('routing/*')
+    for place in places
+  }
+
+
 # A study with and one without runs that others begin with, and one of served
 # models.
 FAST = ('eval_capacity', 'switch_table6', 'serving_table')
@@ -655,7 +676,8 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     all_jobs = study.jobs(shared, arms, seeds, tmp_path, started(first))
     results = {}
     for i, job in enumerate(itertools.chain(*first, all_jobs)):
-      result = stand_in(job.config, 2.0 - 0.01 * i + 0.1 * job.seed)
+      number = 2.0 - 0.01 * i + 0.1 * job.seed
+      result = stand_in(job.config, number) | measured_routing(study, number)
       results.setdefault(job.arm.name, []).append(result)
     for pattern in preset.without:
       assert fnmatch.filter([arm.name for arm in study.arms(preset)], pattern)

@@ -1,0 +1,272 @@
+"""Is routing decided by token ids, and early, and are later tokens dropped?
+
+    python -m experiments.openmoe_routing --preset=quick
+
+OpenMoE (https://arxiv.org/abs/2402.01739) finds of decoders with top-2 of 16
+and 32 experts: which expert a token goes to follows from its id, whatever the
+context and the domain ("context-independent specialization"); it is learned
+early and changes little later ("early routing learning"); and as experts fill
+up in the order of a sequence, later tokens are dropped more ("drop towards the
+end"). Only these directions are compared, no numbers of theirs.
+
+Here: decoders of bytes of four domains, every other layer of which has 8
+experts. As there, gates are raw probabilities, and each sequence is a group
+with slots for 1.25 choices a token in training and 2 in evaluation, at two
+choices a token; slots are taken in the order of tokens. Measured on validation
+batches, of first choices before any is dropped:
+
+- information that the expert has about a label, in per cent of the entropy of
+  experts, less what shuffled labels have: about the id of the token, about the
+  previous token where the id is known already (context), about the position in
+  the document, and about the domain;
+- agreement: the share of tokens whose id has the same favourite expert at an
+  early checkpoint as at the end;
+- churn: the share of tokens whose first choice changes from one checkpoint to
+  the next, each a tenth of the run;
+- dropped: the share of choices that are dropped in each quarter of a row, and
+  what would be dropped if the same choices queued in random order.
+
+Slots are as many as choices: with two choices a token no expert can be full in
+the first quarter of a row, and later drops are in part the queue's own, as a
+random router shows. It is one control, whose choices follow from nothing; a
+hash of the token, whose choices follow from the id alone, is the other. Claims
+were written before any run, but for the comparison with a random router's
+drops, which was added after a trial of 20 steps.
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from experiments.study import byte_models, command, domains, token_routing
+from experiments.study.byte_models import top_k
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+from experiments.study.tables import Interval
+from experiments.study.validation_routing import row_at
+
+HIDDEN = 256
+TOP2, TOP1, FREE = 'top-2', 'top-1', 'top-2, no balance loss'
+HASH, RANDOM = 'hash of token', 'random'
+# Numbers of the sparse layers, and the name of each in rows.
+LAYERS = {1: 'first sparse layer', 3: 'last sparse layer'}
+# Slots of all experts together, divided by the choices of a group.
+TRAINED, EVALUATED = 0.625, 1.0
+
+
+def config(steps: int):
+  """The config that the arms share; its groups are single sequences."""
+  config = domains.decoder(steps, hidden=HIDDEN, num_layers=4)
+  moe = config.model.moe
+  moe.layers = 'every 2'
+  moe.group_size = 0
+  moe.layer_reduce = 'mean'
+  moe.capacity.per_assignment.factor = TRAINED
+  moe.router.token_choice.update(balance_weight=0.02, z_weight=1e-4)
+  room = {'capacity': {'per_assignment': {'factor': EVALUATED}}}
+  config.evals = {byte_models.EVAL: byte_models.evaluation(moe=room)}
+  config.checkpoint.every_steps = max(steps // 10, 1)
+  config.checkpoint.keep_newest = 10
+  return config
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Learned routers and the two controls, all equal in FLOPs."""
+  del preset
+  gates = {'router.token_choice.gates': 'raw'}
+  no_loss = {'router.token_choice.balance_weight': 0.0}
+  return [
+    top_k(TOP2, 2, HIDDEN, gates),
+    top_k(FREE, 2, HIDDEN, gates | no_loss),
+    top_k(TOP1, 1, HIDDEN),
+    top_k(HASH, 1, HIDDEN, {'router.kind': 'hash'}),
+    top_k(RANDOM, 2, HIDDEN, gates | {'router.kind': 'random'}),
+  ]
+
+
+def columns() -> list[Column]:
+  """Columns of the loss, and means over the sparse layers of measurements."""
+  return [
+    byte_models.LOSS,
+    *(percent(name, key) for name, key in MEASURED.items()),
+  ]
+
+
+def percent(name: str, key: str) -> Column:
+  """A column of shares that were measured."""
+  return Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x)
+
+
+def agreement(share: int) -> str:
+  """Name of the column of agreement at a share of the run, in per cent."""
+  return f'agreement at {share} %'
+
+
+LATE, SHUFFLED = 'last less first quarter', 'the same in random order'
+MORE_THAN = {label: f'token less {label}' for label in token_routing.OTHERS}
+# Names of columns, and the last part of their keys.
+MEASURED = {
+  'token': 'token',
+  **{label: label for label in MORE_THAN},
+  **{name: f'token_less_{label}' for label, name in MORE_THAN.items()},
+  **{agreement(share): f'agreement_{share}' for share in token_routing.EARLY},
+  'early churn': 'churn_early',
+  'late churn': 'churn_late',
+  'churn that ends': 'churn_ends',
+  **{
+    f'dropped, quarter {i}': f'dropped_{i}'
+    for i in range(1, 1 + token_routing.QUARTERS)
+  },
+  LATE: 'dropped_later',
+  SHUFFLED: 'shuffled_later',
+}
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """A row for each arm, and for each sparse layer of the first one."""
+  del times
+  every = [
+    row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
+  ]
+  return every + [
+    row_at(of_layer(name), results[TOP2], columns(), f'layer_{layer}')
+    for layer, name in LAYERS.items()
+  ]
+
+
+def of_layer(name: str) -> str:
+  """Name of the row of one sparse layer of the first arm."""
+  return f'{TOP2}, {name}'
+
+
+def pictures(results: Results, folder: pathlib.Path) -> None:
+  """Draws `curves.png`: agreement over the run, and drops along a row."""
+  quarters = range(1, 1 + token_routing.QUARTERS)
+  panels = {
+    ('steps, % of the run', 'agreement with the end (%)'): {
+      share: agreement(share) for share in token_routing.EARLY
+    },
+    ('quarter of a row', 'dropped choices (%)'): {
+      quarter: f'dropped, quarter {quarter}' for quarter in quarters
+    },
+  }
+  canvas = Canvas(figsize=(9.6, 4), layout='constrained')
+  axes = canvas.subplots(1, len(panels))
+  for ax, ((x_label, y_label), points) in zip(
+    axes, panels.items(), strict=True
+  ):
+    for arm in results:
+      row = row_at(arm, results[arm], columns(), 'layer_*')
+      found = [Interval.of(row.values[name]) for name in points.values()]
+      bars = [i.half_width if np.isfinite(i.half_width) else 0 for i in found]
+      means = [interval.mean for interval in found]
+      ax.errorbar([*points], means, bars, marker='o', capsize=3, label=arm)
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    ax.set_xticks([*points])
+  handles = axes[0].get_legend_handles_labels()
+  canvas.legend(*handles, loc='outside lower center', fontsize=8, ncols=3)
+  canvas.savefig(folder / 'curves.png', dpi=110)
+
+
+def claims() -> list[Claim]:
+  """What the paper says of the first arm, and what controls must show."""
+  first, last = map(of_layer, LAYERS.values())
+  return [
+    *(
+      Claim(
+        f'the id of a token says more about its expert than the {label}{arm}',
+        f'{name}: {row} > 0',
+      )
+      for row, arm in ((TOP2, ''), (TOP1, ', top-1'))
+      for label, name in MORE_THAN.items()
+    ),
+    Claim('most of the choice follows from the id', f'token: {TOP2} > 50'),
+    Claim(
+      'the id decides less in the deeper layer', f'token: {last} < {first}'
+    ),
+    Claim(
+      'the id decides less with a balance loss than without',
+      f'token: {TOP2} < {FREE}',
+    ),
+    Claim(
+      'decided early: four in five favourites of the end are there after a '
+      'fifth of the run',
+      f'{agreement(20)}: {TOP2} > 80',
+      note='The bound is ours.',
+    ),
+    Claim(
+      'the router has learned: favourites of the end are not those before '
+      'training',
+      f'{agreement(0)}: {TOP2} < 50',
+      note='The bound is ours.',
+    ),
+    Claim(
+      'choices change less in the second half of the run',
+      f'churn that ends: {TOP2} > 0',
+      note='The learning rate falls, too.',
+    ),
+    Claim('later tokens are dropped more', f'{LATE}: {TOP2} > 0'),
+    Claim('later tokens are dropped more, top-1', f'{LATE}: {TOP1} > 0'),
+    Claim(
+      'they are dropped more than the queue does by itself: random choices',
+      f'{LATE}: {TOP2} > {RANDOM}',
+    ),
+    Claim(
+      'it is the order of the queue: not so in random order',
+      f'{SHUFFLED}: {TOP2} = 0 within 1',
+    ),
+    *(
+      Claim(
+        f'control: a random router knows nothing of the {label}',
+        f'{label}: {RANDOM} = 0 within 0.5',
+      )
+      for label in ('token', *token_routing.OTHERS)
+    ),
+    Claim(
+      'control: a random router has no favourites',
+      f'{agreement(20)}: {RANDOM} < 50',
+    ),
+    Claim('control: a hash knows the token alone', f'token: {HASH} > 99'),
+    Claim(
+      'control: nothing is left of a hash for the context',
+      f'context: {HASH} = 0 within 0.5',
+    ),
+  ]
+
+
+STUDY = Study(
+  name='openmoe_routing',
+  title='Token ids decide, early, and later tokens are dropped',
+  source='OpenMoE, its three findings about routing (directions alone)',
+  config=config,
+  arms=arms,
+  rows=rows,
+  presets={'quick': Preset(300, 3), 'full': Preset(600, 5)},
+  columns=columns(),
+  claims=claims(),
+  figure=Figure(['token', 'context', agreement(20), LATE]),
+  runner=TrainingRunner(token_routing.measure),
+  pictures=pictures,
+  remarks='Information is in per cent of the entropy of first choices, less '
+  'that of shuffled labels; those of domains are shuffled by rows. A random '
+  'router draws anew for each batch. Agreement at 0 % is that of the '
+  'parameters before training. Means are over both sparse layers. '
+  'Curves are in `curves.png`.',
+  tasks=domains.TASKS,
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)

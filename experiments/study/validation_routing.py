@@ -1,0 +1,147 @@
+"""Choices of experts of a trained run, at its end and at its checkpoints.
+
+Batches are those of the validation split, an equal number of each source of a
+mixture. Routers draw as in training, so that a random one draws anew for each
+batch; no other router of these studies draws anything. Not here: what choices
+say (`moe_jax.analysis.route_findings`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from experiments.study.parts import Column, Result, Row
+from moe_jax import data
+from moe_jax.analysis.recording import records_of
+from moe_jax.analysis.trace_records import Record
+from moe_jax.layers.routers.contract import NOISE
+from moe_jax.models import Model
+from moe_jax.models.recorded import Choices, recording
+from moe_jax.runs import trained
+from moe_jax.shapes import Leaf
+from moe_jax.training.evaluate import OverBatches, Variables
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+Batch = dict[str, np.ndarray]
+
+
+def states(run: Run, state: TrainState) -> Iterator[tuple[int, Variables]]:
+  """The variables before training, at each kept checkpoint, and at the end.
+
+  Args:
+    run: A run that has ended.
+    state: Its last state.
+
+  Yields:
+    The number of optimizer steps before the variables, and the variables.
+  """
+  last = int(state.step)
+  yield 0, run.programs.variables(run.programs.init_state())
+  for step in run.checkpoints.steps():
+    if 0 < step < last:
+      found = trained.restore_variables(
+        run.workdir, run.model, run.options.sharding.rules, step=step
+      )
+      yield step, found.state
+  yield last, run.programs.variables(state)
+
+
+def batches(run: Run, num_batches: int) -> list[Batch]:
+  """Validation batches, each of one source.
+
+  Args:
+    run: The run.
+    num_batches: Number of batches of each source.
+  """
+  parts = run.dataset.parts or {'': run.dataset}
+  return [
+    batch
+    for part in parts.values()
+    for batch in data.eval_batches(
+      part.splits['validation'],
+      batch_size=run.options.batch_size,
+      num_batches=num_batches,
+    )
+  ]
+
+
+def evaluated_model(run: Run, name: str) -> Model:
+  """The model of an entry of `config.evals`, which may have another capacity.
+
+  Raises:
+    ValueError: The entry is not one over batches.
+  """
+  measure = {e.name: e.measure for e in run.evaluations}[name]
+  if not isinstance(measure, OverBatches):
+    raise ValueError(f'evals.{name} is not an evaluation over batches')
+  return measure.model
+
+
+def records(
+  model: Model,
+  variables: Variables,
+  batches: Sequence[Batch],
+  *,
+  step: int,
+  seed: int,
+) -> Iterator[Record]:
+  """The records of batches, as a trace of an evaluation has them.
+
+  Args:
+    model: The model, with the capacity that is recorded.
+    variables: Its variables.
+    batches: The batches.
+    step: Number of optimizer steps before the variables.
+    seed: Seed of the draws of a random router.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  for number, batch in enumerate(batches):
+    chosen = _choices(model, variables, batch, jax.random.fold_in(key, number))
+    yield from records_of(
+      model, 'validation', step, number, batch, jax.device_get(chosen)
+    )
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _choices(
+  model: Model,
+  variables: Variables,
+  batch: Mapping[str, Leaf],
+  key: jax.Array,
+) -> Choices:
+  _, choices = recording(
+    model,
+    variables,
+    logits=False,
+    dtype='float32',
+    **model.inputs(batch),
+    train=True,
+    rngs={NOISE: key},
+  )
+  return choices
+
+
+def row_at(
+  name: str, runs: Sequence[Result], columns: Sequence[Column], place: str
+) -> Row:
+  """The row of what was measured at one place in the model.
+
+  A column that a run has no number for is left out.
+
+  Args:
+    name: The name of the row.
+    runs: The results of an arm.
+    columns: Columns; the key 'routing/*/<what>' is one of a measurement.
+    place: What stands in the place of the `*`, such as 'layer_1'.
+  """
+  values = {}
+  for column in columns:
+    key = column.key.replace('routing/*', f'routing/{place}')
+    numbers = [dataclasses.replace(column, key=key).of(run) for run in runs]
+    if not np.isnan(numbers).any():
+      values[column.name] = numbers
+  return Row(name, values)
