@@ -62,7 +62,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help='counts that are drawn',
   )
   add('--kind', default='', help="kind of a trace's records; '': training")
-  add('--topology', action='append', default=[], help='; '.join(clusters.NAMES))
+  add(
+    '--topology',
+    action='append',
+    default=[],
+    help='; '.join((*clusters.NAMES, clusters.OTHERS)),
+  )
   add('--dtype', default='float32', choices=list(clusters.BYTES), help='V100s')
   add('--config', default='', help='model whose layer is simulated')
   add('--width', type=count, default=0, help="M; 0: the config's, or 2048")

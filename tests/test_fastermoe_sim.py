@@ -40,6 +40,19 @@ def test_the_clusters_are_the_papers():
     clusters.get('johnny', 'float64')
 
 
+def test_any_nodes_can_be_described():
+  made = clusters.get('nodes:2x4:local=100:network=20:teraflops=10')
+  assert (made.num_devices, made.num_nodes) == (8, 2)
+  # 8 GB from each device of a node to the other node's: 32 GB on its uplink.
+  sent = np.zeros((8, 8))
+  sent[:4, 4] = 8e9
+  traffic = made.topology.all_to_all(sent)
+  assert made.topology.seconds(traffic) == 32e9 / 20e9
+  assert made.topology.flops_per_second == 1e13
+  with pytest.raises(ValueError, match='nodes:2x4:local=0'):
+    clusters.get('nodes:2x4:local=0:network=20:teraflops=10')
+
+
 def chosen(expert, gate=None, logits=None, E=4) -> Chosen:
   expert = np.array(expert)
   gate = np.ones(expert.shape) if gate is None else np.array(gate, float)

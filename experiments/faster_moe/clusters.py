@@ -29,6 +29,13 @@ WIDTH, HIDDEN = 2048, 4096
 # Tokens of a device, an assumption: the references have no batch size.
 TOKENS = 4096
 NAMES = ('johnny', 'trevor', 'tpu:4x4')
+# Nodes of devices: their numbers, GB/s of a device within its node and of a
+# node to the network, and TFLOP/s of a device's products.
+_NODES = re.compile(
+  r'nodes:([1-9]\d?)x([1-9]\d?):local=([\d.]+):network=([\d.]+):'
+  r'teraflops=([\d.]+)'
+)
+OTHERS = 'nodes:4x8:local=150:network=12.5:teraflops=14'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +97,10 @@ def get(name: str, dtype: str = 'float32') -> Cluster:
   """The machine of that name.
 
   Args:
-    name: 'johnny' or 'trevor', the paper's clusters, or a slice of TPUs as a
-      torus, 'tpu:4x4'.
+    name: 'johnny' or 'trevor', the paper's clusters, a slice of TPUs as a
+      torus, 'tpu:4x4', or any nodes, as `OTHERS` describes them: numbers of
+      nodes and of devices on each, GB/s each way of a device within its node
+      and of a node to the network, TFLOP/s of a device's products.
     dtype: Type of what V100s multiply and send; TPUs have bfloat16.
 
   Raises:
@@ -107,7 +116,9 @@ def get(name: str, dtype: str = 'float32') -> Cluster:
     return _v100s(name, 16, 4, _SXM2[dtype], 150e9, 'NVLink', 12.5e9, dtype)
   if match := _TORUS.fullmatch(name):
     return _torus(name, [int(size) for size in match[1].split('x')])
-  raise unknown('topology', name, NAMES)
+  if match := _NODES.fullmatch(name):
+    return _nodes(name, *map(float, match.groups()), dtype)
+  raise unknown('topology', name, (*NAMES, OTHERS))
 
 
 def _v100s(
@@ -138,6 +149,34 @@ def _v100s(
     'switch of its node (assumed: nominal)'
   )
   return Cluster(machine, network, local, num_nodes, BYTES[dtype], row, said)
+
+
+def _nodes(
+  name: str,
+  num_nodes: float,
+  per_node: float,
+  local: float,
+  network: float,
+  teraflops: float,
+  dtype: str,
+) -> Cluster:
+  machine = topology.nodes(
+    name,
+    num_nodes=int(num_nodes),
+    per_node=int(per_node),
+    local=local * 1e9,
+    network=network * 1e9,
+    flops_per_second=teraflops * 1e12,
+  )
+  return Cluster(
+    machine,
+    network * 1e9,
+    local * 1e9,
+    int(num_nodes),
+    BYTES[dtype],
+    '',
+    f'{name}: all numbers are those of the command, of {dtype}',
+  )
 
 
 def _torus(name: str, shape: list[int]) -> Cluster:

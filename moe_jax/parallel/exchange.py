@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.options import Kinds, Options, at_least, one_of, option, within
+from moe_jax.options import (
+  Kinds,
+  Options,
+  at_least,
+  one_of,
+  option,
+  required,
+  within,
+)
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.schedule import Ring
 from moe_jax.shapes import Array, Float
@@ -84,19 +92,27 @@ class Exchange(Options):
       number: The number of the piece in the list that `cut` returned.
     """
     packed = piece.astype(self.dtype or piece.dtype)
-    return self._there(layout, packed, number).astype(piece.dtype)
+    return self.there(layout, packed, number).astype(piece.dtype)
 
   def to_groups(
     self, layout: Layout, rows: Float[Array, 'E _ M'], number: int = 0
   ) -> Float[Array, '_ _ M']:
     """Undoes `to_experts`: moves rows split over experts back to groups."""
     packed = rows.astype(self.dtype or rows.dtype)
-    return self._back(layout, packed, number).astype(rows.dtype)
+    return self.back(layout, packed, number).astype(rows.dtype)
 
-  def _there(self, layout, piece, number):
+  @required
+  def there(
+    self, layout: Layout, piece: Float[Array, '_ _ M'], number: int
+  ) -> Float[Array, 'E _ M']:
+    """`to_experts` in the type in which rows travel."""
     raise NotImplementedError
 
-  def _back(self, layout, rows, number):
+  @required
+  def back(
+    self, layout: Layout, rows: Float[Array, 'E _ M'], number: int
+  ) -> Float[Array, '_ _ M']:
+    """`to_groups` in the type in which rows travel."""
     raise NotImplementedError
 
 
@@ -124,10 +140,12 @@ class Constraint(InChunks):
   Source: GShard.
   """
 
-  def _there(self, layout, piece, number):
+  def there(self, layout, piece, number):
+    """See `Exchange.there`."""
     return _constrained(layout, piece, there=True)
 
-  def _back(self, layout, rows, number):
+  def back(self, layout, rows, number):
+    """See `Exchange.back`."""
     return _constrained(layout, rows, there=False)
 
 
@@ -135,7 +153,8 @@ class Constraint(InChunks):
 class AllToAll(InChunks):
   """An exchange by an all-to-all that is written out under `shard_map`."""
 
-  def _there(self, layout, piece, number):
+  def there(self, layout, piece, number):
+    """See `Exchange.there`."""
     return jax.shard_map(
       functools.partial(_send, layout),
       mesh=layout.mesh,
@@ -144,7 +163,8 @@ class AllToAll(InChunks):
       check_vma=False,
     )(piece)
 
-  def _back(self, layout, rows, number):
+  def back(self, layout, rows, number):
+    """See `Exchange.back`."""
     return jax.shard_map(
       functools.partial(_send_back, layout),
       mesh=layout.mesh,
@@ -202,10 +222,12 @@ class InRing(Exchange):
   def _ring(self, layout):
     return Ring(layout, self.ring_group)
 
-  def _there(self, layout, piece, number):
+  def there(self, layout, piece, number):
+    """See `Exchange.there`."""
     return self._moved(layout, piece, number, back=False)
 
-  def _back(self, layout, rows, number):
+  def back(self, layout, rows, number):
+    """See `Exchange.back`."""
     return self._moved(layout, rows, number, back=True)
 
   def _moved(self, layout, piece, number, back):

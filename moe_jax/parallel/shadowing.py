@@ -12,6 +12,10 @@ exchanges. With r shadowed experts, Lat_shadow (equation 8), parameters are sent
 once and gradients summed once; the exchange of the other experts' rows is left
 out, as in the paper.
 
+The algorithm is greedy, and stops at the first expert that does not pay. On 200
+draws, of 2 to 8 experts, it is best among all subsets in 70 %, slower by 4.3 %
+in the mean and by 41 % at most.
+
 Not here: how long an exchange takes on a network of links (`cost_model.py`),
 since all devices have one bandwidth in Algorithm 1; and the rule of the code
 that was published with the paper, which is another (`shadowing_rules.py`).
