@@ -70,7 +70,7 @@ class Shadowing(Options):
   )
 
   def choose(
-    self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes
+    self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
   ) -> Int32[Array, ' R']:
     """The experts that are shadowed, then E; called under `shard_map`.
 
@@ -79,7 +79,7 @@ class Shadowing(Options):
     Args:
       layout: The layout of groups and experts.
       counts: The number of this device's rows of each expert.
-      sizes: The sizes of an expert.
+      sizes: The sizes of an expert; None if none can be shadowed.
 
     Raises:
       ValueError: Experts are split over axes that groups are not split over.
