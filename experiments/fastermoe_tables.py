@@ -11,14 +11,20 @@ times; 19 % of experts are shadowed. With the topology-aware gate a model of
 Here no time is measured. Small models of bytes are trained, top-2 of as many
 experts as a cluster has devices, without and with a balance loss; what their
 tokens chose in training is replayed through the cost model on the described
-clusters, as that of a layer of FastMoE's default widths with 4,096 tokens a
-device. So are draws in which four experts have a fifth of the tokens each, the
-skew that the paper observed. What is trained for real is the gate's cost in
-quality: the loss where all, half, 14 % or none of the tokens may leave a node.
+clusters, as that of a layer of the widths that FastMoE's rule assumes with
+4,096 tokens a device. So are draws, top-1, in which four experts have a fifth
+of the tokens each: the skew that a secondary source reports of 16 experts; on
+64 it is ours. What is trained for real is the gate's cost in quality: the loss
+where all, half, 12.5 % (0.14, rounded down to whole tokens) or none of the
+tokens may leave a node.
 
 Claims were written before any model was trained, but after the draws had been
-simulated, where four equally popular experts stop the published rule at the
-first: to shadow one of them alone saves nothing, and the rule looks no further.
+simulated, where the published rule shadows one of four equally popular experts.
+Equation 8 leaves the exchange of the others out, so that this seems to pay; a
+second one would save nothing, and the rule stops. After the results had been
+seen, the claims on the drawn skew against the synchronous layer were added, the
+bound of "about a fifth" went from 10 to 5, and a claim that could not fail was
+dropped: that the schedule stays below its bound.
 """
 
 import dataclasses
@@ -69,7 +75,10 @@ SHOWN = {
   (JOHNNY, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
   (TREVOR, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
 }
-RECORDED = 40  # batches of a run
+RECORDED = 40  # about as many batches of a run
+_CONSTRUCTED = (
+  'SIMULATED, and by construction never slower: how much is the finding.'
+)
 
 
 def config(steps: int):
@@ -134,13 +143,22 @@ def _cell(cluster: str, column: str) -> str:
   return f'fastermoe2022/throughput/{row}/{column}'
 
 
-def _faster(cluster: str, arm: str, column: str, what: str) -> Claim:
+def _faster(
+  cluster: str,
+  arm: str,
+  column: str,
+  what: str,
+  kind: str = FREE,
+  note: str = '',
+) -> Claim:
   """A claim that an arm is faster than the synchronous one."""
+  there = 'up to that, ' if column == 'shadowing_alone' else ''
   return Claim(
     f'{what}, on {cluster}',
-    f'{SPEED_UP}: {row_name(cluster, FREE, arm)} > 1',
+    f'{SPEED_UP}: {row_name(cluster, kind, arm)} > 1',
     [_cell(cluster, column)],
-    'There of whole iterations, measured; here of one layer, SIMULATED.',
+    f'There {there}of whole iterations, measured; here the mean of layers, '
+    f'SIMULATED.{note}',
   )
 
 
@@ -166,11 +184,25 @@ def claims() -> list[Claim]:
     found += [
       _faster(cluster, SHADOWED, 'shadowing_alone', 'shadowing is faster'),
       _faster(cluster, SCHEDULED, 'schedule_alone', 'the schedule is faster'),
-      _faster(cluster, BOTH, 'vs_fastmoe', 'both together are faster'),
+      _faster(
+        cluster,
+        BOTH,
+        'vs_fastmoe',
+        'both together are faster',
+        note=" The references do not say whether the paper's has the gate.",
+      ),
+      _faster(
+        cluster,
+        SHADOWED,
+        'shadowing_alone',
+        'shadowing is faster where four experts are equally popular',
+        kind=SKEWED,
+        note=' Added after the result was seen.',
+      ),
       _compared('both are faster than shadowing', cluster, BOTH, SHADOWED),
       _compared('both are faster than the schedule', cluster, BOTH, SCHEDULED),
       _compared(
-        "the published rule is faster than FastMoE's",
+        "the published rule is faster than FastMoE's, as we expected",
         cluster,
         SHADOWED,
         SHIPPED,
@@ -180,21 +212,24 @@ def claims() -> list[Claim]:
         cluster,
         BEST_NUMBER,
         SHADOWED,
+        note=_CONSTRUCTED,
       ),
       _compared(
-        'and so it is where four experts are equally popular',
+        'where four experts are equally popular, the best number is faster '
+        'than the published rule',
         cluster,
         BEST_NUMBER,
         SHADOWED,
         SKEWED,
+        note=_CONSTRUCTED,
       ),
       _compared(
         'the gate makes both together faster still',
         cluster,
         ALL,
         BOTH,
-        note='SIMULATED. In the paper 1471 ms an iteration instead of 1609 ms '
-        'on johnny.',
+        note='SIMULATED. The gate is imposed on the choices of a model that '
+        'was trained without it, and without a balance loss.',
       ),
       Claim(
         f'shadowing saves more without a balance loss, on {cluster}',
@@ -203,26 +238,20 @@ def claims() -> list[Claim]:
         note='SIMULATED.',
       ),
       Claim(
-        f'the schedule stays below its bound, on {cluster}',
-        f'{REACHED}: {row_name(cluster, FREE, SCHEDULED)} < 100',
-        ['fastermoe2022/schedule/best case/reached'],
-        'SIMULATED, and so by construction.',
-      ),
-      Claim(
         f'about a fifth of the experts are shadowed, on {cluster}',
         f'{simulated_runs.SHADOWED}: {row_name(cluster, FREE, SHADOWED)} = 19 '
-        'within 10',
+        'within 5',
         ['fastermoe2022/shadowing/shadowing/experts_shadowed'],
-        'SIMULATED.',
+        'SIMULATED. The bound is ours, and was 10 before the result was seen.',
       ),
     ]
   shadowed = (row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY))
   found.append(
     Claim(
-      'shadowing saves more on more devices',
+      'shadowing saves more on trevor than on johnny',
       f'{SPEED_UP}: {" > ".join(shadowed)}',
       [_cell(c, 'shadowing_alone') for c in (TREVOR, JOHNNY)],
-      'SIMULATED. The model of trevor has 64 experts, that of johnny 16.',
+      'SIMULATED. They differ in devices, experts, links and peaks.',
     )
   )
   return found + _gate_claims()
@@ -268,8 +297,14 @@ STUDY = Study(
   "are the vendors' nominal numbers, and assumptions. A speed-up is over the "
   'synchronous layer of the same choices. "Best number" shadows as many of the '
   'most popular experts as make the synchronous layer fastest by the model. '
-  'The simulated gate lets 14 % of the tokens leave, by the recorded logits. '
-  'Losses, and what leaves a node, are of models that were trained for real.',
+  'A device of johnny has 128 recorded tokens, one of trevor 32. The rules of '
+  "shadowing are given a node's link to the network as the bandwidth of each "
+  'of its devices. The simulated gate has a limit of 0.14 by the recorded logits, '
+  'rounded down to whole tokens: 13.3 % on johnny, 12.5 % on trevor, as in '
+  'training. The schedule cannot pass its bound in the model. Losses, and what '
+  'leaves a node, are of models that were trained for real; those of the gates '
+  '0.5 and 0.14 and as shipped see later tokens (moe.allow_future_leak), '
+  '"loss, no limit" does not.',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

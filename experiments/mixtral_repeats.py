@@ -4,9 +4,9 @@
 
 Mixtral of Experts (https://arxiv.org/abs/2401.04088), section 5: with two of
 eight experts, random choices would give 12.5 % of tokens the first choice of
-the token before them, and 46 % one of its two choices. In the first layer of
-Mixtral it is about so, in the middle and the last one clearly more, for all
-sets of data. The paper's own percentages could not be verified, so that none is
+the token before them, and 46 % one of its two choices. The paper is said, which
+could not be verified, to find about that in the first layer and more in the
+middle one; that of the last layer is our question. None of its percentages is
 given here.
 
 Here: decoders of bytes with eight experts in each of five layers, two of which
