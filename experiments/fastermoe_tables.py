@@ -301,8 +301,8 @@ STUDY = Study(
   "shadowing are given a node's link to the network as the bandwidth of each "
   'of its devices. The simulated gate has a limit of 0.14 by the recorded '
   'logits, rounded down to whole tokens: 13.3 % on johnny, 12.5 % on trevor, '
-  'as in training. The schedule cannot pass its bound in the model. Losses, and what '
-  'leaves a node, are of models that were trained for real; those of the gates '
+  'as in training. The schedule cannot pass its bound in the model. Losses, '
+  'and what leaves a node, are of models that were trained for real; those of the gates '
   '0.5 and 0.14 and as shipped see later tokens (moe.allow_future_leak), '
   '"loss, no limit" does not.',
 )
