@@ -289,7 +289,8 @@ STUDY = Study(
   runner=TrainingRunner(simulated_runs.measure),
   progress=byte_models.LOSS.name,
   remarks='Columns named SIMULATED are from a cost model, and no time was '
-  'measured on any cluster: seconds of the experts of a layer of M=2,048 and F=4,096'
+  'measured on any cluster: seconds of the experts of a layer of M=2,048 and '
+  'F=4,096'
   ' in a training step, in float32 (bfloat16 on TPUs), with 4,096 tokens a '
   'device, each recorded choice standing for as many as that takes. Nodes, '
   'network and 90 % of the peak are from the paper; peaks (14 and 15.7 '
