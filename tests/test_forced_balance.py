@@ -4,11 +4,14 @@ import collections
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.benchmarks import train_step_tables
 from moe_jax import generate, hooks, run_config
-from moe_jax.analysis import roofline
+from moe_jax.analysis import roofline, traces
+from moe_jax.analysis.replaying import Replaying
+from moe_jax.analysis.trace_hook import Traces
 from moe_jax.runs import metrics
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook
@@ -34,9 +37,15 @@ def run(tmp_path_factory):
   """The folder of a short run, and what it said."""
   folder, listen = tmp_path_factory.mktemp('run'), Listen()
   options = run_config.read(
-    tiny.config(total_steps=2, log_every_steps=1, model={'moe': MOE})
+    tiny.config(
+      total_steps=2,
+      log_every_steps=1,
+      model={'moe': MOE},
+      trace={'every_steps': 1},
+    )
   )
   others = [hooks.Facts(), hooks.RoutingReport(), hooks.Sample()]
+  others += [Replaying(), Traces()]
   train_and_evaluate(
     options, folder, hooks=[listen, *others], devices=jax.devices()[:1]
   )
@@ -62,6 +71,17 @@ def test_a_run_says_that_its_balance_is_forced(run, capsys):
   capsys.readouterr()
   generate.main([f'--workdir={folder}', '--prompt=a', '--num_tokens=2'])
   assert f'WARNING: {SAID}' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_that_are_recorded_have_even_loads(run):
+  folder, _ = run
+  records = [*traces.read(folder / 'trace').records('train')]
+  assert len(records) == 2
+  for record in records:
+    for row in record.layers[1].expert:
+      load = np.bincount(row[row >= 0], minlength=4)
+      assert load.max() - load.min() <= 1
 
 
 def test_a_model_says_what_its_results_have_to():

@@ -64,6 +64,11 @@ class Replaying(Hook):
     run.programs = dataclasses.replace(run.programs, train_step=step)
     run.train_step = step
 
+  def saving(self) -> None:
+    """Checks that no step of other tokens is saved."""
+    if self._source is not None:
+      self._source.settle()
+
   def end(self, run: Run, state: Any) -> None:
     """Checks that the last step was of the recorded tokens, too."""
     if self._source is not None:
@@ -73,12 +78,14 @@ class Replaying(Hook):
 def _is_recorded(run: Run) -> bool:
   """Whether steps are recorded that could be replayed as they are.
 
-  A teacher would read the arrays of the batch, too.
+  A teacher would read the arrays of the batch, too, and forced choices cannot
+  be left to the routers.
   """
   moes = [moe for moe in run.model.moes if moe is not None]
   return (
     bool(moes)
     and run.options.trace.every_steps > 0
+    and not run.model.forced_balance
     and 'distill' not in run.options.for_hooks
     and all(moe.router.replays(moe.sizes) is None for moe in moes)
   )

@@ -267,6 +267,10 @@ class MoE(nn.Module):
     """The choices of groups that are imposed on the router, or None."""
     kind = self.options.force_balance
     if given is not None:
+      if kind:
+        raise ValueError(
+          f'force_balance={kind!r}, and the batch gives choices, too'
+        )
       return jax.tree.map(lambda x: in_groups(x, mask.shape[1]), given)
     if not kind:
       return None

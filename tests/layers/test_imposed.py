@@ -19,6 +19,7 @@ from moe_jax.layers.routers import (
   NoisyTopK,
   TokenChoice,
 )
+from moe_jax.routing import GivenChoices
 from moe_jax.routing.capacity import PerAssignment
 from tests.models import tiny
 
@@ -145,6 +146,14 @@ def test_routers_that_take_no_even_choices_are_refused():
         MoeOptions(E, K, router=router, force_balance=kind)
   with pytest.raises(ValueError, match="force_balance='even'"):
     MoeOptions(E, K, force_balance='even')
+
+
+def test_choices_are_imposed_by_one_of_two():
+  x = draw(1, 2, M)
+  layer, variables = layer_of(EVEN, x)
+  given = GivenChoices(jnp.zeros((1, 2, K), jnp.int32))
+  with pytest.raises(ValueError, match='and the batch gives choices, too'):
+    layer.apply(variables, x, given=given)
 
 
 def test_what_reads_a_model_is_told_of_forced_choices():
