@@ -9,7 +9,7 @@ import pytest
 
 from experiments.benchmarks import train_step_tables
 from moe_jax import generate, hooks, run_config
-from moe_jax.analysis import roofline, traces
+from moe_jax.analysis import record_evaluation, roofline, routes, traces
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.runs import metrics
@@ -74,9 +74,26 @@ def test_a_run_says_that_its_balance_is_forced(run, capsys):
 
 
 @pytest.mark.slow
+def test_records_of_a_finished_run_say_it(run, tmp_path, capsys):
+  workdir = f'--workdir={run[0]}'
+  text, again = tmp_path / 'text', tmp_path / 'again'
+  generate.main(
+    [workdir, '--prompt=a', '--num_tokens=2', f'--trace={text}']
+  )
+  assert f'; {SAID}' in traces.read(text).header.note
+  capsys.readouterr()
+  record_evaluation.main([workdir, f'--trace={again}', '--num_batches=1'])
+  assert f'; {SAID}' in traces.read(again).header.note
+  assert SAID in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
 def test_steps_that_are_recorded_have_even_loads(run):
   folder, _ = run
-  records = [*traces.read(folder / 'trace').records('train')]
+  trace = traces.read(folder / 'trace')
+  assert trace.header.note.startswith(SAID)
+  assert SAID in '\n'.join(routes.part_of(trace, 'it').facts)
+  records = [*trace.records('train')]
   assert len(records) == 2
   for record in records:
     for row in record.layers[1].expert:

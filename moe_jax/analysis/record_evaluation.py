@@ -3,8 +3,8 @@
     python -m moe_jax.analysis.record_evaluation --workdir=runs/tiny \
       --trace=traces/tiny --num_batches=16
 
-The capacity is that of training, or with --room_for_all none; the record's kind
-is 'loss'. Not here: recording while a run trains (`trace_hook.py`).
+The capacity is that of training, or with --room_for_all there is no
+bound; the record's kind is 'loss'. Not here: recording while a run trains (`trace_hook.py`).
 """
 
 import argparse
@@ -16,10 +16,10 @@ import jax
 from absl import logging
 
 from moe_jax import command_line, host
+from moe_jax.analysis import traces
 from moe_jax.analysis.recording import Recorder
 from moe_jax.analysis.trace_header import make_header
 from moe_jax.analysis.trace_hook import RecordedLosses
-from moe_jax.analysis.traces import check_new
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
 from moe_jax.distributed import Placing
@@ -59,7 +59,7 @@ def record(
       be read.
     CheckpointError: No checkpoint is good.
   """
-  check_new(folder)
+  traces.check_new(folder)
   o, run = options or TraceOptions(), trained.read(workdir, allow)
   model_options, _ = overridden(run.model, entry)
   model = model_options.build(run.sharding.rules)
@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       ),
       allow=options.allow_module,
     )
-    command_line.say([f'loss {row["loss"]:.4f}; trace in {options.trace}'])
+    note = traces.read(options.trace).header.note
+    said = f'loss {row["loss"]:.4f}; trace in {options.trace}'
+    command_line.say([said, *filter(None, [note])])
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ def make_header(
   *,
   batch_size: int,
   microbatches: int = 1,
+  note: str = '',
   **fields: Any,
 ) -> Header:
   """The header of a trace of a model.
@@ -31,6 +32,7 @@ def make_header(
     tokenizer: Its tokenizer.
     batch_size: The number of rows of a batch.
     microbatches: The number of parts that a batch is computed in.
+    note: What a reader has to know, beside that choices are forced.
     **fields: Further fields of the header.
   """
   lengths = dict.fromkeys(model.sequences, data.seq_len)
@@ -49,6 +51,7 @@ def make_header(
     model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
     sources=tuple(data.tasks),
     tokenizer=tokenizer.identity,
+    note='; '.join(filter(None, (note, model.forced_balance))),
     **fields,
   )
 
