@@ -8,6 +8,7 @@ files (`trace_files.py`).
 """
 
 import functools
+import itertools
 import os
 import pathlib
 from collections import defaultdict
@@ -136,11 +137,21 @@ class Trace:
 
 
 def _newest(places: list[_Place]) -> list[_Place]:
-  """The places of the newest session that has all rows; [] if none has."""
+  """The places of the newest session that has all rows; [] if none has.
+
+  Raises:
+    ValueError: A session has a row of the record twice.
+  """
   for session in sorted({place.chunk.session for place in places})[::-1]:
     own = [place for place in places if place.chunk.session == session]
-    rows = set().union(*(place.entry.rows for place in own))
-    if rows == set(range(own[0].entry.batch_size)):
+    rows = sorted(itertools.chain(*(place.entry.rows for place in own)))
+    if len(set(rows)) < len(rows):
+      entry = own[0].entry
+      raise ValueError(
+        f'{own[0].chunk.path.parent}: session {session} has rows of batch '
+        f'{entry.batch} of {entry.kind!r} at step {entry.step} twice'
+      )
+    if rows == [*range(own[0].entry.batch_size)]:
       return own
   return []
 
@@ -174,7 +185,7 @@ def read(folder: str | os.PathLike[str]) -> Trace:
 
   Raises:
     ValueError: There is no trace, or a file of it is damaged, missing or of
-      another trace; what differs is listed.
+      another trace, and what differs is listed; or a record is there twice.
   """
   folder = pathlib.Path(folder).expanduser()
   header = trace_files.read_header(folder)

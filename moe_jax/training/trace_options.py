@@ -11,6 +11,8 @@ from moe_jax.models.recorded import Apply, plainly, recording
 from moe_jax.option_checks import unknown_text
 from moe_jax.options import Options, at_least, no_effect, one_of, option
 
+# Kinds of records that are not those of an evaluation.
+_OTHERS = ('train', 'generate')
 _TRAINS = {'every_steps': at_least(1)}
 
 
@@ -94,6 +96,11 @@ class TraceOptions(Options):
     for name in self.names(evals):
       if name not in evals:
         yield unknown_text('evaluation trace.evaluations', name, evals)
+      elif name in _OTHERS:
+        yield (
+          f'trace.evaluations={self.evaluations!r}: the evaluation {name!r} has '
+          f'a name that other records have; {list(_OTHERS)} are taken'
+        )
     for name in ('logits', 'dtype'):
       value = getattr(self, name)
       if not self.is_on and value != getattr(type(self)(), name):

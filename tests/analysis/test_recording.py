@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import base
 from moe_jax import generate
 from moe_jax.analysis import record_evaluation, traces
 from moe_jax.analysis.token_counts import choices
@@ -151,6 +152,10 @@ def test_an_unknown_evaluation_is_refused():
     tiny.options(trace={'evaluations': 'train_capacity, train_cap'})
   with pytest.raises(OptionError, match='where nothing is recorded'):
     tiny.options(trace={'logits': True})
+  with pytest.raises(OptionError, match="'train' has a name that other"):
+    tiny.options(
+      trace={'evaluations': 'all'}, evals={'train': base.evaluation()}
+    )
 
 
 def test_steps_are_counted_from_the_first_that_is_recorded():

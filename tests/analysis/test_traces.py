@@ -109,6 +109,14 @@ def test_records_are_read_as_written(tmp_path):
     traces.write(tmp_path / 'trace', HEADER, records)
 
 
+def test_a_record_that_is_there_twice_is_refused(tmp_path):
+  with Writer(tmp_path, HEADER) as writer:
+    writer.add(make(3))
+    writer.add(make(3))
+  with pytest.raises(ValueError, match="batch 0 of 'train' at step 3 twice"):
+    traces.read(tmp_path)
+
+
 def test_float32_loses_nothing(tmp_path):
   header = dataclasses.replace(HEADER, dtype='float32')
   traces.write(tmp_path, header, [make()])
