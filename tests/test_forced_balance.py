@@ -77,9 +77,7 @@ def test_a_run_says_that_its_balance_is_forced(run, capsys):
 def test_records_of_a_finished_run_say_it(run, tmp_path, capsys):
   workdir = f'--workdir={run[0]}'
   text, again = tmp_path / 'text', tmp_path / 'again'
-  generate.main(
-    [workdir, '--prompt=a', '--num_tokens=2', f'--trace={text}']
-  )
+  generate.main([workdir, '--prompt=a', '--num_tokens=2', f'--trace={text}'])
   assert f'; {SAID}' in traces.read(text).header.note
   capsys.readouterr()
   record_evaluation.main([workdir, f'--trace={again}', '--num_batches=1'])

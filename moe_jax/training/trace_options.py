@@ -98,8 +98,8 @@ class TraceOptions(Options):
         yield unknown_text('evaluation trace.evaluations', name, evals)
       elif name in _OTHERS:
         yield (
-          f'trace.evaluations={self.evaluations!r}: the evaluation {name!r} has '
-          f'a name that other records have; {list(_OTHERS)} are taken'
+          f'trace.evaluations={self.evaluations!r}: evaluation {name!r} has a '
+          f'name that other records have; {list(_OTHERS)} are taken'
         )
     for name in ('logits', 'dtype'):
       value = getattr(self, name)
