@@ -125,6 +125,8 @@ def drop_figure(sums: RouteSums) -> Figure:
   rates, what = route_findings.unserved_rates, 'tokens without expert'
   if dropped:
     rates, what = route_findings.drop_rates, 'dropped choices'
+    if any(s.info.second_policy != 'all' for s in layers.values()):
+      what = 'choices not served'
   figure, panels = _pair()
   length = max(sums.length.values())
   for axes, where in zip(panels, ('row', 'document'), strict=True):

@@ -147,9 +147,9 @@ def _layers(found: Findings) -> Section | None:
       'next. If it does, the experts of the next layer could be fetched '
       'before their router has run.',
       f'It holds {span(net, ".1f")} % of the entropy of the next one. '
-      'Guessing the expert that follows most often is right in '
-      f'{span(gain, ".1f")} points of the tokens more than always guessing '
-      'the busiest expert.',
+      'Guessing the expert that follows most often is right for '
+      f'{span(gain, ".1f")} percentage points more of the tokens than always '
+      'guessing the busiest expert.',
       'In the heat maps, rows are experts of one layer and columns those of '
       'the next; in the picture of flows, thick lines are many tokens and dark '
       'lines are far from chance.',
@@ -215,6 +215,7 @@ def _labels(found: Findings) -> Section:
 
 def _drops(found: Findings) -> Section:
   layers = found.sums.layers
+  unsent = any(s.info.second_policy != 'all' for s in layers.values())
   dropped, unserved = (
     {n: 100 * float(rates(s.by_column, 1)[0]) for n, s in layers.items()}
     for rates in (route_findings.drop_rates, route_findings.unserved_rates)
@@ -226,8 +227,10 @@ def _drops(found: Findings) -> Section:
       'Choices are dropped where an expert has no room left. If tokens are '
       'served in the order of their row, those at its end are dropped more; '
       'the place in the document shows what that does to texts.',
-      f'{span(dropped, ".1f")} % of choices are dropped, and '
+      f'{span(dropped, ".1f")} % of choices are '
+      f'{"not served" if unsent else "dropped"}, and '
       f'{span(unserved, ".1f")} % of tokens have no expert at all.',
+      *[route_tables.UNSENT] * unsent,
     ],
     {'drops': route_lines.drop_figure(found.sums)},
     [route_tables.drop_table(found.sums)],

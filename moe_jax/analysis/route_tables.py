@@ -17,6 +17,9 @@ from moe_jax.analysis.text_tables import ValueTable
 from moe_jax.routing.load_summary import load_summary
 
 _QUARTERS = 4
+UNSENT = (
+  'In training, choices that a second policy did not send are among them.'
+)
 
 
 def load_table(sums: RouteSums) -> ValueTable:
@@ -139,8 +142,9 @@ def drop_table(sums: RouteSums) -> ValueTable:
     )
   names = ['first choices', 'second choices'][:ranks]
   quarters = [f'row, quarter {i + 1}' for i in range(_QUARTERS)]
+  unsent = any(s.info.second_policy != 'all' for s in sums.layers.values())
   columns = [
-    'dropped',
+    'not served' if unsent else 'dropped',
     *names,
     'tokens unserved',
     *quarters,
@@ -152,10 +156,10 @@ def drop_table(sums: RouteSums) -> ValueTable:
   return ValueTable(
     'drops',
     'Dropped choices by rank and by place',
-    'Shares of choices whose expert had no room. An unserved token has no '
+    'Shares of choices that were not served. An unserved token has no '
     'expert at all, because its choices were dropped or no expert took it. '
     'Quarters of the row are places in it; quarters of the document are places '
-    'in the document, in units of the length of a row.',
+    'in the document, in units of the length of a row.' + f' {UNSENT}' * unsent,
     {'layer': 'd', **{name: '.1%' for name in columns}},
     rows,
   )

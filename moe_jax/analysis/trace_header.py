@@ -67,4 +67,5 @@ def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
     group_size=S,
     by_expert=moe.router.by_expert,
     sequence=model.sequence_of(layer).rstrip('_'),
+    second_policy=moe.router.second_policy,
   )

@@ -23,9 +23,10 @@ class LayerChoices(NamedTuple):
   Attributes:
     expert: int32 [B, T, K'], the number of the expert; -1 where there is no
       choice: in padding, and where experts choose, beyond a token's last one.
-    gate: float32 [B, T, K'], the weight of the expert's output, rounded to the
-      header's dtype; 0 where the choice is not kept.
-    kept: bool [B, T, K'], whether the choice was served.
+    gate: float32 [B, T, K'], the weight of the expert's output before output
+      masking, rounded to the header's dtype; 0 where the choice is not kept.
+    kept: bool [B, T, K'], whether the router's queues served the choice. Rows
+      for which an exchange had no room count as served.
     logits: float32 [B, T, E], the logits of which the router's losses are, to
       which no noise is added, rounded in the same way; None where they were not
       recorded or the router has none. E counts columns, where experts share
@@ -77,6 +78,9 @@ class LayerInfo:
     group_size: The number of tokens in a group in training; 0 is not known.
     by_expert: Whether experts choose tokens.
     sequence: '' or 'encoder', the sequence whose tokens the layer sees.
+    second_policy: The rule by which training sends choices after a token's
+      first one; with another one than 'all', choices that were not sent are
+      among those that are not kept.
   """
 
   num_experts: int
@@ -85,6 +89,7 @@ class LayerInfo:
   group_size: int = 0
   by_expert: bool = False
   sequence: str = ''
+  second_policy: str = 'all'
 
 
 @dataclasses.dataclass(frozen=True)

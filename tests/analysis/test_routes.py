@@ -1,12 +1,19 @@
 """The command that analyses traces, and the page that it writes."""
 
 import csv
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
-from moe_jax.analysis import route_comparisons, routes, traces
+from moe_jax.analysis import (
+  route_comparisons,
+  route_sums,
+  route_tables,
+  routes,
+  traces,
+)
 from moe_jax.analysis.route_page import PAGE, TEXT
 from moe_jax.analysis.text_tables import ValueTable
 from moe_jax.analysis.traces import (
@@ -185,13 +192,36 @@ def test_nothing_but_padding():
 
   class Empty:
     header = Header(layers, 1, 4, 7)
-    kinds = ('train',)
+    kinds, incomplete = ('train',), 2
     steps_of = staticmethod(lambda kind: (0,))
     records = staticmethod(lambda *args: iter([one]))
 
   part = routes.part_of(Empty(), 'padding')
   names = [section.name for section in part.sections]
   assert names == ['load', 'labels', 'drops', 'gates']
+  assert any(
+    fact.startswith('2 records of the trace are') for fact in part.facts
+  )
+
+
+def test_choices_that_were_not_sent_are_not_called_dropped(tmp_path):
+  layers = {3: LayerInfo(6, 2, second_policy='sampled')}
+  header = dataclasses.replace(HEADER, layers=layers)
+  own = [r for r in records('train', 0) if not r.sequence]
+  sums = route_sums.collect(
+    header, [r._replace(layers={3: r.layers[3]}) for r in own]
+  )
+  table = route_tables.drop_table(sums)
+  assert 'not served' in table.columns and 'dropped' not in table.columns
+  assert 'a second policy did not send' in table.note
+
+
+def test_churn_is_of_the_steps_that_are_asked_for(tmp_path):
+  trace = traces.read(write(tmp_path, kinds=('valid',)))
+  (section,), _ = route_comparisons.churn_sections(trace, range(5, 99))
+  assert [row[:2] for row in section.tables[0].rows] == [[20, 10]] * 3
+  sections, (note,) = route_comparisons.churn_sections(trace, range(5))
+  assert not sections and 'needs an evaluation' in note
 
 
 BAD = {

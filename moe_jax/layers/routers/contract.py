@@ -205,6 +205,8 @@ class RouterOptions(Options):
       tied or masked; see `Sizes.tied`.
     takes_choices: Whether the module's `route` takes choices that are imposed
       on it, its argument `given`.
+    second_policy: The rule by which training sends choices after a token's
+      first one; 'all' sends every choice.
   """
 
   by_expert: ClassVar[bool] = False
@@ -213,6 +215,7 @@ class RouterOptions(Options):
   needs_whole_rows: ClassVar[bool] = False
   has_columns: ClassVar[bool] = False
   takes_choices: ClassVar[bool] = False
+  second_policy: ClassVar[str] = 'all'
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
     """The problems that this router has with sizes, a text for each.
