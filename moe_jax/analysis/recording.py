@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from moe_jax import distributed
 from moe_jax.analysis import trace_files
@@ -202,7 +203,11 @@ class Recorder:
   def _report(self) -> None:
     if self._error is not None and not self._said:
       self._said = True
-      self._message(f'the trace of choices ends: {self._error!r}')
+      text = f'the trace of choices ends: {self._error!r}'
+      if jax.process_index():  # whose messages are not shown
+        logging.error(text)
+      else:
+        self._message(text)
 
   def _work(self, writer: Writer) -> None:
     while (item := self._queue.get()) is not None:

@@ -145,7 +145,7 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
   Args:
     trace: A trace with records of the same batches at several steps.
     kind: The name of the evaluation.
-    steps: The steps to compare; None takes all, of more than 50 an even
+    steps: The steps to compare; None takes all. Of more than 50 it is an even
       selection with the first and the last.
 
   Raises:
@@ -153,9 +153,9 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
   """
   if steps is None:
     steps = trace.steps_of(kind)
-    if len(steps) > _MAX_STEPS:
-      chosen = np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)
-      steps = [steps[i] for i in chosen]
+  if len(steps) > _MAX_STEPS:
+    chosen = np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)
+    steps = [steps[i] for i in chosen]
 
   def change(step: int, other: int) -> Change:
     both = (trace.records(kind, (s,)) for s in (step, other))

@@ -30,16 +30,20 @@ def churn_section(kind: str, found: Churn) -> Section:
       'The same tokens are routed at several steps. If routing settles early, '
       'few tokens change their expert later on.',
       f'From step {last.other} to step {last.step}, {_changed(last.layers)} of '
-      f'tokens changed their first choice; from step {found.to_last[0].step} '
-      f'on it were {_changed(found.to_last[0].layers)}.',
+      f'tokens changed their first choice; since step '
+      f'{found.to_last[0].step}, {_changed(found.to_last[0].layers)} did.',
     ],
     {name: route_lines.churn_figure(found)},
     [
       route_tables.churn_table(
-        name, f'Choices of {kind} that changed since', found.from_before
+        name,
+        f'Choices of {kind} that changed since the step before',
+        found.from_before,
       ),
       route_tables.churn_table(
-        f'{name}_to_last', f'Choices of {kind} until the end', found.to_last
+        f'{name}_to_last',
+        f'Choices of {kind} that changed until the last step',
+        found.to_last,
       ),
     ],
   )
@@ -50,14 +54,22 @@ def _changed(layers: Mapping[int, Agreement]) -> str:
   return f'{route_sections.span(share, ".1f")} %'
 
 
-def churn_sections(trace: Trace) -> tuple[list[Section], list[str]]:
-  """Sections on changes of evaluations, and why there are none of others."""
+def churn_sections(
+  trace: Trace, steps: Container[int] | None = None
+) -> tuple[list[Section], list[str]]:
+  """Sections on changes of evaluations, and why there are none of others.
+
+  Args:
+    trace: The trace.
+    steps: The numbers of steps; None takes all.
+  """
   sections, notes = [], []
   for kind in trace.kinds:
-    if kind == TRAIN or len(trace.steps_of(kind)) < 2:
+    own = [s for s in trace.steps_of(kind) if steps is None or s in steps]
+    if kind == TRAIN or len(own) < 2:
       continue
     try:
-      found = route_churn.churn(trace, kind)
+      found = route_churn.churn(trace, kind, own)
     except ValueError as error:
       notes.append(f'The churn of {kind!r} is not known: {error}.')
     else:

@@ -88,7 +88,7 @@ def part_of(
   found = route_findings.find(sums, labels, seed)
   facts = _facts(trace, kind, sums, own)
   sections = route_sections.sections(found)
-  churn, notes = route_comparisons.churn_sections(trace)
+  churn, notes = route_comparisons.churn_sections(trace, steps)
   return Part(name, f'{title}, {kind}', facts + notes, sections + churn)
 
 
@@ -106,18 +106,27 @@ def _facts(
 ) -> list[str]:
   """Sentences on what is analysed, and what is not."""
   others = [other for other in trace.kinds if other != kind]
+  when = f'{len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}'
+  if len(steps) == 1:
+    when = f'step {steps[0]:,}'
   facts = [
-    f'{sums.records:,} records of {kind!r} at {len(steps):,} steps from '
-    f'{steps[0]:,} to {steps[-1]:,} hold {sums.tokens:,} tokens. Where a token '
-    'has several choices, transitions, specialisation and positions are about '
-    'its first one.'
+    f'{sums.records:,} records of {kind!r} at {when} hold {sums.tokens:,} '
+    'tokens. Where a token has several choices, transitions, specialisation '
+    'and positions are about its first one.'
   ]
   if others:
     facts.append(f'The trace has other records, too: {", ".join(others)}.')
+  if trace.incomplete:
+    facts.append(
+      f'{trace.incomplete:,} records of the trace are left out, because a '
+      'process was killed before it wrote its rows.'
+    )
   if trace.header.note:
     facts.append(f'Note of the trace: {trace.header.note}')
   if len(trace.header.sources) < 2:
-    facts.append('The trace has one source at most, so domains are not told.')
+    facts.append(
+      'The trace has one source at most, so nothing is said about domains.'
+    )
   return facts
 
 
