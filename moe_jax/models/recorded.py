@@ -86,7 +86,9 @@ def _recorded(model: Model, layer: int, found, logits: bool, dtype) -> Recorded:
   kind = expert_type(model.moes[layer].sizes.num_retained)
   none = jnp.iinfo(kind).max
   if logits and LOGITS in found:
-    own = to_rows(found[LOGITS], *chosen.gate.shape[:2]).astype(dtype)
+    own = to_rows(found[LOGITS], *chosen.gate.shape[:2])
+    most = jnp.finfo(dtype).max  # so that none becomes infinite
+    own = jnp.clip(own, -most, most).astype(dtype)
   return Recorded(
     expert=jnp.where(chosen.expert < 0, none, chosen.expert).astype(kind),
     gate=chosen.gate.astype(dtype),
