@@ -3,8 +3,9 @@
     python -m moe_jax.analysis.record_evaluation --workdir=runs/tiny \
       --trace=traces/tiny --num_batches=16
 
-The capacity is that of training, or with --room_for_all there is no
-bound; the record's kind is 'loss'. Not here: recording while a run trains (`trace_hook.py`).
+The capacity is that of training; with --room_for_all there is no bound. The
+record's kind is 'loss'. Not here: recording while a run trains
+(`trace_hook.py`).
 """
 
 import argparse
