@@ -174,7 +174,8 @@ def drop_rates(counts: np.ndarray, num_parts: int | None = None) -> np.ndarray:
 
   Args:
     counts: `LayerSums.by_column` or `by_position`, int [parts, 4].
-    num_parts: Number of parts that these are merged into; None keeps them.
+    num_parts: Number of parts that these are merged into, of which the last are
+      empty if there are fewer; None keeps them.
 
   Returns:
     float [parts]; NaN where nothing was chosen.
@@ -247,7 +248,7 @@ def token_entropy(layer: LayerSums, ids: np.ndarray | list[int]) -> float:
 
 def _merged(counts: np.ndarray, num_parts: int | None) -> np.ndarray:
   if num_parts is not None:
-    parts = np.array_split(counts, min(num_parts, len(counts)))
+    parts = np.array_split(counts, num_parts)  # the last may be empty
     counts = np.array([part.sum(0) for part in parts])
   return counts.T
 

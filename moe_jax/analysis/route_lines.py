@@ -128,12 +128,12 @@ def drop_figure(sums: RouteSums) -> Figure:
     if any(s.info.second_policy != 'all' for s in layers.values()):
       what = 'choices not served'
   figure, panels = _pair()
-  length = max(sums.length.values())
   for axes, where in zip(panels, ('row', 'document'), strict=True):
     for (number, layer), colour in zip(
       layers.items(), _shades(len(layers)), strict=True
     ):
       counts = layer.by_column if where == 'row' else layer.by_position
+      length = sums.length.get(layer.info.sequence, 0)
       middle = (np.arange(len(counts)) + 0.5) / len(counts) * length
       axes.plot(middle, rates(counts), color=colour, label=f'layer {number}')
     axes.set_title(f'By place in the {where}', loc='left')

@@ -61,7 +61,6 @@ class LayerSums:
   info: LayerInfo
   vocab_size: dataclasses.InitVar[int]
   num_sources: dataclasses.InitVar[int]
-  num_parts: dataclasses.InitVar[int]
   time_bins: dataclasses.InitVar[int]
   previous: int | None = None
   previous_experts: dataclasses.InitVar[int] = 0
@@ -75,7 +74,6 @@ class LayerSums:
     self,
     vocab_size: int,
     num_sources: int,
-    num_parts: int,
     time_bins: int,
     previous_experts: int,
   ) -> None:
@@ -84,13 +82,18 @@ class LayerSums:
     self.load, self.kept, self.first = zeros(E), zeros(E), zeros(E)
     self.by_rank, self.gate_sums = zeros(E, 2), np.zeros(E)
     self.gates = zeros(GATE_BINS)
-    self.by_column, self.by_position = zeros(num_parts, 4), zeros(num_parts, 4)
     self.pairs, self.following = zeros(E, E), zeros(previous_experts, E)
     # Pages of ids that do not occur are never touched.
     self.tokens = np.zeros((vocab_size, E), np.int32)
-    self.positions, self.over_time = zeros(num_parts, E), zeros(time_bins, E)
+    self.over_time = zeros(time_bins, E)
+    self.cut(NUM_PARTS)
     self.documents = LabelledDocuments(num_sources, E) if num_sources else None
     self.evenness: list[dict[str, float]] = []
+
+  def cut(self, num_parts: int) -> None:
+    """Begins the sums by place, of so many parts."""
+    self.by_column, self.by_position = np.zeros((2, num_parts, 4), np.int64)
+    self.positions = np.zeros((num_parts, self.info.num_experts), np.int64)
 
   def add(
     self,
@@ -209,7 +212,6 @@ class RouteSums:
     self.length: dict[str, int] = {}
     self.layers: dict[int, LayerSums] = {}
     before: dict[str, int] = {}  # the last layer of each sequence
-    num_parts = min(NUM_PARTS, header.seq_len or NUM_PARTS)
     for number, info in sorted(header.layers.items()):
       last = before.get(info.sequence)
       experts = header.layers[last].num_experts if last is not None else 0
@@ -217,7 +219,6 @@ class RouteSums:
         info,
         header.vocab_size,
         len(header.sources),
-        num_parts,
         len(split),
         previous=last,
         previous_experts=experts,
@@ -228,8 +229,7 @@ class RouteSums:
     """Adds the choices in a batch."""
     batch = (record.tokens, record.positions, record.documents, record.sources)
     tokens = route_counts.real_tokens(*batch, self._rng)
-    T = record.tokens.shape[1]
-    length = self.length.setdefault(record.sequence, T)
+    length = self._length_of(record)
     time_bin = self._bins.get(int(record.step), 0)
     firsts: dict[int | None, np.ndarray] = {}
     for number, choices in sorted(record.layers.items()):
@@ -245,6 +245,16 @@ class RouteSums:
         )
     self.records += 1
     self.tokens += len(tokens.place)
+
+  def _length_of(self, record: Record) -> int:
+    """The places of a row of the sequence; those of its first record."""
+    name = record.sequence
+    if name not in self.length:
+      self.length[name] = T = record.tokens.shape[1]
+      for layer in self.layers.values():
+        if layer.info.sequence == name:
+          layer.cut(min(NUM_PARTS, T))
+    return self.length[name]
 
 
 def collect(

@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.analysis import route_churn, route_findings, route_sums
+from moe_jax.analysis import (
+  route_churn,
+  route_findings,
+  route_lines,
+  route_sums,
+  route_tables,
+)
 from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
@@ -118,6 +124,32 @@ def test_repeats_and_drops_of_a_loop():
   lost = ~kept.any(-1)[real]
   told = lost.mean()
   assert route_findings.unserved_rates(layer.by_column, 1) == [told]
+
+
+@pytest.mark.parametrize('length', [2, 3])
+def test_each_sequence_is_cut_by_its_own_length(length):
+  layers = {1: LayerInfo(E, K, sequence='encoder'), 4: LayerInfo(E + 2, K)}
+  one = record()
+  encoder = one._replace(sequence='encoder', layers={1: one.layers[1]})
+  short = {
+    name: getattr(one, name)[:, :length]
+    for name in ('tokens', 'positions', 'documents', 'sources')
+  }
+  own = LayerChoices(*(x[:, :length] for x in one.layers[4][:3]))
+  decoder = one._replace(**short, layers={4: own})
+  sums = route_sums.collect(
+    header(layers=layers, seq_len=length), [encoder, decoder]
+  )
+  assert [len(s.by_column) for s in sums.layers.values()] == [T, length]
+  np.testing.assert_array_equal(
+    sums.layers[1].by_column[:, 0], [B] * 17 + [0] * 3
+  )
+  rates = route_findings.drop_rates(sums.layers[4].by_column, 4)
+  assert np.isnan(rates).tolist() == [i >= length for i in range(4)]
+  assert len(route_tables.drop_table(sums).rows) == 2
+  first, *_ = route_lines.drop_figure(sums).axes
+  ends = [line.get_xdata()[-1] for line in first.lines]
+  assert ends == [T - 0.5, length - 0.5]
 
 
 def of_first(first, tokens, **changes):
