@@ -169,9 +169,10 @@ def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, wrong):
   with pytest.raises(ValueError, match=f'after {wrong} steps is another one'):
     for batch in new.batches(0):
       if len(taken) == 3:
-        hook.end(new, state)
+        hook.saving()
       new.train_step(state, batch)
-  # The first one is found before its step, others before the next.
+  # The first one is found before its step, others before the next or before
+  # the state is saved.
   assert len(taken) == (wrong + 1 if wrong else 0)
 
 
