@@ -135,7 +135,11 @@ class Recorder:
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None
     self._said = False
-    trace_files.check(self._folder, header)
+    try:
+      trace_files.check(self._folder, header)
+    except ValueError as error:
+      text = f'{error}; move this folder away to record anew'
+      raise ValueError(text) from None
 
   def begin(self, step: int) -> None:
     """Begins at the first call; all processes make it at the same moment.

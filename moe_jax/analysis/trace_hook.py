@@ -36,20 +36,26 @@ class Traces(Hook):
   def __init__(self):
     self._recorder: Recorder | None = None
 
-  def start(self, run: Run) -> None:
-    """Wraps the step and the evaluations that are recorded.
+  def check(self, run: Run) -> None:
+    """Finds out whether the choices can be recorded.
 
     Raises:
       ValueError: The workdir has the trace of another run.
     """
+    if run.options.trace.is_on and run.model.sparse_layers:
+      say = lambda text: run.message(text)  # noqa: E731  hooks change it later
+      folder = run.workdir / FOLDER
+      self._recorder = Recorder(folder, header_of(run), run.model, say)
+
+  def start(self, run: Run) -> None:
+    """Wraps the step and the evaluations that are recorded."""
     o = run.options.trace
-    if not o.is_on:
+    if self._recorder is None:
+      if o.is_on:
+        run.message(
+          'trace: the model has no sparse layers; nothing is recorded'
+        )
       return
-    folder = run.workdir / FOLDER
-    if not run.model.sparse_layers:
-      run.message('trace: the model has no sparse layers; nothing is recorded')
-      return
-    self._recorder = Recorder(folder, header_of(run), run.model, run.message)
     if o.every_steps:
       run.train_step = _RecordedStep(run.train_step, o, self._recorder)
     names = o.names(run.options.loss_evals)
@@ -64,7 +70,9 @@ class Traces(Hook):
       else each
       for each in run.evaluations
     ]
-    run.message(f'trace: choices of experts are recorded in {folder}')
+    run.message(
+      f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
+    )
 
   def saving(self) -> None:
     """Writes all records before the checkpoint, so that no step is missing."""

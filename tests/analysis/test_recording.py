@@ -28,6 +28,7 @@ def first_step(folder, devices, **overrides):
   run.message = lambda text: None
   state, hook = run.programs.init_state(), Traces()
   variables = jax.tree.map(np.asarray, state.variables)
+  hook.check(run)
   hook.start(run)
   batch = next(run.batches(0))
   host = {name: np.asarray(values) for name, values in batch.items()}
@@ -145,6 +146,14 @@ def test_choices_of_experts(tmp_path):
     assert probs[row, took, expert].min() >= others.max(initial=0.0) - 1e-7
     gate = own.gate[row][own.expert[row] == expert]
     np.testing.assert_allclose(gate, probs[row, took, expert], atol=1e-6)
+
+
+def test_a_foreign_trace_is_refused_before_a_run_begins(tmp_path):
+  traces.write(tmp_path / 'trace', traces.Header({}), [])
+  options = tiny.options(trace=EVERY_STEP, sample=NO_SAMPLE)
+  run = set_up(options, tmp_path, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r'(?s)layers: .* to record anew$'):
+    Traces().check(run)
 
 
 def test_an_unknown_evaluation_is_refused():
