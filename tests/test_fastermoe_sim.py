@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import fastermoe_sim
-from experiments.faster_moe import clusters, expert_counts, simulate
+from experiments.faster_moe import (
+  clusters,
+  expert_counts,
+  simulate,
+  simulated_tables,
+)
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Chosen, Counts
 from moe_jax.analysis import traces
@@ -224,6 +229,26 @@ def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
   assert len(rows) == 9 * (2 * 2 + 2) + 7 * 2 and 'simulated_ms' in rows[0]
   pictures = {path.name for path in folder.glob('*.png')}
   assert pictures == {'roofline.png', 'seconds.png', 'speed_ups.png'}
+
+
+@pytest.mark.parametrize(
+  ('topology', 'outgoing', 'applied', 'said'),
+  [
+    # Of 16 tokens 0.3 are 4, and the 0.0496 of the formula none.
+    ('johnny', 0.3, 0.25, 'lets 25.0 % of '),
+    ('johnny', 0.3, 0.25, ' (as given, rounded down to whole tokens).'),
+    ('johnny', -1, 0.0, " (by the paper's formula, rounded down to whole "),
+    ('tpu:2x2', 0.3, 1.0, 'No gate: tpu:2x2 is not divided into nodes.'),
+  ],
+)
+def test_headings_tell_the_gate(topology, outgoing, applied, said, monkeypatch):
+  monkeypatch.setattr(fastermoe_sim, 'DRAWN', 16)
+  argv = ['--counts=uniform', '--steps=1', f'--topology={topology}']
+  options = fastermoe_sim.parse([*argv, f'--outgoing={outgoing}'])
+  ((case,), _) = fastermoe_sim.cases(options)
+  text = simulated_tables.heading(case)
+  assert said in text and ', 1 step of 1 layer, ' in text
+  assert case.counts.outgoing == applied
 
 
 def test_a_roofline_of_any_config(tmp_path, monkeypatch):

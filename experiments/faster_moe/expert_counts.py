@@ -60,7 +60,10 @@ class Counts(NamedTuple):
       W].
     gated: The same under the topology-aware gate; None where a cluster has no
       nodes.
-    rows: The number of recorded rows that each counted row stands for.
+    rows: The number of simulated rows that each recorded row stands for.
+    outgoing: The share of a device's tokens that the gate lets leave its node,
+      rounded down to whole tokens; 1.0 where there is no gate.
+    is_formula: Whether that share is by the paper's formula, not a given one.
   """
 
   step: Int[np.ndarray, ' R']
@@ -68,6 +71,8 @@ class Counts(NamedTuple):
   counts: Int[np.ndarray, 'R E W']
   gated: Int[np.ndarray, 'R E W'] | None
   rows: float
+  outgoing: float = 1.0
+  is_formula: bool = True
 
 
 def recorded(
@@ -165,8 +170,8 @@ def counts_of(
   Args:
     chosen: The choices of each batch and layer.
     cluster: The machine.
-    tokens_per_device: Number of tokens that a device is to have: each of those
-      that are counted stands for as many; 0 takes them as they are.
+    tokens_per_device: Number of tokens that a device is to have: each recorded
+      one stands for as many as that takes; 0 keeps those recorded.
     outgoing: Share of a device's tokens that the gate lets leave the node; None
       takes the paper's formula.
 
@@ -174,7 +179,8 @@ def counts_of(
     DoesNotDivide: A batch or the experts cannot be divided over the devices.
     ValueError: There are no choices.
   """
-  step, layer, counts, gated, rows = [], [], [], [], 1.0
+  step, layer, counts, gated = [], [], [], []
+  rows = leaving = 1.0
   rng = np.random.default_rng(0)
   for one in chosen:
     _check(one, cluster)
@@ -184,7 +190,9 @@ def counts_of(
     layer.append(one.layer)
     counts.append(_count(one.expert, one.num_experts, cluster, rows))
     if cluster.num_nodes > 1:
-      limited = _limited(one, cluster, outgoing, rng)
+      limit = _limit_of(cluster, outgoing, per_device)
+      leaving = limit / per_device
+      limited = _limited(one, cluster, limit, rng)
       gated.append(_count(limited, one.num_experts, cluster, rows))
   if not counts:
     raise ValueError('no choices to simulate')
@@ -194,6 +202,8 @@ def counts_of(
     np.stack(counts),
     np.stack(gated) if gated else None,
     rows,
+    leaving,
+    outgoing is None,
   )
 
 
@@ -220,10 +230,15 @@ def _count(
   return np.rint(counts * rows).astype(np.int64)
 
 
+def _limit_of(cluster: Cluster, outgoing: float | None, tokens: int) -> int:
+  """L, the number of a device's tokens that may leave its node."""
+  return int((cluster.outgoing if outgoing is None else outgoing) * tokens)
+
+
 def _limited(
   chosen: Chosen,
   cluster: Cluster,
-  outgoing: float | None,
+  limit: int,
   rng: np.random.Generator,
 ) -> Int[np.ndarray, 'N K']:
   """The choices under the topology-aware gate.
@@ -233,7 +248,6 @@ def _limited(
   """
   N, K = chosen.expert.shape
   W, Q = cluster.num_devices, cluster.num_nodes
-  share = cluster.outgoing if outgoing is None else outgoing
   logits = chosen.logits
   if logits is None:
     logits = _stand_in(chosen, rng)
@@ -243,7 +257,7 @@ def _limited(
     jnp.asarray((chosen.expert >= 0).any(-1).reshape(W, N // W)),
     num_selected=K,
     num_nodes=Q,
-    limit=int(share * N / W),
+    limit=limit,
   )
   limited = np.asarray(limited).reshape(N, K)
   return np.where((chosen.expert >= 0).any(-1, keepdims=True), limited, -1)

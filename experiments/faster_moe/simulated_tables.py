@@ -101,18 +101,29 @@ def heading(case: Case) -> str:
   rows = counts.counts.sum() / (R * W)
   steps = len(set(counts.step.tolist()))
   layers = len(set(counts.layer.tolist()))
-  gate = ''
-  if counts.gated is not None:
-    gate = (
-      f' The gate lets {100 * case.cluster.outgoing:.1f} % of a '
-      "device's tokens leave the node by the paper's formula."
-    )
   return (
     f'SIMULATED, {case.source} on {case.cluster.name}: {E} experts on {W} '
-    f'devices, {steps} steps of {layers} layers, {rows:,.0f} rows a device '
-    f'(each counted row stands for {counts.rows:g}); M={sizes.M:,}, '
-    f'F={sizes.F:,}, {sizes.kernels} kernels, {sizes.bytes_per_element} bytes '
-    f'an element.{gate}'
+    f'devices, {_number(steps, "step")} of {_number(layers, "layer")}, '
+    f'{rows:,.0f} rows a device (each recorded row stands for '
+    f'{counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, '
+    f'{sizes.kernels} kernels, {sizes.bytes_per_element} bytes an element. '
+    f'{_gate(case)}'
+  )
+
+
+def _number(number: int, noun: str) -> str:
+  return f'{number} {noun}' + 's' * (number != 1)
+
+
+def _gate(case: Case) -> str:
+  """What the gate lets leave a node, in words."""
+  counts = case.counts
+  if counts.gated is None:
+    return f'No gate: {case.cluster.name} is not divided into nodes.'
+  source = "by the paper's formula" if counts.is_formula else 'as given'
+  return (
+    f"The gate lets {100 * counts.outgoing:.1f} % of a device's tokens leave "
+    f'the node ({source}, rounded down to whole tokens).'
   )
 
 
