@@ -221,11 +221,12 @@ def claims() -> list[Claim]:
     Claim('later tokens are dropped more', f'{LATE}: {TOP2} > 0'),
     Claim('later tokens are dropped more, top-1', f'{LATE}: {TOP1} > 0'),
     Claim(
-      'they are dropped more than the queue does by itself: random choices',
+      'later tokens are dropped more than the queue drops random choices',
       f'{LATE}: {TOP2} > {RANDOM}',
     ),
     Claim(
-      'it is the order of the queue: not so in random order',
+      'it is the order of the queue: in random order later tokens are dropped '
+      'no more',
       f'{SHUFFLED}: {TOP2} = 0 within 1',
     ),
     *(

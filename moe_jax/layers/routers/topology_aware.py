@@ -182,8 +182,9 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   def leak(self, sizes):
     """The reason why a limit leaks the future, and then that of slots.
 
-    Whether a token may leave depends on the scores of later ones. Where none
-    may, it does not. A group so small that the limit is 0 is not known here.
+    Whether a token may leave depends on the scores of later ones. Where no
+    token may leave, nothing depends on later ones. A group so small that the
+    limit is 0 is not known here.
     """
     if self.limits and self.fraction > 0:
       return (
