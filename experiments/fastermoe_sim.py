@@ -16,10 +16,11 @@ smart schedule, with both, and with the topology-aware gate. Writes tables,
 figures and a line for every step and layer to `--output`, with the command that
 made them. Nothing is measured.
 
-The layer has the widths of FastMoE's defaults, M=2048 and F=4096, unless
-`--config` names a model or `--width` and `--hidden` are given. A small run has
-few tokens: each of its rows stands for as many as give a device `--tokens`
-tokens. Without recorded logits the gate lets tokens choose again by chance.
+The layer has the widths that FastMoE's shadowing policy assumes, M=2048 and
+F=4096, unless `--config` names a model or `--width` and `--hidden` are given. A
+small run has few tokens: each of its rows stands for as many as give a device
+`--tokens` tokens. Without recorded logits the gate lets tokens choose again by
+chance.
 """
 
 import argparse
@@ -52,36 +53,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__.split('\n')[0],
     allow_abbrev=False,
   )
-  add, count = parser.add_argument, command_line.NOT_NEGATIVE
-  add('--trace', action='append', default=[], help='folder of a trace')
-  add(
-    '--counts',
-    action='append',
-    default=[],
-    choices=list(expert_counts.DRAWN),
-    help='counts that are drawn',
+  _add_choices(parser)
+  _add_sizes(parser)
+  parser.add_argument(
+    '--roofline', action='store_true', help='draw the roofline alone'
   )
-  add('--kind', default='', help="kind of a trace's records; '': training")
-  add(
-    '--topology',
-    action='append',
-    default=[],
-    help='; '.join((*clusters.NAMES, clusters.OTHERS)),
+  parser.add_argument(
+    '--output',
+    default='experiments/results/fastermoe_sim',
+    help='folder that is written',
   )
-  add('--dtype', default='float32', choices=list(clusters.BYTES), help='V100s')
-  add('--config', default='', help='model whose layer is simulated')
-  add('--width', type=count, default=0, help="M; 0: the config's, or 2048")
-  add('--hidden', type=count, default=0, help="F; 0: the config's, or 4096")
-  add(
-    '--tokens',
-    type=count,
-    default=clusters.TOKENS,
-    help='of a device; 0: as counted',
-  )
-  add('--steps', type=command_line.POSITIVE, default=100, help='most steps')
-  add('--outgoing', type=float, default=-1, help='share; -1: the formula')
-  add('--roofline', action='store_true', help='draw the roofline alone')
-  add('--output', default='experiments/results/fastermoe_sim', help='folder')
   options, overrides = command_line.parse_command(
     parser, argv, lambda options: options.config
   )
@@ -92,6 +73,70 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   if not (options.trace or options.counts):
     options.counts = list(expert_counts.DRAWN)
   return options
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument
+  add('--trace', action='append', default=[], help='folder of a trace')
+  add(
+    '--counts',
+    action='append',
+    default=[],
+    choices=list(expert_counts.DRAWN),
+    help='counts that are drawn',
+  )
+  add(
+    '--kind',
+    default='',
+    help="kind of a trace's records; '' takes those of training",
+  )
+  add(
+    '--topology',
+    action='append',
+    default=[],
+    help='; '.join((*clusters.NAMES, clusters.OTHERS)),
+  )
+  add(
+    '--dtype',
+    default='float32',
+    choices=list(clusters.BYTES),
+    help='type that V100s and the devices of nodes:... multiply and send',
+  )
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+  add, count = parser.add_argument, command_line.NOT_NEGATIVE
+  add('--config', default='', help='model whose layer is simulated')
+  add(
+    '--width',
+    type=count,
+    default=0,
+    help="M, the width of the model; 0 takes the config's, or 2048",
+  )
+  add(
+    '--hidden',
+    type=count,
+    default=0,
+    help="F, the hidden width of an expert; 0 takes the config's, or 4096",
+  )
+  add(
+    '--tokens',
+    type=count,
+    default=clusters.TOKENS,
+    help='tokens that a device is to have; 0 keeps those recorded',
+  )
+  add(
+    '--steps',
+    type=command_line.POSITIVE,
+    default=100,
+    help='largest number of steps that are simulated',
+  )
+  add(
+    '--outgoing',
+    type=float,
+    default=-1,
+    help="share of tokens that may leave a node; -1 takes the paper's formula",
+  )
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:

@@ -290,22 +290,21 @@ STUDY = Study(
   progress=byte_models.LOSS.name,
   remarks='Columns named SIMULATED are from a cost model, and no time was '
   'measured on any cluster: seconds of the experts of a layer of M=2,048 and '
-  'F=4,096'
-  ' in a training step, in float32 (bfloat16 on TPUs), with 4,096 tokens a '
-  'device, each recorded choice standing for as many as that takes. Nodes, '
-  'network and 90 % of the peak are from the paper; peaks (14 and 15.7 '
-  'TFLOP/s), PCIe 3.0 x16 (15.75 GB/s), NVLink (150 GB/s) and all of the '
-  "TPUs are the vendors' nominal numbers, and assumptions. A speed-up is "
-  'over the synchronous layer of the same choices. "Best number" shadows as'
-  ' many of the most popular experts as make the synchronous layer fastest '
-  'by the model. A device of johnny has 128 recorded tokens, one of trevor '
-  "32. The rules of shadowing are given a node's link to the network as the"
-  ' bandwidth of each of its devices. The simulated gate has a limit of '
-  '0.14 by the recorded logits, rounded down to whole tokens: 13.3 % on '
-  'johnny, 12.5 % on trevor, as in training. The schedule cannot pass its '
-  'bound in the model. Losses, and what leaves a node, are of models that '
-  'were trained for real; those of the gates 0.5 and 0.14 and as shipped '
-  'see later tokens (moe.allow_future_leak), "loss, no limit" does not.',
+  'F=4,096 in a training step, in float32 (bfloat16 on TPUs), with 4,096 '
+  'tokens a device, each recorded choice standing for as many as that takes. '
+  'Nodes, network and 90 % of the peak are from the paper; peaks (14 and 15.7 '
+  'TFLOP/s), PCIe 3.0 x16 (15.75 GB/s), NVLink (150 GB/s) and all of the TPUs '
+  "are the vendors' nominal numbers, and assumptions. A speed-up is over the "
+  'synchronous layer of the same choices. "Best number" shadows as many of the '
+  'most popular experts as make the synchronous layer fastest by the model. '
+  'A device of johnny has 128 recorded tokens, one of trevor 32. The rules of '
+  "shadowing are given a node's link to the network as the bandwidth of each "
+  'of its devices. The simulated gate has a limit of 0.14 by the recorded '
+  'logits, rounded down to whole tokens: 13.3 % on johnny, 12.5 % on trevor, '
+  'as in training. The schedule cannot pass its bound in the model. Losses, '
+  'and what leaves a node, are of models that were trained for real; those of '
+  'the gates 0.5 and 0.14 and as shipped see later tokens (moe.allow_future_leak), '
+  '"loss, no limit" does not.',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -24,7 +24,8 @@ BYTES = {'float32': 4, 'float16': 2}
 _PCIE = {'float32': 14e12, 'float16': 112e12}
 _SXM2 = {'float32': 15.7e12, 'float16': 125e12}
 _TORUS = re.compile(r'tpu:([1-9]\d?(?:x[1-9]\d?)*)')
-# Widths of an expert in FastMoE's defaults (FMOE_FASTER_GLBPLC_DMODEL, _ALPHA).
+# Widths that FastMoE's shadowing policy assumes, the defaults of its variables
+# FMOE_FASTER_GLBPLC_DMODEL and _ALPHA; a layer's own default is another.
 WIDTH, HIDDEN = 2048, 4096
 # Tokens of a device, an assumption: the references have no batch size.
 TOKENS = 4096
@@ -36,6 +37,12 @@ _NODES = re.compile(
   r'teraflops=([\d.]+)'
 )
 OTHERS = 'nodes:4x8:local=150:network=12.5:teraflops=14'
+# What the rules of shadowing are given as bandwidth, in the words of reports.
+_BY_NODE = (
+  "; the rules of shadowing are given a node's link to the network as the "
+  'bandwidth of each of its devices'
+)
+_BY_LINK = '; the rules of shadowing are given one link as that of each device'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +108,8 @@ def get(name: str, dtype: str = 'float32') -> Cluster:
       torus, 'tpu:4x4', or any nodes, as `OTHERS` describes them: numbers of
       nodes and of devices on each, GB/s each way of a device within its node
       and of a node to the network, TFLOP/s of a device's products.
-    dtype: Type of what V100s multiply and send; TPUs have bfloat16.
+    dtype: Type of what V100s, and the devices of `nodes:...`, multiply and
+      send; TPUs have bfloat16.
 
   Raises:
     ValueError: There is no such machine, or no such type.
@@ -146,7 +154,7 @@ def _v100s(
     f'{network * 8e-9:g} Gb/s a node, products at {GEMM:.0%} of the peak (from '
     f'the paper); peak {peak / 1e12:g} TFLOP/s of {dtype} (assumed: nominal, '
     f'NVIDIA), {link} {local / 1e9:g} GB/s each way between a device and the '
-    'switch of its node (assumed: nominal)'
+    f'switch of its node (assumed: nominal){_BY_NODE}'
   )
   return Cluster(machine, network, local, num_nodes, BYTES[dtype], row, said)
 
@@ -175,7 +183,7 @@ def _nodes(
     int(num_nodes),
     BYTES[dtype],
     '',
-    f'{name}: all numbers are those of the command, of {dtype}',
+    f'{name}: all numbers are those of the command, of {dtype}{_BY_NODE}',
   )
 
 
@@ -187,6 +195,7 @@ def _torus(name: str, shape: list[int]) -> Cluster:
     f'in the paper), peak {peak / 1e12:g} TFLOP/s of bfloat16 (assumed: '
     f'nominal, Google) at {GEMM:.0%}, {link / 1e9:g} GB/s each way on a link '
     '(assumed: a quarter of the nominal 1,600 Gb/s of a chip), with a link '
-    'from the last coordinate to the first (assumed)'
+    'from the last coordinate to the first (assumed; a small slice may lack '
+    f'it){_BY_LINK}'
   )
   return Cluster(machine, link, link, 1, 2, '', said)

@@ -1,8 +1,8 @@
 """Choices of experts of a trained run, at its end and at its checkpoints.
 
 Batches are those of the validation split, an equal number of each source of a
-mixture. Routers draw as in training, so that a random one draws anew for each
-batch; no other router of these studies draws anything. Not here: what choices
+mixture. Routers draw as in training: a random one draws its choices anew for
+each batch, and ST-MoE's which second choices are sent. Not here: what choices
 say (`moe_jax.analysis.route_findings`).
 """
 

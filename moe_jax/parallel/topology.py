@@ -227,7 +227,10 @@ def nodes(
 def torus(
   name: str, shape: Sequence[int], *, link: float, flops_per_second: float
 ) -> Topology:
-  """A torus of devices, as a slice of TPUs is.
+  """A torus of devices, as a whole pod of TPUs is.
+
+  A small slice of a pod may lack the links from the last coordinate to the
+  first, which all dimensions have here.
 
   A path goes along one dimension after another, the shorter way round. Of two
   ways of one length it takes that without the link from the last coordinate to
