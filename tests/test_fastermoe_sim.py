@@ -226,7 +226,11 @@ def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
   assert 'up to 1.95 *' in text and 'nan' not in text
   with (folder / 'rows.csv').open(encoding='utf-8') as file:
     rows = list(csv.DictReader(file))
-  assert len(rows) == 9 * (2 * 2 + 2) + 7 * 2 and 'simulated_ms' in rows[0]
+  assert len(rows) == 9 * (2 * 2 + 2) + 7 * 2
+  assert all(name.startswith('simulated_') for name in [*rows[0]][5:])
+  for row in rows:
+    above = float(row['simulated_n_max']) > float(row['simulated_r_F'])
+    assert row['simulated_n_max_above_r_F'] == str(above)
   pictures = {path.name for path in folder.glob('*.png')}
   assert pictures == {'roofline.png', 'seconds.png', 'speed_ups.png'}
 

@@ -48,7 +48,7 @@ from experiments import (
   switch_table7,
 )
 from experiments.benchmarks import timing
-from experiments.faster_moe import simulated_runs
+from experiments.faster_moe import clusters, simulate, simulated_runs
 from experiments.study import (
   byte_models,
   command,
@@ -600,6 +600,16 @@ def test_ratio_to_a_loss_is_told():
   assert math.isnan(switch_scaling.ratio_to(0.5, lengths, [1.0, 2.0]))
 
 
+def simulated_keys():
+  """The names of all numbers of a run with a trace."""
+  for name in clusters.NAMES:
+    for source in (simulated_runs.TRACE, simulated_runs.SKEWED):
+      for arm in simulate.ARMS:
+        prefix = simulated_runs.prefix_of(name, source, arm)
+        for column in simulated_runs.columns(prefix):
+          yield column.key
+
+
 def stand_in(config, number: float) -> dict[str, float]:
   """A result with every key that a run of this config has."""
   provenance = {
@@ -617,7 +627,7 @@ def stand_in(config, number: float) -> dict[str, float]:
   sizes = ('disk', 'memory', 'flops', 'tokens_per_second', 'speed')
   small = ('bytes', 'unused', 'zeros', 'code bits', 'metadata bits')
   result |= dict.fromkeys((*sizes, *small), number)
-  result |= dict.fromkeys(simulated_runs.keys(), number)
+  result |= dict.fromkeys(simulated_keys(), number)
   result |= {f'gate/{k}': number for k in ('leaving', 'kept_at_home')}
   result['whole/bytes'] = number
   for key in ('loss', 'bytes', 'speed'):

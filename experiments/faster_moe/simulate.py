@@ -121,11 +121,11 @@ def _simulate(
     seconds,
     bound,
     ratio,
-    3 * sizes.row_flops * rows / (cluster.num_devices * seconds),
+    cost_model.achieved(cluster.topology, sizes, rows, seconds),
     number,
     counts.shape[1],
     largest,
-    largest > np.maximum(number, 1) * sizes.kernels * sizes.F / 2,
+    largest > shadowing.least_rows(np.maximum(number, 1), sizes),
   )
 
 

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from experiments.faster_moe import simulate
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.simulate import ARMS, SYNCHRONOUS
-from experiments.faster_moe.simulated_tables import Case
-from experiments.study import claims
+from experiments.faster_moe.simulated_tables import Case, published
 from moe_jax.parallel import cost_model
 from moe_jax.parallel.cost_model import Sizes
 
@@ -59,13 +58,8 @@ def _bars(ax: Axes, case: Case, *, labelled: bool) -> None:
     total, best = simulate.speed_up(base, case.arms[name])
     ax.barh(y, total, color=_COLORS[name], alpha=0.7)
     ax.plot(best, y, 'o', color=_COLORS[name], ms=4)
-    column = ARMS[name].published
-    if case.cluster.published and column:
-      cell = claims.find(
-        f'fastermoe2022/throughput/{case.cluster.published}/{column}'
-      )
-      if cell.mark != 'unverified':
-        ax.plot([cell.value] * 2, [y - 0.45, y + 0.45], 'k-', lw=2)
+    if cell := published(case.cluster, name):
+      ax.plot([cell.value] * 2, [y - 0.45, y + 0.45], 'k-', lw=2)
   ax.axvline(1, color='gray', lw=0.8, ls=':')
   ax.set_yticks(range(len(names)), names if labelled else [], fontsize=7)
   ax.tick_params('x', labelsize=7)

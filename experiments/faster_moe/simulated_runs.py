@@ -22,8 +22,8 @@ OUTGOING = 0.14
 # Batches of drawn counts, and tokens of a device in each.
 STEPS, DRAWN = 20, 256
 TRACE, SKEWED = 'trace', 'skewed'
-SPEED_UP, BEST = 'SIMULATED speed-up', 'SIMULATED best layer'
-REACHED, SHADOWED = 'SIMULATED bound reached', 'SIMULATED shadowed'
+SPEED_UP, BEST_LAYER = 'SIMULATED speed-up', 'SIMULATED best layer'
+REACHED, SHADOWED_SHARE = 'SIMULATED bound reached', 'SIMULATED shadowed'
 UNEVEN = 'max/mean load'
 
 
@@ -31,9 +31,11 @@ def columns(prefix: str) -> list[Column]:
   """The columns of the numbers that `numbers` names with that prefix."""
   return [
     Column(SPEED_UP, f'{prefix}/speed_up', 'x', 2),
-    Column(BEST, f'{prefix}/best', 'x', 2),
+    Column(BEST_LAYER, f'{prefix}/best', 'x', 2),
     Column(REACHED, f'{prefix}/reached', '%', 0, lambda share: 100 * share),
-    Column(SHADOWED, f'{prefix}/shadowed', '%', 1, lambda share: 100 * share),
+    Column(
+      SHADOWED_SHARE, f'{prefix}/shadowed', '%', 1, lambda share: 100 * share
+    ),
     Column(UNEVEN, f'{prefix}/uneven', '', 1),
   ]
 
@@ -111,15 +113,6 @@ def _numbers(
     'shadowed': float(np.mean(arm.shadowed)) / arm.num_experts,
     'uneven': float((load.max(-1) / load.mean(-1)).mean()),
   }
-
-
-def keys() -> Iterator[str]:
-  """The names of all numbers of a run with a trace."""
-  for name in clusters.NAMES:
-    for source in (TRACE, SKEWED):
-      for arm in ARMS:
-        for column in columns(prefix_of(name, source, arm)):
-          yield column.key
 
 
 def values(result: Result, prefix: str) -> dict[str, float]:

@@ -13,9 +13,16 @@ import numpy as np
 from experiments.faster_moe import simulate
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Counts
-from experiments.faster_moe.simulate import ARMS, SYNCHRONOUS, Simulated
+from experiments.faster_moe.simulate import (
+  ARMS,
+  SHADOWED,
+  SYNCHRONOUS,
+  Simulated,
+)
 from experiments.study import claims
+from experiments.study.claims import Published
 from experiments.study.tables import markdown_table
+from moe_jax.parallel import shadowing
 from moe_jax.parallel.cost_model import Sizes
 
 # Columns of `rows.csv`.
@@ -28,9 +35,10 @@ CSV_COLUMNS = (
   'simulated_ms',
   'simulated_speed_up',
   'simulated_bound_ms',
-  'shadowed_experts',
-  'n_max',
-  'r_F',
+  'simulated_shadowed_experts',
+  'simulated_n_max',
+  'simulated_r_F',
+  'simulated_n_max_above_r_F',
 )
 
 
@@ -52,25 +60,28 @@ class Case(NamedTuple):
   arms: Mapping[str, Simulated]
 
 
-def published(cluster: Cluster, column: str) -> str:
-  """The paper's speed-up, with its mark; '' where it has none."""
+def published(cluster: Cluster, arm: str) -> Published | None:
+  """The paper's speed-up of an arm; None where no verified one is known."""
+  column = ARMS[arm].published
   if not (cluster.published and column):
-    return ''
+    return None
   cell = claims.find(f'fastermoe2022/throughput/{cluster.published}/{column}')
-  if cell.mark == 'unverified':
+  return None if cell.mark == 'unverified' else cell
+
+
+def _printed(cluster: Cluster, arm: str) -> str:
+  """The paper's speed-up in words, with its mark; '' where it has none."""
+  cell = published(cluster, arm)
+  if cell is None:
     return ''
-  up_to = 'up to ' if column == 'shadowing_alone' else ''
+  up_to = 'up to ' if arm == SHADOWED else ''
   return f'{up_to}{cell.value:.2f}' + ' *' * (cell.mark == 'secondary')
-
-
-def _threshold(sizes: Sizes) -> int:
-  """F of n_max > r F: with three kernels it counts for 3/2."""
-  return sizes.kernels * sizes.F // 2
 
 
 def table(case: Case) -> str:
   """The table of all arms of a case, in Markdown."""
-  base, F = case.arms[SYNCHRONOUS], _threshold(case.sizes)
+  base = case.arms[SYNCHRONOUS]
+  F = shadowing.least_rows(1, case.sizes)
   lines = []
   for name, arm in case.arms.items():
     total, best = simulate.speed_up(base, arm)
@@ -83,11 +94,11 @@ def table(case: Case) -> str:
         'ms a layer': f'{1e3 * arm.seconds.mean():.2f}',
         'speed-up': f'{total:.2f}',
         'best layer and step': f'{best:.2f}',
-        'paper': published(case.cluster, ARMS[name].published),
+        'paper': _printed(case.cluster, name),
         'overlap bound reached, %': f'{100 * simulate.bound_share(arm):.0f}',
         'experts shadowed, %': f'{share:.1f}' if shadows else '',
         'n_max': f'{arm.largest.mean():,.0f}',
-        'r F': f'{r:.2f} x {F:,} = {r * F:,.0f}',
+        'r F': f'{r:.2f} x {F:,.0f} = {r * F:,.0f}',
         'n_max > r F, % of cases': f'{100 * arm.pays.mean():.0f}',
       }
     )
@@ -181,6 +192,7 @@ def write_csv(path: pathlib.Path, cases: Sequence[Case]) -> None:
               f'{1e3 * arm.bound[i]:.6g}',
               arm.shadowed[i],
               arm.largest[i],
-              r * _threshold(case.sizes),
+              f'{shadowing.least_rows(r, case.sizes):.10g}',
+              arm.pays[i],
             ]
           )

@@ -191,16 +191,19 @@ def semi_ideal(
 
 
 def achieved(
-  topology: Topology, sizes: Sizes, rows: int, seconds: float
-) -> float:
-  """The mean FLOPs per second of a device in a training step.
+  topology: Topology,
+  sizes: Sizes,
+  rows: int | Int[np.ndarray, ' N'],
+  seconds: float | Float[np.ndarray, ' N'],
+) -> float | Float[np.ndarray, ' N']:
+  """The mean FLOPs per second of a device in a training step, or in several.
 
   They are y in Figure 4 of FasterMoE, the roofline of a layer.
 
   Args:
     topology: The machine.
     sizes: The sizes of the experts.
-    rows: Number of rows of all devices.
-    seconds: Seconds of the step.
+    rows: Number of rows of all devices, of one step or of each.
+    seconds: Seconds of the step, or of each.
   """
   return 3 * sizes.row_flops * rows / (topology.num_devices * seconds)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.cost_model import Sizes, owners
-from moe_jax.shapes import Array, Int
+from moe_jax.shapes import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,19 +225,18 @@ def choose_in_step(
   return jnp.where(used, found.experts, E)
 
 
-def takes_less_traffic(
-  counts: Int[np.ndarray, 'E W'], number: int, sizes: Sizes
-) -> bool:
-  """Whether n_max > r F, the threshold that FasterMoE prints.
+def least_rows(
+  number: int | float | Int[np.ndarray, ' N'], sizes: Sizes
+) -> float | Float[np.ndarray, ' N']:
+  """The number r F of rows in n_max > r F, the threshold that FasterMoE prints.
 
-  Then the 4 n_max M elements of rows in Lat_imbl are more than the 4 r M F of
-  parameters and gradients in Lat_shadow. (An expert of three kernels has half
-  as many again, and F counts for 3/2.) Shadowing pays if also no device has
-  more rows than n_max afterwards, whatever the speeds are.
+  If the busiest device has more, the 4 n_max M elements of rows in Lat_imbl are
+  more than the 4 r M F of parameters and gradients in Lat_shadow. (An expert of
+  three kernels has half as many again, and F counts for 3/2.) Shadowing pays if
+  also no device has more rows than n_max afterwards, whatever the speeds are.
 
   Args:
-    counts: The number of rows of each device that choose each expert.
-    number: r, the number of shadowed experts.
+    number: r, the number of shadowed experts, or of each case, or a mean.
     sizes: The sizes of the experts.
   """
-  return int(rows_of(counts).max()) > number * sizes.expert_rows / (2 * sizes.M)
+  return number * sizes.expert_rows / (2 * sizes.M)

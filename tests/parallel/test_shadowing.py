@@ -137,8 +137,7 @@ def test_rows_and_costs_by_hand():
   assert (both.experts, both.seconds) == ((0, 1), 34 * 3 + 6)
   none = shadowing.choose(counts, sizes, speeds, most=0)
   assert (none.experts, none.seconds) == ((), none.seconds_before)
-  assert shadowing.takes_less_traffic(counts, 13, sizes)
-  assert not shadowing.takes_less_traffic(counts, 14, sizes)
+  assert shadowing.least_rows(13, sizes) == 39
 
 
 def test_in_a_step_it_is_the_same():
@@ -162,7 +161,7 @@ def test_equal_totals_go_to_the_lower_number():
   counts = np.zeros((4, 4), int)
   counts[1], counts[2] = 500, 500  # of each device
   # They are beyond the threshold, yet all devices would have more rows.
-  assert shadowing.takes_less_traffic(counts, 1, SIZES)
+  assert shadowing.rows_of(counts).max() > shadowing.least_rows(1, SIZES)
   assert shadowing.choose(counts, SIZES, SPEEDS, most=1).experts == ()
   fast = Speeds(flops=1e9, elements=1e3)
   assert shadowing.choose(counts, SIZES, fast, most=1).experts == (1,)
