@@ -115,7 +115,7 @@ def heading(case: Case) -> str:
   return (
     f'SIMULATED, {case.source} on {case.cluster.name}: {E} experts on {W} '
     f'devices, {_number(steps, "step")} of {_number(layers, "layer")}, '
-    f'{rows:,.0f} rows a device (each recorded row stands for '
+    f'{rows:,.0f} rows a device (each counted row stands for '
     f'{counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, '
     f'{sizes.kernels} kernels, {sizes.bytes_per_element} bytes an element. '
     f'{_gate(case)}'
