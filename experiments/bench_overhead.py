@@ -1,18 +1,20 @@
-"""What do checkpoints and metrics add to a training step?
+"""What do metrics, traces and checkpoints add to a training step?
 
     python -m experiments.bench_overhead
     python -m experiments.bench_overhead --files=shakespeare.txt
 
 Times bursts of the config's training loop, interleaved: the bare loop (batches
-and steps), the loop with metrics, and with metrics and a checkpoint, whose
-writing is waited for within the burst. Bursts have 100 steps, so that is a
-checkpoint every 100 steps. Writes `table.md`, `rows.csv` and `results.json` to
-`results/bench_overhead/<device>`. Not here: what a step itself costs
-(`bench_train_step.py`).
+and steps), the loop with metrics, with metrics and a trace of every step's
+choices of experts, and with metrics and a checkpoint, whose writing is waited
+for within the burst. Bursts have 100 steps, so that is a checkpoint every 100
+steps. A step that is recorded is another program, in a run of its own. Writes
+`table.md`, `rows.csv` and `results.json` to `results/bench_overhead/<device>`.
+Not here: what a step itself costs (`bench_train_step.py`).
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import pathlib
 import tempfile
@@ -26,14 +28,18 @@ import ml_collections
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, host, run_config, sections
+from moe_jax.analysis.replaying import Replaying
+from moe_jax.analysis.trace_hook import Traces
 from moe_jax.config_file import load_config
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
-from moe_jax.training.setup import Run, set_up
+from moe_jax.training.setup import Hook, Run, set_up
+from moe_jax.training.trace_options import TraceOptions
 
 NAME = 'bench_overhead'
 BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'
+TRACES = 'metrics and traces'
 # Largest ratio aimed at: a step with metrics and checkpoint over a bare one.
 AIM = 1.05
 
@@ -68,9 +74,10 @@ def prepared(
 class Loop:
   """A run's training loop, executed in bursts of steps; a context manager."""
 
-  def __init__(self, run: Run, burst: int):
+  def __init__(self, run: Run, burst: int, hooks: Sequence[Hook] = ()):
     self._run = run
     self._burst = burst
+    self._hooks = hooks
     self._step = 0
 
   def __enter__(self) -> 'Loop':
@@ -80,6 +87,10 @@ class Loop:
       self._state = begin(run)
       self._batches = run.batches(0)
       self._recorder = stack.enter_context(Recorder(run, 0))
+      for hook in self._hooks:
+        stack.callback(hook.close)
+        hook.check(run)
+        hook.start(run)
       self._stack = stack.pop_all()
     return self
 
@@ -110,6 +121,12 @@ class Loop:
     with self._recorder.paused(self._step):
       run.checkpoints.wait()
     jax.block_until_ready(self._state)
+
+  def with_traces(self) -> None:
+    """One burst with metrics whose records are written before it ends."""
+    self.with_metrics()
+    for hook in self._hooks:
+      hook.saving()
 
   def with_both(self) -> None:
     """One burst with metrics and a checkpoint.
@@ -147,13 +164,22 @@ def measure(
     burst: Number of steps of a burst.
     **options: Arguments of `timing.interleave`.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    run = set_up(run_options, folder, devices=jax.devices()[:1])
-    # The progress display is part of what metrics cost, so it stays on, unseen.
-    with contextlib.redirect_stdout(io.StringIO()), Loop(run, burst) as loop:
+  traced = dataclasses.replace(run_options, trace=TraceOptions(every_steps=1))
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    tempfile.TemporaryDirectory() as other,
+    # The progress display is part of what metrics cost: it stays on, unseen.
+    contextlib.redirect_stdout(io.StringIO()),
+  ):
+    one = jax.devices()[:1]
+    run = set_up(run_options, folder, devices=one)
+    recorded = set_up(traced, other, devices=one)
+    hooks = Replaying(), Traces()
+    with Loop(run, burst) as loop, Loop(recorded, burst, hooks) as other_loop:
       cases = {
         BARE: Counted(loop.bare),
         METRICS: Counted(loop.with_metrics),
+        TRACES: Counted(other_loop.with_traces),
         BOTH: Counted(loop.with_both),
       }
       times = timing.interleave(cases, **options)
@@ -205,7 +231,7 @@ def report(
   ]
   verdict = 'reached' if last['per_bare'] <= AIM else 'missed'
   return (
-    f'# What checkpoints and metrics add to a step of {title}\n\n'
+    f'# What metrics, traces and checkpoints add to a step of {title}\n\n'
     f'{warning}{". " * bool(warning)}'
     f'{f["device"]} ({f["cores"]} cores, one device used), {f["date"]}, jax '
     f'{f["jax"]}. Bursts of {last["steps"]} steps, interleaved: medians, and '
