@@ -140,9 +140,11 @@ class Result(NamedTuple):
   text: str
 
 
-def model_of(way, rules, remat='none', **moe):
+def model_of(way, rules, remat='', **moe):
   sparse = dict(layers='every 2', num_experts=E, num_selected=K)
-  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24}, remat=remat)
+  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
+  if remat:
+    sizes['remat'] = remat
   if way == 'lstms':
     sizes |= LSTMS
   if way == 'by_task':
