@@ -280,9 +280,13 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
     # What comes back was multiplied after one step alone: its products are its
     # own, and wait for no other exchange.
     assert len(before[name] & there) == 1
-    multiplied.append(before[name] & products)
-    for product in multiplied[-1]:
-      assert ancestors(program, product) & set(travels) <= before[name] & there
+    waits = {
+      product: ancestors(program, product) & set(travels)
+      for product in before[name] & products
+    }
+    assert all(wait <= before[name] & there for wait in waits.values())
+    # Kernels are read at once for all steps, and wait for none.
+    multiplied.append({product for product, wait in waits.items() if wait})
   if kind == 'slots':  # sorted rows are multiplied in loops
     assert all(multiplied) and len(set.union(*multiplied)) == sum(
       map(len, multiplied)
