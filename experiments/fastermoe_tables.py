@@ -258,7 +258,7 @@ def claims() -> list[Claim]:
 
 
 def _gate_claims() -> list[Claim]:
-  """What the gate costs in quality, trained for real."""
+  """Claims on the quality that the gate costs, which is trained for real."""
   first, *others = gate_arms.CLAIMS
   cells = [
     f'fastermoe2022/table3/FasterMoE {name} the gate/iterations'

@@ -182,7 +182,7 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
 
 
 def claims() -> list[Claim]:
-  """What the paper says of the first arm, and what controls must show."""
+  """Claims of the paper on the first arm, and claims on the controls."""
   first, last = map(of_layer, LAYERS.values())
   return [
     *(

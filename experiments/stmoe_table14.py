@@ -172,7 +172,7 @@ def cells(*rows: str) -> list[str]:
 
 
 def claims() -> list[Claim]:
-  """What Table 14 and its text say, and what controls must show."""
+  """Claims of Table 14 and its text, and claims on the controls."""
   encoder, decoder = (row_name(TOP2, half) for half in HALVES)
   first, last = (row_name(TOP2, 'encoder', i) for i in (1, LAYERS))
   sixth = 'The paper has six layers in the encoder, here are three.'

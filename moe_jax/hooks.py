@@ -37,7 +37,7 @@ LEAK = (
 
 
 def warnings(model: models.Model) -> list[str]:
-  """What every result of a model has to say of it."""
+  """Warnings on a model that every result has to give."""
   said = [LEAK] if model.leaks_future else []
   return said + [model.forced_balance] * bool(model.forced_balance)
 

@@ -37,7 +37,7 @@ _NODES = re.compile(
   r'teraflops=([\d.]+)'
 )
 OTHERS = 'nodes:4x8:local=150:network=12.5:teraflops=14'
-# What the rules of shadowing are given as bandwidth, in the words of reports.
+# The bandwidth that the rules of shadowing are given, in words for reports.
 _BY_NODE = (
   "; the rules of shadowing are given a node's link to the network as the "
   'bandwidth of each of its devices'

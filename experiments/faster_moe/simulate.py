@@ -1,4 +1,4 @@
-"""What each of FasterMoE's parts would change, by the cost model: SIMULATED.
+"""SIMULATED seconds of a layer with each of FasterMoE's parts (cost model).
 
 Not here: machines (`clusters.py`), the choices of tokens (`expert_counts.py`),
 tables and figures.
@@ -21,7 +21,7 @@ from moe_jax.shapes import Bool, Float, Int
 _AT_ONCE = 64
 
 
-# Of the most popular experts as many are shadowed as make a synchronous step
+# As many of the most popular experts are shadowed as make a synchronous step
 # fastest by this model: what a better rule than the paper's could gain.
 BEST = 'best'
 
@@ -132,7 +132,7 @@ def _simulate(
 def _shadowed(
   rule: str, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
 ) -> Bool[np.ndarray, 'R E']:
-  """Which experts a rule shadows."""
+  """The experts that a rule shadows."""
   shadowed = np.zeros(counts.shape[:2], bool)
   if rule == BEST:
     for i in range(0, len(counts), _AT_ONCE):

@@ -1,4 +1,4 @@
-"""What a trained run's trace comes to on the simulated clusters: SIMULATED.
+"""Simulated figures of a trained run's trace on the clusters: SIMULATED.
 
 Not here: the simulation (`simulate.py`), and the study (`fastermoe_tables.py`).
 """

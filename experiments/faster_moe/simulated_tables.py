@@ -127,7 +127,7 @@ def _number(number: int, noun: str) -> str:
 
 
 def _gate(case: Case) -> str:
-  """What the gate lets leave a node, in words."""
+  """The share of tokens that the gate lets leave a node, in words."""
   counts = case.counts
   if counts.gated is None:
     return f'No gate: {case.cluster.name} is not divided into nodes.'

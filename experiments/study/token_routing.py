@@ -1,4 +1,4 @@
-"""What first choices say about tokens, since when, and which are dropped.
+"""Measures of first choices: information on tokens, its beginning, drops.
 
 Measurements of one trained run of a decoder on a mixture, by sparse layer, for
 the study `openmoe_routing`. Not here: what any trace of choices says
@@ -85,7 +85,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 def information(
   header: Header, records: Sequence[Record]
 ) -> dict[int, dict[str, float]]:
-  """What first choices say, as shares of their entropy, by layer."""
+  """The information in first choices, as shares of their entropy, by layer."""
   found = specialisation(route_sums.collect(header, records))
   names = {'token': TOKEN, 'position': POSITION, 'domain': SOURCE}
   shares = {}
@@ -98,7 +98,7 @@ def information(
 
 
 def context(records: Sequence[Record], layer: int) -> Information:
-  """What first choices say about the token before, where the token is known."""
+  """The information of first choices on the token before a known token."""
   rng, parts = np.random.default_rng(0), []
   for record in records:
     tokens = route_counts.real_tokens(
@@ -117,7 +117,7 @@ def where_known(
   known: Int[np.ndarray, ' N'],
   rng: np.random.Generator,
 ) -> Information:
-  """What a label says about experts where another label is known already.
+  """The information of a label on experts where another label is known.
 
   Experts are shuffled among tokens of equal `known`. That changes nothing but
   what the label adds, so that the net information is I(expert; label | known),
@@ -145,7 +145,7 @@ def where_known(
 def changes(
   header: Header, history: Mapping[int, Sequence[Record]]
 ) -> dict[int, dict[str, float]]:
-  """How early choices of the end are made, and how many change, by layer.
+  """Agreement of choices with those of the end, and churn, by layer.
 
   Args:
     header: The header of the records.

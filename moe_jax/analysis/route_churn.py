@@ -1,4 +1,4 @@
-"""How many tokens chose otherwise at another checkpoint, or in another trace.
+"""Counts of tokens that chose otherwise at another checkpoint or in a trace.
 
 Two records are compared if they are of the same batch and hold the same tokens.
 """
@@ -18,7 +18,7 @@ _MAX_STEPS = 50
 
 
 class Agreement(NamedTuple):
-  """How far two routings of the same tokens agree, as counts that add up.
+  """The agreement of two routings of the same tokens, as counts that add up.
 
   Attributes:
     tokens: Number of tokens that have a choice in either.

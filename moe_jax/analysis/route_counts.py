@@ -102,7 +102,7 @@ def joint_counts(
   column: Int[np.ndarray, 'N'],
   shape: tuple[int, int],
 ) -> Int[np.ndarray, 'rows columns']:
-  """How often each pair of numbers occurs; pairs with a -1 are left out."""
+  """Counts of each pair of numbers; pairs with a -1 are left out."""
   known = (row >= 0) & (column >= 0)
   code = row[known].astype(np.int64) * shape[1] + column[known]
   return np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
@@ -111,14 +111,14 @@ def joint_counts(
 def expert_counts(
   expert: Int[np.ndarray, '...'], num_experts: int
 ) -> Int[np.ndarray, 'E']:
-  """How often each expert is chosen; -1 is no choice."""
+  """The number of times that each expert is chosen; -1 is no choice."""
   return np.bincount(expert[expert >= 0], minlength=num_experts)
 
 
 def pair_counts(
   expert: Int[np.ndarray, 'N K'], num_experts: int
 ) -> Int[np.ndarray, 'E E']:
-  """How many tokens chose both of two experts; symmetric, 0 on the diagonal."""
+  """Counts of tokens that chose both of two experts; 0 on the diagonal."""
   K = expert.shape[1]
   shape = (num_experts, num_experts)
   if K > 8:  # a product of matrices is faster than all pairs of columns
@@ -134,7 +134,7 @@ def pair_counts(
 
 
 class Repeats(NamedTuple):
-  """How often tokens and those before them chose the same experts.
+  """The number of tokens that chose the same experts as those before them.
 
   Attributes:
     pairs: Number of pairs of tokens that both made a choice.

@@ -1,4 +1,4 @@
-"""What the sums over a trace say about each layer.
+"""Findings on each layer from the sums over a trace.
 
 Labels, transitions, repeats, drops and gates: the numbers that tables, pictures
 and studies share. Not here: the
@@ -31,7 +31,7 @@ def specialisation(
   labels: Mapping[str, Mapping[str, str]] | None = None,
   seed: int = 0,
 ) -> dict[str, dict[int, Information]]:
-  """What labels say about the first choices in each layer.
+  """The information of labels on the first choices in each layer.
 
   Args:
     sums: Sums over records.
@@ -75,7 +75,7 @@ def specialisation(
 
 
 def transitions(sums: RouteSums, seed: int = 0) -> dict[int, Information]:
-  """What a token's first choice says about that in the next sparse layer.
+  """The information of a token's first choice on that in the next sparse layer.
 
   Returns:
     By the number of the later of the two layers.
@@ -88,7 +88,7 @@ def transitions(sums: RouteSums, seed: int = 0) -> dict[int, Information]:
 
 
 class Findings(NamedTuple):
-  """What takes a while to find out, once for tables and pictures.
+  """Findings that take a while, made once for tables and pictures.
 
   Attributes:
     sums: The sums over the records of a trace.
@@ -123,7 +123,7 @@ def find(
 
 
 class Persistence(NamedTuple):
-  """How often a token and the one before it chose the same experts.
+  """The share of tokens that chose the same experts as the one before.
 
   Shares of pairs of consecutive tokens of a document. Source: section 5 of
   arXiv:2401.04088.

@@ -27,7 +27,7 @@ _SIZE = (10, 3.6)  # inches
 def information_figure(
   found: Mapping[str, Mapping[int, Information]],
 ) -> Figure:
-  """What labels say about experts, layer by layer, and the best guesses.
+  """The table of the information of labels on experts, and of best guesses.
 
   Args:
     found: `route_findings.specialisation`.
@@ -63,7 +63,7 @@ def information_figure(
 
 
 def prediction_figure(following: Mapping[int, Information]) -> Figure:
-  """How well one layer predicts the next.
+  """The table of how well one layer predicts the next.
 
   Args:
     following: `route_findings.transitions`.

@@ -1,4 +1,4 @@
-"""What counts of choices say: information, pairs, repeats, evenness.
+"""Measures from counts of choices: information, pairs, repeats, evenness.
 
 All of them are functions of tables of counts. Entropies and information are in
 nats. Not here: the counts (`route_counts.py`, `route_sums.py`).
@@ -37,7 +37,7 @@ def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
 
 
 class Information(NamedTuple):
-  """What a label says about the expert that is chosen.
+  """The information of a label on the expert that is chosen.
 
   Attributes:
     choices: Number of choices.
@@ -91,7 +91,7 @@ def information(
   rng: np.random.Generator,
   num_shuffles: int = NUM_SHUFFLES,
 ) -> Information:
-  """What labels say about experts; labels are shuffled over single choices.
+  """The information of labels on experts; labels are shuffled by choice.
 
   A table with the same sums of rows and columns is drawn at random, which is
   exactly the table of shuffled labels. Labels that neighbours share, such as
@@ -123,7 +123,7 @@ def information(
 def information_of(
   table: Int[np.ndarray, 'labels E'], shuffles: Iterable[np.ndarray]
 ) -> Information:
-  """What labels say about experts, against tables of shuffled labels.
+  """The information of labels on experts, less that of shuffled tables.
 
   Args:
     table: Number of choices of each expert with each label.

@@ -18,7 +18,7 @@ _FREE = ('config', 'note')
 
 
 class LayerChoices(NamedTuple):
-  """What one sparse layer chose in one batch.
+  """The choices of one sparse layer in one batch.
 
   Attributes:
     expert: int32 [B, T, K'], the number of the expert; -1 where there is no
@@ -94,7 +94,7 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What a trace is a trace of; its records all have the same.
+  """The description of a run that all records of a trace share.
 
   Attributes:
     layers: The sparse layers, by their number in the model, an encoder's first.

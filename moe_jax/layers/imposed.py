@@ -69,7 +69,7 @@ class ImposedOptions(Options):
 
   @property
   def forced(self) -> str:
-    """What a reader of results has to know of forced choices; '' if none are.
+    """The warning on forced choices for readers of results; '' if none are.
 
     Every output of a model with them has to say it.
     """

@@ -157,7 +157,7 @@ class Model(nn.Module):
 
   @property
   def forced_balance(self) -> str:
-    """What results have to say of choices that no router made; '' if none are.
+    """The warning on choices that no router made; '' if none are.
 
     See `layers.imposed.ImposedOptions.forced`.
     """

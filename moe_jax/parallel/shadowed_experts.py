@@ -170,7 +170,7 @@ def moved_rows(
   shadowed: Int32[Array, ' R'],
   overflow: Leaf,
 ) -> ExchangeStats:
-  """What the exchange moves from one device; called under `shard_map`.
+  """Counts of what the exchange moves from one device, under `shard_map`.
 
   Args:
     layout: The layout of groups and experts.

@@ -200,7 +200,7 @@ def queue_choices(
   if given is not None and given.kept is not None:
     fixed = given.expert != OPEN
     served = jnp.where(fixed, real & given.kept, served)
-    # Whose places were held in an order by probabilities is not known.
+    # In an order by probabilities it is not known who held a place.
     if not holds_place or order is not None:
       queued = jnp.where(fixed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)

@@ -95,7 +95,7 @@ def layer_summary(
 
 
 def exchange_summary(aux: MoeAux) -> dict[str, float]:
-  """What a layer's rows do between devices; nothing on one device.
+  """The metrics of a layer's rows between devices; none on one device.
 
   Shares are of the choices that were served: `away_share` of rows whose expert
   is on another device; `sent_share` of rows that were sent there, which are
