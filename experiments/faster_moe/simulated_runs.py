@@ -1,4 +1,4 @@
-"""Simulated figures of a trained run's trace on the clusters: SIMULATED.
+"""SIMULATED figures of a trained run's trace on the described clusters.
 
 Not here: the simulation (`simulate.py`), and the study (`fastermoe_tables.py`).
 """

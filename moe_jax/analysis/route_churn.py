@@ -1,4 +1,4 @@
-"""Counts of tokens that chose otherwise at another checkpoint or in a trace.
+"""Counts of tokens that chose otherwise in another checkpoint or trace.
 
 Two records are compared if they are of the same batch and hold the same tokens.
 """

@@ -123,7 +123,7 @@ def find(
 
 
 class Persistence(NamedTuple):
-  """The share of tokens that chose the same experts as the one before.
+  """The shares of tokens that chose the same experts as those before them.
 
   Shares of pairs of consecutive tokens of a document. Source: section 5 of
   arXiv:2401.04088.

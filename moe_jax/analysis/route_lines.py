@@ -27,7 +27,7 @@ _SIZE = (10, 3.6)  # inches
 def information_figure(
   found: Mapping[str, Mapping[int, Information]],
 ) -> Figure:
-  """The table of the information of labels on experts, and of best guesses.
+  """The picture of the information of labels on experts, and of best guesses.
 
   Args:
     found: `route_findings.specialisation`.
@@ -63,7 +63,7 @@ def information_figure(
 
 
 def prediction_figure(following: Mapping[int, Information]) -> Figure:
-  """The table of how well one layer predicts the next.
+  """The picture of how well one layer predicts the next.
 
   Args:
     following: `route_findings.transitions`.

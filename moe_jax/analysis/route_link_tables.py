@@ -19,7 +19,7 @@ _MOST = 5  # pairs and flows that are listed for each layer
 def co_activation_table(
   sums: RouteSums, expected: Mapping[int, np.ndarray]
 ) -> ValueTable:
-  """The sections on pairs of experts that tokens choose, against chance.
+  """The table of pairs of experts that tokens choose, against chance.
 
   Args:
     sums: The sums.
@@ -118,7 +118,7 @@ _INFORMATION_NOTE = (
 def transition_table(
   sums: RouteSums, following: Mapping[int, Information]
 ) -> ValueTable:
-  """The sections on how well the choice in one layer predicts the next.
+  """The table of how well the choice in one layer predicts the next.
 
   Args:
     sums: The sums.
@@ -168,7 +168,7 @@ def flow_table(sums: RouteSums) -> ValueTable:
 
 
 def repeat_table(sums: RouteSums) -> ValueTable:
-  """The section on consecutive tokens that choose the same experts."""
+  """The table of consecutive tokens that choose the same experts."""
   found = {n: route_findings.persistence(s) for n, s in sums.layers.items()}
   return ValueTable(
     'repeats',
@@ -194,7 +194,7 @@ def repeat_table(sums: RouteSums) -> ValueTable:
 def specialisation_table(
   found: Mapping[str, Mapping[int, Information]],
 ) -> ValueTable:
-  """The section on labels and experts; `found` is from `specialisation`."""
+  """The table of labels and experts; `found` is from `specialisation`."""
   rows = [
     [name, number, one.labels, *_information(one)]
     for name, layers in found.items()

@@ -123,7 +123,7 @@ def information(
 def information_of(
   table: Int[np.ndarray, 'labels E'], shuffles: Iterable[np.ndarray]
 ) -> Information:
-  """The information of labels on experts, less that of shuffled tables.
+  """The information of labels on experts, and that of shuffled tables.
 
   Args:
     table: Number of choices of each expert with each label.
