@@ -9,7 +9,7 @@ the first half of training, then it is lifted. With MNIST prepared by TFDS:
     python -m moe_jax.main --config=configs/eigen_digits.py --workdir=runs/eigen
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

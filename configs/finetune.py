@@ -21,7 +21,7 @@ In a run of fewer than 100 steps the warm-up has to be shorter, too:
 The model has to be that of the other run, and so has the tokenizer.
 """
 
-from configs import base, tiny_switch
+from moe_jax.configs import base, tiny_switch
 
 
 def get_config(arg: str = ''):

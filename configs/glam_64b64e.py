@@ -14,7 +14,7 @@ questions are about docstrings.
       --workdir=runs/glam_local
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

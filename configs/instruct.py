@@ -18,7 +18,7 @@ Translations are left out, as they need the package django; this adds one:
     )
 """
 
-from configs import base, tiny_switch
+from moe_jax.configs import base, tiny_switch
 from moe_jax.data import InstructionSource, instructions
 from moe_jax.evaluation import SourceLosses, SourceScores
 

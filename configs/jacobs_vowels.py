@@ -8,7 +8,7 @@ Barney 1952; with a file of their table: --config.data.source.vowels.table=PATH.
     python -m moe_jax.main --config=configs/jacobs_vowels.py --workdir=runs/1991
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

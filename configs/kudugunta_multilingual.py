@@ -18,7 +18,7 @@ language and a pair of languages are the same.
       --output=runs/german
 """
 
-from configs import base, shazeer_multilingual
+from moe_jax.configs import base, shazeer_multilingual
 from moe_jax.data import GettextSource
 from moe_jax.evaluation import SourceLosses
 

@@ -8,7 +8,7 @@ drop nothing. Optimizer and data are not published; ours stand in.
       --workdir=runs/mixtral_local
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

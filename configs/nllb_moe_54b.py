@@ -19,7 +19,7 @@ curriculum. Ours: the mesh, the initialisation and the text.
       --workdir=runs/nllb_moe_local
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

@@ -20,7 +20,7 @@ mesh, the batch and the schedule are ours.
       --workdir=runs/openmoe_local
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

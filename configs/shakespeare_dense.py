@@ -12,7 +12,7 @@ validates on all of it.
       --workdir=runs/shakespeare_dense
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

@@ -8,7 +8,7 @@ one's second choice.
       --workdir=runs/shakespeare_gshard
 """
 
-from configs import base, shakespeare_switch
+from moe_jax.configs import base, shakespeare_switch
 
 
 def get_config(arg: str = ''):

@@ -9,7 +9,7 @@ given quality: both keep a step close to the dense twin's.
       --workdir=runs/shakespeare_switch
 """
 
-from configs import base, shakespeare_dense
+from moe_jax.configs import base, shakespeare_dense
 
 
 def get_config(arg: str = ''):

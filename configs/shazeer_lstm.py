@@ -22,8 +22,8 @@ a vocabulary of bytes (theirs was sampled, of words), the batch and the text.
       --workdir=runs/shazeer_lstm
 """
 
-from configs import base
 from moe_jax import sections
+from moe_jax.configs import base
 from moe_jax.options import unknown
 
 # The number of experts, of 1024 hidden units each, and the number of branches

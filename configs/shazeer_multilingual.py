@@ -15,7 +15,7 @@ validation loss of 1.71 nats per byte.
       --workdir=runs/shazeer_multilingual
 """
 
-from configs import base
+from moe_jax.configs import base
 
 LANGUAGES = 'de,fr,es,pt,it,nl,sv,pl,cs,ru,ja,ko'
 

@@ -11,7 +11,7 @@ and the text.
       --workdir=runs/st_moe_32b_local
 """
 
-from configs import base, st_moe_base
+from moe_jax.configs import base, st_moe_base
 
 
 def get_config(arg: str = ''):

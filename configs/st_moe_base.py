@@ -15,7 +15,7 @@ mesh, the batch and the text.
       --workdir=runs/st_moe_base_local
 """
 
-from configs import base, t5_base
+from moe_jax.configs import base, t5_base
 
 LARGE = 'large'
 

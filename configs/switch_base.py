@@ -12,7 +12,7 @@ F=2048 has as many parameters and FLOPs. Ours: the mesh and the text.
       --workdir=runs/switch_base_local
 """
 
-from configs import base, t5_base
+from moe_jax.configs import base, t5_base
 
 EXPERTS = {f'e{n}': n for n in (8, 16, 32, 64, 128, 256)}
 

@@ -10,7 +10,7 @@ the mesh, the batch and the text.
       --workdir=runs/switch_c_local
 """
 
-from configs import base, switch_base
+from moe_jax.configs import base, switch_base
 
 
 def get_config(arg: str = ''):

@@ -12,7 +12,7 @@ the text.
       --workdir=runs/t5_local
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

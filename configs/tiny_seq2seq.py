@@ -10,7 +10,7 @@ functions of the validation split, for which scores are printed.
       --workdir=runs/tiny_seq2seq
 """
 
-from configs import base
+from moe_jax.configs import base
 
 PROMPT = """def read_lines(path):
     with open(path) as file:

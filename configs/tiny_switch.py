@@ -6,7 +6,7 @@ cores; nothing is downloaded.
     python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
 """
 
-from configs import base
+from moe_jax.configs import base
 
 
 def get_config(arg: str = ''):

@@ -28,7 +28,6 @@ resolved.
 
 import ml_collections
 
-from configs import eigen_digits
 from experiments.gates_2013.gate_measures import measure
 from experiments.gates_2013.gate_pictures import LAYERS, pictures
 from experiments.study import command
@@ -36,6 +35,7 @@ from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
+from moe_jax.configs import eigen_digits
 
 TASKS = {
   'jittered_digits': Task(

@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
-from configs import base
 from experiments.study import byte_models, command, finetuned
 from experiments.study.jobs import layered
 from experiments.study.parts import (
@@ -46,6 +45,7 @@ from experiments.study.parts import (
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
+from moe_jax.configs import base
 from moe_jax.data import instructions
 from moe_jax.evaluation import SourceLosses, SourceScores
 from moe_jax.run_config import RunConfig

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from configs import base, kudugunta_multilingual
 from experiments.study import byte_models, command, extracted
 from experiments.study.parts import (
   Arm,
@@ -39,6 +38,7 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
+from moe_jax.configs import base, kudugunta_multilingual
 from moe_jax.evaluation import SourceLosses
 
 LANGUAGES = ('de', 'es', 'fr', 'ru')

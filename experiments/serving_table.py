@@ -29,7 +29,6 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from configs import base
 from experiments import kudugunta_table, merge_or_prune
 from experiments.kudugunta_table import LANGUAGE_LOSSES, LANGUAGES
 from experiments.qmoe_table5 import BATCHES, SAME
@@ -52,6 +51,7 @@ from experiments.study.tables import Interval
 from moe_jax import run_config
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
+from moe_jax.configs import base
 from moe_jax.evaluation import SourceScores
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.run_config import RunConfig

@@ -21,10 +21,10 @@ amount. Two levels of gates cost nothing here: their loss is 0.006 below that of
 one level.
 """
 
-from configs import base, shazeer_lstm
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
+from moe_jax.configs import base, shazeer_lstm
 
 EXPERTS = (4, 16, 32)
 TWO_LEVELS = 'MoE-32-h'

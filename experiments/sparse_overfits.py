@@ -27,10 +27,10 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from configs import base
 from experiments.study import command, finetuned
 from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
 from experiments.study.study import Study
+from moe_jax.configs import base
 from moe_jax.data import InstructionSource, KvRecallSource
 from moe_jax.data.sources.kv_recall import VALUE_LETTERS
 

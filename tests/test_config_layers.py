@@ -3,7 +3,7 @@
 import ml_collections
 import pytest
 
-from configs import base
+from moe_jax.configs import base
 from moe_jax.options import unknown
 from moe_jax.sections import difference, flatten, merge
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from configs import base
 from experiments.study.jobs import layered
 from experiments.study.tasks import PREFIX_TASKS, TASKS
 from moe_jax import data, sections
+from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 
 ALL = [*TASKS.items(), *PREFIX_TASKS.items()]

@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 
-from configs import base
 from moe_jax import plugins, run_config, sections
+from moe_jax.configs import base
 from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import MODELS

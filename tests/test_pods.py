@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from configs import base
+from moe_jax.configs import base
 from moe_jax.sections import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]

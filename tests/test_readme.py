@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import base, mixtral_8x7b
 from moe_jax import interop, models, run_config, sections
+from moe_jax.configs import base, mixtral_8x7b
 
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = sorted(

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import base
 from moe_jax import distributed, run_config, sections
+from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.manifest import name as path_name
 from moe_jax.training.evaluate import Measure

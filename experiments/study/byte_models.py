@@ -5,8 +5,8 @@ from typing import Any
 
 import ml_collections
 
-from configs import base
 from experiments.study.parts import Arm, Column
+from moe_jax.configs import base
 
 # Name of the evaluation of the validation loss, with training's capacity.
 EVAL = 'main'

@@ -8,9 +8,9 @@ web text, code, mathematics and languages, are.
 
 import ml_collections
 
-from configs import base
 from experiments.study import byte_models
 from experiments.study.tasks import Task
+from moe_jax.configs import base
 from moe_jax.data import PythonStdlibSource
 
 # Modules of the standard library, by domain; each domain has validation files.

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 
-from configs import base
 from experiments.study import byte_models
 from experiments.study.jobs import layered
 from experiments.study.parts import Column, Preset, Row
 from experiments.study.starts import Start
 from experiments.study.tasks import Task
+from moe_jax.configs import base
 from moe_jax.data import InstructionSource, instructions
 from moe_jax.run_config import RunConfig
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax import models, run_config
 from moe_jax.analysis import compiled, cost
+from moe_jax.configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.positions import Learned, NoPositions, Relative

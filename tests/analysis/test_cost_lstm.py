@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import shazeer_lstm
 from experiments.study import claims
 from moe_jax import run_config
 from moe_jax.analysis import cost
+from moe_jax.configs import shazeer_lstm
 from moe_jax.layers.experts import Einsum
 from moe_jax.layers.routers import NoisyTopK
 from tests.models import test_lstm_lm, tiny

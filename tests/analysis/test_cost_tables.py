@@ -9,9 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from configs import eigen_digits, mixtral_8x7b
 from moe_jax import run_config
 from moe_jax.analysis import cost
+from moe_jax.configs import eigen_digits, mixtral_8x7b
 from tests.models import tiny
 from tests.models.tiny import T
 from tests.training import tiny as tiny_run

@@ -9,10 +9,10 @@ import pytest
 from flax import linen as nn
 from jax.extend.core import Literal
 
-from configs import switch_c
 from moe_jax import models, run_config
 from moe_jax.analysis import memory
 from moe_jax.analysis.model_parts import halves
+from moe_jax.configs import switch_c
 from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.layers.experts import Dropless, Einsum, Gather
 from moe_jax.layers.norms import LayerNorm

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from moe_jax import generate
 from moe_jax.analysis import record_evaluation, traces
 from moe_jax.analysis.token_counts import choices
 from moe_jax.analysis.trace_hook import Traces
+from moe_jax.configs import base
 from moe_jax.options import OptionError
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook, set_up

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from moe_jax import evaluation, generate, run_config
+from moe_jax.configs import base
 from moe_jax.data import ClassRows, NpzSource
 from moe_jax.distributed import Placing
 from moe_jax.evaluation import ClassifyEvaluation, LossEvaluation, classify

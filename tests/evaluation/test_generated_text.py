@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from moe_jax import data, evaluation, generation, run_config
+from moe_jax.configs import base
 from moe_jax.distributed import Placing
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.runs import metrics

@@ -24,7 +24,7 @@ NAMES = sorted(
 
 def config(name: str, arg: str = ''):
   """The config of configs/<name>.py."""
-  return importlib.import_module(f'configs.{name}').get_config(arg)
+  return importlib.import_module(f'moe_jax.configs.{name}').get_config(arg)
 
 
 def dump(name: str) -> str:

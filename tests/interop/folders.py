@@ -18,7 +18,7 @@ _ROLES = {
 VOCAB_SIZE = 264  # one more than there are tokens
 # This config has what a checkpoint does not give: a short text and two steps.
 CONFIG = """
-from configs import base
+from moe_jax.configs import base
 
 def get_config():
   c = base.get_config()

@@ -127,8 +127,8 @@ def run(
     evals: Options of evaluations that are added to `config.evals`, by kind.
     seeds: `config.seed` of each process.
   """
-  from configs import base
   from moe_jax import run_config
+  from moe_jax.configs import base
   from moe_jax.training.loop import train_and_evaluate
   from tests.training import tiny
 

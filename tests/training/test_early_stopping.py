@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from configs import base
 from experiments.study import item_commands
 from experiments.study.jobs import Item
 from moe_jax import finetuning, run_config
+from moe_jax.configs import base
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, trained
 from moe_jax.runs.checkpoint_options import CheckpointOptions

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from moe_jax import run_config
+from moe_jax.configs import base
 from moe_jax.data import DataError
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics

@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from configs import base
 from moe_jax import models, run_config
+from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step

@@ -1,1 +1,0 @@
-"""Configs of runs; each file changes values of `base.py`."""
