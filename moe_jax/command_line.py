@@ -6,8 +6,11 @@ Not here: config files and their overrides (`config_file.py`).
 import argparse
 import contextlib
 import os
+import pathlib
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -31,8 +34,55 @@ REPORTED = (
   OSError,
   ValueError,
 )
+CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
+# Console commands by the module that `python -m` starts instead.
+CONSOLE = {
+  'moe_jax.analysis.cost': 'moe-cost',
+  'moe_jax.analysis.routes': 'moe-routes',
+  'moe_jax.compression': 'moe-compress',
+  'moe_jax.generate': 'moe-generate',
+  'moe_jax.interop': 'moe-interop',
+  'moe_jax.main': 'moe-train',
+}
 # Beginnings of JAX's messages about JAX_PLATFORMS.
 _PLATFORM = ('Unable to initialize backend', 'Unknown backend')
+
+
+def program(module: str) -> str:
+  """What starts a module of this package, as the user started this program.
+
+  Returns:
+    'moe-train' or 'python -m moe_jax.main'.
+  """
+  console = CONSOLE.get(module)
+  if console and pathlib.Path(sys.argv[0]).stem in CONSOLE.values():
+    return console
+  return f'python -m {module}'
+
+
+def about(text: str) -> dict[str, Any]:
+  """Arguments of a parser whose help ends with the examples of a docstring.
+
+  Args:
+    text: The docstring of the command's module: a sentence, and examples. What
+      follows 'Not here:' in a paragraph is for readers of the code.
+  """
+  text = re.sub(r'\s*Not here:.*?(?=\n\n|$)', '', text, flags=re.DOTALL)
+  # A backslash at the end of a docstring's line has joined it with the next.
+  text = re.sub(r'(?<=\S) {6,}', ' \\\\\n      ', text)
+  first, _, rest = with_programs(text).partition('\n')
+  rest = rest.strip('\n')
+  return dict(
+    description=first,
+    epilog=f'examples:\n{rest}' if rest.startswith(' ') else rest,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def with_programs(text: str) -> str:
+  """A text that names programs as the user starts them."""
+  return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
 def fail(text: str) -> NoReturn:
@@ -51,6 +101,7 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     show_traceback: Whether errors are raised as they are; they also are where
       the environment has MOE_JAX_TRACEBACK.
   """
+  find_own_modules()
   show_traceback = show_traceback or 'MOE_JAX_TRACEBACK' in os.environ
   try:
     yield
@@ -64,12 +115,29 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     fail(str(error))
 
 
+def find_own_modules() -> None:
+  """Lets modules of the user be imported from the working folder.
+
+  `python -m` does so, too; a console command would not. The folder is searched
+  last, so that no file there hides a module of a library.
+  """
+  if '' not in sys.path:
+    sys.path.append('')
+
+
 class Parser(argparse.ArgumentParser):
   """A parser that reports a wrong argument in one line, with status 1."""
 
   def error(self, message: str) -> NoReturn:
     """Prints the message and ends the program."""
     fail(message)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+  """Adds --config, which `parse_command` lets overrides follow."""
+  parser.add_argument('--config', required=True, help=CONFIG)
+  text = 'show where in the code an error came from'
+  parser.add_argument('--traceback', action='store_true', help=text)
 
 
 def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
@@ -152,10 +220,33 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
     return options.run(options, overrides)
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-  """Parses flags for `app.run`; a wrong one ends the program in a few lines."""
+def parse(argv: Sequence[str], text: str = '') -> list[str]:
+  """Parses flags for `app.run`; a wrong one ends the program in a few lines.
+
+  Args:
+    argv: The words of the command line.
+    text: The docstring of the command's module, for --help; see `about`.
+  """
+  if any(word in ('-h', '-help', '--help', '--helpshort') for word in argv):
+    say(_flags_help(text, argv[0]))
+    sys.exit(0)
+  find_own_modules()
   try:
     config_file.check_flags(argv)
-    return flags.FLAGS(argv)
+    return flags.FLAGS(config_file.with_paths(argv))
   except (flags.Error, ValueError, OSError) as error:
     fail(str(error).strip().splitlines()[0])
+
+
+def _flags_help(text: str, typed: str) -> Iterator[str]:
+  """Lines on a command and its own flags; those of libraries are left out."""
+  parts = about(text)
+  yield from (parts['description'], '', parts['epilog'], '', 'flags:')
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    # absl knows a module that was started by the name of the program.
+    if module != typed and not module.startswith('moe_jax.'):
+      continue
+    for flag in defined:
+      sentence = flag.help.partition(';\n')[0]  # absl adds how to repeat it
+      line = f'  --{flag.name}: {sentence}'
+      yield from textwrap.wrap(line, width=80, subsequent_indent='      ')

@@ -1,14 +1,21 @@
-"""Config files and their overrides, `--config.key=value`.
+"""Config files, by path or by name, and their overrides, `--config.key=value`.
+
+A path is 'configs/tiny_switch.py'. A name is 'moe_jax:tiny_switch', for the
+file `tiny_switch.py` of the package `moe_jax.configs`, and works in every
+folder; configs of another installed package are named alike. Text after one
+more colon is the argument of `get_config`.
 
 absl and ml_collections parse the flags. For a key that does not exist they
 raise a KeyError without its path, so the keys are looked up here first.
 """
 
 import copy
+import importlib
 import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import re
 import traceback
 import types
 from collections.abc import Mapping, Sequence
@@ -18,8 +25,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax.options import unknown
+from moe_jax.option_checks import unknown, unknown_text
 from moe_jax.sections import flatten
+
+_OWN = 'moe_jax'
+_PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
 
 
 def config_of(
@@ -28,50 +38,45 @@ def config_of(
   """Returns a config with `--config.key=value` overrides applied.
 
   Args:
-    base: A config, or the path of its file, 'configs/name.py'.
+    base: A config, or its path or name; see `load_config`.
     overrides: Flags such as '--config.seed=1'.
 
   Raises:
     ValueError: The file or a key does not exist, or a value has another type.
   """
+  # Overrides are set in the config.
+  config = load_config(base) if isinstance(base, str) else copy.deepcopy(base)
+  argv = ['', *overrides]
+  _check_keys(config, dict(_options(argv)))
   values = flags.FlagValues()
-  options = dict(
-    flag_values=values, accept_new_attributes=True, lock_config=False
+  holder = config_flags.DEFINE_config_dict(
+    'config',
+    config,
+    '',
+    flag_values=values,
+    accept_new_attributes=True,
+    lock_config=False,
+    sys_argv=argv,
   )
-  if isinstance(base, str):
-    argv = ['', f'--config={base}', *overrides]
-    check_flags(argv)
-    config = config_flags.DEFINE_config_file(
-      'config', None, '', sys_argv=argv, **options
-    )
-  else:
-    argv = ['', *overrides]
-    base = copy.deepcopy(base)  # overrides are set in it
-    _check_keys(base, dict(_options(argv)))
-    config = config_flags.DEFINE_config_dict(
-      'config', base, '', sys_argv=argv, **options
-    )
   try:
     values(argv)
   except flags.Error as error:
     raise ValueError(str(error).strip().splitlines()[0]) from None
-  return config.value
+  return holder.value
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-  """The config of 'configs/name.py' or 'configs/name.py:argument'.
+  """The config of a file.
+
+  Args:
+    spec: Path 'configs/name.py' or name 'moe_jax:name', either of which may end
+      in ':argument'.
 
   Raises:
     ValueError: The file does not exist, cannot be run, has no `get_config`,
       refuses the argument, or returns something else than a config.
   """
-  file, _, argument = spec.partition(':')
-  path = pathlib.Path(file)
-  if not path.is_file():
-    raise ValueError(
-      f'config file {file!r} does not exist under {os.getcwd()}; commands run '
-      "from the repository's root, where configs/ is"
-    )
+  file, path, argument = _found(spec)
   module = _run(file, path)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'{file} defines no get_config(arg)')
@@ -88,6 +93,76 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   return config
 
 
+def _found(spec: str) -> tuple[str, pathlib.Path, str]:
+  """What to call a config's file in messages, its path, and the argument.
+
+  Raises:
+    ValueError: There is no such file.
+  """
+  file, _, argument = spec.partition(':')
+  path = pathlib.Path(file)
+  if path.is_file():
+    return file, path, argument
+  if _PACKAGE.fullmatch(file) and path.suffix != '.py' and ':' in spec:
+    name, _, argument = argument.partition(':')
+    files = named(file)
+    if name not in files:
+      raise unknown(f'config of {file}', name, files)
+    return f'{file}:{name}', files[name], argument
+  files = named(_OWN)
+  hint = f'{_OWN}:{path.stem} works in every folder'
+  if path.stem not in files:
+    hint = f'{_OWN}:NAME works in every folder, for NAME: '
+    hint += unknown_text('config', path.stem, files)
+  raise ValueError(
+    f'config file {file!r} does not exist under {os.getcwd()}; {hint}'
+  )
+
+
+def named(package: str) -> dict[str, pathlib.Path]:
+  """The files of a package's configs by name, sorted.
+
+  Args:
+    package: Name of an installed package, whose configs are the files of its
+      package `configs`.
+
+  Raises:
+    ValueError: The package or its `configs` cannot be imported.
+  """
+  try:
+    folders = importlib.import_module(f'{package}.configs').__path__
+  except (ImportError, AttributeError) as error:
+    raise ValueError(
+      f'package {package!r} has no configs: {error}; a config is a file, '
+      f'configs/own.py, or a name, {_OWN}:tiny_switch'
+    ) from None
+  files = {
+    path.stem: path
+    for folder in folders
+    for path in sorted(pathlib.Path(folder).glob('*.py'))
+  }
+  files.pop('__init__', None)
+  return files
+
+
+def with_paths(argv: Sequence[str]) -> list[str]:
+  """The words of a command line, with a path where --config gives a name.
+
+  ml_collections reads paths alone.
+
+  Raises:
+    ValueError: The config's file does not exist.
+  """
+  words = list(argv)
+  for i, word in enumerate(words[1:], start=1):
+    flag, equals, spec = word.partition('=')
+    if word.startswith('-') and flag.lstrip('-') == 'config':
+      at = i if equals else i + 1
+      _, path, argument = _found(spec if equals else words[at])
+      words[at] = f'{flag}=' * bool(equals) + f'{path}:{argument}'.rstrip(':')
+  return words
+
+
 def _run(file: str, path: pathlib.Path) -> types.ModuleType:
   """The module of a config file; raises ValueError that names the file."""
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
@@ -97,8 +172,8 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
     loader.exec_module(module)
   except ModuleNotFoundError as error:
     raise ValueError(
-      f'{file}: {error}; commands run from the root of the repository, where '
-      'configs/ is'
+      f'{file}: {error}; modules of your own are looked for in '
+      f'{os.getcwd()} and PYTHONPATH'
     ) from None
   except Exception as error:
     raise ValueError(_in_file(file, path, error)) from error

@@ -1,4 +1,4 @@
-"""The flag --config of every command: a config file, with overrides.
+"""The flag --config of a training command: a config file, with overrides.
 
     config_flag.define()
     options, ignored = config_flag.read()  # once the flags are parsed
@@ -23,8 +23,8 @@ def define() -> None:
   config_flags.DEFINE_config_file(
     _NAME,
     None,
-    'Config file, such as configs/tiny_switch.py; --config.seed=1 overrides a '
-    'value.',
+    'Path of a config file, own.py, or name of one, moe_jax:tiny_switch; '
+    '--config.seed=1 overrides a value.',
     # New keys belong to open sections; `command_line.parse` refuses all others.
     accept_new_attributes=True,
     lock_config=False,
@@ -63,7 +63,7 @@ def options_of(
   """The options of a config file with overrides, checked as `read` does.
 
   Args:
-    spec: The config file, 'configs/name.py' or 'configs/name.py:argument'.
+    spec: The config's path or name; see `config_file.load_config`.
     overrides: Flags such as '--config.seed=1'.
 
   Returns:

@@ -31,7 +31,8 @@ from moe_jax.runs import trained
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.generate', description=__doc__.split('\n')[0]
+    prog=command_line.program('moe_jax.generate'),
+    **command_line.about(__doc__),
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')

@@ -1,9 +1,9 @@
 """Trains and evaluates the model that a config describes.
 
-    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
-    python -m moe_jax.main --config=configs/tiny_switch.py \
+    python -m moe_jax.main --config=moe_jax:tiny_switch --workdir=runs/tiny
+    python -m moe_jax.main --config=moe_jax:tiny_switch \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
-    python -m moe_jax.main --config=configs/tiny_switch.py --describe
+    python -m moe_jax.main --config=moe_jax:tiny_switch --describe
 
 The last command trains nothing: it prints every key of the config with its
 value, its default and what it means.
@@ -107,5 +107,10 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
   return ended.ended
 
 
+def command() -> None:
+  """Runs the command line of this program."""
+  app.run(main, flags_parser=lambda argv: command_line.parse(argv, __doc__))
+
+
 if __name__ == '__main__':
-  app.run(main, flags_parser=command_line.parse)
+  command()

@@ -1,13 +1,16 @@
 """The cost of a model: parameters, FLOPs, bytes, devices with room for it.
 
-    python -m moe_jax.analysis.cost --config=configs/mixtral_8x7b.py
+    python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
+    python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4
 
 All figures are counted from options and shapes of parameters, by `counts.py`
 and `memory.py`, never measured. Bytes are counted only for models of blocks.
 Not here: time (`explain_cost.py`).
 """
 
-from absl import app, flags, logging
+import argparse
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from moe_jax import command_line, config_flag
@@ -80,34 +83,51 @@ def workload(
   return Workload(batch_size, *lengths, parts)
 
 
-@command_line.reported()
-def main(argv: list[str]) -> None:
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses the command line; returns overrides of the config separately."""
+  parser = command_line.Parser(
+    prog=command_line.program('moe_jax.analysis.cost'),
+    **command_line.about(__doc__),
+  )
+  command_line.add_config(parser)
+  parser.set_defaults(run=run)
+  add = parser.add_argument
+  add(
+    '--batch',
+    type=command_line.POSITIVE,
+    default=1,
+    help='number of rows in the batch',
+  )
+  add(
+    '--expert_parallel',
+    type=command_line.NOT_NEGATIVE,
+    default=0,
+    help="devices that the experts are split over; 0 takes the mesh's",
+  )
+  return command_line.parse_command(parser, argv, lambda _: True)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the cost of the model of the command line's config."""
-  if len(argv) > 1:
-    command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
-  logging.set_verbosity(logging.WARNING)
-  console = Console()
-  options, ignored = config_flag.read()
+  options, ignored = config_flag.options_of(arguments.config, overrides)
   command_line.say(config_flag.ignored_lines(ignored))
   options = with_own_vocabulary(options)
   model = options.build()
-  work = workload(options, _BATCH.value, _PARTS.value)
+  work = workload(options, arguments.batch, arguments.expert_parallel)
   tables = [compute_table, memory_table, fit_table]
+  console = Console()
   for make in tables if model.stacks else tables[:1]:
     console.print(make(model, work))
   if len(model.stacks) == 1:
     console.print(training_table(options, model))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
+  command_line.run_command(*parse(argv))
+
+
 if __name__ == '__main__':
-  config_flag.define()
-  _BATCH = flags.DEFINE_integer(
-    'batch', 1, 'Number of rows in the batch.', lower_bound=1
-  )
-  _PARTS = flags.DEFINE_integer(
-    'expert_parallel',
-    0,
-    "Number of devices that the experts are split over; 0 takes the mesh's.",
-    lower_bound=0,
-  )
-  app.run(main, flags_parser=command_line.parse)
+  main()

@@ -1,6 +1,6 @@
 """Measures the time of the parts of a training step, such as its router.
 
-    python -m moe_jax.analysis.explain_cost --config=configs/tiny_switch.py
+    python -m moe_jax.analysis.explain_cost --config=moe_jax:tiny_switch
 
 The training step of the config is compiled, timed and profiled on this machine.
 Each executed instruction belongs to the innermost part of the model that its
@@ -8,6 +8,7 @@ scopes name. Not here: costs that are counted without a run (`cost.py`), and
 comparisons of layers or models (`experiments`).
 """
 
+import argparse
 import dataclasses
 import pathlib
 import re
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
@@ -149,16 +149,31 @@ def table(explanation: Explanation) -> Table:
   return result
 
 
-@command_line.reported()
-def main(argv: list[str]) -> None:
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses the command line; returns overrides of the config separately."""
+  parser = command_line.Parser(
+    prog=command_line.program('moe_jax.analysis.explain_cost'),
+    **command_line.about(__doc__),
+  )
+  command_line.add_config(parser)
+  parser.set_defaults(run=run)
+  parser.add_argument(
+    '--steps',
+    type=command_line.POSITIVE,
+    default=10,
+    help='steps that are timed, and again that are profiled',
+  )
+  return command_line.parse_command(parser, argv, lambda _: True)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the time of the parts of a step of the command line's config."""
-  if len(argv) > 1:
-    command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
-  logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
-  options, ignored = config_flag.read()
+  options, ignored = config_flag.options_of(arguments.config, overrides)
   command_line.say(config_flag.ignored_lines(ignored))
-  explanation = explain(options, num_steps=_STEPS.value)
+  explanation = explain(options, num_steps=arguments.steps)
   print(_title(options))
   Console().print(table(explanation))
 
@@ -181,12 +196,10 @@ def _title(options: RunOptions) -> str:
   )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
+  command_line.run_command(*parse(argv))
+
+
 if __name__ == '__main__':
-  config_flag.define()
-  _STEPS = flags.DEFINE_integer(
-    'steps',
-    10,
-    'Number of steps that are timed, and again of steps that are profiled.',
-    lower_bound=1,
-  )
-  app.run(main, flags_parser=command_line.parse)
+  main()

@@ -106,8 +106,8 @@ def record(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.analysis.record_evaluation',
-    description=__doc__.split('\n')[0],
+    prog=command_line.program('moe_jax.analysis.record_evaluation'),
+    **command_line.about(__doc__),
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')

@@ -35,9 +35,8 @@ Labels = dict[str, dict[str, str]]
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.analysis.routes',
-    description=__doc__.split('\n')[0],
-    allow_abbrev=False,
+    prog=command_line.program('moe_jax.analysis.routes'),
+    **command_line.about(__doc__),
   )
   add = parser.add_argument
   add('traces', nargs='+', metavar='TRACE', help='folder of a trace')

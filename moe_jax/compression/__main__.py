@@ -1,10 +1,13 @@
 """Makes a sparse model small, one command for each way.
 
-    python -m moe_jax.compression --help
+    python -m moe_jax.compression quantize --run=runs/tiny --output=runs/int4 \
+      --format=int4
+    python -m moe_jax.compression prune --run=runs/tiny --output=runs/half \
+      --share=0.5
     python -m moe_jax.compression COMMAND --help
 
 Each command reads the folder of a run, trained or imported, and writes that of
-a new one. A command that takes --config=configs/own.py reads its data, or what
+a new one. A command that takes --config=own.py reads its data, or what
 its help says, from there, with overrides: --config.data.seq_len=64.
 """
 
@@ -41,9 +44,8 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.compression',
-    description=__doc__.split('\n')[0],
-    allow_abbrev=False,
+    prog=command_line.program('moe_jax.compression'),
+    **command_line.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
   for add in COMMANDS:

@@ -1,11 +1,12 @@
 """The command that trains a run which learns from another.
 
     python -m moe_jax.compression distill --teacher=runs/tiny \
-      --config=configs/tiny_switch.py --workdir=runs/student \
+      --config=moe_jax:tiny_switch --workdir=runs/student \
       --config.model.moe.num_experts=0
 
-It is `python -m moe_jax.main` with `config.distill.teacher`: what belongs to
-training is there. Not here: what a teacher does (`distill.py`).
+It is `python -m moe_jax.main` with `--config.distill.teacher`, which has more
+flags: what belongs to training is there. Not here: what a teacher does
+(`distill.py`).
 """
 
 import argparse
@@ -14,15 +15,15 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from moe_jax import command_line
+
 
 def add(commands: Any) -> None:
   """Adds the command `distill`, which is `moe_jax.main` with a teacher."""
   command = commands.add_parser(
     'distill',
     help='trains a run that learns from another',
-    description='The same as python -m moe_jax.main with '
-    '--config.distill.teacher, which has more flags.',
-    allow_abbrev=False,
+    **command_line.about(__doc__),
   )
   command.set_defaults(run=_run)
   add = command.add_argument

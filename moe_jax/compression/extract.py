@@ -5,6 +5,9 @@ and gates in a layer that routes by task, and g1 FFN1(x) + g2 FFN2(x) is one
 feed-forward of width 2F: the experts' first kernels side by side, their last
 ones times their gates on top of each other. So each such layer becomes its own
 dense twin. Layers of other routers stay as they are.
+
+    python -m moe_jax.compression extract --run=runs/multilingual --task=de \
+      --output=runs/german
 """
 
 import argparse
@@ -217,7 +220,7 @@ def add(commands: Any) -> None:
   command = commands.add_parser(
     'extract',
     help='writes the part of a model with routers by task that one task uses',
-    allow_abbrev=False,
+    **command_line.about(__doc__),
   )
   command.set_defaults(run=_command)
   command.add_argument('--run', required=True, dest='folder', help='its folder')

@@ -48,7 +48,11 @@ def add_arguments(
   )
   add('--router', choices=routers, default=router)
   add('--batches', type=command_line.POSITIVE, default=8)
-  add('--config', default='', help="config of the data; else the run's")
+  add(
+    '--config',
+    default='',
+    help="config of the data, by path or name; else the run's",
+  )
 
 
 def read(
@@ -110,7 +114,7 @@ def described(
 def written_to(folder: pathlib.Path, before: Calibrated) -> str:
   """The last lines of a command, with the one that may follow."""
   words = [
-    *('python', '-m', 'moe_jax.compression', 'distill'),
+    *(*command_line.program('moe_jax.compression').split(), 'distill'),
     f'--teacher={before.run.folder}',
     f'--config={folder / new_run.CONFIG_PY}',
     f'--workdir={folder}-recovered',

@@ -1,7 +1,7 @@
 """Computes and keeps a teacher's largest logits for the batches of a run.
 
     python -m moe_jax.compression keep_logits --teacher=runs/tiny \
-      --config=configs/tiny_switch.py --output=logits --batches=1000 --top=32
+      --config=moe_jax:tiny_switch --output=logits --batches=1000 --top=32
 
 The manifest is written last: what a killed command left is no folder of logits
 yet, and the same command goes on with it. Not here: the folder
@@ -241,7 +241,7 @@ def add(commands: Any) -> None:
   command = commands.add_parser(
     'keep_logits',
     help="writes a teacher's largest logits for the batches of a run",
-    allow_abbrev=False,
+    **command_line.about(__doc__),
   )
   command.set_defaults(run=_run)
   add = command.add_argument

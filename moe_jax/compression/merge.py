@@ -1,7 +1,7 @@
 """Merging of similar experts: each group of a layer becomes one expert.
 
     python -m moe_jax.compression merge --run=runs/tiny --output=runs/half \
-        --experts=4 --group_by=outputs --router=tied --batches=8
+      --experts=4 --group_by=outputs --router=tied --batches=8
 
 M-SMoE (https://arxiv.org/abs/2310.01334) and HC-SMoE
 (https://arxiv.org/abs/2410.08589) are settings of it: the similarity, the rule
@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import command_line
 from moe_jax.compression import grouping, whole_run
 from moe_jax.compression.align import of_expert, permutation, permuted
 from moe_jax.compression.fewer import (
@@ -139,7 +140,7 @@ def merge(
 def add(commands: Any) -> None:
   """Adds the command to a parser's commands."""
   parser = commands.add_parser(
-    'merge', help='merges similar experts', allow_abbrev=False
+    'merge', help='merges similar experts', **command_line.about(__doc__)
   )
   parser.set_defaults(run=_run)
   add_arguments(parser, ROUTERS, TIED)

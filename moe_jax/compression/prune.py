@@ -1,7 +1,7 @@
 """Pruning of experts: those of the highest scores stay.
 
     python -m moe_jax.compression prune --run=runs/tiny --output=runs/half \
-        --experts=4 --score=reap --router=shrunk --batches=8
+      --experts=4 --score=reap --router=shrunk --batches=8
 
 The score is the usage, the mean gate, or REAP's mean of gate times norm of
 output (https://arxiv.org/abs/2510.13999). An expert that no calibration token
@@ -152,7 +152,9 @@ def _growth(
 def add(commands: Any) -> None:
   """Adds the command to a parser's commands."""
   parser = commands.add_parser(
-    'prune', help='removes the least useful experts', allow_abbrev=False
+    'prune',
+    help='removes the least useful experts',
+    **command_line.about(__doc__),
   )
   parser.set_defaults(run=_run)
   add_arguments(parser, ROUTERS, SHRUNK)

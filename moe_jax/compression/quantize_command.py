@@ -19,7 +19,9 @@ from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 def add(commands: Any) -> None:
   """Adds the command `quantize`."""
   text = 'stores experts, or all kernels, in codes of few bits'
-  command = commands.add_parser('quantize', help=text, allow_abbrev=False)
+  command = commands.add_parser(
+    'quantize', help=text, **command_line.about(__doc__)
+  )
   command.set_defaults(run=_run)
   add = command.add_argument
   whole = command_line.NOT_NEGATIVE
@@ -32,7 +34,11 @@ def add(commands: Any) -> None:
   add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
   add('--group_size', type=whole, default=0, help='inputs a scale; 0: all')
   add('--symmetric', action='store_true', help='stores no zeros of scales')
-  add('--config', default='', help="config of the data; else the run's")
+  add(
+    '--config',
+    default='',
+    help="config of the data, by path or name; else the run's",
+  )
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:

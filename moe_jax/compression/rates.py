@@ -211,7 +211,9 @@ def _ends(one: np.ndarray, p0: float) -> np.ndarray:
 def add(commands: Any) -> None:
   """Adds the command `rates`."""
   added = commands.add_parser(
-    'rates', help='prints the bits of ternary weights', allow_abbrev=False
+    'rates',
+    help='prints the bits of ternary weights',
+    **command_line.about(__doc__),
   )
   share = command_line.number(float, within('[0, 1]'))
   added.add_argument('--zeros', type=share, nargs='+', default=ZEROS)

@@ -6,7 +6,7 @@
     python -m moe_jax.finetuning merge --adapter=adapter --workdir=runs/tiny \
       --output=runs/merged
 
-`choose` takes the data of --config=configs/own.py instead of the run's own,
+`choose` takes the data of --config=own.py instead of the run's own,
 with overrides: --config.data.seq_len=64.
 """
 
@@ -25,14 +25,13 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.finetuning',
-    description=__doc__.split('\n')[0],
-    allow_abbrev=False,
+    prog=command_line.program('moe_jax.finetuning'),
+    **command_line.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text, workdir, output):
-    added = commands.add_parser(name, help=text, allow_abbrev=False)
+    added = commands.add_parser(name, help=text, **command_line.about(__doc__))
     added.set_defaults(run=run)
     added.add_argument('--workdir', required=True, help=workdir)
     added.add_argument('--output', required=True, help=output)
@@ -55,7 +54,11 @@ def parse(
   add('--share', type=share, required=True, help='share p of the use, to 1')
   add('--score', choices=[*choose_experts.SCORES], default='gate')
   add('--batches', type=command_line.POSITIVE, default=8)
-  add('--config', default='', help="config of the data; else the run's")
+  add(
+    '--config',
+    default='',
+    help="config of the data, by path or name; else the run's",
+  )
   run, new = 'folder of the run', 'new folder'
   add_step(command('save', _save, 'writes the adapter of a run', run, new))
   add = command(

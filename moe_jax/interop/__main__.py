@@ -6,7 +6,7 @@
 
 SOURCE is a local folder or the id of a repository on the hub. `import` takes
 options that the checkpoint does not decide from the defaults, or from
---config=configs/own.py, with overrides: --config.mesh.expert=4.
+--config=own.py, with overrides: --config.mesh.expert=4.
 """
 
 import argparse
@@ -22,14 +22,13 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.interop',
-    description=__doc__.split('\n')[0],
-    allow_abbrev=False,
+    prog=command_line.program('moe_jax.interop'),
+    **command_line.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text):
-    added = commands.add_parser(name, help=text, allow_abbrev=False)
+    added = commands.add_parser(name, help=text, **command_line.about(__doc__))
     added.set_defaults(run=run)
     added.add_argument('--traceback', action='store_true')
     return added.add_argument
@@ -39,7 +38,7 @@ def parse(
   add = command('import', _import, 'makes a new run from a checkpoint')
   add('source', metavar='SOURCE', help=source)
   add('--workdir', required=True, help='folder of the new run')
-  add('--config', default='', help='config file of the run; else the defaults')
+  add('--config', default='', help=f'{command_line.CONFIG}; else the defaults')
   add('--dtype', choices=('float32', 'bfloat16'), default='')
   add('--revision', default='', help=revision)
   add = command('export', _export, 'writes a run for transformers')

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from moe_jax import sections
+from moe_jax import command_line, sections
 from moe_jax.data import (
   DataOptions,
   DocstringsSource,
@@ -208,7 +208,7 @@ def _next(folder, tokenizer) -> list[str]:
   )
   return [
     *([] if tokenizer is not None else [without]),
-    'go on: python -m moe_jax.main '
+    f'go on: {command_line.program("moe_jax.main")} '
     f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}; with other settings, add --resume',
   ]
