@@ -1,33 +1,74 @@
-"""Packaging: `pip install -e .` and its extras."""
+"""Packaging: `pip install -e .`, its extras, and the wheel."""
 
 import pathlib
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
+# The address that notebooks and documents name; a test compares them with it.
+REPOSITORY = 'https://github.com/moe-jax/moe_jax'
 here = pathlib.Path(__file__).parent
 
 DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
 PLOTS = ['matplotlib>=3.8']
-LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
+NOTEBOOK = ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbformat>=5.10']
 # What checkpoints are compared with, and speed; bugs of that release included.
 TORCH = 'torch>=2.6'
 TRANSFORMERS = 'transformers==5.24.*'
 PEFT = 'peft>=0.19'  # adapters that ours are compared with
 TEST = [
+  *NOTEBOOK,
   'beartype>=0.18',
   DIGITS,
   DJANGO,
   'hypothesis>=6.100',
-  'ipykernel>=6.29',
   'nbclient>=0.10',
-  'nbformat>=5.10',
   'pytest>=8.0',
   'pytest-xdist>=3.5',
   'ruff>=0.6',
   'scipy>=1.11',
+  'setuptools>=77',
   TRANSFORMERS,
 ]
+COMMANDS = {
+  'moe-train': 'moe_jax.main:command',
+  'moe-generate': 'moe_jax.generate:main',
+  'moe-cost': 'moe_jax.analysis.cost:main',
+  'moe-interop': 'moe_jax.interop.__main__:main',
+  'moe-compress': 'moe_jax.compression.__main__:main',
+  'moe-routes': 'moe_jax.analysis.routes:main',
+}
+
+
+class BuildWithConfigs(build_py):
+  """Copies `configs/` into the package, where `moe_jax.configs` finds it.
+
+  An editable installation reads the folder where it is.
+  """
+
+  def run(self):
+    """Builds the package, then adds the configs."""
+    super().run()
+    for source, target in self._configs():
+      if not self.editable_mode:
+        self.copy_file(source, target)
+
+  def _configs(self):
+    """The path of each config, and that of its copy."""
+    folder = pathlib.Path(self.build_lib, 'moe_jax', 'configs')
+    for path in sorted(pathlib.Path('configs').glob('*.py')):
+      yield str(path), str(folder / path.name)
+
+  def get_source_files(self):
+    """Everything that the build reads, for source distributions."""
+    return super().get_source_files() + [path for path, _ in self._configs()]
+
+  def get_outputs(self, include_bytecode=1):
+    """Everything that the build writes."""
+    copies = [] if self.editable_mode else [to for _, to in self._configs()]
+    return super().get_outputs(include_bytecode) + copies
+
 
 setup(
   name='moe_jax',
@@ -35,8 +76,32 @@ setup(
   description='Sparse mixture-of-experts models in JAX, one code for all',
   long_description=(here / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
+  url=REPOSITORY,
+  project_urls={
+    'Documentation': f'{REPOSITORY}#readme',
+    'Issues': f'{REPOSITORY}/issues',
+    'Source': REPOSITORY,
+  },
   license='Apache-2.0',
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Environment :: GPU :: NVIDIA CUDA',
+    'Intended Audience :: Science/Research',
+    'Operating System :: MacOS',
+    'Operating System :: POSIX :: Linux',
+    'Programming Language :: Python :: 3 :: Only',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   packages=find_packages(include=['moe_jax', 'moe_jax.*']),
+  package_data={'moe_jax': ['py.typed']},
+  cmdclass={'build_py': BuildWithConfigs},
+  entry_points={
+    'console_scripts': [f'{name} = {at}' for name, at in COMMANDS.items()]
+  },
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
@@ -61,10 +126,20 @@ setup(
     *PLOTS,
   ],
   extras_require={
+    # What jax adds for accelerators, in the release of the jax that is there;
+    # its `cuda12` is for drivers that are older than CUDA 13.
+    'cuda': ['jax[cuda13]'],
+    'cuda12': ['jax[cuda12]'],
+    'tpu': ['jax[tpu]'],
+    # The compiler for TPUs on a machine that has none. It makes every command
+    # look for one, and say that there is none.
+    'tpu-compiler': [
+      'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
+    ],
     'test': [*TEST, TORCH, PEFT],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
-    'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
-    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, TORCH, TRANSFORMERS],
+    'colab': [*NOTEBOOK, DIGITS],
+    'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],
   },
 )

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from moe_jax import command_line
 from moe_jax.compression import whole_run
 from moe_jax.compression.calibration import capture
 from moe_jax.compression.fewer import (
