@@ -1,0 +1,290 @@
+"""The package alone: configs by name, console commands, and the wheel."""
+
+import importlib
+import pathlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+import setuptools
+from absl.testing import flagsaver
+
+import moe_jax.main
+from moe_jax import command_line, config_file, config_flag, sections
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def flat(config):
+  return sections.flatten(config)
+
+
+@pytest.fixture
+def packaging(monkeypatch):
+  """What setup.py defines, and `setup`, the arguments of that function."""
+  given = {}
+  monkeypatch.setattr(
+    setuptools, 'setup', lambda **options: given.update(options)
+  )
+  monkeypatch.chdir(ROOT)
+  return {**runpy.run_path('setup.py'), 'setup': given}
+
+
+def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
+  paths = 'configs/tiny_switch.py', 'configs/switch_base.py:e8'
+  monkeypatch.chdir(ROOT)
+  by_path = [flat(config_file.load_config(path)) for path in paths]
+  monkeypatch.chdir(tmp_path)
+  names = 'moe_jax:tiny_switch', 'moe_jax:switch_base:e8'
+  assert [flat(config_file.load_config(name)) for name in names] == by_path
+  changed = config_file.config_of(names[0], ['--config.seed=3'])
+  assert flat(changed) == {**by_path[0], 'seed': 3}
+  options, _ = config_flag.options_of(f'{names[0]}:runlocal')
+  assert (options.total_steps, options.model.width) == (2, 32)
+
+
+def test_every_config_of_the_folder_has_a_name():
+  files = {path.stem: path for path in (ROOT / 'configs').glob('*.py')}
+  assert config_file.named('moe_jax') == files
+
+
+@pytest.mark.parametrize(
+  ('spec', 'says'),
+  [
+    ('moe_jax:tiny_swich', "did you mean 'tiny_switch'? have ['base', "),
+    ('moe_jax:', "unknown config of moe_jax ''"),
+    ('moe_jax:tiny_switch:small', 'moe_jax:tiny_switch: unknown config argum'),
+    ('no_package:tiny_switch', "No module named 'no_package'"),
+    ('os:path', "package 'os' has no configs"),
+    ('tiny_switch', 'moe_jax:tiny_switch works in every folder'),
+    ('configs/tiny_switch.py:runlocal', 'moe_jax:tiny_switch works in every'),
+    ('configs/tiny_swich.py', "did you mean 'tiny_switch'?"),
+    ('own.py', 'does not exist under'),
+  ],
+)
+def test_what_is_no_config_is_told_of_the_nearest_name(
+  spec, says, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=re.escape(says)):
+    config_file.load_config(spec)
+
+
+def test_another_package_names_its_configs_alike(tmp_path, monkeypatch):
+  folder = tmp_path / 'somebodys' / 'configs'
+  folder.mkdir(parents=True)
+  (folder.parent / '__init__.py').touch()
+  (folder / '__init__.py').touch()
+  (folder / 'large.py').write_text(
+    'from moe_jax.configs import tiny_switch\n'
+    'def get_config(arg=""):\n'
+    '  config = tiny_switch.get_config(arg)\n'
+    '  config.total_steps = 7\n'
+    '  return config\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  config = config_file.load_config('somebodys:large:runlocal')
+  assert (config.total_steps, config.model.width) == (7, 32)
+  with pytest.raises(ValueError, match=r"unknown config of somebodys 'small'"):
+    config_file.load_config('somebodys:small')
+  # A file of that name would be the config.
+  monkeypatch.chdir(tmp_path)
+  shutil.copy(folder / 'large.py', 'own')
+  assert config_file.load_config('own:runlocal').total_steps == 7
+
+
+@pytest.mark.parametrize(
+  'words',
+  [
+    ['--config=moe_jax:tiny_switch:runlocal'],
+    ['--config', 'moe_jax:tiny_switch:runlocal'],
+  ],
+)
+def test_training_takes_a_name(words, tmp_path, monkeypatch):
+  argv = ['moe-train', *words, '--config.seed=5', '--workdir=w']
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
+  with flagsaver.flagsaver():
+    command_line.parse(argv)
+    options, _ = config_flag.read()
+  assert (options.seed, options.total_steps) == (5, 2)
+
+
+def module_of(entry):
+  module, _, function = entry.partition(':')
+  return importlib.import_module(module), function
+
+
+def test_console_commands_start_what_python_would(packaging):
+  commands = packaging['COMMANDS']
+  started = {
+    name: entry.partition(':')[0].removesuffix('.__main__')
+    for name, entry in commands.items()
+  }
+  assert started == {name: at for at, name in command_line.CONSOLE.items()}
+  assert packaging['setup']['entry_points']['console_scripts'] == [
+    f'{name} = {entry}' for name, entry in commands.items()
+  ]
+
+
+def help_of(typed, entry, *words, monkeypatch, capsys):
+  """What --help of a command prints, started as `typed`."""
+  module, function = module_of(entry)
+  monkeypatch.setattr(sys, 'argv', [typed, *words, '--help'])
+  with pytest.raises(SystemExit) as ended:
+    getattr(module, function)()
+  assert not ended.value.code
+  return capsys.readouterr().out
+
+
+def test_help_shows_examples_as_the_user_types_them(
+  packaging, monkeypatch, capsys
+):
+  given = dict(monkeypatch=monkeypatch, capsys=capsys)
+  for name, entry in packaging['COMMANDS'].items():
+    text = help_of(f'/usr/bin/{name}', entry, **given)
+    examples = text.partition('examples:\n')[2]
+    assert examples.startswith(f'    {name} '), name
+    assert 'python -m' not in text and 'Not here' not in text, name
+    module = entry.partition(':')[0].removesuffix('.__main__')
+    text = help_of('/lib/moe_jax/file.py', entry, **given)
+    assert f'examples:\n    python -m {module} ' in text, name
+  entry = packaging['COMMANDS']['moe-compress']
+  for word in ('quantize', 'distill', 'merge', 'prune', 'extract', 'rates'):
+    text = help_of('moe-compress', entry, word, **given)
+    assert f'moe-compress {word} -' in text, word
+
+
+def test_help_of_training_has_its_own_flags_alone(monkeypatch, capsys):
+  text = help_of(
+    'moe-train',
+    'moe_jax.main:command',
+    monkeypatch=monkeypatch,
+    capsys=capsys,
+  )
+  for flag in ('--config:', '--workdir:', '--describe:', '--process_id:'):
+    assert f'\n  {flag}' in text
+  assert 'logtostderr' not in text and 'grain' not in text
+  assert max(map(len, text.splitlines())) <= 80
+  assert moe_jax.main.__doc__.split('\n')[0] in text
+
+
+def test_modules_of_the_working_folder_are_found_last(monkeypatch):
+  monkeypatch.setattr(sys, 'path', ['/lib'])
+  command_line.find_own_modules()
+  command_line.find_own_modules()
+  assert sys.path == ['/lib', '']
+
+
+def test_every_folder_of_modules_is_packaged(packaging):
+  folders = {path.parent for path in (ROOT / 'moe_jax').rglob('*.py')}
+  packages = {'.'.join(path.relative_to(ROOT).parts) for path in folders}
+  assert set(packaging['setup']['packages']) == packages
+
+
+def test_only_extras_for_tpus_bring_their_compiler(packaging):
+  extras = packaging['setup']['extras_require']
+  assert {n for n, r in extras.items() if 'jax[tpu]' in str(r)} == {
+    'tpu', 'tpu-compiler',
+  }  # fmt: skip
+  needed = ' '.join(packaging['setup']['install_requires'])
+  # A jax that is there, whatever it runs on, satisfies what is needed.
+  assert 'jax>=' in needed and 'jaxlib' not in needed and 'jax[' not in needed
+
+
+def test_the_repository_has_one_address(packaging):
+  address, seen = packaging['REPOSITORY'], 0
+  assert packaging['setup']['url'] == address
+  for pattern in ('*.md', 'colab/*', '*/*.md', 'moe_jax/**/*.md'):
+    for path in ROOT.glob(pattern):
+      if path.suffix in ('.md', '.ipynb', '.py'):
+        text = path.read_text(encoding='utf-8')
+        found = re.findall(r'https://github\.com/[\w.-]+/moe_jax\b', text)
+        assert set(found) <= {address}, path
+        seen += len(found)
+  assert seen
+
+
+def build(tmp_path):
+  """A copy of what is packaged, its wheel, and its source distribution."""
+  source = tmp_path / 'source'
+  source.mkdir()
+  for name in ('moe_jax', 'configs'):
+    shutil.copytree(
+      ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__')
+    )
+  for name in ('setup.py', 'README.md'):
+    shutil.copy(ROOT / name, source)
+
+  def run(*words):
+    subprocess.run(
+      [sys.executable, *words], cwd=source, check=True, capture_output=True
+    )
+
+  run('setup.py', '-q', 'sdist', '--dist-dir', '../dist')
+  run(
+    *('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation'),
+    *('--no-index', '-w', '../dist', '.'),
+  )
+  (wheel,) = (tmp_path / 'dist').glob('*.whl')
+  (archive,) = (tmp_path / 'dist').glob('*.tar.gz')
+  return source, wheel, archive
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_empty_folder(tmp_path):
+  source, wheel, archive = build(tmp_path)
+  modules = {
+    str(path.relative_to(source)) for path in source.rglob('moe_jax/**/*.py')
+  }
+  configs = {
+    f'moe_jax/configs/{p.name}' for p in (source / 'configs').iterdir()
+  }
+  names = set(zipfile.ZipFile(wheel).namelist())
+  own = {name for name in names if not name.startswith('moe_jax-')}
+  configs -= {'moe_jax/configs/README.md'}
+  assert own == modules | configs | {'moe_jax/py.typed'}
+  with tarfile.open(archive) as files:
+    packed = {name.partition('/')[2] for name in files.getnames()}
+  assert packed >= modules | {'configs/base.py', 'configs/tiny_switch.py'}
+  target, empty = tmp_path / 'target', tmp_path / 'empty'
+  empty.mkdir()
+  zipfile.ZipFile(wheel).extractall(target)
+  words = ['--config=moe_jax:mixtral_8x7b', '--batch=2']
+  done = subprocess.run(
+    [sys.executable, '-m', 'moe_jax.analysis.cost', *words],
+    cwd=empty,
+    env={'PYTHONPATH': str(target), 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '120'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert '46.7B parameters in memory, 12.9B in compute' in done.stdout
+
+
+@pytest.mark.slow
+def test_an_editable_installation_copies_no_configs(tmp_path):
+  source, _, _ = build(tmp_path)
+  shutil.rmtree(source / 'build', ignore_errors=True)
+  subprocess.run(
+    [
+      *(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index'),
+      *(
+        '--no-build-isolation',
+        '--target',
+        str(tmp_path / 'target'),
+        '-e',
+        '.',
+      ),
+    ],
+    cwd=source,
+    check=True,
+    capture_output=True,
+  )
+  assert not (source / 'moe_jax' / 'configs' / 'base.py').exists()
