@@ -7,7 +7,7 @@
 
 Keys, defaults and descriptions come from the dataclasses of options:
 
-    python -m moe_jax.main --config=configs/base.py --describe
+    python -m moe_jax.main --config=moe_jax:base --describe
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ the first half of training, then it is lifted. With MNIST prepared by TFDS:
 --config.data.source.kind=tfds --config.data.source.tfds.name=mnist
 --config.data.validation_split=test.
 
-    python -m moe_jax.main --config=configs/eigen_digits.py --workdir=runs/eigen
+    python -m moe_jax.main --config=moe_jax:eigen_digits --workdir=runs/eigen
 """
 
 from moe_jax.configs import base

@@ -4,8 +4,8 @@ It begins with the parameters of `tiny_switch.py` and learns to write docstrings
 after functions, with the experts kept as they are. Flags name the other run's
 folder, and what trains:
 
-    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
-    python -m moe_jax.main --config=configs/finetune.py \
+    python -m moe_jax.main --config=moe_jax:tiny_switch --workdir=runs/tiny
+    python -m moe_jax.main --config=moe_jax:finetune \
       --workdir=runs/finetuned --config.init_from.workdir=runs/tiny \
       --config.trainable=experts
 

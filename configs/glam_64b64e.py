@@ -10,7 +10,7 @@ earlier token's second, so outputs leak the future wherever capacity binds.
 That is what was published, hence `allow_future_leak`. Ours: its one-shot
 questions are about docstrings.
 
-    python -m moe_jax.main --config=configs/glam_64b64e.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:glam_64b64e:runlocal \
       --workdir=runs/glam_local
 """
 

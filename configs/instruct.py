@@ -6,7 +6,7 @@ are held out: they are answered, and never learned from. It trains for about a
 quarter of an hour on two cores, and nothing is downloaded. At the end the score
 of every task is printed, with means over tasks and over clusters.
 
-    python -m moe_jax.main --config=configs/instruct.py --workdir=runs/instruct
+    python -m moe_jax.main --config=moe_jax:instruct --workdir=runs/instruct
     python -m moe_jax.generate --workdir=runs/instruct --temperature=0 \
       --prompt='Reverse: abcde'
 

@@ -5,7 +5,7 @@ https://doi.org/10.1162/neco.1991.3.1.79); `experiments/jacobs_table1.py` runs
 the paper's comparison. The speakers are drawn around the means of Peterson and
 Barney 1952; with a file of their table: --config.data.source.vowels.table=PATH.
 
-    python -m moe_jax.main --config=configs/jacobs_vowels.py --workdir=runs/1991
+    python -m moe_jax.main --config=moe_jax:jacobs_vowels --workdir=runs/1991
 """
 
 from moe_jax.configs import base

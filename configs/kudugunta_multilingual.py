@@ -10,7 +10,7 @@ temperature 5. The data and the size of the layers are those of
 which is its task. Only translations from English are there, so that a target
 language and a pair of languages are the same.
 
-    python -m moe_jax.main --config=configs/kudugunta_multilingual.py \
+    python -m moe_jax.main --config=moe_jax:kudugunta_multilingual \
       --workdir=runs/multilingual
     python -m moe_jax.generate --workdir=runs/multilingual --task=de \
       --prompt='de: Please enter a date'

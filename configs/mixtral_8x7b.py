@@ -4,7 +4,7 @@ The widely published sizes: L=32, M=4096, H=32 with 8 kv heads of 128,
 F=14336, 8 experts in every layer, 2 selected, V=32000, context 32768. Experts
 drop nothing. Optimizer and data are not published; ours stand in.
 
-    python -m moe_jax.main --config=configs/mixtral_8x7b.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:mixtral_8x7b:runlocal \
       --workdir=runs/mixtral_local
 """
 

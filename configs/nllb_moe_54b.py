@@ -15,7 +15,7 @@ leaks; the dropout of attention weights (0.1 there) and of hidden values (none)
 is the one rate; labels are not smoothed (0.1); the languages have no
 curriculum. Ours: the mesh, the initialisation and the text.
 
-    python -m moe_jax.main --config=configs/nllb_moe_54b.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:nllb_moe_54b:runlocal \
       --workdir=runs/nllb_moe_local
 """
 

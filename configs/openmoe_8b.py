@@ -16,7 +16,7 @@ makes 11.9B (they ask for 23 GB in bfloat16); ours is the plain SwiGLU. And
 slots are token-major: the published code's are choice-major, and leak. The
 mesh, the batch and the schedule are ours.
 
-    python -m moe_jax.main --config=configs/openmoe_8b.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:openmoe_8b:runlocal \
       --workdir=runs/openmoe_local
 """
 

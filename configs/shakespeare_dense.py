@@ -8,7 +8,7 @@ higher. TFDS's `validation` is the first half of that last tenth; a text file
 (--config.data.source.kind=files --config.data.source.files.pattern=PATH)
 validates on all of it.
 
-    python -m moe_jax.main --config=configs/shakespeare_dense.py \
+    python -m moe_jax.main --config=moe_jax:shakespeare_dense \
       --workdir=runs/shakespeare_dense
 """
 

@@ -4,7 +4,7 @@ Equal to it in FLOPs per token: two experts of F/2 serve a token. Unlike
 GShard, slots are token-major, so that no later token can evict an earlier
 one's second choice.
 
-    python -m moe_jax.main --config=configs/shakespeare_gshard.py \
+    python -m moe_jax.main --config=moe_jax:shakespeare_gshard \
       --workdir=runs/shakespeare_gshard
 """
 

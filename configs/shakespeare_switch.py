@@ -5,7 +5,7 @@ The last layers are sparse, as in V-MoE (arXiv:2106.05974), and the capacity
 factor is 1.0, with which Switch (arXiv:2101.03961, Table 1) was fastest to a
 given quality: both keep a step close to the dense twin's.
 
-    python -m moe_jax.main --config=configs/shakespeare_switch.py \
+    python -m moe_jax.main --config=moe_jax:shakespeare_switch \
       --workdir=runs/shakespeare_switch
 """
 

@@ -10,7 +10,7 @@ minute on two cores. With `:<model>` it is a published one: `MoE-4`, `MoE-32`,
 two levels have more branches: 32 with 256 and with 1024 experts, 64 with 4096.)
 The cost of a model, without embedding and softmax, is printed by
 
-    python -m moe_jax.analysis.cost --config=configs/shazeer_lstm.py:MoE-256-h
+    python -m moe_jax.analysis.cost --config=moe_jax:shazeer_lstm:MoE-256-h
 
 Published: widths, experts, noisy top-4 (top-2 at each level), weights of 0.1 on
 importance and load, dropout on every layer's output, the sigmoid after the
@@ -18,7 +18,7 @@ mixture, Adam, 1000 steps of warm-up and the inverse square root after them.
 Ours: the learning rate, clipping, the forget gate's bias, a softmax over all of
 a vocabulary of bytes (theirs was sampled, of words), the batch and the text.
 
-    python -m moe_jax.main --config=configs/shazeer_lstm.py \
+    python -m moe_jax.main --config=moe_jax:shazeer_lstm \
       --workdir=runs/shazeer_lstm
 """
 

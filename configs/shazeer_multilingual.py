@@ -11,7 +11,7 @@ weights of 0.01 on importance and load. Without dropout the 9,410 pairs are soon
 memorised; with it the run takes eleven minutes on two cores and ends at a
 validation loss of 1.71 nats per byte.
 
-    python -m moe_jax.main --config=configs/shazeer_multilingual.py \
+    python -m moe_jax.main --config=moe_jax:shazeer_multilingual \
       --workdir=runs/shazeer_multilingual
 """
 

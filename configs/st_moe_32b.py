@@ -7,7 +7,7 @@ for ST-MoE-L); with the 27 of the paper's table they would be 272B and 4.2B.
 Ours: the mesh (64 experts over 16 parts of each, as flaxformer's), the batch
 and the text.
 
-    python -m moe_jax.main --config=configs/st_moe_32b.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:st_moe_32b:runlocal \
       --workdir=runs/st_moe_32b_local
 """
 

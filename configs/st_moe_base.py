@@ -11,7 +11,7 @@ router z-loss 1e-3 (flaxformer's Base has 1e-4), logits z-loss 1e-4, groups of
 everywhere, the decoder's are token-major, so that nothing leaks. Ours: the
 mesh, the batch and the text.
 
-    python -m moe_jax.main --config=configs/st_moe_base.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:st_moe_base:runlocal \
       --workdir=runs/st_moe_base_local
 """
 

@@ -8,7 +8,7 @@ jitter 0.01, groups of 8192 tokens, initialisation at a tenth of the variance.
 ReLU with F=3072 is that of the released checkpoints; Table 9's GEGLU with
 F=2048 has as many parameters and FLOPs. Ours: the mesh and the text.
 
-    python -m moe_jax.main --config=configs/switch_base.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:switch_base:runlocal \
       --workdir=runs/switch_base_local
 """
 

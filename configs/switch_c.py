@@ -6,7 +6,7 @@ flaxformer's port: ReLU, a logits kernel of its own, capacity factor 1.0 and at
 least 2 slots, groups of 2048 tokens (its 30 heads are not the paper's). Ours:
 the mesh, the batch and the text.
 
-    python -m moe_jax.main --config=configs/switch_c.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:switch_c:runlocal \
       --workdir=runs/switch_c_local
 """
 

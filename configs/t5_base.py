@@ -8,7 +8,7 @@ of them, a million tokens a batch, Adafactor at 1 / sqrt(step). Ours: rows
 of 128 targets, not 114, so that groups of a sparse sibling's tokens divide;
 the text.
 
-    python -m moe_jax.main --config=configs/t5_base.py:runlocal \
+    python -m moe_jax.main --config=moe_jax:t5_base:runlocal \
       --workdir=runs/t5_local
 """
 

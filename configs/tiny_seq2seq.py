@@ -6,7 +6,7 @@ trains for a few minutes on two cores, and nothing is downloaded. At the end it
 documents `config.sample.prompt`, taking the likeliest byte each time, and 48
 functions of the validation split, for which scores are printed.
 
-    python -m moe_jax.main --config=configs/tiny_seq2seq.py \
+    python -m moe_jax.main --config=moe_jax:tiny_seq2seq \
       --workdir=runs/tiny_seq2seq
 """
 

@@ -3,7 +3,7 @@
 It has 8 experts in every other layer, and trains for about two minutes on two
 cores; nothing is downloaded.
 
-    python -m moe_jax.main --config=configs/tiny_switch.py --workdir=runs/tiny
+    python -m moe_jax.main --config=moe_jax:tiny_switch --workdir=runs/tiny
 """
 
 from moe_jax.configs import base

@@ -6,7 +6,7 @@
       --topology=v5p:4x8x16 --config.mesh.tensor=4
 
 Compiles a config's step for devices that need not be there: any number of CPUs,
-or TPUs by their topology through PyPI's libtpu (the `experiments` extra). No
+or TPUs by their topology through PyPI's libtpu (the `tpu-compiler` extra). No
 parameter or batch is allocated, only their shapes are known. Prints the memory
 that a device needs, the bytes that it sends, a step's FLOPs, and a verdict; the
 exit status is 1 where the step does not fit. CPUs stand in for any device:
@@ -15,6 +15,7 @@ differ from those of an accelerator.
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -75,6 +76,11 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   }
   for name, value in quiet.items():
     os.environ.setdefault(name, value)
+  if not importlib.util.find_spec('libtpu'):
+    raise ValueError(
+      f'--topology={topology} needs the compiler for TPUs: '
+      "pip install 'moe_jax[tpu-compiler]'"
+    )
   from jax.experimental import topologies
 
   slice_options = {'num_slices': slices} if slices > 1 else {}
@@ -207,7 +213,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add('--config', required=True, help='file of the config, in configs/')
+  add('--config', required=True, help=command_line.CONFIG)
   add(
     '--topology',
     default='cpu:64',

@@ -125,7 +125,7 @@ def test_the_large_ones_compile_for_64_devices(config, more):
 
 @pytest.mark.slow
 def test_a_described_tpu():
-  pytest.importorskip('libtpu')
+  pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
   done = run(
     '--config=configs/tiny_switch.py:runlocal',
     '--topology=v5e:2x2',

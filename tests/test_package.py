@@ -98,6 +98,18 @@ def test_another_package_names_its_configs_alike(tmp_path, monkeypatch):
   assert config_file.load_config('own:runlocal').total_steps == 7
 
 
+def test_names_of_configs_in_texts_exist():
+  texts = [*ROOT.glob('*.md'), *ROOT.glob('configs/*')]
+  texts += [p for p in ROOT.glob('moe_jax/**/*') if p.suffix in ('.md', '.py')]
+  seen = set()
+  for path in texts:
+    if path.is_file():
+      text = path.read_text(encoding='utf-8')
+      seen |= set(re.findall(r'--config[= ]moe_jax:(\w+)', text))
+  assert 'tiny_switch' in seen
+  assert seen <= set(config_file.named('moe_jax'))
+
+
 @pytest.mark.parametrize(
   'words',
   [

@@ -64,7 +64,7 @@ def test_flags_for_gpus_exist():
 
 @pytest.mark.slow
 def test_flags_for_tpus_exist():
-  pytest.importorskip('libtpu')
+  pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
   tpu_flags = [f for f in flags('tpu') if 'xla_dump_to' not in f]
   assert len(tpu_flags) >= 5
   env = {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}

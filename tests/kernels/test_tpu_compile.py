@@ -25,7 +25,7 @@ from moe_jax.partitioning import make_mesh
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
 
-pytest.importorskip('libtpu')
+pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]

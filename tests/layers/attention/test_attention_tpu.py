@@ -65,7 +65,7 @@ print(json.dumps(dict(
 
 @pytest.mark.slow
 def test_auto_compiles_to_the_kernel_and_keeps_no_square_array():
-  pytest.importorskip('libtpu')
+  pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
   own = ('JAX_', 'TPU_', 'XLA_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(own)}
   env |= dict(
