@@ -22,6 +22,8 @@ from moe_jax.runs.recorder import NonFiniteError
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
 # the same command goes on with it.
 STOPPED = 75
+# Exit status of a program that Ctrl-C stopped, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
 # Errors whose message says what to do; any other is a defect of the program.
 REPORTED = (
   CheckpointError,
@@ -56,7 +58,7 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     print('moe_jax: interrupted', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+    sys.exit(INTERRUPTED)
   except (*REPORTED, RuntimeError) as error:
     mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
     if show_traceback or not mistake:

@@ -13,8 +13,10 @@ process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
-Exit status: 0 after the last step or an early end; 75 if SIGTERM stopped the
-run before it; 130 after Ctrl-C; 1 with a message of what is wrong.
+SIGTERM and Ctrl-C save after the present step, and the same command goes on
+from there; a second Ctrl-C stops at once. Exit status: 0 after the last step or
+an early end; 75 if SIGTERM stopped the run before it; 130 after Ctrl-C; 1 with
+a message of what is wrong.
 
 Kept short: everything here can be called from a notebook.
 """
@@ -33,7 +35,7 @@ from moe_jax import (
 )
 from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import default_hooks
-from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.loop import Interrupted, train_and_evaluate
 from moe_jax.training.setup import Ended
 
 config_flag.define()
@@ -87,24 +89,28 @@ def main(argv: list[str]) -> None:
       # Once more, as a process of several ends within `joined`.
       command_line.reported(_TRACEBACK.value),
     ):
-      ended = _train(options, ignored)
-  if not ended:
-    sys.exit(command_line.STOPPED)
+      status = _train(options, ignored)
+  if status:
+    sys.exit(status)
 
 
-def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
-  """Trains; returns whether no step is left."""
+def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
+  """Trains; returns the exit status."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
-  train_and_evaluate(
-    options,
-    _WORKDIR.value,
-    hooks=[distilling, *default_hooks(), ended],
-    initial=distilling.initial,
-    resume=_RESUME.value,
-  )
-  return ended.ended
+  try:
+    train_and_evaluate(
+      options,
+      _WORKDIR.value,
+      hooks=[distilling, *default_hooks(), ended],
+      initial=distilling.initial,
+      resume=_RESUME.value,
+    )
+  except Interrupted as error:
+    print(f'moe_jax: {error}', file=sys.stderr)
+    return command_line.INTERRUPTED
+  return 0 if ended.ended else command_line.STOPPED
 
 
 if __name__ == '__main__':

@@ -305,6 +305,27 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
+  # The terminal sends the signal to `tee` of `| tee log`, too.
+  process = subprocess.Popen(
+    command(tmp_path, '--config.total_steps=4000'),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  next(line for line in process.stdout if line.startswith('step 3'))
+  process.stdout.close()
+  process.send_signal(signal.SIGINT)
+  _, said = process.communicate(timeout=120)
+  assert process.returncode == command_line.INTERRUPTED, said
+  first, last = said.splitlines()
+  assert 'another Ctrl-C stops at once' in first
+  step, _ = final_arrays(tmp_path)
+  assert f'interrupted at step {step} and saved: the same command' in last
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
   assert run(tmp_path, '--config.checkpoint.every_steps=1').returncode == 0
   before = final_arrays(tmp_path)

@@ -106,7 +106,12 @@ class Progress:
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""
     if self._bar is None:
-      print(text, file=self._out, flush=True)
+      try:
+        print(text, file=self._out, flush=True)
+      except BrokenPipeError:
+        # Ctrl-C ends the reader of a pipe, too (`| tee log`), and the run has
+        # yet to save.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
     else:
       # Lines that the terminal wraps, and not rich, can be copied whole.
       self._bar.console.print(

@@ -205,12 +205,18 @@ def set_up(
 
 
 def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each part of the options that has no effect."""
-  weights = loss_weights(model, options.logits_z_weight)
-  schedule = options.aux_losses
-  if schedule != type(options)().aux_losses and not schedule.changes(weights):
+  """A line for each part of the options that has no effect, or another."""
+  schedule, total = options.optimizer.schedule, options.total_steps
+  if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
-      f'aux_losses: this model gives none of {list(schedule.losses)} a weight; '
+      f'warm-up: {steps} steps, half of total_steps={total}, in place of '
+      f'optimizer.schedule.warmup_steps={schedule.warmup_steps}'
+    )
+  weights = loss_weights(model, options.logits_z_weight)
+  factors = options.aux_losses
+  if factors != type(options)().aux_losses and not factors.changes(weights):
+    yield (
+      f'aux_losses: this model gives none of {list(factors.losses)} a weight; '
       'their schedule changes nothing'
     )
   for name, entry in options.evals.items():
