@@ -4,9 +4,12 @@
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
     python -m moe_jax.main --config=configs/tiny_switch.py --describe
+    python -m moe_jax.main --config=configs/tiny_switch.py \
+      --workdir=runs/tiny --dry_run
 
-The last command trains nothing: it prints every key of the config with its
-value, its default and what it means.
+The last two commands train nothing. The first of them prints every key of the
+config with its value, its default and what it means; the second what the run
+would cost, need and do, with status 1 if it would be refused.
 
 On several hosts the same command is started on each. The environment says which
 process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
@@ -30,6 +33,7 @@ from moe_jax import (
   command_line,
   config_flag,
   distributed,
+  dry_run,
   host,
   run_config,
 )
@@ -50,6 +54,11 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 _DESCRIBE = flags.DEFINE_bool(
   'describe', False, 'Print every key of the config, and train nothing.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'Print what the run would cost, need and do; train and write nothing.',
 )
 _ALLOW_MODULE = flags.DEFINE_multi_string(
   'allow_module',
@@ -79,6 +88,10 @@ def main(argv: list[str]) -> None:
   if _DESCRIBE.value:
     command_line.say(run_config.describe(config_flag.value()))
     return
+  if _DRY_RUN.value:
+    with command_line.reported(_TRACEBACK.value):
+      _dry_run()
+    return
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -92,6 +105,17 @@ def main(argv: list[str]) -> None:
       status = _train(options, ignored)
   if status:
     sys.exit(status)
+
+
+def _dry_run() -> None:
+  """Prints what a run would do; fails if it would be refused."""
+  options, ignored = config_flag.read()
+  command_line.say(config_flag.ignored_lines(ignored))
+  trial = dry_run.DryRun(options, _WORKDIR.value or '', resume=_RESUME.value)
+  command_line.say(trial.lines())
+  if trial.problems:
+    said = '\n'.join(trial.problems)
+    command_line.fail(f'this run would be refused:\n{said}')
 
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:

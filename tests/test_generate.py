@@ -64,6 +64,15 @@ def test_one_prompt_is_streamed(run, capsys):
   assert (drawn != expected(run, ['def '])[0][: len(drawn)]).any()
 
 
+def test_a_prompt_is_echoed_where_a_person_reads(run, capsys, monkeypatch):
+  text = said(capsys, run, '--prompt=def ').out
+  assert said(capsys, run, '--prompt=def ', '--echo').out == f'def {text}'
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  dim = '\x1b[2mdef \x1b[0m'
+  assert said(capsys, run, '--prompt=def ').out == dim + text
+  assert said(capsys, run, '--prompt=def ', '--no-echo').out == text
+
+
 def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   path = tmp_path / 'prompts.txt'
   path.write_text('ab\n\nc d\n', encoding='utf-8')

@@ -198,14 +198,14 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
-      *_ignored(filled, model),
+      *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
   )
 
 
-def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each part of the options that has no effect, or another."""
+def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
+  """A line for each option that has no effect, or another one."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (

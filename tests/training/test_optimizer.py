@@ -87,7 +87,7 @@ def test_schedule_by_formula(schedule, step, expected):
 def test_a_warmup_is_at_most_half_of_the_run(schedule):
   # Of nine steps four warm up, also where a hundred would.
   long, cut = (schedule(warmup_steps=n).rate(1.0, 9) for n in (100, 4))
-  steps = np.arange(9)
+  steps = jax.numpy.arange(9)
   np.testing.assert_array_equal(long(steps), cut(steps))
   np.testing.assert_allclose(long(steps)[:4], [0.25, 0.5, 0.75, 1.0])
   # A run of one step has no warm-up.
