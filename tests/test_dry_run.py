@@ -92,9 +92,10 @@ def test_flops_and_bytes_by_formula():
   # Seven steps of four rows; the backward pass is twice the forward pass.
   taken = run_cost.run_cost(options, model)
   assert taken.flops == 3 * 7 * 4 * counted.example_flops
-  frozen = tiny.options(total_steps=7, trainable='head').filled(257)
+  frozen = tiny.options(total_steps=7, trainable='norms').filled(257)
   part = run_cost.run_cost(frozen, model)
-  assert part.flops < 2.1 / 3 * taken.flops
+  # Of kernels no gradient is computed, and gradients pass through all of them.
+  assert 0.6 * taken.flops < part.flops < 0.8 * taken.flops
   mesh = options.mesh.make(jax.devices())
   needs = run_cost.run_bytes(
     options, model, make_programs(options, model, mesh), mesh

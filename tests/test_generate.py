@@ -65,12 +65,11 @@ def test_one_prompt_is_streamed(run, capsys):
 
 
 def test_a_prompt_is_echoed_where_a_person_reads(run, capsys, monkeypatch):
-  text = said(capsys, run, '--prompt=def ').out
-  assert said(capsys, run, '--prompt=def ', '--echo').out == f'def {text}'
+  echoed = said(capsys, run, '--prompt=def ', '--echo').out
+  assert echoed.startswith('def ')
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-  dim = '\x1b[2mdef \x1b[0m'
-  assert said(capsys, run, '--prompt=def ').out == dim + text
-  assert said(capsys, run, '--prompt=def ', '--no-echo').out == text
+  shown = said(capsys, run, '--prompt=def ').out
+  assert shown == echoed.replace('def ', '\x1b[2mdef \x1b[0m', 1)
 
 
 def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):

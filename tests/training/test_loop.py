@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import signal
 import sys
 
@@ -97,6 +98,15 @@ def test_rows_and_files(unbroken):
   evals = [row for row in rows if 'eval/train_capacity/loss' in row]
   assert [row['step'] for row in evals] == [3, 6]
   assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+
+
+def test_every_metric_is_explained(unbroken):
+  text = (pathlib.Path(loop.__file__).parent / 'README.md').read_text()
+  rows = metrics.read_metrics(unbroken[0] / metrics.FILE_NAME)
+  for key in {key for row in rows for key in row}:
+    name = key.rsplit('/', 1)[-1]
+    name = re.sub(r'_choice_\d+$', '_choice_<k>', name)
+    assert f'`{name}`' in text, key
 
 
 @pytest.mark.as_users_compile
