@@ -160,4 +160,4 @@ def parse(argv: Sequence[str]) -> list[str]:
     config_file.check_flags(argv)
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, OSError) as error:
-    fail(str(error).strip().splitlines()[0])
+    fail(config_file.flag_problem(error))

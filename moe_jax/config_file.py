@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import re
 import traceback
 import types
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from ml_collections import config_flags
 
 from moe_jax.options import unknown
 from moe_jax.sections import flatten
+
+_NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
 
 
 def config_of(
@@ -54,8 +57,19 @@ def config_of(
   try:
     values(argv)
   except flags.Error as error:
-    raise ValueError(str(error).strip().splitlines()[0]) from None
+    raise ValueError(flag_problem(error)) from None
   return config.value
+
+
+def flag_problem(error: Exception) -> str:
+  """A line on a wrong flag, which says what it should be."""
+  said = str(error).strip().splitlines()[0]
+  if said.startswith('flag --config=None:'):
+    return (
+      '--config is missing: the config of the run, such as '
+      '--config=configs/tiny_switch.py'
+    )
+  return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', said)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

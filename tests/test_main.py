@@ -77,7 +77,7 @@ def test_the_first_command_small(tmp_path):
     ('--config.evals.foo.kind=loss', "have ['evals.all_tokens', 'evals."),
     ('--config.model.moe=3', "unknown config key 'model.moe'"),
     ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
-    ('--config.seed=x', '--config.seed=x: invalid literal for int()'),
+    ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
     ('--confg=x', "Unknown command line flag 'confg'"),
   ],
 )
