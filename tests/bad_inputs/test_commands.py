@@ -266,7 +266,10 @@ GENERATING = {
     ['--workdir=x', PROMPT, '--prompts_file=y'],
     ('--prompts_file', '--prompt'),
   ),
-  'no such run': (['--workdir=no_such', PROMPT], ('no_such',)),
+  'no such run': (
+    ['--workdir=no_such', PROMPT],
+    ('no_such', 'no such folder; give a --workdir of a training run'),
+  ),
   'an unknown flag': (['--workdir=x', PROMPT, '--topk=3'], ('--topk',)),
   **{
     f'{flag}={value}': (
