@@ -15,8 +15,6 @@ with the other run's moments, `--config.aux_losses.factor=0.0` switches the
 routers' losses off; `config.optimizer.rate_rules` has rates by part.
 
 Low-rank adapters train alone: `--config.lora.rank=8 --config.trainable=all`.
-In a run of fewer than 100 steps the warm-up has to be shorter, too:
-`--config.total_steps=20 --config.optimizer.schedule.warmup_steps=5`.
 
 The model has to be that of the other run, and so has the tokenizer.
 """

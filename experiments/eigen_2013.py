@@ -57,8 +57,6 @@ def config(steps: int) -> ml_collections.ConfigDict:
   """The config that the rows share."""
   config = eigen_digits.get_config().unlock()
   config.total_steps = steps
-  schedule = config.optimizer.schedule
-  schedule.warmup_steps = min(schedule.warmup_steps, steps)
   config.model.deep_moe.balance_steps = min(
     config.model.deep_moe.balance_steps, steps
   )

@@ -25,6 +25,8 @@ from moe_jax.runs.recorder import NonFiniteError
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
 # the same command goes on with it.
 STOPPED = 75
+# Exit status of a program that Ctrl-C stopped, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
 # Errors whose message says what to do; any other is a defect of the program.
 REPORTED = (
   CheckpointError,
@@ -107,7 +109,7 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     print('moe_jax: interrupted', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+    sys.exit(INTERRUPTED)
   except (*REPORTED, RuntimeError) as error:
     mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
     if show_traceback or not mistake:
@@ -235,7 +237,7 @@ def parse(argv: Sequence[str], text: str = '') -> list[str]:
     config_file.check_flags(argv)
     return flags.FLAGS(config_file.with_paths(argv))
   except (flags.Error, ValueError, OSError) as error:
-    fail(str(error).strip().splitlines()[0])
+    fail(config_file.flag_problem(error))
 
 
 def _flags_help(text: str, typed: str) -> Iterator[str]:

@@ -30,6 +30,7 @@ from moe_jax.sections import flatten
 
 _OWN = 'moe_jax'
 _PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
+_NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
 
 
 def config_of(
@@ -61,8 +62,19 @@ def config_of(
   try:
     values(argv)
   except flags.Error as error:
-    raise ValueError(str(error).strip().splitlines()[0]) from None
+    raise ValueError(flag_problem(error)) from None
   return holder.value
+
+
+def flag_problem(error: Exception) -> str:
+  """A line on a wrong flag, which says what it should be."""
+  said = str(error).strip().splitlines()[0]
+  if said.startswith('flag --config=None:'):
+    return (
+      '--config is missing: the config of the run, such as '
+      '--config=moe_jax:tiny_switch'
+    )
+  return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', said)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax import native_output
 from moe_jax.launcher import checked_flags, claim, launcher
 from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
@@ -142,7 +143,8 @@ def joined(*args: Any) -> Iterator[None]:
   """
   several = start(*args)
   try:
-    yield
+    with native_output.without_gloo() if several else contextlib.nullcontext():
+      yield
   except BaseException as error:
     if not several:
       raise

@@ -4,7 +4,8 @@
       --temperature=0.8
 
 The text is printed token by token; with temperature 0 each token is the
-likeliest. Kept short: everything here can be called from a notebook.
+likeliest. On a terminal, and with --echo anywhere, the prompt stands before it.
+Kept short: everything here can be called from a notebook.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from moe_jax.models import check_generates
 from moe_jax.models.recorded import recording
 from moe_jax.options import SEED, at_least, within
 from moe_jax.runs import trained
+
+_DIM = '\x1b[2m{}\x1b[0m'  # the codes of a terminal
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,6 +109,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=[],
     help='module or package that the run may import; repeatable',
   )
+  add(
+    '--echo',
+    action=argparse.BooleanOptionalAction,
+    help='print the prompt before its continuation or answer; by default where '
+    'the output is a terminal, so that a pipe gets the new text alone',
+  )
   add('--trace', help='new folder for the choices of experts of every token')
   add('--traceback', action='store_true', help='show where an error came from')
   return parser.parse_args(argv)
@@ -143,7 +152,9 @@ def run(options: argparse.Namespace) -> None:
     ),
   )
   arguments = _arguments(loaded, options, len(prompts))
-  stream = None
+  stream, goes_on = None, not (model.has_encoder or options.chat)
+  if len(texts) == 1:
+    _echo(texts[0], options.echo, goes_on=goes_on)
   if len(texts) == 1 and options.num_beams == 1:
     context = () if model.has_encoder else prompts[0]
     stream = generation.TextStream(loaded.tokenizer, context)
@@ -278,6 +289,20 @@ def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
 
 def _say(text: str) -> None:
   print(text, end='', flush=True)
+
+
+def _echo(prompt: str, wanted: bool | None, *, goes_on: bool) -> None:
+  """Prints a prompt, dim on a terminal, unless it is not wanted.
+
+  Args:
+    prompt: The text.
+    wanted: Whether it is printed; None prints it on a terminal alone.
+    goes_on: Whether the new text continues it on the same line.
+  """
+  terminal = sys.stdout.isatty()
+  if wanted or (wanted is None and terminal):
+    _say(_DIM.format(prompt) if terminal else prompt)
+    _say('' if goes_on else '\n')
 
 
 def _note(text: str) -> None:

@@ -9,102 +9,37 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from moe_jax import data, generation, models
-from moe_jax.analysis import cost, plots, routing_report, sharded
+from moe_jax import data, generation, models, run_facts
+from moe_jax.analysis import plots, routing_report, sharded
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
 from moe_jax.generation import trained_run
-from moe_jax.kernels import backends
-from moe_jax.layers.experts import DISPATCHES, Dispatch
-from moe_jax.layers.moe import MoeOptions
-from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import drop_rate
 from moe_jax.runs import metrics, profile, summary
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training import chosen_experts
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
 _REPORT_BATCHES = 8
 _SAMPLE_PAIRS = 3
-LEAK = (
-  'moe.allow_future_leak=True: later tokens can change earlier outputs; losses '
-  'are not those of a causal model'
-)
-
-
-def warnings(model: models.Model) -> list[str]:
-  """Warnings on a model that every result has to give."""
-  said = [LEAK] if model.leaks_future else []
-  return said + [model.forced_balance] * bool(model.forced_balance)
 
 
 class Facts(Hook):
-  """Prints at the start of a run its data, its model's cost and its devices."""
+  """Prints what a run will take, its data, its model's cost and its devices."""
+
+  def check(self, run: Run) -> None:
+    """Prints the first line of a run: what it takes, and where it writes."""
+    if is_first():
+      took = run_facts.takes(run.options, run.model, run.mesh.size)
+      run.message(f'{took}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
     """Prints a line for each, and warns of a model that is not causal."""
-    run.message(run.dataset.describe())
-    if run.model.reads_features:
-      shapes = jax.tree.leaves(run.programs.abstract_state.params)
-      count = sum(leaf.size for leaf in shapes)
-      run.message(f'{type(run.model).__name__}: {count:,} parameters')
-    else:
-      run.message(cost.count(run.model, run.options.data.seq_len).describe())
-    if run.model.moe is not None:
-      run.message(_experts(run, run.model.moe))
-      for text in warnings(run.model):
-        run.message(f'WARNING: {text}')
-    if run.programs.trained.expression != 'all' or run.programs.trained.masks:
-      run.message(_trained(run))
-    sizes = {axis: n for axis, n in run.mesh.shape.items() if n > 1}
-    kind = run.mesh.devices.flat[0].device_kind
-    run.message(f'devices: {run.mesh.size} x {kind}, mesh {sizes or "of one"}')
-
-
-def _trained(run: Run) -> str:
-  """A line on the parameters that train, if not all do."""
-  params, trained = run.programs.abstract_state.params, run.programs.trained
-  count = trained.count(trained.part(params))
-  file = run.options.trained_experts
-  whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-  said, o = f'trainable={run.options.trainable!r}', run.options.lora
-  if o.rank:
-    said = f'adapters of rank {o.rank} on {o.parts!r}'
-  if file:
-    said += f', {chosen_experts.read(file).describe()}'
-  return (
-    f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
-    'the others keep their values'
-  )
-
-
-def _experts(run: Run, moe: MoeOptions) -> str:
-  return (
-    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
-    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
-    f'dispatch {_dispatch(run, moe.dispatch)}'
-  )
-
-
-def _counts(run: Run) -> str:
-  """The number of experts of all sparse layers, or that of each."""
-  moes = [moe for moe in run.model.moes if moe is not None]
-  counts = [moe.sizes.num_retained for moe in moes]
-  return str(counts[0] if len(set(counts)) == 1 else counts)
-
-
-def _dispatch(run: Run, dispatch: Dispatch) -> str:
-  name = repr(DISPATCHES.name_of(dispatch))
-  if dispatch.by_slot:
-    return name
-  platform = run.mesh.devices.flat[0].platform
-  platform = 'cuda' if platform == 'gpu' else platform
-  products = backends.describe(dispatch.backend, platform)
-  return f'{name} (grouped products: {products})'
+    for line in run_facts.facts(run):
+      run.message(line)
 
 
 class MeshSummary(Hook):
@@ -279,7 +214,7 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
-    if said := '; '.join(warnings(run.model)):
+    if said := '; '.join(run_facts.warnings(run.model)):
       table = [{**row, 'warning': said} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(Console(), table)

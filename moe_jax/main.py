@@ -4,17 +4,22 @@
     python -m moe_jax.main --config=moe_jax:tiny_switch \
       --workdir=runs/tiny16 --config.model.moe.num_experts=16
     python -m moe_jax.main --config=moe_jax:tiny_switch --describe
+    python -m moe_jax.main --config=moe_jax:tiny_switch \
+      --workdir=runs/tiny --dry_run
 
-The last command trains nothing: it prints every key of the config with its
-value, its default and what it means.
+The last two commands train nothing. The first of them prints every key of the
+config with its value, its default and what it means; the second what the run
+would cost, need and do, with status 1 if it would be refused.
 
 On several hosts the same command is started on each. The environment says which
 process it is (SLURM, Open MPI, TPU pods, GKE), or flags do:
 
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
-Exit status: 0 after the last step or an early end; 75 if SIGTERM stopped the
-run before it; 130 after Ctrl-C; 1 with a message of what is wrong.
+SIGTERM and Ctrl-C save after the present step, and the same command goes on
+from there; a second Ctrl-C stops at once. Exit status: 0 after the last step or
+an early end; 75 if SIGTERM stopped the run before it; 130 after Ctrl-C; 1 with
+a message of what is wrong.
 
 Kept short: everything here can be called from a notebook.
 """
@@ -28,12 +33,13 @@ from moe_jax import (
   command_line,
   config_flag,
   distributed,
+  dry_run,
   host,
   run_config,
 )
 from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import default_hooks
-from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.loop import Interrupted, train_and_evaluate
 from moe_jax.training.setup import Ended
 
 config_flag.define()
@@ -48,6 +54,11 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 _DESCRIBE = flags.DEFINE_bool(
   'describe', False, 'Print every key of the config, and train nothing.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'Print what the run would cost, need and do; train and write nothing.',
 )
 _ALLOW_MODULE = flags.DEFINE_multi_string(
   'allow_module',
@@ -77,6 +88,10 @@ def main(argv: list[str]) -> None:
   if _DESCRIBE.value:
     command_line.say(run_config.describe(config_flag.value()))
     return
+  if _DRY_RUN.value:
+    with command_line.reported(_TRACEBACK.value):
+      _dry_run()
+    return
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -87,24 +102,39 @@ def main(argv: list[str]) -> None:
       # Once more, as a process of several ends within `joined`.
       command_line.reported(_TRACEBACK.value),
     ):
-      ended = _train(options, ignored)
-  if not ended:
-    sys.exit(command_line.STOPPED)
+      status = _train(options, ignored)
+  if status:
+    sys.exit(status)
 
 
-def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> bool:
-  """Trains; returns whether no step is left."""
+def _dry_run() -> None:
+  """Prints what a run would do; fails if it would be refused."""
+  options, ignored = config_flag.read()
+  command_line.say(config_flag.ignored_lines(ignored))
+  trial = dry_run.DryRun(options, _WORKDIR.value or '', resume=_RESUME.value)
+  command_line.say(trial.lines())
+  if trial.problems:
+    said = '\n'.join(trial.problems)
+    command_line.fail(f'this run would be refused:\n{said}')
+
+
+def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
+  """Trains; returns the exit status."""
   if distributed.is_first():
     command_line.say(config_flag.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
-  train_and_evaluate(
-    options,
-    _WORKDIR.value,
-    hooks=[distilling, *default_hooks(), ended],
-    initial=distilling.initial,
-    resume=_RESUME.value,
-  )
-  return ended.ended
+  try:
+    train_and_evaluate(
+      options,
+      _WORKDIR.value,
+      hooks=[distilling, *default_hooks(), ended],
+      initial=distilling.initial,
+      resume=_RESUME.value,
+    )
+  except Interrupted as error:
+    print(f'moe_jax: {error}', file=sys.stderr)
+    return command_line.INTERRUPTED
+  return 0 if ended.ended else command_line.STOPPED
 
 
 def command() -> None:

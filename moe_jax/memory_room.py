@@ -31,7 +31,8 @@ def check_room(
       kind = devices[0].device_kind
       raise ValueError(
         f'{what}: at least {in_bytes(needed)}, and {len(devices)} devices of '
-        f'kind {kind!r} have {in_bytes(room)} of memory together'
+        f'kind {kind!r} have {in_bytes(room)} of memory together; '
+        'make it smaller, or take more devices'
       )
 
 

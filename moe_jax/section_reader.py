@@ -164,7 +164,9 @@ class Reader:
       return default
     if value is None and default in (dataclasses.MISSING, None):
       if default is dataclasses.MISSING:
-        self.problems.append(f'{where} is missing: it has no default')
+        self.problems.append(
+          f'{where} is missing: it has no default; give --config.{where}=...'
+        )
       return None
     problem = value_problem(where, value, hint, spec)
     if problem is not None:
@@ -217,7 +219,9 @@ class Reader:
     usual = kinds.name_of(default) if default is not None else None
     name = config.get(KIND, usual)
     if name is None:
-      self.problems.append(f'{path}{KIND} is missing: it has no default')
+      self.problems.append(
+        f'{path}{KIND} is missing: it has no default; name a kind'
+      )
       return None
     self.leaves.append(Leaf(f'{path}{KIND}', name, usual, spec, idle))
     cls = self._class(kinds, name, path)

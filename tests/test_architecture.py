@@ -35,7 +35,8 @@ ALLOWED = {
   'plugins': OPTIONS,
   'host': set(),
   'launcher': set(),
-  'distributed': BASE | {'launcher'},
+  'native_output': set(),
+  'distributed': BASE | {'launcher', 'native_output'},
   'routing': BASE,
   'kernels': BASE,
   'dispatch': BASE | {'routing', 'kernels'},
@@ -75,7 +76,10 @@ ALLOWED = {
   },
   'config_file': OPTIONS,
   'command_line': BASE | {'config_file', 'data', 'runs'},
-  'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
+  'run_facts': UP_TO_TRAINING | {'analysis'},
+  'hooks': UP_TO_TRAINING | {'analysis', 'generation', 'run_facts'},
+  'dry_run': UP_TO_TRAINING
+  | {'analysis', 'evaluation', 'run_config', 'run_facts'},
   'generate': OPTIONS
   | {
     'analysis',
@@ -95,6 +99,7 @@ ALLOWED = {
     'config_flag',
     'data',
     'distributed',
+    'dry_run',
     'hooks',
     'host',
     'run_config',

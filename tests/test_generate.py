@@ -64,6 +64,14 @@ def test_one_prompt_is_streamed(run, capsys):
   assert (drawn != expected(run, ['def '])[0][: len(drawn)]).any()
 
 
+def test_a_prompt_is_echoed_where_a_person_reads(run, capsys, monkeypatch):
+  echoed = said(capsys, run, '--prompt=def ', '--echo').out
+  assert echoed.startswith('def ')
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  shown = said(capsys, run, '--prompt=def ').out
+  assert shown == echoed.replace('def ', '\x1b[2mdef \x1b[0m', 1)
+
+
 def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   path = tmp_path / 'prompts.txt'
   path.write_text('ab\n\nc d\n', encoding='utf-8')

@@ -77,7 +77,7 @@ def test_the_first_command_small(tmp_path):
     ('--config.evals.foo.kind=loss', "have ['evals.all_tokens', 'evals."),
     ('--config.model.moe=3', "unknown config key 'model.moe'"),
     ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
-    ('--config.seed=x', '--config.seed=x: invalid literal for int()'),
+    ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
     ('--confg=x', "Unknown command line flag 'confg'"),
   ],
 )
@@ -302,6 +302,27 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   assert expected.keys() == arrays.keys()
   for key, value in expected.items():
     np.testing.assert_array_equal(arrays[key], value, err_msg=str(key))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
+  # The terminal sends the signal to `tee` of `| tee log`, too.
+  process = subprocess.Popen(
+    command(tmp_path, '--config.total_steps=4000'),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  next(line for line in process.stdout if line.startswith('step 3'))
+  process.stdout.close()
+  process.send_signal(signal.SIGINT)
+  _, said = process.communicate(timeout=120)
+  assert process.returncode == command_line.INTERRUPTED, said
+  first, last = said.splitlines()
+  assert 'another Ctrl-C stops at once' in first
+  step, _ = final_arrays(tmp_path)
+  assert f'interrupted at step {step} and saved: the same command' in last
 
 
 @pytest.mark.slow

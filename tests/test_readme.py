@@ -104,6 +104,8 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
     assert scope['output'].tokens.shape[0] == 2
   if 'y' in scope:
     assert np.isfinite(scope['y']).all()
+  if 'losses' in scope:
+    assert scope['losses'][-1] < scope['losses'][0]
 
 
 @each_readme

@@ -230,4 +230,7 @@ def _refusal(folder: epath.Path, owner: Owner | None) -> OwnedError:
 
 def _unwritable(folder: epath.Path, error: Exception) -> ValueError:
   said = getattr(error, 'strerror', None) or describe(error)
-  return ValueError(f'{os.fspath(folder)} cannot be made or written: {said}')
+  return ValueError(
+    f'{os.fspath(folder)} cannot be made or written: {said}; choose another '
+    'folder, or make room there'
+  )

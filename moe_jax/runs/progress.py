@@ -73,6 +73,7 @@ class Progress:
     loss: float,
     tokens_per_second: float | None,
     drop_rate: float | None = None,
+    step_seconds: float | None = None,
   ) -> None:
     """Shows the state after `step` steps.
 
@@ -83,6 +84,8 @@ class Progress:
         devices; None, before it is known, is not shown.
       drop_rate: Fraction of assignments that were dropped; None, for a model
         without experts, is not shown.
+      step_seconds: Mean seconds of the last steps, which predict the time left
+        at the first update.
     """
     # Units are short on a bar, which has to fit into 80 columns with them.
     unit, counted = f' {self._loss_unit}', f'{self._counted}s'
@@ -94,6 +97,8 @@ class Progress:
     if drop_rate is not None:
       facts.append(f'dropped {100 * drop_rate:.1f}%')
     left = self._seconds_left(step)
+    if left is None and step_seconds is not None:
+      left = (self._total_steps - step) * step_seconds
     if left is not None:
       facts.append(f'{datetime.timedelta(seconds=round(left))} left')
     if self._bar is None:
@@ -106,7 +111,12 @@ class Progress:
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""
     if self._bar is None:
-      print(text, file=self._out, flush=True)
+      try:
+        print(text, file=self._out, flush=True)
+      except BrokenPipeError:
+        # Ctrl-C ends the reader of a pipe, too (`| tee log`), and the run has
+        # yet to save.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
     else:
       # Lines that the terminal wraps, and not rich, can be copied whole.
       self._bar.console.print(

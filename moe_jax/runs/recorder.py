@@ -260,6 +260,7 @@ class Recorder:
         loss=values['loss'],
         tokens_per_second=speed if self._steps else None,
         drop_rate=values.get('drop_rate') if sparse else None,
+        step_seconds=row.get('step_seconds'),
       )
     self._sums, self._steps, self._tokens, self._clock = None, 0, 0.0, now
 

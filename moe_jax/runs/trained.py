@@ -39,6 +39,12 @@ from moe_jax.runs.workdir import (
   kept_config,
 )
 
+_FIRST_SAVE = (
+  'a run writes the first one after checkpoint.every_steps steps, when it is '
+  'stopped, and at its end'
+)
+_MOST_LISTED = 5
+
 
 class Described(NamedTuple):
   """Options and tokenizer of a run, from its folder.
@@ -97,6 +103,8 @@ def read(
         why += (
           ', as a checkpoint without one was imported; train it there first'
         )
+      elif name == CONFIG:
+        why += _where_runs_are(folder)
       raise ValueError(f'{folder} holds no trained run: {why}')
   checkpoints = checkpoints_of(folder)
   try:
@@ -104,7 +112,9 @@ def read(
   except Exception as error:  # a URL of a file system that is not installed
     raise ValueError(f'{checkpoints}: {describe_error(error)}') from None
   if not there and not packed_weights.are_in(folder):
-    raise ValueError(f'{folder} holds no trained run: no {checkpoints.name}')
+    raise ValueError(
+      f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
+    )
   config = kept_config(folder)
   parts = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
   plugins.check_allowed(plugins.names_in(parts), allow)
@@ -122,6 +132,14 @@ def read(
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
   model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
   return Described(model, data, sharding, batch_size, tokenizer)
+
+
+def _where_runs_are(folder: pathlib.Path) -> str:
+  """The end of a message on a folder without a run: where some are."""
+  if not folder.exists():
+    return ', as there is no such folder; give a --workdir of a training run'
+  inside = sorted(str(path.parent) for path in folder.glob(f'*/{CONFIG}'))
+  return f'; runs are in {inside[:_MOST_LISTED]}' if inside else ''
 
 
 def _batch_size(config: dict[str, Any]) -> int:
@@ -291,7 +309,7 @@ def restore_unmerged(
       first={'params': adapters.base(abstract)},
     )
   if found is None:
-    raise ValueError(f'{folder} has no finished checkpoint')
+    raise ValueError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
   if kept and not found.step:  # a checkpoint of step 0 has parameters alone
     kept = init_router_state(model)
     found = found._replace(state=variables(found.state['params'], kept))

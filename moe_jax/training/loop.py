@@ -8,6 +8,8 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -30,6 +32,10 @@ from moe_jax.training.step import TrainState
 _CALLS = itertools.count(1)
 
 
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C, or a notebook's stop button, stopped a run, which has saved."""
+
+
 def train_and_evaluate(
   options: RunOptions,
   workdir: str | os.PathLike[str],
@@ -42,10 +48,12 @@ def train_and_evaluate(
   """Trains the model that the options describe, and evaluates it.
 
   If `workdir` has checkpoints of the same options, the run goes on from the
-  newest; on SIGTERM it saves and returns. Several processes all call this with
-  the same arguments: if one gets a SIGTERM, all save and return after the same
-  step, and if one is lost, the others end (`runs/watchdog.py`). Only process 0
-  prints and writes, except for each process' part of the checkpoints.
+  newest; on SIGTERM it saves and returns. On Ctrl-C (in a notebook, when the
+  cell is interrupted) it saves and raises `Interrupted`, unless the caller has
+  a handler of its own; a second one stops at once. Several processes all call
+  this with the same arguments: if one gets a signal, all save and return after
+  the same step, and if one is lost, the others end (`runs/watchdog.py`). Only
+  process 0 prints and writes, except for each process' part of the checkpoints.
 
   Args:
     options: The run's options; `moe_jax.run_config.read` makes them from a
@@ -64,6 +72,7 @@ def train_and_evaluate(
     CheckpointError: A checkpoint could not be written or read.
     NonFiniteError: The loss, the gradient or the new state is not finite;
       nothing is saved after it.
+    Interrupted: Ctrl-C stopped the run before its end; it has saved.
   """
   _check_served(options, hooks)
   with (
@@ -88,13 +97,22 @@ def train_and_evaluate(
         watchdog.mark(f'the start of {type(hook).__name__}')
         stack.callback(hook.close)
         hook.start(run)
-      state = _train(run, recorder, state, watchdog, stopped)
+      with _interrupted() as interrupted:
+        state = _train(run, recorder, state, watchdog, stopped)
       run.checkpoints.wait()
-      if _has_ended(run, int(state.step)):
+      if ended := _has_ended(run, int(state.step)):
         _name_best(run)
         for hook in hooks:
           watchdog.mark(f'the end of {type(hook).__name__}')
           hook.end(run, state)
+      elif not interrupted:
+        said = f'stopped by SIGTERM at step {int(state.step)}'
+        run.message(f'{said}; saved, will go on here')
+  if interrupted and not ended:
+    raise Interrupted(
+      f'interrupted at step {int(state.step)} and saved: the same command, or '
+      f'call, goes on from there in {run.workdir}'
+    )
   return state
 
 
@@ -145,9 +163,6 @@ def _train(
       last = _has_ended(run, step)
     watchdog.mark(f'the checkpoint of step {step}')
     _save(run, recorder, step, state, last or stop)
-    if stop and not last:
-      run.checkpoints.wait()
-      run.message(f'stopped by SIGTERM at step {step}; saved, will go on here')
     if stop or last:
       break
   return state
@@ -275,3 +290,35 @@ def _stopped() -> Iterator[Callable[[], bool]]:
     yield lambda: bool(received)
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[list[int]]:
+  """Makes the first Ctrl-C a SIGTERM; gives the list of those that came.
+
+  The second one stops at once: in a notebook the cell, elsewhere the process.
+  A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
+  """
+  before, received = signal.getsignal(signal.SIGINT), []
+
+  def first(number, _):
+    received.append(number)
+    # The prompt ps1 is there where Python is used interactively.
+    then = before if hasattr(sys, 'ps1') else signal.SIG_DFL
+    signal.signal(signal.SIGINT, then)
+    print(
+      'moe_jax: saving after this step; another Ctrl-C stops at once',
+      file=sys.stderr,
+      flush=True,
+    )
+    signal.raise_signal(signal.SIGTERM)
+
+  own_thread = threading.current_thread() is threading.main_thread()
+  if before is not signal.default_int_handler or not own_thread:
+    yield received
+    return
+  signal.signal(signal.SIGINT, first)
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -84,14 +84,6 @@ class Optimizer(Options):
     """
     raise NotImplementedError
 
-  def problems_in(self, total_steps: int):
-    """The problems in a run of `total_steps` steps, a text for each."""
-    if self.schedule.warmup_steps > total_steps:
-      yield (
-        f'optimizer.schedule.warmup_steps={self.schedule.warmup_steps} not in '
-        f'[0, total_steps={total_steps}]'
-      )
-
   def rate(self, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of optimizer steps taken."""
     return self.schedule.rate(self.learning_rate, total_steps)

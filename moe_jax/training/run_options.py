@@ -184,7 +184,6 @@ class RunOptions(Options):
         f'{self.lora.rank}: adapters train alone, and lora.parts says where; '
         "set trainable='all'"
       )
-    yield from self.optimizer.problems_in(self.total_steps)
     yield from self._task_problems()
     yield from self._best_problems()
     yield from override_problems(self.model, self.evals)

@@ -20,9 +20,14 @@ class Schedule(Options):
   warmup_steps: int = option(
     100,
     'Number of optimizer steps over which the learning rate rises linearly '
-    'from 0 to its peak; 0 begins at the peak.',
+    'from 0 to its peak, at most half of the steps of the run: where it is '
+    'more, half of them are taken, and the run says so. 0 begins at the peak.',
     at_least(0),
   )
+
+  def warmup_in(self, total_steps: int) -> int:
+    """The number of steps of the warm-up in a run, at most half of them."""
+    return min(self.warmup_steps, total_steps // 2)
 
   @required
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
@@ -36,9 +41,11 @@ class Schedule(Options):
 
   def rate(self, peak: float, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of optimizer steps taken."""
-    warmup = self.warmup_steps
+    warmup = self.warmup_in(total_steps)
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    after = self.after_warmup(peak, max(total_steps - warmup, 1))
+    # Curves may depend on the length of the warm-up.
+    own = dataclasses.replace(self, warmup_steps=warmup)
+    after = own.after_warmup(peak, max(total_steps - warmup, 1))
     return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
 
   def shrunk(self) -> 'Schedule':

@@ -198,19 +198,25 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
-      *_ignored(filled, model),
+      *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
   )
 
 
-def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each part of the options that has no effect."""
-  weights = loss_weights(model, options.logits_z_weight)
-  schedule = options.aux_losses
-  if schedule != type(options)().aux_losses and not schedule.changes(weights):
+def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
+  """A line for each option that has no effect, or another one."""
+  schedule, total = options.optimizer.schedule, options.total_steps
+  if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
-      f'aux_losses: this model gives none of {list(schedule.losses)} a weight; '
+      f'warm-up: {steps} steps, half of total_steps={total}, in place of '
+      f'optimizer.schedule.warmup_steps={schedule.warmup_steps}'
+    )
+  weights = loss_weights(model, options.logits_z_weight)
+  factors = options.aux_losses
+  if factors != type(options)().aux_losses and not factors.changes(weights):
+    yield (
+      f'aux_losses: this model gives none of {list(factors.losses)} a weight; '
       'their schedule changes nothing'
     )
   for name, entry in options.evals.items():

@@ -42,7 +42,7 @@ def config_file(folder, text):
 
 
 TRAINING = {
-  'no config': ([], ('--config',)),
+  'no config': ([], ('--config is missing', '--config=configs/')),
   'no such config': (['--config=configs/no.py'], ("'configs/no.py'", 'exist')),
   'a folder as config': (['--config=configs'], ("'configs'",)),
   'an empty config': (['--config='], ("config file ''",)),
@@ -60,6 +60,15 @@ TRAINING = {
   'a section as a value': ([SWITCH, '--config.model=3'], ("'model'",)),
   'no key': ([SWITCH, '--config.=3'], ('unknown config key',)),
   'no value': ([SWITCH, '--config.seed='], ('seed',)),
+  'a source without its files': (
+    [SWITCH, '--workdir=x', '--config.data.source.kind=files'],
+    ('give --config.data.source.files.pattern=...',),
+  ),
+  'a model that is too large': (
+    [SWITCH, '--workdir=x', '--config.mesh.data=-1', '--config.batch_size=8']
+    + ['--config.model.width=1000000'],
+    ('have', 'make it smaller, or take more devices'),
+  ),
   'a fraction': ([SWITCH, '--config.seed=1.5'], ('seed=1.5', 'int')),
   'an exponent': ([SWITCH, '--config.seed=1e3'], ('seed=1e3', 'int')),
   'a word for a number': (
@@ -257,7 +266,10 @@ GENERATING = {
     ['--workdir=x', PROMPT, '--prompts_file=y'],
     ('--prompts_file', '--prompt'),
   ),
-  'no such run': (['--workdir=no_such', PROMPT], ('no_such',)),
+  'no such run': (
+    ['--workdir=no_such', PROMPT],
+    ('no_such', 'no such folder; give a --workdir of a training run'),
+  ),
   'an unknown flag': (['--workdir=x', PROMPT, '--topk=3'], ('--topk',)),
   **{
     f'{flag}={value}': (

@@ -97,7 +97,7 @@ def test_an_import_that_is_killed_is_started_again(seen, tmp_path):
     ),
     (
       ['import', 'x', '--workdir', 'w', '--config.seed=x'],
-      '--config.seed=x: invalid literal',
+      "--config.seed=x: 'x' is no integer",
     ),
     (['import', '/x', '--workdir', 'w'], 'is no folder, and no id'),
     (['verify', '/x', '--expected', '/gone'], 'is no npz file of arrays'),

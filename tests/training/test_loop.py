@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
+import re
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -32,17 +33,18 @@ def train_and_evaluate(options, workdir, **kwargs):
 
 
 class SigtermAt(Hook):
-  """Sends SIGTERM to this process during a step, as a cluster would."""
+  """Sends signals to this process during a step, by default SIGTERM."""
 
-  def __init__(self, step: int):
-    self.step = step
+  def __init__(self, step: int, *numbers: int):
+    self.step, self.numbers = step, numbers or (signal.SIGTERM,)
 
   def start(self, run):
     train_step = run.train_step
 
     def step_and_signal(state, batch):
       if int(state.step) + 1 == self.step:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in self.numbers:
+          signal.raise_signal(number)
       return train_step(state, batch)
 
     run.train_step = step_and_signal
@@ -98,6 +100,15 @@ def test_rows_and_files(unbroken):
   assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
 
 
+def test_every_metric_is_explained(unbroken):
+  text = (pathlib.Path(loop.__file__).parent / 'README.md').read_text()
+  rows = metrics.read_metrics(unbroken[0] / metrics.FILE_NAME)
+  for key in {key for row in rows for key in row}:
+    name = key.rsplit('/', 1)[-1]
+    name = re.sub(r'_choice_\d+$', '_choice_<k>', name)
+    assert f'`{name}`' in text, key
+
+
 @pytest.mark.as_users_compile
 def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   workdir, state = unbroken
@@ -117,6 +128,45 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   )
   assert rows[-1] == expected[-1]
   assert len({step for step, _ in rows}) == len(rows)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Handles SIGINT as a new interpreter does."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.as_users_compile
+def test_ctrl_c_saves_and_says_how_to_go_on(unbroken, ctrl_c, tmp_path, capsys):
+  with pytest.raises(loop.Interrupted, match='at step 3 and saved: the same'):
+    train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3, signal.SIGINT)])
+  assert 'another Ctrl-C stops at once' in capsys.readouterr().err
+  assert_equal(train_and_evaluate(OPTIONS, tmp_path), unbroken[1])
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_cell_and_not_its_kernel(
+  ctrl_c, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
+  twice = SigtermAt(5, signal.SIGINT, signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt) as error:
+    train_and_evaluate(OPTIONS, tmp_path, hooks=[twice])
+  assert not isinstance(error.value, loop.Interrupted)
+  assert (tmp_path / 'checkpoints' / '4' / 'manifest.json').exists()
+
+
+def test_a_callers_own_handler_of_ctrl_c_stays(ctrl_c, tmp_path):
+  received = []
+  signal.signal(signal.SIGINT, lambda *_: received.append(True))
+  options = tiny.options(total_steps=2, model=tiny.ONE_LAYER)
+  hooks = [SigtermAt(1, signal.SIGINT)]
+  assert int(train_and_evaluate(options, tmp_path, hooks=hooks).step) == 2
+  assert received == [True]
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.as_users_compile
@@ -235,6 +285,22 @@ def test_equal_evaluations_run_once_and_agree(tmp_path):
   assert 'eval/capacity_2/drop_rate' not in last
 
 
+def test_a_warmup_of_more_than_half_of_a_run_is_cut_and_said(tmp_path):
+  notes = [
+    setup.set_up(
+      tiny.options(optimizer={'schedule': {'warmup_steps': steps}}),
+      tmp_path,
+      devices=jax.devices()[:1],
+    ).notes
+    for steps in (3, 100)
+  ]
+  assert notes[0] == ()
+  assert notes[1] == (
+    'warm-up: 3 steps, half of total_steps=6, in place of '
+    'optimizer.schedule.warmup_steps=100',
+  )
+
+
 def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
   room = {'capacity': {'per_token': {'factor': 2.0}}}
   dense = tiny.config(model={'moe': {'num_experts': 0}})
@@ -302,10 +368,6 @@ def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
     ({'seed': -1}, r'seed=-1 not in'),
     ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 must be at least 0'),
     ({'checkpoint': {'tries': 0}}, r'checkpoint\.tries=0 must be at least 1'),
-    (
-      {'optimizer': {'schedule': {'warmup_steps': 7}}},
-      r'warmup_steps=7 not in \[0, total_steps=6\]',
-    ),
     ({'model': {'kind': 'adaptive'}}, 'reads examples with a class'),
     ({'sample': {'prompt': ''}}, "sample.prompt='' must be given"),
   ],
@@ -332,13 +394,12 @@ def test_all_that_is_wrong_is_said_at_once():
   ):  # fmt: skip
     assert any(text.startswith(name) for text in error.value.problems), name
   # Rules about several sections are checked once each section is valid.
-  config = tiny.config(batch_size=6, microbatches=4, total_steps=1)
-  config.optimizer.schedule.warmup_steps = 2
+  config = tiny.config(batch_size=6, microbatches=4)
   config.checkpoint.best_eval = 'x'
   config.evals.train_capacity.model_overrides = {'widht': 2}
   with pytest.raises(OptionError) as error:
     run_config.read(config)
-  assert len(error.value.problems) == 4
+  assert len(error.value.problems) == 3
   assert "did you mean 'model.width'" in str(error.value)
 
 

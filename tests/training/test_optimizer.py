@@ -83,6 +83,17 @@ def test_schedule_by_formula(schedule, step, expected):
   np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('schedule', [Cosine, Constant, InverseSqrt])
+def test_a_warmup_is_at_most_half_of_the_run(schedule):
+  # Of nine steps four warm up, also where a hundred would.
+  long, cut = (schedule(warmup_steps=n).rate(1.0, 9) for n in (100, 4))
+  steps = jax.numpy.arange(9)
+  np.testing.assert_array_equal(long(steps), cut(steps))
+  np.testing.assert_allclose(long(steps)[:4], [0.25, 0.5, 0.75, 1.0])
+  # A run of one step has no warm-up.
+  assert schedule(warmup_steps=100).rate(1.0, 1)(np.zeros(1)) == 1.0
+
+
 def test_adamw_is_optax_adamw(params, grads):
   o = AdamW(schedule=AT_ONCE, clip_norm=0.0, decay_rules=(('', 1.0),))
   theirs = optax.adamw(

@@ -20,7 +20,12 @@ import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
-from moe_jax.data.cache_folders import locked, prepared
+from moe_jax.data.cache_folders import (
+  NotPreparedError,
+  check_may_prepare,
+  locked,
+  prepared,
+)
 from moe_jax.data.sources.contract import Examples, checked_examples
 from moe_jax.options import unknown
 
@@ -45,11 +50,15 @@ def prepared_builder(name: str) -> Builder:
   )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    if not os.path.exists(builder.data_dir):
+      check_may_prepare(f'the TFDS dataset {name!r} in {data_dir}')
     if '://' not in data_dir:  # a lock file needs a local folder
       pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
     lock = locked(pathlib.Path(data_dir) / name.replace('/', '.'))
     with lock, _few_retries():
       builder.download_and_prepare()
+  except NotPreparedError:
+    raise
   except tfds.core.DatasetNotFoundError as error:
     raise ValueError(
       f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '

@@ -1,0 +1,196 @@
+"""The cost of a whole run: steps, tokens, FLOPs and bytes, and the least time.
+
+Figures are counted from options and shapes; only the rate of a device's matrix
+products is measured, in less than a second. Not here: the cost of a token
+(`counts.py`), and the time of a step (`explain_cost.py`).
+"""
+
+import dataclasses
+import datetime
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import models, partitioning
+from moe_jax.analysis import memory, sharded
+from moe_jax.analysis.counts import count, short
+from moe_jax.analysis.training_cost import training_cost
+from moe_jax.memory_room import in_bytes
+from moe_jax.models import Model
+from moe_jax.training.programs import Programs
+from moe_jax.training.run_options import RunOptions
+
+# Rows and columns of the matrices whose product is timed, by platform.
+_SIZES = {'cpu': 1024}
+_USUAL_SIZE = 8192
+_SECONDS = 0.3  # in which products are timed
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCost:
+  """What a run computes.
+
+  Attributes:
+    steps: Number of optimizer steps.
+    rows: Number of rows of all batches.
+    row_tokens: Number of tokens of a row, those of an encoder among them; 0
+      where rows are examples without tokens.
+    total_params: Number of all parameters.
+    active_params: Number of the parameters that compute one token.
+    flops: FLOPs of all steps, forward and backward, without those of `remat`,
+      of the optimizer, of evaluations and of a teacher; 0 where they are not
+      counted.
+  """
+
+  steps: int
+  rows: int
+  row_tokens: int
+  total_params: int
+  active_params: int
+  flops: int
+
+  def describe(self) -> str:
+    """The counts in a line."""
+    a_step, noun = self.rows // self.steps, 'examples'
+    if self.row_tokens:
+      a_step, noun = a_step * self.row_tokens, 'tokens'
+    line = (
+      f'{self.steps:,} steps of {a_step:,} {noun}, '
+      f'{short(self.steps * a_step)} in all, with {short(self.total_params)} '
+      'parameters'
+    )
+    if self.active_params < self.total_params:
+      line += f', {short(self.active_params)} active per token'
+    return line
+
+  def time(self, rate: float) -> str:
+    """The FLOPs, and the time that they take, in a clause.
+
+    Args:
+      rate: FLOPs a second of a large matrix product on all devices.
+    """
+    took = datetime.timedelta(seconds=math.ceil(self.flops / rate))
+    return (
+      f'{_big(self.flops)}FLOP take {took} at the speed of a large matrix '
+      f'product here and now, {_big(rate)}FLOP/s, and longer in a run'
+    )
+
+
+def run_cost(options: RunOptions, model: Model) -> RunCost:
+  """Counts the cost of a run.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+  """
+  steps, rows = options.total_steps, options.total_steps * options.batch_size
+  if model.reads_features:
+    leaves = jax.tree.leaves(models.abstract_params(model))
+    params = sum(leaf.size for leaf in leaves)
+    return RunCost(steps, rows, 0, params, params, 0)
+  lengths = options.data.seq_len, options.data.target_len
+  cost = count(model, *lengths, options.batch_size)
+  flops = 3 * rows * cost.example_flops
+  if len(model.stacks) == 1:
+    trained = training_cost(options, model)
+    a_row = cost.example_flops + lengths[0] * trained.backward_flops
+    flops = rows * a_row + steps * trained.step_flops
+  return RunCost(
+    steps=steps,
+    rows=rows,
+    row_tokens=sum(lengths),
+    total_params=cost.total_params,
+    active_params=cost.active_params,
+    flops=flops,
+  )
+
+
+class RunBytes(NamedTuple):
+  """Bytes that a run takes on each device, and those of a checkpoint.
+
+  Attributes:
+    parameters: Bytes of the parameters on a device.
+    optimizer: Bytes of the optimizer's state on a device.
+    gradients: Bytes of the gradients of what trains, on a device.
+    activations: Bytes that the forward pass of a microbatch leaves for the
+      backward pass, by formula; 0 where they are not counted.
+    checkpoint: Bytes of a checkpoint, of all devices together.
+  """
+
+  parameters: int
+  optimizer: int
+  gradients: int
+  activations: int
+  checkpoint: int
+
+  @property
+  def total(self) -> int:
+    """The sum on a device."""
+    return sum(self[:4])
+
+  def describe(self) -> str:
+    """The bytes on a device in a line."""
+    names = ('parameters', 'optimizer state', 'gradients', 'activations')
+    parts = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
+    return f'{", ".join(parts)}: about {in_bytes(self.total)} on each device'
+
+
+def run_bytes(
+  options: RunOptions, model: Model, programs: Programs, mesh: jax.sharding.Mesh
+) -> RunBytes:
+  """Counts the bytes of a run.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+    programs: Its programs.
+    mesh: The devices.
+  """
+  state = programs.abstract_state
+  kept = 0
+  if model.stacks:
+    parts = partitioning.row_parts(mesh, options.sharding.rules)
+    rows = -(-options.shape().rows // parts)
+    lengths = options.data.seq_len, options.data.target_len
+    kept = sum(memory.activations(model, rows, *lengths))
+  return RunBytes(
+    parameters=sharded.device_bytes(state.params),
+    optimizer=sharded.device_bytes(state.opt_state),
+    gradients=sharded.device_bytes(programs.trained.part(state.params)),
+    activations=kept,
+    checkpoint=_bytes(state),
+  )
+
+
+def _bytes(tree: Any) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def product_rate(dtype: str = 'float32') -> float:
+  """FLOPs a second of a large matrix product on one device, measured now.
+
+  A training step is slower, as it does not only multiply large matrices.
+
+  Args:
+    dtype: Type of the matrices.
+  """
+  device = jax.local_devices()[0]
+  n = _SIZES.get(device.platform, _USUAL_SIZE)
+  x = jax.device_put(jnp.ones((n, n), dtype), device)
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  seconds = []
+  while sum(seconds) < _SECONDS:
+    began = time.perf_counter()
+    product(x, x).block_until_ready()
+    seconds.append(time.perf_counter() - began)
+  return 2 * n**3 / min(seconds)
+
+
+def _big(n: float) -> str:
+  """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
+  text = short(n).replace('B', 'G')
+  return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '

@@ -1,0 +1,241 @@
+"""What a run would cost, need and do, without training or writing anything.
+
+    python -m moe_jax.main --config=configs/tiny_switch.py \
+      --workdir=runs/tiny --dry_run
+
+Data that is not in the cache is not prepared for this. Not here: the counting
+(`analysis/run_cost.py`), and the lines of a run itself (`run_facts.py`).
+"""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import data, device_mesh, memory_room, run_facts
+from moe_jax.analysis import cost, run_cost
+from moe_jax.data.cache_folders import (
+  NotPreparedError,
+  cache_root,
+  reading_only,
+)
+from moe_jax.evaluation import EVALUATIONS
+from moe_jax.memory_room import in_bytes
+from moe_jax.models import Model
+from moe_jax.run_config import RunConfig
+from moe_jax.runs import owner
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.storage_errors import storage_path
+from moe_jax.training.evaluate import BatchesEvaluation
+from moe_jax.training.programs import make_programs
+from moe_jax.training.setup import Run, set_up, setup_notes
+
+# The folder that stands for that of a run without one; it is never made.
+_NOWHERE = 'a-folder-that-is-not-there'
+
+
+class DryRun:
+  """The lines on a run that is not begun, and why it would be refused.
+
+  Args:
+    options: The options of the run.
+    workdir: Its folder, which need not exist; '' if none is given.
+    resume: Whether the folder's config may differ.
+
+  Attributes:
+    problems: Reasons for which the run would be refused; `lines` adds to them.
+  """
+
+  def __init__(self, options: RunConfig, workdir: str, *, resume: bool = False):
+    self._options, self._workdir = options, workdir
+    self._resume = resume
+    self.problems: list[str] = []
+
+  def lines(self) -> Iterator[str]:
+    """The lines, in the order in which they are printed."""
+    yield 'dry run: nothing is trained, and nothing is written'
+    run = self._set_up()
+    dataset = run.dataset if run else self._dataset()
+    options = run.options if run else self._filled(dataset)
+    if options is None:
+      yield _not_prepared(self._options)
+      yield (
+        'model: its size depends on the vocabulary, which is known once the '
+        'data is prepared; --config.model.vocab_size=... gives it'
+      )
+    else:
+      yield from self._of_model(options, run, dataset)
+    yield from self._evaluations()
+    yield from self._of_workdir(run)
+
+  def _set_up(self) -> Run | None:
+    """The run, if it would not be refused and its data is prepared."""
+    folder = self._workdir or _NOWHERE
+    try:
+      with reading_only():
+        run = set_up(self._options, folder, resume=self._resume)
+    except NotPreparedError:
+      return None
+    except (ValueError, OSError) as error:
+      self.problems.append(str(error))
+      return None
+    run.checkpoints.close()
+    return run
+
+  def _dataset(self) -> data.Dataset | None:
+    """The data, if it is prepared."""
+    try:
+      with reading_only():
+        return data.load(self._options.data)
+    except NotPreparedError:
+      return None
+    except (ValueError, OSError) as error:
+      self._refuse(error)
+      return None
+
+  def _filled(self, dataset: data.Dataset | None) -> RunConfig | None:
+    """The options with the vocabulary of the data, or one that is known."""
+    given = self._options
+    if dataset is not None:
+      size, shape = dataset.vocab_size, dataset.feature_shape
+    else:
+      size, shape = given.data.tokenizer.known_vocab_size(), ()
+    size = given.model.vocab_size or size
+    if not size or (given.model.reads_features and not shape):
+      return None
+    try:
+      return given.filled(size, shape)
+    except ValueError as error:
+      self._refuse(error)
+      return None
+
+  def _refuse(self, error: Exception) -> None:
+    if str(error) not in self.problems:
+      self.problems.append(str(error))
+
+  def _of_model(
+    self, options: RunConfig, run: Run | None, dataset: data.Dataset | None
+  ) -> Iterator[str]:
+    """Lines on what the run takes, its data, its model and its devices."""
+    model, mesh = options.build(), self._mesh()
+    yield from run.notes if run else setup_notes(options, model)
+    yield run_facts.takes(options, model, mesh.size)
+    if run is not None:
+      yield from run_facts.facts(run)
+    else:
+      yield dataset.describe() if dataset else _not_prepared(options)
+      if not model.reads_features:
+        yield cost.count(
+          model, options.data.seq_len, options.data.target_len
+        ).describe()
+      yield run_facts.devices_line(mesh)
+    if dataset is not None:
+      yield self._passes(dataset)
+    yield from self._bytes(options, model, mesh)
+
+  def _mesh(self) -> Mesh:
+    """The mesh, or one device where it does not fit those of this machine."""
+    try:
+      return self._options.mesh.make()
+    except ValueError as error:
+      self._refuse(error)
+      return device_mesh.make_mesh(dict(data=1), jax.local_devices()[:1])
+
+  def _passes(self, dataset: data.Dataset) -> str:
+    rows = self._options.total_steps * self._options.batch_size
+    there = len(dataset.splits['train'])
+    return (
+      f'passes: {rows:,} rows are learned from, and the data has {there:,}: '
+      f'{rows / there:.3g} passes over it'
+    )
+
+  def _bytes(
+    self, options: RunConfig, model: Model, mesh: Mesh
+  ) -> Iterator[str]:
+    """Lines on the memory and the disk that the run needs."""
+    programs = make_programs(options, model, mesh)
+    needs = run_cost.run_bytes(options, model, programs, mesh)
+    room = memory_room.memory_of(list(mesh.devices.flat))
+    line = f'memory: {needs.describe()}'
+    if room:
+      who = f'{mesh.size} devices have' if mesh.size > 1 else 'it has'
+      line += f', and {who} {in_bytes(room)}'
+    yield line
+    if room and needs.total * mesh.size > room:
+      yield (
+        'WARNING: that does not fit; a smaller batch_size / microbatches, '
+        "model.remat='full', or more devices (mesh.fsdp) need less on each"
+      )
+    yield from self._disk(needs.checkpoint)
+
+  def _disk(self, size: int) -> Iterator[str]:
+    c, total = self._options.checkpoint, self._options.total_steps
+    written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
+    # One is being written while the older ones are still there.
+    kept = min(written, c.keep_newest + c.keep_best) + 1
+    where = storage_path(c.directory or self._workdir or _NOWHERE)
+    line = (
+      f'checkpoints: {written} of {in_bytes(size)} each, for which there has '
+      f'to be room for {kept}, {in_bytes(kept * size)}'
+    )
+    if '://' in os.fspath(where):
+      yield line
+      return
+    free = shutil.disk_usage(_existing(pathlib.Path(where))).free
+    yield f'{line}; {in_bytes(free)} are free'
+    if kept * size > free:
+      yield (
+        'WARNING: the disk is too small for them; give another folder or '
+        'bucket as checkpoint.directory, or keep fewer (checkpoint.keep_newest)'
+      )
+
+  def _evaluations(self) -> Iterator[str]:
+    total = self._options.total_steps
+    for name, entry in self._options.evals.items():
+      times = 1 + (total - 1) // entry.every_steps if entry.every_steps else 1
+      line = f'evaluation {name}: {EVALUATIONS.name_of(entry)!r}'
+      if entry.every_steps:
+        line += f' every {entry.every_steps:,} steps and'
+      line += f' at the end, {times} in all'
+      if isinstance(entry, BatchesEvaluation):
+        line += f', of {entry.num_batches or "all"} batches of the split'
+      yield line
+
+  def _of_workdir(self, run: Run | None) -> Iterator[str]:
+    """Lines on what is in the folder already."""
+    if not self._workdir:
+      yield 'workdir: none is given; a run needs --workdir'
+      return
+    folder = workdir_lib.folder_of(self._workdir)
+    found = owner.read(storage_path(folder)) if folder.exists() else None
+    if found is not None and found.alive:
+      self.problems.append(f'{folder} is in use by {found}; wait for its end')
+    if run is None or not (folder / workdir_lib.CONFIG).exists():
+      there = 'exists' if folder.exists() else 'is new'
+      yield f'workdir: {folder} {there}'
+      return
+    steps = run.checkpoints.steps()
+    if not steps:
+      yield f'workdir: {folder} has a run without checkpoints: it begins anew'
+    elif steps[-1] >= run.options.total_steps:
+      yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'
+    else:
+      yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
+
+
+def _not_prepared(options: RunConfig) -> str:
+  where = cache_root(options.data.cache_dir)
+  return (
+    'data: not prepared yet; a run first reads all texts once and keeps their '
+    f'tokens in {where}'
+  )
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+  """The path, or the nearest folder above it that exists."""
+  while not path.exists():
+    path = path.parent
+  return path

@@ -1,0 +1,116 @@
+"""Lines on what a run takes and is: its steps, data, model and devices.
+
+A run prints them at its start, and `--dry_run` instead of it. Not here: when
+they are printed (`hooks.py`, `dry_run.py`).
+"""
+
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import models
+from moe_jax.analysis import cost, run_cost
+from moe_jax.kernels import backends
+from moe_jax.layers.experts import DISPATCHES, Dispatch
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.layers.shared import Numerics
+from moe_jax.training import chosen_experts
+from moe_jax.training.run_options import RunOptions
+from moe_jax.training.setup import Run
+
+LEAK = (
+  'moe.allow_future_leak=True: later tokens can change earlier outputs; losses '
+  'are not those of a causal model'
+)
+
+
+def warnings(model: models.Model) -> list[str]:
+  """Warnings on a model that every result has to give."""
+  said = [LEAK] if model.leaks_future else []
+  return said + [model.forced_balance] * bool(model.forced_balance)
+
+
+def takes(options: RunOptions, model: models.Model, num_devices: int) -> str:
+  """A line on what a run takes; matrix products of a device are timed for it.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+    num_devices: The number of devices of its mesh.
+  """
+  took = run_cost.run_cost(options, model)
+  if not took.flops:
+    return f'run: {took.describe()}'
+  dtype = getattr(options.model, 'numerics', Numerics()).dtype
+  rate = num_devices * run_cost.product_rate(dtype)
+  return f'run: {took.describe()}; {took.time(rate)}'
+
+
+def facts(run: Run) -> Iterator[str]:
+  """Lines on the data, the model and the devices of a run."""
+  yield run.dataset.describe()
+  if run.model.reads_features:
+    shapes = jax.tree.leaves(run.programs.abstract_state.params)
+    count = sum(leaf.size for leaf in shapes)
+    yield f'{type(run.model).__name__}: {count:,} parameters'
+  else:
+    lengths = run.options.data.seq_len, run.options.data.target_len
+    yield cost.count(run.model, *lengths).describe()
+  if run.model.moe is not None:
+    yield _experts(run, run.model.moe)
+    for text in warnings(run.model):
+      yield f'WARNING: {text}'
+  if run.programs.trained.expression != 'all' or run.programs.trained.masks:
+    yield _trained(run)
+  yield devices_line(run.mesh)
+
+
+def devices_line(mesh: Mesh) -> str:
+  """A line on the devices of a mesh."""
+  sizes = {axis: n for axis, n in mesh.shape.items() if n > 1}
+  kind = mesh.devices.flat[0].device_kind
+  return f'devices: {mesh.size} x {kind}, mesh {sizes or "of one"}'
+
+
+def _trained(run: Run) -> str:
+  """A line on the parameters that train, if not all do."""
+  params, trained = run.programs.abstract_state.params, run.programs.trained
+  count = trained.count(trained.part(params))
+  file = run.options.trained_experts
+  whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+  said, o = f'trainable={run.options.trainable!r}', run.options.lora
+  if o.rank:
+    said = f'adapters of rank {o.rank} on {o.parts!r}'
+  if file:
+    said += f', {chosen_experts.read(file).describe()}'
+  return (
+    f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
+    'the others keep their values'
+  )
+
+
+def _experts(run: Run, moe: MoeOptions) -> str:
+  return (
+    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
+    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+    f'dispatch {_dispatch(run, moe.dispatch)}'
+  )
+
+
+def _counts(run: Run) -> str:
+  """The number of experts of all sparse layers, or that of each."""
+  moes = [moe for moe in run.model.moes if moe is not None]
+  counts = [moe.sizes.num_retained for moe in moes]
+  return str(counts[0] if len(set(counts)) == 1 else counts)
+
+
+def _dispatch(run: Run, dispatch: Dispatch) -> str:
+  name = repr(DISPATCHES.name_of(dispatch))
+  if dispatch.by_slot:
+    return name
+  platform = run.mesh.devices.flat[0].platform
+  platform = 'cuda' if platform == 'gpu' else platform
+  products = backends.describe(dispatch.backend, platform)
+  return f'{name} (grouped products: {products})'

@@ -1,0 +1,115 @@
+"""What `--dry_run` says of a run, and that it leaves no trace."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax import memory_room, run_config, sections
+from moe_jax.analysis import cost, run_cost
+from moe_jax.configs import jacobs_vowels
+from moe_jax.dry_run import DryRun
+from moe_jax.runs import workdir
+from moe_jax.training.programs import make_programs
+from tests.training import tiny
+
+OPTIONS = tiny.options(
+  total_steps=7, optimizer={'schedule': {'warmup_steps': 9}}
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+
+
+def said(options, folder, **kwargs):
+  trial = DryRun(options, str(folder), **kwargs)
+  return '\n'.join(trial.lines()), trial.problems
+
+
+def test_a_run_that_could_begin(tmp_path):
+  text, problems = said(OPTIONS, tmp_path / 'run')
+  assert not problems
+  assert not any(tmp_path.iterdir())
+  for words in (
+    'warm-up: 3 steps, half of total_steps=7',
+    'run: 7 steps of 96 tokens, 672 in all, with',
+    'sha256',
+    'FLOPs per token:',
+    # Of steps 2, 4, 6 and 7; there may be the best, two others and a new one.
+    'checkpoints: 4 of',
+    'room for 4,',
+    "evaluation train_capacity: 'loss' every 3 steps and at the end, 3 in all",
+    'run is new',
+  ):
+    assert words in text, words
+
+
+def test_data_that_is_not_prepared_stays_so(tmp_path):
+  options = dataclasses.replace(
+    OPTIONS, data=dataclasses.replace(OPTIONS.data, cache_dir=str(tmp_path))
+  )
+  text, problems = said(options, '')
+  assert not problems
+  assert 'data: not prepared yet; a run first reads all texts' in text
+  assert 'parameters:' in text  # bytes have a known vocabulary
+  assert 'workdir: none is given' in text
+  chars = tiny.options(
+    data={'tokenizer': {'kind': 'chars'}, 'cache_dir': str(tmp_path)}
+  )
+  assert 'depends on the vocabulary' in said(chars, '')[0]
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_a_run(tmp_path):
+  workdir.claim(tmp_path, sections.section(OPTIONS))
+  text, problems = said(OPTIONS, tmp_path)
+  assert not problems
+  assert 'a run without checkpoints: it begins anew' in text
+  other = dataclasses.replace(OPTIONS, seed=3)
+  text, (problem,) = said(other, tmp_path)
+  assert 'holds another run' in problem and 'seed: 0 -> 3' in problem
+  assert 'run: 7 steps' in text  # the costs are said all the same
+  assert said(other, tmp_path, resume=True)[1] == []
+  assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
+
+
+def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
+  text, (problem,) = said(tiny.options(mesh={'data': 2}), tmp_path)
+  assert 'does not fit 1 devices' in problem
+  assert 'memory:' in text
+  monkeypatch.setattr(memory_room, 'host_bytes', lambda: 200_000)
+  text, problems = said(OPTIONS, '')
+  assert not problems  # it is not certain
+  assert 'it has 200 kB\nWARNING: that does not fit' in text
+
+
+def test_flops_and_bytes_by_formula():
+  options = OPTIONS.filled(257)
+  model = options.build()
+  counted = cost.count(model, 24)
+  # Seven steps of four rows; the backward pass is twice the forward pass.
+  taken = run_cost.run_cost(options, model)
+  assert taken.flops == 3 * 7 * 4 * counted.example_flops
+  frozen = tiny.options(total_steps=7, trainable='norms').filled(257)
+  part = run_cost.run_cost(frozen, model)
+  # Of kernels no gradient is computed, and gradients pass through all of them.
+  assert 0.6 * taken.flops < part.flops < 0.8 * taken.flops
+  mesh = options.mesh.make(jax.devices())
+  needs = run_cost.run_bytes(
+    options, model, make_programs(options, model, mesh), mesh
+  )
+  assert needs.parameters == needs.gradients == 4 * counted.total_params
+  # Two moments of each parameter, and counts of steps.
+  moments = needs.optimizer - 2 * needs.parameters
+  assert 0 <= moments < 100
+  seeds = needs.checkpoint - needs.parameters - needs.optimizer
+  assert 0 <= seeds < 100
+
+
+def test_examples_without_tokens_are_counted_too(tmp_path):
+  options = run_config.read(jacobs_vowels.get_config())
+  text, problems = said(options, tmp_path)
+  assert not problems
+  assert 'run: 400 steps of 50 examples, 20k in all, with 60 param' in text
