@@ -1,6 +1,7 @@
-"""Hooks of the training loop: facts, profile, plots, routing report, sample.
+"""Hooks of the training loop: facts, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has.
+`moe_jax.main` and experiments choose which of them a run has. Not here: the page
+and the pictures (`analysis/page_hook.py`).
 """
 
 from typing import NamedTuple
@@ -10,7 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from moe_jax import data, generation, models
-from moe_jax.analysis import cost, plots, routing_report, sharded
+from moe_jax.analysis import cost, routing_report, sharded
+from moe_jax.analysis.page_hook import Page
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
@@ -21,7 +23,7 @@ from moe_jax.layers.experts import DISPATCHES, Dispatch
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import drop_rate
-from moe_jax.runs import metrics, profile, summary
+from moe_jax.runs import profile, summary
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import chosen_experts
 from moe_jax.training.evaluate import Losses
@@ -250,22 +252,6 @@ def _answered(inputs: str, answer: str, target: str) -> str:
   return f'{text}\ntargets: {target}' if target else text
 
 
-class Plots(Hook):
-  """Ends a run with `curves.png`, and `load.png` of a sparse model."""
-
-  def end(self, run: Run, state: TrainState) -> None:
-    """Draws the rows of `metrics.jsonl`."""
-    if not is_first():
-      return
-    rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
-    drawn = [run.workdir / 'curves.png']
-    plots.plot_curves(rows, drawn[0], run.dataset.loss_unit)
-    if run.model.sparse_layers:
-      drawn.append(run.workdir / 'load.png')
-      plots.plot_load(rows, drawn[1])
-    run.message('plots: ' + ', '.join(map(str, drawn)))
-
-
 class RoutingReport(Hook):
   """Ends a run of a sparse model with a table of its routers' statistics."""
 
@@ -338,7 +324,7 @@ def default_hooks() -> list[Hook]:
     MeshSummary(),
     Profile(),
     Traces(),
-    Plots(),
     RoutingReport(),
     Sample(),
+    Page(),
   ]

@@ -63,7 +63,7 @@ def shades(count: int) -> Float[np.ndarray, 'n 4']:
 
 def heat(
   axes: Axes,
-  x: Float[np.ndarray, 'columns+1'],
+  x: Float[np.ndarray, ' X'],
   ratios: Float[np.ndarray, 'rows columns'],
 ) -> QuadMesh:
   """Draws ratios on a logarithmic scale, with the first row at the top.
