@@ -1,7 +1,7 @@
 """Hooks of the training loop: facts, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has. Not here: the page
-and the pictures (`analysis/page_hook.py`).
+`moe_jax.main` and experiments choose which of them a run has. Not here: the
+page and the pictures (`analysis/page_hook.py`).
 """
 
 from typing import NamedTuple

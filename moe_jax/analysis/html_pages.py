@@ -134,9 +134,7 @@ def render(template: str, *, title: str, **values: Any) -> str:
 def picture(figure: Figure, form: str = 'png') -> bytes:
   """The file of a figure, as 'png' or 'svg'."""
   data = io.BytesIO()
-  # A date would make two files of one figure differ.
-  metadata = {'Date': None} if form == 'svg' else None
-  figure.savefig(data, format=form, dpi=plot_style.DPI, metadata=metadata)
+  figure.savefig(data, format=form, dpi=plot_style.DPI)
   return data.getvalue()
 
 

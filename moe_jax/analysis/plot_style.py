@@ -117,7 +117,7 @@ def count_steps(axes: Axes, at_most: int) -> None:
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
 
-def from_step_0(axes: Axes, last: float) -> None:
+def from_step_0(axes: Axes, last: int | float) -> None:
   """Lets the x axis begin at step 0, however few steps have a value."""
   if math.isfinite(last):
     axes.set_xlim(0, 1.03 * max(last, 1))

@@ -69,9 +69,9 @@ def panels(
     )
   units = {'loss': loss_unit, 'evaluations': loss_unit}
   for key, title, unit, scale in [
-    ('drop_rate', 'Dropped choices of experts', 'percent', 100),
-    ('learning_rate', 'Learning rate schedule', 'learning rate', 1),
-    ('tokens_per_second', 'Speed', f'{counted}s/s', 1),
+    ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
+    ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
+    ('tokens_per_second', 'Speed', f'{counted}s/s', 1.0),
   ]:
     if any(f'train/{key}' in row for row in rows):
       units[key] = unit
