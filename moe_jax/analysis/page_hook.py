@@ -14,7 +14,6 @@ from moe_jax.analysis import run_commands, run_facts, run_page
 from moe_jax.analysis.run_facts import RunFacts
 from moe_jax.distributed import is_first
 from moe_jax.training.setup import Hook, Run
-from moe_jax.training.step import TrainState
 
 # A page is drawn beside the training, and not again before so many times the
 # seconds that it took: a hundredth of the time at most.
@@ -59,7 +58,7 @@ class Page(Hook):
     """Draws the page anew."""
     self._refresh()
 
-  def end(self, run: Run, state: TrainState) -> None:
+  def end(self, run: Run, state: object) -> None:
     """Writes the last page, with what other hooks have left."""
     if self._run is None:
       return

@@ -142,7 +142,8 @@ def test_hostile_text_stays_text(tmp_path):
   charts = len(run_sections.curves(run_sections.read(folder)))
   assert page.tags.count('img') == charts + 1
   # The frame of a notebook holds it as one attribute.
-  frame = Reader(run_page.page(folder)._repr_html_())
+  shown = run_page.page(folder)
+  frame = Reader(shown._repr_html_())
   assert frame.tags == ['iframe']
 
 
