@@ -24,6 +24,7 @@ Rows = Sequence[Mapping[str, Any]]
 _MAX_COLUMNS = 400
 _MANY = 2000  # points, from which on a line of a vector graphic is a picture
 _WIDTH = 7.2  # inches
+_FEW = 500  # rows, beside which the best place of a legend is found quickly
 _NAMED = 7  # evaluations that fit into the legend of a small panel
 _LONGEST = 26  # letters of a name in a legend
 
@@ -119,10 +120,9 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
   """
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
-    raise ValueError(
-      f"no 'train/layer_<i>/load' in {len(rows)} rows; a dense model has none"
-    )
-  columns = 1 if len(layers) <= 4 else 2
+    said = f"no 'train/layer_<i>/load' in {len(rows)} rows"
+    raise ValueError(f'{said}; a dense model has none')
+  columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')
   grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
@@ -201,8 +201,9 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   # The losses of the first steps would press all others into a flat line.
   plot_style.room_around(axes, np.concatenate(in_view))
   last = [values[-1] for values in in_view if values.size]
-  falls = not max(last, default=0) > np.mean(axes.get_ylim())
+  falls = max(last, default=0) <= np.mean(axes.get_ylim())
   where = 'upper right' if falls else 'lower right'
+  where = 'best' if len(rows) < _FEW else where
   axes.legend(loc=where, fontsize='small', edgecolor='none')
 
 
@@ -240,8 +241,8 @@ def _line_of(rows: Rows, key: str, scale: float) -> Callable[[Axes], None]:
 
 def _marked(number: int, steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
   """The style of evaluation `number`; training has the first style."""
-  style = plot_style.series(number + 1)
-  return style | {'markevery': max(1, len(steps) // 30)}
+  few = {'markevery': max(1, len(steps) // 30)}
+  return plot_style.series(number + 1) | few
 
 
 def _draw_load(

@@ -131,7 +131,7 @@ def headline(run: RunFolder) -> list[Named]:
   found = [
     ('config', facts.config_name),
     ('model', facts.model.replace('_', ' ')),
-    ('experts', facts.experts or 'none' * bool(facts.model)),
+    ('experts', facts.experts or 'none' * facts.has_blocks),
     ('parameters', f'{facts.parameters:,}' if facts.parameters else ''),
     ('active per token', f'{facts.active:,}' if facts.is_sparse else ''),
     ('last training loss', _last(run.rows, 'train/loss', f'.4f {unit}')),
