@@ -47,9 +47,14 @@ class FileLine(NamedTuple):
 def files(folder: pathlib.Path) -> list[FileLine]:
   """The files of a run that are there, or will be once the page is written."""
   there = {path.name: path for path in folder.iterdir()}
+  examples = {
+    name: 'what the model wrote in an evaluation'
+    for name in sorted(there)
+    if name.endswith('_examples.txt')
+  }
   return [
     FileLine(name, what, not there[name].is_dir())
-    for name, what in _FILES.items()
+    for name, what in (_FILES | examples).items()
     if name in there and name != PAGE
   ]
 

@@ -91,7 +91,7 @@ dropped, over the uniform share. {{ how_to_read }}</p>
  if run.facts.is_sparse else 'The model has no routers that it reports on.'
  }}</p>{% endif %}
 {% if linked %}{% for page in trace_pages %}
-<p>Token by token: <a href="{{ page|urlencode }}">{{ page }}</a></p>
+<p>Token by token: <a href="./{{ page|urlencode }}">{{ page }}</a></p>
 {% endfor %}{% endif %}
 
 <h2 id="Sample">Sample</h2>
@@ -119,7 +119,7 @@ dropped, over the uniform share. {{ how_to_read }}</p>
 
 <h2 id="Files">Files</h2>
 <div class="options"><table><tbody>{% for file in files %}<tr><td class="left">
-{% if linked and file.is_link %}<a href="{{ file.name }}">{{ file.name }}</a>
+{% if linked and file.is_link %}<a href="./{{ file.name|urlencode }}">{{ file.name }}</a>
 {% else %}{{ file.name }}{% endif %}</td>
 <td class="left">{{ file.what }}</td></tr>{% endfor %}</tbody></table></div>
 

@@ -110,7 +110,7 @@ def test_a_page_has_everything_and_needs_nothing(tmp_path):
     assert words in page.text, f'{words!r} not in {page.text}'
   outside = [x for x in page.links if not x.startswith(('data:', '#'))]
   assert all((folder / name).exists() for name in outside), outside
-  assert 'routes/routes.html' in outside
+  assert './routes/routes.html' in outside
   assert 'script' not in page.tags
   assert page.tags.count('img') == 4  # loss, drops, speed; load
   assert (folder / 'curves.png').exists()
