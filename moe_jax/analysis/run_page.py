@@ -119,7 +119,8 @@ dropped, over the uniform share. {{ how_to_read }}</p>
 
 <h2 id="Files">Files</h2>
 <div class="options"><table><tbody>{% for file in files %}<tr><td class="left">
-{% if linked and file.is_link %}<a href="./{{ file.name|urlencode }}">{{ file.name }}</a>
+{% if linked and file.is_link %}
+<a href="./{{ file.name|urlencode }}">{{ file.name }}</a>
 {% else %}{{ file.name }}{% endif %}</td>
 <td class="left">{{ file.what }}</td></tr>{% endfor %}</tbody></table></div>
 
