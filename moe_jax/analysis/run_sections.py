@@ -106,9 +106,9 @@ def state(run: RunFolder) -> str:
     case run_facts.FINISHED:
       said = f'Finished at {done}.'
     case run_facts.STOPPED:
-      said = f'Stopped at {done}; it can go on from there.'
+      said = f'Stopped; logged until {done}. It can go on.'
     case run_facts.FAILED:
-      said = f'Failed after {done}.'
+      said = f'Failed; logged until {done}.'
     case run_facts.RUNNING:
       said = f'In training: {done} when this page was written.'
     case _ if not run.rows:

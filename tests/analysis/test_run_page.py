@@ -155,7 +155,11 @@ def test_hostile_text_stays_text(tmp_path):
     (RunFacts(), [], 'Not trained here yet.'),
     (None, [(6, ROW)], 'Finished: step 6 of 6.'),
     (None, [(2, ROW)], 'Not finished: step 2 of 6.'),
-    (RunFacts(state=run_facts.STOPPED), [(2, ROW)], 'Stopped at step 2 of 6'),
+    (
+      RunFacts(state=run_facts.STOPPED),
+      [(2, ROW)],
+      'Stopped; logged until step 2 of 6.',
+    ),
     (RunFacts(state=run_facts.RUNNING), [(2, ROW)], 'In training: step 2 of 6'),
   ],
 )
@@ -170,7 +174,7 @@ def test_a_run_that_failed_says_why(tmp_path):
   (folder / 'nonfinite').mkdir()
   (folder / 'nonfinite' / '4.npz').touch()
   page = page_of(folder)
-  assert 'Failed after step 2 of 6.' in page.text
+  assert 'Failed; logged until step 2 of 6.' in page.text
   assert 'state of 1 step not finite: 4.' in page.text
   assert 'step 4: loss=nan' in page.text
   assert 'Go on with this run' in page.text
