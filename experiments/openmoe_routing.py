@@ -56,6 +56,7 @@ from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tables import Interval
 from experiments.study.validation_routing import row_at
+from moe_jax.analysis import plot_style
 
 HIDDEN = 256
 TOP2, TOP1, FREE = 'top-2', 'top-1', 'top-2, no balance loss'
@@ -167,12 +168,13 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
   for ax, ((x_label, y_label), points) in zip(
     axes, panels.items(), strict=True
   ):
-    for arm in results:
+    for i, arm in enumerate(results):
       row = row_at(arm, results[arm], columns(), 'layer_*')
       found = [Interval.of(row.values[name]) for name in points.values()]
       bars = [i.half_width if np.isfinite(i.half_width) else 0 for i in found]
       means = [interval.mean for interval in found]
-      ax.errorbar([*points], means, bars, marker='o', capsize=3, label=arm)
+      style = plot_style.series(i)
+      ax.errorbar([*points], means, bars, **style, capsize=3, label=arm)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.set_xticks([*points])

@@ -49,6 +49,7 @@ from experiments.study.starts import Start
 from experiments.study.study import Study
 from experiments.study.tables import Interval
 from moe_jax import run_config
+from moe_jax.analysis import plot_style
 from moe_jax.compression import extract, whole_run
 from moe_jax.compression.quantize import quantize
 from moe_jax.configs import base
@@ -271,7 +272,8 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
       size = np.mean(row.values[MEMORY.name])
       interval = Interval.of(row.values[column.name])
       bar = interval.half_width if np.isfinite(interval.half_width) else 0.0
-      style = dict(color=f'C{number % 10}', marker='osD^vP*X'[number % 8])
+      colour = plot_style.COLOURS[number % len(plot_style.COLOURS)]
+      style = dict(color=colour, marker='osD^vP*X'[number % 8])
       name = dict(label=row.name) if ax is axes[0] else {}
       ax.errorbar(size, interval.mean, bar, capsize=3, ls='', **style, **name)
     ax.set_xscale('log', base=2)

@@ -37,6 +37,15 @@ def value() -> ml_collections.ConfigDict:
   return flags.FLAGS[_NAME].value
 
 
+def file_name() -> str:
+  """The name of the config file without its folders; '' without the flag."""
+  values = flags.FLAGS
+  if not values.is_parsed() or _NAME not in values:
+    return ''
+  spec = config_flags.get_config_filename(values[_NAME])
+  return spec.rpartition('/')[2]
+
+
 def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
   """A line for each value that `read` says is ignored."""
   for name, value in ignored.items():

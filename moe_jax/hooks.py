@@ -1,6 +1,7 @@
-"""Hooks of the training loop: facts, profile, plots, routing report, sample.
+"""Hooks of the training loop: facts, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has.
+`moe_jax.main` and experiments choose which of them a run has. Not here: the
+page and the pictures (`analysis/page_hook.py`).
 """
 
 from typing import NamedTuple
@@ -10,14 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from moe_jax import data, generation, models, run_facts
-from moe_jax.analysis import plots, routing_report, sharded
+from moe_jax.analysis import routing_report, sharded
+from moe_jax.analysis.page_hook import Page
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
 from moe_jax.generation import trained_run
 from moe_jax.routing import drop_rate
-from moe_jax.runs import metrics, profile, summary
+from moe_jax.runs import profile, summary
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
@@ -185,22 +187,6 @@ def _answered(inputs: str, answer: str, target: str) -> str:
   return f'{text}\ntargets: {target}' if target else text
 
 
-class Plots(Hook):
-  """Ends a run with `curves.png`, and `load.png` of a sparse model."""
-
-  def end(self, run: Run, state: TrainState) -> None:
-    """Draws the rows of `metrics.jsonl`."""
-    if not is_first():
-      return
-    rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
-    drawn = [run.workdir / 'curves.png']
-    plots.plot_curves(rows, drawn[0], run.dataset.loss_unit)
-    if run.model.sparse_layers:
-      drawn.append(run.workdir / 'load.png')
-      plots.plot_load(rows, drawn[1])
-    run.message('plots: ' + ', '.join(map(str, drawn)))
-
-
 class RoutingReport(Hook):
   """Ends a run of a sparse model with a table of its routers' statistics."""
 
@@ -273,7 +259,7 @@ def default_hooks() -> list[Hook]:
     MeshSummary(),
     Profile(),
     Traces(),
-    Plots(),
     RoutingReport(),
     Sample(),
+    Page(),
   ]

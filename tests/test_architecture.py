@@ -61,6 +61,7 @@ ALLOWED = {
     'training',
     'training_types',
     'config_flag',
+    'run_config',
     'command_line',
     'host',
   },
@@ -139,8 +140,10 @@ NARROW = {
       'moe_jax.data.load',
     ),
     'runs': (
-      *CHECKPOINTS[:2],
+      *CHECKPOINTS,
       'moe_jax.runs.metrics',
+      'moe_jax.runs.nonfinite',
+      'moe_jax.runs.packed_weights',
       'moe_jax.runs.summary',
     ),
     'training': (

@@ -54,6 +54,7 @@ def test_the_first_command_small(tmp_path):
     'config.json',
     'metrics.jsonl',
     'curves.png',
+    'index.html',
     'load.png',
     'routing_report.md',
     'routing_report.json',

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure as Canvas
 
 from experiments.study.parts import Figure
 from experiments.study.tables import Interval
+from moe_jax.analysis import plot_style
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -77,12 +78,15 @@ def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
       if row['line'] == line and row['x'] is not None
     )
     xs, means, bars = zip(*points, strict=True)
-    color = f'C{names.index(line)}'
-    ax.errorbar(xs, means, bars, color=color, marker='o', capsize=3, label=line)
+    style = plot_style.series(names.index(line))
+    ax.errorbar(xs, means, bars, **style, capsize=3, label=line)
   for row, interval in shown:
     if row['x'] is None:
-      color, name = f'C{names.index(row["name"])}', row['name']
-      ax.axhline(interval.mean, color=color, linestyle='--', label=name)
+      style = plot_style.series(names.index(row['name']))
+      color, dashes = style['color'], style['linestyle']
+      ax.axhline(
+        interval.mean, color=color, linestyle=dashes, label=row['name']
+      )
   if spec.log_x:
     ax.set_xscale('log', base=2)
     ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
@@ -94,14 +98,9 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
   for i, row in enumerate(rows):
     interval = _shown(row, column)
     if interval is not None:
-      ax.errorbar(
-        interval.mean,
-        i,
-        xerr=_bar(interval),
-        color=f'C{i}',  # a row has one colour in all panels
-        marker='o',
-        capsize=3,
-      )
+      # A row has one style in all panels.
+      style = plot_style.series(i)
+      ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
   names = [row['name'] for row in rows] if labels else [''] * len(rows)
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -2,52 +2,56 @@
 
 Figures are objects of matplotlib, never of pyplot, so that a hook may draw in
 any thread, without a display, beside the figures that a notebook has open. Not
-here: the rows (`moe_jax.runs.metrics`), and tables (`routing_report.py`).
+here: the rows (`moe_jax.runs.metrics`), tables (`routing_report.py`), and
+colours (`plot_style.py`).
 """
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from moe_jax.analysis import plot_style
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-_TRAIN = '#0072B2'
-_EVALS = ('#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
-_DPI = 150
-_SCALE = (0.25, 4)  # ends of the colour scale, in shares of 1/E
+_MANY = 2000  # points, from which on a line of a vector graphic is a picture
+_WIDTH = 7.2  # inches
+_FEW = 500  # rows, beside which the best place of a legend is found quickly
+_NAMED = 7  # evaluations that fit into the legend of a small panel
+_LONGEST = 26  # letters of a name in a legend
 
 
-def plot_curves(
-  rows: Rows, path: str | os.PathLike[str], loss_unit: str = 'nats/token'
-) -> None:
-  """Saves `curves_figure`; the suffix of the path gives the format."""
-  curves_figure(rows, loss_unit).savefig(path, dpi=_DPI)
+class Panel(NamedTuple):
+  """One set of axes of a run's curves.
+
+  Attributes:
+    name: A short name.
+    title: One line.
+    draw: Function that draws it.
+  """
+
+  name: str
+  title: str
+  draw: Callable[[Axes], None]
 
 
-def plot_load(rows: Rows, path: str | os.PathLike[str]) -> None:
-  """Saves `load_figure`; the suffix of the path gives the format."""
-  load_figure(rows).savefig(path, dpi=_DPI)
-
-
-def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
-  """Losses over steps, above drop rate and learning rate where those exist.
+def panels(
+  rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
+) -> list[Panel]:
+  """The curves of a run: losses, and those of the others that rows have.
 
   Args:
     rows: Rows of metrics, each with its `step`.
     loss_unit: Unit of the losses.
+    counted: Noun, in the singular, for what the speed counts.
 
   Raises:
     ValueError: No row has a loss.
@@ -58,71 +62,86 @@ def curves_figure(rows: Rows, loss_unit: str = 'nats/token') -> Figure:
       f"no 'train/loss' and no 'eval/<name>/loss' in {len(rows)} rows; "
       f'have {sorted({key for row in rows for key in row})}'
     )
-  below = [
-    (key, title, unit, scale)
-    for key, title, unit, scale in [
-      ('train/drop_rate', 'Dropped choices of experts', 'percent', 100),
-      ('train/learning_rate', 'Learning rate schedule', 'learning rate', 1),
-    ]
-    if any(key in row for row in rows)
-  ]
-  figure = Figure(figsize=(7.2, 5.2 if below else 3.6), layout='constrained')
-  layout = [['loss'] * max(1, len(below))]
-  if below:
-    layout.append([key for key, *_ in below])
-  axes = figure.subplot_mosaic(layout, height_ratios=[2.2, 1][: len(layout)])
-  _draw_losses(axes['loss'], rows, evals)
-  _label_axes(axes['loss'], 'Loss', loss_unit)
-  for key, title, unit, scale in below:
-    steps, values = _series(rows, key)
-    axes[key].plot(steps, scale * values, **_thin(steps))
-    highest = scale * max(values[np.isfinite(values)], default=0)
-    axes[key].set_ylim(0, 1.08 * highest or 1)
-    _label_axes(axes[key], title, unit)
+  made = [Panel('loss', 'Loss', lambda axes: _losses(axes, rows, evals))]
+  if len(evals) > 1:
+    title = f'Evaluations less {_short(evals[0])}'
+    made.append(
+      Panel('evaluations', title, lambda axes: _differences(axes, rows, evals))
+    )
+  units = {'loss': loss_unit, 'evaluations': loss_unit}
+  for key, title, unit, scale in [
+    ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
+    ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
+    ('tokens_per_second', 'Speed', f'{counted}s/s', 1.0),
+  ]:
+    if any(f'train/{key}' in row for row in rows):
+      units[key] = unit
+      draw = _line_of(rows, f'train/{key}', scale)
+      made.append(Panel(key, title, draw))
+  return [_labelled(panel, units[panel.name], rows) for panel in made]
+
+
+def curves_figure(
+  rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
+) -> Figure:
+  """All `panels` in one figure, the losses on top; errors are theirs."""
+  first, *below = panels(rows, loss_unit, counted)
+  names = [panel.name for panel in below]
+  names += names[-1:] * (len(names) % 2)  # the last of an odd number is wide
+  lines = len(names) // 2
+  layout = [[first.name] * 2, *(names[2 * i : 2 * i + 2] for i in range(lines))]
+  figure = Figure(figsize=(_WIDTH, 3.6 + 1.75 * lines), layout='constrained')
+  axes = figure.subplot_mosaic(layout, height_ratios=[2.1] + [1] * lines)
+  for panel in [first, *below]:
+    panel.draw(axes[panel.name])
   return figure
 
 
-def load_figure(rows: Rows) -> Figure:
+def panel_figure(panel: Panel) -> Figure:
+  """One panel, small enough for the screen of a phone."""
+  figure = Figure(figsize=(4.8, 3.1), layout='constrained')
+  panel.draw(figure.subplots())
+  return figure
+
+
+def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
   """The load of each expert over steps, in a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
-  dropped, divided by the uniform share 1/E. White is the uniform share, red is
-  more, blue is less, and black is nothing at all. The scale is logarithmic,
-  from 1/4 to 4.
+  dropped, divided by the uniform share 1/E: `plot_style.HOW_TO_READ`. The scale
+  is logarithmic, from 1/4 to 4.
 
   Args:
     rows: Rows of metrics, each with its `step`.
+    width: Width of the figure in inches.
 
   Raises:
     ValueError: No row has the load of a layer.
   """
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
-    raise ValueError(
-      f"no 'train/layer_<i>/load' in {len(rows)} rows; a dense model has none"
-    )
-  columns = 1 if len(layers) <= 4 else 2
+    said = f"no 'train/layer_<i>/load' in {len(rows)} rows"
+    raise ValueError(f'{said}; a dense model has none')
+  columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
-  figure = Figure(figsize=(7.2, 0.9 + 1.7 * lines), layout='constrained')
-  panels = figure.subplots(lines, columns, sharex=True, squeeze=False)
+  figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')
+  grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
   mesh = None
-  for axes, layer in zip(panels.flat, layers):
+  for axes, layer in zip(grid.flat, layers):
     mesh = _draw_load(axes, *_series(rows, f'train/layer_{layer}/load'))
     axes.set_title(f'layer {layer}', loc='left', fontsize='medium')
-    _count_steps(axes, 5 if columns == 1 else 3)
-  for axes in panels.flat[len(layers) :]:
+    plot_style.count_steps(axes, 5 if columns == 1 else 3)
+  for axes in grid.flat[len(layers) :]:
     axes.remove()
     # The panel above the gap is now the last one of its column.
-    panels[-2, -1].tick_params(labelbottom=True)
+    grid[-2, -1].tick_params(labelbottom=True)
   figure.supxlabel('step', fontsize='medium')
+  title = 'Load: share of all choices that each expert gets'
   figure.suptitle(
-    'Load: share of all choices that each expert gets, before drops',
-    fontsize='large',
+    title + ', before drops' * (width >= _WIDTH), fontsize='large'
   )
-  bar = figure.colorbar(mesh, ax=figure.axes, extend='both', aspect=12 * lines)
-  bar.set_label('share / uniform share')
-  bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
-  bar.minorticks_off()
+  bar = plot_style.ratio_bar(figure, mesh, figure.axes, aspect=12 * lines)
+  bar.set_ylabel('share / uniform share')
   return figure
 
 
@@ -145,33 +164,85 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
   return result
 
 
-def _draw_losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
-  """Draws the losses of training, raw and smoothed, and of evaluations."""
+def _labelled(panel: Panel, unit: str, rows: Rows) -> Panel:
+  """A panel whose axes have title, unit and steps."""
+  last = max((row['step'] for row in rows), default=0)
+
+  def draw(axes: Axes) -> None:
+    panel.draw(axes)
+    plot_style.label_axes(axes, panel.title, unit)
+    plot_style.from_step_0(axes, last)
+
+  return panel._replace(draw=draw)
+
+
+def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
+  """Draws the losses of training, as logged and smoothed, and evaluations.
+
+  The last loss in the legend is the logged one, which a run prints too.
+  """
   steps, losses = _series(rows, 'train/loss')
   in_view = []
   if losses.size:
-    smoothed = smooth(losses, 2 * (len(losses) // 50) + 1)
-    axes.plot(steps, losses, **_thin(steps), alpha=0.25)
-    axes.plot(steps, smoothed, color=_TRAIN, label=_label('train', smoothed))
+    window = 2 * (len(losses) // 50) + 1
+    smoothed = smooth(losses, window)
+    style = _thin(steps) | {'alpha': 0.35 if window > 1 else 1}
+    label = _label('train', losses)
+    axes.plot(steps, losses, **style, label=label)
+    if window > 1:
+      label = f'train, mean of {window} rows'
+      axes.plot(steps, smoothed, color=plot_style.BLUE, label=label)
     in_view.append(smoothed[len(losses) // 20 :])
   for i, name in enumerate(evals):
     steps, losses = _series(rows, f'eval/{name}/loss')
-    axes.plot(
-      steps,
-      losses,
-      color=_EVALS[i % len(_EVALS)],
-      marker='o',
-      markersize=3.5,
-      label=_label(name, losses),
-    )
+    label = _label(name, losses)
+    axes.plot(steps, losses, **_marked(i, steps), label=label)
     in_view.append(losses[len(losses) // 20 :])
   # The losses of the first steps would press all others into a flat line.
-  values = np.concatenate(in_view)
-  values = values[np.isfinite(values)]
-  if values.size and values.min() < values.max():
-    margin = 0.08 * (values.max() - values.min())
-    axes.set_ylim(values.min() - margin, values.max() + margin)
-  axes.legend(frameon=False, loc='upper right')
+  plot_style.room_around(axes, np.concatenate(in_view))
+  last = [values[-1] for values in in_view if values.size]
+  falls = max(last, default=0) <= np.mean(axes.get_ylim())
+  where = 'upper right' if falls else 'lower right'
+  where = 'best' if len(rows) < _FEW else where
+  axes.legend(loc=where, fontsize='small', edgecolor='none')
+
+
+def _differences(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
+  """Draws evaluations less the first of them, where they would coincide."""
+  first = dict(zip(*_series(rows, f'eval/{evals[0]}/loss')))
+  axes.axhline(0, color=plot_style.series(1)['color'], linewidth=1)
+  drawn = [np.zeros(1)]
+  for i, name in enumerate(evals[1:], 1):
+    steps, losses = _series(rows, f'eval/{name}/loss')
+    shared = np.isin(steps, list(first))
+    steps = steps[shared]
+    less = losses[shared] - np.array([first[step] for step in steps])
+    axes.plot(steps, less, **_marked(i, steps), label=_short(name))
+    drawn.append(less[len(less) // 20 :])
+  plot_style.room_around(axes, np.concatenate(drawn), 0.15)
+  if len(evals) <= _NAMED:  # the panel of losses names all
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=high + 0.17 * (high - low) * (len(evals) // 2))
+    style = {'fontsize': 'x-small', 'edgecolor': 'none'}
+    axes.legend(loc='upper right', ncols=2, **style)
+
+
+def _line_of(rows: Rows, key: str, scale: float) -> Callable[[Axes], None]:
+  """A function that draws one line, which is never negative, above zero."""
+  steps, values = _series(rows, key)
+
+  def draw(axes: Axes) -> None:
+    axes.plot(steps, scale * values, **_thin(steps))
+    highest = scale * max(values[np.isfinite(values)], default=0)
+    axes.set_ylim(0, 1.08 * highest or 1)
+
+  return draw
+
+
+def _marked(number: int, steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
+  """The style of evaluation `number`; training has the first style."""
+  few = {'markevery': max(1, len(steps) // 30)}
+  return plot_style.series(number + 1) | few
 
 
 def _draw_load(
@@ -182,28 +253,16 @@ def _draw_load(
   parts = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
   middle = np.array([steps[part].mean() for part in parts])
   relative = np.array([num_experts * load[part].mean(axis=0) for part in parts])
-  axes.set_facecolor('0.8')  # seen where nothing was measured
-  # Black stands below the end of the scale, as the logarithm of 0 does not
-  # exist; an expert that is merely rare stays dark blue.
-  floor = np.where(relative > 0, _SCALE[0], _SCALE[0] / 2)
-  mesh = axes.pcolormesh(
-    _edges(middle),
-    np.arange(num_experts + 1) - 0.5,
-    np.maximum(relative, floor).T,
-    cmap=colormaps['RdBu_r'].with_extremes(under='black'),
-    norm=LogNorm(*_SCALE),
-    rasterized=True,
-  )
+  mesh = plot_style.heat(axes, _edges(middle), relative.T)
   axes.set_yticks(range(0, num_experts, max(1, num_experts // 4)))
-  axes.set_ylim(num_experts - 0.5, -0.5)
   axes.set_ylabel('expert')
   return mesh
 
 
 def _edges(middle: Float[np.ndarray, 'n']) -> np.ndarray:
   """The `n + 1` borders of cells with these ascending middles."""
-  if len(middle) == 1:
-    return np.array([middle[0] - 0.5, middle[0] + 0.5])
+  if len(middle) == 1:  # a row is about all steps until its own
+    return np.array([0.0, max(middle[0], 1)])
   inner = (middle[1:] + middle[:-1]) / 2
   first, last = 2 * middle[0] - inner[0], 2 * middle[-1] - inner[-1]
   return np.concatenate([[first], inner, [last]])
@@ -224,24 +283,18 @@ def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
-  return f'{name} (last {values[-1]:.3f})'
+  return f'{_short(name)} (last {values[-1]:.4f})'
+
+
+def _short(name: str) -> str:
+  return name if len(name) <= _LONGEST else f'{name[: _LONGEST - 1]}…'
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
   """The style of a line; its points are marked if there are only a few."""
-  marker = '.' if len(steps) < 30 else ''
-  return {'color': _TRAIN, 'linewidth': 0.9, 'marker': marker}
-
-
-def _label_axes(axes: Axes, title: str, unit: str) -> None:
-  axes.set_title(title, loc='left')
-  axes.set_xlabel('step')
-  axes.set_ylabel(unit)
-  _count_steps(axes, 6)
-  axes.grid(alpha=0.25)
-  axes.spines[['top', 'right']].set_visible(False)
-
-
-def _count_steps(axes: Axes, at_most: int) -> None:
-  axes.xaxis.set_major_locator(MaxNLocator(at_most, integer=True))
-  axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+  return {
+    'color': plot_style.BLUE,
+    'linewidth': 0.9,
+    'marker': '.' if len(steps) < 30 else '',
+    'rasterized': len(steps) > _MANY,
+  }

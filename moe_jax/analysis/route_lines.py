@@ -7,20 +7,15 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moe_jax.analysis import route_findings
+from moe_jax.analysis import plot_style, route_findings
 from moe_jax.analysis.route_churn import Change, Churn
 from moe_jax.analysis.route_measures import Information, entropy
 from moe_jax.analysis.route_sums import RouteSums
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-_COLOURS = (
-  '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'
-)  # fmt: skip
 _SIZE = (10, 3.6)  # inches
 
 
@@ -37,13 +32,13 @@ def information_figure(
   place = {number: i for i, number in enumerate(first)}
   for i, (name, layers) in enumerate(found.items()):
     x = [place[number] for number in layers]
-    style = {'color': _COLOURS[i % 7], 'marker': 'o'}
+    style = plot_style.series(i)
     infos = list(layers.values())
     share = [one.adjusted for one in infos]
     error = [_over(one.deviation, one.entropy) for one in infos]
-    shares.errorbar(x, share, error, **style, markersize=4, label=name)
+    shares.errorbar(x, share, error, **style, label=name)
     accuracy = [one.accuracy for one in infos]
-    guesses.plot(x, accuracy, **style, markersize=4, label=name)
+    guesses.plot(x, accuracy, **style, label=name)
     shuffled = [one.accuracy_shuffled for one in infos]
     guesses.plot(x, shuffled, ':', color=style['color'], linewidth=1)
   base = [one.base_rate for one in first.values()]
@@ -76,12 +71,12 @@ def prediction_figure(following: Mapping[int, Information]) -> Figure:
       'base rate': [one.base_rate for one in infos],
     }.items()
   ):
-    colour = _COLOURS[0] if i == 0 else '0.7'
+    colour = plot_style.BLUE if i == 0 else '0.7'
     guesses.bar(x + 0.4 * i - 0.2, values, 0.4, color=colour, label=name)
   guesses.legend(frameon=False, fontsize='small', ncols=2)
   guesses.set_ylim(0, 1.2 * max(one.accuracy for one in infos))
   guesses.set_ylabel('right guesses')
-  shares.bar(x, [one.fraction for one in infos], 0.6, color=_COLOURS[0])
+  shares.bar(x, [one.fraction for one in infos], 0.6, color=plot_style.BLUE)
   shares.set_ylabel('share of the entropy of experts')
   _over_layers(guesses, 'Best guess of the expert in this layer', following)
   title = 'Information from the layer before, less shuffled'
@@ -95,18 +90,15 @@ def repeat_figure(sums: RouteSums) -> Figure:
   found = [route_findings.persistence(s) for s in sums.layers.values()]
   titles = 'Same first choice', 'Any expert in common'
   for axes, title, name in zip(panels, titles, ('first', 'any'), strict=True):
-    lines = {'consecutive tokens': (name, '-', _COLOURS[1])}
+    lines = {'consecutive tokens': name}
     if name == 'first':
-      lines['consecutive, different ids'] = ('different', '-', _COLOURS[4])
-    lines['random tokens of the batch'] = (f'{name}_chance', '-', _COLOURS[0])
-    lines['even loads'] = (f'{name}_uniform', '--', '0.5')
-    for label, (key, line, colour) in lines.items():
+      lines['consecutive, different ids'] = 'different'
+    lines['random tokens of the batch'] = f'{name}_chance'
+    lines['even loads'] = f'{name}_uniform'
+    for i, (label, key) in enumerate(lines.items()):
       values = [getattr(one, key) for one in found]
       if not all(map(math.isnan, values)):
-        marker = 'o' if line == '-' else ''
-        axes.plot(
-          values, line, color=colour, marker=marker, markersize=4, label=label
-        )
+        axes.plot(values, **plot_style.series(i), label=label)
     _over_layers(axes, title, sums.layers)
     axes.set_ylabel('pairs of tokens')
     axes.set_ylim(bottom=0)
@@ -130,7 +122,7 @@ def drop_figure(sums: RouteSums) -> Figure:
   figure, panels = _pair()
   for axes, where in zip(panels, ('row', 'document'), strict=True):
     for (number, layer), colour in zip(
-      layers.items(), _shades(len(layers)), strict=True
+      layers.items(), plot_style.shades(len(layers)), strict=True
     ):
       counts = layer.by_column if where == 'row' else layer.by_position
       length = sums.length.get(layer.info.sequence, 0)
@@ -152,32 +144,22 @@ def gate_figure(sums: RouteSums) -> Figure:
   found = [route_findings.gates(layer) for layer in sums.layers.values()]
   low, high = [one.low for one in found], [one.high for one in found]
   values.fill_between(
-    x, low, high, color='#56B4E9', alpha=0.4, label='first, 10 to 90 %'
+    x, low, high, color=plot_style.SKY, alpha=0.4, label='first, 10 to 90 %'
   )
-  values.plot(
-    x,
-    [one.median for one in found],
-    'o-',
-    color=_COLOURS[0],
-    label='first, median',
-  )
+  medians = [one.median for one in found]
+  values.plot(x, medians, **plot_style.series(0), label='first, median')
   second = [(*one.means, math.nan, math.nan)[1] for one in found]
   if not all(map(math.isnan, second)):
-    values.plot(x, second, 'o-', color=_COLOURS[1], label='second, mean')
+    values.plot(x, second, **plot_style.series(1), label='second, mean')
   most = [math.log(s.info.num_experts) for s in sums.layers.values()]
   load = [entropy(s.load) for s in sums.layers.values()]
-  entropies.plot(
-    x, [*map(_over, load, most)], 'o-', color=_COLOURS[0], label='load'
-  )
+  shares = [*map(_over, load, most)]
+  entropies.plot(x, shares, **plot_style.series(0), label='load')
   router = [one.router_entropy for one in found]
   if not all(map(math.isnan, router)):
-    entropies.plot(
-      x,
-      [*map(_over, router, most)],
-      'o-',
-      color=_COLOURS[2],
-      label='router, mean over tokens',
-    )
+    shares = [*map(_over, router, most)]
+    label = 'router, mean over tokens'
+    entropies.plot(x, shares, **plot_style.series(1), label=label)
   _over_layers(values, 'Gates of served choices', sums.layers, percent=False)
   _over_layers(entropies, 'Entropy / ln E', sums.layers, percent=False)
   values.set_ylabel('gate')
@@ -211,7 +193,9 @@ def _draw_changes(
   axes: Axes, changes: Sequence[Change], numbers: Sequence[int]
 ) -> None:
   steps = [change.step for change in changes]
-  for number, colour in zip(numbers, _shades(len(numbers)), strict=True):
+  for number, colour in zip(
+    numbers, plot_style.shades(len(numbers)), strict=True
+  ):
     values = [change.layers[number].churn for change in changes]
     axes.plot(
       steps, values, 'o-', color=colour, markersize=3, label=f'layer {number}'
@@ -256,10 +240,6 @@ def _layer_legend(figure: Figure, axes: Axes, count: int) -> None:
     fontsize='small',
     ncols=columns,
   )
-
-
-def _shades(count: int) -> np.ndarray:
-  return colormaps['viridis'](np.linspace(0, 0.92, count))
 
 
 def _over(value: float, most: float) -> float:

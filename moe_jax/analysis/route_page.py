@@ -4,52 +4,20 @@ The page is one HTML file with its pictures in it: it needs no network, no other
 file and no script. Not here: the sections (`route_sections.py`).
 """
 
-import base64
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jinja2
-from markupsafe import Markup
-from matplotlib.figure import Figure
 from rich.console import Console
 
+from moe_jax.analysis import html_pages
 from moe_jax.analysis.route_sections import Section
 
-_DPI = 110
-_LONG = 80  # rows, from which on a table is folded
 _PRINTED = 100  # rows of the largest table that is printed
 PAGE, TEXT = 'routes.html', 'routes.md'
 
 _TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
-  margin: 2em auto; padding: 0 1em; }
-h1, h2, h3, h4 { line-height: 1.2; }
-h2 { border-bottom: 2px solid #0072B2; padding-bottom: .2em; margin-top: 2em; }
-h3 { margin-top: 2em; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1em 0; }
-nav a { margin-right: 1em; }
-.scroll { overflow: auto; max-height: 32em; margin: .5em 0 1.5em; }
-table { border-collapse: collapse; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .7em; text-align: right; white-space: nowrap; }
-thead th { position: sticky; top: 0; background: #eef4f8; }
-th.left, td.left { text-align: left; }
-tbody tr:nth-child(even) { background: #f6f6f6; }
-.note { color: #555; font-size: 14px; max-width: 50em; }
-summary { cursor: pointer; font-weight: bold; }
-</style>
-</head>
-<body>
+{% block body %}
 <h1>{{ title }}</h1>
 {% for part in parts %}
 <h2 id="part-{{ loop.index }}">{{ part.title }}</h2>
@@ -66,37 +34,15 @@ summary { cursor: pointer; font-weight: bold; }
 {% endfor %}
 {% for name in section.figures %}
 <figure><img alt="{{ section.title }}: {{ name.replace('_', ' ') }}"
- src="data:image/png;base64,{{ pictures[number - 1][name] }}"></figure>
+ src="{{ pictures[number - 1][name] }}"></figure>
 {% endfor %}
 {% for table in section.tables %}
-{% if table.rows|length > long %}
-<details><summary>{{ table.title }} ({{ table.rows|length }} rows)</summary>
-{{ show(table) }}
-</details>
-{% else %}
-<h4>{{ table.title }}</h4>
-{{ show(table) }}
-{% endif %}
+{{ titled(table) }}
 {% endfor %}
 </section>
 {% endfor %}
 {% endfor %}
-</body>
-</html>
-"""
-_TABLE = """\
-<p class="note">{{ table.note }}</p>
-<div class="scroll"><table>
-<thead><tr>{% for heading in table.columns %}
-<th{% if heading in table.left %} class="left"{% endif %}>{{ heading }}</th>
-{%- endfor %}</tr></thead>
-<tbody>
-{% for row in table.cells() %}<tr>
-{%- for heading, cell in zip(table.columns, row) -%}
-<td{% if heading in table.left %} class="left"{% endif %}>{{ cell }}</td>
-{%- endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
+{% endblock %}
 """
 
 
@@ -128,7 +74,9 @@ def write(folder: pathlib.Path, title: str, parts: Sequence[Part]) -> None:
   pictures: list[dict[str, bytes]] = []
   for part in parts:
     figures = {n: f for s in part.sections for n, f in s.figures.items()}
-    pictures.append({name: _png(figure) for name, figure in figures.items()})
+    pictures.append(
+      {name: html_pages.picture(figure) for name, figure in figures.items()}
+    )
     for name, data in pictures[-1].items():
       (folder / f'{part.name}{name}.png').write_bytes(data)
     for section in part.sections:
@@ -152,18 +100,12 @@ def html(
     parts: The parts of the report.
     pictures: The pictures of each part by their names, as PNG.
   """
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  environment.globals['zip'] = zip
-  table = environment.from_string(_TABLE)
-  environment.globals['show'] = lambda one: Markup(table.render(table=one))
   encoded = [
-    {name: base64.b64encode(data).decode() for name, data in own.items()}
+    {name: html_pages.data_uri(data) for name, data in own.items()}
     for own in pictures
   ]
-  return environment.from_string(_TEMPLATE).render(
-    title=title, parts=parts, pictures=encoded, long=_LONG
+  return html_pages.render(
+    _TEMPLATE, title=title, parts=parts, pictures=encoded
   )
 
 
@@ -199,9 +141,3 @@ def show(console: Console, parts: Sequence[Part]) -> None:
       for table in section.tables:
         if len(table.rows) <= _PRINTED:
           console.print(table.terminal())
-
-
-def _png(figure: Figure) -> bytes:
-  data = io.BytesIO()
-  figure.savefig(data, format='png', dpi=_DPI)
-  return data.getvalue()

@@ -1,8 +1,8 @@
 """Heat maps of a trace: loads, pairs of experts, flows between layers.
 
 The colour of a cell is what was counted over what chance gives, on a
-logarithmic scale: white is chance, red is more, blue is less, black is nothing
-at all. Grey cells would hold fewer than 5 tokens by chance, too few to tell.
+logarithmic scale: `plot_style.HOW_TO_READ`. Hatched cells would hold fewer than
+5 tokens by chance, too few to tell.
 Not here: lines over layers, places and steps (`route_lines.py`), and loads over
 steps (`plots.py`).
 """
@@ -20,13 +20,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe_jax.analysis import route_measures
+from moe_jax.analysis import plot_style, route_measures
 from moe_jax.analysis.route_sums import RouteSums
 
-_SCALE = (0.25, 4)
-_COLOURS = colormaps['RdBu_r'].with_extremes(under='black', bad='0.8')
 _WIDTH = 10  # inches
-_BAND, _MEDIAN, _MOST = '#56B4E9', '#0072B2', '#D55E00'
 _ENOUGH = 5  # tokens by chance
 
 
@@ -52,12 +49,16 @@ def load_figure(sums: RouteSums) -> Figure:
     y,
     np.subtract(at(90), at(10)),
     left=at(10),
-    color=_BAND,
+    color=plot_style.SKY,
     height=0.6,
     label='10 to 90 %',
   )
-  lines.plot(at(50), y, '|', color=_MEDIAN, markersize=9, label='median')
-  lines.plot(at(100), y, 'o', color=_MOST, markersize=4, label='most')
+  lines.plot(
+    at(50), y, '|', color=plot_style.BLUE, markersize=9, label='median'
+  )
+  lines.plot(
+    at(100), y, 'o', color=plot_style.VERMILION, markersize=4, label='most'
+  )
   lines.axvline(1, color='0.3', linewidth=0.8)
   lines.set_xlim(left=0)
   lines.set_title('Percentiles over experts', loc='left')
@@ -210,16 +211,7 @@ def _panels(
 
 def _heat(axes: Axes, values: Float[np.ndarray, 'rows columns']) -> QuadMesh:
   """Draws ratios as a heat map, with the first row at the top."""
-  floor = np.where(values > 0, _SCALE[0], _SCALE[0] / 2)
-  mesh = axes.pcolormesh(
-    np.arange(values.shape[1] + 1) - 0.5,
-    np.arange(values.shape[0] + 1) - 0.5,
-    np.where(np.isnan(values), values, np.maximum(values, floor)),
-    cmap=_COLOURS,
-    norm=LogNorm(*_SCALE),
-    rasterized=True,
-  )
-  axes.set_ylim(values.shape[0] - 0.5, -0.5)
+  mesh = plot_style.heat(axes, np.arange(values.shape[1] + 1) - 0.5, values)
   axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
   return mesh
 
@@ -227,9 +219,7 @@ def _heat(axes: Axes, values: Float[np.ndarray, 'rows columns']) -> QuadMesh:
 def _colour_bar(
   figure: Figure, mesh: QuadMesh, axes: Axes | list[Axes], aspect: int
 ) -> None:
-  bar = figure.colorbar(mesh, ax=axes, extend='both', pad=0.01, aspect=aspect)
-  bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
-  bar.minorticks_off()
+  plot_style.ratio_bar(figure, mesh, axes, pad=0.01, aspect=aspect)
 
 
 def _over_chance(

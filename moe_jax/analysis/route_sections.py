@@ -11,6 +11,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import (
+  plot_style,
   plots,
   route_findings,
   route_lines,
@@ -63,8 +64,8 @@ def _load(found: Findings) -> Section:
   unused = sum(one['unused_experts'] for one in loads.values())
   experts = sum(layer.info.num_experts for layer in sums.layers.values())
   sentences = [
-    'Each cell of the first picture is an expert: red ones are chosen more '
-    'often than the mean of their layer, blue ones less, black ones never. '
+    'Each cell of the first picture is an expert, whose load is over the mean '
+    f'of its layer. {plot_style.HOW_TO_READ} '
     'Beside it, the bar holds the middle 80 % of the experts of a layer.',
     f'The busiest expert gets {span(most, ".1f")} times the mean load of its '
     f'layer. Of the {experts:,} experts of all layers, {unused:,} are never '
@@ -112,10 +113,10 @@ def _pairs(found: Findings) -> Section | None:
     'pairs',
     'Experts that are chosen together',
     [
-      'A token that chooses several experts chooses pairs of them. A red cell '
-      'is a pair that is chosen more often than the loads of the two explain, '
-      'a blue one less often. Experts that always go together do the work of '
-      'one.',
+      'A token that chooses several experts chooses pairs of them. A cell is '
+      'the number of tokens of a pair over what the loads of the two explain. '
+      f'{plot_style.HOW_TO_READ}',
+      'Experts that always go together do the work of one.',
       f'Pairs are {span(away, ".3f")} nats away from what loads explain; 0 '
       'would be no preference at all, beyond the noise of few tokens.',
     ],

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Num
 from rich.console import Console
 
-from moe_jax.analysis.text_tables import markdown_lines, terminal_table
+from moe_jax.analysis.text_tables import ValueTable, markdown_lines
 from moe_jax.routing.load_summary import load_summary
 
 Row = dict[str, Any]
@@ -127,15 +127,26 @@ def to_markdown(table: Sequence[Row]) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def tables(table: Sequence[Row]) -> list[ValueTable]:
+  """The tables of `to_markdown`, whose names show blanks."""
+  layers = map(_layer_cells, table)
+  experts = _expert_cells(table, _visible)
+  return [
+    _text_table('layers', _LAYERS_TITLE, _LAYERS_NOTE, list(_COLUMNS), layers),
+    _text_table(
+      'tokens', _TOKENS_TITLE, _TOKENS_NOTE, _TOKENS_HEADINGS, experts
+    ),
+  ]
+
+
+def _text_table(name, title, note, headings, cells) -> ValueTable:
+  columns = {heading: '' if heading in _TEXT else '>' for heading in headings}
+  return ValueTable(name, title, note.replace('`', ''), columns, list(cells))
+
+
 def print_report(console: Console, table: Sequence[Row]) -> None:
   """Prints the two tables of `to_markdown` on a terminal."""
-  layers = terminal_table(
-    _LAYERS_TITLE, list(_COLUMNS), map(_layer_cells, table)
-  )
-  experts = terminal_table(
-    _TOKENS_TITLE, _TOKENS_HEADINGS, _expert_cells(table, _visible), _TEXT
-  )
-  console.print(layers, experts)
+  console.print(*(one.terminal() for one in tables(table)))
 
 
 def write_report(workdir: str | os.PathLike[str], table: Sequence[Row]) -> None:

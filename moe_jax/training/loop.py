@@ -245,6 +245,8 @@ def _measure(run: Run, recorder: Recorder, step, state, evaluations):
   """The rows of evaluations, which are recorded before anybody judges them."""
   rows = measured(evaluations, run.programs.variables(state), step)
   recorder.evaluated(step, rows)
+  for hook in run.hooks:
+    hook.evaluated()
   return rows
 
 

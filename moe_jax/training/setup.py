@@ -111,6 +111,9 @@ class Hook:
   def start(self, run: Run) -> None:
     """Called before the first step, after a restore."""
 
+  def evaluated(self) -> None:
+    """Called after evaluations, whose numbers are then among the metrics."""
+
   def saving(self) -> None:
     """Called before a checkpoint is saved, after whose step a run goes on."""
 

@@ -4,11 +4,13 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
+from moe_jax.analysis import plot_style
+from moe_jax.analysis.html_pages import picture
 from moe_jax.analysis.plots import (
   curves_figure,
   load_figure,
-  plot_curves,
-  plot_load,
+  panel_figure,
+  panels,
   smooth,
 )
 
@@ -58,16 +60,15 @@ def test_curves_show_losses_drops_and_schedule():
   loss = axes_titled(figure, 'Loss')
   train = [[10, 3.0], [30, 2.0]]
   assert drawn(loss) == [
-    train,
     train,  # two rows are too few to smooth
     [[10, 2.75], [30, 2.5]],
     [[30, 2.625]],
   ]
   labels = [text.get_text() for text in loss.get_legend().get_texts()]
   assert labels == [
-    'train (last 2.000)',
-    'valid (last 2.500)',
-    'held/out (last 2.625)',
+    'train (last 2.0000)',
+    'valid (last 2.5000)',
+    'held/out (last 2.6250)',
   ]
   assert loss.get_ylabel() == 'nats/token'
   drops = axes_titled(figure, 'Dropped choices of experts')
@@ -84,7 +85,7 @@ def test_the_view_is_not_pressed_flat_by_the_first_steps():
     {'step': i, 'train/loss': 10.0 if i < 2 else 2 - i / 200}
     for i in range(100)
   ]
-  (axes,) = curves_figure(rows).axes
+  axes = curves_figure(rows).axes[0]
   low, high = axes.get_ylim()
   assert 1.4 < low < 1.52
   assert 1.9 < high < 2.2
@@ -94,11 +95,67 @@ def test_the_view_is_not_pressed_flat_by_the_first_steps():
   assert smoothed[50] == [50, pytest.approx(1.75)]
 
 
-def test_a_loss_that_diverged_can_be_drawn(tmp_path):
+def test_the_last_loss_is_the_logged_one_beside_the_smoothed_line():
+  rows = [{'step': i, 'train/loss': 2.0 + (i == 59)} for i in range(60)]
+  axes = curves_figure(rows).axes[0]
+  labels = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert labels == ['train (last 3.0000)', 'train, mean of 3 rows']
+
+
+def test_evaluations_that_nearly_coincide_are_drawn_as_differences():
+  rows = [
+    {'step': 10, 'eval/a/loss': 2.5},
+    {'step': 10, 'eval/b/loss': 2.5009765625},
+    {'step': 20, 'eval/a/loss': 2.25},
+    {'step': 30, 'eval/b/loss': 2.0},  # has no other of its step
+  ]
+  figure = curves_figure(rows)
+  axes = axes_titled(figure, 'Evaluations less a')
+  zero, b = axes.lines
+  assert b.get_xydata().tolist() == [[10, 0.0009765625]]
+  assert zero.get_color() == plot_style.series(1)['color']
+  # In the panel of losses no two look the same on grey paper.
+  markers = {line.get_marker() for line in figure.axes[0].lines}
+  assert len(markers) == 2
+
+
+def test_a_loss_that_rises_is_not_hidden_by_its_legend():
+  rows = [{'step': i, 'train/loss': 2 + abs(i - 3)} for i in range(9)]
+  axes = curves_figure(rows).axes[0]
+  figure = axes.figure
+  figure.draw_without_rendering()
+  legend = axes.get_legend().get_window_extent()
+  points = axes.transData.transform(axes.lines[0].get_xydata())
+  assert not any(legend.contains(*point) for point in points)
+
+
+def test_one_row_has_whole_axes():
+  rows = [{'step': 20, 'train/loss': 4.0, 'train/layer_1/load': [0.5, 0.5]}]
+  axes = curves_figure(rows).axes[0]
+  assert axes.get_xlim() == (0, pytest.approx(20.6))
+  low, high = axes.get_ylim()
+  assert (low + high) / 2 == pytest.approx(4.0)
+  assert high - low > 0.1
+  axes.figure.draw_without_rendering()
+  ticks = [text.get_text() for text in axes.get_xticklabels()]
+  assert len(set(ticks)) == len(ticks)
+  (mesh,) = axes_titled(load_figure(rows), 'layer 1').collections
+  # The row is about all steps until then.
+  assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 20]
+
+
+def test_panels_are_drawn_one_by_one():
+  made = {panel.name: panel for panel in panels(ROWS, 'per example', 'example')}
+  assert list(made) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
+  (axes,) = panel_figure(made['loss']).axes
+  assert axes.get_ylabel() == 'per example'
+  assert b'<script' not in picture(axes.figure, 'svg')
+
+
+def test_a_loss_that_diverged_can_be_drawn():
   rows = [{'step': i, 'train/loss': float('nan')} for i in range(3)]
   rows[0]['train/loss'] = float('inf')
-  plot_curves(rows, tmp_path / 'curves.png')
-  assert (tmp_path / 'curves.png').read_bytes().startswith(PNG)
+  assert picture(curves_figure(rows)).startswith(PNG)
 
 
 def test_loads_are_shares_relative_to_the_uniform_share():
@@ -117,11 +174,11 @@ def test_loads_are_shares_relative_to_the_uniform_share():
     mesh.get_array()[1:], [[1.5, 1.125], [1.5, 1.5]], rtol=1e-6
   )
   colours = mesh.cmap(mesh.norm(mesh.get_array()))
-  # An expert without tokens is black; one with an eighth of them, 3/8 of its
-  # even share, is blue.
-  assert colours[0, 0].tolist() == [0, 0, 0, 1]
-  assert colours[0, 1, 2] > 2 * colours[0, 1, 0]
-  assert mesh.cmap(mesh.norm(1.0))[:3] == pytest.approx([0.97] * 3, abs=0.01)
+  # An expert without tokens is white; one with an eighth of them, 3/8 of its
+  # even share, is orange; the even share is grey.
+  assert colours[0, 0].tolist() == [1, 1, 1, 1]
+  assert colours[0, 1, 0] > 1.3 * colours[0, 1, 2]
+  assert mesh.cmap(mesh.norm(1.0))[:3] == pytest.approx([0.63] * 3, abs=0.04)
   assert figure.get_supxlabel() == 'step'
 
 
@@ -136,19 +193,18 @@ def test_a_long_run_is_averaged_down():
 
 
 @pytest.mark.parametrize('num_layers, num_experts', [(1, 4), (2, 64), (5, 3)])
-def test_every_sparse_layer_has_a_panel(tmp_path, num_layers, num_experts):
+def test_every_sparse_layer_has_a_panel(num_layers, num_experts):
   load = np.full(num_experts, 1 / num_experts).tolist()
   row = {f'train/layer_{i}/load': load for i in range(num_layers)}
-  plot_load([{'step': 1} | row], tmp_path / 'load.png')
-  assert (tmp_path / 'load.png').read_bytes().startswith(PNG)
-  *panels, bar = load_figure([{'step': 1} | row]).axes
-  assert len(panels) == num_layers
+  assert picture(load_figure([{'step': 1} | row])).startswith(PNG)
+  *grid, bar = load_figure([{'step': 1} | row]).axes
+  assert len(grid) == num_layers
   assert bar.get_ylabel() == 'share / uniform share'
 
 
-def test_pyplot_knows_of_no_figure(tmp_path):
-  plot_curves(ROWS, tmp_path / 'curves.png')
-  plot_load(ROWS, tmp_path / 'load.png')
+def test_pyplot_knows_of_no_figure():
+  picture(curves_figure(ROWS))
+  picture(load_figure(ROWS))
   assert matplotlib.pyplot.get_fignums() == []
 
 

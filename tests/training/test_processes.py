@@ -305,6 +305,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
   assert names >= {
     'config.json',
     'curves.png',
+    'index.html',
     'generate_examples.txt',
     'load.png',
     'metrics.jsonl',

@@ -1,0 +1,65 @@
+"""The files in a run's folder, and what they are.
+
+Not here: what they contain (`run_sections.py`).
+"""
+
+import pathlib
+from typing import NamedTuple
+
+from moe_jax.analysis import route_page, run_commands, run_facts
+
+CURVES, LOAD, PAGE = 'curves.png', 'load.png', 'index.html'
+REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
+_FILES = {
+  PAGE: 'this page',
+  'metrics.jsonl': 'a line of JSON for each logged step and each evaluation',
+  'tensorboard': 'the same numbers for TensorBoard',
+  CURVES: 'the curves',
+  LOAD: "the load of each layer's experts over steps",
+  'routing_report.md': 'what the routers did, as Markdown',
+  REPORT: 'the same as JSON',
+  SAMPLE: 'text from the trained model',
+  'checkpoints': 'the newest checkpoints and the best, each with its manifest',
+  'weights': 'the variables of a model in codes of few bits',
+  'config.json': 'the whole config of the run',
+  run_commands.CONFIG_PY: 'the same config for commands that take --config',
+  'config.py': 'the config with which the imported model began',
+  'first_config.json': 'its values',
+  'tokenizer.json': 'the tokenizer',
+  'huggingface': 'files of the checkpoint that was imported',
+  run_facts.FILE: 'model, machine and state of the run, for this page',
+  'plugins.json': "sha256 of each file with a user's own class",
+  'trace': 'the choices of experts of single tokens',
+  'choices': 'the choices of experts in an evaluation',
+  'profile': 'profiles of training steps',
+  'nonfinite': 'batches of steps whose loss or gradient was not finite',
+}
+
+
+class FileLine(NamedTuple):
+  """A file or folder of a run: name, what it is, and whether to link it."""
+
+  name: str
+  what: str
+  is_link: bool
+
+
+def files(folder: pathlib.Path) -> list[FileLine]:
+  """The files of a run that are there, or will be once the page is written."""
+  there = {path.name: path for path in folder.iterdir()}
+  examples = {
+    name: 'what the model wrote in an evaluation'
+    for name in sorted(there)
+    if name.endswith('_examples.txt')
+  }
+  return [
+    FileLine(name, what, not there[name].is_dir())
+    for name, what in (_FILES | examples).items()
+    if name in there and name != PAGE
+  ]
+
+
+def trace_pages(folder: pathlib.Path) -> list[str]:
+  """Pages on traces in the run's folder, by their names from there."""
+  pages = [*folder.glob(route_page.PAGE), *folder.glob(f'*/{route_page.PAGE}')]
+  return sorted(path.relative_to(folder).as_posix() for path in pages)
