@@ -3,6 +3,7 @@
 Not here: how text is generated with it (`moe_jax.generation`).
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -45,7 +46,7 @@ class Described(NamedTuple):
 
   Attributes:
     model: The options of the model, with the sizes that the data decides.
-    data: The options of the data.
+    data: The options of the data, with the run's own tokenizer.
     sharding: The options of how arrays are split over a mesh.
     batch_size: Number of rows in a batch of training.
     tokenizer: The tokenizer; None where the folder has none and none is needed.
@@ -56,6 +57,19 @@ class Described(NamedTuple):
   sharding: ShardingOptions
   batch_size: int
   tokenizer: Tokenizer | None
+
+  def token_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
+    """The problem of a tokenizer whose ids do not mean what the run's do."""
+    old, new = 'no tokenizer', tokenizer.ids_identity
+    if self.tokenizer is not None:
+      old = self.tokenizer.ids_identity
+    if old == new:
+      return
+    yield (
+      f'it was trained on tokens of {old}, the data is of {new}; to take its '
+      "tokenizer for other texts, give data.tokenizer.kind='file' and its "
+      'folder as data.tokenizer.file.path'
+    )
 
   def task_problems(self, data: DataOptions) -> Iterator[str]:
     """The problem of other data in which a task has another number.
@@ -120,6 +134,9 @@ def read(
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
+    if data.task.has_tokens:
+      own = tokenizers.Fitted(tokenizers.without_endings(tokenizer))
+      data = dataclasses.replace(data, tokenizer=own)
   model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
   return Described(model, data, sharding, batch_size, tokenizer)
 
