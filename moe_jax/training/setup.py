@@ -201,7 +201,7 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
-      *_kept_tokenizer(given, dataset.tokenizer),
+      *_kept_tokenizer(given, options),
       *_ignored(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
@@ -211,18 +211,20 @@ def set_up(
 def _with_tokenizer(options: R, folder: pathlib.Path) -> R:
   """The options with the tokenizer of the run that this one begins with."""
   kept = options.init_from.with_tokenizer(options.data, folder)
+  if kept is options.data:
+    return options
   return dataclasses.replace(options, data=kept)
 
 
-def _kept_tokenizer(given: RunOptions, tokenizer: Tokenizer) -> Iterator[str]:
+def _kept_tokenizer(given: RunOptions, options: RunOptions) -> Iterator[str]:
   """A line about a tokenizer that is taken in place of the config's."""
-  begins = given.init_from
-  if begins.workdir and begins.keep_tokenizer and given.data.task.has_tokens:
-    kind = data.TOKENIZERS.name_of(given.data.tokenizer)
-    yield (
-      f'the tokenizer is that of {begins.workdir}, {tokenizer.label}; '
-      f'data.tokenizer.kind={kind!r} is not used (init_from.keep_tokenizer)'
-    )
+  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
+  if options.data is given.data or options.data.tokenizer.identity() == kind:
+    return
+  yield (
+    f'tokenizer: that of {given.init_from.workdir}; data.tokenizer.kind='
+    f'{kind!r} is not used (init_from.keep_tokenizer)'
+  )
 
 
 def _ignored(options: RunOptions, model: Model) -> Iterator[str]:
