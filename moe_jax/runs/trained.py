@@ -109,7 +109,10 @@ def read(
       why = f'it has no {name}'
       if name == TOKENIZER and (folder / IMPORTED).exists():
         why += (
-          ', as a checkpoint without one was imported; train it there first'
+          ', as a checkpoint without one was imported; train it there first, '
+          'or import it again, with its own tokenizer: '
+          '--config.data.tokenizer.kind=file '
+          '--config.data.tokenizer.file.path=TOKENIZER'
         )
       raise ValueError(f'{folder} holds no trained run: {why}')
   checkpoints = checkpoints_of(folder)
