@@ -18,7 +18,7 @@ Low-rank adapters train alone: `--config.lora.rank=8 --config.trainable=all`.
 In a run of fewer than 100 steps the warm-up has to be shorter, too:
 `--config.total_steps=20 --config.optimizer.schedule.warmup_steps=5`.
 
-The model has to be that of the other run, and so has the tokenizer.
+The model has to be that of the other run, whose tokenizer is kept.
 """
 
 from moe_jax.configs import base, tiny_switch
