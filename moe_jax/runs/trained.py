@@ -3,7 +3,6 @@
 Not here: how text is generated with it (`moe_jax.generation`).
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -137,9 +136,7 @@ def read(
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
-    if data.task.has_tokens:
-      own = tokenizers.Fitted(tokenizers.without_endings(tokenizer))
-      data = dataclasses.replace(data, tokenizer=own)
+    data = data.with_tokenizer(tokenizer)
   model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
   return Described(model, data, sharding, batch_size, tokenizer)
 

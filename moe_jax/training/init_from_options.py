@@ -64,8 +64,7 @@ class InitFromOptions(Options):
     for folder in (*folders, pathlib.Path(self.workdir).expanduser()):
       path = folder / workdir_lib.TOKENIZER
       if path.is_file():
-        kept = tokenizers.Fitted(tokenizers.read(path))
-        return dataclasses.replace(data, tokenizer=kept)
+        return data.with_tokenizer(tokenizers.read(path))
     return data  # the other run, which has none, is refused when it is read
 
   def problems(self) -> Iterator[str]:

@@ -52,6 +52,7 @@ def one(config, workdir):
   )
 
 
+@pytest.mark.slow
 def test_other_text_is_learned(letters, tmp_path, capsys):
   config = begins_with(letters, texts(tmp_path / 'other', 'a cab'))
   assert cost.with_own_vocabulary(run_config.read(config)).model.vocab_size == 5
@@ -122,8 +123,10 @@ def test_the_task_ends_inputs_anew(letters, tmp_path):
   assert run.dataset.tokenizer.encode_inputs('ab').tolist() == [2, 3]
   assert (run.dataset.vocab_size, run.dataset.tokenizer.eos_id) == (6, 5)
   assert 'all copied' in finetuning.initial(run)[1]
+  # The run itself adds its EOS to the same five letters once more, so that its
+  # documents stay what they were.
   described = trained.read(tmp_path / 'pairs')
-  assert described.data.tokenizer.known_vocab_size() == 6
+  assert described.data.tokenizer.known_vocab_size() == 5
 
 
 def test_classes_are_no_tokens(tmp_path):

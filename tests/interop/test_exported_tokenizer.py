@@ -8,7 +8,7 @@ from moe_jax.data.tokenizers import extra_ids
 from moe_jax.interop import exported_tokenizer
 from tests.data.tokenizers import models
 
-TEXTS = [*models.TEXTS, '<eos>', 'a<eos>b <extra_id_0>']
+TEXTS = [*models.TEXTS, '<eos> a', 'a<eos>b <extra_id_0>']
 LETTERS = tokenizers.Chars(''.join(TEXTS))
 MERGED = tokenizers.TrainedOptions('bpe', 300).fit(models.WORDS)
 

@@ -244,7 +244,7 @@ def test_what_is_refused(tmp_path):
     export_run(tmp_path / 'run', tmp_path / 'out')
 
 
-def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path, capsys):
+def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   source, workdir = tmp_path / 'hf', tmp_path / 'run'
   folders.write(source, 'mixtral')
   (source / 'tokenizer.json').rename(tmp_path / 'tokenizer.json')
@@ -261,7 +261,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path, capsys):
     run_config.read(named), workdir, resume=True, devices=jax.devices()[:1]
   )
   assert int(begin.begin(run).step) == 0
-  # The same at the import, after which the run generates.
+  # The same at the import, after which the run can be read at once.
   path = str(folders.write_config(tmp_path))
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
   given = merge(config_file.load_config(path), {'data': {'tokenizer': file}})
@@ -271,10 +271,9 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path, capsys):
     run_config.read(given),
     devices=jax.devices()[:1],
   )
+  theirs = tokenizers.read(tmp_path / 'tokenizer.json')
   for folder in (workdir, tmp_path / 'second'):
-    capsys.readouterr()
-    generate.main(['--workdir', str(folder), '--prompt=def', '--num_tokens=2'])
-    assert capsys.readouterr().out
+    assert trained.read(folder).tokenizer.identity == theirs.identity
   assert config_of(tmp_path / 'second').data.tokenizer.file.path == str(
     (tmp_path / 'second' / 'tokenizer.json').resolve()
   )
