@@ -120,6 +120,7 @@ setup(
     'rich>=13.0',
     'sacrebleu>=2.4',
     'safetensors>=0.4.5',
+    'sentencepiece>=0.2.1',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.7',
     'tokenizers>=0.20',

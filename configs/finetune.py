@@ -16,7 +16,7 @@ routers' losses off; `config.optimizer.rate_rules` has rates by part.
 
 Low-rank adapters train alone: `--config.lora.rank=8 --config.trainable=all`.
 
-The model has to be that of the other run, and so has the tokenizer.
+The model has to be that of the other run, whose tokenizer is kept.
 """
 
 from moe_jax.configs import base, tiny_switch

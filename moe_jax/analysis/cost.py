@@ -57,7 +57,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
       f'model.kind={MODELS.name_of(model)!r} reads examples that are no text, '
       'so it has no cost per token; every parameter is used for every example'
     )
-  size = model.vocab_size or options.data.tokenizer.known_vocab_size()
+  kept = options.init_from.with_tokenizer(options.data).tokenizer
+  size = model.vocab_size or kept.known_vocab_size()
   if not size:
     raise ValueError(
       f'data.tokenizer={type(options.data.tokenizer).__name__} has a '

@@ -56,11 +56,8 @@ def batches(
     raise ValueError(f'{run.folder} does not fit the data: {problem}')
   dataset = data.load(options)
   if run.options.tokenizer is not None:
-    old = run.options.tokenizer.ids_identity
-    if old != (new := dataset.tokenizer.ids_identity):
-      raise ValueError(
-        f'{run.folder} was trained on tokens of {old}, the data is of {new}'
-      )
+    for problem in run.options.token_problems(dataset.tokenizer):
+      raise ValueError(f'{run.folder} does not fit the data: {problem}')
   stream = data.train_batches(
     dataset.splits['train'],
     batch_size=run.options.batch_size,

@@ -147,12 +147,8 @@ def _check(
   run: whole_run.WholeRun, dataset: data.Dataset, top: int, dtype: str
 ) -> None:
   """Raises ValueError for a teacher or a number that does not fit."""
-  tokenizer, new = run.options.tokenizer, dataset.tokenizer.ids_identity
-  if tokenizer is None or tokenizer.ids_identity != new:
-    old = 'no tokenizer' if tokenizer is None else tokenizer.ids_identity
-    raise ValueError(
-      f'{run.folder} was trained on tokens of {old}, the data is of {new}'
-    )
+  for problem in run.options.token_problems(dataset.tokenizer):
+    raise ValueError(f'{run.folder} does not fit the data: {problem}')
   if not 1 <= top <= run.model.vocab_size:
     raise ValueError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
   if dtype not in DTYPES:

@@ -110,9 +110,7 @@ def read(
 def _problems(
   run: Run, options: DistillOptions, theirs: trained.Described, model: Model
 ) -> Iterator[str]:
-  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
-  if old != new:
-    yield f'it was trained on tokens of {old}, this run is on those of {new}'
+  yield from theirs.token_problems(run.dataset.tokenizer)
   if model.has_encoder != run.model.has_encoder or model.reads_features:
     kinds = type(model).__name__, type(run.model).__name__
     yield f'it is a {kinds[0]}, which does not read the batches of {kinds[1]}'

@@ -70,8 +70,10 @@ from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,
   CharsOptions,
+  FileOptions,
   JsonOptions,
   TokenizerOptions,
+  TrainedOptions,
 )
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
   'DocstringsSource',
   'ExampleRows',
   'Examples',
+  'FileOptions',
   'FilesSource',
   'GettextSource',
   'InstructionSource',
@@ -128,6 +131,7 @@ __all__ = [
   'Texts',
   'TfdsSource',
   'TokenizerOptions',
+  'TrainedOptions',
   'Ul2Task',
   'VowelsSource',
   'batch_dataset',

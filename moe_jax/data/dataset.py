@@ -17,11 +17,15 @@ from moe_jax.data.sources import (
 )
 from moe_jax.data.sources.contract import Pair, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
-from moe_jax.data.tasks.contract import Dataset, TaskOptions
+from moe_jax.data.tasks.contract import Dataset, TaskOptions, TokenTask
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,
+  Extended,
+  Fitted,
+  Tokenizer,
   TokenizerOptions,
+  without_endings,
 )
 from moe_jax.options import (
   Check,
@@ -157,6 +161,22 @@ class DataOptions(Options):
     """The parts of the source that are read."""
     splits = self.train_split, self.validation_split
     return Selection(splits, self.cache_dir, self.cache_digests)
+
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'DataOptions':
+    """The data with the tokenizer of a run, this one or another.
+
+    The tokenizer may have ids that the run's task added. Those that this task
+    adds itself are left to it, so that the data of the same run stays what it
+    was; those of another task stay. Data without tokens stays as it is.
+    """
+    if not self.task.has_tokens:
+      return self
+    kept = without_endings(tokenizer)
+    if isinstance(kept, Extended) and isinstance(self.task, TokenTask):
+      again = self.task.vocabulary(kept.base, self.shape)
+      if again.ids_identity == kept.ids_identity:
+        kept = kept.base
+    return dataclasses.replace(self, tokenizer=Fitted(kept))
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""

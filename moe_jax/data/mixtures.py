@@ -7,8 +7,7 @@ Not here: the order of rows (`mixing.py`).
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from moe_jax.data.mixing import (
 from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
-from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions
+from moe_jax.data.tokenizers import Fitted, TokenizerOptions
 from moe_jax.options import (
   NOT_EMPTY,
   Options,
@@ -199,22 +198,6 @@ class MixedDataset(Dataset):
     lines = [f'{of}: {tell(own)}' for of, own in groups.items()]
     last = [tell(rest)] if rest else []
     return '\n  '.join(['', *sorted(lines), *last] if lines else last)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitted(TokenizerOptions):
-  """A tokenizer that is there already, in place of its options."""
-
-  tokenizer: Any
-
-  def identity(self) -> str:
-    """The tokenizer's own identity."""
-    return f'fitted {self.tokenizer.identity}'
-
-  def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer, whatever the texts are."""
-    del texts
-    return self.tokenizer
 
 
 def load(

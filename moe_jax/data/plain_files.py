@@ -89,15 +89,23 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
       written.write(part)
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The content of a file.
+
+  Raises:
+    ValueError: The file has more than `MOST_BYTES` bytes.
+  """
+  _check_size(path)
+  return path.read_bytes()
+
+
 def read_text(path: pathlib.Path) -> str:
   """The text of a UTF-8 file.
 
   Raises:
     ValueError: The file is not UTF-8, or has more than `MOST_BYTES` bytes.
   """
-  size = path.stat().st_size
-  if size > MOST_BYTES:
-    raise ValueError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
+  _check_size(path)
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
@@ -174,6 +182,12 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 def first_line(error: BaseException) -> str:
   """The beginning of the first line of another library's message."""
   return str(error).strip().split('\n', 1)[0][:_SHOWN]
+
+
+def _check_size(path: pathlib.Path) -> None:
+  size = path.stat().st_size
+  if size > MOST_BYTES:
+    raise ValueError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
 
 
 def _check_link(path: pathlib.Path) -> None:

@@ -142,11 +142,8 @@ def choose(
   found = trained.restore_variables(workdir, model, run.sharding.rules)
   dataset = data.load(options or run.data)
   # As where a run begins with another's parameters: a task may add an EOS.
-  old, new = run.tokenizer.ids_identity, dataset.tokenizer.ids_identity
-  if old != new:
-    raise ValueError(
-      f'{workdir} was trained on tokens of {old}, the data is of {new}'
-    )
+  for problem in run.token_problems(dataset.tokenizer):
+    raise ValueError(f'{workdir} does not fit the data: {problem}')
   stream = data.train_batches(
     dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
   )

@@ -146,12 +146,11 @@ def _check_tokens(
   run: Run, theirs: trained.Described, folder: pathlib.Path
 ) -> None:
   """Checks that both runs' tokens and tasks mean the same."""
-  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
-  if old != new:
-    raise ValueError(
-      f'{folder} was trained on tokens of {old}, this run is on those of {new}'
-    )
-  for problem in theirs.task_problems(run.options.data):
+  problems = (
+    *theirs.token_problems(run.dataset.tokenizer),
+    *theirs.task_problems(run.options.data),
+  )
+  for problem in problems:
     raise ValueError(f'init_from.workdir={folder}: {problem}')
 
 

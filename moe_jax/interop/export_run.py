@@ -1,6 +1,5 @@
 """Export of a run's checkpoint and tokenizer as a folder for transformers."""
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import jax
 
 from moe_jax import sections
-from moe_jax.data import plain_files, tokenizers
+from moe_jax.data import plain_files
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.interop import hub
+from moe_jax.interop import exported_tokenizer, hub
 from moe_jax.interop.saving import save
 from moe_jax.models import code_trees
 from moe_jax.models.expert_arrays import has_tied
@@ -106,7 +105,7 @@ def _export_tokenizer(
   output: pathlib.Path,
   tokenizer: Tokenizer | None,
 ) -> str:
-  """Copies files that were imported, or else writes a JSON tokenizer.
+  """Copies files that were imported, or else writes the run's tokenizer.
 
   Returns a line about it, for printing.
   """
@@ -115,16 +114,4 @@ def _export_tokenizer(
   if imported:
     names = ', '.join(path.name for path in imported)
     return f"the imported checkpoint's other files are there too: {names}"
-  if isinstance(tokenizer, tokenizers.Extended):
-    tokenizer = tokenizer.base
-  if not isinstance(tokenizer, tokenizers.Json):
-    return 'transformers has no such tokenizer; the folder has none'
-  (output / 'tokenizer.json').write_text(tokenizer.model_json())
-  names = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-  for role in ('bos', 'eos', 'pad'):
-    token = getattr(tokenizer, f'{role}_id')
-    if token is not None:
-      names[f'{role}_token'] = tokenizer.vocabulary_name(token)
-  text = json.dumps(names, indent=2)
-  (output / 'tokenizer_config.json').write_text(text + '\n')
-  return 'the tokenizer is there too'
+  return exported_tokenizer.write(tokenizer, output)

@@ -19,12 +19,14 @@ from moe_jax import command_line, sections
 from moe_jax.data import (
   DataOptions,
   DocstringsSource,
+  FileOptions,
   JsonOptions,
   Seq2SeqTask,
   SpanCorruptionTask,
   plain_files,
   tokenizers,
 )
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.interop.tensor_files import TensorFiles
@@ -67,7 +69,8 @@ def import_run(
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
   new_run.check_free(folder)
-  tokenizer = _tokenizer(hub.fetch(source, weights=False, revision=revision))
+  small_files = hub.fetch(source, weights=False, revision=revision)
+  tokenizer = _tokenizer(small_files, options.data)
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   small = hub.small_files(checkpoint.folder)
   _check_vocabulary(tokenizer, checkpoint)
@@ -92,8 +95,11 @@ def import_run(
   return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
 
 
-def _tokenizer(folder: pathlib.Path) -> tokenizers.Json | None:
-  """The folder's tokenizer; None if it has none."""
+def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
+  """The folder's tokenizer, or else the one whose file the config names."""
+  named = isinstance(data.tokenizer, FileOptions | JsonOptions)
+  if named and not plain_files.plain(folder, 'tokenizer.json'):
+    return data.tokenizer.fit([])
   names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
   if not any(plain_files.plain(folder, name) for name in names):
     return None
@@ -141,7 +147,7 @@ def _data(
   data: DataOptions,
   checkpoint: Checkpoint,
   folder: pathlib.Path,
-  tokenizer: tokenizers.Json | None,
+  tokenizer: Tokenizer | None,
 ) -> DataOptions:
   """The data with the checkpoint's tokenizer, and a task that fits its model.
 
@@ -151,7 +157,12 @@ def _data(
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:
-    changes['tokenizer'] = JsonOptions(str(folder / new_run.FILES))
+    theirs = plain_files.plain(checkpoint.folder, 'tokenizer.json')
+    changes['tokenizer'] = (
+      JsonOptions(str(folder / new_run.FILES))
+      if theirs
+      else FileOptions(str(folder / TOKENIZER))
+    )
   if checkpoint.options.has_encoder and not data.task.makes_examples:
     changes['target_len'] = max(data.seq_len // 4, 1)
     gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
@@ -166,14 +177,17 @@ def _data(
 
 
 def _check_vocabulary(
-  tokenizer: tokenizers.Json | None, checkpoint: Checkpoint
+  tokenizer: Tokenizer | None, checkpoint: Checkpoint
 ) -> None:
+  if tokenizer is None:
+    return
   size = checkpoint.options.vocab_size
-  if tokenizer is not None and tokenizer.num_tokens > size:
+  num_tokens = getattr(tokenizer, 'num_tokens', tokenizer.vocab_size)
+  if num_tokens > size:
+    name = getattr(tokenizer, 'vocabulary_name', tokenizer.token_name)(size)
     raise ValueError(
-      f'{checkpoint.folder}: the tokenizer has ids up to '
-      f'{tokenizer.num_tokens - 1} ({tokenizer.vocabulary_name(size)!r} is the '
-      f'first of the last {tokenizer.num_tokens - size}), the model has '
+      f'{checkpoint.folder}: the tokenizer has ids up to {num_tokens - 1} '
+      f'({name!r} is the first of the last {num_tokens - size}), the model has '
       f'embeddings for vocab_size={size} only'
     )
 
@@ -202,13 +216,23 @@ def _peak_bytes() -> int:
   return peak if sys.platform == 'darwin' else 1024 * peak
 
 
-def _next(folder, tokenizer) -> list[str]:
-  without = (
-    'the checkpoint came without a tokenizer; data.tokenizer is as it was'
-  )
-  return [
-    *([] if tokenizer is not None else [without]),
+def _next(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
+  """The command with which the run goes on."""
+  command = (
     f'go on: {command_line.program("moe_jax.main")} '
     f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
-    f'--workdir={shlex.quote(str(folder))}; with other settings, add --resume',
+    f'--workdir={shlex.quote(str(folder))}'
+  )
+  if tokenizer is not None:
+    return [f'{command}; with other settings, add --resume']
+  named = (
+    '--config.data.tokenizer.kind=file --config.data.tokenizer.file.path='
+    'TOKENIZER'
+  )
+  return [
+    'the checkpoint came without a tokenizer, and its ids have no text; '
+    'TOKENIZER is to be the path of its own: a tokenizer.json, a SentencePiece '
+    f'model, or a folder with one. An import with {named} keeps it with the '
+    'run, which can then generate',
+    f'{command} --resume {named}',
   ]

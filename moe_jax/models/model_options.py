@@ -80,7 +80,8 @@ class ModelOptions(Options):
     if 0 < self.vocab_size < vocab_size:
       raise ValueError(
         f'model.vocab_size={self.vocab_size} is smaller than the '
-        f"tokenizer's {vocab_size}"
+        f"tokenizer's {vocab_size}; choose the tokenizer that the model was "
+        "trained with: data.tokenizer.kind='file' and its file.path"
       )
     size = self.vocab_size or vocab_size
     return dataclasses.replace(self, vocab_size=size)

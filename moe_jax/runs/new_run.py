@@ -179,7 +179,8 @@ def derive(
   for section in ('lora', 'init_from', 'distill'):
     config.pop(section, None)
   config.get('checkpoint', {}).pop('directory', None)
-  config = _moved(config, str(base / FILES), str(output / FILES))
+  for name in (FILES, workdir_lib.TOKENIZER):
+    config = _moved(config, str(base / name), str(output / name))
   with building(output) as unfinished:
     for name in (workdir_lib.TOKENIZER, workdir_lib.PLUGINS):
       if (base / name).exists():

@@ -51,7 +51,7 @@ class Described(NamedTuple):
 
   Attributes:
     model: The options of the model, with the sizes that the data decides.
-    data: The options of the data.
+    data: The options of the data, with the run's own tokenizer.
     sharding: The options of how arrays are split over a mesh.
     batch_size: Number of rows in a batch of training.
     tokenizer: The tokenizer; None where the folder has none and none is needed.
@@ -62,6 +62,19 @@ class Described(NamedTuple):
   sharding: ShardingOptions
   batch_size: int
   tokenizer: Tokenizer | None
+
+  def token_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
+    """The problem of a tokenizer whose ids do not mean what the run's do."""
+    old, new = 'no tokenizer', tokenizer.ids_identity
+    if self.tokenizer is not None:
+      old = self.tokenizer.ids_identity
+    if old == new:
+      return
+    yield (
+      f'it was trained on tokens of {old}, the data is of {new}; to take its '
+      "tokenizer for other texts, give data.tokenizer.kind='file' and its "
+      'folder as data.tokenizer.file.path'
+    )
 
   def task_problems(self, data: DataOptions) -> Iterator[str]:
     """The problem of other data in which a task has another number.
@@ -101,7 +114,10 @@ def read(
       why = f'it has no {name}'
       if name == TOKENIZER and (folder / IMPORTED).exists():
         why += (
-          ', as a checkpoint without one was imported; train it there first'
+          ', as a checkpoint without one was imported; train it there first, '
+          'or import it again, with its own tokenizer: '
+          '--config.data.tokenizer.kind=file '
+          '--config.data.tokenizer.file.path=TOKENIZER'
         )
       elif name == CONFIG:
         why += _where_runs_are(folder)
@@ -130,6 +146,7 @@ def read(
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
+    data = data.with_tokenizer(tokenizer)
   model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
   return Described(model, data, sharding, batch_size, tokenizer)
 

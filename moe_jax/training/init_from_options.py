@@ -5,9 +5,12 @@ Not here: how they are read and converted, with more options
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
+from moe_jax.data import DataOptions, tokenizers
 from moe_jax.options import NOT_EMPTY, Options, at_least, option
+from moe_jax.runs import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,37 @@ class InitFromOptions(Options):
     "evaluation of that run's checkpoint.best_eval, not the newest.",
     when={'workdir': NOT_EMPTY},
   )
+
+  keep_tokenizer: bool = option(
+    True,
+    'Whether the tokenizer of the run in init_from.workdir is taken in place '
+    'of data.tokenizer, so that other text can be learned from; with False '
+    'data.tokenizer has to give the same ids.',
+    when={'workdir': NOT_EMPTY},
+  )
+
+  def with_tokenizer(
+    self, data: DataOptions, own: pathlib.Path | None = None
+  ) -> DataOptions:
+    """The data with the tokenizer of the other run, if it is kept.
+
+    A run that has begun has it in its own folder, and does not need the other.
+
+    Args:
+      data: The options of the data.
+      own: Folder of the run that begins with the other, which need not exist.
+
+    Raises:
+      ValueError: The tokenizer cannot be read, or has classes, not tokens.
+    """
+    if not (self.workdir and self.keep_tokenizer and data.task.has_tokens):
+      return data
+    folders = [] if own is None else [own]
+    for folder in (*folders, pathlib.Path(self.workdir).expanduser()):
+      path = folder / workdir_lib.TOKENIZER
+      if path.is_file():
+        return data.with_tokenizer(tokenizers.read(path))
+    return data  # the other run, which has none, is refused when it is read
 
   def problems(self) -> Iterator[str]:
     """A checkpoint is read by its step or as the best."""

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +30,8 @@ from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.sample_options import SampleOptions
 from moe_jax.training.step import TrainState
+
+R = TypeVar('R', bound=RunOptions)
 
 
 def _message() -> Callable[[str], None]:
@@ -154,6 +156,7 @@ def set_up(
   config = sections.section(options)
   usual = sections.section(type(options))
   folder = workdir_lib.check(workdir, config, resume=resume, usual=usual)
+  given, options = options, _with_tokenizer(options, folder)
   dataset = data.load(options.data)
   check_same(
     {
@@ -183,7 +186,7 @@ def set_up(
   checkpoint = options.checkpoint
   return Run(
     options=filled,
-    given=options,
+    given=given,
     workdir=folder,
     dataset=dataset,
     model=model,
@@ -201,9 +204,29 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
+      *_kept_tokenizer(given, options),
       *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
+  )
+
+
+def _with_tokenizer(options: R, folder: pathlib.Path) -> R:
+  """The options with the tokenizer of the run that this one begins with."""
+  kept = options.init_from.with_tokenizer(options.data, folder)
+  if kept is options.data:
+    return options
+  return dataclasses.replace(options, data=kept)
+
+
+def _kept_tokenizer(given: RunOptions, options: RunOptions) -> Iterator[str]:
+  """A line about a tokenizer that is taken in place of the config's."""
+  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
+  if options.data is given.data or options.data.tokenizer.identity() == kind:
+    return
+  yield (
+    f'tokenizer: that of {given.init_from.workdir}; data.tokenizer.kind='
+    f'{kind!r} is not used (init_from.keep_tokenizer)'
   )
 
 

@@ -41,6 +41,6 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
 
 def test_every_kind_is_listed():
   text = README.read_text()
-  for kinds in (data.SOURCES, data.TASKS):
+  for kinds in (data.SOURCES, data.TASKS, data.TOKENIZERS):
     for name in kinds.builtin:
       assert f'`{name}`' in text

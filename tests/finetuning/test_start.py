@@ -177,8 +177,9 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),
     r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
-    'trained on tokens of bytes': config_from(
-      dense, data={'tokenizer': {'kind': 'chars'}}
+    'trained on tokens of bytes': merge(
+      config_from(dense, data={'tokenizer': {'kind': 'chars'}}),
+      {'init_from': {'keep_tokenizer': False}},
     ),
     'is no list of numbers': merge(
       config_from(dense), {'init_from': {'experts': '0,a'}}

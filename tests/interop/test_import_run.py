@@ -1,6 +1,7 @@
 """A checkpoint is imported into a run, trained further, and exported."""
 
 import pathlib
+import shlex
 
 import jax
 import numpy as np
@@ -231,6 +232,8 @@ def test_what_is_refused(tmp_path):
   assert 'the checkpoint came without a tokenizer' in lines[-2]
   with pytest.raises(ValueError, match='without one was imported; train it'):
     trained.read(tmp_path / 'run')
+  # What is printed works once the path of a tokenizer is in it.
+  assert lines[-1].endswith('tokenizer.file.path=TOKENIZER')
   with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
     import_run(source, tmp_path / 'run')
   with pytest.raises(ValueError, match='holds no trained run'):
@@ -239,6 +242,41 @@ def test_what_is_refused(tmp_path):
   (tmp_path / 'out' / 'mine').touch()
   with pytest.raises(ValueError, match='give a new or empty folder'):
     export_run(tmp_path / 'run', tmp_path / 'out')
+
+
+def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, 'mixtral')
+  (source / 'tokenizer.json').rename(tmp_path / 'tokenizer.json')
+  (source / 'tokenizer_config.json').unlink()
+  *_, line = import_run(source, workdir)
+  command = shlex.split(line.removeprefix('go on: python -m moe_jax.main '))
+  config, _, resume, *named = [
+    word.replace('TOKENIZER', str(tmp_path / 'tokenizer.json'))
+    for word in command
+  ]
+  assert resume == '--resume'
+  named = config_file.config_of(config.removeprefix('--config='), named)
+  run = setup.set_up(
+    run_config.read(named), workdir, resume=True, devices=jax.devices()[:1]
+  )
+  assert int(begin.begin(run).step) == 0
+  # The same at the import, after which the run can be read at once.
+  path = str(folders.write_config(tmp_path))
+  file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
+  given = merge(config_file.load_config(path), {'data': {'tokenizer': file}})
+  import_run_lib.import_run(
+    source,
+    tmp_path / 'second',
+    run_config.read(given),
+    devices=jax.devices()[:1],
+  )
+  theirs = tokenizers.read(tmp_path / 'tokenizer.json')
+  for folder in (workdir, tmp_path / 'second'):
+    assert trained.read(folder).tokenizer.identity == theirs.identity
+  assert config_of(tmp_path / 'second').data.tokenizer.file.path == str(
+    (tmp_path / 'second' / 'tokenizer.json').resolve()
+  )
 
 
 def test_an_embedding_for_each_half_goes_in_and_out(tmp_path):
@@ -276,6 +314,18 @@ def test_out_of_a_run_that_began_here(tmp_path):
   assert (theirs.bos_token, theirs.eos_token) == ('<s>', '</s>')
   assert theirs(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
   assert model.vocab_size == tokenizer.vocab_size
+
+
+def test_bytes_go_out_and_come_back(tmp_path):
+  own_runs.write(tmp_path / 'run', model=MIXTRAL)
+  lines = export_run(tmp_path / 'run', tmp_path / 'out')
+  assert lines[-1] == 'the tokenizer is there too'
+  import_run(tmp_path / 'out', tmp_path / 'back')
+  back = trained.read(tmp_path / 'back')
+  text = 'Größe\n'
+  assert back.tokenizer.encode(text).tolist() == list(text.encode())
+  assert back.tokenizer.eos_ids == (256,)
+  assert back.model.vocab_size == 257
 
 
 def test_what_transformers_has_no_model_of(tmp_path):

@@ -9,6 +9,7 @@ from moe_jax.data.tokenizers.byte_tokenizer import Bytes, BytesOptions
 from moe_jax.data.tokenizers.char_tokenizer import Chars, CharsOptions
 from moe_jax.data.tokenizers.class_names import ClassNames
 from moe_jax.data.tokenizers.contract import (
+  Fitted,
   Ids,
   Token,
   Tokenizer,
@@ -16,18 +17,27 @@ from moe_jax.data.tokenizers.contract import (
   from_json,
   load,
 )
-from moe_jax.data.tokenizers.extra_ids import Extended
+from moe_jax.data.tokenizers.extra_ids import Extended, without_endings
 from moe_jax.data.tokenizers.json_tokenizer import Json, JsonOptions
+from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
 )
+from moe_jax.data.tokenizers.tokenizer_files import FileOptions, read
+from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
 from moe_jax.options import Kinds
 
 TOKENIZERS = Kinds(
   'tokenizer',
   TokenizerOptions,
-  {'bytes': BytesOptions, 'chars': CharsOptions, 'json': JsonOptions},
+  {
+    'bytes': BytesOptions,
+    'chars': CharsOptions,
+    'trained': TrainedOptions,
+    'file': FileOptions,
+    'json': JsonOptions,
+  },
 )
 
 __all__ = [
@@ -39,14 +49,20 @@ __all__ = [
   'CharsOptions',
   'ClassNames',
   'Extended',
+  'FileOptions',
+  'Fitted',
   'Ids',
   'Json',
   'JsonOptions',
+  'SentencePiece',
   'SpecialTokens',
   'Token',
   'Tokenizer',
   'TokenizerOptions',
+  'TrainedOptions',
   'from_json',
   'load',
+  'read',
   'read_json',
+  'without_endings',
 ]

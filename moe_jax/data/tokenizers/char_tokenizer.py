@@ -1,5 +1,6 @@
 """The tokenizer of the characters that the texts of the data have."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from moe_jax.data.tokenizers.contract import (
   TokenizerOptions,
   digest,
 )
+
+_NAMED = 8  # characters that a message names
 
 
 class Chars(Tokenizer, kind='chars'):
@@ -30,7 +33,8 @@ class Chars(Tokenizer, kind='chars'):
     """The index of each character, int32 [N].
 
     Raises:
-      ValueError: A character was not given at construction.
+      ValueError: Some characters were not given at construction; the message
+        names them and counts them.
     """
     points = _code_points(text)
     ids = np.searchsorted(self._points, points)
@@ -38,10 +42,22 @@ class Chars(Tokenizer, kind='chars'):
     unseen = np.flatnonzero(self._points[ids] != points)
     if unseen.size:
       raise ValueError(
-        f'character {text[unseen[0]]!r} not in the vocabulary of '
-        f'{self.vocab_size} characters, those of the corpus'
+        self._unseen(collections.Counter(text[i] for i in unseen))
       )
     return ids.astype(np.int32)
+
+  def _unseen(self, counts: collections.Counter[str]) -> str:
+    named = ', '.join(
+      f'{character!r} ({count} times)' if count > 1 else repr(character)
+      for character, count in counts.most_common(_NAMED)
+    )
+    more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
+    noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
+    return (
+      f'{noun} {named}{more} not in the vocabulary of {self.vocab_size} '
+      'characters, those of the corpus that it was made of; replace them in '
+      "the text, or train on bytes (tokenizer 'bytes'), which know every text"
+    )
 
   def decode(self, ids: Ids) -> str:
     """The characters at `ids`."""

@@ -5,6 +5,7 @@ here: the kinds, each in its own file.
 """
 
 import abc
+import dataclasses
 import hashlib
 import json
 import os
@@ -125,6 +126,10 @@ class Tokenizer(abc.ABC):
     text = json.dumps(self.to_json(), indent=1)
     pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
 
+  def __reduce__(self):
+    """Pickled as its state, so that another process has an equal tokenizer."""
+    return type(self).from_state, (self.state(),)
+
   def _in_vocabulary(self, ids: Ids) -> np.ndarray:
     ids = np.asarray(ids, np.int64).reshape(-1)
     wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
@@ -162,6 +167,26 @@ class TokenizerOptions(Options):
   def known_vocab_size(self) -> int | None:
     """V of the tokenizer; None if it depends on the texts."""
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted(TokenizerOptions):
+  """A tokenizer that is there already, in place of its options."""
+
+  tokenizer: Tokenizer
+
+  def identity(self) -> str:
+    """The tokenizer's own identity."""
+    return self.tokenizer.identity
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer, whatever the texts are."""
+    del texts
+    return self.tokenizer
+
+  def known_vocab_size(self) -> int:
+    """V of the tokenizer."""
+    return self.tokenizer.vocab_size
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

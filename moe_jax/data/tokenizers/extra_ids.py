@@ -173,7 +173,8 @@ def extend(
   """The tokenizer of a task, with an EOS, sentinels and mode tokens.
 
   Sentinels that the tokenizer has, such as T5's `<extra_id_0>`, come first;
-  those that it lacks are added after its last id.
+  those that it lacks are added after its last id. Ids that another task added
+  stay, and none is added twice.
 
   Args:
     base: Tokenizer that is extended.
@@ -182,9 +183,25 @@ def extend(
     end_inputs: Whether inputs end in an EOS.
   """
   own = len(base.sentinel_ids)
+  root, given = base, ()
+  if isinstance(base, Extended):
+    root, given = base.base, base.names
   names = [] if base.eos_id is not None else [EOS]
   names += [f'{_SENTINEL}{i}>' for i in range(own, num_sentinels)]
-  return Extended(base, [*names, *map(mode_name, modes)], end_inputs=end_inputs)
+  names += [name for name in map(mode_name, modes) if name not in given]
+  return Extended(root, [*given, *names], end_inputs=end_inputs)
+
+
+def without_endings(tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer with the ids that a task added, but without its EOS.
+
+  Another task decides anew whether inputs end in one.
+  """
+  if not isinstance(tokenizer, Extended):
+    return tokenizer
+  if not tokenizer.names:
+    return tokenizer.base
+  return Extended(tokenizer.base, tokenizer.names, end_inputs=False)
 
 
 def mode_name(mode: str) -> str:

@@ -267,7 +267,10 @@ class JsonOptions(TokenizerOptions):
     try:
       return Json(read_text(path))
     except ValueError as error:
-      raise ValueError(f'tokenizer json: {path}: {error}') from None
+      raise ValueError(
+        f"tokenizer json: {path}: {error}; tokenizer.kind='file' reads a run's "
+        'file or a SentencePiece model'
+      ) from None
 
 
 def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:

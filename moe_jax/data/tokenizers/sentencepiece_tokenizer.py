@@ -1,0 +1,96 @@
+"""SentencePiece models: unigram and BPE, with the library that defines them.
+
+https://arxiv.org/abs/1808.06226. Not here: how a file is found
+(`tokenizer_files.py`), and training (`trained_tokenizer.py`).
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from moe_jax.data.plain_files import first_line
+from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer
+
+
+class SentencePiece(Tokenizer, kind='sentencepiece'):
+  """A SentencePiece model, whose ids are those of the library.
+
+  Normalisation, the space before a text, user-defined symbols and bytes for
+  unknown characters are as the model says. Names of control symbols in a text,
+  such as `</s>`, are encoded as text, so that no document can forge an EOS.
+
+  Args:
+    model: Content of a `tokenizer.model` or `spiece.model`.
+
+  Raises:
+    ValueError: It is no such model, or is damaged.
+  """
+
+  def __init__(self, model: bytes):
+    self._content = model
+    self._model = _opened(model)
+    self.vocab_size = self._model.get_piece_size()
+    self.eos_id, self.bos_id, self.pad_id = (
+      i if i >= 0 else None
+      for i in (
+        self._model.eos_id(),
+        self._model.bos_id(),
+        self._model.pad_id(),
+      )
+    )
+    digest = hashlib.sha256(model).hexdigest()[:16]
+    self.identity = f'sentencepiece:{digest}'
+
+  def encode(self, text: str) -> np.ndarray:
+    """The model's ids, int32 [N], without control symbols."""
+    return np.asarray(self._model.encode(text), np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    """The text of `ids`; control symbols have none."""
+    return self._model.decode(self._in_vocabulary(ids).tolist())
+
+  def token_name(self, token: Token) -> str:
+    """The piece in quotes, with spaces; the name of a symbol or of a byte."""
+    (token,) = self._in_vocabulary([token]).tolist()
+    if token == self.eos_id:
+      return '<eos>'
+    piece = self._model.id_to_piece(token)
+    kinds = self._model.is_control, self._model.is_unknown, self._model.is_byte
+    if any(is_kind(token) for is_kind in kinds):
+      return piece
+    return repr(piece.replace('\u2581', ' '))
+
+  def vocabulary_name(self, token: Token) -> str:
+    """The piece with this id."""
+    return self._model.id_to_piece(int(token))
+
+  def state(self) -> dict[str, Any]:
+    """The content of the model's file, in base 64."""
+    return {'model': base64.b64encode(self._content).decode()}
+
+  @classmethod
+  def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
+    """See `Tokenizer.from_state`."""
+    return cls(base64.b64decode(state['model'], validate=True))
+
+  def file_content(self) -> bytes:
+    """The content of the model's file."""
+    return self._content
+
+
+def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
+  """The model; every piece is looked at, as some bytes are not UTF-8."""
+  opened = sentencepiece.SentencePieceProcessor()
+  try:
+    opened.LoadFromSerializedProto(model)
+    for token in range(opened.get_piece_size()):
+      opened.id_to_piece(token)
+  except Exception as error:  # RuntimeError, UnicodeDecodeError, ...
+    raise ValueError(f'no SentencePiece model: {first_line(error)}') from None
+  if not opened.get_piece_size():
+    raise ValueError('no SentencePiece model: it has no pieces')
+  return opened

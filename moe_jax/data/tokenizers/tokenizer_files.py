@@ -1,0 +1,141 @@
+"""Tokenizers that are there already: of a run, or in files of other libraries.
+
+Not here: a Hugging Face model's own tokenizer (`json_tokenizer.py`).
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable
+
+from moe_jax.data.plain_files import (
+  first_line,
+  matching,
+  parse_json,
+  plain,
+  read_bytes,
+)
+from moe_jax.data.tokenizers.class_names import ClassNames
+from moe_jax.data.tokenizers.contract import (
+  Tokenizer,
+  TokenizerOptions,
+  load,
+)
+from moe_jax.data.tokenizers.extra_ids import without_endings
+from moe_jax.data.tokenizers.json_tokenizer import Json
+from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.options import NOT_EMPTY, option
+
+_JSON = 'tokenizer.json'
+_MODELS = ('*.model',)
+_READS = (
+  'a folder of a run or of a Hugging Face model, a tokenizer.json, or a '
+  'SentencePiece model'
+)
+
+
+def read(path: str | os.PathLike[str]) -> Tokenizer:
+  """The tokenizer of a run, of a Hugging Face model or of SentencePiece.
+
+  A folder's `tokenizer.json` is read, or else its only `*.model`. That of a run
+  has the ids that the run's task added, not the EOS that it put after inputs.
+
+  Args:
+    path: The path of a file, or of its folder.
+
+  Raises:
+    ValueError: There is no such file, or several; it is damaged, too large, or
+      a link in a folder; or it has classes, not tokens.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    return _of_folder(path)
+  if not path.is_file():
+    raise ValueError(
+      f'no file {path} in {os.getcwd()}; give the path of {_READS}'
+    )
+  return _of_file(path, None)
+
+
+def _of_folder(folder: pathlib.Path) -> Tokenizer:
+  if path := plain(folder, _JSON):
+    return _of_file(path, folder)
+  models = list(matching(folder, _MODELS))
+  if len(models) == 1:
+    return _of_file(models[0], folder)
+  if models:
+    names = ', '.join(model.name for model in models)
+    raise ValueError(f'{folder} has several models, {names}; give one of them')
+  names = sorted(path.name for path in folder.iterdir())
+  raise ValueError(
+    f'{folder} has no {_JSON} and no {_MODELS[0]}, only {names!s:.200}; give '
+    f'the path of {_READS}'
+  )
+
+
+def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
+  """The tokenizer of a file, with special tokens of its folder, if given."""
+  content = read_bytes(path)
+  if path.suffix != '.json' and content[:1] != b'{':
+    return _sentencepiece(path, content)
+  try:
+    values = parse_json(content.decode(), path)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8: {error}') from None
+  if isinstance(values, dict) and 'kind' in values:
+    return _of_run(path)
+  if folder is not None:
+    return Json.from_folder(folder)
+  try:
+    return Json(content.decode())
+  except ValueError as error:
+    raise ValueError(f'{path}: {first_line(error)}') from None
+
+
+def _of_run(path: pathlib.Path) -> Tokenizer:
+  tokenizer = without_endings(load(path))
+  if isinstance(tokenizer, ClassNames):
+    raise ValueError(
+      f'{path} has the names of {tokenizer.vocab_size} classes, of a run on '
+      'examples that are no text; it has no tokenizer'
+    )
+  return tokenizer
+
+
+def _sentencepiece(path: pathlib.Path, content: bytes) -> SentencePiece:
+  try:
+    return SentencePiece(content)
+  except ValueError as error:
+    raise ValueError(f'{path} is {error}; give the path of {_READS}') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions(TokenizerOptions):
+  """Options of a tokenizer that is there already."""
+
+  path: str = option(
+    dataclasses.MISSING,
+    "Path of a tokenizer: a run's folder or its tokenizer.json, the folder of "
+    'a Hugging Face model or its tokenizer.json, or a SentencePiece model, '
+    'such as tokenizer.model or spiece.model.',
+    NOT_EMPTY,
+  )
+
+  def identity(self) -> str:
+    """See `TokenizerOptions.identity`; the file is read for it."""
+    return self._tokenizer().identity
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of the file; it does not depend on the texts."""
+    del texts
+    return self._tokenizer()
+
+  def known_vocab_size(self) -> int:
+    """V of the tokenizer in the file."""
+    return self._tokenizer().vocab_size
+
+  def _tokenizer(self) -> Tokenizer:
+    try:
+      return read(self.path)
+    except ValueError as error:
+      raise ValueError(f'tokenizer file: {error}') from None

@@ -1,0 +1,112 @@
+"""Tokenizers that are trained on the texts of the data.
+
+Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes as in GPT-2) is
+trained by the `tokenizers` library, and unigram models
+(https://arxiv.org/abs/1804.10959) by `sentencepiece`, as each of the two gives
+equal models for equal texts; the unigram trainer of `tokenizers` does not.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Iterator
+
+import sentencepiece
+import tokenizers
+
+from moe_jax.data.plain_files import first_line
+from moe_jax.data.tokenizers.contract import Tokenizer, TokenizerOptions
+from moe_jax.data.tokenizers.extra_ids import EOS
+from moe_jax.data.tokenizers.json_tokenizer import Json
+from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.options import at_least, one_of, option
+
+# The 256 bytes and the EOS, and for unigram models an unknown id, a tab and a
+# newline: every text can be encoded, and decoded again.
+_FEWEST = 260
+_LINE = 2000  # characters of a line that a unigram model is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOptions(TokenizerOptions):
+  """Options of a tokenizer that is trained on the texts of both splits."""
+
+  model: str = option(
+    'bpe',
+    "Model of the tokenizer: 'bpe' merges pairs of bytes that are frequent, "
+    "'unigram' chooses pieces by their probabilities. Both know every text.",
+    one_of('bpe', 'unigram'),
+  )
+  vocab_size: int = option(
+    8192,
+    'Number of tokens, with the EOS and the 256 bytes; few texts may give '
+    'fewer.',
+    at_least(_FEWEST),
+  )
+
+  def identity(self) -> str:
+    """See `TokenizerOptions.identity`."""
+    return f'trained {self.model} {self.vocab_size}'
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that is trained on the texts; equal texts, equal results.
+
+    Raises:
+      ValueError: The texts are empty.
+    """
+    train = {'bpe': _bpe, 'unigram': _unigram}[self.model]
+    return train(texts, self.vocab_size)
+
+
+def _bpe(texts: Iterable[str], vocab_size: int) -> Json:
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[EOS],
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  return Json(model.to_str())
+
+
+def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
+  written = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=_lines(texts),
+      model_writer=written,
+      model_type='unigram',
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      num_threads=1,  # the order of sums
+      minloglevel=2,
+      # Nothing of a text is lost: no character, no space, no line.
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      user_defined_symbols=['\n', '\t'],
+      unk_id=0,
+      eos_id=1,
+      eos_piece=EOS,
+      bos_id=-1,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f'no unigram model of vocab_size={vocab_size} can be trained on these '
+      f'texts: {first_line(error)}'
+    ) from None
+  return SentencePiece(written.getvalue())
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+  """The lines of texts, in pieces that the trainer does not leave out."""
+  for text in texts:
+    for line in text.split('\n'):
+      for start in range(0, len(line), _LINE):
+        yield line[start : start + _LINE]

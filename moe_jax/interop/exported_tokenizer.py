@@ -1,0 +1,126 @@
+"""A run's tokenizer as files from which transformers encodes texts equally.
+
+Not here: the files that came with an imported checkpoint (`export_run.py`).
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import tokenizers as library
+
+from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
+
+_CONFIG, _JSON, _MODEL = (
+  'tokenizer_config.json',
+  'tokenizer.json',
+  'tokenizer.model',
+)
+_EOS = '<eos>'
+_ROLES = 'bos', 'eos', 'pad'
+
+
+def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
+  """Writes a tokenizer into an exported folder; returns a line about it.
+
+  Bytes and characters become a `tokenizer.json` with the same ids, in which the
+  name of a special token in a text is text, as here; unless a task added ids,
+  whose names transformers reads as these ids, as inputs here do.
+  """
+  base, names, ends = _parts(tokenizer)
+  if isinstance(base, tokenizers.SentencePiece):
+    (output / _MODEL).write_bytes(base.file_content())
+    return (
+      f'{_MODEL} is the SentencePiece model; transformers converts it by rules '
+      'of its own: compare its ids'
+    )
+  model = _model(base)
+  if model is None:
+    return 'transformers has no such tokenizer; the folder has none'
+  named = _add(model, tokenizer, names)
+  roles = {
+    f'{role}_token': model.id_to_token(i)
+    for role in _ROLES
+    if (i := getattr(tokenizer, f'{role}_id')) is not None
+  }
+  if ends and named and model.post_processor is None:
+    eos = model.id_to_token(tokenizer.eos_id)
+    model.post_processor = library.processors.TemplateProcessing(
+      single=f'$A {eos}',
+      pair=f'$A {eos} $B {eos}',
+      special_tokens=[(eos, tokenizer.eos_id)],
+    )
+  (output / _JSON).write_text(model.to_str(pretty=True), encoding='utf-8')
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', **roles}
+  config['clean_up_tokenization_spaces'] = False
+  if not isinstance(base, tokenizers.Json) and not names:
+    config['split_special_tokens'] = True
+  (output / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  if not named:
+    return 'the tokenizer is there too, without the ids that the task added'
+  return 'the tokenizer is there too'
+
+
+def _parts(
+  tokenizer: Tokenizer | None,
+) -> tuple[Tokenizer | None, tuple[str, ...], bool]:
+  """The tokenizer below the ids of a task, their names, and inputs' ending."""
+  if isinstance(tokenizer, tokenizers.Extended):
+    return tokenizer.base, tokenizer.names, tokenizer.end_inputs
+  return tokenizer, (), False
+
+
+def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
+  """The model of the `tokenizers` library; None if it has no such model."""
+  if isinstance(tokenizer, tokenizers.Json):
+    return library.Tokenizer.from_str(tokenizer.model_json())
+  if isinstance(tokenizer, tokenizers.Bytes):
+    return _bytes()
+  if isinstance(tokenizer, tokenizers.Chars):
+    return _characters(tokenizer.characters)
+  return None
+
+
+def _bytes() -> library.Tokenizer:
+  """A byte-level model without merges, in which a token is the byte's id."""
+  alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  # Printable bytes stand for themselves; all others, in order, are the
+  # characters from U+0100.
+  rest = iter(character for character in alphabet if ord(character) > 0xFF)
+  vocabulary = {
+    chr(byte) if chr(byte) in alphabet else next(rest): byte
+    for byte in range(256)
+  }
+  model = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
+  model.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  model.decoder = library.decoders.ByteLevel()
+  model.add_special_tokens([_EOS])
+  return model
+
+
+def _characters(characters: str) -> library.Tokenizer:
+  """A model of characters, which refuses those that it does not know."""
+  vocabulary = {character: i for i, character in enumerate(characters)}
+  model = library.Tokenizer(library.models.WordLevel(vocabulary, _EOS))
+  model.pre_tokenizer = library.pre_tokenizers.Split(
+    library.Regex(r'[\s\S]'), 'isolated'
+  )
+  model.decoder = library.decoders.Fuse()
+  return model
+
+
+def _add(
+  model: library.Tokenizer, tokenizer: Tokenizer | None, names: Sequence[str]
+) -> bool:
+  """Adds named ids of a task to a model, if they are the model's next.
+
+  Returns whether the model has them all.
+  """
+  size = model.get_vocab_size(with_added_tokens=True)
+  if names and tokenizer.token_id(names[0]) != size:
+    return False
+  model.add_special_tokens(list(names))
+  return True

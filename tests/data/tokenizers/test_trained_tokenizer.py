@@ -1,0 +1,94 @@
+"""Tokenizers that are trained on texts: merges by hand, nothing is lost."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.data import tokenizers
+from tests.data.tokenizers import models
+
+OPTIONS = {
+  kind: tokenizers.TrainedOptions(kind, 300) for kind in ('bpe', 'unigram')
+}
+
+
+@pytest.fixture(scope='module')
+def trained():
+  return {
+    kind: options.fit(iter(models.WORDS * 4))
+    for kind, options in OPTIONS.items()
+  }
+
+
+@pytest.mark.parametrize('kind', OPTIONS)
+def test_every_text_comes_back(kind, trained, tmp_path):
+  trained[kind].save(tmp_path / 'tokenizer.json')
+  for ours in (trained[kind], tokenizers.load(tmp_path / 'tokenizer.json')):
+    assert ours.vocab_size <= 300
+    assert ours.eos_id is not None
+    for text in models.TEXTS:
+      assert ours.decode(ours.encode(text)) == text.replace('\u2581', ' ') or (
+        kind == 'bpe' and ours.decode(ours.encode(text)) == text
+      )
+      assert ours.eos_id not in ours.encode(f'{text}<eos>')
+
+
+def test_merges_by_hand():
+  # 'ab' is the most frequent pair, then 'ab' with 'c', so these are tokens.
+  ours = tokenizers.TrainedOptions('bpe', 260).fit(['abc,abc,abc,ab'])
+  names = [ours.token_name(i) for i in ours.encode('abcab c')]
+  assert names == ["'abc'", "'ab'", "' '", "'c'"]
+  assert (ours.eos_id, ours.vocab_size) == (0, 259)
+  assert ours.encode('abc').tolist() == [258]
+
+
+def test_frequent_words_are_pieces():
+  ours = tokenizers.TrainedOptions('unigram', 400).fit(['the cat\n'] * 99)
+  names = [ours.token_name(i) for i in ours.encode('the cat\n')]
+  assert names[-2:] == ["' cat'", "'\\n'"]
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(vocab_size=259), 'vocab_size=259'),
+    (dict(model='wordpiece'), "model='wordpiece'"),
+  ],
+)
+def test_bad_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizers.TrainedOptions(**options)
+
+
+def test_no_text_is_told():
+  with pytest.raises(ValueError, match='no unigram model of vocab_size=300'):
+    OPTIONS['unigram'].fit([''])
+
+
+PROGRAM = """
+import hashlib, json
+from moe_jax.data import tokenizers
+from tests.data.tokenizers import models
+for kind in ('bpe', 'unigram'):
+  fitted = tokenizers.TrainedOptions(kind, 300).fit(models.WORDS * 4)
+  print(hashlib.sha256(json.dumps(fitted.to_json()).encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_equal_texts_give_equal_tokenizers_in_any_process():
+  said = {
+    subprocess.run(
+      [sys.executable, '-c', PROGRAM],
+      env={**os.environ, 'PYTHONHASHSEED': seed, 'RAYON_NUM_THREADS': threads},
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    ).stdout
+    for seed, threads in (('1', '1'), ('2', '4'), ('3', '2'))
+  }
+  assert len(said) == 1
+  assert len(said.pop()) == 2 * (len(hashlib.sha256().hexdigest()) + 1)

@@ -1,0 +1,136 @@
+"""A run that begins with another has its tokenizer, and learns other text."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from moe_jax import data, finetuning, generate, run_config
+from moe_jax.analysis import cost
+from moe_jax.compression import calibration, whole_run
+from moe_jax.data import tokenizers
+from moe_jax.runs import trained
+from moe_jax.sections import merge
+from moe_jax.training import begin, loop, setup
+from tests.generation import folders
+from tests.training import tiny
+
+LETTERS = tokenizers.Chars('abc \n')
+
+
+def texts(folder, line):
+  """The pattern of a corpus of two files, one for each split."""
+  folder.mkdir()
+  for name in 'xy':
+    (folder / f'{name}.txt').write_text(f'{line}\n' * 40)
+  return {'source': {'kind': 'files', 'files': {'pattern': f'{folder}/*.txt'}}}
+
+
+def begins_with(folder, source, **more):
+  return tiny.config(
+    total_steps=1,
+    init_from={'workdir': str(folder)},
+    data=source,
+    sample={'prompt': 'ab', 'num_tokens': 4},
+    **more,
+  )
+
+
+@pytest.fixture
+def letters(tmp_path):
+  """The folder of a run on characters, of which its corpus had five."""
+  folders.write(tmp_path / 'letters', tokenizer=LETTERS)
+  return tmp_path / 'letters'
+
+
+def one(config, workdir):
+  return dict(
+    options=run_config.read(config),
+    workdir=workdir,
+    devices=jax.devices()[:1],
+  )
+
+
+@pytest.mark.slow
+def test_other_text_is_learned(letters, tmp_path, capsys):
+  config = begins_with(letters, texts(tmp_path / 'other', 'a cab'))
+  assert cost.with_own_vocabulary(run_config.read(config)).model.vocab_size == 5
+  workdir = tmp_path / 'run'
+  loop.train_and_evaluate(**one(config, workdir), initial=finetuning.initial)
+  said = capsys.readouterr().out
+  assert (
+    f"tokenizer: that of {letters}; data.tokenizer.kind='bytes' is not used"
+  ) in said
+  assert f'of step 3 of {letters}: all copied' in said
+  assert tokenizers.load(workdir / 'tokenizer.json').characters == '\n abc'
+  # The run needs neither the other, nor a guess, to be read and continued.
+  shutil.rmtree(letters)
+  again = merge(config, {'total_steps': 2})
+  loop.train_and_evaluate(
+    **one(again, workdir), initial=finetuning.initial, resume=True
+  )
+  assert 'going on from the checkpoint of step 1' in capsys.readouterr().out
+  generate.main(['--workdir', str(workdir), '--prompt', 'ab', '--num_tokens=3'])
+  assert set(capsys.readouterr().out) <= set('\n abc')
+  # Whoever loads its data has its tokens: 'b' of five letters, not of four.
+  run = whole_run.read(workdir)
+  rows = calibration.batches(run, 1)[0]['tokens']
+  assert set(rows.reshape(-1).tolist()) <= {0, 1, 2, 3, 4}
+  assert data.load(run.options.data).tokenizer.identity == LETTERS.identity
+  assert (
+    json.loads((workdir / 'config.json').read_text())['data']['tokenizer'][
+      'kind'
+    ]
+    == 'bytes'
+  )
+
+
+def test_unknown_characters_are_named(letters, tmp_path):
+  config = begins_with(letters, texts(tmp_path / 'other', 'a bad dog'))
+  says = (
+    r"3 characters 'd' \(80 times\), 'o' \(40 times\), 'g' \(40 times\) not in "
+    r'the vocabulary of 5 characters.*replace them'
+  )
+  with pytest.raises(ValueError, match=says):
+    setup.set_up(**one(config, tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_config_may_choose_and_then_has_to_fit(letters, tmp_path):
+  config = begins_with(letters, texts(tmp_path / 'other', 'a cab'))
+  config = merge(config, {'init_from': {'keep_tokenizer': False}})
+  run = setup.set_up(**one(config, tmp_path / 'run'))
+  with pytest.raises(
+    ValueError, match=r'tokens of chars:.* of bytes; to take its tokenizer'
+  ):
+    begin.begin(run, finetuning.initial)
+  named = {'kind': 'file', 'file': {'path': str(letters)}}
+  config = merge(config, {'data': {'tokenizer': named}})
+  run = setup.set_up(**one(config, tmp_path / 'run'))
+  assert 'all copied' in finetuning.initial(run)[1]
+
+
+def test_the_task_ends_inputs_anew(letters, tmp_path):
+  # A run on pairs had an EOS after inputs; a language model has none.
+  folders.write(
+    tmp_path / 'pairs',
+    tokenizer=tokenizers.Extended(LETTERS, ['<eos>'], end_inputs=True),
+    data={'task': {'kind': 'prefix_lm'}},
+  )
+  config = begins_with(tmp_path / 'pairs', texts(tmp_path / 'other', 'a cab'))
+  run = setup.set_up(**one(config, tmp_path / 'run'))
+  assert run.dataset.tokenizer.encode_inputs('ab').tolist() == [2, 3]
+  assert (run.dataset.vocab_size, run.dataset.tokenizer.eos_id) == (6, 5)
+  assert 'all copied' in finetuning.initial(run)[1]
+  # The run itself adds its EOS to the same five letters once more, so that its
+  # documents stay what they were.
+  described = trained.read(tmp_path / 'pairs')
+  assert described.data.tokenizer.known_vocab_size() == 5
+
+
+def test_classes_are_no_tokens(tmp_path):
+  folders.write(tmp_path / 'run', tokenizer=tokenizers.ClassNames(['a', 'b']))
+  config = begins_with(tmp_path / 'run', {})
+  with pytest.raises(ValueError, match='the names of 2 classes'):
+    setup.set_up(**one(config, tmp_path / 'new'))
