@@ -233,13 +233,7 @@ def load(
     ValueError: As `TaskOptions.load` of any source, by its name; or the period
       is too short for a weight.
   """
-  if task.has_tokens and tokenizer.known_vocab_size() is None:
-    texts = itertools.chain.from_iterable(
-      task.open(source, selection).texts(split)
-      for _, source in sorted(mixture.sources.items())
-      for split in SPLITS
-    )
-    tokenizer = Fitted(tokenizer.fit(texts))
+  tokenizer = shared_tokenizer(mixture, task, tokenizer, selection)
   parts = {}
   # A config keeps no order, and a run must be the same when it is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
@@ -256,6 +250,27 @@ def load(
   sizes = {name: len(parts[name].splits['train']) for name in learned}
   counts = whole_counts(mixture.shares(sizes), mixture.period)
   return _mixed(mixture, task, parts, counts)
+
+
+def shared_tokenizer(
+  mixture: MixtureOptions,
+  task: TaskOptions,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+) -> TokenizerOptions:
+  """The one tokenizer of all sources, fitted to their texts if it has to be.
+
+  Raises:
+    ValueError: The data of a source is missing or bad.
+  """
+  if not task.has_tokens or tokenizer.known_vocab_size() is not None:
+    return tokenizer
+  texts = itertools.chain.from_iterable(
+    task.open(source, selection).texts(split)
+    for _, source in sorted(mixture.sources.items())
+    for split in SPLITS
+  )
+  return Fitted(tokenizer.fit(texts))
 
 
 def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
