@@ -15,10 +15,11 @@ themselves (`file_formats.py`).
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from moe_jax.data import file_formats
+from moe_jax.data.file_bytes import PartBytes, continued, decoded
 from moe_jax.data.plain_files import parse_json
 
 # Bytes of a file up to which text is one document, if it is not compressed.
@@ -118,7 +119,7 @@ def read(span: Span, field: str = 'text') -> Iterator[Document]:
       yield Document(text, int(span.size * share))
   elif span.whole:
     raw = span.path.read_bytes()
-    yield Document(_decoded(raw, span.path, lambda: 1), len(raw))
+    yield Document(decoded(raw, span.path, lambda: 1), len(raw))
   else:
     with span.path.open('rb') as raw:
       yield from _of_bytes(raw, span, field)
@@ -133,50 +134,11 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
     begin, end = (_boundary(raw, at, span) for at in (span.begin, span.end))
     raw.seek(begin)
     stream = raw
-  source = _Source(path, stream, begin, end)
+  source = PartBytes(path, stream, begin, end)
   texts = _cut_text(source) if is_text(path) else _json_texts(source, field)
   for text in texts:
     # Of a compressed file, the bytes that were taken out of it count.
     yield Document(text, raw.tell() - begin if end is None else source.read)
-
-
-class _Source:
-  """The bytes of a span as they are read, and where they are in their file."""
-
-  def __init__(self, path, stream, begin, end):
-    self.path, self._stream, self._begin, self._end = path, stream, begin, end
-    self.read = self.lines = 0
-
-  def take(self, what: str, most: int) -> bytes:
-    """Calls the stream's `read` or `readline`; b'' is the end.
-
-    Raises:
-      ValueError: The file is damaged.
-    """
-    if self._end is not None:
-      left = self._end - self._begin - self.read
-      # A line is not cut by the end of its span, which is the end of a line.
-      most = min(most, left)
-    try:
-      got = getattr(self._stream, what)(most) if most else b''
-    except file_formats.DAMAGED as error:
-      raise ValueError(
-        f'{self.path} is damaged after line {self.line() - 1}: {error}'
-      ) from None
-    self.read += len(got)
-    return got
-
-  def line(self) -> int:
-    """Number of the line after those that are counted, from 1."""
-    with self.path.open('rb') as file:
-      blocks = iter(lambda: file.read(2**20), b'')
-      before, left = 0, self._begin
-      for block in blocks if left else ():
-        before += block[:left].count(b'\n')
-        left -= len(block)
-        if left <= 0:
-          break
-    return before + self.lines + 1
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
@@ -194,22 +156,14 @@ def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
     return offset - 1 + len(rest)
   if not text:
     raise ValueError(_too_long(f'{span.path}, the line at byte {offset}'))
-  return offset + _continued(rest[1:])
+  return offset + continued(rest[1:])
 
 
 def _too_long(where: str) -> str:
   return f'{where} has more than {MOST_LINE_BYTES} bytes, which is no document'
 
 
-def _continued(raw: bytes) -> int:
-  """Number of bytes with which a character goes on that began before."""
-  count = 0
-  while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
-    count += 1
-  return count
-
-
-def _cut_text(source: _Source) -> Iterator[str]:
+def _cut_text(source: PartBytes) -> Iterator[str]:
   """Documents of at least `LEAST_BYTES`; the last may be shorter.
 
   A document ends after the first empty line beyond `LEAST_BYTES`, or after the
@@ -224,7 +178,7 @@ def _cut_text(source: _Source) -> Iterator[str]:
       return
     cut = _cut(buffer, at)
     document = buffer[at:cut]
-    yield _decoded(document, source.path, source.line)
+    yield decoded(document, source.path, source.line)
     source.lines += document.count(b'\n')
     at = cut
 
@@ -240,10 +194,10 @@ def _cut(buffer: bytes, at: int) -> int:
     return line + 1
   if len(buffer) <= most:
     return len(buffer)
-  return most + _continued(buffer[most : most + 4])
+  return most + continued(buffer[most : most + 4])
 
 
-def _json_texts(source: _Source, field: str) -> Iterator[str]:
+def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
   """The texts of lines of JSON; empty lines are passed over."""
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
@@ -253,10 +207,10 @@ def _json_texts(source: _Source, field: str) -> Iterator[str]:
     source.lines += 1
 
 
-def _json_text(line: bytes, source: _Source, field: str) -> str:
+def _json_text(line: bytes, source: PartBytes, field: str) -> str:
   try:
     # The number of the line is counted only for a message.
-    value = parse_json(_decoded(line, '', source.line), '')
+    value = parse_json(decoded(line, '', source.line), '')
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
       what = type(value).__name__
       if isinstance(value, dict):
@@ -272,18 +226,6 @@ def _json_text(line: bytes, source: _Source, field: str) -> str:
   raise ValueError(f'{source.path}, line {source.line()}{reason}')
 
 
-def _decoded(
-  raw: bytes, path: pathlib.Path | str, line: Callable[[], int]
-) -> str:
-  """The text of UTF-8; `line` gives the number of the first line."""
-  try:
-    return raw.decode()
-  except UnicodeDecodeError as error:
-    number = line() + raw.count(b'\n', 0, error.start)
-    where = f' in line {number}' if path else ''
-    raise ValueError(f'{path} is not UTF-8{where}: {error}') from None
-
-
 def lines(path: pathlib.Path) -> Iterator[bytes]:
   """The lines of a file, decompressed by its suffix.
 
@@ -293,7 +235,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
   with path.open('rb') as raw:
     packed = is_compressed(path)
     stream = file_formats.opened(raw, path) if packed else raw
-    source = _Source(path, stream, 0, None)
+    source = PartBytes(path, stream, 0, None)
     while line := source.take('readline', -1):
       yield line
       source.lines += 1

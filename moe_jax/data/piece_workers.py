@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.data import store
 from moe_jax.data.cache_folders import locked
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import SPLITS, Pieces
+from moe_jax.data.stream_writers import Digest, DocumentWriter
 from moe_jax.data.tokenizers import Tokenizer, load
 
 FACTS = 'piece.json'
@@ -120,11 +120,11 @@ def write_piece(
 
 
 def _write_files(folder, pieces, number, tokenizer, told) -> None:
-  digests = {split: store.Digest() for split in SPLITS}
+  digests = {split: Digest() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     writers = {}
     for split, digest in digests.items():
-      writer = store.DocumentWriter(folder / split, tokenizer, digest)
+      writer = DocumentWriter(folder / split, tokenizer, digest)
       writers[split] = stack.enter_context(writer)
     before = 0
     for split, text, read in pieces.read(number):

@@ -33,11 +33,10 @@ from rich.progress import (
 )
 
 from moe_jax import command_line, config_flag
-from moe_jax.data import mixtures
 from moe_jax.data.dataset import DataOptions, load
+from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.tasks.contract import TokenTask
-from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.data.tokens_folder import Made, Share, make
 
 
@@ -64,7 +63,11 @@ def prepare(
       f'data.task {type(task).__name__} reads no tokens: there is nothing to '
       'prepare'
     )
-  tokenizer, made = _tokenizer(options), {}
+  tokenizer, made = options.tokenizer, {}
+  if options.mixture.sources:
+    tokenizer = shared_tokenizer(
+      options.mixture.sources, task, tokenizer, options.selection
+    )
   for name, source in _sources(options):
     try:
       corpus = task.open(source, options.selection)
@@ -79,14 +82,6 @@ def prepare(
 
 def _sources(options: DataOptions) -> list[tuple[str, SourceOptions]]:
   return sorted(options.mixture.sources.items()) or [('', options.source)]
-
-
-def _tokenizer(options: DataOptions) -> TokenizerOptions:
-  if not options.mixture.sources:
-    return options.tokenizer
-  return mixtures.shared_tokenizer(
-    options.mixture, options.task, options.tokenizer, options.selection
-  )
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ class Shards:
   def __len__(self) -> int:
     return self.shape[0]
 
-  def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+  def __getitem__(
+    self, index: int | np.integer | slice | np.ndarray
+  ) -> np.ndarray:
     if isinstance(index, slice):
       begin, end, step = index.indices(len(self))
       if step == 1:

@@ -24,6 +24,7 @@ from moe_jax.data.cache_folders import (
 )
 from moe_jax.data.piece_workers import Work, piece_facts
 from moe_jax.data.sources.contract import SPLITS, Pairs, Selection, Texts
+from moe_jax.data.stream_writers import dtype_of
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
 
 _BLOCK = 2**20  # starts of documents that are in memory at once
@@ -212,7 +213,7 @@ def _make_whole(
         known[path.name] = facts[number]['files'][f'{split}.tokens']
     _join_starts(work, split, shards[split], whole / f'{split}.starts')
   about = {
-    'dtype': store.dtype_of(tokenizer),
+    'dtype': dtype_of(tokenizer),
     'splits': splits,
     'shards': shards,
     'sha256': sha256.hexdigest(),
