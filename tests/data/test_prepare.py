@@ -17,10 +17,8 @@ from moe_jax.data import prepare
 from moe_jax.data.sources import files
 
 CONFIG = '--config=configs/tiny_switch.py'
-FILES = [
-  '--config.data.source.kind=files',
-  '--config.data.source.files.pattern',
-]
+KIND = '--config.data.source.kind=files'
+PATTERN = '--config.data.source.files.pattern'
 
 
 @pytest.fixture
