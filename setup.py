@@ -8,6 +8,7 @@ here = pathlib.Path(__file__).parent
 
 DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
+PARQUET = 'pyarrow>=16'  # parquet files, and .zst
 PLOTS = ['matplotlib>=3.8']
 LIBTPU = 'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
 # What checkpoints are compared with, and speed; bugs of that release included.
@@ -18,6 +19,7 @@ TEST = [
   'beartype>=0.18',
   DIGITS,
   DJANGO,
+  PARQUET,
   'hypothesis>=6.100',
   'ipykernel>=6.29',
   'nbclient>=0.10',
@@ -64,6 +66,7 @@ setup(
     'test': [*TEST, TORCH, PEFT],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
+    'data': [PARQUET],
     'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, TORCH, TRANSFORMERS],
   },

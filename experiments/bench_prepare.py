@@ -125,17 +125,19 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
     f'{folder}/large/*.jsonl', tokenizer, folder / 'cache', processes
   )
   seconds = time.perf_counter() - begin
+  read = _size(folder / 'large')
   options = options_of(f'{folder}/large/*.jsonl', tokenizer, folder / 'cache')
   facts = {
-    'gigabytes': made.read / 1e9,
+    'gigabytes': read / 1e9,
     'documents': len(training),
     'token_gigabytes': _size(made.folder) / 1e9,
     'processes': processes,
     'seconds': seconds,
-    'mb_per_second': made.read / seconds / 1e6,
+    'mb_per_second': read / seconds / 1e6,
     'peak_mib': made.peak / 2**20,
     'load': os.getloadavg()[0],
   }
+  print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
     own = dataclasses.replace(options, cache_digests=digests)
     reads = random_reads.read_at_random(own, corpus, training)
