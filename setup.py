@@ -11,6 +11,7 @@ here = pathlib.Path(__file__).parent
 
 DIGITS = 'scikit-learn>=1.4'  # its images
 DJANGO = 'django>=5'  # its gettext catalogues
+PARQUET = 'pyarrow>=16'  # parquet files, and .zst
 PLOTS = ['matplotlib>=3.8']
 NOTEBOOK = ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbformat>=5.10']
 # What checkpoints are compared with, and speed; bugs of that release included.
@@ -22,6 +23,7 @@ TEST = [
   'beartype>=0.18',
   DIGITS,
   DJANGO,
+  PARQUET,
   'hypothesis>=6.100',
   'nbclient>=0.10',
   'pytest>=8.0',
@@ -140,6 +142,7 @@ setup(
     'test': [*TEST, TORCH, PEFT],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
+    'data': [PARQUET],
     'colab': [*NOTEBOOK, DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', TORCH, TRANSFORMERS],
   },

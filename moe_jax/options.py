@@ -237,6 +237,15 @@ class Options:
     """The problems of several fields together, a text for each."""
     return iter(())
 
+  @classmethod
+  def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section with its short notations as the options that they stand for.
+
+    Raises:
+      OptionError: A notation is wrong.
+    """
+    return section
+
   def shrunk(self: O) -> O:
     """The same options at a laptop's size, for a config with ':runlocal'.
 

@@ -116,6 +116,10 @@ class Reader:
       others: Keys of the section that are no options of the class.
     """
     before = len(self.problems)
+    try:
+      config = cls.spelled_out(config)
+    except OptionError as error:
+      self.problems += error.below(path).problems
     self._unknown(cls, config, path, others)
     values = {}
     for name, field in fields_of(cls).items():

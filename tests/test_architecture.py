@@ -109,6 +109,11 @@ ALLOWED = {
   },
   '__init__': UP_TO_LAYERS | {'models'},
 }
+# Commands that lie in a part which is below what a command needs; nothing of
+# their part imports them.
+COMMANDS = {
+  'data/prepare.py': BASE | {'command_line', 'config_flag'},
+}
 # Some parts may import these modules although the rest of their part is closed
 # to them: tokenizers, checkpoints and folders of runs. `explain_cost` has to
 # build the training step; evaluations are called by the training loop and use
@@ -177,9 +182,9 @@ def imported(path: pathlib.Path) -> set[str]:
   return names
 
 
-def broken_rules(part: str, names: set[str]) -> list[str]:
+def broken_rules(part: str, names: set[str], file: str = '') -> list[str]:
   """The imports of one file in `part` that the layout forbids."""
-  broken = []
+  broken, allowed = [], COMMANDS.get(file, ALLOWED[part])
   for name in names:
     top, _, rest = name.partition('.')
     if top in ('configs', 'experiments', 'tests'):
@@ -190,7 +195,7 @@ def broken_rules(part: str, names: set[str]) -> list[str]:
     if target == part:
       continue
     starts = NARROW.get(part, {}).get(target, ('',))
-    if target not in ALLOWED[part] or not name.startswith(starts):
+    if target not in allowed or not name.startswith(starts):
       broken.append(name)
   return sorted(broken)
 
@@ -200,7 +205,8 @@ def test_imports_point_down():
   for path in sorted((ROOT / 'moe_jax').rglob('*.py')):
     part = path.relative_to(ROOT / 'moe_jax').parts[0].removesuffix('.py')
     assert part in ALLOWED, f'moe_jax/{part} has no import rule'
-    if broken := broken_rules(part, imported(path)):
+    file = path.relative_to(ROOT / 'moe_jax').as_posix()
+    if broken := broken_rules(part, imported(path), file):
       violations[str(path.relative_to(ROOT))] = broken
   assert not violations
 

@@ -2,7 +2,8 @@
 
 A folder has a list of its files with their sizes and sha256. Whenever it is
 opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
-those of larger files take about 0.5 s per GB, and can be left out. A damaged
+those of larger files take about 0.5 s per GB where they are not remembered of
+unchanged files (`file_digests.py`), and can be left out. A damaged
 folder is named and not remade: damage tells of a failing disk or of a program
 that wrote there, other processes may be reading the folder, and only its user
 knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
@@ -16,8 +17,10 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
+from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
 
 LIST = 'files.json'
@@ -100,13 +103,29 @@ def _prepare(
     unfinished = pathlib.Path(temporary) / folder.name
     unfinished.mkdir()
     write(unfinished)
-    text = _text(_facts(unfinished, digests=True))
-    (unfinished / LIST).write_text(text, encoding='utf-8')
-    try:
-      unfinished.rename(folder)
-    except OSError:
-      if not folder.is_dir():
-        raise
+    publish(unfinished, folder)
+
+
+def publish(
+  unfinished: pathlib.Path,
+  folder: pathlib.Path,
+  known: Mapping[str, Sequence] = MappingProxyType({}),
+) -> None:
+  """Lists the files of a folder and gives it its name, unless it is taken.
+
+  Args:
+    unfinished: The folder with its files, on the same file system.
+    folder: The name that it gets.
+    known: Size and sha256 of files whose digests need not be read again.
+  """
+  facts = {name: list(fact) for name, fact in known.items()}
+  facts |= _facts(unfinished, digests=True, known=known)
+  (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
+  try:
+    unfinished.rename(folder)
+  except OSError:
+    if not folder.is_dir():
+      raise
 
 
 @contextlib.contextmanager
@@ -158,18 +177,35 @@ def _check(path: str, was: list | None, now: list | None) -> None:
     raise ValueError(f'{path} has changed since it was written (sha256)')
 
 
-def _facts(folder: pathlib.Path, *, digests: bool) -> _Facts:
-  """Size and sha256 of each file; '' for a large one without `digests`."""
-  facts = {}
+def _facts(
+  folder: pathlib.Path,
+  *,
+  digests: bool,
+  known: Container[str] = (),
+) -> _Facts:
+  """Size and sha256 of each file; '' for a large one without `digests`.
+
+  Digests of large files are remembered beside the folder. Files that are
+  `known` are left out.
+  """
+  facts, large = {}, {}
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()
     if path.is_dir() or name == LIST or path.name.startswith('.nfs'):
       continue
+    if name in known:
+      continue
     size, digest = path.stat().st_size, ''
-    if digests or size <= SMALL:
+    if size > SMALL:
+      large[path] = name
+    else:
       with path.open('rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     facts[name] = [size, digest]
+  if digests and large:
+    memory = folder.parent / f'.{folder.name}.digests'
+    for path, digest in file_digests.sha256s(large, memory).items():
+      facts[large[path]][1] = digest
   return facts
 
 

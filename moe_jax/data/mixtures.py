@@ -6,11 +6,12 @@ Not here: the order of rows (`mixing.py`).
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
+from moe_jax.data import mixture_lines
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixing import (
   MixedRows,
@@ -18,15 +19,18 @@ from moe_jax.data.mixing import (
   TaskRows,
   whole_counts,
 )
+from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
-from moe_jax.data.tokenizers import Fitted, TokenizerOptions
+from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.options import (
   NOT_EMPTY,
   Options,
   at_least,
+  default_of,
   entries,
+  fields_of,
   one_of,
   option,
   unknown,
@@ -47,6 +51,12 @@ class MixtureOptions(Options):
     'Kind of a source of the mixture. Each entry of `sources` is a source, '
     'with a name that the user chooses; without an entry, data.source is the '
     'only source.',
+  )
+  lines: str = option(
+    '',
+    "Sources and weights that are added as text, 'books:files(books/*.txt)*2, "
+    "code:files(code/*.gz)': a name, a kind, its options and a weight each; "
+    'empty adds none.',
   )
   rule: str = option(
     'proportional',
@@ -88,6 +98,24 @@ class MixtureOptions(Options):
     at_least(1),
     when=_FILLED,
   )
+
+  def __post_init__(self):
+    """Turns `lines` into sources and weights, and checks all."""
+    own = {
+      name: getattr(self, name)
+      for name in ('sources', 'lines', 'rule', 'weights')
+    }
+    for name, value in self.spelled_out(own).items():
+      if name == 'sources':
+        value = mixture_lines.built(value, SOURCES)
+      object.__setattr__(self, name, value)
+    super().__post_init__()
+
+  @classmethod
+  def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section with the sources and weights of its `lines`."""
+    usual = default_of(fields_of(cls)['rule'])
+    return mixture_lines.spelled_out(section, SOURCES, usual)
 
   def problems(self) -> Iterator[str]:
     """The problems of names and weights, a text for each."""
@@ -216,13 +244,7 @@ def load(
     ValueError: As `TaskOptions.load` of any source, by its name; or the period
       is too short for a weight.
   """
-  if task.has_tokens and tokenizer.known_vocab_size() is None:
-    texts = itertools.chain.from_iterable(
-      task.open(source, selection).texts(split)
-      for _, source in sorted(mixture.sources.items())
-      for split in SPLITS
-    )
-    tokenizer = Fitted(tokenizer.fit(texts))
+  tokenizer = shared_tokenizer(mixture.sources, task, tokenizer, selection)
   parts = {}
   # A config keeps no order, and a run must be the same when it is read again.
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):

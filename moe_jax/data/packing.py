@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.data.layouts import Layout
+from moe_jax.data.shards import Shards
 from moe_jax.shapes import Int
 
 
@@ -100,7 +101,9 @@ class PackedRows(Rows):
   Only the last row can hold padding.
   """
 
-  def __init__(self, tokens: np.ndarray, starts: np.ndarray, seq_len: int):
+  def __init__(
+    self, tokens: np.ndarray | Shards, starts: np.ndarray, seq_len: int
+  ):
     """Wraps a stream without copying it (it may be memory-mapped).
 
     Args:

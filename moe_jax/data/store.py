@@ -6,37 +6,23 @@ Not here: the texts (`moe_jax.data.sources`), the folders of streams
 (`cache_folders.py`), and how rows are cut (`packing.py`).
 """
 
-import array
-import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.shards import Shards
+from moe_jax.data.stream_writers import (
+  Digest,
+  DocumentWriter,
+  StreamWriter,
+  dtype_of,
+  utf8,
+)
 from moe_jax.data.tokenizers.contract import Tokenizer
-
-
-class Digest:
-  """The sha256 of the texts of all splits; each text's length precedes it."""
-
-  def __init__(self):
-    self._sha256 = hashlib.sha256()
-
-  def split(self, name: str) -> None:
-    """Begins the split `name`."""
-    self._sha256.update(f'split {name}\n'.encode())
-
-  def text(self, encoded: bytes) -> None:
-    """Adds one document, its text in UTF-8."""
-    self._sha256.update(f'text {len(encoded)}\n'.encode())
-    self._sha256.update(encoded)
-
-  def hexdigest(self) -> str:
-    """64 hexadecimal digits."""
-    return self._sha256.hexdigest()
 
 
 def write_tokens(
@@ -56,14 +42,21 @@ def write_tokens(
   about = _about(tokenizer)
   for name, texts in splits.items():
     digest.split(name)
-    counts = _write_split(folder / name, texts, tokenizer, digest)
-    if counts['tokens'] < 2:
-      raise ValueError(
-        f'split {name!r} has {counts["tokens"]} tokens in '
-        f'{counts["documents"]} documents; training needs at least 2'
-      )
-    about['splits'][name] = counts
+    with DocumentWriter(folder / name, tokenizer, digest) as stream:
+      for text in texts:
+        stream.write(text)
+      about['splits'][name] = stream.counts()
+    check_tokens(name, about['splits'][name])
   _finish(folder, about, digest, tokenizer)
+
+
+def check_tokens(split: str, counts: Mapping[str, int]) -> None:
+  """Raises ValueError where a split of documents has less than two tokens."""
+  if counts['tokens'] < 2:
+    raise ValueError(
+      f'split {split!r} has {counts["tokens"]} tokens in '
+      f'{counts["documents"]} documents; training needs at least 2'
+    )
 
 
 def write_pairs(
@@ -92,17 +85,35 @@ def write_pairs(
   _finish(folder, about, digest, tokenizer)
 
 
-Stream = tuple[np.ndarray, np.ndarray]
+Stream = tuple[np.ndarray | Shards, np.ndarray]
+
+
+def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
+  """The file with a split's tokens of one piece of the documents."""
+  return folder / f'{split}.{number:05}.tokens'
 
 
 def read_tokens(folder: pathlib.Path, split: str) -> Stream:
   """The split's tokens [N] and document starts int64 [D], memory-mapped.
+
+  Tokens of documents that were written in pieces are `Shards`.
 
   Raises:
     ValueError: A file has another size than was written.
   """
   about = read_about(folder)
   counts = about['splits'][split]
+  if 'shards' in about:
+    sizes = about['shards'][split]
+    full = [i for i, size in enumerate(sizes) if size]
+    return (
+      Shards(
+        [shard_path(folder, split, i) for i in full],
+        about['dtype'],
+        [sizes[i] for i in full],
+      ),
+      _read(folder / f'{split}.starts', 'int64', counts['documents']),
+    )
   return _read_stream(
     folder / split, about['dtype'], counts['tokens'], counts['documents']
   )
@@ -136,66 +147,15 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
   return parse_json(read_text(path), path)
 
 
-class _Stream:
-  """Token files that grow by one text at a time."""
-
-  def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
-    self._path, self._dtype = path, _dtype(tokenizer)
-    self._vocab_size = tokenizer.vocab_size
-    self._starts = array.array('q')
-    self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
-    self.tokens = 0
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._out.close()
-    with open(f'{self._path}.starts', 'wb') as out:
-      self._starts.tofile(out)
-
-  def __len__(self) -> int:
-    return len(self._starts)
-
-  def add(self, ids: np.ndarray) -> None:
-    # Values that the file's type cannot hold would become ids of other tokens.
-    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
-      self._vocab_size
-    ):
-      raise ValueError(
-        f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
-        f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
-      )
-    self._starts.append(self.tokens)
-    self.tokens += ids.size
-    self._out.write(ids.astype(self._dtype).tobytes())
-
-
-def _write_split(path, texts, tokenizer, digest) -> dict[str, int]:
-  bytes_ = 0
-  eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  with _Stream(path, tokenizer) as stream:
-    for text in texts:
-      encoded = _utf8(text)
-      digest.text(encoded)
-      bytes_ += len(encoded)
-      ids = tokenizer.encode(text)
-      if ids.size:
-        stream.add(np.append(ids, np.array(eos, ids.dtype)))
-    return {
-      'documents': len(stream), 'bytes': bytes_, 'tokens': stream.tokens
-    }  # fmt: skip
-
-
 def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
   bytes_ = 0
   with (
-    _Stream(f'{path}.inputs', tokenizer) as inputs,
-    _Stream(f'{path}.targets', tokenizer) as targets,
+    StreamWriter(f'{path}.inputs', tokenizer) as inputs,
+    StreamWriter(f'{path}.targets', tokenizer) as targets,
   ):
     for pair in pairs:
       for text in pair:
-        encoded = _utf8(text)
+        encoded = utf8(text)
         digest.text(encoded)
         bytes_ += len(encoded)
       ids = [tokenizer.encode(text) for text in pair]
@@ -210,22 +170,8 @@ def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
     }
 
 
-def _utf8(text: str) -> bytes:
-  if not isinstance(text, str):
-    raise ValueError(f'the source gave {text!r:.80}, which is no text')
-  try:
-    return text.encode()
-  except UnicodeEncodeError as error:
-    raise ValueError(f'the source gave {text!r:.80}: {error}') from None
-
-
 def _about(tokenizer: Tokenizer) -> dict[str, Any]:
-  return {'dtype': _dtype(tokenizer), 'splits': {}}
-
-
-def _dtype(tokenizer: Tokenizer) -> str:
-  """The smallest type that holds all ids."""
-  return np.min_scalar_type(tokenizer.vocab_size - 1).name
+  return {'dtype': dtype_of(tokenizer), 'splits': {}}
 
 
 def _finish(folder, about, digest, tokenizer) -> None:

@@ -19,7 +19,7 @@ from moe_jax.generation.arguments import (
   check_whole,
 )
 from moe_jax.generation.prefix import Ids, make_prefix, num_rows
-from moe_jax.generation.prepare import Variables, begin, prepare
+from moe_jax.generation.prepared_model import Variables, begin, prepare
 from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32
 

@@ -53,6 +53,34 @@ class Selection:
         raise unknown(f'split of {source}', split, SPLITS)
 
 
+class Located(NamedTuple):
+  """A document of a piece of a source.
+
+  Attributes:
+    split: 'train' or 'validation'.
+    text: The document.
+    read: Number of bytes of the piece that are read by now.
+  """
+
+  split: str
+  text: str
+  read: int
+
+
+class Pieces(abc.ABC):
+  """Documents in pieces that processes read apart; it can be pickled.
+
+  Attributes:
+    sizes: Number of bytes of each piece, where it comes from.
+  """
+
+  sizes: tuple[int, ...]
+
+  @abc.abstractmethod
+  def read(self, number: int) -> Iterator[Located]:
+    """The documents of a piece, of both splits; the same at every call."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Texts:
   """Documents in two splits.
@@ -63,11 +91,14 @@ class Texts:
       TFDS dataset it does not take a pass over the documents.
     documents: Function from 'train' or 'validation' to an iterator over the
       texts, which begins anew at each call and has the same order.
+    pieces: The same documents in pieces, for several processes; None for what
+      one process tokenizes in a moment.
   """
 
   name: str
   identity: str
   documents: Callable[[str], Iterator[str]]
+  pieces: Pieces | None = None
 
   def texts(self, split: str) -> Iterator[str]:
     """Every text of a split, for tokenizers that are fitted to them."""

@@ -5,60 +5,158 @@ import glob
 import hashlib
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
+from moe_jax.data import document_files, file_digests
+from moe_jax.data.cache_folders import cache_root
+from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
   SPLITS,
+  Located,
+  Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
-from moe_jax.data.store import Digest
+from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.options import NOT_EMPTY, option
+
+# Bytes of files in a piece, which one process tokenizes at a time.
+PIECE_BYTES = 2**25
+# How a part whose documents are in both splits is split, in place of a split.
+_BY_HASH, _LAST_TENTH = 'by hash', 'last tenth'
+_FORMAT = 2  # how documents are cut and split, a part of the identity
 
 
 @dataclasses.dataclass(frozen=True)
 class FilesSource(SourceOptions):
-  """UTF-8 text files, each a document."""
+  """Files of text, JSON lines or parquet; see `document_files`."""
 
   pattern: str = option(
     dataclasses.MISSING,
-    "Path of the text files, with '*' for any name and '**' for folders of any "
-    'depth.',
+    "Path of the files, with '*' for any name and '**' for folders of any "
+    'depth. Names that end in .jsonl or .ndjson are JSON lines, .parquet is '
+    'parquet, all others are text; .gz, .bz2, .xz or .zst may follow.',
+    NOT_EMPTY,
+  )
+  field: str = option(
+    'text',
+    "Key of a JSON line, or column of a parquet file, with a document's text; "
+    'files of text have none.',
     NOT_EMPTY,
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The documents, in order of path; each file is read when it is needed.
+    """The documents, in order of path.
 
-    Of a single file, the first 90 % of the characters are for training, the
-    rest for validation. Of several files, about one in ten is for validation,
-    by a hash of its name.
+    Of a single file of text, the first 90 % are for training, the rest for
+    validation: by characters if it is one document, else by bytes, at the end
+    of a line. Of several files of text, about one in ten is for validation, by
+    a hash of its name. Of everything else (JSON lines, parquet, a single
+    compressed file, a mixture of these and text), about one document in 20 is
+    for validation, by a hash of its text.
 
     Raises:
-      ValueError: No file matches, or a split is neither of our two.
+      ValueError: No file matches, a split is neither of our two, or a file is
+        no parquet file.
     """
     selection.check_splits('files')
+    pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
-    parts = _file_splits(paths, os.path.expanduser(self.pattern))
-    digest = Digest()
-    for split in SPLITS:
-      digest.split(split)
-      for path in parts[split]:
-        digest.text(path.read_bytes())
-
-    def documents(split):
-      own = selection.own(split)
-      for path in parts[own]:
-        text = _read_text(path)
-        if len(paths) == 1:
-          cut = int(len(text) * 0.9)
-          text = text[:cut] if own == 'train' else text[cut:]
-        yield text
-
+    memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
+    digests = file_digests.sha256s(
+      paths, cache_root(selection.cache_dir) / 'digests' / f'{memory}.json'
+    )
+    splits = _file_splits(paths, pattern)
+    parts = [part for path in paths for part in _parts(path, splits[path])]
+    pieces = FilePieces(parts, self.field, selection)
+    files = [
+      (splits[p], is_text(p), document_files.is_compressed(p), digests[p])
+      for p in paths
+    ]
+    field = '' if all(map(is_text, paths)) else self.field
     return Texts(
-      f'files:{os.path.expanduser(self.pattern)} ({len(paths)} found)',
-      f'{digest.hexdigest()} {len(paths) == 1} {selection.splits}',
-      documents,
+      f'files:{pattern} ({len(paths)} found)',
+      f'files {_FORMAT} {PIECE_BYTES} {files} {field!r} {selection.splits}',
+      pieces.documents,
+      pieces if len(pieces.sizes) > 1 else None,
+    )
+
+
+class Part(NamedTuple):
+  """A part of a file, how it is split, and the file's stamp when it was found.
+
+  Attributes:
+    span: The part.
+    split: One of our splits, or how its documents are split.
+    stamp: The file's `stamp_of`, as the identity of the source is of these
+      bytes.
+  """
+
+  span: document_files.Span
+  split: str
+  stamp: list[int]
+
+
+class FilePieces(Pieces):
+  """Parts of files, in pieces of about `PIECE_BYTES`."""
+
+  def __init__(self, parts: list[Part], field: str, selection: Selection):
+    """Groups the parts, in order."""
+    self._field, self._selection = field, selection
+    self._pieces: list[list[Part]] = [[]]
+    sizes = [0]
+    for part in parts:
+      if self._pieces[-1] and sizes[-1] + part.span.size > PIECE_BYTES:
+        self._pieces.append([])
+        sizes.append(0)
+      self._pieces[-1].append(part)
+      sizes[-1] += part.span.size
+    self.sizes = tuple(sizes)
+
+  def read(self, number: int) -> Iterator[Located]:
+    """See `Pieces.read`."""
+    before = 0
+    for part in self._pieces[number]:
+      for own, text, read in self._documents(part, SPLITS):
+        for split in SPLITS:
+          if self._selection.own(split) == own:
+            yield Located(split, text, before + read)
+      before += part.span.size
+
+  def documents(self, split: str) -> Iterator[str]:
+    """The documents of one of our splits, of all pieces."""
+    own = self._selection.own(split)
+    for piece in self._pieces:
+      for part in piece:
+        for _, text, _ in self._documents(part, (own,)):
+          yield text
+
+  def _documents(
+    self, part: Part, wanted: tuple[str, ...]
+  ) -> Iterator[tuple[str, str, int]]:
+    """The wanted split of each document, its text, and the bytes read."""
+    if part.split in SPLITS and part.split not in wanted:
+      return
+    _check_stamp(part)
+    for text, read in document_files.read(part.span, self._field):
+      if part.split == _LAST_TENTH:
+        cut = int(len(text) * 0.9)
+        texts = {'train': text[:cut], 'validation': text[cut:]}
+      else:
+        by_hash = part.split == _BY_HASH
+        texts = {split_of(text) if by_hash else part.split: text}
+      for split, own_text in texts.items():
+        if split in wanted:
+          yield split, own_text, read
+    _check_stamp(part)
+
+
+def _check_stamp(part: Part) -> None:
+  if file_digests.stamp_of(part.span.path) != part.stamp:
+    raise ValueError(
+      f'{part.span.path} was changed while it was read; start again'
     )
 
 
@@ -76,12 +174,27 @@ def matching(pattern: str) -> list[pathlib.Path]:
   return paths
 
 
+def _parts(path: pathlib.Path, split: str) -> Iterator[Part]:
+  """The parts of a file with their splits."""
+  stamp = file_digests.stamp_of(path)
+  cut = stamp[0] * 9 // 10
+  also = [cut] if split == _LAST_TENTH else []
+  for span in document_files.spans(path, PIECE_BYTES, also):
+    own = split
+    if split == _LAST_TENTH and not span.whole:
+      own = 'train' if span.begin < cut else 'validation'
+    yield Part(span, own, stamp)
+
+
 def _file_splits(
   paths: list[pathlib.Path], pattern: str
-) -> dict[str, list[pathlib.Path]]:
-  """About one path in ten is for validation, at least one for each split."""
+) -> dict[pathlib.Path, str]:
+  """The split of each file, or how its documents are split."""
+  if not all(map(is_text, paths)):
+    return dict.fromkeys(paths, _BY_HASH)
   if len(paths) == 1:
-    return {'train': paths, 'validation': paths}
+    compressed = document_files.is_compressed(paths[0])
+    return {paths[0]: _BY_HASH if compressed else _LAST_TENTH}
   # Names are relative to the pattern's fixed part, so that files keep their
   # split when the folder is moved.
   fixed = pathlib.Path(pattern.split('*')[0].split('?')[0].split('[')[0])
@@ -97,14 +210,4 @@ def _file_splits(
   highest = others[-1]
   held_out = {p for p in others if p != highest and rank(p)[0] < 256 // 10}
   held_out.add(lowest)
-  return {
-    'train': [p for p in paths if p not in held_out],
-    'validation': [p for p in paths if p in held_out],
-  }
-
-
-def _read_text(path: pathlib.Path) -> str:
-  try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8: {error}') from error
+  return {p: 'validation' if p in held_out else 'train' for p in paths}

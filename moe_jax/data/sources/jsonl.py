@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moe_jax.data import document_files
 from moe_jax.data.plain_files import parse_json
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -40,7 +41,8 @@ class JsonlSource(SourceOptions):
   pattern: str = option(
     dataclasses.MISSING,
     "Path of the files with a JSON object in each line, with '*' for any name "
-    "and '**' for folders of any depth.",
+    "and '**' for folders of any depth; .gz, .bz2, .xz and .zst are "
+    'decompressed.',
     NOT_EMPTY,
   )
 
@@ -86,16 +88,15 @@ class JsonlSource(SourceOptions):
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, list[Pair]]]:
   """Every line that is not empty, one at a time, and its pairs."""
-  with path.open('rb') as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      where = f'{path}, line {number}'
-      try:
-        text = line.decode()
-      except UnicodeDecodeError as error:
-        raise ValueError(f'{where} is not UTF-8: {error}') from None
-      yield line.strip(), pairs_of(parse_json(text, where), where)
+  for number, line in enumerate(document_files.lines(path), 1):
+    if not line.strip():
+      continue
+    where = f'{path}, line {number}'
+    try:
+      text = line.decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{where} is not UTF-8: {error}') from None
+    yield line.strip(), pairs_of(parse_json(text, where), where)
 
 
 def _split(pairs: Sequence[Pair]) -> str:

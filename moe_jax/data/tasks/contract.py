@@ -5,13 +5,10 @@ Not here: the tasks, each in its own file, and batches
 """
 
 import dataclasses
-import hashlib
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from moe_jax.data import store
-from moe_jax.data.cache_folders import FORMAT, cache_root, prepared
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
 from moe_jax.data.sources.contract import (
@@ -23,6 +20,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
+from moe_jax.data.tokens_folder import tokens_folder
 from moe_jax.options import Options, required
 
 
@@ -196,7 +194,7 @@ class TokenTask(TaskOptions):
   ) -> Dataset:
     """See `TaskOptions.load`; tokens are memory-mapped."""
     corpus = self.open(source, selection)
-    folder = _tokenized(corpus, tokenizer, selection)
+    folder = tokens_folder(corpus, tokenizer, selection)
     about = store.read_about(folder)
     vocabulary = self.vocabulary(load(folder / 'tokenizer.json'), shape)
     splits = {
@@ -241,18 +239,3 @@ class PairTask(TokenTask):
     """The pairs of texts, in order, without those that have an empty text."""
     pairs = self.open(source, selection).pairs(split)
     return ((inputs, target) for inputs, target in pairs if inputs and target)
-
-
-def _tokenized(
-  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
-) -> pathlib.Path:
-  """The folder of the cache with the tokens of both splits."""
-  key = f'{FORMAT} {corpus.identity} {tokenizer.identity()}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-
-  def write(folder: pathlib.Path) -> None:
-    texts = (text for split in SPLITS for text in corpus.texts(split))
-    corpus.write(folder, tokenizer.fit(texts))
-
-  folder = cache_root(selection.cache_dir) / 'tokens' / name
-  return prepared(folder, write, digests=selection.cache_digests)

@@ -11,6 +11,7 @@ from jaxtyping import Integer
 
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, Lengths
+from moe_jax.data.shards import Shards
 from moe_jax.shapes import Int
 
 
@@ -47,7 +48,7 @@ class DenoisedRows(ExampleRows):
 
   def __init__(
     self,
-    tokens: Integer[np.ndarray, ' N'],
+    tokens: Integer[np.ndarray, ' N'] | Shards,
     starts: Integer[np.ndarray, ' D'],
     task: WindowTask,
     *,

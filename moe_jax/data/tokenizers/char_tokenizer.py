@@ -87,7 +87,10 @@ class CharsOptions(TokenizerOptions):
 
   def fit(self, texts: Iterable[str]) -> Chars:
     """The tokenizer of all characters of the texts, of both splits."""
-    return Chars(set().union(*map(set, texts)))
+    characters: set[str] = set()
+    for text in texts:  # one at a time, as they may not fit into memory
+      characters.update(text)
+    return Chars(characters)
 
 
 def _code_points(text: str) -> np.ndarray:

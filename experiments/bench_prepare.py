@@ -1,0 +1,252 @@
+"""How fast is text made into tokens, and what do more processes add?
+
+    python -m experiments.bench_prepare
+    python -m experiments.bench_prepare --large_gb=5 --rounds=0
+
+Lines of JSON, pieces of the standard library's text, are tokenized by 1, 2, ...
+processes, as bytes and by a BPE of 8,192 tokens that is trained on them. The
+cases are interleaved; the start of the processes is a part of their time. With
+`--large_gb` data of that size is prepared once, and then read at random by two
+processes, which compare documents with the source. Writes `table.md`,
+`rows.csv` and `results.json` to `results/bench_prepare/<device>`. Not here: the
+training that reads it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from experiments.benchmarks import random_reads, timing
+from experiments.benchmarks.synthetic_lines import Corpus
+from experiments.study.tables import markdown_table
+from moe_jax import command_line, data
+from moe_jax.data.tokens_folder import Made, Share, make
+
+NAME = 'bench_prepare'
+_BPE_TOKENS = 8192
+_BPE_DOCUMENTS = 2000
+
+
+def train_bpe(corpus: Corpus, path: pathlib.Path) -> None:
+  """Trains a BPE on some documents and writes its `tokenizer.json`."""
+  model = Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=_BPE_TOKENS,
+    special_tokens=['<eos>'],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  texts = (corpus.document(-number) for number in range(1, _BPE_DOCUMENTS))
+  model.train_from_iterator(texts, trainer)
+  model.save(str(path))
+
+
+def prepare_once(
+  pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path, n: int
+) -> Made:
+  """Tokenizes the files into an empty cache by `n` processes."""
+  shutil.rmtree(folder / 'tokens', ignore_errors=True)
+  options = options_of(pattern, tokenizer, folder)
+  corpus = options.source.texts(options.selection)
+  return make(corpus, tokenizer, options.selection, Share(processes=n))
+
+
+def options_of(
+  pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path
+) -> data.DataOptions:
+  """The data of a run on these files."""
+  return data.DataOptions(
+    source=data.FilesSource(pattern),
+    tokenizer=tokenizer,
+    seq_len=512,
+    cache_dir=str(folder),
+  )
+
+
+def measure(
+  folder: pathlib.Path, size: int, processes: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+  """A row for each tokenizer and number of processes."""
+  corpus = Corpus()
+  corpus.write(folder / 'lines', size)
+  train_bpe(corpus, folder / 'tokenizer.json')
+  total = sum(p.stat().st_size for p in (folder / 'lines').iterdir())
+  kinds = {
+    'bytes': data.BytesOptions(),
+    'BPE': data.JsonOptions(str(folder / 'tokenizer.json')),
+  }
+  pattern, rows = f'{folder}/lines/*.jsonl', []
+  for name, tokenizer in kinds.items():
+    cases = {
+      n: functools.partial(prepare_once, pattern, tokenizer, folder, n)
+      for n in processes
+    }
+    times = timing.interleave(cases, seconds=0, least=rounds, most=rounds)
+    for n, durations in times.items():
+      made = timing.Spread.of([total / t / 1e6 for t in durations])
+      speed_up = timing.ratio(times[processes[0]], durations)
+      rows.append(
+        {
+          'tokenizer': name,
+          'processes': n,
+          'megabytes': total / 1e6,
+          'rounds': rounds,
+          'mb_per_second': made.median,
+          'mb_per_second_low': made.low,
+          'mb_per_second_high': made.high,
+          'speed_up': speed_up.median,
+          'speed_up_low': speed_up.low,
+          'speed_up_high': speed_up.high,
+          'load': os.getloadavg()[0],
+        }
+      )
+  return rows
+
+
+def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
+  """Prepares much text once, and reads it at random; numbers by name."""
+  corpus = Corpus()
+  training = corpus.write(folder / 'large', int(gigabytes * 1e9))
+  tokenizer = data.BytesOptions()
+  begin = time.perf_counter()
+  made = prepare_once(
+    f'{folder}/large/*.jsonl', tokenizer, folder / 'cache', processes
+  )
+  seconds = time.perf_counter() - begin
+  read = _size(folder / 'large')
+  options = options_of(f'{folder}/large/*.jsonl', tokenizer, folder / 'cache')
+  facts = {
+    'gigabytes': read / 1e9,
+    'documents': len(training),
+    'token_gigabytes': _size(made.folder) / 1e9,
+    'processes': processes,
+    'seconds': seconds,
+    'mb_per_second': read / seconds / 1e6,
+    'peak_mib': made.peak / 2**20,
+    'load': os.getloadavg()[0],
+  }
+  print(f'prepared: {facts}', flush=True)
+  for name, digests in (('first', True), ('unchecked', False)):
+    own = dataclasses.replace(options, cache_digests=digests)
+    reads = random_reads.read_at_random(own, corpus, training)
+    facts[name] = [dataclasses.asdict(read) for read in reads]
+  return facts
+
+
+def _size(folder: pathlib.Path) -> int:
+  return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def report(
+  rows: Sequence[Mapping[str, Any]], once: Mapping[str, Any] | None
+) -> str:
+  """The tables, in Markdown."""
+  f = timing.facts()
+  lines = [
+    {
+      'tokenizer': row['tokenizer'],
+      'processes': str(row['processes']),
+      'MB/s': _spread(row, 'mb_per_second', '.1f'),
+      'MB/s a process': f'{row["mb_per_second"] / row["processes"]:.1f}',
+      'speed-up': _spread(row, 'speed_up', '.2f'),
+      'load': f'{row["load"]:.1f}',
+    }
+    for row in rows
+  ]
+  text = (
+    f'# Text into tokens\n\n{f["device"]} ({f["cores"]} cores), {f["date"]}. '
+  )
+  if rows:
+    text += (
+      f'{rows[0]["megabytes"]:.0f} MB of JSON lines, {rows[0]["rounds"]} '
+      'interleaved rounds: medians, and medians of ratios within a round '
+      '(quartiles in brackets); the load is the mean number of processes that '
+      f'wanted a core.\n\n{markdown_table(lines)}\n'
+    )
+  return text + (_large_text(once) if once else '')
+
+
+def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
+  spread = timing.Spread(row[f'{name}_low'], row[name], row[f'{name}_high'])
+  return format(spread, form)
+
+
+def _large_text(once: Mapping[str, Any]) -> str:
+  reads = [*once['first'], *once['unchecked']]
+  rates = [f'{read["rows_per_second"]:,.0f}' for read in once['unchecked']]
+  return (
+    f'\n{once["gigabytes"]:.2f} GB, {once["documents"]:,} documents, by '
+    f'{once["processes"]} processes in {once["seconds"]:.0f} s: '
+    f'{once["mb_per_second"]:.1f} MB/s into {once["token_gigabytes"]:.1f} GB, '
+    f'at most {once["peak_mib"]:.0f} MiB of memory in a process (load '
+    f'{once["load"]:.1f}). Read at random by {len(once["unchecked"])} '
+    f'processes: {" and ".join(rates)} rows of 512 tokens a second; opened in '
+    f'{_most(once["first"], "open_seconds"):.1f} s where digests are checked, '
+    f'in {_most(once["unchecked"], "open_seconds"):.1f} s where not; '
+    f'{sum(read["checked"] for read in reads):,} documents were those of the '
+    f'source, {sum(read["wrong"] for read in reads)} were not.\n'
+  )
+
+
+def _most(reads: Sequence[Mapping[str, Any]], name: str) -> float:
+  return float(np.max([read[name] for read in reads]))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = command_line.Parser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add, positive = parser.add_argument, command_line.POSITIVE
+  add('--mb', type=positive, default=200, help='size of the interleaved cases')
+  add('--processes', type=positive, default=2, help='largest number of them')
+  add(
+    '--rounds',
+    type=command_line.NOT_NEGATIVE,
+    default=5,
+    help='interleaved rounds; 0 leaves these cases out',
+  )
+  add(
+    '--large_gb',
+    type=command_line.SECONDS,
+    default=0.0,
+    help='gigabytes that are prepared once; they take three times their size '
+    'of the disk',
+  )
+  add('--folder', default='', help='folder of the data, which is removed again')
+  add('--output', default='results', help='folder of the results')
+  return parser.parse_args(argv)
+
+
+@command_line.reported()
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures all cases and writes the tables."""
+  options = parse(argv)
+  rows, once = [], None
+  with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
+    folder = pathlib.Path(name)
+    if options.rounds:
+      processes = range(1, options.processes + 1)
+      size = options.mb * 10**6
+      rows = measure(folder, size, processes, options.rounds)
+    if options.large_gb:
+      once = large(folder, options.large_gb, options.processes)
+  text = report(rows, once)
+  written = timing.write(options.output, NAME, text, rows, {'large': once})
+  print(f'{text}\nwritten: {written}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,128 @@
+"""Processes that read rows of prepared data at random, and check them.
+
+Not here: how the data is prepared (`moe_jax.data.prepare`).
+"""
+
+import dataclasses
+import multiprocessing
+import time
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.synthetic_lines import Corpus
+from moe_jax import data
+from moe_jax.data import piece_workers, store, tokens_folder
+from moe_jax.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+  """What one process read.
+
+  Attributes:
+    rows_per_second: Rows of batches, shuffled as in training.
+    checked: Number of documents that are those of the source.
+    wrong: Number of documents that are not.
+    open_seconds: Time to open the prepared data.
+    peak_bytes: The most memory that the process held.
+    mapped_bytes: The part of it that is in maps of files, which the system
+      takes back when it needs room.
+  """
+
+  rows_per_second: float
+  checked: int
+  wrong: int
+  open_seconds: float
+  peak_bytes: int
+  mapped_bytes: int
+
+
+def read_at_random(
+  options: data.DataOptions,
+  corpus: Corpus,
+  training: np.ndarray,
+  *,
+  processes: int = 2,
+  batch_size: int = 64,
+  batches: int = 200,
+  documents: int = 2000,
+) -> list[Reads]:
+  """What each process read of its own rows of every batch, all at once.
+
+  Args:
+    options: The prepared data.
+    corpus: The documents that were written.
+    training: Which documents are for training, [D].
+    processes: Number of processes.
+    batch_size: Rows of a batch, of which each process reads its share.
+    batches: Number of batches.
+    documents: Number of documents that each process compares.
+  """
+  context = multiprocessing.get_context('spawn')
+  jobs = [
+    (options, corpus, training, p, processes, batch_size, batches, documents)
+    for p in range(processes)
+  ]
+  with context.Pool(processes) as pool:
+    return pool.starmap(_read, jobs, chunksize=1)
+
+
+def _read(
+  options, corpus, training, process, processes, batch_size, batches, documents
+) -> Reads:
+  begin = time.perf_counter()
+  dataset = data.load(options)
+  opened = time.perf_counter() - begin
+  rows = batch_size // processes
+  stream = data.batch_dataset(
+    dataset.splits['train'],
+    batch_size=batch_size,
+    seed=0,
+    share=np.arange(process * rows, (process + 1) * rows),
+  )
+  begin = time.perf_counter()
+  for i in range(batches):
+    batch = stream[i]
+    assert batch['tokens'].shape == (rows, options.seq_len)
+  seconds = time.perf_counter() - begin
+  wrong = _wrong(options, corpus, training, dataset.tokenizer, documents)
+  return Reads(
+    rows_per_second=batches * rows / seconds,
+    checked=documents - wrong,
+    wrong=wrong,
+    open_seconds=opened,
+    peak_bytes=piece_workers.peak_memory(),
+    mapped_bytes=_mapped(),
+  )
+
+
+def _wrong(
+  options: data.DataOptions,
+  corpus: Corpus,
+  training: np.ndarray,
+  tokenizer: Tokenizer,
+  count: int,
+) -> int:
+  """How many of `count` documents of the folder differ from the source's."""
+  texts = options.source.texts(options.selection)
+  folder = tokens_folder.tokens_folder(
+    texts, options.tokenizer, options.selection
+  )
+  tokens, starts = store.read_tokens(folder, 'train')
+  numbers = np.flatnonzero(training)
+  assert len(numbers) == len(starts), (len(numbers), len(starts))
+  ends = np.append(starts[1:], len(tokens))
+  wrong = 0
+  for place in np.random.default_rng().integers(0, len(starts), count):
+    ids = tokens[starts[place] : ends[place]]
+    expected = tokenizer.encode(corpus.document(int(numbers[place])))
+    wrong += not np.array_equal(ids, np.append(expected, tokenizer.eos_id))
+  return wrong
+
+
+def _mapped() -> int:
+  """Bytes of this process's memory that are in maps of files."""
+  with open('/proc/self/status', encoding='utf-8') as status:
+    lines: dict[str, Any] = dict(line.split(':', 1) for line in status)
+  return int(lines['RssFile'].split()[0]) * 1024

@@ -1,0 +1,86 @@
+"""Bytes of a part of a file, read in order, and where in the file they are.
+
+Not here: what the bytes mean (`document_files.py`).
+"""
+
+import io
+import pathlib
+from collections.abc import Callable
+
+from moe_jax.data import file_formats
+
+
+class PartBytes:
+  """The bytes of a part of a file.
+
+  Attributes:
+    path: The file.
+    read: Number of bytes that have been taken.
+    lines: Number of lines that the caller has counted.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    stream: io.BufferedIOBase,
+    begin: int,
+    end: int | None,
+  ):
+    """Takes a stream at the part's begin, and the end; None is the file's."""
+    self.path, self._stream, self._begin, self._end = path, stream, begin, end
+    self.read = self.lines = 0
+
+  def take(self, what: str, most: int) -> bytes:
+    """The next bytes; b'' at the end.
+
+    Args:
+      what: The stream's method, 'read' or 'readline'.
+      most: Number of bytes to take at most; below 0, any number.
+
+    Raises:
+      ValueError: The file is damaged.
+    """
+    if self._end is not None:
+      left = self._end - self._begin - self.read
+      # A line is not cut by the end of its span, which is the end of a line.
+      most = min(most, left)
+    try:
+      got = getattr(self._stream, what)(most) if most else b''
+    except file_formats.DAMAGED as error:
+      raise ValueError(
+        f'{self.path} is damaged after line {self.line() - 1}: {error}'
+      ) from None
+    self.read += len(got)
+    return got
+
+  def line(self) -> int:
+    """Number of the line after those that are counted, from 1."""
+    with self.path.open('rb') as file:
+      blocks = iter(lambda: file.read(2**20), b'')
+      before, left = 0, self._begin
+      for block in blocks if left else ():
+        before += block[:left].count(b'\n')
+        left -= len(block)
+        if left <= 0:
+          break
+    return before + self.lines + 1
+
+
+def continued(raw: bytes) -> int:
+  """Number of bytes with which a character goes on that began before."""
+  count = 0
+  while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
+    count += 1
+  return count
+
+
+def decoded(
+  raw: bytes, path: pathlib.Path | str, line: Callable[[], int]
+) -> str:
+  """The text of UTF-8; `line` gives the number of the first line."""
+  try:
+    return raw.decode()
+  except UnicodeDecodeError as error:
+    number = line() + raw.count(b'\n', 0, error.start)
+    where = f' in line {number}' if path else ''
+    raise ValueError(f'{path} is not UTF-8{where}: {error}') from None

@@ -1,0 +1,280 @@
+"""Processes that tokenize the pieces of a source into shards.
+
+Every finished piece is a folder of its own, which its name and its list of
+digests say is whole, so that work which was killed goes on. What is written
+does not depend on how many processes or hosts write it. Not here: the pieces
+of a source (`moe_jax.data.sources.files`), the cache (`tokens_folder.py`).
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.data.cache_folders import locked
+from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.sources.contract import SPLITS, Pieces
+from moe_jax.data.stream_writers import Digest, DocumentWriter
+from moe_jax.data.tokenizers import Tokenizer, load
+
+FACTS = 'piece.json'
+# Threads of the tokenizers library would take cores from the other processes.
+_ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
+_POLL_SECONDS = 0.2
+_TOLD_BYTES = 2**18  # bytes after which a worker tells how far it is
+
+
+class Work(NamedTuple):
+  """What a worker needs; it can be pickled.
+
+  Attributes:
+    folder: Folder of finished pieces.
+    pieces: The documents.
+    tokenizer: File of the tokenizer.
+    module: Module of the tokenizer's class, which has to be imported.
+  """
+
+  folder: pathlib.Path
+  pieces: Pieces
+  tokenizer: pathlib.Path
+  module: str
+
+  def path(self, number: int) -> pathlib.Path:
+    """The folder of a finished piece."""
+    return self.folder / f'{number:05}'
+
+  def read_tokenizer(self) -> Tokenizer:
+    """The tokenizer."""
+    importlib.import_module(self.module)
+    return load(self.tokenizer)
+
+
+def piece_facts(
+  work: Work, number: int, *, digests: bool = True
+) -> dict[str, Any] | None:
+  """The facts of a finished piece; None if it is not there or not whole.
+
+  They are the counts and the sha256 of the texts of each of the `splits`, and
+  size and sha256 of the `files`.
+
+  Args:
+    work: The work.
+    number: Number of the piece.
+    digests: Whether the files are read, to check their sha256; sizes always
+      are checked.
+  """
+  folder = work.path(number)
+  try:
+    facts = parse_json(read_text(folder / FACTS), folder / FACTS)
+    sizes = {
+      path.name: path.stat().st_size
+      for path in folder.iterdir()
+      if path.name != FACTS
+    }
+    whole = sizes == {name: fact[0] for name, fact in facts['files'].items()}
+    whole = whole and (not digests or facts['files'] == _files(folder))
+  except (AttributeError, LookupError, OSError, TypeError, ValueError):
+    return None
+  return facts if whole else None
+
+
+def write_piece(
+  work: Work, number: int, tokenizer: Tokenizer, told: Callable[[int], None]
+) -> None:
+  """Tokenizes a piece, unless another process has by the time it could begin.
+
+  Args:
+    work: The work.
+    number: Number of the piece.
+    tokenizer: The tokenizer.
+    told: Called with numbers of bytes that have been read since the last call.
+
+  Raises:
+    ValueError: The source is damaged, or the tokenizer lacks a character.
+  """
+  with locked(work.path(number)):
+    if (work.path(number) / FACTS).exists():
+      told(work.pieces.sizes[number])
+      return
+    unfinished = work.folder / f'unfinished-{number:05}-{os.getpid()}'
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+      _write_files(unfinished, work.pieces, number, tokenizer, told)
+      unfinished.rename(work.path(number))
+    except OSError:  # another host was faster, where there are no locks
+      if not (work.path(number) / FACTS).exists():
+        raise
+    finally:
+      shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_files(folder, pieces, number, tokenizer, told) -> None:
+  digests = {split: Digest() for split in SPLITS}
+  with contextlib.ExitStack() as stack:
+    writers = {}
+    for split, digest in digests.items():
+      writer = DocumentWriter(folder / split, tokenizer, digest)
+      writers[split] = stack.enter_context(writer)
+    before = 0
+    for split, text, read in pieces.read(number):
+      writers[split].write(text)
+      if read - before >= _TOLD_BYTES:
+        told(read - before)
+        before = read
+    splits = {
+      split: {**writer.counts(), 'sha256': digests[split].hexdigest()}
+      for split, writer in writers.items()
+    }
+  facts = {'splits': splits, 'files': _files(folder)}
+  (folder / FACTS).write_text(json.dumps(facts), encoding='utf-8')
+  told(pieces.sizes[number] - before)
+
+
+def _files(folder: pathlib.Path) -> dict[str, list]:
+  """Size and sha256 of the files of a piece, without the list of them."""
+  facts = {}
+  for path in sorted(folder.iterdir()):
+    if path.name != FACTS:
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      facts[path.name] = [path.stat().st_size, digest]
+  return facts
+
+
+def write_pieces(
+  work: Work,
+  numbers: Sequence[int],
+  processes: int,
+  told: Callable[[int], None],
+) -> int:
+  """Tokenizes pieces by one or several processes.
+
+  Args:
+    work: The work.
+    numbers: Numbers of the pieces.
+    processes: Number of processes; 1 is this one.
+    told: Called with numbers of bytes that have been read since the last call.
+
+  Returns:
+    The most bytes of memory that one process held, as far as the system says.
+
+  Raises:
+    ValueError: As `write_piece`, or a process was killed.
+  """
+  if processes == 1 or len(numbers) < 2:
+    tokenizer = work.read_tokenizer()
+    for number in numbers:
+      write_piece(work, number, tokenizer, told)
+    return peak_memory()
+  context = multiprocessing.get_context('spawn')
+  shared = _Shared(
+    next_place=context.Value('q', 0),
+    read=context.Value('q', 0),
+    peak=context.Value('q', 0),
+    failures=context.SimpleQueue(),
+  )
+  workers = [
+    context.Process(target=_work, args=(work, list(numbers), shared))
+    for _ in range(min(processes, len(numbers)))
+  ]
+  try:
+    for worker in workers:
+      worker.start()
+    _wait(workers, shared, told)
+  finally:
+    for worker in workers:
+      if worker.pid is not None:
+        worker.terminate()
+        worker.join()
+  return shared.peak.value
+
+
+class _Shared(NamedTuple):
+  """What the workers and their parent share.
+
+  Attributes:
+    next_place: Place of the next piece among the numbers.
+    read: Number of bytes that all have read.
+    peak: The most bytes of memory that one has held.
+    failures: Messages of errors.
+  """
+
+  next_place: Any
+  read: Any
+  peak: Any
+  failures: Any
+
+
+def _wait(workers, shared, told) -> None:
+  """Tells how far the workers are until all have ended."""
+  before = 0
+  while True:
+    running = any(worker.is_alive() for worker in workers)
+    read = shared.read.value
+    told(read - before)
+    before = read
+    if not shared.failures.empty():
+      raise ValueError(shared.failures.get())
+    for worker in workers:
+      if worker.exitcode:
+        raise ValueError(
+          f'a process ended with status {worker.exitcode} while it tokenized; '
+          'if it was killed for lack of memory, take fewer processes. Finished '
+          'pieces are kept: the same command goes on'
+        )
+    if not running:
+      return
+    time.sleep(_POLL_SECONDS)
+
+
+def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
+  """What a worker does: the next piece that nobody has taken, until all are."""
+  os.environ |= _ONE_THREAD
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+  def told(count: int) -> None:
+    with shared.read.get_lock():
+      shared.read.value += count
+
+  try:
+    tokenizer = work.read_tokenizer()
+    while (number := _next(numbers, shared)) is not None:
+      write_piece(work, number, tokenizer, told)
+  except (ValueError, OSError, MemoryError) as error:
+    shared.failures.put(str(error) or type(error).__name__)
+  with shared.peak.get_lock():
+    shared.peak.value = max(shared.peak.value, peak_memory())
+
+
+def _next(numbers: list[int], shared: _Shared) -> int | None:
+  with shared.next_place.get_lock():
+    place = shared.next_place.value
+    shared.next_place.value += 1
+  return numbers[place] if place < len(numbers) else None
+
+
+def _end_with_parent() -> None:
+  """Ends this process when its parent has gone, however it went."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def peak_memory() -> int:
+  """The most bytes of memory this process has held; 0 where none can say."""
+  status = pathlib.Path('/proc/self/status')
+  if not status.exists():
+    return 0
+  peak = re.search(r'^VmHWM:\s+(\d+) kB$', status.read_text(), re.MULTILINE)
+  return int(peak[1]) * 1024 if peak else 0

@@ -1,0 +1,194 @@
+"""Tokenizes the data of a config in advance, by many processes.
+
+    python -m moe_jax.data.prepare --config=configs/tiny_switch.py \
+      --config.data.source.kind=files \
+      --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
+
+A run with the same `data` section then finds the tokens in the cache, the same
+that it would have made by itself. On several hosts that share `cache_dir`, each
+is started with its number, and whichever ends last joins the pieces:
+
+      --host=0 --num_hosts=4
+
+What is killed goes on with the same command, or with another number of
+processes or hosts. Sources that are small or made on the spot are tokenized by
+one process.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
+
+from moe_jax import command_line, config_flag
+from moe_jax.data.dataset import DataOptions, load
+from moe_jax.data.shared_tokenizers import shared_tokenizer
+from moe_jax.data.sources.contract import SourceOptions
+from moe_jax.data.tasks.contract import TokenTask
+from moe_jax.data.tokens_folder import Made, Share, make
+
+
+def prepare(
+  options: DataOptions, share: Share = Share(), *, console: Console
+) -> dict[str, Made]:
+  """Makes this host's share of the tokens of every source.
+
+  Args:
+    options: The data section of a config.
+    share: The processes and hosts.
+    console: Where progress is shown.
+
+  Returns:
+    What was made, by the name of the source in the mixture; '' for a single
+    source.
+
+  Raises:
+    ValueError: The task reads no tokens, or the data is missing or bad.
+  """
+  task = options.task
+  if not isinstance(task, TokenTask):
+    raise ValueError(
+      f'data.task {type(task).__name__} reads no tokens: there is nothing to '
+      'prepare'
+    )
+  tokenizer, made = options.tokenizer, {}
+  if options.mixture.sources:
+    tokenizer = shared_tokenizer(
+      options.mixture.sources, task, tokenizer, options.selection
+    )
+  for name, source in _sources(options):
+    try:
+      corpus = task.open(source, options.selection)
+      with _bar(corpus.name, console) as told:
+        own = share._replace(told=told)
+        made[name] = make(corpus, tokenizer, options.selection, own)
+    except ValueError as error:
+      where = f'mixture.sources.{name}: ' * bool(name)
+      raise ValueError(f'{where}{error}') from error
+  return made
+
+
+def _sources(options: DataOptions) -> list[tuple[str, SourceOptions]]:
+  return sorted(options.mixture.sources.items()) or [('', options.source)]
+
+
+@contextlib.contextmanager
+def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+  """Shows how far a source is; the body gets the function that is told."""
+  with Progress(
+    TextColumn('{task.description}'),
+    BarColumn(),
+    TextColumn('{task.percentage:>3.0f} %'),
+    DownloadColumn(binary_units=True),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+    console=console,
+  ) as progress:
+
+    def told(done: int, total: int) -> None:
+      if not progress.tasks:  # what was there already has no part in the speed
+        progress.add_task(name, completed=done, total=total)
+      progress.update(progress.tasks[0].id, completed=done)
+
+    yield told
+
+
+def _lines(
+  options: DataOptions, made: Mapping[str, Made], share: Share, seconds: float
+) -> Iterator[str]:
+  """Lines on what was done, and on the data if all of it is there."""
+  read = sum(each.read for each in made.values())
+  kept = sum(each.kept for each in made.values())
+  peak = max(each.peak for each in made.values())
+  if read:
+    rate = read / seconds / 1e6
+    yield (
+      f'read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {rate:.2f} MB/s by '
+      f'{share.processes} processes; at most {peak / 2**20:,.0f} MiB of memory '
+      f'in one of them'
+    )
+  if kept:
+    yield f'{kept} pieces were there already'
+  missing = {n: len(each.missing) for n, each in made.items() if each.missing}
+  if missing:
+    yield (
+      f'host {share.host} of {share.num_hosts} is done; other hosts have yet '
+      f'to make {sum(missing.values())} pieces, and the last one joins all'
+    )
+    return
+  # The first run that uses the folder reads it through, to check its digests.
+  yield load(dataclasses.replace(options, cache_digests=False)).describe()
+  folders = sorted({str(each.folder) for each in made.values()})
+  yield f'tokens: {", ".join(folders)}'
+
+
+def parse(
+  argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses the command line; returns overrides of the config separately."""
+  parser = command_line.Parser(
+    prog='python -m moe_jax.data.prepare',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add, count = parser.add_argument, command_line.POSITIVE
+  add('--config', required=True, help='config whose data is prepared')
+  add(
+    '--processes',
+    type=count,
+    default=os.cpu_count() or 1,
+    help='number of processes on this host; by default one for each core',
+  )
+  add(
+    '--host',
+    type=command_line.NOT_NEGATIVE,
+    default=0,
+    help='number of this host, from 0',
+  )
+  add(
+    '--num_hosts',
+    type=count,
+    default=1,
+    help='number of hosts that share the folder of the cache',
+  )
+  add('--traceback', action='store_true', help='show where an error came from')
+  parser.set_defaults(run=_run)
+  return command_line.parse_command(
+    parser, argv, lambda options: options.config
+  )
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+  if options.host >= options.num_hosts:
+    raise ValueError(
+      f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
+    )
+  config, ignored = config_flag.options_of(options.config, overrides)
+  command_line.say(config_flag.ignored_lines(ignored))
+  share = Share(options.processes, options.host, options.num_hosts)
+  begin = time.perf_counter()
+  made = prepare(config.data, share, console=Console())
+  seconds = time.perf_counter() - begin
+  command_line.say(_lines(config.data, made, share, seconds))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  command_line.run_command(*parse(argv))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,47 @@
+"""One tokenizer for all sources of a mixture."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
+from moe_jax.data.tasks.contract import TaskOptions
+from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted(TokenizerOptions):
+  """A tokenizer that is there already, in place of its options."""
+
+  tokenizer: Any
+
+  def identity(self) -> str:
+    """The tokenizer's own identity."""
+    return f'fitted {self.tokenizer.identity}'
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer, whatever the texts are."""
+    del texts
+    return self.tokenizer
+
+
+def shared_tokenizer(
+  sources: Mapping[str, SourceOptions],
+  task: TaskOptions,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+) -> TokenizerOptions:
+  """The tokenizer of all sources, fitted to their texts if it depends on them.
+
+  Raises:
+    ValueError: The data of a source is missing or bad.
+  """
+  if not task.has_tokens or tokenizer.known_vocab_size() is not None:
+    return tokenizer
+  texts = itertools.chain.from_iterable(
+    task.open(source, selection).texts(split)
+    for _, source in sorted(sources.items())
+    for split in SPLITS
+  )
+  return Fitted(tokenizer.fit(texts))

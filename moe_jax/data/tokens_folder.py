@@ -1,0 +1,244 @@
+"""The folder of the cache with the tokens of a source, made once.
+
+A run makes it when it starts, by itself; `prepare.py` makes the same one by
+many processes. Not here: how pieces are tokenized (`piece_workers.py`).
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.data import piece_workers, store
+from moe_jax.data.cache_folders import (
+  FORMAT,
+  cache_root,
+  locked,
+  prepared,
+  publish,
+)
+from moe_jax.data.piece_workers import Work, piece_facts
+from moe_jax.data.sources.contract import SPLITS, Pairs, Selection, Texts
+from moe_jax.data.stream_writers import dtype_of
+from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
+
+_BLOCK = 2**20  # starts of documents that are in memory at once
+
+
+class Share(NamedTuple):
+  """Who tokenizes what.
+
+  Attributes:
+    processes: Number of processes of this host.
+    host: Number of this host, from 0; it takes every `num_hosts`th piece.
+    num_hosts: Number of hosts that share the folder of the cache.
+    told: Called with the number of bytes that are read by now, and with that
+      of all bytes of this host's share.
+  """
+
+  processes: int = 1
+  host: int = 0
+  num_hosts: int = 1
+  told: Callable[[int, int], None] = lambda done, total: None
+
+
+class Made(NamedTuple):
+  """What `make` has done.
+
+  Attributes:
+    folder: The folder of the tokens.
+    new: Whether pieces were made, and have not been verified once more.
+    missing: Numbers of pieces that other hosts have yet to make.
+    kept: Number of pieces that were there already.
+    read: Number of bytes that were read.
+    peak: The most bytes of memory that one process held; 0 if unknown.
+  """
+
+  folder: pathlib.Path
+  new: bool = False
+  missing: tuple[int, ...] = ()
+  kept: int = 0
+  read: int = 0
+  peak: int = 0
+
+
+def tokens_folder(
+  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
+) -> pathlib.Path:
+  """The folder, tokenized now by this process unless it is there.
+
+  Raises:
+    ValueError: The data is missing or bad, or the folder is damaged.
+  """
+  return make(corpus, tokenizer, selection, Share()).folder
+
+
+def make(
+  corpus: Texts | Pairs,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+  share: Share,
+) -> Made:
+  """Makes this host's share of the folder, and ends it if it is the last.
+
+  Raises:
+    ValueError: As `tokens_folder`, or a process was killed.
+  """
+  key = f'{FORMAT} {corpus.identity} {tokenizer.identity()}'
+  name = hashlib.sha256(key.encode()).hexdigest()[:32]
+  folder = cache_root(selection.cache_dir) / 'tokens' / name
+
+  def fit() -> Tokenizer:
+    return tokenizer.fit(_all_texts(corpus))
+
+  def write(unfinished: pathlib.Path) -> None:
+    corpus.write(unfinished, fit())
+
+  pieces = isinstance(corpus, Texts) and corpus.pieces is not None
+  made = Made(folder)
+  if pieces and not folder.is_dir():
+    if share.num_hosts > 1 or share.processes > 1:
+      made = _make_pieces(folder, corpus, fit, share)
+    else:
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      with locked(folder):  # other processes of the same run wait
+        if not folder.is_dir():
+          made = _make_pieces(folder, corpus, fit, share)
+  if not made.new:
+    prepared(folder, write, digests=selection.cache_digests)
+  return made
+
+
+def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:
+  return (text for split in SPLITS for text in corpus.texts(split))
+
+
+def _make_pieces(
+  folder: pathlib.Path,
+  corpus: Texts,
+  fit: Callable[[], Tokenizer],
+  share: Share,
+) -> Made:
+  parts = folder.with_name(f'{folder.name}.parts')
+  parts.mkdir(parents=True, exist_ok=True)
+  tokenizer = _fitted(parts / 'tokenizer.json', fit)
+  work = Work(
+    parts, corpus.pieces, parts / 'tokenizer.json', type(tokenizer).__module__
+  )
+  sizes = corpus.pieces.sizes
+  own = range(share.host, len(sizes), share.num_hosts)
+  todo = []
+  for number in own:
+    if piece_facts(work, number) is None:
+      shutil.rmtree(work.path(number), ignore_errors=True)
+      todo.append(number)
+  total = sum(sizes[i] for i in own)
+  begun = done = total - sum(sizes[i] for i in todo)
+
+  def told(count: int) -> None:
+    nonlocal done
+    done += count
+    share.told(done, total)
+
+  told(0)
+  peak = piece_workers.write_pieces(work, todo, share.processes, told)
+  missing = _publish(work, folder, tokenizer)
+  return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
+
+
+def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
+  """The tokenizer of all pieces, which the first process fits for all."""
+  with locked(path):
+    if not path.exists():
+      unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
+      fit().save(unfinished)
+      unfinished.replace(path)
+  return load(path)
+
+
+def _publish(
+  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+  """Makes the folder from its pieces; returns the numbers of missing ones."""
+  count = len(work.pieces.sizes)
+  missing = [i for i in range(count) if not work.path(i).is_dir()]
+  if missing:
+    return tuple(missing)
+  with locked(work.folder / 'whole'):
+    if not folder.is_dir():
+      facts = []
+      for number in range(count):
+        fact = piece_facts(work, number, digests=False)
+        if fact is None:
+          shutil.rmtree(work.path(number))
+          raise ValueError(
+            f'{work.path(number)} was damaged and is removed; the same command '
+            'makes it anew'
+          )
+        facts.append(fact)
+      _make_whole(work, folder, tokenizer, facts)
+  shutil.rmtree(work.folder, ignore_errors=True)
+  return ()
+
+
+def _make_whole(
+  work: Work,
+  folder: pathlib.Path,
+  tokenizer: Tokenizer,
+  facts: list[dict[str, Any]],
+) -> None:
+  """Gives all pieces one folder: token files are linked, starts joined."""
+  whole = work.folder / 'whole'
+  shutil.rmtree(whole, ignore_errors=True)
+  whole.mkdir()
+  known, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
+  for split in SPLITS:
+    counts = [fact['splits'][split] for fact in facts]
+    splits[split] = {
+      key: sum(c[key] for c in counts)
+      for key in ('documents', 'bytes', 'tokens')
+    }
+    store.check_tokens(split, splits[split])
+    shards[split] = [c['tokens'] for c in counts]
+    for number, own in enumerate(counts):
+      sha256.update(f'{split} {number} {own["sha256"]}\n'.encode())
+      if own['tokens']:
+        path = store.shard_path(whole, split, number)
+        _link(work.path(number) / f'{split}.tokens', path)
+        known[path.name] = facts[number]['files'][f'{split}.tokens']
+    _join_starts(work, split, shards[split], whole / f'{split}.starts')
+  about = {
+    'dtype': dtype_of(tokenizer),
+    'splits': splits,
+    'shards': shards,
+    'sha256': sha256.hexdigest(),
+  }
+  tokenizer.save(whole / 'tokenizer.json')
+  text = json.dumps(about, indent=1) + '\n'
+  (whole / 'about.json').write_text(text, encoding='utf-8')
+  publish(whole, folder, known)
+
+
+def _link(source: pathlib.Path, target: pathlib.Path) -> None:
+  try:
+    target.hardlink_to(source)
+  except OSError:  # the file system has no links
+    shutil.copyfile(source, target)
+
+
+def _join_starts(
+  work: Work, split: str, tokens: list[int], path: pathlib.Path
+) -> None:
+  """Writes where every document begins in the stream of all pieces."""
+  before = 0
+  with path.open('wb') as out:
+    for number, count in enumerate(tokens):
+      with (work.path(number) / f'{split}.starts').open('rb') as file:
+        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
+          (starts + before).tofile(out)
+      before += count

@@ -1,0 +1,102 @@
+"""Sources of a mixture as a line of text."""
+
+import pytest
+
+from moe_jax import config_file, run_config, sections
+from moe_jax.data import (
+  CipherSource,
+  DataOptions,
+  FilesSource,
+  MixtureOptions,
+  PythonStdlibSource,
+)
+from moe_jax.options import OptionError
+from tests.data.own_kinds import Counting
+
+CONFIG = sections.section(run_config.RunConfig)
+
+
+def mixture(*overrides, config=CONFIG):
+  changed = config_file.config_of(config, overrides)
+  return run_config.settled(config, changed)[0].data.mixture
+
+
+def test_entries_have_a_kind_options_and_a_weight():
+  lines = (
+    'books:files(books/*.jsonl, field=body) * 2, py : python_stdlib(json), '
+    'all:python_stdlib, secret:cipher(num_ciphers=3, marked=True)*.5,'
+  )
+  ours = mixture(f'--config.data.mixture.lines={lines}')
+  assert ours == MixtureOptions(
+    sources={
+      'books': FilesSource('books/*.jsonl', 'body'),
+      'py': PythonStdlibSource('json'),
+      'all': PythonStdlibSource(),
+      'secret': CipherSource(num_ciphers=3, marked=True),
+    },
+    rule='given',
+    weights={'books': 2.0, 'secret': 0.5},
+  )
+  # In Python it is the same; what is kept of a run has the sources alone.
+  assert MixtureOptions(lines=lines) == ours
+  section = sections.section(DataOptions(mixture=ours)).mixture
+  assert section.lines == '' and section.sources.py.kind == 'python_stdlib'
+  assert sections.read(MixtureOptions, section) == ours
+
+
+def test_lines_of_a_file_with_comments_and_quotes():
+  lines = (
+    '# ours\na:files("a, (b)/*.txt")\n\n  # more\nb:files(b,field="x,y")\n'
+  )
+  assert MixtureOptions(lines=lines) == MixtureOptions(
+    sources={'a': FilesSource('a, (b)/*.txt'), 'b': FilesSource('b', 'x,y')}
+  )
+
+
+def test_lines_add_to_the_sources_of_a_file():
+  config = sections.section(run_config.RunConfig)
+  config.data.mixture.sources.py = {'kind': 'python_stdlib'}
+  lines = '--config.data.mixture.lines=x:files(y)*3'
+  ours = mixture(lines, config=config)
+  assert sorted(ours.sources) == ['py', 'x'] and ours.weights == {'x': 3.0}
+  with pytest.raises(OptionError, match=r"'py:cipher': there is a source 'py'"):
+    mixture('--config.data.mixture.lines=py:cipher', config=config)
+
+
+def test_options_of_a_mixture_have_an_effect_with_lines():
+  ours = mixture(
+    '--config.data.mixture.lines=a:files(x),b:python_stdlib',
+    '--config.data.mixture.rule=temperature',
+    '--config.data.mixture.temperature=3.0',
+    '--config.data.mixture.period=10',
+  )
+  assert (ours.rule, ours.temperature, ours.period) == ('temperature', 3.0, 10)
+
+
+def test_a_class_of_ones_own():
+  lines = 'own:tests.data.own_kinds:Counting(last=3)*2'
+  assert MixtureOptions(lines=lines).sources == {'own': Counting(last=3)}
+
+
+@pytest.mark.parametrize(
+  ('lines', 'says'),
+  [
+    ('a:fils(x)', "entry 'a:fils(x)': unknown source 'fils'; did you mean"),
+    ('a:files(x), b', "entry 'b': it is not of the form name:kind"),
+    ('a:files(x', "'a:files(x' has an open bracket"),
+    ('a:files("x)', 'open bracket or quote'),
+    ('a:files', "'pattern' of files is missing"),
+    ('a:files(x, y)', "option 'y' has no name"),
+    ('a:files(x, colum=y)', "unknown option of files 'colum'"),
+    ('a:files(x)*b', "weight 'b' is no number"),
+    ('a:files(x)*-1', 'weights.a=-1.0'),
+    ('a:files(x), a:files(y)', "entry 'a:files(y)': there is a source 'a'"),
+    ('a:cipher(num_ciphers=no)', "num_ciphers='no' is a str"),
+    ('1:files(x)', 'not of the form'),
+  ],
+)
+def test_wrong_entries_are_named(lines, says):
+  with pytest.raises(OptionError) as error:
+    mixture(f'--config.data.mixture.lines={lines}')
+  assert says in str(error.value)
+  assert 'data.mixture.' in str(error.value)

@@ -1,0 +1,161 @@
+"""The command that tokenizes the data of a config in advance."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_jax import data
+from moe_jax.data import prepare
+from moe_jax.data.sources import files
+
+CONFIG = '--config=configs/tiny_switch.py'
+KIND = '--config.data.source.kind=files'
+PATTERN = '--config.data.source.files.pattern'
+
+
+@pytest.fixture
+def pattern(tmp_path, monkeypatch):
+  """A pattern of small files in several pieces."""
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**12)
+  for name in 'ab':
+    lines = [json.dumps({'text': f'{name}{i} ' * (i % 37)}) for i in range(120)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+  return f'{tmp_path}/*.jsonl'
+
+
+def run(capsys, tmp_path, *flags):
+  prepare.main([CONFIG, f'--config.data.cache_dir={tmp_path}/cache', *flags])
+  return capsys.readouterr().out
+
+
+def test_a_run_finds_what_was_prepared(pattern, tmp_path, capsys):
+  said = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}', '--processes=1')
+  assert 'train: ' in said and 'MB/s by 1 proc' in said
+  (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
+  assert str(folder) in said.replace('\n', '')
+  before = folder.stat().st_mtime_ns
+  options = data.DataOptions(
+    source=data.FilesSource(pattern), cache_dir=f'{tmp_path}/cache'
+  )
+  data.load(options)
+  assert folder.stat().st_mtime_ns == before
+  again = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}')
+  assert 'train: ' in again and 'MB/s by' not in again
+
+
+def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):
+  lines = f'both:files({pattern})*2, one:files({tmp_path}/a.jsonl)'
+  flags = [
+    f'--config.data.mixture.lines={lines}',
+    '--config.data.tokenizer.kind=chars',
+    '--config.data.seq_len=16',
+    '--processes=1',
+  ]
+  first = run(capsys, tmp_path, *flags, '--host=0', '--num_hosts=2')
+  assert 'host 0 of 2 is done; other hosts have yet to make 4 pieces' in first
+  said = run(capsys, tmp_path, *flags, '--host=1', '--num_hosts=2')
+  assert 'mixture of 2 sources' in said and 'one' in said
+
+
+def test_mistakes_are_told_in_a_line(pattern, tmp_path, capsys):
+  for flags, says in (
+    (['--host=2', '--num_hosts=2'], '--host=2 not in [0, num_hosts=2)'),
+    (['--processes=0'], 'must be at least 1'),
+    (['--config.data.source.kind=file'], "unknown source 'file'"),
+    (['--config.data.task.kind=classes'], 'data.'),
+    ([KIND, f'{PATTERN}={tmp_path}/no*'], 'no file matches'),
+  ):
+    with pytest.raises(SystemExit) as ended:
+      run(capsys, tmp_path, *flags)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and says in said, said
+
+
+# 200 MB follow.
+
+SIZE = 200 * 10**6
+
+
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+  """A folder with 200 MB of text and of lines of JSON, drawn from a seed."""
+  folder = tmp_path_factory.mktemp('large')
+  draw = random.Random(0)
+  words = re.findall(r'\w+|\W+', pathlib.Path(os.__file__).read_text('utf-8'))
+  block = ''.join(draw.choices(words, k=400_000))
+  with (
+    (folder / 'a.jsonl').open('w') as lines,
+    (folder / 'b.txt').open('w') as b,
+  ):
+    while lines.tell() + b.tell() < SIZE:
+      for _ in range(200):
+        begin = draw.randrange(len(block))
+        text = block[begin : begin + draw.randrange(4000)]
+        lines.write(json.dumps({'text': text}) + '\n')
+        b.write(f'{text}\n\n{begin}')
+  return folder
+
+
+def command(large, cache, *flags):
+  """A process of the command, on the data in `large`."""
+  flags = [
+    CONFIG, KIND, f'{PATTERN}={large}/*', *flags,
+    f'--config.data.cache_dir={cache}',
+  ]  # fmt: skip
+  return subprocess.Popen(
+    [sys.executable, '-m', 'moe_jax.data.prepare', *flags],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    start_new_session=True,
+  )  # fmt: skip
+
+
+def said(process):
+  """What a process says; it ends well."""
+  text, _ = process.communicate()
+  assert process.returncode == 0, text
+  return text
+
+
+def digests_of(cache):
+  (folder,) = (cache / 'tokens').iterdir()
+  return {
+    path.name: hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()
+    for path in folder.iterdir()
+  }
+
+
+def whole_pieces(cache):
+  return list(cache.glob('tokens/*.parts/0*/piece.json'))
+
+
+@pytest.mark.slow
+def test_200_mb_are_the_same_by_whomever_and_after_a_kill(large, tmp_path):
+  one, two, hosts = (tmp_path / name for name in ('one', 'two', 'hosts'))
+  killed = command(large, two, '--processes=2')
+  while len(whole_pieces(two)) < 2:
+    assert killed.poll() is None
+    time.sleep(0.05)
+  killed.kill()  # -9, and only the parent: its workers end by themselves
+  killed.communicate()
+  kept = len(whole_pieces(two))
+  resumed = said(command(large, two, '--processes=2'))
+  assert int(re.search(r'(\d+) pieces were there already', resumed)[1]) >= 2
+  assert kept >= 2
+  each = [command(large, hosts, '--processes=1', f'--host={i}', '--num_hosts=2')
+          for i in (0, 1)]  # fmt: skip
+  texts = [said(process) for process in each]
+  assert sum('train: ' in text for text in texts) >= 1
+  alone = said(command(large, one, '--processes=1'))
+  assert digests_of(one) == digests_of(two) == digests_of(hosts)
+  # Most of it are libraries: pieces of 32 MiB would be ten times as many.
+  for text in (resumed, alone):
+    assert int(re.search(r'at most ([\d,]+) MiB', text)[1]) < 700

@@ -1,0 +1,164 @@
+"""Pieces of documents become one folder, whoever makes them and how often."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax.data import piece_workers, tokenizers
+from moe_jax.data.sources import files
+from moe_jax.data.tokens_folder import Share, make
+
+
+@pytest.fixture
+def small_pieces(tmp_path, monkeypatch):
+  """Lines of JSON in six pieces; gives a function to options of a cache."""
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**12)
+  for name in 'ab':
+    lines = [json.dumps({'text': f'{name}{i} ' * (i % 37)}) for i in range(120)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+
+  def options(cache):
+    return data.DataOptions(
+      source=data.FilesSource(f'{tmp_path}/*.jsonl'),
+      seq_len=16,
+      cache_dir=str(tmp_path / cache),
+    )
+
+  return options
+
+
+def made_by(options, *shares):
+  """What the last of some shares made, and what it told."""
+  corpus = options.source.texts(options.selection)
+  told = []
+  for share in shares:
+    share = share._replace(told=lambda *bytes_: told.append(bytes_))
+    made = make(corpus, options.tokenizer, options.selection, share)
+  return made, told
+
+
+def digests_of(folder):
+  """The sha256 of every file of a folder, by name."""
+  return {
+    path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.iterdir()
+  }
+
+
+def folder_in(cache):
+  """The only folder of tokens in a cache, with nothing beside it."""
+  (folder,) = (pathlib.Path(cache) / 'tokens').iterdir()
+  return folder
+
+
+HOSTS = Share(host=1, num_hosts=2), Share(host=0, num_hosts=2)
+
+
+@pytest.mark.parametrize(
+  'shares',
+  [HOSTS, pytest.param((Share(processes=2),), marks=pytest.mark.slow)],
+)
+def test_all_make_what_a_run_makes_by_itself(shares, small_pieces):
+  dataset = data.load(small_pieces('run'))
+  folder = folder_in(small_pieces('run').cache_dir)
+  options = small_pieces('theirs')
+  made, told = made_by(options, *shares)
+  assert not made.missing and told[-1][0] == told[-1][1]
+  assert made.folder == folder_in(options.cache_dir)
+  assert made.folder.name == folder.name
+  assert digests_of(made.folder) == digests_of(folder)
+  # A run that finds the folder learns from the same rows.
+  found = data.load(options)
+  assert (found.digest, found.counts) == (dataset.digest, dataset.counts)
+  assert len([p for p in folder.iterdir() if p.match('train.0*')]) >= 6
+
+
+def test_rows_are_those_of_one_piece(small_pieces, monkeypatch):
+  pieces = data.load(small_pieces('many'))
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**30)
+  whole = data.load(small_pieces('one'))
+  assert pieces.counts == whole.counts
+  for split in data.SPLITS:
+    ours, theirs = pieces.splits[split], whole.splits[split]
+    assert len(ours) == len(theirs)
+    rows = np.random.default_rng(0).integers(0, len(ours), 200)
+    for name, values in ours.take(rows).items():
+      np.testing.assert_array_equal(values, theirs.take(rows)[name])
+
+
+def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+
+  def stop(tokenizer, text):
+    if text.startswith('b30 '):
+      raise ValueError('stopped')
+    return encode(tokenizer, text)
+
+  encode = tokenizers.Bytes.encode
+  with monkeypatch.context() as stopping:
+    stopping.setattr(tokenizers.Bytes, 'encode', stop)
+    with pytest.raises(ValueError, match='stopped'):
+      make(corpus, options.tokenizer, options.selection, Share())
+  parts = folder_in(options.cache_dir)
+  assert parts.suffix == '.parts'
+  done = sorted(path.name for path in parts.iterdir() if path.is_dir())
+  assert done == [f'{i:05}' for i in range(len(done))] and 3 <= len(done) < 6
+  written = (parts / '00000' / 'train.tokens').stat().st_mtime_ns
+  damaged = parts / '00001' / 'train.tokens'
+  damaged.write_bytes(damaged.read_bytes()[::-1])
+  (parts / '00002' / 'piece.json').write_text('{')
+  (parts / 'unfinished-00003-1').mkdir()
+  made = make(corpus, options.tokenizer, options.selection, Share())
+  assert made.kept == len(done) - 2
+  kept = (made.folder / 'train.00000.tokens').stat().st_mtime_ns
+  assert kept == written
+  fresh, _ = made_by(small_pieces('fresh'), Share())
+  assert digests_of(made.folder) == digests_of(fresh.folder)
+
+
+def test_missing_pieces_of_other_hosts_are_counted(small_pieces):
+  options = small_pieces('cache')
+  made, told = made_by(options, Share(host=0, num_hosts=3))
+  assert made.missing and not made.folder.exists()
+  sizes = options.source.texts(options.selection).pieces.sizes
+  assert told[-1] == (sum(sizes[::3]), sum(sizes[::3]))
+  # The next command, or a run, makes the rest and joins all.
+  kept = made_by(options, Share())[0].kept
+  assert kept + len(made.missing) == len(sizes)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  with (tmp_path / 'b.jsonl').open('a') as file:
+    file.write('\n')
+  with pytest.raises(ValueError, match=r'b\.jsonl was changed while'):
+    make(corpus, options.tokenizer, options.selection, Share())
+
+
+@pytest.mark.slow
+def test_a_worker_names_its_error(small_pieces, tmp_path):
+  options = small_pieces('cache')
+  with (tmp_path / 'b.jsonl').open('a') as file:
+    file.write('\n{')
+  with pytest.raises(ValueError, match=r'b\.jsonl, line 121 is no JSON'):
+    made_by(options, Share(processes=2))
+
+
+def test_pairs_have_their_folder(small_pieces):
+  options = small_pieces('cache')
+  pairs = data.KvRecallSource(16).pairs(options.selection)
+  made = make(pairs, options.tokenizer, options.selection, Share(processes=2))
+  assert (made.folder / 'train.inputs.tokens').exists()
+
+
+def test_the_peak_of_memory_is_that_of_this_process():
+  peak = piece_workers.peak_memory()
+  assert peak == 0 or 2**25 < peak < 2**37
