@@ -50,7 +50,6 @@ def executed(
     timeout=timeout,
     coalesce_streams=True,
     record_timing=False,
-    store_widget_state=False,
     resources={'metadata': {'path': str(path.parent)}},
   )
   return client.execute(env=os.environ | env)
@@ -68,6 +67,7 @@ def main(paths: list[str]) -> None:
     for cell in notebook.cells:
       if 'outputs' in cell:
         cell.outputs = [out for out in cell.outputs if not has_view(out)]
+    notebook.metadata.pop('widgets', None)
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, path)
     print(f'{path}: {path.stat().st_size / 1e3:.0f} KB')
