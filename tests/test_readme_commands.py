@@ -23,6 +23,7 @@ FIRST, *ROOMS = test_readme.READMES
 NOT_RUN = {
   'pip install': '.ci/run installs in fresh environments',
   '-m pytest': 'this is a part of it',
+  'jupyter lab': 'serves until it is stopped',
   'srun ': 'needs a SLURM cluster',
   '--coordinator=': 'needs several hosts',
   'google/switch-base-8': 'needs the network',
