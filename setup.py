@@ -35,6 +35,7 @@ setup(
   description='Sparse mixture-of-experts models in JAX, one code for all',
   long_description=(here / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
+  url='https://github.com/moe-jax/moe_jax',  # notebooks name it, too
   license='Apache-2.0',
   packages=find_packages(include=['moe_jax', 'moe_jax.*']),
   python_requires='>=3.11',
@@ -64,7 +65,7 @@ setup(
     'test': [*TEST, TORCH, PEFT],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
-    'colab': ['ipykernel>=6.29', 'nbformat>=5.10', DIGITS],
+    'colab': ['ipykernel>=6.29', 'ipywidgets>=8', 'nbformat>=5.10', DIGITS],
     'experiments': [DIGITS, DJANGO, 'scipy>=1.11', LIBTPU, TORCH, TRANSFORMERS],
   },
 )

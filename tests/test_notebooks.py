@@ -4,7 +4,7 @@ Numbers are not compared: a notebook's words must hold, but another machine
 rounds otherwise.
 """
 
-import os
+import ast
 import pathlib
 import re
 import sys
@@ -12,13 +12,14 @@ import sys
 import jax
 import nbformat
 import pytest
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+
+from colab import store
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
 MAX_LINES = 15
+MAX_BYTES = 1_000_000
 # Such paths exist on one machine only: the home of a user, a mounted disk, a
 # temporary folder. Colab's own /content is everyone's.
 MACHINE_PATH = re.compile(
@@ -41,16 +42,6 @@ def code_cells(notebook):
   return [cell for cell in cells if cell.source.strip()]
 
 
-def own_kernel():
-  """A manager of 'python3' as the running interpreter.
-
-  It has no folders to search, so that the specification is ipykernel's own; a
-  kernel of that name in the user's folder could be another interpreter.
-  """
-  specs = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
-  return AsyncKernelManager(kernel_name='python3', kernel_spec_manager=specs)
-
-
 def faults(notebook):
   """Faults of the notebook as it is stored, one line for each."""
   problems = []
@@ -66,6 +57,8 @@ def faults(notebook):
         problems.append(f'code cell {i} keeps an error: {output.ename}')
       if output.get('name') == 'stderr':
         problems.append(f'code cell {i} keeps warnings: {output.text[:80]}')
+      if store.has_view(output):
+        problems.append(f'code cell {i} keeps the view of a widget')
       images += 'image/png' in output.get('data', {})
   if not images:
     problems.append('no picture is kept')
@@ -74,6 +67,8 @@ def faults(notebook):
     problems.append(
       f"kernelspec {kernel!r} is not 'python3'; Colab has no other"
     )
+  if 'widgets' in notebook.metadata:
+    problems.append('the states of widgets are kept')
   if match := MACHINE_PATH.search(text_of(notebook)):
     problems.append(f"a machine's path: {match[0]!r}")
   return problems
@@ -100,23 +95,19 @@ def test_there_are_notebooks():
 @pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path):
-  kernel = own_kernel()
-  assert kernel.format_kernel_cmd()[0] == sys.executable
-  # The kernel must use this checkout's code, and no other that is installed.
-  search = [str(ROOT), os.environ.get('PYTHONPATH', '')]
-  env = os.environ | {
-    'PYTHONPATH': os.pathsep.join(filter(None, search)),
-    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-  }
-  client = NotebookClient(
-    read(path),
-    km=kernel,
-    timeout=300,
-    resources={'metadata': {'path': str(path.parent)}},
+  """In quick sizes, from an empty kernel and with this checkout's code."""
+  notebook = store.executed(
+    path,
+    timeout=600,  # on a busy machine
+    MOE_JAX_QUICK='1',
+    JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.2',
   )
-  client.execute(env=env)
-  assert all(cell.execution_count for cell in code_cells(client.nb))
+  assert all(cell.execution_count for cell in code_cells(notebook))
+
+
+def test_the_kernel_is_this_interpreter():
+  assert store.own_kernel().format_kernel_cmd()[0] == sys.executable
 
 
 @each_notebook
@@ -124,13 +115,43 @@ def test_notebook_is_kept_well(path):
   notebook = read(path)
   nbformat.validate(notebook)
   assert not faults(notebook)
+  assert path.stat().st_size < MAX_BYTES
+
+
+def address():
+  """Where the repository is, by the one place that says so."""
+  setup = ast.parse((ROOT / 'setup.py').read_text(encoding='utf-8'))
+  (call,) = (
+    node
+    for node in ast.walk(setup)
+    if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setup'
+  )
+  given = {keyword.arg: keyword.value for keyword in call.keywords}
+  return ast.literal_eval(given['url'])
+
+
+def test_all_notebooks_begin_alike_with_the_address_of_setup():
+  """Whoever moves the repository changes one line and replaces its text."""
+  titles = [cell.source for _, cell, *_ in (read(p).cells for p in NOTEBOOKS)]
+  first = [code_cells(read(path))[0].source for path in NOTEBOOKS]
+  assert len({*titles}) == len({*first}) == 1
+  assert f"REPOSITORY = 'git+{address()}'" in first[0]
+  for path in (*NOTEBOOKS, ROOT / 'colab' / 'README.md'):
+    text = path.read_text(encoding='utf-8')
+    moved = re.findall(r'github(?:\.com)?/[\w-]+/moe_jax', text)
+    assert {*moved} <= {address().replace('https://', ''), colab_name()}
+
+
+def colab_name():
+  """The repository as the links of Colab name it."""
+  return address().replace('https://github.com', 'github')
 
 
 def test_an_error_fails_the_run():
   cell = nbformat.v4.new_code_cell('raise ValueError("seven slots")')
   broken = nbformat.v4.new_notebook(cells=[cell])
   with pytest.raises(Exception, match='seven slots'):
-    NotebookClient(broken, km=own_kernel(), timeout=60).execute()
+    NotebookClient(broken, km=store.own_kernel(), timeout=60).execute()
 
 
 def test_faults_are_seen():
@@ -145,6 +166,7 @@ def test_faults_are_seen():
         v4.new_output('error', ename='NameError', evalue='z', traceback=[]),
         v4.new_output('stream', name='stderr', text='old option'),
         v4.new_output('stream', name='stdout', text='saved /home/ada/x.png'),
+        v4.new_output('display_data', {store.WIDGET: {'model_id': '7'}}),
       ],
     ),
   ]
@@ -154,6 +176,7 @@ def test_faults_are_seen():
     'cell 2 was run as number 3',
     'cell 3 keeps an error: NameError',
     'cell 3 keeps warnings: old option',
+    'cell 3 keeps the view of a widget',
     'no picture',
     "kernelspec None is not 'python3'",
     "a machine's path: '/home/a'",
