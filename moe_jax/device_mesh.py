@@ -61,6 +61,29 @@ class MeshOptions(Options):
     for name in rest[1:]:
       yield f'{name}=-1, and {rest[0]}=-1 takes what is left already'
 
+  @classmethod
+  def for_experts(cls, num_experts: int, num_devices: int) -> 'MeshOptions':
+    """The mesh that splits the experts over as many devices as divide them.
+
+    The axis 'data' has the devices that are left. Experts are split evenly, so
+    6 experts on 8 devices make an axis 'expert' of 2.
+
+    Args:
+      num_experts: Number of experts of a layer; 0, for a model without, puts
+        all devices on the axis 'data'.
+      num_devices: Number of devices, all in one slice.
+
+    Raises:
+      ValueError: The number of devices is below 1, or that of experts below 0.
+    """
+    if num_experts < 0 or num_devices < 1:
+      raise ValueError(
+        f'num_experts={num_experts} must be at least 0, and num_devices='
+        f'{num_devices} at least 1'
+      )
+    expert = math.gcd(num_experts, num_devices) if num_experts else 1
+    return cls(data=num_devices // expert, expert=expert)
+
   def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these devices; see `make_mesh`."""
     return make_mesh(dataclasses.asdict(self), devices)

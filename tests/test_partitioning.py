@@ -48,6 +48,26 @@ def test_one_axis_takes_what_is_left_of_the_devices(asked, shape):
   assert set(mesh.devices.flat) == set(jax.devices())
 
 
+@pytest.mark.parametrize(
+  ('num_experts', 'num_devices', 'data', 'expert'),
+  [(8, 1, 1, 1), (8, 4, 1, 4), (6, 8, 4, 2), (3, 8, 8, 1), (0, 8, 8, 1)],
+)
+def test_experts_are_split_over_devices_that_divide_them(
+  num_experts, num_devices, data, expert
+):
+  options = MeshOptions.for_experts(num_experts, num_devices)
+  assert (options.data, options.expert) == (data, expert)
+  mesh = options.make(jax.devices()[:num_devices])
+  assert mesh.size == num_devices
+
+
+def test_a_mesh_for_experts_needs_devices():
+  with pytest.raises(ValueError, match='num_devices=0 at least 1'):
+    MeshOptions.for_experts(8, 0)
+  with pytest.raises(ValueError, match='num_experts=-1 must be at least 0'):
+    MeshOptions.for_experts(-1, 8)
+
+
 def test_a_mesh_of_given_devices():
   mesh = make_mesh(dict(data=-1, tensor=2), jax.devices()[2:6])
   assert mesh.devices.shape == (2, 1, 1, 2)

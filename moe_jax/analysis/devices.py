@@ -1,9 +1,12 @@
-"""The memory of devices that a model might run on."""
+"""The memory and the speed of devices that a model might run on."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
+from moe_jax.analysis.roofline import measure_peaks
 from moe_jax.memory_room import host_bytes
 from moe_jax.options import unknown
 
@@ -18,25 +21,63 @@ class Device:
     name: Name of the device, as a table prints it.
     num_bytes: Bytes of all its memory, including those that a runtime reserves;
       0 where the number is unknown.
+    peaks: FLOPs per second of dense products by type of the operands, as the
+      vendor prints them; types whose products the vendor gives several speeds,
+      such as float32 with and without TF32, are left out.
   """
 
   name: str
   num_bytes: int
+  peaks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-# Memory as vendors print it, in powers of ten.
+# Memory and speed as vendors print them, in powers of ten, without sparsity.
 _KNOWN = {
-  # NVIDIA H100 Tensor Core GPU data sheet, SXM and PCIe.
-  'h100': Device('H100-80GB', 80 * 10**9),
+  # NVIDIA H100 Tensor Core GPU data sheet; the speed is that of SXM.
+  'h100': Device('H100-80GB', 80 * 10**9, {'bfloat16': 989e12}),
   # NVIDIA H200 Tensor Core GPU data sheet.
-  'h200': Device('H200-141GB', 141 * 10**9),
+  'h200': Device('H200-141GB', 141 * 10**9, {'bfloat16': 989e12}),
+  # NVIDIA A100 Tensor Core GPU data sheet.
+  'a100': Device('A100-40GB', 40 * 10**9, {'bfloat16': 312e12}),
+  # NVIDIA L4 Tensor Core GPU data sheet.
+  'l4': Device('L4-24GB', 24 * 10**9, {'bfloat16': 121e12}),
+  # NVIDIA T4 data sheet; its tensor cores know no bfloat16.
+  't4': Device('T4-16GB', 16 * 10**9, {'float32': 8.1e12}),
   # https://cloud.google.com/tpu/docs/v5e and its neighbours, for one chip.
-  'v4': Device('TPU v4', 32 * 10**9),
-  'v5e': Device('TPU v5e', 16 * 10**9),
-  'v5p': Device('TPU v5p', 95 * 10**9),
-  'v6e': Device('TPU v6e', 32 * 10**9),
+  'v4': Device('TPU v4', 32 * 10**9, {'bfloat16': 275e12}),
+  'v5e': Device('TPU v5e', 16 * 10**9, {'bfloat16': 197e12}),
+  'v5p': Device('TPU v5p', 95 * 10**9, {'bfloat16': 459e12}),
+  'v6e': Device('TPU v6e', 32 * 10**9, {'bfloat16': 918e12}),
 }
 NAMES = (*_KNOWN, HERE)
+# JAX's `device_kind` of those whose speed is known.
+_KINDS = {
+  'NVIDIA H100 80GB HBM3': 'h100',
+  'NVIDIA H200': 'h200',
+  'NVIDIA A100-SXM4-40GB': 'a100',
+  'NVIDIA A100-SXM4-80GB': 'a100',
+  'NVIDIA L4': 'l4',
+  'Tesla T4': 't4',
+  'TPU v4': 'v4',
+  'TPU v5 lite': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v5p': 'v5p',
+  'TPU v6 lite': 'v6e',
+}
+_BFLOAT16_SINCE = 8.0  # CUDA's compute capability with products of bfloat16
+
+
+class Peak(NamedTuple):
+  """The most FLOPs per second that products on some devices can reach.
+
+  Attributes:
+    flops_per_second: FLOPs per second of all the devices together, two for a
+      multiply-add.
+    source: Where the number comes from, in words.
+  """
+
+  flops_per_second: float
+  source: str
 
 
 def get(name: str) -> Device:
@@ -54,3 +95,49 @@ def get(name: str) -> Device:
     return Device('this machine', host_bytes())
   num_bytes = (device.memory_stats() or {}).get('bytes_limit', 0)
   return Device(f'this {device.device_kind}', num_bytes)
+
+
+def fast_dtype(device: jax.Device) -> str:
+  """The type in which a device multiplies fastest, of those of models.
+
+  It is 'bfloat16' on TPUs and on GPUs that have products of it, and 'float32'
+  on CPUs and on older GPUs such as a T4, which compute bfloat16 in float32.
+  """
+  if device.platform == 'cpu':
+    return 'float32'
+  capability = getattr(device, 'compute_capability', '')
+  try:
+    return 'bfloat16' if float(capability) >= _BFLOAT16_SINCE else 'float32'
+  except ValueError:  # not a device of CUDA
+    return 'bfloat16'
+
+
+def peak(
+  dtype: str,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  quick: bool = False,
+) -> Peak:
+  """The peak of devices of one kind, from the vendor or else measured.
+
+  Where the vendor's number is not known, as on a CPU, it is the speed of the
+  fastest of some large square products on the first device: less than the
+  hardware could reach. CPU devices of a process share its cores, and count as
+  one.
+
+  Args:
+    dtype: Type of the operands of the products.
+    devices: The devices. Default: all of JAX's.
+    quick: Whether only a small product is measured; for tests.
+  """
+  devices = jax.devices() if devices is None else devices
+  kind, count = devices[0].device_kind, len(devices)
+  vendor = _KNOWN[_KINDS[kind]].peaks if kind in _KINDS else {}
+  if dtype in vendor:
+    return Peak(count * vendor[dtype], f'{count} x {kind} by its data sheet')
+  if devices[0].platform == 'cpu':
+    count = len({device.process_index for device in devices})
+  measured = measure_peaks(dtype, quick=quick)
+  n = measured.matmul_size
+  source = f'a measured product of {n} x {n} matrices'
+  return Peak(count * measured.flops_per_second, source)

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
+from jaxtyping import Bool
 
 from moe_jax.analysis import collectives as collectives_lib
 from moe_jax.memory_room import in_bytes
@@ -103,3 +105,23 @@ def device_bytes(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
+
+
+def held(
+  x: jax.Array | jax.ShapeDtypeStruct, axis: int
+) -> tuple[list[jax.Device], Bool[np.ndarray, 'D N']]:
+  """Which device holds which entries of one dimension of an array.
+
+  Args:
+    x: An array of N entries along the dimension, or its shape with a sharding.
+    axis: Number of the dimension, such as that of experts.
+
+  Returns:
+    The D devices in the order of their ids, and whether each holds an entry.
+  """
+  places = x.sharding.devices_indices_map(x.shape)
+  devices = sorted(places, key=lambda device: device.id)
+  holds = np.zeros((len(devices), x.shape[axis]), bool)
+  for row, device in zip(holds, devices):
+    row[places[device][axis]] = True
+  return devices, holds

@@ -1,29 +1,11 @@
 """One tokenizer for all sources of a mixture."""
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import TaskOptions
-from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitted(TokenizerOptions):
-  """A tokenizer that is there already, in place of its options."""
-
-  tokenizer: Any
-
-  def identity(self) -> str:
-    """The tokenizer's own identity."""
-    return f'fitted {self.tokenizer.identity}'
-
-  def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer, whatever the texts are."""
-    del texts
-    return self.tokenizer
+from moe_jax.data.tokenizers import Fitted, TokenizerOptions
 
 
 def shared_tokenizer(

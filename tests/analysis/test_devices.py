@@ -1,7 +1,9 @@
 """Known devices by name, and the memory of this one."""
 
 import os
+from typing import NamedTuple
 
+import jax
 import pytest
 
 from moe_jax.analysis import devices
@@ -33,3 +35,38 @@ def test_a_limit_of_the_process_group_counts(tmp_path, written, expected):
 def test_an_unknown_device_names_those_there_are():
   with pytest.raises(ValueError, match=r"'h1000'; did you mean 'h100'.*'v5e'"):
     devices.get('h1000')
+
+
+class Fake(NamedTuple):
+  """The part of a device of JAX that is read."""
+
+  platform: str
+  device_kind: str
+  compute_capability: str = ''
+  process_index: int = 0
+
+
+def test_the_fast_type_is_bfloat16_where_there_are_products_of_it():
+  assert devices.fast_dtype(Fake('tpu', 'TPU v5 lite')) == 'bfloat16'
+  assert devices.fast_dtype(Fake('gpu', 'NVIDIA L4', '8.9')) == 'bfloat16'
+  assert devices.fast_dtype(Fake('gpu', 'AMD MI300', 'gfx942')) == 'bfloat16'
+  assert devices.fast_dtype(Fake('gpu', 'Tesla T4', '7.5')) == 'float32'
+  assert devices.fast_dtype(jax.devices()[0]) == 'float32'
+
+
+def test_a_peak_of_several_known_devices_is_their_vendors():
+  peak = devices.peak('bfloat16', 4 * [Fake('tpu', 'TPU v5 lite')])
+  assert peak == (4 * 197e12, '4 x TPU v5 lite by its data sheet')
+  peak = devices.peak('float32', [Fake('gpu', 'Tesla T4', '7.5')])
+  assert peak.flops_per_second == 8.1e12
+
+
+def test_the_peak_of_a_processor_is_measured():
+  peak = devices.peak('float32', jax.devices()[:2], quick=True)
+  assert peak.flops_per_second > 0
+  assert peak.source == 'a measured product of 512 x 512 matrices'
+
+
+def test_peaks_of_a_type_that_the_vendor_does_not_name_are_measured():
+  chips = 3 * [Fake('tpu', 'TPU v6 lite')]
+  assert 'measured' in devices.peak('float32', chips, quick=True).source
