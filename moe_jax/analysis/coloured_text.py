@@ -25,6 +25,7 @@ _NONE = '#FFFFFF'  # of a token without a choice
 _NEW_LINE, _INVISIBLE = '\u21b5', '\u00b7'
 _LINE = 0.26  # inches, of a line with its numbers
 _CHARACTER = 0.085  # inches
+_DPI = 130  # with which numbers are read
 
 
 class Piece(NamedTuple):
@@ -92,7 +93,7 @@ def figure(
   every = list(pieces(texts, columns))
   lines = 1 + max((piece.line for piece in every), default=0)
   height = len(experts) * (_LINE * lines + 0.35)
-  canvas = Figure(figsize=(_CHARACTER * columns, height))
+  canvas = Figure(figsize=(_CHARACTER * columns, height), dpi=_DPI)
   canvas.set_layout_engine('constrained')
   panels = canvas.subplots(len(experts), 1, squeeze=False)[:, 0]
   for axes, (name, chosen) in zip(panels, experts.items(), strict=True):
@@ -109,7 +110,7 @@ def _draw(axes: Axes, piece: Piece, expert: int) -> None:
   box = Rectangle((x, y + 0.04), width, 0.92, fc=_colour(expert), ec='white')
   axes.add_patch(box)
   number = '' if expert < 0 else str(expert)
-  axes.text(x + 0.15, y + 0.09, number, va='top', fontsize=4.5, color='0.25')
+  axes.text(x + 0.15, y + 0.09, number, va='top', fontsize=4.8, color='0.2')
   style = {'family': 'monospace', 'fontsize': 7, 'parse_math': False}
   for place, character in enumerate(piece.text):
     # One at a time, as no font is exactly as wide as a cell.
