@@ -7,7 +7,7 @@ to none, or they shrink to a column for each. Not here: which experts are left
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,4 +248,42 @@ def only(layer: SparseLayer, experts: list[int]) -> Fewer:
     {path: x[index] for path, x in layer.experts.items()},
     layer.taken(index),
     tuple(row.tolist()),
+  )
+
+
+def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
+  """The run in memory without some experts, whose columns are never chosen.
+
+  A token that would choose one of them takes the next of its choices.
+
+  Args:
+    run: The run.
+    lost: The experts that are lost, by the number of the layer.
+
+  Raises:
+    ValueError: A layer is not sparse, has no such expert or would keep fewer
+      than a token chooses, or as `check_layer`.
+  """
+  layers = sparse_layers(run.model, run.variables['params'])
+  left = {}
+  for number, experts in lost.items():
+    if number not in layers:
+      raise ValueError(f'layer {number} is not sparse; {[*layers]} are')
+    layer, gone = layers[number], set(experts)
+    check_layer(layer)
+    E, K = layer.moe.num_experts, layer.moe.num_selected
+    kept = [e for e in range(E) if e not in gone]
+    if wrong := sorted(gone - set(range(E))):
+      raise ValueError(f'layer {number} has no experts {wrong}, only {E}')
+    if len(kept) < K:
+      raise ValueError(
+        f'layer {number} would keep {len(kept)} experts, and a token chooses '
+        f'num_selected={K}'
+      )
+    left[number] = only(layer, kept)
+  options, params = smaller(run, left, 'masked')
+  return run._replace(
+    options=run.options._replace(model=options),
+    model=options.build(run.options.sharding.rules),
+    variables={**run.variables, 'params': params},
   )

@@ -14,6 +14,7 @@ from moe_jax.compression.fewer import (
   numbers,
   numbers_by_share,
   only,
+  without,
 )
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Hash, TokenChoice
@@ -260,3 +261,30 @@ def test_routers_without_columns_or_with_a_state_are_refused():
   layers = sparse_layers(tied.model, tied.variables['params'])
   with pytest.raises(ValueError, match='layer 2 has tied columns already'):
     check_layer(layers[2])
+
+
+def test_tokens_of_a_lost_expert_take_their_next_choice():
+  run = run_of()
+  _, load = outputs(run, 1)
+  new = without(run, {1: [3]})
+  assert new.options.model.moe.retained.rows == {1: (0, 1, 2, -1, 3)}
+  _, left = outputs(new, 1)
+  assert load[3] > 0
+  assert left[3] == 0
+  assert left.sum() == load.sum()
+  assert (left >= load)[[0, 1, 2, 4]].all()
+  old, same = outputs(run, 2), outputs(new, 2)
+  np.testing.assert_array_equal(old[0], same[0])  # another layer's experts
+
+
+@pytest.mark.parametrize(
+  ('lost', 'text'),
+  [
+    ({0: [1]}, r'layer 0 is not sparse; \[1, 2\] are'),
+    ({1: [5, 9]}, r'layer 1 has no experts \[5, 9\], only 5'),
+    ({2: range(4)}, 'layer 2 would keep 1 experts, .* num_selected=2'),
+  ],
+)
+def test_experts_that_cannot_be_lost_are_refused(lost, text):
+  with pytest.raises(ValueError, match=text):
+    without(run_of(), lost)

@@ -1,0 +1,153 @@
+"""Text whose tokens have the colour and the number of the expert they chose.
+
+Eight colours repeat where there are more experts; numbers tell those of one
+colour apart, and all of them in print. Not here: the choices
+(`recording.py`, `traces.py`), and the text of tokens
+(`moe_jax.generation.TextStream`).
+"""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+# Lighter tints of Okabe and Ito's colours, on which black text is read.
+COLOURS = (
+  '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',
+  '#F7EC8C', '#7FA8D9', '#F0C25E', '#C4C4C4',
+)  # fmt: skip
+_NONE = '#FFFFFF'  # of a token without a choice
+_NEW_LINE, _INVISIBLE = '\u21b5', '\u00b7'
+_LINE = 0.26  # inches, of a line with its numbers
+_CHARACTER = 0.085  # inches
+_DPI = 130  # with which numbers are read
+
+
+class Piece(NamedTuple):
+  """The part of a token that stands in one line.
+
+  Attributes:
+    line: The number of the line.
+    column: The number of the first character in it.
+    text: The characters; a sign stands for a new line and for no text.
+    token: The number of the token.
+  """
+
+  line: int
+  column: int
+  text: str
+  token: int
+
+
+def pieces(texts: Sequence[str], columns: int) -> Iterator[Piece]:
+  """The parts of tokens, in lines that end at new lines or when they are full.
+
+  Args:
+    texts: The text of each token; a token with none still has a place.
+    columns: The most characters in a line.
+
+  Raises:
+    ValueError: `columns` is less than 1.
+  """
+  if columns < 1:
+    raise ValueError(f'columns={columns} must be at least 1')
+  line = column = 0
+  for token, text in enumerate(texts):
+    parts = (text or _INVISIBLE).split('\n')
+    for number, part in enumerate(parts):
+      shown = part + _NEW_LINE * (number < len(parts) - 1)
+      while shown:
+        if column == columns:
+          line, column = line + 1, 0
+        piece, shown = shown[: columns - column], shown[columns - column :]
+        yield Piece(line, column, piece, token)
+        column += len(piece)
+      if number < len(parts) - 1:
+        line, column = line + 1, 0
+
+
+def figure(
+  texts: Sequence[str],
+  experts: Mapping[str, Int[np.ndarray, ' N']],
+  *,
+  columns: int = 110,
+) -> Figure:
+  """A panel of text for each layer, tokens coloured by expert.
+
+  Args:
+    texts: The text of each of N tokens.
+    experts: The expert of each token, -1 for none, by the title of a panel,
+      such as 'layer 1'.
+    columns: The most characters in a line.
+
+  Raises:
+    ValueError: A panel has not one expert for each text.
+  """
+  for name, chosen in experts.items():
+    _check(texts, chosen, name)
+  every = list(pieces(texts, columns))
+  lines = 1 + max((piece.line for piece in every), default=0)
+  height = len(experts) * (_LINE * lines + 0.35)
+  canvas = Figure(figsize=(_CHARACTER * columns, height), dpi=_DPI)
+  canvas.set_layout_engine('constrained')
+  panels = canvas.subplots(len(experts), 1, squeeze=False)[:, 0]
+  for axes, (name, chosen) in zip(panels, experts.items(), strict=True):
+    axes.set_title(name, loc='left', fontsize=9)
+    axes.set(xlim=(0, columns), ylim=(lines, 0))
+    axes.axis('off')
+    for piece in every:
+      _draw(axes, piece, int(chosen[piece.token]))
+  return canvas
+
+
+def _draw(axes: Axes, piece: Piece, expert: int) -> None:
+  x, y, width = piece.column, piece.line, len(piece.text)
+  box = Rectangle((x, y + 0.04), width, 0.92, fc=_colour(expert), ec='white')
+  axes.add_patch(box)
+  number = '' if expert < 0 else str(expert)
+  axes.text(x + 0.15, y + 0.09, number, va='top', fontsize=4.8, color='0.2')
+  style = {'family': 'monospace', 'fontsize': 7, 'parse_math': False}
+  for place, character in enumerate(piece.text):
+    # One at a time, as no font is exactly as wide as a cell.
+    ink = '0.45' if character in (_NEW_LINE, _INVISIBLE) else 'black'
+    at = x + place + 0.5, y + 0.66
+    axes.text(*at, character, ha='center', va='center', color=ink, **style)
+
+
+def page(texts: Sequence[str], experts: Int[np.ndarray, ' N']) -> str:
+  """The text as HTML, each token with its expert's colour and number.
+
+  Args:
+    texts: The text of each of N tokens.
+    experts: The expert of each token; -1 for none.
+
+  Raises:
+    ValueError: There is not one expert for each text.
+  """
+  _check(texts, experts, 'experts')
+  parts = []
+  for text, expert in zip(texts, experts, strict=True):
+    text = html.escape(text or _INVISIBLE).replace('\n', f'{_NEW_LINE}\n')
+    number = '' if expert < 0 else f'<sub>{int(expert)}</sub>'
+    style = f'background:{_colour(int(expert))};color:black'
+    parts.append(f'<span style="{style}">{text}{number}</span>')
+  return f'<pre style="line-height:1.7">{"".join(parts)}</pre>'
+
+
+def _colour(expert: int) -> str:
+  return _NONE if expert < 0 else COLOURS[expert % len(COLOURS)]
+
+
+def _check(
+  texts: Sequence[str], experts: Int[np.ndarray, '...'], name: str
+) -> None:
+  if np.shape(experts) != (len(texts),):
+    raise ValueError(
+      f'{name} has shape {np.shape(experts)}, and one expert is needed for '
+      f'each of {len(texts)} texts'
+    )

@@ -1,0 +1,45 @@
+"""Readings: the losses and the choices of a model's own pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.analysis import reading
+from moe_jax.analysis.token_counts import choices
+from tests.models import tiny
+
+
+def batch_of(tokens, seed):
+  segment_ids = np.ones_like(tokens)
+  segment_ids[0, 5:] = 0
+  weights = np.random.default_rng(seed).random(tokens.shape, np.float32)
+  return {
+    'tokens': tokens,
+    'targets': np.roll(tokens, -1, 1),
+    'segment_ids': segment_ids,
+    'positions': np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)),
+    'loss_weights': weights * segment_ids,
+  }
+
+
+def test_losses_and_choices_are_those_of_the_model():
+  moe = {'num_experts': 5, 'num_selected': 2, 'layers': '1'}
+  model = tiny.options(moe).build()
+  variables = {'params': tiny.params_of(model)}
+  batches = [batch_of(tiny.tokens(seed), seed) for seed in range(2)]
+  every = list(reading.readings(model, variables, batches, step=7))
+  for number, (read, batch) in enumerate(zip(every, batches, strict=True)):
+    given = jax.tree.map(jnp.asarray, batch)
+    logits, _ = model.apply(variables, **model.inputs(given))
+    expected = model.loss(logits, given).nats
+    np.testing.assert_allclose(read.nats, expected, atol=1e-5)
+    np.testing.assert_array_equal(read.weights, batch['loss_weights'])
+    record = read.record()
+    assert (record.kind, record.step, record.batch) == ('read', 7, number)
+    (by_layer,) = choices(model, variables, [batch])
+    own = record.layers[1].expert[batch['segment_ids'] > 0]
+    np.testing.assert_array_equal(own.reshape(-1), by_layer[1].expert)
+    assert (record.layers[1].expert[0, 5:] == -1).all()
+    with pytest.raises(ValueError, match="no sparse layer sees 'encoder'"):
+      read.record('encoder')
