@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from moe_jax.compression import calibration
 from moe_jax.distributed import fetch
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
 from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
@@ -95,13 +94,13 @@ class Concatenated:
       key: The key of `rest`.
     """
     layers = self.source.layer_trees(params)
-    arrays = traverse_util.flatten_dict(rest(params, key))
+    arrays = flat_trees.flatten(rest(params, key))
     for path, old in arrays.items():
       place = self.model.place_of(path)
       if place is None or place.name[0] != _FFN:
         continue
       arrays[path] = self._joined(place, old, layers)
-    return traverse_util.unflatten_dict(arrays)
+    return flat_trees.unflatten(arrays)
 
   def _joined(self, place: LayerPlace, old: Array, layers: Any) -> Array:
     """One parameter of stacked layers, of which some are made of experts."""

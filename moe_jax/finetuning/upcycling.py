@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.layers.parameters import Role, axes_of, roles_of
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
+from moe_jax.models.flat_trees import Path
 from moe_jax.shapes import Array, PRNGKey
 
-Path = tuple[str, ...]
 # The logical names of dimensions that number experts: in the experts' own
 # parameters, and in those of routers.
 EXPERT_AXES = ('expert', 'expert_choice')
@@ -152,7 +151,7 @@ class Plan:
       path: self._make(path, source, new[path], axes[path], roles[path], key)
       for path in new
     }
-    return traverse_util.unflatten_dict(arrays)
+    return flat_trees.unflatten(arrays)
 
   def _make(self, path, source, new, axes, role, key) -> Array:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
@@ -213,4 +212,4 @@ def expert_axis(axes: Sequence[str | None]) -> int | None:
 
 def flat(tree) -> dict[Path, Any]:
   """The leaves of a nested dict, by path."""
-  return traverse_util.flatten_dict(tree)
+  return flat_trees.flatten(tree)

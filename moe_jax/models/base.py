@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.moe import MoeOptions
-from moe_jax.models.layer_trees import LayerPlace, Path
+from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import LayerPlace
 from moe_jax.models.stack import StackConfig
 from moe_jax.shapes import Array, Float32, Int, Leaf
 

@@ -22,6 +22,7 @@ from moe_jax.layers.experts import (
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.kernel_format import TERNARY, KernelFormat
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.text_options import StackOptions
@@ -30,7 +31,6 @@ from moe_jax.options import fields_of
 from moe_jax.shapes import Array
 
 _PLAIN = KernelFormat()
-Path = tuple[str, ...]
 
 
 class Coded(NamedTuple):

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
+from moe_jax.models import flat_trees
 from moe_jax.models.base import Model
 from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.models.layer_trees import Path
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.text_options import LayerOptions
@@ -88,7 +88,7 @@ def sparse_layers(
   ]
   layers = {}
   for number in model.sparse_layers:
-    flat = traverse_util.flatten_dict(trees[number])
+    flat = flat_trees.flatten(trees[number])
     own = {path: axes[path] for path in flat}
     in_stack, shared = places[number]
     layers[number] = SparseLayer(
@@ -112,8 +112,8 @@ def _trees(model: Model, params: Mapping[str, Any]) -> tuple[Any, ...]:
 def _by_layer_path(model: Model) -> tuple[dict[Path, Names], dict[Path, str]]:
   """The axes and roles of the parameters of layers, by paths in a layer."""
   trees = describe(model)
-  all_axes = traverse_util.flatten_dict(trees.axes)
-  all_roles = traverse_util.flatten_dict(trees.roles)
+  all_axes = flat_trees.flatten(trees.axes)
+  all_roles = flat_trees.flatten(trees.roles)
   axes, roles = {}, {}
   for path, names in all_axes.items():
     place = model.place_of(path)
@@ -151,8 +151,8 @@ def _assembled(
   new: Model,
   changes: dict[int, Arrays],
 ) -> dict[str, Any]:
-  old = traverse_util.flatten_dict(params)
-  layers = [traverse_util.flatten_dict(t) for t in model.layer_trees(params)]
+  old = flat_trees.flatten(params)
+  layers = [flat_trees.flatten(t) for t in model.layer_trees(params)]
   first, firsts = 0, {}
   for path, stack in model.stacks:
     firsts[path] = first
@@ -168,7 +168,7 @@ def _assembled(
     return array
 
   arrays = {}
-  for path, leaf in traverse_util.flatten_dict(describe(new).shapes).items():
+  for path, leaf in flat_trees.flatten(describe(new).shapes).items():
     place = new.place_of(path)
     if place is None:
       arrays[path] = old[path]
@@ -176,7 +176,7 @@ def _assembled(
     numbers = [firsts[place.stack] + i for i in place.layers]
     rows = [row(n, place.name, leaf.shape[1:]) for n in numbers]
     arrays[path] = jnp.stack(rows).astype(leaf.dtype)
-  return traverse_util.unflatten_dict(arrays)
+  return flat_trees.unflatten(arrays)
 
 
 def with_moes(
