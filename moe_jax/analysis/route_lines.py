@@ -5,6 +5,7 @@ Not here: heat maps (`route_plots.py`), and the numbers (`route_findings.py`).
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -37,7 +38,7 @@ def information_figure(
   place = {number: i for i, number in enumerate(first)}
   for i, (name, layers) in enumerate(found.items()):
     x = [place[number] for number in layers]
-    style = {'color': _COLOURS[i % 7], 'marker': 'o'}
+    style: dict[str, Any] = {'color': _COLOURS[i % 7], 'marker': 'o'}
     infos = list(layers.values())
     share = [one.adjusted for one in infos]
     error = [_over(one.deviation, one.entropy) for one in infos]

@@ -123,7 +123,7 @@ def _backward(
   for path, leaf in needed.items():
     if roles[path].form == 'kernel':
       share = 1.0
-      if roles[path].role == EXPERT:
+      if roles[path].role == EXPERT and moe is not None:
         share = moe.num_selected / leaf.shape[axes[path].index(EXPERT)]
       total += round(2 * math.prod(leaf.shape) * share)
   tables = [path for path in needed if roles[path].role == 'embedding']

@@ -5,7 +5,7 @@ Not here: the measures that are made of it.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -56,7 +56,7 @@ def batches(
     raise ValueError(f'{run.folder} does not fit the data: {problem}')
   dataset = data.load(options)
   if run.options.tokenizer is not None:
-    old = run.options.tokenizer.ids_identity
+    old = run.options.ids_identity
     if old != (new := dataset.tokenizer.ids_identity):
       raise ValueError(
         f'{run.folder} was trained on tokens of {old}, the data is of {new}'
@@ -97,7 +97,7 @@ def capture(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
   layers = model.layer_trees(kept['intermediates'])
-  return {i: _first(layers[i]) for i in model.sparse_layers}
+  return {i: cast(Reached, _first(layers[i])) for i in model.sparse_layers}
 
 
 def _first(tree: Mapping[str, Any]) -> Reached | None:

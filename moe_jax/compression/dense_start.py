@@ -185,7 +185,7 @@ def _count(model: Model, source: Model, layer: int) -> int:
   Raises:
     ValueError: There is no such number, or the layer is not dense.
   """
-  options = source.moes[layer]
+  options = source.moe_of(layer)
   expert = options.expert.twin(1).ffn
   dense = _dense(model, layer)
   if dense is None:
@@ -206,7 +206,7 @@ def _count(model: Model, source: Model, layer: int) -> int:
 
 def _dense(model: Model, layer: int) -> FfnOptions | None:
   """The feed-forward of a layer; None for a sparse one, or without blocks."""
-  if model.moes[layer] is not None and model.moes[layer].num_experts:
+  if (moe := model.moes[layer]) is not None and moe.num_experts:
     return None
   first = 0
   for _, stack in model.stacks:

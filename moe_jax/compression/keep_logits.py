@@ -147,9 +147,8 @@ def _check(
   run: whole_run.WholeRun, dataset: data.Dataset, top: int, dtype: str
 ) -> None:
   """Raises ValueError for a teacher or a number that does not fit."""
-  tokenizer, new = run.options.tokenizer, dataset.tokenizer.ids_identity
-  if tokenizer is None or tokenizer.ids_identity != new:
-    old = 'no tokenizer' if tokenizer is None else tokenizer.ids_identity
+  old, new = run.options.ids_identity, dataset.tokenizer.ids_identity
+  if old != new:
     raise ValueError(
       f'{run.folder} was trained on tokens of {old}, the data is of {new}'
     )

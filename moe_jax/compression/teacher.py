@@ -110,7 +110,7 @@ def read(
 def _problems(
   run: Run, options: DistillOptions, theirs: trained.Described, model: Model
 ) -> Iterator[str]:
-  old, new = theirs.tokenizer.ids_identity, run.dataset.tokenizer.ids_identity
+  old, new = theirs.ids_identity, run.dataset.tokenizer.ids_identity
   if old != new:
     yield f'it was trained on tokens of {old}, this run is on those of {new}'
   if model.has_encoder != run.model.has_encoder or model.reads_features:

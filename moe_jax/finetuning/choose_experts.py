@@ -142,7 +142,7 @@ def choose(
   found = trained.restore_variables(workdir, model, run.sharding.rules)
   dataset = data.load(options or run.data)
   # As where a run begins with another's parameters: a task may add an EOS.
-  old, new = run.tokenizer.ids_identity, dataset.tokenizer.ids_identity
+  old, new = run.ids_identity, dataset.tokenizer.ids_identity
   if old != new:
     raise ValueError(
       f'{workdir} was trained on tokens of {old}, the data is of {new}'
@@ -162,7 +162,8 @@ def choose(
       str(i): [round(float(x), 6) for x in own] for i, own in by_layer.items()
     },
   }
-  return ChosenExperts(model.moe.num_experts, chosen(by_layer, share), about)
+  E = model.moe_of(model.sparse_layers[-1]).num_experts
+  return ChosenExperts(E, chosen(by_layer, share), about)
 
 
 def _use(model: Model, score: str, variables, batch) -> list[Array]:

@@ -118,7 +118,7 @@ class Plan:
     """A line on how the parameters are made."""
     c, said = self.copies, []
     if self.upcycled:
-      E = self.model.moe.num_experts
+      E = self.model.moe_of(self.model.sparse_layers[-1]).num_experts
       drawn = f' with std {c.router_std:g}' if c.router_std else ''
       said.append(
         f'layers {list(self.upcycled)} made sparse, {E} copies of each dense '
@@ -170,19 +170,19 @@ class Plan:
     if piece.path is None:
       return new[period]
     value = source[piece.path][piece.period]
+    if (axis := expert_axis(axes)) is None:
+      return value
     if piece.stacked:
       experts = (0,) * new.shape[1]
       value = jnp.broadcast_to(value[None], new.shape[1:])
-    elif (axis := expert_axis(axes)) is not None:
+    else:
       experts = self.experts
       if experts and experts != tuple(range(value.shape[axis])):
         value = jnp.take(value, jnp.array(experts), axis)
-    else:
-      return value
     is_router = role.role == 'router'
     noise = self.copies.router_noise if is_router else self.copies.expert_noise
     key = jax.random.fold_in(key, period)
-    return _noisy(value, experts, expert_axis(axes), noise, key)
+    return _noisy(value, experts, axis, noise, key)
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:

@@ -21,16 +21,18 @@ from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
 from moe_jax.models import flat_trees
 from moe_jax.models.base import Model
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder_options import (
+  EncoderDecoderOptions,
+  EncoderOptions,
+)
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.options import Options
 from moe_jax.shapes import Array
 
 EXPERT, COLUMN = 'expert', AXES[-1]
-Arrays = dict[Path, Array]
+Arrays = dict[Path, Any]
 
 
 class SparseLayer(NamedTuple):
@@ -80,7 +82,7 @@ def sparse_layers(
       'blocks are merged, pruned or copied'
     )
   axes, roles = _by_layer_path(model)
-  trees, moes = _trees(model, params), model.moes
+  trees = _trees(model, params)
   places = [
     (i, stack.block.shared)
     for _, stack in model.stacks
@@ -94,7 +96,7 @@ def sparse_layers(
     layers[number] = SparseLayer(
       number,
       in_stack,
-      moes[number],
+      model.moe_of(number),
       shared,
       {p: x for p, x in flat.items() if roles[p] == EXPERT},
       {p: x for p, x in flat.items() if COLUMN in own[p]},
@@ -160,7 +162,7 @@ def _assembled(
 
   def row(number: int, path: Path, shape: tuple[int, ...]) -> Array:
     array = changes.get(number, {}).get(path, layers[number].get(path))
-    if getattr(array, 'shape', None) != shape:
+    if array is None or array.shape != shape:
       raise ValueError(
         f'{"/".join(path)} of layer {number} has shape '
         f'{getattr(array, "shape", None)}, not {shape}'
@@ -180,7 +182,7 @@ def _assembled(
 
 
 def with_moes(
-  options: ModelOptions, change: Callable[[int, LayerOptions], MoeOptions]
+  options: ModelOptions, change: Callable[[int, Any], MoeOptions]
 ) -> ModelOptions:
   """The options of a model of blocks with other mixtures.
 
@@ -189,7 +191,7 @@ def with_moes(
     change: The function change(first, half) that returns the mixture of the
       layers of an encoder or decoder, whose first layer has that number.
   """
-  if not options.has_encoder:
+  if not isinstance(options, EncoderDecoderOptions):
     return _with_moe(options, change(0, options))
   encoder = options.encoder_half()
   moe = change(encoder.num_layers, options)
@@ -197,7 +199,7 @@ def with_moes(
   return alone.with_encoder(_with_moe(encoder, change(0, encoder)))
 
 
-def _with_moe(half: Options, moe: MoeOptions) -> Any:
+def _with_moe(half: Any, moe: MoeOptions) -> Any:
   return dataclasses.replace(half, moe=moe)
 
 

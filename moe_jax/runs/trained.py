@@ -57,6 +57,12 @@ class Described(NamedTuple):
   batch_size: int
   tokenizer: Tokenizer | None
 
+  @property
+  def ids_identity(self) -> str:
+    """`Tokenizer.ids_identity` of its tokenizer; 'no tokenizer' without one."""
+    tokenizer = self.tokenizer
+    return 'no tokenizer' if tokenizer is None else tokenizer.ids_identity
+
   def task_problems(self, data: DataOptions) -> Iterator[str]:
     """The problem of other data in which a task has another number.
 

@@ -103,8 +103,7 @@ def masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  moes = model.moes
-  have = {i: moes[i].sizes.num_retained for i in model.sparse_layers}
+  have = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
   given = {i: chosen.num_experts for i in chosen.layers}
   if have != given:
     raise ValueError(

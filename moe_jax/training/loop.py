@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -82,7 +83,7 @@ def train_and_evaluate(
       watchdog.before_end = run.checkpoints.settle
       watchdog.mark('the restore')
       state = begin(run, initial)
-      recorder = stack.enter_context(Recorder(run, int(state.step)))
+      recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
       stopped = stack.enter_context(_stopped())
       for hook in hooks:
         watchdog.mark(f'the start of {type(hook).__name__}')
