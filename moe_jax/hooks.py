@@ -3,7 +3,7 @@
 `moe_jax.main` and experiments choose which of them a run has.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
 from moe_jax.generation import trained_run
 from moe_jax.kernels import backends
-from moe_jax.layers.experts import DISPATCHES, Dispatch
+from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import drop_rate
@@ -103,7 +103,7 @@ def _dispatch(run: Run, dispatch: Dispatch) -> str:
     return name
   platform = run.mesh.devices.flat[0].platform
   platform = 'cuda' if platform == 'gpu' else platform
-  products = backends.describe(dispatch.backend, platform)
+  products = backends.describe(cast(Dropless, dispatch).backend, platform)
   return f'{name} (grouped products: {products})'
 
 
@@ -318,8 +318,8 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   return [
     routing_report.LayerStats(
       layer=layer,
-      load=own[i].load,
-      kept=own[i].kept_load,
+      load=np.asarray(own[i].load),
+      kept=np.asarray(own[i].kept_load),
       drop_rate=float(in_all[i]),
       drop_rate_by_choice=by_rank[i],
       entropy=float(entropy[i]),

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -235,7 +235,7 @@ def load(
   """
   if task.has_tokens and tokenizer.known_vocab_size() is None:
     texts = itertools.chain.from_iterable(
-      task.open(source, selection).texts(split)
+      cast(Any, task).open(source, selection).texts(split)
       for _, source in sorted(mixture.sources.items())
       for split in SPLITS
     )

@@ -10,7 +10,7 @@ import array
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Digest:
 
 def write_tokens(
   folder: pathlib.Path,
-  splits: dict[str, Iterable[str]],
+  splits: Mapping[str, Iterable[str]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes the texts of `splits`, one at a time, into `folder`.
@@ -68,7 +68,7 @@ def write_tokens(
 
 def write_pairs(
   folder: pathlib.Path,
-  splits: dict[str, Iterable[tuple[str, str]]],
+  splits: Mapping[str, Iterable[tuple[str, str]]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
