@@ -95,7 +95,7 @@ def start(
     return jax.process_count() > 1
   if num_processes == 1 or (given is None and launcher() is None):
     return False
-  if given:
+  if given and coordinator is not None and process_id is not None:
     claim(coordinator, process_id)
   seconds = timeouts.initialization_timeout_seconds
   who = f'process {process_id} of {num_processes}' if given else launcher()
@@ -196,7 +196,7 @@ class Placing:
     # Only rows matter here, so any size does for the second dimension.
     places = self.sharding.addressable_devices_indices_map((self.batch_size, 1))
     held = np.zeros(self.batch_size, bool)
-    for rows, *_ in places.values():
+    for rows, *_ in filter(None, places.values()):
       held[rows] = True
     return np.flatnonzero(held)
 

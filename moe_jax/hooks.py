@@ -239,8 +239,8 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   return [
     routing_report.LayerStats(
       layer=layer,
-      load=own[i].load,
-      kept=own[i].kept_load,
+      load=np.asarray(own[i].load),
+      kept=np.asarray(own[i].kept_load),
       drop_rate=float(in_all[i]),
       drop_rate_by_choice=by_rank[i],
       entropy=float(entropy[i]),

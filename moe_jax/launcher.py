@@ -88,7 +88,7 @@ def checked_flags(
   missing = [name for name, value in flags.items() if value is None]
   if len(missing) == len(flags):
     return None
-  if missing:
+  if num_processes is None or process_id is None or coordinator is None:
     have = [f'{n}={v}' for n, v in flags.items() if v is not None]
     raise ValueError(
       f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '

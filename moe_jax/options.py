@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from moe_jax import plugins
 from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
@@ -37,7 +37,6 @@ from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
 )
 
 _KEY = 'moe_jax'
-O = TypeVar('O', bound='Options')
 F = TypeVar('F', bound=Callable[..., Any])
 
 
@@ -246,7 +245,7 @@ class Options:
     """
     return section
 
-  def shrunk(self: O) -> O:
+  def shrunk(self) -> Self:
     """The same options at a laptop's size, for a config with ':runlocal'.
 
     A class with sizes overrides this; by default nested options are shrunk.
@@ -261,7 +260,7 @@ class Options:
           key: entry.shrunk() if isinstance(entry, Options) else entry
           for key, entry in value.items()
         }
-    return dataclasses.replace(self, **changes)
+    return dataclasses.replace(cast(Any, self), **changes)
 
   def _field_problems(self) -> Iterator[str]:
     hints = types_of(type(self))
@@ -278,7 +277,7 @@ class Options:
 
 def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
   """The problem of one value by itself; None for a valid one."""
-  if spec.many:
+  if spec.many and spec.kinds is not None:
     wrong = [n for n, v in value.items() if not isinstance(v, spec.kinds.base)]
     return f'{name}.{wrong[0]} is no {spec.kinds.what}' if wrong else None
   said = f'{name}={value!r}'

@@ -201,7 +201,8 @@ def sharding(
       f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
       f'{tuple(axes)}'
     )
-  spec, used, table = [], {}, dict(rules)
+  spec, used = [], {}
+  table: dict[str | None, Sequence[str]] = {**dict(rules)}
   for i, axis in enumerate(axes):
     if axis is not None and axis not in table:
       raise unknown(f'logical axis of {name}', axis, table)

@@ -13,7 +13,7 @@ import json
 import pathlib
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 
@@ -117,7 +117,7 @@ def settled(
     isinstance(x, ml_collections.ConfigDict) and 'kind' in x for x in (old, new)
   ):
     config = copy.deepcopy(config).unlock()
-    ignored |= _settle_overrides(old, config)
+    ignored |= _settle_overrides(cast(ml_collections.ConfigDict, old), config)
     config = sections.lock(RunConfig, config)
   return read(config), ignored
 
@@ -138,14 +138,15 @@ def _settle_overrides(
     before, config.model
   )
   ignored = {f'model.{name}': value for name, value in overrides.items()}
-  for name, entry in config.get('evals', {}).items():
+  evals: Any = config.get('evals', {})
+  for name, entry in evals.items():
     if not isinstance(entry, ml_collections.ConfigDict):
       continue
     left, given_up = sections.settle_overrides(
       functools.partial(sections.choice_leaves, MODELS),
       before,
       config.model,
-      entry.get('model_overrides', {}),
+      cast(Any, entry.get('model_overrides', {})),
     )
     entry.model_overrides = left
     where = f'evals.{name}.model_overrides'

@@ -6,7 +6,7 @@ Not here: how a section is made (`section_writer.py`), merged or settled
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import ml_collections
 
@@ -176,7 +176,7 @@ class Reader:
     if problem is not None:
       self.problems.append(problem)
     elif hint is float:
-      value = float(value)
+      value = float(cast(Any, value))
     return value
 
   def _entries(self, spec, default, config, path):

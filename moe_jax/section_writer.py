@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from moe_jax.option_checks import in_force
 from moe_jax.options import (
@@ -88,7 +89,7 @@ def _section(options: type[Options] | Options) -> dict[str, Any]:
     if not isinstance(options, type):
       value = getattr(options, name)
     spec = spec_of(field)
-    if spec.many:
+    if spec.many and spec.kinds is not None:
       values[name] = {
         key: {KIND: spec.kinds.name_of(entry), **_section(entry)}
         for key, entry in value.items()
@@ -99,7 +100,7 @@ def _section(options: type[Options] | Options) -> dict[str, Any]:
       values[name] = _section(value)
     elif value is dataclasses.MISSING:
       hint = types_of(cls)[name]
-      values[name] = ml_collections.config_dict.placeholder(hint)
+      values[name] = config_dict.placeholder(hint)
     else:
       values[name] = dict(value) if isinstance(value, Mapping) else value
   return values
@@ -139,6 +140,7 @@ def _unlock_open(cls: type, config: ConfigDict) -> None:
 
 
 def _unlock_choice(kinds: Kinds, config: ConfigDict) -> None:
-  config[CUSTOM].unlock()
+  sections: Any = config
+  sections[CUSTOM].unlock()
   for kind, chosen in kinds.builtin.items():
-    _unlock_open(chosen, config if kinds.inline else config[kind])
+    _unlock_open(chosen, config if kinds.inline else sections[kind])

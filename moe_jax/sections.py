@@ -9,7 +9,7 @@ options of a user's own class.
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ml_collections
 
@@ -68,7 +68,7 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
   reader = Reader()
   options = reader.options(cls, None, as_mapping(config), path)
   reader.check()
-  return options
+  return cast(T, options)
 
 
 def read_choice(kinds: Kinds, config: Section, path: str = '') -> Options:
@@ -76,7 +76,7 @@ def read_choice(kinds: Kinds, config: Section, path: str = '') -> Options:
   reader = Reader()
   options = reader.choice(kinds, None, as_mapping(config), path)
   reader.check()
-  return options
+  return cast(Options, options)
 
 
 def leaves(cls: type[Options], config: Section) -> list[Leaf]:
@@ -148,7 +148,7 @@ def overridden(
     for leaf in choice_leaves(kinds, after, path)
     if _switched_off(leaf, known) or _never_on(leaf, known)
   }
-  options = read_choice(kinds, _without(after, ignored, path), path)
+  options: Any = read_choice(kinds, _without(after, ignored, path), path)
   return options, {p: leaf.value for p, leaf in ignored.items()}
 
 
@@ -169,11 +169,14 @@ def settle_overrides(
   Returns:
     The overrides that are left, and by name those that are not.
   """
-  settled, ignored = ConfigDict(overrides).to_dict(), {}
+  settled, ignored = ConfigDict(cast(Any, overrides)).to_dict(), {}
   try:
     old, new = (
       {leaf.path: leaf for leaf in list_leaves(merge(base, settled))}
-      for base in (ConfigDict(before).lock(), ConfigDict(after).lock())
+      for base in (
+        ConfigDict(cast(Any, before)).lock(),
+        ConfigDict(cast(Any, after)).lock(),
+      )
     )
   except OptionError:  # raised again where the overrides are read
     return settled, {}
@@ -242,7 +245,7 @@ def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
     merged.lock()
   for key, below in config.items():
     if isinstance(below, ConfigDict):
-      merged_below = merged[key]
+      merged_below = cast(ConfigDict, merged[key])
       merged_below.unlock()
       _locked_like(merged_below, below)
   return merged
@@ -272,7 +275,7 @@ def _replaced(old: Any, value: Any, where: str) -> Any:
 def _put(config: ConfigDict, path: str, value: Any) -> None:
   *parents, key = path.split('.')
   for parent in parents:
-    config = config[parent]
+    config = cast(ConfigDict, config[parent])
   with config.ignore_type(), config.unlocked():
     if value is dataclasses.MISSING:
       value = None

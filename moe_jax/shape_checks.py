@@ -14,7 +14,7 @@ import numbers
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jaxtyping
@@ -29,9 +29,11 @@ class HasShapes(Protocol):
 
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field, in the letters of the design."""
+    ...
 
   def static_sizes(self) -> dict[str, int]:
     """The sizes that letters have, where no array tells them."""
+    ...
 
 
 class Shape(NamedTuple):
@@ -90,7 +92,7 @@ def checked(f: F) -> F:
     )
     return f(*args, **kwargs)
 
-  return call
+  return cast(F, call)
 
 
 def check_shapes(shapes: Iterable[Shape]) -> None:
@@ -197,7 +199,7 @@ def _is_array(hint: Any) -> bool:
 def _any_array(hint: Any) -> Any:
   """The same type for arrays of any library, integers without sign too."""
   signed = hint.dtype is jaxtyping.Int
-  dtype = jaxtyping.Integer if signed else hint.dtype
+  dtype: Any = jaxtyping.Integer if signed else hint.dtype
   return dtype[Any, hint.dim_str]
 
 

@@ -76,7 +76,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   said, over_time = information(header, records), changes(header, history)
   numbers = {}
   for layer in model.sparse_layers:
-    dropped = drops(header, records, layer, model.moes[layer])
+    dropped = drops(header, records, layer, model.moe_of(layer))
     own = said[layer] | over_time[layer] | dropped
     numbers |= {f'routing/layer_{layer}/{k}': v for k, v in own.items()}
   return numbers

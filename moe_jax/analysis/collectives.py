@@ -231,4 +231,4 @@ def _bits(dtype: str) -> int:
   """Bits of a number of a type: 'f32', 'bf16', 'f8e4m3fn' or 's4'."""
   if dtype in ('pred', 'token'):
     return 8 if dtype == 'pred' else 0
-  return int(re.match(r'[a-z]+(\d+)', dtype)[1])
+  return int(re.sub(r'[a-z]+(\d+).*', r'\1', dtype))

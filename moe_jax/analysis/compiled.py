@@ -7,6 +7,7 @@ of a model (`counts.py`).
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.stages import Compiled
 
@@ -47,7 +48,7 @@ class Counts:
 def counts(compiled: Compiled) -> Counts:
   """The counts of a program; NaN where the platform gives none."""
   cost = compiled.cost_analysis() or {}
-  memory = compiled.memory_analysis()
+  memory = memory_of(compiled)
   return Counts(
     flops=float(cost.get('flops', float('nan'))),
     bytes_accessed=float(cost.get('bytes accessed', float('nan'))),
@@ -55,6 +56,30 @@ def counts(compiled: Compiled) -> Counts:
     output_bytes=memory.output_size_in_bytes,
     temp_bytes=memory.temp_size_in_bytes,
   )
+
+
+def text_of(compiled: Compiled) -> str:
+  """The program's text.
+
+  Raises:
+    ValueError: The platform does not give it.
+  """
+  text = compiled.as_text()
+  if text is None:
+    raise ValueError('this platform does not give the text of a program')
+  return text
+
+
+def memory_of(compiled: Compiled) -> Any:
+  """The sizes of a program's arrays in bytes, as XLA counts them.
+
+  Raises:
+    ValueError: The platform does not count them.
+  """
+  memory = compiled.memory_analysis()
+  if memory is None:
+    raise ValueError('this platform does not say what memory a program needs')
+  return memory
 
 
 @dataclasses.dataclass(frozen=True)

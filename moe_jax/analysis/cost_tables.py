@@ -13,6 +13,7 @@ from moe_jax.analysis.counts import Cost, count, short
 from moe_jax.analysis.model_parts import Half, halves, sized_parameters
 from moe_jax.analysis.training_cost import training_cost, variants
 from moe_jax.layers.experts import DISPATCHES
+from moe_jax.layers.moe import MoeOptions
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.training.run_options import RunOptions
@@ -139,17 +140,17 @@ def memory_table(model: Model, work: Workload) -> Table:
   )
   table.add_row('kept output logits, in float32', in_bytes(kept.logits))
   for half in parts:
-    if half.num_sparse:
-      for name, value in _expert_cells(half, model.embedding.width, work):
+    if half.moe is not None:
+      for name, value in _expert_cells(half, half.moe, model, work):
         table.add_row(name, value)
   return table
 
 
 def _expert_cells(
-  half: Half, width: int, work: Workload
+  half: Half, moe: MoeOptions, model: Model, work: Workload
 ) -> Iterator[tuple[str, str]]:
   """The arrays that the sparse layers of a stack need, and their bytes."""
-  moe, B = half.moe, work.batch_size
+  B, width = work.batch_size, model.embedding.width
   rows = memory.expert_rows(moe, B, half.length)
   stack = '/'.join(half.path)
   stack = f'{stack}: ' if stack else ''

@@ -78,17 +78,18 @@ def explain(
     step = run.programs.train_step.lower(state, next(batches)).compile()
     state, _, _ = _take_steps(step, state, batches, _WARM_UP)
     state, waits, times = _take_steps(step, state, batches, num_steps)
-    text = step.as_text()
+    text = compiled.text_of(step)
     seconds = instruction_times.measure(
       lambda: _take_steps(step, state, batches, num_steps),
-      module=re.match(r'HloModule ([\w.\-]+)', text)[1],
+      module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
     )
     input_seconds = _seconds_per_batch(batches)
   parts, busy = step_parts.by_part(compiled.parse(text), seconds)
   step_seconds, wait = float(np.median(times)), float(np.median(waits))
+  least, most = (float(q) for q in np.quantile(times, (0.25, 0.75)))
   return Explanation(
     step_seconds=step_seconds,
-    step_spread=tuple(float(q) for q in np.quantile(times, (0.25, 0.75))),
+    step_spread=(least, most),
     input_seconds=input_seconds,
     busy_seconds=busy / num_steps,
     shares=step_parts.shares_of_step(parts, busy, step_seconds, wait),

@@ -3,9 +3,9 @@
 Not here: the part of a model that an instruction belongs to (`step_parts.py`).
 """
 
+import collections
 import glob
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +17,7 @@ _ACCELERATORS = ('/device:TPU', '/device:GPU')
 _LINES = ('XLA Ops', 'Stream')
 
 
-def measure(run: Callable[[], None], module: str) -> dict[str, float]:
+def measure(run: Callable[[], object], module: str) -> dict[str, float]:
   """Seconds of each instruction of a program while `run()` runs, by name.
 
   On accelerators they include work that the profile lists without an
@@ -39,7 +39,7 @@ def measure(run: Callable[[], None], module: str) -> dict[str, float]:
     data = jax.profiler.ProfileData.from_file(path)
   planes = list(data.planes)
   devices = [plane for plane in planes if plane.name.startswith(_ACCELERATORS)]
-  seconds: Counter[str] = Counter()
+  seconds: dict[str, float] = collections.defaultdict(float)
   for plane in devices or planes:
     for name, duration in _operations(plane, module, bool(devices)):
       seconds[name] += duration

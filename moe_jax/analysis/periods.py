@@ -10,10 +10,12 @@ data, which still count once.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, cast
 
 from moe_jax.models import MODELS, ModelOptions
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.pattern import Segment, segments
-from moe_jax.models.text_options import LayerOptions
+from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.training.run_options import RunOptions
 
 _ENCODER, _DECODER = 'encoder', 'decoder'
@@ -64,8 +66,8 @@ def extrapolate(
 
 def loops_of(model: ModelOptions) -> Loops:
   """The loops over layers of each half of a model of blocks."""
-  loops = {_DECODER: segments(model.kinds)}
-  if model.has_encoder:
+  loops = {_DECODER: segments(cast(TransformerOptions, model).kinds)}
+  if isinstance(model, EncoderDecoderOptions):
     loops[_ENCODER] = segments(model.encoder_half().kinds)
   return loops
 
@@ -77,7 +79,7 @@ def _short(
 
   Its layers are unrolled.
   """
-  model = options.model
+  model: Any = options.model
   encoder = model.encoder_half() if model.has_encoder else None
   model = dataclasses.replace(
     _of_periods(model, loops[_DECODER], index if half == _DECODER else -1),
@@ -91,9 +93,7 @@ def _short(
   return dataclasses.replace(options, model=model)
 
 
-def _of_periods(
-  layers: LayerOptions, loops: list[Segment], index: int
-) -> LayerOptions:
+def _of_periods(layers: Any, loops: list[Segment], index: int) -> Any:
   """Layers with one period of each loop, but two of loop `index`."""
   numbers, first = [], 0
   for i, segment in enumerate(loops):

@@ -94,7 +94,9 @@ def records_of(
       if model.sequence_of(i) == prefix
     }
     if layers:
-      ids = {name: batch.get(f'{prefix}{key}') for name, key in _KEYS.items()}
+      ids: dict[str, Any] = {
+        name: batch.get(f'{prefix}{key}') for name, key in _KEYS.items()
+      }
       yield Record(
         kind, step, number, **ids, layers=layers, sequence=prefix.rstrip('_')
       )
@@ -104,7 +106,8 @@ def _layer_choices(own: Recorded) -> LayerChoices:
   none = np.iinfo(own.expert.dtype).max
   expert = own.expert.astype(np.int32)
   expert[own.expert == none] = -1
-  return LayerChoices(expert, own.gate, own.kept, own.logits)
+  arrays: Any = expert, *own[1:]
+  return LayerChoices(*arrays)
 
 
 class Recorder:
@@ -228,7 +231,7 @@ class Recorder:
     if isinstance(item, threading.Event):
       writer.flush()
       return
-    *names, batch, choices = item
+    kind, step, number, batch, choices = item
     rows = {key: local.rows for key, local in batch.items()}
     if not any(map(len, rows.values())):
       return  # another process writes the same rows
@@ -238,6 +241,6 @@ class Recorder:
       is_leaf=lambda leaf: isinstance(leaf, _Local),
     )
     size = self._header.batch_size
-    for record in records_of(self._model, *names, batch, choices):
+    for record in records_of(self._model, kind, step, number, batch, choices):
       prefix = f'{record.sequence}_' if record.sequence else ''
       writer.add(record, rows[f'{prefix}tokens'], size)

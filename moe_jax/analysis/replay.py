@@ -120,7 +120,7 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _expert_type(model: Model) -> type[np.integer]:
   """The type of numbers of experts, and of the signs that stand for none."""
-  most = max(model.moes[layer].num_experts for layer in model.sparse_layers)
+  most = max(model.moe_of(layer).num_experts for layer in model.sparse_layers)
   return np.int8 if most <= np.iinfo(np.int8).max else np.int16
 
 
@@ -134,7 +134,7 @@ def _layers(model: Model) -> dict[str, list[int]]:
 
 def _length(model: Model, layer: int) -> int:
   """The number of choices of a token for which a layer has room."""
-  moe = model.moes[layer]
+  moe = model.moe_of(layer)
   return moe.num_experts if moe.router.by_expert else moe.num_selected
 
 
@@ -142,7 +142,7 @@ def _choices(
   model: Model, layer: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E, K = model.moes[layer].num_experts, _length(model, layer)
+  E, K = model.moe_of(layer).num_experts, _length(model, layer)
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:

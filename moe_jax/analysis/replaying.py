@@ -142,7 +142,7 @@ class Recorded:
       ValueError: The record is of another batch, or its file is damaged.
     """
     first = self._records is None
-    if first:
+    if self._records is None:
       self._records = _by_step(self._trace, int(state.step))
     records = next(self._records)
     self.settle()

@@ -6,7 +6,7 @@ Two records are compared if they are of the same batch and hold the same tokens.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -158,8 +158,8 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
     steps = [steps[i] for i in chosen]
 
   def change(step: int, other: int) -> Change:
-    both = (trace.records(kind, (s,)) for s in (step, other))
-    return Change(step, other, agreement(trace.header, *both))
+    own, others = (trace.records(kind, (s,)) for s in (step, other))
+    return Change(step, other, agreement(trace.header, own, others))
 
   return Churn(
     [change(after, before) for before, after in itertools.pairwise(steps)],
@@ -170,7 +170,7 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
 def _check_same(one: Record | None, other: Record | None) -> None:
   """Raises ValueError if two records are not of the same tokens."""
   if one is None or other is None:
-    left = one or other
+    left = cast(Record, one or other)
     raise ValueError(
       f'batch {left.batch} of {left.kind!r} at step {left.step} has no '
       'counterpart; both sides must have the same batches'

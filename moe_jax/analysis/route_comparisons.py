@@ -106,8 +106,9 @@ def compare(
     raise ValueError(
       f'their experts by layer differ: {shapes[0]} and {shapes[1]}'
     )
-  both = (trace.records(kind, steps) for trace in (one, other))
-  return Change(*ends, route_churn.agreement(one.header, *both))
+  own, others = (trace.records(kind, steps) for trace in (one, other))
+  changes = route_churn.agreement(one.header, own, others)
+  return Change(ends[0], ends[1], changes)
 
 
 def comparison_section(

@@ -94,7 +94,8 @@ def by_gate(
   """
   key = np.where(expert >= 0, -gate, np.inf)
   order = np.argsort(key, axis=1, kind='stable')
-  return tuple(np.take_along_axis(x, order, 1) for x in (expert, gate, kept))
+  a, b, c = (np.take_along_axis(x, order, 1) for x in (expert, gate, kept))
+  return a, b, c
 
 
 def joint_counts(

@@ -69,7 +69,8 @@ def specialisation(
     found[name] = {
       number: information_of(*(grouped(t, sources, own)[0] for t in tables))
       for number, layer in sums.layers.items()
-      if (tables := layer.documents.tables())[0].any()
+      if layer.documents is not None
+      and (tables := layer.documents.tables())[0].any()
     }
   return {name: layers for name, layers in found.items() if layers}
 

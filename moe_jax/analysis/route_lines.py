@@ -5,6 +5,7 @@ Not here: heat maps (`route_plots.py`), and the numbers (`route_findings.py`).
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def information_figure(
   place = {number: i for i, number in enumerate(first)}
   for i, (name, layers) in enumerate(found.items()):
     x = [place[number] for number in layers]
-    style = plot_style.series(i)
+    style: dict[str, Any] = plot_style.series(i)
     infos = list(layers.values())
     share = [one.adjusted for one in infos]
     error = [_over(one.deviation, one.entropy) for one in infos]

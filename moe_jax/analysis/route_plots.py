@@ -9,6 +9,7 @@ steps (`plots.py`).
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -147,7 +148,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
   mappable = ScalarMappable(LogNorm(1, 16), colormaps['viridis_r'])
   ticks = [1, 2, 4, 8, 16]
   bar = figure.colorbar(mappable, ax=axes, extend='both', pad=0.01, aspect=40)
-  bar.set_ticks(ticks, labels=map(str, ticks))
+  bar.set_ticks(ticks, labels=[*map(str, ticks)])
   bar.minorticks_off()
   bar.set_label('tokens / chance')
   return figure
@@ -163,8 +164,9 @@ def _draw_flows(
   more = table[a, b] > chance[a, b]
   a, b = a[more], b[more]
   left, ends = (_heights(size) for size in table.shape)
+  flows: Any = [[(right - 1, left[i]), (right, ends[j])] for i, j in zip(a, b)]
   lines = LineCollection(
-    [[(right - 1, left[i]), (right, ends[j])] for i, j in zip(a, b)],
+    flows,
     linewidths=0.5 + 60 * table[a, b] / table.sum(),
     array=table[a, b] / chance[a, b],
     norm=LogNorm(1, 16),
@@ -192,7 +194,7 @@ def _panels(
   size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
   figure = Figure(figsize=size, layout='constrained')
   grid = figure.subplots(lines, columns, squeeze=False)
-  mesh = None
+  mesh: Any = None
   for i, (axes, (name, values)) in enumerate(zip(grid.flat, panels.items())):
     mesh = _heat(axes, values)
     axes.set_aspect('equal')

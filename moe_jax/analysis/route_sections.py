@@ -6,7 +6,7 @@ are printed and written (`route_page.py`).
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -108,7 +108,7 @@ def _pairs(found: Findings) -> Section | None:
   if not found.expected:
     return None
   table = route_link_tables.co_activation_table(found.sums, found.expected)
-  away = {row[0]: row[-1] for row in table.rows}
+  away: dict[Any, Any] = {row[0]: row[-1] for row in table.rows}
   return Section(
     'pairs',
     'Experts that are chosen together',
@@ -267,7 +267,7 @@ def span(values: Mapping[int, float], form: str) -> str:
   known = {n: v for n, v in values.items() if not math.isnan(v)}
   if not known:
     return 'unknown'
-  low, high = min(known, key=known.get), max(known, key=known.get)
+  low, high = (pick(known, key=lambda n: known[n]) for pick in (min, max))
   least, most = format(known[low], form), format(known[high], form)
   if least == most:
     return least

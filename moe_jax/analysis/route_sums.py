@@ -82,7 +82,8 @@ class LayerSums:
     self.load, self.kept, self.first = zeros(E), zeros(E), zeros(E)
     self.by_rank, self.gate_sums = zeros(E, 2), np.zeros(E)
     self.gates = zeros(GATE_BINS)
-    self.pairs, self.following = zeros(E, E), zeros(previous_experts, E)
+    self.pairs = zeros(E, E)
+    self.following = np.zeros((previous_experts, E), np.int64)
     # Pages of ids that do not occur are never touched.
     self.tokens = np.zeros((vocab_size, E), np.int32)
     self.over_time = zeros(time_bins, E)
@@ -234,14 +235,16 @@ class RouteSums:
     firsts: dict[int | None, np.ndarray] = {}
     for number, choices in sorted(record.layers.items()):
       sums = self.layers[number]
-      parts = tuple(
+      column, position = (
         route_counts.parts_of(places, length, len(sums.by_column))
         for places in (tokens.column, tokens.position)
       )
+      parts = column, position
       first = firsts[number] = sums.add(choices, tokens, parts, time_bin)
       if sums.previous in firsts:
+        rows, columns = sums.following.shape
         sums.following += route_counts.joint_counts(
-          firsts[sums.previous], first, sums.following.shape
+          firsts[sums.previous], first, (rows, columns)
         )
     self.records += 1
     self.tokens += len(tokens.place)

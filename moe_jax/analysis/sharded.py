@@ -15,6 +15,7 @@ from jax.stages import Compiled
 from jaxtyping import Bool
 
 from moe_jax.analysis import collectives as collectives_lib
+from moe_jax.analysis.compiled import memory_of, text_of
 from moe_jax.memory_room import in_bytes
 
 
@@ -81,7 +82,7 @@ def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
     state: The train state that it takes, as arrays or as shapes with shardings.
     mesh: The devices that it was compiled for.
   """
-  memory = compiled.memory_analysis()
+  memory = memory_of(compiled)
   return Sharded(
     mesh=dict(mesh.shape),
     param_bytes=device_bytes(state.params),
@@ -91,7 +92,7 @@ def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
     alias_bytes=memory.alias_size_in_bytes,
     temp_bytes=memory.temp_size_in_bytes,
     code_bytes=memory.generated_code_size_in_bytes,
-    collectives=collectives_lib.read(compiled.as_text()),
+    collectives=collectives_lib.read(text_of(compiled)),
   )
 
 

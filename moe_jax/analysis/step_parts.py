@@ -4,9 +4,9 @@ A scope is the name of a linen module, or a name from `jax.named_scope`. Not
 here: the time of an instruction (`instruction_times.py`).
 """
 
+import collections
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Mapping
 
 from moe_jax.analysis import compiled
@@ -96,7 +96,7 @@ def by_part(
   op_names = compiled.op_name_of(program)
   counted = compiled.leaves(program, set(seconds))
   counted |= {name for name in seconds if name not in program}
-  total: Counter[tuple[str, bool]] = Counter()
+  total: dict[tuple[str, bool], float] = collections.defaultdict(float)
   for name in counted:
     op_name = op_names.get(name, '')
     total[part_of(op_name), is_backward(op_name)] += seconds[name]

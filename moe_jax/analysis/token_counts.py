@@ -68,9 +68,9 @@ def token_counts(
   """
   if model.moe is None:
     return {}  # and no batch is read
-  V, moes = model.vocab_size, model.moes
+  V = model.vocab_size
   counts = {
-    layer: np.zeros((V, moes[layer].num_experts), np.int64)
+    layer: np.zeros((V, model.moe_of(layer).num_experts), np.int64)
     for layer in model.sparse_layers
   }
   for chosen in choices(model, variables, batches):
@@ -96,7 +96,7 @@ def _choices(
   prefix = model.sequence_of(layer)
   tokens = np.asarray(batch[f'{prefix}tokens']).reshape(-1)
   real = np.asarray(batch[f'{prefix}segment_ids']).reshape(-1) > 0
-  position, expert = _pairs(chosen, model.moes[layer].router.by_expert)
+  position, expert = _pairs(chosen)
   inside = position < len(tokens)  # the last group may be filled up
   position, expert = position[inside], expert[inside]
   position, expert = position[real[position]], expert[real[position]]
@@ -104,10 +104,10 @@ def _choices(
 
 
 def _pairs(
-  chosen: np.ndarray | SlotRouting, by_expert: bool
+  chosen: np.ndarray | SlotRouting,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The position and the expert of each choice, over all groups."""
-  if not by_expert:  # expert_index [G, S, K]
+  if not isinstance(chosen, SlotRouting):  # expert_index [G, S, K]
     positions = np.arange(chosen[..., 0].size)
     return np.repeat(positions, chosen.shape[-1]), chosen.reshape(-1)
   S = chosen.group_size

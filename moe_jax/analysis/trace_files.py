@@ -66,7 +66,8 @@ def chunks(folder: pathlib.Path, header: Header) -> list[Chunk]:
   found = []
   for path in sorted(folder.iterdir()):
     if numbers := _NAME.fullmatch(path.name):
-      found.append(_chunk(path, *map(int, numbers.groups()), header))
+      session, process, part = map(int, numbers.groups())
+      found.append(_chunk(path, session, process, part, header))
   of_process = lambda chunk: (chunk.session, chunk.process)  # noqa: E731
   for (_, process), parts in itertools.groupby(found, of_process):
     numbers = [chunk.part for chunk in parts]

@@ -57,7 +57,7 @@ def make_header(
 
 
 def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
-  moe = model.moes[layer]
+  moe = model.moe_of(layer)
   S = rows * length if moe.group_size == -1 else moe.group_size or length
   bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
   return LayerInfo(

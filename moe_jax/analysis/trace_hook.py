@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from moe_jax import sections
 from moe_jax.analysis.recording import Recorder
@@ -63,7 +63,7 @@ class Traces(Hook):
       dataclasses.replace(
         each,
         measure=RecordedLosses(
-          each.name, each.measure, o.recording, self._recorder
+          each.name, cast(Losses, each.measure), o.recording, self._recorder
         ),
       )
       if each.name in names

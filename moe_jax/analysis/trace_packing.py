@@ -44,7 +44,7 @@ class Entry(NamedTuple):
   @classmethod
   def of(cls, values: Sequence[Any]) -> 'Entry':
     """The entry that JSON has as a list."""
-    return cls(*(tuple(v) if isinstance(v, list) else v for v in values))
+    return cls._make(tuple(v) if isinstance(v, list) else v for v in values)
 
 
 def pack(record: Record, header: Header) -> Arrays:
@@ -69,7 +69,7 @@ def pack(record: Record, header: Header) -> Arrays:
 
 def unpack(arrays: Arrays, entry: Entry, header: Header) -> Record:
   """The record of arrays that `pack` returned; see `Record` for types."""
-  ids = {
+  ids: dict[str, Any] = {
     name: arrays[name].astype(np.int32) if name in arrays else None
     for name in IDS
   }

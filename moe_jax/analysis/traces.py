@@ -13,7 +13,7 @@ import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def _joined(
 ) -> Record:
   """The record of a whole batch from the rows that processes have of it."""
 
-  def join(values: Iterable[np.ndarray | None], none=0) -> np.ndarray | None:
+  def join(values: Iterable[Any], none=0) -> Any:
     values = [*values]
     if values[0] is None:
       return None

@@ -13,13 +13,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.analysis.counts import count
 from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.parameters import Names, Role
-from moe_jax.models import Model, lora
+from moe_jax.models import Model, flat_trees, lora
 from moe_jax.models.lora import Adapters, LoraOptions
 from moe_jax.training.programs import make_optimizer
 from moe_jax.training.run_options import RunOptions
@@ -69,10 +68,10 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   trained, optimizer = make_optimizer(options, model)
   shapes = adapters.trees.shapes
   state = jax.eval_shape(optimizer.init, shapes)
-  part = traverse_util.flatten_dict(trained.part(shapes))
+  part = flat_trees.flatten(trained.part(shapes))
   leaves = {path: x for path, x in part.items() if x is not None}
   needed = {path: x for path, x in leaves.items() if path[0] != lora.TREE}
-  flat = traverse_util.flatten_dict(shapes)
+  flat = flat_trees.flatten(shapes)
   needed |= {path: flat[path] for path in adapters.kernels}
   values = [*{**leaves, **needed}.values()]
   return TrainingCost(
@@ -83,8 +82,8 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
       options,
       model,
       needed,
-      traverse_util.flatten_dict(adapters.trees.roles),
-      traverse_util.flatten_dict(adapters.trees.axes),
+      flat_trees.flatten(adapters.trees.roles),
+      flat_trees.flatten(adapters.trees.axes),
     ),
     step_flops=_of_factors(adapters),
   )
@@ -124,7 +123,7 @@ def _backward(
   for path, leaf in needed.items():
     if roles[path].form == 'kernel':
       share = 1.0
-      if roles[path].role == EXPERT:
+      if roles[path].role == EXPERT and moe is not None:
         share = moe.num_selected / leaf.shape[axes[path].index(EXPERT)]
       total += round(2 * math.prod(leaf.shape) * share)
   tables = [path for path in needed if roles[path].role == 'embedding']

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from moe_jax.layers.parameters import Names
-from moe_jax.models.layer_trees import Path
+from moe_jax.models.flat_trees import Path
 
 HIDDEN = 'expert_mlp'
 # The parameters of one expert, by path.

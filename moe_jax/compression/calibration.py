@@ -5,7 +5,7 @@ Not here: the measures that are made of it.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -94,7 +94,7 @@ def capture(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
   layers = model.layer_trees(kept['intermediates'])
-  return {i: _first(layers[i]) for i in model.sparse_layers}
+  return {i: cast(Reached, _first(layers[i])) for i in model.sparse_layers}
 
 
 def _first(tree: Mapping[str, Any]) -> Reached | None:

@@ -5,6 +5,8 @@ dictionary (`kernels/ternary_dictionary.py`), decoding and multiplying
 (`kernels/ternary.py`), and checks of codes (`kernels/ternary_checks.py`).
 """
 
+from typing import Any
+
 import numpy as np
 
 from moe_jax.kernels.ternary import Codes
@@ -47,10 +49,12 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
   matrices = [_encode(one, p0) for one in ternary.reshape(-1, R, M)]
   longest = max(codes.size for codes, _ in matrices)
   padded = [np.pad(codes, (0, longest - codes.size)) for codes, _ in matrices]
-  return Codes(
+  offsets = np.stack([own for _, own in matrices])
+  arrays: Any = (
     np.stack(padded).reshape(*experts, longest),
-    np.stack([offsets for _, offsets in matrices]).reshape(*experts, R + 1),
+    offsets.reshape(*experts, R + 1),
   )
+  return Codes(*arrays)
 
 
 def _encode(ternary: np.ndarray, p0: float) -> tuple[np.ndarray, np.ndarray]:

@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from moe_jax.compression import calibration
 from moe_jax.distributed import fetch
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
 from moe_jax.routing import Routing, SlotRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
@@ -95,13 +94,13 @@ class Concatenated:
       key: The key of `rest`.
     """
     layers = self.source.layer_trees(params)
-    arrays = traverse_util.flatten_dict(rest(params, key))
+    arrays = flat_trees.flatten(rest(params, key))
     for path, old in arrays.items():
       place = self.model.place_of(path)
       if place is None or place.name[0] != _FFN:
         continue
       arrays[path] = self._joined(place, old, layers)
-    return traverse_util.unflatten_dict(arrays)
+    return flat_trees.unflatten(arrays)
 
   def _joined(self, place: LayerPlace, old: Array, layers: Any) -> Array:
     """One parameter of stacked layers, of which some are made of experts."""
@@ -186,7 +185,7 @@ def _count(model: Model, source: Model, layer: int) -> int:
   Raises:
     ValueError: There is no such number, or the layer is not dense.
   """
-  options = source.moes[layer]
+  options = source.moe_of(layer)
   expert = options.expert.twin(1).ffn
   dense = _dense(model, layer)
   if dense is None:
@@ -207,7 +206,7 @@ def _count(model: Model, source: Model, layer: int) -> int:
 
 def _dense(model: Model, layer: int) -> FfnOptions | None:
   """The feed-forward of a layer; None for a sparse one, or without blocks."""
-  if model.moes[layer] is not None and model.moes[layer].num_experts:
+  if (moe := model.moes[layer]) is not None and moe.num_experts:
     return None
   first = 0
   for _, stack in model.stacks:

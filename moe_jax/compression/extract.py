@@ -13,7 +13,7 @@ dense twin. Layers of other routers stay as they are.
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -27,7 +27,9 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models import ModelOptions, code_trees
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.text_options import StackOptions
+from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float32, Int32, Leaf
 
@@ -80,7 +82,7 @@ def extract(
       whole_run.check_stateless(number, moe.router)
   small = dict(params)
   for path, stack in model.stacks:
-    if not _by_task(stack.experts):
+    if stack.experts is None or not _by_task(stack.experts):
       continue
     own = small[path[0]] if path else small
     own = _with_dense_layers(own, stack.experts, task)
@@ -159,11 +161,12 @@ def as_one(
 
 def _small(options: ModelOptions) -> ModelOptions:
   """The options in which layers by task are their dense twins."""
-  *encoder, _ = options.halves
-  small = {'moe': _dense_by_task(options), 'num_tasks': 0}
-  if not encoder:
+  decoder = cast(TransformerOptions, options)
+  small: dict[str, Any] = {'moe': _dense_by_task(decoder), 'num_tasks': 0}
+  if not isinstance(options, EncoderDecoderOptions):
     return dataclasses.replace(options, **small)
-  half = dataclasses.replace(encoder[0], moe=_dense_by_task(encoder[0]))
+  half = options.encoder_half()
+  half = dataclasses.replace(half, moe=_dense_by_task(half))
   plain = type(options.encoder)()
   options = dataclasses.replace(options, encoder=plain, **small)
   return options.with_encoder(half)
@@ -200,7 +203,7 @@ def describe(run: WholeRun, small: Extracted) -> str:
   """Lines on what was kept, and on the bytes of parameters before and after."""
   lines = []
   for layer in small.layers:
-    moe = run.model.moes[layer]
+    moe = run.model.moe_of(layer)
     lines.append(
       f'layer {layer}: {moe.num_selected} of {moe.num_experts} experts kept, a '
       f'dense feed-forward of width {moe.twin().ffn.hidden}'

@@ -123,12 +123,14 @@ def check_columns(run: WholeRun, counts: Mapping[int, int]) -> None:
   """
   first = 0
   for _, stack in run.model.stacks:
-    uneven = stack.experts.retained.counts if stack.experts else {}
-    for layer, count in uneven.items():
+    if (moe := stack.experts) is None:
+      first += len(stack.sparse)
+      continue
+    for layer, count in moe.retained.counts.items():
       if counts.get(first + layer, 0) < count:
         raise ValueError(
           f'layer {first + layer} has {count} columns and other layers have '
-          f'{stack.experts.num_experts}, so that its router cannot keep those '
+          f'{moe.num_experts}, so that its router cannot keep those '
           f'of experts that it loses: use --router={SHRUNK}, or keep all its '
           'experts by --experts'
         )

@@ -6,7 +6,7 @@ Not here: how a group is merged (`merge.py`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -87,7 +87,8 @@ def distances(
   similarity = SIMILARITIES[group_by]
   rows = similarity.features(layer, usage)
   # A column of zeros has no direction; it is as far from any as can be.
-  return squareform(np.nan_to_num(pdist(rows, similarity.metric), nan=1.0))
+  metric: Any = similarity.metric
+  return squareform(np.nan_to_num(pdist(rows, metric), nan=1.0))
 
 
 def clusters(

@@ -37,8 +37,8 @@ class Rows(NamedTuple):
     filled: bool [E, R], whether there is a token.
   """
 
-  x: np.ndarray
-  filled: np.ndarray
+  x: Leaf
+  filled: Leaf
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'module', 'name'))

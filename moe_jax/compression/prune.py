@@ -81,11 +81,11 @@ def probabilities(
   It is what the router's gates are if they are raw and a token chooses every
   column.
   """
-  moe = layer.moe
+  old: Any = layer.moe.router
   raw = {'gates': 'raw', 'second_policy': 'all'}
-  usual = default_of(fields_of(type(moe.router))['second_threshold'])
-  router = dataclasses.replace(moe.router, second_threshold=usual, **raw)
-  E = moe.num_experts
+  usual = default_of(fields_of(type(old))['second_threshold'])
+  router = dataclasses.replace(old, second_threshold=usual, **raw)
+  E = layer.moe.num_experts
   module = router.module(Sizes(E, E, All()), layer.shared)
   params = {path[-1]: array for path, array in layer.columns.items()}
   mask = jnp.ones(x.shape[:2], bool)
@@ -115,7 +115,7 @@ def growth(before: Calibrated, left: Mapping[int, Fewer]) -> dict[int, Growth]:
     (n, fewer.row)
     for n, fewer in left.items()
     if fewer.num_experts < len(fewer.row)
-    and before.layers[n].moe.router.gates == 'raw'
+    and getattr(before.layers[n].moe.router, 'gates', '') == 'raw'
     and not before.layers[n].moe.router.needs_ids
   )
   sums = [

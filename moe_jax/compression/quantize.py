@@ -34,7 +34,8 @@ from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.layers.kernel_format import BITS, FORMATS, TERNARY, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
-from moe_jax.models.code_trees import Coded, Path
+from moe_jax.models.code_trees import Coded
+from moe_jax.models.flat_trees import Path
 from moe_jax.options import unknown
 from moe_jax.runs import trained
 from moe_jax.runs.workdir import CONFIG
@@ -231,7 +232,7 @@ def _stacked(kernels: Sequence[Rounded], matrix: tuple[int, ...]) -> Rounded:
 
 def _with(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
   """The tree with another value at a path."""
-  name, *rest = path
+  name, rest = path[0], path[1:]
   return {**tree, name: _with(tree[name], rest, value) if rest else value}
 
 

@@ -18,7 +18,7 @@ from moe_jax.compression.kernel_inputs import Rows
 from moe_jax.compression.stored import grid_of
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.shapes import Array, Float, Float32
+from moe_jax.shapes import Array, Float, Float32, Leaf
 
 
 class Outcome(NamedTuple):
@@ -33,10 +33,10 @@ class Outcome(NamedTuple):
   """
 
   rounded: Rounded
-  rtn: np.ndarray
-  gptq: np.ndarray
-  total: np.ndarray
-  plain: np.ndarray
+  rtn: Leaf
+  gptq: Leaf
+  total: Leaf
+  plain: Leaf
 
 
 @functools.partial(jax.jit, static_argnames='format')

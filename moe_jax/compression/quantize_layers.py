@@ -7,7 +7,7 @@ of rounded layers are the inputs of the next. Not here: the rounding of kernels
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.models.code_trees import Coded, Path
+from moe_jax.models.code_trees import Coded
+from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import LayerPlace
 
 # The number of experts that are rounded together, as in QMoE.
 _TOGETHER = 16
@@ -220,7 +222,7 @@ def _spots(run: WholeRun, kernels: dict[Path, Coded]) -> dict[int, Spots]:
     count += len(stack.sparse)
   spots: dict[int, Spots] = {}
   for path in kernels:
-    place = run.model.place_of(path)
+    place = cast(LayerPlace, run.model.place_of(path))
     for index, layer in enumerate(place.layers):
       *module, name = place.name
       spot = Spot(path, index, tuple(module), name)

@@ -243,7 +243,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _run(options: argparse.Namespace, _: list[str]) -> str:
   if options.layer:
-    made = [(z, layer(*options.layer, z, options.p0)) for z in options.zeros]
+    E, M, F = options.layer
+    made = [(z, layer(E, M, F, z, options.p0)) for z in options.zeros]
     return '\n'.join(_told(options.layer, zeros, one) for zeros, one in made)
   lines = [
     f'Bits a weight, dictionary of p0={options.p0}; zeros are independent.',

@@ -5,7 +5,7 @@ Not here: their decoding (`layers/kernel_format.py`).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from moe_jax.compression import codec, grids
 from moe_jax.compression.grids import Grid, Rounded
 from moe_jax.kernels import quantized
+from moe_jax.kernels.quantized import UniformGrid
 from moe_jax.kernels.ternary import Codes
 from moe_jax.layers.kernel_format import BITS, TERNARY, KernelFormat
 from moe_jax.shapes import Array, Float
@@ -45,10 +46,11 @@ def store(
     return _ternary(kernels, format)
   stored = []
   for kernel in kernels:
+    grid = cast(UniformGrid, kernel.grid)
     codes = _pack(kernel.codes, BITS[format.name])
-    parts = {'codes': codes, 'scale': kernel.grid.scale}
+    parts = {'codes': codes, 'scale': grid.scale}
     if not format.symmetric:
-      parts['zero'] = kernel.grid.zero
+      parts['zero'] = grid.zero
     stored.append(jax.tree.map(np.asarray, parts))
   return stored, format
 

@@ -228,7 +228,7 @@ class Kept:
     """Raises ValueError where batch `number` of a run has other targets."""
     rows = run.programs.put.rows
     dataset = run.dataset.splits['train']
-    own = data.batch_dataset(
+    own: Any = data.batch_dataset(
       dataset,
       batch_size=self.about.batch_size,
       seed=self.about.seed,

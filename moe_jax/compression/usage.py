@@ -6,7 +6,7 @@ Not here: what reaches them (`calibration.py`), and what is done with the ranks
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,11 @@ class Usage(NamedTuple):
       that do not choose it included.
   """
 
-  tokens: np.ndarray
-  choices: np.ndarray
-  gate: np.ndarray
-  gated_norm: np.ndarray
-  output: np.ndarray
+  tokens: Leaf
+  choices: Leaf
+  gate: Leaf
+  gated_norm: Leaf
+  output: Leaf
 
   @property
   def unused(self) -> list[int]:
@@ -127,7 +127,7 @@ def _measure(
 def _of_layer(
   run: Callable[[Arrays, Array], Array], experts: Arrays, reached: Reached
 ) -> Usage:
-  routing = reached.routing
+  routing = cast(Routing, reached.routing)
   kept = routing.kept.reshape(-1, routing.kept.shape[-1])  # [N, K]
   index = routing.expert_index.reshape(kept.shape)
   gate = routing.token_gates().reshape(len(kept), -1)  # [N, E]

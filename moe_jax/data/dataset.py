@@ -266,4 +266,5 @@ def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
     options.task.pairs(source, options.selection, split)
     for source in sources or [options.source]
   ]
-  return None if None in pairs else itertools.chain.from_iterable(pairs)
+  known = [own for own in pairs if own is not None]
+  return itertools.chain.from_iterable(known) if known == pairs else None

@@ -32,7 +32,7 @@ class ExampleRows(Rows):
       layout: Layout of the rows, which every example fits.
       pack: Whether examples share rows; if not, each has its own.
     """
-    self.layout = layout
+    self.layout: Layout = layout
     count = len(lengths.total)
     self._members, self._starts = np.arange(count), np.arange(count + 1)
     if pack:

@@ -7,7 +7,7 @@ language model (`packing.py`).
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -80,7 +80,8 @@ class Layout(abc.ABC):
 
   def fits(self, lengths: Lengths) -> Bool[np.ndarray, ' P']:
     """Whether each example fits a row of its own."""
-    return (self.sizes(lengths) <= np.array([self.capacity])).all(1)
+    fits = self.sizes(lengths) <= np.array([self.capacity])
+    return np.asarray(fits.all(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,5 +279,7 @@ class RowShape:
   def layout(self, start_id: int | None) -> Layout:
     """The layout of examples; a decoder's inputs start with `start_id`."""
     if self.encoder_decoder:
-      return EncoderDecoderLayout(self.seq_len, self.target_len, start_id)
+      # A task has asked for a tokenizer with a start.
+      start = cast(int, start_id)
+      return EncoderDecoderLayout(self.seq_len, self.target_len, start)
     return DecoderLayout(self.seq_len)

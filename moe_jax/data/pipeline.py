@@ -6,6 +6,7 @@ Not here: rows (`packing.py`), and moving batches to devices
 
 import hashlib
 from collections.abc import Iterator
+from typing import cast
 
 import grain
 import numpy as np
@@ -114,7 +115,7 @@ def train_batches(
     raise ValueError(f'start={start} is negative')
   batches = batch_dataset(rows, batch_size=batch_size, seed=seed, share=share)
   batches = batches.slice(slice(start, None))
-  made = (batches[i] for i in range(len(batches)))
+  made = (cast(Batch, batches[i]) for i in range(len(batches)))
   return prefetch.ahead(made, first=start, most=_PREFETCHED)
 
 

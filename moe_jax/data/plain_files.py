@@ -10,7 +10,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def matching(
   for path in sorted(folder.iterdir()):
     wanted = any(fnmatch.fnmatchcase(path.name, each) for each in patterns)
     if wanted and (path.is_symlink() or not path.is_dir()):
-      yield plain(folder, path.name)
+      yield cast(pathlib.Path, plain(folder, path.name))
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -27,7 +27,7 @@ from moe_jax.data.tokenizers.contract import Tokenizer
 
 def write_tokens(
   folder: pathlib.Path,
-  splits: dict[str, Iterable[str]],
+  splits: Mapping[str, Iterable[str]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes the texts of `splits`, one at a time, into `folder`.
@@ -61,7 +61,7 @@ def check_tokens(split: str, counts: Mapping[str, int]) -> None:
 
 def write_pairs(
   folder: pathlib.Path,
-  splits: dict[str, Iterable[tuple[str, str]]],
+  splits: Mapping[str, Iterable[tuple[str, str]]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.

@@ -32,10 +32,10 @@ def give_back(
       'them'
     )
   if rows.by_token:
-    y = permute.take_rows(values, rows.gate, rows.choice, rows.row)
+    y: Array = permute.take_rows(values, rows.gate, rows.choice, rows.row)
   else:
     gate = rows.gate.reshape(rows.token.shape)
-    if rows.choice is not None:
+    if rows.choice is not None and rows.row is not None:
       # A permutation: its gradient is a gather, too.
       gate = permute.take_tokens(
         rows.gate.reshape(-1, 1), rows.choice, rows.row[:, None]

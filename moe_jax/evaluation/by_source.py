@@ -8,7 +8,7 @@ the questions (`moe_jax.data.sources`).
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class SourceScores(AskingEvaluation):
       ]
     return some
 
-  def shrunk(self) -> 'SourceScores':
+  def shrunk(self) -> Self:
     """The same evaluation of two questions and short answers."""
     return dataclasses.replace(
       super().shrunk(), num_questions=2, num_tokens=min(self.num_tokens, 4)

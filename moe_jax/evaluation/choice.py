@@ -9,6 +9,7 @@ the text of a prompt (`prompts.py`).
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ class ChoiceEvaluation(AskingEvaluation):
     spread = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
     return items, [[pool[at] for at in own] for own in spread]
 
-  def shrunk(self) -> 'ChoiceEvaluation':
+  def shrunk(self) -> Self:
     """The same evaluation of three questions about the embedded corpus."""
     return dataclasses.replace(
       super().shrunk(),
@@ -228,8 +229,8 @@ def log_likelihoods(
     put: Moves batches of `batch_size` rows to the devices.
     task_ids: The task of each example, for a model that routes by task.
   """
-  sides = [np.array([len(e[side]) for e in examples]) for side in (0, 1)]
-  lengths = Lengths(*sides, sides[0] + sides[1])
+  a, b = (np.array([len(e[side]) for e in examples]) for side in (0, 1))
+  lengths = Lengths(a, b, a + b)
   rows = packed(layout.sizes(lengths), layout.capacity)
   totals = np.zeros(len(examples), np.float64)
   for begin in range(0, len(rows), batch_size):

@@ -6,11 +6,13 @@ Not here: the scores (`scores.py`), and how text is generated
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from moe_jax import data, generation
+from moe_jax.data.examples import ExampleRows
+from moe_jax.data.layouts import Layout
 from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
@@ -131,7 +133,7 @@ class GenerateEvaluation(EvaluationOptions):
   ) -> list[Pair]:
     tokenizer = setting.dataset.tokenizer
     imported = trained_run.is_imported(setting.workdir)
-    layout = setting.dataset.splits['validation'].layout
+    layout = cast(Layout, setting.dataset.splits['validation'].layout)
     total = setting.dataset.counts['validation']['pairs']
     tasks = [
       name
@@ -151,7 +153,7 @@ class GenerateEvaluation(EvaluationOptions):
         pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
     return pairs
 
-  def shrunk(self) -> 'GenerateEvaluation':
+  def shrunk(self) -> Self:
     """The same evaluation of three short outputs."""
     return dataclasses.replace(
       super().shrunk(), num_examples=3, num_tokens=4, bleu_tokenizer='13a'
@@ -201,9 +203,10 @@ def _of_window(setting: Setting, rows: data.Rows, row: int) -> Pair:
   tokenizer, task = setting.dataset.tokenizer, ''
   if setting.data.tasks:
     task = setting.data.tasks[rows[row]['task_ids'][0]]
-  rows, row = rows.within(row)
+  own, row = rows.within(row)
+  windows = cast(ExampleRows, own)
   generator = np.random.default_rng([0, 0, row])
-  example = rows.example(rows.members(row)[0], generator)
+  example = windows.example(windows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)
   return Pair(example.inputs, inputs, target, task)
 

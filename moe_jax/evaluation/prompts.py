@@ -119,7 +119,8 @@ class Asker:
       inputs, targets = both[:same], both[same:]
     else:
       inputs = self._encode(prompt)
-      targets = np.append(self.tokenizer.encode(answer), self.tokenizer.eos_id)
+      end: Any = self.tokenizer.eos_id
+      targets = np.append(self.tokenizer.encode(answer), end)
     if not len(inputs) or not len(targets):
       raise ValueError(f'no tokens in prompt {prompt!r} or answer {answer!r}')
     return Example(inputs.astype(np.int32), targets.astype(np.int32))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from sacrebleu import metrics as sacrebleu_metrics
+from sacrebleu.metrics.bleu import BLEU
 
 from moe_jax.options import unknown
 
@@ -84,7 +85,7 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
 
 
 def _of_sacrebleu(kind: str, **options: Any) -> Score:
-  have = sacrebleu_metrics.BLEU.TOKENIZERS
+  have = BLEU.TOKENIZERS
   if options.get('tokenize', '13a') not in have:
     raise unknown('bleu_tokenizer', options['tokenize'], have)
   try:

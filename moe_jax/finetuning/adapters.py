@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import sections
 from moe_jax.data import plain_files
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
 from moe_jax.partitioning import path_name
@@ -84,7 +83,7 @@ def save(
     )
   _check_stateless(run.model)
   folder = _free(output)
-  flat = traverse_util.flatten_dict(run.params)
+  flat = flat_trees.flatten(run.params)
   factors = {
     '/'.join(path): np.asarray(leaf)
     for path, leaf in flat.items()
@@ -146,7 +145,7 @@ def read(
   adapters = adapt(options, describe(model))
   shapes = {
     '/'.join(where): leaf.shape
-    for where, leaf in traverse_util.flatten_dict(adapters.trees.shapes).items()
+    for where, leaf in flat_trees.flatten(adapters.trees.shapes).items()
     if '/'.join(where) in adapters.names
   }
   if {name: x.shape for name, x in factors.items()} != shapes or not all(
@@ -157,7 +156,7 @@ def read(
       f'{options.rank}, lora.parts={options.parts!r} for this model'
     )
   tree = {tuple(name.split('/')): jnp.asarray(x) for name, x in factors.items()}
-  return adapters, {**params, **traverse_util.unflatten_dict(tree)}
+  return adapters, {**params, **flat_trees.unflatten(tree)}
 
 
 def merge(

@@ -159,7 +159,8 @@ def choose(
       str(i): [round(float(x), 6) for x in own] for i, own in by_layer.items()
     },
   }
-  return ChosenExperts(model.moe.num_experts, chosen(by_layer, share), about)
+  E = model.moe_of(model.sparse_layers[-1]).num_experts
+  return ChosenExperts(E, chosen(by_layer, share), about)
 
 
 def _use(model: Model, score: str, variables, batch) -> list[Array]:

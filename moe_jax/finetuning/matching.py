@@ -149,7 +149,7 @@ def _problem(
   if piece.period is not None:
     old, new, axes = old[1:], new[1:], axes[1:]
     axis = expert_axis(axes)
-    if piece.stacked:
+    if piece.stacked and axis is not None:
       del new[axis]
     elif axis is not None and num_experts:
       old[axis] = num_experts

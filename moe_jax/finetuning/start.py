@@ -6,7 +6,7 @@ Not here: which parameters become which (`matching.py`).
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -110,7 +110,7 @@ def initial(
       or the optimizer that is kept do not fit: all differences are listed.
     CheckpointError: No checkpoint of it is good.
   """
-  options: InitFrom = run.options.init_from
+  options = cast(InitFrom, run.options.init_from)
   if not options.workdir:
     return None
   folder = pathlib.Path(options.workdir).expanduser()
@@ -156,7 +156,7 @@ def _check_tokens(
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   """The plan by which the other run's parameters become those of this one."""
-  options: InitFrom = run.options.init_from
+  options = cast(InitFrom, run.options.init_from)
   try:
     chosen = plan(run.model, source, options.copies)
   except ValueError as error:
@@ -221,7 +221,8 @@ def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
   """Differing settings of experts and of the dense layers that they copy."""
-  dense, expert = source.stacks[-1][1].block.ffn, model.moe.expert
+  dense = source.stacks[-1][1].block.ffn
+  expert = model.moe_of(model.sparse_layers[-1]).expert
   for name in fields_of(type(dense)):
     old, new = getattr(dense, name), getattr(expert, name, None)
     if new not in (None, old):

@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.layers.parameters import Role, axes_of, roles_of
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
+from moe_jax.models.flat_trees import Path
 from moe_jax.shapes import Array, PRNGKey
 
-Path = tuple[str, ...]
 # The logical names of dimensions that number experts: in the experts' own
 # parameters, and in those of routers.
 EXPERT_AXES = ('expert', 'expert_choice')
@@ -119,7 +118,7 @@ class Plan:
     """A line on how the parameters are made."""
     c, said = self.copies, []
     if self.upcycled:
-      E = self.model.moe.num_experts
+      E = self.model.moe_of(self.model.sparse_layers[-1]).num_experts
       drawn = f' with std {c.router_std:g}' if c.router_std else ''
       said.append(
         f'layers {list(self.upcycled)} made sparse, {E} copies of each dense '
@@ -152,7 +151,7 @@ class Plan:
       path: self._make(path, source, new[path], axes[path], roles[path], key)
       for path in new
     }
-    return traverse_util.unflatten_dict(arrays)
+    return flat_trees.unflatten(arrays)
 
   def _make(self, path, source, new, axes, role, key) -> Array:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
@@ -171,19 +170,19 @@ class Plan:
     if piece.path is None:
       return new[period]
     value = source[piece.path][piece.period]
+    if (axis := expert_axis(axes)) is None:
+      return value
     if piece.stacked:
       experts = (0,) * new.shape[1]
       value = jnp.broadcast_to(value[None], new.shape[1:])
-    elif (axis := expert_axis(axes)) is not None:
+    else:
       experts = self.experts
       if experts and experts != tuple(range(value.shape[axis])):
         value = jnp.take(value, jnp.array(experts), axis)
-    else:
-      return value
     is_router = role.role == 'router'
     noise = self.copies.router_noise if is_router else self.copies.expert_noise
     key = jax.random.fold_in(key, period)
-    return _noisy(value, experts, expert_axis(axes), noise, key)
+    return _noisy(value, experts, axis, noise, key)
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
@@ -213,4 +212,4 @@ def expert_axis(axes: Sequence[str | None]) -> int | None:
 
 def flat(tree) -> dict[Path, Any]:
   """The leaves of a nested dict, by path."""
-  return traverse_util.flatten_dict(tree)
+  return flat_trees.flatten(tree)

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def check_model(model: Model) -> None:
     )
 
 
-def is_list(value: object) -> bool:
+def is_list(value: Any) -> bool:
   """Whether a value is a list or an array, not a number and no text."""
   if hasattr(value, 'ndim'):
     return value.ndim > 0

@@ -6,7 +6,7 @@ Sequences, scores and the end of the search are those of transformers'
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,13 +181,14 @@ def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
   tokens = np.zeros((B, W, num_tokens), np.int32)
   tokens[..., :n] = forced_ids
   scores = np.full((B, W), -np.inf, np.float32)
-  running = Running(
+  beams: Any = (
     tokens,
     np.where(np.arange(W)[None] == 0, np.float32(0), scores),
     np.repeat(last[:, None], W, axis=1),
   )
-  ended = Ended(np.zeros_like(tokens), np.zeros((B, W), np.int32), scores)
-  return Search(np.int32(n), running, ended, np.ones(B, bool))
+  none: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
+  state: Any = np.int32(n), Running(*beams), Ended(*none), np.ones(B, bool)
+  return Search(*state)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -219,8 +220,9 @@ def _search(
     log_probs = jax.nn.log_softmax(logits).reshape(B, W, -1)
     search, beam = advance(search, log_probs, stop_ids, length_penalty)
     # Beams of a prompt share the encoder's output, which need not be moved.
-    memory = cache.memory
-    cache = cache.replace(memory=None).take((first_row + beam).reshape(-1))
+    after: Any = cache
+    memory = after.memory
+    cache = after.replace(memory=None).take((first_row + beam).reshape(-1))
     return search, cache.replace(memory=memory), finite
 
   first = search, cache, jnp.bool_(True)

@@ -5,7 +5,7 @@ Not here: beams (`beams.py`), and text (`text.py`).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.struct
 import jax
@@ -244,7 +244,7 @@ def _advance(
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], place),
       lengths=state.lengths + ~state.ended,
       finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),
-      cache=cache,
+      cache=cast(Cache, cache),
     )
 
   return jax.lax.while_loop(goes_on, step, state)

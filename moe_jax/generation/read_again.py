@@ -106,7 +106,7 @@ def _read(
   return {
     layer: jax.tree.map(
       lambda *parts: jnp.concatenate(parts, 1),
-      *(part[layer] for part in found if layer in part),
+      *(part[layer] for part in found if part and layer in part),
     )
     for layer in model.sparse_layers
   }

@@ -6,6 +6,7 @@ beams (`beams.py`).
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import flax.struct
 import jax
@@ -123,13 +124,15 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     ValueError: There are not as many seeds as rows, or a seed is not in
       [0, 2^32).
   """
-  for own in [seed] if np.ndim(seed) == 0 else seed:
-    check_seed(own)
   if np.ndim(seed) == 0:
+    check_seed(cast(int, seed))
     return _row_keys(seed, num_rows)
-  if len(seed) != num_rows:
-    raise ValueError(f'{len(seed)} seeds for {num_rows} prompts')
-  return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
+  seeds = cast(Sequence[int], seed)
+  for own in seeds:
+    check_seed(own)
+  if len(seeds) != num_rows:
+    raise ValueError(f'{len(seeds)} seeds for {num_rows} prompts')
+  return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -6,7 +6,7 @@ Not here: the command line (`moe_jax.generate`).
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -94,7 +94,7 @@ def load(
     batch_size=run.batch_size,
     model=model,
     variables=restored.state,
-    tokenizer=run.tokenizer,
+    tokenizer=cast(Tokenizer, run.tokenizer),
     imported=is_imported(workdir),
     step=restored.step,
     skipped=restored.skipped,

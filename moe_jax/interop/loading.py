@@ -104,7 +104,8 @@ def fetch(
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
   checkpoint = open_checkpoint(hub.fetch(source, revision=revision), dtype)
-  options, names = checkpoint.options, checkpoint.architecture.names
+  names = checkpoint.architecture.names
+  options: Any = checkpoint.options
   if options.embedding.tie or not options.has_encoder:
     return checkpoint
   own = has_encoder_table(names, TensorFiles(checkpoint.folder))
@@ -216,7 +217,7 @@ def load_leaf(
   by_bounds: dict[tuple, list[jax.Device]] = {}
   for device, index in places.items():
     bounds = tuple(
-      part.indices(size)[:2] for part, size in zip(index, leaf.shape)
+      part.indices(size)[:2] for part, size in zip(index or (), leaf.shape)
     )
     by_bounds.setdefault(bounds, []).append(device)
   arrays = {}

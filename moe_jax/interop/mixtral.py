@@ -10,7 +10,7 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
   tensor. All names are read, and those of files are written.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from moe_jax.interop.architecture import (
   Architecture,
@@ -34,7 +34,7 @@ from moe_jax.interop.config_keys import (
 )
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.attention import AttentionOptions
-from moe_jax.layers.experts import Dropless
+from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.norms import RmsNorm
@@ -170,15 +170,16 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   if not o.has_experts:
     raise ValueError('it is dense; Mixtral has experts in every layer')
   attention, moe = filled(o, o.width)
+  expert = cast(FeedForwardExpert, moe.expert)
   return dict(
     vocab_size=o.vocab_size,
     hidden_size=o.width,
-    intermediate_size=moe.expert.hidden,
+    intermediate_size=expert.hidden,
     num_hidden_layers=o.num_layers,
     num_attention_heads=attention.num_heads,
     num_key_value_heads=attention.num_kv_heads,
     head_dim=attention.head_width,
-    hidden_act=written(moe.expert.activation, _ACTIVATIONS),
+    hidden_act=written(expert.activation, _ACTIVATIONS),
     rms_norm_eps=o.norm.epsilon,
     tie_word_embeddings=o.embedding.tie,
     sliding_window=attention.window or None,

@@ -9,7 +9,7 @@ import math
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -137,7 +137,7 @@ class _SafeTensors:
     self.specs = {}
     for name in self._file.keys():  # noqa: SIM118 (it is no mapping)
       part = self._file.get_slice(name)
-      dtype = part.get_dtype()
+      dtype = str(part.get_dtype())
       shape = tuple(part.get_shape())
       self.specs[name] = TensorSpec(shape, _DTYPES.get(dtype, dtype))
 
@@ -158,7 +158,7 @@ class _Torch:
       raise ValueError(
         'reading PyTorch files needs PyTorch: pip install torch'
       ) from None
-    load = dict(map_location='cpu', weights_only=True)
+    load: dict[str, Any] = dict(map_location='cpu', weights_only=True)
     # Files from before PyTorch 1.6 are no zip files and cannot be mapped.
     self.in_memory = not zipfile.is_zipfile(path)
     try:

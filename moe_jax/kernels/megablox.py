@@ -43,7 +43,8 @@ def tiling(
   """
   share = max(num_rows // num_experts, 1)
   rows = min(max(1 << (share.bit_length() - 1), _LEAST_ROWS), _MOST_ROWS)
-  return rows, *(_width(-(-width // _LANES), most) for width in widths)
+  M, F = (_width(-(-width // _LANES), most) for width in widths)
+  return rows, M, F
 
 
 def matmul(

@@ -216,7 +216,7 @@ def _outer_kernel(start_ref, stop_ref, x_ref, dy_ref, dw_ref, *, size, band):
   plgpu.store(dw_ref.at[e, m, f], dw, mask=mask)
 
 
-def _tile(index, size) -> pl.Slice:
+def _tile(index, size) -> slice | pl.Slice:
   return pl.ds(index * size, size)
 
 

@@ -152,7 +152,7 @@ def unpack(
     bits: The number of bits of a code.
     inputs: I, the number of inputs.
   """
-  codes, shift, first = 0, 0, 0
+  codes, shift, first = jnp.zeros((), packed.dtype), 0, 0
   for width in _PARTS[bits]:
     each = 8 // width
     rows = -(-inputs // each)

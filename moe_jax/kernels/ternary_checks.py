@@ -54,8 +54,7 @@ def _check_one(values, offsets, width, p0, where) -> None:
       f'row {row}{where} begins at code {offsets[row]} and ends at '
       f'{offsets[row + 1]}: each row must have a code'
     )
-  if offsets[-1] > values.size:
-    row = _first(offsets[1:] > values.size)
+  if (row := _first(offsets[1:] > values.size)) is not None:
     raise ValueError(
       f'row {row}{where} ends at code {offsets[row + 1]} of {values.size}'
     )

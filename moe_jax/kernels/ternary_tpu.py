@@ -59,7 +59,7 @@ def matmul(
   fits = max(_X_BYTES // (M * x.dtype.itemsize) // 16, 1) * 16
   rows = min(fits, _MOST_X_ROWS, pl.cdiv(N, 16) * 16)
   # The kernel selects in 32 bits, the width of its masks.
-  values = [v.astype(jnp.float32)[None] for v in (low, high)]
+  lows, highs = (v.astype(jnp.float32)[None] for v in (low, high))
   tiles = jnp.pad(codes.codes, (0, -codes.codes.shape[0] % _GROUP))
   tiles = tiles.reshape(-1, _LANES)
   starts = _starts(tiles, p0)
@@ -72,7 +72,7 @@ def matmul(
     functools.partial(_kernel, p0=p0, width=M),
     (blocks, pl.cdiv(N, rows)),
     rows,
-    *(starts, groups.astype(jnp.int32), tiles, *values, x),
+    *(starts, groups.astype(jnp.int32), tiles, lows, highs, x),
   )
 
 
@@ -142,7 +142,7 @@ def _kernel(
       )
       copy.start()
       copy.wait()
-      _unpack(codes_ref, *decoded_refs, p0)
+      _unpack(codes_ref, *decoded_refs, p0=p0)
       first = block * (_ROWS * width)
       place = functools.partial(
         _place, starts_ref, *decoded_refs, weights_ref, g, first

@@ -164,7 +164,9 @@ class FfnLayer:
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
-    parts = {'w_in': ((M, F), ('embed', mlp), 'kernel')}
+    parts: dict[str, tuple[tuple[int, ...], Names, str]] = {
+      'w_in': ((M, F), ('embed', mlp), 'kernel')
+    }
     if self.shared.use_bias:
       parts['b_in'] = ((F,), (mlp,), 'bias')
     if self.activation.gated:

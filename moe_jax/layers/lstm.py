@@ -9,7 +9,7 @@ steps are one product.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class LstmOptions(Options):
     """The number H of cells in a model of that width."""
     return self.hidden or width
 
-  def shrunk(self) -> 'LstmOptions':
+  def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=24 if self.hidden else 0)
 
@@ -123,13 +123,13 @@ class Lstm(nn.Module):
     inputs = (rows_matmul(rows, w_in) + bias[None]).reshape(B, T, -1)
     if state is None:
       state = start(self.options, self.shared, B, M, segment_ids.dtype)
-    state, y = jax.lax.scan(
+    last, y = jax.lax.scan(
       functools.partial(_step, w_state, w_out),
       state,
       (inputs.swapaxes(0, 1), segment_ids.swapaxes(0, 1)),
       unroll=min(self.options.unroll, T),
     )
-    return y.swapaxes(0, 1), state
+    return y.swapaxes(0, 1), last
 
   def _parameters(self, M):
     """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""

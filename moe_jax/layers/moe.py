@@ -6,6 +6,7 @@ tokens and multiplying them is `moe_jax.layers.experts`.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +187,7 @@ class MoeOptions(ImposedOptions):
       return empty_aux(1, 1)
     return empty_aux(self.num_experts, self.num_selected)
 
-  def shrunk(self) -> 'MoeOptions':
+  def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     E, K, S = self.num_experts, self.num_selected, self.group_size
     return dataclasses.replace(

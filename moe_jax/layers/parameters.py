@@ -5,7 +5,7 @@ the abstract initialisation of a model, into trees beside that of the
 parameters; train states are unboxed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.nn.initializers import Initializer
 
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
@@ -21,6 +20,9 @@ from moe_jax.shapes import Array, Float
 
 Names = tuple[str | None, ...]
 
+# A function of a key, a shape and a dtype. What it returns may be in a box, out
+# of which flax takes it.
+Initializer = Callable[..., Any]
 ROLES = (
   'attention',
   'embedding',
@@ -163,7 +165,7 @@ def stored(
     role: One of `ROLES`.
   """
 
-  def make(key):
+  def make(key) -> dict[str, Any]:
     del key
     return {
       part: Parameter(
@@ -225,7 +227,7 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
     if isinstance(leaf, Parameter) and leaf.role:
       return leaf
     names = getattr(leaf, 'names', None) if _is_box(leaf) else None
-    array = nn.meta.unbox(leaf) if _is_box(leaf) else leaf
+    array: Any = nn.meta.unbox(leaf) if _is_box(leaf) else leaf
     own = array.ndim - len(stacked)
     form = 'bias' if own <= 1 else 'kernel'
     names = names or (*stacked, *(None,) * own)

@@ -6,7 +6,7 @@ sinusoidal), or bias the scores of attention (T5's relative positions).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +140,8 @@ class Learned(Positions):
         f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '
         'positions'
       )
-    return x + jnp.take(table, positions, axis=0).astype(x.dtype)
+    learned = cast(Array, table)  # flax has made it, as `table_len` is not 0
+    return x + jnp.take(learned, positions, axis=0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ the options of one layer.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Self
 
 from flax import linen as nn
 from jax.nn.initializers import Initializer
@@ -142,9 +143,9 @@ class Numerics(Options):
     'the blocks of a Transformer.',
   )
 
-  def shrunk(self) -> 'Numerics':
+  def shrunk(self) -> Self:
     """See `Options.shrunk`."""
-    return Numerics(init=self.init)
+    return type(self)(init=self.init)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ the paper's experiment (`experiments/jacobs_table1.py`).
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +201,7 @@ class AdaptiveMixture(FeatureModel):
     return TokenLosses(errors[:, None])
 
   @nn.nowrap
-  def inputs(self, batch: Batch) -> dict[str, Array]:
+  def inputs(self, batch: Batch) -> dict[str, Any]:
     """See `Model.inputs`."""
     features = batch['features']
     real = batch['segment_ids'] > 0  # [B, 1]

@@ -6,14 +6,15 @@ never compare its kind or class. Not here: the options that build the module
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.moe import MoeOptions
-from moe_jax.models.layer_trees import LayerPlace, Path
+from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import LayerPlace
 from moe_jax.models.stack import StackConfig
 from moe_jax.shapes import Array, Float32, Int, Leaf
 
@@ -51,13 +52,17 @@ class Model(nn.Module):
   has_encoder: ClassVar[bool] = False
   generates: ClassVar[bool] = False
 
+  if TYPE_CHECKING:  # flax makes it, unseen by checkers
+
+    def __hash__(self) -> int: ...
+
   @property
   def vocab_size(self) -> int:
     """V, the number of tokens or classes."""
     raise NotImplementedError
 
   @nn.nowrap
-  def inputs(self, batch: Batch) -> dict[str, Array]:
+  def inputs(self, batch: Batch) -> dict[str, Any]:
     """The arguments of a call of the model, taken from a batch."""
     raise NotImplementedError
 
@@ -118,6 +123,19 @@ class Model(nn.Module):
   def moe(self) -> MoeOptions | None:
     """The mixture of the last layer that has one; None in a dense model."""
     return self.moes[self.sparse_layers[-1]] if self.sparse_layers else None
+
+  def moe_of(self, layer: int) -> MoeOptions:
+    """The mixture of a layer.
+
+    Raises:
+      ValueError: The layer has none.
+    """
+    moe = self.moes[layer] if 0 <= layer < self.num_layers else None
+    if moe is None:
+      raise ValueError(
+        f'layer {layer} has no experts; sparse layers are {self.sparse_layers}'
+      )
+    return moe
 
   @property
   def sequences(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from moe_jax.kernels import ternary_checks
 from moe_jax.kernels.ternary import Codes
@@ -22,6 +22,7 @@ from moe_jax.layers.experts import (
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.kernel_format import TERNARY, KernelFormat
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.text_options import StackOptions
@@ -30,7 +31,6 @@ from moe_jax.options import fields_of
 from moe_jax.shapes import Array
 
 _PLAIN = KernelFormat()
-Path = tuple[str, ...]
 
 
 class Coded(NamedTuple):
@@ -74,8 +74,8 @@ def with_formats(
   )
   if isinstance(options, EncoderDecoderOptions):
     half = _of_experts(options.encoder_half(), experts)
-    changed = changed.with_encoder(half)
-  return changed
+    return cast(EncoderDecoderOptions, changed).with_encoder(half)
+  return cast(TransformerOptions, changed)
 
 
 def _of_experts(options: StackOptions, format: KernelFormat):
@@ -162,8 +162,9 @@ def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
   Raises:
     ValueError: Codes do not decode to the kernel that they stand for.
   """
-  kernels = coded_kernels(options) if has_codes(options) else {}
-  for path, kernel in kernels.items():
+  if not isinstance(options, TransformerOptions) or not has_codes(options):
+    return
+  for path, kernel in coded_kernels(options).items():
     stored = functools.reduce(operator.getitem, path, params)
     if kernel.format.name != TERNARY or not all(
       array.is_fully_addressable for array in stored.values()

@@ -13,7 +13,7 @@ from flax import linen as nn
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.shared import RULES
 from moe_jax.models.embeddings import Embeddings
-from moe_jax.models.layer_trees import Path
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import (
   Transformer,

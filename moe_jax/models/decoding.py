@@ -72,8 +72,12 @@ def stack_for_decoding(
   plain = dataclasses.replace(stack, block=block, remat='none')
   plain, params = unstack(plain, params)
   _, router_state = unstack(stack, router_state)
-  few = few_rows and moe is not None and moe.expert.own_arrays
-  if few and isinstance(moe.dispatch, Dropless):
+  if (
+    few_rows
+    and moe is not None
+    and moe.expert.own_arrays
+    and isinstance(moe.dispatch, Dropless)
+  ):
     plain, params = _for_few_tokens(plain, moe, params, few_rows)
   return DecodingStack(plain, params, router_state)
 

@@ -9,7 +9,7 @@ of the balancing constraint (`moe_jax.routing.running_totals`).
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +286,7 @@ class DeepMoe(FeatureModel):
     return moved
 
   @nn.nowrap
-  def inputs(self, batch: Batch) -> dict[str, Array]:
+  def inputs(self, batch: Batch) -> dict[str, Any]:
     """See `Model.inputs`."""
     return {key: batch[key] for key in ('features', 'segment_ids')}
 

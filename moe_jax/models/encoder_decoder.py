@@ -14,7 +14,8 @@ from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.models.embeddings import Embeddings
-from moe_jax.models.layer_trees import Path, periods_of
+from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import periods_of
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import Transformer, make_cache, make_context
 from moe_jax.routing import GivenChoices, MoeAux

@@ -13,24 +13,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
+from moe_jax.models import flat_trees
 from moe_jax.models.base import Model
-from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.models.layer_trees import Path
+from moe_jax.models.encoder_decoder_options import (
+  EncoderDecoderOptions,
+  EncoderOptions,
+)
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.options import Options
 from moe_jax.shapes import Array
 
 EXPERT, COLUMN = 'expert', AXES[-1]
-Arrays = dict[Path, Array]
+Arrays = dict[Path, Any]
 
 
 class SparseLayer(NamedTuple):
@@ -80,7 +82,7 @@ def sparse_layers(
       'blocks are merged, pruned or copied'
     )
   axes, roles = _by_layer_path(model)
-  trees, moes = _trees(model, params), model.moes
+  trees = _trees(model, params)
   places = [
     (i, stack.block.shared)
     for _, stack in model.stacks
@@ -88,13 +90,13 @@ def sparse_layers(
   ]
   layers = {}
   for number in model.sparse_layers:
-    flat = traverse_util.flatten_dict(trees[number])
+    flat = flat_trees.flatten(trees[number])
     own = {path: axes[path] for path in flat}
     in_stack, shared = places[number]
     layers[number] = SparseLayer(
       number,
       in_stack,
-      moes[number],
+      model.moe_of(number),
       shared,
       {p: x for p, x in flat.items() if roles[p] == EXPERT},
       {p: x for p, x in flat.items() if COLUMN in own[p]},
@@ -112,8 +114,8 @@ def _trees(model: Model, params: Mapping[str, Any]) -> tuple[Any, ...]:
 def _by_layer_path(model: Model) -> tuple[dict[Path, Names], dict[Path, str]]:
   """The axes and roles of the parameters of layers, by paths in a layer."""
   trees = describe(model)
-  all_axes = traverse_util.flatten_dict(trees.axes)
-  all_roles = traverse_util.flatten_dict(trees.roles)
+  all_axes = flat_trees.flatten(trees.axes)
+  all_roles = flat_trees.flatten(trees.roles)
   axes, roles = {}, {}
   for path, names in all_axes.items():
     place = model.place_of(path)
@@ -151,8 +153,8 @@ def _assembled(
   new: Model,
   changes: dict[int, Arrays],
 ) -> dict[str, Any]:
-  old = traverse_util.flatten_dict(params)
-  layers = [traverse_util.flatten_dict(t) for t in model.layer_trees(params)]
+  old = flat_trees.flatten(params)
+  layers = [flat_trees.flatten(t) for t in model.layer_trees(params)]
   first, firsts = 0, {}
   for path, stack in model.stacks:
     firsts[path] = first
@@ -160,7 +162,7 @@ def _assembled(
 
   def row(number: int, path: Path, shape: tuple[int, ...]) -> Array:
     array = changes.get(number, {}).get(path, layers[number].get(path))
-    if getattr(array, 'shape', None) != shape:
+    if array is None or array.shape != shape:
       raise ValueError(
         f'{"/".join(path)} of layer {number} has shape '
         f'{getattr(array, "shape", None)}, not {shape}'
@@ -168,7 +170,7 @@ def _assembled(
     return array
 
   arrays = {}
-  for path, leaf in traverse_util.flatten_dict(describe(new).shapes).items():
+  for path, leaf in flat_trees.flatten(describe(new).shapes).items():
     place = new.place_of(path)
     if place is None:
       arrays[path] = old[path]
@@ -176,11 +178,11 @@ def _assembled(
     numbers = [firsts[place.stack] + i for i in place.layers]
     rows = [row(n, place.name, leaf.shape[1:]) for n in numbers]
     arrays[path] = jnp.stack(rows).astype(leaf.dtype)
-  return traverse_util.unflatten_dict(arrays)
+  return flat_trees.unflatten(arrays)
 
 
 def with_moes(
-  options: ModelOptions, change: Callable[[int, LayerOptions], MoeOptions]
+  options: ModelOptions, change: Callable[[int, Any], MoeOptions]
 ) -> ModelOptions:
   """The options of a model of blocks with other mixtures.
 
@@ -189,7 +191,7 @@ def with_moes(
     change: The function change(first, half) that returns the mixture of the
       layers of an encoder or decoder, whose first layer has that number.
   """
-  if not options.has_encoder:
+  if not isinstance(options, EncoderDecoderOptions):
     return _with_moe(options, change(0, options))
   encoder = options.encoder_half()
   moe = change(encoder.num_layers, options)
@@ -197,7 +199,7 @@ def with_moes(
   return alone.with_encoder(_with_moe(encoder, change(0, encoder)))
 
 
-def _with_moe(half: Options, moe: MoeOptions) -> Any:
+def _with_moe(half: Any, moe: MoeOptions) -> Any:
   return dataclasses.replace(half, moe=moe)
 
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.pattern import layer_name, period_name, segments
 from moe_jax.models.stack import StackConfig
-
-Path = tuple[str, ...]
 
 
 class LayerPlace(NamedTuple):

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from moe_jax.layers.parameters import Names, Role
+from moe_jax.models import flat_trees
+from moe_jax.models.flat_trees import Path
 from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.selection import EXPRESSION, names_of
 from moe_jax.options import Options, above, at_least, option, within
@@ -33,7 +34,6 @@ from moe_jax.shapes import Array, PRNGKey
 TREE = 'lora'  # the name of the tree of factors among the parameters
 _STACKED = ('layers', 'expert')
 _GIVEN = {'rank': at_least(1)}
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Adapters:
       draw = jax.random.normal(_key_of(key, path), shapes['a'])
       factors[*path, 'a'] = draw / size**0.5
       factors[*path, 'b'] = jnp.zeros(shapes['b'])
-    return {**params, TREE: traverse_util.unflatten_dict(factors)}
+    return {**params, TREE: flat_trees.unflatten(factors)}
 
   def merged(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
@@ -172,16 +172,16 @@ class Adapters:
     """
     if not self.kernels:
       return dict(params)
-    own = traverse_util.flatten_dict(self.base(params))
+    own = flat_trees.flatten(self.base(params))
     for path, kernel in self.merged_kernels(params, key).items():
       own[path] = kernel
-    return traverse_util.unflatten_dict(own)
+    return flat_trees.unflatten(own)
 
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
   ) -> dict[Path, Array]:
     """The kernels that have adapters, with these added; see `merged`."""
-    flat = traverse_util.flatten_dict(params)
+    flat = flat_trees.flatten(params)
     sums = {}
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
@@ -197,10 +197,10 @@ class Adapters:
     """`merged` of arrays on any mesh; kernels keep their shardings."""
     if not self.kernels:
       return dict(params)
-    own = traverse_util.flatten_dict(self.base(params))
+    own = flat_trees.flatten(self.base(params))
     places = {path: own[path].sharding for path in self.kernels}
     own |= jax.jit(self.merged_kernels, out_shardings=places)(params)
-    return traverse_util.unflatten_dict(own)
+    return flat_trees.unflatten(own)
 
   def _left(self, kernel: _Kernel, key: PRNGKey) -> Array:
     """Factors of the directions that are left, 0 where one is dropped."""
@@ -223,7 +223,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
   """
   if not options.rank:
     return Adapters(options, {}, trees)
-  shapes, axes, roles = (traverse_util.flatten_dict(tree) for tree in trees)
+  shapes, axes, roles = (flat_trees.flatten(tree) for tree in trees)
   names = names_of(options.parts, trees.roles, 'lora.parts')
   kernels = {
     path: _kernel(path, leaf.shape, axes[path], roles[path])
@@ -239,7 +239,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
       place = (TREE, *path, factor)
       shapes[place] = jax.ShapeDtypeStruct(sizes[factor], jnp.float32)
       axes[place], roles[place] = names_of_dims[factor], kernel.role
-  extended = map(traverse_util.unflatten_dict, (shapes, axes, roles))
+  extended = map(flat_trees.unflatten, (shapes, axes, roles))
   return Adapters(options, kernels, ParameterTrees(*extended))
 
 

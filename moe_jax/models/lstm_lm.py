@@ -8,7 +8,7 @@ over the whole vocabulary.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -299,10 +299,11 @@ class _Layer(nn.Module):
       y, aux = moe(x, segment_ids > 0, train, given=given)
       y = jax.nn.sigmoid(y)
     else:
+      twin = cast(Twin, c.twin)
       ffn = FeedForward(
-        c.twin.ffn,
+        twin.ffn,
         c.shared,
-        c.twin.dropout,
+        twin.dropout,
         depth=c.lstm.twin_depth,
         name='ffn',
       )

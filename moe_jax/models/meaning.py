@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax import sections
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.text_options import StackOptions
 from moe_jax.models.transformer_options import TransformerOptions
@@ -30,7 +31,7 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
     values = {k: v for k, v in values.items() if k.split('.')[0] not in fields}
     half = StackOptions(**{name: getattr(options, name) for name in fields})
     values |= _layers(half, options.width)
-  if options.has_encoder:
+  if isinstance(options, EncoderDecoderOptions):
     values = {k: v for k, v in values.items() if not k.startswith(_ENCODER)}
     encoder = _layers(options.encoder_half(), options.width)
     values |= {f'{_ENCODER}{name}': value for name, value in encoder.items()}

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +82,13 @@ def _initializer(model: Model) -> Any:
   Tracing a model takes seconds, so that equal models share it.
   """
   try:
-    return _remembered(model)
+    return _remembered(cast(Hashable, model))
   except TypeError:  # a user's model may hold what has no hash
     return _remembered.__wrapped__(model)
 
 
 @functools.lru_cache(maxsize=64)
-def _remembered(model):
+def _remembered(model: Any):
   return jax.jit(functools.partial(_init, model))
 
 

@@ -5,7 +5,7 @@ layers, not L. Not here: the loops themselves (`stack.py`).
 """
 
 from collections.abc import Collection, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The longest period that a loop's body may have; OpenMoE's is 6.
 MAX_PERIOD = 8
@@ -76,7 +76,7 @@ class Segment(NamedTuple):
   """
 
   name: str
-  pattern: tuple[Hashable, ...]
+  pattern: tuple[Any, ...]
   repeats: int
 
   @property

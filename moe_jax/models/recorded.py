@@ -83,7 +83,7 @@ def expert_type(num_experts: int) -> jnp.dtype:
 
 def _recorded(model: Model, layer: int, found, logits: bool, dtype) -> Recorded:
   chosen, own = found[CHOICES], None
-  kind = expert_type(model.moes[layer].sizes.num_retained)
+  kind = expert_type(model.moe_of(layer).sizes.num_retained)
   none = jnp.iinfo(kind).max
   if logits and LOGITS in found:
     own = to_rows(found[LOGITS], *chosen.gate.shape[:2])

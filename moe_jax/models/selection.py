@@ -43,8 +43,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
   at = 0
   while at < len(text) or not at:
     match = _TERM.match(text, at)
-    missing = match is None or (at and not match['sign'])
-    if missing or (not at and match['sign'] == '+'):
+    if match is None or (match['sign'] == '+' if not at else not match['sign']):
       raise ValueError(
         f"{text!r} is no sum of parts, such as 'experts + router' or "
         f"'all - embeddings'; have {list(NAMES)}, or 're:' and a regular "

@@ -6,7 +6,7 @@ parameters are in the loops (`layer_trees.py`).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def run_stack(
   auxes, first = [], 0
   for segment in segments(c.kinds):
     numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
-    numbers = numbers.reshape(segment.repeats, -1)
+    numbers = cast(Array, numbers.reshape(segment.repeats, -1))
     layers = _segment if c.stacked else _unrolled
     carry, aux = layers(c, segment, train)(Carry(x, cache), numbers, context)
     x, cache = carry
@@ -210,7 +210,7 @@ def _segment(c: StackConfig, segment: Segment, train: bool):
     Period,
     variable_axes={'params': 0, 'intermediates': 0, 'router_state': 0},
     split_rngs={'params': True, 'dropout': True, 'router': True},
-    in_axes=(0, nn.broadcast),
+    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
     length=segment.repeats,
     unroll=1 if loops else segment.repeats,
     metadata_params={nn.PARTITION_NAME: 'layers'},

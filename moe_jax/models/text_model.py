@@ -1,6 +1,6 @@
 """The base of models of text: the batches that they read, and their loss."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class TextModel(Model):
     return self.embedding.positions.table_len or None
 
   @nn.nowrap
-  def inputs(self, batch: Batch) -> dict[str, Array]:
+  def inputs(self, batch: Batch) -> dict[str, Any]:
     """See `Model.inputs`; choices of experts are imposed if the batch has them.
 
     They are under the names `REPLAYED`.
@@ -56,7 +56,7 @@ class TextModel(Model):
       for prefix in self.sequences
       if f'{prefix}{REPLAYED[0]}' in batch
     }
-    return plain | given | {name: batch.get(name) for name in tasks}
+    return {**plain, **given, **{name: batch.get(name) for name in tasks}}
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:

@@ -85,7 +85,7 @@ class Shadowing(Options):
       ValueError: Experts are split over axes that groups are not split over.
     """
     E = len(counts)
-    if not self.experts or not layout.exchanged:
+    if not self.experts or not layout.exchanged or sizes is None:
       return jnp.zeros(0, jnp.int32)
     if layout.apart:
       raise ValueError(

@@ -35,11 +35,13 @@ class Mover(Protocol):
     self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'E R M']:
     """Copies tokens to the rows of their experts."""
+    ...
 
   def combine(
     self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
   ) -> Float[Array, 'G S M']:
     """Sums each token's rows, weighted by its gates."""
+    ...
 
 
 class StackedExperts(NamedTuple):

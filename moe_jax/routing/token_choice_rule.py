@@ -7,6 +7,7 @@ function. The noise of Shazeer et al. 2017 is in `noisy_top_k_rule.py`.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,9 +170,7 @@ def choice_problems(
     )
 
 
-def _check(
-  slot_priority: str, second_threshold: float, **sizes: int | str
-) -> None:
+def _check(slot_priority: str, second_threshold: float, **sizes: Any) -> None:
   """Raises ValueError where an argument of `token_choice` is wrong."""
   values = {'slot_priority': slot_priority, **sizes}
   for name, have in (

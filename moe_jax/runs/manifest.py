@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from etils import epath
@@ -283,7 +283,7 @@ def difference(
 
 def _size_and_digest(path: epath.Path) -> tuple[int, str]:
   with path.open('rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    digest = hashlib.file_digest(cast(Any, file), 'sha256').hexdigest()
     return file.tell(), digest
 
 

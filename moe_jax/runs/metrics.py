@@ -26,8 +26,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+
+# Classes that protobuf makes at run time are unknown to type checkers.
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 from tensorboardX.record_writer import masked_crc32c
 
 FILE_NAME = 'metrics.jsonl'

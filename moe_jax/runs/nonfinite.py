@@ -7,6 +7,7 @@ it ends the run (`recorder.py`).
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,9 @@ def keep(
     OSError: The file cannot be written.
   """
   path = workdir / FOLDER / f'{step}.npz'
-  arrays = {name: _whole(array) for name, array in batch.items()}
+  arrays: dict[str, Any] = {
+    name: _whole(array) for name, array in batch.items()
+  }
   if jax.process_index() == 0:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')

@@ -112,7 +112,7 @@ class Ownership:
           self._folders.append(folder)
           self._write(folder)
           break
-      if found.alive or stale is not None:
+      if found is None or found.alive or stale is not None:
         raise _refusal(folder, found)
       stale = found, beat(folder)
       self._watch(folder, found)

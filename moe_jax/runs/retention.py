@@ -226,7 +226,7 @@ class Directory:
   def prune(self) -> None:
     """Deletes all checkpoints except the newest ones and the best."""
     steps = self.steps()
-    kept = set(steps[-self._keep_newest :])
+    kept: set[int | None] = set(steps[-self._keep_newest :])
     if self._keep_best:
       kept.add(self.best_step())
     for step in steps:

@@ -77,7 +77,7 @@ def layer_summary(
   by_rank, in_all = drop_rate(stats)
   values = {
     'drop_rate': float(in_all),
-    **load_summary(stats.load),
+    **load_summary(np.asarray(stats.load)),
     'entropy': float(stats.entropy / tokens),
     'router_logit_rms': float(np.sqrt(stats.logit_square / tokens)),
   }

@@ -136,7 +136,7 @@ def read(
   plugins.check_allowed(plugins.names_in(parts), allow)
   try:
     data = sections.read(DataOptions, parts['data'], 'data.')
-    model = sections.read_choice(MODELS, parts['model'], 'model.')
+    model: Any = sections.read_choice(MODELS, parts['model'], 'model.')
     sharding = sections.read(ShardingOptions, parts['sharding'], 'sharding.')
     batch_size = _batch_size(config)
   except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -197,7 +197,7 @@ class Watchdog:
     if secrets.compare_digest(token, self._token.encode()):
       line.send({'token': self._token})
       self._lines[int(said['process'])] = line
-      for message in first[1:]:
+      for message in first[1:] if first else ():
         self._hear(int(said['process']), message)
     else:
       line.socket.close()
@@ -232,7 +232,7 @@ class Watchdog:
     # Closing a socket with unread data may discard what was sent, so all is
     # read until the other ends are closed.
     until = time.monotonic() + MOMENT_SECONDS
-    lines = {line.socket: line for line in self._lines.values()}
+    lines: dict[Any, Any] = {w.socket: w for w in self._lines.values()}
     while lines and time.monotonic() < until:
       for ready in wait(list(lines), TICK_SECONDS):
         if lines[ready].receive() is None:

@@ -8,14 +8,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
 from moe_jax import plugins, sections
 from moe_jax.runs.owner import OWNED
 from moe_jax.runs.storage_errors import storage_path
-from moe_jax.section_reader import Section
+from moe_jax.section_reader import Section, as_mapping
 
 CONFIG = 'config.json'
 CHECKPOINTS = 'checkpoints'
@@ -102,7 +102,7 @@ def _check_directory(
   Otherwise the run would begin anew, or go on from another run's checkpoints.
   """
   there = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
-  given = config['checkpoint']['directory']
+  given = cast(Any, config)['checkpoint']['directory']
   old, new = checkpoints_of(folder), checkpoints_of(folder, given)
   if there and old != new:
     raise ValueError(
@@ -175,7 +175,7 @@ def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
 
 def _plain(config: Section) -> dict[str, Any]:
   """A config as JSON gives it back, to be compared with that of a file."""
-  nested = config if isinstance(config, dict) else config.to_dict()
+  nested = as_mapping(config)
   return json.loads(json.dumps(nested))
 
 

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import numbers_of
 from moe_jax.models.lora import TREE
 from moe_jax.models.parameter_trees import ParameterTrees
@@ -104,8 +103,7 @@ def masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  moes = model.moes
-  have = {i: moes[i].sizes.num_retained for i in model.sparse_layers}
+  have = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
   given = {i: chosen.num_experts for i in chosen.layers}
   if have != given:
     raise ValueError(
@@ -123,7 +121,7 @@ def masks(
 def _masks(
   chosen: ChosenExperts, model: Model, trees: ParameterTrees, names
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for path, axes in traverse_util.flatten_dict(trees.axes).items():
+  for path, axes in flat_trees.flatten(trees.axes).items():
     if '/'.join(path) not in names or _EXPERT not in axes:
       continue
     own = path[1:-1] if path[0] == TREE else path

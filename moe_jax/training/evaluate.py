@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -96,7 +96,7 @@ class EvaluationOptions(Options):
     """
     raise NotImplementedError
 
-  def shrunk(self) -> 'EvaluationOptions':
+  def shrunk(self) -> Self:
     """The same evaluation with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
 
@@ -118,7 +118,7 @@ class BatchesEvaluation(EvaluationOptions):
     at_least(0),
   )
 
-  def shrunk(self) -> 'BatchesEvaluation':
+  def shrunk(self) -> Self:
     """The same evaluation on one batch."""
     return dataclasses.replace(super().shrunk(), num_batches=1)
 
@@ -275,7 +275,7 @@ class Losses(OverBatches):
       record: Called with the number, the batch and the choices of each batch.
     """
     run = compiled_eval_step(self.model, apply, self.put.sharding)
-    total = None
+    total: Any = None
     for number, batch in enumerate(self.batches()):
       sums = run(variables, batch)
       record(number, batch, sums.choices)
@@ -293,7 +293,8 @@ def compiled_eval_step(
   rows: jax.sharding.Sharding | None = None,
 ):
   """`eval_step`; equal models share it. Choices are split as `rows` says."""
-  places = LossSums(*[None] * len(LossSums._fields))
+  nowhere: list[Any] = [None] * len(LossSums._fields)
+  places = LossSums(*nowhere)
   return jax.jit(
     functools.partial(eval_step, model=model, apply=apply),
     out_shardings=places._replace(choices=rows),

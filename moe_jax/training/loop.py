@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -91,7 +92,7 @@ def train_and_evaluate(
       watchdog.before_end = run.checkpoints.settle
       watchdog.mark('the restore')
       state = begin(run, initial)
-      recorder = stack.enter_context(Recorder(run, int(state.step)))
+      recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
       stopped = stack.enter_context(_stopped())
       for hook in hooks:
         watchdog.mark(f'the start of {type(hook).__name__}')

@@ -7,6 +7,7 @@ the exact bytes of a run (`moe_jax.analysis.memory`).
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -39,7 +40,7 @@ def _needs(options: RunOptions) -> Iterator[tuple[str, int]]:
     stored * model.least_parameters(),
   )
   if model.reads_features:
-    size = math.prod(model.feature_shape)
+    size = math.prod(cast(FeatureModelOptions, model).feature_shape)
     yield f'batch_size={rows} of {size} features', _ITEM * rows * size
     return
   lengths = options.data.seq_len, options.data.target_len

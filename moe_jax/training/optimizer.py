@@ -244,7 +244,7 @@ def per_matrix(
   def init(params):
     return jax.tree.map(lambda p, n: lifted(transform.init, n)(p), params, axes)
 
-  def update(updates, state, params):
+  def update(updates, state, params=None):
     leaves, tree = jax.tree.flatten(updates)
     pairs = [
       lifted(transform.update, names)(u, s, p)

@@ -218,8 +218,10 @@ def metrics_shardings(mesh: Mesh, rules: Rules) -> StepMetrics:
   """
   whole = partitioning.sharding(mesh, rules, ())
   rows = partitioning.sharding(mesh, rules, ('batch', None))
-  sums = LossSums(*[whole] * len(LossSums._fields))._replace(choices=rows)
-  metrics = StepMetrics(*[whole] * len(StepMetrics._fields))
+  everywhere: Any = whole
+  sums = LossSums(*[everywhere] * len(LossSums._fields))
+  sums = sums._replace(choices=rows)
+  metrics = StepMetrics(*[everywhere] * len(StepMetrics._fields))
   return metrics._replace(sums=sums)
 
 

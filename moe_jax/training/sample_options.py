@@ -4,6 +4,7 @@ Not here: how the sample is drawn (`moe_jax/hooks.py`).
 """
 
 import dataclasses
+from typing import Self
 
 from moe_jax.options import NOT_EMPTY, SEED, Options, at_least, option
 
@@ -44,6 +45,6 @@ class SampleOptions(Options):
     when={'num_tokens': at_least(1)},
   )
 
-  def shrunk(self) -> 'SampleOptions':
+  def shrunk(self) -> Self:
     """The same sample with at most 16 tokens."""
     return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))

@@ -4,6 +4,7 @@ A new schedule is one class with its options and the curve after the warm-up.
 """
 
 import dataclasses
+from typing import Self
 
 import optax
 
@@ -48,7 +49,7 @@ class Schedule(Options):
     after = own.after_warmup(peak, max(total_steps - warmup, 1))
     return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
 
-  def shrunk(self) -> 'Schedule':
+  def shrunk(self) -> Self:
     """The same schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
 

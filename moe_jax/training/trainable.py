@@ -93,8 +93,8 @@ class Trained:
     def init(params):
       return inner.init(self.part(params))
 
-    def update(grads, state, params):
-      updates, state = inner.update(grads, state, self.part(params))
+    def update(updates, state, params=None):
+      updates, state = inner.update(updates, state, self.part(params))
       # To add -0.0 keeps the bits of every number, those of -0.0 included.
       return self._other_experts(updates, lambda u: -jnp.zeros_like(u)), state
 

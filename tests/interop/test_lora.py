@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from moe_jax import interop, models, run_config
 from moe_jax.finetuning import adapters
 from moe_jax.interop.export_run import export_run
+from moe_jax.models import flat_trees
 from moe_jax.models.lora import LoraOptions, adapt
 from moe_jax.runs import trained
 from moe_jax.sections import merge
@@ -88,7 +88,7 @@ def test_the_same_factors_give_pefts_logits(source):
   adapted = adapt(
     LoraOptions(rank=3, alpha=5.0, parts='attention'), models.describe(model)
   )
-  flat = traverse_util.flatten_dict(
+  flat = flat_trees.flatten(
     adapted.extend(variables['params'], jax.random.key(0))
   )
   state = {k: v.numpy() for k, v in theirs.state_dict().items()}
@@ -104,7 +104,7 @@ def test_the_same_factors_give_pefts_logits(source):
         for i in range(3)
       ]
       flat[where] = jnp.asarray(np.stack(rows)).reshape(flat[where].shape)
-  merged = adapted.merged(traverse_util.unflatten_dict(flat))
+  merged = adapted.merged(flat_trees.unflatten(flat))
   expected = real(oracle.logits(theirs, given), given)
   ours = real(logits(model, merged, given), given)
   np.testing.assert_allclose(ours, expected, atol=5e-5)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.analysis import counts
@@ -12,6 +11,7 @@ from moe_jax.device_mesh import make_mesh
 from moe_jax.layers.retained import Retained, retained
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.routers.sizes import Sizes, TiedColumns
+from moe_jax.models import flat_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.partitioning import ShardingOptions, tree_shardings
 from moe_jax.routing.capacity import All, Fixed, PerToken
@@ -36,9 +36,9 @@ def cut(params, whole, model, experts):
     model: The new model.
     experts: The old number of each new expert, by layer that has others.
   """
-  layers = [traverse_util.flatten_dict(t) for t in whole.layer_trees(params)]
-  shapes = traverse_util.flatten_dict(models.describe(model).shapes)
-  flat, old = {}, traverse_util.flatten_dict(params)
+  layers = [flat_trees.flatten(t) for t in whole.layer_trees(params)]
+  shapes = flat_trees.flatten(models.describe(model).shapes)
+  flat, old = {}, flat_trees.flatten(params)
   for path, shape in shapes.items():
     place = model.place_of(path)
     if place is None:
@@ -52,7 +52,7 @@ def cut(params, whole, model, experts):
       ]
     flat[path] = jnp.stack(rows)
     assert flat[path].shape == shape.shape, path
-  return traverse_util.unflatten_dict(flat)
+  return flat_trees.unflatten(flat)
 
 
 def test_tied_columns_equal_copies_of_experts():

@@ -68,4 +68,5 @@ def _of_line(line: str, where: str) -> Item:
   keys = set(Item._fields)
   if not isinstance(value, dict) or not keys <= value.keys():
     raise ValueError(f'{where} is no object with {sorted(keys)}')
-  return check_item(*(value[key] for key in Item._fields), where)
+  item = Item._make(value[key] for key in Item._fields)
+  return check_item(*item, where)

@@ -79,7 +79,8 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
     ValueError: A field is missing, empty or out of range, or two answers are
       equal.
   """
-  texts = [prompt, *answers] if isinstance(answers, list | tuple) else [None]
+  listed = isinstance(answers, list | tuple)
+  texts: list[Any] = [prompt, *answers] if listed else [None]
   if not all(isinstance(text, str) and text for text in texts):
     raise ValueError(
       f'{where}: prompt={prompt!r} is to be a text and answers={answers!r} a '

@@ -20,7 +20,7 @@ from moe_jax.option_checks import no_effect
 from moe_jax.options import Options, default_of, fields_of, unknown
 from moe_jax.shapes import Float32
 
-SPLITS = ('train', 'validation')
+SPLITS: tuple[str, str] = ('train', 'validation')
 Pair = tuple[str, str]
 
 

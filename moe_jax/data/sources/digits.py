@@ -8,6 +8,7 @@ dataset, by up to 4 pixels. Not here: how rows and epochs are drawn
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def load_digits() -> Examples:
       "digits need scikit-learn; it is in the extra 'experiments': "
       "pip install 'moe_jax[experiments]'"
     ) from error
-  digits = datasets.load_digits()
+  digits: Any = datasets.load_digits()
   features = (digits.images / 16).astype(np.float32)
   return Examples(features, digits.target.astype(np.int32))
 

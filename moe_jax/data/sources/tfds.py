@@ -5,7 +5,7 @@ Not here: how a dataset is prepared and read (`tfds_reader.py`).
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tensorflow_datasets.core import features as features_lib
 
@@ -112,13 +112,14 @@ class TfdsSource(SourceOptions):
         are not grey and of one size.
     """
     builder = self._open(selection, ['image_feature', 'label_feature'])
-    shape = builder.info.features[self.image_feature].shape
+    features: Any = builder.info.features
+    shape = features[self.image_feature].shape
     if len(shape) != 3 or None in shape or shape[-1] != 1:
       raise ValueError(
         f'images of TFDS dataset {self.name!r} are {shape}; they are to be '
         'grey and of one size'
       )
-    label = builder.info.features[self.label_feature]
+    label = features[self.label_feature]
     if not isinstance(label, features_lib.ClassLabel):
       raise ValueError(
         f'label_feature={self.label_feature!r} of TFDS dataset {self.name!r} '

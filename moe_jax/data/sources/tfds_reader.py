@@ -12,7 +12,7 @@ import os
 import pathlib
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -98,7 +98,7 @@ def _few_retries() -> Iterator[None]:
 
 def _host(error: requests.exceptions.ConnectionError) -> str:
   url = error.request.url if error.request is not None else ''
-  return urllib.parse.urlsplit(url).netloc or 'the server'
+  return str(urllib.parse.urlsplit(url or '').netloc) or 'the server'
 
 
 def own_builder(
@@ -141,7 +141,7 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
     ValueError: There is no such split, or the format has no random access.
   """
   try:
-    return builder.as_data_source(split=split)
+    return cast(Any, builder).as_data_source(split=split)
   except NotImplementedError as error:  # the format has no random access
     raise ValueError(f'TFDS dataset {builder.name!r}: {error}') from error
   except ValueError as error:

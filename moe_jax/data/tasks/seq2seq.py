@@ -4,6 +4,7 @@ Not here: sources of pairs (`moe_jax.data.sources`).
 """
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 from jaxtyping import Integer
@@ -54,7 +55,7 @@ class Seq2SeqTask(PairTask):
     return PairRows(
       *stream,
       layout,
-      tokenizer.eos_id,
+      cast(int, tokenizer.eos_id),
       pack=shape.pack,
       keep_end=self.keep_end,
     )

@@ -6,6 +6,7 @@ windows are cut from documents (`denoising.py`).
 
 import dataclasses
 import functools
+from typing import cast
 
 import numpy as np
 from jaxtyping import Integer
@@ -61,7 +62,7 @@ class SpanCorruptionTask(TextTask):
     windows = SpanCorruption(
       shape.layout(tokenizer.start_id),
       tokenizer.sentinel_ids[: self.num_sentinels],
-      tokenizer.eos_id,
+      cast(int, tokenizer.eos_id),
       self.noise_density,
       self.mean_noise_span,
       self.final_sentinel,

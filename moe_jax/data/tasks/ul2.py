@@ -6,7 +6,7 @@ Not here: the denoisers themselves (`span_corruption.py`, `prefix_lm.py`).
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Integer
@@ -18,7 +18,7 @@ from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.data.tokenizers.extra_ids import extend, mode_name
+from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
 from moe_jax.option_checks import unknown_text
 from moe_jax.options import at_least, option
 from moe_jax.shapes import Int
@@ -110,12 +110,13 @@ class Ul2Task(TextTask):
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
     """See `TokenTask.rows`."""
+    named = cast(Extended, tokenizer)
     windows = mixture(
       [Denoiser(*denoiser) for denoiser in self.denoisers],
       shape.layout(tokenizer.start_id),
       sentinels=tokenizer.sentinel_ids[: self.num_sentinels],
-      eos_id=tokenizer.eos_id,
-      mode_ids={mode: tokenizer.token_id(mode_name(mode)) for mode in MODES},
+      eos_id=cast(int, tokenizer.eos_id),
+      mode_ids={mode: named.token_id(mode_name(mode)) for mode in MODES},
       final_sentinel=self.final_sentinel,
       end_prefix=shape.encoder_decoder,
     )

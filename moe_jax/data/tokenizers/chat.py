@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from moe_jax.data.tokenizers.chat_child import LENGTH
 
@@ -137,8 +137,9 @@ class Renderer:
           self.stop()
           return {'error': f'{sys.executable!r} cannot be started: {error}'}
       end = time.monotonic() + limits.wall_seconds
-      self._socket.settimeout(limits.wall_seconds)
-      self._socket.sendall(LENGTH.pack(len(request)) + request)
+      line = cast(socket.socket, self._socket)
+      line.settimeout(limits.wall_seconds)
+      line.sendall(LENGTH.pack(len(request)) + request)
       (size,) = LENGTH.unpack(self._receive(LENGTH.size, end))
       # A character is at most twelve bytes of JSON.
       if size > 12 * limits.text_length + 2**12:
@@ -155,10 +156,10 @@ class Renderer:
       raise
 
   def _receive(self, size: int, end: float) -> bytes:
-    received = bytearray()
+    received, line = bytearray(), cast(socket.socket, self._socket)
     while len(received) < size:
-      self._socket.settimeout(max(end - time.monotonic(), 1e-3))
-      part = self._socket.recv(min(size - len(received), 2**20))
+      line.settimeout(max(end - time.monotonic(), 1e-3))
+      part = line.recv(min(size - len(received), 2**20))
       if not part:
         raise EOFError
       received += part
@@ -167,7 +168,7 @@ class Renderer:
   def _start(self) -> None:
     self.stop()
     ours, theirs = socket.socketpair()
-    specs = [importlib.util.find_spec(name) for name in _NEEDS]
+    specs: list[Any] = [importlib.util.find_spec(name) for name in _NEEDS]
     folders = [str(pathlib.Path(spec.origin).parents[1]) for spec in specs]
     with theirs:
       self._process = subprocess.Popen(

@@ -7,7 +7,7 @@ Not here: the use of the ids in a task (`data/tasks/span_corruption.py`,
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Extended(Tokenizer, kind='extended'):
     if name in self.names:
       return self.base.vocab_size + self.names.index(name)
     if hasattr(self.base, 'token_id'):
-      return self.base.token_id(name)
+      return cast(Any, self.base).token_id(name)
     raise ValueError(f'{name!r} is none of {len(self.names)} added tokens')
 
   def encode_chat(
@@ -104,7 +104,7 @@ class Extended(Tokenizer, kind='extended'):
     """
     if not hasattr(self.base, 'encode_chat'):
       raise ValueError(f'tokenizer {self.identity} has no chat template')
-    return self.base.encode_chat(messages, **variables)
+    return cast(Any, self.base).encode_chat(messages, **variables)
 
   def encode(self, text: str) -> np.ndarray:
     """The tokenizer's own ids of `text`, int32 [N]."""
@@ -118,7 +118,7 @@ class Extended(Tokenizer, kind='extended'):
     named = '|'.join(map(re.escape, self.names))
     parts = re.split(f'({named})', text) if named else [text]
     ids = [self._part(part, options) for part in parts if part]
-    ends = [self.eos_id] if self.end_inputs else []
+    ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)
 
   def decode(self, ids: Ids) -> str:

@@ -206,10 +206,10 @@ class Json(Tokenizer, kind='json'):
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
-    text = self._model.decode([token])
+    text = self._model.decode([int(token)])
     if text and '\ufffd' not in text:
       return repr(text)
-    return self._model.id_to_token(token) or f'<{token}>'
+    return self._model.id_to_token(int(token)) or f'<{token}>'
 
   def state(self) -> dict[str, Any]:
     """The whole model and, where they were given, the special tokens."""

@@ -35,7 +35,7 @@ def vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
   if not vocabulary:
     raise ValueError('the tokenizer has no tokens')
   if max(vocabulary.values()) > _LARGEST_ID:
-    largest = max(vocabulary, key=vocabulary.get)
+    largest = max(vocabulary, key=lambda name: vocabulary[name])
     raise ValueError(
       f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
       f'largest int32, {_LARGEST_ID}'

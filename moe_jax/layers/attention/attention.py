@@ -6,7 +6,7 @@ between decoding steps (`cache.py`).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,7 +15,7 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
 from moe_jax.layers.attention.attention_options import AttentionOptions
-from moe_jax.layers.attention.cache import KVCache, at_layer
+from moe_jax.layers.attention.cache import KVCache, Memory, at_layer
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
@@ -24,6 +24,7 @@ from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 _ROLE = 'attention'
+X = TypeVar('X', Array, Array | None)
 
 
 class Attention(nn.Module):
@@ -115,9 +116,9 @@ class Attention(nn.Module):
     dtype, kept = self.shared.dtype, [cache]
 
     def attend(query, key, value):
-      source = cache.memory
       if not self.cross:
-        source = kept[0] = cache.write(layer, key, value)
+        kept[0] = cache.write(layer, key, value)
+      source = cast(Memory, cache.memory) if self.cross else kept[0]
       return dot_product.cached(
         query,
         at_layer(source.key, layer).astype(dtype),
@@ -153,7 +154,7 @@ class Attention(nn.Module):
       value = self._key_or_value(source, 'value', c)
     if not self.cross:
       query = self.positions.rotate(query, positions)
-      key = self.positions.rotate(key, positions)
+      key = key if key is None else self.positions.rotate(key, positions)
     return self.project_back(attend(query, key, value), M)
 
   def project_back(
@@ -259,7 +260,7 @@ class Attention(nn.Module):
     )
 
 
-def _only_real(x: Array | None, segment_ids: Array | None) -> Array | None:
+def _only_real(x: X, segment_ids: Array | None) -> X | Array:
   """x with zeros at padding, which scores and sums would multiply by 0."""
   if x is None or segment_ids is None:
     return x

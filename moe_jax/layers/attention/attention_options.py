@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Self
 
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
 from moe_jax.layers.attention.keys import Keys
@@ -81,7 +82,7 @@ class AttentionOptions(Options):
     c = self.within(width)
     return 2 * width * c.head_width * (c.num_heads + c.num_kv_heads)
 
-  def shrunk(self) -> 'AttentionOptions':
+  def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     grouped = 0 < self.num_kv_heads < self.num_heads
     return dataclasses.replace(

@@ -48,7 +48,7 @@ def visible(
     seen = seen & (place >= key_place)
   if keys.window:
     seen = seen & (place - key_place < keys.window)
-  if segment_ids is not None:
+  if segment_ids is not None and key_segment_ids is not None:
     seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
   return seen
 

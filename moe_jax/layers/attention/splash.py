@@ -1,6 +1,7 @@
 """Attention by JAX's blockwise kernel for the TPU."""
 
 import math
+from typing import cast
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -36,8 +37,9 @@ def splash(
       ids = None if ids is None else splash_attention.SegmentIds(ids, ids)
       return kernel(query, key, value, segment_ids=ids)
 
-    heads_first = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
-    return jax.vmap(row)(*heads_first, segment_ids).swapaxes(1, 2)
+    q, k, v = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
+    y = cast(Array, jax.vmap(row)(q, k, v, segment_ids))
+    return y.swapaxes(1, 2)
 
   return _on_each_device(local, query, key, value, segment_ids)
 

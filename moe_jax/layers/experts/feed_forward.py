@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Self
 
 from moe_jax.layers.experts.serving import (
   ROLE,
@@ -65,6 +66,6 @@ class FeedForwardExpert(ExpertOptions):
     ffn = FfnOptions(self.hidden * num_selected, self.activation)
     return Twin(ffn, self.dropout)
 
-  def shrunk(self) -> 'FeedForwardExpert':
+  def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=40 if self.hidden else 0)

@@ -8,7 +8,7 @@ of codes (`layers/kernel_format.py`).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class QuantizedExpert(FeedForwardExpert):
     ffn = FfnOptions(self.hidden, self.activation)
     layer = FfnLayer(ffn, shared, 0.0, ROLE, self.format)
     if dispatch.by_slot:
-      return QuantizedSlots(layer, dispatch, name=SCOPE)
+      return QuantizedSlots(layer, cast(SlotDispatch, dispatch), name=SCOPE)
     return QuantizedRows(layer, name=SCOPE)
 
 

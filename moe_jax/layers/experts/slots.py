@@ -7,7 +7,7 @@ travel between these (`moe_jax.parallel.exchange`).
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +239,8 @@ class MixtureExpert(ExpertOptions):
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""
-    return MixtureSlots(dispatch, shared, self.expert, name=SCOPE)
+    slots = cast(SlotDispatch, dispatch)
+    return MixtureSlots(slots, shared, self.expert, name=SCOPE)
 
 
 class MixtureSlots(SlotExperts):

@@ -100,7 +100,10 @@ class SortedRowsExperts(Experts):
     if shared.use_bias:
       # A bias added on every device would be summed with the parts of F.
       layout = dataclasses.replace(layout, hidden=())
-    split_over = {'expert': layout.experts, 'expert_mlp': layout.hidden}
+    split_over: dict[str | None, tuple[str, ...]] = {
+      'expert': layout.experts,
+      'expert_mlp': layout.hidden,
+    }
     specs = {
       name: layout.spec(*(split_over.get(axis, ()) for axis in axes))
       for name, axes in layer.axes((E,), M).items()

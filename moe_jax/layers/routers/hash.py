@@ -5,13 +5,14 @@ are 1/K. The rule is `moe_jax.routing.hash_rule`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from moe_jax import routing
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import Router
 from moe_jax.options import SEED, one_of, option
 from moe_jax.routing.hash_rule import HASH_OF, hash_ids
+from moe_jax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class HashRouter(Router):
     """Routes each group by itself; see `Router`."""
     del x, train
     index = routing.hash_choice(
-      router_ids,
+      cast(Array, router_ids),  # the contract has checked that there are some
       num_experts=self.sizes.num_experts,
       num_selected=self.sizes.num_selected,
       seed=self.options.seed,

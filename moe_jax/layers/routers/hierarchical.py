@@ -273,7 +273,7 @@ def _aux(
     gate, chosen.expert_index, mask, chosen.num_experts
   )
   load = jnp.zeros(len(mask), jnp.float32)
-  if branch.probability is not None:
+  if branch.probability is not None and expert.probability is not None:
     load = hierarchical_rule.hierarchical_load_loss(
       branch.probability,
       expert.probability.reshape(*branch.index.shape, -1),

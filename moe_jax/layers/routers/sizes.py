@@ -5,6 +5,7 @@ Not here: the options that they come from (`layers/moe.py`).
 
 import dataclasses
 import functools
+from typing import overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,12 @@ class Sizes:
     return self.capacity.per_expert(
       group_size, self.num_experts, self.num_selected
     )
+
+  @overload
+  def expert_slots(self, slots: int, group_size: int) -> int: ...
+
+  @overload
+  def expert_slots(self, slots: int | None, group_size: int) -> int | None: ...
 
   def expert_slots(self, slots: int | None, group_size: int) -> int | None:
     """The slots of an expert, which are those of all columns that lead to it.

@@ -253,7 +253,8 @@ def sown_leaving(layer: Mapping[str, Any]) -> topology_rule.Leaving:
   Raises:
     ValueError: The layer's router is another one, and kept none.
   """
-  for path, value in flatten_dict(layer).items():
+  flat: dict[tuple[str, ...], Any] = flatten_dict(layer)
+  for path, value in flat.items():
     if path[-1] == _LEAVING:
       return value[0]  # flax keeps what is sown in tuples
   raise ValueError('the layer has a router that kept no counts of who leaves')

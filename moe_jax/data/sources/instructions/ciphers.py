@@ -33,13 +33,13 @@ def _atbash(dice: Dice) -> Drawn:
 
 def _to_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
-  return Drawn(word, ' '.join(map(MORSE.get, word)))
+  return Drawn(word, ' '.join(MORSE[letter] for letter in word))
 
 
 def _from_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
   # The word decides the split, as in the other direction.
-  return Drawn(' '.join(map(MORSE.get, word)), word, key=word)
+  return Drawn(' '.join(MORSE[letter] for letter in word), word, key=word)
 
 
 TASKS = cluster_of(
