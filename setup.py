@@ -140,6 +140,7 @@ setup(
       'jax[tpu]; sys_platform=="linux" and platform_machine=="x86_64"'
     ],
     'test': [*TEST, TORCH, PEFT],
+    'types': ['pyright[nodejs]==1.1.414'],
     # Tests of what is compared with torch are then skipped.
     'test-without-torch': TEST,
     'data': [PARQUET],
