@@ -1,6 +1,7 @@
 """The parts of a run, built and checked before anything is compiled."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -33,7 +34,9 @@ from moe_jax.training.step import TrainState
 
 
 def _message() -> Callable[[str], None]:
-  return print if is_first() else lambda text: None
+  # Into a pipe or a file, too, the first lines are there at once.
+  say = functools.partial(print, flush=True)
+  return say if is_first() else lambda text: None
 
 
 @dataclasses.dataclass
