@@ -240,7 +240,10 @@ def read_header(folder: pathlib.Path) -> Header:
   try:
     return Header.from_json(path.read_text(encoding='utf-8'))
   except OSError as error:
-    raise ValueError(f'{folder} has no trace: {error}') from None
+    raise ValueError(
+      f'{folder} has no trace, as moe_jax.analysis.record_evaluation or a run '
+      f'with config.trace writes it: {error}'
+    ) from None
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
 

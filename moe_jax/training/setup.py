@@ -1,6 +1,7 @@
 """The parts of a run, built and checked before anything is compiled."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -35,7 +36,9 @@ R = TypeVar('R', bound=RunOptions)
 
 
 def _message() -> Callable[[str], None]:
-  return print if is_first() else lambda text: None
+  # Into a pipe or a file, too, the first lines are there at once.
+  say = functools.partial(print, flush=True)
+  return say if is_first() else lambda text: None
 
 
 @dataclasses.dataclass

@@ -65,7 +65,7 @@ TRAINING = {
     ('give --config.data.source.files.pattern=...',),
   ),
   'a model that is too large': (
-    [SWITCH, '--workdir=x', '--config.mesh.data=-1', '--config.batch_size=8']
+    [SWITCH, '--workdir=x', '--config.mesh.data=-1', '--config.batch_size=16']
     + ['--config.model.width=1000000'],
     ('have', 'make it smaller, or take more devices'),
   ),
