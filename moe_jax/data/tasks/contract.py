@@ -96,8 +96,9 @@ class Dataset:
     tokenizer: Tokenizer as fitted when the corpus was tokenized, with the ids
       that the task adds.
     splits: Rows of 'train' and of 'validation'.
-    digest: The sha256 of both splits' texts, in order; results are comparable
-      only if it is the same.
+    digest: The sha256 of both splits' texts, in order, or of those of the
+      pieces where texts were tokenized in pieces; results are comparable only
+      if it is the same.
     counts: Numbers by name for each split. Texts have 'documents', 'bytes' (of
       UTF-8) and 'tokens'; pairs have 'pairs', 'bytes', 'input_tokens',
       'target_tokens' (without EOS) and 'truncated', the number of pairs that
