@@ -2,8 +2,9 @@
 
     python colab/store.py colab/01_routing_tour.ipynb
 
-Views of widgets are not stored: a page cannot move them, and each follows a
-picture that stays.
+Widgets are not shown meanwhile: a page cannot move them, and each follows a
+picture that stays. Nor could a program wait for them safely: nbclient sometimes
+waits for ever for a cell that holds one.
 """
 
 import os
@@ -16,7 +17,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-WIDGET = 'application/vnd.jupyter.widget-view+json'
+# Python's sign that a module cannot be imported.
+NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
 
 
 def own_kernel() -> AsyncKernelManager:
@@ -30,13 +32,17 @@ def own_kernel() -> AsyncKernelManager:
 
 
 def executed(
-  path: pathlib.Path, timeout: float | None = None, **env: str
+  path: pathlib.Path,
+  timeout: float | None = None,
+  begin: str = NO_WIDGETS,
+  **env: str,
 ) -> nbformat.NotebookNode:
   """The notebook as its cells leave it, run on this checkout's code.
 
   Args:
     path: The file, whose folder the cells run in.
     timeout: Seconds that one cell may take; no limit if None.
+    begin: A line of Python that the kernel runs before the first cell.
     **env: Environment variables of the kernel, beside those that are set here.
 
   Raises:
@@ -50,24 +56,16 @@ def executed(
     timeout=timeout,
     coalesce_streams=True,
     record_timing=False,
+    extra_arguments=[f'--IPKernelApp.exec_lines={begin}'],
     resources={'metadata': {'path': str(path.parent)}},
   )
   return client.execute(env=os.environ | env)
-
-
-def has_view(output: nbformat.NotebookNode) -> bool:
-  """Whether an output is the view of a widget."""
-  return WIDGET in output.get('data', {})
 
 
 def main(paths: list[str]) -> None:
   """Runs and stores each of the files."""
   for path in map(pathlib.Path, paths):
     notebook = executed(path)
-    for cell in notebook.cells:
-      if 'outputs' in cell:
-        cell.outputs = [out for out in cell.outputs if not has_view(out)]
-    notebook.metadata.pop('widgets', None)
     notebook.metadata.language_info = {'name': 'python'}
     nbformat.write(notebook, path)
     print(f'{path}: {path.stat().st_size / 1e3:.0f} KB')

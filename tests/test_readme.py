@@ -39,9 +39,11 @@ def blocks(readme, language='python'):
   return re.findall(pattern, text_of(readme), flags=re.DOTALL)
 
 
-def checkpoint(folder):
+def checkpoint(folder, vocab_size=11):
   """A small Mixtral checkpoint as transformers writes it."""
-  options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(11)
+  options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(
+    vocab_size
+  )
   key = jax.random.key(0)
   params = nn.meta.unbox(models.init_params(options.build(), key))
   interop.save(options.model, {'params': params}, folder)
