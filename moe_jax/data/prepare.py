@@ -1,6 +1,6 @@
 """Tokenizes the data of a config in advance, by many processes.
 
-    python -m moe_jax.data.prepare --config=configs/tiny_switch.py \
+    python -m moe_jax.data.prepare --config=moe_jax:tiny_switch \
       --config.data.source.kind=files \
       --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
 
@@ -139,13 +139,12 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
-    prog='python -m moe_jax.data.prepare',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog=command_line.program('moe_jax.data.prepare'),
+    **command_line.about(__doc__ or ''),
     allow_abbrev=False,
   )
   add, count = parser.add_argument, command_line.POSITIVE
-  add('--config', required=True, help='config whose data is prepared')
+  add('--config', required=True, help=command_line.CONFIG)
   add(
     '--processes',
     type=count,
