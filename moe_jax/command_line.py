@@ -63,13 +63,14 @@ def program(module: str) -> str:
   return f'python -m {module}'
 
 
-def about(text: str) -> dict[str, Any]:
+def about(text: str | None) -> dict[str, Any]:
   """Arguments of a parser whose help ends with the examples of a docstring.
 
   Args:
     text: The docstring of the command's module: a sentence, and examples. What
       follows 'Not here:' in a paragraph is for readers of the code.
   """
+  text = text or ''  # python -OO keeps no docstrings
   text = re.sub(r'\s*Not here:.*?(?=\n\n|$)', '', text, flags=re.DOTALL)
   # A backslash at the end of a docstring's line has joined it with the next.
   text = re.sub(r'(?<=\S) {6,}', ' \\\\\n      ', text)
@@ -223,7 +224,7 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
     return options.run(options, overrides)
 
 
-def parse(argv: Sequence[str], text: str = '') -> list[str]:
+def parse(argv: Sequence[str], text: str | None = None) -> list[str]:
   """Parses flags for `app.run`; a wrong one ends the program in a few lines.
 
   Args:
@@ -241,7 +242,7 @@ def parse(argv: Sequence[str], text: str = '') -> list[str]:
     fail(config_file.flag_problem(error))
 
 
-def _flags_help(text: str, typed: str) -> Iterator[str]:
+def _flags_help(text: str | None, typed: str) -> Iterator[str]:
   """Lines on a command and its own flags; those of libraries are left out."""
   parts = about(text)
   yield from (parts['description'], '', parts['epilog'], '', 'flags:')

@@ -19,7 +19,7 @@ import re
 import traceback
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from absl import flags
@@ -179,7 +179,7 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
   """The module of a config file; raises ValueError that names the file."""
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
   spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
-  module = importlib.util.module_from_spec(spec)
+  module = importlib.util.module_from_spec(cast(Any, spec))
   try:
     loader.exec_module(module)
   except ModuleNotFoundError as error:
@@ -233,9 +233,10 @@ def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
   """Whether `name` may be a new key: its section exists and is not locked."""
   *parents, key = name.split('.')
   for part in parents:
-    config = config.get(part)
-    if not isinstance(config, ml_collections.ConfigDict):
+    below = config.get(part)
+    if not isinstance(below, ml_collections.ConfigDict):
       return False
+    config = below
   return key not in config and not config.is_locked
 
 

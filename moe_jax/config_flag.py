@@ -7,7 +7,7 @@ Not here: flags that only one command has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from absl import flags
@@ -34,7 +34,7 @@ def define() -> None:
 
 def value() -> ml_collections.ConfigDict:
   """The config with the overrides of the command line."""
-  return flags.FLAGS[_NAME].value
+  return cast(ml_collections.ConfigDict, flags.FLAGS[_NAME].value)
 
 
 def file_name() -> str:

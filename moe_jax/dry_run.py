@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -59,7 +60,7 @@ class DryRun:
     yield 'dry run: nothing is trained, and nothing is written'
     run = self._set_up()
     dataset = run.dataset if run else self._dataset()
-    options = run.options if run else self._filled(dataset)
+    options: Any = run.options if run else self._filled(dataset)
     if options is None:
       yield _not_prepared(self._options)
       yield (

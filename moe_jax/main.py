@@ -25,7 +25,7 @@ Kept short: everything here can be called from a notebook.
 """
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from absl import app, flags, logging
 
@@ -126,7 +126,7 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   try:
     train_and_evaluate(
       options,
-      _WORKDIR.value,
+      cast(str, _WORKDIR.value),
       hooks=[distilling, *default_hooks(), ended],
       initial=distilling.initial,
       resume=_RESUME.value,

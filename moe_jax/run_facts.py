@@ -5,6 +5,7 @@ they are printed (`hooks.py`, `dry_run.py`).
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import models
 from moe_jax.analysis import cost, run_cost
 from moe_jax.kernels import backends
-from moe_jax.layers.experts import DISPATCHES, Dispatch
+from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
@@ -112,5 +113,5 @@ def _dispatch(run: Run, dispatch: Dispatch) -> str:
     return name
   platform = run.mesh.devices.flat[0].platform
   platform = 'cuda' if platform == 'gpu' else platform
-  products = backends.describe(dispatch.backend, platform)
+  products = backends.describe(cast(Dropless, dispatch).backend, platform)
   return f'{name} (grouped products: {products})'

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 from moe_jax import config_flag, plugins, sections
 from moe_jax.analysis import run_commands, run_facts, run_page
@@ -33,7 +34,7 @@ class Page(Hook):
     self._run: Run | None = None
     self._facts = RunFacts()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
-    self._drawing: concurrent.futures.Future[float] | None = None
+    self._drawing: concurrent.futures.Future[None] | None = None
     self._rest_until = 0.0
     self._problem = ''
     self._outer: BaseException | None = None
@@ -82,19 +83,24 @@ class Page(Hook):
       self._last(run_facts.FAILED, said or type(error).__name__)
     self._run = None
 
+  @property
+  def _going(self) -> Run:
+    """The run, between its start and its end."""
+    return cast(Run, self._run)
+
   def _begin(self) -> None:
-    self._facts = run_facts.of_run(self._run, config_flag.file_name())
-    self._facts.write(self._run.workdir)
-    run_commands.write_config(self._run.workdir)
+    self._facts = run_facts.of_run(self._going, config_flag.file_name())
+    self._facts.write(self._going.workdir)
+    run_commands.write_config(self._going.workdir)
 
   def _last(self, state: str, said: str = '') -> None:
     self._thread.shutdown(cancel_futures=True)
     self._facts = dataclasses.replace(self._facts, state=state, said=said)
 
     def finish() -> None:
-      self._run.confirm()
-      self._facts.write(self._run.workdir)
-      run_page.write(self._run.workdir, self._allow)
+      self._going.confirm()
+      self._facts.write(self._going.workdir)
+      run_page.write(self._going.workdir, self._allow)
 
     self._guarded(finish)
 
@@ -113,8 +119,8 @@ class Page(Hook):
     self._rest_until = now + _PAUSE * (now - began)
 
   def _written(self) -> None:
-    self._run.confirm()
-    run_page.write(self._run.workdir, self._allow)
+    self._going.confirm()
+    run_page.write(self._going.workdir, self._allow)
 
   def _guarded(self, write: Callable[[], object]) -> None:
     """Calls a function; its first error is said, and none is raised."""
@@ -123,4 +129,4 @@ class Page(Hook):
     except Exception as error:
       if not self._problem:
         self._problem = f'{type(error).__name__}: {error}'
-        self._run.message(f'{run_page.PAGE} was not written: {self._problem}')
+        self._going.message(f'{run_page.PAGE} was not written: {self._problem}')

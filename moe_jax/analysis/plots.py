@@ -8,7 +8,7 @@ colours (`plot_style.py`).
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -91,7 +91,8 @@ def curves_figure(
   lines = len(names) // 2
   layout = [[first.name] * 2, *(names[2 * i : 2 * i + 2] for i in range(lines))]
   figure = Figure(figsize=(_WIDTH, 3.6 + 1.75 * lines), layout='constrained')
-  axes = figure.subplot_mosaic(layout, height_ratios=[2.1] + [1] * lines)
+  heights = [2.1] + [1.0] * lines
+  axes = figure.subplot_mosaic(cast(Any, layout), height_ratios=heights)
   for panel in [first, *below]:
     panel.draw(axes[panel.name])
   return figure
@@ -126,7 +127,7 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
   lines = -(-len(layers) // columns)
   figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')
   grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
-  mesh = None
+  mesh: Any = None
   for axes, layer in zip(grid.flat, layers):
     mesh = _draw_load(axes, *_series(rows, f'train/layer_{layer}/load'))
     axes.set_title(f'layer {layer}', loc='left', fontsize='medium')
@@ -186,7 +187,7 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   if losses.size:
     window = 2 * (len(losses) // 50) + 1
     smoothed = smooth(losses, window)
-    style = _thin(steps) | {'alpha': 0.35 if window > 1 else 1}
+    style: dict[str, Any] = _thin(steps) | {'alpha': 0.35 if window > 1 else 1}
     label = _label('train', losses)
     axes.plot(steps, losses, **style, label=label)
     if window > 1:

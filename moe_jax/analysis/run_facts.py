@@ -139,7 +139,8 @@ def _of_model(model: Model, options: ModelOptions, seq_len: int) -> RunFacts:
     units = {'loss_unit': 'per example', 'counted': 'example'}
   else:
     cost = counts.count(model, seq_len)
-    parameters, active, units = cost.total_params, cost.active_params, {}
+    parameters, active = cost.total_params, cost.active_params
+    units: dict[str, Any] = {}
   try:
     models.check_generates(model)
     generates = True

@@ -12,11 +12,12 @@ Not here: splits (`moe_jax.data.sources.files`), compression and parquet
 themselves (`file_formats.py`).
 """
 
+import io
 import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from moe_jax.data import file_formats
 from moe_jax.data.file_bytes import PartBytes, continued, decoded
@@ -129,11 +130,11 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
   """The documents of text or lines."""
   path, begin, end = span.path, span.begin, None
   if is_compressed(path):
-    stream = file_formats.opened(raw, path)
+    stream = cast(io.BufferedIOBase, file_formats.opened(raw, path))
   else:
     begin, end = (_boundary(raw, at, span) for at in (span.begin, span.end))
     raw.seek(begin)
-    stream = raw
+    stream = cast(io.BufferedIOBase, raw)
   source = PartBytes(path, stream, begin, end)
   texts = _cut_text(source) if is_text(path) else _json_texts(source, field)
   for text in texts:

@@ -267,7 +267,8 @@ def _next(numbers: list[int], shared: _Shared) -> int | None:
 
 def _end_with_parent() -> None:
   """Ends this process when its parent has gone, however it went."""
-  multiprocessing.parent_process().join()
+  if (parent := multiprocessing.parent_process()) is not None:
+    parent.join()
   os._exit(1)
 
 

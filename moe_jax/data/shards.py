@@ -79,7 +79,8 @@ class Shards:
     order = np.argsort(small, kind='stable')
     parts, cuts = np.unique(part[order], return_index=True)
     for i, chosen in zip(parts.tolist(), np.split(order, cuts[1:])):
-      tokens[chosen] = self._file(i)[flat[chosen] - self._begins[i]]
+      places = (flat[chosen] - self._begins[i]).astype(np.int64)
+      tokens[chosen] = self._file(i)[places]
     return tokens
 
   def _map(self, number: int) -> np.ndarray:

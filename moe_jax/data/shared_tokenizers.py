@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from typing import Any, cast
 
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import TaskOptions
@@ -22,7 +23,7 @@ def shared_tokenizer(
   if not task.has_tokens or tokenizer.known_vocab_size() is not None:
     return tokenizer
   texts = itertools.chain.from_iterable(
-    task.open(source, selection).texts(split)
+    cast(Any, task).open(source, selection).texts(split)
     for _, source in sorted(sources.items())
     for split in SPLITS
   )

@@ -23,7 +23,13 @@ from moe_jax.data.cache_folders import (
   publish,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
-from moe_jax.data.sources.contract import SPLITS, Pairs, Selection, Texts
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Pairs,
+  Pieces,
+  Selection,
+  Texts,
+)
 from moe_jax.data.stream_writers import dtype_of
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
 
@@ -99,16 +105,16 @@ def make(
   def write(unfinished: pathlib.Path) -> None:
     corpus.write(unfinished, fit())
 
-  pieces = isinstance(corpus, Texts) and corpus.pieces is not None
   made = Made(folder)
-  if pieces and not folder.is_dir():
+  pieces = corpus.pieces if isinstance(corpus, Texts) else None
+  if pieces is not None and not folder.is_dir():
     if share.num_hosts > 1 or share.processes > 1:
-      made = _make_pieces(folder, corpus, fit, share)
+      made = _make_pieces(folder, pieces, fit, share)
     else:
       folder.parent.mkdir(parents=True, exist_ok=True)
       with locked(folder):  # other processes of the same run wait
         if not folder.is_dir():
-          made = _make_pieces(folder, corpus, fit, share)
+          made = _make_pieces(folder, pieces, fit, share)
   if not made.new:
     prepared(folder, write, digests=selection.cache_digests)
   return made
@@ -120,7 +126,7 @@ def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:
 
 def _make_pieces(
   folder: pathlib.Path,
-  corpus: Texts,
+  pieces: Pieces,
   fit: Callable[[], Tokenizer],
   share: Share,
 ) -> Made:
@@ -128,9 +134,9 @@ def _make_pieces(
   parts.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(parts / 'tokenizer.json', fit)
   work = Work(
-    parts, corpus.pieces, parts / 'tokenizer.json', type(tokenizer).__module__
+    parts, pieces, parts / 'tokenizer.json', type(tokenizer).__module__
   )
-  sizes = corpus.pieces.sizes
+  sizes = pieces.sizes
   own = range(share.host, len(sizes), share.num_hosts)
   todo = []
   for number in own:

@@ -59,12 +59,12 @@ class Architecture:
   problems: Callable[[Values], list[str]]
   options: Callable[[Values], ModelOptions]
   describe: Callable[[Any], dict[str, Any]]
-  suits: Callable[[ModelOptions], bool]
+  suits: Callable[[Any], bool]
   names: Names
   prefix: str = ''
   computed: tuple[str, ...] = ()
   fills_gaps: bool = False
-  unnumbered: Callable[[ModelOptions], int | None] = _numbered
+  unnumbered: Callable[[Any], int | None] = _numbered
 
 
 def unsupported(key: str, name: str, table: Mapping[str, str]) -> list[str]:

@@ -57,6 +57,7 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
   if plain(folder, path.name) is None:
     raise ValueError(f'{folder} has no config.json')
   config = read_json(path)
+  options: Any
   options, architecture, notes = _read(config, path)
   stored = _dtype(config, path)
   dtype = dtype or ('float32' if stored == 'float16' else stored)

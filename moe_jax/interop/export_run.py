@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -52,7 +52,7 @@ def export_run(
   model, params, lines = run.model, restored.state['params'], []
   if code_trees.has_codes(model):
     code_trees.check_codes(model, params)
-    model, params = code_trees.decoded(model, params)
+    model, params = code_trees.decoded(cast(Any, model), params)
     lines = ['kernels in codes were written as numbers']
   if has_tied(run.model.build(rules)):
     lines.append(

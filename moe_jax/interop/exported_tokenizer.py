@@ -6,6 +6,7 @@ Not here: the files that came with an imported checkpoint (`export_run.py`).
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any, cast
 
 import tokenizers as library
 
@@ -45,11 +46,12 @@ def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
     if (i := getattr(tokenizer, f'{role}_id')) is not None
   }
   if ends and named and model.post_processor is None:
-    eos = model.id_to_token(tokenizer.eos_id)
+    eos_id = cast(Any, tokenizer).eos_id
+    eos = model.id_to_token(eos_id)
     model.post_processor = library.processors.TemplateProcessing(
       single=f'$A {eos}',
       pair=f'$A {eos} $B {eos}',
-      special_tokens=[(eos, tokenizer.eos_id)],
+      special_tokens=[(eos, eos_id)],
     )
   (output / _JSON).write_text(model.to_str(pretty=True), encoding='utf-8')
   config = {'tokenizer_class': 'PreTrainedTokenizerFast', **roles}
@@ -120,7 +122,7 @@ def _add(
   Returns whether the model has them all.
   """
   size = model.get_vocab_size(with_added_tokens=True)
-  if names and tokenizer.token_id(names[0]) != size:
+  if names and cast(Any, tokenizer).token_id(names[0]) != size:
     return False
   model.add_special_tokens(list(names))
   return True

@@ -11,7 +11,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -111,11 +111,12 @@ def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:
 
   The checkpoint's own dropout, losses and dtypes take precedence.
   """
-  model = _computed_as(theirs, ours)
+  model: Any = _computed_as(theirs, ours)
+  stored = cast(Any, theirs).numerics
   numerics = dataclasses.replace(
     model.numerics,
-    dtype=theirs.numerics.dtype,
-    param_dtype=theirs.numerics.param_dtype,
+    dtype=stored.dtype,
+    param_dtype=stored.param_dtype,
   )
   return dataclasses.replace(model, numerics=numerics)
 
@@ -137,10 +138,10 @@ def _computed_as(theirs: O, ours: Options, how: bool = False) -> O:
     only_how = how or spec_of(field).how
     if isinstance(old, Options):
       if type(old) is type(new):
-        changes[name] = _computed_as(old, new, only_how)
+        changes[name] = _computed_as(old, cast(Options, new), only_how)
     elif only_how and old == default_of(field) and new is not None:
       changes[name] = new
-  return dataclasses.replace(theirs, **changes)
+  return dataclasses.replace(cast(Any, theirs), **changes)
 
 
 def _data(

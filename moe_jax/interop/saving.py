@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -117,7 +117,7 @@ def describe(
     **decided,
     'model_type': kind,
     'architectures': [architecture.classes[0]],
-    'dtype': options.numerics.param_dtype,
+    'dtype': cast(Any, options).numerics.param_dtype,
   }
   try:
     theirs = from_config(written)
@@ -136,7 +136,7 @@ def describe(
 def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
-    ours = TransformersEncoderDecoder.of(ours)
+    ours = TransformersEncoderDecoder.of(cast(Any, ours))
     # config.json does not say which tables there are; the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
     if not ours.build().capacity_binds:

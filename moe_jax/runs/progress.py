@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import IO, cast
 
 from rich import console, progress, table
 
@@ -61,7 +62,7 @@ class Progress:
     self._seen = collections.deque(maxlen=_WINDOW)
     self._bar = None
     if self._out.isatty() and os.environ.get('TERM') != 'dumb':
-      self._bar = _bar(self._out)
+      self._bar = _bar(cast(io.TextIOBase, self._out))
       self._task = self._bar.add_task(
         '', total=total_steps, completed=start_step, facts=''
       )
@@ -154,7 +155,7 @@ def _bar(out: io.TextIOBase) -> progress.Progress:
       markup=False,
       table_column=table.Column(no_wrap=True),
     ),
-    console=console.Console(file=out, force_terminal=True),
+    console=console.Console(file=cast(IO[str], out), force_terminal=True),
     auto_refresh=False,
     expand=True,
   )

@@ -9,7 +9,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -240,8 +240,9 @@ class Recorder:
 
   def _row(self, step, loss, grad_norm, learning_rate) -> None:
     now = time.perf_counter()
-    seconds = max(now - self._clock, 1e-9)
-    values = summary.summarize(self._sums, self._run.model.moes)
+    seconds = max(now - cast(float, self._clock), 1e-9)
+    sums = cast(LossSums, self._sums)
+    values = summary.summarize(sums, self._run.model.moes)
     sparse = bool(self._run.model.sparse_layers)
     speed = self._tokens / seconds
     row = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.memory_room import check_room
+from moe_jax.models.feature_models import FeatureModelOptions
 from moe_jax.training.run_options import RunOptions
 
 _ITEM = 4  # bytes of a number of a batch, of a loss and of logits

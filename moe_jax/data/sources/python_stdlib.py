@@ -7,6 +7,7 @@ distributions leave out (tkinter, idlelib, ensurepip) and code tables
 the digest is the same.
 """
 
+import abc
 import dataclasses
 import hashlib
 import pathlib
@@ -122,6 +123,10 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
     """Takes the arguments of `source_files` and of every TFDS builder."""
     self._sources = modules, root
     super().__init__(**kwargs)
+
+  @abc.abstractmethod
+  def _examples(self, name: str, text: str) -> Iterator[tuple[str, Any]]:
+    """The examples of a file, each with its key."""
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded

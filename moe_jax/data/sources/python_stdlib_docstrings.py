@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import platform
 from collections.abc import Iterator
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
@@ -41,7 +42,10 @@ class DocstringsSource(SourceOptions):
     return Pairs(
       f'{label} of Python {platform.python_version()}',
       f'docstrings {builder.VERSION} {digest} {selection.splits}',
-      python_stdlib.reader(builder, modules, digest, selection, features),
+      cast(
+        Any,
+        python_stdlib.reader(builder, modules, digest, selection, features),
+      ),
     )
 
 
@@ -98,7 +102,8 @@ def _without_docstring(
   after = lines[docstring.end_lineno : node.end_lineno]
   # Columns are in bytes of UTF-8.
   head = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
-  tail = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :]
+  last = cast(int, docstring.end_lineno) - 1
+  tail = lines[last].encode()[docstring.end_col_offset :]
   rest = head + tail.decode().lstrip().removeprefix(';').lstrip()
   kept = [*before, rest, *after] if rest.strip() else [*before, *after]
   indent = ' ' * node.col_offset

@@ -5,7 +5,7 @@ Not here: how a dataset is prepared and read (`tfds_reader.py`).
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from tensorflow_datasets.core import features as features_lib
 
@@ -99,7 +99,9 @@ class TfdsSource(SourceOptions):
     return Pairs(
       f'tfds:{builder.info.full_name} ({" to ".join(features)})',
       f'{tfds_reader.identity(builder)} pairs {selection.splits} {features}',
-      lambda split: self._read(builder, selection.own(split), options),
+      lambda split: cast(
+        Any, self._read(builder, selection.own(split), options)
+      ),
     )
 
   def classes(self, selection: Selection = Selection()) -> digits.Digits:

@@ -46,8 +46,9 @@ class ClassesTask(TaskOptions):
     """See `TaskOptions.load`; the vocabulary is that of the classes' names."""
     del tokenizer, shape
     opened = source.classes(selection)
-    splits = {split: ClassRows(opened, split) for split in SPLITS}
-    feature_shape = splits['train'].feature_shape
+    rows = {split: ClassRows(opened, split) for split in SPLITS}
+    splits: dict[str, Rows] = {**rows}
+    feature_shape = rows['train'].feature_shape
     return Dataset(
       source=opened.name,
       tokenizer=ClassNames(opened.classes, feature_shape),

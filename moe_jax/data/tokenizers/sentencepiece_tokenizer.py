@@ -58,8 +58,9 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     (token,) = self._in_vocabulary([token]).tolist()
     if token == self.eos_id:
       return '<eos>'
-    piece = self._model.id_to_piece(token)
-    kinds = self._model.is_control, self._model.is_unknown, self._model.is_byte
+    model: Any = self._model  # its methods are typed for lists alone
+    piece = model.id_to_piece(token)
+    kinds = model.is_control, model.is_unknown, model.is_byte
     if any(is_kind(token) for is_kind in kinds):
       return piece
     return repr(piece.replace('\u2581', ' '))
