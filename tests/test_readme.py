@@ -140,7 +140,8 @@ def test_files_of_the_room_exist(readme):
     return
   for block in blocks(readme, ''):
     for name in re.findall(r'(?<![\w/])(\w+\.py)\b', block):
-      matches = [*folder.rglob(name), *folder.parent.glob(f'*/{name}')]
+      near = folder.parent
+      matches = [*folder.rglob(name), *near.glob(f'*/{name}'), *near.glob(name)]
       assert matches, f'{readme} names {name}'
 
 
