@@ -53,7 +53,7 @@ class ClassesTask(TaskOptions):
       source=opened.name,
       tokenizer=ClassNames(opened.classes, feature_shape),
       splits=splits,
-      digest=digest_of(splits),
+      digest=digest_of(rows),
       counts={split: {'examples': len(rows)} for split, rows in splits.items()},
       task=self,
     )
