@@ -4,7 +4,7 @@
       --workdir=runs/tiny --dry_run
 
 Data that is not in the cache is not prepared for this. Not here: the counting
-(`analysis/run_cost.py`), and the lines of a run itself (`run_facts.py`).
+(`analysis/run_cost.py`), and the lines of a run itself (`start_facts.py`).
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import data, device_mesh, memory_room, run_facts
+from moe_jax import data, device_mesh, memory_room, start_facts
 from moe_jax.analysis import cost, run_cost
 from moe_jax.data.cache_folders import (
   NotPreparedError,
@@ -123,16 +123,16 @@ class DryRun:
     """Lines on what the run takes, its data, its model and its devices."""
     model, mesh = options.build(), self._mesh()
     yield from run.notes if run else setup_notes(options, model)
-    yield run_facts.takes(options, model, mesh.size)
+    yield start_facts.takes(options, model, mesh.size)
     if run is not None:
-      yield from run_facts.facts(run)
+      yield from start_facts.facts(run)
     else:
       yield dataset.describe() if dataset else _not_prepared(options)
       if not model.reads_features:
         yield cost.count(
           model, options.data.seq_len, options.data.target_len
         ).describe()
-      yield run_facts.devices_line(mesh)
+      yield start_facts.devices_line(mesh)
     if dataset is not None:
       yield self._passes(dataset)
     yield from self._bytes(options, model, mesh)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from moe_jax import data, generation, models, run_facts
+from moe_jax import data, generation, models, start_facts
 from moe_jax.analysis import routing_report, sharded
 from moe_jax.analysis.page_hook import Page
 from moe_jax.analysis.replaying import Replaying
@@ -35,12 +35,12 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      took = run_facts.takes(run.options, run.model, run.mesh.size)
+      took = start_facts.takes(run.options, run.model, run.mesh.size)
       run.message(f'{took}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
     """Prints a line for each, and warns of a model that is not causal."""
-    for line in run_facts.facts(run):
+    for line in start_facts.facts(run):
       run.message(line)
 
 
@@ -200,7 +200,7 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
-    if said := '; '.join(run_facts.warnings(run.model)):
+    if said := '; '.join(start_facts.warnings(run.model)):
       table = [{**row, 'warning': said} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(Console(), table)

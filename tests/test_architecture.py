@@ -77,10 +77,10 @@ ALLOWED = {
   },
   'config_file': OPTIONS,
   'command_line': BASE | {'config_file', 'data', 'runs'},
-  'run_facts': UP_TO_TRAINING | {'analysis'},
-  'hooks': UP_TO_TRAINING | {'analysis', 'generation', 'run_facts'},
+  'start_facts': UP_TO_TRAINING | {'analysis'},
+  'hooks': UP_TO_TRAINING | {'analysis', 'generation', 'start_facts'},
   'dry_run': UP_TO_TRAINING
-  | {'analysis', 'evaluation', 'run_config', 'run_facts'},
+  | {'analysis', 'evaluation', 'run_config', 'start_facts'},
   'generate': OPTIONS
   | {
     'analysis',

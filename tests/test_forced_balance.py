@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import train_step_tables
-from moe_jax import generate, hooks, run_config, run_facts
+from moe_jax import generate, hooks, run_config, start_facts
 from moe_jax.analysis import record_evaluation, roofline, routes, traces
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.trace_hook import Traces
@@ -105,8 +105,8 @@ def test_a_model_says_what_its_results_have_to():
   both = tiny.model_of(
     tiny.options(model={'moe': {**MOE, **leaks, 'allow_future_leak': True}})
   )
-  assert run_facts.warnings(plain) == []
-  assert [text[:17] for text in run_facts.warnings(both)] == [
+  assert start_facts.warnings(plain) == []
+  assert [text[:17] for text in start_facts.warnings(both)] == [
     'moe.allow_future_', 'moe.force_balance'
   ]  # fmt: skip
 

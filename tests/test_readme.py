@@ -35,8 +35,9 @@ def text_of(readme):
 
 
 def blocks(readme, language='python'):
-  pattern = rf'```{language}\n(.*?)```'
-  return re.findall(pattern, text_of(readme), flags=re.DOTALL)
+  fenced = r'^```(\w*)\n(.*?)^```'
+  found = re.findall(fenced, text_of(readme), flags=re.DOTALL | re.MULTILINE)
+  return [block for name, block in found if name == language]
 
 
 def checkpoint(folder, vocab_size=11):

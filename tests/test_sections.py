@@ -146,7 +146,8 @@ def test_a_rule_of_several_fields_is_said_with_their_path():
 def test_a_missing_value_is_named():
   config = changed(rule={'kind': 'hashed'})
   assert problems(config) == (
-    'rule.hashed.table is missing: it has no default',
+    'rule.hashed.table is missing: it has no default; give '
+    '--config.rule.hashed.table=...',
   )
 
 

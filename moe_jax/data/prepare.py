@@ -140,8 +140,7 @@ def parse(
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
     prog=command_line.program('moe_jax.data.prepare'),
-    **command_line.about(__doc__ or ''),
-    allow_abbrev=False,
+    **command_line.about(__doc__),
   )
   add, count = parser.add_argument, command_line.POSITIVE
   add('--config', required=True, help=command_line.CONFIG)

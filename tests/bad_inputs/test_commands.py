@@ -42,7 +42,7 @@ def config_file(folder, text):
 
 
 TRAINING = {
-  'no config': ([], ('--config is missing', '--config=configs/')),
+  'no config': ([], ('--config is missing', '--config=moe_jax:')),
   'no such config': (['--config=configs/no.py'], ("'configs/no.py'", 'exist')),
   'a folder as config': (['--config=configs'], ("'configs'",)),
   'an empty config': (['--config='], ("config file ''",)),

@@ -15,6 +15,7 @@ from moe_jax.interop import import_run, verifying
 from moe_jax.interop.checkpoint_folder import ARCHITECTURES, open_checkpoint
 from moe_jax.interop.config_keys import Number
 from moe_jax.interop.tensor_files import TensorFiles
+from moe_jax.run_config import RunConfig
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import Case, check, frozen
 
@@ -250,8 +251,7 @@ def small_vocabulary(folder):
   checkpoints.write(folder / 'hf')
   (folder / 'hf' / 'tokenizer.json').write_text(checkpoints.tokenizer_text(13))
   frozen(folder)
-  options = None  # not read before the tokenizer is compared
-  import_run.import_run(folder / 'hf', folder / 'run', options)
+  import_run.import_run(folder / 'hf', folder / 'run', RunConfig())
 
 
 def architectures(value):
