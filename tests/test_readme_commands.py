@@ -6,6 +6,7 @@ and the config, and a study only asked for help, as tests of its own run it
 small. `NOT_RUN` says what is left out, and why.
 """
 
+import gzip
 import json
 import re
 import shlex
@@ -15,7 +16,9 @@ import sys
 
 import pytest
 
+from moe_jax.command_line import CONSOLE
 from tests import test_readme
+from tests.data.tokenizers import models
 
 ROOT = test_readme.ROOT
 FIRST, *ROOMS = test_readme.READMES
@@ -23,15 +26,18 @@ FIRST, *ROOMS = test_readme.READMES
 NOT_RUN = {
   'pip install': '.ci/run installs in fresh environments',
   '-m pytest': 'this is a part of it',
+  'ruff ': '.ci/run checks the style',
+  'pyright ': '.ci/run checks types',
   'jupyter lab': 'serves until it is stopped',
   'srun ': 'needs a SLURM cluster',
   '--coordinator=': 'needs several hosts',
   'google/switch-base-8': 'needs the network',
   'runs/switch': 'is made of what comes over the network',
 }
+MODULES = {name: ['python', '-m', module] for module, name in CONSOLE.items()}
 # Sizes of a run that has no config of ours, which shrinks by its argument.
 SMALL = 'total_steps=2', 'batch_size=2', 'optimizer.schedule.warmup_steps=1'
-SHRUNK = r'--config=configs/\w+\.py'
+SHRUNK = r'--config=(configs/\w+\.py|moe_jax:\w+)'
 
 
 def commands(readme):
@@ -39,7 +45,7 @@ def commands(readme):
   for block in test_readme.blocks(readme, 'bash'):
     for line in re.split(r'\n|&&', block.replace('\\\n', ' ')):
       if words := shlex.split(line, comments=True):
-        yield words
+        yield MODULES.get(words[0], words[:1]) + words[1:]
 
 
 def every_command():
@@ -107,6 +113,24 @@ def run(server, words, folder):
   assert code == 0, f'{shlex.join(words)}\nin {folder.name}\n{output[-3000:]}'
 
 
+def write_files(folder):
+  """The checkpoints, texts and the tokenizer that commands name."""
+  test_readme.checkpoint(folder / 'folder_of_mixtral', vocab_size=257)
+  test_readme.checkpoint(folder / 'bare_checkpoint', vocab_size=400)
+  (folder / 'tokenizer.model').write_bytes(models.bpe())
+  for room in ('books', 'code'):
+    (folder / room).mkdir()
+    for name in 'abc':
+      text = f'Once upon a time there was {name}. ' * 40
+      lines = ''.join(
+        json.dumps({'body': text, 'text': text}) + '\n' for _ in range(40)
+      )
+      (folder / room / f'{name}.txt').write_text(text)
+      (folder / room / f'{name}.jsonl').write_text(lines)
+      packed = folder / room / f'{name}.jsonl.gz'
+      packed.write_bytes(gzip.compress(lines.encode()))
+
+
 @pytest.fixture
 def server():
   pipe = subprocess.PIPE
@@ -123,7 +147,7 @@ def test_commands_run(server, tmp_path):
   first, seen = tmp_path / 'first', set()
   first.mkdir()
   (first / 'configs').symlink_to(ROOT / 'configs')
-  test_readme.checkpoint(first / 'folder_of_mixtral', vocab_size=257)
+  write_files(first)
   for readme in (FIRST, *ROOMS):
     mine = [words for words in commands(readme) if is_run(words)]
     mine = [words for words in mine if shlex.join(words) not in seen]
