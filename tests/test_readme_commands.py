@@ -122,8 +122,9 @@ def write_files(folder):
     (folder / room).mkdir()
     for name in 'abc':
       text = f'Once upon a time there was {name}. ' * 40
+      numbered = [f'{room} {name} {i}: {text}' for i in range(60)]
       lines = ''.join(
-        json.dumps({'body': text, 'text': text}) + '\n' for _ in range(40)
+        json.dumps({'body': own, 'text': own}) + '\n' for own in numbered
       )
       (folder / room / f'{name}.txt').write_text(text)
       (folder / room / f'{name}.jsonl').write_text(lines)
