@@ -10,7 +10,6 @@ knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
 """
 
 import contextlib
-import contextvars
 import fcntl
 import hashlib
 import json
@@ -22,36 +21,12 @@ from types import MappingProxyType
 
 from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.read_only import check_may_prepare
 
 LIST = 'files.json'
 FORMAT = 2  # of folders, a part of their names; the first had no list
 SMALL = 2**20
 _Facts = dict[str, list]  # size and sha256 by path
-_READ_ONLY = contextvars.ContextVar('read_only', default=False)
-
-
-class NotPreparedError(ValueError):
-  """Data is not in the cache yet, where nothing may be written now."""
-
-
-@contextlib.contextmanager
-def reading_only() -> Iterator[None]:
-  """Refuses, while the body runs, to prepare what the cache lacks."""
-  before = _READ_ONLY.set(True)
-  try:
-    yield
-  finally:
-    _READ_ONLY.reset(before)
-
-
-def check_may_prepare(what: str) -> None:
-  """Raises NotPreparedError where data is only to be read.
-
-  Args:
-    what: The data that would be prepared now, for the message.
-  """
-  if _READ_ONLY.get():
-    raise NotPreparedError(f'{what} is not prepared yet')
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:

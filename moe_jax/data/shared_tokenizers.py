@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
+from moe_jax.data.read_only import check_may_prepare
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Fitted, TokenizerOptions
@@ -19,9 +20,11 @@ def shared_tokenizer(
 
   Raises:
     ValueError: The data of a source is missing or bad.
+    NotPreparedError: The texts would have to be read within `reading_only`.
   """
   if not task.has_tokens or tokenizer.known_vocab_size() is not None:
     return tokenizer
+  check_may_prepare('the tokenizer of the mixture')
   texts = itertools.chain.from_iterable(
     cast(Any, task).open(source, selection).texts(split)
     for _, source in sorted(sources.items())

@@ -23,6 +23,7 @@ from moe_jax.data.cache_folders import (
   publish,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
+from moe_jax.data.read_only import check_may_prepare
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pairs,
@@ -80,6 +81,7 @@ def tokens_folder(
 
   Raises:
     ValueError: The data is missing or bad, or the folder is damaged.
+    NotPreparedError: The folder is missing within `reading_only`.
   """
   return make(corpus, tokenizer, selection, Share()).folder
 
@@ -108,6 +110,7 @@ def make(
   made = Made(folder)
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
+    check_may_prepare(os.fspath(folder))
     if share.num_hosts > 1 or share.processes > 1:
       made = _make_pieces(folder, pieces, fit, share)
     else:
