@@ -7,7 +7,7 @@ import time
 import jax
 import pytest
 
-from moe_jax import memory_room, run_config, sections
+from moe_jax import data, memory_room, run_config, sections
 from moe_jax.analysis import cost, run_cost
 from moe_jax.configs import jacobs_vowels
 from moe_jax.data import file_digests
@@ -63,6 +63,16 @@ def test_data_that_is_not_prepared_stays_so(tmp_path):
     data={'tokenizer': {'kind': 'chars'}, 'cache_dir': str(tmp_path)}
   )
   assert 'depends on the vocabulary' in said(chars, '')[0]
+  sources = {'a': options.data.source}
+  mixed = dataclasses.replace(
+    options.data,
+    source=data.PythonStdlibSource(),
+    mixture=data.MixtureOptions(sources=sources),
+  )
+  mixture = dataclasses.replace(OPTIONS, data=mixed)
+  text, problems = said(mixture, '')
+  assert not problems
+  assert 'data: not prepared yet' in text
   assert not any(tmp_path.iterdir())
 
 
