@@ -93,6 +93,8 @@ def write_piece(
 ) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
+  A piece that is there and not whole is removed.
+
   Args:
     work: The work.
     number: Number of the piece.
@@ -103,9 +105,12 @@ def write_piece(
     ValueError: The source is damaged, or the tokenizer lacks a character.
   """
   with locked(work.path(number)):
-    if (work.path(number) / FACTS).exists():
+    there = work.path(number).exists()
+    if piece_facts(work, number) is not None:
       told(work.pieces.sizes[number])
       return
+    if there:  # not what was finished since, where there are no locks
+      shutil.rmtree(work.path(number), ignore_errors=True)
     unfinished = work.folder / f'unfinished-{number:05}-{os.getpid()}'
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

@@ -141,11 +141,7 @@ def _make_pieces(
   )
   sizes = pieces.sizes
   own = range(share.host, len(sizes), share.num_hosts)
-  todo = []
-  for number in own:
-    if piece_facts(work, number) is None:
-      shutil.rmtree(work.path(number), ignore_errors=True)
-      todo.append(number)
+  todo = [number for number in own if piece_facts(work, number) is None]
   total = sum(sizes[i] for i in own)
   begun = done = total - sum(sizes[i] for i in todo)
 

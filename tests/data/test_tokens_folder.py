@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.data import piece_workers, tokenizers
+from moe_jax.data import piece_workers, tokenizers, tokens_folder
 from moe_jax.data.sources import files
 from moe_jax.data.tokens_folder import Share, make
 
@@ -121,6 +121,28 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
   assert kept == written
   fresh, _ = made_by(small_pieces('fresh'), Share())
   assert digests_of(made.folder) == digests_of(fresh.folder)
+
+
+def test_a_piece_that_another_process_has_just_finished_is_kept(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  look, looked = tokens_folder.piece_facts, []
+
+  def others_are_faster(work, number, **digests):
+    found = look(work, number, **digests)
+    if not looked:  # the other process finishes the piece after this look
+      looked.append(number)
+      tokenizer = work.read_tokenizer()
+      piece_workers.write_piece(work, number, tokenizer, lambda count: None)
+      looked.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
+    return found
+
+  monkeypatch.setattr(tokens_folder, 'piece_facts', others_are_faster)
+  made = make(corpus, options.tokenizer, options.selection, Share())
+  finished = made.folder / 'train.00000.tokens'
+  assert looked == [0, finished.stat().st_mtime_ns]
 
 
 def test_missing_pieces_of_other_hosts_are_counted(small_pieces):
