@@ -58,7 +58,7 @@ def prepared(
     NotPreparedError: The folder is missing within `reading_only`.
   """
   if folder.is_dir():
-    _verify(folder, digests)
+    verify(folder, digests=digests)
     return folder
   check_may_prepare(os.fspath(folder))
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +71,28 @@ def prepared(
 def _prepare(
   folder: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> None:
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{folder.name}-', dir=folder.parent
-  ) as temporary:
-    # A folder within it, as other users cannot read the temporary folder.
-    unfinished = pathlib.Path(temporary) / folder.name
-    unfinished.mkdir()
+  with new_folder(folder.parent, folder.name) as unfinished:
     write(unfinished)
     publish(unfinished, folder)
+
+
+@contextlib.contextmanager
+def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+  """A folder of no other process; the body may give it another place.
+
+  What is there after the body is removed.
+
+  Args:
+    parent: Folder on whose file system the new one is.
+    name: Name of the folder, within one with a name of its own.
+  """
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
+  ) as temporary:
+    # A folder within it, as other users cannot read the temporary folder.
+    folder = pathlib.Path(temporary) / name
+    folder.mkdir()
+    yield folder
 
 
 def publish(
@@ -121,8 +135,13 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _verify(folder: pathlib.Path, digests: bool) -> None:
-  """Raises ValueError, with advice, unless the files are those written."""
+def verify(folder: pathlib.Path, *, digests: bool) -> None:
+  """Raises ValueError, with advice, unless the files are those written.
+
+  Args:
+    folder: The folder.
+    digests: Whether the digests of large files are checked, too.
+  """
   try:
     text = read_text(folder / LIST)
     listed = parse_json(text, LIST)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.data.cache_folders import locked
+from moe_jax.data.cache_folders import locked, new_folder
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import SPLITS, Pieces
 from moe_jax.data.stream_writers import Digest, DocumentWriter
@@ -111,17 +111,13 @@ def write_piece(
       return
     if there:  # not what was finished since, where there are no locks
       shutil.rmtree(work.path(number), ignore_errors=True)
-    unfinished = work.folder / f'unfinished-{number:05}-{os.getpid()}'
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with new_folder(work.folder, f'{number:05}') as unfinished:
       _write_files(unfinished, work.pieces, number, tokenizer, told)
-      unfinished.rename(work.path(number))
-    except OSError:  # another host was faster, where there are no locks
-      if not (work.path(number) / FACTS).exists():
-        raise
-    finally:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      try:
+        unfinished.rename(work.path(number))
+      except OSError:  # another host was faster, where there are no locks
+        if not (work.path(number) / FACTS).exists():
+          raise
 
 
 def _write_files(folder, pieces, number, tokenizer, told) -> None:

@@ -19,8 +19,10 @@ from moe_jax.data.cache_folders import (
   FORMAT,
   cache_root,
   locked,
+  new_folder,
   prepared,
   publish,
+  verify,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
 from moe_jax.data.read_only import check_may_prepare
@@ -186,21 +188,25 @@ def _publish(
             'makes it anew'
           )
         facts.append(fact)
-      _make_whole(work, folder, tokenizer, facts)
+      with new_folder(work.folder, 'whole') as whole:
+        known = _join(work, whole, tokenizer, facts)
+        publish(whole, folder, known)
+  verify(folder, digests=False)  # before the pieces are gone
   shutil.rmtree(work.folder, ignore_errors=True)
   return ()
 
 
-def _make_whole(
+def _join(
   work: Work,
-  folder: pathlib.Path,
+  whole: pathlib.Path,
   tokenizer: Tokenizer,
   facts: list[dict[str, Any]],
-) -> None:
-  """Gives all pieces one folder: token files are linked, starts joined."""
-  whole = work.folder / 'whole'
-  shutil.rmtree(whole, ignore_errors=True)
-  whole.mkdir()
+) -> dict[str, list]:
+  """Fills one folder from all pieces: token files are linked, starts joined.
+
+  Returns:
+    Size and sha256 of the token files by name.
+  """
   known, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
   for split in SPLITS:
     counts = [fact['splits'][split] for fact in facts]
@@ -226,7 +232,7 @@ def _make_whole(
   tokenizer.save(whole / 'tokenizer.json')
   text = json.dumps(about, indent=1) + '\n'
   (whole / 'about.json').write_text(text, encoding='utf-8')
-  publish(whole, folder, known)
+  return known
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

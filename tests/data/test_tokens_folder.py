@@ -145,6 +145,29 @@ def test_a_piece_that_another_process_has_just_finished_is_kept(
   assert looked == [0, finished.stat().st_mtime_ns]
 
 
+def test_two_that_join_the_pieces_do_not_disturb_each_other(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  link, linked = tokens_folder._link, []
+
+  def other_begins_too(source, target):
+    linked.append(target)
+    if len(linked) == 3:
+      with pytest.raises(RuntimeError, match='killed'):
+        make(corpus, options.tokenizer, options.selection, Share())
+    elif len(linked) == 4:  # this is the other process
+      raise RuntimeError('killed')
+    link(source, target)
+
+  monkeypatch.setattr(tokens_folder, '_link', other_begins_too)
+  made = make(corpus, options.tokenizer, options.selection, Share())
+  assert len(linked) > 4
+  fresh, _ = made_by(small_pieces('fresh'), Share())
+  assert digests_of(made.folder) == digests_of(fresh.folder)
+
+
 def test_missing_pieces_of_other_hosts_are_counted(small_pieces):
   options = small_pieces('cache')
   made, told = made_by(options, Share(host=0, num_hosts=3))
