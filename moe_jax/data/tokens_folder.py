@@ -4,6 +4,7 @@ A run makes it when it starts, by itself; `prepare.py` makes the same one by
 many processes. Not here: how pieces are tokenized (`piece_workers.py`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,7 +86,13 @@ def tokens_folder(
     ValueError: The data is missing or bad, or the folder is damaged.
     NotPreparedError: The folder is missing within `reading_only`.
   """
-  return make(corpus, tokenizer, selection, Share()).folder
+  made = make(corpus, tokenizer, selection, Share())
+  if made.missing:
+    raise ValueError(
+      f'{made.folder} could not be made: another process has removed the '
+      f'pieces {list(made.missing)}; start again'
+    )
+  return made.folder
 
 
 def make(
@@ -113,13 +120,12 @@ def make(
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
     check_may_prepare(os.fspath(folder))
-    if share.num_hosts > 1 or share.processes > 1:
-      made = _make_pieces(folder, pieces, fit, share)
-    else:
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      with locked(folder):  # other processes of the same run wait
-        if not folder.is_dir():
-          made = _make_pieces(folder, pieces, fit, share)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Others wait, but for hosts that work at the same time.
+    alone = share.num_hosts == 1
+    with locked(folder) if alone else contextlib.nullcontext():
+      if not folder.is_dir():
+        made = _make_pieces(folder, pieces, fit, share)
   if not made.new:
     prepared(folder, write, digests=selection.cache_digests)
   return made
@@ -135,7 +141,28 @@ def _make_pieces(
   fit: Callable[[], Tokenizer],
   share: Share,
 ) -> Made:
+  """What was made, or the folder that another process has made meanwhile."""
   parts = folder.with_name(f'{folder.name}.parts')
+  try:
+    made = _make_share(folder, parts, pieces, fit, share)
+  except (OSError, ValueError):  # its pieces may be gone, as they were joined
+    if not folder.is_dir():
+      raise
+    made = Made(folder)
+  if folder.is_dir():
+    verify(folder, digests=False)  # before the pieces are gone
+    shutil.rmtree(parts, ignore_errors=True)
+    made = made._replace(missing=())
+  return made
+
+
+def _make_share(
+  folder: pathlib.Path,
+  parts: pathlib.Path,
+  pieces: Pieces,
+  fit: Callable[[], Tokenizer],
+  share: Share,
+) -> Made:
   parts.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(parts / 'tokenizer.json', fit)
   work = Work(
@@ -191,8 +218,6 @@ def _publish(
       with new_folder(work.folder, 'whole') as whole:
         known = _join(work, whole, tokenizer, facts)
         publish(whole, folder, known)
-  verify(folder, digests=False)  # before the pieces are gone
-  shutil.rmtree(work.folder, ignore_errors=True)
   return ()
 
 

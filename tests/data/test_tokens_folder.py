@@ -168,12 +168,39 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
   assert digests_of(made.folder) == digests_of(fresh.folder)
 
 
-def test_missing_pieces_of_other_hosts_are_counted(small_pieces):
+@pytest.mark.parametrize('share', [Share(), Share(host=1, num_hosts=2)])
+@pytest.mark.parametrize(
+  'before', [(tokens_folder, '_make_pieces'), (piece_workers, 'write_pieces')]
+)
+def test_the_folder_that_another_process_made_meanwhile_is_taken(
+  before, share, small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  continued = getattr(*before)
+
+  def the_other_ends_first(*args):
+    with monkeypatch.context() as other:
+      other.setattr(*before, continued)
+      make(corpus, options.tokenizer, options.selection, Share())
+    return continued(*args)
+
+  monkeypatch.setattr(*before, the_other_ends_first)
+  made = make(corpus, options.tokenizer, options.selection, share)
+  assert not made.missing and made.folder == folder_in(options.cache_dir)
+  assert len(data.load(options).splits['train'])
+
+
+def test_missing_pieces_of_other_hosts_are_counted(small_pieces, monkeypatch):
   options = small_pieces('cache')
   made, told = made_by(options, Share(host=0, num_hosts=3))
   assert made.missing and not made.folder.exists()
   sizes = options.source.texts(options.selection).pieces.sizes
   assert told[-1] == (sum(sizes[::3]), sum(sizes[::3]))
+  with monkeypatch.context() as others:
+    others.setattr(tokens_folder, 'make', lambda *_: made)
+    with pytest.raises(ValueError, match=r'removed the pieces \[1, 2'):
+      data.load(options)
   # The next command, or a run, makes the rest and joins all.
   kept = made_by(options, Share())[0].kept
   assert kept + len(made.missing) == len(sizes)
