@@ -35,7 +35,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.stream_writers import dtype_of
-from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
+from moe_jax.data.tokenizers import Fitted, Tokenizer, TokenizerOptions, load
 
 _BLOCK = 2**20  # starts of documents that are in memory at once
 
@@ -106,9 +106,7 @@ def make(
   Raises:
     ValueError: As `tokens_folder`, or a process was killed.
   """
-  key = f'{FORMAT} {corpus.identity} {tokenizer.identity()}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  folder = cache_root(selection.cache_dir) / 'tokens' / name
+  folder = _place(corpus, tokenizer, selection)
 
   def fit() -> Tokenizer:
     return tokenizer.fit(_all_texts(corpus))
@@ -129,6 +127,31 @@ def make(
   if not made.new:
     prepared(folder, write, digests=selection.cache_digests)
   return made
+
+
+def _place(
+  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
+) -> pathlib.Path:
+  """Where the tokens are, or will be.
+
+  A tokenizer that was fitted to these texts may have its tokens under the
+  options by which it was fitted.
+  """
+  root = cache_root(selection.cache_dir) / 'tokens'
+
+  def named(options: TokenizerOptions) -> pathlib.Path:
+    key = f'{FORMAT} {corpus.identity} {options.identity()}'
+    return root / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+  own = named(tokenizer)
+  if own.is_dir() or not isinstance(tokenizer, Fitted):
+    return own
+  try:
+    other = named(tokenizer.replaced) if tokenizer.replaced else own
+    equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
+  except (ValueError, OSError):  # what was replaced, or its tokens, are gone
+    return own
+  return other if equal else own
 
 
 def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Pieces of documents become one folder, whoever makes them and how often."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -213,6 +214,25 @@ def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
     file.write('\n')
   with pytest.raises(ValueError, match=r'b\.jsonl was changed while'):
     make(corpus, options.tokenizer, options.selection, Share())
+
+
+@pytest.mark.parametrize(
+  'options', [data.CharsOptions(), data.TrainedOptions(vocab_size=280)]
+)
+def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
+  options, small_pieces, tmp_path
+):
+  given = dataclasses.replace(small_pieces('cache'), tokenizer=options)
+  dataset = data.load(given)
+  folder = folder_in(given.cache_dir)
+  again = given.with_tokenizer(dataset.tokenizer)
+  assert data.load(again).digest == dataset.digest
+  assert folder_in(given.cache_dir) == folder
+  # Other texts have other characters, and keep the tokenizer of the run.
+  (tmp_path / 'b.jsonl').write_text('{"text": "b0 b1"}\n' * 99)
+  changed = data.load(again)
+  assert changed.tokenizer.identity == dataset.tokenizer.identity
+  assert changed.digest != dataset.digest
 
 
 @pytest.mark.slow
