@@ -1,28 +1,24 @@
 """The folder of the cache with the tokens of a source, made once.
 
 A run makes it when it starts, by itself; `prepare.py` makes the same one by
-many processes. Not here: how pieces are tokenized (`piece_workers.py`).
+many processes. Not here: how pieces are tokenized (`piece_workers.py`) and
+joined (`joined_pieces.py`).
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from moe_jax.data import piece_workers, store
+from moe_jax.data import joined_pieces, piece_workers
 from moe_jax.data.cache_folders import (
   FORMAT,
   cache_root,
   locked,
-  new_folder,
   prepared,
-  publish,
   verify,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
@@ -34,10 +30,7 @@ from moe_jax.data.sources.contract import (
   Selection,
   Texts,
 )
-from moe_jax.data.stream_writers import dtype_of
 from moe_jax.data.tokenizers import Fitted, Tokenizer, TokenizerOptions, load
-
-_BLOCK = 2**20  # starts of documents that are in memory at once
 
 
 class Share(NamedTuple):
@@ -204,7 +197,7 @@ def _make_share(
 
   told(0)
   peak = piece_workers.write_pieces(work, todo, share.processes, told)
-  missing = _publish(work, folder, tokenizer)
+  missing = joined_pieces.join(work, folder, tokenizer)
   return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
 
 
@@ -216,88 +209,3 @@ def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
       fit().save(unfinished)
       unfinished.replace(path)
   return load(path)
-
-
-def _publish(
-  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
-) -> tuple[int, ...]:
-  """Makes the folder from its pieces; returns the numbers of missing ones."""
-  count = len(work.pieces.sizes)
-  missing = [i for i in range(count) if not work.path(i).is_dir()]
-  if missing:
-    return tuple(missing)
-  with locked(work.folder / 'whole'):
-    if not folder.is_dir():
-      facts = []
-      for number in range(count):
-        fact = piece_facts(work, number, digests=False)
-        if fact is None:
-          shutil.rmtree(work.path(number))
-          raise ValueError(
-            f'{work.path(number)} was damaged and is removed; the same command '
-            'makes it anew'
-          )
-        facts.append(fact)
-      with new_folder(work.folder, 'whole') as whole:
-        known = _join(work, whole, tokenizer, facts)
-        publish(whole, folder, known)
-  return ()
-
-
-def _join(
-  work: Work,
-  whole: pathlib.Path,
-  tokenizer: Tokenizer,
-  facts: list[dict[str, Any]],
-) -> dict[str, list]:
-  """Fills one folder from all pieces: token files are linked, starts joined.
-
-  Returns:
-    Size and sha256 of the token files by name.
-  """
-  known, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
-  for split in SPLITS:
-    counts = [fact['splits'][split] for fact in facts]
-    splits[split] = {
-      key: sum(c[key] for c in counts)
-      for key in ('documents', 'bytes', 'tokens')
-    }
-    store.check_tokens(split, splits[split])
-    shards[split] = [c['tokens'] for c in counts]
-    for number, own in enumerate(counts):
-      sha256.update(f'{split} {number} {own["sha256"]}\n'.encode())
-      if own['tokens']:
-        path = store.shard_path(whole, split, number)
-        _link(work.path(number) / f'{split}.tokens', path)
-        known[path.name] = facts[number]['files'][f'{split}.tokens']
-    _join_starts(work, split, shards[split], whole / f'{split}.starts')
-  about = {
-    'dtype': dtype_of(tokenizer),
-    'splits': splits,
-    'shards': shards,
-    'sha256': sha256.hexdigest(),
-  }
-  tokenizer.save(whole / 'tokenizer.json')
-  text = json.dumps(about, indent=1) + '\n'
-  (whole / 'about.json').write_text(text, encoding='utf-8')
-  return known
-
-
-def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-  try:
-    target.hardlink_to(source)
-  except OSError:  # the file system has no links
-    shutil.copyfile(source, target)
-
-
-def _join_starts(
-  work: Work, split: str, tokens: list[int], path: pathlib.Path
-) -> None:
-  """Writes where every document begins in the stream of all pieces."""
-  before = 0
-  with path.open('wb') as out:
-    for number, count in enumerate(tokens):
-      with (work.path(number) / f'{split}.starts').open('rb') as file:
-        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          (starts + before).tofile(out)
-      before += count

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.data import piece_workers, tokenizers, tokens_folder
+from moe_jax.data import (
+  joined_pieces,
+  piece_workers,
+  tokenizers,
+  tokens_folder,
+)
 from moe_jax.data.sources import files
 from moe_jax.data.tokens_folder import Share, make
 
@@ -151,7 +156,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  link, linked = tokens_folder._link, []
+  link, linked = joined_pieces._link, []
 
   def other_begins_too(source, target):
     linked.append(target)
@@ -162,7 +167,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
       raise RuntimeError('killed')
     link(source, target)
 
-  monkeypatch.setattr(tokens_folder, '_link', other_begins_too)
+  monkeypatch.setattr(joined_pieces, '_link', other_begins_too)
   made = make(corpus, options.tokenizer, options.selection, Share())
   assert len(linked) > 4
   fresh, _ = made_by(small_pieces('fresh'), Share())
