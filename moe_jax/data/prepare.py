@@ -177,10 +177,12 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   config, ignored = config_flag.options_of(options.config, overrides)
   command_line.say(config_flag.ignored_lines(ignored))
   share = Share(options.processes, options.host, options.num_hosts)
+  # A run that begins with another's parameters has its tokenizer, too.
+  read = config.init_from.with_tokenizer(config.data)
   begin = time.perf_counter()
-  made = prepare(config.data, share, console=Console())
+  made = prepare(read, share, console=Console())
   seconds = time.perf_counter() - begin
-  command_line.say(_lines(config.data, made, share, seconds))
+  command_line.say(_lines(read, made, share, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
