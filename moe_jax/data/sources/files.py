@@ -64,12 +64,18 @@ class FilesSource(SourceOptions):
     selection.check_splits('files')
     pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
+    # First, so that a file which changes while others are read is noticed.
+    stamps = {path: file_digests.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
     digests = file_digests.sha256s(
       paths, cache_root(selection.cache_dir) / 'digests' / f'{memory}.json'
     )
     splits = _file_splits(paths, pattern)
-    parts = [part for path in paths for part in _parts(path, splits[path])]
+    parts = [
+      part
+      for path in paths
+      for part in _parts(path, splits[path], stamps[path])
+    ]
     pieces = FilePieces(parts, self.field, selection)
     files = [
       (splits[p], is_text(p), document_files.is_compressed(p), digests[p])
@@ -85,7 +91,7 @@ class FilesSource(SourceOptions):
 
 
 class Part(NamedTuple):
-  """A part of a file, how it is split, and the file's stamp when it was found.
+  """A part of a file, how it is split, and the file's stamp before it was read.
 
   Attributes:
     span: The part.
@@ -174,9 +180,8 @@ def matching(pattern: str) -> list[pathlib.Path]:
   return paths
 
 
-def _parts(path: pathlib.Path, split: str) -> Iterator[Part]:
+def _parts(path: pathlib.Path, split: str, stamp: list[int]) -> Iterator[Part]:
   """The parts of a file with their splits."""
-  stamp = file_digests.stamp_of(path)
   cut = stamp[0] * 9 // 10
   also = [cut] if split == _LAST_TENTH else []
   for span in document_files.spans(path, PIECE_BYTES, also):
