@@ -41,13 +41,13 @@ class Work(NamedTuple):
     folder: Folder of finished pieces.
     pieces: The documents.
     tokenizer: File of the tokenizer.
-    module: Module of the tokenizer's class, which has to be imported.
+    modules: Modules of the tokenizer's classes, which have to be imported.
   """
 
   folder: pathlib.Path
   pieces: Pieces
   tokenizer: pathlib.Path
-  module: str
+  modules: tuple[str, ...]
 
   def path(self, number: int) -> pathlib.Path:
     """The folder of a finished piece."""
@@ -55,7 +55,8 @@ class Work(NamedTuple):
 
   def read_tokenizer(self) -> Tokenizer:
     """The tokenizer."""
-    importlib.import_module(self.module)
+    for module in self.modules:
+      importlib.import_module(module)
     return load(self.tokenizer)
 
 
@@ -229,14 +230,21 @@ def _wait(workers, shared, told) -> None:
       raise ValueError(shared.failures.get())
     for worker in workers:
       if worker.exitcode:
-        raise ValueError(
-          f'a process ended with status {worker.exitcode} while it tokenized; '
-          'if it was killed for lack of memory, take fewer processes. Finished '
-          'pieces are kept: the same command goes on'
-        )
+        raise ValueError(_ended(worker.exitcode))
     if not running:
       return
     time.sleep(_POLL_SECONDS)
+
+
+def _ended(status: int) -> str:
+  """The message on a process that ended with a status, unlike the others."""
+  killed = ''
+  if status == -signal.SIGKILL:
+    killed = ' It was killed, maybe for lack of memory: take fewer processes.'
+  return (
+    f'a process ended with status {status} while it tokenized.{killed} '
+    'Finished pieces are kept: the same command goes on'
+  )
 
 
 def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
@@ -253,8 +261,10 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
     tokenizer = work.read_tokenizer()
     while (number := _next(numbers, shared)) is not None:
       write_piece(work, number, tokenizer, told)
-  except (ValueError, OSError, MemoryError) as error:
-    shared.failures.put(str(error) or type(error).__name__)
+  except (ValueError, OSError) as error:
+    shared.failures.put(str(error))
+  except Exception as error:  # libraries raise any
+    shared.failures.put(f'{type(error).__name__}: {error}')
   with shared.peak.get_lock():
     shared.peak.value = max(shared.peak.value, peak_memory())
 

@@ -30,7 +30,13 @@ from moe_jax.data.sources.contract import (
   Selection,
   Texts,
 )
-from moe_jax.data.tokenizers import Fitted, Tokenizer, TokenizerOptions, load
+from moe_jax.data.tokenizers import (
+  Extended,
+  Fitted,
+  Tokenizer,
+  TokenizerOptions,
+  load,
+)
 
 
 class Share(NamedTuple):
@@ -181,9 +187,7 @@ def _make_share(
 ) -> Made:
   parts.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(parts / 'tokenizer.json', fit)
-  work = Work(
-    parts, pieces, parts / 'tokenizer.json', type(tokenizer).__module__
-  )
+  work = Work(parts, pieces, parts / 'tokenizer.json', (*_modules(tokenizer),))
   sizes = pieces.sizes
   own = range(share.host, len(sizes), share.num_hosts)
   todo = [number for number in own if piece_facts(work, number) is None]
@@ -199,6 +203,13 @@ def _make_share(
   peak = piece_workers.write_pieces(work, todo, share.processes, told)
   missing = joined_pieces.join(work, folder, tokenizer)
   return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
+
+
+def _modules(tokenizer: Tokenizer) -> Iterator[str]:
+  """The modules of the classes of a tokenizer and of that which it extends."""
+  yield type(tokenizer).__module__
+  if isinstance(tokenizer, Extended):
+    yield from _modules(tokenizer.base)
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:

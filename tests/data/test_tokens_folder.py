@@ -16,7 +16,9 @@ from moe_jax.data import (
   tokens_folder,
 )
 from moe_jax.data.sources import files
+from moe_jax.data.sources.contract import Located, Pieces
 from moe_jax.data.tokens_folder import Share, make
+from tests.data.own_kinds import Words
 
 
 @pytest.fixture
@@ -247,6 +249,33 @@ def test_a_worker_names_its_error(small_pieces, tmp_path):
     file.write('\n{')
   with pytest.raises(ValueError, match=r'b\.jsonl, line 121 is no JSON'):
     made_by(options, Share(processes=2))
+
+
+class Broken(Pieces):
+  """Pieces of which a library cannot read one."""
+
+  sizes = (10, 20)
+
+  def read(self, number):
+    if number:
+      raise RuntimeError('row 3 is broken')
+    return (Located(split, '1 2', 10) for split in data.SPLITS)
+
+
+@pytest.mark.slow
+def test_workers_tell_errors_of_any_kind(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  tokenizers.Bytes().save(path)
+  work = piece_workers.Work(tmp_path, Broken(), path, ())
+  with pytest.raises(ValueError, match=r'^RuntimeError: row 3 is broken$'):
+    piece_workers.write_pieces(work, [0, 1], 2, lambda count: None)
+
+
+def test_modules_of_extended_tokenizers_and_memory_in_messages():
+  tokenizer = tokenizers.Extended(Words('123'), ['<eos>'], end_inputs=True)
+  assert 'tests.data.own_kinds' in tokens_folder._modules(tokenizer)
+  assert 'memory' in piece_workers._ended(-9)
+  assert 'memory' not in piece_workers._ended(1)
 
 
 def test_pairs_have_their_folder(small_pieces):
