@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from moe_jax.data.cache_folders import locked, new_folder
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.sources.contract import SPLITS, Pieces
+from moe_jax.data.sources.contract import SPLITS
+from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.stream_writers import Digest, DocumentWriter
 from moe_jax.data.tokenizers import Tokenizer, load
 

@@ -26,10 +26,10 @@ from moe_jax.data.read_only import check_may_prepare
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pairs,
-  Pieces,
   Selection,
   Texts,
 )
+from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers import (
   Extended,
   Fitted,

@@ -13,12 +13,11 @@ from moe_jax.data.cache_folders import cache_root
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
   SPLITS,
-  Located,
-  Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
+from moe_jax.data.sources.pieces import Located, Pieces
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.options import NOT_EMPTY, option
 
