@@ -143,7 +143,7 @@ def parse(
     **command_line.about(__doc__),
   )
   add, count = parser.add_argument, command_line.POSITIVE
-  add('--config', required=True, help=command_line.CONFIG)
+  command_line.add_config(parser)
   add(
     '--processes',
     type=count,
@@ -162,7 +162,6 @@ def parse(
     default=1,
     help='number of hosts that share the folder of the cache',
   )
-  add('--traceback', action='store_true', help='show where an error came from')
   parser.set_defaults(run=_run)
   return command_line.parse_command(
     parser, argv, lambda options: options.config
