@@ -40,7 +40,7 @@ from moe_jax.data.tokenizers import (
 
 
 class Share(NamedTuple):
-  """Who tokenizes what.
+  """The part of a source that a host tokenizes, and by how many processes.
 
   Attributes:
     processes: Number of processes of this host.
