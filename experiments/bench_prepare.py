@@ -24,33 +24,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.synthetic_lines import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, data
 from moe_jax.data.tokens_folder import Made, Share, make
+from moe_jax.options import at_least
 
 NAME = 'bench_prepare'
 _BPE_TOKENS = 8192
 _BPE_DOCUMENTS = 2000
 
 
-def train_bpe(corpus: Corpus, path: pathlib.Path) -> None:
-  """Trains a BPE on some documents and writes its `tokenizer.json`."""
-  model = Tokenizer(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  model.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=_BPE_TOKENS,
-    special_tokens=['<eos>'],
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
+def train_bpe(corpus: Corpus) -> data.TokenizerOptions:
+  """A BPE that is trained on some documents."""
   texts = (corpus.document(-number) for number in range(1, _BPE_DOCUMENTS))
-  model.train_from_iterator(texts, trainer)
-  model.save(str(path))
+  trained = data.TrainedOptions('bpe', _BPE_TOKENS).fit(texts)
+  return data.tokenizers.Fitted(trained)
 
 
 def prepare_once(
@@ -81,12 +72,8 @@ def measure(
   """A row for each tokenizer and number of processes."""
   corpus = Corpus()
   corpus.write(folder / 'lines', size)
-  train_bpe(corpus, folder / 'tokenizer.json')
   total = sum(p.stat().st_size for p in (folder / 'lines').iterdir())
-  kinds = {
-    'bytes': data.BytesOptions(),
-    'BPE': data.JsonOptions(str(folder / 'tokenizer.json')),
-  }
+  kinds = {'bytes': data.BytesOptions(), 'BPE': train_bpe(corpus)}
   pattern, rows = f'{folder}/lines/*.jsonl', []
   for name, tokenizer in kinds.items():
     cases = {
@@ -220,7 +207,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     '--large_gb',
-    type=command_line.SECONDS,
+    type=command_line.number(float, at_least(0)),
     default=0.0,
     help='gigabytes that are prepared once; they take three times their size '
     'of the disk',

@@ -39,3 +39,12 @@ def test_documents_can_be_made_again_by_their_number(tmp_path):
   for split, wanted in zip(data.SPLITS, (True, False)):
     expected = [t for t, own in zip(made, training) if own == wanted]
     assert list(texts.documents(split)) == expected
+
+
+@pytest.mark.slow
+def test_both_tokenizers_are_measured(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_prepare, '_BPE_DOCUMENTS', 50)
+  rows = bench_prepare.measure(tmp_path, 100_000, [1], 1)
+  assert [row['tokenizer'] for row in rows] == ['bytes', 'BPE']
+  for row in rows:
+    assert row['mb_per_second'] > 0 and row['speed_up'] == 1

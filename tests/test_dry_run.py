@@ -1,13 +1,17 @@
 """What `--dry_run` says of a run, and that it leaves no trace."""
 
 import dataclasses
+import os
+import time
 
 import jax
 import pytest
 
-from moe_jax import memory_room, run_config, sections
+from moe_jax import data, memory_room, run_config, sections
 from moe_jax.analysis import cost, run_cost
 from moe_jax.configs import jacobs_vowels
+from moe_jax.data import file_digests
+from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
 from moe_jax.training.programs import make_programs
@@ -59,7 +63,39 @@ def test_data_that_is_not_prepared_stays_so(tmp_path):
     data={'tokenizer': {'kind': 'chars'}, 'cache_dir': str(tmp_path)}
   )
   assert 'depends on the vocabulary' in said(chars, '')[0]
+  sources = {'a': options.data.source}
+  mixed = dataclasses.replace(
+    options.data,
+    source=data.PythonStdlibSource(),
+    mixture=data.MixtureOptions(sources=sources),
+  )
+  mixture = dataclasses.replace(OPTIONS, data=mixed)
+  text, problems = said(mixture, '')
+  assert not problems
+  assert 'data: not prepared yet' in text
   assert not any(tmp_path.iterdir())
+
+
+def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, 'PIECE_BYTES', 2**8)
+  (tmp_path / 'text').mkdir()
+  lines = [f'{{"text": "{i} {i}"}}' for i in range(99)]
+  for name in 'ab':
+    path = tmp_path / 'text' / f'{name}.jsonl'
+    path.write_text('\n'.join(lines))
+    os.utime(path, (0, 0))
+  changes = {
+    'source': {'kind': 'files', 'files': {'pattern': f'{path.parent}/*'}},
+    'cache_dir': f'{tmp_path}/cache',
+  }
+  now = time.time_ns  # files at rest have their digests kept
+  monkeypatch.setattr(file_digests.time, 'time_ns', lambda: now() + 10**10)
+  for tokenizer in ('bytes', 'chars'):
+    options = tiny.options(data={**changes, 'tokenizer': {'kind': tokenizer}})
+    text, problems = said(options, '')
+    assert not problems
+    assert 'data: not prepared yet' in text
+  assert not (tmp_path / 'cache').exists()
 
 
 def test_a_folder_of_a_run(tmp_path):

@@ -40,10 +40,10 @@ from moe_jax.data.sources import (
   VowelsSource,
   instructions,
 )
+from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
-  Examples,
   Pairs,
   Question,
   Selection,

@@ -10,7 +10,6 @@ knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
 """
 
 import contextlib
-import contextvars
 import fcntl
 import hashlib
 import json
@@ -22,36 +21,12 @@ from types import MappingProxyType
 
 from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.read_only import check_may_prepare
 
 LIST = 'files.json'
 FORMAT = 2  # of folders, a part of their names; the first had no list
 SMALL = 2**20
 _Facts = dict[str, list]  # size and sha256 by path
-_READ_ONLY = contextvars.ContextVar('read_only', default=False)
-
-
-class NotPreparedError(ValueError):
-  """Data is not in the cache yet, where nothing may be written now."""
-
-
-@contextlib.contextmanager
-def reading_only() -> Iterator[None]:
-  """Refuses, while the body runs, to prepare what the cache lacks."""
-  before = _READ_ONLY.set(True)
-  try:
-    yield
-  finally:
-    _READ_ONLY.reset(before)
-
-
-def check_may_prepare(what: str) -> None:
-  """Raises NotPreparedError where data is only to be read.
-
-  Args:
-    what: The data that would be prepared now, for the message.
-  """
-  if _READ_ONLY.get():
-    raise NotPreparedError(f'{what} is not prepared yet')
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
@@ -83,7 +58,7 @@ def prepared(
     NotPreparedError: The folder is missing within `reading_only`.
   """
   if folder.is_dir():
-    _verify(folder, digests)
+    verify(folder, digests=digests)
     return folder
   check_may_prepare(os.fspath(folder))
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,14 +71,28 @@ def prepared(
 def _prepare(
   folder: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> None:
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{folder.name}-', dir=folder.parent
-  ) as temporary:
-    # A folder within it, as other users cannot read the temporary folder.
-    unfinished = pathlib.Path(temporary) / folder.name
-    unfinished.mkdir()
+  with new_folder(folder.parent, folder.name) as unfinished:
     write(unfinished)
     publish(unfinished, folder)
+
+
+@contextlib.contextmanager
+def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+  """A folder of no other process; the body may give it another place.
+
+  What is there after the body is removed.
+
+  Args:
+    parent: Folder on whose file system the new one is.
+    name: Name of the folder, within one with a name of its own.
+  """
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
+  ) as temporary:
+    # A folder within it, as other users cannot read the temporary folder.
+    folder = pathlib.Path(temporary) / name
+    folder.mkdir()
+    yield folder
 
 
 def publish(
@@ -146,8 +135,13 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _verify(folder: pathlib.Path, digests: bool) -> None:
-  """Raises ValueError, with advice, unless the files are those written."""
+def verify(folder: pathlib.Path, *, digests: bool) -> None:
+  """Raises ValueError, with advice, unless the files are those written.
+
+  Args:
+    folder: The folder.
+    digests: Whether the digests of large files are checked, too.
+  """
   try:
     text = read_text(folder / LIST)
     listed = parse_json(text, LIST)

@@ -176,7 +176,8 @@ class DataOptions(Options):
       again = self.task.vocabulary(kept.base, self.shape)
       if again.ids_identity == kept.ids_identity:
         kept = kept.base
-    return dataclasses.replace(self, tokenizer=Fitted(kept))
+    fitted = Fitted(kept, self.tokenizer)
+    return dataclasses.replace(self, tokenizer=fitted)
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.data.read_only import may_write
 
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
@@ -29,7 +30,7 @@ def sha256s(
   Args:
     paths: The files.
     memory: File that keeps the digests; it is written anew if one has changed,
-      and does without where it cannot be written.
+      and stays as it is within `reading_only` or where it cannot be written.
   """
   known, kept, digests = _remembered(memory), {}, {}
   for path in paths:
@@ -42,7 +43,7 @@ def sha256s(
     digests[path] = digest
     if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
       kept[name] = [*stamp, digest]
-  if kept != known:
+  if kept != known and may_write():
     _remember(memory, kept)
   return digests
 

@@ -19,7 +19,7 @@ from moe_jax.data.plain_files import first_line
 
 PARQUET = '.parquet'
 _BLOCK = 2**20
-_ROWS = 64  # of parquet that are in memory at once
+_ROWS = 64  # rows of a parquet file that are in memory at once
 # What libraries raise where a compressed stream is damaged or ends early.
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 

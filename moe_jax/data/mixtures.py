@@ -19,6 +19,7 @@ from moe_jax.data.mixing import (
   TaskRows,
   whole_counts,
 )
+from moe_jax.data.read_only import NotPreparedError
 from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
@@ -243,6 +244,7 @@ def load(
   Raises:
     ValueError: As `TaskOptions.load` of any source, by its name; or the period
       is too short for a weight.
+    NotPreparedError: A source is missing in the cache within `reading_only`.
   """
   tokenizer = shared_tokenizer(mixture.sources, task, tokenizer, selection)
   parts = {}
@@ -250,6 +252,8 @@ def load(
   for number, (name, source) in enumerate(sorted(mixture.sources.items())):
     try:
       part = task.load(source, tokenizer, selection, shape)
+    except NotPreparedError:
+      raise
     except ValueError as error:
       raise ValueError(f'mixture.sources.{name}: {error}') from error
     splits = {

@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.data.cache_folders import locked
+from moe_jax.data.cache_folders import locked, new_folder
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.sources.contract import SPLITS, Pieces
+from moe_jax.data.sources.contract import SPLITS
+from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.stream_writers import Digest, DocumentWriter
 from moe_jax.data.tokenizers import Tokenizer, load
 
@@ -41,13 +42,13 @@ class Work(NamedTuple):
     folder: Folder of finished pieces.
     pieces: The documents.
     tokenizer: File of the tokenizer.
-    module: Module of the tokenizer's class, which has to be imported.
+    modules: Modules of the tokenizer's classes, which have to be imported.
   """
 
   folder: pathlib.Path
   pieces: Pieces
   tokenizer: pathlib.Path
-  module: str
+  modules: tuple[str, ...]
 
   def path(self, number: int) -> pathlib.Path:
     """The folder of a finished piece."""
@@ -55,7 +56,8 @@ class Work(NamedTuple):
 
   def read_tokenizer(self) -> Tokenizer:
     """The tokenizer."""
-    importlib.import_module(self.module)
+    for module in self.modules:
+      importlib.import_module(module)
     return load(self.tokenizer)
 
 
@@ -93,6 +95,8 @@ def write_piece(
 ) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
+  A piece that is there and not whole is removed.
+
   Args:
     work: The work.
     number: Number of the piece.
@@ -103,20 +107,19 @@ def write_piece(
     ValueError: The source is damaged, or the tokenizer lacks a character.
   """
   with locked(work.path(number)):
-    if (work.path(number) / FACTS).exists():
+    there = work.path(number).exists()
+    if piece_facts(work, number) is not None:
       told(work.pieces.sizes[number])
       return
-    unfinished = work.folder / f'unfinished-{number:05}-{os.getpid()}'
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    if there:  # not what was finished since, where there are no locks
+      shutil.rmtree(work.path(number), ignore_errors=True)
+    with new_folder(work.folder, f'{number:05}') as unfinished:
       _write_files(unfinished, work.pieces, number, tokenizer, told)
-      unfinished.rename(work.path(number))
-    except OSError:  # another host was faster, where there are no locks
-      if not (work.path(number) / FACTS).exists():
-        raise
-    finally:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      try:
+        unfinished.rename(work.path(number))
+      except OSError:  # another host was faster, where there are no locks
+        if not (work.path(number) / FACTS).exists():
+          raise
 
 
 def _write_files(folder, pieces, number, tokenizer, told) -> None:
@@ -228,14 +231,21 @@ def _wait(workers, shared, told) -> None:
       raise ValueError(shared.failures.get())
     for worker in workers:
       if worker.exitcode:
-        raise ValueError(
-          f'a process ended with status {worker.exitcode} while it tokenized; '
-          'if it was killed for lack of memory, take fewer processes. Finished '
-          'pieces are kept: the same command goes on'
-        )
+        raise ValueError(_ended(worker.exitcode))
     if not running:
       return
     time.sleep(_POLL_SECONDS)
+
+
+def _ended(status: int) -> str:
+  """The message on a process that ended with a status, unlike the others."""
+  killed = ''
+  if status == -signal.SIGKILL:
+    killed = ' It was killed, maybe for lack of memory: take fewer processes.'
+  return (
+    f'a process ended with status {status} while it tokenized.{killed} '
+    'Finished pieces are kept: the same command goes on'
+  )
 
 
 def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
@@ -252,8 +262,10 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
     tokenizer = work.read_tokenizer()
     while (number := _next(numbers, shared)) is not None:
       write_piece(work, number, tokenizer, told)
-  except (ValueError, OSError, MemoryError) as error:
-    shared.failures.put(str(error) or type(error).__name__)
+  except (ValueError, OSError) as error:
+    shared.failures.put(str(error))
+  except Exception as error:  # libraries raise any
+    shared.failures.put(f'{type(error).__name__}: {error}')
   with shared.peak.get_lock():
     shared.peak.value = max(shared.peak.value, peak_memory())
 

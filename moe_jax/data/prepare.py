@@ -143,7 +143,7 @@ def parse(
     **command_line.about(__doc__),
   )
   add, count = parser.add_argument, command_line.POSITIVE
-  add('--config', required=True, help=command_line.CONFIG)
+  command_line.add_config(parser)
   add(
     '--processes',
     type=count,
@@ -162,7 +162,6 @@ def parse(
     default=1,
     help='number of hosts that share the folder of the cache',
   )
-  add('--traceback', action='store_true', help='show where an error came from')
   parser.set_defaults(run=_run)
   return command_line.parse_command(
     parser, argv, lambda options: options.config
@@ -177,10 +176,12 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   config, ignored = config_flag.options_of(options.config, overrides)
   command_line.say(config_flag.ignored_lines(ignored))
   share = Share(options.processes, options.host, options.num_hosts)
+  # A run that begins with another's parameters has its tokenizer, too.
+  read = config.init_from.with_tokenizer(config.data)
   begin = time.perf_counter()
-  made = prepare(config.data, share, console=Console())
+  made = prepare(read, share, console=Console())
   seconds = time.perf_counter() - begin
-  command_line.say(_lines(config.data, made, share, seconds))
+  command_line.say(_lines(read, made, share, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

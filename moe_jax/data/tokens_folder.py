@@ -1,43 +1,46 @@
 """The folder of the cache with the tokens of a source, made once.
 
 A run makes it when it starts, by itself; `prepare.py` makes the same one by
-many processes. Not here: how pieces are tokenized (`piece_workers.py`).
+many processes. Not here: how pieces are tokenized (`piece_workers.py`) and
+joined (`joined_pieces.py`).
 """
 
+import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from moe_jax.data import piece_workers, store
+from moe_jax.data import joined_pieces, piece_workers
 from moe_jax.data.cache_folders import (
   FORMAT,
   cache_root,
   locked,
   prepared,
-  publish,
+  verify,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
+from moe_jax.data.read_only import check_may_prepare
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pairs,
-  Pieces,
   Selection,
   Texts,
 )
-from moe_jax.data.stream_writers import dtype_of
-from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
-
-_BLOCK = 2**20  # starts of documents that are in memory at once
+from moe_jax.data.sources.pieces import Pieces
+from moe_jax.data.tokenizers import (
+  Extended,
+  Fitted,
+  Tokenizer,
+  TokenizerOptions,
+  load,
+)
 
 
 class Share(NamedTuple):
-  """Who tokenizes what.
+  """The part of a source that a host tokenizes, and by how many processes.
 
   Attributes:
     processes: Number of processes of this host.
@@ -80,8 +83,15 @@ def tokens_folder(
 
   Raises:
     ValueError: The data is missing or bad, or the folder is damaged.
+    NotPreparedError: The folder is missing within `reading_only`.
   """
-  return make(corpus, tokenizer, selection, Share()).folder
+  made = make(corpus, tokenizer, selection, Share())
+  if made.missing:
+    raise ValueError(
+      f'{made.folder} could not be made: another process has removed the '
+      f'pieces {list(made.missing)}; start again'
+    )
+  return made.folder
 
 
 def make(
@@ -95,9 +105,7 @@ def make(
   Raises:
     ValueError: As `tokens_folder`, or a process was killed.
   """
-  key = f'{FORMAT} {corpus.identity} {tokenizer.identity()}'
-  name = hashlib.sha256(key.encode()).hexdigest()[:32]
-  folder = cache_root(selection.cache_dir) / 'tokens' / name
+  folder = _place(corpus, tokenizer, selection)
 
   def fit() -> Tokenizer:
     return tokenizer.fit(_all_texts(corpus))
@@ -108,16 +116,41 @@ def make(
   made = Made(folder)
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
-    if share.num_hosts > 1 or share.processes > 1:
-      made = _make_pieces(folder, pieces, fit, share)
-    else:
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      with locked(folder):  # other processes of the same run wait
-        if not folder.is_dir():
-          made = _make_pieces(folder, pieces, fit, share)
+    check_may_prepare(os.fspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Others wait, but for hosts that work at the same time.
+    alone = share.num_hosts == 1
+    with locked(folder) if alone else contextlib.nullcontext():
+      if not folder.is_dir():
+        made = _make_pieces(folder, pieces, fit, share)
   if not made.new:
     prepared(folder, write, digests=selection.cache_digests)
   return made
+
+
+def _place(
+  corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
+) -> pathlib.Path:
+  """Where the tokens are, or will be.
+
+  A tokenizer that was fitted to these texts may have its tokens under the
+  options by which it was fitted.
+  """
+  root = cache_root(selection.cache_dir) / 'tokens'
+
+  def named(options: TokenizerOptions) -> pathlib.Path:
+    key = f'{FORMAT} {corpus.identity} {options.identity()}'
+    return root / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+  own = named(tokenizer)
+  if own.is_dir() or not isinstance(tokenizer, Fitted):
+    return own
+  try:
+    other = named(tokenizer.replaced) if tokenizer.replaced else own
+    equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
+  except (ValueError, OSError):  # what was replaced, or its tokens, are gone
+    return own
+  return other if equal else own
 
 
 def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:
@@ -130,19 +163,34 @@ def _make_pieces(
   fit: Callable[[], Tokenizer],
   share: Share,
 ) -> Made:
+  """What was made, or the folder that another process has made meanwhile."""
   parts = folder.with_name(f'{folder.name}.parts')
+  try:
+    made = _make_share(folder, parts, pieces, fit, share)
+  except (OSError, ValueError):  # its pieces may be gone, as they were joined
+    if not folder.is_dir():
+      raise
+    made = Made(folder)
+  if folder.is_dir():
+    verify(folder, digests=False)  # before the pieces are gone
+    shutil.rmtree(parts, ignore_errors=True)
+    made = made._replace(missing=())
+  return made
+
+
+def _make_share(
+  folder: pathlib.Path,
+  parts: pathlib.Path,
+  pieces: Pieces,
+  fit: Callable[[], Tokenizer],
+  share: Share,
+) -> Made:
   parts.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(parts / 'tokenizer.json', fit)
-  work = Work(
-    parts, pieces, parts / 'tokenizer.json', type(tokenizer).__module__
-  )
+  work = Work(parts, pieces, parts / 'tokenizer.json', (*_modules(tokenizer),))
   sizes = pieces.sizes
   own = range(share.host, len(sizes), share.num_hosts)
-  todo = []
-  for number in own:
-    if piece_facts(work, number) is None:
-      shutil.rmtree(work.path(number), ignore_errors=True)
-      todo.append(number)
+  todo = [number for number in own if piece_facts(work, number) is None]
   total = sum(sizes[i] for i in own)
   begun = done = total - sum(sizes[i] for i in todo)
 
@@ -153,8 +201,15 @@ def _make_pieces(
 
   told(0)
   peak = piece_workers.write_pieces(work, todo, share.processes, told)
-  missing = _publish(work, folder, tokenizer)
+  missing = joined_pieces.join(work, folder, tokenizer)
   return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
+
+
+def _modules(tokenizer: Tokenizer) -> Iterator[str]:
+  """The modules of the classes of a tokenizer and of that which it extends."""
+  yield type(tokenizer).__module__
+  if isinstance(tokenizer, Extended):
+    yield from _modules(tokenizer.base)
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
@@ -165,86 +220,3 @@ def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
       fit().save(unfinished)
       unfinished.replace(path)
   return load(path)
-
-
-def _publish(
-  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
-) -> tuple[int, ...]:
-  """Makes the folder from its pieces; returns the numbers of missing ones."""
-  count = len(work.pieces.sizes)
-  missing = [i for i in range(count) if not work.path(i).is_dir()]
-  if missing:
-    return tuple(missing)
-  with locked(work.folder / 'whole'):
-    if not folder.is_dir():
-      facts = []
-      for number in range(count):
-        fact = piece_facts(work, number, digests=False)
-        if fact is None:
-          shutil.rmtree(work.path(number))
-          raise ValueError(
-            f'{work.path(number)} was damaged and is removed; the same command '
-            'makes it anew'
-          )
-        facts.append(fact)
-      _make_whole(work, folder, tokenizer, facts)
-  shutil.rmtree(work.folder, ignore_errors=True)
-  return ()
-
-
-def _make_whole(
-  work: Work,
-  folder: pathlib.Path,
-  tokenizer: Tokenizer,
-  facts: list[dict[str, Any]],
-) -> None:
-  """Gives all pieces one folder: token files are linked, starts joined."""
-  whole = work.folder / 'whole'
-  shutil.rmtree(whole, ignore_errors=True)
-  whole.mkdir()
-  known, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
-  for split in SPLITS:
-    counts = [fact['splits'][split] for fact in facts]
-    splits[split] = {
-      key: sum(c[key] for c in counts)
-      for key in ('documents', 'bytes', 'tokens')
-    }
-    store.check_tokens(split, splits[split])
-    shards[split] = [c['tokens'] for c in counts]
-    for number, own in enumerate(counts):
-      sha256.update(f'{split} {number} {own["sha256"]}\n'.encode())
-      if own['tokens']:
-        path = store.shard_path(whole, split, number)
-        _link(work.path(number) / f'{split}.tokens', path)
-        known[path.name] = facts[number]['files'][f'{split}.tokens']
-    _join_starts(work, split, shards[split], whole / f'{split}.starts')
-  about = {
-    'dtype': dtype_of(tokenizer),
-    'splits': splits,
-    'shards': shards,
-    'sha256': sha256.hexdigest(),
-  }
-  tokenizer.save(whole / 'tokenizer.json')
-  text = json.dumps(about, indent=1) + '\n'
-  (whole / 'about.json').write_text(text, encoding='utf-8')
-  publish(whole, folder, known)
-
-
-def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-  try:
-    target.hardlink_to(source)
-  except OSError:  # the file system has no links
-    shutil.copyfile(source, target)
-
-
-def _join_starts(
-  work: Work, split: str, tokens: list[int], path: pathlib.Path
-) -> None:
-  """Writes where every document begins in the stream of all pieces."""
-  before = 0
-  with path.open('wb') as out:
-    for number, count in enumerate(tokens):
-      with (work.path(number) / f'{split}.starts').open('rb') as file:
-        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          (starts + before).tofile(out)
-      before += count

@@ -193,6 +193,19 @@ def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_tokenizer_of_a_mixture_is_fitted_once(tmp_path, monkeypatch):
+  def loaded(**tasks):
+    mixture = MixtureOptions(sources=suite(**tasks))
+    tokenizer = data.CharsOptions()
+    return data.load(options(tmp_path, mixture, tokenizer=tokenizer)).tokenizer
+
+  first = loaded(a='copy', b='reverse')
+  with monkeypatch.context() as reading:
+    reading.setattr(data.CharsOptions, 'fit', lambda *_: pytest.fail('again'))
+    assert loaded(a='copy', b='reverse').identity == first.identity
+  assert loaded(a='add', b='reverse').identity != first.identity
+
+
 def test_a_bad_source_is_named(tmp_path):
   (tmp_path / 'a.jsonl').write_text(json.dumps({'inputs': 'x'}))
   sources = suite(b='copy') | {'a': data.JsonlSource(str(tmp_path / 'a.jsonl'))}

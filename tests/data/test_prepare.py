@@ -13,7 +13,7 @@ import time
 import pytest
 
 from moe_jax import data
-from moe_jax.data import prepare
+from moe_jax.data import prepare, tokenizers
 from moe_jax.data.sources import files
 
 CONFIG = '--config=configs/tiny_switch.py'
@@ -49,6 +49,17 @@ def test_a_run_finds_what_was_prepared(pattern, tmp_path, capsys):
   assert folder.stat().st_mtime_ns == before
   again = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}')
   assert 'train: ' in again and 'MB/s by' not in again
+
+
+def test_a_run_that_begins_with_another_has_its_tokenizer(
+  pattern, tmp_path, capsys
+):
+  tokenizers.Chars('ab0123456789 ').save(tmp_path / 'tokenizer.json')
+  flags = [KIND, f'{PATTERN}={pattern}', '--processes=1']
+  other = f'--config.init_from.workdir={tmp_path}'
+  assert 'tokenizer: chars' in run(capsys, tmp_path, other, *flags)
+  (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
+  assert tokenizers.load(folder / 'tokenizer.json').vocab_size == 13
 
 
 def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):

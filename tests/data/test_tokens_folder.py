@@ -1,5 +1,6 @@
 """Pieces of documents become one folder, whoever makes them and how often."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -8,9 +9,16 @@ import numpy as np
 import pytest
 
 from moe_jax import data
-from moe_jax.data import piece_workers, tokenizers
+from moe_jax.data import (
+  joined_pieces,
+  piece_workers,
+  tokenizers,
+  tokens_folder,
+)
 from moe_jax.data.sources import files
+from moe_jax.data.sources.pieces import Located, Pieces
 from moe_jax.data.tokens_folder import Share, make
+from tests.data.own_kinds import Words
 
 
 @pytest.fixture
@@ -123,12 +131,84 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
   assert digests_of(made.folder) == digests_of(fresh.folder)
 
 
-def test_missing_pieces_of_other_hosts_are_counted(small_pieces):
+def test_a_piece_that_another_process_has_just_finished_is_kept(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  look, looked = tokens_folder.piece_facts, []
+
+  def others_are_faster(work, number, **digests):
+    found = look(work, number, **digests)
+    if not looked:  # the other process finishes the piece after this look
+      looked.append(number)
+      tokenizer = work.read_tokenizer()
+      piece_workers.write_piece(work, number, tokenizer, lambda count: None)
+      looked.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
+    return found
+
+  monkeypatch.setattr(tokens_folder, 'piece_facts', others_are_faster)
+  made = make(corpus, options.tokenizer, options.selection, Share())
+  finished = made.folder / 'train.00000.tokens'
+  assert looked == [0, finished.stat().st_mtime_ns]
+
+
+def test_two_that_join_the_pieces_do_not_disturb_each_other(
+  small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  link, linked = joined_pieces._link, []
+
+  def other_begins_too(source, target):
+    linked.append(target)
+    if len(linked) == 3:
+      with pytest.raises(RuntimeError, match='killed'):
+        make(corpus, options.tokenizer, options.selection, Share())
+    elif len(linked) == 4:  # this is the other process
+      raise RuntimeError('killed')
+    link(source, target)
+
+  monkeypatch.setattr(joined_pieces, '_link', other_begins_too)
+  made = make(corpus, options.tokenizer, options.selection, Share())
+  assert len(linked) > 4
+  fresh, _ = made_by(small_pieces('fresh'), Share())
+  assert digests_of(made.folder) == digests_of(fresh.folder)
+
+
+@pytest.mark.parametrize('share', [Share(), Share(host=1, num_hosts=2)])
+@pytest.mark.parametrize(
+  'before', [(tokens_folder, '_make_pieces'), (piece_workers, 'write_pieces')]
+)
+def test_the_folder_that_another_process_made_meanwhile_is_taken(
+  before, share, small_pieces, monkeypatch
+):
+  options = small_pieces('cache')
+  corpus = options.source.texts(options.selection)
+  continued = getattr(*before)
+
+  def the_other_ends_first(*args):
+    with monkeypatch.context() as other:
+      other.setattr(*before, continued)
+      make(corpus, options.tokenizer, options.selection, Share())
+    return continued(*args)
+
+  monkeypatch.setattr(*before, the_other_ends_first)
+  made = make(corpus, options.tokenizer, options.selection, share)
+  assert not made.missing and made.folder == folder_in(options.cache_dir)
+  assert len(data.load(options).splits['train'])
+
+
+def test_missing_pieces_of_other_hosts_are_counted(small_pieces, monkeypatch):
   options = small_pieces('cache')
   made, told = made_by(options, Share(host=0, num_hosts=3))
   assert made.missing and not made.folder.exists()
   sizes = options.source.texts(options.selection).pieces.sizes
   assert told[-1] == (sum(sizes[::3]), sum(sizes[::3]))
+  with monkeypatch.context() as others:
+    others.setattr(tokens_folder, 'make', lambda *_: made)
+    with pytest.raises(ValueError, match=r'removed the pieces \[1, 2'):
+      data.load(options)
   # The next command, or a run, makes the rest and joins all.
   kept = made_by(options, Share())[0].kept
   assert kept + len(made.missing) == len(sizes)
@@ -143,6 +223,25 @@ def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
     make(corpus, options.tokenizer, options.selection, Share())
 
 
+@pytest.mark.parametrize(
+  'options', [data.CharsOptions(), data.TrainedOptions(vocab_size=280)]
+)
+def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
+  options, small_pieces, tmp_path
+):
+  given = dataclasses.replace(small_pieces('cache'), tokenizer=options)
+  dataset = data.load(given)
+  folder = folder_in(given.cache_dir)
+  again = given.with_tokenizer(dataset.tokenizer)
+  assert data.load(again).digest == dataset.digest
+  assert folder_in(given.cache_dir) == folder
+  # Other texts have other characters, and keep the tokenizer of the run.
+  (tmp_path / 'b.jsonl').write_text('{"text": "b0 b1"}\n' * 99)
+  changed = data.load(again)
+  assert changed.tokenizer.identity == dataset.tokenizer.identity
+  assert changed.digest != dataset.digest
+
+
 @pytest.mark.slow
 def test_a_worker_names_its_error(small_pieces, tmp_path):
   options = small_pieces('cache')
@@ -150,6 +249,33 @@ def test_a_worker_names_its_error(small_pieces, tmp_path):
     file.write('\n{')
   with pytest.raises(ValueError, match=r'b\.jsonl, line 121 is no JSON'):
     made_by(options, Share(processes=2))
+
+
+class Broken(Pieces):
+  """Pieces of which a library cannot read one."""
+
+  sizes = (10, 20)
+
+  def read(self, number):
+    if number:
+      raise RuntimeError('row 3 is broken')
+    return (Located(split, '1 2', 10) for split in data.SPLITS)
+
+
+@pytest.mark.slow
+def test_workers_tell_errors_of_any_kind(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  tokenizers.Bytes().save(path)
+  work = piece_workers.Work(tmp_path, Broken(), path, ())
+  with pytest.raises(ValueError, match=r'^RuntimeError: row 3 is broken$'):
+    piece_workers.write_pieces(work, [0, 1], 2, lambda count: None)
+
+
+def test_modules_of_extended_tokenizers_and_memory_in_messages():
+  tokenizer = tokenizers.Extended(Words('123'), ['<eos>'], end_inputs=True)
+  assert 'tests.data.own_kinds' in tokens_folder._modules(tokenizer)
+  assert 'memory' in piece_workers._ended(-9)
+  assert 'memory' not in piece_workers._ended(1)
 
 
 def test_pairs_have_their_folder(small_pieces):

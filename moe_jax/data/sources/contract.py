@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from moe_jax.data import store
+from moe_jax.data.sources.class_examples import Examples
+from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.option_checks import no_effect
 from moe_jax.options import Options, default_of, fields_of, unknown
@@ -51,34 +53,6 @@ class Selection:
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
-
-
-class Located(NamedTuple):
-  """A document of a piece of a source.
-
-  Attributes:
-    split: 'train' or 'validation'.
-    text: The document.
-    read: Number of bytes of the piece that are read by now.
-  """
-
-  split: str
-  text: str
-  read: int
-
-
-class Pieces(abc.ABC):
-  """Documents in pieces that processes read apart; it can be pickled.
-
-  Attributes:
-    sizes: Number of bytes of each piece, where it comes from.
-  """
-
-  sizes: tuple[int, ...]
-
-  @abc.abstractmethod
-  def read(self, number: int) -> Iterator[Located]:
-    """The documents of a piece, of both splits; the same at every call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,65 +144,6 @@ class Question(NamedTuple):
   target: str
   choices: tuple[str, ...] = ()
   metric: str = 'exact_match'
-
-
-class Examples(NamedTuple):
-  """Arrays and the classes to which they belong.
-
-  Attributes:
-    features: float32 [N, ...], the arrays.
-    labels: int32 [N], indices of classes.
-  """
-
-  features: np.ndarray
-  labels: np.ndarray
-
-
-def checked_examples(
-  features: np.ndarray, labels: np.ndarray, where: str
-) -> Examples:
-  """The examples of these arrays, in the types of `Examples`.
-
-  Args:
-    features: Numbers [N, ...].
-    labels: Integers [N].
-    where: What the arrays are of, for messages.
-
-  Raises:
-    ValueError: The arrays are empty, or not of these types and shapes; or a
-      value would be another one in its new type, or is not finite.
-  """
-  features, labels = np.asarray(features), np.asarray(labels)
-  if (
-    labels.ndim != 1
-    or labels.dtype.kind not in 'iu'
-    or features.ndim < 2
-    or features.dtype.kind not in 'iuf'
-  ):
-    raise ValueError(
-      f'{where}: labels {labels.shape} of {labels.dtype} must be integers [N], '
-      f'features {features.shape} of {features.dtype} integers or floats '
-      '[N, ...]'
-    )
-  if len(features) != len(labels) or not features.size:
-    raise ValueError(
-      f'{len(features)} features and {len(labels)} labels of {where}, each '
-      f'feature of {features.shape[1:]}, must be as many, and not empty'
-    )
-  low, high = int(labels.min()), int(labels.max())
-  if low < 0 or high > np.iinfo(np.int32).max:
-    raise ValueError(
-      f'{where}: labels from {low} to {high} are no int32 from 0'
-    )
-  with np.errstate(over='ignore'):  # what becomes infinite is reported here
-    features = features.astype(np.float32)
-  wrong = np.argwhere(~np.isfinite(features))
-  if len(wrong):
-    raise ValueError(
-      f'{where}: {len(wrong)} values of the features are not finite in '
-      f'float32, the first at {wrong[0].tolist()}'
-    )
-  return Examples(features, labels.astype(np.int32))
 
 
 class ClassSource(abc.ABC):

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
-  Examples,
   Selection,
   SourceOptions,
 )

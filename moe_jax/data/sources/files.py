@@ -13,12 +13,11 @@ from moe_jax.data.cache_folders import cache_root
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
   SPLITS,
-  Located,
-  Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
+from moe_jax.data.sources.pieces import Located, Pieces
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.options import NOT_EMPTY, option
 
@@ -64,12 +63,18 @@ class FilesSource(SourceOptions):
     selection.check_splits('files')
     pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
+    # First, so that a file which changes while others are read is noticed.
+    stamps = {path: file_digests.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
     digests = file_digests.sha256s(
       paths, cache_root(selection.cache_dir) / 'digests' / f'{memory}.json'
     )
     splits = _file_splits(paths, pattern)
-    parts = [part for path in paths for part in _parts(path, splits[path])]
+    parts = [
+      part
+      for path in paths
+      for part in _parts(path, splits[path], stamps[path])
+    ]
     pieces = FilePieces(parts, self.field, selection)
     files = [
       (splits[p], is_text(p), document_files.is_compressed(p), digests[p])
@@ -85,7 +90,7 @@ class FilesSource(SourceOptions):
 
 
 class Part(NamedTuple):
-  """A part of a file, how it is split, and the file's stamp when it was found.
+  """A part of a file, how it is split, and the file's stamp before it was read.
 
   Attributes:
     span: The part.
@@ -174,9 +179,8 @@ def matching(pattern: str) -> list[pathlib.Path]:
   return paths
 
 
-def _parts(path: pathlib.Path, split: str) -> Iterator[Part]:
+def _parts(path: pathlib.Path, split: str, stamp: list[int]) -> Iterator[Part]:
   """The parts of a file with their splits."""
-  stamp = file_digests.stamp_of(path)
   cut = stamp[0] * 9 // 10
   also = [cut] if split == _LAST_TENTH else []
   for span in document_files.spans(path, PIECE_BYTES, also):

@@ -6,13 +6,12 @@ import pathlib
 import numpy as np
 
 from moe_jax.data.plain_files import read_npz
+from moe_jax.data.sources.class_examples import Examples, checked_examples
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
-  Examples,
   Selection,
   SourceOptions,
-  checked_examples,
 )
 from moe_jax.options import NOT_EMPTY, option, unknown
 from moe_jax.shapes import Int32, Shaped

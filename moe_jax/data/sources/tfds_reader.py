@@ -20,13 +20,9 @@ import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
-from moe_jax.data.cache_folders import (
-  NotPreparedError,
-  check_may_prepare,
-  locked,
-  prepared,
-)
-from moe_jax.data.sources.contract import Examples, checked_examples
+from moe_jax.data.cache_folders import locked, prepared
+from moe_jax.data.read_only import NotPreparedError, check_may_prepare
+from moe_jax.data.sources.class_examples import Examples, checked_examples
 from moe_jax.options import unknown
 
 Builder = tfds.core.DatasetBuilder

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.data.sources import vowel_table
+from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
-  Examples,
   Selection,
   SourceOptions,
 )

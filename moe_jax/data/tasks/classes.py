@@ -8,12 +8,12 @@ import numpy as np
 
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
+from moe_jax.data.sources.class_examples import checked_examples
 from moe_jax.data.sources.contract import (
   SPLITS,
   ClassSource,
   Selection,
   SourceOptions,
-  checked_examples,
 )
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import ClassNames, TokenizerOptions

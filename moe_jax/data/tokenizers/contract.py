@@ -171,9 +171,18 @@ class TokenizerOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Fitted(TokenizerOptions):
-  """A tokenizer that is there already, in place of its options."""
+  """A tokenizer that is there already, in place of its options.
+
+  Attributes:
+    tokenizer: The tokenizer.
+    replaced: The options of which it takes the place, by which its tokens may
+      be in the cache; None if there are none.
+  """
 
   tokenizer: Tokenizer
+  replaced: TokenizerOptions | None = dataclasses.field(
+    default=None, compare=False
+  )
 
   def identity(self) -> str:
     """The tokenizer's own identity."""

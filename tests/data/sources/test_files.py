@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from moe_jax.data import FilesSource, Selection
+from moe_jax.data import FilesSource, Selection, file_digests
 
 
 def texts(source, split):
@@ -108,3 +108,20 @@ def test_files_have_two_splits(tmp_path):
   make_files(tmp_path, 2)
   with pytest.raises(ValueError, match="'test'; have"):
     FilesSource(f'{tmp_path}/*/*').texts(Selection(('train', 'test')))
+
+
+def test_a_file_that_changes_while_others_are_read_is_noticed(
+  tmp_path, monkeypatch
+):
+  make_files(tmp_path, 3)
+  digests = file_digests.sha256s
+
+  def then_changed(paths, memory):
+    found = digests(paths, memory)
+    paths[0].write_text('changed')
+    return found
+
+  monkeypatch.setattr(file_digests, 'sha256s', then_changed)
+  source = FilesSource(f'{tmp_path}/*/*').texts()
+  with pytest.raises(ValueError, match=r'0\.txt was changed while'):
+    [texts(source, split) for split in ('train', 'validation')]

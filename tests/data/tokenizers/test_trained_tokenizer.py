@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import trained_tokenizer
 from tests.data.tokenizers import models
 
 OPTIONS = {
@@ -63,6 +64,24 @@ def test_bad_options(options, message):
     tokenizers.TrainedOptions(**options)
 
 
+@pytest.mark.parametrize(
+  ('count', 'most', 'kept'),
+  [(7, 14, range(7)), (7, 13, (0, 2, 4, 6)), (20, 6, (0, 8, 16)), (3, 1, [0])],
+)
+def test_documents_are_taken_evenly_where_there_are_too_many(count, most, kept):
+  texts = (f'{number:02}' for number in range(count))  # read once
+  got = trained_tokenizer.spread(texts, most)
+  assert got == [f'{number:02}' for number in kept]
+
+
+@pytest.mark.parametrize('kind', OPTIONS)
+def test_training_takes_no_more_text_than_it_needs(kind, monkeypatch):
+  texts = ['the cat\n', 'a dog\n'] * 99
+  monkeypatch.setattr(trained_tokenizer, 'MOST', 900)
+  every_second = OPTIONS[kind].fit(texts)
+  assert every_second.identity == OPTIONS[kind].fit(texts[::2]).identity
+
+
 def test_no_text_is_told():
   with pytest.raises(ValueError, match='no unigram model of vocab_size=300'):
     OPTIONS['unigram'].fit([''])
@@ -71,6 +90,7 @@ def test_no_text_is_told():
 PROGRAM = """
 import hashlib, json
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import trained_tokenizer
 from tests.data.tokenizers import models
 for kind in ('bpe', 'unigram'):
   fitted = tokenizers.TrainedOptions(kind, 300).fit(models.WORDS * 4)

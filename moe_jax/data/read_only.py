@@ -1,0 +1,39 @@
+"""Whether data may be written: a dry run only reads what is there.
+
+Not here: the folders that would be written (`cache_folders.py`).
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+_READ_ONLY = contextvars.ContextVar('read_only', default=False)
+
+
+class NotPreparedError(ValueError):
+  """Data is not in the cache yet, where nothing may be written now."""
+
+
+@contextlib.contextmanager
+def reading_only() -> Iterator[None]:
+  """Refuses, while the body runs, to prepare what the cache lacks."""
+  before = _READ_ONLY.set(True)
+  try:
+    yield
+  finally:
+    _READ_ONLY.reset(before)
+
+
+def may_write() -> bool:
+  """Whether something may be written, which it may not in `reading_only`."""
+  return not _READ_ONLY.get()
+
+
+def check_may_prepare(what: str) -> None:
+  """Raises NotPreparedError where data is only to be read.
+
+  Args:
+    what: The data that would be prepared now, for the message.
+  """
+  if not may_write():
+    raise NotPreparedError(f'{what} is not prepared yet')
