@@ -132,7 +132,7 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
       resume=_RESUME.value,
     )
   except Interrupted as error:
-    print(f'moe_jax: {error}', file=sys.stderr)
+    command_line.complain(str(error))
     return command_line.INTERRUPTED
   return 0 if ended.ended else command_line.STOPPED
 

@@ -1,7 +1,6 @@
 """The parts of a run, built and checked before anything is compiled."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from moe_jax.models import Model
 from moe_jax.options import OptionError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.progress import print_line
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.evaluation_entries import (
@@ -36,9 +36,7 @@ R = TypeVar('R', bound=RunOptions)
 
 
 def _message() -> Callable[[str], None]:
-  # Into a pipe or a file, too, the first lines are there at once.
-  say = functools.partial(print, flush=True)
-  return say if is_first() else lambda text: None
+  return print_line if is_first() else lambda text: None
 
 
 @dataclasses.dataclass

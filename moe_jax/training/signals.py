@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from moe_jax.runs.progress import print_line
+
 # Numbers of calls, by which JAX agrees on the step after which to stop. It
 # stops at a number above all that it has got, and 0 counts as one: the numbers
 # of a resumed run's steps would begin beyond it.
 _CALLS = itertools.count(1)
+_SAVING = 'moe_jax: saving after this step; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
@@ -56,12 +59,10 @@ def interrupted() -> Iterator[list[int]]:
     # The prompt ps1 is there where Python is used interactively.
     then = before if hasattr(sys, 'ps1') else signal.SIG_DFL
     signal.signal(signal.SIGINT, then)
-    print(
-      'moe_jax: saving after this step; another Ctrl-C stops at once',
-      file=sys.stderr,
-      flush=True,
-    )
     signal.raise_signal(signal.SIGTERM)
+    # The signal may have come while this stream was written to.
+    with contextlib.suppress(RuntimeError):
+      print_line(_SAVING, sys.stderr)
 
   own_thread = threading.current_thread() is threading.main_thread()
   if before is not signal.default_int_handler or not own_thread:
