@@ -131,7 +131,7 @@ def _run(
         watchdog.mark(f'the end of {type(hook).__name__}')
         hook.end(run, state)
     elif not interrupted:
-      said = f'stopped by SIGTERM at step {int(state.step)}'
+      said = f'stopped by a signal at step {int(state.step)}'
       run.message(f'{said}; saved, will go on here')
   return state, bool(interrupted) and not ended
 
