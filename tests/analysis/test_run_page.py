@@ -348,6 +348,16 @@ def test_a_run_keeps_its_page(run):
   )
 
 
+def test_one_hook_serves_two_runs(run):
+  page = Page()
+  for _ in range(2):
+    page.start(run)
+    page.saving()
+    _, facts = finish(page, run)
+    assert facts['state'] == run_facts.FINISHED
+  assert len(run.said) == 2
+
+
 @pytest.mark.parametrize(
   ('error', 'state', 'said'),
   [
