@@ -175,7 +175,7 @@ def test_a_run_that_failed_says_why(tmp_path):
   (folder / 'nonfinite' / '4.npz').touch()
   page = page_of(folder)
   assert 'Failed; logged until step 2 of 6.' in page.text
-  assert 'state of 1 step not finite: 4.' in page.text
+  assert 'state of 1 step was not finite: 4.' in page.text
   assert 'step 4: loss=nan' in page.text
   assert 'Go on with this run' in page.text
 
