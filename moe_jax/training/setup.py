@@ -157,7 +157,7 @@ def set_up(
   config = sections.section(options)
   usual = sections.section(type(options))
   folder = workdir_lib.check(workdir, config, resume=resume, usual=usual)
-  given, options = options, _with_tokenizer(options, folder)
+  given, options = options, with_tokenizer(options, folder)
   dataset = data.load(options.data)
   check_same(
     {
@@ -205,34 +205,78 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
-      *_kept_tokenizer(given, options),
+      *tokenizer_notes(given, options),
       *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
   )
 
 
-def _with_tokenizer(options: R, folder: pathlib.Path) -> R:
-  """The options with the tokenizer of the run that this one begins with."""
-  kept = options.init_from.with_tokenizer(options.data, folder)
-  if kept is options.data:
+def with_tokenizer(options: R, folder: pathlib.Path) -> R:
+  """The options with the tokenizer that a run takes in place of the config's.
+
+  It is that of the run that this one begins with; or that which this run has
+  kept, where the config's cannot be read any more.
+
+  Args:
+    options: The options of the run.
+    folder: The folder of the run, which need not exist.
+
+  Raises:
+    ValueError: The tokenizer cannot be read.
+  """
+  taken = options.init_from.with_tokenizer(options.data, folder)
+  if taken is options.data:
+    try:
+      options.data.tokenizer.identity()
+    except ValueError:
+      if not _began_with(options, folder):
+        raise
+      kept = data.tokenizers.read(folder / workdir_lib.TOKENIZER)
+      taken = options.data.with_tokenizer(kept)
+  if taken is options.data:
     return options
-  return dataclasses.replace(options, data=kept)
+  return dataclasses.replace(options, data=taken)
 
 
-def _kept_tokenizer(given: RunOptions, options: RunOptions) -> Iterator[str]:
-  """A line about a tokenizer that is taken in place of the config's."""
-  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
-  if options.data is given.data or options.data.tokenizer.identity() == kind:
+def _began_with(options: RunOptions, folder: pathlib.Path) -> bool:
+  """Whether a folder has the tokenizer that the options name."""
+  if not (folder / workdir_lib.TOKENIZER).is_file():
+    return False
+  before = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
+  now = sections.section(options).to_dict()['data']['tokenizer']
+  return before == now
+
+
+def tokenizer_notes(given: RunOptions, options: RunOptions) -> Iterator[str]:
+  """A line about a tokenizer that is taken in place of the config's.
+
+  Args:
+    given: The options as they were given.
+    options: The options `with_tokenizer`.
+  """
+  if options.data is given.data:
     return
+  try:
+    same = given.data.tokenizer.identity()
+    if same == options.data.tokenizer.identity():
+      return
+    problem = ''
+  except ValueError as error:
+    problem = str(error)
+  other = given.init_from
+  if not (other.workdir and other.keep_tokenizer):
+    yield f'tokenizer: that which the run has kept; {problem}'
+    return
+  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
   yield (
-    f'tokenizer: that of {given.init_from.workdir}; data.tokenizer.kind='
-    f'{kind!r} is not used (init_from.keep_tokenizer)'
+    f'tokenizer: that of {other.workdir}; data.tokenizer.kind={kind!r} is not '
+    'used (init_from.keep_tokenizer)'
   )
 
 
 def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each option that has no effect, or another one."""
+  """A line for each option without an effect, or with another than it says."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
