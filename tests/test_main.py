@@ -200,6 +200,13 @@ def test_a_flag_may_switch_off_what_the_file_sets(
   assert 'model.moe.group_size=32 has no effect unless' in said.err
 
 
+def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
+  flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
+  status, said = called(flags, monkeypatch, capsys)
+  assert status == 1
+  assert 'leave out --coordinator, --num_processes' in said.err
+
+
 def settled(argv):
   spec = argv[0].removeprefix('--config=')
   flags = [flag for flag in argv if flag.startswith('--config.')]
