@@ -163,7 +163,7 @@ class DryRun:
         *setup_notes(options, model),
       )
     )
-    yield start_facts.takes(options, model, mesh.size)
+    yield start_facts.takes(options, model, mesh)
     if run is not None:
       yield from start_facts.facts(run)
     else:
