@@ -34,14 +34,8 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import make_programs
-from moe_jax.training.setup import (
-  Hook,
-  Run,
-  set_up,
-  setup_notes,
-  tokenizer_notes,
-  with_tokenizer,
-)
+from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
+from moe_jax.training.setup import Hook, Run, set_up, setup_notes
 
 # The folder that stands for that of a run without one; it is never made.
 _NOWHERE = 'a-folder-that-is-not-there'

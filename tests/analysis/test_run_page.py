@@ -12,6 +12,7 @@ import pytest
 
 from moe_jax import generate, run_config, sections
 from moe_jax.analysis import (
+  page_hook,
   record_evaluation,
   routes,
   run_commands,
@@ -348,7 +349,8 @@ def test_a_run_keeps_its_page(run):
   )
 
 
-def test_one_hook_serves_two_runs(run):
+def test_one_hook_serves_two_runs(run, monkeypatch):
+  monkeypatch.setattr(page_hook, '_PAUSE', 0)
   page = Page()
   for _ in range(2):
     page.start(run)
