@@ -20,6 +20,7 @@ from moe_jax import config_file
 from moe_jax.data import DataError
 from moe_jax.options import Check, Spec, at_least, value_problem
 from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.runs.progress import print_line
 from moe_jax.runs.recorder import NonFiniteError
 
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
@@ -89,9 +90,14 @@ def with_programs(text: str) -> str:
   return re.sub(r'python -m (moe_jax[\w.]*)', lambda m: program(m[1]), text)
 
 
+def complain(text: str) -> None:
+  """Prints what is wrong; a reader that has closed the pipe is no error."""
+  print_line(f'moe_jax: {text}', sys.stderr)
+
+
 def fail(text: str) -> NoReturn:
   """Prints the reason and ends the program with status 1."""
-  print(f'moe_jax: {text}', file=sys.stderr)
+  complain(text)
   sys.exit(1)
 
 
@@ -110,7 +116,7 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    print('moe_jax: interrupted', file=sys.stderr)
+    complain('interrupted')
     sys.exit(INTERRUPTED)
   except (*REPORTED, RuntimeError) as error:
     mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
@@ -170,13 +176,8 @@ SECONDS = number(float, at_least(0))
 
 def say(lines: Iterable[str]) -> None:
   """Prints lines; a reader that closes the pipe early is no error."""
-  try:
-    for line in lines:
-      print(line)
-    sys.stdout.flush()
-  except BrokenPipeError:
-    # Python would report the pipe once more when it closes the stream.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  for line in lines:
+    print_line(line)
 
 
 def ignore_closed_loops() -> None:

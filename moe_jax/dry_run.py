@@ -3,14 +3,16 @@
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny --dry_run
 
-Data that is not in the cache is not prepared for this. Not here: the counting
+Data that is not in the cache is not prepared for this, and no parameters are
+read: of another run that it begins with, the folder, the tokens and the model
+are checked, and not the checkpoint. Not here: the counting
 (`analysis/run_cost.py`), and the lines of a run itself (`start_facts.py`).
 """
 
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +31,8 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import make_programs
-from moe_jax.training.setup import Run, set_up, setup_notes
+from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
+from moe_jax.training.setup import Hook, Run, set_up, setup_notes
 
 # The folder that stands for that of a run without one; it is never made.
 _NOWHERE = 'a-folder-that-is-not-there'
@@ -42,20 +45,33 @@ class DryRun:
     options: The options of the run.
     workdir: Its folder, which need not exist; '' if none is given.
     resume: Whether the folder's config may differ.
+    hooks: The hooks of the run, which check it as they would.
 
   Attributes:
     problems: Reasons for which the run would be refused; `lines` adds to them.
   """
 
-  def __init__(self, options: RunConfig, workdir: str, *, resume: bool = False):
-    self._options, self._workdir = options, workdir
-    self._resume = resume
+  def __init__(
+    self,
+    options: RunConfig,
+    workdir: str,
+    *,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+  ):
+    self._given, self._options, self._workdir = options, options, workdir
+    self._resume, self._hooks = resume, hooks
     self.problems: list[str] = []
 
   def lines(self) -> Iterator[str]:
     """The lines, in the order in which they are printed."""
     yield 'dry run: nothing is trained, and nothing is written'
     run = self._set_up()
+    try:
+      folder = workdir_lib.folder_of(self._workdir or _NOWHERE)
+      self._options = with_tokenizer(self._given, folder)
+    except ValueError as error:
+      self._refuse(error)
     dataset = run.dataset if run else self._dataset()
     options: Any = run.options if run else self._filled(dataset)
     if options is None:
@@ -74,14 +90,25 @@ class DryRun:
     folder = self._workdir or _NOWHERE
     try:
       with reading_only():
-        run = set_up(self._options, folder, resume=self._resume)
+        run = set_up(self._given, folder, resume=self._resume)
     except NotPreparedError:
       return None
     except (ValueError, OSError) as error:
       self.problems.append(str(error))
       return None
+    self._check(run)
     run.checkpoints.close()
     return run
+
+  def _check(self, run: Run) -> None:
+    """Lets the hooks check the run, without a line about it."""
+    say, run.message = run.message, lambda text: None
+    for hook in self._hooks:
+      try:
+        hook.check(run)
+      except (ValueError, OSError) as error:
+        self._refuse(error)
+    run.message = say
 
   def _dataset(self) -> data.Dataset | None:
     """The data, if it is prepared."""
@@ -119,8 +146,15 @@ class DryRun:
   ) -> Iterator[str]:
     """Lines on what the run takes, its data, its model and its devices."""
     model, mesh = options.build(), self._mesh()
-    yield from run.notes if run else setup_notes(options, model)
-    yield start_facts.takes(options, model, mesh.size)
+    yield from (
+      run.notes
+      if run
+      else (
+        *tokenizer_notes(self._given, options),
+        *setup_notes(options, model),
+      )
+    )
+    yield start_facts.takes(options, model, mesh)
     if run is not None:
       yield from start_facts.facts(run)
     else:

@@ -35,7 +35,7 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      took = start_facts.takes(run.options, run.model, run.mesh.size)
+      took = start_facts.takes(run.options, run.model, run.mesh)
       run.message(f'{took}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:

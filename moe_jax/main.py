@@ -88,13 +88,18 @@ def main(argv: list[str]) -> None:
   if _DESCRIBE.value:
     command_line.say(run_config.describe(config_flag.value()))
     return
+  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DRY_RUN.value:
+    if any(flag is not None for flag in processes):
+      command_line.fail(
+        '--dry_run counts for the devices of one process; leave out '
+        '--coordinator, --num_processes and --process_id'
+      )
     with command_line.reported(_TRACEBACK.value):
       _dry_run()
     return
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
-  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   with command_line.reported(_TRACEBACK.value):
     options, ignored = config_flag.read()
     with (
@@ -111,7 +116,12 @@ def _dry_run() -> None:
   """Prints what a run would do; fails if it would be refused."""
   options, ignored = config_flag.read()
   command_line.say(config_flag.ignored_lines(ignored))
-  trial = dry_run.DryRun(options, _WORKDIR.value or '', resume=_RESUME.value)
+  trial = dry_run.DryRun(
+    options,
+    _WORKDIR.value or '',
+    resume=_RESUME.value,
+    hooks=[Distilling(_ALLOW_MODULE.value), *default_hooks()],
+  )
   command_line.say(trial.lines())
   if trial.problems:
     said = '\n'.join(trial.problems)
@@ -132,7 +142,7 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
       resume=_RESUME.value,
     )
   except Interrupted as error:
-    print(f'moe_jax: {error}', file=sys.stderr)
+    command_line.complain(str(error))
     return command_line.INTERRUPTED
   return 0 if ended.ended else command_line.STOPPED
 

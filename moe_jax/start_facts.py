@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import models
-from moe_jax.analysis import cost, run_cost
+from moe_jax.analysis import cost, devices, roofline, run_cost
 from moe_jax.kernels import backends
 from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
 from moe_jax.layers.moe import MoeOptions
@@ -33,19 +33,20 @@ def warnings(model: models.Model) -> list[str]:
   return said + [model.forced_balance] * bool(model.forced_balance)
 
 
-def takes(options: RunOptions, model: models.Model, num_devices: int) -> str:
+def takes(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
   """A line on what a run takes; matrix products of a device are timed for it.
 
   Args:
     options: The options of the run, after `filled`.
     model: Its model.
-    num_devices: The number of devices of its mesh.
+    mesh: Its mesh.
   """
   took = run_cost.run_cost(options, model)
   if not took.flops:
     return f'run: {took.describe()}'
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
-  rate = num_devices * run_cost.product_rate(dtype)
+  rate, _ = roofline.product_rate(dtype)
+  rate *= devices.num_processors(list(mesh.devices.flat))
   return f'run: {took.describe()}; {took.time(rate)}'
 
 
@@ -70,9 +71,7 @@ def facts(run: Run) -> Iterator[str]:
 
 def devices_line(mesh: Mesh) -> str:
   """A line on the devices of a mesh."""
-  sizes = {axis: n for axis, n in mesh.shape.items() if n > 1}
-  kind = mesh.devices.flat[0].device_kind
-  return f'devices: {mesh.size} x {kind}, mesh {sizes or "of one"}'
+  return f'devices: {devices.describe(mesh)}'
 
 
 def _trained(run: Run) -> str:

@@ -88,3 +88,12 @@ def _fewer_between_long_tests(request):
   yield
   if request.node.get_closest_marker('slow'):
     host.forget_programs(30_000)
+
+
+@pytest.fixture
+def closed_pipe():
+  """A stream into a pipe whose reader is gone."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with os.fdopen(writer, 'w', buffering=1) as stream:
+    yield stream

@@ -9,12 +9,14 @@ import pytest
 
 from moe_jax import data, memory_room, run_config, sections
 from moe_jax.analysis import cost, run_cost
+from moe_jax.compression.distill import Distilling
 from moe_jax.configs import jacobs_vowels
-from moe_jax.data import file_digests
+from moe_jax.data import file_digests, tokenizers
 from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
 from moe_jax.training.programs import make_programs
+from tests.generation import folders
 from tests.training import tiny
 
 OPTIONS = tiny.options(
@@ -96,6 +98,37 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
     assert not problems
     assert 'data: not prepared yet' in text
   assert not (tmp_path / 'cache').exists()
+
+
+def test_another_run_that_it_begins_with(tmp_path):
+  other = tmp_path / 'other'
+  folders.write(other, tokenizer=tokenizers.Chars('abc \n'))
+  given = {
+    'init_from': {'workdir': str(other)},
+    'sample': {'prompt': 'ab'},
+    'data': {'cache_dir': str(tmp_path / 'cache')},
+  }
+  # Its tokenizer is kept although the data is not prepared.
+  text, problems = said(tiny.options(**given), '', hooks=[Distilling()])
+  assert not problems
+  assert f"that of {other}; data.tokenizer.kind='bytes' is not used" in text
+  model = OPTIONS.filled(5).build()
+  assert cost.count(model, 24).describe().splitlines()[0] in text
+  texts = {
+    'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*.txt'}}
+  }
+  for name in 'xy':
+    (tmp_path / f'{name}.txt').write_text('a cab\n' * 40)
+  narrow = {'model': {'width': 24}}
+  for more, problem in (
+    ({}, ''),
+    (narrow, f'init_from.workdir={other}: '),
+    ({'init_from': {'workdir': f'{tmp_path}/no'}}, 'holds no trained run'),
+  ):
+    options = tiny.options(**{**given, 'data': texts, **more})
+    _, problems = said(options, '', hooks=[Distilling()])
+    assert len(problems) == bool(problem), problems
+    assert problem in ''.join(problems)
 
 
 def test_a_folder_of_a_run(tmp_path):

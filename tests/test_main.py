@@ -109,6 +109,20 @@ def test_an_error_is_a_line_or_on_request_a_trace(
   assert 'multiply to 1, which does not fit 8 devices' in said
 
 
+@pytest.mark.parametrize(
+  ('error', 'status'),
+  [(KeyboardInterrupt(), command_line.INTERRUPTED), (ValueError('wrong'), 1)],
+)
+def test_a_message_that_nobody_reads_keeps_the_status(
+  error, status, closed_pipe, monkeypatch
+):
+  monkeypatch.setattr(sys, 'stderr', closed_pipe)
+  with pytest.raises(SystemExit) as ended, command_line.reported():
+    raise error
+  assert ended.value.code == status
+  closed_pipe.flush()  # as the interpreter does at its end
+
+
 def called(argv, monkeypatch, capsys):
   """The text that the program prints to both streams, and its status."""
   argv = ['main.py', *argv]
@@ -184,6 +198,13 @@ def test_a_flag_may_switch_off_what_the_file_sets(
   )
   assert status == 1
   assert 'model.moe.group_size=32 has no effect unless' in said.err
+
+
+def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
+  flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
+  status, said = called(flags, monkeypatch, capsys)
+  assert status == 1
+  assert 'leave out --coordinator, --num_processes' in said.err
 
 
 def settled(argv):

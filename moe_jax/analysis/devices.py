@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from moe_jax.analysis.roofline import measure_peaks
 from moe_jax.memory_room import host_bytes
@@ -112,6 +113,25 @@ def fast_dtype(device: jax.Device) -> str:
     return 'bfloat16'
 
 
+def num_processors(devices: Sequence[jax.Device]) -> int:
+  """The number of devices, of which CPU devices of a process count as one.
+
+  They share the cores of a host.
+  """
+  if devices[0].platform != 'cpu':
+    return len(devices)
+  return len({device.process_index for device in devices})
+
+
+def describe(mesh: Mesh) -> str:
+  """A mesh's devices in a line: '8 x cpu, mesh data=2, expert=4'."""
+  sizes = ', '.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)
+  text = f'{mesh.size} x {mesh.devices.flat[0].device_kind}'
+  text += f', mesh {sizes}' * bool(sizes)
+  processes = jax.process_count()
+  return text + f', {processes} processes' * (processes > 1)
+
+
 def peak(
   dtype: str,
   devices: Sequence[jax.Device] | None = None,
@@ -131,12 +151,10 @@ def peak(
     quick: Whether only a small product is measured; for tests.
   """
   devices = jax.devices() if devices is None else devices
-  kind, count = devices[0].device_kind, len(devices)
+  kind, count = devices[0].device_kind, num_processors(devices)
   vendor = _KNOWN[_KINDS[kind]].peaks if kind in _KINDS else {}
   if dtype in vendor:
     return Peak(count * vendor[dtype], f'{count} x {kind} by its data sheet')
-  if devices[0].platform == 'cpu':
-    count = len({device.process_index for device in devices})
   measured = measure_peaks(dtype, quick=quick)
   n = measured.matmul_size
   source = f'a measured product of {n} x {n} matrices'

@@ -33,16 +33,22 @@ class Page(Hook):
   def __init__(self):
     self._run: Run | None = None
     self._facts = RunFacts()
+    self._allow: list[str] = []
+    self._outer: BaseException | None = None
+    self._begin_anew()
+
+  def _begin_anew(self) -> None:
+    """Forgets the run before, whose thread has ended."""
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
     self._drawing: concurrent.futures.Future[None] | None = None
     self._rest_until = 0.0
     self._problem = ''
-    self._outer: BaseException | None = None
 
   def start(self, run: Run) -> None:
     """Writes the first page."""
     if not is_first():
       return
+    self._begin_anew()
     self._run, self._outer = run, sys.exception()
     self._allow = [
       name.partition(':')[0]

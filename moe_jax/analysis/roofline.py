@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 _SQUARES = tuple(1 << n for n in range(9, 15))
+_USUAL = {'cpu': 1024}  # rows by platform where one matmul has to do
+_USUAL_SIZE = 8192
 _LONG_ENOUGH = 0.05  # seconds of a product, after which no larger one is tried
 _COPY_BYTES = 1 << 28
 _REPEATS = 7
@@ -123,15 +125,32 @@ def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:
     dtype: Type of the operands of the matmul.
     quick: Whether arrays are small, so that caches serve the copy; for tests.
   """
+  rate, best = product_rate(dtype, _SQUARES[:1] if quick else _SQUARES)
+  size = _COPY_BYTES >> 8 if quick else _COPY_BYTES
+  return Peaks(rate, 2 * size / _best(_copy(size)), dtype, best, 2 * size)
+
+
+def product_rate(
+  dtype: str = 'float32', sizes: Sequence[int] = ()
+) -> tuple[float, int]:
+  """FLOPs per second of the fastest of some square matmuls, and its rows.
+
+  Args:
+    dtype: Type of the operands.
+    sizes: Numbers of rows, in rising order, of which those that would take long
+      are left out; () is one that is large enough for this platform, and takes
+      less than a second in all.
+  """
+  if not sizes:
+    sizes = (_USUAL.get(jax.local_devices()[0].platform, _USUAL_SIZE),)
   rate, best = 0.0, 0
-  for n in _SQUARES[:1] if quick else _SQUARES:
+  for n in sizes:
     seconds = _best(_matmul(n, dtype))
     if 2 * n**3 / seconds > rate:
       rate, best = 2 * n**3 / seconds, n
     if seconds > _LONG_ENOUGH:
       break
-  size = _COPY_BYTES >> 8 if quick else _COPY_BYTES
-  return Peaks(rate, 2 * size / _best(_copy(size)), dtype, best, 2 * size)
+  return rate, best
 
 
 MATMUL, COPY = 'peak matmul', 'peak copy'

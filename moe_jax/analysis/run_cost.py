@@ -1,18 +1,16 @@
 """The cost of a whole run: steps, tokens, FLOPs and bytes, and the least time.
 
-Figures are counted from options and shapes; only the rate of a device's matrix
-products is measured, in less than a second. Not here: the cost of a token
-(`counts.py`), and the time of a step (`explain_cost.py`).
+Figures are counted from options and shapes. Not here: the cost of a token
+(`counts.py`), the speed of a device (`roofline.py`), and the time of a step
+(`explain_cost.py`).
 """
 
 import dataclasses
 import datetime
 import math
-import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax import models, partitioning
 from moe_jax.analysis import memory, sharded
@@ -22,11 +20,6 @@ from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
-
-# Rows and columns of the matrices whose product is timed, by platform.
-_SIZES = {'cpu': 1024}
-_USUAL_SIZE = 8192
-_SECONDS = 0.3  # in which products are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,27 +160,6 @@ def run_bytes(
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def product_rate(dtype: str = 'float32') -> float:
-  """FLOPs a second of a large matrix product on one device, measured now.
-
-  A training step is slower, as it does not only multiply large matrices.
-
-  Args:
-    dtype: Type of the matrices.
-  """
-  device = jax.local_devices()[0]
-  n = _SIZES.get(device.platform, _USUAL_SIZE)
-  x = jax.device_put(jnp.ones((n, n), dtype), device)
-  product = jax.jit(jnp.matmul)
-  product(x, x).block_until_ready()
-  seconds = []
-  while sum(seconds) < _SECONDS:
-    began = time.perf_counter()
-    product(x, x).block_until_ready()
-    seconds.append(time.perf_counter() - began)
-  return 2 * n**3 / min(seconds)
 
 
 def _big(n: float) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from moe_jax import models
-from moe_jax.analysis import counts
+from moe_jax.analysis import counts, devices
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.parameter_trees import abstract_params
 from moe_jax.runs import trained
@@ -82,17 +82,12 @@ def now() -> str:
 
 def of_run(run: Run, config_name: str = '') -> RunFacts:
   """The facts of a run that begins or goes on."""
-  kind = run.mesh.devices.flat[0].device_kind
-  sizes = ', '.join(f'{a}={n}' for a, n in run.mesh.shape.items() if n > 1)
-  processes = f', {jax.process_count()} processes'
   return dataclasses.replace(
     _of_model(run.model, run.options.model, run.options.data.seq_len),
     loss_unit=run.dataset.loss_unit,
     counted=run.dataset.counted,
     config_name=config_name,
-    devices=f'{run.mesh.size} x {kind}'
-    + f', mesh {sizes}' * bool(sizes)
-    + processes * (jax.process_count() > 1),
+    devices=devices.describe(run.mesh),
     versions=_versions(),
     started=now(),
     state=RUNNING,

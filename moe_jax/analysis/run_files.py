@@ -24,7 +24,7 @@ _FILES = {
   'config.json': 'the whole config of the run',
   run_commands.CONFIG_PY: 'the same config for commands that take --config',
   'config.py': 'the config with which the imported model began',
-  'first_config.json': 'its values',
+  'first_config.json': 'the values that config.py reads',
   'tokenizer.json': 'the tokenizer',
   'huggingface': 'files of the checkpoint that was imported',
   run_facts.FILE: 'model, machine and state of the run, for this page',

@@ -120,7 +120,7 @@ def state(run: RunFolder) -> str:
     more = ', …' * (len(skipped) > 5)
     said += (
       f' Loss, gradient or state of {len(skipped)} '
-      f'step{"s" * (len(skipped) > 1)} not finite: {steps}{more}.'
+      f'step{"s" * (len(skipped) > 1)} was not finite: {steps}{more}.'
     )
   return said
 

@@ -53,6 +53,22 @@ class Distilling(Hook):
     self.allow = tuple(allow)
     self._teacher: Teacher | None = None
 
+  def check(self, run: Run) -> None:
+    """Finds out whether the other run fits, of which no array is read.
+
+    A run that has begun needs the one that it began with no more.
+
+    Raises:
+      ValueError: See `initial`.
+    """
+    options = _options(run)
+    if options.teacher:
+      teacher_lib.read(run, options, self.allow)
+    if run.checkpoints.steps():
+      return
+    if not options.teacher or options.start == NONE:
+      finetuning.check(run, self.allow)
+
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
     """The variables that a run begins with; see `training.begin.Initial`.
 

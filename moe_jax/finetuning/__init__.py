@@ -10,7 +10,15 @@ optimizer begins anew, at step 0. Not here: what low-rank adapters compute
 """
 
 from moe_jax.finetuning.matching import plan
-from moe_jax.finetuning.start import InitFrom, initial
+from moe_jax.finetuning.start import InitFrom, check, initial
 from moe_jax.finetuning.upcycling import Copies, Plan, sources_of
 
-__all__ = ['Copies', 'InitFrom', 'Plan', 'initial', 'plan', 'sources_of']
+__all__ = [
+  'Copies',
+  'InitFrom',
+  'Plan',
+  'check',
+  'initial',
+  'plan',
+  'sources_of',
+]

@@ -113,16 +113,7 @@ def initial(
   options = cast(InitFrom, run.options.init_from)
   if not options.workdir:
     return None
-  folder = pathlib.Path(options.workdir).expanduser()
-  theirs = trained.read(folder, allow)
-  if code_trees.has_codes(theirs.model):
-    raise ValueError(
-      f'init_from.workdir={folder}: its kernels are in codes of few bits, '
-      'which are not trained; begin with the run that they were made of'
-    )
-  _check_tokens(run, theirs, folder)
-  source = theirs.model.build(run.options.sharding.rules)
-  chosen = _plan(run, source, folder)
+  folder, theirs, source, chosen = _read(run, allow)
   restored = _restore(run, source, chosen, folder)
   begun, optimizer = restored.state, 'the optimizer is new'
   if not chosen.copies_all:
@@ -140,6 +131,31 @@ def initial(
   if settings:
     said += f'; WARNING: settings differ: {", ".join(settings)}'
   return begun, said
+
+
+def check(run: Run, allow: Iterable[str] = ()) -> None:
+  """Checks what `initial` will read, if a folder is given, but its arrays.
+
+  Arguments and errors are those of `initial`.
+  """
+  if run.options.init_from.workdir:
+    _read(run, allow)
+
+
+def _read(
+  run: Run, allow: Iterable[str]
+) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
+  """The other run: its folder, its options, its model, and how it is copied."""
+  folder = pathlib.Path(run.options.init_from.workdir).expanduser()
+  theirs = trained.read(folder, allow)
+  if code_trees.has_codes(theirs.model):
+    raise ValueError(
+      f'init_from.workdir={folder}: its kernels are in codes of few bits, '
+      'which are not trained; begin with the run that they were made of'
+    )
+  _check_tokens(run, theirs, folder)
+  source = theirs.model.build(run.options.sharding.rules)
+  return folder, theirs, source, _plan(run, source, folder)
 
 
 def _check_tokens(

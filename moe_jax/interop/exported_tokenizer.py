@@ -35,15 +35,18 @@ def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
     return (
       f'{_MODEL} is the SentencePiece model; transformers converts it by rules '
       'of its own: compare its ids'
+      + ', and it is without the ids that the task added' * bool(names)
+      + '; inputs here end in an EOS' * ends
     )
   model = _model(base)
   if model is None:
     return 'transformers has no such tokenizer; the folder has none'
   named = _add(model, tokenizer, names)
   roles = {
-    f'{role}_token': model.id_to_token(i)
+    f'{role}_token': token
     for role in _ROLES
     if (i := getattr(tokenizer, f'{role}_id')) is not None
+    and (token := model.id_to_token(i)) is not None  # one of the task's
   }
   if ends and named and model.post_processor is None:
     eos_id = cast(Any, tokenizer).eos_id

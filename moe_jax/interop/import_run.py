@@ -17,6 +17,7 @@ import jax
 
 from moe_jax import command_line, sections
 from moe_jax.data import (
+  TOKENIZERS,
   DataOptions,
   DocstringsSource,
   FileOptions,
@@ -70,7 +71,8 @@ def import_run(
   folder = pathlib.Path(workdir).expanduser().resolve()
   new_run.check_free(folder)
   small_files = hub.fetch(source, weights=False, revision=revision)
-  tokenizer = _tokenizer(small_files, options.data)
+  given = options.data
+  tokenizer = _tokenizer(small_files, given)
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   small = hub.small_files(checkpoint.folder)
   _check_vocabulary(tokenizer, checkpoint)
@@ -79,7 +81,7 @@ def import_run(
   options = dataclasses.replace(
     options,
     model=model,
-    data=_data(options.data, checkpoint, folder, tokenizer),
+    data=_data(given, checkpoint, folder, tokenizer),
   )
   mesh, before = options.mesh.make(devices), _peak_bytes()
   with new_run.building(folder) as unfinished:
@@ -92,11 +94,16 @@ def import_run(
       tokenizer.save(unfinished / TOKENIZER)
     extra = {'imported': checkpoint.architecture.model_type}
     new_run.write(unfinished, sections.section(options), params, extra)
-  return [*facts, *checkpoint.notes, *_next(folder, tokenizer)]
+  notes = *checkpoint.notes, *_unused(small_files, given)
+  return [*facts, *notes, *_next(folder, tokenizer)]
 
 
 def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
-  """The folder's tokenizer, or else the one whose file the config names."""
+  """The tokenizer.json of a folder, or else what the config names.
+
+  A SentencePiece model in the folder is not guessed to be the tokenizer: that
+  of transformers may have other ids.
+  """
   named = isinstance(data.tokenizer, FileOptions | JsonOptions)
   if named and not plain_files.plain(folder, 'tokenizer.json'):
     return data.tokenizer.fit([])
@@ -104,6 +111,17 @@ def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
   if not any(plain_files.plain(folder, name) for name in names):
     return None
   return tokenizers.Json.from_folder(folder)
+
+
+def _unused(folder: pathlib.Path, data: DataOptions) -> list[str]:
+  """A line if the config names a tokenizer that is not used."""
+  named = isinstance(data.tokenizer, FileOptions | JsonOptions)
+  if not named or not plain_files.plain(folder, 'tokenizer.json'):
+    return []
+  return [
+    'the tokenizer is the tokenizer.json of the checkpoint; data.tokenizer.kind'
+    f'={TOKENIZERS.name_of(data.tokenizer)!r} is not used'
+  ]
 
 
 def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:

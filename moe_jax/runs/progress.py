@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import IO, cast
+from typing import IO, TextIO, cast
 
 from rich import console, progress, table
 
@@ -112,12 +112,7 @@ class Progress:
   def message(self, text: str) -> None:
     """Prints a line, above the bar where there is one."""
     if self._bar is None:
-      try:
-        print(text, file=self._out, flush=True)
-      except BrokenPipeError:
-        # Ctrl-C ends the reader of a pipe, too (`| tee log`), and the run has
-        # yet to save.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+      print_line(text, self._out)
     else:
       # Lines that the terminal wraps, and not rich, can be copied whole.
       self._bar.console.print(
@@ -144,6 +139,24 @@ class Progress:
   def __exit__(self, *exc) -> None:
     if self._bar is not None:
       self._bar.stop()
+
+
+def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
+  """Prints a line at once; a reader that has closed the pipe is no error.
+
+  Ctrl-C ends the reader of a pipe, too (`| tee log`), and a run has yet to
+  save.
+
+  Args:
+    text: The line.
+    out: Stream to write to; None is `sys.stdout`.
+  """
+  stream = sys.stdout if out is None else out
+  try:
+    print(text, file=stream, flush=True)
+  except BrokenPipeError:
+    # Python would report the pipe once more when it closes the stream.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(out: io.TextIOBase) -> progress.Progress:

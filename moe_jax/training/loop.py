@@ -1,36 +1,28 @@
 """The training loop: step, metrics, evaluations, checkpoint, each when due.
 
-Not here: the run's parts (`setup.py`) and first state (`begin.py`); samples,
-plots and reports, which are hooks that `moe_jax.main` and experiments choose.
+Not here: the run's parts (`setup.py`) and first state (`begin.py`), what stops
+it (`signals.py`), and samples, plots and reports, which are hooks that
+`moe_jax.main` and experiments choose.
 """
 
 import contextlib
-import itertools
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
-from jax.experimental import multihost_utils
 
 from moe_jax.distributed import is_first
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
+from moe_jax.training import signals
 from moe_jax.training.begin import EXPERTS, Initial, begin
 from moe_jax.training.evaluate import measured
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
-
-# Numbers of calls, by which JAX agrees on the step after which to stop. It
-# stops at a number above all that it has got, and 0 counts as one: the numbers
-# of a resumed run's steps would begin beyond it.
-_CALLS = itertools.count(1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -87,29 +79,8 @@ def train_and_evaluate(
       run.message(note)
     for hook in hooks:
       hook.check(run)
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(run.checkpoints)
-      watchdog.before_end = run.checkpoints.settle
-      watchdog.mark('the restore')
-      state = begin(run, initial)
-      recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
-      stopped = stack.enter_context(_stopped())
-      for hook in hooks:
-        watchdog.mark(f'the start of {type(hook).__name__}')
-        stack.callback(hook.close)
-        hook.start(run)
-      with _interrupted() as interrupted:
-        state = _train(run, recorder, state, watchdog, stopped)
-      run.checkpoints.wait()
-      if ended := _has_ended(run, int(state.step)):
-        _name_best(run)
-        for hook in hooks:
-          watchdog.mark(f'the end of {type(hook).__name__}')
-          hook.end(run, state)
-      elif not interrupted:
-        said = f'stopped by SIGTERM at step {int(state.step)}'
-        run.message(f'{said}; saved, will go on here')
-  if interrupted and not ended:
+    state, was_interrupted = _run(run, watchdog, initial)
+  if was_interrupted:
     raise Interrupted(
       f'interrupted at step {int(state.step)} and saved: the same command, or '
       f'call, goes on from there in {run.workdir}'
@@ -134,6 +105,35 @@ def _folders(
     yield folder_of(workdir)
     if options.checkpoint.directory:
       yield options.checkpoint.directory
+
+
+def _run(
+  run: Run, watchdog: Alone | Watchdog, initial: Initial | None
+) -> tuple[TrainState, bool]:
+  """The last state, and whether Ctrl-C stopped the run before its end."""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(run.checkpoints)
+    watchdog.before_end = run.checkpoints.settle
+    watchdog.mark('the restore')
+    state = begin(run, initial)
+    recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
+    stopped = stack.enter_context(signals.stopped())
+    for hook in run.hooks:
+      watchdog.mark(f'the start of {type(hook).__name__}')
+      stack.callback(hook.close)
+      hook.start(run)
+    with signals.interrupted() as interrupted:
+      state = _train(run, recorder, state, watchdog, stopped)
+    run.checkpoints.wait()
+    if ended := _has_ended(run, int(state.step)):
+      _name_best(run)
+      for hook in run.hooks:
+        watchdog.mark(f'the end of {type(hook).__name__}')
+        hook.end(run, state)
+    elif not interrupted:
+      said = f'stopped by a signal at step {int(state.step)}'
+      run.message(f'{said}; saved, will go on here')
+  return state, bool(interrupted) and not ended
 
 
 def _train(
@@ -270,58 +270,3 @@ def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
         metrics=recorder.best_metric(step),
       )
       recorder.saved(step)
-
-
-@contextlib.contextmanager
-def _stopped() -> Iterator[Callable[[], bool]]:
-  """Catches SIGTERM; gives a function that says whether to stop now.
-
-  The function is called once after each step. With several processes JAX
-  catches the signal, and all stop after the same step, which none had begun
-  when the first of them got the signal.
-  """
-  if jax.process_count() > 1:
-    yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
-    return
-  received = []
-  try:
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  except ValueError:  # not the main thread: signals are the caller's
-    yield lambda: False
-    return
-  try:
-    yield lambda: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _interrupted() -> Iterator[list[int]]:
-  """Makes the first Ctrl-C a SIGTERM; gives the list of those that came.
-
-  The second one stops at once: in a notebook the cell, elsewhere the process.
-  A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
-  """
-  before, received = signal.getsignal(signal.SIGINT), []
-
-  def first(number, _):
-    received.append(number)
-    # The prompt ps1 is there where Python is used interactively.
-    then = before if hasattr(sys, 'ps1') else signal.SIG_DFL
-    signal.signal(signal.SIGINT, then)
-    print(
-      'moe_jax: saving after this step; another Ctrl-C stops at once',
-      file=sys.stderr,
-      flush=True,
-    )
-    signal.raise_signal(signal.SIGTERM)
-
-  own_thread = threading.current_thread() is threading.main_thread()
-  if before is not signal.default_int_handler or not own_thread:
-    yield received
-    return
-  signal.signal(signal.SIGINT, first)
-  try:
-    yield received
-  finally:
-    signal.signal(signal.SIGINT, before)

@@ -1,12 +1,11 @@
 """The parts of a run, built and checked before anything is compiled."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from moe_jax.models import Model
 from moe_jax.options import OptionError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.progress import print_line
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.evaluation_entries import (
@@ -29,16 +29,13 @@ from moe_jax.training.losses import loss_weights
 from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.programs import Programs, Step, make_programs
 from moe_jax.training.run_options import RunOptions
+from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
 from moe_jax.training.sample_options import SampleOptions
 from moe_jax.training.step import TrainState
 
-R = TypeVar('R', bound=RunOptions)
-
 
 def _message() -> Callable[[str], None]:
-  # Into a pipe or a file, too, the first lines are there at once.
-  say = functools.partial(print, flush=True)
-  return say if is_first() else lambda text: None
+  return print_line if is_first() else lambda text: None
 
 
 @dataclasses.dataclass
@@ -159,7 +156,7 @@ def set_up(
   config = sections.section(options)
   usual = sections.section(type(options))
   folder = workdir_lib.check(workdir, config, resume=resume, usual=usual)
-  given, options = options, _with_tokenizer(options, folder)
+  given, options = options, with_tokenizer(options, folder)
   dataset = data.load(options.data)
   check_same(
     {
@@ -207,34 +204,15 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
-      *_kept_tokenizer(given, options),
+      *tokenizer_notes(given, options),
       *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
   )
 
 
-def _with_tokenizer(options: R, folder: pathlib.Path) -> R:
-  """The options with the tokenizer of the run that this one begins with."""
-  kept = options.init_from.with_tokenizer(options.data, folder)
-  if kept is options.data:
-    return options
-  return dataclasses.replace(options, data=kept)
-
-
-def _kept_tokenizer(given: RunOptions, options: RunOptions) -> Iterator[str]:
-  """A line about a tokenizer that is taken in place of the config's."""
-  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
-  if options.data is given.data or options.data.tokenizer.identity() == kind:
-    return
-  yield (
-    f'tokenizer: that of {given.init_from.workdir}; data.tokenizer.kind='
-    f'{kind!r} is not used (init_from.keep_tokenizer)'
-  )
-
-
 def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each option that has no effect, or another one."""
+  """A line for each option without an effect, or with another than it says."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (

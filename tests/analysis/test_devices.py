@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from moe_jax.analysis import devices
+from moe_jax.device_mesh import make_mesh
 
 
 def test_known_devices_have_their_vendors_capacity():
@@ -59,6 +60,19 @@ def test_a_peak_of_several_known_devices_is_their_vendors():
   assert peak == (4 * 197e12, '4 x TPU v5 lite by its data sheet')
   peak = devices.peak('float32', [Fake('gpu', 'Tesla T4', '7.5')])
   assert peak.flops_per_second == 8.1e12
+
+
+def test_devices_that_share_cores_count_as_one():
+  assert devices.num_processors(jax.devices()) == 1
+  assert devices.num_processors(8 * [Fake('gpu', 'NVIDIA L4')]) == 8
+  fakes = [Fake('cpu', 'cpu', process_index=i // 4) for i in range(8)]
+  assert devices.num_processors(fakes) == 2
+
+
+def test_the_devices_of_a_mesh_in_a_line():
+  mesh = make_mesh({'data': 2, 'expert': 4})
+  assert devices.describe(mesh) == '8 x cpu, mesh data=2, expert=4'
+  assert devices.describe(make_mesh({}, jax.devices()[:1])) == '1 x cpu'
 
 
 def test_the_peak_of_a_processor_is_measured():

@@ -12,6 +12,7 @@ import pytest
 
 from moe_jax import generate, run_config, sections
 from moe_jax.analysis import (
+  page_hook,
   record_evaluation,
   routes,
   run_commands,
@@ -175,7 +176,7 @@ def test_a_run_that_failed_says_why(tmp_path):
   (folder / 'nonfinite' / '4.npz').touch()
   page = page_of(folder)
   assert 'Failed; logged until step 2 of 6.' in page.text
-  assert 'state of 1 step not finite: 4.' in page.text
+  assert 'state of 1 step was not finite: 4.' in page.text
   assert 'step 4: loss=nan' in page.text
   assert 'Go on with this run' in page.text
 
@@ -346,6 +347,17 @@ def test_a_run_keeps_its_page(run):
   assert str(run.workdir.parent) not in re.sub(
     '<details>.*?</details>', '', text, flags=re.DOTALL
   )
+
+
+def test_one_hook_serves_two_runs(run, monkeypatch):
+  monkeypatch.setattr(page_hook, '_PAUSE', 0)
+  page = Page()
+  for _ in range(2):
+    page.start(run)
+    page.saving()
+    _, facts = finish(page, run)
+    assert facts['state'] == run_facts.FINISHED
+  assert len(run.said) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from moe_jax.analysis import cost
 from moe_jax.compression import calibration, whole_run
 from moe_jax.data import tokenizers
 from moe_jax.runs import trained
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from tests.generation import folders
@@ -84,6 +85,44 @@ def test_other_text_is_learned(letters, tmp_path, capsys):
     ]
     == 'bytes'
   )
+
+
+def test_a_run_goes_on_with_its_own_where_the_file_is_gone(tmp_path):
+  file = tmp_path / 'letters.json'
+  LETTERS.save(file)
+  config = merge(
+    tiny.config(data=texts(tmp_path / 'text', 'a cab'), sample={'prompt': 'a'}),
+    {'data': {'tokenizer': {'kind': 'file', 'file': {'path': str(file)}}}},
+  )
+  folder = tmp_path / 'run'
+  first = setup.set_up(**one(config, folder))
+  workdir_lib.claim(folder, config)
+  first.dataset.tokenizer.save(folder / workdir_lib.TOKENIZER)
+  file.unlink()
+  again = setup.set_up(**one(config, folder))
+  assert again.dataset.digest == first.dataset.digest
+  assert again.notes[0].startswith('tokenizer: that which the run has kept; ')
+  # A path that the run did not begin with is no file of its own.
+  with pytest.raises(ValueError, match=r'no file .*other\.json'):
+    setup.set_up(
+      **one(
+        merge(
+          config,
+          {'data': {'tokenizer': {'file': {'path': f'{tmp_path}/other.json'}}}},
+        ),
+        folder,
+      ),
+      resume=True,
+    )
+
+
+def test_an_equal_tokenizer_is_not_said_to_be_unused(letters, tmp_path):
+  config = merge(
+    begins_with(letters, texts(tmp_path / 'other', 'a cab')),
+    {'data': {'tokenizer': {'kind': 'file', 'file': {'path': str(letters)}}}},
+  )
+  notes = setup.set_up(**one(config, tmp_path / 'run')).notes
+  assert not any(note.startswith('tokenizer:') for note in notes)
 
 
 def test_unknown_characters_are_named(letters, tmp_path):

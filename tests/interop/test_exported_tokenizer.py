@@ -1,5 +1,7 @@
 """Tokenizers of our own runs are read by transformers with the same ids."""
 
+import json
+
 import pytest
 import transformers
 
@@ -69,6 +71,26 @@ def test_sentencepiece_goes_out_as_its_file(base, tmp_path):
   ours = tokenizers.SentencePiece(base)
   assert 'tokenizer.model' in exported_tokenizer.write(ours, tmp_path)
   assert tokenizers.read(tmp_path).identity == ours.identity
+
+
+def test_what_a_task_adds_to_sentencepiece_is_said(tmp_path):
+  ours = tokenizers.SentencePiece(models.unigram())
+  said = exported_tokenizer.write(ours, tmp_path)
+  assert said.endswith('compare its ids')
+  said = exported_tokenizer.write(ended(ours, num_sentinels=2), tmp_path)
+  assert said.endswith(
+    'without the ids that the task added; inputs here end in an EOS'
+  )
+
+
+def test_an_eos_that_is_left_out_has_no_name(tmp_path):
+  model = tokenizers.TrainedOptions('bpe', 300).fit(models.WORDS).model_json()
+  padded = tokenizers.Json(model, tokenizers.SpecialTokens(vocab_size=512))
+  ours = ended(padded)
+  assert ours.eos_id == 512
+  exported_tokenizer.write(ours, tmp_path)
+  kept = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  assert 'eos_token' not in kept
 
 
 def test_others_are_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """A checkpoint is imported into a run, trained further, and exported."""
 
 import pathlib
+import re
 import shlex
 
 import jax
@@ -17,6 +18,7 @@ from moe_jax.runs import trained
 from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
+from tests.data.tokenizers import models
 from tests.generation import folders as own_runs
 from tests.interop import folders, oracle
 
@@ -41,9 +43,12 @@ MIXTRAL = dict(
 )
 
 
-def import_run(source, workdir, **more):
+def import_run(source, workdir, tokenizer=None, **more):
   path = str(folders.write_config(workdir.parent))
-  options = run_config.read(config_file.load_config(path))
+  data = {'tokenizer': tokenizer} if tokenizer else {}
+  options = run_config.read(
+    merge(config_file.load_config(path), {'data': data})
+  )
   return import_run_lib.import_run(
     source, workdir, options, devices=jax.devices()[:1], **more
   )
@@ -262,15 +267,8 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   )
   assert int(begin.begin(run).step) == 0
   # The same at the import, after which the run can be read at once.
-  path = str(folders.write_config(tmp_path))
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
-  given = merge(config_file.load_config(path), {'data': {'tokenizer': file}})
-  import_run_lib.import_run(
-    source,
-    tmp_path / 'second',
-    run_config.read(given),
-    devices=jax.devices()[:1],
-  )
+  import_run(source, tmp_path / 'second', tokenizer=file)
   theirs = tokenizers.read(tmp_path / 'tokenizer.json')
   for folder in (workdir, tmp_path / 'second'):
     assert trained.read(folder).tokenizer.identity == theirs.identity
@@ -316,11 +314,27 @@ def test_out_of_a_run_that_began_here(tmp_path):
   assert model.vocab_size == tokenizer.vocab_size
 
 
+def test_sentencepiece_goes_out_and_comes_back_by_its_name(tmp_path):
+  ours = tokenizers.SentencePiece(models.bpe())
+  own_runs.write(tmp_path / 'run', tokenizer=ours, model=MIXTRAL)
+  lines = export_run(tmp_path / 'run', tmp_path / 'out')
+  assert 'tokenizer.model is the SentencePiece model' in lines[-1]
+  path = str(tmp_path / 'out' / 'tokenizer.model')
+  flag = f'--config.data.tokenizer.file.path={re.escape(path)}'
+  with pytest.raises(ValueError, match=f'kind=file {flag}$'):
+    import_run(tmp_path / 'out', tmp_path / 'back')
+  named = {'kind': 'file', 'file': {'path': path}}
+  import_run(tmp_path / 'out', tmp_path / 'back', tokenizer=named)
+  assert trained.read(tmp_path / 'back').tokenizer.identity == ours.identity
+
+
 def test_bytes_go_out_and_come_back(tmp_path):
   own_runs.write(tmp_path / 'run', model=MIXTRAL)
   lines = export_run(tmp_path / 'run', tmp_path / 'out')
   assert lines[-1] == 'the tokenizer is there too'
-  import_run(tmp_path / 'out', tmp_path / 'back')
+  own = {'kind': 'file', 'file': {'path': str(tmp_path / 'run')}}
+  *_, said, _ = import_run(tmp_path / 'out', tmp_path / 'back', tokenizer=own)
+  assert said.endswith("data.tokenizer.kind='file' is not used")
   back = trained.read(tmp_path / 'back')
   text = 'Größe\n'
   assert back.tokenizer.encode(text).tolist() == list(text.encode())

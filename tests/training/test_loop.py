@@ -19,7 +19,7 @@ from moe_jax.data import DataError
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import NonFiniteError
-from moe_jax.training import loop, setup
+from moe_jax.training import loop, setup, signals
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Hook
 from tests.training import tiny
@@ -162,6 +162,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(unbroken, ctrl_c, tmp_path, capsys):
     train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3, signal.SIGINT)])
   assert 'another Ctrl-C stops at once' in capsys.readouterr().err
   assert_equal(train_and_evaluate(OPTIONS, tmp_path), unbroken[1])
+
+
+def test_ctrl_c_saves_though_nobody_reads_what_it_says(
+  ctrl_c, closed_pipe, monkeypatch
+):
+  # The terminal sends the signal to `tee` of `2>&1 | tee log`, too.
+  monkeypatch.setattr(sys, 'stderr', closed_pipe)
+  with signals.stopped() as stopped, signals.interrupted() as interrupted:
+    signal.raise_signal(signal.SIGINT)
+    assert stopped() and interrupted
+  closed_pipe.flush()  # as the interpreter does at its end
 
 
 @pytest.mark.slow

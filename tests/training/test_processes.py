@@ -206,7 +206,7 @@ def test_sigterm_to_one_saves_in_all_at_one_step(two):
   assert len(steps) == 1, steps
   (step,) = steps
   assert 4 <= step < 8
-  words = f'stopped by SIGTERM at step {step}; saved, will go on here'
+  words = f'stopped by a signal at step {step}; saved, will go on here'
   assert words in ends[0].said
   assert f'going on from the checkpoint of step {step}' in ends[0].said
 

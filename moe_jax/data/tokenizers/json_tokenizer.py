@@ -104,10 +104,16 @@ class Json(Tokenizer, kind='json'):
     if path is None:
       others = [name for name in SENTENCEPIECE if plain(folder, name)]
       only = f', only {others[0]}' if others else ''
+      named = ''
+      if others:
+        named = (
+          '; or name it, --config.data.tokenizer.kind=file '
+          f'--config.data.tokenizer.file.path={folder / others[0]}'
+        )
       raise ValueError(
         f'{folder} has no tokenizer.json{only}. Make one where transformers '
         'and sentencepiece are installed: AutoTokenizer.from_pretrained('
-        f'{str(folder)!r}).save_pretrained({str(folder)!r})'
+        f'{str(folder)!r}).save_pretrained({str(folder)!r}){named}'
       )
     try:
       text = read_text(path)

@@ -1,0 +1,75 @@
+"""Signals that stop a run after its present step: SIGTERM and Ctrl-C.
+
+Not here: what is done then (`loop.py`).
+"""
+
+import contextlib
+import itertools
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from moe_jax.runs.progress import print_line
+
+# Numbers of calls, by which JAX agrees on the step after which to stop. It
+# stops at a number above all that it has got, and 0 counts as one: the numbers
+# of a resumed run's steps would begin beyond it.
+_CALLS = itertools.count(1)
+_SAVING = 'moe_jax: saving after this step; another Ctrl-C stops at once'
+
+
+@contextlib.contextmanager
+def stopped() -> Iterator[Callable[[], bool]]:
+  """Catches SIGTERM; gives a function that says whether to stop now.
+
+  The function is called once after each step. With several processes JAX
+  catches the signal, and all stop after the same step, which none had begun
+  when the first of them got the signal.
+  """
+  if jax.process_count() > 1:
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))
+    return
+  received = []
+  try:
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+  except ValueError:  # not the main thread: signals are the caller's
+    yield lambda: False
+    return
+  try:
+    yield lambda: bool(received)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def interrupted() -> Iterator[list[int]]:
+  """Makes the first Ctrl-C a SIGTERM; gives the list of those that came.
+
+  The second one stops at once: in a notebook the cell, elsewhere the process.
+  A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
+  """
+  before, received = signal.getsignal(signal.SIGINT), []
+
+  def first(number, _):
+    received.append(number)
+    # The prompt ps1 is there where Python is used interactively.
+    then = before if hasattr(sys, 'ps1') else signal.SIG_DFL
+    signal.signal(signal.SIGINT, then)
+    signal.raise_signal(signal.SIGTERM)
+    # The signal may have come while this stream was written to.
+    with contextlib.suppress(RuntimeError):
+      print_line(_SAVING, sys.stderr)
+
+  own_thread = threading.current_thread() is threading.main_thread()
+  if before is not signal.default_int_handler or not own_thread:
+    yield received
+    return
+  signal.signal(signal.SIGINT, first)
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGINT, before)
