@@ -78,7 +78,7 @@ def _join(
       sha256.update(f'{split} {number} {own["sha256"]}\n'.encode())
       if own['tokens']:
         path = store.shard_path(whole, split, number)
-        _link(work.path(number) / f'{split}.tokens', path)
+        link(work.path(number) / f'{split}.tokens', path)
         known[path.name] = facts[number]['files'][f'{split}.tokens']
     _join_starts(work, split, shards[split], whole / f'{split}.starts')
   about = {
@@ -93,10 +93,11 @@ def _join(
   return known
 
 
-def _link(source: pathlib.Path, target: pathlib.Path) -> None:
+def link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a file a second name, or a copy where there are no links."""
   try:
     target.hardlink_to(source)
-  except OSError:  # the file system has no links
+  except OSError:
     shutil.copyfile(source, target)
 
 

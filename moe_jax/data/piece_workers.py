@@ -231,13 +231,13 @@ def _wait(workers, shared, told) -> None:
       raise ValueError(shared.failures.get())
     for worker in workers:
       if worker.exitcode:
-        raise ValueError(_ended(worker.exitcode))
+        raise ValueError(exit_message(worker.exitcode))
     if not running:
       return
     time.sleep(_POLL_SECONDS)
 
 
-def _ended(status: int) -> str:
+def exit_message(status: int) -> str:
   """The message on a process that ended with a status, unlike the others."""
   killed = ''
   if status == -signal.SIGKILL:

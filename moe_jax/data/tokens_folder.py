@@ -187,7 +187,9 @@ def _make_share(
 ) -> Made:
   parts.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(parts / 'tokenizer.json', fit)
-  work = Work(parts, pieces, parts / 'tokenizer.json', (*_modules(tokenizer),))
+  work = Work(
+    parts, pieces, parts / 'tokenizer.json', (*modules_of(tokenizer),)
+  )
   sizes = pieces.sizes
   own = range(share.host, len(sizes), share.num_hosts)
   todo = [number for number in own if piece_facts(work, number) is None]
@@ -205,11 +207,11 @@ def _make_share(
   return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
 
 
-def _modules(tokenizer: Tokenizer) -> Iterator[str]:
+def modules_of(tokenizer: Tokenizer) -> Iterator[str]:
   """The modules of the classes of a tokenizer and of that which it extends."""
   yield type(tokenizer).__module__
   if isinstance(tokenizer, Extended):
-    yield from _modules(tokenizer.base)
+    yield from modules_of(tokenizer.base)
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:

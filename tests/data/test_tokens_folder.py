@@ -158,7 +158,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  link, linked = joined_pieces._link, []
+  link, linked = joined_pieces.link, []
 
   def other_begins_too(source, target):
     linked.append(target)
@@ -169,7 +169,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
       raise RuntimeError('killed')
     link(source, target)
 
-  monkeypatch.setattr(joined_pieces, '_link', other_begins_too)
+  monkeypatch.setattr(joined_pieces, 'link', other_begins_too)
   made = make(corpus, options.tokenizer, options.selection, Share())
   assert len(linked) > 4
   fresh, _ = made_by(small_pieces('fresh'), Share())
@@ -178,7 +178,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 
 @pytest.mark.parametrize('share', [Share(), Share(host=1, num_hosts=2)])
 @pytest.mark.parametrize(
-  'before', [(tokens_folder, '_make_pieces'), (piece_workers, 'write_pieces')]
+  'before', [(joined_pieces, 'join'), (piece_workers, 'write_pieces')]
 )
 def test_the_folder_that_another_process_made_meanwhile_is_taken(
   before, share, small_pieces, monkeypatch
@@ -273,9 +273,9 @@ def test_workers_tell_errors_of_any_kind(tmp_path):
 
 def test_modules_of_extended_tokenizers_and_memory_in_messages():
   tokenizer = tokenizers.Extended(Words('123'), ['<eos>'], end_inputs=True)
-  assert 'tests.data.own_kinds' in tokens_folder._modules(tokenizer)
-  assert 'memory' in piece_workers._ended(-9)
-  assert 'memory' not in piece_workers._ended(1)
+  assert 'tests.data.own_kinds' in tokens_folder.modules_of(tokenizer)
+  assert 'memory' in piece_workers.exit_message(-9)
+  assert 'memory' not in piece_workers.exit_message(1)
 
 
 def test_pairs_have_their_folder(small_pieces):
