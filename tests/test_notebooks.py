@@ -74,6 +74,8 @@ def faults(notebook):
     problems.append(
       f"kernelspec {kernel!r} is not 'python3'; Colab has no other"
     )
+  if not notebook.metadata.get('colab', {}).get('toc_visible'):
+    problems.append("no 'colab' metadata that shows the table of contents")
   if 'widgets' in notebook.metadata:
     problems.append('the states of widgets are kept')
   if match := MACHINE_PATH.search(text_of(notebook)):
@@ -123,6 +125,7 @@ def test_notebook_is_kept_well(path):
   notebook = read(path)
   nbformat.validate(notebook)
   assert not faults(notebook)
+  assert notebook.metadata.colab.name == path.name
   assert path.stat().st_size < MAX_BYTES
 
 
@@ -181,6 +184,7 @@ def test_faults_are_seen():
     'cell 3 keeps the view of a widget',
     'no picture',
     "kernelspec None is not 'python3'",
+    "no 'colab' metadata",
     "a machine's path: '/home/a'",
   ):
     assert part in problems
