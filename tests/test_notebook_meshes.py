@@ -5,14 +5,16 @@ import pathlib
 import jax
 import pytest
 
-from colab import store
+from colab import run_notebooks
 
-PATH = pathlib.Path(store.ROOT, 'colab', '05_train_on_an_accelerator.ipynb')
+PATH = pathlib.Path(
+  run_notebooks.ROOT, 'colab', '05_train_on_an_accelerator.ipynb'
+)
 
 
 @pytest.mark.slow
 def test_on_eight_devices_the_experts_are_split_over_all():
-  notebook = store.executed(
+  notebook = run_notebooks.executed(
     PATH,
     timeout=600,  # on a busy machine
     MOE_JAX_QUICK='1',

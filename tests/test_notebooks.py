@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from colab import store
+from colab import run_notebooks
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
@@ -74,6 +74,8 @@ def faults(notebook):
     problems.append(
       f"kernelspec {kernel!r} is not 'python3'; Colab has no other"
     )
+  if not notebook.metadata.get('colab', {}).get('toc_visible'):
+    problems.append("no 'colab' metadata that shows the table of contents")
   if 'widgets' in notebook.metadata:
     problems.append('the states of widgets are kept')
   if match := MACHINE_PATH.search(text_of(notebook)):
@@ -103,7 +105,7 @@ def test_there_are_notebooks():
 @each_notebook
 def test_notebook_runs(path):
   """In quick sizes, from an empty kernel and with this checkout's code."""
-  notebook = store.executed(
+  notebook = run_notebooks.executed(
     path,
     timeout=600,  # on a busy machine
     begin=ENDS,
@@ -115,7 +117,7 @@ def test_notebook_runs(path):
 
 
 def test_the_kernel_is_this_interpreter():
-  assert store.own_kernel().format_kernel_cmd()[0] == sys.executable
+  assert run_notebooks.own_kernel().format_kernel_cmd()[0] == sys.executable
 
 
 @each_notebook
@@ -123,6 +125,7 @@ def test_notebook_is_kept_well(path):
   notebook = read(path)
   nbformat.validate(notebook)
   assert not faults(notebook)
+  assert notebook.metadata.colab.name == path.name
   assert path.stat().st_size < MAX_BYTES
 
 
@@ -153,7 +156,7 @@ def test_an_error_fails_the_run():
   cell = nbformat.v4.new_code_cell('raise ValueError("seven slots")')
   broken = nbformat.v4.new_notebook(cells=[cell])
   with pytest.raises(Exception, match='seven slots'):
-    NotebookClient(broken, km=store.own_kernel(), timeout=60).execute()
+    NotebookClient(broken, km=run_notebooks.own_kernel(), timeout=60).execute()
 
 
 def test_faults_are_seen():
@@ -181,6 +184,7 @@ def test_faults_are_seen():
     'cell 3 keeps the view of a widget',
     'no picture',
     "kernelspec None is not 'python3'",
+    "no 'colab' metadata",
     "a machine's path: '/home/a'",
   ):
     assert part in problems

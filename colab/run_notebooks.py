@@ -1,6 +1,6 @@
 """Runs notebooks from top to bottom in fresh kernels and stores their outputs.
 
-    python colab/store.py colab/01_routing_tour.ipynb
+    python colab/run_notebooks.py colab/01_routing_tour.ipynb
 
 Widgets are not shown meanwhile: a page cannot move them, and each follows a
 picture that stays. Nor could a program wait for them safely: nbclient sometimes
