@@ -7,6 +7,7 @@ colour apart, and all of them in print. Not here: the choices
 """
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ _NONE = '#FFFFFF'  # of a token without a choice
 _NEW_LINE, _INVISIBLE = '\u21b5', '\u00b7'
 _LINE = 0.26  # inches, of a line with its numbers
 _CHARACTER = 0.085  # inches
+_GAP = 2  # characters between panels
 _DPI = 130  # with which numbers are read
 
 
@@ -79,11 +81,14 @@ def figure(
 ) -> Figure:
   """A panel of text for each layer, tokens coloured by expert.
 
+  A panel is as wide as its longest line. As many stand beside each other as
+  `columns` characters have room for, at least one.
+
   Args:
     texts: The text of each of N tokens.
     experts: The expert of each token, -1 for none, by the title of a panel,
       such as 'layer 1'.
-    columns: The most characters in a line.
+    columns: The most characters in a line of a panel, and of the figure.
 
   Raises:
     ValueError: A panel has not one expert for each text.
@@ -92,13 +97,18 @@ def figure(
     _check(texts, chosen, name)
   every = list(pieces(texts, columns))
   lines = 1 + max((piece.line for piece in every), default=0)
-  height = len(experts) * (_LINE * lines + 0.35)
-  canvas = Figure(figsize=(_CHARACTER * columns, height), dpi=_DPI)
-  canvas.set_layout_engine('constrained')
-  panels = canvas.subplots(len(experts), 1, squeeze=False)[:, 0]
-  for axes, (name, chosen) in zip(panels, experts.items(), strict=True):
+  ends = [piece.column + len(piece.text) for piece in every]
+  width = max([*ends, *map(len, experts)], default=1)
+  across = max(1, min(len(experts), columns // (width + _GAP)))
+  down = math.ceil(len(experts) / across)
+  size = across * _CHARACTER * (width + _GAP), down * (_LINE * lines + 0.35)
+  canvas = Figure(figsize=size, dpi=_DPI, layout='constrained')
+  panels = canvas.subplots(down, across, squeeze=False).ravel()
+  for axes in panels[len(experts) :]:
+    axes.remove()
+  for axes, (name, chosen) in zip(panels, experts.items(), strict=False):
     axes.set_title(name, loc='left', fontsize=9)
-    axes.set(xlim=(0, columns), ylim=(lines, 0))
+    axes.set(xlim=(0, width), ylim=(lines, 0))
     axes.axis('off')
     for piece in every:
       _draw(axes, piece, int(chosen[piece.token]))

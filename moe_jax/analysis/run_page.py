@@ -146,6 +146,10 @@ class RunPage(NamedTuple):
 
   html: str
 
+  def __repr__(self) -> str:
+    """A line where no page can be shown, and not the whole page again."""
+    return f'a page of {len(self.html):,} characters'
+
   def _repr_html_(self) -> str:
     """The page in a frame, so that neither changes the style of the other."""
     page = html_lib.escape(self.html)
