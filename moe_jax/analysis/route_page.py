@@ -19,6 +19,9 @@ _UNFOLDED = 4  # texts of a section that are seen at once
 PAGE, TEXT = 'routes.html', 'routes.md'
 
 _TEMPLATE = """\
+{% block style %}
+pre sub { font-size: 8.5px; color: #333; }
+{% endblock %}
 {% block body %}
 <h1>{{ title }}</h1>
 {% for part in parts %}
