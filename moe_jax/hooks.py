@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from moe_jax import data, generation, models, start_facts
-from moe_jax.analysis import routing_report, sharded
+from moe_jax.analysis import routing_report, sharded, text_tables
 from moe_jax.analysis.page_hook import Page
 from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
@@ -203,7 +202,7 @@ class RoutingReport(Hook):
     if said := '; '.join(start_facts.warnings(run.model)):
       table = [{**row, 'warning': said} for row in table]
     routing_report.write_report(run.workdir, table)
-    routing_report.print_report(Console(), table)
+    routing_report.print_report(text_tables.wide_console(), table)
 
 
 def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:

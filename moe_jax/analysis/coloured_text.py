@@ -3,7 +3,7 @@
 Eight colours repeat where there are more experts; numbers tell those of one
 colour apart, and all of them in print. Not here: the choices
 (`recording.py`, `traces.py`), and the text of tokens
-(`moe_jax.generation.TextStream`).
+(`moe_jax.data.tokenizers.TextStream`).
 """
 
 import html

@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.rule import Rule
 
-from moe_jax.analysis import html_pages
+from moe_jax.analysis import html_pages, text_tables
 from moe_jax.analysis.route_sections import Section
 
 _PRINTED = 100  # rows of the largest table that is printed
+_UNFOLDED = 4  # texts of a section that are seen at once
 PAGE, TEXT = 'routes.html', 'routes.md'
 
 _TEMPLATE = """\
+{% block style %}
+pre sub { font-size: 8.5px; color: #333; }
+{% endblock %}
 {% block body %}
 <h1>{{ title }}</h1>
 {% for part in parts %}
@@ -35,6 +40,12 @@ _TEMPLATE = """\
 {% for name in section.figures %}
 <figure><img alt="{{ section.title }}: {{ name.replace('_', ' ') }}"
  src="{{ pictures[number - 1][name] }}"></figure>
+{% endfor %}
+{% for title, text in section.texts.items() %}
+<details{% if loop.index <= unfolded %} open{% endif %}>
+<summary>{{ title }}</summary>
+{{ text|safe }}
+</details>
 {% endfor %}
 {% for table in section.tables %}
 {{ titled(table) }}
@@ -105,7 +116,11 @@ def html(
     for own in pictures
   ]
   return html_pages.render(
-    _TEMPLATE, title=title, parts=parts, pictures=encoded
+    _TEMPLATE,
+    title=title,
+    parts=parts,
+    pictures=encoded,
+    unfolded=_UNFOLDED,
   )
 
 
@@ -115,7 +130,7 @@ def markdown(title: str, parts: Sequence[Part]) -> str:
   for part in parts:
     lines += ['', f'# {part.title}', '', *part.facts]
     for section in part.sections:
-      for sentence in [f'# {section.title}', *section.sentences]:
+      for sentence in [f'# {section.title}', *_sentences(section)]:
         lines += ['', sentence]
       for name in section.figures:
         path = f'{part.name}{name}.png'
@@ -130,14 +145,21 @@ def markdown(title: str, parts: Sequence[Part]) -> str:
 
 def show(console: Console, parts: Sequence[Part]) -> None:
   """Prints the sentences and tables of a report, without long tables."""
+  prose = None if console.is_terminal else text_tables.PROSE
+  plain = {'markup': False, 'highlight': False, 'width': prose}
   for part in parts:
-    console.rule(part.title, align='left')
+    console.print(Rule(part.title, align='left'), width=prose)
     for fact in part.facts:
-      console.print(fact, markup=False, highlight=False)
+      console.print(fact, **plain)
     for section in part.sections:
-      console.print(f'\n{section.title}', style='bold', markup=False)
-      for sentence in section.sentences:
-        console.print(sentence, markup=False, highlight=False)
+      console.print(f'\n{section.title}', style='bold', **plain)
+      for sentence in _sentences(section):
+        console.print(sentence, **plain)
       for table in section.tables:
         if len(table.rows) <= _PRINTED:
           console.print(table.terminal())
+
+
+def _sentences(section: Section) -> list[str]:
+  """The sentences of a section where its texts, which need colours, are not."""
+  return [f'It is in {PAGE}.'] * bool(section.texts) + section.sentences

@@ -6,6 +6,7 @@ are printed and written (`route_page.py`).
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ class Section(NamedTuple):
     sentences: What the pictures mean, and what stands out in them.
     figures: The pictures by their names.
     tables: The tables; those whose rows are many come last.
+    texts: Coloured texts by their titles, as HTML; the page alone has them.
   """
 
   name: str
@@ -40,6 +42,7 @@ class Section(NamedTuple):
   sentences: list[str]
   figures: dict[str, Figure]
   tables: list[ValueTable]
+  texts: Mapping[str, str] = MappingProxyType({})
 
 
 def sections(found: Findings) -> list[Section]:
@@ -221,9 +224,13 @@ def _drops(found: Findings) -> Section:
     {n: 100 * float(rates(s.by_column, 1)[0]) for n, s in layers.items()}
     for rates in (route_findings.drop_rates, route_findings.unserved_rates)
   )
+  title = 'Drops by place'
+  if not any(rate > 0 for rate in (*dropped.values(), *unserved.values())):
+    nothing = 'No choice is dropped, and no token is without an expert.'
+    return Section('drops', title, [nothing], {}, [])
   return Section(
     'drops',
-    'Drops by place',
+    title,
     [
       'Choices are dropped where an expert has no room left. If tokens are '
       'served in the order of their row, those at its end are dropped more; '

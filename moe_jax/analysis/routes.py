@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import logging
-from rich.console import Console
 
 from moe_jax import command_line
 from moe_jax.analysis import (
@@ -23,13 +22,18 @@ from moe_jax.analysis import (
   route_page,
   route_sections,
   route_sums,
+  route_texts,
+  text_tables,
   traces,
 )
 from moe_jax.analysis.route_comparisons import TRAIN
 from moe_jax.analysis.route_labels import read_labels
 from moe_jax.analysis.route_page import Part
+from moe_jax.data.tokenizers import Tokenizer
 
 Labels = dict[str, dict[str, str]]
+# Kinds of records in which a choice is dropped where training drops it.
+_PREFERRED = (TRAIN, 'train_capacity')
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,12 +46,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('traces', nargs='+', metavar='TRACE', help='folder of a trace')
   add('--output', required=True, help='folder for tables, pictures, the page')
   text = "records of this kind: 'train', 'generate' or an evaluation's name"
-  add('--kind', default='', help=f"{text}; default: 'train' if there are any")
+  add(
+    '--kind',
+    default='',
+    help=f'{text}; default: {" or ".join(_PREFERRED)}, if there are any',
+  )
   text = 'steps from FIRST on and before LAST; either may be left out'
   add('--steps', type=_steps, metavar='FIRST:LAST', default=None, help=text)
   text = 'labels of sources by name, such as language; may be given again'
   kinds = {'type': _labels, 'metavar': 'NAME=SOURCE:LABEL,...'}
   add('--label', action='append', default=[], help=text, **kinds)
+  text = 'folder of the run, whose tokenizer gives tokens their text; default: '
+  add('--workdir', default='', help=f'{text}where the trace is')
   text = 'seed of the shuffles'
   add('--seed', type=command_line.NOT_NEGATIVE, default=0, help=text)
   add('--traceback', action='store_true', help='shows where an error is raised')
@@ -63,17 +73,22 @@ def part_of(
   labels: Labels | None = None,
   name: str = '',
   seed: int = 0,
+  tokenizer: Tokenizer | None = None,
+  note: str = '',
 ) -> Part:
   """The report on one trace.
 
   Args:
     trace: The trace.
     title: Its name.
-    kind: The kind of records; '' takes 'train', or the first that there is.
+    kind: The kind of records; '' takes those of training, of the evaluation at
+      its capacity, or the first that there is.
     steps: The numbers of steps; None takes all.
     labels: Labels of sources; see `route_findings.specialisation`.
     name: Beginning of the names of files.
     seed: Seed of the shuffles.
+    tokenizer: The tokenizer of the run; None shows ids of tokens.
+    note: A sentence on it; may be empty.
 
   Raises:
     ValueError: The trace has no such records, or labels do not fit its sources.
@@ -86,15 +101,22 @@ def part_of(
   sums = route_sums.collect(trace.header, records, own, seed)
   found = route_findings.find(sums, labels, seed)
   facts = _facts(trace, kind, sums, own)
-  sections = route_sections.sections(found)
+  load, *sections = route_sections.sections(found)
+  text = route_texts.section(trace, kind, own, tokenizer, note)
   churn, notes = route_comparisons.churn_sections(trace, steps)
-  return Part(name, f'{title}, {kind}', facts + notes, sections + churn)
+  return Part(
+    name,
+    f'{title}, {kind}',
+    facts + notes,
+    [load, *filter(None, [text]), *sections, *churn],
+  )
 
 
 def _default_kind(trace: traces.Trace, title: str) -> str:
   if not trace.kinds:
     raise ValueError(f'{title} has no records')
-  return TRAIN if TRAIN in trace.kinds else trace.kinds[0]
+  usual = [kind for kind in _PREFERRED if kind in trace.kinds]
+  return (usual or trace.kinds)[0]
 
 
 def _facts(
@@ -114,7 +136,10 @@ def _facts(
     'and positions are about its first one.'
   ]
   if others:
-    facts.append(f'The trace has other records, too: {", ".join(others)}.')
+    facts.append(
+      'The trace has other records, too; --kind takes one of '
+      f'{", ".join(others)}.'
+    )
   if trace.incomplete:
     facts.append(
       f'{trace.incomplete:,} records of the trace are left out, because a '
@@ -138,6 +163,10 @@ def run(options: argparse.Namespace) -> None:
   labels = dict(options.label)
   opened = [traces.read(folder) for folder in options.traces]
   several = len(opened) > 1
+  known = [
+    route_texts.find_tokenizer(folder, trace.header, options.workdir)
+    for trace, folder in zip(opened, options.traces)
+  ]
   parts = [
     part_of(
       trace,
@@ -147,8 +176,12 @@ def run(options: argparse.Namespace) -> None:
       labels=labels,
       name=f'{i}_' if several else '',
       seed=options.seed,
+      tokenizer=tokenizer,
+      note=note,
     )
-    for i, (trace, folder) in enumerate(zip(opened, options.traces), 1)
+    for i, (trace, folder, (tokenizer, note)) in enumerate(
+      zip(opened, options.traces, known, strict=True), 1
+    )
   ]
   if several:
     kind = options.kind or _default_kind(opened[0], options.traces[0])
@@ -159,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     )
   output = pathlib.Path(options.output).expanduser()
   route_page.write(output, 'What the routers did', parts)
-  route_page.show(Console(), parts)
+  route_page.show(text_tables.wide_console(), parts)
   print(f'\nThe page is {output / route_page.PAGE}')
 
 

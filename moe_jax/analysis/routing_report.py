@@ -31,10 +31,12 @@ averaged over tokens; a router that is undecided among all experts has the
 entropy `ln E`."""
 
 _TOKENS_TITLE = 'Which tokens the busiest experts take'
-_TOKENS_NOTE = """\
+_TOKEN_SHARE = """\
+The percentage behind a token is the part of that token's own choices that fall
+on this expert."""
+_TOKENS_NOTE = f"""\
 Choices are counted before any is dropped. The share of an expert is its part of
-all choices. The percentage behind a token is the part of that token's own
-choices that fall on this expert."""
+all choices. {_TOKEN_SHARE}"""
 _TEXT = ['tokens, most frequent first']  # columns that are aligned left
 _TOKENS_HEADINGS = ['layer', 'expert', 'share', *_TEXT]
 
@@ -145,8 +147,10 @@ def _text_table(name, title, note, headings, cells) -> ValueTable:
 
 
 def print_report(console: Console, table: Sequence[Row]) -> None:
-  """Prints the two tables of `to_markdown` on a terminal."""
+  """Prints the two tables of `to_markdown`, and what percentages are."""
   console.print(*(one.terminal() for one in tables(table)))
+  if any(busy['tokens'] for row in table for busy in row['busiest']):
+    console.print(_TOKEN_SHARE.replace('\n', ' '), highlight=False)
 
 
 def write_report(workdir: str | os.PathLike[str], table: Sequence[Row]) -> None:

@@ -7,13 +7,17 @@ import csv
 import dataclasses
 import io
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 Value = str | int | float | None
+PROSE = 80  # columns of sentences where the output is no terminal
+_WIDE = 1000  # columns, with which no table is cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,18 @@ class ValueTable:
     return terminal_table(
       self.title, list(self.columns), self.cells(), self.left
     )
+
+
+def wide_console() -> Console:
+  """A console for standard output.
+
+  Where that is no terminal, as in a pipe, tables have all the columns that they
+  need, unless COLUMNS is set.
+  """
+  console = Console()
+  if not console.is_terminal and 'COLUMNS' not in os.environ:
+    console.width = _WIDE
+  return console
 
 
 def markdown_lines(

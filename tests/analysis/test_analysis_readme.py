@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from moe_jax import analysis
+from moe_jax.analysis import traces
+from moe_jax.data import tokenizers
 
 README = pathlib.Path(analysis.__file__).parent / 'README.md'
 TEXT = README.read_text(encoding='utf-8')
@@ -55,6 +57,28 @@ def test_the_example_reads_a_trace(capsys):
   exec(compile(example('traces.write'), str(README), 'exec'), {})
   said = capsys.readouterr().out
   assert said == 'layer 1: load [0 0 4 0], 25% dropped\n'
+
+
+def test_the_example_colours_a_text(tmp_path, monkeypatch, capsys):
+  run = tmp_path / 'runs/tiny'
+  run.mkdir(parents=True)
+  tokenizer = tokenizers.Bytes()
+  tokenizer.save(run / 'tokenizer.json')
+  ids = tokenizer.encode('a<b')[None]
+  expert = np.array([[[3], [0], [3]]])
+  chose = {1: traces.LayerChoices(expert, np.ones(expert.shape), expert >= 0)}
+  places = np.arange(3)[None]
+  record = traces.Record(
+    'train_capacity', 0, 0, ids, places, np.ones_like(ids), chose
+  )
+  header = traces.Header({1: traces.LayerInfo(4, 1)}, 1, 3, vocab_size=300)
+  traces.write(run / 'trace', header, [record])
+  monkeypatch.chdir(tmp_path)
+  scope = {}
+  exec(compile(example('route_texts'), str(README), 'exec'), scope)
+  assert scope['row'].texts == ['a', '<', 'b']
+  assert scope['row'].experts[1].tolist() == [3, 0, 3]
+  assert '&lt;<sub>0</sub>' in scope['html']
 
 
 @pytest.mark.slow

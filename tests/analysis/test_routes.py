@@ -9,12 +9,17 @@ import pytest
 
 from moe_jax.analysis import (
   route_comparisons,
+  route_findings,
+  route_page,
+  route_sections,
   route_sums,
   route_tables,
   routes,
+  text_tables,
   traces,
 )
-from moe_jax.analysis.route_page import PAGE, TEXT
+from moe_jax.analysis.route_page import PAGE, TEXT, Part
+from moe_jax.analysis.route_sections import Section
 from moe_jax.analysis.text_tables import ValueTable
 from moe_jax.analysis.traces import (
   Header,
@@ -100,6 +105,9 @@ def test_the_page_has_every_table_and_nothing_from_elsewhere(report):
   places = set(re.findall(r'id="([^"]+)"', page))
   assert set(re.findall(r'href="#([^"]+)"', page)) <= places
   assert 'A note &amp; more.' in page
+  layers = re.findall(r'<summary>Layer (\d)</summary>\s*<pre', page)
+  assert layers == ['1', '3', '5']
+  assert 'Tokens are shown by their ids' in page
   assert 'None' not in page
   assert 'nan' not in re.sub(r'base64,[^"]*', '', page)
 
@@ -109,7 +117,8 @@ def test_the_markdown_has_the_sentences(report):
   assert '6 records' not in text
   assert "12 records of 'train' at 3 steps from 0 to 20 hold 480 tokens" in text
   assert re.search(r'^\| language \| +3 \|', text, re.MULTILINE)
-  assert 'The trace has other records, too: valid.' in text
+  assert 'has other records, too; --kind takes one of valid.' in text
+  assert 'It is in routes.html.' in text and '<span' not in text
   for line in text.splitlines():
     if line.startswith('!['):
       name = re.search(r'\((.*)\)', line)[1]
@@ -190,7 +199,10 @@ def test_nothing_but_padding():
   )
   one = Record('train', 0, 0, nothing, nothing, nothing, {0: none, 1: none})
 
-  class Empty:
+  class Empty(traces.Trace):
+    def __init__(self):
+      pass
+
     header = Header(layers, 1, 4, 7)
     kinds, incomplete = ('train',), 2
     steps_of = staticmethod(lambda kind: (0,))
@@ -214,6 +226,44 @@ def test_choices_that_were_not_sent_are_not_called_dropped(tmp_path):
   table = route_tables.drop_table(sums)
   assert 'not served' in table.columns and 'dropped' not in table.columns
   assert 'a second policy did not send' in table.note
+
+
+def test_nothing_is_drawn_where_nothing_is_dropped():
+  served = [
+    r._replace(layers={3: r.layers[3]._replace(kept=r.layers[3].expert >= 0)})
+    for r in records('all_tokens', 0)
+    if not r.sequence
+  ]
+  header = dataclasses.replace(HEADER, layers={3: LAYERS[3]})
+  found = route_findings.find(route_sums.collect(header, served))
+  (drops,) = (s for s in route_sections.sections(found) if s.name == 'drops')
+  assert not drops.figures and not drops.tables
+  assert drops.sentences[0].startswith('No choice is dropped')
+
+
+def test_records_in_which_training_drops_come_first(tmp_path):
+  kinds = 'all_tokens', 'train_capacity'
+  trace = traces.read(write(tmp_path, kinds=kinds))
+  part = routes.part_of(trace, 'it', steps=range(1))
+  assert part.title == 'it, train_capacity'
+  assert any('--kind takes one of all_tokens.' in fact for fact in part.facts)
+
+
+def test_tables_are_whole_in_a_pipe(capsys, monkeypatch):
+  monkeypatch.delenv('COLUMNS', raising=False)
+  columns = {f'a heading that is long, {i}': 'd' for i in range(9)}
+  table = ValueTable('x', 'X', '', columns, [[10**20] * 9])
+  part = Part('', 'A part', ['A fact.' * 20], [])
+  section = Section('s', 'S', ['A sentence. ' * 9], {}, [table])
+  parts = [part._replace(sections=[section])]
+  route_page.show(text_tables.wide_console(), parts)
+  lines = capsys.readouterr().out.splitlines()
+  (headings,) = (line for line in lines if 'a heading' in line)
+  assert all(heading in headings for heading in columns)
+  assert max(len(line) for line in lines[:6]) <= 80
+  monkeypatch.setenv('COLUMNS', '70')
+  text_tables.wide_console().print(table.terminal())
+  assert max(map(len, capsys.readouterr().out.splitlines())) <= 70
 
 
 def test_churn_is_of_the_steps_that_are_asked_for(tmp_path):

@@ -24,6 +24,7 @@ from moe_jax.data.tokenizers.special_tokens import (
   SENTENCEPIECE,
   SpecialTokens,
 )
+from moe_jax.data.tokenizers.text_stream import TextStream
 from moe_jax.data.tokenizers.tokenizer_files import FileOptions, read
 from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
 from moe_jax.options import Kinds
@@ -56,6 +57,7 @@ __all__ = [
   'JsonOptions',
   'SentencePiece',
   'SpecialTokens',
+  'TextStream',
   'Token',
   'Tokenizer',
   'TokenizerOptions',

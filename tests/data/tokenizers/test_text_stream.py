@@ -6,7 +6,7 @@ import tokenizers as hf
 from hypothesis import strategies as st
 
 from moe_jax.data import tokenizers
-from moe_jax.generation import TextStream
+from moe_jax.data.tokenizers import TextStream
 
 # The characters have one, two, three and four bytes.
 TEXT = 'a é € 😀 b'

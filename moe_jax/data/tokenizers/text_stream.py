@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from moe_jax.data.tokenizers import Token, Tokenizer
+from moe_jax.data.tokenizers.contract import Token, Tokenizer
 
 # The character that stands for bytes that are no character, or not yet one.
 _UNKNOWN = '\ufffd'
