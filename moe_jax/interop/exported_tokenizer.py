@@ -57,7 +57,10 @@ def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
       special_tokens=[(eos, eos_id)],
     )
   (output / _JSON).write_text(model.to_str(pretty=True), encoding='utf-8')
-  config = {'tokenizer_class': 'PreTrainedTokenizerFast', **roles}
+  config: dict[str, Any] = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    **roles,
+  }
   config['clean_up_tokenization_spaces'] = False
   if not isinstance(base, tokenizers.Json) and not names:
     config['split_special_tokens'] = True

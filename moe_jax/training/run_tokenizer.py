@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from moe_jax import data, sections
+from moe_jax.data import tokenizers
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.run_options import RunOptions
 
@@ -35,7 +36,7 @@ def with_tokenizer(options: R, folder: pathlib.Path) -> R:
     except ValueError:
       if not _began_with(options, folder):
         raise
-      kept = data.tokenizers.read(folder / workdir_lib.TOKENIZER)
+      kept = tokenizers.read(folder / workdir_lib.TOKENIZER)
       taken = options.data.with_tokenizer(kept)
   if taken is options.data:
     return options
