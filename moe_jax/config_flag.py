@@ -13,9 +13,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import config_file, run_config
+from moe_jax import config_file, run_config, sections
 
 _NAME = 'config'
+# The argument of a config that shrinks it; see `moe_jax.configs.base.finish`.
+_RUNLOCAL = 'runlocal'
 
 
 def define() -> None:
@@ -50,6 +52,21 @@ def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
   """A line for each value that `read` says is ignored."""
   for name, value in ignored.items():
     yield f'{name}={value!r} has no effect with these flags; ignored'
+
+
+def replaced_lines() -> Iterator[str]:
+  """A line for each part of the data that ':runlocal' has replaced."""
+  spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
+  whole, colon, argument = spec.rpartition(':')
+  if not colon or argument != _RUNLOCAL:
+    return
+  before, after = (
+    config_file.load_config(name).to_dict()['data'] for name in (whole, spec)
+  )
+  chosen = sections.flatten(value().data)
+  for key, (old, new) in sections.difference(before, after).items():
+    if key.endswith('kind') and old and new and chosen.get(key) == new:
+      yield f'{_RUNLOCAL}: data.{key} {old!r} -> {new!r}'
 
 
 def read() -> tuple[run_config.RunConfig, dict[str, Any]]:

@@ -110,6 +110,7 @@ def main(argv: list[str]) -> None:
 def _dry_run() -> None:
   """Prints what a run would do; fails if it would be refused."""
   options, ignored = config_flag.read()
+  command_line.say(config_flag.replaced_lines())
   command_line.say(config_flag.ignored_lines(ignored))
   trial = dry_run.DryRun(options, _WORKDIR.value or '', resume=_RESUME.value)
   command_line.say(trial.lines())
@@ -121,6 +122,7 @@ def _dry_run() -> None:
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   """Trains; returns the exit status."""
   if distributed.is_first():
+    command_line.say(config_flag.replaced_lines())
     command_line.say(config_flag.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
   try:
