@@ -83,6 +83,15 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
   return run_config.settled(config_file.load_config(spec), value())
 
 
+def other_problems(argv: Sequence[str]) -> list[str]:
+  """What is wrong with a command line beside keys that do not exist."""
+  try:
+    options_of(*config_file.known_flags(argv))
+  except ValueError as error:
+    return str(error).splitlines()
+  return []
+
+
 def options_of(
   spec: str, overrides: Sequence[str] = ()
 ) -> tuple[run_config.RunConfig, dict[str, Any]]:
