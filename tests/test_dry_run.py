@@ -69,9 +69,11 @@ def test_a_folder_of_a_run(tmp_path):
   assert 'a run without checkpoints: it begins anew' in text
   other = dataclasses.replace(OPTIONS, seed=3)
   text, (problem,) = said(other, tmp_path)
-  assert 'holds another run' in problem and 'seed: 0 -> 3' in problem
+  assert 'a run whose config differs' in problem and 'seed: 0 -> 3' in problem
   assert 'run: 7 steps' in text  # the costs are said all the same
-  assert said(other, tmp_path, resume=True)[1] == []
+  text, problems = said(other, tmp_path, resume=True)
+  assert not problems
+  assert 'going on with another config: seed: 0 -> 3' in text
   assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
 
 
