@@ -269,11 +269,11 @@ def default_hooks() -> list[Hook]:
   return [
     Facts(),
     Replaying(),
+    Compiling(),  # before the summary, which compiles
     MeshSummary(),
     Profile(),
     Traces(),
     RoutingReport(),
     Sample(),
     Page(),
-    Compiling(),
   ]

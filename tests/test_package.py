@@ -192,6 +192,13 @@ def test_help_shows_examples_as_the_user_types_them(
     module = entry.partition(':')[0].removesuffix('.__main__')
     text = help_of('/lib/moe_jax/file.py', entry, **given)
     assert f'examples:\n    python -m {module} ' in text, name
+  text = help_of(
+    'moe-interop', packaging['COMMANDS']['moe-interop'], 'export', **given
+  )
+  assert 'writes a run for transformers' in text and 'verify' not in text
+  text = help_of('moe-generate', packaging['COMMANDS']['moe-generate'], **given)
+  assert 'the likeliest token (default: 0.0)' in text
+  assert 'default: None' not in text
   entry = packaging['COMMANDS']['moe-compress']
   for word in ('quantize', 'distill', 'merge', 'prune', 'extract', 'rates'):
     text = help_of('moe-compress', entry, word, **given)
