@@ -80,9 +80,7 @@ def flag_problem(error: Exception) -> str:
       '--config is missing: the config of the run, such as '
       '--config=moe_jax:tiny_switch'
     )
-  said = _NO_BOOLEAN.sub(
-    r'\1 is neither true nor false; give the flag alone', said
-  )
+  said = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', said)
   return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', said)
 
 

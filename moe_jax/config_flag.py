@@ -13,7 +13,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax import config_file, run_config, sections
+from moe_jax import config_file, run_config
 
 _NAME = 'config'
 # The argument of a config that shrinks it; see `moe_jax.configs.base.finish`.
@@ -61,11 +61,13 @@ def replaced_lines() -> Iterator[str]:
   if not colon or argument != _RUNLOCAL:
     return
   before, after = (
-    config_file.load_config(name).to_dict()['data'] for name in (whole, spec)
+    config_file.flatten(config_file.load_config(name).data)
+    for name in (whole, spec)
   )
-  chosen = sections.flatten(value().data)
-  for key, (old, new) in sections.difference(before, after).items():
-    if key.endswith('kind') and old and new and chosen.get(key) == new:
+  chosen = config_file.flatten(value().data)
+  for key, new in after.items():
+    old = before.get(key, new)
+    if key.endswith('kind') and old != new == chosen.get(key):
       yield f'{_RUNLOCAL}: data.{key} {old!r} -> {new!r}'
 
 

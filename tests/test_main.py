@@ -86,7 +86,7 @@ def test_the_first_command_small(tmp_path):
     ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
     ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
     ('--confg=x', "Unknown command line flag 'confg'"),
-    ('--describe=seed', "'seed' is neither true nor false; give the flag"),
+    ('--describe=seed', "'seed' is no boolean; give the flag alone"),
   ],
 )
 def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
