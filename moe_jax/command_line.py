@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from moe_jax import config_file
 from moe_jax.data import DataError
-from moe_jax.options import Check, Spec, at_least, value_problem
+from moe_jax.options import Check, OptionError, Spec, at_least, value_problem
 from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.progress import print_line
 from moe_jax.runs.recorder import NonFiniteError
@@ -80,9 +80,21 @@ def about(text: str | None) -> dict[str, Any]:
   return dict(
     description=first,
     epilog=f'examples:\n{rest}' if rest.startswith(' ') else rest,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=_Help,
     allow_abbrev=False,
   )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+  """Help that shows the default of each option that has one."""
+
+  def _get_help_string(self, action: argparse.Action) -> str:
+    text, value = action.help or '', action.default
+    if isinstance(value, bool) or value in (None, '', [], argparse.SUPPRESS):
+      return text
+    if not action.option_strings or 'default' in text:
+      return text
+    return f'{text} (default: %(default)s)'
 
 
 def with_programs(text: str) -> str:
@@ -225,12 +237,17 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
     return options.run(options, overrides)
 
 
-def parse(argv: Sequence[str], text: str | None = None) -> list[str]:
+def parse(
+  argv: Sequence[str],
+  text: str | None = None,
+  other_problems: Callable[[Sequence[str]], list[str]] = lambda _: [],
+) -> list[str]:
   """Parses flags for `app.run`; a wrong one ends the program in a few lines.
 
   Args:
     argv: The words of the command line.
     text: The docstring of the command's module, for --help; see `about`.
+    other_problems: Gives what else is wrong where keys do not exist.
   """
   if any(word in ('-h', '-help', '--help', '--helpshort') for word in argv):
     say(_flags_help(text, argv[0]))
@@ -239,6 +256,8 @@ def parse(argv: Sequence[str], text: str | None = None) -> list[str]:
   try:
     config_file.check_flags(argv)
     return flags.FLAGS(config_file.with_paths(argv))
+  except OptionError as error:
+    fail('\n'.join([*error.problems, *other_problems(argv)]))
   except (flags.Error, ValueError, OSError) as error:
     fail(config_file.flag_problem(error))
 

@@ -18,18 +18,24 @@ import pathlib
 import re
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax.option_checks import unknown, unknown_text
+from moe_jax.option_checks import (
+  OptionError,
+  unknown,
+  unknown_key_text,
+  unknown_text,
+)
 from moe_jax.sections import flatten
 
 _OWN = 'moe_jax'
 _PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
+_NO_BOOLEAN = re.compile(r"\('Non-boolean argument to boolean flag', (.*)\)")
 _NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
 
 
@@ -74,6 +80,7 @@ def flag_problem(error: Exception) -> str:
       '--config is missing: the config of the run, such as '
       '--config=moe_jax:tiny_switch'
     )
+  said = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', said)
   return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', said)
 
 
@@ -209,7 +216,8 @@ def check_flags(argv: Sequence[str]) -> None:
   """Checks the config file and the keys that a command line names.
 
   Raises:
-    ValueError: The file cannot be read, or a key does not exist.
+    OptionError: Keys do not exist; all are listed.
+    ValueError: The file cannot be read.
   """
   options = dict(_options(argv))
   spec = options.pop('config', None)
@@ -220,13 +228,42 @@ def check_flags(argv: Sequence[str]) -> None:
 def _check_keys(
   config: ml_collections.ConfigDict, options: Mapping[str, str]
 ) -> None:
-  """Raises ValueError for an option that is no key of the config."""
+  """Raises OptionError with all options that are no keys of the config."""
+  known = flatten(config)
+  problems = [
+    unknown_key_text(name, _siblings(name, known))
+    for name in _unknown_keys(config, options)
+  ]
+  if problems:
+    raise OptionError(problems)
+
+
+def _unknown_keys(
+  config: ml_collections.ConfigDict, options: Iterable[str]
+) -> Iterator[str]:
+  """The names of options that are no keys of the config."""
   known = flatten(config)
   for key in options:
     name = key.removeprefix('config.')
-    if name == key or name in known or _is_open(config, name):
-      continue
-    raise unknown('config key', name, _siblings(name, known))
+    if name != key and name not in known and not _is_open(config, name):
+      yield name
+
+
+def known_flags(argv: Sequence[str]) -> tuple[str, list[str]]:
+  """The config that a command line names, and the overrides of keys it has.
+
+  Raises:
+    ValueError: The file cannot be read.
+  """
+  options = dict(_options(argv))
+  spec = options.pop('config', '')
+  bad = {f'config.{key}' for key in _unknown_keys(load_config(spec), options)}
+  overrides = []
+  for word, after in zip(argv[1:], [*argv[2:], '--']):
+    name, equals, _ = word.lstrip('-').partition('=')
+    if word.startswith('-') and name.startswith('config.') and name not in bad:
+      overrides += [word] if equals or after.startswith('-') else [word, after]
+  return spec, overrides
 
 
 def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:

@@ -16,6 +16,8 @@ from ml_collections import config_flags
 from moe_jax import config_file, run_config
 
 _NAME = 'config'
+# The argument of a config that shrinks it; see `moe_jax.configs.base.finish`.
+_RUNLOCAL = 'runlocal'
 
 
 def define() -> None:
@@ -52,6 +54,23 @@ def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
     yield f'{name}={value!r} has no effect with these flags; ignored'
 
 
+def replaced_lines() -> Iterator[str]:
+  """A line for each part of the data that ':runlocal' has replaced."""
+  spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
+  whole, colon, argument = spec.rpartition(':')
+  if not colon or argument != _RUNLOCAL:
+    return
+  before, after = (
+    config_file.flatten(config_file.load_config(name).data)
+    for name in (whole, spec)
+  )
+  chosen = config_file.flatten(value().data)
+  for key, new in after.items():
+    old = before.get(key, new)
+    if key.endswith('kind') and old != new == chosen.get(key):
+      yield f'{_RUNLOCAL}: data.{key} {old!r} -> {new!r}'
+
+
 def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
   """The options of the command line, checked as a whole.
 
@@ -64,6 +83,15 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
   """
   spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
   return run_config.settled(config_file.load_config(spec), value())
+
+
+def other_problems(argv: Sequence[str]) -> list[str]:
+  """What is wrong with a command line beside keys that do not exist."""
+  try:
+    options_of(*config_file.known_flags(argv))
+  except ValueError as error:
+    return str(error).splitlines()
+  return []
 
 
 def options_of(

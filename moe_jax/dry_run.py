@@ -26,11 +26,12 @@ from moe_jax.evaluation import EVALUATIONS
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import owner
+from moe_jax.runs import owner, trained
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training.evaluate import BatchesEvaluation
-from moe_jax.training.programs import make_programs
+from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
 from moe_jax.training.setup import Hook, Run, set_up, setup_notes
 
@@ -166,7 +167,10 @@ class DryRun:
       yield start_facts.devices_line(mesh)
     if dataset is not None:
       yield self._passes(dataset)
-    yield from self._bytes(options, model, mesh)
+    programs = make_programs(options, model, mesh)
+    if run is None:
+      yield from start_facts.trained_lines(options, programs)
+    yield from self._bytes(options, model, programs, mesh)
 
   def _mesh(self) -> Mesh:
     """The mesh, or one device where it does not fit those of this machine."""
@@ -185,10 +189,9 @@ class DryRun:
     )
 
   def _bytes(
-    self, options: RunConfig, model: Model, mesh: Mesh
+    self, options: RunConfig, model: Model, programs: Programs, mesh: Mesh
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
-    programs = make_programs(options, model, mesh)
     needs = run_cost.run_bytes(options, model, programs, mesh)
     room = memory_room.memory_of(list(mesh.devices.flat))
     line = f'memory: {needs.describe()}'
@@ -211,7 +214,8 @@ class DryRun:
     where = storage_path(c.directory or self._workdir or _NOWHERE)
     line = (
       f'checkpoints: {written} of {in_bytes(size)} each, for which there has '
-      f'to be room for {kept}, {in_bytes(kept * size)}'
+      f'to be room for {kept}, as one is written while {kept - 1} '
+      f'{"is" if kept == 2 else "are"} there: {in_bytes(kept * size)}'
     )
     if '://' in os.fspath(where):
       yield line
@@ -239,12 +243,15 @@ class DryRun:
   def _of_workdir(self, run: Run | None) -> Iterator[str]:
     """Lines on what is in the folder already."""
     if not self._workdir:
+      yield from self._begins()
       yield 'workdir: none is given; a run needs --workdir'
       return
     folder = workdir_lib.folder_of(self._workdir)
     found = owner.read(storage_path(folder)) if folder.exists() else None
     if found is not None and found.alive:
       self.problems.append(f'{folder} is in use by {found}; wait for its end')
+    if run is None or not run.checkpoints.steps():
+      yield from self._begins()
     if run is None or not (folder / workdir_lib.CONFIG).exists():
       there = 'exists' if folder.exists() else 'is new'
       yield f'workdir: {folder} {there}'
@@ -256,6 +263,27 @@ class DryRun:
       yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'
     else:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
+
+  def _begins(self) -> Iterator[str]:
+    """A line on the run whose parameters this one begins with."""
+    o = self._options.init_from
+    if not o.workdir:
+      return
+    folder = workdir_lib.folder_of(o.workdir)
+    try:
+      step = trained.best_step(folder) if o.best else o.step
+      if step < 0:
+        with Checkpointer(workdir_lib.checkpoints_of(folder)) as checkpoints:
+          step = max(checkpoints.steps(), default=None)
+    except (ValueError, OSError) as error:
+      self._refuse(error)
+      return
+    if step is None:
+      self._refuse(
+        ValueError(f'init_from.workdir={folder} has no finished checkpoint')
+      )
+    else:
+      yield f'begins with: the parameters of step {step} of {folder}'
 
 
 def _not_prepared(options: RunConfig) -> str:

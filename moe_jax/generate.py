@@ -3,9 +3,9 @@
     python -m moe_jax.generate --workdir=runs/tiny --prompt='def ' \
       --temperature=0.8
 
-The text is printed token by token; with temperature 0 each token is the
-likeliest. On a terminal, and with --echo anywhere, the prompt stands before it.
-Kept short: everything here can be called from a notebook.
+The text is printed token by token; with temperature 0, the default, each token
+is the likeliest, which small models repeat; 0.8 draws them. On a terminal, and
+with --echo anywhere, the prompt stands before it.
 """
 
 import argparse

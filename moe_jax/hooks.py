@@ -43,6 +43,19 @@ class Facts(Hook):
       run.message(line)
 
 
+class Compiling(Hook):
+  """Says why nothing is printed for a while before the first step."""
+
+  def start(self, run: Run) -> None:
+    """Prints a line, unless no step is left."""
+    if max(run.checkpoints.steps(), default=0) >= run.options.total_steps:
+      return
+    run.message(
+      'compiling the step; the first line of progress comes after it and '
+      'may take half a minute, or minutes for a large model'
+    )
+
+
 class MeshSummary(Hook):
   """Prints what each of several devices holds and what they communicate.
 
@@ -255,6 +268,7 @@ def default_hooks() -> list[Hook]:
   return [
     Facts(),
     Replaying(),
+    Compiling(),  # before the summary, which compiles
     MeshSummary(),
     Profile(),
     Traces(),

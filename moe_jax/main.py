@@ -20,8 +20,6 @@ SIGTERM and Ctrl-C save after the present step, and the same command goes on
 from there; a second Ctrl-C stops at once. Exit status: 0 after the last step or
 an early end; 75 if SIGTERM stopped the run before it; 130 after Ctrl-C; 1 with
 a message of what is wrong.
-
-Kept short: everything here can be called from a notebook.
 """
 
 import sys
@@ -115,6 +113,7 @@ def main(argv: list[str]) -> None:
 def _dry_run() -> None:
   """Prints what a run would do; fails if it would be refused."""
   options, ignored = config_flag.read()
+  command_line.say(config_flag.replaced_lines())
   command_line.say(config_flag.ignored_lines(ignored))
   trial = dry_run.DryRun(
     options,
@@ -131,6 +130,7 @@ def _dry_run() -> None:
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   """Trains; returns the exit status."""
   if distributed.is_first():
+    command_line.say(config_flag.replaced_lines())
     command_line.say(config_flag.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
   try:
@@ -149,7 +149,12 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
 
 def command() -> None:
   """Runs the command line of this program."""
-  app.run(main, flags_parser=lambda argv: command_line.parse(argv, __doc__))
+  app.run(
+    main,
+    flags_parser=lambda argv: command_line.parse(
+      argv, __doc__, config_flag.other_problems
+    ),
+  )
 
 
 if __name__ == '__main__':

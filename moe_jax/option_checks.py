@@ -15,6 +15,7 @@ _LARGEST = 3.4028235e38
 # First word of the reason that an option has no effect, where the reason is the
 # value of another option.
 UNLESS = 'unless'
+_FEW = 8  # names that are listed even where one of them is near
 
 
 def unknown(what: str, value: Any, have: Iterable[Any]) -> ValueError:
@@ -28,6 +29,24 @@ def unknown_text(what: str, value: Any, have: Iterable[Any]) -> str:
   near = difflib.get_close_matches(str(value), have, n=1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
   return f'unknown {what} {value!r}; {hint}have {have}'
+
+
+def unknown_key_text(name: str, have: Iterable[str]) -> str:
+  """The message for a key that no config has.
+
+  Args:
+    name: The dotted name of the key.
+    have: The dotted names beside it; a long list is left out where one of them
+      is near.
+  """
+  have = sorted(have)
+  near = difflib.get_close_matches(name, have, n=1)
+  if not near or len(have) <= _FEW:
+    return unknown_text('config key', name, have)
+  return (
+    f'unknown config key {name!r}; did you mean {near[0]!r}? --describe prints '
+    'all keys'
+  )
 
 
 class OptionError(ValueError):

@@ -15,7 +15,7 @@ from moe_jax.option_checks import (
   in_force,
   needs,
   no_effect,
-  unknown_text,
+  unknown_key_text,
 )
 from moe_jax.options import (
   Kinds,
@@ -144,7 +144,7 @@ class Reader:
     for key in config:
       if key not in have:
         names = [f'{path}{name}' for name in have]
-        self.problems.append(unknown_text('config key', f'{path}{key}', names))
+        self.problems.append(unknown_key_text(f'{path}{key}', names))
 
   def _field(self, cls, field, default, config, path, idle):
     name, spec = field.name, spec_of(field)
@@ -237,7 +237,7 @@ class Reader:
     for key in config:
       if key not in have:
         names = [f'{path}{n}' for n in have]
-        self.problems.append(unknown_text('config key', f'{path}{key}', names))
+        self.problems.append(unknown_key_text(f'{path}{key}', names))
     own = CUSTOM if name not in kinds.builtin else name
     if own != CUSTOM:
       self._no_custom(config, path, name)

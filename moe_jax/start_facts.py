@@ -18,6 +18,7 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts
+from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Run
 
@@ -64,8 +65,7 @@ def facts(run: Run) -> Iterator[str]:
     yield _experts(run, run.model.moe)
     for text in warnings(run.model):
       yield f'WARNING: {text}'
-  if run.programs.trained.expression != 'all' or run.programs.trained.masks:
-    yield _trained(run)
+  yield from trained_lines(run.options, run.programs)
   yield devices_line(run.mesh)
 
 
@@ -74,18 +74,20 @@ def devices_line(mesh: Mesh) -> str:
   return f'devices: {devices.describe(mesh)}'
 
 
-def _trained(run: Run) -> str:
+def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   """A line on the parameters that train, if not all do."""
-  params, trained = run.programs.abstract_state.params, run.programs.trained
+  params, trained = programs.abstract_state.params, programs.trained
+  if trained.expression == 'all' and not trained.masks:
+    return
   count = trained.count(trained.part(params))
-  file = run.options.trained_experts
+  file = options.trained_experts
   whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-  said, o = f'trainable={run.options.trainable!r}', run.options.lora
+  said, o = f'trainable={options.trainable!r}', options.lora
   if o.rank:
     said = f'adapters of rank {o.rank} on {o.parts!r}'
   if file:
     said += f', {chosen_experts.read(file).describe()}'
-  return (
+  yield (
     f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
     'the others keep their values'
   )

@@ -45,7 +45,7 @@ def test_a_run_that_could_begin(tmp_path):
     'FLOPs per token:',
     # Of steps 2, 4, 6 and 7; there may be the best, two others and a new one.
     'checkpoints: 4 of',
-    'room for 4,',
+    'room for 4, as one is written while 3 are there',
     "evaluation train_capacity: 'loss' every 3 steps and at the end, 3 in all",
     'run is new',
   ):
@@ -138,10 +138,23 @@ def test_a_folder_of_a_run(tmp_path):
   assert 'a run without checkpoints: it begins anew' in text
   other = dataclasses.replace(OPTIONS, seed=3)
   text, (problem,) = said(other, tmp_path)
-  assert 'holds another run' in problem and 'seed: 0 -> 3' in problem
+  assert 'a run whose config differs' in problem and 'seed: 0 -> 3' in problem
   assert 'run: 7 steps' in text  # the costs are said all the same
-  assert said(other, tmp_path, resume=True)[1] == []
+  text, problems = said(other, tmp_path, resume=True)
+  assert not problems
+  assert 'going on with another config: seed: 0 -> 3' in text
   assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
+
+
+def test_what_trains_and_what_it_begins_with_is_said(tmp_path):
+  options = tiny.options(
+    trainable='norms',
+    init_from={'workdir': str(tmp_path / 'other')},
+    data={'cache_dir': str(tmp_path / 'cache')},
+  )
+  text, problems = said(options, tmp_path / 'run')
+  assert "trainable='norms': " in text and ' parameters train (' in text
+  assert [p for p in problems if 'other has no finished checkpoint' in p]
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def traced(tmp_path_factory):
       loop.train_and_evaluate(
         OPTIONS,
         tmp_path_factory.mktemp('run'),
-        hooks=[watch, hooks.MeshSummary(), hooks.Profile()],
+        hooks=[watch, hooks.MeshSummary(), hooks.Profile(), hooks.Compiling()],
       )
   finally:
     logger.removeHandler(handler)
@@ -82,6 +82,12 @@ def test_the_summary_tells_of_each_device(traced):
   # The state has two moments for each parameter.
   assert f'{2 * expected / 1000:.3g} kB of optimizer state' in summary
   assert 'all-reduce (' in summary
+
+
+def test_the_silence_before_the_first_step_is_announced(traced):
+  watch, _ = traced
+  (line,) = [line for line in watch.said if line.startswith('compiling')]
+  assert 'half a minute' in line
 
 
 def test_batches_are_as_the_step_was_compiled_for(traced):

@@ -17,7 +17,13 @@ import pytest
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import command_line, config_file, run_config, sections
+from moe_jax import (
+  command_line,
+  config_file,
+  config_flag,
+  run_config,
+  sections,
+)
 from moe_jax.options import above, option
 from moe_jax.training.optimizer import Optimizer
 
@@ -80,6 +86,7 @@ def test_the_first_command_small(tmp_path):
     ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
     ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
     ('--confg=x', "Unknown command line flag 'confg'"),
+    ('--describe=seed', "'seed' is no boolean; give the flag alone"),
   ],
 )
 def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
@@ -91,6 +98,22 @@ def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   said = capsys.readouterr().err
   assert message in said
   assert len(said.splitlines()) == 1
+
+
+def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
+  flags = (
+    *('--config.model.moe.num_expert=3', '--config.total_step', '3'),
+    *('--config.seed', '3', '--config.total_steps=-1'),
+  )
+  argv = command('w', *flags, config='moe_jax:tiny_switch')[2:]
+  monkeypatch.setattr(sys, 'argv', argv)
+  with pytest.raises(SystemExit):
+    command_line.parse(argv, '', config_flag.other_problems)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 3
+  assert "did you mean 'model.moe.num_experts'? --describe" in lines[0]
+  assert "did you mean 'total_steps'? --describe" in lines[1]
+  assert lines[2] == 'total_steps=-1 must be at least 1'
 
 
 @pytest.mark.parametrize(

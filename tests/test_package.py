@@ -127,6 +127,32 @@ def test_training_takes_a_name(words, tmp_path, monkeypatch):
   assert (options.seed, options.total_steps) == (5, 2)
 
 
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    ([], ["runlocal: data.source.kind 'files' -> 'python_stdlib'"]),
+    (['--config.data.source.kind=files'], []),
+  ],
+)
+def test_data_that_runlocal_replaces_is_named(
+  flags, says, tmp_path, monkeypatch
+):
+  (tmp_path / 'own.py').write_text(
+    'from moe_jax.configs import base\n\n\n'
+    'def get_config(arg=""):\n'
+    '  config = base.get_config()\n'
+    '  config.data.source.kind = "files"\n'
+    '  config.data.source.files.pattern = "*.txt"\n'
+    '  return base.finish(config, arg)\n'
+  )
+  argv = ['moe-train', '--config=own.py:runlocal', *flags]
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', argv)
+  with flagsaver.flagsaver():
+    command_line.parse(argv)
+    assert list(config_flag.replaced_lines()) == says
+
+
 def module_of(entry):
   module, _, function = entry.partition(':')
   return importlib.import_module(module), function
@@ -166,6 +192,13 @@ def test_help_shows_examples_as_the_user_types_them(
     module = entry.partition(':')[0].removesuffix('.__main__')
     text = help_of('/lib/moe_jax/file.py', entry, **given)
     assert f'examples:\n    python -m {module} ' in text, name
+  text = help_of(
+    'moe-interop', packaging['COMMANDS']['moe-interop'], 'export', **given
+  )
+  assert 'writes a run for transformers' in text and 'verify' not in text
+  text = help_of('moe-generate', packaging['COMMANDS']['moe-generate'], **given)
+  assert 'the likeliest token (default: 0.0)' in text
+  assert 'default: None' not in text
   entry = packaging['COMMANDS']['moe-compress']
   for word in ('quantize', 'distill', 'merge', 'prune', 'extract', 'rates'):
     text = help_of('moe-compress', entry, word, **given)

@@ -3,12 +3,15 @@
     python -m moe_jax.analysis.cost --config=moe_jax:mixtral_8x7b
     python -m moe_jax.analysis.cost --config=moe_jax:switch_base:e8 --batch=4
 
-All figures are counted from options and shapes of parameters, by `counts.py`
-and `memory.py`, never measured. Bytes are counted only for models of blocks.
-Not here: time (`explain_cost.py`).
+All figures are counted from options and shapes of parameters, never measured.
+Bytes are counted for models that consist of blocks of attention and a
+feed-forward, so not for LSTMs.
+
+Not here: the counting (`counts.py`, `memory.py`), and time (`explain_cost.py`).
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -42,6 +45,9 @@ __all__ = [
   'without_vocabulary',
   'workload',
 ]
+
+
+_PIPE_WIDTH = 120  # characters
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:
@@ -98,8 +104,8 @@ def parse(
   add(
     '--batch',
     type=command_line.POSITIVE,
-    default=1,
-    help='number of rows in the batch',
+    help="number of rows in the batch; by default the config's batch_size in "
+    'training (a microbatch of it), and one row in generation',
   )
   add(
     '--expert_parallel',
@@ -116,11 +122,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   command_line.say(config_flag.ignored_lines(ignored))
   options = with_own_vocabulary(options)
   model = options.build()
-  work = workload(options, arguments.batch, arguments.expert_parallel)
-  tables = [compute_table, memory_table, fit_table]
-  console = Console()
-  for make in tables if model.stacks else tables[:1]:
-    console.print(make(model, work))
+  one_row, trained = (
+    workload(options, arguments.batch or rows, arguments.expert_parallel)
+    for rows in (1, options.shape().rows)
+  )
+  # As wide as its tables where nobody's terminal limits it.
+  console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+  console.print(compute_table(model, trained))
+  if model.stacks:
+    console.print(memory_table(model, trained))
+    console.print(fit_table(model, one_row))
   if len(model.stacks) == 1:
     console.print(training_table(options, model))
 

@@ -184,19 +184,21 @@ def training_table(options: RunOptions, model: Model) -> Table:
   table = Table(
     title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
     'per token',
-    caption='Adapters are added to whole kernels before a step computes, so '
-    'the gradients of these kernels are computed and held for a while; the '
-    'last column does not grow with the batch.',
+    caption='Bytes are those of the state of the optimizer and of the '
+    'gradients; FLOPs a token are those of the backward pass. Adapters are '
+    'added to whole kernels before a step computes, so the gradients of these '
+    'kernels are computed and held for a while; FLOPs of their factors, in the '
+    'last column, do not grow with the batch.',
   )
   table.add_column('Trains')
   for heading in (
     'parameters',
-    'state of the optimizer',
+    'optimizer',
     'gradients',
-    'backward FLOPs per token',
-    'FLOPs of factors per step',
+    'FLOPs\na token',
+    'FLOPs\na step',
   ):
-    table.add_column(heading, justify='right')
+    table.add_column(heading, justify='right', no_wrap=True)
   for name, changed in variants(options, model):
     c = training_cost(changed, model)
     table.add_row(

@@ -82,6 +82,10 @@ def commands(
   if facts.generates:
     prompt = _of(config, 'sample', 'prompt') or 'Once upon a time'
     line = ['moe_jax.generate', workdir(run), _flag('prompt', prompt)]
+    sample = config.get('sample')
+    heat = sample.get('temperature') if isinstance(sample, Mapping) else 0
+    if heat and isinstance(heat, int | float):
+      line.append(f'--temperature={heat}')
     if facts.by_task:
       line.append('--task=TASK')
     made.append(Command('Generate text', '', [_line(*line)]))

@@ -68,7 +68,8 @@ class RunCost:
     took = datetime.timedelta(seconds=math.ceil(self.flops / rate))
     return (
       f'{_big(self.flops)}FLOP take {took} at the speed of a large matrix '
-      f'product here and now, {_big(rate)}FLOP/s, and longer in a run'
+      f'product here and now, {_big(rate)}FLOP/s; a small model often takes '
+      'several times that, and compiling and evaluations come on top'
     )
 
 

@@ -202,10 +202,13 @@ class DataOptions(Options):
     form, kind = self.task.reads, SOURCES.name_of(source)
     if form not in source.gives():
       have = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
+      given = source.gives()
+      tasks = sorted(k for k, t in TASKS.builtin.items() if t.reads in given)
       yield (
-        f'{where}kind={kind!r} gives {" and ".join(source.gives())}, '
+        f'{where}kind={kind!r} gives {" and ".join(given)}, '
         f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
-        f'give {form}: {have}'
+        f'give {form}: {have}; values of task.kind that read '
+        f'{" or ".join(given)}: {tasks}'
       )
     section = kind if kind in SOURCES.builtin else CUSTOM
     yield from source.idle_options(

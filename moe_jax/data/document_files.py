@@ -17,7 +17,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from moe_jax.data import file_formats
 from moe_jax.data.file_bytes import PartBytes, continued, decoded
@@ -213,10 +213,7 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
     # The number of the line is counted only for a message.
     value = parse_json(decoded(line, '', source.line), '')
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
-      what = type(value).__name__
-      if isinstance(value, dict):
-        what = f'{sorted(value)}, with {field!r}: {value.get(field)!r:.80}'
-      raise ValueError(f' is no object with a text {field!r}; it is {what}')
+      raise ValueError(_no_text(value, field))
     value[field].encode()
   except UnicodeEncodeError as error:
     reason = f': {field!r} has a half of a character: {error}'
@@ -225,6 +222,19 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
   else:
     return value[field]
   raise ValueError(f'{source.path}, line {source.line()}{reason}')
+
+
+def _no_text(value: Any, field: str) -> str:
+  """What is wrong with a line whose value has no text under a key."""
+  if not isinstance(value, dict):
+    what = type(value).__name__
+    return f' is no object with a text under the key {field!r}, but a {what}'
+  if field in value:
+    return f': the key {field!r} has no text but {value[field]!r:.80}'
+  return (
+    f' has no key {field!r}; its keys: {", ".join(map(repr, sorted(value)))}; '
+    'choose one with data.source.files.field'
+  )
 
 
 def lines(path: pathlib.Path) -> Iterator[bytes]:

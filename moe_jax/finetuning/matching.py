@@ -65,7 +65,7 @@ def plan(
   layers = _Layers(source, have)
   numbers = _experts(model, source, copies) if experts else ()
   drawn = () if experts else source.sparse_layers
-  pieces, problems, used = {}, [], set()
+  pieces, sizes, problems, used = {}, [], [], set()
   for path, one in wanted.items():
     sources, numbered = [Piece(path if path in have else None)], [None]
     if (place := model.place_of(path)) is not None:
@@ -78,12 +78,14 @@ def plan(
       new = number in (None, *drawn) and one.role.role in ('ffn', *_SPARSE)
       if piece.path is None and new and drawn:
         continue
-      problem = _problem(path, piece, one, have, len(numbers))
-      problems += [problem] if problem else []
+      found = sizes if piece.path else problems
+      found += _problem(path, piece, one, have, len(numbers))
   problems += [f'{_name(p)}: not in this model' for p in have if p not in used]
-  problems = _lengths(model, source) or list(dict.fromkeys(problems))
+  # Parameters of layers that one model lacks say no more than their number.
+  problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
-    raise ValueError('\n'.join(['the models do not fit:', *problems]))
+    said = ['the models do not fit:', *dict.fromkeys(problems)]
+    raise ValueError('\n'.join(said))
   return Plan(
     model=model,
     pieces=pieces,
@@ -139,11 +141,11 @@ def _problem(
   wanted: _Described,
   have: Mapping[Path, _Described],
   num_experts: int,
-) -> str | None:
-  """The reason why a parameter cannot be made from its piece, or None."""
+) -> list[str]:
+  """The reason why a parameter cannot be made from its piece, if any."""
   if piece.path is None:
     is_new = wanted.role.role == 'router'
-    return None if is_new else f'{_name(path)}: not in the other model'
+    return [] if is_new else [f'{_name(path)}: not in the other model']
   old, new = list(have[piece.path].shape), list(wanted.shape)
   axes = wanted.axes
   if piece.period is not None:
@@ -154,8 +156,8 @@ def _problem(
     elif axis is not None and num_experts:
       old[axis] = num_experts
   if old != new:
-    return f'{_name(path)}: {old} there, {new} here'
-  return None
+    return [f'{_name(path)}: {old} there, {new} here']
+  return []
 
 
 def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:

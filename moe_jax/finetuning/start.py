@@ -176,7 +176,14 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   try:
     chosen = plan(run.model, source, options.copies)
   except ValueError as error:
-    raise ValueError(f'init_from.workdir={folder}: {error}') from None
+    said = f'init_from.workdir={folder}: {error}'
+    given = run.given.model
+    if given == given.shrunk():
+      said += (
+        "\nThis model is as small as ':runlocal' behind a config's name makes "
+        'it: leave that out, or train the other run with it, too'
+      )
+    raise ValueError(said) from None
   if options.keep_optimizer and not chosen.copies_all:
     raise ValueError(
       'init_from.keep_optimizer=True: the parameters are converted, '

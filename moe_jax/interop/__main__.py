@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from moe_jax import command_line, config_file, run_config, sections
 from moe_jax.interop import export_run, import_run, verifying
 
+_EXAMPLES = [line for line in (__doc__ or '').splitlines() if '-m' in line]
+
 
 def parse(
   argv: Sequence[str] | None,
@@ -28,9 +30,12 @@ def parse(
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text):
-    added = commands.add_parser(name, help=text, **command_line.about(__doc__))
+    lines = [line for line in _EXAMPLES if f' {name} ' in line]
+    about = command_line.about('\n\n'.join([f'It {text}.', *lines]))
+    added = commands.add_parser(name, help=text, **about)
     added.set_defaults(run=run)
-    added.add_argument('--traceback', action='store_true')
+    text = 'show where in the code an error came from'
+    added.add_argument('--traceback', action='store_true', help=text)
     return added.add_argument
 
   source = 'folder, or id of a repository on the hub'

@@ -74,24 +74,35 @@ def check(
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  kept, defaults = (
-    sections.flatten(values)
-    for values in (kept_config(folder), _plain(usual or {}))
-  )
-  changes = {
-    key: (old, new)
-    for key, (old, new) in sections.difference(kept, _plain(config)).items()
-    if key in kept or key not in defaults or new != defaults[key]
-  }
-  if changes and (folder / CONFIG).exists() and not resume:
-    listed = [f'  {key}: {a!r} -> {b!r}' for key, (a, b) in changes.items()]
+  changed = changes(folder, config, usual)
+  if changed and not resume:
     raise ValueError(
-      f'{folder} holds another run; its config differs:\n'
-      + '\n'.join(listed)
+      f'{folder} holds a run whose config differs:\n'
+      + '\n'.join(f'  {line}' for line in changed)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
   _check_directory(folder, config, resume)
   return folder
+
+
+def changes(
+  folder: pathlib.Path, config: Section, usual: Section | None = None
+) -> list[str]:
+  """Lines on the keys whose values in a folder differ, old before new.
+
+  Arguments are those of `check`; a folder without a config has no lines.
+  """
+  if not (folder / CONFIG).exists():
+    return []
+  kept, defaults = (
+    sections.flatten(values)
+    for values in (kept_config(folder), _plain(usual or {}))
+  )
+  return [
+    f'{key}: {old!r} -> {new!r}'
+    for key, (old, new) in sections.difference(kept, _plain(config)).items()
+    if key in kept or key not in defaults or new != defaults[key]
+  ]
 
 
 def _check_directory(

@@ -204,6 +204,10 @@ def set_up(
     ),
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
     notes=(
+      *(
+        f'going on with another config: {line}'
+        for line in workdir_lib.changes(folder, config, usual)
+      ),
       *tokenizer_notes(given, options),
       *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),

@@ -247,7 +247,8 @@ def test_commands_are_those_that_fit(tmp_path, monkeypatch):
 def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   name = "it's <b>"
-  folder = folder_of(tmp_path / name, sample={'prompt': "it's $HOME"})
+  sample = {'prompt': "it's $HOME", 'temperature': 0.5}
+  folder = folder_of(tmp_path / name, sample=sample)
   run_commands.write_config(folder)
   config = workdir_lib.kept_config(folder)
   made = run_commands.commands(folder, FACTS, config, ended=False)
@@ -260,7 +261,8 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
       case 'moe_jax.main':
         check_flags(words, name)
       case 'moe_jax.generate':
-        assert generate.parse(words).prompt == "it's $HOME"
+        flags = generate.parse(words)
+        assert (flags.prompt, flags.temperature) == ("it's $HOME", 0.5)
       case 'moe_jax.analysis.record_evaluation':
         assert record_evaluation.parse(words).workdir == name
       case 'moe_jax.analysis.routes':

@@ -101,7 +101,7 @@ def cases_of_configs():
   yield Case(
     'config_of_another_run',
     damaged(edited(seed=7), start),
-    ('another run', 'seed: 7 -> 0', '--resume'),
+    ('config differs', 'seed: 7 -> 0', '--resume'),
   )
   yield Case(
     'config_of_an_earlier_version',

@@ -195,7 +195,11 @@ def test_a_section_is_read_and_written_again():
       "source.kind='kv_recall' gives pairs, task.kind='lm' reads texts; "
       ".*'cipher', 'files', 'python_stdlib', 'tfds'",
     ),
-    ({'task__kind': 'seq2seq'}, "gives texts, task.kind='seq2seq' reads pairs"),
+    (
+      {'task__kind': 'seq2seq'},
+      "gives texts, task.kind='seq2seq' reads pairs; .*; values of task.kind "
+      r"that read texts: \[.*'lm'",
+    ),
   ],
 )
 def test_wrong_sections_are_refused(wrong, message):

@@ -142,9 +142,9 @@ def refused(path, content, *says, field='body'):
   ('line', 'says'),
   [
     (b'{', 'line 9 is no JSON'),
-    (b'[3]', "line 9 is no object with a text 'body'; it is list"),
-    (b'{"n": 1}', "line 9 is no object with a text 'body'; it is ['n']"),
-    (b'{"body": 3}', "with 'body': 3"),
+    (b'[3]', "line 9 is no object with a text under the key 'body', but a li"),
+    (b'{"n": 1, "m": 2}', "line 9 has no key 'body'; its keys: 'm', 'n'; cho"),
+    (b'{"body": 3}', "line 9: the key 'body' has no text but 3"),
     (b'{"body": "\\ud800"}', 'line 9'),
     (b'\xff', 'line 9 is not UTF-8'),
   ],

@@ -177,6 +177,13 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),
     r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
+    "is as small as ':runlocal' behind": merge(
+      golden.config('tiny_switch', 'runlocal'),
+      {
+        'init_from': {'workdir': str(dense)},
+        'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
+      },
+    ),
     'trained on tokens of bytes': merge(
       config_from(dense, data={'tokenizer': {'kind': 'chars'}}),
       {'init_from': {'keep_tokenizer': False}},
