@@ -278,6 +278,8 @@ class DryRun:
     except (ValueError, OSError) as error:
       self._refuse(error)
       return
+    if step is None and self.problems:
+      return  # that there is no run is said already
     if step is None:
       self._refuse(
         ValueError(f'init_from.workdir={folder} has no finished checkpoint')

@@ -223,7 +223,7 @@ def test_another_runs_workdir(unbroken, tmp_path):
   other = tiny.options(total_steps=8, model=DROPOUT)
   before = (workdir / 'config.json').read_text()
   with pytest.raises(
-    ValueError, match=r'another run(.|\n)*total_steps: 6 -> 8'
+    ValueError, match=r'config differs(.|\n)*total_steps: 6 -> 8'
   ):
     train_and_evaluate(other, workdir)
   assert (workdir / 'config.json').read_text() == before
