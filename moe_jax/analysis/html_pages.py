@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from moe_jax.analysis import plot_style
 
+ROUTES = 'routes.html'  # name of the page of a trace
 LONG = 80  # rows, from which on a table is folded
 _TYPES = {'png': 'image/png', 'svg': 'image/svg+xml'}
 

@@ -16,7 +16,7 @@ from moe_jax.analysis.route_sections import Section
 
 _PRINTED = 100  # rows of the largest table that is printed
 _UNFOLDED = 4  # texts of a section that are seen at once
-PAGE, TEXT = 'routes.html', 'routes.md'
+PAGE, TEXT = html_pages.ROUTES, 'routes.md'
 
 _TEMPLATE = """\
 {% block style %}

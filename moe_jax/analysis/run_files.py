@@ -6,7 +6,7 @@ Not here: what they contain (`run_sections.py`).
 import pathlib
 from typing import NamedTuple
 
-from moe_jax.analysis import route_page, run_commands, run_facts
+from moe_jax.analysis import html_pages, run_commands, run_facts
 
 CURVES, LOAD, PAGE = 'curves.png', 'load.png', 'index.html'
 REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
@@ -61,5 +61,6 @@ def files(folder: pathlib.Path) -> list[FileLine]:
 
 def trace_pages(folder: pathlib.Path) -> list[str]:
   """Pages on traces in the run's folder, by their names from there."""
-  pages = [*folder.glob(route_page.PAGE), *folder.glob(f'*/{route_page.PAGE}')]
+  name = html_pages.ROUTES
+  pages = [*folder.glob(name), *folder.glob(f'*/{name}')]
   return sorted(path.relative_to(folder).as_posix() for path in pages)
