@@ -96,7 +96,7 @@ def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
     'class Mine(Norm):\n  pass\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  own = tiny.config(total_steps=1)
+  own = tiny.config(total_steps=2)
   own.evals.mine = {'kind': 'changing:Mine', 'every_steps': 1}
   options = run_config.read(own)
   loop.train_and_evaluate(options, tmp_path / 'run', devices=ONE)
