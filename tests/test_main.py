@@ -358,6 +358,8 @@ def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A check that runs in the background has Ctrl-C ignored.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   next(line for line in process.stdout if line.startswith('step 3'))
   process.stdout.close()

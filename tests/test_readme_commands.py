@@ -63,6 +63,8 @@ def is_run(words):
 def folder_of(words):
   """The folder that a training command trains in, or ''."""
   trains = {'moe_jax.main', 'distill'} & {*words}
+  if {'--dry_run', '--describe'} & {*words}:
+    return ''
   folders = [word for word in words if word.startswith('--workdir=')]
   return folders[0].partition('=')[2] if trains and folders else ''
 
