@@ -42,7 +42,8 @@ def value() -> ml_collections.ConfigDict:
 def file_name() -> str:
   """The name of the config file without its folders; '' without the flag."""
   values = flags.FLAGS
-  if not values.is_parsed() or _NAME not in values:
+  # The flag may have been defined after the command line was parsed.
+  if not values.is_parsed() or _NAME not in values or not values[_NAME].value:
     return ''
   spec = config_flags.get_config_filename(values[_NAME])
   return spec.rpartition('/')[2]
