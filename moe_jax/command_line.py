@@ -53,7 +53,7 @@ _PLATFORM = ('Unable to initialize backend', 'Unknown backend')
 
 
 def program(module: str) -> str:
-  """What starts a module of this package, as the user started this program.
+  """The words that start a module here, as the user started this program.
 
   Returns:
     'moe-train' or 'python -m moe_jax.main'.

@@ -113,7 +113,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def _found(spec: str) -> tuple[str, pathlib.Path, str]:
-  """What to call a config's file in messages, its path, and the argument.
+  """The name of a config's file in messages, its path, and the argument.
 
   Raises:
     ValueError: There is no such file.

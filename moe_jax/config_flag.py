@@ -87,7 +87,7 @@ def read() -> tuple[run_config.RunConfig, dict[str, Any]]:
 
 
 def other_problems(argv: Sequence[str]) -> list[str]:
-  """What is wrong with a command line beside keys that do not exist."""
+  """The problems of a command line beside keys that do not exist."""
   try:
     options_of(*config_file.known_flags(argv))
   except ValueError as error:

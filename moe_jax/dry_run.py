@@ -1,4 +1,4 @@
-"""What a run would cost, need and do, without training or writing anything.
+"""The cost, needs and actions of a run, without training or writing anything.
 
     python -m moe_jax.main --config=configs/tiny_switch.py \
       --workdir=runs/tiny --dry_run

@@ -18,7 +18,7 @@ from moe_jax.data.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-  """What one process read.
+  """The rows that one process read.
 
   Attributes:
     rows_per_second: Rows of batches, shuffled as in training.
@@ -48,7 +48,7 @@ def read_at_random(
   batches: int = 200,
   documents: int = 2000,
 ) -> list[Reads]:
-  """What each process read of its own rows of every batch, all at once.
+  """The reads of each process of its own rows of every batch, all at once.
 
   Args:
     options: The prepared data.
@@ -104,7 +104,7 @@ def _wrong(
   tokenizer: Tokenizer,
   count: int,
 ) -> int:
-  """How many of `count` documents of the folder differ from the source's."""
+  """The number of `count` documents that differ from the source's."""
   texts = options.source.texts(options.selection)
   folder = tokens_folder.tokens_folder(
     texts, options.tokenizer, options.selection

@@ -104,7 +104,7 @@ _TABLE = """\
 {% endif %}
 {% endmacro %}
 """
-# What a page's own template begins with; its blocks are 'style' and 'body'.
+# A page's own template begins with this; its blocks are 'style' and 'body'.
 HEAD = """\
 {% extends 'base' %}
 {% from 'tables' import show, titled %}

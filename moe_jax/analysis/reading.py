@@ -60,7 +60,7 @@ def readings(
   *,
   step: int = 0,
 ) -> Iterator[Reading]:
-  """What a model makes of batches, one after the other.
+  """The losses and choices of a model on batches, one after the other.
 
   Dropout and noise are off, and choices are dropped as in an evaluation.
 

@@ -28,7 +28,7 @@ def get_config():
 
 
 class Command(NamedTuple):
-  """What one may do with a run.
+  """The commands with which one may go on from a run.
 
   Attributes:
     title: What it does.
@@ -139,7 +139,7 @@ def _training(
 
 
 def _routes(folder: pathlib.Path, run: str) -> Command:
-  """What the routers did, from the run's trace or from one that is recorded."""
+  """Commands that show routers' choices, from the run's trace or a new one."""
   title, module = 'See what the routers did', 'moe_jax.analysis.routes'
   output = _flag('output', f'{run}/routes')
   if (folder / 'trace').is_dir():

@@ -24,7 +24,7 @@ from moe_jax.training.run_options import RunOptions
 
 @dataclasses.dataclass(frozen=True)
 class RunCost:
-  """What a run computes.
+  """The computation of a run.
 
   Attributes:
     steps: Number of optimizer steps.

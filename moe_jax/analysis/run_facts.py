@@ -1,4 +1,4 @@
-"""What a run's folder does not tell by itself: model, machine, state.
+"""Facts that a run's folder does not tell by itself: model, machine, state.
 
 They are in `run_facts.json`, which a run writes at its start and its end; for a
 folder without it they are found out from the rest, as far as it says them. Not
@@ -31,7 +31,7 @@ _PACKAGES = ('moe_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-  """What is known of a run beside its metrics and its config.
+  """The facts of a run beside its metrics and its config.
 
   Attributes:
     model: The kind of model.

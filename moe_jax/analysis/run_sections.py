@@ -1,4 +1,4 @@
-"""What the page of a run says, read from the run's folder.
+"""The content of a run's page, read from the run's folder.
 
 Not here: how it is shown (`run_page.py`), commands
 (`run_commands.py`), and the list of files (`run_files.py`).
@@ -44,7 +44,7 @@ class OptionLine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-  """What is read from the folder of a run.
+  """The values that are read from the folder of a run.
 
   Attributes:
     folder: The folder.

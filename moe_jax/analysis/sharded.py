@@ -111,7 +111,7 @@ def device_bytes(tree: Any) -> int:
 def held(
   x: jax.Array | jax.ShapeDtypeStruct, axis: int
 ) -> tuple[list[jax.Device], Bool[np.ndarray, 'D N']]:
-  """Which device holds which entries of one dimension of an array.
+  """A table of the entries of one dimension that each device holds.
 
   Args:
     x: An array of N entries along the dimension, or its shape with a sharding.

@@ -143,7 +143,7 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
-  """Where the first line begins at or after a byte.
+  """The place where the first line begins at or after a byte.
 
   In text without an end of line for `MOST_BYTES`, a character begins there.
   """
@@ -225,7 +225,7 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
 
 
 def _no_text(value: Any, field: str) -> str:
-  """What is wrong with a line whose value has no text under a key."""
+  """The problem of a line whose value has no text under a key."""
   if not isinstance(value, dict):
     what = type(value).__name__
     return f' is no object with a text under the key {field!r}, but a {what}'

@@ -20,7 +20,7 @@ from moe_jax.data.plain_files import first_line
 PARQUET = '.parquet'
 _BLOCK = 2**20
 _ROWS = 64  # rows of a parquet file that are in memory at once
-# What libraries raise where a compressed stream is damaged or ends early.
+# Errors of libraries where a compressed stream is damaged or ends early.
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
@@ -29,7 +29,7 @@ def _zst(raw: BinaryIO) -> io.IOBase:
   return arrow.CompressedInputStream(arrow.PythonFile(raw, 'r'), 'zstd')
 
 
-# How a stream is decompressed, by the suffix of its file.
+# Functions that decompress a stream, by the suffix of its file.
 CODECS = {
   '.gz': lambda raw: gzip.GzipFile(fileobj=raw),
   '.bz2': bz2.BZ2File,

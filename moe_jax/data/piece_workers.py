@@ -36,7 +36,7 @@ _TOLD_BYTES = 2**18  # bytes after which a worker tells how far it is
 
 
 class Work(NamedTuple):
-  """What a worker needs; it can be pickled.
+  """The work of a worker; it can be pickled.
 
   Attributes:
     folder: Folder of finished pieces.
@@ -204,7 +204,7 @@ def write_pieces(
 
 
 class _Shared(NamedTuple):
-  """What the workers and their parent share.
+  """The values that the workers and their parent share.
 
   Attributes:
     next_place: Place of the next piece among the numbers.
@@ -249,7 +249,7 @@ def exit_message(status: int) -> str:
 
 
 def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
-  """What a worker does: the next piece that nobody has taken, until all are."""
+  """Writes the next piece that nobody has taken, until all are."""
   os.environ |= _ONE_THREAD
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
   threading.Thread(target=_end_with_parent, daemon=True).start()

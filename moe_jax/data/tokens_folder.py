@@ -57,7 +57,7 @@ class Share(NamedTuple):
 
 
 class Made(NamedTuple):
-  """What `make` has done.
+  """The outcome of `make`.
 
   Attributes:
     folder: The folder of the tokens.
@@ -131,7 +131,7 @@ def make(
 def _place(
   corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
 ) -> pathlib.Path:
-  """Where the tokens are, or will be.
+  """The folder where the tokens are, or will be.
 
   A tokenizer that was fitted to these texts may have its tokens under the
   options by which it was fitted.
@@ -163,7 +163,7 @@ def _make_pieces(
   fit: Callable[[], Tokenizer],
   share: Share,
 ) -> Made:
-  """What was made, or the folder that another process has made meanwhile."""
+  """The outcome, or the folder that another process has made meanwhile."""
   parts = folder.with_name(f'{folder.name}.parts')
   try:
     made = _make_share(folder, parts, pieces, fit, share)
