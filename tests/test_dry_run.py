@@ -16,6 +16,7 @@ from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
 from moe_jax.training.programs import make_programs
+from moe_jax.training.run_tokenizer import with_tokenizer
 from tests.generation import folders
 from tests.training import tiny
 
@@ -25,8 +26,9 @@ OPTIONS = tiny.options(
 
 
 @pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
+def _one_device_and_data(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
+  data.load(OPTIONS.data)  # of data that is not prepared, it says less
 
 
 def said(options, folder, **kwargs):
@@ -115,10 +117,15 @@ def test_another_run_that_it_begins_with(tmp_path):
   model = OPTIONS.filled(5).build()
   assert cost.count(model, 24).describe().splitlines()[0] in text
   texts = {
-    'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*.txt'}}
+    **given['data'],
+    'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*.txt'}},
   }
   for name in 'xy':
     (tmp_path / f'{name}.txt').write_text('a cab\n' * 40)
+  # The hooks check a run whose data is prepared.
+  options = tiny.options(**{**given, 'data': texts})
+  data.load(options.data)
+  data.load(with_tokenizer(options, other).data)
   narrow = {'model': {'width': 24}}
   for more, problem in (
     ({}, ''),
