@@ -20,9 +20,9 @@ from moe_jax.data.cache_folders import cache_root
 
 OFF = 'off'
 HELP = (
-  'Folder of compiled programs, which a later start of the command need not '
-  "compile: default, $JAX_COMPILATION_CACHE_DIR, else 'compiled' in "
-  f'$MOE_JAX_CACHE or ~/.cache/moe_jax; {OFF!r}: programs are not kept.'
+  'Folder of compiled programs, which a later start need not compile again. By '
+  "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
+  f'$MOE_JAX_CACHE or ~/.cache/moe_jax; {OFF!r}: no program is kept.'
 )
 MOST_BYTES = 2 * 2**30
 # In seconds; programs that compile faster than this are not kept.
