@@ -23,6 +23,7 @@ import numpy as np
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, generation, host, interop
+from moe_jax.analysis.roofline import Peaks, measure_peaks
 
 NAME = 'bench_generation'
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
@@ -166,6 +167,7 @@ def report(
   sizes: Mapping[str, int],
   prompt_len: int,
   num_tokens: int,
+  peaks: Peaks,
 ) -> str:
   """The table and the meaning of its columns, in Markdown."""
   f = timing.facts()
@@ -187,7 +189,8 @@ def report(
   sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
   return (
     '# Greedy generation from one Mixtral checkpoint\n\n'
-    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. '
+    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; '
+    f'{peaks.describe()}. '
     f'{sizes_text}; float32; prompts of {prompt_len} tokens, {num_tokens} new '
     'ones. Whole calls, after compilation, interleaved: medians, and medians '
     'of ratios within a round (quartiles in brackets). '
@@ -225,6 +228,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=40.0,
     help='time for each batch size',
   )
+  add(
+    '--rough_peaks',
+    action='store_true',
+    help="measure the machine's peaks on small arrays, for a trial",
+  )
   add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)
 
@@ -235,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   host.keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
-  rows = []
+  rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
   with tempfile.TemporaryDirectory() as folder:
     theirs = transformers_model(sizes, pathlib.Path(folder))
     _, *ours = interop.load(folder)
@@ -248,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       num_tokens=options.num_tokens,
       seconds=options.seconds,
     )
-  text = report(rows, sizes, options.prompt_len, options.num_tokens)
+  text = report(rows, sizes, options.prompt_len, options.num_tokens, peaks)
   folder = timing.write(options.output, NAME, text, rows, {'sizes': sizes})
   print(f'\n{text}\nwritten: {folder}')
 

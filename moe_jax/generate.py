@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax import command_line, generation, host
+from moe_jax import command_line, compile_cache, generation, host
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import records_of
 from moe_jax.analysis.trace_header import make_header
@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
+  if problem := compile_cache.use():
+    command_line.complain(problem)
   with command_line.reported(options.traceback):
     run(options)
 

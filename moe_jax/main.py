@@ -29,6 +29,7 @@ from absl import app, flags, logging
 
 from moe_jax import (
   command_line,
+  compile_cache,
   config_flag,
   distributed,
   dry_run,
@@ -65,6 +66,7 @@ _ALLOW_MODULE = flags.DEFINE_multi_string(
   '--config.distill.teacher may import classes; repeatable. Classes that '
   '--config names are always allowed.',
 )
+_COMPILE_CACHE = flags.DEFINE_string('compile_cache', '', compile_cache.HELP)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, for several processes.'
 )
@@ -129,6 +131,8 @@ def _dry_run() -> None:
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   """Trains; returns the exit status."""
+  if problem := compile_cache.use(_COMPILE_CACHE.value):
+    command_line.complain(problem)
   if distributed.is_first():
     command_line.say(config_flag.replaced_lines())
     command_line.say(config_flag.ignored_lines(ignored))

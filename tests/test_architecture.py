@@ -63,6 +63,7 @@ ALLOWED = {
     'config_flag',
     'run_config',
     'command_line',
+    'compile_cache',
     'host',
   },
   'evaluation': BASE
@@ -85,6 +86,7 @@ ALLOWED = {
   | {
     'analysis',
     'command_line',
+    'compile_cache',
     'data',
     'generation',
     'host',
@@ -94,8 +96,10 @@ ALLOWED = {
   'run_config': OPTIONS
   | {'compression', 'evaluation', 'finetuning', 'models', 'training'},
   'config_flag': {'config_file', 'run_config'},
+  'compile_cache': {'data'},
   'main': {
     'command_line',
+    'compile_cache',
     'compression',
     'config_flag',
     'data',

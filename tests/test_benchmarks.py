@@ -394,6 +394,7 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
     [
       *['--batch_sizes', '1', '3', '--seconds', '0', '--num_layers', '2'],
       *['--prompt_len', '5', '--num_tokens', '7', f'--output={tmp_path}'],
+      '--rough_peaks',
     ]
   )
   (results,) = tmp_path.glob('*/*/results.json')

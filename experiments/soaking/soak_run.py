@@ -209,6 +209,4 @@ def main(workdir: str, spec_json: str, *coordination: str) -> None:
 
 
 if __name__ == '__main__':
-  # tensorboardX would import an installed torch, which takes seconds.
-  sys.modules['torch'] = None
   main(*sys.argv[1:])

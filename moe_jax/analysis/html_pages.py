@@ -5,13 +5,9 @@ given is escaped. Not here: what pages say (`route_page.py`, `run_page.py`).
 """
 
 import base64
-import io
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
-
-from moe_jax.analysis import plot_style
 
 ROUTES = 'routes.html'  # name of the page of a trace
 LONG = 80  # rows, from which on a table is folded
@@ -130,13 +126,6 @@ def render(template: str, *, title: str, **values: Any) -> str:
   )
   environment.globals.update(zip=zip, long=LONG)
   return environment.get_template('page').render(title=title, **values)
-
-
-def picture(figure: Figure, form: str = 'png') -> bytes:
-  """The file of a figure, as 'png' or 'svg'."""
-  data = io.BytesIO()
-  figure.savefig(data, format=form, dpi=plot_style.DPI)
-  return data.getvalue()
 
 
 def data_uri(data: bytes, form: str = 'png') -> str:

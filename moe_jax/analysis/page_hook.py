@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import cast
 
 from moe_jax import config_flag, plugins, sections
-from moe_jax.analysis import run_commands, run_facts, run_page
+from moe_jax.analysis import run_commands, run_facts
 from moe_jax.analysis.run_facts import RunFacts
+from moe_jax.analysis.run_files import PAGE
 from moe_jax.distributed import is_first
 from moe_jax.training.setup import Hook, Run
 
@@ -71,7 +72,7 @@ class Page(Hook):
       return
     self._last(run_facts.FINISHED)
     if not self._problem:
-      run.message(f'page: {run.workdir / run_page.PAGE}')
+      run.message(f'page: {run.workdir / PAGE}')
     self._run = None
 
   def close(self) -> None:
@@ -106,7 +107,7 @@ class Page(Hook):
     def finish() -> None:
       self._going.confirm()
       self._facts.write(self._going.workdir)
-      run_page.write(self._going.workdir, self._allow)
+      self._write()
 
     self._guarded(finish)
 
@@ -126,6 +127,12 @@ class Page(Hook):
 
   def _written(self) -> None:
     self._going.confirm()
+    self._write()
+
+  def _write(self) -> None:
+    # Imported here, as a run's first step would wait for matplotlib.
+    from moe_jax.analysis import run_page
+
     run_page.write(self._going.workdir, self._allow)
 
   def _guarded(self, write: Callable[[], object]) -> None:
@@ -135,4 +142,4 @@ class Page(Hook):
     except Exception as error:
       if not self._problem:
         self._problem = f'{type(error).__name__}: {error}'
-        self._going.message(f'{run_page.PAGE} was not written: {self._problem}')
+        self._going.message(f'{PAGE} was not written: {self._problem}')

@@ -6,6 +6,7 @@ each with a line style and a marker of its own, and colours of heat maps are
 lighter the less they stand for. Not here: the figures.
 """
 
+import io
 import math
 from typing import Any
 
@@ -133,3 +134,10 @@ def room_around(
   low, high = values.min(), values.max()
   space = margin * (high - low) or 0.05 * abs(high) or 1.0
   axes.set_ylim(low - space, high + space)
+
+
+def picture(figure: Figure, form: str = 'png') -> bytes:
+  """The file of a figure, as 'png' or 'svg'."""
+  data = io.BytesIO()
+  figure.savefig(data, format=form, dpi=DPI)
+  return data.getvalue()

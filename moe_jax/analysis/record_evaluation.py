@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import jax
 from absl import logging
 
-from moe_jax import command_line, host
+from moe_jax import command_line, compile_cache, host
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import Recorder
 from moe_jax.analysis.trace_header import make_header
@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
   host.keep_freed_memory()
+  if problem := compile_cache.use():
+    command_line.complain(problem)
   with command_line.reported(options.traceback):
     row = record(
       options.workdir,

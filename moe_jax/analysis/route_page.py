@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.rule import Rule
 
-from moe_jax.analysis import html_pages, text_tables
+from moe_jax.analysis import html_pages, plot_style, text_tables
 from moe_jax.analysis.route_sections import Section
 
 _PRINTED = 100  # rows of the largest table that is printed
@@ -86,7 +86,7 @@ def write(folder: pathlib.Path, title: str, parts: Sequence[Part]) -> None:
   for part in parts:
     figures = {n: f for s in part.sections for n, f in s.figures.items()}
     pictures.append(
-      {name: html_pages.picture(figure) for name, figure in figures.items()}
+      {name: plot_style.picture(figure) for name, figure in figures.items()}
     )
     for name, data in pictures[-1].items():
       (folder / f'{part.name}{name}.png').write_bytes(data)

@@ -191,7 +191,7 @@ def write(
   if _has_load(run):
     drawn.append((LOAD, plots.load_figure(run.rows)))
   for name, figure in drawn:
-    _write(folder / name, html_pages.picture(figure))
+    _write(folder / name, plot_style.picture(figure))
   _write(folder / PAGE, html(run, allow).encode())
   return [folder / name for name in [PAGE, *(name for name, _ in drawn)]]
 
@@ -259,7 +259,7 @@ def _has_load(run: RunFolder) -> bool:
 
 
 def _svg(figure: Any) -> str:
-  return html_pages.data_uri(html_pages.picture(figure, 'svg'), 'svg')
+  return html_pages.data_uri(plot_style.picture(figure, 'svg'), 'svg')
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from sacrebleu import metrics as sacrebleu_metrics
-from sacrebleu.metrics.bleu import BLEU
 
 from moe_jax.options import unknown
 
@@ -85,6 +83,10 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
 
 
 def _of_sacrebleu(kind: str, **options: Any) -> Score:
+  # Imported here, as few runs score texts and all would wait for it.
+  from sacrebleu import metrics as sacrebleu_metrics
+  from sacrebleu.metrics.bleu import BLEU
+
   have = BLEU.TOKENIZERS
   if options.get('tokenize', '13a') not in have:
     raise unknown('bleu_tokenizer', options['tokenize'], have)

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from moe_jax import routing
@@ -298,6 +297,8 @@ class DeepMoe(FeatureModel):
   @nn.nowrap
   def loss(self, outputs: Float32[Array, 'B 1 V'], batch: Batch) -> TokenLosses:
     """The cross-entropy of each example's class, in nats."""
+    import optax  # see `TextModel.loss`
+
     nats = optax.softmax_cross_entropy_with_integer_labels
     return TokenLosses(nats(counted(outputs, batch), batch['targets']))
 

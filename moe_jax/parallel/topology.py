@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import sparse
 
 from moe_jax.shapes import Float
 
@@ -151,7 +150,7 @@ class Topology:
     return (links @ sizes.T).max(0, initial=0.0).reshape(shape)
 
   @functools.cached_property
-  def _pairs(self) -> sparse.csr_array:
+  def _pairs(self):
     """Seconds of each link for a byte of each pair of devices, [L, W * W]."""
     W = self.num_devices
     return self._per_byte(
@@ -159,16 +158,18 @@ class Topology:
     )
 
   @functools.cached_property
-  def _trees(self) -> sparse.csr_array:
+  def _trees(self):
     """Seconds of each link for a byte that each device broadcasts, [L, W]."""
     W = self.num_devices
     return self._per_byte(
       {root: self.broadcast(1.0, root) for root in range(W)}, W
     )
 
-  def _per_byte(
-    self, taken: Mapping[int, Iterable[Link]], size: int
-  ) -> sparse.csr_array:
+  def _per_byte(self, taken: Mapping[int, Iterable[Link]], size: int):
+    """A sparse array of the seconds of each link, [L, size]."""
+    # Imported here, as it is a twentieth of the time of `import moe_jax`.
+    from scipy import sparse
+
     number = {link: i for i, link in enumerate(self.links)}
     cells = [(number[k], i) for i, links in taken.items() for k in links]
     speeds = np.array([*self.links.values()], float)

@@ -21,16 +21,30 @@ import os
 import pathlib
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 
+# tensorboardX imports torch where it is installed, which takes more than a
+# second, and what is used of it here needs none.
+_HIDDEN = 'torch' not in sys.modules
+if _HIDDEN:
+  cast(dict, sys.modules)['torch'] = None
 # Classes that protobuf makes at run time are unknown to type checkers.
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.proto.event_pb2 import (  # noqa: E402
+  Event,  # pyright: ignore
+  SessionLog,  # pyright: ignore
+)
+from tensorboardX.proto.summary_pb2 import (  # noqa: E402
+  Summary,  # pyright: ignore
+)
+from tensorboardX.record_writer import masked_crc32c  # noqa: E402
+
+if _HIDDEN:
+  del sys.modules['torch']
 
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers

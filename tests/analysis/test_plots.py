@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import plot_style
-from moe_jax.analysis.html_pages import picture
+from moe_jax.analysis.plot_style import picture
 from moe_jax.analysis.plots import (
   curves_figure,
   load_figure,
