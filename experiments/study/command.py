@@ -68,7 +68,13 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
   groups = study.timed_groups(runs.arms)
-  timed = times.step_times(groups, runs.jobs, output, preset.bursts)
+  timed = times.step_times(
+    groups,
+    runs.jobs,
+    output,
+    preset.bursts,
+    again=preset.burst_for_each_seed,
+  )
   timed = {**runs.times, **timed}
   rows = study.make_rows(runs.arms, runs.results, timed)
   changed = _changed(study, options)

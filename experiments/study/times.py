@@ -2,8 +2,9 @@
 
 Steps are timed in bursts, which are kept one by one. A burst in which other
 processes used the machine is kept, too, but said to be of a busy machine, and
-the same command later measures another in its place. Not here: the runs
-(`scheduled_runs.py`).
+the same command later measures another in its place if the preset has a burst
+for each seed. Bursts of explored arms stay, and what was chosen by them. Not
+here: the runs (`scheduled_runs.py`).
 """
 
 import dataclasses
@@ -100,6 +101,8 @@ def step_times(
   jobs: Sequence[Job],
   output: pathlib.Path,
   bursts: int = 1,
+  *,
+  again: bool = False,
 ) -> dict[str, StepTime]:
   """Step times of the arms of each group, by name of the arm.
 
@@ -113,13 +116,14 @@ def step_times(
     jobs: Runs of the study, which have the configs of its arms.
     output: Folder of the study.
     bursts: Number of bursts of each group.
+    again: Whether bursts of a busy machine are measured again.
   """
   first = {job.arm.name: job for job in reversed(jobs)}
   found = {}
   for group in groups:
     timed = {name: first[name] for name in group if name in first}
     if timed:
-      taken = _bursts(timed, output, bursts)
+      taken = _bursts(timed, output, bursts, again)
       base = next(iter(timed))
       found |= {name: StepTime.of(name, base, taken) for name in timed}
   return found
@@ -134,12 +138,12 @@ def describe(times: Mapping[str, StepTime]) -> str:
     f'used at most {others:.2f} of {os.cpu_count()} cores'
   )
   if others > BUSY:
-    said += ': the machine was BUSY, and the same command measures them again'
+    said += ': the machine was BUSY'
   return f'{said}.'
 
 
 def _bursts(
-  timed: Mapping[str, Job], output: pathlib.Path, number: int
+  timed: Mapping[str, Job], output: pathlib.Path, number: int, again: bool
 ) -> list[Burst]:
   """The least disturbed bursts; those that are missing are measured."""
   # Names of the runs' folders, which end in the hash of a config.
@@ -150,7 +154,8 @@ def _bursts(
   kept = []
   if path.exists():
     kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-  missing = number - sum(burst.others <= BUSY for burst in kept)
+  good = [burst for burst in kept if burst.others <= BUSY or not again]
+  missing = number - len(good)
   if missing > 0:
     print(f'timing the steps of {len(timed)} arms', flush=True)
     measure = _Measuring({name: job.config for name, job in timed.items()})
