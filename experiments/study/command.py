@@ -67,15 +67,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   )
   runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
-  groups = study.timed_groups(runs.arms)
-  timed = times.step_times(
-    groups,
-    runs.jobs,
-    output,
-    preset.bursts,
-    again=preset.burst_for_each_seed,
-  )
-  timed = {**runs.times, **timed}
+  timed = {**runs.times, **_timed(study, preset, runs, output)}
   rows = study.make_rows(runs.arms, runs.results, timed)
   changed = _changed(study, options)
   summary = results.summary_of(
@@ -149,6 +141,19 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   jobs = run(arms, range(preset.seeds))
   results = {**explored, **began, **scheduled_runs.read_all(jobs)}
   return _Runs(arms, jobs, results, timed)
+
+
+def _timed(
+  study: Study, preset: Preset, runs: _Runs, output: pathlib.Path
+) -> dict[str, times.StepTime]:
+  """Step times of the reported arms that the study names."""
+  return times.step_times(
+    study.timed_groups(runs.arms),
+    runs.jobs,
+    output,
+    preset.bursts,
+    again=preset.burst_for_each_seed,
+  )
 
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:

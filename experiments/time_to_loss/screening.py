@@ -63,15 +63,7 @@ def screen(
 
   def arms(_: Sequence[Arm], shared: ml_collections.ConfigDict) -> list[Arm]:
     del shared
-    twins = dict.fromkeys(model.twin for model in models)
-    return [
-      *(
-        twin.arm(preset, TRIAL * length, SCREENED_RATE[twin.width])
-        for twin in twins
-        for length in _TWIN_LENGTHS
-      ),
-      *(m.arm(preset, TRIAL, SCREENED_RATE[m.width]) for m in models),
-    ]
+    return _trials(models, preset)
 
   def chosen(
     so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
@@ -82,6 +74,19 @@ def screen(
     return [arm for name in (twin, *best) for arm in so_far if arm.line == name]
 
   return Exploration(arms, chosen, SEEDS, groups)
+
+
+def _trials(models: Sequence[SpeedModel], preset: Preset) -> list[Arm]:
+  """The arms of a screening, those of dense twins with two lengths."""
+  twins = dict.fromkeys(model.twin for model in models)
+  return [
+    *(
+      twin.arm(preset, TRIAL * length, SCREENED_RATE[twin.width])
+      for twin in twins
+      for length in _TWIN_LENGTHS
+    ),
+    *(m.arm(preset, TRIAL, SCREENED_RATE[m.width]) for m in models),
+  ]
 
 
 def search_rates(preset: Preset, rates: Sequence[float]) -> Exploration:

@@ -138,7 +138,8 @@ def test_every_model_has_the_best_of_the_same_rates():
   assert 'searched among 0.001, 0.002, 0.004.' in text
   assert f'at an end of these for {FOUR.twin.name}; {FOUR.name}' in text
   assert f'The first choice is {FOUR.name}.' in text
-  assert 'Not run: width 128, all layers, dropless: top-1 of 4, 1 of 8' in text
+  assert 'Not run: width 128, all layers, dropless; width' in text
+  assert 'capacity 1: top-1 of 8, 1 of 16, 1 of 32, 2 of 4, 2 of 8' in text
 
 
 def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
