@@ -3,8 +3,8 @@
 With a trapezoid as the schedule of the learning rate, runs that differ only in
 `total_steps` are equal until the shortest of them begins to decay. There the
 shorter run gives the longer one its state as a checkpoint, from which that goes
-on. Every run is the one that its config describes, bit for bit, and a fifth of
-the steps of all but the longest are taken more than once.
+on. Every run is the one that its config describes, on one device bit for bit,
+and only the steps in which a shorter run decays are taken again.
 
 Not here: how the lengths are compared (`experiments/switch_speed.py`).
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 
 from experiments.study.annealed import AnnealedRunner, Branch
@@ -71,11 +72,9 @@ def test_a_run_that_goes_on_from_a_shorter_one_is_the_same_run(tmp_path):
   AnnealedRunner()(together)
   long, short = (job.result() for job in together)
   key = 'eval/train_capacity/loss'
-  assert long[key] == alone.result()[key] != short[key]
-  # The longer run began after the three steps that the shorter one does not
-  # decay in; every second step is logged.
-  logged = {
-    job.workdir: [row['step'] for row in read_metrics(job.workdir / FILE_NAME)]
-    for job in (alone, together[0])
-  }
-  assert list(map(min, logged.values())) == [2, 4]
+  # Eight devices add in no fixed order; a single one gives the same bits.
+  np.testing.assert_allclose(long[key], alone.result()[key], rtol=1e-6)
+  assert abs(short[key] - long[key]) > 1e-3
+  # The shorter run takes three steps before it decays, the longer none of them.
+  rows = read_metrics(together[0].workdir / FILE_NAME)
+  assert min(row['step'] for row in rows) == 4
