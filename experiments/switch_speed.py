@@ -133,9 +133,10 @@ STUDY = Study(
       burst_for_each_seed=True,
       models=GIVEN,
       rates=(2e-3, 4e-3),
+      lengths=(0.5, 1.0),
     ),
     'full': SpeedPreset(
-      900,
+      800,
       3,
       burst_for_each_seed=True,
       models=GIVEN,
