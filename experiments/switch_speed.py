@@ -16,30 +16,29 @@ length. The length at which a model would have its twin's final loss is
 interpolated for each seed (loss over the logarithm of steps), or extrapolated
 beyond the ends through the nearest two lengths.
 
-The preset `long` first runs trials of 0.3 of the steps, with a seed of their
-own: of many models at one rate, from which `time_to_loss/screening.py` predicts
-seconds to the dense loss, by measured step times, and chooses the width and at
-most three models; then of these and their twin at four learning rates. Short
-trials favour few experts, whose gain comes early. The chosen ones are run with
-five seeds. `full` and `quick` run two given models of width 128, after trials
-of fewer rates. Both evaluations come at the end of a run and are not timed.
+The preset `long` first runs trials of 0.4 of the steps, with a seed of their
+own: of 14 sparse models at one rate for each width, from which
+`time_to_loss/screening.py` predicts seconds to the dense loss by measured step
+times, and chooses two of width 128; then of these and their twin at three
+learning rates. The chosen ones are run with five seeds, and what was not run is
+listed. Models of width 256 are screened only: with five seeds two of them would
+take six hours more. Trials favour models whose gain comes early. `full` and
+`quick` run two given models of width 128, after trials of their rates.
+Evaluations come at the end of a run and are not timed.
 
 `quick` resolves no gain in time: after 300 steps sparse models have hardly
 begun to gain, and two seeds leave intervals wider than any gain.
 """
-
-import dataclasses
-from collections.abc import Sequence
 
 import ml_collections
 
 from experiments.study import byte_models, command
 from experiments.study.annealed import AnnealedRunner
 from experiments.study.jobs import layered
-from experiments.study.parts import Arm, Claim, Figure, Preset
+from experiments.study.parts import Arm, Claim, Figure
 from experiments.study.study import Exploration, Study
 from experiments.time_to_loss import screening, speed_arms, speed_rows
-from experiments.time_to_loss.speed_arms import SpeedModel
+from experiments.time_to_loss.speed_arms import SpeedModel, SpeedPreset
 from experiments.time_to_loss.speed_rows import (
   FIRST,
   MINUS,
@@ -49,48 +48,29 @@ from experiments.time_to_loss.speed_rows import (
 )
 from moe_jax.run_config import RunConfig
 
-# Largest number of steps of the warm-up.
-_WARMUP = 100
+# Largest warm-up, in steps and as a fraction of the steps of the dense twin: at
+# most half of the shortest run, so that it is the same for all lengths.
+_WARMUP, _WARMUP_SHARE = 100, 0.15
 _SCREENED = [
-  *(SpeedModel(128, E, 1, 'capacity 1') for E in (4, 8, 16, 32)),
-  *(SpeedModel(128, E, 1, 'capacity 1', 'every 2') for E in (8, 16, 32)),
-  *(SpeedModel(128, E, 1, 'capacity 1.25') for E in (8, 16)),
-  *(SpeedModel(128, E, 1, 'dropless') for E in (8, 16)),
-  *(SpeedModel(128, E, 2, 'capacity 1') for E in (8, 16, 32)),
+  *(SpeedModel(128, E, 1, 'capacity 1') for E in (8, 16)),
+  *(SpeedModel(128, E, 1, 'capacity 1.25') for E in (8, 16, 32)),
+  *(SpeedModel(128, E, 1, 'dropless') for E in (4, 8, 16)),
+  SpeedModel(128, 16, 1, 'capacity 1.25', 'every 2'),
   SpeedModel(128, 16, 1, 'dropless', 'every 2'),
-  SpeedModel(128, 16, 2, 'dropless', 'every 2'),
-  *(SpeedModel(256, E, 1, 'capacity 1') for E in (8, 16)),
-  SpeedModel(256, 16, 1, 'capacity 1', 'every 2'),
+  SpeedModel(128, 16, 2, 'capacity 1'),
+  SpeedModel(256, 8, 1, 'capacity 1.25'),
   SpeedModel(256, 8, 1, 'dropless'),
+  SpeedModel(256, 16, 1, 'capacity 1.25', 'every 2'),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedPreset(Preset):
-  """A preset of this study.
-
-  Attributes:
-    models: The sparse models, in the order of choice unless they are screened.
-    most: Number of sparse models that a screening chooses; 0 for none, in which
-      case all models are reported.
-    rates: Learning rates that are searched for each model.
-    lengths: Lengths of a sparse model's runs, as fractions of the steps of the
-      dense twin.
-  """
-
-  models: Sequence[SpeedModel] = ()
-  most: int = 0
-  rates: Sequence[float] = ()
-  lengths: Sequence[float] = (0.5, 0.7, 1.0)
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
   """The config that the arms share."""
   config = byte_models.decoder(steps, width=128, hidden=512, num_layers=4)
   config.batch_size, config.data.seq_len = 32, 128
-  # The warm-up is the same for all lengths: at most half of the shortest.
-  warmup_steps = min(_WARMUP, round(speed_arms.TRIAL * steps) // 2)
-  config.optimizer.schedule.warmup_steps = warmup_steps
+  config.optimizer.schedule.warmup_steps = min(
+    _WARMUP, int(_WARMUP_SHARE * steps)
+  )
   config.optimizer.learning_rate = speed_arms.SCREENED_RATE[128]
   config.evals[screening.NO_DROPS] = byte_models.no_drops()
   trapezoid = {'optimizer.schedule.kind': 'trapezoid'}
@@ -110,15 +90,21 @@ def explorations(preset: SpeedPreset) -> list[Exploration]:
   """The screening of models, if the preset has one, and the search of rates."""
   stages = []
   if preset.most:
-    stages.append(screening.screen(preset.models, preset, preset.most))
+    stages.append(screening.screen(preset))
   if preset.rates:
-    stages.append(screening.search_rates(preset, preset.rates))
+    stages.append(screening.search_rates(preset))
   return stages
 
 
 SPEEDUP = 'switch2021/scaling/64E'
 INVERSE = 'Their ratio is the inverse of the published speed-up, of 64 experts.'
-GIVEN = [SpeedModel(128, E, 1, 'capacity 1') for E in (8, 16)]
+GIVEN = {
+  'quick': [SpeedModel(128, E, 1, 'capacity 1') for E in (8, 16)],
+  'full': [
+    SpeedModel(128, 8, 1, 'capacity 1.25'),
+    SpeedModel(128, 16, 1, 'dropless', 'every 2'),
+  ],
+}
 STUDY = Study(
   name='switch_speed',
   title='Seconds to the dense loss, where products dominate',
@@ -131,7 +117,7 @@ STUDY = Study(
       2,
       {'batch_size': 16},
       burst_for_each_seed=True,
-      models=GIVEN,
+      models=GIVEN['quick'],
       rates=(2e-3, 4e-3),
       lengths=(0.5, 1.0),
     ),
@@ -139,16 +125,17 @@ STUDY = Study(
       800,
       3,
       burst_for_each_seed=True,
-      models=GIVEN,
+      models=GIVEN['full'],
       rates=(2e-3, 4e-3, 8e-3),
     ),
     'long': SpeedPreset(
-      1300,
+      1600,
       5,
       burst_for_each_seed=True,
       models=_SCREENED,
-      most=3,
-      rates=(1e-3, 2e-3, 4e-3, 8e-3),
+      most=2,
+      rates=(2e-3, 4e-3, 8e-3),
+      trial=0.4,
     ),
   },
   columns=speed_rows.COLUMNS,

@@ -30,6 +30,7 @@ from moe_jax.training.setup import set_up
 
 _STEPS = 5
 _SECONDS = 30.0
+_LOOK_SECONDS = 1.0
 # Number of cores that other processes may use on a machine that counts as idle.
 BUSY = 0.1
 
@@ -157,7 +158,7 @@ def _bursts(
   good = [burst for burst in kept if burst.others <= BUSY or not again]
   missing = number - len(good)
   if missing > 0:
-    print(f'timing the steps of {len(timed)} arms', flush=True)
+    print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
     measure = _Measuring({name: job.config for name, job in timed.items()})
     output.mkdir(parents=True, exist_ok=True)
     for _ in range(missing):
@@ -165,6 +166,19 @@ def _bursts(
       text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
       workdir_lib.write_text(path, text + '\n')
   return sorted(kept, key=lambda burst: burst.others)[:number]
+
+
+def _warning() -> str:
+  """Words on a machine that other processes are using now, if they are."""
+  begin, used = time.perf_counter(), _used()
+  time.sleep(_LOOK_SECONDS)
+  others = (_used() - used) / (time.perf_counter() - begin)
+  if others <= BUSY:
+    return ''
+  return (
+    f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
+    'which the table will say if it goes on'
+  )
 
 
 class _Measuring:

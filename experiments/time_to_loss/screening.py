@@ -11,12 +11,11 @@ import ml_collections
 import numpy as np
 
 from experiments.study.annealed import ratio_to
-from experiments.study.parts import Arm, Column, Preset, Results
+from experiments.study.parts import Arm, Column, Results
 from experiments.study.study import Exploration
 from experiments.time_to_loss.speed_arms import (
   SCREENED_RATE,
-  TRIAL,
-  SpeedModel,
+  SpeedPreset,
   arm_name,
   groups,
   parsed,
@@ -47,56 +46,45 @@ class Prediction(NamedTuple):
   seconds: float
 
 
-def screen(
-  models: Sequence[SpeedModel], preset: Preset, most: int
-) -> Exploration:
+def screen(preset: SpeedPreset) -> Exploration:
   """Short runs of all models and of their twins at one rate for each width.
 
-  The width is that of the model with the smallest predicted seconds to the
-  dense loss; its best models go on, with their twin.
-
-  Args:
-    models: The sparse models.
-    preset: The preset.
-    most: Largest number of sparse models that go on.
+  The models of the preset's width with the smallest predicted seconds to the
+  dense loss go on, with their twin.
   """
 
   def arms(_: Sequence[Arm], shared: ml_collections.ConfigDict) -> list[Arm]:
     del shared
-    return _trials(models, preset)
+    return _trials(preset)
 
   def chosen(
     so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
   ) -> list[Arm]:
-    ranked = ranking(predictions(results, times))
-    twin = twin_of(ranked[0])
-    best = [model for model in ranked if twin_of(model) == twin][:most]
+    ranked, twin = ranking(predictions(results, times)), preset.twin.name
+    best = [m for m in ranked if twin_of(m) == twin][: preset.most]
     return [arm for name in (twin, *best) for arm in so_far if arm.line == name]
 
   return Exploration(arms, chosen, SEEDS, groups)
 
 
-def _trials(models: Sequence[SpeedModel], preset: Preset) -> list[Arm]:
+def _trials(preset: SpeedPreset) -> list[Arm]:
   """The arms of a screening, those of dense twins with two lengths."""
+  models, trial = preset.models, preset.trial
   twins = dict.fromkeys(model.twin for model in models)
   return [
     *(
-      twin.arm(preset, TRIAL * length, SCREENED_RATE[twin.width])
+      twin.arm(preset, trial * length, SCREENED_RATE[twin.width])
       for twin in twins
       for length in _TWIN_LENGTHS
     ),
-    *(m.arm(preset, TRIAL, SCREENED_RATE[m.width]) for m in models),
+    *(m.arm(preset, trial, SCREENED_RATE[m.width]) for m in models),
   ]
 
 
-def search_rates(preset: Preset, rates: Sequence[float]) -> Exploration:
-  """Short runs of all arms' models, dense ones too, at the same rates.
+def search_rates(preset: SpeedPreset) -> Exploration:
+  """Short runs of all arms' models, dense ones too, at the preset's rates.
 
   Each model goes on with the rate of the lowest loss.
-
-  Args:
-    preset: The preset.
-    rates: The learning rates.
   """
 
   def arms(
@@ -104,23 +92,23 @@ def search_rates(preset: Preset, rates: Sequence[float]) -> Exploration:
   ) -> list[Arm]:
     del shared
     first = {arm.line: arm for arm in so_far}
-    own = {'total_steps': round(TRIAL * preset.steps)}
+    own = {'total_steps': round(preset.trial * preset.steps)}
     return [
       Arm(
-        arm_name(model, TRIAL, rate),
+        arm_name(model, preset.trial, rate),
         {**arm.overrides, **own, 'optimizer.learning_rate': rate},
         f'{model}, rate {rate:g}',
-        TRIAL,
+        preset.trial,
       )
       for model, arm in first.items()
-      for rate in rates
+      for rate in preset.rates
     ]
 
   def chosen(
     so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
   ) -> list[Arm]:
     del times
-    best = best_rates(results, rates)
+    best = best_rates(results, preset.rates)
     key = 'optimizer.learning_rate'
     return [
       Arm(a.name, {**a.overrides, key: best[a.line]}, a.line, a.x)
@@ -132,14 +120,14 @@ def search_rates(preset: Preset, rates: Sequence[float]) -> Exploration:
 
 def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
   """The rate of the lowest loss of each model that was tried at all of them."""
-  losses: dict[str, dict[float, float]] = {}
+  losses: dict[tuple[str, float], dict[float, float]] = {}
   for name, runs in results.items():
     model, length, rate = parsed(name)
-    if rate in rates and length == TRIAL:
-      losses.setdefault(model, {})[rate] = loss_of(runs)
+    if rate in rates:
+      losses.setdefault((model, length), {})[rate] = loss_of(runs)
   return {
     model: min(tried, key=tried.__getitem__)
-    for model, tried in losses.items()
+    for (model, _), tried in losses.items()
     if len(tried) == len(rates)
   }
 

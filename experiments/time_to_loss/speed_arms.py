@@ -22,9 +22,6 @@ ROOMS: dict[str, dict[str, Any]] = {
 EXPERTS, LAYERS = (4, 8, 16, 32), ('all', 'every 2')
 # The learning rate with which models of a width are screened.
 SCREENED_RATE = {128: 4e-3, 256: 2e-3}
-# Length of the runs that choose models and learning rates, as a fraction of
-# the steps of the dense twin.
-TRIAL = 0.3
 _NAME = re.compile(r'(.+?)(?:, rate ([\d.e-]+))?, ([\d.]+) of the steps')
 
 
@@ -93,6 +90,35 @@ class SpeedModel:
       }
       arm = byte_models.top_k(name, self.num_selected, 4 * M, moe)
     return Arm(name, {**arm.overrides, **overrides}, line, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedPreset(Preset):
+  """A preset of this study; steps are those of the dense twin.
+
+  Attributes:
+    models: The sparse models, in the order of choice unless they are screened.
+    most: Number of sparse models that a screening chooses; 0 for no screening,
+      in which case all models are reported.
+    width: Width of the models that a screening may choose. Others, whose runs
+      would take too long, are screened only.
+    rates: Learning rates that are searched for each model.
+    trial: Length of the runs that choose models and rates, as a fraction of the
+      steps.
+    lengths: Lengths of a sparse model's runs, as fractions of the steps.
+  """
+
+  models: Sequence[SpeedModel] = ()
+  most: int = 0
+  width: int = 128
+  rates: Sequence[float] = ()
+  trial: float = 0.3
+  lengths: Sequence[float] = (0.5, 0.7, 1.0)
+
+  @property
+  def twin(self) -> SpeedModel:
+    """The dense twin of the models that a screening may choose."""
+    return SpeedModel(self.width)
 
 
 # All models that the question is about; no preset has all of them.

@@ -6,17 +6,21 @@ import pytest
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
 from experiments.study import times as times_lib
-from experiments.study.parts import Preset
 from experiments.study.times import Burst, StepTime
 from experiments.time_to_loss import screening, speed_arms, speed_rows
-from experiments.time_to_loss.speed_arms import SpeedModel, arm_name
+from experiments.time_to_loss.speed_arms import (
+  SpeedModel,
+  SpeedPreset,
+  arm_name,
+)
 from moe_jax.analysis.roofline import Peaks
 
 PEAKS = Peaks(200e9, 20e9, 'float32', 1024, 1 << 28)
-PRESET = Preset(1000, 2, burst_for_each_seed=True)
 FOUR = SpeedModel(128, 4, 1, 'capacity 1')
 EIGHT = SpeedModel(128, 8, 2, 'dropless', 'every 2')
 WIDE = SpeedModel(256, 4, 1, 'capacity 1')
+RATES = (1e-3, 2e-3, 4e-3)
+PRESET = SpeedPreset(1000, 2, models=(FOUR, EIGHT, WIDE), most=2, rates=RATES)
 
 
 def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
@@ -78,12 +82,12 @@ def test_arms_are_timed_beside_the_twin_of_their_width():
 def screened(model: SpeedModel, loss: float, time: float):
   """The trial of a model: its result and its step time."""
   rate = speed_arms.SCREENED_RATE[model.width]
-  name = model.arm(PRESET, speed_arms.TRIAL, rate).name
+  name = model.arm(PRESET, PRESET.trial, rate).name
   return {name: [result(loss, rate)]}, {name: time}
 
 
 def test_the_screening_chooses_by_predicted_seconds():
-  stage = screening.screen([FOUR, EIGHT, WIDE], PRESET, most=2)
+  stage = screening.screen(PRESET)
   tried = stage.arms([], None)
   assert [arm.x for arm in tried] == [0.3, 0.6, 0.3, 0.6, 0.3, 0.3, 0.3]
   # With twice the steps both twins go from 2 to 1.
@@ -110,18 +114,17 @@ def test_the_screening_chooses_by_predicted_seconds():
   assert [arm.line for arm in chosen] == [
     m.name for m in (FOUR.twin, FOUR, EIGHT)
   ]
-  # Of the same numbers, one model of another width could be the best.
+  # Models of another width are screened only, however good they are.
   ran, timed = screened(WIDE, 0.5, 1.0)
-  chosen = stage.chosen(arms, {**results, **ran}, {**times, **timed})
-  assert [arm.line for arm in chosen] == [WIDE.twin.name, WIDE.name]
+  again = stage.chosen(arms, {**results, **ran}, {**times, **timed})
+  assert again == chosen
 
 
 def test_every_model_has_the_best_of_the_same_rates():
-  rates = (1e-3, 2e-3, 4e-3)
-  stage = screening.search_rates(PRESET, rates)
+  stage = screening.search_rates(PRESET)
   arms = [FOUR.twin.arm(PRESET, 1.0), FOUR.arm(PRESET, 0.5)]
   tried = stage.arms(arms, None)
-  assert len(tried) == 6 and {arm.x for arm in tried} == {speed_arms.TRIAL}
+  assert len(tried) == 6 and {arm.x for arm in tried} == {PRESET.trial}
   best = {FOUR.twin.name: 1e-3, FOUR.name: 4e-3}
   results = {}
   for arm in tried:
@@ -132,7 +135,7 @@ def test_every_model_has_the_best_of_the_same_rates():
   assert [arm.overrides[key] for arm in chosen] == [1e-3, 4e-3]
   assert [arm.name for arm in chosen] == [arm.name for arm in arms]
   # A screened trial at one of the rates is the same run.
-  again = FOUR.arm(PRESET, speed_arms.TRIAL, 4e-3)
+  again = FOUR.arm(PRESET, PRESET.trial, 4e-3)
   assert again in tried
   text = speed_rows.remarks({**results, **{a.name: [] for a in arms}})
   assert 'searched among 0.001, 0.002, 0.004.' in text
@@ -171,7 +174,7 @@ def test_all_lengths_have_one_warm_up():
   for preset in study.presets.values():
     shared = study.shared(preset)
     warmup = shared.optimizer.schedule.warmup_steps
-    assert 0 < 2 * warmup <= speed_arms.TRIAL * preset.steps
+    assert 0 < 2 * warmup <= preset.trial * preset.steps
     models = [m.name for m in preset.models]
     assert len(models) == len(set(models))
     assert set(preset.models) <= set(speed_arms.GRID)
