@@ -1,11 +1,17 @@
 """Models are chosen by the written rule, and seconds hold both errors."""
 
+import dataclasses
+import functools
+import json
+
 import numpy as np
 import pytest
 
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
+from experiments.study import command, runner
 from experiments.study import times as times_lib
+from experiments.study.results import SUMMARY
 from experiments.study.times import Burst, StepTime
 from experiments.time_to_loss import screening, speed_arms, speed_rows
 from experiments.time_to_loss.speed_arms import (
@@ -13,7 +19,9 @@ from experiments.time_to_loss.speed_arms import (
   SpeedPreset,
   arm_name,
 )
+from moe_jax.analysis import roofline
 from moe_jax.analysis.roofline import Peaks
+from tests.training import tiny
 
 PEAKS = Peaks(200e9, 20e9, 'float32', 1024, 1 << 28)
 FOUR = SpeedModel(128, 4, 1, 'capacity 1')
@@ -188,3 +196,38 @@ def test_a_long_result_takes_the_place_of_a_full_one(tmp_path):
   assert {k: v.parent.name for k, v in found.items()} == {
     'a': 'long', 'b': 'full'
   }  # fmt: skip
+
+
+SMALL = {
+  'batch_size': 8,
+  'data.seq_len': 16,
+  'data.source.python_stdlib.modules': tiny.MODULES,
+  'model.num_layers': 1,
+  'model.moe.group_size': 16,
+  **{f'evals.{name}.num_batches': 2 for name in ('main', screening.NO_DROPS)},
+}
+
+
+@pytest.mark.slow
+def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
+  monkeypatch.setattr(times_lib, '_SECONDS', 0.01)
+  monkeypatch.setattr(times_lib, '_STEPS', 1)
+  quick = functools.partial(roofline.measure_peaks, quick=True)
+  monkeypatch.setattr(roofline, 'measure_peaks', quick)
+  preset = SpeedPreset(
+    10, 1, SMALL, models=[FOUR], most=1, rates=(4e-3,), lengths=(0.5, 1.0)
+  )
+  study = dataclasses.replace(switch_speed.STUDY, presets={'full': preset})
+  argv = ['--workers=1', f'--output={tmp_path}', '--config.mesh.data=-1']
+  folder = command.main(study, argv)
+  summary = json.loads((folder / SUMMARY).read_text())
+  names = [row['name'] for row in summary['rows']]
+  assert names == [FOUR.twin.name, FOUR.name, speed_rows.FIRST]
+  values = summary['rows'][1]['values']
+  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 1
+  assert values[speed_rows.RATE.name] == [4e-3]
+  assert len(summary['claims']) == 5 and 'of 1 burst,' in summary['timing']
+  # The same command makes and times nothing again.
+  monkeypatch.setattr(times_lib, '_Measuring', None)
+  monkeypatch.setattr(runner, 'train_and_evaluate', None)
+  assert command.main(study, argv) == folder
