@@ -131,9 +131,9 @@ STUDY = Study(
   figure=Figure(['epochs', 'I(expert; case)', 'experts in use']),
   rows=jacobs_rows.rows,
   runner=DescentRunner(),
-  exploration=Exploration(
-    jacobs_rows.explored, jacobs_rows.chosen, jacobs_rows.EXPLORED
-  ),
+  explorations=lambda preset: [
+    Exploration(jacobs_rows.explored, jacobs_rows.chosen, jacobs_rows.EXPLORED)
+  ],
   pictures=pictures,
   remarks=jacobs_rows.remarks,
   length=in_epochs,

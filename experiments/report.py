@@ -2,11 +2,11 @@
 
     python -m experiments.report
 
-Copies `results/<study>/full/summary.json` of every study that has one, with its
-figure, to `experiments/results`, and writes the page from all summaries there;
-a study that was not run again keeps its earlier summary. The page refuses to
-mix corpora: studies of one task must have seen the same bytes. Not here: the
-text of one study's section (`study/results.py`).
+Copies `results/<study>/full/summary.json` of every study that has one, or that
+of its preset `long`, with its figure, to `experiments/results`, and writes the
+page from all summaries there; a study that was not run again keeps its earlier
+summary. The page refuses to mix corpora: studies of one task must have seen the
+same bytes. Not here: the text of one study's section (`study/results.py`).
 """
 
 import json
@@ -23,31 +23,36 @@ from moe_jax import command_line
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
 PAGE = 'RESULTS.md'
-PRESET = 'full'
+# The presets whose results are reported; of those that a study has the last.
+PRESETS = ('full', 'long')
 _ABOUT = """# Results
 
 Published tables, run again at a size that two cores can train: made by
-`python -m experiments.report` from each study's full preset. Models here are
-thousands of times smaller than the papers', so it is directions that are
-compared, never values. A direction counts as reproduced only where the paired
-95 % interval of the difference excludes zero on the paper's side; else it is
-"opposite" or "not resolved", with the smallest difference that the seeds could
-have told beside it. Questions of our own, which no paper has a number for, are
-"shown" or "refuted". Intervals are of single comparisons: of twenty true nulls
-one would be resolved by chance. Values marked as of a secondary source were not
-read in the paper, and unverified ones are not shown. Each study stands with the
-command that made it, and with its device and date: the code has changed since.
+`python -m experiments.report` from each study's full preset, or its long one.
+Models here are thousands of times smaller than the papers', so it is directions
+that are compared, never values. A direction counts as reproduced only where the
+paired 95 % interval of the difference excludes zero on the paper's side; else
+it is "opposite" or "not resolved", with the smallest difference that the seeds
+could have told beside it. Questions of our own, which no paper has a number
+for, are "shown" or "refuted". Intervals are of single comparisons: of twenty
+true nulls one would be resolved by chance. Values marked as of a secondary
+source were not read in the paper, and unverified ones are not shown. Each study
+stands with the command that made it, and with its device and date: the code has
+changed since.
 """
 
 
 def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Paths of the full presets' summaries, by study."""
-  paths = sorted(results.glob(f'*/{PRESET}/{study_results.SUMMARY}'))
-  return {path.parts[-3]: path for path in paths}
+  """Paths of the summaries of the largest reported preset, by study."""
+  return {
+    path.parts[-3]: path
+    for preset in PRESETS
+    for path in sorted(results.glob(f'*/{preset}/{study_results.SUMMARY}'))
+  }
 
 
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
-  """Copies the full presets' summaries and figures to the folder `kept`."""
+  """Copies the reported summaries and their figures to the folder `kept`."""
   kept.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
@@ -76,7 +81,8 @@ def read(
   if not summaries:
     folders = [str(folder) for folder in (results, kept) if folder is not None]
     raise ValueError(
-      f'no results of a study with --preset=full in {" or ".join(folders)}'
+      f'no results of a study with --preset={PRESETS[0]} in '
+      f'{" or ".join(folders)}'
     )
   names: dict[str, dict[str, list[str]]] = {}
   for summary in summaries:

@@ -20,11 +20,10 @@ Found: models reach the dense loss in 0.9 of the steps with 2 experts, 0.7 with
 a step of so narrow a model costs 1.3 to 2.1 dense ones on a CPU.
 """
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 from experiments.study import byte_models, command
+from experiments.study.annealed import ratio_to
 from experiments.study.parts import (
   Arm,
   Claim,
@@ -74,29 +73,6 @@ def model_name(E: int, K: int) -> str:
 def arm_name(E: int, K: int, length: float) -> str:
   """Name of the arm of a model trained for one length."""
   return f'{model_name(E, K)}, {length} of the steps'
-
-
-def ratio_to(
-  target: float, lengths: Sequence[float], losses: Sequence[float]
-) -> float:
-  """The length of training at which the loss would be `target`.
-
-  The loss is taken as linear in the logarithm of the length, between the two
-  lengths around the target or, beyond the ends, through the nearest two. NaN
-  where the loss does not fall between these two.
-
-  Args:
-    target: Loss to reach.
-    lengths: Lengths of training, ascending.
-    losses: Final loss at each length.
-  """
-  logs = np.log(lengths)
-  above = sum(loss > target for loss in losses)
-  i = int(np.clip(above, 1, len(losses) - 1))
-  slope = (losses[i] - losses[i - 1]) / (logs[i] - logs[i - 1])
-  if not slope < 0:
-    return float('nan')
-  return float(np.exp(logs[i] + (target - losses[i]) / slope))
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:

@@ -239,7 +239,9 @@ def test_arms_are_explored_then_chosen():
     epochs = 10 if arm.x == rates[best] else 20
     run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
     explored_results[arm.name] = [run, run]
-  chosen = {arm.name: arm for arm in jacobs_rows.chosen(arms, explored_results)}
+  chosen = {
+    arm.name: arm for arm in jacobs_rows.chosen(arms, explored_results, {})
+  }
   assert len(chosen) == 2 * len(jacobs_claims.SYSTEMS)
   own = chosen['BP, 6 hidden'].overrides['learning_rate']
   shared_rate = chosen['BP, 6 hidden' + jacobs_claims.SHARED].overrides
@@ -256,8 +258,9 @@ def written(tmp_path_factory):
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--steps=50', '--workers=1', f'--output={output}']
   study = jacobs_table1.STUDY
-  exploration = dataclasses.replace(study.exploration, seeds=range(9, 11))
-  study = dataclasses.replace(study, exploration=exploration)
+  (exploration,) = study.explorations(study.presets['full'])
+  exploration = dataclasses.replace(exploration, seeds=range(9, 11))
+  study = dataclasses.replace(study, explorations=lambda _: [exploration])
 
   @functools.cache
   def run(task):

@@ -42,12 +42,12 @@ from experiments import (
   stmoe_table5,
   stmoe_table14,
   switch_scaling,
+  switch_speed,
   switch_table1,
   switch_table4,
   switch_table6,
   switch_table7,
 )
-from experiments.benchmarks import timing
 from experiments.faster_moe import clusters, simulate, simulated_runs
 from experiments.study import (
   byte_models,
@@ -69,8 +69,9 @@ from experiments.study.jobs import RESULT, layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.starts import Start, in_order, started
 from experiments.study.tables import Interval, markdown_table
+from experiments.study.times import Burst, StepTime
 from moe_jax import command_line, config_flag, host, run_config, sections
-from moe_jax.analysis import cost
+from moe_jax.analysis import cost, roofline
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import difference, merge
 from moe_jax.training import loop, setup
@@ -101,6 +102,7 @@ STUDIES = {
     stmoe_table5,
     stmoe_table14,
     switch_scaling,
+    switch_speed,
     switch_table1,
     switch_table4,
     switch_table6,
@@ -629,7 +631,8 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= dict.fromkeys((*sizes, *small), number)
   result |= dict.fromkeys(simulated_keys(), number)
   result |= {f'gate/{k}': number for k in ('leaving', 'kept_at_home')}
-  result['whole/bytes'] = number
+  result['whole/bytes'] = result['learning_rate'] = number
+  result |= {f'step/{k}': 1e9 for k in ('flops', 'optimizer_bytes')}
   for key in ('loss', 'bytes', 'speed'):
     result[f'extracted/{key}'] = number
   result['parameters'] = 1 + config.model.moe.num_experts
@@ -663,6 +666,13 @@ def measured_routing(study, number: float) -> dict[str, float]:
   }
 
 
+def step_time(arm: str, first: str) -> StepTime:
+  """The step time of an arm in one burst."""
+  seconds = {first: [0.5, 0.4], arm: [0.6, 0.6]}
+  peaks = roofline.Peaks(2e11, 2e10, 'float32', 1024, 1 << 28)
+  return StepTime.of(arm, first, [Burst(seconds, peaks, 0.0)])
+
+
 # A study with and one without runs that others begin with, and one of served
 # models.
 FAST = ('eval_capacity', 'switch_table6', 'serving_table')
@@ -678,7 +688,7 @@ each_study = pytest.mark.parametrize(
 @each_study
 def test_a_studys_claims_are_about_its_rows(name, tmp_path):
   study = STUDIES[name]
-  assert set(study.presets) == {'quick', 'full'}
+  assert {'quick', 'full'} <= set(study.presets) <= {'quick', 'full', 'long'}
   for preset in study.presets.values():
     arms = study.arms_of(preset)
     shared, seeds = study.shared(preset), range(2)
@@ -693,13 +703,13 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
       assert fnmatch.filter([arm.name for arm in study.arms(preset)], pattern)
       assert not fnmatch.filter([arm.name for arm in arms], pattern)
     times = {
-      arm: timing.Spread(1.2, 1.5, 1.7)
-      for arm in study.timed
+      arm: step_time(arm, group[0])
+      for group in study.timed_groups(arms)
+      for arm in group
       if arm in results or not preset.without
     }
     assert times.keys() <= results.keys()
-    medians = dict.fromkeys(times, 1.5)
-    rows = study.make_rows(arms, results, medians)
+    rows = study.make_rows(arms, results, times)
     summary = study_results.summary_of(
       study, preset, study.tasks[study.task], rows, results, times
     )

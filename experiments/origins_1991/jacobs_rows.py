@@ -56,8 +56,11 @@ def sweeps(results: Results) -> dict[str, Sweep]:
   }
 
 
-def chosen(arms: Sequence[Arm], results: Results) -> list[Arm]:
+def chosen(
+  arms: Sequence[Arm], results: Results, times: Mapping[str, float]
+) -> list[Arm]:
   """Arms of every system at its best rate, then at the rate best for all."""
+  del times
   of_arms = sweeps(results)
   shared = best_rate(list(of_arms.values()))
   own = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}

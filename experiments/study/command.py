@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.study import results, scheduled_runs, times
 from experiments.study.jobs import Job
@@ -67,9 +67,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   )
   runs = _run(study, preset, options)
   output = pathlib.Path(options.output) / study.name
-  spreads = times.step_times(study, runs.jobs, output)
-  medians = {name: step_time.median for name, step_time in spreads.items()}
-  rows = study.make_rows(runs.arms, runs.results, medians)
+  timed = {**runs.times, **_timed(study, preset, runs, output)}
+  rows = study.make_rows(runs.arms, runs.results, timed)
   changed = _changed(study, options)
   summary = results.summary_of(
     study,
@@ -77,7 +76,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     study.tasks[options.task],
     rows,
     runs.results,
-    spreads,
+    timed,
     arguments=_arguments(study, options, changed),
   )
   configs = {job.arm.name: job.config for job in runs.jobs if not job.seed}
@@ -95,12 +94,13 @@ class _Runs:
   """The reported arms and their runs, and the results of all runs.
 
   The results include those of explored arms, which are not reported, and of the
-  runs that arms begin with.
+  runs that arms begin with; the step times are those of explored arms.
   """
 
   arms: Sequence[Arm]
   jobs: Sequence[Job]
   results: Results
+  times: Mapping[str, times.StepTime]
 
 
 def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
@@ -130,13 +130,30 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
     return jobs
 
   explored: Results = {}
-  if study.exploration is not None:
-    tried = study.exploration.arms(arms, shared)
-    explored = scheduled_runs.read_all(run(tried, study.exploration.seeds))
-    arms = study.exploration.chosen(arms, explored)
+  timed: dict[str, times.StepTime] = {}
+  for stage in study.explorations(preset) if study.explorations else []:
+    tried = stage.arms(arms, shared)
+    jobs = run(tried, stage.seeds)
+    explored = {**explored, **scheduled_runs.read_all(jobs)}
+    if stage.timed is not None:
+      timed |= times.step_times(stage.timed(tried), jobs, output)
+    arms = stage.chosen(arms, explored, timed)
   jobs = run(arms, range(preset.seeds))
   results = {**explored, **began, **scheduled_runs.read_all(jobs)}
-  return _Runs(arms, jobs, results)
+  return _Runs(arms, jobs, results, timed)
+
+
+def _timed(
+  study: Study, preset: Preset, runs: _Runs, output: pathlib.Path
+) -> dict[str, times.StepTime]:
+  """Step times of the reported arms that the study names."""
+  return times.step_times(
+    study.timed_groups(runs.arms),
+    runs.jobs,
+    output,
+    preset.bursts,
+    again=preset.burst_for_each_seed,
+  )
 
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:

@@ -75,6 +75,8 @@ class Preset:
       text.
     start_steps: Number of optimizer steps of the runs that the arms begin with;
       0 where they begin with none.
+    burst_for_each_seed: Whether steps are timed in as many bursts as there are
+      seeds, for intervals that hold both; otherwise in one.
   """
 
   steps: int
@@ -82,6 +84,12 @@ class Preset:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   without: Sequence[str] = ()
   start_steps: int = 0
+  burst_for_each_seed: bool = False
+
+  @property
+  def bursts(self) -> int:
+    """Number of bursts in which the steps of reported arms are timed."""
+    return self.seeds if self.burst_for_each_seed else 1
 
   def keeps(self, arm: Arm) -> bool:
     """Whether the preset has the arm."""

@@ -14,12 +14,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments.benchmarks import timing
 from experiments.study import claims, figures
+from experiments.study import times as times_lib
 from experiments.study.parts import Figure, Preset, Results, Row
 from experiments.study.study import Study
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.tasks import Task
+from experiments.study.times import StepTime
 from experiments.study.verdicts import Verdict, verdict
 from moe_jax.runs.workdir import write_text
 
@@ -32,7 +33,7 @@ def summary_of(
   task: Task,
   rows: Sequence[Row],
   results: Results,
-  times: Mapping[str, timing.Spread],
+  times: Mapping[str, StepTime],
   arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
   """The summary of a study, as JSON can hold it; `report` reads it.
@@ -45,7 +46,7 @@ def summary_of(
       without published numbers.
     rows: Rows of the table.
     results: Results of all runs, by arm.
-    times: Ratios of step times to the first timed arm's, by arm.
+    times: Ratios of step times to those of a group's first arm, by arm.
     arguments: Arguments of the command that reproduces the table.
   """
   runs = [run for arm in results.values() for run in arm]
@@ -68,7 +69,8 @@ def summary_of(
     'arguments': list(arguments),
     'digests': sorted({run['data_digest'] for run in runs}),
     **_facts([run['made'] for run in runs]),
-    'times': {name: f'{step_time:.2f}' for name, step_time in times.items()},
+    'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
+    'timing': times_lib.describe(times) if times else '',
     'columns': [
       {'name': c.name, 'unit': c.unit, 'digits': c.digits}
       for c in study.columns
@@ -152,7 +154,8 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     times = [
       f'{name} {step_time}' for name, step_time in summary['times'].items()
     ]
-    lines += ['', f'Step times, medians and quartiles: {"; ".join(times)}.']
+    said = f'Step times, medians and quartiles: {"; ".join(times)}.'
+    lines += ['', f'{said} {summary.get("timing", "")}'.rstrip()]
   if summary['remarks']:
     lines += ['', summary['remarks']]
   lines += ['', f'![{summary["title"]}]({picture})', '']

@@ -26,7 +26,7 @@ from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.loop import train_and_evaluate
-from moe_jax.training.setup import Ended, Run
+from moe_jax.training.setup import Ended, Hook, Run
 from moe_jax.training.step import TrainState
 
 Measure = Callable[[Run, TrainState], Mapping[str, Any]]
@@ -111,6 +111,7 @@ def train(
   job: Job,
   measure: Measure | None = None,
   devices: Sequence[jax.Device] | None = None,
+  hooks: Sequence[Hook] = (),
 ) -> Result:
   """Trains a run, or makes it of another, and returns its result.
 
@@ -120,6 +121,7 @@ def train(
     job: The run.
     measure: Function of the trained run, as in `TrainingRunner`.
     devices: Devices of the mesh; None takes all.
+    hooks: More hooks of a run that is trained; they may wrap its step.
 
   Raises:
     SystemExit: SIGTERM stopped the run; the same call continues it.
@@ -130,20 +132,20 @@ def train(
   if job.arm.change is not None:
     last = changed_runs.changed(job)
   else:
-    last = _trained(job, measure, devices)
+    last = _trained(job, measure, devices, hooks)
   job.write_result({**last, 'made': made_in(start)})
   if not job.keeps:
     _remove_parameters(job)
   return job.result()
 
 
-def _trained(job, measure, devices) -> dict[str, Any]:
+def _trained(job, measure, devices, hooks) -> dict[str, Any]:
   """Trains a run; returns its last metrics."""
   ending, distilling = _Ending(measure), Distilling()
   train_and_evaluate(
     run_config.read(job.config),
     job.workdir,
-    hooks=[Facts(), SharedStep(), distilling, Traces(), ending],
+    hooks=[Facts(), SharedStep(), distilling, Traces(), *hooks, ending],
     devices=devices,
     initial=distilling.initial,
   )

@@ -32,22 +32,27 @@ from experiments.study.starts import Start, Started, in_order, start_jobs
 from experiments.study.tasks import TASKS, Task
 from moe_jax.options import unknown
 
+# Names of the arms whose steps are timed together; ratios are to the first.
+Groups = Sequence[Sequence[str]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
-  """Preliminary runs that choose options of the arms, such as learning rates.
+  """Preliminary runs that choose arms, or their options, as learning rates.
 
   Attributes:
-    arms: Returns the explored arms, from the study's arms and the config that
+    arms: Returns the explored arms, from the arms so far and the config that
       they share.
-    chosen: Returns the reported arms, from the study's arms and the results of
-      the explored arms.
+    chosen: Returns the arms that go on, from the arms so far, the results of
+      all explored arms and the ratios of step times by timed arm.
     seeds: Seeds of the explored runs, none of which is reported.
+    timed: Returns the explored arms whose steps are timed; None for none.
   """
 
   arms: Callable[[Sequence[Arm], ml_collections.ConfigDict], Sequence[Arm]]
-  chosen: Callable[[Sequence[Arm], Results], Sequence[Arm]]
+  chosen: Callable[[Sequence[Arm], Results, Mapping[str, float]], Sequence[Arm]]
   seeds: Sequence[int]
+  timed: Callable[[Sequence[Arm]], Groups] | None = None
 
 
 def in_steps(preset: Preset) -> str:
@@ -77,13 +82,13 @@ class Study:
       None where there are none. Their results are among those of the arms,
       by name of the start.
     runner: Object that makes the runs.
-    exploration: Preliminary runs that choose options of the arms; None for
-      none.
+    explorations: Returns the preliminary runs of a preset, one stage after the
+      other, which choose arms and their options; None for none.
     pictures: Writes further pictures to the folder of the table, from the
       results of all arms; None for none.
     timed: Names of arms whose steps are timed, interleaved, after the runs;
       those that the preset leaves out are skipped. Times are ratios to the
-      first arm's.
+      first arm's. Or a function from the reported arms to groups of names.
     remarks: Text below the table, or a function from results to the text.
     length: Returns the length of a preset's runs, in words.
     progress: Name of the column whose number is printed as runs end; '' takes
@@ -103,9 +108,9 @@ class Study:
   rows: Callable[[Results, Mapping[str, float]], Sequence[Row]] | None = None
   starts: Callable[[Preset], Sequence[Start]] | None = None
   runner: Runner = TrainingRunner()
-  exploration: Exploration | None = None
+  explorations: Callable[[Preset], Sequence[Exploration]] | None = None
   pictures: Callable[[Results, pathlib.Path], None] | None = None
-  timed: Sequence[str] = ()
+  timed: Sequence[str] | Callable[[Sequence[Arm]], Groups] = ()
   remarks: str | Callable[[Results], str] = ''
   length: Callable[[Preset], str] = in_steps
   progress: str = ''
@@ -211,6 +216,10 @@ class Study:
       spec = f'experiments/{self.name}.py:{preset}'
       items.append(Item(spec, overrides, str(job.workdir)))
     return items
+
+  def timed_groups(self, arms: Sequence[Arm]) -> Groups:
+    """Names of the reported arms whose steps are timed, by group."""
+    return self.timed(arms) if callable(self.timed) else [self.timed]
 
   def make_rows(
     self, arms: Sequence[Arm], results: Results, times: Mapping[str, float]

@@ -1,61 +1,208 @@
 """Times the steps of a study's arms, interleaved, after its runs.
 
-Not here: the runs (`scheduled_runs.py`).
+Steps are timed in bursts, which are kept one by one. A burst in which other
+processes used the machine is kept, too, but said to be of a busy machine, and
+the same command later measures another in its place if the preset has a burst
+for each seed. Bursts of explored arms stay, and what was chosen by them. Not
+here: the runs (`scheduled_runs.py`).
 """
 
+import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.study.jobs import Job
-from experiments.study.study import Study
 from moe_jax import run_config
+from moe_jax.analysis import roofline
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import set_up
 
 _STEPS = 5
 _SECONDS = 30.0
+_LOOK_SECONDS = 1.0
+# Number of cores that other processes may use on a machine that counts as idle.
+BUSY = 0.1
+
+
+class StepTime(float):
+  """An arm's step time as a ratio to that of the first arm of its group.
+
+  As a number it is the median over all rounds.
+
+  Attributes:
+    spread: Quartiles of the ratio over all rounds.
+    ratios: Median ratio of each burst.
+    seconds: Median seconds of a step of each burst.
+    peaks: Peaks of the machine, medians over all rounds.
+    others: Largest number of cores that other processes used during a burst.
+  """
+
+  spread: timing.Spread
+  ratios: tuple[float, ...]
+  seconds: tuple[float, ...]
+  peaks: roofline.Peaks
+  others: float
+
+  @classmethod
+  def of(cls, name: str, first: str, bursts: Sequence['Burst']) -> 'StepTime':
+    """The step time of one arm in some bursts.
+
+    Args:
+      name: Name of the arm.
+      first: Name of the arm to whose time ratios are taken, round by round.
+      bursts: The bursts, in each of which both arms were timed.
+    """
+    rounds = [
+      [a / b for a, b in zip(x.seconds[name], x.seconds[first], strict=True)]
+      for x in bursts
+    ]
+    spread = timing.Spread.of([ratio for of in rounds for ratio in of])
+    found = cls(spread.median)
+    found.spread = spread
+    found.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
+    found.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
+    found.peaks = _median(x.peaks for x in bursts)
+    found.others = max(x.others for x in bursts)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Burst:
+  """Interleaved rounds that were timed without a break.
+
+  Attributes:
+    seconds: Seconds of a step in each round, by name of the arm.
+    peaks: Peaks of the machine, medians over the rounds.
+    others: Number of cores that other processes used, on average.
+  """
+
+  seconds: Mapping[str, Sequence[float]]
+  peaks: roofline.Peaks
+  others: float
+
+  @classmethod
+  def read(cls, values: Mapping[str, Any]) -> 'Burst':
+    """The burst that `dataclasses.asdict` turned into values."""
+    return cls(**{**values, 'peaks': roofline.Peaks(**values['peaks'])})
 
 
 def step_times(
-  study: Study, jobs: Sequence[Job], output: pathlib.Path
-) -> dict[str, timing.Spread]:
-  """Quartiles of each timed arm's step time over that of the first timed arm.
+  groups: Sequence[Sequence[str]],
+  jobs: Sequence[Job],
+  output: pathlib.Path,
+  bursts: int = 1,
+  *,
+  again: bool = False,
+) -> dict[str, StepTime]:
+  """Step times of the arms of each group, by name of the arm.
 
-  Steps are interleaved in one process that has all cores, and ratios are taken
-  within rounds. They are measured once for a device and read from a file later.
+  The steps of a group are interleaved in one process that has all cores, and
+  ratios to its first arm are taken within rounds. Bursts are measured once for
+  a device and read from a file later; the least disturbed ones are taken.
 
   Args:
-    study: The study; `study.timed` names the arms.
+    groups: Names of the arms to be timed together, each in one group. Those
+      that have no run are skipped.
     jobs: Runs of the study, which have the configs of its arms.
     output: Folder of the study.
+    bursts: Number of bursts of each group.
+    again: Whether bursts of a busy machine are measured again.
   """
-  first = {job.arm.name: job for job in jobs if not job.seed}
-  timed = {name: first[name] for name in study.timed if name in first}
-  if not timed:
-    return {}
+  first = {job.arm.name: job for job in reversed(jobs)}
+  found = {}
+  for group in groups:
+    timed = {name: first[name] for name in group if name in first}
+    if timed:
+      taken = _bursts(timed, output, bursts, again)
+      base = next(iter(timed))
+      found |= {name: StepTime.of(name, base, taken) for name in timed}
+  return found
+
+
+def describe(times: Mapping[str, StepTime]) -> str:
+  """A sentence on how many bursts there were, and how busy the machine was."""
+  bursts = max(len(t.ratios) for t in times.values())
+  others = max(t.others for t in times.values())
+  said = (
+    f'They are of {bursts} burst{"s" * (bursts > 1)}, in which other processes '
+    f'used at most {others:.2f} of {os.cpu_count()} cores'
+  )
+  if others > BUSY:
+    said += ': the machine was BUSY'
+  return f'{said}.'
+
+
+def _bursts(
+  timed: Mapping[str, Job], output: pathlib.Path, number: int, again: bool
+) -> list[Burst]:
+  """The least disturbed bursts; those that are missing are measured."""
   # Names of the runs' folders, which end in the hash of a config.
   hashes = [job.workdir.name for job in timed.values()]
   key = ' '.join([timing.device_name(), jax.__version__, *hashes])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
-  path = output / f'step_times-{name}.json'
-  if not path.exists():
-    print(f'timing the steps of {len(timed)} arms', flush=True)
-    cases = {name: _Stepping(job.config) for name, job in timed.items()}
-    seconds = timing.interleave(cases, seconds=_SECONDS)
-    first = seconds[study.timed[0]]
-    spreads = {name: timing.ratio(s, first) for name, s in seconds.items()}
-    written = {n: [s.low, s.median, s.high] for n, s in spreads.items()}
+  path = output / f'step_bursts-{name}.json'
+  kept = []
+  if path.exists():
+    kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
+  good = [burst for burst in kept if burst.others <= BUSY or not again]
+  missing = number - len(good)
+  if missing > 0:
+    print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
+    measure = _Measuring({name: job.config for name, job in timed.items()})
     output.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_text(path, json.dumps(written, indent=2) + '\n')
-  quartiles = json.loads(path.read_text(encoding='utf-8'))
-  return {name: timing.Spread(*values) for name, values in quartiles.items()}
+    for _ in range(missing):
+      kept.append(measure())
+      text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
+      workdir_lib.write_text(path, text + '\n')
+  return sorted(kept, key=lambda burst: burst.others)[:number]
+
+
+def _warning() -> str:
+  """Words on a machine that other processes are using now, if they are."""
+  begin, used = time.perf_counter(), _used()
+  time.sleep(_LOOK_SECONDS)
+  others = (_used() - used) / (time.perf_counter() - begin)
+  if others <= BUSY:
+    return ''
+  return (
+    f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
+    'which the table will say if it goes on'
+  )
+
+
+class _Measuring:
+  """Measures bursts of some configs' steps, each of which is compiled once."""
+
+  def __init__(self, configs: Mapping[str, ml_collections.ConfigDict]):
+    self._cases = {name: _Stepping(config) for name, config in configs.items()}
+    self._peaks = roofline.measure_peaks()
+    for case in self._cases.values():  # compiles, which is no part of a burst
+      case()
+
+  def __call__(self) -> Burst:
+    """Measures one burst."""
+    begin, own, used = time.perf_counter(), time.process_time(), _used()
+    seconds, peaks = timing.with_probes(
+      self._cases, self._peaks, seconds=_SECONDS
+    )
+    elapsed = time.perf_counter() - begin
+    others = _used() - used - (time.process_time() - own)
+    return Burst(
+      {name: [s / _STEPS for s in rounds] for name, rounds in seconds.items()},
+      _median(peaks),
+      max(0.0, others / elapsed),
+    )
 
 
 class _Stepping:
@@ -72,3 +219,27 @@ class _Stepping:
     for _ in range(_STEPS):
       self._state, _ = self._run.train_step(self._state, next(self._batches))
     jax.block_until_ready(self._state)
+
+
+def _median(peaks: Iterable[roofline.Peaks]) -> roofline.Peaks:
+  """The peaks with the median of each speed."""
+  first, *_ = peaks = list(peaks)
+  return dataclasses.replace(
+    first,
+    flops_per_second=float(np.median([p.flops_per_second for p in peaks])),
+    bytes_per_second=float(np.median([p.bytes_per_second for p in peaks])),
+  )
+
+
+def _used() -> float:
+  """Seconds for which all processes have used the cores of this machine.
+
+  It is the time of this process where the system does not say.
+  """
+  try:
+    with open('/proc/stat', encoding='utf-8') as file:
+      ticks = [int(n) for n in file.readline().split()[1:9]]
+  except OSError:
+    return time.process_time()
+  # The fourth and fifth are those of idle cores.
+  return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')

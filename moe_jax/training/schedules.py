@@ -90,9 +90,41 @@ class Constant(Schedule):
     return optax.constant_schedule(peak)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trapezoid(Schedule):
+  """The peak for most of the run, then a straight line down to 0 at its end.
+
+  Runs of several lengths, with warm-ups of as many steps, are equal until the
+  shortest begins to decay, so that one of them can be the start of the next.
+  """
+
+  decay_fraction: float = option(
+    0.2,
+    'Share of the steps of the run, its last ones, over which the learning '
+    'rate falls to 0; with 0 it never falls.',
+    within('[0, 1]'),
+  )
+
+  def stable_steps(self, total_steps: int) -> int:
+    """The number of steps of a run before the learning rate falls."""
+    return total_steps - round(self.decay_fraction * total_steps)
+
+  def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
+    """Returns the line, which begins after the warm-up at the earliest."""
+    stable = self.stable_steps(steps + self.warmup_steps) - self.warmup_steps
+    stable = max(stable, 0)
+    fall = optax.linear_schedule(peak, 0.0, steps - stable)
+    return optax.join_schedules([optax.constant_schedule(peak), fall], [stable])
+
+
 SCHEDULES = Kinds(
   'schedule',
   Schedule,
-  {'cosine': Cosine, 'inverse_sqrt': InverseSqrt, 'constant': Constant},
+  {
+    'cosine': Cosine,
+    'inverse_sqrt': InverseSqrt,
+    'constant': Constant,
+    'trapezoid': Trapezoid,
+  },
   inline=True,
 )

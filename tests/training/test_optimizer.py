@@ -10,7 +10,12 @@ from moe_jax.layers.parameters import Role
 from moe_jax.options import OptionError
 from moe_jax.training import programs
 from moe_jax.training.optimizer import Adafactor, AdamW
-from moe_jax.training.schedules import Constant, Cosine, InverseSqrt
+from moe_jax.training.schedules import (
+  Constant,
+  Cosine,
+  InverseSqrt,
+  Trapezoid,
+)
 from tests.training import tiny
 
 AXES = {
@@ -76,6 +81,8 @@ def run(transform, params, grads, steps=3):
     (Constant, 99, 1.0),
     (InverseSqrt, 9, 1.0),
     (InverseSqrt, 40, 0.5),  # sqrt(10 / 40)
+    (Trapezoid, 80, 1.0),
+    (Trapezoid, 95, 0.25),  # 15 of the last 20 steps are taken
   ],
 )
 def test_schedule_by_formula(schedule, step, expected):
@@ -83,7 +90,7 @@ def test_schedule_by_formula(schedule, step, expected):
   np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('schedule', [Cosine, Constant, InverseSqrt])
+@pytest.mark.parametrize('schedule', [Cosine, Constant, InverseSqrt, Trapezoid])
 def test_a_warmup_is_at_most_half_of_the_run(schedule):
   # Of nine steps four warm up, also where a hundred would.
   long, cut = (schedule(warmup_steps=n).rate(1.0, 9) for n in (100, 4))
@@ -92,6 +99,14 @@ def test_a_warmup_is_at_most_half_of_the_run(schedule):
   np.testing.assert_allclose(long(steps)[:4], [0.25, 0.5, 0.75, 1.0])
   # A run of one step has no warm-up.
   assert schedule(warmup_steps=100).rate(1.0, 1)(np.zeros(1)) == 1.0
+
+
+def test_runs_are_equal_until_the_shorter_one_decays():
+  short, long = (Trapezoid(warmup_steps=3).rate(1.0, n) for n in (10, 20))
+  stable = Trapezoid().stable_steps(10)
+  steps = jax.numpy.arange(10)
+  equal = np.asarray(short(steps) == long(steps))
+  assert equal[: stable + 1].all() and not equal[stable + 1 :].any()
 
 
 def test_adamw_is_optax_adamw(params, grads):

@@ -1,0 +1,146 @@
+"""Runs of one model that are annealed at several lengths, at little cost.
+
+With a trapezoid as the schedule of the learning rate, runs that differ only in
+`total_steps` are equal until the shortest of them begins to decay. There the
+shorter run gives the longer one its state as a checkpoint, from which that goes
+on. Every run is the one that its config describes, on one device bit for bit,
+and only the steps in which a shorter run decays are taken again.
+
+Not here: how the lengths are compared (`experiments/switch_speed.py`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+
+from experiments.study.jobs import Job
+from experiments.study.runner import TrainingRunner, train
+from moe_jax import run_config
+from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.workdir import checkpoints_of
+from moe_jax.training.begin import EXPERTS
+from moe_jax.training.run_options import RunOptions
+from moe_jax.training.schedules import Trapezoid
+from moe_jax.training.setup import Hook, Run
+
+
+def ratio_to(
+  target: float, lengths: Sequence[float], losses: Sequence[float]
+) -> float:
+  """The length of training at which the loss would be `target`.
+
+  The loss is taken as linear in the logarithm of the length, between the two
+  lengths around the target or, beyond the ends, through the nearest two. NaN
+  where the loss does not fall between these two.
+
+  Args:
+    target: Loss to reach.
+    lengths: Lengths of training, ascending.
+    losses: Final loss at each length.
+  """
+  logs = np.log(lengths)
+  above = sum(loss > target for loss in losses)
+  i = int(np.clip(above, 1, len(losses) - 1))
+  slope = (losses[i] - losses[i - 1]) / (logs[i] - logs[i - 1])
+  if not slope < 0:
+    return float('nan')
+  return float(np.exp(logs[i] + (target - losses[i]) / slope))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnealedRunner(TrainingRunner):
+  """Trains the lengths of a model in ascending order, each from the last one.
+
+  Arms that differ only in length have one `line`, and other arms another.
+  """
+
+  def together(self, job: Job) -> str:
+    """The line and the seed."""
+    return f'{job.arm.line}, seed {job.seed}'
+
+  def __call__(self, jobs: Sequence[Job]) -> None:
+    """Trains the runs of one line and seed.
+
+    Raises:
+      ValueError: The runs differ in more than their lengths.
+    """
+    ordered = sorted(jobs, key=lambda job: job.config.total_steps)
+    for job, longer in zip(ordered, [*ordered[1:], None], strict=True):
+      hooks = [] if longer is None else [Branch(job, longer)]
+      train(job, self.measure, hooks=hooks)
+
+
+class Branch(Hook):
+  """Gives a longer run the state at which this one begins to decay.
+
+  Args:
+    job: This run.
+    longer: The longer run, which has not begun.
+
+  Raises:
+    ValueError: The runs are not equal until then.
+  """
+
+  def __init__(self, job: Job, longer: Job):
+    own, other = (run_config.read(j.config) for j in (job, longer))
+    self._at = _stable_steps(own)
+    alike = dataclasses.replace(
+      other,
+      total_steps=own.total_steps,
+      log_every_steps=own.log_every_steps,
+    )
+    warmups = {
+      o.optimizer.schedule.warmup_in(o.total_steps) for o in (own, other)
+    }
+    if own != alike or len(warmups) > 1 or self._at > _stable_steps(other):
+      raise ValueError(
+        f'{job.name} and {longer.name} are no runs of one model and schedule '
+        f'that differ in total_steps={own.total_steps} and '
+        f'{other.total_steps} alone; their warm-ups have {sorted(warmups)} '
+        'steps'
+      )
+    self._folder = longer.workdir
+
+  def start(self, run: Run) -> None:
+    """Wraps the step."""
+    step, count = run.train_step, None
+
+    def branching(state, batch):
+      nonlocal count
+      count = int(state.step) if count is None else count + 1
+      if count == self._at:
+        self._give(run, state)
+      return step(state, batch)
+
+    run.train_step = branching
+
+  def _give(self, run: Run, state) -> None:
+    extra = {
+      'data_digest': run.dataset.digest,
+      EXPERTS: run.programs.trained.masks_digest,
+      **run.early_stopping.extra,
+    }
+    with Checkpointer(
+      checkpoints_of(self._folder, ''), keep_best=False
+    ) as given:
+      given.save(self._at, state, extra=extra)
+
+
+def _stable_steps(options: RunOptions) -> int:
+  """The number of steps before the learning rate falls.
+
+  Raises:
+    ValueError: The schedule is no trapezoid.
+  """
+  schedule = options.optimizer.schedule
+  if not isinstance(schedule, Trapezoid):
+    raise ValueError(
+      f'optimizer.schedule.kind is {type(schedule).__name__}; runs share their '
+      "first steps only with 'trapezoid'"
+    )
+  warmup = schedule.warmup_in(options.total_steps)
+  return max(
+    cast(Trapezoid, schedule).stable_steps(options.total_steps), warmup
+  )

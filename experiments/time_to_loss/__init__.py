@@ -1,0 +1,1 @@
+"""Models, arms and rows of the study `switch_speed`."""

@@ -1,0 +1,166 @@
+"""Chooses the models that go on after short runs, and their learning rates.
+
+The rules stand here before any result is seen. Not here: the runs
+(`speed_arms.py`), and what is reported of them (`speed_rows.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from experiments.study.annealed import ratio_to
+from experiments.study.parts import Arm, Column, Results
+from experiments.study.study import Exploration
+from experiments.time_to_loss.speed_arms import (
+  SCREENED_RATE,
+  SpeedPreset,
+  arm_name,
+  groups,
+  parsed,
+  twin_of,
+)
+
+# The evaluation that gives every token room, whose loss is compared.
+NO_DROPS = 'no_drops'
+LOSS = Column('loss', f'eval/{NO_DROPS}/loss', 'nats/byte')
+# A seed that no reported run has.
+SEEDS = (100,)
+# Lengths of the dense twin's trials, in lengths of a sparse model's.
+_TWIN_LENGTHS = (1, 2)
+
+
+class Prediction(NamedTuple):
+  """What short runs foresee of a model, as ratios to the dense twin's.
+
+  Attributes:
+    steps: Steps of the trial over those in which the twin, annealed, has the
+      same loss.
+    time: Time of a step.
+    seconds: The product of both.
+  """
+
+  steps: float
+  time: float
+  seconds: float
+
+
+def screen(preset: SpeedPreset) -> Exploration:
+  """Short runs of all models and of their twins at one rate for each width.
+
+  The models of the preset's width with the smallest predicted seconds to the
+  dense loss go on, with their twin.
+  """
+
+  def arms(_: Sequence[Arm], shared: ml_collections.ConfigDict) -> list[Arm]:
+    del shared
+    return _trials(preset)
+
+  def chosen(
+    so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
+  ) -> list[Arm]:
+    ranked, twin = ranking(predictions(results, times)), preset.twin.name
+    best = [m for m in ranked if twin_of(m) == twin][: preset.most]
+    return [arm for name in (twin, *best) for arm in so_far if arm.line == name]
+
+  return Exploration(arms, chosen, SEEDS, groups)
+
+
+def _trials(preset: SpeedPreset) -> list[Arm]:
+  """The arms of a screening, those of dense twins with two lengths."""
+  models, trial = preset.models, preset.trial
+  twins = dict.fromkeys(model.twin for model in models)
+  return [
+    *(
+      twin.arm(preset, trial * length, SCREENED_RATE[twin.width])
+      for twin in twins
+      for length in _TWIN_LENGTHS
+    ),
+    *(m.arm(preset, trial, SCREENED_RATE[m.width]) for m in models),
+  ]
+
+
+def search_rates(preset: SpeedPreset) -> Exploration:
+  """Short runs of all arms' models, dense ones too, at the preset's rates.
+
+  Each model goes on with the rate of the lowest loss.
+  """
+
+  def arms(
+    so_far: Sequence[Arm], shared: ml_collections.ConfigDict
+  ) -> list[Arm]:
+    del shared
+    first = {arm.line: arm for arm in so_far}
+    own = {'total_steps': round(preset.trial * preset.steps)}
+    return [
+      Arm(
+        arm_name(model, preset.trial, rate),
+        {**arm.overrides, **own, 'optimizer.learning_rate': rate},
+        f'{model}, rate {rate:g}',
+        preset.trial,
+      )
+      for model, arm in first.items()
+      for rate in preset.rates
+    ]
+
+  def chosen(
+    so_far: Sequence[Arm], results: Results, times: Mapping[str, float]
+  ) -> list[Arm]:
+    del times
+    best = best_rates(results, preset.rates)
+    key = 'optimizer.learning_rate'
+    return [
+      Arm(a.name, {**a.overrides, key: best[a.line]}, a.line, a.x)
+      for a in so_far
+    ]
+
+  return Exploration(arms, chosen, SEEDS)
+
+
+def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
+  """The rate of the lowest loss of each model that was tried at all of them."""
+  losses: dict[tuple[str, float], dict[float, float]] = {}
+  for name, runs in results.items():
+    model, length, rate = parsed(name)
+    if rate in rates:
+      losses.setdefault((model, length), {})[rate] = loss_of(runs)
+  return {
+    model: min(tried, key=tried.__getitem__)
+    for (model, _), tried in losses.items()
+    if len(tried) == len(rates)
+  }
+
+
+def predictions(
+  results: Results, times: Mapping[str, float]
+) -> dict[str, Prediction]:
+  """Predictions of the models that were screened, by name.
+
+  A model that has its twin's loss after half of the steps takes half of them.
+  The twin's loss is taken as linear in the logarithm of its length.
+  """
+  found = {}
+  for name, time in times.items():
+    model, length, rate = parsed(name)
+    twin = twin_of(model)
+    lengths = [length * factor for factor in _TWIN_LENGTHS]
+    twins = [arm_name(twin, own, rate) for own in lengths]
+    if not rate or model == twin or not results.keys() >= {name, *twins}:
+      continue
+    losses = [loss_of(results[own]) for own in twins]
+    steps = length / ratio_to(loss_of(results[name]), lengths, losses)
+    found[model] = Prediction(steps, float(time), steps * float(time))
+  return found
+
+
+def ranking(found: Mapping[str, Prediction]) -> list[str]:
+  """Models by predicted seconds; those without a prediction are last."""
+  return sorted(
+    found, key=lambda m: np.nan_to_num(found[m].seconds, nan=np.inf)
+  )
+
+
+def loss_of(runs: Sequence[Mapping[str, float]]) -> float:
+  """The mean loss of runs."""
+  return float(np.mean([LOSS.of(run) for run in runs]))

@@ -1,0 +1,191 @@
+"""The models that `switch_speed` may compare, and their arms.
+
+Not here: which of them a preset has (`experiments/switch_speed.py`), and how
+those that go on are chosen (`screening.py`).
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from experiments.study import byte_models
+from experiments.study.parts import Arm, Preset
+
+# Keys of `model.moe` by what becomes of tokens that a full expert is given.
+ROOMS: dict[str, dict[str, Any]] = {
+  'dropless': {'capacity.kind': 'all', 'dispatch.kind': 'dropless'},
+  'capacity 1': {'capacity.per_assignment.factor': 1.0},
+  'capacity 1.25': {'capacity.per_assignment.factor': 1.25},
+}
+EXPERTS, LAYERS = (4, 8, 16, 32), ('all', 'every 2')
+# The learning rate with which models of a width are screened.
+SCREENED_RATE = {128: 4e-3, 256: 2e-3}
+_NAME = re.compile(r'(.+?)(?:, rate ([\d.e-]+))?, ([\d.]+) of the steps')
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedModel:
+  """A sparse model, or a dense one.
+
+  Attributes:
+    width: Width M; a dense feed-forward has 4 M hidden values, and so have the
+      K experts of a token together.
+    num_experts: Number of experts E; 0 for the dense model.
+    num_selected: Number of experts K of a token.
+    room: What becomes of tokens that a full expert is given, from `ROOMS`.
+    layers: The layers that are sparse.
+  """
+
+  width: int
+  num_experts: int = 0
+  num_selected: int = 1
+  room: str = 'dropless'
+  layers: str = 'all'
+
+  @property
+  def name(self) -> str:
+    """Name of the model in tables."""
+    if not self.num_experts:
+      return f'width {self.width}, dense'
+    return f'{self.family}, top-{self.num_selected} of {self.num_experts}'
+
+  @property
+  def family(self) -> str:
+    """Name of the models that differ in experts and choices alone."""
+    where = {'all': 'all layers', 'every 2': 'every 2nd layer'}[self.layers]
+    return f'width {self.width}, {where}, {self.room}'
+
+  @property
+  def twin(self) -> Self:
+    """The dense model that multiplies as much."""
+    return type(self)(self.width)
+
+  def arm(self, preset: Preset, length: float, rate: float = 0.0) -> Arm:
+    """The arm of this model.
+
+    Args:
+      preset: The preset, which has the steps of the dense twin.
+      length: Length of the runs as a fraction of these.
+      rate: Learning rate of a trial; 0 for a reported arm, which keeps the
+        config's until one is chosen.
+    """
+    M, name = self.width, arm_name(self.name, length, rate)
+    overrides: dict[str, Any] = {
+      'model.width': M,
+      'model.ffn.hidden': 4 * M,
+      'total_steps': round(length * preset.steps),
+    }
+    line = self.name
+    if rate:
+      overrides['optimizer.learning_rate'] = rate
+      line = f'{self.name}, rate {rate:g}'
+    arm = byte_models.dense(name)
+    if self.num_experts:
+      moe = {
+        'num_experts': self.num_experts,
+        'layers': self.layers,
+        **ROOMS[self.room],
+      }
+      arm = byte_models.top_k(name, self.num_selected, 4 * M, moe)
+    return Arm(name, {**arm.overrides, **overrides}, line, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedPreset(Preset):
+  """A preset of this study; steps are those of the dense twin.
+
+  Attributes:
+    models: The sparse models, in the order of choice unless they are screened.
+    most: Number of sparse models that a screening chooses; 0 for no screening,
+      in which case all models are reported.
+    width: Width of the models that a screening may choose. Others, whose runs
+      would take too long, are screened only.
+    rates: Learning rates that are searched for each model.
+    trial: Length of the runs that choose models and rates, as a fraction of the
+      steps.
+    lengths: Lengths of a sparse model's runs, as fractions of the steps.
+  """
+
+  models: Sequence[SpeedModel] = ()
+  most: int = 0
+  width: int = 128
+  rates: Sequence[float] = ()
+  trial: float = 0.3
+  lengths: Sequence[float] = (0.5, 0.7, 1.0)
+
+  @property
+  def twin(self) -> SpeedModel:
+    """The dense twin of the models that a screening may choose."""
+    return SpeedModel(self.width)
+
+
+# All models that the question is about; no preset has all of them.
+GRID = [
+  SpeedModel(width, E, K, room, layers)
+  for width, layers, room, K, E in itertools.product(
+    SCREENED_RATE, LAYERS, ROOMS, (1, 2), EXPERTS
+  )
+]
+
+
+def arm_name(model: str, length: float, rate: float = 0.0) -> str:
+  """Name of an arm; see `SpeedModel.arm`."""
+  tried = f', rate {rate:g}' if rate else ''
+  return f'{model}{tried}, {length:g} of the steps'
+
+
+def parsed(name: str) -> tuple[str, float, float]:
+  """The model's name, the length and the rate, 0 if none, of an arm's name.
+
+  Raises:
+    ValueError: No arm has such a name.
+  """
+  match = _NAME.fullmatch(name)
+  if match is None:
+    raise ValueError(f'{name!r} is not the name of an arm of this study')
+  model, rate, length = match.groups()
+  return model, float(length), float(rate or 0)
+
+
+def reported(names: Sequence[str]) -> dict[str, list[float]]:
+  """The lengths of reported arms, ascending, by model in the order of names."""
+  lengths: dict[str, list[float]] = {}
+  for name in names:
+    model, length, rate = parsed(name)
+    if not rate:
+      lengths.setdefault(model, []).append(length)
+  return {model: sorted(found) for model, found in lengths.items()}
+
+
+def twin_of(model: str) -> str:
+  """Name of the dense twin of a model, by its name."""
+  return f'{model.partition(",")[0]}, dense'
+
+
+def groups(arms: Sequence[Arm]) -> list[list[str]]:
+  """Names of the longest arm of each model, by width; dense ones are first."""
+  longest: dict[str, Arm] = {}
+  for arm in arms:
+    model, _, _ = parsed(arm.name)
+    if model not in longest or longest[model].x < arm.x:
+      longest[model] = arm
+  by_twin: dict[str, list[str]] = {}
+  for model, arm in longest.items():
+    names = by_twin.setdefault(twin_of(model), [])
+    names.insert(0 if model == twin_of(model) else len(names), arm.name)
+  return list(by_twin.values())
+
+
+def not_run(names: Mapping[str, Any]) -> Iterator[str]:
+  """The models of the grid without any arm, a text for each family."""
+  there = {parsed(name)[0] for name in names}
+  missing: dict[str, list[str]] = {}
+  for model in GRID:
+    if model.name not in there:
+      short = f'{model.num_selected} of {model.num_experts}'
+      missing.setdefault(model.family, []).append(short)
+  for family, models in missing.items():
+    of_all = len(models) == 2 * len(EXPERTS)
+    yield family + ('' if of_all else f': top-{", ".join(models)}')

@@ -1,0 +1,213 @@
+"""The rows and remarks of `switch_speed`, and the floor of its step times.
+
+Not here: which models were run (`speed_arms.py`, `screening.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from experiments.study import byte_models
+from experiments.study.annealed import ratio_to
+from experiments.study.parts import Column, Results, Row
+from experiments.study.times import StepTime
+from experiments.time_to_loss.screening import (
+  LOSS,
+  Prediction,
+  best_rates,
+  predictions,
+  ranking,
+)
+from experiments.time_to_loss.speed_arms import (
+  arm_name,
+  not_run,
+  parsed,
+  reported,
+  twin_of,
+)
+from moe_jax.analysis import cost, roofline
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+# Name of the row that claims are about: the first of the chosen models.
+FIRST = 'the first choice'
+MINUS = 'minus dense, at equal steps'
+STEPS, SECONDS = 'steps to dense loss', 'seconds to dense loss'
+TIME, MS = 'step time / dense', 'step time'
+FLOOR, LEAST = 'floor of step time / dense', 'floor of seconds'
+PREDICTED = 'predicted seconds'
+RATE = Column('rate', 'learning_rate', digits=4)
+_LIMITED = Column('loss', f'eval/{byte_models.EVAL}/loss')
+_DROPPED = Column('dropped', 'train/drop_rate', each=lambda rate: 100 * rate)
+_FLOPS, _BYTES = 'step/flops', 'step/optimizer_bytes'
+
+COLUMNS = [
+  LOSS,
+  Column(MINUS, unit='nats/byte'),
+  Column('loss, training capacity', unit='nats/byte'),
+  Column('dropped in training', unit='%', digits=1),
+  Column(STEPS, digits=2),
+  Column(MS, unit='ms', digits=0),
+  Column(TIME, digits=2),
+  Column(SECONDS, digits=2),
+  Column(FLOOR, digits=2),
+  Column(LEAST, digits=2),
+  Column(PREDICTED, digits=2),
+  RATE,
+]
+
+
+def measured(run: Run, state: TrainState) -> dict[str, float]:
+  """A run's learning rate, and the work of its step that sets a floor."""
+  options = run.options
+  rows, length = options.batch_size, options.data.seq_len
+  counted = cost.count(run.model, length, batch_size=rows)
+  params, moments = (
+    sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    for tree in (state.params, state.opt_state)
+  )
+  return {
+    RATE.key: options.optimizer.learning_rate,
+    _FLOPS: 3.0 * rows * counted.computed_flops,
+    # Parameters and moments are read and written, and gradients are read.
+    _BYTES: float(2 * (params + moments) + params),
+  }
+
+
+def floor_seconds(runs: Sequence[Mapping], peaks: roofline.Peaks) -> float:
+  """The least seconds of a step: its products, then one pass of the optimizer.
+
+  Products run at the speed of a large matmul, attention's of the whole square
+  and those of empty slots among them, and the optimizer at that of a copy.
+  """
+  run = runs[0]
+  return (
+    run[_FLOPS] / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
+  )
+
+
+def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
+  """The dense twins, the chosen models, the first of them again, the others.
+
+  The seconds of a seed are its ratio of steps times the ratio of step times in
+  one of the bursts, a burst for each seed, so that their interval holds both
+  sources of error.
+  """
+  lengths = reported(list(results))
+  dense = [model for model in lengths if model == twin_of(model)]
+  sparse = [model for model in lengths if model != twin_of(model)]
+  made = [Row(name, _dense(name, results, times)) for name in dense]
+  made += [
+    Row(name, _sparse(name, lengths[name], results, times)) for name in sparse
+  ]
+  made += [Row(FIRST, made[len(dense)].values)] if sparse else []
+  foreseen = predictions(results, times)
+  for row in made:
+    if row.name in foreseen:
+      values = {**row.values, PREDICTED: _predicted(row, foreseen)}
+      made[made.index(row)] = Row(row.name, values)
+  made += [
+    Row(f'{name}, screened only', _screened(foreseen[name]))
+    for name in ranking(foreseen)
+    if name not in lengths
+  ]
+  return made
+
+
+def _predicted(row: Row, foreseen: Mapping[str, Prediction]) -> list[float]:
+  return [foreseen[row.name].seconds] * len(row.values[LOSS.name])
+
+
+def _screened(of: Prediction) -> dict[str, list[float]]:
+  """The values of a model that was only screened, with one seed.
+
+  Each stands twice, as a number that is measured once has no interval.
+  """
+  values = {STEPS: of.steps, TIME: of.time, PREDICTED: of.seconds}
+  return {name: [value] * 2 for name, value in values.items()}
+
+
+def _of(column: Column, runs: Sequence[Mapping]) -> list[float]:
+  return [column.of(run) for run in runs]
+
+
+def _by_seed(values: Sequence[float], seeds: int) -> list[float]:
+  """A value of a burst for each seed."""
+  return [values[i % len(values)] for i in range(seeds)]
+
+
+def _dense(name: str, results: Results, times: Mapping[str, StepTime]):
+  arm = arm_name(name, 1.0)
+  runs, time = results[arm], times[arm]
+  return {
+    LOSS.name: _of(LOSS, runs),
+    MS: [1e3 * s for s in _by_seed(time.seconds, len(runs))],
+    TIME: [1.0] * len(runs),
+    FLOOR: [1.0] * len(runs),
+    RATE.name: _of(RATE, runs),
+  }
+
+
+def _sparse(
+  name: str,
+  lengths: Sequence[float],
+  results: Results,
+  times: Mapping[str, StepTime],
+):
+  twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, lengths[-1])
+  runs, time, seeds = results[arm], times[arm], len(results[arm])
+  target = _of(LOSS, results[twin])
+  losses = [_of(LOSS, results[arm_name(name, x)]) for x in lengths]
+  steps = [
+    ratio_to(goal, lengths, own)
+    for goal, *own in zip(target, *losses, strict=True)
+  ]
+  ratios = _by_seed(time.ratios, seeds)
+  floor = floor_seconds(runs, time.peaks)
+  floor /= floor_seconds(results[twin], time.peaks)
+  return {
+    LOSS.name: losses[-1],
+    MINUS: [a - b for a, b in zip(losses[-1], target, strict=True)],
+    'loss, training capacity': _of(_LIMITED, runs),
+    'dropped in training': _of(_DROPPED, runs),
+    STEPS: steps,
+    MS: [1e3 * s for s in _by_seed(time.seconds, seeds)],
+    TIME: ratios,
+    SECONDS: [a * b for a, b in zip(steps, ratios, strict=True)],
+    FLOOR: [floor] * seeds,
+    LEAST: [floor * ratio for ratio in steps],
+    RATE.name: _of(RATE, runs),
+  }
+
+
+def remarks(results: Results) -> str:
+  """What the numbers are of, which model is the first, and what was not run."""
+  lengths = reported(list(results))
+  first = next((m for m in lengths if m != twin_of(m)), 'none')
+  rates = sorted({rate for name in results if (rate := parsed(name)[2])})
+  parts = [
+    'Losses are those of an evaluation that drops no token; those with the '
+    'capacity of training stand beside them. The seconds of each seed are its '
+    'ratio of steps times the ratio of step times in a burst of its own, so '
+    'that their interval holds both sources of error. The floor of a step is '
+    'its products at the speed of a large matmul and one pass of the optimizer '
+    'over parameters and moments at that of a copy.',
+    f'{FIRST[0].upper()}{FIRST[1:]} is {first}.',
+    *_searched(results, rates),
+  ]
+  if left := list(not_run(results)):
+    parts.append(f'Not run: {"; ".join(left)}.')
+  return ' '.join(parts)
+
+
+def _searched(results: Results, rates: Sequence[float]):
+  if not (best := best_rates(results, rates)):
+    yield 'Learning rates were not searched: all models have one.'
+    return
+  ends = [
+    model for model, rate in best.items() if rate in (rates[0], rates[-1])
+  ]
+  searched = ', '.join(f'{rate:g}' for rate in rates)
+  yield f'Learning rates of all models were searched among {searched}.'
+  if ends:
+    yield f'The best is at an end of these for {"; ".join(ends)}.'

@@ -1,0 +1,80 @@
+"""Runs that share their first steps are the runs of their own configs."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments.study.annealed import AnnealedRunner, Branch
+from experiments.study.jobs import Job, jobs_of
+from experiments.study.parts import Arm
+from experiments.study.runner import train
+from moe_jax.run_config import RunConfig
+from moe_jax.runs.metrics import FILE_NAME, read_metrics
+from tests.training import tiny
+
+
+def jobs(output, lengths, **overrides) -> list[Job]:
+  """A run of each length, annealed over its last two fifths."""
+  shared = tiny.config(
+    batch_size=8,
+    mesh={'data': -1},
+    checkpoint={'every_steps': 0},
+    optimizer={'schedule': {'kind': 'trapezoid', 'decay_fraction': 0.4}},
+  )
+  arms = [
+    Arm(f'{n}', {'total_steps': n, **overrides}, 'a line', n) for n in lengths
+  ]
+  return jobs_of(RunConfig, shared, arms, [0], output)
+
+
+def test_runs_of_one_line_and_seed_are_made_together():
+  short, long = jobs(pathlib.Path('x'), (5, 10))
+  other = dataclasses.replace(long, seed=1)
+  calls = [AnnealedRunner().together(job) for job in (short, long, other)]
+  assert calls == ['a line, seed 0', 'a line, seed 0', 'a line, seed 1']
+
+
+@pytest.mark.parametrize(
+  ('other', 'message'),
+  [
+    ({'model.width': 8}, 'differ in total_steps=5 and 10 alone'),
+    ({'optimizer.learning_rate': 0.5}, 'differ in total_steps=5 and 10 alone'),
+    ({'optimizer.schedule.warmup_steps': 4}, r'warm-ups have \[1, 4\] steps'),
+  ],
+)
+def test_what_differs_in_more_than_its_length_is_refused(other, message):
+  (short,) = jobs(pathlib.Path('x'), [5])
+  (long,) = jobs(pathlib.Path('x'), [10], **other)
+  with pytest.raises(ValueError, match=message):
+    Branch(short, long)
+
+
+def test_only_a_trapezoid_has_first_steps_in_common():
+  kind = {'optimizer.schedule.kind': 'cosine'}
+  with pytest.raises(ValueError, match=r"Cosine; runs share .* 'trapezoid'"):
+    Branch(*jobs(pathlib.Path('x'), (5, 10), **kind))
+
+
+def test_a_warm_up_that_is_cut_is_told():
+  # A hundred steps are cut to half of the run, which differs.
+  warm = {'optimizer.schedule.warmup_steps': 100}
+  with pytest.raises(ValueError, match=r'warm-ups have \[2, 5\] steps'):
+    Branch(*jobs(pathlib.Path('x'), (5, 10), **warm))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_a_shorter_one_is_the_same_run(tmp_path):
+  (alone,) = jobs(tmp_path / 'alone', [10])
+  train(alone)
+  together = jobs(tmp_path / 'together', (10, 5))
+  AnnealedRunner()(together)
+  long, short = (job.result() for job in together)
+  key = 'eval/train_capacity/loss'
+  # Eight devices add in no fixed order; a single one gives the same bits.
+  np.testing.assert_allclose(long[key], alone.result()[key], rtol=1e-6)
+  assert abs(short[key] - long[key]) > 1e-3
+  # The shorter run takes three steps before it decays, the longer none of them.
+  rows = read_metrics(together[0].workdir / FILE_NAME)
+  assert min(row['step'] for row in rows) == 4

@@ -1,0 +1,233 @@
+"""Models are chosen by the written rule, and seconds hold both errors."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from experiments import report, switch_speed
+from experiments.benchmarks import timing
+from experiments.study import command, runner
+from experiments.study import times as times_lib
+from experiments.study.results import SUMMARY
+from experiments.study.times import Burst, StepTime
+from experiments.time_to_loss import screening, speed_arms, speed_rows
+from experiments.time_to_loss.speed_arms import (
+  SpeedModel,
+  SpeedPreset,
+  arm_name,
+)
+from moe_jax.analysis import roofline
+from moe_jax.analysis.roofline import Peaks
+from tests.training import tiny
+
+PEAKS = Peaks(200e9, 20e9, 'float32', 1024, 1 << 28)
+FOUR = SpeedModel(128, 4, 1, 'capacity 1')
+EIGHT = SpeedModel(128, 8, 2, 'dropless', 'every 2')
+WIDE = SpeedModel(256, 4, 1, 'capacity 1')
+RATES = (1e-3, 2e-3, 4e-3)
+PRESET = SpeedPreset(1000, 2, models=(FOUR, EIGHT, WIDE), most=2, rates=RATES)
+
+
+def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
+  """The result of a run with what rows read; a step has 40 GFLOP."""
+  return {
+    screening.LOSS.key: loss,
+    'eval/main/loss': loss + 0.01,
+    'train/drop_rate': 0.25,
+    'learning_rate': rate,
+    'step/flops': 40e9,
+    'step/optimizer_bytes': 1e9,
+  }
+
+
+def burst(others: float = 0.0, **seconds: list[float]) -> Burst:
+  """A burst of rounds, by name with _ in place of spaces."""
+  return Burst(
+    {k.replace('_', ' '): v for k, v in seconds.items()}, PEAKS, others
+  )
+
+
+def test_a_step_time_is_told():
+  bursts = [
+    burst(dense=[1.0, 2.0, 4.0], top_1=[1.5, 2.0, 8.0]),
+    burst(0.3, dense=[2.0, 2.0, 2.0], top_1=[2.2, 2.6, 2.4]),
+  ]
+  time = StepTime.of('top 1', 'dense', bursts)
+  np.testing.assert_allclose(time.ratios, [1.5, 1.2])
+  np.testing.assert_allclose(time.seconds, [2.0, 2.4])
+  # The rounds' ratios are 1, 1.1, 1.2, 1.3, 1.5 and 2.
+  np.testing.assert_allclose(time, 1.25)
+  assert isinstance(time.spread, timing.Spread) and time.others == 0.3
+  told = times_lib.describe({'top 1': time})
+  assert '2 bursts' in told and 'at most 0.30 of' in told and 'BUSY' in told
+  quiet = StepTime.of('top 1', 'dense', bursts[:1])
+  assert 'BUSY' not in times_lib.describe({'top 1': quiet})
+
+
+def test_names_of_arms_are_read_back():
+  for model in (FOUR, EIGHT, WIDE.twin):
+    for rate in (0.0, 2e-3):
+      arm = model.arm(PRESET, 0.7, rate)
+      assert speed_arms.parsed(arm.name) == (model.name, 0.7, rate)
+      assert arm.overrides['total_steps'] == 700
+  assert speed_arms.twin_of(EIGHT.name) == EIGHT.twin.name
+  with pytest.raises(ValueError, match="'dense' is not the name of an arm"):
+    speed_arms.parsed('dense')
+
+
+def test_arms_are_timed_beside_the_twin_of_their_width():
+  models = (FOUR, WIDE, WIDE.twin, FOUR.twin)
+  arms = [m.arm(PRESET, x) for m in models for x in (0.5, 1.0)]
+  assert speed_arms.groups(arms) == [
+    [arm_name(FOUR.twin.name, 1.0), arm_name(FOUR.name, 1.0)],
+    [arm_name(WIDE.twin.name, 1.0), arm_name(WIDE.name, 1.0)],
+  ]
+
+
+def screened(model: SpeedModel, loss: float, time: float):
+  """The trial of a model: its result and its step time."""
+  rate = speed_arms.SCREENED_RATE[model.width]
+  name = model.arm(PRESET, PRESET.trial, rate).name
+  return {name: [result(loss, rate)]}, {name: time}
+
+
+def test_the_screening_chooses_by_predicted_seconds():
+  stage = screening.screen(PRESET)
+  tried = stage.arms([], None)
+  assert [arm.x for arm in tried] == [0.3, 0.6, 0.3, 0.6, 0.3, 0.3, 0.3]
+  # With twice the steps both twins go from 2 to 1.
+  results = {
+    arm.name: [result(2.0 if arm.x == 0.3 else 1.0)] for arm in tried[:4]
+  }
+  times = {}
+  for model, loss, time in (
+    (FOUR, 1.0, 1.2),  # half of the steps
+    (EIGHT, 1.5, 1.1),  # 1 / sqrt(2)
+    (WIDE, 3.0, 1.0),  # twice the steps
+  ):
+    ran, timed = screened(model, loss, time)
+    results |= ran
+    times |= timed
+  found = screening.predictions(results, times)
+  np.testing.assert_allclose(
+    [found[m.name].seconds for m in (FOUR, EIGHT, WIDE)],
+    [0.6, 1.1 / np.sqrt(2), 2.0],
+  )
+  twins = [m.twin.arm(PRESET, 1.0) for m in (FOUR, WIDE)]
+  arms = [*twins, *(m.arm(PRESET, 0.5) for m in (WIDE, EIGHT, FOUR))]
+  chosen = stage.chosen(arms, results, times)
+  assert [arm.line for arm in chosen] == [
+    m.name for m in (FOUR.twin, FOUR, EIGHT)
+  ]
+  # Models of another width are screened only, however good they are.
+  ran, timed = screened(WIDE, 0.5, 1.0)
+  again = stage.chosen(arms, {**results, **ran}, {**times, **timed})
+  assert again == chosen
+
+
+def test_every_model_has_the_best_of_the_same_rates():
+  stage = screening.search_rates(PRESET)
+  arms = [FOUR.twin.arm(PRESET, 1.0), FOUR.arm(PRESET, 0.5)]
+  tried = stage.arms(arms, None)
+  assert len(tried) == 6 and {arm.x for arm in tried} == {PRESET.trial}
+  best = {FOUR.twin.name: 1e-3, FOUR.name: 4e-3}
+  results = {}
+  for arm in tried:
+    model, _, rate = speed_arms.parsed(arm.name)
+    results[arm.name] = [result(1.0 if rate == best[model] else 1.5)]
+  chosen = stage.chosen(arms, results, {})
+  key = 'optimizer.learning_rate'
+  assert [arm.overrides[key] for arm in chosen] == [1e-3, 4e-3]
+  assert [arm.name for arm in chosen] == [arm.name for arm in arms]
+  # A screened trial at one of the rates is the same run.
+  again = FOUR.arm(PRESET, PRESET.trial, 4e-3)
+  assert again in tried
+  text = speed_rows.remarks({**results, **{a.name: [] for a in arms}})
+  assert 'searched among 0.001, 0.002, 0.004.' in text
+  assert f'at an end of these for {FOUR.twin.name}; {FOUR.name}' in text
+  assert f'The first choice is {FOUR.name}.' in text
+  assert 'Not run: width 128, all layers, dropless; width' in text
+  assert 'capacity 1: top-1 of 8, 1 of 16, 1 of 32, 2 of 4, 2 of 8' in text
+
+
+def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
+  dense, arms = arm_name(FOUR.twin.name, 1.0), FOUR.arm(PRESET, 1.0).name
+  results = {dense: [result(1.5), result(1.25)]}
+  for length, loss in ((0.25, 2.0), (1.0, 1.0)):
+    sparse = result(loss) | {'step/optimizer_bytes': 2e9}
+    results[arm_name(FOUR.name, length)] = [sparse, sparse]
+  bursts = [
+    Burst({dense: [0.5], arms: [0.6]}, PEAKS, 0.0),
+    Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0),
+  ]
+  times = {n: StepTime.of(n, dense, bursts) for n in (dense, arms)}
+  twin, row, first = speed_rows.rows(results, times)
+  # Half of the loss between 0.25 and 1 is half of the way in logarithms.
+  steps = [0.5, 0.5 * np.sqrt(2)]
+  np.testing.assert_allclose(row.values[speed_rows.STEPS], steps)
+  np.testing.assert_allclose(row.values[speed_rows.TIME], [1.2, 1.3])
+  seconds = [1.2 * steps[0], 1.3 * steps[1]]
+  np.testing.assert_allclose(row.values[speed_rows.SECONDS], seconds)
+  np.testing.assert_allclose(twin.values[speed_rows.MS], [500, 500])
+  # 0.2 s of products, and 0.05 or 0.1 s of the optimizer.
+  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [1.2, 1.2])
+  assert (first.name, first.values) == (speed_rows.FIRST, row.values)
+
+
+def test_all_lengths_have_one_warm_up():
+  study = switch_speed.STUDY
+  for preset in study.presets.values():
+    shared = study.shared(preset)
+    warmup = shared.optimizer.schedule.warmup_steps
+    assert 0 < 2 * warmup <= preset.trial * preset.steps
+    models = [m.name for m in preset.models]
+    assert len(models) == len(set(models))
+    assert set(preset.models) <= set(speed_arms.GRID)
+
+
+def test_a_long_result_takes_the_place_of_a_full_one(tmp_path):
+  for path in ('a/full', 'a/long', 'b/full', 'c/quick'):
+    (tmp_path / path).mkdir(parents=True)
+    (tmp_path / path / 'summary.json').write_text('{}')
+  found = report.summaries_of(tmp_path)
+  assert {k: v.parent.name for k, v in found.items()} == {
+    'a': 'long', 'b': 'full'
+  }  # fmt: skip
+
+
+SMALL = {
+  'batch_size': 8,
+  'data.seq_len': 16,
+  'data.source.python_stdlib.modules': tiny.MODULES,
+  'model.num_layers': 1,
+  'model.moe.group_size': 16,
+  **{f'evals.{name}.num_batches': 2 for name in ('main', screening.NO_DROPS)},
+}
+
+
+@pytest.mark.slow
+def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
+  monkeypatch.setattr(times_lib, '_SECONDS', 0.01)
+  monkeypatch.setattr(times_lib, '_STEPS', 1)
+  quick = functools.partial(roofline.measure_peaks, quick=True)
+  monkeypatch.setattr(roofline, 'measure_peaks', quick)
+  preset = SpeedPreset(
+    10, 1, SMALL, models=[FOUR], most=1, rates=(4e-3,), lengths=(0.5, 1.0)
+  )
+  study = dataclasses.replace(switch_speed.STUDY, presets={'full': preset})
+  argv = ['--workers=1', f'--output={tmp_path}', '--config.mesh.data=-1']
+  folder = command.main(study, argv)
+  summary = json.loads((folder / SUMMARY).read_text())
+  names = [row['name'] for row in summary['rows']]
+  assert names == [FOUR.twin.name, FOUR.name, speed_rows.FIRST]
+  values = summary['rows'][1]['values']
+  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 1
+  assert values[speed_rows.RATE.name] == [4e-3]
+  assert len(summary['claims']) == 5 and 'of 1 burst,' in summary['timing']
+  # The same command makes and times nothing again.
+  monkeypatch.setattr(times_lib, '_Measuring', None)
+  monkeypatch.setattr(runner, 'train_and_evaluate', None)
+  assert command.main(study, argv) == folder
