@@ -18,11 +18,12 @@ from moe_jax.options import (
   above,
   at_least,
   choice,
+  one_of,
   option,
   required,
   within,
 )
-from moe_jax.training import parameter_rules
+from moe_jax.training import parameter_rules, rounded_moments
 from moe_jax.training.parameter_rules import PATTERNS, Pattern
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
@@ -144,10 +145,18 @@ class AdamW(Optimizer):
     'first moment is divided.',
     above(0),
   )
+  moment_dtype: str = option(
+    'float32',
+    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
+    'half the bytes, rounded up or down at random.',
+    one_of('float32', 'bfloat16'),
+  )
 
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
     """Returns Adam's transformation, which works element by element."""
     del axes
+    if self.moment_dtype == 'bfloat16':
+      return rounded_moments.scale_by_adam(self.b1, self.b2, self.epsilon)
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
 
 
