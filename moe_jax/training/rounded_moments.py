@@ -33,8 +33,12 @@ def scale_by_adam(
   """
 
   def init(params):
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
-    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+    # Two trees of arrays of their own: both are donated to a step.
+    mu, nu = (
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+      for _ in range(2)
+    )
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
   def update(updates, state, params=None):
     del params

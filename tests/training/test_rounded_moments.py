@@ -74,6 +74,8 @@ def test_a_small_change_moves_the_second_moment_on_average(params):
   grads = jax.tree.map(jnp.ones_like, params)
   adam = HALVES.preconditioner(AXES)
   state = adam.init(params)
+  # Both may be donated.
+  assert state.mu['w'] is not state.nu['w']
   # Its value after many steps with gradients of 0.9; now they are 1.
   state = state._replace(nu=optax.tree.full_like(state.nu, 0.8125))
   update = jax.jit(adam.update)
