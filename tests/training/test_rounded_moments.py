@@ -85,7 +85,7 @@ def test_a_small_change_moves_the_second_moment_on_average(params):
   expected = 1 - 0.1875 * 0.999**100
   assert abs(nu.mean() - expected) < 5e-3
   assert jnp.bfloat16(0.999 * 0.8125 + 0.001) == jnp.bfloat16(0.8125)
-  assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.bfloat16}
+  assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype('bfloat16')}
 
 
 def test_on_a_mesh_the_noise_is_that_of_one_device():
