@@ -2,14 +2,17 @@
 
     python -m experiments.bench_train_step --preset=quick
     python -m experiments.bench_train_step --preset=quick --peer
+    python -m experiments.bench_train_step --preset=quick --against=OLD
 
 Times the config's own training step with its dispatch, dropless, as its dense
 twin, and with each kind of rematerialisation, all interleaved; and compiles
 models of few and of many layers, since compile time must not grow with depth.
 `--peer` times transformers' step of a Switch encoder-decoder against ours, in
-place of all that. Writes `table.md`, `rows.csv`, `results.json` and `steps.png`
-to `results/bench_train_step/<device>`, with `--peer` no plot and to
-`results/bench_train_step_peer`. Not here: where a step's time goes
+place of all that; `--against` times the sparse step and its twin's of another
+checkout of this project against those here. Writes `table.md`, `rows.csv`,
+`results.json` and `steps.png` to `results/bench_train_step/<device>`; with
+`--peer` or `--against` no plot, and to `results/bench_train_step_peer` or
+`_against`. Not here: where a step's time goes
 (`moe_jax.analysis.explain_cost`).
 """
 
@@ -20,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.benchmarks import peer_steps, timing
+from experiments.benchmarks import checkouts, peer_steps, timing
 from experiments.benchmarks import train_step_tables as tables
 from experiments.benchmarks.train_step_programs import (
   compile_step,
@@ -179,6 +182,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help="time transformers' step against ours, and nothing else",
   )
   add(
+    '--against',
+    metavar='FOLDER',
+    help='another checkout, whose sparse and dense steps are timed against '
+    'those of this one, and nothing else',
+  )
+  add(
     '--force_balance',
     choices=FORCED,
     help='choice of experts whatever the logits are: model.moe.force_balance',
@@ -214,6 +223,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure_peer(seconds)
     text = tables.peer_report(rows)
     folder = timing.write(options.output, f'{NAME}_peer', text, rows, {})
+    print(f'{text}\nwritten: {folder}')
+    return
+  if options.against:
+    cases = {TWIN: variants()[TWIN], SPARSE: {}}
+    rows = checkouts.compare(options.against, options.config, cases, seconds)
+    text = checkouts.report(options.config, rows)
+    folder = timing.write(options.output, f'{NAME}_against', text, rows, {})
     print(f'{text}\nwritten: {folder}')
     return
   config = load_config(options.config)

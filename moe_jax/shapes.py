@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxtyping import (
   Array,
+  BFloat16,
   Bool,
   Float,
   Float32,
@@ -38,6 +39,7 @@ Leaf = Any
 
 __all__ = [
   'Array',
+  'BFloat16',
   'Bool',
   'Float',
   'Float32',

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,15 @@ from experiments import (
   bench_overhead,
   bench_train_step,
 )
+from experiments.benchmarks import (
+  checkouts,
+  peer_steps,
+  timing,
+  train_step_programs,
+)
 from experiments.benchmarks import moe_layer_cases as cases_lib
 from experiments.benchmarks import moe_layer_programs as programs_lib
 from experiments.benchmarks import moe_layer_rows as rows_lib
-from experiments.benchmarks import peer_steps, timing, train_step_programs
 from moe_jax import config_file, models, run_config, sections
 from moe_jax.config_file import load_config
 from moe_jax.layers import Dropless, Gather
@@ -336,6 +342,33 @@ def test_every_case_of_the_exchange_is_a_valid_run():
     leaks = options.model.moe.leak() is not None
     assert leaks == (shadowed > 0 and fraction < 1)
     assert not ignored
+
+
+def test_a_folder_without_the_package_is_no_checkout(tmp_path):
+  with pytest.raises(SystemExit):
+    bench_train_step.main([f'--against={tmp_path}', f'--output={tmp_path}'])
+  with (
+    pytest.raises(ValueError, match='no checkout'),
+    checkouts.serving(tmp_path),
+  ):
+    pass
+
+
+@pytest.mark.slow
+def test_a_checkout_against_itself(tmp_path):
+  bench_train_step.main(
+    [
+      f'--against={pathlib.Path(__file__).parents[1]}',
+      '--config=configs/tiny_switch.py:runlocal',
+      *['--seconds', '0', f'--output={tmp_path}'],
+    ]
+  )
+  (results,) = tmp_path.glob('*/*/results.json')
+  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  assert [row['same_losses'] for row in rows] == [True, True, None]
+  twin, sparse, difference = rows
+  assert difference['case'] == 'sparse minus dense twin'
+  assert twin['rounds'] == 5 and twin['old'] > 0 and sparse['new'] > 0
 
 
 def test_a_dense_config_has_no_twin(tmp_path):

@@ -203,7 +203,7 @@ class Recorder:
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     state = self._run.programs.abstract_state
     flags = np.asarray(metrics.finite)
-    bad = [] if flags.all() else finite.names(state, flags)
+    bad = [] if flags.all() else finite.names(finite.checked(state), flags)
     if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
       said = f'step {step}: loss={loss}, gradient norm={grad_norm}'
       if bad:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.options import (
@@ -17,11 +18,12 @@ from moe_jax.options import (
   above,
   at_least,
   choice,
+  one_of,
   option,
   required,
   within,
 )
-from moe_jax.training import parameter_rules
+from moe_jax.training import parameter_rules, rounded_moments
 from moe_jax.training.parameter_rules import PATTERNS, Pattern
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
@@ -110,7 +112,7 @@ class Optimizer(Options):
     """
     steps = []
     if self.clip_norm:
-      steps.append(optax.clip_by_global_norm(self.clip_norm))
+      steps.append(clipped(self.clip_norm))
     steps.append(self.preconditioner(axes))
     if self.weight_decay:
       factors = parameter_rules.decay_factors(self.decay_rules, roles)
@@ -143,10 +145,18 @@ class AdamW(Optimizer):
     'first moment is divided.',
     above(0),
   )
+  moment_dtype: str = option(
+    'float32',
+    "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
+    'half the bytes, rounded up or down at random.',
+    one_of('float32', 'bfloat16'),
+  )
 
   def preconditioner(self, axes: Any) -> optax.GradientTransformation:
     """Returns Adam's transformation, which works element by element."""
     del axes
+    if self.moment_dtype == 'bfloat16':
+      return rounded_moments.scale_by_adam(self.b1, self.b2, self.epsilon)
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
 
 
@@ -198,6 +208,23 @@ OPTIMIZERS = Kinds(
   {'adamw': AdamW, 'adafactor': Adafactor},
   inline=True,
 )
+
+
+def clipped(largest: float) -> optax.GradientTransformation:
+  """Clips by the global norm, as `optax.clip_by_global_norm` does.
+
+  Each gradient is multiplied by one number, where optax divides all by the norm
+  first: a compiler repeats the product where gradients are read, and writes the
+  quotients to memory. The two differ by rounding, only where it clips.
+  """
+
+  def update(updates, params):
+    del params
+    norm = optax.global_norm(updates)
+    factor = jnp.where(norm < largest, 1.0, largest / norm)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+  return optax.stateless(update)
 
 
 def _decayed(weight_decay: float, factors: Any) -> optax.GradientTransformation:

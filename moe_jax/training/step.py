@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from moe_jax.kernels import threefry
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
@@ -176,7 +177,8 @@ def train_step(
     move_router_state: Function from the routers' state and the load [L, E] of
       the whole batch to the routers' next state.
   """
-  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+  key = jax.random.key(state.seed, impl=threefry.UNROLLED)
+  key = jax.random.fold_in(key, state.step)
   whole = normalize(batch)
   (loss, sums), grads = grad_fn(
     state.params, batch, whole, key, state.router_state, state.step
@@ -192,7 +194,7 @@ def train_step(
     sums=sums,
     grad_norm=optax.global_norm(grads),
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-    finite=finite.flags(new),
+    finite=finite.flags(finite.checked(new)),
   )
   return new, metrics
 

@@ -111,6 +111,16 @@ def test_no_optimizer_keeps_an_infinity_on_purpose(name):
     assert finite.not_finite((updates, state)) == []
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_one_value_of_many_is_found(value, dtype):
+  """Also beside the largest numbers, whose sum would be infinite."""
+  most = float(jnp.finfo(dtype).max)
+  large = jnp.full((7, 33), most, dtype).at[2].set(-most)
+  flags = jax.jit(finite.flags)([large, large.at[3, 5].set(value)])
+  assert flags.tolist() == [True, False]
+
+
 def test_names_and_numbers_of_leaves():
   tree = {'a': jnp.ones(2), 'b': [jnp.arange(3), jnp.array([1, jnp.nan])]}
   assert finite.flags(tree).tolist() == [True, False]

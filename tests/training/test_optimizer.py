@@ -9,7 +9,7 @@ import pytest
 from moe_jax.layers.parameters import Role
 from moe_jax.options import OptionError
 from moe_jax.training import programs
-from moe_jax.training.optimizer import Adafactor, AdamW
+from moe_jax.training.optimizer import Adafactor, AdamW, clipped
 from moe_jax.training.schedules import (
   Constant,
   Cosine,
@@ -225,6 +225,21 @@ def test_clipping_is_by_the_global_norm(params, grads):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize('largest', [0.5, 1e9])
+def test_clipping_is_that_of_optax(grads, largest):
+  """To rounding where it clips, and to the bit where it does not."""
+  grads = {**grads, 'half': grads['w'].astype(jnp.bfloat16)}
+  a, b = (
+    jax.jit(transform.update)(grads, transform.init(grads))[0]
+    for transform in (clipped(largest), optax.clip_by_global_norm(largest))
+  )
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    rounding = 1e-2 if x.dtype == jnp.bfloat16 else 1e-6
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    np.testing.assert_allclose(x, y, rtol=rounding if largest < 1 else 0)
+
+
 ADAFACTOR = Adafactor(
   b1=0.0,
   clip_norm=0.0,
@@ -280,6 +295,7 @@ def test_adafactor_never_factors_over_experts(params):
     (dict(clip_norm=-1.0), 'clip_norm=-1.0 must be at least 0'),
     (dict(decay_rules=(('(', 1.0),)), 'decay_rules=.*are not pairs'),
     (dict(rate_rules=(('x', -1.0),)), 'rate_rules=.*are not pairs'),
+    (dict(moment_dtype='float16'), "have.*'bfloat16'"),
     (dict(rate_rules=(('part:expert', 1.0),)), "did you mean 'experts'"),
     (dict(decay_rules=(('part:', 1.0),)), 'is no sum of parts'),
     (dict(weight_decay=0.0, decay_rules=(('', 0.5),)), 'has no effect unless'),

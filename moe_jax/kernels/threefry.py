@@ -1,0 +1,56 @@
+"""Random bits of JAX's default generator, as straight code.
+
+JAX lowers Threefry-2x32 (Salmon et al., 2011) for CPUs to a loop over groups of
+rounds, which copies its arrays in each; written out, the rounds are one pass
+over the result. The bits are those of `jax.random.key(seed)`, so that no random
+number differs. Elsewhere JAX writes the rounds out itself.
+"""
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.shapes import Array, UInt32
+
+_JAXS = jax.extend.random.threefry_prng_impl
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def _threefry(
+  key: UInt32[Array, '2'], high: UInt32[Array, '*N'], low: UInt32[Array, '*N']
+) -> tuple[UInt32[Array, '*N'], UInt32[Array, '*N']]:
+  """Threefry-2x32 with 20 rounds, of pairs of counters."""
+  keys = key[0], key[1], key[0] ^ key[1] ^ _PARITY
+  high, low = high + keys[0], low + keys[1]
+  for i in range(5):
+    for r in _ROTATIONS[i % 2]:
+      high = high + low
+      low = ((low << np.uint32(r)) | (low >> np.uint32(32 - r))) ^ high
+    high = high + keys[(i + 1) % 3]
+    low = low + keys[(i + 2) % 3] + np.uint32(i + 1)
+  return high, low
+
+
+def _random_bits(key, bit_width, shape):
+  """The random bits; JAX's own function where the counters need 64 bits."""
+  size = int(np.prod(shape))
+  plain = bit_width == 32 and size < 2**32
+  if not (plain and jax.config.jax_threefry_partitionable):
+    return _JAXS.random_bits(key, bit_width, shape)
+  low = jax.lax.iota(jnp.uint32, size).reshape(shape)
+  high, low = _threefry(key, jnp.zeros(shape, jnp.uint32), low)
+  return high ^ low
+
+
+# The argument `impl` of `jax.random.key`.
+UNROLLED = jax.extend.random.define_prng_impl(
+  key_shape=_JAXS.key_shape,
+  seed=_JAXS.seed,
+  split=_JAXS.split,
+  random_bits=_random_bits,
+  fold_in=_JAXS.fold_in,
+  name='threefry2x32_unrolled',
+  tag='fru',
+)

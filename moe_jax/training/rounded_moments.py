@@ -1,0 +1,112 @@
+"""Adam whose moments are kept in bfloat16, rounded up or down at random.
+
+Half the bytes of float32 moments. Rounded to the nearest, a moment would not
+move at all where its change is less than half a unit in its last place, as that
+of the second is at b2 = 0.999; rounded at random it is right on average. Not
+here: moments in float32, which are those of `optax.scale_by_adam`.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moe_jax.partitioning import path_name
+from moe_jax.shapes import Array, BFloat16, Float32, Int32, UInt32
+
+
+def scale_by_adam(
+  b1: float, b2: float, epsilon: float
+) -> optax.GradientTransformation:
+  """Adam's transformation; its state is optax's, with moments in bfloat16.
+
+  The update is that of the rounded moments, so that it reads half the bytes.
+  The noise is a function of the number of the step, of the parameter's name and
+  of the element's index: a resumed run repeats it, and so does another mesh.
+
+  Args:
+    b1: Decay per step of the first moment.
+    b2: Decay per step of the second moment.
+    epsilon: Number that is added to the root of the second moment.
+  """
+
+  def init(params):
+    # Two trees of arrays of their own: both are donated to a step.
+    mu, nu = (
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+      for _ in range(2)
+    )
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+  def update(updates, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+
+    def kept(decay, power):
+      def one(path, g, old):
+        name = f'{path_name(path)} {power}'
+        g, old = g.astype(jnp.float32), old.astype(jnp.float32)
+        new = decay * old + (1 - decay) * g**power
+        return rounded(new, noise(name, count, new.shape))
+
+      return one
+
+    def direction(g, m, v):
+      m = m.astype(jnp.float32) / (1 - b1**count)
+      v = v.astype(jnp.float32) / (1 - b2**count)
+      return (m / (jnp.sqrt(v) + epsilon)).astype(g.dtype)
+
+    with_path = jax.tree_util.tree_map_with_path
+    mu = with_path(kept(b1, 1), updates, state.mu)
+    nu = with_path(kept(b2, 2), updates, state.nu)
+    updates = jax.tree.map(direction, updates, mu, nu)
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def rounded(
+  x: Float32[Array, '*N'], noise: UInt32[Array, '*N']
+) -> BFloat16[Array, '*N']:
+  """x as one of its two neighbours in bfloat16, on average x itself.
+
+  Args:
+    x: Numbers; infinities and NaN are kept.
+    noise: Random numbers, of which 16 bits count.
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  # A carry from the bits that are cut off is the next number away from zero.
+  high = (bits + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
+  near = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
+  return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
+
+
+def noise(
+  name: str, count: Int32[Array, ''], shape: tuple[int, ...]
+) -> UInt32[Array, '*N']:
+  """Random bits for each element, a hash of its index and of a seed.
+
+  Threefry would take longer than all the rest of the update.
+
+  Args:
+    name: A name, on which the seed depends.
+    count: A number, on which it depends, too.
+    shape: The shape of the result.
+  """
+  named = np.uint32(zlib.crc32(name.encode()))
+  seed = _hash(_hash(count.astype(jnp.uint32)) ^ named)
+  index, stride = jnp.zeros(shape, jnp.uint32), 1
+  for dim in reversed(range(len(shape))):
+    place = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    index = index + place * np.uint32(stride % 2**32)
+    stride *= shape[dim]
+  return _hash(index + seed)
+
+
+def _hash(x: UInt32[Array, '*N']) -> UInt32[Array, '*N']:
+  """The mixing function "lowbias32" of nullprogram.com/blog/2018/07/31."""
+  x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+  return x ^ (x >> np.uint32(16))

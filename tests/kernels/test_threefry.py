@@ -1,0 +1,40 @@
+"""Straight code gives the random numbers of JAX's own generator."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.kernels import threefry
+
+
+@pytest.mark.parametrize('draw', [jax.random.uniform, jax.random.gumbel])
+def test_numbers_are_those_of_jax(draw):
+  def numbers(impl):
+    key = jax.random.key(np.uint32(7), impl=impl)
+    first, second = jax.random.split(jax.random.fold_in(key, 3))
+    return draw(first, (3, 5, 7)), jax.vmap(lambda k: draw(k, (4,)))(
+      jax.random.split(second, 6)
+    )
+
+  mine = jax.jit(lambda: numbers(threefry.UNROLLED))()
+  theirs = jax.jit(lambda: numbers('threefry2x32'))()
+  for a, b in zip(mine, theirs, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_bits_of_other_widths_are_jaxs_too():
+  for dtype in (np.uint8, np.uint16):
+    a, b = (
+      jax.random.bits(jax.random.key(1, impl=impl), (9,), dtype)
+      for impl in (threefry.UNROLLED, None)
+    )
+    np.testing.assert_array_equal(a, b)
+
+
+def test_no_loop_is_left():
+  def draw(impl):
+    return jax.random.uniform(jax.random.key(1, impl=impl), (8, 9))
+
+  text = jax.jit(lambda: draw(threefry.UNROLLED)).lower().as_text()
+  # What is left makes the key, whose counters are few.
+  assert text.count('xor') > 20
