@@ -7,9 +7,9 @@ slots) and `dropless`, with its router, over numbers of experts and choices,
 uniform and Zipf-skewed routing, forward and with the gradient of parameters and
 input. Every time is a ratio, taken within a round, to: the dense feed-forward
 times K, which has equal FLOPs; the fastest bare grouped products of the same
-shapes (the limit); `lax.ragged_dot`; and the roofline of this machine's measured
-peaks. Writes `table.md`, `rows.csv`, `results.json` and `ratios.png` to
-`results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
+shapes (the limit); `lax.ragged_dot`; and the roofline of this machine's
+measured peaks. Writes `table.md`, `rows.csv`, `results.json` and `ratios.png`
+to `results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
 cores, with E=256 in the second table alone; `cells` times both passes of E=8
 and 64, K=1 and 2, under uniform routing; `gpu` and `gpu_fine` are for one
 accelerator of 80 GB.
