@@ -2,16 +2,17 @@
 
     python -m experiments.bench_moe_layer --preset=quick
 
-Times `moe_jax.MoE` with capacity factor 1 (`gather`) and `dropless`, with its
-router, over numbers of experts and choices, uniform and Zipf-skewed routing,
-forward and with the gradient of parameters and input. Every time is a ratio,
-taken within a round, to: the dense feed-forward times K, which has equal FLOPs;
-the fastest bare grouped products of the same shapes (the limit);
-`lax.ragged_dot`; and the roofline of this machine's measured peaks. Writes
-`table.md`, `rows.csv`, `results.json` and `ratios.png` to
-`results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
-cores, with E=256 in the second table alone; `gpu` is for one accelerator of 80
-GB.
+Times `moe_jax.MoE` with capacity factor 1 (`gather`, and `sorted` without empty
+slots) and `dropless`, with its router, over numbers of experts and choices,
+uniform and Zipf-skewed routing, forward and with the gradient of parameters and
+input. Every time is a ratio, taken within a round, to: the dense feed-forward
+times K, which has equal FLOPs; the fastest bare grouped products of the same
+shapes (the limit); `lax.ragged_dot`; and the roofline of this machine's
+measured peaks. Writes `table.md`, `rows.csv`, `results.json` and `ratios.png`
+to `results/bench_moe_layer/<device>`. `quick` takes under five minutes on two
+cores, with E=256 in the second table alone; `cells` times both passes of E=8
+and 64, K=1 and 2, under uniform routing; `gpu` and `gpu_fine` are for one
+accelerator of 80 GB.
 """
 
 import argparse
@@ -26,9 +27,8 @@ from experiments.benchmarks import moe_layer_programs as programs_lib
 from experiments.benchmarks import moe_layer_tables as tables
 from experiments.benchmarks import timing
 from experiments.benchmarks.moe_layer_cases import ROUTINGS
-from experiments.benchmarks.moe_layer_programs import DENSE, LAYERS
+from experiments.benchmarks.moe_layer_programs import DENSE, LAYERS, PASSES
 from experiments.benchmarks.moe_layer_rows import (
-  PASSES,
   measure_scaling,
   measure_setting,
 )
@@ -90,11 +90,20 @@ PRESETS = {
     seconds=30.0,
     most_ragged=64,
   ),
+  'cells': Preset(
+    _CPU, experts=(8, 64), routings=('uniform',), seconds=15.0, most_ragged=0
+  ),
   'gpu': Preset(
     programs_lib.Sizes(16_384, 4096, 14_336, 'swiglu', 'bfloat16'),
     experts=(8,),
     selected=(2,),
     forward_selected=(2,),
+  ),
+  'gpu_fine': Preset(
+    programs_lib.Sizes(32_768, 2048, 768, 'swiglu', 'bfloat16'),
+    experts=(128,),
+    selected=(8,),
+    forward_selected=(8,),
   ),
 }
 
@@ -146,7 +155,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     choices=list(PRESETS),
     default='quick',
     help='quick: E=8 and 64, three minutes on two cores; full: E=256 too; '
-    "gpu: Mixtral's sizes in bfloat16. The options below change one",
+    'cells: E=8 and 64, uniform routing, each pass; gpu: the sizes of Mixtral '
+    'in bfloat16; gpu_fine: 128 narrow experts. The options below change one',
   )
   add('--output', default='results', help='folder of the results')
   add(
@@ -201,8 +211,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Measures every setting; writes the tables and the plot."""
   options = parse(argv)
   preset = with_options(PRESETS[options.preset], options)
-  if options.preset == 'gpu' and jax.default_backend() == 'cpu':
-    raise SystemExit("--preset=gpu needs an accelerator; there is only a 'cpu'")
+  if 'gpu' in options.preset and jax.default_backend() == 'cpu':
+    raise SystemExit(
+      f"--preset={options.preset} needs an accelerator; there is only a 'cpu'"
+    )
   for E in preset.experts:
     if max(preset.selected) > E:
       raise SystemExit(f'selected={max(preset.selected)} > experts={E}')
@@ -233,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   tables.write_plot(rows, folder / 'ratios.png')
   print(f'\n{tables.layer_table(rows)}')
+  print(tables.backward_table(rows))
   if scaling:
     print(tables.scaling_table(scaling))
   print(f'written: {folder}')

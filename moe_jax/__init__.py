@@ -27,6 +27,7 @@ from moe_jax.layers import (
   MoE,
   MoeOptions,
   Shared,
+  Sorted,
 )
 from moe_jax.layers.routers import (
   ExpertChoice,
@@ -73,6 +74,7 @@ __all__ = [
   'Shared',
   'Sizes',
   'SlotRouting',
+  'Sorted',
   'StrictlyBalanced',
   'TokenChoice',
   'dispatch',

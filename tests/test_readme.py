@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import interop, models, run_config, sections
+from moe_jax import interop, kernels, models, run_config, sections
 from moe_jax.configs import base, mixtral_8x7b
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +22,7 @@ ROOMS = (
   'configs', 'experiments', 'colab',
   *(f'moe_jax/{room}' for room in (
     'routing', 'layers', 'models', 'data', 'interop', 'generation',
-    'analysis', 'training', 'parallel',
+    'analysis', 'training', 'parallel', 'kernels',
   )),
 )  # fmt: skip
 # The rooms' own tests run the code of these.
@@ -160,3 +160,18 @@ def _sections_of(config, prefix=''):
     if hasattr(value, 'items'):
       yield f'{prefix}{key}'
       yield from _sections_of(value, f'{prefix}{key}.')
+
+
+def test_the_backend_of_the_kernels_readme_multiplies_as_blocks_do():
+  scope = run(pathlib.Path('moe_jax/kernels/README.md'))
+  np.testing.assert_allclose(
+    scope['mask_product'], scope['block_product'], atol=1e-5
+  )
+  x, w, sizes = scope['x'], scope['w_in'], scope['sizes']
+  _, pull = jax.vjp(
+    lambda w: kernels.grouped_matmul(x, w, sizes, backend='blocks'), w
+  )
+  dy = scope['mask_product']
+  np.testing.assert_allclose(
+    scope['outer'](x, dy, sizes), *pull(dy), rtol=1e-4, atol=1e-4
+  )

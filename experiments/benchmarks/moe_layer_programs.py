@@ -18,11 +18,10 @@ from moe_jax.analysis import roofline
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import (
   ACTIVATIONS,
-  Dropless,
+  DISPATCHES,
   FeedForward,
   FeedForwardExpert,
   FfnOptions,
-  Gather,
   MoE,
   MoeOptions,
   Numerics,
@@ -32,12 +31,16 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.routing.capacity import All, PerAssignment
 from moe_jax.shapes import Array
 
-LAYERS = ('gather', 'dropless')
+LAYERS = ('gather', 'sorted', 'dropless')
+# The layers whose capacity factor of 1 drops choices.
+DROPPING = LAYERS[:2]
 DENSE, PLAIN_DENSE = 'dense', 'dense, plain jnp'
 BATCHED = ('batched matmul', 'batched rows_matmul')
 GROUPED = ('grouped_ffn', 'grouped_matmul')
 RAGGED = 'ragged_dot'
 EQUAL = ', equal groups'
+# Names of the passes, by whether the gradient is computed.
+PASSES = {False: 'forward', True: 'forward+backward'}
 # The balance loss takes part in the gradient, as in training.
 _BALANCE_WEIGHT = 0.01
 
@@ -102,15 +105,14 @@ class Sizes:
 
 
 def moe_layer(sizes: Sizes, E: int, K: int, dispatch: str) -> MoE:
-  """A sparse layer: 'gather' with capacity factor 1, or 'dropless'."""
-  slots = dispatch == LAYERS[0]
+  """A sparse layer; one of `DROPPING` has capacity factor 1."""
   options = MoeOptions(
     num_experts=E,
     num_selected=K,
     router=TokenChoice(gates='raw' if K == 1 else 'renormalized'),
-    capacity=PerAssignment(factor=1.0) if slots else All(),
+    capacity=PerAssignment(factor=1.0) if dispatch in DROPPING else All(),
     expert=FeedForwardExpert(sizes.hidden, sizes.activation, 0.0),
-    dispatch=Gather() if slots else Dropless(),
+    dispatch=DISPATCHES.builtin[dispatch](),
   )
   return MoE(options, sizes.shared)
 

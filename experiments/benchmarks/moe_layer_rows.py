@@ -16,15 +16,15 @@ from experiments.benchmarks import timing
 from experiments.benchmarks.moe_layer_programs import (
   BATCHED,
   DENSE,
+  DROPPING,
   EQUAL,
   GROUPED,
   LAYERS,
+  PASSES,
   PLAIN_DENSE,
   RAGGED,
 )
 from moe_jax.analysis.roofline import Peaks, Work
-
-PASSES = {False: 'forward', True: 'forward+backward'}
 
 
 def measure_setting(
@@ -74,10 +74,10 @@ def measure_setting(
 def served_share(name: str, load: np.ndarray) -> float:
   """Share of all choices that are served.
 
-  `gather` has capacity factor 1 and drops what exceeds it; the others serve
-  every choice.
+  Layers of `DROPPING` have capacity factor 1 and drop what exceeds it; the
+  others serve every choice.
   """
-  if name != 'gather':
+  if name not in DROPPING:
     return 1.0
   capacity = -(-load.sum() // len(load))
   return float(np.minimum(load, capacity).sum() / load.sum())
@@ -88,16 +88,17 @@ def fastest_limit(
 ) -> str:
   """Name of the fastest bare products of a layer's shapes, its limit.
 
-  `gather` is compared to products of equal groups, which its slots are, and
-  `dropless` to products of the drawn groups; under uniform routing, where these
-  are equal but for chance, products of equal groups count for it too.
+  `gather` is compared to products of equal groups, which its slots are, and so
+  is `sorted`, which has at most as many rows. `dropless` is compared to
+  products of the drawn groups; under uniform routing, where these are equal but
+  for chance, products of equal groups count for it too.
   """
   drawn_groups = [*GROUPED, RAGGED]
   equal = [
     *BATCHED,
     *(name + EQUAL for name in GROUPED),
   ]
-  names = equal if layer == 'gather' else drawn_groups
+  names = equal if layer in DROPPING else drawn_groups
   if layer == 'dropless' and routing == 'uniform':
     names = drawn_groups + equal
   medians = {

@@ -13,6 +13,7 @@ from experiments.benchmarks import timing
 from experiments.benchmarks.moe_layer_programs import (
   DENSE,
   LAYERS,
+  PASSES,
   PLAIN_DENSE,
   Sizes,
 )
@@ -46,6 +47,10 @@ def report(
     '## Layers\n',
     layer_table(rows),
     FOOTNOTE,
+    '## Whole and backward alone\n\n'
+    'Over plain dense times K. Backward alone is the time with the gradient '
+    'less that of the forward pass, of medians.\n',
+    backward_table(rows),
     '## Baselines\n',
     bare_table(rows),
   ]
@@ -96,6 +101,35 @@ def layer_table(rows: Sequence[Row]) -> str:
       }
     )
   return markdown_table(lines)
+
+
+def backward_table(rows: Sequence[Row]) -> str:
+  """Table of layers by dispatch, where both passes of a setting were timed."""
+  ms = {
+    (row['E'], row['K'], row['routing'], row['case'], row['pass']): row['ms']
+    for row in rows
+  }
+  lines = []
+  for row in rows:
+    E, K, routing, case = (row[n] for n in ('E', 'K', 'routing', 'case'))
+    forward = ms.get((E, K, routing, case, PASSES[False]))
+    if case not in LAYERS or row['pass'] != PASSES[True] or forward is None:
+      continue
+    dense = [ms[E, K, routing, PLAIN_DENSE, name] for name in PASSES.values()]
+    backward = (row['ms'] - forward) / (K * (dense[1] - dense[0]))
+    lines.append(
+      {
+        'E': str(E),
+        'K': str(K),
+        'routing': routing,
+        'layer': case,
+        'forward+backward': _ratio(row, f'per_{PLAIN_DENSE}'),
+        '/ limit': _ratio(row, 'per_limit'),
+        'forward': f'{forward / (K * dense[0]):.2f}',
+        'backward alone': f'{backward:.2f}',
+      }
+    )
+  return markdown_table(lines) if lines else 'No setting has both passes.\n'
 
 
 def bare_table(rows: Sequence[Row]) -> str:
@@ -151,7 +185,7 @@ def _setting_columns(row: Row) -> dict[str, str]:
 
 
 def _count_columns(row: Row) -> dict[str, str]:
-  loops = row['case'] == 'dropless' or row['case'].startswith('grouped')
+  loops = row['case'] in LAYERS[1:] or row['case'].startswith('grouped')
   star = ' *' if loops else ''
   return {
     'GFLOP': f'{row["flops"] / 1e9:.1f}',
@@ -177,7 +211,8 @@ def write_plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
   for i, name in enumerate(LAYERS):
     case_rows = [row for row in rows if row['case'] == name]
     positions = [
-      settings.index(_label(row)) + (i - 0.5) * height for row in case_rows
+      settings.index(_label(row)) + (i - (len(LAYERS) - 1) / 2) * height
+      for row in case_rows
     ]
     ratios = [row[f'per_{DENSE}'] for row in case_rows]
     limits = [row[f'per_{DENSE}'] / row['per_limit'] for row in case_rows]

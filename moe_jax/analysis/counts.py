@@ -286,9 +286,8 @@ def _slack(
 
 def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
   """Rows that the experts of a layer multiply, for each token."""
-  if is_dropless(moe):
-    return float(moe.num_selected)
   S = group_size(moe, batch_size, length)
   sizes = moe.sizes
   slots = sizes.expert_slots(moe.router.training_slots(sizes, S), S)
-  return slots * sizes.num_retained / S
+  rows = slots * sizes.num_retained / S
+  return min(rows, float(moe.num_selected)) if is_dropless(moe) else rows

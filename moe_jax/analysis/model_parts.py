@@ -145,5 +145,5 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
 
 
 def is_dropless(moe: MoeOptions) -> bool:
-  """Whether experts multiply exactly the rows that were chosen, none empty."""
+  """Whether experts multiply only rows that were chosen, none empty."""
   return not moe.dispatch.by_slot and not moe.router.by_expert

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax.shapes import Array, Float, Int32
 
 
-def take_or_zero(x: Float[Array, 'N M'], index: Int32[Array, '*R']):
+def take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
   """x[index], zero where index is N."""
   # A zero row behind the others: cheaper than mode='fill', which selects.
   x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
@@ -71,18 +71,19 @@ def _take_rows_fwd(rows, gate, choice_index, row_index):
 
 def _take_rows_bwd(saved, dy):
   rows, gate, choice_index, row_index = saved
-  flat = rows.reshape(-1, rows.shape[-1])
-  d_gate = jnp.einsum(
-    'NKM,NM->NK',
-    take_or_zero(flat, row_index),
-    dy,
+  # Both gradients come from the rows of dy: to take the rows of experts again
+  # would move as many bytes once more.
+  taken = take_or_zero(dy, choice_index // gate.shape[-1])  # [*R, M]
+  d_row_gate = jnp.einsum(
+    '...M,...M->...',
+    rows,
+    taken,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
-  row_gate = take_or_zero(gate.reshape(-1, 1), choice_index)  # [R, 1]
-  d_rows = row_gate.astype(dy.dtype) * take_or_zero(
-    dy, choice_index // gate.shape[-1]
-  )
+  d_gate = take_or_zero(d_row_gate.reshape(-1), row_index)  # [N, K]
+  row_gate = take_or_zero(gate.reshape(-1), choice_index)[..., None]
+  d_rows = row_gate.astype(dy.dtype) * taken
   return d_rows, d_gate.astype(gate.dtype), None, None
 
 

@@ -13,6 +13,7 @@ from moe_jax.layers.experts import (
   Gather,
   MixtureExpert,
   ModuleExpert,
+  Sorted,
 )
 from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
 from moe_jax.layers.lstm import Lstm, LstmOptions
@@ -69,4 +70,5 @@ __all__ = [
   'Rotary',
   'Shared',
   'Sinusoidal',
+  'Sorted',
 ]

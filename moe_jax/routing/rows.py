@@ -122,7 +122,7 @@ def sorted_rows_of_choices(
   if capacity is not None:
     N = min(choices, E * G * capacity)
   expert = jnp.where(kept, expert_index, E).reshape(-1)
-  choice = _stable_argsort(expert, E + 1)[:N]
+  choice = stable_argsort(expert, E + 1)[:N]
   served = jnp.arange(N, dtype=jnp.int32) < kept.sum()
   choice = decided(jnp.where(served, choice, choices))
   number = jnp.arange(N, dtype=jnp.int32)
@@ -168,7 +168,7 @@ def _by_expert(x: Shaped[Array, 'G E C']) -> Shaped[Array, 'E R']:
   return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
-def _stable_argsort(
+def stable_argsort(
   key: Int32[Array, ' N'], num_keys: int
 ) -> Int32[Array, ' N']:
   """The order that sorts keys in [0, num_keys); equal keys keep their order."""

@@ -129,10 +129,11 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
 @pytest.mark.parametrize(
   ('num_rows', 'num_experts', 'expected'),
   [
-    (4096, 8, list(range(64, 641, 64))),  # a share is 512; up to a quarter more
-    (4096, 64, [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]),
+    # A share is 512: sixteenths of it, up to a quarter more.
+    (4096, 8, [64, 128, 256, *range(384, 641, 32)]),
+    (4096, 64, [8, 16, 32, 48, 56, 64, 72, 80]),
     (4096, 256, [8, 16, 24]),
-    (2**20, 8, list(range(64, 641, 64))),  # blocks are never larger
+    (2**20, 8, [128, 256, 512, *range(768, 1281, 64)]),  # never larger
     (2, 8, [2]),  # one token: no more rows than there are
     (30, 5, [8]),
     (30, 1, [8, 16, 24, 30]),
@@ -163,6 +164,6 @@ def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   np.testing.assert_array_equal(seen[:, 0], [1] * n + [0] * (num_rows - n))
   full = blocks.full_block_rows(num_rows, 4)
   np.testing.assert_array_equal(visits, [-(-g // full) for g in group_sizes])
-  # Blocks grow in steps of 8 rows, so that an expert with rows wastes less than
-  # 8.
+  # Sizes of such small blocks are multiples of 8, so that an expert with rows
+  # wastes less than 8.
   assert int(rows) <= n + 7 * sum(g > 0 for g in group_sizes)

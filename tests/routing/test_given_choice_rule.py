@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax import routing
+from moe_jax.routing import given_choice_rule
 
 
 def test_two_columns_of_one_expert_are_two_slots_of_it():
@@ -35,3 +37,14 @@ def test_two_columns_of_one_expert_are_two_slots_of_it():
   np.testing.assert_allclose(
     experts.gate[0], [[0.5, 0.4], [0.6, 0.3], [0.7, 0]], rtol=1e-5
   )
+
+
+@pytest.mark.parametrize('num_experts', [1, 5])
+def test_the_sort_and_the_sum_give_the_same_places(num_experts):
+  rng = np.random.default_rng(0)
+  expert = jnp.asarray(rng.integers(num_experts, size=37), jnp.int32)
+  queued = jnp.asarray(rng.random(37) < 0.7)
+  by_sum = given_choice_rule.places_by_sum(expert, queued, num_experts)
+  by_sort = given_choice_rule.places_by_sort(expert, queued, num_experts)
+  np.testing.assert_array_equal(by_sort, by_sum)
+  assert by_sum.max() > 3

@@ -17,7 +17,7 @@ from moe_jax.layers.experts.slots import (
   MixtureExpert,
   ModuleExpert,
 )
-from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.experts.sorted_rows_experts import Dropless, Sorted
 from moe_jax.options import Kinds
 
 EXPERTS = Kinds(
@@ -29,7 +29,7 @@ EXPERTS = Kinds(
 DISPATCHES = Kinds(
   'dispatch',
   Dispatch,
-  {'gather': Gather, 'einsum': Einsum, 'dropless': Dropless},
+  {'gather': Gather, 'einsum': Einsum, 'dropless': Dropless, 'sorted': Sorted},
 )
 
 __all__ = [
@@ -45,4 +45,5 @@ __all__ = [
   'MixtureExpert',
   'ModuleExpert',
   'QuantizedExpert',
+  'Sorted',
 ]

@@ -71,10 +71,12 @@ class Dispatch(Options):
   Attributes:
     by_slot: Whether every expert has equally many rows, filled or not.
     by_mask: Whether tokens move by a product with a mask of all slots.
+    drops: Whether a capacity that binds may drop choices.
   """
 
   by_slot: ClassVar[bool] = True
   by_mask: ClassVar[bool] = False
+  drops: ClassVar[bool] = True
 
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.

@@ -1,4 +1,4 @@
-"""Experts without capacity: rows sorted by expert, no more than are needed.
+"""Experts without slots: rows sorted by expert, no more than are needed.
 
 On a mesh each device sorts its own tokens' rows. Where experts are split over
 devices, the rows travel to them (`parallel/ragged.py`), are sorted again there,
@@ -39,6 +39,7 @@ class Dropless(Dispatch):
   """
 
   by_slot: ClassVar[bool] = False
+  drops: ClassVar[bool] = False
 
   backend: str = option(
     AUTO,
@@ -70,6 +71,17 @@ class Dropless(Dispatch):
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
     return SortedRowsExperts(layer, self, name=SCOPE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted(Dropless):
+  """The dispatch of sorted rows for routers that drop what exceeds a capacity.
+
+  It computes what `Gather` does, without empty slots: experts that few tokens
+  chose cost little, and those that none chose nothing.
+  """
+
+  drops: ClassVar[bool] = True
 
 
 class SortedRowsExperts(Experts):
