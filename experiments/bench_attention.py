@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers.attention.dot_product import attend
 
 NAME = 'bench_attention'
-PEER = 'PyTorch'
+PEER, _PAUSE = 'PyTorch', 'pause'
 # B, T, H and D of `tiny_switch`, of `shakespeare_switch` and of the encoder in
 # `bench_train_step --peer`, and of two longer rows.
 SHAPES = (
@@ -78,7 +79,10 @@ def measure(
   runs = {name: program(name, case) for name in names}
   if peer is not None:
     runs[PEER] = functools.partial(peer, case)
+    # PyTorch's threads wait for their next work on the processors.
+    runs[_PAUSE] = lambda: time.sleep(0.1)
   times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
+  times.pop(_PAUSE, None)
   (B, T, H, D), packed = case
   flops = _PRODUCTS * 2 * B * H * T * T * D
   limits = [flops / peaks.flops_per_second for peaks in rounds]
