@@ -22,16 +22,21 @@ PARTS = {
   'moe': 'rest of sparse layers',
   'attention': 'attention',
   'relative_positions': 'attention',
+  'cross_attention': 'cross-attention',
   'ffn': 'dense feed-forward',
   'extra_ffn': 'dense feed-forward',
   'attention_norm': 'norms',
+  'cross_attention_norm': 'norms',
   'ffn_norm': 'norms',
   'extra_ffn_norm': 'norms',
   'final_norm': 'norms',
+  'embedding': 'embedding',
+  'logits': 'logits and loss',
+  'loss': 'logits and loss',
   'optimizer': 'optimizer',
 }
 # Instructions that are differentiated and in none of these scopes.
-AROUND = 'embedding, residual, loops, loss'
+AROUND = 'residual stream, loops'
 OTHER = 'all other instructions'
 INPUT = 'waiting for the batch'
 ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))

@@ -6,6 +6,7 @@ encoder-decoder share it. Not here: the layers between (`stack.py`).
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -93,6 +94,7 @@ class Embeddings(nn.Module):
       self.w_logits = self.param('w_logits', init, shape[::-1], dtype)
     self.drop = nn.Dropout(c.dropout)
 
+  @jax.named_scope('embedding')
   def embed(
     self,
     tokens: Int[Array, 'B T'],
@@ -116,6 +118,7 @@ class Embeddings(nn.Module):
     )
     return self.drop(x, deterministic=not train)
 
+  @jax.named_scope('logits')
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:
     """The float32 logits of the last block's output."""
     c = self.config

@@ -105,8 +105,9 @@ def make_grad_fn(
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
-    sums = losses.loss_sums(loss(outputs, batch), batch, aux)
-    total = losses.total_loss(sums, whole, scheduled(weights, step))
+    with jax.named_scope('loss'):
+      sums = losses.loss_sums(loss(outputs, batch), batch, aux)
+      total = losses.total_loss(sums, whole, scheduled(weights, step))
     return total, sums._replace(choices=choices)
 
   def grad_fn(params, batch, whole, key, router_state=None, step=0):

@@ -55,6 +55,19 @@ MODULES = 'email,json,asyncio'
       f'jit(train_step)/jvp(Decoder)/{LAYER}/ffn/dot_general',
       'dense feed-forward',
     ),
+    # Attention to an encoder's output has a row of its own.
+    (
+      f'jit(train_step)/transpose(jvp(EncoderDecoder))/{LAYER}/'
+      'cross_attention/mul',
+      'cross-attention',
+    ),
+    (
+      f'jit(train_step)/jvp(EncoderDecoder)/{LAYER}/cross_attention_norm/mul',
+      'norms',
+    ),
+    ('jit(train_step)/jvp(Decoder)/logits/dot_general', 'logits and loss'),
+    ('jit(train_step)/jvp(loss)/reduce_sum', 'logits and loss'),
+    ('jit(train_step)/jvp(Decoder)/embedding/gather', 'embedding'),
     # A transformation may wrap the scope's own name.
     ('jit(f)/transpose(jvp(experts))/mul', 'experts'),
     ('jit(train_step)/jvp(Decoder)/dot_general', step_parts.AROUND),

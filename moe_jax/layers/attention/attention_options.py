@@ -41,11 +41,12 @@ class AttentionOptions(Options):
   implementation: str = option(
     'auto',
     "Implementation of attention: 'einsum' (any option; keeps an array of all "
-    "scores); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the same with "
-    "NVIDIA's kernels, in half precision; packed rows need a mask [B, 1, T, "
-    "T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or 'auto': "
-    'splash on a TPU and cudnn on a GPU if they support the options, else '
-    'einsum.',
+    "scores); 'blocks' (blocks of queries, whose scores are computed again in "
+    "the backward pass); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the "
+    "same with NVIDIA's kernels, in half precision; packed rows need a mask "
+    "[B, 1, T, T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or "
+    "'auto': blocks on a CPU, splash on a TPU and cudnn on a GPU if they "
+    'support the options, else einsum.',
     one_of(*IMPLEMENTATIONS),
     how=True,
   )

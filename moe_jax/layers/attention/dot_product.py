@@ -1,7 +1,8 @@
 """Scaled dot-product attention within segments, fused if the platform can.
 
 Not here: projections and positions (`attention.py`, `layers/positions.py`),
-masks (`keys.py`), the TPU's kernel (`splash.py`).
+masks (`keys.py`), the CPU's (`blockwise.py`) and the TPU's kernel
+(`splash.py`).
 """
 
 import functools
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels.cpu import add_to_each
+from moe_jax.layers.attention.blockwise import blocks
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.layers.attention.splash import LEAST_BLOCK, splash
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Float32, Int
 
-IMPLEMENTATIONS = ('auto', 'cudnn', 'einsum', 'splash', 'xla')
+IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')
 
 
@@ -63,13 +65,17 @@ def attend(
   if key_segment_ids is None:
     key_segment_ids = segment_ids
   plain = functools.partial(einsum, keys=keys, bias=bias, dropout=dropout)
-  library = functools.partial(jax_nn, keys=keys, bias=bias)
-  kernel = functools.partial(splash, keys=keys)
-  f = _choose(implementation, options, plain, library, kernel)
+  candidates = {
+    'einsum': plain,
+    'blocks': functools.partial(blocks, keys=keys, bias=bias),
+    'library': functools.partial(jax_nn, keys=keys, bias=bias),
+    'splash': functools.partial(splash, keys=keys),
+  }
+  f = _choose(implementation, options, candidates)
   return f(query, key, value, segment_ids, key_segment_ids)
 
 
-def _choose(name, options, plain, library, kernel):
+def _choose(name, options, candidates):
   check(name, **options)
   if name == 'cudnn' and not _cuda_capability():
     raise ValueError(
@@ -78,13 +84,21 @@ def _choose(name, options, plain, library, kernel):
   if name == 'auto' and _cudnn_serves(options):
     name = 'cudnn'
   if name in ('cudnn', 'xla'):
-    return functools.partial(library, implementation=name)
+    return functools.partial(candidates['library'], implementation=name)
+  kernel = candidates['splash']
   if name == 'splash':
     emulated = functools.partial(kernel, interpret=True)
-    return _by_platform(tpu=kernel, default=emulated)
-  if name == 'auto' and not misfit('splash', **options):
-    return _by_platform(tpu=kernel, default=plain)
-  return plain
+    return _by_platform(emulated, tpu=kernel)
+  if name != 'auto':
+    return candidates[name]
+  own = {'cpu': 'blocks', 'tpu': 'splash'}
+  served = {
+    platform: candidates[name]
+    for platform, name in own.items()
+    if not misfit(name, **options)
+  }
+  plain = candidates['einsum']
+  return _by_platform(plain, **served) if served else plain
 
 
 def misfit(
@@ -105,6 +119,7 @@ def misfit(
   no_dropout = (dropout, 'it has no dropout')
   no_bias = (biased, 'it has no relative positions')
   rules = {
+    'blocks': (no_dropout,),
     'cudnn': (
       (dtype not in HALF, f'dtype={dtype!r} is none of {list(HALF)}'),
       (D % 8 or D > 256, f'head_width={D} is no multiple of 8 up to 256'),
@@ -146,8 +161,10 @@ def _cuda_capability() -> float:
   return float(device.compute_capability)
 
 
-def _by_platform(tpu, default):
-  return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=default)
+def _by_platform(default, **by_platform):
+  return functools.partial(
+    jax.lax.platform_dependent, default=default, **by_platform
+  )
 
 
 def einsum(

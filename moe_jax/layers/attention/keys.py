@@ -57,7 +57,13 @@ def masked_softmax(
   scores: Float32[Array, '*B T S'], mask: Bool[Array, '*b T S']
 ) -> Float32[Array, '*B T S']:
   """Softmax over the keys that `mask` shows, at least one in each row."""
-  # The mask is added: a selection would keep it, as large as the scores, for a
-  # gradient that is zero there anyway.
-  hidden = jnp.where(mask, 0, jnp.finfo(scores.dtype).min)
-  return jax.nn.softmax(scores + hidden.astype(scores.dtype))
+  return jax.nn.softmax(scores + hidden(mask))
+
+
+def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
+  """What is added to scores: zero at visible keys, else the least number.
+
+  A selection would keep the mask, as large as the scores, for a gradient that
+  is zero there anyway.
+  """
+  return jnp.where(mask, 0, jnp.finfo(jnp.float32).min).astype(jnp.float32)

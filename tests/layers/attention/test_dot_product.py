@@ -80,6 +80,7 @@ def program(implementation, causal, seq_len):
     ('splash', T, True, True),
     ('splash', T, True, False),
     ('splash', T, False, True),
+    ('blocks', T, True, True),
     ('auto', T, True, True),
   ],
 )
@@ -100,7 +101,8 @@ def test_equals_einsum_in_value_and_gradient(
 
 
 @pytest.mark.parametrize(
-  ('implementation', 'seq_len'), [('einsum', 7), ('xla', 7), ('splash', T)]
+  ('implementation', 'seq_len'),
+  [('blocks', 7), ('einsum', 7), ('xla', 7), ('splash', T)],
 )
 def test_padding_sees_no_token_and_none_sees_it(implementation, seq_len):
   x, segment_ids, _ = batch(seq_len)

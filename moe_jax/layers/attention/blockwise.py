@@ -1,0 +1,240 @@
+"""Attention over blocks of queries, which keeps no scores: the CPU's own.
+
+Each block of queries meets the keys that it may see alone, so that a causal
+layer computes about half of the scores. Kept for the backward pass are the
+output and two numbers for each query; scores are computed again, as in
+FlashAttention (https://arxiv.org/abs/2205.14135), whose tiles of keys within a
+block this has not. Not here: the choice of an implementation
+(`dot_product.py`).
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.attention.keys import Keys, hidden, visible
+from moe_jax.shapes import Array, Float, Float32, Int
+
+# Queries of a block: small ones compute fewer scores that causality hides, and
+# their products are slower. No more than so many blocks are compiled.
+_LEAST_QUERIES, _MOST_BLOCKS = 64, 8
+# Keys that a window hides are left out in multiples of this number.
+_KEY_STEP = 16
+
+
+class Block(NamedTuple):
+  """A block of queries, and the keys that some of them may see.
+
+  Attributes:
+    first: The first query.
+    stop: The query after the last.
+    first_key: The first key.
+    stop_key: The key after the last.
+  """
+
+  first: int
+  stop: int
+  first_key: int
+  stop_key: int
+
+  def queries(self, x: Array, axis: int = 1) -> Array:
+    """The part of x that belongs to the block's queries."""
+    return jax.lax.slice_in_dim(x, self.first, self.stop, axis=axis)
+
+  def keys(self, x: Array, axis: int = 1) -> Array:
+    """The part of x that belongs to the block's keys."""
+    return jax.lax.slice_in_dim(x, self.first_key, self.stop_key, axis=axis)
+
+
+def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
+  """The blocks of all queries, in their order."""
+  T, S = num_queries, num_keys
+  size = -(-T // _MOST_BLOCKS)
+  size = -(-size // _LEAST_QUERIES) * _LEAST_QUERIES
+  return list(_blocks(T, S, size, keys))
+
+
+def _blocks(T: int, S: int, size: int, keys: Keys) -> Iterator[Block]:
+  for first in range(0, T, size):
+    stop, low, high = min(first + size, T), 0, S
+    if keys.causal:
+      high = min(stop, S)
+    if keys.window:
+      low = max(first - keys.window + 1, 0) // _KEY_STEP * _KEY_STEP
+    yield Block(first, stop, min(low, high - 1), high)
+
+
+class Statistics(NamedTuple):
+  """What the softmax of each query is computed again from.
+
+  Attributes:
+    largest: The largest score of each query, [B, N, R, 1] for a block.
+    total: The sum of the exponentials of its scores less the largest.
+  """
+
+  largest: Array
+  total: Array
+
+
+def blocks(
+  query: Float[Array, 'B T H D'],
+  key: Float[Array, 'B S N D'],
+  value: Float[Array, 'B S N D'],
+  segment_ids: Int[Array, 'B T'] | None,
+  key_segment_ids: Int[Array, 'B S'] | None,
+  *,
+  keys: Keys,
+  bias: Float32[Array, 'H T S'] | None = None,
+) -> Float[Array, 'B T H D']:
+  """Attention block by block; arguments and result are those of `attend`."""
+  ids = (segment_ids, key_segment_ids)
+  return _attend(query, key, value, bias, ids, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query, key, value, bias, ids, keys):
+  return _forward(query, key, value, bias, ids, keys)[0]
+
+
+def _forward(query, key, value, bias, ids, keys):
+  outputs, statistics = [], []
+  for block in blocks_of(query.shape[1], key.shape[1], keys):
+    k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
+    scores = _scores(block, query, k, bias, ids, keys)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    y = _product(weights.astype(v.dtype), v, (3, 2)) / total  # [B, N, R, D]
+    outputs.append(_by_token(y, query.shape[2]).astype(query.dtype))
+    statistics.append(Statistics(largest, total))
+  y = jnp.concatenate(outputs, axis=1)
+  return y, (query, key, value, bias, ids, y, statistics)
+
+
+def _backward(keys, saved, dy):
+  # The barrier keeps the compiler from finding the scores of the forward pass
+  # again where layers are no loop, and from keeping them until here.
+  saved = jax.lax.optimization_barrier(saved)
+  query, key, value, bias, ids, y, statistics = saved
+  (T, H), S = query.shape[1:3], key.shape[1]
+  d_query, d_bias = [], []
+  d_key = d_value = jnp.float32(0)
+  for block, (largest, total) in zip(blocks_of(T, S, keys), statistics):
+    k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
+    scores = _scores(block, query, k, bias, ids, keys)
+    weights = jnp.exp(scores - largest) / total
+    q = _queries_by_head(block, query, key.shape[2])
+    d_y = _queries_by_head(block, dy, key.shape[2])
+    own = _queries_by_head(block, y, key.shape[2])
+    mean = (d_y * own).astype(jnp.float32).sum(-1, keepdims=True)
+    d_scores = weights * (_product(d_y, v, (3, 3)) - mean)
+    if bias is not None:
+      d_bias.append(_rows_of_bias(block, d_scores, S))
+    weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
+    d_query.append(_by_token(_product(d_scores, k, (3, 2)), H))
+    around = (0, 0), (0, 0), (block.first_key, S - block.stop_key), (0, 0)
+    d_key += jnp.pad(_product(d_scores, keys.scaled(q), (2, 2)), around)
+    d_value += jnp.pad(_product(weights, d_y, (2, 2)), around)
+  d_query = keys.scaled(jnp.concatenate(d_query, axis=1))
+  if bias is not None:
+    d_bias = jnp.concatenate(d_bias, axis=2).reshape(bias.shape)
+  return (
+    d_query.astype(query.dtype),
+    d_key.swapaxes(1, 2).astype(key.dtype),
+    d_value.swapaxes(1, 2).astype(value.dtype),
+    None if bias is None else d_bias,
+    None,
+  )
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _product(
+  x: Float[Array, 'B N _ _'],
+  y: Float[Array, 'B N _ _'],
+  contract: tuple[int, int],
+) -> Float32[Array, 'B N _ _']:
+  """The product of each head over the axes `contract`, in float32."""
+  dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(
+    x, y, dimensions, preferred_element_type=jnp.float32
+  )
+
+
+def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
+  return x.swapaxes(1, 2)
+
+
+def _queries_by_head(
+  block: Block, x: Float[Array, 'B T H D'], num_heads: int
+) -> Float[Array, 'B N R D']:
+  """The block's queries of each head of keys: R = H / N times their number."""
+  x = block.queries(x)
+  (B, t, H, D), N = x.shape, num_heads
+  x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
+  return x.reshape(B, N, H // N * t, D)
+
+
+def _by_token(
+  x: Float[Array, 'B N R D'], heads: int
+) -> Float[Array, 'B t H D']:
+  """The inverse of `_queries_by_head`."""
+  B, N, R, D = x.shape
+  J = heads // N
+  x = x.reshape(B, N, J, R // J, D).transpose(0, 3, 1, 2, 4)
+  return x.reshape(B, R // J, heads, D)
+
+
+def _scores(
+  block: Block,
+  query: Float[Array, 'B T H D'],
+  k: Float[Array, 'B N s D'],
+  bias: Float32[Array, 'H T S'] | None,
+  ids: tuple[Array | None, Array | None],
+  keys: Keys,
+) -> Float32[Array, 'B N R s']:
+  """The scores of the block's queries; those of hidden keys are the least."""
+  B, N, s = k.shape[:3]
+  q = keys.scaled(_queries_by_head(block, query, N))
+  scores = _product(q, k, (3, 3))
+  t = block.stop - block.first
+  scores = scores.reshape(B, N, -1, t, s)  # [B, N, J, t, s]
+  if bias is not None:
+    part = block.keys(block.queries(bias), 2)  # [H, t, s]
+    scores += part.reshape(1, N, -1, t, s)
+  if (mask := _mask(block, ids, keys)) is not None:
+    scores += mask[:, None, None]
+  return scores.reshape(B, N, -1, s)
+
+
+def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
+  """Zero where a query sees a key, the least number elsewhere."""
+  segment_ids, key_segment_ids = ids
+  if segment_ids is None and not keys.causal:
+    return None
+  if segment_ids is not None:
+    segment_ids = block.queries(segment_ids)
+    key_segment_ids = block.keys(key_segment_ids)
+  lengths = (block.stop - block.first, block.stop_key - block.first_key)
+  start = block.first - block.first_key
+  return hidden(visible(segment_ids, key_segment_ids, lengths, keys, start))
+
+
+def _rows_of_bias(
+  block: Block, d_scores: Float32[Array, 'B N R s'], num_keys: int
+) -> Float32[Array, 'N J t S']:
+  """The gradient of the bias's rows of the block: the sum over sequences.
+
+  It is a product with ones, as in `kernels.cpu.add_to_each`.
+  """
+  B, N, _, s = d_scores.shape
+  ones = jnp.ones((1, B), d_scores.dtype)
+  total = (ones @ d_scores.reshape(B, -1)).reshape(
+    N, -1, block.stop - block.first, s
+  )
+  around = (block.first_key, num_keys - block.stop_key)
+  return jnp.pad(total, ((0, 0), (0, 0), (0, 0), around))

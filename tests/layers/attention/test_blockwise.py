@@ -1,0 +1,117 @@
+"""Attention by blocks of queries equals the plain one, with all options."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers.attention.blockwise import blocks_of
+from moe_jax.layers.attention.dot_product import attend
+from moe_jax.layers.attention.keys import Keys
+
+B, H, N, D = 2, 6, 2, 5
+
+
+def arrays(T, S, dtype, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = ((B, T, H, D), (B, S, N, D), (B, S, N, D))
+  return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def segments(length, seed):
+  """Two documents and, in the second row, padding at the end."""
+  rng = np.random.default_rng(seed)
+  ids = np.sort(rng.integers(1, 3, (B, length)), axis=1)
+  ids[1, -length // 4 :] = 0
+  return jnp.asarray(ids, jnp.int32)
+
+
+def results(implementation, arguments, bias, toward, **options):
+  """The output, and the gradients of queries, keys, values and the bias."""
+
+  def loss(arguments, bias):
+    y = attend(*arguments, implementation=implementation, bias=bias, **options)
+    return (y.astype(jnp.float32) * toward).sum(), y
+
+  both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  (_, y), grads = jax.jit(both)(tuple(arguments), bias)
+  return y, *grads
+
+
+@pytest.mark.parametrize(
+  ('T', 'S', 'keys', 'packed', 'biased', 'dtype'),
+  [
+    # Three blocks of which the last is smaller; a bias that is learned.
+    (150, 150, Keys(), True, True, 'float32'),
+    (150, 150, Keys(scale=1.0), False, False, 'float32'),
+    # The window leaves keys out on both sides.
+    (200, 200, Keys(window=37), True, True, 'float32'),
+    # An encoder, and a decoder that reads its output.
+    (130, 130, Keys(causal=False), True, True, 'float32'),
+    (70, 90, Keys(causal=False, cross=True), True, False, 'float32'),
+    (70, 90, Keys(causal=False, cross=True), False, False, 'float32'),
+    (130, 130, Keys(), True, False, 'bfloat16'),
+  ],
+)
+def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
+  arguments = arrays(T, S, dtype)
+  rng = np.random.default_rng(1)
+  toward = rng.normal(size=(B, T, H, D)).astype(np.float32)
+  bias = None
+  if biased:
+    bias = jnp.asarray(rng.normal(size=(H, T, S)), jnp.float32)
+  ids = segments(T, 2) if packed else None
+  options = dict(keys=keys, segment_ids=ids)
+  if packed and keys.cross:
+    # Some queries see no key at all, as their document has none.
+    options['key_segment_ids'] = segments(S, 3).at[0].set(1)
+  run = functools.partial(results, bias=bias, toward=toward, **options)
+  tolerance = 2e-5 if dtype == 'float32' else 0.05
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance
+    ),
+    run('blocks', arguments),
+    run('einsum', arguments),
+  )
+
+
+def test_hidden_keys_are_left_out():
+  told = [tuple(b) for b in blocks_of(150, 150, Keys())]
+  assert told == [(0, 64, 0, 64), (64, 128, 0, 128), (128, 150, 0, 150)]
+  # Query 64 is the first of its block; with 20 keys it sees 45 to 64.
+  told = [tuple(b) for b in blocks_of(150, 150, Keys(window=20))]
+  assert told[1] == (64, 128, 32, 128)
+  told = [tuple(b) for b in blocks_of(100, 90, Keys(causal=False))]
+  assert told == [(0, 64, 0, 90), (64, 100, 0, 90)]
+  # A long row has few blocks, as each is compiled.
+  assert len(blocks_of(4096, 4096, Keys())) == 8
+
+
+@pytest.mark.parametrize('implementation', ['blocks', 'einsum'])
+def test_only_einsum_keeps_scores(implementation):
+  T = 130
+  ids = segments(T, 2)
+  f = functools.partial(attend, implementation=implementation)
+  query, key, value = arrays(T, T, 'float32')
+  _, pull = jax.vjp(lambda q, k, v: f(q, k, v, ids), query, key, value)
+  largest = max(leaf.size for leaf in jax.tree.leaves(pull))
+  assert (largest >= B * H * T * T) == (implementation == 'einsum')
+
+
+def test_a_cpu_chooses_blocks():
+  T = 130
+  q, k, v = arrays(T, T, 'float32')
+
+  def scores_kept(implementation):
+    def loss(q):
+      y = attend(q, k, v, None, implementation=implementation)
+      return y.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(q).compile().as_text()
+    return f'[{B},{N},{H // N},{T},{T}]' in text
+
+  assert scores_kept('einsum')
+  assert not scores_kept('auto')
