@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,13 +25,14 @@ import numpy as np
 
 from experiments.benchmarks import timing, torch_attention
 from experiments.benchmarks.torch_attention import Case
+from experiments.benchmarks.turns import PAUSE, Runs, check_installed, turns
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, host
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers.attention.dot_product import attend
 
 NAME = 'bench_attention'
-PEER, _PAUSE = 'PyTorch', 'pause'
+PEER = 'PyTorch'
 # B, T, H and D of `tiny_switch`, of `shakespeare_switch` and of the encoder in
 # `bench_train_step --peer`, and of two longer rows.
 SHAPES = (
@@ -72,17 +72,15 @@ def program(implementation: str, case: Case) -> Callable[[], Any]:
 
 
 def measure(
-  case: Case, peer: Callable[[Case], None] | None, seconds: float, peaks: Peaks
+  case: Case, peer: Runs, seconds: float, peaks: Peaks
 ) -> list[dict[str, Any]]:
   """Times all implementations of one case; one row for each."""
   names = IMPLEMENTATIONS[jax.default_backend()]
   runs = {name: program(name, case) for name in names}
-  if peer is not None:
-    runs[PEER] = functools.partial(peer, case)
-    # PyTorch's threads wait for their next work on the processors.
-    runs[_PAUSE] = lambda: time.sleep(0.1)
+  if peer:
+    runs |= {PEER: peer[case], PAUSE: peer[PAUSE]}
   times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
-  times.pop(_PAUSE, None)
+  times.pop(PAUSE, None)
   (B, T, H, D), packed = case
   flops = _PRODUCTS * 2 * B * H * T * T * D
   limits = [flops / peaks.flops_per_second for peaks in rounds]
@@ -172,9 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = []
   with contextlib.ExitStack() as stack:
-    peer = None
+    peer: Runs = {}
     if options.peer:
-      peer = stack.enter_context(torch_attention.turns(cases))
+      check_installed('torch')
+      programs = functools.partial(torch_attention.programs, cases)
+      peer = stack.enter_context(turns(programs))
     for case in cases:
       rows += measure(case, peer, options.seconds, peaks)
   text = report(rows, peaks)

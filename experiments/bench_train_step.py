@@ -18,6 +18,7 @@ checkout of this project against those here. Writes `table.md`, `rows.csv`,
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from experiments.benchmarks.train_step_programs import (
   prepared,
   random_batch,
 )
+from experiments.benchmarks.turns import PAUSE, check_installed, turns
 from moe_jax import command_line, host, sections
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.config_file import load_config
@@ -107,17 +109,24 @@ def measure_steps(
   return rows
 
 
-def measure_peer(seconds: float) -> list[dict[str, Any]]:
-  """Times our steps and transformers', interleaved; one row for each."""
-  config = peer_steps.config()
-  runs = {
-    name: compile_step(prepared(config, overrides)).run
+def measure_peer(seconds: float, peaks: Peaks) -> list[dict[str, Any]]:
+  """Times our steps and transformers', in turns; one row for each."""
+  config, peer = peer_steps.config(), peer_steps.NAME
+  steps = {
+    name: compile_step(prepared(config, overrides))
     for name, overrides in peer_steps.cases().items()
   }
-  peer = peer_steps.NAME
   options = prepared(config, {})
-  runs[peer] = peer_steps.transformers_step(options, random_batch(options))
-  times = timing.interleave(runs, seconds=seconds)
+  programs = functools.partial(
+    peer_steps.programs, options, random_batch(options)
+  )
+  check_installed('torch', 'transformers')
+  with turns(programs) as others:
+    runs = {name: step.run for name, step in steps.items()} | dict(others)
+    times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
+  times.pop(PAUSE)
+  work = next(iter(steps.values())).work
+  limits = [work.flops / p.flops_per_second for p in rounds]
   rows = []
   for name, durations in times.items():
     faster = timing.ratio(times[peer], durations)
@@ -129,6 +138,8 @@ def measure_peer(seconds: float) -> list[dict[str, Any]]:
         'faster': faster.median,
         'faster_low': faster.low,
         'faster_high': faster.high,
+        'limit_ms': 1e3 * timing.Spread.of(limits).median,
+        'limit_share': timing.ratio(limits, durations).median,
       }
     )
   return rows
@@ -220,9 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   seconds = preset.seconds if options.seconds is None else options.seconds
   host.keep_freed_memory()
   if options.peer:
-    rows = measure_peer(seconds)
-    text = tables.peer_report(rows)
-    folder = timing.write(options.output, f'{NAME}_peer', text, rows, {})
+    peaks = measure_peaks('float32', quick=options.rough_peaks)
+    rows = measure_peer(seconds, peaks)
+    text = tables.peer_report(rows, peaks)
+    metadata = {'peaks': dataclasses.asdict(peaks)}
+    folder = timing.write(options.output, f'{NAME}_peer', text, rows, metadata)
     print(f'{text}\nwritten: {folder}')
     return
   if options.against:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+  bench_attention,
   bench_exchange,
   bench_generation,
   bench_moe_layer,
@@ -402,14 +403,31 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   theirs = sum(p.numel() for p in peer.parameters())
   shapes = models.abstract_params(options.build())
   assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  output = ['--peer', '--seconds', '0', f'--output={tmp_path}']
-  bench_train_step.main(output)
+  output = ['--peer', '--seconds', '0', '--rough_peaks']
+  bench_train_step.main([*output, f'--output={tmp_path}'])
   (table,) = tmp_path.glob('*/*/table.md')
   assert 'transformers' in table.read_text(encoding='utf-8')
   (results,) = tmp_path.glob('*/*/results.json')
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
   assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
   assert len(rows) == 4 and all(row['ms'] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
+  pytest.importorskip('torch')
+  monkeypatch.setattr(bench_attention, 'SHAPES', ((2, 70, 2, 8),))
+  output = ['--peer', '--seconds', '0', '--rough_peaks']
+  bench_attention.main([*output, f'--output={tmp_path}'])
+  (results,) = tmp_path.glob('*/*/results.json')
+  rows = json.loads(results.read_text(encoding='utf-8'))['rows']
+  names = [row['implementation'] for row in rows]
+  assert names == ['einsum', 'blocks', 'xla', 'PyTorch'] * 2
+  for row in rows:
+    of = row['implementation'].lower()
+    assert row['ms'] > 0 and row.get(f'per_{of}', 1) == 1
+  (table,) = tmp_path.glob('*/*/table.md')
+  assert '| B=2 T=70 H=2 D=8 | 3 | PyTorch |' in table.read_text('utf-8')
 
 
 @pytest.mark.slow

@@ -71,18 +71,10 @@ def cases() -> dict[str, Mapping[str, Any]]:
 
 
 def transformers_model(options: RunConfig) -> Any:
-  """transformers' SwitchTransformers of our model's sizes, not trained.
+  """transformers' SwitchTransformers of our model's sizes, not trained."""
+  import torch
+  import transformers
 
-  Raises:
-    SystemExit: transformers or torch is not installed.
-  """
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise SystemExit(
-      f"--peer needs the 'experiments' extra: {error}"
-    ) from error
   m = options.model
   heads = m.attention
   torch.manual_seed(0)
@@ -105,6 +97,13 @@ def transformers_model(options: RunConfig) -> Any:
       decoder_start_token_id=0,
     )
   )
+
+
+def programs(
+  options: RunConfig, batch: Mapping[str, np.ndarray]
+) -> dict[str, Callable[[], None]]:
+  """The step of transformers' model, by its name."""
+  return {NAME: transformers_step(options, batch)}
 
 
 def transformers_step(

@@ -44,7 +44,7 @@ def report(
   )
 
 
-def peer_report(rows: Sequence[Mapping[str, Any]]) -> str:
+def peer_report(rows: Sequence[Mapping[str, Any]], peaks: Peaks) -> str:
   """Table of our training steps against transformers', in Markdown."""
   f = timing.facts()
   lines = [
@@ -53,17 +53,21 @@ def peer_report(rows: Sequence[Mapping[str, Any]]) -> str:
       'ms': f'{row["ms"]:.0f}',
       'times as fast': f'{row["faster"]:.2f} '
       f'({row["faster_low"]:.2f}-{row["faster_high"]:.2f})',
+      'limit, ms': f'{row["limit_ms"]:.0f}',
+      'limit / time': f'{row["limit_share"]:.2f}',
       'rounds': str(row['rounds']),
     }
     for row in rows
   ]
   return (
     "# A Switch encoder-decoder's training step against transformers'\n\n"
-    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}. M=256, '
-    'F=1024, 4 + 4 layers, two sparse in each, E=8, 8 examples of 256 tokens '
-    'in and 64 out, float32: forward, router losses, backward, clipping, '
-    'AdamW. Interleaved; medians, and medians of ratios within a round '
-    '(quartiles in brackets).\n\n'
+    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; '
+    f'{peaks.describe()}. M=256, F=1024, 4 + 4 layers, two sparse in each, '
+    'E=8, 8 examples of 256 tokens in and 64 out, float32: forward, router '
+    "losses, backward, clipping, AdamW; transformers' step in a process of its "
+    'own. In turns; medians, and medians of ratios within a round (quartiles '
+    'in brackets). Limit: our counted products at the peak of the same '
+    'rounds.\n\n'
     f'{markdown_table(lines)}'
   )
 
