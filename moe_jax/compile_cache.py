@@ -46,8 +46,9 @@ def use(folder: str = '') -> str:
   """
   if folder == OFF:
     jax.config.update('jax_enable_compilation_cache', False)
-  known = jax.config.jax_compilation_cache_dir
-  if not jax.config.jax_enable_compilation_cache or (known and not folder):
+  known = jax.config.values['jax_compilation_cache_dir']
+  enabled = jax.config.values['jax_enable_compilation_cache']
+  if not enabled or (known and not folder):
     return ''
   place = folder or str(cache_root() / 'compiled')
   if '://' not in place:

@@ -37,7 +37,7 @@ def _random_bits(key, bit_width, shape):
   """The random bits; JAX's own function where the counters need 64 bits."""
   size = int(np.prod(shape))
   plain = bit_width == 32 and size < 2**32
-  if not (plain and jax.config.jax_threefry_partitionable):
+  if not (plain and jax.config.values['jax_threefry_partitionable']):
     return _JAXS.random_bits(key, bit_width, shape)
   low = jax.lax.iota(jnp.uint32, size).reshape(shape)
   high, low = _threefry(key, jnp.zeros(shape, jnp.uint32), low)

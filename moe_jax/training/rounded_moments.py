@@ -42,7 +42,7 @@ def scale_by_adam(
 
   def update(updates, state, params=None):
     del params
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
 
     def kept(decay, power):
       def one(path, g, old):
