@@ -1,4 +1,4 @@
-"""What does causal attention cost, forward and backward?
+"""Does causal attention keep up with PyTorch's, forward and backward?
 
     python -m experiments.bench_attention --peer
 

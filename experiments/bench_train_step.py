@@ -187,12 +187,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default='configs/tiny_switch.py',
     help='config of a sparse model',
   )
-  add(
+  one = parser.add_mutually_exclusive_group()
+  one.add_argument(
     '--peer',
     action='store_true',
     help="time transformers' step against ours, and nothing else",
   )
-  add(
+  one.add_argument(
     '--against',
     metavar='FOLDER',
     help='another checkout, whose sparse and dense steps are timed against '

@@ -6,7 +6,8 @@ the flags of XLA and the kind of the devices, so what is found computes what
 compiling would. JAX's own bound, `jax_compilation_cache_max_size`, is not used:
 a process that is killed while it writes leaves a file without the time of its
 last use, after which no further program is written. A file that was cut short
-is named in a warning, and its program compiled.
+is named in a warning at each start, and its program compiled, until the file is
+deleted.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ import jax
 from moe_jax.data.cache_folders import cache_root
 
 OFF = 'off'
+MOST_BYTES = 2 * 2**30
 HELP = (
   'Folder of compiled programs, which a later start need not compile again. By '
   "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
-  f'$MOE_JAX_CACHE or ~/.cache/moe_jax; {OFF!r}: no program is kept.'
+  '$MOE_JAX_CACHE or ~/.cache/moe_jax, where what was not used for longest is '
+  f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
+  f'{OFF!r}: no program is kept.'
 )
-MOST_BYTES = 2 * 2**30
 # In seconds; programs that compile faster than this are not kept.
 _LEAST_TIME = 0.1
 _TIME = 'jax_persistent_cache_min_compile_time_secs'
@@ -34,8 +37,11 @@ def use(folder: str = '') -> str:
   """Makes this process keep compiled programs; before it compiles the first.
 
   A folder that JAX was told of (by $JAX_COMPILATION_CACHE_DIR) is left as it
-  is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. Any other folder is
-  made, and its oldest files are deleted beyond `MOST_BYTES`.
+  is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. The default folder is
+  made, and its least recently used files are deleted beyond `MOST_BYTES`; no
+  file is deleted elsewhere. Several processes keep programs only in a folder
+  that was given: where each host has a home of its own, some would find what
+  others compile, and wait for them.
 
   Args:
     folder: A path; OFF, to keep none; '' is the default of `HELP`.
@@ -46,19 +52,22 @@ def use(folder: str = '') -> str:
   """
   if folder == OFF:
     jax.config.update('jax_enable_compilation_cache', False)
-  known = jax.config.values['jax_compilation_cache_dir']
-  enabled = jax.config.values['jax_enable_compilation_cache']
-  if not enabled or (known and not folder):
     return ''
-  place = folder or str(cache_root() / 'compiled')
-  if '://' not in place:
-    path = pathlib.Path(place).expanduser()
+  if not jax.config.values['jax_enable_compilation_cache']:
+    return folder and _not_kept('JAX_ENABLE_COMPILATION_CACHE is false')
+  known = jax.config.values['jax_compilation_cache_dir']
+  if not folder and (known or jax.distributed.is_initialized()):
+    return ''
+  place = folder
+  if '://' not in folder:
     try:
+      path = pathlib.Path(folder or cache_root() / 'compiled').expanduser()
       path.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-      return f'compiled programs are not kept: {error}'
-    _delete_oldest(path)
+    except (OSError, RuntimeError) as error:  # the latter if there is no home
+      return _not_kept(error)
+    if not folder:
+      _delete_oldest(path)
     place = str(path)
   jax.config.update('jax_compilation_cache_dir', place)
   if _TIME.upper() not in os.environ:
@@ -66,13 +75,18 @@ def use(folder: str = '') -> str:
   return ''
 
 
+def _not_kept(reason: object) -> str:
+  return f'compiled programs are not kept: {reason}'
+
+
 def _delete_oldest(folder: pathlib.Path) -> None:
-  """Deletes the programs that were written first, beyond `MOST_BYTES`."""
+  """Deletes the programs that nobody used for longest, beyond `MOST_BYTES`."""
   facts = []
   for path in folder.glob('*-cache'):
     with contextlib.suppress(OSError):  # another process has deleted it
       stat = path.stat()
-      facts.append((stat.st_mtime, stat.st_size, path))
+      used = max(stat.st_mtime, stat.st_atime)
+      facts.append((used, stat.st_size, path))
   total = 0
   for _, size, path in sorted(facts, reverse=True):
     total += size

@@ -131,9 +131,10 @@ def _dry_run() -> None:
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   """Trains; returns the exit status."""
-  if problem := compile_cache.use(_COMPILE_CACHE.value):
-    command_line.complain(problem)
+  problem = compile_cache.use(_COMPILE_CACHE.value)
   if distributed.is_first():
+    if problem:
+      command_line.complain(problem)
     command_line.say(config_flag.replaced_lines())
     command_line.say(config_flag.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)

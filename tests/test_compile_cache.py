@@ -49,8 +49,10 @@ def test_a_program_is_found_again_and_computes_the_same_bits(tmp_path):
   compiled = run(x)
   kept = files(tmp_path / 'kept')
   assert kept
+  found = []
+  jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
   np.testing.assert_array_equal(run(x), compiled)
-  assert files(tmp_path / 'kept') == kept
+  assert '/jax/compilation_cache/cache_hits' in found
   # A file that was cut short costs a warning and the time of compiling.
   for name in kept:
     (tmp_path / 'kept' / name).write_bytes(b'cut')
@@ -79,6 +81,20 @@ def test_a_folder_that_jax_was_told_of_is_left_as_it_is(tmp_path):
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'flag')
 
 
+def test_a_place_that_has_no_effect_is_said(tmp_path, monkeypatch):
+  jax.config.update('jax_enable_compilation_cache', False)
+  assert 'JAX_ENABLE_COMPILATION_CACHE' in compile_cache.use(str(tmp_path))
+  assert compile_cache.use() == ''
+  jax.config.update('jax_enable_compilation_cache', True)
+  # Hosts of a run with several processes may have no folder in common.
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  assert compile_cache.use() == ''
+  assert not (tmp_path / 'compiled').exists()
+  assert compile_cache.use(str(tmp_path / 'shared')) == ''
+  assert (tmp_path / 'shared').exists()
+
+
 def test_it_can_be_turned_off(tmp_path, monkeypatch):
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
   assert compile_cache.use(compile_cache.OFF) == ''
@@ -104,5 +120,13 @@ def test_the_oldest_programs_are_deleted_beyond_the_bound(
     os.utime(path, (1000 - age, 1000 - age))
   (tmp_path / 'another').write_bytes(b'a file that is no program')
   assert compile_cache.use(str(tmp_path)) == ''
-  left = sorted(path.name for path in tmp_path.iterdir())
-  assert left == ['another', 'middle-cache', 'new-cache']
+  assert len(list(tmp_path.iterdir())) == 4  # the user's folder stays whole
+  folder = tmp_path / 'compiled'
+  folder.mkdir()
+  for path in list(tmp_path.glob('*-cache')):
+    path.rename(folder / path.name)
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
+  jax.config.update('jax_compilation_cache_dir', None)
+  assert compile_cache.use() == ''
+  left = sorted(path.name for path in folder.iterdir())
+  assert left == ['middle-cache', 'new-cache']

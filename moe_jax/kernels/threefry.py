@@ -2,8 +2,8 @@
 
 JAX lowers Threefry-2x32 (Salmon et al., 2011) for CPUs to a loop over groups of
 rounds, which copies its arrays in each; written out, the rounds are one pass
-over the result. The bits are those of `jax.random.key(seed)`, so that no random
-number differs. Elsewhere JAX writes the rounds out itself.
+over the result. The bits are the same. On other platforms JAX writes the rounds
+out itself.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.shapes import Array, UInt32
+from moe_jax.shapes import Array, PRNGKey, UInt32
 
 _JAXS = jax.extend.random.threefry_prng_impl
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -39,12 +39,16 @@ def _random_bits(key, bit_width, shape):
   plain = bit_width == 32 and size < 2**32
   if not (plain and jax.config.values['jax_threefry_partitionable']):
     return _JAXS.random_bits(key, bit_width, shape)
-  low = jax.lax.iota(jnp.uint32, size).reshape(shape)
+  low, stride = jnp.zeros(shape, jnp.uint32), 1
+  # A sum over dimensions, which devices that share the array can split.
+  for dim in reversed(range(len(shape))):
+    place = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    low = low + place * np.uint32(stride % 2**32)
+    stride *= shape[dim]
   high, low = _threefry(key, jnp.zeros(shape, jnp.uint32), low)
   return high ^ low
 
 
-# The argument `impl` of `jax.random.key`.
 UNROLLED = jax.extend.random.define_prng_impl(
   key_shape=_JAXS.key_shape,
   seed=_JAXS.seed,
@@ -54,3 +58,13 @@ UNROLLED = jax.extend.random.define_prng_impl(
   name='threefry2x32_unrolled',
   tag='fru',
 )
+
+
+def key(seed: UInt32[Array, '']) -> PRNGKey:
+  """The key of `jax.random.key(seed)`, whose bits are quick to draw on a CPU.
+
+  A generator that the user has chosen is kept.
+  """
+  chosen = jax.config.values['jax_default_prng_impl']
+  unrolled = chosen == _JAXS.name and jax.default_backend() == 'cpu'
+  return jax.random.key(seed, impl=UNROLLED if unrolled else None)

@@ -20,31 +20,11 @@ import operator
 import os
 import pathlib
 import socket
-import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 import numpy as np
-
-# tensorboardX imports torch where it is installed, which takes more than a
-# second, and what is used of it here needs none.
-_HIDDEN = 'torch' not in sys.modules
-if _HIDDEN:
-  cast(dict, sys.modules)['torch'] = None
-# Classes that protobuf makes at run time are unknown to type checkers.
-from tensorboardX.proto.event_pb2 import (  # noqa: E402
-  Event,  # pyright: ignore
-  SessionLog,  # pyright: ignore
-)
-from tensorboardX.proto.summary_pb2 import (  # noqa: E402
-  Summary,  # pyright: ignore
-)
-from tensorboardX.record_writer import masked_crc32c  # noqa: E402
-
-if _HIDDEN:
-  del sys.modules['torch']
 
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
@@ -90,10 +70,14 @@ class MetricsWriter:
     self._rows = _AppendOnly(path)
     first_step = 0 if resume_step is None else resume_step + 1
     self._events = _AppendOnly(_new_event_file(folder / 'tensorboard'))
-    self._events.append(_record(Event(file_version='brain.Event:2')))
-    # Makes TensorBoard drop the values that earlier files have for these steps.
-    start = SessionLog(status=SessionLog.START)
-    self._events.append(_record(Event(step=first_step, session_log=start)))
+    # Imported where it is used: tensorboardX imports torch where it is
+    # installed, for more than a second, and most of what imports this file
+    # writes no metrics.
+    from moe_jax.runs import event_records
+
+    self._records = event_records
+    for record in event_records.beginning(first_step):
+      self._events.append(record)
 
   def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
     """Appends one row; a step may have several, such as one for each eval.
@@ -113,14 +97,9 @@ class MetricsWriter:
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
     self._rows.append(text.encode() + b'\n')
-    scalars = [
-      Summary.Value(tag=key, simple_value=value)
-      for key, value in row.items()
-      if not isinstance(value, list)
-    ]
+    scalars = {k: v for k, v in row.items() if not isinstance(v, list)}
     if scalars:
-      summary = Summary(value=scalars)
-      self._events.append(_record(Event(step=step, summary=summary)))
+      self._events.append(self._records.scalars(step, scalars))
 
   def close(self) -> None:
     """Tries once more to write rows that did not fit; closes the files."""
@@ -250,25 +229,6 @@ def _new_event_file(folder: pathlib.Path) -> pathlib.Path:
   number = sum(1 for _ in folder.iterdir())
   name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}'
   return folder / f'{name}.{number:04d}'
-
-
-def _record(event: Event) -> bytes:
-  """An event as a TFRecord: length and its checksum, data and its checksum.
-
-  tensorboardX's own writer is not used: on a full disk its thread dies, and its
-  full queue then blocks the training loop for ever.
-  """
-  event.wall_time = time.time()
-  data = event.SerializeToString()
-  length = struct.pack('<Q', len(data))
-  return b''.join(
-    [
-      length,
-      struct.pack('<I', masked_crc32c(length)),
-      data,
-      struct.pack('<I', masked_crc32c(data)),
-    ]
-  )
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -178,8 +178,7 @@ def train_step(
     move_router_state: Function from the routers' state and the load [L, E] of
       the whole batch to the routers' next state.
   """
-  key = jax.random.key(state.seed, impl=threefry.UNROLLED)
-  key = jax.random.fold_in(key, state.step)
+  key = jax.random.fold_in(threefry.key(state.seed), state.step)
   whole = normalize(batch)
   (loss, sums), grads = grad_fn(
     state.params, batch, whole, key, state.router_state, state.step

@@ -22,6 +22,13 @@ def test_numbers_are_those_of_jax(draw):
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_generator_that_was_chosen_is_kept():
+  with jax.default_prng_impl('rbg'):
+    key = threefry.key(jax.numpy.uint32(7))
+    assert key.dtype == jax.random.key(7).dtype
+  assert threefry.key(jax.numpy.uint32(7)).dtype != jax.random.key(7).dtype
+
+
 def test_bits_of_other_widths_are_jaxs_too():
   for dtype in (np.uint8, np.uint16):
     a, b = (

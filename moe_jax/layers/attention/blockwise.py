@@ -3,8 +3,8 @@
 Each block of queries meets the keys that it may see alone, so that a causal
 layer computes about half of the scores. Kept for the backward pass are the
 output and two numbers for each query; scores are computed again, as in
-FlashAttention (https://arxiv.org/abs/2205.14135), whose tiles of keys within a
-block this has not. Not here: the choice of an implementation
+FlashAttention (https://arxiv.org/abs/2205.14135). Unlike there, a block of
+queries meets all its keys at once. Not here: the choice of an implementation
 (`dot_product.py`).
 """
 
@@ -68,7 +68,7 @@ def _blocks(T: int, S: int, size: int, keys: Keys) -> Iterator[Block]:
 
 
 class Statistics(NamedTuple):
-  """What the softmax of each query is computed again from.
+  """Numbers from which the softmax of each query is computed again.
 
   Attributes:
     largest: The largest score of each query, [B, N, R, 1] for a block.
@@ -91,17 +91,23 @@ def blocks(
 ) -> Float[Array, 'B T H D']:
   """Attention block by block; arguments and result are those of `attend`."""
   ids = (segment_ids, key_segment_ids)
-  return _attend(query, key, value, bias, ids, keys)
+  # A query that may see no key has the mean of all values, as in `einsum`; it
+  # always sees its own where the two are the same array.
+  rules = keys
+  if key_segment_ids is not segment_ids:
+    rules = keys._replace(causal=False, window=0)
+  parts = tuple(blocks_of(query.shape[1], key.shape[1], rules))
+  return _attend(query, key, value, bias, ids, keys, parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(query, key, value, bias, ids, keys):
-  return _forward(query, key, value, bias, ids, keys)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(query, key, value, bias, ids, keys, parts):
+  return _forward(query, key, value, bias, ids, keys, parts)[0]
 
 
-def _forward(query, key, value, bias, ids, keys):
+def _forward(query, key, value, bias, ids, keys, parts):
   outputs, statistics = [], []
-  for block in blocks_of(query.shape[1], key.shape[1], keys):
+  for block in parts:
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     largest = scores.max(-1, keepdims=True)
@@ -114,22 +120,23 @@ def _forward(query, key, value, bias, ids, keys):
   return y, (query, key, value, bias, ids, y, statistics)
 
 
-def _backward(keys, saved, dy):
+def _backward(keys, parts, saved, dy):
   # The barrier keeps the compiler from finding the scores of the forward pass
   # again where layers are no loop, and from keeping them until here.
   saved = jax.lax.optimization_barrier(saved)
   query, key, value, bias, ids, y, statistics = saved
-  (T, H), S = query.shape[1:3], key.shape[1]
+  H, S = query.shape[2], key.shape[1]
   d_query, d_bias = [], []
   d_key = d_value = jnp.float32(0)
-  for block, (largest, total) in zip(blocks_of(T, S, keys), statistics):
+  for block, (largest, total) in zip(parts, statistics, strict=True):
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     weights = jnp.exp(scores - largest) / total
     q = _queries_by_head(block, query, key.shape[2])
     d_y = _queries_by_head(block, dy, key.shape[2])
     own = _queries_by_head(block, y, key.shape[2])
-    mean = (d_y * own).astype(jnp.float32).sum(-1, keepdims=True)
+    mean = _float32(d_y) * _float32(own)
+    mean = mean.sum(-1, keepdims=True)
     d_scores = weights * (_product(d_y, v, (3, 3)) - mean)
     if bias is not None:
       d_bias.append(_rows_of_bias(block, d_scores, S))
@@ -163,6 +170,10 @@ def _product(
   return jax.lax.dot_general(
     x, y, dimensions, preferred_element_type=jnp.float32
   )
+
+
+def _float32(x: Float[Array, '*N']) -> Float32[Array, '*N']:
+  return x.astype(jnp.float32)
 
 
 def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
@@ -214,9 +225,11 @@ def _scores(
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
   """Zero where a query sees a key, the least number elsewhere."""
   segment_ids, key_segment_ids = ids
-  if segment_ids is None and not keys.causal:
-    return None
-  if segment_ids is not None:
+  if segment_ids is None or key_segment_ids is None:
+    if not keys.causal:
+      return None
+    segment_ids = key_segment_ids = None
+  else:
     segment_ids = block.queries(segment_ids)
     key_segment_ids = block.keys(key_segment_ids)
   lengths = (block.stop - block.first, block.stop_key - block.first_key)

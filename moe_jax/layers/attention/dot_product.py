@@ -45,7 +45,8 @@ def attend(
     value: The value of every token.
     segment_ids: The segment of each query. A token sees its own segment alone,
       padding (0) included; None: each row is one segment.
-    key_segment_ids: The segment of each key; None: those of the queries.
+    key_segment_ids: The segment of each key; None: those of the queries, or
+      one for each row of another sequence.
     keys: The rules for which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
     bias: The bias that is added to the scaled scores.
@@ -62,7 +63,7 @@ def attend(
     dropout=dropout is not None,
     cross=keys.cross or key_segment_ids is not None,
   )
-  if key_segment_ids is None:
+  if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
   plain = functools.partial(einsum, keys=keys, bias=bias, dropout=dropout)
   candidates = {

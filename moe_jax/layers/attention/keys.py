@@ -61,7 +61,7 @@ def masked_softmax(
 
 
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:
-  """What is added to scores: zero at visible keys, else the least number.
+  """The numbers that hide keys from scores: 0 if visible, else the least.
 
   A selection would keep the mask, as large as the scores, for a gradient that
   is zero there anyway.

@@ -38,6 +38,7 @@ class Dropless(Dispatch):
   It is for routers that drop nothing. Source: MegaBlocks, arXiv:2211.15841.
   """
 
+  kind: ClassVar[str] = 'dropless'
   by_slot: ClassVar[bool] = False
   drops: ClassVar[bool] = False
 
@@ -63,7 +64,7 @@ class Dropless(Dispatch):
     if self.exchange.capacity_fraction == 1.0:
       return None
     return (
-      'dispatch.dropless.exchange.capacity_fraction='
+      f'dispatch.{self.kind}.exchange.capacity_fraction='
       f'{self.exchange.capacity_fraction} drops the rows of the last experts '
       'of a device first'
     )
@@ -81,6 +82,7 @@ class Sorted(Dropless):
   chose cost little, and those that none chose nothing.
   """
 
+  kind: ClassVar[str] = 'sorted'
   drops: ClassVar[bool] = True
 
 

@@ -53,6 +53,9 @@ def results(implementation, arguments, bias, toward, **options):
     (70, 90, Keys(causal=False, cross=True), True, False, 'float32'),
     (70, 90, Keys(causal=False, cross=True), False, False, 'float32'),
     (130, 130, Keys(), True, False, 'bfloat16'),
+    # One token; and a window that is longer than the row.
+    (1, 1, Keys(), True, False, 'float32'),
+    (70, 70, Keys(window=99), False, False, 'float32'),
   ],
 )
 def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
@@ -76,6 +79,45 @@ def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
     run('blocks', arguments),
     run('einsum', arguments),
   )
+
+
+def test_a_query_that_sees_no_key_has_the_mean_of_all_values():
+  """As with `einsum`: padding may be routed, and take slots from others."""
+  T = 130
+  query, key, value = arrays(T, T, 'float32')
+  ids = jnp.ones((B, T), jnp.int32)
+  key_ids = ids.at[:, :70].set(0)  # queries 0 to 69 see no key
+  options = dict(segment_ids=ids, key_segment_ids=key_ids)
+  toward = np.random.default_rng(1).normal(size=(B, T, H, D))
+  run = functools.partial(
+    results, bias=None, toward=toward.astype(np.float32), **options
+  )
+  y, *_ = mine = run('blocks', (query, key, value))
+  mean = np.repeat(np.asarray(value).mean(1), H // N, axis=1)
+  np.testing.assert_allclose(y[:, 5], mean, atol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+    mine,
+    run('einsum', (query, key, value)),
+  )
+
+
+def test_a_memory_without_segments_is_one_segment():
+  query, key, value = arrays(70, 50, 'float32')
+  outputs = [
+    attend(
+      query,
+      key,
+      value,
+      ids,
+      keys=Keys(causal=False, cross=True),
+      implementation=name,
+    )
+    for name in ('blocks', 'einsum')
+    for ids in (segments(70, 2), None)
+  ]
+  for y in outputs[1:]:
+    np.testing.assert_allclose(y, outputs[0], atol=1e-5)
 
 
 def test_hidden_keys_are_left_out():
@@ -102,16 +144,24 @@ def test_only_einsum_keeps_scores(implementation):
 
 
 def test_a_cpu_chooses_blocks():
+  """Of two layers in a loop, too, no array of all scores is left.
+
+  The choice by platform returns what each implementation keeps, as zeros.
+  """
   T = 130
   q, k, v = arrays(T, T, 'float32')
 
   def scores_kept(implementation):
-    def loss(q):
-      y = attend(q, k, v, None, implementation=implementation)
-      return y.sum()
+    def layer(x, w):
+      y = attend(w * x, k, v, None, implementation=implementation)
+      return y, None
 
-    text = jax.jit(jax.grad(loss)).lower(q).compile().as_text()
-    return f'[{B},{N},{H // N},{T},{T}]' in text
+    def loss(w):
+      return jax.lax.scan(layer, q, w)[0].sum()
+
+    w = jnp.ones(2)
+    text = jax.jit(jax.grad(loss)).lower(w).compile().as_text()
+    return f'{B},{N},{H // N},{T},{T}]' in text
 
   assert scores_kept('einsum')
   assert not scores_kept('auto')
