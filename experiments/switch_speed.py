@@ -13,8 +13,9 @@ of every run, so that each compared length is annealed, and the lengths of a
 model share what comes before (`study/annealed.py`): lengths of 0.5, 0.7 and 1
 cost 1.24 runs instead of 2.2. A cosine would have to be trained anew for each
 length. The length at which a model would have its twin's final loss is
-interpolated for each seed (loss over the logarithm of steps), or extrapolated
-beyond the ends through the nearest two lengths.
+interpolated for each seed (loss over the logarithm of steps). Nothing is
+extrapolated: a seed that is beyond the shortest or the longest length counts as
+that length, and the text below the table says how many do.
 
 The preset `long` first runs trials of 0.4 of the steps, with a seed of their
 own: of 14 sparse models at one rate for each width, from which

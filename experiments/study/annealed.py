@@ -31,9 +31,9 @@ def ratio_to(
 ) -> float:
   """The length of training at which the loss would be `target`.
 
-  The loss is taken as linear in the logarithm of the length, between the two
-  lengths around the target or, beyond the ends, through the nearest two. NaN
-  where the loss does not fall between these two.
+  This is a prediction: the loss is taken as linear in the logarithm of the
+  length, between the two lengths around the target or, beyond the ends, through
+  the nearest two. NaN where the loss does not fall between these two.
 
   Args:
     target: Loss to reach.
@@ -47,6 +47,30 @@ def ratio_to(
   if not slope < 0:
     return float('nan')
   return float(np.exp(logs[i] + (target - losses[i]) / slope))
+
+
+def reached_at(
+  target: float, lengths: Sequence[float], losses: Sequence[float]
+) -> float:
+  """The length of training at which the loss first was `target`.
+
+  Between two lengths the lowest loss so far is taken as linear in the logarithm
+  of the length; nothing is extrapolated. A target that the shortest length
+  reaches counts as reached there, and one that no length reaches at the longest
+  length, which is less than the truth. A run that diverged reaches nothing.
+
+  Args:
+    target: Loss to reach.
+    lengths: Lengths of training, ascending.
+    losses: Final loss at each length.
+  """
+  lowest = np.fmin.accumulate(losses)
+  there = np.isfinite(lowest)
+  if not there.any():
+    return lengths[-1]
+  # `interp` needs ascending points, and keeps the first and last value beyond.
+  logs = np.log(lengths)[there]
+  return float(np.exp(np.interp(-target, -lowest[there], logs)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,13 @@
 Not here: which models were run (`speed_arms.py`, `screening.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from experiments.study import byte_models
-from experiments.study.annealed import ratio_to
+from experiments.study.annealed import reached_at
 from experiments.study.parts import Column, Results, Row
 from experiments.study.times import StepTime
 from experiments.time_to_loss.screening import (
@@ -148,6 +149,18 @@ def _dense(name: str, results: Results, times: Mapping[str, StepTime]):
   }
 
 
+def _steps(
+  model: str, lengths: Sequence[float], results: Results
+) -> list[float]:
+  """Steps of each seed to its dense twin's final loss, over the twin's."""
+  target = _of(LOSS, results[arm_name(twin_of(model), 1.0)])
+  losses = [_of(LOSS, results[arm_name(model, x)]) for x in lengths]
+  return [
+    reached_at(goal, lengths, own)
+    for goal, *own in zip(target, *losses, strict=True)
+  ]
+
+
 def _sparse(
   name: str,
   lengths: Sequence[float],
@@ -156,18 +169,14 @@ def _sparse(
 ):
   twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, lengths[-1])
   runs, time, seeds = results[arm], times[arm], len(results[arm])
-  target = _of(LOSS, results[twin])
-  losses = [_of(LOSS, results[arm_name(name, x)]) for x in lengths]
-  steps = [
-    ratio_to(goal, lengths, own)
-    for goal, *own in zip(target, *losses, strict=True)
-  ]
+  target, loss = _of(LOSS, results[twin]), _of(LOSS, runs)
+  steps = _steps(name, lengths, results)
   ratios = _by_seed(time.ratios, seeds)
   floor = floor_seconds(runs, time.peaks)
   floor /= floor_seconds(results[twin], time.peaks)
   return {
-    LOSS.name: losses[-1],
-    MINUS: [a - b for a, b in zip(losses[-1], target, strict=True)],
+    LOSS.name: loss,
+    MINUS: [a - b for a, b in zip(loss, target, strict=True)],
     'loss, training capacity': _of(_LIMITED, runs),
     'dropped in training': _of(_DROPPED, runs),
     STEPS: steps,
@@ -193,11 +202,35 @@ def remarks(results: Results) -> str:
     'its products at the speed of a large matmul and one pass of the optimizer '
     'over parameters and moments at that of a copy.',
     f'{FIRST[0].upper()}{FIRST[1:]} is {first}.',
+    *_ends(results, lengths),
     *_searched(results, rates),
   ]
   if left := list(not_run(results)):
     parts.append(f'Not run: {"; ".join(left)}.')
   return ' '.join(parts)
+
+
+def _ends(
+  results: Results, lengths: Mapping[str, Sequence[float]]
+) -> Iterator[str]:
+  """Sentences on the seeds that reach the loss at an end of the lengths."""
+  for model, own in lengths.items():
+    if model == twin_of(model):
+      continue
+    steps = _steps(model, own, results)
+    early, never = (
+      int(np.isclose(steps, end).sum()) for end in (own[0], own[-1])
+    )
+    if early:
+      yield (
+        f'{early} of {len(steps)} seeds of {model} have the dense loss at the '
+        f'shortest length already and count as {own[0]:g}, more than the truth.'
+      )
+    if never:
+      yield (
+        f'{never} of {len(steps)} seeds of {model} do not reach it and count '
+        f'as {own[-1]:g}: its means of steps and seconds are lower bounds.'
+      )
 
 
 def _searched(results: Results, rates: Sequence[float]):

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments.study.annealed import AnnealedRunner, Branch
+from experiments.study.annealed import AnnealedRunner, Branch, reached_at
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm
 from experiments.study.runner import train
@@ -34,6 +34,28 @@ def test_runs_of_one_line_and_seed_are_made_together():
   other = dataclasses.replace(long, seed=1)
   calls = [AnnealedRunner().together(job) for job in (short, long, other)]
   assert calls == ['a line, seed 0', 'a line, seed 0', 'a line, seed 1']
+
+
+@pytest.mark.parametrize(
+  ('target', 'losses', 'length'),
+  [
+    # Half of the loss between 0.25 and 1 is half of the way in logarithms.
+    (1.5, [2.0, 1.0], 0.5),
+    # Nothing is extrapolated beyond the ends.
+    (2.5, [2.0, 1.0], 0.25),
+    (0.5, [2.0, 1.0], 1.0),
+    # The longer run is the worse one, or one of the two diverged.
+    (1.5, [2.0, 2.5], 1.0),
+    (2.2, [2.0, 2.5], 0.25),
+    (1.5, [float('nan'), 1.0], 1.0),
+    (2.2, [2.0, float('nan')], 0.25),
+    (1.5, [2.0, float('inf')], 1.0),
+    (1.5, [float('nan')] * 2, 1.0),
+  ],
+)
+def test_the_length_at_which_a_loss_is_reached(target, losses, length):
+  found = reached_at(target, [0.25, 1.0], losses)
+  np.testing.assert_allclose(found, length)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,16 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
   assert (first.name, first.values) == (speed_rows.FIRST, row.values)
 
 
+def test_seeds_beyond_the_ends_of_the_lengths_are_counted():
+  names = [arm_name(FOUR.name, length) for length in (0.25, 1.0)]
+  results = {arm_name(FOUR.twin.name, 1.0): [result(x) for x in (2.5, 1.5, 1)]}
+  for name, loss in zip(names, (2.0, 1.2), strict=True):
+    results[name] = [result(loss)] * 3
+  text = speed_rows.remarks(results)
+  assert f'1 of 3 seeds of {FOUR.name} have the dense loss at the sh' in text
+  assert f'1 of 3 seeds of {FOUR.name} do not reach it and count as 1:' in text
+
+
 def test_all_lengths_have_one_warm_up():
   study = switch_speed.STUDY
   for preset in study.presets.values():
