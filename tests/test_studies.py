@@ -670,7 +670,7 @@ def step_time(arm: str, first: str) -> StepTime:
   """The step time of an arm in one burst."""
   seconds = {first: [0.5, 0.4], arm: [0.6, 0.6]}
   peaks = roofline.Peaks(2e11, 2e10, 'float32', 1024, 1 << 28)
-  return StepTime.of(arm, first, [Burst(seconds, peaks, 0.0)])
+  return StepTime.of(arm, first, [Burst(seconds, peaks, 0.0, '2026-02-01 10:00 UTC')])
 
 
 # A study with and one without runs that others begin with, and one of served

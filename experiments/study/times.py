@@ -27,6 +27,7 @@ from moe_jax import run_config
 from moe_jax.analysis import roofline
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import set_up
+from moe_jax.training.step import TrainState
 
 _STEPS = 5
 _SECONDS = 30.0
@@ -46,6 +47,7 @@ class StepTime(float):
     seconds: Median seconds of a step of each burst.
     peaks: Peaks of the machine, medians over all rounds.
     others: Largest number of cores that other processes used during a burst.
+    dates: Days of the bursts, in UTC, ascending.
   """
 
   spread: timing.Spread
@@ -53,6 +55,7 @@ class StepTime(float):
   seconds: tuple[float, ...]
   peaks: roofline.Peaks
   others: float
+  dates: tuple[str, ...]
 
   @classmethod
   def of(cls, name: str, first: str, bursts: Sequence['Burst']) -> 'StepTime':
@@ -74,6 +77,7 @@ class StepTime(float):
     found.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
     found.peaks = _median(x.peaks for x in bursts)
     found.others = max(x.others for x in bursts)
+    found.dates = tuple(sorted({x.date[:10] for x in bursts}))
     return found
 
 
@@ -85,11 +89,13 @@ class Burst:
     seconds: Seconds of a step in each round, by name of the arm.
     peaks: Peaks of the machine, medians over the rounds.
     others: Number of cores that other processes used, on average.
+    date: Date and time of the burst, in UTC.
   """
 
   seconds: Mapping[str, Sequence[float]]
   peaks: roofline.Peaks
   others: float
+  date: str
 
   @classmethod
   def read(cls, values: Mapping[str, Any]) -> 'Burst':
@@ -109,7 +115,8 @@ def step_times(
 
   The steps of a group are interleaved in one process that has all cores, and
   ratios to its first arm are taken within rounds. Bursts are measured once for
-  a device and read from a file later; the least disturbed ones are taken.
+  a device and the programs of the steps, so again where the code has changed
+  these, and read from a file later; the least disturbed ones are taken.
 
   Args:
     groups: Names of the arms to be timed together, each in one group. Those
@@ -134,9 +141,11 @@ def describe(times: Mapping[str, StepTime]) -> str:
   """A sentence on how many bursts there were, and how busy the machine was."""
   bursts = max(len(t.ratios) for t in times.values())
   others = max(t.others for t in times.values())
+  dates = sorted({date for t in times.values() for date in t.dates})
   said = (
-    f'They are of {bursts} burst{"s" * (bursts > 1)}, in which other processes '
-    f'used at most {others:.2f} of {os.cpu_count()} cores'
+    f'They are of {bursts} burst{"s" * (bursts > 1)} on {" and ".join(dates)}, '
+    f'in which other processes used at most {others:.2f} of {os.cpu_count()} '
+    'cores'
   )
   if others > BUSY:
     said += ': the machine was BUSY'
@@ -147,9 +156,10 @@ def _bursts(
   timed: Mapping[str, Job], output: pathlib.Path, number: int, again: bool
 ) -> list[Burst]:
   """The least disturbed bursts; those that are missing are measured."""
-  # Names of the runs' folders, which end in the hash of a config.
-  hashes = [job.workdir.name for job in timed.values()]
-  key = ' '.join([timing.device_name(), jax.__version__, *hashes])
+  cases = {name: _Stepping(job.config) for name, job in timed.items()}
+  programs = [case.digest() for case in cases.values()]
+  # The file has the names of arms, which equal programs do not tell apart.
+  key = ' '.join([timing.device_name(), jax.__version__, *cases, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
   kept = []
@@ -159,7 +169,7 @@ def _bursts(
   missing = number - len(good)
   if missing > 0:
     print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-    measure = _Measuring({name: job.config for name, job in timed.items()})
+    measure = _Measuring(cases)
     output.mkdir(parents=True, exist_ok=True)
     for _ in range(missing):
       kept.append(measure())
@@ -182,12 +192,11 @@ def _warning() -> str:
 
 
 class _Measuring:
-  """Measures bursts of some configs' steps, each of which is compiled once."""
+  """Measures bursts of steps, each of which is compiled once."""
 
-  def __init__(self, configs: Mapping[str, ml_collections.ConfigDict]):
-    self._cases = {name: _Stepping(config) for name, config in configs.items()}
-    self._peaks = roofline.measure_peaks()
-    for case in self._cases.values():  # compiles, which is no part of a burst
+  def __init__(self, cases: Mapping[str, '_Stepping']):
+    self._cases, self._peaks = cases, roofline.measure_peaks()
+    for case in cases.values():  # compiles, which is no part of a burst
       case()
 
   def __call__(self) -> Burst:
@@ -202,6 +211,7 @@ class _Measuring:
       {name: [s / _STEPS for s in rounds] for name, rounds in seconds.items()},
       _median(peaks),
       max(0.0, others / elapsed),
+      timing.facts()['date'],
     )
 
 
@@ -211,11 +221,19 @@ class _Stepping:
   def __init__(self, config: ml_collections.ConfigDict):
     with tempfile.TemporaryDirectory() as folder:
       self._run = set_up(run_config.read(config), folder)
-    self._state = self._run.programs.init_state()
+    self._state: TrainState | None = None
     self._batches = self._run.batches(0)
+
+  def digest(self) -> str:
+    """The SHA-256 of the step's program before it is compiled."""
+    state = self._run.programs.abstract_state
+    program = self._run.train_step.lower(state, next(self._batches))
+    return hashlib.sha256(program.as_text().encode()).hexdigest()
 
   def __call__(self) -> None:
     """Takes the steps and waits for the result."""
+    if self._state is None:
+      self._state = self._run.programs.init_state()
     for _ in range(_STEPS):
       self._state, _ = self._run.train_step(self._state, next(self._batches))
     jax.block_until_ready(self._state)

@@ -25,6 +25,11 @@ def test_bursts_are_kept_and_those_of_a_busy_machine_made_up_for(
   arms = [Arm('dense', {'model.moe.num_experts': 0}), Arm('sparse', {})]
   jobs = jobs_of(RunConfig, shared, arms, [3], tmp_path)
   groups = [['dense', 'another', 'sparse']]
+  # Bursts belong to the programs of their steps.
+  dense, again, sparse = (
+    times._Stepping(job.config).digest() for job in (jobs[0], *jobs)
+  )
+  assert dense == again != sparse
   first = times.step_times(groups, jobs, tmp_path)
   assert list(first) == ['dense', 'sparse'] and first['dense'] == 1.0
   assert first['sparse'].seconds[0] > 0 and len(first['sparse'].ratios) == 1

@@ -46,7 +46,10 @@ def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
 def burst(others: float = 0.0, **seconds: list[float]) -> Burst:
   """A burst of rounds, by name with _ in place of spaces."""
   return Burst(
-    {k.replace('_', ' '): v for k, v in seconds.items()}, PEAKS, others
+    {k.replace('_', ' '): v for k, v in seconds.items()},
+    PEAKS,
+    others,
+    '2026-02-02 10:00 UTC' if others else '2026-02-01 10:00 UTC',
   )
 
 
@@ -62,7 +65,8 @@ def test_a_step_time_is_told():
   np.testing.assert_allclose(time, 1.25)
   assert isinstance(time.spread, timing.Spread) and time.others == 0.3
   told = times_lib.describe({'top 1': time})
-  assert '2 bursts' in told and 'at most 0.30 of' in told and 'BUSY' in told
+  assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in told
+  assert 'at most 0.30 of' in told and 'BUSY' in told
   quiet = StepTime.of('top 1', 'dense', bursts[:1])
   assert 'BUSY' not in times_lib.describe({'top 1': quiet})
 
@@ -160,8 +164,8 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
     sparse = result(loss) | {'step/optimizer_bytes': 2e9}
     results[arm_name(FOUR.name, length)] = [sparse, sparse]
   bursts = [
-    Burst({dense: [0.5], arms: [0.6]}, PEAKS, 0.0),
-    Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0),
+    Burst({dense: [0.5], arms: [0.6]}, PEAKS, 0.0, ''),
+    Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0, ''),
   ]
   times = {n: StepTime.of(n, dense, bursts) for n in (dense, arms)}
   twin, row, first = speed_rows.rows(results, times)
@@ -236,7 +240,7 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   values = summary['rows'][1]['values']
   assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 1
   assert values[speed_rows.RATE.name] == [4e-3]
-  assert len(summary['claims']) == 5 and 'of 1 burst,' in summary['timing']
+  assert len(summary['claims']) == 5 and 'of 1 burst on' in summary['timing']
   # The same command makes and times nothing again.
   monkeypatch.setattr(times_lib, '_Measuring', None)
   monkeypatch.setattr(runner, 'train_and_evaluate', None)
