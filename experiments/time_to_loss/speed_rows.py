@@ -41,6 +41,7 @@ RATE = Column('rate', 'learning_rate', digits=4)
 _LIMITED = Column('loss', f'eval/{byte_models.EVAL}/loss')
 _DROPPED = Column('dropped', 'train/drop_rate', each=lambda rate: 100 * rate)
 _FLOPS, _BYTES = 'step/flops', 'step/optimizer_bytes'
+_EXPERT_FLOPS = 'step/expert_flops'
 
 COLUMNS = [
   LOSS,
@@ -62,14 +63,17 @@ def measured(run: Run, state: TrainState) -> dict[str, float]:
   """A run's learning rate, and the work of its step that sets a floor."""
   options = run.options
   rows, length = options.batch_size, options.data.seq_len
-  counted = cost.count(run.model, length, batch_size=rows)
+  # A causal token attends to half of the others, on average.
+  counted = cost.count(run.model, length, batch_size=rows).decoder
+  others = counted.total - counted.experts - counted.attention // 2
   params, moments = (
     sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     for tree in (state.params, state.opt_state)
   )
   return {
     RATE.key: options.optimizer.learning_rate,
-    _FLOPS: 3.0 * rows * counted.computed_flops,
+    _FLOPS: 3.0 * rows * length * others,
+    _EXPERT_FLOPS: 3.0 * rows * length * counted.experts,
     # Parameters and moments are read and written, and gradients are read.
     _BYTES: float(2 * (params + moments) + params),
   }
@@ -78,13 +82,15 @@ def measured(run: Run, state: TrainState) -> dict[str, float]:
 def floor_seconds(runs: Sequence[Mapping], peaks: roofline.Peaks) -> float:
   """The least seconds of a step: its products, then one pass of the optimizer.
 
-  Products run at the speed of a large matmul, attention's of the whole square
-  and those of empty slots among them, and the optimizer at that of a copy.
+  Products run at the speed of a large matmul and the optimizer at that of a
+  copy. Masked halves of attention, empty slots and tokens that a full expert
+  drops are not multiplied.
   """
+  # A dense model has no rate of dropped tokens.
+  served = 1 - float(np.nan_to_num(max(_of(_DROPPED, runs)))) / 100
   run = runs[0]
-  return (
-    run[_FLOPS] / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
-  )
+  flops = run[_FLOPS] + served * run[_EXPERT_FLOPS]
+  return flops / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -144,9 +150,17 @@ def _dense(name: str, results: Results, times: Mapping[str, StepTime]):
     LOSS.name: _of(LOSS, runs),
     MS: [1e3 * s for s in _by_seed(time.seconds, len(runs))],
     TIME: [1.0] * len(runs),
-    FLOOR: [1.0] * len(runs),
+    FLOOR: [_floor(arm, arm, results, times)] * len(runs),
     RATE.name: _of(RATE, runs),
   }
+
+
+def _floor(
+  arm: str, twin: str, results: Results, times: Mapping[str, StepTime]
+) -> float:
+  """The least seconds of an arm's step over the measured ones of its twin."""
+  least = floor_seconds(results[arm], times[arm].peaks)
+  return least / float(np.median(times[twin].seconds))
 
 
 def _steps(
@@ -172,8 +186,7 @@ def _sparse(
   target, loss = _of(LOSS, results[twin]), _of(LOSS, runs)
   steps = _steps(name, lengths, results)
   ratios = _by_seed(time.ratios, seeds)
-  floor = floor_seconds(runs, time.peaks)
-  floor /= floor_seconds(results[twin], time.peaks)
+  floor = _floor(arm, twin, results, times)
   return {
     LOSS.name: loss,
     MINUS: [a - b for a, b in zip(loss, target, strict=True)],
@@ -200,7 +213,9 @@ def remarks(results: Results) -> str:
     'ratio of steps times the ratio of step times in a burst of its own, so '
     'that their interval holds both sources of error. The floor of a step is '
     'its products at the speed of a large matmul and one pass of the optimizer '
-    'over parameters and moments at that of a copy.',
+    'over parameters and moments at that of a copy, over the measured step of '
+    'the dense twin; masked attention, empty slots and dropped tokens cost '
+    'nothing there.',
     f'{FIRST[0].upper()}{FIRST[1:]} is {first}.',
     *_ends(results, lengths),
     *_searched(results, rates),

@@ -32,13 +32,14 @@ PRESET = SpeedPreset(1000, 2, models=(FOUR, EIGHT, WIDE), most=2, rates=RATES)
 
 
 def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
-  """The result of a run with what rows read; a step has 40 GFLOP."""
+  """The result of a run with what rows read; experts have 16 of 40 GFLOP."""
   return {
     screening.LOSS.key: loss,
     'eval/main/loss': loss + 0.01,
     'train/drop_rate': 0.25,
     'learning_rate': rate,
-    'step/flops': 40e9,
+    'step/flops': 24e9,
+    'step/expert_flops': 16e9,
     'step/optimizer_bytes': 1e9,
   }
 
@@ -176,8 +177,12 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
   seconds = [1.2 * steps[0], 1.3 * steps[1]]
   np.testing.assert_allclose(row.values[speed_rows.SECONDS], seconds)
   np.testing.assert_allclose(twin.values[speed_rows.MS], [500, 500])
-  # 0.2 s of products, and 0.05 or 0.1 s of the optimizer.
-  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [1.2, 1.2])
+  # A quarter of the choices is dropped: 0.18 s of products, and 0.05 or 0.1 s
+  # of the optimizer, over the twin's 0.5 s.
+  np.testing.assert_allclose(twin.values[speed_rows.FLOOR], [0.46, 0.46])
+  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [0.56, 0.56])
+  least = [0.56 * share for share in steps]
+  np.testing.assert_allclose(row.values[speed_rows.LEAST], least)
   assert (first.name, first.values) == (speed_rows.FIRST, row.values)
 
 
@@ -238,7 +243,7 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   names = [row['name'] for row in summary['rows']]
   assert names == [FOUR.twin.name, FOUR.name, speed_rows.FIRST]
   values = summary['rows'][1]['values']
-  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 1
+  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 0
   assert values[speed_rows.RATE.name] == [4e-3]
   assert len(summary['claims']) == 5 and 'of 1 burst on' in summary['timing']
   # The same command makes and times nothing again.
