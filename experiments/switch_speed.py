@@ -20,12 +20,13 @@ that length, and the text below the table says how many do.
 The preset `long` first runs trials of 0.4 of the steps, with a seed of their
 own: of 14 sparse models at one rate for each width, from which
 `time_to_loss/screening.py` predicts seconds to the dense loss by measured step
-times, and chooses two of width 128; then of these and their twin at three
-learning rates. The chosen ones are run with five seeds, and what was not run is
-listed. Models of width 256 are screened only: with five seeds two of them would
-take six hours more. Trials favour models whose gain comes early. `full` and
-`quick` run two given models of width 128, after trials of their rates.
-Evaluations come at the end of a run and are not timed.
+times, and chooses two of width 128; then of these at three learning rates, at
+which their twin is run to its full length: what a short search gets wrong is to
+the disadvantage of sparse models. The chosen ones are run with five seeds, and
+what was not run is listed. Models of width 256 are screened only: with five
+seeds two of them would take six hours more. The screening favours models whose
+gain comes early. `full` and `quick` run two given models of width 128, after a
+search of their rates. Evaluations come at the end of a run and are not timed.
 
 `quick` resolves no gain in time: after 300 steps sparse models have hardly
 begun to gain, and two seeds leave intervals wider than any gain.

@@ -82,25 +82,26 @@ def _trials(preset: SpeedPreset) -> list[Arm]:
 
 
 def search_rates(preset: SpeedPreset) -> Exploration:
-  """Short runs of all arms' models, dense ones too, at the preset's rates.
+  """Runs of all arms' models, dense ones too, at the preset's rates.
 
-  Each model goes on with the rate of the lowest loss.
+  Each model goes on with the rate of the lowest loss. A dense twin is run at
+  its full length, so that its rate is the best for the loss that is the target,
+  and a sparse model at that of a trial, so that the search favours the twin.
   """
 
   def arms(
     so_far: Sequence[Arm], shared: ml_collections.ConfigDict
   ) -> list[Arm]:
     del shared
-    first = {arm.line: arm for arm in so_far}
-    own = {'total_steps': round(preset.trial * preset.steps)}
+    lengths = {
+      arm.line: 1.0 if arm.line == twin_of(arm.line) else preset.trial
+      for arm in so_far
+    }
+    by_name = {model.name: model for model in preset.models}
+    by_name |= {model.twin.name: model.twin for model in preset.models}
     return [
-      Arm(
-        arm_name(model, preset.trial, rate),
-        {**arm.overrides, **own, 'optimizer.learning_rate': rate},
-        f'{model}, rate {rate:g}',
-        preset.trial,
-      )
-      for model, arm in first.items()
+      by_name[name].arm(preset, length, rate)
+      for name, length in lengths.items()
       for rate in preset.rates
     ]
 
@@ -126,7 +127,8 @@ def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
     if rate in rates:
       losses.setdefault((model, length), {})[rate] = loss_of(runs)
   return {
-    model: min(tried, key=tried.__getitem__)
+    # A run that diverged has no loss.
+    model: min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
     for (model, _), tried in losses.items()
     if len(tried) == len(rates)
   }

@@ -103,8 +103,8 @@ class SpeedPreset(Preset):
     width: Width of the models that a screening may choose. Others, whose runs
       would take too long, are screened only.
     rates: Learning rates that are searched for each model.
-    trial: Length of the runs that choose models and rates, as a fraction of the
-      steps.
+    trial: Length of the runs that choose models, and rates of sparse ones, as a
+      fraction of the steps.
     lengths: Lengths of a sparse model's runs, as fractions of the steps.
   """
 

@@ -250,12 +250,17 @@ def _ends(
 
 def _searched(results: Results, rates: Sequence[float]):
   if not (best := best_rates(results, rates)):
-    yield 'Learning rates were not searched: all models have one.'
+    yield 'Learning rates were not searched: all models of a width have one.'
     return
   ends = [
     model for model, rate in best.items() if rate in (rates[0], rates[-1])
   ]
   searched = ', '.join(f'{rate:g}' for rate in rates)
-  yield f'Learning rates of all models were searched among {searched}.'
+  yield (
+    'Learning rates of the models that were run on all seeds were searched '
+    f'among {searched}, on a seed of its own, for the dense ones at their full '
+    'length and for sparse ones in shorter trials, which favours the dense '
+    'ones; models that were screened only have one rate for each width.'
+  )
   if ends:
     yield f'The best is at an end of these for {"; ".join(ends)}.'
