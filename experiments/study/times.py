@@ -1,10 +1,10 @@
 """Times the steps of a study's arms, interleaved, after its runs.
 
-Steps are timed in bursts, which are kept one by one. A burst in which other
-processes used the machine is kept, too, but said to be of a busy machine, and
-the same command later measures another in its place if the preset has a burst
-for each seed. Bursts of explored arms stay, and what was chosen by them. Not
-here: the runs (`scheduled_runs.py`).
+Steps are timed in bursts, which are kept one by one. For a burst in which other
+processes used the machine another is measured at once, up to three times as
+many as are needed, of which the least disturbed are taken; if these are still
+of a busy machine the table says so, until their file is deleted. Not here: the
+runs (`scheduled_runs.py`).
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from experiments.benchmarks import timing
+from experiments.study import scheduled_runs
 from experiments.study.jobs import Job
 from moe_jax import run_config
 from moe_jax.analysis import roofline
@@ -32,6 +33,8 @@ from moe_jax.training.step import TrainState
 _STEPS = 5
 _SECONDS = 30.0
 _LOOK_SECONDS = 1.0
+# Largest number of bursts that are measured for one that is not disturbed.
+_MOST = 3
 # Number of cores that other processes may use on a machine that counts as idle.
 BUSY = 0.1
 
@@ -108,8 +111,6 @@ def step_times(
   jobs: Sequence[Job],
   output: pathlib.Path,
   bursts: int = 1,
-  *,
-  again: bool = False,
 ) -> dict[str, StepTime]:
   """Step times of the arms of each group, by name of the arm.
 
@@ -124,14 +125,13 @@ def step_times(
     jobs: Runs of the study, which have the configs of its arms.
     output: Folder of the study.
     bursts: Number of bursts of each group.
-    again: Whether bursts of a busy machine are measured again.
   """
   first = {job.arm.name: job for job in reversed(jobs)}
   found = {}
   for group in groups:
     timed = {name: first[name] for name in group if name in first}
     if timed:
-      taken = _bursts(timed, output, bursts, again)
+      taken = _bursts(timed, output, bursts)
       base = next(iter(timed))
       found |= {name: StepTime.of(name, base, taken) for name in timed}
   return found
@@ -139,43 +139,54 @@ def step_times(
 
 def describe(times: Mapping[str, StepTime]) -> str:
   """A sentence on how many bursts there were, and how busy the machine was."""
-  bursts = max(len(t.ratios) for t in times.values())
+  numbers = sorted({len(t.ratios) for t in times.values()})
   others = max(t.others for t in times.values())
   dates = sorted({date for t in times.values() for date in t.dates})
   said = (
-    f'They are of {bursts} burst{"s" * (bursts > 1)} on {" and ".join(dates)}, '
-    f'in which other processes used at most {others:.2f} of {os.cpu_count()} '
+    f'They are of {" or ".join(map(str, numbers))} '
+    f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
+    f'processes used at most {others:.2f} of {os.cpu_count()} '
     'cores'
   )
-  if others > BUSY:
+  busy = [name for name, t in times.items() if t.others > BUSY]
+  if busy:
     said += ': the machine was BUSY'
+    said += f' for {"; ".join(busy)}' * (len(busy) < len(times))
   return f'{said}.'
 
 
 def _bursts(
-  timed: Mapping[str, Job], output: pathlib.Path, number: int, again: bool
+  timed: Mapping[str, Job], output: pathlib.Path, number: int
 ) -> list[Burst]:
-  """The least disturbed bursts; those that are missing are measured."""
+  """The least disturbed bursts; those that are missing are measured.
+
+  No run of the study is made meanwhile.
+  """
   cases = {name: _Stepping(job.config) for name, job in timed.items()}
   programs = [case.digest() for case in cases.values()]
   # The file has the names of arms, which equal programs do not tell apart.
   key = ' '.join([timing.device_name(), jax.__version__, *cases, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
-  kept = []
-  if path.exists():
-    kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-  good = [burst for burst in kept if burst.others <= BUSY or not again]
-  missing = number - len(good)
-  if missing > 0:
-    print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-    measure = _Measuring(cases)
-    output.mkdir(parents=True, exist_ok=True)
-    for _ in range(missing):
+  with scheduled_runs.alone(output):
+    kept = []
+    if path.exists():
+      kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
+    measure = None
+    while _missing(kept, number):
+      if measure is None:
+        print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
+        measure = _Measuring(cases)
       kept.append(measure())
       text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
       workdir_lib.write_text(path, text + '\n')
   return sorted(kept, key=lambda burst: burst.others)[:number]
+
+
+def _missing(kept: Sequence[Burst], number: int) -> bool:
+  """Whether another burst is measured."""
+  good = sum(not burst.others > BUSY for burst in kept)
+  return good < number and len(kept) < _MOST * number
 
 
 def _warning() -> str:

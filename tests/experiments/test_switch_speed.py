@@ -67,9 +67,11 @@ def test_a_step_time_is_told():
   assert isinstance(time.spread, timing.Spread) and time.others == 0.3
   told = times_lib.describe({'top 1': time})
   assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in told
-  assert 'at most 0.30 of' in told and 'BUSY' in told
+  assert 'at most 0.30 of' in told and told.endswith('the machine was BUSY.')
   quiet = StepTime.of('top 1', 'dense', bursts[:1])
-  assert 'BUSY' not in times_lib.describe({'top 1': quiet})
+  told = times_lib.describe({'top 1': time, 'quiet': quiet})
+  assert '1 or 2 bursts' in told and told.endswith('was BUSY for top 1.')
+  assert 'BUSY' not in times_lib.describe({'quiet': quiet})
 
 
 def test_names_of_arms_are_read_back():
@@ -249,7 +251,7 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   values = summary['rows'][1]['values']
   assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 0
   assert values[speed_rows.RATE.name] == [4e-3]
-  assert len(summary['claims']) == 5 and 'of 1 burst on' in summary['timing']
+  assert len(summary['claims']) == 5 and ' 1 burst on ' in summary['timing']
   # The same command makes and times nothing again.
   monkeypatch.setattr(times_lib, '_Measuring', None)
   monkeypatch.setattr(runner, 'train_and_evaluate', None)
