@@ -35,8 +35,8 @@ _SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 # Largest number of bursts that are measured for one that is not disturbed.
 _MOST = 3
-# Number of cores that other processes may use on a machine that counts as idle.
-BUSY = 0.1
+# Share of the cores that others may use on a machine that counts as idle.
+_IDLE = 0.05
 
 
 class StepTime(float):
@@ -49,7 +49,8 @@ class StepTime(float):
     ratios: Median ratio of each burst.
     seconds: Median seconds of a step of each burst.
     peaks: Peaks of the machine, medians over all rounds.
-    others: Largest number of cores that other processes used during a burst.
+    others: Largest number of cores that other processes used during a burst;
+      NaN where the system does not say.
     dates: Days of the bursts, in UTC, ascending.
   """
 
@@ -91,7 +92,8 @@ class Burst:
   Attributes:
     seconds: Seconds of a step in each round, by name of the arm.
     peaks: Peaks of the machine, medians over the rounds.
-    others: Number of cores that other processes used, on average.
+    others: Number of cores that other processes used, on average; NaN where
+      the system does not say.
     date: Date and time of the burst, in UTC.
   """
 
@@ -142,13 +144,13 @@ def describe(times: Mapping[str, StepTime]) -> str:
   numbers = sorted({len(t.ratios) for t in times.values()})
   others = max(t.others for t in times.values())
   dates = sorted({date for t in times.values() for date in t.dates})
+  used = 'an unknown number' if np.isnan(others) else f'at most {others:.2f}'
   said = (
     f'They are of {" or ".join(map(str, numbers))} '
     f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
-    f'processes used at most {others:.2f} of {os.cpu_count()} '
-    'cores'
+    f'processes used {used} of {os.cpu_count()} cores'
   )
-  busy = [name for name, t in times.items() if t.others > BUSY]
+  busy = [name for name, t in times.items() if _is_busy(t.others)]
   if busy:
     said += ': the machine was BUSY'
     said += f' for {"; ".join(busy)}' * (len(busy) < len(times))
@@ -165,7 +167,8 @@ def _bursts(
   cases = {name: _Stepping(job.config) for name, job in timed.items()}
   programs = [case.digest() for case in cases.values()]
   # The file has the names of arms, which equal programs do not tell apart.
-  key = ' '.join([timing.device_name(), jax.__version__, *cases, *programs])
+  machine = [timing.device_name(), str(os.cpu_count()), jax.__version__]
+  key = ' '.join([*machine, *cases, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
   with scheduled_runs.alone(output):
@@ -185,8 +188,13 @@ def _bursts(
 
 def _missing(kept: Sequence[Burst], number: int) -> bool:
   """Whether another burst is measured."""
-  good = sum(not burst.others > BUSY for burst in kept)
+  good = sum(not _is_busy(burst.others) for burst in kept)
   return good < number and len(kept) < _MOST * number
+
+
+def _is_busy(others: float) -> bool:
+  """Whether other processes use so many cores that steps are disturbed."""
+  return others > _IDLE * (os.cpu_count() or 1)
 
 
 def _warning() -> str:
@@ -194,7 +202,7 @@ def _warning() -> str:
   begin, used = time.perf_counter(), _used()
   time.sleep(_LOOK_SECONDS)
   others = (_used() - used) / (time.perf_counter() - begin)
-  if others <= BUSY:
+  if not _is_busy(others):
     return ''
   return (
     f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
@@ -221,7 +229,7 @@ class _Measuring:
     return Burst(
       {name: [s / _STEPS for s in rounds] for name, rounds in seconds.items()},
       _median(peaks),
-      max(0.0, others / elapsed),
+      float(np.maximum(0.0, others / elapsed)),  # keeps NaN
       timing.facts()['date'],
     )
 
@@ -263,12 +271,12 @@ def _median(peaks: Iterable[roofline.Peaks]) -> roofline.Peaks:
 def _used() -> float:
   """Seconds for which all processes have used the cores of this machine.
 
-  It is the time of this process where the system does not say.
+  It is NaN where the system does not say.
   """
   try:
     with open('/proc/stat', encoding='utf-8') as file:
       ticks = [int(n) for n in file.readline().split()[1:9]]
   except OSError:
-    return time.process_time()
+    return float('nan')
   # The fourth and fifth are those of idle cores.
   return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')

@@ -17,6 +17,7 @@ from tests.training import tiny
 def test_bursts_are_kept_and_those_of_a_busy_machine_made_up_for(
   tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(times.os, 'cpu_count', lambda: 2)
   monkeypatch.setattr(times, '_SECONDS', 0.01)
   monkeypatch.setattr(times, '_STEPS', 1)
   quick = functools.partial(roofline.measure_peaks, quick=True)

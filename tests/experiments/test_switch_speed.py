@@ -54,7 +54,8 @@ def burst(others: float = 0.0, **seconds: list[float]) -> Burst:
   )
 
 
-def test_a_step_time_is_told():
+def test_a_step_time_is_told(monkeypatch):
+  monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 2)
   bursts = [
     burst(dense=[1.0, 2.0, 4.0], top_1=[1.5, 2.0, 8.0]),
     burst(0.3, dense=[2.0, 2.0, 2.0], top_1=[2.2, 2.6, 2.4]),
@@ -72,6 +73,9 @@ def test_a_step_time_is_told():
   told = times_lib.describe({'top 1': time, 'quiet': quiet})
   assert '1 or 2 bursts' in told and told.endswith('was BUSY for top 1.')
   assert 'BUSY' not in times_lib.describe({'quiet': quiet})
+  quiet.others = float('nan')
+  told = times_lib.describe({'quiet': quiet})
+  assert 'an unknown number of' in told and 'BUSY' not in told
 
 
 def test_names_of_arms_are_read_back():
