@@ -101,7 +101,8 @@ class Branch(Hook):
 
   Args:
     job: This run.
-    longer: The longer run, which has not begun.
+    longer: The longer run. If it has gone further already, as where the result
+      of this one was deleted, it is left as it is.
 
   Raises:
     ValueError: The runs are not equal until then.
@@ -125,7 +126,7 @@ class Branch(Hook):
         f'{other.total_steps} alone; their warm-ups have {sorted(warmups)} '
         'steps'
       )
-    self._folder = longer.workdir
+    self._longer = longer
 
   def start(self, run: Run) -> None:
     """Wraps the step."""
@@ -141,15 +142,20 @@ class Branch(Hook):
     run.train_step = branching
 
   def _give(self, run: Run, state) -> None:
+    """Saves the state, unless the longer run was given it before."""
+    if self._longer.is_finished:
+      return
     extra = {
       'data_digest': run.dataset.digest,
       EXPERTS: run.programs.trained.masks_digest,
       **run.early_stopping.extra,
     }
     with Checkpointer(
-      checkpoints_of(self._folder, ''), keep_best=False
+      checkpoints_of(self._longer.workdir, ''), keep_best=False
     ) as given:
-      given.save(self._at, state, extra=extra)
+      newest = given.newest_good()
+      if newest is None or newest < self._at:
+        given.save(self._at, state, extra=extra)
 
 
 def _stable_steps(options: RunOptions) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from experiments.study.parts import Arm
 from experiments.study.runner import train
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.metrics import FILE_NAME, read_metrics
+from moe_jax.runs.workdir import CHECKPOINTS
 from tests.training import tiny
 
 
@@ -100,3 +102,9 @@ def test_a_run_that_goes_on_from_a_shorter_one_is_the_same_run(tmp_path):
   # The shorter run takes three steps before it decays, the longer none of them.
   rows = read_metrics(together[0].workdir / FILE_NAME)
   assert min(row['step'] for row in rows) == 4
+  # A shorter run that is made again leaves the longer one as it is.
+  again = jobs(tmp_path / 'together', (10, 5))
+  shutil.rmtree(again[1].workdir)
+  AnnealedRunner()(again)
+  assert again[0].result() == long
+  assert not (again[0].workdir / CHECKPOINTS).exists()
