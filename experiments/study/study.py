@@ -197,15 +197,18 @@ class Study:
     Their workdirs are those of the study's own command.
 
     Raises:
-      ValueError: Arms begin with other runs, which have to come first.
+      ValueError: Arms begin with other runs, or are chosen by explorations,
+        which have to come first.
     """
-    if self.starts:
-      raise ValueError(
-        f'the runs of {self.name} begin with other runs; use its own command, '
-        f'python -m experiments.{self.name}'
-      )
     preset = preset or self.preset
     chosen = self.presets[preset]
+    explores = self.explorations is not None and self.explorations(chosen)
+    if self.starts or explores:
+      which = 'begin with' if self.starts else 'are chosen by'
+      raise ValueError(
+        f'the runs of {self.name} {which} other runs; use its own command, '
+        f'python -m experiments.{self.name}'
+      )
     output = pathlib.Path('results') / self.name
     items = []
     jobs = self.jobs(

@@ -217,6 +217,11 @@ def test_all_lengths_have_one_warm_up():
     assert set(preset.models) <= set(speed_arms.GRID)
 
 
+def test_runs_that_a_search_chooses_are_no_items():
+  with pytest.raises(ValueError, match='switch_speed are chosen by other runs'):
+    switch_speed.get_items('long')
+
+
 def test_a_long_result_takes_the_place_of_a_full_one(tmp_path):
   for path in ('a/full', 'a/long', 'b/full', 'c/quick'):
     (tmp_path / path).mkdir(parents=True)
