@@ -5,10 +5,11 @@
 Switch Transformers (https://arxiv.org/abs/2101.03961), section 3.1: 64 experts
 reach in a seventh of the time the loss that T5-Base has at its end.
 
-Here: byte-level decoders of four layers and width 128 or 256, batches of 4,096
-tokens, with 4 to 32 experts in all layers or in every second one, top-1 and
-top-2, dropless or with a capacity of 1 or 1.25 slots an assignment. The
-learning rate is constant after a warm-up and falls to zero over the last fifth
+The models here are byte-level decoders of four layers and width 128, or 256
+where they are screened only, with 4 to 32 experts in all layers or in every
+second one, top-1 and top-2, dropless or with a capacity of 1 or 1.25 slots an
+assignment. A batch has 4,096 tokens, or half as many in `quick`. The learning
+rate is constant after a warm-up and falls to zero over the last fifth
 of every run, so that each compared length is annealed, and the lengths of a
 model share what comes before (`study/annealed.py`): lengths of 0.5, 0.7 and 1
 cost 1.24 runs instead of 2.2. A cosine would have to be trained anew for each

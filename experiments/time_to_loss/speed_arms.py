@@ -105,7 +105,11 @@ class SpeedPreset(Preset):
     rates: Learning rates that are searched for each model.
     trial: Length of the runs that choose models, and rates of sparse ones, as a
       fraction of the steps.
-    lengths: Lengths of a sparse model's runs, as fractions of the steps.
+    lengths: Lengths of a sparse model's runs, as fractions of the steps,
+      ascending to 1.
+
+  Raises:
+    ValueError: The lengths are not so.
   """
 
   models: Sequence[SpeedModel] = ()
@@ -114,6 +118,11 @@ class SpeedPreset(Preset):
   rates: Sequence[float] = ()
   trial: float = 0.3
   lengths: Sequence[float] = (0.5, 0.7, 1.0)
+
+  def __post_init__(self):
+    ascending = sorted(set(self.lengths))
+    if list(self.lengths) != ascending or ascending[-1:] != [1.0]:
+      raise ValueError(f'lengths={self.lengths} do not ascend to 1')
 
   @property
   def twin(self) -> SpeedModel:

@@ -130,7 +130,7 @@ def _screened(of: Prediction) -> dict[str, list[float]]:
 
   Each stands twice, as a number that is measured once has no interval.
   """
-  values = {STEPS: of.steps, TIME: of.time, PREDICTED: of.seconds}
+  values = {TIME: of.time, PREDICTED: of.seconds}
   return {name: [value] * 2 for name, value in values.items()}
 
 
@@ -181,7 +181,7 @@ def _sparse(
   results: Results,
   times: Mapping[str, StepTime],
 ):
-  twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, lengths[-1])
+  twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, 1.0)
   runs, time, seeds = results[arm], times[arm], len(results[arm])
   target, loss = _of(LOSS, results[twin]), _of(LOSS, runs)
   steps = _steps(name, lengths, results)

@@ -78,6 +78,12 @@ def test_a_step_time_is_told(monkeypatch):
   assert 'an unknown number of' in told and 'BUSY' not in told
 
 
+@pytest.mark.parametrize('lengths', [(0.5,), (1.0, 0.5), ()])
+def test_the_longest_runs_are_as_long_as_the_twins(lengths):
+  with pytest.raises(ValueError, match='do not ascend to 1'):
+    SpeedPreset(10, 1, lengths=lengths)
+
+
 def test_names_of_arms_are_read_back():
   for model in (FOUR, EIGHT, WIDE.twin):
     for rate in (0.0, 2e-3):
