@@ -215,7 +215,9 @@ def remarks(results: Results) -> str:
     'its products at the speed of a large matmul and one pass of the optimizer '
     'over parameters and moments at that of a copy, over the measured step of '
     'the dense twin; masked attention, empty slots and dropped tokens cost '
-    'nothing there.',
+    'nothing there. Steps are timed from the first one on, before routers have '
+    'learned to prefer experts: the time of a dropless step on uneven choices '
+    'later in training may be longer.',
     f'{FIRST[0].upper()}{FIRST[1:]} is {first}.',
     *_ends(results, lengths),
     *_searched(results, rates),
