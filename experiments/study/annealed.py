@@ -6,7 +6,7 @@ shorter run gives the longer one its state as a checkpoint, from which that goes
 on. Every run is the one that its config describes, on one device bit for bit,
 and only the steps in which a shorter run decays are taken again.
 
-Not here: how the lengths are compared (`experiments/switch_speed.py`).
+Not here: which lengths are compared (`experiments/switch_speed.py`).
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class AnnealedRunner(TrainingRunner):
   """
 
   def together(self, job: Job) -> str:
-    """The line and the seed."""
+    """A key of the arm's line and the seed: lengths of a model share it."""
     return f'{job.arm.line}, seed {job.seed}'
 
   def __call__(self, jobs: Sequence[Job]) -> None:
@@ -129,7 +129,7 @@ class Branch(Hook):
     self._longer = longer
 
   def start(self, run: Run) -> None:
-    """Wraps the step."""
+    """Wraps the run's step, so that its state is given before the decay."""
     step, count = run.train_step, None
 
     def branching(state, batch):

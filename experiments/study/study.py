@@ -88,7 +88,8 @@ class Study:
       results of all arms; None for none.
     timed: Names of arms whose steps are timed, interleaved, after the runs;
       those that the preset leaves out are skipped. Times are ratios to the
-      first arm's. Or a function from the reported arms to groups of names.
+      first arm's. A function returns groups of such names for the reported
+      arms.
     remarks: Text below the table, or a function from results to the text.
     length: Returns the length of a preset's runs, in words.
     progress: Name of the column whose number is printed as runs end; '' takes

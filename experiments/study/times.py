@@ -74,15 +74,15 @@ class StepTime(float):
       [a / b for a, b in zip(x.seconds[name], x.seconds[first], strict=True)]
       for x in bursts
     ]
-    spread = timing.Spread.of([ratio for of in rounds for ratio in of])
-    found = cls(spread.median)
-    found.spread = spread
-    found.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
-    found.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
-    found.peaks = _median(x.peaks for x in bursts)
-    found.others = max(x.others for x in bursts)
-    found.dates = tuple(sorted({x.date[:10] for x in bursts}))
-    return found
+    spread = timing.Spread.of([x for ratios in rounds for x in ratios])
+    step_time = cls(spread.median)
+    step_time.spread = spread
+    step_time.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
+    step_time.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
+    step_time.peaks = _median(x.peaks for x in bursts)
+    step_time.others = max(x.others for x in bursts)
+    step_time.dates = tuple(sorted({x.date[:10] for x in bursts}))
+    return step_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +129,14 @@ def step_times(
     bursts: Number of bursts of each group.
   """
   first = {job.arm.name: job for job in reversed(jobs)}
-  found = {}
+  by_name = {}
   for group in groups:
     timed = {name: first[name] for name in group if name in first}
     if timed:
       taken = _bursts(timed, output, bursts)
       base = next(iter(timed))
-      found |= {name: StepTime.of(name, base, taken) for name in timed}
-  return found
+      by_name |= {name: StepTime.of(name, base, taken) for name in timed}
+  return by_name
 
 
 def describe(times: Mapping[str, StepTime]) -> str:

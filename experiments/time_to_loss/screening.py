@@ -1,6 +1,6 @@
 """Chooses the models that go on after short runs, and their learning rates.
 
-The rules stand here before any result is seen. Not here: the runs
+The rules were written before any result was seen. Not here: the runs
 (`speed_arms.py`), and what is reported of them (`speed_rows.py`).
 """
 
@@ -32,7 +32,9 @@ _TWIN_LENGTHS = (1, 2)
 
 
 class Prediction(NamedTuple):
-  """What short runs foresee of a model, as ratios to the dense twin's.
+  """Steps and seconds of a model to the dense loss, foreseen by short runs.
+
+  All are ratios to those of the dense twin.
 
   Attributes:
     steps: Steps of the trial over those in which the twin, annealed, has the
@@ -142,7 +144,7 @@ def predictions(
   A model that has its twin's loss after half of the steps takes half of them.
   The twin's loss is taken as linear in the logarithm of its length.
   """
-  found = {}
+  predicted = {}
   for name, time in times.items():
     model, length, rate = parsed(name)
     twin = twin_of(model)
@@ -152,14 +154,15 @@ def predictions(
       continue
     losses = [loss_of(results[own]) for own in twins]
     steps = length / ratio_to(loss_of(results[name]), lengths, losses)
-    found[model] = Prediction(steps, float(time), steps * float(time))
-  return found
+    predicted[model] = Prediction(steps, float(time), steps * float(time))
+  return predicted
 
 
-def ranking(found: Mapping[str, Prediction]) -> list[str]:
+def ranking(predicted: Mapping[str, Prediction]) -> list[str]:
   """Models by predicted seconds; those without a prediction are last."""
   return sorted(
-    found, key=lambda m: np.nan_to_num(found[m].seconds, nan=np.inf)
+    predicted,
+    key=lambda model: np.nan_to_num(predicted[model].seconds, nan=np.inf),
   )
 
 

@@ -87,7 +87,7 @@ def floor_seconds(runs: Sequence[Mapping], peaks: roofline.Peaks) -> float:
   drops are not multiplied.
   """
   # A dense model has no rate of dropped tokens.
-  served = 1 - float(np.nan_to_num(max(_of(_DROPPED, runs)))) / 100
+  served = 1 - float(np.nan_to_num(max(_by_run(_DROPPED, runs)))) / 100
   run = runs[0]
   flops = run[_FLOPS] + served * run[_EXPERT_FLOPS]
   return flops / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
@@ -103,38 +103,39 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   lengths = reported(list(results))
   dense = [model for model in lengths if model == twin_of(model)]
   sparse = [model for model in lengths if model != twin_of(model)]
-  made = [Row(name, _dense(name, results, times)) for name in dense]
-  made += [
+  table = [Row(name, _dense(name, results, times)) for name in dense]
+  table += [
     Row(name, _sparse(name, lengths[name], results, times)) for name in sparse
   ]
-  made += [Row(FIRST, made[len(dense)].values)] if sparse else []
   foreseen = predictions(results, times)
-  for row in made:
-    if row.name in foreseen:
-      values = {**row.values, PREDICTED: _predicted(row, foreseen)}
-      made[made.index(row)] = Row(row.name, values)
-  made += [
+  table = [_with_prediction(row, foreseen) for row in table]
+  table += [Row(FIRST, table[len(dense)].values)] if sparse else []
+  table += [
     Row(f'{name}, screened only', _screened(foreseen[name]))
     for name in ranking(foreseen)
     if name not in lengths
   ]
-  return made
+  return table
 
 
-def _predicted(row: Row, foreseen: Mapping[str, Prediction]) -> list[float]:
-  return [foreseen[row.name].seconds] * len(row.values[LOSS.name])
+def _with_prediction(row: Row, foreseen: Mapping[str, Prediction]) -> Row:
+  """The row with the seconds that short runs predicted, if they did."""
+  if row.name not in foreseen:
+    return row
+  seconds = [foreseen[row.name].seconds] * len(row.values[LOSS.name])
+  return Row(row.name, {**row.values, PREDICTED: seconds})
 
 
-def _screened(of: Prediction) -> dict[str, list[float]]:
+def _screened(prediction: Prediction) -> dict[str, list[float]]:
   """The values of a model that was only screened, with one seed.
 
   Each stands twice, as a number that is measured once has no interval.
   """
-  values = {TIME: of.time, PREDICTED: of.seconds}
+  values = {TIME: prediction.time, PREDICTED: prediction.seconds}
   return {name: [value] * 2 for name, value in values.items()}
 
 
-def _of(column: Column, runs: Sequence[Mapping]) -> list[float]:
+def _by_run(column: Column, runs: Sequence[Mapping]) -> list[float]:
   return [column.of(run) for run in runs]
 
 
@@ -147,11 +148,11 @@ def _dense(name: str, results: Results, times: Mapping[str, StepTime]):
   arm = arm_name(name, 1.0)
   runs, time = results[arm], times[arm]
   return {
-    LOSS.name: _of(LOSS, runs),
+    LOSS.name: _by_run(LOSS, runs),
     MS: [1e3 * s for s in _by_seed(time.seconds, len(runs))],
     TIME: [1.0] * len(runs),
     FLOOR: [_floor(arm, arm, results, times)] * len(runs),
-    RATE.name: _of(RATE, runs),
+    RATE.name: _by_run(RATE, runs),
   }
 
 
@@ -167,8 +168,8 @@ def _steps(
   model: str, lengths: Sequence[float], results: Results
 ) -> list[float]:
   """Steps of each seed to its dense twin's final loss, over the twin's."""
-  target = _of(LOSS, results[arm_name(twin_of(model), 1.0)])
-  losses = [_of(LOSS, results[arm_name(model, x)]) for x in lengths]
+  target = _by_run(LOSS, results[arm_name(twin_of(model), 1.0)])
+  losses = [_by_run(LOSS, results[arm_name(model, x)]) for x in lengths]
   return [
     reached_at(goal, lengths, own)
     for goal, *own in zip(target, *losses, strict=True)
@@ -183,27 +184,27 @@ def _sparse(
 ):
   twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, 1.0)
   runs, time, seeds = results[arm], times[arm], len(results[arm])
-  target, loss = _of(LOSS, results[twin]), _of(LOSS, runs)
+  target, loss = _by_run(LOSS, results[twin]), _by_run(LOSS, runs)
   steps = _steps(name, lengths, results)
   ratios = _by_seed(time.ratios, seeds)
   floor = _floor(arm, twin, results, times)
   return {
     LOSS.name: loss,
     MINUS: [a - b for a, b in zip(loss, target, strict=True)],
-    'loss, training capacity': _of(_LIMITED, runs),
-    'dropped in training': _of(_DROPPED, runs),
+    'loss, training capacity': _by_run(_LIMITED, runs),
+    'dropped in training': _by_run(_DROPPED, runs),
     STEPS: steps,
     MS: [1e3 * s for s in _by_seed(time.seconds, seeds)],
     TIME: ratios,
     SECONDS: [a * b for a, b in zip(steps, ratios, strict=True)],
     FLOOR: [floor] * seeds,
     LEAST: [floor * ratio for ratio in steps],
-    RATE.name: _of(RATE, runs),
+    RATE.name: _by_run(RATE, runs),
   }
 
 
 def remarks(results: Results) -> str:
-  """What the numbers are of, which model is the first, and what was not run."""
+  """The text below the table: how to read it, and which models were not run."""
   lengths = reported(list(results))
   first = next((m for m in lengths if m != twin_of(m)), 'none')
   rates = sorted({rate for name in results if (rate := parsed(name)[2])})
