@@ -1,10 +1,12 @@
 """Times the steps of a study's arms, interleaved, after its runs.
 
-Steps are timed in bursts, which are kept one by one. For a burst in which other
-processes used the machine another is measured at once, up to three times as
-many as are needed, of which the least disturbed are taken; if these are still
-of a busy machine the table says so, until their file is deleted. Not here: the
-runs (`scheduled_runs.py`).
+Steps are timed in bursts, each in a process of its own, so that what differs
+between processes is in the intervals, too. Bursts are kept one by one. For one
+in which other processes used the machine another is measured at once, up to
+three times as many as are needed, of which the least disturbed are taken; if
+these are still of a busy machine the table says so, until their file is
+deleted. Not here: the runs (`scheduled_runs.py`), and the measuring
+(`step_bursts.py`).
 """
 
 import dataclasses
@@ -12,31 +14,25 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import ml_collections
 import numpy as np
 
 from experiments.benchmarks import timing
-from experiments.study import scheduled_runs
+from experiments.study import scheduled_runs, step_bursts
 from experiments.study.jobs import Job
-from moe_jax import run_config
+from experiments.study.step_bursts import Burst
 from moe_jax.analysis import roofline
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training.setup import set_up
-from moe_jax.training.step import TrainState
 
-_STEPS = 5
-_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 # Largest number of bursts that are measured for one that is not disturbed.
 _MOST = 3
 # Share of the cores that others may use on a machine that counts as idle.
 _IDLE = 0.05
+_EFFORT = step_bursts.Effort()
 
 
 class StepTime(float):
@@ -62,7 +58,7 @@ class StepTime(float):
   dates: tuple[str, ...]
 
   @classmethod
-  def of(cls, name: str, first: str, bursts: Sequence['Burst']) -> 'StepTime':
+  def of(cls, name: str, first: str, bursts: Sequence[Burst]) -> 'StepTime':
     """The step time of one arm in some bursts.
 
     Args:
@@ -79,33 +75,10 @@ class StepTime(float):
     step_time.spread = spread
     step_time.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
     step_time.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
-    step_time.peaks = _median(x.peaks for x in bursts)
+    step_time.peaks = step_bursts.median_peaks(x.peaks for x in bursts)
     step_time.others = max(x.others for x in bursts)
     step_time.dates = tuple(sorted({x.date[:10] for x in bursts}))
     return step_time
-
-
-@dataclasses.dataclass(frozen=True)
-class Burst:
-  """Interleaved rounds that were timed without a break.
-
-  Attributes:
-    seconds: Seconds of a step in each round, by name of the arm.
-    peaks: Peaks of the machine, medians over the rounds.
-    others: Number of cores that other processes used, on average; NaN where
-      the system does not say.
-    date: Date and time of the burst, in UTC.
-  """
-
-  seconds: Mapping[str, Sequence[float]]
-  peaks: roofline.Peaks
-  others: float
-  date: str
-
-  @classmethod
-  def read(cls, values: Mapping[str, Any]) -> 'Burst':
-    """The burst that `dataclasses.asdict` turned into values."""
-    return cls(**{**values, 'peaks': roofline.Peaks(**values['peaks'])})
 
 
 def step_times(
@@ -116,7 +89,7 @@ def step_times(
 ) -> dict[str, StepTime]:
   """Step times of the arms of each group, by name of the arm.
 
-  The steps of a group are interleaved in one process that has all cores, and
+  The steps of a group are interleaved in a process that has all cores, and
   ratios to its first arm are taken within rounds. Bursts are measured once for
   a device and the programs of the steps, so again where the code has changed
   these, and read from a file later; the least disturbed ones are taken.
@@ -164,23 +137,21 @@ def _bursts(
 
   No run of the study is made meanwhile.
   """
-  cases = {name: _Stepping(job.config) for name, job in timed.items()}
-  programs = [case.digest() for case in cases.values()]
+  configs = {name: job.config for name, job in timed.items()}
+  programs = [step_bursts.program_digest(config) for config in configs.values()]
   # The file has the names of arms, which equal programs do not tell apart.
   machine = [timing.device_name(), str(os.cpu_count()), jax.__version__]
-  key = ' '.join([*machine, *cases, *programs])
+  key = ' '.join([*machine, *configs, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
   with scheduled_runs.alone(output):
     kept = []
     if path.exists():
       kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-    measure = None
+    if _missing(kept, number):
+      print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
     while _missing(kept, number):
-      if measure is None:
-        print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-        measure = _Measuring(cases)
-      kept.append(measure())
+      kept.append(step_bursts.fresh(step_bursts.measured, configs, _EFFORT))
       text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
       workdir_lib.write_text(path, text + '\n')
   return sorted(kept, key=lambda burst: burst.others)[:number]
@@ -199,84 +170,12 @@ def _is_busy(others: float) -> bool:
 
 def _warning() -> str:
   """Words on a machine that other processes are using now, if they are."""
-  begin, used = time.perf_counter(), _used()
+  begin, used = time.perf_counter(), step_bursts.used_seconds()
   time.sleep(_LOOK_SECONDS)
-  others = (_used() - used) / (time.perf_counter() - begin)
+  others = (step_bursts.used_seconds() - used) / (time.perf_counter() - begin)
   if not _is_busy(others):
     return ''
   return (
     f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
     'which the table will say if it goes on'
   )
-
-
-class _Measuring:
-  """Measures bursts of steps, each of which is compiled once."""
-
-  def __init__(self, cases: Mapping[str, '_Stepping']):
-    self._cases, self._peaks = cases, roofline.measure_peaks()
-    for case in cases.values():  # compiles, which is no part of a burst
-      case()
-
-  def __call__(self) -> Burst:
-    """Measures one burst."""
-    begin, own, used = time.perf_counter(), time.process_time(), _used()
-    seconds, peaks = timing.with_probes(
-      self._cases, self._peaks, seconds=_SECONDS
-    )
-    elapsed = time.perf_counter() - begin
-    others = _used() - used - (time.process_time() - own)
-    return Burst(
-      {name: [s / _STEPS for s in rounds] for name, rounds in seconds.items()},
-      _median(peaks),
-      float(np.maximum(0.0, others / elapsed)),  # keeps NaN
-      timing.facts()['date'],
-    )
-
-
-class _Stepping:
-  """A run of which each call takes a few more steps."""
-
-  def __init__(self, config: ml_collections.ConfigDict):
-    with tempfile.TemporaryDirectory() as folder:
-      self._run = set_up(run_config.read(config), folder)
-    self._state: TrainState | None = None
-    self._batches = self._run.batches(0)
-
-  def digest(self) -> str:
-    """The SHA-256 of the step's program before it is compiled."""
-    state = self._run.programs.abstract_state
-    program = self._run.train_step.lower(state, next(self._batches))
-    return hashlib.sha256(program.as_text().encode()).hexdigest()
-
-  def __call__(self) -> None:
-    """Takes the steps and waits for the result."""
-    if self._state is None:
-      self._state = self._run.programs.init_state()
-    for _ in range(_STEPS):
-      self._state, _ = self._run.train_step(self._state, next(self._batches))
-    jax.block_until_ready(self._state)
-
-
-def _median(peaks: Iterable[roofline.Peaks]) -> roofline.Peaks:
-  """The peaks with the median of each speed."""
-  first, *_ = peaks = list(peaks)
-  return dataclasses.replace(
-    first,
-    flops_per_second=float(np.median([p.flops_per_second for p in peaks])),
-    bytes_per_second=float(np.median([p.bytes_per_second for p in peaks])),
-  )
-
-
-def _used() -> float:
-  """Seconds for which all processes have used the cores of this machine.
-
-  It is NaN where the system does not say.
-  """
-  try:
-    with open('/proc/stat', encoding='utf-8') as file:
-      ticks = [int(n) for n in file.readline().split()[1:9]]
-  except OSError:
-    return float('nan')
-  # The fourth and fifth are those of idle cores.
-  return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')

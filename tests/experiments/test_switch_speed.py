@@ -1,7 +1,6 @@
 """Models are chosen by the written rule, and seconds hold both errors."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -9,17 +8,17 @@ import pytest
 
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
-from experiments.study import command, runner
+from experiments.study import command, runner, step_bursts
 from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
-from experiments.study.times import Burst, StepTime
+from experiments.study.step_bursts import Burst
+from experiments.study.times import StepTime
 from experiments.time_to_loss import screening, speed_arms, speed_rows
 from experiments.time_to_loss.speed_arms import (
   SpeedModel,
   SpeedPreset,
   arm_name,
 )
-from moe_jax.analysis import roofline
 from moe_jax.analysis.roofline import Peaks
 from tests.training import tiny
 
@@ -250,12 +249,21 @@ SMALL = {
 
 @pytest.mark.slow
 def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
-  monkeypatch.setattr(times_lib, '_SECONDS', 0.01)
-  monkeypatch.setattr(times_lib, '_STEPS', 1)
-  quick = functools.partial(roofline.measure_peaks, quick=True)
-  monkeypatch.setattr(roofline, 'measure_peaks', quick)
+  effort = step_bursts.Effort(1, 0.01, quick=True)
+  monkeypatch.setattr(times_lib, '_EFFORT', effort)
+  # Nothing that other processes use is too much, and a process is enough.
+  monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 100)
+  monkeypatch.setattr(step_bursts, 'fresh', lambda call, *args: call(*args))
+  # The trials of the screening are those of the search of rates.
   preset = SpeedPreset(
-    10, 1, SMALL, models=[FOUR], most=1, rates=(4e-3,), lengths=(0.5, 1.0)
+    10,
+    1,
+    SMALL,
+    models=[FOUR],
+    most=1,
+    rates=(4e-3,),
+    trial=0.5,
+    lengths=(0.5, 1.0),
   )
   study = dataclasses.replace(switch_speed.STUDY, presets={'full': preset})
   argv = ['--workers=1', f'--output={tmp_path}', '--config.mesh.data=-1']
@@ -268,6 +276,6 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   assert values[speed_rows.RATE.name] == [4e-3]
   assert len(summary['claims']) == 5 and ' 1 burst on ' in summary['timing']
   # The same command makes and times nothing again.
-  monkeypatch.setattr(times_lib, '_Measuring', None)
+  monkeypatch.setattr(step_bursts, 'measured', None)
   monkeypatch.setattr(runner, 'train_and_evaluate', None)
   assert command.main(study, argv) == folder
