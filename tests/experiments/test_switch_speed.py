@@ -263,7 +263,7 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
     most=1,
     rates=(4e-3,),
     trial=0.5,
-    lengths=(0.5, 1.0),
+    lengths=(1.0,),
   )
   study = dataclasses.replace(switch_speed.STUDY, presets={'full': preset})
   argv = ['--workers=1', f'--output={tmp_path}', '--config.mesh.data=-1']
