@@ -5,26 +5,29 @@
 Switch Transformers (https://arxiv.org/abs/2101.03961), section 3.1: 64 experts
 reach in a seventh of the time the loss that T5-Base has at its end.
 
-Here: byte-level decoders of four layers and width 128 or 256, batches of 4,096
-tokens, with 4 to 32 experts in all layers or in every second one, top-1 and
-top-2, dropless or with a capacity of 1 or 1.25 slots an assignment. The
-learning rate is constant after a warm-up and falls to zero over the last fifth
+The models here are byte-level decoders of four layers and width 128, or 256
+where they are screened only, with 4 to 32 experts in all layers or in every
+second one, top-1 and top-2, dropless or with a capacity of 1 or 1.25 slots an
+assignment. A batch has 4,096 tokens, or half as many in `quick`. The learning
+rate is constant after a warm-up and falls to zero over the last fifth
 of every run, so that each compared length is annealed, and the lengths of a
 model share what comes before (`study/annealed.py`): lengths of 0.5, 0.7 and 1
 cost 1.24 runs instead of 2.2. A cosine would have to be trained anew for each
 length. The length at which a model would have its twin's final loss is
-interpolated for each seed (loss over the logarithm of steps), or extrapolated
-beyond the ends through the nearest two lengths.
+interpolated for each seed (loss over the logarithm of steps). Nothing is
+extrapolated: a seed that is beyond the shortest or the longest length counts as
+that length, and the text below the table says how many do.
 
 The preset `long` first runs trials of 0.4 of the steps, with a seed of their
 own: of 14 sparse models at one rate for each width, from which
 `time_to_loss/screening.py` predicts seconds to the dense loss by measured step
-times, and chooses two of width 128; then of these and their twin at three
-learning rates. The chosen ones are run with five seeds, and what was not run is
-listed. Models of width 256 are screened only: with five seeds two of them would
-take six hours more. Trials favour models whose gain comes early. `full` and
-`quick` run two given models of width 128, after trials of their rates.
-Evaluations come at the end of a run and are not timed.
+times, and chooses two of width 128; then of these at three learning rates, at
+which their twin is run to its full length: what a short search gets wrong is to
+the disadvantage of sparse models. The chosen ones are run with five seeds, and
+what was not run is listed. Models of width 256 are screened only: with five
+seeds two of them would take six hours more. The screening favours models whose
+gain comes early. `full` and `quick` run two given models of width 128, after a
+search of their rates. Evaluations come at the end of a run and are not timed.
 
 `quick` resolves no gain in time: after 300 steps sparse models have hardly
 begun to gain, and two seeds leave intervals wider than any gain.

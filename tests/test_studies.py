@@ -68,8 +68,9 @@ from experiments.study import results as study_results
 from experiments.study.jobs import RESULT, layered
 from experiments.study.parts import Arm, Claim, Column, Preset, Row
 from experiments.study.starts import Start, in_order, started
+from experiments.study.step_bursts import Burst
 from experiments.study.tables import Interval, markdown_table
-from experiments.study.times import Burst, StepTime
+from experiments.study.times import StepTime
 from moe_jax import command_line, config_flag, host, run_config, sections
 from moe_jax.analysis import cost, roofline
 from moe_jax.run_config import RunConfig
@@ -670,7 +671,9 @@ def step_time(arm: str, first: str) -> StepTime:
   """The step time of an arm in one burst."""
   seconds = {first: [0.5, 0.4], arm: [0.6, 0.6]}
   peaks = roofline.Peaks(2e11, 2e10, 'float32', 1024, 1 << 28)
-  return StepTime.of(arm, first, [Burst(seconds, peaks, 0.0)])
+  return StepTime.of(
+    arm, first, [Burst(seconds, peaks, 0.0, '2026-02-01 10:00 UTC')]
+  )
 
 
 # A study with and one without runs that others begin with, and one of served

@@ -6,7 +6,7 @@ shorter run gives the longer one its state as a checkpoint, from which that goes
 on. Every run is the one that its config describes, on one device bit for bit,
 and only the steps in which a shorter run decays are taken again.
 
-Not here: how the lengths are compared (`experiments/switch_speed.py`).
+Not here: which lengths are compared (`experiments/switch_speed.py`).
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ def ratio_to(
 ) -> float:
   """The length of training at which the loss would be `target`.
 
-  The loss is taken as linear in the logarithm of the length, between the two
-  lengths around the target or, beyond the ends, through the nearest two. NaN
-  where the loss does not fall between these two.
+  This is a prediction: the loss is taken as linear in the logarithm of the
+  length, between the two lengths around the target or, beyond the ends, through
+  the nearest two. NaN where the loss does not fall between these two.
 
   Args:
     target: Loss to reach.
@@ -49,6 +49,30 @@ def ratio_to(
   return float(np.exp(logs[i] + (target - losses[i]) / slope))
 
 
+def reached_at(
+  target: float, lengths: Sequence[float], losses: Sequence[float]
+) -> float:
+  """The length of training at which the loss first was `target`.
+
+  Between two lengths the lowest loss so far is taken as linear in the logarithm
+  of the length; nothing is extrapolated. A target that the shortest length
+  reaches counts as reached there, and one that no length reaches at the longest
+  length, which is less than the truth. A run that diverged reaches nothing.
+
+  Args:
+    target: Loss to reach.
+    lengths: Lengths of training, ascending.
+    losses: Final loss at each length.
+  """
+  lowest = np.fmin.accumulate(losses)
+  there = np.isfinite(lowest)
+  if not there.any():
+    return lengths[-1]
+  # `interp` needs ascending points, and keeps the first and last value beyond.
+  logs = np.log(lengths)[there]
+  return float(np.exp(np.interp(-target, -lowest[there], logs)))
+
+
 @dataclasses.dataclass(frozen=True)
 class AnnealedRunner(TrainingRunner):
   """Trains the lengths of a model in ascending order, each from the last one.
@@ -57,7 +81,7 @@ class AnnealedRunner(TrainingRunner):
   """
 
   def together(self, job: Job) -> str:
-    """The line and the seed."""
+    """A key of the arm's line and the seed: lengths of a model share it."""
     return f'{job.arm.line}, seed {job.seed}'
 
   def __call__(self, jobs: Sequence[Job]) -> None:
@@ -77,7 +101,8 @@ class Branch(Hook):
 
   Args:
     job: This run.
-    longer: The longer run, which has not begun.
+    longer: The longer run. If it has gone further already, as where the result
+      of this one was deleted, it is left as it is.
 
   Raises:
     ValueError: The runs are not equal until then.
@@ -101,10 +126,10 @@ class Branch(Hook):
         f'{other.total_steps} alone; their warm-ups have {sorted(warmups)} '
         'steps'
       )
-    self._folder = longer.workdir
+    self._longer = longer
 
   def start(self, run: Run) -> None:
-    """Wraps the step."""
+    """Wraps the run's step, so that its state is given before the decay."""
     step, count = run.train_step, None
 
     def branching(state, batch):
@@ -117,15 +142,20 @@ class Branch(Hook):
     run.train_step = branching
 
   def _give(self, run: Run, state) -> None:
+    """Saves the state, unless the longer run was given it before."""
+    if self._longer.is_finished:
+      return
     extra = {
       'data_digest': run.dataset.digest,
       EXPERTS: run.programs.trained.masks_digest,
       **run.early_stopping.extra,
     }
     with Checkpointer(
-      checkpoints_of(self._folder, ''), keep_best=False
+      checkpoints_of(self._longer.workdir, ''), keep_best=False
     ) as given:
-      given.save(self._at, state, extra=extra)
+      newest = given.newest_good()
+      if newest is None or newest < self._at:
+        given.save(self._at, state, extra=extra)
 
 
 def _stable_steps(options: RunOptions) -> int:

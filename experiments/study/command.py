@@ -152,7 +152,6 @@ def _timed(
     runs.jobs,
     output,
     preset.bursts,
-    again=preset.burst_for_each_seed,
   )
 
 

@@ -44,7 +44,7 @@ def run_all(
   """
   with contextlib.ExitStack() as stack:
     if not all(job.is_finished for job in jobs):
-      stack.enter_context(_alone(jobs[0].workdir.parents[2]))
+      stack.enter_context(alone(jobs[0].workdir.parents[2]))
     left = [job for job in jobs if not job.is_finished]
     there = len(jobs) - len(left)
     print(f'{len(jobs)} runs, {there} of them there', flush=True)
@@ -88,7 +88,7 @@ def _logged(runner: Runner, jobs: list[Job]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(output: pathlib.Path) -> Iterator[None]:
+def alone(output: pathlib.Path) -> Iterator[None]:
   """Locks the study's folder; waits where another process has locked it."""
   output.mkdir(parents=True, exist_ok=True)
   with (output / 'lock').open('w') as file:

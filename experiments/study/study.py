@@ -88,7 +88,8 @@ class Study:
       results of all arms; None for none.
     timed: Names of arms whose steps are timed, interleaved, after the runs;
       those that the preset leaves out are skipped. Times are ratios to the
-      first arm's. Or a function from the reported arms to groups of names.
+      first arm's. A function returns groups of such names for the reported
+      arms.
     remarks: Text below the table, or a function from results to the text.
     length: Returns the length of a preset's runs, in words.
     progress: Name of the column whose number is printed as runs end; '' takes
@@ -197,15 +198,18 @@ class Study:
     Their workdirs are those of the study's own command.
 
     Raises:
-      ValueError: Arms begin with other runs, which have to come first.
+      ValueError: Arms begin with other runs, or are chosen by explorations,
+        which have to come first.
     """
-    if self.starts:
-      raise ValueError(
-        f'the runs of {self.name} begin with other runs; use its own command, '
-        f'python -m experiments.{self.name}'
-      )
     preset = preset or self.preset
     chosen = self.presets[preset]
+    explores = self.explorations is not None and self.explorations(chosen)
+    if self.starts or explores:
+      which = 'begin with' if self.starts else 'are chosen by'
+      raise ValueError(
+        f'the runs of {self.name} {which} other runs; use its own command, '
+        f'python -m experiments.{self.name}'
+      )
     output = pathlib.Path('results') / self.name
     items = []
     jobs = self.jobs(

@@ -1,10 +1,12 @@
 """Times the steps of a study's arms, interleaved, after its runs.
 
-Steps are timed in bursts, which are kept one by one. A burst in which other
-processes used the machine is kept, too, but said to be of a busy machine, and
-the same command later measures another in its place if the preset has a burst
-for each seed. Bursts of explored arms stay, and what was chosen by them. Not
-here: the runs (`scheduled_runs.py`).
+Steps are timed in bursts, each in a process of its own, so that what differs
+between processes is in the intervals, too. Bursts are kept one by one. For one
+in which other processes used the machine another is measured at once, up to
+three times as many as are needed, of which the least disturbed are taken; if
+these are still of a busy machine the table says so, until their file is
+deleted. Not here: the runs (`scheduled_runs.py`), and the measuring
+(`step_bursts.py`).
 """
 
 import dataclasses
@@ -12,27 +14,25 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import ml_collections
 import numpy as np
 
 from experiments.benchmarks import timing
+from experiments.study import scheduled_runs, step_bursts
 from experiments.study.jobs import Job
-from moe_jax import run_config
+from experiments.study.step_bursts import Burst
 from moe_jax.analysis import roofline
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training.setup import set_up
 
-_STEPS = 5
-_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
-# Number of cores that other processes may use on a machine that counts as idle.
-BUSY = 0.1
+# Largest number of bursts that are measured for one that is not disturbed.
+_MOST = 3
+# Share of the cores that others may use on a machine that counts as idle.
+_IDLE = 0.05
+_EFFORT = step_bursts.Effort()
 
 
 class StepTime(float):
@@ -45,7 +45,9 @@ class StepTime(float):
     ratios: Median ratio of each burst.
     seconds: Median seconds of a step of each burst.
     peaks: Peaks of the machine, medians over all rounds.
-    others: Largest number of cores that other processes used during a burst.
+    others: Largest number of cores that other processes used during a burst;
+      NaN where the system does not say.
+    dates: Days of the bursts, in UTC, ascending.
   """
 
   spread: timing.Spread
@@ -53,9 +55,10 @@ class StepTime(float):
   seconds: tuple[float, ...]
   peaks: roofline.Peaks
   others: float
+  dates: tuple[str, ...]
 
   @classmethod
-  def of(cls, name: str, first: str, bursts: Sequence['Burst']) -> 'StepTime':
+  def of(cls, name: str, first: str, bursts: Sequence[Burst]) -> 'StepTime':
     """The step time of one arm in some bursts.
 
     Args:
@@ -67,34 +70,15 @@ class StepTime(float):
       [a / b for a, b in zip(x.seconds[name], x.seconds[first], strict=True)]
       for x in bursts
     ]
-    spread = timing.Spread.of([ratio for of in rounds for ratio in of])
-    found = cls(spread.median)
-    found.spread = spread
-    found.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
-    found.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
-    found.peaks = _median(x.peaks for x in bursts)
-    found.others = max(x.others for x in bursts)
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Burst:
-  """Interleaved rounds that were timed without a break.
-
-  Attributes:
-    seconds: Seconds of a step in each round, by name of the arm.
-    peaks: Peaks of the machine, medians over the rounds.
-    others: Number of cores that other processes used, on average.
-  """
-
-  seconds: Mapping[str, Sequence[float]]
-  peaks: roofline.Peaks
-  others: float
-
-  @classmethod
-  def read(cls, values: Mapping[str, Any]) -> 'Burst':
-    """The burst that `dataclasses.asdict` turned into values."""
-    return cls(**{**values, 'peaks': roofline.Peaks(**values['peaks'])})
+    spread = timing.Spread.of([x for ratios in rounds for x in ratios])
+    step_time = cls(spread.median)
+    step_time.spread = spread
+    step_time.ratios = tuple(float(np.median(ratios)) for ratios in rounds)
+    step_time.seconds = tuple(float(np.median(x.seconds[name])) for x in bursts)
+    step_time.peaks = step_bursts.median_peaks(x.peaks for x in bursts)
+    step_time.others = max(x.others for x in bursts)
+    step_time.dates = tuple(sorted({x.date[:10] for x in bursts}))
+    return step_time
 
 
 def step_times(
@@ -102,14 +86,13 @@ def step_times(
   jobs: Sequence[Job],
   output: pathlib.Path,
   bursts: int = 1,
-  *,
-  again: bool = False,
 ) -> dict[str, StepTime]:
   """Step times of the arms of each group, by name of the arm.
 
-  The steps of a group are interleaved in one process that has all cores, and
+  The steps of a group are interleaved in a process that has all cores, and
   ratios to its first arm are taken within rounds. Bursts are measured once for
-  a device and read from a file later; the least disturbed ones are taken.
+  a device and the programs of the steps, so again where the code has changed
+  these, and read from a file later; the least disturbed ones are taken.
 
   Args:
     groups: Names of the arms to be timed together, each in one group. Those
@@ -117,129 +100,82 @@ def step_times(
     jobs: Runs of the study, which have the configs of its arms.
     output: Folder of the study.
     bursts: Number of bursts of each group.
-    again: Whether bursts of a busy machine are measured again.
   """
   first = {job.arm.name: job for job in reversed(jobs)}
-  found = {}
+  by_name = {}
   for group in groups:
     timed = {name: first[name] for name in group if name in first}
     if timed:
-      taken = _bursts(timed, output, bursts, again)
+      taken = _bursts(timed, output, bursts)
       base = next(iter(timed))
-      found |= {name: StepTime.of(name, base, taken) for name in timed}
-  return found
+      by_name |= {name: StepTime.of(name, base, taken) for name in timed}
+  return by_name
 
 
 def describe(times: Mapping[str, StepTime]) -> str:
   """A sentence on how many bursts there were, and how busy the machine was."""
-  bursts = max(len(t.ratios) for t in times.values())
+  numbers = sorted({len(t.ratios) for t in times.values()})
   others = max(t.others for t in times.values())
+  dates = sorted({date for t in times.values() for date in t.dates})
+  used = 'an unknown number' if np.isnan(others) else f'at most {others:.2f}'
   said = (
-    f'They are of {bursts} burst{"s" * (bursts > 1)}, in which other processes '
-    f'used at most {others:.2f} of {os.cpu_count()} cores'
+    f'They are of {" or ".join(map(str, numbers))} '
+    f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
+    f'processes used {used} of {os.cpu_count()} cores'
   )
-  if others > BUSY:
+  busy = [name for name, t in times.items() if _is_busy(t.others)]
+  if busy:
     said += ': the machine was BUSY'
+    said += f' for {"; ".join(busy)}' * (len(busy) < len(times))
   return f'{said}.'
 
 
 def _bursts(
-  timed: Mapping[str, Job], output: pathlib.Path, number: int, again: bool
+  timed: Mapping[str, Job], output: pathlib.Path, number: int
 ) -> list[Burst]:
-  """The least disturbed bursts; those that are missing are measured."""
-  # Names of the runs' folders, which end in the hash of a config.
-  hashes = [job.workdir.name for job in timed.values()]
-  key = ' '.join([timing.device_name(), jax.__version__, *hashes])
+  """The least disturbed bursts; those that are missing are measured.
+
+  No run of the study is made meanwhile.
+  """
+  configs = {name: job.config for name, job in timed.items()}
+  programs = [step_bursts.program_digest(config) for config in configs.values()]
+  # The file has the names of arms, which equal programs do not tell apart.
+  machine = [timing.device_name(), str(os.cpu_count()), jax.__version__]
+  key = ' '.join([*machine, *configs, *programs])
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
-  kept = []
-  if path.exists():
-    kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-  good = [burst for burst in kept if burst.others <= BUSY or not again]
-  missing = number - len(good)
-  if missing > 0:
-    print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-    measure = _Measuring({name: job.config for name, job in timed.items()})
-    output.mkdir(parents=True, exist_ok=True)
-    for _ in range(missing):
-      kept.append(measure())
+  with scheduled_runs.alone(output):
+    kept = []
+    if path.exists():
+      kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
+    if _missing(kept, number):
+      print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
+    while _missing(kept, number):
+      kept.append(step_bursts.fresh(step_bursts.measured, configs, _EFFORT))
       text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
       workdir_lib.write_text(path, text + '\n')
   return sorted(kept, key=lambda burst: burst.others)[:number]
 
 
+def _missing(kept: Sequence[Burst], number: int) -> bool:
+  """Whether another burst is measured."""
+  good = sum(not _is_busy(burst.others) for burst in kept)
+  return good < number and len(kept) < _MOST * number
+
+
+def _is_busy(others: float) -> bool:
+  """Whether other processes use so many cores that steps are disturbed."""
+  return others > _IDLE * (os.cpu_count() or 1)
+
+
 def _warning() -> str:
   """Words on a machine that other processes are using now, if they are."""
-  begin, used = time.perf_counter(), _used()
+  begin, used = time.perf_counter(), step_bursts.used_seconds()
   time.sleep(_LOOK_SECONDS)
-  others = (_used() - used) / (time.perf_counter() - begin)
-  if others <= BUSY:
+  others = (step_bursts.used_seconds() - used) / (time.perf_counter() - begin)
+  if not _is_busy(others):
     return ''
   return (
     f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
     'which the table will say if it goes on'
   )
-
-
-class _Measuring:
-  """Measures bursts of some configs' steps, each of which is compiled once."""
-
-  def __init__(self, configs: Mapping[str, ml_collections.ConfigDict]):
-    self._cases = {name: _Stepping(config) for name, config in configs.items()}
-    self._peaks = roofline.measure_peaks()
-    for case in self._cases.values():  # compiles, which is no part of a burst
-      case()
-
-  def __call__(self) -> Burst:
-    """Measures one burst."""
-    begin, own, used = time.perf_counter(), time.process_time(), _used()
-    seconds, peaks = timing.with_probes(
-      self._cases, self._peaks, seconds=_SECONDS
-    )
-    elapsed = time.perf_counter() - begin
-    others = _used() - used - (time.process_time() - own)
-    return Burst(
-      {name: [s / _STEPS for s in rounds] for name, rounds in seconds.items()},
-      _median(peaks),
-      max(0.0, others / elapsed),
-    )
-
-
-class _Stepping:
-  """A run of which each call takes a few more steps."""
-
-  def __init__(self, config: ml_collections.ConfigDict):
-    with tempfile.TemporaryDirectory() as folder:
-      self._run = set_up(run_config.read(config), folder)
-    self._state = self._run.programs.init_state()
-    self._batches = self._run.batches(0)
-
-  def __call__(self) -> None:
-    """Takes the steps and waits for the result."""
-    for _ in range(_STEPS):
-      self._state, _ = self._run.train_step(self._state, next(self._batches))
-    jax.block_until_ready(self._state)
-
-
-def _median(peaks: Iterable[roofline.Peaks]) -> roofline.Peaks:
-  """The peaks with the median of each speed."""
-  first, *_ = peaks = list(peaks)
-  return dataclasses.replace(
-    first,
-    flops_per_second=float(np.median([p.flops_per_second for p in peaks])),
-    bytes_per_second=float(np.median([p.bytes_per_second for p in peaks])),
-  )
-
-
-def _used() -> float:
-  """Seconds for which all processes have used the cores of this machine.
-
-  It is the time of this process where the system does not say.
-  """
-  try:
-    with open('/proc/stat', encoding='utf-8') as file:
-      ticks = [int(n) for n in file.readline().split()[1:9]]
-  except OSError:
-    return time.process_time()
-  # The fourth and fifth are those of idle cores.
-  return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf('SC_CLK_TCK')

@@ -1,6 +1,6 @@
 """Chooses the models that go on after short runs, and their learning rates.
 
-The rules stand here before any result is seen. Not here: the runs
+The rules were written before any result was seen. Not here: the runs
 (`speed_arms.py`), and what is reported of them (`speed_rows.py`).
 """
 
@@ -32,7 +32,9 @@ _TWIN_LENGTHS = (1, 2)
 
 
 class Prediction(NamedTuple):
-  """What short runs foresee of a model, as ratios to the dense twin's.
+  """Steps and seconds of a model to the dense loss, foreseen by short runs.
+
+  All are ratios to those of the dense twin.
 
   Attributes:
     steps: Steps of the trial over those in which the twin, annealed, has the
@@ -82,25 +84,26 @@ def _trials(preset: SpeedPreset) -> list[Arm]:
 
 
 def search_rates(preset: SpeedPreset) -> Exploration:
-  """Short runs of all arms' models, dense ones too, at the preset's rates.
+  """Runs of all arms' models, dense ones too, at the preset's rates.
 
-  Each model goes on with the rate of the lowest loss.
+  Each model goes on with the rate of the lowest loss. A dense twin is run at
+  its full length, so that its rate is the best for the loss that is the target,
+  and a sparse model at that of a trial, so that the search favours the twin.
   """
 
   def arms(
     so_far: Sequence[Arm], shared: ml_collections.ConfigDict
   ) -> list[Arm]:
     del shared
-    first = {arm.line: arm for arm in so_far}
-    own = {'total_steps': round(preset.trial * preset.steps)}
+    lengths = {
+      arm.line: 1.0 if arm.line == twin_of(arm.line) else preset.trial
+      for arm in so_far
+    }
+    by_name = {model.name: model for model in preset.models}
+    by_name |= {model.twin.name: model.twin for model in preset.models}
     return [
-      Arm(
-        arm_name(model, preset.trial, rate),
-        {**arm.overrides, **own, 'optimizer.learning_rate': rate},
-        f'{model}, rate {rate:g}',
-        preset.trial,
-      )
-      for model, arm in first.items()
+      by_name[name].arm(preset, length, rate)
+      for name, length in lengths.items()
       for rate in preset.rates
     ]
 
@@ -126,7 +129,8 @@ def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
     if rate in rates:
       losses.setdefault((model, length), {})[rate] = loss_of(runs)
   return {
-    model: min(tried, key=tried.__getitem__)
+    # A run that diverged has no loss.
+    model: min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
     for (model, _), tried in losses.items()
     if len(tried) == len(rates)
   }
@@ -140,7 +144,7 @@ def predictions(
   A model that has its twin's loss after half of the steps takes half of them.
   The twin's loss is taken as linear in the logarithm of its length.
   """
-  found = {}
+  predicted = {}
   for name, time in times.items():
     model, length, rate = parsed(name)
     twin = twin_of(model)
@@ -150,14 +154,15 @@ def predictions(
       continue
     losses = [loss_of(results[own]) for own in twins]
     steps = length / ratio_to(loss_of(results[name]), lengths, losses)
-    found[model] = Prediction(steps, float(time), steps * float(time))
-  return found
+    predicted[model] = Prediction(steps, float(time), steps * float(time))
+  return predicted
 
 
-def ranking(found: Mapping[str, Prediction]) -> list[str]:
+def ranking(predicted: Mapping[str, Prediction]) -> list[str]:
   """Models by predicted seconds; those without a prediction are last."""
   return sorted(
-    found, key=lambda m: np.nan_to_num(found[m].seconds, nan=np.inf)
+    predicted,
+    key=lambda model: np.nan_to_num(predicted[model].seconds, nan=np.inf),
   )
 
 

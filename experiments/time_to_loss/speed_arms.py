@@ -13,7 +13,7 @@ from typing import Any, Self
 from experiments.study import byte_models
 from experiments.study.parts import Arm, Preset
 
-# Keys of `model.moe` by what becomes of tokens that a full expert is given.
+# Keys of `model.moe` by the name of the room that experts have for tokens.
 ROOMS: dict[str, dict[str, Any]] = {
   'dropless': {'capacity.kind': 'all', 'dispatch.kind': 'dropless'},
   'capacity 1': {'capacity.per_assignment.factor': 1.0},
@@ -34,7 +34,7 @@ class SpeedModel:
       K experts of a token together.
     num_experts: Number of experts E; 0 for the dense model.
     num_selected: Number of experts K of a token.
-    room: What becomes of tokens that a full expert is given, from `ROOMS`.
+    room: Name of the room that experts have for tokens, from `ROOMS`.
     layers: The layers that are sparse.
   """
 
@@ -103,9 +103,13 @@ class SpeedPreset(Preset):
     width: Width of the models that a screening may choose. Others, whose runs
       would take too long, are screened only.
     rates: Learning rates that are searched for each model.
-    trial: Length of the runs that choose models and rates, as a fraction of the
-      steps.
-    lengths: Lengths of a sparse model's runs, as fractions of the steps.
+    trial: Length of the runs that choose models, and rates of sparse ones, as a
+      fraction of the steps.
+    lengths: Lengths of a sparse model's runs, as fractions of the steps,
+      ascending to 1.
+
+  Raises:
+    ValueError: The lengths are not so.
   """
 
   models: Sequence[SpeedModel] = ()
@@ -114,6 +118,11 @@ class SpeedPreset(Preset):
   rates: Sequence[float] = ()
   trial: float = 0.3
   lengths: Sequence[float] = (0.5, 0.7, 1.0)
+
+  def __post_init__(self):
+    ascending = sorted(set(self.lengths))
+    if list(self.lengths) != ascending or ascending[-1:] != [1.0]:
+      raise ValueError(f'lengths={self.lengths} do not ascend to 1')
 
   @property
   def twin(self) -> SpeedModel:
@@ -150,13 +159,17 @@ def parsed(name: str) -> tuple[str, float, float]:
 
 
 def reported(names: Sequence[str]) -> dict[str, list[float]]:
-  """The lengths of reported arms, ascending, by model in the order of names."""
+  """The lengths of reported arms, ascending, by model in the order of names.
+
+  Args:
+    names: Names of arms, those of trials among them.
+  """
   lengths: dict[str, list[float]] = {}
   for name in names:
     model, length, rate = parsed(name)
     if not rate:
       lengths.setdefault(model, []).append(length)
-  return {model: sorted(found) for model, found in lengths.items()}
+  return {model: sorted(own) for model, own in lengths.items()}
 
 
 def twin_of(model: str) -> str:

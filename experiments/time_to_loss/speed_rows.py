@@ -3,12 +3,13 @@
 Not here: which models were run (`speed_arms.py`, `screening.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from experiments.study import byte_models
-from experiments.study.annealed import ratio_to
+from experiments.study.annealed import reached_at
 from experiments.study.parts import Column, Results, Row
 from experiments.study.times import StepTime
 from experiments.time_to_loss.screening import (
@@ -40,6 +41,7 @@ RATE = Column('rate', 'learning_rate', digits=4)
 _LIMITED = Column('loss', f'eval/{byte_models.EVAL}/loss')
 _DROPPED = Column('dropped', 'train/drop_rate', each=lambda rate: 100 * rate)
 _FLOPS, _BYTES = 'step/flops', 'step/optimizer_bytes'
+_EXPERT_FLOPS = 'step/expert_flops'
 
 COLUMNS = [
   LOSS,
@@ -61,14 +63,17 @@ def measured(run: Run, state: TrainState) -> dict[str, float]:
   """A run's learning rate, and the work of its step that sets a floor."""
   options = run.options
   rows, length = options.batch_size, options.data.seq_len
-  counted = cost.count(run.model, length, batch_size=rows)
+  # A causal token attends to half of the others, on average.
+  counted = cost.count(run.model, length, batch_size=rows).decoder
+  others = counted.total - counted.experts - counted.attention // 2
   params, moments = (
     sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     for tree in (state.params, state.opt_state)
   )
   return {
     RATE.key: options.optimizer.learning_rate,
-    _FLOPS: 3.0 * rows * counted.computed_flops,
+    _FLOPS: 3.0 * rows * length * others,
+    _EXPERT_FLOPS: 3.0 * rows * length * counted.experts,
     # Parameters and moments are read and written, and gradients are read.
     _BYTES: float(2 * (params + moments) + params),
   }
@@ -77,13 +82,15 @@ def measured(run: Run, state: TrainState) -> dict[str, float]:
 def floor_seconds(runs: Sequence[Mapping], peaks: roofline.Peaks) -> float:
   """The least seconds of a step: its products, then one pass of the optimizer.
 
-  Products run at the speed of a large matmul, attention's of the whole square
-  and those of empty slots among them, and the optimizer at that of a copy.
+  Products run at the speed of a large matmul and the optimizer at that of a
+  copy. Masked halves of attention, empty slots and tokens that a full expert
+  drops are not multiplied.
   """
+  # A dense model has no rate of dropped tokens.
+  served = 1 - float(np.nan_to_num(max(_by_run(_DROPPED, runs)))) / 100
   run = runs[0]
-  return (
-    run[_FLOPS] / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
-  )
+  flops = run[_FLOPS] + served * run[_EXPERT_FLOPS]
+  return flops / peaks.flops_per_second + run[_BYTES] / peaks.bytes_per_second
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
@@ -96,38 +103,39 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   lengths = reported(list(results))
   dense = [model for model in lengths if model == twin_of(model)]
   sparse = [model for model in lengths if model != twin_of(model)]
-  made = [Row(name, _dense(name, results, times)) for name in dense]
-  made += [
+  table = [Row(name, _dense(name, results, times)) for name in dense]
+  table += [
     Row(name, _sparse(name, lengths[name], results, times)) for name in sparse
   ]
-  made += [Row(FIRST, made[len(dense)].values)] if sparse else []
   foreseen = predictions(results, times)
-  for row in made:
-    if row.name in foreseen:
-      values = {**row.values, PREDICTED: _predicted(row, foreseen)}
-      made[made.index(row)] = Row(row.name, values)
-  made += [
+  table = [_with_prediction(row, foreseen) for row in table]
+  table += [Row(FIRST, table[len(dense)].values)] if sparse else []
+  table += [
     Row(f'{name}, screened only', _screened(foreseen[name]))
     for name in ranking(foreseen)
     if name not in lengths
   ]
-  return made
+  return table
 
 
-def _predicted(row: Row, foreseen: Mapping[str, Prediction]) -> list[float]:
-  return [foreseen[row.name].seconds] * len(row.values[LOSS.name])
+def _with_prediction(row: Row, foreseen: Mapping[str, Prediction]) -> Row:
+  """The row with the seconds that short runs predicted, if they did."""
+  if row.name not in foreseen:
+    return row
+  seconds = [foreseen[row.name].seconds] * len(row.values[LOSS.name])
+  return Row(row.name, {**row.values, PREDICTED: seconds})
 
 
-def _screened(of: Prediction) -> dict[str, list[float]]:
+def _screened(prediction: Prediction) -> dict[str, list[float]]:
   """The values of a model that was only screened, with one seed.
 
   Each stands twice, as a number that is measured once has no interval.
   """
-  values = {STEPS: of.steps, TIME: of.time, PREDICTED: of.seconds}
+  values = {TIME: prediction.time, PREDICTED: prediction.seconds}
   return {name: [value] * 2 for name, value in values.items()}
 
 
-def _of(column: Column, runs: Sequence[Mapping]) -> list[float]:
+def _by_run(column: Column, runs: Sequence[Mapping]) -> list[float]:
   return [column.of(run) for run in runs]
 
 
@@ -140,12 +148,32 @@ def _dense(name: str, results: Results, times: Mapping[str, StepTime]):
   arm = arm_name(name, 1.0)
   runs, time = results[arm], times[arm]
   return {
-    LOSS.name: _of(LOSS, runs),
+    LOSS.name: _by_run(LOSS, runs),
     MS: [1e3 * s for s in _by_seed(time.seconds, len(runs))],
     TIME: [1.0] * len(runs),
-    FLOOR: [1.0] * len(runs),
-    RATE.name: _of(RATE, runs),
+    FLOOR: [_floor(arm, arm, results, times)] * len(runs),
+    RATE.name: _by_run(RATE, runs),
   }
+
+
+def _floor(
+  arm: str, twin: str, results: Results, times: Mapping[str, StepTime]
+) -> float:
+  """The least seconds of an arm's step over the measured ones of its twin."""
+  least = floor_seconds(results[arm], times[arm].peaks)
+  return least / float(np.median(times[twin].seconds))
+
+
+def _steps(
+  model: str, lengths: Sequence[float], results: Results
+) -> list[float]:
+  """Steps of each seed to its dense twin's final loss, over the twin's."""
+  target = _by_run(LOSS, results[arm_name(twin_of(model), 1.0)])
+  losses = [_by_run(LOSS, results[arm_name(model, x)]) for x in lengths]
+  return [
+    reached_at(goal, lengths, own)
+    for goal, *own in zip(target, *losses, strict=True)
+  ]
 
 
 def _sparse(
@@ -154,34 +182,29 @@ def _sparse(
   results: Results,
   times: Mapping[str, StepTime],
 ):
-  twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, lengths[-1])
+  twin, arm = arm_name(twin_of(name), 1.0), arm_name(name, 1.0)
   runs, time, seeds = results[arm], times[arm], len(results[arm])
-  target = _of(LOSS, results[twin])
-  losses = [_of(LOSS, results[arm_name(name, x)]) for x in lengths]
-  steps = [
-    ratio_to(goal, lengths, own)
-    for goal, *own in zip(target, *losses, strict=True)
-  ]
+  target, loss = _by_run(LOSS, results[twin]), _by_run(LOSS, runs)
+  steps = _steps(name, lengths, results)
   ratios = _by_seed(time.ratios, seeds)
-  floor = floor_seconds(runs, time.peaks)
-  floor /= floor_seconds(results[twin], time.peaks)
+  floor = _floor(arm, twin, results, times)
   return {
-    LOSS.name: losses[-1],
-    MINUS: [a - b for a, b in zip(losses[-1], target, strict=True)],
-    'loss, training capacity': _of(_LIMITED, runs),
-    'dropped in training': _of(_DROPPED, runs),
+    LOSS.name: loss,
+    MINUS: [a - b for a, b in zip(loss, target, strict=True)],
+    'loss, training capacity': _by_run(_LIMITED, runs),
+    'dropped in training': _by_run(_DROPPED, runs),
     STEPS: steps,
     MS: [1e3 * s for s in _by_seed(time.seconds, seeds)],
     TIME: ratios,
     SECONDS: [a * b for a, b in zip(steps, ratios, strict=True)],
     FLOOR: [floor] * seeds,
     LEAST: [floor * ratio for ratio in steps],
-    RATE.name: _of(RATE, runs),
+    RATE.name: _by_run(RATE, runs),
   }
 
 
 def remarks(results: Results) -> str:
-  """What the numbers are of, which model is the first, and what was not run."""
+  """The text below the table: how to read it, and which models were not run."""
   lengths = reported(list(results))
   first = next((m for m in lengths if m != twin_of(m)), 'none')
   rates = sorted({rate for name in results if (rate := parsed(name)[2])})
@@ -191,8 +214,13 @@ def remarks(results: Results) -> str:
     'ratio of steps times the ratio of step times in a burst of its own, so '
     'that their interval holds both sources of error. The floor of a step is '
     'its products at the speed of a large matmul and one pass of the optimizer '
-    'over parameters and moments at that of a copy.',
+    'over parameters and moments at that of a copy, over the measured step of '
+    'the dense twin; masked attention, empty slots and dropped tokens cost '
+    'nothing there. Steps are timed from the first one on, before routers have '
+    'learned to prefer experts: the time of a dropless step on uneven choices '
+    'later in training may be longer.',
     f'{FIRST[0].upper()}{FIRST[1:]} is {first}.',
+    *_ends(results, lengths),
     *_searched(results, rates),
   ]
   if left := list(not_run(results)):
@@ -200,14 +228,42 @@ def remarks(results: Results) -> str:
   return ' '.join(parts)
 
 
+def _ends(
+  results: Results, lengths: Mapping[str, Sequence[float]]
+) -> Iterator[str]:
+  """Sentences on the seeds that reach the loss at an end of the lengths."""
+  for model, own in lengths.items():
+    if model == twin_of(model):
+      continue
+    steps = _steps(model, own, results)
+    early, never = (
+      int(np.isclose(steps, end).sum()) for end in (own[0], own[-1])
+    )
+    if early:
+      yield (
+        f'{early} of {len(steps)} seeds of {model} have the dense loss at the '
+        f'shortest length already and count as {own[0]:g}, more than the truth.'
+      )
+    if never:
+      yield (
+        f'{never} of {len(steps)} seeds of {model} do not reach it and count '
+        f'as {own[-1]:g}: its means of steps and seconds are lower bounds.'
+      )
+
+
 def _searched(results: Results, rates: Sequence[float]):
   if not (best := best_rates(results, rates)):
-    yield 'Learning rates were not searched: all models have one.'
+    yield 'Learning rates were not searched: all models of a width have one.'
     return
   ends = [
     model for model, rate in best.items() if rate in (rates[0], rates[-1])
   ]
   searched = ', '.join(f'{rate:g}' for rate in rates)
-  yield f'Learning rates of all models were searched among {searched}.'
+  yield (
+    'Learning rates of the models that were run on all seeds were searched '
+    f'among {searched}, on a seed of its own, for the dense ones at their full '
+    'length and for sparse ones in shorter trials, which favours the dense '
+    'ones; models that were screened only have one rate for each width.'
+  )
   if ends:
     yield f'The best is at an end of these for {"; ".join(ends)}.'

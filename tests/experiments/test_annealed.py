@@ -2,16 +2,18 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
-from experiments.study.annealed import AnnealedRunner, Branch
+from experiments.study.annealed import AnnealedRunner, Branch, reached_at
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm
 from experiments.study.runner import train
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.metrics import FILE_NAME, read_metrics
+from moe_jax.runs.workdir import CHECKPOINTS
 from tests.training import tiny
 
 
@@ -34,6 +36,28 @@ def test_runs_of_one_line_and_seed_are_made_together():
   other = dataclasses.replace(long, seed=1)
   calls = [AnnealedRunner().together(job) for job in (short, long, other)]
   assert calls == ['a line, seed 0', 'a line, seed 0', 'a line, seed 1']
+
+
+@pytest.mark.parametrize(
+  ('target', 'losses', 'length'),
+  [
+    # Half of the loss between 0.25 and 1 is half of the way in logarithms.
+    (1.5, [2.0, 1.0], 0.5),
+    # Nothing is extrapolated beyond the ends.
+    (2.5, [2.0, 1.0], 0.25),
+    (0.5, [2.0, 1.0], 1.0),
+    # The longer run is the worse one, or one of the two diverged.
+    (1.5, [2.0, 2.5], 1.0),
+    (2.2, [2.0, 2.5], 0.25),
+    (1.5, [float('nan'), 1.0], 1.0),
+    (2.2, [2.0, float('nan')], 0.25),
+    (1.5, [2.0, float('inf')], 1.0),
+    (1.5, [float('nan')] * 2, 1.0),
+  ],
+)
+def test_the_length_at_which_a_loss_is_reached(target, losses, length):
+  found = reached_at(target, [0.25, 1.0], losses)
+  np.testing.assert_allclose(found, length)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +102,9 @@ def test_a_run_that_goes_on_from_a_shorter_one_is_the_same_run(tmp_path):
   # The shorter run takes three steps before it decays, the longer none of them.
   rows = read_metrics(together[0].workdir / FILE_NAME)
   assert min(row['step'] for row in rows) == 4
+  # A shorter run that is made again leaves the longer one as it is.
+  again = jobs(tmp_path / 'together', (10, 5))
+  shutil.rmtree(again[1].workdir)
+  AnnealedRunner()(again)
+  assert again[0].result() == long
+  assert not (again[0].workdir / CHECKPOINTS).exists()

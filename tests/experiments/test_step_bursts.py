@@ -1,14 +1,12 @@
 """Bursts of step times are kept, and those of a busy machine made up for."""
 
-import functools
 import json
 
 import pytest
 
-from experiments.study import times
+from experiments.study import step_bursts, times
 from experiments.study.jobs import jobs_of
 from experiments.study.parts import Arm
-from moe_jax.analysis import roofline
 from moe_jax.run_config import RunConfig
 from tests.training import tiny
 
@@ -17,36 +15,42 @@ from tests.training import tiny
 def test_bursts_are_kept_and_those_of_a_busy_machine_made_up_for(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(times, '_SECONDS', 0.01)
-  monkeypatch.setattr(times, '_STEPS', 1)
-  quick = functools.partial(roofline.measure_peaks, quick=True)
-  monkeypatch.setattr(roofline, 'measure_peaks', quick)
+  monkeypatch.setattr(times, '_EFFORT', step_bursts.Effort(1, 0.01, quick=True))
+  cores = 100  # nothing that other processes use is too much
+  monkeypatch.setattr(times.os, 'cpu_count', lambda: cores)
   shared = tiny.config(batch_size=8, mesh={'data': -1})
   arms = [Arm('dense', {'model.moe.num_experts': 0}), Arm('sparse', {})]
   jobs = jobs_of(RunConfig, shared, arms, [3], tmp_path)
   groups = [['dense', 'another', 'sparse']]
+  # Bursts belong to the programs of their steps.
+  dense, again, sparse = (
+    step_bursts.program_digest(job.config) for job in (jobs[0], *jobs)
+  )
+  assert dense == again != sparse
   first = times.step_times(groups, jobs, tmp_path)
   assert list(first) == ['dense', 'sparse'] and first['dense'] == 1.0
   assert first['sparse'].seconds[0] > 0 and len(first['sparse'].ratios) == 1
   (path,) = tmp_path.glob('step_bursts-*.json')
 
+  def kept():
+    return json.loads(path.read_text())
+
   def said(others):
     """Writes what other processes used in each burst to the file."""
-    kept = json.loads(path.read_text())
-    for burst, used in zip(kept, others, strict=True):
-      burst['others'] = used
-    path.write_text(json.dumps(kept))
+    bursts = [
+      {**burst, 'others': used}
+      for burst, used in zip(kept(), others, strict=True)
+    ]
+    path.write_text(json.dumps(bursts))
 
-  # One busy burst is enough unless it is to be measured again.
-  said([0.5])
-  (busy,) = {
-    t.others for t in times.step_times(groups, jobs, tmp_path).values()
-  }
-  assert busy == 0.5
-  times.step_times(groups, jobs, tmp_path, again=True)
-  # Of several bursts the least disturbed is taken, and no more is measured.
-  said([0.5, 0.02])
-  monkeypatch.setattr(times, '_Measuring', None)
-  again = times.step_times(groups, jobs, tmp_path, again=True)
-  assert again['sparse'].others == 0.02
+  # Another burst is measured for a busy one, and the less disturbed is taken.
+  said([10.0])
+  again = times.step_times(groups, jobs, tmp_path)
+  assert len(kept()) == 2 and again['sparse'].others < 5
   assert len(again['sparse'].ratios) == 1
+  monkeypatch.setattr(step_bursts, 'measured', None)
+  # On a machine that stays busy three are enough.
+  path.write_text(json.dumps([*kept(), kept()[0]]))
+  said([10.0, 8.0, 9.0])
+  busy = times.step_times(groups, jobs, tmp_path)
+  assert busy['sparse'].others == 8.0

@@ -1,7 +1,6 @@
 """Models are chosen by the written rule, and seconds hold both errors."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -9,17 +8,17 @@ import pytest
 
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
-from experiments.study import command, runner
+from experiments.study import command, runner, step_bursts
 from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
-from experiments.study.times import Burst, StepTime
+from experiments.study.step_bursts import Burst
+from experiments.study.times import StepTime
 from experiments.time_to_loss import screening, speed_arms, speed_rows
 from experiments.time_to_loss.speed_arms import (
   SpeedModel,
   SpeedPreset,
   arm_name,
 )
-from moe_jax.analysis import roofline
 from moe_jax.analysis.roofline import Peaks
 from tests.training import tiny
 
@@ -32,13 +31,14 @@ PRESET = SpeedPreset(1000, 2, models=(FOUR, EIGHT, WIDE), most=2, rates=RATES)
 
 
 def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
-  """The result of a run with what rows read; a step has 40 GFLOP."""
+  """The result of a run with what rows read; experts have 16 of 40 GFLOP."""
   return {
     screening.LOSS.key: loss,
     'eval/main/loss': loss + 0.01,
     'train/drop_rate': 0.25,
     'learning_rate': rate,
-    'step/flops': 40e9,
+    'step/flops': 24e9,
+    'step/expert_flops': 16e9,
     'step/optimizer_bytes': 1e9,
   }
 
@@ -46,11 +46,15 @@ def result(loss: float, rate: float = 4e-3) -> dict[str, float]:
 def burst(others: float = 0.0, **seconds: list[float]) -> Burst:
   """A burst of rounds, by name with _ in place of spaces."""
   return Burst(
-    {k.replace('_', ' '): v for k, v in seconds.items()}, PEAKS, others
+    {k.replace('_', ' '): v for k, v in seconds.items()},
+    PEAKS,
+    others,
+    '2026-02-02 10:00 UTC' if others else '2026-02-01 10:00 UTC',
   )
 
 
-def test_a_step_time_is_told():
+def test_a_step_time_is_told(monkeypatch):
+  monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 2)
   bursts = [
     burst(dense=[1.0, 2.0, 4.0], top_1=[1.5, 2.0, 8.0]),
     burst(0.3, dense=[2.0, 2.0, 2.0], top_1=[2.2, 2.6, 2.4]),
@@ -62,9 +66,21 @@ def test_a_step_time_is_told():
   np.testing.assert_allclose(time, 1.25)
   assert isinstance(time.spread, timing.Spread) and time.others == 0.3
   told = times_lib.describe({'top 1': time})
-  assert '2 bursts' in told and 'at most 0.30 of' in told and 'BUSY' in told
+  assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in told
+  assert 'at most 0.30 of' in told and told.endswith('the machine was BUSY.')
   quiet = StepTime.of('top 1', 'dense', bursts[:1])
-  assert 'BUSY' not in times_lib.describe({'top 1': quiet})
+  told = times_lib.describe({'top 1': time, 'quiet': quiet})
+  assert '1 or 2 bursts' in told and told.endswith('was BUSY for top 1.')
+  assert 'BUSY' not in times_lib.describe({'quiet': quiet})
+  quiet.others = float('nan')
+  told = times_lib.describe({'quiet': quiet})
+  assert 'an unknown number of' in told and 'BUSY' not in told
+
+
+@pytest.mark.parametrize('lengths', [(0.5,), (1.0, 0.5), ()])
+def test_the_longest_runs_are_as_long_as_the_twins(lengths):
+  with pytest.raises(ValueError, match='do not ascend to 1'):
+    SpeedPreset(10, 1, lengths=lengths)
 
 
 def test_names_of_arms_are_read_back():
@@ -132,12 +148,16 @@ def test_every_model_has_the_best_of_the_same_rates():
   stage = screening.search_rates(PRESET)
   arms = [FOUR.twin.arm(PRESET, 1.0), FOUR.arm(PRESET, 0.5)]
   tried = stage.arms(arms, None)
-  assert len(tried) == 6 and {arm.x for arm in tried} == {PRESET.trial}
+  # The twin is tried at the length of its reported runs.
+  assert [arm.x for arm in tried] == [1.0] * 3 + [PRESET.trial] * 3
+  assert tried[0].overrides['total_steps'] == 1000
   best = {FOUR.twin.name: 1e-3, FOUR.name: 4e-3}
   results = {}
   for arm in tried:
     model, _, rate = speed_arms.parsed(arm.name)
-    results[arm.name] = [result(1.0 if rate == best[model] else 1.5)]
+    # A run that diverged is no best one.
+    other = float('nan') if rate == 1e-3 else 1.5
+    results[arm.name] = [result(1.0 if rate == best[model] else other)]
   chosen = stage.chosen(arms, results, {})
   key = 'optimizer.learning_rate'
   assert [arm.overrides[key] for arm in chosen] == [1e-3, 4e-3]
@@ -146,7 +166,7 @@ def test_every_model_has_the_best_of_the_same_rates():
   again = FOUR.arm(PRESET, PRESET.trial, 4e-3)
   assert again in tried
   text = speed_rows.remarks({**results, **{a.name: [] for a in arms}})
-  assert 'searched among 0.001, 0.002, 0.004.' in text
+  assert 'searched among 0.001, 0.002, 0.004, on a seed' in text
   assert f'at an end of these for {FOUR.twin.name}; {FOUR.name}' in text
   assert f'The first choice is {FOUR.name}.' in text
   assert 'Not run: width 128, all layers, dropless; width' in text
@@ -160,8 +180,8 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
     sparse = result(loss) | {'step/optimizer_bytes': 2e9}
     results[arm_name(FOUR.name, length)] = [sparse, sparse]
   bursts = [
-    Burst({dense: [0.5], arms: [0.6]}, PEAKS, 0.0),
-    Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0),
+    Burst({dense: [0.5], arms: [0.6]}, PEAKS, 0.0, ''),
+    Burst({dense: [0.5], arms: [0.65]}, PEAKS, 0.0, ''),
   ]
   times = {n: StepTime.of(n, dense, bursts) for n in (dense, arms)}
   twin, row, first = speed_rows.rows(results, times)
@@ -172,9 +192,23 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
   seconds = [1.2 * steps[0], 1.3 * steps[1]]
   np.testing.assert_allclose(row.values[speed_rows.SECONDS], seconds)
   np.testing.assert_allclose(twin.values[speed_rows.MS], [500, 500])
-  # 0.2 s of products, and 0.05 or 0.1 s of the optimizer.
-  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [1.2, 1.2])
+  # A quarter of the choices is dropped: 0.18 s of products, and 0.05 or 0.1 s
+  # of the optimizer, over the twin's 0.5 s.
+  np.testing.assert_allclose(twin.values[speed_rows.FLOOR], [0.46, 0.46])
+  np.testing.assert_allclose(row.values[speed_rows.FLOOR], [0.56, 0.56])
+  least = [0.56 * share for share in steps]
+  np.testing.assert_allclose(row.values[speed_rows.LEAST], least)
   assert (first.name, first.values) == (speed_rows.FIRST, row.values)
+
+
+def test_seeds_beyond_the_ends_of_the_lengths_are_counted():
+  names = [arm_name(FOUR.name, length) for length in (0.25, 1.0)]
+  results = {arm_name(FOUR.twin.name, 1.0): [result(x) for x in (2.5, 1.5, 1)]}
+  for name, loss in zip(names, (2.0, 1.2), strict=True):
+    results[name] = [result(loss)] * 3
+  text = speed_rows.remarks(results)
+  assert f'1 of 3 seeds of {FOUR.name} have the dense loss at the sh' in text
+  assert f'1 of 3 seeds of {FOUR.name} do not reach it and count as 1:' in text
 
 
 def test_all_lengths_have_one_warm_up():
@@ -186,6 +220,11 @@ def test_all_lengths_have_one_warm_up():
     models = [m.name for m in preset.models]
     assert len(models) == len(set(models))
     assert set(preset.models) <= set(speed_arms.GRID)
+
+
+def test_runs_that_a_search_chooses_are_no_items():
+  with pytest.raises(ValueError, match='switch_speed are chosen by other runs'):
+    switch_speed.get_items('long')
 
 
 def test_a_long_result_takes_the_place_of_a_full_one(tmp_path):
@@ -210,12 +249,21 @@ SMALL = {
 
 @pytest.mark.slow
 def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
-  monkeypatch.setattr(times_lib, '_SECONDS', 0.01)
-  monkeypatch.setattr(times_lib, '_STEPS', 1)
-  quick = functools.partial(roofline.measure_peaks, quick=True)
-  monkeypatch.setattr(roofline, 'measure_peaks', quick)
+  effort = step_bursts.Effort(1, 0.01, quick=True)
+  monkeypatch.setattr(times_lib, '_EFFORT', effort)
+  # Nothing that other processes use is too much, and a process is enough.
+  monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 100)
+  monkeypatch.setattr(step_bursts, 'fresh', lambda call, *args: call(*args))
+  # The trials of the screening are those of the search of rates.
   preset = SpeedPreset(
-    10, 1, SMALL, models=[FOUR], most=1, rates=(4e-3,), lengths=(0.5, 1.0)
+    10,
+    1,
+    SMALL,
+    models=[FOUR],
+    most=1,
+    rates=(4e-3,),
+    trial=0.5,
+    lengths=(1.0,),
   )
   study = dataclasses.replace(switch_speed.STUDY, presets={'full': preset})
   argv = ['--workers=1', f'--output={tmp_path}', '--config.mesh.data=-1']
@@ -224,10 +272,10 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   names = [row['name'] for row in summary['rows']]
   assert names == [FOUR.twin.name, FOUR.name, speed_rows.FIRST]
   values = summary['rows'][1]['values']
-  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 1
+  assert values[speed_rows.TIME][0] > 0 and values[speed_rows.FLOOR][0] > 0
   assert values[speed_rows.RATE.name] == [4e-3]
-  assert len(summary['claims']) == 5 and 'of 1 burst,' in summary['timing']
+  assert len(summary['claims']) == 5 and ' 1 burst on ' in summary['timing']
   # The same command makes and times nothing again.
-  monkeypatch.setattr(times_lib, '_Measuring', None)
+  monkeypatch.setattr(step_bursts, 'measured', None)
   monkeypatch.setattr(runner, 'train_and_evaluate', None)
   assert command.main(study, argv) == folder
