@@ -633,7 +633,8 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= dict.fromkeys(simulated_keys(), number)
   result |= {f'gate/{k}': number for k in ('leaving', 'kept_at_home')}
   result['whole/bytes'] = result['learning_rate'] = number
-  result |= {f'step/{k}': 1e9 for k in ('flops', 'optimizer_bytes')}
+  step_keys = ('flops', 'expert_flops', 'optimizer_bytes')
+  result |= {f'step/{k}': 1e9 for k in step_keys}
   for key in ('loss', 'bytes', 'speed'):
     result[f'extracted/{key}'] = number
   result['parameters'] = 1 + config.model.moe.num_experts
