@@ -43,5 +43,5 @@ def test_no_loop_is_left():
     return jax.random.uniform(jax.random.key(1, impl=impl), (8, 9))
 
   text = jax.jit(lambda: draw(threefry.UNROLLED)).lower().as_text()
-  # What is left makes the key, whose counters are few.
+  # The loop that is left makes the key, whose counters are few.
   assert text.count('xor') > 20

@@ -82,7 +82,7 @@ def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
 
 
 def test_a_query_that_sees_no_key_has_the_mean_of_all_values():
-  """As with `einsum`: padding may be routed, and take slots from others."""
+  """The mean counts, as padding may be routed and take slots from others."""
   T = 130
   query, key, value = arrays(T, T, 'float32')
   ids = jnp.ones((B, T), jnp.int32)
@@ -144,7 +144,7 @@ def test_only_einsum_keeps_scores(implementation):
 
 
 def test_a_cpu_chooses_blocks():
-  """Of two layers in a loop, too, no array of all scores is left.
+  """No array of all scores is left, not even where two layers are a loop.
 
   The choice by platform returns what each implementation keeps, as zeros.
   """
