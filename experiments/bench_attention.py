@@ -151,12 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=4.0,
     help='time for each shape',
   )
-  add('--output', default='results', help='folder of the results')
-  add(
-    '--rough_peaks',
-    action='store_true',
-    help="measure the machine's peaks on small arrays, for a trial",
-  )
+  timing.add_arguments(parser)
   return parser.parse_args(argv)
 
 

@@ -228,12 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=40.0,
     help='time for each batch size',
   )
-  add(
-    '--rough_peaks',
-    action='store_true',
-    help="measure the machine's peaks on small arrays, for a trial",
-  )
-  add('--output', default='results', help='folder of the results')
+  timing.add_arguments(parser)
   return parser.parse_args(argv)
 
 

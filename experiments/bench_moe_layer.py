@@ -158,7 +158,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     'cells: E=8 and 64, uniform routing, each pass; gpu: the sizes of Mixtral '
     'in bfloat16; gpu_fine: 128 narrow experts. The options below change one',
   )
-  add('--output', default='results', help='folder of the results')
+  timing.add_arguments(parser)
   add(
     '--seconds',
     type=command_line.SECONDS,
@@ -180,11 +180,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add('--scaling', type=n, nargs='*', help='values of E of the second table')
   add('--rows_per_expert', type=n, help='tokens an expert, second table')
-  add(
-    '--rough_peaks',
-    action='store_true',
-    help="measure the machine's peaks on small arrays, for a trial",
-  )
   return parser.parse_args(argv)
 
 

@@ -204,7 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     choices=FORCED,
     help='choice of experts whatever the logits are: model.moe.force_balance',
   )
-  add('--output', default='results', help='folder of the results')
+  timing.add_arguments(parser)
   add(
     '--seconds',
     type=command_line.SECONDS,
@@ -215,11 +215,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     type=command_line.POSITIVE,
     nargs='+',
     help='numbers of layers of the models that are only compiled',
-  )
-  add(
-    '--rough_peaks',
-    action='store_true',
-    help="measure the machine's peaks on small arrays, for a trial",
   )
   return parser.parse_args(argv)
 

@@ -5,6 +5,7 @@ cases of one round meet the machine in the same state, so that ratios are taken
 round by round, and their median is reported. Not here: what is timed.
 """
 
+import argparse
 import csv
 import dataclasses
 import datetime
@@ -163,6 +164,18 @@ def reached(
     'roofline_ms': 1e3 * Spread.of(limits).median,
     'fraction': ratio(limits, times).median,
   }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that all benchmarks have which measure peaks."""
+  parser.add_argument(
+    '--output', default='results', help='folder of the results'
+  )
+  parser.add_argument(
+    '--rough_peaks',
+    action='store_true',
+    help="measure the machine's peaks on small arrays, for a trial",
+  )
 
 
 def device_name() -> str:
