@@ -28,7 +28,8 @@ def options_of(trainable='all', lora=(), tie=False):
       vocab_size=V,
       width=M,
       scan_layers=False,
-      attention=dict(num_heads=H),
+      # The formula leaves out scores that are computed again.
+      attention=dict(num_heads=H, implementation='einsum'),
       ffn=dict(hidden=F),
       embedding=dict(tie=tie),
       moe=dict(num_experts=E, num_selected=K, capacity=capacity),
