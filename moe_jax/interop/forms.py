@@ -2,12 +2,14 @@
 
 `'(H D) M -> M H D'` is a linear layer in PyTorch's layout, [out, in], whose
 output has H heads of width D, and our layout of it. `'E (1/2 F) M -> E M F'`
-takes block 1 of 2, the second half, of the second dimension. Not here: names of
-tensors (`mapping.py`).
+takes block 1 of 2, the second half, of the second dimension, and
+`'E M (F 0/2) -> E M F'` every second value of the third, from the first on. Not
+here: names of tensors (`mapping.py`).
 """
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -83,12 +85,29 @@ class Form:
     order = [letters.index(letter) for letter in self.ours]
     return part.squeeze(axis=fixed).transpose(order)
 
+  @property
+  def num_blocks(self) -> int:
+    """The number of our tensors of which theirs is made."""
+    parts = [part for group in self.theirs for part in group if '/' in part]
+    return math.prod(int(part.split('/')[1]) for part in parts)
+
   def write(self, array: np.ndarray) -> np.ndarray:
-    """Their contiguous tensor from our whole one; blocks cannot be written."""
+    """Their contiguous tensor from our whole one, if it has no blocks."""
     letters = [letter for group in self.theirs for letter in group]
     order = [self.ours.index(letter) for letter in letters]
     shape = self.their_shape(array.shape)
     return np.ascontiguousarray(array.transpose(order)).reshape(shape)
+
+  def put(self, theirs: np.ndarray, array: np.ndarray) -> None:
+    """Writes our whole tensor into its block of their contiguous one."""
+    sizes = self._sizes(array.shape)
+    parts = [part for group in self.theirs for part in group]
+    split = theirs.reshape([sizes[part] for part in parts])
+    order = [self.ours.index(part) for part in parts if '/' not in part]
+    block = tuple(
+      _block(part)[0] if '/' in part else slice(None) for part in parts
+    )
+    split[block] = array.transpose(order)
 
   def _sizes(self, shape: Sequence[int]) -> Mapping[str, int]:
     sizes = dict(zip(self.ours, shape, strict=True))

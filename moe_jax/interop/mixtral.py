@@ -32,6 +32,7 @@ from moe_jax.interop.config_keys import (
   Keys,
   Values,
 )
+from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
@@ -191,21 +192,6 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-def _layer(path: str, theirs: str, form: str, *others: Name) -> dict:
-  name = Name(f'model.layers.{{layer}}.{theirs}.weight', form)
-  return {f'layer/{path}': (name, *others)}
-
-
-def _expert(path: str, number: str, form: str, fused: str, fused_form: str):
-  """Names of a tensor for each expert, or of one for all experts."""
-  bare = Name(f'model.layers.{{layer}}.mlp.experts.{fused}', fused_form)
-  renamed = Name(
-    f'model.layers.{{layer}}.mlp.experts.{{expert}}.{number}.weight', form
-  )
-  theirs = f'block_sparse_moe.experts.{{expert}}.{number}'
-  return _layer(f'moe/experts/{path}', theirs, form, bare, renamed)
-
-
 ARCHITECTURE = Architecture(
   model_type='mixtral',
   classes=('MixtralForCausalLM', 'MixtralModel'),
@@ -217,27 +203,13 @@ ARCHITECTURE = Architecture(
   prefix='model.',
   computed=(r'rotary_emb\.inv_freq$',),
   names={
-    'embedding': (Name('model.embed_tokens.weight', 'V M'),),
-    'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
-    'final_norm/scale': (Name('model.norm.weight', 'M'),),
-    **_layer('attention_norm/scale', 'input_layernorm', 'M'),
-    **_layer('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
-    **_layer('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
-    **_layer('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
-    **_layer('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
-    **_layer('ffn_norm/scale', 'post_attention_layernorm', 'M'),
-    **_layer(
+    **ENDS,
+    **BLOCK,
+    **layer(
       'moe/router/w',
-      'block_sparse_moe.gate',
-      'E M -> M E',
-      Name('model.layers.{layer}.mlp.gate.weight', 'E M -> M E'),
+      Name('block_sparse_moe.gate.weight', 'E M -> M E'),
+      Name('mlp.gate.weight', 'E M -> M E'),
     ),
-    **_expert(
-      'w_gate', 'w1', 'F M -> M F', 'gate_up_proj', 'E (0/2 F) M -> E M F'
-    ),
-    **_expert(
-      'w_in', 'w3', 'F M -> M F', 'gate_up_proj', 'E (1/2 F) M -> E M F'
-    ),
-    **_expert('w_out', 'w2', 'M F -> F M', 'down_proj', 'E M F -> E F M'),
+    **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
   },
 )

@@ -6,6 +6,7 @@ Not here: a run's folder and its tokenizer (`export_run.py`).
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,6 +177,25 @@ class _Tensor(NamedTuple):
   make: Any
 
 
+class _Part(NamedTuple):
+  """What a parameter gives to a tensor.
+
+  Attributes:
+    array: The parameter.
+    leaf: Its tensors.
+    where: The leading indices of the part, of a layer and an expert.
+  """
+
+  array: jax.Array
+  leaf: Leaf
+  where: tuple[int, ...]
+
+  def fetch(self) -> np.ndarray:
+    """The part on the host."""
+    part = _take(self.array, self.where) if self.where else self.array
+    return np.asarray(part)
+
+
 def _tensors(
   found: Sequence[Leaf], architecture: Architecture, params: Any
 ) -> Iterator[_Tensor]:
@@ -184,14 +204,21 @@ def _tensors(
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   tables = _tables(architecture.names, arrays)
+  blocks: dict[str, list[_Part]] = {}
   for leaf in found:
-    array = arrays[leaf.path]
-    count = int(np.prod(leaf.tensor_shape, dtype=np.int64))
     for where, name in leaf.tensors.items():
-      names = tables.get(leaf.path, [name])
-      make = functools.partial(_fetch, array, leaf, where)
-      for each in names:
-        yield _Tensor(each, count * array.dtype.itemsize, make)
+      for each in tables.get(leaf.path, [name]):
+        part = _Part(arrays[leaf.path], leaf, where)
+        blocks.setdefault(each, []).append(part)
+  for name, parts in blocks.items():
+    wanted = parts[0].leaf.form.num_blocks
+    if len(parts) != wanted:
+      have = [part.leaf.path for part in parts]
+      raise ValueError(f'{name} is made of {wanted} parameters, not of {have}')
+    dtype = np.result_type(*(part.array.dtype for part in parts))
+    count = math.prod(parts[0].leaf.tensor_shape)
+    make = functools.partial(_assembled, parts, dtype)
+    yield _Tensor(name, count * dtype.itemsize, make)
 
 
 def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -211,9 +238,14 @@ def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
   return {'embedding': shared, 'encoder_embedding': own}
 
 
-def _fetch(array: jax.Array, leaf: Leaf, where: tuple[int, ...]) -> np.ndarray:
-  part = _take(array, where) if where else array
-  return leaf.form.write(np.asarray(part))
+def _assembled(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
+  """The tensor of which each part is a block."""
+  if len(parts) == 1:
+    return parts[0].leaf.form.write(parts[0].fetch())
+  whole = np.empty(parts[0].leaf.tensor_shape, dtype)
+  for part in parts:
+    part.leaf.form.put(whole, part.fetch())
+  return whole
 
 
 @jax.jit

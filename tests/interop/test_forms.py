@@ -46,6 +46,8 @@ CASES = {
     (E, M, F),
     lambda x: x[:, F:].swapaxes(1, 2),
   ),
+  'E M (F 0/2) -> E M F': ((E, M, 2 * F), (E, M, F), lambda x: x[:, :, ::2]),
+  'E M (F 1/2) -> E M F': ((E, M, 2 * F), (E, M, F), lambda x: x[:, :, 1::2]),
 }
 
 
@@ -65,6 +67,11 @@ def test_every_slice_is_that_of_the_whole(text, data):
   np.testing.assert_array_equal(
     form.read(reader(theirs), shape, index), ours[index]
   )
+  assert form.num_blocks == (2 if '/' in text else 1)
+  again = np.zeros_like(theirs)
+  form.put(again, ours)
+  assert np.count_nonzero(again) == ours.size
+  np.testing.assert_array_equal(convert(again), ours)
   if '/' not in text:
     whole = form.write(ours)
     np.testing.assert_array_equal(whole, theirs)

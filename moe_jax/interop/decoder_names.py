@@ -1,0 +1,91 @@
+"""Names of tensors that many of transformers' decoders share.
+
+Every function returns a part of an architecture's table (`mapping.Names`). Not
+here: the architectures (`mixtral.py` and its siblings).
+"""
+
+from moe_jax.interop.mapping import Name
+
+Table = dict[str, tuple[Name, ...]]
+
+# The embedding, the head and the norm before it.
+ENDS: Table = {
+  'embedding': (Name('model.embed_tokens.weight', 'V M'),),
+  'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
+  'final_norm/scale': (Name('model.norm.weight', 'M'),),
+}
+
+
+def layer(path: str, *names: Name) -> Table:
+  """A parameter of a layer, whose names are given from the layer on."""
+  return {
+    f'layer/{path}': tuple(
+      name._replace(theirs=f'model.layers.{{layer}}.{name.theirs}')
+      for name in names
+    )
+  }
+
+
+def weight(path: str, theirs: str, form: str) -> Table:
+  """The weight of a module of a layer."""
+  return layer(path, Name(f'{theirs}.weight', form))
+
+
+# Norms before attention and before feed-forwards, and the kernels of attention.
+BLOCK: Table = {
+  **weight('attention_norm/scale', 'input_layernorm', 'M'),
+  **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
+  **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
+  **weight('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
+  **weight('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
+  **weight('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
+}
+
+
+def gated_ffn(path: str, theirs: str) -> Table:
+  """A gated feed-forward."""
+  return {
+    **weight(f'{path}/w_gate', f'{theirs}.gate_proj', 'F M -> M F'),
+    **weight(f'{path}/w_in', f'{theirs}.up_proj', 'F M -> M F'),
+    **weight(f'{path}/w_out', f'{theirs}.down_proj', 'M F -> F M'),
+  }
+
+
+def experts(
+  theirs: str = 'mlp.experts',
+  gate: str = 'gate_proj',
+  up: str = 'up_proj',
+  down: str = 'down_proj',
+) -> Table:
+  """Gated experts, each with tensors of its own in files that are written.
+
+  Files may also have those of memory, in which experts are stacked and gate and
+  up are one tensor, or the names of memory for each expert.
+
+  Args:
+    theirs: The experts in files.
+    gate: The tensor of an expert's gate in files; `up` and `down` likewise.
+  """
+
+  def names(number: str, form: str, fused: str, fused_form: str) -> list[Name]:
+    paths = dict.fromkeys((theirs, 'mlp.experts'))
+    return [
+      *(Name(f'{path}.{{expert}}.{number}.weight', form) for path in paths),
+      Name(f'mlp.experts.{fused}', fused_form),
+    ]
+
+  halves = 'gate_up_proj'
+  return {
+    **layer(
+      'moe/experts/w_gate',
+      *names(gate, 'F M -> M F', halves, 'E (0/2 F) M -> E M F'),
+    ),
+    **layer(
+      'moe/experts/w_in',
+      *names(up, 'F M -> M F', halves, 'E (1/2 F) M -> E M F'),
+    ),
+    **layer(
+      'moe/experts/w_out',
+      *names(down, 'M F -> F M', 'down_proj', 'E M F -> E F M'),
+    ),
+  }
