@@ -4,11 +4,13 @@ Not here: the architectures, each in its own file.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.interop.config_keys import Keys, Values
 from moe_jax.interop.mapping import Names
+from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.models import ModelOptions
@@ -49,6 +51,7 @@ class Architecture:
       values are computed.
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
+    files: Opens the tensors in the files of a folder.
     unnumbered: Returns the id of the tokens that have no position of their own;
       None if there is none.
   """
@@ -64,6 +67,7 @@ class Architecture:
   prefix: str = ''
   computed: tuple[str, ...] = ()
   fills_gaps: bool = False
+  files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
   unnumbered: Callable[[Any], int | None] = _numbered
 
 

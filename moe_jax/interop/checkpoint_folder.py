@@ -11,7 +11,7 @@ from typing import Any
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import config_keys, mixtral, nllb_moe, switch_transformers
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.tensor_files import FLOATS, listed
+from moe_jax.interop.tensor_files import FLOATS, TensorFiles, listed
 from moe_jax.models import ModelOptions
 from moe_jax.options import unknown
 
@@ -39,6 +39,10 @@ class Checkpoint:
   config: Mapping[str, Any]
   options: ModelOptions
   notes: tuple[str, ...]
+
+  def open_files(self) -> TensorFiles:
+    """The tensors in the folder's files."""
+    return self.architecture.files(self.folder)
 
 
 def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:

@@ -30,7 +30,6 @@ from moe_jax.data import (
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
-from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.models import ModelOptions
 from moe_jax.options import Options, default_of, fields_of, spec_of
 from moe_jax.runs import new_run
@@ -221,7 +220,7 @@ def _size(params, mesh) -> str:
 
 
 def _memory(before: int, checkpoint: Checkpoint) -> str:
-  peak, largest = _peak_bytes(), TensorFiles(checkpoint.folder).largest
+  peak, largest = _peak_bytes(), checkpoint.open_files().largest
   on_host = jax.devices()[0].platform == 'cpu'
   return (
     f'peak host memory {peak / 2**20:,.1f} MiB, {before / 2**20:,.1f} MiB '

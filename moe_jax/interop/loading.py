@@ -108,7 +108,7 @@ def fetch(
   options: Any = checkpoint.options
   if options.embedding.tie or not options.has_encoder:
     return checkpoint
-  own = has_encoder_table(names, TensorFiles(checkpoint.folder))
+  own = has_encoder_table(names, checkpoint.open_files())
   options = dataclasses.replace(options, encoder_table=own)
   return dataclasses.replace(checkpoint, options=options)
 
@@ -121,7 +121,7 @@ def load_params(
   allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
   """The tree of sharded parameters; see `load`."""
-  files = TensorFiles(checkpoint.folder)
+  files = checkpoint.open_files()
   _check_keys(checkpoint, files)
   model = checkpoint.options.build(rules)
   trees = models.describe(model)

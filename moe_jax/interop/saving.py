@@ -31,8 +31,9 @@ from moe_jax.models.meaning import difference
 from moe_jax.partitioning import path_name
 
 _SHARD_BYTES = 2**31
-# Keys of older versions of transformers, in whose place others are written.
-_REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling')
+# Keys that are not carried over: those of older versions of transformers, in
+# whose place others are written, and that of quantized tensors.
+_REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling', 'quantization_config')
 # Options that are told by what they decide.
 _SPELLED = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'

@@ -5,6 +5,7 @@ weights-only loader, so that no code is unpickled. Not here: the parameters to
 which tensors belong (`mapping.py`), and writing (`saving.py`).
 """
 
+import functools
 import math
 import pathlib
 import zipfile
@@ -53,9 +54,6 @@ class TensorFiles:
   Attributes:
     folder: The folder of the files.
     specs: The shape and dtype of every tensor, by its name.
-    num_bytes: The size of all tensors in bytes.
-    num_values: The number of all tensors' values.
-    largest: The size of the largest tensor in bytes.
     nonfinite: The number of values that are not finite of each tensor that has
       any, as far as they were noted.
 
@@ -92,9 +90,21 @@ class TensorFiles:
     ]
     if problems:
       raise ValueError(listed(f'{folder} cannot be read', problems))
-    self.num_values = sum(math.prod(s.shape) for s in self.specs.values())
-    self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
-    self.largest = max(spec.num_bytes for spec in self.specs.values())
+
+  @functools.cached_property
+  def num_values(self) -> int:
+    """The number of all tensors' values."""
+    return sum(math.prod(spec.shape) for spec in self.specs.values())
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    """The size of all tensors in bytes."""
+    return sum(spec.num_bytes for spec in self.specs.values())
+
+  @functools.cached_property
+  def largest(self) -> int:
+    """The size of the largest tensor in bytes."""
+    return max(spec.num_bytes for spec in self.specs.values())
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """A copy of a slice of a tensor in its stored dtype; None takes all."""

@@ -1,0 +1,106 @@
+"""Tensors in MXFP4, the format of 4-bit numbers in which gpt-oss is published.
+
+Blocks of 32 numbers share a scale, which is a power of two (OCP Microscaling
+Formats 1.0). Files have the tensor `name` as `name_blocks`, uint8
+[E, N, M / 32, 16], two numbers a byte and the first in the lower half, and
+`name_scales`, uint8 [E, N, M / 32]. They are read as one bfloat16 tensor `name`
+[E, M, N], which holds every number exactly unless its scale is extreme. Not
+here: the architecture (`gpt_oss.py`).
+"""
+
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from moe_jax.interop.tensor_files import Index, TensorFiles, TensorSpec, listed
+
+_BLOCK = 32
+_BLOCKS, _SCALES = '_blocks', '_scales'
+_BIAS = 127  # of the exponents
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NUMBERS = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
+
+
+class Mxfp4Files(TensorFiles):
+  """The tensors of a folder, those in MXFP4 as decoded ones.
+
+  Raises:
+    ValueError: As `TensorFiles`, or blocks and scales do not fit; all problems
+      are listed.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    super().__init__(folder)
+    self._packed: set[str] = set()
+    problems = []
+    for blocks in [name for name in self.specs if name.endswith(_BLOCKS)]:
+      name = blocks.removesuffix(_BLOCKS)
+      wrong = self._problem(name)
+      if wrong:
+        problems.append(wrong)
+        continue
+      E, N, count, _ = self.specs.pop(blocks).shape
+      del self.specs[name + _SCALES]
+      self.specs[name] = TensorSpec((E, count * _BLOCK, N), 'bfloat16')
+      self._packed.add(name)
+    if problems:
+      raise ValueError(listed(f'{folder} cannot be read', problems))
+
+  def _problem(self, name: str) -> str:
+    """A text if a tensor cannot be decoded, else ''."""
+    blocks = self.specs[name + _BLOCKS]
+    scales = self.specs.get(name + _SCALES)
+    if name in self.specs:
+      return f'{name} is there twice, with and without blocks'
+    if scales is None:
+      return f'{name}{_BLOCKS} has no {name}{_SCALES}'
+    if (blocks.dtype, scales.dtype) != ('U8', 'U8'):
+      return f'{name}: blocks are {blocks.dtype}, scales {scales.dtype}, not U8'
+    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BLOCK // 2):
+      return (
+        f'{name}: blocks are {list(blocks.shape)} and scales '
+        f'{list(scales.shape)}, which are no [E, N, M / 32, 16] and '
+        '[E, N, M / 32]'
+      )
+    return ''
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """See `TensorFiles.read`; of a tensor in MXFP4 only its blocks are read."""
+    if name not in self._packed:
+      return super().read(name, index)
+    if index is None:
+      index = tuple(slice(0, size) for size in self.specs[name].shape)
+    experts, inputs, outputs = (
+      slice(*part.indices(size)[:2])
+      for part, size in zip(index, self.specs[name].shape, strict=True)
+    )
+    first = inputs.start // _BLOCK
+    rows = slice(first, -(-inputs.stop // _BLOCK))
+    scales = super().read(name + _SCALES, (experts, outputs, rows))
+    blocks = super().read(
+      name + _BLOCKS, (experts, outputs, rows, slice(0, _BLOCK // 2))
+    )
+    whole = decoded(blocks, scales)
+    start = inputs.start - first * _BLOCK
+    part = whole[:, :, start : start + inputs.stop - inputs.start]
+    return np.ascontiguousarray(part.swapaxes(1, 2))
+
+
+def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  """The numbers of blocks.
+
+  Args:
+    blocks: Two numbers a byte, uint8 [..., C, 16].
+    scales: Exponents of two with a bias of 127, uint8 [..., C].
+
+  Returns:
+    bfloat16 [..., C * 32].
+  """
+  numbers = np.empty((*blocks.shape, 2), np.float32)
+  numbers[..., 0] = _NUMBERS[blocks & 0xF]
+  numbers[..., 1] = _NUMBERS[blocks >> 4]
+  numbers = numbers.reshape(*scales.shape, _BLOCK)
+  exponents = scales.astype(np.int32)[..., None] - _BIAS
+  values = np.ldexp(numbers, exponents).astype(ml_dtypes.bfloat16)
+  return values.reshape(*scales.shape[:-1], -1)
