@@ -18,7 +18,8 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts
-from moe_jax.training.programs import Programs
+from moe_jax.training.optimizer import is_role
+from moe_jax.training.programs import Programs, trained_part
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Run
 
@@ -66,6 +67,7 @@ def facts(run: Run) -> Iterator[str]:
     for text in warnings(run.model):
       yield f'WARNING: {text}'
   yield from trained_lines(run.options, run.programs)
+  yield from optimizer_lines(run.options, run.model)
   yield devices_line(run.mesh)
 
 
@@ -90,6 +92,14 @@ def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   yield (
     f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
     'the others keep their values'
+  )
+
+
+def optimizer_lines(options: RunOptions, model: models.Model) -> Iterator[str]:
+  """Lines on what the optimizer makes of the parameters that train."""
+  trained, trees = trained_part(options, model)
+  yield from options.optimizer.facts(
+    trained.part(trees.shapes), trained.part(trees.roles, is_leaf=is_role)
   )
 
 

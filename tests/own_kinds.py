@@ -130,7 +130,7 @@ class Norm(EvaluationOptions):
 class SignSgd(Optimizer):
   """An optimizer that steps by the sign of the gradient."""
 
-  def preconditioner(self, axes):
+  def preconditioner(self, axes, roles):
     return optax.scale_by_sign()
 
 

@@ -174,7 +174,9 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   chosen = said.out.index(' model.moe.router.token_choice.')
   assert chosen < said.out.index(' model.moe.router.noisy_top_k.')
   (at,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
-  assert lines[at + 1].endswith('One of: adamw, adafactor, or module:name.')
+  assert lines[at + 1].endswith(
+    'One of: adamw, adafactor, muon, or module:name.'
+  )
   # A value wider than its column is printed whole on the next line.
   name = ' evals.all_tokens.model_overrides '
   (at,) = [i for i, line in enumerate(lines) if name in line]
@@ -260,7 +262,7 @@ class Own(Optimizer):
 
   gain: float = option(1.0, 'Factor of the gradient.', above(0))
 
-  def preconditioner(self, axes):
+  def preconditioner(self, axes, roles):
     return optax.scale(self.gain)
 
 

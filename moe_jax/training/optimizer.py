@@ -5,15 +5,16 @@ gradient accumulation (`step.py`), and schedules (`schedules.py`).
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.layers.parameters import Role
 from moe_jax.options import (
-  Kinds,
   Options,
   above,
   at_least,
@@ -78,13 +79,27 @@ class Optimizer(Options):
   )
 
   @required
-  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+  def preconditioner(
+    self, axes: Any, roles: Any
+  ) -> optax.GradientTransformation:
     """Returns the transformation of clipped gradients into update directions.
 
     Args:
-      axes: A tree like the parameters with a tuple of logical axes for each.
+      axes: A tree like the parameters that train with a tuple of logical axes
+        for each.
+      roles: A tree like these with the `Role` of each.
     """
     raise NotImplementedError
+
+  def facts(self, shapes: Any, roles: Any) -> Iterator[str]:
+    """Lines on what the optimizer makes of a model, for the start of a run.
+
+    Args:
+      shapes: A tree like the parameters that train with the shape of each.
+      roles: A tree like these with the `Role` of each.
+    """
+    del shapes, roles
+    return iter(())
 
   def rate(self, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of optimizer steps taken."""
@@ -95,7 +110,7 @@ class Optimizer(Options):
     total_steps: int,
     axes: Any,
     roles: Any,
-    part: Callable[[Any], Any] = lambda tree: tree,
+    part: Callable[..., Any] = lambda tree, is_leaf=None: tree,
   ) -> optax.GradientTransformation:
     """Returns the whole optimizer.
 
@@ -113,7 +128,7 @@ class Optimizer(Options):
     steps = []
     if self.clip_norm:
       steps.append(clipped(self.clip_norm))
-    steps.append(self.preconditioner(axes))
+    steps.append(self.preconditioner(axes, part(roles, is_leaf=is_role)))
     if self.weight_decay:
       factors = parameter_rules.decay_factors(self.decay_rules, roles)
       steps.append(_decayed(self.weight_decay, part(factors)))
@@ -152,9 +167,11 @@ class AdamW(Optimizer):
     one_of('float32', 'bfloat16'),
   )
 
-  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+  def preconditioner(
+    self, axes: Any, roles: Any
+  ) -> optax.GradientTransformation:
     """Returns Adam's transformation, which works element by element."""
-    del axes
+    del axes, roles
     if self.moment_dtype == 'bfloat16':
       return rounded_moments.scale_by_adam(self.b1, self.b2, self.epsilon)
     return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
@@ -187,8 +204,11 @@ class Adafactor(Optimizer):
     at_least(1),
   )
 
-  def preconditioner(self, axes: Any) -> optax.GradientTransformation:
+  def preconditioner(
+    self, axes: Any, roles: Any
+  ) -> optax.GradientTransformation:
     """Returns Adafactor's transformation, applied to each matrix by itself."""
+    del roles
     steps = [
       optax.scale_by_factored_rms(
         decay_rate=self.decay_exponent,
@@ -199,15 +219,8 @@ class Adafactor(Optimizer):
     ]
     if self.b1:
       steps.append(optax.ema(self.b1, debias=False))
-    return per_matrix(optax.chain(*steps), axes)
-
-
-OPTIMIZERS = Kinds(
-  'optimizer',
-  Optimizer,
-  {'adamw': AdamW, 'adafactor': Adafactor},
-  inline=True,
-)
+    whole = optax.chain(*steps)
+    return per_matrix(jax.tree.map(lambda _: whole, axes, is_leaf=_names), axes)
 
 
 def clipped(largest: float) -> optax.GradientTransformation:
@@ -247,39 +260,48 @@ def _scaled(factors: Any) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
-def per_matrix(
-  transform: optax.GradientTransformation, axes: Any
-) -> optax.GradientTransformation:
-  """Applies `transform` to every matrix of every stacked parameter by itself.
+def is_role(leaf: Any) -> bool:
+  """Whether a node of a tree is a `Role`, which is a leaf of it."""
+  return isinstance(leaf, Role)
+
+
+def _names(leaf: Any) -> bool:
+  return isinstance(leaf, tuple)
+
+
+def per_matrix(transforms: Any, axes: Any) -> optax.GradientTransformation:
+  """Applies a transformation to every matrix of every stacked parameter.
 
   A parameter [L, E, M, F] is L * E matrices, which share none of the factors,
   norms and scales that the transformation takes.
 
   Args:
-    transform: The transformation of one array.
+    transforms: A tree like the parameters with the transformation of one matrix
+      for each.
     axes: A tree like the parameters with a tuple of logical axes for each;
       stacked axes lead.
   """
 
   def lifted(function, names):
-    for name in names:
-      if name not in STACKED_AXES:
-        break
+    for _ in stacked(names):
       function = jax.vmap(function)
     return function
 
   def init(params):
-    return jax.tree.map(lambda p, n: lifted(transform.init, n)(p), params, axes)
+    return jax.tree.map(
+      lambda p, n, t: lifted(t.init, n)(p), params, axes, transforms
+    )
 
   def update(updates, state, params=None):
     leaves, tree = jax.tree.flatten(updates)
     pairs = [
       lifted(transform.update, names)(u, s, p)
-      for u, s, p, names in zip(
+      for u, s, p, names, transform in zip(
         leaves,
         tree.flatten_up_to(state),
         tree.flatten_up_to(params),
         tree.flatten_up_to(axes),
+        tree.flatten_up_to(transforms),
         strict=True,
       )
     ]
@@ -287,3 +309,8 @@ def per_matrix(
     return tree.unflatten(updates), tree.unflatten(state)
 
   return optax.GradientTransformation(init, update)
+
+
+def stacked(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  """The leading logical axes along which matrices are stacked."""
+  return tuple(itertools.takewhile(STACKED_AXES.__contains__, names))

@@ -43,7 +43,8 @@ from moe_jax.training.evaluate import (
 )
 from moe_jax.training.evaluation_entries import override_problems
 from moe_jax.training.init_from_options import InitFromOptions
-from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
+from moe_jax.training.optimizer import Optimizer
+from moe_jax.training.optimizer_kinds import OPTIMIZERS
 from moe_jax.training.sample_options import SampleOptions
 from moe_jax.training.trace_options import TraceOptions
 

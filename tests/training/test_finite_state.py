@@ -17,7 +17,8 @@ from moe_jax.runs.ownership import OwnedError
 from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training import loop, step
-from moe_jax.training.optimizer import OPTIMIZERS, AdamW
+from moe_jax.training.optimizer import AdamW
+from moe_jax.training.optimizer_kinds import OPTIMIZERS
 from moe_jax.training.setup import Hook
 from moe_jax.training_types import StepMetrics
 from tests.training import tiny
@@ -29,11 +30,11 @@ STEPS = {'checkpoint': {'every_steps': 1, 'keep_newest': 9}}
 class Bursting(AdamW):
   """Adam whose third update is infinite, as a learning rate may be."""
 
-  def preconditioner(self, axes):
+  def preconditioner(self, axes, roles):
     scale = optax.scale_by_schedule(
       lambda count: jnp.where(count == 2, jnp.inf, 1.0)
     )
-    return optax.chain(super().preconditioner(axes), scale)
+    return optax.chain(super().preconditioner(axes, roles), scale)
 
 
 def bursting(**overrides):

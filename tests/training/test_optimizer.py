@@ -162,7 +162,10 @@ def test_rules_select_parts_of_the_model_too(params):
   axes = {'w': None, 'layers': AXES['layers'], 'scale': None}
   o = AdamW(schedule=AT_ONCE, rate_rules=(('part:ffn', 0.1),))
   part = o.transformation(
-    10, axes, ROLES, lambda tree: {**tree, 'w': None, 'scale': None}
+    10,
+    axes,
+    ROLES,
+    lambda tree, is_leaf=None: {**tree, 'w': None, 'scale': None},
   )
   assert run(part, frozen, frozen, steps=1)['w'] is None
 

@@ -72,7 +72,7 @@ def params():
 def test_a_small_change_moves_the_second_moment_on_average(params):
   """Rounded to the nearest, a thousandth of it would change nothing."""
   grads = jax.tree.map(jnp.ones_like, params)
-  adam = HALVES.preconditioner(AXES)
+  adam = HALVES.preconditioner(AXES, None)
   state = adam.init(params)
   # Both may be donated.
   assert state.mu['w'] is not state.nu['w']

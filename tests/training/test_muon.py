@@ -1,0 +1,171 @@
+"""Muon against its published iteration, matrix by matrix, and in a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import models, start_facts
+from moe_jax.layers.parameters import Role
+from moe_jax.training import programs
+from moe_jax.training.muon import Muon, dimensions
+from moe_jax.training.schedules import Constant
+from tests.training import tiny
+
+AXES = {
+  'w_in': ('embed', 'mlp'),
+  'experts': ('layers', 'expert', 'embed', 'mlp'),
+  'w_query': ('layers', 'embed', 'heads', 'kv'),
+  'w_out': ('heads', 'kv', 'embed'),
+  'embedding': ('vocab', 'embed'),
+  'scale': ('embed',),
+}
+ROLES = {
+  'w_in': Role('ffn', 'kernel'),
+  'experts': Role('expert', 'kernel'),
+  'w_query': Role('attention', 'kernel'),
+  'w_out': Role('attention', 'kernel'),
+  'embedding': Role('embedding', 'table'),
+  'scale': Role('norm', 'scale'),
+}
+SHAPES = {
+  'w_in': (6, 5),
+  'experts': (2, 3, 4, 7),
+  'w_query': (2, 6, 2, 4),
+  'w_out': (2, 4, 6),
+  'embedding': (9, 6),
+  'scale': (6,),
+}
+# The kernels as stacks of matrices [inputs, outputs].
+FLAT = {
+  'w_in': (1, 6, 5),
+  'experts': (6, 4, 7),
+  'w_query': (2, 6, 8),
+  'w_out': (1, 8, 6),
+}
+PLAIN = dict(schedule=Constant(warmup_steps=0), clip_norm=0.0, weight_decay=0.0)
+
+
+def arrays(seed):
+  rng = np.random.default_rng(seed)
+  # Experts have very different gradients, so that a shared norm would show.
+  size = {'experts': 10.0 ** np.arange(3).reshape(1, 3, 1, 1)}
+  return {
+    name: jnp.asarray(size.get(name, 1) * rng.normal(size=shape), jnp.float32)
+    for name, shape in SHAPES.items()
+  }
+
+
+def orthogonal(matrix, steps, epsilon=1e-8):
+  """The published quintic iteration, in float64."""
+  x = matrix / (np.linalg.norm(matrix) + epsilon)
+  wide = x.shape[0] <= x.shape[1]
+  x = x if wide else x.T
+  for _ in range(steps):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x if wide else x.T
+
+
+def expected(grads, momentum, rms, steps):
+  """Updates of kernels after two equal gradients, by name."""
+  updates = {}
+  for name, (_, inputs, outputs) in FLAT.items():
+    g = np.asarray(grads[name], np.float64).reshape(FLAT[name])
+    mean = g * (1 - momentum**2)  # after two steps
+    # Nesterov's look ahead, each of its parts without the bias of zeros.
+    ahead = momentum * mean / (1 - momentum**3)
+    ahead += (1 - momentum) * g / (1 - momentum**2)
+    scale = (
+      rms * np.sqrt(max(inputs, outputs))
+      if rms
+      else np.sqrt(max(1, outputs / inputs))
+    )
+    whole = [scale * orthogonal(m, steps) for m in ahead]
+    updates[name] = np.stack(whole).reshape(SHAPES[name])
+  return updates
+
+
+@pytest.mark.parametrize('rms', [0.0, 0.2])
+def test_each_matrix_by_the_published_iteration(rms):
+  o = Muon(learning_rate=1.0, momentum=0.9, rms=rms, adam_rate=0.5, **PLAIN)
+  optimizer = o.transformation(10, AXES, ROLES)
+  params, grads = arrays(0), arrays(1)
+  state = optimizer.init(params)
+  for _ in range(2):
+    updates, state = jax.jit(optimizer.update)(grads, state, params)
+  for name, want in expected(grads, 0.9, rms, 5).items():
+    np.testing.assert_allclose(-updates[name], want, rtol=0, atol=2e-3)
+    if rms:
+      own = np.sqrt(np.mean(np.square(want)))
+      assert own == pytest.approx(rms, rel=0.4), name
+  adam = optax.chain(optax.scale_by_adam(o.b1, o.b2, o.epsilon))
+  left = {name: grads[name] for name in SHAPES if name not in FLAT}
+  for _ in range(2):
+    theirs, state = adam.update(left, adam.init(left))
+  for name in left:
+    np.testing.assert_allclose(-updates[name], 0.5 * theirs[name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_matrix_as_pytorch_does_it():
+  torch = pytest.importorskip('torch')
+  grad = np.random.default_rng(0).normal(size=(48, 20)).astype(np.float32)
+  weight = torch.nn.Parameter(torch.zeros(20, 48))  # [outputs, inputs]
+  theirs = torch.optim.Muon(
+    [weight], lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw'
+  )
+  weight.grad = torch.tensor(grad.T)
+  theirs.step()
+  o = Muon(learning_rate=1.0, **PLAIN)
+  optimizer = o.transformation(
+    10, {'w': ('embed', 'mlp')}, {'w': Role('ffn', 'kernel')}
+  )
+  tree = {'w': jnp.asarray(grad)}
+  update, _ = optimizer.update(tree, optimizer.init(tree), tree)
+  # Its products are in bfloat16.
+  np.testing.assert_allclose(
+    update['w'], weight.detach().numpy().T, rtol=0, atol=0.03
+  )
+  assert np.abs(update['w']).max() > 0.5
+
+
+def test_inputs_and_outputs_by_axes():
+  assert dimensions(('embed', 'heads', 'kv')) == ((0,), (1, 2))
+  assert dimensions(('heads', 'kv', 'embed')) == ((0, 1), (2,))
+  with pytest.raises(ValueError, match='no matrix'):
+    dimensions(('embed',))
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_a_model_of_layers_scanned_or_not(scan):
+  """Every kernel's update has the size that one alone has, in both."""
+  options = tiny.options(
+    model=dict(scan_layers=scan),
+    optimizer=dict(kind='muon', iterations=12, **dict(clip_norm=0.0)),
+  )
+  model = tiny.model_of(options)
+  _, optimizer = programs.make_optimizer(options, model)
+  trees = models.describe(model)
+  keys = iter(jax.random.split(jax.random.key(0), 99))
+  grads = jax.tree.map(
+    lambda leaf: jax.random.normal(next(keys), leaf.shape), trees.shapes
+  )
+  params = jax.tree.map(jnp.zeros_like, grads)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  rate = options.optimizer.rate(options.total_steps)(0)
+  sizes = [
+    float(jnp.sqrt(jnp.mean(jnp.square(update))) / rate)
+    for update, role in zip(
+      jax.tree.leaves(updates),
+      jax.tree.leaves(trees.roles, is_leaf=lambda x: isinstance(x, Role)),
+      strict=True,
+    )
+    if role.role in ('attention', 'expert', 'ffn') and role.form == 'kernel'
+  ]
+  assert len(sizes) >= 6
+  np.testing.assert_allclose(sizes, 0.2, rtol=0.35)
+  (line,) = start_facts.optimizer_lines(options, model)
+  assert 'Adam trains' in line and 'router kernel' in line
+  assert 'attention kernel' not in line and 'embedding table' in line
