@@ -249,7 +249,7 @@ def turns_of(
   width: int,
   positions: Int[Array, 'B T'],
 ) -> tuple[Float32[Array, 'b P'], Float32[Array, ' b'] | None]:
-  """The frequencies of each row, or of all as one; the factor, or None for 1."""
+  """Frequencies of each row, or of all as one; the factors, or None for 1."""
   short = scaling.turns(theta, width)
   frequency = jnp.asarray(short.frequency)[None]
   factor = jnp.full(1, short.factor, jnp.float32)
