@@ -28,6 +28,7 @@ from moe_jax.layers.positions import (
   Rotary,
   Sinusoidal,
 )
+from moe_jax.layers.rotary import SCALINGS, LongRope, Yarn
 from moe_jax.layers.shared import INITS, FanIn, Gpt2, Init, Numerics, Shared
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
   'INITS',
   'NORMS',
   'POSITIONS',
+  'SCALINGS',
   'Attention',
   'AttentionOptions',
   'Block',
@@ -55,6 +57,7 @@ __all__ = [
   'Init',
   'LayerNorm',
   'Learned',
+  'LongRope',
   'Lstm',
   'LstmOptions',
   'MixtureExpert',
@@ -71,4 +74,5 @@ __all__ = [
   'Shared',
   'Sinusoidal',
   'Sorted',
+  'Yarn',
 ]

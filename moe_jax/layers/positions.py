@@ -1,7 +1,8 @@
 """The kinds of positions by which a model can know the order of tokens.
 
 Positions rotate queries and keys (rotary), are added to embeddings (learned,
-sinusoidal), or bias the scores of attention (T5's relative positions).
+sinusoidal), or bias the scores of attention (T5's relative positions). Not
+here: the angles of rotary positions (`rotary.py`).
 """
 
 import dataclasses
@@ -11,8 +12,11 @@ from typing import ClassVar, cast
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.layers import rotary
 from moe_jax.layers.relative_positions import RelativePositionBias
-from moe_jax.options import Kinds, Options, above, at_least, option
+from moe_jax.layers.rotary import SCALINGS, RotaryScaling
+from moe_jax.options import Kinds, Options, above, at_least, choice, option
+from moe_jax.options import within as interval
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -43,6 +47,11 @@ class Positions(Options):
     """Queries or keys, rotated by the position of each token."""
     del positions
     return x
+
+  @property
+  def latent_factor(self) -> float:
+    """The factor of the scores of multi-head latent attention."""
+    return 1.0
 
   @property
   def table_len(self) -> int:
@@ -92,18 +101,55 @@ class Rotary(Positions):
     'head has a wavelength of 2 pi theta^(2 i / D) tokens.',
     above(0),
   )
+  interleaved: bool = option(
+    False,
+    'Whether the pairs that rotate are neighbours (DeepSeek), not number i of '
+    'each half of a head (Llama, Mixtral).',
+  )
+  fraction: float = option(
+    1.0,
+    'Part of the numbers of each head that rotate, the first of them.',
+    interval('(0, 1]'),
+  )
+  scaling: RotaryScaling = choice(
+    SCALINGS, 'none', 'Change of the rotation for long texts.'
+  )
+
+  def _width(self, head_width: int) -> int:
+    """The number of numbers of a head that rotate."""
+    return int(head_width * self.fraction)
 
   def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """The problem of heads of odd width, as pairs of numbers are rotated."""
+    """The problem of an odd part that rotates, and those of the scaling."""
     del causal
-    if head_width % 2:
-      yield f'head_width={head_width} must be even under rotary positions'
+    width = self._width(head_width)
+    if width % 2 or not width:
+      part = '' if self.fraction == 1 else f' * fraction={self.fraction}'
+      yield f'head_width={head_width}{part} must be even under rotary positions'
+      return
+    for problem in self.scaling.problems_with(self.theta, width):
+      yield f'scaling: {problem}'
+
+  @property
+  def latent_factor(self) -> float:
+    """See `Positions.latent_factor`."""
+    return self.scaling.latent_factor
 
   def rotate(
     self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T H D']:
     """See the function `rotate`."""
-    return rotate(x, positions, self.theta)
+    width = self._width(x.shape[-1])
+    frequency, factor = rotary.turns_of(
+      self.scaling, self.theta, width, positions
+    )
+    angle = positions[..., None].astype(jnp.float32) * frequency[:, None]
+    part = rotary.rotate(
+      x[..., :width], angle, factor=factor, interleaved=self.interleaved
+    )
+    if width == x.shape[-1]:
+      return part
+    return jnp.concatenate([part, x[..., width:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,24 +266,6 @@ POSITIONS = Kinds(
     'none': NoPositions,
   },
 )
-
-
-@checked
-def rotate(
-  x: Float[Array, 'B T H D'], positions: Int[Array, 'B T'], theta: float
-) -> Float[Array, 'B T H D']:
-  """Rotates pair (d, d + D/2) by position / theta^(2 d / D), in float32.
-
-  Source: Eq. 34 of arXiv:2104.09864, with the halves paired as Llama and
-  Mixtral checkpoints pair them.
-  """
-  D = x.shape[-1]
-  frequency = theta ** (-np.arange(0, D, 2, dtype=np.float32) / D)  # [D/2]
-  angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
-  sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 @checked

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
+from moe_jax.layers.attention.projected import project_memory
 from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.flat_trees import Path
@@ -164,9 +164,10 @@ class EncoderDecoder(Transformer):
   def _project(self, layers, memory):
     """The keys and the values, [layers, B, N, S, D] each, of the layers."""
     block = self.decoder_blocks.block
-    width = block.attention.head_width
     pairs = [
-      project_memory(block.shared, width, params[CROSS_ATTENTION], memory)
+      project_memory(
+        block.shared, block.attention, params[CROSS_ATTENTION], memory
+      )
       for params in layers
     ]
     return tuple(

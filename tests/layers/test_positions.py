@@ -1,5 +1,7 @@
 """Rotary positions and relative-position buckets, by hand and by property."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from moe_jax.layers import (
   Rotary,
   Sinusoidal,
 )
-from moe_jax.layers.positions import rotate, sinusoids
+from moe_jax.layers.positions import sinusoids
 from moe_jax.layers.relative_positions import (
   RelativePositionBias,
   distance_bucket,
@@ -30,7 +32,9 @@ def draw(*shape, seed=0):
   return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-turned = jax.jit(rotate, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
+def turned(x, positions, theta):
+  return Rotary(theta).rotate(x, positions)
 
 
 def test_rotate_by_hand():
@@ -62,8 +66,8 @@ def test_scores_depend_on_the_difference_of_positions_alone():
     shifted_positions = positions + shift
     return jnp.einsum(
       'bthd,bshd->bhts',
-      rotate(query, shifted_positions, 50.0),
-      rotate(key, shifted_positions, 50.0),
+      Rotary(50.0).rotate(query, shifted_positions),
+      Rotary(50.0).rotate(key, shifted_positions),
     )
 
   np.testing.assert_allclose(scores(0), scores(37), rtol=1e-4, atol=1e-4)

@@ -36,6 +36,10 @@ ALL = dict(capacity=All(), dispatch=Dropless())
 RENORMALIZED = TokenChoice(gates='renormalized')
 CASES = {
   'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
+  'olmoe': dict(
+    attention=dict(num_kv_heads=2, qk_norm='all', clip=1.5, biases='key, out'),
+    moe=ALL,
+  ),
   't5 decoder': dict(
     positions=Relative(), attention=dict(scale='none'), moe=ALL
   ),
@@ -76,6 +80,7 @@ CASES = {
   'hashed twice': dict(
     kind='encoder_decoder',
     positions=Relative(),
+    attention=dict(qk_norm='head', clip=1.5),
     moe=dict(router=Hash(of='bigram'), **ALL),
   ),
   'with fewer experts': dict(

@@ -1,12 +1,12 @@
 """Multi-head and grouped-query attention: self-attention and cross-attention.
 
-Not here: its options (`attention_options.py`), scores, softmax and their fused
-forms (`dot_product.py`), positions (`layers/positions.py`), and the cache
-between decoding steps (`cache.py`).
+Not here: its options (`attention_options.py`), norms of queries and keys
+(`projected.py`), scores, softmax and their fused forms (`dot_product.py`),
+positions (`layers/positions.py`), and the cache between decoding steps
+(`cache.py`).
 """
 
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +17,7 @@ from moe_jax.layers.attention import dot_product
 from moe_jax.layers.attention.attention_options import AttentionOptions
 from moe_jax.layers.attention.cache import KVCache, Memory, at_layer
 from moe_jax.layers.attention.keys import Keys
+from moe_jax.layers.attention.projected import finished
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.rows import without_nan
@@ -170,7 +171,7 @@ class Attention(nn.Module):
       self, 'w_out', self.shared, init, (H, D, M), role=_ROLE, inputs=2
     )
     y = rows_matmul(y.reshape(B * T, H * D), w_out)
-    if self.shared.use_bias:
+    if self._has_bias('out'):
       init = parameters.bias(('embed',), role=_ROLE)
       b = self.param('b_out', init, (M,), self.shared.param_dtype)
       y = y + b.astype(self.shared.dtype)[None]
@@ -183,12 +184,23 @@ class Attention(nn.Module):
   def _query(self, x, c):
     # Unscaled scores start with the variance of scaled ones (T5).
     shrink = self._keys.scale**2 * c.head_width or 1.0
-    return self.project(
-      x, 'query', ('heads', c.num_heads), c.head_width, shrink
-    )
+    y = self.project(x, 'query', ('heads', c.num_heads), c.head_width, shrink)
+    return self._finished(y, 'query', 'heads')
 
   def _key_or_value(self, x, name, c):
-    return self.project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
+    y = self.project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
+    return self._finished(y, name, 'kv_heads')
+
+  def _finished(self, y, name, heads):
+    shape, scale = self.options.norm_shape(name, y.shape[-2:]), None
+    if shape:
+      axes = (heads, 'kv')[-len(shape) :]
+      init = parameters.scale(axes, role='norm')
+      scale = self.param(f'{name}_norm', init, shape, jnp.float32)
+    return finished(self.options, y, scale)
+
+  def _has_bias(self, name):
+    return self.options.has_bias(name, self.shared.use_bias)
 
   def project(
     self,
@@ -223,7 +235,7 @@ class Attention(nn.Module):
     B, T, M = x.shape
     y = rows_matmul(x.reshape(B * T, M), w)
     y = y.reshape(B, T, *shape[1:])
-    if self.shared.use_bias:
+    if self._has_bias(name):
       init = parameters.bias(axes[1:], role=_ROLE)
       b = self.param(f'b_{name}', init, shape[1:], self.shared.param_dtype)
       y = y + b.astype(self.shared.dtype)[None, None]
@@ -265,32 +277,3 @@ def _only_real(x: X, segment_ids: Array | None) -> X | Array:
   if x is None or segment_ids is None:
     return x
   return without_nan(segment_ids > 0, x)
-
-
-def project_memory(
-  shared: Shared,
-  head_width: int,
-  p: Mapping[str, Any],
-  memory: Float[Array, 'B S M'],
-) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
-  """Keys and values of R cross-attention layers, for a decoder's cache.
-
-  Args:
-    shared: The settings that all layers of the model share.
-    head_width: D, the width of a head.
-    p: The parameters of the layers, each [R, ...].
-    memory: The encoder's output.
-  """
-
-  def project(name):
-    w = p[f'w_{name}']
-    if not shared.kernels.is_plain:
-      w = shared.kernels.decoded(w, memory.shape[-1])
-      w = w.reshape(*w.shape[:2], -1, head_width)
-    w = w.astype(shared.dtype)
-    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
-    if shared.use_bias:
-      y = y + p[f'b_{name}'].astype(shared.dtype)[:, None, :, None]
-    return y
-
-  return project('key'), project('value')

@@ -6,7 +6,27 @@ from typing import Self
 
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.options import OptionError, Options, at_least, one_of, option
+from moe_jax.options import (
+  Check,
+  OptionError,
+  Options,
+  above,
+  at_least,
+  one_of,
+  option,
+)
+
+# The projections of attention, which may each add a bias.
+PROJECTIONS = ('query', 'key', 'value', 'out')
+
+
+def _names_of(biases: str) -> tuple[str, ...]:
+  return tuple(name.strip() for name in biases.split(','))
+
+
+def _are_biases(biases: str) -> bool:
+  names = _names_of(biases)
+  return biases in ('model', 'all', 'none') or set(names) <= set(PROJECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +57,39 @@ class AttentionOptions(Options):
     "Factor of attention scores: 'head_width' is head_width^-0.5; 'none' is 1, "
     'as in T5, whose query kernels start smaller instead.',
     one_of('head_width', 'none'),
+  )
+  biases: str = option(
+    'model',
+    "Projections that add a bias: 'model' (all or none, by model.use_bias), "
+    "'all', 'none', or names of projections with commas between, such as "
+    "'query, key, value' (Qwen2; arXiv:2407.10671).",
+    Check(
+      f"must be 'model', 'all', 'none' or names of {list(PROJECTIONS)} with "
+      'commas between',
+      _are_biases,
+    ),
+  )
+  qk_norm: str = option(
+    'none',
+    'Division of queries and keys by their root mean square, with a learned '
+    "scale: 'none'; 'head', over the width of each head (Qwen3, "
+    "arXiv:2505.09388); or 'all', over the values of all heads together "
+    '(OLMoE, arXiv:2409.02060).',
+    one_of('all', 'head', 'none'),
+  )
+  qk_norm_epsilon: float = option(
+    1e-6,
+    'Number added to the mean square of queries and keys before its root is '
+    'taken.',
+    above(0),
+    when={'qk_norm': ('all', 'head')},
+  )
+  clip: float = option(
+    0.0,
+    'Largest absolute value of queries, keys and values, after their norm; '
+    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
+    'nothing.',
+    at_least(0),
   )
   implementation: str = option(
     'auto',
@@ -94,6 +147,28 @@ class AttentionOptions(Options):
       window=min(self.window, 8),
       implementation='auto',
     )
+
+  def has_bias(self, projection: str, use_bias: bool) -> bool:
+    """Whether a projection adds a bias.
+
+    Args:
+      projection: One of `PROJECTIONS`.
+      use_bias: Whether the layers of the model usually do.
+    """
+    if self.biases == 'model':
+      return use_bias
+    return self.biases == 'all' or projection in _names_of(self.biases)
+
+  def norm_shape(self, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scale of a norm; () where there is no norm.
+
+    Args:
+      name: 'query', 'key' or 'value'.
+      heads: The number of heads, and their width.
+    """
+    if name == 'value' or self.qk_norm == 'none':
+      return ()
+    return tuple(heads) if self.qk_norm == 'all' else (heads[-1],)
 
   def keys(self, *, causal: bool, cross: bool = False) -> Keys:
     """The rules for the keys that a token sees.

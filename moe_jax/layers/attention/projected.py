@@ -1,0 +1,81 @@
+"""Queries, keys and values behind their projections: norms and clipping.
+
+Keys and values of an encoder's output, which a decoder's cache keeps, are
+computed here too. Not here: attention itself (`attention.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.attention.attention_options import AttentionOptions
+from moe_jax.layers.shared import Shared
+from moe_jax.shapes import Array, Float
+
+
+def finished(
+  options: AttentionOptions,
+  x: Float[Array, '*B N D'],
+  scale: Float[Array, '*n'] | None,
+) -> Float[Array, '*B N D']:
+  """Queries, keys or values with their norm, clipped to [-clip, clip].
+
+  Args:
+    options: The options of attention.
+    x: The output of a projection.
+    scale: The scale of the norm over as many of the last dimensions as it has;
+      None: there is no norm.
+  """
+  if scale is not None:
+    x = rms_normed(x, scale, options.qk_norm_epsilon)
+  return jnp.clip(x, -options.clip, options.clip) if options.clip else x
+
+
+def rms_normed(
+  x: Float[Array, '*B'], scale: Float[Array, '*n'], epsilon: float
+) -> Float[Array, '*B']:
+  """x over its root mean square times `scale`; statistics are float32.
+
+  The mean is over as many of the last dimensions as the scale has, on all
+  devices that they are split over.
+  """
+  over = tuple(range(-scale.ndim, 0))
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(x32), axis=over, keepdims=True)
+  scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+  return (x32 * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
+
+
+def project_memory(
+  shared: Shared,
+  options: AttentionOptions,
+  p: Mapping[str, Any],
+  memory: Float[Array, 'B S M'],
+) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
+  """Keys and values of R cross-attention layers, for a decoder's cache.
+
+  Args:
+    shared: The settings that all layers of the model share.
+    options: The options of attention, with no size left at 0.
+    p: The parameters of the layers, each [R, ...].
+    memory: The encoder's output.
+  """
+
+  def project(name):
+    w = p[f'w_{name}']
+    if not shared.kernels.is_plain:
+      w = shared.kernels.decoded(w, memory.shape[-1])
+      w = w.reshape(*w.shape[:2], -1, options.head_width)
+    w = w.astype(shared.dtype)
+    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
+    if (b := p.get(f'b_{name}')) is not None:
+      y = y + b.astype(shared.dtype)[:, None, :, None]
+    return y
+
+  def finish(y, scale):
+    return finished(options, y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
+
+  key = jax.vmap(finish)(project('key'), p.get('key_norm'))
+  return key, jax.vmap(lambda y: finish(y, None))(project('value'))

@@ -1,0 +1,119 @@
+"""Attention equals that of transformers' modules, with their weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers import Attention, AttentionOptions, Rotary
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.slow
+
+B, T, M, H, N, D = 2, 9, 24, 4, 2, 6
+SIZES = dict(
+  hidden_size=M,
+  num_attention_heads=H,
+  num_key_value_heads=N,
+  attn_implementation='eager',
+)
+
+
+def random(module, seed=0):
+  """The module with random weights, each of another mean."""
+  torch.manual_seed(seed)
+  with torch.no_grad():
+    for value in module.parameters():
+      value.copy_(0.1 + 0.5 * torch.randn_like(value))
+  return module.eval()
+
+
+def inputs():
+  x = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
+  positions = np.tile(np.arange(T), (B, 1))
+  return x, positions
+
+
+def theirs(module, rotary, x, positions, window=0):
+  """The output of their module for causal rows, and its weights by name."""
+  place = np.arange(T)
+  hidden = place[None] > place[:, None]
+  if window:
+    hidden |= place[:, None] - place[None] >= window
+  mask = torch.zeros(1, 1, T, T)
+  mask[0, 0, torch.tensor(hidden)] = torch.finfo(torch.float32).min
+  with torch.no_grad():
+    given = torch.tensor(x)
+    angles = rotary(given, torch.tensor(positions))
+    y, _ = module(given, position_embeddings=angles, attention_mask=mask)
+  return y.numpy(), {k: v.numpy() for k, v in module.state_dict().items()}
+
+
+def ours(weights, x, places, options, positions):
+  """The output of our layer with these weights."""
+  p = {}
+  names = {'q': ('query', H), 'k': ('key', N), 'v': ('value', N)}
+  for name, (own, heads) in names.items():
+    p[f'w_{own}'] = weights[f'{name}_proj.weight'].T.reshape(M, heads, -1)
+    if f'{name}_proj.bias' in weights:
+      p[f'b_{own}'] = weights[f'{name}_proj.bias'].reshape(heads, -1)
+    if f'{name}_norm.weight' in weights:
+      scale = weights[f'{name}_norm.weight']
+      width = p[f'w_{own}'].shape[2]
+      p[f'{own}_norm'] = (
+        scale if len(scale) == width else scale.reshape(heads, width)
+      )
+  p['w_out'] = weights['o_proj.weight'].T.reshape(H, -1, M)
+  if 'o_proj.bias' in weights:
+    p['b_out'] = weights['o_proj.bias']
+  layer = Attention(options, positions=positions)
+  p, x, places = jax.tree.map(jnp.asarray, (p, x, places))
+  return layer.apply({'params': p}, x, None, places)
+
+
+def assert_equal(module, rotary, options, positions=Rotary(), window=0):
+  x, where = inputs()
+  expected, weights = theirs(random(module), rotary, x, where, window)
+  y = ours(weights, x, where, options, positions)
+  assert np.std(expected) > 0.1
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('clip', [None, 0.4])
+@pytest.mark.parametrize('biased', [False, True])
+def test_olmoe(clip, biased):
+  from transformers.models.olmoe import modeling_olmoe as m
+
+  config = transformers.OlmoeConfig(
+    **SIZES, clip_qkv=clip, attention_bias=biased, rms_norm_eps=1e-3
+  )
+  options = AttentionOptions(
+    H,
+    N,
+    qk_norm='all',
+    qk_norm_epsilon=1e-3,
+    clip=clip or 0.0,
+    biases='all' if biased else 'none',
+  )
+  assert_equal(
+    m.OlmoeAttention(config, 0), m.OlmoeRotaryEmbedding(config), options
+  )
+
+
+def test_qwen3_with_heads_that_are_not_as_wide_as_the_model():
+  from transformers.models.qwen3_moe import modeling_qwen3_moe as m
+
+  config = transformers.Qwen3MoeConfig(**SIZES, head_dim=10, rms_norm_eps=1e-3)
+  options = AttentionOptions(H, N, 10, qk_norm='head', qk_norm_epsilon=1e-3)
+  module = m.Qwen3MoeAttention(config, 0)
+  assert_equal(module, m.Qwen3MoeRotaryEmbedding(config), options)
+
+
+def test_qwen2_with_its_three_biases():
+  from transformers.models.qwen2_moe import modeling_qwen2_moe as m
+
+  config = transformers.Qwen2MoeConfig(**SIZES)
+  options = AttentionOptions(H, N, biases='query, key, value')
+  module = m.Qwen2MoeAttention(config, 0)
+  assert_equal(module, m.Qwen2MoeRotaryEmbedding(config), options)

@@ -1,0 +1,173 @@
+"""Rotary positions for long texts, in parts of heads and of neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers import LongRope, Rotary, Yarn
+from tests.layers.test_positions import draw
+
+B, T, H, D = 2, 5, 3, 8
+
+
+def test_yarn_by_hand():
+  # With theta=16 and 8 numbers the 4 pairs turn by 1, 1/2, 1/4 and 1/8. In 32
+  # tokens a pair turns c times at place 8 ln(32 / (2 pi c)) / (2 ln 16): once
+  # at 2.35, twice at 1.35. Pairs 0 and 1 stay, pair 2 is 65 % and pair 3 all
+  # four times slower.
+  yarn = Yarn(
+    factor=4.0, original_len=32, beta_fast=2.0, beta_slow=1.0, truncate=False
+  )
+  frequency, factor = yarn.turns(16.0, 8)
+  slow = 2 - 4 * np.log(32 / (4 * np.pi)) / np.log(16)
+  expected = [1, 0.5, 0.25 * (1 - slow) + 0.0625 * slow, 0.125 / 4]
+  assert 0.6 < slow < 0.7
+  np.testing.assert_allclose(frequency, expected, rtol=1e-6)
+  assert factor == pytest.approx(0.1 * np.log(4) + 1)
+  # Rounded, the pairs between are those from 1 to 3: pair 2 is half way.
+  rounded = Yarn(factor=4.0, original_len=32, beta_fast=2.0).turns(16.0, 8)
+  assert rounded.frequency[2] == pytest.approx(0.25 * 0.5 + 0.0625 * 0.5)
+
+
+def test_the_factors_of_yarn():
+  def factors(**options):
+    yarn = Yarn(factor=2.718281828459045, **options)
+    return yarn.turns(1e4, 8).factor, yarn.latent_factor
+
+  # ln(factor) is 1.
+  assert factors() == pytest.approx((1.1, 1.0))
+  assert factors(mscale=2.0) == pytest.approx((1.1, 1.0))
+  assert factors(mscale_all_dim=2.0) == pytest.approx((1.1, 1.44))
+  equal = factors(mscale=0.707, mscale_all_dim=0.707)
+  assert equal == pytest.approx((1.0, 1.0707**2))
+  unequal = factors(mscale=1.0, mscale_all_dim=0.5)
+  assert unequal == pytest.approx((1.1 / 1.05, 1.05**2))
+  assert factors(attention_factor=0.3)[0] == 0.3
+
+
+def test_rows_of_longrope_are_short_or_long_by_themselves():
+  scaling = LongRope(
+    short_factor=(1.0, 2.0),
+    long_factor=(4.0, 8.0),
+    original_len=4,
+    factor=16.0,
+    long_mscale=1.5,
+  )
+  positions = jnp.array([[0, 1, 2, 3], [1, 2, 3, 4]])
+  x = draw(2, 4, H, 4)
+  y = jax.jit(Rotary(100.0, scaling=scaling).rotate)(x, positions)
+  # ln(16) / ln(4) is 2.
+  for row, (factors, mscale) in enumerate(
+    [((1, 2), np.sqrt(3)), ((4, 8), 1.5)]
+  ):
+    frequency = np.array([1, 0.1]) / factors
+    for t, place in enumerate(positions[row]):
+      turn = mscale * np.exp(1j * float(place) * frequency)
+      pairs = (x[row, t, :, :2] + 1j * x[row, t, :, 2:]) * turn[None]
+      expected = np.concatenate([pairs.real, pairs.imag], axis=1)
+      np.testing.assert_allclose(y[row, t], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_are_neighbours_or_of_two_halves():
+  x, positions = draw(B, T, H, D), jnp.arange(B * T).reshape(B, T)
+  order = [0, 4, 1, 5, 2, 6, 3, 7]
+  halves = jax.jit(Rotary().rotate)(x, positions)
+  neighbours = jax.jit(Rotary(interleaved=True).rotate)(
+    x[..., np.array(order)], positions
+  )
+  np.testing.assert_allclose(neighbours, halves[..., np.array(order)])
+
+
+def test_a_part_of_each_head_turns():
+  x, positions = draw(B, T, H, D), jnp.arange(B * T).reshape(B, T)
+  y = jax.jit(Rotary(fraction=0.5).rotate)(x, positions)
+  part = jax.jit(Rotary().rotate)(x[..., :4], positions)
+  np.testing.assert_array_equal(y[..., :4], part)
+  np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(fraction=0.3), r'head_width=6 \* fraction=0.3 must be even'),
+    (dict(fraction=0.1), r'head_width=6 \* fraction=0.1 must be even'),
+    (dict(scaling=LongRope((1.0, 1.0))), 'short_factor has 2 numbers for'),
+    (
+      dict(scaling=LongRope((1.0,) * 3, (1.0,))),
+      'long_factor has 1 numbers for the 3 pairs',
+    ),
+    (dict(theta=0.5, scaling=Yarn()), r'theta=0.5 must be above 1'),
+  ],
+)
+def test_heads_that_do_not_fit_are_refused(options, message):
+  problems = list(Rotary(**options).problems_with(6, causal=True))
+  with pytest.raises(ValueError, match=message):
+    raise ValueError(problems[0])
+
+
+def test_bounds_of_yarn_in_the_wrong_order_are_refused():
+  with pytest.raises(ValueError, match=r'beta_fast=1.0 must be above beta_slo'):
+    Yarn(beta_fast=1.0)
+
+
+THEIRS = {
+  'yarn': dict(factor=4.0),
+  'gpt-oss': dict(factor=32.0, beta_fast=24.0, beta_slow=2.0, truncate=False),
+  'mscales': dict(factor=40.0, mscale=1.0, mscale_all_dim=0.5),
+  'one mscale': dict(factor=40.0, mscale_all_dim=0.7),
+  'no factor': dict(factor=0.5, mscale=0.5, mscale_all_dim=1.0),
+  'given': dict(factor=8.0, attention_factor=0.4, partial_rotary_factor=0.5),
+}
+
+
+def config_of(rope_type, original_len, **rope):
+  transformers = pytest.importorskip('transformers')
+  return transformers.LlamaConfig(
+    hidden_size=64,
+    num_attention_heads=2,
+    max_position_embeddings=original_len * 4,
+    rope_parameters=dict(
+      rope_type=rope_type,
+      rope_theta=5e4,
+      original_max_position_embeddings=original_len,
+      **rope,
+    ),
+  )
+
+
+def theirs(config, **length):
+  pytest.importorskip('torch')
+  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+  kind = config.rope_parameters['rope_type']
+  frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, 'cpu', **length)
+  return frequency.numpy(), factor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('original_len', [7, 512, 4096])
+@pytest.mark.parametrize('name', THEIRS)
+def test_yarn_equals_transformers(name, original_len):
+  rope = dict(THEIRS[name])
+  frequency, factor = theirs(config_of('yarn', original_len, **rope))
+  width = int(32 * rope.pop('partial_rotary_factor', 1))
+  turns = Yarn(original_len=original_len, **rope).turns(5e4, width)
+  np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
+  assert turns.factor == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('factor', [0.5, 4.0])
+def test_longrope_equals_transformers(factor):
+  rng = np.random.default_rng(0)
+  short, long = (tuple(rng.uniform(1, 9, 16).tolist()) for _ in range(2))
+  config = config_of(
+    'longrope', 64, factor=factor, short_factor=short, long_factor=long
+  )
+  ours = LongRope(short, long, 64, factor)
+  first, long_turns = ours.long_turns(5e4, 32)
+  for seq_len, turns in ((first, ours.turns(5e4, 32)), (first + 1, long_turns)):
+    frequency, mscale = theirs(config, seq_len=seq_len)
+    np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
+    assert turns.factor == pytest.approx(mscale, rel=1e-6)
