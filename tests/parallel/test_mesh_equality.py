@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.layers import Dropless, Einsum, Gather
+from moe_jax.layers import Dropless, Einsum, Gather, SharedExpertOptions
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -112,7 +112,11 @@ WAYS = dict(
     'capacity': TIGHT,
     'allow_future_leak': True,
   },
-  in_groups={'router': IN_GROUPS, 'capacity': TIGHT},
+  in_groups={
+    'router': IN_GROUPS,
+    'capacity': TIGHT,
+    'shared_expert': SharedExpertOptions(16, gated=True),
+  },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={
     'router': Sentence(jitter=0.01),

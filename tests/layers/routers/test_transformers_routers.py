@@ -2,11 +2,19 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import TokenChoice
+from moe_jax import (
+  All,
+  FeedForwardExpert,
+  MoE,
+  MoeOptions,
+  SharedExpertOptions,
+  TokenChoice,
+)
 from tests.layers.routers.run import G, M, S, draw, route
 
 pytestmark = pytest.mark.slow
@@ -76,6 +84,7 @@ def gpt_oss():
   return library.GptOssTopKRouter(config)
 
 
+RENORMALIZED = TokenChoice(gates='renormalized')
 ROUTERS = {
   'deepseek_v3': (lambda: deepseek_v3(**GROUPS), V3),
   'deepseek_v3 not renormalized': (
@@ -126,3 +135,90 @@ def test_a_router_of_transformers_has_the_same_choices_and_gates(name):
   gates = np.asarray(chosen.token_gates()).reshape(-1, E)
   assert (want > 0).sum() == G * S * K
   np.testing.assert_allclose(gates, want, rtol=1e-5, atol=1e-6)
+
+
+def swiglu(prefix, state, *names):
+  """Kernels of a feed-forward of transformers, by our names."""
+  return {
+    ours: state[f'{prefix}{theirs}.weight'].numpy().T
+    for ours, theirs in zip(('w_gate', 'w_in', 'w_out'), names, strict=True)
+  }
+
+
+def experts_of(state):
+  both = state['experts.gate_up_proj'].numpy().swapaxes(1, 2)
+  gate, up = np.split(both, 2, -1)
+  down = state['experts.down_proj'].numpy().swapaxes(1, 2)
+  return {'w_gate': gate, 'w_in': up, 'w_out': down}
+
+
+def qwen2_block():
+  from transformers.models.qwen2_moe import modeling_qwen2_moe as library
+
+  config = library.Qwen2MoeConfig(
+    hidden_size=M,
+    num_attention_heads=2,
+    num_experts=E,
+    num_experts_per_tok=K,
+    moe_intermediate_size=4,
+    shared_expert_intermediate_size=9,
+    norm_topk_prob=True,
+    experts_implementation='eager',
+  )
+  options = SharedExpertOptions(9, gated=True)
+  return library.Qwen2MoeSparseMoeBlock(config), RENORMALIZED, options
+
+
+def deepseek_v3_block():
+  from transformers.models.deepseek_v3 import modeling_deepseek_v3 as library
+
+  config = library.DeepseekV3Config(
+    hidden_size=M,
+    num_attention_heads=2,
+    n_routed_experts=E,
+    num_experts_per_tok=K,
+    moe_intermediate_size=4,
+    n_shared_experts=2,
+    experts_implementation='eager',
+    **GROUPS,
+  )
+  return library.DeepseekV3MoE(config), V3, SharedExpertOptions(2 * 4)
+
+
+@pytest.mark.parametrize('make', [qwen2_block, deepseek_v3_block])
+def test_a_sparse_block_of_transformers_has_the_same_outputs(make):
+  theirs, router, shared_expert = make()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for value in [*theirs.parameters(), *theirs.buffers()]:
+      value.copy_(torch.randn_like(value))
+  x, state = draw(G, S, M), theirs.state_dict()
+  with torch.no_grad():
+    want = theirs.eval()(torch.tensor(x))
+  want = (want[0] if isinstance(want, tuple) else want).numpy()
+  name = 'shared_expert' if shared_expert.gated else 'shared_experts'
+  mlp = swiglu(f'{name}.', state, 'gate_proj', 'up_proj', 'down_proj')
+  params = {
+    'router': {'w': state['gate.weight'].numpy().T},
+    'experts': experts_of(state),
+    'shared_expert': {'ffn': mlp},
+  }
+  variables = {'params': params}
+  if shared_expert.gated:
+    gate = state['shared_expert_gate.weight'].numpy().T
+    params['shared_expert']['w_gate'] = gate
+  if router.keeps_state:
+    bias = state['gate.e_score_correction_bias'].numpy()
+    variables['router_state'] = {'router': {'balance_bias': bias}}
+  layer = MoE(
+    MoeOptions(
+      num_experts=E,
+      num_selected=K,
+      router=router,
+      capacity=All(),
+      expert=FeedForwardExpert(4, 'swiglu'),
+      shared_expert=shared_expert,
+    )
+  )
+  y, _ = layer.apply(jax.tree.map(jnp.asarray, variables), jnp.asarray(x))
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
